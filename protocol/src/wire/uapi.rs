@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the driver shows to guest programs (`/dev/barlinkN`), and the PCI device that it drives.
+//!
+//! | call | what it does |
+//! |---|---|
+//! | `open` | a file of its own: its claims end with it, and its interrupts are counted for it alone |
+//! | `mmap` | shared, not executable, any pages of the region but the drivers' own at its end; noncached |
+//! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`] |
+//! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`] |
+//! | `poll` | readable when `read` would not wait; `POLLHUP` and `POLLERR` once the device is gone |
+//!
+//! A file that holds claims has vector 0 and the vectors of its channels; a file that holds none has all.
+//! Once the device is unbound or unplugged every call fails with `ENODEV`, and touching a mapping is `SIGBUS`.
+
+/// PCI vendor ID of the device: Red Hat's, as QEMU's ivshmem has it.
+pub const PCI_VENDOR: u16 = 0x1af4;
+/// PCI device ID: ivshmem's.
+pub const PCI_DEVICE: u16 = 0x1110;
+
+/// The BAR with the device's registers.
+pub const BAR_REGISTERS: u32 = 0;
+/// The BAR that is the region.
+pub const BAR_REGION: u32 = 2;
+/// Bytes of the register BAR that the driver uses.
+pub const REGISTERS_SIZE: usize = 16;
+/// Register that holds this device's own ID; 32 bits, read-only (ivshmem-spec, "Device Specification").
+pub const REGISTER_ID: usize = 8;
+/// Register that rings: `peer << 16 | vector`; 32 bits, write-only (ivshmem-spec).
+pub const REGISTER_DOORBELL: usize = 12;
+
+/// Version of this interface, in [`Info::version`].
+pub const UAPI_VERSION: u32 = 1;
+/// Type letter of the ioctls (free in the kernel's `ioctl-number.rst`).
+pub const IOCTL_TYPE: u32 = 0xbb;
+
+/// `_IOR(0xbb, 0, Info)`: tells what this device is.
+pub const INFO: u32 = ioctl(READ, 0, size_of::<Info>());
+/// `_IOW(0xbb, 1, Claim)`: claims one end of a channel for this file, until the file is released.
+///
+/// Claiming it again on the same file changes nothing. `EBUSY`: another file holds it. `EINVAL`: no such
+/// channel or end. `EACCES`: the end belongs to another peer. `EBADF`: the file is not open for writing.
+pub const CLAIM: u32 = ioctl(WRITE, 1, size_of::<Claim>());
+/// `_IOW(0xbb, 2, Doorbell)`: rings a vector of a peer.
+///
+/// `EINVAL`: no such peer or vector. `EBADF`: the file is not open for writing.
+pub const DOORBELL: u32 = ioctl(WRITE, 2, size_of::<Doorbell>());
+
+const WRITE: u32 = 1;
+const READ: u32 = 2;
+
+/// An ioctl number as `_IOC` of `include/uapi/asm-generic/ioctl.h` makes it.
+const fn ioctl(direction: u32, number: u32, size: usize) -> u32 {
+    direction << 30 | (size as u32) << 16 | IOCTL_TYPE << 8 | number
+}
+
+/// Answer to [`INFO`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Info {
+    /// [`UAPI_VERSION`].
+    pub version: u32,
+    /// This device's own ID: the slot that its VM has at the broker.
+    pub id: u32,
+    /// Interrupt vectors that the device has here; 0 if it has none and its ends must poll.
+    pub vectors: u32,
+    /// PCI address: `domain << 16 | bus << 8 | device << 3 | function`.
+    pub pci_address: u32,
+    /// Bytes in the region.
+    pub region_size: u64,
+    /// Bytes from its start that can be mapped.
+    pub mappable_size: u64,
+    /// Guest-physical address of the region.
+    pub region_address: u64,
+    /// The driver's epoch: odd, and new at every probe.
+    pub epoch: u64,
+    /// Cache mode that the kernel granted to the mappings that live now: a [`CacheMode`], or 0 for none.
+    pub granted: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Argument of [`CLAIM`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Claim {
+    /// Index of the channel in the superblock's table.
+    pub channel: u32,
+    /// The end: 0 producer, 1 consumer ([`super::layout::End`]).
+    pub end: u32,
+}
+
+/// Argument of [`DOORBELL`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Doorbell {
+    /// ID of the peer to ring.
+    pub peer: u32,
+    /// Its vector.
+    pub vector: u32,
+}
+
+/// What `read` gives: a bit for each vector that has fired since this file's last `read`.
+///
+/// Vector `v` is bit `v % 64` of word `v / 64`. A shorter buffer is `EINVAL`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Interrupts {
+    /// The bits.
+    pub vectors: [u64; 4],
+}
+
+/// A cache mode of an x86 mapping (Intel SDM volume 3, "Memory cache control").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum CacheMode {
+    /// Noncached, as `pgprot_noncached` makes it: UC-, which an MTRR of type write-combining would override.
+    UncachedMinus = 1,
+    /// Noncached, whatever the MTRRs say.
+    Uncached = 2,
+    /// Write-combining.
+    WriteCombining = 3,
+    /// Write-through.
+    WriteThrough = 4,
+    /// Write-protected.
+    WriteProtected = 5,
+    /// Write-back.
+    WriteBack = 6,
+}
+
+impl CacheMode {
+    /// The mode with this number, as [`Info::granted`] carries it.
+    pub const fn from_number(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(CacheMode::UncachedMinus),
+            2 => Some(CacheMode::Uncached),
+            3 => Some(CacheMode::WriteCombining),
+            4 => Some(CacheMode::WriteThrough),
+            5 => Some(CacheMode::WriteProtected),
+            6 => Some(CacheMode::WriteBack),
+            _ => None,
+        }
+    }
+
+    /// Its name, as debugfs `x86/pat_memtype_list` writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            CacheMode::UncachedMinus => "uncached-minus",
+            CacheMode::Uncached => "uncached",
+            CacheMode::WriteCombining => "write-combining",
+            CacheMode::WriteThrough => "write-through",
+            CacheMode::WriteProtected => "write-protected",
+            CacheMode::WriteBack => "write-back",
+        }
+    }
+}
+
+const _: () = assert!(size_of::<Info>() == 56);
+const _: () = assert!(core::mem::offset_of!(Info, region_size) == 16);
+const _: () = assert!(core::mem::offset_of!(Info, epoch) == 40);
+const _: () = assert!(size_of::<Claim>() == 8);
+const _: () = assert!(size_of::<Doorbell>() == 8);
+const _: () = assert!(size_of::<Interrupts>() == 32);
