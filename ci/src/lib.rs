@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! barlink's own machinery: the sandbox, the builds, and the virtual machine that tests and the demo run in.
+//!
+//! `cargo xtask` is the program; the VM tests in `tests/` use the same library.
+
+pub mod module;
+pub mod recipe;
+pub mod sandbox;
+pub mod setup;
+pub mod steps;
+pub mod tools;

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The folder that holds finished sandboxes, and how one gets there: built under another name, then renamed.
+
+use std::fs::{self, DirBuilder, File};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use tempfile::TempDir;
+
+use crate::recipe::Recipe;
+use crate::sandbox::{Manifest, Sandbox};
+
+/// What the names of unfinished sandboxes begin with.
+const UNFINISHED: &str = ".unfinished-";
+const MANIFEST: &str = "sandbox.json";
+
+/// The folder, by default `~/.cache/barlink`.
+#[derive(Debug)]
+pub struct Cache {
+    folder: PathBuf,
+}
+
+/// The right to change the cache; given back when dropped.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Cache {
+    /// Finds the folder by `XDG_CACHE_HOME` or `HOME`, and makes it where it is missing.
+    pub fn open() -> Result<Self> {
+        let absolute = |name| {
+            std::env::var_os(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+        };
+        let parent = absolute("XDG_CACHE_HOME")
+            .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+            .context("there is no place for the sandbox: set HOME or XDG_CACHE_HOME")?;
+        let folder = parent.join("barlink");
+        // For its owner alone: a sandbox built by root holds programs with the set-user-ID bit.
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)
+            .with_context(|| format!("{} cannot be made", folder.display()))?;
+        Ok(Self { folder })
+    }
+
+    /// The log of the latest set-up.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join("setup.log")
+    }
+
+    /// The finished sandboxes of this recipe, the one to prefer first.
+    pub fn sandboxes(&self, recipe: &Recipe) -> Result<Vec<Sandbox>> {
+        let ending = format!("-{}", recipe.hash());
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            let folder = entry?.path();
+            let name = folder.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with('.') || !name.ends_with(&ending) {
+                continue;
+            }
+            let sandbox = read(&folder)?;
+            if let Some(version) = sandbox.version()
+                && let Some(rank) = recipe.rank(&version)
+            {
+                found.push((rank, std::cmp::Reverse(version), sandbox));
+            }
+        }
+        found.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+        Ok(found.into_iter().map(|(_, _, sandbox)| sandbox).collect())
+    }
+
+    /// Waits until no other set-up runs, calling `waiting` first where that takes a while.
+    pub fn lock(&self, waiting: impl FnOnce()) -> Result<Lock> {
+        let path = self.folder.join("lock");
+        let file =
+            File::create(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                waiting();
+                flock(&file, FlockOperation::LockExclusive)?;
+            }
+            other => other?,
+        }
+        Ok(Lock { _file: file })
+    }
+
+    /// Removes what interrupted set-ups left, and begins a new sandbox, which is removed again unless it is finished.
+    pub fn begin(&self, _lock: &Lock) -> Result<TempDir> {
+        for entry in fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+                let path = entry.path();
+                fs::remove_dir_all(&path)
+                    .with_context(|| format!("{} cannot be removed", path.display()))?;
+            }
+        }
+        Ok(tempfile::Builder::new()
+            .prefix(UNFINISHED)
+            // Programs that give up their rights, such as apt's downloads, must get through.
+            .permissions(PermissionsExt::from_mode(0o755))
+            .tempdir_in(&self.folder)?)
+    }
+
+    /// Makes a finished sandbox of `unfinished`.
+    pub fn finish(
+        &self,
+        unfinished: TempDir,
+        recipe: &Recipe,
+        manifest: &Manifest,
+    ) -> Result<Sandbox> {
+        let file = File::create(unfinished.path().join(MANIFEST))?;
+        serde_json::to_writer_pretty(file, manifest)?;
+        let name = format!("{}-{}", manifest.release, recipe.hash());
+        let folder = self.folder.join(name);
+        fs::rename(unfinished.path(), &folder).with_context(|| {
+            format!(
+                "the finished sandbox cannot be moved to {}",
+                folder.display()
+            )
+        })?;
+        // It has gone from where it was, so there is nothing to remove.
+        let _ = unfinished.keep();
+        read(&folder)
+    }
+}
+
+fn read(folder: &Path) -> Result<Sandbox> {
+    let path = folder.join(MANIFEST);
+    let manifest = File::open(&path).map_err(anyhow::Error::new);
+    let manifest = manifest.and_then(|file| Ok(serde_json::from_reader(file)?));
+    Ok(Sandbox {
+        folder: folder.to_owned(),
+        manifest: manifest.with_context(|| {
+            format!(
+                "{} cannot be read; remove {}",
+                path.display(),
+                folder.display()
+            )
+        })?,
+    })
+}

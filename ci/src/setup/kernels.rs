@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Which kernels a mirror has, and which of them the sandbox gets.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use super::host::KEYRING;
+use super::mirror::output;
+use crate::recipe::{KernelVersion, Recipe};
+
+/// A kernel all of whose packages are there, in one version.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Kernel {
+    /// Its upstream version.
+    pub(super) version: KernelVersion,
+    /// What `uname -r` will say.
+    pub(super) release: String,
+    /// The version of its Debian packages.
+    pub(super) package_version: String,
+    /// The packages, without versions.
+    pub(super) packages: Vec<String>,
+}
+
+/// Fetches a mirror's index of backports into `work`, an empty folder, and finds the kernels in it.
+///
+/// apt runs with a configuration of its own, so that this needs no rights and leaves the host's package lists alone.
+pub(super) fn available(
+    mirror: &str,
+    recipe: &Recipe,
+    network_settings: &str,
+    work: &Path,
+) -> Result<Vec<Kernel>> {
+    let Recipe {
+        backports,
+        components,
+        ..
+    } = recipe;
+    fs::create_dir_all(work.join("state/lists/partial"))?;
+    fs::create_dir_all(work.join("cache"))?;
+    fs::write(
+        work.join("sources.list"),
+        format!("deb [signed-by={KEYRING}] {mirror} {backports} {components}\n"),
+    )?;
+    let folder = work.display();
+    let configuration = format!(
+        "Dir::Etc::Main \"/dev/null\";\n\
+         Dir::Etc::Parts \"/dev/null\";\n\
+         Dir::Etc::SourceParts \"/dev/null\";\n\
+         Dir::Etc::SourceList \"{folder}/sources.list\";\n\
+         Dir::State \"{folder}/state\";\n\
+         Dir::State::status \"/dev/null\";\n\
+         Dir::Cache \"{folder}/cache\";\n\
+         APT::Architecture \"amd64\";\n\
+         APT::Sandbox::User \"root\";\n\
+         APT::Update::Error-Mode \"any\";\n\
+         Acquire::Languages \"none\";\n\
+         {network_settings}"
+    );
+    let file = work.join("apt.conf");
+    fs::write(&file, configuration)?;
+    let apt = |program: &str, verb: &str| {
+        output(Command::new(program).arg(verb).env("APT_CONFIG", &file))
+    };
+    apt("apt-get", "update").with_context(|| format!("{mirror} gives no {backports}"))?;
+    Ok(find(&apt("apt-cache", "dumpavail")?, &recipe.flavour))
+}
+
+/// Finds the complete kernels in an index, newest first.
+fn find(index: &str, flavour: &str) -> Vec<Kernel> {
+    let mut versions: HashMap<&str, HashSet<&str>> = HashMap::new();
+    for stanza in index.split("\n\n") {
+        let field = |name: &str| {
+            stanza
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .map(str::trim)
+        };
+        if let (Some(package), Some(version)) = (field("Package:"), field("Version:")) {
+            versions.entry(package).or_default().insert(version);
+        }
+    }
+    let mut kernels = Vec::new();
+    // The unsigned one is asked for second: the two hold the same kernel, and the signed one goes on being there.
+    for prefix in ["linux-binary-", "linux-binary-unsigned-"] {
+        for (package, package_versions) in &versions {
+            let release = package.strip_prefix(prefix);
+            let version =
+                release.and_then(|release| KernelVersion::parse(release.strip_suffix(flavour)?));
+            let (Some(release), Some(version)) = (release, version) else {
+                continue;
+            };
+            let packages = vec![
+                (*package).to_owned(),
+                format!("linux-modules-{release}"),
+                format!("linux-headers-{release}"),
+                format!("linux-source-{}", version.series()),
+            ];
+            let complete = |version: &&&str| {
+                let has = |package: &String| {
+                    versions
+                        .get(package.as_str())
+                        .is_some_and(|all| all.contains(**version))
+                };
+                packages.iter().all(has)
+            };
+            let newest = package_versions
+                .iter()
+                .filter(complete)
+                .max_by_key(|text| numbers(text));
+            if let Some(package_version) = newest
+                && !kernels
+                    .iter()
+                    .any(|kernel: &Kernel| kernel.version == version)
+            {
+                kernels.push(Kernel {
+                    version,
+                    release: release.to_owned(),
+                    package_version: (*package_version).to_owned(),
+                    packages,
+                });
+            }
+        }
+    }
+    kernels.sort_by(|a, b| b.version.cmp(&a.version));
+    kernels
+}
+
+/// The numbers in a package version, which is enough to order the revisions of one upstream version.
+fn numbers(version: &str) -> Vec<u64> {
+    let digits = version.split(|c: char| !c.is_ascii_digit());
+    digits.filter_map(|number| number.parse().ok()).collect()
+}
+
+/// Picks the newest kernel of the most preferred series, or of those that begin with `wanted`.
+pub(super) fn choose(kernels: &[Kernel], recipe: &Recipe, wanted: Option<&str>) -> Result<Kernel> {
+    let supported = kernels
+        .iter()
+        .filter_map(|kernel| Some((recipe.rank(&kernel.version)?, kernel)));
+    let (_, kernel) = supported
+        .filter(|(_, kernel)| wanted.is_none_or(|wanted| kernel.version.is_of(wanted)))
+        // The newest is the first, and of equals the first is taken.
+        .min_by_key(|(rank, _)| *rank)
+        .with_context(|| nothing_suitable(kernels, recipe, wanted))?;
+    Ok(kernel.clone())
+}
+
+fn nothing_suitable(kernels: &[Kernel], recipe: &Recipe, wanted: Option<&str>) -> String {
+    let series = recipe.series.join(" or ");
+    let wanted = match wanted {
+        Some(wanted) => format!("{wanted} (supported is {series})"),
+        None => series,
+    };
+    let found: Vec<String> = kernels
+        .iter()
+        .map(|kernel| kernel.version.to_string())
+        .collect();
+    let found = if found.is_empty() {
+        "none".to_owned()
+    } else {
+        found.join(", ")
+    };
+    format!(
+        "the mirror has no suitable kernel: wanted {wanted}, found {found}; choose one with --kernel, or another mirror with --mirror"
+    )
+}
+
+/// Finds a mirror that has the backports, and its kernels.
+pub(super) fn first_available(
+    mirrors: &[String],
+    recipe: &Recipe,
+    network_settings: &str,
+    work: &Path,
+) -> Result<(String, Vec<Kernel>)> {
+    let mut failures = Vec::new();
+    for (number, mirror) in mirrors.iter().enumerate() {
+        match available(
+            mirror,
+            recipe,
+            network_settings,
+            &work.join(number.to_string()),
+        ) {
+            Ok(kernels) => return Ok((mirror.clone(), kernels)),
+            Err(error) => failures.push(format!("{error:#}")),
+        }
+    }
+    if failures.is_empty() {
+        bail!("the host's apt configuration names no Debian archive; name one with --mirror URL");
+    }
+    bail!(
+        "{}; name another archive with --mirror URL",
+        failures.join("; ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An index as a mirror gives it: 7.3.4 only unsigned, 7.2.12 both, 7.2.9 without source, 7.1.3 unsupported.
+    fn index() -> String {
+        let mut index = String::new();
+        let mut add = |package: &str, version: &str| {
+            index += &format!(
+                "Package: {package}\nArchitecture: amd64\nVersion: {version}\nDescription: x\n\n"
+            );
+        };
+        for (release, version) in [
+            ("7.3.4", "7.3.4-1~bpo1"),
+            ("7.2.12", "7.2.12-1~bpo1"),
+            ("7.2.9", "7.2.9-1~bpo1"),
+            ("7.1.3", "7.1.3-2"),
+        ] {
+            let binary = if release == "7.3.4" {
+                "binary-unsigned"
+            } else {
+                "binary"
+            };
+            for part in [binary, "modules", "headers"] {
+                add(
+                    &format!("linux-{part}-{release}+deb13-cloud-amd64"),
+                    version,
+                );
+            }
+        }
+        add(
+            "linux-binary-unsigned-7.2.12+deb13-cloud-amd64",
+            "7.2.12-1~bpo1",
+        );
+        add("linux-binary-7.2.12+deb13-rt-amd64", "7.2.12-1~bpo1");
+        add("linux-source-7.3", "7.3.4-1~bpo1");
+        add("linux-source-7.2", "7.2.12-1~bpo1");
+        add("linux-source-7.1", "7.1.3-2");
+        index
+    }
+
+    fn kernels() -> Vec<Kernel> {
+        find(&index(), "+deb13-cloud-amd64")
+    }
+
+    #[test]
+    fn only_complete_kernels_are_found_and_signed_ones_preferred() {
+        let found = kernels();
+        let versions: Vec<String> = found
+            .iter()
+            .map(|kernel| kernel.version.to_string())
+            .collect();
+        assert_eq!(versions, ["7.3.4", "7.2.12", "7.1.3"]);
+        assert_eq!(
+            found[0].packages[0],
+            "linux-binary-unsigned-7.3.4+deb13-cloud-amd64"
+        );
+        assert_eq!(
+            found[1].packages[0],
+            "linux-binary-7.2.12+deb13-cloud-amd64"
+        );
+        assert_eq!(found[1].package_version, "7.2.12-1~bpo1");
+    }
+
+    #[test]
+    fn the_preferred_series_is_chosen_unless_another_is_wanted() {
+        let recipe = Recipe::load().unwrap();
+        let chosen =
+            |wanted| choose(&kernels(), &recipe, wanted).map(|kernel| kernel.version.to_string());
+        assert_eq!(chosen(None).unwrap(), "7.3.4");
+        assert_eq!(chosen(Some("7.2")).unwrap(), "7.2.12");
+        assert_eq!(chosen(Some("7.2.12")).unwrap(), "7.2.12");
+    }
+
+    #[test]
+    fn a_kernel_that_is_not_there_is_named_with_what_is() {
+        let recipe = Recipe::load().unwrap();
+        let error = choose(&kernels(), &recipe, Some("9.9"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("wanted 9.9 (supported is 7.3 or 7.2)"),
+            "{error}"
+        );
+        assert!(error.contains("found 7.3.4, 7.2.12, 7.1.3"), "{error}");
+        // On the mirror, but not supported.
+        choose(&kernels(), &recipe, Some("7.1")).unwrap_err();
+    }
+}

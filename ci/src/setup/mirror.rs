@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Where packages come from: the host's own apt configuration, or what the user names.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// Settings of the host's apt that decide whether and how a mirror is reached; the others are left behind.
+const NETWORK_SETTINGS: [&str; 4] = [
+    "Acquire::http",
+    "Acquire::https",
+    "Acquire::Check-",
+    "Acquire::Retries",
+];
+
+/// Archives that may be Debian's, the likeliest first. Whether one really is, and has the suites that are needed, shows
+/// when its signed index is fetched.
+pub(super) fn candidates() -> Result<Vec<String>> {
+    // What apt knows of an archive it knows from a downloaded index; with `--no-release-info` it also lists those that
+    // it never fetched.
+    let known = index_targets(&[])?;
+    let unknown = index_targets(&["--no-release-info"])?;
+    Ok(rank(&known, &unknown))
+}
+
+fn rank(known: &str, unknown: &str) -> Vec<String> {
+    let mut debian = Vec::new();
+    let mut foreign = Vec::new();
+    for (uri, origin, label) in fields(known) {
+        if (origin, label) == ("Debian", "Debian") {
+            debian.push(uri);
+        } else {
+            foreign.push(uri);
+        }
+    }
+    let mut guesses: Vec<&str> = fields(unknown).map(|(uri, ..)| uri).collect();
+    guesses.retain(|uri| !foreign.contains(uri));
+    // By habit a mirror of Debian's main archive is in a folder of that name.
+    guesses.sort_by_key(|uri| !uri.trim_end_matches('/').ends_with("/debian"));
+    let mut all: Vec<String> = Vec::new();
+    for uri in debian.into_iter().chain(guesses) {
+        if !all.iter().any(|other| other == uri) {
+            all.push(uri.to_owned());
+        }
+    }
+    all
+}
+
+/// The lines that have all fields: address, origin, label. Only entries with the component `main` are of interest.
+fn fields(listing: &str) -> impl Iterator<Item = (&str, &str, &str)> {
+    listing.lines().filter_map(|line| {
+        let mut fields = line.split('|');
+        let entry = (fields.next()?, fields.next()?, fields.next()?);
+        (fields.next() == Some("main")).then_some(entry)
+    })
+}
+
+fn index_targets(flags: &[&str]) -> Result<String> {
+    let format = ["--format", "$(REPO_URI)|$(ORIGIN)|$(LABEL)|$(COMPONENT)"];
+    output(
+        Command::new("apt-get")
+            .arg("indextargets")
+            .args(flags)
+            .args(format)
+            .arg("Created-By: Packages"),
+    )
+}
+
+/// The host's settings for proxies and the like, as lines of an apt configuration file.
+pub(super) fn network_settings() -> Result<String> {
+    let dump = output(Command::new("apt-config").args(["dump", "Acquire"]))?;
+    Ok(dump
+        .lines()
+        .filter(|line| NETWORK_SETTINGS.iter().any(|name| line.starts_with(name)))
+        .flat_map(|line| [line, "\n"])
+        .collect())
+}
+
+/// The standard output of a program that must succeed.
+pub(super) fn output(command: &mut Command) -> Result<String> {
+    let program = command.get_program().display().to_string();
+    let output = command
+        .output()
+        .with_context(|| format!("{program} cannot be started"))?;
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let errors: Vec<&str> = errors
+            .lines()
+            .filter(|line| line.starts_with("E:"))
+            .collect();
+        bail!(
+            "{program} failed ({}): {}",
+            output.status,
+            errors.join("; ")
+        );
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_known_to_be_debians_comes_first_and_what_is_known_not_to_be_is_left_out() {
+        let known = "http://tools.test/apt/|Tools|Tools|main\n\
+                     http://mirror.test/debian/|Debian|Debian|main\n\
+                     http://mirror.test/debian/|Debian|Debian|contrib\n\
+                     http://mirror.test/debian-security/|Debian|Debian-Security|main\n";
+        let unknown = "http://tools.test/apt/|$(ORIGIN)|$(LABEL)|main\n\
+                       http://other.test/x/|$(ORIGIN)|$(LABEL)|main\n\
+                       http://new.test/debian/|$(ORIGIN)|$(LABEL)|main\n\
+                       http://new.test/extra/|$(ORIGIN)|$(LABEL)|stable\n\
+                       http://mirror.test/debian/|$(ORIGIN)|$(LABEL)|main\n";
+        assert_eq!(
+            rank(known, unknown),
+            [
+                "http://mirror.test/debian/",
+                "http://new.test/debian/",
+                "http://other.test/x/"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_host_that_knows_nothing_of_its_archives_still_yields_some() {
+        let unknown = "http://mirror.test/debian/|$(ORIGIN)|$(LABEL)|main\n";
+        assert_eq!(rank("", unknown), ["http://mirror.test/debian/"]);
+    }
+}

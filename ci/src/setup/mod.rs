@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `cargo xtask setup`: makes the sandbox that everything else runs in, unless it is there already.
+
+pub mod cache;
+mod host;
+mod kernels;
+mod metadata;
+mod mirror;
+mod rootfs;
+
+use std::fs;
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use self::cache::Cache;
+use self::metadata::Unfinished;
+use crate::recipe::Recipe;
+use crate::sandbox::Sandbox;
+use crate::steps::Steps;
+use crate::tools::{Qemu, ToolArgs, Tools, finished};
+
+/// Makes sure of the tools, and says what they are.
+pub fn run(args: &ToolArgs) -> Result<ExitCode> {
+    let tools = ensure(args)?;
+    println!(
+        "kernel   {} ({})",
+        tools.release,
+        tools.kernel_image.display()
+    );
+    match &tools.qemu {
+        Qemu::Sandboxed(_) => println!("qemu     the sandbox's"),
+        Qemu::Own(path) => println!("qemu     {}", path.display()),
+    }
+    if let Some(sandbox) = &tools.sandbox {
+        println!("sandbox  {}", sandbox.folder.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The tools that `args` names, set up if need be.
+pub fn ensure(args: &ToolArgs) -> Result<Tools> {
+    if let Some(tools) = Tools::own(args)? {
+        return Ok(tools);
+    }
+    let sandbox = match finished(args)? {
+        Some(sandbox) => sandbox,
+        None => build(args)?,
+    };
+    Tools::with_sandbox(args, sandbox)
+}
+
+/// Makes a sandbox, or waits until another process has made a fitting one.
+fn build(args: &ToolArgs) -> Result<Sandbox> {
+    let recipe = Recipe::load()?;
+    let cache = Cache::open()?;
+    let lock = cache.lock(|| eprintln!("another set-up is at work: waiting for it to end"))?;
+    if let Some(sandbox) = finished(args)? {
+        return Ok(sandbox);
+    }
+    let unfinished = cache.begin(&lock)?;
+    let folder = unfinished.path();
+    let steps = Steps::start(&cache.log())?;
+    host::prepare(&steps)?;
+
+    let settings = mirror::network_settings()?;
+    let index = folder.join("index");
+    let (mirror, kernel) = steps.step("looking for a kernel", || {
+        let mirrors = match &args.mirror {
+            Some(mirror) => vec![mirror.clone()],
+            None => mirror::candidates()?,
+        };
+        let (mirror, kernels) = kernels::first_available(&mirrors, &recipe, &settings, &index)?;
+        Ok((
+            mirror,
+            kernels::choose(&kernels, &recipe, args.kernel.as_deref())?,
+        ))
+    })?;
+    fs::remove_dir_all(index)?;
+
+    let packages = format!(
+        "unpacking Debian packages with kernel {} from {mirror}",
+        kernel.version
+    );
+    steps.step(&packages, || {
+        rootfs::build(&steps, &recipe, &kernel, &mirror, &settings, folder)
+    })?;
+    let sandbox = Unfinished {
+        steps: &steps,
+        kernel: &kernel,
+        folder,
+    };
+    steps.step("unpacking the kernel's source", || sandbox.unpack_source())?;
+    steps.step("making the kernel's Rust metadata", || sandbox.make())?;
+    steps.step("trying it with a small module", || sandbox.check())?;
+    let manifest = sandbox.manifest();
+    cache.finish(unfinished, &recipe, &manifest)
+}

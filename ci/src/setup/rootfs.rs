@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The sandbox's system: Debian packages, unpacked into a folder.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::kernels::Kernel;
+use crate::recipe::Recipe;
+use crate::sandbox::Enter;
+use crate::steps::Steps;
+
+/// Makes the system in `folder`/root from the packages of the recipe and the kernel.
+///
+/// The packages are unpacked and not installed: no script of theirs runs, no file changes its owner, and so root and an
+/// ordinary user go the same way, without user namespaces that map more than the user. What the scripts would have done
+/// and somebody misses is in [`Recipe::links`].
+pub(super) fn build(
+    steps: &Steps,
+    recipe: &Recipe,
+    kernel: &Kernel,
+    mirror: &str,
+    settings: &str,
+    folder: &Path,
+) -> Result<()> {
+    let preferences = folder.join("preferences");
+    fs::write(&preferences, recipe.preferences())?;
+    let apt_settings = folder.join("apt-settings");
+    fs::write(
+        &apt_settings,
+        format!("{settings}APT::Install-Recommends \"false\";\n"),
+    )?;
+
+    let mut packages = recipe.packages.clone();
+    let version = &kernel.package_version;
+    packages.extend(
+        kernel
+            .packages
+            .iter()
+            .map(|package| format!("{package}={version}")),
+    );
+    let root = folder.join("root");
+    let Recipe {
+        suite,
+        backports,
+        components,
+        ..
+    } = recipe;
+    steps.run(
+        // All of mmdebstrap's processes must end with this one, or they would go on writing to what is removed.
+        Enter::host()
+            .run("mmdebstrap")
+            // Safe for root's system too: this mode endangers it only by package scripts, and none is run.
+            .args(["--mode=chrootless", "--variant=extract", "--architectures=amd64"])
+            .arg(format!("--include={}", packages.join(",")))
+            .arg(format!("--aptopt={}", apt_settings.display()))
+            .arg(format!(
+                "--setup-hook=mkdir -p \"$1\"/etc/apt/preferences.d && cp '{}' \"$1\"/etc/apt/preferences.d/barlink",
+                preferences.display()
+            ))
+            .arg(suite)
+            .arg(&root)
+            .arg(format!("deb {mirror} {suite} {components}"))
+            .arg(format!("deb {mirror} {backports} {components}")),
+    )?;
+    for (link, target) in &recipe.links {
+        let link = root.join(link);
+        symlink(target, &link)
+            .with_context(|| format!("the link {} cannot be made", link.display()))?;
+    }
+    fs::remove_file(preferences)?;
+    fs::remove_file(apt_settings)?;
+    Ok(())
+}

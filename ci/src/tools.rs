@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The QEMU, kernel, headers and busybox to use: the sandbox's, or the user's own.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Parser, ValueEnum};
+
+use crate::recipe::Recipe;
+use crate::sandbox::Sandbox;
+use crate::setup::cache::Cache;
+
+/// Which tools to use. Each flag can also be given by its environment variable, which is how VM tests get it that are
+/// run by `cargo test` alone.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Tools")]
+pub struct ToolArgs {
+    /// Take the newest kernel whose version begins so, say 7.2 [default: what is set up, else the newest supported]
+    #[arg(
+        long,
+        value_name = "VERSION",
+        env = "BARLINK_KERNEL",
+        conflicts_with = "kernel_image"
+    )]
+    pub kernel: Option<String>,
+
+    /// Take Debian packages from this archive [default: the one in the host's apt configuration]
+    #[arg(long, value_name = "URL", env = "BARLINK_MIRROR")]
+    pub mirror: Option<String>,
+
+    /// Use this QEMU instead of the sandbox's
+    #[arg(long, value_name = "PATH", env = "BARLINK_QEMU")]
+    pub qemu: Option<PathBuf>,
+
+    /// Boot this kernel (bzImage) instead of Debian's; virtio-pci, virtio-console and devtmpfs must be built in
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "BARLINK_KERNEL_IMAGE",
+        requires = "kernel_headers"
+    )]
+    pub kernel_image: Option<PathBuf>,
+
+    /// Build the driver against this build tree of that kernel (CONFIG_RUST=y), with the host's own make and rustc
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "BARLINK_KERNEL_HEADERS",
+        requires = "kernel_image"
+    )]
+    pub kernel_headers: Option<PathBuf>,
+}
+
+/// What executes the guest's instructions.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Accel {
+    /// The host's processor.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+/// The tools, and how to run the VM.
+#[derive(Args, Clone, Debug, Default)]
+pub struct VmArgs {
+    /// The tools.
+    #[command(flatten)]
+    pub tools: ToolArgs,
+
+    /// What runs the guest's instructions [default: kvm where it works, else tcg]
+    #[arg(long, env = "BARLINK_ACCEL", help_heading = "Virtual machine")]
+    pub accel: Option<Accel>,
+}
+
+impl VmArgs {
+    /// Reads the environment variables alone.
+    pub fn from_environment() -> Result<Self> {
+        #[derive(Parser)]
+        struct Environment {
+            #[command(flatten)]
+            args: VmArgs,
+        }
+        let parsed = Environment::try_parse_from(["environment"]);
+        Ok(parsed
+            .context("the BARLINK_ environment variables make no sense")?
+            .args)
+    }
+
+    /// The environment variables that say the same as these flags.
+    pub fn environment(&self) -> Vec<(&'static str, OsString)> {
+        let ToolArgs {
+            kernel,
+            mirror,
+            qemu,
+            kernel_image,
+            kernel_headers,
+        } = &self.tools;
+        let accel = self.accel.and_then(|accel| accel.to_possible_value());
+        let variables = [
+            ("BARLINK_KERNEL", kernel.as_ref().map(OsString::from)),
+            ("BARLINK_MIRROR", mirror.as_ref().map(OsString::from)),
+            ("BARLINK_QEMU", qemu.as_ref().map(absolute)),
+            ("BARLINK_KERNEL_IMAGE", kernel_image.as_ref().map(absolute)),
+            (
+                "BARLINK_KERNEL_HEADERS",
+                kernel_headers.as_ref().map(absolute),
+            ),
+            ("BARLINK_ACCEL", accel.map(|value| value.get_name().into())),
+        ];
+        let given = variables.into_iter();
+        given
+            .filter_map(|(name, value)| Some((name, value?)))
+            .collect()
+    }
+}
+
+/// Tests do not run in the folder that the user named a path from.
+fn absolute(path: &PathBuf) -> OsString {
+    std::path::absolute(path)
+        .unwrap_or_else(|_| path.clone())
+        .into()
+}
+
+/// A QEMU.
+#[derive(Clone, Debug)]
+pub enum Qemu {
+    /// The sandbox's.
+    Sandboxed(Sandbox),
+    /// The user's own.
+    Own(PathBuf),
+}
+
+/// A tree to build kernel modules in.
+#[derive(Clone, Debug)]
+pub enum Headers {
+    /// The sandbox's.
+    Sandboxed(Sandbox),
+    /// The user's own.
+    Own(PathBuf),
+}
+
+/// All that is needed to build a guest and run it.
+#[derive(Clone, Debug)]
+pub struct Tools {
+    /// What runs the VM.
+    pub qemu: Qemu,
+    /// What `uname -r` says under the kernel.
+    pub release: String,
+    /// The kernel's bzImage.
+    pub kernel_image: PathBuf,
+    /// What the driver is built against.
+    pub headers: Headers,
+    /// A static busybox, the guest's user space.
+    pub busybox: PathBuf,
+    /// The sandbox, unless the user brought everything.
+    pub sandbox: Option<Sandbox>,
+}
+
+impl Tools {
+    /// The tools that `args` names, which must be set up; this reaches for no network.
+    pub fn find(args: &ToolArgs) -> Result<Self> {
+        if let Some(tools) = Self::own(args)? {
+            return Ok(tools);
+        }
+        let sandbox = finished(args)?.context("nothing is set up yet: run `cargo xtask setup`")?;
+        Self::with_sandbox(args, sandbox)
+    }
+
+    /// The tools where the user brought all of them.
+    pub fn own(args: &ToolArgs) -> Result<Option<Self>> {
+        let (Some(qemu), Some(image), Some(headers)) =
+            (&args.qemu, &args.kernel_image, &args.kernel_headers)
+        else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            qemu: Qemu::Own(existing(qemu)?),
+            release: release_of(headers)?,
+            kernel_image: existing(image)?,
+            headers: Headers::Own(existing(headers)?),
+            busybox: own_busybox()?,
+            sandbox: None,
+        }))
+    }
+
+    /// The sandbox's tools, but for those that the user brought.
+    pub fn with_sandbox(args: &ToolArgs, sandbox: Sandbox) -> Result<Self> {
+        let mut tools = Self {
+            qemu: Qemu::Sandboxed(sandbox.clone()),
+            release: sandbox.manifest.release.clone(),
+            kernel_image: sandbox.kernel_image(),
+            headers: Headers::Sandboxed(sandbox.clone()),
+            busybox: sandbox.root().join("usr/bin/busybox"),
+            sandbox: Some(sandbox),
+        };
+        if let Some(qemu) = &args.qemu {
+            tools.qemu = Qemu::Own(existing(qemu)?);
+        }
+        if let (Some(image), Some(headers)) = (&args.kernel_image, &args.kernel_headers) {
+            tools.kernel_image = existing(image)?;
+            tools.release = release_of(headers)?;
+            tools.headers = Headers::Own(existing(headers)?);
+        }
+        Ok(tools)
+    }
+}
+
+/// The finished sandbox to use under `args`, if there is one.
+pub fn finished(args: &ToolArgs) -> Result<Option<Sandbox>> {
+    let wanted = |sandbox: &Sandbox| match (&args.kernel, sandbox.version()) {
+        (Some(kernel), Some(version)) => version.is_of(kernel),
+        (kernel, _) => kernel.is_none(),
+    };
+    Ok(Cache::open()?
+        .sandboxes(&Recipe::load()?)?
+        .into_iter()
+        .find(wanted))
+}
+
+fn existing(path: &Path) -> Result<PathBuf> {
+    path.canonicalize()
+        .with_context(|| format!("{} cannot be used", path.display()))
+}
+
+/// What `uname -r` says under the kernel that was built in `headers`.
+fn release_of(headers: &Path) -> Result<String> {
+    let path = headers.join("include/config/kernel.release");
+    let release = fs::read_to_string(&path).with_context(|| {
+        let headers = headers.display();
+        format!(
+            "{headers} is no build tree of a kernel: {} cannot be read",
+            path.display()
+        )
+    })?;
+    Ok(release.trim_end().to_owned())
+}
+
+/// The host's busybox, which must be static, since nothing else goes with it into the guest.
+fn own_busybox() -> Result<PathBuf> {
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let busybox = std::env::split_paths(&folders).map(|folder| folder.join("busybox"));
+    let Some(busybox) = busybox.into_iter().find(|path| path.is_file()) else {
+        bail!("the guest needs busybox: install a static one (Debian: busybox-static)");
+    };
+    let content =
+        fs::read(&busybox).with_context(|| format!("{} cannot be read", busybox.display()))?;
+    // What a dynamically linked program names as its interpreter; a static one names none.
+    let dynamic = content
+        .windows(9)
+        .any(|bytes| bytes == b"/ld-linux" || bytes == b"/ld-musl-");
+    ensure!(
+        !dynamic,
+        "{} is not static, which the guest needs: install a static one (Debian: busybox-static)",
+        busybox.display()
+    );
+    Ok(busybox)
+}
