@@ -4,9 +4,16 @@
 //!
 //! `cargo xtask` is the program; the VM tests in `tests/` use the same library.
 
+pub mod builds;
+pub mod check;
+pub mod demo;
+mod initramfs;
 pub mod module;
 pub mod recipe;
 pub mod sandbox;
 pub mod setup;
 pub mod steps;
+pub mod tally;
+pub mod test;
 pub mod tools;
+pub mod vm;

@@ -5,6 +5,8 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use xtask::demo::DemoArgs;
+use xtask::test::TestArgs;
 use xtask::tools::ToolArgs;
 
 /// Tasks of the barlink project
@@ -19,11 +21,20 @@ struct Cli {
 enum Task {
     /// Make the sandbox that everything else runs in: QEMU, a kernel, and the driver's toolchain
     Setup(ToolArgs),
+    /// Show what barlink does, with a real guest
+    Demo(DemoArgs),
+    /// Run every test
+    Test(TestArgs),
+    /// Check format, lints, documentation, and that the driver builds for every kernel that is set up
+    Check(ToolArgs),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Setup(args) => xtask::setup::run(&args),
+        Task::Demo(args) => xtask::demo::run(&args),
+        Task::Test(args) => xtask::test::run(&args),
+        Task::Check(args) => xtask::check::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

@@ -17,6 +17,8 @@ pub struct Manifest {
     pub release: String,
     /// The version of the Debian package that the kernel came in.
     pub package_version: String,
+    /// The kernel's bzImage, as a path below the root.
+    pub kernel_image: PathBuf,
 }
 
 /// A sandbox's folder, which holds `root/`, the system, and `sandbox.json`, the [`Manifest`].
@@ -41,9 +43,7 @@ impl Sandbox {
 
     /// The kernel image, as a path on the host.
     pub fn kernel_image(&self) -> PathBuf {
-        let Manifest { release, .. } = &self.manifest;
-        self.root()
-            .join(format!("usr/lib/modules/{release}/vmlinuz"))
+        self.root().join(&self.manifest.kernel_image)
     }
 
     /// The header tree for modules, as a path inside the sandbox.
@@ -152,6 +152,12 @@ impl Enter {
     /// Shows `path` of the host at the same path, read-only.
     pub fn bind_read_only(mut self, path: &Path) -> Self {
         self.bwrap.arg("--ro-bind").arg(path).arg(path);
+        self
+    }
+
+    /// Makes an empty folder `inside`, kept in memory and gone with the last process.
+    pub fn memory(mut self, inside: &str) -> Self {
+        self.bwrap.args(["--tmpfs", inside]);
         self
     }
 

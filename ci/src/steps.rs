@@ -88,9 +88,11 @@ impl Steps {
         if !status.success() {
             let text = fs::read(&self.path)?;
             let text = String::from_utf8_lossy(&text);
+            let text = text.rsplit("\n=== ").next().unwrap_or_default();
             // The command itself, with all that bubblewrap is told, is for the log alone.
             let lines: Vec<&str> = text
                 .lines()
+                .skip(1)
                 .filter(|line| !line.starts_with("--- "))
                 .collect();
             let shown = &lines[lines.len().saturating_sub(SHOWN_LINES)..];

@@ -9,9 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, ValueEnum};
 
-use crate::recipe::Recipe;
 use crate::sandbox::Sandbox;
-use crate::setup::cache::Cache;
+use crate::setup;
 
 /// Which tools to use. Each flag can also be given by its environment variable, which is how VM tests get it that are
 /// run by `cargo test` alone.
@@ -165,7 +164,8 @@ impl Tools {
         if let Some(tools) = Self::own(args)? {
             return Ok(tools);
         }
-        let sandbox = finished(args)?.context("nothing is set up yet: run `cargo xtask setup`")?;
+        let sandbox = setup::finished(args)?.into_iter().next();
+        let sandbox = sandbox.context("nothing is set up yet: run `cargo xtask setup`")?;
         Self::with_sandbox(args, sandbox)
     }
 
@@ -206,18 +206,6 @@ impl Tools {
         }
         Ok(tools)
     }
-}
-
-/// The finished sandbox to use under `args`, if there is one.
-pub fn finished(args: &ToolArgs) -> Result<Option<Sandbox>> {
-    let wanted = |sandbox: &Sandbox| match (&args.kernel, sandbox.version()) {
-        (Some(kernel), Some(version)) => version.is_of(kernel),
-        (kernel, _) => kernel.is_none(),
-    };
-    Ok(Cache::open()?
-        .sandboxes(&Recipe::load()?)?
-        .into_iter()
-        .find(wanted))
 }
 
 fn existing(path: &Path) -> Result<PathBuf> {

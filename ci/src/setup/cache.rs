@@ -20,19 +20,19 @@ const MANIFEST: &str = "sandbox.json";
 
 /// The folder, by default `~/.cache/barlink`.
 #[derive(Debug)]
-pub struct Cache {
+pub(super) struct Cache {
     folder: PathBuf,
 }
 
 /// The right to change the cache; given back when dropped.
 #[derive(Debug)]
-pub struct Lock {
+pub(super) struct Lock {
     _file: File,
 }
 
 impl Cache {
     /// Finds the folder by `XDG_CACHE_HOME` or `HOME`, and makes it where it is missing.
-    pub fn open() -> Result<Self> {
+    pub(super) fn open() -> Result<Self> {
         let absolute = |name| {
             std::env::var_os(name)
                 .map(PathBuf::from)
@@ -52,12 +52,12 @@ impl Cache {
     }
 
     /// The log of the latest set-up.
-    pub fn log(&self) -> PathBuf {
+    pub(super) fn log(&self) -> PathBuf {
         self.folder.join("setup.log")
     }
 
     /// The finished sandboxes of this recipe, the one to prefer first.
-    pub fn sandboxes(&self, recipe: &Recipe) -> Result<Vec<Sandbox>> {
+    pub(super) fn sandboxes(&self, recipe: &Recipe) -> Result<Vec<Sandbox>> {
         let ending = format!("-{}", recipe.hash());
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.folder)? {
@@ -78,7 +78,7 @@ impl Cache {
     }
 
     /// Waits until no other set-up runs, calling `waiting` first where that takes a while.
-    pub fn lock(&self, waiting: impl FnOnce()) -> Result<Lock> {
+    pub(super) fn lock(&self, waiting: impl FnOnce()) -> Result<Lock> {
         let path = self.folder.join("lock");
         let file =
             File::create(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
@@ -93,7 +93,7 @@ impl Cache {
     }
 
     /// Removes what interrupted set-ups left, and begins a new sandbox, which is removed again unless it is finished.
-    pub fn begin(&self, _lock: &Lock) -> Result<TempDir> {
+    pub(super) fn begin(&self, _lock: &Lock) -> Result<TempDir> {
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
             if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
@@ -110,7 +110,7 @@ impl Cache {
     }
 
     /// Makes a finished sandbox of `unfinished`.
-    pub fn finish(
+    pub(super) fn finish(
         &self,
         unfinished: TempDir,
         recipe: &Recipe,

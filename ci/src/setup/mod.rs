@@ -2,7 +2,7 @@
 
 //! `cargo xtask setup`: makes the sandbox that everything else runs in, unless it is there already.
 
-pub mod cache;
+mod cache;
 mod host;
 mod kernels;
 mod metadata;
@@ -19,7 +19,7 @@ use self::metadata::Unfinished;
 use crate::recipe::Recipe;
 use crate::sandbox::Sandbox;
 use crate::steps::Steps;
-use crate::tools::{Qemu, ToolArgs, Tools, finished};
+use crate::tools::{Qemu, ToolArgs, Tools};
 
 /// Makes sure of the tools, and says what they are.
 pub fn run(args: &ToolArgs) -> Result<ExitCode> {
@@ -44,11 +44,24 @@ pub fn ensure(args: &ToolArgs) -> Result<Tools> {
     if let Some(tools) = Tools::own(args)? {
         return Ok(tools);
     }
-    let sandbox = match finished(args)? {
+    let sandbox = match finished(args)?.into_iter().next() {
         Some(sandbox) => sandbox,
         None => build(args)?,
     };
     Tools::with_sandbox(args, sandbox)
+}
+
+/// The finished sandboxes that `args` allows, the one to prefer first.
+pub fn finished(args: &ToolArgs) -> Result<Vec<Sandbox>> {
+    let mut sandboxes = Cache::open()?.sandboxes(&Recipe::load()?)?;
+    if let Some(wanted) = &args.kernel {
+        sandboxes.retain(|sandbox| {
+            sandbox
+                .version()
+                .is_some_and(|version| version.is_of(wanted))
+        });
+    }
+    Ok(sandboxes)
 }
 
 /// Makes a sandbox, or waits until another process has made a fitting one.
@@ -56,7 +69,7 @@ fn build(args: &ToolArgs) -> Result<Sandbox> {
     let recipe = Recipe::load()?;
     let cache = Cache::open()?;
     let lock = cache.lock(|| eprintln!("another set-up is at work: waiting for it to end"))?;
-    if let Some(sandbox) = finished(args)? {
+    if let Some(sandbox) = finished(args)?.into_iter().next() {
         return Ok(sandbox);
     }
     let unfinished = cache.begin(&lock)?;
@@ -91,9 +104,7 @@ fn build(args: &ToolArgs) -> Result<Sandbox> {
         kernel: &kernel,
         folder,
     };
-    steps.step("unpacking the kernel's source", || sandbox.unpack_source())?;
     steps.step("making the kernel's Rust metadata", || sandbox.make())?;
-    steps.step("trying it with a small module", || sandbox.check())?;
-    let manifest = sandbox.manifest();
+    let manifest = steps.step("trying it with a small module", || sandbox.check())?;
     cache.finish(unfinished, &recipe, &manifest)
 }

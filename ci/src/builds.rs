@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Builds what the VM and the tests need: the programs, the driver, the initramfs.
+//!
+//! Every build is left to a tool that knows what changed (cargo, make), so building again costs little, and nothing
+//! stale is ever booted.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::Value;
+
+use crate::initramfs;
+use crate::module::ModuleBuild;
+use crate::tools::{Tools, VmArgs};
+
+/// The target whose C library can be linked in, so that a program runs where no library is.
+const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What is built, and the tools that it was built with.
+#[derive(Debug)]
+pub struct Artifacts {
+    /// The tools.
+    pub tools: Tools,
+    /// How to run the VM.
+    pub args: VmArgs,
+    /// The host's program.
+    pub barlink: PathBuf,
+    /// What the guest boots into.
+    pub initramfs: PathBuf,
+    /// The folder for the logs of VMs.
+    pub logs: PathBuf,
+}
+
+impl Artifacts {
+    /// What a VM test needs, chosen by the environment (see [`VmArgs`]) and built on first use.
+    pub fn shared() -> Result<&'static Self> {
+        static SHARED: OnceLock<Result<Artifacts>> = OnceLock::new();
+        let built = SHARED.get_or_init(|| {
+            let args = VmArgs::from_environment()?;
+            Self::build(Tools::find(&args.tools)?, args)
+        });
+        built.as_ref().map_err(|error| anyhow!("{error:#}"))
+    }
+
+    /// Builds all for these tools.
+    pub fn build(tools: Tools, args: VmArgs) -> Result<Self> {
+        let target = target_folder()?;
+        let host = cargo_build(&["--package=barlink"], Linkage::Default)?;
+        let guest = cargo_build(
+            &["--package=barlink-guest", "--package=barlink-agent"],
+            Linkage::Static,
+        )?;
+        let driver = driver(&tools, &target)?;
+        let logs = target.join("vm");
+        fs::create_dir_all(&logs)?;
+        let initramfs = logs.join(format!("initramfs-{}.cpio", tools.release));
+        initramfs::write(
+            &initramfs,
+            &[
+                ("bin/busybox", &tools.busybox),
+                ("bin/barlink-agent", program(&guest, "barlink-agent")?),
+                ("bin/barlink-guest", program(&guest, "barlink-guest")?),
+                ("lib/barlink.ko", &driver),
+            ],
+        )?;
+        Ok(Self {
+            barlink: program(&host, "barlink")?.clone(),
+            tools,
+            args,
+            initramfs,
+            logs,
+        })
+    }
+}
+
+/// Builds the driver and gives the path of the module.
+///
+/// Every warning is an error: the compilers' by their flags, those of other tools by their looks.
+pub fn driver(tools: &Tools, target: &Path) -> Result<PathBuf> {
+    let repository = repository();
+    let source = repository.join("guest-driver");
+    let wire = repository.join("protocol/src/wire");
+    let output = target.join("driver").join(&tools.release);
+    fs::create_dir_all(&output)?;
+    let build = ModuleBuild {
+        source: &source,
+        included: &[&wire],
+        output: &output,
+    };
+    let made = build
+        .command(&tools.headers)?
+        .output()
+        .context("make cannot be started")?;
+    let text = String::from_utf8_lossy(&[made.stdout, made.stderr].concat()).into_owned();
+    let warned = text
+        .lines()
+        .any(|line| line.to_lowercase().contains("warning:"));
+    if warned || !made.status.success() {
+        bail!(
+            "the driver does not build cleanly for {}\n{}",
+            tools.release,
+            text.trim_end()
+        );
+    }
+    Ok(output.join("barlink.ko"))
+}
+
+/// The root of this repository.
+pub fn repository() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_owned()
+}
+
+/// A command for the cargo that runs this program.
+pub fn cargo(subcommand: &str) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.arg(subcommand).current_dir(repository());
+    command
+}
+
+/// The folder that cargo builds in.
+pub fn target_folder() -> Result<PathBuf> {
+    let output = cargo("metadata")
+        .args(["--no-deps", "--format-version=1"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cargo cannot be started")?;
+    let metadata: Value =
+        serde_json::from_slice(&output.stdout).context("cargo metadata failed")?;
+    let folder = metadata["target_directory"].as_str();
+    Ok(folder
+        .context("cargo metadata names no target folder")?
+        .into())
+}
+
+/// How a program is linked.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Linkage {
+    /// As is usual on the host.
+    Default,
+    /// With everything in it.
+    Static,
+}
+
+/// Builds programs with optimisation, and gives their paths by their names.
+fn cargo_build(packages: &[&str], linkage: Linkage) -> Result<HashMap<String, PathBuf>> {
+    let mut build = cargo("build");
+    build.args([
+        "--release",
+        "--bins",
+        "--message-format=json-render-diagnostics",
+    ]);
+    build.args(packages);
+    if linkage == Linkage::Static {
+        build.arg(format!("--target={STATIC_TARGET}"));
+        // Of all ways to give flags this one outranks the others, so that no setting of the user's undoes it.
+        build.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
+        // Three quarters of these programs otherwise, which every boot would load.
+        build.env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
+    }
+    let output = build
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cargo cannot be started")?;
+    if !output.status.success() {
+        bail!("cargo build {} failed", packages.join(" "));
+    }
+    let messages = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
+    let mut programs = HashMap::new();
+    for message in messages {
+        let message = message.context("cargo's messages cannot be read")?;
+        if let (Some(path), Some(name)) = (
+            message["executable"].as_str(),
+            message["target"]["name"].as_str(),
+        ) {
+            programs.insert(name.to_owned(), path.into());
+        }
+    }
+    Ok(programs)
+}
+
+fn program<'a>(programs: &'a HashMap<String, PathBuf>, name: &str) -> Result<&'a PathBuf> {
+    programs
+        .get(name)
+        .with_context(|| format!("cargo built no program {name}"))
+}

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Writes what the guest boots into: a handful of files in a cpio archive, as the kernel takes it.
+
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use cpio::newc::{Builder, ModeFileType, trailer};
+use tempfile::NamedTempFile;
+
+const INIT: &[u8] = include_bytes!("../../images/init");
+
+/// Folders that init mounts on, and those that files go to. Device nodes come from the kernel's devtmpfs.
+const FOLDERS: [&str; 8] = ["bin", "dev", "lib", "proc", "root", "run", "sys", "tmp"];
+
+/// Writes the archive to `archive`, with these programs and files besides init: the path in the guest, without the
+/// first slash, and the file.
+pub(crate) fn write(archive: &Path, files: &[(&str, &PathBuf)]) -> Result<()> {
+    let folder = archive.parent().unwrap_or(Path::new("."));
+    // Complete or not at all: another VM may be booting from the old one.
+    let mut unfinished = BufWriter::new(NamedTempFile::new_in(folder)?);
+    for name in FOLDERS {
+        add(&mut unfinished, name, ModeFileType::Directory, &[])?;
+    }
+    add(&mut unfinished, "init", ModeFileType::Regular, INIT)?;
+    for (name, path) in files {
+        let content =
+            fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
+        add(&mut unfinished, name, ModeFileType::Regular, &content)?;
+    }
+    trailer(&mut unfinished)?;
+    unfinished.into_inner()?.persist(archive)?;
+    Ok(())
+}
+
+fn add(archive: &mut impl Write, name: &str, kind: ModeFileType, content: &[u8]) -> Result<()> {
+    let length = u32::try_from(content.len())
+        .with_context(|| format!("{name} is too large for the initramfs"))?;
+    let entry = Builder::new(name).mode(0o755).set_mode_file_type(kind);
+    let mut writer = entry.write(archive, length);
+    writer.write_all(content)?;
+    writer.finish()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_archive_holds_init_folders_and_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "content").unwrap();
+        let archive = folder.path().join("archive");
+        write(&archive, &[("bin/file", &file)]).unwrap();
+
+        let mut names = Vec::new();
+        let mut rest = &fs::read(&archive).unwrap()[..];
+        loop {
+            let reader = cpio::newc::Reader::new(rest).unwrap();
+            if reader.entry().is_trailer() {
+                break;
+            }
+            names.push((reader.entry().name().to_owned(), reader.entry().mode()));
+            rest = reader.finish().unwrap();
+        }
+        assert!(names.contains(&("dev".to_owned(), 0o040_755)), "{names:?}");
+        assert!(names.contains(&("init".to_owned(), 0o100_755)), "{names:?}");
+        assert!(
+            names.contains(&("bin/file".to_owned(), 0o100_755)),
+            "{names:?}"
+        );
+    }
+}

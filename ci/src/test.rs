@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `cargo xtask test`: runs every test and counts them.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::builds::{Artifacts, cargo};
+use crate::setup;
+use crate::tally::Tally;
+use crate::tools::VmArgs;
+
+/// What to test, and with which tools.
+#[derive(Args, Debug)]
+pub struct TestArgs {
+    /// Run only tests whose names hold this
+    pub name: Option<String>,
+
+    /// The tools.
+    #[command(flatten)]
+    pub vm: VmArgs,
+}
+
+/// What cargo is told for each part of the tests, and what the tests of that part are told.
+const PARTS: [(&[&str], &[&str]); 4] = [
+    (&["--workspace", "--exclude=xtask"], &[]),
+    (&["--package=xtask", "--lib", "--bins"], &[]),
+    (&["--package=xtask", "--doc"], &[]),
+    // A VM under TCG keeps several processors busy, so VM tests run one at a time.
+    (&["--package=xtask", "--test=*"], &["--test-threads=1"]),
+];
+
+/// Sets up and builds what the tests need, and runs them all.
+pub fn run(args: &TestArgs) -> Result<ExitCode> {
+    let tools = setup::ensure(&args.vm.tools)?;
+    eprintln!("testing with kernel {}", tools.release);
+    // Built here too, and not only by the tests, so that a failure shows once and as what it is.
+    Artifacts::build(tools, args.vm.clone())?;
+
+    let mut tally = Tally::default();
+    for (selection, options) in PARTS {
+        let mut command = cargo("test");
+        command
+            .arg("--no-fail-fast")
+            .args(selection)
+            .arg("--")
+            .args(options)
+            .args(&args.name);
+        command.envs(args.vm.environment());
+        if std::env::var_os("RUST_LIB_BACKTRACE").is_none() {
+            // What a test returns as an error is told by its text.
+            command.env("RUST_LIB_BACKTRACE", "0");
+        }
+        tally += run_and_count(command)?;
+    }
+    println!("{tally}");
+    Ok(tally.exit_code())
+}
+
+/// Runs `cargo test`, passes its output on, and counts what it reports.
+fn run_and_count(mut command: Command) -> Result<Tally> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cargo cannot be started")?;
+    let mut counter = Counter::default();
+    for line in BufReader::new(child.stdout.take().context("cargo has no output")?).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        counter.take_in(&line);
+    }
+    Ok(counter.end(child.wait()?.success()))
+}
+
+/// Counts from the output of test harnesses.
+#[derive(Debug, Default)]
+struct Counter {
+    tally: Tally,
+    /// Whether a harness has begun and not yet told its result.
+    running: bool,
+}
+
+impl Counter {
+    fn take_in(&mut self, line: &str) {
+        if line.starts_with("running ") && (line.ends_with(" tests") || line.ends_with(" test")) {
+            self.harness_ended();
+            self.running = true;
+        } else if let Some(result) = line.strip_prefix("test result: ") {
+            self.running = false;
+            // "ok. 3 passed; 0 failed; 1 ignored; ..."
+            for field in result.split([';', '.']) {
+                match field.trim().split_once(' ') {
+                    Some((number, "passed")) => self.tally.passed += number.parse().unwrap_or(0),
+                    Some((number, "failed")) => self.tally.failed += number.parse().unwrap_or(0),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// A harness that crashes tells no result; that is a failure of its own.
+    fn harness_ended(&mut self) {
+        if std::mem::take(&mut self.running) {
+            self.tally.failed += 1;
+        }
+    }
+
+    fn end(mut self, success: bool) -> Tally {
+        self.harness_ended();
+        if !success && self.tally.failed == 0 {
+            // It did not even compile.
+            self.tally.failed = 1;
+        }
+        self.tally
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn count(output: &str, success: bool) -> Tally {
+        let mut counter = Counter::default();
+        output.lines().for_each(|line| counter.take_in(line));
+        counter.end(success)
+    }
+
+    #[test]
+    fn results_of_all_harnesses_add_up() {
+        let output = "running 2 tests\ntest a ... ok\ntest b ... FAILED\n\
+                      test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\
+                      running 1 test\ntest c ... ok\n\
+                      test result: ok. 1 passed; 0 failed; 3 ignored; 0 measured; 0 filtered out; finished in 0.00s\n";
+        assert_eq!(
+            count(output, false),
+            Tally {
+                passed: 2,
+                failed: 1
+            }
+        );
+    }
+
+    #[test]
+    fn a_crashed_harness_is_a_failure_whether_or_not_another_follows() {
+        let crash = "running 2 tests\ntest a ... ok\n";
+        let fine =
+            "running 1 test\ntest c ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored\n";
+        assert_eq!(
+            count(crash, false),
+            Tally {
+                passed: 0,
+                failed: 1
+            }
+        );
+        assert_eq!(
+            count(&format!("{crash}{fine}"), false),
+            Tally {
+                passed: 1,
+                failed: 1
+            }
+        );
+    }
+
+    #[test]
+    fn tests_that_do_not_compile_are_a_failure() {
+        assert_eq!(
+            count("", false),
+            Tally {
+                passed: 0,
+                failed: 1
+            }
+        );
+        assert_eq!(count("", true), Tally::default());
+    }
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A virtual machine under test: a stock QEMU and kernel, and an agent that runs commands in the guest.
+//!
+//! ```no_run
+//! use xtask::vm::{Config, Vm};
+//!
+//! let vm = Vm::boot(&Config::default())?;
+//! assert_eq!(vm.run(["uname", "-s"])?.success()?, "Linux\n");
+//! # anyhow::Ok(())
+//! ```
+
+mod agent;
+mod console;
+mod qemu;
+mod qmp;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use self::agent::Agent;
+pub use self::agent::{Output, Process};
+use self::console::Console;
+use self::qemu::Qemu;
+pub use self::qemu::accelerator;
+use self::qmp::Qmp;
+use crate::builds::Artifacts;
+
+/// How long a guest may take until its agent answers. A boot takes 3 s under TCG on an idle machine.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a command in the guest may take, unless the caller says otherwise.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long QEMU may take for what it does itself.
+pub const QMP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What a VM is made of.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The guest's memory, in MiB.
+    pub memory_mib: u32,
+    /// Its processors.
+    pub cpus: u32,
+    /// Further arguments for QEMU, such as `barlink qemu-args` prints.
+    pub arguments: Vec<String>,
+    /// Files and folders that these arguments name; QEMU sees no others. Each must exist, and not be below `/usr` or
+    /// `/etc`.
+    pub paths: Vec<PathBuf>,
+    /// Whether the console is to be connected to a terminal, by [`Vm::attach_terminal`].
+    pub interactive: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            memory_mib: 1024,
+            cpus: 2,
+            arguments: Vec::new(),
+            paths: Vec::new(),
+            interactive: false,
+        }
+    }
+}
+
+/// A running VM; dropping it ends it, and where the caller panics, shows the end of its console.
+#[derive(Debug)]
+pub struct Vm {
+    agent: Agent,
+    qmp: Qmp,
+    console: Console,
+    // Dropped last, since it ends what the others talk to.
+    qemu: Qemu,
+}
+
+impl Vm {
+    /// Boots a VM with [`Artifacts::shared`].
+    pub fn boot(config: &Config) -> Result<Self> {
+        Self::boot_with(Artifacts::shared()?, config)
+    }
+
+    /// Boots a VM and waits for its agent.
+    pub fn boot_with(artifacts: &Artifacts, config: &Config) -> Result<Self> {
+        let (mut qemu, ends) = Qemu::start(artifacts, config)?;
+        let console = Console::new(qemu.folder(), ends.console)?;
+        let agent = Agent::new(ends.agent, qemu.folder().to_owned())?;
+        agent.wait_ready(1, BOOT_TIMEOUT).with_context(|| {
+            format!(
+                "the VM does not boot; its logs are in {}",
+                qemu.keep_logs().display()
+            )
+        })?;
+        Ok(Self {
+            agent,
+            qmp: Qmp::new(ends.qmp, QMP_TIMEOUT)?,
+            console,
+            qemu,
+        })
+    }
+
+    /// Runs a command in the guest to its end, with nothing on its standard input.
+    pub fn run<S: Into<String>>(&self, argv: impl IntoIterator<Item = S>) -> Result<Output> {
+        let process = self.spawn(argv)?;
+        process.close_stdin()?;
+        process.wait(COMMAND_TIMEOUT)
+    }
+
+    /// Starts a command in the guest.
+    pub fn spawn<S: Into<String>>(&self, argv: impl IntoIterator<Item = S>) -> Result<Process> {
+        self.agent
+            .spawn(argv.into_iter().map(Into::into).collect(), Vec::new())
+    }
+
+    /// Writes a file in the guest.
+    pub fn put_file(&self, path: &str, content: &[u8]) -> Result<()> {
+        let process = self.spawn(["sh", "-c", "cat >\"$0\"", path])?;
+        process.write(content)?;
+        process.close_stdin()?;
+        let output = process.wait(COMMAND_TIMEOUT)?;
+        output
+            .require_success()
+            .with_context(|| format!("{path} cannot be written in the guest"))
+    }
+
+    /// Reads a file in the guest.
+    pub fn get_file(&self, path: &str) -> Result<Vec<u8>> {
+        let output = self.run(["cat", path])?;
+        output
+            .require_success()
+            .with_context(|| format!("{path} cannot be read in the guest"))?;
+        Ok(output.stdout)
+    }
+
+    /// Resets the machine, as its reset button would, and waits until it has booted again.
+    pub fn reset(&self) -> Result<()> {
+        let boots = self.agent.boots();
+        self.qmp("system_reset", &json!({}))?;
+        self.agent.wait_ready(boots + 1, BOOT_TIMEOUT)
+    }
+
+    /// Executes a QMP command and gives what it returns.
+    pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
+        self.qmp.execute(command, arguments)
+    }
+
+    /// Plugs a device in; `arguments` are those of `device_add`, and must hold an `id`.
+    pub fn plug(&self, arguments: &Value) -> Result<()> {
+        self.qmp("device_add", arguments).map(drop)
+    }
+
+    /// Asks the guest to let go of a device, and waits until it is out.
+    pub fn unplug(&self, id: &str) -> Result<()> {
+        self.qmp("device_del", &json!({ "id": id }))?;
+        self.qmp
+            .wait_event("DEVICE_DELETED", |data| data["device"] == id)
+    }
+
+    /// What the guest's kernel and init have printed so far.
+    pub fn console_log(&self) -> String {
+        self.console.log()
+    }
+
+    /// Connects the caller's terminal to the guest's console until the user presses Ctrl-].
+    pub fn attach_terminal(&self) -> Result<()> {
+        self.console.attach_terminal()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let folder = self.qemu.keep_logs();
+            eprintln!(
+                "{}\nall of it is in {}",
+                console::tail(&folder),
+                folder.display()
+            );
+        }
+    }
+}
