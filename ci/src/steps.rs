@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 
 /// How many lines of the log an error shows.
 const SHOWN_LINES: usize = 12;
@@ -24,17 +25,21 @@ pub struct Steps {
     path: PathBuf,
     log: RefCell<File>,
     interrupted: Arc<AtomicBool>,
+    ended: Arc<AtomicBool>,
 }
 
 impl Steps {
     /// Starts an empty log at `path`.
     ///
-    /// From here on Ctrl-C ends the programs that the steps run, but not this one, so that the step fails and what it
-    /// made is removed.
+    /// Until this is dropped, Ctrl-C ends the programs that the steps run, but not this one, so that the step fails and
+    /// what it made is removed.
     pub fn start(path: &Path) -> Result<Self> {
         let interrupted = Arc::default();
+        let ended = Arc::default();
         for signal in [SIGINT, SIGTERM, SIGHUP] {
-            signal_hook::flag::register(signal, Arc::clone(&interrupted))
+            // In this order: the first ends the process once the second is not to hold it any more.
+            flag::register_conditional_default(signal, Arc::clone(&ended))
+                .and_then(|_| flag::register(signal, Arc::clone(&interrupted)))
                 .context("signals cannot be caught")?;
         }
         let log = File::create(path)
@@ -43,6 +48,7 @@ impl Steps {
             path: path.to_owned(),
             log: RefCell::new(log),
             interrupted,
+            ended,
         })
     }
 
@@ -103,5 +109,11 @@ impl Steps {
             );
         }
         Ok(())
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
     }
 }
