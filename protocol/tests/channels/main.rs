@@ -1,0 +1,5 @@
+//! Channels on the heap: the ring itself, and ends that sleep and wake each other.
+
+mod heap;
+mod ring;
+mod sleep;
