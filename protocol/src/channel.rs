@@ -77,29 +77,60 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.link.events()
     }
 
+    /// Whether this channel drops records that find it full.
+    pub fn drops(&self) -> bool {
+        self.drops
+    }
+
     /// Makes room for a record with `length` bytes of payload, to be filled in place. Waits for room, over any coming
-    /// and going of the other end, until `timeout` is over: then `None`. In a channel that drops it does not
-    /// wait: the record that found no room is counted, and `None` is the answer.
+    /// and going of the other end, also in a channel that drops; `None` if `timeout` is over.
     pub fn draft(
         &mut self,
         length: usize,
         timeout: Option<Duration>,
     ) -> Result<Option<Draft<'_, M, E>>, ChannelError<E::Error>> {
-        let deadline = if self.drops {
+        let deadline = self.link.deadline(timeout);
+        self.draft_until(length, deadline)
+    }
+
+    /// Copies a record into the channel and commits it. Waits for room until `timeout` is over; in a channel that
+    /// drops it does not wait: a record that finds no room is counted and is gone.
+    pub fn send(
+        &mut self,
+        kind: Kind,
+        bytes: &[u8],
+        timeout: Option<Duration>,
+    ) -> Result<Sent, ChannelError<E::Error>> {
+        let drops = self.drops;
+        let deadline = if drops {
             Some(PAST)
         } else {
             self.link.deadline(timeout)
         };
+        match self.draft_until(bytes.len(), deadline)? {
+            Some(mut draft) => {
+                draft.write(0, bytes);
+                let length = draft.length();
+                draft.commit(kind, length)?;
+                return Ok(Sent::Committed);
+            }
+            None if !drops => return Ok(Sent::TimedOut),
+            None => (),
+        }
+        self.producer.drop_record();
+        Ok(Sent::Dropped)
+    }
+
+    fn draft_until(
+        &mut self,
+        length: usize,
+        deadline: Option<Duration>,
+    ) -> Result<Option<Draft<'_, M, E>>, ChannelError<E::Error>> {
         loop {
             match self.wait(length, deadline)? {
                 Wakeup::Ready => break,
                 Wakeup::PeerChanged => (),
-                Wakeup::TimedOut => {
-                    if self.drops {
-                        self.producer.drop_record();
-                    }
-                    return Ok(None);
-                }
+                Wakeup::TimedOut => return Ok(None),
             }
         }
         let reservation = self
@@ -110,27 +141,6 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
             reservation,
             link: &mut self.link,
         }))
-    }
-
-    /// Copies a record into the channel and commits it. Waits for room as [`Sender::draft`] does.
-    pub fn send(
-        &mut self,
-        kind: Kind,
-        bytes: &[u8],
-        timeout: Option<Duration>,
-    ) -> Result<Sent, ChannelError<E::Error>> {
-        let missed = if self.drops {
-            Sent::Dropped
-        } else {
-            Sent::TimedOut
-        };
-        let Some(mut draft) = self.draft(bytes.len(), timeout)? else {
-            return Ok(missed);
-        };
-        draft.write(0, bytes);
-        let length = draft.length();
-        draft.commit(kind, length)?;
-        Ok(Sent::Committed)
     }
 
     fn wait(

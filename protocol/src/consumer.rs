@@ -216,16 +216,19 @@ impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
         count
     }
 
-    /// Lets the kernel write the payload, from an offset on that is a multiple of 8, to a file descriptor. Gives what
-    /// `write(2)` gives: bytes written, which can be fewer than there are, or the `errno`.
+    /// Lets the kernel write the payload, from an offset on, to a file descriptor. Gives what `write(2)` gives: bytes
+    /// written, which can be fewer than there are, or the `errno`.
+    ///
+    /// # Panics
+    ///
+    /// If `offset` is behind the payload.
     #[cfg(not(loom))]
     pub fn write_to(&self, fd: libc::c_int, offset: usize) -> Result<usize, libc::c_int> {
-        assert!(
-            offset.is_multiple_of(8) && offset <= self.length(),
-            "offset {offset} in a record of {}",
-            self.length()
-        );
+        let length = self
+            .length()
+            .checked_sub(offset)
+            .expect("offset is behind the payload");
         self.region
-            .write_to(fd, self.payload + offset as u64, self.length() - offset)
+            .write_to(fd, self.payload + offset as u64, length)
     }
 }

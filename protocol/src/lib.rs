@@ -12,6 +12,8 @@ mod presence;
 mod producer;
 pub mod region;
 pub mod state;
+#[cfg(not(loom))]
+pub mod stream;
 mod sync;
 pub mod wire;
 

@@ -103,7 +103,7 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         }
     }
 
-    /// Lets the kernel write `length` bytes of the region, from `offset` on, to a file descriptor: no copy
+    /// Lets the kernel write `length` bytes of the region, from any `offset` on, to a file descriptor: no copy
     /// in user space, and no reference made. Gives what `write(2)` gives: bytes written, or the `errno`.
     #[cfg(not(loom))]
     pub fn write_to(
@@ -132,10 +132,20 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         result(unsafe { libc::read(fd, target.cast(), length) })
     }
 
+    /// The address of a byte at any offset, from which `length` bytes are mapped.
     #[cfg(not(loom))]
     fn bytes(&self, offset: u64, length: usize) -> *mut u8 {
-        self.part(offset, length).as_ptr().cast::<u8>().cast_mut()
+        let within = (offset % 8) as usize;
+        let words = self.part(offset - within as u64, within + length);
+        words.as_ptr().cast::<u8>().cast_mut().wrapping_add(within)
     }
+}
+
+/// Fills private memory from a file descriptor. Gives what `read(2)` gives.
+#[cfg(not(loom))]
+pub(crate) fn read(fd: libc::c_int, bytes: &mut [u8]) -> Result<usize, libc::c_int> {
+    // SAFETY: the memory is borrowed exclusively, and `read` writes at most its length.
+    result(unsafe { libc::read(fd, bytes.as_mut_ptr().cast(), bytes.len()) })
 }
 
 #[cfg(not(loom))]
