@@ -97,11 +97,6 @@ impl Attachment {
         &self.layout
     }
 
-    /// The region's bytes.
-    pub fn mapping(&self) -> &Mapping {
-        &self.mapping
-    }
-
     /// The region's words.
     pub fn region(&self) -> Region {
         self.mapping.region()

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use barlink_protocol::{AtomicU64, region};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use vm_memory::FileOffset;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, VolatileMemory, VolatileMemoryError};
 
 /// A region in this process. Clones share one mapping.
 pub type Region = region::Region<Mapping>;
@@ -121,27 +121,6 @@ impl Mapping {
     pub fn region(&self) -> Region {
         Region::new(self.clone())
     }
-
-    /// Copies bytes out of any place in the region.
-    pub fn peek(&self, offset: u64, bytes: &mut [u8]) -> Result<(), VolatileMemoryError> {
-        self.slice(offset, bytes.len())?.copy_to(bytes);
-        Ok(())
-    }
-
-    /// Copies bytes to any place in the region, which is mapped for writing.
-    pub fn poke(&self, offset: u64, bytes: &[u8]) -> Result<(), VolatileMemoryError> {
-        self.slice(offset, bytes.len())?.copy_from(bytes);
-        Ok(())
-    }
-
-    fn slice(
-        &self,
-        offset: u64,
-        length: usize,
-    ) -> Result<vm_memory::VolatileSlice<'_>, VolatileMemoryError> {
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        self.0.get_slice(offset, length)
-    }
 }
 
 impl Deref for Mapping {
@@ -149,8 +128,7 @@ impl Deref for Mapping {
 
     fn deref(&self) -> &[AtomicU64] {
         // SAFETY: `mmap` gave `size` bytes on a page boundary, which stay mapped while `self` is borrowed; the file
-        // behind them is sealed at that size; all access in this process is by atomics, by `Region`'s copies, or by
-        // the volatile copies of `peek` and `poke`. A read-only mapping is only loaded from: see `Access`.
+        // behind them is sealed at that size; all access in this process is by atomics or by `Region`'s copies. A read-only mapping is only loaded from: see `Access`.
         unsafe { region::words(self.0.as_ptr(), self.0.size()) }
     }
 }

@@ -15,7 +15,7 @@
     reason = "turns a mapping into words, and copies between it and private memory"
 )]
 
-use core::ops::Deref;
+use core::ops::{Deref, Range};
 
 use crate::sync::{AtomicU64, Ordering};
 use crate::wire::layout::PAGE_WORDS;
@@ -32,6 +32,15 @@ pub unsafe fn words<'a>(start: *mut u8, length: usize) -> &'a [AtomicU64] {
     // `u64`, any bits are valid for it, and shared mutation is what it is for. Writes by other processes are
     // atomic, or tear into some value: see the module's rules.
     unsafe { core::slice::from_raw_parts(start.cast(), length / 8) }
+}
+
+/// A range that is not in the mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{length} bytes at {offset:#x} are not in the mapping, which has {size}")]
+pub struct OutOfRegion {
+    offset: u64,
+    length: usize,
+    size: u64,
 }
 
 /// A region, or the part of it that is mapped, from its first byte on.
@@ -101,6 +110,54 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
             let last = word.load(Ordering::Relaxed).to_le_bytes();
             tail.copy_from_slice(&last[..tail.len()]);
         }
+    }
+
+    /// Copies bytes out of any place, for a person who looks; a place that is not mapped is an error.
+    pub fn peek(&self, offset: u64, bytes: &mut [u8]) -> Result<(), OutOfRegion> {
+        for (word, within, part) in self.cut(offset, bytes.len())? {
+            let value = word.load(Ordering::Relaxed).to_le_bytes();
+            let length = part.len();
+            bytes[part].copy_from_slice(&value[within..within + length]);
+        }
+        Ok(())
+    }
+
+    /// Copies bytes to any place. A word of which they fill a part is read, changed and written back, so the other
+    /// part must be nobody else's at that time.
+    pub fn poke(&self, offset: u64, bytes: &[u8]) -> Result<(), OutOfRegion> {
+        for (word, within, part) in self.cut(offset, bytes.len())? {
+            let mut value = word.load(Ordering::Relaxed).to_le_bytes();
+            value[within..within + part.len()].copy_from_slice(&bytes[part]);
+            word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Cuts a range into words: each with the first byte in it that is meant, and which bytes of the range those are.
+    fn cut(
+        &self,
+        offset: u64,
+        length: usize,
+    ) -> Result<impl Iterator<Item = (&AtomicU64, usize, Range<usize>)>, OutOfRegion> {
+        let outside = OutOfRegion {
+            offset,
+            length,
+            size: self.size(),
+        };
+        let end = offset
+            .checked_add(length as u64)
+            .filter(|&end| end <= self.size())
+            .ok_or(outside)?;
+        let words = (offset / 8..end.div_ceil(8)).filter(move |_| length > 0);
+        Ok(words.map(move |index| {
+            let (start, stop) = ((index * 8).max(offset), (index * 8 + 8).min(end));
+            let part = (start - offset) as usize..(stop - offset) as usize;
+            (
+                &self.memory[index as usize],
+                (start - index * 8) as usize,
+                part,
+            )
+        }))
     }
 
     /// Lets the kernel write `length` bytes of the region, from any `offset` on, to a file descriptor: no copy

@@ -22,7 +22,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub fn open(
     id: u32,
     transport: Arc<dyn Transport>,
-    listener: Listener,
+    listener: Arc<Listener>,
     shared: Arc<Shared>,
 ) -> io::Result<()> {
     thread::Builder::new()

@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use plan::{ChannelPlan, Direction, PlanError, plan};
+pub use plan::{ChannelPlan, Direction, Party, PlanError, parse_size, plan};
 pub use policy::{Peer, Policy};
 pub use shared::{Shared, Slot};
 pub use socket::{Listener, SocketError};
@@ -66,6 +66,7 @@ pub enum BrokerError {
 pub struct Broker {
     shared: Arc<Shared>,
     control: Listener,
+    doors: Vec<Arc<Listener>>,
 }
 
 impl Broker {
@@ -74,15 +75,22 @@ impl Broker {
         let slots = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
         let layout = plan(config.size, slots, config.vectors, &config.channels)?;
         let control = Listener::packets(&config.control, &config.policy)?;
-        let mut doors = Vec::new();
+        let mut slots = Vec::new();
         for (transport, path) in config.slots {
-            doors.push((transport, Listener::stream(&path, &config.policy)?));
+            slots.push((
+                transport,
+                Arc::new(Listener::stream(&path, &config.policy)?),
+            ));
         }
-        let entries = doors
+        let entries = slots
             .iter()
             .map(|(transport, listener)| (transport.name(), listener.path().to_owned()));
         let shared = Arc::new(Shared::create(layout, entries.collect(), config.policy)?);
-        for (id, (transport, listener)) in (0..).zip(doors) {
+        let doors = slots
+            .iter()
+            .map(|(_, listener)| Arc::clone(listener))
+            .collect();
+        for (id, (transport, listener)) in (0..).zip(slots) {
             door::open(id, transport, listener, Arc::clone(&shared)).map_err(|source| {
                 BrokerError::System {
                     what: "start a thread",
@@ -90,7 +98,11 @@ impl Broker {
                 }
             })?;
         }
-        Ok(Broker { shared, control })
+        Ok(Broker {
+            shared,
+            control,
+            doors,
+        })
     }
 
     /// What the broker's threads share.
@@ -98,11 +110,18 @@ impl Broker {
         &self.shared
     }
 
+    /// Where host apps attach.
+    pub fn control_path(&self) -> &std::path::Path {
+        self.control.path()
+    }
+
     /// Answers host apps until `stop` can be read. Then says in the region that the host is gone, and removes the
     /// sockets. VMs that are connected keep the memory.
     pub fn run(self, stop: &OwnedFd) -> Result<(), BrokerError> {
         let served = control::serve(&self.control, &self.shared, stop);
         self.shared.leave();
+        // The threads at the doors end with the process, and do not drop their listeners.
+        self.doors.iter().for_each(|listener| listener.remove());
         served.map_err(|source| BrokerError::System {
             what: "wait for host apps",
             source,

@@ -127,6 +127,13 @@ impl Listener {
         &self.path
     }
 
+    /// Removes its file: nobody can connect any more.
+    pub fn remove(&self) {
+        // Whoever removed them before us did our work.
+        let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&self.lock);
+    }
+
     /// Accepts a connection.
     pub fn accept(&self, flags: SocketFlags) -> io::Result<OwnedFd> {
         Ok(rustix::net::accept_with(
@@ -144,9 +151,7 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // Whoever removed them before us did our work.
-        let _ = std::fs::remove_file(&self.path);
-        let _ = std::fs::remove_file(&self.lock);
+        self.remove();
     }
 }
 
