@@ -38,28 +38,20 @@ impl Transport for Ivshmem {
     }
 
     fn serve(&self, mut vm: UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
-        let unready = |source| TransportError::Send {
-            what: "anything",
-            source,
-        };
-        vm.set_write_timeout(Some(PATIENCE)).map_err(unready)?;
-        send(&vm, "the version", VERSION, None)?;
-        send(&vm, "its ID", i64::from(slot.id()), None)?;
-        send(&vm, "the memory", MEMORY, Some(slot.memory().as_raw_fd()))?;
-        let own = slot.id();
-        // The others first, then its own: the order of the specification.
-        for peer in (0..slot.peers()).filter(|&peer| peer != own).chain([own]) {
-            for bell in slot.bells(peer) {
-                send(&vm, "an eventfd", i64::from(peer), Some(bell.as_raw_fd()))?;
+        match handshake(&vm, slot) {
+            // QEMU that fails for its own reasons leaves so, in the middle.
+            Err(TransportError::Send { source, .. }) if is_gone(&source) => {
+                return Ok(Departure::Left);
             }
+            done => done?,
         }
-        debug!("slot {own}: handshake is done");
+        debug!("slot {}: handshake is done", slot.id());
         match vm.read(&mut [0; 1]) {
             Ok(0) => Ok(Departure::Left),
             Ok(_) => Ok(Departure::Misbehaved(
                 "it sent bytes, where the protocol is one-way",
             )),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Departure::Left),
+            Err(error) if is_gone(&error) => Ok(Departure::Left),
             Err(error) => Err(TransportError::Receive(error)),
         }
     }
@@ -68,6 +60,32 @@ impl Transport for Ivshmem {
         // It may be gone already; then there is nothing to do.
         let _ = send(&vm, "the refusal", REFUSAL, None);
     }
+}
+
+fn handshake(vm: &UnixStream, slot: &Slot) -> Result<(), TransportError> {
+    let unready = |source| TransportError::Send {
+        what: "anything",
+        source,
+    };
+    vm.set_write_timeout(Some(PATIENCE)).map_err(unready)?;
+    let own = slot.id();
+    send(vm, "the version", VERSION, None)?;
+    send(vm, "its ID", i64::from(own), None)?;
+    send(vm, "the memory", MEMORY, Some(slot.memory().as_raw_fd()))?;
+    // The others first, then its own: the order of the specification.
+    for peer in (0..slot.peers()).filter(|&peer| peer != own).chain([own]) {
+        for bell in slot.bells(peer) {
+            send(vm, "an eventfd", i64::from(peer), Some(bell.as_raw_fd()))?;
+        }
+    }
+    Ok(())
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 fn send(
