@@ -313,3 +313,34 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
         &["leave the region"],
     );
 }
+
+#[test]
+fn nothing_is_lost_when_channels_share_a_vector() {
+    let broker = Broker::start(&[
+        "--vectors",
+        "1",
+        "--channel",
+        "a=host-host,64K",
+        "--channel",
+        "b=host-host,64K",
+    ]);
+    let data = noise(2_000_000);
+    file_with(&broker.path("in"), &data);
+    let app = |command: &str, channel: &str| {
+        let mut app = broker.app(&[command, "--channel", channel]);
+        if command == "send" {
+            app.arg(broker.path("in")).args(["--record-size", "3000"]);
+        } else {
+            app.arg("-o").arg(broker.path(channel));
+        }
+        app.spawn().unwrap()
+    };
+    let mut apps = [("recv", "a"), ("recv", "b"), ("send", "a"), ("send", "b")]
+        .map(|(command, c)| app(command, c));
+    for app in &mut apps {
+        assert!(wait(app).success());
+    }
+    for channel in ["a", "b"] {
+        assert!(std::fs::read(broker.path(channel)).unwrap() == data);
+    }
+}

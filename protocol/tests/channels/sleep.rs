@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::heap::ends;
+use crate::heap::{bells, ends, ends_with, region};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{Sent, Wakeup};
 
@@ -80,4 +80,38 @@ fn a_record_in_place_is_cut_to_what_was_filled() {
     assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
     let record = receiver.record().unwrap();
     assert_eq!((record.length(), record.header().kind), (5, Kind::USER));
+}
+
+#[test]
+fn a_doorbell_that_is_lost_costs_time_and_no_record() {
+    let (region, layout) = region(4096, false);
+    let (mut a, b) = bells();
+    a.lost = 3;
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let producer = std::thread::spawn(move || {
+        for number in 0..10u8 {
+            // So that the receiver is asleep, and has to be rung.
+            std::thread::sleep(Duration::from_millis(5));
+            assert_eq!(
+                sender.send(Kind::DATA, &[number], None),
+                Ok(Sent::Committed)
+            );
+        }
+        sender
+    });
+    let start = Instant::now();
+    for number in 0..10 {
+        assert_eq!(
+            receiver.wait(Some(Duration::from_secs(10))),
+            Ok(Wakeup::Ready)
+        );
+        assert_eq!(receiver.record().unwrap().header().sequence, number);
+        receiver.release().unwrap();
+    }
+    assert!(
+        start.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        start.elapsed()
+    );
+    producer.join().unwrap();
 }
