@@ -2,6 +2,7 @@
 
 mod control;
 mod ivshmem;
+mod live;
 mod serve;
 mod streams;
 mod support;

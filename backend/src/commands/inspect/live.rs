@@ -174,7 +174,7 @@ impl<'a> Screen<'a> {
             .iter()
             .zip(self.rates.iter().copied())
             .map(row);
-        let widths = [10, 14, 14, 20, 22, 12, 9, 9, 12].map(Constraint::Min);
+        let widths = view::CHANNEL_WIDTHS.map(Constraint::Length);
         Table::new(rows, widths)
             .header(Row::new(view::CHANNEL_COLUMNS).style(Style::new().bold()))
             .block(Block::bordered().title("channels"))

@@ -10,17 +10,21 @@ use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 use super::snapshot::{ChannelView, Snapshot};
 
 /// Titles of the columns of [`channel_row`].
-pub const CHANNEL_COLUMNS: [&str; 9] = [
+pub const CHANNEL_COLUMNS: [&str; 11] = [
     "channel",
     "from",
     "to",
     "fill",
-    "rate",
+    "of",
+    "bytes/s",
+    "rec/s",
     "records",
     "dropped",
     "rung",
     "suppressed",
 ];
+/// Widths that hold what is mostly in them, and fit into 120 columns.
+pub const CHANNEL_WIDTHS: [u16; 11] = [8, 12, 12, 7, 10, 12, 9, 11, 7, 8, 10];
 
 /// What has changed between two snapshots of a channel.
 #[derive(Clone, Copy, Debug, Default)]
@@ -102,33 +106,27 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
 }
 
 /// A row for a channel, under [`CHANNEL_COLUMNS`].
-pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 9] {
+pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 11] {
     let end = |peer: &str, process: Option<u32>| match process {
         Some(process) => format!("{peer}, {process}"),
         None => format!("{peer}, -"),
     };
-    let fill = match channel.fill {
-        Some(fill) => {
-            format!(
-                "{:.1} % of {}",
-                fill as f64 * 100.0 / channel.capacity as f64,
-                BinaryBytes(channel.capacity)
-            )
-        }
-        None => "corrupt".to_owned(),
+    let share = |fill| format!("{:.1} %", fill as f64 * 100.0 / channel.capacity as f64);
+    let (bytes, records) = match rate {
+        Some(rate) => (
+            BinaryBytes(rate.bytes as u64).to_string(),
+            HumanCount(rate.records as u64).to_string(),
+        ),
+        None => ("-".to_owned(), "-".to_owned()),
     };
     [
         channel.name.clone(),
         end(&channel.from, channel.producer),
         end(&channel.to, channel.consumer),
-        fill,
-        rate.map_or("-".to_owned(), |rate| {
-            format!(
-                "{}/s, {}/s",
-                BinaryBytes(rate.bytes as u64),
-                HumanCount(rate.records as u64)
-            )
-        }),
+        channel.fill.map_or("corrupt".to_owned(), share),
+        BinaryBytes(channel.capacity).to_string(),
+        bytes,
+        records,
         HumanCount(channel.records).to_string(),
         HumanCount(channel.dropped).to_string(),
         HumanCount(channel.rung).to_string(),
@@ -146,7 +144,7 @@ pub fn text(snapshot: &Snapshot) -> String {
             .map(|channel| channel_row(channel, None)),
     );
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let widths: [usize; 9] = std::array::from_fn(width);
+    let widths: [usize; 11] = std::array::from_fn(width);
     let mut text = header(snapshot).join("\n");
     for line in slots(snapshot) {
         text.push('\n');
