@@ -9,11 +9,11 @@ use crate::consumer::{Consumer, Record};
 use crate::cursor::Kind;
 use crate::error::ChannelError;
 use crate::link::{Events, Link, PAST, Wakeup};
-use crate::presence::Presence;
+use crate::presence::{Presence, PresenceWords};
 use crate::producer::{Producer, Reservation, ReserveError};
 use crate::region::Region;
 use crate::sync::AtomicU64;
-use crate::wire::layout::{End, Layout};
+use crate::wire::layout::{Channel, End, Layout};
 
 /// What became of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,11 +48,31 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
             .channels()
             .get(channel)
             .ok_or(ChannelError::Unknown(channel))?;
+        let words = PresenceWords::find(layout, channel, End::Producer.other(), region.size());
+        Self::new(region, entry, words, events)
+    }
+
+    /// As [`Sender::attach`], in a model's region, which holds a channel and nothing else.
+    #[cfg(loom)]
+    pub fn attach_to(
+        region: Region<M>,
+        entry: &Channel,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
+        Self::new(region, entry, None, events)
+    }
+
+    fn new(
+        region: Region<M>,
+        entry: &Channel,
+        words: Option<PresenceWords>,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
         let producer = Producer::attach(region.clone(), entry)?;
-        let link = Link::attach(region, layout, channel, End::Producer, events);
+        let link = Link::attach(region, words, events).map_err(ChannelError::Events)?;
         Ok(Sender {
             producer,
-            link: link.map_err(ChannelError::Events)?,
+            link,
             drops: entry.drop_when_full,
         })
     }
@@ -228,12 +248,29 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
             .channels()
             .get(channel)
             .ok_or(ChannelError::Unknown(channel))?;
+        let words = PresenceWords::find(layout, channel, End::Consumer.other(), region.size());
+        Self::new(region, entry, words, events)
+    }
+
+    /// As [`Receiver::attach`], in a model's region, which holds a channel and nothing else.
+    #[cfg(loom)]
+    pub fn attach_to(
+        region: Region<M>,
+        entry: &Channel,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
+        Self::new(region, entry, None, events)
+    }
+
+    fn new(
+        region: Region<M>,
+        entry: &Channel,
+        words: Option<PresenceWords>,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
         let consumer = Consumer::attach(region.clone(), entry)?;
-        let link = Link::attach(region, layout, channel, End::Consumer, events);
-        Ok(Receiver {
-            consumer,
-            link: link.map_err(ChannelError::Events)?,
-        })
+        let link = Link::attach(region, words, events).map_err(ChannelError::Events)?;
+        Ok(Receiver { consumer, link })
     }
 
     /// The other end, as last seen.

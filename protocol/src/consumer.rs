@@ -41,7 +41,8 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         let base = channel.offset;
         let consumer = Consumer {
             read: region.load(base + channel::READ),
-            written: region.load(base + channel::WRITTEN),
+            // SYNC: committed; as in `refresh`.
+            written: region.word(base + channel::WRITTEN).load(Ordering::Acquire),
             current: None,
             rung: region.load(base + channel::CONSUMER_RUNG),
             capacity: Capacity::of(channel),

@@ -11,7 +11,6 @@ use crate::presence::{Presence, PresenceWords};
 use crate::producer::Notify;
 use crate::region::Region;
 use crate::sync::{AtomicU64, spin};
-use crate::wire::layout::{End, Layout};
 
 /// How one end of a channel rings the other, sleeps, and tells the time: eventfds on the host, the driver's file in
 /// a guest.
@@ -69,15 +68,13 @@ pub struct Link<M, E> {
 }
 
 impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
-    /// The link of the `own` end of a channel. Rings the other end once: it may have slept through our coming.
-    pub fn attach(
+    /// The link of an end whose other end shows its presence in `words`, if it can be seen. Rings the other end once:
+    /// it may have slept through our coming.
+    pub(crate) fn attach(
         region: Region<M>,
-        layout: &Layout,
-        channel: usize,
-        own: End,
+        words: Option<PresenceWords>,
         events: E,
     ) -> Result<Self, E::Error> {
-        let words = PresenceWords::find(layout, channel, own.other(), region.size());
         let mut link = Link {
             peer: Presence::default(),
             words,

@@ -77,7 +77,8 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         let base = channel.offset;
         let capacity = Capacity::of(channel);
         let written = region.load(base + channel::WRITTEN);
-        let read = region.load(base + channel::READ);
+        // SYNC: released; as in `refresh`.
+        let read = region.word(base + channel::READ).load(Ordering::Acquire);
         capacity.in_flight(written, read)?;
         let current = channel::NOTES
             .iter()

@@ -65,7 +65,7 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
 
     /// The word at an offset.
     pub fn word(&self, offset: u64) -> &AtomicU64 {
-        &self.memory[(offset / 8) as usize]
+        &self.memory[index(offset)]
     }
 
     /// Reads a word that other words do not depend on.
@@ -84,7 +84,7 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     }
 
     fn part(&self, offset: u64, bytes: usize) -> &[AtomicU64] {
-        let first = (offset / 8) as usize;
+        let first = index(offset);
         &self.memory[first..first + bytes.div_ceil(8)]
     }
 
@@ -196,6 +196,25 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         let words = self.part(offset - within as u64, within + length);
         words.as_ptr().cast::<u8>().cast_mut().wrapping_add(within)
     }
+}
+
+/// The place of a word in the memory.
+#[cfg(not(loom))]
+fn index(offset: u64) -> usize {
+    (offset / 8) as usize
+}
+
+/// The place of a word in a memory that holds one channel and nothing else: loom follows every word by itself, so the
+/// gaps between cache lines are left out.
+#[cfg(loom)]
+fn index(offset: u64) -> usize {
+    use crate::wire::layout::channel;
+    let word = match offset {
+        channel::DATA.. => 11 + (offset - channel::DATA) / 8,
+        channel::READ.. => 8 + (offset - channel::READ) / 8,
+        _ => (offset - channel::WRITTEN) / 8,
+    };
+    word as usize
 }
 
 /// Fills private memory from a file descriptor. Gives what `read(2)` gives.
