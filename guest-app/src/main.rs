@@ -5,6 +5,7 @@
 mod args;
 mod commands;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use args::Cli;
@@ -17,7 +18,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("barlink-guest: {error:#}");
+            // `eprintln` would panic where standard error is closed.
+            let _ = writeln!(std::io::stderr(), "barlink-guest: {error:#}");
             ExitCode::from(exit_code(&error))
         }
     }

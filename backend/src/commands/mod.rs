@@ -8,6 +8,7 @@ mod qemu_args;
 mod serve;
 mod stream;
 
+use std::io::{Write, stdout};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -25,11 +26,12 @@ pub fn run(command: Command) -> Result<()> {
         Command::Poke(args) => peek::poke(&args),
         Command::ResetChannel(args) => {
             let generation = attach(&args.which, Access::ReadOnly)?.reset(&args.channel)?;
-            println!(
+            writeln!(
+                stdout(),
                 "channel `{}` is empty, generation {generation}",
                 args.channel
-            );
-            Ok(())
+            )
+            .context("cannot write to standard output")
         }
         Command::QemuArgs(args) => qemu_args::qemu_args(&args),
     }

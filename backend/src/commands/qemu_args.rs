@@ -2,6 +2,8 @@
 
 //! `barlink qemu-args`.
 
+use std::io::{Write, stdout};
+
 use anyhow::{Context, Result};
 use barlink::Access;
 
@@ -43,25 +45,24 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
             ),
         ),
     ];
-    if args.libvirt {
-        println!(
-            "<!-- in <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'> -->"
-        );
-        println!("<qemu:commandline>");
+    let text = if args.libvirt {
+        let mut lines = vec![
+            "<!-- in <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'> -->".to_owned(),
+            "<qemu:commandline>".to_owned(),
+        ];
         for (name, value) in arguments {
-            println!(
-                "  <qemu:arg value='{name}'/>\n  <qemu:arg value='{}'/>",
-                escape(&value)
-            );
+            lines.push(format!("  <qemu:arg value='{name}'/>"));
+            lines.push(format!("  <qemu:arg value='{}'/>", escape(&value)));
         }
-        println!("</qemu:commandline>");
+        lines.push("</qemu:commandline>".to_owned());
+        lines.join("\n")
     } else {
         let words = arguments
             .iter()
             .flat_map(|(name, value)| [(*name).to_owned(), quote(value)]);
-        println!("{}", words.collect::<Vec<_>>().join(" "));
-    }
-    Ok(())
+        words.collect::<Vec<_>>().join(" ")
+    };
+    writeln!(stdout(), "{text}").context("cannot write to standard output")
 }
 
 /// Quotes a word for a shell, if it must be: `$(barlink qemu-args)` splits at spaces and looks at no quotes.

@@ -3,7 +3,7 @@
 //! `barlink send` and `barlink recv`.
 
 use std::fs::File;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
@@ -135,10 +135,11 @@ impl Meter {
                 "dropped": total.dropped,
                 "seconds": seconds,
             });
-            eprintln!("{summary}");
+            let _ = writeln!(io::stderr(), "{summary}");
         } else if io::stderr().is_terminal() {
             let rate = HumanBytes((total.bytes as f64 / seconds.max(1e-9)) as u64);
-            eprintln!(
+            let _ = writeln!(
+                io::stderr(),
                 "{done} {} in {seconds:.2} s, {rate}/s",
                 HumanBytes(total.bytes)
             );

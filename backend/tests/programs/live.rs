@@ -12,35 +12,41 @@ use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::support::*;
 
-/// A program in a terminal of 120 columns and 40 lines.
+/// A program in a terminal.
 struct Terminal {
     child: Child,
     keyboard: File,
     screen: Arc<Mutex<vt100::Parser>>,
 }
 
+/// A terminal of 120 columns and 40 lines: the person's end, and the program's.
+fn terminal() -> (OwnedFd, File) {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let path = ptsname(&master, Vec::new()).unwrap();
+    let slave = File::options()
+        .read(true)
+        .write(true)
+        .open(path.to_str().unwrap())
+        .unwrap();
+    tcsetwinsize(
+        &master,
+        Winsize {
+            ws_row: 40,
+            ws_col: 120,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        },
+    )
+    .unwrap();
+    (master, slave)
+}
+
 impl Terminal {
     fn start(mut command: std::process::Command) -> Self {
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-        let master: OwnedFd = openpt(flags).unwrap();
-        grantpt(&master).unwrap();
-        unlockpt(&master).unwrap();
-        let path = ptsname(&master, Vec::new()).unwrap();
-        let slave = File::options()
-            .read(true)
-            .write(true)
-            .open(path.to_str().unwrap())
-            .unwrap();
-        tcsetwinsize(
-            &master,
-            Winsize {
-                ws_row: 40,
-                ws_col: 120,
-                ws_xpixel: 0,
-                ws_ypixel: 0,
-            },
-        )
-        .unwrap();
+        let (master, slave) = terminal();
         let end = || Stdio::from(slave.try_clone().unwrap());
         let child = command
             .env("TERM", "xterm")
@@ -54,7 +60,7 @@ impl Terminal {
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
             // The terminal's end is an error, EIO.
-            while let Ok(length) = output.read(&mut bytes) {
+            while let Ok(length @ 1..) = output.read(&mut bytes) {
                 shown.lock().unwrap().process(&bytes[..length]);
             }
         });
@@ -93,10 +99,7 @@ impl Terminal {
 
     fn ends(&mut self) {
         assert_eq!(wait(&mut self.child).code(), Some(0));
-        assert!(
-            !self.screen.lock().unwrap().screen().alternate_screen(),
-            "the terminal is not given back"
-        );
+        self.is_given_back();
     }
 }
 
@@ -153,4 +156,24 @@ fn live_view_of_a_broker_that_dies_says_so() {
     assert_eq!(wait(&mut terminal.child).code(), Some(3));
     terminal.wait_for("barlink: the broker at");
     terminal.is_given_back();
+}
+
+#[test]
+fn live_view_ends_when_its_terminal_is_closed() {
+    let broker = Broker::start(&[]);
+    let (master, slave) = terminal();
+    let end = || Stdio::from(slave.try_clone().unwrap());
+    let mut view = broker
+        .app(&["inspect"])
+        .env("TERM", "xterm")
+        .stdin(end())
+        .stdout(end())
+        .stderr(end())
+        .spawn()
+        .unwrap();
+    drop(slave);
+    let mut seen = [0; 16];
+    File::from(master).read_exact(&mut seen).unwrap();
+    let status = wait(&mut view);
+    assert!(status.code().is_some(), "{status}");
 }

@@ -109,12 +109,15 @@ fn closed_pipe_ends_a_receiver_without_a_word() {
 }
 
 #[test]
-fn closed_pipe_ends_peek_and_inspect_without_a_word() {
+fn closed_pipe_ends_every_other_program_without_a_word() {
     let broker = Broker::start(&[]);
     for args in [
         &["peek", "--length", "1M"][..],
         &["inspect", "--json"],
         &["inspect", "--once"],
+        &["qemu-args"],
+        &["qemu-args", "--libvirt"],
+        &["reset-channel", "up"],
     ] {
         let mut app = broker
             .app(args)

@@ -3,7 +3,7 @@
 //! `barlink-guest send`, `recv` and `echo`.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Instant;
 
@@ -115,7 +115,7 @@ impl Clock {
                 "dropped": total.dropped,
                 "seconds": self.0.map_or(0.0, |start| start.elapsed().as_secs_f64()),
             });
-            eprintln!("{summary}");
+            let _ = writeln!(io::stderr(), "{summary}");
         }
     }
 }

@@ -13,6 +13,7 @@ use ratatui::layout::{Constraint, Layout};
 use ratatui::style::{Style, Stylize};
 use ratatui::text::Line;
 use ratatui::widgets::{Block, Cell, Paragraph, Row, Table};
+use rustix::event::{PollFd, PollFlags};
 
 use super::snapshot::Snapshot;
 use super::view::{self, Rate};
@@ -31,18 +32,54 @@ pub fn run(attachment: &Attachment) -> Result<()> {
             .draw(|frame| screen.draw(frame))
             .context("cannot draw")?;
         let left = INTERVAL.saturating_sub(screen.taken.elapsed());
-        if event::poll(left).context("cannot read the keyboard")? {
+        match wait_for_keys(left).context("cannot read the keyboard")? {
+            Keyboard::Gone => return Ok(()),
+            Keyboard::Silent => screen.update()?,
+            Keyboard::Ready => (),
+        }
+        while event::poll(Duration::ZERO).context("cannot read the keyboard")? {
             if let Event::Key(key) = event::read().context("cannot read the keyboard")?
                 && screen.press(key)
             {
                 return Ok(());
             }
-        } else {
-            screen.update()?;
         }
     })();
-    ratatui::restore();
+    if ratatui::try_restore().is_err() {
+        // The terminal was closed. Its `Drop` would complain to standard error, closed as well, and panic over that.
+        std::mem::forget(terminal);
+    }
     outcome
+}
+
+/// What the terminal has for us.
+enum Keyboard {
+    /// Nothing, for the whole time.
+    Silent,
+    /// Keys, or another size.
+    Ready,
+    /// It was closed.
+    Gone,
+}
+
+/// Waits for keys. Done here and not by crossterm, which spins on a terminal that was closed.
+fn wait_for_keys(time: Duration) -> std::io::Result<Keyboard> {
+    let stdin = std::io::stdin();
+    let mut files = [PollFd::new(&stdin, PollFlags::IN)];
+    let timeout = rustix::time::Timespec::try_from(time).ok();
+    match rustix::event::poll(&mut files, timeout.as_ref()) {
+        Ok(0) => Ok(Keyboard::Silent),
+        Ok(_)
+            if files[0]
+                .revents()
+                .intersects(PollFlags::HUP | PollFlags::ERR) =>
+        {
+            Ok(Keyboard::Gone)
+        }
+        // A signal, which tells of another size.
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(Keyboard::Ready),
+        Err(error) => Err(error.into()),
+    }
 }
 
 struct Screen<'a> {

@@ -6,7 +6,7 @@ mod live;
 mod snapshot;
 mod view;
 
-use std::io::{IsTerminal, Write, stdout};
+use std::io::{IsTerminal, Write, stdin, stdout};
 
 use anyhow::{Context, Result};
 use barlink::Access;
@@ -18,7 +18,7 @@ pub fn inspect(args: &Inspect) -> Result<()> {
     let attachment = super::attach(&args.which, Access::ReadOnly)?;
     let text = if args.json {
         serde_json::to_string_pretty(&Snapshot::take(&attachment)?)?
-    } else if args.once || !stdout().is_terminal() {
+    } else if args.once || !stdout().is_terminal() || !stdin().is_terminal() {
         view::text(&Snapshot::take(&attachment)?)
     } else {
         return live::run(&attachment);
