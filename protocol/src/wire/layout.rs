@@ -64,12 +64,15 @@ pub mod channel {
     pub const WRITTEN: u64 = 128;
     /// Value of [`READ`] at which the producer wants to be woken.
     pub const PRODUCER_WISH: u64 = 136;
-    /// Cursor at which the last record begins.
-    pub const LAST: u64 = 144;
+    /// Two commit notes, of which every commit overwrites the older one before it stores [`WRITTEN`]: the cursor
+    /// behind the record, and the records committed so far. The one whose cursor is [`WRITTEN`] is true.
+    pub const NOTES: [u64; 2] = [144, 160];
+    /// Offset in a commit note of the number of records.
+    pub const NOTE_RECORDS: u64 = 8;
     /// Records that the producer dropped because the channel was full.
-    pub const DROPPED: u64 = 152;
+    pub const DROPPED: u64 = 176;
     /// Doorbells that the producer rang.
-    pub const PRODUCER_RUNG: u64 = 160;
+    pub const PRODUCER_RUNG: u64 = 184;
     /// Consumer's cursor: bytes released since the channel began.
     pub const READ: u64 = 256;
     /// Value of [`WRITTEN`] at which the consumer wants to be woken.
@@ -467,7 +470,7 @@ impl Layout {
         let inside = offset
             .checked_add(size)
             .is_some_and(|end| end <= self.mappable_size());
-        inside && offset >= FIRST_FREE && offset % PAGE_SIZE == 0 && size % PAGE_SIZE == 0
+        inside && offset >= FIRST_FREE && (offset | size) & (PAGE_SIZE - 1) == 0
     }
 }
 

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The command line, as text becomes types. Nothing is opened here.
+
+use std::path::PathBuf;
+
+use barlink::broker::{ChannelPlan, parse_size};
+use clap::{Args, Parser, Subcommand};
+
+/// Shared memory as a PCI device of a QEMU guest: the host's side.
+#[derive(Debug, Parser)]
+#[command(name = "barlink", version, arg_required_else_help = true, after_help = AFTER_HELP)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Start here:
+  barlink serve --ivshmem /tmp/vm.sock --size 64M &
+  qemu-system-x86_64 -machine q35 ... $(barlink qemu-args)
+  barlink recv > stream        # while the guest runs: barlink-guest send < stream
+
+Exit codes:
+  0    it worked; or the reader of its output has had enough
+  1    it failed: the last line says what, on what, and what to do
+  2    the command line is wrong
+  3    there is no broker, or it turned us away
+  4    somebody else holds that end of the channel
+  5    the stream ended early: its sender left before its end
+  130  interrupted by Ctrl-C";
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a region to VMs and host apps, until interrupted
+    #[command(
+        after_help = "Example:\n  barlink serve --ivshmem /tmp/vm.sock --size 64M --channel camera=up,16M,drop \
+                            --channel commands=down,64K"
+    )]
+    Serve(Serve),
+    /// Send a file or standard input to a guest
+    #[command(
+        after_help = "Example:\n  tar c photos | barlink send    # in the guest: barlink-guest recv | tar x"
+    )]
+    Send(Send),
+    /// Receive a stream from a guest, to a file or standard output
+    #[command(
+        after_help = "Example:\n  barlink recv | tar x           # in the guest: tar c logs | barlink-guest send"
+    )]
+    Recv(Recv),
+    /// Look at a region while it is in use: who is there, how full the channels are, and the bytes
+    #[command(
+        after_help = "Keys:\n  arrows, page up, page down, home, end   move through the bytes\n  \
+                            tab                                     next part of the region\n  \
+                            q, Esc, Ctrl-C                          quit"
+    )]
+    Inspect(Inspect),
+    /// Print bytes of the raw window
+    #[command(after_help = "Example:\n  barlink peek --length 64\n  barlink peek --raw --length 5")]
+    Peek(Peek),
+    /// Write bytes into the raw window
+    #[command(after_help = "Example:\n  barlink poke hello\n  barlink poke --at 4K < image.bin")]
+    Poke(Poke),
+    /// Empty a channel that neither end uses, so that it can be used again
+    ResetChannel(ResetChannel),
+    /// Print what to add to a QEMU command line, or to a libvirt domain, for a VM to get the device
+    #[command(
+        after_help = "Example:\n  qemu-system-x86_64 -machine q35 -m 2G ... $(barlink qemu-args)\n\n\
+                            Do not add reconnect-ms to the chardev: QEMU's ivshmem then hangs at start."
+    )]
+    QemuArgs(QemuArgs),
+}
+
+/// Which broker.
+#[derive(Clone, Debug, Args)]
+#[group(multiple = false)]
+pub struct Which {
+    /// The broker's name; its control socket is barlink/NAME.sock in the user's run folder
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
+    pub name: String,
+    /// The broker's control socket
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// A socket for one VM, by QEMU's ivshmem-doorbell; repeat it for further VMs on the same region
+    #[arg(long, value_name = "SOCKET", required = true)]
+    pub ivshmem: Vec<PathBuf>,
+    /// Bytes in the region, a power of two; K, M and G are powers of 1024
+    #[arg(long, default_value = "64M", value_parser = parse_size)]
+    pub size: u64,
+    /// A channel: NAME=DIRECTION,SIZE[,drop]. DIRECTION is up (guest to host), down, or FROM-TO with slot
+    /// numbers or `host`. Without any, each VM gets an `up` and a `down`, as large as fits
+    #[arg(long, value_name = "CHANNEL")]
+    pub channel: Vec<ChannelPlan>,
+    /// Interrupt vectors of each peer; one a channel and one more if not given
+    #[arg(long, value_name = "COUNT", default_value_t = 0, hide_default_value = true,
+          value_parser = clap::value_parser!(u32).range(0..=256))]
+    pub vectors: u32,
+    /// Let processes of this user connect, besides the broker's own and root; name or number
+    #[arg(long, value_name = "USER")]
+    pub allow_user: Vec<String>,
+    /// Let processes with this primary group connect; name or number
+    #[arg(long, value_name = "GROUP")]
+    pub allow_group: Vec<String>,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+/// What `send` and `recv` have in common.
+#[derive(Debug, Args)]
+pub struct Streaming {
+    /// Print a summary as JSON to standard error
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+#[derive(Debug, Args)]
+pub struct Send {
+    /// The file; standard input if not given
+    pub file: Option<PathBuf>,
+    /// The channel
+    #[arg(long, default_value = "down")]
+    pub channel: String,
+    /// Most bytes in a record; at most half the channel's size
+    #[arg(long, value_name = "SIZE", default_value = "256K", value_parser = parse_size)]
+    pub record_size: u64,
+    #[command(flatten)]
+    pub streaming: Streaming,
+}
+
+#[derive(Debug, Args)]
+pub struct Recv {
+    /// The file; standard output if not given
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// The channel
+    #[arg(long, default_value = "up")]
+    pub channel: String,
+    /// Go on with the next stream when one ends
+    #[arg(long)]
+    pub follow: bool,
+    #[command(flatten)]
+    pub streaming: Streaming,
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// Print one snapshot as JSON, and exit
+    #[arg(long)]
+    pub json: bool,
+    /// Print one snapshot as text, and exit; so it does when standard output is no terminal
+    #[arg(long, conflicts_with = "json")]
+    pub once: bool,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+/// A place in the region.
+#[derive(Debug, Args)]
+pub struct Place {
+    /// Offset in the raw window
+    #[arg(long, value_name = "OFFSET", default_value = "0", value_parser = parse_offset)]
+    pub at: u64,
+    /// Count OFFSET from the region's start instead
+    #[arg(long)]
+    pub region: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Peek {
+    /// How many bytes
+    #[arg(long, default_value = "256", value_parser = parse_size)]
+    pub length: u64,
+    /// Print the bytes as they are, rather than a hex dump
+    #[arg(long)]
+    pub raw: bool,
+    #[command(flatten)]
+    pub place: Place,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+#[derive(Debug, Args)]
+pub struct Poke {
+    /// The text; standard input if not given
+    pub text: Option<String>,
+    #[command(flatten)]
+    pub place: Place,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+#[derive(Debug, Args)]
+pub struct ResetChannel {
+    /// The channel
+    pub channel: String,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+#[derive(Debug, Args)]
+pub struct QemuArgs {
+    /// The slot
+    #[arg(long, default_value_t = 0)]
+    pub slot: usize,
+    /// Prefix of the IDs that QEMU is to use; change it for a second barlink device in one VM
+    #[arg(long, default_value = "barlink", value_parser = parse_id)]
+    pub id: String,
+    /// Chassis number of the root port; change it for a second barlink device in one VM
+    #[arg(long, default_value_t = 64)]
+    pub chassis: u8,
+    /// Print the elements for a libvirt domain
+    #[arg(long)]
+    pub libvirt: bool,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+/// An offset: a size, or a hexadecimal number with 0x.
+fn parse_offset(text: &str) -> Result<u64, String> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16)
+            .map_err(|error| format!("`{text}` is no offset: {error}")),
+        None => parse_size(text),
+    }
+}
+
+fn parse_name(text: &str) -> Result<String, String> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text.is_empty() || text.starts_with('.') || !text.chars().all(legal) {
+        return Err(format!(
+            "`{text}` is no name: use letters, digits, `-`, `_` and `.`"
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_id(text: &str) -> Result<String, String> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+    if !text.starts_with(|c: char| c.is_ascii_alphabetic()) || !text.chars().all(legal) {
+        return Err(format!(
+            "`{text}` is no QEMU ID: a letter, then letters, digits, `-` and `_`"
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn offsets_are_sizes_or_hexadecimal() {
+        assert_eq!(parse_offset("4K"), Ok(4096));
+        assert_eq!(parse_offset("0x1f"), Ok(31));
+        assert!(parse_offset("0xzz").is_err() && parse_offset("-1").is_err());
+    }
+
+    #[test]
+    fn names_are_no_paths() {
+        assert!(parse_name("vm-1.a").is_ok());
+        for text in ["", "..", ".x", "a/b", "a b"] {
+            assert!(parse_name(text).is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Answering host apps. Nothing here waits for one of them: all sockets are non-blocking, an answer that does not
+//! fit into a client's socket ends that client, and one that says nothing costs a descriptor for a while.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use barlink_protocol::wire::layout::End;
+use log::{debug, info, warn};
+use rustix::net::SocketFlags;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::shared::ClientId;
+use super::{Listener, Peer, Shared};
+use crate::control::message::{
+    Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
+};
+use crate::control::packet::PacketSocket;
+use crate::memory;
+
+/// Host apps at once.
+const MAX_CLIENTS: usize = 64;
+/// How long a client may stay that has not asked for anything.
+const SILENCE: Duration = Duration::from_secs(10);
+
+const STOP: u64 = 0;
+const LISTENER: u64 = 1;
+const FIRST_CLIENT: ClientId = 2;
+
+struct Client {
+    socket: PacketSocket,
+    peer: Peer,
+    since: Instant,
+    /// It has asked for something.
+    spoke: bool,
+}
+
+/// Serves until `stop` can be read.
+pub fn serve(listener: &Listener, shared: &Shared, stop: &OwnedFd) -> io::Result<()> {
+    let epoll = Epoll::new()?;
+    let watch =
+        |fd: RawFd, id| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id));
+    watch(stop.as_raw_fd(), STOP)?;
+    watch(listener.as_fd().as_raw_fd(), LISTENER)?;
+    let mut clients = HashMap::new();
+    let mut next = FIRST_CLIENT;
+    let mut events = vec![EpollEvent::default(); MAX_CLIENTS + 2];
+    let mut buffer = Box::new([0; MAX_PACKET]);
+    loop {
+        let ready = match epoll.wait(patience(&clients), &mut events) {
+            Ok(ready) => ready,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        for event in &events[..ready] {
+            match event.data() {
+                STOP => return Ok(()),
+                LISTENER => {
+                    if let Some(client) = admit(listener, shared, clients.len()) {
+                        watch(client.socket.as_fd().as_raw_fd(), next)?;
+                        clients.insert(next, client);
+                        next += 1;
+                    }
+                }
+                id => {
+                    let stays = clients
+                        .get_mut(&id)
+                        .is_some_and(|client| hear(client, id, shared, &mut buffer));
+                    if !stays && let Some(client) = clients.remove(&id) {
+                        shared.release_all(id);
+                        debug!("{} has left", client.peer);
+                    }
+                }
+            }
+        }
+        clients.retain(|_, client| {
+            let stays = client.spoke || client.since.elapsed() < SILENCE;
+            if !stays {
+                warn!(
+                    "{} is let go: it said nothing for {} seconds",
+                    client.peer,
+                    SILENCE.as_secs()
+                );
+            }
+            stays
+        });
+    }
+}
+
+/// Milliseconds until the first silent client is to be let go; −1 if there is none.
+fn patience(clients: &HashMap<ClientId, Client>) -> i32 {
+    let silent = clients.values().filter(|client| !client.spoke);
+    let first = silent
+        .map(|client| SILENCE.saturating_sub(client.since.elapsed()))
+        .min();
+    first.map_or(-1, |time| {
+        i32::try_from(time.as_millis())
+            .unwrap_or(i32::MAX)
+            .saturating_add(1)
+    })
+}
+
+fn admit(listener: &Listener, shared: &Shared, clients: usize) -> Option<Client> {
+    let socket = match listener.accept(SocketFlags::NONBLOCK) {
+        Ok(socket) => socket,
+        Err(error) => {
+            debug!("cannot accept a host app: {error}");
+            return None;
+        }
+    };
+    let peer = Peer::of(&socket)
+        .inspect_err(|error| warn!("a host app is refused: {error}"))
+        .ok()?;
+    if !shared.policy().admits(peer) {
+        warn!("{peer} is refused: not the broker's user, nor allowed (--allow-user)");
+        return None;
+    }
+    if clients >= MAX_CLIENTS {
+        warn!("{peer} is refused: {MAX_CLIENTS} host apps are here");
+        return None;
+    }
+    Some(Client {
+        socket: PacketSocket::from_connected(socket),
+        peer,
+        since: Instant::now(),
+        spoke: false,
+    })
+}
+
+/// Hears one request of a client and answers it; `false` if the client is to go.
+fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MAX_PACKET]) -> bool {
+    let request = match client.socket.receive(buffer) {
+        Ok(Some(bytes)) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+        Ok(None) | Err(_) => return false,
+    };
+    client.spoke = true;
+    let outcome = understand(request).and_then(|ask| answer(&ask, client.peer, id, shared));
+    let (answer, descriptors) = outcome.unwrap_or_else(|refusal| {
+        info!("{} is refused: {refusal}", client.peer);
+        (Answer::Refused(refusal), Vec::new())
+    });
+    let fits = |bytes: &Vec<u8>| bytes.len() <= MAX_PACKET;
+    let Some(bytes) = serde_json::to_vec(&Reply {
+        version: VERSION,
+        answer,
+    })
+    .ok()
+    .filter(fits) else {
+        warn!(
+            "{} is let go: its answer does not fit into a packet",
+            client.peer
+        );
+        return false;
+    };
+    let raw: Vec<RawFd> = descriptors
+        .iter()
+        .map(|descriptor| descriptor.as_raw_fd())
+        .collect();
+    client
+        .socket
+        .send(&bytes, &raw)
+        .inspect_err(|error| info!("{} is let go: {error}", client.peer))
+        .is_ok()
+}
+
+/// Parses a request. The version is looked at first: whoever has another one gets told so, whatever it asks.
+fn understand(bytes: &[u8]) -> Result<Ask, Refusal> {
+    #[derive(serde::Deserialize)]
+    struct AnyVersion {
+        version: u32,
+    }
+    let malformed = |error: serde_json::Error| Refusal::Malformed(error.to_string());
+    let AnyVersion { version } = serde_json::from_slice(bytes).map_err(malformed)?;
+    if version != VERSION {
+        return Err(Refusal::Version { broker: VERSION });
+    }
+    Ok(serde_json::from_slice::<Request>(bytes)
+        .map_err(malformed)?
+        .ask)
+}
+
+/// An answer, and the descriptors that go with it.
+type Answered = (Answer, Vec<Box<dyn AsRawFd>>);
+
+fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answered, Refusal> {
+    let failed = |error: io::Error| Refusal::Failed(error.to_string());
+    match *ask {
+        Ask::Attach { access } => {
+            let memory = memory::descriptor(shared.memory(), access).map_err(failed)?;
+            info!("{peer} attaches");
+            Ok((
+                Answer::Region(RegionInfo::from(shared.layout())),
+                vec![Box::new(memory)],
+            ))
+        }
+        Ask::Claim { channel, end } => {
+            let end = End::from(end);
+            shared.claim(id, peer.pid.unsigned_abs(), channel, end)?;
+            let bells = claimed_bells(shared, channel, end).inspect_err(|_| {
+                // Just claimed, so it can be released.
+                let _ = shared.release(id, channel, end);
+            })?;
+            info!(
+                "{peer} holds the {end} of `{}`",
+                shared.channel(channel)?.name
+            );
+            Ok((Answer::Claimed, bells))
+        }
+        Ask::Release { channel, end } => {
+            shared.release(id, channel, end.into())?;
+            Ok((Answer::Done, Vec::new()))
+        }
+        Ask::Status => Ok((Answer::Status(shared.status()), Vec::new())),
+        Ask::Reset { channel } => {
+            let generation = shared.reset(channel)?;
+            info!(
+                "{peer} resets `{}`: generation {generation}",
+                shared.channel(channel)?.name
+            );
+            Ok((Answer::Reset { generation }, Vec::new()))
+        }
+    }
+}
+
+/// What the holder of an end waits on, and what it rings: control and channel vector, of itself and of the other.
+fn claimed_bells(
+    shared: &Shared,
+    channel: usize,
+    end: End,
+) -> Result<Vec<Box<dyn AsRawFd>>, Refusal> {
+    let entry = shared.channel(channel)?;
+    let mut copies: Vec<Box<dyn AsRawFd>> = Vec::new();
+    for bells in [end, end.other()].map(|end| shared.bells(entry.peer(end))) {
+        for bell in [bells.first(), bells.get(entry.vector as usize)] {
+            let bell = bell.ok_or_else(|| Refusal::Failed("no such vector".to_owned()))?;
+            copies.push(Box::new(
+                bell.try_clone()
+                    .map_err(|error| Refusal::Failed(error.to_string()))?,
+            ));
+        }
+    }
+    Ok(copies)
+}

@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Laying out a region: from what the operator wants to offsets.
+
+use std::str::FromStr;
+
+use barlink_protocol::wire::layout::{
+    self, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, Name, PAGE_SIZE,
+};
+use indicatif::BinaryBytes;
+
+/// Bytes that the raw window has at least, unless the channels are chosen by hand.
+const RAW_WINDOW: u64 = 64 << 10;
+
+/// Why a region cannot be laid out.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// A BAR's size is a power of two.
+    #[error("region size {} is not a power of two: take {} or {}", BinaryBytes(*size), BinaryBytes(*below), BinaryBytes(*above))]
+    NotAPowerOfTwo {
+        /// Bytes asked for.
+        size: u64,
+        /// The next smaller power of two.
+        below: u64,
+        /// The next larger one.
+        above: u64,
+    },
+    /// The region does not hold what is to be in it.
+    #[error("region size {} is too small for its channels: take {} or more", BinaryBytes(*size), BinaryBytes(*needed))]
+    TooSmall {
+        /// Bytes asked for.
+        size: u64,
+        /// Smallest size that is enough.
+        needed: u64,
+    },
+    /// The machine does not have it.
+    #[error("region size {} is more than this machine's memory, {}", BinaryBytes(*size), BinaryBytes(*memory))]
+    TooLarge {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes of memory.
+        memory: u64,
+    },
+    /// More VMs than a region serves.
+    #[error("{0} slots: a region serves 1 to {MAX_SLOTS} VMs, one a socket option")]
+    Slots(u32),
+    /// A channel names a VM that there is no slot for.
+    #[error("channel `{name}` is for slot {slot}, and there are {slots} (the first is 0)")]
+    NoSlot {
+        /// The channel.
+        name: String,
+        /// The slot.
+        slot: u32,
+        /// How many there are.
+        slots: u32,
+    },
+    /// Anything else.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+}
+
+/// One side of a channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Party {
+    /// The host.
+    Host,
+    /// The VM in a slot.
+    Slot(u32),
+}
+
+/// Where a channel's records go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Direction {
+    /// Who produces.
+    pub from: Party,
+    /// Who consumes.
+    pub to: Party,
+}
+
+impl FromStr for Direction {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let party = |text: &str| match text {
+            "host" => Some(Party::Host),
+            _ => text.parse().ok().map(Party::Slot),
+        };
+        let direction = |from, to| Direction { from, to };
+        match text {
+            "up" => Some(direction(Party::Slot(0), Party::Host)),
+            "down" => Some(direction(Party::Host, Party::Slot(0))),
+            _ => text
+                .split_once('-')
+                .and_then(|(from, to)| Some(direction(party(from)?, party(to)?))),
+        }
+        .ok_or_else(|| {
+            format!("direction `{text}` is not up, down, or FROM-TO with slot numbers or `host`")
+        })
+    }
+}
+
+/// A channel that the operator wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChannelPlan {
+    /// Its name.
+    pub name: Name,
+    /// Where its records go.
+    pub direction: Direction,
+    /// Bytes in its data area.
+    pub capacity: u64,
+    /// Whether its producer drops records that find it full.
+    pub drop_when_full: bool,
+}
+
+impl FromStr for ChannelPlan {
+    type Err = String;
+
+    /// Parses `NAME=DIRECTION,SIZE[,drop]`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, rest) = text
+            .split_once('=')
+            .ok_or("a channel is NAME=DIRECTION,SIZE[,drop]")?;
+        let name = Name::new(name).ok_or_else(|| {
+            format!(
+                "channel name `{name}` is not 1 to {} of a-z, 0-9, - and _",
+                layout::NAME_BYTES
+            )
+        })?;
+        let mut parts = rest.split(',');
+        let direction = parts.next().unwrap_or_default().parse()?;
+        let capacity = parse_size(
+            parts
+                .next()
+                .ok_or("a channel needs a size: NAME=DIRECTION,SIZE[,drop]")?,
+        )?;
+        if !capacity.is_power_of_two() || capacity < MIN_CAPACITY {
+            return Err(format!(
+                "channel size {} is not a power of two from 4 KiB on",
+                BinaryBytes(capacity)
+            ));
+        }
+        let drop_when_full = match parts.next() {
+            None => false,
+            Some("drop") => true,
+            Some(other) => return Err(format!("`{other}` is not `drop`")),
+        };
+        match parts.next() {
+            None => Ok(ChannelPlan {
+                name,
+                direction,
+                capacity,
+                drop_when_full,
+            }),
+            Some(extra) => Err(format!("`{extra}` is one part too many")),
+        }
+    }
+}
+
+/// Parses a size in bytes, with K, M, G (powers of 1024) if wanted.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|error| format!("`{text}` is no size: {error} (say 64M, 1G or a number of bytes)"))
+}
+
+/// Lays out a region for so many slots. `vectors` is 0 for one vector a channel and one for control; no channels
+/// stand for an `up` and a `down` for each slot, as large as fits.
+pub fn plan(
+    size: u64,
+    slots: u32,
+    vectors: u32,
+    channels: &[ChannelPlan],
+) -> Result<Layout, PlanError> {
+    if !(1..=MAX_SLOTS).contains(&slots) {
+        return Err(PlanError::Slots(slots));
+    }
+    if !size.is_power_of_two() {
+        let above = size.checked_next_power_of_two().unwrap_or(1 << 63);
+        return Err(PlanError::NotAPowerOfTwo {
+            size,
+            below: (above / 2).max(PAGE_SIZE),
+            above: above.max(PAGE_SIZE),
+        });
+    }
+    let memory = rustix::system::sysinfo();
+    let memory = memory.totalram.saturating_mul(u64::from(memory.mem_unit));
+    if size > memory {
+        return Err(PlanError::TooLarge { size, memory });
+    }
+    let chosen = if channels.is_empty() {
+        default_channels(size, slots)?
+    } else {
+        channels.to_vec()
+    };
+    let vectors = match vectors {
+        0 => (chosen.len() as u32 + 1).min(layout::MAX_VECTORS),
+        given => given,
+    };
+    let mut next = FIRST_FREE;
+    let mut entries = Vec::with_capacity(chosen.len());
+    for (index, channel) in (0u32..).zip(&chosen) {
+        let peer = |party| match party {
+            Party::Host => Ok(slots),
+            Party::Slot(slot) if slot < slots => Ok(slot),
+            Party::Slot(slot) => Err(PlanError::NoSlot {
+                name: channel.name.to_string(),
+                slot,
+                slots,
+            }),
+        };
+        let entry = Channel {
+            name: channel.name,
+            producer: peer(channel.direction.from)?,
+            consumer: peer(channel.direction.to)?,
+            // Vector 0 is control; the others are shared out, and if there is no other, all share it.
+            vector: if vectors > 1 {
+                1 + index % (vectors - 1)
+            } else {
+                0
+            },
+            drop_when_full: channel.drop_when_full,
+            offset: next,
+            capacity: channel.capacity,
+        };
+        next = next
+            .saturating_add(layout::channel::DATA)
+            .saturating_add(channel.capacity);
+        entries.push(entry);
+    }
+    let end = size.saturating_sub(u64::from(slots) * PAGE_SIZE);
+    if next > end {
+        let needed = next.saturating_add(u64::from(slots) * PAGE_SIZE);
+        return Err(PlanError::TooSmall {
+            size,
+            needed: needed.checked_next_power_of_two().unwrap_or(u64::MAX),
+        });
+    }
+    Ok(Layout::new(
+        size,
+        slots,
+        vectors,
+        next,
+        end - next,
+        &entries,
+    )?)
+}
+
+/// An `up` and a `down` for each slot (`up1`, `down1` for slot 1), of the largest size that leaves a raw window.
+fn default_channels(size: u64, slots: u32) -> Result<Vec<ChannelPlan>, PlanError> {
+    let reserved = FIRST_FREE + RAW_WINDOW + u64::from(slots) * PAGE_SIZE;
+    let share = size.saturating_sub(reserved) / (2 * u64::from(slots));
+    let room = share.saturating_sub(layout::channel::DATA);
+    if room < MIN_CAPACITY {
+        let needed = reserved + 2 * u64::from(slots) * (layout::channel::DATA + MIN_CAPACITY);
+        return Err(PlanError::TooSmall {
+            size,
+            needed: needed.next_power_of_two(),
+        });
+    }
+    let capacity = (room / 2 + 1).next_power_of_two();
+    let channel = |name: &str, slot: u32, from, to| {
+        let text = if slot == 0 {
+            name.to_owned()
+        } else {
+            format!("{name}{slot}")
+        };
+        let name = Name::new(&text).unwrap_or_else(|| unreachable!("{text} is a name"));
+        ChannelPlan {
+            name,
+            direction: Direction { from, to },
+            capacity,
+            drop_when_full: false,
+        }
+    };
+    let pair = |slot| {
+        [
+            channel("up", slot, Party::Slot(slot), Party::Host),
+            channel("down", slot, Party::Host, Party::Slot(slot)),
+        ]
+    };
+    Ok((0..slots).flat_map(pair).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_channels_fill_the_region_and_leave_a_raw_window() {
+        for (size, slots) in [
+            (128 << 10, 1),
+            (1 << 20, 1),
+            (64 << 20, 1),
+            (64 << 20, 16),
+            (1 << 30, 3),
+        ] {
+            let layout = plan(size, slots, 0, &[]).unwrap();
+            let capacity = layout.channels()[0].capacity;
+            assert!(layout.raw_size >= RAW_WINDOW);
+            assert!(
+                2 * u64::from(slots) * (2 * capacity + PAGE_SIZE) + RAW_WINDOW + FIRST_FREE
+                    > size - 16 * PAGE_SIZE
+            );
+            assert_eq!(layout.vectors, 2 * slots + 1);
+        }
+        let names = plan(1 << 20, 2, 0, &[]).unwrap();
+        assert_eq!(
+            names
+                .channels()
+                .iter()
+                .map(|c| c.name.to_string())
+                .collect::<Vec<_>>(),
+            ["up", "down", "up1", "down1"]
+        );
+    }
+
+    #[test]
+    fn vectors_are_shared_when_there_are_few() {
+        let vectors = |vectors| -> Vec<u32> {
+            plan(1 << 20, 2, vectors, &[])
+                .unwrap()
+                .channels()
+                .iter()
+                .map(|c| c.vector)
+                .collect()
+        };
+        assert_eq!(vectors(0), [1, 2, 3, 4]);
+        assert_eq!(vectors(3), [1, 2, 1, 2]);
+        assert_eq!(vectors(1), [0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn sizes_that_no_bar_has_are_refused_with_their_cure() {
+        assert_eq!(
+            plan(100 << 20, 1, 0, &[]).unwrap_err().to_string(),
+            "region size 100.00 MiB is not a power of two: take 64.00 MiB or 128.00 MiB"
+        );
+        for size in [0, 1, 1000, 4095] {
+            assert!(plan(size, 1, 0, &[]).is_err(), "{size}");
+        }
+        assert_eq!(
+            plan(4096, 1, 0, &[]),
+            Err(PlanError::TooSmall {
+                size: 4096,
+                needed: 128 << 10
+            })
+        );
+        assert!(matches!(
+            plan(1 << 62, 1, 0, &[]),
+            Err(PlanError::TooLarge { .. })
+        ));
+    }
+
+    #[test]
+    fn channels_are_parsed_or_refused() {
+        let plan: ChannelPlan = "camera=up,4M,drop".parse().unwrap();
+        assert_eq!((plan.capacity, plan.drop_when_full), (4 << 20, true));
+        assert_eq!(
+            "1-0".parse(),
+            Ok(Direction {
+                from: Party::Slot(1),
+                to: Party::Slot(0)
+            })
+        );
+        for text in [
+            "camera",
+            "=up,4M",
+            "Camera=up,4M",
+            "c=side,4M",
+            "c=up",
+            "c=up,3M",
+            "c=up,1K",
+            "c=up,x",
+            "c=up,4M,no",
+        ] {
+            assert!(text.parse::<ChannelPlan>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_channel_for_a_slot_that_is_not_there_is_refused() {
+        let error = plan(1 << 20, 1, 0, &["x=1-host,4K".parse().unwrap()]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "channel `x` is for slot 1, and there are 1 (the first is 0)"
+        );
+    }
+}

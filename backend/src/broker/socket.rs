@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Listening at a path: private from the first moment, taken from nobody who lives, and gone when the broker is.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::Policy;
+
+/// Longest path of a Unix socket, in bytes (`unix(7)`).
+const MAX_PATH: usize = 107;
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 16;
+
+/// Why a socket cannot be listened at.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The path does not fit into a socket address.
+    #[error(
+        "socket path {path} has {length} bytes, and a Unix socket takes {MAX_PATH}: choose a shorter one"
+    )]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length in bytes.
+        length: usize,
+    },
+    /// Its folder is not there.
+    #[error("no folder for socket {path}: create {folder}")]
+    NoFolder {
+        /// The path.
+        path: PathBuf,
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Its folder is closed to us.
+    #[error("no permission to make socket {path}: choose a folder that you can write to")]
+    Permission {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Something that is no socket has that name.
+    #[error("{path} exists and is no socket: choose another path, or remove it")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A process listens there.
+    #[error(
+        "socket {path} is in use by a process that listens there: stop it, or choose another path"
+    )]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Something else.
+    #[error("cannot listen at socket {path}")]
+    Other {
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// A listening socket. Its file is removed when it is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    socket: OwnedFd,
+    path: PathBuf,
+    lock: PathBuf,
+    _lock: File,
+}
+
+impl Listener {
+    /// Listens for byte streams.
+    pub fn stream(path: &Path, policy: &Policy) -> Result<Self, SocketError> {
+        Self::listen(path, policy, SocketType::STREAM)
+    }
+
+    /// Listens for packets. Accepting and all that follows does not block.
+    pub fn packets(path: &Path, policy: &Policy) -> Result<Self, SocketError> {
+        Self::listen(path, policy, SocketType::SEQPACKET)
+    }
+
+    fn listen(path: &Path, policy: &Policy, kind: SocketType) -> Result<Self, SocketError> {
+        let address = SocketAddrUnix::new(path).map_err(|_| SocketError::TooLong {
+            path: path.to_owned(),
+            length: path.as_os_str().len(),
+        })?;
+        // Absolute, since it is told to QEMU, which may be started elsewhere.
+        let path = &std::path::absolute(path).map_err(|source| failed(path, source))?;
+        let (lock, lock_file) = lock(path)?;
+        clear(path, &address, kind)?;
+        let flags = match kind {
+            SocketType::SEQPACKET => SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            _ => SocketFlags::CLOEXEC,
+        };
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
+        let socket = socket.map_err(|error| failed(path, error.into()))?;
+        // On the socket itself, before it has a name: so its file never has a wider mode.
+        rustix::fs::fchmod(&socket, policy.socket_mode().into())
+            .map_err(|error| failed(path, error.into()))?;
+        rustix::net::bind(&socket, &address).map_err(|error| failed(path, error.into()))?;
+        let listener = Listener {
+            socket,
+            path: path.clone(),
+            lock,
+            _lock: lock_file,
+        };
+        let mode = std::fs::Permissions::from_mode(policy.socket_mode());
+        std::fs::set_permissions(path, mode).map_err(|source| failed(path, source))?;
+        rustix::net::listen(&listener.socket, BACKLOG)
+            .map_err(|error| failed(path, error.into()))?;
+        Ok(listener)
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes its file: nobody can connect any more.
+    pub fn remove(&self) {
+        // Whoever removed them before us did our work.
+        let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&self.lock);
+    }
+
+    /// Accepts a connection.
+    pub fn accept(&self, flags: SocketFlags) -> io::Result<OwnedFd> {
+        Ok(rustix::net::accept_with(
+            &self.socket,
+            flags | SocketFlags::CLOEXEC,
+        )?)
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// Locks `PATH.lock`, which says that a broker lives at this path without anybody knocking there.
+fn lock(path: &Path) -> Result<(PathBuf, File), SocketError> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let lock = PathBuf::from(name);
+    loop {
+        let options = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .to_owned();
+        let file = options.open(&lock).map_err(|source| failed(path, source))?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => (),
+            Err(Errno::WOULDBLOCK) => {
+                return Err(SocketError::InUse {
+                    path: path.to_owned(),
+                });
+            }
+            Err(error) => return Err(failed(path, error.into())),
+        }
+        // Its last owner removes it while it holds the lock, so ours may be a file that has no name any more.
+        let ours = file.metadata().map_err(|source| failed(path, source))?;
+        match std::fs::metadata(&lock) {
+            Ok(named) if named.ino() == ours.ino() && named.dev() == ours.dev() => {
+                return Ok((lock, file));
+            }
+            _ => continue,
+        }
+    }
+}
+
+/// Removes a socket that a dead process left behind.
+fn clear(path: &Path, address: &SocketAddrUnix, kind: SocketType) -> Result<(), SocketError> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(failed(path, source)),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(SocketError::NotASocket {
+                path: path.to_owned(),
+            });
+        }
+        Ok(_) => (),
+    }
+    // Another program's socket has no lock of ours: see whether somebody listens.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
+    let probe = probe.map_err(|error| failed(path, error.into()))?;
+    match rustix::net::connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => {
+            std::fs::remove_file(path).map_err(|source| failed(path, source))
+        }
+        _ => Err(SocketError::InUse {
+            path: path.to_owned(),
+        }),
+    }
+}
+
+fn failed(path: &Path, source: io::Error) -> SocketError {
+    let path = path.to_owned();
+    match source.kind() {
+        io::ErrorKind::NotFound => {
+            let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
+            SocketError::NoFolder { path, folder }
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            SocketError::Permission { path }
+        }
+        io::ErrorKind::AddrInUse => SocketError::InUse { path },
+        _ => SocketError::Other { path, source },
+    }
+}

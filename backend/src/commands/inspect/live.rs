@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The live view in a terminal.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use barlink::Attachment;
+use barlink::protocol::wire::layout::{BROKER_PAGE, PAGE_SIZE, channel};
+use crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::Frame;
+use ratatui::layout::{Constraint, Layout};
+use ratatui::style::{Style, Stylize};
+use ratatui::text::Line;
+use ratatui::widgets::{Block, Cell, Paragraph, Row, Table};
+use rustix::event::{PollFd, PollFlags};
+
+use super::snapshot::Snapshot;
+use super::view::{self, Rate};
+
+/// Time between two snapshots.
+const INTERVAL: Duration = Duration::from_millis(500);
+/// Bytes in a line of the hex view.
+const LINE: u64 = 16;
+
+/// Shows the region until the user has seen enough.
+pub fn run(attachment: &Attachment) -> Result<()> {
+    let mut screen = Screen::new(attachment)?;
+    let mut terminal = ratatui::try_init().context("cannot use the terminal")?;
+    let outcome = (|| loop {
+        terminal
+            .draw(|frame| screen.draw(frame))
+            .context("cannot draw")?;
+        let left = INTERVAL.saturating_sub(screen.taken.elapsed());
+        match wait_for_keys(left).context("cannot read the keyboard")? {
+            Keyboard::Gone => return Ok(()),
+            Keyboard::Silent => screen.update()?,
+            Keyboard::Ready => (),
+        }
+        while event::poll(Duration::ZERO).context("cannot read the keyboard")? {
+            if let Event::Key(key) = event::read().context("cannot read the keyboard")?
+                && screen.press(key)
+            {
+                return Ok(());
+            }
+        }
+    })();
+    if ratatui::try_restore().is_err() {
+        // The terminal was closed. Its `Drop` would complain to standard error, closed as well, and panic over that.
+        std::mem::forget(terminal);
+    }
+    outcome
+}
+
+/// What the terminal has for us.
+enum Keyboard {
+    /// Nothing, for the whole time.
+    Silent,
+    /// Keys, or another size.
+    Ready,
+    /// It was closed.
+    Gone,
+}
+
+/// Waits for keys. Done here and not by crossterm, which spins on a terminal that was closed.
+fn wait_for_keys(time: Duration) -> std::io::Result<Keyboard> {
+    let stdin = std::io::stdin();
+    let mut files = [PollFd::new(&stdin, PollFlags::IN)];
+    let timeout = rustix::time::Timespec::try_from(time).ok();
+    match rustix::event::poll(&mut files, timeout.as_ref()) {
+        Ok(0) => Ok(Keyboard::Silent),
+        Ok(_)
+            if files[0]
+                .revents()
+                .intersects(PollFlags::HUP | PollFlags::ERR) =>
+        {
+            Ok(Keyboard::Gone)
+        }
+        // A signal, which tells of another size.
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(Keyboard::Ready),
+        Err(error) => Err(error.into()),
+    }
+}
+
+struct Screen<'a> {
+    attachment: &'a Attachment,
+    snapshot: Snapshot,
+    taken: Instant,
+    rates: Vec<Rate>,
+    /// First byte of the hex view; a multiple of [`LINE`].
+    offset: u64,
+    /// Lines of the hex view, as last drawn.
+    lines: u64,
+}
+
+impl<'a> Screen<'a> {
+    fn new(attachment: &'a Attachment) -> Result<Self> {
+        let snapshot = Snapshot::take(attachment)?;
+        let rates = vec![Rate::default(); snapshot.channels.len()];
+        let offset = attachment.layout().raw_offset;
+        Ok(Screen {
+            attachment,
+            snapshot,
+            taken: Instant::now(),
+            rates,
+            offset,
+            lines: 0,
+        })
+    }
+
+    fn update(&mut self) -> Result<()> {
+        let snapshot = Snapshot::take(self.attachment)?;
+        let time = self.taken.elapsed();
+        self.taken = Instant::now();
+        let pairs = self.snapshot.channels.iter().zip(&snapshot.channels);
+        self.rates = pairs
+            .map(|(old, new)| Rate::between(old, new, time))
+            .collect();
+        self.snapshot = snapshot;
+        Ok(())
+    }
+
+    /// Acts on a key; `true` to quit.
+    fn press(&mut self, key: KeyEvent) -> bool {
+        if key.kind == KeyEventKind::Release {
+            return false;
+        }
+        let page = self.lines.max(1) * LINE;
+        let last = self.attachment.layout().region_size.saturating_sub(page);
+        match key.code {
+            KeyCode::Char('q') | KeyCode::Esc => return true,
+            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return true,
+            KeyCode::Up => self.offset = self.offset.saturating_sub(LINE),
+            KeyCode::Down => self.offset += LINE,
+            KeyCode::PageUp => self.offset = self.offset.saturating_sub(page),
+            KeyCode::PageDown => self.offset += page,
+            KeyCode::Home => self.offset = 0,
+            KeyCode::End => self.offset = last,
+            KeyCode::Tab => self.offset = self.next_part(),
+            _ => (),
+        }
+        self.offset = self.offset.min(last);
+        false
+    }
+
+    /// The parts of the region, in their order: where each begins, and what it is.
+    fn parts(&self) -> Vec<(u64, String)> {
+        let layout = self.attachment.layout();
+        let mut parts = vec![
+            (0, "superblock".to_owned()),
+            (BROKER_PAGE, "broker's page".to_owned()),
+        ];
+        for entry in layout.channels() {
+            parts.push((entry.offset, format!("channel {}, header", entry.name)));
+            parts.push((
+                entry.offset + channel::DATA,
+                format!("channel {}, records", entry.name),
+            ));
+        }
+        if layout.raw_size > 0 {
+            parts.push((layout.raw_offset, "raw window".to_owned()));
+        }
+        for slot in 0..layout.slots {
+            parts.push((
+                layout.presence_page(slot),
+                format!("driver's page, slot {slot}"),
+            ));
+        }
+        parts.sort();
+        parts
+    }
+
+    fn next_part(&self) -> u64 {
+        self.parts()
+            .into_iter()
+            .map(|(start, _)| start)
+            .find(|&start| start > self.offset)
+            .unwrap_or(0)
+    }
+
+    fn draw(&mut self, frame: &mut Frame) {
+        let slots = view::slots(&self.snapshot);
+        let height = |lines: usize, border| {
+            Constraint::Length(u16::try_from(lines + border).unwrap_or(u16::MAX))
+        };
+        let [head, table, hex, foot] = Layout::vertical([
+            height(slots.len() + 2, 0),
+            height(self.snapshot.channels.len() + 1, 2),
+            Constraint::Min(3),
+            Constraint::Length(1),
+        ])
+        .areas(frame.area());
+        let lines = view::header(&self.snapshot)
+            .into_iter()
+            .chain(slots)
+            .map(Line::from);
+        frame.render_widget(Paragraph::new(lines.collect::<Vec<_>>()), head);
+        frame.render_widget(self.table(), table);
+        self.lines = u64::from(hex.height.saturating_sub(2));
+        frame.render_widget(self.hex(), hex);
+        let keys = "arrows, page up/down, home, end: move   tab: next part   q: quit";
+        frame.render_widget(Line::from(keys).dim(), foot);
+    }
+
+    fn table(&self) -> Table<'static> {
+        let row =
+            |(channel, rate)| Row::new(view::channel_row(channel, Some(rate)).map(Cell::from));
+        let rows = self
+            .snapshot
+            .channels
+            .iter()
+            .zip(self.rates.iter().copied())
+            .map(row);
+        let widths = view::CHANNEL_WIDTHS.map(Constraint::Length);
+        Table::new(rows, widths)
+            .header(Row::new(view::CHANNEL_COLUMNS).style(Style::new().bold()))
+            .block(Block::bordered().title("channels"))
+    }
+
+    fn hex(&self) -> Paragraph<'static> {
+        let part = self
+            .parts()
+            .into_iter()
+            .rev()
+            .find(|(start, _)| *start <= self.offset);
+        let title = part.map(|(_, name)| name).unwrap_or_default();
+        let size = self.attachment.layout().region_size;
+        let line = |index: u64| {
+            let start = self.offset + index * LINE;
+            let mut bytes = [0; LINE as usize];
+            let length = size.saturating_sub(start).min(LINE) as usize;
+            // In range, and a page is never unmapped: nothing to say if it fails.
+            let _ = self.attachment.region().peek(start, &mut bytes[..length]);
+            Line::from(format!("{start:012x}  {}", hex_line(&bytes[..length])))
+        };
+        let title = format!("{title}, page {}", self.offset / PAGE_SIZE);
+        Paragraph::new((0..self.lines).map(line).collect::<Vec<_>>())
+            .block(Block::bordered().title(title))
+    }
+}
+
+fn hex_line(bytes: &[u8]) -> String {
+    let config = pretty_hex::HexConfig {
+        title: false,
+        width: 0,
+        group: 8,
+        ascii: true,
+        ..pretty_hex::HexConfig::default()
+    };
+    pretty_hex::config_hex(&bytes, config)
+}

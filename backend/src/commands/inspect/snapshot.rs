@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A region at one moment.
+
+use anyhow::Result;
+use barlink::Attachment;
+use barlink::control::message::{RegionInfo, Status};
+use barlink::protocol::PresenceWords;
+use barlink::protocol::state::ChannelState;
+use barlink::protocol::wire::layout::{End, Layout, presence};
+use serde::Serialize;
+
+/// What `barlink inspect --json` prints.
+#[derive(Clone, Debug, Serialize)]
+pub struct Snapshot {
+    /// The region's layout.
+    pub region: RegionInfo,
+    /// Who is there, by the broker's knowledge.
+    pub broker: Status,
+    /// The guests' drivers, by slot, as they say of themselves.
+    pub guests: Vec<Guest>,
+    /// The channels.
+    pub channels: Vec<ChannelView>,
+}
+
+/// A guest's driver.
+#[derive(Clone, Debug, Serialize)]
+pub struct Guest {
+    /// Its epoch: new at every probe, odd while it is there.
+    pub epoch: u64,
+    /// Whether it is there.
+    pub present: bool,
+}
+
+/// A channel.
+#[derive(Clone, Debug, Serialize)]
+pub struct ChannelView {
+    /// Its name.
+    pub name: String,
+    /// Who produces: `host` or `slot N`.
+    pub from: String,
+    /// Who consumes.
+    pub to: String,
+    /// Process that produces, by the number that it has on its side.
+    pub producer: Option<u32>,
+    /// Process that consumes.
+    pub consumer: Option<u32>,
+    /// Bytes that it holds at most.
+    pub capacity: u64,
+    /// Bytes that it holds; `null` if its cursors make no sense.
+    pub fill: Option<u64>,
+    /// Bytes that have gone in since it began.
+    pub written: u64,
+    /// Records that have gone in.
+    pub records: u64,
+    /// Records that found it full, and are gone.
+    pub dropped: u64,
+    /// Doorbells that its producer rang.
+    pub rung: u64,
+    /// Records for which its producer rang none.
+    pub suppressed: u64,
+    /// Doorbells that its consumer rang, for room.
+    pub rung_for_room: u64,
+    /// Times that it was reset.
+    pub generation: u64,
+}
+
+impl Snapshot {
+    /// Takes one.
+    pub fn take(attachment: &Attachment) -> Result<Self> {
+        let layout = attachment.layout();
+        let broker = attachment.status()?;
+        let guest = |slot| {
+            let epoch = attachment
+                .region()
+                .load(layout.presence_page(slot) + presence::EPOCH);
+            let connected = broker
+                .slots
+                .get(slot as usize)
+                .is_some_and(|slot| slot.vm.is_some());
+            Guest {
+                epoch,
+                present: connected && epoch % 2 == 1,
+            }
+        };
+        Ok(Snapshot {
+            region: RegionInfo::from(layout),
+            guests: (0..layout.slots).map(guest).collect(),
+            channels: (0..layout.channels().len())
+                .map(|index| channel(attachment, index))
+                .collect(),
+            broker,
+        })
+    }
+}
+
+fn channel(attachment: &Attachment, index: usize) -> ChannelView {
+    let (layout, region) = (attachment.layout(), attachment.region());
+    let entry = &layout.channels()[index];
+    let state = ChannelState::read(&region, entry);
+    let process = |end| {
+        let words = PresenceWords::find(layout, index, end, layout.region_size);
+        words.and_then(|words| words.read(&region).process())
+    };
+    ChannelView {
+        name: entry.name.to_string(),
+        from: peer_name(layout, entry.producer),
+        to: peer_name(layout, entry.consumer),
+        producer: process(End::Producer),
+        consumer: process(End::Consumer),
+        capacity: entry.capacity,
+        fill: state.fill(entry),
+        written: state.written,
+        records: state.records,
+        dropped: state.dropped,
+        rung: state.producer_rung,
+        suppressed: state.suppressed(),
+        rung_for_room: state.consumer_rung,
+        generation: state.generation,
+    }
+}
+
+fn peer_name(layout: &Layout, peer: u32) -> String {
+    if peer == layout.host() {
+        "host".to_owned()
+    } else {
+        format!("slot {peer}")
+    }
+}

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! How a snapshot looks: the same rows as text and in the live view.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use indicatif::{BinaryBytes, HumanCount, HumanDuration};
+
+use super::snapshot::{ChannelView, Snapshot};
+
+/// Titles of the columns of [`channel_row`].
+pub const CHANNEL_COLUMNS: [&str; 11] = [
+    "channel",
+    "from",
+    "to",
+    "fill",
+    "of",
+    "bytes/s",
+    "rec/s",
+    "records",
+    "dropped",
+    "rung",
+    "suppressed",
+];
+/// Widths that hold what is mostly in them, and fit into 120 columns.
+pub const CHANNEL_WIDTHS: [u16; 11] = [8, 12, 12, 7, 10, 12, 9, 11, 7, 8, 10];
+
+/// What has changed between two snapshots of a channel.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rate {
+    /// Bytes a second.
+    pub bytes: f64,
+    /// Records a second.
+    pub records: f64,
+}
+
+impl Rate {
+    /// The rate of a channel over the time between two snapshots.
+    pub fn between(old: &ChannelView, new: &ChannelView, time: Duration) -> Self {
+        let per_second =
+            |old: u64, new: u64| new.saturating_sub(old) as f64 / time.as_secs_f64().max(1e-9);
+        Rate {
+            bytes: per_second(old.written, new.written),
+            records: per_second(old.records, new.records),
+        }
+    }
+}
+
+/// A line about the region and one about the broker.
+pub fn header(snapshot: &Snapshot) -> [String; 2] {
+    let region = &snapshot.region;
+    let broker = &snapshot.broker;
+    [
+        format!(
+            "region {}, {} vectors a peer, raw window {} at {:#x}",
+            BinaryBytes(region.size),
+            region.vectors,
+            BinaryBytes(region.raw_size),
+            region.raw_offset,
+        ),
+        format!(
+            "broker process {}, epoch {}, up {}",
+            broker.broker,
+            broker.epoch,
+            HumanDuration(Duration::from_secs_f64(broker.uptime.max(0.0))),
+        ),
+    ]
+}
+
+/// A line for each slot.
+pub fn slots(snapshot: &Snapshot) -> Vec<String> {
+    let line = |(id, (slot, guest)): (
+        usize,
+        (
+            &barlink::control::message::SlotStatus,
+            &super::snapshot::Guest,
+        ),
+    )| {
+        let vm = match &slot.vm {
+            None => "no VM".to_owned(),
+            Some(vm) => format!(
+                "VM process {} of user {}, connection {}",
+                vm.pid, vm.uid, vm.connection
+            ),
+        };
+        let driver = if guest.present {
+            format!("driver epoch {}", guest.epoch)
+        } else {
+            "no driver".to_owned()
+        };
+        format!(
+            "slot {id} ({}, {}): {vm}, {driver}",
+            slot.transport,
+            slot.socket.display()
+        )
+    };
+    snapshot
+        .broker
+        .slots
+        .iter()
+        .zip(&snapshot.guests)
+        .enumerate()
+        .map(line)
+        .collect()
+}
+
+/// A row for a channel, under [`CHANNEL_COLUMNS`].
+pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 11] {
+    let end = |peer: &str, process: Option<u32>| match process {
+        Some(process) => format!("{peer}, {process}"),
+        None => format!("{peer}, -"),
+    };
+    let share = |fill| format!("{:.1} %", fill as f64 * 100.0 / channel.capacity as f64);
+    let (bytes, records) = match rate {
+        Some(rate) => (
+            BinaryBytes(rate.bytes as u64).to_string(),
+            HumanCount(rate.records as u64).to_string(),
+        ),
+        None => ("-".to_owned(), "-".to_owned()),
+    };
+    [
+        channel.name.clone(),
+        end(&channel.from, channel.producer),
+        end(&channel.to, channel.consumer),
+        channel.fill.map_or("corrupt".to_owned(), share),
+        BinaryBytes(channel.capacity).to_string(),
+        bytes,
+        records,
+        HumanCount(channel.records).to_string(),
+        HumanCount(channel.dropped).to_string(),
+        HumanCount(channel.rung).to_string(),
+        HumanCount(channel.suppressed).to_string(),
+    ]
+}
+
+/// The whole snapshot as text.
+pub fn text(snapshot: &Snapshot) -> String {
+    let mut rows = vec![CHANNEL_COLUMNS.map(str::to_owned)];
+    rows.extend(
+        snapshot
+            .channels
+            .iter()
+            .map(|channel| channel_row(channel, None)),
+    );
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: [usize; 11] = std::array::from_fn(width);
+    let mut text = header(snapshot).join("\n");
+    for line in slots(snapshot) {
+        text.push('\n');
+        text.push_str(&line);
+    }
+    text.push('\n');
+    for row in &rows {
+        text.push('\n');
+        for (cell, width) in row.iter().zip(widths) {
+            // Writing to a string cannot fail.
+            let _ = write!(text, "{cell:width$}  ");
+        }
+        text.truncate(text.trim_end().len());
+    }
+    text
+}

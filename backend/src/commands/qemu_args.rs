@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `barlink qemu-args`.
+
+use std::io::{Write, stdout};
+
+use anyhow::{Context, Result};
+use barlink::Access;
+
+use crate::args::QemuArgs;
+
+/// Bytes of the window above 4 GiB that the root port asks for: with 64 MiB the firmware still puts it below, where
+/// an MTRR makes it uncachable whatever the driver asks for.
+const WINDOW: u64 = 8 << 30;
+
+pub fn qemu_args(args: &QemuArgs) -> Result<()> {
+    let attachment = super::attach(&args.which, Access::ReadOnly)?;
+    let status = attachment.status()?;
+    let slot = status.slots.get(args.slot).with_context(|| {
+        format!(
+            "no slot {}: the broker has {}, and the first is 0",
+            args.slot,
+            status.slots.len()
+        )
+    })?;
+    let id = &args.id;
+    let layout = attachment.layout();
+    let window = WINDOW.max(layout.region_size.saturating_mul(2)) >> 30;
+    // QEMU splits its options at commas; a doubled one stands for itself.
+    let path = slot.socket.display().to_string().replace(',', ",,");
+    let arguments = [
+        ("-chardev", format!("socket,id={id}-socket,path={path}")),
+        (
+            "-device",
+            format!(
+                "pcie-root-port,id={id}-port,chassis={},pref64-reserve={window}G",
+                args.chassis
+            ),
+        ),
+        (
+            "-device",
+            format!(
+                "ivshmem-doorbell,bus={id}-port,chardev={id}-socket,vectors={}",
+                layout.vectors
+            ),
+        ),
+    ];
+    let text = if args.libvirt {
+        let mut lines = vec![
+            "<!-- in <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'> -->".to_owned(),
+            "<qemu:commandline>".to_owned(),
+        ];
+        for (name, value) in arguments {
+            lines.push(format!("  <qemu:arg value='{name}'/>"));
+            lines.push(format!("  <qemu:arg value='{}'/>", escape(&value)));
+        }
+        lines.push("</qemu:commandline>".to_owned());
+        lines.join("\n")
+    } else {
+        let words = arguments
+            .iter()
+            .flat_map(|(name, value)| [(*name).to_owned(), quote(value)]);
+        words.collect::<Vec<_>>().join(" ")
+    };
+    writeln!(stdout(), "{text}").context("cannot write to standard output")
+}
+
+/// Quotes a word for a shell, if it must be: `$(barlink qemu-args)` splits at spaces and looks at no quotes.
+fn quote(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,=:@%+".contains(c);
+    if word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        shell_words::quote(word).into_owned()
+    }
+}
+
+/// Escapes text for an XML attribute in single quotes.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('\'', "&apos;")
+}

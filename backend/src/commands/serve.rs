@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `barlink serve`.
+
+use std::io::pipe;
+use std::os::unix::fs::DirBuilderExt;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow};
+use barlink::broker::{Broker, Config, Policy};
+use barlink::transport::{Ivshmem, Transport};
+use indicatif::BinaryBytes;
+use log::info;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::args::Serve;
+
+pub fn serve(args: Serve) -> Result<()> {
+    let control = super::control_socket(&args.which)?;
+    if args.which.control.is_none()
+        && let Some(folder) = control.parent()
+    {
+        let mut builder = std::fs::DirBuilder::new();
+        builder
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .with_context(|| {
+                format!(
+                    "cannot create the run folder {}: name a socket with --control",
+                    folder.display()
+                )
+            })?;
+    }
+    let users = args
+        .allow_user
+        .iter()
+        .map(|user| number(user, "passwd"))
+        .collect::<Result<_>>()?;
+    let groups = args
+        .allow_group
+        .iter()
+        .map(|group| number(group, "group"))
+        .collect::<Result<_>>()?;
+    let ivshmem: Arc<dyn Transport> = Arc::new(Ivshmem);
+    let config = Config {
+        size: args.size,
+        vectors: args.vectors,
+        channels: args.channel,
+        slots: args
+            .ivshmem
+            .into_iter()
+            .map(|path| (Arc::clone(&ivshmem), path))
+            .collect(),
+        control,
+        policy: Policy::new(users, groups),
+    };
+    // Before the sockets are there, so that whoever sees them can already stop us in good order.
+    let (stop, stopper) = pipe().context("cannot make a pipe")?;
+    for signal in [SIGINT, SIGTERM] {
+        let stopper = stopper.try_clone().context("cannot copy a descriptor")?;
+        signal_hook::low_level::pipe::register(signal, stopper).context("cannot handle signals")?;
+    }
+    let broker = Broker::start(config)?;
+    let layout = broker.shared().layout();
+    for (id, slot) in broker.shared().status().slots.iter().enumerate() {
+        info!(
+            "slot {id}: waiting for a VM at {} ({})",
+            slot.socket.display(),
+            slot.transport
+        );
+    }
+    let names: Vec<_> = layout
+        .channels()
+        .iter()
+        .map(|channel| channel.name.to_string())
+        .collect();
+    info!(
+        "serving {} with {} to host apps at {}; `barlink qemu-args` tells what QEMU needs",
+        BinaryBytes(layout.region_size),
+        names.join(", "),
+        broker.control_path().display(),
+    );
+    broker.run(&stop.into())?;
+    info!("stopped");
+    Ok(())
+}
+
+/// The number of a user or group: given as such, or looked up in `/etc/passwd` or `/etc/group`.
+fn number(name: &str, database: &str) -> Result<u32> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    let path = format!("/etc/{database}");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let mut lines = text.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let line = lines.find(|fields| fields.first() == Some(&name));
+    line.and_then(|fields| fields.get(2)?.parse().ok())
+        .ok_or_else(|| anyhow!("no `{name}` in {path}: give a name that is there, or a number"))
+}

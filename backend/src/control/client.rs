@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A host app's side of a control socket.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
+use super::packet::PacketSocket;
+
+/// How long a broker may take to answer. It answers at once; what does not is no broker.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a broker could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Nothing listens there.
+    #[error(
+        "no broker at {path}: start one with `barlink serve`, or name another with --control or --name"
+    )]
+    NoBroker {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The socket is closed to this user.
+    #[error(
+        "no permission to attach at {path}: run as the broker's user, or start it with --allow-user"
+    )]
+    Permission {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something else is there.
+    #[error("{path} is not the control socket of a broker: {why}")]
+    NotABroker {
+        /// The socket.
+        path: PathBuf,
+        /// What was seen.
+        why: String,
+    },
+    /// The broker closed the connection without a word: it does so to users who are not allowed.
+    #[error("the broker at {path} turned this process away: see its log")]
+    TurnedAway {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The broker said no.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The connection broke.
+    #[error("the broker at {path} cannot be reached")]
+    Lost {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A connection to a broker. One request at a time; threads take turns.
+#[derive(Debug)]
+pub struct Control {
+    path: PathBuf,
+    socket: Mutex<PacketSocket>,
+}
+
+impl Control {
+    /// Connects to a broker's control socket.
+    pub fn connect(path: &Path) -> Result<Self, ControlError> {
+        let socket = PacketSocket::connect(path, PATIENCE).map_err(|source| {
+            let path = path.to_owned();
+            match source
+                .raw_os_error()
+                .map(rustix::io::Errno::from_raw_os_error)
+            {
+                Some(
+                    rustix::io::Errno::NOENT
+                    | rustix::io::Errno::CONNREFUSED
+                    | rustix::io::Errno::NOTDIR,
+                ) => ControlError::NoBroker { path },
+                Some(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
+                    ControlError::Permission { path }
+                }
+                Some(rustix::io::Errno::PROTOTYPE) => ControlError::NotABroker {
+                    path,
+                    why: "it is a socket of another kind".to_owned(),
+                },
+                Some(rustix::io::Errno::NAMETOOLONG) => ControlError::NotABroker {
+                    path,
+                    why: "its path is too long for a socket".to_owned(),
+                },
+                _ => ControlError::Lost { path, source },
+            }
+        })?;
+        Ok(Control {
+            path: path.to_owned(),
+            socket: Mutex::new(socket),
+        })
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Asks, and waits for the answer and the descriptors that come with it.
+    pub fn ask(&self, ask: Ask) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let lost = |source: io::Error| match source.kind() {
+            io::ErrorKind::WouldBlock => self.not_a_broker("it does not answer"),
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                ControlError::TurnedAway {
+                    path: self.path.clone(),
+                }
+            }
+            _ => ControlError::Lost {
+                path: self.path.clone(),
+                source,
+            },
+        };
+        let request = serde_json::to_vec(&Request {
+            version: VERSION,
+            ask,
+        })
+        .map_err(|error| lost(error.into()))?;
+        socket.send(&request, &[]).map_err(lost)?;
+        let mut buffer = Box::new([0; MAX_PACKET]);
+        let received = socket.receive_with_descriptors(&mut buffer).map_err(lost)?;
+        let (bytes, descriptors) = received.ok_or(ControlError::TurnedAway {
+            path: self.path.clone(),
+        })?;
+        let reply: Reply = serde_json::from_slice(bytes)
+            .map_err(|error| self.not_a_broker(&format!("its answer is {error}")))?;
+        match reply.answer {
+            Answer::Refused(refusal) => Err(refusal.into()),
+            answer => Ok((answer, descriptors)),
+        }
+    }
+
+    /// The error for an answer that no broker gives.
+    pub fn not_a_broker(&self, why: &str) -> ControlError {
+        ControlError::NotABroker {
+            path: self.path.clone(),
+            why: why.to_owned(),
+        }
+    }
+}

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is said over a control socket.
+
+use std::path::PathBuf;
+
+use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
+use serde::{Deserialize, Serialize};
+
+use crate::memory::Access;
+
+/// Version of these messages.
+pub const VERSION: u32 = 1;
+/// Largest packet, in bytes.
+pub const MAX_PACKET: usize = 64 << 10;
+
+/// A request, with the version of whoever asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// [`VERSION`].
+    pub version: u32,
+    /// What is asked.
+    pub ask: Ask,
+}
+
+/// What a host app can ask of a broker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Ask {
+    /// The region: answered by [`Answer::Region`], with the descriptor of its memory.
+    Attach {
+        /// What the descriptor shall permit.
+        access: Access,
+    },
+    /// One end of a channel, until it is released or the connection ends: answered by [`Answer::Claimed`].
+    Claim {
+        /// Index of the channel.
+        channel: usize,
+        /// The end.
+        end: Side,
+    },
+    /// The end of a claim: answered by [`Answer::Done`].
+    Release {
+        /// Index of the channel.
+        channel: usize,
+        /// The end.
+        end: Side,
+    },
+    /// Who is there: answered by [`Answer::Status`].
+    Status,
+    /// A fresh generation of a channel whose ends are both free: answered by [`Answer::Reset`].
+    Reset {
+        /// Index of the channel.
+        channel: usize,
+    },
+}
+
+/// A broker's answer, with its version.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reply {
+    /// [`VERSION`].
+    pub version: u32,
+    /// What it answers.
+    pub answer: Answer,
+}
+
+/// What a broker answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// The layout; one descriptor comes with it, the memory.
+    Region(RegionInfo),
+    /// The end is the asker's; four eventfds come with it: the control vector and the channel's vector that it
+    /// waits on, and the same of the other end, to ring.
+    Claimed,
+    /// Who is there.
+    Status(Status),
+    /// The channel is empty, in this generation.
+    Reset {
+        /// Number of the generation.
+        generation: u64,
+    },
+    /// It is done.
+    Done,
+    /// It is not done.
+    Refused(Refusal),
+}
+
+/// Why a broker refuses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
+pub enum Refusal {
+    /// The request's version is not the broker's.
+    #[error(
+        "the broker speaks version {broker} of the control protocol, this program version {VERSION}"
+    )]
+    Version {
+        /// The broker's.
+        broker: u32,
+    },
+    /// The packet is no request.
+    #[error("the broker does not understand the request: {0}")]
+    Malformed(String),
+    /// The region has no such channel.
+    #[error("the region has no channel {0}")]
+    NoChannel(usize),
+    /// Another process holds that end.
+    #[error("channel `{channel}` already has a {end}, process {pid}")]
+    Held {
+        /// Name of the channel.
+        channel: String,
+        /// The end.
+        end: Side,
+        /// Process ID of its holder, on the host.
+        pid: u32,
+    },
+    /// That end is not the host's.
+    #[error("the {end} of channel `{channel}` is {peer}, not the host")]
+    NotHost {
+        /// Name of the channel.
+        channel: String,
+        /// The end.
+        end: Side,
+        /// Whose it is.
+        peer: String,
+    },
+    /// The asker does not hold what it releases.
+    #[error("the end is not held by this process")]
+    NotHeld,
+    /// A channel cannot be reset while somebody holds one of its ends.
+    #[error("channel `{channel}` is in use by {holder}")]
+    InUse {
+        /// Name of the channel.
+        channel: String,
+        /// Who.
+        holder: String,
+    },
+    /// The broker could not do it.
+    #[error("the broker failed: {0}")]
+    Failed(String),
+}
+
+/// An end of a channel, as messages write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// The end that writes.
+    Producer,
+    /// The end that reads.
+    Consumer,
+}
+
+impl From<End> for Side {
+    fn from(end: End) -> Self {
+        match end {
+            End::Producer => Side::Producer,
+            End::Consumer => Side::Consumer,
+        }
+    }
+}
+
+impl From<Side> for End {
+    fn from(side: Side) -> Self {
+        match side {
+            Side::Producer => End::Producer,
+            Side::Consumer => End::Consumer,
+        }
+    }
+}
+
+impl std::fmt::Display for Side {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        End::from(*self).fmt(f)
+    }
+}
+
+/// A region's layout, as messages write it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionInfo {
+    /// Bytes in the region.
+    pub size: u64,
+    /// VMs that it serves; the host's ID is this number.
+    pub slots: u32,
+    /// Interrupt vectors of each peer.
+    pub vectors: u32,
+    /// Offset of the raw window, in bytes.
+    pub raw_offset: u64,
+    /// Bytes in the raw window.
+    pub raw_size: u64,
+    /// The channels, in the order of their indexes.
+    pub channels: Vec<ChannelInfo>,
+}
+
+/// A channel, as messages write it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChannelInfo {
+    /// Its name.
+    pub name: String,
+    /// ID of the peer that produces.
+    pub producer: u32,
+    /// ID of the peer that consumes.
+    pub consumer: u32,
+    /// Vector that wakes either end.
+    pub vector: u32,
+    /// Whether the producer drops records that find it full.
+    pub drop_when_full: bool,
+    /// Offset of its header page, in bytes.
+    pub offset: u64,
+    /// Bytes in its data area.
+    pub capacity: u64,
+}
+
+impl From<&Layout> for RegionInfo {
+    fn from(layout: &Layout) -> Self {
+        let channel = |channel: &Channel| ChannelInfo {
+            name: channel.name.to_string(),
+            producer: channel.producer,
+            consumer: channel.consumer,
+            vector: channel.vector,
+            drop_when_full: channel.drop_when_full,
+            offset: channel.offset,
+            capacity: channel.capacity,
+        };
+        RegionInfo {
+            size: layout.region_size,
+            slots: layout.slots,
+            vectors: layout.vectors,
+            raw_offset: layout.raw_offset,
+            raw_size: layout.raw_size,
+            channels: layout.channels().iter().map(channel).collect(),
+        }
+    }
+}
+
+impl TryFrom<&RegionInfo> for Layout {
+    type Error = LayoutError;
+
+    fn try_from(info: &RegionInfo) -> Result<Self, LayoutError> {
+        let channel = |(index, channel): (usize, &ChannelInfo)| {
+            Ok(Channel {
+                name: Name::new(&channel.name).ok_or(LayoutError::Channel {
+                    index,
+                    fault: "name",
+                })?,
+                producer: channel.producer,
+                consumer: channel.consumer,
+                vector: channel.vector,
+                drop_when_full: channel.drop_when_full,
+                offset: channel.offset,
+                capacity: channel.capacity,
+            })
+        };
+        let channels = info
+            .channels
+            .iter()
+            .enumerate()
+            .map(channel)
+            .collect::<Result<Vec<_>, _>>()?;
+        Layout::new(
+            info.size,
+            info.slots,
+            info.vectors,
+            info.raw_offset,
+            info.raw_size,
+            &channels,
+        )
+    }
+}
+
+/// Who is there, by the broker's own knowledge.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The broker's process ID.
+    pub broker: u32,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Seconds since it started.
+    pub uptime: f64,
+    /// The slots, in the order of their IDs.
+    pub slots: Vec<SlotStatus>,
+    /// The host's claims.
+    pub claims: Vec<ClaimStatus>,
+}
+
+/// A slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotStatus {
+    /// The transport's name.
+    pub transport: String,
+    /// Its socket.
+    pub socket: PathBuf,
+    /// The VM that is connected.
+    pub vm: Option<VmStatus>,
+}
+
+/// A connected VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Process ID of its VMM.
+    pub pid: i32,
+    /// User ID of its VMM.
+    pub uid: u32,
+    /// How many VMs this slot has had, this one included.
+    pub connection: u64,
+}
+
+/// An end that a host app holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClaimStatus {
+    /// Index of the channel.
+    pub channel: usize,
+    /// The end.
+    pub end: Side,
+    /// The holder's process ID.
+    pub pid: u32,
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! How a region reaches a VM: one file a transport, all of one shape, behind one trait.
+
+mod ivshmem;
+
+use std::os::unix::net::UnixStream;
+
+pub use ivshmem::Ivshmem;
+
+use crate::broker::Slot;
+
+/// A way of giving the region to a VMM that connects to a slot's socket.
+pub trait Transport: Send + Sync {
+    /// Its name, as in `barlink serve --NAME SOCKET`.
+    fn name(&self) -> &'static str;
+
+    /// Serves one VM, on a thread of its own, from its first byte until it leaves.
+    fn serve(&self, vm: UnixStream, slot: &Slot) -> Result<Departure, TransportError>;
+
+    /// Turns a VMM away, in the way that ends it with an error and does not wedge it.
+    fn refuse(&self, vm: UnixStream);
+}
+
+/// How a VM's session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// It closed the connection.
+    Left,
+    /// It broke the protocol, and was let go.
+    Misbehaved(&'static str),
+}
+
+/// Why a session could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// A message could not be sent.
+    #[error("cannot send {what} to the VM")]
+    Send {
+        /// What.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Waiting for the VM failed.
+    #[error("cannot hear the VM")]
+    Receive(#[source] std::io::Error),
+}

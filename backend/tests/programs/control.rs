@@ -1,0 +1,420 @@
+//! The control socket: claims, refusals, and peers that are not what they should be.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use barlink::control::client::{Control, ControlError};
+use barlink::control::message::{Answer, Ask, Refusal, Side};
+use barlink::protocol::ChannelError;
+use barlink::protocol::cursor::Kind;
+use barlink::protocol::wire::layout::channel;
+use barlink::{Access, AttachError, Attachment};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, bind,
+    connect, listen, recv, send, socket_with,
+};
+use rustix::process::Signal;
+
+use crate::support::*;
+
+fn seqpacket() -> OwnedFd {
+    socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap()
+}
+
+fn knock(broker: &Broker) -> OwnedFd {
+    let socket = seqpacket();
+    connect(&socket, &SocketAddrUnix::new(broker.control()).unwrap()).unwrap();
+    socket
+}
+
+/// Sends a packet as it is, and gives the answer; empty if the broker closes.
+fn say(socket: &OwnedFd, packet: &[u8]) -> String {
+    send(socket, packet, SendFlags::NOSIGNAL).unwrap();
+    let mut answer = vec![0; 65536];
+    let (_, length) = recv(socket, &mut answer[..], RecvFlags::empty()).unwrap();
+    String::from_utf8(answer[..length].to_vec()).unwrap()
+}
+
+#[test]
+fn second_producer_is_refused_and_told_who_is_first() {
+    let broker = Broker::start(&[]);
+    let mut first = broker.app(&["send"]).stdin(Stdio::piped()).spawn().unwrap();
+    let pid = first.id().to_string();
+    let attachment = broker.attach();
+    wait_until("the first is there", || {
+        !attachment.status().unwrap().claims.is_empty()
+    });
+    fails(
+        &mut broker.app(&["send"]),
+        4,
+        &["`down` already has a producer", &pid],
+    );
+    assert!(
+        first.try_wait().unwrap().is_none(),
+        "the first is not disturbed"
+    );
+    first.kill().unwrap();
+    first.wait().unwrap();
+}
+
+#[test]
+fn claim_ends_with_its_process_however_that_ends() {
+    let broker = Broker::start(&[]);
+    let attachment = broker.attach();
+    for signal in [Signal::KILL, Signal::TERM, Signal::INT] {
+        let mut app = broker.app(&["recv"]).spawn().unwrap();
+        wait_until("it holds the end", || {
+            !attachment.status().unwrap().claims.is_empty()
+        });
+        signal_child(&app, signal);
+        wait(&mut app);
+        wait_until("the end is free", || {
+            attachment.status().unwrap().claims.is_empty()
+        });
+    }
+    attachment.receiver("up").unwrap();
+}
+
+#[test]
+fn unknown_channel_is_refused_with_those_that_there_are() {
+    let broker = Broker::start(&[]);
+    fails(
+        &mut broker.app(&["recv", "--channel", "camera"]),
+        1,
+        &["no channel `camera`", "there are: up, down"],
+    );
+    fails(
+        &mut broker.app(&["reset-channel", "camera"]),
+        1,
+        &["no channel `camera`"],
+    );
+}
+
+#[test]
+fn end_of_a_guest_is_not_the_hosts_to_claim() {
+    let broker = Broker::start(&[]);
+    fails(
+        &mut broker.app(&["recv", "--channel", "down"]),
+        1,
+        &["the consumer of channel `down` is slot 0's VM"],
+    );
+}
+
+#[test]
+fn record_that_is_too_large_is_refused_and_the_channel_goes_on() {
+    let broker = Broker::start(&["--channel", "loop=host-host,64K"]);
+    let attachment = broker.attach();
+    let mut sender = attachment.sender("loop").unwrap();
+    let max = sender.max_record();
+    let error = sender
+        .send(Kind::DATA, &vec![0; max as usize + 1], None)
+        .unwrap_err();
+    assert!(matches!(error, ChannelError::TooLarge { .. }));
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "a record of {} bytes is larger than the channel carries, which is {max}",
+            max + 1
+        )
+    );
+    let _ = sender
+        .send(Kind::DATA, &vec![7; max as usize], None)
+        .unwrap();
+    let mut receiver = attachment.receiver("loop").unwrap();
+    receiver.wait(Some(PATIENCE)).unwrap();
+    assert_eq!(receiver.record().unwrap().length(), max as usize);
+}
+
+#[test]
+fn no_broker_is_told_apart_from_no_permission_and_no_control_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |path: &Path| {
+        let mut command = barlink(["inspect", "--control"]);
+        command.arg(path);
+        command
+    };
+    let path = folder.path().join("nothing.sock");
+    fails(
+        &mut at(&path),
+        3,
+        &["no broker at", "nothing.sock", "barlink serve"],
+    );
+    file_with(&path, b"no socket");
+    fails(&mut at(&path), 3, &["no broker at", "nothing.sock"]);
+    let stream = folder.path().join("stream.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&stream).unwrap();
+    fails(
+        &mut at(&stream),
+        3,
+        &[
+            "stream.sock is not the control socket of a broker",
+            "of another kind",
+        ],
+    );
+    fails(
+        &mut at(&folder.path().join("x".repeat(200))),
+        3,
+        &["too long for a socket"],
+    );
+}
+
+/// Listens as a broker does, and answers every packet with these bytes.
+fn impostor(path: &Path, answer: Option<&'static [u8]>) -> OwnedFd {
+    let socket = seqpacket();
+    bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    listen(&socket, 1).unwrap();
+    let listener = socket.try_clone().unwrap();
+    std::thread::spawn(move || {
+        let client = accept(&listener).unwrap();
+        let mut packet = [0; 4096];
+        while let Ok((_, length)) = recv(&client, &mut packet[..], RecvFlags::empty()) {
+            match answer {
+                _ if length == 0 => break,
+                Some(answer) => drop(send(&client, answer, SendFlags::NOSIGNAL)),
+                None => std::thread::sleep(PATIENCE),
+            }
+        }
+    });
+    socket
+}
+
+#[test]
+fn what_answers_as_no_broker_does_is_not_taken_for_one() {
+    let region = br#"{"version":1,"answer":{"region":{"size":4096,"slots":1,"vectors":1,"raw_offset":0,"raw_size":0,"channels":[]}}}"#;
+    let cases: [(&[u8], &str); 5] = [
+        (b"hello", "is not the control socket of a broker"),
+        (
+            br#"{"version":1,"answer":"done"}"#,
+            "it answers another question",
+        ),
+        (region, "tells a layout that cannot be"),
+        (
+            br#"{"version":1,"answer":{"refused":{"version":{"broker":2}}}}"#,
+            "the broker speaks version 2 of the control protocol",
+        ),
+        (
+            br#"{"version":1,"answer":{"refused":{"failed":"no descriptors"}}}"#,
+            "the broker failed: no descriptors",
+        ),
+    ];
+    for (answer, expected) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let _impostor = impostor(&path, Some(answer));
+        let error = Attachment::connect(&path, Access::ReadOnly).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn what_does_not_answer_is_given_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control.sock");
+    let _impostor = impostor(&path, None);
+    let error = Attachment::connect(&path, Access::ReadOnly).unwrap_err();
+    assert!(error.to_string().ends_with("it does not answer"), "{error}");
+}
+
+#[test]
+fn packets_that_are_no_requests_are_refused_and_the_client_may_go_on() {
+    let broker = Broker::start(&[]);
+    let socket = knock(&broker);
+    for (packet, expected) in [
+        (&b"hello"[..], "malformed"),
+        (br#"{"version":1}"#, "malformed"),
+        (br#"{"version":1,"ask":"everything"}"#, "malformed"),
+        (
+            br#"{"version":1,"ask":{"claim":{"channel":-1,"end":"producer"}}}"#,
+            "malformed",
+        ),
+        (
+            br#"{"version":1,"ask":{"claim":{"channel":99,"end":"producer"}}}"#,
+            r#""no-channel":99"#,
+        ),
+        (
+            br#"{"version":1,"ask":{"release":{"channel":0,"end":"consumer"}}}"#,
+            "not-held",
+        ),
+        (
+            br#"{"version":2,"ask":{"something":"new"}}"#,
+            r#"{"version":{"broker":1}}"#,
+        ),
+        (br#"{"version":1,"ask":"status"}"#, r#""uptime""#),
+    ] {
+        let answer = say(&socket, packet);
+        assert!(
+            answer.contains(expected),
+            "{answer} for {}",
+            String::from_utf8_lossy(packet)
+        );
+    }
+}
+
+#[test]
+fn client_that_says_nothing_or_too_much_harms_nobody() {
+    let broker = Broker::start(&[]);
+    let silent: Vec<_> = (0..20).map(|_| knock(&broker)).collect();
+    let large = knock(&broker);
+    // More than a packet of the protocol: what is read of it is no request.
+    assert!(say(&large, &vec![b'x'; 100_000]).contains("malformed"));
+    broker.attach().status().unwrap();
+    // The silent ones are let go after a while.
+    for socket in silent {
+        let mut patient = vec![rustix::event::PollFd::new(
+            &socket,
+            rustix::event::PollFlags::IN,
+        )];
+        let limit = rustix::time::Timespec {
+            tv_sec: 15,
+            tv_nsec: 0,
+        };
+        assert_eq!(
+            rustix::event::poll(&mut patient, Some(&limit)),
+            Ok(1),
+            "a silent client stays for ever"
+        );
+    }
+    assert!(broker.log().contains("it said nothing for 10 seconds"));
+}
+
+#[test]
+fn client_that_does_not_read_is_let_go() {
+    let broker = Broker::start(&[]);
+    let deaf = knock(&broker);
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    wait_until("it is let go", || {
+        let _ = send(&deaf, br#"{"version":1,"ask":"status"}"#, flags);
+        broker.log().contains("is let go")
+    });
+    broker.attach().status().unwrap();
+}
+
+#[test]
+fn descriptors_that_a_client_sends_are_not_kept() {
+    use std::os::fd::AsRawFd;
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+    let broker = Broker::start(&[]);
+    broker.attach();
+    let before = broker.descriptors();
+    let socket =
+        barlink::control::packet::PacketSocket::connect(&broker.control(), PATIENCE).unwrap();
+    let gift = std::fs::File::open("/dev/null").unwrap();
+    for _ in 0..50 {
+        let request: &[u8] = br#"{"version":1,"ask":"status"}"#;
+        socket
+            .send_with_fds(&[request], &[gift.as_raw_fd(); 8])
+            .unwrap();
+        let mut buffer = Box::new([0; barlink::control::message::MAX_PACKET]);
+        socket.receive(&mut buffer).unwrap().unwrap();
+    }
+    assert!(socket.as_fd().as_raw_fd() >= 0);
+    assert_eq!(
+        broker.descriptors(),
+        before + 1,
+        "the connection, and no gift"
+    );
+}
+
+#[test]
+fn looking_gives_no_right_to_write() {
+    let broker = Broker::start(&[]);
+    let control = Control::connect(&broker.control()).unwrap();
+    let (answer, memory) = control
+        .ask(Ask::Attach {
+            access: Access::ReadOnly,
+        })
+        .unwrap();
+    assert!(matches!(answer, Answer::Region(_)));
+    assert!(rustix::io::pwrite(&memory[0], b"x", 0).is_err());
+    let mapped = barlink::memory::Mapping::new(
+        memory[0].try_clone().unwrap().into(),
+        64 << 20,
+        Access::ReadWrite,
+    );
+    assert!(mapped.is_err());
+}
+
+#[test]
+fn memory_that_is_not_sealed_is_not_mapped() {
+    let file = rustix::fs::memfd_create("unsealed", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+    rustix::fs::ftruncate(&file, 4096).unwrap();
+    let error = barlink::memory::Mapping::new(file.into(), 4096, Access::ReadOnly).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the region's memory is not safe to use: its file can still be shortened"
+    );
+}
+
+#[test]
+fn corrupt_channel_is_reset_when_both_ends_are_free() {
+    let broker = Broker::start(&[
+        "--channel",
+        "loop=host-host,64K",
+        "--channel",
+        "other=host-host,64K",
+    ]);
+    let attachment = broker.attach();
+    let (_, entry) = attachment.layout().find("loop").unwrap();
+    attachment
+        .region()
+        .store(entry.offset + channel::WRITTEN, 3);
+    fails(
+        &mut broker.app(&["recv", "--channel", "loop"]),
+        1,
+        &["corrupt", "barlink reset-channel loop"],
+    );
+    assert!(works(&mut broker.app(&["inspect", "--once"])).contains("corrupt"));
+    let sender = attachment.sender("other").unwrap();
+    fails(
+        &mut broker.app(&["reset-channel", "other"]),
+        4,
+        &["in use by process"],
+    );
+    drop(sender);
+    assert_eq!(
+        works(&mut broker.app(&["reset-channel", "loop"])),
+        "channel `loop` is empty, generation 1\n"
+    );
+    attachment.receiver("loop").unwrap();
+}
+
+#[test]
+fn one_app_can_hold_many_ends_and_gives_them_back_one_by_one() {
+    let broker = Broker::start(&["--channel", "loop=host-host,64K"]);
+    let attachment = broker.attach();
+    let sender = attachment.sender("loop").unwrap();
+    let receiver = attachment.receiver("loop").unwrap();
+    assert_eq!(attachment.status().unwrap().claims.len(), 2);
+    let error = attachment.sender("loop").unwrap_err();
+    assert!(matches!(
+        error,
+        AttachError::Control(ControlError::Refused(Refusal::Held {
+            end: Side::Producer,
+            ..
+        }))
+    ));
+    drop(sender);
+    assert_eq!(attachment.status().unwrap().claims.len(), 1);
+    drop(receiver);
+    assert!(attachment.status().unwrap().claims.is_empty());
+}
+
+#[test]
+fn a_thousand_connections_leave_nothing_behind() {
+    let broker = Broker::start(&[]);
+    broker.attach();
+    std::thread::sleep(Duration::from_millis(50));
+    let before = broker.descriptors();
+    for _ in 0..1000 {
+        drop(broker.attach());
+    }
+    wait_until("descriptors are back", || broker.descriptors() == before);
+}

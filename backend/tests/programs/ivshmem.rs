@@ -1,0 +1,330 @@
+//! The ivshmem transport, met by a client that reads as QEMU reads, and by clients that do not.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use barlink::protocol::wire::layout::{End, MAGIC};
+use barlink::protocol::{Events, state};
+use rustix::fs::SealFlags;
+use rustix::io::Errno;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::support::*;
+
+/// One message as QEMU reads it: a number, and a descriptor with some. `None` at the end.
+fn message(socket: &UnixStream) -> Option<(i64, Option<OwnedFd>)> {
+    let mut bytes = [0; 8];
+    let (length, file) = match socket.recv_with_fd(&mut bytes) {
+        // So a socket ends that is closed while it holds bytes that nobody read.
+        Err(error) if error.errno() == Errno::CONNRESET.raw_os_error() => return None,
+        received => received.unwrap(),
+    };
+    match length {
+        0 => None,
+        8 => Some((i64::from_le_bytes(bytes), file.map(OwnedFd::from))),
+        _ => panic!("a message of {length} bytes"),
+    }
+}
+
+fn connect(broker: &Broker, name: &str) -> UnixStream {
+    let socket = UnixStream::connect(broker.path(name)).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// What a VM has after the handshake.
+struct Vm {
+    socket: UnixStream,
+    id: i64,
+    memory: OwnedFd,
+    /// Peer and eventfd, in the order in which they came.
+    bells: Vec<(i64, OwnedFd)>,
+}
+
+fn handshake(socket: UnixStream, bells: usize) -> Vm {
+    let number = |expected: &str| match message(&socket) {
+        Some((number, None)) => number,
+        other => panic!("{other:?} for {expected}"),
+    };
+    assert_eq!(number("the version"), 0);
+    let id = number("the ID");
+    let Some((-1, Some(memory))) = message(&socket) else {
+        panic!("no memory");
+    };
+    let bells = (0..bells).map(|_| {
+        let (peer, bell) = message(&socket).expect("an eventfd");
+        (peer, bell.expect("an eventfd"))
+    });
+    let bells = bells.collect();
+    Vm {
+        socket,
+        id,
+        memory,
+        bells,
+    }
+}
+
+/// Reads an eventfd, which does not block: how often it was rung.
+fn rings(bell: &OwnedFd) -> u64 {
+    let mut count = [0; 8];
+    match rustix::io::read(bell, &mut count) {
+        Ok(8) => u64::from_ne_bytes(count),
+        Err(Errno::AGAIN) => 0,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn is_silent(socket: &UnixStream) -> bool {
+    socket
+        .set_read_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
+    let silent =
+        rustix::net::recv(socket, &mut [0u8; 1], rustix::net::RecvFlags::PEEK) == Err(Errno::AGAIN);
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    silent
+}
+
+#[test]
+fn handshake_tells_the_whole_table_and_nothing_follows() {
+    let folder = tempfile::tempdir().unwrap();
+    let second = folder.path().join("second.sock");
+    let broker = Broker::start_in(
+        folder,
+        &["--ivshmem", second.to_str().unwrap(), "--vectors", "2"],
+    );
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    assert_eq!(vm.id, 0);
+    let peers: Vec<_> = vm.bells.iter().map(|(peer, _)| *peer).collect();
+    assert_eq!(
+        peers,
+        [1, 1, 2, 2, 0, 0],
+        "the other slot, the host, and itself last"
+    );
+    let other = handshake(connect(&broker, "second.sock"), 6);
+    assert_eq!(other.id, 1);
+    drop(other);
+    let attachment = broker.attach();
+    drop(attachment.sender("down").unwrap());
+    assert!(
+        is_silent(&vm.socket),
+        "something follows when others come and go"
+    );
+}
+
+#[test]
+fn memory_is_the_region_and_cannot_be_resized() {
+    let broker = Broker::start(&["--size", "1M"]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    assert_eq!(rustix::fs::fstat(&vm.memory).unwrap().st_size, 1 << 20);
+    let seals = rustix::fs::fcntl_get_seals(&vm.memory).unwrap();
+    assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
+    for size in [0, 4096, 2 << 20] {
+        assert_eq!(rustix::fs::ftruncate(&vm.memory, size), Err(Errno::PERM));
+    }
+    let mut first = [0; 8];
+    rustix::io::pread(&vm.memory, &mut first, 0).unwrap();
+    assert_eq!(u64::from_le_bytes(first), MAGIC);
+    // What the VM writes, a host app reads.
+    let attachment = broker.attach();
+    let offset = attachment.layout().raw_offset;
+    rustix::io::pwrite(&vm.memory, b"from the VM", offset).unwrap();
+    let mut seen = [0; 11];
+    attachment.region().peek(offset, &mut seen).unwrap();
+    assert_eq!(&seen, b"from the VM");
+}
+
+#[test]
+fn doorbells_go_straight_between_a_vm_and_a_host_app() {
+    let broker = Broker::start(&[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    let attachment = broker.attach();
+    let mut receiver = attachment.receiver("up").unwrap();
+    let own: Vec<_> = vm
+        .bells
+        .iter()
+        .filter(|(peer, _)| *peer == 0)
+        .map(|(_, bell)| bell)
+        .collect();
+    let host: Vec<_> = vm
+        .bells
+        .iter()
+        .filter(|(peer, _)| *peer == 1)
+        .map(|(_, bell)| bell)
+        .collect();
+    // Vector 0 tells of the claim, vector 1 is `up`'s.
+    assert!(rings(own[0]) >= 1, "the claim is told");
+    assert_eq!(rings(own[1]), 1, "an end that attaches rings once");
+    assert_eq!(rings(own[2]), 0);
+    let sleeper = std::thread::spawn(move || {
+        receiver.wait(Some(PATIENCE)).unwrap();
+        receiver
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    rustix::io::write(host[1], &1u64.to_ne_bytes()).unwrap();
+    drop(sleeper);
+}
+
+#[test]
+fn taken_slot_refuses_with_an_unknown_version_and_not_with_silence() {
+    let broker = Broker::start(&[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    for _ in 0..3 {
+        let refused = connect(&broker, "vm.sock");
+        assert!(matches!(message(&refused), Some((1, None))));
+        assert!(message(&refused).is_none());
+    }
+    assert!(is_silent(&vm.socket));
+    assert!(broker.log().contains("is refused: the slot is taken"));
+}
+
+#[test]
+fn slot_is_free_again_with_the_same_id_and_drained_eventfds() {
+    let broker = Broker::start(&[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    let attachment = broker.attach();
+    drop(attachment.receiver("up").unwrap());
+    drop(vm);
+    wait_until("the slot is free", || {
+        attachment.status().unwrap().slots[0].vm.is_none()
+    });
+    drop(attachment.receiver("up").unwrap());
+    let again = handshake(connect(&broker, "vm.sock"), 6);
+    assert_eq!(again.id, 0);
+    for (_, bell) in again.bells.iter().filter(|(peer, _)| *peer == 0) {
+        assert_eq!(rings(bell), 0, "a ring for the VM before it");
+    }
+    drop(attachment.receiver("up").unwrap());
+    let first = again
+        .bells
+        .iter()
+        .find(|(peer, _)| *peer == 0)
+        .map(|(_, bell)| rings(bell));
+    assert!(first.unwrap() >= 1, "it is the same eventfd");
+    assert_eq!(
+        attachment.status().unwrap().slots[0]
+            .vm
+            .as_ref()
+            .unwrap()
+            .connection,
+        2
+    );
+}
+
+#[test]
+fn client_that_sends_bytes_is_let_go_and_nobody_else() {
+    let broker = Broker::start(&[]);
+    let mut vm = handshake(connect(&broker, "vm.sock"), 6);
+    vm.socket.write_all(b"hello").unwrap();
+    assert!(message(&vm.socket).is_none());
+    wait_until("it is logged", || {
+        broker
+            .log()
+            .contains("it sent bytes, where the protocol is one-way")
+    });
+    handshake(connect(&broker, "vm.sock"), 6);
+    broker.attach().status().unwrap();
+}
+
+#[test]
+fn client_that_sends_bytes_at_once_still_gets_its_handshake() {
+    let broker = Broker::start(&[]);
+    let mut socket = connect(&broker, "vm.sock");
+    socket.write_all(&[0xff; 4096]).unwrap();
+    handshake(socket, 6);
+}
+
+#[test]
+fn clients_that_leave_in_the_middle_leave_nothing_behind() {
+    let broker = Broker::start(&[]);
+    let attachment = broker.attach();
+    let free = || attachment.status().unwrap().slots[0].vm.is_none();
+    let before = broker.descriptors();
+    for messages in 0..9 {
+        for _ in 0..20 {
+            let socket = connect(&broker, "vm.sock");
+            for _ in 0..messages {
+                message(&socket);
+            }
+            drop(socket);
+            wait_until("the slot is free", free);
+        }
+    }
+    wait_until("no descriptor is left open", || {
+        broker.descriptors() == before
+    });
+    handshake(connect(&broker, "vm.sock"), 6);
+}
+
+#[test]
+fn client_that_does_not_read_harms_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let second = folder.path().join("second.sock");
+    let broker = Broker::start_in(
+        folder,
+        &["--ivshmem", second.to_str().unwrap(), "--vectors", "256"],
+    );
+    let _stalled = connect(&broker, "vm.sock");
+    handshake(connect(&broker, "second.sock"), 3 * 256);
+    broker.attach().status().unwrap();
+}
+
+#[test]
+fn another_user_is_refused_unless_allowed() {
+    if !can_become_another_user() {
+        return;
+    }
+    // With a user allowed, everyone can knock, and the kernel's word decides.
+    for (allowed, expected) in [("1", 1), ("nobody", 0), ("65534", 0)] {
+        let broker = Broker::start(&["--allow-user", allowed]);
+        let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+        std::fs::set_permissions(broker.folder.path(), everyone).unwrap();
+        // A thread has credentials of its own, so this one can become nobody and the others stay what they are.
+        let first = std::thread::scope(|scope| {
+            let knock = || {
+                rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(NOBODY)).unwrap();
+                message(&connect(&broker, "vm.sock")).unwrap().0
+            };
+            scope.spawn(knock).join().unwrap()
+        });
+        assert_eq!(first, expected, "--allow-user {allowed}");
+    }
+    let broker = Broker::start(&[]);
+    std::fs::set_permissions(
+        broker.folder.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o711),
+    )
+    .unwrap();
+    fails(
+        as_nobody(&mut broker.app(&["inspect"])),
+        3,
+        &["no permission", "--allow-user"],
+    );
+}
+
+#[test]
+fn superblock_is_what_the_broker_tells() {
+    let broker = Broker::start(&[
+        "--size",
+        "4M",
+        "--channel",
+        "a=up,64K,drop",
+        "--channel",
+        "b=host-0,1M",
+    ]);
+    let attachment = broker.attach();
+    let layout = state::read_layout(&attachment.region(), 4 << 20).unwrap();
+    assert_eq!(&layout, attachment.layout());
+    let (_, a) = layout.find("a").unwrap();
+    assert_eq!(
+        (a.capacity, a.drop_when_full, a.peer(End::Consumer)),
+        (64 << 10, true, layout.host())
+    );
+    let mut sender = attachment.sender("b").unwrap();
+    assert!(sender.events().can_spin() || std::thread::available_parallelism().unwrap().get() == 1);
+    assert_eq!(sender.max_record(), (512 << 10) - 24);
+    let _ = sender
+        .send(barlink::protocol::cursor::Kind::DATA, b"x", None)
+        .unwrap();
+}

@@ -1,0 +1,8 @@
+//! The program `barlink` as its users and its peers meet it: real processes, real sockets, and every bad input.
+
+mod control;
+mod ivshmem;
+mod live;
+mod serve;
+mod streams;
+mod support;

@@ -1,0 +1,238 @@
+//! Starting and stopping a broker, and everything that can be wrong with its command line.
+
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::process::Signal;
+
+use crate::support::*;
+
+/// `barlink serve` in a folder, with these further arguments.
+fn serve(folder: &Path, args: &[&str]) -> std::process::Command {
+    let path = |name: &str| folder.join(name).into_os_string();
+    let mut command = barlink(["serve".into(), "--control".into(), path("control.sock")]);
+    command.args(args).env("RUST_LOG", "error");
+    if !args.contains(&"--ivshmem") {
+        command.arg("--ivshmem").arg(path("vm.sock"));
+    }
+    command
+}
+
+#[test]
+fn refuses_sizes_that_no_bar_can_have() {
+    let folder = tempfile::tempdir().unwrap();
+    let serve = |size| serve(folder.path(), &["--size", size]);
+    fails(
+        &mut serve("100M"),
+        1,
+        &[
+            "100.00 MiB is not a power of two",
+            "take 64.00 MiB or 128.00 MiB",
+        ],
+    );
+    fails(
+        &mut serve("2K"),
+        1,
+        &["too small", "take 128.00 KiB or more"],
+    );
+    fails(&mut serve("0"), 1, &["not a power of two", "take 4.00 KiB"]);
+    fails(
+        &mut serve("1T"),
+        1,
+        &["1.00 TiB is more than this machine's memory"],
+    );
+    fails(&mut serve("8E"), 1, &["more than this machine's memory"]);
+    assert_eq!(run(&mut serve("much")).status.code(), Some(2));
+    assert_eq!(
+        std::fs::read_dir(folder.path()).unwrap().count(),
+        0,
+        "it left something behind"
+    );
+}
+
+#[test]
+fn refuses_channels_that_do_not_fit() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut serve = serve(folder.path(), &["--size", "1M", "--channel", "a=up,1M"]);
+    fails(
+        &mut serve,
+        1,
+        &[
+            "1.00 MiB is too small for its channels",
+            "take 2.00 MiB or more",
+        ],
+    );
+}
+
+#[test]
+fn refuses_a_path_that_is_taken_and_leaves_it_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let taken = folder.path().join("taken");
+    file_with(&taken, b"mine");
+    let taken = taken.to_str().unwrap();
+    fails(
+        &mut serve(folder.path(), &["--ivshmem", taken]),
+        1,
+        &[taken, "is no socket", "choose another path"],
+    );
+    assert_eq!(std::fs::read(taken).unwrap(), b"mine");
+}
+
+#[test]
+fn refuses_a_path_that_is_too_long() {
+    let folder = tempfile::tempdir().unwrap();
+    let long = folder.path().join("x".repeat(120));
+    let long = long.to_str().unwrap();
+    fails(
+        &mut serve(folder.path(), &["--ivshmem", long]),
+        1,
+        &[long, "107", "choose a shorter one"],
+    );
+}
+
+#[test]
+fn refuses_a_path_in_a_missing_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("no/vm.sock");
+    let parts = [
+        "no folder",
+        "create",
+        folder.path().join("no").to_str().unwrap(),
+    ]
+    .map(str::to_owned);
+    let mut serve = serve(folder.path(), &["--ivshmem", missing.to_str().unwrap()]);
+    fails(&mut serve, 1, &parts.each_ref().map(String::as_str));
+}
+
+#[test]
+fn refuses_a_path_where_it_may_not_write() {
+    if can_become_another_user() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        fails(
+            as_nobody(&mut serve(folder.path(), &[])),
+            1,
+            &["no permission", "choose a folder"],
+        );
+    }
+    fails(&mut serve(Path::new("/proc/self"), &[]), 1, &["/proc/self"]);
+}
+
+#[test]
+fn refuses_a_path_that_a_live_broker_holds_and_takes_one_that_a_dead_one_left() {
+    let broker = Broker::start(&[]);
+    let folder = broker.folder.path().to_owned();
+    let other = folder.join("other.sock");
+    let mut again = serve(&folder, &["--ivshmem", other.to_str().unwrap()]);
+    fails(
+        &mut again,
+        1,
+        &["control.sock is in use", "choose another path"],
+    );
+    assert!(!other.exists(), "it left a socket behind");
+    let (folder, _) = broker.stop(Signal::KILL);
+    assert!(folder.path().join("vm.sock").exists());
+    let broker = Broker::start_in(folder, &[]);
+    broker.attach();
+}
+
+#[test]
+fn refuses_a_path_where_another_program_listens() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    fails(&mut serve(folder.path(), &[]), 1, &["vm.sock is in use"]);
+    assert!(path.metadata().unwrap().file_type().is_socket());
+}
+
+#[test]
+fn sockets_are_private_and_go_with_the_broker() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let broker = Broker::start(&[]);
+        for name in ["vm.sock", "control.sock"] {
+            assert_eq!(
+                broker.path(name).metadata().unwrap().permissions().mode() & 0o777,
+                0o600,
+                "{name}"
+            );
+        }
+        let (folder, code) = broker.stop(signal);
+        assert_eq!(code, Some(0));
+        let left: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(left, ["log"]);
+    }
+}
+
+#[test]
+fn a_name_stands_for_a_private_socket_in_the_run_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let run_folder = |command: &mut std::process::Command| {
+        command.env("XDG_RUNTIME_DIR", folder.path());
+    };
+    let vm = folder.path().join("vm.sock");
+    let mut command = barlink([
+        "serve".as_ref(),
+        "--name".as_ref(),
+        "red".as_ref(),
+        "--ivshmem".as_ref(),
+        vm.as_os_str(),
+    ]);
+    run_folder(&mut command);
+    let mut broker = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+    wait_until("the broker listens", || {
+        folder.path().join("barlink/red.sock").exists()
+    });
+    assert_eq!(
+        folder
+            .path()
+            .join("barlink")
+            .metadata()
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777,
+        0o700
+    );
+    let mut command = barlink(["qemu-args", "--name", "red"]);
+    run_folder(&mut command);
+    let arguments = works(&mut command);
+    let expected = format!(
+        "-chardev socket,id=barlink-socket,path={} -device pcie-root-port,id=barlink-port,chassis=64,pref64-reserve=8G \
+         -device ivshmem-doorbell,bus=barlink-port,chardev=barlink-socket,vectors=3\n",
+        vm.display()
+    );
+    assert_eq!(arguments, expected);
+    let mut command = barlink(["qemu-args", "--name", "blue"]);
+    run_folder(&mut command);
+    fails(
+        &mut command,
+        3,
+        &["no broker", "blue.sock", "barlink serve"],
+    );
+    signal_child(&broker, Signal::TERM);
+    assert_eq!(wait(&mut broker).code(), Some(0));
+}
+
+#[test]
+fn takes_little_memory_beside_the_region() {
+    let broker = Broker::start(&["--size", "64M"]);
+    // A session, a claim and a snapshot, so that all code has run.
+    let attachment = broker.attach();
+    drop(attachment.sender("down").unwrap());
+    attachment.status().unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", broker.child.id())).unwrap();
+    let kib = |field: &str| {
+        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    // The region's own pages are shared memory, and counted apart.
+    let own = kib("RssAnon") + kib("RssFile");
+    assert!(own <= 16 << 10, "{own} KiB");
+}

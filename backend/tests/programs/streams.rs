@@ -1,0 +1,349 @@
+//! `barlink send` and `recv` against each other, over a channel from host to host: pipes, interruptions, sleep.
+
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::support::*;
+
+const LOOP: [&str; 2] = ["--channel", "loop=host-host,1M"];
+
+fn send(broker: &Broker) -> std::process::Command {
+    broker.app(&["send", "--channel", "loop"])
+}
+
+fn recv(broker: &Broker) -> std::process::Command {
+    broker.app(&["recv", "--channel", "loop"])
+}
+
+#[test]
+fn file_comes_through_as_it_went_in() {
+    let broker = Broker::start(&LOOP);
+    for (length, record) in [
+        (0, "256K"),
+        (1, "256K"),
+        (4 << 20, "256K"),
+        (10_000_001, "1M"),
+        (300_000, "13"),
+    ] {
+        let data = noise(length);
+        file_with(&broker.path("in"), &data);
+        let out = broker.path("out");
+        let mut receiver = recv(&broker).arg("-o").arg(&out).spawn().unwrap();
+        works(
+            send(&broker)
+                .arg(broker.path("in"))
+                .args(["--record-size", record]),
+        );
+        assert!(wait(&mut receiver).success());
+        assert!(
+            std::fs::read(&out).unwrap() == data,
+            "{length} bytes in records of {record}"
+        );
+    }
+}
+
+#[test]
+fn works_in_a_pipe_and_summarises_as_json() {
+    let broker = Broker::start(&LOOP);
+    let data = noise(3_000_000);
+    let mut sender = send(&broker)
+        .arg("--json")
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = sender.stdin.take().unwrap();
+    let copy = data.clone();
+    let writer = std::thread::spawn(move || input.write_all(&copy));
+    let output = run(recv(&broker).arg("--json"));
+    assert!(output.stdout == data);
+    let summary: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
+    assert_eq!(summary["bytes"], 3_000_000);
+    assert!(summary["seconds"].as_f64().unwrap() > 0.0);
+    writer.join().unwrap().unwrap();
+    assert!(wait(&mut sender).success());
+    let mut text = String::new();
+    sender
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    assert_eq!(
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["bytes"],
+        3_000_000
+    );
+}
+
+#[test]
+fn closed_pipe_ends_a_receiver_without_a_word() {
+    let broker = Broker::start(&LOOP);
+    let mut receiver = recv(&broker)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = sender.stdin.take().unwrap();
+    input.write_all(b"first").unwrap();
+    let mut output = receiver.stdout.take().unwrap();
+    let mut first = [0; 5];
+    output.read_exact(&mut first).unwrap();
+    drop(output);
+    input.write_all(b"second").unwrap();
+    assert_eq!(wait(&mut receiver).code(), Some(0));
+    let mut errors = String::new();
+    receiver
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut errors)
+        .unwrap();
+    assert_eq!(errors, "");
+    drop(input);
+    assert!(wait(&mut sender).success());
+}
+
+#[test]
+fn closed_pipe_ends_every_other_program_without_a_word() {
+    let broker = Broker::start(&[]);
+    for args in [
+        &["peek", "--length", "1M"][..],
+        &["inspect", "--json"],
+        &["inspect", "--once"],
+        &["qemu-args"],
+        &["qemu-args", "--libvirt"],
+        &["reset-channel", "up"],
+    ] {
+        let mut app = broker
+            .app(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(app.stdout.take());
+        assert_eq!(wait(&mut app).code(), Some(0), "{args:?}");
+        let mut errors = String::new();
+        app.stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut errors)
+            .unwrap();
+        assert_eq!(errors, "", "{args:?}");
+    }
+}
+
+#[test]
+fn interrupted_ends_leave_a_channel_that_goes_on() {
+    let broker = Broker::start(&LOOP);
+    let attachment = broker.attach();
+    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
+    let mut receiver = recv(&broker)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("both are there", || {
+        attachment.status().unwrap().claims.len() == 2
+    });
+    for app in [&mut sender, &mut receiver] {
+        signal_child(app, Signal::INT);
+        assert_eq!(
+            wait(app).signal(),
+            Some(Signal::INT.as_raw()),
+            "a shell shows 130"
+        );
+    }
+    wait_until("both are gone", || {
+        attachment.status().unwrap().claims.is_empty()
+    });
+    file_with(&broker.path("in"), b"again");
+    works(send(&broker).arg(broker.path("in")));
+    assert_eq!(works(&mut recv(&broker)), "again");
+}
+
+#[test]
+fn stream_whose_sender_is_killed_is_told_to_be_incomplete() {
+    let broker = Broker::start(&LOOP);
+    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
+    sender.stdin.as_mut().unwrap().write_all(b"half").unwrap();
+    let mut receiver = recv(&broker)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = [0; 4];
+    receiver
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut first)
+        .unwrap();
+    sender.kill().unwrap();
+    sender.wait().unwrap();
+    assert_eq!(wait(&mut receiver).code(), Some(5));
+    let mut errors = String::new();
+    receiver
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut errors)
+        .unwrap();
+    assert_eq!(
+        errors,
+        "barlink: receiving from channel `loop`: the sender left before the end of the stream, after 4 bytes\n"
+    );
+}
+
+#[test]
+fn missing_file_and_full_disk_are_told() {
+    let broker = Broker::start(&LOOP);
+    fails(
+        send(&broker).arg("/no/such/file"),
+        1,
+        &["cannot open /no/such/file", "No such file"],
+    );
+    fails(
+        send(&broker).arg("/"),
+        1,
+        &["cannot read the source", "Is a directory"],
+    );
+    fails(
+        recv(&broker).args(["-o", "/no/such/file"]),
+        1,
+        &["cannot create /no/such/file"],
+    );
+    let mut sender = send(&broker).arg("/bin/sh").spawn().unwrap();
+    fails(
+        recv(&broker).args(["-o", "/dev/full"]),
+        1,
+        &["cannot write the target", "No space left"],
+    );
+    sender.kill().unwrap();
+    sender.wait().unwrap();
+}
+
+#[test]
+fn idle_ends_and_an_idle_broker_use_no_processor_time() {
+    let broker = Broker::start(&LOOP);
+    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
+    let mut receiver = recv(&broker).stdout(Stdio::piped()).spawn().unwrap();
+    // Once through, so that doorbells are known to arrive.
+    for _ in 0..3 {
+        sender.stdin.as_mut().unwrap().write_all(b"tick").unwrap();
+        receiver
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut [0; 4])
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let pids = [sender.id(), receiver.id(), broker.child.id()];
+    let before = pids.map(ticks);
+    let switches = |pid: u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("voluntary_ctxt_switches"))
+            .unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    let woken = switches(receiver.id());
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(pids.map(ticks), before);
+    assert_eq!(
+        switches(receiver.id()),
+        woken,
+        "it woke up while there was nothing to do"
+    );
+    drop(sender.stdin.take());
+    assert!(wait(&mut sender).success());
+    assert!(wait(&mut receiver).success());
+}
+
+#[test]
+fn follow_goes_on_with_the_next_stream() {
+    let broker = Broker::start(&LOOP);
+    let mut receiver = recv(&broker)
+        .arg("--follow")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    for text in ["one", "two", "six"] {
+        file_with(&broker.path("in"), text.as_bytes());
+        works(send(&broker).arg(broker.path("in")));
+        let mut seen = [0; 3];
+        receiver
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut seen)
+            .unwrap();
+        assert_eq!(&seen, text.as_bytes());
+    }
+    receiver.kill().unwrap();
+    receiver.wait().unwrap();
+}
+
+#[test]
+fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
+    let broker = Broker::start(&["--size", "1M"]);
+    works(&mut broker.app(&["poke", "hello", "--at", "3"]));
+    assert_eq!(
+        works(&mut broker.app(&["peek", "--raw", "--at", "3", "--length", "5"])),
+        "hello"
+    );
+    assert!(works(&mut broker.app(&["peek", "--length", "16"])).contains("00 00 00 68"));
+    let magic = works(&mut broker.app(&["peek", "--region", "--raw", "--length", "7"]));
+    assert_eq!(magic, "barlink");
+    fails(
+        &mut broker.app(&["peek", "--at", "0xfffff0"]),
+        1,
+        &["leave the raw window"],
+    );
+    fails(
+        &mut broker.app(&["poke", "x", "--region", "--at", "1M"]),
+        1,
+        &["leave the region"],
+    );
+}
+
+#[test]
+fn nothing_is_lost_when_channels_share_a_vector() {
+    let broker = Broker::start(&[
+        "--vectors",
+        "1",
+        "--channel",
+        "a=host-host,64K",
+        "--channel",
+        "b=host-host,64K",
+    ]);
+    let data = noise(2_000_000);
+    file_with(&broker.path("in"), &data);
+    let app = |command: &str, channel: &str| {
+        let mut app = broker.app(&[command, "--channel", channel]);
+        if command == "send" {
+            app.arg(broker.path("in")).args(["--record-size", "3000"]);
+        } else {
+            app.arg("-o").arg(broker.path(channel));
+        }
+        app.spawn().unwrap()
+    };
+    let mut apps = [("recv", "a"), ("recv", "b"), ("send", "a"), ("send", "b")]
+        .map(|(command, c)| app(command, c));
+    for app in &mut apps {
+        assert!(wait(app).success());
+    }
+    for channel in ["a", "b"] {
+        assert!(std::fs::read(broker.path(channel)).unwrap() == data);
+    }
+}

@@ -1,0 +1,251 @@
+//! A broker in a folder of its own, and what tests need around it.
+
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use barlink::{Access, Attachment};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Longer than anything takes on a busy machine; a test that waits so long has failed.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// `barlink` with these arguments.
+pub fn barlink<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_barlink"));
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .env_remove("RUST_LOG");
+    command
+}
+
+/// A user who is not the broker's. Only root can become him.
+pub const NOBODY: u32 = 65534;
+
+/// Whether this process can become another user. Where it cannot, a test that needs one checks what it can, and says
+/// so.
+pub fn can_become_another_user() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("as an ordinary user: the part of this test that needs another user is not run");
+    }
+    root
+}
+
+/// Makes a command run as nobody.
+pub fn as_nobody(command: &mut Command) -> &mut Command {
+    command.uid(NOBODY).gid(NOBODY)
+}
+
+/// A `barlink serve` that runs until this is dropped.
+pub struct Broker {
+    pub child: Child,
+    pub folder: tempfile::TempDir,
+    reaped: bool,
+}
+
+impl Broker {
+    /// Serves one slot, with these further arguments.
+    pub fn start(args: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), args)
+    }
+
+    /// The same, in a folder that is there.
+    pub fn start_in(folder: tempfile::TempDir, args: &[&str]) -> Self {
+        let path = |name: &str| folder.path().join(name).into_os_string();
+        let mut command = barlink([
+            "serve".into(),
+            "--ivshmem".into(),
+            path("vm.sock"),
+            "--control".into(),
+            path("control.sock"),
+        ]);
+        let log = std::fs::File::create(path("log")).unwrap();
+        let child = command.args(args).stderr(log).spawn().unwrap();
+        let broker = Broker {
+            child,
+            folder,
+            reaped: false,
+        };
+        wait_until("the broker listens", || {
+            Attachment::connect(&broker.control(), Access::ReadOnly).is_ok()
+        });
+        broker
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn control(&self) -> PathBuf {
+        self.path("control.sock")
+    }
+
+    /// `barlink` with these arguments, at this broker.
+    pub fn app(&self, args: &[&str]) -> Command {
+        let mut command = barlink(args);
+        command.arg("--control").arg(self.control());
+        command
+    }
+
+    pub fn attach(&self) -> Attachment {
+        Attachment::connect(&self.control(), Access::ReadWrite).unwrap()
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    /// Descriptors that it has open, once it has closed those of connections that just ended.
+    pub fn descriptors(&self) -> usize {
+        let count = || {
+            std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))
+                .unwrap()
+                .count()
+        };
+        let mut last = 0;
+        wait_until("the number of descriptors settles", || {
+            std::thread::sleep(Duration::from_millis(50));
+            let now = count();
+            std::mem::replace(&mut last, now) == now
+        });
+        last
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        signal_child(&self.child, signal);
+    }
+
+    /// Stops it with a signal, and gives its folder back and its exit code, if it had one.
+    pub fn stop(mut self, signal: Signal) -> (tempfile::TempDir, Option<i32>) {
+        self.signal(signal);
+        let status = wait(&mut self.child);
+        self.reaped = true;
+        let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap());
+        (folder, status.code())
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        if !self.reaped {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!(
+                "the broker's log:\n{}",
+                std::fs::read_to_string(self.path("log")).unwrap_or_default()
+            );
+        }
+    }
+}
+
+pub fn signal_child(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).unwrap();
+}
+
+/// Waits for a process, which must end in time.
+pub fn wait(child: &mut Child) -> std::process::ExitStatus {
+    let mut status = None;
+    wait_until("a process ends", || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    status.unwrap()
+}
+
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs a command that must fail, with this exit code and one line on standard error, which holds all `parts`.
+pub fn fails(command: &mut Command, code: i32, parts: &[&str]) {
+    let Output { status, stderr, .. } = run(command);
+    let text = String::from_utf8(stderr).unwrap();
+    assert_eq!(status.code(), Some(code), "{text}");
+    assert_eq!(text.lines().count(), 1, "more than one line: {text}");
+    for part in parts {
+        assert!(text.contains(part), "no `{part}` in: {text}");
+    }
+}
+
+/// Runs a command to its end, which must come in time.
+pub fn run(command: &mut Command) -> Output {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let read = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        out.read_to_end(&mut bytes).unwrap();
+        bytes
+    });
+    let read_errors = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        err.read_to_end(&mut bytes).unwrap();
+        bytes
+    });
+    let status = wait(&mut child);
+    Output {
+        status,
+        stdout: read.join().unwrap(),
+        stderr: read_errors.join().unwrap(),
+    }
+}
+
+/// A command that must work: what it wrote to standard output.
+pub fn works(command: &mut Command) -> String {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = run(command);
+    assert!(
+        status.success(),
+        "{status}: {}",
+        String::from_utf8_lossy(&stderr)
+    );
+    String::from_utf8(stdout).unwrap()
+}
+
+/// Processor time that a process has used, in clock ticks (10 ms).
+pub fn ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // The second field, the name in parentheses, can hold spaces.
+    let fields: Vec<_> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// A pattern that no two places of share, and that no compression or zero page hides.
+pub fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    (0..length.div_ceil(8))
+        .flat_map(|_| next().to_le_bytes())
+        .take(length)
+        .collect()
+}
+
+pub fn file_with(path: &Path, bytes: &[u8]) {
+    std::fs::write(path, bytes).unwrap();
+}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `barlink-guest info`.
+
+use std::io::{Write, stdout};
+
+use anyhow::{Context, Result};
+use barlink_guest::Device;
+use barlink_guest::protocol::wire::uapi::CacheMode;
+use serde::Serialize;
+
+use crate::args;
+
+/// What `barlink-guest info --json` prints.
+#[derive(Serialize)]
+struct Report {
+    /// PCI address, as lspci writes it.
+    pci_address: String,
+    /// Where the region lies in the guest's physical memory.
+    region_address: u64,
+    /// Bytes in the region.
+    region_size: u64,
+    /// This VM's ID.
+    id: u32,
+    /// The host's ID.
+    host: u32,
+    /// Interrupt vectors.
+    vectors: u32,
+    /// The driver's epoch.
+    epoch: u64,
+    /// Cache mode that the kernel granted to this program's mapping.
+    cache_mode: &'static str,
+    /// The channels.
+    channels: Vec<Channel>,
+}
+
+#[derive(Serialize)]
+struct Channel {
+    name: String,
+    producer: u32,
+    consumer: u32,
+    capacity: u64,
+    drop_when_full: bool,
+}
+
+pub fn info(device: &Device, args: &args::Info) -> Result<()> {
+    let info = device.info()?;
+    let address = info.pci_address;
+    let channels = device.layout().channels().iter().map(|channel| Channel {
+        name: channel.name.to_string(),
+        producer: channel.producer,
+        consumer: channel.consumer,
+        capacity: channel.capacity,
+        drop_when_full: channel.drop_when_full,
+    });
+    let report = Report {
+        pci_address: format!(
+            "{:04x}:{:02x}:{:02x}.{}",
+            address >> 16,
+            address >> 8 & 0xff,
+            address >> 3 & 0x1f,
+            address & 7
+        ),
+        region_address: info.region_address,
+        region_size: info.region_size,
+        id: info.id,
+        host: device.layout().host(),
+        vectors: info.vectors,
+        epoch: info.epoch,
+        cache_mode: CacheMode::from_number(info.granted).map_or("unknown", CacheMode::name),
+        channels: channels.collect(),
+    };
+    let text = if args.json {
+        serde_json::to_string_pretty(&report)?
+    } else {
+        describe(&report)
+    };
+    writeln!(stdout(), "{text}").context("cannot write to standard output")
+}
+
+fn describe(report: &Report) -> String {
+    let mib = |bytes: u64| format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20));
+    let mut text = format!(
+        "PCI address  {}\nregion       {} at {:#x}\nID           {} (the host is {})\nvectors      {}\n\
+         epoch        {}\ncache mode   {}",
+        report.pci_address,
+        mib(report.region_size),
+        report.region_address,
+        report.id,
+        report.host,
+        report.vectors,
+        report.epoch,
+        report.cache_mode,
+    );
+    let peer = |id| {
+        if id == report.host {
+            "host".to_owned()
+        } else {
+            format!("slot {id}")
+        }
+    };
+    for channel in &report.channels {
+        let drops = if channel.drop_when_full {
+            ", drops when full"
+        } else {
+            ""
+        };
+        text.push_str(&format!(
+            "\nchannel      {}: {} to {}, {}{drops}",
+            channel.name,
+            peer(channel.producer),
+            peer(channel.consumer),
+            mib(channel.capacity),
+        ));
+    }
+    text
+}

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One file a command, or a pair of them.
+
+mod info;
+mod peek;
+mod stream;
+mod telemetry;
+
+use anyhow::Result;
+use barlink_guest::Device;
+
+use crate::args::{Cli, Command};
+
+pub fn run(cli: &Cli) -> Result<()> {
+    let device = Device::open(&cli.device)?;
+    match &cli.command {
+        Command::Info(args) => info::info(&device, args),
+        Command::Send(args) => stream::send(&device, args),
+        Command::Recv(args) => stream::recv(&device, args),
+        Command::Echo(args) => stream::echo(&device, args),
+        Command::Telemetry(args) => telemetry::telemetry(&device, args),
+        Command::Peek(args) => peek::peek(&device, args),
+        Command::Poke(args) => peek::poke(&device, args),
+    }
+}

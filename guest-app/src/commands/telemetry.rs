@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `barlink-guest telemetry`: this guest's own load, from /proc.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use barlink_guest::Device;
+use barlink_guest::protocol::cursor::Kind;
+use procfs::{Current, CurrentSI, KernelStats, Meminfo};
+use serde::Serialize;
+
+use crate::args;
+
+/// One record: a line of JSON.
+#[derive(Serialize)]
+struct Sample {
+    /// Number of the sample.
+    sequence: u64,
+    /// Milliseconds since the first sample.
+    time_ms: f64,
+    /// Milliseconds that all CPUs have spent in programs, since boot.
+    cpu_user_ms: u64,
+    /// Milliseconds that all CPUs have spent in the kernel.
+    cpu_system_ms: u64,
+    /// Milliseconds that all CPUs have spent idle.
+    cpu_idle_ms: u64,
+    /// Context switches since boot.
+    context_switches: u64,
+    /// Interrupts since boot, of any kind.
+    interrupts: u64,
+    /// Interrupts of barlink devices since their drivers were bound.
+    barlink_interrupts: u64,
+    /// Bytes of memory that programs could have.
+    memory_available: u64,
+    /// Bytes of memory.
+    memory_total: u64,
+}
+
+pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
+    ensure!(
+        args.rate.is_finite() && args.rate > 0.0,
+        "a rate of {} is none: take a positive number",
+        args.rate
+    );
+    let mut sender = device.sender(&args.channel)?;
+    let interval = Duration::from_secs_f64(1.0 / args.rate);
+    let end = args
+        .seconds
+        .map(|seconds| (seconds * args.rate).round() as u64);
+    let start = Instant::now();
+    for sequence in 0.. {
+        if end.is_some_and(|end| sequence >= end) {
+            break;
+        }
+        // By the clock and not by the last record, so that the rate holds.
+        let due = start + interval.mul_f64(sequence as f64);
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        let mut line = serde_json::to_vec(&sample(sequence, start)?)?;
+        line.push(b'\n');
+        // What became of it is in the channel's counters.
+        let _ = sender.send(Kind::DATA, &line, None)?;
+    }
+    if let Some(draft) = sender.draft(0, None)? {
+        draft.commit(Kind::END, 0)?;
+    }
+    Ok(())
+}
+
+fn sample(sequence: u64, start: Instant) -> Result<Sample> {
+    let stats = KernelStats::current().context("cannot read /proc/stat")?;
+    let memory = Meminfo::current().context("cannot read /proc/meminfo")?;
+    let interrupts =
+        std::fs::read_to_string("/proc/interrupts").context("cannot read /proc/interrupts")?;
+    let count = |line: &str| {
+        line.split_whitespace()
+            .skip(1)
+            .map_while(|word| word.parse::<u64>().ok())
+            .sum::<u64>()
+    };
+    Ok(Sample {
+        sequence,
+        time_ms: start.elapsed().as_secs_f64() * 1e3,
+        cpu_user_ms: stats.total.user_ms() + stats.total.nice_ms(),
+        cpu_system_ms: stats.total.system_ms(),
+        cpu_idle_ms: stats.total.idle_ms(),
+        context_switches: stats.ctxt,
+        interrupts: interrupts.lines().map(count).sum(),
+        barlink_interrupts: interrupts
+            .lines()
+            .filter(|line| line.contains("barlink"))
+            .map(count)
+            .sum(),
+        memory_available: memory.mem_available.unwrap_or(memory.mem_free),
+        memory_total: memory.mem_total,
+    })
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A channel's two ends as a program uses them: [`Sender`] and [`Receiver`] wait and ring.
+
+use core::ops::Deref;
+use core::time::Duration;
+
+use crate::consumer::{Consumer, Record};
+use crate::cursor::Kind;
+use crate::error::ChannelError;
+use crate::link::{Events, Link, PAST, Wakeup};
+use crate::presence::{Presence, PresenceWords};
+use crate::producer::{Producer, Reservation, ReserveError};
+use crate::region::Region;
+use crate::sync::AtomicU64;
+use crate::wire::layout::{Channel, End, Layout};
+
+/// What became of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Sent {
+    /// It was committed.
+    Committed,
+    /// The channel was full, and is one that drops: it was counted, and is gone.
+    Dropped,
+    /// The channel was still full when the time was over: nothing happened.
+    TimedOut,
+}
+
+/// The producer's end of a channel.
+#[derive(Debug)]
+pub struct Sender<M, E> {
+    producer: Producer<M>,
+    link: Link<M, E>,
+    drops: bool,
+}
+
+impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
+    /// Takes up the producer's end of the channel with this index, which the caller has claimed, where its last
+    /// producer left it.
+    pub fn attach(
+        region: Region<M>,
+        layout: &Layout,
+        channel: usize,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
+        let entry = layout
+            .channels()
+            .get(channel)
+            .ok_or(ChannelError::Unknown(channel))?;
+        let words = PresenceWords::find(layout, channel, End::Producer.other(), region.size());
+        Self::new(region, entry, words, events)
+    }
+
+    /// As [`Sender::attach`], in a model's region, which holds a channel and nothing else.
+    #[cfg(loom)]
+    pub fn attach_to(
+        region: Region<M>,
+        entry: &Channel,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
+        Self::new(region, entry, None, events)
+    }
+
+    fn new(
+        region: Region<M>,
+        entry: &Channel,
+        words: Option<PresenceWords>,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
+        let producer = Producer::attach(region.clone(), entry)?;
+        let link = Link::attach(region, words, events).map_err(ChannelError::Events)?;
+        Ok(Sender {
+            producer,
+            link,
+            drops: entry.drop_when_full,
+        })
+    }
+
+    /// Most bytes of payload in one record.
+    pub fn max_record(&self) -> u32 {
+        self.producer.max_record()
+    }
+
+    /// The number that the next record gets; after a crash, how many records were committed or dropped before it.
+    pub fn sequence(&self) -> u64 {
+        self.producer.sequence()
+    }
+
+    /// The other end, as last seen.
+    pub fn peer(&self) -> Presence {
+        self.link.peer()
+    }
+
+    /// The events of this end.
+    pub fn events(&self) -> &E {
+        self.link.events()
+    }
+
+    /// Whether this channel drops records that find it full.
+    pub fn drops(&self) -> bool {
+        self.drops
+    }
+
+    /// Makes room for a record with `length` bytes of payload, to be filled in place. Waits for room, over any coming
+    /// and going of the other end, also in a channel that drops; `None` if `timeout` is over.
+    pub fn draft(
+        &mut self,
+        length: usize,
+        timeout: Option<Duration>,
+    ) -> Result<Option<Draft<'_, M, E>>, ChannelError<E::Error>> {
+        let deadline = self.link.deadline(timeout);
+        self.draft_until(length, deadline)
+    }
+
+    /// Copies a record into the channel and commits it. Waits for room until `timeout` is over; in a channel that
+    /// drops it does not wait: a record that finds no room is counted and is gone.
+    pub fn send(
+        &mut self,
+        kind: Kind,
+        bytes: &[u8],
+        timeout: Option<Duration>,
+    ) -> Result<Sent, ChannelError<E::Error>> {
+        let drops = self.drops;
+        let deadline = if drops {
+            Some(PAST)
+        } else {
+            self.link.deadline(timeout)
+        };
+        match self.draft_until(bytes.len(), deadline)? {
+            Some(mut draft) => {
+                draft.write(0, bytes);
+                let length = draft.length();
+                draft.commit(kind, length)?;
+                return Ok(Sent::Committed);
+            }
+            None if !drops => return Ok(Sent::TimedOut),
+            None => (),
+        }
+        self.producer.drop_record();
+        Ok(Sent::Dropped)
+    }
+
+    fn draft_until(
+        &mut self,
+        length: usize,
+        deadline: Option<Duration>,
+    ) -> Result<Option<Draft<'_, M, E>>, ChannelError<E::Error>> {
+        loop {
+            match self.wait(length, deadline)? {
+                Wakeup::Ready => break,
+                Wakeup::PeerChanged => (),
+                Wakeup::TimedOut => return Ok(None),
+            }
+        }
+        let reservation = self
+            .producer
+            .reserve(length)
+            .map_err(ChannelError::reserve)?;
+        Ok(Some(Draft {
+            reservation,
+            link: &mut self.link,
+        }))
+    }
+
+    fn wait(
+        &mut self,
+        length: usize,
+        deadline: Option<Duration>,
+    ) -> Result<Wakeup, ChannelError<E::Error>> {
+        let producer = &mut self.producer;
+        self.link.wait(deadline, |publish| {
+            if publish {
+                return producer
+                    .wish_for_room(length)
+                    .map_err(ChannelError::reserve);
+            }
+            match producer.reserve(length) {
+                Ok(_) => Ok(true),
+                Err(ReserveError::Full) => Ok(false),
+                Err(error) => Err(ChannelError::reserve(error)),
+            }
+        })
+    }
+}
+
+/// Room for a record, in the region itself. Dropping it leaves the channel as it was.
+#[derive(Debug)]
+pub struct Draft<'a, M, E> {
+    reservation: Reservation<'a, M>,
+    link: &'a mut Link<M, E>,
+}
+
+impl<M: Deref<Target = [AtomicU64]>, E: Events> Draft<'_, M, E> {
+    /// Bytes of payload that there is room for.
+    pub fn length(&self) -> u32 {
+        self.reservation.length()
+    }
+
+    /// Copies bytes to an offset of the payload, a multiple of 8. Up to 7 bytes behind them become zero.
+    ///
+    /// # Panics
+    ///
+    /// If they do not fit.
+    pub fn write(&mut self, offset: u32, bytes: &[u8]) {
+        self.reservation.write(offset, bytes);
+    }
+
+    /// Lets the kernel fill the payload from a file descriptor. Gives the bytes read, 0 at the end, or the `errno`.
+    #[cfg(not(loom))]
+    pub fn read_from(&mut self, fd: libc::c_int) -> Result<u32, libc::c_int> {
+        self.reservation.read_from(fd)
+    }
+
+    /// Commits the record with the first `length` bytes of the payload, and rings the consumer if it asked for that.
+    ///
+    /// # Panics
+    ///
+    /// If `length` is more than there is room for, or `kind` is 0 or 65535.
+    pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
+        let Draft { reservation, link } = self;
+        let time = link.time();
+        let (notify, producer) = reservation.commit(kind, length, time);
+        if link.notify(notify).map_err(ChannelError::Events)? {
+            producer.count_ring();
+        }
+        Ok(())
+    }
+}
+
+/// The consumer's end of a channel.
+#[derive(Debug)]
+pub struct Receiver<M, E> {
+    consumer: Consumer<M>,
+    link: Link<M, E>,
+}
+
+impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
+    /// Takes up the consumer's end of the channel with this index, which the caller has claimed, where its last
+    /// consumer left it: at the first record that was not released.
+    pub fn attach(
+        region: Region<M>,
+        layout: &Layout,
+        channel: usize,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
+        let entry = layout
+            .channels()
+            .get(channel)
+            .ok_or(ChannelError::Unknown(channel))?;
+        let words = PresenceWords::find(layout, channel, End::Consumer.other(), region.size());
+        Self::new(region, entry, words, events)
+    }
+
+    /// As [`Receiver::attach`], in a model's region, which holds a channel and nothing else.
+    #[cfg(loom)]
+    pub fn attach_to(
+        region: Region<M>,
+        entry: &Channel,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
+        Self::new(region, entry, None, events)
+    }
+
+    fn new(
+        region: Region<M>,
+        entry: &Channel,
+        words: Option<PresenceWords>,
+        events: E,
+    ) -> Result<Self, ChannelError<E::Error>> {
+        let consumer = Consumer::attach(region.clone(), entry)?;
+        let link = Link::attach(region, words, events).map_err(ChannelError::Events)?;
+        Ok(Receiver { consumer, link })
+    }
+
+    /// The other end, as last seen.
+    pub fn peer(&self) -> Presence {
+        self.link.peer()
+    }
+
+    /// The events of this end.
+    pub fn events(&self) -> &E {
+        self.link.events()
+    }
+
+    /// Waits until there is a record, the other end changes, or `timeout` is over. A record is looked for first: what
+    /// a producer committed before it left is found before its leaving is told.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
+        let deadline = self.link.deadline(timeout);
+        let consumer = &mut self.consumer;
+        self.link.wait(deadline, |publish| {
+            Ok(if publish {
+                consumer.wish_for_record()?
+            } else {
+                consumer.poll()?
+            })
+        })
+    }
+
+    /// The record that [`Receiver::wait`] found, in the region itself.
+    pub fn record(&self) -> Option<Record<'_, M>> {
+        self.consumer.record()
+    }
+
+    /// Releases that record: its room is the producer's again, which is rung if it asked for that. A record that is
+    /// not released is found again, after a crash by the next consumer.
+    pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
+        let notify = self.consumer.release();
+        if self.link.notify(notify).map_err(ChannelError::Events)? {
+            self.consumer.count_ring();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The end of a channel that reads records. It never waits and never rings, as its counterpart
+//! [`Producer`](crate::Producer).
+
+use core::ops::Deref;
+
+use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind};
+use crate::producer::Notify;
+use crate::region::Region;
+use crate::sync::{AtomicU64, Ordering, fence};
+use crate::wire::layout::{Channel, channel};
+
+/// One channel's consumer. There is one at a time, which its claim sees to.
+#[derive(Debug)]
+pub struct Consumer<M> {
+    region: Region<M>,
+    base: u64,
+    capacity: Capacity,
+    /// Our cursor; the word in the region is a copy for others.
+    read: u64,
+    /// What we last saw of the producer's cursor; checked.
+    written: u64,
+    /// The record that was found at `read` (behind padding, if any), and the cursor behind it.
+    current: Option<Current>,
+    rung: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Current {
+    header: Header,
+    start: u64,
+    end: u64,
+}
+
+impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
+    /// Takes up a channel where its last consumer left it: at the first record that was not released.
+    ///
+    /// `channel` comes from the checked layout of `region`.
+    pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
+        let base = channel.offset;
+        let consumer = Consumer {
+            read: region.load(base + channel::READ),
+            // SYNC: committed; as in `refresh`.
+            written: region.word(base + channel::WRITTEN).load(Ordering::Acquire),
+            current: None,
+            rung: region.load(base + channel::CONSUMER_RUNG),
+            capacity: Capacity::of(channel),
+            region,
+            base,
+        };
+        consumer
+            .capacity
+            .in_flight(consumer.written, consumer.read)?;
+        Ok(consumer)
+    }
+
+    /// Looks for a record: `true` if one stands ready as [`Consumer::record`].
+    pub fn poll(&mut self) -> Result<bool, Corrupt> {
+        if self.current.is_some() {
+            return Ok(true);
+        }
+        if self.written == self.read {
+            self.refresh()?;
+        }
+        self.current = self.find()?;
+        Ok(self.current.is_some())
+    }
+
+    /// The record that [`Consumer::poll`] found.
+    pub fn record(&self) -> Option<Record<'_, M>> {
+        let current = self.current?;
+        let payload = self.data(current.start) + HEADER_BYTES;
+        Some(Record {
+            region: &self.region,
+            header: current.header,
+            payload,
+        })
+    }
+
+    /// Releases the record that [`Consumer::poll`] found: its room is the producer's again. Nothing happens if there
+    /// is none.
+    pub fn release(&mut self) -> Notify {
+        let Some(current) = self.current.take() else {
+            return Notify::Quiet;
+        };
+        // SYNC: released; pairs with the Acquire load in `Producer::refresh`.
+        self.region
+            .word(self.base + channel::READ)
+            .store(current.end, Ordering::Release);
+        // SYNC: cursor-then-wish; pairs with the fence in `Producer::wish_for_room`.
+        fence(Ordering::SeqCst);
+        let wish = self.region.load(self.base + channel::PRODUCER_WISH);
+        let notify = Notify::crossed(self.read, current.end, wish);
+        self.read = current.end;
+        notify
+    }
+
+    /// Publishes that this end wants to be rung once a record is committed. Then looks once more: `true` if there is
+    /// one already, and no need to sleep.
+    pub fn wish_for_record(&mut self) -> Result<bool, Corrupt> {
+        self.region
+            .store(self.base + channel::CONSUMER_WISH, self.read + 1);
+        // SYNC: wish-then-cursor; pairs with the fence in `Reservation::commit`. One of the two sees the other.
+        fence(Ordering::SeqCst);
+        self.poll()
+    }
+
+    /// Counts a doorbell that was rung for this end.
+    pub fn count_ring(&mut self) {
+        self.rung = self.rung.wrapping_add(1);
+        self.region
+            .store(self.base + channel::CONSUMER_RUNG, self.rung);
+    }
+
+    /// Reads the producer's cursor, once, and checks it.
+    fn refresh(&mut self) -> Result<(), Corrupt> {
+        // SYNC: committed; pairs with the Release store in `Reservation::commit`.
+        let written = self
+            .region
+            .word(self.base + channel::WRITTEN)
+            .load(Ordering::Acquire);
+        self.capacity.in_flight(written, self.read)?;
+        if written < self.written {
+            return Err(Corrupt("the producer went back"));
+        }
+        self.written = written;
+        Ok(())
+    }
+
+    /// Reads the headers at our cursor: at most one padding, and the record behind it.
+    fn find(&self) -> Result<Option<Current>, Corrupt> {
+        let mut cursor = self.read;
+        while cursor != self.written {
+            let header = self.header(cursor)?;
+            let end = cursor + self.capacity.check(header, cursor, self.written - cursor)?;
+            if header.kind != Kind::PAD {
+                return Ok(Some(Current {
+                    header,
+                    start: cursor,
+                    end,
+                }));
+            }
+            // Padding ends where the data area ends, and is refused at its beginning: there is no second one.
+            cursor = end;
+            if cursor == self.written {
+                return Err(Corrupt("padding with no record behind it"));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A private copy of the header at a cursor. Where the data area ends too early for a whole one, only padding can
+    /// stand there, whose one word is enough.
+    fn header(&self, cursor: u64) -> Result<Header, Corrupt> {
+        let at = self.data(cursor);
+        let words = (self.capacity.to_end(cursor) / 8).min(3);
+        Header::from_words(core::array::from_fn(|index| {
+            let index = index as u64;
+            if index < words {
+                self.region.load(at + 8 * index)
+            } else {
+                0
+            }
+        }))
+    }
+
+    fn data(&self, cursor: u64) -> u64 {
+        self.base + channel::DATA + self.capacity.offset(cursor)
+    }
+}
+
+/// A record, in the region itself. Its header was copied and checked; its payload can still be changed by the
+/// other side while it is looked at, so there is no `&[u8]` of it: who parses it copies it first.
+#[derive(Debug)]
+pub struct Record<'a, M> {
+    region: &'a Region<M>,
+    header: Header,
+    payload: u64,
+}
+
+impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
+    /// Its header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Bytes of payload.
+    pub fn length(&self) -> usize {
+        self.header.length as usize
+    }
+
+    /// One word of the payload, the bytes from `8 * index` on; the last one is padded with zeros by an honest producer.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such word.
+    pub fn word(&self, index: usize) -> u64 {
+        assert!(
+            index < self.length().div_ceil(8),
+            "word {index} of a record of {} bytes",
+            self.length()
+        );
+        self.region.load(self.payload + 8 * index as u64)
+    }
+
+    /// Copies the payload from an offset on, a multiple of 8, as far as `bytes` or the payload goes. Gives the bytes
+    /// copied.
+    pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> usize {
+        assert!(
+            offset.is_multiple_of(8),
+            "offset {offset} is not a multiple of 8"
+        );
+        let count = self.length().saturating_sub(offset).min(bytes.len());
+        self.region
+            .copy_out(self.payload + offset as u64, &mut bytes[..count]);
+        count
+    }
+
+    /// Lets the kernel write the payload, from an offset on, to a file descriptor. Gives what `write(2)` gives: bytes
+    /// written, which can be fewer than there are, or the `errno`.
+    ///
+    /// # Panics
+    ///
+    /// If `offset` is behind the payload.
+    #[cfg(not(loom))]
+    pub fn write_to(&self, fd: libc::c_int, offset: usize) -> Result<usize, libc::c_int> {
+        let length = self
+            .length()
+            .checked_sub(offset)
+            .expect("offset is behind the payload");
+        self.region
+            .write_to(fd, self.payload + offset as u64, length)
+    }
+}

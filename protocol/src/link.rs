@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Sleeping until the other end moves a cursor, without a lost wake-up and without a heartbeat
+//! (`docs/protocol.md`, section 5).
+
+use core::ops::Deref;
+use core::time::Duration;
+
+use crate::error::ChannelError;
+use crate::presence::{Presence, PresenceWords};
+use crate::producer::Notify;
+use crate::region::Region;
+use crate::sync::{AtomicU64, spin};
+
+/// How one end of a channel rings the other, sleeps, and tells the time: eventfds on the host, the driver's file in
+/// a guest.
+pub trait Events {
+    /// What can go wrong.
+    type Error;
+
+    /// Rings the other end of this channel. To ring an end that is not there succeeds.
+    fn ring(&mut self) -> Result<(), Self::Error>;
+
+    /// Sleeps until this end is rung or `timeout` is over; `true` if it was rung. A ring between two sleeps ends the
+    /// second at once.
+    fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Self::Error>;
+
+    /// This side's monotonic clock.
+    fn now(&self) -> Duration;
+
+    /// Whether it can pay to wait for the other end without sleeping: not where the two share one CPU.
+    fn can_spin(&self) -> bool;
+}
+
+/// Why a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wakeup {
+    /// What was waited for is there.
+    Ready,
+    /// The time is over.
+    TimedOut,
+    /// The other end came, went, or came back: see [`Link::peer`].
+    PeerChanged,
+}
+
+/// First and longest sleep while no doorbell has proven that doorbells arrive.
+const FIRST_DOZE: Duration = Duration::from_millis(1);
+const LONGEST_DOZE: Duration = Duration::from_secs(1);
+/// Shortest and longest time to spin before sleeping. The longest is about what a wake-up costs.
+const SHORTEST_SPIN: Duration = Duration::from_micros(1);
+const LONGEST_SPIN: Duration = Duration::from_micros(50);
+/// A deadline that is over: look, publish the wish, but neither spin nor sleep.
+pub(crate) const PAST: Duration = Duration::ZERO;
+/// Looks at the shared cursor for each look at the clock.
+const LOOKS_PER_CLOCK: u32 = 16;
+
+/// One end's view of the other: who it is, and how to wait for it.
+#[derive(Debug)]
+pub struct Link<M, E> {
+    region: Region<M>,
+    words: Option<PresenceWords>,
+    peer: Presence,
+    events: E,
+    /// A doorbell has come through since the other end last changed.
+    proven: bool,
+    doze: Duration,
+    spin: Duration,
+}
+
+impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
+    /// The link of an end whose other end shows its presence in `words`, if it can be seen. Rings the other end once:
+    /// it may have slept through our coming.
+    pub(crate) fn attach(
+        region: Region<M>,
+        words: Option<PresenceWords>,
+        events: E,
+    ) -> Result<Self, E::Error> {
+        let mut link = Link {
+            peer: Presence::default(),
+            words,
+            region,
+            events,
+            proven: false,
+            doze: FIRST_DOZE,
+            spin: SHORTEST_SPIN,
+        };
+        link.peer = link.read_peer();
+        link.events.ring()?;
+        Ok(link)
+    }
+
+    /// The other end, as last seen. Between two VMs it cannot be seen, and is all zeros.
+    pub fn peer(&self) -> Presence {
+        self.peer
+    }
+
+    /// The events of this end, for a program that sleeps on more than one thing.
+    pub fn events(&self) -> &E {
+        &self.events
+    }
+
+    /// Rings the other end if it asked for that; `true` if so.
+    pub fn notify(&mut self, notify: Notify) -> Result<bool, E::Error> {
+        if notify == Notify::Ring {
+            self.events.ring()?;
+        }
+        Ok(notify == Notify::Ring)
+    }
+
+    /// Time of this side's monotonic clock, in nanoseconds.
+    pub fn time(&self) -> u64 {
+        u64::try_from(self.events.now().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Looks whether the other end has changed. If so, rings it, since a doorbell to its predecessor may have been
+    /// lost, and starts to doubt again that doorbells arrive here.
+    fn watch(&mut self) -> Result<bool, E::Error> {
+        let peer = self.read_peer();
+        if peer == self.peer {
+            return Ok(false);
+        }
+        self.peer = peer;
+        self.proven = false;
+        self.doze = FIRST_DOZE;
+        self.events.ring()?;
+        Ok(true)
+    }
+
+    fn read_peer(&self) -> Presence {
+        self.words
+            .map_or(Presence::default(), |words| words.read(&self.region))
+    }
+
+    /// The time of this side's clock at which a timeout that begins now is over.
+    pub(crate) fn deadline(&self, timeout: Option<Duration>) -> Option<Duration> {
+        timeout.map(|timeout| self.events.now().saturating_add(timeout))
+    }
+
+    /// Waits until `look` finds what is waited for, or this side's clock reaches `deadline`. `look(false)` just
+    /// looks; `look(true)` first publishes at which cursor this end wants to be rung, then fences, then looks.
+    pub(crate) fn wait(
+        &mut self,
+        deadline: Option<Duration>,
+        mut look: impl FnMut(bool) -> Result<bool, ChannelError<E::Error>>,
+    ) -> Result<Wakeup, ChannelError<E::Error>> {
+        if look(false)? {
+            return Ok(Wakeup::Ready);
+        }
+        if deadline != Some(PAST)
+            && self.events.can_spin()
+            && self.spin_for(self.spin, &mut look)?
+        {
+            return Ok(Wakeup::Ready);
+        }
+        loop {
+            if self.watch().map_err(ChannelError::Events)? {
+                return Ok(Wakeup::PeerChanged);
+            }
+            if look(true)? {
+                return Ok(Wakeup::Ready);
+            }
+            let left = deadline.map(|deadline| deadline.saturating_sub(self.events.now()));
+            if left == Some(Duration::ZERO) {
+                return Ok(Wakeup::TimedOut);
+            }
+            self.sleep(left).map_err(ChannelError::Events)?;
+            if look(false)? {
+                return Ok(Wakeup::Ready);
+            }
+        }
+    }
+
+    /// Spins for a time that grows while spinning finds something, and shrinks while it does not.
+    fn spin_for<X>(
+        &mut self,
+        time: Duration,
+        look: &mut impl FnMut(bool) -> Result<bool, X>,
+    ) -> Result<bool, X> {
+        let end = self.events.now() + time;
+        loop {
+            for _ in 0..LOOKS_PER_CLOCK {
+                spin();
+                if look(false)? {
+                    self.spin = (self.spin * 2).min(LONGEST_SPIN);
+                    return Ok(true);
+                }
+            }
+            if self.events.now() >= end {
+                self.spin = (self.spin / 2).max(SHORTEST_SPIN);
+                return Ok(false);
+            }
+        }
+    }
+
+    fn sleep(&mut self, left: Option<Duration>) -> Result<(), E::Error> {
+        // Until a doorbell has come through from this incarnation of the other end, one may have been lost: before
+        // QEMU was ready, while the guest had its interrupts masked, or with a producer killed before it rang.
+        // Where the other end cannot be seen, that stays possible.
+        let doze = (!self.proven || self.words.is_none()).then_some(self.doze);
+        let timeout = match (left, doze) {
+            (Some(left), Some(doze)) => Some(left.min(doze)),
+            (left, doze) => left.or(doze),
+        };
+        if self.events.sleep(timeout)? {
+            self.proven = true;
+        } else {
+            self.doze = (self.doze * 2).min(LONGEST_DOZE);
+        }
+        Ok(())
+    }
+}

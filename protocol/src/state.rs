@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A region and its channels seen from outside: what the broker writes, and what an inspector reads.
+
+use core::ops::Deref;
+
+use crate::region::Region;
+use crate::sync::{AtomicU64, Ordering};
+use crate::wire::layout::{Channel, Layout, LayoutError, channel};
+
+/// Writes a layout into a region, whose bytes are zero so far. The magic comes last: who sees it sees all.
+pub fn publish<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, layout: &Layout) {
+    let page = layout.encode();
+    for (index, word) in page.iter().enumerate().skip(1) {
+        region.store(8 * index as u64, *word);
+    }
+    // SYNC: published; pairs with the Acquire load in `read_layout`.
+    region.word(0).store(page[0], Ordering::Release);
+}
+
+/// Reads and checks the layout of a region that has `size` bytes, of which the first page at least is mapped.
+pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
+    region: &Region<M>,
+    size: u64,
+) -> Result<Layout, LayoutError> {
+    // SYNC: published; pairs with the Release store in `publish`.
+    let magic = region.word(0).load(Ordering::Acquire);
+    let mut page = region.page(0);
+    page[0] = magic;
+    Layout::decode(&page, size)
+}
+
+/// Empties a channel whose ends are both free, and starts its next generation. Gives that generation's number.
+pub fn reset<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, entry: &Channel) -> u64 {
+    let words = (channel::WRITTEN..channel::PRODUCER_RUNG + 8)
+        .chain(channel::READ..channel::CONSUMER_RUNG + 8);
+    for offset in words.step_by(8) {
+        region.store(entry.offset + offset, 0);
+    }
+    let generation = region
+        .load(entry.offset + channel::GENERATION)
+        .wrapping_add(1);
+    region
+        .word(entry.offset + channel::GENERATION)
+        .store(generation, Ordering::Release);
+    generation
+}
+
+/// A channel's words at one moment, as they stand: unchecked, each read once, and not all at the same instant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChannelState {
+    /// Times that the channel was reset.
+    pub generation: u64,
+    /// The producer's cursor, in bytes.
+    pub written: u64,
+    /// The consumer's cursor, in bytes.
+    pub read: u64,
+    /// Records committed.
+    pub records: u64,
+    /// Records dropped because the channel was full.
+    pub dropped: u64,
+    /// Doorbells that the producer rang.
+    pub producer_rung: u64,
+    /// Doorbells that the consumer rang.
+    pub consumer_rung: u64,
+}
+
+impl ChannelState {
+    /// Reads the state of a channel of a region.
+    pub fn read<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, entry: &Channel) -> Self {
+        let load = |offset| region.load(entry.offset + offset);
+        // The consumer's cursor first, so that it is not ahead of a producer's that is older.
+        let read = load(channel::READ);
+        ChannelState {
+            generation: load(channel::GENERATION),
+            written: load(channel::WRITTEN),
+            read,
+            records: channel::NOTES
+                .map(|note| load(note + channel::NOTE_RECORDS))
+                .into_iter()
+                .fold(0, u64::max),
+            dropped: load(channel::DROPPED),
+            producer_rung: load(channel::PRODUCER_RUNG),
+            consumer_rung: load(channel::CONSUMER_RUNG),
+        }
+    }
+
+    /// Bytes committed and not released; `None` if the cursors make no sense.
+    pub fn fill(&self, entry: &Channel) -> Option<u64> {
+        crate::cursor::Capacity::of(entry)
+            .in_flight(self.written, self.read)
+            .ok()
+    }
+
+    /// Records for which no doorbell was needed.
+    pub fn suppressed(&self) -> u64 {
+        self.records.saturating_sub(self.producer_rung)
+    }
+}

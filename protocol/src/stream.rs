@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A byte stream through a channel: from a file descriptor to a file descriptor, by way of the region alone.
+//!
+//! The bytes travel in records of [`Kind::DATA`]; one of [`Kind::END`] ends the stream. What other kinds a channel
+//! carries is not part of any stream, and is passed over.
+
+use core::ops::Deref;
+
+use libc::c_int;
+
+use crate::channel::{Receiver, Sender, Sent};
+use crate::cursor::Kind;
+use crate::error::ChannelError;
+use crate::link::{Events, Wakeup};
+use crate::sync::AtomicU64;
+
+/// What has gone through so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes.
+    pub bytes: u64,
+    /// Records.
+    pub records: u64,
+    /// Records that found the channel full, and are gone.
+    pub dropped: u64,
+}
+
+/// Why a stream could not go on.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StreamError<X> {
+    /// The channel cannot be used.
+    #[error(transparent)]
+    Channel(#[from] ChannelError<X>),
+    /// Reading the source failed, with this `errno`.
+    #[error("cannot read the source")]
+    Read(c_int),
+    /// Writing the target failed, with this `errno`.
+    #[error("cannot write the target")]
+    Write(c_int),
+    /// The producer left in the middle of the stream.
+    #[error("the sender left before the end of the stream, after {0} bytes")]
+    Incomplete(u64),
+}
+
+/// Sends all that `source` gives, in records filled in place of at most `scratch.len()` bytes, and then the end of the
+/// stream. `scratch` is used only in a channel that drops.
+pub fn send<M, E>(
+    sender: &mut Sender<M, E>,
+    source: c_int,
+    scratch: &mut [u8],
+    mut progress: impl FnMut(&Progress),
+) -> Result<Progress, StreamError<E::Error>>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events,
+{
+    let mut total = Progress::default();
+    loop {
+        let length = if sender.drops() {
+            let length =
+                retry(|| crate::region::read(source, scratch)).map_err(StreamError::Read)?;
+            if length > 0 && sender.send(Kind::DATA, &scratch[..length], None)? == Sent::Dropped {
+                total.dropped += 1;
+                continue;
+            }
+            length
+        } else {
+            let Some(mut draft) = sender.draft(scratch.len(), None)? else {
+                continue;
+            };
+            let length = retry(|| draft.read_from(source)).map_err(StreamError::Read)?;
+            if length > 0 {
+                draft.commit(Kind::DATA, length)?;
+            }
+            length as usize
+        };
+        if length == 0 {
+            break;
+        }
+        total.bytes += length as u64;
+        total.records += 1;
+        progress(&total);
+    }
+    if let Some(draft) = sender.draft(0, None)? {
+        draft.commit(Kind::END, 0)?;
+    }
+    Ok(total)
+}
+
+/// Receives one stream, from where the channel stands to the end of the stream, and writes it to `target` straight
+/// from the region.
+pub fn receive<M, E>(
+    receiver: &mut Receiver<M, E>,
+    target: c_int,
+    mut progress: impl FnMut(&Progress),
+) -> Result<Progress, StreamError<E::Error>>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events,
+{
+    let mut total = Progress::default();
+    let mut left = false;
+    loop {
+        match receiver.wait(left.then_some(core::time::Duration::ZERO))? {
+            Wakeup::Ready => (),
+            Wakeup::TimedOut => return Err(StreamError::Incomplete(total.bytes)),
+            Wakeup::PeerChanged => {
+                // It may have committed its last records after we looked and before it left: look once more.
+                left = total.records > 0 && !receiver.peer().is_held();
+                continue;
+            }
+        }
+        let Some(record) = receiver.record() else {
+            continue;
+        };
+        let kind = record.header().kind;
+        if kind == Kind::DATA {
+            let mut done = 0;
+            while done < record.length() {
+                done += retry(|| record.write_to(target, done)).map_err(StreamError::Write)?;
+            }
+            total.bytes += record.length() as u64;
+            total.records += 1;
+        }
+        receiver.release()?;
+        if kind == Kind::END {
+            return Ok(total);
+        }
+        progress(&total);
+    }
+}
+
+/// Repeats a call that a signal interrupted.
+fn retry<T>(mut call: impl FnMut() -> Result<T, c_int>) -> Result<T, c_int> {
+    loop {
+        match call() {
+            Err(libc::EINTR) => (),
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! A region on the heap, and ends whose doorbells are condition variables: what tests use in place of a BAR.
+
+use std::convert::Infallible;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use barlink_protocol::region::Region;
+use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name};
+use barlink_protocol::{AtomicU64, Events, Receiver, Sender, state};
+
+pub type Memory = Arc<[AtomicU64]>;
+pub type Heap = Region<Memory>;
+
+/// A region with one channel, `test`, from slot 0 to the host.
+pub fn region(capacity: u64, drop_when_full: bool) -> (Heap, Layout) {
+    let channel = Channel {
+        name: Name::new("test").unwrap(),
+        producer: 0,
+        consumer: 1,
+        vector: 0,
+        drop_when_full,
+        offset: FIRST_FREE,
+        capacity,
+    };
+    let size = (channel.end() + 4096).next_power_of_two();
+    let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel]).unwrap();
+    let region = Region::new((0..size / 8).map(|_| AtomicU64::new(0)).collect());
+    state::publish(&region, &layout);
+    assert_eq!(state::read_layout(&region, size), Ok(layout.clone()));
+    (region, layout)
+}
+
+#[derive(Clone, Default)]
+struct Bell(Arc<(Mutex<bool>, Condvar)>);
+
+/// One end's doorbells.
+pub struct Bells {
+    own: Bell,
+    other: Bell,
+    start: Instant,
+    /// Rings that get lost on their way, as if QEMU were not ready.
+    pub lost: u32,
+}
+
+pub fn bells() -> (Bells, Bells) {
+    let (a, b) = (Bell::default(), Bell::default());
+    let start = Instant::now();
+    let one = |own: &Bell, other: &Bell| Bells {
+        own: own.clone(),
+        other: other.clone(),
+        start,
+        lost: 0,
+    };
+    (one(&a, &b), one(&b, &a))
+}
+
+impl Events for Bells {
+    type Error = Infallible;
+
+    fn ring(&mut self) -> Result<(), Infallible> {
+        if self.lost > 0 {
+            self.lost -= 1;
+            return Ok(());
+        }
+        *self.other.0.0.lock().unwrap() = true;
+        self.other.0.1.notify_one();
+        Ok(())
+    }
+
+    fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
+        let (flag, condvar) = &*self.own.0;
+        // Longer than any test: a wake-up that was lost shows as a failure and not as a hang.
+        let timeout = timeout.unwrap_or(Duration::from_secs(20));
+        let guard = flag.lock().unwrap();
+        let (mut rung, _) = condvar
+            .wait_timeout_while(guard, timeout, |rung| !*rung)
+            .unwrap();
+        Ok(std::mem::take(&mut *rung))
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn can_spin(&self) -> bool {
+        true
+    }
+}
+
+/// Both ends of a fresh channel.
+pub fn ends(
+    capacity: u64,
+    drop_when_full: bool,
+) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
+    let (region, layout) = region(capacity, drop_when_full);
+    let (a, b) = bells();
+    ends_with(&region, &layout, a, b)
+}
+
+/// The ends of a channel that is there.
+pub fn ends_with(
+    region: &Heap,
+    layout: &Layout,
+    a: Bells,
+    b: Bells,
+) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
+    let sender = Sender::attach(region.clone(), layout, 0, a).unwrap();
+    (
+        sender,
+        Receiver::attach(region.clone(), layout, 0, b).unwrap(),
+    )
+}

@@ -1,0 +1,230 @@
+//! Producer and consumer on the heap: order, wrapping, flow control, taking up after a crash, and a channel that
+//! somebody scribbled over.
+
+use crate::heap::{Heap, Memory, region};
+use barlink_protocol::cursor::{Corrupt, Kind};
+use barlink_protocol::wire::layout::{Layout, channel};
+use barlink_protocol::{Consumer, Notify, Producer, ReserveError, state};
+use proptest::prelude::*;
+
+type Ends = (Producer<Memory>, Consumer<Memory>);
+
+fn attach(region: &Heap, layout: &Layout) -> Ends {
+    let channel = &layout.channels()[0];
+    let producer = Producer::attach(region.clone(), channel).unwrap();
+    (producer, Consumer::attach(region.clone(), channel).unwrap())
+}
+
+/// Sends a record: whether the consumer wants to be rung for it.
+fn send(producer: &mut Producer<Memory>, bytes: &[u8]) -> Result<bool, ReserveError> {
+    let mut room = producer.reserve(bytes.len())?;
+    room.write(0, bytes);
+    Ok(room.commit(Kind::DATA, bytes.len() as u32, 7).0 == Notify::Ring)
+}
+
+/// Takes the next record, if there is one: its number and its bytes.
+fn receive(consumer: &mut Consumer<Memory>) -> Option<(u64, Vec<u8>)> {
+    if !consumer.poll().unwrap() {
+        return None;
+    }
+    let record = consumer.record().unwrap();
+    let mut bytes = vec![0; record.length()];
+    assert_eq!(record.copy_to(0, &mut bytes), bytes.len());
+    let sequence = record.header().sequence;
+    let _ = consumer.release();
+    Some((sequence, bytes))
+}
+
+/// Bytes that tell which record they belong to.
+fn pattern(number: u64, length: usize) -> Vec<u8> {
+    (0..length as u64)
+        .map(|index| (number.wrapping_mul(31) ^ index) as u8)
+        .collect()
+}
+
+proptest! {
+    /// Any sequence of sends and receives, with a crash of either end before any of them, is a queue.
+    #[test]
+    fn is_a_queue_over_wraps_and_crashes(
+        steps in prop::collection::vec((0u8..8, 0usize..2100), 1..400)
+    ) {
+        let (region, layout) = region(4096, false);
+        let (mut producer, mut consumer) = attach(&region, &layout);
+        let (mut sent, mut received, mut unread) = (0, 0, 0usize);
+        for (action, length) in steps {
+            match action {
+                0 => producer = attach(&region, &layout).0,
+                1 => consumer = attach(&region, &layout).1,
+                2 => {
+                    // Killed while it fills a record in place: nothing was sent.
+                    if let Ok(mut room) = producer.reserve(length) {
+                        room.write(0, &vec![0xee; length]);
+                    }
+                    producer = attach(&region, &layout).0;
+                }
+                3..=5 => match send(&mut producer, &pattern(sent, length)) {
+                    Ok(_) => { sent += 1; unread += 1; }
+                    Err(ReserveError::Full) => prop_assert!(unread > 0, "full while it is empty"),
+                    Err(ReserveError::TooLarge { max, .. }) => prop_assert!(length > max as usize),
+                    Err(error) => prop_assert!(false, "{error}"),
+                },
+                _ => match receive(&mut consumer) {
+                    Some((sequence, bytes)) => {
+                        prop_assert_eq!(sequence, received);
+                        prop_assert_eq!(&bytes, &pattern(received, bytes.len()));
+                        received += 1;
+                        unread -= 1;
+                    }
+                    None => prop_assert_eq!(unread, 0),
+                },
+            }
+            prop_assert_eq!(producer.sequence(), sent);
+        }
+    }
+}
+
+#[test]
+fn largest_record_goes_through_at_every_offset() {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    let max = producer.max_record() as usize;
+    for step in 0..600 {
+        for length in [max, step % 40] {
+            let bytes = pattern(step as u64, length);
+            send(&mut producer, &bytes).unwrap();
+            assert_eq!(receive(&mut consumer).unwrap().1, bytes);
+        }
+    }
+    assert!(matches!(
+        send(&mut producer, &vec![0; max + 1]),
+        Err(ReserveError::TooLarge { .. })
+    ));
+}
+
+#[test]
+fn record_that_was_not_released_is_found_again() {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    send(&mut producer, b"once").unwrap();
+    assert!(consumer.poll().unwrap());
+    let mut again = attach(&region, &layout).1;
+    assert_eq!(receive(&mut again).unwrap().1, b"once");
+    assert!(receive(&mut attach(&region, &layout).1).is_none());
+}
+
+#[test]
+fn rings_only_an_end_that_asked() {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    assert_eq!(send(&mut producer, b"awake"), Ok(false));
+    assert!(receive(&mut consumer).is_some());
+    assert!(!consumer.wish_for_record().unwrap());
+    assert_eq!(send(&mut producer, b"asleep"), Ok(true));
+    assert_eq!(send(&mut producer, b"already rung"), Ok(false));
+    while send(&mut producer, &[0; 1000]).is_ok() {}
+    assert!(!producer.wish_for_room(1000).unwrap());
+    let mut rung = 0;
+    while consumer.poll().unwrap() {
+        rung += u32::from(consumer.release() == Notify::Ring);
+    }
+    assert_eq!(rung, 1);
+}
+
+#[test]
+fn dropped_records_are_counted_and_leave_a_gap() {
+    let (region, layout) = region(4096, true);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    while send(&mut producer, &[1; 500]).is_ok() {}
+    producer.drop_record();
+    producer.drop_record();
+    let mut producer = attach(&region, &layout).0;
+    assert_eq!((producer.dropped(), producer.sequence()), (2, 9));
+    while receive(&mut consumer).is_some() {}
+    send(&mut producer, b"after").unwrap();
+    assert_eq!(receive(&mut consumer), Some((9, b"after".to_vec())));
+}
+
+#[test]
+fn reset_starts_an_empty_generation() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    send(&mut attach(&region, &layout).0, b"old").unwrap();
+    region.store(entry.offset + channel::READ, 3);
+    assert!(Producer::attach(region.clone(), entry).is_err());
+    assert_eq!(state::reset(&region, entry), 1);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    assert!(receive(&mut consumer).is_none());
+    send(&mut producer, b"new").unwrap();
+    assert_eq!(receive(&mut consumer), Some((0, b"new".to_vec())));
+}
+
+#[test]
+fn a_cursor_that_makes_no_sense_is_corrupt() {
+    for (word, value) in [
+        (channel::WRITTEN, 4),
+        (channel::WRITTEN, 8192),
+        (channel::WRITTEN, 0),
+        (channel::WRITTEN, u64::MAX - 7),
+    ] {
+        let (region, layout) = region(4096, false);
+        let (mut producer, mut consumer) = attach(&region, &layout);
+        for _ in 0..2 {
+            send(&mut producer, b"before").unwrap();
+            receive(&mut consumer).unwrap();
+        }
+        region.store(layout.channels()[0].offset + word, value);
+        assert!(consumer.poll().is_err(), "{word} = {value}");
+    }
+}
+
+#[test]
+fn a_consumer_that_goes_back_or_ahead_is_corrupt() {
+    for value in [0, 32, 1 << 20, u64::MAX - 7] {
+        let (region, layout) = region(4096, false);
+        let (mut producer, mut consumer) = attach(&region, &layout);
+        send(&mut producer, b"released").unwrap();
+        receive(&mut consumer).unwrap();
+        while send(&mut producer, &[0; 1000]).is_ok() {}
+        region.store(layout.channels()[0].offset + channel::READ, value);
+        let expected = value == 32;
+        assert_eq!(
+            matches!(
+                send(&mut producer, &[0; 1000]),
+                Err(ReserveError::Corrupt(_))
+            ),
+            !expected,
+            "{value}"
+        );
+    }
+}
+
+#[test]
+fn headers_that_make_no_sense_are_corrupt() {
+    let header = |length: u64, kind: u64| length | kind << 32;
+    for word in [
+        header(8, 0),
+        header(8, 0xffff),
+        header(5000, 1),
+        header(100, 1),
+        header(8, 1) | 1 << 48,
+    ] {
+        let (region, layout) = region(4096, false);
+        let (mut producer, mut consumer) = attach(&region, &layout);
+        send(&mut producer, &[0; 8]).unwrap();
+        region.store(layout.channels()[0].offset + channel::DATA, word);
+        assert!(matches!(consumer.poll(), Err(Corrupt(_))), "{word:#x}");
+    }
+}
+
+#[test]
+fn payload_is_read_by_words_and_parts() {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    send(&mut producer, b"12345678abc").unwrap();
+    assert!(consumer.poll().unwrap());
+    let record = consumer.record().unwrap();
+    assert_eq!(record.word(1).to_le_bytes(), *b"abc\0\0\0\0\0");
+    let mut part = [0; 16];
+    assert_eq!(record.copy_to(8, &mut part), 3);
+    assert_eq!(&part[..3], b"abc");
+}

@@ -1,0 +1,117 @@
+//! Sender and receiver in two threads that sleep and wake each other.
+
+use std::time::{Duration, Instant};
+
+use crate::heap::{bells, ends, ends_with, region};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::{Sent, Wakeup};
+
+#[test]
+fn nothing_is_lost_while_both_ends_sleep_and_wake() {
+    for (capacity, count) in [(4096, 40_000u64), (65536, 100_000)] {
+        let (mut sender, mut receiver) = ends(capacity, false);
+        let producer = std::thread::spawn(move || {
+            for number in 0..count {
+                let mut bytes = [0; 1200];
+                bytes[..8].copy_from_slice(&number.to_le_bytes());
+                let length = 8 + (number * 37 % 1190) as usize;
+                assert_eq!(
+                    sender.send(Kind::DATA, &bytes[..length], None),
+                    Ok(Sent::Committed)
+                );
+            }
+            // The channel's end stays, so that the receiver is not disturbed by its going.
+            sender
+        });
+        for number in 0..count {
+            while receiver.wait(None).unwrap() != Wakeup::Ready {}
+            let record = receiver.record().unwrap();
+            assert_eq!(record.header().sequence, number);
+            assert_eq!(record.word(0), number);
+            receiver.release().unwrap();
+        }
+        producer.join().unwrap();
+    }
+}
+
+#[test]
+fn waiting_ends_with_its_time() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    let start = Instant::now();
+    assert_eq!(
+        receiver.wait(Some(Duration::from_millis(30))),
+        Ok(Wakeup::TimedOut)
+    );
+    assert!(start.elapsed() >= Duration::from_millis(30));
+    assert_eq!(receiver.wait(Some(Duration::ZERO)), Ok(Wakeup::TimedOut));
+    while sender
+        .send(Kind::DATA, &[0; 900], Some(Duration::ZERO))
+        .unwrap()
+        == Sent::Committed
+    {}
+    assert_eq!(
+        sender.send(Kind::DATA, &[0; 900], Some(Duration::from_millis(1))),
+        Ok(Sent::TimedOut)
+    );
+}
+
+#[test]
+fn a_channel_that_drops_does_not_wait() {
+    let (mut sender, mut receiver) = ends(4096, true);
+    let mut outcomes = (0..10).map(|_| sender.send(Kind::DATA, &[0; 900], None).unwrap());
+    assert_eq!(
+        outcomes
+            .by_ref()
+            .take(4)
+            .filter(|&sent| sent == Sent::Committed)
+            .count(),
+        4
+    );
+    assert!(outcomes.all(|sent| sent == Sent::Dropped));
+    assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+}
+
+#[test]
+fn a_record_in_place_is_cut_to_what_was_filled() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    let mut draft = sender.draft(1000, None).unwrap().unwrap();
+    draft.write(0, b"short");
+    draft.commit(Kind::USER, 5).unwrap();
+    assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+    let record = receiver.record().unwrap();
+    assert_eq!((record.length(), record.header().kind), (5, Kind::USER));
+}
+
+#[test]
+fn a_doorbell_that_is_lost_costs_time_and_no_record() {
+    let (region, layout) = region(4096, false);
+    let (mut a, b) = bells();
+    a.lost = 3;
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let producer = std::thread::spawn(move || {
+        for number in 0..10u8 {
+            // So that the receiver is asleep, and has to be rung.
+            std::thread::sleep(Duration::from_millis(5));
+            assert_eq!(
+                sender.send(Kind::DATA, &[number], None),
+                Ok(Sent::Committed)
+            );
+        }
+        sender
+    });
+    let start = Instant::now();
+    for number in 0..10 {
+        assert_eq!(
+            receiver.wait(Some(Duration::from_secs(10))),
+            Ok(Wakeup::Ready)
+        );
+        assert_eq!(receiver.record().unwrap().header().sequence, number);
+        receiver.release().unwrap();
+    }
+    assert!(
+        start.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        start.elapsed()
+    );
+    producer.join().unwrap();
+}

@@ -1,0 +1,221 @@
+//! The superblock: what is written is what is read, and every wrong field is refused by name.
+
+use barlink_protocol::wire::layout::*;
+use proptest::prelude::*;
+
+const SIZE: u64 = 1 << 20;
+
+fn channel(name: &str, offset: u64, capacity: u64) -> Channel {
+    Channel {
+        name: Name::new(name).unwrap(),
+        producer: 0,
+        consumer: 1,
+        vector: 1,
+        drop_when_full: false,
+        offset,
+        capacity,
+    }
+}
+
+/// A 1 MiB region for one VM with two channels and a raw window between them.
+fn layout() -> Layout {
+    let up = channel("up", FIRST_FREE, 64 << 10);
+    let raw = up.end();
+    let down = Channel {
+        producer: 1,
+        consumer: 0,
+        vector: 2,
+        ..channel("down", raw + (64 << 10), 128 << 10)
+    };
+    Layout::new(SIZE, 1, 3, raw, 64 << 10, &[up, down]).unwrap()
+}
+
+fn with(change: impl FnOnce(&mut [u64; PAGE_WORDS])) -> Result<Layout, LayoutError> {
+    let mut page = layout().encode();
+    change(&mut page);
+    Layout::decode(&page, SIZE)
+}
+
+/// Index of a word of a channel's entry in the superblock.
+fn entry(index: usize, word: usize) -> usize {
+    32 + 8 * index + word
+}
+
+#[test]
+fn decodes_what_it_encodes() {
+    assert_eq!(Layout::decode(&layout().encode(), SIZE), Ok(layout()));
+}
+
+#[test]
+fn superblock_has_the_bytes_that_the_protocol_names() {
+    let bytes: Vec<u8> = layout()
+        .encode()
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    assert_eq!(&bytes[..8], b"barlink\0");
+    assert_eq!(bytes[8..12], 1u32.to_le_bytes());
+    assert_eq!(bytes[16..24], SIZE.to_le_bytes());
+    assert_eq!(bytes[24..32], [1, 0, 0, 0, 3, 0, 0, 0]);
+    assert_eq!(bytes[32..40], 2u64.to_le_bytes());
+    assert_eq!(&bytes[256..260], b"up\0\0");
+    assert_eq!(&bytes[320..325], b"down\0");
+    assert_eq!(
+        bytes[344..352],
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        "the host, ID 1, produces for slot 0"
+    );
+}
+
+#[test]
+fn refuses_a_wrong_magic() {
+    assert_eq!(
+        with(|page| page[0] ^= 1),
+        Err(LayoutError::Magic { found: MAGIC ^ 1 })
+    );
+}
+
+#[test]
+fn refuses_another_version() {
+    assert_eq!(
+        with(|page| page[1] = 2),
+        Err(LayoutError::Version { found: 2 })
+    );
+}
+
+#[test]
+fn refuses_a_size_that_is_not_the_regions() {
+    let error = Layout::decode(&layout().encode(), SIZE * 2);
+    assert_eq!(
+        error,
+        Err(LayoutError::Size {
+            said: SIZE,
+            actual: SIZE * 2
+        })
+    );
+}
+
+#[test]
+fn refuses_counts_out_of_range() {
+    assert_eq!(
+        with(|page| page[3] = 3 << 32),
+        Err(LayoutError::Slots { count: 0 })
+    );
+    assert_eq!(
+        with(|page| page[3] = 17 | 3 << 32),
+        Err(LayoutError::Slots { count: 17 })
+    );
+    assert_eq!(
+        with(|page| page[3] = 1),
+        Err(LayoutError::Vectors { count: 0 })
+    );
+    assert_eq!(
+        with(|page| page[3] = 1 | 257 << 32),
+        Err(LayoutError::Vectors { count: 257 })
+    );
+    assert_eq!(
+        with(|page| page[4] = 33),
+        Err(LayoutError::Channels { count: 33 })
+    );
+    assert_eq!(
+        with(|page| page[4] = u64::MAX),
+        Err(LayoutError::Channels { count: u64::MAX })
+    );
+}
+
+#[test]
+fn refuses_channels_that_do_not_fit() {
+    let fault = |fault, index| Err(LayoutError::Channel { index, fault });
+    assert_eq!(with(|page| page[entry(0, 0)] = 0), fault("name", 0));
+    assert_eq!(
+        with(|page| page[entry(1, 0)] = page[entry(0, 0)]),
+        fault("name", 1)
+    );
+    assert_eq!(with(|page| page[entry(0, 3)] = 2), fault("peer", 0));
+    assert_eq!(with(|page| page[entry(0, 4)] = 3), fault("vector", 0));
+    assert_eq!(
+        with(|page| page[entry(0, 6)] = 3 << 12),
+        fault("capacity", 0)
+    );
+    assert_eq!(with(|page| page[entry(0, 6)] = 8), fault("capacity", 0));
+    assert_eq!(
+        with(|page| page[entry(0, 6)] = 1 << 63),
+        fault("capacity", 0)
+    );
+    assert_eq!(
+        with(|page| page[entry(0, 5)] = 0),
+        fault("place", 0),
+        "over the superblock"
+    );
+    assert_eq!(
+        with(|page| page[entry(0, 5)] += 8),
+        fault("place", 0),
+        "not on a page"
+    );
+    assert_eq!(
+        with(|page| page[entry(0, 5)] = u64::MAX << 12),
+        fault("place", 0),
+        "overflows"
+    );
+    assert_eq!(
+        with(|page| page[entry(1, 5)] = page[entry(0, 5)]),
+        fault("place", 1),
+        "over another"
+    );
+    assert_eq!(
+        with(|page| page[entry(1, 5)] = SIZE - (132 << 10)),
+        fault("place", 1),
+        "over the driver's page"
+    );
+    assert_eq!(
+        with(|page| page[5] -= PAGE_SIZE),
+        fault("place", 0),
+        "raw window over a channel"
+    );
+    assert_eq!(with(|page| page[6] = SIZE), Err(LayoutError::RawWindow));
+}
+
+#[test]
+fn names_are_short_and_plain() {
+    assert!(Name::new("a-channel_24-bytes-long0").is_some());
+    for text in [
+        "",
+        "a-channel_25-bytes-long01",
+        "Up",
+        "a b",
+        "a/b",
+        "ü",
+        "a\0b",
+    ] {
+        assert!(Name::new(text).is_none(), "{text:?}");
+    }
+}
+
+#[test]
+fn presence_pages_are_the_brokers_and_the_last_ones() {
+    let layout = Layout::new(SIZE, 3, 1, FIRST_FREE, 0, &[]).unwrap();
+    assert_eq!(layout.presence_page(layout.host()), BROKER_PAGE);
+    assert_eq!(
+        [0, 1, 2].map(|slot| SIZE - layout.presence_page(slot)),
+        [4096, 8192, 12288]
+    );
+    assert_eq!(layout.mappable_size(), SIZE - 12288);
+}
+
+proptest! {
+    /// Whatever a peer writes, what is accepted keeps every channel and the raw window apart and inside.
+    #[test]
+    fn accepts_no_layout_that_reaches_outside(
+        changes in prop::collection::vec((0usize..64, any::<u64>(), 0u32..64), 0..6)
+    ) {
+        let decoded = with(|page| for (word, value, shift) in changes { page[word] = value >> shift });
+        if let Ok(layout) = decoded {
+            let mut ranges = vec![(layout.raw_offset, layout.raw_offset + layout.raw_size)];
+            ranges.extend(layout.channels().iter().map(|channel| (channel.offset, channel.end())));
+            for (index, &(start, end)) in ranges.iter().enumerate() {
+                prop_assert!(FIRST_FREE <= start && start <= end && end <= layout.mappable_size());
+                prop_assert!(ranges[..index].iter().all(|&(s, e)| end <= s || e <= start || start == end || s == e));
+            }
+        }
+    }
+}
