@@ -36,6 +36,8 @@ impl ModuleBuild<'_> {
             }
             Headers::Own(folder) => {
                 make = Command::new("make");
+                // Cargo's choice of toolchain is not the kernel's.
+                make.env_remove("RUSTUP_TOOLCHAIN");
                 let configuration = folder.join("include/config/auto.conf");
                 let configuration = fs::read_to_string(&configuration)
                     .with_context(|| format!("{} cannot be read", configuration.display()))?;

@@ -107,15 +107,9 @@ impl Enter {
                 .bwrap
                 .args(["--symlink", &format!("usr/{link}"), &format!("/{link}")]);
         }
-        enter.bwrap.args([
-            "--dev",
-            "/dev",
-            "--proc",
-            "/proc",
-            "--tmpfs",
-            "/tmp",
-            "--clearenv",
-        ]);
+        enter.bwrap.args(["--dev", "/dev", "--tmpfs", "/tmp"]);
+        // The host's, since in a container an ordinary user may not mount another.
+        enter.bwrap.args(["--bind", "/proc", "/proc", "--clearenv"]);
         // The C locale because some kernel scripts sort.
         for (name, value) in [
             ("PATH", "/usr/sbin:/usr/bin"),
@@ -130,10 +124,7 @@ impl Enter {
     /// Begins with the host's own system, for a program of the host that is to end with its parent.
     pub fn host() -> Self {
         let mut enter = Self::isolated();
-        enter
-            .bwrap
-            .args(["--bind", "/", "/", "--dev-bind", "/dev", "/dev"]);
-        enter.bwrap.args(["--proc", "/proc"]);
+        enter.bwrap.args(["--dev-bind", "/", "/"]);
         enter
     }
 
