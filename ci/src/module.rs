@@ -22,44 +22,45 @@ pub struct ModuleBuild<'a> {
 }
 
 impl ModuleBuild<'_> {
-    /// The command that builds the module against `headers`, with every warning an error.
+    /// The command that builds the module against `headers`; in the sandbox every warning of a compiler is an error.
     pub fn command(&self, headers: &Headers) -> Result<Command> {
-        let mut make;
-        let folder = match headers {
+        let (mut make, folder) = match headers {
             Headers::Sandboxed(sandbox) => {
                 let mut enter = sandbox.enter().bind_read_only(self.source);
                 for folder in self.included {
                     enter = enter.bind_read_only(folder);
                 }
-                make = enter.bind(self.output, self.output).run("make");
-                sandbox.headers()
+                let mut make = enter.bind(self.output, self.output).run("make");
+                make.args(["KRUSTFLAGS=-Dwarnings", "KCFLAGS=-Werror"]);
+                (make, sandbox.headers())
             }
             Headers::Own(folder) => {
-                make = Command::new("make");
+                let mut make = Command::new("make");
                 // Cargo's choice of toolchain is not the kernel's.
                 make.env_remove("RUSTUP_TOOLCHAIN");
-                let configuration = folder.join("include/config/auto.conf");
-                let configuration = fs::read_to_string(&configuration)
-                    .with_context(|| format!("{} cannot be read", configuration.display()))?;
-                if configuration
-                    .lines()
-                    .any(|line| line == "CONFIG_CC_IS_CLANG=y")
-                {
+                if built_by_clang(folder)? {
                     make.arg("LLVM=1");
                 }
-                folder.clone()
+                (make, folder.clone())
             }
         };
-        make.args([
-            "--no-print-directory",
-            "KRUSTFLAGS=-Dwarnings",
-            "KCFLAGS=-Werror",
-        ]);
-        make.arg("--directory").arg(folder);
+        make.arg("--no-print-directory")
+            .arg("--directory")
+            .arg(folder);
         for (variable, folder) in [("M", self.source), ("MO", self.output)] {
             make.arg(format!("{variable}={}", folder.display()));
         }
         make.arg("modules");
         Ok(make)
     }
+}
+
+/// Whether the kernel in this build tree was built by clang, which modules must be built by then, too.
+fn built_by_clang(headers: &Path) -> Result<bool> {
+    let path = headers.join("include/config/auto.conf");
+    let configuration =
+        fs::read_to_string(&path).with_context(|| format!("{} cannot be read", path.display()))?;
+    Ok(configuration
+        .lines()
+        .any(|line| line == "CONFIG_CC_IS_CLANG=y"))
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT};
 use signal_hook::flag;
 
 /// How many lines of the log an error shows.
@@ -36,7 +36,7 @@ impl Steps {
     pub fn start(path: &Path) -> Result<Self> {
         let interrupted = Arc::default();
         let ended = Arc::default();
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
+        for signal in [SIGINT, SIGHUP] {
             // In this order: the first ends the process once the second is not to hold it any more.
             flag::register_conditional_default(signal, Arc::clone(&ended))
                 .and_then(|_| flag::register(signal, Arc::clone(&interrupted)))

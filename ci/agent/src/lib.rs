@@ -26,8 +26,6 @@ pub enum Request {
         id: u64,
         /// The program and its arguments; never empty.
         argv: Vec<String>,
-        /// What is set besides the agent's own environment.
-        env: Vec<(String, String)>,
     },
     /// Write to a process's standard input.
     Stdin {

@@ -86,8 +86,8 @@ impl Agent {
 
     fn handle(&self, request: Request) {
         match request {
-            Request::Run { id, argv, env } => {
-                if let Err(error) = self.start(id, &argv, env) {
+            Request::Run { id, argv } => {
+                if let Err(error) = self.start(id, &argv) {
                     self.report(&Report::Refused {
                         id,
                         error: format!("{error:#}"),
@@ -110,11 +110,10 @@ impl Agent {
         }
     }
 
-    fn start(&self, id: u64, argv: &[String], env: Vec<(String, String)>) -> Result<()> {
+    fn start(&self, id: u64, argv: &[String]) -> Result<()> {
         let (program, arguments) = argv.split_first().context("no program is named")?;
         let mut child = Command::new(program)
             .args(arguments)
-            .envs(env)
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

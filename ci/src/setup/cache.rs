@@ -2,6 +2,7 @@
 
 //! The folder that holds finished sandboxes, and how one gets there: built under another name, then renamed.
 
+use std::cmp::Reverse;
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -58,23 +59,38 @@ impl Cache {
 
     /// The finished sandboxes of this recipe, the one to prefer first.
     pub(super) fn sandboxes(&self, recipe: &Recipe) -> Result<Vec<Sandbox>> {
-        let ending = format!("-{}", recipe.hash());
         let mut found = Vec::new();
-        for entry in fs::read_dir(&self.folder)? {
-            let folder = entry?.path();
-            let name = folder.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with('.') || !name.ends_with(&ending) {
-                continue;
-            }
-            let sandbox = read(&folder)?;
-            if let Some(version) = sandbox.version()
-                && let Some(rank) = recipe.rank(&version)
-            {
-                found.push((rank, std::cmp::Reverse(version), sandbox));
+        for folder in self.finished()? {
+            if is_of(&folder, recipe) {
+                let sandbox = read(&folder)?;
+                if let Some(version) = sandbox.version()
+                    && let Some(rank) = recipe.rank(&version)
+                {
+                    found.push((rank, Reverse(version), sandbox));
+                }
             }
         }
         found.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
         Ok(found.into_iter().map(|(_, _, sandbox)| sandbox).collect())
+    }
+
+    /// The finished sandboxes of other recipes, which this program has no use for.
+    pub(super) fn strangers(&self, recipe: &Recipe) -> Result<Vec<PathBuf>> {
+        let mut folders = self.finished()?;
+        folders.retain(|folder| !is_of(folder, recipe));
+        Ok(folders)
+    }
+
+    fn finished(&self) -> Result<Vec<PathBuf>> {
+        let mut folders = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            let unfinished = entry.file_name().to_string_lossy().starts_with(UNFINISHED);
+            if !unfinished && entry.path().join(MANIFEST).is_file() {
+                folders.push(entry.path());
+            }
+        }
+        Ok(folders)
     }
 
     /// Waits until no other set-up runs, calling `waiting` first where that takes a while.
@@ -118,11 +134,11 @@ impl Cache {
     ) -> Result<Sandbox> {
         let file = File::create(unfinished.path().join(MANIFEST))?;
         serde_json::to_writer_pretty(file, manifest)?;
-        let name = format!("{}-{}", manifest.release, recipe.hash());
+        let name = format!("{}{}", manifest.release, ending(recipe));
         let folder = self.folder.join(name);
         fs::rename(unfinished.path(), &folder).with_context(|| {
             format!(
-                "the finished sandbox cannot be moved to {}",
+                "the finished sandbox cannot be moved to {}; remove what is there",
                 folder.display()
             )
         })?;
@@ -130,6 +146,16 @@ impl Cache {
         let _ = unfinished.keep();
         read(&folder)
     }
+}
+
+/// What the names of a recipe's sandboxes end with.
+fn ending(recipe: &Recipe) -> String {
+    format!("-{}", recipe.hash())
+}
+
+fn is_of(folder: &Path, recipe: &Recipe) -> bool {
+    let name = folder.file_name().unwrap_or_default();
+    name.to_string_lossy().ends_with(&ending(recipe))
 }
 
 fn read(folder: &Path) -> Result<Sandbox> {

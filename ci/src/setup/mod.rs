@@ -35,6 +35,12 @@ pub fn run(args: &ToolArgs) -> Result<ExitCode> {
     }
     if let Some(sandbox) = &tools.sandbox {
         println!("sandbox  {}", sandbox.folder.display());
+        for folder in Cache::open()?.strangers(&Recipe::load()?)? {
+            println!(
+                "unused   {}: another version of barlink's; remove it if that is gone",
+                folder.display()
+            );
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

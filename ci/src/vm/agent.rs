@@ -124,7 +124,7 @@ impl Agent {
     }
 
     /// Starts a process.
-    pub(super) fn spawn(&self, argv: Vec<String>, env: Vec<(String, String)>) -> Result<Process> {
+    pub(super) fn spawn(&self, argv: Vec<String>) -> Result<Process> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let process = Process {
             id,
@@ -132,7 +132,7 @@ impl Agent {
             link: Arc::clone(&self.link),
         };
         self.link.state().processes.insert(id, Progress::default());
-        self.link.send(&Request::Run { id, argv, env })?;
+        self.link.send(&Request::Run { id, argv })?;
         Ok(process)
     }
 }

@@ -110,8 +110,7 @@ impl Vm {
 
     /// Starts a command in the guest.
     pub fn spawn<S: Into<String>>(&self, argv: impl IntoIterator<Item = S>) -> Result<Process> {
-        self.agent
-            .spawn(argv.into_iter().map(Into::into).collect(), Vec::new())
+        self.agent.spawn(argv.into_iter().map(Into::into).collect())
     }
 
     /// Writes a file in the guest.

@@ -109,6 +109,7 @@ impl Drop for Qemu {
 /// Starts a process from a thread that lives as long as the process is wanted: it is told to end with the thread that
 /// started it, and the caller's may end earlier than the VM.
 fn spawn(mut command: Command) -> Result<(Child, Sender<()>)> {
+    let program = command.get_program().display().to_string();
     let (report, reported) = channel();
     let (starter, ended) = channel();
     thread::Builder::new()
@@ -120,7 +121,9 @@ fn spawn(mut command: Command) -> Result<(Child, Sender<()>)> {
             drop(command);
             let _ = ended.recv();
         })?;
-    let child = reported.recv()?.context("QEMU cannot be started")?;
+    let child = reported
+        .recv()?
+        .with_context(|| format!("{program}, which starts QEMU, is missing or cannot be run"))?;
     Ok((child, starter))
 }
 
@@ -208,7 +211,9 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
         .arg(&artifacts.tools.kernel_image)
         .arg("-initrd")
         .arg(&artifacts.initramfs)
-        .args(["-append", "console=ttyS0"])
+        // On a busy host, virtual processors wait so long for a real one that the guest's kernel would come to distrust
+        // its clock, and change to a much slower one.
+        .args(["-append", "console=ttyS0 tsc=reliable"])
         .args(["-chardev", &console])
         .args(["-serial", &format!("chardev:{}", CONSOLE.0)])
         .args(["-chardev", &format!("socket,id={},fd={}", QMP.0, QMP.1)])
