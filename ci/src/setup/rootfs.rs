@@ -54,13 +54,16 @@ pub(super) fn build(
         Enter::host()
             .run("mmdebstrap")
             // Safe for root's system too: this mode endangers it only by package scripts, and none is run.
-            .args(["--mode=chrootless", "--variant=extract", "--architectures=amd64"])
+            .args([
+                "--mode=chrootless",
+                "--variant=extract",
+                "--architectures=amd64",
+            ])
             .arg(format!("--include={}", packages.join(",")))
             .arg(format!("--aptopt={}", apt_settings.display()))
-            .arg(format!(
-                "--setup-hook=mkdir -p \"$1\"/etc/apt/preferences.d && cp '{}' \"$1\"/etc/apt/preferences.d/barlink",
-                preferences.display()
-            ))
+            .env("BARLINK_PREFERENCES", &preferences)
+            .arg("--setup-hook=mkdir -p \"$1\"/etc/apt/preferences.d")
+            .arg("--setup-hook=cp \"$BARLINK_PREFERENCES\" \"$1\"/etc/apt/preferences.d/barlink")
             .arg(suite)
             .arg(&root)
             .arg(format!("deb {mirror} {suite} {components}"))

@@ -176,8 +176,8 @@ pub fn accelerator(wanted: Option<Accel>) -> Accel {
 }
 
 fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, folder: &Path) {
-    let log = folder.join(LOG);
-    let log = log.display();
+    // A comma ends the value of an option, two are one.
+    let log = folder.join(LOG).display().to_string().replace(',', ",,");
     let (accel, cpu) = match accelerator(artifacts.args.accel) {
         Accel::Kvm => ("kvm", "host"),
         // TCG translates `rep movsb`, which kernels use where these two features are, byte by byte: without them the
