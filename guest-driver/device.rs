@@ -40,7 +40,7 @@ use kernel::{
 /// What of a device never changes.
 pub(crate) struct Facts {
     /// The region's layout, as the superblock had it at probe.
-    pub(crate) layout: Layout,
+    pub(crate) layout: KBox<Layout>,
     /// The device's own ID, below the layout's slots.
     pub(crate) id: u32,
     /// Guest-physical address of the region, in bytes; page-aligned.

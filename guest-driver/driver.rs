@@ -82,7 +82,7 @@ impl pci::Driver for Driver {
         let registers_bar = Bar::request(pdev, uapi::BAR_REGISTERS, uapi::REGISTERS_SIZE as u64)?;
         let region_bar = Bar::request(pdev, uapi::BAR_REGION, PAGE_SIZE)?;
 
-        let layout = read_layout(pdev.as_ref(), &region_bar)?.ok_or(ENODEV)?;
+        let layout = read_layout(pdev, &region_bar)?;
         let registers = Registers::map(&registers_bar)?;
         let id = registers.id();
         if id >= layout.slots {

@@ -13,6 +13,7 @@ use crate::{
             presence,
             End,
             Layout,
+            LayoutError,
             MAX_CHANNELS,
             PAGE_SIZE,
             PAGE_WORDS, //
@@ -20,27 +21,41 @@ use crate::{
         uapi, //
     },
 };
-use kernel::prelude::*;
+use core::{
+    format_args,
+    mem::MaybeUninit, //
+};
+use kernel::{
+    device::Bound,
+    pci,
+    prelude::*, //
+};
 
-/// Reads the superblock of a region. `Ok(None)` when there is none; why, it says in the log.
-pub(crate) fn read_layout(
-    pdev: &kernel::device::Device<kernel::device::Bound>,
-    region: &Bar<'_>,
-) -> Result<Option<Layout>> {
+/// Reads the superblock of a region. `ENODEV` when there is none, and a line in the log that says why; `ENOMEM`.
+pub(crate) fn read_layout(pdev: &pci::Device<Bound>, region: &Bar<'_>) -> Result<KBox<Layout>> {
     let page = region.map(0, PAGE_SIZE as usize)?;
     let mut words = KVec::with_capacity(PAGE_WORDS, GFP_KERNEL)?;
     for index in 0..PAGE_WORDS {
         words.push(page.read64(8 * index), GFP_KERNEL)?;
     }
     // Of the region's bytes, this copy is all that is ever looked at.
-    let copy = <&[u64; PAGE_WORDS]>::try_from(words.as_slice()).map_err(|_| EINVAL)?;
-    match Layout::decode(copy, region.size) {
-        Ok(layout) => Ok(Some(layout)),
-        Err(fault) => {
-            dev_info!(pdev, "declined: {}\n", core::format_args!("{fault}"));
-            Ok(None)
-        }
-    }
+    let copy = words.as_slice().try_into().map_err(|_| EINVAL)?;
+    let place = KBox::<Layout>::new_uninit(GFP_KERNEL)?;
+    decode(place, copy, region.size).map_err(|fault| {
+        dev_info!(pdev, "declined: {}\n", format_args!("{fault}"));
+        ENODEV
+    })
+}
+
+/// Decodes a superblock into `place`. A function of its own, since a layout is 2 KiB, and the copies of it that the
+/// compiler makes on the way are to be off the 16 KiB of stack before anything else is called.
+#[inline(never)]
+fn decode(
+    place: KBox<MaybeUninit<Layout>>,
+    page: &[u64; PAGE_WORDS],
+    region_size: u64,
+) -> Result<KBox<Layout>, LayoutError> {
+    Ok(KBox::write(place, Layout::decode(page, region_size)?))
 }
 
 /// The registers of a device.
