@@ -4,7 +4,10 @@
 //!
 //! Each is a value that gives back what it took when dropped. C header: `include/linux/pci.h`.
 
-use crate::iomem::IoMem;
+use crate::{
+    iomem::IoMem,
+    shim, //
+};
 use kernel::{
     bindings,
     device::{
@@ -21,6 +24,12 @@ use kernel::{
 pub(crate) fn raw(pdev: &pci::Device<Bound>) -> *mut bindings::pci_dev {
     // `pci::Device` is a transparent wrapper of an `Opaque<pci_dev>`.
     core::ptr::from_ref(pdev).cast_mut().cast()
+}
+
+/// A device's PCI address, as in [`crate::wire::uapi::Info`].
+pub(crate) fn address(pdev: &pci::Device<Bound>) -> u32 {
+    // SAFETY: The device is valid, being bound.
+    unsafe { shim::barlink_pci_address(raw(pdev)) }
 }
 
 /// A device with memory access and bus mastering (without which it sends no MSI-X) switched on.
@@ -81,13 +90,15 @@ impl<'bound> Bar<'bound> {
 
     /// Maps `size` bytes from `offset`, both multiples of 8, into the kernel.
     ///
-    /// `EINVAL` if that is not inside of the BAR, `ENOMEM`. The mapping must end before the BAR is given back.
+    /// `EINVAL` if that is not inside of the BAR, `ENOMEM`. The mapping must end before the BAR is given
+    /// back.
     pub(crate) fn map(&self, offset: u64, size: usize) -> Result<IoMem> {
         let end = offset.checked_add(size as u64).ok_or(EINVAL)?;
         if end > self.size || (offset | end) % 8 != 0 {
             return Err(EINVAL);
         }
-        // SAFETY: The range is part of a memory BAR. BARs are aligned to their size, so that the range is 8-aligned.
+        // SAFETY: The range is part of a memory BAR. BARs are aligned to their size, so that the range is
+        // 8-aligned.
         unsafe { IoMem::map(self.address + offset, size) }
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! barlink's guest driver: gives the processes of a VM a PCI device that is made of memory shared with the host.
+//! barlink's guest driver: gives the processes of a VM a PCI device that is made of memory shared with the
+//! host.
 //!
 //! The device is ivshmem's (1af4:1110), with a barlink region behind BAR2. The driver maps parts of that
 //! region into processes, hands them the device's interrupts, rings the host for them, and keeps the book
@@ -22,7 +23,8 @@
 //! | `shim.rs`, `shim.c` | C macros and functions that the `kernel` crate does not carry |
 //! | `compat.rs` | what differs between kernel series |
 //!
-//! The user interface is [`wire::uapi`], the region's layout [`wire::layout`]; programs compile the same files.
+//! The user interface is [`wire::uapi`], the region's layout [`wire::layout`]; programs compile the same
+//! files.
 
 mod bar;
 mod chardev;

@@ -2,8 +2,8 @@
 
 //! `/dev/barlinkN`: a misc device for each PCI device, `N` being the smallest number that none has.
 //!
-//! The `kernel` crate's `MiscDevice` is not used: it has no `poll`, and does not keep the module loaded while a
-//! file is open. C header: `include/linux/miscdevice.h`.
+//! The `kernel` crate's `MiscDevice` is not used: it has no `poll`, and does not keep the module loaded while
+//! a file is open. C header: `include/linux/miscdevice.h`.
 
 use crate::{
     bar::raw,
@@ -61,7 +61,8 @@ pub(crate) struct CharDevice {
 unsafe impl Send for CharDevice {}
 
 impl CharDevice {
-    /// Makes a device node for `device`, root's alone unless a udev rule says otherwise. The error is the kernel's.
+    /// Makes a device node for `device`, root's alone unless a udev rule says otherwise. The error is the
+    /// kernel's.
     pub(crate) fn register(
         pdev: &pci::Device<Bound>,
         device: Arc<Device>,
@@ -83,10 +84,11 @@ impl CharDevice {
                 device,
                 name,
                 _number: number,
-                // INVARIANT: Only what is registered becomes a `CharDevice`, and a pinned field stays in its place.
+                // INVARIANT: Only what is registered becomes a `CharDevice`, and a pinned field stays in its
+                // place.
                 misc <- Opaque::try_ffi_init(|slot: *mut bindings::miscdevice| {
-                    // SAFETY: `slot` is the field's place, and becomes a valid `miscdevice`, whose name and operations
-                    // outlive it. All other fields are initialised: files can be opened at once.
+                    // SAFETY: `slot` is the field's place, and becomes a valid `miscdevice`, whose name and
+                    // operations outlive it. All other fields are initialised: files can be opened at once.
                     to_result(unsafe {
                         slot.write(misc);
                         bindings::misc_register(slot)

@@ -5,6 +5,8 @@
 //! The region has a copy, in the holder words of the driver's page, for the host to read. It is written from
 //! here and never read back: what stands in the region, the other side can have written.
 
+#![forbid(unsafe_code)]
+
 use crate::wire::layout::{
     End,
     MAX_CHANNELS, //

@@ -5,6 +5,8 @@
 //! `Kbuild` sets `linux_7_2` for the older one. Where the two series' abstractions differ in more than a
 //! name (interrupts, memory-mapped registers), the driver calls the C functions beneath them, which do not.
 
+#![forbid(unsafe_code)]
+
 use kernel::bindings;
 
 /// What `pci::Driver::probe` gets of the device table's entry; the driver has nothing to say in it.

@@ -2,8 +2,11 @@
 
 //! A device as open files see it: what outlives the binding, and knows when that is over.
 //!
-//! Locks, outermost first: a process's `mmap_lock`, a file's vectors (`file.rs`), [`Device::state`]. No memory of a
-//! process is touched under the last, since that could take the first. Interrupt handlers take none of them.
+//! Locks, outermost first: a process's `mmap_lock`, a file's vectors (`file.rs`), [`Device::state`]. No
+//! memory of a process is touched under the last, since that could take the first. Interrupt handlers take
+//! none of them.
+
+#![forbid(unsafe_code)]
 
 use crate::{
     claims::{
@@ -127,19 +130,22 @@ impl Device {
         }
     }
 
-    /// Ends the device. When this returns, nobody will touch the hardware again: not the driver, not a process.
+    /// Ends the device. When this returns, nobody will touch the hardware again: not the driver, not a
+    /// process.
     ///
-    /// Blocked readers and pollers return, access to mappings is SIGBUS, the host has been told and rung.
+    /// Blocked readers and pollers return, access to mappings is SIGBUS; the host is told and rung after
+    /// that, so that an even epoch says that no process of this VM writes to the region any more.
     pub(crate) fn remove(&self) {
         {
             let _state = self.state.lock();
             self.gone.store(true, Release);
         }
-        // Waits for those that are using it, then drops it, which tells the host.
-        self.hardware.revoke();
         self.removal.wake_all();
-        // Whoever maps, does it under the lock that was taken above: before that, and is zapped, or after, and fails.
+        // Whoever maps, does so under the lock that was taken above: before that, and is zapped, or after,
+        // and fails.
         self.mappings.zap();
+        // Waits for those that are using the hardware, then drops it, which tells the host.
+        self.hardware.revoke();
     }
 
     /// Number of a new file.
@@ -189,7 +195,12 @@ impl Device {
     pub(crate) fn own_end(&self, channel: u32, end: u32) -> Result<(End, u32)> {
         self.check()?;
         let end = End::from_number(end).ok_or(EINVAL)?;
-        let channel = self.facts.layout.channels().get(channel as usize).ok_or(EINVAL)?;
+        let channel = self
+            .facts
+            .layout
+            .channels()
+            .get(channel as usize)
+            .ok_or(EINVAL)?;
         if channel.peer(end) != self.facts.id {
             return Err(EACCES);
         }
@@ -198,7 +209,8 @@ impl Device {
 
     /// Claims an end that [`Device::own_end`] gave, for a file of the current process.
     ///
-    /// The process goes by its number in the initial PID namespace. `EBUSY` if another file holds it, `ENODEV`.
+    /// The process goes by its number in the initial PID namespace. `EBUSY` if another file holds it,
+    /// `ENODEV`.
     pub(crate) fn claim(&self, channel: u32, end: End, file: FileId) -> Result {
         let channel = channel as usize;
         let mut state = self.state.lock();
@@ -214,7 +226,9 @@ impl Device {
     /// Ends all claims of a file.
     pub(crate) fn release(&self, file: FileId) {
         let mut state = self.state.lock();
-        state.claims.release(file, |channel, end| self.show_holder(channel, end, None));
+        state
+            .claims
+            .release(file, |channel, end| self.show_holder(channel, end, None));
     }
 
     /// Writes one holder to the driver's page and rings the other end's peer, unless the device is gone.

@@ -2,12 +2,14 @@
 
 //! The PCI driver: takes a device, makes a `/dev/barlinkN` of it, and gives all of it back.
 //!
-//! ivshmem is used for other things than barlink, too. So a device whose region bears no barlink superblock is
-//! declined, with one line in the log that says why; another driver can have it.
+//! ivshmem is used for other things than barlink, too. So a device whose region bears no barlink superblock
+//! is declined, with one line in the log that says why; another driver can have it.
+
+#![forbid(unsafe_code)]
 
 use crate::{
     bar::{
-        raw,
+        address,
         Bar,
         Enabled, //
     },
@@ -22,8 +24,7 @@ use crate::{
         Hardware,
         Registers, //
     },
-    irq::Interrupts,
-    shim,
+    irq::Handlers,
     wire::{
         layout::PAGE_SIZE,
         uapi, //
@@ -54,7 +55,7 @@ pub(crate) struct Binding<'bound> {
     /// Those that are open find the device gone, and the host is told.
     _removal: Removal,
     /// No interrupt comes any more.
-    _interrupts: Interrupts<'bound>,
+    _handlers: Handlers<'bound>,
     _bars: [Bar<'bound>; 2],
     _enabled: Enabled<'bound>,
 }
@@ -86,21 +87,25 @@ impl pci::Driver for Driver {
         let registers = Registers::map(&registers_bar)?;
         let id = registers.id();
         if id >= layout.slots {
-            dev_info!(pdev, "declined: its ID is {}, of {} slots\n", id, layout.slots);
+            dev_info!(
+                pdev,
+                "declined: its ID is {}, of {} slots\n",
+                id,
+                layout.slots
+            );
             return Err(ENODEV);
         }
 
-        let interrupts = Interrupts::enable(pdev, layout.vectors)?;
+        let handlers = Handlers::enable(pdev, layout.vectors)?;
         let page = region_bar.map(layout.presence_page(id), PAGE_SIZE as usize)?;
         let hardware = Hardware::arrive(registers, page, &layout);
         let facts = Facts {
             layout,
             id,
             region: region_bar.address,
-            // SAFETY: The device is valid while it is probed.
-            pci: unsafe { shim::barlink_pci_address(raw(pdev)) },
+            pci: address(pdev),
         };
-        let removal = Removal(Device::new(facts, hardware, interrupts.queues()?)?);
+        let removal = Removal(Device::new(facts, hardware, handlers.queues()?)?);
         let chardev = CharDevice::register(pdev, removal.0.clone())?;
 
         let info = removal.0.info()?;
@@ -116,7 +121,7 @@ impl pci::Driver for Driver {
         Ok(Binding {
             _chardev: chardev,
             _removal: removal,
-            _interrupts: interrupts,
+            _handlers: handlers,
             _bars: [registers_bar, region_bar],
             _enabled: enabled,
         })

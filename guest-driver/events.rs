@@ -10,6 +10,8 @@
 //! So a file's readers and pollers sleep on one queue, the file's own, whichever vectors it has and
 //! whenever it got them, and nobody is woken for another file's vector.
 
+#![forbid(unsafe_code)]
+
 use crate::{
     wait::{
         Hook,
@@ -123,7 +125,8 @@ pub(crate) fn subscribe(
     KBox::pin_init(Hook::new(queue.clone(), interest), GFP_KERNEL)
 }
 
-/// The vectors that a file hears of: all of the device's, until its first claim; then vector 0 and its channels'.
+/// The vectors that a file hears of: all of the device's, until its first claim; then vector 0 and its
+/// channels'.
 pub(crate) struct Vectors {
     subscriptions: KVec<Subscription>,
     claimed: bool,
@@ -144,8 +147,8 @@ impl Vectors {
 
     /// Runs `claim`, for a channel of this vector, and if it succeeds narrows the vectors to those of claims.
     ///
-    /// What can fail here, with `ENOMEM`, fails before `claim` runs. A vector that the device does not have is
-    /// no vector to hear of: `queues` says what there is.
+    /// What can fail here, with `ENOMEM`, fails before `claim` runs. A vector that the device does not have
+    /// is no vector to hear of: `queues` says what there is.
     pub(crate) fn claim(
         &mut self,
         listener: &Arc<Listener>,
@@ -153,7 +156,10 @@ impl Vectors {
         vector: u32,
         claim: impl FnOnce() -> Result,
     ) -> Result {
-        let known = self.subscriptions.iter().any(|s| s.target().vector == Some(vector));
+        let known = self
+            .subscriptions
+            .iter()
+            .any(|s| s.target().vector == Some(vector));
         let new = match queues.get(vector as usize) {
             Some(queue) if !known => {
                 self.subscriptions.reserve(1, GFP_KERNEL)?;

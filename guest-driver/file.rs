@@ -29,7 +29,7 @@ use kernel::{
     error::from_result,
     fs::file::{
         flags,
-        File, //
+        LocalFile, //
     },
     new_mutex,
     prelude::*,
@@ -143,17 +143,21 @@ impl OpenFile {
     /// Claims one end of a channel, and narrows this file's vectors to those of its claims.
     fn claim(&self, claim: Claim) -> Result {
         let (end, vector) = self.device.own_end(claim.channel, claim.end)?;
-        self.vectors.lock().claim(&self.listener, &self.device.vectors, vector, || {
-            self.device.claim(claim.channel, end, self.id)
-        })
+        self.vectors
+            .lock()
+            .claim(&self.listener, &self.device.vectors, vector, || {
+                self.device.claim(claim.channel, end, self.id)
+            })
     }
 
     /// Obeys an ioctl. `ENOTTY` if it is none.
-    fn ioctl(&self, file: &File, command: u32, argument: usize) -> Result<c_long> {
+    fn ioctl(&self, file: &LocalFile, command: u32, argument: usize) -> Result<c_long> {
         self.device.check()?;
         let user = |size| UserSlice::new(UserPtr::from_addr(argument), size);
         match command {
-            uapi::INFO => user(size_of::<Info>()).writer().write(&self.device.info()?)?,
+            uapi::INFO => user(size_of::<Info>())
+                .writer()
+                .write(&self.device.info()?)?,
             uapi::CLAIM => {
                 check_writable(file)?;
                 self.claim(user(size_of::<Claim>()).reader().read()?)?;
@@ -170,7 +174,7 @@ impl OpenFile {
 }
 
 /// `EBADF` if a file is not open for writing.
-fn check_writable(file: &File) -> Result {
+fn check_writable(file: &LocalFile) -> Result {
     match file.flags() & flags::O_ACCMODE {
         flags::O_WRONLY | flags::O_RDWR => Ok(()),
         _ => Err(EBADF),
@@ -187,8 +191,8 @@ unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file
         // SAFETY: `misc_open` has put the `miscdevice` there, and keeps it from being deregistered meanwhile.
         let device = unsafe { CharDevice::of((*file).private_data.cast()) };
         let opened = OpenFile::new(device)?;
-        // SAFETY: Until `open` returns the file is its alone, and these two fields are the driver's to set. The
-        // address space stays until `release` drops the device, after which the kernel uses it no more.
+        // SAFETY: Until `open` returns the file is its alone, and these two fields are the driver's to set.
+        // The address space stays until `release` drops the device, after which the kernel uses it no more.
         unsafe {
             (*file).f_mapping = opened.device.mappings.address_space();
             (*file).private_data = opened.into_foreign();
@@ -221,15 +225,17 @@ unsafe extern "C" fn read(
     size: usize,
     _position: *mut bindings::loff_t,
 ) -> isize {
-    // SAFETY: The file is open while it is read, and this thread is in no `fdget_pos` of it: it has no position.
-    let (opened, file) = unsafe { (OpenFile::of(file), File::from_raw_file(file)) };
+    // SAFETY: The file is open while it is read. An `fdget_pos` of it without a lock can only be this
+    // thread's, since only a file that no other thread has does without.
+    let (opened, file) = unsafe { (OpenFile::of(file), LocalFile::from_raw_file(file)) };
     from_result(|| {
         if size < size_of::<Interrupts>() {
             return Err(EINVAL);
         }
         let fired = opened.interrupts(file.flags() & flags::O_NONBLOCK != 0)?;
         let mut user = UserSlice::new(UserPtr::from_ptr(buffer.cast()), size).writer();
-        user.write(&fired).inspect_err(|_| opened.listener.put_back(&fired))?;
+        user.write(&fired)
+            .inspect_err(|_| opened.listener.put_back(&fired))?;
         // CAST: 32.
         Ok(size_of::<Interrupts>() as isize)
     })
@@ -262,8 +268,13 @@ unsafe extern "C" fn poll(
 /// # Safety
 ///
 /// Only for [`OPERATIONS`].
-unsafe extern "C" fn ioctl(file: *mut bindings::file, command: c_uint, argument: c_ulong) -> c_long {
-    // SAFETY: The file is open during a call on it, and this thread is in no `fdget_pos` of it.
-    let (opened, file) = unsafe { (OpenFile::of(file), File::from_raw_file(file)) };
+unsafe extern "C" fn ioctl(
+    file: *mut bindings::file,
+    command: c_uint,
+    argument: c_ulong,
+) -> c_long {
+    // SAFETY: The file is open during a call on it. An `fdget_pos` of it is in another thread only with the
+    // lock.
+    let (opened, file) = unsafe { (OpenFile::of(file), LocalFile::from_raw_file(file)) };
     from_result(|| opened.ioctl(file, command, argument))
 }

@@ -5,6 +5,8 @@
 //! The registers are ivshmem's (QEMU's `docs/specs/ivshmem-spec.rst`, "Device Specification"), the page is
 //! described in `docs/protocol.md`, section 3.
 
+#![forbid(unsafe_code)]
+
 use crate::{
     bar::Bar,
     iomem::IoMem,
@@ -31,7 +33,8 @@ use kernel::{
     prelude::*, //
 };
 
-/// Reads the superblock of a region. `ENODEV` when there is none, and a line in the log that says why; `ENOMEM`.
+/// Reads the superblock of a region. `ENODEV` when there is none, and a line in the log that says why;
+/// `ENOMEM`.
 pub(crate) fn read_layout(pdev: &pci::Device<Bound>, region: &Bar<'_>) -> Result<KBox<Layout>> {
     let page = region.map(0, PAGE_SIZE as usize)?;
     let mut words = KVec::with_capacity(PAGE_WORDS, GFP_KERNEL)?;
@@ -47,8 +50,8 @@ pub(crate) fn read_layout(pdev: &pci::Device<Bound>, region: &Bar<'_>) -> Result
     })
 }
 
-/// Decodes a superblock into `place`. A function of its own, since a layout is 2 KiB, and the copies of it that the
-/// compiler makes on the way are to be off the 16 KiB of stack before anything else is called.
+/// Decodes a superblock into `place`. A function of its own, since a layout is 2 KiB, and the copies of it
+/// that the compiler makes on the way are to be off the 16 KiB of stack before anything else is called.
 #[inline(never)]
 fn decode(
     place: KBox<MaybeUninit<Layout>>,
@@ -74,7 +77,8 @@ impl Registers {
 
     /// Rings a vector of a peer, both below 65536; higher bits are not sent.
     fn ring(&self, peer: u32, vector: u32) {
-        self.0.write32(uapi::REGISTER_DOORBELL, peer << 16 | vector & 0xffff);
+        self.0
+            .write32(uapi::REGISTER_DOORBELL, peer << 16 | vector & 0xffff);
     }
 }
 
@@ -91,8 +95,8 @@ pub(crate) struct Hardware {
 impl Hardware {
     /// Begins a new epoch on the driver's page: nobody holds anything. Rings the host.
     ///
-    /// The old epoch is what the last driver left: even after an orderly end, else odd. The host could have written
-    /// anything there; that would harm nobody but itself.
+    /// The old epoch is what the last driver left: even after an orderly end, else odd. The host could have
+    /// written anything there; that would harm nobody but itself.
     pub(crate) fn arrive(registers: Registers, page: IoMem, layout: &Layout) -> Self {
         let old = page.read64(presence::EPOCH as usize);
         let epoch = old.wrapping_add(if old % 2 == 0 { 1 } else { 2 });
@@ -113,8 +117,11 @@ impl Hardware {
 
     /// Says who holds one end of a channel: a claim's number and its process, or `None`.
     pub(crate) fn set_holder(&self, channel: usize, end: End, holder: Option<(u32, u32)>) {
-        let word = holder.map_or(0, |(number, process)| u64::from(number) << 32 | u64::from(process));
-        self.page.write64(presence::holder(channel, end) as usize, word);
+        let word = holder.map_or(0, |(number, process)| {
+            u64::from(number) << 32 | u64::from(process)
+        });
+        self.page
+            .write64(presence::holder(channel, end) as usize, word);
     }
 
     /// Clears all holders, stores an epoch after that, and rings the host.

@@ -15,8 +15,8 @@ use kernel::{
 
 /// A mapping of device memory, noncached. Not for data: every access takes as long as the device does.
 ///
-/// An access that is misaligned or not inside of it is what an access is that no device answers: a read gives all
-/// ones, a write is dropped.
+/// An access that is misaligned or not inside of it is what an access is that no device answers: a read gives
+/// all ones, a write is dropped.
 ///
 /// # Invariants
 ///
@@ -32,7 +32,8 @@ unsafe impl Send for IoMem {}
 unsafe impl Sync for IoMem {}
 
 impl IoMem {
-    /// Maps `size` bytes from a physical address. `ENOMEM` if they cannot be mapped. May sleep, as may dropping it.
+    /// Maps `size` bytes from a physical address. `ENOMEM` if they cannot be mapped. May sleep, as may
+    /// dropping it.
     ///
     /// # Safety
     ///
@@ -56,7 +57,8 @@ impl IoMem {
     /// Reads 32 bits.
     pub(crate) fn read32(&self, offset: usize) -> u32 {
         // SAFETY: `at` gives aligned addresses inside of the mapping.
-        self.at(offset, 4).map_or(!0, |address| unsafe { bindings::readl(address) })
+        self.at(offset, 4)
+            .map_or(!0, |address| unsafe { bindings::readl(address) })
     }
 
     /// Writes 32 bits, after all earlier writes.
@@ -70,7 +72,8 @@ impl IoMem {
     /// Reads 64 bits.
     pub(crate) fn read64(&self, offset: usize) -> u64 {
         // SAFETY: As for 32 bits: aligned, and inside.
-        self.at(offset, 8).map_or(!0, |address| unsafe { bindings::readq(address) })
+        self.at(offset, 8)
+            .map_or(!0, |address| unsafe { bindings::readq(address) })
     }
 
     /// Writes 64 bits in one access, after all earlier writes.

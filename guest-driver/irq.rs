@@ -26,19 +26,20 @@ struct Msix<'bound> {
 }
 
 impl<'bound> Msix<'bound> {
-    /// Switches on as many vectors as the device has, `most` at the most; or says why there are none.
-    fn enable(pdev: &'bound pci::Device<Bound>, most: u32) -> Result<Self> {
+    /// Switches on as many vectors as the device has, `most` at the most; `None` if it has none or gets none.
+    fn enable(pdev: &'bound pci::Device<Bound>, most: u32) -> Option<Self> {
         // SAFETY: The device is valid, being bound.
         let has = unsafe { bindings::pci_msix_vec_count(raw(pdev)) };
-        to_result(has)?;
-        let most = most.min(u32::try_from(has)?);
+        // A negative count says that the device has no MSI-X.
+        let most = most.min(u32::try_from(has).ok()?);
         // SAFETY: The device is valid; it is this driver's, which has switched on no vectors of it yet.
-        let count = unsafe {
-            bindings::pci_alloc_irq_vectors(raw(pdev), 1, most, bindings::PCI_IRQ_MSIX)
+        let count =
+            unsafe { bindings::pci_alloc_irq_vectors(raw(pdev), 1, most, bindings::PCI_IRQ_MSIX) };
+        let Ok(count) = u32::try_from(count) else {
+            dev_warn!(pdev, "no interrupt vectors: error {}\n", count);
+            return None;
         };
-        to_result(count)?;
-        let count = u32::try_from(count)?;
-        Ok(Msix { pdev, count })
+        Some(Msix { pdev, count })
     }
 
     /// The kernel's interrupt number of a vector.
@@ -53,7 +54,7 @@ impl<'bound> Msix<'bound> {
 impl Drop for Msix<'_> {
     fn drop(&mut self) {
         // SAFETY: The device is valid, and its vectors were switched on in `enable`. No handler is registered
-        // any more, since each is a field of an `Interrupts` that is dropped before this one.
+        // any more, since they are fields of a `Handlers` that are dropped before this one.
         unsafe { bindings::pci_free_irq_vectors(raw(self.pdev)) }
     }
 }
@@ -72,8 +73,8 @@ impl Handler {
     /// Wakes a new queue at every interrupt of this number from now on. `ENOMEM`, or what `request_irq` says.
     fn register(number: c_uint) -> Result<Self> {
         let queue = Arc::pin_init(WaitQueue::for_events(), GFP_KERNEL)?;
-        // SAFETY: The name is static. The cookie is what `wake` takes, and outlives the registration, since the
-        // value made below keeps the queue until it has freed the interrupt.
+        // SAFETY: The name is static. The cookie is what `wake` takes, and outlives the registration, since
+        // the value made below keeps the queue until it has freed the interrupt.
         to_result(unsafe {
             bindings::request_irq(
                 number,
@@ -98,7 +99,8 @@ impl Drop for Handler {
     }
 }
 
-/// The interrupt handler (`irq_handler_t`): wakes the vector's queue. Edge-triggered and not shared: it is always ours.
+/// The interrupt handler (`irq_handler_t`): wakes the vector's queue. Edge-triggered and not shared: it is
+/// always ours.
 ///
 /// # Safety
 ///
@@ -110,35 +112,28 @@ unsafe extern "C" fn wake(_number: c_int, cookie: *mut c_void) -> bindings::irqr
     compat::IRQ_HANDLED
 }
 
-/// All interrupts of a device, until dropped: the handlers go first, then the vectors.
-pub(crate) struct Interrupts<'bound> {
+/// All interrupt handlers of a device, until dropped: they go first, then the vectors.
+pub(crate) struct Handlers<'bound> {
     handlers: KVec<Handler>,
-    _msix: Option<Msix<'bound>>,
+    msix: Option<Msix<'bound>>,
 }
 
-impl<'bound> Interrupts<'bound> {
-    /// Takes as many of the device's vectors as there are, `most` at the most.
+impl<'bound> Handlers<'bound> {
+    /// Handles as many vectors as the device has, `most` at the most.
     ///
     /// A device that has none (`ivshmem-plain`), or gets none, has no interrupts, which is no error.
     pub(crate) fn enable(pdev: &'bound pci::Device<Bound>, most: u32) -> Result<Self> {
-        let mut handlers = KVec::new();
-        let msix = match Msix::enable(pdev, most) {
-            Ok(msix) => msix,
-            Err(why) => {
-                dev_info!(pdev, "no interrupts: {:?}\n", why);
-                return Ok(Interrupts {
-                    handlers,
-                    _msix: None,
-                });
-            }
+        let mut all = Handlers {
+            handlers: KVec::new(),
+            msix: Msix::enable(pdev, most),
         };
-        for vector in 0..msix.count {
-            handlers.push(Handler::register(msix.number(vector)?)?, GFP_KERNEL)?;
+        if let Some(msix) = &all.msix {
+            for vector in 0..msix.count {
+                let handler = Handler::register(msix.number(vector)?)?;
+                all.handlers.push(handler, GFP_KERNEL)?;
+            }
         }
-        Ok(Interrupts {
-            handlers,
-            _msix: Some(msix),
-        })
+        Ok(all)
     }
 
     /// The queues that the vectors wake, in order. `ENOMEM`.

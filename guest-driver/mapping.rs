@@ -2,12 +2,12 @@
 
 //! `mmap`: puts page frames of the region into a process, and takes them out again when the device goes.
 //!
-//! The kernel asks twice. [`prepare`] checks and describes the mapping, before there is one. [`mapped`] runs when the
-//! memory area is in place, and makes the page table entries. The order matters when a device is removed:
-//! `mapped` looks whether the device is gone and makes the entries under one lock, [`Device::remove`] takes that
-//! lock and then zaps. So what was mapped before is found by the zap, and nothing is mapped after. (In an
-//! `f_op->mmap` that would not hold: the kernel links the area to the file only when that has returned, and a zap
-//! in between would miss it.)
+//! The kernel asks twice. [`prepare`] checks and describes the mapping, before there is one. [`mapped`] runs
+//! when the memory area is in place, and makes the page table entries. The order matters when a device is
+//! removed: `mapped` looks whether the device is gone and makes the entries under one lock,
+//! [`Device::remove`] takes that lock and then zaps. So what was mapped before is found by the zap, and
+//! nothing is mapped after. (In an `f_op->mmap` that would not hold: the kernel links the area to the file
+//! only when that has returned, and a zap in between would miss it.)
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/mm_types.h`.
 
@@ -32,14 +32,16 @@ use kernel::{
     prelude::*, //
 };
 
-/// `VM_MAYSHARE`: set in every area of a `MAP_SHARED` mapping, even one that a read-only file keeps from being
-/// `VM_SHARED`. The `kernel` crate's constant of that name is `VM_MAYEXEC` by mistake in 7.2.
+/// `VM_MAYSHARE`: set in every area of a `MAP_SHARED` mapping, even one that a read-only file keeps from
+/// being `VM_SHARED`. The `kernel` crate's constant of that name is `VM_MAYEXEC` by mistake in 7.2.
 const MAYSHARE: vm_flags_t = 1 << 7;
 
-/// Not memory that the kernel may look at, dump, or let grow. (Forked, it may be: a child has the parent's mappings.)
+/// Not memory that the kernel may look at, dump, or let grow. (Forked, it may be: a child has the parent's
+/// mappings.)
 const FLAGS: vm_flags_t = flags::IO | flags::PFNMAP | flags::DONTEXPAND | flags::DONTDUMP;
 
-/// What is done with areas of the region after [`prepare`]. Without a `fault`, touching one without an entry is SIGBUS.
+/// What is done with areas of the region after [`prepare`]. Without a `fault`, touching one without an entry
+/// is SIGBUS.
 const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_struct {
     open: Some(open),
     close: Some(close),
@@ -49,9 +51,10 @@ const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_
 
 /// The address space that all files of a device have in common, so that one zap reaches the mappings of all.
 ///
-/// By itself a file has the address space of its device node, and a device can have several of those. What is used
-/// here is that of a file of the kernel's own, with an inode that is nobody else's. (Not a shmem file: the kernel
-/// takes a file with a shmem address space for a shmem file, and would look for seals in an inode that has none.)
+/// By itself a file has the address space of its device node, and a device can have several of those. What is
+/// used here is that of a file of the kernel's own, with an inode that is nobody else's. (Not a shmem file:
+/// the kernel takes a file with a shmem address space for a shmem file, and would look for seals in an inode
+/// that has none.)
 ///
 /// # Invariants
 ///
@@ -78,7 +81,8 @@ impl Mappings {
 
     /// The address space, for a file's `f_mapping`. It stays as long as this value.
     pub(crate) fn address_space(&self) -> *mut bindings::address_space {
-        // SAFETY: By the invariant the file is valid; its address space is set when it is made, and never again.
+        // SAFETY: By the invariant the file is valid; its address space is set when it is made, and never
+        // again.
         unsafe { (*self.file.as_ptr()).f_mapping }
     }
 
@@ -91,8 +95,8 @@ impl Mappings {
 
 impl Drop for Mappings {
     fn drop(&mut self) {
-        // SAFETY: By the invariant there is a reference to give back. No file has the address space any more, since
-        // each keeps the device, and so this value, until it is released.
+        // SAFETY: By the invariant there is a reference to give back. No file has the address space any more,
+        // since each keeps the device, and so this value, until it is released.
         unsafe { bindings::fput(self.file.as_ptr()) }
     }
 }
@@ -129,8 +133,8 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
     })
 }
 
-/// The `mapped` area operation: makes the page table entries of an area that [`prepare`] described. On an error the
-/// kernel unmaps the area, which calls [`close`].
+/// The `mapped` area operation: makes the page table entries of an area that [`prepare`] described. On an
+/// error the kernel unmaps the area, which calls [`close`].
 ///
 /// # Safety
 ///
@@ -146,19 +150,28 @@ unsafe extern "C" fn mapped(
     let file = unsafe { OpenFile::of(file) };
     let device: &Device = &file.device;
     from_result(|| {
-        let mm = current!().mm().ok_or(EINVAL)?.as_raw();
         let mut state = device.state.lock();
+        // First of all, since `close` counts down whatever the result is.
         state.areas += 1;
         device.check()?;
+        let mm = current!().mm().ok_or(EINVAL)?.as_raw();
         // SAFETY: The kernel calls this with the `mmap_lock` of the current task's memory taken for writing.
-        let area = NonNull::new(unsafe { bindings::vma_lookup(mm, start) }).ok_or(EINVAL)?.as_ptr();
+        let area = NonNull::new(unsafe { bindings::vma_lookup(mm, start) })
+            .ok_or(EINVAL)?
+            .as_ptr();
         let frame = device.facts.region / PAGE_SIZE + page as u64;
         // SAFETY: The area is valid and nobody else's under that lock, it is all of what is mapped, and
         // `prepare` has seen to it that the frames are of the device's region. Whoever is given them
         // loses them when the device goes.
         unsafe {
             let prot = (*area).vm_page_prot;
-            to_result(bindings::remap_pfn_range(area, start, frame as c_ulong, end - start, prot))?;
+            to_result(bindings::remap_pfn_range(
+                area,
+                start,
+                frame as c_ulong,
+                end - start,
+                prot,
+            ))?;
             // The mode asked for can differ from the one granted.
             state.granted = shim::barlink_granted_mode(area, start);
         }

@@ -42,8 +42,6 @@ extern "C" {
     /// The cache mode in the page table entry of an address, as the number of a
     /// [`crate::wire::uapi::CacheMode`], or 0 where there is no entry (`follow_pfnmap_start`,
     /// `include/linux/mm.h`). The area's `mmap_lock` must be held.
-    pub(crate) fn barlink_granted_mode(
-        vma: *mut bindings::vm_area_struct,
-        address: c_ulong,
-    ) -> u32;
+    pub(crate) fn barlink_granted_mode(vma: *mut bindings::vm_area_struct, address: c_ulong)
+        -> u32;
 }

@@ -2,8 +2,8 @@
 
 //! The kernel's wait queues, made safe: sleeping on one, polling one, and hooking a function to one.
 //!
-//! The `kernel` crate's `CondVar` does not serve here: it sleeps under a lock that the waker must take too, and
-//! the waker is an interrupt handler. So a sleeper registers first, then looks, then sleeps
+//! The `kernel` crate's `CondVar` does not serve here: it sleeps under a lock that the waker must take too,
+//! and the waker is an interrupt handler. So a sleeper registers first, then looks, then sleeps
 //! ([`WaitQueue::wait`]), and a waker first changes what is looked at, then wakes: no wake-up is lost.
 //!
 //! C header: `include/linux/wait.h`.
@@ -19,7 +19,8 @@ use kernel::{
     types::Opaque, //
 };
 
-/// A wait queue (`struct wait_queue_head`). All its methods but [`WaitQueue::wait`] can be called from any context.
+/// A wait queue (`struct wait_queue_head`). All its methods but [`WaitQueue::wait`] can be called from any
+/// context.
 ///
 /// # Invariants
 ///
@@ -103,11 +104,11 @@ impl WaitQueue {
     ///
     /// # Safety
     ///
-    /// `file` and `table` must be the arguments of a `poll` file operation that is running, and the queue must
-    /// stay until the file is released.
+    /// `file` and `table` must be the arguments of a `poll` file operation that is running, and the queue
+    /// must stay until the file is released.
     pub(crate) unsafe fn poll(&self, file: *mut bindings::file, table: *mut bindings::poll_table) {
-        // SAFETY: By this function's contract file and table are valid, and the queue outlives the file, and so
-        // all that `poll_wait` makes of the two: epoll drops its entries before a file is released, and
+        // SAFETY: By this function's contract file and table are valid, and the queue outlives the file, and
+        // so all that `poll_wait` makes of the two: epoll drops its entries before a file is released, and
         // poll and select hold the file while they wait. The head is initialised.
         unsafe { bindings::poll_wait(file, self.head.get(), table) }
     }
@@ -115,12 +116,13 @@ impl WaitQueue {
 
 /// What a [`Hook`] calls.
 pub(crate) trait Notify: Send + Sync {
-    /// The queue was woken. Called in any context, hard interrupt included, under the queue's lock: it must not
-    /// sleep, nor touch that queue.
+    /// The queue was woken. Called in any context, hard interrupt included, under the queue's lock: it must
+    /// not sleep, nor touch that queue.
     fn notify(&self);
 }
 
-/// A function on a wait queue: calls [`Notify::notify`] of its target whenever the queue is woken, until dropped.
+/// A function on a wait queue: calls [`Notify::notify`] of its target whenever the queue is woken, until
+/// dropped.
 ///
 /// # Invariants
 ///
@@ -133,7 +135,8 @@ pub(crate) struct Hook<T: Notify> {
     target: T,
 }
 
-// SAFETY: The entry is only touched under the queue's lock, and may be taken off by another task than put it on.
+// SAFETY: The entry is only touched under the queue's lock, and may be taken off by another task than put it
+// on.
 unsafe impl<T: Notify> Send for Hook<T> {}
 // SAFETY: A `&Hook` gives no access but to the target, which is `Sync`.
 unsafe impl<T: Notify> Sync for Hook<T> {}
@@ -153,10 +156,12 @@ impl<T: Notify> Hook<T> {
             }),
             queue,
             target,
-            // INVARIANT: `add_wait_queue` puts the entry on the queue, and the pinned field stays in its place.
+            // INVARIANT: `add_wait_queue` puts the entry on the queue, and the pinned field stays in its
+            // place.
             _: {
                 // SAFETY: All fields are initialised, so that the function may be called at once. The head is
-                // that of `queue`, which the hook keeps; the entry is on no list yet, and is taken off in `drop`.
+                // that of `queue`, which the hook keeps; the entry is on no list yet, and is taken off in
+                // `drop`.
                 unsafe {
                     let entry = Opaque::cast_into(&raw const (*this.as_ptr()).entry);
                     bindings::add_wait_queue(head, entry);
@@ -182,8 +187,8 @@ impl<T: Notify> Hook<T> {
         _key: *mut c_void,
     ) -> c_int {
         let entry = Opaque::cast_from(entry).cast_mut();
-        // SAFETY: The entry is the field of a hook, which is there: its `drop` waits for the queue's lock, which
-        // is held here, before anything of the hook ends. Nobody has it by `&mut`.
+        // SAFETY: The entry is the field of a hook, which is there: its `drop` waits for the queue's lock,
+        // which is held here, before anything of the hook ends. Nobody has it by `&mut`.
         let hook = unsafe { &*container_of!(entry, Self, entry) };
         hook.target.notify();
         0
