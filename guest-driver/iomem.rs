@@ -56,9 +56,11 @@ impl IoMem {
 
     /// Reads 32 bits.
     pub(crate) fn read32(&self, offset: usize) -> u32 {
+        let Some(address) = self.at(offset, 4) else {
+            return !0;
+        };
         // SAFETY: `at` gives aligned addresses inside of the mapping.
-        self.at(offset, 4)
-            .map_or(!0, |address| unsafe { bindings::readl(address) })
+        unsafe { bindings::readl(address) }
     }
 
     /// Writes 32 bits, after all earlier writes.
@@ -69,11 +71,13 @@ impl IoMem {
         }
     }
 
-    /// Reads 64 bits.
+    /// Reads 64 bits in one access.
     pub(crate) fn read64(&self, offset: usize) -> u64 {
-        // SAFETY: As for 32 bits: aligned, and inside.
-        self.at(offset, 8)
-            .map_or(!0, |address| unsafe { bindings::readq(address) })
+        let Some(address) = self.at(offset, 8) else {
+            return !0;
+        };
+        // SAFETY: The address is 8-aligned, and so are the 8 bytes from there inside of the mapping.
+        unsafe { bindings::readq(address) }
     }
 
     /// Writes 64 bits in one access, after all earlier writes.
