@@ -1,17 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask demo`: boots a guest with all that barlink is made of.
+//! `cargo xtask demo`: a guest process streams real data through a PCI BAR into a host process, and back, and what
+//! arrived is compared with what was sent.
 
-use std::process::ExitCode;
-use std::time::Instant;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use clap::Args;
+use indicatif::HumanBytes;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
 
+use crate::broker::Broker;
 use crate::builds::Artifacts;
 use crate::setup;
-use crate::tools::VmArgs;
+use crate::tools::{Accel, VmArgs};
 use crate::vm::{Config, Vm, accelerator};
+
+/// How long a transfer may take.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(300);
+/// Smallest file that is worth sending.
+const LEAST_FILE: u64 = 64 << 20;
+/// Where the guest keeps the file.
+const GUEST_FILE: &str = "/tmp/file";
 
 /// How to run the demo.
 #[derive(Args, Debug)]
@@ -20,33 +35,278 @@ pub struct DemoArgs {
     #[arg(long)]
     pub keep: bool,
 
+    /// Send this file, of at least 64 MiB; the kernel's source archive if not given
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+
     /// The tools.
     #[command(flatten)]
     pub vm: VmArgs,
 }
 
-/// Sets up and builds what is needed, and boots the guest.
+/// Sets up and builds what is needed, and shows that all of it holds.
 pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let tools = setup::ensure(&args.vm.tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone())?;
-    let started = Instant::now();
+    let file = file_to_send(args, &artifacts)?;
+
+    let broker = Broker::start(&artifacts, &["--size", "64M"])?;
     let vm = Vm::boot_with(
         &artifacts,
         &Config {
             interactive: args.keep,
-            ..Config::default()
+            ..broker.vm()?
         },
     )?;
-    let seconds = started.elapsed().as_secs_f64();
-    println!("booted   in {seconds:.1} s");
+    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+    let info: Value =
+        serde_json::from_str(&vm.run(["barlink-guest", "info", "--json"])?.success()?)?;
     println!(
-        "kernel   {}",
-        vm.run(["uname", "-r"])?.success()?.trim_end()
+        "guest    /dev/barlink0 is there, mapped {}",
+        text(&info["cache_mode"])
     );
-    println!("runs by  {:?}", accelerator(args.vm.accel));
+
+    let trip = round_trip(&broker, &vm, &file)?;
+    telemetry(&broker, &vm)?;
+    window(&broker, &vm)?;
+    let snapshot = broker.inspect()?;
+
+    let channel = |name: &str| {
+        let channels = snapshot["channels"].as_array();
+        let channel = channels.and_then(|all| all.iter().find(|channel| channel["name"] == name));
+        channel
+            .map(|channel| format!("{} of {} records", channel["rung"], channel["records"]))
+            .unwrap_or_default()
+    };
+    let release = vm.run(["uname", "-r"])?.success()?;
+    println!();
+    for (name, value) in [
+        ("kernel", release.trim_end().to_owned()),
+        ("accelerator", name(accelerator(args.vm.accel)).to_owned()),
+        ("PCI address", text(&info["pci_address"])),
+        ("cache mode", text(&info["cache_mode"])),
+        ("bytes each way", trip.bytes.to_string()),
+        ("SHA-256", trip.sum.clone()),
+        ("host to guest", format!("{:.0} MB/s", trip.down)),
+        ("guest to host", format!("{:.0} MB/s", trip.up)),
+        ("doorbells down", channel("down")),
+        ("doorbells up", channel("up")),
+    ] {
+        println!("{name:<16} {value}");
+    }
     if args.keep {
-        println!("the guest's console; Ctrl-] leaves and ends the guest");
+        println!("\nthe guest's console; Ctrl-] leaves and ends the guest");
+        println!("from another terminal: {}", shown(&broker, "inspect"));
         vm.attach_terminal()?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The command line of a host app at this broker, for a person to type.
+fn shown(broker: &Broker, command: &str) -> String {
+    let app = broker.app([command]);
+    let words = std::iter::once(app.get_program()).chain(app.get_args());
+    words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// What a file's trip to the guest and back came to.
+struct Trip {
+    bytes: u64,
+    sum: String,
+    /// MB/s from host to guest, by the guest's clock.
+    down: f64,
+    /// MB/s from guest to host, by the host's clock.
+    up: f64,
+}
+
+/// Sends a file to the guest, and has it sent back.
+fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
+    let bytes = file.metadata()?.len();
+    println!("file     {}, {}", file.display(), HumanBytes(bytes));
+    let sum = sha256(file)?;
+
+    let receiver = vm.spawn(["barlink-guest", "recv", "--json", "-o", GUEST_FILE])?;
+    let path = file.to_str().context("the file's name is no text")?;
+    broker.run(["send", path])?;
+    let received = receiver.wait(TRANSFER_TIMEOUT)?;
+    received.require_success()?;
+    let down = rate(&received.stderr, bytes)?;
+    let guest_sum = vm
+        .spawn(["sha256sum", GUEST_FILE])?
+        .wait(TRANSFER_TIMEOUT)?
+        .success()?;
+    ensure!(
+        guest_sum.starts_with(&sum),
+        "the guest received something else: {guest_sum}, not {sum}"
+    );
+    println!("to guest {down:.0} MB/s, SHA-256 is the same");
+
+    let back = broker.folder().join("back");
+    let back_path = back.to_str().context("the folder's name is no text")?;
+    let receiver = broker
+        .app(["recv", "--json", "-o", back_path])
+        .stderr(Stdio::piped())
+        .spawn()?;
+    vm.spawn(["barlink-guest", "send", GUEST_FILE])?
+        .wait(TRANSFER_TIMEOUT)?
+        .require_success()?;
+    let received = receiver.wait_with_output()?;
+    let report = String::from_utf8_lossy(&received.stderr);
+    ensure!(
+        received.status.success(),
+        "receiving on the host failed: {report}"
+    );
+    let up = rate(&received.stderr, bytes)?;
+    let back_sum = sha256(&back)?;
+    ensure!(
+        back_sum == sum,
+        "the host received something else: {back_sum}, not {sum}"
+    );
+    println!("to host  {up:.0} MB/s, SHA-256 is the same");
+    vm.run(["rm", GUEST_FILE])?.require_success()?;
+    std::fs::remove_file(back)?;
+    Ok(Trip {
+        bytes,
+        sum,
+        down,
+        up,
+    })
+}
+
+/// MB/s, from the summary that a receiver prints; it must have received all.
+fn rate(summary: &[u8], bytes: u64) -> Result<f64> {
+    let summary: Value =
+        serde_json::from_slice(summary).context("a receiver printed no summary")?;
+    ensure!(
+        summary["bytes"] == bytes,
+        "{} bytes arrived of {bytes}",
+        summary["bytes"]
+    );
+    let seconds = summary["seconds"]
+        .as_f64()
+        .context("a summary has no time")?;
+    Ok(bytes as f64 / 1e6 / seconds)
+}
+
+/// Streams the guest's load to the host for two seconds.
+fn telemetry(broker: &Broker, vm: &Vm) -> Result<()> {
+    let receiver = broker.app(["recv"]).stdout(Stdio::piped()).spawn()?;
+    vm.run([
+        "barlink-guest",
+        "telemetry",
+        "--seconds",
+        "2",
+        "--rate",
+        "100",
+    ])?
+    .require_success()?;
+    let received = receiver.wait_with_output()?;
+    ensure!(received.status.success(), "receiving telemetry failed");
+    let lines = String::from_utf8(received.stdout)?;
+    let samples: Vec<Value> = lines
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    let in_order = samples
+        .iter()
+        .enumerate()
+        .all(|(index, sample)| sample["sequence"] == index);
+    ensure!(
+        samples.len() == 200 && in_order,
+        "{} samples of 200 arrived, or not in order",
+        samples.len()
+    );
+    let (first, last) = (&samples[0], &samples[samples.len() - 1]);
+    println!(
+        "load     {} samples in {} ms; the first and the last:",
+        samples.len(),
+        last["time_ms"]
+    );
+    println!("         {first}\n         {last}");
+    Ok(())
+}
+
+/// Writes a text at either end of the raw window and reads it at the other.
+fn window(broker: &Broker, vm: &Vm) -> Result<()> {
+    let from_guest = "written by the guest";
+    vm.run(["barlink-guest", "poke", from_guest])?
+        .require_success()?;
+    let seen = broker.run(["peek", "--raw", "--length", &from_guest.len().to_string()])?;
+    ensure!(
+        seen == from_guest.as_bytes(),
+        "the host sees {:?}",
+        String::from_utf8_lossy(&seen)
+    );
+    let from_host = "written by the host";
+    broker.run(["poke", "--at", "4K", from_host])?;
+    let length = from_host.len().to_string();
+    let seen = vm
+        .run([
+            "barlink-guest",
+            "peek",
+            "--raw",
+            "--at",
+            "4K",
+            "--length",
+            &length,
+        ])?
+        .success()?;
+    ensure!(seen == from_host, "the guest sees {seen:?}");
+    println!("window   \"{from_guest}\" read on the host, \"{from_host}\" read in the guest");
+    Ok(())
+}
+
+fn file_to_send(args: &DemoArgs, artifacts: &Artifacts) -> Result<PathBuf> {
+    let archive = || {
+        artifacts
+            .tools
+            .sandbox
+            .as_ref()
+            .and_then(|sandbox| sandbox.source_archive())
+    };
+    let file = args.file.clone().or_else(archive);
+    let file = file.context("without a sandbox there is no file to send: name one with --file")?;
+    let size = file
+        .metadata()
+        .with_context(|| format!("cannot read {}", file.display()))?
+        .len();
+    ensure!(
+        size >= LEAST_FILE,
+        "{} has less than 64 MiB: name a larger one with --file",
+        file.display()
+    );
+    Ok(file)
+}
+
+fn sha256(path: &Path) -> Result<String> {
+    let mut hasher = Sha256::new();
+    let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut part = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut part)? {
+            0 => break,
+            length => hasher.update(&part[..length]),
+        }
+    }
+    Ok(hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
+
+fn name(accelerator: Accel) -> &'static str {
+    match accelerator {
+        Accel::Kvm => "KVM",
+        Accel::Tcg => "TCG, software emulation",
+    }
+}
+
+fn text(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
 }

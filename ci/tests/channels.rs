@@ -1,0 +1,540 @@
+//! Channels between a real guest and host apps: streams both ways, ends that are killed, guests that come back.
+
+use std::io::{Read, Write};
+use std::process::{Child, Command, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use barlink_agent::Status;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use xtask::broker::{Broker, finish};
+use xtask::builds::Artifacts;
+use xtask::vm::{COMMAND_TIMEOUT, Config, Vm};
+
+/// A broker with these arguments, and a VM at its only slot with the driver loaded.
+fn start(arguments: &[&str]) -> Result<(Broker, Vm)> {
+    let broker = Broker::start(Artifacts::shared()?, arguments)?;
+    let vm = boot(&broker)?;
+    Ok((broker, vm))
+}
+
+fn boot(broker: &Broker) -> Result<Vm> {
+    let vm = Vm::boot(&broker.vm()?)?;
+    load(&vm)?;
+    Ok(vm)
+}
+
+fn load(vm: &Vm) -> Result<()> {
+    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()
+}
+
+/// Bytes in which every place is different.
+fn noise(length: usize) -> Vec<u8> {
+    (0..length.div_ceil(4) as u32)
+        .flat_map(|number| {
+            number
+                .wrapping_mul(2_654_435_761)
+                .rotate_left(9)
+                .to_le_bytes()
+        })
+        .take(length)
+        .collect()
+}
+
+/// A host app that receives. What it receives is taken from it as it comes, so that it never waits for us.
+struct Receiving {
+    app: Child,
+    bytes: JoinHandle<std::io::Result<Vec<u8>>>,
+}
+
+fn receive(broker: &Broker, channel: &str) -> Result<Receiving> {
+    let mut app = broker
+        .app(["recv", "--channel", channel])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut output = app.stdout.take().context("no output")?;
+    let bytes = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        output.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    });
+    Ok(Receiving { app, bytes })
+}
+
+impl Receiving {
+    /// Its exit code, once it has ended, and what it received.
+    fn end(mut self) -> Result<(Option<i32>, Vec<u8>)> {
+        let bytes = self.bytes.join().map_err(|_| anyhow!("nobody reads"))??;
+        Ok((self.app.wait()?.code(), bytes))
+    }
+
+    /// What it received, once it has ended well.
+    fn bytes(self) -> Result<Vec<u8>> {
+        let (code, bytes) = self.end()?;
+        ensure!(code == Some(0), "the receiver ended with {code:?}");
+        Ok(bytes)
+    }
+}
+
+/// A host app that sends these bytes.
+fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
+    let path = broker.folder().join("to-send");
+    std::fs::write(&path, bytes)?;
+    finish(
+        broker
+            .app(["send", "--channel", channel])
+            .arg(&path)
+            .stderr(Stdio::piped()),
+    )?;
+    Ok(())
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while !done()? {
+        ensure!(start.elapsed() < COMMAND_TIMEOUT, "in vain: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Waits until a process of the guest holds an end of a channel, or none does.
+fn wait_for_holder(broker: &Broker, channel: &str, end: &str, held: bool) -> Result<()> {
+    wait_until(&format!("the {end} of {channel}"), || {
+        let snapshot = broker.inspect()?;
+        let channels = snapshot["channels"].as_array().context("no channels")?;
+        let channel = channels.iter().find(|entry| entry["name"] == channel);
+        Ok(channel.context("no such channel")?[end].is_u64() == held)
+    })
+}
+
+/// Processor time that a process has used, in clock ticks (10 ms).
+fn ticks(pid: u32) -> Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<_> = stat
+        .rsplit_once(')')
+        .context("no stat")?
+        .1
+        .split_whitespace()
+        .collect();
+    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+}
+
+#[test]
+fn streams_run_in_both_directions_at_once() -> Result<()> {
+    let (broker, vm) = start(&["--channel", "down=down,256K", "--channel", "up=up,256K"])?;
+    // Lengths around those of a record, a page and the ring.
+    for length in [0, 1, 7, 4096, 131_048, 131_049, 262_144, 20_000_003] {
+        let echo = vm.spawn(["barlink-guest", "echo"])?;
+        let receiver = receive(&broker, "up")?;
+        let bytes = noise(length);
+        send(&broker, "down", &bytes)?;
+        assert!(receiver.bytes()? == bytes, "{length} bytes");
+        echo.wait(COMMAND_TIMEOUT)?.require_success()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pipe_works_in_the_guest_and_on_the_host() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    let receiver = receive(&broker, "up")?;
+    vm.run([
+        "sh",
+        "-c",
+        "tar c /bin/busybox 2>/dev/null | barlink-guest send",
+    ])?
+    .require_success()?;
+    let mut tar = Command::new("tar")
+        .arg("t")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    tar.stdin
+        .take()
+        .context("no input")?
+        .write_all(&receiver.bytes()?)?;
+    assert_eq!(tar.wait_with_output()?.stdout, b"bin/busybox\n");
+    Ok(())
+}
+
+#[test]
+fn second_claim_and_unknown_channel_are_refused_in_the_guest() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    let first = vm.spawn(["barlink-guest", "send"])?;
+    wait_for_holder(&broker, "up", "producer", true)?;
+    let refused = |argv: &[&str], code, text: &str| -> Result<()> {
+        let output = vm.run(argv.iter().copied())?;
+        let errors = String::from_utf8(output.stderr)?;
+        assert_eq!(output.status, Status::Code(code), "{errors}");
+        assert!(
+            errors.contains(text) && errors.lines().count() == 1,
+            "{errors}"
+        );
+        Ok(())
+    };
+    refused(
+        &["barlink-guest", "send"],
+        4,
+        "channel `up` already has a producer",
+    )?;
+    refused(
+        &["barlink-guest", "send", "--channel", "x"],
+        1,
+        "no channel `x` in this region; there are: up, down",
+    )?;
+    refused(
+        &["barlink-guest", "send", "--channel", "down"],
+        1,
+        "the producer of channel `down` is not in this VM",
+    )?;
+    refused(
+        &["barlink-guest", "--device", "/dev/null", "info"],
+        3,
+        "/dev/null is no barlink device",
+    )?;
+    refused(
+        &["barlink-guest", "peek", "--at", "1G"],
+        1,
+        "leave the raw window",
+    )?;
+    first.kill(Signal::INT)?;
+    assert_eq!(
+        first.wait(COMMAND_TIMEOUT)?.status,
+        Status::Signal(Signal::INT.as_raw())
+    );
+    wait_for_holder(&broker, "up", "producer", false)
+}
+
+#[test]
+fn guest_app_without_the_device_says_so() -> Result<()> {
+    let vm = Vm::boot(&Config::default())?;
+    for argv in [&["barlink-guest", "info"][..], &["barlink-guest", "recv"]] {
+        let output = vm.run(argv.iter().copied())?;
+        let errors = String::from_utf8(output.stderr)?;
+        assert_eq!(output.status, Status::Code(3));
+        assert!(
+            errors.contains("no barlink device at /dev/barlink0") && errors.contains("insmod"),
+            "{errors}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn closed_pipes_end_guest_programs_without_a_word() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    for command in [
+        "info",
+        "info --json",
+        "peek --length 1M",
+        "peek --raw --length 1M",
+    ] {
+        // `pipefail` is not in every shell: the first command's exit code goes through a file.
+        let script = format!(
+            "(barlink-guest {command}; echo $? >/tmp/code) 2>/tmp/errors | true; cat /tmp/code /tmp/errors"
+        );
+        assert_eq!(
+            vm.run(["sh", "-c", &script])?.success()?,
+            "0\n",
+            "{command}"
+        );
+    }
+    send(&broker, "down", &noise(1 << 20))?;
+    let script = "(barlink-guest recv; echo $? >/tmp/code) 2>/tmp/errors | head -c 10 >/dev/null; cat /tmp/code /tmp/errors";
+    assert_eq!(vm.run(["sh", "-c", script])?.success()?, "0\n");
+    Ok(())
+}
+
+#[test]
+fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    // The guest's producer, in the middle of a stream.
+    let producer = vm.spawn(["barlink-guest", "send"])?;
+    producer.write(b"half")?;
+    let receiver = receive(&broker, "up")?;
+    wait_until("the first bytes arrive", || {
+        Ok(broker.inspect()?["channels"][0]["records"] == 1)
+    })?;
+    wait_until("they are released", || {
+        Ok(broker.inspect()?["channels"][0]["fill"] == 0)
+    })?;
+    producer.kill(Signal::KILL)?;
+    assert_eq!(receiver.end()?, (Some(5), b"half".to_vec()));
+    // Its successor.
+    let receiver = receive(&broker, "up")?;
+    vm.run(["sh", "-c", "echo whole | barlink-guest send"])?
+        .require_success()?;
+    assert_eq!(receiver.bytes()?, b"whole\n");
+
+    // The host's producer.
+    let mut producer = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+    producer
+        .stdin
+        .as_mut()
+        .context("no input")?
+        .write_all(b"half")?;
+    let receiver = vm.spawn(["barlink-guest", "recv"])?;
+    receiver.wait_for("half", COMMAND_TIMEOUT)?;
+    producer.kill()?;
+    producer.wait()?;
+    let ended = receiver.wait(COMMAND_TIMEOUT)?;
+    assert_eq!(
+        ended.status,
+        Status::Code(5),
+        "{}",
+        String::from_utf8_lossy(&ended.stderr)
+    );
+
+    // A consumer in the guest, with the stream waiting for the next one.
+    let receiver = vm.spawn(["barlink-guest", "recv"])?;
+    wait_for_holder(&broker, "down", "consumer", true)?;
+    receiver.kill(Signal::KILL)?;
+    wait_for_holder(&broker, "down", "consumer", false)?;
+    let bytes = noise(3_000_000);
+    send(&broker, "down", &bytes)?;
+    assert!(vm.run(["barlink-guest", "recv"])?.stdout == bytes);
+    Ok(())
+}
+
+#[test]
+fn idle_stream_uses_no_processor_time() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    let receiver = receive(&broker, "up")?;
+    let producer = vm.spawn(["barlink-guest", "send"])?;
+    for _ in 0..3 {
+        producer.write(b"tick")?;
+        thread::sleep(Duration::from_millis(300));
+    }
+    wait_until("all has arrived", || {
+        Ok(broker.inspect()?["channels"][0]["fill"] == 0)
+    })?;
+    let before = ticks(receiver.app.id())?;
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(
+        ticks(receiver.app.id())?,
+        before,
+        "the receiver uses processor time"
+    );
+    producer.close_stdin()?;
+    producer.wait(COMMAND_TIMEOUT)?.require_success()?;
+    assert_eq!(receiver.bytes()?, b"tickticktick");
+    Ok(())
+}
+
+#[test]
+fn guest_that_is_reset_goes_on_with_a_new_epoch() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    let epoch = |broker: &Broker| -> Result<Value> { Ok(broker.inspect()?["guests"][0].clone()) };
+    assert_eq!(epoch(&broker)?, json!({"epoch": 1, "present": true}));
+    // Committed before the reset, received after it.
+    send(&broker, "down", b"from before")?;
+    vm.run(["sh", "-c", "echo from before | barlink-guest send"])?
+        .require_success()?;
+    vm.reset()?;
+    load(&vm)?;
+    assert_eq!(epoch(&broker)?, json!({"epoch": 3, "present": true}));
+    assert_eq!(vm.run(["barlink-guest", "recv"])?.success()?, "from before");
+    assert_eq!(receive(&broker, "up")?.bytes()?, b"from before\n");
+    vm.run(["rmmod", "barlink"])?.require_success()?;
+    assert_eq!(epoch(&broker)?, json!({"epoch": 4, "present": false}));
+    Ok(())
+}
+
+#[test]
+fn qemu_that_is_killed_is_followed_by_another_on_the_same_broker() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    let stream = receive(&broker, "up")?;
+    let producer = vm.spawn(["barlink-guest", "send"])?;
+    producer.write(b"half")?;
+    wait_until("the first bytes are released", || {
+        let channel = &broker.inspect()?["channels"][0];
+        Ok(channel["records"] == 1 && channel["fill"] == 0)
+    })?;
+    send(&broker, "down", b"for whoever comes")?;
+    drop(vm);
+    assert_eq!(
+        stream.end()?.0,
+        Some(5),
+        "the host app is told that its peer is gone"
+    );
+    wait_until("the slot is free", || {
+        Ok(broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+    })?;
+    let vm = boot(&broker)?;
+    let snapshot = broker.inspect()?;
+    assert_eq!(snapshot["broker"]["slots"][0]["vm"]["connection"], 2);
+    assert_eq!(
+        vm.run(["barlink-guest", "recv"])?.success()?,
+        "for whoever comes"
+    );
+    let receiver = receive(&broker, "up")?;
+    vm.run(["sh", "-c", "echo again | barlink-guest send"])?
+        .require_success()?;
+    assert_eq!(receiver.bytes()?, b"again\n");
+    Ok(())
+}
+
+#[test]
+fn unbound_device_ends_guest_apps_with_a_word() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    let receiver = vm.spawn(["barlink-guest", "recv"])?;
+    wait_for_holder(&broker, "down", "consumer", true)?;
+    vm.run([
+        "sh",
+        "-c",
+        "echo 0000:01:00.0 >/sys/bus/pci/drivers/barlink/unbind",
+    ])?
+    .require_success()?;
+    let ended = receiver.wait(COMMAND_TIMEOUT)?;
+    let errors = String::from_utf8(ended.stderr)?;
+    assert_eq!(ended.status, Status::Code(3), "{errors}");
+    assert!(errors.contains("the device is gone"), "{errors}");
+    wait_for_holder(&broker, "down", "consumer", false)
+}
+
+#[test]
+fn broker_that_dies_leaves_the_stream_running() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    let receiver = receive(&broker, "up")?;
+    let producer = vm.spawn(["barlink-guest", "send"])?;
+    wait_for_holder(&broker, "up", "producer", true)?;
+    wait_for_holder(&broker, "up", "consumer", true)?;
+    broker.signal(Signal::KILL)?;
+    producer.write(&noise(1_000_000))?;
+    producer.close_stdin()?;
+    producer.wait(COMMAND_TIMEOUT)?.require_success()?;
+    assert!(receiver.bytes()? == noise(1_000_000));
+    vm.run(["true"])?.require_success()
+}
+
+#[test]
+fn two_vms_on_one_region_exchange_records() -> Result<()> {
+    let channels = [
+        "--size",
+        "4M",
+        "--channel",
+        "across=0-1,64K",
+        "--channel",
+        "back=1-0,64K",
+    ];
+    let broker = Broker::start_with_slots(Artifacts::shared()?, 2, &channels)?;
+    let config = |slot| -> Result<Config> {
+        Ok(Config {
+            memory_mib: 256,
+            cpus: 1,
+            arguments: broker.arguments(slot)?,
+            ..broker.vm()?
+        })
+    };
+    let vms = [Vm::boot(&config(0)?)?, Vm::boot(&config(1)?)?];
+    for vm in &vms {
+        load(vm)?;
+    }
+    let bytes = noise(1_000_000);
+    vms[0].put_file("/tmp/file", &bytes)?;
+    for (from, to, channel) in [(0, 1, "across"), (1, 0, "back")] {
+        let receiver = vms[to].spawn([
+            "barlink-guest",
+            "recv",
+            "--channel",
+            channel,
+            "-o",
+            "/tmp/file",
+        ])?;
+        let sender =
+            vms[from].spawn(["barlink-guest", "send", "--channel", channel, "/tmp/file"])?;
+        sender.wait(COMMAND_TIMEOUT)?.require_success()?;
+        receiver.wait(COMMAND_TIMEOUT)?.require_success()?;
+        assert!(vms[to].get_file("/tmp/file")? == bytes, "{channel}");
+    }
+    Ok(())
+}
+
+#[test]
+fn one_vm_with_two_devices_keeps_them_apart() -> Result<()> {
+    let brokers = [
+        Broker::start(Artifacts::shared()?, &["--size", "1M"])?,
+        Broker::start(Artifacts::shared()?, &[])?,
+    ];
+    let mut config = brokers[0].vm()?;
+    let printed = finish(
+        brokers[1]
+            .app(["qemu-args", "--id", "second", "--chassis", "99"])
+            .stderr(Stdio::piped()),
+    )?;
+    config.arguments.extend(
+        String::from_utf8(printed)?
+            .split_whitespace()
+            .map(str::to_owned),
+    );
+    config.paths.push(brokers[1].folder().to_owned());
+    let vm = Vm::boot(&config)?;
+    load(&vm)?;
+    for (index, broker) in brokers.iter().enumerate() {
+        let device = format!("/dev/barlink{index}");
+        let text = format!("device {index}");
+        vm.run(["barlink-guest", "--device", &device, "poke", &text])?
+            .require_success()?;
+        assert_eq!(
+            broker.run(["peek", "--raw", "--length", "8"])?,
+            text.as_bytes()
+        );
+        let receiver = receive(broker, "up")?;
+        let script = format!("echo {text} | barlink-guest --device {device} send");
+        vm.run(["sh", "-c", &script])?.require_success()?;
+        assert_eq!(receiver.bytes()?, format!("{text}\n").as_bytes());
+    }
+    Ok(())
+}
+
+#[test]
+fn channel_that_drops_counts_and_does_not_wait() -> Result<()> {
+    let (broker, vm) = start(&["--channel", "camera=up,64K,drop"])?;
+    vm.put_file("/tmp/file", &noise(1 << 20))?;
+    let send = [
+        "barlink-guest",
+        "send",
+        "--json",
+        "--channel",
+        "camera",
+        "--record-size",
+        "4K",
+        "/tmp/file",
+    ];
+    // The end of the stream is no record to be dropped: it waits for the consumer.
+    let sender = vm.spawn(send)?;
+    wait_until("the channel overflows", || {
+        Ok(broker.inspect()?["channels"][0]["dropped"].as_u64() > Some(200))
+    })?;
+    let received = receive(&broker, "camera")?.bytes()?;
+    let ended = sender.wait(COMMAND_TIMEOUT)?;
+    let summary: Value = serde_json::from_slice(&ended.stderr)?;
+    let count = |name: &str| summary[name].as_u64().context("no count");
+    assert_eq!(count("records")? + count("dropped")?, 256);
+    assert_eq!(received.len() as u64, count("records")? * 4096);
+    assert_eq!(
+        broker.inspect()?["channels"][0]["dropped"],
+        summary["dropped"]
+    );
+    Ok(())
+}
+
+#[test]
+fn interrupted_host_app_leaves_the_vm_alone() -> Result<()> {
+    let (broker, vm) = start(&[])?;
+    for _ in 0..5 {
+        let receiver = receive(&broker, "up")?;
+        wait_for_holder(&broker, "up", "consumer", true)?;
+        kill_process(Pid::from_child(&receiver.app), Signal::INT)?;
+        receiver.end()?;
+        wait_for_holder(&broker, "up", "consumer", false)?;
+    }
+    let receiver = receive(&broker, "up")?;
+    vm.run(["sh", "-c", "echo still here | barlink-guest send"])?
+        .require_success()?;
+    assert_eq!(receiver.bytes()?, b"still here\n");
+    Ok(())
+}

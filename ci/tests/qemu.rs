@@ -1,0 +1,142 @@
+//! What stock QEMU does with the broker: it is let in, or turned away, and never wedged.
+
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use xtask::broker::Broker;
+use xtask::builds::Artifacts;
+use xtask::tools::Qemu;
+use xtask::vm::Vm;
+
+/// Far longer than QEMU needs to start or to fail.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A QEMU with the broker's device, and no guest: it stops before the first instruction.
+fn qemu(broker: &Broker, arguments: &[String]) -> Result<Child> {
+    let mut command = match &Artifacts::shared()?.tools.qemu {
+        Qemu::Sandboxed(sandbox) => sandbox
+            .enter()
+            .bind(broker.folder(), broker.folder())
+            .run("qemu-system-x86_64"),
+        Qemu::Own(path) => Command::new(path),
+    };
+    command
+        .args([
+            "-nodefaults",
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg",
+            "-display",
+            "none",
+            "-S",
+        ])
+        .args(arguments);
+    Ok(command
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?)
+}
+
+/// Waits for a QEMU that must fail: what it wrote.
+fn fails(mut qemu: Child) -> Result<String> {
+    let start = Instant::now();
+    while qemu.try_wait()?.is_none() {
+        if start.elapsed() > PATIENCE {
+            qemu.kill()?;
+            anyhow::bail!("QEMU hangs");
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    let output = qemu.wait_with_output()?;
+    ensure!(
+        output.status.code() == Some(1),
+        "QEMU ended with {}",
+        output.status
+    );
+    Ok(String::from_utf8(output.stderr)?)
+}
+
+fn vm_of(broker: &Broker) -> Result<Value> {
+    Ok(broker.inspect()?["broker"]["slots"][0]["vm"].clone())
+}
+
+fn wait_for_vm(broker: &Broker, there: bool) -> Result<()> {
+    let start = Instant::now();
+    while vm_of(broker)?.is_null() == there {
+        ensure!(start.elapsed() < PATIENCE, "the slot stays as it is");
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+#[test]
+fn qemu_that_is_refused_ends_with_an_error() -> Result<()> {
+    let broker = Broker::start(Artifacts::shared()?, &[])?;
+    let arguments = broker.arguments(0)?;
+    let mut first = qemu(&broker, &arguments)?;
+    wait_for_vm(&broker, true)?;
+    for _ in 0..3 {
+        let text = fails(qemu(&broker, &arguments)?)?;
+        assert!(text.contains("protocol version"), "{text}");
+    }
+    assert!(first.try_wait()?.is_none(), "the first QEMU is disturbed");
+    assert_eq!(vm_of(&broker)?["connection"], 1);
+    first.kill()?;
+    first.wait()?;
+    wait_for_vm(&broker, false)
+}
+
+#[test]
+fn qemu_with_too_few_vectors_fails_alone() -> Result<()> {
+    let broker = Broker::start(Artifacts::shared()?, &["--vectors", "8"])?;
+    let fewer: Vec<_> = broker
+        .arguments(0)?
+        .iter()
+        .map(|word| word.replace("vectors=8", "vectors=2"))
+        .collect();
+    // QEMU says so and goes on without the rest; what counts is that the broker, and the next VM, do not suffer.
+    let mut first = qemu(&broker, &fewer)?;
+    thread::sleep(Duration::from_secs(1));
+    first.kill()?;
+    first.wait()?;
+    wait_for_vm(&broker, false)?;
+    let mut second = qemu(&broker, &broker.arguments(0)?)?;
+    wait_for_vm(&broker, true)?;
+    second.kill()?;
+    second.wait()?;
+    Ok(())
+}
+
+#[test]
+fn qemu_comes_and_goes_without_a_trace() -> Result<()> {
+    let broker = Broker::start(Artifacts::shared()?, &[])?;
+    let arguments = broker.arguments(0)?;
+    for round in 1..=5 {
+        let mut qemu = qemu(&broker, &arguments)?;
+        wait_for_vm(&broker, true)?;
+        assert_eq!(vm_of(&broker)?["connection"], round);
+        qemu.kill()?;
+        qemu.wait()?;
+        wait_for_vm(&broker, false)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn arguments_put_the_region_above_4_gib_whatever_its_size() -> Result<()> {
+    for size in ["1M", "64M", "1G"] {
+        let broker = Broker::start(Artifacts::shared()?, &["--size", size])?;
+        let vm = Vm::boot(&broker.vm()?)?;
+        vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+        let info: Value =
+            serde_json::from_str(&vm.run(["barlink-guest", "info", "--json"])?.success()?)?;
+        let address = info["region_address"].as_u64().context("no address")?;
+        assert!(address >= 4 << 30, "{size} at {address:#x}");
+        assert_eq!(info["cache_mode"], "uncached-minus");
+    }
+    Ok(())
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! What the driver itself reads and writes of a device: its registers, and the driver's page of the region.
+//!
+//! The registers are ivshmem's (QEMU's `docs/specs/ivshmem-spec.rst`, "Device Specification"), the page is
+//! described in `docs/protocol.md`, section 3.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    bar::Bar,
+    iomem::IoMem,
+    wire::{
+        layout::{
+            presence,
+            End,
+            Layout,
+            LayoutError,
+            MAX_CHANNELS,
+            PAGE_SIZE,
+            PAGE_WORDS, //
+        },
+        uapi, //
+    },
+};
+use core::{
+    format_args,
+    mem::MaybeUninit, //
+};
+use kernel::{
+    device::Bound,
+    pci,
+    prelude::*, //
+};
+
+/// Reads the superblock of a region. `ENODEV` when there is none, and a line in the log that says why;
+/// `ENOMEM`.
+pub(crate) fn read_layout(pdev: &pci::Device<Bound>, region: &Bar<'_>) -> Result<KBox<Layout>> {
+    let page = region.map(0, PAGE_SIZE as usize)?;
+    let mut words = KVec::with_capacity(PAGE_WORDS, GFP_KERNEL)?;
+    for index in 0..PAGE_WORDS {
+        words.push(page.read64(8 * index), GFP_KERNEL)?;
+    }
+    // Of the region's bytes, this copy is all that is ever looked at.
+    let copy = words.as_slice().try_into().map_err(|_| EINVAL)?;
+    let place = KBox::<Layout>::new_uninit(GFP_KERNEL)?;
+    decode(place, copy, region.size).map_err(|fault| {
+        dev_info!(pdev, "declined: {}\n", format_args!("{fault}"));
+        ENODEV
+    })
+}
+
+/// Decodes a superblock into `place`. A function of its own, since a layout is 2 KiB, and the copies of it
+/// that the compiler makes on the way are to be off the 16 KiB of stack before anything else is called.
+#[inline(never)]
+fn decode(
+    place: KBox<MaybeUninit<Layout>>,
+    page: &[u64; PAGE_WORDS],
+    region_size: u64,
+) -> Result<KBox<Layout>, LayoutError> {
+    Ok(KBox::write(place, Layout::decode(page, region_size)?))
+}
+
+/// The registers of a device.
+pub(crate) struct Registers(IoMem);
+
+impl Registers {
+    /// The registers in this BAR. `ENOMEM`.
+    pub(crate) fn map(bar: &Bar<'_>) -> Result<Self> {
+        Ok(Registers(bar.map(0, uapi::REGISTERS_SIZE)?))
+    }
+
+    /// The device's own ID; all ones once the device is unplugged.
+    pub(crate) fn id(&self) -> u32 {
+        self.0.read32(uapi::REGISTER_ID)
+    }
+
+    /// Rings a vector of a peer, both below 65536; higher bits are not sent.
+    fn ring(&self, peer: u32, vector: u32) {
+        self.0
+            .write32(uapi::REGISTER_DOORBELL, peer << 16 | vector & 0xffff);
+    }
+}
+
+/// A device that the host has been told of: the driver's epoch is odd. Dropping this tells it the end.
+pub(crate) struct Hardware {
+    registers: Registers,
+    /// The driver's page.
+    page: IoMem,
+    host: u32,
+    /// The epoch.
+    pub(crate) epoch: u64,
+}
+
+impl Hardware {
+    /// Begins a new epoch on the driver's page: nobody holds anything. Rings the host.
+    ///
+    /// The old epoch is what the last driver left: even after an orderly end, else odd. The host could have
+    /// written anything there; that would harm nobody but itself.
+    pub(crate) fn arrive(registers: Registers, page: IoMem, layout: &Layout) -> Self {
+        let old = page.read64(presence::EPOCH as usize);
+        let epoch = old.wrapping_add(if old % 2 == 0 { 1 } else { 2 });
+        let hardware = Hardware {
+            registers,
+            page,
+            host: layout.host(),
+            epoch,
+        };
+        hardware.announce(epoch);
+        hardware
+    }
+
+    /// Rings a vector of a peer. Which of the two exist, the caller knows.
+    pub(crate) fn ring(&self, peer: u32, vector: u32) {
+        self.registers.ring(peer, vector);
+    }
+
+    /// Says who holds one end of a channel: a claim's number and its process, or `None`.
+    pub(crate) fn set_holder(&self, channel: usize, end: End, holder: Option<(u32, u32)>) {
+        let word = holder.map_or(0, |(number, process)| {
+            u64::from(number) << 32 | u64::from(process)
+        });
+        self.page
+            .write64(presence::holder(channel, end) as usize, word);
+    }
+
+    /// Clears all holders, stores an epoch after that, and rings the host.
+    fn announce(&self, epoch: u64) {
+        for channel in 0..MAX_CHANNELS {
+            self.set_holder(channel, End::Producer, None);
+            self.set_holder(channel, End::Consumer, None);
+        }
+        self.page.write64(presence::EPOCH as usize, epoch);
+        self.ring(self.host, 0);
+    }
+}
+
+impl Drop for Hardware {
+    fn drop(&mut self) {
+        self.announce(self.epoch.wrapping_add(1));
+    }
+}
