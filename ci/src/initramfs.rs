@@ -10,12 +10,18 @@ use anyhow::{Context, Result};
 use cpio::newc::{Builder, ModeFileType, trailer};
 use tempfile::NamedTempFile;
 
-const INIT: &[u8] = include_bytes!("../../images/init");
+/// What is in every initramfs.
+const FILES: [(&str, &[u8]); 2] = [
+    ("init", include_bytes!("../../images/init")),
+    ("etc/inittab", include_bytes!("../../images/inittab")),
+];
 
 /// Folders that init mounts on, and those that files go to. Device nodes come from the kernel's devtmpfs.
-const FOLDERS: [&str; 8] = ["bin", "dev", "lib", "proc", "root", "run", "sys", "tmp"];
+const FOLDERS: [&str; 9] = [
+    "bin", "dev", "etc", "lib", "proc", "root", "run", "sys", "tmp",
+];
 
-/// Writes the archive to `archive`, with these programs and files besides init: the path in the guest, without the
+/// Writes the archive to `archive`, with these files besides [`FILES`]: the path in the guest, without the
 /// first slash, and the file.
 pub(crate) fn write(archive: &Path, files: &[(&str, &PathBuf)]) -> Result<()> {
     let folder = archive.parent().unwrap_or(Path::new("."));
@@ -24,7 +30,9 @@ pub(crate) fn write(archive: &Path, files: &[(&str, &PathBuf)]) -> Result<()> {
     for name in FOLDERS {
         add(&mut unfinished, name, ModeFileType::Directory, &[])?;
     }
-    add(&mut unfinished, "init", ModeFileType::Regular, INIT)?;
+    for (name, content) in FILES {
+        add(&mut unfinished, name, ModeFileType::Regular, content)?;
+    }
     for (name, path) in files {
         let content =
             fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;

@@ -69,6 +69,10 @@ fn processes_run_side_by_side_take_input_and_can_be_killed() -> Result<()> {
         Status::Signal(Signal::TERM.as_raw())
     );
 
+    // Nothing on the way from init ignores Ctrl-C.
+    let interrupted = vm.run(["sh", "-c", "kill -INT $$"])?;
+    assert_eq!(interrupted.status, Status::Signal(Signal::INT.as_raw()));
+
     let slow = vm.spawn(["sleep", "1000"])?;
     let error = slow.wait(Duration::from_millis(300)).unwrap_err();
     assert!(format!("{error:#}").contains("in vain"), "{error:#}");
