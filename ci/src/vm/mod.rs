@@ -29,7 +29,7 @@ pub use self::qemu::accelerator;
 use self::qmp::Qmp;
 use crate::builds::Artifacts;
 
-/// How long a guest may take until its agent answers. A boot takes 3 s under TCG on an idle machine.
+/// How long a guest may take until its agent answers. A boot takes 4 s under TCG on an idle machine.
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long a command in the guest may take, unless the caller says otherwise.
