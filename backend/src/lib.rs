@@ -5,6 +5,7 @@
 //! [`Broker`](broker::Broker) gives a region to VMs; [`Attachment`] is how any other process on the host gets at it.
 
 pub mod attachment;
+pub mod bell;
 pub mod broker;
 pub mod control;
 pub mod events;

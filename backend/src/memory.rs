@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The region's memory: a sealed memfd, and its mapping. The only file of this crate with `unsafe` in it.
+//! The region's memory: a sealed memfd, and its mapping.
 #![expect(unsafe_code, reason = "shows a mapping as the words of a region")]
 
 use std::fs::File;

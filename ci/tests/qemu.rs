@@ -81,7 +81,10 @@ fn qemu_that_is_refused_ends_with_an_error() -> Result<()> {
     wait_for_vm(&broker, true)?;
     for _ in 0..3 {
         let text = fails(qemu(&broker, &arguments)?)?;
-        assert!(text.contains("protocol version"), "{text}");
+        assert!(
+            text.contains("server sent version 1, expecting 0"),
+            "{text}"
+        );
     }
     assert!(first.try_wait()?.is_none(), "the first QEMU is disturbed");
     assert_eq!(vm_of(&broker)?["connection"], 1);

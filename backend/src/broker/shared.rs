@@ -11,10 +11,10 @@ use std::time::Instant;
 
 use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, MAX_CHANNELS, presence};
 use barlink_protocol::{Ordering, PresenceWords, state};
-use log::debug;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use log::warn;
 
 use super::{BrokerError, Peer, Policy};
+use crate::bell::Bell;
 use crate::control::message::{ClaimStatus, Refusal, SlotStatus, Status, VmStatus};
 use crate::memory::{self, Access, Mapping, Region};
 
@@ -27,7 +27,7 @@ pub struct Shared {
     memory: File,
     region: Region,
     /// All eventfds, made once: by peer, then by vector.
-    bells: Vec<Vec<EventFd>>,
+    bells: Vec<Vec<Bell>>,
     policy: Policy,
     start: Instant,
     state: Mutex<State>,
@@ -60,9 +60,8 @@ impl Shared {
             source,
         })?;
         let region = Mapping::new(descriptor, layout.region_size, Access::ReadWrite)?.region();
-        let bell = |_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let bells = (0..=layout.host())
-            .map(|_| (0..layout.vectors).map(bell).collect())
+            .map(|_| (0..layout.vectors).map(|_| Bell::new()).collect())
             .collect::<io::Result<_>>()
             .map_err(|source| BrokerError::System {
                 what: "make the eventfds: each peer needs one a vector (ulimit -n)",
@@ -109,7 +108,7 @@ impl Shared {
     }
 
     /// A peer's eventfds, by vector.
-    pub fn bells(&self, peer: u32) -> &[EventFd] {
+    pub fn bells(&self, peer: u32) -> &[Bell] {
         self.bells.get(peer as usize).map_or(&[], Vec::as_slice)
     }
 
@@ -133,9 +132,7 @@ impl Shared {
             connection: *connection,
         });
         // What was rung for its predecessor is not for this VM.
-        for bell in self.bells(slot) {
-            let _ = bell.read();
-        }
+        self.bells(slot).iter().for_each(Bell::drain);
         self.write_connection(slot, *connection);
         Some(Slot {
             shared: self,
@@ -303,9 +300,8 @@ impl Shared {
     }
 
     fn ring_control(&self, peer: u32) {
-        if let Some(Err(error)) = self.bells(peer).first().map(|bell| bell.write(1)) {
-            // Full: then the peer has a ring to wake up to.
-            debug!("peer {peer} is not rung: {error}");
+        if let Some(Err(error)) = self.bells(peer).first().map(Bell::ring) {
+            warn!("peer {peer} is not rung: {error}");
         }
     }
 
@@ -338,7 +334,7 @@ impl Slot<'_> {
     }
 
     /// A peer's eventfds, by vector.
-    pub fn bells(&self, peer: u32) -> &[EventFd] {
+    pub fn bells(&self, peer: u32) -> &[Bell] {
         self.shared.bells(peer)
     }
 }

@@ -213,6 +213,24 @@ fn slot_is_free_again_with_the_same_id_and_drained_eventfds() {
 }
 
 #[test]
+fn slot_is_free_again_after_a_vm_that_made_its_eventfds_blocking() {
+    let broker = Broker::start(&[]);
+    for _ in 0..3 {
+        let vm = handshake(connect(&broker, "vm.sock"), 6);
+        for (_, bell) in &vm.bells {
+            // As QEMU does to every descriptor that it receives.
+            let flags = rustix::fs::fcntl_getfl(bell).unwrap() - rustix::fs::OFlags::NONBLOCK;
+            rustix::fs::fcntl_setfl(bell, flags).unwrap();
+        }
+        drop(vm);
+        let attachment = broker.attach();
+        wait_until("the slot is free", || {
+            attachment.status().unwrap().slots[0].vm.is_none()
+        });
+    }
+}
+
+#[test]
 fn client_that_sends_bytes_is_let_go_and_nobody_else() {
     let broker = Broker::start(&[]);
     let mut vm = handshake(connect(&broker, "vm.sock"), 6);
