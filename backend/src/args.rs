@@ -127,7 +127,7 @@ pub struct Send {
     #[arg(long, default_value = "down")]
     pub channel: String,
     /// Most bytes in a record; at most half the channel's size
-    #[arg(long, value_name = "SIZE", default_value = "256K", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_size)]
     pub record_size: u64,
     #[command(flatten)]
     pub streaming: Streaming,

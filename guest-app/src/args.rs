@@ -78,7 +78,7 @@ pub struct Send {
     #[arg(long, default_value = "up")]
     pub channel: String,
     /// Most bytes in a record; at most half the channel's size
-    #[arg(long, value_name = "SIZE", default_value = "256K", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_size)]
     pub record_size: u64,
     /// Print a summary as JSON to standard error
     #[arg(long)]

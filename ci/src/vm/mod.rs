@@ -50,6 +50,9 @@ pub struct Config {
     /// Files and folders that these arguments name; QEMU sees no others. Each must exist, and not be below `/usr` or
     /// `/etc`.
     pub paths: Vec<PathBuf>,
+    /// Whether the host is to have all of the guest's memory at hand from the start, rather than page by page on first
+    /// use: for what is timed.
+    pub preallocated: bool,
     /// Whether the console is to be connected to a terminal, by [`Vm::attach_terminal`].
     pub interactive: bool,
 }
@@ -61,6 +64,7 @@ impl Default for Config {
             cpus: 2,
             arguments: Vec::new(),
             paths: Vec::new(),
+            preallocated: false,
             interactive: false,
         }
     }

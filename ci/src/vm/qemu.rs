@@ -202,8 +202,9 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
         ])
         .arg("-object")
         .arg(format!(
-            "memory-backend-memfd,id=ram,share=on,size={}M",
-            config.memory_mib
+            "memory-backend-ram,id=ram,size={}M,prealloc={}",
+            config.memory_mib,
+            if config.preallocated { "on" } else { "off" }
         ))
         .args(["-m", &format!("{}M", config.memory_mib)])
         .args(["-smp", &config.cpus.to_string()])
