@@ -45,9 +45,7 @@ impl Broker {
             .arg("--control")
             .arg(folder.path().join("control.sock"));
         for slot in 0..slots {
-            command
-                .arg("--ivshmem")
-                .arg(folder.path().join(format!("vm{slot}.sock")));
+            command.arg("--ivshmem").arg(socket(folder.path(), slot));
         }
         let log = folder.path().join("broker.log");
         command.stderr(std::fs::File::create(&log)?);
@@ -75,6 +73,11 @@ impl Broker {
     /// The folder with its sockets; a place for other files of the same run, too.
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// The socket for the VM of a slot.
+    pub fn socket(&self, slot: usize) -> PathBuf {
+        socket(self.folder(), slot)
     }
 
     /// What it has logged.
@@ -118,14 +121,18 @@ impl Broker {
 
     /// QEMU's arguments for one slot.
     pub fn arguments(&self, slot: usize) -> Result<Vec<String>> {
-        let (number, id) = (slot.to_string(), format!("barlink{slot}"));
-        let chassis = (64 + slot).to_string();
+        self.arguments_with(slot, &format!("barlink{slot}"), 64 + slot)
+    }
+
+    /// QEMU's arguments for one slot, with an ID and a chassis number that no other device of the VM has.
+    pub fn arguments_with(&self, slot: usize, id: &str, chassis: usize) -> Result<Vec<String>> {
+        let (slot, chassis) = (slot.to_string(), chassis.to_string());
         let printed = self.run([
             "qemu-args",
             "--slot",
-            &number,
+            &slot,
             "--id",
-            &id,
+            id,
             "--chassis",
             &chassis,
         ])?;
@@ -148,6 +155,10 @@ impl Drop for Broker {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn socket(folder: &Path, slot: usize) -> PathBuf {
+    folder.join(format!("vm{slot}.sock"))
 }
 
 /// Runs a command to its end: its standard output, or an error that holds what it wrote to standard error.
