@@ -164,7 +164,7 @@ impl Link {
         }
         let mut state = self.state();
         state.ended = true;
-        state.lose_all("the VM ended");
+        state.lose_all(&format!("the VM ended; {}", tail(&self.folder)));
         self.changed.notify_all();
     }
 

@@ -30,6 +30,7 @@ impl Devices {
         let folder = tempfile::tempdir()?;
         let mut devices = Self {
             config: Config {
+                arguments: vec!["-no-reboot".to_owned()],
                 paths: vec![folder.path().to_owned()],
                 ..Config::default()
             },

@@ -11,6 +11,11 @@ use xtask::vm::{COMMAND_TIMEOUT, Vm};
 
 use crate::devices::Devices;
 
+/// Has the kernel restart when it finds itself broken, instead of going on, which ends a QEMU that is not to reboot: so a
+/// check that breaks it fails at once.
+const END_ON_OOPS: &str =
+    "echo 1 >/proc/sys/kernel/panic_on_oops && echo -1 >/proc/sys/kernel/panic";
+
 /// A VM with its devices. The fields are dropped in this order.
 pub struct Stage {
     /// What rings while a check does something else.
@@ -23,9 +28,11 @@ impl Stage {
     /// Boots the VM that [`Region`] describes.
     pub fn set() -> Result<Self> {
         let devices = Devices::new()?;
+        let vm = Vm::boot(&devices.config)?;
+        vm.run(["sh", "-c", END_ON_OOPS])?.require_success()?;
         Ok(Self {
             background: None,
-            vm: Vm::boot(&devices.config)?,
+            vm,
             devices,
         })
     }
