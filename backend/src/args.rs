@@ -105,6 +105,9 @@ pub struct Serve {
     /// Let processes with this primary group connect; name or number
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
+    /// Take the place of the broker that runs with the same arguments, unseen by VMs and host apps
+    #[arg(long)]
+    pub replace: bool,
     #[command(flatten)]
     pub which: Which,
 }

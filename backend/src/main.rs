@@ -47,15 +47,16 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 /// The exit codes that `barlink --help` documents.
 fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
-        match cause.downcast_ref::<AttachError>() {
-            Some(AttachError::Control(ControlError::Refused(
-                Refusal::Held { .. } | Refusal::InUse { .. },
-            ))) => {
-                return 4;
-            }
-            Some(AttachError::Control(ControlError::Refused(_))) | None => (),
-            Some(AttachError::Control(_)) => return 3,
-            Some(_) => (),
+        let control = match cause.downcast_ref() {
+            Some(AttachError::Control(control)) => Some(control),
+            _ => cause.downcast_ref::<ControlError>(),
+        };
+        match control {
+            Some(ControlError::Refused(
+                Refusal::Held { .. } | Refusal::InUse { .. } | Refusal::Busy,
+            )) => return 4,
+            Some(ControlError::Refused(_)) | None => (),
+            Some(_) => return 3,
         }
         if let Some(StreamError::<EventError>::Incomplete(_)) = cause.downcast_ref() {
             return 5;

@@ -1,11 +1,11 @@
 //! Channels between a real guest and host apps: streams both ways, ends that are killed, guests that come back.
 
-use std::io::{Read, Write};
-use std::process::{Child, Command, Stdio};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result};
 use barlink_agent::Status;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -13,70 +13,9 @@ use xtask::broker::{Broker, finish};
 use xtask::builds::Artifacts;
 use xtask::vm::{COMMAND_TIMEOUT, Config, Vm};
 
-/// A broker with these arguments, and a VM at its only slot with the driver loaded.
-fn start(arguments: &[&str]) -> Result<(Broker, Vm)> {
-    let broker = Broker::start(Artifacts::shared()?, arguments)?;
-    let vm = boot(&broker)?;
-    Ok((broker, vm))
-}
+mod support;
 
-fn boot(broker: &Broker) -> Result<Vm> {
-    let vm = Vm::boot(&broker.vm()?)?;
-    load(&vm)?;
-    Ok(vm)
-}
-
-fn load(vm: &Vm) -> Result<()> {
-    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()
-}
-
-/// Bytes in which every place is different.
-fn noise(length: usize) -> Vec<u8> {
-    (0..length.div_ceil(4) as u32)
-        .flat_map(|number| {
-            number
-                .wrapping_mul(2_654_435_761)
-                .rotate_left(9)
-                .to_le_bytes()
-        })
-        .take(length)
-        .collect()
-}
-
-/// A host app that receives. What it receives is taken from it as it comes, so that it never waits for us.
-struct Receiving {
-    app: Child,
-    bytes: JoinHandle<std::io::Result<Vec<u8>>>,
-}
-
-fn receive(broker: &Broker, channel: &str) -> Result<Receiving> {
-    let mut app = broker
-        .app(["recv", "--channel", channel])
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut output = app.stdout.take().context("no output")?;
-    let bytes = thread::spawn(move || {
-        let mut bytes = Vec::new();
-        output.read_to_end(&mut bytes)?;
-        Ok(bytes)
-    });
-    Ok(Receiving { app, bytes })
-}
-
-impl Receiving {
-    /// Its exit code, once it has ended, and what it received.
-    fn end(mut self) -> Result<(Option<i32>, Vec<u8>)> {
-        let bytes = self.bytes.join().map_err(|_| anyhow!("nobody reads"))??;
-        Ok((self.app.wait()?.code(), bytes))
-    }
-
-    /// What it received, once it has ended well.
-    fn bytes(self) -> Result<Vec<u8>> {
-        let (code, bytes) = self.end()?;
-        ensure!(code == Some(0), "the receiver ended with {code:?}");
-        Ok(bytes)
-    }
-}
+use support::*;
 
 /// A host app that sends these bytes.
 fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
@@ -89,25 +28,6 @@ fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
             .stderr(Stdio::piped()),
     )?;
     Ok(())
-}
-
-fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let start = Instant::now();
-    while !done()? {
-        ensure!(start.elapsed() < COMMAND_TIMEOUT, "in vain: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
-/// Waits until a process of the guest holds an end of a channel, or none does.
-fn wait_for_holder(broker: &Broker, channel: &str, end: &str, held: bool) -> Result<()> {
-    wait_until(&format!("the {end} of {channel}"), || {
-        let snapshot = broker.inspect()?;
-        let channels = snapshot["channels"].as_array().context("no channels")?;
-        let channel = channels.iter().find(|entry| entry["name"] == channel);
-        Ok(channel.context("no such channel")?[end].is_u64() == held)
-    })
 }
 
 /// Processor time that a process has used, in clock ticks (10 ms).

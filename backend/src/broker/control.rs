@@ -6,15 +6,17 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use barlink_protocol::wire::layout::End;
+use barlink_protocol::wire::layout;
 use log::{debug, info, warn};
 use rustix::net::SocketFlags;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::shared::ClientId;
-use super::{Listener, Peer, Shared};
+use super::store::name;
+use super::{Listener, Peer, Shared, handover};
 use crate::control::message::{
     Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
@@ -26,27 +28,54 @@ const MAX_CLIENTS: usize = 64;
 /// How long a client may stay that has not asked for anything.
 const SILENCE: Duration = Duration::from_secs(10);
 
-const STOP: u64 = 0;
-const LISTENER: u64 = 1;
-const FIRST_CLIENT: ClientId = 2;
+// Clients have small numbers.
+const STOP: u64 = u64::MAX;
+const LISTENER: u64 = u64::MAX - 1;
+
+/// Why serving ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was asked to stop.
+    Stopped,
+    /// Another broker serves now.
+    HandedOver,
+}
 
 struct Client {
-    socket: PacketSocket,
+    socket: Arc<PacketSocket>,
     peer: Peer,
     since: Instant,
     /// It has asked for something.
     spoke: bool,
 }
 
-/// Serves until `stop` can be read.
-pub fn serve(listener: &Listener, shared: &Shared, stop: &OwnedFd) -> io::Result<()> {
+/// Serves until `stop` can be read, or another broker takes over: new host apps, and those of a predecessor.
+pub fn serve(
+    listener: &Listener,
+    shared: &Shared,
+    inherited: Vec<(ClientId, OwnedFd)>,
+    stop: &OwnedFd,
+) -> io::Result<End> {
     let epoll = Epoll::new()?;
     let watch =
         |fd: RawFd, id| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id));
     watch(stop.as_raw_fd(), STOP)?;
     watch(listener.as_fd().as_raw_fd(), LISTENER)?;
     let mut clients = HashMap::new();
-    let mut next = FIRST_CLIENT;
+    for (id, socket) in inherited {
+        let Ok(peer) = Peer::of(&socket) else {
+            continue;
+        };
+        let client = Client {
+            socket: Arc::new(PacketSocket::from_connected(socket)),
+            peer,
+            since: Instant::now(),
+            spoke: true,
+        };
+        watch(client.socket.as_fd().as_raw_fd(), id)?;
+        shared.store().keep(name::client(id), client.socket.clone());
+        clients.insert(id, client);
+    }
     let mut events = vec![EpollEvent::default(); MAX_CLIENTS + 2];
     let mut buffer = Box::new([0; MAX_PACKET]);
     loop {
@@ -57,25 +86,32 @@ pub fn serve(listener: &Listener, shared: &Shared, stop: &OwnedFd) -> io::Result
         };
         for event in &events[..ready] {
             match event.data() {
-                STOP => return Ok(()),
+                STOP => return Ok(End::Stopped),
                 LISTENER => {
                     if let Some(client) = admit(listener, shared, clients.len()) {
-                        watch(client.socket.as_fd().as_raw_fd(), next)?;
-                        clients.insert(next, client);
-                        next += 1;
+                        let id = shared.next_client();
+                        watch(client.socket.as_fd().as_raw_fd(), id)?;
+                        clients.insert(id, client);
                     }
                 }
                 id => {
-                    let stays = clients
-                        .get_mut(&id)
-                        .is_some_and(|client| hear(client, id, shared, &mut buffer));
-                    if !stays && let Some(client) = clients.remove(&id) {
-                        shared.release_all(id);
-                        debug!("{} has left", client.peer);
+                    let Some(client) = clients.get_mut(&id) else {
+                        continue;
+                    };
+                    match hear(client, id, shared, &mut buffer) {
+                        Next::Stays => (),
+                        Next::Leaves => {
+                            info!("{} has left", client.peer);
+                            clients.remove(&id);
+                            shared.release_all(id);
+                            shared.store().forget(&name::client(id));
+                        }
+                        Next::TakesOver => return Ok(End::HandedOver),
                     }
                 }
             }
         }
+        // These have never been kept in the store.
         clients.retain(|_, client| {
             let stays = client.spoke || client.since.elapsed() < SILENCE;
             if !stays {
@@ -123,22 +159,40 @@ fn admit(listener: &Listener, shared: &Shared, clients: usize) -> Option<Client>
         return None;
     }
     Some(Client {
-        socket: PacketSocket::from_connected(socket),
+        socket: Arc::new(PacketSocket::from_connected(socket)),
         peer,
         since: Instant::now(),
         spoke: false,
     })
 }
 
-/// Hears one request of a client and answers it; `false` if the client is to go.
-fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MAX_PACKET]) -> bool {
+/// What becomes of a client that was heard.
+enum Next {
+    Stays,
+    Leaves,
+    TakesOver,
+}
+
+/// Hears one request of a client and answers it.
+fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MAX_PACKET]) -> Next {
     let request = match client.socket.receive(buffer) {
         Ok(Some(bytes)) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
-        Ok(None) | Err(_) => return false,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Next::Stays,
+        Ok(None) | Err(_) => return Next::Leaves,
     };
-    client.spoke = true;
-    let outcome = understand(request).and_then(|ask| answer(&ask, client.peer, id, shared));
+    let ask = understand(request);
+    if ask == Ok(Ask::HandOver) {
+        return match handover::give(&client.socket, client.peer, shared) {
+            Ok(true) => Next::TakesOver,
+            Ok(false) => Next::Stays,
+            Err(_) => Next::Leaves,
+        };
+    }
+    if !std::mem::replace(&mut client.spoke, true) {
+        // From here on it can hold something.
+        shared.store().keep(name::client(id), client.socket.clone());
+    }
+    let outcome = ask.and_then(|ask| answer(&ask, client.peer, id, shared));
     let (answer, descriptors) = outcome.unwrap_or_else(|refusal| {
         info!("{} is refused: {refusal}", client.peer);
         (Answer::Refused(refusal), Vec::new())
@@ -154,17 +208,19 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
             "{} is let go: its answer does not fit into a packet",
             client.peer
         );
-        return false;
+        return Next::Leaves;
     };
     let raw: Vec<RawFd> = descriptors
         .iter()
         .map(|descriptor| descriptor.as_raw_fd())
         .collect();
-    client
-        .socket
-        .send(&bytes, &raw)
-        .inspect_err(|error| info!("{} is let go: {error}", client.peer))
-        .is_ok()
+    match client.socket.send(&bytes, &raw) {
+        Ok(()) => Next::Stays,
+        Err(error) => {
+            info!("{} is let go: {error}", client.peer);
+            Next::Leaves
+        }
+    }
 }
 
 /// Parses a request. The version is looked at first: whoever has another one gets told so, whatever it asks.
@@ -198,7 +254,7 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
             ))
         }
         Ask::Claim { channel, end } => {
-            let end = End::from(end);
+            let end = layout::End::from(end);
             shared.claim(id, peer.pid.unsigned_abs(), channel, end)?;
             let bells = claimed_bells(shared, channel, end).inspect_err(|_| {
                 // Just claimed, so it can be released.
@@ -214,6 +270,8 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
             shared.release(id, channel, end.into())?;
             Ok((Answer::Done, Vec::new()))
         }
+        // The first is heard elsewhere, the second only by a broker that hands over.
+        Ask::HandOver | Ask::Retire => Err(Refusal::Busy),
         Ask::Status => Ok((Answer::Status(shared.status()), Vec::new())),
         Ask::Reset { channel } => {
             let generation = shared.reset(channel)?;
@@ -230,7 +288,7 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
 fn claimed_bells(
     shared: &Shared,
     channel: usize,
-    end: End,
+    end: layout::End,
 ) -> Result<Vec<Box<dyn AsRawFd>>, Refusal> {
     let entry = shared.channel(channel)?;
     let mut copies: Vec<Box<dyn AsRawFd>> = Vec::new();

@@ -53,10 +53,12 @@ impl Policy {
 
     /// Whether a peer may connect.
     pub fn admits(&self, peer: Peer) -> bool {
-        peer.uid == 0
-            || peer.uid == self.own
-            || self.users.contains(&peer.uid)
-            || self.groups.contains(&peer.gid)
+        self.is_owner(peer) || self.users.contains(&peer.uid) || self.groups.contains(&peer.gid)
+    }
+
+    /// Whether a peer may do what only the broker's own user may.
+    pub fn is_owner(&self, peer: Peer) -> bool {
+        peer.uid == 0 || peer.uid == self.own
     }
 
     /// The mode of the sockets: closed to others, unless the operator named some. Then the file lets everyone knock,

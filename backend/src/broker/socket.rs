@@ -2,11 +2,15 @@
 
 //! Listening at a path: private from the first moment, taken from nobody who lives, and gone when the broker is.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -60,6 +64,14 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
+    /// The predecessor's socket is another one.
+    #[error("the running broker's socket is {theirs} and not {path}: give it the same sockets")]
+    Elsewhere {
+        /// The path.
+        path: PathBuf,
+        /// The predecessor's.
+        theirs: PathBuf,
+    },
     /// Something else.
     #[error("cannot listen at socket {path}")]
     Other {
@@ -70,22 +82,46 @@ pub enum SocketError {
     },
 }
 
-/// A listening socket. Its file is removed when it is dropped.
+/// A listening socket. Its file is removed when it is dropped, unless another broker has it too.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
+    shared: AtomicBool,
     lock: PathBuf,
-    _lock: File,
+    lock_file: Arc<File>,
 }
 
 impl Listener {
+    /// Takes over a predecessor's socket and its lock. It must be at that path.
+    pub fn inherit(socket: OwnedFd, lock_file: OwnedFd, path: &Path) -> Result<Self, SocketError> {
+        let path = std::path::absolute(path).map_err(|source| failed(path, source))?;
+        let address = rustix::net::getsockname(&socket);
+        let address = address.map_err(|error| failed(&path, error.into()))?;
+        let theirs = SocketAddrUnix::try_from(address).ok();
+        let theirs = theirs.and_then(|address| {
+            let bytes = address.path_bytes()?.to_owned();
+            std::path::absolute(OsString::from_vec(bytes)).ok()
+        });
+        if theirs.as_ref() != Some(&path) {
+            let theirs = theirs.unwrap_or_default();
+            return Err(SocketError::Elsewhere { path, theirs });
+        }
+        Ok(Listener {
+            socket,
+            lock: lock_path(&path),
+            path,
+            shared: AtomicBool::new(true),
+            lock_file: Arc::new(lock_file.into()),
+        })
+    }
+
     /// Listens for byte streams.
     pub fn stream(path: &Path, policy: &Policy) -> Result<Self, SocketError> {
         Self::listen(path, policy, SocketType::STREAM)
     }
 
-    /// Listens for packets. Accepting and all that follows does not block.
+    /// Listens for packets.
     pub fn packets(path: &Path, policy: &Policy) -> Result<Self, SocketError> {
         Self::listen(path, policy, SocketType::SEQPACKET)
     }
@@ -99,10 +135,7 @@ impl Listener {
         let path = &std::path::absolute(path).map_err(|source| failed(path, source))?;
         let (lock, lock_file) = lock(path)?;
         clear(path, &address, kind)?;
-        let flags = match kind {
-            SocketType::SEQPACKET => SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            _ => SocketFlags::CLOEXEC,
-        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
         let socket = socket.map_err(|error| failed(path, error.into()))?;
         // On the socket itself, before it has a name: so its file never has a wider mode.
@@ -112,8 +145,9 @@ impl Listener {
         let listener = Listener {
             socket,
             path: path.clone(),
+            shared: AtomicBool::new(false),
             lock,
-            _lock: lock_file,
+            lock_file: Arc::new(lock_file),
         };
         let mode = std::fs::Permissions::from_mode(policy.socket_mode());
         std::fs::set_permissions(path, mode).map_err(|source| failed(path, source))?;
@@ -127,6 +161,16 @@ impl Listener {
         &self.path
     }
 
+    /// What says that a broker lives at this path.
+    pub fn lock(&self) -> Arc<File> {
+        Arc::clone(&self.lock_file)
+    }
+
+    /// Says whether another broker has this socket too.
+    pub fn set_shared(&self, shared: bool) {
+        self.shared.store(shared, Ordering::Relaxed);
+    }
+
     /// Removes its file: nobody can connect any more.
     pub fn remove(&self) {
         // Whoever removed them before us did our work.
@@ -134,7 +178,7 @@ impl Listener {
         let _ = std::fs::remove_file(&self.lock);
     }
 
-    /// Accepts a connection.
+    /// Accepts a connection, if one is there.
     pub fn accept(&self, flags: SocketFlags) -> io::Result<OwnedFd> {
         Ok(rustix::net::accept_with(
             &self.socket,
@@ -151,15 +195,15 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        self.remove();
+        if !self.shared.load(Ordering::Relaxed) {
+            self.remove();
+        }
     }
 }
 
 /// Locks `PATH.lock`, which says that a broker lives at this path without anybody knocking there.
 fn lock(path: &Path) -> Result<(PathBuf, File), SocketError> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let lock = PathBuf::from(name);
+    let lock = lock_path(path);
     loop {
         let options = OpenOptions::new()
             .read(true)
@@ -187,6 +231,12 @@ fn lock(path: &Path) -> Result<(PathBuf, File), SocketError> {
             _ => continue,
         }
     }
+}
+
+fn lock_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    PathBuf::from(name)
 }
 
 /// Removes a socket that a dead process left behind.

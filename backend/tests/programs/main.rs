@@ -3,6 +3,8 @@
 mod control;
 mod ivshmem;
 mod live;
+mod replace;
 mod serve;
 mod streams;
 mod support;
+mod vmm;

@@ -40,6 +40,24 @@ pub fn as_nobody(command: &mut Command) -> &mut Command {
     command.uid(NOBODY).gid(NOBODY)
 }
 
+fn serve(folder: &Path, args: &[&str]) -> Command {
+    let path = |name: &str| folder.join(name).into_os_string();
+    let mut command = barlink([
+        "serve".into(),
+        "--ivshmem".into(),
+        path("vm.sock"),
+        "--control".into(),
+        path("control.sock"),
+    ]);
+    let log = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(path("log"))
+        .unwrap();
+    command.args(args).stderr(log);
+    command
+}
+
 /// A `barlink serve` that runs until this is dropped.
 pub struct Broker {
     pub child: Child,
@@ -55,16 +73,7 @@ impl Broker {
 
     /// The same, in a folder that is there.
     pub fn start_in(folder: tempfile::TempDir, args: &[&str]) -> Self {
-        let path = |name: &str| folder.path().join(name).into_os_string();
-        let mut command = barlink([
-            "serve".into(),
-            "--ivshmem".into(),
-            path("vm.sock"),
-            "--control".into(),
-            path("control.sock"),
-        ]);
-        let log = std::fs::File::create(path("log")).unwrap();
-        let child = command.args(args).stderr(log).spawn().unwrap();
+        let child = serve(folder.path(), args).spawn().unwrap();
         let broker = Broker {
             child,
             folder,
@@ -74,6 +83,11 @@ impl Broker {
             Attachment::connect(&broker.control(), Access::ReadOnly).is_ok()
         });
         broker
+    }
+
+    /// `barlink serve` with its sockets and log, and these further arguments.
+    pub fn command(&self, args: &[&str]) -> Command {
+        serve(self.folder.path(), args)
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
