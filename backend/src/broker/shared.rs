@@ -253,31 +253,29 @@ impl Shared {
             channel: entry.name.to_string(),
             holder,
         };
-        // Held while the channel is written, so that no host app claims it in between. A guest can: then it attaches to
-        // a channel that is empty, or finds it corrupt and attaches again.
+        // Held while the channel is written, so that no host app claims it in between.
         let state = self.lock();
         let ends = [End::Producer, End::Consumer];
-        if let Some((_, word)) = ends
+        let held = ends
             .iter()
-            .find_map(|&end| state.ledger.holder(channel, end))
-        {
+            .find_map(|&end| state.ledger.holder(channel, end));
+        if let Some((_, word)) = held {
             return Err(in_use(format!("process {} on the host", word as u32)));
         }
-        for end in [End::Producer, End::Consumer] {
-            let words = PresenceWords::find(&self.layout, channel, end, self.layout.region_size);
-            let presence = words
-                .map(|words| words.read(&self.region))
-                .unwrap_or_default();
-            if let (true, Some(pid)) = (entry.peer(end) != self.layout.host(), presence.process()) {
-                return Err(in_use(format!(
-                    "process {pid} in slot {}'s VM",
-                    entry.peer(end)
-                )));
-            }
-        }
-        let generation = state::reset(&self.region, entry);
-        drop(state);
-        Ok(generation)
+        let mut guest = None;
+        let generation = state::reset(&self.region, entry, || {
+            guest = ends.into_iter().find_map(|end| {
+                let words =
+                    PresenceWords::find(&self.layout, channel, end, self.layout.region_size);
+                let process = words?.read(&self.region).process()?;
+                (entry.peer(end) != self.layout.host()).then_some((process, entry.peer(end)))
+            });
+            guest.is_none()
+        });
+        generation.ok_or_else(|| {
+            let (process, slot) = guest.unwrap_or_default();
+            in_use(format!("process {process} in slot {slot}'s VM"))
+        })
     }
 
     /// Who is there.
