@@ -10,15 +10,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::layout;
-use log::{debug, info, warn};
+use log::{Level, info, warn};
 use rustix::net::SocketFlags;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::limit::{Limit, limited};
 use super::shared::ClientId;
 use super::store::name;
 use super::{Listener, Peer, Shared, handover};
 use crate::control::message::{
-    Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
+    Answer, AnyVersion, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
 use crate::control::packet::PacketSocket;
 use crate::memory;
@@ -27,6 +28,15 @@ use crate::memory;
 const MAX_CLIENTS: usize = 64;
 /// How long a client may stay that has not asked for anything.
 const SILENCE: Duration = Duration::from_secs(10);
+/// How long to wait when the kernel has no descriptor for a connection.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// For those who are not let in.
+static TURNED_AWAY: Limit = Limit::new();
+/// For those who are told no.
+static REFUSED: Limit = Limit::new();
+/// For those who come and go.
+static COMING_AND_GOING: Limit = Limit::new();
 
 // Clients have small numbers.
 const STOP: u64 = u64::MAX;
@@ -90,8 +100,10 @@ pub fn serve(
                 LISTENER => {
                     if let Some(client) = admit(listener, shared, clients.len()) {
                         let id = shared.next_client();
-                        watch(client.socket.as_fd().as_raw_fd(), id)?;
-                        clients.insert(id, client);
+                        match watch(client.socket.as_fd().as_raw_fd(), id) {
+                            Ok(()) => drop(clients.insert(id, client)),
+                            Err(error) => warn!("{} is let go: {error}", client.peer),
+                        }
                     }
                 }
                 id => {
@@ -101,7 +113,7 @@ pub fn serve(
                     match hear(client, id, shared, &mut buffer) {
                         Next::Stays => (),
                         Next::Leaves => {
-                            info!("{} has left", client.peer);
+                            limited!(COMING_AND_GOING, Level::Info, "{} has left", client.peer);
                             clients.remove(&id);
                             shared.release_all(id);
                             shared.store().forget(&name::client(id));
@@ -115,7 +127,9 @@ pub fn serve(
         clients.retain(|_, client| {
             let stays = client.spoke || client.since.elapsed() < SILENCE;
             if !stays {
-                warn!(
+                limited!(
+                    TURNED_AWAY,
+                    Level::Warn,
                     "{} is let go: it said nothing for {} seconds",
                     client.peer,
                     SILENCE.as_secs()
@@ -142,20 +156,37 @@ fn patience(clients: &HashMap<ClientId, Client>) -> i32 {
 fn admit(listener: &Listener, shared: &Shared, clients: usize) -> Option<Client> {
     let socket = match listener.accept(SocketFlags::NONBLOCK) {
         Ok(socket) => socket,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
         Err(error) => {
-            debug!("cannot accept a host app: {error}");
+            limited!(
+                TURNED_AWAY,
+                Level::Warn,
+                "cannot accept a host app: {error} (ulimit -n)"
+            );
+            // It still waits, and would wake us at once.
+            std::thread::sleep(PAUSE);
             return None;
         }
     };
     let peer = Peer::of(&socket)
-        .inspect_err(|error| warn!("a host app is refused: {error}"))
+        .inspect_err(|error| {
+            limited!(TURNED_AWAY, Level::Warn, "a host app is refused: {error}");
+        })
         .ok()?;
     if !shared.policy().admits(peer) {
-        warn!("{peer} is refused: not the broker's user, nor allowed (--allow-user)");
+        limited!(
+            TURNED_AWAY,
+            Level::Warn,
+            "{peer} is refused: not the broker's user, nor allowed (--allow-user)"
+        );
         return None;
     }
     if clients >= MAX_CLIENTS {
-        warn!("{peer} is refused: {MAX_CLIENTS} host apps are here");
+        limited!(
+            TURNED_AWAY,
+            Level::Warn,
+            "{peer} is refused: {MAX_CLIENTS} host apps are here"
+        );
         return None;
     }
     Some(Client {
@@ -188,13 +219,18 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
             Err(_) => Next::Leaves,
         };
     }
-    if !std::mem::replace(&mut client.spoke, true) {
+    if ask.is_ok() && !std::mem::replace(&mut client.spoke, true) {
         // From here on it can hold something.
         shared.store().keep(name::client(id), client.socket.clone());
     }
     let outcome = ask.and_then(|ask| answer(&ask, client.peer, id, shared));
     let (answer, descriptors) = outcome.unwrap_or_else(|refusal| {
-        info!("{} is refused: {refusal}", client.peer);
+        limited!(
+            REFUSED,
+            Level::Info,
+            "{} is refused: {refusal}",
+            client.peer
+        );
         (Answer::Refused(refusal), Vec::new())
     });
     let fits = |bytes: &Vec<u8>| bytes.len() <= MAX_PACKET;
@@ -217,7 +253,12 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
     match client.socket.send(&bytes, &raw) {
         Ok(()) => Next::Stays,
         Err(error) => {
-            info!("{} is let go: {error}", client.peer);
+            limited!(
+                COMING_AND_GOING,
+                Level::Info,
+                "{} is let go: {error}",
+                client.peer
+            );
             Next::Leaves
         }
     }
@@ -225,10 +266,6 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
 
 /// Parses a request. The version is looked at first: whoever has another one gets told so, whatever it asks.
 fn understand(bytes: &[u8]) -> Result<Ask, Refusal> {
-    #[derive(serde::Deserialize)]
-    struct AnyVersion {
-        version: u32,
-    }
     let malformed = |error: serde_json::Error| Refusal::Malformed(error.to_string());
     let AnyVersion { version } = serde_json::from_slice(bytes).map_err(malformed)?;
     if version != VERSION {
@@ -247,7 +284,7 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
     match *ask {
         Ask::Attach { access } => {
             let memory = memory::descriptor(shared.memory(), access).map_err(failed)?;
-            info!("{peer} attaches");
+            limited!(COMING_AND_GOING, Level::Info, "{peer} attaches");
             Ok((
                 Answer::Region(RegionInfo::from(shared.layout())),
                 vec![Box::new(memory)],
@@ -260,7 +297,9 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
                 // Just claimed, so it can be released.
                 let _ = shared.release(id, channel, end);
             })?;
-            info!(
+            limited!(
+                COMING_AND_GOING,
+                Level::Info,
                 "{peer} holds the {end} of `{}`",
                 shared.channel(channel)?.name
             );

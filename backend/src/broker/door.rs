@@ -5,14 +5,16 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use log::{error, info, warn};
+use log::{Level, error, info, warn};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 
+use super::limit::{Limit, limited};
 use super::shared::Slot;
 use super::store::name;
 use super::{Listener, Peer, Shared};
@@ -20,6 +22,11 @@ use crate::transport::{Departure, Transport, TransportError};
 
 /// How long to wait when the kernel has no descriptor for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// For those who are not let in.
+static REFUSED: Limit = Limit::new();
+/// For those who come and go.
+static COMING_AND_GOING: Limit = Limit::new();
 
 /// A slot's door.
 pub struct Door {
@@ -59,29 +66,29 @@ impl Door {
             Err(error) => return Err(error),
         };
         let (id, transport) = (self.id, &self.transport);
+        let refused = |who: &dyn std::fmt::Display, why: &dyn std::fmt::Display| {
+            limited!(REFUSED, Level::Warn, "slot {id}: {who} is refused: {why}");
+            transport.refuse(&vm);
+            Ok(())
+        };
         let peer = match Peer::of(&vm) {
             Ok(peer) if self.shared.policy().admits(peer) => peer,
             Ok(peer) => {
-                warn!(
-                    "slot {id}: {peer} is refused: not the broker's user, nor allowed (--allow-user)"
-                );
-                transport.refuse(&vm);
-                return Ok(());
+                return refused(&peer, &"not the broker's user, nor allowed (--allow-user)");
             }
-            Err(error) => {
-                warn!("slot {id}: a VM is refused: {error}");
-                transport.refuse(&vm);
-                return Ok(());
-            }
+            Err(error) => return refused(&"a VM", &error),
         };
         let Some(slot) = self.shared.occupy(id, peer) else {
-            warn!("slot {id}: {peer} is refused: the slot is taken");
-            transport.refuse(&vm);
-            return Ok(());
+            return refused(&peer, &"the slot is taken");
         };
-        info!("slot {id}: {peer} is here");
-        if guarded(id, peer, || transport.greet(&vm, &slot)).is_some() {
-            self.attend(Arc::new(vm), peer, slot);
+        let attendant = match self.attendant(peer) {
+            Ok(attendant) => attendant,
+            Err(error) => return refused(&peer, &error),
+        };
+        limited!(COMING_AND_GOING, Level::Info, "slot {id}: {peer} is here");
+        match guarded(id, peer, || transport.greet(&vm, &slot)) {
+            Some(()) => self.hand_to(&attendant, vm, slot),
+            None => transport.abort(&vm),
         }
         Ok(())
     }
@@ -94,33 +101,61 @@ impl Door {
         let has_left = rustix::event::poll(&mut hung_up, Some(&now)) != Ok(0);
         match Peer::of(&vm) {
             Ok(peer) if !has_left => {
-                if let Some(slot) = self.shared.reoccupy(id, peer) {
+                let attendant = self.attendant(peer).inspect_err(|error| {
+                    error!("slot {id}: no thread for {peer}, who is let go: {error}");
+                });
+                if let Ok(attendant) = attendant
+                    && let Some(slot) = self.shared.reoccupy(id, peer)
+                {
                     info!("slot {id}: {peer} is still here");
-                    self.attend(Arc::new(vm), peer, slot);
+                    self.hand_to(&attendant, vm, slot);
                 }
             }
             _ => info!("slot {id}: its VM has left meanwhile"),
         }
     }
 
-    /// Serves a VM that was greeted, on a thread of its own.
-    fn attend(&self, vm: Arc<UnixStream>, peer: Peer, slot: Slot) {
+    /// A thread that will serve a VM. It is there before the VM is told anything, since without it the VM is refused.
+    fn attendant(&self, peer: Peer) -> io::Result<Sender<(Arc<UnixStream>, Slot)>> {
         let id = self.id;
-        self.shared.store().keep(name::vm(id), vm.clone());
         let transport = Arc::clone(&self.transport);
+        let (attendant, greeted) = channel::<(Arc<UnixStream>, Slot)>();
         let session = move || {
-            if let Some(departure) = guarded(id, peer, || transport.serve(&vm, &slot)) {
-                match departure {
-                    Departure::Left => info!("slot {id}: {peer} has left"),
-                    Departure::Misbehaved(how) => warn!("slot {id}: {peer} is let go: {how}"),
+            let Ok((vm, slot)) = greeted.recv() else {
+                return;
+            };
+            match guarded(id, peer, || transport.serve(&vm, &slot)) {
+                Some(Departure::Left) => gone(id, peer),
+                Some(Departure::Misbehaved(how)) => {
+                    limited!(
+                        COMING_AND_GOING,
+                        Level::Warn,
+                        "slot {id}: {peer} is let go: {how}"
+                    );
                 }
+                None => (),
             }
         };
         let thread = thread::Builder::new().name(format!("slot {id}"));
-        if let Err(error) = thread.spawn(session) {
-            error!("slot {id}: no thread for a VM: {error}");
-        }
+        thread.spawn(session)?;
+        Ok(attendant)
     }
+
+    fn hand_to(
+        &self,
+        attendant: &Sender<(Arc<UnixStream>, Slot)>,
+        vm: impl Into<Arc<UnixStream>>,
+        slot: Slot,
+    ) {
+        let vm = vm.into();
+        self.shared.store().keep(name::vm(self.id), vm.clone());
+        // It waits for this alone, so it takes it.
+        let _ = attendant.send((vm, slot));
+    }
+}
+
+fn gone(id: u32, peer: Peer) {
+    limited!(COMING_AND_GOING, Level::Info, "slot {id}: {peer} has left");
 }
 
 /// Does something for a VM, and says what went wrong with it. It may panic: that ends this VM's session, and the broker
@@ -133,12 +168,16 @@ fn guarded<T>(
     match catch_unwind(AssertUnwindSafe(session)) {
         Ok(Ok(done)) => Some(done),
         Ok(Err(TransportError::Gone)) => {
-            info!("slot {id}: {peer} has left");
+            gone(id, peer);
             None
         }
         Ok(Err(problem)) => {
             let problem = anyhow::Error::from(problem);
-            warn!("slot {id}: {peer} is let go: {problem:#}");
+            limited!(
+                COMING_AND_GOING,
+                Level::Warn,
+                "slot {id}: {peer} is let go: {problem:#}"
+            );
             None
         }
         Err(_) => {

@@ -12,6 +12,7 @@ mod control;
 mod door;
 pub mod handover;
 mod ledger;
+mod limit;
 mod parts;
 mod plan;
 mod policy;
@@ -23,7 +24,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use plan::{ChannelPlan, Direction, Party, PlanError, parse_size, plan};
+pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
 pub use policy::{Peer, Policy};
 pub use shared::{Shared, Slot};
 pub use socket::{Listener, SocketError};

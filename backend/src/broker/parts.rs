@@ -13,7 +13,7 @@ use barlink_protocol::wire::layout::Layout;
 
 use super::ledger::Ledger;
 use super::shared::ClientId;
-use super::socket::Listener;
+use super::socket::{Listener, SocketError};
 use super::store::{DescriptorStore, Inheritance, name};
 use super::{BrokerError, Policy};
 use crate::bell::Bell;
@@ -51,6 +51,20 @@ pub struct Sockets<'a> {
     pub doors: &'a [PathBuf],
 }
 
+impl Sockets<'_> {
+    /// Whether each has a path of its own.
+    fn check(&self) -> Result<(), SocketError> {
+        let mut seen = vec![self.control];
+        for path in self.doors {
+            if seen.contains(&path.as_path()) {
+                return Err(SocketError::Twice { path: path.clone() });
+            }
+            seen.push(path);
+        }
+        Ok(())
+    }
+}
+
 impl Parts {
     /// Makes all anew, and writes the superblock.
     pub fn create(
@@ -58,6 +72,7 @@ impl Parts {
         sockets: &Sockets<'_>,
         policy: &Policy,
     ) -> Result<Self, BrokerError> {
+        sockets.check()?;
         let control = Listener::packets(sockets.control, policy)?;
         let doors = sockets.doors.iter();
         let doors: Vec<_> = doors

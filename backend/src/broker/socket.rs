@@ -64,6 +64,14 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
+    /// One path for two sockets.
+    #[error(
+        "socket {path} is named twice: each VM, and the control socket, needs a path of its own"
+    )]
+    Twice {
+        /// The path.
+        path: PathBuf,
+    },
     /// The predecessor's socket is another one.
     #[error("the running broker's socket is {theirs} and not {path}: give it the same sockets")]
     Elsewhere {
@@ -87,9 +95,17 @@ pub enum SocketError {
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
+    lock: Lock,
     shared: AtomicBool,
-    lock: PathBuf,
-    lock_file: Arc<File>,
+}
+
+/// The file `PATH.lock`, which says, while it is locked, that a broker lives at this path, without anybody knocking
+/// there. It is removed when this is dropped, unless the lock is kept.
+#[derive(Debug)]
+struct Lock {
+    path: PathBuf,
+    file: Arc<File>,
+    kept: bool,
 }
 
 impl Listener {
@@ -109,10 +125,13 @@ impl Listener {
         }
         Ok(Listener {
             socket,
-            lock: lock_path(&path),
+            lock: Lock {
+                path: lock_path(&path),
+                file: Arc::new(lock_file.into()),
+                kept: true,
+            },
             path,
             shared: AtomicBool::new(true),
-            lock_file: Arc::new(lock_file.into()),
         })
     }
 
@@ -133,7 +152,14 @@ impl Listener {
         })?;
         // Absolute, since it is told to QEMU, which may be started elsewhere.
         let path = &std::path::absolute(path).map_err(|source| failed(path, source))?;
-        let (lock, lock_file) = lock(path)?;
+        let length = path.as_os_str().len();
+        if length > MAX_PATH {
+            let path = path.clone();
+            return Err(SocketError::TooLong { path, length });
+        }
+        // Looked at first, so that nothing is made beside somebody's file.
+        is_taken_by_a_socket(path)?;
+        let lock = Lock::take(path)?;
         clear(path, &address, kind)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
@@ -146,8 +172,7 @@ impl Listener {
             socket,
             path: path.clone(),
             shared: AtomicBool::new(false),
-            lock,
-            lock_file: Arc::new(lock_file),
+            lock: lock.keep(),
         };
         let mode = std::fs::Permissions::from_mode(policy.socket_mode());
         std::fs::set_permissions(path, mode).map_err(|source| failed(path, source))?;
@@ -163,7 +188,7 @@ impl Listener {
 
     /// What says that a broker lives at this path.
     pub fn lock(&self) -> Arc<File> {
-        Arc::clone(&self.lock_file)
+        Arc::clone(&self.lock.file)
     }
 
     /// Says whether another broker has this socket too.
@@ -175,7 +200,7 @@ impl Listener {
     pub fn remove(&self) {
         // Whoever removed them before us did our work.
         let _ = std::fs::remove_file(&self.path);
-        let _ = std::fs::remove_file(&self.lock);
+        let _ = std::fs::remove_file(&self.lock.path);
     }
 
     /// Accepts a connection, if one is there.
@@ -201,34 +226,53 @@ impl Drop for Listener {
     }
 }
 
-/// Locks `PATH.lock`, which says that a broker lives at this path without anybody knocking there.
-fn lock(path: &Path) -> Result<(PathBuf, File), SocketError> {
-    let lock = lock_path(path);
-    loop {
-        let options = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .to_owned();
-        let file = options.open(&lock).map_err(|source| failed(path, source))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => (),
-            Err(Errno::WOULDBLOCK) => {
-                return Err(SocketError::InUse {
-                    path: path.to_owned(),
-                });
+impl Lock {
+    fn take(path: &Path) -> Result<Self, SocketError> {
+        let lock = lock_path(path);
+        loop {
+            let mut options = OpenOptions::new();
+            options
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600);
+            let file = options.open(&lock).map_err(|source| failed(path, source))?;
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => (),
+                Err(Errno::WOULDBLOCK) => {
+                    return Err(SocketError::InUse {
+                        path: path.to_owned(),
+                    });
+                }
+                Err(error) => return Err(failed(path, error.into())),
             }
-            Err(error) => return Err(failed(path, error.into())),
+            // Its last owner removes it while it holds the lock, so ours may be a file that has no name any more.
+            let ours = file.metadata().map_err(|source| failed(path, source))?;
+            match std::fs::metadata(&lock) {
+                Ok(named) if named.ino() == ours.ino() && named.dev() == ours.dev() => {
+                    return Ok(Lock {
+                        path: lock,
+                        file: Arc::new(file),
+                        kept: false,
+                    });
+                }
+                _ => continue,
+            }
         }
-        // Its last owner removes it while it holds the lock, so ours may be a file that has no name any more.
-        let ours = file.metadata().map_err(|source| failed(path, source))?;
-        match std::fs::metadata(&lock) {
-            Ok(named) if named.ino() == ours.ino() && named.dev() == ours.dev() => {
-                return Ok((lock, file));
-            }
-            _ => continue,
+    }
+
+    /// Its file stays until whoever has the lock removes it.
+    fn keep(mut self) -> Self {
+        self.kept = true;
+        self
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _ = std::fs::remove_file(&self.path);
         }
     }
 }
@@ -239,17 +283,22 @@ fn lock_path(path: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// Whether there is a socket with that name; anything else is an error.
+fn is_taken_by_a_socket(path: &Path) -> Result<bool, SocketError> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(failed(path, source)),
+        Ok(metadata) if metadata.file_type().is_socket() => Ok(true),
+        Ok(_) => Err(SocketError::NotASocket {
+            path: path.to_owned(),
+        }),
+    }
+}
+
 /// Removes a socket that a dead process left behind.
 fn clear(path: &Path, address: &SocketAddrUnix, kind: SocketType) -> Result<(), SocketError> {
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(failed(path, source)),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(SocketError::NotASocket {
-                path: path.to_owned(),
-            });
-        }
-        Ok(_) => (),
+    if !is_taken_by_a_socket(path)? {
+        return Ok(());
     }
     // Another program's socket has no lock of ours: see whether somebody listens.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

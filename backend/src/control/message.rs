@@ -15,6 +15,13 @@ pub const VERSION: u32 = 1;
 /// Largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
 
+/// What a message of any version has.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct AnyVersion {
+    /// Its version.
+    pub version: u32,
+}
+
 /// A request, with the version of whoever asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
@@ -105,7 +112,8 @@ pub enum Answer {
 pub enum Refusal {
     /// The request's version is not the broker's.
     #[error(
-        "the broker speaks version {broker} of the control protocol, this program version {VERSION}"
+        "the broker speaks version {broker} of the control protocol, this program version {VERSION}: use the programs \
+         of one release"
     )]
     Version {
         /// The broker's.

@@ -23,10 +23,14 @@ const VERSION: i64 = 0;
 /// A version that QEMU does not know: it then exits with an error. If the socket were closed before the third
 /// message, it would spin for ever instead (`ivshmem_recv_msg`).
 const REFUSAL: i64 = 1;
+/// A number that QEMU takes at no point after the version: while it starts it exits with an error, later it complains
+/// and goes on (`process_msg`).
+const ABORT: i64 = -2;
 /// Announces the region's memory.
 const MEMORY: i64 = -1;
-/// How long QEMU may leave the eventfds unread. It reads the first three messages at once, which always fit.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long QEMU may leave the eventfds unread. It reads the first three messages at once, and the others in its main
+/// loop, once all its devices are there; 278 fit into the socket meanwhile.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The transport of `barlink serve --ivshmem`.
 #[derive(Debug)]
@@ -71,6 +75,10 @@ impl Transport for Ivshmem {
     fn refuse(&self, vm: &UnixStream) {
         // It may be gone already; then there is nothing to do.
         let _ = send(vm, "the refusal", REFUSAL, None);
+    }
+
+    fn abort(&self, vm: &UnixStream) {
+        let _ = send(vm, "the refusal", ABORT, None);
     }
 }
 

@@ -189,7 +189,11 @@ fn impostor(path: &Path, answer: Option<&'static [u8]>) -> OwnedFd {
 #[test]
 fn what_answers_as_no_broker_does_is_not_taken_for_one() {
     let region = br#"{"version":1,"answer":{"region":{"size":4096,"slots":1,"vectors":1,"raw_offset":0,"raw_size":0,"channels":[]}}}"#;
-    let cases: [(&[u8], &str); 5] = [
+    let cases: [(&[u8], &str); 6] = [
+        (
+            br#"{"version":2,"answer":{"something":"new"}}"#,
+            "the broker speaks version 2 of the control protocol, this program version 1: use",
+        ),
         (b"hello", "is not the control socket of a broker"),
         (
             br#"{"version":1,"answer":"done"}"#,

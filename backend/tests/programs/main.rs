@@ -2,6 +2,7 @@
 
 mod control;
 mod ivshmem;
+mod limits;
 mod live;
 mod replace;
 mod serve;

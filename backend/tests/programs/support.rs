@@ -49,13 +49,15 @@ fn serve(folder: &Path, args: &[&str]) -> Command {
         "--control".into(),
         path("control.sock"),
     ]);
-    let log = std::fs::File::options()
-        .create(true)
-        .append(true)
-        .open(path("log"))
-        .unwrap();
-    command.args(args).stderr(log);
+    command.args(args);
     command
+}
+
+/// The file that brokers in a folder log to.
+fn log(folder: &Path) -> std::fs::File {
+    let mut options = std::fs::File::options();
+    let file = options.create(true).append(true).open(folder.join("log"));
+    file.unwrap()
 }
 
 /// A `barlink serve` that runs until this is dropped.
@@ -73,7 +75,18 @@ impl Broker {
 
     /// The same, in a folder that is there.
     pub fn start_in(folder: tempfile::TempDir, args: &[&str]) -> Self {
-        let child = serve(folder.path(), args).spawn().unwrap();
+        Self::start_by(folder, args, |command| command)
+    }
+
+    /// The same, in a way of one's own.
+    pub fn start_by(
+        folder: tempfile::TempDir,
+        args: &[&str],
+        way: impl FnOnce(&mut Command) -> &mut Command,
+    ) -> Self {
+        let mut command = serve(folder.path(), args);
+        let child = way(&mut command).stderr(log(folder.path())).spawn();
+        let child = child.unwrap();
         let broker = Broker {
             child,
             folder,
@@ -87,7 +100,9 @@ impl Broker {
 
     /// `barlink serve` with its sockets and log, and these further arguments.
     pub fn command(&self, args: &[&str]) -> Command {
-        serve(self.folder.path(), args)
+        let mut command = serve(self.folder.path(), args);
+        command.stderr(log(self.folder.path()));
+        command
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
