@@ -67,7 +67,10 @@ impl Broker {
         all.extend(arguments.iter().map(OsString::from));
         all.extend(["--control".into(), path("control.sock")]);
         for slot in 0..slots {
-            all.extend(["--ivshmem".into(), path(&format!("vm{slot}.sock"))]);
+            all.extend([
+                "--ivshmem".into(),
+                socket(folder.path(), slot).into_os_string(),
+            ]);
         }
         let manager = manager(folder.path())?;
         let program = artifacts.barlink.clone();
@@ -138,6 +141,11 @@ impl Broker {
         self.folder.path()
     }
 
+    /// The socket for the VM of a slot.
+    pub fn socket(&self, slot: usize) -> PathBuf {
+        socket(self.folder(), slot)
+    }
+
     /// What it has logged.
     pub fn log(&self) -> Result<String> {
         Ok(std::fs::read_to_string(self.folder().join(LOG))?)
@@ -179,14 +187,18 @@ impl Broker {
 
     /// QEMU's arguments for one slot.
     pub fn arguments(&self, slot: usize) -> Result<Vec<String>> {
-        let (number, id) = (slot.to_string(), format!("barlink{slot}"));
-        let chassis = (64 + slot).to_string();
+        self.arguments_with(slot, &format!("barlink{slot}"), 64 + slot)
+    }
+
+    /// QEMU's arguments for one slot, with an ID and a chassis number that no other device of the VM has.
+    pub fn arguments_with(&self, slot: usize, id: &str, chassis: usize) -> Result<Vec<String>> {
+        let (slot, chassis) = (slot.to_string(), chassis.to_string());
         let printed = self.run([
             "qemu-args",
             "--slot",
-            &number,
+            &slot,
             "--id",
-            &id,
+            id,
             "--chassis",
             &chassis,
         ])?;
@@ -232,6 +244,10 @@ impl Drop for Broker {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn socket(folder: &Path, slot: usize) -> PathBuf {
+    folder.join(format!("vm{slot}.sock"))
 }
 
 /// Runs a command to its end: its standard output, or an error that holds what it wrote to standard error.

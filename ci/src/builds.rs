@@ -52,7 +52,11 @@ impl Artifacts {
         let target = target_folder()?;
         let host = cargo_build(&["--package=barlink"], Linkage::Default)?;
         let guest = cargo_build(
-            &["--package=barlink-guest", "--package=barlink-agent"],
+            &[
+                "--package=barlink-guest",
+                "--package=barlink-agent",
+                "--package=barlink-driver-checks",
+            ],
             Linkage::Static,
         )?;
         let driver = driver(&tools, &target)?;
@@ -65,6 +69,10 @@ impl Artifacts {
                 ("bin/busybox", &tools.busybox),
                 ("bin/barlink-agent", program(&guest, "barlink-agent")?),
                 ("bin/barlink-guest", program(&guest, "barlink-guest")?),
+                (
+                    "bin/barlink-driver-checks",
+                    program(&guest, "barlink-driver-checks")?,
+                ),
                 ("lib/barlink.ko", &driver),
             ],
         )?;

@@ -404,16 +404,8 @@ fn one_vm_with_two_devices_keeps_them_apart() -> Result<()> {
         Broker::start(Artifacts::shared()?, &[])?,
     ];
     let mut config = brokers[0].vm()?;
-    let printed = finish(
-        brokers[1]
-            .app(["qemu-args", "--id", "second", "--chassis", "99"])
-            .stderr(Stdio::piped()),
-    )?;
-    config.arguments.extend(
-        String::from_utf8(printed)?
-            .split_whitespace()
-            .map(str::to_owned),
-    );
+    let second = brokers[1].arguments_with(0, "second", 99)?;
+    config.arguments.extend(second);
     config.paths.push(brokers[1].folder().to_owned());
     let vm = Vm::boot(&config)?;
     load(&vm)?;

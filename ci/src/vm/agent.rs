@@ -259,6 +259,26 @@ impl Process {
         found.with_context(|| format!("in the guest, `{}` did not print {text:?}", self.name))
     }
 
+    /// Takes the next line off its standard output, without the line break; `None` once it has ended and there is none.
+    pub fn next_line(&self, timeout: Duration) -> Result<Option<String>> {
+        let length = |state: &State| {
+            let progress = state.processes.get(&self.id)?;
+            let length = progress.stdout.iter().position(|&byte| byte == b'\n');
+            (length.is_some() || progress.end.is_some()).then_some(length)
+        };
+        let length = self.link.wait(length, timeout);
+        let Some(length) = length.with_context(|| format!("in the guest, `{}`", self.name))? else {
+            return Ok(None);
+        };
+        let mut state = self.link.state();
+        let progress = state.processes.get_mut(&self.id);
+        let stdout = &mut progress.context("nothing is known of it")?.stdout;
+        let line = stdout.drain(..=length).take(length).collect();
+        Ok(Some(
+            String::from_utf8(line).context("its output is no text")?,
+        ))
+    }
+
     /// What it has written to standard output so far.
     pub fn stdout(&self) -> Vec<u8> {
         self.read(|progress| progress.stdout.clone())

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Who can claim which end of which channel, and for how long.
+
+use anyhow::Result;
+use barlink_protocol::wire::uapi::Claim;
+use rustix::io::Errno;
+use rustix::process::Signal;
+
+use crate::ask::Region;
+use crate::binding::{eventually, open};
+use crate::device::{DOWN, SIDE, UP, UP1, fails};
+use crate::host;
+use crate::process::child;
+
+pub(super) fn claims_are_exclusive_and_end_with_their_file() -> Result<()> {
+    let first = open(Region::Main)?;
+    let second = open(Region::Main)?;
+    first.claim(UP)?;
+    // Again is no second claim.
+    first.claim(UP)?;
+    fails(second.claim(UP), Errno::BUSY);
+    second.claim(DOWN)?;
+    fails(first.claim(DOWN), Errno::BUSY);
+    drop(first);
+    second.claim(UP)?;
+    // It is the open file's, whoever has that: a child's copy keeps it.
+    let keeper = child(|parent| {
+        parent.tell_ready()?;
+        parent.wait()
+    })?;
+    keeper.wait_ready()?;
+    drop(second);
+    fails(open(Region::Main)?.claim(UP), Errno::BUSY);
+    keeper.go_on()?;
+    keeper.succeeds()?;
+    let third = open(Region::Main)?;
+    third.claim(UP)?;
+    Ok(third.claim(DOWN)?)
+}
+
+pub(super) fn foreign_and_unknown_ends_are_refused() -> Result<()> {
+    let device = open(Region::Main)?;
+    let other_end = |claim: Claim| Claim {
+        end: 1 - claim.end,
+        ..claim
+    };
+    for end in [UP, DOWN] {
+        fails(device.claim(other_end(end)), Errno::ACCESS);
+    }
+    // The region has two channels, and a channel has two ends.
+    for (channel, end) in [
+        (2, 0),
+        (31, 0),
+        (32, 0),
+        (u32::MAX, 0),
+        (0, 2),
+        (0, u32::MAX),
+    ] {
+        fails(device.claim(Claim { channel, end }), Errno::INVAL);
+    }
+    // On a bus, another VM's ends are foreign, too.
+    let bus = open(Region::Bus)?;
+    for end in [UP, DOWN, other_end(SIDE), other_end(UP1)] {
+        fails(bus.claim(end), Errno::ACCESS);
+    }
+    bus.claim(SIDE)?;
+    Ok(bus.claim(UP1)?)
+}
+
+pub(super) fn claim_ends_when_its_process_is_killed() -> Result<()> {
+    let host_peer = Region::Main.host();
+    let process = child(|parent| {
+        let device = open(Region::Main)?;
+        device.claim(UP)?;
+        device.claim(DOWN)?;
+        parent.tell_ready()?;
+        parent.wait()
+    })?;
+    process.wait_ready()?;
+    for end in [UP, DOWN] {
+        let (number, holder) = host::holder(Region::Main, end)?;
+        assert_eq!(holder, process.id());
+        assert_ne!(number, 0);
+    }
+    fails(open(Region::Main)?.claim(UP), Errno::BUSY);
+    host::rings(Region::Main, host_peer, 0)?;
+    process.kill(Signal::KILL)?;
+    process.wait()?;
+    eventually("both ends are free", || {
+        Ok(
+            host::holder(Region::Main, UP)? == (0, 0)
+                && host::holder(Region::Main, DOWN)? == (0, 0),
+        )
+    })?;
+    let mut told = 0;
+    eventually("the host is rung for each", || {
+        told += host::rings(Region::Main, host_peer, 0)?;
+        Ok(told >= 2)
+    })?;
+    assert_eq!(told, 2);
+    Ok(open(Region::Main)?.claim(UP)?)
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Which devices the driver takes, what it calls them, and what it says of them.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use barlink_protocol::wire::uapi::{CLAIM, DOORBELL, INFO, UAPI_VERSION};
+use rustix::fs::{SealFlags, SeekFrom};
+use rustix::io::Errno;
+
+use crate::ask::{RAW, Region};
+use crate::binding::{attribute, bind, bound, node, open, unbind};
+use crate::device::{Device, UP, UP1, fails};
+use crate::{host, module};
+
+pub(super) fn nodes_are_numbered_and_private_to_root() -> Result<()> {
+    module::unload()?;
+    module::load()?;
+    let devices = bound()?;
+    let pci: Vec<_> = devices.iter().map(|device| device.pci.as_str()).collect();
+    assert_eq!(pci, Region::TAKEN.map(|region| region.facts().pci));
+    for (number, device) in devices.iter().enumerate() {
+        assert_eq!(device.node, Path::new(&format!("/dev/barlink{number}")));
+        let metadata = fs::metadata(&device.node)?;
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+        assert_eq!((metadata.uid(), metadata.gid()), (0, 0));
+    }
+    Ok(())
+}
+
+pub(super) fn foreign_memory_is_declined() -> Result<()> {
+    let told = || -> Result<usize> {
+        let line = |line: &&str| {
+            line.contains(Region::Foreign.facts().pci)
+                && line.contains("declined: no barlink region")
+        };
+        Ok(module::log()?.lines().filter(line).count())
+    };
+    let before = told()?;
+    module::unload()?;
+    module::load()?;
+    assert_eq!(told()?, before + 1);
+    assert!(attribute(Region::Foreign, "vendor").exists());
+    assert!(!attribute(Region::Foreign, "driver").exists());
+    Ok(())
+}
+
+pub(super) fn info_describes_each_device() -> Result<()> {
+    for (region, address) in Region::TAKEN.into_iter().zip([0x0100, 0x0200, 0x0300]) {
+        let info = open(region)?.info()?;
+        let facts = region.facts();
+        assert_eq!(
+            (info.version, info.id, info.vectors),
+            (UAPI_VERSION, facts.slot, facts.vectors)
+        );
+        assert_eq!(info.pci_address, address);
+        assert_eq!(
+            (info.region_size, info.mappable_size),
+            (facts.size, region.mappable())
+        );
+        let resources = fs::read_to_string(attribute(region, "resource"))?;
+        let start = resources.lines().nth(2).and_then(|bar| bar.get(2..18));
+        let start = u64::from_str_radix(start.context("no BAR 2")?, 16)?;
+        assert_eq!(info.region_address, start);
+        assert!(start >= 4 << 30, "BAR 2 is below 4 GiB");
+        assert_eq!((info.epoch % 2, info.epoch), (1, host::epoch(region)?));
+        assert_eq!((info.granted, info.reserved), (0, 0));
+    }
+    Ok(())
+}
+
+pub(super) fn devices_are_independent() -> Result<()> {
+    let (main, bus) = (open(Region::Main)?, open(Region::Bus)?);
+    let (in_main, in_bus) = (main.map(RAW, 4096)?, bus.map(RAW, 4096)?);
+    in_main.write(0, 1);
+    in_bus.write(0, 2);
+    assert_eq!(host::word(Region::Main, RAW)?, 1);
+    assert_eq!(host::word(Region::Bus, RAW)?, 2);
+    host::ring(Region::Main, 1)?;
+    assert!(main.becomes_readable()?);
+    assert!(bus.stays_silent()?);
+    main.claim(UP)?;
+    bus.claim(UP1)?;
+    unbind(Region::Main)?;
+    fails(main.info(), Errno::NODEV);
+    bus.info()?;
+    in_bus.write(0, 3);
+    assert_eq!(host::word(Region::Bus, RAW)?, 3);
+    bus.ring(Region::Bus.host(), 0)?;
+    bind(Region::Main)
+}
+
+pub(super) fn unknown_calls_are_refused() -> Result<()> {
+    let device = open(Region::Main)?;
+    // No number at all; the next one; another type's; another direction's; a terminal's (TCGETS).
+    for number in [0, INFO + 5, INFO + 0x100, CLAIM & !1, 0x5401] {
+        fails(device.ioctl_on_null(number), Errno::NOTTY);
+    }
+    for number in [INFO, CLAIM, DOORBELL] {
+        fails(device.ioctl_on_null(number), Errno::FAULT);
+    }
+    fails(rustix::io::write(&device, &[0; 32]), Errno::INVAL);
+    fails(rustix::io::pread(&device, &mut [0; 32], 0), Errno::SPIPE);
+    fails(rustix::fs::seek(&device, SeekFrom::Start(0)), Errno::SPIPE);
+    // A file with an address space that others have, too, looks much like a memfd.
+    fails(rustix::fs::fcntl_get_seals(&device), Errno::INVAL);
+    fails(
+        rustix::fs::fcntl_add_seals(&device, SealFlags::SEAL),
+        Errno::INVAL,
+    );
+    Ok(())
+}
+
+pub(super) fn smallest_free_number_is_taken() -> Result<()> {
+    let rebind = |order: [Region; 2]| -> Result<()> {
+        unbind(Region::Main)?;
+        unbind(Region::Bus)?;
+        for (number, region) in order.into_iter().enumerate() {
+            bind(region)?;
+            let name = format!("/dev/barlink{number}");
+            assert_eq!(node(region)?, Path::new(&name));
+            Device::open(Path::new(&name))?;
+        }
+        Ok(())
+    };
+    rebind([Region::Bus, Region::Main])?;
+    rebind([Region::Main, Region::Bus])
+}

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Vectors, from the guest to the host and from the host to the guest.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use barlink_protocol::wire::layout::MAX_VECTORS;
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+
+use crate::ask::Region;
+use crate::binding::{bind, eventually, open, open_nonblocking, unbind};
+use crate::device::{SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
+use crate::host;
+use crate::process::child;
+
+pub(super) fn doorbells_reach_the_host() -> Result<()> {
+    let host_peer = Region::Main.host();
+    let device = open(Region::Main)?;
+    for vector in 0..Region::Main.facts().vectors {
+        host::rings(Region::Main, host_peer, vector)?;
+        device.ring(host_peer, vector)?;
+        device.ring(host_peer, vector)?;
+        assert_eq!(host::rings(Region::Main, host_peer, vector)?, 2);
+    }
+    // Peers and vectors that are not there, and some whose lower bits are those of one that is.
+    for (peer, vector) in [
+        (host_peer + 1, 0),
+        (0x1_0000, 0),
+        (u32::MAX, 0),
+        (host_peer, 4),
+        (host_peer, 256),
+        (host_peer, 0x1_0000),
+        (host_peer, u32::MAX),
+    ] {
+        fails(device.ring(peer, vector), Errno::INVAL);
+    }
+    // Itself.
+    device.ring(0, SPARE_VECTOR)?;
+    assert_eq!(device.interrupts()?, [SPARE_VECTOR]);
+    // On a bus: the host, and another VM.
+    let bus = open(Region::Bus)?;
+    for peer in [0, Region::Bus.host()] {
+        for vector in [0, 1, 127, 255] {
+            host::rings(Region::Bus, peer, vector)?;
+            bus.ring(peer, vector)?;
+            assert_eq!(host::rings(Region::Bus, peer, vector)?, 1);
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn all_256_vectors_fire() -> Result<()> {
+    let device = open_nonblocking(Region::Bus)?;
+    for vector in 0..MAX_VECTORS {
+        host::ring(Region::Bus, vector)?;
+    }
+    let mut fired = Vec::new();
+    eventually("all have fired", || {
+        match device.interrupts() {
+            Ok(vectors) => fired.extend(vectors),
+            Err(error) => ensure!(error == Errno::AGAIN, error),
+        }
+        Ok(fired.len() >= MAX_VECTORS as usize)
+    })?;
+    fired.sort_unstable();
+    assert_eq!(fired, Vec::from_iter(0..MAX_VECTORS));
+    Ok(())
+}
+
+pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
+    const ROUNDS: u32 = 10_000;
+    let host_peer = Region::Main.host();
+    let device = open(Region::Main)?;
+    device.claim(UP)?;
+    host::rings(Region::Main, host_peer, UP_VECTOR)?;
+    host::echo(Region::Main, UP_VECTOR)?;
+    let start = Instant::now();
+    for round in 0..ROUNDS {
+        device.ring(host_peer, UP_VECTOR)?;
+        // By turns by `poll` and `read`, and by a `read` that waits.
+        let waits = round % 2 == 0;
+        ensure!(waits || device.becomes_readable()?, "lost in round {round}");
+        assert_eq!(device.interrupts()?, [UP_VECTOR], "round {round}");
+    }
+    let each = start.elapsed() / ROUNDS;
+    host::calm()?;
+    host::show(format!("{ROUNDS} round trips by doorbell, {each:?} each"))
+}
+
+pub(super) fn device_without_vectors_says_so() -> Result<()> {
+    let device = open(Region::Plain)?;
+    fails(device.interrupts(), Errno::OPNOTSUPP);
+    assert!(device.stays_silent()?);
+    device.claim(UP)?;
+    fails(open(Region::Plain)?.claim(UP), Errno::BUSY);
+    device.ring(Region::Plain.host(), 0)?;
+    fails(device.interrupts(), Errno::OPNOTSUPP);
+    // Its removal is heard of all the same.
+    let poller = child(|parent| {
+        parent.tell_ready()?;
+        let hung_up = PollFlags::HUP | PollFlags::ERR;
+        ensure!(device.poll(SOON)? == hung_up);
+        Ok(())
+    })?;
+    poller.wait_asleep()?;
+    unbind(Region::Plain)?;
+    poller.succeeds()?;
+    fails(device.interrupts(), Errno::NODEV);
+    bind(Region::Plain)
+}

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What `read`, `poll` and `epoll` tell of interrupts, and to which file.
+
+use anyhow::Result;
+use rustix::event::epoll;
+use rustix::io::Errno;
+use rustix::process::Signal;
+use rustix::time::Timespec;
+
+use crate::ask::Region;
+use crate::binding::{open, open_nonblocking};
+use crate::calls::let_interrupt;
+use crate::device::{A_WHILE, DOWN, DOWN_VECTOR, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
+use crate::host;
+use crate::process::{Ended, child};
+
+fn ring(vector: u32) -> Result<()> {
+    host::ring(Region::Main, vector)
+}
+
+pub(super) fn read_gives_what_fired_once() -> Result<()> {
+    let device = open_nonblocking(Region::Main)?;
+    fails(device.interrupts(), Errno::AGAIN);
+    assert!(device.stays_silent()?);
+    host::ring_times(Region::Main, DOWN_VECTOR, 3)?;
+    ring(UP_VECTOR)?;
+    assert!(device.becomes_readable()?);
+    std::thread::sleep(A_WHILE);
+    assert_eq!(device.interrupts()?, [UP_VECTOR, DOWN_VECTOR]);
+    fails(device.interrupts(), Errno::AGAIN);
+    assert!(device.stays_silent()?);
+    // A buffer that is too short, and one that is too long.
+    fails(rustix::io::read(&device, &mut [0; 31]), Errno::INVAL);
+    fails(rustix::io::read(&device, &mut [0; 0]), Errno::INVAL);
+    ring(SPARE_VECTOR)?;
+    assert!(device.becomes_readable()?);
+    assert_eq!(rustix::io::read(&device, &mut [0; 100])?, 32);
+    // What cannot be delivered is not lost.
+    ring(SPARE_VECTOR)?;
+    assert!(device.becomes_readable()?);
+    fails(device.interrupts_to_nowhere(), Errno::FAULT);
+    assert!(device.becomes_readable()?);
+    assert_eq!(device.interrupts()?, [SPARE_VECTOR]);
+    Ok(())
+}
+
+pub(super) fn read_waits_and_a_signal_ends_it() -> Result<()> {
+    let device = open(Region::Main)?;
+    let reader = || {
+        child(|parent| {
+            parent.tell_ready()?;
+            assert_eq!(device.interrupts()?, [DOWN_VECTOR]);
+            Ok(())
+        })
+    };
+    let waiting = reader()?;
+    waiting.wait_asleep()?;
+    ring(DOWN_VECTOR)?;
+    waiting.succeeds()?;
+    let polling = child(|parent| {
+        parent.tell_ready()?;
+        assert!(device.becomes_readable()?);
+        Ok(())
+    })?;
+    polling.wait_asleep()?;
+    ring(DOWN_VECTOR)?;
+    polling.succeeds()?;
+    assert_eq!(device.interrupts()?, [DOWN_VECTOR]);
+    // Killed; stopped for a moment, of which it sees nothing; interrupted.
+    let killed = reader()?;
+    killed.wait_asleep()?;
+    killed.kill(Signal::KILL)?;
+    assert_eq!(killed.wait()?, Ended::By(Signal::KILL));
+    let stopped = reader()?;
+    stopped.wait_asleep()?;
+    stopped.kill(Signal::STOP)?;
+    stopped.kill(Signal::CONT)?;
+    ring(DOWN_VECTOR)?;
+    stopped.succeeds()?;
+    let interrupted = child(|parent| {
+        let_interrupt(Signal::USR1)?;
+        parent.tell_ready()?;
+        fails(device.interrupts(), Errno::INTR);
+        Ok(())
+    })?;
+    interrupted.wait_asleep()?;
+    interrupted.kill(Signal::USR1)?;
+    interrupted.succeeds()
+}
+
+pub(super) fn interrupts_are_counted_for_each_file() -> Result<()> {
+    let (first, second, third) = (
+        open_nonblocking(Region::Main)?,
+        open_nonblocking(Region::Main)?,
+        open_nonblocking(Region::Main)?,
+    );
+    ring(UP_VECTOR)?;
+    for file in [&first, &second, &third] {
+        assert!(file.becomes_readable()?);
+    }
+    assert_eq!(first.interrupts()?, [UP_VECTOR]);
+    fails(first.interrupts(), Errno::AGAIN);
+    ring(SPARE_VECTOR)?;
+    assert!(first.becomes_readable()?);
+    assert_eq!(first.interrupts()?, [SPARE_VECTOR]);
+    assert_eq!(second.interrupts()?, [UP_VECTOR, SPARE_VECTOR]);
+    // Of what fired before it was opened, a file does not hear.
+    let late = open_nonblocking(Region::Main)?;
+    fails(late.interrupts(), Errno::AGAIN);
+    assert_eq!(third.interrupts()?, [UP_VECTOR, SPARE_VECTOR]);
+    // With a claim, a file hears of vector 0 and its channel's; without, of all.
+    first.claim(UP)?;
+    for vector in 0..4 {
+        ring(vector)?;
+    }
+    for file in [&first, &second] {
+        assert!(file.becomes_readable()?);
+    }
+    std::thread::sleep(A_WHILE);
+    assert_eq!(first.interrupts()?, [0, UP_VECTOR]);
+    assert_eq!(second.interrupts()?, [0, 1, 2, 3]);
+    Ok(())
+}
+
+pub(super) fn claims_narrow_what_a_file_hears() -> Result<()> {
+    let (up, down, all) = (
+        open_nonblocking(Region::Main)?,
+        open_nonblocking(Region::Main)?,
+        open_nonblocking(Region::Main)?,
+    );
+    // What it had heard of before, and has no part in, it does not hear of any more.
+    ring(SPARE_VECTOR)?;
+    assert!(up.becomes_readable()?);
+    up.claim(UP)?;
+    fails(up.interrupts(), Errno::AGAIN);
+    down.claim(DOWN)?;
+    for vector in 1..4 {
+        ring(vector)?;
+    }
+    for file in [&up, &down, &all] {
+        assert!(file.becomes_readable()?);
+    }
+    std::thread::sleep(A_WHILE);
+    assert_eq!(up.interrupts()?, [UP_VECTOR]);
+    assert_eq!(down.interrupts()?, [DOWN_VECTOR]);
+    assert_eq!(all.interrupts()?, [1, 2, 3]);
+    ring(0)?;
+    for file in [&up, &down, &all] {
+        assert!(file.becomes_readable()?);
+        assert_eq!(file.interrupts()?, [0]);
+    }
+    // A claim that is refused narrows nothing.
+    fails(all.claim(UP), Errno::BUSY);
+    ring(SPARE_VECTOR)?;
+    assert!(all.becomes_readable()?);
+    assert_eq!(all.interrupts()?, [SPARE_VECTOR]);
+    assert!(up.stays_silent()?);
+    // With two claims, a file has the vectors of both.
+    drop(down);
+    up.claim(DOWN)?;
+    for vector in 1..4 {
+        ring(vector)?;
+    }
+    assert!(up.becomes_readable()?);
+    std::thread::sleep(A_WHILE);
+    assert_eq!(up.interrupts()?, [UP_VECTOR, DOWN_VECTOR]);
+    Ok(())
+}
+
+pub(super) fn epoll_hears_of_vectors_claimed_later() -> Result<()> {
+    let device = open_nonblocking(Region::Main)?;
+    device.claim(UP)?;
+    let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let (data, wanted) = (epoll::EventData::new_u64(0), epoll::EventFlags::IN);
+    epoll::add(&set, &device, data, wanted)?;
+    let count = |timeout| -> Result<usize> {
+        let timeout = Timespec::try_from(timeout)?;
+        let mut events = Vec::with_capacity(4);
+        let space = rustix::buffer::spare_capacity(&mut events);
+        Ok(epoll::wait(&set, space, Some(&timeout))?)
+    };
+    assert_eq!(count(A_WHILE)?, 0);
+    let sleeper = child(|parent| {
+        parent.tell_ready()?;
+        assert_eq!(count(SOON)?, 1);
+        Ok(())
+    })?;
+    sleeper.wait_asleep()?;
+    device.claim(DOWN)?;
+    ring(DOWN_VECTOR)?;
+    sleeper.succeeds()?;
+    assert_eq!(device.interrupts()?, [DOWN_VECTOR]);
+    assert_eq!(count(A_WHILE)?, 0);
+    // Closed while it is in the set.
+    drop(device);
+    assert_eq!(count(A_WHILE)?, 0);
+    Ok(())
+}

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What can be mapped, how, and what becomes of a mapping.
+
+use std::fs;
+
+use anyhow::Result;
+use barlink_protocol::wire::layout::{MAGIC, PAGE_SIZE as PAGE};
+use barlink_protocol::wire::uapi::CacheMode;
+use rustix::fs::{Advice, OFlags};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
+use rustix::process::Signal;
+
+use crate::ask::{RAW, Region};
+use crate::binding::{open, open_with};
+use crate::calls::Mapping;
+use crate::device::{Device, UP, fails};
+use crate::host;
+use crate::process::{Ended, child, ends};
+
+const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+
+/// Asserts that nothing of a device is mapped, as far as the driver knows.
+fn nothing_is_mapped(device: &Device) -> Result<()> {
+    assert_eq!(device.info()?.granted, 0, "areas are miscounted");
+    Ok(())
+}
+
+pub(super) fn stores_cross_both_ways() -> Result<()> {
+    for region in Region::TAKEN {
+        let map = open(region)?.map(RAW, 2 * PAGE)?;
+        map.write(0, 0x0123_4567_89ab_cdef);
+        map.write(PAGE + 8, 42);
+        assert_eq!(host::word(region, RAW)?, 0x0123_4567_89ab_cdef);
+        assert_eq!(host::word(region, RAW + PAGE + 8)?, 42);
+        host::set_word(region, RAW + 16, 4711)?;
+        assert_eq!(map.read(16), 4711);
+    }
+    // All that can be mapped, from the first word to the last.
+    let all = open(Region::Main)?.map(0, Region::Main.mappable())?;
+    assert_eq!(all.read(0), MAGIC);
+    let last = Region::Main.mappable() - 8;
+    all.write(last, 7);
+    assert_eq!(host::word(Region::Main, last)?, 7);
+    Ok(())
+}
+
+pub(super) fn mappings_are_noncached_and_say_so() -> Result<()> {
+    let device = open(Region::Main)?;
+    nothing_is_mapped(&device)?;
+    let first = device.map(0, PAGE)?;
+    assert_eq!(device.info()?.granted, CacheMode::UncachedMinus as u32);
+    let second = device.map(RAW, 4 * PAGE)?;
+    // What the kernel itself says of it.
+    let start = device.info()?.region_address + RAW;
+    let entry = format!(
+        "PAT: [mem {start:#018x}-{:#018x}] uncached-minus",
+        start + 4 * PAGE
+    );
+    let list = fs::read_to_string("/sys/kernel/debug/x86/pat_memtype_list")?;
+    assert!(list.contains(&entry), "{entry} is not in\n{list}");
+    drop(first);
+    assert_eq!(device.info()?.granted, CacheMode::UncachedMinus as u32);
+    drop(second);
+    nothing_is_mapped(&device)
+}
+
+pub(super) fn mmap_refuses_the_drivers_page() -> Result<()> {
+    for region in Region::TAKEN {
+        let device = open(region)?;
+        let mappable = region.mappable();
+        assert_eq!(device.info()?.mappable_size, mappable);
+        // Each driver's page: on a bus there are several, and the VM's own is not the last.
+        for slot in 0..u64::from(region.facts().slots) {
+            fails(device.map(mappable + slot * PAGE, PAGE), Errno::INVAL);
+        }
+        // All of them, across their start, and with the whole region.
+        let size = region.facts().size;
+        fails(device.map(mappable, size - mappable), Errno::INVAL);
+        fails(device.map(mappable - PAGE, 2 * PAGE), Errno::INVAL);
+        fails(device.map(0, size), Errno::INVAL);
+        // Nor does a mapping grow into it.
+        let mut last = device.map(mappable - PAGE, PAGE)?;
+        fails(last.grow(2 * PAGE), Errno::FAULT);
+    }
+    Ok(())
+}
+
+pub(super) fn mmap_refuses_what_is_private_executable_or_outside() -> Result<()> {
+    let device = open(Region::Main)?;
+    let reader = open_with(Region::Main, OFlags::RDONLY)?;
+    for protection in [ProtFlags::empty(), ProtFlags::READ, READ_WRITE] {
+        for file in [&device, &reader] {
+            fails(
+                file.map_with(RAW, PAGE, protection, MapFlags::PRIVATE),
+                Errno::INVAL,
+            );
+        }
+    }
+    for protection in [ProtFlags::empty(), ProtFlags::READ, READ_WRITE] {
+        fails(
+            device.map_with(RAW, PAGE, protection | ProtFlags::EXEC, MapFlags::SHARED),
+            Errno::INVAL,
+        );
+    }
+    // Nor later.
+    fails(
+        device
+            .map(RAW, PAGE)?
+            .protect(MprotectFlags::READ | MprotectFlags::EXEC),
+        Errno::ACCESS,
+    );
+    let size = Region::Main.facts().size;
+    let outside = [
+        (size, PAGE),
+        (size - PAGE, 2 * PAGE),
+        (1 << 40, PAGE),
+        (i64::MAX as u64 & !(PAGE - 1), PAGE),
+    ];
+    for (offset, length) in outside {
+        fails(device.map(offset, length), Errno::INVAL);
+    }
+    // Its end would be the largest offset that there is: the kernel itself refuses that.
+    fails(
+        device.map(u64::MAX - 2 * PAGE + 1, 2 * PAGE),
+        Errno::OVERFLOW,
+    );
+    fails(device.map(1, PAGE), Errno::INVAL);
+    fails(device.map(0, 0), Errno::INVAL);
+    nothing_is_mapped(&device)
+}
+
+pub(super) fn read_only_file_gets_read_only_mappings() -> Result<()> {
+    let device = open_with(Region::Main, OFlags::RDONLY)?;
+    fails(device.map(RAW, PAGE), Errno::ACCESS);
+    let map = device.map_with(RAW, PAGE, ProtFlags::READ, MapFlags::SHARED)?;
+    host::set_word(Region::Main, RAW, 99)?;
+    assert_eq!(map.read(0), 99);
+    fails(
+        map.protect(MprotectFlags::READ | MprotectFlags::WRITE),
+        Errno::ACCESS,
+    );
+    assert_eq!(ends(|| map.write(0, 1))?, Ended::By(Signal::SEGV));
+    assert_eq!(host::word(Region::Main, RAW)?, 99);
+    // Nor does it claim or ring.
+    fails(device.claim(UP), Errno::BADF);
+    fails(device.ring(Region::Main.host(), 0), Errno::BADF);
+    device.info()?;
+    // A file open for writing alone has no mapping, as no file has; and it can ring.
+    let writer = open_with(Region::Main, OFlags::WRONLY)?;
+    fails(writer.map(RAW, PAGE), Errno::ACCESS);
+    writer.ring(Region::Main.host(), 0)?;
+    Ok(())
+}
+
+pub(super) fn mappings_survive_fork_split_and_move() -> Result<()> {
+    let device = open(Region::Main)?;
+    let map = device.map(RAW, 4 * PAGE)?;
+    child(|_| {
+        map.write(0, 0xf0);
+        child(|_| {
+            map.write(8, 0xf1);
+            Ok(())
+        })?
+        .succeeds()
+    })?
+    .succeeds()?;
+    assert_eq!(host::word(Region::Main, RAW)?, 0xf0);
+    assert_eq!(host::word(Region::Main, RAW + 8)?, 0xf1);
+    // The second page goes. What is behind moves, and can shrink by that, but not grow.
+    let (first, rest) = map.split(PAGE);
+    let (second, rest) = rest.split(PAGE);
+    drop(second);
+    rest.write(0, 0x33);
+    let mut moved = rest.move_to(Mapping::reserve(PAGE)?)?;
+    assert_eq!(moved.read(0), 0x33);
+    fails(moved.grow(2 * PAGE), Errno::FAULT);
+    assert_eq!(moved.read(0), 0x33);
+    first.write(16, 0xf2);
+    assert_eq!(host::word(Region::Main, RAW + 16)?, 0xf2);
+    drop(first);
+    assert_eq!(device.info()?.granted, CacheMode::UncachedMinus as u32);
+    drop(moved);
+    nothing_is_mapped(&device)
+}
+
+pub(super) fn mappings_are_not_taken_for_the_kernels_memory() -> Result<()> {
+    let device = open(Region::Main)?;
+    let map = device.map(RAW, 4 * PAGE)?;
+    map.treat_as_memory();
+    for advice in [
+        Advice::Normal,
+        Advice::Sequential,
+        Advice::Random,
+        Advice::NoReuse,
+        Advice::WillNeed,
+        Advice::DontNeed,
+    ] {
+        // What it answers is its own affair.
+        let _ = rustix::fs::fadvise(&device, 0, None, advice);
+    }
+    fs::read_to_string("/proc/self/smaps")?;
+    map.write(0, 5);
+    assert_eq!(host::word(Region::Main, RAW)?, 5);
+    drop(map);
+    nothing_is_mapped(&device)
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The checks, by topic. Each leaves the driver loaded, and nothing of it open.
+
+mod claims;
+mod cost;
+mod devices;
+mod doorbells;
+mod hostile;
+mod interrupts;
+mod life;
+mod mmap;
+mod presence;
+mod races;
+mod removal;
+
+use anyhow::Result;
+
+/// A check: an error or a panic is its failure.
+pub type Check = fn() -> Result<()>;
+
+macro_rules! checks {
+    ($($topic:ident: $($name:ident)*;)*) => {
+        &[$($((stringify!($name), $topic::$name)),*),*]
+    };
+}
+
+/// All checks with their names, in the order in which they are best run: what is simple first.
+pub const CHECKS: &[(&str, Check)] = checks! {
+    devices:
+        nodes_are_numbered_and_private_to_root
+        foreign_memory_is_declined
+        info_describes_each_device
+        devices_are_independent
+        unknown_calls_are_refused
+        smallest_free_number_is_taken;
+    mmap:
+        stores_cross_both_ways
+        mappings_are_noncached_and_say_so
+        mmap_refuses_the_drivers_page
+        mmap_refuses_what_is_private_executable_or_outside
+        read_only_file_gets_read_only_mappings
+        mappings_survive_fork_split_and_move
+        mappings_are_not_taken_for_the_kernels_memory;
+    claims:
+        claims_are_exclusive_and_end_with_their_file
+        foreign_and_unknown_ends_are_refused
+        claim_ends_when_its_process_is_killed;
+    presence:
+        epoch_is_new_at_every_probe
+        holder_words_follow_the_claims
+        unbind_clears_the_driver_page;
+    doorbells:
+        doorbells_reach_the_host
+        all_256_vectors_fire
+        interrupts_in_lock_step_are_never_lost
+        device_without_vectors_says_so;
+    interrupts:
+        read_gives_what_fired_once
+        read_waits_and_a_signal_ends_it
+        interrupts_are_counted_for_each_file
+        claims_narrow_what_a_file_hears
+        epoll_hears_of_vectors_claimed_later;
+    hostile:
+        hostile_superblocks_are_declined
+        superblock_is_read_once
+        hostile_driver_page_changes_nothing;
+    removal:
+        unbind_reaches_every_sleeper_and_mapping
+        file_of_a_removed_device_stays_dead
+        removed_and_rescanned
+        hot_plugged_device_comes_and_goes;
+    races:
+        unbind_races_mmap_and_fork
+        unbind_races_claims_and_doorbells
+        interrupt_storm_races_open_claim_and_close;
+    life:
+        module_stays_while_it_is_used
+        load_and_unload_50_times
+        kernel_log_stays_clean;
+    cost:
+        memory_of_a_device_is_small;
+};

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the driver writes into its page of the region, and whom it rings for it.
+
+use std::thread;
+
+use anyhow::Result;
+use barlink_protocol::wire::layout::{End, MAX_CHANNELS, presence};
+use barlink_protocol::wire::uapi::Claim;
+
+use crate::ask::Region;
+use crate::binding::{bind, open, unbind};
+use crate::device::{DOWN, SIDE, UP, UP1};
+use crate::{host, module};
+
+/// The peer that is told.
+const HOST: u32 = Region::Main.host();
+
+pub(super) fn epoch_is_new_at_every_probe() -> Result<()> {
+    let mut last = host::epoch(Region::Main)?;
+    assert_eq!(last % 2, 1);
+    // What the driver finds at a probe, if not what it left, and by how much the new epoch is higher. Odd is what a
+    // driver leaves that came to no end.
+    for (found, step) in [
+        (None, 2),
+        (None, 2),
+        (Some(1000), 1),
+        (Some(1001), 2),
+        (Some(u64::MAX - 1), 1),
+        (Some(u64::MAX), 2),
+    ] {
+        unbind(Region::Main)?;
+        if let Some(found) = found {
+            host::set_word(
+                Region::Main,
+                Region::Main.driver_page() + presence::EPOCH,
+                found,
+            )?;
+            last = found;
+        }
+        bind(Region::Main)?;
+        let epoch = open(Region::Main)?.info()?.epoch;
+        assert_eq!(epoch, last.wrapping_add(step));
+        assert_eq!(epoch % 2, 1);
+        assert_eq!(host::epoch(Region::Main)?, epoch);
+        last = epoch;
+    }
+    module::unload()?;
+    assert_eq!(host::epoch(Region::Main)?, last + 1);
+    module::load()?;
+    assert_eq!(host::epoch(Region::Main)?, last + 2);
+    Ok(())
+}
+
+pub(super) fn holder_words_follow_the_claims() -> Result<()> {
+    let holder = || host::holder(Region::Main, UP);
+    let told = || host::rings(Region::Main, HOST, 0);
+    let device = open(Region::Main)?;
+    told()?;
+    assert_eq!(holder()?, (0, 0));
+    device.claim(UP)?;
+    let first = holder()?;
+    assert_ne!(first.0, 0);
+    assert_eq!(first.1, std::process::id());
+    assert_eq!(host::holder(Region::Main, DOWN)?, (0, 0));
+    assert_eq!(told()?, 1);
+    // Again changes nothing.
+    device.claim(UP)?;
+    assert_eq!((holder()?, told()?), (first, 0));
+    drop(device);
+    assert_eq!((holder()?, told()?), ((0, 0), 1));
+    // Every claim has a number of its own.
+    open(Region::Main)?.claim(UP)?;
+    let device = open(Region::Main)?;
+    device.claim(UP)?;
+    assert_ne!(holder()?.0, first.0);
+    // A thread claims for its process.
+    thread::scope(|scope| scope.spawn(|| device.claim(DOWN)).join().expect("a claim"))?;
+    assert_eq!(host::holder(Region::Main, DOWN)?.1, std::process::id());
+    // Who is rung is who has the other end: of `side` that is slot 0.
+    let told = || -> Result<(u64, u64)> {
+        let told = |peer| host::rings(Region::Bus, peer, 0);
+        Ok((told(0)?, told(Region::Bus.host())?))
+    };
+    let bus = open(Region::Bus)?;
+    told()?;
+    bus.claim(SIDE)?;
+    assert_eq!(host::holder(Region::Bus, SIDE)?.1, std::process::id());
+    assert_eq!(told()?, (1, 0));
+    bus.claim(UP1)?;
+    assert_eq!(told()?, (0, 1));
+    drop(bus);
+    assert_eq!(told()?, (1, 1));
+    Ok(())
+}
+
+pub(super) fn unbind_clears_the_driver_page() -> Result<()> {
+    let holder_words = || -> Result<Vec<u64>> {
+        let page = host::page(Region::Main, Region::Main.driver_page())?;
+        let first = presence::HOLDERS as usize / 8;
+        Ok(page[first..first + 2 * MAX_CHANNELS].to_vec())
+    };
+    let nobody = vec![0; 2 * MAX_CHANNELS];
+    let device = open(Region::Main)?;
+    device.claim(UP)?;
+    device.claim(DOWN)?;
+    assert_ne!(holder_words()?, nobody);
+    let epoch = host::epoch(Region::Main)?;
+    host::rings(Region::Main, HOST, 0)?;
+    unbind(Region::Main)?;
+    assert_eq!(host::epoch(Region::Main)?, epoch + 1);
+    assert_eq!(holder_words()?, nobody);
+    host::wait_for_rings(Region::Main, HOST, 0)?;
+    // The file that is still open has nothing to say any more.
+    drop(device);
+    assert_eq!(host::epoch(Region::Main)?, epoch + 1);
+    assert_eq!(host::rings(Region::Main, HOST, 0)?, 0);
+    // Whatever stood there meanwhile goes with the next probe.
+    let last = Claim {
+        channel: MAX_CHANNELS as u32 - 1,
+        end: End::Consumer as u32,
+    };
+    for end in [UP, last] {
+        host::set_word(Region::Main, host::holder_offset(Region::Main, end), 77)?;
+    }
+    bind(Region::Main)?;
+    assert_eq!(host::epoch(Region::Main)?, epoch + 2);
+    assert_eq!(holder_words()?, nobody);
+    host::wait_for_rings(Region::Main, HOST, 0)?;
+    Ok(())
+}

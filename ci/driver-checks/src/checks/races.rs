@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A device that goes while many processes are busy with it, over and over.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::process::Signal;
+
+use crate::ask::{RAW, Region};
+use crate::binding::{bind, node, open, unbind};
+use crate::device::{DOWN, Device, SOON, UP, UP_VECTOR, fails};
+use crate::host;
+use crate::process::{Child, Ended, Parent, child, ends};
+
+/// Waits until all are at work, and some more; then takes the device from them.
+fn unbind_from(children: &[Child], after: Duration) -> Result<()> {
+    for child in children {
+        child.wait_ready()?;
+    }
+    thread::sleep(after);
+    unbind(Region::Main)
+}
+
+pub(super) fn unbind_races_mmap_and_fork() -> Result<()> {
+    let mut alive = 0;
+    for round in 0..30 {
+        let children = [false, false, true]
+            .into_iter()
+            .map(|forks| child(|parent| map_until_gone(parent, forks)))
+            .collect::<Result<Vec<_>>>()?;
+        unbind_from(&children, Duration::from_micros(500 + 700 * round))?;
+        for child in children {
+            alive += child.hear()?;
+            child.go_on()?;
+            child.succeeds()?;
+        }
+        bind(Region::Main)?;
+    }
+    host::show(format!("{alive} mappings lived when their device went"))?;
+    ensure!(alive >= 30, "the race was hardly run");
+    Ok(())
+}
+
+/// Maps until the device is gone, tells how many mappings there are then, and that each is dead.
+fn map_until_gone(parent: &Parent, forks: bool) -> Result<()> {
+    let device = open(Region::Main)?;
+    parent.tell_ready()?;
+    // Every eighth mapping is kept, and the last one, which was the nearest to the unbind.
+    let mut kept = Vec::new();
+    for turn in 0.. {
+        let map = match device.map(RAW, (1 + turn % 64) * PAGE) {
+            Ok(map) => map,
+            Err(error) => {
+                ensure!(error == Errno::NODEV, error);
+                break;
+            }
+        };
+        if forks {
+            let ended = ends(|| map.write(0, 1))?;
+            ensure!(matches!(ended, Ended::Well | Ended::By(Signal::BUS)));
+        }
+        if turn % 8 != 1 {
+            kept.pop();
+        }
+        kept.push(map);
+    }
+    parent.tell(kept.len() as u64)?;
+    parent.wait()?;
+    for map in &kept {
+        assert_eq!(
+            ends(|| {
+                map.read(0);
+            })?,
+            Ended::By(Signal::BUS)
+        );
+    }
+    Ok(())
+}
+
+pub(super) fn unbind_races_claims_and_doorbells() -> Result<()> {
+    let calls: [fn(&Device) -> rustix::io::Result<()>; 4] = [
+        |device| device.claim(UP),
+        |device| device.claim(DOWN),
+        |device| {
+            device.ring(Region::Main.facts().slot, UP_VECTOR)?;
+            device.interrupts().map(drop)
+        },
+        |device| device.info().map(drop),
+    ];
+    for round in 0..20 {
+        let node = node(Region::Main)?;
+        let children = calls
+            .iter()
+            .map(|call| {
+                child(|parent| {
+                    parent.tell_ready()?;
+                    while let Ok(device) = Device::open(&node) {
+                        match call(&device) {
+                            Ok(()) | Err(Errno::NODEV) => {}
+                            Err(error) => bail!(error),
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        unbind_from(&children, Duration::from_micros(1000 + 900 * round))?;
+        for child in children {
+            child.succeeds()?;
+        }
+        // Whoever came last has left nothing.
+        assert_eq!(host::epoch(Region::Main)? % 2, 0);
+        assert_eq!(host::holder(Region::Main, UP)?, (0, 0));
+        assert_eq!(host::holder(Region::Main, DOWN)?, (0, 0));
+        bind(Region::Main)?;
+    }
+    Ok(())
+}
+
+pub(super) fn interrupt_storm_races_open_claim_and_close() -> Result<()> {
+    for _ in 0..4 {
+        host::storm(Region::Main)?;
+        let node = node(Region::Main)?;
+        let children = [UP, UP, DOWN, DOWN]
+            .into_iter()
+            .map(|end| {
+                child(|parent| {
+                    parent.tell_ready()?;
+                    let mut heard = 0;
+                    while let Ok(device) = Device::open(&node) {
+                        // Who comes second hears of all vectors.
+                        let _ = device.claim(end);
+                        for _ in 0..5 {
+                            if device.poll(SOON)? != PollFlags::IN {
+                                fails(device.interrupts(), Errno::NODEV);
+                                break;
+                            }
+                            match device.interrupts() {
+                                Ok(vectors) => heard += vectors.len(),
+                                Err(error) => ensure!(error == Errno::NODEV, error),
+                            }
+                        }
+                    }
+                    ensure!(heard > 0, "it heard nothing of the storm");
+                    Ok(())
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        unbind_from(&children, Duration::from_millis(600))?;
+        for child in children {
+            child.succeeds()?;
+        }
+        // The device is bound into the storm, too.
+        bind(Region::Main)?;
+        host::calm()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! An open `/dev/barlinkN`: what a program can call it with, wrong calls included.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use barlink_protocol::wire::layout::{End, MAX_VECTORS};
+use barlink_protocol::wire::uapi::{Claim, Doorbell, Info, Interrupts};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{Errno, Result};
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::calls::{self, Mapping};
+
+/// The producer's end of channel `up`: the VM's, except on the bus.
+pub(crate) const UP: Claim = end(0, End::Producer);
+/// The consumer's end of channel `down`: the VM's, except on the bus.
+pub(crate) const DOWN: Claim = end(1, End::Consumer);
+/// The consumer's end of the bus's channel `side`; slot 0 has the other.
+pub(crate) const SIDE: Claim = end(2, End::Consumer);
+/// The producer's end of the bus's channel `up1`; the host has the other.
+pub(crate) const UP1: Claim = end(3, End::Producer);
+
+const fn end(channel: u32, end: End) -> Claim {
+    Claim {
+        channel,
+        end: end as u32,
+    }
+}
+
+/// Vector of [`UP`].
+pub(crate) const UP_VECTOR: u32 = 1;
+/// Vector of [`DOWN`].
+pub(crate) const DOWN_VECTOR: u32 = 2;
+/// A vector of no channel.
+pub(crate) const SPARE_VECTOR: u32 = 3;
+
+/// For what must happen, and happens at once.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+/// For what must not happen.
+pub(crate) const A_WHILE: Duration = Duration::from_millis(30);
+
+/// Asserts that a call fails with this error.
+#[track_caller]
+pub(crate) fn fails<T>(result: Result<T>, wanted: Errno) {
+    assert_eq!(result.err(), Some(wanted));
+}
+
+/// An open file of a device.
+#[derive(Debug)]
+pub(crate) struct Device(OwnedFd);
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Device {
+    /// Opens a device node for reading and writing.
+    pub(crate) fn open(node: &Path) -> Result<Self> {
+        Self::open_with(node, OFlags::RDWR)
+    }
+
+    /// Opens a device node with these flags.
+    pub(crate) fn open_with(node: &Path, flags: OFlags) -> Result<Self> {
+        rustix::fs::open(node, flags | OFlags::CLOEXEC, Mode::empty()).map(Device)
+    }
+
+    /// What the device is.
+    pub(crate) fn info(&self) -> Result<Info> {
+        calls::info(self.as_fd())
+    }
+
+    /// Claims an end of a channel.
+    pub(crate) fn claim(&self, end: Claim) -> Result<()> {
+        calls::claim(self.as_fd(), end)
+    }
+
+    /// Rings a vector of a peer.
+    pub(crate) fn ring(&self, peer: u32, vector: u32) -> Result<()> {
+        calls::ring(self.as_fd(), Doorbell { peer, vector })
+    }
+
+    /// The ioctl with this number, on address 0.
+    pub(crate) fn ioctl_on_null(&self, number: u32) -> Result<()> {
+        calls::ioctl_on_null(self.as_fd(), number)
+    }
+
+    /// Reads, and gives the vectors that fired.
+    pub(crate) fn interrupts(&self) -> Result<Vec<u32>> {
+        let mut bytes = [0; size_of::<Interrupts>()];
+        assert_eq!(rustix::io::read(self, &mut bytes)?, bytes.len());
+        let fired = |vector: &u32| bytes[*vector as usize / 8] >> (vector % 8) & 1 == 1;
+        Ok((0..MAX_VECTORS).filter(fired).collect())
+    }
+
+    /// Reads to an address where there is no memory.
+    pub(crate) fn interrupts_to_nowhere(&self) -> Result<()> {
+        calls::read_to_nowhere(self.as_fd(), size_of::<Interrupts>())
+    }
+
+    /// Polls for something to read. `TIMEDOUT` if there are events that did not wake the poll: it has found them when it
+    /// looked once more at its end.
+    pub(crate) fn poll(&self, timeout: Duration) -> Result<PollFlags> {
+        let mut files = [PollFd::new(self, PollFlags::IN)];
+        let time = Timespec::try_from(timeout).map_err(|_| Errno::INVAL)?;
+        let start = Instant::now();
+        let count = rustix::event::poll(&mut files, Some(&time))?;
+        if count > 0 && start.elapsed() >= timeout {
+            return Err(Errno::TIMEDOUT);
+        }
+        Ok(files[0].revents())
+    }
+
+    /// Whether there is something to read before long.
+    pub(crate) fn becomes_readable(&self) -> Result<bool> {
+        Ok(self.poll(SOON)? == PollFlags::IN)
+    }
+
+    /// Whether there is nothing to read for a while.
+    pub(crate) fn stays_silent(&self) -> Result<bool> {
+        Ok(self.poll(A_WHILE)?.is_empty())
+    }
+
+    /// Maps shared, for reading and writing.
+    pub(crate) fn map(&self, offset: u64, length: u64) -> Result<Mapping> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        self.map_with(offset, length, protection, MapFlags::SHARED)
+    }
+
+    /// Maps.
+    pub(crate) fn map_with(
+        &self,
+        offset: u64,
+        length: u64,
+        protection: ProtFlags,
+        flags: MapFlags,
+    ) -> Result<Mapping> {
+        Mapping::new(self.as_fd(), offset, length, protection, flags)
+    }
+}

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The host, as a check uses it. What the host cannot do, ends the check there.
+
+use std::io::{Write, stdin, stdout};
+
+use anyhow::{Context, Result, bail, ensure};
+use barlink_protocol::wire::layout::{End, PAGE_WORDS, presence};
+use barlink_protocol::wire::uapi::Claim;
+
+use crate::ask::{Answer, Region, Request};
+
+/// How long a ring may take to the host, in milliseconds.
+const PATIENCE: u16 = 10_000;
+
+fn ask(request: &Request) -> Result<Answer> {
+    let mut line = serde_json::to_vec(request)?;
+    line.push(b'\n');
+    let mut output = stdout().lock();
+    output.write_all(&line)?;
+    output.flush()?;
+    let mut answer = String::new();
+    stdin().read_line(&mut answer)?;
+    serde_json::from_str(&answer).with_context(|| format!("the host answers {answer:?}"))
+}
+
+fn request(request: &Request) -> Result<()> {
+    match ask(request)? {
+        Answer::Done => Ok(()),
+        other => bail!("the host answers {other:?} to {request:?}"),
+    }
+}
+
+/// Words of a region, as the host sees them.
+fn words(region: Region, offset: u64, count: usize) -> Result<Vec<u64>> {
+    let asked = Request::Load {
+        region,
+        offset,
+        count,
+    };
+    match ask(&asked)? {
+        Answer::Words(words) if words.len() == count => Ok(words),
+        other => bail!("the host answers {other:?} to {asked:?}"),
+    }
+}
+
+/// A word of a region, as the host sees it.
+pub(crate) fn word(region: Region, offset: u64) -> Result<u64> {
+    Ok(words(region, offset, 1)?[0])
+}
+
+/// A page of a region, as the host sees it.
+pub(crate) fn page(region: Region, offset: u64) -> Result<[u64; PAGE_WORDS]> {
+    let words = words(region, offset, PAGE_WORDS)?;
+    words.try_into().ok().context("no whole page")
+}
+
+/// Writes a word of a region on the host.
+pub(crate) fn set_word(region: Region, offset: u64, word: u64) -> Result<()> {
+    set_words(region, offset, &[word])
+}
+
+/// Writes words of a region on the host.
+pub(crate) fn set_words(region: Region, offset: u64, words: &[u64]) -> Result<()> {
+    request(&Request::Store {
+        region,
+        offset,
+        words: words.to_vec(),
+    })
+}
+
+/// The epoch in the driver's page.
+pub(crate) fn epoch(region: Region) -> Result<u64> {
+    word(region, region.driver_page() + presence::EPOCH)
+}
+
+/// Offset of the holder word of an end, in the driver's page.
+pub(crate) fn holder_offset(region: Region, end: Claim) -> u64 {
+    let which = End::from_number(end.end).expect("an end");
+    region.driver_page() + presence::holder(end.channel as usize, which)
+}
+
+/// The holder word of an end, in the driver's page: the claim's number and the process.
+pub(crate) fn holder(region: Region, end: Claim) -> Result<(u32, u32)> {
+    let word = word(region, holder_offset(region, end))?;
+    Ok(((word >> 32) as u32, word as u32))
+}
+
+/// Rings a vector of the VM.
+pub(crate) fn ring(region: Region, vector: u32) -> Result<()> {
+    ring_times(region, vector, 1)
+}
+
+/// Rings a vector of the VM so often at once.
+pub(crate) fn ring_times(region: Region, vector: u32, times: u64) -> Result<()> {
+    request(&Request::Ring {
+        region,
+        vector,
+        times,
+    })
+}
+
+/// How often a vector of another peer was rung and that was not yet counted.
+pub(crate) fn rings(region: Region, peer: u32, vector: u32) -> Result<u64> {
+    count_rings(region, peer, vector, 0)
+}
+
+/// Waits until a vector of another peer is rung, and counts.
+pub(crate) fn wait_for_rings(region: Region, peer: u32, vector: u32) -> Result<u64> {
+    let count = count_rings(region, peer, vector, PATIENCE)?;
+    ensure!(
+        count > 0,
+        "vector {vector} of peer {peer} of {region:?} is not rung"
+    );
+    Ok(count)
+}
+
+fn count_rings(region: Region, peer: u32, vector: u32, patience: u16) -> Result<u64> {
+    let asked = Request::Rings {
+        region,
+        peer,
+        vector,
+        patience,
+    };
+    match ask(&asked)? {
+        Answer::Count(count) => Ok(count),
+        other => bail!("the host answers {other:?} to {asked:?}"),
+    }
+}
+
+/// Lets the host answer each ring of one of its vectors, until [`calm`].
+pub(crate) fn echo(region: Region, vector: u32) -> Result<()> {
+    request(&Request::Echo { region, vector })
+}
+
+/// Lets the host ring all vectors of a device as fast as it can, until [`calm`].
+pub(crate) fn storm(region: Region) -> Result<()> {
+    request(&Request::Storm { region })
+}
+
+/// Ends what [`echo`] or [`storm`] began.
+pub(crate) fn calm() -> Result<()> {
+    request(&Request::Calm)
+}
+
+/// Plugs in the device of [`Region::Plugged`], which the guest finds some time later.
+pub(crate) fn plug() -> Result<()> {
+    request(&Request::Plug)
+}
+
+/// Has the guest let go of that device, and pulls it out.
+pub(crate) fn unplug() -> Result<()> {
+    request(&Request::Unplug)
+}
+
+/// Shows a figure.
+pub(crate) fn show(figure: String) -> Result<()> {
+    request(&Request::Show { figure })
+}

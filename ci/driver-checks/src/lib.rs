@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The checks of the driver, `barlink.ko`: one function a check. They run in a guest, as root, and go by what the driver
+//! does to a program's calls, and to the memory and the doorbells that the host sees.
+//!
+//! The test `ci/tests/driver/` boots the VM that [`Region`] describes, and runs `barlink-driver-checks NAME` in it for each of
+//! [`CHECKS`]. A check [asks](Request) the host for what only the host can do.
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `checks/` | the checks, by topic |
+//! | `ask.rs` | what a check and the host say to each other, and the VM that both know |
+//! | `host.rs` | asking |
+//! | `device.rs` | an open file of the driver |
+//! | `calls.rs` | the calls that no safe function makes, and mappings |
+//! | `binding.rs` | devices that come to the driver and go |
+//! | `module.rs` | the module, and the kernel's log |
+//! | `process.rs` | child processes |
+
+mod ask;
+mod binding;
+mod calls;
+mod checks;
+mod device;
+mod host;
+mod module;
+mod process;
+
+use anyhow::{Context, Result};
+
+pub use ask::{Answer, Facts, RAW, Region, Request};
+pub use checks::{CHECKS, Check};
+
+/// Runs the check with this name, on a driver that is loaded and has its devices.
+pub fn run(name: &str) -> Result<()> {
+    let check = CHECKS.iter().find(|(known, _)| *known == name);
+    let (_, check) = check.with_context(|| format!("there is no check {name}"))?;
+    if !module::is_loaded() {
+        module::load()?;
+    }
+    for region in Region::TAKEN {
+        if !binding::is_bound(region)? {
+            binding::bind(region)?;
+        }
+    }
+    check()?;
+    module::check_log()
+}

@@ -1,0 +1,163 @@
+//! The devices of the VM, and what they are made of on the host.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use barlink_driver_checks::Region;
+use serde_json::json;
+use tempfile::TempDir;
+use xtask::broker::Broker;
+use xtask::builds::Artifacts;
+use xtask::vm::{Config, Vm};
+
+use crate::tap::Tap;
+
+/// All that [`Region`] names. It has to outlive the VM.
+pub struct Devices {
+    /// The VM that has them.
+    pub config: Config,
+    taps: HashMap<Region, Arc<Tap>>,
+    brokers: HashMap<Region, Broker>,
+    /// Where the memory of devices is that no broker serves.
+    folder: TempDir,
+}
+
+impl Devices {
+    /// Starts the brokers, and makes the other memory.
+    pub fn new() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let mut devices = Self {
+            config: Config {
+                paths: vec![folder.path().to_owned()],
+                ..Config::default()
+            },
+            taps: HashMap::new(),
+            brokers: HashMap::new(),
+            folder,
+        };
+        for (region, chassis) in Region::ALL.into_iter().zip(1..) {
+            devices.add(region, chassis)?;
+        }
+        Ok(devices)
+    }
+
+    /// The host's hand on a region.
+    pub fn tap(&self, region: Region) -> Result<&Arc<Tap>> {
+        let tap = self.taps.get(&region);
+        tap.with_context(|| format!("there is no {region:?}"))
+    }
+
+    /// Plugs in the device of [`Region::Plugged`].
+    pub fn plug(&self, vm: &Vm) -> Result<()> {
+        let region = Region::Plugged;
+        let broker = self.brokers.get(&region).context("no broker")?;
+        let address = json!({ "type": "unix", "data": { "path": broker.socket(0) } });
+        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+        vm.qmp(
+            "chardev-add",
+            &json!({ "id": socket(region), "backend": backend }),
+        )?;
+        vm.plug(&json!({
+            "driver": "ivshmem-doorbell",
+            "id": id(region),
+            "bus": port(region),
+            "chardev": socket(region),
+            "vectors": region.facts().vectors,
+        }))
+    }
+
+    /// Has the guest let go of that device, and pulls it out.
+    pub fn unplug(&self, vm: &Vm) -> Result<()> {
+        vm.unplug(&id(Region::Plugged))?;
+        vm.qmp("chardev-remove", &json!({ "id": socket(Region::Plugged) }))?;
+        Ok(())
+    }
+
+    fn add(&mut self, region: Region, chassis: usize) -> Result<()> {
+        match region {
+            Region::Main | Region::Bus => {
+                let broker = self.serve(region)?;
+                let slot = region.facts().slot as usize;
+                let arguments = broker.arguments_with(slot, &id(region), chassis)?;
+                self.config.arguments.extend(arguments);
+            }
+            Region::Plain => {
+                // The memory is what a broker made of it, and the broker has no part in it any more.
+                self.serve(region)?;
+                let words = region.facts().size as usize / 8;
+                let words = self.tap(region)?.load(0, words)?;
+                self.keep(region, chassis, &words)?;
+            }
+            Region::Foreign => self.keep(region, chassis, &[])?,
+            Region::Plugged => {
+                self.serve(region)?;
+                self.add_port(region, chassis);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the broker of a region.
+    fn serve(&mut self, region: Region) -> Result<&Broker> {
+        let facts = region.facts();
+        let mut options = vec![
+            format!("--size={}", facts.size),
+            format!("--vectors={}", facts.vectors),
+        ];
+        let channels = facts.channels.iter();
+        options.extend(channels.map(|channel| format!("--channel={channel}")));
+        let options: Vec<_> = options.iter().map(String::as_str).collect();
+        let slots = facts.slots as usize;
+        let broker = Broker::start_with_slots(Artifacts::shared()?, slots, &options)?;
+        let tap = Tap::before_the_vm(&broker, facts)?;
+        self.taps.insert(region, Arc::new(tap));
+        self.config.paths.push(broker.folder().to_owned());
+        Ok(self.brokers.entry(region).insert_entry(broker).into_mut())
+    }
+
+    /// Adds a device over memory of its own, which begins with these words and is zero otherwise.
+    fn keep(&mut self, region: Region, chassis: usize, words: &[u64]) -> Result<()> {
+        let (size, id) = (region.facts().size, id(region));
+        let path = self.folder.path().join(&id);
+        let mut options = File::options();
+        let memory = options
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)?;
+        memory.set_len(size)?;
+        let tap = Tap::of_memory(memory);
+        tap.store(0, words)?;
+        self.taps.insert(region, Arc::new(tap));
+        self.add_port(region, chassis);
+        // QEMU splits its options at commas; a doubled one stands for itself.
+        let path = path.display().to_string().replace(',', ",,");
+        let memory = format!("memory-backend-file,id={id},mem-path={path},size={size},share=on");
+        let device = format!("ivshmem-plain,bus={},memdev={id}", port(region));
+        let arguments = ["-object".to_owned(), memory, "-device".to_owned(), device];
+        self.config.arguments.extend(arguments);
+        Ok(())
+    }
+
+    /// Adds a root port as `barlink qemu-args` has it, with nothing behind it yet.
+    fn add_port(&mut self, region: Region, chassis: usize) {
+        let port = port(region);
+        let device = format!("pcie-root-port,id={port},chassis={chassis},pref64-reserve=8G");
+        self.config.arguments.extend(["-device".to_owned(), device]);
+    }
+}
+
+/// What QEMU calls what belongs to a region.
+fn id(region: Region) -> String {
+    format!("{region:?}").to_lowercase()
+}
+
+fn port(region: Region) -> String {
+    format!("{}-port", id(region))
+}
+
+fn socket(region: Region) -> String {
+    format!("{}-socket", id(region))
+}

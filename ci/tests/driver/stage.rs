@@ -1,0 +1,151 @@
+//! The VM that the checks run in, and the host's part in them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use barlink_driver_checks::{Answer, Region, Request};
+use xtask::vm::{COMMAND_TIMEOUT, Vm};
+
+use crate::devices::Devices;
+
+/// A VM with its devices. The fields are dropped in this order.
+pub struct Stage {
+    /// What rings while a check does something else.
+    background: Option<Background>,
+    vm: Vm,
+    devices: Devices,
+}
+
+impl Stage {
+    /// Boots the VM that [`Region`] describes.
+    pub fn set() -> Result<Self> {
+        let devices = Devices::new()?;
+        Ok(Self {
+            background: None,
+            vm: Vm::boot(&devices.config)?,
+            devices,
+        })
+    }
+
+    /// Runs a check to its end: what it measured, or how it failed.
+    pub fn check(&mut self, name: &str) -> Result<Vec<String>> {
+        let process = self.vm.spawn(["barlink-driver-checks", name])?;
+        let mut figures = Vec::new();
+        while let Some(line) = process.next_line(COMMAND_TIMEOUT)? {
+            let request = serde_json::from_str(&line);
+            let request = request.with_context(|| format!("not a request: {line}"))?;
+            let answer = self.answer(request, &mut figures)?;
+            let mut line = serde_json::to_vec(&answer)?;
+            line.push(b'\n');
+            process.write(&line)?;
+        }
+        self.background = None;
+        process.wait(COMMAND_TIMEOUT)?.require_success()?;
+        Ok(figures)
+    }
+
+    fn answer(&mut self, request: Request, figures: &mut Vec<String>) -> Result<Answer> {
+        match request {
+            Request::Load {
+                region,
+                offset,
+                count,
+            } => {
+                return Ok(Answer::Words(
+                    self.devices.tap(region)?.load(offset, count)?,
+                ));
+            }
+            Request::Store {
+                region,
+                offset,
+                words,
+            } => self.devices.tap(region)?.store(offset, &words)?,
+            Request::Ring {
+                region,
+                vector,
+                times,
+            } => {
+                let tap = self.devices.tap(region)?;
+                tap.ring(region.facts().slot, vector, times)?;
+            }
+            Request::Rings {
+                region,
+                peer,
+                vector,
+                patience,
+            } => {
+                let patience = Duration::from_millis(patience.into());
+                let tap = self.devices.tap(region)?;
+                return Ok(Answer::Count(tap.wait(peer, vector, patience)?));
+            }
+            Request::Echo { region, vector } => self.background = Some(self.echo(region, vector)?),
+            Request::Storm { region } => self.background = Some(self.storm(region)?),
+            Request::Calm => self.background = None,
+            Request::Plug => self.devices.plug(&self.vm)?,
+            Request::Unplug => self.devices.unplug(&self.vm)?,
+            Request::Show { figure } => figures.push(figure),
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Answers rings of a vector of the host by as many of the VM's.
+    fn echo(&self, region: Region, vector: u32) -> Result<Background> {
+        let tap = Arc::clone(self.devices.tap(region)?);
+        Ok(Background::start(move || {
+            // Short, since the end of it is noticed only then.
+            let rung = tap.wait(region.host(), vector, Duration::from_millis(10))?;
+            if rung > 0 {
+                tap.ring(region.facts().slot, vector, rung)?;
+            }
+            Ok(())
+        }))
+    }
+
+    /// Rings all vectors of the VM.
+    fn storm(&self, region: Region) -> Result<Background> {
+        let tap = Arc::clone(self.devices.tap(region)?);
+        Ok(Background::start(move || {
+            for vector in 0..region.facts().vectors {
+                tap.ring(region.facts().slot, vector, 1)?;
+            }
+            // The VM has no processor to itself, and must get somewhere.
+            thread::sleep(Duration::from_micros(100));
+            Ok(())
+        }))
+    }
+}
+
+/// Work that is done over and over, until this is dropped.
+struct Background {
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Background {
+    fn start(mut work: impl FnMut() -> Result<()> + Send + 'static) -> Self {
+        let ends = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&ends);
+        let thread = thread::spawn(move || {
+            while !ended.load(Ordering::Relaxed) {
+                work()?;
+            }
+            Ok(())
+        });
+        Self {
+            ends,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        if let Some(Ok(Err(error))) = self.thread.take().map(JoinHandle::join) {
+            eprintln!("in the background: {error:#}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What a VM gets of its broker, for the host to read and write.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use barlink_driver_checks::Facts;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use xtask::broker::Broker;
+
+/// How long the broker may take for whatever it does.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A region's memory, and the eventfds of all its peers.
+pub struct Tap {
+    memory: File,
+    /// For each peer, those of its vectors.
+    bells: Vec<Vec<OwnedFd>>,
+}
+
+impl Tap {
+    /// Connects to a VM's socket before the VM does, and leaves with what that will be given, too: it is always the same.
+    pub fn before_the_vm(broker: &Broker, facts: Facts) -> Result<Self> {
+        let slot = facts.slot as usize;
+        let socket = UnixStream::connect(broker.socket(slot))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let (version, id) = (message(&socket)?.0, message(&socket)?.0);
+        ensure!((version, id) == (0, facts.slot.into()), "a strange slot");
+        let memory = message(&socket)?.1.context("no memory")?;
+        let mut bells: Vec<_> = (0..=facts.slots).map(|_| Vec::new()).collect();
+        for _ in 0..(facts.slots + 1) * facts.vectors {
+            let (peer, bell) = message(&socket)?;
+            let bells = bells.get_mut(usize::try_from(peer)?).context("no peer")?;
+            bells.push(bell.context("no eventfd")?.into());
+        }
+        drop(socket);
+        let start = Instant::now();
+        while !broker.inspect()?["broker"]["slots"][slot]["vm"].is_null() {
+            ensure!(start.elapsed() < PATIENCE, "the slot is not free again");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(Self { memory, bells })
+    }
+
+    /// Nothing but memory.
+    pub fn of_memory(memory: File) -> Self {
+        let bells = Vec::new();
+        Self { memory, bells }
+    }
+
+    /// Words from an offset.
+    pub fn load(&self, offset: u64, count: usize) -> Result<Vec<u64>> {
+        let mut bytes = vec![0; 8 * count];
+        self.memory.read_exact_at(&mut bytes, offset)?;
+        let (words, _) = bytes.as_chunks();
+        Ok(words.iter().copied().map(u64::from_le_bytes).collect())
+    }
+
+    /// Writes words at an offset.
+    pub fn store(&self, offset: u64, words: &[u64]) -> Result<()> {
+        let bytes: Vec<_> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        Ok(self.memory.write_all_at(&bytes, offset)?)
+    }
+
+    /// Rings a vector of a peer, so often at once.
+    pub fn ring(&self, peer: u32, vector: u32, times: u64) -> Result<()> {
+        rustix::io::write(self.bell(peer, vector)?, &times.to_ne_bytes())?;
+        Ok(())
+    }
+
+    /// Waits until a vector of a peer is rung, and gives how often; 0 if it is not.
+    pub fn wait(&self, peer: u32, vector: u32, patience: Duration) -> Result<u64> {
+        let bell = self.bell(peer, vector)?;
+        let timeout = Timespec::try_from(patience)?;
+        rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&timeout))?;
+        let mut count = [0; 8];
+        match rustix::io::read(bell, &mut count) {
+            Ok(_) => Ok(u64::from_ne_bytes(count)),
+            Err(Errno::AGAIN) => Ok(0),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn bell(&self, peer: u32, vector: u32) -> Result<&OwnedFd> {
+        let bells = self.bells.get(peer as usize);
+        let bell = bells.and_then(|bells| bells.get(vector as usize));
+        bell.with_context(|| format!("peer {peer} has no vector {vector}"))
+    }
+}
+
+/// A message of ivshmem's protocol: a number, and a descriptor with some.
+fn message(socket: &UnixStream) -> Result<(i64, Option<File>)> {
+    let mut bytes = [0; 8];
+    let (length, file) = socket.recv_with_fd(&mut bytes)?;
+    ensure!(length == bytes.len(), "a message of {length} bytes");
+    Ok((i64::from_le_bytes(bytes), file))
+}
