@@ -22,7 +22,6 @@ use crate::control::message::{
     Answer, AnyVersion, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
 use crate::control::packet::PacketSocket;
-use crate::memory;
 
 /// Host apps at once.
 const MAX_CLIENTS: usize = 64;
@@ -280,10 +279,9 @@ fn understand(bytes: &[u8]) -> Result<Ask, Refusal> {
 type Answered = (Answer, Vec<Box<dyn AsRawFd>>);
 
 fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answered, Refusal> {
-    let failed = |error: io::Error| Refusal::Failed(error.to_string());
     match *ask {
         Ask::Attach { access } => {
-            let memory = memory::descriptor(shared.memory(), access).map_err(failed)?;
+            let memory = Arc::clone(shared.memory(access));
             limited!(COMING_AND_GOING, Level::Info, "{peer} attaches");
             Ok((
                 Answer::Region(RegionInfo::from(shared.layout())),
@@ -293,10 +291,7 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
         Ask::Claim { channel, end } => {
             let end = layout::End::from(end);
             shared.claim(id, peer.pid.unsigned_abs(), channel, end)?;
-            let bells = claimed_bells(shared, channel, end).inspect_err(|_| {
-                // Just claimed, so it can be released.
-                let _ = shared.release(id, channel, end);
-            })?;
+            let bells = claimed_bells(shared, channel, end)?;
             limited!(
                 COMING_AND_GOING,
                 Level::Info,
@@ -330,15 +325,12 @@ fn claimed_bells(
     end: layout::End,
 ) -> Result<Vec<Box<dyn AsRawFd>>, Refusal> {
     let entry = shared.channel(channel)?;
-    let mut copies: Vec<Box<dyn AsRawFd>> = Vec::new();
+    let mut all: Vec<Box<dyn AsRawFd>> = Vec::new();
     for bells in [end, end.other()].map(|end| shared.bells(entry.peer(end))) {
         for bell in [bells.first(), bells.get(entry.vector as usize)] {
             let bell = bell.ok_or_else(|| Refusal::Failed("no such vector".to_owned()))?;
-            copies.push(Box::new(
-                bell.try_clone()
-                    .map_err(|error| Refusal::Failed(error.to_string()))?,
-            ));
+            all.push(Box::new(Arc::clone(bell)));
         }
     }
-    Ok(copies)
+    Ok(all)
 }

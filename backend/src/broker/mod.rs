@@ -8,6 +8,7 @@
 //! It can be replaced while VMs and host apps go on (`docs/architecture.md`, "A broker's successor"): its descriptors
 //! are kept under names ([`store`]), and what it must remember is in memory of its own (`ledger.rs`).
 
+mod confine;
 mod control;
 mod door;
 pub mod handover;
@@ -28,6 +29,8 @@ pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
 pub use policy::{Peer, Policy};
 pub use shared::{Shared, Slot};
 pub use socket::{Listener, SocketError};
+
+use log::{debug, warn};
 
 use self::door::Door;
 use self::parts::{Parts, Sockets};
@@ -157,6 +160,12 @@ impl Broker {
         let resumed = self.doors.iter().zip(vms);
         for (door, vm) in resumed.filter_map(|(door, vm)| Some((door, vm?))) {
             door.resume(vm.into());
+        }
+        let folders = listeners().filter_map(|listener| listener.path().parent());
+        match confine::confine(folders) {
+            Ok(true) => (),
+            Ok(false) => debug!("this kernel has no Landlock: the broker keeps its rights"),
+            Err(error) => warn!("the broker keeps its rights: {error}"),
         }
         self.shared
             .bury(|client| clients.iter().any(|(id, _)| *id == client));

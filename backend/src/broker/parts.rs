@@ -25,6 +25,8 @@ pub struct Parts {
     pub layout: Layout,
     /// The memory.
     pub memory: Arc<File>,
+    /// A descriptor of it that permits no writing.
+    pub read_only: Arc<File>,
     /// The same, mapped.
     pub region: Region,
     /// All eventfds, by peer, then by vector.
@@ -97,6 +99,7 @@ impl Parts {
         Self {
             vms: doors.iter().map(|_| None).collect(),
             layout,
+            read_only: Arc::new(read_only(&memory)?),
             memory: Arc::new(memory),
             region,
             bells,
@@ -152,6 +155,7 @@ impl Parts {
             .filter_map(|(called, descriptor)| Some((name::parse_client(&called)?, descriptor)));
         Self {
             layout,
+            read_only: Arc::new(read_only(&memory)?),
             memory: Arc::new(memory),
             region,
             bells,
@@ -188,6 +192,13 @@ impl Parts {
         store.keep(name::LEDGER.to_owned(), Arc::new(ledger));
         Ok(self)
     }
+}
+
+fn read_only(memory: &File) -> Result<File, BrokerError> {
+    memory::read_only(memory).map_err(|source| BrokerError::System {
+        what: "open the region's memory for reading",
+        source,
+    })
 }
 
 fn map(memory: &File, layout: &Layout) -> Result<Region, BrokerError> {

@@ -18,7 +18,7 @@ use super::store::{DescriptorStore, name};
 use super::{Peer, Policy};
 use crate::bell::Bell;
 use crate::control::message::{ClaimStatus, Refusal, SlotStatus, Status, VmStatus};
-use crate::memory::Region;
+use crate::memory::{Access, Region};
 
 /// A host app's connection, as the claims know it.
 pub type ClientId = u64;
@@ -27,6 +27,7 @@ pub type ClientId = u64;
 pub struct Shared {
     layout: Layout,
     memory: Arc<File>,
+    read_only: Arc<File>,
     region: Region,
     /// All eventfds, made once: by peer, then by vector.
     bells: Vec<Vec<Arc<Bell>>>,
@@ -54,6 +55,7 @@ impl Shared {
         let Parts {
             layout,
             memory,
+            read_only,
             region,
             bells,
             ledger,
@@ -63,6 +65,7 @@ impl Shared {
         let shared = Shared {
             layout,
             memory,
+            read_only,
             region,
             bells,
             policy,
@@ -98,9 +101,12 @@ impl Shared {
         &self.layout
     }
 
-    /// The memory.
-    pub fn memory(&self) -> &File {
-        &self.memory
+    /// The memory, by a descriptor that permits no more than this.
+    pub fn memory(&self, access: Access) -> &Arc<File> {
+        match access {
+            Access::ReadOnly => &self.read_only,
+            Access::ReadWrite => &self.memory,
+        }
     }
 
     /// Who may connect.

@@ -3,7 +3,6 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
 
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Answer, Ask, Refusal, Side};
@@ -409,16 +408,4 @@ fn one_app_can_hold_many_ends_and_gives_them_back_one_by_one() {
     assert_eq!(attachment.status().unwrap().claims.len(), 1);
     drop(receiver);
     assert!(attachment.status().unwrap().claims.is_empty());
-}
-
-#[test]
-fn a_thousand_connections_leave_nothing_behind() {
-    let broker = Broker::start(&[]);
-    broker.attach();
-    std::thread::sleep(Duration::from_millis(50));
-    let before = broker.descriptors();
-    for _ in 0..1000 {
-        drop(broker.attach());
-    }
-    wait_until("descriptors are back", || broker.descriptors() == before);
 }

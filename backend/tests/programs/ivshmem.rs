@@ -42,7 +42,10 @@ fn handshake_tells_the_whole_table_and_nothing_follows() {
 fn memory_is_the_region_and_cannot_be_resized() {
     let broker = Broker::start(&["--size", "1M"]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
-    assert_eq!(rustix::fs::fstat(&vm.memory).unwrap().st_size, 1 << 20);
+    let file = rustix::fs::fstat(&vm.memory).unwrap();
+    assert_eq!(file.st_size, 1 << 20);
+    // So another user who has a descriptor for reading does not open it for writing by way of /proc.
+    assert_eq!(file.st_mode & 0o777, 0o400);
     let seals = rustix::fs::fcntl_get_seals(&vm.memory).unwrap();
     assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
     for size in [0, 4096, 2 << 20] {

@@ -136,3 +136,36 @@ fn peers_of_another_pid_namespace_are_served() {
     drop(broker.attach());
     drop(vmm::handshake(vmm::connect(&broker, "vm.sock"), 6));
 }
+
+#[test]
+fn ten_thousand_host_apps_and_a_thousand_vms_leave_nothing_behind() {
+    let broker = Broker::start(&[]);
+    let come_and_go = |times: usize| {
+        for _ in 0..times {
+            drop(broker.attach().sender("down").unwrap());
+        }
+        for _ in 0..times / 10 {
+            drop(vmm::handshake(vmm::connect(&broker, "vm.sock"), 6));
+            wait_until("the VM has left", || {
+                broker.attach().status().unwrap().slots[0].vm.is_none()
+            });
+        }
+    };
+    // All that is made once has been made.
+    come_and_go(100);
+    let (descriptors, memory) = (broker.descriptors(), own_memory(&broker));
+    come_and_go(10_000);
+    wait_until("descriptors are back", || {
+        broker.descriptors() == descriptors
+    });
+    let after = own_memory(&broker);
+    eprintln!("{memory} KiB before, {after} KiB after");
+    assert!(after <= memory + 256, "{memory} KiB grew to {after} KiB");
+    assert_eq!(status(&broker, "Threads"), 2, "threads are left");
+}
+
+#[test]
+fn broker_gives_up_what_it_does_not_need() {
+    let broker = Broker::start(&[]);
+    assert_eq!(status(&broker, "NoNewPrivs"), 1, "it is not confined");
+}

@@ -265,16 +265,6 @@ fn takes_little_memory_beside_the_region() {
     let attachment = broker.attach();
     drop(attachment.sender("down").unwrap());
     attachment.status().unwrap();
-    let status = std::fs::read_to_string(format!("/proc/{}/status", broker.child.id())).unwrap();
-    let kib = |field: &str| {
-        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-        line.split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-    };
-    // The region's own pages are shared memory, and counted apart.
-    let own = kib("RssAnon") + kib("RssFile");
+    let own = own_memory(&broker);
     assert!(own <= 16 << 10, "{own} KiB");
 }

@@ -247,6 +247,18 @@ pub fn works(command: &mut Command) -> String {
     String::from_utf8(stdout).unwrap()
 }
 
+/// What `/proc` says of a broker in a field of its status.
+pub fn status(broker: &Broker, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", broker.child.id())).unwrap();
+    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Memory that a broker takes beside the region, whose pages are shared memory and counted apart; in KiB.
+pub fn own_memory(broker: &Broker) -> u64 {
+    status(broker, "RssAnon") + status(broker, "RssFile")
+}
+
 /// Processor time that a process has used, in clock ticks (10 ms).
 pub fn ticks(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
