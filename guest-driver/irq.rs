@@ -119,9 +119,10 @@ pub(crate) struct Handlers<'bound> {
 }
 
 impl<'bound> Handlers<'bound> {
-    /// Handles as many vectors as the device has, `most` at the most.
+    /// Handles as many vectors as the device has, `most` at the most, from vector 0 on.
     ///
-    /// A device that has none (`ivshmem-plain`), or gets none, has no interrupts, which is no error.
+    /// A device that has none (`ivshmem-plain`) has no interrupts, which is no error. Nor is it one if the kernel gives
+    /// fewer: a guest with few CPUs has few interrupts to give away, and channels whose vectors are missing are polled.
     pub(crate) fn enable(pdev: &'bound pci::Device<Bound>, most: u32) -> Result<Self> {
         let mut all = Handlers {
             handlers: KVec::new(),
@@ -129,8 +130,20 @@ impl<'bound> Handlers<'bound> {
         };
         if let Some(msix) = &all.msix {
             for vector in 0..msix.count {
-                let handler = Handler::register(msix.number(vector)?)?;
-                all.handlers.push(handler, GFP_KERNEL)?;
+                match msix.number(vector).and_then(Handler::register) {
+                    Ok(handler) => all.handlers.push(handler, GFP_KERNEL)?,
+                    Err(ENOMEM) => return Err(ENOMEM),
+                    Err(error) => {
+                        dev_warn!(
+                            pdev,
+                            "only {} of {} interrupt vectors: error {}\n",
+                            vector,
+                            msix.count,
+                            error.to_errno()
+                        );
+                        break;
+                    }
+                }
             }
         }
         Ok(all)

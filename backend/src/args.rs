@@ -4,7 +4,9 @@
 
 use std::path::PathBuf;
 
-use barlink::broker::{ChannelPlan, parse_size};
+use barlink::broker::ChannelPlan;
+use barlink_cli::size::parse_size;
+use barlink_cli::{place, stream};
 use clap::{Args, Parser, Subcommand};
 
 /// Shared memory as a PCI device of a QEMU guest: the host's side.
@@ -28,7 +30,7 @@ Exit codes:
   3    there is no broker, or it turned us away
   4    somebody else holds that end of the channel
   5    the stream ended early: its sender left before its end
-  130  interrupted by Ctrl-C";
+  130  interrupted by Ctrl-C, which for `serve` is the orderly end, 0";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -61,7 +63,7 @@ pub enum Command {
     /// Write bytes into the raw window
     #[command(after_help = "Example:\n  barlink poke hello\n  barlink poke --at 4K < image.bin")]
     Poke(Poke),
-    /// Empty a channel that neither end uses, so that it can be used again
+    /// Empty a channel that neither end uses, so that it can be used again: records that were not received are lost
     ResetChannel(ResetChannel),
     /// Print what to add to a QEMU command line, or to a libvirt domain, for a VM to get the device
     #[command(
@@ -99,53 +101,40 @@ pub struct Serve {
     #[arg(long, value_name = "COUNT", default_value_t = 0, hide_default_value = true,
           value_parser = clap::value_parser!(u32).range(0..=256))]
     pub vectors: u32,
-    /// Let processes of this user connect, besides the broker's own and root; name or number
+    /// Let processes of this user connect, besides the broker's own and root; name or number. The sockets can then be
+    /// seen by every user, and whoever is not allowed is turned away
     #[arg(long, value_name = "USER")]
     pub allow_user: Vec<String>,
-    /// Let processes with this primary group connect; name or number
+    /// Let processes with this primary group connect, likewise; name or number
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
-    #[command(flatten)]
-    pub which: Which,
-}
-
-/// What `send` and `recv` have in common.
-#[derive(Debug, Args)]
-pub struct Streaming {
-    /// Print a summary as JSON to standard error
+    /// Take the place of the broker that runs with the same arguments, unseen by VMs and host apps
     #[arg(long)]
-    pub json: bool,
+    pub replace: bool,
     #[command(flatten)]
     pub which: Which,
 }
 
 #[derive(Debug, Args)]
 pub struct Send {
-    /// The file; standard input if not given
-    pub file: Option<PathBuf>,
     /// The channel
     #[arg(long, default_value = "down")]
     pub channel: String,
-    /// Most bytes in a record; at most half the channel's size
-    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_size)]
-    pub record_size: u64,
     #[command(flatten)]
-    pub streaming: Streaming,
+    pub stream: stream::Send,
+    #[command(flatten)]
+    pub which: Which,
 }
 
 #[derive(Debug, Args)]
 pub struct Recv {
-    /// The file; standard output if not given
-    #[arg(short, long, value_name = "FILE")]
-    pub output: Option<PathBuf>,
     /// The channel
     #[arg(long, default_value = "up")]
     pub channel: String,
-    /// Go on with the next stream when one ends
-    #[arg(long)]
-    pub follow: bool,
     #[command(flatten)]
-    pub streaming: Streaming,
+    pub stream: stream::Recv,
+    #[command(flatten)]
+    pub which: Which,
 }
 
 #[derive(Debug, Args)]
@@ -160,37 +149,18 @@ pub struct Inspect {
     pub which: Which,
 }
 
-/// A place in the region.
-#[derive(Debug, Args)]
-pub struct Place {
-    /// Offset in the raw window
-    #[arg(long, value_name = "OFFSET", default_value = "0", value_parser = parse_offset)]
-    pub at: u64,
-    /// Count OFFSET from the region's start instead
-    #[arg(long)]
-    pub region: bool,
-}
-
 #[derive(Debug, Args)]
 pub struct Peek {
-    /// How many bytes
-    #[arg(long, default_value = "256", value_parser = parse_size)]
-    pub length: u64,
-    /// Print the bytes as they are, rather than a hex dump
-    #[arg(long)]
-    pub raw: bool,
     #[command(flatten)]
-    pub place: Place,
+    pub peek: place::Peek,
     #[command(flatten)]
     pub which: Which,
 }
 
 #[derive(Debug, Args)]
 pub struct Poke {
-    /// The text; standard input if not given
-    pub text: Option<String>,
     #[command(flatten)]
-    pub place: Place,
+    pub poke: place::Poke,
     #[command(flatten)]
     pub which: Which,
 }
@@ -221,15 +191,6 @@ pub struct QemuArgs {
     pub which: Which,
 }
 
-/// An offset: a size, or a hexadecimal number with 0x.
-fn parse_offset(text: &str) -> Result<u64, String> {
-    match text.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16)
-            .map_err(|error| format!("`{text}` is no offset: {error}")),
-        None => parse_size(text),
-    }
-}
-
 fn parse_name(text: &str) -> Result<String, String> {
     let legal = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if text.is_empty() || text.starts_with('.') || !text.chars().all(legal) {
@@ -258,13 +219,6 @@ mod tests {
     fn command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn offsets_are_sizes_or_hexadecimal() {
-        assert_eq!(parse_offset("4K"), Ok(4096));
-        assert_eq!(parse_offset("0x1f"), Ok(31));
-        assert!(parse_offset("0xzz").is_err() && parse_offset("-1").is_err());
     }
 
     #[test]

@@ -6,11 +6,11 @@
 //! descriptor that it receives blocking (`tcp_chr_recv` in `chardev/char-socket.c`).
 #![expect(
     unsafe_code,
-    reason = "lends the descriptor of an `EventFd`, which has no safe way to do so"
+    reason = "lends and gives the descriptor of an `EventFd`, which has no safe way to do so"
 )]
 
 use std::io::IoSliceMut;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::ReadWriteFlags;
@@ -54,6 +54,14 @@ impl Bell {
             u64::MAX,
             ReadWriteFlags::NOWAIT,
         );
+    }
+}
+
+impl From<OwnedFd> for Bell {
+    /// Takes over an eventfd that another broker made.
+    fn from(descriptor: OwnedFd) -> Self {
+        // SAFETY: the descriptor is ours, and is given up here.
+        Bell(unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) })
     }
 }
 

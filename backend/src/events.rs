@@ -13,6 +13,7 @@ use barlink_protocol::Events;
 use rustix::event::epoll;
 
 use crate::attachment::Claim;
+use crate::bell::Bell;
 
 /// Ringing or sleeping failed.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +36,7 @@ pub struct Bells {
     epoll: OwnedFd,
     /// Kept open, since they are in the epoll.
     _own: [OwnedFd; 2],
-    other: OwnedFd,
+    other: Bell,
     can_spin: bool,
     _claim: Claim,
 }
@@ -58,7 +59,7 @@ impl Bells {
         let bells = Bells {
             epoll,
             _own: [control, own],
-            other,
+            other: Bell::from(other),
             can_spin,
             _claim: claim,
         };
@@ -89,11 +90,10 @@ impl Events for Bells {
     type Error = EventError;
 
     fn ring(&mut self) -> Result<(), EventError> {
-        match rustix::io::write(&self.other, &1u64.to_ne_bytes()) {
-            // Full: it has rings enough to wake up to.
-            Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
-            Err(error) => Err(failed("ring a doorbell")(error)),
-        }
+        self.other.ring().map_err(|source| EventError {
+            what: "ring a doorbell",
+            source,
+        })
     }
 
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {

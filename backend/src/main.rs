@@ -5,7 +5,6 @@
 mod args;
 mod commands;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use args::{Cli, Command};
@@ -14,48 +13,32 @@ use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
 use barlink::events::EventError;
 use barlink::protocol::stream::StreamError;
-use clap::Parser;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = barlink_cli::parse();
     let level = if matches!(cli.command, Command::Serve(_)) {
         "info"
     } else {
         "warn"
     };
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
-    match commands::run(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            // `eprintln` would panic where standard error is closed.
-            let _ = writeln!(std::io::stderr(), "barlink: {error:#}");
-            ExitCode::from(exit_code(&error))
-        }
-    }
-}
-
-/// Whoever read our output has had enough, which is no failure of ours.
-fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
-    })
+    barlink_cli::end("barlink", commands::run(cli.command), exit_code)
 }
 
 /// The exit codes that `barlink --help` documents.
 fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
-        match cause.downcast_ref::<AttachError>() {
-            Some(AttachError::Control(ControlError::Refused(
-                Refusal::Held { .. } | Refusal::InUse { .. },
-            ))) => {
-                return 4;
-            }
-            Some(AttachError::Control(ControlError::Refused(_))) | None => (),
-            Some(AttachError::Control(_)) => return 3,
-            Some(_) => (),
+        let control = match cause.downcast_ref() {
+            Some(AttachError::Control(control)) => Some(control),
+            _ => cause.downcast_ref::<ControlError>(),
+        };
+        match control {
+            Some(ControlError::Refused(
+                Refusal::Held { .. } | Refusal::InUse { .. } | Refusal::Busy,
+            )) => return 4,
+            Some(ControlError::Refused(Refusal::Version { .. })) => return 3,
+            Some(ControlError::Refused(_)) | None => (),
+            Some(_) => return 3,
         }
         if let Some(StreamError::<EventError>::Incomplete(_)) = cause.downcast_ref() {
             return 5;

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::ops::Deref;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use barlink_protocol::{AtomicU64, region};
@@ -52,7 +53,8 @@ pub enum MemoryError {
 }
 
 /// Creates the memory of a region: `size` zero bytes, sealed, before anybody else can see it, against shrinking
-/// (a shorter file would be SIGBUS to QEMU and to us), growing, and further seals.
+/// (a shorter file would be SIGBUS to QEMU and to us), growing, and further seals. Its mode keeps other users from
+/// opening it for writing by way of `/proc`, whatever descriptor of it they have.
 pub fn create(size: u64) -> Result<File, MemoryError> {
     let failed = |what| {
         move |error: rustix::io::Errno| MemoryError::File {
@@ -64,21 +66,16 @@ pub fn create(size: u64) -> Result<File, MemoryError> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let memory = rustix::fs::memfd_create("barlink", flags).map_err(failed("create"))?;
     rustix::fs::ftruncate(&memory, size).map_err(failed("size"))?;
+    rustix::fs::fchmod(&memory, Mode::RUSR).map_err(failed("close to others"))?;
     let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&memory, seals).map_err(failed("seal"))?;
     Ok(File::from(memory))
 }
 
-/// A second descriptor of the same memory that permits no more than `access`.
-pub fn descriptor(memory: &File, access: Access) -> std::io::Result<File> {
-    match access {
-        Access::ReadWrite => memory.try_clone(),
-        Access::ReadOnly => {
-            use std::os::fd::AsRawFd;
-            let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
-            Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?.into())
-        }
-    }
+/// A descriptor of the same memory that permits no writing.
+pub fn read_only(memory: &File) -> std::io::Result<File> {
+    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+    Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?.into())
 }
 
 /// The whole region, mapped shared. Derefs to its words.

@@ -2,6 +2,8 @@
 
 //! A broker on the host, in a folder of its own, for the demo and the VM tests.
 
+use std::ffi::OsString;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -12,18 +14,23 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::builds::Artifacts;
+use crate::service::ServiceManager;
 use crate::vm::Config;
 
 /// How long a broker may take until it listens.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+const LOG: &str = "broker.log";
 
 /// A running `barlink serve`; dropping it ends it.
 #[derive(Debug)]
 pub struct Broker {
     child: Child,
     program: PathBuf,
+    arguments: Vec<OsString>,
     folder: tempfile::TempDir,
     slots: usize,
+    manager: Option<ServiceManager>,
 }
 
 impl Broker {
@@ -38,36 +45,95 @@ impl Broker {
         slots: usize,
         arguments: &[&str],
     ) -> Result<Self> {
+        Self::launch(artifacts, slots, arguments, |_| Ok(None))
+    }
+
+    /// Serves one slot as the service of a manager that keeps its descriptors.
+    pub fn start_managed(artifacts: &Artifacts, arguments: &[&str]) -> Result<Self> {
+        Self::launch(artifacts, 1, arguments, |folder| {
+            ServiceManager::new(folder).map(Some)
+        })
+    }
+
+    fn launch(
+        artifacts: &Artifacts,
+        slots: usize,
+        arguments: &[&str],
+        manager: impl FnOnce(&Path) -> Result<Option<ServiceManager>>,
+    ) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("barlink-").tempdir()?;
-        let mut command = Command::new(&artifacts.barlink);
-        command.arg("serve").args(arguments).stdin(Stdio::null());
-        command
-            .arg("--control")
-            .arg(folder.path().join("control.sock"));
+        let path = |name: &str| folder.path().join(name).into_os_string();
+        let mut all: Vec<OsString> = vec!["serve".into()];
+        all.extend(arguments.iter().map(OsString::from));
+        all.extend(["--control".into(), path("control.sock")]);
         for slot in 0..slots {
-            command.arg("--ivshmem").arg(socket(folder.path(), slot));
+            all.extend([
+                "--ivshmem".into(),
+                socket(folder.path(), slot).into_os_string(),
+            ]);
         }
-        let log = folder.path().join("broker.log");
-        command.stderr(std::fs::File::create(&log)?);
-        let child = command.spawn().context("the broker cannot be started")?;
+        let manager = manager(folder.path())?;
+        let program = artifacts.barlink.clone();
         let mut broker = Self {
-            child,
-            program: artifacts.barlink.clone(),
+            child: spawn(&program, &all, folder.path(), manager.as_ref())?,
+            program,
+            arguments: all,
             folder,
             slots,
+            manager,
         };
+        broker.wait_until_it_serves()?;
+        Ok(broker)
+    }
+
+    fn wait_until_it_serves(&mut self) -> Result<()> {
         let start = Instant::now();
-        while !broker.app(["inspect", "--json"]).output()?.status.success() {
-            let ended = broker.child.try_wait()?.is_some();
+        while !self.app(["inspect", "--json"]).output()?.status.success() {
+            let ended = self.child.try_wait()?.is_some();
             if ended || start.elapsed() > START_TIMEOUT {
-                bail!(
-                    "the broker does not listen: {}",
-                    std::fs::read_to_string(&log)?.trim_end()
-                );
+                bail!("the broker does not serve: {}", self.log()?.trim_end());
             }
             thread::sleep(Duration::from_millis(10));
         }
-        Ok(broker)
+        Ok(())
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) -> Result<()> {
+        self.signal(Signal::KILL)?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts it again, as its manager would.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.child = spawn(
+            &self.program,
+            &self.arguments,
+            self.folder.path(),
+            self.manager.as_ref(),
+        )?;
+        self.wait_until_it_serves()
+    }
+
+    /// Has another one take its place.
+    pub fn replace(&mut self) -> Result<()> {
+        let arguments = self.arguments.iter().cloned();
+        let arguments: Vec<_> = arguments.chain(["--replace".into()]).collect();
+        let successor = spawn(&self.program, &arguments, self.folder.path(), None)?;
+        let mut predecessor = std::mem::replace(&mut self.child, successor);
+        let status = predecessor.wait()?;
+        ensure!(
+            status.success(),
+            "the broker is not replaced: {}",
+            self.log()?
+        );
+        self.wait_until_it_serves()
+    }
+
+    /// The manager whose service it is.
+    pub fn manager(&self) -> Option<&ServiceManager> {
+        self.manager.as_ref()
     }
 
     /// The folder with its sockets; a place for other files of the same run, too.
@@ -82,7 +148,7 @@ impl Broker {
 
     /// What it has logged.
     pub fn log(&self) -> Result<String> {
-        Ok(std::fs::read_to_string(self.folder().join("broker.log"))?)
+        Ok(std::fs::read_to_string(self.folder().join(LOG))?)
     }
 
     /// A host app: `barlink` with these arguments, at this broker.
@@ -144,6 +210,29 @@ impl Broker {
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill_process(Pid::from_child(&self.child), signal)?)
     }
+}
+
+/// Starts a broker, whose log goes to a file in `folder`.
+fn spawn(
+    program: &Path,
+    arguments: &[OsString],
+    folder: &Path,
+    manager: Option<&ServiceManager>,
+) -> Result<Child> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(folder.join(LOG))?;
+    let mut command = match manager {
+        Some(manager) => manager.service(program)?,
+        None => Command::new(program),
+    };
+    command.args(arguments).stdin(Stdio::null()).stderr(log);
+    let child = command.spawn().context("the broker cannot be started")?;
+    if let Some(manager) = manager {
+        manager.wait_until_ready()?;
+    }
+    Ok(child)
 }
 
 impl Drop for Broker {

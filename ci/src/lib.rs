@@ -12,6 +12,7 @@ mod initramfs;
 pub mod module;
 pub mod recipe;
 pub mod sandbox;
+pub mod service;
 pub mod setup;
 pub mod steps;
 pub mod tally;

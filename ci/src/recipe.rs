@@ -9,10 +9,13 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-/// Changes when the set-up makes something else from the same data, so that older sandboxes are not mistaken for it.
-const STEPS_VERSION: u32 = 1;
-
 const DATA: &str = include_str!("../../images/sandbox.toml");
+
+/// What makes a sandbox of the data: another text may make another sandbox.
+const STEPS: [&str; 2] = [
+    include_str!("setup/rootfs.rs"),
+    include_str!("setup/metadata.rs"),
+];
 
 /// The module that the finished headers must build: file name and content.
 pub const TRIAL: [(&str, &str); 2] = [
@@ -47,8 +50,11 @@ impl Recipe {
     /// Twelve hexadecimal digits that differ when anything that goes into a sandbox differs, but for its kernel.
     pub fn hash(&self) -> String {
         let mut hash = Sha256::new();
-        hash.update(STEPS_VERSION.to_le_bytes());
-        hash.update(DATA);
+        let trial = TRIAL.map(|(_, content)| content);
+        for text in [DATA].into_iter().chain(STEPS).chain(trial) {
+            hash.update(text.len().to_le_bytes());
+            hash.update(text);
+        }
         let digest = hash.finalize();
         digest
             .iter()

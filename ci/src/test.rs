@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::builds::{Artifacts, cargo};
+use crate::builds::{Artifacts, cargo, target_folder};
 use crate::setup;
 use crate::tally::Tally;
 use crate::tools::VmArgs;
@@ -30,30 +30,43 @@ struct Part {
     selection: &'static [&'static str],
     /// What its tests are told.
     options: &'static [&'static str],
+    /// What the compiler is told to set, for a build apart from all others.
+    cfg: Option<&'static str>,
     /// Whether its tests boot VMs.
     boots: bool,
 }
 
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 5] = [
     Part {
         selection: &["--workspace", "--exclude=xtask"],
         options: &[],
+        cfg: None,
+        boots: false,
+    },
+    Part {
+        // Every interleaving of two ends; optimised, since there are many.
+        selection: &["--package=barlink-protocol", "--test=loom", "--release"],
+        options: &[],
+        cfg: Some("loom"),
         boots: false,
     },
     Part {
         selection: &["--package=xtask", "--lib", "--bins"],
         options: &[],
+        cfg: None,
         boots: false,
     },
     Part {
         selection: &["--package=xtask", "--doc"],
         options: &[],
+        cfg: None,
         boots: false,
     },
     Part {
         selection: &["--package=xtask", "--test=*"],
         // A VM under TCG keeps several processors busy, so these run one at a time.
         options: &["--test-threads=1"],
+        cfg: None,
         boots: true,
     },
 ];
@@ -71,12 +84,18 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
             tally.count(false);
         }
     }
+    let target = target_folder()?;
     for part in PARTS {
         if part.boots && built.is_err() {
             continue;
         }
         let mut command = cargo("test");
         command.arg("--no-fail-fast").args(part.selection);
+        if let Some(cfg) = part.cfg {
+            // Of all ways to give flags this one outranks the others.
+            command.env("CARGO_ENCODED_RUSTFLAGS", format!("--cfg={cfg}"));
+            command.arg("--target-dir").arg(target.join(cfg));
+        }
         command.arg("--").args(part.options).args(&args.name);
         command.envs(args.vm.environment());
         if std::env::var_os("RUST_LIB_BACKTRACE").is_none() {

@@ -1,11 +1,11 @@
 //! Channels between a real guest and host apps: streams both ways, ends that are killed, guests that come back.
 
-use std::io::{Read, Write};
-use std::process::{Child, Command, Stdio};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -13,70 +13,9 @@ use xtask::broker::{Broker, finish};
 use xtask::builds::Artifacts;
 use xtask::vm::{COMMAND_TIMEOUT, Config, Vm};
 
-/// A broker with these arguments, and a VM at its only slot with the driver loaded.
-fn start(arguments: &[&str]) -> Result<(Broker, Vm)> {
-    let broker = Broker::start(Artifacts::shared()?, arguments)?;
-    let vm = boot(&broker)?;
-    Ok((broker, vm))
-}
+mod support;
 
-fn boot(broker: &Broker) -> Result<Vm> {
-    let vm = Vm::boot(&broker.vm()?)?;
-    load(&vm)?;
-    Ok(vm)
-}
-
-fn load(vm: &Vm) -> Result<()> {
-    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()
-}
-
-/// Bytes in which every place is different.
-fn noise(length: usize) -> Vec<u8> {
-    (0..length.div_ceil(4) as u32)
-        .flat_map(|number| {
-            number
-                .wrapping_mul(2_654_435_761)
-                .rotate_left(9)
-                .to_le_bytes()
-        })
-        .take(length)
-        .collect()
-}
-
-/// A host app that receives. What it receives is taken from it as it comes, so that it never waits for us.
-struct Receiving {
-    app: Child,
-    bytes: JoinHandle<std::io::Result<Vec<u8>>>,
-}
-
-fn receive(broker: &Broker, channel: &str) -> Result<Receiving> {
-    let mut app = broker
-        .app(["recv", "--channel", channel])
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut output = app.stdout.take().context("no output")?;
-    let bytes = thread::spawn(move || {
-        let mut bytes = Vec::new();
-        output.read_to_end(&mut bytes)?;
-        Ok(bytes)
-    });
-    Ok(Receiving { app, bytes })
-}
-
-impl Receiving {
-    /// Its exit code, once it has ended, and what it received.
-    fn end(mut self) -> Result<(Option<i32>, Vec<u8>)> {
-        let bytes = self.bytes.join().map_err(|_| anyhow!("nobody reads"))??;
-        Ok((self.app.wait()?.code(), bytes))
-    }
-
-    /// What it received, once it has ended well.
-    fn bytes(self) -> Result<Vec<u8>> {
-        let (code, bytes) = self.end()?;
-        ensure!(code == Some(0), "the receiver ended with {code:?}");
-        Ok(bytes)
-    }
-}
+use support::*;
 
 /// A host app that sends these bytes.
 fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
@@ -89,25 +28,6 @@ fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
             .stderr(Stdio::piped()),
     )?;
     Ok(())
-}
-
-fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let start = Instant::now();
-    while !done()? {
-        ensure!(start.elapsed() < COMMAND_TIMEOUT, "in vain: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
-/// Waits until a process of the guest holds an end of a channel, or none does.
-fn wait_for_holder(broker: &Broker, channel: &str, end: &str, held: bool) -> Result<()> {
-    wait_until(&format!("the {end} of {channel}"), || {
-        let snapshot = broker.inspect()?;
-        let channels = snapshot["channels"].as_array().context("no channels")?;
-        let channel = channels.iter().find(|entry| entry["name"] == channel);
-        Ok(channel.context("no such channel")?[end].is_u64() == held)
-    })
 }
 
 /// Processor time that a process has used, in clock ticks (10 ms).
@@ -134,6 +54,28 @@ fn streams_run_in_both_directions_at_once() -> Result<()> {
         assert!(receiver.bytes()? == bytes, "{length} bytes");
         echo.wait(COMMAND_TIMEOUT)?.require_success()?;
     }
+    Ok(())
+}
+
+#[test]
+fn guest_with_few_cpus_takes_as_many_vectors_as_it_gets() -> Result<()> {
+    let broker = Broker::start(Artifacts::shared()?, &["--vectors", "256"])?;
+    let vm = Vm::boot(&Config {
+        cpus: 1,
+        ..broker.vm()?
+    })?;
+    load(&vm)?;
+    let info = vm.run(["barlink-guest", "info", "--json"])?.success()?;
+    let info: Value = serde_json::from_str(&info)?;
+    let vectors = info["vectors"].as_u64().context("no vectors")?;
+    // x86 has some 200 interrupt vectors for each CPU.
+    ensure!((1..256).contains(&vectors), "{vectors} of 256 vectors");
+    let receiver = receive(&broker, "up")?;
+    let sender = vm.spawn(["barlink-guest", "send"])?;
+    sender.write(&noise(1_000_000))?;
+    sender.close_stdin()?;
+    sender.wait(COMMAND_TIMEOUT)?.require_success()?;
+    ensure!(receiver.bytes()? == noise(1_000_000));
     Ok(())
 }
 
@@ -198,7 +140,7 @@ fn second_claim_and_unknown_channel_are_refused_in_the_guest() -> Result<()> {
     refused(
         &["barlink-guest", "peek", "--at", "1G"],
         1,
-        "leave the raw window",
+        "is not in the raw window",
     )?;
     first.kill(Signal::INT)?;
     assert_eq!(
@@ -256,7 +198,8 @@ fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
     producer.write(b"half")?;
     let receiver = receive(&broker, "up")?;
     wait_until("the first bytes arrive", || {
-        Ok(broker.inspect()?["channels"][0]["records"] == 1)
+        // Of two records: that a stream begins, and the bytes.
+        Ok(broker.inspect()?["channels"][0]["records"] == 2)
     })?;
     wait_until("they are released", || {
         Ok(broker.inspect()?["channels"][0]["fill"] == 0)
@@ -351,7 +294,8 @@ fn qemu_that_is_killed_is_followed_by_another_on_the_same_broker() -> Result<()>
     producer.write(b"half")?;
     wait_until("the first bytes are released", || {
         let channel = &broker.inspect()?["channels"][0];
-        Ok(channel["records"] == 1 && channel["fill"] == 0)
+        // Of two records: that a stream begins, and the bytes.
+        Ok(channel["records"] == 2 && channel["fill"] == 0)
     })?;
     send(&broker, "down", b"for whoever comes")?;
     drop(vm);

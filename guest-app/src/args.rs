@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use barlink_cli::{place, stream};
 use clap::{Args, Parser, Subcommand};
 
 /// Shared memory as a PCI device of a QEMU guest: the guest's side.
@@ -57,10 +58,10 @@ pub enum Command {
     #[command(
         after_help = "Example:\n  barlink-guest peek --length 64\n  barlink-guest peek --raw --length 5"
     )]
-    Peek(Peek),
+    Peek(place::Peek),
     /// Write bytes into the raw window
     #[command(after_help = "Example:\n  barlink-guest poke hello")]
-    Poke(Poke),
+    Poke(place::Poke),
 }
 
 #[derive(Debug, Args)]
@@ -72,33 +73,20 @@ pub struct Info {
 
 #[derive(Debug, Args)]
 pub struct Send {
-    /// The file; standard input if not given
-    pub file: Option<PathBuf>,
     /// The channel
     #[arg(long, default_value = "up")]
     pub channel: String,
-    /// Most bytes in a record; at most half the channel's size
-    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_size)]
-    pub record_size: u64,
-    /// Print a summary as JSON to standard error
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub stream: stream::Send,
 }
 
 #[derive(Debug, Args)]
 pub struct Recv {
-    /// The file; standard output if not given
-    #[arg(short, long, value_name = "FILE")]
-    pub output: Option<PathBuf>,
     /// The channel
     #[arg(long, default_value = "down")]
     pub channel: String,
-    /// Go on with the next stream when one ends
-    #[arg(long)]
-    pub follow: bool,
-    /// Print a summary as JSON to standard error
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub stream: stream::Recv,
 }
 
 #[derive(Debug, Args)]
@@ -117,50 +105,22 @@ pub struct Telemetry {
     #[arg(long, value_name = "SECONDS")]
     pub seconds: Option<f64>,
     /// Records a second
-    #[arg(long, value_name = "RATE", default_value_t = 100.0)]
+    #[arg(long, value_name = "RATE", default_value = "100", value_parser = parse_rate)]
     pub rate: f64,
     /// The channel
     #[arg(long, default_value = "up")]
     pub channel: String,
 }
 
-/// A place in the region.
-#[derive(Debug, Args)]
-pub struct Place {
-    /// Offset in the raw window
-    #[arg(long, value_name = "OFFSET", default_value = "0", value_parser = parse_size)]
-    pub at: u64,
-    /// Count OFFSET from the region's start instead
-    #[arg(long)]
-    pub region: bool,
-}
-
-#[derive(Debug, Args)]
-pub struct Peek {
-    /// How many bytes
-    #[arg(long, default_value = "256", value_parser = parse_size)]
-    pub length: u64,
-    /// Print the bytes as they are, rather than a hex dump
-    #[arg(long)]
-    pub raw: bool,
-    #[command(flatten)]
-    pub place: Place,
-}
-
-#[derive(Debug, Args)]
-pub struct Poke {
-    /// The text; standard input if not given
-    pub text: Option<String>,
-    #[command(flatten)]
-    pub place: Place,
-}
-
-/// Parses a size in bytes, with K, M, G (powers of 1024) if wanted.
-fn parse_size(text: &str) -> Result<u64, String> {
-    parse_size::Config::new()
-        .with_binary()
-        .parse_size(text)
-        .map_err(|error| format!("`{text}` is no size: {error} (say 64M, 1G or a number of bytes)"))
+/// Parses a rate of which one period can be waited for.
+fn parse_rate(text: &str) -> Result<f64, String> {
+    let rate: f64 = text.parse().map_err(|_| format!("`{text}` is no number"))?;
+    match std::time::Duration::try_from_secs_f64(1.0 / rate) {
+        Ok(_) if rate.is_finite() => Ok(rate),
+        _ => Err(format!(
+            "`{text}` is no rate: take a number above 0, say 100"
+        )),
+    }
 }
 
 #[cfg(test)]
@@ -171,5 +131,13 @@ mod tests {
     fn command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn rates_are_numbers_that_have_a_period() {
+        assert_eq!(parse_rate("0.5"), Ok(0.5));
+        for text in ["0", "-1", "1e-30", "inf", "nan", "x"] {
+            assert!(parse_rate(text).is_err(), "{text}");
+        }
     }
 }

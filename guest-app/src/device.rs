@@ -219,7 +219,9 @@ impl Device {
             peer: channel.peer(end.other()),
             vector: channel.vector,
         };
-        Ok((index, Interrupts::new(file, bell, info.vectors)))
+        // The driver may have got fewer vectors than the channels have.
+        let wakes = channel.vector < info.vectors;
+        Ok((index, Interrupts::new(file, bell, wakes)))
     }
 }
 

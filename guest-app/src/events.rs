@@ -46,18 +46,19 @@ fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
 pub struct Interrupts {
     file: File,
     other: uapi::Doorbell,
-    vectors: u32,
+    wakes: bool,
     can_spin: bool,
 }
 
 impl Interrupts {
-    /// `file` holds the claim, and is non-blocking; `other` rings the other end; the device has so many `vectors`.
-    pub(crate) fn new(file: File, other: uapi::Doorbell, vectors: u32) -> Self {
+    /// `file` holds the claim, and is non-blocking; `other` rings the other end; `wakes` says whether the
+    /// channel has a vector here.
+    pub(crate) fn new(file: File, other: uapi::Doorbell, wakes: bool) -> Self {
         let can_spin = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
         Interrupts {
             file,
             other,
-            vectors,
+            wakes,
             can_spin,
         }
     }
@@ -71,7 +72,7 @@ impl Events for Interrupts {
     }
 
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
-        if self.vectors == 0 {
+        if !self.wakes {
             std::thread::sleep(timeout.unwrap_or(POLL_INTERVAL).min(POLL_INTERVAL));
             return Ok(false);
         }

@@ -15,6 +15,20 @@ use crate::region::Region;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, End, Layout};
 
+/// A channel's entry, and where its other end tells of itself.
+fn find<E>(
+    layout: &Layout,
+    channel: usize,
+    end: End,
+    region_size: u64,
+) -> Result<(&Channel, Option<PresenceWords>), ChannelError<E>> {
+    let entry = layout.channels().get(channel);
+    Ok((
+        entry.ok_or(ChannelError::Unknown(channel))?,
+        PresenceWords::find(layout, channel, end.other(), region_size),
+    ))
+}
+
 /// What became of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -44,11 +58,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         channel: usize,
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
-        let entry = layout
-            .channels()
-            .get(channel)
-            .ok_or(ChannelError::Unknown(channel))?;
-        let words = PresenceWords::find(layout, channel, End::Producer.other(), region.size());
+        let (entry, words) = find(layout, channel, End::Producer, region.size())?;
         Self::new(region, entry, words, events)
     }
 
@@ -244,11 +254,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         channel: usize,
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
-        let entry = layout
-            .channels()
-            .get(channel)
-            .ok_or(ChannelError::Unknown(channel))?;
-        let words = PresenceWords::find(layout, channel, End::Consumer.other(), region.size());
+        let (entry, words) = find(layout, channel, End::Consumer, region.size())?;
         Self::new(region, entry, words, events)
     }
 

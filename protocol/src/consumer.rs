@@ -38,6 +38,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     ///
     /// `channel` comes from the checked layout of `region`.
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
+        crate::state::check_generation(&region, channel)?;
         let base = channel.offset;
         let consumer = Consumer {
             read: region.load(base + channel::READ),

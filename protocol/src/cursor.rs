@@ -138,13 +138,15 @@ impl Kind {
     pub const DATA: Kind = Kind(1);
     /// The stream has ended; no payload.
     pub const END: Kind = Kind(2);
+    /// A stream begins; no payload.
+    pub const BEGIN: Kind = Kind(3);
     /// First kind that is the user's own.
     pub const USER: Kind = Kind(256);
     /// No record: the rest of the data area is skipped.
     pub(crate) const PAD: Kind = Kind(u16::MAX);
 }
 
-/// A record's header (`docs/protocol.md`, section 4.2).
+/// A record's header (`docs/protocol.md`, section 4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// Bytes of payload.

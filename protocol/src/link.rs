@@ -153,14 +153,17 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             return Ok(Wakeup::Ready);
         }
         loop {
-            if self.watch().map_err(ChannelError::Events)? {
+            let changed = self.watch().map_err(ChannelError::Events)?;
+            let left = deadline.map(|deadline| deadline.saturating_sub(self.events.now()));
+            let over = left == Some(Duration::ZERO);
+            // An end that keeps changing does not hold up the deadline.
+            if changed && !over {
                 return Ok(Wakeup::PeerChanged);
             }
             if look(true)? {
                 return Ok(Wakeup::Ready);
             }
-            let left = deadline.map(|deadline| deadline.saturating_sub(self.events.now()));
-            if left == Some(Duration::ZERO) {
+            if over {
                 return Ok(Wakeup::TimedOut);
             }
             self.sleep(left).map_err(ChannelError::Events)?;

@@ -74,6 +74,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     ///
     /// `channel` comes from the checked layout of `region`.
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
+        crate::state::check_generation(&region, channel)?;
         let base = channel.offset;
         let capacity = Capacity::of(channel);
         let written = region.load(base + channel::WRITTEN);
@@ -124,6 +125,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         }
         Ok(Reservation {
             length: length as u32,
+            padded: 0,
             place,
             producer: self,
         })
@@ -194,6 +196,8 @@ pub struct Reservation<'a, M> {
     producer: &'a mut Producer<M>,
     place: Place,
     length: u32,
+    /// Length of payload behind which our own copy has put zeros, up to the next multiple of 8.
+    padded: u32,
 }
 
 impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
@@ -219,6 +223,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         self.producer
             .region
             .copy_in(self.payload() + u64::from(offset), bytes);
+        self.padded = offset + bytes.len() as u32;
     }
 
     /// Lets the kernel fill the payload from a file descriptor. Gives the bytes read, 0 at the end, or the `errno`.
@@ -241,6 +246,9 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// If `length` is more than was reserved, or `kind` is 0 or 65535.
     pub fn commit(self, kind: Kind, length: u32, time: u64) -> (Notify, &'a mut Producer<M>) {
         assert!(length <= self.length && kind.0 != 0 && kind != Kind::PAD);
+        if !length.is_multiple_of(8) && length != self.padded {
+            self.pad(length);
+        }
         let Reservation {
             producer, place, ..
         } = self;
@@ -282,6 +290,14 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         producer.written = end;
         producer.older_note = 1 - producer.older_note;
         (notify, producer)
+    }
+
+    /// Puts zeros behind a payload that ends within a word, so that nothing old is told.
+    fn pad(&self, length: u32) {
+        let region = &self.producer.region;
+        let last = self.payload() + u64::from(length / 8 * 8);
+        let meant = (1 << (length % 8 * 8)) - 1;
+        region.store(last, region.load(last) & meant);
     }
 
     fn payload(&self) -> u64 {

@@ -210,8 +210,9 @@ fn index(offset: u64) -> usize {
 fn index(offset: u64) -> usize {
     use crate::wire::layout::channel;
     let word = match offset {
-        channel::DATA.. => 11 + (offset - channel::DATA) / 8,
+        channel::DATA.. => 12 + (offset - channel::DATA) / 8,
         channel::READ.. => 8 + (offset - channel::READ) / 8,
+        channel::GENERATION => 11,
         _ => (offset - channel::WRITTEN) / 8,
     };
     word as usize

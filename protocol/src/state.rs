@@ -4,8 +4,9 @@
 
 use core::ops::Deref;
 
+use crate::cursor::Corrupt;
 use crate::region::Region;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, fence};
 use crate::wire::layout::{Channel, Layout, LayoutError, channel};
 
 /// Writes a layout into a region, whose bytes are zero so far. The magic comes last: who sees it sees all.
@@ -30,20 +31,51 @@ pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
     Layout::decode(&page, size)
 }
 
-/// Empties a channel whose ends are both free, and starts its next generation. Gives that generation's number.
-pub fn reset<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, entry: &Channel) -> u64 {
+/// Empties a channel whose ends are free, as `are_free` tells, and gives how often it has been reset; `None` if they
+/// are not.
+///
+/// An end is claimed before it is attached, and attaching looks whether a reset is under way: so either the claim is
+/// seen here, or the reset there.
+pub fn reset<M: Deref<Target = [AtomicU64]>>(
+    region: &Region<M>,
+    entry: &Channel,
+    are_free: impl FnOnce() -> bool,
+) -> Option<u64> {
+    let generation = region.word(entry.offset + channel::GENERATION);
+    let before = generation.load(Ordering::Relaxed);
+    let under_way = before | 1;
+    generation.store(under_way, Ordering::Relaxed);
+    // SYNC: reset-then-claim; pairs with the fence in `check_generation`. One of the two sees the other.
+    fence(Ordering::SeqCst);
+    if !are_free() {
+        generation.store(before, Ordering::Relaxed);
+        return None;
+    }
     let words = (channel::WRITTEN..channel::PRODUCER_RUNG + 8)
         .chain(channel::READ..channel::CONSUMER_RUNG + 8);
     for offset in words.step_by(8) {
         region.store(entry.offset + offset, 0);
     }
-    let generation = region
-        .load(entry.offset + channel::GENERATION)
-        .wrapping_add(1);
-    region
-        .word(entry.offset + channel::GENERATION)
-        .store(generation, Ordering::Release);
-    generation
+    let after = under_way.wrapping_add(1);
+    // SYNC: emptied; pairs with the Acquire load in `check_generation`.
+    generation.store(after, Ordering::Release);
+    Some(after / 2)
+}
+
+/// Whether an end that was just claimed can be attached: not while the channel is being reset, nor after a reset that
+/// did not come to its end.
+pub(crate) fn check_generation<M: Deref<Target = [AtomicU64]>>(
+    region: &Region<M>,
+    entry: &Channel,
+) -> Result<(), Corrupt> {
+    // SYNC: claim-then-reset; pairs with the fence in `reset`.
+    fence(Ordering::SeqCst);
+    let generation = region.word(entry.offset + channel::GENERATION);
+    // SYNC: emptied; pairs with the Release store in `reset`.
+    if generation.load(Ordering::Acquire) % 2 == 1 {
+        return Err(Corrupt("a reset of it is under way, or was cut short"));
+    }
+    Ok(())
 }
 
 /// A channel's words at one moment, as they stand: unchecked, each read once, and not all at the same instant.
@@ -72,7 +104,7 @@ impl ChannelState {
         // The consumer's cursor first, so that it is not ahead of a producer's that is older.
         let read = load(channel::READ);
         ChannelState {
-            generation: load(channel::GENERATION),
+            generation: load(channel::GENERATION) / 2,
             written: load(channel::WRITTEN),
             read,
             records: channel::NOTES

@@ -2,8 +2,8 @@
 
 //! A byte stream through a channel: from a file descriptor to a file descriptor, by way of the region alone.
 //!
-//! The bytes travel in records of [`Kind::DATA`]; one of [`Kind::END`] ends the stream. What other kinds a channel
-//! carries is not part of any stream, and is passed over.
+//! The bytes travel in records of [`Kind::DATA`], between one of [`Kind::BEGIN`] and one of [`Kind::END`]. What other
+//! kinds a channel carries is not part of any stream, and is passed over.
 
 use core::ops::Deref;
 
@@ -56,11 +56,19 @@ where
     E: Events,
 {
     let mut total = Progress::default();
+    // A channel that drops could drop this one too, so there it comes with the first data that finds room.
+    let mut begun = false;
+    if !sender.drops() {
+        mark(sender, Kind::BEGIN)?;
+    }
     loop {
         let length = if sender.drops() {
             let length =
                 retry(|| crate::region::read(source, scratch)).map_err(StreamError::Read)?;
-            if length > 0 && sender.send(Kind::DATA, &scratch[..length], None)? == Sent::Dropped {
+            begun = begun || sender.send(Kind::BEGIN, &[], None)? == Sent::Committed;
+            if length > 0
+                && (!begun || sender.send(Kind::DATA, &scratch[..length], None)? == Sent::Dropped)
+            {
                 total.dropped += 1;
                 continue;
             }
@@ -82,10 +90,22 @@ where
         total.records += 1;
         progress(&total);
     }
-    if let Some(draft) = sender.draft(0, None)? {
-        draft.commit(Kind::END, 0)?;
-    }
+    mark(sender, Kind::END)?;
     Ok(total)
+}
+
+/// Commits a record without payload, and waits for room also in a channel that drops.
+pub fn mark<M, E>(sender: &mut Sender<M, E>, kind: Kind) -> Result<(), ChannelError<E::Error>>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events,
+{
+    loop {
+        // Without a timeout there is a draft in the end.
+        if let Some(draft) = sender.draft(0, None)? {
+            return draft.commit(kind, 0);
+        }
+    }
 }
 
 /// Receives one stream, from where the channel stands to the end of the stream, and writes it to `target` straight
@@ -115,6 +135,10 @@ where
             continue;
         };
         let kind = record.header().kind;
+        if kind == Kind::BEGIN && total.records > 0 {
+            // The stream of another sender, which stays for the next receiver.
+            return Err(StreamError::Incomplete(total.bytes));
+        }
         if kind == Kind::DATA {
             let mut done = 0;
             while done < record.length() {

@@ -13,7 +13,9 @@ use std::time::Duration;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{Channel, Layout, Name};
-use barlink_protocol::{AtomicU64, Consumer, Events, Producer, Receiver, Sender, Sent, Wakeup};
+use barlink_protocol::{
+    AtomicU64, Consumer, Events, Ordering, Producer, Receiver, Sender, Sent, Wakeup, state,
+};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
@@ -44,7 +46,7 @@ fn channel() -> Channel {
 }
 
 fn region() -> Region<Memory> {
-    let words = 11 + CAPACITY / 8;
+    let words = 12 + CAPACITY / 8;
     Region::new(Memory(StdArc::new(
         (0..words).map(|_| AtomicU64::new(0)).collect(),
     )))
@@ -202,6 +204,29 @@ fn consumer_that_takes_up_sees_each_record_once_or_again() {
             next += 1;
         }
         assert_eq!(next, 2);
+    });
+}
+
+#[test]
+fn an_end_is_claimed_or_the_channel_is_reset() {
+    model(|| {
+        let region = region();
+        let mut producer = Producer::attach(region.clone(), &channel()).unwrap();
+        let _ = producer.reserve(0).unwrap().commit(Kind::DATA, 0, 0);
+        drop(producer);
+        let claim = Arc::new(AtomicU64::new(0));
+        let (claimed, its_region) = (Arc::clone(&claim), region.clone());
+        let guest = thread::spawn(move || {
+            claimed.store(1, Ordering::Release);
+            Producer::attach(its_region, &channel()).map(|producer| producer.sequence())
+        });
+        let reset = state::reset(&region, &channel(), || claim.load(Ordering::Acquire) == 0);
+        match (guest.join().unwrap(), reset) {
+            // Whoever attached found the channel as it was before or as it is after, and it stays so.
+            (Ok(0), Some(1)) | (Ok(1), None) => (),
+            (Err(_), _) => (),
+            other => panic!("{other:?}"),
+        }
     });
 }
 

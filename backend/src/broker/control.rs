@@ -6,47 +6,85 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use barlink_protocol::wire::layout::End;
-use log::{debug, info, warn};
+use barlink_protocol::wire::layout;
+use log::{Level, info, warn};
 use rustix::net::SocketFlags;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::limit::{Limit, limited};
 use super::shared::ClientId;
-use super::{Listener, Peer, Shared};
+use super::store::name;
+use super::{Listener, Peer, Shared, handover};
 use crate::control::message::{
-    Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
+    Answer, AnyVersion, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
 use crate::control::packet::PacketSocket;
-use crate::memory;
 
 /// Host apps at once.
 const MAX_CLIENTS: usize = 64;
 /// How long a client may stay that has not asked for anything.
 const SILENCE: Duration = Duration::from_secs(10);
+/// How long to wait when the kernel has no descriptor for a connection.
+const PAUSE: Duration = Duration::from_millis(100);
 
-const STOP: u64 = 0;
-const LISTENER: u64 = 1;
-const FIRST_CLIENT: ClientId = 2;
+/// For those who are not let in.
+static TURNED_AWAY: Limit = Limit::new();
+/// For those who are told no.
+static REFUSED: Limit = Limit::new();
+/// For those who come and go.
+static COMING_AND_GOING: Limit = Limit::new();
+
+// Clients have small numbers.
+const STOP: u64 = u64::MAX;
+const LISTENER: u64 = u64::MAX - 1;
+
+/// Why serving ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was asked to stop.
+    Stopped,
+    /// Another broker serves now.
+    HandedOver,
+}
 
 struct Client {
-    socket: PacketSocket,
+    socket: Arc<PacketSocket>,
     peer: Peer,
     since: Instant,
     /// It has asked for something.
     spoke: bool,
 }
 
-/// Serves until `stop` can be read.
-pub fn serve(listener: &Listener, shared: &Shared, stop: &OwnedFd) -> io::Result<()> {
+/// Serves until `stop` can be read, or another broker takes over: new host apps, and those of a predecessor.
+pub fn serve(
+    listener: &Listener,
+    shared: &Shared,
+    inherited: Vec<(ClientId, OwnedFd)>,
+    stop: &OwnedFd,
+) -> io::Result<End> {
     let epoll = Epoll::new()?;
     let watch =
         |fd: RawFd, id| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id));
     watch(stop.as_raw_fd(), STOP)?;
     watch(listener.as_fd().as_raw_fd(), LISTENER)?;
     let mut clients = HashMap::new();
-    let mut next = FIRST_CLIENT;
+    for (id, socket) in inherited {
+        let Ok(peer) = Peer::of(&socket) else {
+            continue;
+        };
+        let client = Client {
+            socket: Arc::new(PacketSocket::from_connected(socket)),
+            peer,
+            since: Instant::now(),
+            spoke: true,
+        };
+        watch(client.socket.as_fd().as_raw_fd(), id)?;
+        shared.store().keep(name::client(id), client.socket.clone());
+        clients.insert(id, client);
+    }
     let mut events = vec![EpollEvent::default(); MAX_CLIENTS + 2];
     let mut buffer = Box::new([0; MAX_PACKET]);
     loop {
@@ -57,29 +95,40 @@ pub fn serve(listener: &Listener, shared: &Shared, stop: &OwnedFd) -> io::Result
         };
         for event in &events[..ready] {
             match event.data() {
-                STOP => return Ok(()),
+                STOP => return Ok(End::Stopped),
                 LISTENER => {
                     if let Some(client) = admit(listener, shared, clients.len()) {
-                        watch(client.socket.as_fd().as_raw_fd(), next)?;
-                        clients.insert(next, client);
-                        next += 1;
+                        let id = shared.next_client();
+                        match watch(client.socket.as_fd().as_raw_fd(), id) {
+                            Ok(()) => drop(clients.insert(id, client)),
+                            Err(error) => warn!("{} is let go: {error}", client.peer),
+                        }
                     }
                 }
                 id => {
-                    let stays = clients
-                        .get_mut(&id)
-                        .is_some_and(|client| hear(client, id, shared, &mut buffer));
-                    if !stays && let Some(client) = clients.remove(&id) {
-                        shared.release_all(id);
-                        debug!("{} has left", client.peer);
+                    let Some(client) = clients.get_mut(&id) else {
+                        continue;
+                    };
+                    match hear(client, id, shared, &mut buffer) {
+                        Next::Stays => (),
+                        Next::Leaves => {
+                            limited!(COMING_AND_GOING, Level::Info, "{} has left", client.peer);
+                            clients.remove(&id);
+                            shared.release_all(id);
+                            shared.store().forget(&name::client(id));
+                        }
+                        Next::TakesOver => return Ok(End::HandedOver),
                     }
                 }
             }
         }
+        // These have never been kept in the store.
         clients.retain(|_, client| {
             let stays = client.spoke || client.since.elapsed() < SILENCE;
             if !stays {
-                warn!(
+                limited!(
+                    TURNED_AWAY,
+                    Level::Warn,
                     "{} is let go: it said nothing for {} seconds",
                     client.peer,
                     SILENCE.as_secs()
@@ -106,41 +155,81 @@ fn patience(clients: &HashMap<ClientId, Client>) -> i32 {
 fn admit(listener: &Listener, shared: &Shared, clients: usize) -> Option<Client> {
     let socket = match listener.accept(SocketFlags::NONBLOCK) {
         Ok(socket) => socket,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
         Err(error) => {
-            debug!("cannot accept a host app: {error}");
+            limited!(
+                TURNED_AWAY,
+                Level::Warn,
+                "cannot accept a host app: {error} (ulimit -n)"
+            );
+            // It still waits, and would wake us at once.
+            std::thread::sleep(PAUSE);
             return None;
         }
     };
     let peer = Peer::of(&socket)
-        .inspect_err(|error| warn!("a host app is refused: {error}"))
+        .inspect_err(|error| {
+            limited!(TURNED_AWAY, Level::Warn, "a host app is refused: {error}");
+        })
         .ok()?;
     if !shared.policy().admits(peer) {
-        warn!("{peer} is refused: not the broker's user, nor allowed (--allow-user)");
+        limited!(
+            TURNED_AWAY,
+            Level::Warn,
+            "{peer} is refused: not the broker's user, nor allowed (--allow-user)"
+        );
         return None;
     }
     if clients >= MAX_CLIENTS {
-        warn!("{peer} is refused: {MAX_CLIENTS} host apps are here");
+        limited!(
+            TURNED_AWAY,
+            Level::Warn,
+            "{peer} is refused: {MAX_CLIENTS} host apps are here"
+        );
         return None;
     }
     Some(Client {
-        socket: PacketSocket::from_connected(socket),
+        socket: Arc::new(PacketSocket::from_connected(socket)),
         peer,
         since: Instant::now(),
         spoke: false,
     })
 }
 
-/// Hears one request of a client and answers it; `false` if the client is to go.
-fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MAX_PACKET]) -> bool {
+/// What becomes of a client that was heard.
+enum Next {
+    Stays,
+    Leaves,
+    TakesOver,
+}
+
+/// Hears one request of a client and answers it.
+fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MAX_PACKET]) -> Next {
     let request = match client.socket.receive(buffer) {
         Ok(Some(bytes)) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
-        Ok(None) | Err(_) => return false,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Next::Stays,
+        Ok(None) | Err(_) => return Next::Leaves,
     };
-    client.spoke = true;
-    let outcome = understand(request).and_then(|ask| answer(&ask, client.peer, id, shared));
+    let ask = understand(request);
+    if ask == Ok(Ask::HandOver) {
+        return match handover::give(&client.socket, client.peer, shared) {
+            Ok(true) => Next::TakesOver,
+            Ok(false) => Next::Stays,
+            Err(_) => Next::Leaves,
+        };
+    }
+    if ask.is_ok() && !std::mem::replace(&mut client.spoke, true) {
+        // From here on it can hold something.
+        shared.store().keep(name::client(id), client.socket.clone());
+    }
+    let outcome = ask.and_then(|ask| answer(&ask, client.peer, id, shared));
     let (answer, descriptors) = outcome.unwrap_or_else(|refusal| {
-        info!("{} is refused: {refusal}", client.peer);
+        limited!(
+            REFUSED,
+            Level::Info,
+            "{} is refused: {refusal}",
+            client.peer
+        );
         (Answer::Refused(refusal), Vec::new())
     });
     let fits = |bytes: &Vec<u8>| bytes.len() <= MAX_PACKET;
@@ -154,25 +243,28 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
             "{} is let go: its answer does not fit into a packet",
             client.peer
         );
-        return false;
+        return Next::Leaves;
     };
     let raw: Vec<RawFd> = descriptors
         .iter()
         .map(|descriptor| descriptor.as_raw_fd())
         .collect();
-    client
-        .socket
-        .send(&bytes, &raw)
-        .inspect_err(|error| info!("{} is let go: {error}", client.peer))
-        .is_ok()
+    match client.socket.send(&bytes, &raw) {
+        Ok(()) => Next::Stays,
+        Err(error) => {
+            limited!(
+                COMING_AND_GOING,
+                Level::Info,
+                "{} is let go: {error}",
+                client.peer
+            );
+            Next::Leaves
+        }
+    }
 }
 
 /// Parses a request. The version is looked at first: whoever has another one gets told so, whatever it asks.
 fn understand(bytes: &[u8]) -> Result<Ask, Refusal> {
-    #[derive(serde::Deserialize)]
-    struct AnyVersion {
-        version: u32,
-    }
     let malformed = |error: serde_json::Error| Refusal::Malformed(error.to_string());
     let AnyVersion { version } = serde_json::from_slice(bytes).map_err(malformed)?;
     if version != VERSION {
@@ -187,24 +279,22 @@ fn understand(bytes: &[u8]) -> Result<Ask, Refusal> {
 type Answered = (Answer, Vec<Box<dyn AsRawFd>>);
 
 fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answered, Refusal> {
-    let failed = |error: io::Error| Refusal::Failed(error.to_string());
     match *ask {
         Ask::Attach { access } => {
-            let memory = memory::descriptor(shared.memory(), access).map_err(failed)?;
-            info!("{peer} attaches");
+            let memory = Arc::clone(shared.memory(access));
+            limited!(COMING_AND_GOING, Level::Info, "{peer} attaches");
             Ok((
                 Answer::Region(RegionInfo::from(shared.layout())),
                 vec![Box::new(memory)],
             ))
         }
         Ask::Claim { channel, end } => {
-            let end = End::from(end);
+            let end = layout::End::from(end);
             shared.claim(id, peer.pid.unsigned_abs(), channel, end)?;
-            let bells = claimed_bells(shared, channel, end).inspect_err(|_| {
-                // Just claimed, so it can be released.
-                let _ = shared.release(id, channel, end);
-            })?;
-            info!(
+            let bells = claimed_bells(shared, channel, end)?;
+            limited!(
+                COMING_AND_GOING,
+                Level::Info,
                 "{peer} holds the {end} of `{}`",
                 shared.channel(channel)?.name
             );
@@ -214,6 +304,8 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
             shared.release(id, channel, end.into())?;
             Ok((Answer::Done, Vec::new()))
         }
+        // The first is heard elsewhere, the second only by a broker that hands over.
+        Ask::HandOver | Ask::Retire => Err(Refusal::Busy),
         Ask::Status => Ok((Answer::Status(shared.status()), Vec::new())),
         Ask::Reset { channel } => {
             let generation = shared.reset(channel)?;
@@ -230,18 +322,15 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
 fn claimed_bells(
     shared: &Shared,
     channel: usize,
-    end: End,
+    end: layout::End,
 ) -> Result<Vec<Box<dyn AsRawFd>>, Refusal> {
     let entry = shared.channel(channel)?;
-    let mut copies: Vec<Box<dyn AsRawFd>> = Vec::new();
+    let mut all: Vec<Box<dyn AsRawFd>> = Vec::new();
     for bells in [end, end.other()].map(|end| shared.bells(entry.peer(end))) {
         for bell in [bells.first(), bells.get(entry.vector as usize)] {
             let bell = bell.ok_or_else(|| Refusal::Failed("no such vector".to_owned()))?;
-            copies.push(Box::new(
-                bell.try_clone()
-                    .map_err(|error| Refusal::Failed(error.to_string()))?,
-            ));
+            all.push(Box::new(Arc::clone(bell)));
         }
     }
-    Ok(copies)
+    Ok(all)
 }

@@ -5,80 +5,184 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use log::{error, info, warn};
+use log::{Level, error, info, warn};
+use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 
+use super::limit::{Limit, limited};
+use super::shared::Slot;
+use super::store::name;
 use super::{Listener, Peer, Shared};
-use crate::transport::{Departure, Transport};
+use crate::transport::{Departure, Transport, TransportError};
 
 /// How long to wait when the kernel has no descriptor for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Starts to listen for the VM of a slot.
-pub fn open(
-    id: u32,
-    transport: Arc<dyn Transport>,
-    listener: Arc<Listener>,
-    shared: Arc<Shared>,
-) -> io::Result<()> {
-    thread::Builder::new()
-        .name(format!("door {id}"))
-        .spawn(move || {
+/// For those who are not let in.
+static REFUSED: Limit = Limit::new();
+/// For those who come and go.
+static COMING_AND_GOING: Limit = Limit::new();
+
+/// A slot's door.
+pub struct Door {
+    pub id: u32,
+    pub transport: Arc<dyn Transport>,
+    pub listener: Arc<Listener>,
+    pub shared: Arc<Shared>,
+}
+
+impl Door {
+    /// Starts to listen for VMs.
+    pub fn open(self) -> io::Result<()> {
+        let name = format!("door {}", self.id);
+        thread::Builder::new().name(name).spawn(move || {
             loop {
-                match listener.accept(SocketFlags::empty()) {
-                    Ok(stream) => knock(id, &transport, UnixStream::from(stream), &shared),
-                    Err(error) => {
-                        warn!("slot {id}: cannot accept a VM: {error}");
-                        thread::sleep(PAUSE);
-                    }
+                if let Err(error) = self.wait().and_then(|()| self.knock()) {
+                    warn!("slot {}: cannot accept a VM: {error}", self.id);
+                    thread::sleep(PAUSE);
                 }
             }
         })?;
-    Ok(())
+        Ok(())
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        let mut listener = [PollFd::new(&*self.listener, PollFlags::IN)];
+        Ok(rustix::io::retry_on_intr(|| rustix::event::poll(&mut listener, None)).map(drop)?)
+    }
+
+    /// Lets a VM in that is at the door. Nobody comes in while the broker hands over: its successor has the same door.
+    fn knock(&self) -> io::Result<()> {
+        let gate = self.shared.gate().read();
+        let _gate = gate.unwrap_or_else(PoisonError::into_inner);
+        let vm = match self.listener.accept(SocketFlags::empty()) {
+            Ok(socket) => UnixStream::from(socket),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let (id, transport) = (self.id, &self.transport);
+        let refused = |who: &dyn std::fmt::Display, why: &dyn std::fmt::Display| {
+            limited!(REFUSED, Level::Warn, "slot {id}: {who} is refused: {why}");
+            transport.refuse(&vm);
+            Ok(())
+        };
+        let peer = match Peer::of(&vm) {
+            Ok(peer) if self.shared.policy().admits(peer) => peer,
+            Ok(peer) => {
+                return refused(&peer, &"not the broker's user, nor allowed (--allow-user)");
+            }
+            Err(error) => return refused(&"a VM", &error),
+        };
+        let Some(slot) = self.shared.occupy(id, peer) else {
+            return refused(&peer, &"the slot is taken");
+        };
+        let attendant = match self.attendant(peer) {
+            Ok(attendant) => attendant,
+            Err(error) => return refused(&peer, &error),
+        };
+        limited!(COMING_AND_GOING, Level::Info, "slot {id}: {peer} is here");
+        match guarded(id, peer, || transport.greet(&vm, &slot)) {
+            Some(()) => self.hand_to(&attendant, vm, slot),
+            None => transport.abort(&vm),
+        }
+        Ok(())
+    }
+
+    /// Goes on with the VM that a predecessor let in. One that has left meanwhile makes room at once.
+    pub fn resume(&self, vm: UnixStream) {
+        let id = self.id;
+        let mut hung_up = [PollFd::new(&vm, PollFlags::empty())];
+        let now = rustix::time::Timespec::default();
+        let has_left = rustix::event::poll(&mut hung_up, Some(&now)) != Ok(0);
+        match Peer::of(&vm) {
+            Ok(peer) if !has_left => {
+                let attendant = self.attendant(peer).inspect_err(|error| {
+                    error!("slot {id}: no thread for {peer}, who is let go: {error}");
+                });
+                if let Ok(attendant) = attendant
+                    && let Some(slot) = self.shared.reoccupy(id, peer)
+                {
+                    info!("slot {id}: {peer} is still here");
+                    self.hand_to(&attendant, vm, slot);
+                }
+            }
+            _ => info!("slot {id}: its VM has left meanwhile"),
+        }
+    }
+
+    /// A thread that will serve a VM. It is there before the VM is told anything, since without it the VM is refused.
+    fn attendant(&self, peer: Peer) -> io::Result<Sender<(Arc<UnixStream>, Slot)>> {
+        let id = self.id;
+        let transport = Arc::clone(&self.transport);
+        let (attendant, greeted) = channel::<(Arc<UnixStream>, Slot)>();
+        let session = move || {
+            let Ok((vm, slot)) = greeted.recv() else {
+                return;
+            };
+            match guarded(id, peer, || transport.serve(&vm, &slot)) {
+                Some(Departure::Left) => gone(id, peer),
+                Some(Departure::Misbehaved(how)) => {
+                    limited!(
+                        COMING_AND_GOING,
+                        Level::Warn,
+                        "slot {id}: {peer} is let go: {how}"
+                    );
+                }
+                None => (),
+            }
+        };
+        let thread = thread::Builder::new().name(format!("slot {id}"));
+        thread.spawn(session)?;
+        Ok(attendant)
+    }
+
+    fn hand_to(
+        &self,
+        attendant: &Sender<(Arc<UnixStream>, Slot)>,
+        vm: impl Into<Arc<UnixStream>>,
+        slot: Slot,
+    ) {
+        let vm = vm.into();
+        self.shared.store().keep(name::vm(self.id), vm.clone());
+        // It waits for this alone, so it takes it.
+        let _ = attendant.send((vm, slot));
+    }
 }
 
-fn knock(id: u32, transport: &Arc<dyn Transport>, vm: UnixStream, shared: &Arc<Shared>) {
-    let peer = match Peer::of(&vm) {
-        Ok(peer) if shared.policy().admits(peer) => peer,
-        Ok(peer) => {
-            warn!(
-                "slot {id}: {peer} is refused: not the broker's user, nor allowed (--allow-user)"
+fn gone(id: u32, peer: Peer) {
+    limited!(COMING_AND_GOING, Level::Info, "slot {id}: {peer} has left");
+}
+
+/// Does something for a VM, and says what went wrong with it. It may panic: that ends this VM's session, and the broker
+/// goes on.
+fn guarded<T>(
+    id: u32,
+    peer: Peer,
+    session: impl FnOnce() -> Result<T, TransportError>,
+) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(session)) {
+        Ok(Ok(done)) => Some(done),
+        Ok(Err(TransportError::Gone)) => {
+            gone(id, peer);
+            None
+        }
+        Ok(Err(problem)) => {
+            let problem = anyhow::Error::from(problem);
+            limited!(
+                COMING_AND_GOING,
+                Level::Warn,
+                "slot {id}: {peer} is let go: {problem:#}"
             );
-            return transport.refuse(vm);
+            None
         }
-        Err(error) => {
-            warn!("slot {id}: a VM is refused: {error}");
-            return transport.refuse(vm);
+        Err(_) => {
+            error!("slot {id}: the session of {peer} has failed, which is a fault of barlink");
+            None
         }
-    };
-    let (transport, shared) = (Arc::clone(transport), Arc::clone(shared));
-    let session = move || {
-        let Some(slot) = shared.occupy(id, peer) else {
-            warn!("slot {id}: {peer} is refused: the slot is taken");
-            return transport.refuse(vm);
-        };
-        info!("slot {id}: {peer} is here");
-        // The session may panic; the slot is free again whatever happens, and the broker goes on.
-        match catch_unwind(AssertUnwindSafe(|| transport.serve(vm, &slot))) {
-            Ok(Ok(Departure::Left)) => info!("slot {id}: {peer} has left"),
-            Ok(Ok(Departure::Misbehaved(how))) => warn!("slot {id}: {peer} is let go: {how}"),
-            Ok(Err(problem)) => warn!(
-                "slot {id}: {peer} is let go: {:#}",
-                anyhow::Error::from(problem)
-            ),
-            Err(_) => {
-                error!("slot {id}: the session of {peer} has failed, which is a fault of barlink");
-            }
-        }
-    };
-    if let Err(error) = thread::Builder::new()
-        .name(format!("slot {id}"))
-        .spawn(session)
-    {
-        error!("slot {id}: no thread for a VM: {error}");
     }
 }

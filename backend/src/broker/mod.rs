@@ -4,23 +4,38 @@
 //!
 //! One thread listens at each slot's socket, one more serves each VM that is connected, and the main thread
 //! answers host apps. What they share is [`Shared`].
+//!
+//! It can be replaced while VMs and host apps go on (`docs/architecture.md`, "A broker's successor"): its descriptors
+//! are kept under names ([`store`]), and what it must remember is in memory of its own (`ledger.rs`).
 
+mod confine;
 mod control;
 mod door;
+pub mod handover;
+mod ledger;
+mod limit;
+mod parts;
 mod plan;
 mod policy;
 mod shared;
 mod socket;
+pub mod store;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use plan::{ChannelPlan, Direction, Party, PlanError, parse_size, plan};
+pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
 pub use policy::{Peer, Policy};
 pub use shared::{Shared, Slot};
 pub use socket::{Listener, SocketError};
 
+use log::{debug, warn};
+
+use self::door::Door;
+use self::parts::{Parts, Sockets};
+use self::shared::ClientId;
+use self::store::Inheritance;
 use crate::memory::MemoryError;
 use crate::transport::Transport;
 
@@ -52,6 +67,14 @@ pub enum BrokerError {
     /// A socket cannot be listened at.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// The running broker's region has another layout.
+    #[error(
+        "the running broker's region has another size or other channels: give it the same arguments, or stop it first"
+    )]
+    OtherRegion,
+    /// Not all was handed over.
+    #[error("the running broker did not hand over `{0}`: stop it, and start anew")]
+    Incomplete(String),
     /// Something that the kernel should have given.
     #[error("cannot {what}")]
     System {
@@ -65,43 +88,50 @@ pub enum BrokerError {
 /// A broker that listens.
 pub struct Broker {
     shared: Arc<Shared>,
-    control: Listener,
-    doors: Vec<Arc<Listener>>,
+    control: Arc<Listener>,
+    doors: Vec<Door>,
+    vms: Vec<Option<OwnedFd>>,
+    clients: Vec<(ClientId, OwnedFd)>,
 }
 
 impl Broker {
-    /// Makes the region and all eventfds, listens at all sockets, and begins to serve VMs.
-    pub fn start(config: Config) -> Result<Self, BrokerError> {
-        let slots = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
-        let layout = plan(config.size, slots, config.vectors, &config.channels)?;
-        let control = Listener::packets(&config.control, &config.policy)?;
-        let mut slots = Vec::new();
-        for (transport, path) in config.slots {
-            slots.push((
-                transport,
-                Arc::new(Listener::stream(&path, &config.policy)?),
-            ));
-        }
-        let entries = slots
-            .iter()
-            .map(|(transport, listener)| (transport.name(), listener.path().to_owned()));
-        let shared = Arc::new(Shared::create(layout, entries.collect(), config.policy)?);
-        let doors = slots
-            .iter()
-            .map(|(_, listener)| Arc::clone(listener))
+    /// Makes the region and all eventfds, and listens at all sockets; or takes all of that over, if there is an
+    /// inheritance.
+    pub fn new(config: Config, inheritance: Inheritance) -> Result<Self, BrokerError> {
+        let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
+        let layout = plan(config.size, count, config.vectors, &config.channels)?;
+        let (transports, paths): (Vec<_>, Vec<_>) = config.slots.into_iter().unzip();
+        let sockets = Sockets {
+            control: &config.control,
+            doors: &paths,
+        };
+        let mut parts = if inheritance.is_empty() {
+            Parts::create(layout, &sockets, &config.policy)?
+        } else {
+            Parts::inherit(inheritance, layout, &sockets)?
+        };
+        let control = Arc::clone(&parts.control);
+        let listeners = std::mem::take(&mut parts.doors);
+        let vms = std::mem::take(&mut parts.vms);
+        let clients = std::mem::take(&mut parts.clients);
+        let entries = transports.iter().zip(&listeners);
+        let entries = entries
+            .map(|(transport, listener)| (transport.name(), listener.path().to_owned()))
             .collect();
-        for (id, (transport, listener)) in (0..).zip(slots) {
-            door::open(id, transport, listener, Arc::clone(&shared)).map_err(|source| {
-                BrokerError::System {
-                    what: "start a thread",
-                    source,
-                }
-            })?;
-        }
+        let shared = Arc::new(Shared::new(parts, entries, config.policy));
+        let doors = (0..).zip(transports).zip(listeners);
+        let doors = doors.map(|((id, transport), listener)| Door {
+            id,
+            transport,
+            listener,
+            shared: Arc::clone(&shared),
+        });
         Ok(Broker {
-            shared,
             control,
-            doors,
+            doors: doors.collect(),
+            shared,
+            vms,
+            clients,
         })
     }
 
@@ -115,16 +145,49 @@ impl Broker {
         self.control.path()
     }
 
-    /// Answers host apps until `stop` can be read. Then says in the region that the host is gone, and removes the
-    /// sockets. VMs that are connected keep the memory.
+    /// Serves until `stop` can be read, or another broker takes over.
+    ///
+    /// When it is stopped for good it says in the region that the host is gone, and removes the sockets; VMs that are
+    /// connected keep the memory. If a service manager has its descriptors it leaves all as it is, for its successor.
     pub fn run(self, stop: &OwnedFd) -> Result<(), BrokerError> {
-        let served = control::serve(&self.control, &self.shared, stop);
-        self.shared.leave();
-        // The threads at the doors end with the process, and do not drop their listeners.
-        self.doors.iter().for_each(|listener| listener.remove());
-        served.map_err(|source| BrokerError::System {
-            what: "wait for host apps",
-            source,
-        })
+        let listeners: Vec<_> = self
+            .doors
+            .iter()
+            .map(|door| door.listener.clone())
+            .collect();
+        let listeners = || listeners.iter().chain([&self.control]);
+        let (clients, vms) = (self.clients, self.vms);
+        let resumed = self.doors.iter().zip(vms);
+        for (door, vm) in resumed.filter_map(|(door, vm)| Some((door, vm?))) {
+            door.resume(vm.into());
+        }
+        let folders = listeners().filter_map(|listener| listener.path().parent());
+        match confine::confine(folders) {
+            Ok(true) => (),
+            Ok(false) => debug!("this kernel has no Landlock: the broker keeps its rights"),
+            Err(error) => warn!("the broker keeps its rights: {error}"),
+        }
+        self.shared
+            .bury(|client| clients.iter().any(|(id, _)| *id == client));
+        for door in self.doors {
+            door.open().map_err(|source| BrokerError::System {
+                what: "start a thread",
+                source,
+            })?;
+        }
+        let end = control::serve(&self.control, &self.shared, clients, stop).map_err(|source| {
+            BrokerError::System {
+                what: "wait for host apps",
+                source,
+            }
+        })?;
+        if end == control::End::HandedOver || store::is_managed() {
+            listeners().for_each(|listener| listener.set_shared(true));
+        } else {
+            self.shared.leave();
+            // The threads at the doors end with the process, and do not drop their listeners.
+            listeners().for_each(|listener| listener.remove());
+        }
+        Ok(())
     }
 }

@@ -4,6 +4,7 @@
 
 use std::str::FromStr;
 
+use barlink_cli::size::parse_size;
 use barlink_protocol::wire::layout::{
     self, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, Name, PAGE_SIZE,
 };
@@ -16,14 +17,12 @@ const RAW_WINDOW: u64 = 64 << 10;
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// A BAR's size is a power of two.
-    #[error("region size {} is not a power of two: take {} or {}", BinaryBytes(*size), BinaryBytes(*below), BinaryBytes(*above))]
+    #[error("region size {} is not a power of two: take {}", BinaryBytes(*size), either(candidates))]
     NotAPowerOfTwo {
         /// Bytes asked for.
         size: u64,
-        /// The next smaller power of two.
-        below: u64,
-        /// The next larger one.
-        above: u64,
+        /// Those around it that are possible.
+        candidates: Vec<u64>,
     },
     /// The region does not hold what is to be in it.
     #[error("region size {} is too small for its channels: take {} or more", BinaryBytes(*size), BinaryBytes(*needed))]
@@ -34,7 +33,7 @@ pub enum PlanError {
         needed: u64,
     },
     /// The machine does not have it.
-    #[error("region size {} is more than this machine's memory, {}", BinaryBytes(*size), BinaryBytes(*memory))]
+    #[error("region size {} is more than this machine's memory, {}: take {} or less", BinaryBytes(*size), BinaryBytes(*memory), BinaryBytes(1 << memory.ilog2()))]
     TooLarge {
         /// Bytes asked for.
         size: u64,
@@ -44,6 +43,9 @@ pub enum PlanError {
     /// More VMs than a region serves.
     #[error("{0} slots: a region serves 1 to {MAX_SLOTS} VMs, one a socket option")]
     Slots(u32),
+    /// Two channels have one name.
+    #[error("two channels are named `{0}`: name them apart")]
+    SameName(String),
     /// A channel names a VM that there is no slot for.
     #[error("channel `{name}` is for slot {slot}, and there are {slots} (the first is 0)")]
     NoSlot {
@@ -57,6 +59,14 @@ pub enum PlanError {
     /// Anything else.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+}
+
+fn either(sizes: &[u64]) -> String {
+    let sizes: Vec<_> = sizes
+        .iter()
+        .map(|size| BinaryBytes(*size).to_string())
+        .collect();
+    sizes.join(" or ")
 }
 
 /// One side of a channel.
@@ -156,14 +166,6 @@ impl FromStr for ChannelPlan {
     }
 }
 
-/// Parses a size in bytes, with K, M, G (powers of 1024) if wanted.
-pub fn parse_size(text: &str) -> Result<u64, String> {
-    parse_size::Config::new()
-        .with_binary()
-        .parse_size(text)
-        .map_err(|error| format!("`{text}` is no size: {error} (say 64M, 1G or a number of bytes)"))
-}
-
 /// Lays out a region for so many slots. `vectors` is 0 for one vector a channel and one for control; no channels
 /// stand for an `up` and a `down` for each slot, as large as fits.
 pub fn plan(
@@ -177,11 +179,16 @@ pub fn plan(
     }
     if !size.is_power_of_two() {
         let above = size.checked_next_power_of_two().unwrap_or(1 << 63);
-        return Err(PlanError::NotAPowerOfTwo {
-            size,
-            below: (above / 2).max(PAGE_SIZE),
-            above: above.max(PAGE_SIZE),
-        });
+        let possible = |size: &u64| *size > 0 && plan(*size, slots, vectors, channels).is_ok();
+        let candidates: Vec<_> = [above / 2, above].into_iter().filter(possible).collect();
+        if candidates.is_empty() {
+            // Then its being no power of two is the lesser fault.
+            plan(above, slots, vectors, channels).map_err(|error| match error {
+                PlanError::TooSmall { needed, .. } => PlanError::TooSmall { size, needed },
+                error => error,
+            })?;
+        }
+        return Err(PlanError::NotAPowerOfTwo { size, candidates });
     }
     let memory = rustix::system::sysinfo();
     let memory = memory.totalram.saturating_mul(u64::from(memory.mem_unit));
@@ -193,6 +200,14 @@ pub fn plan(
     } else {
         channels.to_vec()
     };
+    for (index, channel) in chosen.iter().enumerate() {
+        if chosen[..index]
+            .iter()
+            .any(|other| other.name == channel.name)
+        {
+            return Err(PlanError::SameName(channel.name.to_string()));
+        }
+    }
     let vectors = match vectors {
         0 => (chosen.len() as u32 + 1).min(layout::MAX_VECTORS),
         given => given,

@@ -4,10 +4,13 @@
 
 use std::os::fd::AsFd;
 
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+
 /// Who is at the other end of a socket, by the kernel's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Process ID, at the time of its `connect`.
+    /// Process ID, at the time of its `connect`; 0 for one that this process's PID namespace does not have.
     pub pid: i32,
     /// User ID.
     pub uid: u32,
@@ -18,11 +21,12 @@ pub struct Peer {
 impl Peer {
     /// Asks the kernel.
     pub fn of(socket: impl AsFd) -> std::io::Result<Self> {
-        let credentials = rustix::net::sockopt::socket_peercred(socket)?;
+        // Not by rustix, whose process IDs are never 0.
+        let credentials = getsockopt(&socket.as_fd(), PeerCredentials)?;
         Ok(Peer {
-            pid: credentials.pid.as_raw_nonzero().get(),
-            uid: credentials.uid.as_raw(),
-            gid: credentials.gid.as_raw(),
+            pid: credentials.pid(),
+            uid: credentials.uid(),
+            gid: credentials.gid(),
         })
     }
 }
@@ -53,10 +57,12 @@ impl Policy {
 
     /// Whether a peer may connect.
     pub fn admits(&self, peer: Peer) -> bool {
-        peer.uid == 0
-            || peer.uid == self.own
-            || self.users.contains(&peer.uid)
-            || self.groups.contains(&peer.gid)
+        self.is_owner(peer) || self.users.contains(&peer.uid) || self.groups.contains(&peer.gid)
+    }
+
+    /// Whether a peer may do what only the broker's own user may.
+    pub fn is_owner(&self, peer: Peer) -> bool {
+        peer.uid == 0 || peer.uid == self.own
     }
 
     /// The mode of the sockets: closed to others, unless the operator named some. Then the file lets everyone knock,

@@ -4,19 +4,21 @@
 //! superblock, once, its own presence page, and a channel that it resets.
 
 use std::fs::File;
-use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
-use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, MAX_CHANNELS, presence};
+use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, presence};
 use barlink_protocol::{Ordering, PresenceWords, state};
 use log::warn;
 
-use super::{BrokerError, Peer, Policy};
+use super::ledger::Ledger;
+use super::parts::Parts;
+use super::store::{DescriptorStore, name};
+use super::{Peer, Policy};
 use crate::bell::Bell;
 use crate::control::message::{ClaimStatus, Refusal, SlotStatus, Status, VmStatus};
-use crate::memory::{self, Access, Mapping, Region};
+use crate::memory::{Access, Region};
 
 /// A host app's connection, as the claims know it.
 pub type ClientId = u64;
@@ -24,72 +26,74 @@ pub type ClientId = u64;
 /// See the module.
 pub struct Shared {
     layout: Layout,
-    memory: File,
+    memory: Arc<File>,
+    read_only: Arc<File>,
     region: Region,
     /// All eventfds, made once: by peer, then by vector.
-    bells: Vec<Vec<Bell>>,
+    bells: Vec<Vec<Arc<Bell>>>,
     policy: Policy,
     start: Instant,
     state: Mutex<State>,
+    store: DescriptorStore,
+    /// Held for reading while a VM is let in and greeted, and for writing while the broker hands over.
+    gate: RwLock<()>,
 }
 
 struct State {
     slots: Vec<SlotStatus>,
-    /// VMs that each slot has had.
-    connections: Vec<u64>,
-    holders: [[Option<Holder>; 2]; MAX_CHANNELS],
-    claims: u32,
-}
-
-#[derive(Clone, Copy)]
-struct Holder {
-    client: ClientId,
-    pid: u32,
+    ledger: Ledger,
 }
 
 impl Shared {
-    /// Makes memory and eventfds for a layout, and writes the superblock. `slots` are transports and sockets.
-    pub fn create(
-        layout: Layout,
-        slots: Vec<(&'static str, PathBuf)>,
-        policy: Policy,
-    ) -> Result<Self, BrokerError> {
-        let memory = memory::create(layout.region_size)?;
-        let descriptor = memory.try_clone().map_err(|source| BrokerError::System {
-            what: "copy a descriptor",
-            source,
-        })?;
-        let region = Mapping::new(descriptor, layout.region_size, Access::ReadWrite)?.region();
-        let bells = (0..=layout.host())
-            .map(|_| (0..layout.vectors).map(|_| Bell::new()).collect())
-            .collect::<io::Result<_>>()
-            .map_err(|source| BrokerError::System {
-                what: "make the eventfds: each peer needs one a vector (ulimit -n)",
-                source,
-            })?;
-        state::publish(&region, &layout);
+    /// What a broker with these parts shares. `slots` are transports and sockets.
+    pub fn new(parts: Parts, slots: Vec<(&'static str, PathBuf)>, policy: Policy) -> Self {
         let slot = |(transport, socket): (&str, _)| SlotStatus {
             transport: transport.to_owned(),
             socket,
             vm: None,
         };
-        let state = State {
-            connections: vec![0; slots.len()],
-            slots: slots.into_iter().map(slot).collect(),
-            holders: [[None; 2]; MAX_CHANNELS],
-            claims: 0,
-        };
+        let Parts {
+            layout,
+            memory,
+            read_only,
+            region,
+            bells,
+            ledger,
+            store,
+            ..
+        } = parts;
         let shared = Shared {
             layout,
             memory,
+            read_only,
             region,
             bells,
             policy,
             start: Instant::now(),
-            state: Mutex::new(state),
+            state: Mutex::new(State {
+                slots: slots.into_iter().map(slot).collect(),
+                ledger,
+            }),
+            store,
+            gate: RwLock::new(()),
         };
-        shared.write_epoch(1);
-        Ok(shared)
+        shared.tell_all();
+        shared
+    }
+
+    /// Writes the whole of the broker's page as the ledger has it, and wakes everybody.
+    fn tell_all(&self) {
+        let state = self.lock();
+        for slot in 0..self.layout.slots {
+            self.write_connection(slot, state.ledger.connection(slot));
+        }
+        for channel in 0..self.layout.channels().len() {
+            for end in [End::Producer, End::Consumer] {
+                let holder = state.ledger.holder(channel, end);
+                self.write_holder(channel, end, holder.map_or(0, |(_, word)| word));
+            }
+        }
+        self.write_epoch(state.ledger.epoch());
     }
 
     /// The layout.
@@ -97,9 +101,12 @@ impl Shared {
         &self.layout
     }
 
-    /// The memory.
-    pub fn memory(&self) -> &File {
-        &self.memory
+    /// The memory, by a descriptor that permits no more than this.
+    pub fn memory(&self, access: Access) -> &Arc<File> {
+        match access {
+            Access::ReadOnly => &self.read_only,
+            Access::ReadWrite => &self.memory,
+        }
     }
 
     /// Who may connect.
@@ -108,42 +115,86 @@ impl Shared {
     }
 
     /// A peer's eventfds, by vector.
-    pub fn bells(&self, peer: u32) -> &[Bell] {
+    pub fn bells(&self, peer: u32) -> &[Arc<Bell>] {
         self.bells.get(peer as usize).map_or(&[], Vec::as_slice)
     }
 
+    /// The descriptors that outlive this broker.
+    pub fn store(&self) -> &DescriptorStore {
+        &self.store
+    }
+
+    /// The gate that VMs come in by.
+    pub fn gate(&self) -> &RwLock<()> {
+        &self.gate
+    }
+
+    /// The number of a new host app.
+    pub fn next_client(&self) -> ClientId {
+        self.lock().ledger.next_client()
+    }
+
     /// Takes a slot for a VM: `None` if it has one.
-    pub fn occupy(&self, slot: u32, vm: Peer) -> Option<Slot<'_>> {
+    pub fn occupy(self: &Arc<Self>, slot: u32, vm: Peer) -> Option<Slot> {
         let mut state = self.lock();
-        let State {
-            slots, connections, ..
-        } = &mut *state;
-        let (status, connection) = (
-            slots.get_mut(slot as usize)?,
-            connections.get_mut(slot as usize)?,
-        );
+        let State { slots, ledger } = &mut *state;
+        let status = slots.get_mut(slot as usize)?;
         if status.vm.is_some() {
             return None;
         }
-        *connection += 1;
-        status.vm = Some(VmStatus {
-            pid: vm.pid,
-            uid: vm.uid,
-            connection: *connection,
-        });
+        let connection = ledger.next_vm(slot);
+        ledger.set_connection(slot, connection);
+        status.vm = Some(VmStatus::new(vm, connection));
         // What was rung for its predecessor is not for this VM.
-        self.bells(slot).iter().for_each(Bell::drain);
-        self.write_connection(slot, *connection);
+        self.bells(slot).iter().for_each(|bell| bell.drain());
+        self.write_connection(slot, connection);
         Some(Slot {
-            shared: self,
+            shared: Arc::clone(self),
+            id: slot,
+        })
+    }
+
+    /// Takes a slot for the VM that it had under this broker's predecessor: `None` if it had none.
+    pub fn reoccupy(self: &Arc<Self>, slot: u32, vm: Peer) -> Option<Slot> {
+        let mut state = self.lock();
+        let connection = state.ledger.connection(slot);
+        let status = state.slots.get_mut(slot as usize)?;
+        if connection == 0 {
+            return None;
+        }
+        status.vm = Some(VmStatus::new(vm, connection));
+        Some(Slot {
+            shared: Arc::clone(self),
             id: slot,
         })
     }
 
     fn vacate(&self, slot: u32) {
-        if let Some(status) = self.lock().slots.get_mut(slot as usize) {
+        let mut state = self.lock();
+        state.ledger.set_connection(slot, 0);
+        if let Some(status) = state.slots.get_mut(slot as usize) {
             status.vm = None;
-            self.write_connection(slot, 0);
+        }
+        self.write_connection(slot, 0);
+    }
+
+    /// Ends the connections and claims of a predecessor's VMs and host apps that this broker does not have.
+    pub fn bury(&self, lives: impl Fn(ClientId) -> bool) {
+        let state = self.lock();
+        for (slot, status) in (0..).zip(&state.slots) {
+            if status.vm.is_none() && state.ledger.connection(slot) != 0 {
+                state.ledger.set_connection(slot, 0);
+                self.write_connection(slot, 0);
+            }
+        }
+        for channel in 0..self.layout.channels().len() {
+            for end in [End::Producer, End::Consumer] {
+                let owner = state.ledger.holder(channel, end);
+                if owner.is_some_and(|(client, _)| !lives(client)) {
+                    state.ledger.clear_holder(channel, end);
+                    self.write_holder(channel, end, 0);
+                }
+            }
         }
     }
 
@@ -165,20 +216,16 @@ impl Shared {
                 peer,
             });
         }
-        let mut state = self.lock();
-        match state.holders[channel][end as usize] {
-            Some(holder) => {
-                return Err(Refusal::Held {
-                    channel: name(),
-                    end: end.into(),
-                    pid: holder.pid,
-                });
-            }
-            None => state.holders[channel][end as usize] = Some(Holder { client, pid }),
+        let state = self.lock();
+        if let Some((_, word)) = state.ledger.holder(channel, end) {
+            return Err(Refusal::Held {
+                channel: name(),
+                end: end.into(),
+                pid: word as u32,
+            });
         }
-        state.claims = state.claims.checked_add(1).unwrap_or(1);
-        let word = u64::from(state.claims) << 32 | u64::from(pid);
-        drop(state);
+        let word = state.ledger.next_claim() << 32 | u64::from(pid);
+        state.ledger.set_holder(channel, end, client, word);
         self.write_holder(channel, end, word);
         Ok(())
     }
@@ -186,13 +233,11 @@ impl Shared {
     /// Ends a claim.
     pub fn release(&self, client: ClientId, channel: usize, end: End) -> Result<(), Refusal> {
         self.channel(channel)?;
-        let mut state = self.lock();
-        let holder = &mut state.holders[channel][end as usize];
-        if holder.is_none_or(|holder| holder.client != client) {
+        let state = self.lock();
+        if state.ledger.holder(channel, end).map(|(owner, _)| owner) != Some(client) {
             return Err(Refusal::NotHeld);
         }
-        *holder = None;
-        drop(state);
+        state.ledger.clear_holder(channel, end);
         self.write_holder(channel, end, 0);
         Ok(())
     }
@@ -214,45 +259,48 @@ impl Shared {
             channel: entry.name.to_string(),
             holder,
         };
-        // Held while the channel is written, so that no host app claims it in between. A guest can: then it attaches to
-        // a channel that is empty, or finds it corrupt and attaches again.
+        // Held while the channel is written, so that no host app claims it in between.
         let state = self.lock();
-        if let Some(holder) = state.holders[channel].iter().flatten().next() {
-            return Err(in_use(format!("process {} on the host", holder.pid)));
+        let ends = [End::Producer, End::Consumer];
+        let held = ends
+            .iter()
+            .find_map(|&end| state.ledger.holder(channel, end));
+        if let Some((_, word)) = held {
+            return Err(in_use(format!("process {} on the host", word as u32)));
         }
-        for end in [End::Producer, End::Consumer] {
-            let words = PresenceWords::find(&self.layout, channel, end, self.layout.region_size);
-            let presence = words
-                .map(|words| words.read(&self.region))
-                .unwrap_or_default();
-            if let (true, Some(pid)) = (entry.peer(end) != self.layout.host(), presence.process()) {
-                return Err(in_use(format!(
-                    "process {pid} in slot {}'s VM",
-                    entry.peer(end)
-                )));
-            }
-        }
-        let generation = state::reset(&self.region, entry);
-        drop(state);
-        Ok(generation)
+        let mut guest = None;
+        let generation = state::reset(&self.region, entry, || {
+            guest = ends.into_iter().find_map(|end| {
+                let words =
+                    PresenceWords::find(&self.layout, channel, end, self.layout.region_size);
+                let process = words?.read(&self.region).process()?;
+                (entry.peer(end) != self.layout.host()).then_some((process, entry.peer(end)))
+            });
+            guest.is_none()
+        });
+        generation.ok_or_else(|| {
+            let (process, slot) = guest.unwrap_or_default();
+            in_use(format!("process {process} in slot {slot}'s VM"))
+        })
     }
 
     /// Who is there.
     pub fn status(&self) -> Status {
         let state = self.lock();
         let mut claims = Vec::new();
-        for (channel, ends) in state.holders.iter().enumerate() {
-            for (holder, end) in ends.iter().zip([End::Producer, End::Consumer]) {
-                claims.extend(holder.map(|holder| ClaimStatus {
+        for channel in 0..self.layout.channels().len() {
+            for end in [End::Producer, End::Consumer] {
+                let holder = state.ledger.holder(channel, end);
+                claims.extend(holder.map(|(_, word)| ClaimStatus {
                     channel,
                     end: end.into(),
-                    pid: holder.pid,
+                    pid: word as u32,
                 }));
             }
         }
         Status {
             broker: std::process::id(),
-            epoch: self.region.load(BROKER_PAGE + presence::EPOCH),
+            epoch: state.ledger.epoch(),
             uptime: self.start.elapsed().as_secs_f64(),
             slots: state.slots.clone(),
             claims,
@@ -269,8 +317,9 @@ impl Shared {
 
     /// Says in the region that the host is gone.
     pub fn leave(&self) {
-        let epoch = self.region.load(BROKER_PAGE + presence::EPOCH);
-        self.write_epoch(epoch.wrapping_add(1));
+        let state = self.lock();
+        state.ledger.set_epoch(state.ledger.epoch().wrapping_add(1));
+        self.write_epoch(state.ledger.epoch());
     }
 
     fn write_epoch(&self, epoch: u64) {
@@ -300,7 +349,7 @@ impl Shared {
     }
 
     fn ring_control(&self, peer: u32) {
-        if let Some(Err(error)) = self.bells(peer).first().map(Bell::ring) {
+        if let Some(Err(error)) = self.bells(peer).first().map(|bell| bell.ring()) {
             warn!("peer {peer} is not rung: {error}");
         }
     }
@@ -312,12 +361,12 @@ impl Shared {
 }
 
 /// A slot that is taken by a VM, until this is dropped.
-pub struct Slot<'a> {
-    shared: &'a Shared,
+pub struct Slot {
+    shared: Arc<Shared>,
     id: u32,
 }
 
-impl Slot<'_> {
+impl Slot {
     /// The slot's ID, which is the VM's.
     pub fn id(&self) -> u32 {
         self.id
@@ -334,13 +383,14 @@ impl Slot<'_> {
     }
 
     /// A peer's eventfds, by vector.
-    pub fn bells(&self, peer: u32) -> &[Bell] {
+    pub fn bells(&self, peer: u32) -> &[Arc<Bell>] {
         self.shared.bells(peer)
     }
 }
 
-impl Drop for Slot<'_> {
+impl Drop for Slot {
     fn drop(&mut self) {
         self.shared.vacate(self.id);
+        self.shared.store.forget(&name::vm(self.id));
     }
 }

@@ -2,11 +2,15 @@
 
 //! Listening at a path: private from the first moment, taken from nobody who lives, and gone when the broker is.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -60,6 +64,22 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
+    /// One path for two sockets.
+    #[error(
+        "socket {path} is named twice: each VM, and the control socket, needs a path of its own"
+    )]
+    Twice {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The predecessor's socket is another one.
+    #[error("the running broker's socket is {theirs} and not {path}: give it the same sockets")]
+    Elsewhere {
+        /// The path.
+        path: PathBuf,
+        /// The predecessor's.
+        theirs: PathBuf,
+    },
     /// Something else.
     #[error("cannot listen at socket {path}")]
     Other {
@@ -70,22 +90,57 @@ pub enum SocketError {
     },
 }
 
-/// A listening socket. Its file is removed when it is dropped.
+/// A listening socket. Its file is removed when it is dropped, unless another broker has it too.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
-    lock: PathBuf,
-    _lock: File,
+    lock: Lock,
+    shared: AtomicBool,
+}
+
+/// The file `PATH.lock`, which says, while it is locked, that a broker lives at this path, without anybody knocking
+/// there. It is removed when this is dropped, unless the lock is kept.
+#[derive(Debug)]
+struct Lock {
+    path: PathBuf,
+    file: Arc<File>,
+    kept: bool,
 }
 
 impl Listener {
+    /// Takes over a predecessor's socket and its lock. It must be at that path.
+    pub fn inherit(socket: OwnedFd, lock_file: OwnedFd, path: &Path) -> Result<Self, SocketError> {
+        let path = std::path::absolute(path).map_err(|source| failed(path, source))?;
+        let address = rustix::net::getsockname(&socket);
+        let address = address.map_err(|error| failed(&path, error.into()))?;
+        let theirs = SocketAddrUnix::try_from(address).ok();
+        let theirs = theirs.and_then(|address| {
+            let bytes = address.path_bytes()?.to_owned();
+            std::path::absolute(OsString::from_vec(bytes)).ok()
+        });
+        if theirs.as_ref() != Some(&path) {
+            let theirs = theirs.unwrap_or_default();
+            return Err(SocketError::Elsewhere { path, theirs });
+        }
+        Ok(Listener {
+            socket,
+            lock: Lock {
+                path: lock_path(&path),
+                file: Arc::new(lock_file.into()),
+                kept: true,
+            },
+            path,
+            shared: AtomicBool::new(true),
+        })
+    }
+
     /// Listens for byte streams.
     pub fn stream(path: &Path, policy: &Policy) -> Result<Self, SocketError> {
         Self::listen(path, policy, SocketType::STREAM)
     }
 
-    /// Listens for packets. Accepting and all that follows does not block.
+    /// Listens for packets.
     pub fn packets(path: &Path, policy: &Policy) -> Result<Self, SocketError> {
         Self::listen(path, policy, SocketType::SEQPACKET)
     }
@@ -97,12 +152,16 @@ impl Listener {
         })?;
         // Absolute, since it is told to QEMU, which may be started elsewhere.
         let path = &std::path::absolute(path).map_err(|source| failed(path, source))?;
-        let (lock, lock_file) = lock(path)?;
+        let length = path.as_os_str().len();
+        if length > MAX_PATH {
+            let path = path.clone();
+            return Err(SocketError::TooLong { path, length });
+        }
+        // Looked at first, so that nothing is made beside somebody's file.
+        is_taken_by_a_socket(path)?;
+        let lock = Lock::take(path)?;
         clear(path, &address, kind)?;
-        let flags = match kind {
-            SocketType::SEQPACKET => SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            _ => SocketFlags::CLOEXEC,
-        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
         let socket = socket.map_err(|error| failed(path, error.into()))?;
         // On the socket itself, before it has a name: so its file never has a wider mode.
@@ -112,8 +171,8 @@ impl Listener {
         let listener = Listener {
             socket,
             path: path.clone(),
-            lock,
-            _lock: lock_file,
+            shared: AtomicBool::new(false),
+            lock: lock.keep(),
         };
         let mode = std::fs::Permissions::from_mode(policy.socket_mode());
         std::fs::set_permissions(path, mode).map_err(|source| failed(path, source))?;
@@ -127,14 +186,24 @@ impl Listener {
         &self.path
     }
 
+    /// What says that a broker lives at this path.
+    pub fn lock(&self) -> Arc<File> {
+        Arc::clone(&self.lock.file)
+    }
+
+    /// Says whether another broker has this socket too.
+    pub fn set_shared(&self, shared: bool) {
+        self.shared.store(shared, Ordering::Relaxed);
+    }
+
     /// Removes its file: nobody can connect any more.
     pub fn remove(&self) {
         // Whoever removed them before us did our work.
         let _ = std::fs::remove_file(&self.path);
-        let _ = std::fs::remove_file(&self.lock);
+        let _ = std::fs::remove_file(&self.lock.path);
     }
 
-    /// Accepts a connection.
+    /// Accepts a connection, if one is there.
     pub fn accept(&self, flags: SocketFlags) -> io::Result<OwnedFd> {
         Ok(rustix::net::accept_with(
             &self.socket,
@@ -151,55 +220,85 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        self.remove();
+        if !self.shared.load(Ordering::Relaxed) {
+            self.remove();
+        }
     }
 }
 
-/// Locks `PATH.lock`, which says that a broker lives at this path without anybody knocking there.
-fn lock(path: &Path) -> Result<(PathBuf, File), SocketError> {
+impl Lock {
+    fn take(path: &Path) -> Result<Self, SocketError> {
+        let lock = lock_path(path);
+        loop {
+            let mut options = OpenOptions::new();
+            options
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600);
+            let file = options.open(&lock).map_err(|source| failed(path, source))?;
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => (),
+                Err(Errno::WOULDBLOCK) => {
+                    return Err(SocketError::InUse {
+                        path: path.to_owned(),
+                    });
+                }
+                Err(error) => return Err(failed(path, error.into())),
+            }
+            // Its last owner removes it while it holds the lock, so ours may be a file that has no name any more.
+            let ours = file.metadata().map_err(|source| failed(path, source))?;
+            match std::fs::metadata(&lock) {
+                Ok(named) if named.ino() == ours.ino() && named.dev() == ours.dev() => {
+                    return Ok(Lock {
+                        path: lock,
+                        file: Arc::new(file),
+                        kept: false,
+                    });
+                }
+                _ => continue,
+            }
+        }
+    }
+
+    /// Its file stays until whoever has the lock removes it.
+    fn keep(mut self) -> Self {
+        self.kept = true;
+        self
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn lock_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
-    let lock = PathBuf::from(name);
-    loop {
-        let options = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .to_owned();
-        let file = options.open(&lock).map_err(|source| failed(path, source))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => (),
-            Err(Errno::WOULDBLOCK) => {
-                return Err(SocketError::InUse {
-                    path: path.to_owned(),
-                });
-            }
-            Err(error) => return Err(failed(path, error.into())),
-        }
-        // Its last owner removes it while it holds the lock, so ours may be a file that has no name any more.
-        let ours = file.metadata().map_err(|source| failed(path, source))?;
-        match std::fs::metadata(&lock) {
-            Ok(named) if named.ino() == ours.ino() && named.dev() == ours.dev() => {
-                return Ok((lock, file));
-            }
-            _ => continue,
-        }
+    PathBuf::from(name)
+}
+
+/// Whether there is a socket with that name; anything else is an error.
+fn is_taken_by_a_socket(path: &Path) -> Result<bool, SocketError> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(failed(path, source)),
+        Ok(metadata) if metadata.file_type().is_socket() => Ok(true),
+        Ok(_) => Err(SocketError::NotASocket {
+            path: path.to_owned(),
+        }),
     }
 }
 
 /// Removes a socket that a dead process left behind.
 fn clear(path: &Path, address: &SocketAddrUnix, kind: SocketType) -> Result<(), SocketError> {
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(failed(path, source)),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(SocketError::NotASocket {
-                path: path.to_owned(),
-            });
-        }
-        Ok(_) => (),
+    if !is_taken_by_a_socket(path)? {
+        return Ok(());
     }
     // Another program's socket has no lock of ours: see whether somebody listens.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

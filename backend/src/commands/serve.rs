@@ -7,7 +7,8 @@ use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use barlink::broker::{Broker, Config, Policy};
+use barlink::broker::handover::Predecessor;
+use barlink::broker::{Broker, Config, Policy, store};
 use barlink::transport::{Ivshmem, Transport};
 use indicatif::BinaryBytes;
 use log::info;
@@ -16,6 +17,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use crate::args::Serve;
 
 pub fn serve(args: Serve) -> Result<()> {
+    let inherited = store::inherited().context("cannot take what the service manager kept")?;
     let control = super::control_socket(&args.which)?;
     if args.which.control.is_none()
         && let Some(folder) = control.parent()
@@ -61,7 +63,19 @@ pub fn serve(args: Serve) -> Result<()> {
         let stopper = stopper.try_clone().context("cannot copy a descriptor")?;
         signal_hook::low_level::pipe::register(signal, stopper).context("cannot handle signals")?;
     }
-    let broker = Broker::start(config)?;
+    let mut predecessor = None;
+    let inheritance = if args.replace {
+        let mut asked = Predecessor::ask(&config.control)?;
+        let inheritance = std::mem::take(&mut asked.inheritance);
+        predecessor = Some(asked);
+        inheritance
+    } else {
+        inherited
+    };
+    let broker = Broker::new(config, inheritance)?;
+    if let Some(predecessor) = predecessor {
+        predecessor.retire()?;
+    }
     let layout = broker.shared().layout();
     for (id, slot) in broker.shared().status().slots.iter().enumerate() {
         info!(
@@ -81,6 +95,7 @@ pub fn serve(args: Serve) -> Result<()> {
         names.join(", "),
         broker.control_path().display(),
     );
+    store::ready();
     broker.run(&stop.into())?;
     info!("stopped");
     Ok(())

@@ -7,12 +7,20 @@ use std::path::PathBuf;
 use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
 use serde::{Deserialize, Serialize};
 
+use crate::broker::Peer;
 use crate::memory::Access;
 
 /// Version of these messages.
 pub const VERSION: u32 = 1;
 /// Largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
+
+/// What a message of any version has.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct AnyVersion {
+    /// Its version.
+    pub version: u32,
+}
 
 /// A request, with the version of whoever asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +56,11 @@ pub enum Ask {
     },
     /// Who is there: answered by [`Answer::Status`].
     Status,
+    /// All that the broker is made of, for another broker of the same user: answered by [`Answer::Inheritance`], until
+    /// one is the last.
+    HandOver,
+    /// The end of the broker that has handed over: answered by [`Answer::Done`], its last word.
+    Retire,
     /// A fresh generation of a channel whose ends are both free: answered by [`Answer::Reset`].
     Reset {
         /// Index of the channel.
@@ -80,6 +93,13 @@ pub enum Answer {
         /// Number of the generation.
         generation: u64,
     },
+    /// A part of what the broker is made of; a descriptor comes with each name.
+    Inheritance {
+        /// Their names.
+        names: Vec<String>,
+        /// Whether this is all.
+        last: bool,
+    },
     /// It is done.
     Done,
     /// It is not done.
@@ -92,7 +112,8 @@ pub enum Answer {
 pub enum Refusal {
     /// The request's version is not the broker's.
     #[error(
-        "the broker speaks version {broker} of the control protocol, this program version {VERSION}"
+        "the broker speaks version {broker} of the control protocol, this program version {VERSION}: use the programs \
+         of one release"
     )]
     Version {
         /// The broker's.
@@ -135,6 +156,12 @@ pub enum Refusal {
         /// Who.
         holder: String,
     },
+    /// Only the broker's own user replaces it.
+    #[error("only the broker's own user can replace it")]
+    NotOwner,
+    /// A VM is being let in.
+    #[error("a VM is just connecting to the broker: try again")]
+    Busy,
     /// The broker could not do it.
     #[error("the broker failed: {0}")]
     Failed(String),
@@ -302,6 +329,17 @@ pub struct VmStatus {
     pub uid: u32,
     /// How many VMs this slot has had, this one included.
     pub connection: u64,
+}
+
+impl VmStatus {
+    /// The VM of this VMM.
+    pub fn new(vmm: Peer, connection: u64) -> Self {
+        VmStatus {
+            pid: vmm.pid,
+            uid: vmm.uid,
+            connection,
+        }
+    }
 }
 
 /// An end that a host app holds.

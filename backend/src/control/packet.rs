@@ -16,8 +16,8 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::message::MAX_PACKET;
 
-/// Most descriptors in one packet.
-const MAX_DESCRIPTORS: usize = 8;
+/// Most descriptors in one packet; the kernel's own limit is 253 (`SCM_MAX_FD`).
+pub const MAX_DESCRIPTORS: usize = 128;
 
 /// One end of a control connection.
 #[derive(Debug)]

@@ -23,10 +23,14 @@ const VERSION: i64 = 0;
 /// A version that QEMU does not know: it then exits with an error. If the socket were closed before the third
 /// message, it would spin for ever instead (`ivshmem_recv_msg`).
 const REFUSAL: i64 = 1;
+/// A number that QEMU takes at no point after the version: while it starts it exits with an error, later it complains
+/// and goes on (`process_msg`).
+const ABORT: i64 = -2;
 /// Announces the region's memory.
 const MEMORY: i64 = -1;
-/// How long QEMU may leave the eventfds unread. It reads the first three messages at once, which always fit.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long QEMU may leave the eventfds unread. It reads the first three messages at once, and the others in its main
+/// loop, once all its devices are there; 278 fit into the socket meanwhile.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The transport of `barlink serve --ivshmem`.
 #[derive(Debug)]
@@ -37,15 +41,27 @@ impl Transport for Ivshmem {
         "ivshmem"
     }
 
-    fn serve(&self, mut vm: UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
-        match handshake(&vm, slot) {
-            // QEMU that fails for its own reasons leaves so, in the middle.
-            Err(TransportError::Send { source, .. }) if is_gone(&source) => {
-                return Ok(Departure::Left);
+    fn greet(&self, vm: &UnixStream, slot: &Slot) -> Result<(), TransportError> {
+        let unready = |source| TransportError::Send {
+            what: "anything",
+            source,
+        };
+        vm.set_write_timeout(Some(PATIENCE)).map_err(unready)?;
+        let own = slot.id();
+        send(vm, "the version", VERSION, None)?;
+        send(vm, "its ID", i64::from(own), None)?;
+        send(vm, "the memory", MEMORY, Some(slot.memory().as_raw_fd()))?;
+        // The others first, then its own: the order of the specification.
+        for peer in (0..slot.peers()).filter(|&peer| peer != own).chain([own]) {
+            for bell in slot.bells(peer) {
+                send(vm, "an eventfd", i64::from(peer), Some(bell.as_raw_fd()))?;
             }
-            done => done?,
         }
-        debug!("slot {}: handshake is done", slot.id());
+        debug!("slot {own}: handshake is done");
+        Ok(())
+    }
+
+    fn serve(&self, mut vm: &UnixStream, _slot: &Slot) -> Result<Departure, TransportError> {
         match vm.read(&mut [0; 1]) {
             Ok(0) => Ok(Departure::Left),
             Ok(_) => Ok(Departure::Misbehaved(
@@ -56,29 +72,14 @@ impl Transport for Ivshmem {
         }
     }
 
-    fn refuse(&self, vm: UnixStream) {
+    fn refuse(&self, vm: &UnixStream) {
         // It may be gone already; then there is nothing to do.
-        let _ = send(&vm, "the refusal", REFUSAL, None);
+        let _ = send(vm, "the refusal", REFUSAL, None);
     }
-}
 
-fn handshake(vm: &UnixStream, slot: &Slot) -> Result<(), TransportError> {
-    let unready = |source| TransportError::Send {
-        what: "anything",
-        source,
-    };
-    vm.set_write_timeout(Some(PATIENCE)).map_err(unready)?;
-    let own = slot.id();
-    send(vm, "the version", VERSION, None)?;
-    send(vm, "its ID", i64::from(own), None)?;
-    send(vm, "the memory", MEMORY, Some(slot.memory().as_raw_fd()))?;
-    // The others first, then its own: the order of the specification.
-    for peer in (0..slot.peers()).filter(|&peer| peer != own).chain([own]) {
-        for bell in slot.bells(peer) {
-            send(vm, "an eventfd", i64::from(peer), Some(bell.as_raw_fd()))?;
-        }
+    fn abort(&self, vm: &UnixStream) {
+        let _ = send(vm, "the refusal", ABORT, None);
     }
-    Ok(())
 }
 
 fn is_gone(error: &io::Error) -> bool {
@@ -94,7 +95,11 @@ fn send(
     number: i64,
     descriptor: Option<RawFd>,
 ) -> Result<(), TransportError> {
-    let failed = |source| TransportError::Send { what, source };
+    // QEMU that fails for its own reasons leaves in the middle.
+    let failed = |source| match is_gone(&source) {
+        true => TransportError::Gone,
+        false => TransportError::Send { what, source },
+    };
     let descriptors = descriptor.as_slice();
     let bytes: &[u8] = &number.to_le_bytes();
     match vm.send_with_fds(&[bytes], descriptors) {

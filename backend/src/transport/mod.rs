@@ -15,11 +15,17 @@ pub trait Transport: Send + Sync {
     /// Its name, as in `barlink serve --NAME SOCKET`.
     fn name(&self) -> &'static str;
 
-    /// Serves one VM, on a thread of its own, from its first byte until it leaves.
-    fn serve(&self, vm: UnixStream, slot: &Slot) -> Result<Departure, TransportError>;
+    /// Tells a VM what it must know first.
+    fn greet(&self, vm: &UnixStream, slot: &Slot) -> Result<(), TransportError>;
 
-    /// Turns a VMM away, in the way that ends it with an error and does not wedge it.
-    fn refuse(&self, vm: UnixStream);
+    /// Serves a VM that was greeted, by this broker or by its predecessor, on a thread of its own, until it leaves.
+    fn serve(&self, vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError>;
+
+    /// Turns a VMM away that was told nothing yet, in the way that ends it with an error and does not wedge it.
+    fn refuse(&self, vm: &UnixStream);
+
+    /// The same for one that was told something, at whatever point.
+    fn abort(&self, vm: &UnixStream);
 }
 
 /// How a VM's session ended.
@@ -34,6 +40,9 @@ pub enum Departure {
 /// Why a session could not go on.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
+    /// It left.
+    #[error("the VM has left")]
+    Gone,
     /// A message could not be sent.
     #[error("cannot send {what} to the VM")]
     Send {

@@ -3,7 +3,6 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
 
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Answer, Ask, Refusal, Side};
@@ -189,7 +188,11 @@ fn impostor(path: &Path, answer: Option<&'static [u8]>) -> OwnedFd {
 #[test]
 fn what_answers_as_no_broker_does_is_not_taken_for_one() {
     let region = br#"{"version":1,"answer":{"region":{"size":4096,"slots":1,"vectors":1,"raw_offset":0,"raw_size":0,"channels":[]}}}"#;
-    let cases: [(&[u8], &str); 5] = [
+    let cases: [(&[u8], &str); 6] = [
+        (
+            br#"{"version":2,"answer":{"something":"new"}}"#,
+            "the broker speaks version 2 of the control protocol, this program version 1: use",
+        ),
         (b"hello", "is not the control socket of a broker"),
         (
             br#"{"version":1,"answer":"done"}"#,
@@ -405,16 +408,4 @@ fn one_app_can_hold_many_ends_and_gives_them_back_one_by_one() {
     assert_eq!(attachment.status().unwrap().claims.len(), 1);
     drop(receiver);
     assert!(attachment.status().unwrap().claims.is_empty());
-}
-
-#[test]
-fn a_thousand_connections_leave_nothing_behind() {
-    let broker = Broker::start(&[]);
-    broker.attach();
-    std::thread::sleep(Duration::from_millis(50));
-    let before = broker.descriptors();
-    for _ in 0..1000 {
-        drop(broker.attach());
-    }
-    wait_until("descriptors are back", || broker.descriptors() == before);
 }

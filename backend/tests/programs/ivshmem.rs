@@ -1,90 +1,15 @@
 //! The ivshmem transport, met by a client that reads as QEMU reads, and by clients that do not.
 
 use std::io::Write;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use barlink::protocol::wire::layout::{End, MAGIC};
 use barlink::protocol::{Events, state};
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;
-
-/// One message as QEMU reads it: a number, and a descriptor with some. `None` at the end.
-fn message(socket: &UnixStream) -> Option<(i64, Option<OwnedFd>)> {
-    let mut bytes = [0; 8];
-    let (length, file) = match socket.recv_with_fd(&mut bytes) {
-        // So a socket ends that is closed while it holds bytes that nobody read.
-        Err(error) if error.errno() == Errno::CONNRESET.raw_os_error() => return None,
-        received => received.unwrap(),
-    };
-    match length {
-        0 => None,
-        8 => Some((i64::from_le_bytes(bytes), file.map(OwnedFd::from))),
-        _ => panic!("a message of {length} bytes"),
-    }
-}
-
-fn connect(broker: &Broker, name: &str) -> UnixStream {
-    let socket = UnixStream::connect(broker.path(name)).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket
-}
-
-/// What a VM has after the handshake.
-struct Vm {
-    socket: UnixStream,
-    id: i64,
-    memory: OwnedFd,
-    /// Peer and eventfd, in the order in which they came.
-    bells: Vec<(i64, OwnedFd)>,
-}
-
-fn handshake(socket: UnixStream, bells: usize) -> Vm {
-    let number = |expected: &str| match message(&socket) {
-        Some((number, None)) => number,
-        other => panic!("{other:?} for {expected}"),
-    };
-    assert_eq!(number("the version"), 0);
-    let id = number("the ID");
-    let Some((-1, Some(memory))) = message(&socket) else {
-        panic!("no memory");
-    };
-    let bells = (0..bells).map(|_| {
-        let (peer, bell) = message(&socket).expect("an eventfd");
-        (peer, bell.expect("an eventfd"))
-    });
-    let bells = bells.collect();
-    Vm {
-        socket,
-        id,
-        memory,
-        bells,
-    }
-}
-
-/// Reads an eventfd, which does not block: how often it was rung.
-fn rings(bell: &OwnedFd) -> u64 {
-    let mut count = [0; 8];
-    match rustix::io::read(bell, &mut count) {
-        Ok(8) => u64::from_ne_bytes(count),
-        Err(Errno::AGAIN) => 0,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn is_silent(socket: &UnixStream) -> bool {
-    socket
-        .set_read_timeout(Some(Duration::from_millis(200)))
-        .unwrap();
-    let silent =
-        rustix::net::recv(socket, &mut [0u8; 1], rustix::net::RecvFlags::PEEK) == Err(Errno::AGAIN);
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    silent
-}
+use crate::vmm::*;
 
 #[test]
 fn handshake_tells_the_whole_table_and_nothing_follows() {
@@ -117,7 +42,10 @@ fn handshake_tells_the_whole_table_and_nothing_follows() {
 fn memory_is_the_region_and_cannot_be_resized() {
     let broker = Broker::start(&["--size", "1M"]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
-    assert_eq!(rustix::fs::fstat(&vm.memory).unwrap().st_size, 1 << 20);
+    let file = rustix::fs::fstat(&vm.memory).unwrap();
+    assert_eq!(file.st_size, 1 << 20);
+    // So another user who has a descriptor for reading does not open it for writing by way of /proc.
+    assert_eq!(file.st_mode & 0o777, 0o400);
     let seals = rustix::fs::fcntl_get_seals(&vm.memory).unwrap();
     assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
     for size in [0, 4096, 2 << 20] {

@@ -2,7 +2,10 @@
 
 mod control;
 mod ivshmem;
+mod limits;
 mod live;
+mod replace;
 mod serve;
 mod streams;
 mod support;
+mod vmm;

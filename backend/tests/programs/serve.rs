@@ -35,14 +35,23 @@ fn refuses_sizes_that_no_bar_can_have() {
         1,
         &["too small", "take 128.00 KiB or more"],
     );
-    fails(&mut serve("0"), 1, &["not a power of two", "take 4.00 KiB"]);
+    fails(
+        &mut serve("0"),
+        1,
+        &["0 B is too small", "take 128.00 KiB or more"],
+    );
+    fails(
+        &mut serve("130K"),
+        1,
+        &["not a power of two", "take 128.00 KiB or 256.00 KiB"],
+    );
     fails(
         &mut serve("1T"),
         1,
-        &["1.00 TiB is more than this machine's memory"],
+        &["1.00 TiB is more than this machine's memory", "or less"],
     );
     fails(&mut serve("8E"), 1, &["more than this machine's memory"]);
-    assert_eq!(run(&mut serve("much")).status.code(), Some(2));
+    fails(&mut serve("much"), 2, &["`much` is no size", "say 64M"]);
     assert_eq!(
         std::fs::read_dir(folder.path()).unwrap().count(),
         0,
@@ -65,6 +74,37 @@ fn refuses_channels_that_do_not_fit() {
 }
 
 #[test]
+fn refuses_channels_and_sockets_that_are_named_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let twice = ["--channel", "a=up,4K", "--channel", "a=down,4K"];
+    fails(
+        &mut serve(folder.path(), &twice),
+        1,
+        &["two channels are named `a`", "name them apart"],
+    );
+    let socket = folder.path().join("vm.sock");
+    let socket = socket.to_str().unwrap();
+    fails(
+        &mut serve(folder.path(), &["--ivshmem", socket, "--ivshmem", socket]),
+        1,
+        &[socket, "is named twice"],
+    );
+}
+
+#[test]
+fn refuses_a_short_path_that_is_long_from_the_root() {
+    let folder = tempfile::tempdir().unwrap();
+    let deep = folder.path().join("x".repeat(100));
+    std::fs::create_dir(&deep).unwrap();
+    let mut command = serve(folder.path(), &["--ivshmem", "vm.sock"]);
+    fails(
+        command.current_dir(&deep),
+        1,
+        &[deep.to_str().unwrap(), "choose a shorter one"],
+    );
+}
+
+#[test]
 fn refuses_a_path_that_is_taken_and_leaves_it_alone() {
     let folder = tempfile::tempdir().unwrap();
     let taken = folder.path().join("taken");
@@ -76,6 +116,8 @@ fn refuses_a_path_that_is_taken_and_leaves_it_alone() {
         &[taken, "is no socket", "choose another path"],
     );
     assert_eq!(std::fs::read(taken).unwrap(), b"mine");
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
+    assert_eq!(left.len(), 1, "it left something beside it: {left:?}");
 }
 
 #[test]
@@ -223,16 +265,6 @@ fn takes_little_memory_beside_the_region() {
     let attachment = broker.attach();
     drop(attachment.sender("down").unwrap());
     attachment.status().unwrap();
-    let status = std::fs::read_to_string(format!("/proc/{}/status", broker.child.id())).unwrap();
-    let kib = |field: &str| {
-        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-        line.split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-    };
-    // The region's own pages are shared memory, and counted apart.
-    let own = kib("RssAnon") + kib("RssFile");
+    let own = own_memory(&broker);
     assert!(own <= 16 << 10, "{own} KiB");
 }

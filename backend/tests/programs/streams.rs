@@ -5,6 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::Duration;
 
+use barlink::protocol::state;
 use rustix::process::Signal;
 
 use crate::support::*;
@@ -26,7 +27,7 @@ fn file_comes_through_as_it_went_in() {
         (0, "256K"),
         (1, "256K"),
         (4 << 20, "256K"),
-        (10_000_001, "1M"),
+        (10_000_001, "500K"),
         (300_000, "13"),
     ] {
         let data = noise(length);
@@ -199,6 +200,78 @@ fn stream_whose_sender_is_killed_is_told_to_be_incomplete() {
     );
 }
 
+/// Sends these bytes and is killed before the end of its stream.
+fn send_and_be_killed(broker: &Broker, bytes: &[u8]) {
+    let mut sender = send(broker).stdin(Stdio::piped()).spawn().unwrap();
+    sender.stdin.as_mut().unwrap().write_all(bytes).unwrap();
+    let attachment = broker.attach();
+    let (_, entry) = attachment.layout().find("loop").unwrap();
+    let entry = *entry;
+    wait_until("all is committed", || {
+        let state = state::ChannelState::read(&attachment.region(), &entry);
+        state.written > bytes.len() as u64
+    });
+    sender.kill().unwrap();
+    sender.wait().unwrap();
+    wait_until("its claim has ended", || {
+        attachment.status().unwrap().claims.is_empty()
+    });
+}
+
+#[test]
+fn two_senders_are_two_streams_though_the_first_was_killed() {
+    let broker = Broker::start(&LOOP);
+    send_and_be_killed(&broker, b"half a stream");
+    file_with(&broker.path("in"), b"a whole one");
+    works(send(&broker).arg(broker.path("in")));
+    let first = run(&mut recv(&broker));
+    assert_eq!(
+        (first.status.code(), &first.stdout[..]),
+        (Some(5), &b"half a stream"[..])
+    );
+    assert_eq!(works(&mut recv(&broker)), "a whole one");
+}
+
+#[test]
+fn records_that_no_channel_carries_are_refused() {
+    let broker = Broker::start(&LOOP);
+    fails(
+        send(&broker).args(["--record-size", "1M"]),
+        1,
+        &[
+            "a record of 1048576 bytes",
+            "`loop`",
+            "--record-size 524264 or less",
+        ],
+    );
+    fails(
+        send(&broker).args(["--record-size", "0"]),
+        2,
+        &["at least 1 byte"],
+    );
+}
+
+#[test]
+fn receiver_that_cannot_begin_leaves_its_file_alone() {
+    let broker = Broker::start(&LOOP);
+    let file = broker.path("precious");
+    file_with(&file, b"precious");
+    let file = file.to_str().unwrap();
+    fails(
+        &mut broker.app(&["recv", "--channel", "none", "-o", file]),
+        1,
+        &["`none`"],
+    );
+    fails(
+        barlink(["recv", "-o", file])
+            .arg("--control")
+            .arg(broker.path("none.sock")),
+        3,
+        &["no broker"],
+    );
+    assert_eq!(std::fs::read(file).unwrap(), b"precious");
+}
+
 #[test]
 fn missing_file_and_full_disk_are_told() {
     let broker = Broker::start(&LOOP);
@@ -308,13 +381,25 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
     fails(
         &mut broker.app(&["peek", "--at", "0xfffff0"]),
         1,
-        &["leave the raw window"],
+        &["0xfffff0 is not in the raw window"],
     );
     fails(
         &mut broker.app(&["poke", "x", "--region", "--at", "1M"]),
         1,
-        &["leave the region"],
+        &["1 bytes at 0x100000 leave the region, where 0 bytes are left"],
     );
+    // It reads no more of its input than there is room for.
+    let mut endless = std::process::Command::new("yes")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let input = endless.stdout.take().unwrap();
+    fails(
+        broker.app(&["poke"]).stdin(input),
+        1,
+        &["leave the raw window"],
+    );
+    wait(&mut endless);
 }
 
 #[test]

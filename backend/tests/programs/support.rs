@@ -40,6 +40,26 @@ pub fn as_nobody(command: &mut Command) -> &mut Command {
     command.uid(NOBODY).gid(NOBODY)
 }
 
+fn serve(folder: &Path, args: &[&str]) -> Command {
+    let path = |name: &str| folder.join(name).into_os_string();
+    let mut command = barlink([
+        "serve".into(),
+        "--ivshmem".into(),
+        path("vm.sock"),
+        "--control".into(),
+        path("control.sock"),
+    ]);
+    command.args(args);
+    command
+}
+
+/// The file that brokers in a folder log to.
+fn log(folder: &Path) -> std::fs::File {
+    let mut options = std::fs::File::options();
+    let file = options.create(true).append(true).open(folder.join("log"));
+    file.unwrap()
+}
+
 /// A `barlink serve` that runs until this is dropped.
 pub struct Broker {
     pub child: Child,
@@ -55,16 +75,18 @@ impl Broker {
 
     /// The same, in a folder that is there.
     pub fn start_in(folder: tempfile::TempDir, args: &[&str]) -> Self {
-        let path = |name: &str| folder.path().join(name).into_os_string();
-        let mut command = barlink([
-            "serve".into(),
-            "--ivshmem".into(),
-            path("vm.sock"),
-            "--control".into(),
-            path("control.sock"),
-        ]);
-        let log = std::fs::File::create(path("log")).unwrap();
-        let child = command.args(args).stderr(log).spawn().unwrap();
+        Self::start_by(folder, args, |command| command)
+    }
+
+    /// The same, in a way of one's own.
+    pub fn start_by(
+        folder: tempfile::TempDir,
+        args: &[&str],
+        way: impl FnOnce(&mut Command) -> &mut Command,
+    ) -> Self {
+        let mut command = serve(folder.path(), args);
+        let child = way(&mut command).stderr(log(folder.path())).spawn();
+        let child = child.unwrap();
         let broker = Broker {
             child,
             folder,
@@ -74,6 +96,13 @@ impl Broker {
             Attachment::connect(&broker.control(), Access::ReadOnly).is_ok()
         });
         broker
+    }
+
+    /// `barlink serve` with its sockets and log, and these further arguments.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = serve(self.folder.path(), args);
+        command.stderr(log(self.folder.path()));
+        command
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -216,6 +245,18 @@ pub fn works(command: &mut Command) -> String {
         String::from_utf8_lossy(&stderr)
     );
     String::from_utf8(stdout).unwrap()
+}
+
+/// What `/proc` says of a broker in a field of its status.
+pub fn status(broker: &Broker, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", broker.child.id())).unwrap();
+    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Memory that a broker takes beside the region, whose pages are shared memory and counted apart; in KiB.
+pub fn own_memory(broker: &Broker) -> u64 {
+    status(broker, "RssAnon") + status(broker, "RssFile")
 }
 
 /// Processor time that a process has used, in clock ticks (10 ms).

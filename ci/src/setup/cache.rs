@@ -133,7 +133,9 @@ impl Cache {
         manifest: &Manifest,
     ) -> Result<Sandbox> {
         let file = File::create(unfinished.path().join(MANIFEST))?;
-        serde_json::to_writer_pretty(file, manifest)?;
+        serde_json::to_writer_pretty(&file, manifest)?;
+        // On the disk before it has its name, or a loss of power could leave empty files under that.
+        rustix::fs::syncfs(&file)?;
         let name = format!("{}{}", manifest.release, ending(recipe));
         let folder = self.folder.join(name);
         fs::rename(unfinished.path(), &folder).with_context(|| {

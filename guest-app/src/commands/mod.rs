@@ -3,11 +3,11 @@
 //! One file a command, or a pair of them.
 
 mod info;
-mod peek;
 mod stream;
 mod telemetry;
 
 use anyhow::Result;
+use barlink_cli::place;
 use barlink_guest::Device;
 
 use crate::args::{Cli, Command};
@@ -20,7 +20,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Recv(args) => stream::recv(&device, args),
         Command::Echo(args) => stream::echo(&device, args),
         Command::Telemetry(args) => telemetry::telemetry(&device, args),
-        Command::Peek(args) => peek::peek(&device, args),
-        Command::Poke(args) => peek::poke(&device, args),
+        Command::Peek(args) => place::peek(&device.region(), device.layout(), args),
+        Command::Poke(args) => place::poke(&device.region(), device.layout(), args),
     }
 }

@@ -4,9 +4,10 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use barlink_guest::Device;
 use barlink_guest::protocol::cursor::Kind;
+use barlink_guest::protocol::stream::mark;
 use procfs::{Current, CurrentSI, KernelStats, Meminfo};
 use serde::Serialize;
 
@@ -38,33 +39,25 @@ struct Sample {
 }
 
 pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
-    ensure!(
-        args.rate.is_finite() && args.rate > 0.0,
-        "a rate of {} is none: take a positive number",
-        args.rate
-    );
     let mut sender = device.sender(&args.channel)?;
-    let interval = Duration::from_secs_f64(1.0 / args.rate);
     let end = args
         .seconds
         .map(|seconds| (seconds * args.rate).round() as u64);
     let start = Instant::now();
+    let _ = sender.send(Kind::BEGIN, &[], None)?;
     for sequence in 0.. {
         if end.is_some_and(|end| sequence >= end) {
             break;
         }
         // By the clock and not by the last record, so that the rate holds.
-        let due = start + interval.mul_f64(sequence as f64);
+        let due = start + Duration::try_from_secs_f64(sequence as f64 / args.rate)?;
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let mut line = serde_json::to_vec(&sample(sequence, start)?)?;
         line.push(b'\n');
         // What became of it is in the channel's counters.
         let _ = sender.send(Kind::DATA, &line, None)?;
     }
-    if let Some(draft) = sender.draft(0, None)? {
-        draft.commit(Kind::END, 0)?;
-    }
-    Ok(())
+    Ok(mark(&mut sender, Kind::END)?)
 }
 
 fn sample(sequence: u64, start: Instant) -> Result<Sample> {

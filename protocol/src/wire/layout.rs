@@ -58,7 +58,8 @@ pub mod presence {
 /// Offsets in a channel's header page, in bytes (`docs/protocol.md`, section 4). Groups that different
 /// sides write are 128 bytes apart, since x86 fetches cache lines in pairs.
 pub mod channel {
-    /// Generation: counts the resets of this channel; written by the broker.
+    /// Generation: twice the number of resets of this channel, and one more while it is being reset; written by the
+    /// broker.
     pub const GENERATION: u64 = 0;
     /// Producer's cursor: bytes committed since the channel began.
     pub const WRITTEN: u64 = 128;

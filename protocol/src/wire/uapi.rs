@@ -7,10 +7,12 @@
 //! | `open` | a file of its own: its claims end with it, and its interrupts are counted for it alone |
 //! | `mmap` | shared, not executable, any pages of the region but the drivers' own at its end; noncached |
 //! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`] |
-//! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`] |
+//! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`]; `EOPNOTSUPP` if there are none |
 //! | `poll` | readable when `read` would not wait; `POLLHUP` and `POLLERR` once the device is gone |
 //!
 //! A file that holds claims has vector 0 and the vectors of its channels; a file that holds none has all.
+//! `mmap` refuses with `EINVAL` what is private, executable or out of range; with `EOVERFLOW`, before the driver is asked,
+//! what ends beyond the largest file offset.
 //! Once the device is unbound or unplugged every call fails with `ENODEV`, and touching a mapping is `SIGBUS`.
 
 /// PCI vendor ID of the device: Red Hat's, as QEMU's ivshmem has it.

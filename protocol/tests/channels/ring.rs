@@ -151,11 +151,51 @@ fn reset_starts_an_empty_generation() {
     send(&mut attach(&region, &layout).0, b"old").unwrap();
     region.store(entry.offset + channel::READ, 3);
     assert!(Producer::attach(region.clone(), entry).is_err());
-    assert_eq!(state::reset(&region, entry), 1);
+    assert_eq!(state::reset(&region, entry, || false), None);
+    assert_eq!(state::reset(&region, entry, || true), Some(1));
     let (mut producer, mut consumer) = attach(&region, &layout);
     assert!(receive(&mut consumer).is_none());
     send(&mut producer, b"new").unwrap();
     assert_eq!(receive(&mut consumer), Some((0, b"new".to_vec())));
+}
+
+#[test]
+fn nothing_old_stands_behind_a_payload() {
+    let (region, layout) = region(4096, false);
+    let mut producer = attach(&region, &layout).0;
+    for offset in (0..4096).step_by(8) {
+        region.store(layout.channels()[0].offset + channel::DATA + offset, !0);
+    }
+    let last_word = |region: &Heap, payload: u64| {
+        region.load(layout.channels()[0].offset + channel::DATA + payload)
+    };
+    // Copied in; copied in and cut short; filled by the kernel.
+    let mut room = producer.reserve(3).unwrap();
+    room.write(0, b"abc");
+    let _ = room.commit(Kind::DATA, 3, 0);
+    assert_eq!(last_word(&region, 24), 0x63_6261);
+    let mut room = producer.reserve(8).unwrap();
+    room.write(0, b"abcdefgh");
+    let _ = room.commit(Kind::DATA, 3, 0);
+    assert_eq!(last_word(&region, 32 + 24), 0x63_6261);
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    std::io::Write::write_all(&mut writer, b"abc").unwrap();
+    let mut room = producer.reserve(8).unwrap();
+    let length = std::os::fd::AsRawFd::as_raw_fd(&reader);
+    let length = room.read_from(length).unwrap();
+    let _ = room.commit(Kind::DATA, length, 0);
+    assert_eq!(last_word(&region, 64 + 24), 0x63_6261);
+}
+
+#[test]
+fn a_channel_whose_reset_was_cut_short_is_not_attached() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    region.store(entry.offset + channel::GENERATION, 7);
+    assert!(Producer::attach(region.clone(), entry).is_err());
+    assert!(Consumer::attach(region.clone(), entry).is_err());
+    assert_eq!(state::reset(&region, entry, || true), Some(4));
+    attach(&region, &layout);
 }
 
 #[test]

@@ -63,7 +63,7 @@ pub fn header(snapshot: &Snapshot) -> [String; 2] {
             "broker process {}, epoch {}, up {}",
             broker.broker,
             broker.epoch,
-            HumanDuration(Duration::from_secs_f64(broker.uptime.max(0.0))),
+            HumanDuration(Duration::try_from_secs_f64(broker.uptime).unwrap_or_default()),
         ),
     ]
 }

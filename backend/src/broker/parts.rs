@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What a broker is made of: memory, eventfds, ledger, listening sockets; made anew, or taken over from a predecessor.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use barlink_protocol::state;
+use barlink_protocol::wire::layout::Layout;
+
+use super::ledger::Ledger;
+use super::shared::ClientId;
+use super::socket::{Listener, SocketError};
+use super::store::{DescriptorStore, Inheritance, name};
+use super::{BrokerError, Policy};
+use crate::bell::Bell;
+use crate::memory::{self, Access, Mapping, Region};
+
+/// See the module. All of it is in the store.
+pub struct Parts {
+    /// The layout.
+    pub layout: Layout,
+    /// The memory.
+    pub memory: Arc<File>,
+    /// A descriptor of it that permits no writing.
+    pub read_only: Arc<File>,
+    /// The same, mapped.
+    pub region: Region,
+    /// All eventfds, by peer, then by vector.
+    pub bells: Vec<Vec<Arc<Bell>>>,
+    /// The ledger.
+    pub ledger: Ledger,
+    /// The descriptors that outlive the broker.
+    pub store: DescriptorStore,
+    /// Where host apps attach.
+    pub control: Arc<Listener>,
+    /// Where VMs connect, by slot.
+    pub doors: Vec<Arc<Listener>>,
+    /// A predecessor's VMs, by slot.
+    pub vms: Vec<Option<OwnedFd>>,
+    /// A predecessor's host apps.
+    pub clients: Vec<(ClientId, OwnedFd)>,
+}
+
+/// Where a broker listens.
+pub struct Sockets<'a> {
+    /// For host apps.
+    pub control: &'a Path,
+    /// For VMs, by slot.
+    pub doors: &'a [PathBuf],
+}
+
+impl Sockets<'_> {
+    /// Whether each has a path of its own.
+    fn check(&self) -> Result<(), SocketError> {
+        let mut seen = vec![self.control];
+        for path in self.doors {
+            if seen.contains(&path.as_path()) {
+                return Err(SocketError::Twice { path: path.clone() });
+            }
+            seen.push(path);
+        }
+        Ok(())
+    }
+}
+
+impl Parts {
+    /// Makes all anew, and writes the superblock.
+    pub fn create(
+        layout: Layout,
+        sockets: &Sockets<'_>,
+        policy: &Policy,
+    ) -> Result<Self, BrokerError> {
+        sockets.check()?;
+        let control = Listener::packets(sockets.control, policy)?;
+        let doors = sockets.doors.iter();
+        let doors: Vec<_> = doors
+            .map(|path| Listener::stream(path, policy).map(Arc::new))
+            .collect::<Result<_, _>>()?;
+        let memory = memory::create(layout.region_size)?;
+        let region = map(&memory, &layout)?;
+        let bells = (0..=layout.host())
+            .map(|_| {
+                (0..layout.vectors)
+                    .map(|_| Bell::new().map(Arc::new))
+                    .collect()
+            })
+            .collect::<io::Result<_>>()
+            .map_err(|source| BrokerError::System {
+                what: "make the eventfds: each peer needs one a vector (ulimit -n)",
+                source,
+            })?;
+        state::publish(&region, &layout);
+        let ledger = Ledger::create(&layout)?;
+        ledger.set_epoch(1);
+        Self {
+            vms: doors.iter().map(|_| None).collect(),
+            layout,
+            read_only: Arc::new(read_only(&memory)?),
+            memory: Arc::new(memory),
+            region,
+            bells,
+            ledger,
+            store: DescriptorStore::default(),
+            control: Arc::new(control),
+            doors,
+            clients: Vec::new(),
+        }
+        .keep()
+    }
+
+    /// Takes over what a predecessor left, if it is of that layout and at those sockets.
+    pub fn inherit(
+        mut inheritance: Inheritance,
+        layout: Layout,
+        sockets: &Sockets<'_>,
+    ) -> Result<Self, BrokerError> {
+        let mut take = |name: &str| {
+            inheritance
+                .remove(name)
+                .ok_or_else(|| BrokerError::Incomplete(name.to_owned()))
+        };
+        let (ledger, theirs) = Ledger::open(take(name::LEDGER)?.into())?;
+        if theirs.as_ref() != Ok(&layout) {
+            return Err(BrokerError::OtherRegion);
+        }
+        let memory = File::from(take(name::MEMORY)?);
+        let region = map(&memory, &layout)?;
+        let mut bells = Vec::new();
+        for peer in 0..=layout.host() {
+            let vectors = 0..layout.vectors;
+            let bells_of_peer = vectors.map(|vector| {
+                let descriptor = take(&name::bell(peer, vector))?;
+                Ok(Arc::new(Bell::from(descriptor)))
+            });
+            bells.push(bells_of_peer.collect::<Result<_, BrokerError>>()?);
+        }
+        let mut listener = |called: &str, path: &Path| {
+            let listener = Listener::inherit(take(called)?, take(&name::lock(called))?, path)?;
+            Ok::<_, BrokerError>(Arc::new(listener))
+        };
+        let control = listener(name::CONTROL, sockets.control)?;
+        let doors: Vec<_> = (0..)
+            .zip(sockets.doors)
+            .map(|(slot, path)| listener(&name::slot(slot), path))
+            .collect::<Result<_, _>>()?;
+        let vms = (0..layout.slots)
+            .map(|slot| inheritance.remove(&name::vm(slot)))
+            .collect();
+        let clients = inheritance.into_iter();
+        let clients = clients
+            .filter_map(|(called, descriptor)| Some((name::parse_client(&called)?, descriptor)));
+        Self {
+            layout,
+            read_only: Arc::new(read_only(&memory)?),
+            memory: Arc::new(memory),
+            region,
+            bells,
+            ledger,
+            store: DescriptorStore::default(),
+            control,
+            doors,
+            vms,
+            clients: clients.collect(),
+        }
+        .keep()
+    }
+
+    /// Keeps what outlives this broker. The ledger comes last: without it there is nothing to take over.
+    fn keep(self) -> Result<Self, BrokerError> {
+        let store = &self.store;
+        store.keep(name::MEMORY.to_owned(), self.memory.clone());
+        for (peer, bells) in (0..).zip(&self.bells) {
+            for (vector, bell) in (0..).zip(bells) {
+                store.keep(name::bell(peer, vector), bell.clone());
+            }
+        }
+        let doors = (0..).zip(&self.doors);
+        let doors = doors.map(|(slot, door)| (name::slot(slot), door));
+        for (called, listener) in doors.chain([(name::CONTROL.to_owned(), &self.control)]) {
+            store.keep(name::lock(&called), listener.lock());
+            store.keep(called, listener.clone());
+        }
+        let ledger = self.ledger.memory().try_clone();
+        let ledger = ledger.map_err(|source| BrokerError::System {
+            what: "copy a descriptor",
+            source,
+        })?;
+        store.keep(name::LEDGER.to_owned(), Arc::new(ledger));
+        Ok(self)
+    }
+}
+
+fn read_only(memory: &File) -> Result<File, BrokerError> {
+    memory::read_only(memory).map_err(|source| BrokerError::System {
+        what: "open the region's memory for reading",
+        source,
+    })
+}
+
+fn map(memory: &File, layout: &Layout) -> Result<Region, BrokerError> {
+    let descriptor = memory.try_clone().map_err(|source| BrokerError::System {
+        what: "copy a descriptor",
+        source,
+    })?;
+    Ok(Mapping::new(descriptor, layout.region_size, Access::ReadWrite)?.region())
+}

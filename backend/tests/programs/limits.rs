@@ -1,0 +1,171 @@
+//! A broker that runs out of something, and peers who would like it to.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
+    send, socket_with,
+};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
+use crate::support::*;
+use crate::vmm;
+
+/// A host app that has said nothing yet.
+fn knock(broker: &Broker) -> OwnedFd {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    connect(&socket, &SocketAddrUnix::new(broker.control()).unwrap()).unwrap();
+    socket
+}
+
+/// Makes a command one that another program runs.
+fn wrap<'a>(command: &'a mut Command, by: &str, args: &[&str]) -> &'a mut Command {
+    let mut wrapped = Command::new(by);
+    wrapped.args(args).arg(command.get_program());
+    wrapped.args(command.get_args());
+    *command = wrapped;
+    command
+}
+
+fn limit_descriptors(broker: &Broker, most: u64) {
+    let limit = Rlimit {
+        current: Some(most),
+        maximum: Some(most),
+    };
+    prlimit(
+        Some(Pid::from_child(&broker.child)),
+        Resource::Nofile,
+        limit,
+    )
+    .unwrap();
+}
+
+#[test]
+fn host_apps_that_speak_nonsense_do_not_keep_others_out() {
+    let broker = Broker::start(&[]);
+    let babblers: Vec<_> = (0..64).map(|_| knock(&broker)).collect();
+    for babbler in &babblers {
+        send(babbler, b"nonsense", SendFlags::NOSIGNAL).unwrap();
+    }
+    wait_until("there is room again", || {
+        barlink::Attachment::connect(&broker.control(), barlink::Access::ReadOnly).is_ok()
+    });
+}
+
+#[test]
+fn a_flood_of_nonsense_is_a_few_lines_in_the_log() {
+    let broker = Broker::start(&[]);
+    let babbler = knock(&broker);
+    let before = broker.log().lines().count();
+    for _ in 0..5000 {
+        send(&babbler, b"nonsense", SendFlags::NOSIGNAL).unwrap();
+        recv(&babbler, &mut [0u8; 4096][..], RecvFlags::empty()).unwrap();
+    }
+    let lines = broker.log().lines().count() - before;
+    // Five a second, and it took a few seconds on the slowest machine.
+    assert!((1..100).contains(&lines), "{lines} lines");
+}
+
+#[test]
+fn broker_without_descriptors_waits_and_goes_on() {
+    let broker = Broker::start(&[]);
+    let before = broker.attach();
+    limit_descriptors(&broker, broker.descriptors() as u64 + 3);
+    let crowd: Vec<_> = (0..12).map(|_| knock(&broker)).collect();
+    let ticks_before = ticks(broker.child.id());
+    std::thread::sleep(Duration::from_secs(2));
+    let used = ticks(broker.child.id()) - ticks_before;
+    assert!(used < 20, "it used {used} ticks of 10 ms while it waited");
+    before.status().unwrap();
+    drop(crowd);
+    drop(broker.attach());
+}
+
+/// QEMU would spin for ever if its connection were closed before it got the memory.
+#[test]
+fn vm_that_cannot_be_given_the_memory_is_told_so_and_not_left_waiting() {
+    if !can_become_another_user() {
+        // Needed, since root may have any number of descriptors in flight.
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    let mut broker = Broker::start_by(folder, &[], |command| {
+        let limit = ["-c", r#"ulimit -n 40; exec "$0" "$@""#];
+        as_nobody(wrap(command, "sh", &limit))
+    });
+    let mut hoard = Vec::new();
+    wait_until("there are too many descriptors in flight", || {
+        // Takes nothing from its socket, and is let go for what it says, if it was not before.
+        let mut deaf = UnixStream::connect(broker.path("vm.sock")).unwrap();
+        let _ = deaf.write_all(b"x");
+        hoard.push(deaf);
+        broker.log().contains("cannot send the memory")
+    });
+    let refused = vmm::connect(&broker, "vm.sock");
+    let mut numbers = Vec::new();
+    while let Some((number, _)) = vmm::message(&refused) {
+        numbers.push(number);
+    }
+    assert!(
+        numbers == [1] || numbers == [0, 0, -2],
+        "QEMU takes {numbers:?} for no error"
+    );
+    drop(hoard);
+    wait_until("a VM is served again", || {
+        vmm::message(&vmm::connect(&broker, "vm.sock")).is_some_and(|(number, _)| number == 0)
+    });
+    assert!(broker.child.try_wait().unwrap().is_none());
+}
+
+#[test]
+fn peers_of_another_pid_namespace_are_served() {
+    if !can_become_another_user() {
+        // Needed to make a namespace.
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let broker = Broker::start_by(folder, &[], |command| {
+        wrap(command, "unshare", &["--pid", "--fork", "--kill-child"])
+    });
+    drop(broker.attach());
+    drop(vmm::handshake(vmm::connect(&broker, "vm.sock"), 6));
+}
+
+#[test]
+fn ten_thousand_host_apps_and_a_thousand_vms_leave_nothing_behind() {
+    let broker = Broker::start(&[]);
+    let come_and_go = |times: usize| {
+        for _ in 0..times {
+            drop(broker.attach().sender("down").unwrap());
+        }
+        for _ in 0..times / 10 {
+            drop(vmm::handshake(vmm::connect(&broker, "vm.sock"), 6));
+            wait_until("the VM has left", || {
+                broker.attach().status().unwrap().slots[0].vm.is_none()
+            });
+        }
+    };
+    // All that is made once has been made.
+    come_and_go(100);
+    let (descriptors, memory) = (broker.descriptors(), own_memory(&broker));
+    come_and_go(10_000);
+    wait_until("descriptors are back", || {
+        broker.descriptors() == descriptors
+    });
+    let after = own_memory(&broker);
+    eprintln!("{memory} KiB before, {after} KiB after");
+    assert!(after <= memory + 256, "{memory} KiB grew to {after} KiB");
+    assert_eq!(status(&broker, "Threads"), 2, "threads are left");
+}
+
+#[test]
+fn broker_gives_up_what_it_does_not_need() {
+    let broker = Broker::start(&[]);
+    assert_eq!(status(&broker, "NoNewPrivs"), 1, "it is not confined");
+}

@@ -1,0 +1,83 @@
+//! A client that reads an ivshmem socket as QEMU does.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::support::*;
+
+/// One message as QEMU reads it: a number, and a descriptor with some. `None` at the end.
+pub fn message(socket: &UnixStream) -> Option<(i64, Option<OwnedFd>)> {
+    let mut bytes = [0; 8];
+    let (length, file) = match socket.recv_with_fd(&mut bytes) {
+        // So a socket ends that is closed while it holds bytes that nobody read.
+        Err(error) if error.errno() == Errno::CONNRESET.raw_os_error() => return None,
+        received => received.unwrap(),
+    };
+    match length {
+        0 => None,
+        8 => Some((i64::from_le_bytes(bytes), file.map(OwnedFd::from))),
+        _ => panic!("a message of {length} bytes"),
+    }
+}
+
+pub fn connect(broker: &Broker, name: &str) -> UnixStream {
+    let socket = UnixStream::connect(broker.path(name)).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// What a VM has after the handshake.
+pub struct Vm {
+    pub socket: UnixStream,
+    pub id: i64,
+    pub memory: OwnedFd,
+    /// Peer and eventfd, in the order in which they came.
+    pub bells: Vec<(i64, OwnedFd)>,
+}
+
+pub fn handshake(socket: UnixStream, bells: usize) -> Vm {
+    let number = |expected: &str| match message(&socket) {
+        Some((number, None)) => number,
+        other => panic!("{other:?} for {expected}"),
+    };
+    assert_eq!(number("the version"), 0);
+    let id = number("the ID");
+    let Some((-1, Some(memory))) = message(&socket) else {
+        panic!("no memory");
+    };
+    let bells = (0..bells).map(|_| {
+        let (peer, bell) = message(&socket).expect("an eventfd");
+        (peer, bell.expect("an eventfd"))
+    });
+    let bells = bells.collect();
+    Vm {
+        socket,
+        id,
+        memory,
+        bells,
+    }
+}
+
+/// Reads an eventfd, which does not block: how often it was rung.
+pub fn rings(bell: &OwnedFd) -> u64 {
+    let mut count = [0; 8];
+    match rustix::io::read(bell, &mut count) {
+        Ok(8) => u64::from_ne_bytes(count),
+        Err(Errno::AGAIN) => 0,
+        other => panic!("{other:?}"),
+    }
+}
+
+pub fn is_silent(socket: &UnixStream) -> bool {
+    socket
+        .set_read_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
+    let silent =
+        rustix::net::recv(socket, &mut [0u8; 1], rustix::net::RecvFlags::PEEK) == Err(Errno::AGAIN);
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    silent
+}

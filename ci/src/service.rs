@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A stand-in for a service manager's part in keeping a broker's descriptors: what systemd does with `FDSTORE`
+//! (`sd_notify(3)`, `sd_listen_fds(3)`), and nothing else.
+
+use std::collections::BTreeMap;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use command_fds::{CommandFdExt, FdMapping};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+/// First descriptor that a service is passed (`SD_LISTEN_FDS_START`).
+const FIRST: i32 = 3;
+
+/// How long a service may take until it says that it is ready.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// See the module.
+#[derive(Debug)]
+pub struct ServiceManager {
+    socket: PathBuf,
+    state: Arc<(Mutex<State>, Condvar)>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    kept: BTreeMap<String, OwnedFd>,
+    ready: bool,
+}
+
+impl ServiceManager {
+    /// Begins to listen at a socket in this folder.
+    pub fn new(folder: &Path) -> Result<Self> {
+        let socket = folder.join("notify.sock");
+        let listener = UnixDatagram::bind(&socket)?;
+        let state = Arc::<(Mutex<State>, Condvar)>::default();
+        let told = Arc::clone(&state);
+        thread::spawn(move || {
+            while let Ok((message, descriptors)) = receive(&listener) {
+                let (state, changed) = &*told;
+                let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+                state.take_in(&message, descriptors);
+                changed.notify_all();
+            }
+        });
+        Ok(Self { socket, state })
+    }
+
+    /// A service that is passed all that was kept of it.
+    pub fn service(&self, program: &Path) -> Result<Command> {
+        let mut state = self.lock();
+        state.ready = false;
+        let mut mappings = Vec::new();
+        let mut names = Vec::new();
+        for (number, (name, descriptor)) in (FIRST..).zip(&state.kept) {
+            names.push(name.as_str());
+            mappings.push(FdMapping {
+                parent_fd: descriptor.try_clone()?,
+                child_fd: number,
+            });
+        }
+        // A shell, since the process ID is known only there.
+        let mut command = Command::new("sh");
+        command.args(["-c", r#"LISTEN_PID=$$ exec "$0" "$@""#]);
+        command.arg(program);
+        command.env("NOTIFY_SOCKET", &self.socket);
+        if !names.is_empty() {
+            command
+                .env("LISTEN_FDS", names.len().to_string())
+                .env("LISTEN_FDNAMES", names.join(":"))
+                .fd_mappings(mappings)?;
+        }
+        Ok(command)
+    }
+
+    /// Waits until the service that was started last says that it is ready.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        let waited = self
+            .state
+            .1
+            .wait_timeout_while(self.lock(), START_TIMEOUT, |state| !state.ready);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        ensure!(state.ready, "the service is not ready in time");
+        Ok(())
+    }
+
+    /// The names of what is kept.
+    pub fn kept(&self) -> Vec<String> {
+        self.lock().kept.keys().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn take_in(&mut self, message: &str, descriptors: Vec<OwnedFd>) {
+        let value = |key: &str| {
+            let mut lines = message.lines();
+            lines.find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+        };
+        let name = value("FDNAME").unwrap_or("stored");
+        if value("FDSTORE") == Some("1") {
+            // As systemd, which compares the files: what it has, it does not take again.
+            for descriptor in descriptors {
+                self.kept.entry(name.to_owned()).or_insert(descriptor);
+            }
+        }
+        if value("FDSTOREREMOVE") == Some("1") {
+            self.kept.remove(name);
+        }
+        if value("READY") == Some("1") {
+            self.ready = true;
+        }
+    }
+}
+
+fn receive(socket: &UnixDatagram) -> Result<(String, Vec<OwnedFd>)> {
+    let mut bytes = [0; 4096];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut bytes)],
+        &mut ancillary,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let mut descriptors = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    Ok((
+        String::from_utf8_lossy(&bytes[..received.bytes]).into_owned(),
+        descriptors,
+    ))
+}

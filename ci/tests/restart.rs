@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A broker that is killed and started again, or replaced, while a VM and host apps stream.
+
+mod support;
+
+use std::io::Write;
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use support::*;
+use xtask::broker::Broker;
+use xtask::builds::Artifacts;
+use xtask::vm::{COMMAND_TIMEOUT, Vm};
+
+/// Changes the broker five times while bytes go down to the guest and come back.
+fn stream_through(
+    broker: &mut Broker,
+    vm: &Vm,
+    change: fn(&mut Broker) -> Result<()>,
+) -> Result<()> {
+    let echo = vm.spawn(["barlink-guest", "echo"])?;
+    let receiver = receive(broker, "up")?;
+    let mut sender = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+    let mut input = sender.stdin.take().context("no input")?;
+    wait_for_holder(broker, "down", "consumer", true)?;
+    wait_for_holder(broker, "up", "consumer", true)?;
+    let bytes = noise(20_000_000);
+    let before = status(broker)?;
+    let writer = {
+        let bytes = bytes.clone();
+        thread::spawn(move || -> Result<()> {
+            for part in bytes.chunks(100_000) {
+                input.write_all(part)?;
+                thread::sleep(Duration::from_millis(5));
+            }
+            Ok(())
+        })
+    };
+    for _ in 0..5 {
+        thread::sleep(Duration::from_millis(100));
+        change(broker)?;
+    }
+    ensure!(!writer.is_finished(), "the stream was over too soon");
+    let after = status(broker)?;
+    for part in ["slots", "claims"] {
+        ensure!(
+            before[part] == after[part],
+            "{part} changed: {before} and {after}"
+        );
+    }
+    writer
+        .join()
+        .map_err(|_| anyhow::anyhow!("nobody writes"))??;
+    ensure!(sender.wait()?.success());
+    echo.wait(COMMAND_TIMEOUT)?.require_success()?;
+    ensure!(receiver.bytes()? == bytes, "bytes were lost or came twice");
+    // Whoever comes now finds the region as it was.
+    ensure!(!vm_of(broker)?.is_null());
+    vm.run(["barlink-guest", "poke", "written before"])?
+        .require_success()?;
+    let read = broker.run(["peek", "--length", "14", "--raw"])?;
+    ensure!(read == b"written before");
+    Ok(())
+}
+
+#[test]
+fn killed_broker_costs_no_record_and_host_apps_attach_again() -> Result<()> {
+    let mut broker = Broker::start_managed(Artifacts::shared()?, &[])?;
+    let vm = boot(&broker)?;
+    stream_through(&mut broker, &vm, |broker| {
+        broker.kill()?;
+        broker.start_again()
+    })?;
+    ensure!(broker.log()?.matches("is still here").count() >= 5);
+    // The slot is this VM's until it leaves, and then another's.
+    drop(vm);
+    wait_until("the slot is free", || Ok(vm_of(&broker)?.is_null()))?;
+    boot(&broker)?;
+    Ok(())
+}
+
+#[test]
+fn replaced_broker_costs_no_record() -> Result<()> {
+    let (mut broker, vm) = start(&[])?;
+    stream_through(&mut broker, &vm, Broker::replace)
+}
+
+#[test]
+fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
+    let mut broker = Broker::start_managed(Artifacts::shared()?, &[])?;
+    let vm = boot(&broker)?;
+    let mut app = receive(&broker, "up")?;
+    wait_for_holder(&broker, "up", "consumer", true)?;
+    broker.kill()?;
+    drop(vm);
+    app.app.kill()?;
+    app.app.wait()?;
+    broker.start_again()?;
+    wait_for_holder(&broker, "up", "consumer", false)?;
+    ensure!(vm_of(&broker)?.is_null());
+    let vm = boot(&broker)?;
+    // The end and the slot can be taken again, and each sees that the other is new.
+    let receiver = receive(&broker, "up")?;
+    let sender = vm.spawn(["barlink-guest", "send"])?;
+    sender.write(b"again")?;
+    sender.close_stdin()?;
+    sender.wait(COMMAND_TIMEOUT)?.require_success()?;
+    ensure!(receiver.bytes()? == b"again");
+    Ok(())
+}
+
+#[test]
+fn manager_keeps_what_is_there_and_no_more() -> Result<()> {
+    let broker = Broker::start_managed(Artifacts::shared()?, &[])?;
+    let manager = broker.manager().context("no manager")?;
+    let clients = || {
+        let kept = manager.kept().into_iter();
+        kept.filter(|name| name.starts_with("client-")).count()
+    };
+    wait_until("no host app is kept", || Ok(clients() == 0))?;
+    let before = manager.kept();
+    ensure!(before.contains(&"memory".to_owned()), "{before:?}");
+    let mut app = receive(&broker, "up")?.app;
+    wait_for_holder(&broker, "up", "consumer", true)?;
+    ensure!(clients() > 0);
+    app.kill()?;
+    app.wait()?;
+    for _ in 0..10 {
+        broker.inspect()?;
+    }
+    wait_until("no host app is kept", || Ok(clients() == 0))?;
+    ensure!(manager.kept() == before);
+    Ok(())
+}
+
+/// Who is there, by the broker's own knowledge.
+fn status(broker: &Broker) -> Result<Value> {
+    let status = broker.inspect()?["broker"].clone();
+    ensure!(status["slots"].is_array() && status["claims"].is_array());
+    Ok(status)
+}
+
+fn vm_of(broker: &Broker) -> Result<Value> {
+    Ok(status(broker)?["slots"][0]["vm"].clone())
+}

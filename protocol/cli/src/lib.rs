@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the programs on both sides have in common: how they read their command lines, stream, show bytes, and fail.
+
+mod meter;
+pub mod place;
+pub mod size;
+pub mod stream;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+/// Reads the command line. One that is wrong ends the program, with one line that says so.
+pub fn parse<Cli: Parser>() -> Cli {
+    Cli::try_parse().unwrap_or_else(|error| {
+        let shows_help = [
+            ErrorKind::DisplayHelp,
+            ErrorKind::DisplayVersion,
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand,
+        ];
+        if shows_help.contains(&error.kind()) {
+            error.exit();
+        }
+        let program = Cli::command().get_name().to_owned();
+        let _ = writeln!(
+            std::io::stderr(),
+            "{program}: {} (see {program} --help)",
+            one_line(&error.to_string())
+        );
+        std::process::exit(error.exit_code());
+    })
+}
+
+/// What clap says of an error, without the usage and the pointer to the help.
+fn one_line(error: &str) -> String {
+    let told = error.lines().map(str::trim);
+    let told = told.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let told: Vec<_> = told.filter(|line| !line.is_empty()).collect();
+    let told = told.join("; ").replace(":; ", ": ");
+    told.strip_prefix("error: ").unwrap_or(&told).to_owned()
+}
+
+/// Tells how a program ended, and gives its exit code: that of `exit_code` for an error, which is shown in one line.
+pub fn end(
+    program: &str,
+    outcome: anyhow::Result<()>,
+    exit_code: impl FnOnce(&anyhow::Error) -> u8,
+) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // `eprintln` would panic where standard error is closed.
+            let _ = writeln!(std::io::stderr(), "{program}: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// Whoever read our output has had enough, which is no failure of ours.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_the_command_line_have_one_line() {
+        let cases = [
+            (
+                "error: invalid value 'x' for '--size <SIZE>': `x` is no size\n\nFor more information, try '--help'.\n",
+                "invalid value 'x' for '--size <SIZE>': `x` is no size",
+            ),
+            (
+                "error: the following required arguments were not provided:\n  --ivshmem <SOCKET>\n\nUsage: barlink serve\n",
+                "the following required arguments were not provided: --ivshmem <SOCKET>",
+            ),
+            (
+                "error: unexpected argument '--siz' found\n\n  tip: a similar argument exists: '--size'\n\nUsage: x\n",
+                "unexpected argument '--siz' found; tip: a similar argument exists: '--size'",
+            ),
+        ];
+        for (error, line) in cases {
+            assert_eq!(one_line(error), line);
+        }
+    }
+}

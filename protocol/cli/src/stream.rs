@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `send` and `recv`: a file through a channel.
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use barlink_protocol::cursor::Corrupt;
+use barlink_protocol::stream::{self, StreamError};
+use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Sender};
+use clap::Args;
+
+use crate::meter::Meter;
+use crate::size::parse_size;
+
+/// Most bytes in a record, if the user does not say: more than this is no faster.
+const RECORD_SIZE: u64 = 1 << 20;
+
+/// What `send` is told.
+#[derive(Debug, Args)]
+#[group(skip)]
+pub struct Send {
+    /// The file; standard input if not given
+    pub file: Option<PathBuf>,
+    /// Most bytes in a record; at most half the channel's size [default: 1M, or what the channel carries]
+    #[arg(long, value_name = "SIZE", value_parser = parse_record_size)]
+    pub record_size: Option<u64>,
+    /// Print a summary as JSON to standard error
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What `recv` is told.
+#[derive(Debug, Args)]
+#[group(skip)]
+pub struct Recv {
+    /// The file; standard output if not given
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Go on with the next stream when one ends
+    #[arg(long)]
+    pub follow: bool,
+    /// Print a summary as JSON to standard error
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn parse_record_size(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        0 => Err("a record has at least 1 byte".to_owned()),
+        size => Ok(size),
+    }
+}
+
+/// Sends a file or standard input, through the sender that `attach` gives.
+pub fn send<M, E>(
+    args: &Send,
+    channel: &str,
+    attach: impl FnOnce() -> Result<Sender<M, E>>,
+) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + std::marker::Send + Sync + 'static>,
+{
+    let source: OwnedFd = match &args.file {
+        Some(path) => File::open(path)
+            .with_context(|| format!("cannot open {}", path.display()))?
+            .into(),
+        None => io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .context("cannot use standard input")?,
+    };
+    let size = rustix::fs::fstat(&source)
+        .ok()
+        .filter(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file())
+        .and_then(|stat| u64::try_from(stat.st_size).ok());
+    let mut sender = attach()?;
+    let max = u64::from(sender.max_record());
+    let record = args.record_size.unwrap_or(RECORD_SIZE.min(max));
+    ensure!(
+        record <= max,
+        "a record of {record} bytes is larger than channel `{channel}` carries: take --record-size {max} or less, or \
+         serve a larger channel"
+    );
+    let mut record = vec![0; usize::try_from(record)?];
+    let mut meter = Meter::new(size);
+    let outcome = stream::send(&mut sender, source.as_raw_fd(), &mut record, |progress| {
+        meter.show(progress);
+    });
+    let total = outcome.map_err(|error| describe(error, channel));
+    let total = total.with_context(|| format!("sending to channel `{channel}`"))?;
+    meter.finish("sent", &total, args.json);
+    Ok(())
+}
+
+/// Receives a stream, or one after the other, to a file or standard output, through the receiver that `attach` gives.
+pub fn receive<M, E>(
+    args: &Recv,
+    channel: &str,
+    attach: impl FnOnce() -> Result<Receiver<M, E>>,
+) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + std::marker::Send + Sync + 'static>,
+{
+    // First, so that a file is not emptied for nothing.
+    let mut receiver = attach()?;
+    let target: OwnedFd = match &args.output {
+        Some(path) => File::create(path)
+            .with_context(|| format!("cannot create {}", path.display()))?
+            .into(),
+        None => io::stdout()
+            .as_fd()
+            .try_clone_to_owned()
+            .context("cannot use standard output")?,
+    };
+    loop {
+        let mut meter = Meter::new(None);
+        let outcome = stream::receive(&mut receiver, target.as_raw_fd(), |progress| {
+            meter.show(progress);
+        });
+        let total = outcome.map_err(|error| describe(error, channel));
+        let total = total.with_context(|| format!("receiving from channel `{channel}`"))?;
+        meter.finish("received", &total, args.json);
+        if !args.follow {
+            return Ok(());
+        }
+    }
+}
+
+/// Gives an `errno` its text, and a corrupt channel its cure.
+fn describe<X>(error: StreamError<X>, channel: &str) -> anyhow::Error
+where
+    X: std::error::Error + std::marker::Send + Sync + 'static,
+{
+    let (errno, what) = match error {
+        StreamError::Read(errno) => (errno, "cannot read the source"),
+        StreamError::Write(errno) => (errno, "cannot write the target"),
+        StreamError::Channel(ChannelError::Corrupt(Corrupt(_))) => {
+            return anyhow::anyhow!(
+                "{error}: end both programs that use it, and empty it by `barlink reset-channel {channel}` on the host"
+            );
+        }
+        error => return error.into(),
+    };
+    anyhow::Error::new(io::Error::from_raw_os_error(errno)).context(what)
+}
