@@ -25,6 +25,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use control::End;
 pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
 pub use policy::{Peer, Policy};
 pub use shared::{Shared, Slot};
@@ -149,7 +150,7 @@ impl Broker {
     ///
     /// When it is stopped for good it says in the region that the host is gone, and removes the sockets; VMs that are
     /// connected keep the memory. If a service manager has its descriptors it leaves all as it is, for its successor.
-    pub fn run(self, stop: &OwnedFd) -> Result<(), BrokerError> {
+    pub fn run(self, stop: &OwnedFd) -> Result<End, BrokerError> {
         let listeners: Vec<_> = self
             .doors
             .iter()
@@ -181,13 +182,13 @@ impl Broker {
                 source,
             }
         })?;
-        if end == control::End::HandedOver || store::is_managed() {
+        if end == End::HandedOver || store::is_managed() {
             listeners().for_each(|listener| listener.set_shared(true));
         } else {
             self.shared.leave();
             // The threads at the doors end with the process, and do not drop their listeners.
             listeners().for_each(|listener| listener.remove());
         }
-        Ok(())
+        Ok(end)
     }
 }

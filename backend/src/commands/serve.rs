@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use barlink::broker::handover::Predecessor;
-use barlink::broker::{Broker, Config, Policy, store};
+use barlink::broker::{Broker, Config, End, Policy, store};
 use barlink::transport::{Ivshmem, Transport};
 use indicatif::BinaryBytes;
 use log::info;
@@ -96,8 +96,10 @@ pub fn serve(args: Serve) -> Result<()> {
         broker.control_path().display(),
     );
     store::ready();
-    broker.run(&stop.into())?;
-    info!("stopped");
+    match broker.run(&stop.into())? {
+        End::Stopped => info!("stopped"),
+        End::HandedOver => info!("its successor serves now"),
+    }
     Ok(())
 }
 
