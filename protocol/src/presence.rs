@@ -7,7 +7,7 @@ use core::ops::Deref;
 
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
-use crate::wire::layout::{End, Layout, presence};
+use crate::wire::layout::{BROKER_PAGE, End, Layout, PAGE_SIZE, presence};
 
 /// Where the presence of one end of a channel is written.
 #[derive(Clone, Copy, Debug)]
@@ -18,17 +18,16 @@ pub struct PresenceWords {
 }
 
 impl PresenceWords {
-    /// Where to look for the presence of `end` of the channel with this index, if that place is in the `mapped`
-    /// bytes: a driver's page is in no guest mapping.
+    /// Where to look for the presence of `end` of the channel with this index, if all of that page is in the
+    /// `mapped` bytes: a driver's page is in no guest mapping.
     pub fn find(layout: &Layout, channel: usize, end: End, mapped: u64) -> Option<Self> {
         let peer = layout.channels().get(channel)?.peer(end);
         let page = layout.presence_page(peer);
         let connection = presence::CONNECTIONS + 8 * u64::from(peer);
-        (page < mapped).then_some(PresenceWords {
+        (page + PAGE_SIZE <= mapped).then_some(PresenceWords {
             epoch: page + presence::EPOCH,
             holder: page + presence::holder(channel, end),
-            connection: (peer != layout.host())
-                .then_some(crate::wire::layout::BROKER_PAGE + connection),
+            connection: (peer != layout.host()).then_some(BROKER_PAGE + connection),
         })
     }
 

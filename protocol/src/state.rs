@@ -7,7 +7,7 @@ use core::ops::Deref;
 use crate::cursor::Corrupt;
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering, fence};
-use crate::wire::layout::{Channel, Layout, LayoutError, channel};
+use crate::wire::layout::{Channel, Layout, LayoutError, PAGE_SIZE, channel};
 
 /// Writes a layout into a region, whose bytes are zero so far. The magic comes last: who sees it sees all.
 pub fn publish<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, layout: &Layout) {
@@ -19,16 +19,25 @@ pub fn publish<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, layout: &Layo
     region.word(0).store(page[0], Ordering::Release);
 }
 
-/// Reads and checks the layout of a region that has `size` bytes, of which the first page at least is mapped.
+/// Reads and checks the layout of a region that has `size` bytes, of which all but the drivers' pages must be mapped: so
+/// all that the layout names can be reached, whoever wrote it and when.
 pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     size: u64,
 ) -> Result<Layout, LayoutError> {
+    let mapped = region.size();
+    let covered = |needed| match mapped {
+        mapped if mapped < needed => Err(LayoutError::Mapping { needed, mapped }),
+        _ => Ok(()),
+    };
+    covered(PAGE_SIZE)?;
     // SYNC: published; pairs with the Release store in `publish`.
     let magic = region.word(0).load(Ordering::Acquire);
     let mut page = region.page(0);
     page[0] = magic;
-    Layout::decode(&page, size)
+    let layout = Layout::decode(&page, size)?;
+    covered(layout.mappable_size())?;
+    Ok(layout)
 }
 
 /// Empties a channel whose ends are free, as `are_free` tells, and gives how often it has been reset; `None` if they

@@ -1,6 +1,8 @@
 //! The superblock: what is written is what is read, and every wrong field is refused by name.
 
+use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::*;
+use barlink_protocol::{AtomicU64, PresenceWords, state};
 use proptest::prelude::*;
 
 const SIZE: u64 = 1 << 20;
@@ -173,6 +175,35 @@ fn refuses_channels_that_do_not_fit() {
         "raw window over a channel"
     );
     assert_eq!(with(|page| page[6] = SIZE), Err(LayoutError::RawWindow));
+}
+
+/// A driver that said how much can be mapped, and a superblock that was changed since: whatever the sizes are, what is
+/// accepted can be reached. (CVE-2018-1059, where a range that was mapped in part was used as a whole.)
+#[test]
+fn a_layout_that_reaches_beyond_the_mapping_is_refused() {
+    let layout = Layout::new(SIZE, 2, 1, SIZE - 3 * PAGE_SIZE, PAGE_SIZE, &[]).unwrap();
+    let words: Vec<AtomicU64> = (0..SIZE / 8).map(|_| AtomicU64::new(0)).collect();
+    state::publish(&Region::new(&words[..]), &layout);
+    let read = |bytes: u64| state::read_layout(&Region::new(&words[..bytes as usize / 8]), SIZE);
+    let needed = SIZE - 2 * PAGE_SIZE;
+    assert_eq!(read(SIZE), Ok(layout.clone()));
+    assert_eq!(read(needed), Ok(layout));
+    for mapped in [needed - PAGE_SIZE, needed - 8, PAGE_SIZE] {
+        assert_eq!(read(mapped), Err(LayoutError::Mapping { needed, mapped }));
+    }
+    for mapped in [PAGE_SIZE - 8, 8, 0] {
+        let needed = PAGE_SIZE;
+        assert_eq!(read(mapped), Err(LayoutError::Mapping { needed, mapped }));
+    }
+}
+
+#[test]
+fn a_presence_page_that_is_mapped_in_part_is_not_looked_at() {
+    let producer = |mapped| PresenceWords::find(&layout(), 0, End::Producer, mapped);
+    assert!(producer(SIZE).is_some());
+    for mapped in [SIZE - 8, SIZE - PAGE_SIZE + 8, SIZE - PAGE_SIZE] {
+        assert!(producer(mapped).is_none(), "{mapped}");
+    }
 }
 
 #[test]

@@ -512,6 +512,13 @@ pub enum LayoutError {
         /// Bytes, in fact.
         actual: u64,
     },
+    /// Less of the region is mapped than its layout needs.
+    Mapping {
+        /// Bytes that are needed, from the region's first on.
+        needed: u64,
+        /// Bytes that are mapped.
+        mapped: u64,
+    },
     /// The region's size is no power of two, too small for its own pages, or beyond [`MAX_REGION_SIZE`].
     RegionSize {
         /// Bytes.
@@ -557,6 +564,10 @@ impl fmt::Display for LayoutError {
             LayoutError::Size { said, actual } => {
                 write!(f, "superblock says {said} bytes, the region has {actual}")
             }
+            LayoutError::Mapping { needed, mapped } => write!(
+                f,
+                "{mapped} bytes of the region are mapped, where its layout needs {needed}"
+            ),
             LayoutError::RegionSize { size } => {
                 write!(
                     f,
