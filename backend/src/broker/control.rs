@@ -19,7 +19,7 @@ use super::shared::ClientId;
 use super::store::name;
 use super::{Listener, Peer, Shared, handover};
 use crate::control::message::{
-    Answer, AnyVersion, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
+    Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
 use crate::control::packet::PacketSocket;
 
@@ -210,7 +210,7 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Next::Stays,
         Ok(None) | Err(_) => return Next::Leaves,
     };
-    let ask = understand(request);
+    let ask = Request::parse(request);
     if ask == Ok(Ask::HandOver) {
         return match handover::give(&client.socket, client.peer, shared) {
             Ok(true) => Next::TakesOver,
@@ -261,18 +261,6 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
             Next::Leaves
         }
     }
-}
-
-/// Parses a request. The version is looked at first: whoever has another one gets told so, whatever it asks.
-fn understand(bytes: &[u8]) -> Result<Ask, Refusal> {
-    let malformed = |error: serde_json::Error| Refusal::Malformed(error.to_string());
-    let AnyVersion { version } = serde_json::from_slice(bytes).map_err(malformed)?;
-    if version != VERSION {
-        return Err(Refusal::Version { broker: VERSION });
-    }
-    Ok(serde_json::from_slice::<Request>(bytes)
-        .map_err(malformed)?
-        .ask)
 }
 
 /// An answer, and the descriptors that go with it.

@@ -127,8 +127,7 @@ fn hear(successor: &PacketSocket) -> io::Result<Ask> {
     }
     let mut buffer = Box::new([0; MAX_PACKET]);
     let bytes = successor.receive(&mut buffer)?;
-    let request: Request = serde_json::from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?)?;
-    Ok(request.ask)
+    Request::parse(bytes.ok_or(io::ErrorKind::UnexpectedEof)?).map_err(io::Error::other)
 }
 
 fn reply(successor: &PacketSocket, answer: Answer, descriptors: &[RawFd]) -> io::Result<()> {

@@ -137,7 +137,7 @@ impl Broker {
     }
 
     /// What the broker's threads share.
-    pub fn shared(&self) -> &Shared {
+    pub fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::message::{Answer, AnyVersion, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
+use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use super::packet::PacketSocket;
 
 /// How long a broker may take to answer. It answers at once; what does not is no broker.
@@ -132,15 +132,9 @@ impl Control {
         let (bytes, descriptors) = received.ok_or(ControlError::TurnedAway {
             path: self.path.clone(),
         })?;
-        let garbled =
-            |error: serde_json::Error| self.not_a_broker(&format!("its answer is {error}"));
-        // The version is looked at first: another one may have other answers.
-        let AnyVersion { version } = serde_json::from_slice(bytes).map_err(garbled)?;
-        if version != VERSION {
-            return Err(Refusal::Version { broker: version }.into());
-        }
-        let reply: Reply = serde_json::from_slice(bytes).map_err(garbled)?;
-        match reply.answer {
+        let answer = Reply::parse(bytes)
+            .map_err(|error| self.not_a_broker(&format!("its answer is {error}")))?;
+        match answer {
             Answer::Refused(refusal) => Err(refusal.into()),
             answer => Ok((answer, descriptors)),
         }

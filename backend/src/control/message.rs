@@ -31,6 +31,29 @@ pub struct Request {
     pub ask: Ask,
 }
 
+impl Request {
+    /// What a packet asks. The version is looked at first: whoever has another one gets told so, whatever it asks.
+    pub fn parse(packet: &[u8]) -> Result<Ask, Refusal> {
+        let AnyVersion { version } = serde_json::from_slice(packet).map_err(|e| malformed(&e))?;
+        if version != VERSION {
+            return Err(Refusal::Version { broker: VERSION });
+        }
+        let request: Request = serde_json::from_slice(packet).map_err(|e| malformed(&e))?;
+        Ok(request.ask)
+    }
+}
+
+/// Most characters that are told of what is wrong with a packet.
+const MAX_COMPLAINT: usize = 200;
+
+/// What is wrong with a packet. The parser quotes from it, and this goes to a log and to a terminal: so it is short, and
+/// has no character that either would take for more than text.
+fn malformed(error: &serde_json::Error) -> Refusal {
+    let complaint = error.to_string();
+    let plain = complaint.chars().flat_map(char::escape_debug);
+    Refusal::Malformed(plain.take(MAX_COMPLAINT).collect())
+}
+
 /// What a host app can ask of a broker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -75,6 +98,18 @@ pub struct Reply {
     pub version: u32,
     /// What it answers.
     pub answer: Answer,
+}
+
+impl Reply {
+    /// What a packet answers. The version is looked at first, as above: another one may have other answers.
+    pub fn parse(packet: &[u8]) -> serde_json::Result<Answer> {
+        let AnyVersion { version } = serde_json::from_slice(packet)?;
+        if version != VERSION {
+            return Ok(Answer::Refused(Refusal::Version { broker: version }));
+        }
+        let reply: Reply = serde_json::from_slice(packet)?;
+        Ok(reply.answer)
+    }
 }
 
 /// What a broker answers.

@@ -262,6 +262,23 @@ fn packets_that_are_no_requests_are_refused_and_the_client_may_go_on() {
 }
 
 #[test]
+fn what_a_client_says_does_not_become_lines_of_the_log() {
+    let broker = Broker::start(&[]);
+    let socket = knock(&broker);
+    let forged = "[2026-01-01T00:00:00Z INFO  barlink] stopped";
+    let long = "x".repeat(60_000);
+    for ask in [format!(r"\n{forged}\n"), r"\u001b[2J".to_owned(), long] {
+        let packet = format!(r#"{{"version":1,"ask":"{ask}"}}"#);
+        let answer = say(&socket, packet.as_bytes());
+        assert!(answer.contains("malformed"), "{answer}");
+    }
+    let log = broker.log();
+    assert!(log.contains(r"unknown variant `\n"), "{log}");
+    let plain = |text: &str| text.len() < 400 && !text.contains('\x1b') && text != forged;
+    assert!(log.lines().all(plain), "{log}");
+}
+
+#[test]
 fn client_that_says_nothing_or_too_much_harms_nobody() {
     let broker = Broker::start(&[]);
     let silent: Vec<_> = (0..20).map(|_| knock(&broker)).collect();
