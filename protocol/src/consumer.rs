@@ -206,15 +206,22 @@ impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
     }
 
     /// Copies the payload from an offset on, a multiple of 8, as far as `bytes` or the payload goes. Gives the bytes
-    /// copied.
+    /// copied: 0 from behind the payload, whose length is the other side's choice.
+    ///
+    /// # Panics
+    ///
+    /// If `offset` is not a multiple of 8.
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> usize {
         assert!(
             offset.is_multiple_of(8),
             "offset {offset} is not a multiple of 8"
         );
         let count = self.length().saturating_sub(offset).min(bytes.len());
-        self.region
-            .copy_out(self.payload + offset as u64, &mut bytes[..count]);
+        // Behind the payload there is nothing to copy, and perhaps no memory to take an address in.
+        if count > 0 {
+            self.region
+                .copy_out(self.payload + offset as u64, &mut bytes[..count]);
+        }
         count
     }
 

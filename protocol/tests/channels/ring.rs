@@ -268,3 +268,16 @@ fn payload_is_read_by_words_and_parts() {
     assert_eq!(record.copy_to(8, &mut part), 3);
     assert_eq!(&part[..3], b"abc");
 }
+
+#[test]
+fn nothing_is_copied_from_behind_a_payload() {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    send(&mut producer, b"short").unwrap();
+    assert!(consumer.poll().unwrap());
+    let record = consumer.record().unwrap();
+    // Within the region, and far behind its end.
+    for offset in [8, 16, 4096, 1 << 20, usize::MAX - 7] {
+        assert_eq!(record.copy_to(offset, &mut [0; 8]), 0, "{offset}");
+    }
+}
