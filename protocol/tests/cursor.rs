@@ -75,12 +75,74 @@ fn refuses_a_record_with_no_kind() {
     assert!(capacity(4096).check(header, 0, 4096).is_err());
 }
 
+/// Numbers that a cursor can be, numbers beside them, and any.
+fn any_cursor() -> impl Strategy<Value = u64> {
+    let last = u64::MAX / 2;
+    prop_oneof![
+        any::<u64>(),
+        (0u64..1 << 46).prop_map(|words| words * 8),
+        (0u64..2000).prop_map(move |less| last - less),
+        (0u64..2000).prop_map(move |more| last + more),
+        (0u64..100).prop_map(|less| u64::MAX - less),
+    ]
+}
+
+/// How far apart cursors can be, and a little beyond either end.
+fn any_distance(capacity: Capacity) -> impl Strategy<Value = i64> {
+    let bytes = capacity.bytes() as i64;
+    prop_oneof![
+        -64..64i64,
+        (-64..64i64).prop_map(move |more| bytes + more),
+        (0..bytes / 8).prop_map(|words| words * 8),
+    ]
+}
+
+fn cursors() -> impl Strategy<Value = (Capacity, u64, u64)> {
+    (any_capacity(), any_cursor()).prop_flat_map(|(capacity, read)| {
+        let written = prop_oneof![
+            any_distance(capacity).prop_map(move |more| read.wrapping_add_signed(more)),
+            any_cursor(),
+        ];
+        (Just(capacity), written, Just(read))
+    })
+}
+
 proptest! {
+    /// Rule 4.4.1, word for word, in both directions.
     #[test]
-    fn in_flight_is_at_most_the_capacity(capacity in any_capacity(), written: u64, read: u64) {
-        if let Ok(bytes) = capacity.in_flight(written, read) {
-            prop_assert!(bytes <= capacity.bytes() && read + bytes == written);
-        }
+    fn cursors_are_believed_exactly_if_they_make_sense((capacity, written, read) in cursors()) {
+        let multiples = written % 8 == 0 && read % 8 == 0;
+        let in_range = written <= (1 << 63) - 1 && read <= (1 << 63) - 1;
+        let behind = read <= written && u128::from(written) <= u128::from(read) + u128::from(capacity.bytes());
+        let expected = (multiples && in_range && behind).then(|| written - read);
+        prop_assert_eq!(capacity.in_flight(written, read).ok(), expected);
+    }
+
+    /// Rules 4.4.2 and 4.4.3, but for what a header cannot say and what stands behind padding, in both directions.
+    #[test]
+    fn headers_are_believed_exactly_if_they_make_sense(
+        capacity in any_capacity(),
+        words in any::<u64>(),
+        from_end in prop_oneof![0u64..300, any::<u64>()],
+        length in prop_oneof![0u32..5000, any::<u32>()],
+        kind in prop_oneof![Just(0u16), Just(u16::MAX), any::<u16>()],
+        committed in any::<u64>(),
+    ) {
+        // Often near the end of the data area.
+        let offset = (capacity.bytes() - 8 - from_end % capacity.bytes()) & !7 & (capacity.bytes() - 1);
+        let read = (words >> 20) / capacity.bytes() * capacity.bytes() + offset;
+        let committed = 8 * (committed % (capacity.bytes() / 8 + 1));
+        let rest = capacity.bytes() - offset;
+        let record = 24 + u64::from(length).div_ceil(8) * 8;
+        let largest = (capacity.bytes() / 2 - 24).min(u64::from(u32::MAX) / 8 * 8);
+        let takes = match kind {
+            0 => None,
+            u16::MAX => (offset != 0).then_some(rest),
+            _ => (record <= rest).then_some(record),
+        };
+        let expected = takes.filter(|&bytes| bytes <= committed && u64::from(length) <= largest);
+        let header = Header { length, kind: Kind(kind), sequence: words, time: words };
+        prop_assert_eq!(capacity.check(header, read, committed).ok(), expected);
     }
 
     #[test]

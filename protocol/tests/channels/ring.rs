@@ -281,3 +281,73 @@ fn nothing_is_copied_from_behind_a_payload() {
         assert_eq!(record.copy_to(offset, &mut [0; 8]), 0, "{offset}");
     }
 }
+
+/// A region where the next record does not fit before the end of the data area.
+fn before_a_wrap() -> (Heap, Layout, Ends) {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    for _ in 0..3 {
+        send(&mut producer, &[0; 1000]).unwrap();
+        receive(&mut consumer).unwrap();
+    }
+    (region, layout, (producer, consumer))
+}
+
+#[test]
+fn of_padding_only_the_first_word_is_meant() {
+    let (region, layout, (mut producer, mut consumer)) = before_a_wrap();
+    let data = layout.channels()[0].offset + channel::DATA;
+    for offset in (3 * 1024..4096).step_by(8) {
+        region.store(data + offset, u64::MAX);
+    }
+    send(&mut producer, &[7; 1100]).unwrap();
+    assert_eq!(region.load(data + 3 * 1024), 0xffff << 32);
+    assert_eq!(region.load(data + 3 * 1024 + 8), u64::MAX);
+    assert_eq!(receive(&mut consumer), Some((3, vec![7; 1100])));
+}
+
+#[test]
+fn padding_with_nothing_behind_it_is_corrupt() {
+    let (region, layout, (_, mut consumer)) = before_a_wrap();
+    let base = layout.channels()[0].offset;
+    region.store(base + channel::DATA + 3 * 1024, 0xffff << 32);
+    for written in [4096, 3 * 1024 + 8] {
+        region.store(base + channel::WRITTEN, written);
+        assert!(matches!(consumer.poll(), Err(Corrupt(_))), "{written}");
+    }
+}
+
+#[test]
+fn two_paddings_in_a_row_are_corrupt() {
+    let (region, layout, (_, mut consumer)) = before_a_wrap();
+    let base = layout.channels()[0].offset;
+    region.store(base + channel::DATA + 3 * 1024, 0xffff << 32);
+    region.store(base + channel::DATA, 0xffff << 32);
+    region.store(base + channel::WRITTEN, 3 * 1024 + 4096);
+    assert!(matches!(consumer.poll(), Err(Corrupt(_))));
+}
+
+proptest! {
+    /// Rule 5.2, in both directions, whatever the other end wishes.
+    #[test]
+    fn an_end_rings_exactly_if_it_crosses_the_wish(
+        before in 0u64..40, wish in prop_oneof![(0i64..60).prop_map(|words| words as u64 * 8), any::<u64>()], more in 0u64..3
+    ) {
+        let (region, layout) = region(4096, false);
+        let base = layout.channels()[0].offset;
+        let (mut producer, mut consumer) = attach(&region, &layout);
+        for _ in 0..before {
+            send(&mut producer, &[]).unwrap();
+        }
+        let wish = wish.wrapping_add(more);
+        let crossed = before * 24 < wish && wish <= before * 24 + 24;
+        region.store(base + channel::CONSUMER_WISH, wish);
+        prop_assert_eq!(send(&mut producer, &[]), Ok(crossed));
+        for _ in 0..before {
+            receive(&mut consumer).unwrap();
+        }
+        region.store(base + channel::PRODUCER_WISH, wish);
+        prop_assert!(consumer.poll().unwrap());
+        prop_assert_eq!(consumer.release() == Notify::Ring, crossed);
+    }
+}

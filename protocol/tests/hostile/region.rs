@@ -1,0 +1,75 @@
+//! A region with three channels, of which the middle one is under attack, and memory that calls somebody before each
+//! look at it.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
+
+use barlink_protocol::region::Region;
+use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name};
+use barlink_protocol::{AtomicU64, state};
+
+/// Index of the channel under attack.
+pub const ATTACKED: usize = 1;
+pub const CAPACITY: u64 = 4096;
+
+/// Channels from slot 0 to the host, one behind the other.
+pub fn layout() -> Layout {
+    let mut offset = FIRST_FREE;
+    let channels = ["before", "attacked", "after"].map(|name| {
+        let channel = Channel {
+            name: Name::new(name).unwrap(),
+            producer: 0,
+            consumer: 1,
+            vector: 0,
+            drop_when_full: false,
+            offset,
+            capacity: CAPACITY,
+        };
+        offset = channel.end();
+        channel
+    });
+    let size = (offset + 4096).next_power_of_two();
+    Layout::new(size, 1, 1, offset, 0, &channels).unwrap()
+}
+
+/// The words of such a region.
+pub fn words(layout: &Layout) -> Arc<[AtomicU64]> {
+    let words: Arc<[AtomicU64]> = (0..layout.region_size / 8)
+        .map(|_| AtomicU64::new(0))
+        .collect();
+    state::publish(&Region::new(words.clone()), layout);
+    words
+}
+
+/// Memory that calls `before` before each look, with its number. Clones are the same memory.
+#[derive(Clone)]
+pub struct Watched<F> {
+    words: Arc<[AtomicU64]>,
+    looks: Arc<Counter>,
+    before: F,
+}
+
+impl<F: Fn(u64, &[AtomicU64])> Watched<F> {
+    pub fn new(words: &Arc<[AtomicU64]>, before: F) -> Self {
+        Watched {
+            words: words.clone(),
+            looks: Arc::default(),
+            before,
+        }
+    }
+
+    /// How often it was looked at so far; lives on when the memory is given away.
+    pub fn looks(&self) -> Arc<Counter> {
+        self.looks.clone()
+    }
+}
+
+impl<F: Fn(u64, &[AtomicU64])> Deref for Watched<F> {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        (self.before)(self.looks.fetch_add(1, Relaxed), &self.words);
+        &self.words
+    }
+}
