@@ -1,6 +1,7 @@
 //! The program `barlink` as its users and its peers meet it: real processes, real sockets, and every bad input.
 
 mod control;
+mod hostile;
 mod ivshmem;
 mod limits;
 mod live;

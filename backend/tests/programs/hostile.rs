@@ -1,0 +1,120 @@
+//! Peers that attack, and what becomes of those beside them.
+
+use std::os::fd::AsRawFd;
+
+use barlink::control::client::Control;
+use barlink::control::message::{Answer, Ask, Side};
+use barlink::protocol::cursor::Kind;
+use barlink::protocol::wire::layout::channel;
+use barlink::protocol::{ChannelError, Sent, Wakeup};
+use barlink::{Access, Receiver, Sender};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::support::*;
+use crate::vmm::*;
+
+/// Sends a record and receives it, which must be the next one.
+fn exchange(sender: &mut Sender, receiver: &mut Receiver) {
+    let number = sender.sequence();
+    let sent = sender.send(Kind::USER, &number.to_le_bytes(), Some(PATIENCE));
+    assert_eq!(sent.unwrap(), Sent::Committed);
+    while receiver.wait(Some(PATIENCE)).unwrap() != Wakeup::Ready {}
+    let record = receiver.record().unwrap();
+    assert_eq!((record.header().sequence, record.word(0)), (number, number));
+    receiver.release().unwrap();
+}
+
+#[test]
+fn app_that_meets_a_corrupt_channel_goes_on_with_the_others() {
+    let channels = [
+        "--channel",
+        "sick=host-host,64K",
+        "--channel",
+        "sound=host-host,64K",
+    ];
+    let broker = Broker::start(&channels);
+    let app = broker.attach();
+    let mut sick = (app.sender("sick").unwrap(), app.receiver("sick").unwrap());
+    let mut sound = (app.sender("sound").unwrap(), app.receiver("sound").unwrap());
+    for _ in 0..50 {
+        exchange(&mut sick.0, &mut sick.1);
+        exchange(&mut sound.0, &mut sound.1);
+    }
+    // What whoever can write to the region can do at any time.
+    let attacker = broker.attach();
+    let (_, entry) = attacker.layout().find("sick").unwrap();
+    let scribble = |word, value| attacker.region().store(entry.offset + word, value);
+    scribble(channel::WRITTEN, 1 << 40);
+    scribble(channel::READ, 1 << 50);
+    for _ in 0..3 {
+        assert!(matches!(
+            sick.1.wait(Some(PATIENCE)),
+            Err(ChannelError::Corrupt(_))
+        ));
+        exchange(&mut sound.0, &mut sound.1);
+    }
+    let record = vec![0; sick.0.max_record() as usize];
+    let failed = (0..3).find_map(|_| sick.0.send(Kind::USER, &record, Some(PATIENCE)).err());
+    assert!(matches!(failed, Some(ChannelError::Corrupt(_))));
+    exchange(&mut sound.0, &mut sound.1);
+    drop(sick);
+    for _ in 0..50 {
+        exchange(&mut sound.0, &mut sound.1);
+    }
+    // It can begin anew, too, and the other one does not notice.
+    assert_eq!(app.reset("sick").unwrap(), 1);
+    let mut healed = (app.sender("sick").unwrap(), app.receiver("sick").unwrap());
+    assert_eq!(healed.0.sequence(), 0);
+    for _ in 0..50 {
+        exchange(&mut healed.0, &mut healed.1);
+        exchange(&mut sound.0, &mut sound.1);
+    }
+    assert_eq!(sound.0.sequence(), 154);
+}
+
+/// CVE-2022-0669 and CVE-2019-14818 (DPDK vhost): descriptors that nobody asked for stayed open, until there were no more.
+#[test]
+fn descriptors_that_a_vm_sends_are_not_kept() {
+    let broker = Broker::start(&[]);
+    let attachment = broker.attach();
+    let free = || attachment.status().unwrap().slots[0].vm.is_none();
+    let before = broker.descriptors();
+    let gift = std::fs::File::open("/dev/null").unwrap();
+    for round in 0..50 {
+        let vm = connect(&broker, "vm.sock");
+        // Before or after its handshake.
+        let vm = if round % 2 == 0 {
+            handshake(vm, 6).socket
+        } else {
+            vm
+        };
+        let sent = vm.send_with_fds(&[&b"?"[..]], &[gift.as_raw_fd(); 30]);
+        assert!(sent.is_ok());
+        drop(vm);
+        wait_until("the slot is free", free);
+    }
+    assert_eq!(broker.descriptors(), before);
+    handshake(connect(&broker, "vm.sock"), 6);
+}
+
+/// CVE-2020-10726 (DPDK vhost): every request for a descriptor that was there already left another one open.
+#[test]
+fn asking_again_and_again_leaves_nothing_open() {
+    let broker = Broker::start(&[]);
+    let control = Control::connect(&broker.control()).unwrap();
+    control.ask(Ask::Status).unwrap();
+    let before = broker.descriptors();
+    let (channel, end) = (0, Side::Consumer);
+    for _ in 0..300 {
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let (answer, memory) = control.ask(Ask::Attach { access }).unwrap();
+            assert!(matches!(answer, Answer::Region(_)) && memory.len() == 1);
+        }
+        let (_, bells) = control.ask(Ask::Claim { channel, end }).unwrap();
+        assert_eq!(bells.len(), 4);
+        assert!(control.ask(Ask::Claim { channel, end }).is_err());
+        control.ask(Ask::Release { channel, end }).unwrap();
+        assert!(control.ask(Ask::Release { channel, end }).is_err());
+    }
+    assert_eq!(broker.descriptors(), before);
+}
