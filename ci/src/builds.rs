@@ -18,8 +18,8 @@ use crate::initramfs;
 use crate::module::ModuleBuild;
 use crate::tools::{Headers, Tools, VmArgs};
 
-/// The target whose C library can be linked in, so that a program runs where no library is.
-const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The target that this is all for. Its C library can be linked in, so that a program runs where no library is.
+pub(crate) const NATIVE_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What is built, and the tools that it was built with.
 #[derive(Debug)]
@@ -171,7 +171,7 @@ fn cargo_build(packages: &[&str], linkage: Linkage) -> Result<HashMap<String, Pa
     ]);
     build.args(packages);
     if linkage == Linkage::Static {
-        build.arg(format!("--target={STATIC_TARGET}"));
+        build.arg(format!("--target={NATIVE_TARGET}"));
         // Of all ways to give flags this one outranks the others, so that no setting of the user's undoes it.
         build.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
         // Three quarters of these programs otherwise, which every boot would load.

@@ -3,6 +3,7 @@
 //! `cargo xtask check`: all that can be said about the code without running it. Goes on after a failure, so that one
 //! run shows them all.
 
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::Result;
@@ -15,12 +16,12 @@ use crate::tools::{ToolArgs, Tools};
 /// Runs every check and counts them.
 pub fn run(args: &ToolArgs) -> Result<ExitCode> {
     let mut tally = Tally::default();
-    for (what, mut command) in cargo_checks() {
+    let target = target_folder()?;
+    for (what, mut command) in cargo_checks(&target) {
         eprintln!("== {what}");
         let passed = command.status().is_ok_and(|status| status.success());
         report(&mut tally, what, passed);
     }
-    let target = target_folder()?;
     for tools in kernels(args)? {
         let what = format!("driver for {}", tools.release);
         eprintln!("== {what}");
@@ -39,7 +40,7 @@ fn report(tally: &mut Tally, what: &str, passed: bool) {
     println!("{} {what}", if passed { "ok    " } else { "FAILED" });
 }
 
-fn cargo_checks() -> [(&'static str, Command); 3] {
+fn cargo_checks(target: &Path) -> [(&'static str, Command); 5] {
     let mut format = cargo("fmt");
     format.args(["--all", "--check"]);
     let mut lints = cargo("clippy");
@@ -47,10 +48,19 @@ fn cargo_checks() -> [(&'static str, Command); 3] {
     let mut documentation = cargo("doc");
     documentation.args(["--workspace", "--no-deps"]);
     documentation.env("RUSTDOCFLAGS", "--deny=warnings");
+    let fuzz = "--manifest-path=ci/fuzz/Cargo.toml";
+    let mut fuzz_format = cargo("fmt");
+    fuzz_format.args([fuzz, "--check"]);
+    let mut fuzz_lints = cargo("clippy");
+    fuzz_lints.args([fuzz, "--no-default-features", "--lib", "--bins"]);
+    fuzz_lints.arg("--target-dir").arg(target);
+    fuzz_lints.args(["--", "--deny=warnings"]);
     [
         ("format", format),
         ("lints", lints),
         ("documentation", documentation),
+        ("format of the fuzz targets", fuzz_format),
+        ("lints of the fuzz targets", fuzz_lints),
     ]
 }
 

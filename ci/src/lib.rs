@@ -8,6 +8,8 @@ pub mod broker;
 pub mod builds;
 pub mod check;
 pub mod demo;
+pub mod fuzz;
+mod host;
 mod initramfs;
 pub mod module;
 pub mod recipe;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use xtask::demo::DemoArgs;
+use xtask::fuzz::FuzzArgs;
 use xtask::test::TestArgs;
 use xtask::tools::ToolArgs;
 
@@ -25,6 +26,8 @@ enum Task {
     Demo(DemoArgs),
     /// Run every test
     Test(TestArgs),
+    /// Give every parser of foreign bytes inputs that no one thought of
+    Fuzz(FuzzArgs),
     /// Check format, lints, documentation, and that the driver builds for every kernel that is set up
     Check(ToolArgs),
 }
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
         Task::Setup(args) => xtask::setup::run(&args),
         Task::Demo(args) => xtask::demo::run(&args),
         Task::Test(args) => xtask::test::run(&args),
+        Task::Fuzz(args) => xtask::fuzz::run(&args),
         Task::Check(args) => xtask::check::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::builds::{Artifacts, cargo, target_folder};
+use crate::fuzz;
 use crate::setup;
 use crate::tally::Tally;
 use crate::tools::VmArgs;
@@ -36,7 +37,7 @@ struct Part {
     boots: bool,
 }
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     Part {
         selection: &["--workspace", "--exclude=xtask"],
         options: &[],
@@ -48,6 +49,13 @@ const PARTS: [Part; 5] = [
         selection: &["--package=barlink-protocol", "--test=loom", "--release"],
         options: &[],
         cfg: Some("loom"),
+        boots: false,
+    },
+    Part {
+        // Races are others without debug assertions, and copies are made by other instructions.
+        selection: &["--package=barlink-protocol", "--test=hostile", "--release"],
+        options: &[],
+        cfg: None,
         boots: false,
     },
     Part {
@@ -104,8 +112,25 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
         }
         tally += run_and_count(command)?;
     }
+    tally += fuzz_shortly(args.name.as_deref()).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        Tally {
+            passed: 0,
+            failed: 1,
+        }
+    });
     println!("{tally}");
     Ok(tally.exit_code())
+}
+
+/// Seconds for each fuzz target: enough for the inputs that are kept, and a look around.
+const FUZZ_SECONDS: u64 = 5;
+
+/// Runs the fuzz targets whose names hold this, or all; each is a test.
+fn fuzz_shortly(name: Option<&str>) -> Result<Tally> {
+    let mut targets = fuzz::targets()?;
+    targets.retain(|target| name.is_none_or(|name| format!("fuzz::{target}").contains(name)));
+    fuzz::fuzz(&targets, FUZZ_SECONDS)
 }
 
 /// Runs `cargo test`, passes its output on, and counts what it reports.

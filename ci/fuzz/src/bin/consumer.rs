@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A consumer whose producer writes what it likes, when it likes.
+#![no_main]
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::LazyLock;
+
+use barlink::protocol::Consumer;
+use barlink::protocol::cursor::{Capacity, Header, Kind};
+use barlink::protocol::wire::layout::channel;
+use barlink_fuzz::channel::*;
+use barlink_fuzz::memory::Memory;
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use libfuzzer_sys::fuzz_target;
+
+/// Looks at the memory that any one call may take.
+const LOOKS: u64 = 16;
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    scribbles: Vec<Scribble>,
+    steps: Vec<Step>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Attach,
+    Produce(u16),
+    Scribble(Scribble),
+    Stand(Stand),
+    Poll,
+    Wish,
+    Copy { words: u16, buffer: u16 },
+    Word(u16),
+    Write { offset: u16 },
+    Release,
+    Count,
+}
+
+fuzz_target!(|input: Input| {
+    static NOWHERE: LazyLock<File> =
+        LazyLock::new(|| File::create("/dev/null").expect("/dev/null"));
+    let channel = &LAYOUT.channels()[0];
+    let (memory, region) = region(MAPPABLE, input.scribbles, |_| ());
+    let mut consumer = None;
+    let mut found: Option<Header> = None;
+    let mut position = None;
+    for step in input.steps {
+        match step {
+            Step::Produce(length) => produce(&region, length),
+            Step::Scribble(scribble) => scribble.apply(memory.words()),
+            Step::Stand(stand) => stand.apply(memory.words()),
+            Step::Attach => {
+                consumer = memory
+                    .within(LOOKS, || Consumer::attach(region.clone(), channel))
+                    .ok();
+                (found, position) = (None, None);
+            }
+            Step::Poll | Step::Wish => {
+                let Some(end) = &mut consumer else { continue };
+                let polled = memory.within(LOOKS, || match step {
+                    Step::Poll => end.poll(),
+                    _ => end.wish_for_record(),
+                });
+                let header = end.record().map(|record| *record.header());
+                assert!(found.is_none() || found == header, "a record changed");
+                // An app that goes on after an error is no worse off for it.
+                assert_eq!(polled.unwrap_or(false), header.is_some());
+                found = header;
+                if let Some(record) = end.record() {
+                    // All of it is there.
+                    let mut bytes = vec![0; record.length()];
+                    memory.within(LOOKS, || record.copy_to(0, &mut bytes));
+                }
+            }
+            Step::Copy { words, buffer } => {
+                if let Some(record) = consumer.as_ref().and_then(Consumer::record) {
+                    let (offset, mut bytes) = (8 * usize::from(words), vec![0; buffer.into()]);
+                    let copied = memory.within(LOOKS, || record.copy_to(offset, &mut bytes));
+                    let left = record.length().saturating_sub(offset);
+                    assert_eq!(copied, left.min(bytes.len()));
+                }
+            }
+            Step::Word(index) => {
+                if let Some(record) = consumer.as_ref().and_then(Consumer::record) {
+                    let words = record.length().div_ceil(8).max(1);
+                    if record.length() > 0 {
+                        memory.within(LOOKS, || record.word(usize::from(index) % words));
+                    }
+                }
+            }
+            Step::Write { offset } => {
+                if let Some(record) = consumer.as_ref().and_then(Consumer::record) {
+                    let offset = usize::from(offset) % (record.length() + 1);
+                    let written =
+                        memory.within(LOOKS, || record.write_to(NOWHERE.as_raw_fd(), offset));
+                    assert_eq!(written, Ok(record.length() - offset));
+                }
+            }
+            Step::Release => {
+                let Some(end) = &mut consumer else { continue };
+                let _ = memory.within(LOOKS, || memory.quietly(|| end.release()));
+                if let Some(header) = found.take() {
+                    check(header);
+                    position = Some(advanced(&memory, position));
+                }
+                assert!(end.record().is_none());
+            }
+            Step::Count => {
+                if let Some(end) = &mut consumer {
+                    end.count_ring();
+                }
+            }
+        }
+    }
+    check_outside(&memory);
+});
+
+/// A record that was shown can have been one.
+fn check(header: Header) {
+    let max = Capacity::of(&LAYOUT.channels()[0]).max_record();
+    assert!(header.length <= max);
+    assert!(header.kind != Kind(0) && header.kind != Kind(u16::MAX));
+}
+
+/// Where a consumer stands that has just released a record, which is further than before.
+fn advanced(memory: &Memory, before: Option<u64>) -> u64 {
+    let now = memory
+        .words()
+        .load(LAYOUT.channels()[0].offset + channel::READ);
+    assert!(now.is_multiple_of(8) && now <= u64::MAX / 2);
+    if let Some(before) = before {
+        assert!(
+            before < now && now - before <= CAPACITY,
+            "from {before} to {now}"
+        );
+    }
+    now
+}

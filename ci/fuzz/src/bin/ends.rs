@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Ends that wait, while the other side writes what it likes: to the channel, and to the words that tell who is there.
+//! Whatever it does, a wait is over at its time.
+#![no_main]
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use barlink::protocol::cursor::Kind;
+use barlink::protocol::stream::{self, StreamError};
+use barlink::protocol::{ChannelError, Receiver, Sender, Wakeup};
+use barlink_fuzz::channel::*;
+use barlink_fuzz::events::{Over, Plan, Played};
+use barlink_fuzz::memory::{Memory, Words};
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use libfuzzer_sys::fuzz_target;
+
+/// Longest timeout, in microseconds, which is at most so many looks at the clock.
+const LONGEST: u64 = 1000;
+/// Looks at the memory that one call may take: some for each look at the clock.
+const LOOKS: u64 = 40 * LONGEST;
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    drops: bool,
+    /// How often the other end changes, with each of our looks: more often than any call may look.
+    flaps: bool,
+    sender: Plan,
+    receiver: Plan,
+    scribbles: Vec<Scribble>,
+    steps: Vec<Step>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Scribble(Scribble),
+    Stand(Stand),
+    Produce(u16),
+    Consume,
+    Send { length: u16, timeout: u16 },
+    Draft { length: u16, timeout: u16 },
+    Wait { timeout: u16 },
+    Release,
+    Receive,
+}
+
+type Ends = (
+    Option<Sender<Memory, Played>>,
+    Option<Receiver<Memory, Played>>,
+);
+
+fuzz_target!(|input: Input| {
+    static NOWHERE: LazyLock<File> =
+        LazyLock::new(|| File::create("/dev/null").expect("/dev/null"));
+    let layout = if input.drops { &DROPPING } else { &LAYOUT };
+    let other: fn(Words) = if input.flaps { flap } else { |_| () };
+    let (memory, region) = region(SIZE, input.scribbles, other);
+    let mut ends: Ends = (
+        Sender::attach(region.clone(), layout, 0, Played::new(input.sender)).ok(),
+        Receiver::attach(region.clone(), layout, 0, Played::new(input.receiver)).ok(),
+    );
+    for step in input.steps {
+        match (step, &mut ends) {
+            (Step::Scribble(scribble), _) => scribble.apply(memory.words()),
+            (Step::Stand(stand), _) => stand.apply(memory.words()),
+            (Step::Produce(length), _) => produce(&region, length),
+            (Step::Consume, _) => consume(&region),
+            (Step::Send { length, timeout }, (Some(sender), _)) => {
+                let bytes = vec![0x5a; length.into()];
+                let sent = memory.within(LOOKS, || sender.send(Kind::USER, &bytes, time(timeout)));
+                check(&sent);
+            }
+            (Step::Draft { length, timeout }, (Some(sender), _)) => {
+                let drafted = memory.within(LOOKS, || {
+                    let draft = sender.draft(length.into(), time(timeout))?;
+                    draft.map_or(Ok(()), |draft| draft.commit(Kind::DATA, length.into()))
+                });
+                check(&drafted);
+            }
+            (Step::Wait { timeout }, (_, Some(receiver))) => {
+                let woken = memory.within(LOOKS, || receiver.wait(time(timeout)));
+                assert!(woken != Ok(Wakeup::Ready) || receiver.record().is_some());
+                check(&woken);
+            }
+            (Step::Release, (_, Some(receiver))) => {
+                check(&memory.within(LOOKS, || receiver.release()));
+                assert!(receiver.record().is_none());
+            }
+            // A stream has no time of its own, so only where the other end comes to rest.
+            (Step::Receive, (_, Some(receiver))) if !input.flaps => {
+                match stream::receive(receiver, NOWHERE.as_raw_fd(), |_| ()) {
+                    Ok(_) | Err(StreamError::Incomplete(_)) => (),
+                    Err(StreamError::Channel(error)) => check::<()>(&Err(error)),
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            _ => (),
+        }
+    }
+    check_outside(&memory);
+});
+
+/// The other end of either end is another one each time.
+fn flap(words: Words) {
+    for page in [LAYOUT.presence_page(0), LAYOUT.presence_page(1)] {
+        words.store(page, words.load(page).wrapping_add(1));
+    }
+}
+
+fn time(microseconds: u16) -> Option<Duration> {
+    Some(Duration::from_micros(
+        u64::from(microseconds) % (LONGEST + 1),
+    ))
+}
+
+/// An app that goes on after an error is no worse off for it; but the error is one that can be.
+fn check<T>(result: &Result<T, ChannelError<Over>>) {
+    if let Err(ChannelError::Unknown(_)) = result {
+        panic!("the channel is there");
+    }
+}

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The superblock and its channel table: what is accepted is sound, and what is written is what is read.
+#![no_main]
+
+use barlink::protocol::wire::layout::{Layout, PAGE_WORDS};
+use barlink_fuzz::layout::{Draft, check};
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use libfuzzer_sys::fuzz_target;
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    draft: Draft,
+    /// The region's size as its reader knows it, where that is not what the layout says.
+    size: Option<u64>,
+    /// Words that are written over the page.
+    patches: Vec<(u16, u64)>,
+    /// Bytes that are written over the page, from its beginning on.
+    bytes: Vec<u8>,
+}
+
+fuzz_target!(|input: Input| {
+    let mut page = [0; PAGE_WORDS];
+    let mut size = 0;
+    if let Some(layout) = input.draft.build() {
+        check(&layout);
+        page = layout.encode();
+        size = layout.region_size;
+        assert_eq!(Layout::decode(&page, size), Ok(layout));
+    }
+    for (word, bytes) in page.iter_mut().zip(input.bytes.chunks_exact(8)) {
+        *word = bytes
+            .iter()
+            .rev()
+            .fold(0, |word, byte| word << 8 | u64::from(*byte));
+    }
+    for (index, word) in input.patches {
+        page[usize::from(index) % PAGE_WORDS] = word;
+    }
+    match Layout::decode(&page, input.size.unwrap_or(size)) {
+        Ok(layout) => {
+            check(&layout);
+            assert_eq!(
+                Layout::decode(&layout.encode(), layout.region_size),
+                Ok(layout)
+            );
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+});

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A producer whose consumer writes what it likes, when it likes.
+#![no_main]
+
+use barlink::protocol::cursor::Kind;
+use barlink::protocol::wire::layout::channel;
+use barlink::protocol::{Producer, ReserveError};
+use barlink_fuzz::channel::*;
+use barlink_fuzz::memory::Memory;
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use libfuzzer_sys::fuzz_target;
+
+/// Looks at the memory that any one call may take.
+const LOOKS: u64 = 24;
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    scribbles: Vec<Scribble>,
+    steps: Vec<Step>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Attach,
+    Consume,
+    Scribble(Scribble),
+    Stand(Stand),
+    Wish(u16),
+    /// Makes room, fills some of it, and commits some of it.
+    Send {
+        room: u16,
+        filled: u16,
+        commit: Option<u16>,
+    },
+    Drop,
+    Count,
+}
+
+fuzz_target!(|input: Input| {
+    let channel = &LAYOUT.channels()[0];
+    let (memory, region) = region(MAPPABLE, input.scribbles, |_| ());
+    let mut producer = None;
+    let mut position = None;
+    for step in input.steps {
+        match step {
+            Step::Consume => consume(&region),
+            Step::Scribble(scribble) => scribble.apply(memory.words()),
+            Step::Stand(stand) => stand.apply(memory.words()),
+            Step::Attach => {
+                let attached = memory.within(LOOKS, || Producer::attach(region.clone(), channel));
+                (producer, position) = (attached.ok(), None);
+            }
+            Step::Wish(length) => {
+                let Some(end) = &mut producer else { continue };
+                match memory.within(LOOKS, || end.wish_for_room(length.into())) {
+                    Ok(_) => (),
+                    Err(ReserveError::TooLarge { max, .. }) => assert!(u32::from(length) > max),
+                    // An app that goes on after that is no worse off for it.
+                    Err(ReserveError::Corrupt(_)) => (),
+                    Err(ReserveError::Full) => panic!("to wish is not to reserve"),
+                }
+            }
+            Step::Send {
+                room,
+                filled,
+                commit,
+            } => {
+                let Some(end) = &mut producer else { continue };
+                let sequence = end.sequence();
+                let max = end.max_record();
+                match memory.within(LOOKS, || end.reserve(room.into())) {
+                    Ok(mut draft) => {
+                        assert_eq!(draft.length(), u32::from(room));
+                        let filled = vec![0xa5; filled.min(room).into()];
+                        memory.within(LOOKS, || draft.write(0, &filled));
+                        let Some(length) = commit else { continue };
+                        let length = length.min(room).into();
+                        let _ = memory.within(LOOKS, || {
+                            memory.quietly(|| draft.commit(Kind::USER, length, 0))
+                        });
+                        position = Some(advanced(&memory, position));
+                        assert_eq!(end.sequence(), sequence.wrapping_add(1));
+                    }
+                    Err(ReserveError::Full | ReserveError::Corrupt(_)) => {
+                        assert_eq!(end.sequence(), sequence);
+                    }
+                    Err(ReserveError::TooLarge { .. }) => assert!(u32::from(room) > max),
+                }
+            }
+            Step::Drop => {
+                if let Some(end) = &mut producer {
+                    let sequence = end.sequence();
+                    end.drop_record();
+                    assert_eq!(end.sequence(), sequence.wrapping_add(1));
+                }
+            }
+            Step::Count => {
+                if let Some(end) = &mut producer {
+                    end.count_ring();
+                }
+            }
+        }
+    }
+    check_outside(&memory);
+});
+
+/// Where a producer stands that has just committed a record, which is further than before.
+fn advanced(memory: &Memory, before: Option<u64>) -> u64 {
+    let now = memory
+        .words()
+        .load(LAYOUT.channels()[0].offset + channel::WRITTEN);
+    assert!(now.is_multiple_of(8));
+    if let Some(before) = before {
+        assert!(
+            before < now && now - before <= CAPACITY,
+            "from {before} to {now}"
+        );
+    }
+    now
+}

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What a host app makes of a packet at the place where it expects a broker.
+#![no_main]
+
+use barlink::control::message::{Answer, RegionInfo, Reply, VERSION};
+use barlink::protocol::wire::layout::Layout;
+use barlink_fuzz::layout::check;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|packet: &[u8]| {
+    let Ok(answer) = Reply::parse(packet) else {
+        return;
+    };
+    if let Answer::Region(info) = &answer
+        && let Ok(layout) = Layout::try_from(info)
+    {
+        check(&layout);
+        assert_eq!(&RegionInfo::from(&layout), info);
+    }
+    if let Answer::Refused(refusal) = &answer {
+        assert!(!refusal.to_string().is_empty());
+    }
+    // What a broker could have said is the same once it is said again.
+    let reply = Reply {
+        version: VERSION,
+        answer,
+    };
+    let again = serde_json::to_vec(&reply).expect("it can be said");
+    let again = Reply::parse(&again).expect("it is understood");
+    let same = format!("{:?}", reply.answer) == format!("{again:?}");
+    assert!(same, "{:?} is not {again:?}", reply.answer);
+});

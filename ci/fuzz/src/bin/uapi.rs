@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What a guest app makes of a driver's word for its region: whatever [`Info`] says, and whatever stands in the part of
+//! the region that it lets a process map, the app gets an error, or a layout all of which it can reach.
+#![no_main]
+
+use barlink::protocol::region::Region;
+use barlink::protocol::state::{self, ChannelState};
+use barlink::protocol::wire::layout::{End, PAGE_WORDS};
+use barlink::protocol::wire::uapi::{CacheMode, Info};
+use barlink::protocol::{Consumer, PresenceWords, Producer};
+use barlink_fuzz::layout::{Draft, check};
+use barlink_fuzz::memory::{MAX_SIZE, Memory};
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use libfuzzer_sys::fuzz_target;
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    draft: Draft,
+    /// By how much the driver's word differs from the layout, as a number and a shift.
+    region_size: (i8, u8),
+    mappable_size: (i8, u8),
+    granted: u32,
+    patches: Vec<(u16, u64)>,
+    /// What is written there after the layout was read, by its offset.
+    late: Vec<(u16, u64)>,
+}
+
+fuzz_target!(|input: Input| {
+    let Some(layout) = input.draft.build() else {
+        return;
+    };
+    let info = Info {
+        region_size: layout
+            .region_size
+            .wrapping_add_signed(difference(input.region_size)),
+        mappable_size: layout
+            .mappable_size()
+            .wrapping_add_signed(difference(input.mappable_size)),
+        granted: input.granted,
+        ..Info::default()
+    };
+    if let Some(mode) = CacheMode::from_number(info.granted) {
+        assert_eq!(mode as u32, info.granted);
+    }
+    // As `Device::open` does it; `mmap` would refuse what is too large.
+    let size = usize::try_from(info.mappable_size).unwrap_or(usize::MAX);
+    if size > MAX_SIZE {
+        return;
+    }
+    let memory = Memory::new(size / 8 * 8, Box::new(|_| ()));
+    let region = Region::new(memory.clone());
+    let mut page = layout.encode();
+    for (index, word) in input.patches {
+        page[usize::from(index) % PAGE_WORDS] = word;
+    }
+    for (offset, word) in (0..region.size()).step_by(8).zip(page) {
+        memory.words().store(offset, word);
+    }
+    let Ok(layout) = state::read_layout(&region, info.region_size) else {
+        return;
+    };
+    check(&layout);
+    for (index, word) in input.late {
+        memory
+            .words()
+            .store(u64::from(index) * 8 % region.size(), word);
+    }
+    for (index, channel) in layout.channels().iter().enumerate() {
+        let state = ChannelState::read(&region, channel);
+        assert!(
+            state
+                .fill(channel)
+                .is_none_or(|bytes| bytes <= channel.capacity)
+        );
+        for end in [End::Producer, End::Consumer] {
+            if let Some(words) = PresenceWords::find(&layout, index, end, region.size()) {
+                let presence = words.read(&region);
+                assert_eq!(presence.is_held(), presence.process().is_some());
+            }
+        }
+        if let Ok(mut producer) = Producer::attach(region.clone(), channel) {
+            let largest = producer.max_record();
+            if let Ok(mut draft) = producer.reserve(largest as usize) {
+                draft.write(0, &vec![1; largest as usize]);
+            }
+        }
+        if let Ok(mut consumer) = Consumer::attach(region.clone(), channel)
+            && consumer.poll() == Ok(true)
+            && let Some(record) = consumer.record()
+        {
+            record.copy_to(0, &mut vec![0; record.length()]);
+        }
+    }
+    let mut raw = vec![0; layout.raw_size as usize];
+    region
+        .peek(layout.raw_offset, &mut raw)
+        .expect("the raw window is mapped");
+});
+
+fn difference((number, shift): (i8, u8)) -> i64 {
+    i64::from(number) << (shift % 16)
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A region with one channel, and what the other side of that channel writes.
+
+use std::collections::VecDeque;
+use std::sync::LazyLock;
+
+use barlink::protocol::cursor::Kind;
+use barlink::protocol::region::Region;
+use barlink::protocol::wire::layout::{
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, PAGE_SIZE, channel, presence,
+};
+use barlink::protocol::{Consumer, Producer};
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
+
+use crate::memory::{Memory, Words};
+
+/// Bytes in the channel's data area: the fewest that there can be, so that it wraps often.
+pub const CAPACITY: u64 = 4096;
+/// Bytes in the region.
+pub const SIZE: u64 = 32 << 10;
+/// Bytes of it that a guest process maps. The channel ends where they end, so that what reaches too far is noticed.
+pub const MAPPABLE: u64 = SIZE - PAGE_SIZE;
+
+/// Offset of the channel.
+const BASE: u64 = MAPPABLE - CAPACITY - channel::DATA;
+
+/// The region's layout: one channel, from slot 0 to the host.
+pub static LAYOUT: LazyLock<Layout> = LazyLock::new(|| layout(false));
+/// The same with a channel that drops.
+pub static DROPPING: LazyLock<Layout> = LazyLock::new(|| layout(true));
+
+fn layout(drop_when_full: bool) -> Layout {
+    let channel = Channel {
+        name: Name::new("fuzz").expect("a name"),
+        producer: 0,
+        consumer: 1,
+        vector: 0,
+        drop_when_full,
+        offset: BASE,
+        capacity: CAPACITY,
+    };
+    Layout::new(SIZE, 1, 1, FIRST_FREE, 0, &[channel]).expect("a layout")
+}
+
+/// A write of the other side, as an input has it.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+pub struct Scribble {
+    /// How many of our looks go before it, after the scribble before it.
+    wait: u8,
+    place: Place,
+    what: What,
+}
+
+/// A word that the other side writes.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Place {
+    Generation,
+    Written,
+    ProducerWish,
+    Note(bool),
+    Records(bool),
+    Dropped,
+    ProducerRung,
+    Read,
+    ConsumerWish,
+    ConsumerRung,
+    /// The header at the consumer's cursor, or so many words further.
+    Next(u8),
+    Data(u16),
+    BrokerEpoch,
+    DriverEpoch,
+    Connection,
+    Holder(bool),
+}
+
+/// What it writes there.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum What {
+    Word(u64),
+    Header {
+        length: u16,
+        kind: u16,
+    },
+    /// What stands somewhere else, and so many words more.
+    Near {
+        place: Place,
+        words: i16,
+    },
+}
+
+impl Place {
+    fn offset(self, words: Words) -> u64 {
+        let data = |word: u64| BASE + channel::DATA + 8 * (word % (CAPACITY / 8));
+        let driver = LAYOUT.presence_page(0);
+        match self {
+            Place::Generation => BASE + channel::GENERATION,
+            Place::Written => BASE + channel::WRITTEN,
+            Place::ProducerWish => BASE + channel::PRODUCER_WISH,
+            Place::Note(which) => BASE + channel::NOTES[usize::from(which)],
+            Place::Records(which) => {
+                BASE + channel::NOTES[usize::from(which)] + channel::NOTE_RECORDS
+            }
+            Place::Dropped => BASE + channel::DROPPED,
+            Place::ProducerRung => BASE + channel::PRODUCER_RUNG,
+            Place::Read => BASE + channel::READ,
+            Place::ConsumerWish => BASE + channel::CONSUMER_WISH,
+            Place::ConsumerRung => BASE + channel::CONSUMER_RUNG,
+            Place::Next(further) => data(words.load(BASE + channel::READ) / 8 + u64::from(further)),
+            Place::Data(word) => data(word.into()),
+            Place::BrokerEpoch => BROKER_PAGE + presence::EPOCH,
+            Place::DriverEpoch => driver + presence::EPOCH,
+            Place::Connection => BROKER_PAGE + presence::CONNECTIONS,
+            Place::Holder(false) => driver + presence::holder(0, End::Producer),
+            Place::Holder(true) => BROKER_PAGE + presence::holder(0, End::Consumer),
+        }
+    }
+}
+
+impl Scribble {
+    /// Writes.
+    pub fn apply(self, words: Words) {
+        let value = match self.what {
+            What::Word(word) => word,
+            What::Header { length, kind } => u64::from(length) | u64::from(kind) << 32,
+            What::Near { place, words: more } => words
+                .load(place.offset(words) % words.size())
+                .wrapping_add_signed(8 * i64::from(more)),
+        };
+        let offset = self.place.offset(words);
+        // The driver's page is not always mapped.
+        if offset < words.size() {
+            words.store(offset, value);
+        }
+    }
+}
+
+/// Cursors and a record that can be, or nearly so, which scribbles alone rarely make.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+pub struct Stand {
+    /// Words up to the consumer's cursor.
+    read: u32,
+    /// Words from there to the producer's.
+    apart: u16,
+    /// Bytes in the record at the consumer's cursor.
+    length: u16,
+    kind: u8,
+}
+
+impl Stand {
+    /// Puts them there, with the commit note that belongs to them.
+    pub fn apply(self, words: Words) {
+        let read = 8 * u64::from(self.read);
+        let written = read + 8 * u64::from(self.apart % 1024);
+        let header = u64::from(self.length % 4096) | u64::from(self.kind) << 32;
+        words.store(BASE + channel::READ, read);
+        words.store(BASE + channel::WRITTEN, written);
+        words.store(BASE + channel::NOTES[0], written);
+        words.store(BASE + channel::DATA + read % CAPACITY, header);
+    }
+}
+
+/// So much of the region, and in it somebody who will scribble so, and before each look do this as well.
+pub fn region(size: u64, scribbles: Vec<Scribble>, always: fn(Words)) -> (Memory, Region<Memory>) {
+    let mut scribbles = VecDeque::from(scribbles);
+    let mut waited = 0;
+    let other = move |words| {
+        always(words);
+        while let Some(next) = scribbles.front() {
+            if waited < next.wait {
+                waited += 1;
+                return;
+            }
+            waited = 0;
+            next.apply(words);
+            scribbles.pop_front();
+        }
+    };
+    let memory = Memory::new(size as usize, Box::new(other));
+    (memory.clone(), Region::new(memory))
+}
+
+/// What an honest producer does, where what it finds is whole.
+pub fn produce(region: &Region<Memory>, length: u16) {
+    if let Ok(mut producer) = Producer::attach(region.clone(), &LAYOUT.channels()[0])
+        && let Ok(room) = producer.reserve(length.into())
+    {
+        let length = room.length();
+        let _ = room.commit(Kind::USER, length, 0);
+    }
+}
+
+/// What an honest consumer does, where what it finds is whole.
+pub fn consume(region: &Region<Memory>) {
+    if let Ok(mut consumer) = Consumer::attach(region.clone(), &LAYOUT.channels()[0])
+        && consumer.poll() == Ok(true)
+    {
+        let _ = consumer.release();
+    }
+}
+
+/// Fails if anything stands outside of the channel and the presence pages, where nobody may write.
+pub fn check_outside(memory: &Memory) {
+    let pages = (0..BROKER_PAGE).chain(FIRST_FREE..BASE);
+    for offset in pages.step_by(8) {
+        let word = memory.words().load(offset);
+        assert_eq!(word, 0, "something was written at {offset:#x}");
+    }
+}

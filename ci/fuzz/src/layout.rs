@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What holds of every layout that was accepted.
+
+use barlink::protocol::wire::layout::{
+    Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS, MAX_VECTORS,
+    MIN_CAPACITY, Name, PAGE_SIZE,
+};
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
+
+/// Fails unless all that a layout names is in the region, and apart.
+pub fn check(layout: &Layout) {
+    assert!(layout.region_size.is_power_of_two() && layout.region_size <= MAX_REGION_SIZE);
+    assert!((1..=MAX_SLOTS).contains(&layout.slots) && (1..=MAX_VECTORS).contains(&layout.vectors));
+    assert!(layout.channels().len() <= MAX_CHANNELS);
+    let mut ranges = vec![(layout.raw_offset, layout.raw_size)];
+    for (index, channel) in layout.channels().iter().enumerate() {
+        assert!(channel.capacity.is_power_of_two() && channel.capacity >= MIN_CAPACITY);
+        assert!(channel.vector < layout.vectors);
+        assert!(channel.producer <= layout.host() && channel.consumer <= layout.host());
+        assert_eq!(Name::new(channel.name.as_str()), Some(channel.name));
+        assert_eq!(layout.find(channel.name.as_str()), Some((index, channel)));
+        for end in [End::Producer, End::Consumer] {
+            let page = layout.presence_page(channel.peer(end));
+            assert!(page + PAGE_SIZE <= layout.region_size);
+            assert!(page < FIRST_FREE || page >= layout.mappable_size());
+        }
+        ranges.push((channel.offset, channel.end() - channel.offset));
+    }
+    ranges.retain(|(_, size)| *size > 0);
+    ranges.sort_unstable();
+    let mut free = FIRST_FREE;
+    for (offset, size) in ranges {
+        assert!(offset >= free && (offset | size).is_multiple_of(PAGE_SIZE));
+        free = offset + size;
+    }
+    assert!(free <= layout.mappable_size());
+}
+
+/// A layout as an input has it, which can be one or not.
+#[derive(Arbitrary, Debug)]
+pub struct Draft {
+    shift: u8,
+    slots: u8,
+    vectors: u8,
+    raw: (u8, u8),
+    channels: Vec<ChannelDraft>,
+}
+
+#[derive(Arbitrary, Debug)]
+struct ChannelDraft {
+    name: u8,
+    peers: (u8, u8),
+    vector: u8,
+    drop_when_full: bool,
+    /// Pages left out before it.
+    gap: i8,
+    shift: u8,
+}
+
+impl Draft {
+    /// The layout, if it is one.
+    pub fn build(&self) -> Option<Layout> {
+        let mut free = FIRST_FREE;
+        let mut channels = Vec::new();
+        for draft in &self.channels {
+            let gap = PAGE_SIZE.wrapping_mul(i64::from(draft.gap) as u64);
+            let channel = Channel {
+                name: Name::new(&format!("channel-{}", draft.name))?,
+                producer: draft.peers.0.into(),
+                consumer: draft.peers.1.into(),
+                vector: draft.vector.into(),
+                drop_when_full: draft.drop_when_full,
+                offset: free.wrapping_add(gap),
+                capacity: 1 << (draft.shift % 64),
+            };
+            free = (channel.offset.wrapping_add(PAGE_SIZE)).wrapping_add(channel.capacity);
+            channels.push(channel);
+        }
+        let raw = free.wrapping_add(PAGE_SIZE * u64::from(self.raw.0));
+        let raw_size = PAGE_SIZE * u64::from(self.raw.1);
+        let size = 1u64.checked_shl(self.shift.into())?;
+        let [slots, vectors] = [self.slots, self.vectors].map(u32::from);
+        Layout::new(size, slots, vectors, raw, raw_size, &channels).ok()
+    }
+}
