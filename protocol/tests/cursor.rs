@@ -89,7 +89,7 @@ fn any_cursor() -> impl Strategy<Value = u64> {
 
 /// How far apart cursors can be, and a little beyond either end.
 fn any_distance(capacity: Capacity) -> impl Strategy<Value = i64> {
-    let bytes = capacity.bytes() as i64;
+    let bytes = capacity.bytes().cast_signed();
     prop_oneof![
         -64..64i64,
         (-64..64i64).prop_map(move |more| bytes + more),
@@ -112,7 +112,7 @@ proptest! {
     #[test]
     fn cursors_are_believed_exactly_if_they_make_sense((capacity, written, read) in cursors()) {
         let multiples = written % 8 == 0 && read % 8 == 0;
-        let in_range = written <= (1 << 63) - 1 && read <= (1 << 63) - 1;
+        let in_range = written < 1 << 63 && read < 1 << 63;
         let behind = read <= written && u128::from(written) <= u128::from(read) + u128::from(capacity.bytes());
         let expected = (multiples && in_range && behind).then(|| written - read);
         prop_assert_eq!(capacity.in_flight(written, read).ok(), expected);

@@ -4,6 +4,7 @@
 //! that sends it, or `g` and what a hostile driver writes to its page of the region.
 #![no_main]
 
+use barlink::Access;
 use barlink::broker::Shared;
 use barlink::control::message::{
     Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
@@ -20,7 +21,7 @@ fuzz_target!(|input: &[u8]| {
     for line in input.split(|byte| *byte == b'\n') {
         match line.split_first() {
             Some((digit @ b'0'..=b'9', packet)) => {
-                hear(shared, u64::from(digit - b'0') + 1, packet)
+                hear(shared, u64::from(digit - b'0') + 1, packet);
             }
             Some((b'g', bytes)) => scribble(shared, bytes),
             _ => (),
@@ -114,5 +115,6 @@ fn scribble(shared: &Shared, bytes: &[u8]) {
     let length = bytes.len().min(page.len());
     page[..length].copy_from_slice(&bytes[..length]);
     let start = shared.layout().presence_page(0);
-    rustix::io::pwrite(shared.memory(), &page, start).expect("memory can be written");
+    rustix::io::pwrite(shared.memory(Access::ReadWrite), &page, start)
+        .expect("memory can be written");
 }
