@@ -78,6 +78,25 @@ fn every_rule_of_the_protocol_has_its_tests() -> Result<()> {
 }
 
 #[test]
+fn tests_that_the_threat_model_names_are_there() -> Result<()> {
+    let document = fs::read_to_string(repository().join("docs/threat-model.md"))?;
+    let known = tests()?;
+    let named = document.split('`').skip(1).step_by(2);
+    let is_a_test = |name: &&str| {
+        let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        name.matches('_').count() >= 2 && name.chars().all(legal)
+    };
+    let named: Vec<_> = named.filter(is_a_test).collect();
+    assert!(named.len() > 20, "only {} tests are named", named.len());
+    let missing: Vec<_> = named
+        .into_iter()
+        .filter(|name| !known.contains(*name))
+        .collect();
+    assert!(missing.is_empty(), "{missing:#?}");
+    Ok(())
+}
+
+#[test]
 fn links_between_files_lead_somewhere() -> Result<()> {
     let mut links = 0;
     for path in files("md") {
