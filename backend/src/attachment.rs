@@ -156,7 +156,10 @@ impl Attachment {
             })
     }
 
-    fn claim(&self, name: &str, end: End) -> Result<(usize, Bells), AttachError> {
+    /// Claims an end of a channel for as long as its doorbells live, and gives the channel's index: for a program that
+    /// waits or rings in a way of its own, and attaches a [`Sender`](barlink_protocol::Sender) or
+    /// [`Receiver`](barlink_protocol::Receiver) with that.
+    pub fn claim(&self, name: &str, end: End) -> Result<(usize, Bells), AttachError> {
         let channel = self.find(name)?;
         let (answer, descriptors) = self.control.ask(Ask::Claim {
             channel,

@@ -179,7 +179,10 @@ impl Device {
             .map_err(|source| refused(name, End::Consumer, source))
     }
 
-    fn claim(&self, name: &str, end: End) -> Result<(usize, Interrupts), DeviceError> {
+    /// Claims an end of a channel for as long as its interrupts live, and gives the channel's index: for a program that
+    /// waits or rings in a way of its own, and attaches a [`Sender`](barlink_protocol::Sender) or
+    /// [`Receiver`](barlink_protocol::Receiver) with that.
+    pub fn claim(&self, name: &str, end: End) -> Result<(usize, Interrupts), DeviceError> {
         let (index, channel) = self.layout.find(name).ok_or_else(|| {
             let names = self
                 .layout
