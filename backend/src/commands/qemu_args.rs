@@ -40,7 +40,7 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
         (
             "-device",
             format!(
-                "ivshmem-doorbell,bus={id}-port,chardev={id}-socket,vectors={}",
+                "ivshmem-doorbell,id={id},bus={id}-port,chardev={id}-socket,vectors={}",
                 layout.vectors
             ),
         ),

@@ -243,7 +243,7 @@ fn a_name_stands_for_a_private_socket_in_the_run_folder() {
     let arguments = works(&mut command);
     let expected = format!(
         "-chardev socket,id=barlink-socket,path={} -device pcie-root-port,id=barlink-port,chassis=64,pref64-reserve=8G \
-         -device ivshmem-doorbell,bus=barlink-port,chardev=barlink-socket,vectors=3\n",
+         -device ivshmem-doorbell,id=barlink,bus=barlink-port,chardev=barlink-socket,vectors=3\n",
         vm.display()
     );
     assert_eq!(arguments, expected);
