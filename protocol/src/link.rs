@@ -10,7 +10,7 @@ use crate::error::ChannelError;
 use crate::presence::{Presence, PresenceWords};
 use crate::producer::Notify;
 use crate::region::Region;
-use crate::sync::{AtomicU64, spin};
+use crate::sync::{AtomicU64, Ordering, fence, spin};
 
 /// How one end of a channel rings the other, sleeps, and tells the time: eventfds on the host, the driver's file in
 /// a guest.
@@ -85,7 +85,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             spin: SHORTEST_SPIN,
         };
         link.peer = link.read_peer();
-        link.events.ring()?;
+        link.ring()?;
         Ok(link)
     }
 
@@ -99,12 +99,25 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         &self.events
     }
 
-    /// Rings the other end if it asked for that; `true` if so.
+    /// Rings the other end if it asked for that and is there; `true` if so.
     pub fn notify(&mut self, notify: Notify) -> Result<bool, E::Error> {
-        if notify == Notify::Ring {
-            self.events.ring()?;
+        match notify {
+            Notify::Ring => self.ring(),
+            Notify::Quiet => Ok(false),
         }
-        Ok(notify == Notify::Ring)
+    }
+
+    /// Rings the other end; `true` if so. An end of a VM that nobody holds is not rung: whoever comes to hold it looks
+    /// before it sleeps, and a QEMU without KVM dies of a ring for a device that was unplugged.
+    fn ring(&mut self) -> Result<bool, E::Error> {
+        // SYNC: held-then-wish; the driver stores the holder word before a process of its can store a wish. So whoever
+        // has read that wish sees its holder here.
+        fence(Ordering::Acquire);
+        let of_a_vm = self.words.is_some_and(|words| words.are_of_a_vm());
+        if of_a_vm && !self.read_peer().is_held() {
+            return Ok(false);
+        }
+        self.events.ring().map(|()| true)
     }
 
     /// Time of this side's monotonic clock, in nanoseconds.
@@ -122,7 +135,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         self.peer = peer;
         self.proven = false;
         self.doze = FIRST_DOZE;
-        self.events.ring()?;
+        self.ring()?;
         Ok(true)
     }
 

@@ -31,6 +31,11 @@ impl PresenceWords {
         })
     }
 
+    /// Whether it is a VM's, whose device can be unplugged.
+    pub(crate) fn are_of_a_vm(&self) -> bool {
+        self.connection.is_some()
+    }
+
     /// What stands there now.
     pub fn read<M: Deref<Target = [AtomicU64]>>(&self, region: &Region<M>) -> Presence {
         // SYNC: present; pairs with the Release store of an epoch or holder word by broker or driver.

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::atomic::fence;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
@@ -348,10 +349,25 @@ impl Shared {
             .store(word, Ordering::Release);
     }
 
+    /// Rings vector 0 of a peer. A VM without its driver is not rung: there is nobody to hear it, and a QEMU without
+    /// KVM dies of a ring for a device that was unplugged.
     fn ring_control(&self, peer: u32) {
+        // SYNC: told-then-epoch; a driver stores its epoch before it lets anybody read what we have told.
+        fence(Ordering::SeqCst);
+        if peer < self.layout.slots && !self.has_driver(peer) {
+            return;
+        }
         if let Some(Err(error)) = self.bells(peer).first().map(|bell| bell.ring()) {
             warn!("peer {peer} is not rung: {error}");
         }
+    }
+
+    /// Whether the VM that is connected to a slot has its driver loaded, by what that driver tells.
+    fn has_driver(&self, slot: u32) -> bool {
+        let load = |offset| self.region.word(offset).load(Ordering::Acquire);
+        let connection = BROKER_PAGE + presence::CONNECTIONS + 8 * u64::from(slot);
+        let epoch = self.layout.presence_page(slot) + presence::EPOCH;
+        load(connection) != 0 && load(epoch) % 2 == 1
     }
 
     /// A thread that panicked left the state whole: every change under the lock is a single store.

@@ -3,7 +3,8 @@
 use std::io::Write;
 use std::time::Duration;
 
-use barlink::protocol::wire::layout::{End, MAGIC};
+use barlink::protocol::cursor::Kind;
+use barlink::protocol::wire::layout::{End, MAGIC, channel, presence};
 use barlink::protocol::{Events, state};
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
@@ -68,6 +69,9 @@ fn doorbells_go_straight_between_a_vm_and_a_host_app() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();
+    let layout = attachment.layout();
+    vm.tell(layout, presence::EPOCH, 1);
+    vm.tell(layout, presence::holder(0, End::Producer), 1);
     let mut receiver = attachment.receiver("up").unwrap();
     let own: Vec<_> = vm
         .bells
@@ -95,6 +99,34 @@ fn doorbells_go_straight_between_a_vm_and_a_host_app() {
 }
 
 #[test]
+fn vm_without_its_driver_is_not_rung() {
+    let broker = Broker::start(&[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    let attachment = broker.attach();
+    let layout = attachment.layout();
+    let own = || -> u64 {
+        let own = vm.bells.iter().filter(|(peer, _)| *peer == 0);
+        own.map(|(_, bell)| rings(bell)).sum()
+    };
+    let attach = || {
+        let mut sender = attachment.sender("down").unwrap();
+        let _ = sender.send(Kind::DATA, b"x", None).unwrap();
+    };
+    // The guest's consumer slept when the device was unplugged; its driver had the time to say that it goes.
+    let wish = layout.channels()[1].offset + channel::CONSUMER_WISH;
+    attachment.region().store(wish, 1);
+    for (epoch, holder) in [(0, 0), (2, 0), (2, 1)] {
+        vm.tell(layout, presence::EPOCH, epoch);
+        vm.tell(layout, presence::holder(1, End::Consumer), holder);
+        attach();
+        assert_eq!(own(), 0, "epoch {epoch}, holder {holder}");
+    }
+    vm.tell(layout, presence::EPOCH, 3);
+    attach();
+    assert!(own() >= 1, "with its driver it is");
+}
+
+#[test]
 fn taken_slot_refuses_with_an_unknown_version_and_not_with_silence() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
@@ -112,6 +144,7 @@ fn slot_is_free_again_with_the_same_id_and_drained_eventfds() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();
+    vm.tell(attachment.layout(), presence::EPOCH, 1);
     drop(attachment.receiver("up").unwrap());
     drop(vm);
     wait_until("the slot is free", || {
@@ -270,7 +303,5 @@ fn superblock_is_what_the_broker_tells() {
     let mut sender = attachment.sender("b").unwrap();
     assert!(sender.events().can_spin() || std::thread::available_parallelism().unwrap().get() == 1);
     assert_eq!(sender.max_record(), (512 << 10) - 24);
-    let _ = sender
-        .send(barlink::protocol::cursor::Kind::DATA, b"x", None)
-        .unwrap();
+    let _ = sender.send(Kind::DATA, b"x", None).unwrap();
 }

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use barlink::protocol::wire::layout::Layout;
 use rustix::io::Errno;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -37,6 +38,14 @@ pub struct Vm {
     pub memory: OwnedFd,
     /// Peer and eventfd, in the order in which they came.
     pub bells: Vec<(i64, OwnedFd)>,
+}
+
+impl Vm {
+    /// Writes a word of the page of slot 0's driver, as that does.
+    pub fn tell(&self, layout: &Layout, offset: u64, word: u64) {
+        let offset = layout.presence_page(0) + offset;
+        rustix::io::pwrite(&self.memory, &word.to_ne_bytes(), offset).unwrap();
+    }
 }
 
 pub fn handshake(socket: UnixStream, bells: usize) -> Vm {

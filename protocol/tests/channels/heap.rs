@@ -5,13 +5,15 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name};
+use barlink_protocol::wire::layout::{
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, presence,
+};
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, state};
 
 pub type Memory = Arc<[AtomicU64]>;
 pub type Heap = Region<Memory>;
 
-/// A region with one channel, `test`, from slot 0 to the host.
+/// A region with one channel, `test`, from slot 0, where a process holds its end, to the host.
 pub fn region(capacity: u64, drop_when_full: bool) -> (Heap, Layout) {
     let channel = Channel {
         name: Name::new("test").unwrap(),
@@ -26,8 +28,17 @@ pub fn region(capacity: u64, drop_when_full: bool) -> (Heap, Layout) {
     let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel]).unwrap();
     let region = Region::new((0..size / 8).map(|_| AtomicU64::new(0)).collect());
     state::publish(&region, &layout);
+    region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
+    region.store(layout.presence_page(0) + presence::EPOCH, 1);
+    hold(&region, &layout, 1);
     assert_eq!(state::read_layout(&region, size), Ok(layout.clone()));
     (region, layout)
+}
+
+/// Says in the driver's page who holds the channel's end in slot 0.
+pub fn hold(region: &Heap, layout: &Layout, holder: u64) {
+    let word = presence::holder(0, End::Producer);
+    region.store(layout.presence_page(0) + word, holder);
 }
 
 #[derive(Clone, Default)]
@@ -38,6 +49,8 @@ pub struct Bells {
     own: Bell,
     other: Bell,
     start: Instant,
+    /// Rings so far.
+    pub rung: u32,
     /// Rings that get lost on their way, as if QEMU were not ready.
     pub lost: u32,
 }
@@ -49,6 +62,7 @@ pub fn bells() -> (Bells, Bells) {
         own: own.clone(),
         other: other.clone(),
         start,
+        rung: 0,
         lost: 0,
     };
     (one(&a, &b), one(&b, &a))
@@ -58,6 +72,7 @@ impl Events for Bells {
     type Error = Infallible;
 
     fn ring(&mut self) -> Result<(), Infallible> {
+        self.rung += 1;
         if self.lost > 0 {
             self.lost -= 1;
             return Ok(());

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::heap::{bells, ends, ends_with, region};
+use crate::heap::{bells, ends, ends_with, hold, region};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{Sent, Wakeup};
 
@@ -80,6 +80,33 @@ fn a_record_in_place_is_cut_to_what_was_filled() {
     assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
     let record = receiver.record().unwrap();
     assert_eq!((record.length(), record.header().kind), (5, Kind::USER));
+}
+
+#[test]
+fn an_end_of_a_vm_that_nobody_holds_is_not_rung() {
+    let (region, layout) = region(4096, false);
+    let (a, b) = bells();
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    assert_eq!(receiver.events().rung, 1, "it rings when it attaches");
+    hold(&region, &layout, 0);
+    // The end that left is one that sleeps for room.
+    while sender
+        .send(Kind::DATA, &[0; 900], Some(Duration::ZERO))
+        .unwrap()
+        == Sent::Committed
+    {}
+    while receiver.wait(Some(Duration::ZERO)).unwrap() == Wakeup::Ready {
+        receiver.release().unwrap();
+    }
+    assert_eq!(receiver.events().rung, 1, "nobody is there");
+    hold(&region, &layout, 2);
+    assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
+    assert_eq!(receiver.events().rung, 2, "somebody came");
+    // The host cannot be unplugged: it is rung whether or not its end is held.
+    let rung = sender.events().rung;
+    receiver.wait(Some(Duration::ZERO)).unwrap();
+    assert_eq!(sender.send(Kind::DATA, &[0; 8], None), Ok(Sent::Committed));
+    assert_eq!(sender.events().rung, rung + 1);
 }
 
 #[test]
