@@ -5,11 +5,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use xtask::broker::Broker;
 use xtask::builds::Artifacts;
 use xtask::tools::Qemu;
-use xtask::vm::Vm;
+use xtask::vm::{Config, Vm};
 
 /// Far longer than QEMU needs to start or to fail.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -91,6 +91,46 @@ fn qemu_that_is_refused_ends_with_an_error() -> Result<()> {
     first.kill()?;
     first.wait()?;
     wait_for_vm(&broker, false)
+}
+
+#[test]
+fn hot_plug_that_is_refused_fails_alone() -> Result<()> {
+    let broker = Broker::start(Artifacts::shared()?, &[])?;
+    let mut first = qemu(&broker, &broker.arguments(0)?)?;
+    wait_for_vm(&broker, true)?;
+    let vm = Vm::boot(&Config {
+        arguments: vec![
+            "-device".to_owned(),
+            "pcie-root-port,id=late-port,chassis=9".to_owned(),
+        ],
+        ..broker.vm()?
+    })?;
+    vm.qmp("chardev-add", &chardev(&broker))?;
+    // QEMU makes the device some time later: what it was told must still be there.
+    thread::sleep(Duration::from_millis(300));
+    let device = json!({
+        "driver": "ivshmem-doorbell", "id": "late", "bus": "late-port", "chardev": "late-socket", "vectors": 3,
+    });
+    let error = vm.plug(&device).expect_err("the slot is taken");
+    ensure!(
+        format!("{error:#}").contains("server sent version 1"),
+        "{error:#}"
+    );
+    vm.run(["true"])?.require_success()?;
+    // With another connection it goes once there is room.
+    first.kill()?;
+    first.wait()?;
+    vm.qmp("chardev-remove", &json!({ "id": "late-socket" }))?;
+    vm.qmp("chardev-add", &chardev(&broker))?;
+    vm.plug(&device)?;
+    wait_for_vm(&broker, true)
+}
+
+/// A connection to the broker, as `chardev-add` takes it.
+fn chardev(broker: &Broker) -> Value {
+    let address = json!({ "type": "unix", "data": { "path": broker.socket(0) } });
+    let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+    json!({ "id": "late-socket", "backend": backend })
 }
 
 #[test]

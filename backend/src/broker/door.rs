@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! A slot's door: a thread that listens at the slot's socket, lets one VM in at a time, and turns others away.
+//!
+//! Who is turned away is told so, and not hung up on: QEMU looks at what it was told only when a device is made for the
+//! connection, and with one that is closed by then it spins for ever (`ivshmem_recv_msg`).
 
+use std::collections::VecDeque;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{Level, error, info, warn};
 use rustix::event::{PollFd, PollFlags};
@@ -22,6 +27,12 @@ use crate::transport::{Departure, Transport, TransportError};
 
 /// How long to wait when the kernel has no descriptor for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a VM that has hung up may take to be noticed, and how often that is looked at.
+const NOTICE: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(1);
+/// Most connections of refused VMs that are kept; then the oldest is closed.
+const MAX_REFUSED: usize = 8;
 
 /// For those who are not let in.
 static REFUSED: Limit = Limit::new();
@@ -41,8 +52,10 @@ impl Door {
     pub fn open(self) -> io::Result<()> {
         let name = format!("door {}", self.id);
         thread::Builder::new().name(name).spawn(move || {
+            let mut refused = Refused::default();
             loop {
-                if let Err(error) = self.wait().and_then(|()| self.knock()) {
+                let heard = refused.wait(&self.listener);
+                if let Err(error) = heard.and_then(|()| self.knock(&mut refused)) {
                     warn!("slot {}: cannot accept a VM: {error}", self.id);
                     thread::sleep(PAUSE);
                 }
@@ -51,13 +64,8 @@ impl Door {
         Ok(())
     }
 
-    fn wait(&self) -> io::Result<()> {
-        let mut listener = [PollFd::new(&*self.listener, PollFlags::IN)];
-        Ok(rustix::io::retry_on_intr(|| rustix::event::poll(&mut listener, None)).map(drop)?)
-    }
-
     /// Lets a VM in that is at the door. Nobody comes in while the broker hands over: its successor has the same door.
-    fn knock(&self) -> io::Result<()> {
+    fn knock(&self, refused: &mut Refused) -> io::Result<()> {
         let gate = self.shared.gate().read();
         let _gate = gate.unwrap_or_else(PoisonError::into_inner);
         let vm = match self.listener.accept(SocketFlags::empty()) {
@@ -66,41 +74,69 @@ impl Door {
             Err(error) => return Err(error),
         };
         let (id, transport) = (self.id, &self.transport);
-        let refused = |who: &dyn std::fmt::Display, why: &dyn std::fmt::Display| {
+        let refuse = |who: &dyn std::fmt::Display, why: &dyn std::fmt::Display| {
             limited!(REFUSED, Level::Warn, "slot {id}: {who} is refused: {why}");
             transport.refuse(&vm);
-            Ok(())
         };
         let peer = match Peer::of(&vm) {
             Ok(peer) if self.shared.policy().admits(peer) => peer,
             Ok(peer) => {
-                return refused(&peer, &"not the broker's user, nor allowed (--allow-user)");
+                refuse(&peer, &"not the broker's user, nor allowed (--allow-user)");
+                refused.keep(vm);
+                return Ok(());
             }
-            Err(error) => return refused(&"a VM", &error),
+            Err(error) => {
+                refuse(&"a VM", &error);
+                return Ok(());
+            }
         };
-        let Some(slot) = self.shared.occupy(id, peer) else {
-            return refused(&peer, &"the slot is taken");
+        let Some(slot) = self.occupy(peer) else {
+            refuse(&peer, &"the slot is taken");
+            refused.keep(vm);
+            return Ok(());
         };
         let attendant = match self.attendant(peer) {
             Ok(attendant) => attendant,
-            Err(error) => return refused(&peer, &error),
+            Err(error) => {
+                refuse(&peer, &error);
+                refused.keep(vm);
+                return Ok(());
+            }
         };
         limited!(COMING_AND_GOING, Level::Info, "slot {id}: {peer} is here");
         match guarded(id, peer, || transport.greet(&vm, &slot)) {
             Some(()) => self.hand_to(&attendant, vm, slot),
-            None => transport.abort(&vm),
+            None => {
+                transport.abort(&vm);
+                refused.keep(vm);
+            }
         }
         Ok(())
+    }
+
+    /// Takes the slot. A VM that has hung up, and whose leaving is not noticed yet, is not in the way: one that unplugs
+    /// its device comes back at once.
+    fn occupy(&self, peer: Peer) -> Option<Slot> {
+        let start = Instant::now();
+        loop {
+            let slot = self.shared.occupy(self.id, peer);
+            if slot.is_some() {
+                return slot;
+            }
+            let there = self.shared.store().find(&name::vm(self.id));
+            let stays = there.is_some_and(|vm| !has_hung_up(&*vm));
+            if stays || start.elapsed() > NOTICE {
+                return None;
+            }
+            thread::sleep(LOOK);
+        }
     }
 
     /// Goes on with the VM that a predecessor let in. One that has left meanwhile makes room at once.
     pub fn resume(&self, vm: UnixStream) {
         let id = self.id;
-        let mut hung_up = [PollFd::new(&vm, PollFlags::empty())];
-        let now = rustix::time::Timespec::default();
-        let has_left = rustix::event::poll(&mut hung_up, Some(&now)) != Ok(0);
         match Peer::of(&vm) {
-            Ok(peer) if !has_left => {
+            Ok(peer) if !has_hung_up(&vm) => {
                 let attendant = self.attendant(peer).inspect_err(|error| {
                     error!("slot {id}: no thread for {peer}, who is let go: {error}");
                 });
@@ -151,6 +187,42 @@ impl Door {
         self.shared.store().keep(name::vm(self.id), vm.clone());
         // It waits for this alone, so it takes it.
         let _ = attendant.send((vm, slot));
+    }
+}
+
+/// Whether the other end of a socket is closed.
+fn has_hung_up(socket: &dyn AsFd) -> bool {
+    let mut hung_up = [PollFd::new(&socket, PollFlags::empty())];
+    let now = rustix::time::Timespec::default();
+    rustix::event::poll(&mut hung_up, Some(&now)) != Ok(0)
+}
+
+/// The connections of VMs that were refused and have not hung up.
+#[derive(Default)]
+struct Refused(VecDeque<UnixStream>);
+
+impl Refused {
+    fn keep(&mut self, vm: UnixStream) {
+        if self.0.len() == MAX_REFUSED {
+            self.0.pop_front();
+        }
+        self.0.push_back(vm);
+    }
+
+    /// Waits until somebody is at the door, and lets go of those here who hang up meanwhile.
+    fn wait(&mut self, listener: &Listener) -> io::Result<()> {
+        loop {
+            let mut all = vec![PollFd::new(listener, PollFlags::IN)];
+            all.extend(self.0.iter().map(|vm| PollFd::new(vm, PollFlags::empty())));
+            rustix::io::retry_on_intr(|| rustix::event::poll(&mut all, None))?;
+            let mut ready: Vec<_> = all.iter().map(|one| !one.revents().is_empty()).collect();
+            let somebody = ready.remove(0);
+            let mut hung_up = ready.into_iter();
+            self.0.retain(|_| !hung_up.next().unwrap_or_default());
+            if somebody {
+                return Ok(());
+            }
+        }
     }
 }
 

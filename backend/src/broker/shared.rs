@@ -406,7 +406,8 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.shared.vacate(self.id);
+        // In this order: once there is room, the next VM's connection goes by the same name.
         self.shared.store.forget(&name::vm(self.id));
+        self.shared.vacate(self.id);
     }
 }

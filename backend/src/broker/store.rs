@@ -95,6 +95,11 @@ impl DescriptorStore {
         }
     }
 
+    /// A descriptor that is kept.
+    pub fn find(&self, name: &str) -> Option<Kept> {
+        self.lock().get(name).cloned()
+    }
+
     /// All that is kept.
     pub fn all(&self) -> Vec<(String, Kept)> {
         let kept = self.lock();

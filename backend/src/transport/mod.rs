@@ -21,7 +21,8 @@ pub trait Transport: Send + Sync {
     /// Serves a VM that was greeted, by this broker or by its predecessor, on a thread of its own, until it leaves.
     fn serve(&self, vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError>;
 
-    /// Turns a VMM away that was told nothing yet, in the way that ends it with an error and does not wedge it.
+    /// Turns a VMM away that was told nothing yet, in the way that ends it with an error and does not wedge it. The
+    /// connection stays open until the VMM closes it.
     fn refuse(&self, vm: &UnixStream);
 
     /// The same for one that was told something, at whatever point.
