@@ -22,7 +22,7 @@ pub struct FuzzArgs {
     pub targets: Vec<String>,
 
     /// Seconds for each target
-    #[arg(long, value_name = "N", default_value_t = 60)]
+    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub seconds: u64,
 }
 

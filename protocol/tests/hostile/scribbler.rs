@@ -20,8 +20,9 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 
 use crate::region::*;
 
-/// How long each attack lasts.
+/// How long each attack lasts, and how many calls it meets at least, where the machine has other things to do.
 const TIME: Duration = Duration::from_millis(700);
+const ENOUGH: u64 = 200;
 /// How long one call may take on a busy machine. None of them waits longer than a millisecond.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -204,7 +205,7 @@ fn attack(
             }
         });
         let (start, mut seen, mut since) = (Instant::now(), 0, Instant::now());
-        while start.elapsed() < TIME && !end.is_finished() {
+        while (start.elapsed() < TIME || seen < ENOUGH) && !end.is_finished() {
             thread::sleep(Duration::from_millis(10));
             let now = calls.load(Relaxed);
             if now != seen {
@@ -217,7 +218,6 @@ fn attack(
         }
         stop.store(true, Relaxed);
     });
-    assert!(calls.load(Relaxed) > 100, "only {calls:?} calls");
     let channel = &layout.channels()[ATTACKED];
     for (index, (word, before)) in words.iter().zip(untouched).enumerate() {
         let offset = 8 * index as u64;
