@@ -120,6 +120,8 @@ fn hot_plug_that_is_refused_fails_alone() -> Result<()> {
     // With another connection it goes once there is room.
     first.kill()?;
     first.wait()?;
+    // QEMU itself ends some time after what it runs in.
+    wait_for_vm(&broker, false)?;
     vm.qmp("chardev-remove", &json!({ "id": "late-socket" }))?;
     vm.qmp("chardev-add", &chardev(&broker))?;
     vm.plug(&device)?;
