@@ -213,8 +213,8 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
         .arg("-initrd")
         .arg(&artifacts.initramfs)
         // On a busy host, virtual processors wait so long for a real one that the guest's kernel would come to distrust
-        // its clock, and change to a much slower one.
-        .args(["-append", "console=ttyS0 tsc=reliable"])
+        // its clock, and change to a much slower one, or find at boot that its timer does not tick, and panic.
+        .args(["-append", "console=ttyS0 tsc=reliable no_timer_check"])
         .args(["-chardev", &console])
         .args(["-serial", &format!("chardev:{}", CONSOLE.0)])
         .args(["-chardev", &format!("socket,id={},fd={}", QMP.0, QMP.1)])
