@@ -116,11 +116,16 @@ impl Broker {
         self.wait_until_it_serves()
     }
 
-    /// Has another one take its place.
+    /// Has another one take its place, with the same manager.
     pub fn replace(&mut self) -> Result<()> {
         let arguments = self.arguments.iter().cloned();
         let arguments: Vec<_> = arguments.chain(["--replace".into()]).collect();
-        let successor = spawn(&self.program, &arguments, self.folder.path(), None)?;
+        let successor = spawn(
+            &self.program,
+            &arguments,
+            self.folder.path(),
+            self.manager.as_ref(),
+        )?;
         let mut predecessor = std::mem::replace(&mut self.child, successor);
         let status = predecessor.wait()?;
         ensure!(
@@ -141,6 +146,11 @@ impl Broker {
         self.folder.path()
     }
 
+    /// The socket for host apps.
+    pub fn control(&self) -> PathBuf {
+        self.folder().join("control.sock")
+    }
+
     /// The socket for the VM of a slot.
     pub fn socket(&self, slot: usize) -> PathBuf {
         socket(self.folder(), slot)
@@ -154,10 +164,7 @@ impl Broker {
     /// A host app: `barlink` with these arguments, at this broker.
     pub fn app<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Command {
         let mut command = Command::new(&self.program);
-        command
-            .args(arguments)
-            .arg("--control")
-            .arg(self.folder().join("control.sock"));
+        command.args(arguments).arg("--control").arg(self.control());
         command.stdin(Stdio::null());
         command
     }

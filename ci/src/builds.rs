@@ -30,6 +30,8 @@ pub struct Artifacts {
     pub args: VmArgs,
     /// The host's program.
     pub barlink: PathBuf,
+    /// What `cargo xtask crash` kills, on the host.
+    pub crash_load: PathBuf,
     /// What the guest boots into.
     pub initramfs: PathBuf,
     /// The folder for the logs of VMs.
@@ -50,12 +52,16 @@ impl Artifacts {
     /// Builds all for these tools.
     pub fn build(tools: Tools, args: VmArgs) -> Result<Self> {
         let target = target_folder()?;
-        let host = cargo_build(&["--package=barlink"], Linkage::Default)?;
+        let host = cargo_build(
+            &["--package=barlink", "--package=barlink-crash-load"],
+            Linkage::Default,
+        )?;
         let guest = cargo_build(
             &[
                 "--package=barlink-guest",
                 "--package=barlink-agent",
                 "--package=barlink-driver-checks",
+                "--package=barlink-crash-load",
             ],
             Linkage::Static,
         )?;
@@ -73,11 +79,16 @@ impl Artifacts {
                     "bin/barlink-driver-checks",
                     program(&guest, "barlink-driver-checks")?,
                 ),
+                (
+                    "bin/barlink-crash-load",
+                    program(&guest, "barlink-crash-load")?,
+                ),
                 ("lib/barlink.ko", &driver),
             ],
         )?;
         Ok(Self {
             barlink: program(&host, "barlink")?.clone(),
+            crash_load: program(&host, "barlink-crash-load")?.clone(),
             tools,
             args,
             initramfs,

@@ -7,6 +7,7 @@
 pub mod broker;
 pub mod builds;
 pub mod check;
+pub mod crash;
 pub mod demo;
 pub mod fuzz;
 mod host;

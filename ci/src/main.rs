@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use xtask::crash::CrashArgs;
 use xtask::demo::DemoArgs;
 use xtask::fuzz::FuzzArgs;
 use xtask::test::TestArgs;
@@ -28,6 +29,8 @@ enum Task {
     Test(TestArgs),
     /// Give every parser of foreign bytes inputs that no one thought of
     Fuzz(FuzzArgs),
+    /// Kill, unload, unplug and reset, at random moments, and count what is lost: nothing
+    Crash(CrashArgs),
     /// Check format, lints, documentation, and that the driver builds for every kernel that is set up
     Check(ToolArgs),
 }
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => xtask::demo::run(&args),
         Task::Test(args) => xtask::test::run(&args),
         Task::Fuzz(args) => xtask::fuzz::run(&args),
+        Task::Crash(args) => xtask::crash::run(&args),
         Task::Check(args) => xtask::check::run(&args),
     };
     result.unwrap_or_else(|error| {

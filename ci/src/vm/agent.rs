@@ -236,6 +236,13 @@ impl Process {
         })
     }
 
+    /// Whether it has ended, or the VM has.
+    pub fn has_ended(&self) -> bool {
+        let state = self.link.state();
+        let progress = state.processes.get(&self.id);
+        state.ended || progress.is_none_or(|progress| progress.end.is_some())
+    }
+
     /// Waits until its standard output holds `text`, and gives all of that.
     pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<String> {
         let written = |state: &State| {

@@ -166,6 +166,11 @@ impl Vm {
         self.console.log()
     }
 
+    /// The last of what QEMU and the guest's console have said, for a failure's message.
+    pub fn last_words(&self) -> String {
+        console::tail(self.qemu.folder())
+    }
+
     /// Connects the caller's terminal to the guest's console until the user presses Ctrl-].
     pub fn attach_terminal(&self) -> Result<()> {
         self.console.attach_terminal()

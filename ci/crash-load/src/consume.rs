@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The consumer's end: checks each record and notes what it finds.
+
+use std::ops::Deref;
+
+use anyhow::Result;
+use barlink_protocol::cursor::{Capacity, Kind};
+use barlink_protocol::wire::layout::Channel;
+use barlink_protocol::{AtomicU64, Events, Receiver, Record, Wakeup};
+
+use crate::journal::Verdict;
+use crate::{Journal, KIND, Note, Notes, Pace, Point, Trap, record};
+
+/// Receives until a record of [`Kind::END`] comes. It never looks at a clock: if a wake-up is lost, it stays asleep.
+pub fn consume<M, E>(
+    mut receiver: Receiver<M, E>,
+    channel: &Channel,
+    notes: &Notes<M>,
+    trap: &Trap<M>,
+    seed: u64,
+) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + Send + Sync + 'static>,
+{
+    let mut journal = Journal::new(notes.read(Note::Released), notes.read(Note::Delivered));
+    let max = Capacity::of(channel).max_record() as usize;
+    let mut pace = Pace::new();
+    loop {
+        pace.rest();
+        if receiver.wait(None)? != Wakeup::Ready {
+            continue;
+        }
+        let Some(record) = receiver.record() else {
+            continue;
+        };
+        trap.pass(Point::BeforeDelivery);
+        let kind = record.header().kind;
+        let number = record.header().sequence;
+        note_verdict(notes, number, journal.judge(number));
+        if let Err(what) = check(&record, seed, max) {
+            eprintln!("record {number}: {what}");
+            notes.add(Note::Torn, 1);
+        }
+        notes.write(Note::Delivered, number + 1);
+        trap.pass(Point::BeforeRelease);
+        trap.moving(|| receiver.release())?;
+        notes.write(Note::Released, number + 1);
+        if kind == Kind::END {
+            return Ok(());
+        }
+    }
+}
+
+fn note_verdict<M>(notes: &Notes<M>, number: u64, verdict: Verdict)
+where
+    M: Deref<Target = [AtomicU64]>,
+{
+    let Verdict { lost, twice, again } = verdict;
+    if lost > 0 || twice > 0 {
+        eprintln!("record {number}: {lost} before it are lost, {twice} from it on come twice");
+    }
+    for (note, count) in [
+        (Note::Lost, lost),
+        (Note::Twice, twice),
+        (Note::Again, again.into()),
+    ] {
+        if count > 0 {
+            notes.add(note, count);
+        }
+    }
+}
+
+/// Whether a record is the one with its number.
+fn check<M>(record: &Record<'_, M>, seed: u64, max: usize) -> Result<(), String>
+where
+    M: Deref<Target = [AtomicU64]>,
+{
+    let header = record.header();
+    let mut bytes = vec![0; record.length()];
+    record.copy_to(0, &mut bytes);
+    match header.kind {
+        Kind::END if bytes.is_empty() => Ok(()),
+        KIND => record::check(&bytes, seed, header.sequence, max)
+            .map_err(|fault| format!("{fault:?}, {} bytes", bytes.len())),
+        kind => Err(format!("of kind {}", kind.0)),
+    }
+}

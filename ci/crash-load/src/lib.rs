@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the ends of a channel do that `cargo xtask crash` kills, on the host and in the guest: they send and receive
+//! numbered records, and take notes that outlive them. The program `barlink-crash-load` is one such end; the harness
+//! (`ci/src/crash/`) reads the notes, and so knows what was lost and what came twice.
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `notes.rs` | the notes, in the region's raw window |
+//! | `record.rs` | what is in a record, by its number |
+//! | `journal.rs` | which records may come next, from what was noted |
+//! | `random.rs` | numbers from a seed |
+//! | `pace.rs` | resting now and then |
+//! | `trap.rs` | dying at a chosen point |
+//! | `produce.rs`, `consume.rs` | the two ends |
+
+mod consume;
+mod journal;
+mod notes;
+mod pace;
+mod produce;
+mod random;
+mod record;
+mod trap;
+
+pub use consume::consume;
+pub use notes::{Note, Notes};
+pub use produce::produce;
+pub use random::Random;
+pub use trap::{Point, Trap, Trapped};
+
+use barlink_protocol::cursor::Kind;
+
+use journal::Journal;
+use pace::Pace;
+
+/// The kind of all records but the last.
+const KIND: Kind = Kind::USER;

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The program `barlink-crash-load`: one end of a channel, on the host or in the guest.
+
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+use barlink::control::client::ControlError;
+use barlink::control::message::Refusal;
+use barlink::{Access, AttachError, Attachment};
+use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, produce};
+use barlink_guest::{Device, DeviceError};
+use barlink_protocol::wire::layout::{End, Layout};
+use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
+use clap::{Args, Parser, ValueEnum};
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+/// How long to wait before asking once more for what somebody who died still has.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// One end of a channel that `cargo xtask crash` kills
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    place: Place,
+    /// The end
+    end: Role,
+    /// The channel
+    channel: String,
+    /// What the records follow from
+    seed: u64,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct Place {
+    /// On the host: the broker's control socket
+    #[arg(long)]
+    control: Option<PathBuf>,
+    /// In the guest: the device
+    #[arg(long)]
+    device: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Role {
+    Producer,
+    Consumer,
+}
+
+fn main() -> Result<()> {
+    // Not to outlive the harness, or the agent.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    let cli = Cli::parse();
+    let end = match cli.end {
+        Role::Producer => End::Producer,
+        Role::Consumer => End::Consumer,
+    };
+    if let Some(path) = &cli.place.control {
+        let attachment = Attachment::connect(path, Access::ReadWrite)?;
+        let claimed = insist(
+            || attachment.claim(&cli.channel, end),
+            |error| {
+                let refused = |refusal: &Refusal| matches!(refusal, Refusal::Held { .. });
+                matches!(error, AttachError::Control(ControlError::Refused(refusal)) if refused(refusal))
+            },
+        )?;
+        work(
+            attachment.region(),
+            attachment.layout(),
+            end,
+            claimed,
+            cli.seed,
+        )
+    } else {
+        let path = cli.place.device.unwrap_or_default();
+        let device = insist(
+            || Device::open(&path),
+            |error| matches!(error, DeviceError::NoDevice { .. }),
+        )?;
+        let claimed = insist(
+            || device.claim(&cli.channel, end),
+            |error| matches!(error, DeviceError::Held { .. }),
+        )?;
+        work(device.region(), device.layout(), end, claimed, cli.seed)
+    }
+}
+
+/// Does something again and again while it fails for a reason that passes.
+fn insist<T, X>(attempt: impl Fn() -> Result<T, X>, passes: impl Fn(&X) -> bool) -> Result<T, X> {
+    loop {
+        match attempt() {
+            Err(error) if passes(&error) => thread::sleep(PAUSE),
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Is the end of a channel that was claimed.
+fn work<M, E>(
+    region: region::Region<M>,
+    layout: &Layout,
+    end: End,
+    (channel, events): (usize, E),
+    seed: u64,
+) -> Result<()>
+where
+    M: std::ops::Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + Send + Sync + 'static>,
+{
+    let notes = Notes::new(region.clone(), layout, channel);
+    let trap = Trap::new(
+        notes.clone(),
+        match end {
+            End::Producer => Note::ProducerTrap,
+            End::Consumer => Note::ConsumerTrap,
+        },
+    );
+    let events = Trapped::new(events, trap.clone());
+    match end {
+        End::Producer => {
+            let sender = Sender::attach(region, layout, channel, events)?;
+            produce(sender, &notes, &trap, seed)
+        }
+        End::Consumer => {
+            let receiver = Receiver::attach(region, layout, channel, events)?;
+            consume(receiver, &layout.channels()[channel], &notes, &trap, seed)
+        }
+    }
+}

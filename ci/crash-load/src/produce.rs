@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The producer's end: sends records without end, from where its predecessor stopped.
+
+use std::ops::Deref;
+
+use anyhow::{Result, ensure};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::{AtomicU64, Events, Sender, stream};
+
+use crate::{KIND, Note, Notes, Pace, Point, Trap, record};
+
+/// Sends until it is to stop, and then a record of [`Kind::END`].
+pub fn produce<M, E>(
+    mut sender: Sender<M, E>,
+    notes: &Notes<M>,
+    trap: &Trap<M>,
+    seed: u64,
+) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + Send + Sync + 'static>,
+{
+    let mut number = sender.sequence();
+    let noted = notes.read(Note::Sent);
+    // The last one may have died between its commit and its note.
+    ensure!(
+        (noted..=noted + 1).contains(&number),
+        "{noted} records were committed, or one more, and the next is to be number {number}"
+    );
+    notes.write(Note::Sent, number);
+    let max = sender.max_record() as usize;
+    let mut pace = Pace::new();
+    while notes.read(Note::Stop) == 0 {
+        pace.rest();
+        let payload = record::payload(seed, number, max);
+        let Some(mut draft) = sender.draft(payload.len(), None)? else {
+            continue;
+        };
+        let (first, second) = payload.split_at(payload.len() / 16 * 8);
+        draft.write(0, first);
+        draft.write(first.len() as u32, second);
+        trap.pass(Point::BeforeCommit);
+        trap.moving(|| draft.commit(KIND, payload.len() as u32))?;
+        number += 1;
+        notes.write(Note::Sent, number);
+    }
+    stream::mark(&mut sender, Kind::END)?;
+    notes.write(Note::Sent, number + 1);
+    Ok(())
+}

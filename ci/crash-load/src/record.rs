@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is in a record: a checksum over the rest, its number, and bytes whose count and values follow from the seed and
+//! the number.
+
+use crate::Random;
+
+/// Bytes in front of the content: checksum and number, 8 each.
+const HEAD: usize = 16;
+/// Most bytes of content in most records.
+const USUAL: u64 = 500;
+/// One record in so many is of any size that the channel carries.
+const LARGE: u64 = 32;
+
+/// Why a record is not what was sent.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Fault {
+    /// Its checksum does not fit: it was changed, or only a part of it is there.
+    Torn,
+    /// It is whole, and not the one with this number.
+    Other,
+}
+
+/// The payload of a record, in a channel that carries `max` bytes.
+pub fn payload(seed: u64, number: u64, max: usize) -> Vec<u8> {
+    let mut random = Random::of(seed, number);
+    let most = max - HEAD;
+    let most = match random.below(LARGE) {
+        0 => most,
+        _ => most.min(USUAL as usize),
+    };
+    let length = HEAD + random.below(most as u64 + 1) as usize;
+    let mut bytes = Vec::with_capacity(length + 8);
+    bytes.extend([0; 8]);
+    bytes.extend(number.to_le_bytes());
+    while bytes.len() < length {
+        bytes.extend(random.next().to_le_bytes());
+    }
+    bytes.truncate(length);
+    let sum = checksum(&bytes[8..]);
+    bytes[..8].copy_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
+/// Compares a payload with that of the record with this number.
+pub fn check(bytes: &[u8], seed: u64, number: u64, max: usize) -> Result<(), Fault> {
+    if bytes == payload(seed, number, max) {
+        return Ok(());
+    }
+    match bytes.split_first_chunk() {
+        Some((sum, rest)) if u64::from_le_bytes(*sum) == checksum(rest) => Err(Fault::Other),
+        _ => Err(Fault::Torn),
+    }
+}
+
+/// FNV-1a.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
+        (sum ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAX: usize = 8168;
+
+    #[test]
+    fn records_are_of_all_sizes_that_a_channel_carries() {
+        let lengths: Vec<_> = (0..10_000)
+            .map(|number| payload(1, number, MAX).len())
+            .collect();
+        assert!(lengths.iter().all(|length| (HEAD..=MAX).contains(length)));
+        assert!(lengths.iter().any(|length| *length > MAX - 100));
+        assert!(lengths.contains(&HEAD));
+        assert!(lengths.iter().any(|length| !length.is_multiple_of(8)));
+    }
+
+    #[test]
+    fn what_is_not_the_record_is_found_out() {
+        let good = payload(1, 7, MAX);
+        assert_eq!(check(&good, 1, 7, MAX), Ok(()));
+        assert_eq!(check(&good, 1, 8, MAX), Err(Fault::Other));
+        assert_eq!(check(&good, 2, 7, MAX), Err(Fault::Other));
+        assert_eq!(check(&good[..good.len() - 1], 1, 7, MAX), Err(Fault::Torn));
+        assert_eq!(check(&[], 1, 7, MAX), Err(Fault::Torn));
+        for index in 0..good.len() {
+            let mut changed = good.clone();
+            changed[index] ^= 0x10;
+            assert_eq!(check(&changed, 1, 7, MAX), Err(Fault::Torn), "byte {index}");
+        }
+    }
+}

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The kinds of fault.
+
+use std::fmt;
+
+use barlink_crash_load::Point;
+use barlink_protocol::wire::layout::End;
+
+/// Where an end is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    /// On the host.
+    Host,
+    /// In the guest.
+    Guest,
+}
+
+/// One of the four ends.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Role {
+    /// Where it is.
+    pub side: Side,
+    /// What it is.
+    pub end: End,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 4] = [
+        Self::new(Side::Host, End::Producer),
+        Self::new(Side::Host, End::Consumer),
+        Self::new(Side::Guest, End::Producer),
+        Self::new(Side::Guest, End::Consumer),
+    ];
+
+    const fn new(side: Side, end: End) -> Self {
+        Self { side, end }
+    }
+
+    /// The name of its channel.
+    pub fn channel(self) -> &'static str {
+        match (self.side, self.end) {
+            (Side::Host, End::Producer) | (Side::Guest, End::Consumer) => "down",
+            (Side::Guest, End::Producer) | (Side::Host, End::Consumer) => "up",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = match self.side {
+            Side::Host => "host",
+            Side::Guest => "guest",
+        };
+        write!(f, "{side} {}", self.end)
+    }
+}
+
+/// One kind of fault.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Fault {
+    /// An end is killed, wherever it is.
+    Killed(Role),
+    /// An end is killed exactly there.
+    KilledAt(Role, Point),
+    /// The ends in the guest are killed, and the driver is unloaded and loaded.
+    DriverReloaded,
+    /// The device is taken from the driver and given back.
+    DeviceUnbound,
+    /// The device is pulled out and plugged in.
+    DeviceUnplugged,
+    /// The guest is reset.
+    GuestReset,
+    /// QEMU is killed, and another one booted.
+    QemuKilled,
+    /// The broker is killed, and started again by its service manager.
+    BrokerKilled,
+    /// Another broker takes over.
+    BrokerReplaced,
+}
+
+impl Fault {
+    /// All of them.
+    pub fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for role in Role::ALL {
+            let points: &[Point] = match role.end {
+                End::Producer => &[Point::BeforeCommit, Point::BeforeRing],
+                End::Consumer => &[
+                    Point::BeforeDelivery,
+                    Point::BeforeRelease,
+                    Point::BeforeRing,
+                ],
+            };
+            all.push(Self::Killed(role));
+            all.extend(points.iter().map(|&point| Self::KilledAt(role, point)));
+        }
+        all.extend([
+            Self::DriverReloaded,
+            Self::DeviceUnbound,
+            Self::DeviceUnplugged,
+            Self::GuestReset,
+            Self::QemuKilled,
+            Self::BrokerKilled,
+            Self::BrokerReplaced,
+        ]);
+        all
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let told = match self {
+            Self::Killed(role) => return write!(f, "{role} killed"),
+            Self::KilledAt(role, point) => {
+                let place = match (point, role.end) {
+                    (Point::BeforeCommit, _) => "before commit",
+                    (Point::BeforeRing, End::Producer) => "between commit and ring",
+                    (Point::BeforeRing, End::Consumer) => "between release and ring",
+                    (Point::BeforeDelivery, _) => "before delivery",
+                    (Point::BeforeRelease, _) => "between delivery and release",
+                };
+                return write!(f, "{role} killed {place}");
+            }
+            Self::DriverReloaded => "driver unloaded and loaded",
+            Self::DeviceUnbound => "device unbound and bound",
+            Self::DeviceUnplugged => "device unplugged and plugged",
+            Self::GuestReset => "guest reset",
+            Self::QemuKilled => "QEMU killed and booted",
+            Self::BrokerKilled => "broker killed and started",
+            Self::BrokerReplaced => "broker replaced",
+        };
+        f.write_str(told)
+    }
+}

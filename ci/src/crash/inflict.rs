@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Doing a fault, and what an operator would do after it: start again what has ended.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use barlink_crash_load::{Note, Point};
+use barlink_protocol::wire::layout::End;
+use serde_json::{Map, Value, json};
+
+use super::fault::{Fault, Role};
+use super::scene::{LOOK, PATIENCE, Scene};
+use super::watch::CHANNELS;
+
+/// How long a device stays unplugged. QEMU closes the descriptor of its memory a second time when it is rid of all that it
+/// was mapped for, some 10 ms later; by then nothing else is to have its number (`docs/decisions/0005-hot-unplug.md`).
+const UNPLUGGED: Duration = Duration::from_millis(300);
+
+impl Scene<'_> {
+    /// Does a fault, and gives the time from there until a record came through that was committed later, in each
+    /// direction that the fault was in.
+    pub fn inflict(&mut self, fault: Fault) -> Result<Duration> {
+        match fault {
+            Fault::Killed(role) => {
+                let start = Instant::now();
+                self.worker(role)?.kill()?;
+                self.go_on(start, role)
+            }
+            Fault::KilledAt(role, point) => {
+                let start = self.spring(role, point)?;
+                self.worker(role)?.wait_killed()?;
+                self.go_on(start, role)
+            }
+            Fault::DriverReloaded => self.interrupt(|scene| {
+                // While it is in use it cannot be unloaded.
+                Self::guest().try_for_each(|role| scene.worker(role)?.kill())?;
+                scene.vm()?.run(["rmmod", "barlink"])?.require_success()?;
+                scene.load_driver()
+            }),
+            Fault::DeviceUnbound => self.interrupt(|scene| {
+                let device = scene.tell_driver("ls -d *:*")?;
+                scene.tell_driver(&format!("echo {device} >unbind"))?;
+                Self::guest().try_for_each(|role| scene.worker(role)?.wait_gone())?;
+                scene.tell_driver(&format!("echo {device} >bind"))?;
+                Ok(())
+            }),
+            Fault::DeviceUnplugged => self.interrupt(Self::unplug_and_plug),
+            Fault::GuestReset => self.interrupt(|scene| {
+                scene.vm()?.reset()?;
+                scene.load_driver()
+            }),
+            Fault::QemuKilled => self.interrupt(|scene| {
+                drop(scene.vm.take());
+                scene.boot()
+            }),
+            Fault::BrokerKilled => {
+                let roll = self.roll()?;
+                let start = Instant::now();
+                self.broker.kill()?;
+                // What flows needs no broker.
+                self.wait_until_all_flow()?;
+                let recovery = start.elapsed();
+                self.broker.start_again()?;
+                self.is_as_before(&roll)?;
+                Ok(recovery)
+            }
+            Fault::BrokerReplaced => {
+                let roll = self.roll()?;
+                let start = Instant::now();
+                self.broker.replace()?;
+                self.wait_until_all_flow()?;
+                let recovery = start.elapsed();
+                self.is_as_before(&roll)?;
+                Ok(recovery)
+            }
+        }
+    }
+
+    /// Starts an end that was killed, and waits for records in its direction.
+    fn go_on(&mut self, start: Instant, role: Role) -> Result<Duration> {
+        let mark = self.watch().mark(&[role.channel()]);
+        self.start(role)?;
+        self.wait_beyond(&mark)?;
+        Ok(start.elapsed())
+    }
+
+    /// Does something that ends the guest's part, starts that again, and waits for records in both directions.
+    fn interrupt(&mut self, fault: impl FnOnce(&mut Self) -> Result<()>) -> Result<Duration> {
+        let start = Instant::now();
+        fault(self)?;
+        let mark = self.watch().mark(&CHANNELS);
+        self.start_guest()?;
+        self.wait_beyond(&mark)?;
+        Ok(start.elapsed())
+    }
+
+    /// Has an end die at a point, and gives the time when it did.
+    fn spring(&mut self, role: Role, point: Point) -> Result<Instant> {
+        let note = match role.end {
+            End::Producer => Note::ProducerTrap,
+            End::Consumer => Note::ConsumerTrap,
+        };
+        let notes = self.watch().notes(role.channel())?.clone();
+        notes.write(note, point as u64);
+        let start = Instant::now();
+        while notes.read(note) != 0 {
+            ensure!(
+                start.elapsed() < PATIENCE,
+                "the {role} does not come to {point:?}; {}",
+                self.watch().told()
+            );
+            thread::sleep(LOOK);
+        }
+        Ok(Instant::now())
+    }
+
+    /// Runs a shell command in the driver's folder of sysfs.
+    fn tell_driver(&self, command: &str) -> Result<String> {
+        let command = format!("cd /sys/bus/pci/drivers/barlink && {command}");
+        let output = self.vm()?.run(["sh", "-c", &command])?;
+        Ok(output.success()?.trim_end().to_owned())
+    }
+
+    fn unplug_and_plug(&mut self) -> Result<()> {
+        let device = self.device()?;
+        let text = |name: &str| device[name].as_str().context("the device has no such name");
+        let (id, chardev) = (text("id")?, text("chardev")?);
+        self.vm()?.unplug(id)?;
+        Self::guest().try_for_each(|role| self.worker(role)?.wait_gone())?;
+        thread::sleep(UNPLUGGED);
+        let vm = self.vm()?;
+        // QEMU's connection has told all that it will ever tell: with the old one, a new device waits for ever.
+        vm.qmp("chardev-remove", &json!({ "id": chardev }))?;
+        let address = json!({ "type": "unix", "data": { "path": self.broker.socket(0) } });
+        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+        vm.qmp("chardev-add", &json!({ "id": chardev, "backend": backend }))?;
+        vm.plug(&device)
+    }
+
+    /// The device, as `device_add` takes it: what `barlink qemu-args` prints as QEMU's argument.
+    fn device(&self) -> Result<Value> {
+        let arguments = self.broker.arguments(0)?;
+        let device = arguments.iter().rfind(|word| !word.starts_with('-'));
+        let device = device.context("qemu-args prints nothing")?;
+        let (driver, properties) = device.split_once(',').context("no properties")?;
+        let mut object = Map::new();
+        object.insert("driver".to_owned(), driver.into());
+        for property in properties.split(',') {
+            let (name, value) = property.split_once('=').context("no value")?;
+            let value = match value.parse::<u64>() {
+                Ok(number) => number.into(),
+                Err(_) => value.into(),
+            };
+            object.insert(name.to_owned(), value);
+        }
+        Ok(object.into())
+    }
+
+    /// Who is there, by the broker's own knowledge, as a host app is told that comes now.
+    fn roll(&self) -> Result<Value> {
+        let status = self.broker.inspect()?["broker"].take();
+        let roll = json!({ "slots": status["slots"], "claims": status["claims"] });
+        let claims = roll["claims"].as_array().map(Vec::len);
+        ensure!(claims == Some(2), "two ends are on the host: {roll}");
+        ensure!(!roll["slots"][0]["vm"].is_null(), "the VM is there: {roll}");
+        Ok(roll)
+    }
+
+    /// An error unless the broker knows all that its predecessor knew, and the streams flow.
+    fn is_as_before(&mut self, roll: &Value) -> Result<()> {
+        let now = self.roll()?;
+        ensure!(now == *roll, "who is there changed: {roll} and {now}");
+        self.wait_until_all_flow()
+    }
+}

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The broker, the VM, and the four ends.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use barlink_crash_load::Note;
+use barlink_protocol::wire::layout::End;
+
+use super::fault::{Role, Side};
+use super::watch::{CHANNELS, Mark, Watch};
+use super::worker::Worker;
+use crate::broker::Broker;
+use crate::builds::Artifacts;
+use crate::vm::{COMMAND_TIMEOUT, Vm};
+
+/// Small channels, so that they are often full and often wrap.
+const ARGUMENTS: [&str; 4] = ["--channel", "down=down,16K", "--channel", "up=up,16K"];
+
+/// How often the notes are looked at.
+pub(super) const LOOK: Duration = Duration::from_micros(500);
+
+/// Looks at the notes for each look at the processes.
+const LOOKS: u32 = 50;
+
+/// How long a stream may stand still while everything is there that it needs.
+pub(super) const PATIENCE: Duration = COMMAND_TIMEOUT;
+
+/// What the guest's kernel does not print while all is well.
+const COMPLAINTS: [&str; 6] = [
+    "WARNING:",
+    "BUG",
+    "Oops",
+    "Call Trace",
+    "general protection",
+    "panicked",
+];
+
+/// See the module. The fields are dropped in this order.
+pub struct Scene<'a> {
+    workers: Vec<Worker>,
+    pub(super) vm: Option<Vm>,
+    watch: Watch,
+    pub(super) broker: Broker,
+    artifacts: &'a Artifacts,
+    seed: u64,
+}
+
+impl<'a> Scene<'a> {
+    /// Starts all of it.
+    pub fn set(artifacts: &'a Artifacts, seed: u64) -> Result<Self> {
+        let broker = Broker::start_managed(artifacts, &ARGUMENTS)?;
+        let watch = Watch::new(&broker)?;
+        let mut scene = Self {
+            workers: Vec::new(),
+            vm: None,
+            watch,
+            broker,
+            artifacts,
+            seed,
+        };
+        scene.boot()?;
+        for role in Role::ALL {
+            scene.start(role)?;
+        }
+        Ok(scene)
+    }
+
+    /// The notes and counters.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> Result<&Vm> {
+        self.vm.as_ref().context("there is no VM")
+    }
+
+    /// One of the ends.
+    pub fn worker(&mut self, role: Role) -> Result<&mut Worker> {
+        let worker = self.workers.iter_mut().find(|worker| worker.role == role);
+        worker.with_context(|| format!("there is no {role}"))
+    }
+
+    /// Boots a VM, with the driver loaded.
+    pub fn boot(&mut self) -> Result<()> {
+        self.vm = Some(Vm::boot_with(self.artifacts, &self.broker.vm()?)?);
+        self.load_driver()
+    }
+
+    /// Loads the driver.
+    pub fn load_driver(&self) -> Result<()> {
+        let loaded = self.vm()?.run(["insmod", "/lib/barlink.ko"])?;
+        loaded.require_success()
+    }
+
+    /// Starts an end, in place of the one before.
+    pub fn start(&mut self, role: Role) -> Result<()> {
+        self.workers.retain(|worker| worker.role != role);
+        let vm = self.vm.as_ref();
+        let worker = Worker::start(role, self.artifacts, &self.broker, vm, self.seed)?;
+        self.workers.push(worker);
+        Ok(())
+    }
+
+    /// Starts the ends in the guest.
+    pub fn start_guest(&mut self) -> Result<()> {
+        Self::guest().try_for_each(|role| self.start(role))
+    }
+
+    /// The ends in the guest.
+    pub fn guest() -> impl Iterator<Item = Role> {
+        let all = Role::ALL.into_iter();
+        all.filter(|role| role.side == Side::Guest)
+    }
+
+    /// Waits until records come through that are newer than a mark.
+    pub fn wait_beyond(&mut self, mark: &Mark) -> Result<()> {
+        self.wait_until("a stream stands still", |scene| {
+            Ok(scene.watch.is_beyond(mark))
+        })
+    }
+
+    /// Waits until new records come through in both directions.
+    pub fn wait_until_all_flow(&mut self) -> Result<()> {
+        self.wait_beyond(&self.watch.mark(&CHANNELS))
+    }
+
+    /// Waits for something while all ends live.
+    pub fn wait_until(
+        &mut self,
+        otherwise: &str,
+        mut holds: impl FnMut(&Self) -> Result<bool>,
+    ) -> Result<()> {
+        let start = Instant::now();
+        for look in 1_u32.. {
+            if holds(self)? {
+                return Ok(());
+            }
+            if look.is_multiple_of(LOOKS) {
+                self.check_workers()?;
+            }
+            if start.elapsed() > PATIENCE {
+                break;
+            }
+            thread::sleep(LOOK);
+        }
+        bail!("{otherwise}; {}", self.watch.told())
+    }
+
+    /// An error if an end has ended, which none does by itself.
+    fn check_workers(&mut self) -> Result<()> {
+        for worker in &mut self.workers {
+            if worker.has_ended()? {
+                let ended = worker.wait()?;
+                bail!("{}; {}", worker.told(&ended), self.watch.told());
+            }
+        }
+        Ok(())
+    }
+
+    /// An error if the guest's kernel has complained of anything.
+    pub fn check_kernel(&self) -> Result<()> {
+        let log = self.vm()?.console_log();
+        let complains = |line: &&str| COMPLAINTS.iter().any(|word| line.contains(word));
+        let told = log.lines().skip_while(|line| !complains(line)).take(40);
+        let told: Vec<_> = told.collect();
+        ensure!(
+            told.is_empty(),
+            "the guest's kernel complains:\n{}",
+            told.join("\n")
+        );
+        Ok(())
+    }
+
+    /// What broker, QEMU and guest have told, for who looks for the cause of a failure.
+    pub fn evidence(&self) -> String {
+        let broker = self.broker.log().unwrap_or_default();
+        let vm = self.vm().map(Vm::last_words).unwrap_or_default();
+        format!("the broker's log:\n{broker}{vm}")
+    }
+
+    /// Ends the streams in good order, and compares what was counted.
+    pub fn finish(&mut self) -> Result<()> {
+        self.wait_until_all_flow()?;
+        for channel in CHANNELS {
+            self.watch.notes(channel)?.write(Note::Stop, 1);
+        }
+        for end in [End::Producer, End::Consumer] {
+            for worker in &mut self.workers {
+                if worker.role.end == end {
+                    worker.wait_done().with_context(|| self.watch.told())?;
+                }
+            }
+        }
+        self.watch.check_totals()
+    }
+}
