@@ -10,7 +10,7 @@ use anyhow::Result;
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
 use barlink::{Access, AttachError, Attachment};
-use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, produce};
+use barlink_crash_load::{Notes, Trap, Trapped, consume, produce};
 use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::{End, Layout};
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
@@ -111,13 +111,7 @@ where
     E: Events<Error: std::error::Error + Send + Sync + 'static>,
 {
     let notes = Notes::new(region.clone(), layout, channel);
-    let trap = Trap::new(
-        notes.clone(),
-        match end {
-            End::Producer => Note::ProducerTrap,
-            End::Consumer => Note::ConsumerTrap,
-        },
-    );
+    let trap = Trap::new(notes.clone(), end);
     let events = Trapped::new(events, trap.clone());
     match end {
         End::Producer => {

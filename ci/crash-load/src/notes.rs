@@ -35,6 +35,10 @@ pub enum Note {
     ProducerTrap,
     /// Where the consumer is to die.
     ConsumerTrap,
+    /// Sleeps of the producer that a ring ended, and not the clock.
+    ProducerWoken,
+    /// Sleeps of the consumer that a ring ended.
+    ConsumerWoken,
 }
 
 /// The notes of one channel.

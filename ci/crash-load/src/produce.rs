@@ -41,9 +41,8 @@ where
         draft.write(0, first);
         draft.write(first.len() as u32, second);
         trap.pass(Point::BeforeCommit);
-        trap.moving(|| draft.commit(KIND, payload.len() as u32))?;
         number += 1;
-        notes.write(Note::Sent, number);
+        trap.moving(number, || draft.commit(KIND, payload.len() as u32))?;
     }
     stream::mark(&mut sender, Kind::END)?;
     notes.write(Note::Sent, number + 1);

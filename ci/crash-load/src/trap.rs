@@ -8,6 +8,7 @@ use std::ops::Deref;
 use std::rc::Rc;
 use std::time::Duration;
 
+use barlink_protocol::wire::layout::End;
 use barlink_protocol::{AtomicU64, Events};
 use rustix::process::{Signal, getpid, kill_process};
 
@@ -29,40 +30,68 @@ pub enum Point {
 /// The trap of one end.
 pub struct Trap<M> {
     notes: Notes<M>,
-    note: Note,
-    /// A ring now follows from a commit or a release, and not from the other end's coming or going.
-    moved: Cell<bool>,
+    end: End,
+    /// How many records are committed or released, if a ring now follows from that, and not from the other end's coming
+    /// or going.
+    moved: Cell<Option<u64>>,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Trap<M> {
-    /// The trap that this note sets.
-    pub fn new(notes: Notes<M>, note: Note) -> Rc<Self> {
+    /// The trap of this end, and those notes of its channel that it takes itself.
+    pub fn new(notes: Notes<M>, end: End) -> Rc<Self> {
         Rc::new(Self {
             notes,
-            note,
-            moved: Cell::new(false),
+            end,
+            moved: Cell::new(None),
         })
     }
 
     /// Dies, if it is to die here. That the note is 0 again tells when.
     pub fn pass(&self, point: Point) {
-        if self.notes.read(self.note) == point as u64 {
-            self.notes.write(self.note, 0);
+        let note = match self.end {
+            End::Producer => Note::ProducerTrap,
+            End::Consumer => Note::ConsumerTrap,
+        };
+        if self.notes.read(note) == point as u64 {
+            // What is done is done, and is to be told so: the successor must go on behind it.
+            if let Some(count) = self.moved.get() {
+                self.note_done(count);
+            }
+            self.notes.write(note, 0);
             let killed = kill_process(getpid(), Signal::KILL);
             unreachable!("this process is dead: {killed:?}");
         }
     }
 
-    /// Does a commit or a release, which rings if the other end asked for that.
-    pub fn moving<T>(&self, work: impl FnOnce() -> T) -> T {
-        self.moved.set(true);
+    /// Does a commit or a release, which rings if the other end asked for that, and notes that there are now `count`.
+    pub fn moving<T, X>(&self, count: u64, work: impl FnOnce() -> Result<T, X>) -> Result<T, X> {
+        self.moved.set(Some(count));
         let done = work();
-        self.moved.set(false);
+        self.moved.set(None);
+        if done.is_ok() {
+            self.note_done(count);
+        }
         done
+    }
+
+    fn note_done(&self, count: u64) {
+        let note = match self.end {
+            End::Producer => Note::Sent,
+            End::Consumer => Note::Released,
+        };
+        self.notes.write(note, count);
+    }
+
+    fn note_woken(&self) {
+        let note = match self.end {
+            End::Producer => Note::ProducerWoken,
+            End::Consumer => Note::ConsumerWoken,
+        };
+        self.notes.add(note, 1);
     }
 }
 
-/// Events of an end that can die before it rings.
+/// Events of an end that can die before it rings, and that notes what wakes it.
 pub struct Trapped<E, M> {
     events: E,
     trap: Rc<Trap<M>>,
@@ -79,14 +108,18 @@ impl<E: Events, M: Deref<Target = [AtomicU64]>> Events for Trapped<E, M> {
     type Error = E::Error;
 
     fn ring(&mut self) -> Result<(), E::Error> {
-        if self.trap.moved.get() {
+        if self.trap.moved.get().is_some() {
             self.trap.pass(Point::BeforeRing);
         }
         self.events.ring()
     }
 
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, E::Error> {
-        self.events.sleep(timeout)
+        let rung = self.events.sleep(timeout)?;
+        if rung {
+            self.trap.note_woken();
+        }
+        Ok(rung)
     }
 
     fn now(&self) -> Duration {

@@ -3,6 +3,7 @@
 //! The kinds of fault.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 
 use barlink_crash_load::Point;
 use barlink_protocol::wire::layout::End;
@@ -38,6 +39,13 @@ impl Role {
         Self { side, end }
     }
 
+    /// The other end of its channel.
+    pub fn other(self) -> Self {
+        let other = Self::ALL.into_iter();
+        let mut other = other.filter(|role| *role != self && role.channel() == self.channel());
+        other.next().unwrap_or(self)
+    }
+
     /// The name of its channel.
     pub fn channel(self) -> &'static str {
         match (self.side, self.end) {
@@ -64,6 +72,8 @@ pub enum Fault {
     Killed(Role),
     /// An end is killed exactly there.
     KilledAt(Role, Point),
+    /// Both ends of the channel of this one, which is on the host, are killed, this one first.
+    BothKilled(Role),
     /// The ends in the guest are killed, and the driver is unloaded and loaded.
     DriverReloaded,
     /// The device is taken from the driver and given back.
@@ -76,6 +86,8 @@ pub enum Fault {
     QemuKilled,
     /// The broker is killed, and started again by its service manager.
     BrokerKilled,
+    /// The same, and meanwhile this end is killed, which is on the host.
+    BrokerAndEndKilled(Role),
     /// Another broker takes over.
     BrokerReplaced,
 }
@@ -96,6 +108,11 @@ impl Fault {
             all.push(Self::Killed(role));
             all.extend(points.iter().map(|&point| Self::KilledAt(role, point)));
         }
+        for role in Role::ALL {
+            if role.side == Side::Host {
+                all.extend([Self::BothKilled(role), Self::BrokerAndEndKilled(role)]);
+            }
+        }
         all.extend([
             Self::DriverReloaded,
             Self::DeviceUnbound,
@@ -106,6 +123,31 @@ impl Fault {
             Self::BrokerReplaced,
         ]);
         all
+    }
+
+    /// Whether the broker must be a managed service for it, or must not be; `None` if it does not matter. A service
+    /// manager would start a broker again that another one replaced.
+    pub fn needs_manager(self) -> Option<bool> {
+        match self {
+            Self::BrokerKilled | Self::BrokerAndEndKilled(_) => Some(true),
+            Self::BrokerReplaced => Some(false),
+            _ => None,
+        }
+    }
+
+    /// How many records come again because they were delivered and not released: which is right, and the more so
+    /// where it is certain.
+    pub fn again(self) -> RangeInclusive<u64> {
+        match self {
+            Self::KilledAt(_, Point::BeforeRelease) => 1..=1,
+            Self::KilledAt(..) | Self::BrokerKilled | Self::BrokerReplaced => 0..=0,
+            Self::Killed(role) | Self::BrokerAndEndKilled(role) => match role.end {
+                End::Producer => 0..=0,
+                End::Consumer => 0..=1,
+            },
+            // Consumers are killed, or lose the memory under their hands, at any moment.
+            _ => 0..=1,
+        }
     }
 }
 
@@ -122,6 +164,10 @@ impl fmt::Display for Fault {
                     (Point::BeforeRelease, _) => "between delivery and release",
                 };
                 return write!(f, "{role} killed {place}");
+            }
+            Self::BothKilled(role) => return write!(f, "{role} killed, and the other end"),
+            Self::BrokerAndEndKilled(role) => {
+                return write!(f, "broker killed, then {role}");
             }
             Self::DriverReloaded => "driver unloaded and loaded",
             Self::DeviceUnbound => "device unbound and bound",

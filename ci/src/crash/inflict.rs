@@ -20,7 +20,7 @@ const UNPLUGGED: Duration = Duration::from_millis(300);
 
 impl Scene<'_> {
     /// Does a fault, and gives the time from there until a record came through that was committed later, in each
-    /// direction that the fault was in.
+    /// direction that the fault was in; after one of the broker, until it also told a host app who is there.
     pub fn inflict(&mut self, fault: Fault) -> Result<Duration> {
         match fault {
             Fault::Killed(role) => {
@@ -32,6 +32,16 @@ impl Scene<'_> {
                 let start = self.spring(role, point)?;
                 self.worker(role)?.wait_killed()?;
                 self.go_on(start, role)
+            }
+            Fault::BothKilled(role) => {
+                let start = Instant::now();
+                self.worker(role)?.kill()?;
+                self.worker(role.other())?.kill()?;
+                let mark = self.watch().mark(&[role.channel()]);
+                self.start(role)?;
+                self.start(role.other())?;
+                self.wait_beyond(&mark)?;
+                Ok(start.elapsed())
             }
             Fault::DriverReloaded => self.interrupt(|scene| {
                 // While it is in use it cannot be unloaded.
@@ -61,19 +71,23 @@ impl Scene<'_> {
                 self.broker.kill()?;
                 // What flows needs no broker.
                 self.wait_until_all_flow()?;
-                let recovery = start.elapsed();
                 self.broker.start_again()?;
                 self.is_as_before(&roll)?;
-                Ok(recovery)
+                Ok(start.elapsed())
+            }
+            Fault::BrokerAndEndKilled(role) => {
+                let start = Instant::now();
+                self.broker.kill()?;
+                self.worker(role)?.kill()?;
+                self.broker.start_again()?;
+                self.go_on(start, role)
             }
             Fault::BrokerReplaced => {
                 let roll = self.roll()?;
                 let start = Instant::now();
                 self.broker.replace()?;
-                self.wait_until_all_flow()?;
-                let recovery = start.elapsed();
                 self.is_as_before(&roll)?;
-                Ok(recovery)
+                Ok(start.elapsed())
             }
         }
     }

@@ -50,21 +50,32 @@ impl Report {
         }
     }
 
-    /// Adds a round: how long it took until records flowed again, if they did, and what happened to them.
-    pub(super) fn add(&mut self, fault: Fault, recovery: Option<Duration>, counts: Counts) {
+    /// Adds a round: how long it took until records flowed again, if they did, and what happened to them. Gives its
+    /// number, and that of the last one.
+    pub(super) fn add(
+        &mut self,
+        fault: Fault,
+        recovery: Option<Duration>,
+        counts: Counts,
+    ) -> String {
         if let Some(row) = self.rows.iter_mut().find(|row| row.fault == fault) {
             row.faults += 1;
             row.recoveries.extend(recovery);
             row.recoveries.sort();
             row.counts += counts;
         }
+        format!("{}/{}", self.faults(), self.rounds)
     }
 
-    /// Adds how it ended, and what happened in all.
+    /// Adds how a part of the rounds ended, and what happened in all of it.
     pub(super) fn end(&mut self, outcome: Result<()>, total: Counts, time: Duration) {
         self.failure = outcome.err().map(|error| format!("{error:#}"));
-        self.total = total;
-        self.time = time;
+        self.total += total;
+        self.time += time;
+    }
+
+    fn faults(&self) -> usize {
+        self.rows.iter().map(|row| row.faults).sum()
     }
 
     /// Whether all rounds were done, and no record was lost, came twice, or was torn.
@@ -89,7 +100,7 @@ impl fmt::Display for Report {
             let cells = cells(row.faults, &row.counts, times);
             writeln!(f, "{}", line(&row.fault.to_string(), cells))?;
         }
-        let faults = self.rows.iter().map(|row| row.faults).sum();
+        let faults = self.faults();
         let cells = cells(faults, &self.total, Default::default());
         writeln!(f, "{}", line("all, and between the rounds", cells))?;
         writeln!(f, "seed {}, {:.0} s", self.seed, self.time.as_secs_f64())?;

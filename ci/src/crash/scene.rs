@@ -49,9 +49,12 @@ pub struct Scene<'a> {
 }
 
 impl<'a> Scene<'a> {
-    /// Starts all of it.
-    pub fn set(artifacts: &'a Artifacts, seed: u64) -> Result<Self> {
-        let broker = Broker::start_managed(artifacts, &ARGUMENTS)?;
+    /// Starts all of it, the broker as a service if it is to be managed.
+    pub fn set(artifacts: &'a Artifacts, seed: u64, managed: bool) -> Result<Self> {
+        let broker = match managed {
+            true => Broker::start_managed(artifacts, &ARGUMENTS)?,
+            false => Broker::start(artifacts, &ARGUMENTS)?,
+        };
         let watch = Watch::new(&broker)?;
         let mut scene = Self {
             workers: Vec::new(),
@@ -126,6 +129,14 @@ impl<'a> Scene<'a> {
     /// Waits until new records come through in both directions.
     pub fn wait_until_all_flow(&mut self) -> Result<()> {
         self.wait_beyond(&self.watch.mark(&CHANNELS))
+    }
+
+    /// Waits until rings have woken every end.
+    pub fn wait_until_all_are_woken(&mut self) -> Result<()> {
+        let since = self.watch.woken();
+        self.wait_until("an end is not woken", |scene| {
+            Ok(scene.watch.all_were_woken(&since))
+        })
     }
 
     /// Waits for something while all ends live.

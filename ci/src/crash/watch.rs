@@ -82,6 +82,10 @@ struct Watched {
 #[derive(Clone, Debug)]
 pub struct Mark(Vec<(&'static str, u64)>);
 
+/// How often a ring had ended a sleep of each end at some moment.
+#[derive(Clone, Debug)]
+pub struct Woken(Vec<u64>);
+
 impl Watch {
     /// Begins to watch.
     pub fn new(broker: &Broker) -> Result<Self> {
@@ -141,6 +145,23 @@ impl Watch {
         })
     }
 
+    /// How often a ring has ended a sleep of each end.
+    pub fn woken(&self) -> Woken {
+        let notes = [Note::ProducerWoken, Note::ConsumerWoken];
+        let of = |channel: &Watched| notes.map(|note| channel.notes.read(note));
+        Woken(self.channels.iter().flat_map(of).collect())
+    }
+
+    /// Whether since then rings have ended two sleeps of every end: the second one at least was asked for by that end,
+    /// and not owed to the other one's coming.
+    pub fn all_were_woken(&self, since: &Woken) -> bool {
+        let now = self.woken();
+        now.0
+            .iter()
+            .zip(&since.0)
+            .all(|(now, then)| now - then >= 2)
+    }
+
     /// An error unless all that was ever sent was delivered and released, by the channels' own counters.
     pub fn check_totals(&self) -> Result<()> {
         for channel in &self.channels {
@@ -161,11 +182,13 @@ impl Watch {
         let channels = self.channels.iter().map(|channel| {
             let noted = |note| channel.notes.read(note);
             format!(
-                "{}: {} sent, {} delivered, {} released, {:?}",
+                "{}: {} sent, {} delivered, {} released, producer woken {}, consumer woken {}, {:?}",
                 channel.name,
                 noted(Note::Sent),
                 noted(Note::Delivered),
                 noted(Note::Released),
+                noted(Note::ProducerWoken),
+                noted(Note::ConsumerWoken),
                 self.state(channel)
             )
         });
