@@ -9,6 +9,7 @@ use barlink::protocol::state;
 use rustix::process::Signal;
 
 use crate::support::*;
+use crate::terminal::*;
 
 const LOOP: [&str; 2] = ["--channel", "loop=host-host,1M"];
 
@@ -230,6 +231,29 @@ fn two_senders_are_two_streams_though_the_first_was_killed() {
         (Some(5), &b"half a stream"[..])
     );
     assert_eq!(works(&mut recv(&broker)), "a whole one");
+}
+
+#[test]
+fn receiver_that_comes_after_its_sender_was_killed_does_not_wait_for_it() {
+    let broker = Broker::start(&LOOP);
+    send_and_be_killed(&broker, b"half a stream");
+    let received = run(&mut recv(&broker));
+    assert_eq!(
+        (received.status.code(), &received.stdout[..]),
+        (Some(5), &b"half a stream"[..])
+    );
+}
+
+#[test]
+fn receiver_that_comes_before_its_sender_waits_and_says_so() {
+    let broker = Broker::start(&LOOP);
+    let mut terminal = Terminal::start(recv(&broker), USUAL);
+    terminal.wait_for("waiting for a sender on channel `loop`");
+    file_with(&broker.path("in"), b"here it is");
+    works(send(&broker).arg(broker.path("in")));
+    assert_eq!(wait(&mut terminal.child).code(), Some(0));
+    terminal.wait_for("here it is");
+    assert_eq!(terminal.text().matches("waiting").count(), 1);
 }
 
 #[test]
