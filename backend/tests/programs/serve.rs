@@ -259,6 +259,32 @@ fn a_name_stands_for_a_private_socket_in_the_run_folder() {
 }
 
 #[test]
+fn a_shell_gives_qemu_the_sockets_path_or_the_path_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (odd, spaced) = (path("it's$HOME;`x`&\"y\".sock"), path("a b.sock"));
+    let broker = Broker::start(&["--ivshmem", &odd, "--ivshmem", &spaced]);
+    let mut shell = std::process::Command::new("sh");
+    shell.args([
+        "-c",
+        r#"printf '%s\n' $("$0" qemu-args --slot 1 --control "$1")"#,
+    ]);
+    shell.args([
+        env!("CARGO_BIN_EXE_barlink").as_ref(),
+        broker.control().as_os_str(),
+    ]);
+    let words = works(&mut shell);
+    let expected = format!("socket,id=barlink-socket,path={odd}");
+    assert_eq!(words.lines().nth(1), Some(&expected[..]));
+    fails(
+        &mut broker.app(&["qemu-args", "--slot", "2"]),
+        1,
+        &["a b.sock", "has a ' '", "serve at a path without it"],
+    );
+    assert!(works(&mut broker.app(&["qemu-args", "--slot", "2", "--libvirt"])).contains(&spaced));
+}
+
+#[test]
 fn takes_little_memory_beside_the_region() {
     let broker = Broker::start(&["--size", "64M"]);
     // A session, a claim and a snapshot, so that all code has run.
