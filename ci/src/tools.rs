@@ -177,10 +177,10 @@ impl Tools {
             return Ok(None);
         };
         Ok(Some(Self {
-            qemu: Qemu::Own(existing(qemu)?),
+            qemu: Qemu::Own(existing("--qemu", qemu)?),
             release: release_of(headers)?,
-            kernel_image: existing(image)?,
-            headers: Headers::Own(existing(headers)?),
+            kernel_image: existing("--kernel-image", image)?,
+            headers: Headers::Own(existing("--kernel-headers", headers)?),
             busybox: own_busybox()?,
             sandbox: None,
         }))
@@ -197,20 +197,23 @@ impl Tools {
             sandbox: Some(sandbox),
         };
         if let Some(qemu) = &args.qemu {
-            tools.qemu = Qemu::Own(existing(qemu)?);
+            tools.qemu = Qemu::Own(existing("--qemu", qemu)?);
         }
         if let (Some(image), Some(headers)) = (&args.kernel_image, &args.kernel_headers) {
-            tools.kernel_image = existing(image)?;
+            tools.kernel_image = existing("--kernel-image", image)?;
             tools.release = release_of(headers)?;
-            tools.headers = Headers::Own(existing(headers)?);
+            tools.headers = Headers::Own(existing("--kernel-headers", headers)?);
         }
         Ok(tools)
     }
 }
 
-fn existing(path: &Path) -> Result<PathBuf> {
-    path.canonicalize()
-        .with_context(|| format!("{} cannot be used", path.display()))
+/// The path that an option, or its environment variable, names.
+fn existing(option: &str, path: &Path) -> Result<PathBuf> {
+    path.canonicalize().with_context(|| {
+        let path = path.display();
+        format!("{option} {path} cannot be used: name one that is there")
+    })
 }
 
 /// What `uname -r` says under the kernel that was built in `headers`.
@@ -219,7 +222,7 @@ fn release_of(headers: &Path) -> Result<String> {
     let release = fs::read_to_string(&path).with_context(|| {
         let headers = headers.display();
         format!(
-            "{headers} is no build tree of a kernel: {} cannot be read",
+            "--kernel-headers {headers} is no build tree of a kernel: {} cannot be read",
             path.display()
         )
     })?;
@@ -245,4 +248,28 @@ fn own_busybox() -> Result<PathBuf> {
         busybox.display()
     );
     Ok(busybox)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_that_name_nothing_are_named() {
+        let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        let tools = |qemu: &str, image: &str| ToolArgs {
+            qemu: Some(here.join(qemu)),
+            kernel_image: Some(here.join(image)),
+            kernel_headers: Some(here.clone()),
+            ..ToolArgs::default()
+        };
+        for (args, option) in [
+            (tools("no", "src"), "--qemu "),
+            // What the kernel is called is asked first.
+            (tools("src", "no"), "--kernel-headers "),
+        ] {
+            let error = Tools::own(&args).unwrap_err().to_string();
+            assert!(error.starts_with(option), "{error}");
+        }
+    }
 }
