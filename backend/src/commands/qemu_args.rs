@@ -18,9 +18,9 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
     let status = attachment.status()?;
     let slot = status.slots.get(args.slot).with_context(|| {
         format!(
-            "no slot {}: the broker has {}, and the first is 0",
+            "no slot {}: the broker's last one is {}; choose another with --slot, or serve more with further --ivshmem",
             args.slot,
-            status.slots.len()
+            status.slots.len().saturating_sub(1)
         )
     })?;
     let id = &args.id;

@@ -302,7 +302,11 @@ fn missing_file_and_full_disk_are_told() {
     fails(
         send(&broker).arg("/no/such/file"),
         1,
-        &["cannot open /no/such/file", "No such file"],
+        &[
+            "cannot open /no/such/file",
+            "a file that you can read",
+            "No such file",
+        ],
     );
     fails(
         send(&broker).arg("/"),
@@ -312,7 +316,7 @@ fn missing_file_and_full_disk_are_told() {
     fails(
         recv(&broker).args(["-o", "/no/such/file"]),
         1,
-        &["cannot create /no/such/file"],
+        &["cannot create /no/such/file", "a file that you can write"],
     );
     let mut sender = send(&broker).arg("/bin/sh").spawn().unwrap();
     fails(
@@ -405,12 +409,12 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
     fails(
         &mut broker.app(&["peek", "--at", "0xfffff0"]),
         1,
-        &["0xfffff0 is not in the raw window"],
+        &["0xfffff0 is not in the raw window", "a smaller --at"],
     );
     fails(
         &mut broker.app(&["poke", "x", "--region", "--at", "1M"]),
         1,
-        &["1 bytes at 0x100000 leave the region, where 0 bytes are left"],
+        &["1 bytes at 0x100000 leave the region, where 0 bytes are left: take no more"],
     );
     // It reads no more of its input than there is room for.
     let mut endless = std::process::Command::new("yes")
@@ -424,6 +428,37 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
         &["leave the raw window"],
     );
     wait(&mut endless);
+}
+
+#[test]
+fn ends_slots_and_windows_that_are_not_there_are_refused_with_a_cure() {
+    // These channels leave no room for a raw window.
+    let channels = ["a=up,64K", "b=down,32K", "c=up,8K"];
+    let channels = channels.iter().flat_map(|channel| ["--channel", channel]);
+    let broker = Broker::start(
+        &["--size", "128K"]
+            .into_iter()
+            .chain(channels)
+            .collect::<Vec<_>>(),
+    );
+    fails(
+        &mut broker.app(&["recv", "--channel", "b"]),
+        1,
+        &[
+            "the consumer of channel `b` is slot 0's VM",
+            "use it there with barlink-guest",
+        ],
+    );
+    fails(
+        &mut broker.app(&["peek"]),
+        1,
+        &["no raw window", "a larger --size"],
+    );
+    fails(
+        &mut broker.app(&["qemu-args", "--slot", "1"]),
+        1,
+        &["no slot 1", "last one is 0", "with --slot"],
+    );
 }
 
 #[test]

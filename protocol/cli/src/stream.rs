@@ -69,7 +69,12 @@ where
 {
     let source: OwnedFd = match &args.file {
         Some(path) => File::open(path)
-            .with_context(|| format!("cannot open {}", path.display()))?
+            .with_context(|| {
+                let path = path.display();
+                format!(
+                    "cannot open {path} (name a file that you can read, or none for standard input)"
+                )
+            })?
             .into(),
         None => io::stdin()
             .as_fd()
@@ -113,7 +118,10 @@ where
     let mut receiver = attach()?;
     let target: OwnedFd = match &args.output {
         Some(path) => File::create(path)
-            .with_context(|| format!("cannot create {}", path.display()))?
+            .with_context(|| {
+                let path = path.display();
+                format!("cannot create {path} (name a file that you can write, or none for standard output)")
+            })?
             .into(),
         None => io::stdout()
             .as_fd()
