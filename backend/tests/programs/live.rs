@@ -43,6 +43,62 @@ fn live_view_shows_channels_at_work_and_bytes() {
 }
 
 #[test]
+fn live_view_shows_all_that_matters_in_a_usual_terminal() {
+    // Names and numbers as long as they get: the first name has 24 characters.
+    let long = "a-camera-with-a-long-nam";
+    let broker = Broker::start(&[
+        "--size",
+        "64M",
+        "--channel",
+        &format!("{long}=host-host,512K"),
+        "--channel",
+        "other=up,16M,drop",
+    ]);
+    let attachment = broker.attach();
+    let mut sender = attachment.sender(long).unwrap();
+    let _ = sender.send(Kind::DATA, &[0x5a; 50_000], None).unwrap();
+    works(&mut broker.app(&["poke", "0123456789abcdef"]));
+    let mut terminal = Terminal::start(broker.app(&["inspect"]), USUAL);
+    for shown in [
+        "region 64.00 MiB, 3 vectors a peer, raw window",
+        "slot 0: no VM, no driver (ivshmem, ",
+        &long[..12],
+        &long[12..],
+        &format!("host, {} ", std::process::id()),
+        "slot 0, -",
+        "9.5 %",
+        "512.00 KiB",
+        "16.00 MiB",
+        // The last bytes of a line, and what stands at the screen's end.
+        "38 39 61 62 63 64 65 66   0123456789abcdef",
+        "q: quit",
+    ] {
+        terminal.wait_for(shown);
+    }
+    let text = terminal.text();
+    let titles = [
+        "from",
+        "to",
+        "fill",
+        "of",
+        "bytes/s",
+        "rec/s",
+        "records",
+        "dropped",
+        "rung",
+        "suppressed",
+    ];
+    for title in titles {
+        assert!(
+            text.split_whitespace().any(|word| word == title),
+            "no `{title}` in:\n{text}"
+        );
+    }
+    terminal.press(b"q");
+    terminal.ends();
+}
+
+#[test]
 fn live_view_ends_with_each_of_its_keys() {
     let broker = Broker::start(&[]);
     for keys in [&b"q"[..], b"\x1b", b"\x03"] {
