@@ -22,6 +22,8 @@ struct Cli {
 enum Task {
     /// Make the sandbox that everything else runs in: QEMU, a kernel, and the driver's toolchain
     Setup(ToolArgs),
+    /// Remove sandboxes that other versions of barlink made and nobody uses now, about 2 GB each
+    Clean,
     /// Show what barlink does, with a real guest
     Demo(DemoArgs),
     /// Run every test
@@ -35,6 +37,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Setup(args) => xtask::setup::run(&args),
+        Task::Clean => xtask::setup::clean(),
         Task::Demo(args) => xtask::demo::run(&args),
         Task::Test(args) => xtask::test::run(&args),
         Task::Fuzz(args) => xtask::fuzz::run(&args),

@@ -3,8 +3,9 @@
 //! The QEMU, kernel, headers and busybox to use: the sandbox's, or the user's own.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, ValueEnum};
@@ -156,6 +157,8 @@ pub struct Tools {
     pub busybox: PathBuf,
     /// The sandbox, unless the user brought everything.
     pub sandbox: Option<Sandbox>,
+    /// Keeps the sandbox from being removed.
+    _hold: Option<Arc<File>>,
 }
 
 impl Tools {
@@ -183,6 +186,7 @@ impl Tools {
             headers: Headers::Own(existing("--kernel-headers", headers)?),
             busybox: own_busybox()?,
             sandbox: None,
+            _hold: None,
         }))
     }
 
@@ -194,6 +198,7 @@ impl Tools {
             kernel_image: sandbox.kernel_image(),
             headers: Headers::Sandboxed(sandbox.clone()),
             busybox: sandbox.root().join("usr/bin/busybox"),
+            _hold: Some(Arc::new(setup::hold(&sandbox)?)),
             sandbox: Some(sandbox),
         };
         if let Some(qemu) = &args.qemu {
