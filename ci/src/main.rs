@@ -24,6 +24,8 @@ enum Task {
     Setup(ToolArgs),
     /// Remove sandboxes that other versions of barlink made and nobody uses now, about 2 GB each
     Clean,
+    /// Build the driver for the kernel that is set up, and print where it is
+    Driver(ToolArgs),
     /// Show what barlink does, with a real guest
     Demo(DemoArgs),
     /// Run every test
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Setup(args) => xtask::setup::run(&args),
         Task::Clean => xtask::setup::clean(),
+        Task::Driver(args) => xtask::builds::print_driver(&args),
         Task::Demo(args) => xtask::demo::run(&args),
         Task::Test(args) => xtask::test::run(&args),
         Task::Fuzz(args) => xtask::fuzz::run(&args),
