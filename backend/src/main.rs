@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use args::{Cli, Command};
 use barlink::AttachError;
+use barlink::broker::BrokerError;
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
 use barlink::events::EventError;
@@ -39,6 +40,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             Some(ControlError::Refused(Refusal::Version { .. })) => return 3,
             Some(ControlError::Refused(_)) | None => (),
             Some(_) => return 3,
+        }
+        if let Some(BrokerError::Plan(_)) = cause.downcast_ref() {
+            return 2;
         }
         if let Some(StreamError::<EventError>::Incomplete(_)) = cause.downcast_ref() {
             return 5;

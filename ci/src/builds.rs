@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -16,7 +16,8 @@ use serde_json::Value;
 
 use crate::initramfs;
 use crate::module::ModuleBuild;
-use crate::tools::{Headers, Tools, VmArgs};
+use crate::setup;
+use crate::tools::{Headers, ToolArgs, Tools, VmArgs};
 
 /// The target that this is all for. Its C library can be linked in, so that a program runs where no library is.
 pub(crate) const NATIVE_TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -95,6 +96,13 @@ impl Artifacts {
             logs,
         })
     }
+}
+
+/// Sets up what the driver needs, builds it, and prints the path of the module.
+pub fn print_driver(args: &ToolArgs) -> Result<ExitCode> {
+    let module = driver(&setup::ensure(args)?, &target_folder()?)?;
+    println!("{}", module.display());
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Builds the driver and gives the path of the module.

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use crate::broker::Broker;
 use crate::builds::Artifacts;
 use crate::setup;
-use crate::tools::{Accel, VmArgs};
+use crate::tools::{Accel, Tools, VmArgs};
 use crate::vm::{Config, Vm, accelerator};
 
 /// How long a transfer may take.
@@ -46,9 +46,11 @@ pub struct DemoArgs {
 
 /// Sets up and builds what is needed, and shows that all of it holds.
 pub fn run(args: &DemoArgs) -> Result<ExitCode> {
+    // Before what takes long.
+    args.file.as_deref().map(check_file).transpose()?;
     let tools = setup::ensure(&args.vm.tools)?;
+    let file = file_to_send(args, &tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone())?;
-    let file = file_to_send(args, &artifacts)?;
 
     let broker = Broker::start(&artifacts, &["--size", "64M"])?;
     let vm = Vm::boot_with(
@@ -278,26 +280,25 @@ fn window(broker: &Broker, vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-fn file_to_send(args: &DemoArgs, artifacts: &Artifacts) -> Result<PathBuf> {
-    let archive = || {
-        artifacts
-            .tools
-            .sandbox
-            .as_ref()
-            .and_then(|sandbox| sandbox.source_archive())
-    };
+fn file_to_send(args: &DemoArgs, tools: &Tools) -> Result<PathBuf> {
+    let sandbox = tools.sandbox.as_ref();
+    let archive = || sandbox.and_then(|sandbox| sandbox.source_archive());
     let file = args.file.clone().or_else(archive);
-    let file = file.context("without a sandbox there is no file to send: name one with --file")?;
-    let size = file
-        .metadata()
-        .with_context(|| format!("cannot read {}", file.display()))?
+    file.context("without a sandbox there is no file to send: name one with --file")
+}
+
+/// Whether a file can be sent that the user names.
+fn check_file(path: &Path) -> Result<()> {
+    let file = path.display();
+    let size = File::open(path)
+        .and_then(|file| file.metadata())
+        .with_context(|| format!("--file {file} cannot be read: name another"))?
         .len();
     ensure!(
         size >= LEAST_FILE,
-        "{} has less than 64 MiB: name a larger one with --file",
-        file.display()
+        "--file {file} has less than 64 MiB: name a larger one"
     );
-    Ok(file)
+    Ok(())
 }
 
 fn sha256(file: &mut File) -> Result<String> {
@@ -327,4 +328,34 @@ fn text(value: &Value) -> String {
     value
         .as_str()
         .map_or_else(|| value.to_string(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tools::ToolArgs;
+
+    #[test]
+    fn file_is_looked_at_before_anything_else() {
+        // Tools that are not there, for a demo that comes as far as looking for them.
+        let nothing = || Some(PathBuf::from("/no/such/file"));
+        let tools = ToolArgs {
+            qemu: nothing(),
+            kernel_image: nothing(),
+            kernel_headers: nothing(),
+            ..ToolArgs::default()
+        };
+        for file in ["/no/such/file", "/dev/null"] {
+            let args = DemoArgs {
+                keep: false,
+                file: Some(file.into()),
+                vm: VmArgs {
+                    tools: tools.clone(),
+                    accel: None,
+                },
+            };
+            let error = run(&args).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("--file {file} ")), "{error}");
+        }
+    }
 }

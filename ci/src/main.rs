@@ -23,6 +23,10 @@ struct Cli {
 enum Task {
     /// Make the sandbox that everything else runs in: QEMU, a kernel, and the driver's toolchain
     Setup(ToolArgs),
+    /// Remove sandboxes that other versions of barlink made and nobody uses now, about 2 GB each
+    Clean,
+    /// Build the driver for the kernel that is set up, and print where it is
+    Driver(ToolArgs),
     /// Show what barlink does, with a real guest
     Demo(DemoArgs),
     /// Run every test
@@ -38,6 +42,8 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Setup(args) => xtask::setup::run(&args),
+        Task::Clean => xtask::setup::clean(),
+        Task::Driver(args) => xtask::builds::print_driver(&args),
         Task::Demo(args) => xtask::demo::run(&args),
         Task::Test(args) => xtask::test::run(&args),
         Task::Fuzz(args) => xtask::fuzz::run(&args),

@@ -41,13 +41,16 @@ pub struct Recipe {
     pub links: BTreeMap<String, String>,
 }
 
+/// Digits of a recipe's hash.
+pub const HASH_DIGITS: usize = 12;
+
 impl Recipe {
     /// Reads the recipe that this program was built with.
     pub fn load() -> Result<Self> {
         toml::from_str(DATA).context("images/sandbox.toml is malformed")
     }
 
-    /// Twelve hexadecimal digits that differ when anything that goes into a sandbox differs, but for its kernel.
+    /// [`HASH_DIGITS`] hexadecimal digits that differ when anything that goes into a sandbox differs, but for its kernel.
     pub fn hash(&self) -> String {
         let mut hash = Sha256::new();
         let trial = TRIAL.map(|(_, content)| content);
@@ -58,7 +61,7 @@ impl Recipe {
         let digest = hash.finalize();
         digest
             .iter()
-            .take(6)
+            .take(HASH_DIGITS / 2)
             .map(|byte| format!("{byte:02x}"))
             .collect()
     }
@@ -122,7 +125,7 @@ mod tests {
             let version = KernelVersion::parse(series).unwrap();
             assert_eq!(version.series(), *series);
         }
-        assert_eq!(recipe.hash().len(), 12);
+        assert_eq!(recipe.hash().len(), HASH_DIGITS);
     }
 
     #[test]

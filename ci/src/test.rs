@@ -2,13 +2,15 @@
 
 //! `cargo xtask test`: runs every test and counts them.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use walkdir::WalkDir;
 
-use crate::builds::{Artifacts, cargo, target_folder};
+use crate::builds::{Artifacts, cargo, repository, target_folder};
 use crate::fuzz;
 use crate::setup;
 use crate::tally::Tally;
@@ -29,6 +31,8 @@ pub struct TestArgs {
 struct Part {
     /// What cargo is told to select it.
     selection: &'static [&'static str],
+    /// Where its tests stand.
+    sources: &'static [&'static str],
     /// What its tests are told.
     options: &'static [&'static str],
     /// What the compiler is told to set, for a build apart from all others.
@@ -40,6 +44,13 @@ struct Part {
 const PARTS: [Part; 6] = [
     Part {
         selection: &["--workspace", "--exclude=xtask"],
+        sources: &[
+            "protocol",
+            "backend",
+            "guest-app",
+            "ci/agent",
+            "ci/driver-checks",
+        ],
         options: &[],
         cfg: None,
         boots: false,
@@ -47,6 +58,7 @@ const PARTS: [Part; 6] = [
     Part {
         // Every interleaving of two ends; optimised, since there are many.
         selection: &["--package=barlink-protocol", "--test=loom", "--release"],
+        sources: &["protocol/tests/loom.rs"],
         options: &[],
         cfg: Some("loom"),
         boots: false,
@@ -54,24 +66,28 @@ const PARTS: [Part; 6] = [
     Part {
         // Races are others without debug assertions, and copies are made by other instructions.
         selection: &["--package=barlink-protocol", "--test=hostile", "--release"],
+        sources: &["protocol/tests/hostile"],
         options: &[],
         cfg: None,
         boots: false,
     },
     Part {
         selection: &["--package=xtask", "--lib", "--bins"],
+        sources: &["ci/src"],
         options: &[],
         cfg: None,
         boots: false,
     },
     Part {
         selection: &["--package=xtask", "--doc"],
+        sources: &["ci/src"],
         options: &[],
         cfg: None,
         boots: false,
     },
     Part {
         selection: &["--package=xtask", "--test=*"],
+        sources: &["ci/tests", "ci/driver-checks"],
         // A VM under TCG keeps several processors busy, so these run one at a time.
         options: &["--test-threads=1"],
         cfg: None,
@@ -79,24 +95,62 @@ const PARTS: [Part; 6] = [
     },
 ];
 
+impl Part {
+    /// Whether a test with this in its name can be here: whether the text is anywhere in the sources, the last part of it
+    /// at least, since modules have the names of their files.
+    fn may_have(&self, name: &str) -> Result<bool> {
+        let last = name.rsplit("::").next().unwrap_or(name);
+        for source in self.sources {
+            let source = repository().join(source);
+            for entry in WalkDir::new(&source) {
+                let path = entry?.into_path();
+                let file = path.strip_prefix(&source)?.to_string_lossy();
+                if path.extension().is_some_and(|extension| extension == "rs")
+                    && (file.contains(last) || fs::read_to_string(&path)?.contains(last))
+                {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// The parts with tests whose names hold this, or all.
+fn parts(name: Option<&str>) -> Result<Vec<Part>> {
+    let mut parts = Vec::new();
+    for part in PARTS {
+        if name.map_or(Ok(true), |name| part.may_have(name))? {
+            parts.push(part);
+        }
+    }
+    Ok(parts)
+}
+
 /// Sets up and builds what the tests need, and runs them all.
 pub fn run(args: &TestArgs) -> Result<ExitCode> {
     let mut tally = Tally::default();
-    // Built here too, and not only by the tests, so that a failure shows once and as what it is.
-    let built =
-        setup::ensure(&args.vm.tools).and_then(|tools| Artifacts::build(tools, args.vm.clone()));
-    match &built {
-        Ok(artifacts) => eprintln!("testing with kernel {}", artifacts.tools.release),
-        Err(error) => {
-            eprintln!("error: {error:#}\nno VM can be booted: going on with the other tests");
-            tally.count(false);
+    let mut parts = parts(args.name.as_deref())?;
+    // Kept to the end, and with it the hold on the sandbox.
+    let mut built = None;
+    if parts.iter().any(|part| part.boots) {
+        // Built here too, and not only by the tests, so that a failure shows once and as what it is.
+        match setup::ensure(&args.vm.tools)
+            .and_then(|tools| Artifacts::build(tools, args.vm.clone()))
+        {
+            Ok(artifacts) => {
+                let artifacts = built.insert(artifacts);
+                eprintln!("testing with kernel {}", artifacts.tools.release);
+            }
+            Err(error) => {
+                eprintln!("error: {error:#}\nno VM can be booted: going on with the other tests");
+                tally.count(false);
+                parts.retain(|part| !part.boots);
+            }
         }
     }
     let target = target_folder()?;
-    for part in PARTS {
-        if part.boots && built.is_err() {
-            continue;
-        }
+    for part in parts {
         let mut command = cargo("test");
         command.arg("--no-fail-fast").args(part.selection);
         if let Some(cfg) = part.cfg {
@@ -200,6 +254,27 @@ mod tests {
         let mut counter = Counter::default();
         output.lines().for_each(|line| counter.take_in(line));
         counter.end(success)
+    }
+
+    #[test]
+    fn parts_that_have_no_test_of_that_name_are_not_built() {
+        // What tells a part: its flag, and whether it boots.
+        let told = |name: Option<&str>| -> Vec<_> {
+            let parts = parts(name).unwrap();
+            parts.iter().map(|part| (part.cfg, part.boots)).collect()
+        };
+        // Put together here, so that the names do not stand in this file.
+        let loom = ["an_end_is_claimed", "or_the_channel_is_reset"].join("_");
+        let expected = [(None, false), (Some("loom"), false)];
+        assert_eq!(told(Some(&loom)), expected);
+        let in_a_vm = ["idle_stream", "uses_no_processor_time"].join("_");
+        assert_eq!(told(Some(&in_a_vm)), [(None, true)]);
+        // With its module, and by its module alone.
+        let loom = ["loom", &loom].join("::");
+        assert_eq!(told(Some(&loom)), expected);
+        let module = ["scrib", "bler"].concat();
+        assert_eq!(told(Some(&module)), [(None, false); 2]);
+        assert_eq!(told(None).len(), PARTS.len());
     }
 
     #[test]

@@ -3,8 +3,9 @@
 //! The QEMU, kernel, headers and busybox to use: the sandbox's, or the user's own.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, ValueEnum};
@@ -156,6 +157,8 @@ pub struct Tools {
     pub busybox: PathBuf,
     /// The sandbox, unless the user brought everything.
     pub sandbox: Option<Sandbox>,
+    /// Keeps the sandbox from being removed.
+    _hold: Option<Arc<File>>,
 }
 
 impl Tools {
@@ -177,12 +180,13 @@ impl Tools {
             return Ok(None);
         };
         Ok(Some(Self {
-            qemu: Qemu::Own(existing(qemu)?),
+            qemu: Qemu::Own(existing("--qemu", qemu)?),
             release: release_of(headers)?,
-            kernel_image: existing(image)?,
-            headers: Headers::Own(existing(headers)?),
+            kernel_image: existing("--kernel-image", image)?,
+            headers: Headers::Own(existing("--kernel-headers", headers)?),
             busybox: own_busybox()?,
             sandbox: None,
+            _hold: None,
         }))
     }
 
@@ -194,23 +198,27 @@ impl Tools {
             kernel_image: sandbox.kernel_image(),
             headers: Headers::Sandboxed(sandbox.clone()),
             busybox: sandbox.root().join("usr/bin/busybox"),
+            _hold: Some(Arc::new(setup::hold(&sandbox)?)),
             sandbox: Some(sandbox),
         };
         if let Some(qemu) = &args.qemu {
-            tools.qemu = Qemu::Own(existing(qemu)?);
+            tools.qemu = Qemu::Own(existing("--qemu", qemu)?);
         }
         if let (Some(image), Some(headers)) = (&args.kernel_image, &args.kernel_headers) {
-            tools.kernel_image = existing(image)?;
+            tools.kernel_image = existing("--kernel-image", image)?;
             tools.release = release_of(headers)?;
-            tools.headers = Headers::Own(existing(headers)?);
+            tools.headers = Headers::Own(existing("--kernel-headers", headers)?);
         }
         Ok(tools)
     }
 }
 
-fn existing(path: &Path) -> Result<PathBuf> {
-    path.canonicalize()
-        .with_context(|| format!("{} cannot be used", path.display()))
+/// The path that an option, or its environment variable, names.
+fn existing(option: &str, path: &Path) -> Result<PathBuf> {
+    path.canonicalize().with_context(|| {
+        let path = path.display();
+        format!("{option} {path} cannot be used: name one that is there")
+    })
 }
 
 /// What `uname -r` says under the kernel that was built in `headers`.
@@ -219,7 +227,7 @@ fn release_of(headers: &Path) -> Result<String> {
     let release = fs::read_to_string(&path).with_context(|| {
         let headers = headers.display();
         format!(
-            "{headers} is no build tree of a kernel: {} cannot be read",
+            "--kernel-headers {headers} is no build tree of a kernel: {} cannot be read",
             path.display()
         )
     })?;
@@ -245,4 +253,28 @@ fn own_busybox() -> Result<PathBuf> {
         busybox.display()
     );
     Ok(busybox)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_that_name_nothing_are_named() {
+        let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        let tools = |qemu: &str, image: &str| ToolArgs {
+            qemu: Some(here.join(qemu)),
+            kernel_image: Some(here.join(image)),
+            kernel_headers: Some(here.clone()),
+            ..ToolArgs::default()
+        };
+        for (args, option) in [
+            (tools("no", "src"), "--qemu "),
+            // What the kernel is called is asked first.
+            (tools("src", "no"), "--kernel-headers "),
+        ] {
+            let error = Tools::own(&args).unwrap_err().to_string();
+            assert!(error.starts_with(option), "{error}");
+        }
+    }
 }

@@ -231,6 +231,22 @@ fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
         String::from_utf8_lossy(&ended.stderr)
     );
 
+    // Again, and its consumer comes only when it has left.
+    let mut producer = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+    let mut input = producer.stdin.take().context("no input")?;
+    input.write_all(b"half")?;
+    wait_until("all is committed", || {
+        Ok(broker.inspect()?["channels"][1]["records"] == 4)
+    })?;
+    producer.kill()?;
+    producer.wait()?;
+    wait_for_holder(&broker, "down", "producer", false)?;
+    let ended = vm.run(["barlink-guest", "recv"])?;
+    assert_eq!(
+        (ended.status, &ended.stdout[..]),
+        (Status::Code(5), &b"half"[..])
+    );
+
     // A consumer in the guest, with the stream waiting for the next one.
     let receiver = vm.spawn(["barlink-guest", "recv"])?;
     wait_for_holder(&broker, "down", "consumer", true)?;

@@ -11,6 +11,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use xtask::builds::repository;
+use xtask::tools::{Tools, VmArgs};
 use xtask::vm::{Config, Vm};
 
 /// What a line says that ends the output of a block.
@@ -161,6 +162,46 @@ fn config(given: &Path) -> Result<Config> {
         arguments: arguments.collect(),
         ..Config::default()
     })
+}
+
+#[test]
+fn drivers_makefile_builds_it_or_says_what_it_lacks() -> Result<()> {
+    let tools = Tools::find(&VmArgs::from_environment()?.tools)?;
+    let Some(sandbox) = &tools.sandbox else {
+        eprintln!(
+            "without a sandbox: not run, since the host need not have the driver's compilers"
+        );
+        return Ok(());
+    };
+    let source = repository().join("guest-driver");
+    let wire = repository().join("protocol/src/wire");
+    let output = tempfile::tempdir()?;
+    let make = |arguments: &[String]| {
+        let enter = sandbox.enter().bind_read_only(&source);
+        let enter = enter.bind_read_only(&wire);
+        let mut make = enter.bind(output.path(), output.path()).run("make");
+        make.arg("-C").arg(&source).args(arguments);
+        make.output()
+    };
+    // The host's kernel has no headers in the sandbox.
+    let failed = make(&[])?;
+    let errors = String::from_utf8(failed.stderr)?;
+    ensure!(!failed.status.success());
+    for part in [
+        "No kernel headers with Rust metadata at /lib/modules/",
+        "KDIR=FOLDER",
+        "`cargo xtask driver`",
+    ] {
+        ensure!(errors.contains(part), "no `{part}` in:\n{errors}");
+    }
+    let built = make(&[
+        format!("KDIR={}", sandbox.headers().display()),
+        format!("MO={}", output.path().display()),
+    ])?;
+    let errors = String::from_utf8_lossy(&built.stderr);
+    ensure!(built.status.success(), "{errors}");
+    ensure!(output.path().join("barlink.ko").is_file(), "{errors}");
+    Ok(())
 }
 
 #[test]

@@ -100,7 +100,9 @@ pub enum DeviceError {
         end: End,
     },
     /// The end is not this VM's.
-    #[error("the {end} of channel `{name}` is not in this VM")]
+    #[error(
+        "the {end} of channel `{name}` is not in this VM: choose another channel (`barlink-guest info` lists them)"
+    )]
     NotHere {
         /// Name of the channel.
         name: String,

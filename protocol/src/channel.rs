@@ -284,6 +284,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.link.peer()
     }
 
+    /// Whether nobody holds the other end, as last seen: [`Receiver::wait`] looks, unless it finds a record. Between two
+    /// VMs the other end cannot be seen, and passes for held.
+    pub fn peer_is_away(&self) -> bool {
+        self.link.peer_is_away()
+    }
+
     /// The events of this end.
     pub fn events(&self) -> &E {
         self.link.events()

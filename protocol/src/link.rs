@@ -94,6 +94,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         self.peer
     }
 
+    /// Whether nobody holds the other end, as last seen. Between two VMs it cannot be seen, and passes for held.
+    pub(crate) fn peer_is_away(&self) -> bool {
+        self.words.is_some() && !self.peer.is_held()
+    }
+
     /// The events of this end, for a program that sleeps on more than one thing.
     pub fn events(&self) -> &E {
         &self.events

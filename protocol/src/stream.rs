@@ -6,6 +6,7 @@
 //! kinds a channel carries is not part of any stream, and is passed over.
 
 use core::ops::Deref;
+use core::time::Duration;
 
 use libc::c_int;
 
@@ -120,16 +121,16 @@ where
     E: Events,
 {
     let mut total = Progress::default();
-    let mut left = false;
     loop {
-        match receiver.wait(left.then_some(core::time::Duration::ZERO))? {
+        // A sender that has left, before we came or since, sends no more; but what it committed until then is there.
+        let away = total.records > 0 && receiver.peer_is_away();
+        match receiver.wait(away.then_some(Duration::ZERO))? {
             Wakeup::Ready => (),
-            Wakeup::TimedOut => return Err(StreamError::Incomplete(total.bytes)),
-            Wakeup::PeerChanged => {
-                // It may have committed its last records after we looked and before it left: look once more.
-                left = total.records > 0 && !receiver.peer().is_held();
-                continue;
+            // Nobody was there at a look after which there was no record either: this is all.
+            Wakeup::TimedOut if receiver.peer_is_away() => {
+                return Err(StreamError::Incomplete(total.bytes));
             }
+            Wakeup::TimedOut | Wakeup::PeerChanged => continue,
         }
         let Some(record) = receiver.record() else {
             continue;

@@ -56,7 +56,16 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
-    /// A process listens there.
+    /// Another broker listens there.
+    #[error(
+        "socket {path} is in use by another broker: take its place with --replace, or give this one sockets and a --name \
+         of its own"
+    )]
+    Served {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Another program listens there.
     #[error(
         "socket {path} is in use by a process that listens there: stop it, or choose another path"
     )]
@@ -241,7 +250,7 @@ impl Lock {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => (),
                 Err(Errno::WOULDBLOCK) => {
-                    return Err(SocketError::InUse {
+                    return Err(SocketError::Served {
                         path: path.to_owned(),
                     });
                 }

@@ -4,7 +4,7 @@
 
 use std::io::{Write, stdout};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use barlink::Access;
 
 use crate::args::QemuArgs;
@@ -18,9 +18,9 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
     let status = attachment.status()?;
     let slot = status.slots.get(args.slot).with_context(|| {
         format!(
-            "no slot {}: the broker has {}, and the first is 0",
+            "no slot {}: the broker's last one is {}; choose another with --slot, or serve more with further --ivshmem",
             args.slot,
-            status.slots.len()
+            status.slots.len().saturating_sub(1)
         )
     })?;
     let id = &args.id;
@@ -57,22 +57,23 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
         lines.push("</qemu:commandline>".to_owned());
         lines.join("\n")
     } else {
-        let words = arguments
-            .iter()
-            .flat_map(|(name, value)| [(*name).to_owned(), quote(value)]);
-        words.collect::<Vec<_>>().join(" ")
+        let changed = path.chars().find(|c| is_changed_by_a_shell(*c));
+        ensure!(
+            changed.is_none(),
+            "socket path {path:?} has a {:?}, which a shell does not leave alone in `$(barlink qemu-args)`: serve at a \
+             path without it (--libvirt can have this one)",
+            changed.unwrap_or_default()
+        );
+        let words = arguments.map(|(name, value)| format!("{name} {value}"));
+        words.join(" ")
     };
     writeln!(stdout(), "{text}").context("cannot write to standard output")
 }
 
-/// Quotes a word for a shell, if it must be: `$(barlink qemu-args)` splits at spaces and looks at no quotes.
-fn quote(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,=:@%+".contains(c);
-    if word.chars().all(plain) {
-        word.to_owned()
-    } else {
-        shell_words::quote(word).into_owned()
-    }
+/// Whether a shell splits or expands the words of `$(...)` at a character. No quotes keep it from that: it takes quotes
+/// that come out of a command for themselves, as it takes all other characters.
+fn is_changed_by_a_shell(c: char) -> bool {
+    c.is_ascii_whitespace() || "*?[\\".contains(c)
 }
 
 /// Escapes text for an XML attribute in single quotes.

@@ -19,7 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub enum ControlError {
     /// Nothing listens there.
     #[error(
-        "no broker at {path}: start one with `barlink serve`, or name another with --control or --name"
+        "no broker at {path}: start one with `barlink serve --ivshmem /tmp/vm.sock` (and the same --name or --control, if \
+         any), or name another"
     )]
     NoBroker {
         /// The socket.

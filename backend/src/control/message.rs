@@ -161,7 +161,9 @@ pub enum Refusal {
     #[error("the region has no channel {0}")]
     NoChannel(usize),
     /// Another process holds that end.
-    #[error("channel `{channel}` already has a {end}, process {pid}")]
+    #[error(
+        "channel `{channel}` already has a {end}, process {pid} on the host: stop that process first"
+    )]
     Held {
         /// Name of the channel.
         channel: String,
@@ -171,7 +173,10 @@ pub enum Refusal {
         pid: u32,
     },
     /// That end is not the host's.
-    #[error("the {end} of channel `{channel}` is {peer}, not the host")]
+    #[error(
+        "the {end} of channel `{channel}` is {peer}, not the host: use it there with barlink-guest, or choose another \
+         channel (`barlink inspect` shows from where to where each goes)"
+    )]
     NotHost {
         /// Name of the channel.
         channel: String,
@@ -184,7 +189,7 @@ pub enum Refusal {
     #[error("the end is not held by this process")]
     NotHeld,
     /// A channel cannot be reset while somebody holds one of its ends.
-    #[error("channel `{channel}` is in use by {holder}")]
+    #[error("channel `{channel}` is in use by {holder}: stop that process first")]
     InUse {
         /// Name of the channel.
         channel: String,

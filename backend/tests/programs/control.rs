@@ -54,7 +54,7 @@ fn second_producer_is_refused_and_told_who_is_first() {
     fails(
         &mut broker.app(&["send"]),
         4,
-        &["`down` already has a producer", &pid],
+        &["`down` already has a producer", &pid, "stop that process"],
     );
     assert!(
         first.try_wait().unwrap().is_none(),
@@ -396,7 +396,7 @@ fn corrupt_channel_is_reset_when_both_ends_are_free() {
     fails(
         &mut broker.app(&["reset-channel", "other"]),
         4,
-        &["in use by process"],
+        &["in use by process", "stop that process"],
     );
     drop(sender);
     assert_eq!(

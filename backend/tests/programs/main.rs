@@ -9,4 +9,5 @@ mod replace;
 mod serve;
 mod streams;
 mod support;
+mod terminal;
 mod vmm;

@@ -24,7 +24,7 @@ fn refuses_sizes_that_no_bar_can_have() {
     let serve = |size| serve(folder.path(), &["--size", size]);
     fails(
         &mut serve("100M"),
-        1,
+        2,
         &[
             "100.00 MiB is not a power of two",
             "take 64.00 MiB or 128.00 MiB",
@@ -32,25 +32,25 @@ fn refuses_sizes_that_no_bar_can_have() {
     );
     fails(
         &mut serve("2K"),
-        1,
+        2,
         &["too small", "take 128.00 KiB or more"],
     );
     fails(
         &mut serve("0"),
-        1,
+        2,
         &["0 B is too small", "take 128.00 KiB or more"],
     );
     fails(
         &mut serve("130K"),
-        1,
+        2,
         &["not a power of two", "take 128.00 KiB or 256.00 KiB"],
     );
     fails(
         &mut serve("1T"),
-        1,
+        2,
         &["1.00 TiB is more than this machine's memory", "or less"],
     );
-    fails(&mut serve("8E"), 1, &["more than this machine's memory"]);
+    fails(&mut serve("8E"), 2, &["more than this machine's memory"]);
     fails(&mut serve("much"), 2, &["`much` is no size", "say 64M"]);
     assert_eq!(
         std::fs::read_dir(folder.path()).unwrap().count(),
@@ -65,7 +65,7 @@ fn refuses_channels_that_do_not_fit() {
     let mut serve = serve(folder.path(), &["--size", "1M", "--channel", "a=up,1M"]);
     fails(
         &mut serve,
-        1,
+        2,
         &[
             "1.00 MiB is too small for its channels",
             "take 2.00 MiB or more",
@@ -79,8 +79,13 @@ fn refuses_channels_and_sockets_that_are_named_twice() {
     let twice = ["--channel", "a=up,4K", "--channel", "a=down,4K"];
     fails(
         &mut serve(folder.path(), &twice),
-        1,
+        2,
         &["two channels are named `a`", "name them apart"],
+    );
+    fails(
+        &mut serve(folder.path(), &["--channel", "a=1-host,4K"]),
+        2,
+        &["slot 1", "the last one is 0", "add an --ivshmem"],
     );
     let socket = folder.path().join("vm.sock");
     let socket = socket.to_str().unwrap();
@@ -169,7 +174,11 @@ fn refuses_a_path_that_a_live_broker_holds_and_takes_one_that_a_dead_one_left() 
     fails(
         &mut again,
         1,
-        &["control.sock is in use", "choose another path"],
+        &[
+            "control.sock is in use by another broker",
+            "--replace",
+            "a --name",
+        ],
     );
     assert!(!other.exists(), "it left a socket behind");
     let (folder, _) = broker.stop(Signal::KILL);
@@ -252,10 +261,40 @@ fn a_name_stands_for_a_private_socket_in_the_run_folder() {
     fails(
         &mut command,
         3,
-        &["no broker", "blue.sock", "barlink serve"],
+        &[
+            "no broker",
+            "blue.sock",
+            "`barlink serve --ivshmem /tmp/vm.sock`",
+        ],
     );
     signal_child(&broker, Signal::TERM);
     assert_eq!(wait(&mut broker).code(), Some(0));
+}
+
+#[test]
+fn a_shell_gives_qemu_the_sockets_path_or_the_path_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (odd, spaced) = (path("it's$HOME;`x`&\"y\".sock"), path("a b.sock"));
+    let broker = Broker::start(&["--ivshmem", &odd, "--ivshmem", &spaced]);
+    let mut shell = std::process::Command::new("sh");
+    shell.args([
+        "-c",
+        r#"printf '%s\n' $("$0" qemu-args --slot 1 --control "$1")"#,
+    ]);
+    shell.args([
+        env!("CARGO_BIN_EXE_barlink").as_ref(),
+        broker.control().as_os_str(),
+    ]);
+    let words = works(&mut shell);
+    let expected = format!("socket,id=barlink-socket,path={odd}");
+    assert_eq!(words.lines().nth(1), Some(&expected[..]));
+    fails(
+        &mut broker.app(&["qemu-args", "--slot", "2"]),
+        1,
+        &["a b.sock", "has a ' '", "serve at a path without it"],
+    );
+    assert!(works(&mut broker.app(&["qemu-args", "--slot", "2", "--libvirt"])).contains(&spaced));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use barlink::protocol::state;
 use rustix::process::Signal;
 
 use crate::support::*;
+use crate::terminal::*;
 
 const LOOP: [&str; 2] = ["--channel", "loop=host-host,1M"];
 
@@ -233,6 +234,29 @@ fn two_senders_are_two_streams_though_the_first_was_killed() {
 }
 
 #[test]
+fn receiver_that_comes_after_its_sender_was_killed_does_not_wait_for_it() {
+    let broker = Broker::start(&LOOP);
+    send_and_be_killed(&broker, b"half a stream");
+    let received = run(&mut recv(&broker));
+    assert_eq!(
+        (received.status.code(), &received.stdout[..]),
+        (Some(5), &b"half a stream"[..])
+    );
+}
+
+#[test]
+fn receiver_that_comes_before_its_sender_waits_and_says_so() {
+    let broker = Broker::start(&LOOP);
+    let mut terminal = Terminal::start(recv(&broker), USUAL);
+    terminal.wait_for("waiting for a sender on channel `loop`");
+    file_with(&broker.path("in"), b"here it is");
+    works(send(&broker).arg(broker.path("in")));
+    assert_eq!(wait(&mut terminal.child).code(), Some(0));
+    terminal.wait_for("here it is");
+    assert_eq!(terminal.text().matches("waiting").count(), 1);
+}
+
+#[test]
 fn records_that_no_channel_carries_are_refused() {
     let broker = Broker::start(&LOOP);
     fails(
@@ -278,7 +302,11 @@ fn missing_file_and_full_disk_are_told() {
     fails(
         send(&broker).arg("/no/such/file"),
         1,
-        &["cannot open /no/such/file", "No such file"],
+        &[
+            "cannot open /no/such/file",
+            "a file that you can read",
+            "No such file",
+        ],
     );
     fails(
         send(&broker).arg("/"),
@@ -288,7 +316,7 @@ fn missing_file_and_full_disk_are_told() {
     fails(
         recv(&broker).args(["-o", "/no/such/file"]),
         1,
-        &["cannot create /no/such/file"],
+        &["cannot create /no/such/file", "a file that you can write"],
     );
     let mut sender = send(&broker).arg("/bin/sh").spawn().unwrap();
     fails(
@@ -381,12 +409,12 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
     fails(
         &mut broker.app(&["peek", "--at", "0xfffff0"]),
         1,
-        &["0xfffff0 is not in the raw window"],
+        &["0xfffff0 is not in the raw window", "a smaller --at"],
     );
     fails(
         &mut broker.app(&["poke", "x", "--region", "--at", "1M"]),
         1,
-        &["1 bytes at 0x100000 leave the region, where 0 bytes are left"],
+        &["1 bytes at 0x100000 leave the region, where 0 bytes are left: take no more"],
     );
     // It reads no more of its input than there is room for.
     let mut endless = std::process::Command::new("yes")
@@ -400,6 +428,37 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
         &["leave the raw window"],
     );
     wait(&mut endless);
+}
+
+#[test]
+fn ends_slots_and_windows_that_are_not_there_are_refused_with_a_cure() {
+    // These channels leave no room for a raw window.
+    let channels = ["a=up,64K", "b=down,32K", "c=up,8K"];
+    let channels = channels.iter().flat_map(|channel| ["--channel", channel]);
+    let broker = Broker::start(
+        &["--size", "128K"]
+            .into_iter()
+            .chain(channels)
+            .collect::<Vec<_>>(),
+    );
+    fails(
+        &mut broker.app(&["recv", "--channel", "b"]),
+        1,
+        &[
+            "the consumer of channel `b` is slot 0's VM",
+            "use it there with barlink-guest",
+        ],
+    );
+    fails(
+        &mut broker.app(&["peek"]),
+        1,
+        &["no raw window", "a larger --size"],
+    );
+    fails(
+        &mut broker.app(&["qemu-args", "--slot", "1"]),
+        1,
+        &["no slot 1", "last one is 0", "with --slot"],
+    );
 }
 
 #[test]

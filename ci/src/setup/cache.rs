@@ -3,6 +3,7 @@
 //! The folder that holds finished sandboxes, and how one gets there: built under another name, then renamed.
 
 use std::cmp::Reverse;
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tempfile::TempDir;
 
-use crate::recipe::Recipe;
+use crate::recipe::{HASH_DIGITS, Recipe};
 use crate::sandbox::{Manifest, Sandbox};
 
 /// What the names of unfinished sandboxes begin with.
@@ -77,8 +78,37 @@ impl Cache {
     /// The finished sandboxes of other recipes, which this program has no use for.
     pub(super) fn strangers(&self, recipe: &Recipe) -> Result<Vec<PathBuf>> {
         let mut folders = self.finished()?;
-        folders.retain(|folder| !is_of(folder, recipe));
+        folders.retain(|folder| !is_of(folder, recipe) && is_named_as_ours(folder));
         Ok(folders)
+    }
+
+    /// Removes the strangers but for those in use, and what interrupted set-ups left. Gives what it removed and what it
+    /// left.
+    pub(super) fn clean(
+        &self,
+        recipe: &Recipe,
+        lock: &Lock,
+    ) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+        self.remove_unfinished(lock)?;
+        let (mut removed, mut left) = (Vec::new(), Vec::new());
+        for folder in self.strangers(recipe)? {
+            let manifest = File::open(folder.join(MANIFEST))?;
+            match flock(&manifest, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => (),
+                Err(Errno::WOULDBLOCK) => {
+                    left.push(folder);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            }
+            // Under a name that says what it will be if this is interrupted.
+            let mut name = OsString::from(UNFINISHED);
+            name.push(folder.file_name().unwrap_or_default());
+            fs::rename(&folder, self.folder.join(name))?;
+            self.remove_unfinished(lock)?;
+            removed.push(folder);
+        }
+        Ok((removed, left))
     }
 
     fn finished(&self) -> Result<Vec<PathBuf>> {
@@ -108,8 +138,8 @@ impl Cache {
         Ok(Lock { _file: file })
     }
 
-    /// Removes what interrupted set-ups left, and begins a new sandbox, which is removed again unless it is finished.
-    pub(super) fn begin(&self, _lock: &Lock) -> Result<TempDir> {
+    /// Removes what interrupted set-ups left.
+    fn remove_unfinished(&self, _lock: &Lock) -> Result<()> {
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
             if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
@@ -118,6 +148,12 @@ impl Cache {
                     .with_context(|| format!("{} cannot be removed", path.display()))?;
             }
         }
+        Ok(())
+    }
+
+    /// Removes what interrupted set-ups left, and begins a new sandbox, which is removed again unless it is finished.
+    pub(super) fn begin(&self, lock: &Lock) -> Result<TempDir> {
+        self.remove_unfinished(lock)?;
         Ok(tempfile::Builder::new()
             .prefix(UNFINISHED)
             // Programs that give up their rights, such as apt's downloads, must get through.
@@ -160,6 +196,26 @@ fn is_of(folder: &Path, recipe: &Recipe) -> bool {
     name.to_string_lossy().ends_with(&ending(recipe))
 }
 
+/// Whether a finished sandbox has the name that [`Cache::finish`] gives, and so is nothing that somebody else put there.
+fn is_named_as_ours(folder: &Path) -> bool {
+    let is_folder = fs::symlink_metadata(folder).is_ok_and(|metadata| metadata.is_dir());
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let hash = read(folder).ok().and_then(|sandbox| {
+        let hash = name.strip_prefix(&sandbox.manifest.release)?;
+        hash.strip_prefix('-').map(str::to_owned)
+    });
+    let digit = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    is_folder && hash.is_some_and(|hash| hash.len() == HASH_DIGITS && hash.bytes().all(digit))
+}
+
+/// Marks a sandbox as in use until the file is closed, so that it is not removed.
+pub(super) fn hold(sandbox: &Sandbox) -> Result<File> {
+    let path = sandbox.folder.join(MANIFEST);
+    let file = File::open(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
+    flock(&file, FlockOperation::LockShared)?;
+    Ok(file)
+}
+
 fn read(folder: &Path) -> Result<Sandbox> {
     let path = folder.join(MANIFEST);
     let manifest = File::open(&path).map_err(anyhow::Error::new);
@@ -174,4 +230,85 @@ fn read(folder: &Path) -> Result<Sandbox> {
             )
         })?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cache in a folder of its own, with what looks like a finished sandbox for each name.
+    fn cache(names: &[&str]) -> (TempDir, Cache) {
+        let folder = tempfile::tempdir().unwrap();
+        for name in names {
+            let sandbox = folder.path().join(name);
+            fs::create_dir_all(sandbox.join("root/usr")).unwrap();
+            let manifest = Manifest {
+                release: "7.2.12+deb13-cloud-amd64".to_owned(),
+                package_version: "7.2.12-1".to_owned(),
+                kernel_image: "vmlinuz".into(),
+            };
+            fs::write(
+                sandbox.join(MANIFEST),
+                serde_json::to_vec(&manifest).unwrap(),
+            )
+            .unwrap();
+        }
+        let cache = Cache {
+            folder: folder.path().to_owned(),
+        };
+        (folder, cache)
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn clean_removes_sandboxes_of_other_recipes_and_nothing_else() {
+        let recipe = Recipe::load().unwrap();
+        let own = format!("7.2.12+deb13-cloud-amd64{}", ending(&recipe));
+        let old = "7.2.12+deb13-cloud-amd64-0123456789ab";
+        let others = [
+            "7.2.12+deb13-cloud-amd64-backup",
+            "7.2.12+deb13-cloud-amd64-0123456789ab.old",
+            "7.3.4+deb13-cloud-amd64-0123456789ab",
+            "notes",
+        ];
+        let (folder, cache) = cache(&[&[&own[..], old], &others[..]].concat());
+        let link = "7.2.12+deb13-cloud-amd64-ba9876543210";
+        let (elsewhere, _) = self::cache(&[link]);
+        let linked = elsewhere.path().join(link);
+        std::os::unix::fs::symlink(&linked, folder.path().join(link)).unwrap();
+        fs::create_dir(folder.path().join(".unfinished-x")).unwrap();
+
+        let lock = cache.lock(|| ()).unwrap();
+        let (removed, left) = cache.clean(&recipe, &lock).unwrap();
+        assert_eq!((removed, left), (vec![folder.path().join(old)], vec![]));
+        let mut expected = [&others[..], &[&own[..], link, "lock"]].concat();
+        expected.sort_unstable();
+        assert_eq!(names(folder.path()), expected);
+        assert!(linked.join("root/usr").exists());
+    }
+
+    #[test]
+    fn clean_leaves_a_sandbox_that_is_in_use() {
+        let recipe = Recipe::load().unwrap();
+        let old = "7.2.12+deb13-cloud-amd64-0123456789ab";
+        let (folder, cache) = cache(&[old]);
+        let path = folder.path().join(old);
+        let lock = cache.lock(|| ()).unwrap();
+        let holds = [(); 2].map(|()| hold(&read(&path).unwrap()).unwrap());
+        let (removed, left) = cache.clean(&recipe, &lock).unwrap();
+        assert_eq!((removed, left), (vec![], vec![path.clone()]));
+        assert!(path.join("root/usr").exists());
+        drop(holds);
+        let (removed, _) = cache.clean(&recipe, &lock).unwrap();
+        assert_eq!(removed, [path]);
+        assert_eq!(names(folder.path()), ["lock"]);
+    }
 }

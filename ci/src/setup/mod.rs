@@ -9,12 +9,12 @@ mod metadata;
 mod mirror;
 mod rootfs;
 
-use std::fs;
+use std::fs::{self, File};
 use std::process::ExitCode;
 
 use anyhow::Result;
 
-use self::cache::Cache;
+use self::cache::{Cache, Lock};
 use self::metadata::Unfinished;
 use crate::recipe::Recipe;
 use crate::sandbox::Sandbox;
@@ -37,12 +37,37 @@ pub fn run(args: &ToolArgs) -> Result<ExitCode> {
         println!("sandbox  {}", sandbox.folder.display());
         for folder in Cache::open()?.strangers(&Recipe::load()?)? {
             println!(
-                "unused   {}: another version of barlink's; remove it if that is gone",
+                "unused   {}: another version's; `cargo xtask clean` removes it",
                 folder.display()
             );
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Removes the sandboxes of other versions of barlink, but for those in use, and says so.
+pub fn clean() -> Result<ExitCode> {
+    let cache = Cache::open()?;
+    let lock = lock(&cache)?;
+    let (removed, left) = cache.clean(&Recipe::load()?, &lock)?;
+    for (what, folders) in [("removed", &removed), ("in use ", &left)] {
+        for folder in folders {
+            println!("{what}  {}", folder.display());
+        }
+    }
+    if removed.is_empty() && left.is_empty() {
+        println!("nothing to remove");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Marks a sandbox as in use until the file is closed.
+pub(crate) fn hold(sandbox: &Sandbox) -> Result<File> {
+    cache::hold(sandbox)
+}
+
+fn lock(cache: &Cache) -> Result<Lock> {
+    cache.lock(|| eprintln!("another set-up is at work: waiting for it to end"))
 }
 
 /// The tools that `args` names, set up if need be.
@@ -74,7 +99,7 @@ pub fn finished(args: &ToolArgs) -> Result<Vec<Sandbox>> {
 fn build(args: &ToolArgs) -> Result<Sandbox> {
     let recipe = Recipe::load()?;
     let cache = Cache::open()?;
-    let lock = cache.lock(|| eprintln!("another set-up is at work: waiting for it to end"))?;
+    let lock = lock(&cache)?;
     if let Some(sandbox) = finished(args)?.into_iter().next() {
         return Ok(sandbox);
     }

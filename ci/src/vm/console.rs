@@ -3,8 +3,8 @@
 //! The guest's serial console: a log file, and on request a terminal.
 
 use std::fs;
-use std::io::{Read, Write, stdin, stdout};
-use std::os::fd::AsFd;
+use std::io::{Read, Write, stdout};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +13,10 @@ use std::thread;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use signal_hook::consts::{SIGHUP, SIGTERM};
+use signal_hook::flag;
 
 /// The log's name in the VM's folder. QEMU writes it.
 pub(super) const LOG: &str = "console.log";
@@ -65,24 +68,28 @@ impl Console {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// Connects standard input and output until the user presses Ctrl-], or either side ends.
-    pub(super) fn attach_terminal(&self) -> Result<()> {
+    /// Connects `input` and standard output until the user presses Ctrl-], either side ends, or a signal says that the
+    /// terminal is gone: then the caller, too, gets to remove what it made.
+    pub(super) fn attach_terminal(&self, input: BorrowedFd) -> Result<()> {
         let mut stream = self
             .stream
             .as_ref()
             .context("this VM's console is not interactive")?;
-        let _raw = RawTerminal::enter()?;
+        for signal in [SIGHUP, SIGTERM] {
+            flag::register(signal, Arc::clone(&self.ended)).context("signals cannot be caught")?;
+        }
+        let _raw = RawTerminal::enter(input)?;
         self.attached.store(true, Ordering::Release);
         // The shell shows its prompt again.
         stream.write_all(b"\n")?;
         let mut bytes = [0; 4096];
         while !self.ended.load(Ordering::Acquire) {
-            let input = stdin();
-            if poll(&mut [PollFd::new(&input, PollFlags::IN)], Some(&LOOK))? == 0 {
-                continue;
-            }
+            match poll(&mut [PollFd::new(&input, PollFlags::IN)], Some(&LOOK)) {
+                Ok(0) | Err(Errno::INTR) => continue,
+                ready => ready?,
+            };
             // Not by the standard library, whose buffer `poll` does not see.
-            let length = rustix::io::read(input.as_fd(), &mut bytes)?;
+            let length = rustix::io::read(input, &mut bytes)?;
             let typed = bytes.get(..length).unwrap_or_default();
             let left = typed.iter().position(|byte| *byte == LEAVE);
             stream.write_all(typed.get(..left.unwrap_or(length)).unwrap_or_default())?;
@@ -109,26 +116,29 @@ fn forward(mut stream: UnixStream, attached: &AtomicBool) {
     }
 }
 
-/// Standard input in raw mode, if it is a terminal; as it was when dropped.
-struct RawTerminal(Option<Termios>);
+/// An input in raw mode, if it is a terminal; as it was when dropped.
+struct RawTerminal<'a> {
+    input: BorrowedFd<'a>,
+    before: Option<Termios>,
+}
 
-impl RawTerminal {
-    fn enter() -> Result<Self> {
-        let Ok(before) = tcgetattr(stdin()) else {
-            return Ok(Self(None));
-        };
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(stdin(), OptionalActions::Now, &raw)
-            .context("the terminal cannot be switched to raw mode")?;
-        Ok(Self(Some(before)))
+impl<'a> RawTerminal<'a> {
+    fn enter(input: BorrowedFd<'a>) -> Result<Self> {
+        let before = tcgetattr(input).ok();
+        if let Some(before) = &before {
+            let mut raw = before.clone();
+            raw.make_raw();
+            tcsetattr(input, OptionalActions::Now, &raw)
+                .context("the terminal cannot be switched to raw mode")?;
+        }
+        Ok(Self { input, before })
     }
 }
 
-impl Drop for RawTerminal {
+impl Drop for RawTerminal<'_> {
     fn drop(&mut self) {
-        if let Some(before) = &self.0 {
-            let _ = tcsetattr(stdin(), OptionalActions::Now, before);
+        if let Some(before) = &self.before {
+            let _ = tcsetattr(self.input, OptionalActions::Now, before);
         }
     }
 }
@@ -149,5 +159,31 @@ pub(super) fn tail(folder: &Path) -> String {
         "neither QEMU nor the guest said anything".to_owned()
     } else {
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    use rustix::process::{Signal, getpid, kill_process};
+
+    #[test]
+    fn a_hangup_ends_the_terminal_and_not_the_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ours, _qemus) = UnixStream::pair().unwrap();
+        let console = Console::new(folder.path(), Some(ours)).unwrap();
+        // A terminal at which nobody types.
+        let (input, _keyboard) = std::io::pipe().unwrap();
+        thread::scope(|scope| {
+            let attached = scope.spawn(|| console.attach_terminal(input.as_fd()));
+            while !console.attached.load(Ordering::Acquire) {
+                assert!(!attached.is_finished(), "it is not attached");
+                thread::yield_now();
+            }
+            kill_process(getpid(), Signal::HUP).unwrap();
+            attached.join().unwrap().unwrap();
+        });
     }
 }

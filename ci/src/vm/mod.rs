@@ -15,6 +15,7 @@ mod console;
 mod qemu;
 mod qmp;
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -171,9 +172,9 @@ impl Vm {
         console::tail(self.qemu.folder())
     }
 
-    /// Connects the caller's terminal to the guest's console until the user presses Ctrl-].
+    /// Connects the caller's terminal to the guest's console until the user presses Ctrl-], or the terminal is gone.
     pub fn attach_terminal(&self) -> Result<()> {
-        self.console.attach_terminal()
+        self.console.attach_terminal(std::io::stdin().as_fd())
     }
 }
 

@@ -14,15 +14,19 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// See the module.
 pub struct Meter {
     bar: ProgressBar,
+    /// Whether it shows anything.
+    visible: bool,
     shown: Instant,
     /// When the first record was there.
     start: Option<Instant>,
 }
 
 impl Meter {
-    /// For a stream of so many bytes, if that is known.
-    pub fn new(size: Option<u64>) -> Self {
-        let bar = if io::stderr().is_terminal() {
+    /// For a stream between a channel and `file`, of so many bytes if that is known. Where the file is a terminal, what
+    /// it shows or is typed there is not drawn over.
+    pub fn new(file: &impl IsTerminal, size: Option<u64>) -> Self {
+        let visible = io::stderr().is_terminal() && !file.is_terminal();
+        let bar = if visible {
             ProgressBar::new_spinner()
         } else {
             ProgressBar::hidden()
@@ -39,6 +43,7 @@ impl Meter {
         }
         Meter {
             bar,
+            visible,
             shown: Instant::now(),
             start: None,
         }
@@ -69,7 +74,7 @@ impl Meter {
                 "seconds": seconds,
             });
             let _ = writeln!(told, "{summary}");
-        } else if told.is_terminal() {
+        } else if self.visible {
             let rate = HumanBytes((total.bytes as f64 / seconds.max(1e-9)) as u64);
             let bytes = HumanBytes(total.bytes);
             let _ = writeln!(told, "{done} {bytes} in {seconds:.2} s, {rate}/s");

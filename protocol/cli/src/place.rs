@@ -60,9 +60,14 @@ impl Place {
             true => ("region", 0, mapped),
             false => ("raw window", layout.raw_offset, layout.raw_size),
         };
+        ensure!(
+            size > 0,
+            "this region has no raw window: serve one with smaller channels or a larger --size, or count from the \
+             region's start with --region"
+        );
         let room = size.checked_sub(self.at).with_context(|| {
             format!(
-                "{:#x} is not in the {what}, which has {} ({size} bytes)",
+                "{:#x} is not in the {what}, which has {} ({size} bytes): choose a smaller --at",
                 self.at,
                 BinaryBytes(size)
             )
@@ -74,7 +79,7 @@ impl Place {
         let what = if self.region { "region" } else { "raw window" };
         ensure!(
             length <= room,
-            "{length} bytes at {:#x} leave the {what}, where {room} bytes are left",
+            "{length} bytes at {:#x} leave the {what}, where {room} bytes are left: take no more, or a smaller --at",
             self.at
         );
         Ok(())

@@ -3,15 +3,16 @@
 //! `send` and `recv`: a file through a channel.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IsTerminal, Write};
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use barlink_protocol::cursor::Corrupt;
 use barlink_protocol::stream::{self, StreamError};
-use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Sender};
+use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Sender, Wakeup};
 use clap::Args;
 
 use crate::meter::Meter;
@@ -68,7 +69,12 @@ where
 {
     let source: OwnedFd = match &args.file {
         Some(path) => File::open(path)
-            .with_context(|| format!("cannot open {}", path.display()))?
+            .with_context(|| {
+                let path = path.display();
+                format!(
+                    "cannot open {path} (name a file that you can read, or none for standard input)"
+                )
+            })?
             .into(),
         None => io::stdin()
             .as_fd()
@@ -88,7 +94,7 @@ where
          serve a larger channel"
     );
     let mut record = vec![0; usize::try_from(record)?];
-    let mut meter = Meter::new(size);
+    let mut meter = Meter::new(&source, size);
     let outcome = stream::send(&mut sender, source.as_raw_fd(), &mut record, |progress| {
         meter.show(progress);
     });
@@ -112,15 +118,29 @@ where
     let mut receiver = attach()?;
     let target: OwnedFd = match &args.output {
         Some(path) => File::create(path)
-            .with_context(|| format!("cannot create {}", path.display()))?
+            .with_context(|| {
+                let path = path.display();
+                format!("cannot create {path} (name a file that you can write, or none for standard output)")
+            })?
             .into(),
         None => io::stdout()
             .as_fd()
             .try_clone_to_owned()
             .context("cannot use standard output")?,
     };
+    if io::stderr().is_terminal() {
+        let found = receiver.wait(Some(Duration::ZERO));
+        let found = found.map_err(|error| describe(error.into(), channel))?;
+        if found != Wakeup::Ready && !receiver.peer().is_held() {
+            // Nobody may be there to be told.
+            let _ = writeln!(
+                io::stderr(),
+                "waiting for a sender on channel `{channel}` (Ctrl-C ends this)"
+            );
+        }
+    }
     loop {
-        let mut meter = Meter::new(None);
+        let mut meter = Meter::new(&target, None);
         let outcome = stream::receive(&mut receiver, target.as_raw_fd(), |progress| {
             meter.show(progress);
         });

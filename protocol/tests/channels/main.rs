@@ -4,3 +4,4 @@ mod heap;
 mod region;
 mod ring;
 mod sleep;
+mod stream;

@@ -20,6 +20,8 @@ use super::view::{self, Rate};
 
 /// Time between two snapshots.
 const INTERVAL: Duration = Duration::from_millis(500);
+/// Columns from which on a channel has one line.
+const UNFOLDED: u16 = 120;
 /// Bytes in a line of the hex view.
 const LINE: u64 = 16;
 
@@ -183,9 +185,11 @@ impl<'a> Screen<'a> {
         let height = |lines: usize, border| {
             Constraint::Length(u16::try_from(lines + border).unwrap_or(u16::MAX))
         };
+        let folds = frame.area().width < UNFOLDED;
+        let rows = self.snapshot.channels.len() + 1;
         let [head, table, hex, foot] = Layout::vertical([
             height(slots.len() + 2, 0),
-            height(self.snapshot.channels.len() + 1, 2),
+            height(if folds { 2 * rows } else { rows }, 2),
             Constraint::Min(3),
             Constraint::Length(1),
         ])
@@ -195,25 +199,28 @@ impl<'a> Screen<'a> {
             .chain(slots)
             .map(Line::from);
         frame.render_widget(Paragraph::new(lines.collect::<Vec<_>>()), head);
-        frame.render_widget(self.table(), table);
+        frame.render_widget(self.table(folds), table);
         self.lines = u64::from(hex.height.saturating_sub(2));
         frame.render_widget(self.hex(), hex);
         let keys = "arrows, page up/down, home, end: move   tab: next part   q: quit";
         frame.render_widget(Line::from(keys).dim(), foot);
     }
 
-    fn table(&self) -> Table<'static> {
-        let row =
-            |(channel, rate)| Row::new(view::channel_row(channel, Some(rate)).map(Cell::from));
-        let rows = self
-            .snapshot
-            .channels
-            .iter()
-            .zip(self.rates.iter().copied())
-            .map(row);
-        let widths = view::CHANNEL_WIDTHS.map(Constraint::Length);
-        Table::new(rows, widths)
-            .header(Row::new(view::CHANNEL_COLUMNS).style(Style::new().bold()))
+    /// The channels, each in two lines if it folds.
+    fn table(&self, folds: bool) -> Table<'static> {
+        let row = |row: [String; 11]| match folds {
+            true => Row::new(view::fold(&row).map(Cell::from)).height(2),
+            false => Row::new(row.map(Cell::from)),
+        };
+        let channels = self.snapshot.channels.iter().zip(&self.rates);
+        let rows = channels.map(|(channel, rate)| row(view::channel_row(channel, Some(*rate))));
+        let titles = row(view::CHANNEL_COLUMNS.map(str::to_owned));
+        let widths = match folds {
+            true => &view::FOLDED_WIDTHS[..],
+            false => &view::CHANNEL_WIDTHS[..],
+        };
+        Table::new(rows, widths.iter().copied().map(Constraint::Length))
+            .header(titles.style(Style::new().bold()))
             .block(Block::bordered().title("channels"))
     }
 
@@ -231,7 +238,7 @@ impl<'a> Screen<'a> {
             let length = size.saturating_sub(start).min(LINE) as usize;
             // In range, and a page is never unmapped: nothing to say if it fails.
             let _ = self.attachment.region().peek(start, &mut bytes[..length]);
-            Line::from(format!("{start:012x}  {}", hex_line(&bytes[..length])))
+            Line::from(format!("{start:08x}  {}", hex_line(&bytes[..length])))
         };
         let title = format!("{title}, page {}", self.offset / PAGE_SIZE);
         Paragraph::new((0..self.lines).map(line).collect::<Vec<_>>())

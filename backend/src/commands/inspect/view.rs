@@ -23,8 +23,20 @@ pub const CHANNEL_COLUMNS: [&str; 11] = [
     "rung",
     "suppressed",
 ];
-/// Widths that hold what is mostly in them, and fit into 120 columns.
+/// Widths that hold what is mostly in them, and fit into 120 columns with a border.
 pub const CHANNEL_WIDTHS: [u16; 11] = [8, 12, 12, 7, 10, 12, 9, 11, 7, 8, 10];
+/// The same for rows that [`fold`] has made: these fit into 80.
+pub const FOLDED_WIDTHS: [u16; 6] = [12, 14, 10, 12, 14, 11];
+
+/// Makes two lines of a row, or of the titles: the name, in the second line too if it is long, and the others in pairs,
+/// one above the other.
+pub fn fold(row: &[String; 11]) -> [String; 6] {
+    let (name, rest) = row[0].split_at(row[0].len().min(FOLDED_WIDTHS[0].into()));
+    std::array::from_fn(|column| match column {
+        0 => format!("{name}\n{rest}"),
+        _ => format!("{}\n{}", row[2 * column - 1], row[2 * column]),
+    })
+}
 
 /// What has changed between two snapshots of a channel.
 #[derive(Clone, Copy, Debug, Default)]
@@ -89,8 +101,9 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
         } else {
             "no driver".to_owned()
         };
+        // What can be long is last: a terminal may not have room for it.
         format!(
-            "slot {id} ({}, {}): {vm}, {driver}",
+            "slot {id}: {vm}, {driver} ({}, {})",
             slot.transport,
             slot.socket.display()
         )
