@@ -120,16 +120,12 @@ where
     E: Events,
 {
     let mut total = Progress::default();
-    let mut left = false;
     loop {
-        match receiver.wait(left.then_some(core::time::Duration::ZERO))? {
-            Wakeup::Ready => (),
-            Wakeup::TimedOut => return Err(StreamError::Incomplete(total.bytes)),
-            Wakeup::PeerChanged => {
-                // It may have committed its last records after we looked and before it left: look once more.
-                left = total.records > 0 && !receiver.peer().is_held();
-                continue;
-            }
+        if receiver.wait(None)? == Wakeup::PeerChanged
+            && total.records > 0
+            && !receiver.peer().is_held()
+        {
+            return Err(StreamError::Incomplete(total.bytes));
         }
         let Some(record) = receiver.record() else {
             continue;
