@@ -62,14 +62,15 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         Self::new(region, entry, words, events)
     }
 
-    /// As [`Sender::attach`], in a model's region, which holds a channel and nothing else.
+    /// As [`Sender::attach`], in a model's region, whose channel is smaller than a layout permits.
     #[cfg(loom)]
     pub fn attach_to(
         region: Region<M>,
         entry: &Channel,
+        words: Option<PresenceWords>,
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
-        Self::new(region, entry, None, events)
+        Self::new(region, entry, words, events)
     }
 
     fn new(
@@ -258,14 +259,15 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         Self::new(region, entry, words, events)
     }
 
-    /// As [`Receiver::attach`], in a model's region, which holds a channel and nothing else.
+    /// As [`Receiver::attach`], in a model's region, whose channel is smaller than a layout permits.
     #[cfg(loom)]
     pub fn attach_to(
         region: Region<M>,
         entry: &Channel,
+        words: Option<PresenceWords>,
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
-        Self::new(region, entry, None, events)
+        Self::new(region, entry, words, events)
     }
 
     fn new(

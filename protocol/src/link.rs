@@ -130,18 +130,14 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         u64::try_from(self.events.now().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Looks whether the other end has changed. If so, rings it, since a doorbell to its predecessor may have been
-    /// lost, and starts to doubt again that doorbells arrive here.
-    fn watch(&mut self) -> Result<bool, E::Error> {
-        let peer = self.read_peer();
-        if peer == self.peer {
-            return Ok(false);
-        }
+    /// Notes that the other end has changed. Rings it, since a doorbell to its predecessor may have been lost, and
+    /// starts to doubt again that doorbells arrive here.
+    fn peer_changed(&mut self, peer: Presence) -> Result<(), E::Error> {
         self.peer = peer;
         self.proven = false;
         self.doze = FIRST_DOZE;
         self.ring()?;
-        Ok(true)
+        Ok(())
     }
 
     fn read_peer(&self) -> Presence {
@@ -171,12 +167,19 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             return Ok(Wakeup::Ready);
         }
         loop {
-            let changed = self.watch().map_err(ChannelError::Events)?;
             let left = deadline.map(|deadline| deadline.saturating_sub(self.events.now()));
             let over = left == Some(Duration::ZERO);
-            // An end that keeps changing does not hold up the deadline.
-            if changed && !over {
-                return Ok(Wakeup::PeerChanged);
+            let peer = self.read_peer();
+            if peer != self.peer {
+                // What it did since the last look, and before it changed, comes first.
+                if look(false)? {
+                    return Ok(Wakeup::Ready);
+                }
+                self.peer_changed(peer).map_err(ChannelError::Events)?;
+                // An end that keeps changing does not hold up the deadline.
+                if !over {
+                    return Ok(Wakeup::PeerChanged);
+                }
             }
             if look(true)? {
                 return Ok(Wakeup::Ready);

@@ -204,16 +204,28 @@ fn index(offset: u64) -> usize {
     (offset / 8) as usize
 }
 
-/// The place of a word in a memory that holds one channel and nothing else: loom follows every word by itself, so the
-/// gaps between cache lines are left out.
+/// The place of a word in a model's memory: loom follows every word by itself, so it has only those that are used. The
+/// broker's page, the driver's page, and between them one channel, all of one slot.
 #[cfg(loom)]
 fn index(offset: u64) -> usize {
-    use crate::wire::layout::channel;
-    let word = match offset {
-        channel::DATA.. => 12 + (offset - channel::DATA) / 8,
-        channel::READ.. => 8 + (offset - channel::READ) / 8,
-        channel::GENERATION => 11,
-        _ => (offset - channel::WRITTEN) / 8,
+    use crate::wire::layout::{FIRST_FREE, PAGE_SIZE, channel, presence};
+    const HEADER: u64 = FIRST_FREE / PAGE_SIZE;
+    const DATA: u64 = HEADER + 1;
+    let within = offset % PAGE_SIZE;
+    let word = match (offset / PAGE_SIZE, within) {
+        (HEADER, channel::GENERATION) => 8,
+        (HEADER, channel::READ..) => 9 + (within - channel::READ) / 8,
+        (HEADER, _) => 12 + (within - channel::WRITTEN) / 8,
+        (DATA, _) => 20 + within / 8,
+        (page, _) => {
+            let first = if page > DATA { 4 } else { 0 };
+            first
+                + match within {
+                    presence::HOLDERS.. => 2 + (within - presence::HOLDERS) / 8,
+                    presence::CONNECTIONS => 1,
+                    _ => 0,
+                }
+        }
     };
     word as usize
 }

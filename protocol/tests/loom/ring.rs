@@ -1,119 +1,20 @@
-//! Every interleaving of two ends, as far as loom's bound on preemptions goes: run by
-//! `RUSTFLAGS="--cfg loom" cargo test --release -p barlink-protocol --test loom`.
-//!
-//! Timeouts never end here, so a wake-up that is lost is a deadlock, which loom reports. Loom does not model
-//! write-combined memory, nor stores that bypass the cache.
-#![cfg(loom)]
-
-use std::convert::Infallible;
-use std::ops::Deref;
-use std::sync::Arc as StdArc;
-use std::time::Duration;
+//! Both ends of one channel, whose comings and goings nobody tells.
 
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::{Channel, Layout, Name};
 use barlink_protocol::{
-    AtomicU64, Consumer, Events, Ordering, Producer, Receiver, Sender, Sent, Wakeup, state,
+    AtomicU64, Consumer, Ordering, Producer, Receiver, Sender, Sent, Wakeup, state,
 };
-use loom::sync::{Arc, Condvar, Mutex};
+use loom::sync::Arc;
 use loom::thread;
 
-/// Two records of one word fit.
-const CAPACITY: u64 = 64;
+use crate::model::{Bells, Memory, Words, channel, model, region};
 
-#[derive(Clone)]
-struct Memory(StdArc<Vec<AtomicU64>>);
-
-impl Deref for Memory {
-    type Target = [AtomicU64];
-
-    fn deref(&self) -> &[AtomicU64] {
-        &self.0
-    }
-}
-
-fn channel() -> Channel {
-    Channel {
-        name: Name::new("loom").unwrap(),
-        producer: 0,
-        consumer: 1,
-        vector: 0,
-        drop_when_full: false,
-        offset: 0,
-        capacity: CAPACITY,
-    }
-}
-
-fn region() -> Region<Memory> {
-    let words = 12 + CAPACITY / 8;
-    Region::new(Memory(StdArc::new(
-        (0..words).map(|_| AtomicU64::new(0)).collect(),
-    )))
-}
-
-#[derive(Clone)]
-struct Bell(Arc<(Mutex<bool>, Condvar)>);
-
-struct Bells {
-    own: Bell,
-    other: Bell,
-}
-
-fn bells() -> (Bells, Bells) {
-    let bell = || Bell(Arc::new((Mutex::new(false), Condvar::new())));
-    let (a, b) = (bell(), bell());
-    (
-        Bells {
-            own: a.clone(),
-            other: b.clone(),
-        },
-        Bells { own: b, other: a },
-    )
-}
-
-impl Events for Bells {
-    type Error = Infallible;
-
-    fn ring(&mut self) -> Result<(), Infallible> {
-        *self.other.0.0.lock().unwrap() = true;
-        self.other.0.1.notify_one();
-        Ok(())
-    }
-
-    fn sleep(&mut self, _timeout: Option<Duration>) -> Result<bool, Infallible> {
-        let (flag, condvar) = &*self.own.0;
-        let mut rung = flag.lock().unwrap();
-        while !*rung {
-            rung = condvar.wait(rung).unwrap();
-        }
-        *rung = false;
-        Ok(true)
-    }
-
-    fn now(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn can_spin(&self) -> bool {
-        false
-    }
-}
-
-/// Both ends of one channel. The layout is only asked for the channel: its other numbers mean nothing here.
-fn ends(region: &Region<Memory>) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
-    let (a, b) = bells();
-    let sender = Sender::attach_to(region.clone(), &channel(), a).unwrap();
-    (
-        sender,
-        Receiver::attach_to(region.clone(), &channel(), b).unwrap(),
-    )
-}
-
-fn model(test: impl Fn() + Sync + Send + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(3);
-    builder.check(test);
+/// Both ends of a channel from the guest to the host.
+fn ends(region: &Words) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
+    let (guest, host) = Bells::pair();
+    let sender = Sender::attach_to(region.clone(), &channel(), None, guest).unwrap();
+    let receiver = Receiver::attach_to(region.clone(), &channel(), None, host).unwrap();
+    (sender, receiver)
 }
 
 #[test]
@@ -229,6 +130,3 @@ fn an_end_is_claimed_or_the_channel_is_reset() {
         }
     });
 }
-
-/// The compiler is to see that the layout module has nothing of loom in it.
-const _: fn(&Layout) -> u32 = Layout::host;

@@ -1,0 +1,269 @@
+//! What the models are made of: a region with one channel, doorbells, and those who say in it who is there.
+
+use std::convert::Infallible;
+use std::ops::Deref;
+use std::sync::Arc as StdArc;
+use std::time::Duration;
+
+use barlink_protocol::region::Region;
+use barlink_protocol::wire::layout::{
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, presence,
+};
+use barlink_protocol::{AtomicU64, Events, Ordering, PresenceWords};
+use loom::sync::atomic::fence;
+use loom::sync::{Arc, Condvar, Mutex};
+
+/// Two records of one word fit.
+const CAPACITY: u64 = 64;
+/// The guest's slot.
+const SLOT: u32 = 0;
+const HOST: u32 = 1;
+
+#[derive(Clone)]
+pub struct Memory(StdArc<Vec<AtomicU64>>);
+
+impl Deref for Memory {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        &self.0
+    }
+}
+
+pub type Words = Region<Memory>;
+
+/// A region with nobody there. `region::index` says which words it has.
+pub fn region() -> Words {
+    let words = 8 + 12 + CAPACITY / 8;
+    Region::new(Memory(StdArc::new(
+        (0..words).map(|_| AtomicU64::new(0)).collect(),
+    )))
+}
+
+/// A channel from the guest to the host.
+pub fn channel() -> Channel {
+    Channel {
+        name: Name::new("loom").unwrap(),
+        producer: SLOT,
+        consumer: HOST,
+        vector: 0,
+        drop_when_full: false,
+        offset: FIRST_FREE,
+        capacity: CAPACITY,
+    }
+}
+
+/// A channel from the host to the guest.
+pub fn channel_to_guest() -> Channel {
+    Channel {
+        producer: HOST,
+        consumer: SLOT,
+        ..channel()
+    }
+}
+
+/// The layout around such a channel, which must be told a larger one.
+fn layout(channel: &Channel) -> Layout {
+    let channel = Channel {
+        capacity: 4096,
+        ..*channel
+    };
+    Layout::new(1 << 15, 1, 1, FIRST_FREE + 8192, 0, &[channel]).unwrap()
+}
+
+/// Where one end of such a channel is told of.
+pub fn words(channel: &Channel, end: End) -> Option<PresenceWords> {
+    let layout = layout(channel);
+    PresenceWords::find(&layout, 0, end, layout.region_size)
+}
+
+pub fn model(test: impl Fn() + Sync + Send + 'static) {
+    model_of(3, test);
+}
+
+/// A model of at most so many preemptions.
+pub fn model_of(preemptions: usize, test: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.check(test);
+}
+
+/// What one side's ends sleep on: the channel's vector and vector 0.
+#[derive(Clone)]
+pub struct Bell(Arc<(Mutex<bool>, Condvar)>);
+
+impl Bell {
+    pub fn ring(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_one();
+    }
+
+    /// Sleeps until it is rung, however long that takes.
+    pub fn sleep(&self) {
+        let (flag, condvar) = &*self.0;
+        let mut rung = flag.lock().unwrap();
+        while !*rung {
+            rung = condvar.wait(rung).unwrap();
+        }
+        *rung = false;
+    }
+
+    fn drain(&self) {
+        *self.0.0.lock().unwrap() = false;
+    }
+}
+
+#[derive(Clone)]
+pub struct Bells {
+    pub own: Bell,
+    pub other: Bell,
+}
+
+impl Bells {
+    /// The guest's, and the host's.
+    pub fn pair() -> (Bells, Bells) {
+        let bell = || Bell(Arc::new((Mutex::new(false), Condvar::new())));
+        let (own, other) = (bell(), bell());
+        let host = Bells {
+            own: other.clone(),
+            other: own.clone(),
+        };
+        (Bells { own, other }, host)
+    }
+}
+
+impl Events for Bells {
+    type Error = Infallible;
+
+    fn ring(&mut self) -> Result<(), Infallible> {
+        self.other.ring();
+        Ok(())
+    }
+
+    fn sleep(&mut self, _timeout: Option<Duration>) -> Result<bool, Infallible> {
+        self.own.sleep();
+        Ok(true)
+    }
+
+    fn now(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn can_spin(&self) -> bool {
+        false
+    }
+}
+
+/// The guest's driver, which stores and rings in the order of `guest-driver/hardware.rs` and `device.rs`.
+pub struct Driver {
+    region: Words,
+    /// The end that the guest has.
+    end: End,
+    host: Bell,
+    page: u64,
+}
+
+impl Driver {
+    pub fn new(region: &Words, channel: &Channel, bells: &Bells) -> Self {
+        Driver {
+            region: region.clone(),
+            end: if channel.producer == SLOT {
+                End::Producer
+            } else {
+                End::Consumer
+            },
+            host: bells.other.clone(),
+            page: layout(channel).presence_page(SLOT),
+        }
+    }
+
+    /// Is probed.
+    pub fn arrive(&self) {
+        let old = self.region.load(self.page + presence::EPOCH);
+        self.announce(old + if old.is_multiple_of(2) { 1 } else { 2 });
+    }
+
+    /// Is unbound. No process of its guest touches the region any more.
+    pub fn leave(&self) {
+        self.announce(self.region.load(self.page + presence::EPOCH) + 1);
+    }
+
+    fn announce(&self, epoch: u64) {
+        self.write(presence::holder(0, self.end), 0);
+        self.write(presence::EPOCH, epoch);
+        self.host.ring();
+    }
+
+    /// A process claims the guest's end (or lets it go, 0).
+    pub fn hold(&self, holder: u64) {
+        self.write(presence::holder(0, self.end), holder);
+        self.host.ring();
+    }
+
+    fn write(&self, offset: u64, word: u64) {
+        // As `writeq` does: after all earlier stores.
+        self.region
+            .word(self.page + offset)
+            .store(word, Ordering::Release);
+    }
+}
+
+/// The broker, which stores and rings in the order of `backend/src/broker/shared.rs`.
+pub struct Broker {
+    region: Words,
+    /// The end that the host has.
+    end: End,
+    guest: Bell,
+    host: Bell,
+    driver_page: u64,
+}
+
+impl Broker {
+    /// One that is there.
+    pub fn new(region: &Words, channel: &Channel, bells: &Bells) -> Self {
+        let broker = Broker {
+            region: region.clone(),
+            end: if channel.producer == HOST {
+                End::Producer
+            } else {
+                End::Consumer
+            },
+            guest: bells.other.clone(),
+            host: bells.own.clone(),
+            driver_page: layout(channel).presence_page(SLOT),
+        };
+        broker.write(presence::EPOCH, 1);
+        broker
+    }
+
+    /// A VM comes.
+    pub fn occupy(&self, connection: u64) {
+        self.guest.drain();
+        self.write(presence::CONNECTIONS, connection);
+        self.host.ring();
+    }
+
+    /// The VM is gone.
+    pub fn vacate(&self) {
+        self.write(presence::CONNECTIONS, 0);
+        self.host.ring();
+    }
+
+    /// A host app claims the host's end (or lets it go, 0).
+    pub fn hold(&self, holder: u64) {
+        self.write(presence::holder(0, self.end), holder);
+        fence(Ordering::SeqCst);
+        let load = |offset| self.region.word(offset).load(Ordering::Acquire);
+        let has_driver = load(BROKER_PAGE + presence::CONNECTIONS) != 0
+            && load(self.driver_page + presence::EPOCH) % 2 == 1;
+        if has_driver {
+            self.guest.ring();
+        }
+    }
+
+    fn write(&self, offset: u64, word: u64) {
+        self.region
+            .word(BROKER_PAGE + offset)
+            .store(word, Ordering::Release);
+    }
+}

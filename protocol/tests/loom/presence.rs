@@ -1,0 +1,273 @@
+//! Ends that come, die and are followed by others, while driver and broker say so, and ring, in the order in which they
+//! really do. No clock rescues a sleeper: each ring here is one that the protocol promises.
+
+use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
+
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::{Channel, End, channel as place};
+use barlink_protocol::{Consumer, Producer, Receiver, Sender, Sent, Wakeup};
+use loom::thread;
+
+use crate::model::{
+    Bells, Broker, Driver, Memory, Words, channel, channel_to_guest, model, model_of, region, words,
+};
+
+fn sender(region: &Words, channel: &Channel, bells: &Bells) -> Sender<Memory, Bells> {
+    let peer = words(channel, End::Consumer);
+    Sender::attach_to(region.clone(), channel, peer, bells.clone()).unwrap()
+}
+
+fn receiver(region: &Words, channel: &Channel, bells: &Bells) -> Receiver<Memory, Bells> {
+    let peer = words(channel, End::Producer);
+    Receiver::attach_to(region.clone(), channel, peer, bells.clone()).unwrap()
+}
+
+fn send(sender: &mut Sender<Memory, Bells>, number: u64) {
+    let sent = sender.send(Kind::DATA, &number.to_le_bytes(), None);
+    assert_eq!(sent, Ok(Sent::Committed));
+}
+
+/// Commits a record, and dies before it can ring.
+fn commit_and_die(region: &Words, channel: &Channel, number: u64) {
+    let mut producer = Producer::attach(region.clone(), channel).unwrap();
+    let mut room = producer.reserve(8).unwrap();
+    room.write(0, &number.to_le_bytes());
+    let _ = room.commit(Kind::DATA, 8, 0);
+}
+
+/// Takes the record that is there, which is this one and whole.
+fn take(receiver: &mut Receiver<Memory, Bells>, number: u64) {
+    let record = receiver.record().unwrap();
+    assert_eq!((record.header().sequence, record.word(0)), (number, number));
+    receiver.release().unwrap();
+}
+
+/// Waits for a record, over any coming and going.
+fn receive(receiver: &mut Receiver<Memory, Bells>, number: u64) {
+    while receiver.wait(None).unwrap() != Wakeup::Ready {}
+    take(receiver, number);
+}
+
+/// A consumer that asks to be rung, and dies in its sleep.
+fn wish_and_die(region: &Words, channel: &Channel) {
+    let mut consumer = Consumer::attach(region.clone(), channel).unwrap();
+    assert_eq!(consumer.wish_for_record(), Ok(false));
+}
+
+/// Rule 5.6: whoever comes while it is not rung, finds what it was not rung for. The wish of the last consumer stands
+/// there still, so the host looks who is there.
+#[test]
+fn a_driver_that_comes_while_the_host_sends_misses_no_record() {
+    static RUNG: Counter = Counter::new(0);
+    static SPARED: Counter = Counter::new(0);
+    model_of(2, || {
+        let (region, channel) = (region(), channel_to_guest());
+        let (guest, host) = Bells::pair();
+        let (broker, driver) = (
+            Broker::new(&region, &channel, &host),
+            Driver::new(&region, &channel, &guest),
+        );
+        broker.occupy(1);
+        wish_and_die(&region, &channel);
+        let its_region = region.clone();
+        let app = thread::spawn(move || {
+            broker.hold(1);
+            let mut sender = sender(&its_region, &channel, &host);
+            let before = its_region.load(channel.offset + place::PRODUCER_RUNG);
+            send(&mut sender, 0);
+            let rung = its_region.load(channel.offset + place::PRODUCER_RUNG) - before;
+            (if rung > 0 { &RUNG } else { &SPARED }).fetch_add(1, Relaxed);
+            // The third has no room at first.
+            send(&mut sender, 1);
+            send(&mut sender, 2);
+        });
+        driver.arrive();
+        driver.hold(1);
+        let mut receiver = receiver(&region, &channel, &guest);
+        for number in 0..3 {
+            receive(&mut receiver, number);
+        }
+        app.join().unwrap();
+    });
+    let seen = [&RUNG, &SPARED].map(|counter| counter.load(Relaxed));
+    assert!(!seen.contains(&0), "{seen:?}");
+}
+
+/// The same for a VM that is killed, whose words in the driver's page stay, and one that takes its slot.
+#[test]
+fn a_vm_that_comes_after_one_that_was_killed_misses_no_record() {
+    model(|| {
+        let (region, channel) = (region(), channel_to_guest());
+        let (guest, host) = Bells::pair();
+        let broker = Broker::new(&region, &channel, &host);
+        let driver = Driver::new(&region, &channel, &guest);
+        broker.occupy(1);
+        driver.arrive();
+        broker.hold(1);
+        driver.hold(1);
+        wish_and_die(&region, &channel);
+        let mut sender = sender(&region, &channel, &host);
+        let app = thread::spawn(move || send(&mut sender, 0));
+        broker.vacate();
+        broker.occupy(2);
+        driver.arrive();
+        driver.hold(1);
+        receive(&mut receiver(&region, &channel, &guest), 0);
+        app.join().unwrap();
+    });
+}
+
+/// A producer that sleeps for room is woken by the driver that goes, in place of the consumer that died. Who comes with
+/// the next driver takes up where that one was.
+#[test]
+fn a_consumer_that_dies_between_release_and_ring_leaves_no_producer_asleep() {
+    model(|| {
+        let (region, channel) = (region(), channel_to_guest());
+        let (guest, host) = Bells::pair();
+        let broker = Broker::new(&region, &channel, &host);
+        let driver = Driver::new(&region, &channel, &guest);
+        broker.occupy(1);
+        driver.arrive();
+        broker.hold(1);
+        driver.hold(1);
+        let mut sender = sender(&region, &channel, &host);
+        // It is full.
+        send(&mut sender, 0);
+        send(&mut sender, 1);
+        let app = thread::spawn(move || send(&mut sender, 2));
+        let mut first = Consumer::attach(region.clone(), &channel).unwrap();
+        assert_eq!(first.poll(), Ok(true));
+        assert_eq!(first.record().unwrap().word(0), 0);
+        let _ = first.release();
+        drop(first);
+        driver.leave();
+        app.join().unwrap();
+        driver.arrive();
+        driver.hold(2);
+        let mut second = receiver(&region, &channel, &guest);
+        receive(&mut second, 1);
+        receive(&mut second, 2);
+    });
+}
+
+/// A producer dies between commit and ring, and the next one, too: the driver wakes the consumer in their place, which has
+/// the records of each before it hears that it left.
+#[test]
+fn a_producer_that_dies_between_commit_and_ring_leaves_no_consumer_asleep() {
+    model(|| {
+        let (region, channel) = (region(), channel());
+        let (guest, host) = Bells::pair();
+        let broker = Broker::new(&region, &channel, &host);
+        let driver = Driver::new(&region, &channel, &guest);
+        broker.occupy(1);
+        driver.arrive();
+        broker.hold(1);
+        driver.hold(1);
+        let mut receiver = receiver(&region, &channel, &host);
+        let its_region = region.clone();
+        let vm = thread::spawn(move || {
+            commit_and_die(&its_region, &channel, 0);
+            driver.hold(0);
+            driver.hold(2);
+            commit_and_die(&its_region, &channel, 1);
+            driver.hold(0);
+            driver.hold(3);
+        });
+        let mut next = 0;
+        loop {
+            if receiver.wait(None) == Ok(Wakeup::Ready) {
+                take(&mut receiver, next);
+                next += 1;
+                continue;
+            }
+            let holder = receiver.peer().holder;
+            assert!(
+                next == 2 || next == 1 && holder < 3,
+                "{next}, then {holder}"
+            );
+            if holder == 3 {
+                break;
+            }
+        }
+        vm.join().unwrap();
+    });
+}
+
+/// The same on the other side: a host app dies, and the broker rings in its place, unless the driver is not there yet.
+#[test]
+fn a_host_app_that_dies_between_commit_and_ring_leaves_no_guest_asleep() {
+    model(|| {
+        let (region, channel) = (region(), channel_to_guest());
+        let (guest, host) = Bells::pair();
+        let broker = Broker::new(&region, &channel, &host);
+        let driver = Driver::new(&region, &channel, &guest);
+        broker.occupy(1);
+        broker.hold(1);
+        let its_region = region.clone();
+        let app = thread::spawn(move || {
+            commit_and_die(&its_region, &channel, 0);
+            broker.hold(0);
+            broker.hold(2);
+            let mut second = sender(&its_region, &channel, &host);
+            assert_eq!(second.sequence(), 1);
+            send(&mut second, 1);
+            drop(second);
+            broker.hold(0);
+        });
+        driver.arrive();
+        driver.hold(1);
+        let mut receiver = receiver(&region, &channel, &guest);
+        receive(&mut receiver, 0);
+        receive(&mut receiver, 1);
+        while receiver.peer().holder != 0 {
+            assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
+        }
+        app.join().unwrap();
+    });
+}
+
+/// Rule 5.4 between two VMs, where nobody tells who is there: a producer that takes up rings for its predecessor.
+#[test]
+fn a_producer_that_takes_up_wakes_who_sleeps_since_its_predecessor() {
+    model(|| {
+        let (region, channel) = (region(), channel());
+        let (guest, host) = Bells::pair();
+        let mut receiver =
+            Receiver::attach_to(region.clone(), &channel, None, host.clone()).unwrap();
+        let its_region = region.clone();
+        let vm = thread::spawn(move || {
+            commit_and_die(&its_region, &channel, 0);
+            let mut second = Sender::attach_to(its_region, &channel, None, guest).unwrap();
+            assert_eq!(second.sequence(), 1);
+            send(&mut second, 1);
+        });
+        receive(&mut receiver, 0);
+        receive(&mut receiver, 1);
+        vm.join().unwrap();
+    });
+}
+
+/// Rule 5.4. Whoever comes learns so that doorbells arrive, and stops to look by the clock.
+#[test]
+fn an_end_that_comes_is_rung_by_one_that_waits() {
+    model(|| {
+        let (region, channel) = (region(), channel());
+        let (guest, host) = Bells::pair();
+        let broker = Broker::new(&region, &channel, &host);
+        let driver = Driver::new(&region, &channel, &guest);
+        broker.occupy(1);
+        broker.hold(1);
+        let mut receiver = receiver(&region, &channel, &host);
+        let its_region = region.clone();
+        let vm = thread::spawn(move || {
+            driver.arrive();
+            driver.hold(1);
+            let _sender = sender(&its_region, &channel, &guest);
+            guest.own.sleep();
+        });
+        while !receiver.peer().is_held() {
+            assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
+        }
+        vm.join().unwrap();
+    });
+}
