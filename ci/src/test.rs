@@ -58,7 +58,7 @@ const PARTS: [Part; 6] = [
     Part {
         // Every interleaving of two ends; optimised, since there are many.
         selection: &["--package=barlink-protocol", "--test=loom", "--release"],
-        sources: &["protocol/tests/loom.rs"],
+        sources: &["protocol/tests/loom"],
         options: &[],
         cfg: Some("loom"),
         boots: false,
