@@ -50,14 +50,14 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     entry: &Channel,
     are_free: impl FnOnce() -> bool,
 ) -> Option<u64> {
-    let generation = region.word(entry.offset + channel::GENERATION);
-    let before = generation.load(Ordering::Relaxed);
+    let generation = || region.word(entry.offset + channel::GENERATION);
+    let before = generation().load(Ordering::Relaxed);
     let under_way = before | 1;
-    generation.store(under_way, Ordering::Relaxed);
+    generation().store(under_way, Ordering::Relaxed);
     // SYNC: reset-then-claim; pairs with the fence in `check_generation`. One of the two sees the other.
     fence(Ordering::SeqCst);
     if !are_free() {
-        generation.store(before, Ordering::Relaxed);
+        generation().store(before, Ordering::Relaxed);
         return None;
     }
     let words = (channel::WRITTEN..channel::PRODUCER_RUNG + 8)
@@ -67,7 +67,7 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     }
     let after = under_way.wrapping_add(1);
     // SYNC: emptied; pairs with the Acquire load in `check_generation`.
-    generation.store(after, Ordering::Release);
+    generation().store(after, Ordering::Release);
     Some(after / 2)
 }
 

@@ -1,5 +1,6 @@
-//! Channels on the heap: the ring itself, and ends that sleep and wake each other.
+//! Channels on the heap: the ring itself, ends that sleep and wake each other, and ends that are killed.
 
+mod crash;
 mod heap;
 mod region;
 mod ring;

@@ -1,0 +1,348 @@
+//! Ends and a reset that are killed between any two of their stores. On x86 what others see of them is what was stored up
+//! to some moment, in order: each such state is looked at, by fresh ends, and is the one before the call or the one
+//! behind it.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::ops::Deref;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use barlink_protocol::cursor::{Corrupt, Kind};
+use barlink_protocol::region::Region;
+use barlink_protocol::wire::layout::{Channel, Name, channel};
+use barlink_protocol::{AtomicU64, Consumer, Ordering, Producer, ReserveError, state};
+use proptest::prelude::*;
+
+const CAPACITY: u64 = 4096;
+
+/// A channel that has the memory for itself.
+fn entry() -> Channel {
+    Channel {
+        name: Name::new("test").unwrap(),
+        producer: 0,
+        consumer: 1,
+        vector: 0,
+        drop_when_full: true,
+        offset: 0,
+        capacity: CAPACITY,
+    }
+}
+
+type State = Vec<u64>;
+
+/// Memory that keeps what stands in it before each look, while it is told to. Clones are the same memory.
+#[derive(Clone)]
+struct Recorded {
+    words: Arc<[AtomicU64]>,
+    states: Rc<RefCell<Option<Vec<State>>>>,
+}
+
+impl Recorded {
+    fn new(state: impl IntoIterator<Item = u64>) -> Self {
+        Recorded {
+            words: state.into_iter().map(AtomicU64::new).collect(),
+            states: Rc::default(),
+        }
+    }
+
+    fn empty() -> Self {
+        Self::new((0..entry().end() / 8).map(|_| 0))
+    }
+
+    fn region(&self) -> Region<Self> {
+        Region::new(self.clone())
+    }
+
+    fn now(&self) -> State {
+        let words = self.words.iter();
+        words.map(|word| word.load(Ordering::Relaxed)).collect()
+    }
+
+    fn become_state(&self, state: &State) {
+        for (word, value) in self.words.iter().zip(state) {
+            word.store(*value, Ordering::Relaxed);
+        }
+    }
+
+    /// What a call gives, and all states from before it to behind it, no two of which are the same in a row.
+    fn record<T>(&self, call: impl FnOnce() -> T) -> (T, Vec<State>) {
+        *self.states.borrow_mut() = Some(Vec::new());
+        let result = call();
+        let mut states = self.states.take().unwrap();
+        states.push(self.now());
+        states.dedup();
+        // A copy of several words is one look: killed in the middle it has copied half of them.
+        let halves = |pair: &[State]| {
+            let (before, after) = (&pair[0], &pair[1]);
+            let changed: Vec<_> = (0..before.len())
+                .filter(|&index| before[index] != after[index])
+                .collect();
+            let copied = |&index: &usize| index >= channel::DATA as usize / 8;
+            assert!(changed.len() == 1 || changed.iter().all(copied));
+            let mut half = before.clone();
+            for &index in &changed[..changed.len() / 2] {
+                half[index] = after[index];
+            }
+            [half, after.clone()]
+        };
+        let mut all = vec![states[0].clone()];
+        all.extend(states.windows(2).flat_map(halves));
+        all.dedup();
+        (result, all)
+    }
+}
+
+impl Deref for Recorded {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        if let Some(states) = &mut *self.states.borrow_mut() {
+            let now = self.now();
+            if states.last() != Some(&now) {
+                states.push(now);
+            }
+        }
+        &self.words
+    }
+}
+
+/// What a channel holds, for those who attach to it: the number of the next record, and the records that wait, each with
+/// its number.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Content {
+    next: u64,
+    records: VecDeque<(u64, Vec<u8>)>,
+}
+
+impl Content {
+    /// What fresh ends find, and that they can go on from there.
+    fn of(state: &State) -> Result<Content, Corrupt> {
+        let region = Recorded::new(state.iter().copied()).region();
+        let mut producer = Producer::attach(region.clone(), &entry())?;
+        let mut consumer = Consumer::attach(region, &entry())?;
+        let next = producer.sequence();
+        let mut records = VecDeque::new();
+        while let Some(record) = receive(&mut consumer)? {
+            records.push_back(record);
+        }
+        send(&mut producer, b"goes on", 7).expect("it is empty");
+        assert_eq!(receive(&mut consumer)?, Some((next, b"goes on".to_vec())));
+        assert_eq!(receive(&mut consumer)?, None);
+        Ok(Content { next, records })
+    }
+}
+
+/// Sends the first so many of these bytes, and counts a ring.
+fn send(producer: &mut Producer<Recorded>, bytes: &[u8], length: u32) -> Result<(), ReserveError> {
+    let mut room = producer.reserve(bytes.len())?;
+    room.write(0, bytes);
+    let (_, producer) = room.commit(Kind::USER, length, 7);
+    producer.count_ring();
+    Ok(())
+}
+
+fn receive(consumer: &mut Consumer<Recorded>) -> Result<Option<(u64, Vec<u8>)>, Corrupt> {
+    if !consumer.poll()? {
+        return Ok(None);
+    }
+    let record = consumer.record().unwrap();
+    let mut bytes = vec![0; record.length()];
+    record.copy_to(0, &mut bytes);
+    let number = record.header().sequence;
+    let _ = consumer.release();
+    consumer.count_ring();
+    Ok(Some((number, bytes)))
+}
+
+/// What an end does next, and at which of its stores it is killed, if at all.
+#[derive(Clone, Debug)]
+struct Step {
+    action: u8,
+    length: usize,
+    cut: usize,
+    killed: Option<prop::sample::Index>,
+}
+
+fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
+    let killed = prop::option::of(any::<prop::sample::Index>());
+    let length = prop_oneof![0usize..200, 0usize..2025];
+    let step =
+        (0u8..9, length, 0usize..20, killed).prop_map(|(action, length, cut, killed)| Step {
+            action,
+            length,
+            cut,
+            killed,
+        });
+    prop::collection::vec(step, 1..count)
+}
+
+/// A channel with its two ends, and what it must hold.
+struct Ends {
+    memory: Recorded,
+    producer: Producer<Recorded>,
+    consumer: Consumer<Recorded>,
+    content: Content,
+}
+
+impl Ends {
+    fn new() -> Self {
+        let memory = Recorded::empty();
+        Ends {
+            producer: Producer::attach(memory.region(), &entry()).unwrap(),
+            consumer: Consumer::attach(memory.region(), &entry()).unwrap(),
+            content: Content::default(),
+            memory,
+        }
+    }
+
+    /// Does a step, and gives the states that it went through; what the channel must hold afterwards is in `content`.
+    fn call(&mut self, step: &Step) -> Vec<State> {
+        let Ends {
+            memory,
+            producer,
+            consumer,
+            content,
+        } = self;
+        match step.action {
+            0..=3 => {
+                let bytes: Vec<_> = (0..step.length)
+                    .map(|index| (content.next as usize * 31 + index) as u8)
+                    .collect();
+                let length = bytes.len().saturating_sub(step.cut);
+                let (sent, states) = memory.record(|| {
+                    let sent = send(producer, &bytes, length as u32);
+                    if sent.is_err() {
+                        producer.drop_record();
+                    }
+                    sent
+                });
+                match sent {
+                    Ok(()) => {
+                        let record = (content.next, bytes[..length].to_vec());
+                        content.records.push_back(record);
+                    }
+                    Err(error) => assert_eq!(error, ReserveError::Full),
+                }
+                content.next += 1;
+                states
+            }
+            4..=6 => {
+                let (received, states) = memory.record(|| receive(consumer));
+                assert_eq!(received, Ok(content.records.pop_front()));
+                states
+            }
+            7 => {
+                let (found, states) = memory.record(|| consumer.wish_for_record());
+                assert_eq!(found, Ok(!content.records.is_empty()));
+                states
+            }
+            _ => memory.record(|| producer.wish_for_room(step.length)).1,
+        }
+    }
+
+    /// Does a step, looks at each of its states, and goes on from the one in which it was killed.
+    fn step(&mut self, step: &Step) {
+        let before = self.content.clone();
+        let states = self.call(step);
+        let found: Vec<_> = states
+            .iter()
+            .map(|state| Content::of(state).unwrap())
+            .collect();
+        let behind = &self.content;
+        // First what was before, then what is behind, and nothing else ever.
+        let turn = found.iter().position(|content| *content != before);
+        let turn = turn.unwrap_or(found.len());
+        assert!(found[turn..].iter().all(|content| content == behind));
+        assert_eq!(found.last(), Some(behind));
+        let Some(killed) = &step.killed else {
+            return;
+        };
+        // The other end lives on.
+        let killed = killed.index(states.len());
+        self.memory.become_state(&states[killed]);
+        self.content = found[killed].clone();
+        match step.action {
+            4..=7 => {
+                self.consumer = Consumer::attach(self.memory.region(), &entry()).unwrap();
+            }
+            _ => self.producer = Producer::attach(self.memory.region(), &entry()).unwrap(),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// Commit, release, drop, wish and ring, after any history, which has such deaths in it.
+    #[test]
+    fn an_end_killed_at_any_store_has_done_all_of_a_call_or_nothing(steps in steps(40)) {
+        let mut ends = Ends::new();
+        for step in steps {
+            ends.step(&step);
+        }
+    }
+}
+
+fn is_even(state: &State) -> bool {
+    state[channel::GENERATION as usize / 8].is_multiple_of(2)
+}
+
+/// Resets a channel, and gives the states between.
+fn reset(memory: &Recorded, is_free: bool) -> (Option<u64>, Vec<State>) {
+    memory.record(|| state::reset(&memory.region(), &entry(), || is_free))
+}
+
+/// A state of a reset of which this is the first and the last one: the same, or none that an end attaches to.
+fn check_reset(state: &State, first: &State, last: &State) -> bool {
+    if is_even(state) {
+        assert!(state == first || state == last);
+        return false;
+    }
+    let region = Recorded::new(state.iter().copied()).region();
+    assert!(Producer::attach(region.clone(), &entry()).is_err());
+    assert!(Consumer::attach(region, &entry()).is_err());
+    true
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// A reset, and one that is done anew after it, of a channel with any history and perhaps a wrong word.
+    #[test]
+    fn a_reset_killed_at_any_store_keeps_ends_out_until_it_is_done_anew(
+        steps in steps(12), wrong in prop::option::of((0u64..8, any::<u64>())), is_free in any::<bool>()
+    ) {
+        let mut ends = Ends::new();
+        for step in &steps {
+            ends.call(step);
+        }
+        let memory = ends.memory;
+        if let Some((word, value)) = wrong {
+            memory.region().store(channel::WRITTEN + 8 * word, value);
+        }
+        let (result, states) = reset(&memory, is_free);
+        prop_assert_eq!(result, is_free.then_some(1));
+        let (first, last) = (&states[0], states.last().unwrap());
+        prop_assert!(is_even(last) && (is_free || first == last));
+        let mut killed = 0;
+        for state in &states {
+            if !check_reset(state, first, last) {
+                continue;
+            }
+            killed += 1;
+            let (result, again) = reset(&Recorded::new(state.iter().copied()), true);
+            prop_assert_eq!(result, Some(1));
+            let last = again.last().unwrap();
+            prop_assert_eq!(Content::of(last), Ok(Content::default()));
+            for state in &again {
+                if check_reset(state, last, last) {
+                    let third = Recorded::new(state.iter().copied());
+                    prop_assert_eq!(reset(&third, true).0, Some(1));
+                    prop_assert_eq!(&third.now(), last);
+                }
+            }
+        }
+        prop_assert!(killed > 0);
+    }
+}
