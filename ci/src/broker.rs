@@ -116,8 +116,22 @@ impl Broker {
         self.wait_until_it_serves()
     }
 
-    /// Has another one take its place, with the same manager.
+    /// Has another one take its place, which no broker does that is a manager's service.
     pub fn replace(&mut self) -> Result<()> {
+        ensure!(self.manager.is_none(), "a service is not replaced");
+        self.succeed()
+    }
+
+    /// Has a manager's service take its place, if it is none.
+    pub fn become_service(&mut self) -> Result<()> {
+        if self.manager.is_some() {
+            return Ok(());
+        }
+        self.manager = Some(ServiceManager::new(self.folder.path())?);
+        self.succeed()
+    }
+
+    fn succeed(&mut self) -> Result<()> {
         let arguments = self.arguments.iter().cloned();
         let arguments: Vec<_> = arguments.chain(["--replace".into()]).collect();
         let successor = spawn(

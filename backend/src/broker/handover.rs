@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use rustix::event::{PollFd, PollFlags};
 
-use super::store::Inheritance;
+use super::store::{self, Inheritance};
 use super::{BrokerError, Peer, Shared};
 use crate::control::client::{Control, ControlError};
 use crate::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
@@ -69,6 +69,9 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
     };
     if !shared.policy().is_owner(peer) {
         return refuse(Refusal::NotOwner).map_err(failed);
+    }
+    if store::is_a_service() {
+        return refuse(Refusal::Managed).map_err(failed);
     }
     let deadline = Instant::now() + PATIENCE;
     let gate = loop {

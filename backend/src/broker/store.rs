@@ -113,6 +113,11 @@ impl DescriptorStore {
     }
 }
 
+/// Whether a service manager runs this broker, and so may start it again when it ends.
+pub fn is_a_service() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some()
+}
+
 /// Whether a service manager is told of our descriptors.
 pub fn is_managed() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()

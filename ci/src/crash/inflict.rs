@@ -56,6 +56,7 @@ impl Scene<'_> {
                 scene.boot()
             }),
             Fault::BrokerKilled => {
+                self.broker.become_service()?;
                 let roll = self.roll()?;
                 let start = Instant::now();
                 self.broker.kill()?;

@@ -119,12 +119,7 @@ fn play(
     seed: u64,
 ) -> Result<()> {
     let mut random = Random::new(seed);
-    let mut next = Vec::new();
-    for round in 1..=rounds {
-        if next.is_empty() {
-            next = shuffled(faults, &mut random);
-        }
-        let fault = next.pop().context("there are no faults")?;
+    for (round, fault) in (1..).zip(sequence(faults, rounds, &mut random)) {
         let before = scene.watch().counts();
         scene.wait_until_all_flow().context("before the fault")?;
         thread::sleep(CALM.mul_f64(random.below(1000) as f64 / 1000.0));
@@ -137,6 +132,28 @@ fn play(
         eprintln!("round {round}/{rounds}: {fault}: {seconds:.3} s");
     }
     scene.finish().context("at the end")
+}
+
+/// The faults of so many rounds: every kind in turn, in some order. A broker that was killed is a service from then on,
+/// which is not replaced: so what is done to brokers begins with that.
+fn sequence(faults: &[Fault], rounds: usize, random: &mut Random) -> Vec<Fault> {
+    let mut all = Vec::new();
+    while all.len() < rounds {
+        all.extend(shuffled(faults, random));
+    }
+    all.truncate(rounds);
+    let is_replacing = |fault: &&Fault| **fault == Fault::BrokerReplaced;
+    let mut replacing = all.iter().filter(is_replacing).count();
+    for fault in &mut all {
+        if matches!(fault, Fault::BrokerReplaced | Fault::BrokerKilled) {
+            *fault = match replacing {
+                0 => Fault::BrokerKilled,
+                _ => Fault::BrokerReplaced,
+            };
+            replacing = replacing.saturating_sub(1);
+        }
+    }
+    all
 }
 
 /// These kinds, each once, in some order.

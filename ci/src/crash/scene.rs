@@ -51,7 +51,7 @@ pub struct Scene<'a> {
 impl<'a> Scene<'a> {
     /// Starts all of it.
     pub fn set(artifacts: &'a Artifacts, seed: u64) -> Result<Self> {
-        let broker = Broker::start_managed(artifacts, &ARGUMENTS)?;
+        let broker = Broker::start(artifacts, &ARGUMENTS)?;
         let watch = Watch::new(&broker)?;
         let mut scene = Self {
             workers: Vec::new(),
