@@ -157,16 +157,17 @@ impl Broker {
             .map(|door| door.listener.clone())
             .collect();
         let listeners = || listeners.iter().chain([&self.control]);
-        let (clients, vms) = (self.clients, self.vms);
-        let resumed = self.doors.iter().zip(vms);
-        for (door, vm) in resumed.filter_map(|(door, vm)| Some((door, vm?))) {
-            door.resume(vm.into());
-        }
+        // First of all, since threads have the rights of those that start them.
         let folders = listeners().filter_map(|listener| listener.path().parent());
         match confine::confine(folders) {
             Ok(true) => (),
             Ok(false) => debug!("this kernel has no Landlock: the broker keeps its rights"),
             Err(error) => warn!("the broker keeps its rights: {error}"),
+        }
+        let (clients, vms) = (self.clients, self.vms);
+        let resumed = self.doors.iter().zip(vms);
+        for (door, vm) in resumed.filter_map(|(door, vm)| Some((door, vm?))) {
+            door.resume(vm.into());
         }
         self.shared
             .bury(|client| clients.iter().any(|(id, _)| *id == client));

@@ -165,9 +165,3 @@ fn ten_thousand_host_apps_and_a_thousand_vms_leave_nothing_behind() {
     assert!(after <= memory + 256, "{memory} KiB grew to {after} KiB");
     assert_eq!(status(&broker, "Threads"), 2, "threads are left");
 }
-
-#[test]
-fn broker_gives_up_what_it_does_not_need() {
-    let broker = Broker::start(&[]);
-    assert_eq!(status(&broker, "NoNewPrivs"), 1, "it is not confined");
-}

@@ -12,17 +12,6 @@ use rustix::process::Signal;
 use crate::support::*;
 use crate::vmm::*;
 
-/// Another broker with the same arguments, once it serves.
-fn succeed(broker: &mut Broker, arguments: &[&str]) {
-    let mut successor = broker.command(&[arguments, &["--replace"]].concat());
-    let successor = successor.spawn().unwrap();
-    let predecessor = std::mem::replace(&mut broker.child, successor);
-    let mut predecessor = predecessor;
-    assert_eq!(wait(&mut predecessor).code(), Some(0), "{}", broker.log());
-    let pid = broker.child.id();
-    assert_eq!(broker.attach().status().unwrap().broker, pid);
-}
-
 #[test]
 fn successor_knows_vms_and_host_apps() {
     // More eventfds than one packet carries.
