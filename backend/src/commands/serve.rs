@@ -96,7 +96,7 @@ pub fn serve(args: Serve) -> Result<()> {
         names.join(", "),
         broker.control_path().display(),
     );
-    store::ready();
+    broker.shared().store().ready();
     match broker.run(&stop.into())? {
         End::Stopped => info!("stopped"),
         End::HandedOver => info!("its successor serves now"),
