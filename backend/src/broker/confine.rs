@@ -35,6 +35,9 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_writev,
     libc::SYS_preadv2,
     libc::SYS_lseek,
+    // Ringing.
+    libc::SYS_io_submit,
+    libc::SYS_io_getevents,
     libc::SYS_close,
     libc::SYS_dup,
     libc::SYS_fcntl,
