@@ -11,9 +11,10 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{Level, info, warn};
 use rustix::event::{PollFd, PollFlags};
 
+use super::limit::{Limit, limited};
 use super::store::{self, Inheritance};
 use super::{BrokerError, Peer, Shared};
 use crate::control::client::{Control, ControlError};
@@ -22,6 +23,9 @@ use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 
 /// How long a VM may take to come in, or a successor to make itself, until the hand-over is called off.
 const PATIENCE: Duration = Duration::from_secs(3);
+
+/// For those who are told no.
+static REFUSED: Limit = Limit::new();
 
 /// What a predecessor gave, and the way to tell it that its successor is ready.
 pub struct Predecessor {
@@ -64,7 +68,7 @@ impl Predecessor {
 /// Hands over to the broker at the other end of a socket, which has asked for it once. `true` if it is done.
 pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<bool, BrokerError> {
     let refuse = |refusal| {
-        info!("{peer} is refused: {refusal}");
+        limited!(REFUSED, Level::Info, "{peer} is refused: {refusal}");
         reply(successor, Answer::Refused(refusal), &[]).map(|()| false)
     };
     if !shared.policy().is_owner(peer) {
