@@ -108,7 +108,8 @@ pub struct Serve {
     /// Let processes with this primary group connect, likewise; name or number
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
-    /// Take the place of the broker that runs with the same arguments, unseen by VMs and host apps
+    /// Take the place of the broker that runs with the same arguments, unseen by VMs and host apps. One that is a
+    /// service is restarted by its manager instead: `systemctl restart`
     #[arg(long)]
     pub replace: bool,
     #[command(flatten)]

@@ -3,17 +3,24 @@
 //! An eventfd that neither ringing nor draining blocks on, whatever others do to it.
 //!
 //! It is made non-blocking, but that is a property of the open file, which all copies share: QEMU makes every
-//! descriptor that it receives blocking (`tcp_chr_recv` in `chardev/char-socket.c`).
+//! descriptor that it receives blocking (`tcp_chr_recv` in `chardev/char-socket.c`). A write to it could then wait as long
+//! as whoever else has it keeps it full, so the kernel is asked to ring it, which never waits
+//! (`docs/decisions/0006-ringing-cannot-block.md`).
 #![expect(
     unsafe_code,
     reason = "lends and gives the descriptor of an `EventFd`, which has no safe way to do so"
 )]
 
-use std::io::IoSliceMut;
+use std::fs::File;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
+use std::sync::LazyLock;
+
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::MemfdFlags;
 use rustix::io::ReadWriteFlags;
+use vmm_sys_util::aio::{IOCB_CMD_PREAD, IOCB_FLAG_RESFD, IoContext, IoControlBlock, IoEvent};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// A doorbell: one vector of one peer.
@@ -23,6 +30,7 @@ pub struct Bell(EventFd);
 impl Bell {
     /// Makes one that was not rung.
     pub fn new() -> std::io::Result<Self> {
+        LazyLock::force(&RINGER);
         EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Bell)
     }
 
@@ -31,8 +39,16 @@ impl Bell {
         self.0.try_clone().map(Bell)
     }
 
-    /// Rings. One that is full has rings enough to wake up to.
-    pub fn ring(&self) -> std::io::Result<()> {
+    /// Rings. Who waits for an edge gets one even if it is full.
+    pub fn ring(&self) -> io::Result<()> {
+        match &*RINGER {
+            Some(ringer) if ringer.ring(self).is_ok() => Ok(()),
+            _ => self.write(),
+        }
+    }
+
+    /// Rings without the kernel's help: if it is blocking, and filled by another between look and write, this waits.
+    fn write(&self) -> io::Result<()> {
         let mut ready = [PollFd::new(self, PollFlags::OUT)];
         let now = rustix::time::Timespec {
             tv_sec: 0,
@@ -57,9 +73,59 @@ impl Bell {
     }
 }
 
+/// This process's way of ringing. It is made before the first ring, since later the broker may not.
+static RINGER: LazyLock<Option<Ringer>> = LazyLock::new(|| {
+    Ringer::new()
+        .inspect_err(|error| {
+            log::info!("whoever shares a doorbell can hold up ringing it (fs.aio-max-nr): {error}");
+        })
+        .ok()
+});
+
+/// Reads nothing from an empty file by asynchronous input and output (`io_submit(2)`), whose completion the kernel tells an
+/// eventfd. It tells it at once, since there is nothing to wait for, and in a way that never waits.
+struct Ringer {
+    context: IoContext,
+    empty: File,
+}
+
+impl Ringer {
+    /// Completions that the kernel keeps at least.
+    const COMPLETIONS: u32 = 32;
+
+    fn new() -> io::Result<Self> {
+        Ok(Ringer {
+            context: IoContext::new(Self::COMPLETIONS)?,
+            empty: rustix::fs::memfd_create("barlink-ringer", MemfdFlags::CLOEXEC)?.into(),
+        })
+    }
+
+    fn ring(&self, bell: &Bell) -> io::Result<()> {
+        let number = |descriptor: RawFd| descriptor.unsigned_abs();
+        let mut block = IoControlBlock {
+            aio_lio_opcode: IOCB_CMD_PREAD as u16,
+            aio_fildes: number(self.empty.as_raw_fd()),
+            aio_flags: IOCB_FLAG_RESFD,
+            aio_resfd: number(bell.as_raw_fd()),
+            ..IoControlBlock::default()
+        };
+        match self.context.submit(&[&mut block]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // Nobody has asked yet what was completed, and there is no room for more.
+                self.context
+                    .get_events(0, &mut [IoEvent::default(); 256], None)?;
+                self.context.submit(&[&mut block])?;
+            }
+            submitted => drop(submitted?),
+        }
+        Ok(())
+    }
+}
+
 impl From<OwnedFd> for Bell {
     /// Takes over an eventfd that another broker made.
     fn from(descriptor: OwnedFd) -> Self {
+        LazyLock::force(&RINGER);
         // SAFETY: the descriptor is ours, and is given up here.
         Bell(unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) })
     }
@@ -80,6 +146,11 @@ impl AsRawFd for Bell {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use rustix::event::epoll;
+
     use super::*;
 
     fn count(bell: &Bell) -> Option<u64> {
@@ -116,8 +187,76 @@ mod tests {
     fn ringing_does_not_block_on_a_doorbell_that_is_full() {
         let bell = Bell::new().unwrap();
         make_blocking(&bell);
-        bell.0.write(u64::MAX - 1).unwrap();
+        bell.0.write(FULL).unwrap();
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        epoll::add(&epoll, &bell, epoll::EventData::new_u64(0), flags).unwrap();
+        let wakes = || {
+            let mut events = Vec::with_capacity(1);
+            let now = rustix::time::Timespec::default();
+            epoll::wait(
+                &epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                Some(&now),
+            )
+            .unwrap()
+        };
+        assert_eq!((wakes(), wakes()), (1, 0));
         bell.ring().unwrap();
-        assert_eq!(count(&bell), Some(u64::MAX - 1));
+        assert_eq!(wakes(), 1, "a ring was not heard");
+        bell.drain();
+        bell.ring().unwrap();
+        assert_eq!(count(&bell), Some(1));
+    }
+
+    /// Most that an eventfd counts by writes.
+    const FULL: u64 = u64::MAX - 1;
+
+    /// Fills it, whatever others do meanwhile, and leaves it blocking.
+    fn fill(bell: &Bell) {
+        let flags = rustix::fs::fcntl_getfl(bell).unwrap() | rustix::fs::OFlags::NONBLOCK;
+        rustix::fs::fcntl_setfl(bell, flags).unwrap();
+        for bit in (0..64).rev() {
+            // What does not fit any more is EAGAIN.
+            let _ = bell.0.write(1 << bit);
+        }
+        make_blocking(bell);
+    }
+
+    #[test]
+    fn ringing_does_not_wait_for_whoever_fills_the_doorbell_meanwhile() {
+        const HELD: Duration = Duration::from_secs(1);
+        let bell = Arc::new(Bell::new().unwrap());
+        fill(&bell);
+        let holder = Arc::clone(&bell);
+        let holder = std::thread::spawn(move || {
+            for _ in 0..3 {
+                // Room for others only for as long as it takes to fill it again.
+                holder.drain();
+                for _ in 0..100 {
+                    holder.drain();
+                    fill(&holder);
+                }
+                std::thread::sleep(HELD);
+            }
+            holder.drain();
+        });
+        let mut longest = Duration::ZERO;
+        while !holder.is_finished() {
+            let start = Instant::now();
+            bell.ring().unwrap();
+            longest = longest.max(start.elapsed());
+        }
+        holder.join().unwrap();
+        assert!(longest < HELD / 2, "{longest:?}");
+    }
+
+    #[test]
+    fn a_doorbell_counts_all_rings() {
+        let bell = Bell::new().unwrap();
+        for _ in 0..10_000 {
+            bell.ring().unwrap();
+        }
+        assert_eq!(count(&bell), Some(10_000));
     }
 }

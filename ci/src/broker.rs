@@ -116,16 +116,12 @@ impl Broker {
         self.wait_until_it_serves()
     }
 
-    /// Has another one take its place, with the same manager.
+    /// Has another one take its place, which no broker does that is a manager's service.
     pub fn replace(&mut self) -> Result<()> {
+        ensure!(self.manager.is_none(), "a service is not replaced");
         let arguments = self.arguments.iter().cloned();
         let arguments: Vec<_> = arguments.chain(["--replace".into()]).collect();
-        let successor = spawn(
-            &self.program,
-            &arguments,
-            self.folder.path(),
-            self.manager.as_ref(),
-        )?;
+        let successor = spawn(&self.program, &arguments, self.folder.path(), None)?;
         let mut predecessor = std::mem::replace(&mut self.child, successor);
         let status = predecessor.wait()?;
         ensure!(

@@ -1,59 +1,248 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Gives up the rights that a broker does not need once it listens: all of the file system but the removal of its own
-//! sockets, all of the network, and signals to others (Landlock, `landlock(7)`). A kernel without Landlock, or with an
-//! older one, gives up what it can.
+//! Gives up the rights that a broker does not need once it listens. A kernel without one of the two, or with an older one,
+//! takes what it can.
+//!
+//! * Landlock (`landlock(7)`): files cannot be opened, made, removed or run; no TCP; no signals to other processes, and
+//!   no connecting to abstract sockets.
+//! * A filter of system calls (`seccomp(2)`), since Landlock knows no right to look at files, to change their modes and
+//!   owners, to make and connect sockets, or to use the rest of the kernel. It is a list of what may be called, and what is
+//!   not on it is answered as by a kernel that has no such call: a C library or a crate that begins to use a new one
+//!   is written for that answer, so the broker goes on, where another answer would end it.
+//!
+//! The broker makes no socket later: even the one to the service manager is there by then (`store.rs`).
 
-use std::path::Path;
+use std::collections::BTreeMap;
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetError, RulesetStatus, Scope,
+};
+use log::{info, warn};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen as Size, SeccompCmpOp as Compare, SeccompCondition,
+    SeccompFilter, SeccompRule,
 };
 
 /// The rights that are known here; what a kernel does not know of them it does not take away.
 const KNOWN: ABI = ABI::V6;
 
-/// Confines the calling thread and those that it starts. Files can still be removed from these folders. Gives whether
-/// anything was given up.
-pub fn confine<'a>(folders: impl IntoIterator<Item = &'a Path>) -> Result<bool, RulesetError> {
-    let mut rules = Ruleset::default()
+/// Calls that the broker, and what it is made of, may make with any arguments.
+const CALLS: &[libc::c_long] = &[
+    // Descriptors that are there.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_preadv2,
+    libc::SYS_lseek,
+    // Ringing.
+    libc::SYS_io_submit,
+    libc::SYS_io_getevents,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_accept4,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_shutdown,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_eventfd2,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_ppoll,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    // Memory, but what could be run.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    // Threads, time and signals of its own.
+    libc::SYS_futex,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_getrandom,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_getppid,
+    libc::SYS_getuid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getegid,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// What of a confinement is in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Confined {
+    /// Landlock's part, or what of it this kernel has.
+    pub landlock: bool,
+    /// The filter of system calls.
+    pub filter: bool,
+}
+
+/// Confines the calling thread and those that it starts, and says what it cannot.
+pub fn confine() -> Confined {
+    let landlock = restrict();
+    match &landlock {
+        Ok(true) => (),
+        Ok(false) => info!("this kernel has no Landlock: the broker keeps its rights to files"),
+        Err(error) => warn!("the broker keeps its rights to files: {error}"),
+    }
+    let filter = filter();
+    if let Err(error) = &filter {
+        warn!("the broker keeps its rights to system calls: {error}");
+    }
+    Confined {
+        landlock: matches!(landlock, Ok(true)),
+        filter: filter.is_ok(),
+    }
+}
+
+fn restrict() -> Result<bool, RulesetError> {
+    let rules = Ruleset::default()
         .handle_access(AccessFs::from_all(KNOWN))?
         .handle_access(AccessNet::from_all(KNOWN))?
-        .scope(Scope::Signal)?
+        .scope(Scope::from_all(KNOWN))?
         .create()?;
-    for folder in folders {
-        // A folder that is gone has nothing to be removed.
-        if let Ok(folder) = PathFd::new(folder) {
-            rules = rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile))?;
-        }
+    Ok(rules.restrict_self()?.ruleset != RulesetStatus::NotEnforced)
+}
+
+fn filter() -> Result<(), seccompiler::Error> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        CALLS.iter().map(|&call| (call, Vec::new())).collect();
+    let exec = u64::from(libc::PROT_EXEC.unsigned_abs());
+    let thread = u64::from(libc::CLONE_THREAD.unsigned_abs());
+    let own = u64::from(std::process::id());
+    let name = u64::from(libc::PR_SET_NAME.unsigned_abs());
+    // Each call, and what one of its arguments must be.
+    let conditions = [
+        (libc::SYS_mmap, 2, Compare::MaskedEq(exec), 0),
+        (libc::SYS_mprotect, 2, Compare::MaskedEq(exec), 0),
+        // `clone3` hides its flags in memory, and is not on the list: then it is this one.
+        (libc::SYS_clone, 0, Compare::MaskedEq(thread), thread),
+        (libc::SYS_tgkill, 0, Compare::Eq, own),
+        (libc::SYS_prctl, 0, Compare::Eq, name),
+        // Blocking or not: the standard library's way of saying it.
+        (libc::SYS_ioctl, 1, Compare::Eq, libc::FIONBIO),
+    ];
+    for (call, argument, compare, value) in conditions {
+        let condition = SeccompCondition::new(argument, Size::Dword, compare, value)?;
+        rules.insert(call, vec![SeccompRule::new(vec![condition])?]);
     }
-    let done = rules.restrict_self()?;
-    Ok(done.ruleset != RulesetStatus::NotEnforced)
+    let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let here = std::env::consts::ARCH.try_into()?;
+    let filter = SeccompFilter::new(rules, unknown, SeccompAction::Allow, here)?;
+    seccompiler::apply_filter(&BpfProgram::try_from(filter)?)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+    use std::process::Command;
+
+    use rustix::io::Errno;
+    use vm_memory::mmap::MmapRegionBuilder;
+
     use super::*;
 
-    #[test]
-    fn confined_thread_removes_its_sockets_and_opens_nothing() {
+    /// Runs this on a thread that is confined so; the rest of this process keeps its rights.
+    fn on_a_thread(confine: impl FnOnce() -> bool + Send + 'static, check: fn(&std::path::Path)) {
         let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("socket");
-        std::fs::write(&socket, b"").unwrap();
-        // The rest of this process keeps its rights.
-        let thread = std::thread::spawn(move || {
-            if !confine([folder.path()]).unwrap() {
-                eprintln!("this kernel has no Landlock: what a thread gives up is not looked at");
-                return folder;
+        let path = folder.path().to_owned();
+        std::fs::write(path.join("file"), b"").unwrap();
+        let _listener = UnixListener::bind(path.join("socket")).unwrap();
+        let confined = std::thread::spawn(move || {
+            let done = confine();
+            if done {
+                check(&path);
             }
-            std::fs::read("/etc/passwd").unwrap_err();
-            std::fs::write(&socket, b"changed").unwrap_err();
-            std::net::TcpListener::bind("127.0.0.1:0").unwrap_err();
-            std::fs::remove_file(&socket).unwrap();
-            folder
+            done
         });
-        drop(thread.join().unwrap());
-        std::fs::read("/etc/passwd").unwrap();
+        if !confined.join().unwrap() {
+            eprintln!("this kernel cannot do it: what a thread gives up is not looked at");
+        }
+        std::fs::read(folder.path().join("file")).unwrap();
+    }
+
+    #[test]
+    fn landlock_leaves_no_file_to_open_or_remove() {
+        on_a_thread(
+            || restrict().unwrap(),
+            |folder| {
+                std::fs::read("/etc/passwd").unwrap_err();
+                std::fs::write(folder.join("file"), b"changed").unwrap_err();
+                std::fs::remove_file(folder.join("file")).unwrap_err();
+                std::fs::remove_file(folder.join("socket")).unwrap_err();
+                std::fs::create_dir(folder.join("folder")).unwrap_err();
+                std::net::TcpListener::bind("127.0.0.1:0").unwrap_err();
+                Command::new("/bin/true").status().unwrap_err();
+                let parent = rustix::process::getppid().unwrap();
+                let signal = rustix::process::test_kill_process(parent);
+                assert!(signal == Err(Errno::PERM) || !scopes_signals());
+            },
+        );
+    }
+
+    /// Since version 6 of Landlock, which is Linux 6.12.
+    fn scopes_signals() -> bool {
+        let release = rustix::system::uname();
+        let release = release.release().to_str().unwrap();
+        let mut numbers = release
+            .split(['.', '-'])
+            .map_while(|part| part.parse::<u32>().ok());
+        (numbers.next(), numbers.next()) >= (Some(6), Some(12))
+    }
+
+    #[test]
+    fn filter_leaves_no_socket_no_program_and_no_mode_to_change() {
+        on_a_thread(
+            || filter().is_ok(),
+            |folder| {
+                let unknown = Some(libc::ENOSYS);
+                let failed = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();
+                let connected = UnixStream::connect(folder.join("socket")).map(drop);
+                assert_eq!(failed(connected), unknown);
+                assert_eq!(failed(UnixDatagram::unbound().map(drop)), unknown);
+                let sent = std::net::UdpSocket::bind("127.0.0.1:0").map(drop);
+                assert_eq!(failed(sent), unknown);
+                Command::new("/bin/true").status().unwrap_err();
+                let mode = std::fs::Permissions::from_mode(0o777);
+                let changed = std::fs::set_permissions(folder.join("file"), mode);
+                assert_eq!(failed(changed), unknown);
+                assert_eq!(failed(std::fs::metadata(folder).map(drop)), unknown);
+                let parent = rustix::process::getppid().unwrap();
+                let signal = rustix::process::test_kill_process(parent);
+                assert_eq!(signal, Err(Errno::NOSYS));
+                let memory = MmapRegionBuilder::<()>::new(4096)
+                    .with_mmap_prot(libc::PROT_READ | libc::PROT_EXEC)
+                    .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+                    .build();
+                assert!(memory.is_err(), "{memory:?}");
+                // And a thread can still be started.
+                std::thread::spawn(|| vec![0; 1 << 20]).join().unwrap();
+            },
+        );
     }
 }

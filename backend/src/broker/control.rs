@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::layout;
-use log::{Level, info, warn};
+use log::{Level, warn};
 use rustix::net::SocketFlags;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -297,7 +297,9 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
         Ask::Status => Ok((Answer::Status(shared.status()), Vec::new())),
         Ask::Reset { channel } => {
             let generation = shared.reset(channel)?;
-            info!(
+            limited!(
+                COMING_AND_GOING,
+                Level::Info,
                 "{peer} resets `{}`: generation {generation}",
                 shared.channel(channel)?.name
             );

@@ -11,10 +11,11 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{Level, info, warn};
 use rustix::event::{PollFd, PollFlags};
 
-use super::store::Inheritance;
+use super::limit::{Limit, limited};
+use super::store::{self, Inheritance};
 use super::{BrokerError, Peer, Shared};
 use crate::control::client::{Control, ControlError};
 use crate::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
@@ -22,6 +23,9 @@ use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 
 /// How long a VM may take to come in, or a successor to make itself, until the hand-over is called off.
 const PATIENCE: Duration = Duration::from_secs(3);
+
+/// For those who are told no.
+static REFUSED: Limit = Limit::new();
 
 /// What a predecessor gave, and the way to tell it that its successor is ready.
 pub struct Predecessor {
@@ -64,11 +68,14 @@ impl Predecessor {
 /// Hands over to the broker at the other end of a socket, which has asked for it once. `true` if it is done.
 pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<bool, BrokerError> {
     let refuse = |refusal| {
-        info!("{peer} is refused: {refusal}");
+        limited!(REFUSED, Level::Info, "{peer} is refused: {refusal}");
         reply(successor, Answer::Refused(refusal), &[]).map(|()| false)
     };
     if !shared.policy().is_owner(peer) {
         return refuse(Refusal::NotOwner).map_err(failed);
+    }
+    if store::is_a_service() {
+        return refuse(Refusal::Managed).map_err(failed);
     }
     let deadline = Instant::now() + PATIENCE;
     let gate = loop {

@@ -31,8 +31,6 @@ pub use policy::{Peer, Policy};
 pub use shared::{Shared, Slot};
 pub use socket::{Listener, SocketError};
 
-use log::{debug, warn};
-
 use self::door::Door;
 use self::parts::{Parts, Sockets};
 use self::shared::ClientId;
@@ -148,8 +146,9 @@ impl Broker {
 
     /// Serves until `stop` can be read, or another broker takes over.
     ///
-    /// When it is stopped for good it says in the region that the host is gone, and removes the sockets; VMs that are
-    /// connected keep the memory. If a service manager has its descriptors it leaves all as it is, for its successor.
+    /// When it is stopped for good it says in the region that the host is gone; VMs that are connected keep the memory.
+    /// If a service manager has its descriptors it leaves all as it is, for its successor. The files of its sockets stay:
+    /// whoever could remove them when they are taken over could remove their neighbours. The next broker clears them.
     pub fn run(self, stop: &OwnedFd) -> Result<End, BrokerError> {
         let listeners: Vec<_> = self
             .doors
@@ -157,16 +156,13 @@ impl Broker {
             .map(|door| door.listener.clone())
             .collect();
         let listeners = || listeners.iter().chain([&self.control]);
+        // First of all, since threads have the rights of those that start them.
+        confine::confine();
+        listeners().for_each(|listener| listener.leave());
         let (clients, vms) = (self.clients, self.vms);
         let resumed = self.doors.iter().zip(vms);
         for (door, vm) in resumed.filter_map(|(door, vm)| Some((door, vm?))) {
             door.resume(vm.into());
-        }
-        let folders = listeners().filter_map(|listener| listener.path().parent());
-        match confine::confine(folders) {
-            Ok(true) => (),
-            Ok(false) => debug!("this kernel has no Landlock: the broker keeps its rights"),
-            Err(error) => warn!("the broker keeps its rights: {error}"),
         }
         self.shared
             .bury(|client| clients.iter().any(|(id, _)| *id == client));
@@ -182,12 +178,8 @@ impl Broker {
                 source,
             }
         })?;
-        if end == End::HandedOver || store::is_managed() {
-            listeners().for_each(|listener| listener.set_shared(true));
-        } else {
+        if end == End::Stopped && !store::is_managed() {
             self.shared.leave();
-            // The threads at the doors end with the process, and do not drop their listeners.
-            listeners().for_each(|listener| listener.remove());
         }
         Ok(end)
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Listening at a path: private from the first moment, taken from nobody who lives, and gone when the broker is.
+//! Listening at a path: private from the first moment, taken from nobody who lives, and cleared of who is dead.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -99,13 +99,13 @@ pub enum SocketError {
     },
 }
 
-/// A listening socket. Its file is removed when it is dropped, unless another broker has it too.
+/// A listening socket. Its file is removed when it is dropped before the broker serves: later, no broker may.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
     lock: Lock,
-    shared: AtomicBool,
+    stays: AtomicBool,
 }
 
 /// The file `PATH.lock`, which says, while it is locked, that a broker lives at this path, without anybody knocking
@@ -140,7 +140,7 @@ impl Listener {
                 kept: true,
             },
             path,
-            shared: AtomicBool::new(true),
+            stays: AtomicBool::new(true),
         })
     }
 
@@ -180,7 +180,7 @@ impl Listener {
         let listener = Listener {
             socket,
             path: path.clone(),
-            shared: AtomicBool::new(false),
+            stays: AtomicBool::new(false),
             lock: lock.keep(),
         };
         let mode = std::fs::Permissions::from_mode(policy.socket_mode());
@@ -200,16 +200,9 @@ impl Listener {
         Arc::clone(&self.lock.file)
     }
 
-    /// Says whether another broker has this socket too.
-    pub fn set_shared(&self, shared: bool) {
-        self.shared.store(shared, Ordering::Relaxed);
-    }
-
-    /// Removes its file: nobody can connect any more.
-    pub fn remove(&self) {
-        // Whoever removed them before us did our work.
-        let _ = std::fs::remove_file(&self.path);
-        let _ = std::fs::remove_file(&self.lock.path);
+    /// Leaves its file when it is dropped.
+    pub fn leave(&self) {
+        self.stays.store(true, Ordering::Relaxed);
     }
 
     /// Accepts a connection, if one is there.
@@ -229,8 +222,10 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if !self.shared.load(Ordering::Relaxed) {
-            self.remove();
+        if !self.stays.load(Ordering::Relaxed) {
+            // Whoever removed them before us did our work.
+            let _ = std::fs::remove_file(&self.path);
+            let _ = std::fs::remove_file(&self.lock.path);
         }
     }
 }

@@ -8,12 +8,16 @@
 )]
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::warn;
-use sd_notify::NotifyState;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::shared::ClientId;
 
@@ -66,19 +70,39 @@ pub type Kept = Arc<dyn AsFd + Send + Sync>;
 pub type Inheritance = BTreeMap<String, OwnedFd>;
 
 /// See the module.
-#[derive(Default)]
-pub struct DescriptorStore(Mutex<BTreeMap<String, Kept>>);
+pub struct DescriptorStore {
+    kept: Mutex<BTreeMap<String, Kept>>,
+    manager: Option<Manager>,
+}
 
 impl DescriptorStore {
+    /// Keeps nothing yet; connects to the service manager, if there is one.
+    pub fn connect() -> Self {
+        DescriptorStore {
+            kept: Mutex::default(),
+            manager: Manager::connect(),
+        }
+    }
+
+    /// Tells the service manager that the broker serves.
+    pub fn ready(&self) {
+        if let Err(error) = self.tell("READY=1\n", &[]) {
+            warn!("the service manager is not told that the broker is ready: {error}");
+        }
+    }
+
+    fn tell(&self, message: &str, descriptors: &[RawFd]) -> io::Result<()> {
+        match &self.manager {
+            Some(manager) => manager.tell(message, descriptors),
+            None => Ok(()),
+        }
+    }
+
     /// Keeps a descriptor until it is forgotten.
     pub fn keep(&self, name: String, descriptor: Kept) {
-        let states = [
-            NotifyState::FdStore,
-            NotifyState::FdName(&name),
-            // What has hung up is forgotten by us, in our order.
-            NotifyState::Custom("FDPOLL=0"),
-        ];
-        if let Err(error) = sd_notify::notify_with_fds(&states, &[descriptor.as_fd()]) {
+        // What has hung up is forgotten by us, in our order.
+        let message = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n");
+        if let Err(error) = self.tell(&message, &[descriptor.as_fd().as_raw_fd()]) {
             warn!("the service manager does not take {name}: {error}");
         }
         self.lock().insert(name, descriptor);
@@ -89,8 +113,8 @@ impl DescriptorStore {
         if self.lock().remove(name).is_none() {
             return;
         }
-        let states = [NotifyState::FdStoreRemove, NotifyState::FdName(name)];
-        if let Err(error) = sd_notify::notify(&states) {
+        let message = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
+        if let Err(error) = self.tell(&message, &[]) {
             warn!("the service manager does not forget {name}: {error}");
         }
     }
@@ -109,20 +133,51 @@ impl DescriptorStore {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Kept>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The service manager that runs this broker.
+///
+/// One connection for all that it is told, made before the broker gives up making any (`confine.rs`): that is why this is
+/// not left to the crate `sd-notify`, which makes one each time.
+struct Manager(UnixDatagram);
+
+impl Manager {
+    /// Connects to it, if there is one.
+    fn connect() -> Option<Self> {
+        let name = std::env::var_os("NOTIFY_SOCKET")?;
+        let address = match name.as_bytes() {
+            [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+            path => SocketAddr::from_pathname(OsStr::from_bytes(path)),
+        };
+        let connected = address.and_then(|address| {
+            let socket = UnixDatagram::unbound()?;
+            socket.connect_addr(&address)?;
+            Ok(Manager(socket))
+        });
+        connected
+            .inspect_err(|error| {
+                warn!("the service manager cannot be told anything (NOTIFY_SOCKET): {error}");
+            })
+            .ok()
+    }
+
+    fn tell(&self, message: &str, descriptors: &[RawFd]) -> io::Result<()> {
+        let sent = self.0.send_with_fds(&[message.as_bytes()], descriptors);
+        sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        Ok(())
+    }
+}
+
+/// Whether a service manager runs this broker, and so may start it again when it ends.
+pub fn is_a_service() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
 /// Whether a service manager is told of our descriptors.
 pub fn is_managed() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()
-}
-
-/// Tells the service manager that the broker serves.
-pub fn ready() {
-    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
-        warn!("the service manager is not told that the broker is ready: {error}");
-    }
 }
 
 /// What the service manager kept for us; nothing, if we were never here.

@@ -64,7 +64,8 @@ pub fn serve(args: Serve) -> Result<()> {
         signal_hook::low_level::pipe::register(signal, stopper).context("cannot handle signals")?;
     }
     let mut predecessor = None;
-    let inheritance = if args.replace {
+    // What a service manager kept comes from a predecessor that is gone.
+    let inheritance = if args.replace && inherited.is_empty() {
         let mut asked = Predecessor::ask(&config.control)?;
         let inheritance = std::mem::take(&mut asked.inheritance);
         predecessor = Some(asked);
@@ -95,7 +96,7 @@ pub fn serve(args: Serve) -> Result<()> {
         names.join(", "),
         broker.control_path().display(),
     );
-    store::ready();
+    broker.shared().store().ready();
     match broker.run(&stop.into())? {
         End::Stopped => info!("stopped"),
         End::HandedOver => info!("its successor serves now"),

@@ -199,6 +199,12 @@ pub enum Refusal {
     /// Only the broker's own user replaces it.
     #[error("only the broker's own user can replace it")]
     NotOwner,
+    /// A service manager would start the broker again, beside its successor.
+    #[error(
+        "a service manager runs the broker, and would start it again beside its successor: restart it there, as by \
+         `systemctl restart`"
+    )]
+    Managed,
     /// A VM is being let in.
     #[error("a VM is just connecting to the broker: try again")]
     Busy,

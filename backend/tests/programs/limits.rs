@@ -6,12 +6,16 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
 
+use barlink::Access;
+use barlink::control::client::Control;
+use barlink::control::message::{Ask, Side};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
     send, socket_with,
 };
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
+use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm;
 
@@ -69,6 +73,45 @@ fn a_flood_of_nonsense_is_a_few_lines_in_the_log() {
     let lines = broker.log().lines().count() - before;
     // Five a second, and it took a few seconds on the slowest machine.
     assert!((1..100).contains(&lines), "{lines} lines");
+}
+
+#[test]
+fn no_request_floods_the_log() {
+    let (channel, end) = (0, Side::Consumer);
+    let asks = [
+        Ask::Attach {
+            access: Access::ReadOnly,
+        },
+        Ask::Claim { channel, end },
+        Ask::Claim { channel, end },
+        Ask::Release { channel, end },
+        Ask::Release { channel, end },
+        Ask::Reset { channel },
+        Ask::Status,
+        Ask::HandOver,
+        Ask::Retire,
+    ];
+    // Each is there.
+    for ask in &asks {
+        match ask {
+            Ask::Attach { .. } | Ask::Claim { .. } | Ask::Release { .. } | Ask::Reset { .. } => (),
+            Ask::Status | Ask::HandOver | Ask::Retire => (),
+        }
+    }
+    // A service, so that it refuses to hand over, as it refuses others than its own user.
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let broker = Broker::start_as(&manager, folder, &[]);
+    let control = Control::connect(&broker.control()).unwrap();
+    let before = broker.log().lines().count();
+    for _ in 0..500 {
+        for ask in &asks {
+            drop(control.ask(ask.clone()));
+        }
+    }
+    let log = broker.log();
+    let lines = log.lines().count() - before;
+    assert!((1..200).contains(&lines), "{lines} lines: {log}");
 }
 
 #[test]
@@ -164,10 +207,4 @@ fn ten_thousand_host_apps_and_a_thousand_vms_leave_nothing_behind() {
     eprintln!("{memory} KiB before, {after} KiB after");
     assert!(after <= memory + 256, "{memory} KiB grew to {after} KiB");
     assert_eq!(status(&broker, "Threads"), 2, "threads are left");
-}
-
-#[test]
-fn broker_gives_up_what_it_does_not_need() {
-    let broker = Broker::start(&[]);
-    assert_eq!(status(&broker, "NoNewPrivs"), 1, "it is not confined");
 }

@@ -1,5 +1,7 @@
 //! One broker takes the place of another, while VMs and host apps go on.
 
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use barlink::control::client::Control;
@@ -9,17 +11,6 @@ use rustix::process::Signal;
 
 use crate::support::*;
 use crate::vmm::*;
-
-/// Another broker with the same arguments, once it serves.
-fn succeed(broker: &mut Broker, arguments: &[&str]) {
-    let mut successor = broker.command(&[arguments, &["--replace"]].concat());
-    let successor = successor.spawn().unwrap();
-    let predecessor = std::mem::replace(&mut broker.child, successor);
-    let mut predecessor = predecessor;
-    assert_eq!(wait(&mut predecessor).code(), Some(0), "{}", broker.log());
-    let pid = broker.child.id();
-    assert_eq!(broker.attach().status().unwrap().broker, pid);
-}
 
 #[test]
 fn successor_knows_vms_and_host_apps() {
@@ -64,10 +55,16 @@ fn successor_knows_vms_and_host_apps() {
     drop(handshake(connect(&broker, "vm.sock"), 200));
     let (folder, code) = broker.stop(Signal::TERM);
     assert_eq!(code, Some(0));
-    assert!(
-        !folder.path().join("vm.sock").exists() && !folder.path().join("control.sock").exists(),
-        "the successor removes the sockets when it stops"
-    );
+    let stopped = UnixStream::connect(folder.path().join("vm.sock")).unwrap_err();
+    assert_eq!(stopped.kind(), std::io::ErrorKind::ConnectionRefused);
+}
+
+/// The socket of a service manager that hears what it is told, and does nothing.
+fn manager(folder: &Path) -> PathBuf {
+    let path = folder.join("notify.sock");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    std::thread::spawn(move || while socket.recv(&mut [0; 4096]).is_ok() {});
+    path
 }
 
 #[test]
@@ -115,6 +112,43 @@ fn successor_with_other_arguments_fails_and_the_broker_goes_on() {
         });
     }
     succeed(&mut broker, &["--size", "1M"]);
+}
+
+/// Its manager would start it again: two brokers at one region.
+#[test]
+fn broker_that_is_a_service_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = manager(folder.path());
+    let mut broker = Broker::start_by(folder, &[], |command| {
+        command.env("NOTIFY_SOCKET", &manager)
+    });
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    fails(
+        broker
+            .command(&["--replace"])
+            .env("RUST_LOG", "error")
+            .stderr(Stdio::piped()),
+        1,
+        &["systemctl restart"],
+    );
+    assert!(broker.child.try_wait().unwrap().is_none());
+    broker.attach().status().unwrap();
+    assert!(is_silent(&vm.socket));
+}
+
+/// So a service comes to a region that an ordinary broker has.
+#[test]
+fn service_takes_over_from_a_broker_that_is_none() {
+    let mut broker = Broker::start(&[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    let manager = manager(broker.folder.path());
+    let mut successor = broker.command(&["--replace"]);
+    let successor = successor.env("NOTIFY_SOCKET", &manager).spawn().unwrap();
+    let mut predecessor = std::mem::replace(&mut broker.child, successor);
+    assert_eq!(wait(&mut predecessor).code(), Some(0), "{}", broker.log());
+    let status = broker.attach().status().unwrap();
+    assert_eq!(status.broker, broker.child.id());
+    assert!(status.slots[0].vm.is_some() && is_silent(&vm.socket));
 }
 
 #[test]

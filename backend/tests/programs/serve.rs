@@ -3,6 +3,7 @@
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
+use barlink::protocol::wire::layout::{BROKER_PAGE, presence};
 use rustix::process::Signal;
 
 use crate::support::*;
@@ -197,9 +198,13 @@ fn refuses_a_path_where_another_program_listens() {
 }
 
 #[test]
-fn sockets_are_private_and_go_with_the_broker() {
+fn sockets_are_private_and_a_stopped_brokers_are_the_next_ones() {
+    let mut folder = tempfile::tempdir().unwrap();
     for signal in [Signal::TERM, Signal::INT] {
-        let broker = Broker::start(&[]);
+        let broker = Broker::start_in(folder, &[]);
+        let attachment = broker.attach();
+        let epoch = || attachment.region().load(BROKER_PAGE + presence::EPOCH);
+        assert_eq!(epoch(), 1);
         for name in ["vm.sock", "control.sock"] {
             assert_eq!(
                 broker.path(name).metadata().unwrap().permissions().mode() & 0o777,
@@ -207,13 +212,15 @@ fn sockets_are_private_and_go_with_the_broker() {
                 "{name}"
             );
         }
-        let (folder, code) = broker.stop(signal);
-        assert_eq!(code, Some(0));
-        let left: Vec<_> = std::fs::read_dir(folder.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name())
-            .collect();
-        assert_eq!(left, ["log"]);
+        let (left, code) = broker.stop(signal);
+        assert_eq!((code, epoch()), (Some(0), 2));
+        let socket = left.path().join("control.sock");
+        fails(
+            barlink(["inspect", "--control"]).arg(&socket),
+            3,
+            &["no broker at", "barlink serve"],
+        );
+        folder = left;
     }
 }
 

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use barlink::{Access, Attachment};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::service::ServiceManager;
+
 /// Longer than anything takes on a busy machine; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -51,6 +53,15 @@ fn serve(folder: &Path, args: &[&str]) -> Command {
     ]);
     command.args(args);
     command
+}
+
+fn spawn_service(manager: &ServiceManager, folder: &Path, args: &[&str]) -> Child {
+    let program = serve(folder, args);
+    let mut command = manager.service(Path::new(program.get_program())).unwrap();
+    command.args(program.get_args()).env_remove("RUST_LOG");
+    let child = command.stdin(Stdio::null()).stderr(log(folder)).spawn();
+    manager.wait_until_ready().unwrap();
+    child.unwrap()
 }
 
 /// The file that brokers in a folder log to.
@@ -96,6 +107,23 @@ impl Broker {
             Attachment::connect(&broker.control(), Access::ReadOnly).is_ok()
         });
         broker
+    }
+
+    /// The same, as the service of a manager.
+    pub fn start_as(manager: &ServiceManager, folder: tempfile::TempDir, args: &[&str]) -> Self {
+        let child = spawn_service(manager, folder.path(), args);
+        Broker {
+            child,
+            folder,
+            reaped: false,
+        }
+    }
+
+    /// Kills it, and starts it again as its manager does.
+    pub fn start_again(&mut self, manager: &ServiceManager, args: &[&str]) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = spawn_service(manager, self.folder.path(), args);
     }
 
     /// `barlink serve` with its sockets and log, and these further arguments.
@@ -171,6 +199,16 @@ impl Drop for Broker {
             );
         }
     }
+}
+
+/// Another broker with the same arguments, once it serves.
+pub fn succeed(broker: &mut Broker, arguments: &[&str]) {
+    let mut successor = broker.command(&[arguments, &["--replace"]].concat());
+    let successor = successor.spawn().unwrap();
+    let mut predecessor = std::mem::replace(&mut broker.child, successor);
+    assert_eq!(wait(&mut predecessor).code(), Some(0), "{}", broker.log());
+    let pid = broker.child.id();
+    assert_eq!(broker.attach().status().unwrap().broker, pid);
 }
 
 pub fn signal_child(child: &Child, signal: Signal) {

@@ -1,0 +1,53 @@
+//! A broker has given up what it does not need: on every thread, however it came to its region.
+
+use crate::service::ServiceManager;
+use crate::support::*;
+use crate::vmm::*;
+
+/// Panics unless so many threads come to be there, each confined.
+fn check(pid: u32, threads: usize) {
+    let mut tasks = Vec::new();
+    wait_until("all threads are there", || {
+        let folders = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        tasks = folders
+            .map(|folder| std::fs::read_to_string(folder.unwrap().path().join("status")).unwrap())
+            .collect();
+        tasks.len() == threads
+    });
+    for task in tasks {
+        // The last of what a thread gives up before it starts others; `NoNewPrivs` says nothing of Landlock either.
+        assert!(task.contains("Seccomp:\t2\n"), "not confined: {task}");
+    }
+}
+
+/// The main thread, the slot's, and the VM's.
+const THREADS: usize = 3;
+
+#[test]
+fn fresh_broker_is_confined() {
+    let broker = Broker::start(&[]);
+    let _vm = handshake(connect(&broker, "vm.sock"), 6);
+    check(broker.child.id(), THREADS);
+}
+
+#[test]
+fn broker_that_replaces_another_is_confined() {
+    let mut broker = Broker::start(&[]);
+    let _vm = handshake(connect(&broker, "vm.sock"), 6);
+    succeed(&mut broker, &[]);
+    check(broker.child.id(), THREADS);
+}
+
+#[test]
+fn broker_that_is_started_again_is_confined() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut broker = Broker::start_as(&manager, folder, &[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    wait_until("the VM is kept", || {
+        manager.kept().contains(&"vm-0".to_owned())
+    });
+    broker.start_again(&manager, &[]);
+    check(broker.child.id(), THREADS);
+    assert!(is_silent(&vm.socket));
+}
