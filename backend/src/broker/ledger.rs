@@ -142,3 +142,80 @@ impl Ledger {
 const _: () = assert!(CONNECTIONS + 8 * MAX_SLOTS as u64 <= HOLDERS);
 const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= OWNERS);
 const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= SIZE);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHANNELS: usize = 3;
+
+    /// The broker's own words.
+    fn words(ledger: &Ledger) -> Vec<u64> {
+        ledger.words.page(PAGE_SIZE).into()
+    }
+
+    /// The ledger of a successor that finds these.
+    fn successor(words: &[u64]) -> Ledger {
+        let ledger = Ledger::over(memory::create(SIZE).unwrap()).unwrap();
+        for (offset, word) in (PAGE_SIZE..).step_by(8).zip(words) {
+            ledger.store(offset, *word);
+        }
+        ledger
+    }
+
+    type Told = (u64, Vec<u64>, Vec<Option<(ClientId, u64)>>);
+
+    /// All that it tells: the epoch, the connections, the holders.
+    fn told(ledger: &Ledger) -> Told {
+        let ends = (0..CHANNELS).flat_map(|channel| {
+            [End::Producer, End::Consumer].map(|end| ledger.holder(channel, end))
+        });
+        let connections = (0..MAX_SLOTS).map(|slot| ledger.connection(slot));
+        (ledger.epoch(), connections.collect(), ends.collect())
+    }
+
+    /// A call is one store, which is done or not. To note a holder is two, in the order that [`Ledger::set_holder`] gives
+    /// them: the first alone tells nothing, over whatever an earlier holder left there.
+    #[test]
+    fn a_broker_killed_at_any_store_of_its_ledger_has_noted_all_of_a_call_or_nothing() {
+        let ledger = successor(&[]);
+        let channel = CHANNELS - 1;
+        let calls: [(&str, &dyn Fn()); 9] = [
+            ("epoch", &|| ledger.set_epoch(1)),
+            ("number of a VM", &|| assert_eq!(ledger.next_vm(3), 1)),
+            ("connection", &|| ledger.set_connection(3, 1)),
+            ("number of an app", &|| assert_eq!(ledger.next_client(), 1)),
+            ("number of a claim", &|| assert_eq!(ledger.next_claim(), 2)),
+            ("holder", &|| {
+                ledger.set_holder(channel, End::Consumer, 1, 2 << 32 | 7);
+            }),
+            ("no holder", &|| ledger.clear_holder(channel, End::Consumer)),
+            ("another holder", &|| {
+                ledger.set_holder(channel, End::Consumer, 2, 3 << 32 | 8);
+            }),
+            ("no connection", &|| ledger.set_connection(3, 0)),
+        ];
+        for (name, call) in calls {
+            let (before, told_before) = (words(&ledger), told(&ledger));
+            call();
+            let (after, told_after) = (words(&ledger), told(&ledger));
+            let changed: Vec<_> = (0..after.len())
+                .filter(|&index| before[index] != after[index])
+                .collect();
+            assert_eq!(told(&successor(&before)), told_before, "{name}");
+            assert_eq!(told(&successor(&after)), told_after, "{name}");
+            match changed[..] {
+                [_] => (),
+                // The owner, which comes last, stands behind the holder words.
+                [holder, owner] if name.ends_with("holder") => {
+                    let place = |word: u64| ((word - PAGE_SIZE) / 8) as usize;
+                    assert!(holder < place(OWNERS) && owner >= place(OWNERS));
+                    let mut half = before.clone();
+                    half[holder] = after[holder];
+                    assert_eq!(told(&successor(&half)), told_before, "{name}");
+                }
+                _ => panic!("{name} changed {changed:?}"),
+            }
+        }
+    }
+}

@@ -43,6 +43,10 @@ fuzz_target!(|input: Input| {
     if let Some(mode) = CacheMode::from_number(info.granted) {
         assert_eq!(mode as u32, info.granted);
     }
+    // What a claim's `end` means to the driver.
+    if let Some(end) = End::from_number(input.granted) {
+        assert_eq!(end as u32, input.granted);
+    }
     // As `Device::open` does it; `mmap` would refuse what is too large.
     let size = usize::try_from(info.mappable_size).unwrap_or(usize::MAX);
     if size > MAX_SIZE {
