@@ -15,29 +15,21 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{Level, error, info, warn};
+use log::{Level, error, info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 
-use super::limit::{Limit, limited};
+use super::limit::{Account, COMING_AND_GOING, REFUSED, TURNED_AWAY, limited};
 use super::shared::Slot;
 use super::store::name;
-use super::{Listener, Peer, Shared};
+use super::{Listener, PAUSE, Peer, Shared};
 use crate::transport::{Departure, Transport, TransportError};
-
-/// How long to wait when the kernel has no descriptor for a connection.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a VM that has hung up may take to be noticed, and how often that is looked at.
 const NOTICE: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(1);
 /// Most connections of refused VMs that are kept; then the oldest is closed.
 const MAX_REFUSED: usize = 8;
-
-/// For those who are not let in.
-static REFUSED: Limit = Limit::new();
-/// For those who come and go.
-static COMING_AND_GOING: Limit = Limit::new();
 
 /// A slot's door.
 pub struct Door {
@@ -56,7 +48,13 @@ impl Door {
             loop {
                 let heard = refused.wait(&self.listener);
                 if let Err(error) = heard.and_then(|()| self.knock(&mut refused)) {
-                    warn!("slot {}: cannot accept a VM: {error}", self.id);
+                    let id = self.id;
+                    limited!(
+                        TURNED_AWAY,
+                        Account::Slot(id),
+                        Level::Warn,
+                        "slot {id}: cannot accept a VM: {error}"
+                    );
                     thread::sleep(PAUSE);
                 }
             }
@@ -74,36 +72,51 @@ impl Door {
             Err(error) => return Err(error),
         };
         let (id, transport) = (self.id, &self.transport);
-        let refuse = |who: &dyn std::fmt::Display, why: &dyn std::fmt::Display| {
-            limited!(REFUSED, Level::Warn, "slot {id}: {who} is refused: {why}");
+        let refuse = |peer: Option<Peer>, why: &dyn std::fmt::Display| {
+            let account = peer.map_or(Account::Others, Peer::account);
+            let who = peer.map_or("a VM".to_owned(), |peer| peer.to_string());
+            limited!(
+                REFUSED,
+                account,
+                Level::Warn,
+                "slot {id}: {who} is refused: {why}"
+            );
             transport.refuse(&vm);
         };
         let peer = match Peer::of(&vm) {
             Ok(peer) if self.shared.policy().admits(peer) => peer,
             Ok(peer) => {
-                refuse(&peer, &"not the broker's user, nor allowed (--allow-user)");
+                refuse(
+                    Some(peer),
+                    &"not the broker's user, nor allowed (--allow-user)",
+                );
                 refused.keep(vm);
                 return Ok(());
             }
             Err(error) => {
-                refuse(&"a VM", &error);
+                refuse(None, &error);
                 return Ok(());
             }
         };
         let Some(slot) = self.occupy(peer) else {
-            refuse(&peer, &"the slot is taken");
+            refuse(Some(peer), &"the slot is taken");
             refused.keep(vm);
             return Ok(());
         };
         let attendant = match self.attendant(peer) {
             Ok(attendant) => attendant,
             Err(error) => {
-                refuse(&peer, &error);
+                refuse(Some(peer), &error);
                 refused.keep(vm);
                 return Ok(());
             }
         };
-        limited!(COMING_AND_GOING, Level::Info, "slot {id}: {peer} is here");
+        limited!(
+            COMING_AND_GOING,
+            Account::Slot(id),
+            Level::Info,
+            "slot {id}: {peer} is here"
+        );
         match guarded(id, peer, || transport.greet(&vm, &slot)) {
             Some(()) => self.hand_to(&attendant, vm, slot),
             None => {
@@ -165,6 +178,7 @@ impl Door {
                 Some(Departure::Misbehaved(how)) => {
                     limited!(
                         COMING_AND_GOING,
+                        Account::Slot(id),
                         Level::Warn,
                         "slot {id}: {peer} is let go: {how}"
                     );
@@ -227,7 +241,12 @@ impl Refused {
 }
 
 fn gone(id: u32, peer: Peer) {
-    limited!(COMING_AND_GOING, Level::Info, "slot {id}: {peer} has left");
+    limited!(
+        COMING_AND_GOING,
+        Account::Slot(id),
+        Level::Info,
+        "slot {id}: {peer} has left"
+    );
 }
 
 /// Does something for a VM, and says what went wrong with it. It may panic: that ends this VM's session, and the broker
@@ -247,6 +266,7 @@ fn guarded<T>(
             let problem = anyhow::Error::from(problem);
             limited!(
                 COMING_AND_GOING,
+                Account::Slot(id),
                 Level::Warn,
                 "slot {id}: {peer} is let go: {problem:#}"
             );

@@ -24,6 +24,7 @@ pub mod store;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use control::End;
 pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
@@ -37,6 +38,9 @@ use self::shared::ClientId;
 use self::store::Inheritance;
 use crate::memory::MemoryError;
 use crate::transport::Transport;
+
+/// How long to wait when the kernel has no descriptor for a connection.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What a broker is to serve.
 pub struct Config {

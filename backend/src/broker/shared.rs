@@ -243,14 +243,17 @@ impl Shared {
         Ok(())
     }
 
-    /// Ends all claims of a host app that is gone.
-    pub fn release_all(&self, client: ClientId) {
-        for channel in 0..self.layout.channels().len() {
+    /// Ends all claims of a host app that is gone, and gives what these were.
+    pub fn release_all(&self, client: ClientId) -> Vec<String> {
+        let mut held = Vec::new();
+        for (channel, entry) in self.layout.channels().iter().enumerate() {
             for end in [End::Producer, End::Consumer] {
-                // It holds most of them not, which is no error here.
-                let _ = self.release(client, channel, end);
+                if self.release(client, channel, end).is_ok() {
+                    held.push(format!("the {end} of `{}`", entry.name));
+                }
             }
         }
+        held
     }
 
     /// Empties a channel that nobody uses.
