@@ -91,10 +91,14 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
         }
     };
     info!("{peer} takes over");
-    let done = converse(successor, shared);
-    drop(gate);
-    match done {
-        Ok(done) => Ok(done),
+    match converse(successor, shared) {
+        Ok(true) => {
+            // Whatever the other threads are about to do until the process ends, they do not do it any more.
+            std::mem::forget(gate);
+            shared.freeze();
+            Ok(true)
+        }
+        Ok(false) => Ok(false),
         Err(error) => {
             warn!("{peer} does not take over: {error}");
             Ok(false)

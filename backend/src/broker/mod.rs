@@ -123,15 +123,17 @@ impl Broker {
             .collect();
         let shared = Arc::new(Shared::new(parts, entries, config.policy));
         let doors = (0..).zip(transports).zip(listeners);
-        let doors = doors.map(|((id, transport), listener)| Door {
-            id,
-            transport,
-            listener,
-            shared: Arc::clone(&shared),
+        let doors = doors.map(|((id, transport), listener)| {
+            Door::new(id, transport, listener, Arc::clone(&shared))
         });
+        let doors = doors.collect::<Result<_, _>>();
+        let doors = doors.map_err(|source| BrokerError::System {
+            what: "make an eventfd",
+            source,
+        })?;
         Ok(Broker {
             control,
-            doors: doors.collect(),
+            doors,
             shared,
             vms,
             clients,

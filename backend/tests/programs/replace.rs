@@ -3,12 +3,14 @@
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
 use barlink::protocol::cursor::Kind;
 use rustix::process::Signal;
 
+use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm::*;
 
@@ -65,6 +67,45 @@ fn manager(folder: &Path) -> PathBuf {
     let socket = UnixDatagram::bind(&path).unwrap();
     std::thread::spawn(move || while socket.recv(&mut [0; 4096]).is_ok() {});
     path
+}
+
+/// More messages than its socket holds.
+const MANY: [&str; 2] = ["--vectors", "200"];
+
+#[test]
+fn successor_goes_on_with_a_vm_that_is_being_greeted() {
+    let mut broker = Broker::start(&MANY);
+    let vm = connect(&broker, "vm.sock");
+    std::thread::sleep(Duration::from_millis(300));
+    succeed(&mut broker, &MANY);
+    let vm = handshake(vm, 400);
+    assert!(is_silent(&vm.socket));
+    let peers: Vec<_> = vm.bells.iter().map(|(peer, _)| *peer).collect();
+    assert_eq!(peers, [[1; 200], [0; 200]].concat());
+    succeed(&mut broker, &MANY);
+    assert!(is_silent(&vm.socket));
+}
+
+#[test]
+fn killed_brokers_successor_goes_on_with_a_vm_that_is_being_greeted() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut broker = Broker::start_as(&manager, folder, &MANY);
+    let vm = connect(&broker, "vm.sock");
+    std::thread::sleep(Duration::from_millis(300));
+    broker.start_again(&manager, &MANY);
+    let vm = handshake(vm, 400);
+    assert!(is_silent(&vm.socket));
+    assert!(broker.attach().status().unwrap().slots[0].vm.is_some());
+}
+
+#[test]
+fn others_are_refused_while_a_vm_is_being_greeted() {
+    let broker = Broker::start(&MANY);
+    let vm = connect(&broker, "vm.sock");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(message(&connect(&broker, "vm.sock")).unwrap().0, 1);
+    handshake(vm, 400);
 }
 
 #[test]
