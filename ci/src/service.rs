@@ -21,6 +21,9 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 /// First descriptor that a service is passed (`SD_LISTEN_FDS_START`).
 const FIRST: i32 = 3;
 
+/// Descriptors that are kept (`FileDescriptorStoreMax=`).
+const ROOM: usize = 8192;
+
 /// How long a service may take until it says that it is ready.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -72,7 +75,9 @@ impl ServiceManager {
         let mut command = Command::new("sh");
         command.args(["-c", r#"LISTEN_PID=$$ exec "$0" "$@""#]);
         command.arg(program);
-        command.env("NOTIFY_SOCKET", &self.socket);
+        command
+            .env("NOTIFY_SOCKET", &self.socket)
+            .env("FDSTORE", ROOM.to_string());
         if !names.is_empty() {
             command
                 .env("LISTEN_FDS", names.len().to_string())

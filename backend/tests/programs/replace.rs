@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use barlink::Attachment;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
 use barlink::protocol::cursor::Kind;
+use barlink::protocol::wire::layout::{BROKER_PAGE, presence};
 use rustix::process::Signal;
 
 use crate::service::ServiceManager;
@@ -175,6 +177,28 @@ fn broker_that_is_a_service_is_not_replaced() {
     assert!(broker.child.try_wait().unwrap().is_none());
     broker.attach().status().unwrap();
     assert!(is_silent(&vm.socket));
+}
+
+#[test]
+fn service_that_is_stopped_leaves_all_to_its_successor_if_there_can_be_one() {
+    let epoch = |attachment: &Attachment| attachment.region().load(BROKER_PAGE + presence::EPOCH);
+    let folder = tempfile::tempdir().unwrap();
+    let path = manager(folder.path());
+    let broker = Broker::start_by(folder, &[], |command| {
+        command.env("NOTIFY_SOCKET", &path).env("FDSTORE", "0")
+    });
+    let attachment = broker.attach();
+    let (_folder, code) = broker.stop(Signal::TERM);
+    assert_eq!((code, epoch(&attachment)), (Some(0), 2), "nobody keeps it");
+
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let broker = Broker::start_as(&manager, folder, &[]);
+    let attachment = broker.attach();
+    let (folder, code) = broker.stop(Signal::TERM);
+    assert_eq!((code, epoch(&attachment)), (Some(0), 1));
+    let broker = Broker::start_as(&manager, folder, &[]);
+    assert_eq!(broker.attach().status().unwrap().epoch, 1);
 }
 
 /// So a service comes to a region that an ordinary broker has.
