@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use barlink::Attachment;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::{BROKER_PAGE, presence};
+use barlink::{Access, Attachment};
 use rustix::process::Signal;
 
 use crate::service::ServiceManager;
@@ -108,6 +108,47 @@ fn others_are_refused_while_a_vm_is_being_greeted() {
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(message(&connect(&broker, "vm.sock")).unwrap().0, 1);
     handshake(vm, 400);
+}
+
+#[test]
+fn successor_may_name_the_sockets_from_another_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let inner = folder.path().join("inner");
+    std::fs::create_dir(&inner).unwrap();
+    let serve = |from: &Path, sockets: [&str; 2], further: &[&str]| {
+        let mut command = barlink(["serve", "--ivshmem", sockets[0], "--control", sockets[1]]);
+        command
+            .args(further)
+            .current_dir(from)
+            .env("RUST_LOG", "error");
+        command
+    };
+    let relative = ["vm.sock", "control.sock"];
+    let mut first = serve(folder.path(), relative, &[]).spawn().unwrap();
+    let control = folder.path().join("control.sock");
+    let broker = || {
+        let attachment = Attachment::connect(&control, Access::ReadOnly).ok()?;
+        Some(attachment.status().ok()?.broker)
+    };
+    wait_until("the broker listens", || broker().is_some());
+    // The same words from elsewhere are other sockets.
+    let control = control.to_str().unwrap();
+    fails(
+        &mut serve(&inner, ["vm.sock", control], &["--replace"]),
+        1,
+        &["the running broker's socket is"],
+    );
+    let vm = folder.path().join("vm.sock");
+    let absolute = [vm.to_str().unwrap(), control];
+    let mut second = serve(&inner, absolute, &["--replace"]).spawn().unwrap();
+    assert_eq!(wait(&mut first).code(), Some(0));
+    wait_until("the successor serves", || broker() == Some(second.id()));
+    let mut third = serve(folder.path(), relative, &["--replace"]);
+    let mut third = third.spawn().unwrap();
+    assert_eq!(wait(&mut second).code(), Some(0));
+    wait_until("the successor serves", || broker() == Some(third.id()));
+    third.kill().unwrap();
+    third.wait().unwrap();
 }
 
 #[test]
