@@ -17,6 +17,8 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::warn;
+use rustix::fs::FlockOperation;
+use rustix::net::Shutdown;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::shared::ClientId;
@@ -189,7 +191,7 @@ pub fn is_managed() -> bool {
     is_a_service() && room.is_ok_and(|room| room.parse::<u64>().is_ok_and(|room| room > 0))
 }
 
-/// What the service manager kept for us; nothing, if we were never here.
+/// What the service manager kept for us; nothing, if we were never here, or were killed before we served.
 ///
 /// To be called once, before anything else opens a descriptor.
 pub fn inherited() -> io::Result<Inheritance> {
@@ -199,5 +201,25 @@ pub fn inherited() -> io::Result<Inheritance> {
         // number of its own, and nobody took it before, since this is called once.
         inheritance.insert(name, unsafe { OwnedFd::from_raw_fd(descriptor) });
     }
+    if !inheritance.is_empty() && !inheritance.contains_key(name::LEDGER) {
+        // It is the last to be kept: so nobody has anything of what there is.
+        warn!("the service manager kept less than a broker is made of: beginning anew");
+        discard(std::mem::take(&mut inheritance));
+    }
     Ok(inheritance)
+}
+
+/// Has the service manager forget these descriptors. It may do so a little later, so they are made useless first: what is
+/// at their paths is then as a dead process leaves it.
+fn discard(inheritance: Inheritance) {
+    let manager = Manager::connect();
+    for (name, descriptor) in inheritance {
+        // Each of them fails where it makes no sense.
+        let _ = rustix::fs::flock(&descriptor, FlockOperation::NonBlockingUnlock);
+        let _ = rustix::net::shutdown(&descriptor, Shutdown::Both);
+        let message = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
+        if let Some(Err(error)) = manager.as_ref().map(|manager| manager.tell(&message, &[])) {
+            warn!("the service manager does not forget {name}: {error}");
+        }
+    }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use barlink::broker::store;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
 use barlink::protocol::cursor::Kind;
@@ -240,6 +241,30 @@ fn service_that_is_stopped_leaves_all_to_its_successor_if_there_can_be_one() {
     assert_eq!((code, epoch(&attachment)), (Some(0), 1));
     let broker = Broker::start_as(&manager, folder, &[]);
     assert_eq!(broker.attach().status().unwrap().epoch, 1);
+}
+
+#[test]
+fn service_that_was_killed_while_it_was_made_is_made_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut broker = Broker::start_as(&manager, folder, &[]);
+    let notify = UnixDatagram::unbound().unwrap();
+    notify.connect(broker.path("notify.sock")).unwrap();
+    let forget = format!("FDSTOREREMOVE=1\nFDNAME={}\n", store::name::LEDGER);
+    notify.send(forget.as_bytes()).unwrap();
+    wait_until("it is forgotten", || {
+        !manager.kept().contains(&store::name::LEDGER.to_owned())
+    });
+    broker.start_again(&manager, &[]);
+    drop(handshake(connect(&broker, "vm.sock"), 6));
+    // And what is kept now is the new one's.
+    wait_until("it is kept", || {
+        manager.kept().contains(&store::name::LEDGER.to_owned())
+    });
+    broker.start_again(&manager, &[]);
+    let sender = broker.attach().sender("down").unwrap();
+    assert_eq!(broker.attach().status().unwrap().epoch, 1);
+    drop(sender);
 }
 
 /// So a service comes to a region that an ordinary broker has.
