@@ -199,7 +199,9 @@ pub fn inherited() -> io::Result<Inheritance> {
     for (descriptor, name) in sd_notify::listen_fds_with_names()? {
         // SAFETY: the service manager passed this descriptor to this process (`LISTEN_PID`) for it to own, each under a
         // number of its own, and nobody took it before, since this is called once.
-        inheritance.insert(name, unsafe { OwnedFd::from_raw_fd(descriptor) });
+        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        // The newest of a name comes first, and is the one that holds.
+        inheritance.entry(name).or_insert(descriptor);
     }
     if !inheritance.is_empty() && !inheritance.contains_key(name::LEDGER) {
         // It is the last to be kept: so nobody has anything of what there is.
