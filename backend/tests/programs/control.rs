@@ -392,6 +392,25 @@ fn looking_gives_no_right_to_write() {
 }
 
 #[test]
+fn who_only_looks_holds_no_end() {
+    let broker = Broker::start(&[]);
+    let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();
+    let errors = [
+        attachment.sender("down").unwrap_err(),
+        attachment.receiver("up").unwrap_err(),
+    ];
+    for error in errors {
+        assert!(
+            error
+                .to_string()
+                .contains("attach with `Access::ReadWrite`"),
+            "{error}"
+        );
+    }
+    assert!(attachment.status().unwrap().claims.is_empty());
+}
+
+#[test]
 fn memory_that_is_not_sealed_is_not_mapped() {
     let file = rustix::fs::memfd_create("unsealed", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
     rustix::fs::ftruncate(&file, 4096).unwrap();
