@@ -379,7 +379,8 @@ impl Shared {
         load(connection) != 0 && load(epoch) % 2 == 1
     }
 
-    /// A thread that panicked left the state whole: every change under the lock is a single store.
+    /// A thread that panicked may have left a change half done, which is no worse than being killed there: the ledger is
+    /// true after each of its stores, and what slots and region tell of it is at worst behind.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
