@@ -222,6 +222,55 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// The unit's settings, as systemd takes them apart.
+    fn unit() -> Vec<(&'static str, &'static str)> {
+        let text = include_str!("../systemd/barlink@.service");
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines.filter_map(|line| line.split_once('=')).collect()
+    }
+
+    #[test]
+    fn unit_starts_a_broker_and_has_room_for_what_it_keeps() {
+        use barlink::protocol::wire::layout::{MAX_SLOTS, MAX_VECTORS};
+        let unit = unit();
+        let value = |key| {
+            let mut found = unit.iter().filter(|(name, _)| *name == key);
+            let value = found.next().unwrap_or_else(|| panic!("no {key}")).1;
+            assert!(found.next().is_none(), "{key} twice");
+            value
+        };
+        let example = include_str!("../systemd/barlink@.service");
+        let mut example = example.lines();
+        let example = example.find_map(|line| line.strip_prefix("#     BARLINK_ARGS="));
+        let command = value("ExecStart").replace("%i", "vm1");
+        for further in ["", example.unwrap()] {
+            let words = command.replace("$BARLINK_ARGS", further);
+            let cli = Cli::try_parse_from(words.split_whitespace()).unwrap();
+            let Command::Serve(serve) = cli.command else {
+                panic!("no broker: {words}");
+            };
+            assert_eq!(serve.ivshmem, [PathBuf::from("/run/barlink/vm1.vm.sock")]);
+        }
+        // Eventfds; a listener, its lock and a VM for each slot and for host apps; these; memory and ledger.
+        let most = (MAX_SLOTS + 1) * MAX_VECTORS + 3 * (MAX_SLOTS + 1) + 64 + 2;
+        let number = |key| value(key).parse::<u32>().unwrap();
+        assert!(number("FileDescriptorStoreMax") >= most);
+        assert!(number("LimitNOFILE") >= 2 * most);
+        assert_eq!((value("Type"), value("Restart")), ("notify", "always"));
+        let filters = unit.iter().filter(|(name, _)| *name == "SystemCallFilter");
+        let filters: Vec<_> = filters.map(|(_, filter)| *filter).collect();
+        for call in [
+            "landlock_create_ruleset",
+            "landlock_restrict_self",
+            "seccomp",
+        ] {
+            assert!(
+                filters[0].split(' ').any(|allowed| allowed == call),
+                "{call}"
+            );
+        }
+    }
+
     #[test]
     fn names_are_no_paths() {
         assert!(parse_name("vm-1.a").is_ok());

@@ -45,6 +45,16 @@ pub enum AttachError {
         /// The names that there are.
         known: String,
     },
+    /// Whoever only looks can hold no end: its words could not be written.
+    #[error(
+        "the {end} of channel `{name}` cannot be held by who attached for looking only: attach with `Access::ReadWrite`"
+    )]
+    ReadOnly {
+        /// Name of the channel.
+        name: String,
+        /// The end.
+        end: End,
+    },
     /// Waiting for doorbells cannot be set up.
     #[error(transparent)]
     Events(#[from] EventError),
@@ -68,6 +78,7 @@ pub struct Attachment {
     control: Arc<Control>,
     layout: Layout,
     mapping: Mapping,
+    access: Access,
 }
 
 impl Attachment {
@@ -89,6 +100,7 @@ impl Attachment {
             control: Arc::new(control),
             layout,
             mapping,
+            access,
         })
     }
 
@@ -97,7 +109,8 @@ impl Attachment {
         &self.layout
     }
 
-    /// The region's words.
+    /// The region's words. They are mapped as was asked for: with [`Access::ReadOnly`] a store to them ends the process,
+    /// by SIGSEGV.
     pub fn region(&self) -> Region {
         self.mapping.region()
     }
@@ -161,6 +174,10 @@ impl Attachment {
     /// [`Receiver`](barlink_protocol::Receiver) with that.
     pub fn claim(&self, name: &str, end: End) -> Result<(usize, Bells), AttachError> {
         let channel = self.find(name)?;
+        if self.access == Access::ReadOnly {
+            let name = name.to_owned();
+            return Err(AttachError::ReadOnly { name, end });
+        }
         let (answer, descriptors) = self.control.ask(Ask::Claim {
             channel,
             end: end.into(),

@@ -3,10 +3,9 @@
 //! A stand-in for a service manager's part in keeping a broker's descriptors: what systemd does with `FDSTORE`
 //! (`sd_notify(3)`, `sd_listen_fds(3)`), and nothing else.
 
-use std::collections::BTreeMap;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,6 +20,9 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 /// First descriptor that a service is passed (`SD_LISTEN_FDS_START`).
 const FIRST: i32 = 3;
 
+/// Descriptors that are kept (`FileDescriptorStoreMax=`).
+const ROOM: usize = 8192;
+
 /// How long a service may take until it says that it is ready.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -33,7 +35,8 @@ pub struct ServiceManager {
 
 #[derive(Debug, Default)]
 struct State {
-    kept: BTreeMap<String, OwnedFd>,
+    /// The newest first; there can be more than one of a name.
+    kept: Vec<(String, OwnedFd)>,
     ready: bool,
 }
 
@@ -72,7 +75,9 @@ impl ServiceManager {
         let mut command = Command::new("sh");
         command.args(["-c", r#"LISTEN_PID=$$ exec "$0" "$@""#]);
         command.arg(program);
-        command.env("NOTIFY_SOCKET", &self.socket);
+        command
+            .env("NOTIFY_SOCKET", &self.socket)
+            .env("FDSTORE", ROOM.to_string());
         if !names.is_empty() {
             command
                 .env("LISTEN_FDS", names.len().to_string())
@@ -93,9 +98,16 @@ impl ServiceManager {
         Ok(())
     }
 
-    /// The names of what is kept.
+    /// The names of what is kept, in their order.
     pub fn kept(&self) -> Vec<String> {
-        self.lock().kept.keys().cloned().collect()
+        let mut names: Vec<_> = self
+            .lock()
+            .kept
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect();
+        names.sort();
+        names
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -111,18 +123,31 @@ impl State {
         };
         let name = value("FDNAME").unwrap_or("stored");
         if value("FDSTORE") == Some("1") {
-            // As systemd, which compares the files: what it has, it does not take again.
             for descriptor in descriptors {
-                self.kept.entry(name.to_owned()).or_insert(descriptor);
+                // What is kept already, under whatever name, is not taken again.
+                let is_new = |(_, kept): &(_, OwnedFd)| identity(kept) != identity(&descriptor);
+                if self.kept.len() < ROOM && self.kept.iter().all(is_new) {
+                    self.kept.insert(0, (name.to_owned(), descriptor));
+                }
             }
         }
         if value("FDSTOREREMOVE") == Some("1") {
-            self.kept.remove(name);
+            self.kept.retain(|(kept, _)| kept != name);
         }
         if value("READY") == Some("1") {
             self.ready = true;
         }
     }
+}
+
+/// What two descriptors of the same file have in common, and no others: eventfds, which share an inode, have a number.
+fn identity(descriptor: &OwnedFd) -> Option<(u64, u64, Option<String>)> {
+    let status = rustix::fs::fstat(descriptor).ok()?;
+    let path = format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd());
+    let information = std::fs::read_to_string(path).ok()?;
+    let mut lines = information.lines();
+    let number = lines.find_map(|line| line.strip_prefix("eventfd-id:"));
+    Some((status.st_dev, status.st_ino, number.map(str::to_owned)))
 }
 
 fn receive(socket: &UnixDatagram) -> Result<(String, Vec<OwnedFd>)> {
@@ -145,4 +170,31 @@ fn receive(socket: &UnixDatagram) -> Result<(String, Vec<OwnedFd>)> {
         String::from_utf8_lossy(&bytes[..received.bytes]).into_owned(),
         descriptors,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    #[test]
+    fn keeps_what_systemd_keeps() {
+        let mut state = State::default();
+        let copy = |descriptor: &OwnedFd| descriptor.try_clone().unwrap();
+        let new = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let (first, second) = (new(), new());
+        state.take_in("FDSTORE=1\nFDNAME=a\n", vec![copy(&first)]);
+        state.take_in("FDSTORE=1\nFDNAME=a\n", vec![copy(&second)]);
+        let names = |state: &State| -> String {
+            let names = state.kept.iter().map(|(name, _)| name.as_str());
+            names.collect()
+        };
+        assert_eq!(names(&state), "aa", "both of one name");
+        state.take_in("FDSTORE=1\nFDNAME=b\n", vec![first]);
+        assert_eq!(names(&state), "aa", "no file twice");
+        state.take_in("FDSTORE=1\nFDNAME=c\n", vec![new()]);
+        state.take_in("FDSTOREREMOVE=1\nFDNAME=a\n", Vec::new());
+        assert_eq!(names(&state), "c", "all of one name are forgotten");
+    }
 }

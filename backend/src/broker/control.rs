@@ -14,10 +14,10 @@ use log::{Level, warn};
 use rustix::net::SocketFlags;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::limit::{Limit, limited};
+use super::limit::{Account, COMING_AND_GOING, LOST, REFUSED, TURNED_AWAY, limited};
 use super::shared::ClientId;
 use super::store::name;
-use super::{Listener, Peer, Shared, handover};
+use super::{Listener, PAUSE, Peer, Shared, handover};
 use crate::control::message::{
     Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
@@ -27,16 +27,6 @@ use crate::control::packet::PacketSocket;
 const MAX_CLIENTS: usize = 64;
 /// How long a client may stay that has not asked for anything.
 const SILENCE: Duration = Duration::from_secs(10);
-/// How long to wait when the kernel has no descriptor for a connection.
-const PAUSE: Duration = Duration::from_millis(100);
-
-/// For those who are not let in.
-static TURNED_AWAY: Limit = Limit::new();
-/// For those who are told no.
-static REFUSED: Limit = Limit::new();
-/// For those who come and go.
-static COMING_AND_GOING: Limit = Limit::new();
-
 // Clients have small numbers.
 const STOP: u64 = u64::MAX;
 const LISTENER: u64 = u64::MAX - 1;
@@ -111,10 +101,10 @@ pub fn serve(
                     };
                     match hear(client, id, shared, &mut buffer) {
                         Next::Stays => (),
-                        Next::Leaves => {
-                            limited!(COMING_AND_GOING, Level::Info, "{} has left", client.peer);
+                        Next::Leaves(how) => {
+                            let peer = client.peer;
                             clients.remove(&id);
-                            shared.release_all(id);
+                            farewell(peer, &shared.release_all(id), how.as_ref());
                             shared.store().forget(&name::client(id));
                         }
                         Next::TakesOver => return Ok(End::HandedOver),
@@ -128,6 +118,7 @@ pub fn serve(
             if !stays {
                 limited!(
                     TURNED_AWAY,
+                    client.peer.account(),
                     Level::Warn,
                     "{} is let go: it said nothing for {} seconds",
                     client.peer,
@@ -159,6 +150,7 @@ fn admit(listener: &Listener, shared: &Shared, clients: usize) -> Option<Client>
         Err(error) => {
             limited!(
                 TURNED_AWAY,
+                Account::Others,
                 Level::Warn,
                 "cannot accept a host app: {error} (ulimit -n)"
             );
@@ -169,12 +161,18 @@ fn admit(listener: &Listener, shared: &Shared, clients: usize) -> Option<Client>
     };
     let peer = Peer::of(&socket)
         .inspect_err(|error| {
-            limited!(TURNED_AWAY, Level::Warn, "a host app is refused: {error}");
+            limited!(
+                TURNED_AWAY,
+                Account::Others,
+                Level::Warn,
+                "a host app is refused: {error}"
+            );
         })
         .ok()?;
     if !shared.policy().admits(peer) {
         limited!(
             TURNED_AWAY,
+            peer.account(),
             Level::Warn,
             "{peer} is refused: not the broker's user, nor allowed (--allow-user)"
         );
@@ -183,6 +181,7 @@ fn admit(listener: &Listener, shared: &Shared, clients: usize) -> Option<Client>
     if clients >= MAX_CLIENTS {
         limited!(
             TURNED_AWAY,
+            peer.account(),
             Level::Warn,
             "{peer} is refused: {MAX_CLIENTS} host apps are here"
         );
@@ -199,8 +198,32 @@ fn admit(listener: &Listener, shared: &Shared, clients: usize) -> Option<Client>
 /// What becomes of a client that was heard.
 enum Next {
     Stays,
-    Leaves,
+    /// It has hung up, or is let go for a reason.
+    Leaves(Option<io::Error>),
     TakesOver,
+}
+
+/// Says that a host app is gone, and what it held until then. One that ends in good order gives that back first, so one
+/// that did not was killed, or has failed.
+fn farewell(peer: Peer, held: &[String], how: Option<&io::Error>) {
+    let verb = if how.is_some() {
+        "is let go"
+    } else {
+        "has left"
+    };
+    let how = how.map(|error| format!(": {error}")).unwrap_or_default();
+    let account = peer.account();
+    if held.is_empty() {
+        limited!(COMING_AND_GOING, account, Level::Info, "{peer} {verb}{how}");
+    } else {
+        let held = held.join(", ");
+        limited!(
+            LOST,
+            account,
+            Level::Info,
+            "{peer} {verb} without giving back {held}{how}"
+        );
+    }
 }
 
 /// Hears one request of a client and answers it.
@@ -208,14 +231,15 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
     let request = match client.socket.receive(buffer) {
         Ok(Some(bytes)) => bytes,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Next::Stays,
-        Ok(None) | Err(_) => return Next::Leaves,
+        Ok(None) => return Next::Leaves(None),
+        Err(error) => return Next::Leaves(Some(error)),
     };
     let ask = Request::parse(request);
     if ask == Ok(Ask::HandOver) {
         return match handover::give(&client.socket, client.peer, shared) {
             Ok(true) => Next::TakesOver,
             Ok(false) => Next::Stays,
-            Err(_) => Next::Leaves,
+            Err(error) => Next::Leaves(Some(io::Error::other(error))),
         };
     }
     if ask.is_ok() && !std::mem::replace(&mut client.spoke, true) {
@@ -226,6 +250,7 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
     let (answer, descriptors) = outcome.unwrap_or_else(|refusal| {
         limited!(
             REFUSED,
+            client.peer.account(),
             Level::Info,
             "{} is refused: {refusal}",
             client.peer
@@ -239,11 +264,8 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
     })
     .ok()
     .filter(fits) else {
-        warn!(
-            "{} is let go: its answer does not fit into a packet",
-            client.peer
-        );
-        return Next::Leaves;
+        let how = "its answer does not fit into a packet";
+        return Next::Leaves(Some(io::Error::other(how)));
     };
     let raw: Vec<RawFd> = descriptors
         .iter()
@@ -251,15 +273,7 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
         .collect();
     match client.socket.send(&bytes, &raw) {
         Ok(()) => Next::Stays,
-        Err(error) => {
-            limited!(
-                COMING_AND_GOING,
-                Level::Info,
-                "{} is let go: {error}",
-                client.peer
-            );
-            Next::Leaves
-        }
+        Err(error) => Next::Leaves(Some(error)),
     }
 }
 
@@ -270,7 +284,12 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
     match *ask {
         Ask::Attach { access } => {
             let memory = Arc::clone(shared.memory(access));
-            limited!(COMING_AND_GOING, Level::Info, "{peer} attaches");
+            limited!(
+                COMING_AND_GOING,
+                peer.account(),
+                Level::Info,
+                "{peer} attaches"
+            );
             Ok((
                 Answer::Region(RegionInfo::from(shared.layout())),
                 vec![Box::new(memory)],
@@ -282,6 +301,7 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
             let bells = claimed_bells(shared, channel, end)?;
             limited!(
                 COMING_AND_GOING,
+                peer.account(),
                 Level::Info,
                 "{peer} holds the {end} of `{}`",
                 shared.channel(channel)?.name
@@ -299,6 +319,7 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
             let generation = shared.reset(channel)?;
             limited!(
                 COMING_AND_GOING,
+                peer.account(),
                 Level::Info,
                 "{peer} resets `{}`: generation {generation}",
                 shared.channel(channel)?.name

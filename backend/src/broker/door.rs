@@ -11,22 +11,20 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{Level, error, info, warn};
+use log::{Level, error, info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 
-use super::limit::{Limit, limited};
+use super::limit::{Account, COMING_AND_GOING, REFUSED, TURNED_AWAY, limited};
 use super::shared::Slot;
 use super::store::name;
-use super::{Listener, Peer, Shared};
+use super::{Listener, PAUSE, Peer, Shared};
+use crate::bell::Bell;
 use crate::transport::{Departure, Transport, TransportError};
-
-/// How long to wait when the kernel has no descriptor for a connection.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a VM that has hung up may take to be noticed, and how often that is looked at.
 const NOTICE: Duration = Duration::from_secs(1);
@@ -34,29 +32,46 @@ const LOOK: Duration = Duration::from_millis(1);
 /// Most connections of refused VMs that are kept; then the oldest is closed.
 const MAX_REFUSED: usize = 8;
 
-/// For those who are not let in.
-static REFUSED: Limit = Limit::new();
-/// For those who come and go.
-static COMING_AND_GOING: Limit = Limit::new();
-
 /// A slot's door.
 pub struct Door {
     pub id: u32,
     pub transport: Arc<dyn Transport>,
     pub listener: Arc<Listener>,
     pub shared: Arc<Shared>,
+    refused: Arc<Refused>,
 }
 
 impl Door {
+    /// A door at which nobody listens yet.
+    pub fn new(
+        id: u32,
+        transport: Arc<dyn Transport>,
+        listener: Arc<Listener>,
+        shared: Arc<Shared>,
+    ) -> io::Result<Self> {
+        Ok(Door {
+            id,
+            transport,
+            listener,
+            shared,
+            refused: Arc::new(Refused::new()?),
+        })
+    }
+
     /// Starts to listen for VMs.
     pub fn open(self) -> io::Result<()> {
         let name = format!("door {}", self.id);
         thread::Builder::new().name(name).spawn(move || {
-            let mut refused = Refused::default();
             loop {
-                let heard = refused.wait(&self.listener);
-                if let Err(error) = heard.and_then(|()| self.knock(&mut refused)) {
-                    warn!("slot {}: cannot accept a VM: {error}", self.id);
+                let heard = self.refused.wait(&self.listener);
+                if let Err(error) = heard.and_then(|()| self.knock()) {
+                    let id = self.id;
+                    limited!(
+                        TURNED_AWAY,
+                        Account::Slot(id),
+                        Level::Warn,
+                        "slot {id}: cannot accept a VM: {error}"
+                    );
                     thread::sleep(PAUSE);
                 }
             }
@@ -65,52 +80,61 @@ impl Door {
     }
 
     /// Lets a VM in that is at the door. Nobody comes in while the broker hands over: its successor has the same door.
-    fn knock(&self, refused: &mut Refused) -> io::Result<()> {
+    fn knock(&self) -> io::Result<()> {
         let gate = self.shared.gate().read();
         let _gate = gate.unwrap_or_else(PoisonError::into_inner);
         let vm = match self.listener.accept(SocketFlags::empty()) {
-            Ok(socket) => UnixStream::from(socket),
+            Ok(socket) => Arc::new(UnixStream::from(socket)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(error),
         };
         let (id, transport) = (self.id, &self.transport);
-        let refuse = |who: &dyn std::fmt::Display, why: &dyn std::fmt::Display| {
-            limited!(REFUSED, Level::Warn, "slot {id}: {who} is refused: {why}");
+        let refuse = |peer: Option<Peer>, why: &dyn std::fmt::Display| {
+            let account = peer.map_or(Account::Others, Peer::account);
+            let who = peer.map_or("a VM".to_owned(), |peer| peer.to_string());
+            limited!(
+                REFUSED,
+                account,
+                Level::Warn,
+                "slot {id}: {who} is refused: {why}"
+            );
             transport.refuse(&vm);
         };
         let peer = match Peer::of(&vm) {
             Ok(peer) if self.shared.policy().admits(peer) => peer,
             Ok(peer) => {
-                refuse(&peer, &"not the broker's user, nor allowed (--allow-user)");
-                refused.keep(vm);
+                refuse(
+                    Some(peer),
+                    &"not the broker's user, nor allowed (--allow-user)",
+                );
+                self.refused.keep(vm);
                 return Ok(());
             }
             Err(error) => {
-                refuse(&"a VM", &error);
+                refuse(None, &error);
                 return Ok(());
             }
         };
         let Some(slot) = self.occupy(peer) else {
-            refuse(&peer, &"the slot is taken");
-            refused.keep(vm);
+            refuse(Some(peer), &"the slot is taken");
+            self.refused.keep(vm);
             return Ok(());
         };
         let attendant = match self.attendant(peer) {
             Ok(attendant) => attendant,
             Err(error) => {
-                refuse(&peer, &error);
-                refused.keep(vm);
+                refuse(Some(peer), &error);
+                self.refused.keep(vm);
                 return Ok(());
             }
         };
-        limited!(COMING_AND_GOING, Level::Info, "slot {id}: {peer} is here");
-        match guarded(id, peer, || transport.greet(&vm, &slot)) {
-            Some(()) => self.hand_to(&attendant, vm, slot),
-            None => {
-                transport.abort(&vm);
-                refused.keep(vm);
-            }
-        }
+        limited!(
+            COMING_AND_GOING,
+            Account::Slot(id),
+            Level::Info,
+            "slot {id}: {peer} is here"
+        );
+        self.hand_to(&attendant, vm, slot);
         Ok(())
     }
 
@@ -144,27 +168,36 @@ impl Door {
                     && let Some(slot) = self.shared.reoccupy(id, peer)
                 {
                     info!("slot {id}: {peer} is still here");
-                    self.hand_to(&attendant, vm, slot);
+                    self.hand_to(&attendant, Arc::new(vm), slot);
                 }
             }
             _ => info!("slot {id}: its VM has left meanwhile"),
         }
     }
 
-    /// A thread that will serve a VM. It is there before the VM is told anything, since without it the VM is refused.
+    /// A thread that will greet and serve a VM. It is there before the VM is told anything, since without it the VM is refused.
     fn attendant(&self, peer: Peer) -> io::Result<Sender<(Arc<UnixStream>, Slot)>> {
         let id = self.id;
         let transport = Arc::clone(&self.transport);
-        let (attendant, greeted) = channel::<(Arc<UnixStream>, Slot)>();
+        let refused = Arc::clone(&self.refused);
+        let (attendant, let_in) = channel::<(Arc<UnixStream>, Slot)>();
         let session = move || {
-            let Ok((vm, slot)) = greeted.recv() else {
+            let Ok((vm, slot)) = let_in.recv() else {
                 return;
             };
+            if guarded(id, peer, || transport.greet(&vm, &slot)).is_none() {
+                transport.abort(&vm);
+                drop(slot);
+                refused.keep(vm);
+                return;
+            }
+            slot.greeted();
             match guarded(id, peer, || transport.serve(&vm, &slot)) {
                 Some(Departure::Left) => gone(id, peer),
                 Some(Departure::Misbehaved(how)) => {
                     limited!(
                         COMING_AND_GOING,
+                        Account::Slot(id),
                         Level::Warn,
                         "slot {id}: {peer} is let go: {how}"
                     );
@@ -177,13 +210,13 @@ impl Door {
         Ok(attendant)
     }
 
+    /// From here on the VM is its attendant's, and a successor's.
     fn hand_to(
         &self,
         attendant: &Sender<(Arc<UnixStream>, Slot)>,
-        vm: impl Into<Arc<UnixStream>>,
+        vm: Arc<UnixStream>,
         slot: Slot,
     ) {
-        let vm = vm.into();
         self.shared.store().keep(name::vm(self.id), vm.clone());
         // It waits for this alone, so it takes it.
         let _ = attendant.send((vm, slot));
@@ -198,36 +231,62 @@ fn has_hung_up(socket: &dyn AsFd) -> bool {
 }
 
 /// The connections of VMs that were refused and have not hung up.
-#[derive(Default)]
-struct Refused(VecDeque<UnixStream>);
+struct Refused {
+    vms: Mutex<VecDeque<Arc<UnixStream>>>,
+    /// Rung when there is one more.
+    more: Bell,
+}
 
 impl Refused {
-    fn keep(&mut self, vm: UnixStream) {
-        if self.0.len() == MAX_REFUSED {
-            self.0.pop_front();
+    fn new() -> io::Result<Self> {
+        Ok(Refused {
+            vms: Mutex::default(),
+            more: Bell::new()?,
+        })
+    }
+
+    fn keep(&self, vm: Arc<UnixStream>) {
+        let mut vms = self.lock();
+        if vms.len() == MAX_REFUSED {
+            vms.pop_front();
         }
-        self.0.push_back(vm);
+        vms.push_back(vm);
+        // Full or not, it is rung.
+        let _ = self.more.ring();
     }
 
     /// Waits until somebody is at the door, and lets go of those here who hang up meanwhile.
-    fn wait(&mut self, listener: &Listener) -> io::Result<()> {
+    fn wait(&self, listener: &Listener) -> io::Result<()> {
         loop {
-            let mut all = vec![PollFd::new(listener, PollFlags::IN)];
-            all.extend(self.0.iter().map(|vm| PollFd::new(vm, PollFlags::empty())));
+            let vms = self.lock().clone();
+            let mut all = vec![
+                PollFd::new(listener, PollFlags::IN),
+                PollFd::new(&self.more, PollFlags::IN),
+            ];
+            all.extend(vms.iter().map(|vm| PollFd::new(vm, PollFlags::empty())));
             rustix::io::retry_on_intr(|| rustix::event::poll(&mut all, None))?;
-            let mut ready: Vec<_> = all.iter().map(|one| !one.revents().is_empty()).collect();
-            let somebody = ready.remove(0);
-            let mut hung_up = ready.into_iter();
-            self.0.retain(|_| !hung_up.next().unwrap_or_default());
+            let somebody = !all[0].revents().is_empty();
+            drop(all);
+            self.more.drain();
+            self.lock().retain(|vm| !has_hung_up(vm));
             if somebody {
                 return Ok(());
             }
         }
     }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<UnixStream>>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn gone(id: u32, peer: Peer) {
-    limited!(COMING_AND_GOING, Level::Info, "slot {id}: {peer} has left");
+    limited!(
+        COMING_AND_GOING,
+        Account::Slot(id),
+        Level::Info,
+        "slot {id}: {peer} has left"
+    );
 }
 
 /// Does something for a VM, and says what went wrong with it. It may panic: that ends this VM's session, and the broker
@@ -247,6 +306,7 @@ fn guarded<T>(
             let problem = anyhow::Error::from(problem);
             limited!(
                 COMING_AND_GOING,
+                Account::Slot(id),
                 Level::Warn,
                 "slot {id}: {peer} is let go: {problem:#}"
             );

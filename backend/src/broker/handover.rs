@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use log::{Level, info, warn};
 use rustix::event::{PollFd, PollFlags};
 
-use super::limit::{Limit, limited};
+use super::limit::{REFUSED, limited};
 use super::store::{self, Inheritance};
 use super::{BrokerError, Peer, Shared};
 use crate::control::client::{Control, ControlError};
@@ -23,9 +23,6 @@ use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 
 /// How long a VM may take to come in, or a successor to make itself, until the hand-over is called off.
 const PATIENCE: Duration = Duration::from_secs(3);
-
-/// For those who are told no.
-static REFUSED: Limit = Limit::new();
 
 /// What a predecessor gave, and the way to tell it that its successor is ready.
 pub struct Predecessor {
@@ -68,7 +65,12 @@ impl Predecessor {
 /// Hands over to the broker at the other end of a socket, which has asked for it once. `true` if it is done.
 pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<bool, BrokerError> {
     let refuse = |refusal| {
-        limited!(REFUSED, Level::Info, "{peer} is refused: {refusal}");
+        limited!(
+            REFUSED,
+            peer.account(),
+            Level::Info,
+            "{peer} is refused: {refusal}"
+        );
         reply(successor, Answer::Refused(refusal), &[]).map(|()| false)
     };
     if !shared.policy().is_owner(peer) {
@@ -89,10 +91,14 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
         }
     };
     info!("{peer} takes over");
-    let done = converse(successor, shared);
-    drop(gate);
-    match done {
-        Ok(done) => Ok(done),
+    match converse(successor, shared) {
+        Ok(true) => {
+            // Whatever the other threads are about to do until the process ends, they do not do it any more.
+            std::mem::forget(gate);
+            shared.freeze();
+            Ok(true)
+        }
+        Ok(false) => Ok(false),
         Err(error) => {
             warn!("{peer} does not take over: {error}");
             Ok(false)

@@ -26,10 +26,41 @@ const CLIENTS: u64 = PAGE_SIZE + 16;
 const VMS: u64 = PAGE_SIZE + 64;
 /// By slot: the number of the VM that is connected, 0 for none.
 const CONNECTIONS: u64 = VMS + 8 * MAX_SLOTS as u64;
+/// By slot: what of its greeting the VM that is connected was not told yet; see [`Greeting`].
+const UNTOLD: u64 = CONNECTIONS + 8 * MAX_SLOTS as u64;
 /// By channel and end: the holder word.
 const HOLDERS: u64 = PAGE_SIZE + 512;
 /// By channel and end: which host app holds it, 0 for none.
 const OWNERS: u64 = PAGE_SIZE + 2048;
+
+/// How far the greeting of a VM got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Greeting {
+    /// The VM was told nothing.
+    New,
+    /// So many messages are to follow; none is all.
+    Left(u64),
+    /// So many, or one less: the broker was killed while it sent one.
+    Torn(u64),
+}
+
+impl Greeting {
+    fn encode(self) -> u64 {
+        match self {
+            Greeting::New => u64::MAX,
+            Greeting::Left(left) => left << 1,
+            Greeting::Torn(left) => left << 1 | 1,
+        }
+    }
+
+    fn decode(word: u64) -> Self {
+        match word {
+            u64::MAX => Greeting::New,
+            word if word.is_multiple_of(2) => Greeting::Left(word >> 1),
+            word => Greeting::Torn(word >> 1),
+        }
+    }
+}
 
 /// See the module.
 pub struct Ledger {
@@ -104,6 +135,16 @@ impl Ledger {
         self.store(CONNECTIONS + 8 * u64::from(slot), connection);
     }
 
+    /// How far the greeting of the VM got that is connected to a slot.
+    pub fn greeting(&self, slot: u32) -> Greeting {
+        Greeting::decode(self.load(UNTOLD + 8 * u64::from(slot)))
+    }
+
+    /// Changes that.
+    pub fn set_greeting(&self, slot: u32, greeting: Greeting) {
+        self.store(UNTOLD + 8 * u64::from(slot), greeting.encode());
+    }
+
     /// The host app that holds an end, and its holder word.
     pub fn holder(&self, channel: usize, end: End) -> Option<(ClientId, u64)> {
         let place = presence::holder(channel, end);
@@ -139,7 +180,7 @@ impl Ledger {
     }
 }
 
-const _: () = assert!(CONNECTIONS + 8 * MAX_SLOTS as u64 <= HOLDERS);
+const _: () = assert!(UNTOLD + 8 * MAX_SLOTS as u64 <= HOLDERS);
 const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= OWNERS);
 const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= SIZE);
 

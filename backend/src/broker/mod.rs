@@ -24,6 +24,7 @@ pub mod store;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use control::End;
 pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
@@ -37,6 +38,9 @@ use self::shared::ClientId;
 use self::store::Inheritance;
 use crate::memory::MemoryError;
 use crate::transport::Transport;
+
+/// How long to wait when the kernel has no descriptor for a connection.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What a broker is to serve.
 pub struct Config {
@@ -119,15 +123,17 @@ impl Broker {
             .collect();
         let shared = Arc::new(Shared::new(parts, entries, config.policy));
         let doors = (0..).zip(transports).zip(listeners);
-        let doors = doors.map(|((id, transport), listener)| Door {
-            id,
-            transport,
-            listener,
-            shared: Arc::clone(&shared),
+        let doors = doors.map(|((id, transport), listener)| {
+            Door::new(id, transport, listener, Arc::clone(&shared))
         });
+        let doors = doors.collect::<Result<_, _>>();
+        let doors = doors.map_err(|source| BrokerError::System {
+            what: "make an eventfd",
+            source,
+        })?;
         Ok(Broker {
             control,
-            doors: doors.collect(),
+            doors,
             shared,
             vms,
             clients,

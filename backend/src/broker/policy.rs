@@ -7,6 +7,8 @@ use std::os::fd::AsFd;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
+use super::limit::Account;
+
 /// Who is at the other end of a socket, by the kernel's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
@@ -28,6 +30,13 @@ impl Peer {
             uid: credentials.uid(),
             gid: credentials.gid(),
         })
+    }
+}
+
+impl Peer {
+    /// On whose account is logged what it does as a host app.
+    pub fn account(self) -> Account {
+        Account::User(self.uid)
     }
 }
 

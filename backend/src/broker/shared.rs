@@ -13,7 +13,7 @@ use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, presence
 use barlink_protocol::{Ordering, PresenceWords, state};
 use log::warn;
 
-use super::ledger::Ledger;
+use super::ledger::{Greeting, Ledger};
 use super::parts::Parts;
 use super::store::{DescriptorStore, name};
 use super::{Peer, Policy};
@@ -36,7 +36,7 @@ pub struct Shared {
     start: Instant,
     state: Mutex<State>,
     store: DescriptorStore,
-    /// Held for reading while a VM is let in and greeted, and for writing while the broker hands over.
+    /// Held for reading while a VM is let in, or told a message, and for writing while the broker hands over.
     gate: RwLock<()>,
 }
 
@@ -130,6 +130,11 @@ impl Shared {
         &self.gate
     }
 
+    /// Changes nothing any more, ever: a successor does.
+    pub fn freeze(&self) {
+        std::mem::forget(self.lock());
+    }
+
     /// The number of a new host app.
     pub fn next_client(&self) -> ClientId {
         self.lock().ledger.next_client()
@@ -144,6 +149,7 @@ impl Shared {
             return None;
         }
         let connection = ledger.next_vm(slot);
+        ledger.set_greeting(slot, Greeting::New);
         ledger.set_connection(slot, connection);
         status.vm = Some(VmStatus::new(vm, connection));
         // What was rung for its predecessor is not for this VM.
@@ -243,14 +249,17 @@ impl Shared {
         Ok(())
     }
 
-    /// Ends all claims of a host app that is gone.
-    pub fn release_all(&self, client: ClientId) {
-        for channel in 0..self.layout.channels().len() {
+    /// Ends all claims of a host app that is gone, and gives what these were.
+    pub fn release_all(&self, client: ClientId) -> Vec<String> {
+        let mut held = Vec::new();
+        for (channel, entry) in self.layout.channels().iter().enumerate() {
             for end in [End::Producer, End::Consumer] {
-                // It holds most of them not, which is no error here.
-                let _ = self.release(client, channel, end);
+                if self.release(client, channel, end).is_ok() {
+                    held.push(format!("the {end} of `{}`", entry.name));
+                }
             }
         }
+        held
     }
 
     /// Empties a channel that nobody uses.
@@ -370,7 +379,8 @@ impl Shared {
         load(connection) != 0 && load(epoch) % 2 == 1
     }
 
-    /// A thread that panicked left the state whole: every change under the lock is a single store.
+    /// A thread that panicked may have left a change half done, which is no worse than being killed there: the ledger is
+    /// true after each of its stores, and what slots and region tell of it is at worst behind.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -401,6 +411,36 @@ impl Slot {
     /// A peer's eventfds, by vector.
     pub fn bells(&self, peer: u32) -> &[Arc<Bell>] {
         self.shared.bells(peer)
+    }
+}
+
+impl Slot {
+    /// How many of its greeting's messages, of so many, the VM was told: by this broker or by a predecessor. `None` if
+    /// nobody can know of one of them.
+    pub fn told(&self, all: u64) -> Option<u64> {
+        match self.shared.lock().ledger.greeting(self.id) {
+            Greeting::New => Some(0),
+            Greeting::Left(left) => all.checked_sub(left),
+            Greeting::Torn(_) => None,
+        }
+    }
+
+    /// Tells the VM one message, when so many are `left`, this one included. `send` does not wait; what fails has not
+    /// been sent. A broker that hands over does it between two messages.
+    pub fn tell<E>(&self, left: u64, send: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let gate = self.shared.gate.read();
+        let _gate = gate.unwrap_or_else(PoisonError::into_inner);
+        let set = |greeting| self.shared.lock().ledger.set_greeting(self.id, greeting);
+        set(Greeting::Torn(left));
+        let sent = send();
+        set(Greeting::Left(left - u64::from(sent.is_ok())));
+        sent
+    }
+
+    /// Notes that the VM has been greeted.
+    pub fn greeted(&self) {
+        let state = self.shared.lock();
+        state.ledger.set_greeting(self.id, Greeting::Left(0));
     }
 }
 

@@ -126,7 +126,7 @@ impl Listener {
         let theirs = SocketAddrUnix::try_from(address).ok();
         let theirs = theirs.and_then(|address| {
             let bytes = address.path_bytes()?.to_owned();
-            std::path::absolute(OsString::from_vec(bytes)).ok()
+            Some(PathBuf::from(OsString::from_vec(bytes)))
         });
         if theirs.as_ref() != Some(&path) {
             let theirs = theirs.unwrap_or_default();
@@ -155,17 +155,16 @@ impl Listener {
     }
 
     fn listen(path: &Path, policy: &Policy, kind: SocketType) -> Result<Self, SocketError> {
-        let address = SocketAddrUnix::new(path).map_err(|_| SocketError::TooLong {
-            path: path.to_owned(),
-            length: path.as_os_str().len(),
-        })?;
-        // Absolute, since it is told to QEMU, which may be started elsewhere.
+        // Absolute, since it is told to QEMU and to a successor, which may be started elsewhere.
         let path = &std::path::absolute(path).map_err(|source| failed(path, source))?;
-        let length = path.as_os_str().len();
-        if length > MAX_PATH {
-            let path = path.clone();
-            return Err(SocketError::TooLong { path, length });
+        let too_long = || SocketError::TooLong {
+            path: path.clone(),
+            length: path.as_os_str().len(),
+        };
+        if path.as_os_str().len() > MAX_PATH {
+            return Err(too_long());
         }
+        let address = SocketAddrUnix::new(path).map_err(|_| too_long())?;
         // Looked at first, so that nothing is made beside somebody's file.
         is_taken_by_a_socket(path)?;
         let lock = Lock::take(path)?;

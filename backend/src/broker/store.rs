@@ -17,6 +17,8 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::warn;
+use rustix::fs::FlockOperation;
+use rustix::net::Shutdown;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::shared::ClientId;
@@ -86,15 +88,16 @@ impl DescriptorStore {
 
     /// Tells the service manager that the broker serves.
     pub fn ready(&self) {
-        if let Err(error) = self.tell("READY=1\n", &[]) {
+        let manager = self.manager.as_ref();
+        if let Some(Err(error)) = manager.map(|manager| manager.tell("READY=1\n", &[])) {
             warn!("the service manager is not told that the broker is ready: {error}");
         }
     }
 
-    fn tell(&self, message: &str, descriptors: &[RawFd]) -> io::Result<()> {
+    fn tell_keeper(&self, message: &str, descriptors: &[RawFd]) -> io::Result<()> {
         match &self.manager {
-            Some(manager) => manager.tell(message, descriptors),
-            None => Ok(()),
+            Some(manager) if manager.keeps => manager.tell(message, descriptors),
+            _ => Ok(()),
         }
     }
 
@@ -102,7 +105,7 @@ impl DescriptorStore {
     pub fn keep(&self, name: String, descriptor: Kept) {
         // What has hung up is forgotten by us, in our order.
         let message = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n");
-        if let Err(error) = self.tell(&message, &[descriptor.as_fd().as_raw_fd()]) {
+        if let Err(error) = self.tell_keeper(&message, &[descriptor.as_fd().as_raw_fd()]) {
             warn!("the service manager does not take {name}: {error}");
         }
         self.lock().insert(name, descriptor);
@@ -114,7 +117,7 @@ impl DescriptorStore {
             return;
         }
         let message = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
-        if let Err(error) = self.tell(&message, &[]) {
+        if let Err(error) = self.tell_keeper(&message, &[]) {
             warn!("the service manager does not forget {name}: {error}");
         }
     }
@@ -141,7 +144,10 @@ impl DescriptorStore {
 ///
 /// One connection for all that it is told, made before the broker gives up making any (`confine.rs`): that is why this is
 /// not left to the crate `sd-notify`, which makes one each time.
-struct Manager(UnixDatagram);
+struct Manager {
+    socket: UnixDatagram,
+    keeps: bool,
+}
 
 impl Manager {
     /// Connects to it, if there is one.
@@ -154,7 +160,8 @@ impl Manager {
         let connected = address.and_then(|address| {
             let socket = UnixDatagram::unbound()?;
             socket.connect_addr(&address)?;
-            Ok(Manager(socket))
+            let keeps = is_managed();
+            Ok(Manager { socket, keeps })
         });
         connected
             .inspect_err(|error| {
@@ -164,7 +171,9 @@ impl Manager {
     }
 
     fn tell(&self, message: &str, descriptors: &[RawFd]) -> io::Result<()> {
-        let sent = self.0.send_with_fds(&[message.as_bytes()], descriptors);
+        let sent = self
+            .socket
+            .send_with_fds(&[message.as_bytes()], descriptors);
         sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         Ok(())
     }
@@ -175,12 +184,14 @@ pub fn is_a_service() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
-/// Whether a service manager is told of our descriptors.
+/// Whether a service manager keeps our descriptors, so that a successor has them when this broker ends: `FDSTORE` is how many
+/// it would (systemd 254 and later).
 pub fn is_managed() -> bool {
-    std::env::var_os("NOTIFY_SOCKET").is_some()
+    let room = std::env::var("FDSTORE");
+    is_a_service() && room.is_ok_and(|room| room.parse::<u64>().is_ok_and(|room| room > 0))
 }
 
-/// What the service manager kept for us; nothing, if we were never here.
+/// What the service manager kept for us; nothing, if we were never here, or were killed before we served.
 ///
 /// To be called once, before anything else opens a descriptor.
 pub fn inherited() -> io::Result<Inheritance> {
@@ -188,7 +199,29 @@ pub fn inherited() -> io::Result<Inheritance> {
     for (descriptor, name) in sd_notify::listen_fds_with_names()? {
         // SAFETY: the service manager passed this descriptor to this process (`LISTEN_PID`) for it to own, each under a
         // number of its own, and nobody took it before, since this is called once.
-        inheritance.insert(name, unsafe { OwnedFd::from_raw_fd(descriptor) });
+        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        // The newest of a name comes first, and is the one that holds.
+        inheritance.entry(name).or_insert(descriptor);
+    }
+    if !inheritance.is_empty() && !inheritance.contains_key(name::LEDGER) {
+        // It is the last to be kept: so nobody has anything of what there is.
+        warn!("the service manager kept less than a broker is made of: beginning anew");
+        discard(std::mem::take(&mut inheritance));
     }
     Ok(inheritance)
+}
+
+/// Has the service manager forget these descriptors. It may do so a little later, so they are made useless first: what is
+/// at their paths is then as a dead process leaves it.
+fn discard(inheritance: Inheritance) {
+    let manager = Manager::connect();
+    for (name, descriptor) in inheritance {
+        // Each of them fails where it makes no sense.
+        let _ = rustix::fs::flock(&descriptor, FlockOperation::NonBlockingUnlock);
+        let _ = rustix::net::shutdown(&descriptor, Shutdown::Both);
+        let message = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
+        if let Some(Err(error)) = manager.as_ref().map(|manager| manager.tell(&message, &[])) {
+            warn!("the service manager does not forget {name}: {error}");
+        }
+    }
 }

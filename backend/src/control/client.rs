@@ -65,7 +65,14 @@ pub enum ControlError {
 #[derive(Debug)]
 pub struct Control {
     path: PathBuf,
-    socket: Mutex<PacketSocket>,
+    connection: Mutex<Connection>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    socket: PacketSocket,
+    /// The broker has answered something: so this is no connection that it never accepted.
+    answered: bool,
 }
 
 impl Control {
@@ -98,7 +105,10 @@ impl Control {
         })?;
         Ok(Control {
             path: path.to_owned(),
-            socket: Mutex::new(socket),
+            connection: Mutex::new(Connection {
+                socket,
+                answered: false,
+            }),
         })
     }
 
@@ -109,7 +119,36 @@ impl Control {
 
     /// Asks, and waits for the answer and the descriptors that come with it.
     pub fn ask(&self, ask: Ask) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let request = Request {
+            version: VERSION,
+            ask,
+        };
+        let request = serde_json::to_vec(&request).map_err(|error| ControlError::Lost {
+            path: self.path.clone(),
+            source: error.into(),
+        })?;
+        let connection = self.connection.lock();
+        let mut connection = connection.unwrap_or_else(PoisonError::into_inner);
+        let mut outcome = self.exchange(&connection.socket, &request);
+        if matches!(outcome, Err(ControlError::TurnedAway { .. })) && !connection.answered {
+            // So a broker leaves those whom it has not heard when another one takes its place, which is there by now.
+            connection.socket = Self::connect(&self.path)?.into_socket();
+            outcome = self.exchange(&connection.socket, &request);
+        }
+        connection.answered = true;
+        outcome
+    }
+
+    fn into_socket(self) -> PacketSocket {
+        let connection = self.connection.into_inner();
+        connection.unwrap_or_else(PoisonError::into_inner).socket
+    }
+
+    fn exchange(
+        &self,
+        socket: &PacketSocket,
+        request: &[u8],
+    ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         let lost = |source: io::Error| match source.kind() {
             io::ErrorKind::WouldBlock => self.not_a_broker("it does not answer"),
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
@@ -122,12 +161,7 @@ impl Control {
                 source,
             },
         };
-        let request = serde_json::to_vec(&Request {
-            version: VERSION,
-            ask,
-        })
-        .map_err(|error| lost(error.into()))?;
-        socket.send(&request, &[]).map_err(lost)?;
+        socket.send(request, &[]).map_err(lost)?;
         let mut buffer = Box::new([0; MAX_PACKET]);
         let received = socket.receive_with_descriptors(&mut buffer).map_err(lost)?;
         let (bytes, descriptors) = received.ok_or(ControlError::TurnedAway {

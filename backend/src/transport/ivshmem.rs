@@ -10,9 +10,10 @@
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::debug;
+use rustix::event::{PollFd, PollFlags};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::{Departure, Transport, TransportError};
@@ -42,21 +43,40 @@ impl Transport for Ivshmem {
     }
 
     fn greet(&self, vm: &UnixStream, slot: &Slot) -> Result<(), TransportError> {
+        let own = slot.id();
+        let mut messages = vec![
+            ("the version", VERSION, None),
+            ("its ID", i64::from(own), None),
+            ("the memory", MEMORY, Some(slot.memory().as_raw_fd())),
+        ];
+        // The others first, then its own: the order of the specification.
+        for peer in (0..slot.peers()).filter(|&peer| peer != own).chain([own]) {
+            for bell in slot.bells(peer) {
+                messages.push(("an eventfd", i64::from(peer), Some(bell.as_raw_fd())));
+            }
+        }
+        let told = slot.told(messages.len() as u64);
+        let told = told.ok_or(TransportError::Interrupted)? as usize;
         let unready = |source| TransportError::Send {
             what: "anything",
             source,
         };
-        vm.set_write_timeout(Some(PATIENCE)).map_err(unready)?;
-        let own = slot.id();
-        send(vm, "the version", VERSION, None)?;
-        send(vm, "its ID", i64::from(own), None)?;
-        send(vm, "the memory", MEMORY, Some(slot.memory().as_raw_fd()))?;
-        // The others first, then its own: the order of the specification.
-        for peer in (0..slot.peers()).filter(|&peer| peer != own).chain([own]) {
-            for bell in slot.bells(peer) {
-                send(vm, "an eventfd", i64::from(peer), Some(bell.as_raw_fd()))?;
+        vm.set_nonblocking(true).map_err(unready)?;
+        let deadline = Instant::now() + PATIENCE;
+        for (index, &(what, number, descriptor)) in messages.iter().enumerate().skip(told) {
+            let left = (messages.len() - index) as u64;
+            while let Err(source) = slot.tell(left, || send(vm, number, descriptor)) {
+                match source.kind() {
+                    io::ErrorKind::WouldBlock if Instant::now() < deadline => {
+                        wait_for_room(vm, deadline).map_err(unready)?;
+                    }
+                    // QEMU that fails for its own reasons leaves in the middle.
+                    _ if is_gone(&source) => return Err(TransportError::Gone),
+                    _ => return Err(TransportError::Send { what, source }),
+                }
             }
         }
+        vm.set_nonblocking(false).map_err(unready)?;
         debug!("slot {own}: handshake is done");
         Ok(())
     }
@@ -74,11 +94,11 @@ impl Transport for Ivshmem {
 
     fn refuse(&self, vm: &UnixStream) {
         // It may be gone already; then there is nothing to do.
-        let _ = send(vm, "the refusal", REFUSAL, None);
+        let _ = send(vm, REFUSAL, None);
     }
 
     fn abort(&self, vm: &UnixStream) {
-        let _ = send(vm, "the refusal", ABORT, None);
+        let _ = send(vm, ABORT, None);
     }
 }
 
@@ -89,22 +109,21 @@ fn is_gone(error: &io::Error) -> bool {
     )
 }
 
-fn send(
-    vm: &UnixStream,
-    what: &'static str,
-    number: i64,
-    descriptor: Option<RawFd>,
-) -> Result<(), TransportError> {
-    // QEMU that fails for its own reasons leaves in the middle.
-    let failed = |source| match is_gone(&source) {
-        true => TransportError::Gone,
-        false => TransportError::Send { what, source },
-    };
+/// Waits until there is room for a message, or the VM hangs up, or it is too late.
+fn wait_for_room(vm: &UnixStream, deadline: Instant) -> io::Result<()> {
+    let patience = deadline.saturating_duration_since(Instant::now());
+    let patience = rustix::time::Timespec::try_from(patience).map_err(io::Error::other)?;
+    let mut room = [PollFd::new(vm, PollFlags::OUT)];
+    rustix::io::retry_on_intr(|| rustix::event::poll(&mut room, Some(&patience)))?;
+    Ok(())
+}
+
+fn send(vm: &UnixStream, number: i64, descriptor: Option<RawFd>) -> io::Result<()> {
     let descriptors = descriptor.as_slice();
     let bytes: &[u8] = &number.to_le_bytes();
     match vm.send_with_fds(&[bytes], descriptors) {
         Ok(8) => Ok(()),
-        Ok(_) => Err(failed(io::ErrorKind::WriteZero.into())),
-        Err(error) => Err(failed(io::Error::from_raw_os_error(error.errno()))),
+        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+        Err(error) => Err(io::Error::from_raw_os_error(error.errno())),
     }
 }

@@ -15,7 +15,8 @@ pub trait Transport: Send + Sync {
     /// Its name, as in `barlink serve --NAME SOCKET`.
     fn name(&self) -> &'static str;
 
-    /// Tells a VM what it must know first.
+    /// Tells a VM what it must know first, by [`Slot::tell`] from [`Slot::told`] on, since a predecessor may have begun. It
+    /// is called again for a VM that was greeted, and has nothing to tell it then.
     fn greet(&self, vm: &UnixStream, slot: &Slot) -> Result<(), TransportError>;
 
     /// Serves a VM that was greeted, by this broker or by its predecessor, on a thread of its own, until it leaves.
@@ -44,6 +45,9 @@ pub enum TransportError {
     /// It left.
     #[error("the VM has left")]
     Gone,
+    /// A broker died while it sent a message, and nobody knows whether the VM has it.
+    #[error("the broker was killed while it greeted the VM, which must be started again")]
+    Interrupted,
     /// A message could not be sent.
     #[error("cannot send {what} to the VM")]
     Send {

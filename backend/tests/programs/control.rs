@@ -217,6 +217,35 @@ fn what_answers_as_no_broker_does_is_not_taken_for_one() {
     }
 }
 
+/// So it goes to who comes while a broker is replaced.
+#[test]
+fn app_that_was_not_heard_asks_once_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control.sock");
+    let socket = seqpacket();
+    bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    listen(&socket, 4).unwrap();
+    let broker = std::thread::spawn(move || {
+        // Gone with what it was asked unread.
+        drop(accept(&socket).unwrap());
+        let client = accept(&socket).unwrap();
+        let mut packet = [0; 4096];
+        recv(&client, &mut packet[..], RecvFlags::empty()).unwrap();
+        let done = br#"{"version":1,"answer":"done"}"#;
+        send(&client, done, SendFlags::NOSIGNAL).unwrap();
+        // Heard, it is not asked again.
+        recv(&client, &mut packet[..], RecvFlags::empty()).unwrap();
+        drop(client);
+        socket
+    });
+    let control = Control::connect(&path).unwrap();
+    let (answer, _) = control.ask(Ask::Status).unwrap();
+    assert_eq!(answer, Answer::Done);
+    let lost = control.ask(Ask::Status).unwrap_err();
+    assert!(matches!(lost, ControlError::TurnedAway { .. }), "{lost}");
+    drop(broker.join().unwrap());
+}
+
 #[test]
 fn what_does_not_answer_is_given_up() {
     let folder = tempfile::tempdir().unwrap();
@@ -360,6 +389,25 @@ fn looking_gives_no_right_to_write() {
         Access::ReadWrite,
     );
     assert!(mapped.is_err());
+}
+
+#[test]
+fn who_only_looks_holds_no_end() {
+    let broker = Broker::start(&[]);
+    let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();
+    let errors = [
+        attachment.sender("down").unwrap_err(),
+        attachment.receiver("up").unwrap_err(),
+    ];
+    for error in errors {
+        assert!(
+            error
+                .to_string()
+                .contains("attach with `Access::ReadWrite`"),
+            "{error}"
+        );
+    }
+    assert!(attachment.status().unwrap().claims.is_empty());
 }
 
 #[test]

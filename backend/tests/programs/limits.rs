@@ -4,6 +4,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use barlink::Access;
@@ -112,6 +113,50 @@ fn no_request_floods_the_log() {
     let log = broker.log();
     let lines = log.lines().count() - before;
     assert!((1..200).contains(&lines), "{lines} lines: {log}");
+}
+
+#[test]
+fn a_vm_that_comes_and_goes_hides_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let restless = folder.path().join("restless.sock");
+    let broker = Broker::start_in(folder, &["--ivshmem", restless.to_str().unwrap()]);
+    let vm = vmm::handshake(vmm::connect(&broker, "vm.sock"), 15);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                drop(vmm::connect(&broker, "restless.sock"));
+            }
+        });
+        std::thread::sleep(Duration::from_millis(500));
+        drop(vm);
+        std::thread::sleep(Duration::from_millis(500));
+        stop.store(true, Ordering::Relaxed);
+    });
+    let log = broker.log();
+    let told = |line: &str| line.contains("slot 0: process") && line.contains("has left");
+    assert!(log.lines().any(told), "{log}");
+    assert!(log.lines().count() < 100, "{log}");
+}
+
+#[test]
+fn log_tells_what_an_app_held_that_was_killed() {
+    let broker = Broker::start(&["--channel", "x=up,4K"]);
+    let mut app = broker.app(&["recv", "--channel", "x"]).spawn().unwrap();
+    let held = |text: &str| broker.log().contains(text);
+    wait_until("it holds the end", || held("holds the consumer of `x`"));
+    // Others of its user come and go.
+    for _ in 0..100 {
+        drop(broker.attach());
+    }
+    app.kill().unwrap();
+    app.wait().unwrap();
+    let told = format!(
+        "process {} of user {} has left without giving back the consumer of `x`",
+        app.id(),
+        rustix::process::geteuid().as_raw()
+    );
+    wait_until("its end is told", || held(&told));
 }
 
 #[test]

@@ -3,12 +3,17 @@
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
+use barlink::broker::store;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
 use barlink::protocol::cursor::Kind;
+use barlink::protocol::wire::layout::{BROKER_PAGE, presence};
+use barlink::{Access, Attachment};
 use rustix::process::Signal;
 
+use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm::*;
 
@@ -65,6 +70,86 @@ fn manager(folder: &Path) -> PathBuf {
     let socket = UnixDatagram::bind(&path).unwrap();
     std::thread::spawn(move || while socket.recv(&mut [0; 4096]).is_ok() {});
     path
+}
+
+/// More messages than its socket holds.
+const MANY: [&str; 2] = ["--vectors", "200"];
+
+#[test]
+fn successor_goes_on_with_a_vm_that_is_being_greeted() {
+    let mut broker = Broker::start(&MANY);
+    let vm = connect(&broker, "vm.sock");
+    std::thread::sleep(Duration::from_millis(300));
+    succeed(&mut broker, &MANY);
+    let vm = handshake(vm, 400);
+    assert!(is_silent(&vm.socket));
+    let peers: Vec<_> = vm.bells.iter().map(|(peer, _)| *peer).collect();
+    assert_eq!(peers, [[1; 200], [0; 200]].concat());
+    succeed(&mut broker, &MANY);
+    assert!(is_silent(&vm.socket));
+}
+
+#[test]
+fn killed_brokers_successor_goes_on_with_a_vm_that_is_being_greeted() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut broker = Broker::start_as(&manager, folder, &MANY);
+    let vm = connect(&broker, "vm.sock");
+    std::thread::sleep(Duration::from_millis(300));
+    broker.start_again(&manager, &MANY);
+    let vm = handshake(vm, 400);
+    assert!(is_silent(&vm.socket));
+    assert!(broker.attach().status().unwrap().slots[0].vm.is_some());
+}
+
+#[test]
+fn others_are_refused_while_a_vm_is_being_greeted() {
+    let broker = Broker::start(&MANY);
+    let vm = connect(&broker, "vm.sock");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(message(&connect(&broker, "vm.sock")).unwrap().0, 1);
+    handshake(vm, 400);
+}
+
+#[test]
+fn successor_may_name_the_sockets_from_another_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let inner = folder.path().join("inner");
+    std::fs::create_dir(&inner).unwrap();
+    let serve = |from: &Path, sockets: [&str; 2], further: &[&str]| {
+        let mut command = barlink(["serve", "--ivshmem", sockets[0], "--control", sockets[1]]);
+        command
+            .args(further)
+            .current_dir(from)
+            .env("RUST_LOG", "error");
+        command
+    };
+    let relative = ["vm.sock", "control.sock"];
+    let mut first = serve(folder.path(), relative, &[]).spawn().unwrap();
+    let control = folder.path().join("control.sock");
+    let broker = || {
+        let attachment = Attachment::connect(&control, Access::ReadOnly).ok()?;
+        Some(attachment.status().ok()?.broker)
+    };
+    wait_until("the broker listens", || broker().is_some());
+    // The same words from elsewhere are other sockets.
+    let control = control.to_str().unwrap();
+    fails(
+        &mut serve(&inner, ["vm.sock", control], &["--replace"]),
+        1,
+        &["the running broker's socket is"],
+    );
+    let vm = folder.path().join("vm.sock");
+    let absolute = [vm.to_str().unwrap(), control];
+    let mut second = serve(&inner, absolute, &["--replace"]).spawn().unwrap();
+    assert_eq!(wait(&mut first).code(), Some(0));
+    wait_until("the successor serves", || broker() == Some(second.id()));
+    let mut third = serve(folder.path(), relative, &["--replace"]);
+    let mut third = third.spawn().unwrap();
+    assert_eq!(wait(&mut second).code(), Some(0));
+    wait_until("the successor serves", || broker() == Some(third.id()));
+    third.kill().unwrap();
+    third.wait().unwrap();
 }
 
 #[test]
@@ -134,6 +219,52 @@ fn broker_that_is_a_service_is_not_replaced() {
     assert!(broker.child.try_wait().unwrap().is_none());
     broker.attach().status().unwrap();
     assert!(is_silent(&vm.socket));
+}
+
+#[test]
+fn service_that_is_stopped_leaves_all_to_its_successor_if_there_can_be_one() {
+    let epoch = |attachment: &Attachment| attachment.region().load(BROKER_PAGE + presence::EPOCH);
+    let folder = tempfile::tempdir().unwrap();
+    let path = manager(folder.path());
+    let broker = Broker::start_by(folder, &[], |command| {
+        command.env("NOTIFY_SOCKET", &path).env("FDSTORE", "0")
+    });
+    let attachment = broker.attach();
+    let (_folder, code) = broker.stop(Signal::TERM);
+    assert_eq!((code, epoch(&attachment)), (Some(0), 2), "nobody keeps it");
+
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let broker = Broker::start_as(&manager, folder, &[]);
+    let attachment = broker.attach();
+    let (folder, code) = broker.stop(Signal::TERM);
+    assert_eq!((code, epoch(&attachment)), (Some(0), 1));
+    let broker = Broker::start_as(&manager, folder, &[]);
+    assert_eq!(broker.attach().status().unwrap().epoch, 1);
+}
+
+#[test]
+fn service_that_was_killed_while_it_was_made_is_made_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut broker = Broker::start_as(&manager, folder, &[]);
+    let notify = UnixDatagram::unbound().unwrap();
+    notify.connect(broker.path("notify.sock")).unwrap();
+    let forget = format!("FDSTOREREMOVE=1\nFDNAME={}\n", store::name::LEDGER);
+    notify.send(forget.as_bytes()).unwrap();
+    wait_until("it is forgotten", || {
+        !manager.kept().contains(&store::name::LEDGER.to_owned())
+    });
+    broker.start_again(&manager, &[]);
+    drop(handshake(connect(&broker, "vm.sock"), 6));
+    // And what is kept now is the new one's.
+    wait_until("it is kept", || {
+        manager.kept().contains(&store::name::LEDGER.to_owned())
+    });
+    broker.start_again(&manager, &[]);
+    let sender = broker.attach().sender("down").unwrap();
+    assert_eq!(broker.attach().status().unwrap().epoch, 1);
+    drop(sender);
 }
 
 /// So a service comes to a region that an ordinary broker has.
