@@ -48,8 +48,12 @@ pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
 pub fn reset<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     entry: &Channel,
-    are_free: impl FnOnce() -> bool,
+    mut are_free: impl FnMut() -> bool,
 ) -> Option<u64> {
+    // So that a reset that is refused changes nothing, even if it is cut short.
+    if !are_free() {
+        return None;
+    }
     let generation = || region.word(entry.offset + channel::GENERATION);
     let before = generation().load(Ordering::Relaxed);
     let under_way = before | 1;
