@@ -129,7 +129,7 @@ proptest! {
         committed in any::<u64>(),
     ) {
         // Often near the end of the data area.
-        let offset = (capacity.bytes() - 8 - from_end % capacity.bytes()) & !7 & (capacity.bytes() - 1);
+        let offset = (capacity.bytes() - 8 - from_end % (capacity.bytes() - 7)) & !7;
         let read = (words >> 20) / capacity.bytes() * capacity.bytes() + offset;
         let committed = 8 * (committed % (capacity.bytes() / 8 + 1));
         let rest = capacity.bytes() - offset;
