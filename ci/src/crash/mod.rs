@@ -65,16 +65,18 @@ pub struct CrashArgs {
 
 /// Sets up and builds what is needed, does the rounds, and prints the table.
 pub fn run(args: &CrashArgs) -> Result<ExitCode> {
-    let tools = setup::ensure(&args.vm.tools)?;
-    let artifacts = Artifacts::build(tools, args.vm.clone())?;
     let mut faults = Fault::all();
     if let Some(only) = &args.only {
         faults.retain(|fault| fault.to_string().contains(only));
+        let known = Fault::all().into_iter().map(|fault| fault.to_string());
         ensure!(
             !faults.is_empty(),
-            "no kind of fault has `{only}` in its name"
+            "no kind of fault has `{only}` in its name (--only): there are {}",
+            known.collect::<Vec<_>>().join("; ")
         );
     }
+    let tools = setup::ensure(&args.vm.tools)?;
+    let artifacts = Artifacts::build(tools, args.vm.clone())?;
     let seed = match args.seed {
         Some(seed) => seed,
         None => fresh_seed()?,
