@@ -3,6 +3,7 @@
 //! How a region reaches a VM: one file a transport, all of one shape, behind one trait.
 
 mod ivshmem;
+pub mod vfio_user;
 
 use std::os::unix::net::UnixStream;
 
