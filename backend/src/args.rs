@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use barlink::broker::ChannelPlan;
 use barlink_cli::size::parse_size;
 use barlink_cli::{place, stream};
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 
 /// Shared memory as a PCI device of a QEMU guest: the host's side.
 #[derive(Debug, Parser)]
@@ -87,9 +87,8 @@ pub struct Which {
 
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// A socket for one VM, by QEMU's ivshmem-doorbell; repeat it for further VMs on the same region
-    #[arg(long, value_name = "SOCKET", required = true)]
-    pub ivshmem: Vec<PathBuf>,
+    #[command(flatten)]
+    pub sockets: Sockets,
     /// Bytes in the region, a power of two; K, M and G are powers of 1024
     #[arg(long, default_value = "64M", value_parser = parse_size)]
     pub size: u64,
@@ -113,6 +112,62 @@ pub struct Serve {
     pub replace: bool,
     #[command(flatten)]
     pub which: Which,
+}
+
+/// The sockets for VMs.
+#[derive(Debug, Args)]
+#[group(id = "sockets", required = true, multiple = true)]
+struct SocketArgs {
+    /// A socket for one VM, by QEMU's ivshmem-doorbell; repeat it for further VMs on the same region. VMs have the slots
+    /// 0, 1 and so on, in the order of the sockets
+    #[arg(long, value_name = "SOCKET")]
+    ivshmem: Vec<PathBuf>,
+    /// A socket for one VM, by vfio-user (QEMU 10.1 or later); likewise. QEMU lets such a VM migrate, and leaves the
+    /// region behind: do not migrate it. If the broker dies, do not reboot it: QEMU would end
+    #[arg(long, value_name = "SOCKET")]
+    vfio_user: Vec<PathBuf>,
+}
+
+/// How a socket's VM is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Ivshmem,
+    VfioUser,
+}
+
+/// The sockets for VMs, in the order of the command line, whatever their kinds.
+#[derive(Debug)]
+pub struct Sockets(pub Vec<(Way, PathBuf)>);
+
+impl FromArgMatches for Sockets {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let args = SocketArgs::from_arg_matches(matches)?;
+        let places = |id| matches.indices_of(id).into_iter().flatten();
+        let ivshmem = places("ivshmem").zip(args.ivshmem);
+        let vfio_user = places("vfio_user").zip(args.vfio_user);
+        let mut sockets: Vec<_> = ivshmem
+            .map(|(place, path)| (place, Way::Ivshmem, path))
+            .chain(vfio_user.map(|(place, path)| (place, Way::VfioUser, path)))
+            .collect();
+        sockets.sort_by_key(|(place, ..)| *place);
+        let sockets = sockets.into_iter();
+        Ok(Sockets(sockets.map(|(_, way, path)| (way, path)).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for Sockets {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        SocketArgs::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        SocketArgs::augment_args_for_update(command)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -219,6 +274,26 @@ mod tests {
     fn command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sockets_keep_the_order_of_the_command_line() {
+        let words = "barlink serve --vfio-user a --ivshmem b --size 1M --ivshmem c --vfio-user d";
+        let cli = Cli::try_parse_from(words.split(' ')).unwrap();
+        let Command::Serve(serve) = cli.command else {
+            panic!("{cli:?}");
+        };
+        let expected = [
+            (Way::VfioUser, "a"),
+            (Way::Ivshmem, "b"),
+            (Way::Ivshmem, "c"),
+            (Way::VfioUser, "d"),
+        ];
+        assert_eq!(
+            serve.sockets.0,
+            expected.map(|(way, path)| (way, PathBuf::from(path)))
+        );
+        assert!(Cli::try_parse_from(["barlink", "serve"]).is_err());
     }
 
     #[test]

@@ -20,10 +20,10 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 
 use super::limit::{Limit, limited};
-use super::shared::Slot;
+use super::slot::Slot;
 use super::store::name;
 use super::{Listener, Peer, Shared};
-use crate::transport::{Departure, Transport, TransportError};
+use crate::transport::{Departure, Refusal, Transport, TransportError};
 
 /// How long to wait when the kernel has no descriptor for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -54,7 +54,7 @@ impl Door {
         thread::Builder::new().name(name).spawn(move || {
             let mut refused = Refused::default();
             loop {
-                let heard = refused.wait(&self.listener);
+                let heard = refused.wait(&self.listener, &*self.transport);
                 if let Err(error) = heard.and_then(|()| self.knock(&mut refused)) {
                     warn!("slot {}: cannot accept a VM: {error}", self.id);
                     thread::sleep(PAUSE);
@@ -76,13 +76,13 @@ impl Door {
         let (id, transport) = (self.id, &self.transport);
         let refuse = |who: &dyn std::fmt::Display, why: &dyn std::fmt::Display| {
             limited!(REFUSED, Level::Warn, "slot {id}: {who} is refused: {why}");
-            transport.refuse(&vm);
+            transport.refuse(&vm)
         };
         let peer = match Peer::of(&vm) {
             Ok(peer) if self.shared.policy().admits(peer) => peer,
             Ok(peer) => {
-                refuse(&peer, &"not the broker's user, nor allowed (--allow-user)");
-                refused.keep(vm);
+                let told = refuse(&peer, &"not the broker's user, nor allowed (--allow-user)");
+                refused.keep(vm, told);
                 return Ok(());
             }
             Err(error) => {
@@ -91,15 +91,15 @@ impl Door {
             }
         };
         let Some(slot) = self.occupy(peer) else {
-            refuse(&peer, &"the slot is taken");
-            refused.keep(vm);
+            let told = refuse(&peer, &"the slot is taken");
+            refused.keep(vm, told);
             return Ok(());
         };
         let attendant = match self.attendant(peer) {
             Ok(attendant) => attendant,
             Err(error) => {
-                refuse(&peer, &error);
-                refused.keep(vm);
+                let told = refuse(&peer, &error);
+                refused.keep(vm, told);
                 return Ok(());
             }
         };
@@ -108,7 +108,7 @@ impl Door {
             Some(()) => self.hand_to(&attendant, vm, slot),
             None => {
                 transport.abort(&vm);
-                refused.keep(vm);
+                refused.keep(vm, Refusal::Told);
             }
         }
         Ok(())
@@ -199,26 +199,41 @@ fn has_hung_up(socket: &dyn AsFd) -> bool {
 
 /// The connections of VMs that were refused and have not hung up.
 #[derive(Default)]
-struct Refused(VecDeque<UnixStream>);
+struct Refused(VecDeque<(UnixStream, Refusal)>);
 
 impl Refused {
-    fn keep(&mut self, vm: UnixStream) {
+    fn keep(&mut self, vm: UnixStream, told: Refusal) {
         if self.0.len() == MAX_REFUSED {
             self.0.pop_front();
         }
-        self.0.push_back(vm);
+        self.0.push_back((vm, told));
     }
 
-    /// Waits until somebody is at the door, and lets go of those here who hang up meanwhile.
-    fn wait(&mut self, listener: &Listener) -> io::Result<()> {
+    /// Waits until somebody is at the door. Those here are told no once they have said something, and let go of when they
+    /// hang up.
+    fn wait(&mut self, listener: &Listener, transport: &dyn Transport) -> io::Result<()> {
         loop {
             let mut all = vec![PollFd::new(listener, PollFlags::IN)];
-            all.extend(self.0.iter().map(|vm| PollFd::new(vm, PollFlags::empty())));
+            let heard = |told| match told {
+                Refusal::Told => PollFlags::empty(),
+                Refusal::NotYet => PollFlags::IN,
+            };
+            all.extend(
+                self.0
+                    .iter()
+                    .map(|(vm, told)| PollFd::new(vm, heard(*told))),
+            );
             rustix::io::retry_on_intr(|| rustix::event::poll(&mut all, None))?;
-            let mut ready: Vec<_> = all.iter().map(|one| !one.revents().is_empty()).collect();
-            let somebody = ready.remove(0);
-            let mut hung_up = ready.into_iter();
-            self.0.retain(|_| !hung_up.next().unwrap_or_default());
+            let mut ready: Vec<_> = all.iter().map(PollFd::revents).collect();
+            let somebody = !ready.remove(0).is_empty();
+            let mut ready = ready.into_iter();
+            self.0.retain_mut(|(vm, told)| {
+                let events = ready.next().unwrap_or_else(PollFlags::empty);
+                if events.contains(PollFlags::IN) {
+                    *told = transport.refuse(vm);
+                }
+                !events.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL)
+            });
             if somebody {
                 return Ok(());
             }

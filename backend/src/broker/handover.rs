@@ -83,9 +83,13 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
     };
     info!("{peer} takes over");
     let done = converse(successor, shared);
-    drop(gate);
     match done {
-        Ok(done) => Ok(done),
+        Ok(true) => {
+            // What VMs say from here on is for the successor: nobody comes through the gate until this process ends.
+            std::mem::forget(gate);
+            Ok(true)
+        }
+        Ok(false) => Ok(false),
         Err(error) => {
             warn!("{peer} does not take over: {error}");
             Ok(false)

@@ -18,6 +18,7 @@ mod parts;
 mod plan;
 mod policy;
 mod shared;
+mod slot;
 mod socket;
 pub mod store;
 
@@ -28,7 +29,8 @@ use std::sync::Arc;
 pub use control::End;
 pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
 pub use policy::{Peer, Policy};
-pub use shared::{Shared, Slot};
+pub use shared::Shared;
+pub use slot::Slot;
 pub use socket::{Listener, SocketError};
 
 use log::{debug, warn};
@@ -76,6 +78,9 @@ pub enum BrokerError {
     /// Not all was handed over.
     #[error("the running broker did not hand over `{0}`: stop it, and start anew")]
     Incomplete(String),
+    /// A slot's VM is reached in another way.
+    #[error("slot {0} of the running broker has another transport: give it the same sockets")]
+    OtherTransport(u32),
     /// Something that the kernel should have given.
     #[error("cannot {what}")]
     System {
@@ -102,9 +107,14 @@ impl Broker {
         let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
         let layout = plan(config.size, count, config.vectors, &config.channels)?;
         let (transports, paths): (Vec<_>, Vec<_>) = config.slots.into_iter().unzip();
+        let sessions: Vec<_> = transports
+            .iter()
+            .map(|transport| transport.session_memory())
+            .collect();
         let sockets = Sockets {
             control: &config.control,
             doors: &paths,
+            sessions: &sessions,
         };
         let mut parts = if inheritance.is_empty() {
             Parts::create(layout, &sockets, &config.policy)?

@@ -33,6 +33,8 @@ pub struct Parts {
     pub bells: Vec<Vec<Arc<Bell>>>,
     /// The ledger.
     pub ledger: Ledger,
+    /// What the sessions of slots keep, by slot.
+    pub sessions: Vec<Option<Region>>,
     /// The descriptors that outlive the broker.
     pub store: DescriptorStore,
     /// Where host apps attach.
@@ -51,6 +53,8 @@ pub struct Sockets<'a> {
     pub control: &'a Path,
     /// For VMs, by slot.
     pub doors: &'a [PathBuf],
+    /// Bytes that the session of each slot keeps.
+    pub sessions: &'a [u64],
 }
 
 impl Sockets<'_> {
@@ -81,7 +85,13 @@ impl Parts {
             .map(|path| Listener::stream(path, policy).map(Arc::new))
             .collect::<Result<_, _>>()?;
         let memory = memory::create(layout.region_size)?;
-        let region = map(&memory, &layout)?;
+        let region = map(&memory, layout.region_size)?;
+        let store = DescriptorStore::default();
+        let mut sessions = Vec::new();
+        for (slot, size) in (0..).zip(sockets.sessions) {
+            let session = (*size > 0).then(|| memory::create(*size)).transpose()?;
+            sessions.push(keep_session(&store, slot, *size, session)?);
+        }
         let bells = (0..=layout.host())
             .map(|_| {
                 (0..layout.vectors)
@@ -104,7 +114,8 @@ impl Parts {
             region,
             bells,
             ledger,
-            store: DescriptorStore::default(),
+            sessions,
+            store,
             control: Arc::new(control),
             doors,
             clients: Vec::new(),
@@ -128,7 +139,7 @@ impl Parts {
             return Err(BrokerError::OtherRegion);
         }
         let memory = File::from(take(name::MEMORY)?);
-        let region = map(&memory, &layout)?;
+        let region = map(&memory, layout.region_size)?;
         let mut bells = Vec::new();
         for peer in 0..=layout.host() {
             let vectors = 0..layout.vectors;
@@ -150,9 +161,23 @@ impl Parts {
         let vms = (0..layout.slots)
             .map(|slot| inheritance.remove(&name::vm(slot)))
             .collect();
-        let clients = inheritance.into_iter();
-        let clients = clients
-            .filter_map(|(called, descriptor)| Some((name::parse_client(&called)?, descriptor)));
+        let store = DescriptorStore::default();
+        let mut sessions = Vec::new();
+        for (slot, size) in (0..).zip(sockets.sessions) {
+            let session = inheritance.remove(&name::session(slot));
+            if session.is_some() != (*size > 0) {
+                return Err(BrokerError::OtherTransport(slot));
+            }
+            sessions.push(keep_session(&store, slot, *size, session.map(File::from))?);
+        }
+        let mut clients = Vec::new();
+        for (called, descriptor) in inheritance {
+            if let Some(client) = name::parse_client(&called) {
+                clients.push((client, descriptor));
+            } else if name::is_interrupt(&called) {
+                store.keep(called, Arc::new(descriptor));
+            }
+        }
         Self {
             layout,
             read_only: Arc::new(read_only(&memory)?),
@@ -160,11 +185,12 @@ impl Parts {
             region,
             bells,
             ledger,
-            store: DescriptorStore::default(),
+            sessions,
+            store,
             control,
             doors,
             vms,
-            clients: clients.collect(),
+            clients,
         }
         .keep()
     }
@@ -201,10 +227,25 @@ fn read_only(memory: &File) -> Result<File, BrokerError> {
     })
 }
 
-fn map(memory: &File, layout: &Layout) -> Result<Region, BrokerError> {
+/// Maps what a slot's session keeps, if it keeps anything, and keeps it for the next broker.
+fn keep_session(
+    store: &DescriptorStore,
+    slot: u32,
+    size: u64,
+    session: Option<File>,
+) -> Result<Option<Region>, BrokerError> {
+    let Some(session) = session else {
+        return Ok(None);
+    };
+    let region = map(&session, size)?;
+    store.keep(name::session(slot), Arc::new(session));
+    Ok(Some(region))
+}
+
+fn map(memory: &File, size: u64) -> Result<Region, BrokerError> {
     let descriptor = memory.try_clone().map_err(|source| BrokerError::System {
         what: "copy a descriptor",
         source,
     })?;
-    Ok(Mapping::new(descriptor, layout.region_size, Access::ReadWrite)?.region())
+    Ok(Mapping::new(descriptor, size, Access::ReadWrite)?.region())
 }

@@ -9,12 +9,13 @@ use std::sync::atomic::fence;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
-use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, presence};
+use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, MAX_VECTORS, presence};
 use barlink_protocol::{Ordering, PresenceWords, state};
 use log::warn;
 
 use super::ledger::Ledger;
 use super::parts::Parts;
+use super::slot::Slot;
 use super::store::{DescriptorStore, name};
 use super::{Peer, Policy};
 use crate::bell::Bell;
@@ -30,6 +31,8 @@ pub struct Shared {
     memory: Arc<File>,
     read_only: Arc<File>,
     region: Region,
+    /// What the sessions of slots keep, where their transports do.
+    sessions: Vec<Option<Region>>,
     /// All eventfds, made once: by peer, then by vector.
     bells: Vec<Vec<Arc<Bell>>>,
     policy: Policy,
@@ -61,6 +64,7 @@ impl Shared {
             bells,
             ledger,
             store,
+            sessions,
             ..
         } = parts;
         let shared = Shared {
@@ -68,6 +72,7 @@ impl Shared {
             memory,
             read_only,
             region,
+            sessions,
             bells,
             policy,
             start: Instant::now(),
@@ -115,6 +120,16 @@ impl Shared {
         &self.policy
     }
 
+    /// The memory, mapped.
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// What a slot's session keeps, if its transport does.
+    pub fn session(&self, slot: u32) -> Option<&Region> {
+        self.sessions.get(slot as usize)?.as_ref()
+    }
+
     /// A peer's eventfds, by vector.
     pub fn bells(&self, peer: u32) -> &[Arc<Bell>] {
         self.bells.get(peer as usize).map_or(&[], Vec::as_slice)
@@ -149,10 +164,7 @@ impl Shared {
         // What was rung for its predecessor is not for this VM.
         self.bells(slot).iter().for_each(|bell| bell.drain());
         self.write_connection(slot, connection);
-        Some(Slot {
-            shared: Arc::clone(self),
-            id: slot,
-        })
+        Some(Slot::new(Arc::clone(self), slot))
     }
 
     /// Takes a slot for the VM that it had under this broker's predecessor: `None` if it had none.
@@ -164,19 +176,45 @@ impl Shared {
             return None;
         }
         status.vm = Some(VmStatus::new(vm, connection));
-        Some(Slot {
-            shared: Arc::clone(self),
-            id: slot,
-        })
+        Some(Slot::new(Arc::clone(self), slot))
     }
 
-    fn vacate(&self, slot: u32) {
+    /// Gives a slot's connection a new number: the guest that was there is gone, and its VM is not.
+    pub fn restart(&self, slot: u32) {
+        let mut state = self.lock();
+        let State { slots, ledger } = &mut *state;
+        if let Some(vm) = slots
+            .get_mut(slot as usize)
+            .and_then(|slot| slot.vm.as_mut())
+        {
+            vm.connection = ledger.next_vm(slot);
+            ledger.set_connection(slot, vm.connection);
+            self.write_connection(slot, vm.connection);
+        }
+    }
+
+    /// The number of a slot's connection, 0 for none.
+    pub fn connection(&self, slot: u32) -> u64 {
+        self.lock().ledger.connection(slot)
+    }
+
+    /// Gives a slot up.
+    pub fn vacate(&self, slot: u32) {
         let mut state = self.lock();
         state.ledger.set_connection(slot, 0);
         if let Some(status) = state.slots.get_mut(slot as usize) {
             status.vm = None;
         }
         self.write_connection(slot, 0);
+    }
+
+    /// Forgets the descriptors of a VM that is gone.
+    pub fn forget_session(&self, slot: u32) {
+        for vector in 0..MAX_VECTORS {
+            self.store.forget(&name::interrupt(slot, vector));
+        }
+        // The connection last: once there is room, the next VM's goes by the same name.
+        self.store.forget(&name::vm(slot));
     }
 
     /// Ends the connections and claims of a predecessor's VMs and host apps that this broker does not have.
@@ -186,6 +224,7 @@ impl Shared {
             if status.vm.is_none() && state.ledger.connection(slot) != 0 {
                 state.ledger.set_connection(slot, 0);
                 self.write_connection(slot, 0);
+                self.forget_session(slot);
             }
         }
         for channel in 0..self.layout.channels().len() {
@@ -373,41 +412,5 @@ impl Shared {
     /// A thread that panicked left the state whole: every change under the lock is a single store.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A slot that is taken by a VM, until this is dropped.
-pub struct Slot {
-    shared: Arc<Shared>,
-    id: u32,
-}
-
-impl Slot {
-    /// The slot's ID, which is the VM's.
-    pub fn id(&self) -> u32 {
-        self.id
-    }
-
-    /// Number of peers: the slots and the host, whose ID is the last.
-    pub fn peers(&self) -> u32 {
-        self.shared.layout.host() + 1
-    }
-
-    /// The region's memory.
-    pub fn memory(&self) -> &File {
-        &self.shared.memory
-    }
-
-    /// A peer's eventfds, by vector.
-    pub fn bells(&self, peer: u32) -> &[Arc<Bell>] {
-        self.shared.bells(peer)
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        // In this order: once there is room, the next VM's connection goes by the same name.
-        self.shared.store.forget(&name::vm(self.id));
-        self.shared.vacate(self.id);
     }
 }

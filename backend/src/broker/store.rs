@@ -48,6 +48,21 @@ pub mod name {
         format!("vm-{slot}")
     }
 
+    /// What the session of a slot's VM keeps, where its transport does.
+    pub fn session(slot: u32) -> String {
+        format!("session-{slot}")
+    }
+
+    /// The eventfd of a slot's VM for one of its vectors, where its transport keeps it.
+    pub fn interrupt(slot: u32, vector: u32) -> String {
+        format!("interrupt-{slot}-{vector}")
+    }
+
+    /// Whether that is what is called so.
+    pub fn is_interrupt(name: &str) -> bool {
+        name.starts_with("interrupt-")
+    }
+
     /// The connection of a host app.
     pub fn client(client: ClientId) -> String {
         format!("client-{client}")

@@ -15,7 +15,7 @@ use std::time::Duration;
 use log::debug;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::{Departure, Transport, TransportError};
+use super::{Departure, Refusal, Transport, TransportError};
 use crate::broker::Slot;
 
 /// The protocol version that QEMU knows.
@@ -72,9 +72,10 @@ impl Transport for Ivshmem {
         }
     }
 
-    fn refuse(&self, vm: &UnixStream) {
+    fn refuse(&self, vm: &UnixStream) -> Refusal {
         // It may be gone already; then there is nothing to do.
         let _ = send(vm, "the refusal", REFUSAL, None);
+        Refusal::Told
     }
 
     fn abort(&self, vm: &UnixStream) {

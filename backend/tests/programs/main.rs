@@ -9,4 +9,7 @@ mod replace;
 mod serve;
 mod streams;
 mod support;
+mod vfio_user;
+mod vfio_user_client;
+mod vfio_user_hostile;
 mod vmm;

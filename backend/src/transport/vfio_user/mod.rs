@@ -1,8 +1,84 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! vfio-user: barlink's own PCI device, on a QEMU that runs it as a client of this server (`docs/protocol.md`, section 9).
+//! vfio-user: barlink's own PCI device, on a VMM that is a client of this server (QEMU's `docs/interop/vfio-user.rst`;
+//! `docs/protocol.md`, section 9).
+//!
+//! To the guest it is ivshmem, with further registers: so one driver serves both. A doorbell is a message, which the
+//! session's thread makes a write to an eventfd, and the other way round; bytes take neither way, since the VMM maps the
+//! region.
 
-pub mod request;
-pub mod stream;
-pub mod version;
-pub mod wire;
+mod config;
+mod device;
+mod interrupts;
+mod memory;
+mod registers;
+mod request;
+mod session;
+mod stream;
+mod version;
+mod wire;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+
+use log::debug;
+use rustix::net::{RecvFlags, SendFlags};
+
+use self::memory::Memory;
+use self::wire::{HEADER, Header, Reply};
+use super::{Departure, Refusal, Transport, TransportError};
+use crate::broker::Slot;
+use crate::memory::Region;
+
+/// The transport of `barlink serve --vfio-user`.
+#[derive(Debug)]
+pub struct VfioUser;
+
+impl Transport for VfioUser {
+    fn name(&self) -> &'static str {
+        "vfio-user"
+    }
+
+    fn session_memory(&self) -> u64 {
+        memory::SIZE
+    }
+
+    /// The client speaks first.
+    fn greet(&self, _vm: &UnixStream, slot: &Slot) -> Result<(), TransportError> {
+        Memory::new(session_of(slot)?).clear();
+        Ok(())
+    }
+
+    fn serve(&self, vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
+        session::run(vm, slot, session_of(slot)?)
+    }
+
+    /// Answers the client's first message by an error: QEMU then ends at once, and waits for five seconds otherwise.
+    fn refuse(&self, vm: &UnixStream) -> Refusal {
+        let mut bytes = [0; HEADER];
+        let length = match rustix::net::recv(vm, &mut bytes[..], RecvFlags::DONTWAIT) {
+            Ok((_, length)) => length,
+            Err(rustix::io::Errno::AGAIN) => return Refusal::NotYet,
+            Err(_) => return Refusal::Told,
+        };
+        if length == HEADER
+            && let Ok(header) = Header::decode(&bytes)
+        {
+            let mut reply = Reply::default();
+            reply.fail(&header, libc::EBUSY.unsigned_abs());
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            if let Err(error) = rustix::net::send(vm, reply.finish(), flags) {
+                debug!("a client is refused without a word: {error}");
+            }
+        }
+        Refusal::Told
+    }
+
+    /// It was told nothing that it did not ask for.
+    fn abort(&self, _vm: &UnixStream) {}
+}
+
+fn session_of(slot: &Slot) -> Result<&Region, TransportError> {
+    slot.session()
+        .ok_or_else(|| TransportError::Receive(io::Error::other("it has no memory for a session")))
+}

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::request::Fault;
 use super::wire::{ANNOUNCED_DESCRIPTORS, MAX_DATA, Reply};
 
-/// The version of the protocol that is spoken: the only one that there is.
+/// The version of the protocol that is spoken. Minor versions differ in nothing that is used here; QEMU says 0.0, and takes
+/// none that is higher than its own.
 const MAJOR: u16 = 0;
 const MINOR: u16 = 1;
 
@@ -44,7 +45,7 @@ pub fn agree(
     payload: usize,
     reply: &mut Reply,
 ) -> Result<(), Fault> {
-    if major != MAJOR || minor < MINOR {
+    if major != MAJOR {
         return Err(Fault::Version { major, minor });
     }
     // To leave them out is legal.
@@ -55,7 +56,7 @@ pub fn agree(
         let _: Theirs = serde_json::from_slice(text).map_err(|_| Fault::Capabilities)?;
     }
     reply.put16(MAJOR);
-    reply.put16(MINOR);
+    reply.put16(minor.min(MINOR));
     let ours = Ours {
         capabilities: Limits {
             max_msg_fds: ANNOUNCED_DESCRIPTORS,
@@ -110,12 +111,14 @@ mod tests {
             assert!(answer.len() <= 4 + text.len() && answer.len() >= 4);
             assert!(answer.len() == 4 || answer.last() == Some(&0));
         }
-        assert_eq!(answer((0, 2), b"").unwrap(), [0, 0, 1, 0]);
+        for (theirs, agreed) in [(0, 0), (1, 1), (2, 1), (0xffff, 1)] {
+            assert_eq!(answer((0, theirs), b"").unwrap(), [0, 0, agreed, 0]);
+        }
     }
 
     #[test]
     fn other_versions_and_texts_are_refused() {
-        for (major, minor) in [(1, 0), (1, 1), (0, 0), (0xffff, 0xffff)] {
+        for (major, minor) in [(1, 0), (1, 1), (0xffff, 0xffff)] {
             let fault = answer((major, minor), QEMU).unwrap_err();
             assert_eq!(fault, Fault::Version { major, minor });
         }

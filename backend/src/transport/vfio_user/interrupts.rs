@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The device's MSI-X vectors: eventfds of the client, each written when its vector fires.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use log::debug;
+
+use super::memory::Memory;
+use super::request::Fault;
+use crate::bell::Bell;
+use crate::broker::Slot;
+
+/// Fewest vectors that the device has, however few the region's channels need, and most.
+pub const MIN_VECTORS: u32 = 16;
+/// As many as a region can have.
+pub const MAX_VECTORS: u32 = 256;
+
+/// See the module.
+pub struct Interrupts<'a> {
+    slot: &'a Slot,
+    memory: &'a Memory<'a>,
+    bells: Vec<Option<Arc<Bell>>>,
+}
+
+impl<'a> Interrupts<'a> {
+    /// Those of a session, with the eventfds that a predecessor kept.
+    pub fn new(slot: &'a Slot, memory: &'a Memory<'a>) -> Self {
+        let count = slot.vectors().clamp(MIN_VECTORS, MAX_VECTORS);
+        let bells = (0..count).map(|vector| slot.interrupt(vector));
+        Interrupts {
+            slot,
+            memory,
+            bells: bells.collect(),
+        }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        // CAST: there are at most 256.
+        self.bells.len() as u32
+    }
+
+    /// Fires a vector. One that has no eventfd fires once it gets one.
+    pub fn fire(&self, vector: u32) {
+        let Some(bell) = self.bells.get(vector as usize) else {
+            return;
+        };
+        match bell {
+            Some(bell) => {
+                if let Err(error) = bell.ring() {
+                    debug!("vector {vector} does not fire: {error}");
+                }
+            }
+            None => self.memory.set_pending(vector, true),
+        }
+    }
+
+    /// Gives vectors from `start` on these eventfds: all or, where something is wrong with one, none.
+    pub fn set(&mut self, start: u32, descriptors: Vec<OwnedFd>) -> Result<(), Fault> {
+        if !descriptors.iter().all(is_eventfd) {
+            return Err(Fault::NotAnEventfd);
+        }
+        for (vector, descriptor) in (start..).zip(descriptors) {
+            let bell = Arc::new(Bell::from(descriptor));
+            self.slot.keep_interrupt(vector, Arc::clone(&bell));
+            self.bells[vector as usize] = Some(bell);
+            if self.memory.is_pending(vector) {
+                self.memory.set_pending(vector, false);
+                self.fire(vector);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes their eventfds from so many vectors.
+    pub fn clear(&mut self, start: u32, count: u32) {
+        for vector in start..start + count {
+            if self.bells[vector as usize].take().is_some() {
+                self.slot.forget_interrupt(vector);
+            }
+        }
+    }
+
+    /// Takes all.
+    pub fn clear_all(&mut self) {
+        self.clear(0, self.count());
+    }
+}
+
+/// Whether a descriptor is an eventfd. To write to something else can block, or worse.
+fn is_eventfd(descriptor: impl AsFd) -> bool {
+    let link = format!("/proc/self/fd/{}", descriptor.as_fd().as_raw_fd());
+    let target = std::fs::read_link(link);
+    target.is_ok_and(|target| target.as_os_str() == OsStr::from_bytes(b"anon_inode:[eventfd]"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eventfds_are_told_from_other_descriptors() {
+        assert!(is_eventfd(Bell::new().unwrap()));
+        let (reader, writer) = std::io::pipe().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(!is_eventfd(reader) && !is_eventfd(writer) && !is_eventfd(file));
+    }
+}
