@@ -12,4 +12,5 @@ mod support;
 mod vfio_user;
 mod vfio_user_client;
 mod vfio_user_hostile;
+mod vfio_user_replace;
 mod vmm;

@@ -11,7 +11,7 @@ use crate::support::*;
 use crate::vmm::*;
 
 /// Another broker with the same arguments, once it serves.
-fn succeed(broker: &mut Broker, arguments: &[&str]) {
+pub fn succeed(broker: &mut Broker, arguments: &[&str]) {
     let mut successor = broker.command(&[arguments, &["--replace"]].concat());
     let successor = successor.spawn().unwrap();
     let predecessor = std::mem::replace(&mut broker.child, successor);
