@@ -107,6 +107,10 @@ pub struct Serve {
     /// Let processes with this primary group connect, likewise; name or number
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
+    /// Let host apps read the guests' own memory, in copies, where it is reached by vfio-user. QEMU needs
+    /// -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram
+    #[arg(long)]
+    pub guest_memory: bool,
     /// Take the place of the broker that runs with the same arguments, unseen by VMs and host apps
     #[arg(long)]
     pub replace: bool,
@@ -206,6 +210,9 @@ pub struct Inspect {
 
 #[derive(Debug, Args)]
 pub struct Peek {
+    /// Read the guest's own memory instead, of the VM in this slot; OFFSET is a guest-physical address
+    #[arg(long, value_name = "SLOT", conflicts_with = "region")]
+    pub guest: Option<u32>,
     #[command(flatten)]
     pub peek: place::Peek,
     #[command(flatten)]

@@ -82,6 +82,8 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
         }
     };
     info!("{peer} takes over");
+    // Their answers would have to come from here.
+    shared.refuse_wishes(None, &Refusal::Busy);
     let done = converse(successor, shared);
     match done {
         Ok(true) => {

@@ -13,7 +13,8 @@ mod control;
 mod door;
 pub mod handover;
 mod ledger;
-mod limit;
+pub(crate) mod limit;
+mod mailbox;
 mod parts;
 mod plan;
 mod policy;
@@ -27,6 +28,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use control::End;
+pub use mailbox::Wish;
 pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
 pub use policy::{Peer, Policy};
 pub use shared::Shared;

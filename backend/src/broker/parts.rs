@@ -12,6 +12,7 @@ use barlink_protocol::state;
 use barlink_protocol::wire::layout::Layout;
 
 use super::ledger::Ledger;
+use super::mailbox::Mailbox;
 use super::shared::ClientId;
 use super::socket::{Listener, SocketError};
 use super::store::{DescriptorStore, Inheritance, name};
@@ -35,6 +36,8 @@ pub struct Parts {
     pub ledger: Ledger,
     /// What the sessions of slots keep, by slot.
     pub sessions: Vec<Option<Region>>,
+    /// Where host apps leave their wishes for VMs, by slot.
+    pub mailboxes: Vec<Mailbox>,
     /// The descriptors that outlive the broker.
     pub store: DescriptorStore,
     /// Where host apps attach.
@@ -114,6 +117,7 @@ impl Parts {
             region,
             bells,
             ledger,
+            mailboxes: mailboxes(sockets.doors.len())?,
             sessions,
             store,
             control: Arc::new(control),
@@ -174,7 +178,7 @@ impl Parts {
         for (called, descriptor) in inheritance {
             if let Some(client) = name::parse_client(&called) {
                 clients.push((client, descriptor));
-            } else if name::is_interrupt(&called) {
+            } else if name::is_part(&called) {
                 store.keep(called, Arc::new(descriptor));
             }
         }
@@ -185,6 +189,7 @@ impl Parts {
             region,
             bells,
             ledger,
+            mailboxes: mailboxes(sockets.doors.len())?,
             sessions,
             store,
             control,
@@ -223,6 +228,15 @@ impl Parts {
 fn read_only(memory: &File) -> Result<File, BrokerError> {
     memory::read_only(memory).map_err(|source| BrokerError::System {
         what: "open the region's memory for reading",
+        source,
+    })
+}
+
+fn mailboxes(slots: usize) -> Result<Vec<Mailbox>, BrokerError> {
+    let mailboxes = (0..slots).map(|_| Mailbox::new());
+    let mailboxes = mailboxes.collect::<io::Result<_>>();
+    mailboxes.map_err(|source| BrokerError::System {
+        what: "make an eventfd",
         source,
     })
 }

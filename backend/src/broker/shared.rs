@@ -9,11 +9,12 @@ use std::sync::atomic::fence;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
-use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, MAX_VECTORS, presence};
+use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, presence};
 use barlink_protocol::{Ordering, PresenceWords, state};
 use log::warn;
 
 use super::ledger::Ledger;
+use super::mailbox::{Mailbox, Wish};
 use super::parts::Parts;
 use super::slot::Slot;
 use super::store::{DescriptorStore, name};
@@ -33,6 +34,7 @@ pub struct Shared {
     region: Region,
     /// What the sessions of slots keep, where their transports do.
     sessions: Vec<Option<Region>>,
+    mailboxes: Vec<Mailbox>,
     /// All eventfds, made once: by peer, then by vector.
     bells: Vec<Vec<Arc<Bell>>>,
     policy: Policy,
@@ -65,6 +67,7 @@ impl Shared {
             ledger,
             store,
             sessions,
+            mailboxes,
             ..
         } = parts;
         let shared = Shared {
@@ -73,6 +76,7 @@ impl Shared {
             read_only,
             region,
             sessions,
+            mailboxes,
             bells,
             policy,
             start: Instant::now(),
@@ -128,6 +132,36 @@ impl Shared {
     /// What a slot's session keeps, if its transport does.
     pub fn session(&self, slot: u32) -> Option<&Region> {
         self.sessions.get(slot as usize)?.as_ref()
+    }
+
+    /// Where host apps leave their wishes for a slot's VM.
+    pub fn mailbox(&self, slot: u32) -> Option<&Mailbox> {
+        self.mailboxes.get(slot as usize)
+    }
+
+    /// Leaves a host app's wish for a slot's VM, whose thread will answer it.
+    pub fn post(&self, slot: u32, wish: Wish) -> Result<(), Refusal> {
+        let mailbox = self.mailbox(slot).ok_or(Refusal::NoSlot(slot))?;
+        // Held until it is posted: a VM that leaves refuses what waits after it has given its slot up.
+        let state = self.lock();
+        let status = state.slots.get(slot as usize);
+        if status.is_none_or(|status| status.vm.is_none()) {
+            return Err(Refusal::NoVm(slot));
+        }
+        if self.session(slot).is_none() {
+            // Its transport has no thread that would look.
+            return Err(Refusal::NoGuestMemory(slot));
+        }
+        mailbox.post(wish).map_err(|_| Refusal::Busy)
+    }
+
+    /// Refuses the wishes that wait, of a slot or of all.
+    pub fn refuse_wishes(&self, slot: Option<u32>, why: &Refusal) {
+        for (number, mailbox) in (0..).zip(&self.mailboxes) {
+            if slot.is_none_or(|slot| slot == number) {
+                mailbox.refuse_all(why);
+            }
+        }
     }
 
     /// A peer's eventfds, by vector.
@@ -210,8 +244,10 @@ impl Shared {
 
     /// Forgets the descriptors of a VM that is gone.
     pub fn forget_session(&self, slot: u32) {
-        for vector in 0..MAX_VECTORS {
-            self.store.forget(&name::interrupt(slot, vector));
+        let ours = name::part(slot, "");
+        let all = self.store.all().into_iter().map(|(name, _)| name);
+        for part in all.filter(|name| name.starts_with(&ours)) {
+            self.store.forget(&part);
         }
         // The connection last: once there is room, the next VM's goes by the same name.
         self.store.forget(&name::vm(slot));

@@ -3,14 +3,13 @@
 //! A slot that is taken: what a transport gets to see of the broker while it serves a VM.
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::sync::{Arc, PoisonError, RwLockReadGuard};
 
-use log::warn;
-
 use super::Shared;
-use super::store::name;
+use super::mailbox::{Mailbox, Wish};
+use super::store::{Kept, name};
 use crate::bell::Bell;
+use crate::control::message::Refusal;
 use crate::memory::{Access, Region};
 
 /// A slot that is taken by a VM, until this is dropped.
@@ -80,32 +79,34 @@ impl Slot {
         gate.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps the VM's eventfd for a vector, for the broker's successor.
-    pub fn keep_interrupt(&self, vector: u32, bell: Arc<Bell>) {
-        let name = name::interrupt(self.id, vector);
+    /// Keeps a descriptor for the broker's successor, in the place of another that is called so.
+    pub fn keep(&self, what: &str, descriptor: Kept) {
+        let name = name::part(self.id, what);
         self.shared.store().forget(&name);
-        self.shared.store().keep(name, bell);
+        self.shared.store().keep(name, descriptor);
     }
 
     /// Forgets it.
-    pub fn forget_interrupt(&self, vector: u32) {
-        let store = self.shared.store();
-        store.forget(&name::interrupt(self.id, vector));
+    pub fn forget(&self, what: &str) {
+        self.shared.store().forget(&name::part(self.id, what));
     }
 
-    /// The VM's eventfd for a vector, if one is kept.
-    pub fn interrupt(&self, vector: u32) -> Option<Arc<Bell>> {
-        let kept = self
-            .shared
-            .store()
-            .find(&name::interrupt(self.id, vector))?;
-        match kept.as_fd().try_clone_to_owned() {
-            Ok(descriptor) => Some(Arc::new(Bell::from(descriptor))),
-            Err(error) => {
-                warn!("slot {}: vector {vector} is lost: {error}", self.id);
-                None
-            }
-        }
+    /// What is kept, and what it is called.
+    pub fn kept(&self) -> Vec<(String, Kept)> {
+        let ours = name::part(self.id, "");
+        let all = self.shared.store().all().into_iter();
+        all.filter_map(|(name, kept)| Some((name.strip_prefix(&ours)?.to_owned(), kept)))
+            .collect()
+    }
+
+    /// Rings when a host app wants something of the VM.
+    pub fn wishes_bell(&self) -> Option<&Bell> {
+        self.shared.mailbox(self.id).map(Mailbox::bell)
+    }
+
+    /// What a host app wants of the VM, if one does.
+    pub fn next_wish(&self) -> Option<Wish> {
+        self.shared.mailbox(self.id)?.take()
     }
 }
 
@@ -113,5 +114,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         self.shared.forget_session(self.id);
         self.shared.vacate(self.id);
+        let gone = Refusal::NoVm(self.id);
+        self.shared.refuse_wishes(Some(self.id), &gone);
     }
 }

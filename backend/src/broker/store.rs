@@ -53,14 +53,14 @@ pub mod name {
         format!("session-{slot}")
     }
 
-    /// The eventfd of a slot's VM for one of its vectors, where its transport keeps it.
-    pub fn interrupt(slot: u32, vector: u32) -> String {
-        format!("interrupt-{slot}-{vector}")
+    /// A descriptor that the session of a slot's VM keeps, by what the transport calls it.
+    pub fn part(slot: u32, what: &str) -> String {
+        format!("part-{slot}-{what}")
     }
 
     /// Whether that is what is called so.
-    pub fn is_interrupt(name: &str) -> bool {
-        name.starts_with("interrupt-")
+    pub fn is_part(name: &str) -> bool {
+        name.starts_with("part-")
     }
 
     /// The connection of a host app.

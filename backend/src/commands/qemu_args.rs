@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use barlink::Access;
-use barlink::transport::{Transport, VfioUser};
+use barlink::transport::VfioUser;
 
 use crate::args::QemuArgs;
 
@@ -29,18 +29,22 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
     let id = &args.id;
     let layout = attachment.layout();
     let window = WINDOW.max(layout.region_size.saturating_mul(2)) >> 30;
-    let port = format!(
+    let mut port = format!(
         "pcie-root-port,id={id}-port,chassis={},pref64-reserve={window}G",
         args.chassis
     );
-    let mut arguments = vec![("-device", port)];
-    if slot.transport == VfioUser.name() {
+    let mut arguments = Vec::new();
+    if slot.transport == VfioUser::NAME {
+        // QEMU 11.1 ends itself when it unplugs such a device.
+        port.push_str(",hotplug=off");
+        arguments.push(("-device", port));
         arguments.push(("-device", vfio_user(id, &slot.socket)?));
     } else {
         // QEMU splits its options at commas; a doubled one stands for itself.
         let path = slot.socket.display().to_string().replace(',', ",,");
         let chardev = format!("socket,id={id}-socket,path={path}");
-        arguments.insert(0, ("-chardev", chardev));
+        arguments.push(("-chardev", chardev));
+        arguments.push(("-device", port));
         let vectors = layout.vectors;
         let device =
             format!("ivshmem-doorbell,id={id},bus={id}-port,chardev={id}-socket,vectors={vectors}");

@@ -45,7 +45,9 @@ pub fn serve(args: Serve) -> Result<()> {
         .map(|group| number(group, "group"))
         .collect::<Result<_>>()?;
     let ivshmem: Arc<dyn Transport> = Arc::new(Ivshmem);
-    let vfio_user: Arc<dyn Transport> = Arc::new(VfioUser);
+    let vfio_user: Arc<dyn Transport> = Arc::new(VfioUser {
+        guest_memory: args.guest_memory,
+    });
     let transport = |way| match way {
         Way::Ivshmem => Arc::clone(&ivshmem),
         Way::VfioUser => Arc::clone(&vfio_user),

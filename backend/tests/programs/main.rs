@@ -11,6 +11,7 @@ mod streams;
 mod support;
 mod vfio_user;
 mod vfio_user_client;
+mod vfio_user_guest;
 mod vfio_user_hostile;
 mod vfio_user_replace;
 mod vmm;

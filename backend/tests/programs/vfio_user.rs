@@ -351,3 +351,28 @@ fn taken_slot_of_vfio_user_refuses_with_an_error_and_not_with_silence() {
     drop(first);
     Client::greet(&broker);
 }
+
+#[test]
+fn qemu_args_are_words_for_a_shell_that_looks_at_no_quotes() {
+    let broker = serve_both(&[]);
+    let socket = broker.path("user.sock");
+    let printed = works(&mut broker.app(&["qemu-args", "--slot", "1", "--id", "two"]));
+    let words: Vec<_> = printed.split_whitespace().collect();
+    let [first, port, second, device] = words[..] else {
+        panic!("{printed}");
+    };
+    assert_eq!((first, second), ("-device", "-device"));
+    // QEMU ends itself when it unplugs such a device.
+    assert_eq!(
+        port,
+        "pcie-root-port,id=two-port,chassis=64,pref64-reserve=8G,hotplug=off"
+    );
+    let device: serde_json::Value = serde_json::from_str(device).unwrap();
+    let expected = serde_json::json!({
+        "driver": "vfio-user-pci", "id": "two", "bus": "two-port", "rombar": 0,
+        "socket": { "type": "unix", "path": socket },
+    });
+    assert_eq!(device, expected);
+    let libvirt = works(&mut broker.app(&["qemu-args", "--slot", "1", "--libvirt"]));
+    assert!(libvirt.contains("<qemu:arg value='{\"bus\":\"barlink-port\""));
+}

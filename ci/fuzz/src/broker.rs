@@ -19,7 +19,8 @@ pub const PEER: Peer = Peer {
 pub static SHARED: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(Ivshmem)));
 
 /// The broker of one slot for vfio-user, made once.
-pub static VFIO_USER: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(VfioUser)));
+pub static VFIO_USER: LazyLock<Arc<Shared>> =
+    LazyLock::new(|| broker(Arc::new(VfioUser::default())));
 
 fn broker(transport: Arc<dyn Transport>) -> Arc<Shared> {
     let folder = std::env::temp_dir().join(format!("barlink-fuzz-{}", std::process::id()));

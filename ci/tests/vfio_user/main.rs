@@ -38,8 +38,12 @@ const VECTORS: usize = 5;
 
 impl Setting {
     fn new(size: &str) -> Result<Self> {
+        Self::with(&["--size", size])
+    }
+
+    fn with(arguments: &[&str]) -> Result<Self> {
         let slots = [Transport::VfioUser, Transport::Ivshmem];
-        let broker = Broker::start_over(Artifacts::shared()?, &slots, &["--size", size])?;
+        let broker = Broker::start_over(Artifacts::shared()?, &slots, arguments)?;
         let relay = Relay::start(&broker.socket(0), broker.folder())?;
         let other = UnixStream::connect(broker.socket(1))?;
         other.set_read_timeout(Some(PATIENCE))?;
@@ -288,6 +292,46 @@ fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
 }
 
 #[test]
+fn guest_memory_is_copied_if_qemu_shares_it() -> Result<()> {
+    let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
+    let peek = |address: u64| {
+        let address = address.to_string();
+        let peek = [
+            "peek", "--guest", "0", "--raw", "--length", "8", "--at", &address,
+        ];
+        setting.broker.run(peek)
+    };
+    let mut config = setting.config()?;
+    let private = Bare::start(Artifacts::shared()?, &config)?;
+    let error = format!("{:#}", peek(TARGET).expect_err("it is not shared"));
+    assert!(error.contains("memory-backend-memfd,share=on"), "{error}");
+    drop(private);
+    wait_until("the slot is free", || {
+        Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+    })?;
+    let shared =
+        "-object memory-backend-memfd,id=ram,size=128M,share=on -machine memory-backend=ram";
+    config.arguments = setting.broker.arguments(0)?;
+    config
+        .arguments
+        .extend(shared.split(' ').map(str::to_owned));
+    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    machine.device("barlink0")?;
+    machine.write(TARGET, u32::from_le_bytes(*b"seen"))?;
+    machine.write(TARGET + 4, u32::from_le_bytes(*b" it!"))?;
+    assert_eq!(peek(TARGET)?, b"seen it!");
+    for address in [(128 << 20) - 4, 128 << 20, u64::MAX - 3] {
+        peek(address).expect_err("nothing is there");
+    }
+    // A reset takes the memory away and gives it back.
+    machine.qmp("system_reset", &json!({}))?;
+    machine.device("barlink0")?;
+    wait_until("the memory is there again", || Ok(peek(TARGET).is_ok()))?;
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
+
+#[test]
 fn qemu_that_is_refused_by_vfio_user_ends_at_once() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (first, _) = setting.machine()?;
@@ -307,6 +351,41 @@ fn qemu_that_is_refused_by_vfio_user_ends_at_once() -> Result<()> {
         Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
     })?;
     Bare::start(Artifacts::shared()?, &direct)?.device("barlink0")?;
+    Ok(())
+}
+
+/// QEMU 11.1 ends itself when it unplugs a vfio-user device with MSI-X (`vfio_user_msix_teardown`), whoever serves it.
+#[test]
+fn device_of_vfio_user_is_plugged_in_and_not_out() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let port = "pcie-root-port,id=late-port,chassis=9,pref64-reserve=8G";
+    let vm = Vm::boot(&Config {
+        arguments: vec!["-device".to_owned(), port.to_owned()],
+        paths: vec![setting.broker.folder().to_owned()],
+        memory_mib: 256,
+        ..Config::default()
+    })?;
+    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+    let socket = json!({ "type": "unix", "path": setting.broker.socket(0) });
+    vm.plug(&json!({
+        "driver": "vfio-user-pci", "id": "late", "bus": "late-port", "rombar": 0, "socket": socket,
+    }))?;
+    wait_until("the driver takes it", || {
+        let info = vm.run(["barlink-guest", "info"])?;
+        Ok(info.require_success().is_ok())
+    })?;
+    vm.run(["barlink-guest", "poke", "plugged"])?
+        .require_success()?;
+    let seen = setting.broker.run(["peek", "--raw", "--length", "7"])?;
+    assert_eq!(seen, b"plugged");
+    drop(vm);
+    // So the port that `barlink qemu-args` makes lets nothing out.
+    let setting = Setting::new("1M")?;
+    let (machine, _) = setting.machine()?;
+    let refused = machine.qmp("device_del", &json!({ "id": "barlink0" }));
+    let error = format!("{:#}", refused.expect_err("it can be unplugged"));
+    assert!(error.contains("does not support hotplug"), "{error}");
+    machine.qmp("query-status", &json!({}))?;
     Ok(())
 }
 

@@ -15,14 +15,18 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use super::config::{self, BAR_INTERRUPTS, INTERRUPT_BAR, REGISTER_BAR, WriteMask};
+use super::guest_memory::{GuestMemory, Range};
 use super::interrupts::Interrupts;
 use super::memory::{Memory, TABLE_ENTRY};
-use super::registers::{FEATURE_RESET, Order, Registers, orders};
+use super::registers::{FEATURE_GUEST_MEMORY, FEATURE_RESET, Order, Registers, orders};
 use super::request::{Fault, Request, Signal};
 use super::stream::Message;
 use super::version;
 use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply};
-use crate::broker::Slot;
+use crate::broker::{Slot, Wish};
+use crate::control::message::{Answer, Refusal};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 
 /// `VFIO_DMA_UNMAP` replies with the structure that it came with.
 const DMA_UNMAP: u32 = 24;
@@ -33,6 +37,8 @@ pub struct Device<'a> {
     memory: &'a Memory<'a>,
     interrupts: Interrupts<'a>,
     mask: WriteMask,
+    /// Where it is asked for.
+    guest: Option<GuestMemory<'a>>,
 }
 
 /// A descriptor that goes with a reply, if one does.
@@ -40,18 +46,35 @@ type Along<'a> = Option<BorrowedFd<'a>>;
 
 impl<'a> Device<'a> {
     /// The device of a session, as the session's memory has it.
-    pub fn new(slot: &'a Slot, memory: &'a Memory<'a>) -> Self {
+    pub fn new(slot: &'a Slot, memory: &'a Memory<'a>, guest_memory: bool) -> Self {
         Device {
             slot,
             memory,
             interrupts: Interrupts::new(slot, memory),
             mask: WriteMask::new(slot.region_size()),
+            guest: guest_memory.then(|| GuestMemory::new(slot)),
         }
     }
 
     /// Fires an interrupt.
     pub fn fire(&self, vector: u32) {
         self.interrupts.fire(vector);
+    }
+
+    /// Gives a host app what it wants.
+    pub fn grant(&self, wish: Wish) {
+        let Some(guest) = &self.guest else {
+            return wish.answer(Answer::Refused(Refusal::NoGuestMemory(self.slot.id())));
+        };
+        let mut bytes = vec![0; wish.length];
+        let answer = match guest.read(wish.address, &mut bytes) {
+            Ok(()) => Answer::Bytes(BASE64_STANDARD.encode(bytes)),
+            Err(_) => Answer::Refused(Refusal::NotThere {
+                address: wish.address,
+                length: wish.length,
+            }),
+        };
+        wish.answer(answer);
     }
 
     /// Whether a version has been agreed upon.
@@ -98,13 +121,31 @@ impl<'a> Device<'a> {
                 version::agree((major, minor), capabilities, size, reply)?;
                 self.memory.set_agreed();
             }
-            // QEMU ends itself if a map is refused, so none is. Its descriptor, if it has one, is closed here.
-            Request::DmaMap { .. } => drop(descriptors),
+            // Without `--guest-memory` none is refused, and descriptors are closed here.
+            Request::DmaMap {
+                flags,
+                offset,
+                address,
+                size,
+            } => {
+                let range = Range {
+                    flags,
+                    offset,
+                    address,
+                    size,
+                };
+                if let Some(guest) = &mut self.guest {
+                    guest.map(range, descriptors.into_iter().next())?;
+                }
+            }
             Request::DmaUnmap {
                 flags,
                 address,
                 size,
             } => {
+                if let Some(guest) = &mut self.guest {
+                    guest.unmap(flags, address, size);
+                }
                 reply.put32(DMA_UNMAP);
                 reply.put32(flags);
                 reply.put64(address);
@@ -266,7 +307,10 @@ impl<'a> Device<'a> {
                 let registers = Registers {
                     interrupt_mask: self.memory.interrupt_mask(),
                     id: self.slot.id(),
-                    features: FEATURE_RESET,
+                    features: match self.guest {
+                        Some(_) => FEATURE_RESET | FEATURE_GUEST_MEMORY,
+                        None => FEATURE_RESET,
+                    },
                     connection: self.slot.connection() as u32,
                     peers: self.slot.peers(),
                     vectors: self.slot.vectors(),

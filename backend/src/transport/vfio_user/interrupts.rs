@@ -13,6 +13,7 @@ use super::memory::Memory;
 use super::request::Fault;
 use crate::bell::Bell;
 use crate::broker::Slot;
+use crate::broker::store::Kept;
 
 /// Fewest vectors that the device has, however few the region's channels need, and most.
 pub const MIN_VECTORS: u32 = 16;
@@ -30,11 +31,20 @@ impl<'a> Interrupts<'a> {
     /// Those of a session, with the eventfds that a predecessor kept.
     pub fn new(slot: &'a Slot, memory: &'a Memory<'a>) -> Self {
         let count = slot.vectors().clamp(MIN_VECTORS, MAX_VECTORS);
-        let bells = (0..count).map(|vector| slot.interrupt(vector));
+        let mut bells = vec![None; count as usize];
+        for (what, kept) in slot.kept() {
+            let place = parse_name(&what).and_then(|vector| bells.get_mut(vector));
+            let bell = kept.as_fd().try_clone_to_owned().map(Bell::from);
+            match (place, bell) {
+                (Some(place), Ok(bell)) => *place = Some(Arc::new(bell)),
+                (Some(_), Err(error)) => debug!("slot {}: {what} is lost: {error}", slot.id()),
+                (None, _) => (),
+            }
+        }
         Interrupts {
             slot,
             memory,
-            bells: bells.collect(),
+            bells,
         }
     }
 
@@ -66,7 +76,7 @@ impl<'a> Interrupts<'a> {
         }
         for (vector, descriptor) in (start..).zip(descriptors) {
             let bell = Arc::new(Bell::from(descriptor));
-            self.slot.keep_interrupt(vector, Arc::clone(&bell));
+            self.slot.keep(&name(vector), Arc::clone(&bell) as Kept);
             self.bells[vector as usize] = Some(bell);
             if self.memory.is_pending(vector) {
                 self.memory.set_pending(vector, false);
@@ -80,7 +90,7 @@ impl<'a> Interrupts<'a> {
     pub fn clear(&mut self, start: u32, count: u32) {
         for vector in start..start + count {
             if self.bells[vector as usize].take().is_some() {
-                self.slot.forget_interrupt(vector);
+                self.slot.forget(&name(vector));
             }
         }
     }
@@ -89,6 +99,15 @@ impl<'a> Interrupts<'a> {
     pub fn clear_all(&mut self) {
         self.clear(0, self.count());
     }
+}
+
+/// What a vector's eventfd is called where a successor finds it.
+fn name(vector: u32) -> String {
+    format!("interrupt-{vector}")
+}
+
+fn parse_name(name: &str) -> Option<usize> {
+    name.strip_prefix("interrupt-")?.parse().ok()
 }
 
 /// Whether a descriptor is an eventfd. To write to something else can block, or worse.

@@ -9,6 +9,7 @@
 
 mod config;
 mod device;
+mod guest_memory;
 mod interrupts;
 mod memory;
 mod registers;
@@ -31,12 +32,20 @@ use crate::broker::Slot;
 use crate::memory::Region;
 
 /// The transport of `barlink serve --vfio-user`.
-#[derive(Debug)]
-pub struct VfioUser;
+#[derive(Debug, Default)]
+pub struct VfioUser {
+    /// Whether host apps get copies of the guest's own memory.
+    pub guest_memory: bool,
+}
+
+impl VfioUser {
+    /// The transport's name.
+    pub const NAME: &'static str = "vfio-user";
+}
 
 impl Transport for VfioUser {
     fn name(&self) -> &'static str {
-        "vfio-user"
+        Self::NAME
     }
 
     fn session_memory(&self) -> u64 {
@@ -50,7 +59,7 @@ impl Transport for VfioUser {
     }
 
     fn serve(&self, vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
-        session::run(vm, slot, session_of(slot)?)
+        session::run(vm, slot, session_of(slot)?, self.guest_memory)
     }
 
     /// Answers the client's first message by an error: QEMU then ends at once, and waits for five seconds otherwise.

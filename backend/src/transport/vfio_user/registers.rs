@@ -18,6 +18,8 @@ const VECTORS: usize = 0x24;
 
 /// The feature that the host sees resets.
 pub const FEATURE_RESET: u32 = 1;
+/// The feature that the host can copy guest memory that is shared with it.
+pub const FEATURE_GUEST_MEMORY: u32 = 2;
 
 /// What the registers show.
 #[derive(Clone, Copy, Debug)]

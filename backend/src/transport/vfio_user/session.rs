@@ -23,13 +23,19 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// Vectors have small numbers.
 const SOCKET: u64 = u64::MAX;
+const WISHES: u64 = u64::MAX - 1;
 /// Events that are taken at once.
 const EVENTS: usize = 16;
 
 /// Serves a client until it leaves, from the begin or from wherever the session's memory says that it is.
-pub fn run(vm: &UnixStream, slot: &Slot, region: &Region) -> Result<Departure, TransportError> {
+pub fn run(
+    vm: &UnixStream,
+    slot: &Slot,
+    region: &Region,
+    guest_memory: bool,
+) -> Result<Departure, TransportError> {
     let memory = Memory::new(region);
-    let mut device = Device::new(slot, &memory);
+    let mut device = Device::new(slot, &memory, guest_memory);
     let mut stream = Stream::new(vm);
     let mut reply = Reply::default();
     let epoll = watch(vm, slot).map_err(TransportError::Receive)?;
@@ -45,19 +51,28 @@ pub fn run(vm: &UnixStream, slot: &Slot, region: &Region) -> Result<Departure, T
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(TransportError::Receive(error)),
         };
-        let (vectors, others): (Vec<_>, Vec<_>) = events[..ready]
-            .iter()
-            .map(EpollEvent::data)
-            .partition(|number| *number != SOCKET);
-        for vector in vectors {
-            // CAST: it is one of those that were registered.
-            device.fire(vector as u32);
+        let (mut heard, mut wished) = (false, false);
+        for event in &events[..ready] {
+            match event.data() {
+                SOCKET => heard = true,
+                WISHES => wished = true,
+                // CAST: it is one of those that were registered.
+                vector => device.fire(vector as u32),
+            }
         }
-        if others.is_empty() {
+        if !heard && !wished {
             continue;
         }
         // From here to the reply no successor takes over: it would find half a message.
         let _within = slot.within_a_message();
+        if wished {
+            while let Some(wish) = slot.next_wish() {
+                device.grant(wish);
+            }
+        }
+        if !heard {
+            continue;
+        }
         let answered = match stream.receive() {
             Ok(None) => return Ok(Departure::Left),
             Ok(Some(message)) => {
@@ -92,8 +107,11 @@ fn watch(vm: &UnixStream, slot: &Slot) -> io::Result<Epoll> {
     let epoll = Epoll::new()?;
     let add = |descriptor: RawFd, event| epoll.ctl(ControlOperation::Add, descriptor, event);
     add(vm.as_raw_fd(), EpollEvent::new(EventSet::IN, SOCKET))?;
+    let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+    if let Some(bell) = slot.wishes_bell() {
+        add(bell.as_raw_fd(), EpollEvent::new(edge, WISHES))?;
+    }
     for (vector, bell) in (0..).zip(slot.bells(slot.id())) {
-        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
         add(bell.as_raw_fd(), EpollEvent::new(edge, vector))?;
     }
     Ok(epoll)

@@ -1,21 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! What the vfio-user server makes of a client: of its messages, sound or mangled, of the descriptors that come with them,
-//! and of when it leaves. Sound messages get one reply each, in order.
+//! and of when it leaves. Sound messages get one reply each, in order. A successor then takes the session over, and answers
+//! host apps that want bytes of what is mapped.
 #![no_main]
 
 use std::fs::File;
 use std::io::Read;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
+use barlink::broker::{Slot, Wish};
+use barlink::control::message::{Answer, MAX_COPY, MAX_PACKET, Refusal, Reply};
+use barlink::control::packet::PacketSocket;
 use barlink::transport::{Departure, Transport, VfioUser};
 use barlink_fuzz::broker::{PEER, VFIO_USER, next_descriptor};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use rustix::event::EventfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Most messages that a client sends: the socket takes them, and the replies, without anybody reading.
@@ -23,10 +29,18 @@ const MESSAGES: usize = 16;
 const MAX_DATA: usize = 5000;
 const MAX_REST: usize = 1000;
 
+/// The server, which takes the guest's memory, too.
+const USER: VfioUser = VfioUser { guest_memory: true };
+
 /// What it sends descriptors of.
-static GIFTS: LazyLock<(File, EventFd)> = LazyLock::new(|| {
+static GIFTS: LazyLock<[OwnedFd; 3]> = LazyLock::new(|| {
     let null = File::open("/dev/null").expect("/dev/null");
-    (null, EventFd::new(EFD_NONBLOCK).expect("an eventfd"))
+    let eventfd = rustix::event::eventfd(0, EventfdFlags::NONBLOCK);
+    let flags = MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC;
+    let memory = rustix::fs::memfd_create("guest", flags).expect("memory");
+    rustix::fs::ftruncate(&memory, 16 << 12).expect("it grows");
+    rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK).expect("it is sealed");
+    [null.into(), eventfd.expect("an eventfd"), memory]
 });
 
 #[derive(Arbitrary, Debug)]
@@ -37,6 +51,8 @@ struct Input {
     /// What it sends at last, which may be the begin of a message.
     rest: Vec<u8>,
     closes: bool,
+    /// Addresses and lengths that host apps want at last.
+    wishes: Vec<(u32, u16)>,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -46,7 +62,7 @@ struct Message {
     /// Behind what the command has.
     more: Vec<u8>,
     descriptors: u8,
-    eventfds: bool,
+    gift: u8,
     /// A byte of it that is something else.
     mangled: Option<(u16, u8)>,
 }
@@ -56,6 +72,9 @@ enum Command {
     Version(u16, u16, Vec<u8>),
     DmaMap([u32; 8]),
     DmaUnmap([u32; 6]),
+    /// Pages: offset, address, size.
+    Map(u8, u8, u8),
+    Unmap(u8, u8),
     Info(u32),
     RegionInfo(u32, u8),
     IrqInfo(u32, u8),
@@ -85,6 +104,15 @@ impl Command {
             }
             Command::DmaMap(fields) => (2, words(fields)),
             Command::DmaUnmap(fields) => (3, words(fields)),
+            Command::Map(offset, address, size) => {
+                let [offset, address, size] =
+                    [*offset, *address, *size].map(|n| u32::from(n) << 12);
+                (2, words(&[32, 3, offset, 0, address, 0, size, 0]))
+            }
+            Command::Unmap(address, size) => {
+                let [address, size] = [*address, *size].map(|n| u32::from(n) << 12);
+                (3, words(&[24, 0, address, 0, size, 0]))
+            }
             Command::Info(room) => (4, words(&[*room, 0, 0, 0])),
             Command::RegionInfo(room, index) => {
                 (5, words(&[*room, 0, (*index).into(), 0, 0, 0, 0, 0]))
@@ -135,7 +163,7 @@ fuzz_target!(|input: Input| {
     let before = next_descriptor();
     let (vm, client) = UnixStream::pair().expect("sockets");
     let slot = shared.occupy(0, PEER).expect("the slot is free");
-    VfioUser.greet(&vm, &slot).expect("there is memory");
+    USER.greet(&vm, &slot).expect("there is memory");
     let mut expected = Vec::new();
     let mut sound = true;
     if input.agrees {
@@ -152,11 +180,7 @@ fuzz_target!(|input: Input| {
             bytes[place] = byte;
             sound = false;
         }
-        let gift: RawFd = if message.eventfds {
-            gifts.1.as_raw_fd()
-        } else {
-            gifts.0.as_raw_fd()
-        };
+        let gift = gifts[usize::from(message.gift) % gifts.len()].as_raw_fd();
         send(
             &client,
             &bytes,
@@ -178,16 +202,48 @@ fuzz_target!(|input: Input| {
         client.shutdown(Shutdown::Write).expect("it is connected");
         Some(client)
     };
-    let departure = VfioUser.serve(&vm, &slot).expect("to leave is no failure");
+    let departure = USER.serve(&vm, &slot).expect("to leave is no failure");
     assert!(!sound || departure == Departure::Left);
     drop(vm);
     if let Some(client) = client {
         hear(client, sound.then_some(&expected));
     }
+    succeed(&slot, &input.wishes);
     drop(slot);
     assert!(shared.status().slots[0].vm.is_none());
     assert_eq!(next_descriptor(), before, "a descriptor is left open");
 });
+
+/// What a successor makes of the session: it is as it was, and every wish is answered.
+fn succeed(slot: &Slot, wishes: &[(u32, u16)]) {
+    let (app, broker) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .expect("sockets");
+    let app = PacketSocket::from_connected(app);
+    let broker = Arc::new(PacketSocket::from_connected(broker));
+    let wishes = &wishes[..wishes.len().min(4)];
+    for (address, length) in wishes {
+        let length = usize::from(*length) % (MAX_COPY + 1);
+        let wish = Wish::new(Arc::clone(&broker), (*address).into(), length);
+        VFIO_USER.post(slot.id(), wish).expect("a VM is there");
+    }
+    let (vm, client) = UnixStream::pair().expect("sockets");
+    drop(client);
+    USER.serve(&vm, slot).expect("to leave is no failure");
+    let mut buffer = Box::new([0; MAX_PACKET]);
+    for (_, length) in wishes {
+        let packet = app.receive(&mut buffer).expect("an answer");
+        match Reply::parse(packet.expect("an answer")).expect("it can be read") {
+            Answer::Bytes(text) => assert!(text.len() >= usize::from(*length) % (MAX_COPY + 1)),
+            Answer::Refused(Refusal::NotThere { .. }) => (),
+            other => panic!("{other:?}"),
+        }
+    }
+}
 
 fn send(client: &UnixStream, bytes: &[u8], descriptors: &[RawFd]) {
     let sent = client.send_with_fds(&[bytes], descriptors);
