@@ -92,16 +92,24 @@ impl<'a> Stream<'a> {
             too_many: false,
         };
         let mut header = [0; HEADER];
-        let mut filled = 0;
+        let ahead = self.look_ahead();
+        let (start, payload) = (&mut header[..], &mut self.buffer[..ahead]);
+        let both = &mut [IoSliceMut::new(start), IoSliceMut::new(payload)];
+        let received = match arrival.receive(self.socket, both)? {
+            0 => return Ok(None),
+            length => length,
+        };
+        let mut filled = received.min(HEADER);
         while filled < HEADER {
-            match arrival.receive(self.socket, &mut header[filled..])? {
-                0 if filled == 0 => return Ok(None),
+            let rest = &mut [IoSliceMut::new(&mut header[filled..])];
+            match arrival.receive(self.socket, rest)? {
                 0 => return Err(StreamError::Gone),
                 length => filled += length,
             }
         }
         let header = Header::decode(&header)?;
-        let payload = self.receive_payload(&header, &mut arrival)?;
+        let early = received.saturating_sub(HEADER);
+        let payload = self.receive_payload(&header, early, &mut arrival)?;
         let payload = match payload {
             Ok(_) if arrival.too_many => Err(Fault::ManyDescriptors),
             Ok(length) => Ok(&self.buffer[..length]),
@@ -114,19 +122,36 @@ impl<'a> Stream<'a> {
         }))
     }
 
-    /// Receives a whole payload: its length if it is in the buffer, a fault if it does not fit there.
+    /// Bytes that follow the next header, where that is here already and they fit into the buffer. So such a message is taken
+    /// by one system call: a broker that is killed leaves its successor all of it, or nothing.
+    fn look_ahead(&self) -> usize {
+        let mut header = [0; HEADER];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(self.socket, &mut header[..], flags) {
+            Ok((_, HEADER)) => match Header::decode(&header) {
+                Ok(header) if fits(header.payload()) => header.payload(),
+                _ => 0,
+            },
+            _ => 0,
+        }
+    }
+
+    /// Receives a whole payload, of which so much is in the buffer: its length if all of it is there then, a fault if it does
+    /// not fit.
     fn receive_payload(
         &mut self,
         header: &Header,
+        early: usize,
         arrival: &mut Arrival,
     ) -> Result<Result<usize, Fault>, StreamError> {
         let size = header.payload();
-        let fits = size <= MAX_MESSAGE - HEADER;
-        let mut left = size;
+        let fits = fits(size);
+        let mut left = size - early;
         while left > 0 {
             let start = if fits { size - left } else { 0 };
             let part = left.min(self.buffer.len() - start);
-            match arrival.receive(self.socket, &mut self.buffer[start..][..part])? {
+            let part = &mut [IoSliceMut::new(&mut self.buffer[start..][..part])];
+            match arrival.receive(self.socket, part)? {
                 0 => return Err(StreamError::Gone),
                 length => left -= length,
             }
@@ -169,12 +194,15 @@ impl<'a> Stream<'a> {
 
 impl Arrival {
     /// Receives some bytes and the descriptors that come with them; 0 at the end.
-    fn receive(&mut self, socket: &UnixStream, bytes: &mut [u8]) -> Result<usize, StreamError> {
+    fn receive(
+        &mut self,
+        socket: &UnixStream,
+        parts: &mut [IoSliceMut<'_>],
+    ) -> Result<usize, StreamError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         loop {
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            let parts = &mut [IoSliceMut::new(bytes)];
             match rustix::net::recvmsg(socket, parts, &mut ancillary, flags) {
                 Ok(received) => {
                     self.keep(&mut ancillary);
@@ -201,6 +229,11 @@ impl Arrival {
             }
         }
     }
+}
+
+/// Whether a payload of so many bytes fits into the buffer.
+fn fits(payload: usize) -> bool {
+    payload <= MAX_MESSAGE - HEADER
 }
 
 fn wait(socket: &UnixStream, what: PollFlags, deadline: Instant) -> Result<(), StreamError> {
@@ -271,6 +304,30 @@ mod tests {
         }
         drop(client);
         assert!(stream.receive().unwrap().is_none());
+    }
+
+    #[test]
+    fn message_is_taken_whole_with_no_byte_of_the_next() {
+        let (server, mut client) = UnixStream::pair().unwrap();
+        let mut stream = Stream::new(&server);
+        client
+            .write_all(
+                &[
+                    message(1, 21, b"first"),
+                    message(2, 16, b""),
+                    message(3, 19, b"end"),
+                ]
+                .concat(),
+            )
+            .unwrap();
+        for (id, payload, left) in [(1, &b"first"[..], 35), (2, b"", 19), (3, b"end", 0)] {
+            let message = stream.receive().unwrap().unwrap();
+            assert_eq!((message.header.id, message.payload), (id, Ok(payload)));
+            let mut rest = [0; 64];
+            let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+            let there = rustix::net::recv(&server, &mut rest[..], flags);
+            assert_eq!(there.map_or(0, |(_, length)| length), left);
+        }
     }
 
     #[test]
