@@ -7,6 +7,7 @@ mod limits;
 mod live;
 mod replace;
 mod serve;
+mod sessions;
 mod streams;
 mod support;
 mod vfio_user;
