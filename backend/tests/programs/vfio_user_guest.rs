@@ -9,6 +9,7 @@ use barlink::control::message::{Ask, MAX_COPY, Refusal};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
+use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vfio_user_client::*;
 
@@ -206,6 +207,48 @@ fn guest_memory_is_handed_over() {
         let gone = refusal(&broker, 1, 8 * MIB, 1);
         assert!(matches!(gone, Refusal::NotThere { .. }));
     }
+}
+
+#[test]
+fn service_manager_keeps_each_file_of_guest_memory_once_and_all_ranges_are_there_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let socket = folder.path().join("user.sock").display().to_string();
+    let arguments = ["--vfio-user", &socket, "--guest-memory"];
+    let mut broker = Broker::start_as(&manager, folder, &arguments);
+    let mut client = Client::greet(&broker);
+    let (ram, other) = (memory(SealFlags::SHRINK), memory(SealFlags::SHRINK));
+    // As QEMU does with the memory below and above 4 GiB.
+    for (address, offset, file) in [(0, 0, &ram), (4 * MIB, MIB, &ram), (8 * MIB, 0, &other)] {
+        let reply = client.ask_with(DMA_MAP, &map(address, MIB, offset), &[file]);
+        assert_eq!(reply.errno, 0);
+    }
+    let kept = || {
+        let names = manager.kept().into_iter();
+        names.filter(|name| name.contains("ram")).count()
+    };
+    wait_until("both files are kept", || kept() == 2);
+    let all = noise(2 << 20);
+    let read = |broker: &Broker, address: u64, place: usize| {
+        let mut seen = [0; 16];
+        let read = broker.attach().read_guest(1, address, &mut seen);
+        read.is_ok_and(|()| seen == all[place..][..16])
+    };
+    broker.start_again(&manager, &arguments);
+    assert!(read(&broker, 0, 0) && read(&broker, 4 * MIB, 1 << 20) && read(&broker, 8 * MIB, 0));
+    // A file is forgotten with the last of its ranges, and not before.
+    client.get(DMA_UNMAP, &unmap(0, 0, MIB));
+    broker.restart(&manager, &arguments);
+    assert!(!read(&broker, 0, 0) && read(&broker, 4 * MIB, 1 << 20));
+    client.get(DMA_UNMAP, &unmap(0, 4 * MIB, MIB));
+    wait_until("one file is kept", || kept() == 1);
+    broker.start_again(&manager, &arguments);
+    assert!(!read(&broker, 0, 0) && !read(&broker, 4 * MIB, 0) && read(&broker, 8 * MIB, 0));
+    let reply = client.ask_with(DMA_MAP, &map(0, MIB, MIB), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    wait_until("both files are kept", || kept() == 2);
+    drop(client);
+    wait_until("none is kept", || kept() == 0);
 }
 
 #[test]

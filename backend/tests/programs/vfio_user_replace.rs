@@ -7,17 +7,51 @@ use std::time::{Duration, Instant};
 use barlink::control::client::Control;
 use barlink::control::message::Side;
 
+use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vmm::rings;
 
-/// A broker as [`serve_both`] starts it, and the arguments of its successors.
+/// The arguments of a broker as [`serve_both`] starts it, and of its successors.
+fn arguments(folder: &tempfile::TempDir) -> [String; 4] {
+    let socket = folder.path().join("user.sock").display().to_string();
+    ["--vfio-user", &socket, "--channel", "up=1-host,64K"].map(str::to_owned)
+}
+
+/// Such a broker.
 fn serve() -> (Broker, [String; 4]) {
     let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("user.sock").display().to_string();
-    let arguments = ["--vfio-user", &socket, "--channel", "up=1-host,64K"].map(str::to_owned);
+    let arguments = arguments(&folder);
     let broker = Broker::start_in(folder, &arguments.each_ref().map(String::as_str));
     (broker, arguments)
+}
+
+/// The same as a manager's service.
+fn serve_as(manager: &ServiceManager, folder: tempfile::TempDir) -> (Broker, [String; 4]) {
+    let arguments = arguments(&folder);
+    let words = arguments.each_ref().map(String::as_str);
+    let broker = Broker::start_as(manager, folder, &words);
+    (broker, arguments)
+}
+
+/// Asks one thing after the other while brokers change. One reply more or less would be out of turn.
+fn ask_while(client: &mut Client, change: impl FnOnce()) {
+    let end = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let mut asked = 0u32;
+            while !end.load(Ordering::Relaxed) {
+                // What was written is read, whichever broker hears it.
+                client.write(0, 0, &asked.to_le_bytes());
+                assert_eq!(client.read_word(0, 0), asked);
+                asked += 1;
+            }
+            asked
+        });
+        change();
+        end.store(true, Ordering::Relaxed);
+        assert!(asking.join().unwrap() > 100);
+    });
 }
 
 #[test]
@@ -79,24 +113,63 @@ fn every_message_has_one_reply_while_brokers_change() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::greet(&broker);
-    let end = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let asking = scope.spawn(|| {
-            let mut asked = 0u32;
-            while !end.load(Ordering::Relaxed) {
-                // What was written is read, whichever broker hears it. One reply more or less would be out of turn.
-                client.write(0, 0, &asked.to_le_bytes());
-                assert_eq!(client.read_word(0, 0), asked);
-                asked += 1;
-            }
-            asked
-        });
+    ask_while(&mut client, || {
         for _ in 0..5 {
             succeed(&mut broker, &arguments);
         }
-        end.store(true, Ordering::Relaxed);
-        assert!(asking.join().unwrap() > 100);
     });
+}
+
+#[test]
+fn every_message_has_one_reply_while_a_service_is_restarted() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let (mut broker, arguments) = serve_as(&manager, folder);
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    wait_until("the VM is kept", || {
+        manager.kept().contains(&"vm-1".to_owned())
+    });
+    ask_while(&mut client, || {
+        for _ in 0..20 {
+            broker.restart(&manager, &arguments);
+        }
+    });
+}
+
+#[test]
+fn service_that_is_killed_leaves_the_device_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let (mut broker, arguments) = serve_as(&manager, folder);
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    client.write(CONFIG, 4, &[6, 4]);
+    let irq = eventfd();
+    assert_eq!(client.set_irqs(1, &[&irq]).errno, 0);
+    let kept = |name: &str| manager.kept().contains(&name.to_owned());
+    wait_until("the VM is kept", || {
+        kept("vm-1") && kept("part-1-interrupt-1")
+    });
+    for _ in 0..2 {
+        broker.start_again(&manager, &arguments);
+        assert_eq!(client.read(CONFIG, 4, 2), [6, 4]);
+        let app = Control::connect(&broker.control()).unwrap();
+        let bells = claim(&app, 0, Side::Consumer);
+        count(&irq);
+        ring(&bells[3]);
+        wait_until("vector 1 fires", || count(&irq) >= 1);
+    }
+    // The next VM has nothing of that one, which leaves while no broker is there.
+    broker.child.kill().unwrap();
+    drop(client);
+    broker.start_again(&manager, &arguments);
+    let mut client = Client::greet(&broker);
+    wait_until("it is forgotten", || !kept("part-1-interrupt-1"));
+    count(&irq);
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
+    assert_eq!(count(&irq), 0, "an eventfd of the VM before it");
+    assert_eq!(client.read(CONFIG, 4, 2), [0, 0]);
 }
 
 #[test]

@@ -47,12 +47,20 @@ type Along<'a> = Option<BorrowedFd<'a>>;
 impl<'a> Device<'a> {
     /// The device of a session, as the session's memory has it.
     pub fn new(slot: &'a Slot, memory: &'a Memory<'a>, guest_memory: bool) -> Self {
+        let guest = match guest_memory {
+            true => Some(GuestMemory::new(slot, memory)),
+            false => {
+                // What a predecessor noted is not kept up to date.
+                memory.clear_ranges();
+                None
+            }
+        };
         Device {
             slot,
             memory,
             interrupts: Interrupts::new(slot, memory),
             mask: WriteMask::new(slot.region_size()),
-            guest: guest_memory.then(|| GuestMemory::new(slot)),
+            guest,
         }
     }
 
