@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use barlink::broker::ChannelPlan;
 use barlink_cli::size::parse_size;
 use barlink_cli::{place, stream};
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 
 /// Shared memory as a PCI device of a QEMU guest: the host's side.
 #[derive(Debug, Parser)]
@@ -87,9 +87,8 @@ pub struct Which {
 
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// A socket for one VM, by QEMU's ivshmem-doorbell; repeat it for further VMs on the same region
-    #[arg(long, value_name = "SOCKET", required = true)]
-    pub ivshmem: Vec<PathBuf>,
+    #[command(flatten)]
+    pub sockets: Sockets,
     /// Bytes in the region, a power of two; K, M and G are powers of 1024
     #[arg(long, default_value = "64M", value_parser = parse_size)]
     pub size: u64,
@@ -108,12 +107,72 @@ pub struct Serve {
     /// Let processes with this primary group connect, likewise; name or number
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
+    /// Let host apps read the guests' own memory, in copies, where it is reached by vfio-user. QEMU needs
+    /// -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram
+    #[arg(long)]
+    pub guest_memory: bool,
     /// Take the place of the broker that runs with the same arguments, unseen by VMs and host apps. One that is a
     /// service is restarted by its manager instead: `systemctl restart`
     #[arg(long)]
     pub replace: bool,
     #[command(flatten)]
     pub which: Which,
+}
+
+/// The sockets for VMs.
+#[derive(Debug, Args)]
+#[group(id = "sockets", required = true, multiple = true)]
+struct SocketArgs {
+    /// A socket for one VM, by QEMU's ivshmem-doorbell; repeat it for further VMs on the same region. VMs have the slots
+    /// 0, 1 and so on, in the order of the sockets
+    #[arg(long, value_name = "SOCKET")]
+    ivshmem: Vec<PathBuf>,
+    /// A socket for one VM, by vfio-user (QEMU 10.1 or later); likewise. QEMU lets such a VM migrate, and leaves the
+    /// region behind: do not migrate it. If the broker dies, do not reboot it: QEMU would end
+    #[arg(long, value_name = "SOCKET")]
+    vfio_user: Vec<PathBuf>,
+}
+
+/// How a socket's VM is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Ivshmem,
+    VfioUser,
+}
+
+/// The sockets for VMs, in the order of the command line, whatever their kinds.
+#[derive(Debug)]
+pub struct Sockets(pub Vec<(Way, PathBuf)>);
+
+impl FromArgMatches for Sockets {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let args = SocketArgs::from_arg_matches(matches)?;
+        let places = |id| matches.indices_of(id).into_iter().flatten();
+        let ivshmem = places("ivshmem").zip(args.ivshmem);
+        let vfio_user = places("vfio_user").zip(args.vfio_user);
+        let mut sockets: Vec<_> = ivshmem
+            .map(|(place, path)| (place, Way::Ivshmem, path))
+            .chain(vfio_user.map(|(place, path)| (place, Way::VfioUser, path)))
+            .collect();
+        sockets.sort_by_key(|(place, ..)| *place);
+        let sockets = sockets.into_iter();
+        Ok(Sockets(sockets.map(|(_, way, path)| (way, path)).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for Sockets {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        SocketArgs::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        SocketArgs::augment_args_for_update(command)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -152,6 +211,9 @@ pub struct Inspect {
 
 #[derive(Debug, Args)]
 pub struct Peek {
+    /// Read the guest's own memory instead, of the VM in this slot; OFFSET is a guest-physical address
+    #[arg(long, value_name = "SLOT", conflicts_with = "region")]
+    pub guest: Option<u32>,
     #[command(flatten)]
     pub peek: place::Peek,
     #[command(flatten)]
@@ -232,6 +294,7 @@ mod tests {
     #[test]
     fn unit_starts_a_broker_and_has_room_for_what_it_keeps() {
         use barlink::protocol::wire::layout::{MAX_SLOTS, MAX_VECTORS};
+        use barlink::transport::MAX_RANGES;
         let unit = unit();
         let value = |key| {
             let mut found = unit.iter().filter(|(name, _)| *name == key);
@@ -249,10 +312,13 @@ mod tests {
             let Command::Serve(serve) = cli.command else {
                 panic!("no broker: {words}");
             };
-            assert_eq!(serve.ivshmem, [PathBuf::from("/run/barlink/vm1.vm.sock")]);
+            let first = (Way::Ivshmem, PathBuf::from("/run/barlink/vm1.vm.sock"));
+            assert_eq!(serve.sockets.0.first(), Some(&first));
         }
-        // Eventfds; a listener, its lock and a VM for each slot and for host apps; these; memory and ledger.
+        // Eventfds; a listener, its lock and a VM for each slot and for host apps; these; memory and ledger. For each
+        // slot of vfio-user its session, an eventfd a vector, and the files of the guest's memory.
         let most = (MAX_SLOTS + 1) * MAX_VECTORS + 3 * (MAX_SLOTS + 1) + 64 + 2;
+        let most = most + MAX_SLOTS * (1 + MAX_VECTORS + MAX_RANGES);
         let number = |key| value(key).parse::<u32>().unwrap();
         assert!(number("FileDescriptorStoreMax") >= most);
         assert!(number("LimitNOFILE") >= 2 * most);
@@ -269,6 +335,26 @@ mod tests {
                 "{call}"
             );
         }
+    }
+
+    #[test]
+    fn sockets_keep_the_order_of_the_command_line() {
+        let words = "barlink serve --vfio-user a --ivshmem b --size 1M --ivshmem c --vfio-user d";
+        let cli = Cli::try_parse_from(words.split(' ')).unwrap();
+        let Command::Serve(serve) = cli.command else {
+            panic!("{cli:?}");
+        };
+        let expected = [
+            (Way::VfioUser, "a"),
+            (Way::Ivshmem, "b"),
+            (Way::Ivshmem, "c"),
+            (Way::VfioUser, "d"),
+        ];
+        assert_eq!(
+            serve.sockets.0,
+            expected.map(|(way, path)| (way, PathBuf::from(path)))
+        );
+        assert!(Cli::try_parse_from(["barlink", "serve"]).is_err());
     }
 
     #[test]

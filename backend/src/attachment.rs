@@ -9,9 +9,11 @@ use std::sync::Arc;
 
 use barlink_protocol::ChannelError;
 use barlink_protocol::wire::layout::{End, Layout, LayoutError};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 
 use crate::control::client::{Control, ControlError};
-use crate::control::message::{Answer, Ask, Refusal, Status};
+use crate::control::message::{Answer, Ask, MAX_COPY, Refusal, Status};
 use crate::events::{Bells, EventError};
 use crate::memory::{Access, Mapping, MemoryError, Region};
 
@@ -138,6 +140,36 @@ impl Attachment {
                 .not_a_broker("it answers another question")
                 .into()),
         }
+    }
+
+    /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on. The guest can change them
+    /// meanwhile.
+    pub fn read_guest(&self, slot: u32, address: u64, bytes: &mut [u8]) -> Result<(), AttachError> {
+        let mut address = address;
+        for part in bytes.chunks_mut(MAX_COPY) {
+            let ask = Ask::ReadGuest {
+                slot,
+                address,
+                length: part.len(),
+            };
+            match self.control.ask(ask)? {
+                (Answer::Bytes(text), _) => {
+                    let copy = BASE64_STANDARD.decode(text).ok();
+                    let copy = copy.filter(|copy| copy.len() == part.len());
+                    let copy =
+                        copy.ok_or_else(|| self.control.not_a_broker("it copies nothing"))?;
+                    part.copy_from_slice(&copy);
+                }
+                _ => {
+                    return Err(self
+                        .control
+                        .not_a_broker("it answers another question")
+                        .into());
+                }
+            }
+            address = address.saturating_add(part.len() as u64);
+        }
+        Ok(())
     }
 
     /// Empties a channel that nobody uses. Gives the number of its new generation.

@@ -12,7 +12,7 @@
 )]
 
 use std::fs::File;
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSliceMut, PipeWriter, pipe};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use std::sync::LazyLock;
@@ -60,6 +60,13 @@ impl Bell {
         Ok(())
     }
 
+    /// One made of a descriptor that another process sent, if it is an eventfd: to write to something else could wait, or
+    /// worse. It is not rung by that. Where the kernel does not ring for us, nobody can tell, and none is taken.
+    pub fn received(descriptor: OwnedFd) -> Option<Self> {
+        let ringer = RINGER.as_ref()?;
+        ringer.takes(&descriptor).then(|| Bell::from(descriptor))
+    }
+
     /// Forgets all rings so far.
     pub fn drain(&self) {
         let mut count = [0; 8];
@@ -87,6 +94,8 @@ static RINGER: LazyLock<Option<Ringer>> = LazyLock::new(|| {
 struct Ringer {
     context: IoContext,
     empty: File,
+    /// Cannot be read.
+    unreadable: PipeWriter,
 }
 
 impl Ringer {
@@ -97,16 +106,29 @@ impl Ringer {
         Ok(Ringer {
             context: IoContext::new(Self::COMPLETIONS)?,
             empty: rustix::fs::memfd_create("barlink-ringer", MemfdFlags::CLOEXEC)?.into(),
+            unreadable: pipe()?.1,
         })
     }
 
     fn ring(&self, bell: &Bell) -> io::Result<()> {
+        self.read(self.empty.as_raw_fd(), bell.as_raw_fd())
+    }
+
+    /// Whether a descriptor can be told of completions, which only eventfds can: the kernel looks at that first (EINVAL), and then
+    /// finds that there is nothing to read (EBADF), so that nothing is told.
+    fn takes(&self, descriptor: &OwnedFd) -> bool {
+        let read = self.read(self.unreadable.as_raw_fd(), descriptor.as_raw_fd());
+        read.is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
+    }
+
+    /// Reads nothing from one, and has the other told.
+    fn read(&self, from: RawFd, told: RawFd) -> io::Result<()> {
         let number = |descriptor: RawFd| descriptor.unsigned_abs();
         let mut block = IoControlBlock {
             aio_lio_opcode: IOCB_CMD_PREAD as u16,
-            aio_fildes: number(self.empty.as_raw_fd()),
+            aio_fildes: number(from),
             aio_flags: IOCB_FLAG_RESFD,
-            aio_resfd: number(bell.as_raw_fd()),
+            aio_resfd: number(told),
             ..IoControlBlock::default()
         };
         match self.context.submit(&[&mut block]) {
@@ -207,6 +229,36 @@ mod tests {
         bell.drain();
         bell.ring().unwrap();
         assert_eq!(count(&bell), Some(1));
+    }
+
+    #[test]
+    fn eventfds_are_told_from_other_descriptors_and_not_rung_by_that() {
+        let bell = Bell::new().unwrap();
+        fill(&bell);
+        let full = Bell::received(bell.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        bell.drain();
+        assert_eq!(count(&full), None, "it was rung");
+        full.ring().unwrap();
+        assert_eq!(count(&bell), Some(1));
+        let (reader, writer) = pipe().unwrap();
+        let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let others: [OwnedFd; 8] = [
+            reader.into(),
+            writer.into(),
+            one.into(),
+            other.into(),
+            File::open("/dev/null").unwrap().into(),
+            epoll::create(epoll::CreateFlags::CLOEXEC).unwrap(),
+            rustix::fs::memfd_create("file", MemfdFlags::CLOEXEC).unwrap(),
+            rustix::time::timerfd_create(
+                rustix::time::TimerfdClockId::Monotonic,
+                rustix::time::TimerfdFlags::CLOEXEC,
+            )
+            .unwrap(),
+        ];
+        for other in others {
+            assert!(Bell::received(other).is_none());
+        }
     }
 
     /// Most that an eventfd counts by writes.

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -21,6 +22,26 @@ use crate::vm::Config;
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 const LOG: &str = "broker.log";
+
+/// How a VM is reached.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+pub enum Transport {
+    /// QEMU's ivshmem-doorbell.
+    #[default]
+    Ivshmem,
+    /// barlink's own device, by vfio-user.
+    VfioUser,
+}
+
+impl Transport {
+    /// The option of `barlink serve` for a socket.
+    fn option(self) -> &'static str {
+        match self {
+            Transport::Ivshmem => "--ivshmem",
+            Transport::VfioUser => "--vfio-user",
+        }
+    }
+}
 
 /// A running `barlink serve`; dropping it ends it.
 #[derive(Debug)]
@@ -34,30 +55,34 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Serves one slot, with these further arguments of `barlink serve`.
+    /// Serves one slot over ivshmem, with these further arguments of `barlink serve`.
     pub fn start(artifacts: &Artifacts, arguments: &[&str]) -> Result<Self> {
-        Self::start_with_slots(artifacts, 1, arguments)
+        Self::start_over(artifacts, &[Transport::Ivshmem], arguments)
     }
 
-    /// Serves so many slots.
-    pub fn start_with_slots(
+    /// Serves a slot over each of these transports.
+    pub fn start_over(
         artifacts: &Artifacts,
-        slots: usize,
+        slots: &[Transport],
         arguments: &[&str],
     ) -> Result<Self> {
         Self::launch(artifacts, slots, arguments, |_| Ok(None))
     }
 
     /// Serves one slot as the service of a manager that keeps its descriptors.
-    pub fn start_managed(artifacts: &Artifacts, arguments: &[&str]) -> Result<Self> {
-        Self::launch(artifacts, 1, arguments, |folder| {
+    pub fn start_managed(
+        artifacts: &Artifacts,
+        transport: Transport,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        Self::launch(artifacts, &[transport], arguments, |folder| {
             ServiceManager::new(folder).map(Some)
         })
     }
 
     fn launch(
         artifacts: &Artifacts,
-        slots: usize,
+        slots: &[Transport],
         arguments: &[&str],
         manager: impl FnOnce(&Path) -> Result<Option<ServiceManager>>,
     ) -> Result<Self> {
@@ -66,9 +91,9 @@ impl Broker {
         let mut all: Vec<OsString> = vec!["serve".into()];
         all.extend(arguments.iter().map(OsString::from));
         all.extend(["--control".into(), path("control.sock")]);
-        for slot in 0..slots {
+        for (slot, transport) in slots.iter().enumerate() {
             all.extend([
-                "--ivshmem".into(),
+                transport.option().into(),
                 socket(folder.path(), slot).into_os_string(),
             ]);
         }
@@ -79,7 +104,7 @@ impl Broker {
             program,
             arguments: all,
             folder,
-            slots,
+            slots: slots.len(),
             manager,
         };
         broker.wait_until_it_serves()?;

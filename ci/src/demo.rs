@@ -15,7 +15,7 @@ use indicatif::HumanBytes;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::broker::Broker;
+use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
 use crate::setup;
 use crate::tools::{Accel, Tools, VmArgs};
@@ -39,6 +39,10 @@ pub struct DemoArgs {
     #[arg(long, value_name = "FILE")]
     pub file: Option<PathBuf>,
 
+    /// How the VM is reached
+    #[arg(long, value_enum, default_value_t)]
+    pub transport: Transport,
+
     /// The tools.
     #[command(flatten)]
     pub vm: VmArgs,
@@ -52,7 +56,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let file = file_to_send(args, &tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone())?;
 
-    let broker = Broker::start(&artifacts, &["--size", "64M"])?;
+    let broker = Broker::start_over(&artifacts, &[args.transport], &["--size", "64M"])?;
     let vm = Vm::boot_with(
         &artifacts,
         &Config {
@@ -86,11 +90,16 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
             })
             .unwrap_or_default()
     };
+    let slot = &snapshot["broker"]["slots"][0];
     let release = vm.run(["uname", "-r"])?.success()?;
     println!();
     for (name, value) in [
         ("kernel", release.trim_end().to_owned()),
         ("accelerator", name(accelerator(args.vm.accel)).to_owned()),
+        (
+            "transport",
+            slot["transport"].as_str().unwrap_or_default().to_owned(),
+        ),
         ("PCI address", text(&info["pci_address"])),
         ("cache mode", text(&info["cache_mode"])),
         ("bytes each way", trip.bytes.to_string()),
@@ -349,6 +358,7 @@ mod tests {
             let args = DemoArgs {
                 keep: false,
                 file: Some(file.into()),
+                transport: Transport::default(),
                 vm: VmArgs {
                     tools: tools.clone(),
                     accel: None,

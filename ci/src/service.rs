@@ -21,7 +21,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 const FIRST: i32 = 3;
 
 /// Descriptors that are kept (`FileDescriptorStoreMax=`).
-const ROOM: usize = 8192;
+const ROOM: usize = 16384;
 
 /// How long a service may take until it says that it is ready.
 const START_TIMEOUT: Duration = Duration::from_secs(10);

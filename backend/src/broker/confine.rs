@@ -42,6 +42,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_dup,
     libc::SYS_fcntl,
     libc::SYS_fstat,
+    libc::SYS_fstatfs,
     libc::SYS_accept4,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,

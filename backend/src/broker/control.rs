@@ -17,9 +17,9 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::limit::{Account, COMING_AND_GOING, LOST, REFUSED, TURNED_AWAY, limited};
 use super::shared::ClientId;
 use super::store::name;
-use super::{Listener, PAUSE, Peer, Shared, handover};
+use super::{Listener, PAUSE, Peer, Shared, Wish, handover};
 use crate::control::message::{
-    Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
+    Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
 use crate::control::packet::PacketSocket;
 
@@ -246,7 +246,17 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
         // From here on it can hold something.
         shared.store().keep(name::client(id), client.socket.clone());
     }
-    let outcome = ask.and_then(|ask| answer(&ask, client.peer, id, shared));
+    let outcome = match ask {
+        Ok(Ask::ReadGuest {
+            slot,
+            address,
+            length,
+        }) => match wish(client, shared, slot, address, length) {
+            Ok(()) => return Next::Stays,
+            Err(refusal) => Err(refusal),
+        },
+        ask => ask.and_then(|ask| answer(&ask, client.peer, id, shared)),
+    };
     let (answer, descriptors) = outcome.unwrap_or_else(|refusal| {
         limited!(
             REFUSED,
@@ -257,6 +267,33 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
         );
         (Answer::Refused(refusal), Vec::new())
     });
+    let raw: Vec<RawFd> = descriptors
+        .iter()
+        .map(|descriptor| descriptor.as_raw_fd())
+        .collect();
+    tell(client, answer, &raw)
+}
+
+/// Leaves a wish for the thread of a slot's VM, which will answer it.
+fn wish(
+    client: &Client,
+    shared: &Shared,
+    slot: u32,
+    address: u64,
+    length: usize,
+) -> Result<(), Refusal> {
+    if !shared.policy().is_owner(client.peer) {
+        return Err(Refusal::NotYours);
+    }
+    if length > MAX_COPY {
+        return Err(Refusal::MuchData(length));
+    }
+    let app = Arc::clone(&client.socket);
+    shared.post(slot, Wish::new(app, address, length))
+}
+
+/// Answers a client, which does not wait for it to listen.
+fn tell(client: &Client, answer: Answer, descriptors: &[RawFd]) -> Next {
     let fits = |bytes: &Vec<u8>| bytes.len() <= MAX_PACKET;
     let Some(bytes) = serde_json::to_vec(&Reply {
         version: VERSION,
@@ -267,11 +304,7 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
         let how = "its answer does not fit into a packet";
         return Next::Leaves(Some(io::Error::other(how)));
     };
-    let raw: Vec<RawFd> = descriptors
-        .iter()
-        .map(|descriptor| descriptor.as_raw_fd())
-        .collect();
-    match client.socket.send(&bytes, &raw) {
+    match client.socket.send(&bytes, descriptors) {
         Ok(()) => Next::Stays,
         Err(error) => Next::Leaves(Some(error)),
     }
@@ -312,8 +345,8 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
             shared.release(id, channel, end.into())?;
             Ok((Answer::Done, Vec::new()))
         }
-        // The first is heard elsewhere, the second only by a broker that hands over.
-        Ask::HandOver | Ask::Retire => Err(Refusal::Busy),
+        // These are heard elsewhere, and the last only by a broker that hands over.
+        Ask::HandOver | Ask::ReadGuest { .. } | Ask::Retire => Err(Refusal::Busy),
         Ask::Status => Ok((Answer::Status(shared.status()), Vec::new())),
         Ask::Reset { channel } => {
             let generation = shared.reset(channel)?;

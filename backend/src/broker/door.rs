@@ -20,11 +20,11 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 
 use super::limit::{Account, COMING_AND_GOING, REFUSED, TURNED_AWAY, limited};
-use super::shared::Slot;
+use super::slot::Slot;
 use super::store::name;
 use super::{Listener, PAUSE, Peer, Shared};
 use crate::bell::Bell;
-use crate::transport::{Departure, Transport, TransportError};
+use crate::transport::{Departure, Refusal, Transport, TransportError};
 
 /// How long a VM that has hung up may take to be noticed, and how often that is looked at.
 const NOTICE: Duration = Duration::from_secs(1);
@@ -63,7 +63,7 @@ impl Door {
         let name = format!("door {}", self.id);
         thread::Builder::new().name(name).spawn(move || {
             loop {
-                let heard = self.refused.wait(&self.listener);
+                let heard = self.refused.wait(&self.listener, &*self.transport);
                 if let Err(error) = heard.and_then(|()| self.knock()) {
                     let id = self.id;
                     limited!(
@@ -98,16 +98,16 @@ impl Door {
                 Level::Warn,
                 "slot {id}: {who} is refused: {why}"
             );
-            transport.refuse(&vm);
+            transport.refuse(&vm)
         };
         let peer = match Peer::of(&vm) {
             Ok(peer) if self.shared.policy().admits(peer) => peer,
             Ok(peer) => {
-                refuse(
+                let told = refuse(
                     Some(peer),
                     &"not the broker's user, nor allowed (--allow-user)",
                 );
-                self.refused.keep(vm);
+                self.refused.keep(vm, told);
                 return Ok(());
             }
             Err(error) => {
@@ -116,15 +116,15 @@ impl Door {
             }
         };
         let Some(slot) = self.occupy(peer) else {
-            refuse(Some(peer), &"the slot is taken");
-            self.refused.keep(vm);
+            let told = refuse(Some(peer), &"the slot is taken");
+            self.refused.keep(vm, told);
             return Ok(());
         };
         let attendant = match self.attendant(peer) {
             Ok(attendant) => attendant,
             Err(error) => {
-                refuse(Some(peer), &error);
-                self.refused.keep(vm);
+                let told = refuse(Some(peer), &error);
+                self.refused.keep(vm, told);
                 return Ok(());
             }
         };
@@ -188,7 +188,7 @@ impl Door {
             if guarded(id, peer, || transport.greet(&vm, &slot)).is_none() {
                 transport.abort(&vm);
                 drop(slot);
-                refused.keep(vm);
+                refused.keep(vm, Refusal::Told);
                 return;
             }
             slot.greeted();
@@ -232,7 +232,7 @@ fn has_hung_up(socket: &dyn AsFd) -> bool {
 
 /// The connections of VMs that were refused and have not hung up.
 struct Refused {
-    vms: Mutex<VecDeque<Arc<UnixStream>>>,
+    vms: Mutex<VecDeque<(Arc<UnixStream>, Refusal)>>,
     /// Rung when there is one more.
     more: Bell,
 }
@@ -245,37 +245,47 @@ impl Refused {
         })
     }
 
-    fn keep(&self, vm: Arc<UnixStream>) {
+    fn keep(&self, vm: Arc<UnixStream>, told: Refusal) {
         let mut vms = self.lock();
         if vms.len() == MAX_REFUSED {
             vms.pop_front();
         }
-        vms.push_back(vm);
+        vms.push_back((vm, told));
         // Full or not, it is rung.
         let _ = self.more.ring();
     }
 
-    /// Waits until somebody is at the door, and lets go of those here who hang up meanwhile.
-    fn wait(&self, listener: &Listener) -> io::Result<()> {
+    /// Waits until somebody is at the door. Those here are told no once they have said something, and let go of when they
+    /// hang up.
+    fn wait(&self, listener: &Listener, transport: &dyn Transport) -> io::Result<()> {
         loop {
             let vms = self.lock().clone();
             let mut all = vec![
                 PollFd::new(listener, PollFlags::IN),
                 PollFd::new(&self.more, PollFlags::IN),
             ];
-            all.extend(vms.iter().map(|vm| PollFd::new(vm, PollFlags::empty())));
+            let heard = |told| match told {
+                Refusal::Told => PollFlags::empty(),
+                Refusal::NotYet => PollFlags::IN,
+            };
+            all.extend(vms.iter().map(|(vm, told)| PollFd::new(vm, heard(*told))));
             rustix::io::retry_on_intr(|| rustix::event::poll(&mut all, None))?;
             let somebody = !all[0].revents().is_empty();
             drop(all);
             self.more.drain();
-            self.lock().retain(|vm| !has_hung_up(vm));
+            self.lock().retain_mut(|(vm, told)| {
+                if *told == Refusal::NotYet {
+                    *told = transport.refuse(vm);
+                }
+                !has_hung_up(vm)
+            });
             if somebody {
                 return Ok(());
             }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<UnixStream>>> {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(Arc<UnixStream>, Refusal)>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

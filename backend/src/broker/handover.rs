@@ -9,6 +9,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
+use std::sync::{RwLockWriteGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use log::{Level, info, warn};
@@ -79,21 +80,15 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
     if store::is_a_service() {
         return refuse(Refusal::Managed).map_err(failed);
     }
-    let deadline = Instant::now() + PATIENCE;
-    let gate = loop {
-        match shared.gate().try_write() {
-            Ok(gate) => break gate,
-            Err(std::sync::TryLockError::Poisoned(gate)) => break gate.into_inner(),
-            Err(std::sync::TryLockError::WouldBlock) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            Err(_) => return refuse(Refusal::Busy).map_err(failed),
-        }
+    let Some(gate) = close(shared) else {
+        return refuse(Refusal::Busy).map_err(failed);
     };
     info!("{peer} takes over");
+    // Their answers would have to come from here.
+    shared.refuse_wishes(None, &Refusal::Busy);
     match converse(successor, shared) {
         Ok(true) => {
-            // Whatever the other threads are about to do until the process ends, they do not do it any more.
+            // Whatever VMs say, and the other threads are about to do, is for the successor until this process ends.
             std::mem::forget(gate);
             shared.freeze();
             Ok(true)
@@ -102,6 +97,30 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
         Err(error) => {
             warn!("{peer} does not take over: {error}");
             Ok(false)
+        }
+    }
+}
+
+/// Changes nothing any more, and tells no VM anything: this broker ends, and its service manager starts the next.
+pub fn rest(shared: &Shared) {
+    match close(shared) {
+        Some(gate) => std::mem::forget(gate),
+        None => warn!("a VM is in the middle of a message, and may have to be started again"),
+    }
+    shared.freeze();
+}
+
+/// Closes the gate, once nobody is in it.
+fn close(shared: &Shared) -> Option<RwLockWriteGuard<'_, ()>> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match shared.gate().try_write() {
+            Ok(gate) => return Some(gate),
+            Err(TryLockError::Poisoned(gate)) => return Some(gate.into_inner()),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(TryLockError::WouldBlock) => return None,
         }
     }
 }

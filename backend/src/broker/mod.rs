@@ -13,11 +13,13 @@ mod control;
 mod door;
 pub mod handover;
 mod ledger;
-mod limit;
+pub(crate) mod limit;
+mod mailbox;
 mod parts;
 mod plan;
 mod policy;
 mod shared;
+mod slot;
 mod socket;
 pub mod store;
 
@@ -27,9 +29,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use control::End;
+pub use mailbox::Wish;
 pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
 pub use policy::{Peer, Policy};
-pub use shared::{Shared, Slot};
+pub use shared::Shared;
+pub use slot::Slot;
 pub use socket::{Listener, SocketError};
 
 use self::door::Door;
@@ -78,6 +82,9 @@ pub enum BrokerError {
     /// Not all was handed over.
     #[error("the running broker did not hand over `{0}`: stop it, and start anew")]
     Incomplete(String),
+    /// A slot's VM is reached in another way.
+    #[error("slot {0} of the running broker has another transport: give it the same sockets")]
+    OtherTransport(u32),
     /// Something that the kernel should have given.
     #[error("cannot {what}")]
     System {
@@ -104,9 +111,14 @@ impl Broker {
         let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
         let layout = plan(config.size, count, config.vectors, &config.channels)?;
         let (transports, paths): (Vec<_>, Vec<_>) = config.slots.into_iter().unzip();
+        let sessions: Vec<_> = transports
+            .iter()
+            .map(|transport| transport.session_memory())
+            .collect();
         let sockets = Sockets {
             control: &config.control,
             doors: &paths,
+            sessions: &sessions,
         };
         let mut parts = if inheritance.is_empty() {
             Parts::create(layout, &sockets, &config.policy)?
@@ -184,8 +196,12 @@ impl Broker {
                 source,
             }
         })?;
-        if end == End::Stopped && !store::is_managed() {
-            self.shared.leave();
+        if end == End::Stopped {
+            if store::is_managed() {
+                handover::rest(&self.shared);
+            } else {
+                self.shared.leave();
+            }
         }
         Ok(end)
     }

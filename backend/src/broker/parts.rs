@@ -12,6 +12,7 @@ use barlink_protocol::state;
 use barlink_protocol::wire::layout::Layout;
 
 use super::ledger::Ledger;
+use super::mailbox::Mailbox;
 use super::shared::ClientId;
 use super::socket::{Listener, SocketError};
 use super::store::{DescriptorStore, Inheritance, name};
@@ -33,6 +34,10 @@ pub struct Parts {
     pub bells: Vec<Vec<Arc<Bell>>>,
     /// The ledger.
     pub ledger: Ledger,
+    /// What the sessions of slots keep, by slot.
+    pub sessions: Vec<Option<Region>>,
+    /// Where host apps leave their wishes for VMs, by slot.
+    pub mailboxes: Vec<Mailbox>,
     /// The descriptors that outlive the broker.
     pub store: DescriptorStore,
     /// Where host apps attach.
@@ -51,6 +56,8 @@ pub struct Sockets<'a> {
     pub control: &'a Path,
     /// For VMs, by slot.
     pub doors: &'a [PathBuf],
+    /// Bytes that the session of each slot keeps.
+    pub sessions: &'a [u64],
 }
 
 impl Sockets<'_> {
@@ -81,7 +88,13 @@ impl Parts {
             .map(|path| Listener::stream(path, policy).map(Arc::new))
             .collect::<Result<_, _>>()?;
         let memory = memory::create(layout.region_size)?;
-        let region = map(&memory, &layout)?;
+        let region = map(&memory, layout.region_size)?;
+        let store = DescriptorStore::connect();
+        let mut sessions = Vec::new();
+        for (slot, size) in (0..).zip(sockets.sessions) {
+            let session = (*size > 0).then(|| memory::create(*size)).transpose()?;
+            sessions.push(keep_session(&store, slot, *size, session)?);
+        }
         let bells = (0..=layout.host())
             .map(|_| {
                 (0..layout.vectors)
@@ -104,7 +117,9 @@ impl Parts {
             region,
             bells,
             ledger,
-            store: DescriptorStore::connect(),
+            mailboxes: mailboxes(sockets.doors.len())?,
+            sessions,
+            store,
             control: Arc::new(control),
             doors,
             clients: Vec::new(),
@@ -128,7 +143,7 @@ impl Parts {
             return Err(BrokerError::OtherRegion);
         }
         let memory = File::from(take(name::MEMORY)?);
-        let region = map(&memory, &layout)?;
+        let region = map(&memory, layout.region_size)?;
         let mut bells = Vec::new();
         for peer in 0..=layout.host() {
             let vectors = 0..layout.vectors;
@@ -150,9 +165,23 @@ impl Parts {
         let vms = (0..layout.slots)
             .map(|slot| inheritance.remove(&name::vm(slot)))
             .collect();
-        let clients = inheritance.into_iter();
-        let clients = clients
-            .filter_map(|(called, descriptor)| Some((name::parse_client(&called)?, descriptor)));
+        let store = DescriptorStore::connect();
+        let mut sessions = Vec::new();
+        for (slot, size) in (0..).zip(sockets.sessions) {
+            let session = inheritance.remove(&name::session(slot));
+            if session.is_some() != (*size > 0) {
+                return Err(BrokerError::OtherTransport(slot));
+            }
+            sessions.push(keep_session(&store, slot, *size, session.map(File::from))?);
+        }
+        let mut clients = Vec::new();
+        for (called, descriptor) in inheritance {
+            if let Some(client) = name::parse_client(&called) {
+                clients.push((client, descriptor));
+            } else if name::is_part(&called) {
+                store.keep(called, Arc::new(descriptor));
+            }
+        }
         Self {
             layout,
             read_only: Arc::new(read_only(&memory)?),
@@ -160,11 +189,13 @@ impl Parts {
             region,
             bells,
             ledger,
-            store: DescriptorStore::connect(),
+            mailboxes: mailboxes(sockets.doors.len())?,
+            sessions,
+            store,
             control,
             doors,
             vms,
-            clients: clients.collect(),
+            clients,
         }
         .keep()
     }
@@ -201,10 +232,34 @@ fn read_only(memory: &File) -> Result<File, BrokerError> {
     })
 }
 
-fn map(memory: &File, layout: &Layout) -> Result<Region, BrokerError> {
+fn mailboxes(slots: usize) -> Result<Vec<Mailbox>, BrokerError> {
+    let mailboxes = (0..slots).map(|_| Mailbox::new());
+    let mailboxes = mailboxes.collect::<io::Result<_>>();
+    mailboxes.map_err(|source| BrokerError::System {
+        what: "make an eventfd",
+        source,
+    })
+}
+
+/// Maps what a slot's session keeps, if it keeps anything, and keeps it for the next broker.
+fn keep_session(
+    store: &DescriptorStore,
+    slot: u32,
+    size: u64,
+    session: Option<File>,
+) -> Result<Option<Region>, BrokerError> {
+    let Some(session) = session else {
+        return Ok(None);
+    };
+    let region = map(&session, size)?;
+    store.keep(name::session(slot), Arc::new(session));
+    Ok(Some(region))
+}
+
+fn map(memory: &File, size: u64) -> Result<Region, BrokerError> {
     let descriptor = memory.try_clone().map_err(|source| BrokerError::System {
         what: "copy a descriptor",
         source,
     })?;
-    Ok(Mapping::new(descriptor, layout.region_size, Access::ReadWrite)?.region())
+    Ok(Mapping::new(descriptor, size, Access::ReadWrite)?.region())
 }

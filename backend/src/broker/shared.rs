@@ -14,7 +14,9 @@ use barlink_protocol::{Ordering, PresenceWords, state};
 use log::warn;
 
 use super::ledger::{Greeting, Ledger};
+use super::mailbox::{Mailbox, Wish};
 use super::parts::Parts;
+use super::slot::Slot;
 use super::store::{DescriptorStore, name};
 use super::{Peer, Policy};
 use crate::bell::Bell;
@@ -30,6 +32,9 @@ pub struct Shared {
     memory: Arc<File>,
     read_only: Arc<File>,
     region: Region,
+    /// What the sessions of slots keep, where their transports do.
+    sessions: Vec<Option<Region>>,
+    mailboxes: Vec<Mailbox>,
     /// All eventfds, made once: by peer, then by vector.
     bells: Vec<Vec<Arc<Bell>>>,
     policy: Policy,
@@ -61,6 +66,8 @@ impl Shared {
             bells,
             ledger,
             store,
+            sessions,
+            mailboxes,
             ..
         } = parts;
         let shared = Shared {
@@ -68,6 +75,8 @@ impl Shared {
             memory,
             read_only,
             region,
+            sessions,
+            mailboxes,
             bells,
             policy,
             start: Instant::now(),
@@ -115,6 +124,46 @@ impl Shared {
         &self.policy
     }
 
+    /// The memory, mapped.
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// What a slot's session keeps, if its transport does.
+    pub fn session(&self, slot: u32) -> Option<&Region> {
+        self.sessions.get(slot as usize)?.as_ref()
+    }
+
+    /// Where host apps leave their wishes for a slot's VM.
+    pub fn mailbox(&self, slot: u32) -> Option<&Mailbox> {
+        self.mailboxes.get(slot as usize)
+    }
+
+    /// Leaves a host app's wish for a slot's VM, whose thread will answer it.
+    pub fn post(&self, slot: u32, wish: Wish) -> Result<(), Refusal> {
+        let mailbox = self.mailbox(slot).ok_or(Refusal::NoSlot(slot))?;
+        // Held until it is posted: a VM that leaves refuses what waits after it has given its slot up.
+        let state = self.lock();
+        let status = state.slots.get(slot as usize);
+        if status.is_none_or(|status| status.vm.is_none()) {
+            return Err(Refusal::NoVm(slot));
+        }
+        if self.session(slot).is_none() {
+            // Its transport has no thread that would look.
+            return Err(Refusal::NoGuestMemory(slot));
+        }
+        mailbox.post(wish).map_err(|_| Refusal::Busy)
+    }
+
+    /// Refuses the wishes that wait, of a slot or of all.
+    pub fn refuse_wishes(&self, slot: Option<u32>, why: &Refusal) {
+        for (number, mailbox) in (0..).zip(&self.mailboxes) {
+            if slot.is_none_or(|slot| slot == number) {
+                mailbox.refuse_all(why);
+            }
+        }
+    }
+
     /// A peer's eventfds, by vector.
     pub fn bells(&self, peer: u32) -> &[Arc<Bell>] {
         self.bells.get(peer as usize).map_or(&[], Vec::as_slice)
@@ -155,10 +204,7 @@ impl Shared {
         // What was rung for its predecessor is not for this VM.
         self.bells(slot).iter().for_each(|bell| bell.drain());
         self.write_connection(slot, connection);
-        Some(Slot {
-            shared: Arc::clone(self),
-            id: slot,
-        })
+        Some(Slot::new(Arc::clone(self), slot))
     }
 
     /// Takes a slot for the VM that it had under this broker's predecessor: `None` if it had none.
@@ -170,13 +216,40 @@ impl Shared {
             return None;
         }
         status.vm = Some(VmStatus::new(vm, connection));
-        Some(Slot {
-            shared: Arc::clone(self),
-            id: slot,
-        })
+        Some(Slot::new(Arc::clone(self), slot))
     }
 
-    fn vacate(&self, slot: u32) {
+    /// Gives a slot's connection a new number: the guest that was there is gone, and its VM is not.
+    pub fn restart(&self, slot: u32) {
+        let mut state = self.lock();
+        let State { slots, ledger } = &mut *state;
+        if let Some(vm) = slots
+            .get_mut(slot as usize)
+            .and_then(|slot| slot.vm.as_mut())
+        {
+            vm.connection = ledger.next_vm(slot);
+            ledger.set_connection(slot, vm.connection);
+            self.write_connection(slot, vm.connection);
+        }
+    }
+
+    /// The number of a slot's connection, 0 for none.
+    pub fn connection(&self, slot: u32) -> u64 {
+        self.lock().ledger.connection(slot)
+    }
+
+    /// How far the greeting of a slot's VM got.
+    pub fn greeting(&self, slot: u32) -> Greeting {
+        self.lock().ledger.greeting(slot)
+    }
+
+    /// Notes that.
+    pub fn set_greeting(&self, slot: u32, greeting: Greeting) {
+        self.lock().ledger.set_greeting(slot, greeting);
+    }
+
+    /// Gives a slot up.
+    pub fn vacate(&self, slot: u32) {
         let mut state = self.lock();
         state.ledger.set_connection(slot, 0);
         if let Some(status) = state.slots.get_mut(slot as usize) {
@@ -185,11 +258,27 @@ impl Shared {
         self.write_connection(slot, 0);
     }
 
+    /// Forgets the descriptors of a VM that is gone.
+    pub fn forget_session(&self, slot: u32) {
+        let ours = name::part(slot, "");
+        let all = self.store.all().into_iter().map(|(name, _)| name);
+        for part in all.filter(|name| name.starts_with(&ours)) {
+            self.store.forget(&part);
+        }
+        // The connection last: once there is room, the next VM's goes by the same name.
+        self.store.forget(&name::vm(slot));
+    }
+
     /// Ends the connections and claims of a predecessor's VMs and host apps that this broker does not have.
     pub fn bury(&self, lives: impl Fn(ClientId) -> bool) {
         let state = self.lock();
         for (slot, status) in (0..).zip(&state.slots) {
-            if status.vm.is_none() && state.ledger.connection(slot) != 0 {
+            if status.vm.is_some() {
+                continue;
+            }
+            // Also of one that left its slot while the predecessor handed over: the next VM is not to have them.
+            self.forget_session(slot);
+            if state.ledger.connection(slot) != 0 {
                 state.ledger.set_connection(slot, 0);
                 self.write_connection(slot, 0);
             }
@@ -383,71 +472,5 @@ impl Shared {
     /// true after each of its stores, and what slots and region tell of it is at worst behind.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A slot that is taken by a VM, until this is dropped.
-pub struct Slot {
-    shared: Arc<Shared>,
-    id: u32,
-}
-
-impl Slot {
-    /// The slot's ID, which is the VM's.
-    pub fn id(&self) -> u32 {
-        self.id
-    }
-
-    /// Number of peers: the slots and the host, whose ID is the last.
-    pub fn peers(&self) -> u32 {
-        self.shared.layout.host() + 1
-    }
-
-    /// The region's memory.
-    pub fn memory(&self) -> &File {
-        &self.shared.memory
-    }
-
-    /// A peer's eventfds, by vector.
-    pub fn bells(&self, peer: u32) -> &[Arc<Bell>] {
-        self.shared.bells(peer)
-    }
-}
-
-impl Slot {
-    /// How many of its greeting's messages, of so many, the VM was told: by this broker or by a predecessor. `None` if
-    /// nobody can know of one of them.
-    pub fn told(&self, all: u64) -> Option<u64> {
-        match self.shared.lock().ledger.greeting(self.id) {
-            Greeting::New => Some(0),
-            Greeting::Left(left) => all.checked_sub(left),
-            Greeting::Torn(_) => None,
-        }
-    }
-
-    /// Tells the VM one message, when so many are `left`, this one included. `send` does not wait; what fails has not
-    /// been sent. A broker that hands over does it between two messages.
-    pub fn tell<E>(&self, left: u64, send: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
-        let gate = self.shared.gate.read();
-        let _gate = gate.unwrap_or_else(PoisonError::into_inner);
-        let set = |greeting| self.shared.lock().ledger.set_greeting(self.id, greeting);
-        set(Greeting::Torn(left));
-        let sent = send();
-        set(Greeting::Left(left - u64::from(sent.is_ok())));
-        sent
-    }
-
-    /// Notes that the VM has been greeted.
-    pub fn greeted(&self) {
-        let state = self.shared.lock();
-        state.ledger.set_greeting(self.id, Greeting::Left(0));
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        // In this order: once there is room, the next VM's connection goes by the same name.
-        self.shared.store.forget(&name::vm(self.id));
-        self.shared.vacate(self.id);
     }
 }

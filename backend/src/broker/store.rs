@@ -54,6 +54,21 @@ pub mod name {
         format!("vm-{slot}")
     }
 
+    /// What the session of a slot's VM keeps, where its transport does.
+    pub fn session(slot: u32) -> String {
+        format!("session-{slot}")
+    }
+
+    /// A descriptor that the session of a slot's VM keeps, by what the transport calls it.
+    pub fn part(slot: u32, what: &str) -> String {
+        format!("part-{slot}-{what}")
+    }
+
+    /// Whether that is what is called so.
+    pub fn is_part(name: &str) -> bool {
+        name.starts_with("part-")
+    }
+
     /// The connection of a host app.
     pub fn client(client: ClientId) -> String {
         format!("client-{client}")

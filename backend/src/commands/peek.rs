@@ -10,7 +10,12 @@ use crate::args::{Peek, Poke};
 
 pub fn peek(args: &Peek) -> Result<()> {
     let attachment = super::attach(&args.which, Access::ReadOnly)?;
-    place::peek(&attachment.region(), attachment.layout(), &args.peek)
+    let Some(slot) = args.guest else {
+        return place::peek(&attachment.region(), attachment.layout(), &args.peek);
+    };
+    let mut bytes = vec![0; usize::try_from(args.peek.length)?];
+    attachment.read_guest(slot, args.peek.place.at, &mut bytes)?;
+    place::show(&bytes, &args.peek)
 }
 
 pub fn poke(args: &Poke) -> Result<()> {

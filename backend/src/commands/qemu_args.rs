@@ -2,10 +2,12 @@
 
 //! `barlink qemu-args`.
 
-use std::io::{Write, stdout};
+use std::io::{IsTerminal, Write, stdout};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use barlink::Access;
+use barlink::transport::VfioUser;
 
 use crate::args::QemuArgs;
 
@@ -18,7 +20,7 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
     let status = attachment.status()?;
     let slot = status.slots.get(args.slot).with_context(|| {
         format!(
-            "no slot {}: the broker's last one is {}; choose another with --slot, or serve more with further --ivshmem",
+            "no slot {}: the broker's last one is {}; choose another with --slot, or serve more with further --ivshmem or --vfio-user",
             args.slot,
             status.slots.len().saturating_sub(1)
         )
@@ -26,25 +28,28 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
     let id = &args.id;
     let layout = attachment.layout();
     let window = WINDOW.max(layout.region_size.saturating_mul(2)) >> 30;
-    // QEMU splits its options at commas; a doubled one stands for itself.
-    let path = slot.socket.display().to_string().replace(',', ",,");
-    let arguments = [
-        ("-chardev", format!("socket,id={id}-socket,path={path}")),
-        (
-            "-device",
-            format!(
-                "pcie-root-port,id={id}-port,chassis={},pref64-reserve={window}G",
-                args.chassis
-            ),
-        ),
-        (
-            "-device",
-            format!(
-                "ivshmem-doorbell,id={id},bus={id}-port,chardev={id}-socket,vectors={}",
-                layout.vectors
-            ),
-        ),
-    ];
+    let mut port = format!(
+        "pcie-root-port,id={id}-port,chassis={},pref64-reserve={window}G",
+        args.chassis
+    );
+    let mut arguments = Vec::new();
+    let is_vfio_user = slot.transport == VfioUser::NAME;
+    if is_vfio_user {
+        // QEMU 11.1 ends itself when it unplugs such a device.
+        port.push_str(",hotplug=off");
+        arguments.push(("-device", port));
+        arguments.push(("-device", vfio_user(id, &slot.socket)?));
+    } else {
+        // QEMU splits its options at commas; a doubled one stands for itself.
+        let path = slot.socket.display().to_string().replace(',', ",,");
+        let chardev = format!("socket,id={id}-socket,path={path}");
+        arguments.push(("-chardev", chardev));
+        arguments.push(("-device", port));
+        let vectors = layout.vectors;
+        let device =
+            format!("ivshmem-doorbell,id={id},bus={id}-port,chardev={id}-socket,vectors={vectors}");
+        arguments.push(("-device", device));
+    }
     let text = if args.libvirt {
         let mut lines = vec![
             "<!-- in <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'> -->".to_owned(),
@@ -56,24 +61,54 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
         }
         lines.push("</qemu:commandline>".to_owned());
         lines.join("\n")
+    } else if stdout().is_terminal() {
+        // For a person to paste.
+        let words = arguments
+            .iter()
+            .flat_map(|(name, value)| [(*name).into(), shell_words::quote(value)]);
+        words.collect::<Vec<_>>().join(" ")
     } else {
-        let changed = path.chars().find(|c| is_changed_by_a_shell(*c));
-        ensure!(
-            changed.is_none(),
-            "socket path {path:?} has a {:?}, which a shell does not leave alone in `$(barlink qemu-args)`: serve at a \
-             path without it (--libvirt can have this one)",
-            changed.unwrap_or_default()
-        );
-        let words = arguments.map(|(name, value)| format!("{name} {value}"));
-        words.join(" ")
+        ensure_a_shell_keeps(&slot.socket, is_vfio_user)?;
+        let words = arguments
+            .iter()
+            .map(|(name, value)| format!("{name} {value}"));
+        words.collect::<Vec<_>>().join(" ")
     };
     writeln!(stdout(), "{text}").context("cannot write to standard output")
 }
 
-/// Whether a shell splits or expands the words of `$(...)` at a character. No quotes keep it from that: it takes quotes
-/// that come out of a command for themselves, as it takes all other characters.
-fn is_changed_by_a_shell(c: char) -> bool {
-    c.is_ascii_whitespace() || "*?[\\".contains(c)
+/// A device whose socket QEMU takes as JSON text alone. Without `rombar` it would complain that there is no ROM.
+fn vfio_user(id: &str, socket: &Path) -> Result<String> {
+    let path = socket.to_str();
+    let path =
+        path.with_context(|| format!("QEMU cannot be told the path {}", socket.display()))?;
+    let device = serde_json::json!({
+        "driver": "vfio-user-pci",
+        "id": id,
+        "bus": format!("{id}-port"),
+        "rombar": 0,
+        "socket": { "type": "unix", "path": path },
+    });
+    Ok(device.to_string())
+}
+
+/// Fails if a shell splits or expands the words of `$(barlink qemu-args)` at a character of a socket's path. No quotes keep
+/// it from that: it takes quotes that come out of a command for themselves, as it takes all other characters, braces too.
+fn ensure_a_shell_keeps(socket: &Path, is_json: bool) -> Result<()> {
+    let path = socket.display().to_string();
+    let is_changed = |c: &char| {
+        // JSON text would have a backslash for it, which is the next on the list.
+        let escaped = is_json && (*c == '"' || c.is_control());
+        escaped || c.is_ascii_whitespace() || "*?[\\".contains(*c)
+    };
+    let changed = path.chars().find(is_changed);
+    ensure!(
+        changed.is_none(),
+        "socket path {path:?} has a {:?}, which a shell does not leave alone in `$(barlink qemu-args)`: serve at a \
+         path without it (--libvirt can have this one)",
+        changed.unwrap_or_default()
+    );
+    Ok(())
 }
 
 /// Escapes text for an XML attribute in single quotes.

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow};
 use barlink::broker::handover::Predecessor;
 use barlink::broker::{Broker, Config, End, Policy, store};
-use barlink::transport::{Ivshmem, Transport};
+use barlink::transport::{Ivshmem, Transport, VfioUser};
 use indicatif::BinaryBytes;
 use log::info;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::args::Serve;
+use crate::args::{Serve, Way};
 
 pub fn serve(args: Serve) -> Result<()> {
     let inherited = store::inherited().context("cannot take what the service manager kept")?;
@@ -45,14 +45,22 @@ pub fn serve(args: Serve) -> Result<()> {
         .map(|group| number(group, "group"))
         .collect::<Result<_>>()?;
     let ivshmem: Arc<dyn Transport> = Arc::new(Ivshmem);
+    let vfio_user: Arc<dyn Transport> = Arc::new(VfioUser {
+        guest_memory: args.guest_memory,
+    });
+    let transport = |way| match way {
+        Way::Ivshmem => Arc::clone(&ivshmem),
+        Way::VfioUser => Arc::clone(&vfio_user),
+    };
     let config = Config {
         size: args.size,
         vectors: args.vectors,
         channels: args.channel,
         slots: args
-            .ivshmem
+            .sockets
+            .0
             .into_iter()
-            .map(|path| (Arc::clone(&ivshmem), path))
+            .map(|(way, path)| (transport(way), path))
             .collect(),
         control,
         policy: Policy::new(users, groups),

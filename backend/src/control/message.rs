@@ -12,6 +12,8 @@ use crate::memory::Access;
 
 /// Version of these messages.
 pub const VERSION: u32 = 1;
+/// Most bytes that are copied at once out of a guest's memory.
+pub const MAX_COPY: usize = 32 << 10;
 /// Largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
 
@@ -79,6 +81,15 @@ pub enum Ask {
     },
     /// Who is there: answered by [`Answer::Status`].
     Status,
+    /// A copy of the own memory of a slot's guest: answered by [`Answer::Bytes`].
+    ReadGuest {
+        /// The slot.
+        slot: u32,
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes, at most [`MAX_COPY`].
+        length: usize,
+    },
     /// All that the broker is made of, for another broker of the same user: answered by [`Answer::Inheritance`], until
     /// one is the last.
     HandOver,
@@ -128,6 +139,8 @@ pub enum Answer {
         /// Number of the generation.
         generation: u64,
     },
+    /// Bytes, in Base64.
+    Bytes(String),
     /// A part of what the broker is made of; a descriptor comes with each name.
     Inheritance {
         /// Their names.
@@ -196,6 +209,33 @@ pub enum Refusal {
         /// Who.
         holder: String,
     },
+    /// There is no such slot.
+    #[error("the broker has no slot {0}")]
+    NoSlot(u32),
+    /// Nobody is in the slot.
+    #[error("no VM is in slot {0}")]
+    NoVm(u32),
+    /// The guest's memory is not for host apps.
+    #[error(
+        "the broker has no access to the memory of slot {0}'s guest: it needs `barlink serve --vfio-user SOCKET --guest-memory`"
+    )]
+    NoGuestMemory(u32),
+    /// Not all of it is memory that the VMM has shared.
+    #[error(
+        "{length} bytes at {address:#x} are not in memory that the guest shares: QEMU needs -object memory-backend-memfd,share=on"
+    )]
+    NotThere {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes.
+        length: usize,
+    },
+    /// Only the broker's own user sees what is in a guest's memory.
+    #[error("only the broker's own user reads a guest's memory")]
+    NotYours,
+    /// More at once than an answer carries.
+    #[error("{0} bytes are more than are copied at once, {MAX_COPY}")]
+    MuchData(usize),
     /// Only the broker's own user replaces it.
     #[error("only the broker's own user can replace it")]
     NotOwner,

@@ -16,7 +16,7 @@ use log::debug;
 use rustix::event::{PollFd, PollFlags};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::{Departure, Transport, TransportError};
+use super::{Departure, Refusal, Transport, TransportError};
 use crate::broker::Slot;
 
 /// The protocol version that QEMU knows.
@@ -92,9 +92,10 @@ impl Transport for Ivshmem {
         }
     }
 
-    fn refuse(&self, vm: &UnixStream) {
+    fn refuse(&self, vm: &UnixStream) -> Refusal {
         // It may be gone already; then there is nothing to do.
         let _ = send(vm, REFUSAL, None);
+        Refusal::Told
     }
 
     fn abort(&self, vm: &UnixStream) {

@@ -3,10 +3,12 @@
 //! How a region reaches a VM: one file a transport, all of one shape, behind one trait.
 
 mod ivshmem;
+mod vfio_user;
 
 use std::os::unix::net::UnixStream;
 
 pub use ivshmem::Ivshmem;
+pub use vfio_user::{MAX_RANGES, VfioUser};
 
 use crate::broker::Slot;
 
@@ -14,6 +16,11 @@ use crate::broker::Slot;
 pub trait Transport: Send + Sync {
     /// Its name, as in `barlink serve --NAME SOCKET`.
     fn name(&self) -> &'static str;
+
+    /// Bytes of memory in which it keeps what a session must know to go on under the broker's successor.
+    fn session_memory(&self) -> u64 {
+        0
+    }
 
     /// Tells a VM what it must know first, by [`Slot::tell`] from [`Slot::told`] on, since a predecessor may have begun. It
     /// is called again for a VM that was greeted, and has nothing to tell it then.
@@ -23,11 +30,20 @@ pub trait Transport: Send + Sync {
     fn serve(&self, vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError>;
 
     /// Turns a VMM away that was told nothing yet, in the way that ends it with an error and does not wedge it. The
-    /// connection stays open until the VMM closes it.
-    fn refuse(&self, vm: &UnixStream);
+    /// connection stays open until the VMM closes it. This does not wait.
+    fn refuse(&self, vm: &UnixStream) -> Refusal;
 
     /// The same for one that was told something, at whatever point.
     fn abort(&self, vm: &UnixStream);
+}
+
+/// How far turning a VMM away has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It has been told.
+    Told,
+    /// It can be told once it has said something.
+    NotYet,
 }
 
 /// How a VM's session ended.

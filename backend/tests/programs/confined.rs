@@ -2,6 +2,7 @@
 
 use crate::service::ServiceManager;
 use crate::support::*;
+use crate::vfio_user_client::{Client, serve_both};
 use crate::vmm::*;
 
 /// Panics unless so many threads come to be there, each confined.
@@ -28,6 +29,14 @@ fn fresh_broker_is_confined() {
     let broker = Broker::start(&[]);
     let _vm = handshake(connect(&broker, "vm.sock"), 6);
     check(broker.child.id(), THREADS);
+}
+
+#[test]
+fn broker_of_vfio_user_is_confined() {
+    let broker = serve_both(&["--guest-memory"]);
+    let _client = Client::greet(&broker);
+    // One more slot, and this VM in the place of the other.
+    check(broker.child.id(), THREADS + 1);
 }
 
 #[test]

@@ -88,6 +88,11 @@ fn no_request_floods_the_log() {
         Ask::Release { channel, end },
         Ask::Release { channel, end },
         Ask::Reset { channel },
+        Ask::ReadGuest {
+            slot: 0,
+            address: 0,
+            length: 1,
+        },
         Ask::Status,
         Ask::HandOver,
         Ask::Retire,
@@ -96,7 +101,7 @@ fn no_request_floods_the_log() {
     for ask in &asks {
         match ask {
             Ask::Attach { .. } | Ask::Claim { .. } | Ask::Release { .. } | Ask::Reset { .. } => (),
-            Ask::Status | Ask::HandOver | Ask::Retire => (),
+            Ask::ReadGuest { .. } | Ask::Status | Ask::HandOver | Ask::Retire => (),
         }
     }
     // A service, so that it refuses to hand over, as it refuses others than its own user.

@@ -10,7 +10,13 @@ mod replace;
 mod serve;
 #[path = "../../../ci/src/service.rs"]
 mod service;
+mod sessions;
 mod streams;
 mod support;
 mod terminal;
+mod vfio_user;
+mod vfio_user_client;
+mod vfio_user_guest;
+mod vfio_user_hostile;
+mod vfio_user_replace;
 mod vmm;

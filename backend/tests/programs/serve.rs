@@ -283,7 +283,11 @@ fn a_shell_gives_qemu_the_sockets_path_or_the_path_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (odd, spaced) = (path("it's$HOME;`x`&\"y\".sock"), path("a b.sock"));
-    let broker = Broker::start(&["--ivshmem", &odd, "--ivshmem", &spaced]);
+    // JSON, as which QEMU takes the other kind's, would have a backslash for these.
+    let (quoted, control) = (path("user\"1.sock"), path("user\u{7}.sock"));
+    let vms = ["--ivshmem", &odd, "--ivshmem", &spaced];
+    let users = ["--vfio-user", &quoted, "--vfio-user", &control];
+    let broker = Broker::start(&[vms, users].concat());
     let mut shell = std::process::Command::new("sh");
     shell.args([
         "-c",
@@ -296,6 +300,13 @@ fn a_shell_gives_qemu_the_sockets_path_or_the_path_is_refused() {
     let words = works(&mut shell);
     let expected = format!("socket,id=barlink-socket,path={odd}");
     assert_eq!(words.lines().nth(1), Some(&expected[..]));
+    for slot in ["3", "4"] {
+        fails(
+            &mut broker.app(&["qemu-args", "--slot", slot]),
+            1,
+            &["user", "serve at a path without it"],
+        );
+    }
     fails(
         &mut broker.app(&["qemu-args", "--slot", "2"]),
         1,

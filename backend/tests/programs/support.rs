@@ -126,6 +126,13 @@ impl Broker {
         self.child = spawn_service(manager, self.folder.path(), args);
     }
 
+    /// Stops it in good order, and starts it again as its manager does.
+    pub fn restart(&mut self, manager: &ServiceManager, args: &[&str]) {
+        self.signal(Signal::TERM);
+        assert_eq!(wait(&mut self.child).code(), Some(0), "{}", self.log());
+        self.child = spawn_service(manager, self.folder.path(), args);
+    }
+
     /// `barlink serve` with its sockets and log, and these further arguments.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = serve(self.folder.path(), args);

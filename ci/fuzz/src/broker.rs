@@ -5,7 +5,7 @@
 use std::sync::{Arc, LazyLock};
 
 use barlink::broker::{Broker, Config, Peer, Policy, Shared};
-use barlink::transport::Ivshmem;
+use barlink::transport::{Ivshmem, Transport, VfioUser};
 use rustix::fs::{Mode, OFlags};
 
 /// VMs connect from here.
@@ -15,15 +15,21 @@ pub const PEER: Peer = Peer {
     gid: 0,
 };
 
-/// The broker of one slot, made once.
-pub static SHARED: LazyLock<Arc<Shared>> = LazyLock::new(|| {
+/// The broker of one slot for ivshmem, made once.
+pub static SHARED: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(Ivshmem)));
+
+/// The broker of one slot for vfio-user, made once.
+pub static VFIO_USER: LazyLock<Arc<Shared>> =
+    LazyLock::new(|| broker(Arc::new(VfioUser::default())));
+
+fn broker(transport: Arc<dyn Transport>) -> Arc<Shared> {
     let folder = std::env::temp_dir().join(format!("barlink-fuzz-{}", std::process::id()));
     std::fs::create_dir(&folder).expect("a folder for sockets");
     let config = Config {
         size: 1 << 20,
         vectors: 0,
         channels: Vec::new(),
-        slots: vec![(Arc::new(Ivshmem), folder.join("vm.sock"))],
+        slots: vec![(transport, folder.join("vm.sock"))],
         control: folder.join("control.sock"),
         policy: Policy::new(Vec::new(), Vec::new()),
     };
@@ -33,7 +39,7 @@ pub static SHARED: LazyLock<Arc<Shared>> = LazyLock::new(|| {
     std::mem::forget(broker);
     std::fs::remove_dir_all(&folder).expect("the folder is there");
     shared
-});
+}
 
 /// The number that the next descriptor gets: the same as long as none is left open.
 pub fn next_descriptor() -> i32 {

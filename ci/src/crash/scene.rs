@@ -12,7 +12,7 @@ use barlink_protocol::wire::layout::End;
 use super::fault::{Role, Side};
 use super::watch::{CHANNELS, Mark, Watch};
 use super::worker::Worker;
-use crate::broker::Broker;
+use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
 use crate::vm::{COMMAND_TIMEOUT, Vm};
 
@@ -52,7 +52,7 @@ impl<'a> Scene<'a> {
     /// Starts all of it, the broker as a service if it is to be managed.
     pub fn set(artifacts: &'a Artifacts, seed: u64, managed: bool) -> Result<Self> {
         let broker = match managed {
-            true => Broker::start_managed(artifacts, &ARGUMENTS)?,
+            true => Broker::start_managed(artifacts, Transport::Ivshmem, &ARGUMENTS)?,
             false => Broker::start(artifacts, &ARGUMENTS)?,
         };
         let watch = Watch::new(&broker)?;

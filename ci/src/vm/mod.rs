@@ -11,6 +11,7 @@
 //! ```
 
 mod agent;
+mod bare;
 mod console;
 mod qemu;
 mod qmp;
@@ -24,6 +25,7 @@ use serde_json::{Value, json};
 
 use self::agent::Agent;
 pub use self::agent::{Output, Process};
+pub use self::bare::{Bare, PciDevice};
 use self::console::Console;
 use self::qemu::Qemu;
 pub use self::qemu::accelerator;

@@ -108,7 +108,7 @@ impl Drop for Qemu {
 
 /// Starts a process from a thread that lives as long as the process is wanted: it is told to end with the thread that
 /// started it, and the caller's may end earlier than the VM.
-fn spawn(mut command: Command) -> Result<(Child, Sender<()>)> {
+pub(super) fn spawn(mut command: Command) -> Result<(Child, Sender<()>)> {
     let program = command.get_program().display().to_string();
     let (report, reported) = channel();
     let (starter, ended) = channel();
@@ -127,7 +127,7 @@ fn spawn(mut command: Command) -> Result<(Child, Sender<()>)> {
     Ok((child, starter))
 }
 
-fn mapping(stream: UnixStream, (_, child_fd): (&str, i32)) -> FdMapping {
+pub(super) fn mapping(stream: UnixStream, (_, child_fd): (&str, i32)) -> FdMapping {
     FdMapping {
         parent_fd: stream.into(),
         child_fd,
@@ -135,7 +135,7 @@ fn mapping(stream: UnixStream, (_, child_fd): (&str, i32)) -> FdMapping {
 }
 
 /// The command without arguments, with what it may see.
-fn program(artifacts: &Artifacts, config: &Config, folder: &Path) -> Result<Command> {
+pub(super) fn program(artifacts: &Artifacts, config: &Config, folder: &Path) -> Result<Command> {
     match &artifacts.tools.qemu {
         Program::Sandboxed(sandbox) => {
             let mut enter = sandbox

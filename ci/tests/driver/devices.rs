@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use barlink_driver_checks::Region;
 use serde_json::json;
 use tempfile::TempDir;
-use xtask::broker::Broker;
+use xtask::broker::{Broker, Transport};
 use xtask::builds::Artifacts;
 use xtask::vm::{Config, Vm};
 
@@ -110,8 +110,8 @@ impl Devices {
         let channels = facts.channels.iter();
         options.extend(channels.map(|channel| format!("--channel={channel}")));
         let options: Vec<_> = options.iter().map(String::as_str).collect();
-        let slots = facts.slots as usize;
-        let broker = Broker::start_with_slots(Artifacts::shared()?, slots, &options)?;
+        let slots = vec![Transport::Ivshmem; facts.slots as usize];
+        let broker = Broker::start_over(Artifacts::shared()?, &slots, &options)?;
         let tap = Tap::before_the_vm(&broker, facts)?;
         self.taps.insert(region, Arc::new(tap));
         self.config.paths.push(broker.folder().to_owned());

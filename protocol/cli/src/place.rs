@@ -95,8 +95,13 @@ where
     args.place.fits(args.length, room)?;
     let mut bytes = vec![0; usize::try_from(args.length)?];
     region.peek(offset, &mut bytes)?;
+    show(&bytes, args)
+}
+
+/// Prints bytes of a place.
+pub fn show(bytes: &[u8], args: &Peek) -> Result<()> {
     let written = if args.raw {
-        stdout().write_all(&bytes)
+        stdout().write_all(bytes)
     } else {
         let config = HexConfig {
             title: false,

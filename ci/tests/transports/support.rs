@@ -6,13 +6,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use xtask::broker::Broker;
+use xtask::broker::{Broker, Transport};
 use xtask::builds::Artifacts;
 use xtask::vm::{COMMAND_TIMEOUT, Vm};
 
 /// A broker with these arguments, and a VM at its only slot with the driver loaded.
-pub fn start(arguments: &[&str]) -> Result<(Broker, Vm)> {
-    let broker = Broker::start(Artifacts::shared()?, arguments)?;
+pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {
+    let broker = Broker::start_over(Artifacts::shared()?, &[transport], arguments)?;
     let vm = boot(&broker)?;
     Ok((broker, vm))
 }

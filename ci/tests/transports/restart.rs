@@ -2,8 +2,6 @@
 
 //! A broker that is killed and started again, or replaced, while a VM and host apps stream.
 
-mod support;
-
 use std::io::Write;
 use std::process::Stdio;
 use std::thread;
@@ -11,10 +9,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use support::*;
 use xtask::broker::Broker;
 use xtask::builds::Artifacts;
 use xtask::vm::{COMMAND_TIMEOUT, Vm};
+
+use super::TRANSPORT;
+use crate::support::*;
 
 /// Changes the broker five times while bytes go down to the guest and come back.
 fn stream_through(
@@ -69,7 +69,7 @@ fn stream_through(
 
 #[test]
 fn killed_broker_costs_no_record_and_host_apps_attach_again() -> Result<()> {
-    let mut broker = Broker::start_managed(Artifacts::shared()?, &[])?;
+    let mut broker = Broker::start_managed(Artifacts::shared()?, TRANSPORT, &[])?;
     let vm = boot(&broker)?;
     stream_through(&mut broker, &vm, |broker| {
         broker.kill()?;
@@ -85,13 +85,13 @@ fn killed_broker_costs_no_record_and_host_apps_attach_again() -> Result<()> {
 
 #[test]
 fn replaced_broker_costs_no_record() -> Result<()> {
-    let (mut broker, vm) = start(&[])?;
+    let (mut broker, vm) = start(TRANSPORT, &[])?;
     stream_through(&mut broker, &vm, Broker::replace)
 }
 
 #[test]
 fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
-    let mut broker = Broker::start_managed(Artifacts::shared()?, &[])?;
+    let mut broker = Broker::start_managed(Artifacts::shared()?, TRANSPORT, &[])?;
     let vm = boot(&broker)?;
     let mut app = receive(&broker, "up")?;
     wait_for_holder(&broker, "up", "consumer", true)?;
@@ -101,7 +101,8 @@ fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
     app.app.wait()?;
     broker.start_again()?;
     wait_for_holder(&broker, "up", "consumer", false)?;
-    ensure!(vm_of(&broker)?.is_null());
+    // QEMU itself ends some time after what it runs in.
+    wait_until("the VM is gone", || Ok(vm_of(&broker)?.is_null()))?;
     let vm = boot(&broker)?;
     // The end and the slot can be taken again, and each sees that the other is new.
     let receiver = receive(&broker, "up")?;
@@ -115,7 +116,7 @@ fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
 
 #[test]
 fn manager_keeps_what_is_there_and_no_more() -> Result<()> {
-    let broker = Broker::start_managed(Artifacts::shared()?, &[])?;
+    let broker = Broker::start_managed(Artifacts::shared()?, TRANSPORT, &[])?;
     let manager = broker.manager().context("no manager")?;
     let clients = || {
         let kept = manager.kept().into_iter();

@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The device: what each command does to it, and what is answered.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use barlink_protocol::wire::uapi::{BAR_REGION, BAR_REGISTERS};
+use log::debug;
+use vfio_bindings::bindings::vfio::{
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE,
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_CAPS,
+    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+    vfio_device_info, vfio_irq_info, vfio_region_info, vfio_region_sparse_mmap_area,
+};
+
+use super::config::{self, BAR_INTERRUPTS, INTERRUPT_BAR, REGISTER_BAR, WriteMask};
+use super::guest_memory::{GuestMemory, Range};
+use super::interrupts::Interrupts;
+use super::memory::{Memory, TABLE_ENTRY};
+use super::registers::{FEATURE_GUEST_MEMORY, FEATURE_RESET, Order, Registers, orders};
+use super::request::{Fault, Request, Signal};
+use super::stream::Message;
+use super::version;
+use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply};
+use crate::broker::{Slot, Wish};
+use crate::control::message::{Answer, Refusal};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+
+/// `VFIO_DMA_UNMAP` replies with the structure that it came with.
+const DMA_UNMAP: u32 = 24;
+
+/// See the module.
+pub struct Device<'a> {
+    slot: &'a Slot,
+    memory: &'a Memory<'a>,
+    interrupts: Interrupts<'a>,
+    mask: WriteMask,
+    /// Where it is asked for.
+    guest: Option<GuestMemory<'a>>,
+}
+
+/// A descriptor that goes with a reply, if one does.
+type Along<'a> = Option<BorrowedFd<'a>>;
+
+impl<'a> Device<'a> {
+    /// The device of a session, as the session's memory has it.
+    pub fn new(slot: &'a Slot, memory: &'a Memory<'a>, guest_memory: bool) -> Self {
+        let guest = match guest_memory {
+            true => Some(GuestMemory::new(slot, memory)),
+            false => {
+                // What a predecessor noted is not kept up to date.
+                memory.clear_ranges();
+                None
+            }
+        };
+        Device {
+            slot,
+            memory,
+            interrupts: Interrupts::new(slot, memory),
+            mask: WriteMask::new(slot.region_size()),
+            guest,
+        }
+    }
+
+    /// Fires an interrupt.
+    pub fn fire(&self, vector: u32) {
+        self.interrupts.fire(vector);
+    }
+
+    /// Gives a host app what it wants.
+    pub fn grant(&self, wish: Wish) {
+        let Some(guest) = &self.guest else {
+            return wish.answer(Answer::Refused(Refusal::NoGuestMemory(self.slot.id())));
+        };
+        let mut bytes = vec![0; wish.length];
+        let answer = match guest.read(wish.address, &mut bytes) {
+            Ok(()) => Answer::Bytes(BASE64_STANDARD.encode(bytes)),
+            Err(_) => Answer::Refused(Refusal::NotThere {
+                address: wish.address,
+                length: wish.length,
+            }),
+        };
+        wish.answer(answer);
+    }
+
+    /// Whether a version has been agreed upon.
+    pub fn has_agreed(&self) -> bool {
+        self.memory.has_agreed()
+    }
+
+    /// Does what a message asks for, and puts the answer into `reply`: an error, if it is none that makes sense.
+    pub fn answer(&mut self, message: Message<'_>, reply: &mut Reply) -> Along<'a> {
+        let header = message.header;
+        let size = header.payload();
+        reply.begin(&header);
+        let done = message
+            .payload
+            .and_then(|payload| Request::parse(&header, payload))
+            .and_then(|request| {
+                check_descriptors(header.command, &request, message.descriptors.len())?;
+                let is_version = matches!(request, Request::Version { .. });
+                if is_version == self.memory.has_agreed() {
+                    return Err(Fault::OutOfTurn(header.command));
+                }
+                self.serve(request, message.descriptors, size, reply)
+            });
+        done.unwrap_or_else(|fault| {
+            debug!("slot {}: {fault}", self.slot.id());
+            reply.fail(&header, fault.errno());
+            None
+        })
+    }
+
+    fn serve(
+        &mut self,
+        request: Request<'_>,
+        descriptors: Vec<OwnedFd>,
+        size: usize,
+        reply: &mut Reply,
+    ) -> Result<Along<'a>, Fault> {
+        match request {
+            Request::Version {
+                major,
+                minor,
+                capabilities,
+            } => {
+                version::agree((major, minor), capabilities, size, reply)?;
+                self.memory.set_agreed();
+            }
+            // Without `--guest-memory` none is refused, and descriptors are closed here.
+            Request::DmaMap {
+                flags,
+                offset,
+                address,
+                size,
+            } => {
+                let range = Range {
+                    flags,
+                    offset,
+                    address,
+                    size,
+                };
+                if let Some(guest) = &mut self.guest {
+                    guest.map(range, descriptors.into_iter().next())?;
+                }
+            }
+            Request::DmaUnmap {
+                flags,
+                address,
+                size,
+            } => {
+                if let Some(guest) = &mut self.guest {
+                    guest.unmap(flags, address, size);
+                }
+                reply.put32(DMA_UNMAP);
+                reply.put32(flags);
+                reply.put64(address);
+                reply.put64(size);
+            }
+            Request::DeviceInfo => reply.put_device_info(&vfio_device_info {
+                argsz: DEVICE_INFO as u32,
+                flags: VFIO_DEVICE_FLAGS_PCI | VFIO_DEVICE_FLAGS_RESET,
+                num_regions: VFIO_PCI_NUM_REGIONS,
+                num_irqs: VFIO_PCI_NUM_IRQS,
+                ..vfio_device_info::default()
+            }),
+            Request::RegionInfo { room, index } => return self.region_info(index, room, reply),
+            Request::IrqInfo { index } => reply.put_irq_info(&self.irq_info(index)?),
+            Request::SetIrqs {
+                index,
+                start,
+                count,
+                signal,
+            } => self.set_irqs(
+                index,
+                start..start.saturating_add(count),
+                signal,
+                descriptors,
+            )?,
+            Request::Read {
+                region,
+                offset,
+                count,
+            } => {
+                reply.put64(offset);
+                reply.put32(region);
+                // CAST: it is at most 4096.
+                reply.put32(count as u32);
+                self.read(region, offset, reply.room(count))
+                    .ok_or_else(|| outside(region, offset, count))?;
+            }
+            Request::Write {
+                region,
+                offset,
+                data,
+            } => {
+                self.write(region, offset, data)
+                    .ok_or_else(|| outside(region, offset, data.len()))?;
+                reply.put64(offset);
+                reply.put32(region);
+                reply.put32(data.len() as u32);
+            }
+            Request::Reset => self.reset(),
+        }
+        Ok(None)
+    }
+
+    fn region_info(&self, index: u32, room: u32, reply: &mut Reply) -> Result<Along<'a>, Fault> {
+        if index >= VFIO_PCI_NUM_REGIONS {
+            return Err(outside(index, 0, 0));
+        }
+        let size = self.region_size(index);
+        let mut info = vfio_region_info {
+            argsz: REGION_INFO as u32,
+            index,
+            size,
+            ..vfio_region_info::default()
+        };
+        if size > 0 {
+            info.flags = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
+        }
+        if index != BAR_REGION {
+            reply.put_region_info(&info);
+            return Ok(None);
+        }
+        info.flags |= VFIO_REGION_INFO_FLAG_MMAP;
+        info.argsz = REGION_INFO_MAPPABLE as u32;
+        // Some clients take the descriptor only with a list of what it is for. QEMU first asks without room for it.
+        let fits = room >= info.argsz;
+        if fits {
+            info.flags |= VFIO_REGION_INFO_FLAG_CAPS;
+            info.cap_offset = REGION_INFO as u32;
+        }
+        reply.put_region_info(&info);
+        if fits {
+            reply.put_mappable_area(&vfio_region_sparse_mmap_area { offset: 0, size });
+        }
+        Ok(fits.then(|| self.slot.memory().as_fd()))
+    }
+
+    fn region_size(&self, index: u32) -> u64 {
+        match index {
+            BAR_REGISTERS => REGISTER_BAR,
+            BAR_INTERRUPTS => INTERRUPT_BAR,
+            BAR_REGION => self.slot.region_size(),
+            VFIO_PCI_CONFIG_REGION_INDEX => config::SIZE as u64,
+            _ => 0,
+        }
+    }
+
+    fn irq_info(&self, index: u32) -> Result<vfio_irq_info, Fault> {
+        // As the kernel does for a device without PCI Express; QEMU would complain of a count of 0.
+        if index >= VFIO_PCI_NUM_IRQS || index == VFIO_PCI_ERR_IRQ_INDEX {
+            return Err(outside(index, 0, 0));
+        }
+        let mut info = vfio_irq_info {
+            argsz: IRQ_INFO as u32,
+            index,
+            ..vfio_irq_info::default()
+        };
+        if index == VFIO_PCI_MSIX_IRQ_INDEX {
+            info.flags = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE;
+            info.count = self.interrupts.count();
+        }
+        Ok(info)
+    }
+
+    fn set_irqs(
+        &mut self,
+        index: u32,
+        vectors: std::ops::Range<u32>,
+        signal: Signal<'_>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), Fault> {
+        let there = self.irq_info(index)?.count;
+        let (start, count) = (vectors.start, vectors.len());
+        if vectors.end > there {
+            return Err(outside(index, start.into(), count));
+        }
+        match signal {
+            // So QEMU says that a kind is not used any more; kinds that are not there as well.
+            Signal::All if count == 0 && there > 0 => self.interrupts.clear_all(),
+            Signal::All => vectors.for_each(|vector| self.interrupts.fire(vector)),
+            Signal::Some(wanted) => vectors
+                .zip(wanted)
+                .filter(|(_, wanted)| **wanted != 0)
+                .for_each(|(vector, _)| self.interrupts.fire(vector)),
+            // So QEMU says that vectors are to have none.
+            Signal::Descriptors if descriptors.is_empty() => {
+                self.interrupts.clear(start, vectors.end - start);
+            }
+            Signal::Descriptors if descriptors.len() == count => {
+                self.interrupts.set(start, descriptors)?;
+            }
+            Signal::Descriptors => {
+                return Err(Fault::Descriptors {
+                    command: super::wire::command::DEVICE_SET_IRQS,
+                    count: descriptors.len(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a region, if it has such a place.
+    fn read(&self, region: u32, offset: u64, bytes: &mut [u8]) -> Option<()> {
+        let end = offset.checked_add(bytes.len() as u64)?;
+        if end > self.region_size(region) {
+            return None;
+        }
+        match region {
+            BAR_REGISTERS => {
+                let registers = Registers {
+                    interrupt_mask: self.memory.interrupt_mask(),
+                    id: self.slot.id(),
+                    features: match self.guest {
+                        Some(_) => FEATURE_RESET | FEATURE_GUEST_MEMORY,
+                        None => FEATURE_RESET,
+                    },
+                    connection: self.slot.connection() as u32,
+                    peers: self.slot.peers(),
+                    vectors: self.slot.vectors(),
+                };
+                registers.read(offset, bytes)
+            }
+            BAR_INTERRUPTS => {
+                self.memory.read_interrupt_bar(offset, bytes);
+                Some(())
+            }
+            // Whoever does not map it gets at it, too.
+            BAR_REGION => self.slot.region().peek(offset, bytes).ok(),
+            VFIO_PCI_CONFIG_REGION_INDEX => {
+                self.memory
+                    .config()
+                    .read(offset, self.interrupts.count(), bytes)
+            }
+            _ => None,
+        }
+    }
+
+    /// Writes a region, if it has such a place.
+    fn write(&self, region: u32, offset: u64, bytes: &[u8]) -> Option<()> {
+        let end = offset.checked_add(bytes.len() as u64)?;
+        if end > self.region_size(region) {
+            return None;
+        }
+        match region {
+            BAR_REGISTERS => orders(offset, bytes)?.for_each(|order| self.obey(order)),
+            BAR_INTERRUPTS => {
+                // Of the rest nothing can be written.
+                if end <= u64::from(self.interrupts.count()) * TABLE_ENTRY {
+                    self.memory.write_interrupt_bar(offset, bytes);
+                }
+            }
+            BAR_REGION => self.slot.region().poke(offset, bytes).ok()?,
+            VFIO_PCI_CONFIG_REGION_INDEX => {
+                let mut config = self.memory.config();
+                config.write(offset, &self.mask, bytes)?;
+                self.memory.set_config(&config);
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    fn obey(&self, order: Order) {
+        match order {
+            Order::Mask(mask) => self.memory.set_interrupt_mask(mask),
+            Order::Ring { peer, vector } => {
+                // One that is not there is nobody's, as with ivshmem.
+                let bell = self.slot.bells(peer).get(vector as usize);
+                if let Some(Err(error)) = bell.map(|bell| bell.ring()) {
+                    debug!("peer {peer} is not rung: {error}");
+                }
+            }
+        }
+    }
+
+    /// Puts the device back, and tells the host: whoever was there is gone.
+    fn reset(&mut self) {
+        self.interrupts.clear_all();
+        self.memory.reset();
+        self.slot.restart();
+    }
+}
+
+/// Descriptors are for interrupts, and at most one for memory.
+fn check_descriptors(command: u16, request: &Request<'_>, count: usize) -> Result<(), Fault> {
+    let most = match request {
+        Request::SetIrqs {
+            signal: Signal::Descriptors,
+            ..
+        } => usize::MAX,
+        Request::DmaMap { .. } => 1,
+        _ => 0,
+    };
+    if count > most {
+        return Err(Fault::Descriptors { command, count });
+    }
+    Ok(())
+}
+
+fn outside(index: u32, start: u64, count: usize) -> Fault {
+    Fault::OutOfRange {
+        index,
+        start,
+        count: count as u64,
+    }
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What a session must remember: in memory that outlives the broker, so that its successor goes on at the next message.
+//! Nobody else ever sees it.
+
+use barlink_protocol::Ordering;
+use barlink_protocol::wire::layout::PAGE_SIZE;
+
+use super::config::{self, ConfigSpace};
+use super::guest_memory::{MAX_RANGES, Range};
+use super::interrupts::MAX_VECTORS;
+use crate::memory::Region;
+
+/// Bytes that a session takes.
+pub const SIZE: u64 = RANGES + 3 * PAGE_SIZE;
+
+/// 1 once a version has been agreed upon.
+const AGREED: u64 = 0;
+/// The register of that name, which does nothing where there is MSI-X.
+const INTERRUPT_MASK: u64 = 8;
+const CONFIG: u64 = 256;
+/// BAR1 as it is read: a page with the MSI-X table, and one with the vectors that wait to be told.
+const INTERRUPT_BAR: u64 = PAGE_SIZE;
+/// The ranges of the guest's memory: of each its size, 0 for none, and what else there is to say of it.
+const RANGES: u64 = INTERRUPT_BAR + 2 * PAGE_SIZE;
+const RANGE: u64 = 40;
+
+/// Offset in BAR1 of the vectors that wait, in bytes.
+pub const PENDING: u64 = PAGE_SIZE;
+/// Bytes in an entry of the MSI-X table, and where its control word is (PCI 3.0 §6.8.2).
+pub const TABLE_ENTRY: u64 = 16;
+const TABLE_CONTROL: u64 = 12;
+const MASKED: [u8; 4] = [1, 0, 0, 0];
+
+const _: () = assert!(MAX_VECTORS as u64 * TABLE_ENTRY <= PENDING);
+const _: () = assert!(RANGES + MAX_RANGES as u64 * RANGE <= SIZE);
+const _: () = assert!(CONFIG + config::SIZE as u64 <= PAGE_SIZE);
+
+/// See the module.
+pub struct Memory<'a>(&'a Region);
+
+impl<'a> Memory<'a> {
+    /// A session's memory. It has [`SIZE`] bytes.
+    pub fn new(region: &'a Region) -> Self {
+        assert!(region.size() >= SIZE);
+        Memory(region)
+    }
+
+    /// Forgets all, for a new client.
+    pub fn clear(&self) {
+        self.0.store(AGREED, 0);
+        self.clear_ranges();
+        self.reset();
+    }
+
+    /// Puts the device back to what it is after power-on.
+    pub fn reset(&self) {
+        self.0.store(INTERRUPT_MASK, 0);
+        self.set_config(&ConfigSpace::default());
+        for offset in (INTERRUPT_BAR..RANGES).step_by(8) {
+            self.0.store(offset, 0);
+        }
+        for vector in 0..u64::from(MAX_VECTORS) {
+            self.write_interrupt_bar(vector * TABLE_ENTRY + TABLE_CONTROL, &MASKED);
+        }
+    }
+
+    /// Whether a version has been agreed upon.
+    pub fn has_agreed(&self) -> bool {
+        self.0.load(AGREED) == 1
+    }
+
+    /// Notes that a version has been agreed upon.
+    pub fn set_agreed(&self) {
+        self.0.store(AGREED, 1);
+    }
+
+    /// The interrupt mask.
+    pub fn interrupt_mask(&self) -> u32 {
+        self.0.load(INTERRUPT_MASK) as u32
+    }
+
+    /// Changes it.
+    pub fn set_interrupt_mask(&self, mask: u32) {
+        self.0.store(INTERRUPT_MASK, mask.into());
+    }
+
+    /// Configuration space.
+    pub fn config(&self) -> ConfigSpace {
+        let mut bytes = [0; config::SIZE];
+        self.0.copy_out(CONFIG, &mut bytes);
+        ConfigSpace::from_bytes(bytes)
+    }
+
+    /// Changes it.
+    pub fn set_config(&self, config: &ConfigSpace) {
+        self.0.copy_in(CONFIG, config.bytes());
+    }
+
+    /// Reads BAR1. The caller has checked that there is such a place.
+    pub fn read_interrupt_bar(&self, offset: u64, bytes: &mut [u8]) {
+        let read = self.0.peek(INTERRUPT_BAR + offset, bytes);
+        assert!(read.is_ok(), "the place was checked");
+    }
+
+    /// Writes BAR1, likewise.
+    pub fn write_interrupt_bar(&self, offset: u64, bytes: &[u8]) {
+        let written = self.0.poke(INTERRUPT_BAR + offset, bytes);
+        assert!(written.is_ok(), "the place was checked");
+    }
+
+    /// One of the ranges of the guest's memory, and the number of its file. There are [`MAX_RANGES`] places.
+    pub fn range(&self, place: u32) -> Option<(Range, u64)> {
+        let word = |index: u64| self.0.load(range(place) + 8 * index);
+        let flags = u32::try_from(word(1)).ok()?;
+        let noted = Range {
+            flags,
+            offset: word(2),
+            address: word(3),
+            size: word(0),
+        };
+        (noted.size > 0).then(|| (noted, word(4)))
+    }
+
+    /// Notes one. Its size comes last, and so decides.
+    pub fn set_range(&self, place: u32, noted: &Range, file: u64) {
+        let words = [
+            (4, file),
+            (3, noted.address),
+            (2, noted.offset),
+            (1, noted.flags.into()),
+            (0, noted.size),
+        ];
+        for (index, word) in words {
+            let place = range(place) + 8 * index;
+            self.0.word(place).store(word, Ordering::Release);
+        }
+    }
+
+    /// Notes that there is none.
+    pub fn clear_range(&self, place: u32) {
+        self.0.word(range(place)).store(0, Ordering::Release);
+    }
+
+    /// Notes that there are none at all.
+    pub fn clear_ranges(&self) {
+        (0..MAX_RANGES).for_each(|place| self.clear_range(place));
+    }
+
+    /// Whether a vector waits to be told.
+    pub fn is_pending(&self, vector: u32) -> bool {
+        let (offset, bit) = pending(vector);
+        self.0.load(offset) & bit != 0
+    }
+
+    /// Changes whether it does.
+    pub fn set_pending(&self, vector: u32, waits: bool) {
+        let (offset, bit) = pending(vector);
+        let others = self.0.load(offset) & !bit;
+        self.0
+            .store(offset, if waits { others | bit } else { others });
+    }
+}
+
+fn range(place: u32) -> u64 {
+    assert!(place < MAX_RANGES);
+    RANGES + u64::from(place) * RANGE
+}
+
+fn pending(vector: u32) -> (u64, u64) {
+    assert!(vector < MAX_VECTORS);
+    let word = u64::from(vector / 64) * 8;
+    (INTERRUPT_BAR + PENDING + word, 1 << (vector % 64))
+}

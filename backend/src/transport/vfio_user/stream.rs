@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Whole messages over a socket, with the descriptors that come along. What does not fit is thrown away as it comes, so
+//! the next message begins where it should; descriptors are owned from the moment that they are here.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+
+use super::request::Fault;
+use super::wire::{HEADER, Header, HeaderError, MAX_DESCRIPTORS, MAX_MESSAGE};
+
+/// How long a message may take from its first byte to its last, and a reply until the client takes it. A client sends a
+/// message at once, so one that takes longer has stopped.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why a stream has ended.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The other side has closed it.
+    #[error("the client has left")]
+    Gone,
+    /// It cannot be told where the next message begins.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    /// The rest of a message does not come, or nobody takes a reply.
+    #[error("the client has stopped in the middle of a message")]
+    Stalled,
+    /// The kernel says no.
+    #[error("the socket fails")]
+    Socket(#[source] io::Error),
+}
+
+impl From<Errno> for StreamError {
+    fn from(error: Errno) -> Self {
+        match error {
+            Errno::PIPE | Errno::CONNRESET => StreamError::Gone,
+            Errno::AGAIN => StreamError::Stalled,
+            error => StreamError::Socket(error.into()),
+        }
+    }
+}
+
+/// A message: its payload, or why that cannot be used, and its descriptors.
+#[derive(Debug)]
+pub struct Message<'a> {
+    /// Its begin.
+    pub header: Header,
+    /// What follows.
+    pub payload: Result<&'a [u8], Fault>,
+    /// What came along.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+/// Messages from one client.
+#[derive(Debug)]
+pub struct Stream<'a> {
+    socket: &'a UnixStream,
+    buffer: Box<[u8; MAX_MESSAGE]>,
+}
+
+/// What of a message is here besides its bytes.
+struct Arrival {
+    deadline: Instant,
+    descriptors: Vec<OwnedFd>,
+    too_many: bool,
+}
+
+impl<'a> Stream<'a> {
+    /// The stream over a connected socket.
+    pub fn new(socket: &'a UnixStream) -> Self {
+        Stream {
+            socket,
+            buffer: Box::new([0; MAX_MESSAGE]),
+        }
+    }
+
+    /// Receives a message, of which a part is there already. A client that leaves between two messages is `None`.
+    pub fn receive(&mut self) -> Result<Option<Message<'_>>, StreamError> {
+        let mut arrival = Arrival {
+            deadline: Instant::now() + PATIENCE,
+            descriptors: Vec::new(),
+            too_many: false,
+        };
+        let mut header = [0; HEADER];
+        let ahead = self.look_ahead();
+        let (start, payload) = (&mut header[..], &mut self.buffer[..ahead]);
+        let both = &mut [IoSliceMut::new(start), IoSliceMut::new(payload)];
+        let received = match arrival.receive(self.socket, both)? {
+            0 => return Ok(None),
+            length => length,
+        };
+        let mut filled = received.min(HEADER);
+        while filled < HEADER {
+            let rest = &mut [IoSliceMut::new(&mut header[filled..])];
+            match arrival.receive(self.socket, rest)? {
+                0 => return Err(StreamError::Gone),
+                length => filled += length,
+            }
+        }
+        let header = Header::decode(&header)?;
+        let early = received.saturating_sub(HEADER);
+        let payload = self.receive_payload(&header, early, &mut arrival)?;
+        let payload = match payload {
+            Ok(_) if arrival.too_many => Err(Fault::ManyDescriptors),
+            Ok(length) => Ok(&self.buffer[..length]),
+            Err(fault) => Err(fault),
+        };
+        Ok(Some(Message {
+            header,
+            payload,
+            descriptors: arrival.descriptors,
+        }))
+    }
+
+    /// Bytes that follow the next header, where that is here already and they fit into the buffer. So such a message is taken
+    /// by one system call: a broker that is killed leaves its successor all of it, or nothing.
+    fn look_ahead(&self) -> usize {
+        let mut header = [0; HEADER];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(self.socket, &mut header[..], flags) {
+            Ok((_, HEADER)) => match Header::decode(&header) {
+                Ok(header) if fits(header.payload()) => header.payload(),
+                _ => 0,
+            },
+            _ => 0,
+        }
+    }
+
+    /// Receives a whole payload, of which so much is in the buffer: its length if all of it is there then, a fault if it does
+    /// not fit.
+    fn receive_payload(
+        &mut self,
+        header: &Header,
+        early: usize,
+        arrival: &mut Arrival,
+    ) -> Result<Result<usize, Fault>, StreamError> {
+        let size = header.payload();
+        let fits = fits(size);
+        let mut left = size - early;
+        while left > 0 {
+            let start = if fits { size - left } else { 0 };
+            let part = left.min(self.buffer.len() - start);
+            let part = &mut [IoSliceMut::new(&mut self.buffer[start..][..part])];
+            match arrival.receive(self.socket, part)? {
+                0 => return Err(StreamError::Gone),
+                length => left -= length,
+            }
+        }
+        Ok(if fits {
+            Ok(size)
+        } else {
+            Err(Fault::Long(header.size))
+        })
+    }
+
+    /// Sends a reply, with at most one descriptor.
+    pub fn send(
+        &self,
+        bytes: &[u8],
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> Result<(), StreamError> {
+        let deadline = Instant::now() + PATIENCE;
+        let descriptors: &[_] = descriptor.as_slice();
+        let mut sent = 0;
+        while sent < bytes.len() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            // With the first byte, and not again with the rest.
+            if sent == 0 && !descriptors.is_empty() {
+                ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+            }
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            let part = [IoSlice::new(&bytes[sent..])];
+            match rustix::net::sendmsg(self.socket, &part, &mut ancillary, flags) {
+                Ok(length) => sent += length,
+                Err(Errno::INTR) => (),
+                Err(Errno::AGAIN) => wait(self.socket, PollFlags::OUT, deadline)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Arrival {
+    /// Receives some bytes and the descriptors that come with them; 0 at the end.
+    fn receive(
+        &mut self,
+        socket: &UnixStream,
+        parts: &mut [IoSliceMut<'_>],
+    ) -> Result<usize, StreamError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        loop {
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+            match rustix::net::recvmsg(socket, parts, &mut ancillary, flags) {
+                Ok(received) => {
+                    self.keep(&mut ancillary);
+                    self.too_many |= received.flags.contains(ReturnFlags::CTRUNC);
+                    return Ok(received.bytes);
+                }
+                Err(Errno::INTR) => (),
+                Err(Errno::AGAIN) => wait(socket, PollFlags::IN, self.deadline)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn keep(&mut self, ancillary: &mut RecvAncillaryBuffer<'_>) {
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                for descriptor in rights {
+                    if self.descriptors.len() < MAX_DESCRIPTORS {
+                        self.descriptors.push(descriptor);
+                    } else {
+                        self.too_many = true;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whether a payload of so many bytes fits into the buffer.
+fn fits(payload: usize) -> bool {
+    payload <= MAX_MESSAGE - HEADER
+}
+
+fn wait(socket: &UnixStream, what: PollFlags, deadline: Instant) -> Result<(), StreamError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let left = rustix::time::Timespec {
+        tv_sec: left.as_secs().cast_signed(),
+        tv_nsec: left.subsec_nanos().into(),
+    };
+    let socket = socket.as_fd();
+    match rustix::event::poll(&mut [PollFd::new(&socket, what)], Some(&left)) {
+        Ok(0) => Err(StreamError::Stalled),
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
+
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+    use super::*;
+    use crate::transport::vfio_user::wire::command;
+
+    fn message(id: u16, size: u32, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend(id.to_ne_bytes());
+        bytes.extend(command::REGION_READ.to_ne_bytes());
+        bytes.extend(size.to_ne_bytes());
+        bytes.extend([0; 8]);
+        bytes.extend(payload);
+        bytes
+    }
+
+    /// A pipe tells whether copies of its writing end are left open anywhere.
+    fn is_closed(reader: &std::io::PipeReader) -> bool {
+        let mut pipe = [PollFd::new(reader, PollFlags::IN)];
+        let now = rustix::time::Timespec::default();
+        rustix::event::poll(&mut pipe, Some(&now)) == Ok(1)
+            && pipe[0].revents().contains(PollFlags::HUP)
+    }
+
+    #[test]
+    fn message_that_does_not_fit_is_thrown_away_and_the_next_is_whole() {
+        let (server, mut client) = UnixStream::pair().unwrap();
+        let mut stream = Stream::new(&server);
+        for length in [MAX_MESSAGE - HEADER, MAX_MESSAGE - HEADER + 1, 100_000] {
+            let sender = std::thread::spawn(move || {
+                let size = (HEADER + length) as u32;
+                client
+                    .write_all(&message(1, size, &vec![7; length]))
+                    .unwrap();
+                client.write_all(&message(2, 18, b"ok")).unwrap();
+                client
+            });
+            let first = stream.receive().unwrap().unwrap();
+            let expected = if length <= MAX_MESSAGE - HEADER {
+                Ok(&[7; MAX_MESSAGE][..length])
+            } else {
+                Err(Fault::Long((HEADER + length) as u32))
+            };
+            assert_eq!((first.header.id, first.payload), (1, expected));
+            let next = stream.receive().unwrap().unwrap();
+            assert_eq!((next.header.id, next.payload), (2, Ok(&b"ok"[..])));
+            client = sender.join().unwrap();
+        }
+        drop(client);
+        assert!(stream.receive().unwrap().is_none());
+    }
+
+    #[test]
+    fn message_is_taken_whole_with_no_byte_of_the_next() {
+        let (server, mut client) = UnixStream::pair().unwrap();
+        let mut stream = Stream::new(&server);
+        client
+            .write_all(
+                &[
+                    message(1, 21, b"first"),
+                    message(2, 16, b""),
+                    message(3, 19, b"end"),
+                ]
+                .concat(),
+            )
+            .unwrap();
+        for (id, payload, left) in [(1, &b"first"[..], 35), (2, b"", 19), (3, b"end", 0)] {
+            let message = stream.receive().unwrap().unwrap();
+            assert_eq!((message.header.id, message.payload), (id, Ok(payload)));
+            let mut rest = [0; 64];
+            let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+            let there = rustix::net::recv(&server, &mut rest[..], flags);
+            assert_eq!(there.map_or(0, |(_, length)| length), left);
+        }
+    }
+
+    #[test]
+    fn message_may_come_byte_by_byte_but_not_for_ever() {
+        let (server, mut client) = UnixStream::pair().unwrap();
+        let mut stream = Stream::new(&server);
+        let sender = std::thread::spawn(move || {
+            for byte in message(3, 20, b"slow") {
+                client.write_all(&[byte]).unwrap();
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            client.write_all(&message(4, 20, b"st")).unwrap();
+            client
+        });
+        let slow = stream.receive().unwrap().unwrap();
+        assert_eq!(slow.payload, Ok(&b"slow"[..]));
+        assert!(matches!(stream.receive(), Err(StreamError::Stalled)));
+        drop(sender.join().unwrap());
+    }
+
+    #[test]
+    fn client_that_leaves_within_a_message_is_gone() {
+        for length in 1..20 {
+            let (server, mut client) = UnixStream::pair().unwrap();
+            client
+                .write_all(&message(1, 20, b"rest")[..length])
+                .unwrap();
+            drop(client);
+            let end = Stream::new(&server).receive().map(|_| ());
+            assert!(matches!(end, Err(StreamError::Gone)), "{end:?}");
+        }
+    }
+
+    #[test]
+    fn descriptors_come_with_any_part_of_a_message_and_go_with_it() {
+        let (server, client) = UnixStream::pair().unwrap();
+        let mut stream = Stream::new(&server);
+        let whole = message(1, 20, b"data");
+        // Number of descriptors with each part of the message, and whether the message can be used.
+        for (parts, usable) in [
+            (vec![(0..20, 1)], true),
+            (vec![(0..4, 2), (4..16, 1), (16..20, 3)], true),
+            (vec![(0..20, 253)], true),
+            (vec![(0..10, 200), (10..20, 54)], false),
+        ] {
+            let (reader, writer) = std::io::pipe().unwrap();
+            let mut count = 0;
+            for (bytes, descriptors) in parts {
+                let gifts = vec![writer.as_raw_fd(); descriptors];
+                client.send_with_fds(&[&whole[bytes]], &gifts).unwrap();
+                count += descriptors;
+            }
+            drop(writer);
+            let message = stream.receive().unwrap().unwrap();
+            assert_eq!(message.payload.is_ok(), usable);
+            assert_eq!(message.descriptors.len(), count.min(MAX_DESCRIPTORS));
+            assert!(!is_closed(&reader));
+            drop(message);
+            assert!(is_closed(&reader), "a descriptor is left open");
+        }
+    }
+
+    #[test]
+    fn reply_that_nobody_takes_ends_the_stream() {
+        let (server, mut client) = UnixStream::pair().unwrap();
+        let stream = Stream::new(&server);
+        let end = (0..100_000).find_map(|_| stream.send(&[0; 512], None).err());
+        assert!(matches!(end, Some(StreamError::Stalled)), "{end:?}");
+        client.read_exact(&mut [0; 512]).unwrap();
+        drop(client);
+        let end = (0..100_000).find_map(|_| stream.send(&[0; 512], None).err());
+        assert!(matches!(end, Some(StreamError::Gone)), "{end:?}");
+    }
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Agreeing on a version: the first message, whose payload is JSON text.
+
+use serde::{Deserialize, Serialize};
+
+use super::request::Fault;
+use super::wire::{ANNOUNCED_DESCRIPTORS, MAX_DATA, Reply};
+
+/// The version of the protocol that is spoken. Minor versions differ in nothing that is used here; QEMU says 0.0, and takes
+/// none that is higher than its own.
+const MAJOR: u16 = 0;
+const MINOR: u16 = 1;
+
+/// What a client says that it can do, as far as it must be text that makes sense; nothing of it changes what we do.
+#[derive(Deserialize)]
+struct Theirs {
+    #[serde(default)]
+    #[expect(dead_code, reason = "it is there to be checked")]
+    capabilities: Capabilities,
+}
+
+#[derive(Default, Deserialize)]
+#[expect(dead_code, reason = "it is there to be checked")]
+struct Capabilities {
+    max_msg_fds: Option<u64>,
+    max_data_xfer_size: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Ours {
+    capabilities: Limits,
+}
+
+#[derive(Serialize)]
+struct Limits {
+    max_msg_fds: u32,
+    max_data_xfer_size: usize,
+}
+
+/// Answers a client that speaks this version and has these capabilities, `payload` bytes of it.
+pub fn agree(
+    (major, minor): (u16, u16),
+    capabilities: &[u8],
+    payload: usize,
+    reply: &mut Reply,
+) -> Result<(), Fault> {
+    if major != MAJOR {
+        return Err(Fault::Version { major, minor });
+    }
+    // To leave them out is legal.
+    if let Some((last, text)) = capabilities.split_last() {
+        if *last != 0 {
+            return Err(Fault::Capabilities);
+        }
+        let _: Theirs = serde_json::from_slice(text).map_err(|_| Fault::Capabilities)?;
+    }
+    reply.put16(MAJOR);
+    reply.put16(minor.min(MINOR));
+    let ours = Ours {
+        capabilities: Limits {
+            max_msg_fds: ANNOUNCED_DESCRIPTORS,
+            max_data_xfer_size: MAX_DATA,
+        },
+    };
+    let text = serde_json::to_vec(&ours).map_err(|_| Fault::Capabilities)?;
+    // QEMU has room for as much as it said itself, and no more. A client that gets no text takes the protocol's own limits,
+    // and is told when it goes beyond ours.
+    if text.len() + 1 + 4 <= payload {
+        reply.put(&text);
+        reply.put(&[0]);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::vfio_user::wire::{HEADER, Header};
+
+    /// What QEMU 11.1 sends.
+    const QEMU: &[u8] = b"{\"capabilities\": {\"pgsizes\": 4096, \"max_msg_fds\": 16, \"max_dma_maps\": 65535, \
+        \"max_data_xfer_size\": 1048576, \"migration\": {\"pgsize\": 4096, \"max_bitmap_size\": 268435456}, \
+        \"write_multiple\": true}}\0";
+
+    fn answer(version: (u16, u16), text: &[u8]) -> Result<Vec<u8>, Fault> {
+        let mut reply = Reply::default();
+        let header = Header {
+            id: 1,
+            command: 1,
+            size: 0,
+            wants_reply: true,
+        };
+        reply.begin(&header);
+        agree(version, text, 4 + text.len(), &mut reply)?;
+        Ok(reply.finish()[HEADER..].to_vec())
+    }
+
+    #[test]
+    fn answer_is_never_longer_than_the_question_and_ends_in_a_zero() {
+        let whole = answer((0, 1), QEMU).unwrap();
+        assert_eq!(whole[..4], [0, 0, 1, 0]);
+        let (last, text) = whole[4..].split_last().unwrap();
+        let text: serde_json::Value = serde_json::from_slice(text).unwrap();
+        assert_eq!(*last, 0);
+        assert_eq!(text["capabilities"]["max_msg_fds"], 16);
+        assert_eq!(text["capabilities"]["max_data_xfer_size"], 4096);
+        for length in 0..QEMU.len() {
+            let text = format!("{{{}}}\0", " ".repeat(length));
+            let answer = answer((0, 1), text.as_bytes()).unwrap();
+            assert!(answer.len() <= 4 + text.len() && answer.len() >= 4);
+            assert!(answer.len() == 4 || answer.last() == Some(&0));
+        }
+        for (theirs, agreed) in [(0, 0), (1, 1), (2, 1), (0xffff, 1)] {
+            assert_eq!(answer((0, theirs), b"").unwrap(), [0, 0, agreed, 0]);
+        }
+    }
+
+    #[test]
+    fn other_versions_and_texts_are_refused() {
+        for (major, minor) in [(1, 0), (1, 1), (0xffff, 0xffff)] {
+            let fault = answer((major, minor), QEMU).unwrap_err();
+            assert_eq!(fault, Fault::Version { major, minor });
+        }
+        let nested = format!("{}\0", "[".repeat(4000));
+        for text in [
+            &QEMU[..QEMU.len() - 1],
+            b"\0",
+            b"{\0",
+            b"[]]\0",
+            b"{\"capabilities\": 7}\0",
+            b"{\"capabilities\": {\"max_msg_fds\": -1}}\0",
+            b"{} {}\0",
+            b"\xff\xfe\0",
+            nested.as_bytes(),
+        ] {
+            assert_eq!(answer((0, 1), text), Err(Fault::Capabilities));
+        }
+        assert!(answer((0, 1), b"{}\0").is_ok());
+        assert!(answer((0, 1), b"{\"capabilities\": {\"new\": [1]}, \"more\": 1}\0").is_ok());
+    }
+}

@@ -1,0 +1,378 @@
+//! The vfio-user transport, met by a client that speaks as QEMU speaks, and by the published client.
+
+use std::io::Write;
+use std::os::fd::AsRawFd;
+
+use barlink::control::client::Control;
+use barlink::control::message::Side;
+use rustix::fs::SealFlags;
+
+use crate::support::*;
+use crate::vfio_user_client::*;
+use crate::vmm::{handshake, rings};
+
+/// The host's ID where there are two slots.
+const HOST: u32 = 2;
+
+#[test]
+fn device_is_told_as_qemu_asks_for_it() {
+    let broker = serve_both(&["--size", "1M"]);
+    let mut client = Client::greet(&broker);
+    let info = client.get(GET_INFO, &words(&[16, 0, 0, 0]));
+    // With reset, PCI; 9 regions and 5 kinds of interrupts.
+    assert_eq!(info.payload, words(&[16, 3, 9, 5]));
+    for (index, size, flags) in [
+        (0, 256, 3),
+        (1, 8192, 3),
+        (3, 0, 0),
+        (4, 0, 0),
+        (5, 0, 0),
+        (6, 0, 0),
+        (7, 256, 3),
+        (8, 0, 0),
+    ] {
+        let info = client.get(GET_REGION_INFO, &words(&[32, 0, index, 0, 0, 0, 0, 0]));
+        assert_eq!(info.payload, words(&[32, flags, index, 0, size, 0, 0, 0]));
+        assert!(info.descriptors.is_empty());
+    }
+    for (index, flags, count) in [(0, 0, 0), (1, 0, 0), (2, 9, 16), (4, 0, 0)] {
+        let info = client.get(GET_IRQ_INFO, &words(&[16, 0, index, 0]));
+        assert_eq!(info.payload, words(&[16, flags, index, count]));
+    }
+    assert_eq!(client.read_word(CONFIG, 0), 0x1110_1af4);
+    assert_eq!(client.read_word(CONFIG, 8), 0x0500_0001);
+    assert_eq!(client.read_word(CONFIG, 0x2c), 0x1100_1af4);
+    assert_eq!(client.read_word(CONFIG, 0x40) >> 16, 15, "16 vectors");
+    // No interrupt pin: with INTx, QEMU switches the mapping of BAR2 off at every interrupt.
+    assert_eq!(client.read(CONFIG, 0x3d, 1), [0]);
+    assert_eq!(client.read_word(0, 8), 1, "its own ID");
+    assert_eq!(client.read(0, 0x10, 4), b"barl");
+    assert_eq!([0x20, 0x24].map(|at| client.read_word(0, at)), [3, 5]);
+}
+
+#[test]
+fn region_comes_with_its_descriptor_and_one_area_that_covers_it() {
+    let broker = serve_both(&["--size", "1M"]);
+    let mut client = Client::greet(&broker);
+    // As QEMU asks: first without room for more, then with as much as it is told.
+    let first = client.get(GET_REGION_INFO, &words(&[32, 0, 2, 0, 0, 0, 0, 0]));
+    assert_eq!(first.payload, words(&[64, 7, 2, 0, 1 << 20, 0, 0, 0]));
+    assert!(first.descriptors.is_empty());
+    let second = client.get(GET_REGION_INFO, &words(&[64, 0, 2, 0, 0, 0, 0, 0]));
+    let mut expected = words(&[64, 15, 2, 32, 1 << 20, 0, 0, 0]);
+    expected.extend(words(&[0x1_0001, 0, 1, 0, 0, 0, 1 << 20, 0]));
+    assert_eq!(second.payload, expected);
+    let [memory] = &second.descriptors[..] else {
+        panic!("{second:?}");
+    };
+    assert_eq!(rustix::fs::fstat(memory).unwrap().st_size, 1 << 20);
+    let seals = rustix::fs::fcntl_get_seals(memory).unwrap();
+    assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
+    let attachment = broker.attach();
+    let offset = attachment.layout().raw_offset;
+    rustix::io::pwrite(memory, b"from the VM", offset).unwrap();
+    let mut seen = [0; 11];
+    attachment.region().peek(offset, &mut seen).unwrap();
+    assert_eq!(&seen, b"from the VM");
+    // Who does not map it reads and writes it by messages.
+    assert_eq!(client.read(2, offset as u32, 11), b"from the VM");
+    client.write(2, offset as u32 + 1, b"ood");
+    attachment.region().peek(offset, &mut seen).unwrap();
+    assert_eq!(&seen, b"food the VM");
+}
+
+#[test]
+fn doorbells_and_interrupts_go_to_whoever_holds_the_other_end() {
+    let broker = serve_both(&[
+        "--channel",
+        "up=1-host,64K",
+        "--channel",
+        "down=host-1,64K",
+        "--vectors",
+        "3",
+    ]);
+    let mut client = Client::greet(&broker);
+    let app = Control::connect(&broker.control()).unwrap();
+    // Own vector 0, own channel vector, the other's vector 0, the other's channel vector.
+    let up = claim(&app, 0, Side::Consumer);
+    let down = claim(&app, 1, Side::Producer);
+    for bell in &up {
+        rings(bell);
+    }
+    client.ring(HOST, 1);
+    assert_eq!([&up[0], &up[1], &down[1]].map(rings), [0, 1, 0]);
+    client.ring(HOST, 2);
+    client.ring(HOST, 0);
+    assert_eq!([&up[0], &up[1], &down[1]].map(rings), [1, 0, 1]);
+    // Peers and vectors that are not there are nobody's.
+    for (peer, vector) in [(HOST, 3), (HOST, 0xffff), (HOST + 1, 0), (0xffff, 0xffff)] {
+        client.ring(peer, vector);
+    }
+    assert_eq!([&up[0], &up[1], &down[1]].map(rings), [0, 0, 0]);
+
+    let irqs = [eventfd(), eventfd(), eventfd()];
+    assert_eq!(client.set_irqs(0, &irqs.each_ref()).errno, 0);
+    for irq in &irqs {
+        count(irq);
+    }
+    ring(&up[3]);
+    wait_until("vector 1 fires", || count(&irqs[1]) == 1);
+    ring(&down[3]);
+    wait_until("vector 2 fires", || count(&irqs[2]) == 1);
+    assert_eq!(irqs.each_ref().map(count), [0, 0, 0]);
+}
+
+#[test]
+fn interrupts_are_set_as_qemu_sets_them() {
+    let broker = serve_both(&["--channel", "up=1-host,64K", "--vectors", "2"]);
+    let mut client = Client::greet(&broker);
+    let app = Control::connect(&broker.control()).unwrap();
+    let [_, _, _, bell] = &claim(&app, 0, Side::Consumer)[..] else {
+        panic!("no bells");
+    };
+    // QEMU enables MSI-X with no eventfd, which means that vector 0 has none.
+    assert_eq!(client.set_irqs(0, &[]).errno, 0);
+    let none = words(&[20, EVENTFDS, MSIX, 0, 1]);
+    client.get(SET_IRQS, &none);
+    // A ring before there is an eventfd is told once there is one.
+    ring(bell);
+    wait_until("it waits", || client.read(1, 4096, 1) == [2]);
+    let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
+    let eight: Vec<_> = irqs[..8].iter().collect();
+    assert_eq!(client.set_irqs(0, &eight).errno, 0);
+    assert_eq!(count(&irqs[1]), 1);
+    assert_eq!(client.read(1, 4096, 1), [0]);
+    let others: Vec<_> = irqs[8..].iter().collect();
+    assert_eq!(client.set_irqs(8, &others).errno, 0);
+    // The last that was set counts.
+    let other = eventfd();
+    assert_eq!(client.set_irqs(1, &[&other]).errno, 0);
+    ring(bell);
+    wait_until("it fires", || count(&other) == 1);
+    assert_eq!(count(&irqs[1]), 0);
+    // By hand, as a VMM may for a test.
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 7, 2]));
+    client.get(
+        SET_IRQS,
+        &[&words(&[20, 0x22, MSIX, 7, 3])[..], &[0, 1, 0]].concat(),
+    );
+    assert_eq!([7, 8, 9].map(|vector| count(&irqs[vector])), [1, 2, 0]);
+    // A run of vectors gets none any more; then all.
+    client.get(SET_IRQS, &words(&[20, EVENTFDS, MSIX, 7, 2]));
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 7, 3]));
+    assert_eq!([7, 8, 9].map(|vector| count(&irqs[vector])), [0, 0, 1]);
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 0]));
+    ring(bell);
+    wait_until("it waits", || client.read(1, 4096, 2) == [0x82, 1]);
+    assert_eq!(count(&other), 0);
+    // And what is not there can be switched off.
+    client.get(SET_IRQS, &words(&[20, NO_DATA, 0, 0, 0]));
+}
+
+#[test]
+fn reset_puts_the_device_back_and_tells_the_host() {
+    let broker = serve_both(&["--channel", "up=1-host,64K"]);
+    let mut client = Client::greet(&broker);
+    let app = Control::connect(&broker.control()).unwrap();
+    let bells = claim(&app, 0, Side::Consumer);
+    let fresh = client.read(CONFIG, 0, 256);
+    let table = client.read(1, 0, 4096);
+    for (region, bytes) in [(CONFIG, 256), (1, 256), (0, 4)] {
+        client.write(region, 0, &vec![0xff; bytes]);
+    }
+    assert_ne!(client.read(CONFIG, 0, 256), fresh);
+    assert_ne!(client.read(1, 0, 4096), table);
+    assert_eq!(client.read_word(0, 0), u32::MAX);
+    let irq = eventfd();
+    client.set_irqs(0, &[&irq]);
+    for bell in &bells {
+        rings(bell);
+    }
+    let attachment = broker.attach();
+    let connection = || attachment.status().unwrap().slots[1].vm.clone().unwrap();
+    let before = connection();
+    assert_eq!(u64::from(client.read_word(0, 0x1c)), before.connection);
+
+    client.get(RESET, &[]);
+
+    assert_eq!(client.read(CONFIG, 0, 256), fresh);
+    assert_eq!(client.read(1, 0, 4096), table);
+    assert_eq!(client.read_word(0, 0), 0);
+    assert_eq!(connection().connection, before.connection + 1);
+    assert_eq!(connection().pid, before.pid);
+    assert_eq!(u64::from(client.read_word(0, 0x1c)), before.connection + 1);
+    assert_eq!(rings(&bells[0]), 1, "the host is not told");
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 1]));
+    assert_eq!(count(&irq), 0, "a vector fires after the reset");
+}
+
+#[test]
+fn guest_memory_is_not_kept() {
+    let broker = serve_both(&[]);
+    let mut client = Client::greet(&broker);
+    let before = broker.descriptors();
+    let memory = std::fs::File::open("/dev/null").unwrap();
+    for page in 0..100 {
+        let map = words(&[32, 7, 0, 0, page << 12, 0, 4096, 0]);
+        assert_eq!(client.ask(DMA_MAP, &map).errno, 0);
+        assert_eq!(client.ask_with(DMA_MAP, &map, &[&memory]).errno, 0);
+    }
+    assert_eq!(broker.descriptors(), before);
+    let unmap = words(&[24, 2, 0, 0, 0, 0]);
+    assert_eq!(client.get(DMA_UNMAP, &unmap).payload, unmap);
+}
+
+#[test]
+fn version_is_answered_as_qemu_needs_it() {
+    let broker = serve_both(&[]);
+    let mut client = Client::connect(&broker);
+    let reply = client.version();
+    // QEMU says 0.0, and takes no higher version, no longer answer, and none without a zero at its end.
+    assert_eq!(reply.payload[..4], [0; 4]);
+    assert!(reply.payload.len() <= 4 + CAPABILITIES.len());
+    let (zero, text) = reply.payload[4..].split_last().unwrap();
+    assert_eq!(*zero, 0);
+    let text: serde_json::Value = serde_json::from_slice(text).unwrap();
+    let descriptors = text["capabilities"]["max_msg_fds"].as_u64().unwrap();
+    assert!((8..=16).contains(&descriptors));
+}
+
+#[test]
+fn published_client_maps_the_region_and_is_interrupted() {
+    let broker = serve_both(&["--channel", "up=1-host,64K", "--vectors", "2"]);
+    let mut client = vfio_user::Client::new(&broker.path("user.sock")).unwrap();
+    let region = client.region(2).unwrap();
+    assert_eq!(region.size, 64 << 20);
+    let [area] = &region.sparse_areas[..] else {
+        panic!("{:?}", region.sparse_areas);
+    };
+    assert_eq!((area.offset, area.size), (0, 64 << 20));
+    let memory = region.file_offset.as_ref().unwrap();
+    assert_eq!(memory.start(), 0);
+    let attachment = broker.attach();
+    let offset = attachment.layout().raw_offset;
+    rustix::io::pwrite(memory.file(), b"published", offset).unwrap();
+    let mut seen = [0; 9];
+    attachment.region().peek(offset, &mut seen).unwrap();
+    assert_eq!(&seen, b"published");
+
+    let mut ids = [0; 4];
+    client.region_read(7, 0, &mut ids).unwrap();
+    assert_eq!(ids, [0xf4, 0x1a, 0x10, 0x11]);
+    let irqs = client.get_irq_info(2).unwrap();
+    assert_eq!((irqs.index, irqs.count), (2, 16));
+    let app = Control::connect(&broker.control()).unwrap();
+    let bells = claim(&app, 0, Side::Consumer);
+    rings(&bells[1]);
+    client
+        .region_write(0, 12, &(HOST << 16 | 1).to_le_bytes())
+        .unwrap();
+    assert_eq!(rings(&bells[1]), 1);
+    // It sends all eventfds at once, however many were agreed upon.
+    let eventfds: Vec<_> = (0..16).map(|_| eventfd()).collect();
+    let raw: Vec<_> = eventfds.iter().map(AsRawFd::as_raw_fd).collect();
+    client.set_irqs(2, EVENTFDS, 0, 16, &raw).unwrap();
+    ring(&bells[3]);
+    wait_until("vector 1 fires", || count(&eventfds[1]) == 1);
+    let memory = std::fs::File::open("/dev/null").unwrap();
+    client.dma_map(0, 0, 4096, memory.as_raw_fd()).unwrap();
+    client.dma_unmap(0, 4096).unwrap();
+    client.reset().unwrap();
+    client.shutdown().unwrap();
+    drop(client);
+    Client::greet(&broker);
+}
+
+#[test]
+fn slots_of_both_transports_ring_each_other() {
+    let broker = serve_both(&["--vectors", "2"]);
+    let mut user = Client::greet(&broker);
+    // The other slot, the host, and itself last.
+    let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 6);
+    let irqs = [eventfd(), eventfd()];
+    user.set_irqs(0, &irqs.each_ref());
+    let (_, bell) = &other.bells[1];
+    ring(bell);
+    wait_until("vector 1 fires", || count(&irqs[1]) == 1);
+    let (peer, bell) = &other.bells[5];
+    assert_eq!(*peer, 0);
+    rings(bell);
+    user.ring(0, 1);
+    assert_eq!(rings(bell), 1);
+    let slots = broker.attach().status().unwrap().slots;
+    assert_eq!(
+        [&slots[0].transport[..], &slots[1].transport[..]],
+        ["ivshmem", "vfio-user"]
+    );
+}
+
+#[test]
+fn slot_of_vfio_user_is_free_again_and_as_new() {
+    let broker = serve_both(&["--channel", "up=1-host,64K"]);
+    let mut client = Client::greet(&broker);
+    let before = broker.descriptors();
+    let fresh = client.read(CONFIG, 0, 256);
+    for round in 0..20 {
+        client.write(CONFIG, 0, &[0xff; 64]);
+        let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
+        let all: Vec<_> = irqs.iter().collect();
+        assert_eq!(client.set_irqs(0, &all).errno, 0);
+        // By hand, below.
+        for irq in &irqs {
+            count(irq);
+        }
+        if round % 2 == 0 {
+            // In the middle of something.
+            client.socket.write_all(&[0; 7]).unwrap();
+        }
+        drop(client);
+        client = Client::greet(&broker);
+        assert_eq!(client.read(CONFIG, 0, 256), fresh);
+        client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
+        assert!(irqs.iter().all(|irq| count(irq) == 0));
+    }
+    assert_eq!(broker.descriptors(), before);
+}
+
+#[test]
+fn taken_slot_of_vfio_user_refuses_with_an_error_and_not_with_silence() {
+    let broker = serve_both(&[]);
+    let mut first = Client::greet(&broker);
+    for _ in 0..20 {
+        let mut second = Client::connect(&broker);
+        let reply = second.version();
+        assert_eq!(reply.errno, rustix::io::Errno::BUSY.raw_os_error() as u32);
+        // Whoever waits longer is not forgotten, and not let in either.
+        let late = Client::connect(&broker);
+        drop(late);
+    }
+    first.get(GET_INFO, &words(&[16, 0, 0, 0]));
+    assert!(broker.log().contains("the slot is taken"));
+    drop(first);
+    Client::greet(&broker);
+}
+
+#[test]
+fn qemu_args_are_words_for_a_shell_that_looks_at_no_quotes() {
+    let broker = serve_both(&[]);
+    let socket = broker.path("user.sock");
+    let printed = works(&mut broker.app(&["qemu-args", "--slot", "1", "--id", "two"]));
+    let words: Vec<_> = printed.split_whitespace().collect();
+    let [first, port, second, device] = words[..] else {
+        panic!("{printed}");
+    };
+    assert_eq!((first, second), ("-device", "-device"));
+    // QEMU ends itself when it unplugs such a device.
+    assert_eq!(
+        port,
+        "pcie-root-port,id=two-port,chassis=64,pref64-reserve=8G,hotplug=off"
+    );
+    let device: serde_json::Value = serde_json::from_str(device).unwrap();
+    let expected = serde_json::json!({
+        "driver": "vfio-user-pci", "id": "two", "bus": "two-port", "rombar": 0,
+        "socket": { "type": "unix", "path": socket },
+    });
+    assert_eq!(device, expected);
+    let libvirt = works(&mut broker.app(&["qemu-args", "--slot", "1", "--libvirt"]));
+    assert!(libvirt.contains("<qemu:arg value='{\"bus\":\"barlink-port\""));
+}

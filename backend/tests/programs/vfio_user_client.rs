@@ -1,0 +1,222 @@
+//! A client that speaks vfio-user as QEMU does, and in any other way.
+
+use std::io::{IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use barlink::control::client::Control;
+use barlink::control::message::{Ask, Side};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::support::*;
+
+pub const VERSION: u16 = 1;
+pub const DMA_MAP: u16 = 2;
+pub const DMA_UNMAP: u16 = 3;
+pub const GET_INFO: u16 = 4;
+pub const GET_REGION_INFO: u16 = 5;
+pub const GET_IRQ_INFO: u16 = 7;
+pub const SET_IRQS: u16 = 8;
+pub const READ: u16 = 9;
+pub const WRITE: u16 = 10;
+pub const RESET: u16 = 13;
+
+pub const MSIX: u32 = 2;
+pub const CONFIG: u32 = 7;
+/// `DATA_EVENTFD | ACTION_TRIGGER`, and the same without data.
+pub const EVENTFDS: u32 = 0x24;
+pub const NO_DATA: u32 = 0x21;
+
+/// What QEMU says of itself.
+pub const CAPABILITIES: &[u8] = b"{\"capabilities\": {\"pgsizes\": 4096, \"max_msg_fds\": 16, \
+    \"max_dma_maps\": 65535, \"max_data_xfer_size\": 1048576, \"migration\": {\"pgsize\": 4096, \
+    \"max_bitmap_size\": 268435456}, \"write_multiple\": true}}\0";
+
+/// Starts a broker with one slot for ivshmem, 0, and one for vfio-user, 1, at `user.sock`.
+pub fn serve_both(arguments: &[&str]) -> Broker {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("user.sock");
+    let both = ["--vfio-user", socket.to_str().unwrap()];
+    Broker::start_in(folder, &[&both, arguments].concat())
+}
+
+/// Numbers, one behind the other.
+pub fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// A whole message.
+pub fn message(id: u16, command: u16, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let size = 16 + payload.len() as u32;
+    let head = u32::from(command) << 16 | u32::from(id);
+    [&words(&[head, size, flags, 0])[..], payload].concat()
+}
+
+#[derive(Debug)]
+pub struct Reply {
+    pub id: u16,
+    pub command: u16,
+    pub flags: u32,
+    pub errno: u32,
+    pub payload: Vec<u8>,
+    pub descriptors: Vec<OwnedFd>,
+}
+
+pub struct Client {
+    pub socket: UnixStream,
+    next: u16,
+}
+
+impl Client {
+    /// Connects, and says nothing.
+    pub fn connect(broker: &Broker) -> Self {
+        let socket = UnixStream::connect(broker.path("user.sock")).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Client { socket, next: 0 }
+    }
+
+    /// Connects, once the slot is free, and agrees upon a version.
+    pub fn greet(broker: &Broker) -> Self {
+        let attachment = broker.attach();
+        wait_until("the slot is free", || {
+            attachment.status().unwrap().slots[1].vm.is_none()
+        });
+        let mut client = Self::connect(broker);
+        let reply = client.version();
+        assert_eq!(reply.errno, 0, "{reply:?}");
+        client
+    }
+
+    pub fn version(&mut self) -> Reply {
+        self.ask(VERSION, &[&[0; 4], CAPABILITIES].concat())
+    }
+
+    pub fn send(&mut self, command: u16, payload: &[u8], descriptors: &[&dyn AsRawFd]) -> u16 {
+        self.next = self.next.wrapping_add(1);
+        let bytes = message(self.next, command, 0, payload);
+        let raw: Vec<_> = descriptors.iter().map(|one| one.as_raw_fd()).collect();
+        let sent = self.socket.send_with_fds(&[&bytes[..]], &raw).unwrap();
+        assert_eq!(sent, bytes.len());
+        self.next
+    }
+
+    /// The next reply; `None` at the end.
+    pub fn hear(&mut self) -> Option<Reply> {
+        let mut header = [0; 16];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let parts = &mut [IoSliceMut::new(&mut header)];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let length = match rustix::net::recvmsg(&self.socket, parts, &mut ancillary, flags) {
+            Err(Errno::CONNRESET) => return None,
+            received => received.unwrap().bytes,
+        };
+        if length == 0 {
+            return None;
+        }
+        assert_eq!(length, 16, "half a header");
+        let mut descriptors = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                descriptors.extend(rights);
+            }
+        }
+        let word = |index: usize| {
+            let bytes = header[4 * index..][..4].try_into().unwrap();
+            u32::from_ne_bytes(bytes)
+        };
+        let mut payload = vec![0; word(1) as usize - 16];
+        self.socket.read_exact(&mut payload).unwrap();
+        Some(Reply {
+            id: word(0) as u16,
+            command: (word(0) >> 16) as u16,
+            flags: word(2),
+            errno: word(3),
+            payload,
+            descriptors,
+        })
+    }
+
+    pub fn ask_with(
+        &mut self,
+        command: u16,
+        payload: &[u8],
+        descriptors: &[&dyn AsRawFd],
+    ) -> Reply {
+        let id = self.send(command, payload, descriptors);
+        let reply = self.hear().expect("a reply");
+        assert_eq!((reply.id, reply.command), (id, command));
+        // A reply, and an error if there is an error number; then there is nothing else.
+        let expected = if reply.errno == 0 { 1 } else { 0x21 };
+        assert_eq!(reply.flags, expected);
+        assert!(reply.errno == 0 || reply.payload.is_empty());
+        reply
+    }
+
+    pub fn ask(&mut self, command: u16, payload: &[u8]) -> Reply {
+        self.ask_with(command, payload, &[])
+    }
+
+    /// Asks what must work.
+    pub fn get(&mut self, command: u16, payload: &[u8]) -> Reply {
+        let reply = self.ask(command, payload);
+        assert_eq!(reply.errno, 0, "command {command}");
+        reply
+    }
+
+    pub fn read(&mut self, region: u32, offset: u32, count: u32) -> Vec<u8> {
+        let reply = self.get(READ, &words(&[offset, 0, region, count]));
+        reply.payload[16..].to_vec()
+    }
+
+    pub fn read_word(&mut self, region: u32, offset: u32) -> u32 {
+        u32::from_le_bytes(self.read(region, offset, 4).try_into().unwrap())
+    }
+
+    pub fn write(&mut self, region: u32, offset: u32, bytes: &[u8]) {
+        let access = words(&[offset, 0, region, bytes.len() as u32]);
+        let reply = self.get(WRITE, &[&access, bytes].concat());
+        assert_eq!(reply.payload, access);
+    }
+
+    pub fn ring(&mut self, peer: u32, vector: u32) {
+        self.write(0, 12, &(peer << 16 | vector).to_le_bytes());
+    }
+
+    /// Gives vectors from `start` on these eventfds.
+    pub fn set_irqs(&mut self, start: u32, eventfds: &[&EventFd]) -> Reply {
+        let payload = words(&[20, EVENTFDS, MSIX, start, eventfds.len() as u32]);
+        let descriptors: Vec<_> = eventfds.iter().map(|one| *one as &dyn AsRawFd).collect();
+        self.ask_with(SET_IRQS, &payload, &descriptors)
+    }
+
+    /// Whether the broker has closed the connection.
+    pub fn is_let_go(&mut self) -> bool {
+        self.hear().is_none()
+    }
+}
+
+/// The eventfds of a host app that holds an end: what it waits on for control and channel, and what it rings of the other.
+pub fn claim(control: &Control, channel: usize, end: Side) -> Vec<OwnedFd> {
+    let (_, bells) = control.ask(Ask::Claim { channel, end }).unwrap();
+    assert_eq!(bells.len(), 4);
+    bells
+}
+
+pub fn eventfd() -> EventFd {
+    EventFd::new(EFD_NONBLOCK).unwrap()
+}
+
+/// How often an eventfd was written since it was last asked.
+pub fn count(eventfd: &EventFd) -> u64 {
+    eventfd.read().unwrap_or_default()
+}
+
+/// Rings as a host app does.
+pub fn ring(bell: &OwnedFd) {
+    rustix::io::write(bell, &1u64.to_ne_bytes()).unwrap();
+}

@@ -1,0 +1,311 @@
+//! Clients of vfio-user that attack, stall or err, and what becomes of those beside them.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::EventfdFlags;
+use rustix::io::Errno;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::support::*;
+use crate::vfio_user_client::*;
+use crate::vmm::handshake;
+
+/// Looks whether everybody else is served.
+fn others_are_served(broker: &Broker) {
+    drop(handshake(crate::vmm::connect(broker, "vm.sock"), 9));
+    let attachment = broker.attach();
+    wait_until("the other slot is free", || {
+        attachment.status().unwrap().slots[0].vm.is_none()
+    });
+}
+
+fn number(errno: Errno) -> u32 {
+    errno.raw_os_error().cast_unsigned()
+}
+
+#[test]
+fn commands_that_make_no_sense_are_refused_and_the_stream_goes_on() {
+    let broker = serve_both(&[]);
+    let mut client = Client::greet(&broker);
+    let inval = number(Errno::INVAL);
+    for (command, payload, errno) in [
+        // Cut short, or of a length that contradicts itself.
+        (GET_INFO, words(&[16, 0, 0]), inval),
+        (GET_INFO, words(&[15, 0, 0, 0]), inval),
+        (GET_REGION_INFO, vec![], inval),
+        (GET_IRQ_INFO, words(&[16]), inval),
+        (SET_IRQS, words(&[20, EVENTFDS, MSIX, 0]), inval),
+        (DMA_MAP, words(&[32, 3]), inval),
+        (DMA_UNMAP, vec![1, 2, 3], inval),
+        (READ, words(&[0, 0, 0, 4, 0]), inval),
+        (WRITE, words(&[0, 0, 0, 8, 0]), inval),
+        // Where there is nothing.
+        (GET_REGION_INFO, words(&[32, 0, 9, 0, 0, 0, 0, 0]), inval),
+        (
+            GET_REGION_INFO,
+            words(&[32, 0, u32::MAX, 0, 0, 0, 0, 0]),
+            inval,
+        ),
+        (GET_IRQ_INFO, words(&[16, 0, 5, 0]), inval),
+        (READ, words(&[253, 0, 0, 4]), inval),
+        (READ, words(&[0, 0, 3, 1]), inval),
+        (READ, words(&[0, 0, 9, 0]), inval),
+        (READ, words(&[0, 1, CONFIG, 4]), inval),
+        (READ, words(&[u32::MAX - 1, u32::MAX, 2, 4]), inval),
+        (READ, words(&[(64 << 20) - 3, 0, 2, 4]), inval),
+        (WRITE, words(&[256, 0, CONFIG, 4, 0]), inval),
+        (WRITE, words(&[u32::MAX, u32::MAX, 0, 4, 0]), inval),
+        (WRITE, words(&[0, 0, u32::MAX, 4, 0]), inval),
+        (READ, words(&[0, 0, 2, 4097]), number(Errno::TOOBIG)),
+        (READ, words(&[0, 0, 2, u32::MAX]), number(Errno::TOOBIG)),
+        // Interrupts.
+        (SET_IRQS, words(&[20, NO_DATA, MSIX, 0, 17]), inval),
+        (
+            SET_IRQS,
+            words(&[20, NO_DATA, MSIX, u32::MAX, u32::MAX]),
+            inval,
+        ),
+        (SET_IRQS, words(&[20, EVENTFDS, MSIX, 16, 1]), inval),
+        (SET_IRQS, words(&[20, EVENTFDS, 0, 0, 1]), inval),
+        (SET_IRQS, words(&[20, 0x3f, MSIX, 0, 1]), inval),
+        (SET_IRQS, words(&[20, 0x22, MSIX, 0, 8, 0]), inval),
+        // Out of turn.
+        (VERSION, [&[0; 4], CAPABILITIES].concat(), inval),
+        // Longer than anything that is needed.
+        (WRITE, vec![0xff; 5000], number(Errno::TOOBIG)),
+        (77, vec![0xff; 1 << 20], number(Errno::TOOBIG)),
+    ] {
+        // The longest do not fit into the socket at once.
+        let mut sender = client.socket.try_clone().unwrap();
+        let bytes = message(1, command, 0, &payload);
+        let reply = std::thread::scope(|scope| {
+            scope.spawn(|| sender.write_all(&bytes).unwrap());
+            client.hear().unwrap()
+        });
+        let start = &payload[..payload.len().min(32)];
+        assert_eq!(reply.errno, errno, "command {command}: {start:?}");
+        client.get(GET_INFO, &words(&[16, 0, 0, 0]));
+    }
+    for command in [0, 6, 11, 12, 14, 15, 16, 255, 0xffff] {
+        let reply = client.ask(command, &[7; 40]);
+        assert_eq!(reply.errno, number(Errno::OPNOTSUPP));
+    }
+    client.get(GET_INFO, &words(&[16, 0, 0, 0]));
+    assert!(!broker.log().contains("a fault of barlink"));
+}
+
+#[test]
+fn commands_before_the_version_are_out_of_turn() {
+    let broker = serve_both(&[]);
+    let mut client = Client::connect(&broker);
+    for (command, payload) in [
+        (RESET, vec![]),
+        (READ, words(&[0, 0, 0, 4])),
+        (WRITE, words(&[12, 0, 0, 4, 0])),
+        (DMA_MAP, words(&[32, 3, 0, 0, 0, 0, 4096, 0])),
+        (VERSION, b"\x01\0\0\0".to_vec()),
+        (VERSION, b"\0\0\0\0{}".to_vec()),
+        (VERSION, vec![0; 3]),
+    ] {
+        assert_ne!(client.ask(command, &payload).errno, 0);
+    }
+    assert_eq!(client.version().errno, 0);
+}
+
+#[test]
+fn messages_that_want_no_reply_get_none() {
+    let broker = serve_both(&[]);
+    let mut client = Client::greet(&broker);
+    let info = words(&[16, 0, 0, 0]);
+    let quiet = 0x10;
+    let silent = [
+        message(70, GET_INFO, quiet, &info),
+        message(71, 99, quiet, &[0; 9000]),
+        message(72, READ, quiet, &words(&[0, 0, 99, 4])),
+    ];
+    client.socket.write_all(&silent.concat()).unwrap();
+    client.get(GET_INFO, &info);
+}
+
+#[test]
+fn messages_may_come_in_any_parts() {
+    let broker = serve_both(&[]);
+    let mut client = Client::greet(&broker);
+    let reads: Vec<_> = (0..20)
+        .flat_map(|id| message(id, READ, 0, &words(&[0x10, 0, 0, 4])))
+        .collect();
+    // All at once, and byte by byte.
+    client.socket.write_all(&reads).unwrap();
+    for id in 0..20 {
+        let reply = client.hear().unwrap();
+        assert_eq!((reply.id, &reply.payload[16..]), (id, &b"barl"[..]));
+    }
+    for part in reads.chunks(7) {
+        client.socket.write_all(part).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for id in 0..20 {
+        assert_eq!(client.hear().unwrap().id, id);
+    }
+}
+
+#[test]
+fn streams_that_nobody_can_follow_end() {
+    let broker = serve_both(&[]);
+    let before = broker.descriptors();
+    for bytes in [
+        words(&[1, 15, 0, 0]),
+        words(&[1, 0, 0, 0]),
+        // A reply to nothing, and a kind of message that there is not.
+        words(&[1 | 4 << 16, 16, 1, 0]),
+        words(&[1 | 4 << 16, 16, 5, 0]),
+        vec![0xff; 100],
+    ] {
+        let mut client = Client::greet(&broker);
+        client.socket.write_all(&bytes).unwrap();
+        assert!(client.is_let_go());
+    }
+    assert!(
+        broker
+            .log()
+            .contains("it sent something else than commands")
+    );
+    others_are_served(&broker);
+    assert_eq!(broker.descriptors(), before);
+}
+
+#[test]
+fn noise_harms_nobody() {
+    let broker = serve_both(&[]);
+    let before = broker.descriptors();
+    for round in 0..200 {
+        let bytes = noise(64 * 200)[64 * round..][..64].to_vec();
+        let mut client = Client::greet(&broker);
+        // Behind a sound header, so that it gets somewhere.
+        let command = u16::from(bytes[0] % 17);
+        let mut noise = message(1, command, 0, &bytes[1..usize::from(bytes[1] % 63)]);
+        if round % 2 == 0 {
+            noise.extend(&bytes);
+        }
+        let gift = File::open("/dev/null").unwrap();
+        let gifts = vec![gift.as_raw_fd(); usize::from(bytes[2] % 8)];
+        let _ = client.socket.send_with_fds(&[&noise[..]], &gifts);
+        if round % 3 == 0 {
+            let _ = client.hear();
+        }
+    }
+    drop(Client::greet(&broker));
+    others_are_served(&broker);
+    assert!(!broker.log().contains("a fault of barlink"));
+    assert_eq!(broker.descriptors(), before);
+}
+
+#[test]
+fn client_that_stalls_holds_up_nobody_else() {
+    let broker = serve_both(&[]);
+    let message = message(9, READ, 0, &words(&[0x10, 0, 0, 4]));
+    let mut quick = 0;
+    for length in [1, 15, 16, 31] {
+        let mut client = Client::greet(&broker);
+        client.socket.write_all(&message[..length]).unwrap();
+        let start = Instant::now();
+        others_are_served(&broker);
+        // A busy machine can be slow now and then; who waits for the client is slow every time.
+        quick += u32::from(start.elapsed() < Duration::from_millis(1500));
+        assert!(client.is_let_go());
+        assert!(start.elapsed() > Duration::from_secs(1));
+    }
+    assert!(quick > 0, "others wait");
+    assert!(broker.log().contains("it stopped within a message"));
+    // Between two messages it may say nothing for as long as it likes.
+    let mut client = Client::greet(&broker);
+    std::thread::sleep(Duration::from_secs(3));
+    client.get(GET_INFO, &words(&[16, 0, 0, 0]));
+}
+
+#[test]
+fn client_that_says_nothing_keeps_its_slot_for_a_while_only() {
+    let broker = serve_both(&[]);
+    let mut silent = Client::connect(&broker);
+    others_are_served(&broker);
+    assert!(silent.is_let_go());
+    assert!(broker.log().contains("it does not say its version"));
+    Client::greet(&broker);
+}
+
+#[test]
+fn client_that_takes_no_replies_is_let_go() {
+    let broker = serve_both(&[]);
+    let client = Client::greet(&broker);
+    let read = message(1, READ, 0, &words(&[0, 0, 2, 4096]));
+    let mut sender = client.socket.try_clone().unwrap();
+    let start = Instant::now();
+    sender.set_write_timeout(Some(PATIENCE)).unwrap();
+    while sender.write_all(&read).is_ok() {}
+    assert!(start.elapsed() < PATIENCE, "it is kept");
+    drop((client, sender));
+    Client::greet(&broker);
+    others_are_served(&broker);
+}
+
+/// CVE-2022-0669 and CVE-2019-14818 (DPDK vhost): descriptors that nobody asked for stayed open.
+#[test]
+fn descriptors_that_come_with_any_command_are_not_kept() {
+    let broker = serve_both(&[]);
+    let mut client = Client::greet(&broker);
+    let before = broker.descriptors();
+    let gift = File::open("/dev/null").unwrap();
+    for _ in 0..30 {
+        for (command, payload) in [
+            (VERSION, vec![0; 4]),
+            (DMA_MAP, words(&[32, 3, 0, 0, 0, 0, 4096, 0])),
+            (GET_INFO, words(&[16, 0, 0, 0])),
+            (SET_IRQS, words(&[20, EVENTFDS, MSIX, 0, 2])),
+            (SET_IRQS, words(&[20, EVENTFDS, MSIX, 15, 3])),
+            (SET_IRQS, words(&[20, EVENTFDS, MSIX, 0, 3])),
+            (SET_IRQS, words(&[20, NO_DATA, MSIX, 0, 3])),
+            (READ, words(&[0, 0, 0, 4])),
+            (RESET, vec![]),
+            (99, vec![]),
+        ] {
+            // Of the wrong number, or no eventfds.
+            let reply = client.ask_with(command, &payload, &[&gift as &dyn AsRawFd; 3]);
+            assert_ne!(reply.errno, 0, "command {command}");
+        }
+    }
+    let many = [gift.as_raw_fd(); 253];
+    let info = message(5, GET_INFO, 0, &words(&[16, 0, 0, 0]));
+    for part in info.chunks(16) {
+        client.socket.send_with_fds(&[part], &many).unwrap();
+    }
+    assert_eq!(client.hear().unwrap().errno, number(Errno::INVAL));
+    assert_eq!(broker.descriptors(), before);
+    client.get(GET_INFO, &words(&[16, 0, 0, 0]));
+}
+
+#[test]
+fn interrupt_that_cannot_be_written_blocks_nobody() {
+    let broker = serve_both(&[]);
+    let mut client = Client::greet(&broker);
+    // Full, and made blocking, which is a property that all copies share.
+    let full = rustix::event::eventfd(0, EventfdFlags::empty()).unwrap();
+    rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    let set = words(&[20, EVENTFDS, MSIX, 0, 1]);
+    assert_eq!(client.ask_with(SET_IRQS, &set, &[&full]).errno, 0);
+    let fire = words(&[20, NO_DATA, MSIX, 0, 1]);
+    let count = || {
+        let mut count = [0; 8];
+        rustix::io::read(&full, &mut count).unwrap();
+        u64::from_ne_bytes(count)
+    };
+    for _ in 0..10 {
+        client.get(SET_IRQS, &fire);
+    }
+    // The kernel rings even then, so who waits for an edge hears it; and counts no further than this.
+    assert_eq!(count(), u64::MAX);
+    client.get(SET_IRQS, &fire);
+    assert_eq!(count(), 1);
+}

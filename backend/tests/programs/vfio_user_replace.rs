@@ -1,0 +1,204 @@
+//! One broker takes the place of another under a client of vfio-user, which notices nothing.
+
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use barlink::control::client::Control;
+use barlink::control::message::Side;
+
+use crate::service::ServiceManager;
+use crate::support::*;
+use crate::vfio_user_client::*;
+use crate::vmm::rings;
+
+/// The arguments of a broker as [`serve_both`] starts it, and of its successors.
+fn arguments(folder: &tempfile::TempDir) -> [String; 4] {
+    let socket = folder.path().join("user.sock").display().to_string();
+    ["--vfio-user", &socket, "--channel", "up=1-host,64K"].map(str::to_owned)
+}
+
+/// Such a broker.
+fn serve() -> (Broker, [String; 4]) {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = arguments(&folder);
+    let broker = Broker::start_in(folder, &arguments.each_ref().map(String::as_str));
+    (broker, arguments)
+}
+
+/// The same as a manager's service.
+fn serve_as(manager: &ServiceManager, folder: tempfile::TempDir) -> (Broker, [String; 4]) {
+    let arguments = arguments(&folder);
+    let words = arguments.each_ref().map(String::as_str);
+    let broker = Broker::start_as(manager, folder, &words);
+    (broker, arguments)
+}
+
+/// Asks one thing after the other while brokers change. One reply more or less would be out of turn.
+fn ask_while(client: &mut Client, change: impl FnOnce()) {
+    let end = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let mut asked = 0u32;
+            while !end.load(Ordering::Relaxed) {
+                // What was written is read, whichever broker hears it.
+                client.write(0, 0, &asked.to_le_bytes());
+                assert_eq!(client.read_word(0, 0), asked);
+                asked += 1;
+            }
+            asked
+        });
+        change();
+        end.store(true, Ordering::Relaxed);
+        assert!(asking.join().unwrap() > 100);
+    });
+}
+
+#[test]
+fn successor_has_the_device_as_it_was() {
+    let (mut broker, arguments) = serve();
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    let app = Control::connect(&broker.control()).unwrap();
+    let bells = claim(&app, 0, Side::Consumer);
+    client.write(CONFIG, 4, &[6, 4]);
+    client.write(1, 16, &[1, 2, 3, 4]);
+    client.write(0, 0, &[9, 0, 0, 0]);
+    let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
+    assert_eq!(
+        client.set_irqs(0, &irqs.iter().collect::<Vec<_>>()).errno,
+        0
+    );
+    client.get(SET_IRQS, &words(&[20, EVENTFDS, MSIX, 5, 1]));
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 5, 1]));
+    let spaces = [(CONFIG, 256), (1, 4096), (1, 4), (0, 64)];
+    let read = |client: &mut Client| spaces.map(|(region, count)| client.read(region, 0, count));
+    let before = read(&mut client);
+
+    for _ in 0..3 {
+        succeed(&mut broker, &arguments);
+        assert!(read(&mut client) == before, "the device is another");
+        for irq in &irqs {
+            count(irq);
+        }
+        ring(&bells[3]);
+        wait_until("vector 1 fires", || count(&irqs[1]) >= 1);
+        rings(&bells[1]);
+        client.ring(2, 1);
+        assert_eq!(rings(&bells[1]), 1);
+    }
+    // Vector 5, which has no eventfd, waits through all of that.
+    assert_eq!(client.read(1, 4096, 1), [1 << 5]);
+    let late = eventfd();
+    assert_eq!(client.set_irqs(5, &[&late]).errno, 0);
+    assert_eq!(count(&late), 1);
+    // Descriptors do not grow from one to the next.
+    succeed(&mut broker, &arguments);
+    let descriptors = broker.descriptors();
+    succeed(&mut broker, &arguments);
+    assert_eq!(broker.descriptors(), descriptors);
+    // And who leaves, leaves the successor, which has told all vectors once.
+    client.get(GET_INFO, &words(&[16, 0, 0, 0]));
+    for irq in &irqs {
+        count(irq);
+    }
+    drop(client);
+    let mut client = Client::greet(&broker);
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
+    assert_eq!(count(&irqs[1]), 0, "an eventfd of the VM before it");
+}
+
+#[test]
+fn every_message_has_one_reply_while_brokers_change() {
+    let (mut broker, arguments) = serve();
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    ask_while(&mut client, || {
+        for _ in 0..5 {
+            succeed(&mut broker, &arguments);
+        }
+    });
+}
+
+#[test]
+fn every_message_has_one_reply_while_a_service_is_restarted() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let (mut broker, arguments) = serve_as(&manager, folder);
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    wait_until("the VM is kept", || {
+        manager.kept().contains(&"vm-1".to_owned())
+    });
+    ask_while(&mut client, || {
+        for _ in 0..20 {
+            broker.restart(&manager, &arguments);
+        }
+    });
+}
+
+#[test]
+fn service_that_is_killed_leaves_the_device_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let (mut broker, arguments) = serve_as(&manager, folder);
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    client.write(CONFIG, 4, &[6, 4]);
+    let irq = eventfd();
+    assert_eq!(client.set_irqs(1, &[&irq]).errno, 0);
+    let kept = |name: &str| manager.kept().contains(&name.to_owned());
+    wait_until("the VM is kept", || {
+        kept("vm-1") && kept("part-1-interrupt-1")
+    });
+    for _ in 0..2 {
+        broker.start_again(&manager, &arguments);
+        assert_eq!(client.read(CONFIG, 4, 2), [6, 4]);
+        let app = Control::connect(&broker.control()).unwrap();
+        let bells = claim(&app, 0, Side::Consumer);
+        count(&irq);
+        ring(&bells[3]);
+        wait_until("vector 1 fires", || count(&irq) >= 1);
+    }
+    // The next VM has nothing of that one, which leaves while no broker is there.
+    broker.child.kill().unwrap();
+    drop(client);
+    broker.start_again(&manager, &arguments);
+    let mut client = Client::greet(&broker);
+    wait_until("it is forgotten", || !kept("part-1-interrupt-1"));
+    count(&irq);
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
+    assert_eq!(count(&irq), 0, "an eventfd of the VM before it");
+    assert_eq!(client.read(CONFIG, 4, 2), [0, 0]);
+}
+
+#[test]
+fn half_a_message_holds_a_successor_up_for_a_moment_only() {
+    let (mut broker, arguments) = serve();
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    let read = message(9, READ, 0, &words(&[0x10, 0, 0, 4]));
+    client.socket.write_all(&read[..20]).unwrap();
+    let start = Instant::now();
+    succeed(&mut broker, &arguments);
+    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(client.is_let_go());
+    Client::greet(&broker);
+    // A slot of another kind is not taken over.
+    let other = broker.path("user.sock").display().to_string();
+    let mut command = broker.command(&[
+        "--ivshmem",
+        &other,
+        "--channel",
+        "up=1-host,64K",
+        "--replace",
+    ]);
+    fails(
+        command
+            .env("RUST_LOG", "error")
+            .stderr(std::process::Stdio::piped()),
+        1,
+        &["slot 1 of the running broker has another transport"],
+    );
+    Client::greet(&broker);
+}

@@ -1,0 +1,31 @@
+//! Over QEMU's ivshmem-doorbell.
+
+use anyhow::Result;
+use rustix::process::Signal;
+use xtask::broker::Transport;
+use xtask::vm::COMMAND_TIMEOUT;
+
+use crate::support::*;
+
+const TRANSPORT: Transport = Transport::Ivshmem;
+
+#[path = "channels.rs"]
+mod channels;
+#[path = "restart.rs"]
+mod restart;
+
+/// Doorbells go straight, too. By vfio-user they do not: `vm_outlives_its_broker_until_it_reboots`.
+#[test]
+fn broker_that_dies_leaves_the_stream_running() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &[])?;
+    let receiver = receive(&broker, "up")?;
+    let producer = vm.spawn(["barlink-guest", "send"])?;
+    wait_for_holder(&broker, "up", "producer", true)?;
+    wait_for_holder(&broker, "up", "consumer", true)?;
+    broker.signal(Signal::KILL)?;
+    producer.write(&noise(1_000_000))?;
+    producer.close_stdin()?;
+    producer.wait(COMMAND_TIMEOUT)?.require_success()?;
+    assert!(receiver.bytes()? == noise(1_000_000));
+    vm.run(["true"])?.require_success()
+}

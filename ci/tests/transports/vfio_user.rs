@@ -1,0 +1,14 @@
+//! Over vfio-user.
+#![expect(
+    clippy::duplicate_mod,
+    reason = "the same tests over another transport"
+)]
+
+use xtask::broker::Transport;
+
+const TRANSPORT: Transport = Transport::VfioUser;
+
+#[path = "channels.rs"]
+mod channels;
+#[path = "restart.rs"]
+mod restart;

@@ -1,0 +1,466 @@
+//! barlink's own device on stock QEMU: driven by hand, without a guest, and with messages counted.
+
+mod relay;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use serde_json::json;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use xtask::broker::{Broker, Transport};
+use xtask::builds::Artifacts;
+use xtask::vm::{Bare, COMMAND_TIMEOUT, Config, PciDevice, Vm};
+
+use self::relay::{Message, Relay};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// `DEVICE_RESET` and `REGION_WRITE`.
+const RESET: u16 = 13;
+const WRITE: u16 = 10;
+
+/// A broker with a slot for vfio-user, 0, and one for ivshmem, 1, whose VM is this test.
+struct Setting {
+    broker: Broker,
+    relay: Relay,
+    /// All eventfds, by peer, then by vector.
+    bells: Vec<Vec<OwnedFd>>,
+    _other: UnixStream,
+}
+
+/// The host's ID.
+const HOST: usize = 2;
+const VECTORS: usize = 5;
+
+impl Setting {
+    fn new(size: &str) -> Result<Self> {
+        Self::with(&["--size", size])
+    }
+
+    fn with(arguments: &[&str]) -> Result<Self> {
+        let slots = [Transport::VfioUser, Transport::Ivshmem];
+        let broker = Broker::start_over(Artifacts::shared()?, &slots, arguments)?;
+        let relay = Relay::start(&broker.socket(0), broker.folder())?;
+        let other = UnixStream::connect(broker.socket(1))?;
+        other.set_read_timeout(Some(PATIENCE))?;
+        let mut bells: Vec<_> = (0..=HOST).map(|_| Vec::new()).collect();
+        for _ in 0..3 {
+            message(&other)?;
+        }
+        for _ in 0..(HOST + 1) * VECTORS {
+            let (peer, bell) = message(&other)?;
+            let bell = bell.context("no eventfd")?;
+            bells[usize::try_from(peer)?].push(bell.into());
+        }
+        Ok(Self {
+            broker,
+            relay,
+            bells,
+            _other: other,
+        })
+    }
+
+    /// QEMU's arguments, through the relay.
+    fn config(&self) -> Result<Config> {
+        let socket = self.broker.socket(0).display().to_string();
+        let relay = self.relay.path.display().to_string();
+        let arguments = self.broker.arguments(0)?.into_iter();
+        Ok(Config {
+            memory_mib: 128,
+            arguments: arguments
+                .map(|word| word.replace(&socket, &relay))
+                .collect(),
+            paths: vec![self.broker.folder().to_owned()],
+            ..Config::default()
+        })
+    }
+
+    fn machine(&self) -> Result<(Bare, PciDevice)> {
+        let mut machine = Bare::start(Artifacts::shared()?, &self.config()?)?;
+        let device = machine.device("barlink0")?;
+        Ok((machine, device))
+    }
+
+    fn connection(&self) -> Result<u64> {
+        let vm = &self.broker.inspect()?["broker"]["slots"][0]["vm"];
+        vm["connection"].as_u64().context("no VM")
+    }
+}
+
+/// A message of ivshmem's protocol.
+fn message(socket: &UnixStream) -> Result<(i64, Option<File>)> {
+    let mut bytes = [0; 8];
+    let (length, file) = socket.recv_with_fd(&mut bytes)?;
+    ensure!(length == bytes.len(), "a message of {length} bytes");
+    Ok((i64::from_le_bytes(bytes), file))
+}
+
+/// How often an eventfd was rung since it was last asked.
+fn rings(bell: &OwnedFd) -> u64 {
+    let mut count = [0; 8];
+    match rustix::io::read(bell, &mut count) {
+        Ok(_) => u64::from_ne_bytes(count),
+        Err(_) => 0,
+    }
+}
+
+fn ring(bell: &OwnedFd) -> Result<()> {
+    rustix::io::write(bell, &1u64.to_ne_bytes())?;
+    Ok(())
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while !done()? {
+        ensure!(start.elapsed() < PATIENCE, "in vain: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+#[test]
+fn qemu_sees_ivshmem_and_our_registers() -> Result<()> {
+    for (size, bytes) in [("1M", 1 << 20), ("64M", 64 << 20), ("1G", 1 << 30)] {
+        let setting = Setting::new(size)?;
+        let (mut machine, device) = setting.machine()?;
+        let mut config = |offset| machine.read(device.config + offset);
+        assert_eq!(config(0x00)?, 0x1110_1af4);
+        assert_eq!(config(0x08)?, 0x0500_0001);
+        assert_eq!(config(0x2c)?, 0x1100_1af4);
+        assert_eq!(config(0x34)? & 0xff, 0x40);
+        assert_eq!(config(0x40)?, 0x000f_0011, "MSI-X with 16 vectors");
+        assert_eq!(config(0x44)?, 1, "the table is in BAR1");
+        assert_eq!(config(0x48)?, 0x1001);
+        assert_eq!(config(0x3c)? >> 8, 0, "no interrupt pin");
+        assert_eq!(config(0x18)? & 0xf, 0xc, "64 bits, prefetchable");
+        let sizes: Vec<_> = device.bars.iter().map(|(_, size)| *size).collect();
+        assert_eq!(sizes, [256, 8192, bytes, 0, 0, 0]);
+        assert!(device.bars[2].0 >= 4 << 30, "{:#x}", device.bars[2].0);
+        let registers = device.bars[0].0;
+        let mut register = |offset| machine.read(registers + offset);
+        assert_eq!(register(8)?, 0, "its own ID");
+        assert_eq!(register(0x10)?, u32::from_le_bytes(*b"barl"));
+        assert_eq!(register(0x14)?, 1);
+        assert_eq!([register(0x20)?, register(0x24)?], [3, VECTORS as u32]);
+        let errors = machine.errors()?;
+        assert_eq!(errors, "", "QEMU complains");
+    }
+    Ok(())
+}
+
+#[test]
+fn bar2_is_written_without_a_message() -> Result<()> {
+    let setting = Setting::new("64M")?;
+    let (mut machine, device) = setting.machine()?;
+    let (address, size) = device.bars[2];
+    // Where the superblock says that the raw window is.
+    let window = u64::from(machine.read(address + 40)?);
+    // The firmware is not through yet.
+    let mut before = 0;
+    wait_until("nothing more is said", || {
+        thread::sleep(Duration::from_millis(500));
+        let now = setting.relay.messages().len();
+        Ok(std::mem::replace(&mut before, now) == now)
+    })?;
+    // 1 GiB, of which the superblock is written, too: the broker does not look at it again.
+    for round in 1..=16 {
+        machine.fill(address, size, round)?;
+    }
+    machine.write(address + window, u32::from_le_bytes(*b"seen"))?;
+    assert_eq!(machine.read(address + window + 4)?, 0x1010_1010);
+    let after = setting.relay.messages().len();
+    assert_eq!(after, before, "accesses to BAR2 are messages");
+    let seen = setting
+        .broker
+        .run(["peek", "--raw", "--length", "6"])
+        .context("the host app looks")?;
+    assert_eq!(seen, b"seen\x10\x10");
+    Ok(())
+}
+
+#[test]
+fn doorbell_is_one_message_and_one_ring() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, device) = setting.machine()?;
+    let doorbell = device.bars[0].0 + 12;
+    setting.bells.iter().flatten().for_each(|bell| {
+        rings(bell);
+    });
+    for (peer, vector) in [(HOST, 3), (1, 2), (HOST, 0)] {
+        let before = setting.relay.messages();
+        machine.write(doorbell, (peer << 16 | vector) as u32)?;
+        let messages = setting.relay.messages();
+        let expected = Message {
+            command: WRITE,
+            region: Some(0),
+        };
+        assert_eq!(messages[before.len()..], [expected]);
+        for (place, bell) in setting.bells.iter().flatten().enumerate() {
+            let rung = place == peer * VECTORS + vector;
+            assert_eq!(rings(bell), u64::from(rung), "{place}");
+        }
+    }
+    // What nobody has is nobody's.
+    for (peer, vector) in [(3, 0), (HOST, VECTORS), (0xffff, 0xffff)] {
+        machine.write(doorbell, (peer << 16 | vector) as u32)?;
+    }
+    assert!(setting.bells.iter().flatten().all(|bell| rings(bell) == 0));
+    Ok(())
+}
+
+/// Guest memory that nothing uses.
+const TARGET: u64 = 32 << 20;
+
+/// Gives each vector an address and a datum, and switches MSI-X on.
+fn enable_interrupts(machine: &mut Bare, device: &PciDevice) -> Result<()> {
+    // Memory accesses and bus mastering.
+    machine.write(device.config + 4, 6)?;
+    for vector in 0..16 {
+        let entry = device.bars[1].0 + 16 * vector;
+        machine.write(entry, (TARGET + 4 * vector) as u32)?;
+        machine.write(entry + 4, 0)?;
+        machine.write(entry + 8, 0xfeed_0000 + vector as u32)?;
+        machine.write(entry + 12, 0)?;
+    }
+    machine.write(device.config + 0x40, 0x8000_0000)
+}
+
+#[test]
+fn rings_for_the_vm_are_its_interrupts() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, device) = setting.machine()?;
+    enable_interrupts(&mut machine, &device)?;
+    machine.fill(TARGET, 64, 0)?;
+    for (vector, bell) in (0..).zip(&setting.bells[0]) {
+        ring(bell)?;
+        let datum = 0xfeed_0000 + vector as u32;
+        wait_until("the interrupt comes", || {
+            Ok(machine.read(TARGET + 4 * vector)? == datum)
+        })?;
+        machine.write(TARGET + 4 * vector, 0)?;
+    }
+    // One that is masked comes once it is not.
+    let control = device.bars[1].0 + 16 + 12;
+    machine.write(control, 1)?;
+    ring(&setting.bells[0][1])?;
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(machine.read(TARGET + 4)?, 0);
+    machine.write(control, 0)?;
+    wait_until("the interrupt comes", || {
+        Ok(machine.read(TARGET + 4)? == 0xfeed_0001)
+    })?;
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
+
+#[test]
+fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, device) = setting.machine()?;
+    enable_interrupts(&mut machine, &device)?;
+    let before = setting.connection()?;
+    let resets = |messages: &[Message]| {
+        let resets = messages.iter().filter(|message| message.command == RESET);
+        resets.count()
+    };
+    let told = resets(&setting.relay.messages());
+    rings(&setting.bells[HOST][0]);
+    machine.qmp("system_reset", &json!({}))?;
+    wait_until("the reset comes", || {
+        Ok(resets(&setting.relay.messages()) > told)
+    })?;
+    wait_until("the host is told", || Ok(setting.connection()? > before))?;
+    assert!(rings(&setting.bells[HOST][0]) >= 1);
+    // The firmware sets the device up again, and everything is as before.
+    wait_until("the firmware is through", || {
+        Ok(machine.read(device.config + 4)? & 2 != 0)
+    })?;
+    let device = machine.device("barlink0")?;
+    assert_eq!(machine.read(device.config + 0x40)?, 0x000f_0011);
+    enable_interrupts(&mut machine, &device)?;
+    machine.fill(TARGET, 64, 0)?;
+    ring(&setting.bells[0][2])?;
+    wait_until("the interrupt comes", || {
+        Ok(machine.read(TARGET + 8)? == 0xfeed_0002)
+    })?;
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
+
+#[test]
+fn guest_memory_is_copied_if_qemu_shares_it() -> Result<()> {
+    let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
+    let peek = |address: u64| {
+        let address = address.to_string();
+        let peek = [
+            "peek", "--guest", "0", "--raw", "--length", "8", "--at", &address,
+        ];
+        setting.broker.run(peek)
+    };
+    let mut config = setting.config()?;
+    let private = Bare::start(Artifacts::shared()?, &config)?;
+    let error = format!("{:#}", peek(TARGET).expect_err("it is not shared"));
+    assert!(error.contains("memory-backend-memfd,share=on"), "{error}");
+    drop(private);
+    wait_until("the slot is free", || {
+        Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+    })?;
+    let shared =
+        "-object memory-backend-memfd,id=ram,size=128M,share=on -machine memory-backend=ram";
+    config.arguments = setting.broker.arguments(0)?;
+    config
+        .arguments
+        .extend(shared.split(' ').map(str::to_owned));
+    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    machine.device("barlink0")?;
+    machine.write(TARGET, u32::from_le_bytes(*b"seen"))?;
+    machine.write(TARGET + 4, u32::from_le_bytes(*b" it!"))?;
+    assert_eq!(peek(TARGET)?, b"seen it!");
+    for address in [(128 << 20) - 4, 128 << 20, u64::MAX - 3] {
+        peek(address).expect_err("nothing is there");
+    }
+    // A reset takes the memory away and gives it back.
+    machine.qmp("system_reset", &json!({}))?;
+    machine.device("barlink0")?;
+    wait_until("the memory is there again", || Ok(peek(TARGET).is_ok()))?;
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
+
+#[test]
+fn qemu_that_is_refused_by_vfio_user_ends_at_once() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (first, _) = setting.machine()?;
+    let direct = Config {
+        arguments: setting.broker.arguments(0)?,
+        ..setting.config()?
+    };
+    let refused = Bare::start(Artifacts::shared()?, &direct);
+    let error = format!("{:#}", refused.expect_err("the slot is taken"));
+    // It has been told; without a word it would wait for five seconds, and complain of that.
+    assert!(error.contains("Device or resource busy"), "{error}");
+    ensure!(first.qmp("query-status", &json!({}))?["running"] == true);
+    // Once there is room, it goes.
+    drop(first);
+    wait_until("the slot is free", || {
+        Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+    })?;
+    Bare::start(Artifacts::shared()?, &direct)?.device("barlink0")?;
+    Ok(())
+}
+
+/// QEMU 11.1 ends itself when it unplugs a vfio-user device with MSI-X (`vfio_user_msix_teardown`), whoever serves it.
+#[test]
+fn device_of_vfio_user_is_plugged_in_and_not_out() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let port = "pcie-root-port,id=late-port,chassis=9,pref64-reserve=8G";
+    let vm = Vm::boot(&Config {
+        arguments: vec!["-device".to_owned(), port.to_owned()],
+        paths: vec![setting.broker.folder().to_owned()],
+        memory_mib: 256,
+        ..Config::default()
+    })?;
+    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+    let socket = json!({ "type": "unix", "path": setting.broker.socket(0) });
+    vm.plug(&json!({
+        "driver": "vfio-user-pci", "id": "late", "bus": "late-port", "rombar": 0, "socket": socket,
+    }))?;
+    wait_until("the driver takes it", || {
+        let info = vm.run(["barlink-guest", "info"])?;
+        Ok(info.require_success().is_ok())
+    })?;
+    vm.run(["barlink-guest", "poke", "plugged"])?
+        .require_success()?;
+    let seen = setting.broker.run(["peek", "--raw", "--length", "7"])?;
+    assert_eq!(seen, b"plugged");
+    drop(vm);
+    // So the port that `barlink qemu-args` makes lets nothing out.
+    let setting = Setting::new("1M")?;
+    let (machine, _) = setting.machine()?;
+    let refused = machine.qmp("device_del", &json!({ "id": "barlink0" }));
+    let error = format!("{:#}", refused.expect_err("it can be unplugged"));
+    assert!(error.contains("does not support hotplug"), "{error}");
+    machine.qmp("query-status", &json!({}))?;
+    Ok(())
+}
+
+/// What a user is warned of: `docs/architecture.md`.
+#[test]
+fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, device) = setting.machine()?;
+    let region = device.bars[2].0;
+    setting.broker.signal(Signal::KILL)?;
+    wait_until("QEMU notices", || {
+        Ok(machine.read(device.bars[0].0 + 8)? == u32::MAX)
+    })?;
+    machine.write(region + 4096, 0x600d_600d)?;
+    assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
+    machine.qmp("query-status", &json!({}))?;
+    // QEMU cannot tell the broker of its memory, and gives up.
+    let _ = machine.qmp("system_reset", &json!({}));
+    let status = machine.end()?;
+    assert!(!status.success());
+    let errors = machine.errors()?;
+    assert!(errors.contains("DMA mapping failed"), "{errors}");
+    Ok(())
+}
+
+/// What a user is warned of: `README.md`.
+#[test]
+fn qemu_migrates_the_vm_and_leaves_the_region_behind() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (machine, _) = setting.machine()?;
+    let nowhere = json!({ "uri": "exec:cat >/dev/null" });
+    machine.qmp("migrate", &nowhere)?;
+    wait_until("the VM is migrated", || {
+        let status = machine.qmp("query-migrate", &json!({}))?;
+        ensure!(status["status"] != "failed", "{status}");
+        Ok(status["status"] == "completed")
+    })
+}
+
+#[test]
+fn stream_of_a_gibibyte_is_no_message_but_its_doorbells() -> Result<()> {
+    let setting = Setting::new("64M")?;
+    let config = Config {
+        memory_mib: 512,
+        ..setting.config()?
+    };
+    let vm = Vm::boot(&config)?;
+    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+    let mut receiver = setting.broker.app(["recv", "-o", "/dev/null"]).spawn()?;
+    let before = setting.relay.messages().len();
+    // A file that is a hole, since a pipe would be slower than the channel.
+    let file = "/tmp/file";
+    let hole = "dd if=/dev/zero of=/tmp/file bs=1M count=0 seek=1024";
+    vm.run(["sh", "-c", hole])?.require_success()?;
+    let send = ["barlink-guest", "send", "--record-size", "16K", file];
+    vm.spawn(send)?.wait(COMMAND_TIMEOUT)?.require_success()?;
+    ensure!(receiver.wait()?.success());
+    let messages = setting.relay.messages()[before..].to_vec();
+    let channel = setting.broker.inspect()?["channels"][0].clone();
+    assert_eq!(channel["name"], "up");
+    let count = |name: &str| channel[name].as_u64().context("no count");
+    let (records, rung) = (count("records")?, count("rung")?);
+    let of_region = |region| {
+        let messages = messages.iter();
+        messages
+            .filter(|message| message.region == Some(region))
+            .count()
+    };
+    println!(
+        "{records} records, {rung} rings, {} messages",
+        messages.len()
+    );
+    assert_eq!(of_region(2), 0, "accesses to BAR2 are messages");
+    ensure!(records > 65_536, "the stream was over too soon");
+    // Besides, the driver rings when an end is claimed or let go, and an end when it attaches.
+    let more = messages.len() as u64 - rung;
+    assert!(more < 10, "{more} messages that are no rings of the stream");
+    Ok(())
+}
