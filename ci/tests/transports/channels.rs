@@ -349,18 +349,28 @@ fn qemu_that_is_killed_is_followed_by_another_on_the_same_broker() -> Result<()>
 #[test]
 fn unbound_device_ends_guest_apps_with_a_word() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
-    let receiver = vm.spawn(["barlink-guest", "recv"])?;
+    // One sleeps in a call, the other one mostly writes to the memory.
+    let apps = [
+        vm.spawn(["barlink-guest", "recv"])?,
+        vm.spawn(["barlink-guest", "send", "/dev/zero"])?,
+    ];
+    let mut receiver = broker.app(["recv", "-o", "/dev/null"]).spawn()?;
     wait_for_holder(&broker, "down", "consumer", true)?;
+    wait_for_holder(&broker, "up", "producer", true)?;
     vm.run([
         "sh",
         "-c",
         "echo 0000:01:00.0 >/sys/bus/pci/drivers/barlink/unbind",
     ])?
     .require_success()?;
-    let ended = receiver.wait(COMMAND_TIMEOUT)?;
-    let errors = String::from_utf8(ended.stderr)?;
-    assert_eq!(ended.status, Status::Code(3), "{errors}");
-    assert!(errors.contains("the device is gone"), "{errors}");
+    for app in apps {
+        let ended = app.wait(COMMAND_TIMEOUT)?;
+        let errors = String::from_utf8(ended.stderr)?;
+        assert_eq!(ended.status, Status::Code(3), "{errors}");
+        assert!(errors.contains("the device is gone"), "{errors}");
+    }
+    // Its sender left in the middle of a stream.
+    assert_eq!(receiver.wait()?.code(), Some(5));
     wait_for_holder(&broker, "down", "consumer", false)
 }
 
