@@ -9,10 +9,10 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
-use std::sync::{RwLockWriteGuard, TryLockError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use log::{Level, info, warn};
+use parking_lot::RwLockWriteGuard;
 use rustix::event::{PollFd, PollFlags};
 
 use super::limit::{REFUSED, limited};
@@ -110,19 +110,10 @@ pub fn rest(shared: &Shared) {
     shared.freeze();
 }
 
-/// Closes the gate, once nobody is in it.
+/// Closes the gate, once nobody is in it. Whoever comes meanwhile waits, so that no VM keeps it open by coming again and
+/// again.
 fn close(shared: &Shared) -> Option<RwLockWriteGuard<'_, ()>> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match shared.gate().try_write() {
-            Ok(gate) => return Some(gate),
-            Err(TryLockError::Poisoned(gate)) => return Some(gate.into_inner()),
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            Err(TryLockError::WouldBlock) => return None,
-        }
-    }
+    shared.gate().try_write_for(PATIENCE)
 }
 
 fn converse(successor: &PacketSocket, shared: &Shared) -> io::Result<bool> {

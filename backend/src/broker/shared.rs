@@ -6,12 +6,13 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::fence;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, presence};
 use barlink_protocol::{Ordering, PresenceWords, state};
 use log::warn;
+use parking_lot::RwLock;
 
 use super::ledger::{Greeting, Ledger};
 use super::mailbox::{Mailbox, Wish};

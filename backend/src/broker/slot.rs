@@ -3,7 +3,9 @@
 //! A slot that is taken: what a transport gets to see of the broker while it serves a VM.
 
 use std::fs::File;
-use std::sync::{Arc, PoisonError, RwLockReadGuard};
+use std::sync::Arc;
+
+use parking_lot::RwLockReadGuard;
 
 use super::Shared;
 use super::ledger::Greeting;
@@ -102,8 +104,7 @@ impl Slot {
 
     /// Keeps a successor from taking over until what this gives is dropped. Waits for one that is taking over.
     pub fn within_a_message(&self) -> RwLockReadGuard<'_, ()> {
-        let gate = self.shared.gate().read();
-        gate.unwrap_or_else(PoisonError::into_inner)
+        self.shared.gate().read()
     }
 
     /// Keeps a descriptor for the broker's successor, in the place of another that is called so.

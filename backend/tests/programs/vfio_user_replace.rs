@@ -172,6 +172,31 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
     assert_eq!(client.read(CONFIG, 4, 2), [0, 0]);
 }
 
+/// Nearly always there is one that is not whole.
+#[test]
+fn messages_that_come_slowly_one_after_the_other_keep_no_successor_out() {
+    let (mut broker, arguments) = serve();
+    let arguments = arguments.each_ref().map(String::as_str);
+    let client = Client::greet(&broker);
+    let mut socket = client.socket.try_clone().unwrap();
+    std::thread::spawn(move || {
+        for number in 10.. {
+            let read = message(number, READ, 0, &words(&[0x10, 0, 0, 4]));
+            for (part, pause) in [(&read[..20], 300), (&read[20..], 0)] {
+                if socket.write_all(part).is_err() {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(pause));
+            }
+        }
+    });
+    for _ in 0..3 {
+        let start = Instant::now();
+        succeed(&mut broker, &arguments);
+        assert!(start.elapsed() < Duration::from_secs(3));
+    }
+}
+
 #[test]
 fn half_a_message_holds_a_successor_up_for_a_moment_only() {
     let (mut broker, arguments) = serve();

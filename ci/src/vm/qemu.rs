@@ -191,7 +191,6 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
     };
     command
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
-        // Shared memory is what vhost-user and vfio-user devices need; the others do not mind.
         .args([
             "-machine",
             "q35,memory-backend=ram",

@@ -24,7 +24,8 @@ use crate::broker::store::Kept;
 
 /// Most ranges of one guest. QEMU has about ten.
 pub const MAX_RANGES: u32 = 256;
-/// File systems whose files' pages are there whenever they are touched: a memfd's. Huge pages can be lacking, which is SIGBUS.
+/// The file system whose files' pages come when they are touched, while there is memory: a memfd's. Huge pages can be lacking, which
+/// is SIGBUS.
 const TMPFS: u64 = 0x0102_1994;
 
 /// A range of guest memory, as a client tells of it.
@@ -248,13 +249,17 @@ fn stat(file: impl AsFd) -> Result<Stat, Fault> {
     rustix::fs::fstat(file).map_err(|_| Fault::Unmappable)
 }
 
-/// Whether a descriptor's file stays as long as it is, and has its pages whenever they are touched. Otherwise to touch the
+/// Whether a descriptor's file stays as long as it is, and has its pages when they are touched. Otherwise to touch the
 /// mapping could be SIGBUS, which would be the broker's end.
 fn is_safe(descriptor: &OwnedFd) -> Result<(), Fault> {
     let sealed = rustix::fs::fcntl_get_seals(descriptor)
         .is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+    // First, since of another file system this could ask whoever serves it.
+    if !sealed {
+        return Err(Fault::Unsealed);
+    }
     let system = rustix::fs::fstatfs(descriptor).map_err(|_| Fault::Unmappable)?;
-    if sealed && system.f_type.cast_unsigned() == TMPFS {
+    if system.f_type.cast_unsigned() == TMPFS {
         Ok(())
     } else {
         Err(Fault::Unsealed)

@@ -24,6 +24,8 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// Vectors have small numbers.
 const SOCKET: u64 = u64::MAX;
 const WISHES: u64 = u64::MAX - 1;
+/// Wishes that are granted before the next message is looked for: a vCPU may wait for the answer to that.
+const WISHES_A_TURN: usize = 4;
 /// Events that are taken at once.
 const EVENTS: usize = 16;
 
@@ -41,17 +43,22 @@ pub fn run(
     let epoll = watch(vm, slot).map_err(TransportError::Receive)?;
     let mut events = [EpollEvent::default(); EVENTS];
     let start = Instant::now();
+    // Wishes may be left, of which their bell tells no more.
+    let mut more = false;
     loop {
-        let patience = (!device.has_agreed()).then(|| SILENCE.saturating_sub(start.elapsed()));
+        let mut patience = (!device.has_agreed()).then(|| SILENCE.saturating_sub(start.elapsed()));
         if patience == Some(Duration::ZERO) {
             return Ok(Departure::Misbehaved("it does not say its version"));
+        }
+        if more {
+            patience = Some(Duration::ZERO);
         }
         let ready = match epoll.wait(milliseconds(patience), &mut events) {
             Ok(ready) => ready,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(TransportError::Receive(error)),
         };
-        let (mut heard, mut wished) = (false, false);
+        let (mut heard, mut wished) = (false, more);
         for event in &events[..ready] {
             match event.data() {
                 SOCKET => heard = true,
@@ -66,9 +73,9 @@ pub fn run(
         // From here to the reply no successor takes over: it would find half a message.
         let _within = slot.within_a_message();
         if wished {
-            while let Some(wish) = slot.next_wish() {
-                device.grant(wish);
-            }
+            let wishes = (0..WISHES_A_TURN).map_while(|_| slot.next_wish());
+            let granted = wishes.map(|wish| device.grant(wish)).count();
+            more = granted == WISHES_A_TURN;
         }
         if !heard {
             continue;
