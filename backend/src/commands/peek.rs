@@ -4,6 +4,7 @@
 
 use anyhow::Result;
 use barlink::Access;
+use barlink::control::message::MAX_COPY;
 use barlink_cli::place;
 
 use crate::args::{Peek, Poke};
@@ -13,8 +14,15 @@ pub fn peek(args: &Peek) -> Result<()> {
     let Some(slot) = args.guest else {
         return place::peek(&attachment.region(), attachment.layout(), &args.peek);
     };
-    let mut bytes = vec![0; usize::try_from(args.peek.length)?];
-    attachment.read_guest(slot, args.peek.place.at, &mut bytes)?;
+    // As it comes: where the guest's memory ends is not known here, and any length can be asked for.
+    let length = usize::try_from(args.peek.length)?;
+    let mut bytes = Vec::new();
+    while bytes.len() < length {
+        let start = bytes.len();
+        bytes.resize(length.min(start + MAX_COPY), 0);
+        let address = args.peek.place.at.saturating_add(start as u64);
+        attachment.read_guest(slot, address, &mut bytes[start..])?;
+    }
     place::show(&bytes, &args.peek)
 }
 

@@ -70,6 +70,10 @@ fn guest_memory_is_copied_within_what_is_mapped() {
     let mut few = [0; 7];
     app.read_guest(1, 17 * MIB - 3, &mut few).unwrap();
     assert_eq!(few, [&bytes[(2 << 20) - 3..], &bytes[..4]].concat()[..]);
+    // However much a user asks for, what is not there ends it.
+    let mut command = broker.app(&["peek", "--guest", "1", "--at", "16M", "--length", "7E"]);
+    let hole = "32768 bytes at 0x1200000 are not in memory that the guest shares";
+    fails(&mut command, 1, &[hole]);
     // What the guest writes is seen.
     ram.write_all_at(b"changed", 5).unwrap();
     app.read_guest(1, 17 * MIB + 5, &mut few).unwrap();

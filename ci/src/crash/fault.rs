@@ -135,8 +135,7 @@ impl Fault {
         }
     }
 
-    /// How many records come again because they were delivered and not released: which is right, and the more so
-    /// where it is certain.
+    /// How many records come again because they were delivered and not released, as is right.
     pub fn again(self) -> RangeInclusive<u64> {
         match self {
             Self::KilledAt(_, Point::BeforeRelease) => 1..=1,
