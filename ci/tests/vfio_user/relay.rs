@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use anyhow::Result;
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
@@ -100,11 +101,16 @@ fn pass(from: &UnixStream, to: &UnixStream, mut seen: impl FnMut(&[u8])) -> Resu
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(&mut bytes)];
-        let received = rustix::net::recvmsg(from, parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-        if received.bytes == 0 {
-            to.shutdown(Shutdown::Both)?;
-            return Ok(());
-        }
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let received = match rustix::net::recvmsg(from, parts, &mut ancillary, flags) {
+            Ok(received) if received.bytes > 0 => received,
+            // Who is killed with something unread closes so.
+            Ok(_) | Err(Errno::CONNRESET) => {
+                to.shutdown(Shutdown::Both)?;
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
         let mut descriptors: Vec<OwnedFd> = Vec::new();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
