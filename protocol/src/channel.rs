@@ -12,6 +12,7 @@ use crate::link::{Events, Link, PAST, Wakeup};
 use crate::presence::{Presence, PresenceWords};
 use crate::producer::{Producer, Reservation, ReserveError};
 use crate::region::Region;
+use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, End, Layout};
 
@@ -106,6 +107,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// The events of this end.
     pub fn events(&self) -> &E {
         self.link.events()
+    }
+
+    /// Waits otherwise from now on; [`Strategy::PROMPT`] if this is not called.
+    pub fn set_strategy(&mut self, strategy: Strategy) {
+        self.link.set_strategy(strategy);
     }
 
     /// Whether this channel drops records that find it full.
@@ -295,6 +301,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// The events of this end.
     pub fn events(&self) -> &E {
         self.link.events()
+    }
+
+    /// Waits otherwise from now on; [`Strategy::PROMPT`] if this is not called.
+    pub fn set_strategy(&mut self, strategy: Strategy) {
+        self.link.set_strategy(strategy);
     }
 
     /// Waits until there is a record, the other end changes, or `timeout` is over. A record is looked for first: what

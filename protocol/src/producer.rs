@@ -138,12 +138,15 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             .store(self.base + channel::DROPPED, self.dropped);
     }
 
-    /// Publishes that this end wants to be rung once a record of `length` bytes fits. Then looks once more: `true`
-    /// if it fits already, and there is no need to sleep.
+    /// Publishes that this end wants to be rung once a record of `length` bytes fits and half the channel is free, so that
+    /// a full one is not rung about at every record. Then looks once more: `true` if the record fits already, and there
+    /// is no need to sleep.
     pub fn wish_for_room(&mut self, length: usize) -> Result<bool, ReserveError> {
         let place = self.find_place(length)?;
+        let capacity = self.capacity.bytes();
+        let room = (place.pad + place.span).max(capacity / 2);
         // Before the first lap this would be negative: then there is room, as the second look finds.
-        let wish = (self.written + place.pad + place.span).saturating_sub(self.capacity.bytes());
+        let wish = (self.written + room).saturating_sub(capacity);
         self.region.store(self.base + channel::PRODUCER_WISH, wish);
         // SYNC: wish-then-cursor; pairs with the fence in `Consumer::release`. One of the two sees the other.
         fence(Ordering::SeqCst);

@@ -131,6 +131,28 @@ fn rings_only_an_end_that_asked() {
 }
 
 #[test]
+fn a_full_channel_is_rung_about_once_half_of_it_is_free() {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    let mut lap = || {
+        let mut sent = 0;
+        while send(&mut producer, &[0; 40]).is_ok() {
+            sent += 1;
+        }
+        assert!(!producer.wish_for_room(40).unwrap());
+        let mut released = 1;
+        while consumer.poll().unwrap() && consumer.release() == Notify::Quiet {
+            released += 1;
+        }
+        (sent, released)
+    };
+    // Of 64 bytes with their headers.
+    assert_eq!(lap(), (64, 32));
+    assert_eq!(lap(), (32, 32));
+    assert_eq!(lap(), (32, 32));
+}
+
+#[test]
 fn dropped_records_are_counted_and_leave_a_gap() {
     let (region, layout) = region(4096, true);
     let (mut producer, mut consumer) = attach(&region, &layout);
