@@ -191,6 +191,11 @@ impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
         self.header.length as usize
     }
 
+    /// The payload, as words that can still change; the last one is padded with zeros by an honest producer.
+    pub fn words(&self) -> &[AtomicU64] {
+        self.region.words(self.payload, self.length())
+    }
+
     /// One word of the payload, the bytes from `8 * index` on; the last one is padded with zeros by an honest producer.
     ///
     /// # Panics

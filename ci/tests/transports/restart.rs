@@ -4,6 +4,7 @@
 
 use std::io::Write;
 use std::process::Stdio;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -28,23 +29,25 @@ fn stream_through(
     let mut input = sender.stdin.take().context("no input")?;
     wait_for_holder(broker, "down", "consumer", true)?;
     wait_for_holder(broker, "up", "consumer", true)?;
-    let bytes = noise(20_000_000);
     let before = status(broker)?;
-    let writer = {
-        let bytes = bytes.clone();
-        thread::spawn(move || -> Result<()> {
-            for part in bytes.chunks(100_000) {
-                input.write_all(part)?;
-                thread::sleep(Duration::from_millis(5));
-            }
-            Ok(())
-        })
-    };
+    // Until it is told to stop, or nobody is left to tell it.
+    let (stop, stopped) = mpsc::channel::<()>();
+    let writer = thread::spawn(move || -> Result<Vec<u8>> {
+        let mut written = Vec::new();
+        let mut parts = 0;
+        while stopped.recv_timeout(Duration::from_millis(5)) == Err(RecvTimeoutError::Timeout) {
+            // No two are of one length.
+            let part = noise(100_000 + 4 * parts);
+            input.write_all(&part)?;
+            written.extend(part);
+            parts += 1;
+        }
+        Ok(written)
+    });
     for _ in 0..5 {
         thread::sleep(Duration::from_millis(100));
         change(broker)?;
     }
-    ensure!(!writer.is_finished(), "the stream was over too soon");
     let after = status(broker)?;
     for part in ["slots", "claims"] {
         ensure!(
@@ -52,7 +55,8 @@ fn stream_through(
             "{part} changed: {before} and {after}"
         );
     }
-    writer
+    drop(stop);
+    let bytes = writer
         .join()
         .map_err(|_| anyhow::anyhow!("nobody writes"))??;
     ensure!(sender.wait()?.success());
