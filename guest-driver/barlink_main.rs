@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! barlink's guest driver: gives the processes of a VM a PCI device that is made of memory shared with the
-//! host.
+//! barlink's guest driver: gives the processes of a VM a device that is made of memory shared with the host.
 //!
-//! The device is ivshmem's (1af4:1110), with a barlink region behind BAR2. The driver maps parts of that
+//! The device is on the PCI bus, and ivshmem's (1af4:1110), with a barlink region behind BAR2; or it is on the virtio
+//! bus, with the region as its shared memory. Programs cannot tell the two apart. The driver maps parts of the
 //! region into processes, hands them the device's interrupts, rings the host for them, and keeps the book
 //! of who holds which end of which channel. It looks at no channel and copies no data: all of that is
 //! between the process and the host.
 //!
 //! | file | its one job |
 //! |---|---|
-//! | `driver.rs` | binds a PCI device and lets go of it, in the right order |
-//! | `bar.rs`, `iomem.rs` | BARs, and the few bytes of them that the driver itself reads and writes |
-//! | `hardware.rs` | the device's registers and the driver's page of the region |
-//! | `irq.rs` | MSI-X vectors |
-//! | `wait.rs` | the kernel's wait queues |
+//! | `pci.rs` | binds a PCI device and lets go of it, in the right order |
+//! | `irq.rs` | its MSI-X vectors |
+//! | `virtio.rs` | binds a virtio device and lets go of it, likewise |
+//! | `virtqueue.rs` | a virtqueue of short messages |
+//! | `doorbells.rs`, `interrupts.rs` | what a virtio device has queues for |
+//! | `binding.rs` | what is the same on both buses |
+//! | `memory.rs`, `iomem.rs` | device memory, and the few bytes of it that the driver itself reads and writes |
+//! | `hardware.rs` | the superblock, the doorbell and the driver's page of the region |
+//! | `wait.rs`, `lock.rs` | the kernel's wait queues and spinlocks |
 //! | `events.rs` | which open file hears of which vector |
 //! | `claims.rs` | who holds which end of which channel |
 //! | `device.rs` | what outlives the binding: the state that open files and the driver share |
@@ -26,19 +30,25 @@
 //! The user interface is [`wire::uapi`], the region's layout [`wire::layout`]; programs compile the same
 //! files.
 
-mod bar;
+mod binding;
 mod chardev;
 mod claims;
 mod compat;
 mod device;
-mod driver;
+mod doorbells;
 mod events;
 mod file;
 mod hardware;
+mod interrupts;
 mod iomem;
 mod irq;
+mod lock;
 mod mapping;
+mod memory;
+mod pci;
 mod shim;
+mod virtio;
+mod virtqueue;
 mod wait;
 
 #[expect(
@@ -52,8 +62,30 @@ mod wire;
 // The region's layout counts in pages of 4096 bytes, and `mmap` counts in those of the machine.
 const _: () = assert!(kernel::page::PAGE_SIZE as u64 == wire::layout::PAGE_SIZE);
 
-kernel::module_pci_driver! {
-    type: driver::Driver,
+use kernel::{
+    driver,
+    prelude::*, //
+};
+
+/// The module, until it is unloaded.
+#[pin_data]
+struct Module {
+    #[pin]
+    _pci: driver::Registration<kernel::pci::Adapter<pci::Driver>>,
+    _virtio: virtio::Registration,
+}
+
+impl kernel::InPlaceModule for Module {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            _pci <- driver::Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
+            _virtio: virtio::Registration::new()?,
+        })
+    }
+}
+
+module! {
+    type: Module,
     name: "barlink",
     authors: ["The barlink developers"],
     description: "Memory shared with the host through a PCI BAR",

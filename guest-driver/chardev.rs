@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! `/dev/barlinkN`: a misc device for each PCI device, `N` being the smallest number that none has.
+//! `/dev/barlinkN`: a misc device for each device, `N` being the smallest number that none has.
 //!
 //! The `kernel` crate's `MiscDevice` is not used: it has no `poll`, and does not keep the module loaded while
 //! a file is open. C header: `include/linux/miscdevice.h`.
 
 use crate::{
-    bar::raw,
     device::Device,
     file,
     shim, //
@@ -14,9 +13,11 @@ use crate::{
 use kernel::{
     bindings,
     container_of,
-    device::Bound,
+    device::{
+        self,
+        Bound, //
+    },
     error::to_result,
-    pci,
     prelude::*,
     str::CString,
     sync::Arc,
@@ -64,7 +65,7 @@ impl CharDevice {
     /// Makes a device node for `device`, root's alone unless a udev rule says otherwise. The error is the
     /// kernel's.
     pub(crate) fn register(
-        pdev: &pci::Device<Bound>,
+        parent: &device::Device<Bound>,
         device: Arc<Device>,
     ) -> Result<Pin<KBox<Self>>> {
         let number = Number::take()?;
@@ -74,8 +75,7 @@ impl CharDevice {
             minor: bindings::MISC_DYNAMIC_MINOR as c_int,
             name: name.as_char_ptr(),
             fops: &file::OPERATIONS,
-            // SAFETY: The device is valid, being bound; this only computes the address of a field.
-            parent: unsafe { &raw mut (*raw(pdev)).dev },
+            parent: shim::raw(parent),
             mode: 0o600,
             ..Default::default()
         };

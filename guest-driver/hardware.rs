@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! What the driver itself reads and writes of a device: its registers, and the driver's page of the region.
+//! What the driver itself reads and writes of a device: the superblock, its doorbell, and the driver's page of the region.
 //!
-//! The registers are ivshmem's (QEMU's `docs/specs/ivshmem-spec.rst`, "Device Specification"), the page is
-//! described in `docs/protocol.md`, section 3.
+//! The superblock is described in `docs/protocol.md`, section 2, the page in section 3.
 
 #![forbid(unsafe_code)]
 
 use crate::{
-    bar::Bar,
+    doorbells::Doorbells,
     iomem::IoMem,
+    memory::DeviceMemory,
     wire::{
         layout::{
             presence,
@@ -28,14 +28,22 @@ use core::{
     mem::MaybeUninit, //
 };
 use kernel::{
-    device::Bound,
-    pci,
-    prelude::*, //
+    device::{
+        self,
+        Bound, //
+    },
+    prelude::*,
+    sync::Arc, //
 };
 
-/// Reads the superblock of a region. `ENODEV` when there is none, and a line in the log that says why;
-/// `ENOMEM`.
-pub(crate) fn read_layout(pdev: &pci::Device<Bound>, region: &Bar<'_>) -> Result<KBox<Layout>> {
+/// Reads the superblock of a region, for the device that says it has this ID.
+///
+/// `ENODEV` when there is none, or no such slot, and a line in the log that says why; `ENOMEM`.
+pub(crate) fn read_layout(
+    dev: &device::Device<Bound>,
+    region: &DeviceMemory,
+    id: u32,
+) -> Result<KBox<Layout>> {
     let page = region.map(0, PAGE_SIZE as usize)?;
     let mut words = KVec::with_capacity(PAGE_WORDS, GFP_KERNEL)?;
     for index in 0..PAGE_WORDS {
@@ -44,10 +52,20 @@ pub(crate) fn read_layout(pdev: &pci::Device<Bound>, region: &Bar<'_>) -> Result
     // Of the region's bytes, this copy is all that is ever looked at.
     let copy = words.as_slice().try_into().map_err(|_| EINVAL)?;
     let place = KBox::<Layout>::new_uninit(GFP_KERNEL)?;
-    decode(place, copy, region.size).map_err(|fault| {
-        dev_info!(pdev, "declined: {}\n", format_args!("{fault}"));
+    let layout = decode(place, copy, region.size).map_err(|fault| {
+        dev_info!(dev, "declined: {}\n", format_args!("{fault}"));
         ENODEV
-    })
+    })?;
+    if id >= layout.slots {
+        dev_info!(
+            dev,
+            "declined: its ID is {}, of {} slots\n",
+            id,
+            layout.slots
+        );
+        return Err(ENODEV);
+    }
+    Ok(layout)
 }
 
 /// Decodes a superblock into `place`. A function of its own, since a layout is 2 KiB, and the copies of it
@@ -61,30 +79,30 @@ fn decode(
     Ok(KBox::write(place, Layout::decode(page, region_size)?))
 }
 
-/// The registers of a device.
-pub(crate) struct Registers(IoMem);
+/// How a device rings. Not sleeping, whichever it is, and never in vain while the host's side is well.
+pub(crate) enum Bell {
+    /// By its registers, which are ivshmem's (QEMU's `docs/specs/ivshmem-spec.rst`, "Device Specification").
+    Register(IoMem),
+    /// By a virtqueue.
+    Queue(Arc<Doorbells>),
+}
 
-impl Registers {
-    /// The registers in this BAR. `ENOMEM`.
-    pub(crate) fn map(bar: &Bar<'_>) -> Result<Self> {
-        Ok(Registers(bar.map(0, uapi::REGISTERS_SIZE)?))
-    }
-
-    /// The device's own ID; all ones once the device is unplugged.
-    pub(crate) fn id(&self) -> u32 {
-        self.0.read32(uapi::REGISTER_ID)
-    }
-
+impl Bell {
     /// Rings a vector of a peer, both below 65536; higher bits are not sent.
     fn ring(&self, peer: u32, vector: u32) {
-        self.0
-            .write32(uapi::REGISTER_DOORBELL, peer << 16 | vector & 0xffff);
+        match self {
+            Bell::Register(registers) => registers.write32(
+                uapi::REGISTER_DOORBELL,
+                uapi::doorbell_message(peer, vector),
+            ),
+            Bell::Queue(doorbells) => doorbells.ring(peer, vector),
+        }
     }
 }
 
 /// A device that the host has been told of: the driver's epoch is odd. Dropping this tells it the end.
 pub(crate) struct Hardware {
-    registers: Registers,
+    bell: Bell,
     /// The driver's page.
     page: IoMem,
     host: u32,
@@ -97,11 +115,11 @@ impl Hardware {
     ///
     /// The old epoch is what the last driver left: even after an orderly end, else odd. The host could have
     /// written anything there; that would harm nobody but itself.
-    pub(crate) fn arrive(registers: Registers, page: IoMem, layout: &Layout) -> Self {
+    pub(crate) fn arrive(bell: Bell, page: IoMem, layout: &Layout) -> Self {
         let old = page.read64(presence::EPOCH as usize);
         let epoch = old.wrapping_add(if old % 2 == 0 { 1 } else { 2 });
         let hardware = Hardware {
-            registers,
+            bell,
             page,
             host: layout.host(),
             epoch,
@@ -112,7 +130,7 @@ impl Hardware {
 
     /// Rings a vector of a peer. Which of the two exist, the caller knows.
     pub(crate) fn ring(&self, peer: u32, vector: u32) {
-        self.registers.ring(peer, vector);
+        self.bell.ring(peer, vector);
     }
 
     /// Says who holds one end of a channel: a claim's number and its process, or `None`.

@@ -5,8 +5,8 @@
 //! C headers: `include/linux/pci.h`, `include/linux/interrupt.h`.
 
 use crate::{
-    bar::raw,
     compat,
+    pci::raw,
     wait::WaitQueue, //
 };
 use kernel::{

@@ -7,17 +7,42 @@
 #include <linux/fs.h>
 #include <linux/idr.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/pci.h>
+#include <linux/scatterlist.h>
+#include <linux/spinlock.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
 #include <linux/wait.h>
 
 int barlink_number_alloc(void);
 void barlink_number_free(int number);
-u32 barlink_pci_address(struct pci_dev *pdev);
+u32 barlink_pci_address(struct device *dev);
+void barlink_lock_init(spinlock_t *lock);
+unsigned long barlink_lock(spinlock_t *lock);
+void barlink_unlock(spinlock_t *lock, unsigned long flags);
 void barlink_init_event_queue(struct wait_queue_head *queue);
 void barlink_init_sleeper_queue(struct wait_queue_head *queue);
 struct file *barlink_anon_file(void);
 pgprot_t barlink_pgprot_noncached(pgprot_t prot);
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address);
+
+int barlink_virtio_register(void);
+void barlink_virtio_unregister(void);
+struct device *barlink_virtio_dev(struct virtio_device *vdev);
+u32 barlink_virtio_config(struct virtio_device *vdev, u32 offset);
+bool barlink_virtio_memory(struct virtio_device *vdev, u8 id, u64 *address, u64 *size);
+int barlink_virtio_find_queues(struct virtio_device *vdev, void *context, struct virtqueue *queues[2]);
+void barlink_virtio_delete_queues(struct virtio_device *vdev);
+void barlink_virtio_ready(struct virtio_device *vdev);
+int barlink_queue_add(struct virtqueue *queue, void *buffer, u32 size, bool writable);
+
+/* In virtio.rs. */
+int barlink_virtio_probe(struct virtio_device *vdev);
+void barlink_virtio_remove(struct virtio_device *vdev);
+void barlink_virtio_doorbells_returned(void *context);
+void barlink_virtio_interrupted(void *context);
 
 static DEFINE_IDA(numbers);
 
@@ -31,9 +56,34 @@ void barlink_number_free(int number)
 	ida_free(&numbers, number);
 }
 
-u32 barlink_pci_address(struct pci_dev *pdev)
+u32 barlink_pci_address(struct device *dev)
 {
-	return (u32)pci_domain_nr(pdev->bus) << 16 | pci_dev_id(pdev);
+	for (; dev; dev = dev->parent) {
+		if (dev_is_pci(dev)) {
+			struct pci_dev *pdev = to_pci_dev(dev);
+
+			return (u32)pci_domain_nr(pdev->bus) << 16 | pci_dev_id(pdev);
+		}
+	}
+	return 0;
+}
+
+void barlink_lock_init(spinlock_t *lock)
+{
+	spin_lock_init(lock);
+}
+
+unsigned long barlink_lock(spinlock_t *lock)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(lock, flags);
+	return flags;
+}
+
+void barlink_unlock(spinlock_t *lock, unsigned long flags)
+{
+	spin_unlock_irqrestore(lock, flags);
 }
 
 /* Two functions, since each use of the macro is a lock class of its own, and one queue wakes the other. */
@@ -79,4 +129,96 @@ u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address)
 			return i + 1;
 #endif
 	return 0;
+}
+
+static const struct virtio_device_id virtio_devices[] = {
+	{ VIRTIO_ID_IOMEM, VIRTIO_DEV_ANY_ID },
+	{},
+};
+MODULE_DEVICE_TABLE(virtio, virtio_devices);
+
+/* Else the queues would be gone after it. */
+static int refuse_to_freeze(struct virtio_device *vdev)
+{
+	return -EBUSY;
+}
+
+static struct virtio_driver virtio_driver = {
+	.driver.name = "barlink",
+	.id_table = virtio_devices,
+	.probe = barlink_virtio_probe,
+	.remove = barlink_virtio_remove,
+	.freeze = pm_sleep_ptr(refuse_to_freeze),
+};
+
+int barlink_virtio_register(void)
+{
+	return register_virtio_driver(&virtio_driver);
+}
+
+void barlink_virtio_unregister(void)
+{
+	unregister_virtio_driver(&virtio_driver);
+}
+
+struct device *barlink_virtio_dev(struct virtio_device *vdev)
+{
+	return &vdev->dev;
+}
+
+u32 barlink_virtio_config(struct virtio_device *vdev, u32 offset)
+{
+	return virtio_cread32(vdev, offset);
+}
+
+bool barlink_virtio_memory(struct virtio_device *vdev, u8 id, u64 *address, u64 *size)
+{
+	struct virtio_shm_region region;
+
+	if (!virtio_get_shm_region(vdev, &region, id))
+		return false;
+	*address = region.addr;
+	*size = region.len;
+	return true;
+}
+
+static void doorbells_returned(struct virtqueue *queue)
+{
+	barlink_virtio_doorbells_returned(queue->vdev->priv);
+}
+
+static void interrupted(struct virtqueue *queue)
+{
+	barlink_virtio_interrupted(queue->vdev->priv);
+}
+
+int barlink_virtio_find_queues(struct virtio_device *vdev, void *context, struct virtqueue *queues[2])
+{
+	struct virtqueue_info infos[2] = {
+		{ "doorbells", doorbells_returned },
+		{ "interrupts", interrupted },
+	};
+
+	vdev->priv = context;
+	return virtio_find_vqs(vdev, 2, queues, infos, NULL);
+}
+
+void barlink_virtio_delete_queues(struct virtio_device *vdev)
+{
+	vdev->config->del_vqs(vdev);
+}
+
+void barlink_virtio_ready(struct virtio_device *vdev)
+{
+	virtio_device_ready(vdev);
+}
+
+int barlink_queue_add(struct virtqueue *queue, void *buffer, u32 size, bool writable)
+{
+	struct scatterlist list;
+
+	sg_init_one(&list, buffer, size);
+	if (writable)
+		return virtqueue_add_inbuf(queue, &list, 1, buffer, GFP_ATOMIC);
+	return virtqueue_add_outbuf(queue, &list, 1, buffer, GFP_ATOMIC);
 }

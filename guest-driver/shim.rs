@@ -4,8 +4,41 @@
 
 use kernel::{
     bindings,
-    ffi::{c_int, c_ulong},
+    device::{
+        Bound,
+        Device, //
+    },
+    ffi::{
+        c_int,
+        c_uint,
+        c_ulong,
+        c_void, //
+    },
 };
+
+/// The C side of a device.
+pub(crate) fn raw(dev: &Device<Bound>) -> *mut bindings::device {
+    // `Device` is a transparent wrapper of an `Opaque<device>`.
+    core::ptr::from_ref(dev).cast_mut().cast()
+}
+
+/// The PCI address, as in [`crate::wire::uapi::Info`], of a device, or of the PCI device which it is part of.
+pub(crate) fn pci_address(dev: &Device<Bound>) -> u32 {
+    // SAFETY: The device is valid, being bound, and so are those above it.
+    unsafe { barlink_pci_address(raw(dev)) }
+}
+
+/// `struct virtio_device` (`include/linux/virtio.h`), which is always behind a pointer.
+#[repr(C)]
+pub(crate) struct VirtioDevice {
+    _opaque: [u8; 0],
+}
+
+/// `struct virtqueue` (`include/linux/virtio.h`), as [`VirtioDevice`].
+#[repr(C)]
+pub(crate) struct Virtqueue {
+    _opaque: [u8; 0],
+}
 
 #[allow(
     improper_ctypes,
@@ -19,9 +52,20 @@ extern "C" {
     /// Gives back a number that [`barlink_number_alloc`] gave (`ida_free`).
     pub(crate) fn barlink_number_free(number: c_int);
 
-    /// A device's PCI address, `domain << 16 | bus << 8 | device << 3 | function` (`pci_domain_nr` and
-    /// `pci_dev_id`, `include/linux/pci.h`). `pdev` must be valid.
-    pub(crate) fn barlink_pci_address(pdev: *mut bindings::pci_dev) -> u32;
+    /// The PCI address of a device, or of the nearest above it that has one, `domain << 16 | bus << 8 | device << 3 |
+    /// function` (`pci_domain_nr` and `pci_dev_id`, `include/linux/pci.h`); 0 if none has. `dev` must be valid.
+    fn barlink_pci_address(dev: *mut bindings::device) -> u32;
+
+    /// Initialises a lock (`spin_lock_init`, `include/linux/spinlock.h`). `lock` must be writable, and must not move
+    /// afterwards.
+    pub(crate) fn barlink_lock_init(lock: *mut bindings::spinlock_t);
+
+    /// Takes a lock that was initialised, and keeps interrupts off this CPU (`spin_lock_irqsave`). What it gives is for
+    /// [`barlink_unlock`].
+    pub(crate) fn barlink_lock(lock: *mut bindings::spinlock_t) -> c_ulong;
+
+    /// Gives back a lock that the caller took, with what [`barlink_lock`] gave (`spin_unlock_irqrestore`).
+    pub(crate) fn barlink_unlock(lock: *mut bindings::spinlock_t, flags: c_ulong);
 
     /// Initialises a queue on which hooks of [`crate::wait`] hang (`init_waitqueue_head`,
     /// `include/linux/wait.h`). `queue` must be writable, and must not move afterwards.
@@ -44,4 +88,70 @@ extern "C" {
     /// `include/linux/mm.h`). The area's `mmap_lock` must be held.
     pub(crate) fn barlink_granted_mode(vma: *mut bindings::vm_area_struct, address: c_ulong)
         -> u32;
+
+    /// Registers the driver of virtio devices: from now on, [`crate::virtio`] is called for each
+    /// (`register_virtio_driver`, `include/linux/virtio.h`). 0 or a negative errno. May sleep.
+    pub(crate) fn barlink_virtio_register() -> c_int;
+
+    /// Undoes [`barlink_virtio_register`], once; all devices are removed when it returns (`unregister_virtio_driver`).
+    pub(crate) fn barlink_virtio_unregister();
+
+    /// The `struct device` that is part of a virtio device, which must be valid.
+    pub(crate) fn barlink_virtio_dev(vdev: *mut VirtioDevice) -> *mut bindings::device;
+
+    /// Reads a word of the configuration space, where it is not changed (`virtio_cread32`,
+    /// `include/linux/virtio_config.h`). Only in probe. May sleep.
+    pub(crate) fn barlink_virtio_config(vdev: *mut VirtioDevice, offset: u32) -> u32;
+
+    /// Where a shared memory of the device is (`virtio_get_shm_region`); false if it has none of that ID.
+    pub(crate) fn barlink_virtio_memory(
+        vdev: *mut VirtioDevice,
+        id: u8,
+        address: *mut u64,
+        size: *mut u64,
+    ) -> bool;
+
+    /// Sets up both queues, and has [`crate::virtio`] called with `context` whenever a device is done with buffers of one
+    /// (`virtio_find_vqs`). 0, and the queues, or a negative errno. Only in probe. May sleep.
+    pub(crate) fn barlink_virtio_find_queues(
+        vdev: *mut VirtioDevice,
+        context: *const c_void,
+        queues: *mut [*mut Virtqueue; 2],
+    ) -> c_int;
+
+    /// Undoes [`barlink_virtio_find_queues`], once, after a reset (`del_vqs`). May sleep.
+    pub(crate) fn barlink_virtio_delete_queues(vdev: *mut VirtioDevice);
+
+    /// Tells the device that the driver is ready (`virtio_device_ready`). Once, in probe.
+    pub(crate) fn barlink_virtio_ready(vdev: *mut VirtioDevice);
+
+    /// Gives a buffer to a device, with its address as the token (`virtqueue_add_inbuf`, `virtqueue_add_outbuf`). 0, or a
+    /// negative errno if the queue is full or broken. `buffer` must be `kmalloc`'s, and stay until the token has come
+    /// back; calls for one queue must not overlap with each other, nor with those of the four below.
+    pub(crate) fn barlink_queue_add(
+        queue: *mut Virtqueue,
+        buffer: *mut c_void,
+        size: u32,
+        writable: bool,
+    ) -> c_int;
+
+    /// Takes back a buffer that the device is done with: its token, each once, or null (`drivers/virtio/virtio_ring.c`, as
+    /// all of the following). `length` is what the device says.
+    pub(crate) fn virtqueue_get_buf(queue: *mut Virtqueue, length: *mut c_uint) -> *mut c_void;
+
+    /// Tells the device of new buffers. False if the queue is broken.
+    pub(crate) fn virtqueue_kick(queue: *mut Virtqueue) -> bool;
+
+    /// Asks the device to send no interrupts for a queue, which it may do nevertheless.
+    pub(crate) fn virtqueue_disable_cb(queue: *mut Virtqueue);
+
+    /// Undoes [`virtqueue_disable_cb`]. False if the device is done with buffers that were not yet taken back.
+    pub(crate) fn virtqueue_enable_cb(queue: *mut Virtqueue) -> bool;
+
+    /// Takes back a buffer that the device is not done with, after a reset; its token, or null.
+    pub(crate) fn virtqueue_detach_unused_buf(queue: *mut Virtqueue) -> *mut c_void;
+
+    /// Resets a device: no callback runs when this returns, nor later. Nobody must use its queues meanwhile
+    /// (`drivers/virtio/virtio.c`). May sleep.
+    pub(crate) fn virtio_reset_device(vdev: *mut VirtioDevice);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the driver shows to guest programs (`/dev/barlinkN`), and the PCI device that it drives.
+//! What the driver shows to guest programs (`/dev/barlinkN`), and the PCI device that it drives. (The virtio device that it
+//! drives as well is in [`super::virtio`].)
 //!
 //! | call | what it does |
 //! |---|---|
@@ -28,8 +29,13 @@ pub const BAR_REGION: u32 = 2;
 pub const REGISTERS_SIZE: usize = 16;
 /// Register that holds this device's own ID; 32 bits, read-only (ivshmem-spec, "Device Specification").
 pub const REGISTER_ID: usize = 8;
-/// Register that rings: `peer << 16 | vector`; 32 bits, write-only (ivshmem-spec).
+/// Register that rings by a [`doorbell_message`]; 32 bits, write-only (ivshmem-spec).
 pub const REGISTER_DOORBELL: usize = 12;
+
+/// What rings a vector of a peer, both below 65536, as a device's doorbell takes it; higher bits of `vector` are dropped.
+pub const fn doorbell_message(peer: u32, vector: u32) -> u32 {
+    peer << 16 | vector & 0xffff
+}
 
 /// Version of this interface, in [`Info::version`].
 pub const UAPI_VERSION: u32 = 1;
@@ -66,7 +72,8 @@ pub struct Info {
     pub id: u32,
     /// Interrupt vectors that the device has here; 0 if it has none and its ends must poll.
     pub vectors: u32,
-    /// PCI address: `domain << 16 | bus << 8 | device << 3 | function`.
+    /// PCI address: `domain << 16 | bus << 8 | device << 3 | function`; that of the PCI device which a virtio device is part of.
+    /// 0 if there is none.
     pub pci_address: u32,
     /// Bytes in the region.
     pub region_size: u64,

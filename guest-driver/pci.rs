@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! The PCI driver: takes a device from the PCI core, makes a `/dev/barlinkN` of it, and gives all of it back.
+//!
+//! ivshmem is used for other things than barlink, too. So a device whose region bears no barlink superblock
+//! is declined, with one line in the log that says why; another driver can have it.
+//!
+//! C header: `include/linux/pci.h`.
+
+use crate::{
+    binding::Binding,
+    compat,
+    hardware::{
+        read_layout,
+        Bell, //
+    },
+    irq::Handlers,
+    memory::DeviceMemory,
+    wire::{
+        layout::PAGE_SIZE,
+        uapi, //
+    },
+};
+use kernel::{
+    bindings,
+    device::{
+        Bound,
+        Core, //
+    },
+    pci,
+    prelude::*, //
+};
+
+const VENDOR: pci::Vendor = pci::Vendor::REDHAT_QUMRANET;
+const _: () = assert!(VENDOR.as_raw() == uapi::PCI_VENDOR);
+
+compat::device_table!(
+    DEVICES,
+    [pci::DeviceId::from_id(VENDOR, uapi::PCI_DEVICE as u32)]
+);
+
+/// The driver.
+pub(crate) struct Driver;
+
+/// What a bound device holds. Its fields are dropped in this order, each while what it needs is still there.
+pub(crate) struct Data<'bound> {
+    /// Nobody uses the device any more, and the host is told.
+    _binding: Binding,
+    /// No interrupt comes any more.
+    _handlers: Handlers<'bound>,
+    _bars: [DeviceMemory; 2],
+    _enabled: Enabled<'bound>,
+}
+
+impl pci::Driver for Driver {
+    type IdInfo = ();
+    type Data<'bound> = Data<'bound>;
+
+    const ID_TABLE: pci::IdTable<Self::IdInfo> = &DEVICES;
+
+    fn probe<'bound>(
+        pdev: &'bound pci::Device<Core<'_>>,
+        _info: compat::IdInfo<'bound>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
+        let enabled = Enabled::new(pdev)?;
+        let registers_bar = bar(pdev, uapi::BAR_REGISTERS, uapi::REGISTERS_SIZE as u64)?;
+        let region_bar = bar(pdev, uapi::BAR_REGION, PAGE_SIZE)?;
+        let registers = registers_bar.map(0, uapi::REGISTERS_SIZE)?;
+
+        // All ones once the device is unplugged.
+        let id = registers.read32(uapi::REGISTER_ID);
+        let layout = read_layout(pdev.as_ref(), &region_bar, id)?;
+        let handlers = Handlers::enable(pdev, layout.vectors)?;
+        let binding = Binding::new(
+            pdev.as_ref(),
+            &region_bar,
+            layout,
+            id,
+            Bell::Register(registers),
+            handlers.queues()?,
+        )?;
+        Ok(Data {
+            _binding: binding,
+            _handlers: handlers,
+            _bars: [registers_bar, region_bar],
+            _enabled: enabled,
+        })
+    }
+}
+
+/// The C side of a PCI device.
+pub(crate) fn raw(pdev: &pci::Device<Bound>) -> *mut bindings::pci_dev {
+    // `pci::Device` is a transparent wrapper of an `Opaque<pci_dev>`.
+    core::ptr::from_ref(pdev).cast_mut().cast()
+}
+
+/// Requests a BAR of at least `least` bytes.
+///
+/// `ENODEV` if it is smaller or missing, `EBUSY` if somebody uses it.
+fn bar(pdev: &pci::Device<Bound>, index: u32, least: u64) -> Result<DeviceMemory> {
+    let size = pdev.resource_len(index)?;
+    if size < least {
+        return Err(ENODEV);
+    }
+    DeviceMemory::request(pdev.resource_start(index)?, size)
+}
+
+/// A device with memory access and bus mastering (without which it sends no MSI-X) switched on.
+struct Enabled<'bound>(&'bound pci::Device<Bound>);
+
+impl<'bound> Enabled<'bound> {
+    /// Enables a device; the error is the PCI core's.
+    fn new(pdev: &'bound pci::Device<Core<'_>>) -> Result<Self> {
+        pdev.enable_device_mem()?;
+        pdev.set_master();
+        Ok(Enabled(pdev))
+    }
+}
+
+impl Drop for Enabled<'_> {
+    fn drop(&mut self) {
+        // SAFETY: The device is valid, being bound, and this undoes `enable_device_mem`, once.
+        unsafe { bindings::pci_disable_device(raw(self.0)) }
+    }
+}

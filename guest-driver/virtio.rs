@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! The virtio driver: takes a device from the virtio core, makes a `/dev/barlinkN` of it, and gives all of it back.
+//!
+//! The device is that of [`crate::wire::virtio`]. Its type says little, so one whose configuration space is not barlink's is
+//! declined, with one line in the log; another driver can have it. That space is read in probe alone: QEMU ends when
+//! it is read while nobody is behind the device.
+//!
+//! The virtio core is C without a Rust side; what is needed of it is in `shim.c`, which calls the `extern` functions below.
+
+use crate::{
+    binding::Binding,
+    doorbells::Doorbells,
+    hardware::{
+        read_layout,
+        Bell, //
+    },
+    interrupts::Interrupts,
+    memory::DeviceMemory,
+    shim::{
+        self,
+        VirtioDevice,
+        Virtqueue, //
+    },
+    virtqueue::{
+        From,
+        Queue, //
+    },
+    wire::{
+        layout::{
+            self,
+            PAGE_SIZE, //
+        },
+        virtio::{
+            config,
+            MAGIC,
+            QUEUES,
+            QUEUE_DOORBELLS,
+            QUEUE_INTERRUPTS,
+            SHARED_MEMORY,
+            VERSION, //
+        },
+    },
+};
+use core::ptr::{
+    self,
+    NonNull, //
+};
+use kernel::{
+    bindings,
+    device::{
+        Bound,
+        Device, //
+    },
+    error::{
+        from_result,
+        to_result, //
+    },
+    prelude::*,
+    sync::Arc,
+    time::{
+        delay::fsleep,
+        Delta, //
+    },
+};
+
+/// How long the host may take to map the region, in milliseconds at least.
+const MAPPING_PATIENCE: u32 = 10_000;
+/// How long the device may take to read the last doorbells, in milliseconds at least.
+const DOORBELL_PATIENCE: u32 = 1_000;
+
+/// The driver, registered until dropped.
+pub(crate) struct Registration(());
+
+impl Registration {
+    /// Registers the driver. The error is the driver core's.
+    pub(crate) fn new() -> Result<Self> {
+        // SAFETY: The module is being loaded, and what the C side calls is there.
+        to_result(unsafe { shim::barlink_virtio_register() })?;
+        Ok(Registration(()))
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        // SAFETY: The driver was registered by `new`, and this is done once.
+        unsafe { shim::barlink_virtio_unregister() }
+    }
+}
+
+/// What a bound device holds. Its fields are dropped in this order, each while what it needs is still there.
+struct Data {
+    /// Nobody uses the device any more, and the host is told.
+    _binding: Binding,
+    /// No interrupt comes any more.
+    _queues: Queues,
+    _region: DeviceMemory,
+}
+
+impl Data {
+    /// Takes a device that is being probed.
+    ///
+    /// `ENODEV` and a line in the log if it is none of barlink's; else the kernel's error.
+    ///
+    /// # Safety
+    ///
+    /// `vdev` must be valid while this runs, and until the value is dropped.
+    unsafe fn new(vdev: NonNull<VirtioDevice>) -> Result<Self> {
+        // SAFETY: The device is valid, and outlives this function; it is being bound.
+        let dev: &Device<Bound> =
+            unsafe { Device::from_raw(shim::barlink_virtio_dev(vdev.as_ptr())) };
+        // CAST: Below 64.
+        // SAFETY: The device is valid, and being probed.
+        let word =
+            |offset: usize| unsafe { shim::barlink_virtio_config(vdev.as_ptr(), offset as u32) };
+        let (magic, version) = (word(config::MAGIC), word(config::VERSION));
+        if (magic, version) != (MAGIC, VERSION) {
+            dev_info!(
+                dev,
+                "declined: no barlink device: magic {:#010x}, not {:#010x}, version {}\n",
+                magic,
+                MAGIC,
+                version
+            );
+            return Err(ENODEV);
+        }
+        let id = word(config::ID);
+
+        // SAFETY: As above.
+        let region = unsafe { shared_memory(vdev) }.inspect_err(|_| {
+            dev_info!(dev, "declined: it has no shared memory of whole pages\n");
+        })?;
+        // SAFETY: The device is valid, being probed, and stays until what this gives is dropped.
+        let queues = unsafe { Queues::new(vdev)? };
+        // SAFETY: The device is being probed, and this is the one place.
+        unsafe { shim::barlink_virtio_ready(vdev.as_ptr()) };
+        // Nothing before that, not even a reset, since QEMU ends if it is asked to map the region in between.
+        wait_until_mapped(&region)?;
+
+        let layout = read_layout(dev, &region, id)?;
+        let vectors = queues.callees.interrupts.open(layout.vectors)?;
+        let bell = Bell::Queue(queues.callees.doorbells.clone());
+        Ok(Data {
+            _binding: Binding::new(dev, &region, layout, id, bell, vectors)?,
+            _queues: queues,
+            _region: region,
+        })
+    }
+}
+
+/// Requests the shared memory that is the region. `ENODEV` if there is none, `EBUSY` if somebody uses it.
+///
+/// # Safety
+///
+/// `vdev` must be valid.
+unsafe fn shared_memory(vdev: NonNull<VirtioDevice>) -> Result<DeviceMemory> {
+    let (mut address, mut size) = (0, 0);
+    // SAFETY: The device is valid, and the two are writable.
+    let found = unsafe {
+        shim::barlink_virtio_memory(vdev.as_ptr(), SHARED_MEMORY, &mut address, &mut size)
+    };
+    // It is a part of a BAR, where the device says that it is.
+    if !found || size == 0 || (address | size) % PAGE_SIZE != 0 {
+        return Err(ENODEV);
+    }
+    DeviceMemory::request(address, size)
+}
+
+/// Waits until the first word of the region is there, which the host writes last; for a while only.
+fn wait_until_mapped(region: &DeviceMemory) -> Result {
+    let magic = region.map(0, 8)?;
+    for _ in 0..MAPPING_PATIENCE {
+        if magic.read64(0) == layout::MAGIC {
+            break;
+        }
+        fsleep(Delta::from_millis(1));
+    }
+    Ok(())
+}
+
+/// What the queues' callbacks get.
+struct Callees {
+    doorbells: Arc<Doorbells>,
+    interrupts: Pin<KBox<Interrupts>>,
+}
+
+/// The queues of a device, set up until dropped. That resets the device.
+struct Queues {
+    vdev: NonNull<VirtioDevice>,
+    /// At a place of its own, which the callbacks know.
+    callees: KBox<Callees>,
+}
+
+impl Queues {
+    /// Sets the queues up. Nothing is in them yet. The error is the virtio core's.
+    ///
+    /// # Safety
+    ///
+    /// `vdev` must be valid and being probed, and must stay valid until the value is dropped.
+    unsafe fn new(vdev: NonNull<VirtioDevice>) -> Result<Self> {
+        let callees = Callees {
+            doorbells: Arc::pin_init(Doorbells::new(), GFP_KERNEL)?,
+            interrupts: KBox::pin_init(Interrupts::new(), GFP_KERNEL)?,
+        };
+        let callees = KBox::new(callees, GFP_KERNEL)?;
+        let mut raw: [*mut Virtqueue; QUEUES] = [ptr::null_mut(); QUEUES];
+        // SAFETY: The device is valid and being probed. The callbacks get what they expect, which stays until `drop` below
+        // has seen to it that none comes any more.
+        to_result(unsafe {
+            let context = ptr::from_ref::<Callees>(&callees).cast();
+            shim::barlink_virtio_find_queues(vdev.as_ptr(), context, &mut raw)
+        })?;
+        let queues = Queues { vdev, callees };
+        let queue = |index: usize, writer| {
+            let raw = NonNull::new(raw[index]).ok_or(ENODEV)?;
+            // SAFETY: The queue is new, and is made a `Queue` of once. It is taken back, and dropped, in `drop` below.
+            unsafe { Queue::new(raw, writer) }
+        };
+        let doorbells = queue(QUEUE_DOORBELLS, From::Driver)?;
+        let interrupts = queue(QUEUE_INTERRUPTS, From::Device)?;
+        queues.callees.doorbells.connect(doorbells);
+        queues.callees.interrupts.connect(interrupts);
+        Ok(queues)
+    }
+}
+
+impl Drop for Queues {
+    fn drop(&mut self) {
+        let Callees {
+            doorbells,
+            interrupts,
+        } = &*self.callees;
+        // The last tells the host that the driver is gone, and the device forgets what it has not read when it is reset.
+        for _ in 0..DOORBELL_PATIENCE {
+            if doorbells.is_idle() {
+                break;
+            }
+            fsleep(Delta::from_millis(1));
+        }
+        let mut queues = [doorbells.disconnect(), interrupts.disconnect()];
+        // SAFETY: The device is valid, and nobody uses its queues, now that they are taken from who did.
+        unsafe { shim::virtio_reset_device(self.vdev.as_ptr()) };
+        for queue in queues.iter_mut().flatten() {
+            queue.take_back_unused();
+        }
+        // SAFETY: The queues were set up by `new`, and the device is reset. Nothing is done with the queues after this but
+        // to drop them.
+        unsafe { shim::barlink_virtio_delete_queues(self.vdev.as_ptr()) };
+    }
+}
+
+/// The `probe` of `struct virtio_driver`.
+///
+/// # Safety
+///
+/// Only for `shim.c`, with a device that is being probed.
+#[no_mangle]
+unsafe extern "C" fn barlink_virtio_probe(vdev: *mut VirtioDevice) -> c_int {
+    from_result(|| {
+        let vdev = NonNull::new(vdev).ok_or(EINVAL)?;
+        // SAFETY: The device is valid, and stays bound, and so valid, until `remove` has returned, or this fails.
+        let data = KBox::new(unsafe { Data::new(vdev)? }, GFP_KERNEL)?;
+        // SAFETY: The device is valid. This field is the driver's own, and a virtio driver's to use.
+        unsafe {
+            let dev = shim::barlink_virtio_dev(vdev.as_ptr());
+            bindings::dev_set_drvdata(dev, KBox::into_raw(data).cast());
+        }
+        Ok(0)
+    })
+}
+
+/// The `remove` of `struct virtio_driver`.
+///
+/// # Safety
+///
+/// Only for `shim.c`, with a device that [`barlink_virtio_probe`] took, once.
+#[no_mangle]
+unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
+    // SAFETY: The device is valid, and `probe` has put the value there.
+    unsafe {
+        let data = bindings::dev_get_drvdata(shim::barlink_virtio_dev(vdev));
+        drop(KBox::<Data>::from_raw(data.cast()));
+    }
+}
+
+/// The callback of the queue of doorbells: the device has returned some. In any context.
+///
+/// # Safety
+///
+/// Only for `shim.c`, with the context that [`Queues::new`] gave.
+#[no_mangle]
+unsafe extern "C" fn barlink_virtio_doorbells_returned(context: *const c_void) {
+    // SAFETY: By this function's contract; no callback runs when the value is dropped, and nobody has it by `&mut`.
+    let callees = unsafe { &*context.cast::<Callees>() };
+    callees.doorbells.returned();
+}
+
+/// The callback of the queue of interrupts: there are some. In any context.
+///
+/// # Safety
+///
+/// As for [`barlink_virtio_doorbells_returned`].
+#[no_mangle]
+unsafe extern "C" fn barlink_virtio_interrupted(context: *const c_void) {
+    // SAFETY: As above.
+    let callees = unsafe { &*context.cast::<Callees>() };
+    callees.interrupts.deliver();
+}
