@@ -8,3 +8,4 @@
 
 pub mod layout;
 pub mod uapi;
+pub mod virtio;
