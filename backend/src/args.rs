@@ -131,6 +131,10 @@ struct SocketArgs {
     /// region behind: do not migrate it. If the broker dies, do not reboot it: QEMU would end
     #[arg(long, value_name = "SOCKET")]
     vfio_user: Vec<PathBuf>,
+    /// A socket for one VM, by vhost-user (QEMU 11.1 or later); likewise. Experimental, because QEMU's side is: if the
+    /// broker dies, or is restarted, QEMU ends as soon as the guest's driver looks at the device's configuration
+    #[arg(long, value_name = "SOCKET")]
+    vhost_user: Vec<PathBuf>,
 }
 
 /// How a socket's VM is reached.
@@ -138,6 +142,7 @@ struct SocketArgs {
 pub enum Way {
     Ivshmem,
     VfioUser,
+    VhostUser,
 }
 
 /// The sockets for VMs, in the order of the command line, whatever their kinds.
@@ -150,9 +155,11 @@ impl FromArgMatches for Sockets {
         let places = |id| matches.indices_of(id).into_iter().flatten();
         let ivshmem = places("ivshmem").zip(args.ivshmem);
         let vfio_user = places("vfio_user").zip(args.vfio_user);
+        let vhost_user = places("vhost_user").zip(args.vhost_user);
         let mut sockets: Vec<_> = ivshmem
             .map(|(place, path)| (place, Way::Ivshmem, path))
             .chain(vfio_user.map(|(place, path)| (place, Way::VfioUser, path)))
+            .chain(vhost_user.map(|(place, path)| (place, Way::VhostUser, path)))
             .collect();
         sockets.sort_by_key(|(place, ..)| *place);
         let sockets = sockets.into_iter();

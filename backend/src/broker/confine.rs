@@ -10,7 +10,9 @@
 //!   not on it is answered as by a kernel that has no such call: a C library or a crate that begins to use a new one
 //!   is written for that answer, so the broker goes on, where another answer would end it.
 //!
-//! The broker makes no socket later: even the one to the service manager is there by then (`store.rs`).
+//! The broker makes no socket later: even the one to the service manager is there by then (`store.rs`). Where it serves a VM
+//! by vhost-user it makes the ways into its own daemons (`transport/vhost_user/inlet.rs`), and may do just that: bind to
+//! a name that the kernel chooses, and connect to a name as short as such a one. Landlock keeps it from those of others.
 
 use std::collections::BTreeMap;
 
@@ -102,15 +104,15 @@ pub struct Confined {
     pub filter: bool,
 }
 
-/// Confines the calling thread and those that it starts, and says what it cannot.
-pub fn confine() -> Confined {
+/// Confines the calling thread and those that it starts, and says what it cannot. `inlets` are ways into daemons of its own.
+pub fn confine(inlets: bool) -> Confined {
     let landlock = restrict();
     match &landlock {
         Ok(true) => (),
         Ok(false) => info!("this kernel has no Landlock: the broker keeps its rights to files"),
         Err(error) => warn!("the broker keeps its rights to files: {error}"),
     }
-    let filter = filter();
+    let filter = filter(inlets);
     if let Err(error) = &filter {
         warn!("the broker keeps its rights to system calls: {error}");
     }
@@ -129,7 +131,12 @@ fn restrict() -> Result<bool, RulesetError> {
     Ok(rules.restrict_self()?.ruleset != RulesetStatus::NotEnforced)
 }
 
-fn filter() -> Result<(), seccompiler::Error> {
+/// Bytes of the address with which a socket asks the kernel for a name, and of the address that it gets (`unix(7)`,
+/// "Autobind feature").
+const NO_ADDRESS: u64 = 2;
+const OWN_ADDRESS: u64 = 8;
+
+fn filter(inlets: bool) -> Result<(), seccompiler::Error> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         CALLS.iter().map(|&call| (call, Vec::new())).collect();
     let exec = u64::from(libc::PROT_EXEC.unsigned_abs());
@@ -150,6 +157,21 @@ fn filter() -> Result<(), seccompiler::Error> {
     for (call, argument, compare, value) in conditions {
         let condition = SeccompCondition::new(argument, Size::Dword, compare, value)?;
         rules.insert(call, vec![SeccompRule::new(vec![condition])?]);
+    }
+    if inlets {
+        let unix = u64::from(libc::AF_UNIX.unsigned_abs());
+        let stream = u64::from((libc::SOCK_STREAM | libc::SOCK_CLOEXEC).unsigned_abs());
+        let is = |argument, value| {
+            SeccompCondition::new(argument, Size::Dword, Compare::Eq, value)
+        };
+        for (call, conditions) in [
+            (libc::SYS_socket, vec![is(0, unix)?, is(1, stream)?]),
+            (libc::SYS_bind, vec![is(2, NO_ADDRESS)?]),
+            (libc::SYS_listen, vec![is(1, 0)?]),
+            (libc::SYS_connect, vec![is(2, OWN_ADDRESS)?]),
+        ] {
+            rules.insert(call, vec![SeccompRule::new(conditions)?]);
+        }
     }
     let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     let here = std::env::consts::ARCH.try_into()?;
@@ -219,7 +241,7 @@ mod tests {
     #[test]
     fn filter_leaves_no_socket_no_program_and_no_mode_to_change() {
         on_a_thread(
-            || filter().is_ok(),
+            || filter(false).is_ok(),
             |folder| {
                 let unknown = Some(libc::ENOSYS);
                 let failed = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{Level, error, info};
+use log::{Level, error, info, warn};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 
@@ -158,6 +158,10 @@ impl Door {
     /// Goes on with the VM that a predecessor let in. One that has left meanwhile makes room at once.
     pub fn resume(&self, vm: UnixStream) {
         let id = self.id;
+        if !self.transport.outlives_the_broker() {
+            warn!("slot {id}: its VM is let go: its session was in the last broker, and has ended with it");
+            return;
+        }
         match Peer::of(&vm) {
             Ok(peer) if !has_hung_up(&vm) => {
                 let attendant = self.attendant(peer).inspect_err(|error| {

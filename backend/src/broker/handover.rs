@@ -83,6 +83,15 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
     let Some(gate) = close(shared) else {
         return refuse(Refusal::Busy).map_err(failed);
     };
+    if let Some((slot, transport, pid)) = shared.staying() {
+        drop(gate);
+        let stays = Refusal::Stays {
+            slot,
+            transport,
+            pid,
+        };
+        return refuse(stays).map_err(failed);
+    }
     info!("{peer} takes over");
     // Their answers would have to come from here.
     shared.refuse_wishes(None, &Refusal::Busy);

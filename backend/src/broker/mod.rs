@@ -33,7 +33,7 @@ pub use mailbox::Wish;
 pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
 pub use policy::{Peer, Policy};
 pub use shared::Shared;
-pub use slot::Slot;
+pub use slot::{Connection, Slot};
 pub use socket::{Listener, SocketError};
 
 use self::door::Door;
@@ -131,7 +131,7 @@ impl Broker {
         let clients = std::mem::take(&mut parts.clients);
         let entries = transports.iter().zip(&listeners);
         let entries = entries
-            .map(|(transport, listener)| (transport.name(), listener.path().to_owned()))
+            .map(|(transport, listener)| (Arc::clone(transport), listener.path().to_owned()))
             .collect();
         let shared = Arc::new(Shared::new(parts, entries, config.policy));
         let doors = (0..).zip(transports).zip(listeners);
@@ -175,7 +175,7 @@ impl Broker {
             .collect();
         let listeners = || listeners.iter().chain([&self.control]);
         // First of all, since threads have the rights of those that start them.
-        confine::confine();
+        confine::confine(self.doors.iter().any(|door| door.transport.needs_inlets()));
         listeners().for_each(|listener| listener.leave());
         let (clients, vms) = (self.clients, self.vms);
         let resumed = self.doors.iter().zip(vms);

@@ -23,6 +23,7 @@ use super::{Peer, Policy};
 use crate::bell::Bell;
 use crate::control::message::{ClaimStatus, Refusal, SlotStatus, Status, VmStatus};
 use crate::memory::{Access, Region};
+use crate::transport::Transport;
 
 /// A host app's connection, as the claims know it.
 pub type ClientId = u64;
@@ -38,6 +39,8 @@ pub struct Shared {
     mailboxes: Vec<Mailbox>,
     /// All eventfds, made once: by peer, then by vector.
     bells: Vec<Vec<Arc<Bell>>>,
+    /// By slot: whether its session ends with this broker.
+    staying: Vec<bool>,
     policy: Policy,
     start: Instant,
     state: Mutex<State>,
@@ -53,9 +56,11 @@ struct State {
 
 impl Shared {
     /// What a broker with these parts shares. `slots` are transports and sockets.
-    pub fn new(parts: Parts, slots: Vec<(&'static str, PathBuf)>, policy: Policy) -> Self {
-        let slot = |(transport, socket): (&str, _)| SlotStatus {
-            transport: transport.to_owned(),
+    pub fn new(parts: Parts, slots: Vec<(Arc<dyn Transport>, PathBuf)>, policy: Policy) -> Self {
+        let stays = |(transport, _): &(Arc<dyn Transport>, _)| !transport.outlives_the_broker();
+        let staying = slots.iter().map(stays).collect();
+        let slot = |(transport, socket): (Arc<dyn Transport>, _)| SlotStatus {
+            transport: transport.name().to_owned(),
             socket,
             vm: None,
         };
@@ -79,6 +84,7 @@ impl Shared {
             sessions,
             mailboxes,
             bells,
+            staying,
             policy,
             start: Instant::now(),
             state: Mutex::new(State {
@@ -118,6 +124,17 @@ impl Shared {
             Access::ReadOnly => &self.read_only,
             Access::ReadWrite => &self.memory,
         }
+    }
+
+    /// A VM that no successor can go on with: its slot, transport and process ID.
+    pub fn staying(&self) -> Option<(u32, String, i32)> {
+        let state = self.lock();
+        let slots = (0..).zip(&state.slots).zip(&self.staying);
+        let mut staying = slots.filter_map(|((slot, status), stays)| {
+            let vm = status.vm.as_ref().filter(|_| *stays)?;
+            Some((slot, status.transport.clone(), vm.pid))
+        });
+        staying.next()
     }
 
     /// Who may connect.

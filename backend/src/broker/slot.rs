@@ -15,6 +15,24 @@ use crate::bell::Bell;
 use crate::control::message::Refusal;
 use crate::memory::{Access, Region};
 
+/// The connection of a slot's VM, for the threads of a library that serves it.
+pub struct Connection {
+    shared: Arc<Shared>,
+    id: u32,
+}
+
+impl Connection {
+    /// Its number.
+    pub fn number(&self) -> u64 {
+        self.shared.connection(self.id)
+    }
+
+    /// Gives it a new number, and tells the host: the VM was reset.
+    pub fn restart(&self) {
+        self.shared.restart(self.id);
+    }
+}
+
 /// A slot that is taken by a VM, until this is dropped.
 pub struct Slot {
     shared: Arc<Shared>,
@@ -74,6 +92,14 @@ impl Slot {
     /// Gives the connection a new number, and tells the host: the VM was reset.
     pub fn restart(&self) {
         self.shared.restart(self.id);
+    }
+
+    /// The VM's connection, for other threads. They must end before the session does.
+    pub fn connection_of_its_own(&self) -> Connection {
+        Connection {
+            shared: Arc::clone(&self.shared),
+            id: self.id,
+        }
     }
 
     /// How many of its greeting's messages, of so many, the VM was told: by this broker or by a predecessor. `None` if

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use barlink::Access;
-use barlink::transport::VfioUser;
+use barlink::protocol::wire::virtio;
+use barlink::transport::{VfioUser, VhostUser};
 
 use crate::args::QemuArgs;
 
@@ -20,7 +21,7 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
     let status = attachment.status()?;
     let slot = status.slots.get(args.slot).with_context(|| {
         format!(
-            "no slot {}: the broker's last one is {}; choose another with --slot, or serve more with further --ivshmem or --vfio-user",
+            "no slot {}: the broker's last one is {}; choose another with --slot, or serve more with further --ivshmem, --vfio-user or --vhost-user",
             args.slot,
             status.slots.len().saturating_sub(1)
         )
@@ -45,9 +46,18 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
         let chardev = format!("socket,id={id}-socket,path={path}");
         arguments.push(("-chardev", chardev));
         arguments.push(("-device", port));
-        let vectors = layout.vectors;
-        let device =
-            format!("ivshmem-doorbell,id={id},bus={id}-port,chardev={id}-socket,vectors={vectors}");
+        let place = format!("id={id},bus={id}-port,chardev={id}-socket");
+        let device = if slot.transport == VhostUser::NAME {
+            format!(
+                "vhost-user-test-device-pci,{place},virtio-id={},num_vqs={},vq_size={},config_size={}",
+                virtio::DEVICE_TYPE,
+                virtio::QUEUES,
+                virtio::QUEUE_SIZE,
+                virtio::config::SIZE
+            )
+        } else {
+            format!("ivshmem-doorbell,{place},vectors={}", layout.vectors)
+        };
         arguments.push(("-device", device));
     }
     let text = if args.libvirt {

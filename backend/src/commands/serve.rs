@@ -9,9 +9,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow};
 use barlink::broker::handover::Predecessor;
 use barlink::broker::{Broker, Config, End, Policy, store};
-use barlink::transport::{Ivshmem, Transport, VfioUser};
+use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use indicatif::BinaryBytes;
-use log::info;
+use log::{info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::args::{Serve, Way};
@@ -48,9 +48,11 @@ pub fn serve(args: Serve) -> Result<()> {
     let vfio_user: Arc<dyn Transport> = Arc::new(VfioUser {
         guest_memory: args.guest_memory,
     });
+    let vhost_user: Arc<dyn Transport> = Arc::new(VhostUser);
     let transport = |way| match way {
         Way::Ivshmem => Arc::clone(&ivshmem),
         Way::VfioUser => Arc::clone(&vfio_user),
+        Way::VhostUser => Arc::clone(&vhost_user),
     };
     let config = Config {
         size: args.size,
@@ -91,6 +93,11 @@ pub fn serve(args: Serve) -> Result<()> {
             "slot {id}: waiting for a VM at {} ({})",
             slot.socket.display(),
             slot.transport
+        );
+    }
+    if broker.shared().status().slots.iter().any(|slot| slot.transport == VhostUser::NAME) {
+        warn!(
+            "vhost-user is experimental, as is QEMU's side of it: QEMU ends if this broker does, and the guest then looks at the device"
         );
     }
     let names: Vec<_> = layout

@@ -245,6 +245,18 @@ pub enum Refusal {
          `systemctl restart`"
     )]
     Managed,
+    /// A VM would lose its device.
+    #[error(
+        "slot {slot}'s VM, process {pid}, is connected by {transport}, which cannot be handed over: shut that VM down first"
+    )]
+    Stays {
+        /// Its slot.
+        slot: u32,
+        /// Its transport.
+        transport: String,
+        /// Process ID of its VMM.
+        pid: i32,
+    },
     /// A VM is being let in.
     #[error("a VM is just connecting to the broker: try again")]
     Busy,

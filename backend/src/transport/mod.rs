@@ -3,12 +3,15 @@
 //! How a region reaches a VM: one file a transport, all of one shape, behind one trait.
 
 mod ivshmem;
+mod shared_memory;
 mod vfio_user;
+mod vhost_user;
 
 use std::os::unix::net::UnixStream;
 
 pub use ivshmem::Ivshmem;
 pub use vfio_user::{MAX_RANGES, VfioUser};
+pub use vhost_user::VhostUser;
 
 use crate::broker::Slot;
 
@@ -20,6 +23,16 @@ pub trait Transport: Send + Sync {
     /// Bytes of memory in which it keeps what a session must know to go on under the broker's successor.
     fn session_memory(&self) -> u64 {
         0
+    }
+
+    /// Whether the broker's successor can go on with a session. If not, the session ends with the broker.
+    fn outlives_the_broker(&self) -> bool {
+        true
+    }
+
+    /// Whether a session makes sockets between its own threads.
+    fn needs_inlets(&self) -> bool {
+        false
     }
 
     /// Tells a VM what it must know first, by [`Slot::tell`] from [`Slot::told`] on, since a predecessor may have begun. It
@@ -72,6 +85,9 @@ pub enum TransportError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The library that serves it gave up.
+    #[error("the daemon fails: {0}")]
+    Daemon(String),
     /// Waiting for the VM failed.
     #[error("cannot hear the VM")]
     Receive(#[source] std::io::Error),

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use log::{Level, debug};
-use rustix::fs::{SealFlags, Stat};
+use rustix::fs::Stat;
 use vfio_bindings::bindings::vfio::{VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_UNMAP_FLAG_ALL};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -21,12 +21,10 @@ use super::request::Fault;
 use crate::broker::Slot;
 use crate::broker::limit::{Account, REFUSED, limited};
 use crate::broker::store::Kept;
+use crate::transport::shared_memory::is_safe;
 
 /// Most ranges of one guest. QEMU has about ten.
 pub const MAX_RANGES: u32 = 256;
-/// The file system whose files' pages come when they are touched, while there is memory: a memfd's. Huge pages can be lacking, which
-/// is SIGBUS.
-const TMPFS: u64 = 0x0102_1994;
 
 /// A range of guest memory, as a client tells of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +119,8 @@ impl<'a> GuestMemory<'a> {
         let Some(descriptor) = descriptor else {
             return Ok(());
         };
-        if let Err(fault) = is_safe(&descriptor) {
+        if !is_safe(&descriptor) {
+            let fault = Fault::Unsealed;
             limited!(
                 REFUSED,
                 Account::Slot(self.slot.id()),
@@ -247,21 +246,4 @@ fn check(range: &Range, file: impl AsFd) -> Result<(), Fault> {
 /// Not by `File::metadata`, which makes a system call that the broker has given up (`broker/confine.rs`).
 fn stat(file: impl AsFd) -> Result<Stat, Fault> {
     rustix::fs::fstat(file).map_err(|_| Fault::Unmappable)
-}
-
-/// Whether a descriptor's file stays as long as it is, and has its pages when they are touched. Otherwise to touch the
-/// mapping could be SIGBUS, which would be the broker's end.
-fn is_safe(descriptor: &OwnedFd) -> Result<(), Fault> {
-    let sealed = rustix::fs::fcntl_get_seals(descriptor)
-        .is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
-    // First, since of another file system this could ask whoever serves it.
-    if !sealed {
-        return Err(Fault::Unsealed);
-    }
-    let system = rustix::fs::fstatfs(descriptor).map_err(|_| Fault::Unmappable)?;
-    if system.f_type.cast_unsigned() == TMPFS {
-        Ok(())
-    } else {
-        Err(Fault::Unsealed)
-    }
 }

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Between a VMM and the daemon: passes messages on, whole, both ways, once their descriptors are known to be harmless.
+//!
+//! The daemon would map any file, and a file that its owner then truncates ends the broker, with all its VMs, by SIGBUS; and it
+//! would wait for ever in a descriptor that is no eventfd. Doorbells, interrupts and data do not come by here.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::FileType;
+use rustix::net::Shutdown;
+use vhost::vhost_user::message::FrontendReq;
+
+use super::message::{Message, MessageError, limit_waiting};
+use crate::bell::Bell;
+use crate::transport::shared_memory::is_safe;
+use crate::transport::{Departure, TransportError};
+
+/// How long a client may take for its first message, which QEMU sends at once. After that it may say nothing for ever.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// What descriptors a message brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Brings {
+    Nothing,
+    Memory,
+    Eventfd,
+    WayBack,
+}
+
+/// What a client may ask for, as QEMU does for what the daemon offers.
+const REQUESTS: &[(FrontendReq, Brings)] = &[
+    (FrontendReq::GET_FEATURES, Brings::Nothing),
+    (FrontendReq::SET_FEATURES, Brings::Nothing),
+    (FrontendReq::SET_OWNER, Brings::Nothing),
+    (FrontendReq::GET_PROTOCOL_FEATURES, Brings::Nothing),
+    (FrontendReq::SET_PROTOCOL_FEATURES, Brings::Nothing),
+    (FrontendReq::GET_QUEUE_NUM, Brings::Nothing),
+    (FrontendReq::SET_MEM_TABLE, Brings::Memory),
+    (FrontendReq::SET_VRING_NUM, Brings::Nothing),
+    (FrontendReq::SET_VRING_ADDR, Brings::Nothing),
+    (FrontendReq::SET_VRING_BASE, Brings::Nothing),
+    (FrontendReq::GET_VRING_BASE, Brings::Nothing),
+    (FrontendReq::SET_VRING_KICK, Brings::Eventfd),
+    (FrontendReq::SET_VRING_CALL, Brings::Eventfd),
+    (FrontendReq::SET_VRING_ERR, Brings::Eventfd),
+    (FrontendReq::SET_VRING_ENABLE, Brings::Nothing),
+    (FrontendReq::SET_BACKEND_REQ_FD, Brings::WayBack),
+    (FrontendReq::GET_CONFIG, Brings::Nothing),
+    (FrontendReq::SET_CONFIG, Brings::Nothing),
+    (FrontendReq::GET_SHMEM_CONFIG, Brings::Nothing),
+];
+
+/// See the module.
+pub struct Guard<'a> {
+    vm: &'a UnixStream,
+    daemon: &'a UnixStream,
+    /// The socket on which the daemon asks the VMM, and waits for its answers.
+    way_back: Mutex<Option<OwnedFd>>,
+}
+
+impl<'a> Guard<'a> {
+    /// Between these two.
+    pub fn new(vm: &'a UnixStream, daemon: &'a UnixStream) -> std::io::Result<Self> {
+        limit_waiting(vm)?;
+        limit_waiting(daemon)?;
+        Ok(Guard {
+            vm,
+            daemon,
+            way_back: Mutex::default(),
+        })
+    }
+
+    /// Passes messages on until the VMM leaves, or is let go. `None` if the daemon has ended, of which `over` rings.
+    pub fn run(&self, over: &Arc<Bell>) -> Result<Option<Departure>, TransportError> {
+        let misbehaved = |how| Ok(Some(Departure::Misbehaved(how)));
+        let start = Instant::now();
+        let mut silent = true;
+        loop {
+            let mut all = [
+                PollFd::new(self.vm, PollFlags::IN),
+                PollFd::new(self.daemon, PollFlags::IN),
+                PollFd::new(over, PollFlags::IN),
+            ];
+            let patience = silent.then(|| SILENCE.saturating_sub(start.elapsed()));
+            let patience = patience.map(|time| rustix::time::Timespec {
+                tv_sec: time.as_secs().cast_signed(),
+                tv_nsec: time.subsec_nanos().into(),
+            });
+            let heard = rustix::event::poll(&mut all, patience.as_ref());
+            match heard {
+                Ok(0) => return misbehaved("it says nothing"),
+                Ok(_) | Err(rustix::io::Errno::INTR) => (),
+                Err(error) => return Err(TransportError::Receive(error.into())),
+            }
+            let [from_vm, from_daemon, ended] = all.map(|one| !one.revents().is_empty());
+            // What the daemon has answered is passed on before its end is noticed.
+            let passed = if from_daemon {
+                pass(self.daemon, self.vm, |_| Ok(()))
+            } else if ended {
+                return Ok(None);
+            } else if from_vm {
+                silent = false;
+                pass(self.vm, self.daemon, |message| self.check(message))
+            } else {
+                continue;
+            };
+            match passed {
+                Ok(true) => (),
+                Ok(false) if from_daemon => return Ok(None),
+                Ok(false) => return Ok(Some(Departure::Left)),
+                Err(Refused::Message(how)) => return misbehaved(how),
+                Err(Refused::Stream(MessageError::Gone)) => return Ok(Some(Departure::Left)),
+                Err(Refused::Stream(MessageError::Malformed)) => {
+                    return misbehaved("it sent something else than messages");
+                }
+                Err(Refused::Stream(MessageError::Stalled)) => {
+                    return misbehaved("it stopped within a message");
+                }
+                Err(Refused::Stream(MessageError::Socket(error))) => {
+                    return Err(TransportError::Receive(error));
+                }
+            }
+        }
+    }
+
+    /// Whether a message may reach the daemon.
+    fn check(&self, message: &Message) -> Result<(), Refused> {
+        let asks = |(request, _): &&(FrontendReq, Brings)| *request as u32 == message.request();
+        let (_, brings) = REQUESTS.iter().find(asks).ok_or(Refused::Message(
+            "it asks for something that the device does not have",
+        ))?;
+        let descriptors = &message.descriptors;
+        match brings {
+            Brings::Nothing if !descriptors.is_empty() => Err(Refused::Message(
+                "it sent a descriptor where none belongs",
+            )),
+            Brings::Memory if !descriptors.iter().all(is_safe) => Err(Refused::Message(
+                "its guest memory is no memfd that is sealed against shrinking: give QEMU \
+                 -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram",
+            )),
+            Brings::Eventfd if !descriptors.iter().all(is_eventfd) => Err(Refused::Message(
+                "it sent something else than an eventfd for a queue",
+            )),
+            Brings::WayBack => self.keep(descriptors),
+            _ => Ok(()),
+        }
+    }
+
+    /// Remembers the socket on which the daemon will ask, so that it does not wait for an answer for ever.
+    fn keep(&self, descriptors: &[OwnedFd]) -> Result<(), Refused> {
+        let wrong = Refused::Message("it sent no socket for the daemon's requests");
+        let [socket] = descriptors else {
+            return Err(wrong);
+        };
+        let is_socket = rustix::fs::fstat(socket)
+            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket);
+        let mut way_back = self.way_back.lock().unwrap_or_else(PoisonError::into_inner);
+        if !is_socket || way_back.is_some() {
+            return Err(wrong);
+        }
+        *way_back = Some(socket.try_clone().map_err(MessageError::Socket)?);
+        Ok(())
+    }
+}
+
+impl Drop for Guard<'_> {
+    /// Whoever in the daemon waits for the VMM waits no more.
+    fn drop(&mut self) {
+        let way_back = self.way_back.get_mut();
+        if let Some(socket) = way_back.unwrap_or_else(PoisonError::into_inner) {
+            let _ = rustix::net::shutdown(socket, Shutdown::Both);
+        }
+        let _ = self.daemon.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+/// Why a message does not pass.
+enum Refused {
+    Message(&'static str),
+    Stream(MessageError),
+}
+
+impl From<MessageError> for Refused {
+    fn from(error: MessageError) -> Self {
+        Refused::Stream(error)
+    }
+}
+
+/// Passes one message on. `false` if there is none any more.
+fn pass(
+    from: &UnixStream,
+    to: &UnixStream,
+    check: impl FnOnce(&Message) -> Result<(), Refused>,
+) -> Result<bool, Refused> {
+    let Some(message) = Message::receive(from)? else {
+        return Ok(false);
+    };
+    check(&message)?;
+    message.send(to)?;
+    Ok(true)
+}
+
+fn is_eventfd(descriptor: &OwnedFd) -> bool {
+    let copy = descriptor.as_fd().try_clone_to_owned();
+    copy.is_ok_and(|copy| Bell::received(copy).is_some())
+}

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A virtqueue whose memory and eventfds are a stranger's: reading and ringing these never waits, and a queue that makes no
+//! sense is left alone until the device starts anew. All else is as in `vhost-user-backend`.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use log::debug;
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Error, QueueOwnedT, QueueT};
+use vm_memory::{
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap,
+};
+
+/// The guest's memory.
+pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// The driver wants no interrupt (`VIRTQ_AVAIL_F_NO_INTERRUPT`, VirtIO 1.3, 2.7.6).
+const NO_INTERRUPT: u16 = 1;
+
+/// See the module.
+#[derive(Clone)]
+pub struct Queue {
+    inner: VringMutex,
+    memory: Memory,
+    bells: Arc<Mutex<Bells>>,
+    /// Its indices or addresses make no sense.
+    broken: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
+struct Bells {
+    kick: Option<crate::bell::Bell>,
+    call: Option<crate::bell::Bell>,
+}
+
+/// What [`Queue::serve`] came upon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// No buffer is left.
+    All,
+    /// Whoever uses the buffers wanted no more, or has had as many as the queue can hold: there may be more.
+    Some,
+}
+
+impl Queue {
+    /// Whether the device may use it.
+    pub fn is_running(&self) -> bool {
+        let state = self.inner.get_ref();
+        state.is_enabled() && state.get_queue().ready()
+    }
+
+    /// Gives the first part of each buffer that the driver has made available to `fill`, until that wants none, and returns
+    /// it to the driver with the number of bytes that `fill` says that it wrote. Then rings, if the driver wants to know.
+    ///
+    /// `wants` is asked before a buffer is taken.
+    pub fn serve(
+        &self,
+        mut wants: impl FnMut() -> bool,
+        mut fill: impl FnMut(&GuestMemoryMmap, Option<Descriptor>) -> u32,
+    ) -> Served {
+        let mut state = self.inner.get_mut();
+        let usable = state.is_enabled() && state.get_queue().ready();
+        if !usable || self.broken.load(Ordering::Relaxed) {
+            return Served::All;
+        }
+        let memory = self.memory.memory();
+        let queue = state.get_queue_mut();
+        let mut returned = false;
+        let mut serve = || {
+            if !queue.is_valid(&*memory) {
+                return Err(Error::QueueNotReady);
+            }
+            for _ in 0..queue.size() {
+                if !wants() {
+                    return Ok(Served::Some);
+                }
+                // An index that is too far ahead is an error here. `pop_descriptor_chain` hides it, and would be asked again
+                // and again.
+                let Some(mut chain) = queue.iter(memory.clone())?.next() else {
+                    return Ok(Served::All);
+                };
+                let head = chain.head_index();
+                let length = fill(&memory, chain.next());
+                queue.add_used(&*memory, head, length)?;
+                returned = true;
+            }
+            Ok(Served::Some)
+        };
+        let served = serve().unwrap_or_else(|error| {
+            debug!("a queue is left alone until the device starts anew: {error}");
+            self.broken.store(true, Ordering::Relaxed);
+            Served::All
+        });
+        let flags = GuestAddress(queue.avail_ring());
+        if returned && memory.read_obj::<u16>(flags).is_ok_and(wants_interrupt) {
+            self.ring();
+        }
+        served
+    }
+
+    fn ring(&self) {
+        if let Some(Err(error)) = self.bells().call.as_ref().map(crate::bell::Bell::ring) {
+            debug!("a queue's interrupt does not fire: {error}");
+        }
+    }
+
+    fn bells(&self) -> MutexGuard<'_, Bells> {
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn wants_interrupt(flags: u16) -> bool {
+    u16::from_le(flags) & NO_INTERRUPT == 0
+}
+
+/// A second descriptor of an eventfd, by which to use it without waiting. The guard has seen that it is one.
+fn bell(file: Option<&File>) -> Option<crate::bell::Bell> {
+    let copy = file?.try_clone().inspect_err(|error| {
+        debug!("a queue has no eventfd: {error}");
+    });
+    Some(crate::bell::Bell::from(std::os::fd::OwnedFd::from(
+        copy.ok()?,
+    )))
+}
+
+impl<'a> VringStateGuard<'a, Memory> for Queue {
+    type G = MutexGuard<'a, VringState>;
+}
+
+impl<'a> VringStateMutGuard<'a, Memory> for Queue {
+    type G = MutexGuard<'a, VringState>;
+}
+
+impl VringT<Memory> for Queue {
+    fn new(memory: Memory, max_queue_size: u16) -> Result<Self, Error> {
+        Ok(Queue {
+            inner: VringMutex::new(memory.clone(), max_queue_size)?,
+            memory,
+            bells: Arc::default(),
+            broken: Arc::default(),
+        })
+    }
+
+    fn get_ref(&self) -> MutexGuard<'_, VringState> {
+        self.inner.get_ref()
+    }
+
+    fn get_mut(&self) -> MutexGuard<'_, VringState> {
+        self.inner.get_mut()
+    }
+
+    fn add_used(&self, index: u16, length: u32) -> Result<(), Error> {
+        self.inner.add_used(index, length)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.ring();
+        Ok(())
+    }
+
+    fn enable_notification(&self) -> Result<bool, Error> {
+        self.inner.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), Error> {
+        self.inner.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, Error> {
+        self.inner.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.inner.set_enabled(enabled);
+    }
+
+    fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), Error> {
+        self.broken.store(false, Ordering::Relaxed);
+        self.inner.set_queue_info(descriptors, available, used)
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.inner.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.inner.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, index: u16) {
+        self.inner.set_queue_next_used(index);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, Error> {
+        self.inner.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, size: u16) {
+        self.inner.set_queue_size(size);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.inner.set_queue_event_idx(enabled);
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.inner.set_queue_ready(ready);
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        self.bells().kick = bell(file.as_ref());
+        self.inner.set_kick(file);
+    }
+
+    /// What is read is no matter: the daemon would end over an eventfd that somebody else has read meanwhile.
+    fn read_kick(&self) -> io::Result<bool> {
+        if let Some(kick) = &self.bells().kick {
+            kick.drain();
+        }
+        Ok(self.get_ref().is_enabled())
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        self.bells().call = bell(file.as_ref());
+        self.inner.set_call(file);
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.inner.set_err(file);
+    }
+}
