@@ -33,17 +33,23 @@ pub enum Transport {
     Ivshmem,
     /// barlink's own device, by vfio-user.
     VfioUser,
+    /// A virtio device, by vhost-user.
+    VhostUser,
 }
 
 impl Transport {
     /// All of them.
-    pub const ALL: [Transport; 2] = [Transport::Ivshmem, Transport::VfioUser];
+    pub const ALL: [Transport; 3] = [Transport::Ivshmem, Transport::VfioUser, Transport::VhostUser];
+
+    /// Those whose device the guest's driver knows.
+    pub const WITH_DRIVER: [Transport; 2] = [Transport::Ivshmem, Transport::VfioUser];
 
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             Transport::Ivshmem => "ivshmem",
             Transport::VfioUser => "vfio-user",
+            Transport::VhostUser => "vhost-user",
         }
     }
 
@@ -52,6 +58,7 @@ impl Transport {
         match self {
             Transport::Ivshmem => "--ivshmem",
             Transport::VfioUser => "--vfio-user",
+            Transport::VhostUser => "--vhost-user",
         }
     }
 }
@@ -63,7 +70,7 @@ pub struct Broker {
     program: PathBuf,
     arguments: Vec<OsString>,
     folder: tempfile::TempDir,
-    slots: usize,
+    slots: Vec<Transport>,
     manager: Option<ServiceManager>,
 }
 
@@ -117,7 +124,7 @@ impl Broker {
             program,
             arguments: all,
             folder,
-            slots: slots.len(),
+            slots: slots.to_vec(),
             manager,
         };
         broker.wait_until_it_serves()?;
@@ -216,12 +223,13 @@ impl Broker {
     /// What a VM needs to have this broker's devices, one a slot: the arguments that `barlink qemu-args` prints.
     pub fn vm(&self) -> Result<Config> {
         let mut arguments = Vec::new();
-        for slot in 0..self.slots {
+        for slot in 0..self.slots.len() {
             arguments.extend(self.arguments(slot)?);
         }
         Ok(Config {
             arguments,
             paths: vec![self.folder().to_owned()],
+            shared_memory: self.slots.contains(&Transport::VhostUser),
             ..Config::default()
         })
     }

@@ -16,7 +16,7 @@ use command_fds::CommandFdExt;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::qemu::{mapping, program, spawn};
+use super::qemu::{mapping, memory, program, spawn};
 use super::qmp::Qmp;
 use super::{Config, QMP_TIMEOUT};
 use crate::builds::Artifacts;
@@ -52,10 +52,11 @@ impl Bare {
         let folder = TempDir::with_prefix_in("bare-", &artifacts.logs)?;
         let mut command = program(artifacts, config, folder.path())?;
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
-        command.args(["-machine", "q35", "-accel", "tcg"]);
+        command.args(["-machine", "q35,memory-backend=ram", "-accel", "tcg"]);
+        command.args(["-object", &memory(config)]);
         command.args(["-m", &format!("{}M", config.memory_mib)]);
         let (qmp, qmp_end) = UnixStream::pair()?;
-        let (memory, memory_end) = UnixStream::pair()?;
+        let (ram, memory_end) = UnixStream::pair()?;
         for (name, number) in [("qmp", 3), ("qtest", 4)] {
             command.args(["-chardev", &format!("socket,id={name},fd={number}")]);
             command.args([format!("-{name}"), format!("chardev:{name}")]);
@@ -68,13 +69,13 @@ impl Bare {
         let errors = tempfile::tempfile()?;
         command.stdin(Stdio::null()).stderr(errors.try_clone()?);
         let (child, starter) = spawn(command)?;
-        memory.set_read_timeout(Some(QMP_TIMEOUT))?;
+        ram.set_read_timeout(Some(QMP_TIMEOUT))?;
         let started = Qmp::new(qmp, QMP_TIMEOUT);
         let mut errors = errors;
         let qmp = started.with_context(|| written(&mut errors).unwrap_or_default())?;
         Ok(Self {
             qmp,
-            memory: BufReader::new(memory),
+            memory: BufReader::new(ram),
             errors,
             child,
             _folder: folder,
@@ -115,6 +116,25 @@ impl Bare {
     pub fn write(&mut self, address: u64, value: u32) -> Result<()> {
         self.order(&format!("writel {address:#x} {value:#x}"))
             .map(drop)
+    }
+
+    /// Writes 8 bits.
+    pub fn write_byte(&mut self, address: u64, value: u8) -> Result<()> {
+        self.order(&format!("writeb {address:#x} {value:#x}"))
+            .map(drop)
+    }
+
+    /// Writes 16 bits.
+    pub fn write_short(&mut self, address: u64, value: u16) -> Result<()> {
+        self.order(&format!("writew {address:#x} {value:#x}"))
+            .map(drop)
+    }
+
+    /// Reads 16 bits.
+    pub fn read_short(&mut self, address: u64) -> Result<u16> {
+        let answer = self.order(&format!("readw {address:#x}"))?;
+        let number = answer.trim_start_matches("0x");
+        Ok(u64::from_str_radix(number, 16)? as u16)
     }
 
     /// Fills memory with a byte.
@@ -193,7 +213,7 @@ fn placed(device: &Value) -> Option<PciDevice> {
             .filter(|address| *address != u64::MAX)?;
         *bars.get_mut(bar)? = (address, region["size"].as_u64()?);
     }
-    (bars[0].0 > 0).then_some(PciDevice {
+    bars.iter().any(|(address, _)| *address > 0).then_some(PciDevice {
         config: ECAM + place,
         bars,
     })

@@ -56,6 +56,8 @@ pub struct Config {
     /// Whether the host is to have all of the guest's memory at hand from the start, rather than page by page on first
     /// use: for what is timed.
     pub preallocated: bool,
+    /// Whether other processes are to share the guest's memory, which vhost-user needs.
+    pub shared_memory: bool,
     /// Whether the console is to be connected to a terminal, by [`Vm::attach_terminal`].
     pub interactive: bool,
 }
@@ -68,6 +70,7 @@ impl Default for Config {
             arguments: Vec::new(),
             paths: Vec::new(),
             preallocated: false,
+            shared_memory: false,
             interactive: false,
         }
     }

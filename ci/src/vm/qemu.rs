@@ -175,6 +175,17 @@ pub fn accelerator(wanted: Option<Accel>) -> Accel {
     })
 }
 
+/// The guest's memory, as an object `ram`.
+pub(super) fn memory(config: &Config) -> String {
+    let kind = match config.shared_memory {
+        true => "memory-backend-memfd,share=on",
+        false => "memory-backend-ram",
+    };
+    let preallocated = if config.preallocated { "on" } else { "off" };
+    let size = config.memory_mib;
+    format!("{kind},id=ram,size={size}M,prealloc={preallocated}")
+}
+
 fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, folder: &Path) {
     // A comma ends the value of an option, two are one.
     let log = folder.join(LOG).display().to_string().replace(',', ",,");
@@ -200,11 +211,7 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
             cpu,
         ])
         .arg("-object")
-        .arg(format!(
-            "memory-backend-ram,id=ram,size={}M,prealloc={}",
-            config.memory_mib,
-            if config.preallocated { "on" } else { "off" }
-        ))
+        .arg(memory(config))
         .args(["-m", &format!("{}M", config.memory_mib)])
         .args(["-smp", &config.cpus.to_string()])
         .arg("-kernel")

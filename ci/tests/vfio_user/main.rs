@@ -309,12 +309,8 @@ fn guest_memory_is_copied_if_qemu_shares_it() -> Result<()> {
     wait_until("the slot is free", || {
         Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
     })?;
-    let shared =
-        "-object memory-backend-memfd,id=ram,size=128M,share=on -machine memory-backend=ram";
     config.arguments = setting.broker.arguments(0)?;
-    config
-        .arguments
-        .extend(shared.split(' ').map(str::to_owned));
+    config.shared_memory = true;
     let mut machine = Bare::start(Artifacts::shared()?, &config)?;
     machine.device("barlink0")?;
     machine.write(TARGET, u32::from_le_bytes(*b"seen"))?;

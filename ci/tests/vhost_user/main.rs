@@ -1,0 +1,152 @@
+//! The device over vhost-user on stock QEMU, driven by hand, without a guest: what QEMU makes of it, and what ends QEMU.
+
+mod driver;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use serde_json::json;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use xtask::broker::{Broker, Transport};
+use xtask::builds::Artifacts;
+use xtask::vm::{Bare, Config};
+
+use self::driver::Driver;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Longer than the broker takes for anything.
+const A_WHILE: Duration = Duration::from_millis(300);
+
+/// A broker with a slot for vhost-user, 0, and one for ivshmem, 1, whose VM is this test.
+struct Setting {
+    broker: Broker,
+    /// All eventfds, by peer, then by vector.
+    bells: Vec<Vec<OwnedFd>>,
+    _other: UnixStream,
+}
+
+/// The host's ID.
+const HOST: usize = 2;
+const VECTORS: usize = 5;
+/// The region's first word.
+const MAGIC: u32 = u32::from_le_bytes(*b"barl");
+
+impl Setting {
+    fn new(size: &str) -> Result<Self> {
+        let slots = [Transport::VhostUser, Transport::Ivshmem];
+        let broker = Broker::start_over(Artifacts::shared()?, &slots, &["--size", size])?;
+        let other = UnixStream::connect(broker.socket(1))?;
+        other.set_read_timeout(Some(PATIENCE))?;
+        let mut bells: Vec<_> = (0..=HOST).map(|_| Vec::new()).collect();
+        for _ in 0..3 {
+            message(&other)?;
+        }
+        for _ in 0..(HOST + 1) * VECTORS {
+            let (peer, bell) = message(&other)?;
+            let bell = bell.context("no eventfd")?;
+            bells[usize::try_from(peer)?].push(bell.into());
+        }
+        Ok(Self {
+            broker,
+            bells,
+            _other: other,
+        })
+    }
+
+    fn config(&self) -> Result<Config> {
+        Ok(Config {
+            memory_mib: 128,
+            arguments: self.broker.arguments(0)?,
+            paths: vec![self.broker.folder().to_owned()],
+            shared_memory: true,
+            ..Config::default()
+        })
+    }
+
+    fn machine(&self) -> Result<(Bare, Driver)> {
+        let mut machine = Bare::start(Artifacts::shared()?, &self.config()?)?;
+        let device = machine.device("barlink0")?;
+        let driver = Driver::find(&mut machine, device)?;
+        Ok((machine, driver))
+    }
+
+    fn connection(&self) -> Result<u64> {
+        let vm = &self.broker.inspect()?["broker"]["slots"][0]["vm"];
+        vm["connection"].as_u64().context("no VM")
+    }
+}
+
+/// A message of ivshmem's protocol.
+fn message(socket: &UnixStream) -> Result<(i64, Option<File>)> {
+    let mut bytes = [0; 8];
+    let (length, file) = socket.recv_with_fd(&mut bytes)?;
+    ensure!(length == bytes.len(), "a message of {length} bytes");
+    Ok((i64::from_le_bytes(bytes), file))
+}
+
+/// How often an eventfd was rung since it was last asked.
+fn rings(bell: &OwnedFd) -> u64 {
+    let mut count = [0; 8];
+    match rustix::io::read(bell, &mut count) {
+        Ok(_) => u64::from_ne_bytes(count),
+        Err(_) => 0,
+    }
+}
+
+fn ring(bell: &OwnedFd) -> Result<()> {
+    rustix::io::write(bell, &1u64.to_ne_bytes())?;
+    Ok(())
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while !done()? {
+        ensure!(start.elapsed() < PATIENCE, "in vain: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Waits until the region is in the guest's window.
+fn mapped(machine: &mut Bare, driver: &Driver) -> Result<()> {
+    wait_until("the region is mapped", || {
+        Ok(machine.read(driver.region.address)? == MAGIC)
+    })
+}
+
+#[test]
+fn region_is_there_once_the_driver_is_ready_and_again_after_each_reset() -> Result<()> {
+    let setting = Setting::new("64M")?;
+    let (mut machine, mut driver) = setting.machine()?;
+    assert_eq!(machine.read(driver.device.config)?, 0x1046_1af4);
+    assert_eq!((driver.region_id, driver.region.length), (0, 64 << 20));
+    let config = driver.config.address;
+    let mut words = Vec::new();
+    for place in (0..64).step_by(4) {
+        words.push(machine.read(config + place)?);
+    }
+    let (vectors, connection) = (VECTORS as u32, setting.connection()? as u32);
+    let expected = [MAGIC, 1, 0, 3, vectors, 1, connection, 0, 64 << 20, 0, 0];
+    assert_eq!(words[..11], expected);
+    for round in 1..=3 {
+        driver.prepare(&mut machine)?;
+        thread::sleep(A_WHILE);
+        assert_eq!(machine.read(driver.region.address)?, 0, "too early");
+        driver.start(&mut machine)?;
+        mapped(&mut machine, &driver)?;
+        // Where the superblock says that the raw window is.
+        let window = u64::from(machine.read(driver.region.address + 40)?);
+        machine.write(driver.region.address + window, 0x1234_0000 + round)?;
+        let seen = setting.broker.run(["peek", "--raw", "--length", "4"])?;
+        assert_eq!(seen, (0x1234_0000 + round).to_le_bytes());
+        driver.reset(&mut machine)?;
+        assert_eq!(machine.read(driver.region.address)?, 0, "mapped still");
+    }
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
