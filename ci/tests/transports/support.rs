@@ -27,6 +27,10 @@ pub fn load(vm: &Vm) -> Result<()> {
     vm.run(["insmod", "/lib/barlink.ko"])?.require_success()
 }
 
+/// A shell's command that takes the first device from the driver, whatever bus it is on.
+pub const UNBIND: &str = "cd /sys/class/misc/barlink0/device && name=$(basename $(readlink -f .)) && \
+    echo $name >driver/unbind";
+
 /// Bytes in which every place is different.
 pub fn noise(length: usize) -> Vec<u8> {
     (0..length.div_ceil(4) as u32)

@@ -1,0 +1,179 @@
+//! Over vhost-user. No broker follows another one there, so nothing of `restart.rs` holds.
+#![expect(
+    clippy::duplicate_mod,
+    reason = "the same tests over another transport"
+)]
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use barlink_agent::Status;
+use rustix::process::Signal;
+use serde_json::Value;
+use xtask::broker::{Broker, Transport};
+use xtask::builds::Artifacts;
+use xtask::vm::{COMMAND_TIMEOUT, Vm};
+
+use crate::stranger::{self, Fault};
+use crate::support::*;
+
+const TRANSPORT: Transport = Transport::VhostUser;
+/// Longer than an end looks for itself before it sleeps.
+const NAP: Duration = Duration::from_millis(300);
+
+#[path = "channels.rs"]
+mod channels;
+
+/// A line of the guest's through a channel, and what the host makes of it.
+fn line(broker: &Broker, vm: &Vm, text: &str) -> Result<()> {
+    let receiver = receive(broker, "up")?;
+    let script = format!("echo {text} | barlink-guest send");
+    vm.run(["sh", "-c", &script])?.require_success()?;
+    ensure!(receiver.bytes()? == format!("{text}\n").as_bytes());
+    Ok(())
+}
+
+#[test]
+fn virtio_device_that_is_not_barlinks_is_declined() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let broker = Broker::start_over(Artifacts::shared()?, &[TRANSPORT], &[])?;
+    let mut config = broker.vm()?;
+    config.paths.push(folder.path().to_owned());
+    for fault in Fault::ALL {
+        config
+            .arguments
+            .extend(stranger::start(folder.path(), fault)?);
+    }
+    let vm = Vm::boot(&config)?;
+    load(&vm)?;
+    let log = vm.run(["dmesg"])?.success()?;
+    for fault in Fault::ALL {
+        let told = log.matches(fault.message()).count();
+        ensure!(told == 1, "{fault:?} is told {told} times: {log}");
+    }
+    let bound = vm.run([
+        "sh",
+        "-c",
+        "ls /dev/barlink* /sys/bus/virtio/drivers/barlink",
+    ])?;
+    let bound = bound.success()?;
+    ensure!(bound.matches("/dev/barlink").count() == 1, "{bound}");
+    ensure!(bound.matches("virtio").count() == 2, "{bound}");
+    // The one that is barlink's is none the worse.
+    line(&broker, &vm, "whole")
+}
+
+#[test]
+fn virtio_device_is_found_where_it_is() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &["--size", "2M"])?;
+    let info = vm.run(["barlink-guest", "info", "--json"])?.success()?;
+    let info: Value = serde_json::from_str(&info)?;
+    let address = info["pci_address"].as_str().context("no address")?;
+    let script =
+        format!("cat /sys/bus/pci/devices/{address}/vendor /sys/bus/pci/devices/{address}/device");
+    ensure!(vm.run(["sh", "-c", &script])?.success()? == "0x1af4\n0x1046\n");
+    // Whoever else would use the region finds it taken.
+    let memory = vm.run(["cat", "/proc/iomem"])?.success()?;
+    let taken = memory.lines().find(|line| line.ends_with(" : barlink"));
+    let (range, _) = taken
+        .context("nothing is taken")?
+        .split_once(" :")
+        .context("no range")?;
+    let (first, last) = range.trim().split_once('-').context("no range")?;
+    let number = |text| u64::from_str_radix(text, 16);
+    ensure!(number(last)? - number(first)? + 1 == 2 << 20, "{range}");
+    line(&broker, &vm, "here")
+}
+
+#[test]
+fn virtio_device_is_given_back_and_taken_again() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &[])?;
+    for epoch in [3, 5, 7] {
+        line(&broker, &vm, "before")?;
+        let script = format!("{UNBIND} && cd / && test ! -e /dev/barlink0 && cat /proc/iomem");
+        let memory = vm.run(["sh", "-c", &script])?.success()?;
+        ensure!(!memory.contains("barlink"), "{memory}");
+        let guest = || -> Result<Value> { Ok(broker.inspect()?["guests"][0].clone()) };
+        wait_until("the host learns that the driver is gone", || {
+            Ok(guest()?["present"] == false)
+        })?;
+        let script = "cd /sys/bus/virtio/drivers/barlink && for device in ../../devices/*; do \
+            test \"$(cat $device/device)\" = 0x0006 && echo $(basename $device) >bind; done; test -e /dev/barlink0";
+        vm.run(["sh", "-c", script])?.require_success()?;
+        ensure!(guest()?["epoch"] == epoch, "{}", guest()?);
+    }
+    line(&broker, &vm, "after")
+}
+
+#[test]
+fn module_with_a_virtio_device_stays_while_it_is_used() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &[])?;
+    let user = vm.spawn(["barlink-guest", "recv"])?;
+    wait_for_holder(&broker, "down", "consumer", true)?;
+    let refused = vm.run(["rmmod", "barlink"])?;
+    ensure!(refused.status != Status::Code(0), "it is gone");
+    user.kill(Signal::KILL)?;
+    user.wait(COMMAND_TIMEOUT)?;
+    for _ in 0..3 {
+        vm.run(["rmmod", "barlink"])?.require_success()?;
+        ensure!(vm.run(["test", "-e", "/dev/barlink0"])?.status != Status::Code(0));
+        load(&vm)?;
+    }
+    line(&broker, &vm, "again")
+}
+
+/// More is rung than the queue has room for, while nobody reads it; what comes last is not lost.
+#[test]
+fn doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them() -> Result<()> {
+    let (broker, vm) = start(
+        TRANSPORT,
+        &["--channel", "up=up,64K", "--channel", "other=up,1M"],
+    )?;
+    let receiver = receive(&broker, "up")?;
+    let producer = vm.spawn(["barlink-guest", "send"])?;
+    let arrived = || -> Result<bool> {
+        let channel = &broker.inspect()?["channels"][0];
+        Ok(channel["records"] != 0 && channel["fill"] == 0)
+    };
+    // From here on the receiver sleeps until it is rung.
+    for _ in 0..3 {
+        producer.write(b"tick")?;
+        thread::sleep(NAP);
+    }
+    wait_until("all has arrived", arrived)?;
+    broker.signal(Signal::STOP)?;
+    let flood =
+        "for i in $(seq 40); do echo $i | barlink-guest send --channel other || exit 1; done";
+    let flood = vm.run(["sh", "-c", flood])?;
+    producer.write(b"tock")?;
+    thread::sleep(NAP);
+    broker.signal(Signal::CONT)?;
+    flood.require_success()?;
+    wait_until("the last has arrived", arrived)?;
+    producer.close_stdin()?;
+    producer.wait(COMMAND_TIMEOUT)?.require_success()?;
+    ensure!(receiver.bytes()? == b"ticktickticktock");
+    Ok(())
+}
+
+/// The memory stays, and nobody hangs: what is rung is lost, and whoever sleeps can be killed.
+#[test]
+fn broker_that_dies_leaves_the_memory_and_nobody_hangs() -> Result<()> {
+    let (mut broker, vm) = start(
+        TRANSPORT,
+        &["--channel", "up=up,1M", "--channel", "down=down,64K"],
+    )?;
+    let sleeper = vm.spawn(["barlink-guest", "recv"])?;
+    wait_for_holder(&broker, "down", "consumer", true)?;
+    broker.kill()?;
+    let flood = "for i in $(seq 40); do echo $i | barlink-guest send || exit 1; done";
+    vm.run(["sh", "-c", flood])?.require_success()?;
+    vm.run(["barlink-guest", "poke", "written by one"])?
+        .require_success()?;
+    let peek = ["barlink-guest", "peek", "--raw", "--length", "14"];
+    ensure!(vm.run(peek)?.success()? == "written by one");
+    sleeper.kill(Signal::INT)?;
+    sleeper.wait(COMMAND_TIMEOUT)?;
+    vm.run(["rmmod", "barlink"])?.require_success()
+}
