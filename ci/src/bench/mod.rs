@@ -77,7 +77,7 @@ pub fn measure(artifacts: &Artifacts, quick: bool) -> Result<Report> {
     let mut cases = Vec::new();
     for direction in [Direction::Up, Direction::Down] {
         for &record_size in sizes {
-            cases.extend(Transport::WITH_DRIVER.map(|transport| Case {
+            cases.extend(Transport::ALL.map(|transport| Case {
                 transport,
                 direction,
                 record_size,

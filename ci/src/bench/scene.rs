@@ -78,13 +78,13 @@ impl<'a> Scene<'a> {
     /// Starts the broker with a slot for each transport, and the VM with a device at each, and loads the driver.
     pub fn set(artifacts: &'a Artifacts) -> Result<Self> {
         let mut channels = Vec::new();
-        for slot in 0..Transport::WITH_DRIVER.len() {
+        for slot in 0..Transport::ALL.len() {
             channels.push(format!("up{slot}={slot}-host,{CAPACITY}"));
             channels.push(format!("down{slot}=host-{slot},{CAPACITY}"));
         }
         let options = channels.iter().flat_map(|channel| ["--channel", channel]);
         let arguments: Vec<_> = options.chain(["--size", "32M"]).collect();
-        let broker = Broker::start_over(artifacts, &Transport::WITH_DRIVER, &arguments)?;
+        let broker = Broker::start_over(artifacts, &Transport::ALL, &arguments)?;
         let config = Config {
             preallocated: true,
             ..broker.vm()?
@@ -166,7 +166,7 @@ impl<'a> Scene<'a> {
 
     /// The slot with this transport, which is also the number of the guest's device.
     fn slot(&self, transport: Transport) -> Result<usize> {
-        let mut all = Transport::WITH_DRIVER.into_iter();
+        let mut all = Transport::ALL.into_iter();
         let slot = all.position(|other| other == transport);
         slot.with_context(|| format!("there is no slot over {}", transport.name()))
     }
