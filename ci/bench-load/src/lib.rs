@@ -2,9 +2,20 @@
 
 //! The work that `cargo xtask bench` measures, on the host and in the guest. The program `barlink-bench-load` does one
 //! piece of it and prints a [`Measured`] as JSON.
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `stream.rs` | a stream of records through a channel |
+//! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
+//! | `clock.rs` | times |
 
+mod clock;
+mod copy;
+mod ring;
 mod stream;
 
+pub use copy::Copy;
+pub use ring::Ring;
 pub use stream::{Receive, Send};
 
 use serde::{Deserialize, Serialize};

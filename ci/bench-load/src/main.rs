@@ -1,25 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The program `barlink-bench-load`: one end of what `cargo xtask bench` measures.
+//! The program `barlink-bench-load`: one piece of what `cargo xtask bench` measures.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use barlink::{Access, Attachment};
-use barlink_bench_load::{Receive, Send};
-use barlink_guest::Device;
+use barlink::{Access, AttachError, Attachment};
+use barlink_bench_load::{Copy, Receive, Ring, Send};
+use barlink_guest::{Device, DeviceError};
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-/// One end of what `cargo xtask bench` measures
+/// What `cargo xtask bench` measures
 #[derive(Parser)]
 struct Cli {
-    #[command(flatten)]
-    place: Place,
-    /// The channel
-    channel: String,
     #[command(subcommand)]
     work: Work,
+}
+
+#[derive(Subcommand)]
+enum Work {
+    /// Send records of one size
+    Send {
+        #[command(flatten)]
+        end: End,
+        #[command(flatten)]
+        send: Send,
+    },
+    /// Receive, and read every byte in place
+    Receive {
+        #[command(flatten)]
+        end: End,
+    },
+    /// Copy within this process
+    Copy(Copy),
+    /// Send and receive within this process
+    Ring(Ring),
+}
+
+/// The end of a channel.
+#[derive(Args)]
+struct End {
+    /// The channel
+    channel: String,
+    #[command(flatten)]
+    place: Place,
 }
 
 #[derive(Args)]
@@ -33,35 +58,31 @@ struct Place {
     device: Option<PathBuf>,
 }
 
-#[derive(Subcommand)]
-enum Work {
-    /// Send records of one size
-    Send(Send),
-    /// Receive, and read every byte in place
-    Receive(Receive),
-}
-
 fn main() -> Result<()> {
     // Not to outlive the bench, or the agent.
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    let Cli {
-        place,
-        channel,
-        work,
-    } = Cli::parse();
-    let measured = if let Some(path) = &place.control {
-        let attachment = Attachment::connect(path, Access::ReadWrite)?;
-        match work {
-            Work::Send(send) => send.run(attachment.sender(&channel)?)?,
-            Work::Receive(receive) => receive.run(attachment.receiver(&channel)?)?,
-        }
-    } else {
-        let device = Device::open(&place.device.unwrap_or_default())?;
-        match work {
-            Work::Send(send) => send.run(device.sender(&channel)?)?,
-            Work::Receive(receive) => receive.run(device.receiver(&channel)?)?,
-        }
+    let measured = match Cli::parse().work {
+        Work::Send { end, send } => match &end.place.control {
+            Some(path) => send.run(attach(path)?.sender(&end.channel)?)?,
+            None => send.run(end.open()?.sender(&end.channel)?)?,
+        },
+        Work::Receive { end } => match &end.place.control {
+            Some(path) => Receive {}.run(attach(path)?.receiver(&end.channel)?)?,
+            None => Receive {}.run(end.open()?.receiver(&end.channel)?)?,
+        },
+        Work::Copy(copy) => copy.run(),
+        Work::Ring(ring) => ring.run()?,
     };
     println!("{}", serde_json::to_string(&measured)?);
     Ok(())
+}
+
+fn attach(path: &Path) -> Result<Attachment, AttachError> {
+    Attachment::connect(path, Access::ReadWrite)
+}
+
+impl End {
+    fn open(&self) -> Result<Device, DeviceError> {
+        Device::open(self.place.device.as_deref().unwrap_or(Path::new("")))
+    }
 }

@@ -9,9 +9,9 @@ use anyhow::Result;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Events, Ordering, Receiver, Sender, Strategy, Wakeup};
 use clap::Args;
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::Measured;
+use crate::clock::{cpu, nanoseconds};
 
 /// Bytes between two looks at the clock.
 const STRIDE: usize = 256 << 10;
@@ -28,7 +28,7 @@ pub struct Send {
 }
 
 /// Receives until the stream ends.
-#[derive(Args, Debug)]
+#[derive(Debug)]
 pub struct Receive {}
 
 impl Send {
@@ -98,16 +98,4 @@ impl Receive {
             receiver.release()?;
         }
     }
-}
-
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// Processor time of this process so far, in nanoseconds.
-fn cpu() -> u64 {
-    let time: Duration = clock_gettime(ClockId::ProcessCPUTime)
-        .try_into()
-        .unwrap_or_default();
-    nanoseconds(time)
 }

@@ -10,9 +10,9 @@ use anyhow::Result;
 use indicatif::BinaryBytes;
 use serde::Serialize;
 
-use super::scene::{Case, Conditions, Direction, Streamed};
+use super::case::{Case, Direction, Way};
+use super::scene::{Conditions, Streamed};
 use super::spread::Spread;
-use crate::broker::Transport;
 
 /// What was measured, and under which conditions.
 #[derive(Clone, Debug, Serialize)]
@@ -32,8 +32,8 @@ struct Row {
     cpu: [Spread; 2],
     /// Records in all rounds.
     records: u64,
-    /// Rings of the producer in all rounds.
-    rung: u64,
+    /// Rings of the producer in all rounds, where they are counted.
+    rung: Option<u64>,
 }
 
 impl Report {
@@ -44,7 +44,7 @@ impl Report {
             rate: Spread::default(),
             cpu: Default::default(),
             records: 0,
-            rung: 0,
+            rung: None,
         };
         Self {
             conditions: conditions.clone(),
@@ -65,33 +65,35 @@ impl Report {
                 spread.add(end.cpu as f64 / end.bytes as f64);
             }
             row.records += sent.records;
-            row.rung += rung;
+            if let Some(rung) = rung {
+                *row.rung.get_or_insert(0) += rung;
+            }
         }
     }
 
-    /// The median rate over one transport as a part of that over another, for records of this size in this direction.
-    pub fn ratio(
-        &self,
-        [one, other]: [Transport; 2],
-        direction: Direction,
-        record_size: u64,
-    ) -> Option<f64> {
-        let rate = |transport| {
+    /// The median rate of one way as a part of another's, for records of this size.
+    pub fn ratio(&self, ways: [(Way, Direction); 2], record_size: u64) -> Option<f64> {
+        let rate = |(way, direction)| {
             let case = Case {
-                transport,
+                way,
                 direction,
                 record_size,
             };
             let row = self.rows.iter().find(|row| row.case == case);
             row.map(|row| row.rate.median())
         };
-        Some(rate(one)? / rate(other)?)
+        let [one, other] = ways.map(rate);
+        Some(one? / other?)
     }
 
     /// Rings of producers for each record, over all that was measured.
     pub fn rings_per_record(&self) -> f64 {
-        let sum = |count: fn(&Row) -> u64| self.rows.iter().map(count).sum::<u64>() as f64;
-        sum(|row| row.rung) / sum(|row| row.records)
+        let counted = self.rows.iter();
+        let counted = counted.filter_map(|row| Some((row.rung?, row.records)));
+        let (rung, records) = counted.fold((0, 0), |(rings, all), (rung, records)| {
+            (rings + rung, all + records)
+        });
+        rung as f64 / records as f64
     }
 
     /// Writes `results.json` and `results.md`.
@@ -122,26 +124,25 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "| direction | record | transport | MB/s | half of the rounds | records/s | rings in 1,000 records \
+            "| from where to where | how | record | MB/s | half of the rounds | records/s | rings in 1,000 records \
              | CPU s/GB, sender | receiver |"
         )?;
-        writeln!(f, "|---|---:|---|---:|---:|---:|---:|---:|---:|")?;
+        writeln!(f, "|---|---|---:|---:|---:|---:|---:|---:|---:|")?;
         for row in &self.rows {
-            let direction = match row.case.direction {
-                Direction::Up => "guest to host",
-                Direction::Down => "host to guest",
-            };
             let median = row.rate.median();
             let [low, high] = row.rate.quartiles().map(|rate| rate / 1e6);
             let [sender, receiver] = row.cpu.each_ref().map(Spread::median);
+            let rings = row.rung.map_or(String::new(), |rung| {
+                format!("{:.2}", rung as f64 * 1e3 / row.records as f64)
+            });
             writeln!(
                 f,
-                "| {direction} | {} | {} | {:.0} | {low:.0} to {high:.0} | {:.0} | {:.2} | {sender:.2} | {receiver:.2} |",
+                "| {} | {} | {} | {:.0} | {low:.0} to {high:.0} | {:.0} | {rings} | {sender:.2} | {receiver:.2} |",
+                row.case.direction.name(),
+                row.case.way.name(),
                 BinaryBytes(row.case.record_size),
-                row.case.transport.name(),
                 median / 1e6,
                 median / row.case.record_size as f64,
-                row.rung as f64 * 1e3 / row.records as f64,
             )?;
         }
         Ok(())

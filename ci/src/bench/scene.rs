@@ -10,6 +10,7 @@ use barlink_bench_load::Measured;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::case::{Case, Direction, Way};
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
 use crate::tools::Accel;
@@ -18,27 +19,6 @@ use crate::vm::{COMMAND_TIMEOUT, Config, Vm, accelerator};
 /// Bytes of each channel.
 const CAPACITY: &str = "4M";
 
-/// Which way records go.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Direction {
-    /// From the guest to the host.
-    Up,
-    /// From the host to the guest.
-    Down,
-}
-
-/// What is measured in one go.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
-pub struct Case {
-    /// How the VM is reached.
-    pub transport: Transport,
-    /// Which way.
-    pub direction: Direction,
-    /// Bytes of payload in a record.
-    pub record_size: u64,
-}
-
 /// One stream.
 #[derive(Clone, Copy, Debug)]
 pub struct Streamed {
@@ -46,8 +26,8 @@ pub struct Streamed {
     pub sent: Measured,
     /// What the consumer did.
     pub received: Measured,
-    /// How often the producer rang.
-    pub rung: u64,
+    /// How often the producer rang, where that is counted.
+    pub rung: Option<u64>,
 }
 
 /// What holds for all that is measured.
@@ -119,48 +99,80 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// Sends records for some time, and checks that every byte of them came.
-    pub fn stream(&self, case: &Case, time: Duration) -> Result<Streamed> {
-        let slot = self.slot(case.transport)?;
-        let (channel, index) = match case.direction {
-            Direction::Up => (format!("up{slot}"), 2 * slot),
-            Direction::Down => (format!("down{slot}"), 2 * slot + 1),
+    /// Does what is to be measured for some time.
+    pub fn measure(&self, case: &Case, time: Duration) -> Result<Streamed> {
+        match case.way {
+            Way::Channel(transport) => self.stream(transport, case, time),
+            Way::Copy => self.within(case, "copy", time),
+            Way::Ring => self.within(case, "ring", time),
+        }
+    }
+
+    /// Does something within one process.
+    fn within(&self, case: &Case, what: &str, time: Duration) -> Result<Streamed> {
+        let [size, time] = options(case, time);
+        let arguments = [what, &size, &time];
+        let measured = if case.direction == Direction::Host {
+            let output = Command::new(&self.artifacts.bench_load)
+                .args(arguments)
+                .stderr(Stdio::inherit())
+                .output()?;
+            ensure!(output.status.success(), "`{what}` failed on the host");
+            serde_json::from_slice(&output.stdout)?
+        } else {
+            let program = ["barlink-bench-load"].into_iter().chain(arguments);
+            serde_json::from_str(&self.vm.run(program)?.success()?)?
+        };
+        Ok(Streamed {
+            sent: measured,
+            received: measured,
+            rung: None,
+        })
+    }
+
+    /// Sends records over a transport, and checks that every byte of them came.
+    fn stream(&self, transport: Transport, case: &Case, time: Duration) -> Result<Streamed> {
+        let slot = self.slot(transport)?;
+        let up = case.direction == Direction::Up;
+        let (channel, index) = match up {
+            true => (format!("up{slot}"), 2 * slot),
+            false => (format!("down{slot}"), 2 * slot + 1),
         };
         let device = format!("/dev/barlink{slot}");
-        let size = format!("--record-size={}", case.record_size);
-        let time = format!("--time={}", time.as_millis());
+        let [size, time] = options(case, time);
         let send = ["send", &size, &time];
         let receive = ["receive"];
-        let (on_host, in_guest) = match case.direction {
-            Direction::Up => (&receive[..], &send[..]),
-            Direction::Down => (&send[..], &receive[..]),
+        let (on_host, in_guest) = match up {
+            true => (&receive[..], &send[..]),
+            false => (&send[..], &receive[..]),
         };
         let before = self.rung(index)?;
         let mut host = Command::new(&self.artifacts.bench_load);
+        host.args(on_host).arg(&channel);
         host.arg("--control").arg(self.broker.control());
-        host.arg(&channel).args(on_host);
         host.stdin(Stdio::null()).stdout(Stdio::piped());
         let host = host.spawn().context("an end cannot be started")?;
-        let program = ["barlink-bench-load", "--device", &device, &channel];
-        let guest = program.iter().chain(in_guest).copied();
+        let end = ["--device", &device, &channel];
+        let guest = ["barlink-bench-load"].iter().chain(in_guest).chain(&end);
+        let guest = guest.copied();
         let guest = self.vm.spawn(guest)?.wait(COMMAND_TIMEOUT)?.success()?;
         let host = host.wait_with_output()?;
         ensure!(host.status.success(), "the end on the host failed");
         let guest = serde_json::from_str(&guest)?;
         let host = serde_json::from_slice(&host.stdout)?;
-        let (sent, received): (Measured, Measured) = match case.direction {
-            Direction::Up => (guest, host),
-            Direction::Down => (host, guest),
+        let (sent, received): (Measured, Measured) = match up {
+            true => (guest, host),
+            false => (host, guest),
         };
         ensure!(
             (sent.records, sent.sum) == (received.records, received.sum),
             "what came over {} is not what was sent",
-            case.transport.name()
+            transport.name()
         );
         Ok(Streamed {
             sent,
             received,
-            rung: self.rung(index)? - before,
+            rung: Some(self.rung(index)? - before),
         })
     }
 
@@ -177,4 +189,12 @@ impl<'a> Scene<'a> {
         let rung = snapshot["channels"][index]["rung"].as_u64();
         rung.context("the broker tells nothing of a channel")
     }
+}
+
+/// What the program is told of a case.
+fn options(case: &Case, time: Duration) -> [String; 2] {
+    [
+        format!("--record-size={}", case.record_size),
+        format!("--time={}", time.as_millis()),
+    ]
 }

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is measured in one go.
+
+use serde::Serialize;
+
+use crate::broker::Transport;
+
+/// From where to where.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Direction {
+    /// From the guest to the host.
+    Up,
+    /// From the host to the guest.
+    Down,
+    /// Within a process of the guest.
+    Guest,
+    /// Within a process on the host.
+    Host,
+}
+
+impl Direction {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Direction::Up => "guest to host",
+            Direction::Down => "host to guest",
+            Direction::Guest => "within the guest",
+            Direction::Host => "within the host",
+        }
+    }
+}
+
+/// How bytes go there.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// Through a channel.
+    Channel(Transport),
+    /// By copying alone.
+    Copy,
+    /// Through a channel between two threads.
+    Ring,
+}
+
+impl Way {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Way::Channel(transport) => transport.name(),
+            Way::Copy => "memcpy",
+            Way::Ring => "two threads",
+        }
+    }
+}
+
+/// See the module.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct Case {
+    /// How.
+    pub way: Way,
+    /// From where to where.
+    pub direction: Direction,
+    /// Bytes of payload in a record.
+    pub record_size: u64,
+}
+
+impl Case {
+    /// All that is measured for records of these sizes.
+    pub fn all(sizes: &[u64]) -> Vec<Case> {
+        use Direction::{Down, Guest, Host, Up};
+        let mut ways = Vec::new();
+        for direction in [Up, Down] {
+            ways.extend(Transport::ALL.map(|transport| (Way::Channel(transport), direction)));
+        }
+        ways.extend([Guest, Host].map(|place| (Way::Ring, place)));
+        ways.extend([Guest, Host].map(|place| (Way::Copy, place)));
+        let cases = |(way, direction): (Way, Direction)| {
+            sizes.iter().map(move |&record_size| Case {
+                way,
+                direction,
+                record_size,
+            })
+        };
+        ways.into_iter().flat_map(cases).collect()
+    }
+}
