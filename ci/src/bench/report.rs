@@ -120,7 +120,7 @@ impl fmt::Display for Report {
             f,
             "Accelerator {accelerator}, guest kernel {kernel}, region mapped {cache_mode} in the guest, {guest_cpus} \
              processors of the guest on {host_cpus} of the host. Records are copied in by the sender, and every byte is \
-             read in place by the receiver; ends spin for up to 50 µs, then nap, then sleep.\n"
+             read in place by the receiver; records below 16 KiB are committed and released in batches of 16 KiB; ends spin for up to 50 µs, then nap, then sleep.\n"
         )?;
         writeln!(
             f,
