@@ -6,15 +6,18 @@
 //! | file | its one job |
 //! |---|---|
 //! | `stream.rs` | a stream of records through a channel |
+//! | `pipe.rs` | a stream of records through a peer of barlink's, such as a socket |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
 //! | `clock.rs` | times |
 
 mod clock;
 mod copy;
+mod pipe;
 mod ring;
 mod stream;
 
 pub use copy::Copy;
+pub use pipe::{Endpoint, PipeReceive, PipeSend};
 pub use ring::Ring;
 pub use stream::{Receive, Send};
 

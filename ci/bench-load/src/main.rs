@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use barlink::{Access, AttachError, Attachment};
-use barlink_bench_load::{Copy, Receive, Ring, Send};
+use barlink_bench_load::{Copy, PipeReceive, PipeSend, Receive, Ring, Send};
 use barlink_guest::{Device, DeviceError};
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
@@ -32,6 +32,10 @@ enum Work {
         #[command(flatten)]
         end: End,
     },
+    /// Write records to a pipe
+    PipeSend(PipeSend),
+    /// Read them
+    PipeReceive(PipeReceive),
     /// Copy within this process
     Copy(Copy),
     /// Send and receive within this process
@@ -70,6 +74,8 @@ fn main() -> Result<()> {
             Some(path) => Receive {}.run(attach(path)?.receiver(&end.channel)?)?,
             None => Receive {}.run(end.open()?.receiver(&end.channel)?)?,
         },
+        Work::PipeSend(send) => send.run()?,
+        Work::PipeReceive(receive) => receive.run()?,
         Work::Copy(copy) => copy.run(),
         Work::Ring(ring) => ring.run()?,
     };

@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 
+use super::scene::Side;
 use crate::broker::Transport;
 
 /// From where to where.
@@ -14,13 +15,23 @@ pub enum Direction {
     Up,
     /// From the host to the guest.
     Down,
-    /// Within a process of the guest.
+    /// Within the guest.
     Guest,
-    /// Within a process on the host.
+    /// Within the host.
     Host,
 }
 
 impl Direction {
+    /// Where the sender is, and where the receiver.
+    pub fn sides(self) -> [Side; 2] {
+        match self {
+            Direction::Up => [Side::Guest, Side::Host],
+            Direction::Down => [Side::Host, Side::Guest],
+            Direction::Guest => [Side::Guest; 2],
+            Direction::Host => [Side::Host; 2],
+        }
+    }
+
     /// In words.
     pub fn name(self) -> &'static str {
         match self {
@@ -42,6 +53,12 @@ pub enum Way {
     Copy,
     /// Through a channel between two threads.
     Ring,
+    /// By QEMU's virtio-serial.
+    VirtioSerial,
+    /// By TCP over QEMU's user network.
+    Tcp,
+    /// By a Unix socket.
+    Unix,
 }
 
 impl Way {
@@ -51,6 +68,9 @@ impl Way {
             Way::Channel(transport) => transport.name(),
             Way::Copy => "memcpy",
             Way::Ring => "two threads",
+            Way::VirtioSerial => "virtio-serial",
+            Way::Tcp => "TCP",
+            Way::Unix => "Unix socket",
         }
     }
 }
@@ -73,7 +93,9 @@ impl Case {
         let mut ways = Vec::new();
         for direction in [Up, Down] {
             ways.extend(Transport::ALL.map(|transport| (Way::Channel(transport), direction)));
+            ways.extend([Way::VirtioSerial, Way::Tcp].map(|way| (way, direction)));
         }
+        ways.push((Way::Unix, Host));
         ways.extend([Guest, Host].map(|place| (Way::Ring, place)));
         ways.extend([Guest, Host].map(|place| (Way::Copy, place)));
         let cases = |(way, direction): (Way, Direction)| {

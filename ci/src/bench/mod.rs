@@ -9,7 +9,8 @@
 //! | file | its one job |
 //! |---|---|
 //! | `case.rs` | what is measured |
-//! | `scene.rs` | the broker, the VM, and measuring with them |
+//! | `scene.rs` | the broker, the VM with all that connects it, and processes on both sides |
+//! | `stream.rs` | one stream of records, whichever way it goes |
 //! | `spread.rs` | the median of some figures, and how far they lie apart |
 //! | `report.rs` | the results as JSON and as a table |
 
@@ -17,6 +18,7 @@ mod case;
 mod report;
 mod scene;
 mod spread;
+mod stream;
 
 use std::fs;
 use std::path::PathBuf;
@@ -30,6 +32,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 pub use self::case::{Case, Direction, Way};
 pub use self::report::Report;
 use self::scene::Scene;
+use self::stream::stream;
 use crate::builds::{Artifacts, target_folder};
 use crate::setup;
 use crate::tools::VmArgs;
@@ -85,7 +88,13 @@ pub fn measure(artifacts: &Artifacts, quick: bool) -> Result<Report> {
     for round in 1..=rounds {
         bar.set_message(format!("{round} of {rounds}"));
         for case in &cases {
-            report.add(case, scene.measure(case, time)?);
+            report.add(
+                case,
+                stream(&scene, case, time).with_context(|| {
+                    let (way, direction) = (case.way.name(), case.direction.name());
+                    format!("{way}, {direction}, {} bytes", case.record_size)
+                })?,
+            );
             bar.inc(1);
         }
     }

@@ -11,8 +11,9 @@ use indicatif::BinaryBytes;
 use serde::Serialize;
 
 use super::case::{Case, Direction, Way};
-use super::scene::{Conditions, Streamed};
+use super::scene::Conditions;
 use super::spread::Spread;
+use super::stream::Streamed;
 
 /// What was measured, and under which conditions.
 #[derive(Clone, Debug, Serialize)]

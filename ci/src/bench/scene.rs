@@ -1,33 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The broker, the VM, and one stream through them.
+//! The broker, the VM with all that connects it, and processes on both sides.
 
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use barlink_bench_load::Measured;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::case::{Case, Direction, Way};
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
 use crate::tools::Accel;
-use crate::vm::{COMMAND_TIMEOUT, Config, Vm, accelerator};
+use crate::vm::{COMMAND_TIMEOUT, Config, Process, Vm, accelerator};
 
 /// Bytes of each channel.
 const CAPACITY: &str = "4M";
+/// The port of virtio-serial, and the file of its other end.
+pub const PORT: &str = "barlink.bench";
+const PORT_SOCKET: &str = "port.sock";
+/// What the guest needs for a network, in this order.
+const NETWORK: [&str; 3] = [
+    "net/core/failover.ko",
+    "drivers/net/net_failover.ko",
+    "drivers/net/virtio_net.ko",
+];
 
-/// One stream.
-#[derive(Clone, Copy, Debug)]
-pub struct Streamed {
-    /// What the producer did.
-    pub sent: Measured,
-    /// What the consumer did.
-    pub received: Measured,
-    /// How often the producer rang, where that is counted.
-    pub rung: Option<u64>,
+/// Where a process runs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    /// On the host.
+    Host,
+    /// In the guest.
+    Guest,
 }
 
 /// What holds for all that is measured.
@@ -54,8 +60,18 @@ pub struct Scene<'a> {
     artifacts: &'a Artifacts,
 }
 
+/// A process that measures.
+#[derive(Debug)]
+pub enum Load {
+    /// One on the host.
+    Host(Child),
+    /// One in the guest.
+    Guest(Process),
+}
+
 impl<'a> Scene<'a> {
-    /// Starts the broker with a slot for each transport, and the VM with a device at each, and loads the driver.
+    /// Starts the broker with a slot for each transport, and the VM with a device at each and with what peers need, and
+    /// loads the driver.
     pub fn set(artifacts: &'a Artifacts) -> Result<Self> {
         let mut channels = Vec::new();
         for slot in 0..Transport::ALL.len() {
@@ -65,27 +81,54 @@ impl<'a> Scene<'a> {
         let options = channels.iter().flat_map(|channel| ["--channel", channel]);
         let arguments: Vec<_> = options.chain(["--size", "32M"]).collect();
         let broker = Broker::start_over(artifacts, &Transport::ALL, &arguments)?;
-        let config = Config {
+        let mut config = Config {
             preallocated: true,
             ..broker.vm()?
         };
+        let port = broker.folder().join(PORT_SOCKET);
+        config.arguments.extend([
+            "-chardev".to_owned(),
+            format!("socket,id=bench,path={},server=on,wait=off", port.display()),
+            "-device".to_owned(),
+            format!("virtserialport,chardev=bench,name={PORT}"),
+            "-netdev".to_owned(),
+            "user,id=net".to_owned(),
+            "-device".to_owned(),
+            "virtio-net-pci,netdev=net,romfile=".to_owned(),
+        ]);
         let vm = Vm::boot_with(artifacts, &config)?;
         vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
-        Ok(Self {
+        let scene = Self {
             vm,
             broker,
             config,
             artifacts,
-        })
+        };
+        scene.connect_network()?;
+        Ok(scene)
+    }
+
+    /// Loads the guest's network driver, and gives it the address that QEMU expects.
+    fn connect_network(&self) -> Result<()> {
+        let image = &self.artifacts.tools.kernel_image;
+        let modules = image.parent().unwrap_or(Path::new("")).join("kernel");
+        for module in NETWORK {
+            let path = modules.join(format!("{module}.xz"));
+            let packed = std::fs::read(&path)
+                .with_context(|| format!("{} is not there, for TCP", path.display()))?;
+            self.vm.put_file("/tmp/module.ko.xz", &packed)?;
+            let load = "unxz -f /tmp/module.ko.xz && insmod /tmp/module.ko && rm /tmp/module.ko";
+            self.vm.run(["sh", "-c", load])?.require_success()?;
+        }
+        let address =
+            "ip link set lo up && ip link set eth0 up && ip address add 10.0.2.15/24 dev eth0";
+        self.vm.run(["sh", "-c", address])?.require_success()
     }
 
     /// What holds for all that is measured.
     pub fn conditions(&self) -> Result<Conditions> {
-        let info = self
-            .vm
-            .run(["barlink-guest", "info", "--json"])?
-            .success()?;
-        let info: Value = serde_json::from_str(&info)?;
+        let info = ["barlink-guest", "info", "--json"];
+        let info: Value = serde_json::from_str(&self.vm.run(info)?.success()?)?;
         let kernel = self.vm.run(["uname", "-r"])?.success()?;
         Ok(Conditions {
             accelerator: match accelerator(self.artifacts.args.accel) {
@@ -99,102 +142,62 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// Does what is to be measured for some time.
-    pub fn measure(&self, case: &Case, time: Duration) -> Result<Streamed> {
-        match case.way {
-            Way::Channel(transport) => self.stream(transport, case, time),
-            Way::Copy => self.within(case, "copy", time),
-            Way::Ring => self.within(case, "ring", time),
+    /// Starts `barlink-bench-load` with these arguments.
+    pub fn start(&self, side: Side, arguments: &[String]) -> Result<Load> {
+        Ok(match side {
+            Side::Host => {
+                let mut command = Command::new(&self.artifacts.bench_load);
+                command.args(arguments);
+                command.stdin(Stdio::null()).stdout(Stdio::piped());
+                Load::Host(command.spawn().context("a process cannot be started")?)
+            }
+            Side::Guest => {
+                let program = ["barlink-bench-load"].into_iter();
+                let arguments = arguments.iter().map(String::as_str);
+                Load::Guest(self.vm.spawn(program.chain(arguments))?)
+            }
+        })
+    }
+
+    /// Where the broker is heard.
+    pub fn control(&self) -> PathBuf {
+        self.broker.control()
+    }
+
+    /// The host's end of the port of virtio-serial.
+    pub fn port(&self) -> PathBuf {
+        self.broker.folder().join(PORT_SOCKET)
+    }
+
+    /// A file that is not there.
+    pub fn fresh_file(&self, name: &str) -> Result<PathBuf> {
+        let path = self.broker.folder().join(name);
+        if path.exists() {
+            std::fs::remove_file(&path)?;
         }
-    }
-
-    /// Does something within one process.
-    fn within(&self, case: &Case, what: &str, time: Duration) -> Result<Streamed> {
-        let [size, time] = options(case, time);
-        let arguments = [what, &size, &time];
-        let measured = if case.direction == Direction::Host {
-            let output = Command::new(&self.artifacts.bench_load)
-                .args(arguments)
-                .stderr(Stdio::inherit())
-                .output()?;
-            ensure!(output.status.success(), "`{what}` failed on the host");
-            serde_json::from_slice(&output.stdout)?
-        } else {
-            let program = ["barlink-bench-load"].into_iter().chain(arguments);
-            serde_json::from_str(&self.vm.run(program)?.success()?)?
-        };
-        Ok(Streamed {
-            sent: measured,
-            received: measured,
-            rung: None,
-        })
-    }
-
-    /// Sends records over a transport, and checks that every byte of them came.
-    fn stream(&self, transport: Transport, case: &Case, time: Duration) -> Result<Streamed> {
-        let slot = self.slot(transport)?;
-        let up = case.direction == Direction::Up;
-        let (channel, index) = match up {
-            true => (format!("up{slot}"), 2 * slot),
-            false => (format!("down{slot}"), 2 * slot + 1),
-        };
-        let device = format!("/dev/barlink{slot}");
-        let [size, time] = options(case, time);
-        let send = ["send", &size, &time];
-        let receive = ["receive"];
-        let (on_host, in_guest) = match up {
-            true => (&receive[..], &send[..]),
-            false => (&send[..], &receive[..]),
-        };
-        let before = self.rung(index)?;
-        let mut host = Command::new(&self.artifacts.bench_load);
-        host.args(on_host).arg(&channel);
-        host.arg("--control").arg(self.broker.control());
-        host.stdin(Stdio::null()).stdout(Stdio::piped());
-        let host = host.spawn().context("an end cannot be started")?;
-        let end = ["--device", &device, &channel];
-        let guest = ["barlink-bench-load"].iter().chain(in_guest).chain(&end);
-        let guest = guest.copied();
-        let guest = self.vm.spawn(guest)?.wait(COMMAND_TIMEOUT)?.success()?;
-        let host = host.wait_with_output()?;
-        ensure!(host.status.success(), "the end on the host failed");
-        let guest = serde_json::from_str(&guest)?;
-        let host = serde_json::from_slice(&host.stdout)?;
-        let (sent, received): (Measured, Measured) = match up {
-            true => (guest, host),
-            false => (host, guest),
-        };
-        ensure!(
-            (sent.records, sent.sum) == (received.records, received.sum),
-            "what came over {} is not what was sent",
-            transport.name()
-        );
-        Ok(Streamed {
-            sent,
-            received,
-            rung: Some(self.rung(index)? - before),
-        })
-    }
-
-    /// The slot with this transport, which is also the number of the guest's device.
-    fn slot(&self, transport: Transport) -> Result<usize> {
-        let mut all = Transport::ALL.into_iter();
-        let slot = all.position(|other| other == transport);
-        slot.with_context(|| format!("there is no slot over {}", transport.name()))
+        Ok(path)
     }
 
     /// How often the producer of a channel has rung so far.
-    fn rung(&self, index: usize) -> Result<u64> {
+    pub fn rung(&self, channel: usize) -> Result<u64> {
         let snapshot = self.broker.inspect()?;
-        let rung = snapshot["channels"][index]["rung"].as_u64();
+        let rung = snapshot["channels"][channel]["rung"].as_u64();
         rung.context("the broker tells nothing of a channel")
     }
 }
 
-/// What the program is told of a case.
-fn options(case: &Case, time: Duration) -> [String; 2] {
-    [
-        format!("--record-size={}", case.record_size),
-        format!("--time={}", time.as_millis()),
-    ]
+impl Load {
+    /// What it has measured, once it has ended.
+    pub fn wait(self) -> Result<Measured> {
+        Ok(match self {
+            Load::Host(child) => {
+                let output = child.wait_with_output()?;
+                ensure!(output.status.success(), "a process on the host failed");
+                serde_json::from_slice(&output.stdout)?
+            }
+            Load::Guest(process) => {
+                serde_json::from_str(&process.wait(COMMAND_TIMEOUT)?.success()?)?
+            }
+        })
+    }
 }
