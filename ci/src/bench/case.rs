@@ -2,6 +2,8 @@
 
 //! What is measured in one go.
 
+use std::fmt;
+
 use serde::Serialize;
 
 use super::scene::Side;
@@ -62,6 +64,11 @@ pub enum Way {
 }
 
 impl Way {
+    /// Whether it is another project's.
+    pub fn is_peer(self) -> bool {
+        !matches!(self, Way::Channel(_) | Way::Copy | Way::Ring)
+    }
+
     /// In words.
     pub fn name(self) -> &'static str {
         match self {
@@ -84,6 +91,13 @@ pub struct Case {
     pub direction: Direction,
     /// Bytes of payload in a record.
     pub record_size: u64,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (way, direction) = (self.way.name(), self.direction.name());
+        write!(f, "{way}, {direction}, {} bytes", self.record_size)
+    }
 }
 
 impl Case {

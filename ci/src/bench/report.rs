@@ -35,6 +35,8 @@ struct Row {
     records: u64,
     /// Rings of the producer in all rounds, where they are counted.
     rung: Option<u64>,
+    /// Why it was not measured any further.
+    failure: Option<String>,
 }
 
 impl Report {
@@ -46,6 +48,7 @@ impl Report {
             cpu: Default::default(),
             records: 0,
             rung: None,
+            failure: None,
         };
         Self {
             conditions: conditions.clone(),
@@ -70,6 +73,19 @@ impl Report {
                 *row.rung.get_or_insert(0) += rung;
             }
         }
+    }
+
+    /// Notes that a case cannot be measured, and why.
+    pub(super) fn fail(&mut self, case: &Case, error: &anyhow::Error) {
+        for row in self.rows.iter_mut().filter(|row| row.case == *case) {
+            row.failure = Some(format!("{error:#}"));
+        }
+    }
+
+    /// Whether that was noted.
+    pub(super) fn has_failed(&self, case: &Case) -> bool {
+        let mut failed = self.rows.iter().filter(|row| row.failure.is_some());
+        failed.any(|row| row.case == *case)
     }
 
     /// The median rate of one way as a part of another's, for records of this size.
@@ -130,6 +146,12 @@ impl fmt::Display for Report {
         )?;
         writeln!(f, "|---|---|---:|---:|---:|---:|---:|---:|---:|")?;
         for row in &self.rows {
+            if let Some(failure) = &row.failure {
+                let (direction, way) = (row.case.direction.name(), row.case.way.name());
+                let size = BinaryBytes(row.case.record_size);
+                writeln!(f, "| {direction} | {way} | {size} | {failure} | | | | | |")?;
+                continue;
+            }
             let median = row.rate.median();
             let [low, high] = row.rate.quartiles().map(|rate| rate / 1e6);
             let [sender, receiver] = row.cpu.each_ref().map(Spread::median);
