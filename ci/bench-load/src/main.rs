@@ -6,10 +6,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use barlink::{Access, AttachError, Attachment};
-use barlink_bench_load::{Copy, PipeReceive, PipeSend, Receive, Ring, Send};
+use barlink_bench_load::{
+    Ask, Copy, Endpoint, PipeReceive, PipeSend, Receive, Ring, Send, Wait, answer_bells,
+    answer_channels, answer_pipe,
+};
 use barlink_guest::{Device, DeviceError};
+use barlink_protocol::wire::layout::End::{Consumer, Producer};
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
+use serde::Serialize;
 
 /// What `cargo xtask bench` measures
 #[derive(Parser)]
@@ -32,6 +37,45 @@ enum Work {
         #[command(flatten)]
         end: End,
     },
+    /// Ask through a pair of channels
+    Ask {
+        #[command(flatten)]
+        pair: Pair,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Answer through a pair of channels
+    Answer {
+        #[command(flatten)]
+        pair: Pair,
+    },
+    /// Ask through a pipe
+    PipeAsk {
+        /// Where
+        endpoint: Endpoint,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Answer through a pipe
+    PipeAnswer {
+        /// Where
+        endpoint: Endpoint,
+        /// Bytes of a question
+        #[arg(long, default_value_t = 64)]
+        record_size: usize,
+    },
+    /// Ring as the producer of a channel, and wait to be rung
+    BellAsk {
+        #[command(flatten)]
+        end: End,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Wait to be rung as its consumer, and ring
+    BellAnswer {
+        #[command(flatten)]
+        end: End,
+    },
     /// Write records to a pipe
     PipeSend(PipeSend),
     /// Read them
@@ -51,6 +95,20 @@ struct End {
     place: Place,
 }
 
+/// Two channels.
+#[derive(Args)]
+struct Pair {
+    /// The channel for what goes out
+    out: String,
+    /// The channel for what comes in
+    back: String,
+    /// How to wait
+    #[arg(long, value_enum, default_value = "prompt")]
+    wait: Wait,
+    #[command(flatten)]
+    place: Place,
+}
+
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 struct Place {
@@ -65,21 +123,58 @@ struct Place {
 fn main() -> Result<()> {
     // Not to outlive the bench, or the agent.
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    let measured = match Cli::parse().work {
+    match Cli::parse().work {
         Work::Send { end, send } => match &end.place.control {
-            Some(path) => send.run(attach(path)?.sender(&end.channel)?)?,
-            None => send.run(end.open()?.sender(&end.channel)?)?,
+            Some(path) => tell(&send.run(attach(path)?.sender(&end.channel)?)?),
+            None => tell(&send.run(end.place.open()?.sender(&end.channel)?)?),
         },
         Work::Receive { end } => match &end.place.control {
-            Some(path) => Receive {}.run(attach(path)?.receiver(&end.channel)?)?,
-            None => Receive {}.run(end.open()?.receiver(&end.channel)?)?,
+            Some(path) => tell(&Receive {}.run(attach(path)?.receiver(&end.channel)?)?),
+            None => tell(&Receive {}.run(end.place.open()?.receiver(&end.channel)?)?),
         },
-        Work::PipeSend(send) => send.run()?,
-        Work::PipeReceive(receive) => receive.run()?,
-        Work::Copy(copy) => copy.run(),
-        Work::Ring(ring) => ring.run()?,
-    };
-    println!("{}", serde_json::to_string(&measured)?);
+        Work::Ask { pair, ask } => tell(&if let Some(path) = &pair.place.control {
+            let host = attach(path)?;
+            let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+            ask.channels(out, back, pair.wait)?
+        } else {
+            let guest = pair.place.open()?;
+            let (out, back) = (guest.sender(&pair.out)?, guest.receiver(&pair.back)?);
+            ask.channels(out, back, pair.wait)?
+        }),
+        Work::Answer { pair } => {
+            if let Some(path) = &pair.place.control {
+                let host = attach(path)?;
+                let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+                answer_channels(out, back, pair.wait)
+            } else {
+                let guest = pair.place.open()?;
+                let (out, back) = (guest.sender(&pair.out)?, guest.receiver(&pair.back)?);
+                answer_channels(out, back, pair.wait)
+            }
+        }
+        Work::PipeAsk { endpoint, ask } => tell(&ask.pipe(&endpoint)?),
+        Work::PipeAnswer {
+            endpoint,
+            record_size,
+        } => answer_pipe(&endpoint, record_size),
+        Work::BellAsk { end, ask } => tell(&match &end.place.control {
+            Some(path) => ask.bells(attach(path)?.claim(&end.channel, Producer)?.1)?,
+            None => ask.bells(end.place.open()?.claim(&end.channel, Producer)?.1)?,
+        }),
+        Work::BellAnswer { end } => match &end.place.control {
+            Some(path) => answer_bells(attach(path)?.claim(&end.channel, Consumer)?.1),
+            None => answer_bells(end.place.open()?.claim(&end.channel, Consumer)?.1),
+        },
+        Work::PipeSend(send) => tell(&send.run()?),
+        Work::PipeReceive(receive) => tell(&receive.run()?),
+        Work::Copy(copy) => tell(&copy.run()),
+        Work::Ring(ring) => tell(&ring.run()?),
+    }
+}
+
+/// Prints what was measured.
+fn tell(measured: &impl Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string(measured)?);
     Ok(())
 }
 
@@ -87,8 +182,8 @@ fn attach(path: &Path) -> Result<Attachment, AttachError> {
     Attachment::connect(path, Access::ReadWrite)
 }
 
-impl End {
+impl Place {
     fn open(&self) -> Result<Device, DeviceError> {
-        Device::open(self.place.device.as_deref().unwrap_or(Path::new("")))
+        Device::open(self.device.as_deref().unwrap_or(Path::new("")))
     }
 }

@@ -20,7 +20,7 @@ use crate::Measured;
 use crate::clock::{cpu, nanoseconds};
 
 /// The first word of the last record.
-const LAST: u64 = u64::MAX;
+pub(crate) const LAST: u64 = u64::MAX;
 /// How long to wait for the other end to be there.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -59,11 +59,11 @@ impl FromStr for Endpoint {
 }
 
 /// Both directions of a pipe.
-trait Pipe: Read + Write {}
+pub(crate) trait Pipe: Read + Write {}
 impl<P: Read + Write> Pipe for P {}
 
 impl Endpoint {
-    fn open(&self) -> Result<Box<dyn Pipe>> {
+    pub(crate) fn open(&self) -> Result<Box<dyn Pipe>> {
         Ok(match self {
             Endpoint::Tcp(address) => {
                 let stream = insist(|| TcpStream::connect(address))?;

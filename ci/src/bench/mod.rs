@@ -11,6 +11,7 @@
 //! | `case.rs` | what is measured |
 //! | `scene.rs` | the broker, the VM with all that connects it, and processes on both sides |
 //! | `stream.rs` | one stream of records, whichever way it goes |
+//! | `trip.rs` | round trips |
 //! | `spread.rs` | the median of some figures, and how far they lie apart |
 //! | `report.rs` | the results as JSON and as a table |
 
@@ -19,6 +20,7 @@ mod report;
 mod scene;
 mod spread;
 mod stream;
+mod trip;
 
 use std::fs;
 use std::path::PathBuf;
@@ -29,10 +31,9 @@ use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-pub use self::case::{Case, Direction, Way};
+pub use self::case::{Direction, Way};
 pub use self::report::Report;
 use self::scene::Scene;
-use self::stream::stream;
 use crate::builds::{Artifacts, target_folder};
 use crate::setup;
 use crate::tools::VmArgs;
@@ -79,23 +80,19 @@ pub fn measure(artifacts: &Artifacts, quick: bool) -> Result<Report> {
         true => (&[64, 4 << 10, 64 << 10][..], 3, Duration::from_millis(300)),
         false => (&RECORD_SIZES[..], 7, Duration::from_millis(600)),
     };
-    let cases = Case::all(sizes);
     let scene = Scene::set(artifacts)?;
-    let mut report = Report::new(&scene.conditions()?, &cases);
+    let mut report = Report::new(scene.conditions()?, sizes);
     let style = "{bar:30} round {msg}, {eta} left";
-    let bar = ProgressBar::new((rounds * cases.len()) as u64)
-        .with_style(ProgressStyle::with_template(style)?);
+    let length = rounds * (report.streams.len() + report.trips.len());
+    let bar = ProgressBar::new(length as u64).with_style(ProgressStyle::with_template(style)?);
     for round in 1..=rounds {
         bar.set_message(format!("{round} of {rounds}"));
-        for case in &cases {
-            if !report.has_failed(case) {
-                match stream(&scene, case, time) {
-                    Ok(streamed) => report.add(case, streamed),
-                    // What a peer does is told of, too.
-                    Err(error) if case.way.is_peer() => report.fail(case, &error),
-                    Err(error) => return Err(error.context(case.to_string())),
-                }
-            }
+        for row in &mut report.streams {
+            row.measure(&scene, time)?;
+            bar.inc(1);
+        }
+        for row in &mut report.trips {
+            row.measure(&scene, time)?;
             bar.inc(1);
         }
     }

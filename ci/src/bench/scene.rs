@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use barlink_bench_load::Measured;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::broker::{Broker, Transport};
@@ -190,16 +190,27 @@ impl<'a> Scene<'a> {
 
 impl Load {
     /// What it has measured, once it has ended.
-    pub fn wait(self) -> Result<Measured> {
-        Ok(match self {
+    pub fn wait<T: DeserializeOwned>(self) -> Result<T> {
+        Ok(serde_json::from_slice(&self.output()?)?)
+    }
+
+    /// Waits until one has ended that measures nothing.
+    pub fn wait_silently(self) -> Result<()> {
+        self.output().map(drop)
+    }
+
+    fn output(self) -> Result<Vec<u8>> {
+        match self {
             Load::Host(child) => {
                 let output = child.wait_with_output()?;
                 ensure!(output.status.success(), "a process on the host failed");
-                serde_json::from_slice(&output.stdout)?
+                Ok(output.stdout)
             }
             Load::Guest(process) => {
-                serde_json::from_str(&process.wait(COMMAND_TIMEOUT)?.success()?)?
+                let output = process.wait(COMMAND_TIMEOUT)?;
+                output.require_success()?;
+                Ok(output.stdout)
             }
-        })
+        }
     }
 }
