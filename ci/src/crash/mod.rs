@@ -35,6 +35,7 @@ use clap::Args;
 use self::fault::Fault;
 pub use self::report::Report;
 use self::scene::Scene;
+use crate::broker::Transport;
 use crate::builds::Artifacts;
 use crate::setup;
 use crate::tools::VmArgs;
@@ -53,6 +54,10 @@ pub struct CrashArgs {
     #[arg(long, value_name = "TEXT")]
     pub only: Option<String>,
 
+    /// How the VM is reached
+    #[arg(long, value_enum, default_value_t)]
+    pub transport: Transport,
+
     /// What the faults' order, the times between them and the records' content follow from; when exactly a fault meets
     /// whom differs from run to run [default: from the clock]
     #[arg(long)]
@@ -65,14 +70,15 @@ pub struct CrashArgs {
 
 /// Sets up and builds what is needed, does the rounds, and prints the table.
 pub fn run(args: &CrashArgs) -> Result<ExitCode> {
-    let mut faults = Fault::all();
+    let transport = args.transport;
+    let mut faults = Fault::all(transport);
     if let Some(only) = &args.only {
+        let known: Vec<_> = faults.iter().map(Fault::to_string).collect();
         faults.retain(|fault| fault.to_string().contains(only));
-        let known = Fault::all().into_iter().map(|fault| fault.to_string());
         ensure!(
             !faults.is_empty(),
-            "no kind of fault has `{only}` in its name (--only): there are {}",
-            known.collect::<Vec<_>>().join("; ")
+            "no kind of fault over {transport} has `{only}` in its name (--only): there are {}",
+            known.join("; ")
         );
     }
     let tools = setup::ensure(&args.vm.tools)?;
@@ -81,7 +87,7 @@ pub fn run(args: &CrashArgs) -> Result<ExitCode> {
         Some(seed) => seed,
         None => fresh_seed()?,
     };
-    let report = crash(&artifacts, &faults, args.rounds, seed)?;
+    let report = crash(&artifacts, transport, &faults, args.rounds, seed)?;
     print!("{report}");
     Ok(match report.is_good() {
         true => ExitCode::SUCCESS,
@@ -90,9 +96,9 @@ pub fn run(args: &CrashArgs) -> Result<ExitCode> {
 }
 
 /// Does one fault of each kind.
-pub fn once(artifacts: &Artifacts) -> Result<Report> {
-    let faults = Fault::all();
-    crash(artifacts, &faults, faults.len(), fresh_seed()?)
+pub fn once(artifacts: &Artifacts, transport: Transport) -> Result<Report> {
+    let faults = Fault::all(transport);
+    crash(artifacts, transport, &faults, faults.len(), fresh_seed()?)
 }
 
 /// A seed that is short enough to be typed.
@@ -101,17 +107,23 @@ fn fresh_seed() -> Result<u64> {
 }
 
 /// Does so many rounds, with progress on standard error. What goes wrong in them is in the report.
-fn crash(artifacts: &Artifacts, faults: &[Fault], rounds: usize, seed: u64) -> Result<Report> {
+fn crash(
+    artifacts: &Artifacts,
+    transport: Transport,
+    faults: &[Fault],
+    rounds: usize,
+    seed: u64,
+) -> Result<Report> {
     let release = &artifacts.tools.release;
-    eprintln!("{rounds} rounds with seed {seed}, kernel {release}");
-    let mut report = Report::new(seed, rounds, faults);
+    eprintln!("{rounds} rounds over {transport} with seed {seed}, kernel {release}");
+    let mut report = Report::new(transport, seed, rounds, faults);
     let mut random = Random::new(seed);
     for (managed, faults) in plan(faults, rounds, &mut random) {
         if faults.is_empty() {
             continue;
         }
         let start = Instant::now();
-        let mut scene = Scene::set(artifacts, random.next(), managed)?;
+        let mut scene = Scene::set(artifacts, transport, random.next(), managed)?;
         let outcome = play(&mut scene, &mut report, &faults, &mut random);
         if outcome.is_err() {
             eprintln!("{}", scene.evidence());

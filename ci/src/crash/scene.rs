@@ -6,18 +6,28 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use barlink_crash_load::Note;
+use barlink_crash_load::{Note, Random};
 use barlink_protocol::wire::layout::End;
 
 use super::fault::{Role, Side};
-use super::watch::{CHANNELS, Mark, Watch};
+use super::watch::{BELL, CHANNELS, Mark, Watch};
 use super::worker::Worker;
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
-use crate::vm::{COMMAND_TIMEOUT, Vm};
+use crate::vm::{COMMAND_TIMEOUT, Process, Vm};
 
-/// Small channels, so that they are often full and often wrap.
-const ARGUMENTS: [&str; 4] = ["--channel", "down=down,16K", "--channel", "up=up,16K"];
+/// Small channels, so that they are often full and often wrap; and one that is only rung.
+const ARGUMENTS: [&str; 6] = [
+    "--channel",
+    "down=down,16K",
+    "--channel",
+    "up=up,16K",
+    "--channel",
+    "bell=up,4K",
+];
+
+/// Rings that show that they go on: the one that was under way, and some that began later.
+const RINGS: u64 = 3;
 
 /// How often the notes are looked at.
 pub(super) const LOOK: Duration = Duration::from_micros(500);
@@ -45,15 +55,22 @@ pub struct Scene<'a> {
     watch: Watch,
     pub(super) broker: Broker,
     artifacts: &'a Artifacts,
+    pub(super) transport: Transport,
     seed: u64,
+    pub(super) random: Random,
 }
 
 impl<'a> Scene<'a> {
     /// Starts all of it, the broker as a service if it is to be managed.
-    pub fn set(artifacts: &'a Artifacts, seed: u64, managed: bool) -> Result<Self> {
+    pub fn set(
+        artifacts: &'a Artifacts,
+        transport: Transport,
+        seed: u64,
+        managed: bool,
+    ) -> Result<Self> {
         let broker = match managed {
-            true => Broker::start_managed(artifacts, Transport::Ivshmem, &ARGUMENTS)?,
-            false => Broker::start(artifacts, &ARGUMENTS)?,
+            true => Broker::start_managed(artifacts, transport, &ARGUMENTS)?,
+            false => Broker::start_over(artifacts, &[transport], &ARGUMENTS)?,
         };
         let watch = Watch::new(&broker)?;
         let mut scene = Self {
@@ -62,7 +79,9 @@ impl<'a> Scene<'a> {
             watch,
             broker,
             artifacts,
+            transport,
             seed,
+            random: Random::new(seed),
         };
         scene.boot()?;
         for role in Role::ALL {
@@ -106,6 +125,21 @@ impl<'a> Scene<'a> {
         let worker = Worker::start(role, self.artifacts, &self.broker, vm, self.seed)?;
         self.workers.push(worker);
         Ok(())
+    }
+
+    /// Starts a process in the guest that rings the host without a pause, until it is killed.
+    pub fn start_ringing(&self) -> Result<Process> {
+        let program = ["barlink-crash-load", "--device", "/dev/barlink0"];
+        let argv = program.into_iter().chain(["ringer", BELL]);
+        self.vm()?.spawn(argv)
+    }
+
+    /// Waits until the guest's rings are answered.
+    pub fn wait_until_rings_go(&mut self) -> Result<()> {
+        let since = self.watch.rung();
+        self.wait_until("no ring is answered", |scene| {
+            Ok(scene.watch.rung() >= since + RINGS)
+        })
     }
 
     /// Starts the ends in the guest.
