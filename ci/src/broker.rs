@@ -82,7 +82,16 @@ impl Broker {
         transport: Transport,
         arguments: &[&str],
     ) -> Result<Self> {
-        Self::launch(artifacts, &[transport], arguments, |folder| {
+        Self::start_managed_over(artifacts, &[transport], arguments)
+    }
+
+    /// Serves a slot over each of these transports as such a service.
+    pub fn start_managed_over(
+        artifacts: &Artifacts,
+        slots: &[Transport],
+        arguments: &[&str],
+    ) -> Result<Self> {
+        Self::launch(artifacts, slots, arguments, |folder| {
             ServiceManager::new(folder).map(Some)
         })
     }
