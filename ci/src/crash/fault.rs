@@ -170,12 +170,18 @@ impl Fault {
     /// manager would start a broker again that another one replaced.
     pub fn needs_manager(self) -> Option<bool> {
         match self {
-            Self::BrokerKilled | Self::BrokerAndEndKilled(_) | Self::BrokerKilledAmidRings => {
-                Some(true)
-            }
+            _ if self.kills_broker() => Some(true),
             Self::BrokerReplaced | Self::BrokerReplacedAmidRings => Some(false),
             _ => None,
         }
+    }
+
+    /// Whether it kills the broker, at whatever instruction.
+    pub fn kills_broker(self) -> bool {
+        matches!(
+            self,
+            Self::BrokerKilled | Self::BrokerAndEndKilled(_) | Self::BrokerKilledAmidRings
+        )
     }
 
     /// How many records come again because they were delivered and not released, as is right.

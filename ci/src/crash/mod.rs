@@ -8,6 +8,9 @@
 //! until the first ring has reached it, which would hide that rings do not; so a round is over once rings have woken
 //! every end. From then on nothing else does, and a ring that is lost shows as a stream that stands still.
 //!
+//! Over vfio-user the broker forwards every ring, so there it is also killed and replaced while the guest rings without a
+//! pause. Only one that was killed may leave QEMU without an answer.
+//!
 //! | file | its one job |
 //! |---|---|
 //! | `fault.rs` | the kinds of fault |
@@ -169,6 +172,7 @@ fn play(
         let recovery = recovery.and_then(|time| {
             scene.wait_until_all_are_woken()?;
             scene.check_kernel()?;
+            scene.check_answers(fault)?;
             Ok(time)
         });
         let counts = scene.watch().counts() - before;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use barlink_crash_load::{Note, Random};
 use barlink_protocol::wire::layout::End;
 
-use super::fault::{Role, Side};
+use super::fault::{Fault, Role, Side};
 use super::watch::{BELL, CHANNELS, Mark, Watch};
 use super::worker::Worker;
 use crate::broker::{Broker, Transport};
@@ -48,6 +48,9 @@ const COMPLAINTS: [&str; 6] = [
     "panicked",
 ];
 
+/// What QEMU prints when the server of a vfio-user device does not answer.
+const UNANSWERED: &str = "timed out";
+
 /// See the module. The fields are dropped in this order.
 pub struct Scene<'a> {
     workers: Vec<Worker>,
@@ -58,6 +61,8 @@ pub struct Scene<'a> {
     pub(super) transport: Transport,
     seed: u64,
     pub(super) random: Random,
+    /// How often this VM's QEMU has waited in vain for an answer.
+    unanswered: usize,
 }
 
 impl<'a> Scene<'a> {
@@ -82,6 +87,7 @@ impl<'a> Scene<'a> {
             transport,
             seed,
             random: Random::new(seed),
+            unanswered: 0,
         };
         scene.boot()?;
         for role in Role::ALL {
@@ -109,6 +115,7 @@ impl<'a> Scene<'a> {
     /// Boots a VM, with the driver loaded.
     pub fn boot(&mut self) -> Result<()> {
         self.vm = Some(Vm::boot_with(self.artifacts, &self.broker.vm()?)?);
+        self.unanswered = 0;
         self.load_driver()
     }
 
@@ -216,6 +223,19 @@ impl<'a> Scene<'a> {
             told.is_empty(),
             "the guest's kernel complains:\n{}",
             told.join("\n")
+        );
+        Ok(())
+    }
+
+    /// An error if QEMU has waited in vain for an answer since this was asked last, unless the broker was killed, which may
+    /// have been within a message.
+    pub fn check_answers(&mut self, fault: Fault) -> Result<()> {
+        let errors = self.vm()?.errors();
+        let unanswered = errors.matches(UNANSWERED).count();
+        let before = std::mem::replace(&mut self.unanswered, unanswered);
+        ensure!(
+            unanswered <= before || fault.kills_broker(),
+            "QEMU was not answered:\n{errors}"
         );
         Ok(())
     }
