@@ -229,3 +229,33 @@ fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again()
     enable_interrupts(&mut machine, &device)?;
     interrupts_come(&setting, &mut machine)
 }
+
+/// QEMU reads the end of its connection then, and no error.
+#[test]
+fn broker_stopped_amid_rings_leaves_the_vm_running() -> Result<()> {
+    for _ in 0..3 {
+        let setting = Setting::new("1M")?;
+        let direct = Config {
+            arguments: setting.broker.arguments(0)?,
+            ..setting.config()?
+        };
+        let mut machine = Bare::start(Artifacts::shared()?, &direct)?;
+        let device = machine.device("barlink0")?;
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let ringing = scope.spawn(|| ring_on(&mut machine, &device, &stop));
+            thread::sleep(Duration::from_millis(100));
+            let signalled = setting.broker.signal(Signal::INT);
+            wait_until("the broker has ended", || {
+                Ok(setting.broker.inspect().is_err())
+            })?;
+            stop.store(true, Ordering::Relaxed);
+            ensure!(ended(ringing)? > 20, "no ring was under way");
+            signalled
+        })?;
+        let region = device.bars[2].0;
+        machine.write(region + 4096, 0x600d_600d)?;
+        assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
+    }
+    Ok(())
+}
