@@ -21,8 +21,10 @@ use crate::vm::COMMAND_TIMEOUT;
 /// was mapped for, some 10 ms later; by then nothing else is to have its number (`docs/decisions/0005-hot-unplug.md`).
 const UNPLUGGED: Duration = Duration::from_millis(300);
 
-/// How often the broker is changed while the guest rings, and the longest time before each.
-const CHANGES: usize = 3;
+/// How often the broker is killed, or replaced, while the guest rings, and the longest time before each. A kill within a message
+/// takes five seconds.
+const KILLS: usize = 3;
+const REPLACEMENTS: usize = 10;
 const MOMENT: Duration = Duration::from_millis(50);
 
 impl Scene<'_> {
@@ -98,22 +100,26 @@ impl Scene<'_> {
                 self.is_as_before(&roll)?;
                 Ok(start.elapsed())
             }
-            Fault::BrokerKilledAmidRings => self.amid_rings(|broker| {
+            Fault::BrokerKilledAmidRings => self.amid_rings(KILLS, |broker| {
                 broker.kill()?;
                 broker.start_again()
             }),
-            Fault::BrokerReplacedAmidRings => self.amid_rings(Broker::replace),
+            Fault::BrokerReplacedAmidRings => self.amid_rings(REPLACEMENTS, Broker::replace),
         }
     }
 
-    /// Changes the broker some times while a process in the guest rings without a pause, so that mostly a message is under
+    /// Changes the broker so many times while a process in the guest rings without a pause, so that mostly a message is under
     /// way, and gives the longest time until rings went on.
-    fn amid_rings(&mut self, change: fn(&mut Broker) -> Result<()>) -> Result<Duration> {
+    fn amid_rings(
+        &mut self,
+        times: usize,
+        change: fn(&mut Broker) -> Result<()>,
+    ) -> Result<Duration> {
         let roll = self.roll()?;
         let ringing = self.start_ringing()?;
         self.wait_until_rings_go()?;
         let mut longest = Duration::ZERO;
-        for _ in 0..CHANGES {
+        for _ in 0..times {
             thread::sleep(MOMENT.mul_f64(self.random.below(1000) as f64 / 1000.0));
             let start = Instant::now();
             change(&mut self.broker)?;
