@@ -101,6 +101,17 @@ impl Setting {
         Ok((machine, device))
     }
 
+    /// Waits until the firmware is through, and says nothing more: the number of messages so far.
+    fn wait_for_firmware(&self) -> Result<usize> {
+        let mut before = 0;
+        wait_until("nothing more is said", || {
+            thread::sleep(Duration::from_millis(500));
+            let now = self.relay.messages().len();
+            Ok(std::mem::replace(&mut before, now) == now)
+        })?;
+        Ok(before)
+    }
+
     fn connection(&self) -> Result<u64> {
         let vm = &self.broker.inspect()?["broker"]["slots"][0]["vm"];
         vm["connection"].as_u64().context("no VM")
@@ -175,13 +186,7 @@ fn bar2_is_written_without_a_message() -> Result<()> {
     let (address, size) = device.bars[2];
     // Where the superblock says that the raw window is.
     let window = u64::from(machine.read(address + 40)?);
-    // The firmware is not through yet.
-    let mut before = 0;
-    wait_until("nothing more is said", || {
-        thread::sleep(Duration::from_millis(500));
-        let now = setting.relay.messages().len();
-        Ok(std::mem::replace(&mut before, now) == now)
-    })?;
+    let before = setting.wait_for_firmware()?;
     // 1 GiB, of which the superblock is written, too: the broker does not look at it again.
     for round in 1..=16 {
         machine.fill(address, size, round)?;
