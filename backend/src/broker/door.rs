@@ -191,9 +191,7 @@ impl Door {
                 return;
             }
             slot.greeted();
-            let ended = guarded(id, peer, || transport.serve(&vm, &slot));
-            hang_up(&*vm);
-            match ended {
+            match guarded(id, peer, || transport.serve(&vm, &slot)) {
                 Some(Departure::Left) => gone(id, peer),
                 Some(Departure::Misbehaved(how)) => {
                     limited!(
@@ -205,6 +203,7 @@ impl Door {
                 }
                 None => (),
             }
+            hang_up(&*vm);
         };
         let thread = thread::Builder::new().name(format!("slot {id}"));
         thread.spawn(session)?;
