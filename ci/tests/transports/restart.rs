@@ -2,8 +2,6 @@
 
 //! A broker that is killed and started again, or replaced, while a VM and host apps stream.
 
-use std::io::Write;
-use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
@@ -22,29 +20,13 @@ fn stream_through(
     vm: &Vm,
     change: fn(&mut Broker) -> Result<()>,
 ) -> Result<()> {
-    let echo = vm.spawn(["barlink-guest", "echo"])?;
-    let receiver = receive(broker, "up")?;
-    let mut sender = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
-    let mut input = sender.stdin.take().context("no input")?;
-    wait_for_holder(broker, "down", "consumer", true)?;
-    wait_for_holder(broker, "up", "consumer", true)?;
-    let bytes = noise(20_000_000);
+    let stream = RoundTrip::start(broker, vm)?;
     let before = status(broker)?;
-    let writer = {
-        let bytes = bytes.clone();
-        thread::spawn(move || -> Result<()> {
-            for part in bytes.chunks(100_000) {
-                input.write_all(part)?;
-                thread::sleep(Duration::from_millis(5));
-            }
-            Ok(())
-        })
-    };
     for _ in 0..5 {
         thread::sleep(Duration::from_millis(100));
         change(broker)?;
     }
-    ensure!(!writer.is_finished(), "the stream was over too soon");
+    ensure!(stream.is_on(), "the stream was over too soon");
     let after = status(broker)?;
     for part in ["slots", "claims"] {
         ensure!(
@@ -52,12 +34,7 @@ fn stream_through(
             "{part} changed: {before} and {after}"
         );
     }
-    writer
-        .join()
-        .map_err(|_| anyhow::anyhow!("nobody writes"))??;
-    ensure!(sender.wait()?.success());
-    echo.wait(COMMAND_TIMEOUT)?.require_success()?;
-    ensure!(receiver.bytes()? == bytes, "bytes were lost or came twice");
+    stream.finish()?;
     // Whoever comes now finds the region as it was.
     ensure!(!vm_of(broker)?.is_null());
     vm.run(["barlink-guest", "poke", "written before"])?

@@ -1,6 +1,6 @@
 //! A VM at a broker, and host apps that stream.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Child, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use xtask::broker::{Broker, Transport};
 use xtask::builds::Artifacts;
-use xtask::vm::{COMMAND_TIMEOUT, Vm};
+use xtask::vm::{COMMAND_TIMEOUT, Process, Vm};
 
 /// A broker with these arguments, and a VM at its only slot with the driver loaded.
 pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {
@@ -72,6 +72,58 @@ impl Receiving {
         let (code, bytes) = self.end()?;
         ensure!(code == Some(0), "the receiver ended with {code:?}");
         Ok(bytes)
+    }
+}
+
+/// Bytes that go down to a guest, which sends them back, for a second at the least.
+pub struct RoundTrip {
+    bytes: Vec<u8>,
+    writer: JoinHandle<Result<()>>,
+    sender: Child,
+    echo: Process,
+    receiver: Receiving,
+}
+
+impl RoundTrip {
+    /// Has all its ends hold their channels, `down` and `up`.
+    pub fn start(broker: &Broker, vm: &Vm) -> Result<Self> {
+        let echo = vm.spawn(["barlink-guest", "echo"])?;
+        let receiver = receive(broker, "up")?;
+        let mut sender = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+        let mut input = sender.stdin.take().context("no input")?;
+        wait_for_holder(broker, "down", "consumer", true)?;
+        wait_for_holder(broker, "up", "consumer", true)?;
+        let bytes = noise(20_000_000);
+        let sent = bytes.clone();
+        let writer = thread::spawn(move || {
+            for part in sent.chunks(100_000) {
+                input.write_all(part)?;
+                thread::sleep(Duration::from_millis(5));
+            }
+            Ok(())
+        });
+        Ok(Self {
+            bytes,
+            writer,
+            sender,
+            echo,
+            receiver,
+        })
+    }
+
+    /// Whether there are bytes left to send.
+    pub fn is_on(&self) -> bool {
+        !self.writer.is_finished()
+    }
+
+    /// Waits until all have come back, each once.
+    pub fn finish(mut self) -> Result<()> {
+        self.writer.join().map_err(|_| anyhow!("nobody writes"))??;
+        ensure!(self.sender.wait()?.success());
+        self.echo.wait(COMMAND_TIMEOUT)?.require_success()?;
+        let came = self.receiver.bytes()?;
+        ensure!(came == self.bytes, "bytes were lost or came twice");
+        Ok(())
     }
 }
 
