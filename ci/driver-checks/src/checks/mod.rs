@@ -76,7 +76,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         interrupt_storm_races_open_claim_and_close;
     life:
         module_stays_while_it_is_used
-        load_and_unload_50_times
+        load_and_unload_25_times
         kernel_log_stays_clean;
     cost:
         memory_of_a_device_is_small;
