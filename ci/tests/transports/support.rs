@@ -118,11 +118,15 @@ impl RoundTrip {
 
     /// Waits until all have come back, each once.
     pub fn finish(mut self) -> Result<()> {
+        // First, since nobody else ends while there is no one to take what is sent.
+        let came = self.receiver.bytes();
+        if came.is_err() {
+            self.sender.kill()?;
+        }
+        ensure!(came? == self.bytes, "bytes were lost or came twice");
         self.writer.join().map_err(|_| anyhow!("nobody writes"))??;
         ensure!(self.sender.wait()?.success());
         self.echo.wait(COMMAND_TIMEOUT)?.require_success()?;
-        let came = self.receiver.bytes()?;
-        ensure!(came == self.bytes, "bytes were lost or came twice");
         Ok(())
     }
 }
