@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process};
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::builds::Artifacts;
@@ -24,7 +25,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 const LOG: &str = "broker.log";
 
 /// How a VM is reached.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Transport {
     /// QEMU's ivshmem-doorbell.
     #[default]
@@ -34,6 +36,17 @@ pub enum Transport {
 }
 
 impl Transport {
+    /// All of them.
+    pub const ALL: [Transport; 2] = [Transport::Ivshmem, Transport::VfioUser];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Ivshmem => "ivshmem",
+            Transport::VfioUser => "vfio-user",
+        }
+    }
+
     /// The option of `barlink serve` for a socket.
     fn option(self) -> &'static str {
         match self {

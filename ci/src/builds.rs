@@ -31,6 +31,8 @@ pub struct Artifacts {
     pub args: VmArgs,
     /// The host's program.
     pub barlink: PathBuf,
+    /// What `cargo xtask bench` measures, on the host.
+    pub bench_load: PathBuf,
     /// What `cargo xtask crash` kills, on the host.
     pub crash_load: PathBuf,
     /// What the guest boots into.
@@ -54,7 +56,11 @@ impl Artifacts {
     pub fn build(tools: Tools, args: VmArgs) -> Result<Self> {
         let target = target_folder()?;
         let host = cargo_build(
-            &["--package=barlink", "--package=barlink-crash-load"],
+            &[
+                "--package=barlink",
+                "--package=barlink-bench-load",
+                "--package=barlink-crash-load",
+            ],
             Linkage::Default,
         )?;
         let guest = cargo_build(
@@ -62,6 +68,7 @@ impl Artifacts {
                 "--package=barlink-guest",
                 "--package=barlink-agent",
                 "--package=barlink-driver-checks",
+                "--package=barlink-bench-load",
                 "--package=barlink-crash-load",
             ],
             Linkage::Static,
@@ -81,6 +88,10 @@ impl Artifacts {
                     program(&guest, "barlink-driver-checks")?,
                 ),
                 (
+                    "bin/barlink-bench-load",
+                    program(&guest, "barlink-bench-load")?,
+                ),
+                (
                     "bin/barlink-crash-load",
                     program(&guest, "barlink-crash-load")?,
                 ),
@@ -89,6 +100,7 @@ impl Artifacts {
         )?;
         Ok(Self {
             barlink: program(&host, "barlink")?.clone(),
+            bench_load: program(&host, "barlink-bench-load")?.clone(),
             crash_load: program(&host, "barlink-crash-load")?.clone(),
             tools,
             args,

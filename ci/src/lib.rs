@@ -4,6 +4,7 @@
 //!
 //! `cargo xtask` is the program; the VM tests in `tests/` use the same library.
 
+pub mod bench;
 pub mod broker;
 pub mod builds;
 pub mod check;

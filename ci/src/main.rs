@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use xtask::bench::BenchArgs;
 use xtask::crash::CrashArgs;
 use xtask::demo::DemoArgs;
 use xtask::fuzz::FuzzArgs;
@@ -35,6 +36,8 @@ enum Task {
     Fuzz(FuzzArgs),
     /// Kill, unload, unplug and reset, at random moments, and count what is lost: nothing
     Crash(CrashArgs),
+    /// Measure how fast a guest and the host exchange records, over every transport
+    Bench(BenchArgs),
     /// Check format, lints, documentation, and that the driver builds for every kernel that is set up
     Check(ToolArgs),
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Task::Test(args) => xtask::test::run(&args),
         Task::Fuzz(args) => xtask::fuzz::run(&args),
         Task::Crash(args) => xtask::crash::run(&args),
+        Task::Bench(args) => xtask::bench::run(&args),
         Task::Check(args) => xtask::check::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -23,6 +23,7 @@ mod presence;
 mod producer;
 pub mod region;
 pub mod state;
+mod strategy;
 #[cfg(not(loom))]
 pub mod stream;
 mod sync;
@@ -34,4 +35,5 @@ pub use error::ChannelError;
 pub use link::{Events, Link, Wakeup};
 pub use presence::{Presence, PresenceWords};
 pub use producer::{Notify, Producer, Reservation, ReserveError};
+pub use strategy::Strategy;
 pub use sync::{AtomicU64, Ordering};

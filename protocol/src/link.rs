@@ -10,6 +10,7 @@ use crate::error::ChannelError;
 use crate::presence::{Presence, PresenceWords};
 use crate::producer::Notify;
 use crate::region::Region;
+use crate::strategy::Strategy;
 use crate::sync::{AtomicU64, Ordering, fence, spin};
 
 /// How one end of a channel rings the other, sleeps, and tells the time: eventfds on the host, the driver's file in
@@ -46,9 +47,8 @@ pub enum Wakeup {
 /// First and longest sleep while no doorbell has proven that doorbells arrive.
 const FIRST_DOZE: Duration = Duration::from_millis(1);
 const LONGEST_DOZE: Duration = Duration::from_secs(1);
-/// Shortest and longest time to spin before sleeping. The longest is about what a wake-up costs.
-const SHORTEST_SPIN: Duration = Duration::from_micros(1);
-const LONGEST_SPIN: Duration = Duration::from_micros(50);
+/// First nap of an end whose strategy has any; each further one is twice as long.
+const FIRST_NAP: Duration = Duration::from_micros(100);
 /// A deadline that is over: look, publish the wish, but neither spin nor sleep.
 pub(crate) const PAST: Duration = Duration::ZERO;
 /// Looks at the shared cursor for each look at the clock.
@@ -64,6 +64,8 @@ pub struct Link<M, E> {
     /// A doorbell has come through since the other end last changed.
     proven: bool,
     doze: Duration,
+    strategy: Strategy,
+    /// Time to spin next.
     spin: Duration,
 }
 
@@ -82,7 +84,8 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             events,
             proven: false,
             doze: FIRST_DOZE,
-            spin: SHORTEST_SPIN,
+            strategy: Strategy::PROMPT,
+            spin: Strategy::PROMPT.spin[0],
         };
         link.peer = link.read_peer();
         link.ring()?;
@@ -102,6 +105,12 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// The events of this end, for a program that sleeps on more than one thing.
     pub fn events(&self) -> &E {
         &self.events
+    }
+
+    /// Waits otherwise from now on.
+    pub(crate) fn set_strategy(&mut self, strategy: Strategy) {
+        self.strategy = strategy;
+        self.spin = strategy.spin[0];
     }
 
     /// Rings the other end if it asked for that and is there; `true` if so.
@@ -127,7 +136,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
 
     /// Time of this side's monotonic clock, in nanoseconds.
     pub fn time(&self) -> u64 {
-        u64::try_from(self.events.now().as_nanos()).unwrap_or(u64::MAX)
+        let now = self.events.now();
+        // Enough for five centuries.
+        now.as_secs()
+            .wrapping_mul(1_000_000_000)
+            .wrapping_add(now.subsec_nanos().into())
     }
 
     /// Notes that the other end has changed. Rings it, since a doorbell to its predecessor may have been lost, and
@@ -147,7 +160,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
 
     /// The time of this side's clock at which a timeout that begins now is over.
     pub(crate) fn deadline(&self, timeout: Option<Duration>) -> Option<Duration> {
-        timeout.map(|timeout| self.events.now().saturating_add(timeout))
+        timeout.map(|timeout| match timeout {
+            Duration::ZERO => PAST,
+            timeout => self.events.now().saturating_add(timeout),
+        })
     }
 
     /// Waits until `look` finds what is waited for, or this side's clock reaches `deadline`. `look(false)` just
@@ -160,10 +176,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         if look(false)? {
             return Ok(Wakeup::Ready);
         }
-        if deadline != Some(PAST)
-            && self.events.can_spin()
-            && self.spin_for(self.spin, &mut look)?
-        {
+        if deadline != Some(PAST) && (self.spin(&mut look)? || self.nap(deadline, &mut look)?) {
             return Ok(Wakeup::Ready);
         }
         loop {
@@ -195,25 +208,45 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     }
 
     /// Spins for a time that grows while spinning finds something, and shrinks while it does not.
-    fn spin_for<X>(
-        &mut self,
-        time: Duration,
-        look: &mut impl FnMut(bool) -> Result<bool, X>,
-    ) -> Result<bool, X> {
-        let end = self.events.now() + time;
+    fn spin<X>(&mut self, look: &mut impl FnMut(bool) -> Result<bool, X>) -> Result<bool, X> {
+        let [shortest, longest] = self.strategy.spin;
+        if longest.is_zero() || !self.events.can_spin() {
+            return Ok(false);
+        }
+        let end = self.events.now() + self.spin;
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 spin();
                 if look(false)? {
-                    self.spin = (self.spin * 2).min(LONGEST_SPIN);
+                    self.spin = (self.spin * 2).min(longest);
                     return Ok(true);
                 }
             }
             if self.events.now() >= end {
-                self.spin = (self.spin / 2).max(SHORTEST_SPIN);
+                self.spin = (self.spin / 2).max(shortest);
                 return Ok(false);
             }
         }
+    }
+
+    /// Sleeps by the clock, for longer each time, without a wish to be rung.
+    fn nap(
+        &mut self,
+        deadline: Option<Duration>,
+        look: &mut impl FnMut(bool) -> Result<bool, ChannelError<E::Error>>,
+    ) -> Result<bool, ChannelError<E::Error>> {
+        let end = self.events.now() + self.strategy.nap;
+        let end = deadline.map_or(end, |deadline| deadline.min(end));
+        let mut nap = FIRST_NAP;
+        while self.events.now() + nap <= end {
+            // Somebody else may be meant by a ring that comes now, as vectors are shared; so it proves nothing.
+            self.events.sleep(Some(nap)).map_err(ChannelError::Events)?;
+            if look(false)? {
+                return Ok(true);
+            }
+            nap *= 2;
+        }
+        Ok(false)
     }
 
     fn sleep(&mut self, left: Option<Duration>) -> Result<(), E::Error> {

@@ -83,14 +83,15 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         core::array::from_fn(|index| self.load(offset + 8 * index as u64))
     }
 
-    fn part(&self, offset: u64, bytes: usize) -> &[AtomicU64] {
+    /// The words that hold so many bytes from an offset on.
+    pub(crate) fn words(&self, offset: u64, bytes: usize) -> &[AtomicU64] {
         let first = index(offset);
         &self.memory[first..first + bytes.div_ceil(8)]
     }
 
     /// Copies bytes into the region. A last word that they fill in part is padded with zeros.
     pub fn copy_in(&self, offset: u64, bytes: &[u8]) {
-        let target = self.part(offset, bytes.len());
+        let target = self.words(offset, bytes.len());
         let whole = bytes.len() / 8;
         copy::into_words(&target[..whole], &bytes[..whole * 8]);
         if let (Some(word), tail @ [_, ..]) = (target.get(whole), &bytes[whole * 8..]) {
@@ -102,7 +103,7 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
 
     /// Copies bytes out of the region.
     pub fn copy_out(&self, offset: u64, bytes: &mut [u8]) {
-        let source = self.part(offset, bytes.len());
+        let source = self.words(offset, bytes.len());
         let whole = bytes.len() / 8;
         let (head, tail) = bytes.split_at_mut(whole * 8);
         copy::from_words(head, &source[..whole]);
@@ -193,7 +194,7 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     #[cfg(not(loom))]
     fn bytes(&self, offset: u64, length: usize) -> *mut u8 {
         let within = (offset % 8) as usize;
-        let words = self.part(offset - within as u64, within + length);
+        let words = self.words(offset - within as u64, within + length);
         words.as_ptr().cast::<u8>().cast_mut().wrapping_add(within)
     }
 }
@@ -268,10 +269,8 @@ mod copy {
             };
             return;
         }
-        for (word, chunk) in words.iter().zip(bytes.chunks_exact(8)) {
-            let mut value = [0; 8];
-            value.copy_from_slice(chunk);
-            word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+        for (word, chunk) in words.iter().zip(bytes.as_chunks().0) {
+            word.store(u64::from_le_bytes(*chunk), Ordering::Relaxed);
         }
     }
 
@@ -291,8 +290,8 @@ mod copy {
             };
             return;
         }
-        for (word, chunk) in words.iter().zip(bytes.chunks_exact_mut(8)) {
-            chunk.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
+        for (word, chunk) in words.iter().zip(bytes.as_chunks_mut().0) {
+            *chunk = word.load(Ordering::Relaxed).to_le_bytes();
         }
     }
 

@@ -3,7 +3,8 @@
 //! A byte stream through a channel: from a file descriptor to a file descriptor, by way of the region alone.
 //!
 //! The bytes travel in records of [`Kind::DATA`], between one of [`Kind::BEGIN`] and one of [`Kind::END`]. What other
-//! kinds a channel carries is not part of any stream, and is passed over.
+//! kinds a channel carries is not part of any stream, and is passed over. An end of a stream waits by
+//! [`Strategy::STREAM`], and goes on to do so afterwards.
 
 use core::ops::Deref;
 use core::time::Duration;
@@ -14,6 +15,7 @@ use crate::channel::{Receiver, Sender, Sent};
 use crate::cursor::Kind;
 use crate::error::ChannelError;
 use crate::link::{Events, Wakeup};
+use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
 
 /// What has gone through so far.
@@ -56,6 +58,7 @@ where
     M: Deref<Target = [AtomicU64]> + Clone,
     E: Events,
 {
+    sender.set_strategy(Strategy::STREAM);
     let mut total = Progress::default();
     // A channel that drops could drop this one too, so there it comes with the first data that finds room.
     let mut begun = false;
@@ -120,6 +123,7 @@ where
     M: Deref<Target = [AtomicU64]> + Clone,
     E: Events,
 {
+    receiver.set_strategy(Strategy::STREAM);
     let mut total = Progress::default();
     loop {
         // A sender that has left, before we came or since, sends no more; but what it committed until then is there.

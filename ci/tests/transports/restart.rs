@@ -26,7 +26,6 @@ fn stream_through(
         thread::sleep(Duration::from_millis(100));
         change(broker)?;
     }
-    ensure!(stream.is_on(), "the stream was over too soon");
     let after = status(broker)?;
     for part in ["slots", "claims"] {
         ensure!(

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::process::{Child, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -75,10 +76,10 @@ impl Receiving {
     }
 }
 
-/// Bytes that go down to a guest, which sends them back, for a second at the least.
+/// Bytes that go down to a guest, which sends them back, until it is finished.
 pub struct RoundTrip {
-    bytes: Vec<u8>,
-    writer: JoinHandle<Result<()>>,
+    stop: Sender<()>,
+    writer: JoinHandle<Result<Vec<u8>>>,
     sender: Child,
     echo: Process,
     receiver: Receiving,
@@ -93,17 +94,22 @@ impl RoundTrip {
         let mut input = sender.stdin.take().context("no input")?;
         wait_for_holder(broker, "down", "consumer", true)?;
         wait_for_holder(broker, "up", "consumer", true)?;
-        let bytes = noise(20_000_000);
-        let sent = bytes.clone();
+        // Until it is told to stop, or nobody is left to tell it.
+        let (stop, stopped) = mpsc::channel::<()>();
         let writer = thread::spawn(move || {
-            for part in sent.chunks(100_000) {
-                input.write_all(part)?;
-                thread::sleep(Duration::from_millis(5));
+            let mut written = Vec::new();
+            let mut parts = 0;
+            while stopped.recv_timeout(Duration::from_millis(5)) == Err(RecvTimeoutError::Timeout) {
+                // No two are of one length.
+                let part = noise(100_000 + 4 * parts);
+                input.write_all(&part)?;
+                written.extend(part);
+                parts += 1;
             }
-            Ok(())
+            Ok(written)
         });
         Ok(Self {
-            bytes,
+            stop,
             writer,
             sender,
             echo,
@@ -111,20 +117,17 @@ impl RoundTrip {
         })
     }
 
-    /// Whether there are bytes left to send.
-    pub fn is_on(&self) -> bool {
-        !self.writer.is_finished()
-    }
-
-    /// Waits until all have come back, each once.
+    /// Ends it, and waits until all have come back, each once.
     pub fn finish(mut self) -> Result<()> {
+        drop(self.stop);
         // First, since nobody else ends while there is no one to take what is sent.
         let came = self.receiver.bytes();
         if came.is_err() {
             self.sender.kill()?;
         }
-        ensure!(came? == self.bytes, "bytes were lost or came twice");
-        self.writer.join().map_err(|_| anyhow!("nobody writes"))??;
+        let came = came?;
+        let bytes = self.writer.join().map_err(|_| anyhow!("nobody writes"))??;
+        ensure!(came == bytes, "bytes were lost or came twice");
         ensure!(self.sender.wait()?.success());
         self.echo.wait(COMMAND_TIMEOUT)?.require_success()?;
         Ok(())

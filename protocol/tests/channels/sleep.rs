@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::heap::{bells, ends, ends_with, hold, region};
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::{Sent, Wakeup};
+use barlink_protocol::{Sent, Strategy, Wakeup};
 
 #[test]
 fn nothing_is_lost_while_both_ends_sleep_and_wake() {
@@ -52,6 +52,68 @@ fn waiting_ends_with_its_time() {
     assert_eq!(
         sender.send(Kind::DATA, &[0; 900], Some(Duration::from_millis(1))),
         Ok(Sent::TimedOut)
+    );
+}
+
+#[test]
+fn batches_on_both_sides_do_not_wait_for_each_other() {
+    const RECORDS: u64 = 20_000;
+    let (mut sender, mut receiver) = ends(4096, false);
+    let producer = std::thread::spawn(move || {
+        for number in 0..RECORDS {
+            // More than fit: what is staged is published when no room is left.
+            let bytes = number.to_le_bytes();
+            assert_eq!(
+                sender.stage(Kind::DATA, &bytes, None, 7),
+                Ok(Sent::Committed)
+            );
+        }
+        sender.publish().unwrap();
+        sender
+    });
+    for number in 0..RECORDS {
+        while receiver.wait(None).unwrap() != Wakeup::Ready {}
+        assert_eq!(receiver.record().unwrap().word(0), number);
+        // Released when nothing else is left to be found.
+        receiver.pass();
+    }
+    producer.join().unwrap();
+}
+
+#[test]
+fn a_stream_is_rung_for_only_after_silence() {
+    const RECORDS: u32 = 200;
+    let rings = |strategy| {
+        let (mut sender, mut receiver) = ends(4096, false);
+        receiver.set_strategy(strategy);
+        let before = sender.events().rung;
+        let producer = std::thread::spawn(move || {
+            for _ in 0..RECORDS {
+                // Longer than an end spins, shorter than it naps.
+                std::thread::sleep(Duration::from_micros(500));
+                assert_eq!(sender.send(Kind::DATA, &[], None), Ok(Sent::Committed));
+            }
+            let during = sender.events().rung;
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(sender.send(Kind::END, &[], None), Ok(Sent::Committed));
+            (sender.events().rung - during, during, sender)
+        });
+        loop {
+            while receiver.wait(None).unwrap() != Wakeup::Ready {}
+            let end = receiver.record().unwrap().header().kind == Kind::END;
+            receiver.release().unwrap();
+            if end {
+                break;
+            }
+        }
+        let (after, during, _sender) = producer.join().unwrap();
+        assert_eq!(after, 1, "after so long it sleeps, and has to be rung");
+        during - before
+    };
+    let (stream, prompt) = (rings(Strategy::STREAM), rings(Strategy::PROMPT));
+    assert!(
+        stream < RECORDS / 4 && prompt > RECORDS / 2,
+        "{stream} and {prompt} rings"
     );
 }
 

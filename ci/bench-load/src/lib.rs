@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The work that `cargo xtask bench` measures, on the host and in the guest. The program `barlink-bench-load` does one
+//! piece of it and prints a [`Measured`] as JSON.
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `stream.rs` | a stream of records through a channel |
+//! | `pipe.rs` | a stream of records through a peer of barlink's, such as a socket |
+//! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
+//! | `clock.rs` | times |
+
+mod clock;
+mod copy;
+mod pipe;
+mod ring;
+mod stream;
+
+pub use copy::Copy;
+pub use pipe::{Endpoint, PipeReceive, PipeSend};
+pub use ring::Ring;
+pub use stream::{Receive, Send};
+
+use serde::{Deserialize, Serialize};
+
+/// What a process did, and what it took.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Measured {
+    /// Records.
+    pub records: u64,
+    /// Bytes of payload.
+    pub bytes: u64,
+    /// The time it took, in nanoseconds.
+    pub nanoseconds: u64,
+    /// Processor time of the whole process, in nanoseconds.
+    pub cpu: u64,
+    /// The sum of all 64-bit words of payload: the same for who sent and who received.
+    pub sum: u64,
+}
+
+impl Measured {
+    /// Bytes of payload a second.
+    pub fn rate(&self) -> f64 {
+        self.bytes as f64 * 1e9 / self.nanoseconds as f64
+    }
+}

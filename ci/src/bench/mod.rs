@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `cargo xtask bench`: how fast a guest and the host exchange records over every transport, and what the limits are, in
+//! one VM.
+//!
+//! The VM has a device of each transport, and one broker serves both from one region. Rounds are interleaved, so that
+//! whatever else the machine does meets all alike; what is told is the median of the rounds, and their quartiles.
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `case.rs` | what is measured |
+//! | `scene.rs` | the broker, the VM with all that connects it, and processes on both sides |
+//! | `stream.rs` | one stream of records, whichever way it goes |
+//! | `spread.rs` | the median of some figures, and how far they lie apart |
+//! | `report.rs` | the results as JSON and as a table |
+
+mod case;
+mod report;
+mod scene;
+mod spread;
+mod stream;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+pub use self::case::{Case, Direction, Way};
+pub use self::report::Report;
+use self::scene::Scene;
+use self::stream::stream;
+use crate::builds::{Artifacts, target_folder};
+use crate::setup;
+use crate::tools::VmArgs;
+
+/// Bytes of payload in a record.
+const RECORD_SIZES: [u64; 7] = [64, 512, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
+
+/// How to measure.
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// Measure fewer record sizes, in fewer and shorter rounds: 1 minute instead of 5
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Where the results go [default: target/bench]
+    #[arg(long, value_name = "FOLDER")]
+    pub output: Option<PathBuf>,
+
+    /// The tools.
+    #[command(flatten)]
+    pub vm: VmArgs,
+}
+
+/// Sets up and builds what is needed, measures, writes the results, and prints the table.
+pub fn run(args: &BenchArgs) -> Result<ExitCode> {
+    let tools = setup::ensure(&args.vm.tools)?;
+    let artifacts = Artifacts::build(tools, args.vm.clone())?;
+    let folder = match &args.output {
+        Some(folder) => folder.clone(),
+        None => target_folder()?.join("bench"),
+    };
+    let report = measure(&artifacts, args.quick)?;
+    report
+        .write(&folder)
+        .with_context(|| format!("the results cannot be written to {}", folder.display()))?;
+    print!("{report}");
+    println!("\nall of it is in {}", fs::canonicalize(&folder)?.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Measures every case in every round.
+pub fn measure(artifacts: &Artifacts, quick: bool) -> Result<Report> {
+    let (sizes, rounds, time) = match quick {
+        true => (&[64, 4 << 10, 64 << 10][..], 3, Duration::from_millis(300)),
+        false => (&RECORD_SIZES[..], 7, Duration::from_millis(600)),
+    };
+    let cases = Case::all(sizes);
+    let scene = Scene::set(artifacts)?;
+    let mut report = Report::new(&scene.conditions()?, &cases);
+    let style = "{bar:30} round {msg}, {eta} left";
+    let bar = ProgressBar::new((rounds * cases.len()) as u64)
+        .with_style(ProgressStyle::with_template(style)?);
+    for round in 1..=rounds {
+        bar.set_message(format!("{round} of {rounds}"));
+        for case in &cases {
+            if !report.has_failed(case) {
+                match stream(&scene, case, time) {
+                    Ok(streamed) => report.add(case, streamed),
+                    // What a peer does is told of, too.
+                    Err(error) if case.way.is_peer() => report.fail(case, &error),
+                    Err(error) => return Err(error.context(case.to_string())),
+                }
+            }
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    Ok(report)
+}

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The broker, the VM with all that connects it, and processes on both sides.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use barlink_bench_load::Measured;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::broker::{Broker, Transport};
+use crate::builds::Artifacts;
+use crate::tools::Accel;
+use crate::vm::{COMMAND_TIMEOUT, Config, Process, Vm, accelerator};
+
+/// Bytes of each channel.
+const CAPACITY: &str = "4M";
+/// The port of virtio-serial, and the file of its other end.
+pub const PORT: &str = "barlink.bench";
+const PORT_SOCKET: &str = "port.sock";
+/// What the guest needs for a network, in this order.
+const NETWORK: [&str; 3] = [
+    "net/core/failover.ko",
+    "drivers/net/net_failover.ko",
+    "drivers/net/virtio_net.ko",
+];
+
+/// Where a process runs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    /// On the host.
+    Host,
+    /// In the guest.
+    Guest,
+}
+
+/// What holds for all that is measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Conditions {
+    /// What runs the guest's instructions.
+    pub accelerator: &'static str,
+    /// The guest's kernel.
+    pub kernel: String,
+    /// How the guest's processors cache the region.
+    pub cache_mode: String,
+    /// Processors of the guest.
+    pub guest_cpus: u32,
+    /// Processors of the host.
+    pub host_cpus: usize,
+}
+
+/// See the module. The fields are dropped in this order.
+#[derive(Debug)]
+pub struct Scene<'a> {
+    vm: Vm,
+    broker: Broker,
+    config: Config,
+    artifacts: &'a Artifacts,
+}
+
+/// A process that measures.
+#[derive(Debug)]
+pub enum Load {
+    /// One on the host.
+    Host(Child),
+    /// One in the guest.
+    Guest(Process),
+}
+
+impl<'a> Scene<'a> {
+    /// Starts the broker with a slot for each transport, and the VM with a device at each and with what peers need, and
+    /// loads the driver.
+    pub fn set(artifacts: &'a Artifacts) -> Result<Self> {
+        let mut channels = Vec::new();
+        for slot in 0..Transport::ALL.len() {
+            channels.push(format!("up{slot}={slot}-host,{CAPACITY}"));
+            channels.push(format!("down{slot}=host-{slot},{CAPACITY}"));
+        }
+        let options = channels.iter().flat_map(|channel| ["--channel", channel]);
+        let arguments: Vec<_> = options.chain(["--size", "32M"]).collect();
+        let broker = Broker::start_over(artifacts, &Transport::ALL, &arguments)?;
+        let mut config = Config {
+            preallocated: true,
+            ..broker.vm()?
+        };
+        let port = broker.folder().join(PORT_SOCKET);
+        config.arguments.extend([
+            "-chardev".to_owned(),
+            format!("socket,id=bench,path={},server=on,wait=off", port.display()),
+            "-device".to_owned(),
+            format!("virtserialport,chardev=bench,name={PORT}"),
+            "-netdev".to_owned(),
+            "user,id=net".to_owned(),
+            "-device".to_owned(),
+            "virtio-net-pci,netdev=net,romfile=".to_owned(),
+        ]);
+        let vm = Vm::boot_with(artifacts, &config)?;
+        vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+        let scene = Self {
+            vm,
+            broker,
+            config,
+            artifacts,
+        };
+        if let Err(error) = scene.connect_network() {
+            eprintln!("the guest has no network, and TCP is not measured: {error:#}");
+        }
+        Ok(scene)
+    }
+
+    /// Loads the guest's network driver, and gives it the address that QEMU expects.
+    fn connect_network(&self) -> Result<()> {
+        let image = &self.artifacts.tools.kernel_image;
+        let modules = image.parent().unwrap_or(Path::new("")).join("kernel");
+        for module in NETWORK {
+            let path = modules.join(format!("{module}.xz"));
+            let packed = std::fs::read(&path)
+                .with_context(|| format!("{} is not there, for TCP", path.display()))?;
+            self.vm.put_file("/tmp/module.ko.xz", &packed)?;
+            let load = "unxz -f /tmp/module.ko.xz && insmod /tmp/module.ko && rm /tmp/module.ko";
+            self.vm.run(["sh", "-c", load])?.require_success()?;
+        }
+        let address =
+            "ip link set lo up && ip link set eth0 up && ip address add 10.0.2.15/24 dev eth0";
+        self.vm.run(["sh", "-c", address])?.require_success()
+    }
+
+    /// What holds for all that is measured.
+    pub fn conditions(&self) -> Result<Conditions> {
+        let info = ["barlink-guest", "info", "--json"];
+        let info: Value = serde_json::from_str(&self.vm.run(info)?.success()?)?;
+        let kernel = self.vm.run(["uname", "-r"])?.success()?;
+        Ok(Conditions {
+            accelerator: match accelerator(self.artifacts.args.accel) {
+                Accel::Kvm => "kvm",
+                Accel::Tcg => "tcg",
+            },
+            kernel: kernel.trim_end().to_owned(),
+            cache_mode: info["cache_mode"].as_str().unwrap_or_default().to_owned(),
+            guest_cpus: self.config.cpus,
+            host_cpus: std::thread::available_parallelism()?.get(),
+        })
+    }
+
+    /// Starts `barlink-bench-load` with these arguments.
+    pub fn start(&self, side: Side, arguments: &[String]) -> Result<Load> {
+        Ok(match side {
+            Side::Host => {
+                let mut command = Command::new(&self.artifacts.bench_load);
+                command.args(arguments);
+                command.stdin(Stdio::null()).stdout(Stdio::piped());
+                Load::Host(command.spawn().context("a process cannot be started")?)
+            }
+            Side::Guest => {
+                let program = ["barlink-bench-load"].into_iter();
+                let arguments = arguments.iter().map(String::as_str);
+                Load::Guest(self.vm.spawn(program.chain(arguments))?)
+            }
+        })
+    }
+
+    /// Where the broker is heard.
+    pub fn control(&self) -> PathBuf {
+        self.broker.control()
+    }
+
+    /// The host's end of the port of virtio-serial.
+    pub fn port(&self) -> PathBuf {
+        self.broker.folder().join(PORT_SOCKET)
+    }
+
+    /// A file that is not there.
+    pub fn fresh_file(&self, name: &str) -> Result<PathBuf> {
+        let path = self.broker.folder().join(name);
+        if path.exists() {
+            std::fs::remove_file(&path)?;
+        }
+        Ok(path)
+    }
+
+    /// How often the producer of a channel has rung so far.
+    pub fn rung(&self, channel: usize) -> Result<u64> {
+        let snapshot = self.broker.inspect()?;
+        let rung = snapshot["channels"][channel]["rung"].as_u64();
+        rung.context("the broker tells nothing of a channel")
+    }
+}
+
+impl Load {
+    /// What it has measured, once it has ended.
+    pub fn wait(self) -> Result<Measured> {
+        Ok(match self {
+            Load::Host(child) => {
+                let output = child.wait_with_output()?;
+                ensure!(output.status.success(), "a process on the host failed");
+                serde_json::from_slice(&output.stdout)?
+            }
+            Load::Guest(process) => {
+                serde_json::from_str(&process.wait(COMMAND_TIMEOUT)?.success()?)?
+            }
+        })
+    }
+}

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The median of some figures, and how far they lie apart.
+
+use serde::Serialize;
+
+/// Figures of one kind, one a round.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Spread {
+    figures: Vec<f64>,
+}
+
+impl Spread {
+    /// Adds a figure.
+    pub fn add(&mut self, figure: f64) {
+        let place = self.figures.partition_point(|other| *other < figure);
+        self.figures.insert(place, figure);
+    }
+
+    /// The figure that half of them are not above; 0 if there is none.
+    pub fn median(&self) -> f64 {
+        self.quantile(0.5)
+    }
+
+    /// The figures between which half of them lie.
+    pub fn quartiles(&self) -> [f64; 2] {
+        [self.quantile(0.25), self.quantile(0.75)]
+    }
+
+    /// Between two figures, in proportion.
+    fn quantile(&self, part: f64) -> f64 {
+        let Some(last) = self.figures.len().checked_sub(1) else {
+            return 0.0;
+        };
+        let place = part * last as f64;
+        let below = self.figures[place.floor() as usize];
+        let above = self.figures[place.ceil() as usize];
+        below + (above - below) * place.fract()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Spread;
+
+    #[test]
+    fn median_and_quartiles_are_those_of_the_sorted_figures() {
+        let mut spread = Spread::default();
+        assert_eq!(spread.median(), 0.0);
+        for figure in [9.0, 1.0, 5.0, 3.0] {
+            spread.add(figure);
+        }
+        assert_eq!(spread.median(), 4.0);
+        assert_eq!(spread.quartiles(), [2.5, 6.0]);
+        spread.add(100.0);
+        assert_eq!((spread.median(), spread.quartiles()), (5.0, [3.0, 9.0]));
+    }
+}

@@ -1,0 +1,24 @@
+//! `cargo xtask bench`, in its short form.
+
+use anyhow::{Context, Result, ensure};
+use xtask::bench::{Direction, Way, measure};
+use xtask::broker::Transport;
+use xtask::builds::Artifacts;
+
+/// The transports share memory and copies, so neither is much faster; other programs run beside tests, so nothing is said
+/// of how fast that is.
+#[test]
+fn transports_are_about_as_fast_and_streams_hardly_ring() -> Result<()> {
+    let report = measure(Artifacts::shared()?, true)?;
+    println!("{report}");
+    for direction in [Direction::Up, Direction::Down] {
+        let transports = [Transport::VfioUser, Transport::Ivshmem];
+        let ways = transports.map(|transport| (Way::Channel(transport), direction));
+        let ratio = report.ratio(ways, 65536);
+        let ratio = ratio.context("nothing was measured")?;
+        ensure!((0.5..2.0).contains(&ratio), "{direction:?}: {ratio}");
+    }
+    let rings = report.rings_per_record();
+    ensure!(rings < 1e-3, "{rings} rings for each record");
+    Ok(())
+}
