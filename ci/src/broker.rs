@@ -3,6 +3,7 @@
 //! A broker on the host, in a folder of its own, for the demo and the VM tests.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -51,12 +52,18 @@ impl Transport {
     }
 
     /// The option of `barlink serve` for a socket.
-    fn option(self) -> &'static str {
-        match self {
-            Transport::Ivshmem => "--ivshmem",
-            Transport::VfioUser => "--vfio-user",
-            Transport::VhostUser => "--vhost-user",
-        }
+    fn option(self) -> String {
+        format!("--{self}")
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Transport::Ivshmem => "ivshmem",
+            Transport::VfioUser => "vfio-user",
+            Transport::VhostUser => "vhost-user",
+        })
     }
 }
 
@@ -92,7 +99,16 @@ impl Broker {
         transport: Transport,
         arguments: &[&str],
     ) -> Result<Self> {
-        Self::launch(artifacts, &[transport], arguments, |folder| {
+        Self::start_managed_over(artifacts, &[transport], arguments)
+    }
+
+    /// Serves a slot over each of these transports as such a service.
+    pub fn start_managed_over(
+        artifacts: &Artifacts,
+        slots: &[Transport],
+        arguments: &[&str],
+    ) -> Result<Self> {
+        Self::launch(artifacts, slots, arguments, |folder| {
             ServiceManager::new(folder).map(Some)
         })
     }

@@ -1,7 +1,7 @@
 //! `cargo xtask bench`, in its short form.
 
 use anyhow::{Context, Result, ensure};
-use xtask::bench::{Direction, measure};
+use xtask::bench::{Direction, Way, measure};
 use xtask::broker::Transport;
 use xtask::builds::Artifacts;
 
@@ -12,7 +12,9 @@ fn transports_are_about_as_fast_and_streams_hardly_ring() -> Result<()> {
     let report = measure(Artifacts::shared()?, true)?;
     println!("{report}");
     for direction in [Direction::Up, Direction::Down] {
-        let ratio = report.ratio([Transport::VfioUser, Transport::Ivshmem], direction, 65536);
+        let transports = [Transport::VfioUser, Transport::Ivshmem];
+        let ways = transports.map(|transport| (Way::Channel(transport), direction));
+        let ratio = report.ratio(ways, 65536);
         let ratio = ratio.context("nothing was measured")?;
         ensure!((0.5..2.0).contains(&ratio), "{direction:?}: {ratio}");
     }

@@ -1,12 +1,22 @@
 //! Crashes of every kind, once each; `cargo xtask crash` does as many as one likes.
 
 use anyhow::{Result, ensure};
+use xtask::broker::Transport;
 use xtask::builds::Artifacts;
 use xtask::crash;
 
 #[test]
 fn every_kind_of_fault_costs_no_record() -> Result<()> {
-    let report = crash::once(Artifacts::shared()?)?;
+    costs_no_record(Transport::Ivshmem)
+}
+
+#[test]
+fn every_kind_of_fault_over_vfio_user_costs_no_record() -> Result<()> {
+    costs_no_record(Transport::VfioUser)
+}
+
+fn costs_no_record(transport: Transport) -> Result<()> {
+    let report = crash::once(Artifacts::shared()?, transport)?;
     print!("{report}");
     ensure!(report.is_good(), "see the table");
     Ok(())

@@ -6,9 +6,9 @@ use core::ops::Deref;
 use core::time::Duration;
 
 use crate::consumer::{Consumer, Record};
-use crate::cursor::Kind;
+use crate::cursor::{Kind, Place};
 use crate::error::ChannelError;
-use crate::link::{Events, Link, PAST, Wakeup};
+use crate::link::{Events, Link, Wakeup};
 use crate::presence::{Presence, PresenceWords};
 use crate::producer::{Producer, Reservation, ReserveError};
 use crate::region::Region;
@@ -34,7 +34,7 @@ fn find<E>(
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Sent {
-    /// It was committed.
+    /// It was committed, or staged if that was asked for.
     Committed,
     /// The channel was full, and is one that drops: it was counted, and is gone.
     Dropped,
@@ -126,8 +126,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         length: usize,
         timeout: Option<Duration>,
     ) -> Result<Option<Draft<'_, M, E>>, ChannelError<E::Error>> {
-        let deadline = self.link.deadline(timeout);
-        self.draft_until(length, deadline)
+        let place = self.find_room(length, timeout)?;
+        Ok(place.map(|place| Draft {
+            reservation: self.producer.reservation(place, length),
+            link: &mut self.link,
+        }))
     }
 
     /// Copies a record into the channel and commits it. Waits for room until `timeout` is over; in a channel that
@@ -138,66 +141,106 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         bytes: &[u8],
         timeout: Option<Duration>,
     ) -> Result<Sent, ChannelError<E::Error>> {
-        let drops = self.drops;
-        let deadline = if drops {
-            Some(PAST)
-        } else {
-            self.link.deadline(timeout)
-        };
-        match self.draft_until(bytes.len(), deadline)? {
-            Some(mut draft) => {
-                draft.write(0, bytes);
-                let length = draft.length();
-                draft.commit(kind, length)?;
-                return Ok(Sent::Committed);
-            }
-            None if !drops => return Ok(Sent::TimedOut),
-            None => (),
-        }
-        self.producer.drop_record();
-        Ok(Sent::Dropped)
+        let time = self.link.time();
+        let sent = self.put(kind, bytes, timeout, time)?;
+        self.publish()?;
+        Ok(sent)
     }
 
-    fn draft_until(
+    /// As [`Sender::send`], but the consumer sees the record only after [`Sender::publish`], or once no room is left for a
+    /// further one; and if this process ends before that, the record never was. `time` is this side's clock, in
+    /// nanoseconds ([`Sender::time`]): one look at it is enough for many records.
+    pub fn stage(
+        &mut self,
+        kind: Kind,
+        bytes: &[u8],
+        timeout: Option<Duration>,
+        time: u64,
+    ) -> Result<Sent, ChannelError<E::Error>> {
+        self.put(kind, bytes, timeout, time)
+    }
+
+    /// Commits all records that were staged, at once, and rings the consumer if it asked for that.
+    pub fn publish(&mut self) -> Result<(), ChannelError<E::Error>> {
+        let notify = self.producer.publish();
+        if self.link.notify(notify).map_err(ChannelError::Events)? {
+            self.producer.count_ring();
+        }
+        Ok(())
+    }
+
+    /// Time of this side's monotonic clock, in nanoseconds.
+    pub fn time(&self) -> u64 {
+        self.link.time()
+    }
+
+    fn put(
+        &mut self,
+        kind: Kind,
+        bytes: &[u8],
+        timeout: Option<Duration>,
+        time: u64,
+    ) -> Result<Sent, ChannelError<E::Error>> {
+        let drops = self.drops;
+        let wait = if drops { Some(Duration::ZERO) } else { timeout };
+        let Some(place) = self.find_room(bytes.len(), wait)? else {
+            if !drops {
+                return Ok(Sent::TimedOut);
+            }
+            self.producer.drop_record();
+            return Ok(Sent::Dropped);
+        };
+        let mut reservation = self.producer.reservation(place, bytes.len());
+        reservation.write(0, bytes);
+        let length = reservation.length();
+        reservation.stage(kind, length, time);
+        Ok(Sent::Committed)
+    }
+
+    /// Where a record of `length` bytes has room; waits for that until `timeout` is over.
+    fn find_room(
         &mut self,
         length: usize,
-        deadline: Option<Duration>,
-    ) -> Result<Option<Draft<'_, M, E>>, ChannelError<E::Error>> {
+        timeout: Option<Duration>,
+    ) -> Result<Option<Place>, ChannelError<E::Error>> {
+        match self.producer.find_room(length) {
+            Ok(place) => Ok(Some(place)),
+            Err(ReserveError::Full) => self.wait_for_room(length, timeout),
+            Err(error) => Err(ChannelError::reserve(error)),
+        }
+    }
+
+    #[cold]
+    fn wait_for_room(
+        &mut self,
+        length: usize,
+        timeout: Option<Duration>,
+    ) -> Result<Option<Place>, ChannelError<E::Error>> {
+        // What nobody sees makes no room.
+        self.publish()?;
+        let deadline = self.link.deadline(timeout);
         loop {
-            match self.wait(length, deadline)? {
+            let producer = &mut self.producer;
+            let woken = self.link.wait(deadline, |publish| {
+                if publish {
+                    return producer
+                        .wish_for_room(length)
+                        .map_err(ChannelError::reserve);
+                }
+                match producer.find_room(length) {
+                    Ok(_) => Ok(true),
+                    Err(ReserveError::Full) => Ok(false),
+                    Err(error) => Err(ChannelError::reserve(error)),
+                }
+            })?;
+            match woken {
                 Wakeup::Ready => break,
                 Wakeup::PeerChanged => (),
                 Wakeup::TimedOut => return Ok(None),
             }
         }
-        let reservation = self
-            .producer
-            .reserve(length)
-            .map_err(ChannelError::reserve)?;
-        Ok(Some(Draft {
-            reservation,
-            link: &mut self.link,
-        }))
-    }
-
-    fn wait(
-        &mut self,
-        length: usize,
-        deadline: Option<Duration>,
-    ) -> Result<Wakeup, ChannelError<E::Error>> {
-        let producer = &mut self.producer;
-        self.link.wait(deadline, |publish| {
-            if publish {
-                return producer
-                    .wish_for_room(length)
-                    .map_err(ChannelError::reserve);
-            }
-            match producer.reserve(length) {
-                Ok(_) => Ok(true),
-                Err(ReserveError::Full) => Ok(false),
-                Err(error) => Err(ChannelError::reserve(error)),
-            }
-        })
+        let place = self.producer.find_room(length);
+        place.map(Some).map_err(ChannelError::reserve)
     }
 }
 
@@ -309,8 +352,14 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     }
 
     /// Waits until there is a record, the other end changes, or `timeout` is over. A record is looked for first: what
-    /// a producer committed before it left is found before its leaving is told.
+    /// a producer committed before it left is found before its leaving is told. If there is none, what was passed is
+    /// released first.
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
+        if self.consumer.poll()? {
+            return Ok(Wakeup::Ready);
+        }
+        // What is kept makes no room for what is waited for.
+        self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
         self.link.wait(deadline, |publish| {
@@ -327,8 +376,14 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.consumer.record()
     }
 
-    /// Releases that record: its room is the producer's again, which is rung if it asked for that. A record that is
-    /// not released is found again, after a crash by the next consumer.
+    /// Passes that record: [`Receiver::wait`] finds the next one, and this one is released with that, or as soon as there
+    /// is none.
+    pub fn pass(&mut self) {
+        self.consumer.pass();
+    }
+
+    /// Releases that record and all that were passed: their room is the producer's again, which is rung if it asked for
+    /// that. A record that is not released is found again, after a crash by the next consumer.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
         let notify = self.consumer.release();
         if self.link.notify(notify).map_err(ChannelError::Events)? {

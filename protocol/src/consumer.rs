@@ -19,6 +19,8 @@ pub struct Consumer<M> {
     capacity: Capacity,
     /// Our cursor; the word in the region is a copy for others.
     read: u64,
+    /// The cursor behind what was passed.
+    passed: u64,
     /// What we last saw of the producer's cursor; checked.
     written: u64,
     /// The record that was found at `read` (behind padding, if any), and the cursor behind it.
@@ -40,8 +42,10 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
         crate::state::check_generation(&region, channel)?;
         let base = channel.offset;
+        let read = region.load(base + channel::READ);
         let consumer = Consumer {
-            read: region.load(base + channel::READ),
+            read,
+            passed: read,
             // SYNC: committed; as in `refresh`.
             written: region.word(base + channel::WRITTEN).load(Ordering::Acquire),
             current: None,
@@ -61,11 +65,14 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         if self.current.is_some() {
             return Ok(true);
         }
-        if self.written == self.read {
+        if self.written == self.passed {
             self.refresh()?;
+            if self.written == self.passed {
+                return Ok(false);
+            }
         }
-        self.current = self.find()?;
-        Ok(self.current.is_some())
+        self.current = Some(self.find()?);
+        Ok(true)
     }
 
     /// The record that [`Consumer::poll`] found.
@@ -79,29 +86,38 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         })
     }
 
-    /// Releases the record that [`Consumer::poll`] found: its room is the producer's again. Nothing happens if there
-    /// is none.
+    /// Passes the record that [`Consumer::poll`] found, to be released later: the next one is looked for behind it. Nothing
+    /// happens if there is none.
+    pub fn pass(&mut self) {
+        if let Some(current) = self.current.take() {
+            self.passed = current.end;
+        }
+    }
+
+    /// Releases the record that [`Consumer::poll`] found, and all that were passed: their room is the producer's again.
+    /// Nothing happens if there is none.
     pub fn release(&mut self) -> Notify {
-        let Some(current) = self.current.take() else {
+        self.pass();
+        if self.passed == self.read {
             return Notify::Quiet;
-        };
+        }
         // SYNC: released; pairs with the Acquire load in `Producer::refresh`.
         self.region
             .word(self.base + channel::READ)
-            .store(current.end, Ordering::Release);
+            .store(self.passed, Ordering::Release);
         // SYNC: cursor-then-wish; pairs with the fence in `Producer::wish_for_room`.
         fence(Ordering::SeqCst);
         let wish = self.region.load(self.base + channel::PRODUCER_WISH);
-        let notify = Notify::crossed(self.read, current.end, wish);
-        self.read = current.end;
+        let notify = Notify::crossed(self.read, self.passed, wish);
+        self.read = self.passed;
         notify
     }
 
     /// Publishes that this end wants to be rung once a record is committed. Then looks once more: `true` if there is
-    /// one already, and no need to sleep.
+    /// one already, and no need to sleep. What was passed is to be released before, or there might never be room for one.
     pub fn wish_for_record(&mut self) -> Result<bool, Corrupt> {
         self.region
-            .store(self.base + channel::CONSUMER_WISH, self.read + 1);
+            .store(self.base + channel::CONSUMER_WISH, self.passed + 1);
         // SYNC: wish-then-cursor; pairs with the fence in `Reservation::commit`. One of the two sees the other.
         fence(Ordering::SeqCst);
         self.poll()
@@ -129,41 +145,41 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         Ok(())
     }
 
-    /// Reads the headers at our cursor: at most one padding, and the record behind it.
-    fn find(&self) -> Result<Option<Current>, Corrupt> {
-        let mut cursor = self.read;
-        while cursor != self.written {
-            let header = self.header(cursor)?;
-            let end = cursor + self.capacity.check(header, cursor, self.written - cursor)?;
-            if header.kind != Kind::PAD {
-                return Ok(Some(Current {
-                    header,
-                    start: cursor,
-                    end,
-                }));
-            }
-            // Padding ends where the data area ends, and is refused at its beginning: there is no second one.
-            cursor = end;
-            if cursor == self.written {
-                return Err(Corrupt("padding with no record behind it"));
-            }
+    /// Reads the headers behind what was passed, where something is committed: at most one padding, and the record
+    /// behind it.
+    fn find(&self) -> Result<Current, Corrupt> {
+        let found = self.look_at(self.passed)?;
+        if found.header.kind != Kind::PAD {
+            return Ok(found);
         }
-        Ok(None)
+        if found.end == self.written {
+            return Err(Corrupt("padding with no record behind it"));
+        }
+        // Padding ends where the data area ends, and is refused at its beginning: there is no second one.
+        self.look_at(found.end)
+    }
+
+    /// What stands at a cursor.
+    fn look_at(&self, start: u64) -> Result<Current, Corrupt> {
+        let header = self.header(start)?;
+        let span = self.capacity.check(header, start, self.written - start)?;
+        Ok(Current {
+            header,
+            start,
+            end: start + span,
+        })
     }
 
     /// A private copy of the header at a cursor. Where the data area ends too early for a whole one, only padding can
     /// stand there, whose one word is enough.
     fn header(&self, cursor: u64) -> Result<Header, Corrupt> {
-        let at = self.data(cursor);
-        let words = (self.capacity.to_end(cursor) / 8).min(3);
-        Header::from_words(core::array::from_fn(|index| {
-            let index = index as u64;
-            if index < words {
-                self.region.load(at + 8 * index)
-            } else {
-                0
-            }
-        }))
+        let bytes = self.capacity.to_end(cursor).min(HEADER_BYTES);
+        let words = self.region.words(self.data(cursor), bytes as usize);
+        let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        Header::from_words(match words {
+            [first, second, third] => [load(first), load(second), load(third)],
+            words => [words.first().map_or(0, load), 0, 0],
+        })
     }
 
     fn data(&self, cursor: u64) -> u64 {

@@ -136,7 +136,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
 
     /// Time of this side's monotonic clock, in nanoseconds.
     pub fn time(&self) -> u64 {
-        u64::try_from(self.events.now().as_nanos()).unwrap_or(u64::MAX)
+        let now = self.events.now();
+        // Enough for five centuries.
+        now.as_secs()
+            .wrapping_mul(1_000_000_000)
+            .wrapping_add(now.subsec_nanos().into())
     }
 
     /// Notes that the other end has changed. Rings it, since a doorbell to its predecessor may have been lost, and
@@ -156,7 +160,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
 
     /// The time of this side's clock at which a timeout that begins now is over.
     pub(crate) fn deadline(&self, timeout: Option<Duration>) -> Option<Duration> {
-        timeout.map(|timeout| self.events.now().saturating_add(timeout))
+        timeout.map(|timeout| match timeout {
+            Duration::ZERO => PAST,
+            timeout => self.events.now().saturating_add(timeout),
+        })
     }
 
     /// Waits until `look` finds what is waited for, or this side's clock reaches `deadline`. `look(false)` just

@@ -5,7 +5,7 @@
 
 use core::ops::Deref;
 
-use crate::cursor::{Capacity, Corrupt, Header, Kind, Place};
+use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind, Place};
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering, fence};
 use crate::wire::layout::{Channel, channel};
@@ -58,9 +58,11 @@ pub struct Producer<M> {
     capacity: Capacity,
     /// Our cursor; the word in the region is a copy for others.
     written: u64,
+    /// The cursor behind what was staged.
+    staged: u64,
     /// What we last saw of the consumer's cursor; checked.
     read: u64,
-    /// Records committed since the channel began.
+    /// Records committed or staged since the channel began.
     records: u64,
     /// Records dropped since the channel began.
     dropped: u64,
@@ -94,11 +96,13 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             base,
             capacity,
             written,
+            staged: written,
             read,
         })
     }
 
-    /// The number that the next record gets: how many were committed or dropped before. Exact after a crash, too.
+    /// The number that the next record gets: how many were committed, staged or dropped before. After a crash, how many
+    /// were committed or dropped.
     pub fn sequence(&self) -> u64 {
         self.records.wrapping_add(self.dropped)
     }
@@ -113,9 +117,15 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         self.dropped
     }
 
-    /// Makes room for a record with `length` bytes of payload, to be filled in place and committed. Dropping the
+    /// Makes room for a record with `length` bytes of payload, to be filled in place and committed or staged. Dropping the
     /// reservation leaves the channel as it was.
     pub fn reserve(&mut self, length: usize) -> Result<Reservation<'_, M>, ReserveError> {
+        self.find_room(length)
+            .map(|place| self.reservation(place, length))
+    }
+
+    /// Where a record with `length` bytes of payload has room.
+    pub(crate) fn find_room(&mut self, length: usize) -> Result<Place, ReserveError> {
         let place = self.find_place(length)?;
         if self.free() < place.pad + place.span {
             self.refresh()?;
@@ -123,12 +133,40 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
                 return Err(ReserveError::Full);
             }
         }
-        Ok(Reservation {
+        Ok(place)
+    }
+
+    /// The room that [`Producer::find_room`] just found.
+    pub(crate) fn reservation(&mut self, place: Place, length: usize) -> Reservation<'_, M> {
+        Reservation {
             length: length as u32,
             padded: 0,
             place,
             producer: self,
-        })
+        }
+    }
+
+    /// Commits all records that were staged, at once: from now on the consumer sees them.
+    pub fn publish(&mut self) -> Notify {
+        if self.staged == self.written {
+            return Notify::Quiet;
+        }
+        let Producer { region, base, .. } = self;
+        let note = *base + channel::NOTES[self.older_note];
+        region.store(note + channel::NOTE_RECORDS, self.records);
+        region.store(note, self.staged);
+        // SYNC: committed; pairs with the Acquire load in `Consumer::refresh`. The records are whole, and the note stored,
+        // before they are seen.
+        region
+            .word(*base + channel::WRITTEN)
+            .store(self.staged, Ordering::Release);
+        // SYNC: cursor-then-wish; pairs with the fence in `Consumer::wish_for_record`.
+        fence(Ordering::SeqCst);
+        let wish = region.load(*base + channel::CONSUMER_WISH);
+        let notify = Notify::crossed(self.written, self.staged, wish);
+        self.written = self.staged;
+        self.older_note = 1 - self.older_note;
+        notify
     }
 
     /// Counts a record that found no room, in a channel that drops.
@@ -140,13 +178,13 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
 
     /// Publishes that this end wants to be rung once a record of `length` bytes fits and half the channel is free, so that
     /// a full one is not rung about at every record. Then looks once more: `true` if the record fits already, and there
-    /// is no need to sleep.
+    /// is no need to sleep. What was staged is to be published before, or nobody might ever make room.
     pub fn wish_for_room(&mut self, length: usize) -> Result<bool, ReserveError> {
         let place = self.find_place(length)?;
         let capacity = self.capacity.bytes();
         let room = (place.pad + place.span).max(capacity / 2);
         // Before the first lap this would be negative: then there is room, as the second look finds.
-        let wish = (self.written + room).saturating_sub(capacity);
+        let wish = (self.staged + room).saturating_sub(capacity);
         self.region.store(self.base + channel::PRODUCER_WISH, wish);
         // SYNC: wish-then-cursor; pairs with the fence in `Consumer::release`. One of the two sees the other.
         fence(Ordering::SeqCst);
@@ -164,13 +202,13 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     fn find_place(&self, length: usize) -> Result<Place, ReserveError> {
         let max = self.capacity.max_record();
         match u32::try_from(length) {
-            Ok(length) if length <= max => Ok(self.capacity.place(self.written, length)),
+            Ok(length) if length <= max => Ok(self.capacity.place(self.staged, length)),
             _ => Err(ReserveError::TooLarge { length, max }),
         }
     }
 
     fn free(&self) -> u64 {
-        self.capacity.bytes() - (self.written - self.read)
+        self.capacity.bytes() - (self.staged - self.read)
     }
 
     /// Reads the consumer's cursor, once, and checks it.
@@ -239,15 +277,22 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         Ok(read as u32)
     }
 
-    /// Commits the record with the first `length` bytes of the payload: from now on the consumer sees it.
+    /// Commits the record with the first `length` bytes of the payload, and what was staged before: from now on the
+    /// consumer sees it. Otherwise as [`Reservation::stage`].
+    pub fn commit(self, kind: Kind, length: u32, time: u64) -> (Notify, &'a mut Producer<M>) {
+        let producer = self.stage(kind, length, time);
+        (producer.publish(), producer)
+    }
+
+    /// Puts the record with the first `length` bytes of the payload behind what was committed and staged before. The
+    /// consumer sees it after [`Producer::publish`]; a crash before that, and it never was.
     ///
-    /// `time` is this side's monotonic clock, in nanoseconds. Gives the producer back, for
-    /// [`Producer::count_ring`].
+    /// `time` is this side's monotonic clock, in nanoseconds. Gives the producer back.
     ///
     /// # Panics
     ///
     /// If `length` is more than was reserved, or `kind` is 0 or 65535.
-    pub fn commit(self, kind: Kind, length: u32, time: u64) -> (Notify, &'a mut Producer<M>) {
+    pub fn stage(self, kind: Kind, length: u32, time: u64) -> &'a mut Producer<M> {
         assert!(length <= self.length && kind.0 != 0 && kind != Kind::PAD);
         if !length.is_multiple_of(8) && length != self.padded {
             self.pad(length);
@@ -271,28 +316,15 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
                 sequence: 0,
                 time: 0,
             };
-            region.store(producer.data(producer.written), pad.to_words()[0]);
+            region.store(producer.data(producer.staged), pad.to_words()[0]);
         }
         let at = producer.data(place.start);
         for (index, word) in header.to_words().into_iter().enumerate() {
             region.store(at + 8 * index as u64, word);
         }
-        let note = producer.base + channel::NOTES[producer.older_note];
         producer.records = producer.records.wrapping_add(1);
-        region.store(note + channel::NOTE_RECORDS, producer.records);
-        region.store(note, end);
-        // SYNC: committed; pairs with the Acquire load in `Consumer::refresh`. The record is whole, and
-        // the note stored, before it is seen.
-        region
-            .word(producer.base + channel::WRITTEN)
-            .store(end, Ordering::Release);
-        // SYNC: cursor-then-wish; pairs with the fence in `Consumer::wish_for_record`.
-        fence(Ordering::SeqCst);
-        let wish = region.load(producer.base + channel::CONSUMER_WISH);
-        let notify = Notify::crossed(producer.written, end, wish);
-        producer.written = end;
-        producer.older_note = 1 - producer.older_note;
-        (notify, producer)
+        producer.staged = end;
+        producer
     }
 
     /// Puts zeros behind a payload that ends within a word, so that nothing old is told.
@@ -304,6 +336,6 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     }
 
     fn payload(&self) -> u64 {
-        self.producer.data(self.place.start) + crate::cursor::HEADER_BYTES
+        self.producer.data(self.place.start) + HEADER_BYTES
     }
 }

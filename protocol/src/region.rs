@@ -269,10 +269,8 @@ mod copy {
             };
             return;
         }
-        for (word, chunk) in words.iter().zip(bytes.chunks_exact(8)) {
-            let mut value = [0; 8];
-            value.copy_from_slice(chunk);
-            word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+        for (word, chunk) in words.iter().zip(bytes.as_chunks().0) {
+            word.store(u64::from_le_bytes(*chunk), Ordering::Relaxed);
         }
     }
 
@@ -292,8 +290,8 @@ mod copy {
             };
             return;
         }
-        for (word, chunk) in words.iter().zip(bytes.chunks_exact_mut(8)) {
-            chunk.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
+        for (word, chunk) in words.iter().zip(bytes.as_chunks_mut().0) {
+            *chunk = word.load(Ordering::Relaxed).to_le_bytes();
         }
     }
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use log::{Level, error, info, warn};
 use rustix::event::{PollFd, PollFlags};
-use rustix::net::SocketFlags;
+use rustix::net::{RecvFlags, Shutdown, SocketFlags};
 
 use super::limit::{Account, COMING_AND_GOING, REFUSED, TURNED_AWAY, limited};
 use super::slot::Slot;
@@ -207,6 +207,7 @@ impl Door {
                 }
                 None => (),
             }
+            hang_up(&*vm);
         };
         let thread = thread::Builder::new().name(format!("slot {id}"));
         thread.spawn(session)?;
@@ -231,6 +232,15 @@ fn has_hung_up(socket: &dyn AsFd) -> bool {
     let mut hung_up = [PollFd::new(&socket, PollFlags::empty())];
     let now = rustix::time::Timespec::default();
     rustix::event::poll(&mut hung_up, Some(&now)) != Ok(0)
+}
+
+/// Ends a VM's connection, so that the VM reads its end and no error: it reads an error if anything that it sent is unread
+/// when the last descriptor is closed, and QEMU 11.1 ends itself then (`vfio_user_recv_hdr` sets an error twice).
+pub fn hang_up(vm: &dyn AsFd) {
+    // From here on it can send nothing more. What fails has ended already.
+    let _ = rustix::net::shutdown(vm, Shutdown::Both);
+    let mut bytes = [0; 4096];
+    while let Ok((_, 1..)) = rustix::net::recv(vm, &mut bytes[..], RecvFlags::DONTWAIT) {}
 }
 
 /// The connections of VMs that were refused and have not hung up.

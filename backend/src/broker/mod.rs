@@ -201,6 +201,11 @@ impl Broker {
                 handover::rest(&self.shared);
             } else {
                 self.shared.leave();
+                for slot in 0..self.shared.layout().slots {
+                    if let Some(vm) = self.shared.store().find(&store::name::vm(slot)) {
+                        door::hang_up(&*vm);
+                    }
+                }
             }
         }
         Ok(end)

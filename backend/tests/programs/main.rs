@@ -6,6 +6,7 @@ mod hostile;
 mod ivshmem;
 mod limits;
 mod live;
+mod many;
 mod replace;
 mod serve;
 #[path = "../../../ci/src/service.rs"]

@@ -4,16 +4,21 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use barlink::broker::{Broker, Config, End, Policy, Slot};
 use barlink::transport::{Departure, Ivshmem, Refusal, Transport, TransportError};
 use barlink::{Access, Attachment};
 
 use crate::support::*;
-use crate::vmm::handshake;
+use crate::vmm::{handshake, is_silent};
 
 /// Panics when it is told to.
-struct Faulty;
+#[derive(Default)]
+struct Faulty {
+    /// Whether to panic over the next VM that is greeted.
+    in_greeting: AtomicBool,
+}
 
 impl Transport for Faulty {
     fn name(&self) -> &'static str {
@@ -21,6 +26,7 @@ impl Transport for Faulty {
     }
 
     fn greet(&self, _vm: &UnixStream, _slot: &Slot) -> Result<(), TransportError> {
+        assert!(!self.in_greeting.swap(false, Ordering::SeqCst), "likewise");
         Ok(())
     }
 
@@ -37,7 +43,9 @@ impl Transport for Faulty {
         Refusal::Told
     }
 
-    fn abort(&self, _vm: &UnixStream) {}
+    fn abort(&self, mut vm: &UnixStream) {
+        vm.write_all(b"a").unwrap();
+    }
 }
 
 fn speaks(socket: &mut UnixStream) -> bool {
@@ -48,7 +56,8 @@ fn speaks(socket: &mut UnixStream) -> bool {
 fn panic_ends_its_own_session_and_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| -> PathBuf { folder.path().join(name) };
-    let faulty: Arc<dyn Transport> = Arc::new(Faulty);
+    let faults = Arc::new(Faulty::default());
+    let faulty: Arc<dyn Transport> = faults.clone();
     let config = Config {
         size: 1 << 20,
         vectors: 1,
@@ -78,6 +87,15 @@ fn panic_ends_its_own_session_and_nothing_else() {
             attachment.status().unwrap().slots[0].vm.is_none()
         });
         handshake(UnixStream::connect(path("vm.sock")).unwrap(), 4);
+        // A VM that nobody greets any more is told so, and not hung up on, which QEMU over ivshmem would not survive.
+        faults.in_greeting.store(true, Ordering::SeqCst);
+        let mut first = UnixStream::connect(path("first.sock")).unwrap();
+        first.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut told = [0];
+        assert!(matches!(first.read(&mut told), Ok(1)), "it is told nothing");
+        assert_eq!(&told, b"a");
+        assert!(is_silent(&first), "it is hung up on");
+        assert!(speaks(&mut second), "another session has ended");
     }
     (&stopper).write_all(b"x").unwrap();
     assert_eq!(running.join().unwrap(), End::Stopped);

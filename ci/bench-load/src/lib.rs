@@ -2,10 +2,27 @@
 
 //! The work that `cargo xtask bench` measures, on the host and in the guest. The program `barlink-bench-load` does one
 //! piece of it and prints a [`Measured`] as JSON.
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `stream.rs` | a stream of records through a channel |
+//! | `pipe.rs` | a stream of records through a peer of barlink's, such as a socket |
+//! | `trip.rs` | round trips, through channels and peers |
+//! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
+//! | `clock.rs` | times |
 
+mod clock;
+mod copy;
+mod pipe;
+mod ring;
 mod stream;
+mod trip;
 
+pub use copy::Copy;
+pub use pipe::{Endpoint, PipeReceive, PipeSend};
+pub use ring::Ring;
 pub use stream::{Receive, Send};
+pub use trip::{Ask, Trips, Wait, answer_bells, answer_channels, answer_pipe};
 
 use serde::{Deserialize, Serialize};
 

@@ -1,25 +1,112 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The program `barlink-bench-load`: one end of what `cargo xtask bench` measures.
+//! The program `barlink-bench-load`: one piece of what `cargo xtask bench` measures.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use barlink::{Access, Attachment};
-use barlink_bench_load::{Receive, Send};
-use barlink_guest::Device;
+use barlink::{Access, AttachError, Attachment};
+use barlink_bench_load::{
+    Ask, Copy, Endpoint, PipeReceive, PipeSend, Receive, Ring, Send, Wait, answer_bells,
+    answer_channels, answer_pipe,
+};
+use barlink_guest::{Device, DeviceError};
+use barlink_protocol::wire::layout::End::{Consumer, Producer};
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
+use serde::Serialize;
 
-/// One end of what `cargo xtask bench` measures
+/// What `cargo xtask bench` measures
 #[derive(Parser)]
 struct Cli {
-    #[command(flatten)]
-    place: Place,
-    /// The channel
-    channel: String,
     #[command(subcommand)]
     work: Work,
+}
+
+#[derive(Subcommand)]
+enum Work {
+    /// Send records of one size
+    Send {
+        #[command(flatten)]
+        end: End,
+        #[command(flatten)]
+        send: Send,
+    },
+    /// Receive, and read every byte in place
+    Receive {
+        #[command(flatten)]
+        end: End,
+    },
+    /// Ask through a pair of channels
+    Ask {
+        #[command(flatten)]
+        pair: Pair,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Answer through a pair of channels
+    Answer {
+        #[command(flatten)]
+        pair: Pair,
+    },
+    /// Ask through a pipe
+    PipeAsk {
+        /// Where
+        endpoint: Endpoint,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Answer through a pipe
+    PipeAnswer {
+        /// Where
+        endpoint: Endpoint,
+        /// Bytes of a question
+        #[arg(long, default_value_t = 64)]
+        record_size: usize,
+    },
+    /// Ring as the producer of a channel, and wait to be rung
+    BellAsk {
+        #[command(flatten)]
+        end: End,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Wait to be rung as its consumer, and ring
+    BellAnswer {
+        #[command(flatten)]
+        end: End,
+    },
+    /// Write records to a pipe
+    PipeSend(PipeSend),
+    /// Read them
+    PipeReceive(PipeReceive),
+    /// Copy within this process
+    Copy(Copy),
+    /// Send and receive within this process
+    Ring(Ring),
+}
+
+/// The end of a channel.
+#[derive(Args)]
+struct End {
+    /// The channel
+    channel: String,
+    #[command(flatten)]
+    place: Place,
+}
+
+/// Two channels.
+#[derive(Args)]
+struct Pair {
+    /// The channel for what goes out
+    out: String,
+    /// The channel for what comes in
+    back: String,
+    /// How to wait
+    #[arg(long, value_enum, default_value = "prompt")]
+    wait: Wait,
+    #[command(flatten)]
+    place: Place,
 }
 
 #[derive(Args)]
@@ -33,35 +120,70 @@ struct Place {
     device: Option<PathBuf>,
 }
 
-#[derive(Subcommand)]
-enum Work {
-    /// Send records of one size
-    Send(Send),
-    /// Receive, and read every byte in place
-    Receive(Receive),
-}
-
 fn main() -> Result<()> {
     // Not to outlive the bench, or the agent.
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    let Cli {
-        place,
-        channel,
-        work,
-    } = Cli::parse();
-    let measured = if let Some(path) = &place.control {
-        let attachment = Attachment::connect(path, Access::ReadWrite)?;
-        match work {
-            Work::Send(send) => send.run(attachment.sender(&channel)?)?,
-            Work::Receive(receive) => receive.run(attachment.receiver(&channel)?)?,
+    match Cli::parse().work {
+        Work::Send { end, send } => match &end.place.control {
+            Some(path) => tell(&send.run(attach(path)?.sender(&end.channel)?)?),
+            None => tell(&send.run(end.place.open()?.sender(&end.channel)?)?),
+        },
+        Work::Receive { end } => match &end.place.control {
+            Some(path) => tell(&Receive {}.run(attach(path)?.receiver(&end.channel)?)?),
+            None => tell(&Receive {}.run(end.place.open()?.receiver(&end.channel)?)?),
+        },
+        Work::Ask { pair, ask } => tell(&if let Some(path) = &pair.place.control {
+            let host = attach(path)?;
+            let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+            ask.channels(out, back, pair.wait)?
+        } else {
+            let guest = pair.place.open()?;
+            let (out, back) = (guest.sender(&pair.out)?, guest.receiver(&pair.back)?);
+            ask.channels(out, back, pair.wait)?
+        }),
+        Work::Answer { pair } => {
+            if let Some(path) = &pair.place.control {
+                let host = attach(path)?;
+                let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+                answer_channels(out, back, pair.wait)
+            } else {
+                let guest = pair.place.open()?;
+                let (out, back) = (guest.sender(&pair.out)?, guest.receiver(&pair.back)?);
+                answer_channels(out, back, pair.wait)
+            }
         }
-    } else {
-        let device = Device::open(&place.device.unwrap_or_default())?;
-        match work {
-            Work::Send(send) => send.run(device.sender(&channel)?)?,
-            Work::Receive(receive) => receive.run(device.receiver(&channel)?)?,
-        }
-    };
-    println!("{}", serde_json::to_string(&measured)?);
+        Work::PipeAsk { endpoint, ask } => tell(&ask.pipe(&endpoint)?),
+        Work::PipeAnswer {
+            endpoint,
+            record_size,
+        } => answer_pipe(&endpoint, record_size),
+        Work::BellAsk { end, ask } => tell(&match &end.place.control {
+            Some(path) => ask.bells(attach(path)?.claim(&end.channel, Producer)?.1)?,
+            None => ask.bells(end.place.open()?.claim(&end.channel, Producer)?.1)?,
+        }),
+        Work::BellAnswer { end } => match &end.place.control {
+            Some(path) => answer_bells(attach(path)?.claim(&end.channel, Consumer)?.1),
+            None => answer_bells(end.place.open()?.claim(&end.channel, Consumer)?.1),
+        },
+        Work::PipeSend(send) => tell(&send.run()?),
+        Work::PipeReceive(receive) => tell(&receive.run()?),
+        Work::Copy(copy) => tell(&copy.run()),
+        Work::Ring(ring) => tell(&ring.run()?),
+    }
+}
+
+/// Prints what was measured.
+fn tell(measured: &impl Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string(measured)?);
     Ok(())
+}
+
+fn attach(path: &Path) -> Result<Attachment, AttachError> {
+    Attachment::connect(path, Access::ReadWrite)
+}
+
+impl Place {
+    fn open(&self) -> Result<Device, DeviceError> {
+        Device::open(self.device.as_deref().unwrap_or(Path::new("")))
+    }
 }

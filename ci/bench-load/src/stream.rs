@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A stream of records of one size: copied in by who sends, read in place, every byte, by who receives.
+//! A stream of records of one size: copied in by who sends, read in place, every byte, by who receives. Small records are
+//! committed and released in batches.
 
 use std::ops::Deref;
 use std::time::{Duration, Instant};
@@ -9,12 +10,12 @@ use anyhow::Result;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Events, Ordering, Receiver, Sender, Strategy, Wakeup};
 use clap::Args;
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::Measured;
+use crate::clock::{cpu, nanoseconds};
 
-/// Bytes between two looks at the clock.
-const STRIDE: usize = 256 << 10;
+/// Bytes of a batch, at least.
+const BATCH: u64 = 16 << 10;
 
 /// Sends.
 #[derive(Args, Debug)]
@@ -28,7 +29,7 @@ pub struct Send {
 }
 
 /// Receives until the stream ends.
-#[derive(Args, Debug)]
+#[derive(Debug)]
 pub struct Receive {}
 
 impl Send {
@@ -42,16 +43,18 @@ impl Send {
         let words = (0..self.record_size as u64 / 8).map(|number| number.wrapping_mul(0x9E37_79B9));
         let record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
         let sum = words.fold(0, u64::wrapping_add);
-        let stride = STRIDE.div_ceil(self.record_size);
+        let batch = BATCH.div_ceil(self.record_size as u64);
         let time = Duration::from_millis(self.time);
         let mut records = 0;
         let start = Instant::now();
         while start.elapsed() < time {
-            for _ in 0..stride {
-                // Without a time limit it is committed in the end.
-                let _ = sender.send(Kind::DATA, &record, None)?;
+            let now = sender.time();
+            for _ in 0..batch {
+                // Without a time limit it is staged in the end.
+                let _ = sender.stage(Kind::DATA, &record, None, now)?;
             }
-            records += stride as u64;
+            sender.publish()?;
+            records += batch;
         }
         let measured = Measured {
             records,
@@ -75,6 +78,7 @@ impl Receive {
         receiver.set_strategy(Strategy::STREAM);
         let mut measured = Measured::default();
         let mut start = None;
+        let mut released = 0;
         loop {
             if receiver.wait(None)? != Wakeup::Ready {
                 continue;
@@ -95,19 +99,11 @@ impl Receive {
             });
             measured.records += 1;
             measured.bytes += record.length() as u64;
-            receiver.release()?;
+            receiver.pass();
+            if measured.bytes - released >= BATCH {
+                released = measured.bytes;
+                receiver.release()?;
+            }
         }
     }
-}
-
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// Processor time of this process so far, in nanoseconds.
-fn cpu() -> u64 {
-    let time: Duration = clock_gettime(ClockId::ProcessCPUTime)
-        .try_into()
-        .unwrap_or_default();
-    nanoseconds(time)
 }

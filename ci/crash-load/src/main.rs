@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The program `barlink-crash-load`: one end of a channel, on the host or in the guest.
+//! The program `barlink-crash-load`: one end of a channel, on the host or in the guest; or a process that rings the other
+//! end without a pause.
 
 use std::path::PathBuf;
 use std::thread;
@@ -10,7 +11,7 @@ use anyhow::Result;
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
 use barlink::{Access, AttachError, Attachment};
-use barlink_crash_load::{Notes, Trap, Trapped, consume, produce};
+use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, produce};
 use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::{End, Layout};
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
@@ -20,7 +21,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 /// How long to wait before asking once more for what somebody who died still has.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// One end of a channel that `cargo xtask crash` kills
+/// One end of a channel that `cargo xtask crash` kills, or whoever rings meanwhile
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]
@@ -29,7 +30,8 @@ struct Cli {
     end: Role,
     /// The channel
     channel: String,
-    /// What the records follow from
+    /// What the records follow from, if it sends or checks any
+    #[arg(default_value_t)]
     seed: u64,
 }
 
@@ -48,6 +50,8 @@ struct Place {
 enum Role {
     Producer,
     Consumer,
+    /// Claims the producer's end, sends nothing, and rings the consumer without a pause
+    Ringer,
 }
 
 fn main() -> Result<()> {
@@ -55,7 +59,7 @@ fn main() -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let cli = Cli::parse();
     let end = match cli.end {
-        Role::Producer => End::Producer,
+        Role::Producer | Role::Ringer => End::Producer,
         Role::Consumer => End::Consumer,
     };
     if let Some(path) = &cli.place.control {
@@ -70,7 +74,7 @@ fn main() -> Result<()> {
         work(
             attachment.region(),
             attachment.layout(),
-            end,
+            cli.end,
             claimed,
             cli.seed,
         )
@@ -84,7 +88,7 @@ fn main() -> Result<()> {
             || device.claim(&cli.channel, end),
             |error| matches!(error, DeviceError::Held { .. }),
         )?;
-        work(device.region(), device.layout(), end, claimed, cli.seed)
+        work(device.region(), device.layout(), cli.end, claimed, cli.seed)
     }
 }
 
@@ -102,8 +106,8 @@ fn insist<T, X>(attempt: impl Fn() -> Result<T, X>, passes: impl Fn(&X) -> bool)
 fn work<M, E>(
     region: region::Region<M>,
     layout: &Layout,
-    end: End,
-    (channel, events): (usize, E),
+    role: Role,
+    (channel, mut events): (usize, E),
     seed: u64,
 ) -> Result<()>
 where
@@ -111,16 +115,22 @@ where
     E: Events<Error: std::error::Error + Send + Sync + 'static>,
 {
     let notes = Notes::new(region.clone(), layout, channel);
-    let trap = Trap::new(notes.clone(), end);
-    let events = Trapped::new(events, trap.clone());
-    match end {
-        End::Producer => {
+    match role {
+        Role::Producer => {
+            let trap = Trap::new(notes.clone(), End::Producer);
+            let events = Trapped::new(events, trap.clone());
             let sender = Sender::attach(region, layout, channel, events)?;
             produce(sender, &notes, &trap, seed)
         }
-        End::Consumer => {
+        Role::Consumer => {
+            let trap = Trap::new(notes.clone(), End::Consumer);
+            let events = Trapped::new(events, trap.clone());
             let receiver = Receiver::attach(region, layout, channel, events)?;
             consume(receiver, &layout.channels()[channel], &notes, &trap, seed)
         }
+        Role::Ringer => loop {
+            events.ring()?;
+            notes.add(Note::Rung, 1);
+        },
     }
 }

@@ -39,6 +39,8 @@ pub enum Note {
     ProducerWoken,
     /// Sleeps of the consumer that a ring ended.
     ConsumerWoken,
+    /// Rings of a process that does nothing else.
+    Rung,
 }
 
 /// The notes of one channel.

@@ -15,7 +15,7 @@ pub const RAW: u64 = 512 << 10;
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Region {
-    /// The one that most checks use.
+    /// The one that most checks use. The VM is the first on it.
     Main,
     /// The VM is the second on it, and it has as many vectors as there can be.
     Bus,
@@ -23,7 +23,8 @@ pub enum Region {
     Plain,
     /// A device without vectors, over memory that is no barlink region.
     Foreign,
-    /// A device that is not there until [`Request::Plug`].
+    /// A device that is not there until [`Request::Plug`], and only where devices can be pulled out: see
+    /// [`UNPLUGGING`](crate::UNPLUGGING).
     Plugged,
 }
 
@@ -62,7 +63,7 @@ impl Region {
         let main = Facts {
             pci: "0000:01:00.0",
             size: 16 << 20,
-            slots: 1,
+            slots: 2,
             slot: 0,
             vectors: 4,
             channels: &["up=0-host,64K", "down=host-0,64K"],
@@ -71,7 +72,6 @@ impl Region {
             Self::Main => main,
             Self::Bus => Facts {
                 pci: "0000:02:00.0",
-                slots: 2,
                 slot: 1,
                 vectors: 256,
                 channels: &[
@@ -85,12 +85,14 @@ impl Region {
             Self::Plain => Facts {
                 pci: "0000:03:00.0",
                 size: 1 << 20,
+                slots: 1,
                 vectors: 0,
                 ..main
             },
             Self::Foreign => Facts {
                 pci: "0000:04:00.0",
                 size: 1 << 20,
+                slots: 1,
                 vectors: 0,
                 channels: &[],
                 ..main
@@ -98,6 +100,7 @@ impl Region {
             Self::Plugged => Facts {
                 pci: "0000:05:00.0",
                 size: 4 << 20,
+                slots: 1,
                 ..main
             },
         }

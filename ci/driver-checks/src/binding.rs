@@ -100,6 +100,15 @@ fn tell_driver(what: &str, region: Region) -> rustix::io::Result<()> {
         .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
+/// Keeps the device of a region from every driver, or no longer.
+pub(crate) fn keep_from_drivers(region: Region, keep: bool) -> Result<()> {
+    let only = if keep { "none" } else { "" };
+    Ok(fs::write(
+        attribute(region, "driver_override"),
+        format!("{only}\n"),
+    )?)
+}
+
 /// Makes a second node of a device, as a container has one.
 pub(crate) fn make_second_node(first: &Path, second: &Path) -> Result<()> {
     let number = fs::metadata(first)?.rdev();

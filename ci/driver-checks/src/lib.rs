@@ -3,8 +3,9 @@
 //! The checks of the driver, `barlink.ko`: one function a check. They run in a guest, as root, and go by what the driver
 //! does to a program's calls, and to the memory and the doorbells that the host sees.
 //!
-//! The test `ci/tests/driver/` boots the VM that [`Region`] describes, and runs `barlink-driver-checks NAME` in it for each of
-//! [`CHECKS`]. A check [asks](Request) the host for what only the host can do.
+//! The test `ci/tests/driver/` boots the VM that [`Region`] describes, once for each transport, and runs
+//! `barlink-driver-checks NAME` in it for each of [`CHECKS`]. A check [asks](Request) the host for what only the host can do;
+//! it does not know the transport.
 //!
 //! | file | its one job |
 //! |---|---|
@@ -29,7 +30,7 @@ mod process;
 use anyhow::{Context, Result};
 
 pub use ask::{Answer, Facts, RAW, Region, Request};
-pub use checks::{CHECKS, Check};
+pub use checks::{CHECKS, Check, UNPLUGGING};
 
 /// Runs the check with this name, on a driver that is loaded and has its devices.
 pub fn run(name: &str) -> Result<()> {

@@ -1,19 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask bench`: how fast a guest and the host exchange records, over every transport, in one VM.
+//! `cargo xtask bench`: how fast a guest and the host exchange records over every transport, and what the limits are, in
+//! one VM.
 //!
 //! The VM has a device of each transport, and one broker serves both from one region. Rounds are interleaved, so that
 //! whatever else the machine does meets all alike; what is told is the median of the rounds, and their quartiles.
 //!
 //! | file | its one job |
 //! |---|---|
-//! | `scene.rs` | the broker, the VM, and one stream through them |
+//! | `case.rs` | what is measured |
+//! | `scene.rs` | the broker, the VM with all that connects it, and processes on both sides |
+//! | `stream.rs` | one stream of records, whichever way it goes |
+//! | `trip.rs` | round trips |
 //! | `spread.rs` | the median of some figures, and how far they lie apart |
 //! | `report.rs` | the results as JSON and as a table |
 
+mod case;
 mod report;
 mod scene;
 mod spread;
+mod stream;
+mod trip;
 
 use std::fs;
 use std::path::PathBuf;
@@ -24,10 +31,9 @@ use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+pub use self::case::{Direction, Way};
 pub use self::report::Report;
-pub use self::scene::Direction;
-use self::scene::{Case, Scene};
-use crate::broker::Transport;
+use self::scene::Scene;
 use crate::builds::{Artifacts, target_folder};
 use crate::setup;
 use crate::tools::VmArgs;
@@ -74,25 +80,19 @@ pub fn measure(artifacts: &Artifacts, quick: bool) -> Result<Report> {
         true => (&[64, 4 << 10, 64 << 10][..], 3, Duration::from_millis(300)),
         false => (&RECORD_SIZES[..], 7, Duration::from_millis(600)),
     };
-    let mut cases = Vec::new();
-    for direction in [Direction::Up, Direction::Down] {
-        for &record_size in sizes {
-            cases.extend(Transport::ALL.map(|transport| Case {
-                transport,
-                direction,
-                record_size,
-            }));
-        }
-    }
     let scene = Scene::set(artifacts)?;
-    let mut report = Report::new(&scene.conditions()?, &cases);
+    let mut report = Report::new(scene.conditions()?, sizes);
     let style = "{bar:30} round {msg}, {eta} left";
-    let bar = ProgressBar::new((rounds * cases.len()) as u64)
-        .with_style(ProgressStyle::with_template(style)?);
+    let length = rounds * (report.streams.len() + report.trips.len());
+    let bar = ProgressBar::new(length as u64).with_style(ProgressStyle::with_template(style)?);
     for round in 1..=rounds {
         bar.set_message(format!("{round} of {rounds}"));
-        for case in &cases {
-            report.add(case, scene.stream(case, time)?);
+        for row in &mut report.streams {
+            row.measure(&scene, time)?;
+            bar.inc(1);
+        }
+        for row in &mut report.trips {
+            row.measure(&scene, time)?;
             bar.inc(1);
         }
     }

@@ -1,53 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The broker, the VM, and one stream through them.
+//! The broker, the VM with all that connects it, and processes on both sides.
 
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use barlink_bench_load::Measured;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
 use crate::tools::Accel;
-use crate::vm::{COMMAND_TIMEOUT, Config, Vm, accelerator};
+use crate::vm::{COMMAND_TIMEOUT, Config, Process, Vm, accelerator};
 
 /// Bytes of each channel.
 const CAPACITY: &str = "4M";
+/// The port of virtio-serial, and the file of its other end.
+pub const PORT: &str = "barlink.bench";
+const PORT_SOCKET: &str = "port.sock";
+/// What the guest needs for a network, in this order.
+const NETWORK: [&str; 3] = [
+    "net/core/failover.ko",
+    "drivers/net/net_failover.ko",
+    "drivers/net/virtio_net.ko",
+];
 
-/// Which way records go.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Direction {
-    /// From the guest to the host.
-    Up,
-    /// From the host to the guest.
-    Down,
-}
-
-/// What is measured in one go.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
-pub struct Case {
-    /// How the VM is reached.
-    pub transport: Transport,
-    /// Which way.
-    pub direction: Direction,
-    /// Bytes of payload in a record.
-    pub record_size: u64,
-}
-
-/// One stream.
-#[derive(Clone, Copy, Debug)]
-pub struct Streamed {
-    /// What the producer did.
-    pub sent: Measured,
-    /// What the consumer did.
-    pub received: Measured,
-    /// How often the producer rang.
-    pub rung: u64,
+/// Where a process runs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    /// On the host.
+    Host,
+    /// In the guest.
+    Guest,
 }
 
 /// What holds for all that is measured.
@@ -74,8 +60,18 @@ pub struct Scene<'a> {
     artifacts: &'a Artifacts,
 }
 
+/// A process that measures.
+#[derive(Debug)]
+pub enum Load {
+    /// One on the host.
+    Host(Child),
+    /// One in the guest.
+    Guest(Process),
+}
+
 impl<'a> Scene<'a> {
-    /// Starts the broker with a slot for each transport, and the VM with a device at each, and loads the driver.
+    /// Starts the broker with a slot for each transport, and the VM with a device at each and with what peers need, and
+    /// loads the driver.
     pub fn set(artifacts: &'a Artifacts) -> Result<Self> {
         let mut channels = Vec::new();
         for slot in 0..Transport::ALL.len() {
@@ -85,27 +81,56 @@ impl<'a> Scene<'a> {
         let options = channels.iter().flat_map(|channel| ["--channel", channel]);
         let arguments: Vec<_> = options.chain(["--size", "32M"]).collect();
         let broker = Broker::start_over(artifacts, &Transport::ALL, &arguments)?;
-        let config = Config {
+        let mut config = Config {
             preallocated: true,
             ..broker.vm()?
         };
+        let port = broker.folder().join(PORT_SOCKET);
+        config.arguments.extend([
+            "-chardev".to_owned(),
+            format!("socket,id=bench,path={},server=on,wait=off", port.display()),
+            "-device".to_owned(),
+            format!("virtserialport,chardev=bench,name={PORT}"),
+            "-netdev".to_owned(),
+            "user,id=net".to_owned(),
+            "-device".to_owned(),
+            "virtio-net-pci,netdev=net,romfile=".to_owned(),
+        ]);
         let vm = Vm::boot_with(artifacts, &config)?;
         vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
-        Ok(Self {
+        let scene = Self {
             vm,
             broker,
             config,
             artifacts,
-        })
+        };
+        if let Err(error) = scene.connect_network() {
+            eprintln!("the guest has no network, and TCP is not measured: {error:#}");
+        }
+        Ok(scene)
+    }
+
+    /// Loads the guest's network driver, and gives it the address that QEMU expects.
+    fn connect_network(&self) -> Result<()> {
+        let image = &self.artifacts.tools.kernel_image;
+        let modules = image.parent().unwrap_or(Path::new("")).join("kernel");
+        for module in NETWORK {
+            let path = modules.join(format!("{module}.xz"));
+            let packed = std::fs::read(&path)
+                .with_context(|| format!("{} is not there, for TCP", path.display()))?;
+            self.vm.put_file("/tmp/module.ko.xz", &packed)?;
+            let load = "unxz -f /tmp/module.ko.xz && insmod /tmp/module.ko && rm /tmp/module.ko";
+            self.vm.run(["sh", "-c", load])?.require_success()?;
+        }
+        let address =
+            "ip link set lo up && ip link set eth0 up && ip address add 10.0.2.15/24 dev eth0";
+        self.vm.run(["sh", "-c", address])?.require_success()
     }
 
     /// What holds for all that is measured.
     pub fn conditions(&self) -> Result<Conditions> {
-        let info = self
-            .vm
-            .run(["barlink-guest", "info", "--json"])?
-            .success()?;
-        let info: Value = serde_json::from_str(&info)?;
+        let info = ["barlink-guest", "info", "--json"];
+        let info: Value = serde_json::from_str(&self.vm.run(info)?.success()?)?;
         let kernel = self.vm.run(["uname", "-r"])?.success()?;
         Ok(Conditions {
             accelerator: match accelerator(self.artifacts.args.accel) {
@@ -119,62 +144,73 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// Sends records for some time, and checks that every byte of them came.
-    pub fn stream(&self, case: &Case, time: Duration) -> Result<Streamed> {
-        let slot = self.slot(case.transport)?;
-        let (channel, index) = match case.direction {
-            Direction::Up => (format!("up{slot}"), 2 * slot),
-            Direction::Down => (format!("down{slot}"), 2 * slot + 1),
-        };
-        let device = format!("/dev/barlink{slot}");
-        let size = format!("--record-size={}", case.record_size);
-        let time = format!("--time={}", time.as_millis());
-        let send = ["send", &size, &time];
-        let receive = ["receive"];
-        let (on_host, in_guest) = match case.direction {
-            Direction::Up => (&receive[..], &send[..]),
-            Direction::Down => (&send[..], &receive[..]),
-        };
-        let before = self.rung(index)?;
-        let mut host = Command::new(&self.artifacts.bench_load);
-        host.arg("--control").arg(self.broker.control());
-        host.arg(&channel).args(on_host);
-        host.stdin(Stdio::null()).stdout(Stdio::piped());
-        let host = host.spawn().context("an end cannot be started")?;
-        let program = ["barlink-bench-load", "--device", &device, &channel];
-        let guest = program.iter().chain(in_guest).copied();
-        let guest = self.vm.spawn(guest)?.wait(COMMAND_TIMEOUT)?.success()?;
-        let host = host.wait_with_output()?;
-        ensure!(host.status.success(), "the end on the host failed");
-        let guest = serde_json::from_str(&guest)?;
-        let host = serde_json::from_slice(&host.stdout)?;
-        let (sent, received): (Measured, Measured) = match case.direction {
-            Direction::Up => (guest, host),
-            Direction::Down => (host, guest),
-        };
-        ensure!(
-            (sent.records, sent.sum) == (received.records, received.sum),
-            "what came over {} is not what was sent",
-            case.transport.name()
-        );
-        Ok(Streamed {
-            sent,
-            received,
-            rung: self.rung(index)? - before,
+    /// Starts `barlink-bench-load` with these arguments.
+    pub fn start(&self, side: Side, arguments: &[String]) -> Result<Load> {
+        Ok(match side {
+            Side::Host => {
+                let mut command = Command::new(&self.artifacts.bench_load);
+                command.args(arguments);
+                command.stdin(Stdio::null()).stdout(Stdio::piped());
+                Load::Host(command.spawn().context("a process cannot be started")?)
+            }
+            Side::Guest => {
+                let program = ["barlink-bench-load"].into_iter();
+                let arguments = arguments.iter().map(String::as_str);
+                Load::Guest(self.vm.spawn(program.chain(arguments))?)
+            }
         })
     }
 
-    /// The slot with this transport, which is also the number of the guest's device.
-    fn slot(&self, transport: Transport) -> Result<usize> {
-        let mut all = Transport::ALL.into_iter();
-        let slot = all.position(|other| other == transport);
-        slot.with_context(|| format!("there is no slot over {}", transport.name()))
+    /// Where the broker is heard.
+    pub fn control(&self) -> PathBuf {
+        self.broker.control()
+    }
+
+    /// The host's end of the port of virtio-serial.
+    pub fn port(&self) -> PathBuf {
+        self.broker.folder().join(PORT_SOCKET)
+    }
+
+    /// A file that is not there.
+    pub fn fresh_file(&self, name: &str) -> Result<PathBuf> {
+        let path = self.broker.folder().join(name);
+        if path.exists() {
+            std::fs::remove_file(&path)?;
+        }
+        Ok(path)
     }
 
     /// How often the producer of a channel has rung so far.
-    fn rung(&self, index: usize) -> Result<u64> {
+    pub fn rung(&self, channel: usize) -> Result<u64> {
         let snapshot = self.broker.inspect()?;
-        let rung = snapshot["channels"][index]["rung"].as_u64();
+        let rung = snapshot["channels"][channel]["rung"].as_u64();
         rung.context("the broker tells nothing of a channel")
+    }
+}
+
+impl Load {
+    /// What it has measured, once it has ended.
+    pub fn wait<T: DeserializeOwned>(self) -> Result<T> {
+        Ok(serde_json::from_slice(&self.output()?)?)
+    }
+
+    /// Waits until one has ended that measures nothing.
+    pub fn wait_silently(self) -> Result<()> {
+        self.output().map(drop)
+    }
+
+    fn output(self) -> Result<Vec<u8>> {
+        match self {
+            Load::Host(child) => {
+                let output = child.wait_with_output()?;
+                ensure!(output.status.success(), "a process on the host failed");
+                Ok(output.stdout)
+            }
+            Load::Guest(process) => {
+                let output = process.wait(COMMAND_TIMEOUT)?;
+                output.require_success()?;
+                Ok(output.stdout)
+            }
+        }
     }
 }

@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The kinds of fault.
+//! The kinds of fault, and over which transport each is done.
+//!
+//! A broker that is killed and that nobody starts again is none: no host app can attach any more. What becomes of the
+//! VM is shown by tests of its own: `broker_that_dies_leaves_the_stream_running` over ivshmem, and over vfio-user
+//! `vm_outlives_its_broker_until_it_reboots`.
 
 use std::fmt;
 use std::ops::RangeInclusive;
 
 use barlink_crash_load::Point;
 use barlink_protocol::wire::layout::End;
+
+use crate::broker::Transport;
 
 /// Where an end is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -90,11 +96,44 @@ pub enum Fault {
     BrokerAndEndKilled(Role),
     /// Another broker takes over.
     BrokerReplaced,
+    /// The broker is killed, and started again by its service manager, while the guest rings without a pause: a message
+    /// can be half answered.
+    BrokerKilledAmidRings,
+    /// Another broker takes over while the guest rings without a pause.
+    BrokerReplacedAmidRings,
 }
 
 impl Fault {
+    /// Those that are done over this transport: all that records survive.
+    pub fn all(transport: Transport) -> Vec<Self> {
+        let mut all = Self::any();
+        all.retain(|fault| fault.why_not(transport).is_none());
+        all
+    }
+
+    /// Those that are not, each with the reason.
+    pub fn left_out(transport: Transport) -> Vec<(Self, &'static str)> {
+        let any = Self::any().into_iter();
+        any.filter_map(|fault| Some((fault, fault.why_not(transport)?)))
+            .collect()
+    }
+
+    /// Why a fault is not done over this transport, if it is not.
+    fn why_not(self, transport: Transport) -> Option<&'static str> {
+        match (self, transport) {
+            // `device_of_vfio_user_is_plugged_in_and_not_out`
+            (Self::DeviceUnplugged, Transport::VfioUser) => {
+                Some("QEMU 11.1 ends when a vfio-user device is unplugged")
+            }
+            (Self::BrokerKilledAmidRings | Self::BrokerReplacedAmidRings, Transport::Ivshmem) => {
+                Some("no ring is a message to the broker")
+            }
+            _ => None,
+        }
+    }
+
     /// All of them.
-    pub fn all() -> Vec<Self> {
+    fn any() -> Vec<Self> {
         let mut all = Vec::new();
         for role in Role::ALL {
             let points: &[Point] = match role.end {
@@ -121,6 +160,8 @@ impl Fault {
             Self::QemuKilled,
             Self::BrokerKilled,
             Self::BrokerReplaced,
+            Self::BrokerKilledAmidRings,
+            Self::BrokerReplacedAmidRings,
         ]);
         all
     }
@@ -129,17 +170,29 @@ impl Fault {
     /// manager would start a broker again that another one replaced.
     pub fn needs_manager(self) -> Option<bool> {
         match self {
-            Self::BrokerKilled | Self::BrokerAndEndKilled(_) => Some(true),
-            Self::BrokerReplaced => Some(false),
+            _ if self.kills_broker() => Some(true),
+            Self::BrokerReplaced | Self::BrokerReplacedAmidRings => Some(false),
             _ => None,
         }
+    }
+
+    /// Whether it kills the broker, at whatever instruction.
+    pub fn kills_broker(self) -> bool {
+        matches!(
+            self,
+            Self::BrokerKilled | Self::BrokerAndEndKilled(_) | Self::BrokerKilledAmidRings
+        )
     }
 
     /// How many records come again because they were delivered and not released, as is right.
     pub fn again(self) -> RangeInclusive<u64> {
         match self {
             Self::KilledAt(_, Point::BeforeRelease) => 1..=1,
-            Self::KilledAt(..) | Self::BrokerKilled | Self::BrokerReplaced => 0..=0,
+            Self::KilledAt(..)
+            | Self::BrokerKilled
+            | Self::BrokerReplaced
+            | Self::BrokerKilledAmidRings
+            | Self::BrokerReplacedAmidRings => 0..=0,
             Self::Killed(role) | Self::BrokerAndEndKilled(role) => match role.end {
                 End::Producer => 0..=0,
                 End::Consumer => 0..=1,
@@ -175,7 +228,28 @@ impl fmt::Display for Fault {
             Self::QemuKilled => "QEMU killed and booted",
             Self::BrokerKilled => "broker killed and started",
             Self::BrokerReplaced => "broker replaced",
+            Self::BrokerKilledAmidRings => "broker killed and started amid rings",
+            Self::BrokerReplacedAmidRings => "broker replaced amid rings",
         };
         f.write_str(told)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_is_what_the_transport_cannot_survive_or_does_not_know() {
+        let left_out = |transport| {
+            let left_out = Fault::left_out(transport).into_iter();
+            left_out.map(|(fault, _)| fault).collect::<Vec<_>>()
+        };
+        assert_eq!(left_out(Transport::VfioUser), [Fault::DeviceUnplugged]);
+        let amid_rings = [Fault::BrokerKilledAmidRings, Fault::BrokerReplacedAmidRings];
+        assert_eq!(left_out(Transport::Ivshmem), amid_rings);
+        let done = Fault::all(Transport::VfioUser);
+        assert!(!done.contains(&Fault::DeviceUnplugged));
+        assert!(amid_rings.iter().all(|fault| done.contains(fault)));
     }
 }

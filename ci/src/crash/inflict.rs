@@ -8,15 +8,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use barlink_crash_load::{Note, Point};
 use barlink_protocol::wire::layout::End;
+use rustix::process::Signal;
 use serde_json::{Map, Value, json};
 
 use super::fault::{Fault, Role};
 use super::scene::{LOOK, PATIENCE, Scene};
 use super::watch::CHANNELS;
+use crate::broker::{Broker, Transport};
+use crate::vm::COMMAND_TIMEOUT;
 
 /// How long a device stays unplugged. QEMU closes the descriptor of its memory a second time when it is rid of all that it
 /// was mapped for, some 10 ms later; by then nothing else is to have its number (`docs/decisions/0005-hot-unplug.md`).
 const UNPLUGGED: Duration = Duration::from_millis(300);
+
+/// How often the broker is killed, or replaced, while the guest rings, and the longest time before each. A kill within a message
+/// takes five seconds.
+const KILLS: usize = 3;
+const REPLACEMENTS: usize = 10;
+const MOMENT: Duration = Duration::from_millis(50);
 
 impl Scene<'_> {
     /// Does a fault, and gives the time from there until a record came through that was committed later, in each
@@ -69,8 +78,10 @@ impl Scene<'_> {
                 let roll = self.roll()?;
                 let start = Instant::now();
                 self.broker.kill()?;
-                // What flows needs no broker.
-                self.wait_until_all_flow()?;
+                // What flows over ivshmem needs no broker. Over vfio-user a guest that rings waits for the next one.
+                if self.transport == Transport::Ivshmem {
+                    self.wait_until_all_flow()?;
+                }
                 self.broker.start_again()?;
                 self.is_as_before(&roll)?;
                 Ok(start.elapsed())
@@ -89,7 +100,36 @@ impl Scene<'_> {
                 self.is_as_before(&roll)?;
                 Ok(start.elapsed())
             }
+            Fault::BrokerKilledAmidRings => self.amid_rings(KILLS, |broker| {
+                broker.kill()?;
+                broker.start_again()
+            }),
+            Fault::BrokerReplacedAmidRings => self.amid_rings(REPLACEMENTS, Broker::replace),
         }
+    }
+
+    /// Changes the broker so many times while a process in the guest rings without a pause, so that mostly a message is under
+    /// way, and gives the longest time until rings went on.
+    fn amid_rings(
+        &mut self,
+        times: usize,
+        change: fn(&mut Broker) -> Result<()>,
+    ) -> Result<Duration> {
+        let roll = self.roll()?;
+        let ringing = self.start_ringing()?;
+        self.wait_until_rings_go()?;
+        let mut longest = Duration::ZERO;
+        for _ in 0..times {
+            thread::sleep(MOMENT.mul_f64(self.random.below(1000) as f64 / 1000.0));
+            let start = Instant::now();
+            change(&mut self.broker)?;
+            self.wait_until_rings_go()?;
+            longest = longest.max(start.elapsed());
+        }
+        ringing.kill(Signal::KILL)?;
+        ringing.wait(COMMAND_TIMEOUT)?;
+        self.is_as_before(&roll)?;
+        Ok(longest)
     }
 
     /// Starts an end that was killed, and waits for records in its direction.

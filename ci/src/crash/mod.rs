@@ -8,6 +8,9 @@
 //! until the first ring has reached it, which would hide that rings do not; so a round is over once rings have woken
 //! every end. From then on nothing else does, and a ring that is lost shows as a stream that stands still.
 //!
+//! Over vfio-user the broker forwards every ring, so there it is also killed and replaced while the guest rings without a
+//! pause. Only one that was killed may leave QEMU without an answer.
+//!
 //! | file | its one job |
 //! |---|---|
 //! | `fault.rs` | the kinds of fault |
@@ -35,6 +38,7 @@ use clap::Args;
 use self::fault::Fault;
 pub use self::report::Report;
 use self::scene::Scene;
+use crate::broker::Transport;
 use crate::builds::Artifacts;
 use crate::setup;
 use crate::tools::VmArgs;
@@ -53,6 +57,10 @@ pub struct CrashArgs {
     #[arg(long, value_name = "TEXT")]
     pub only: Option<String>,
 
+    /// How the VM is reached
+    #[arg(long, value_enum, default_value_t)]
+    pub transport: Transport,
+
     /// What the faults' order, the times between them and the records' content follow from; when exactly a fault meets
     /// whom differs from run to run [default: from the clock]
     #[arg(long)]
@@ -65,14 +73,15 @@ pub struct CrashArgs {
 
 /// Sets up and builds what is needed, does the rounds, and prints the table.
 pub fn run(args: &CrashArgs) -> Result<ExitCode> {
-    let mut faults = Fault::all();
+    let transport = args.transport;
+    let mut faults = Fault::all(transport);
     if let Some(only) = &args.only {
+        let known: Vec<_> = faults.iter().map(Fault::to_string).collect();
         faults.retain(|fault| fault.to_string().contains(only));
-        let known = Fault::all().into_iter().map(|fault| fault.to_string());
         ensure!(
             !faults.is_empty(),
-            "no kind of fault has `{only}` in its name (--only): there are {}",
-            known.collect::<Vec<_>>().join("; ")
+            "no kind of fault over {transport} has `{only}` in its name (--only): there are {}",
+            known.join("; ")
         );
     }
     let tools = setup::ensure(&args.vm.tools)?;
@@ -81,7 +90,7 @@ pub fn run(args: &CrashArgs) -> Result<ExitCode> {
         Some(seed) => seed,
         None => fresh_seed()?,
     };
-    let report = crash(&artifacts, &faults, args.rounds, seed)?;
+    let report = crash(&artifacts, transport, &faults, args.rounds, seed)?;
     print!("{report}");
     Ok(match report.is_good() {
         true => ExitCode::SUCCESS,
@@ -90,9 +99,9 @@ pub fn run(args: &CrashArgs) -> Result<ExitCode> {
 }
 
 /// Does one fault of each kind.
-pub fn once(artifacts: &Artifacts) -> Result<Report> {
-    let faults = Fault::all();
-    crash(artifacts, &faults, faults.len(), fresh_seed()?)
+pub fn once(artifacts: &Artifacts, transport: Transport) -> Result<Report> {
+    let faults = Fault::all(transport);
+    crash(artifacts, transport, &faults, faults.len(), fresh_seed()?)
 }
 
 /// A seed that is short enough to be typed.
@@ -101,17 +110,23 @@ fn fresh_seed() -> Result<u64> {
 }
 
 /// Does so many rounds, with progress on standard error. What goes wrong in them is in the report.
-fn crash(artifacts: &Artifacts, faults: &[Fault], rounds: usize, seed: u64) -> Result<Report> {
+fn crash(
+    artifacts: &Artifacts,
+    transport: Transport,
+    faults: &[Fault],
+    rounds: usize,
+    seed: u64,
+) -> Result<Report> {
     let release = &artifacts.tools.release;
-    eprintln!("{rounds} rounds with seed {seed}, kernel {release}");
-    let mut report = Report::new(seed, rounds, faults);
+    eprintln!("{rounds} rounds over {transport} with seed {seed}, kernel {release}");
+    let mut report = Report::new(transport, seed, rounds, faults);
     let mut random = Random::new(seed);
     for (managed, faults) in plan(faults, rounds, &mut random) {
         if faults.is_empty() {
             continue;
         }
         let start = Instant::now();
-        let mut scene = Scene::set(artifacts, random.next(), managed)?;
+        let mut scene = Scene::set(artifacts, transport, random.next(), managed)?;
         let outcome = play(&mut scene, &mut report, &faults, &mut random);
         if outcome.is_err() {
             eprintln!("{}", scene.evidence());
@@ -157,6 +172,7 @@ fn play(
         let recovery = recovery.and_then(|time| {
             scene.wait_until_all_are_woken()?;
             scene.check_kernel()?;
+            scene.check_answers(fault)?;
             Ok(time)
         });
         let counts = scene.watch().counts() - before;

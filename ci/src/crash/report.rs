@@ -9,10 +9,12 @@ use anyhow::Result;
 
 use super::fault::Fault;
 use super::watch::Counts;
+use crate::broker::Transport;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Report {
+    transport: Transport,
     seed: u64,
     rounds: usize,
     rows: Vec<Row>,
@@ -33,7 +35,7 @@ struct Row {
 
 impl Report {
     /// An empty one.
-    pub(super) fn new(seed: u64, rounds: usize, faults: &[Fault]) -> Self {
+    pub(super) fn new(transport: Transport, seed: u64, rounds: usize, faults: &[Fault]) -> Self {
         let row = |fault| Row {
             fault,
             faults: 0,
@@ -41,6 +43,7 @@ impl Report {
             counts: Counts::default(),
         };
         Self {
+            transport,
             seed,
             rounds,
             rows: faults.iter().copied().map(row).collect(),
@@ -103,7 +106,13 @@ impl fmt::Display for Report {
         let faults = self.faults();
         let cells = cells(faults, &self.total, Default::default());
         writeln!(f, "{}", line("all, and between the rounds", cells))?;
-        writeln!(f, "seed {}, {:.0} s", self.seed, self.time.as_secs_f64())?;
+        let (transport, seconds) = (self.transport, self.time.as_secs_f64());
+        writeln!(f, "over {transport}, seed {}, {seconds:.0} s", self.seed)?;
+        let left_out = Fault::left_out(transport).into_iter();
+        let left_out: Vec<_> = left_out
+            .map(|(fault, why)| format!("{fault} ({why})"))
+            .collect();
+        writeln!(f, "left out: {}", left_out.join("; "))?;
         if let Some(failure) = &self.failure {
             writeln!(f, "FAILED in round {faults} of {}: {failure}", self.rounds)?;
         }

@@ -6,18 +6,28 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use barlink_crash_load::Note;
+use barlink_crash_load::{Note, Random};
 use barlink_protocol::wire::layout::End;
 
-use super::fault::{Role, Side};
-use super::watch::{CHANNELS, Mark, Watch};
+use super::fault::{Fault, Role, Side};
+use super::watch::{BELL, CHANNELS, Mark, Watch};
 use super::worker::Worker;
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
-use crate::vm::{COMMAND_TIMEOUT, Vm};
+use crate::vm::{COMMAND_TIMEOUT, Process, Vm};
 
-/// Small channels, so that they are often full and often wrap.
-const ARGUMENTS: [&str; 4] = ["--channel", "down=down,16K", "--channel", "up=up,16K"];
+/// Small channels, so that they are often full and often wrap; and one that is only rung.
+const ARGUMENTS: [&str; 6] = [
+    "--channel",
+    "down=down,16K",
+    "--channel",
+    "up=up,16K",
+    "--channel",
+    "bell=up,4K",
+];
+
+/// Rings that show that they go on: the one that was under way, and some that began later.
+const RINGS: u64 = 3;
 
 /// How often the notes are looked at.
 pub(super) const LOOK: Duration = Duration::from_micros(500);
@@ -38,6 +48,9 @@ const COMPLAINTS: [&str; 6] = [
     "panicked",
 ];
 
+/// What QEMU prints when the server of a vfio-user device does not answer.
+const UNANSWERED: &str = "timed out";
+
 /// See the module. The fields are dropped in this order.
 pub struct Scene<'a> {
     workers: Vec<Worker>,
@@ -45,15 +58,24 @@ pub struct Scene<'a> {
     watch: Watch,
     pub(super) broker: Broker,
     artifacts: &'a Artifacts,
+    pub(super) transport: Transport,
     seed: u64,
+    pub(super) random: Random,
+    /// How often this VM's QEMU has waited in vain for an answer.
+    unanswered: usize,
 }
 
 impl<'a> Scene<'a> {
     /// Starts all of it, the broker as a service if it is to be managed.
-    pub fn set(artifacts: &'a Artifacts, seed: u64, managed: bool) -> Result<Self> {
+    pub fn set(
+        artifacts: &'a Artifacts,
+        transport: Transport,
+        seed: u64,
+        managed: bool,
+    ) -> Result<Self> {
         let broker = match managed {
-            true => Broker::start_managed(artifacts, Transport::Ivshmem, &ARGUMENTS)?,
-            false => Broker::start(artifacts, &ARGUMENTS)?,
+            true => Broker::start_managed(artifacts, transport, &ARGUMENTS)?,
+            false => Broker::start_over(artifacts, &[transport], &ARGUMENTS)?,
         };
         let watch = Watch::new(&broker)?;
         let mut scene = Self {
@@ -62,7 +84,10 @@ impl<'a> Scene<'a> {
             watch,
             broker,
             artifacts,
+            transport,
             seed,
+            random: Random::new(seed),
+            unanswered: 0,
         };
         scene.boot()?;
         for role in Role::ALL {
@@ -90,6 +115,7 @@ impl<'a> Scene<'a> {
     /// Boots a VM, with the driver loaded.
     pub fn boot(&mut self) -> Result<()> {
         self.vm = Some(Vm::boot_with(self.artifacts, &self.broker.vm()?)?);
+        self.unanswered = 0;
         self.load_driver()
     }
 
@@ -106,6 +132,21 @@ impl<'a> Scene<'a> {
         let worker = Worker::start(role, self.artifacts, &self.broker, vm, self.seed)?;
         self.workers.push(worker);
         Ok(())
+    }
+
+    /// Starts a process in the guest that rings the host without a pause, until it is killed.
+    pub fn start_ringing(&self) -> Result<Process> {
+        let program = ["barlink-crash-load", "--device", "/dev/barlink0"];
+        let argv = program.into_iter().chain(["ringer", BELL]);
+        self.vm()?.spawn(argv)
+    }
+
+    /// Waits until the guest's rings are answered.
+    pub fn wait_until_rings_go(&mut self) -> Result<()> {
+        let since = self.watch.rung();
+        self.wait_until("no ring is answered", |scene| {
+            Ok(scene.watch.rung() >= since + RINGS)
+        })
     }
 
     /// Starts the ends in the guest.
@@ -182,6 +223,19 @@ impl<'a> Scene<'a> {
             told.is_empty(),
             "the guest's kernel complains:\n{}",
             told.join("\n")
+        );
+        Ok(())
+    }
+
+    /// An error if QEMU has waited in vain for an answer since this was asked last, unless the broker was killed, which may
+    /// have been within a message.
+    pub fn check_answers(&mut self, fault: Fault) -> Result<()> {
+        let errors = self.vm()?.errors();
+        let unanswered = errors.matches(UNANSWERED).count();
+        let before = std::mem::replace(&mut self.unanswered, unanswered);
+        ensure!(
+            unanswered <= before || fault.kills_broker(),
+            "QEMU was not answered:\n{errors}"
         );
         Ok(())
     }

@@ -17,6 +17,9 @@ use crate::broker::Broker;
 /// The names of the channels.
 pub const CHANNELS: [&str; 2] = ["down", "up"];
 
+/// The name of the channel that carries nothing, and is rung.
+pub const BELL: &str = "bell";
+
 /// What has happened to records so far, in both directions.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Counts {
@@ -68,6 +71,7 @@ impl Sub for Counts {
 pub struct Watch {
     attachment: Attachment,
     channels: Vec<Watched>,
+    bell: Notes<Mapping>,
 }
 
 /// One channel.
@@ -93,7 +97,7 @@ impl Watch {
         let layout = attachment.layout();
         let watched = |name: &'static str| {
             let (index, entry) = layout.find(name).context("a channel is not there")?;
-            Ok(Watched {
+            anyhow::Ok(Watched {
                 name,
                 entry: *entry,
                 notes: Notes::new(attachment.region(), layout, index),
@@ -101,6 +105,7 @@ impl Watch {
         };
         Ok(Self {
             channels: CHANNELS.into_iter().map(watched).collect::<Result<_>>()?,
+            bell: watched(BELL)?.notes,
             attachment,
         })
     }
@@ -150,6 +155,11 @@ impl Watch {
         let notes = [Note::ProducerWoken, Note::ConsumerWoken];
         let of = |channel: &Watched| notes.map(|note| channel.notes.read(note));
         Woken(self.channels.iter().flat_map(of).collect())
+    }
+
+    /// How many rings of the guest's ringing process were answered.
+    pub fn rung(&self) -> u64 {
+        self.bell.read(Note::Rung)
     }
 
     /// Whether since then rings have ended two sleeps of every end: the second one at least was asked for by that end,

@@ -21,6 +21,9 @@ use signal_hook::flag;
 /// The log's name in the VM's folder. QEMU writes it.
 pub(super) const LOG: &str = "console.log";
 
+/// The name, beside it, of the file with what QEMU writes to standard error.
+pub(super) const ERRORS: &str = "qemu.log";
+
 /// Ctrl-], which ends a connection to the console.
 const LEAVE: u8 = 0x1d;
 
@@ -146,7 +149,7 @@ impl Drop for RawTerminal<'_> {
 /// The ends of the logs in a VM's folder, for a failure's message.
 pub(super) fn tail(folder: &Path) -> String {
     let mut text = String::new();
-    for (name, what) in [("qemu.log", "QEMU says"), (LOG, "the console ends")] {
+    for (name, what) in [(ERRORS, "QEMU says"), (LOG, "the console ends")] {
         let log = fs::read(folder.join(name)).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<&str> = log.lines().collect();

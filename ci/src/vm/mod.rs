@@ -172,6 +172,12 @@ impl Vm {
         self.console.log()
     }
 
+    /// What QEMU has written to standard error so far.
+    pub fn errors(&self) -> String {
+        let errors = std::fs::read(self.qemu.folder().join(console::ERRORS));
+        String::from_utf8_lossy(&errors.unwrap_or_default()).into_owned()
+    }
+
     /// The last of what QEMU and the guest's console have said, for a failure's message.
     pub fn last_words(&self) -> String {
         console::tail(self.qemu.folder())

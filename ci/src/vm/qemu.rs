@@ -16,7 +16,7 @@ use rustix::fs::{Access, access};
 use tempfile::TempDir;
 
 use super::Config;
-use super::console::LOG;
+use super::console::{ERRORS, LOG};
 use crate::builds::Artifacts;
 use crate::tools::{Accel, Qemu as Program};
 
@@ -64,7 +64,7 @@ impl Qemu {
             None
         };
         command.fd_mappings(descriptors)?;
-        let errors = File::create(folder.path().join("qemu.log"))?;
+        let errors = File::create(folder.path().join(ERRORS))?;
         command
             .stdin(Stdio::null())
             .stdout(errors.try_clone()?)

@@ -25,8 +25,8 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Starts the brokers, and makes the other memory.
-    pub fn new() -> Result<Self> {
+    /// Starts the brokers, and makes the other memory. What has vectors is over this transport.
+    pub fn new(transport: Transport) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let mut devices = Self {
             config: Config {
@@ -39,7 +39,7 @@ impl Devices {
             folder,
         };
         for (region, chassis) in Region::ALL.into_iter().zip(1..) {
-            devices.add(region, chassis)?;
+            devices.add(region, transport, chassis)?;
         }
         Ok(devices)
     }
@@ -76,32 +76,34 @@ impl Devices {
         Ok(())
     }
 
-    fn add(&mut self, region: Region, chassis: usize) -> Result<()> {
+    fn add(&mut self, region: Region, transport: Transport, chassis: usize) -> Result<()> {
         match region {
             Region::Main | Region::Bus => {
-                let broker = self.serve(region)?;
+                let broker = self.serve(region, transport)?;
                 let slot = region.facts().slot as usize;
                 let arguments = broker.arguments_with(slot, &id(region), chassis)?;
                 self.config.arguments.extend(arguments);
             }
             Region::Plain => {
                 // The memory is what a broker made of it, and the broker has no part in it any more.
-                self.serve(region)?;
+                self.serve(region, Transport::Ivshmem)?;
                 let words = region.facts().size as usize / 8;
                 let words = self.tap(region)?.load(0, words)?;
                 self.keep(region, chassis, &words)?;
             }
             Region::Foreign => self.keep(region, chassis, &[])?,
-            Region::Plugged => {
-                self.serve(region)?;
+            Region::Plugged if unplugs(transport) => {
+                self.serve(region, transport)?;
                 self.add_port(region, chassis);
             }
+            Region::Plugged => (),
         }
         Ok(())
     }
 
-    /// Starts the broker of a region.
-    fn serve(&mut self, region: Region) -> Result<&Broker> {
+    /// Starts the broker of a region, with the VM's slot over this transport. The host taps a slot of ivshmem, which over
+    /// another transport is not the VM's.
+    fn serve(&mut self, region: Region, transport: Transport) -> Result<&Broker> {
         let facts = region.facts();
         let mut options = vec![
             format!("--size={}", facts.size),
@@ -110,9 +112,11 @@ impl Devices {
         let channels = facts.channels.iter();
         options.extend(channels.map(|channel| format!("--channel={channel}")));
         let options: Vec<_> = options.iter().map(String::as_str).collect();
-        let slots = vec![Transport::Ivshmem; facts.slots as usize];
+        let mut slots = vec![Transport::Ivshmem; facts.slots as usize];
+        slots[facts.slot as usize] = transport;
+        let tapped = slots.iter().position(|slot| *slot == Transport::Ivshmem);
         let broker = Broker::start_over(Artifacts::shared()?, &slots, &options)?;
-        let tap = Tap::before_the_vm(&broker, facts)?;
+        let tap = Tap::before_the_vm(&broker, tapped.context("no slot to tap")?, facts)?;
         self.taps.insert(region, Arc::new(tap));
         self.config.paths.push(broker.folder().to_owned());
         Ok(self.brokers.entry(region).insert_entry(broker).into_mut())
@@ -148,6 +152,11 @@ impl Devices {
         let device = format!("pcie-root-port,id={port},chassis={chassis},pref64-reserve=8G");
         self.config.arguments.extend(["-device".to_owned(), device]);
     }
+}
+
+/// Whether devices of a transport can be pulled out of a VM: see [`barlink_driver_checks::UNPLUGGING`].
+pub fn unplugs(transport: Transport) -> bool {
+    transport == Transport::Ivshmem
 }
 
 /// What QEMU calls what belongs to a region.

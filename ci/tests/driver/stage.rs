@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use barlink_driver_checks::{Answer, Region, Request};
+use xtask::broker::Transport;
 use xtask::vm::{COMMAND_TIMEOUT, Vm};
 
 use crate::devices::Devices;
@@ -25,9 +26,9 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Boots the VM that [`Region`] describes.
-    pub fn set() -> Result<Self> {
-        let devices = Devices::new()?;
+    /// Boots the VM that [`Region`] describes, with devices over this transport.
+    pub fn set(transport: Transport) -> Result<Self> {
+        let devices = Devices::new(transport)?;
         let vm = Vm::boot(&devices.config)?;
         vm.run(["sh", "-c", END_ON_OOPS])?.require_success()?;
         Ok(Self {

@@ -25,13 +25,13 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Connects to a VM's socket before the VM does, and leaves with what that will be given, too: it is always the same.
-    pub fn before_the_vm(broker: &Broker, facts: Facts) -> Result<Self> {
-        let slot = facts.slot as usize;
+    /// Takes a slot of ivshmem while no VM has it, and leaves with what all VMs of the region are given, each over its own
+    /// transport: memory and eventfds are always the same.
+    pub fn before_the_vm(broker: &Broker, slot: usize, facts: Facts) -> Result<Self> {
         let socket = UnixStream::connect(broker.socket(slot))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         let (version, id) = (message(&socket)?.0, message(&socket)?.0);
-        ensure!((version, id) == (0, facts.slot.into()), "a strange slot");
+        ensure!((version, id) == (0, i64::try_from(slot)?), "a strange slot");
         let memory = message(&socket)?.1.context("no memory")?;
         let mut bells: Vec<_> = (0..=facts.slots).map(|_| Vec::new()).collect();
         for _ in 0..(facts.slots + 1) * facts.vectors {

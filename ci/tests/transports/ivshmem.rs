@@ -11,6 +11,8 @@ const TRANSPORT: Transport = Transport::Ivshmem;
 
 #[path = "channels.rs"]
 mod channels;
+#[path = "mixed.rs"]
+mod mixed;
 #[path = "restart.rs"]
 mod restart;
 

@@ -1,4 +1,5 @@
-//! What a guest and host apps see of each other, the same over every transport: each test runs over each.
+//! The conformance suite: what a guest and host apps see of each other, the same over every transport. Each test runs over
+//! each, in a module of the transport's name. The driver's part of it is `ci/tests/driver/`.
 
 mod ivshmem;
 mod stranger;

@@ -2,9 +2,6 @@
 
 //! A broker that is killed and started again, or replaced, while a VM and host apps stream.
 
-use std::io::Write;
-use std::process::Stdio;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -23,27 +20,8 @@ fn stream_through(
     vm: &Vm,
     change: fn(&mut Broker) -> Result<()>,
 ) -> Result<()> {
-    let echo = vm.spawn(["barlink-guest", "echo"])?;
-    let receiver = receive(broker, "up")?;
-    let mut sender = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
-    let mut input = sender.stdin.take().context("no input")?;
-    wait_for_holder(broker, "down", "consumer", true)?;
-    wait_for_holder(broker, "up", "consumer", true)?;
+    let stream = RoundTrip::start(broker, vm)?;
     let before = status(broker)?;
-    // Until it is told to stop, or nobody is left to tell it.
-    let (stop, stopped) = mpsc::channel::<()>();
-    let writer = thread::spawn(move || -> Result<Vec<u8>> {
-        let mut written = Vec::new();
-        let mut parts = 0;
-        while stopped.recv_timeout(Duration::from_millis(5)) == Err(RecvTimeoutError::Timeout) {
-            // No two are of one length.
-            let part = noise(100_000 + 4 * parts);
-            input.write_all(&part)?;
-            written.extend(part);
-            parts += 1;
-        }
-        Ok(written)
-    });
     for _ in 0..5 {
         thread::sleep(Duration::from_millis(100));
         change(broker)?;
@@ -55,13 +33,7 @@ fn stream_through(
             "{part} changed: {before} and {after}"
         );
     }
-    drop(stop);
-    let bytes = writer
-        .join()
-        .map_err(|_| anyhow::anyhow!("nobody writes"))??;
-    ensure!(sender.wait()?.success());
-    echo.wait(COMMAND_TIMEOUT)?.require_success()?;
-    ensure!(receiver.bytes()? == bytes, "bytes were lost or came twice");
+    stream.finish()?;
     // Whoever comes now finds the region as it was.
     ensure!(!vm_of(broker)?.is_null());
     vm.run(["barlink-guest", "poke", "written before"])?

@@ -1,14 +1,15 @@
 //! A VM at a broker, and host apps that stream.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Child, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use xtask::broker::{Broker, Transport};
 use xtask::builds::Artifacts;
-use xtask::vm::{COMMAND_TIMEOUT, Vm};
+use xtask::vm::{COMMAND_TIMEOUT, Process, Vm};
 
 /// A broker with these arguments, and a VM at its only slot with the driver loaded.
 pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {
@@ -76,6 +77,64 @@ impl Receiving {
         let (code, bytes) = self.end()?;
         ensure!(code == Some(0), "the receiver ended with {code:?}");
         Ok(bytes)
+    }
+}
+
+/// Bytes that go down to a guest, which sends them back, until it is finished.
+pub struct RoundTrip {
+    stop: Sender<()>,
+    writer: JoinHandle<Result<Vec<u8>>>,
+    sender: Child,
+    echo: Process,
+    receiver: Receiving,
+}
+
+impl RoundTrip {
+    /// Has all its ends hold their channels, `down` and `up`.
+    pub fn start(broker: &Broker, vm: &Vm) -> Result<Self> {
+        let echo = vm.spawn(["barlink-guest", "echo"])?;
+        let receiver = receive(broker, "up")?;
+        let mut sender = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+        let mut input = sender.stdin.take().context("no input")?;
+        wait_for_holder(broker, "down", "consumer", true)?;
+        wait_for_holder(broker, "up", "consumer", true)?;
+        // Until it is told to stop, or nobody is left to tell it.
+        let (stop, stopped) = mpsc::channel::<()>();
+        let writer = thread::spawn(move || {
+            let mut written = Vec::new();
+            let mut parts = 0;
+            while stopped.recv_timeout(Duration::from_millis(5)) == Err(RecvTimeoutError::Timeout) {
+                // No two are of one length.
+                let part = noise(100_000 + 4 * parts);
+                input.write_all(&part)?;
+                written.extend(part);
+                parts += 1;
+            }
+            Ok(written)
+        });
+        Ok(Self {
+            stop,
+            writer,
+            sender,
+            echo,
+            receiver,
+        })
+    }
+
+    /// Ends it, and waits until all have come back, each once.
+    pub fn finish(mut self) -> Result<()> {
+        drop(self.stop);
+        // First, since nobody else ends while there is no one to take what is sent.
+        let came = self.receiver.bytes();
+        if came.is_err() {
+            self.sender.kill()?;
+        }
+        let came = came?;
+        let bytes = self.writer.join().map_err(|_| anyhow!("nobody writes"))??;
+        ensure!(came == bytes, "bytes were lost or came twice");
+        ensure!(self.sender.wait()?.success());
+        self.echo.wait(COMMAND_TIMEOUT)?.require_success()?;
+        Ok(())
     }
 }
 

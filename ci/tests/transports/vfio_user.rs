@@ -10,5 +10,7 @@ const TRANSPORT: Transport = Transport::VfioUser;
 
 #[path = "channels.rs"]
 mod channels;
+#[path = "mixed.rs"]
+mod mixed;
 #[path = "restart.rs"]
 mod restart;

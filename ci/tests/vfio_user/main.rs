@@ -1,6 +1,7 @@
 //! barlink's own device on stock QEMU: driven by hand, without a guest, and with messages counted.
 
 mod relay;
+mod under_way;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -19,9 +20,11 @@ use xtask::vm::{Bare, COMMAND_TIMEOUT, Config, PciDevice, Vm};
 use self::relay::{Message, Relay};
 
 const PATIENCE: Duration = Duration::from_secs(20);
-/// `DEVICE_RESET` and `REGION_WRITE`.
+/// `DEVICE_RESET`, `REGION_WRITE`, `DEVICE_SET_IRQS` and `DMA_UNMAP`.
 const RESET: u16 = 13;
 const WRITE: u16 = 10;
+const SET_IRQS: u16 = 8;
+const UNMAP: u16 = 3;
 
 /// A broker with a slot for vfio-user, 0, and one for ivshmem, 1, whose VM is this test.
 struct Setting {
@@ -32,6 +35,7 @@ struct Setting {
     _other: UnixStream,
 }
 
+const SLOTS: [Transport; 2] = [Transport::VfioUser, Transport::Ivshmem];
 /// The host's ID.
 const HOST: usize = 2;
 const VECTORS: usize = 5;
@@ -42,8 +46,20 @@ impl Setting {
     }
 
     fn with(arguments: &[&str]) -> Result<Self> {
-        let slots = [Transport::VfioUser, Transport::Ivshmem];
-        let broker = Broker::start_over(Artifacts::shared()?, &slots, arguments)?;
+        Self::at(Broker::start_over(Artifacts::shared()?, &SLOTS, arguments)?)
+    }
+
+    /// With a broker whose successor is given all that it had, however it ends.
+    fn managed() -> Result<Self> {
+        let arguments = ["--size", "1M"];
+        Self::at(Broker::start_managed_over(
+            Artifacts::shared()?,
+            &SLOTS,
+            &arguments,
+        )?)
+    }
+
+    fn at(broker: Broker) -> Result<Self> {
         let relay = Relay::start(&broker.socket(0), broker.folder())?;
         let other = UnixStream::connect(broker.socket(1))?;
         other.set_read_timeout(Some(PATIENCE))?;
@@ -83,6 +99,17 @@ impl Setting {
         let mut machine = Bare::start(Artifacts::shared()?, &self.config()?)?;
         let device = machine.device("barlink0")?;
         Ok((machine, device))
+    }
+
+    /// Waits until the firmware is through, and says nothing more: the number of messages so far.
+    fn wait_for_firmware(&self) -> Result<usize> {
+        let mut before = 0;
+        wait_until("nothing more is said", || {
+            thread::sleep(Duration::from_millis(500));
+            let now = self.relay.messages().len();
+            Ok(std::mem::replace(&mut before, now) == now)
+        })?;
+        Ok(before)
     }
 
     fn connection(&self) -> Result<u64> {
@@ -159,13 +186,7 @@ fn bar2_is_written_without_a_message() -> Result<()> {
     let (address, size) = device.bars[2];
     // Where the superblock says that the raw window is.
     let window = u64::from(machine.read(address + 40)?);
-    // The firmware is not through yet.
-    let mut before = 0;
-    wait_until("nothing more is said", || {
-        thread::sleep(Duration::from_millis(500));
-        let now = setting.relay.messages().len();
-        Ok(std::mem::replace(&mut before, now) == now)
-    })?;
+    let before = setting.wait_for_firmware()?;
     // 1 GiB, of which the superblock is written, too: the broker does not look at it again.
     for round in 1..=16 {
         machine.fill(address, size, round)?;

@@ -1,4 +1,5 @@
-//! Stands between a VMM and the broker, passes everything on, and counts the VMM's messages.
+//! Stands between a VMM and the broker, passes everything on, and counts the VMM's messages. It can keep a message or
+//! an answer to itself, as if the broker had ended in between.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -6,7 +7,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::Result;
@@ -23,7 +24,27 @@ const DESCRIPTORS: usize = 16;
 pub struct Relay {
     /// Where the VMM connects.
     pub path: PathBuf,
-    messages: Arc<Mutex<Vec<Message>>>,
+    seen: Arc<Mutex<Seen>>,
+}
+
+/// What has passed.
+#[derive(Default)]
+struct Seen {
+    messages: Vec<Message>,
+    /// What is to be kept, and of which command's next message.
+    wanted: Option<(Half, u16)>,
+    /// The same, and that message's ID, once it is here.
+    found: Option<(Half, u16)>,
+    kept: bool,
+}
+
+/// A half of an exchange.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Half {
+    /// What the VMM says.
+    Message,
+    /// What the broker answers.
+    Answer,
 }
 
 /// A message of the VMM.
@@ -44,27 +65,71 @@ impl Relay {
         let path = folder.join("relay.sock");
         let listener = UnixListener::bind(&path)?;
         let broker = broker.to_owned();
-        let messages = Arc::<Mutex<Vec<Message>>>::default();
-        let counted = Arc::clone(&messages);
+        let seen = Arc::<Mutex<Seen>>::default();
+        let all = Arc::clone(&seen);
         thread::spawn(move || -> Result<()> {
             let (vmm, _) = listener.accept()?;
             let broker = UnixStream::connect(broker)?;
             let (from, to) = (broker.try_clone()?, vmm.try_clone()?);
-            thread::spawn(move || pass(&from, &to, |_| ()));
+            let answered = Arc::clone(&all);
+            thread::spawn(move || {
+                pass(&from, &to, |bytes| {
+                    lock(&answered).keep(Half::Answer, bytes);
+                })
+            });
             let mut reader = Reader::default();
             pass(&vmm, &broker, |bytes| {
-                let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
-                reader.take_in(bytes, &mut counted);
+                let mut seen = lock(&all);
+                reader.take_in(bytes, &mut seen);
+                seen.keep(Half::Message, bytes);
             })
         });
-        Ok(Self { path, messages })
+        Ok(Self { path, seen })
     }
 
     /// All messages so far.
     pub fn messages(&self) -> Vec<Message> {
-        let messages = self.messages.lock();
-        messages.unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.seen).messages.clone()
     }
+
+    /// Keeps the next message with this command, or the answer to it.
+    pub fn keep(&self, half: Half, command: u16) {
+        let mut seen = lock(&self.seen);
+        (seen.wanted, seen.kept) = (Some((half, command)), false);
+    }
+
+    /// Whether it has.
+    pub fn has_kept(&self) -> bool {
+        lock(&self.seen).kept
+    }
+}
+
+impl Seen {
+    /// Takes what is to be kept out of these, which are whole: each is sent at once.
+    fn keep(&mut self, half: Half, bytes: &mut Vec<u8>) {
+        let Some((_, id)) = self.found.filter(|(wanted, _)| *wanted == half) else {
+            return;
+        };
+        let mut at = 0;
+        while let (Some(head), Some(size)) = (word(bytes, at), word(bytes, at + 4)) {
+            let end = at + size as usize;
+            if head as u16 == id {
+                bytes.drain(at..end);
+                (self.found, self.kept) = (None, true);
+                return;
+            }
+            at = end;
+        }
+    }
+}
+
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    let word = bytes.get(at..at + 4)?;
+    Some(u32::from_ne_bytes(word.try_into().ok()?))
 }
 
 /// Finds the messages in a stream of bytes.
@@ -72,12 +137,8 @@ impl Relay {
 struct Reader(Vec<u8>);
 
 impl Reader {
-    fn take_in(&mut self, bytes: &[u8], messages: &mut Vec<Message>) {
+    fn take_in(&mut self, bytes: &[u8], seen: &mut Seen) {
         self.0.extend(bytes);
-        let word = |bytes: &[u8], at: usize| {
-            let word = bytes.get(at..at + 4)?;
-            Some(u32::from_ne_bytes(word.try_into().ok()?))
-        };
         while let (Some(head), Some(size)) = (word(&self.0, 0), word(&self.0, 4)) {
             let size = size as usize;
             if self.0.len() < size {
@@ -85,7 +146,10 @@ impl Reader {
             }
             let command = (head >> 16) as u16;
             let region = ACCESSES.contains(&command).then(|| word(&self.0, 24));
-            messages.push(Message {
+            if let Some((half, _)) = seen.wanted.take_if(|wanted| wanted.1 == command) {
+                seen.found = Some((half, head as u16));
+            }
+            seen.messages.push(Message {
                 command,
                 region: region.flatten(),
             });
@@ -95,9 +159,9 @@ impl Reader {
 }
 
 /// Passes bytes and descriptors on until one side closes.
-fn pass(from: &UnixStream, to: &UnixStream, mut seen: impl FnMut(&[u8])) -> Result<()> {
-    let mut bytes = vec![0; 64 << 10];
+fn pass(from: &UnixStream, to: &UnixStream, mut seen: impl FnMut(&mut Vec<u8>)) -> Result<()> {
     loop {
+        let mut bytes = vec![0; 64 << 10];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(&mut bytes)];
@@ -117,14 +181,15 @@ fn pass(from: &UnixStream, to: &UnixStream, mut seen: impl FnMut(&[u8])) -> Resu
                 descriptors.extend(rights);
             }
         }
-        seen(&bytes[..received.bytes]);
+        bytes.truncate(received.bytes);
+        seen(&mut bytes);
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !borrowed.is_empty() {
             ancillary.push(SendAncillaryMessage::ScmRights(&borrowed));
         }
-        let mut rest = &bytes[..received.bytes];
+        let mut rest = &bytes[..];
         while !rest.is_empty() {
             let flags = SendFlags::NOSIGNAL;
             let sent = rustix::net::sendmsg(to, &[IoSlice::new(rest)], &mut ancillary, flags)?;

@@ -142,6 +142,23 @@ fn send(producer: &mut Producer<Recorded>, bytes: &[u8], length: u32) -> Result<
     Ok(())
 }
 
+/// Most records of a batch.
+const BATCH: usize = 3;
+
+/// Sends as many records of a batch as there is room for, and gives how many.
+fn stage(producer: &mut Producer<Recorded>, length: usize) -> usize {
+    let mut staged = 0;
+    while staged < BATCH
+        && let Ok(mut room) = producer.reserve(length)
+    {
+        room.write(0, &vec![9; length]);
+        room.stage(Kind::USER, length as u32, 7);
+        staged += 1;
+    }
+    let _ = producer.publish();
+    staged
+}
+
 fn receive(consumer: &mut Consumer<Recorded>) -> Result<Option<(u64, Vec<u8>)>, Corrupt> {
     if !consumer.poll()? {
         return Ok(None);
@@ -168,7 +185,7 @@ fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
     let killed = prop::option::of(any::<prop::sample::Index>());
     let length = prop_oneof![0usize..200, 0usize..2025];
     let step =
-        (0u8..9, length, 0usize..20, killed).prop_map(|(action, length, cut, killed)| Step {
+        (0u8..11, length, 0usize..20, killed).prop_map(|(action, length, cut, killed)| Step {
             action,
             length,
             cut,
@@ -237,7 +254,30 @@ impl Ends {
                 assert_eq!(found, Ok(!content.records.is_empty()));
                 states
             }
-            _ => memory.record(|| producer.wish_for_room(step.length)).1,
+            8 => memory.record(|| producer.wish_for_room(step.length)).1,
+            9 => {
+                let (staged, states) = memory.record(|| stage(producer, step.length));
+                for _ in 0..staged {
+                    let record = (content.next, vec![9; step.length]);
+                    content.records.push_back(record);
+                    content.next += 1;
+                }
+                states
+            }
+            _ => {
+                let (passed, states) = memory.record(|| {
+                    let mut passed = 0;
+                    while passed < BATCH && consumer.poll().unwrap() {
+                        consumer.pass();
+                        passed += 1;
+                    }
+                    let _ = consumer.release();
+                    passed
+                });
+                assert_eq!(passed, BATCH.min(content.records.len()));
+                content.records.drain(..passed);
+                states
+            }
         }
     }
 
@@ -263,7 +303,7 @@ impl Ends {
         self.memory.become_state(&states[killed]);
         self.content = found[killed].clone();
         match step.action {
-            4..=7 => {
+            4..=7 | 10 => {
                 self.consumer = Consumer::attach(self.memory.region(), &entry()).unwrap();
             }
             _ => self.producer = Producer::attach(self.memory.region(), &entry()).unwrap(),
@@ -274,7 +314,7 @@ impl Ends {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// Commit, release, drop, wish and ring, after any history, which has such deaths in it.
+    /// Commit, release, drop, wish, ring, and batches, after any history, which has such deaths in it.
     #[test]
     fn an_end_killed_at_any_store_has_done_all_of_a_call_or_nothing(steps in steps(40)) {
         let mut ends = Ends::new();

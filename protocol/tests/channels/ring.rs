@@ -131,6 +131,54 @@ fn rings_only_an_end_that_asked() {
 }
 
 #[test]
+fn what_is_staged_is_not_there_until_it_is_published() {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    let stage = |producer: &mut Producer<Memory>, bytes: &[u8]| {
+        let mut room = producer.reserve(bytes.len()).unwrap();
+        room.write(0, bytes);
+        room.stage(Kind::DATA, bytes.len() as u32, 7);
+    };
+    stage(&mut producer, b"never was");
+    let mut producer = attach(&region, &layout).0;
+    assert!(!consumer.wish_for_record().unwrap());
+    assert_eq!(producer.publish(), Notify::Quiet);
+    stage(&mut producer, b"one");
+    stage(&mut producer, b"two");
+    assert_eq!((producer.sequence(), consumer.poll()), (2, Ok(false)));
+    assert_eq!(producer.publish(), Notify::Ring);
+    assert_eq!(receive(&mut consumer), Some((0, b"one".to_vec())));
+    assert_eq!(receive(&mut consumer), Some((1, b"two".to_vec())));
+    assert_eq!(producer.publish(), Notify::Quiet);
+    // A commit takes what was staged with it.
+    stage(&mut producer, b"three");
+    send(&mut producer, b"four").unwrap();
+    assert_eq!(receive(&mut consumer), Some((2, b"three".to_vec())));
+    assert_eq!(receive(&mut consumer), Some((3, b"four".to_vec())));
+}
+
+#[test]
+fn what_is_passed_is_released_with_the_next() {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    while send(&mut producer, &[0; 1000]).is_ok() {}
+    assert!(!producer.wish_for_room(1000).unwrap());
+    for _ in 0..2 {
+        assert!(consumer.poll().unwrap());
+        consumer.pass();
+    }
+    assert!(send(&mut producer, &[0; 1000]).is_err());
+    // Passed, and found again by a successor.
+    assert_eq!(receive(&mut attach(&region, &layout).1).unwrap().0, 0);
+    assert!(consumer.poll().unwrap());
+    assert_eq!(consumer.record().unwrap().header().sequence, 2);
+    assert_eq!(consumer.release(), Notify::Ring);
+    assert_eq!(consumer.release(), Notify::Quiet);
+    while send(&mut producer, &[0; 1000]).is_ok() {}
+    assert_eq!(producer.sequence(), 7);
+}
+
+#[test]
 fn a_full_channel_is_rung_about_once_half_of_it_is_free() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);

@@ -56,6 +56,31 @@ fn waiting_ends_with_its_time() {
 }
 
 #[test]
+fn batches_on_both_sides_do_not_wait_for_each_other() {
+    const RECORDS: u64 = 20_000;
+    let (mut sender, mut receiver) = ends(4096, false);
+    let producer = std::thread::spawn(move || {
+        for number in 0..RECORDS {
+            // More than fit: what is staged is published when no room is left.
+            let bytes = number.to_le_bytes();
+            assert_eq!(
+                sender.stage(Kind::DATA, &bytes, None, 7),
+                Ok(Sent::Committed)
+            );
+        }
+        sender.publish().unwrap();
+        sender
+    });
+    for number in 0..RECORDS {
+        while receiver.wait(None).unwrap() != Wakeup::Ready {}
+        assert_eq!(receiver.record().unwrap().word(0), number);
+        // Released when nothing else is left to be found.
+        receiver.pass();
+    }
+    producer.join().unwrap();
+}
+
+#[test]
 fn a_stream_is_rung_for_only_after_silence() {
     const RECORDS: u32 = 200;
     let rings = |strategy| {

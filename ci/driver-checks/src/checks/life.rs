@@ -8,7 +8,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::ask::{RAW, Region};
-use crate::binding::{bind, bound, node, open, unbind};
+use crate::binding::{bind, bound, keep_from_drivers, node, open, unbind};
 use crate::device::{Device, fails};
 use crate::module::{self, load, unload};
 
@@ -38,12 +38,15 @@ pub(super) fn module_stays_while_it_is_used() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn load_and_unload_50_times() -> Result<()> {
-    for _ in 0..50 {
+pub(super) fn load_and_unload_25_times() -> Result<()> {
+    for round in 1..=25 {
         unload()?;
         assert!(bound()?.is_empty());
+        // Its 256 vectors take longer to set up and down than all the rest, so it is there in every fifth round.
+        let all = round % 5 == 0;
+        keep_from_drivers(Region::Bus, !all)?;
         load()?;
-        assert_eq!(bound()?.len(), Region::TAKEN.len());
+        assert_eq!(bound()?.len(), Region::TAKEN.len() - usize::from(!all));
     }
     Ok(())
 }

@@ -28,7 +28,7 @@ fn unbind_from(children: &[Child], after: Duration) -> Result<()> {
 
 pub(super) fn unbind_races_mmap_and_fork() -> Result<()> {
     let mut alive = 0;
-    for round in 0..30 {
+    for round in (0..30).step_by(2) {
         let children = [false, false, true]
             .into_iter()
             .map(|forks| child(|parent| map_until_gone(parent, forks)))
@@ -42,7 +42,7 @@ pub(super) fn unbind_races_mmap_and_fork() -> Result<()> {
         bind(Region::Main)?;
     }
     host::show(format!("{alive} mappings lived when their device went"))?;
-    ensure!(alive >= 30, "the race was hardly run");
+    ensure!(alive >= 15, "the race was hardly run");
     Ok(())
 }
 
@@ -123,7 +123,7 @@ pub(super) fn unbind_races_claims_and_doorbells() -> Result<()> {
 }
 
 pub(super) fn interrupt_storm_races_open_claim_and_close() -> Result<()> {
-    for _ in 0..4 {
+    for _ in 0..2 {
         host::storm(Region::Main)?;
         let node = node(Region::Main)?;
         let children = [UP, UP, DOWN, DOWN]

@@ -1,0 +1,166 @@
+//! Many brokers at once, each with a name, and VMs of both transports at each.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use rustix::process::Signal;
+
+use crate::support::*;
+use crate::vmm::{self, handshake};
+
+const NAMES: [&str; 6] = ["red", "green", "blue", "vm-1", "vm_2", "a.b"];
+/// Two slots and the host, each with a vector for control and one for each channel: two a slot.
+const BELLS: usize = 3 * 5;
+
+/// Brokers of one user, which end with this.
+struct Brokers {
+    folder: tempfile::TempDir,
+    all: HashMap<&'static str, Child>,
+}
+
+impl Brokers {
+    fn path(&self, file: &str) -> PathBuf {
+        self.folder.path().join(file)
+    }
+
+    /// `barlink` with these arguments, at the broker with this name.
+    fn app(&self, name: &str, arguments: &[&str]) -> Command {
+        let mut command = barlink(arguments);
+        command.args(["--name", name]);
+        command.env("XDG_RUNTIME_DIR", self.folder.path());
+        command
+    }
+
+    fn serve(&self, name: &str) -> Command {
+        let mut command = self.app(name, &["serve", "--size", "1M"]);
+        let vm = self.path(&format!("{name}-vm.sock"));
+        let user = self.path(&format!("{name}-user.sock"));
+        command.arg("--ivshmem").arg(vm);
+        command.arg("--vfio-user").arg(user);
+        command
+    }
+
+    fn start(&mut self, name: &'static str) {
+        let mut command = self.serve(name);
+        let child = command.stderr(Stdio::null()).spawn().unwrap();
+        self.all.insert(name, child);
+        wait_until("the broker listens", || {
+            run(&mut self.app(name, &["inspect", "--json"]))
+                .status
+                .success()
+        });
+    }
+}
+
+impl Drop for Brokers {
+    fn drop(&mut self) {
+        for broker in self.all.values_mut() {
+            let _ = broker.kill();
+            let _ = broker.wait();
+        }
+    }
+}
+
+/// A VM over each transport at one broker.
+struct Vms {
+    ivshmem: vmm::Vm,
+    vfio_user: vfio_user::Client,
+}
+
+impl Vms {
+    fn connect(brokers: &Brokers, name: &str) -> Self {
+        let path = |which: &str| brokers.path(&format!("{name}-{which}.sock"));
+        let socket = UnixStream::connect(path("vm")).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Vms {
+            ivshmem: handshake(socket, BELLS),
+            vfio_user: vfio_user::Client::new(&path("user")).unwrap(),
+        }
+    }
+
+    /// The same bytes of the region, as each VM has them.
+    fn bytes(&self, offset: u64) -> [String; 2] {
+        let region = self.vfio_user.region(2).unwrap();
+        let memory = region.file_offset.as_ref().unwrap();
+        let read = |memory: &dyn std::os::fd::AsFd| {
+            let mut bytes = [0; 8];
+            rustix::io::pread(memory, &mut bytes, offset).unwrap();
+            String::from_utf8_lossy(&bytes)
+                .trim_end_matches('\0')
+                .to_owned()
+        };
+        [read(&self.ivshmem.memory), read(memory.file())]
+    }
+
+    /// How often any vector of any peer was rung.
+    fn rings(&self) -> u64 {
+        let bells = self.ivshmem.bells.iter();
+        bells.map(|(_, bell): &(_, OwnedFd)| vmm::rings(bell)).sum()
+    }
+
+    /// Has the VM over vfio-user ring the other one.
+    fn ring(&mut self) {
+        let doorbell = 1u32.to_le_bytes();
+        self.vfio_user.region_write(0, 12, &doorbell).unwrap();
+    }
+}
+
+/// Where the raw window begins.
+fn raw_window(brokers: &Brokers, name: &str) -> u64 {
+    let control: &Path = &brokers.path(&format!("barlink/{name}.sock"));
+    let attachment = barlink::Attachment::connect(control, barlink::Access::ReadOnly);
+    attachment.unwrap().layout().raw_offset
+}
+
+#[test]
+fn brokers_with_names_are_apart_over_both_transports() {
+    let mut brokers = Brokers {
+        folder: tempfile::tempdir().unwrap(),
+        all: HashMap::new(),
+    };
+    for name in NAMES {
+        brokers.start(name);
+    }
+    let vms = NAMES.map(|name| (name, Vms::connect(&brokers, name)));
+    let mut vms = HashMap::from(vms);
+    let raw = raw_window(&brokers, "red");
+    for name in NAMES {
+        works(&mut brokers.app(name, &["poke", name]));
+    }
+    for (name, vms) in &vms {
+        assert_eq!(vms.bytes(raw), [*name; 2]);
+        vms.rings();
+    }
+    for name in NAMES {
+        vms.get_mut(name).unwrap().ring();
+        for (other, vms) in &vms {
+            assert_eq!(vms.rings(), u64::from(*other == name), "{name} {other}");
+        }
+    }
+    // A name is one broker's.
+    let other = brokers.path("other.sock");
+    let mut second = brokers.app("red", &["serve", "--vfio-user", other.to_str().unwrap()]);
+    fails(&mut second, 1, &["red.sock is in use by another broker"]);
+    // One that is killed is nobody else's loss, and its name is the next one's.
+    let mut red = brokers.all.remove("red").unwrap();
+    signal_child(&red, Signal::KILL);
+    wait(&mut red);
+    fails(&mut brokers.app("red", &["peek"]), 3, &["no broker at"]);
+    vms.remove("red");
+    for (name, vms) in &mut vms {
+        vms.ring();
+        assert_eq!(vms.rings(), 1, "{name}");
+        works(&mut brokers.app(name, &["poke", "again"]));
+        assert!(vms.bytes(raw).iter().all(|text| text.starts_with("again")));
+    }
+    brokers.start("red");
+    let mut red = Vms::connect(&brokers, "red");
+    assert_eq!(red.bytes(raw), [""; 2], "it has its predecessor's memory");
+    red.rings();
+    red.ring();
+    assert_eq!(red.rings(), 1);
+    assert!(vms.values().all(|vms| vms.rings() == 0));
+}

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Peers of barlink: a stream of records through what carries bytes. A record is one `write`, and every byte that comes is
+//! read. The last record bears a mark, since not every pipe tells its end.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::Args;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
+
+use crate::Measured;
+use crate::clock::{cpu, nanoseconds};
+
+/// The first word of the last record.
+pub(crate) const LAST: u64 = u64::MAX;
+/// How long to wait for the other end to be there.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Where a pipe is.
+#[derive(Clone, Debug)]
+pub enum Endpoint {
+    /// `tcp:ADDRESS`: connects.
+    Tcp(String),
+    /// `tcp-listen:ADDRESS`: waits for a connection.
+    TcpListen(String),
+    /// `unix:PATH`: connects.
+    Unix(PathBuf),
+    /// `unix-listen:PATH`: waits for a connection.
+    UnixListen(PathBuf),
+    /// `vsock:PORT`: connects to the host.
+    Vsock(u32),
+    /// `port:NAME`: a port of virtio-serial.
+    Port(String),
+}
+
+impl FromStr for Endpoint {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (kind, rest) = text.split_once(':').context("an endpoint is KIND:WHERE")?;
+        Ok(match kind {
+            "tcp" => Endpoint::Tcp(rest.to_owned()),
+            "tcp-listen" => Endpoint::TcpListen(rest.to_owned()),
+            "unix" => Endpoint::Unix(rest.into()),
+            "unix-listen" => Endpoint::UnixListen(rest.into()),
+            "vsock" => Endpoint::Vsock(rest.parse()?),
+            "port" => Endpoint::Port(rest.to_owned()),
+            _ => bail!("there is no kind of endpoint `{kind}`"),
+        })
+    }
+}
+
+/// Both directions of a pipe.
+pub(crate) trait Pipe: Read + Write {}
+impl<P: Read + Write> Pipe for P {}
+
+impl Endpoint {
+    pub(crate) fn open(&self) -> Result<Box<dyn Pipe>> {
+        Ok(match self {
+            Endpoint::Tcp(address) => {
+                let stream = insist(|| TcpStream::connect(address))?;
+                stream.set_nodelay(true)?;
+                Box::new(stream)
+            }
+            Endpoint::TcpListen(address) => {
+                let (stream, _) = TcpListener::bind(address)?.accept()?;
+                stream.set_nodelay(true)?;
+                Box::new(stream)
+            }
+            Endpoint::Unix(path) => Box::new(insist(|| UnixStream::connect(path))?),
+            Endpoint::UnixListen(path) => Box::new(UnixListener::bind(path)?.accept()?.0),
+            Endpoint::Vsock(port) => Box::new(insist(|| connect_to_host(*port))?),
+            Endpoint::Port(name) => Box::new(open_port(name)?),
+        })
+    }
+}
+
+/// Tries again while nobody is there.
+fn insist<T>(connect: impl Fn() -> io::Result<T>) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        match connect() {
+            Err(_) if start.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(1)),
+            connected => return Ok(connected?),
+        }
+    }
+}
+
+fn connect_to_host(port: u32) -> io::Result<File> {
+    const HOST: u32 = 2;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Vsock, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &VsockAddr::new(HOST, port))?;
+    Ok(File::from(socket))
+}
+
+/// Finds a port by its name, as udev would.
+fn open_port(name: &str) -> Result<File> {
+    for port in fs::read_dir("/sys/class/virtio-ports")? {
+        let port = port?;
+        let found = fs::read_to_string(port.path().join("name")).unwrap_or_default();
+        if found.trim_end() == name {
+            let path = PathBuf::from("/dev").join(port.file_name());
+            return Ok(File::options().read(true).write(true).open(path)?);
+        }
+    }
+    Err(anyhow!("there is no port {name}"))
+}
+
+/// What both ends are told.
+#[derive(Args, Debug)]
+struct Shape {
+    /// tcp:ADDRESS, tcp-listen:ADDRESS, unix:PATH, unix-listen:PATH, vsock:PORT or port:NAME
+    endpoint: Endpoint,
+    /// Bytes of a record, a multiple of 8
+    #[arg(long)]
+    record_size: usize,
+}
+
+/// Writes.
+#[derive(Args, Debug)]
+pub struct PipeSend {
+    #[command(flatten)]
+    shape: Shape,
+    /// For how long, in milliseconds
+    #[arg(long)]
+    time: u64,
+}
+
+/// Reads until the last record.
+#[derive(Args, Debug)]
+pub struct PipeReceive {
+    #[command(flatten)]
+    shape: Shape,
+}
+
+impl PipeSend {
+    /// Writes the same record again and again, and last another.
+    pub fn run(&self) -> Result<Measured> {
+        let mut pipe = self.shape.endpoint.open()?;
+        let words = 0..self.shape.record_size as u64 / 8;
+        let mut record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
+        let sum = words.fold(0, u64::wrapping_add);
+        let time = Duration::from_millis(self.time);
+        let mut records = 0_u64;
+        let start = Instant::now();
+        while start.elapsed() < time {
+            pipe.write_all(&record)?;
+            records += 1;
+        }
+        let measured = Measured {
+            records,
+            bytes: records * record.len() as u64,
+            nanoseconds: nanoseconds(start.elapsed()),
+            cpu: cpu(),
+            sum: sum.wrapping_mul(records),
+        };
+        record[..8].copy_from_slice(&LAST.to_le_bytes());
+        pipe.write_all(&record)?;
+        // Not to hang up before the other end has it.
+        pipe.read_exact(&mut record[..1])?;
+        Ok(measured)
+    }
+}
+
+impl PipeReceive {
+    /// Adds up all words, from the first record on.
+    pub fn run(&self) -> Result<Measured> {
+        let mut pipe = self.shape.endpoint.open()?;
+        let mut record = vec![0; self.shape.record_size];
+        ensure!(record.len() >= 8, "a record has at least a word");
+        let mut measured = Measured::default();
+        pipe.read_exact(&mut record)?;
+        let start = Instant::now();
+        loop {
+            let (words, _) = record.as_chunks();
+            let mut words = words.iter().copied().map(u64::from_le_bytes);
+            if record[..8] == LAST.to_le_bytes() {
+                measured.nanoseconds = nanoseconds(start.elapsed());
+                measured.cpu = cpu();
+                pipe.write_all(&[0])?;
+                return Ok(measured);
+            }
+            measured.sum = words.by_ref().fold(measured.sum, u64::wrapping_add);
+            measured.records += 1;
+            measured.bytes += record.len() as u64;
+            pipe.read_exact(&mut record)?;
+        }
+    }
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A limit: the same channel between two threads of one process, in its own memory.
+
+use std::convert::Infallible;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use barlink_protocol::region::Region;
+use barlink_protocol::wire::layout::{
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, presence,
+};
+use barlink_protocol::{AtomicU64, Events, Receiver, Sender, state};
+use clap::Args;
+
+use crate::{Measured, Receive, Send};
+
+/// Bytes of the channel.
+const CAPACITY: u64 = 4 << 20;
+
+/// Sends and receives.
+#[derive(Args, Debug)]
+pub struct Ring {
+    #[command(flatten)]
+    send: Send,
+}
+
+impl Ring {
+    /// Streams from one thread to the other.
+    pub fn run(&self) -> Result<Measured> {
+        let channel = Channel {
+            name: Name::new("ring").context("a name that cannot be")?,
+            producer: 0,
+            consumer: 1,
+            vector: 0,
+            drop_when_full: false,
+            offset: FIRST_FREE,
+            capacity: CAPACITY,
+        };
+        let size = (channel.end() + 4096).next_power_of_two();
+        let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel])?;
+        let memory: Arc<[AtomicU64]> = (0..size / 8).map(|_| AtomicU64::new(0)).collect();
+        let region = Region::new(memory);
+        state::publish(&region, &layout);
+        // A driver would say so: both ends are held.
+        region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
+        let page = layout.presence_page(0);
+        region.store(page + presence::EPOCH, 1);
+        region.store(page + presence::holder(0, End::Producer), 1);
+        let (one, other) = Bells::pair();
+        let sender = Sender::attach(region.clone(), &layout, 0, one)?;
+        let receiver = Receiver::attach(region, &layout, 0, other)?;
+        thread::scope(|scope| {
+            let receiving = scope.spawn(|| Receive {}.run(receiver));
+            self.send.run(sender)?;
+            let received = receiving.join();
+            received.map_err(|_| anyhow!("the receiver panicked"))?
+        })
+    }
+}
+
+#[derive(Clone, Default)]
+struct Bell(Arc<(Mutex<bool>, Condvar)>);
+
+/// One end's doorbells.
+struct Bells {
+    own: Bell,
+    other: Bell,
+    start: Instant,
+}
+
+impl Bells {
+    fn pair() -> (Self, Self) {
+        let (own, other) = (Bell::default(), Bell::default());
+        let start = Instant::now();
+        let one = |own: &Bell, other: &Bell| Bells {
+            own: own.clone(),
+            other: other.clone(),
+            start,
+        };
+        (one(&own, &other), one(&other, &own))
+    }
+}
+
+impl Events for Bells {
+    type Error = Infallible;
+
+    fn ring(&mut self) -> Result<(), Infallible> {
+        let (rung, condvar) = &*self.other.0;
+        *rung.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        condvar.notify_one();
+        Ok(())
+    }
+
+    fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
+        let (rung, condvar) = &*self.own.0;
+        let rung = rung.lock().unwrap_or_else(PoisonError::into_inner);
+        let timeout = timeout.unwrap_or(Duration::MAX);
+        let waited = condvar.wait_timeout_while(rung, timeout, |rung| !*rung);
+        let (mut rung, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        Ok(std::mem::take(&mut *rung))
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn can_spin(&self) -> bool {
+        thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1)
+    }
+}

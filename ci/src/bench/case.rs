@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is measured in one go.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::scene::Side;
+use crate::broker::Transport;
+
+/// From where to where.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Direction {
+    /// From the guest to the host.
+    Up,
+    /// From the host to the guest.
+    Down,
+    /// Within the guest.
+    Guest,
+    /// Within the host.
+    Host,
+}
+
+impl Direction {
+    /// Where the sender is, and where the receiver.
+    pub fn sides(self) -> [Side; 2] {
+        match self {
+            Direction::Up => [Side::Guest, Side::Host],
+            Direction::Down => [Side::Host, Side::Guest],
+            Direction::Guest => [Side::Guest; 2],
+            Direction::Host => [Side::Host; 2],
+        }
+    }
+
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Direction::Up => "guest to host",
+            Direction::Down => "host to guest",
+            Direction::Guest => "within the guest",
+            Direction::Host => "within the host",
+        }
+    }
+}
+
+/// How bytes go there.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// Through a channel.
+    Channel(Transport),
+    /// By copying alone.
+    Copy,
+    /// Through a channel between two threads.
+    Ring,
+    /// By QEMU's virtio-serial.
+    VirtioSerial,
+    /// By TCP over QEMU's user network.
+    Tcp,
+    /// By a Unix socket.
+    Unix,
+}
+
+impl Way {
+    /// Whether it is another project's.
+    pub fn is_peer(self) -> bool {
+        !matches!(self, Way::Channel(_) | Way::Copy | Way::Ring)
+    }
+
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Way::Channel(transport) => transport.name(),
+            Way::Copy => "memcpy",
+            Way::Ring => "two threads",
+            Way::VirtioSerial => "virtio-serial",
+            Way::Tcp => "TCP",
+            Way::Unix => "Unix socket",
+        }
+    }
+}
+
+/// See the module.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct Case {
+    /// How.
+    pub way: Way,
+    /// From where to where.
+    pub direction: Direction,
+    /// Bytes of payload in a record.
+    pub record_size: u64,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (way, direction) = (self.way.name(), self.direction.name());
+        write!(f, "{way}, {direction}, {} bytes", self.record_size)
+    }
+}
+
+impl Case {
+    /// All that is measured for records of these sizes.
+    pub fn all(sizes: &[u64]) -> Vec<Case> {
+        use Direction::{Down, Guest, Host, Up};
+        let mut ways = Vec::new();
+        for direction in [Up, Down] {
+            ways.extend(Transport::ALL.map(|transport| (Way::Channel(transport), direction)));
+            ways.extend([Way::VirtioSerial, Way::Tcp].map(|way| (way, direction)));
+        }
+        ways.push((Way::Unix, Host));
+        ways.extend([Guest, Host].map(|place| (Way::Ring, place)));
+        ways.extend([Guest, Host].map(|place| (Way::Copy, place)));
+        let cases = |(way, direction): (Way, Direction)| {
+            sizes.iter().map(move |&record_size| Case {
+                way,
+                direction,
+                record_size,
+            })
+        };
+        ways.into_iter().flat_map(cases).collect()
+    }
+}

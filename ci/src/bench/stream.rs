@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One stream of records, whichever way it goes.
+
+use std::fmt;
+use std::net::TcpListener;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use barlink_bench_load::Measured;
+use indicatif::BinaryBytes;
+use serde::Serialize;
+
+use super::case::{Case, Direction, Way};
+use super::scene::{PORT, Scene, Side};
+use super::spread::Spread;
+use crate::broker::Transport;
+
+/// The host, as the guest sees it through QEMU's user network.
+const GATEWAY: &str = "10.0.2.2";
+
+/// What came of a stream.
+struct Streamed {
+    sent: Measured,
+    received: Measured,
+    /// How often the producer rang, where that is counted.
+    rung: Option<u64>,
+}
+
+/// What was measured of one case.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    #[serde(flatten)]
+    pub(super) case: Case,
+    /// Bytes of payload a second.
+    pub(super) rate: Spread,
+    /// Processor seconds of the two ends for 10⁹ bytes.
+    cpu: [Spread; 2],
+    /// Records in all rounds.
+    pub(super) records: u64,
+    /// Rings of the producer in all rounds, where they are counted.
+    pub(super) rung: Option<u64>,
+    /// Why it was not measured any further.
+    failure: Option<String>,
+}
+
+impl Row {
+    /// One without figures.
+    pub fn new(case: Case) -> Self {
+        Row {
+            case,
+            rate: Spread::default(),
+            cpu: Default::default(),
+            records: 0,
+            rung: None,
+            failure: None,
+        }
+    }
+
+    /// Does a round. A peer that fails is left alone from then on, and what it did is told.
+    pub fn measure(&mut self, scene: &Scene, time: Duration) -> Result<()> {
+        if self.failure.is_some() {
+            return Ok(());
+        }
+        match stream(scene, &self.case, time) {
+            Ok(streamed) => self.add(&streamed),
+            Err(error) if self.case.way.is_peer() => self.failure = Some(format!("{error:#}")),
+            Err(error) => return Err(error.context(self.case.to_string())),
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, streamed: &Streamed) {
+        let Streamed {
+            sent,
+            received,
+            rung,
+        } = streamed;
+        self.rate.add(received.rate());
+        for (spread, end) in self.cpu.iter_mut().zip([sent, received]) {
+            spread.add(end.cpu as f64 / end.bytes as f64);
+        }
+        self.records += sent.records;
+        if let Some(rung) = rung {
+            *self.rung.get_or_insert(0) += rung;
+        }
+    }
+}
+
+impl fmt::Display for Row {
+    /// A line of a table.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Case {
+            way,
+            direction,
+            record_size,
+        } = &self.case;
+        let (direction, way) = (direction.name(), way.name());
+        write!(f, "| {direction} | {way} | {} |", BinaryBytes(*record_size))?;
+        if let Some(failure) = &self.failure {
+            return writeln!(f, " {failure} | | | | | |");
+        }
+        let rate = self.rate.median();
+        let [low, high] = self.rate.quartiles().map(|rate| rate / 1e6);
+        let rings = self.rung.map_or(String::new(), |rung| {
+            format!("{:.2}", rung as f64 * 1e3 / self.records as f64)
+        });
+        let [sender, receiver] = self.cpu.each_ref().map(Spread::median);
+        writeln!(
+            f,
+            " {:.0} | {low:.0} to {high:.0} | {:.0} | {rings} | {sender:.2} | {receiver:.2} |",
+            rate / 1e6,
+            rate / *record_size as f64,
+        )
+    }
+}
+
+/// A process, and what it is told.
+type Order = (Side, Vec<String>);
+
+/// Streams for some time, and checks that every byte came.
+fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
+    let size = format!("--record-size={}", case.record_size);
+    let time = format!("--time={}", time.as_millis());
+    let sides = case.direction.sides();
+    let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+    match case.way {
+        Way::Channel(transport) => {
+            let slot = transport.index();
+            let up = case.direction == Direction::Up;
+            let (channel, index) = match up {
+                true => (format!("up{slot}"), 2 * slot),
+                false => (format!("down{slot}"), 2 * slot + 1),
+            };
+            let control = format!("--control={}", scene.control().display());
+            let device = format!("--device=/dev/barlink{slot}");
+            let [from, to] = sides.map(|side| match side {
+                Side::Host => &control,
+                Side::Guest => &device,
+            });
+            let before = scene.rung(index)?;
+            let streamed = run(
+                scene,
+                &(sides[0], words(&["send", &channel, from, &size, &time])),
+                &(sides[1], words(&["receive", &channel, to])),
+            )?;
+            Ok(Streamed {
+                rung: Some(scene.rung(index)? - before),
+                ..streamed
+            })
+        }
+        Way::Copy | Way::Ring => {
+            let what = if case.way == Way::Copy {
+                "copy"
+            } else {
+                "ring"
+            };
+            let load = scene.start(sides[0], &words(&[what, &size, &time]))?;
+            let measured: Measured = load.wait()?;
+            Ok(Streamed {
+                sent: measured,
+                received: measured,
+                rung: None,
+            })
+        }
+        Way::VirtioSerial | Way::Tcp | Way::Unix => {
+            // The first is the end that must be there before the other one connects.
+            let [listens, connects] = endpoints(scene, case.way)?;
+            let [from, to] = match (sides, case.way) {
+                ([Side::Host, Side::Guest], _) => [&listens, &connects],
+                _ => [&connects, &listens],
+            };
+            run(
+                scene,
+                &(sides[0], words(&["pipe-send", from, &size, &time])),
+                &(sides[1], words(&["pipe-receive", to, &size])),
+            )
+        }
+    }
+}
+
+/// The two ends of a pipe, the host's first.
+pub(super) fn endpoints(scene: &Scene, way: Way) -> Result<[String; 2]> {
+    Ok(match way {
+        Way::VirtioSerial => [
+            format!("unix:{}", scene.port().display()),
+            format!("port:{PORT}"),
+        ],
+        Way::Tcp => {
+            // Free at this moment.
+            let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+            [
+                format!("tcp-listen:127.0.0.1:{port}"),
+                format!("tcp:{GATEWAY}:{port}"),
+            ]
+        }
+        _ => {
+            let path = scene.fresh_file("unix.sock")?;
+            [
+                format!("unix-listen:{}", path.display()),
+                format!("unix:{}", path.display()),
+            ]
+        }
+    })
+}
+
+/// Runs a sender and a receiver to their ends.
+fn run(scene: &Scene, sender: &Order, receiver: &Order) -> Result<Streamed> {
+    let receiver = scene.start(receiver.0, &receiver.1)?;
+    let sender = scene.start(sender.0, &sender.1)?;
+    let sent: Measured = sender.wait().context("the sender failed")?;
+    let received: Measured = receiver.wait().context("the receiver failed")?;
+    ensure!(
+        (sent.records, sent.sum) == (received.records, received.sum),
+        "what came is not what was sent"
+    );
+    Ok(Streamed {
+        sent,
+        received,
+        rung: None,
+    })
+}
+
+impl Transport {
+    /// The slot over it, which is also the number of the guest's device.
+    pub(super) fn index(self) -> usize {
+        let mut all = Transport::ALL.into_iter();
+        all.position(|other| other == self).unwrap_or_default()
+    }
+}

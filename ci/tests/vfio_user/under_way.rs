@@ -1,0 +1,272 @@
+//! A broker that is replaced, or killed, while messages of the VM are under way: what a user is told of it in
+//! `docs/architecture.md`.
+
+use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::ScopedJoinHandle;
+
+use super::relay::Half;
+use super::*;
+
+/// A vector of the host, and what is written to the doorbell to ring it.
+const VECTOR: usize = 3;
+const RING: u32 = (HOST << 16 | VECTOR) as u32;
+
+/// How long QEMU waits for an answer (`x-msg-timeout`).
+const PATIENCE_OF_QEMU: Duration = Duration::from_secs(5);
+
+/// How long the firmware may need once the device has its addresses.
+const FIRMWARE: Duration = Duration::from_secs(3);
+
+fn doorbell(device: &PciDevice) -> u64 {
+    device.bars[0].0 + 12
+}
+
+/// A host app, which ends with the test.
+struct App(Child);
+
+impl Drop for App {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn ended<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    let outcome = thread.join();
+    outcome.map_err(|_| anyhow::anyhow!("a thread panicked"))?
+}
+
+/// Rings without a pause until it is to stop: how often.
+fn ring_on(machine: &mut Bare, device: &PciDevice, stop: &AtomicBool) -> Result<u64> {
+    let mut count = 0;
+    while !stop.load(Ordering::Relaxed) {
+        machine.write(doorbell(device), RING)?;
+        count += 1;
+    }
+    Ok(count)
+}
+
+#[test]
+fn no_ring_is_lost_or_doubled_while_brokers_take_over() -> Result<()> {
+    const TIMES: u64 = 10;
+    let mut setting = Setting::new("1M")?;
+    let (mut machine, device) = setting.machine()?;
+    // The interrupt line, of which QEMU has no copy.
+    machine.write(device.config + 0x3c, 0x5a)?;
+    rings(&setting.bells[HOST][VECTOR]);
+    let stop = AtomicBool::new(false);
+    let broker = &mut setting.broker;
+    let rung = thread::scope(|scope| {
+        let ringing = scope.spawn(|| ring_on(&mut machine, &device, &stop));
+        let replaced = (0..TIMES).try_for_each(|time| {
+            // At another moment each time.
+            thread::sleep(Duration::from_micros(10_000 + 1_237 * time));
+            broker.replace()
+        });
+        stop.store(true, Ordering::Relaxed);
+        let rung = ended(ringing)?;
+        replaced.map(|()| rung)
+    })?;
+    println!("{rung} rings while {TIMES} brokers took over");
+    ensure!(
+        rung > 20 * TIMES,
+        "only {rung} rings: mostly none was under way"
+    );
+    assert_eq!(rings(&setting.bells[HOST][VECTOR]), rung);
+    assert_eq!(machine.read(device.config + 0x3c)? & 0xff, 0x5a);
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
+
+/// QEMU 11.1 ends when reading from its server fails (`vfio_user_recv_hdr` sets an error twice), as it does once a broker is
+/// gone that had something unread.
+#[test]
+fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()> {
+    let ring = |machine: &mut Bare, device: &PciDevice| machine.write(doorbell(device), RING);
+    let reset =
+        |machine: &mut Bare, _: &PciDevice| machine.qmp("system_reset", &json!({})).map(drop);
+    let acts: [fn(&mut Bare, &PciDevice) -> Result<()>; 2] = [ring, reset];
+    for act in acts {
+        let mut setting = Setting::new("1M")?;
+        let direct = Config {
+            arguments: setting.broker.arguments(0)?,
+            ..setting.config()?
+        };
+        let mut machine = Bare::start(Artifacts::shared()?, &direct)?;
+        let device = machine.device("barlink0")?;
+        let mut app = setting.broker.app(["recv"]);
+        let mut app = App(app.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
+        wait_until("the host app is there", || {
+            let claims = setting.broker.inspect()?["broker"]["claims"].take();
+            Ok(claims.as_array().is_some_and(|claims| claims.len() == 1))
+        })?;
+        let broker = &mut setting.broker;
+        broker.signal(Signal::STOP)?;
+        thread::scope(|scope| {
+            // It ends with QEMU.
+            scope.spawn(|| act(&mut machine, &device));
+            thread::sleep(Duration::from_millis(300));
+            broker.kill()
+        })?;
+        assert!(!machine.end()?.success());
+        assert_eq!(app.0.try_wait()?, None, "the host app goes on");
+        let refused = broker.inspect();
+        let error = format!("{:#}", refused.expect_err("nobody answers"));
+        assert!(error.contains("no broker"), "{error}");
+        // A broker that is started now has another region, and serves the next VM.
+        broker.start_again()?;
+        let mut next = Bare::start(Artifacts::shared()?, &direct)?;
+        let device = next.device("barlink0")?;
+        next.write(doorbell(&device), RING)?;
+        let magic = next.read(device.bars[0].0 + 0x10)?;
+        assert_eq!(magic, u32::from_le_bytes(*b"barl"));
+        assert_eq!(next.errors()?, "");
+    }
+    Ok(())
+}
+
+/// Without a service manager the connection ends with the broker.
+#[test]
+fn vm_waits_for_the_answer_of_a_broker_that_is_gone_and_goes_on() -> Result<()> {
+    let mut setting = Setting::new("1M")?;
+    let (mut machine, device) = setting.machine()?;
+    // Until then it moves memory about, for which QEMU would end.
+    setting.wait_for_firmware()?;
+    setting.relay.keep(Half::Answer, WRITE);
+    let start = Instant::now();
+    let (relay, broker) = (&setting.relay, &mut setting.broker);
+    thread::scope(|scope| {
+        let ringing = scope.spawn(|| machine.write(doorbell(&device), RING));
+        wait_until("it is kept", || Ok(relay.has_kept()))?;
+        broker.kill()?;
+        ended(ringing)
+    })?;
+    let waited = start.elapsed();
+    assert!(waited > PATIENCE_OF_QEMU.mul_f64(0.9), "only {waited:?}");
+    // It waits for no more.
+    let start = Instant::now();
+    let (registers, region) = (device.bars[0].0, device.bars[2].0);
+    machine.write(doorbell(&device), RING)?;
+    assert_eq!(machine.read(registers + 8)?, u32::MAX);
+    assert!(start.elapsed() < PATIENCE_OF_QEMU);
+    machine.write(region + 4096, 0x600d_600d)?;
+    assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
+    Ok(())
+}
+
+/// With a service manager the connection stays, and what was not answered is all that is lost.
+#[test]
+fn message_that_a_killed_broker_did_not_answer_costs_five_seconds() -> Result<()> {
+    let exchanges = [
+        (Half::Message, WRITE),
+        (Half::Answer, WRITE),
+        (Half::Message, RESET),
+        (Half::Answer, UNMAP),
+    ];
+    thread::scope(|scope| {
+        let threads = exchanges.map(|(half, command)| {
+            scope.spawn(move || {
+                let outcome = kill_within_a_reset(half, command);
+                outcome.with_context(|| format!("{half:?} of {command}"))
+            })
+        });
+        let all = threads.into_iter().map(ended);
+        all.collect::<Result<Vec<()>>>().map(drop)
+    })
+}
+
+fn kill_within_a_reset(half: Half, command: u16) -> Result<()> {
+    let mut setting = Setting::managed()?;
+    let (mut machine, device) = setting.machine()?;
+    enable_interrupts(&mut machine, &device)?;
+    setting.relay.keep(half, command);
+    let start = Instant::now();
+    machine.qmp("system_reset", &json!({}))?;
+    wait_until("it is kept", || Ok(setting.relay.has_kept()))?;
+    setting.broker.kill()?;
+    setting.broker.start_again()?;
+    ensure!(machine.qmp("query-status", &json!({}))?["running"] == true);
+    let waited = start.elapsed();
+    ensure!(waited > PATIENCE_OF_QEMU.mul_f64(0.9), "only {waited:?}");
+    ensure!(machine.errors()?.contains("timed out"));
+    // The firmware sets the device up again, and rings go both ways as before.
+    let device = machine.device("barlink0")?;
+    enable_interrupts(&mut machine, &device)?;
+    interrupts_come(&setting, &mut machine)?;
+    rings(&setting.bells[HOST][VECTOR]);
+    machine.write(doorbell(&device), RING)?;
+    ensure!(rings(&setting.bells[HOST][VECTOR]) == 1);
+    Ok(())
+}
+
+fn interrupts_come(setting: &Setting, machine: &mut Bare) -> Result<()> {
+    machine.fill(TARGET, 64, 0)?;
+    ring(&setting.bells[0][2])?;
+    wait_until("the interrupt comes", || {
+        Ok(machine.read(TARGET + 8)? == 0xfeed_0002)
+    })
+}
+
+#[test]
+fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again() -> Result<()> {
+    let mut setting = Setting::managed()?;
+    let (mut machine, device) = setting.machine()?;
+    setting.relay.keep(Half::Message, SET_IRQS);
+    let (relay, broker) = (&setting.relay, &mut setting.broker);
+    thread::scope(|scope| {
+        let enabling = scope.spawn(|| enable_interrupts(&mut machine, &device));
+        wait_until("it is kept", || Ok(relay.has_kept()))?;
+        broker.kill()?;
+        broker.start_again()?;
+        ended(enabling)
+    })?;
+    let errors = machine.errors()?;
+    assert!(errors.contains("failed to enable vectors"), "{errors}");
+    machine.fill(TARGET, 64, 0)?;
+    ring(&setting.bells[0][2])?;
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(
+        machine.read(TARGET + 8)?,
+        0,
+        "QEMU has given nobody an eventfd"
+    );
+    // As a driver does that is loaded again, or a guest that reboots.
+    machine.write(device.config + 0x40, 0)?;
+    enable_interrupts(&mut machine, &device)?;
+    interrupts_come(&setting, &mut machine)
+}
+
+/// QEMU reads the end of its connection then, and no error.
+#[test]
+fn broker_stopped_amid_rings_leaves_the_vm_running() -> Result<()> {
+    for _ in 0..2 {
+        let setting = Setting::new("1M")?;
+        let direct = Config {
+            arguments: setting.broker.arguments(0)?,
+            ..setting.config()?
+        };
+        let mut machine = Bare::start(Artifacts::shared()?, &direct)?;
+        let device = machine.device("barlink0")?;
+        // Without a relay nobody can tell when the firmware is through. Until then it moves memory about, for which QEMU would
+        // end.
+        thread::sleep(FIRMWARE);
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let ringing = scope.spawn(|| ring_on(&mut machine, &device, &stop));
+            thread::sleep(Duration::from_millis(100));
+            let signalled = setting.broker.signal(Signal::INT);
+            wait_until("the broker has ended", || {
+                Ok(setting.broker.inspect().is_err())
+            })?;
+            stop.store(true, Ordering::Relaxed);
+            ensure!(ended(ringing)? > 20, "no ring was under way");
+            signalled
+        })?;
+        let region = device.bars[2].0;
+        machine.write(region + 4096, 0x600d_600d)?;
+        assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
+    }
+    Ok(())
+}
