@@ -19,4 +19,6 @@ mod vfio_user_client;
 mod vfio_user_guest;
 mod vfio_user_hostile;
 mod vfio_user_replace;
+mod vhost_user;
+mod vhost_user_client;
 mod vmm;

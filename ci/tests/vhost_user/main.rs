@@ -150,3 +150,153 @@ fn region_is_there_once_the_driver_is_ready_and_again_after_each_reset() -> Resu
     assert_eq!(machine.errors()?, "");
     Ok(())
 }
+
+#[test]
+fn queues_carry_doorbells_and_interrupts() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, mut driver) = setting.machine()?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    mapped(&mut machine, &driver)?;
+    setting.bells.iter().flatten().for_each(|bell| {
+        rings(bell);
+    });
+    for (count, (peer, vector)) in (1..).zip([(HOST, 3), (1, 2), (HOST, 0)]) {
+        driver.put(&mut machine, 0, (peer << 16 | vector) as u32, false)?;
+        wait_until("the doorbell is returned", || {
+            Ok(driver.returned(&mut machine, 0)?.len() == count)
+        })?;
+        for (place, bell) in setting.bells.iter().flatten().enumerate() {
+            let rung = place == peer * VECTORS + vector;
+            assert_eq!(rings(bell), u64::from(rung), "{place}");
+        }
+    }
+    for vector in 0..VECTORS {
+        driver.put(&mut machine, 1, u32::MAX, true)?;
+        ring(&setting.bells[0][vector])?;
+        wait_until("the interrupt comes", || {
+            Ok(driver.returned(&mut machine, 1)?.len() == vector + 1)
+        })?;
+        let last = driver.returned(&mut machine, 1)?.pop();
+        assert_eq!(last, Some((4, vector as u32)));
+        wait_until("the device asserts its interrupt", || {
+            driver.interrupted(&mut machine)
+        })?;
+    }
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
+
+#[test]
+fn reset_of_the_machine_reaches_the_broker_and_a_pause_does_not() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, mut driver) = setting.machine()?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    mapped(&mut machine, &driver)?;
+    let before = setting.connection()?;
+    for _ in 0..3 {
+        machine.qmp("stop", &json!({}))?;
+        thread::sleep(A_WHILE);
+        assert_eq!(machine.read(driver.region.address)?, MAGIC, "unmapped");
+        machine.qmp("cont", &json!({}))?;
+        thread::sleep(A_WHILE);
+        assert_eq!(machine.read(driver.region.address)?, MAGIC);
+    }
+    assert_eq!(setting.connection()?, before);
+    driver.put(&mut machine, 0, (HOST << 16) as u32, false)?;
+    wait_until("the doorbell is returned", || {
+        Ok(driver.returned(&mut machine, 0)?.len() == 1)
+    })?;
+    machine.qmp("system_reset", &json!({}))?;
+    thread::sleep(A_WHILE);
+    wait_until("the firmware is through", || {
+        Ok(machine.read(driver.device.config + 4)? & 2 != 0)
+    })?;
+    let device = machine.device("barlink0")?;
+    let mut driver = Driver::find(&mut machine, device)?;
+    assert_eq!(machine.read(driver.region.address)?, 0, "mapped still");
+    driver.prepare(&mut machine)?;
+    let seen = machine.read(driver.config.address + 24)?;
+    assert_eq!(u64::from(seen), before + 1);
+    assert_eq!(setting.connection()?, before + 1);
+    driver.start(&mut machine)?;
+    mapped(&mut machine, &driver)?;
+    println!("QEMU says: {}", machine.errors()?);
+    Ok(())
+}
+
+#[test]
+fn qemu_that_is_refused_by_vhost_user_ends_at_once() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (first, _) = setting.machine()?;
+    let start = Instant::now();
+    let refused = Bare::start(Artifacts::shared()?, &setting.config()?);
+    let error = format!("{:#}", refused.expect_err("the slot is taken"));
+    println!("after {:?}: {error}", start.elapsed());
+    ensure!(first.qmp("query-status", &json!({}))?["running"] == true);
+    // Once there is room, it goes.
+    drop(first);
+    wait_until("the slot is free", || {
+        Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+    })?;
+    setting.machine()?;
+    Ok(())
+}
+
+/// What a user is warned of: `docs/architecture.md`.
+#[test]
+fn vm_outlives_its_broker_until_it_looks_at_the_device() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, mut driver) = setting.machine()?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    mapped(&mut machine, &driver)?;
+    setting.broker.signal(Signal::KILL)?;
+    thread::sleep(A_WHILE);
+    let region = driver.region.address;
+    machine.write(region + 4096, 0x600d_600d)?;
+    assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
+    machine.qmp("query-status", &json!({}))?;
+    machine
+        .read(driver.config.address)
+        .expect_err("QEMU lives on");
+    let status = machine.end()?;
+    println!("{status}: {}", machine.errors()?);
+    assert!(!status.success());
+    Ok(())
+}
+
+#[test]
+fn qemu_without_shared_memory_is_let_go_with_a_reason() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let config = Config {
+        shared_memory: false,
+        ..setting.config()?
+    };
+    let started = Bare::start(Artifacts::shared()?, &config);
+    match started {
+        Err(error) => println!("{error:#}"),
+        Ok(mut machine) => {
+            let device = machine.device("barlink0")?;
+            let mut driver = Driver::find(&mut machine, device)?;
+            driver.prepare(&mut machine)?;
+            println!("start: {:?}", driver.start(&mut machine));
+            thread::sleep(A_WHILE);
+            println!("QEMU: {}", machine.errors()?);
+            println!("broker: {}", setting.broker.log()?);
+            println!("region: {:?}", machine.read(driver.region.address));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn qemu_refuses_to_migrate() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (machine, _) = setting.machine()?;
+    let nowhere = json!({ "uri": "exec:cat >/dev/null" });
+    let refused = machine.qmp("migrate", &nowhere);
+    println!("{refused:?}");
+    Ok(())
+}

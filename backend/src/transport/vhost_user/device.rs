@@ -60,6 +60,8 @@ pub struct Device {
     /// Rung when one of the daemon's threads ends.
     over: Arc<Bell>,
     ending: AtomicBool,
+    /// Why the worker has ended.
+    failure: Mutex<Option<String>>,
 }
 
 #[derive(Debug, Default)]
@@ -106,6 +108,7 @@ impl Device {
             nudge: Bell::new()?,
             over: Arc::clone(over),
             ending: AtomicBool::new(false),
+            failure: Mutex::default(),
         })
     }
 
@@ -121,6 +124,12 @@ impl Device {
         self.ending.store(true, Ordering::Release);
         // Full or not, it is rung.
         let _ = self.nudge.ring();
+    }
+
+    /// Why the worker has ended, if it was not told to.
+    pub fn failure(&self) -> Option<String> {
+        let failure = self.failure.lock();
+        failure.unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// From here on the end of the calling thread is noticed.
@@ -174,6 +183,11 @@ impl Device {
             Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    fn fail(&self, what: &str, error: &io::Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        *failure = Some(format!("{what}: {error}"));
     }
 
     /// The guest that was there is gone.
@@ -343,10 +357,11 @@ impl VhostUserBackend for Device {
             let (word, bit) = (vector / 64, vector % 64);
             self.pending[usize::from(word)].fetch_or(1 << bit, Ordering::Relaxed);
         } else if event != NUDGE {
-            self.start(queues)?;
+            self.start(queues).inspect_err(|error| self.fail("cannot have the region mapped", error))?;
         }
         if event == NUDGE || usize::from(event) == QUEUE_DOORBELLS {
-            self.obey(&queues[QUEUE_DOORBELLS])?;
+            self.obey(&queues[QUEUE_DOORBELLS])
+                .inspect_err(|error| self.fail("cannot call its own thread", error))?;
         }
         self.deliver(&queues[QUEUE_INTERRUPTS]);
         Ok(())
