@@ -39,7 +39,11 @@ pub enum Transport {
 
 impl Transport {
     /// All of them.
-    pub const ALL: [Transport; 3] = [Transport::Ivshmem, Transport::VfioUser, Transport::VhostUser];
+    pub const ALL: [Transport; 3] = [
+        Transport::Ivshmem,
+        Transport::VfioUser,
+        Transport::VhostUser,
+    ];
 
     /// Those whose device the guest's driver knows.
     pub const WITH_DRIVER: [Transport; 2] = [Transport::Ivshmem, Transport::VfioUser];

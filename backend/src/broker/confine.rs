@@ -161,9 +161,7 @@ fn filter(inlets: bool) -> Result<(), seccompiler::Error> {
     if inlets {
         let unix = u64::from(libc::AF_UNIX.unsigned_abs());
         let stream = u64::from((libc::SOCK_STREAM | libc::SOCK_CLOEXEC).unsigned_abs());
-        let is = |argument, value| {
-            SeccompCondition::new(argument, Size::Dword, Compare::Eq, value)
-        };
+        let is = |argument, value| SeccompCondition::new(argument, Size::Dword, Compare::Eq, value);
         for (call, conditions) in [
             (libc::SYS_socket, vec![is(0, unix)?, is(1, stream)?]),
             (libc::SYS_bind, vec![is(2, NO_ADDRESS)?]),

@@ -21,4 +21,5 @@ mod vfio_user_hostile;
 mod vfio_user_replace;
 mod vhost_user;
 mod vhost_user_client;
+mod vhost_user_hostile;
 mod vmm;

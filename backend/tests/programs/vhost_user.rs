@@ -38,7 +38,12 @@ fn configuration_says_what_the_driver_must_know() {
     assert_eq!(word(&bytes, config::CONNECTION), 1);
     assert_eq!(word(&bytes, config::REGION_SIZE), 2 << 20);
     assert_eq!(word(&bytes, config::REGION_SIZE + 4), 0);
-    assert!(bytes[40..].iter().chain(&bytes[28..32]).all(|byte| *byte == 0));
+    assert!(
+        bytes[40..]
+            .iter()
+            .chain(&bytes[28..32])
+            .all(|byte| *byte == 0)
+    );
     let regions = client.frontend.get_shmem_config().unwrap();
     let (count, sizes) = (regions.nregions, regions.memory_sizes);
     assert_eq!((count, sizes[0], sizes[1]), (1, 2 << 20, 0));
@@ -182,14 +187,14 @@ fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
     client.put(0, HOST << 16, 4, false);
     client.wait_for(0, 1);
     assert_eq!(connection(), 1);
-    // Paused: QEMU goes on from the same indices, and has the mapping still, so it refuses another.
+    // Paused: QEMU goes on from the same indices, and has the mapping still, so it is not asked.
     let bases = client.stop();
     assert_eq!(bases, [1, 0]);
     client.start_from(bases);
-    client.map(false);
     client.put(0, HOST << 16, 4, false);
     client.wait_for(0, 2);
     assert_eq!(connection(), 1);
+    assert!(client.wishes.try_recv().is_err(), "it has the mapping");
     // Reset: a new driver looks at the configuration first, and sees the new number.
     client.stop();
     rings(host);
@@ -207,6 +212,14 @@ fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
     client.start();
     client.map(true);
     wait_until("the reset is noticed", || connection() == 3);
+    // Paused before anything was rung: the VMM refuses, since it has the mapping.
+    let bases = client.stop();
+    assert_eq!(bases, [0, 0]);
+    client.start_from(bases);
+    client.map(false);
+    client.put(0, HOST << 16, 4, false);
+    client.wait_for(0, 1);
+    assert_eq!(connection(), 3);
 }
 
 #[test]

@@ -12,7 +12,8 @@ use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserMMap, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{
-    Error, Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandler,
+    Error, Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend,
+    VhostUserFrontendReqHandler,
 };
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -119,8 +120,7 @@ impl Client {
         assert_eq!(offered, expected);
         frontend.set_protocol_features(offered).unwrap();
         let (sender, wishes) = channel();
-        let mut way_back =
-            FrontendReqHandler::new(Arc::new(WayBack(Mutex::new(sender)))).unwrap();
+        let mut way_back = FrontendReqHandler::new(Arc::new(WayBack(Mutex::new(sender)))).unwrap();
         way_back.set_reply_ack_flag(true);
         struct Raw(i32);
         impl AsRawFd for Raw {

@@ -79,11 +79,17 @@ impl Driver {
                     length |= u64::from(machine.read(at + 20)?) << 32;
                 }
                 let address = device.bars.get(bar).map_or(0, |bar| bar.0) + offset;
-                found.entry(kind).or_insert((Place { address, length }, id, more));
+                found
+                    .entry(kind)
+                    .or_insert((Place { address, length }, id, more));
             }
             next = header >> 8 & 0xff;
         }
-        let place = |kind| found.get(&kind).with_context(|| format!("no structure {kind}"));
+        let place = |kind| {
+            found
+                .get(&kind)
+                .with_context(|| format!("no structure {kind}"))
+        };
         let (region, region_id, _) = *place(SHARED_MEMORY)?;
         let (notify, _, step) = *place(NOTIFY)?;
         Ok(Driver {

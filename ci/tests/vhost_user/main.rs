@@ -195,19 +195,24 @@ fn reset_of_the_machine_reaches_the_broker_and_a_pause_does_not() -> Result<()> 
     driver.start(&mut machine)?;
     mapped(&mut machine, &driver)?;
     let before = setting.connection()?;
-    for _ in 0..3 {
+    // Before anything was rung nobody can tell it from a reset; QEMU can, complains, and goes on.
+    for (count, complaint) in [(1, "mapping overlap"), (2, ""), (3, "")] {
+        let complaints = machine.errors()?.len();
         machine.qmp("stop", &json!({}))?;
         thread::sleep(A_WHILE);
         assert_eq!(machine.read(driver.region.address)?, MAGIC, "unmapped");
         machine.qmp("cont", &json!({}))?;
         thread::sleep(A_WHILE);
         assert_eq!(machine.read(driver.region.address)?, MAGIC);
+        let complaints = machine.errors()?.split_off(complaints);
+        assert!(complaints.contains(complaint), "{complaints}");
+        assert_eq!(complaints.is_empty(), complaint.is_empty(), "{complaints}");
+        driver.put(&mut machine, 0, (HOST << 16) as u32, false)?;
+        wait_until("the doorbell is returned", || {
+            Ok(driver.returned(&mut machine, 0)?.len() == count)
+        })?;
     }
     assert_eq!(setting.connection()?, before);
-    driver.put(&mut machine, 0, (HOST << 16) as u32, false)?;
-    wait_until("the doorbell is returned", || {
-        Ok(driver.returned(&mut machine, 0)?.len() == 1)
-    })?;
     machine.qmp("system_reset", &json!({}))?;
     thread::sleep(A_WHILE);
     wait_until("the firmware is through", || {
@@ -222,7 +227,6 @@ fn reset_of_the_machine_reaches_the_broker_and_a_pause_does_not() -> Result<()> 
     assert_eq!(setting.connection()?, before + 1);
     driver.start(&mut machine)?;
     mapped(&mut machine, &driver)?;
-    println!("QEMU says: {}", machine.errors()?);
     Ok(())
 }
 
@@ -233,7 +237,8 @@ fn qemu_that_is_refused_by_vhost_user_ends_at_once() -> Result<()> {
     let start = Instant::now();
     let refused = Bare::start(Artifacts::shared()?, &setting.config()?);
     let error = format!("{:#}", refused.expect_err("the slot is taken"));
-    println!("after {:?}: {error}", start.elapsed());
+    assert!(error.contains("vhost_backend_init failed"), "{error}");
+    assert!(start.elapsed() < PATIENCE / 2, "it wedged for a while");
     ensure!(first.qmp("query-status", &json!({}))?["running"] == true);
     // Once there is room, it goes.
     drop(first);
@@ -262,32 +267,60 @@ fn vm_outlives_its_broker_until_it_looks_at_the_device() -> Result<()> {
         .read(driver.config.address)
         .expect_err("QEMU lives on");
     let status = machine.end()?;
-    println!("{status}: {}", machine.errors()?);
     assert!(!status.success());
+    let errors = machine.errors()?;
+    assert!(
+        errors.contains("vhost_dev_get_config: Assertion"),
+        "{errors}"
+    );
     Ok(())
 }
 
 #[test]
-fn qemu_without_shared_memory_is_let_go_with_a_reason() -> Result<()> {
+fn qemu_that_does_not_share_its_memory_has_no_region_and_says_why() -> Result<()> {
     let setting = Setting::new("1M")?;
     let config = Config {
         shared_memory: false,
         ..setting.config()?
     };
-    let started = Bare::start(Artifacts::shared()?, &config);
-    match started {
-        Err(error) => println!("{error:#}"),
-        Ok(mut machine) => {
-            let device = machine.device("barlink0")?;
-            let mut driver = Driver::find(&mut machine, device)?;
-            driver.prepare(&mut machine)?;
-            println!("start: {:?}", driver.start(&mut machine));
-            thread::sleep(A_WHILE);
-            println!("QEMU: {}", machine.errors()?);
-            println!("broker: {}", setting.broker.log()?);
-            println!("region: {:?}", machine.read(driver.region.address));
-        }
-    }
+    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    let device = machine.device("barlink0")?;
+    let mut driver = Driver::find(&mut machine, device)?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    thread::sleep(A_WHILE);
+    assert_eq!(machine.read(driver.region.address)?, 0);
+    let errors = machine.errors()?;
+    assert!(errors.contains("share=on"), "{errors}");
+    // Nor is it asked to map the region: it would end.
+    machine.qmp("query-status", &json!({}))?;
+    Ok(())
+}
+
+/// The broker would end with it, if somebody shortened the file.
+#[test]
+fn guest_memory_that_is_a_plain_file_is_refused_with_the_cure() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let mut config = Config {
+        shared_memory: false,
+        ..setting.config()?
+    };
+    let file = setting.broker.folder().join("ram").display().to_string();
+    let object = format!("memory-backend-file,id=file,size=128M,share=on,mem-path={file}");
+    config.arguments.extend(["-object".to_owned(), object]);
+    let words = ["-machine", "memory-backend=file"];
+    config.arguments.extend(words.map(str::to_owned));
+    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    let device = machine.device("barlink0")?;
+    let mut driver = Driver::find(&mut machine, device)?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    wait_until("it is let go", || {
+        Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+    })?;
+    let log = setting.broker.log()?;
+    assert!(log.contains("memory-backend-memfd"), "{log}");
+    assert_eq!(machine.read(driver.region.address)?, 0);
     Ok(())
 }
 
@@ -297,6 +330,7 @@ fn qemu_refuses_to_migrate() -> Result<()> {
     let (machine, _) = setting.machine()?;
     let nowhere = json!({ "uri": "exec:cat >/dev/null" });
     let refused = machine.qmp("migrate", &nowhere);
-    println!("{refused:?}");
+    let error = format!("{:#}", refused.expect_err("it migrates"));
+    assert!(error.contains("non-migratable device"), "{error}");
     Ok(())
 }

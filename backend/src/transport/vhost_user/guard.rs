@@ -136,12 +136,15 @@ impl<'a> Guard<'a> {
         ))?;
         let descriptors = &message.descriptors;
         match brings {
-            Brings::Nothing if !descriptors.is_empty() => Err(Refused::Message(
-                "it sent a descriptor where none belongs",
-            )),
+            Brings::Nothing if !descriptors.is_empty() => {
+                Err(Refused::Message("it sent a descriptor where none belongs"))
+            }
             Brings::Memory if !descriptors.iter().all(is_safe) => Err(Refused::Message(
                 "its guest memory is no memfd that is sealed against shrinking: give QEMU \
                  -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram",
+            )),
+            Brings::Memory if !ranges_are_there(message) => Err(Refused::Message(
+                "it shares ranges of memory that its files do not have",
             )),
             Brings::Eventfd if !descriptors.iter().all(is_eventfd) => Err(Refused::Message(
                 "it sent something else than an eventfd for a queue",
@@ -203,6 +206,35 @@ fn pass(
     check(&message)?;
     message.send(to)?;
     Ok(true)
+}
+
+/// Whether each range of a table of memory is within the file that came along for it. To touch what is not would be SIGBUS, and
+/// the daemon does not look. The table has the number of ranges, in eight bytes, and four numbers for each: guest-physical
+/// address, length, address in the VMM, offset in the file.
+fn ranges_are_there(message: &Message) -> bool {
+    let body = message.body();
+    let numbers: Vec<_> = body
+        .chunks_exact(8)
+        .map(|bytes| {
+            bytes
+                .iter()
+                .rev()
+                .fold(0, |number, byte| number << 8 | u64::from(*byte))
+        })
+        .collect();
+    let Some((count, ranges)) = numbers.split_first() else {
+        return false;
+    };
+    // The upper half means nothing.
+    let matches = usize::try_from(count & 0xffff_ffff) == Ok(message.descriptors.len());
+    let files = message.descriptors.iter();
+    matches
+        && ranges.len() == 4 * message.descriptors.len()
+        && ranges.chunks(4).zip(files).all(|(range, file)| {
+            let length = rustix::fs::fstat(file).map_or(0, |stat| stat.st_size);
+            let end = range[1].checked_add(range[3]);
+            end.is_some_and(|end| u64::try_from(length).is_ok_and(|length| end <= length))
+        })
 }
 
 fn is_eventfd(descriptor: &OwnedFd) -> bool {

@@ -153,6 +153,11 @@ impl Message {
         self.word(0)
     }
 
+    /// What follows the header.
+    pub fn body(&self) -> &[u8] {
+        &self.bytes[HEADER..]
+    }
+
     fn word(&self, index: usize) -> u32 {
         let mut word = [0; 4];
         word.copy_from_slice(&self.bytes[4 * index..][..4]);

@@ -41,7 +41,8 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
     let (listener, client) = inlet.map_err(TransportError::Receive)?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let name = format!("slot {}: vhost", slot.id());
-    let mut daemon = VhostUserDaemon::new(name, Arc::clone(&device), memory).map_err(daemon_fails)?;
+    let mut daemon =
+        VhostUserDaemon::new(name, Arc::clone(&device), memory).map_err(daemon_fails)?;
     let ending = Ending(&device);
     for worker in daemon.get_epoll_handlers() {
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
