@@ -162,6 +162,8 @@ impl Door {
             warn!(
                 "slot {id}: its VM is let go: its session was in the last broker, and has ended with it"
             );
+            // A service manager may have its connection for a while yet.
+            self.transport.abort(&vm);
             return;
         }
         match Peer::of(&vm) {

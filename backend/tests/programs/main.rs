@@ -22,4 +22,5 @@ mod vfio_user_replace;
 mod vhost_user;
 mod vhost_user_client;
 mod vhost_user_hostile;
+mod vhost_user_replace;
 mod vmm;

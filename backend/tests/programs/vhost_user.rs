@@ -268,3 +268,26 @@ fn slot_of_vhost_user_is_free_again_and_nothing_is_left() {
     }
     assert_eq!(settle(), before);
 }
+
+#[test]
+fn qemu_args_of_vhost_user_leave_the_memory_to_the_user_and_say_so() {
+    let broker = serve_vhost_user(&[]);
+    let output = run(&mut broker.app(&["qemu-args", "--slot", "1", "--id", "two"]));
+    assert!(output.status.success());
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let socket = broker.path("user.sock").display().to_string();
+    assert_eq!(
+        printed.trim_end(),
+        format!(
+            "-chardev socket,id=two-socket,path={socket} \
+             -device pcie-root-port,id=two-port,chassis=64,pref64-reserve=8G \
+             -device vhost-user-test-device-pci,id=two,bus=two-port,chardev=two-socket,\
+             virtio-id=6,num_vqs=2,vq_size=64,config_size=64"
+        )
+    );
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains("-object memory-backend-memfd,id=ram,share=on,size=SIZE"));
+    let libvirt = works(&mut broker.app(&["qemu-args", "--slot", "1", "--libvirt"]));
+    assert!(libvirt.contains("vhost-user-test-device-pci"));
+}

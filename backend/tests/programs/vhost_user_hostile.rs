@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::SealFlags;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -215,21 +216,28 @@ fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
 #[test]
 fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
     let broker = serve_vhost_user(&[]);
-    for seals in [SealFlags::empty(), SealFlags::GROW] {
-        let client = Client::greet(&broker);
-        client.frontend.set_features(1 << 32 | 1 << 30).unwrap();
-        client.share(&memory(seals)).unwrap();
-        assert!(is_closed(&client.socket));
-        let log = broker.log();
-        let line = log.lines().find(|line| line.contains("let go")).unwrap();
-        assert!(line.contains("-object memory-backend-memfd"), "{line}");
-    }
-    // On a disk, where it has no seals at all.
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(MEMORY).unwrap();
+    let on_disk = tempfile::tempfile().unwrap();
+    on_disk.set_len(MEMORY).unwrap();
+    let files = [memory(SealFlags::empty()), memory(SealFlags::GROW), on_disk];
     let client = Client::greet(&broker);
-    client.share(&file).unwrap();
-    assert!(is_closed(&client.socket));
+    client
+        .frontend
+        .set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    for file in &files {
+        client.share(file).unwrap_err();
+    }
+    let log = broker.log();
+    let line = log.lines().find(|line| line.contains("sealed")).unwrap();
+    assert!(line.contains("-object memory-backend-memfd"), "{line}");
+    // The session goes on, with memory that is safe.
+    client.share(&client.memory).unwrap();
+    drop(client);
+    // Who wants no answer is let go.
+    for file in &files {
+        let client = Client::greet(&broker);
+        client.share(file).unwrap();
+        assert!(is_closed(&client.socket));
+    }
     others_are_served(&broker);
 }
 

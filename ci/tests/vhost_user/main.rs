@@ -315,12 +315,16 @@ fn guest_memory_that_is_a_plain_file_is_refused_with_the_cure() -> Result<()> {
     let mut driver = Driver::find(&mut machine, device)?;
     driver.prepare(&mut machine)?;
     driver.start(&mut machine)?;
-    wait_until("it is let go", || {
-        Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+    wait_until("the reason is said", || {
+        Ok(setting.broker.log()?.contains("memory-backend-memfd"))
     })?;
-    let log = setting.broker.log()?;
-    assert!(log.contains("memory-backend-memfd"), "{log}");
     assert_eq!(machine.read(driver.region.address)?, 0);
+    let errors = machine.errors()?;
+    assert!(
+        errors.contains("Error starting vhost-user-base"),
+        "{errors}"
+    );
+    machine.qmp("query-status", &json!({}))?;
     Ok(())
 }
 

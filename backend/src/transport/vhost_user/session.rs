@@ -55,7 +55,7 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
     let started = daemon.start(&mut Listener::from(listener));
     started.map_err(daemon_fails)?;
     let departure = {
-        let guard = Guard::new(vm, &client).map_err(TransportError::Receive)?;
+        let guard = Guard::new(slot.id(), vm, &client).map_err(TransportError::Receive)?;
         guard.run(&over)?
     };
     drop(ending);
