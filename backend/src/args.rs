@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn sockets_keep_the_order_of_the_command_line() {
-        let words = "barlink serve --vfio-user a --ivshmem b --size 1M --ivshmem c --vfio-user d";
+        let words = "barlink serve --vfio-user a --ivshmem b --size 1M --vhost-user x --ivshmem c --vfio-user d";
         let cli = Cli::try_parse_from(words.split(' ')).unwrap();
         let Command::Serve(serve) = cli.command else {
             panic!("{cli:?}");
@@ -354,6 +354,7 @@ mod tests {
         let expected = [
             (Way::VfioUser, "a"),
             (Way::Ivshmem, "b"),
+            (Way::VhostUser, "x"),
             (Way::Ivshmem, "c"),
             (Way::VfioUser, "d"),
         ];

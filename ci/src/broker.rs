@@ -40,7 +40,11 @@ pub enum Transport {
 
 impl Transport {
     /// All of them.
-    pub const ALL: [Transport; 3] = [Transport::Ivshmem, Transport::VfioUser, Transport::VhostUser];
+    pub const ALL: [Transport; 3] = [
+        Transport::Ivshmem,
+        Transport::VfioUser,
+        Transport::VhostUser,
+    ];
 
     /// Its name.
     pub fn name(self) -> &'static str {

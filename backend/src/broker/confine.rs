@@ -161,9 +161,7 @@ fn filter(inlets: bool) -> Result<(), seccompiler::Error> {
     if inlets {
         let unix = u64::from(libc::AF_UNIX.unsigned_abs());
         let stream = u64::from((libc::SOCK_STREAM | libc::SOCK_CLOEXEC).unsigned_abs());
-        let is = |argument, value| {
-            SeccompCondition::new(argument, Size::Dword, Compare::Eq, value)
-        };
+        let is = |argument, value| SeccompCondition::new(argument, Size::Dword, Compare::Eq, value);
         for (call, conditions) in [
             (libc::SYS_socket, vec![is(0, unix)?, is(1, stream)?]),
             (libc::SYS_bind, vec![is(2, NO_ADDRESS)?]),
@@ -181,6 +179,7 @@ fn filter(inlets: bool) -> Result<(), seccompiler::Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
     use std::process::Command;
@@ -228,6 +227,44 @@ mod tests {
         );
     }
 
+    #[test]
+    fn filter_with_inlets_leaves_these_and_no_other_socket() {
+        on_a_thread(
+            || filter(true).is_ok(),
+            |folder| {
+                for _ in 0..3 {
+                    let (listener, mut ours) = crate::transport::open_inlet().unwrap();
+                    let (mut accepted, _) = listener.accept().unwrap();
+                    ours.write_all(b"ours").unwrap();
+                    let mut bytes = [0; 4];
+                    accepted.read_exact(&mut bytes).unwrap();
+                    assert_eq!(&bytes, b"ours");
+                }
+                let unknown = Some(libc::ENOSYS);
+                let failed = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();
+                let connected = UnixStream::connect(folder.join("socket")).map(drop);
+                assert_eq!(failed(connected), unknown);
+                let bound = UnixListener::bind(folder.join("another")).map(drop);
+                assert_eq!(failed(bound), unknown);
+                assert_eq!(failed(UnixDatagram::unbound().map(drop)), unknown);
+                let sent = std::net::UdpSocket::bind("127.0.0.1:0").map(drop);
+                assert_eq!(failed(sent), unknown);
+                let listened = std::net::TcpListener::bind("127.0.0.1:0").map(drop);
+                assert_eq!(failed(listened), unknown);
+            },
+        );
+    }
+
+    #[test]
+    fn landlock_leaves_inlets_and_no_abstract_socket_of_others() {
+        on_a_thread(
+            || restrict().is_ok_and(|done| done),
+            |_| {
+                drop(crate::transport::open_inlet().unwrap());
+            },
+        );
+    }
+
     /// Since version 6 of Landlock, which is Linux 6.12.
     fn scopes_signals() -> bool {
         let release = rustix::system::uname();
@@ -263,6 +300,9 @@ mod tests {
                     .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
                     .build();
                 assert!(memory.is_err(), "{memory:?}");
+                // Not even those of a broker's own daemons.
+                let own = crate::transport::open_inlet().map(drop);
+                assert_eq!(own, Err(Errno::NOSYS));
                 // And a thread can still be started.
                 std::thread::spawn(|| vec![0; 1 << 20]).join().unwrap();
             },

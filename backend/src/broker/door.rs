@@ -159,7 +159,11 @@ impl Door {
     pub fn resume(&self, vm: UnixStream) {
         let id = self.id;
         if !self.transport.outlives_the_broker() {
-            warn!("slot {id}: its VM is let go: its session was in the last broker, and has ended with it");
+            warn!(
+                "slot {id}: its VM is let go: its session was in the last broker, and has ended with it"
+            );
+            // A service manager may have its connection for a while yet.
+            self.transport.abort(&vm);
             return;
         }
         match Peer::of(&vm) {

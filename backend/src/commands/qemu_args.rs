@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use barlink::Access;
 use barlink::protocol::wire::virtio;
 use barlink::transport::{VfioUser, VhostUser};
+use log::warn;
 
 use crate::args::QemuArgs;
 
@@ -48,6 +49,10 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
         arguments.push(("-device", port));
         let place = format!("id={id},bus={id}-port,chardev={id}-socket");
         let device = if slot.transport == VhostUser::NAME {
+            // It is not printed: a VM has its memory from somewhere already, and of which size only its user knows.
+            warn!(
+                "QEMU must share the guest's memory, as by -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram"
+            );
             format!(
                 "vhost-user-test-device-pci,{place},virtio-id={},num_vqs={},vq_size={},config_size={}",
                 virtio::DEVICE_TYPE,

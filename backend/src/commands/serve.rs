@@ -95,7 +95,13 @@ pub fn serve(args: Serve) -> Result<()> {
             slot.transport
         );
     }
-    if broker.shared().status().slots.iter().any(|slot| slot.transport == VhostUser::NAME) {
+    if broker
+        .shared()
+        .status()
+        .slots
+        .iter()
+        .any(|slot| slot.transport == VhostUser::NAME)
+    {
         warn!(
             "vhost-user is experimental, as is QEMU's side of it: QEMU ends if this broker does, and the guest then looks at the device"
         );

@@ -12,6 +12,8 @@ use std::os::unix::net::UnixStream;
 pub use ivshmem::Ivshmem;
 pub use vfio_user::{MAX_RANGES, VfioUser};
 pub use vhost_user::VhostUser;
+#[cfg(test)]
+pub(crate) use vhost_user::open_inlet;
 
 use crate::broker::Slot;
 

@@ -3,6 +3,7 @@
 use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vfio_user_client::{Client, serve_both};
+use crate::vhost_user_client::{self, serve_vhost_user};
 use crate::vmm::*;
 
 /// Panics unless so many threads come to be there, each confined.
@@ -37,6 +38,21 @@ fn broker_of_vfio_user_is_confined() {
     let _client = Client::greet(&broker);
     // One more slot, and this VM in the place of the other.
     check(broker.child.id(), THREADS + 1);
+}
+
+#[test]
+fn broker_of_vhost_user_is_confined() {
+    let broker = serve_vhost_user(&[]);
+    // Twice, since a session makes sockets, threads and mappings when the broker is confined already.
+    for _ in 0..2 {
+        let mut client = vhost_user_client::Client::greet(&broker);
+        client.start();
+        client.map(true);
+        client.put(0, 2 << 16, 4, false);
+        client.wait_for(0, 1);
+        // One more slot; this VM's session, and its daemon's two threads.
+        check(broker.child.id(), THREADS + 3);
+    }
 }
 
 #[test]

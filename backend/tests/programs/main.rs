@@ -20,4 +20,8 @@ mod vfio_user_client;
 mod vfio_user_guest;
 mod vfio_user_hostile;
 mod vfio_user_replace;
+mod vhost_user;
+mod vhost_user_client;
+mod vhost_user_hostile;
+mod vhost_user_replace;
 mod vmm;

@@ -213,8 +213,10 @@ fn placed(device: &Value) -> Option<PciDevice> {
             .filter(|address| *address != u64::MAX)?;
         *bars.get_mut(bar)? = (address, region["size"].as_u64()?);
     }
-    bars.iter().any(|(address, _)| *address > 0).then_some(PciDevice {
-        config: ECAM + place,
-        bars,
-    })
+    bars.iter()
+        .any(|(address, _)| *address > 0)
+        .then_some(PciDevice {
+            config: ECAM + place,
+            bars,
+        })
 }

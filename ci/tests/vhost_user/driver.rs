@@ -7,6 +7,7 @@ use xtask::vm::{Bare, PciDevice};
 /// `VIRTIO_PCI_CAP_` types.
 const COMMON: u32 = 1;
 const NOTIFY: u32 = 2;
+const INTERRUPT_STATUS: u32 = 3;
 const DEVICE: u32 = 4;
 const SHARED_MEMORY: u32 = 8;
 
@@ -49,6 +50,7 @@ pub struct Driver {
     /// The region's window, and its ID.
     pub region: Place,
     pub region_id: u32,
+    interrupt_status: Place,
     notify: Place,
     notify_step: u64,
     /// By queue: buffers that were made available.
@@ -77,11 +79,17 @@ impl Driver {
                     length |= u64::from(machine.read(at + 20)?) << 32;
                 }
                 let address = device.bars.get(bar).map_or(0, |bar| bar.0) + offset;
-                found.entry(kind).or_insert((Place { address, length }, id, more));
+                found
+                    .entry(kind)
+                    .or_insert((Place { address, length }, id, more));
             }
             next = header >> 8 & 0xff;
         }
-        let place = |kind| found.get(&kind).with_context(|| format!("no structure {kind}"));
+        let place = |kind| {
+            found
+                .get(&kind)
+                .with_context(|| format!("no structure {kind}"))
+        };
         let (region, region_id, _) = *place(SHARED_MEMORY)?;
         let (notify, _, step) = *place(NOTIFY)?;
         Ok(Driver {
@@ -89,6 +97,7 @@ impl Driver {
             config: place(DEVICE)?.0,
             region,
             region_id,
+            interrupt_status: place(INTERRUPT_STATUS)?.0,
             notify,
             notify_step: step.into(),
             available: [0; 2],
@@ -175,6 +184,11 @@ impl Driver {
         machine.write_short(common + QUEUE_SELECT, queue)?;
         let step = u64::from(machine.read_short(common + QUEUE_NOTIFY)?) * self.notify_step;
         machine.write_short(self.notify.address + step, queue)
+    }
+
+    /// Whether the device has asserted its interrupt since it was last asked.
+    pub fn interrupted(&self, machine: &mut Bare) -> Result<bool> {
+        Ok(machine.read(self.interrupt_status.address)? & 1 != 0)
     }
 
     /// What the device wrote into the buffers that it has returned.

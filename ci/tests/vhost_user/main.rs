@@ -150,3 +150,191 @@ fn region_is_there_once_the_driver_is_ready_and_again_after_each_reset() -> Resu
     assert_eq!(machine.errors()?, "");
     Ok(())
 }
+
+#[test]
+fn queues_carry_doorbells_and_interrupts() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, mut driver) = setting.machine()?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    mapped(&mut machine, &driver)?;
+    setting.bells.iter().flatten().for_each(|bell| {
+        rings(bell);
+    });
+    for (count, (peer, vector)) in (1..).zip([(HOST, 3), (1, 2), (HOST, 0)]) {
+        driver.put(&mut machine, 0, (peer << 16 | vector) as u32, false)?;
+        wait_until("the doorbell is returned", || {
+            Ok(driver.returned(&mut machine, 0)?.len() == count)
+        })?;
+        for (place, bell) in setting.bells.iter().flatten().enumerate() {
+            let rung = place == peer * VECTORS + vector;
+            assert_eq!(rings(bell), u64::from(rung), "{place}");
+        }
+    }
+    for vector in 0..VECTORS {
+        driver.put(&mut machine, 1, u32::MAX, true)?;
+        ring(&setting.bells[0][vector])?;
+        wait_until("the interrupt comes", || {
+            Ok(driver.returned(&mut machine, 1)?.len() == vector + 1)
+        })?;
+        let last = driver.returned(&mut machine, 1)?.pop();
+        assert_eq!(last, Some((4, vector as u32)));
+        wait_until("the device asserts its interrupt", || {
+            driver.interrupted(&mut machine)
+        })?;
+    }
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
+
+#[test]
+fn reset_of_the_machine_reaches_the_broker_and_a_pause_does_not() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, mut driver) = setting.machine()?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    mapped(&mut machine, &driver)?;
+    let before = setting.connection()?;
+    // Before anything was rung nobody can tell it from a reset; QEMU can, complains, and goes on.
+    for (count, complaint) in [(1, "mapping overlap"), (2, ""), (3, "")] {
+        let complaints = machine.errors()?.len();
+        machine.qmp("stop", &json!({}))?;
+        thread::sleep(A_WHILE);
+        assert_eq!(machine.read(driver.region.address)?, MAGIC, "unmapped");
+        machine.qmp("cont", &json!({}))?;
+        thread::sleep(A_WHILE);
+        assert_eq!(machine.read(driver.region.address)?, MAGIC);
+        let complaints = machine.errors()?.split_off(complaints);
+        assert!(complaints.contains(complaint), "{complaints}");
+        assert_eq!(complaints.is_empty(), complaint.is_empty(), "{complaints}");
+        driver.put(&mut machine, 0, (HOST << 16) as u32, false)?;
+        wait_until("the doorbell is returned", || {
+            Ok(driver.returned(&mut machine, 0)?.len() == count)
+        })?;
+    }
+    assert_eq!(setting.connection()?, before);
+    machine.qmp("system_reset", &json!({}))?;
+    thread::sleep(A_WHILE);
+    wait_until("the firmware is through", || {
+        Ok(machine.read(driver.device.config + 4)? & 2 != 0)
+    })?;
+    let device = machine.device("barlink0")?;
+    let mut driver = Driver::find(&mut machine, device)?;
+    assert_eq!(machine.read(driver.region.address)?, 0, "mapped still");
+    driver.prepare(&mut machine)?;
+    let seen = machine.read(driver.config.address + 24)?;
+    assert_eq!(u64::from(seen), before + 1);
+    assert_eq!(setting.connection()?, before + 1);
+    driver.start(&mut machine)?;
+    mapped(&mut machine, &driver)?;
+    Ok(())
+}
+
+#[test]
+fn qemu_that_is_refused_by_vhost_user_ends_at_once() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (first, _) = setting.machine()?;
+    let start = Instant::now();
+    let refused = Bare::start(Artifacts::shared()?, &setting.config()?);
+    let error = format!("{:#}", refused.expect_err("the slot is taken"));
+    assert!(error.contains("vhost_backend_init failed"), "{error}");
+    assert!(start.elapsed() < PATIENCE / 2, "it wedged for a while");
+    ensure!(first.qmp("query-status", &json!({}))?["running"] == true);
+    // Once there is room, it goes.
+    drop(first);
+    wait_until("the slot is free", || {
+        Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+    })?;
+    setting.machine()?;
+    Ok(())
+}
+
+/// What a user is warned of: `docs/architecture.md`.
+#[test]
+fn vm_outlives_its_broker_until_it_looks_at_the_device() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (mut machine, mut driver) = setting.machine()?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    mapped(&mut machine, &driver)?;
+    setting.broker.signal(Signal::KILL)?;
+    thread::sleep(A_WHILE);
+    let region = driver.region.address;
+    machine.write(region + 4096, 0x600d_600d)?;
+    assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
+    machine.qmp("query-status", &json!({}))?;
+    machine
+        .read(driver.config.address)
+        .expect_err("QEMU lives on");
+    let status = machine.end()?;
+    assert!(!status.success());
+    let errors = machine.errors()?;
+    assert!(
+        errors.contains("vhost_dev_get_config: Assertion"),
+        "{errors}"
+    );
+    Ok(())
+}
+
+#[test]
+fn qemu_that_does_not_share_its_memory_has_no_region_and_says_why() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let config = Config {
+        shared_memory: false,
+        ..setting.config()?
+    };
+    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    let device = machine.device("barlink0")?;
+    let mut driver = Driver::find(&mut machine, device)?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    thread::sleep(A_WHILE);
+    assert_eq!(machine.read(driver.region.address)?, 0);
+    let errors = machine.errors()?;
+    assert!(errors.contains("share=on"), "{errors}");
+    // Nor is it asked to map the region: it would end.
+    machine.qmp("query-status", &json!({}))?;
+    Ok(())
+}
+
+/// The broker would end with it, if somebody shortened the file.
+#[test]
+fn guest_memory_that_is_a_plain_file_is_refused_with_the_cure() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let mut config = Config {
+        shared_memory: false,
+        ..setting.config()?
+    };
+    let file = setting.broker.folder().join("ram").display().to_string();
+    let object = format!("memory-backend-file,id=file,size=128M,share=on,mem-path={file}");
+    config.arguments.extend(["-object".to_owned(), object]);
+    let words = ["-machine", "memory-backend=file"];
+    config.arguments.extend(words.map(str::to_owned));
+    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    let device = machine.device("barlink0")?;
+    let mut driver = Driver::find(&mut machine, device)?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    wait_until("the reason is said", || {
+        Ok(setting.broker.log()?.contains("memory-backend-memfd"))
+    })?;
+    assert_eq!(machine.read(driver.region.address)?, 0);
+    let errors = machine.errors()?;
+    assert!(
+        errors.contains("Error starting vhost-user-base"),
+        "{errors}"
+    );
+    machine.qmp("query-status", &json!({}))?;
+    Ok(())
+}
+
+#[test]
+fn qemu_refuses_to_migrate() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let (machine, _) = setting.machine()?;
+    let nowhere = json!({ "uri": "exec:cat >/dev/null" });
+    let refused = machine.qmp("migrate", &nowhere);
+    let error = format!("{:#}", refused.expect_err("it migrates"));
+    assert!(error.contains("non-migratable device"), "{error}");
+    Ok(())
+}

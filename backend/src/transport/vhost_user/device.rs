@@ -4,8 +4,9 @@
 //! forwards what is rung for the VM, and has the VMM map the region, since it has to wait for the answer.
 //!
 //! QEMU 11.1 crashes if it is asked to map the region while the device is stopped, and forgets the mapping when the guest
-//! resets the device. So it is asked when a queue has started, and again after each stop. If it still has the mapping
-//! it says no: then the VM was only paused.
+//! resets the device. So it is asked when a queue has started, and again after each stop, unless the queues go on where they
+//! were: then the VM was only paused. Queues that were not used yet do not tell; then QEMU refuses, since it has the
+//! mapping still.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -60,6 +61,8 @@ pub struct Device {
     /// Rung when one of the daemon's threads ends.
     over: Arc<Bell>,
     ending: AtomicBool,
+    /// Why the worker has ended.
+    failure: Mutex<Option<String>>,
 }
 
 #[derive(Debug, Default)]
@@ -106,6 +109,7 @@ impl Device {
             nudge: Bell::new()?,
             over: Arc::clone(over),
             ending: AtomicBool::new(false),
+            failure: Mutex::default(),
         })
     }
 
@@ -121,6 +125,12 @@ impl Device {
         self.ending.store(true, Ordering::Release);
         // Full or not, it is rung.
         let _ = self.nudge.ring();
+    }
+
+    /// Why the worker has ended, if it was not told to.
+    pub fn failure(&self) -> Option<String> {
+        let failure = self.failure.lock();
+        failure.unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// From here on the end of the calling thread is noticed.
@@ -144,6 +154,10 @@ impl Device {
             }
             state.running = true;
             state.start += 1;
+            if state.stopped && queues.iter().any(Queue::goes_on) {
+                state.stopped = false;
+                return Ok(());
+            }
             (state.start, state.stopped)
         };
         let id = self.id;
@@ -174,6 +188,11 @@ impl Device {
             Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    fn fail(&self, what: &str, error: &io::Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        *failure = Some(format!("{what}: {error}"));
     }
 
     /// The guest that was there is gone.
@@ -219,10 +238,9 @@ impl Device {
         queue.serve(
             || self.first_pending().is_some(),
             |memory, buffer| {
-                let fits =
-                    |buffer: &virtio_queue::desc::split::Descriptor| {
-                        buffer.is_write_only() && buffer.len() as usize >= BUFFER
-                    };
+                let fits = |buffer: &virtio_queue::desc::split::Descriptor| {
+                    buffer.is_write_only() && buffer.len() as usize >= BUFFER
+                };
                 let (Some(buffer), Some(vector)) = (buffer.filter(fits), self.first_pending())
                 else {
                     return 0;
@@ -230,7 +248,8 @@ impl Device {
                 if memory.write_obj(vector.to_le(), buffer.addr()).is_err() {
                     return 0;
                 }
-                self.pending[vector as usize / 64].fetch_and(!(1 << (vector % 64)), Ordering::Relaxed);
+                self.pending[vector as usize / 64]
+                    .fetch_and(!(1 << (vector % 64)), Ordering::Relaxed);
                 // CAST: it is four.
                 BUFFER as u32
             },
@@ -241,7 +260,8 @@ impl Device {
         let words = (0..).step_by(64).zip(&self.pending);
         let words = words.map(|(first, word)| (first, word.load(Ordering::Relaxed)));
         let mut rung = words.filter(|(_, word)| *word != 0);
-        rung.next().map(|(first, word)| first + word.trailing_zeros())
+        rung.next()
+            .map(|(first, word)| first + word.trailing_zeros())
     }
 
     fn config(&self) -> [u8; config::SIZE] {
@@ -343,10 +363,12 @@ impl VhostUserBackend for Device {
             let (word, bit) = (vector / 64, vector % 64);
             self.pending[usize::from(word)].fetch_or(1 << bit, Ordering::Relaxed);
         } else if event != NUDGE {
-            self.start(queues)?;
+            self.start(queues)
+                .inspect_err(|error| self.fail("cannot have the region mapped", error))?;
         }
         if event == NUDGE || usize::from(event) == QUEUE_DOORBELLS {
-            self.obey(&queues[QUEUE_DOORBELLS])?;
+            self.obey(&queues[QUEUE_DOORBELLS])
+                .inspect_err(|error| self.fail("cannot call its own thread", error))?;
         }
         self.deliver(&queues[QUEUE_INTERRUPTS]);
         Ok(())

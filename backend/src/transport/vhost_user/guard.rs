@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use log::Level;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::FileType;
 use rustix::net::Shutdown;
@@ -17,6 +18,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use super::message::{Message, MessageError, limit_waiting};
 use crate::bell::Bell;
+use crate::broker::limit::{Account, REFUSED, limited};
 use crate::transport::shared_memory::is_safe;
 use crate::transport::{Departure, TransportError};
 
@@ -57,6 +59,7 @@ const REQUESTS: &[(FrontendReq, Brings)] = &[
 
 /// See the module.
 pub struct Guard<'a> {
+    slot: u32,
     vm: &'a UnixStream,
     daemon: &'a UnixStream,
     /// The socket on which the daemon asks the VMM, and waits for its answers.
@@ -65,10 +68,11 @@ pub struct Guard<'a> {
 
 impl<'a> Guard<'a> {
     /// Between these two.
-    pub fn new(vm: &'a UnixStream, daemon: &'a UnixStream) -> std::io::Result<Self> {
+    pub fn new(slot: u32, vm: &'a UnixStream, daemon: &'a UnixStream) -> std::io::Result<Self> {
         limit_waiting(vm)?;
         limit_waiting(daemon)?;
         Ok(Guard {
+            slot,
             vm,
             daemon,
             way_back: Mutex::default(),
@@ -110,7 +114,7 @@ impl<'a> Guard<'a> {
                 continue;
             };
             match passed {
-                Ok(true) => (),
+                Ok(true) | Err(Refused::Answered) => (),
                 Ok(false) if from_daemon => return Ok(None),
                 Ok(false) => return Ok(Some(Departure::Left)),
                 Err(Refused::Message(how)) => return misbehaved(how),
@@ -136,12 +140,16 @@ impl<'a> Guard<'a> {
         ))?;
         let descriptors = &message.descriptors;
         match brings {
-            Brings::Nothing if !descriptors.is_empty() => Err(Refused::Message(
-                "it sent a descriptor where none belongs",
-            )),
-            Brings::Memory if !descriptors.iter().all(is_safe) => Err(Refused::Message(
-                "its guest memory is no memfd that is sealed against shrinking: give QEMU \
-                 -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram",
+            Brings::Nothing if !descriptors.is_empty() => {
+                Err(Refused::Message("it sent a descriptor where none belongs"))
+            }
+            Brings::Memory if !descriptors.iter().all(is_safe) => {
+                let unsealed = "its guest memory is no memfd that is sealed against shrinking: give QEMU \
+                    -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram";
+                self.refuse(message, unsealed)
+            }
+            Brings::Memory if !ranges_are_there(message) => Err(Refused::Message(
+                "it shares ranges of memory that its files do not have",
             )),
             Brings::Eventfd if !descriptors.iter().all(is_eventfd) => Err(Refused::Message(
                 "it sent something else than an eventfd for a queue",
@@ -149,6 +157,22 @@ impl<'a> Guard<'a> {
             Brings::WayBack => self.keep(descriptors),
             _ => Ok(()),
         }
+    }
+
+    /// Answers that it cannot be done: QEMU complains, and does without the device, where it would end if it were let go.
+    fn refuse(&self, message: &Message, why: &'static str) -> Result<(), Refused> {
+        let Some(refusal) = message.refusal() else {
+            return Err(Refused::Message(why));
+        };
+        limited!(
+            REFUSED,
+            Account::Slot(self.slot),
+            Level::Warn,
+            "slot {}: {why}",
+            self.slot
+        );
+        refusal.send(self.vm)?;
+        Err(Refused::Answered)
     }
 
     /// Remembers the socket on which the daemon will ask, so that it does not wait for an answer for ever.
@@ -181,6 +205,8 @@ impl Drop for Guard<'_> {
 
 /// Why a message does not pass.
 enum Refused {
+    /// It has been answered.
+    Answered,
     Message(&'static str),
     Stream(MessageError),
 }
@@ -203,6 +229,35 @@ fn pass(
     check(&message)?;
     message.send(to)?;
     Ok(true)
+}
+
+/// Whether each range of a table of memory is within the file that came along for it. To touch what is not would be SIGBUS, and
+/// the daemon does not look. The table has the number of ranges, in eight bytes, and four numbers for each: guest-physical
+/// address, length, address in the VMM, offset in the file.
+fn ranges_are_there(message: &Message) -> bool {
+    let body = message.body();
+    let numbers: Vec<_> = body
+        .chunks_exact(8)
+        .map(|bytes| {
+            bytes
+                .iter()
+                .rev()
+                .fold(0, |number, byte| number << 8 | u64::from(*byte))
+        })
+        .collect();
+    let Some((count, ranges)) = numbers.split_first() else {
+        return false;
+    };
+    // The upper half means nothing.
+    let matches = usize::try_from(count & 0xffff_ffff) == Ok(message.descriptors.len());
+    let files = message.descriptors.iter();
+    matches
+        && ranges.len() == 4 * message.descriptors.len()
+        && ranges.chunks(4).zip(files).all(|(range, file)| {
+            let length = rustix::fs::fstat(file).map_or(0, |stat| stat.st_size);
+            let end = range[1].checked_add(range[3]);
+            end.is_some_and(|end| u64::try_from(length).is_ok_and(|length| end <= length))
+        })
 }
 
 fn is_eventfd(descriptor: &OwnedFd) -> bool {

@@ -6,6 +6,7 @@
 //! The broker is confined when it makes them (`broker/confine.rs`): it may bind a socket to no name but one that the kernel
 //! chooses, outside the file system, and connect to none that is not as short as these.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -37,11 +38,27 @@ pub fn open() -> rustix::io::Result<(UnixListener, UnixStream)> {
     Err(failure)
 }
 
-fn socket() -> rustix::io::Result<std::os::fd::OwnedFd> {
+fn socket() -> rustix::io::Result<OwnedFd> {
     rustix::net::socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,
         SocketFlags::CLOEXEC,
         None,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Others can see the name of a socket, so somebody might come to know it in time.
+    #[test]
+    fn who_comes_first_to_an_inlet_keeps_us_out_and_whoever_comes_later_stays_out() {
+        let (listener, _ours) = open().unwrap();
+        let name = rustix::net::getsockname(&listener).unwrap();
+        let stranger = socket().unwrap();
+        rustix::io::ioctl_fionbio(&stranger, true).unwrap();
+        let came = rustix::net::connect(&stranger, &name);
+        assert_eq!(came, Err(rustix::io::Errno::AGAIN));
+    }
 }

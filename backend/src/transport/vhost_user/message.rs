@@ -16,6 +16,10 @@ use rustix::net::{
 };
 
 const HEADER: usize = 12;
+/// Of the flags.
+const VERSION: u32 = 1;
+const REPLY: u32 = 4;
+const NEED_REPLY: u32 = 8;
 /// Most bytes behind a header, as the daemon has it.
 const MAX_PAYLOAD: usize = 4096;
 /// Most descriptors in a message, as the daemon has it.
@@ -151,6 +155,22 @@ impl Message {
     /// What it asks for.
     pub fn request(&self) -> u32 {
         self.word(0)
+    }
+
+    /// The answer that it cannot be done, if one is wanted.
+    pub fn refusal(&self) -> Option<Self> {
+        (self.word(1) & NEED_REPLY != 0).then(|| {
+            let words = [self.request(), VERSION | REPLY, 8, 1, 0];
+            Message {
+                bytes: words.iter().flat_map(|word| word.to_le_bytes()).collect(),
+                descriptors: Vec::new(),
+            }
+        })
+    }
+
+    /// What follows the header.
+    pub fn body(&self) -> &[u8] {
+        &self.bytes[HEADER..]
     }
 
     fn word(&self, index: usize) -> u32 {

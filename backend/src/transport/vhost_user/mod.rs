@@ -17,6 +17,8 @@ mod session;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
+#[cfg(test)]
+pub use self::inlet::open as open_inlet;
 use super::{Departure, Refusal, Transport, TransportError};
 use crate::broker::Slot;
 

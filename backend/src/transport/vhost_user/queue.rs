@@ -12,9 +12,7 @@ use log::debug;
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Error, QueueOwnedT, QueueT};
-use vm_memory::{
-    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap,
-};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 /// The guest's memory.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -30,6 +28,8 @@ pub struct Queue {
     bells: Arc<Mutex<Bells>>,
     /// Its indices or addresses make no sense.
     broken: Arc<AtomicBool>,
+    /// It goes on where it was stopped, behind its first buffer.
+    goes_on: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -52,6 +52,11 @@ impl Queue {
     pub fn is_running(&self) -> bool {
         let state = self.inner.get_ref();
         state.is_enabled() && state.get_queue().ready()
+    }
+
+    /// Whether it was stopped and goes on, with the same driver. If that had used no buffer yet, nobody can tell.
+    pub fn goes_on(&self) -> bool {
+        self.goes_on.load(Ordering::Relaxed)
     }
 
     /// Gives the first part of each buffer that the driver has made available to `fill`, until that wants none, and returns
@@ -143,6 +148,7 @@ impl VringT<Memory> for Queue {
             memory,
             bells: Arc::default(),
             broken: Arc::default(),
+            goes_on: Arc::default(),
         })
     }
 
@@ -189,6 +195,7 @@ impl VringT<Memory> for Queue {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
+        self.goes_on.store(base != 0, Ordering::Relaxed);
         self.inner.set_queue_next_avail(base);
     }
 

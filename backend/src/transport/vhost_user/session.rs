@@ -10,6 +10,7 @@ use std::panic::resume_unwind;
 use std::sync::Arc;
 
 use log::debug;
+use rustix::event::{PollFd, PollFlags};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::{Error, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -40,7 +41,8 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
     let (listener, client) = inlet.map_err(TransportError::Receive)?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let name = format!("slot {}: vhost", slot.id());
-    let mut daemon = VhostUserDaemon::new(name, Arc::clone(&device), memory).map_err(daemon_fails)?;
+    let mut daemon =
+        VhostUserDaemon::new(name, Arc::clone(&device), memory).map_err(daemon_fails)?;
     let ending = Ending(&device);
     for worker in daemon.get_epoll_handlers() {
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
@@ -53,7 +55,7 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
     let started = daemon.start(&mut Listener::from(listener));
     started.map_err(daemon_fails)?;
     let departure = {
-        let guard = Guard::new(vm, &client).map_err(TransportError::Receive)?;
+        let guard = Guard::new(slot.id(), vm, &client).map_err(TransportError::Receive)?;
         guard.run(&over)?
     };
     drop(ending);
@@ -66,9 +68,21 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
             Ok(departure)
         }
         (None, Err(Error::WaitDaemon(panic))) => resume_unwind(panic),
-        (None, Err(error)) => Err(daemon_fails(error)),
-        (None, Ok(())) => Err(TransportError::Daemon("its queues' thread has ended".into())),
+        // Of a VMM that leaves, some thread can learn before the guard does.
+        (None, _) if has_left(vm) => Ok(Departure::Left),
+        (None, ended) => Err(match device.failure() {
+            Some(failure) => TransportError::Daemon(failure),
+            None => ended.map_or_else(daemon_fails, |()| {
+                TransportError::Daemon("one of its threads has ended".into())
+            }),
+        }),
     }
+}
+
+fn has_left(vm: &UnixStream) -> bool {
+    let mut hung_up = [PollFd::new(vm, PollFlags::empty())];
+    let now = rustix::time::Timespec::default();
+    rustix::event::poll(&mut hung_up, Some(&now)) != Ok(0)
 }
 
 fn daemon_fails(error: Error) -> TransportError {

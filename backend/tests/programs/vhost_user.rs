@@ -1,0 +1,293 @@
+//! The device over vhost-user, as a VMM and its guest's driver meet it.
+
+use std::time::Duration;
+
+use barlink::protocol::wire::virtio::{FEATURE_RESET, MAGIC, VERSION, config};
+use vhost::vhost_user::VhostUserFrontend;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::support::*;
+use crate::vhost_user_client::*;
+use crate::vmm::{handshake, rings};
+
+/// Longer than the broker takes for anything.
+const A_WHILE: Duration = Duration::from_millis(200);
+/// The other VM, this one, the host; and vectors of each.
+const HOST: u32 = 2;
+const VECTORS: usize = 5;
+
+fn word(bytes: &[u8], place: usize) -> u32 {
+    u32::from_le_bytes(bytes[place..][..4].try_into().unwrap())
+}
+
+fn fired(call: &EventFd) -> bool {
+    call.read().is_ok()
+}
+
+#[test]
+fn configuration_says_what_the_driver_must_know() {
+    let broker = serve_vhost_user(&["--size", "2M"]);
+    let mut client = Client::greet(&broker);
+    let bytes = client.config();
+    assert_eq!(word(&bytes, config::MAGIC), MAGIC);
+    assert_eq!(word(&bytes, config::VERSION), VERSION);
+    assert_eq!(word(&bytes, config::ID), 1);
+    assert_eq!(word(&bytes, config::PEERS), HOST + 1);
+    assert_eq!(word(&bytes, config::VECTORS), VECTORS as u32);
+    assert_eq!(word(&bytes, config::FEATURES), FEATURE_RESET);
+    assert_eq!(word(&bytes, config::CONNECTION), 1);
+    assert_eq!(word(&bytes, config::REGION_SIZE), 2 << 20);
+    assert_eq!(word(&bytes, config::REGION_SIZE + 4), 0);
+    assert!(
+        bytes[40..]
+            .iter()
+            .chain(&bytes[28..32])
+            .all(|byte| *byte == 0)
+    );
+    let regions = client.frontend.get_shmem_config().unwrap();
+    let (count, sizes) = (regions.nregions, regions.memory_sizes);
+    assert_eq!((count, sizes[0], sizes[1]), (1, 2 << 20, 0));
+    let status = broker.attach().status().unwrap();
+    assert_eq!(status.slots[1].transport, "vhost-user");
+    assert!(broker.log().contains("experimental"));
+}
+
+#[test]
+fn region_is_mapped_when_the_device_has_started_and_never_before() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    client.config();
+    for round in 0..3 {
+        assert!(client.wishes.recv_timeout(A_WHILE).is_err(), "too early");
+        client.start();
+        let wish = client.map(true);
+        let (id, offset, at) = (wish.map.shmid, wish.map.fd_offset, wish.map.shm_offset);
+        assert_eq!((id, offset, at), (0, 0, 0));
+        let (length, flags) = (wish.map.len, wish.map.flags);
+        assert_eq!((length, flags), (64 << 20, 1));
+        // It is the region: its superblock says so.
+        let mut start = [0; 4];
+        rustix::io::pread(&wish.file, &mut start, 0).unwrap();
+        assert_eq!(u32::from_le_bytes(start), MAGIC);
+        // Once is enough.
+        client.put(0, HOST << 16, 4, false);
+        client.wait_for(0, 1);
+        assert!(client.wishes.try_recv().is_err(), "twice in round {round}");
+        client.stop();
+    }
+}
+
+#[test]
+fn doorbells_ring_whom_they_name() {
+    let broker = serve_vhost_user(&[]);
+    let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    other.bells.iter().for_each(|(_, bell)| {
+        rings(bell);
+    });
+    let mut count = 0;
+    for (peer, vector) in [(HOST, 3), (0, 2), (HOST, 0), (1, 4)] {
+        client.put(0, peer << 16 | vector, 4, false);
+        count += 1;
+        assert_eq!(client.wait_for(0, count).0, 0);
+        assert!(fired(&client.queues[0].call));
+        let mut place = 0;
+        for (number, bell) in &other.bells {
+            let rung = *number == i64::from(peer) && place % VECTORS == vector as usize;
+            assert_eq!(rings(bell), u64::from(rung), "{peer}, {vector}: {place}");
+            place += 1;
+        }
+    }
+    // What nobody has is nobody's; and buffers that hold no doorbell are given back.
+    for (word, length, writable) in [
+        (3 << 16, 4, false),
+        (HOST << 16 | VECTORS as u32, 4, false),
+        (u32::MAX, 4, false),
+        (HOST << 16, 3, false),
+        (HOST << 16, 4, true),
+        (HOST << 16, 0, false),
+    ] {
+        client.put(0, word, length, writable);
+        count += 1;
+        client.wait_for(0, count);
+    }
+    assert!(other.bells.iter().all(|(_, bell)| rings(bell) == 0));
+    // Who wants no interrupt gets none.
+    fired(&client.queues[0].call);
+    client.wants_interrupts(0, false);
+    client.put(0, HOST << 16 | 1, 4, false);
+    client.wait_for(0, count + 1);
+    std::thread::sleep(A_WHILE);
+    assert!(!fired(&client.queues[0].call));
+    assert_eq!(rings(&other.bells[VECTORS + 1].1), 1);
+}
+
+#[test]
+fn vectors_that_are_rung_come_once_each_with_an_interrupt() {
+    let broker = serve_vhost_user(&[]);
+    let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
+    let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
+    let ring = |vector: usize| rustix::io::write(&own[vector].1, &1u64.to_ne_bytes()).unwrap();
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    let mut count = 0;
+    for vector in [0, 4, 2] {
+        client.put(1, u32::MAX, 4, true);
+        ring(vector);
+        count += 1;
+        assert_eq!(client.wait_for(1, count), (4, vector as u32));
+        wait_until("the interrupt fires", || fired(&client.queues[1].call));
+    }
+    // Without a buffer they wait, once each.
+    for vector in [3, 1, 3, 3] {
+        ring(vector);
+    }
+    std::thread::sleep(A_WHILE);
+    assert_eq!(client.returned(1), count);
+    for expected in [1, 3] {
+        client.put(1, u32::MAX, 4, true);
+        count += 1;
+        assert_eq!(client.wait_for(1, count), (4, expected));
+    }
+    client.put(1, u32::MAX, 4, true);
+    std::thread::sleep(A_WHILE);
+    assert_eq!(client.returned(1), count, "a vector that nobody rang");
+    // A buffer that holds no number, or cannot be written, is given back, and the vector waits for the next.
+    let (short, read_only) = ((2, true), (4, false));
+    ring(4);
+    count += 1;
+    assert_eq!(client.wait_for(1, count), (4, 4));
+    for (length, writable) in [short, read_only] {
+        ring(2);
+        client.put(1, u32::MAX, length, writable);
+        count += 1;
+        assert_eq!(client.wait_for(1, count), (0, u32::MAX));
+    }
+    client.put(1, u32::MAX, 4, true);
+    assert_eq!(client.wait_for(1, count + 1), (4, 2));
+}
+
+#[test]
+fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
+    let broker = serve_vhost_user(&[]);
+    let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
+    let host = &other.bells.iter().find(|(peer, _)| *peer == 2).unwrap().1;
+    let attachment = broker.attach();
+    let connection = || {
+        let status = attachment.status().unwrap();
+        status.slots[1].vm.as_ref().unwrap().connection
+    };
+    let mut client = Client::greet(&broker);
+    assert_eq!(word(&client.config(), config::CONNECTION), 1);
+    client.start();
+    client.map(true);
+    client.put(0, HOST << 16, 4, false);
+    client.wait_for(0, 1);
+    assert_eq!(connection(), 1);
+    // Paused: QEMU goes on from the same indices, and has the mapping still, so it is not asked.
+    let bases = client.stop();
+    assert_eq!(bases, [1, 0]);
+    client.start_from(bases);
+    client.put(0, HOST << 16, 4, false);
+    client.wait_for(0, 2);
+    assert_eq!(connection(), 1);
+    assert!(client.wishes.try_recv().is_err(), "it has the mapping");
+    // Reset: a new driver looks at the configuration first, and sees the new number.
+    client.stop();
+    rings(host);
+    assert_eq!(word(&client.config(), config::CONNECTION), 2);
+    assert_eq!(connection(), 2);
+    assert!(rings(host) >= 1, "the host is not told");
+    assert_eq!(word(&client.config(), config::CONNECTION), 2);
+    client.start();
+    client.map(true);
+    client.put(0, HOST << 16, 4, false);
+    client.wait_for(0, 1);
+    assert_eq!(connection(), 2);
+    // Or it does not look; that the mapping was gone tells as much.
+    client.stop();
+    client.start();
+    client.map(true);
+    wait_until("the reset is noticed", || connection() == 3);
+    // Paused before anything was rung: the VMM refuses, since it has the mapping.
+    let bases = client.stop();
+    assert_eq!(bases, [0, 0]);
+    client.start_from(bases);
+    client.map(false);
+    client.put(0, HOST << 16, 4, false);
+    client.wait_for(0, 1);
+    assert_eq!(connection(), 3);
+}
+
+#[test]
+fn vectors_of_before_a_reset_do_not_come_after_it() {
+    let broker = serve_vhost_user(&[]);
+    let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
+    let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
+    let ring = |vector: usize| rustix::io::write(&own[vector].1, &1u64.to_ne_bytes()).unwrap();
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    ring(3);
+    std::thread::sleep(A_WHILE);
+    client.stop();
+    client.config();
+    client.start();
+    client.map(true);
+    client.put(1, u32::MAX, 4, true);
+    ring(1);
+    assert_eq!(client.wait_for(1, 1), (4, 1));
+}
+
+#[test]
+fn slot_of_vhost_user_is_free_again_and_nothing_is_left() {
+    let broker = serve_vhost_user(&[]);
+    let attachment = broker.attach();
+    let settle = || {
+        wait_until("the VM has left", || {
+            attachment.status().unwrap().slots[1].vm.is_none()
+        });
+        let descriptors = broker.descriptors();
+        let threads = std::fs::read_dir(format!("/proc/{}/task", broker.child.id()));
+        (threads.unwrap().count(), descriptors)
+    };
+    drop(Client::greet(&broker));
+    let before = settle();
+    for round in 0..10 {
+        let mut client = Client::greet(&broker);
+        client.start();
+        // Some leave while they are asked.
+        if round % 2 == 0 {
+            client.map(true);
+        } else {
+            client.wishes.recv_timeout(PATIENCE).unwrap();
+        }
+    }
+    assert_eq!(settle(), before);
+}
+
+#[test]
+fn qemu_args_of_vhost_user_leave_the_memory_to_the_user_and_say_so() {
+    let broker = serve_vhost_user(&[]);
+    let output = run(&mut broker.app(&["qemu-args", "--slot", "1", "--id", "two"]));
+    assert!(output.status.success());
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let socket = broker.path("user.sock").display().to_string();
+    assert_eq!(
+        printed.trim_end(),
+        format!(
+            "-chardev socket,id=two-socket,path={socket} \
+             -device pcie-root-port,id=two-port,chassis=64,pref64-reserve=8G \
+             -device vhost-user-test-device-pci,id=two,bus=two-port,chardev=two-socket,\
+             virtio-id=6,num_vqs=2,vq_size=64,config_size=64"
+        )
+    );
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains("-object memory-backend-memfd,id=ram,share=on,size=SIZE"));
+    let libvirt = works(&mut broker.app(&["qemu-args", "--slot", "1", "--libvirt"]));
+    assert!(libvirt.contains("vhost-user-test-device-pci"));
+}

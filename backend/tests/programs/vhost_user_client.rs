@@ -1,0 +1,313 @@
+//! A VMM that speaks vhost-user as QEMU does, by the `vhost` crate, and its guest's driver; and one that sends any bytes.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use barlink::protocol::wire::virtio::{QUEUE_SIZE, QUEUES, config};
+use rustix::fs::{MemfdFlags, SealFlags};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserMMap, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{
+    Error, Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend,
+    VhostUserFrontendReqHandler,
+};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::support::*;
+
+/// Bytes of the guest's memory.
+pub const MEMORY: u64 = 4 << 20;
+/// Where the VMM says that it has it.
+pub const VMM_ADDRESS: u64 = 0x7000_0000_0000;
+
+const WRITABLE: u16 = 2;
+
+/// Starts a broker with one slot for ivshmem, 0, and one for vhost-user, 1, at `user.sock`.
+pub fn serve_vhost_user(arguments: &[&str]) -> Broker {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("user.sock");
+    let both = ["--vhost-user", socket.to_str().unwrap()];
+    Broker::start_in(folder, &[&both, arguments].concat())
+}
+
+/// Memory of a guest.
+pub fn memory(seals: SealFlags) -> File {
+    let memory = rustix::fs::memfd_create("ram", MemfdFlags::ALLOW_SEALING).unwrap();
+    rustix::fs::ftruncate(&memory, MEMORY).unwrap();
+    rustix::fs::fcntl_add_seals(&memory, seals).unwrap();
+    memory.into()
+}
+
+/// A wish of the daemon: what it wants mapped, and where the answer goes.
+pub struct Wish {
+    pub map: VhostUserMMap,
+    pub file: OwnedFd,
+    pub answer: Sender<bool>,
+}
+
+struct WayBack(Mutex<Sender<Wish>>);
+
+impl VhostUserFrontendReqHandler for WayBack {
+    fn shmem_map(&self, map: &VhostUserMMap, file: &dyn AsRawFd) -> HandlerResult<u64> {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let file = File::options().read(true).open(path)?.into();
+        let (answer, answered) = channel();
+        let wish = Wish {
+            map: *map,
+            file,
+            answer,
+        };
+        let _ = self.0.lock().unwrap().send(wish);
+        match answered.recv() {
+            Ok(true) => Ok(0),
+            _ => Err(std::io::Error::other("no")),
+        }
+    }
+}
+
+/// A queue, as its driver has it.
+pub struct DriverQueue {
+    number: usize,
+    pub kick: EventFd,
+    pub call: EventFd,
+    available: u16,
+}
+
+/// See the module.
+pub struct Client {
+    pub socket: UnixStream,
+    pub frontend: Frontend,
+    pub memory: File,
+    pub guest: GuestMemoryMmap,
+    pub queues: [DriverQueue; 2],
+    pub wishes: Receiver<Wish>,
+}
+
+pub fn connect(broker: &Broker) -> UnixStream {
+    let attachment = broker.attach();
+    wait_until("the slot is free", || {
+        attachment.status().unwrap().slots[1].vm.is_none()
+    });
+    let socket = UnixStream::connect(broker.path("user.sock")).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+impl Client {
+    /// Connects, once the slot is free, and agrees upon features.
+    pub fn greet(broker: &Broker) -> Self {
+        let socket = connect(broker);
+        let mut frontend = Frontend::from_stream(socket.try_clone().unwrap(), QUEUES as u64);
+        frontend.set_owner().unwrap();
+        let features = frontend.get_features().unwrap();
+        assert_eq!(
+            features,
+            1 << 32 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        );
+        let offered = frontend.get_protocol_features().unwrap();
+        let expected = VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::BACKEND_SEND_FD
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::SHMEM;
+        assert_eq!(offered, expected);
+        frontend.set_protocol_features(offered).unwrap();
+        let (sender, wishes) = channel();
+        let mut way_back = FrontendReqHandler::new(Arc::new(WayBack(Mutex::new(sender)))).unwrap();
+        way_back.set_reply_ack_flag(true);
+        struct Raw(i32);
+        impl AsRawFd for Raw {
+            fn as_raw_fd(&self) -> i32 {
+                self.0
+            }
+        }
+        let end = Raw(way_back.get_tx_raw_fd());
+        frontend.set_backend_request_fd(&end).unwrap();
+        std::thread::spawn(move || {
+            // To refuse is an error, too.
+            while let Ok(_) | Err(Error::ReqHandlerError(_)) = way_back.handle_request() {}
+        });
+        let memory = memory(SealFlags::SHRINK);
+        let mapped = FileOffset::new(memory.try_clone().unwrap(), 0);
+        let range = (GuestAddress(0), MEMORY as usize, Some(mapped));
+        let guest = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        let queue = |number| DriverQueue {
+            number,
+            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(EFD_NONBLOCK).unwrap(),
+            available: 0,
+        };
+        Client {
+            socket,
+            frontend,
+            memory,
+            guest,
+            queues: [queue(0), queue(1)],
+            wishes,
+        }
+    }
+
+    pub fn config(&mut self) -> [u8; config::SIZE] {
+        let flags = VhostUserConfigFlags::empty();
+        let asked = self.frontend.get_config(0, 64, flags, &[0; 64]);
+        asked.unwrap().1.try_into().unwrap()
+    }
+
+    pub fn share(&self, memory: &File) -> vhost::Result<()> {
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: MEMORY,
+            userspace_addr: VMM_ADDRESS,
+            mmap_offset: 0,
+            mmap_handle: memory.as_raw_fd(),
+        };
+        self.frontend.set_mem_table(&[region]).map(drop)
+    }
+
+    /// Starts the device as QEMU does once the driver is ready, from these indices on.
+    pub fn start_from(&mut self, bases: [u16; 2]) {
+        self.frontend.set_features(1 << 32 | 1 << 30).unwrap();
+        self.share(&self.memory).unwrap();
+        for queue in &self.queues {
+            let place = VMM_ADDRESS + place(queue.number, 0);
+            let frontend = &self.frontend;
+            frontend.set_vring_num(queue.number, QUEUE_SIZE).unwrap();
+            let addresses = VringConfigData {
+                queue_max_size: QUEUE_SIZE,
+                queue_size: QUEUE_SIZE,
+                flags: 0,
+                desc_table_addr: place,
+                avail_ring_addr: place + 0x1000,
+                used_ring_addr: place + 0x2000,
+                log_addr: None,
+            };
+            let base = bases[queue.number];
+            frontend.set_vring_base(queue.number, base).unwrap();
+            frontend.set_vring_addr(queue.number, &addresses).unwrap();
+            frontend.set_vring_kick(queue.number, &queue.kick).unwrap();
+            frontend.set_vring_call(queue.number, &queue.call).unwrap();
+        }
+        for queue in 0..QUEUES {
+            self.frontend.set_vring_enable(queue, true).unwrap();
+        }
+    }
+
+    /// The same, for a driver that is new.
+    pub fn start(&mut self) {
+        for queue in &mut self.queues {
+            let nothing = vec![0; 1 << 20];
+            let place = GuestAddress(place(queue.number, 0));
+            self.guest.write_slice(&nothing, place).unwrap();
+            queue.available = 0;
+        }
+        self.start_from([0, 0]);
+    }
+
+    /// The next wish, which must be to map the region, answered.
+    pub fn map(&self, answer: bool) -> Wish {
+        let wish = self.wishes.recv_timeout(PATIENCE).expect("a wish");
+        wish.answer.send(answer).unwrap();
+        wish
+    }
+
+    /// Stops the device as QEMU does, and gives the queues' indices.
+    pub fn stop(&mut self) -> [u16; 2] {
+        for queue in 0..QUEUES {
+            self.frontend.set_vring_enable(queue, false).unwrap();
+        }
+        [0, 1].map(|queue| self.frontend.get_vring_base(queue).unwrap() as u16)
+    }
+
+    /// Makes a buffer available: so many bytes there, readable or writable; and kicks.
+    pub fn put(&mut self, queue: usize, word: u32, length: u32, writable: bool) {
+        let index = self.queues[queue].available;
+        let slot = index % QUEUE_SIZE;
+        let buffer = place(queue, 0x3000 + 4 * u64::from(slot));
+        self.guest.write_obj(word, GuestAddress(buffer)).unwrap();
+        let flags = if writable { WRITABLE } else { 0 };
+        self.describe(queue, slot, buffer, length, flags, 0);
+        self.offer(queue, slot);
+    }
+
+    pub fn describe(&self, queue: usize, slot: u16, at: u64, length: u32, flags: u16, next: u16) {
+        let descriptor = place(queue, 16 * u64::from(slot));
+        let write = |offset, value: &[u8]| {
+            let place = GuestAddress(descriptor + offset);
+            self.guest.write_slice(value, place).unwrap();
+        };
+        write(0, &at.to_le_bytes());
+        write(8, &length.to_le_bytes());
+        write(12, &flags.to_le_bytes());
+        write(14, &next.to_le_bytes());
+    }
+
+    /// Makes a chain of buffers available that begins there, and kicks.
+    pub fn offer(&mut self, queue: usize, head: u16) {
+        let index = self.queues[queue].available;
+        let slot = place(queue, 0x1004 + 2 * u64::from(index % QUEUE_SIZE));
+        self.guest.write_obj(head, GuestAddress(slot)).unwrap();
+        self.set_available(queue, index.wrapping_add(1));
+    }
+
+    pub fn set_available(&mut self, queue: usize, count: u16) {
+        self.queues[queue].available = count;
+        let place = GuestAddress(place(queue, 0x1002));
+        self.guest.write_obj(count, place).unwrap();
+        self.queues[queue].kick.write(1).unwrap();
+    }
+
+    pub fn wants_interrupts(&self, queue: usize, wants: bool) {
+        let place = GuestAddress(place(queue, 0x1000));
+        self.guest.write_obj(u16::from(!wants), place).unwrap();
+    }
+
+    /// How many buffers were returned.
+    pub fn returned(&self, queue: usize) -> u16 {
+        let place = GuestAddress(place(queue, 0x2002));
+        self.guest.read_obj(place).unwrap()
+    }
+
+    /// Waits until so many were, and gives the length and the first word of the last.
+    pub fn wait_for(&self, queue: usize, count: u16) -> (u32, u32) {
+        wait_until("the buffer is returned", || self.returned(queue) == count);
+        let element = u64::from(count.wrapping_sub(1) % QUEUE_SIZE);
+        let element = place(queue, 0x2004 + 8 * element);
+        let head: u32 = self.guest.read_obj(GuestAddress(element)).unwrap();
+        let length = self.guest.read_obj(GuestAddress(element + 4)).unwrap();
+        let buffer = place(queue, 0x3000 + 4 * u64::from(head));
+        (length, self.guest.read_obj(GuestAddress(buffer)).unwrap())
+    }
+}
+
+/// Where a queue has something in the guest's memory.
+pub fn place(queue: usize, offset: u64) -> u64 {
+    ((queue as u64) << 20) + offset
+}
+
+/// A whole message, with descriptors.
+pub fn send(socket: &UnixStream, request: u32, body: &[u8], descriptors: &[&dyn AsRawFd]) {
+    let header = [request, 1, body.len() as u32];
+    let header: Vec<_> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let raw: Vec<_> = descriptors.iter().map(|one| one.as_raw_fd()).collect();
+    let sent = socket.send_with_fds(&[&header[..], body], &raw).unwrap();
+    assert_eq!(sent, header.len() + body.len());
+}
+
+/// Waits until the broker has closed a connection.
+pub fn is_closed(socket: &UnixStream) -> bool {
+    let mut bytes = [0; 4096];
+    loop {
+        match rustix::net::recv(socket, &mut bytes[..], rustix::net::RecvFlags::empty()) {
+            Ok((_, 0)) | Err(rustix::io::Errno::CONNRESET) => return true,
+            Ok(_) => (),
+            Err(_) => return false,
+        }
+    }
+}

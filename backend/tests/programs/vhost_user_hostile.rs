@@ -1,0 +1,412 @@
+//! VMMs and guests that attack over vhost-user, stall or err, and what becomes of those beside them.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::fs::SealFlags;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserHeaderFlag;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::support::*;
+use crate::vhost_user_client::*;
+use crate::vmm::handshake;
+
+const GET_FEATURES: u32 = 1;
+const SET_MEM_TABLE: u32 = 5;
+const SET_LOG_BASE: u32 = 6;
+const SET_VRING_NUM: u32 = 8;
+const GET_VRING_BASE: u32 = 11;
+const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
+const SET_VRING_ENABLE: u32 = 18;
+const SET_BACKEND_REQ_FD: u32 = 21;
+const GET_CONFIG: u32 = 24;
+const GPU_SET_SOCKET: u32 = 33;
+const ADD_MEM_REG: u32 = 37;
+
+/// Looks whether everybody else is served.
+fn others_are_served(broker: &Broker) {
+    drop(handshake(crate::vmm::connect(broker, "vm.sock"), 15));
+    let attachment = broker.attach();
+    wait_until("the other slot is free", || {
+        attachment.status().unwrap().slots[0].vm.is_none()
+    });
+}
+
+fn words(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// A request, what follows, its descriptors, and what is said of it.
+type Case<'a> = (u32, Vec<u8>, &'a [&'a dyn AsRawFd], &'a str);
+
+/// A table of one range of memory.
+fn table(address: u64, size: u64, vmm: u64, offset: u64) -> Vec<u8> {
+    words(&[1, address, size, vmm, offset])
+}
+
+#[test]
+fn messages_that_make_no_sense_end_their_session_alone() {
+    let ram = memory(SealFlags::SHRINK);
+    let eventfd = EventFd::new(EFD_NONBLOCK).unwrap();
+    let (socket, _other) = UnixStream::pair().unwrap();
+    let null = File::open("/dev/null").unwrap();
+    let (pipe, _end) = std::io::pipe().unwrap();
+    let all = u64::MAX;
+    let cases: &[Case<'_>] = &[
+        // Not there, or not for us.
+        (0, vec![], &[], "does not have"),
+        (u32::MAX, vec![7; 40], &[], "does not have"),
+        (SET_LOG_BASE, words(&[4096, 0]), &[&ram], "does not have"),
+        (GPU_SET_SOCKET, vec![], &[&socket], "does not have"),
+        (
+            ADD_MEM_REG,
+            table(0, MEMORY, 0, 0),
+            &[&ram],
+            "does not have",
+        ),
+        // Descriptors where none belong, or of the wrong kind.
+        (GET_FEATURES, vec![], &[&ram], "where none belongs"),
+        (SET_MEM_TABLE, table(0, MEMORY, 0, 0), &[&null], "sealed"),
+        (SET_MEM_TABLE, table(0, MEMORY, 0, 0), &[&eventfd], "sealed"),
+        (SET_VRING_KICK, words(&[0]), &[&ram], "than an eventfd"),
+        (SET_VRING_KICK, words(&[0]), &[&pipe], "than an eventfd"),
+        (SET_VRING_CALL, words(&[0]), &[&null], "than an eventfd"),
+        (SET_BACKEND_REQ_FD, vec![], &[&eventfd], "no socket"),
+        (SET_BACKEND_REQ_FD, vec![], &[], "no socket"),
+        (SET_BACKEND_REQ_FD, vec![], &[&socket, &socket], "no socket"),
+        // Cut short.
+        (GET_CONFIG, vec![1], &[], "fails"),
+        (SET_VRING_ENABLE, vec![], &[], "fails"),
+        (GET_VRING_BASE, words(&[77]), &[], "fails"),
+        (SET_VRING_NUM, words(&[u64::from(u32::MAX)]), &[], "fails"),
+        // Ranges that are not there, or overflow.
+        (SET_MEM_TABLE, table(0, MEMORY, 0, 0), &[], "do not have"),
+        (
+            SET_MEM_TABLE,
+            table(0, MEMORY, 0, 0),
+            &[&ram, &ram],
+            "do not have",
+        ),
+        (
+            SET_MEM_TABLE,
+            table(0, 2 * MEMORY, 0, 0),
+            &[&ram],
+            "do not have",
+        ),
+        (
+            SET_MEM_TABLE,
+            table(0, MEMORY, 0, 4096),
+            &[&ram],
+            "do not have",
+        ),
+        (
+            SET_MEM_TABLE,
+            table(all - 5, MEMORY, 0, 0),
+            &[&ram],
+            "fails",
+        ),
+        (SET_MEM_TABLE, table(0, MEMORY, all, 0), &[&ram], "fails"),
+        (SET_MEM_TABLE, table(0, all, 0, 0), &[&ram], "do not have"),
+        (SET_MEM_TABLE, table(0, 0, 0, 0), &[&ram], "fails"),
+        (
+            SET_MEM_TABLE,
+            words(&[u64::from(u32::MAX)]),
+            &[&ram],
+            "do not have",
+        ),
+    ];
+    let attack = |broker: &Broker, (request, body, descriptors, _): &Case<'_>| {
+        let client = connect(broker);
+        send(&client, *request, body, descriptors);
+        assert!(is_closed(&client), "{request}, {body:?}");
+    };
+    for case in cases {
+        // Of the same broker's clients not so many lines are logged.
+        let broker = serve_vhost_user(&[]);
+        attack(&broker, case);
+        let reason = case.3;
+        wait_until(reason, || {
+            let log = broker.log();
+            log.lines()
+                .any(|line| line.contains("let go") && line.contains(reason))
+        });
+        others_are_served(&broker);
+    }
+    let broker = serve_vhost_user(&[]);
+    attack(&broker, &cases[0]);
+    let before = broker.descriptors();
+    cases.iter().for_each(|case| attack(&broker, case));
+    drop(connect(&broker));
+    assert_eq!(broker.descriptors(), before);
+    Client::greet(&broker).config();
+}
+
+#[test]
+fn bytes_that_are_no_messages_end_their_session_alone() {
+    let broker = serve_vhost_user(&[]);
+    for bytes in [noise(4096), vec![0xff; 12], vec![0; 5000]] {
+        let mut client = connect(&broker);
+        // It may be gone before all is sent.
+        let _ = client.write_all(&bytes);
+        assert!(is_closed(&client));
+    }
+    // One that is too long, by one.
+    let client = connect(&broker);
+    send(&client, GET_FEATURES, &[0; 4097], &[]);
+    assert!(is_closed(&client));
+    others_are_served(&broker);
+    Client::greet(&broker).config();
+}
+
+#[test]
+fn messages_may_come_in_any_parts_and_descriptors_with_any() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = connect(&broker);
+    for byte in [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0] {
+        client.write_all(&[byte]).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let mut reply = [0; 20];
+    std::io::Read::read_exact(&mut client, &mut reply).unwrap();
+    assert_eq!(reply[..12], [1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0]);
+    // More descriptors than any message has.
+    let many: Vec<_> = (0..40).map(|_| client.as_raw_fd()).collect();
+    let message = [5, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+    client.send_with_fds(&[&message[..]], &many).unwrap();
+    assert!(is_closed(&client));
+    others_are_served(&broker);
+}
+
+#[test]
+fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
+    let broker = serve_vhost_user(&[]);
+    // Within a message.
+    let mut client = connect(&broker);
+    client.write_all(&[1, 0, 0]).unwrap();
+    let start = Instant::now();
+    others_are_served(&broker);
+    assert!(start.elapsed() < Duration::from_secs(2));
+    assert!(is_closed(&client));
+    assert!(broker.log().contains("stopped within a message"));
+    // Before the first.
+    let client = connect(&broker);
+    assert!(is_closed(&client));
+    wait_until("it is let go", || broker.log().contains("says nothing"));
+    // Without taking a reply.
+    let client = connect(&broker);
+    client.set_nonblocking(true).unwrap();
+    let request = [1u32, 1, 0].map(u32::to_le_bytes).concat();
+    let start = Instant::now();
+    wait_until("it is let go", || {
+        let sent = (&client).write(&request);
+        sent.is_err_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+    });
+    assert!(start.elapsed() > Duration::from_secs(1));
+    others_are_served(&broker);
+    Client::greet(&broker).config();
+}
+
+#[test]
+fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
+    let broker = serve_vhost_user(&[]);
+    let on_disk = tempfile::tempfile().unwrap();
+    on_disk.set_len(MEMORY).unwrap();
+    let files = [memory(SealFlags::empty()), memory(SealFlags::GROW), on_disk];
+    let client = Client::greet(&broker);
+    client
+        .frontend
+        .set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    for file in &files {
+        client.share(file).unwrap_err();
+    }
+    let log = broker.log();
+    let line = log.lines().find(|line| line.contains("sealed")).unwrap();
+    assert!(line.contains("-object memory-backend-memfd"), "{line}");
+    // The session goes on, with memory that is safe.
+    client.share(&client.memory).unwrap();
+    drop(client);
+    // Who wants no answer is let go.
+    for file in &files {
+        let client = Client::greet(&broker);
+        client.share(file).unwrap();
+        assert!(is_closed(&client.socket));
+    }
+    others_are_served(&broker);
+}
+
+#[test]
+fn queues_that_make_no_sense_are_left_alone() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    let attacks: [(&str, &dyn Fn(&mut Client)); 8] = [
+        ("an index too far ahead", &|client| {
+            client.set_available(0, 65);
+            client.set_available(1, 40_000);
+        }),
+        ("a descriptor that is not there", &|client| {
+            client.offer(0, 64);
+            client.offer(1, u16::MAX);
+        }),
+        ("a chain that never ends", &|client| {
+            for queue in 0..2 {
+                client.describe(queue, 0, place(queue, 0x3000), 4, 1, 1);
+                client.describe(queue, 1, place(queue, 0x3000), 4, 1, 0);
+                client.offer(queue, 0);
+            }
+        }),
+        ("memory that is not there", &|client| {
+            for (at, length) in [(MEMORY - 2, 4), (u64::MAX - 1, 4), (MEMORY << 20, u32::MAX)] {
+                client.describe(0, 0, at, length, 0, 0);
+                client.offer(0, 0);
+                client.describe(1, 0, at, length, 2, 0);
+                client.offer(1, 0);
+            }
+        }),
+        ("a table in a table", &|client| {
+            for queue in 0..2 {
+                client.describe(queue, 0, place(queue, 0), 16 * 64, 4, 0);
+                client.offer(queue, 0);
+            }
+        }),
+        ("an empty table", &|client| {
+            client.describe(0, 0, 0, 0, 4, 0);
+            client.offer(0, 0);
+        }),
+        ("a size that is none", &|client| {
+            let _ = client.frontend.set_vring_num(0, 3);
+            client.put(0, 2 << 16, 4, false);
+        }),
+        ("kicks without end", &|client| {
+            for _ in 0..10_000 {
+                client.queues[0].kick.write(1).unwrap();
+            }
+        }),
+    ];
+    let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 15);
+    for (name, attack) in attacks {
+        client.start();
+        client.map(true);
+        // So that there is something to deliver.
+        rustix::io::write(&other.bells[5].1, &1u64.to_ne_bytes()).unwrap();
+        attack(&mut client);
+        std::thread::sleep(Duration::from_millis(50));
+        let before = ticks(broker.child.id());
+        std::thread::sleep(Duration::from_millis(500));
+        let used = ticks(broker.child.id()) - before;
+        assert!(used < 20, "{name}: {used} ticks in half a second");
+        client.config();
+        // A new start makes them whole again.
+        client.stop();
+        client.config();
+        client.start();
+        client.map(true);
+        client.put(0, 2 << 16 | 1, 4, false);
+        client.wait_for(0, 1);
+        client.stop();
+        client.config();
+    }
+    assert!(!broker.log().contains("a fault of barlink"));
+    assert!(!broker.log().contains("let go"), "{}", broker.log());
+}
+
+#[test]
+fn eventfds_that_block_or_are_read_by_others_hold_up_nothing() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    // Blocking, and one of them full.
+    for queue in &mut client.queues {
+        queue.kick = EventFd::new(0).unwrap();
+        queue.call = EventFd::new(0).unwrap();
+        queue.call.write(u64::MAX - 1).unwrap();
+    }
+    client.start();
+    client.map(true);
+    for count in 1..=3 {
+        client.put(0, 2 << 16, 4, false);
+        client.wait_for(0, count);
+    }
+    // What is rung and read at once looks like a kick of which nothing is left.
+    for queue in &mut client.queues {
+        queue.kick = EventFd::new(EFD_NONBLOCK).unwrap();
+    }
+    client.stop();
+    client.config();
+    client.start();
+    client.map(true);
+    for _ in 0..20_000 {
+        client.queues[0].kick.write(1).unwrap();
+        let _ = client.queues[0].kick.read();
+    }
+    client.put(0, 2 << 16, 4, false);
+    client.wait_for(0, 1);
+    client.config();
+}
+
+#[test]
+fn memory_that_is_taken_away_while_the_queues_run_is_not_touched() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    client.put(0, 2 << 16, 4, false);
+    client.wait_for(0, 1);
+    // Another memory in its place, at another address.
+    let other = memory(SealFlags::SHRINK);
+    let region = vhost::VhostUserMemoryRegionInfo {
+        guest_phys_addr: 1 << 40,
+        memory_size: MEMORY,
+        userspace_addr: VMM_ADDRESS,
+        mmap_offset: 0,
+        mmap_handle: other.as_raw_fd(),
+    };
+    client.frontend.set_mem_table(&[region]).unwrap();
+    client.config();
+    for _ in 0..100 {
+        client.put(0, 2 << 16, 4, false);
+    }
+    client.config();
+    assert_eq!(client.returned(0), 1);
+    others_are_served(&broker);
+    client.stop();
+    client.start();
+    client.map(true);
+    client.put(0, 2 << 16, 4, false);
+    client.wait_for(0, 1);
+}
+
+#[test]
+fn taken_slot_of_vhost_user_hangs_up_on_a_second_client() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    let second = UnixStream::connect(broker.path("user.sock")).unwrap();
+    second.set_read_timeout(Some(PATIENCE)).unwrap();
+    let start = Instant::now();
+    assert!(is_closed(&second));
+    assert!(start.elapsed() < Duration::from_secs(1));
+    client.config();
+}
+
+#[test]
+fn client_that_never_answers_leaves_its_slot_all_the_same() {
+    let broker = serve_vhost_user(&[]);
+    for _ in 0..3 {
+        let mut client = Client::greet(&broker);
+        client.start();
+        let _wish = client.wishes.recv_timeout(PATIENCE).unwrap();
+        // It asks and is answered meanwhile.
+        client.config();
+        client.frontend.get_protocol_features().unwrap();
+        let attachment = broker.attach();
+        client.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        wait_until("the slot is free", || {
+            attachment.status().unwrap().slots[1].vm.is_none()
+        });
+    }
+}

@@ -1,0 +1,93 @@
+//! What becomes of a VM over vhost-user when its broker is replaced or restarted, and of those beside it.
+
+use std::process::Stdio;
+
+use crate::service::ServiceManager;
+use crate::support::*;
+use crate::vhost_user_client::*;
+use crate::vmm::{handshake, is_silent};
+
+fn arguments(folder: &tempfile::TempDir) -> [String; 2] {
+    let socket = folder.path().join("user.sock");
+    ["--vhost-user".into(), socket.to_str().unwrap().into()]
+}
+
+#[test]
+fn broker_with_a_vm_over_vhost_user_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = arguments(&folder);
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut broker = Broker::start_in(folder, &arguments);
+    let vm = handshake(crate::vmm::connect(&broker, "vm.sock"), 15);
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    let replace = [&arguments[..], &["--replace"]].concat();
+    let us = format!("slot 1's VM, process {},", std::process::id());
+    fails(
+        broker
+            .command(&replace)
+            .env("RUST_LOG", "error")
+            .stderr(Stdio::piped()),
+        1,
+        &[&us, "vhost-user", "shut that VM down first"],
+    );
+    // Nothing has changed.
+    client.put(0, 2 << 16, 4, false);
+    client.wait_for(0, 1);
+    assert!(is_silent(&vm.socket));
+    drop(client);
+    let attachment = broker.attach();
+    wait_until("the VM has left", || {
+        attachment.status().unwrap().slots[1].vm.is_none()
+    });
+    drop(attachment);
+    // A slot that is free goes to the successor like any other.
+    succeed(&mut broker, &arguments);
+    assert!(is_silent(&vm.socket));
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    client.put(0, 2 << 16, 4, false);
+    client.wait_for(0, 1);
+}
+
+#[test]
+fn service_that_is_restarted_lets_its_vm_over_vhost_user_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let arguments = arguments(&folder);
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut broker = Broker::start_as(&manager, folder, &arguments);
+    let vm = handshake(crate::vmm::connect(&broker, "vm.sock"), 15);
+    let kept = |name: &str| manager.kept().contains(&name.to_owned());
+    for killed in [false, true] {
+        let mut client = Client::greet(&broker);
+        client.start();
+        client.map(true);
+        wait_until("both are kept", || kept("vm-0") && kept("vm-1"));
+        let connection = |slot: usize| {
+            let status = broker.attach().status().unwrap();
+            status.slots[slot].vm.as_ref().map(|vm| vm.connection)
+        };
+        let before = connection(1).unwrap();
+        // Killed in the moment after its last message, the broker could not know that the VM has it.
+        assert!(is_silent(&vm.socket));
+        if killed {
+            broker.start_again(&manager, &arguments);
+        } else {
+            broker.restart(&manager, &arguments);
+        }
+        assert!(is_closed(&client.socket));
+        wait_until("it is forgotten", || !kept("vm-1"));
+        assert!(is_silent(&vm.socket));
+        let mut client = Client::greet(&broker);
+        client.start();
+        client.map(true);
+        client.put(0, 2 << 16, 4, false);
+        client.wait_for(0, 1);
+        let status = broker.attach().status().unwrap();
+        assert!(status.slots[1].vm.as_ref().unwrap().connection > before);
+    }
+    assert!(broker.log().contains("has ended with it"));
+}
