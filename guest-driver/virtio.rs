@@ -27,10 +27,7 @@ use crate::{
         Queue, //
     },
     wire::{
-        layout::{
-            self,
-            PAGE_SIZE, //
-        },
+        layout::PAGE_SIZE,
         virtio::{
             config,
             MAGIC,
@@ -60,14 +57,16 @@ use kernel::{
     sync::Arc,
     time::{
         delay::fsleep,
-        Delta, //
+        Delta,
+        Instant,
+        Monotonic, //
     },
 };
 
-/// How long the host may take to map the region, in milliseconds at least.
-const MAPPING_PATIENCE: u32 = 10_000;
-/// How long the device may take to read the last doorbells, in milliseconds at least.
-const DOORBELL_PATIENCE: u32 = 1_000;
+/// How long the host may take to map the region.
+const MAPPING_PATIENCE: Delta = Delta::from_secs(10);
+/// How long the device may take to read the last doorbells.
+const DOORBELL_PATIENCE: Delta = Delta::from_secs(1);
 
 /// The driver, registered until dropped.
 pub(crate) struct Registration(());
@@ -168,14 +167,18 @@ unsafe fn shared_memory(vdev: NonNull<VirtioDevice>) -> Result<DeviceMemory> {
 
 /// Waits until the first word of the region is there, which the host writes last; for a while only.
 fn wait_until_mapped(region: &DeviceMemory) -> Result {
-    let magic = region.map(0, 8)?;
-    for _ in 0..MAPPING_PATIENCE {
-        if magic.read64(0) == layout::MAGIC {
-            break;
-        }
+    let first = region.map(0, 8)?;
+    // Where nothing is mapped yet, there is 0. Anything else stays.
+    wait(MAPPING_PATIENCE, || first.read64(0) != 0);
+    Ok(())
+}
+
+/// Waits until something holds, but no longer than `patience`.
+fn wait(patience: Delta, mut holds: impl FnMut() -> bool) {
+    let start = Instant::<Monotonic>::now();
+    while !holds() && start.elapsed() < patience {
         fsleep(Delta::from_millis(1));
     }
-    Ok(())
 }
 
 /// What the queues' callbacks get.
@@ -231,12 +234,7 @@ impl Drop for Queues {
             interrupts,
         } = &*self.callees;
         // The last tells the host that the driver is gone, and the device forgets what it has not read when it is reset.
-        for _ in 0..DOORBELL_PATIENCE {
-            if doorbells.is_idle() {
-                break;
-            }
-            fsleep(Delta::from_millis(1));
-        }
+        wait(DOORBELL_PATIENCE, || doorbells.is_idle());
         let mut queues = [doorbells.disconnect(), interrupts.disconnect()];
         // SAFETY: The device is valid, and nobody uses its queues, now that they are taken from who did.
         unsafe { shim::virtio_reset_device(self.vdev.as_ptr()) };

@@ -15,12 +15,15 @@ use rustix::io::Errno;
 use crate::ask::Region;
 use crate::device::{Device, SOON};
 
+/// What the names of virtio devices begin with.
+const VIRTIO: &str = "virtio";
+
 /// A device that is bound.
 #[derive(Clone, Debug)]
 pub(crate) struct Bound {
     /// Its device node.
     pub(crate) node: PathBuf,
-    /// Its PCI address.
+    /// Its PCI address, or that of the PCI device which it is part of.
     pub(crate) pci: String,
 }
 
@@ -33,7 +36,10 @@ pub(crate) fn bound() -> Result<Vec<Bound>> {
             continue;
         }
         let device = fs::canonicalize(Path::new("/sys/class/misc").join(&name).join("device"))?;
-        let pci = device.file_name().unwrap_or_default().to_string_lossy();
+        let places = device.ancestors().filter_map(Path::file_name);
+        let mut names = places.map(|name| name.to_string_lossy());
+        let pci = names.find(|name| !name.starts_with(VIRTIO));
+        let pci = pci.context("a device is nowhere")?;
         all.push(Bound {
             node: Path::new("/dev").join(name),
             pci: pci.into_owned(),
@@ -79,6 +85,22 @@ pub(crate) fn attribute(region: Region, name: &str) -> PathBuf {
         .join(name)
 }
 
+/// The name of the virtio device that a region's PCI device has, if it has one.
+fn virtio(region: Region) -> Result<Option<String>> {
+    for entry in fs::read_dir(attribute(region, ""))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with(VIRTIO) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether the device of a region is on the virtio bus.
+pub(crate) fn is_virtio(region: Region) -> Result<bool> {
+    Ok(virtio(region)?.is_some())
+}
+
 /// Takes the device of a region from the driver.
 pub(crate) fn unbind(region: Region) -> Result<()> {
     Ok(tell_driver("unbind", region)?)
@@ -95,12 +117,15 @@ pub(crate) fn try_bind(region: Region) -> rustix::io::Result<()> {
 }
 
 fn tell_driver(what: &str, region: Region) -> rustix::io::Result<()> {
-    let driver = Path::new("/sys/bus/pci/drivers/barlink");
-    fs::write(driver.join(what), region.facts().pci)
+    let (bus, name) = match virtio(region) {
+        Ok(Some(name)) => (VIRTIO, name),
+        _ => ("pci", region.facts().pci.to_owned()),
+    };
+    fs::write(format!("/sys/bus/{bus}/drivers/barlink/{what}"), name)
         .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
-/// Keeps the device of a region from every driver, or no longer.
+/// Keeps the device of a region, which must be none of virtio's, from every driver, or no longer.
 pub(crate) fn keep_from_drivers(region: Region, keep: bool) -> Result<()> {
     let only = if keep { "none" } else { "" };
     Ok(fs::write(

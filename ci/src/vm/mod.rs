@@ -16,8 +16,10 @@ mod console;
 mod qemu;
 mod qmp;
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -41,6 +43,9 @@ pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long QEMU may take for what it does itself.
 pub const QMP_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// The descriptor that QEMU has the first of [`Config::files`] as.
+pub const FIRST_FILE: i32 = 10;
+
 /// What a VM is made of.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -53,6 +58,8 @@ pub struct Config {
     /// Files and folders that these arguments name; QEMU sees no others. Each must exist, and not be below `/usr` or
     /// `/etc`.
     pub paths: Vec<PathBuf>,
+    /// Files that these arguments name as `/proc/self/fd/NUMBER`, from [`FIRST_FILE`] on.
+    pub files: Vec<Arc<File>>,
     /// Whether the host is to have all of the guest's memory at hand from the start, rather than page by page on first
     /// use: for what is timed.
     pub preallocated: bool,
@@ -69,6 +76,7 @@ impl Default for Config {
             cpus: 2,
             arguments: Vec::new(),
             paths: Vec::new(),
+            files: Vec::new(),
             preallocated: false,
             shared_memory: false,
             interactive: false,

@@ -15,8 +15,8 @@ use command_fds::{CommandFdExt, FdMapping};
 use rustix::fs::{Access, access};
 use tempfile::TempDir;
 
-use super::Config;
 use super::console::{ERRORS, LOG};
+use super::{Config, FIRST_FILE};
 use crate::builds::Artifacts;
 use crate::tools::{Accel, Qemu as Program};
 
@@ -63,6 +63,13 @@ impl Qemu {
         } else {
             None
         };
+        for (child_fd, file) in (FIRST_FILE..).zip(&config.files) {
+            let parent_fd = file.try_clone()?.into();
+            descriptors.push(FdMapping {
+                parent_fd,
+                child_fd,
+            });
+        }
         command.fd_mappings(descriptors)?;
         let errors = File::create(folder.path().join(ERRORS))?;
         command

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use barlink_driver_checks::Region;
+use rustix::fs::{MemfdFlags, SealFlags};
 use serde_json::json;
-use tempfile::TempDir;
 use xtask::broker::{Broker, Transport};
 use xtask::builds::Artifacts;
-use xtask::vm::{Config, Vm};
+use xtask::vm::{Config, FIRST_FILE, Vm};
 
 use crate::tap::Tap;
 
@@ -20,23 +20,19 @@ pub struct Devices {
     pub config: Config,
     taps: HashMap<Region, Arc<Tap>>,
     brokers: HashMap<Region, Broker>,
-    /// Where the memory of devices is that no broker serves.
-    folder: TempDir,
 }
 
 impl Devices {
     /// Starts the brokers, and makes the other memory. What has vectors is over this transport.
     pub fn new(transport: Transport) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
         let mut devices = Self {
             config: Config {
+                shared_memory: transport == Transport::VhostUser,
                 arguments: vec!["-no-reboot".to_owned()],
-                paths: vec![folder.path().to_owned()],
                 ..Config::default()
             },
             taps: HashMap::new(),
             brokers: HashMap::new(),
-            folder,
         };
         for (region, chassis) in Region::ALL.into_iter().zip(1..) {
             devices.add(region, transport, chassis)?;
@@ -125,20 +121,18 @@ impl Devices {
     /// Adds a device over memory of its own, which begins with these words and is zero otherwise.
     fn keep(&mut self, region: Region, chassis: usize, words: &[u64]) -> Result<()> {
         let (size, id) = (region.facts().size, id(region));
-        let path = self.folder.path().join(&id);
-        let mut options = File::options();
-        let memory = options
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)?;
+        // Where a VM has a device over vhost-user, its broker is given this memory, too, and refuses what is not sealed.
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memory = File::from(rustix::fs::memfd_create(&id, flags)?);
         memory.set_len(size)?;
+        rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK)?;
+        let number = FIRST_FILE + i32::try_from(self.config.files.len())?;
+        self.config.files.push(Arc::new(memory.try_clone()?));
         let tap = Tap::of_memory(memory);
         tap.store(0, words)?;
         self.taps.insert(region, Arc::new(tap));
         self.add_port(region, chassis);
-        // QEMU splits its options at commas; a doubled one stands for itself.
-        let path = path.display().to_string().replace(',', ",,");
+        let path = format!("/proc/self/fd/{number}");
         let memory = format!("memory-backend-file,id={id},mem-path={path},size={size},share=on");
         let device = format!("ivshmem-plain,bus={},memdev={id}", port(region));
         let arguments = ["-object".to_owned(), memory, "-device".to_owned(), device];

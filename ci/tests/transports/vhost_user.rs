@@ -24,6 +24,8 @@ const NAP: Duration = Duration::from_millis(300);
 
 #[path = "channels.rs"]
 mod channels;
+#[path = "mixed.rs"]
+mod mixed;
 
 /// A line of the guest's through a channel, and what the host makes of it.
 fn line(broker: &Broker, vm: &Vm, text: &str) -> Result<()> {

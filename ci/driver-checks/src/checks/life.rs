@@ -8,7 +8,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::ask::{RAW, Region};
-use crate::binding::{bind, bound, keep_from_drivers, node, open, unbind};
+use crate::binding::{bind, bound, is_virtio, keep_from_drivers, node, open, unbind};
 use crate::device::{Device, fails};
 use crate::module::{self, load, unload};
 
@@ -42,9 +42,12 @@ pub(super) fn load_and_unload_25_times() -> Result<()> {
     for round in 1..=25 {
         unload()?;
         assert!(bound()?.is_empty());
-        // Its 256 vectors take longer to set up and down than all the rest, so it is there in every fifth round.
-        let all = round % 5 == 0;
-        keep_from_drivers(Region::Bus, !all)?;
+        // Its 256 vectors take longer to set up and down than all the rest, so it is there in every fifth round. On the virtio
+        // bus they are one interrupt.
+        let all = round % 5 == 0 || is_virtio(Region::Bus)?;
+        if !is_virtio(Region::Bus)? {
+            keep_from_drivers(Region::Bus, !all)?;
+        }
         load()?;
         assert_eq!(bound()?.len(), Region::TAKEN.len() - usize::from(!all));
     }
