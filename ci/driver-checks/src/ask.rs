@@ -178,6 +178,13 @@ pub enum Request {
     },
     /// End the echo or the storm.
     Calm,
+    /// Stop the broker of a region, or have it go on.
+    Pause {
+        /// Which.
+        region: Region,
+        /// Stop.
+        stop: bool,
+    },
     /// Plug in the device of [`Region::Plugged`].
     Plug,
     /// Have the guest let go of that device, and pull it out.

@@ -105,6 +105,15 @@ pub(crate) fn rings(region: Region, peer: u32, vector: u32) -> Result<u64> {
     count_rings(region, peer, vector, 0)
 }
 
+/// Waits until a vector of another peer was rung as often as `least`, and counts.
+pub(crate) fn wait_for_so_many(region: Region, peer: u32, vector: u32, least: u64) -> Result<u64> {
+    let mut count = 0;
+    while count < least {
+        count += wait_for_rings(region, peer, vector)?;
+    }
+    Ok(count)
+}
+
 /// Waits until a vector of another peer is rung, and counts.
 pub(crate) fn wait_for_rings(region: Region, peer: u32, vector: u32) -> Result<u64> {
     let count = count_rings(region, peer, vector, PATIENCE)?;
@@ -141,6 +150,11 @@ pub(crate) fn storm(region: Region) -> Result<()> {
 /// Ends what [`echo`] or [`storm`] began.
 pub(crate) fn calm() -> Result<()> {
     request(&Request::Calm)
+}
+
+/// Stops the broker of a region, or has it go on.
+pub(crate) fn pause(region: Region, stop: bool) -> Result<()> {
+    request(&Request::Pause { region, stop })
 }
 
 /// Plugs in the device of [`Region::Plugged`], which the guest finds some time later.

@@ -30,7 +30,7 @@ mod process;
 use anyhow::{Context, Result};
 
 pub use ask::{Answer, Facts, RAW, Region, Request};
-pub use checks::{CHECKS, Check, UNPLUGGING};
+pub use checks::{CHECKS, Check, PAUSING, UNPLUGGING};
 
 /// Runs the check with this name, on a driver that is loaded and has its devices.
 pub fn run(name: &str) -> Result<()> {

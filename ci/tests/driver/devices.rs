@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use barlink_driver_checks::Region;
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::process::Signal;
 use serde_json::json;
 use xtask::broker::{Broker, Transport};
 use xtask::builds::Artifacts;
@@ -44,6 +45,12 @@ impl Devices {
     pub fn tap(&self, region: Region) -> Result<&Arc<Tap>> {
         let tap = self.taps.get(&region);
         tap.with_context(|| format!("there is no {region:?}"))
+    }
+
+    /// Stops the broker of a region, or has it go on.
+    pub fn pause(&self, region: Region, stop: bool) -> Result<()> {
+        let broker = self.brokers.get(&region).context("no broker")?;
+        broker.signal(if stop { Signal::STOP } else { Signal::CONT })
     }
 
     /// Plugs in the device of [`Region::Plugged`].

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
-use barlink_driver_checks::{CHECKS, UNPLUGGING};
+use barlink_driver_checks::{CHECKS, PAUSING, UNPLUGGING};
 use clap::ValueEnum;
 use libtest_mimic::{Arguments, Trial};
 use xtask::broker::Transport;
@@ -53,7 +53,9 @@ fn module(transport: Transport) -> String {
 
 /// Whether a check makes sense over a transport.
 fn applies(transport: Transport, name: &str) -> bool {
-    devices::unplugs(transport) || !UNPLUGGING.contains(&name)
+    let unplugs = devices::unplugs(transport) || !UNPLUGGING.contains(&name);
+    let pauses = transport != Transport::VfioUser || !PAUSING.contains(&name);
+    unplugs && pauses
 }
 
 fn main() -> ExitCode {

@@ -92,6 +92,7 @@ impl Stage {
             Request::Echo { region, vector } => self.background = Some(self.echo(region, vector)?),
             Request::Storm { region } => self.background = Some(self.storm(region)?),
             Request::Calm => self.background = None,
+            Request::Pause { region, stop } => self.devices.pause(region, stop)?,
             Request::Plug => self.devices.plug(&self.vm)?,
             Request::Unplug => self.devices.unplug(&self.vm)?,
             Request::Show { figure } => figures.push(figure),

@@ -39,7 +39,9 @@ impl Fault {
     /// What the driver says.
     pub fn message(self) -> &'static str {
         match self {
-            Fault::Magic => "declined: no barlink device: magic 0x00000000, not 0x6c726162",
+            Fault::Magic => {
+                "declined: no barlink device: magic 0x00000000, not 0x6c726162, version 1"
+            }
             Fault::Version => {
                 "declined: no barlink device: magic 0x6c726162, not 0x6c726162, version 2"
             }
@@ -115,8 +117,8 @@ impl VhostUserBackend for Stranger {
         let mut bytes = [0; config::SIZE];
         if self.0 != Fault::Magic {
             bytes[config::MAGIC..][..4].copy_from_slice(&MAGIC.to_le_bytes());
-            bytes[config::VERSION..][..4].copy_from_slice(&version.to_le_bytes());
         }
+        bytes[config::VERSION..][..4].copy_from_slice(&version.to_le_bytes());
         bytes[offset as usize..][..size as usize].to_vec()
     }
 

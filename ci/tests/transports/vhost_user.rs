@@ -4,9 +4,6 @@
     reason = "the same tests over another transport"
 )]
 
-use std::thread;
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use rustix::process::Signal;
@@ -19,8 +16,6 @@ use crate::stranger::{self, Fault};
 use crate::support::*;
 
 const TRANSPORT: Transport = Transport::VhostUser;
-/// Longer than an end looks for itself before it sleeps.
-const NAP: Duration = Duration::from_millis(300);
 
 #[path = "channels.rs"]
 mod channels;
@@ -123,40 +118,6 @@ fn module_with_a_virtio_device_stays_while_it_is_used() -> Result<()> {
         load(&vm)?;
     }
     line(&broker, &vm, "again")
-}
-
-/// More is rung than the queue has room for, while nobody reads it; what comes last is not lost.
-#[test]
-fn doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them() -> Result<()> {
-    let (broker, vm) = start(
-        TRANSPORT,
-        &["--channel", "up=up,64K", "--channel", "other=up,1M"],
-    )?;
-    let receiver = receive(&broker, "up")?;
-    let producer = vm.spawn(["barlink-guest", "send"])?;
-    let arrived = || -> Result<bool> {
-        let channel = &broker.inspect()?["channels"][0];
-        Ok(channel["records"] != 0 && channel["fill"] == 0)
-    };
-    // From here on the receiver sleeps until it is rung.
-    for _ in 0..3 {
-        producer.write(b"tick")?;
-        thread::sleep(NAP);
-    }
-    wait_until("all has arrived", arrived)?;
-    broker.signal(Signal::STOP)?;
-    let flood =
-        "for i in $(seq 40); do echo $i | barlink-guest send --channel other || exit 1; done";
-    let flood = vm.run(["sh", "-c", flood])?;
-    producer.write(b"tock")?;
-    thread::sleep(NAP);
-    broker.signal(Signal::CONT)?;
-    flood.require_success()?;
-    wait_until("the last has arrived", arrived)?;
-    producer.close_stdin()?;
-    producer.wait(COMMAND_TIMEOUT)?.require_success()?;
-    ensure!(receiver.bytes()? == b"ticktickticktock");
-    Ok(())
 }
 
 /// The memory stays, and nobody hangs: what is rung is lost, and whoever sleeps can be killed.

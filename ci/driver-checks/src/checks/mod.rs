@@ -53,6 +53,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
     doorbells:
         doorbells_reach_the_host
         all_256_vectors_fire
+        doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them
         interrupts_in_lock_step_are_never_lost
         device_without_vectors_says_so;
     interrupts:
@@ -86,3 +87,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
 /// with MSI-X, whoever serves it; that it can at least be plugged in is checked by
 /// `device_of_vfio_user_is_plugged_in_and_not_out`.
 pub const UNPLUGGING: &[&str] = &["hot_plugged_device_comes_and_goes"];
+
+/// Those of [`CHECKS`] that ring while the broker is stopped. Over vfio-user each doorbell is a message to it, for whose answer
+/// QEMU waits 5 s.
+pub const PAUSING: &[&str] = &["doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them"];
