@@ -66,7 +66,7 @@ use kernel::{
 /// How long the host may take to map the region.
 const MAPPING_PATIENCE: Delta = Delta::from_secs(10);
 /// How long the device may take to read the last doorbells.
-const DOORBELL_PATIENCE: Delta = Delta::from_secs(1);
+const DOORBELL_PATIENCE: Delta = Delta::from_secs(3);
 
 /// The driver, registered until dropped.
 pub(crate) struct Registration(());

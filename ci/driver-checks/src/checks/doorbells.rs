@@ -2,7 +2,8 @@
 
 //! Vectors, from the guest to the host and from the host to the guest.
 
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use barlink_protocol::wire::layout::MAX_VECTORS;
@@ -10,8 +11,8 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 
 use crate::ask::Region;
-use crate::binding::{bind, eventually, open, open_nonblocking, unbind};
-use crate::device::{SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
+use crate::binding::{bind, eventually, is_bound, open, open_nonblocking, unbind};
+use crate::device::{Device, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
 use crate::process::child;
 
@@ -72,6 +73,32 @@ pub(super) fn all_256_vectors_fire() -> Result<()> {
 
 /// More vectors than a queue has room for, while nobody takes anything out of it.
 pub(super) fn doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them() -> Result<()> {
+    let device = ring_all_in_vain()?;
+    host::pause(Region::Bus, false)?;
+    all_were_rung()?;
+    drop(device);
+    Ok(())
+}
+
+/// Whoever gives the device back waits for a while.
+pub(super) fn doorbells_are_read_before_the_device_is_given_back() -> Result<()> {
+    let device = ring_all_in_vain()?;
+    let unbinding = child(|parent| {
+        parent.tell_ready()?;
+        unbind(Region::Bus)
+    })?;
+    eventually("the device is going", || Ok(!is_bound(Region::Bus)?))?;
+    // Until nothing but the doorbells is left to wait for.
+    thread::sleep(Duration::from_millis(500));
+    host::pause(Region::Bus, false)?;
+    unbinding.succeeds()?;
+    all_were_rung()?;
+    fails(device.info(), Errno::NODEV);
+    bind(Region::Bus)
+}
+
+/// Stops the broker, and rings all vectors of the host.
+fn ring_all_in_vain() -> Result<Device> {
     let host_peer = Region::Bus.host();
     let device = open(Region::Bus)?;
     for vector in 0..MAX_VECTORS {
@@ -83,9 +110,12 @@ pub(super) fn doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them() -> R
             device.ring(host_peer, vector)?;
         }
     }
-    host::pause(Region::Bus, false)?;
+    Ok(device)
+}
+
+fn all_were_rung() -> Result<()> {
     for vector in 0..MAX_VECTORS {
-        host::wait_for_rings(Region::Bus, host_peer, vector)?;
+        host::wait_for_rings(Region::Bus, Region::Bus.host(), vector)?;
     }
     Ok(())
 }

@@ -54,6 +54,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         doorbells_reach_the_host
         all_256_vectors_fire
         doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them
+        doorbells_are_read_before_the_device_is_given_back
         interrupts_in_lock_step_are_never_lost
         device_without_vectors_says_so;
     interrupts:
@@ -90,4 +91,7 @@ pub const UNPLUGGING: &[&str] = &["hot_plugged_device_comes_and_goes"];
 
 /// Those of [`CHECKS`] that ring while the broker is stopped. Over vfio-user each doorbell is a message to it, for whose answer
 /// QEMU waits 5 s.
-pub const PAUSING: &[&str] = &["doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them"];
+pub const PAUSING: &[&str] = &[
+    "doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them",
+    "doorbells_are_read_before_the_device_is_given_back",
+];
