@@ -93,11 +93,9 @@ fn doorbells_ring_whom_they_name() {
         count += 1;
         assert_eq!(client.wait_for(0, count).0, 0);
         assert!(fired(&client.queues[0].call));
-        let mut place = 0;
-        for (number, bell) in &other.bells {
+        for (place, (number, bell)) in other.bells.iter().enumerate() {
             let rung = *number == i64::from(peer) && place % VECTORS == vector as usize;
             assert_eq!(rings(bell), u64::from(rung), "{peer}, {vector}: {place}");
-            place += 1;
         }
     }
     // What nobody has is nobody's; and buffers that hold no doorbell are given back.

@@ -46,6 +46,9 @@ fn words(words: &[u64]) -> Vec<u8> {
 /// A request, what follows, its descriptors, and what is said of it.
 type Case<'a> = (u32, Vec<u8>, &'a [&'a dyn AsRawFd], &'a str);
 
+/// What a guest does to its queues.
+type Attack<'a> = &'a dyn Fn(&mut Client);
+
 /// A table of one range of memory.
 fn table(address: u64, size: u64, vmm: u64, offset: u64) -> Vec<u8> {
     words(&[1, address, size, vmm, offset])
@@ -245,7 +248,7 @@ fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
 fn queues_that_make_no_sense_are_left_alone() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
-    let attacks: [(&str, &dyn Fn(&mut Client)); 8] = [
+    let attacks: [(&str, Attack<'_>); 8] = [
         ("an index too far ahead", &|client| {
             client.set_available(0, 65);
             client.set_available(1, 40_000);

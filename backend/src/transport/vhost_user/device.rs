@@ -8,7 +8,6 @@
 //! were: then the VM was only paused. Queues that were not used yet do not tell; then QEMU refuses, since it has the
 //! mapping still.
 
-use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,6 +28,7 @@ use vhost_user_backend::VhostUserBackend;
 use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
 
+use super::life::watch_this_thread;
 use super::queue::{Memory, Queue, Served};
 use crate::bell::Bell;
 use crate::broker::{Connection, Slot};
@@ -75,21 +75,6 @@ struct State {
     stopped: bool,
 }
 
-thread_local! {
-    /// Rings when the thread ends, however it does.
-    static LIFE: RefCell<Option<Life>> = const { RefCell::new(None) };
-}
-
-struct Life(Arc<Bell>);
-
-impl Drop for Life {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.ring() {
-            debug!("nobody learns that a thread ends: {error}");
-        }
-    }
-}
-
 impl Device {
     /// That of a slot. `over` rings when a thread that has worked for it ends.
     pub fn new(slot: &Slot, over: &Arc<Bell>) -> io::Result<Self> {
@@ -131,13 +116,6 @@ impl Device {
     pub fn failure(&self) -> Option<String> {
         let failure = self.failure.lock();
         failure.unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    /// From here on the end of the calling thread is noticed.
-    fn watch_this_thread(&self) {
-        LIFE.with_borrow_mut(|life| {
-            life.get_or_insert_with(|| Life(Arc::clone(&self.over)));
-        });
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -297,7 +275,7 @@ impl VhostUserBackend for Device {
 
     fn features(&self) -> u64 {
         // What every client asks first, so on the thread that answers messages.
-        self.watch_this_thread();
+        watch_this_thread(&self.over);
         VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
@@ -354,7 +332,7 @@ impl VhostUserBackend for Device {
         queues: &[Queue],
         _thread: usize,
     ) -> io::Result<()> {
-        self.watch_this_thread();
+        watch_this_thread(&self.over);
         // An error is the worker's end, and so the session's.
         if self.ending.load(Ordering::Acquire) {
             return Err(io::Error::other("the session ends"));

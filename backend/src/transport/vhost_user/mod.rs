@@ -10,6 +10,7 @@
 mod device;
 mod guard;
 mod inlet;
+mod life;
 mod message;
 mod queue;
 mod session;
