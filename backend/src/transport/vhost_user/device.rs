@@ -18,7 +18,7 @@ use barlink_protocol::wire::virtio::{
     BUFFER, FEATURE_RESET, MAGIC, QUEUE_DOORBELLS, QUEUE_INTERRUPTS, QUEUE_SIZE, QUEUES,
     SHARED_MEMORY, VERSION, config,
 };
-use log::{debug, info};
+use log::{Level, debug};
 use vhost::vhost_user::message::{
     VhostUserMMap, VhostUserMMapFlags, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserVirtioFeatures,
@@ -31,6 +31,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::life::watch_this_thread;
 use super::queue::{Memory, Queue, Served};
 use crate::bell::Bell;
+use crate::broker::limit::{Account, REFUSED, limited};
 use crate::broker::{Connection, Slot};
 
 /// Feature bit of VirtIO 1.
@@ -124,7 +125,7 @@ impl Device {
 
     /// Notes that a queue has started, and has the region mapped if it is the first. The worker alone does this.
     fn start(&self, queues: &[Queue]) -> io::Result<()> {
-        let (start, was_stopped) = {
+        let start = {
             let mut state = self.state();
             // A queue that has been stopped meanwhile has not started: to ask now would be QEMU's end.
             if state.running || !queues.iter().any(Queue::is_running) {
@@ -132,16 +133,20 @@ impl Device {
             }
             state.running = true;
             state.start += 1;
-            if state.stopped && queues.iter().any(Queue::goes_on) {
+            if state.start > 1 && queues.iter().any(Queue::goes_on) {
                 state.stopped = false;
                 return Ok(());
             }
-            (state.start, state.stopped)
+            state.start
         };
         let id = self.id;
-        let way_back = self.way_back.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(way_back) = way_back.clone() else {
-            info!("slot {id}: its VMM cannot map the region: QEMU 11.1 can");
+        let Some(way_back) = self.way_back().clone() else {
+            limited!(
+                REFUSED,
+                Account::Slot(id),
+                Level::Warn,
+                "slot {id}: its VMM cannot map the region: QEMU 11.1 can"
+            );
             return Ok(());
         };
         let region = VhostUserMMap {
@@ -150,22 +155,38 @@ impl Device {
             flags: VhostUserMMapFlags::WRITABLE.bits(),
             ..VhostUserMMap::default()
         };
+        // No lock is held while this waits.
         let mapped = way_back.shmem_map(&region, &self.memory);
         let mut state = self.state();
+        // What was noted of a stop before this start, if it was not stopped again.
+        let was_stopped =
+            state.start == start && state.running && std::mem::take(&mut state.stopped);
+        drop(state);
         match mapped {
-            Ok(_) if was_stopped && state.start == start && state.stopped => {
-                state.stopped = false;
-                drop(state);
-                self.reset();
+            Ok(_) => {
+                if was_stopped {
+                    self.reset();
+                }
             }
-            Ok(_) => (),
-            Err(error) if was_stopped => {
-                debug!("slot {id}: the region is mapped still: {error}");
-                state.stopped &= state.start != start;
+            Err(error) if is_refusal(&error) && start > 1 => {
+                debug!("slot {id}: the region is mapped still");
+            }
+            // Without a session QEMU would be worse off.
+            Err(error) if is_refusal(&error) => {
+                limited!(
+                    REFUSED,
+                    Account::Slot(id),
+                    Level::Warn,
+                    "slot {id}: its VMM does not map the region"
+                );
             }
             Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    fn way_back(&self) -> MutexGuard<'_, Option<Backend>> {
+        self.way_back.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fail(&self, what: &str, error: &io::Error) {
@@ -261,6 +282,12 @@ impl Device {
     }
 }
 
+/// Whether the VMM has said no, and can be asked again.
+fn is_refusal(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+    matches!(inner, Some(vhost::vhost_user::Error::FrontendInternalError))
+}
+
 impl VhostUserBackend for Device {
     type Bitmap = ();
     type Vring = Queue;
@@ -308,7 +335,7 @@ impl VhostUserBackend for Device {
     }
 
     fn set_backend_req_fd(&self, way_back: Backend) {
-        *self.way_back.lock().unwrap_or_else(PoisonError::into_inner) = Some(way_back);
+        *self.way_back() = Some(way_back);
     }
 
     /// The guard has seen that it is safe to map.
