@@ -339,6 +339,33 @@ fn qemu_refuses_to_migrate() -> Result<()> {
     Ok(())
 }
 
+/// What a user is warned of: `docs/architecture.md`. The request to map the region is on its way when the device stops, and
+/// QEMU does not look whether it runs (`hw/virtio/vhost-user.c`).
+#[test]
+fn guest_that_resets_the_device_while_it_is_mapped_ends_its_own_qemu() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    // It is a matter of microseconds, and comes about more often than not.
+    for _ in 0..20 {
+        let (mut machine, mut driver) = setting.machine()?;
+        driver.prepare(&mut machine)?;
+        driver.start_and_reset(&mut machine)?;
+        thread::sleep(A_WHILE);
+        let ended = machine.qmp("query-status", &json!({})).is_err();
+        drop(machine);
+        wait_until("the slot is free", || {
+            Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+        })?;
+        if ended {
+            // And nothing else: the next VM is served.
+            let (mut machine, mut driver) = setting.machine()?;
+            driver.prepare(&mut machine)?;
+            driver.start(&mut machine)?;
+            return mapped(&mut machine, &driver);
+        }
+    }
+    panic!("QEMU lives through it now: tell the user so");
+}
+
 /// A guest whose driver does not know the device leaves it alone.
 #[test]
 fn device_of_vhost_user_is_plugged_in_and_out() -> Result<()> {

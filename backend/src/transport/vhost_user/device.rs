@@ -103,7 +103,8 @@ impl Device {
     pub fn events(&self) -> impl Iterator<Item = (&Bell, u16)> {
         let own = self.bells.get(self.id as usize).into_iter().flatten();
         let vectors = (VECTOR..).zip(own).map(|(event, bell)| (&**bell, event));
-        vectors.chain([(&self.nudge, NUDGE)])
+        // First what ends the worker, should there be no room for all.
+        std::iter::once((&self.nudge, NUDGE)).chain(vectors)
     }
 
     /// Ends the worker.
