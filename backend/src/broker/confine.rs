@@ -185,6 +185,7 @@ mod tests {
     use std::process::Command;
 
     use rustix::io::Errno;
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     use vm_memory::mmap::MmapRegionBuilder;
 
     use super::*;
@@ -240,17 +241,25 @@ mod tests {
                     accepted.read_exact(&mut bytes).unwrap();
                     assert_eq!(&bytes, b"ours");
                 }
-                let unknown = Some(libc::ENOSYS);
-                let failed = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();
-                let connected = UnixStream::connect(folder.join("socket")).map(drop);
-                assert_eq!(failed(connected), unknown);
-                let bound = UnixListener::bind(folder.join("another")).map(drop);
-                assert_eq!(failed(bound), unknown);
-                assert_eq!(failed(UnixDatagram::unbound().map(drop)), unknown);
-                let sent = std::net::UdpSocket::bind("127.0.0.1:0").map(drop);
-                assert_eq!(failed(sent), unknown);
-                let listened = std::net::TcpListener::bind("127.0.0.1:0").map(drop);
-                assert_eq!(failed(listened), unknown);
+                let socket = |family, kind| {
+                    let flags = SocketFlags::CLOEXEC;
+                    rustix::net::socket_with(family, kind, flags, None)
+                };
+                for (family, kind) in [
+                    (AddressFamily::INET, SocketType::STREAM),
+                    (AddressFamily::UNIX, SocketType::DGRAM),
+                    (AddressFamily::UNIX, SocketType::SEQPACKET),
+                    (AddressFamily::NETLINK, SocketType::RAW),
+                ] {
+                    assert_eq!(socket(family, kind).map(drop), Err(Errno::NOSYS));
+                }
+                let ours = socket(AddressFamily::UNIX, SocketType::STREAM).unwrap();
+                let there = SocketAddrUnix::new(folder.join("socket")).unwrap();
+                let connected = rustix::net::connect(&ours, &there);
+                assert_eq!(connected, Err(Errno::NOSYS));
+                let another = SocketAddrUnix::new(folder.join("another")).unwrap();
+                assert_eq!(rustix::net::bind(&ours, &another), Err(Errno::NOSYS));
+                assert_eq!(rustix::net::listen(&ours, 1), Err(Errno::NOSYS));
             },
         );
     }
