@@ -191,7 +191,10 @@ mod tests {
     use super::*;
 
     /// Runs this on a thread that is confined so; the rest of this process keeps its rights.
-    fn on_a_thread(confine: impl FnOnce() -> bool + Send + 'static, check: fn(&std::path::Path)) {
+    fn on_a_thread(
+        confine: impl FnOnce() -> bool + Send + 'static,
+        check: impl FnOnce(&std::path::Path) + Send + 'static,
+    ) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().to_owned();
         std::fs::write(path.join("file"), b"").unwrap();
@@ -266,10 +269,17 @@ mod tests {
 
     #[test]
     fn landlock_leaves_inlets_and_no_abstract_socket_of_others() {
+        let (others, _) = crate::transport::open_inlet().unwrap();
+        let name = rustix::net::getsockname(&others).unwrap();
+        let _ = others.accept().unwrap();
         on_a_thread(
-            || restrict().is_ok_and(|done| done),
-            |_| {
+            || restrict().unwrap(),
+            move |_| {
                 drop(crate::transport::open_inlet().unwrap());
+                let (unix, stream) = (AddressFamily::UNIX, SocketType::STREAM);
+                let ours = rustix::net::socket_with(unix, stream, SocketFlags::CLOEXEC, None);
+                let connected = rustix::net::connect(&ours.unwrap(), &name);
+                assert!(connected == Err(Errno::PERM) || !scopes_signals());
             },
         );
     }
