@@ -108,6 +108,7 @@ fn doorbells_ring_whom_they_name() {
     for (word, length, writable) in [
         (3 << 16, 4, false),
         (HOST << 16 | VECTORS as u32, 4, false),
+        (HOST << 16 | 0x100, 4, false),
         (u32::MAX, 4, false),
         (HOST << 16, 3, false),
         (HOST << 16, 4, true),

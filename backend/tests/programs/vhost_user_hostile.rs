@@ -218,7 +218,9 @@ fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
     let on_disk = tempfile::tempfile().unwrap();
     on_disk.set_len(MEMORY).unwrap();
     let files = [memory(SealFlags::empty()), memory(SealFlags::GROW), on_disk];
+    let maps = || std::fs::read_to_string(format!("/proc/{}/maps", broker.child.id())).unwrap();
     let client = Client::greet(&broker);
+    client.frontend.set_features(1 << 32 | 1 << 30).unwrap();
     client
         .frontend
         .set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -228,8 +230,10 @@ fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
     let log = broker.log();
     let line = log.lines().find(|line| line.contains("sealed")).unwrap();
     assert!(line.contains("-object memory-backend-memfd"), "{line}");
+    assert!(!maps().contains("memfd:ram"), "{}", maps());
     // The session goes on, with memory that is safe.
     client.share(&client.memory).unwrap();
+    assert!(maps().contains("memfd:ram"));
     drop(client);
     // Who wants no answer is let go.
     for file in &files {
