@@ -278,7 +278,7 @@ mod tests {
                 drop(crate::transport::open_inlet().unwrap());
                 let (unix, stream) = (AddressFamily::UNIX, SocketType::STREAM);
                 let ours = rustix::net::socket_with(unix, stream, SocketFlags::CLOEXEC, None);
-                let connected = rustix::net::connect(&ours.unwrap(), &name);
+                let connected = rustix::net::connect(ours.unwrap(), &name);
                 assert!(connected == Err(Errno::PERM) || !scopes_signals());
             },
         );
