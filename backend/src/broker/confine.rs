@@ -185,12 +185,16 @@ mod tests {
     use std::process::Command;
 
     use rustix::io::Errno;
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     use vm_memory::mmap::MmapRegionBuilder;
 
     use super::*;
 
     /// Runs this on a thread that is confined so; the rest of this process keeps its rights.
-    fn on_a_thread(confine: impl FnOnce() -> bool + Send + 'static, check: fn(&std::path::Path)) {
+    fn on_a_thread(
+        confine: impl FnOnce() -> bool + Send + 'static,
+        check: impl FnOnce(&std::path::Path) + Send + 'static,
+    ) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().to_owned();
         std::fs::write(path.join("file"), b"").unwrap();
@@ -240,27 +244,42 @@ mod tests {
                     accepted.read_exact(&mut bytes).unwrap();
                     assert_eq!(&bytes, b"ours");
                 }
-                let unknown = Some(libc::ENOSYS);
-                let failed = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();
-                let connected = UnixStream::connect(folder.join("socket")).map(drop);
-                assert_eq!(failed(connected), unknown);
-                let bound = UnixListener::bind(folder.join("another")).map(drop);
-                assert_eq!(failed(bound), unknown);
-                assert_eq!(failed(UnixDatagram::unbound().map(drop)), unknown);
-                let sent = std::net::UdpSocket::bind("127.0.0.1:0").map(drop);
-                assert_eq!(failed(sent), unknown);
-                let listened = std::net::TcpListener::bind("127.0.0.1:0").map(drop);
-                assert_eq!(failed(listened), unknown);
+                let socket = |family, kind| {
+                    let flags = SocketFlags::CLOEXEC;
+                    rustix::net::socket_with(family, kind, flags, None)
+                };
+                for (family, kind) in [
+                    (AddressFamily::INET, SocketType::STREAM),
+                    (AddressFamily::UNIX, SocketType::DGRAM),
+                    (AddressFamily::UNIX, SocketType::SEQPACKET),
+                    (AddressFamily::NETLINK, SocketType::RAW),
+                ] {
+                    assert_eq!(socket(family, kind).map(drop), Err(Errno::NOSYS));
+                }
+                let ours = socket(AddressFamily::UNIX, SocketType::STREAM).unwrap();
+                let there = SocketAddrUnix::new(folder.join("socket")).unwrap();
+                let connected = rustix::net::connect(&ours, &there);
+                assert_eq!(connected, Err(Errno::NOSYS));
+                let another = SocketAddrUnix::new(folder.join("another")).unwrap();
+                assert_eq!(rustix::net::bind(&ours, &another), Err(Errno::NOSYS));
+                assert_eq!(rustix::net::listen(&ours, 1), Err(Errno::NOSYS));
             },
         );
     }
 
     #[test]
     fn landlock_leaves_inlets_and_no_abstract_socket_of_others() {
+        let (others, _) = crate::transport::open_inlet().unwrap();
+        let name = rustix::net::getsockname(&others).unwrap();
+        let _ = others.accept().unwrap();
         on_a_thread(
-            || restrict().is_ok_and(|done| done),
-            |_| {
+            || restrict().unwrap(),
+            move |_| {
                 drop(crate::transport::open_inlet().unwrap());
+                let (unix, stream) = (AddressFamily::UNIX, SocketType::STREAM);
+                let ours = rustix::net::socket_with(unix, stream, SocketFlags::CLOEXEC, None);
+                let connected = rustix::net::connect(ours.unwrap(), &name);
+                assert!(connected == Err(Errno::PERM) || !scopes_signals());
             },
         );
     }

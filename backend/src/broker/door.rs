@@ -164,6 +164,7 @@ impl Door {
             );
             // A service manager may have its connection for a while yet.
             self.transport.abort(&vm);
+            self.shared.store().forget_of_predecessor(&name::vm(id));
             return;
         }
         match Peer::of(&vm) {
@@ -178,7 +179,10 @@ impl Door {
                     self.hand_to(&attendant, Arc::new(vm), slot);
                 }
             }
-            _ => info!("slot {id}: its VM has left meanwhile"),
+            _ => {
+                info!("slot {id}: its VM has left meanwhile");
+                self.shared.store().forget_of_predecessor(&name::vm(id));
+            }
         }
     }
 

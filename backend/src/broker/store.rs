@@ -128,9 +128,13 @@ impl DescriptorStore {
 
     /// Forgets a descriptor.
     pub fn forget(&self, name: &str) {
-        if self.lock().remove(name).is_none() {
-            return;
+        if self.lock().remove(name).is_some() {
+            self.forget_of_predecessor(name);
         }
+    }
+
+    /// Forgets a descriptor that a predecessor kept, and this broker does not.
+    pub fn forget_of_predecessor(&self, name: &str) {
         let message = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
         if let Err(error) = self.tell_keeper(&message, &[]) {
             warn!("the service manager does not forget {name}: {error}");

@@ -165,6 +165,8 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
     broker.start_again(&manager, &arguments);
     let mut client = Client::greet(&broker);
     wait_until("it is forgotten", || !kept("part-1-interrupt-1"));
+    let connections = || manager.kept().iter().filter(|name| *name == "vm-1").count();
+    wait_until("one connection is kept", || connections() == 1);
     count(&irq);
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
     assert_eq!(count(&irq), 0, "an eventfd of the VM before it");

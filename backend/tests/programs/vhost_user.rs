@@ -55,9 +55,15 @@ fn configuration_says_what_the_driver_must_know() {
 #[test]
 fn region_is_mapped_when_the_device_has_started_and_never_before() {
     let broker = serve_vhost_user(&[]);
+    let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
+    let own = &other.bells.iter().find(|(peer, _)| *peer == 1).unwrap().1;
     let mut client = Client::greet(&broker);
     client.config();
     for round in 0..3 {
+        // Whatever else happens meanwhile.
+        rustix::io::write(own, &1u64.to_ne_bytes()).unwrap();
+        client.queues[0].kick.write(1).unwrap();
+        client.share(&client.memory).unwrap();
         assert!(client.wishes.recv_timeout(A_WHILE).is_err(), "too early");
         client.start();
         let wish = client.map(true);
@@ -93,17 +99,16 @@ fn doorbells_ring_whom_they_name() {
         count += 1;
         assert_eq!(client.wait_for(0, count).0, 0);
         assert!(fired(&client.queues[0].call));
-        let mut place = 0;
-        for (number, bell) in &other.bells {
+        for (place, (number, bell)) in other.bells.iter().enumerate() {
             let rung = *number == i64::from(peer) && place % VECTORS == vector as usize;
             assert_eq!(rings(bell), u64::from(rung), "{peer}, {vector}: {place}");
-            place += 1;
         }
     }
     // What nobody has is nobody's; and buffers that hold no doorbell are given back.
     for (word, length, writable) in [
         (3 << 16, 4, false),
         (HOST << 16 | VECTORS as u32, 4, false),
+        (HOST << 16 | 0x100, 4, false),
         (u32::MAX, 4, false),
         (HOST << 16, 3, false),
         (HOST << 16, 4, true),
@@ -220,6 +225,23 @@ fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
     client.put(0, HOST << 16, 4, false);
     client.wait_for(0, 1);
     assert_eq!(connection(), 3);
+}
+
+#[test]
+fn client_that_does_not_map_the_region_goes_on_without() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(false);
+    client.put(0, HOST << 16, 4, false);
+    client.wait_for(0, 1);
+    client.config();
+    let log = broker.log();
+    assert!(log.contains("does not map the region"), "{log}");
+    // It is asked again.
+    client.stop();
+    client.start();
+    client.map(true);
 }
 
 #[test]

@@ -46,6 +46,9 @@ fn words(words: &[u64]) -> Vec<u8> {
 /// A request, what follows, its descriptors, and what is said of it.
 type Case<'a> = (u32, Vec<u8>, &'a [&'a dyn AsRawFd], &'a str);
 
+/// What a guest does to its queues.
+type Attack<'a> = &'a dyn Fn(&mut Client);
+
 /// A table of one range of memory.
 fn table(address: u64, size: u64, vmm: u64, offset: u64) -> Vec<u8> {
     words(&[1, address, size, vmm, offset])
@@ -195,10 +198,6 @@ fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
     assert!(start.elapsed() < Duration::from_secs(2));
     assert!(is_closed(&client));
     assert!(broker.log().contains("stopped within a message"));
-    // Before the first.
-    let client = connect(&broker);
-    assert!(is_closed(&client));
-    wait_until("it is let go", || broker.log().contains("says nothing"));
     // Without taking a reply.
     let client = connect(&broker);
     client.set_nonblocking(true).unwrap();
@@ -219,7 +218,9 @@ fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
     let on_disk = tempfile::tempfile().unwrap();
     on_disk.set_len(MEMORY).unwrap();
     let files = [memory(SealFlags::empty()), memory(SealFlags::GROW), on_disk];
+    let maps = || std::fs::read_to_string(format!("/proc/{}/maps", broker.child.id())).unwrap();
     let client = Client::greet(&broker);
+    client.frontend.set_features(1 << 32 | 1 << 30).unwrap();
     client
         .frontend
         .set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -229,8 +230,10 @@ fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
     let log = broker.log();
     let line = log.lines().find(|line| line.contains("sealed")).unwrap();
     assert!(line.contains("-object memory-backend-memfd"), "{line}");
+    assert!(!maps().contains("memfd:ram"), "{}", maps());
     // The session goes on, with memory that is safe.
     client.share(&client.memory).unwrap();
+    assert!(maps().contains("memfd:ram"));
     drop(client);
     // Who wants no answer is let go.
     for file in &files {
@@ -245,7 +248,7 @@ fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
 fn queues_that_make_no_sense_are_left_alone() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
-    let attacks: [(&str, &dyn Fn(&mut Client)); 8] = [
+    let attacks: [(&str, Attack<'_>); 8] = [
         ("an index too far ahead", &|client| {
             client.set_available(0, 65);
             client.set_available(1, 40_000);
@@ -300,7 +303,7 @@ fn queues_that_make_no_sense_are_left_alone() {
         let before = ticks(broker.child.id());
         std::thread::sleep(Duration::from_millis(500));
         let used = ticks(broker.child.id()) - before;
-        assert!(used < 20, "{name}: {used} ticks in half a second");
+        assert!(used < 5, "{name}: {used} ticks in half a second");
         client.config();
         // A new start makes them whole again.
         client.stop();

@@ -5,7 +5,7 @@
 use std::sync::{Arc, LazyLock};
 
 use barlink::broker::{Broker, Config, Peer, Policy, Shared};
-use barlink::transport::{Ivshmem, Transport, VfioUser};
+use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use rustix::fs::{Mode, OFlags};
 
 /// VMs connect from here.
@@ -21,6 +21,9 @@ pub static SHARED: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(Ivsh
 /// The broker of one slot for vfio-user, made once.
 pub static VFIO_USER: LazyLock<Arc<Shared>> =
     LazyLock::new(|| broker(Arc::new(VfioUser::default())));
+
+/// The broker of one slot for vhost-user, made once.
+pub static VHOST_USER: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(VhostUser)));
 
 fn broker(transport: Arc<dyn Transport>) -> Arc<Shared> {
     let folder = std::env::temp_dir().join(format!("barlink-fuzz-{}", std::process::id()));

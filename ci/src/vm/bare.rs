@@ -124,6 +124,19 @@ impl Bare {
             .map(drop)
     }
 
+    /// Writes bytes one right after the other, whatever becomes of QEMU.
+    pub fn write_at_once(&mut self, bytes: &[(u64, u8)]) -> Result<()> {
+        let orders = bytes.iter();
+        let orders = orders.map(|(address, value)| format!("writeb {address:#x} {value:#x}\n"));
+        let orders = orders.collect::<String>();
+        self.memory.get_mut().write_all(orders.as_bytes())?;
+        for _ in bytes {
+            // It may have ended.
+            let _ = self.memory.read_line(&mut String::new());
+        }
+        Ok(())
+    }
+
     /// Writes 16 bits.
     pub fn write_short(&mut self, address: u64, value: u16) -> Result<()> {
         self.order(&format!("writew {address:#x} {value:#x}"))

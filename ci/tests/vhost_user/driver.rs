@@ -159,6 +159,13 @@ impl Driver {
         self.set_status(machine, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
     }
 
+    /// Says that the driver is ready, and resets the device at once.
+    pub fn start_and_reset(&mut self, machine: &mut Bare) -> Result<()> {
+        let ready = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+        let status = self.common.address + STATUS;
+        machine.write_at_once(&[(status, ready as u8), (status, 0)])
+    }
+
     /// Makes a buffer of four bytes available, and kicks.
     pub fn put(&mut self, machine: &mut Bare, queue: u16, word: u32, writable: bool) -> Result<()> {
         let memory = QUEUES + (u64::from(queue) << 20);

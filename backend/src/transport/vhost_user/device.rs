@@ -8,7 +8,6 @@
 //! were: then the VM was only paused. Queues that were not used yet do not tell; then QEMU refuses, since it has the
 //! mapping still.
 
-use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,7 +18,7 @@ use barlink_protocol::wire::virtio::{
     BUFFER, FEATURE_RESET, MAGIC, QUEUE_DOORBELLS, QUEUE_INTERRUPTS, QUEUE_SIZE, QUEUES,
     SHARED_MEMORY, VERSION, config,
 };
-use log::{debug, info};
+use log::{Level, debug};
 use vhost::vhost_user::message::{
     VhostUserMMap, VhostUserMMapFlags, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserVirtioFeatures,
@@ -29,8 +28,10 @@ use vhost_user_backend::VhostUserBackend;
 use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
 
+use super::life::watch_this_thread;
 use super::queue::{Memory, Queue, Served};
 use crate::bell::Bell;
+use crate::broker::limit::{Account, REFUSED, limited};
 use crate::broker::{Connection, Slot};
 
 /// Feature bit of VirtIO 1.
@@ -75,21 +76,6 @@ struct State {
     stopped: bool,
 }
 
-thread_local! {
-    /// Rings when the thread ends, however it does.
-    static LIFE: RefCell<Option<Life>> = const { RefCell::new(None) };
-}
-
-struct Life(Arc<Bell>);
-
-impl Drop for Life {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.ring() {
-            debug!("nobody learns that a thread ends: {error}");
-        }
-    }
-}
-
 impl Device {
     /// That of a slot. `over` rings when a thread that has worked for it ends.
     pub fn new(slot: &Slot, over: &Arc<Bell>) -> io::Result<Self> {
@@ -117,7 +103,8 @@ impl Device {
     pub fn events(&self) -> impl Iterator<Item = (&Bell, u16)> {
         let own = self.bells.get(self.id as usize).into_iter().flatten();
         let vectors = (VECTOR..).zip(own).map(|(event, bell)| (&**bell, event));
-        vectors.chain([(&self.nudge, NUDGE)])
+        // First what ends the worker, should there be no room for all.
+        std::iter::once((&self.nudge, NUDGE)).chain(vectors)
     }
 
     /// Ends the worker.
@@ -133,20 +120,13 @@ impl Device {
         failure.unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// From here on the end of the calling thread is noticed.
-    fn watch_this_thread(&self) {
-        LIFE.with_borrow_mut(|life| {
-            life.get_or_insert_with(|| Life(Arc::clone(&self.over)));
-        });
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes that a queue has started, and has the region mapped if it is the first. The worker alone does this.
     fn start(&self, queues: &[Queue]) -> io::Result<()> {
-        let (start, was_stopped) = {
+        let start = {
             let mut state = self.state();
             // A queue that has been stopped meanwhile has not started: to ask now would be QEMU's end.
             if state.running || !queues.iter().any(Queue::is_running) {
@@ -154,16 +134,20 @@ impl Device {
             }
             state.running = true;
             state.start += 1;
-            if state.stopped && queues.iter().any(Queue::goes_on) {
+            if state.start > 1 && queues.iter().any(Queue::goes_on) {
                 state.stopped = false;
                 return Ok(());
             }
-            (state.start, state.stopped)
+            state.start
         };
         let id = self.id;
-        let way_back = self.way_back.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(way_back) = way_back.clone() else {
-            info!("slot {id}: its VMM cannot map the region: QEMU 11.1 can");
+        let Some(way_back) = self.way_back().clone() else {
+            limited!(
+                REFUSED,
+                Account::Slot(id),
+                Level::Warn,
+                "slot {id}: its VMM cannot map the region: QEMU 11.1 can"
+            );
             return Ok(());
         };
         let region = VhostUserMMap {
@@ -172,22 +156,38 @@ impl Device {
             flags: VhostUserMMapFlags::WRITABLE.bits(),
             ..VhostUserMMap::default()
         };
+        // No lock is held while this waits.
         let mapped = way_back.shmem_map(&region, &self.memory);
         let mut state = self.state();
+        // What was noted of a stop before this start, if it was not stopped again.
+        let was_stopped =
+            state.start == start && state.running && std::mem::take(&mut state.stopped);
+        drop(state);
         match mapped {
-            Ok(_) if was_stopped && state.start == start && state.stopped => {
-                state.stopped = false;
-                drop(state);
-                self.reset();
+            Ok(_) => {
+                if was_stopped {
+                    self.reset();
+                }
             }
-            Ok(_) => (),
-            Err(error) if was_stopped => {
-                debug!("slot {id}: the region is mapped still: {error}");
-                state.stopped &= state.start != start;
+            Err(error) if is_refusal(&error) && start > 1 => {
+                debug!("slot {id}: the region is mapped still");
+            }
+            // Without a session QEMU would be worse off.
+            Err(error) if is_refusal(&error) => {
+                limited!(
+                    REFUSED,
+                    Account::Slot(id),
+                    Level::Warn,
+                    "slot {id}: its VMM does not map the region"
+                );
             }
             Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    fn way_back(&self) -> MutexGuard<'_, Option<Backend>> {
+        self.way_back.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fail(&self, what: &str, error: &io::Error) {
@@ -283,6 +283,12 @@ impl Device {
     }
 }
 
+/// Whether the VMM has said no, and can be asked again.
+fn is_refusal(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+    matches!(inner, Some(vhost::vhost_user::Error::FrontendInternalError))
+}
+
 impl VhostUserBackend for Device {
     type Bitmap = ();
     type Vring = Queue;
@@ -297,7 +303,7 @@ impl VhostUserBackend for Device {
 
     fn features(&self) -> u64 {
         // What every client asks first, so on the thread that answers messages.
-        self.watch_this_thread();
+        watch_this_thread(&self.over);
         VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
@@ -330,7 +336,7 @@ impl VhostUserBackend for Device {
     }
 
     fn set_backend_req_fd(&self, way_back: Backend) {
-        *self.way_back.lock().unwrap_or_else(PoisonError::into_inner) = Some(way_back);
+        *self.way_back() = Some(way_back);
     }
 
     /// The guard has seen that it is safe to map.
@@ -354,7 +360,7 @@ impl VhostUserBackend for Device {
         queues: &[Queue],
         _thread: usize,
     ) -> io::Result<()> {
-        self.watch_this_thread();
+        watch_this_thread(&self.over);
         // An error is the worker's end, and so the session's.
         if self.ending.load(Ordering::Acquire) {
             return Err(io::Error::other("the session ends"));

@@ -8,7 +8,6 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use log::Level;
 use rustix::event::{PollFd, PollFlags};
@@ -21,9 +20,6 @@ use crate::bell::Bell;
 use crate::broker::limit::{Account, REFUSED, limited};
 use crate::transport::shared_memory::is_safe;
 use crate::transport::{Departure, TransportError};
-
-/// How long a client may take for its first message, which QEMU sends at once. After that it may say nothing for ever.
-const SILENCE: Duration = Duration::from_secs(10);
 
 /// What descriptors a message brings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,25 +75,17 @@ impl<'a> Guard<'a> {
         })
     }
 
-    /// Passes messages on until the VMM leaves, or is let go. `None` if the daemon has ended, of which `over` rings.
+    /// Passes messages on until the VMM leaves, or is let go. It may say nothing for as long as it likes: QEMU connects before it
+    /// allocates the guest's memory. `None` if the daemon has ended, of which `over` rings.
     pub fn run(&self, over: &Arc<Bell>) -> Result<Option<Departure>, TransportError> {
         let misbehaved = |how| Ok(Some(Departure::Misbehaved(how)));
-        let start = Instant::now();
-        let mut silent = true;
         loop {
             let mut all = [
                 PollFd::new(self.vm, PollFlags::IN),
                 PollFd::new(self.daemon, PollFlags::IN),
                 PollFd::new(over, PollFlags::IN),
             ];
-            let patience = silent.then(|| SILENCE.saturating_sub(start.elapsed()));
-            let patience = patience.map(|time| rustix::time::Timespec {
-                tv_sec: time.as_secs().cast_signed(),
-                tv_nsec: time.subsec_nanos().into(),
-            });
-            let heard = rustix::event::poll(&mut all, patience.as_ref());
-            match heard {
-                Ok(0) => return misbehaved("it says nothing"),
+            match rustix::event::poll(&mut all, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => (),
                 Err(error) => return Err(TransportError::Receive(error.into())),
             }
@@ -108,7 +96,6 @@ impl<'a> Guard<'a> {
             } else if ended {
                 return Ok(None);
             } else if from_vm {
-                silent = false;
                 pass(self.vm, self.daemon, |message| self.check(message))
             } else {
                 continue;

@@ -3,13 +3,14 @@
 //! vhost-user: a virtio device whose shared memory is the region (QEMU's `docs/interop/vhost-user.rst`; `docs/protocol.md`,
 //! section 10), on `vhost-user-backend`. It is experimental, because the VMM's side of it is.
 //!
-//! Each session has a daemon of its own, behind a guard (`docs/decisions/0008-vhost-user.md`). Doorbells and interrupts are entries of two
+//! Each session has a daemon of its own, behind a guard (`docs/decisions/0009-vhost-user.md`). Doorbells and interrupts are entries of two
 //! queues, which the daemon's worker makes writes to eventfds, and the other way round; bytes take neither way, since the
 //! VMM maps the region.
 
 mod device;
 mod guard;
 mod inlet;
+mod life;
 mod message;
 mod queue;
 mod session;

@@ -41,8 +41,8 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
     let (listener, client) = inlet.map_err(TransportError::Receive)?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let name = format!("slot {}: vhost", slot.id());
-    let mut daemon =
-        VhostUserDaemon::new(name, Arc::clone(&device), memory).map_err(daemon_fails)?;
+    let mut daemon = VhostUserDaemon::new(name, Arc::clone(&device), memory)
+        .map_err(|error| daemon_fails(&error))?;
     let ending = Ending(&device);
     for worker in daemon.get_epoll_handlers() {
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
@@ -53,7 +53,7 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
     }
     // It is closed again once the one connection is accepted.
     let started = daemon.start(&mut Listener::from(listener));
-    started.map_err(daemon_fails)?;
+    started.map_err(|error| daemon_fails(&error))?;
     let departure = {
         let guard = Guard::new(slot.id(), vm, &client).map_err(TransportError::Receive)?;
         guard.run(&over)?
@@ -72,9 +72,10 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
         (None, _) if has_left(vm) => Ok(Departure::Left),
         (None, ended) => Err(match device.failure() {
             Some(failure) => TransportError::Daemon(failure),
-            None => ended.map_or_else(daemon_fails, |()| {
-                TransportError::Daemon("one of its threads has ended".into())
-            }),
+            None => ended.map_or_else(
+                |error| daemon_fails(&error),
+                |()| TransportError::Daemon("one of its threads has ended".into()),
+            ),
         }),
     }
 }
@@ -85,6 +86,6 @@ fn has_left(vm: &UnixStream) -> bool {
     rustix::event::poll(&mut hung_up, Some(&now)) != Ok(0)
 }
 
-fn daemon_fails(error: Error) -> TransportError {
+fn daemon_fails(error: &Error) -> TransportError {
     TransportError::Daemon(error.to_string())
 }
