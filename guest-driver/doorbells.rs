@@ -117,14 +117,13 @@ impl Doorbells {
         self.state.with(State::send);
     }
 
-    /// Whether the device has read all that was rung.
+    /// Whether the device has read all that was rung. What had to wait goes on here, too: a buffer that is taken back here is
+    /// one that no interrupt tells of.
     pub(crate) fn is_idle(&self) -> bool {
         self.state.with(|state| {
-            let Some(queue) = &mut state.queue else {
-                return true;
-            };
-            queue.take_back(|_| ());
-            queue.is_idle() && state.wanted.first().is_none()
+            state.send();
+            let queue = state.queue.as_ref();
+            queue.is_none_or(Queue::is_idle) && state.wanted.first().is_none()
         })
     }
 }
