@@ -414,6 +414,7 @@ fn device_of_vfio_user_is_plugged_in_and_not_out() -> Result<()> {
 fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
+    setting.wait_for_firmware()?;
     let region = device.bars[2].0;
     setting.broker.signal(Signal::KILL)?;
     wait_until("QEMU notices", || {
