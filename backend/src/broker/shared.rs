@@ -42,8 +42,10 @@ pub struct Shared {
     start: Instant,
     state: Mutex<State>,
     store: DescriptorStore,
-    /// Held for reading while a VM is let in, or told a message, and for writing while the broker hands over.
+    /// Held for reading while a VM is let in, and for writing while the broker hands over.
     gate: RwLock<()>,
+    /// The same while a slot's VM is told or heard a message.
+    turns: Vec<RwLock<()>>,
 }
 
 struct State {
@@ -72,7 +74,6 @@ impl Shared {
             ..
         } = parts;
         let shared = Shared {
-            layout,
             memory,
             read_only,
             region,
@@ -87,6 +88,8 @@ impl Shared {
             }),
             store,
             gate: RwLock::new(()),
+            turns: (0..layout.slots).map(|_| RwLock::new(())).collect(),
+            layout,
         };
         shared.tell_all();
         shared
@@ -178,6 +181,11 @@ impl Shared {
     /// The gate that VMs come in by.
     pub fn gate(&self) -> &RwLock<()> {
         &self.gate
+    }
+
+    /// Whose turn it is with the VMs, by slot: a session's, or a successor's.
+    pub fn turns(&self) -> &[RwLock<()>] {
+        &self.turns
     }
 
     /// Changes nothing any more, ever: a successor does.

@@ -1,11 +1,17 @@
 //! One broker takes the place of another under a client of vfio-user, which notices nothing.
 
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use barlink::control::client::Control;
-use barlink::control::message::Side;
+use barlink::control::message::{Answer, Ask, Side};
+use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_linger;
+use rustix::process::Signal;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::service::ServiceManager;
 use crate::support::*;
@@ -34,23 +40,28 @@ fn serve_as(manager: &ServiceManager, folder: tempfile::TempDir) -> (Broker, [St
     (broker, arguments)
 }
 
-/// Asks one thing after the other while brokers change. One reply more or less would be out of turn.
-fn ask_while(client: &mut Client, change: impl FnOnce()) {
-    let end = AtomicBool::new(false);
+/// Asks one thing after the other while brokers change; what it gives to `change` waits for some answers. One reply more or less
+/// would be out of turn.
+fn ask_while(client: &mut Client, change: impl FnOnce(&dyn Fn())) {
+    let (end, asked) = (AtomicBool::new(false), AtomicU32::new(0));
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
-            let mut asked = 0u32;
             while !end.load(Ordering::Relaxed) {
                 // What was written is read, whichever broker hears it.
-                client.write(0, 0, &asked.to_le_bytes());
-                assert_eq!(client.read_word(0, 0), asked);
-                asked += 1;
+                let number = asked.load(Ordering::Relaxed);
+                client.write(0, 0, &number.to_le_bytes());
+                assert_eq!(client.read_word(0, 0), number);
+                asked.store(number + 1, Ordering::Relaxed);
             }
-            asked
         });
-        change();
+        change(&|| {
+            let before = asked.load(Ordering::Relaxed);
+            wait_until("it is answered", || {
+                asked.load(Ordering::Relaxed) > before + 5
+            });
+        });
         end.store(true, Ordering::Relaxed);
-        assert!(asking.join().unwrap() > 100);
+        asking.join().unwrap();
     });
 }
 
@@ -113,9 +124,10 @@ fn every_message_has_one_reply_while_brokers_change() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::greet(&broker);
-    ask_while(&mut client, || {
+    ask_while(&mut client, |answered| {
         for _ in 0..5 {
             succeed(&mut broker, &arguments);
+            answered();
         }
     });
 }
@@ -130,9 +142,10 @@ fn every_message_has_one_reply_while_a_service_is_restarted() {
     wait_until("the VM is kept", || {
         manager.kept().contains(&"vm-1".to_owned())
     });
-    ask_while(&mut client, || {
+    ask_while(&mut client, |answered| {
         for _ in 0..20 {
             broker.restart(&manager, &arguments);
+            answered();
         }
     });
 }
@@ -226,4 +239,122 @@ fn half_a_message_holds_a_successor_up_for_a_moment_only() {
         &["slot 1 of the running broker has another transport"],
     );
     Client::greet(&broker);
+}
+
+/// Longer than anybody here waits.
+const HELD: Duration = Duration::from_secs(60);
+
+/// A descriptor that whoever closes it last waits for [`HELD`], as long as its peer, the second, is there: as a file can of a
+/// FUSE that the client serves itself.
+fn slow_to_close() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut slow = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    slow.set_nonblocking(true).unwrap();
+    while slow.write(&[0; 1 << 16]).is_ok() {}
+    slow.set_nonblocking(false).unwrap();
+    set_socket_linger(&slow, Some(HELD)).unwrap();
+    (slow, peer)
+}
+
+/// Sends a message with such a descriptor, of which the broker then has the last copy.
+fn give_slow(broker: &Broker, client: &Client, message: &[u8]) -> TcpStream {
+    let (slow, peer) = slow_to_close();
+    broker.signal(Signal::STOP);
+    let gift = [slow.as_raw_fd()];
+    client.socket.send_with_fds(&[message], &gift).unwrap();
+    drop(slow);
+    broker.signal(Signal::CONT);
+    peer
+}
+
+#[test]
+fn descriptor_that_is_refused_and_slow_to_close_holds_up_its_own_session_only() {
+    let (mut broker, arguments) = serve();
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    client.write(CONFIG, 4, &[6, 4]);
+    let set = message(9, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
+    let _peer = give_slow(&broker, &client, &set);
+    // It is answered first.
+    let start = Instant::now();
+    let inval = Errno::INVAL.raw_os_error().cast_unsigned();
+    assert_eq!(client.hear().unwrap().errno, inval);
+    broker.attach().status().unwrap();
+    succeed(&mut broker, &arguments);
+    // The successor goes on with it, and has nothing to close.
+    assert_eq!(client.read(CONFIG, 4, 2), [6, 4]);
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn session_that_never_ends_its_message_is_left_out_and_the_others_are_handed_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let [stuck, other] = ["user.sock", "other.sock"].map(|name| folder.path().join(name));
+    let [stuck, other] = [&stuck, &other].map(|path| path.to_str().unwrap());
+    let arguments = ["--vfio-user", stuck, "--vfio-user", other];
+    let mut broker = Broker::start_in(folder, &arguments);
+    let client = Client::greet(&broker);
+    let mut neighbour = Client::connect_to(&broker, "other.sock");
+    assert_eq!(neighbour.version().errno, 0);
+    let info = message(9, GET_INFO, 0, &words(&[16, 0, 0, 0]));
+    // The kernel throws it away, and waits within the call that receives the message.
+    let _peer = give_slow(&broker, &client, &info);
+    ask_while(&mut neighbour, |answered| {
+        let start = Instant::now();
+        succeed(&mut broker, &arguments);
+        assert!(start.elapsed() < Duration::from_secs(5));
+        answered();
+    });
+    assert!(
+        broker
+            .log()
+            .contains("slot 1: its VM stays within a message, and is let go")
+    );
+    let vms = broker.attach().status().unwrap().slots;
+    assert!(vms[1].vm.is_none() && vms[2].vm.is_some());
+    Client::greet(&broker);
+}
+
+#[test]
+fn successor_that_dawdles_is_called_off_as_a_whole() {
+    // Some thousand descriptors.
+    let broker = serve_both(&["--vectors", "256"]);
+    let mut client = Client::greet(&broker);
+    let app = Control::connect(&broker.control()).unwrap();
+    let end = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let dawdling = scope.spawn(|| {
+            let mut most = 0;
+            let mut parts = 0;
+            while !end.load(Ordering::Relaxed) {
+                let (answer, _) = app.ask(Ask::HandOver).unwrap();
+                assert!(matches!(answer, Answer::Inheritance { last: false, .. }));
+                // What follows a hand-over that was called off is the begin of another.
+                parts = if names(&answer).contains(&"bell-0-0".to_owned()) {
+                    1
+                } else {
+                    parts + 1
+                };
+                most = most.max(parts);
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            most
+        });
+        std::thread::sleep(Duration::from_millis(500));
+        // It goes on before QEMU loses its patience.
+        let start = Instant::now();
+        client.get(GET_INFO, &words(&[16, 0, 0, 0]));
+        let waited = start.elapsed();
+        end.store(true, Ordering::Relaxed);
+        assert!(dawdling.join().unwrap() > 2, "it does not dawdle");
+        assert!(waited < Duration::from_secs(5), "{waited:?}");
+    });
+}
+
+fn names(answer: &Answer) -> &[String] {
+    match answer {
+        Answer::Inheritance { names, .. } => names,
+        _ => &[],
+    }
 }

@@ -22,7 +22,7 @@ use super::registers::{FEATURE_GUEST_MEMORY, FEATURE_RESET, Order, Registers, or
 use super::request::{Fault, Request, Signal};
 use super::stream::Message;
 use super::version;
-use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply};
+use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply, command};
 use crate::broker::{Slot, Wish};
 use crate::control::message::{Answer, Refusal};
 use base64::Engine;
@@ -90,8 +90,18 @@ impl<'a> Device<'a> {
         self.memory.has_agreed()
     }
 
-    /// Does what a message asks for, and puts the answer into `reply`: an error, if it is none that makes sense.
-    pub fn answer(&mut self, message: Message<'_>, reply: &mut Reply) -> Along<'a> {
+    /// Whether descriptors are taken with a command.
+    pub fn takes_descriptors(&self, command: u16) -> bool {
+        match command {
+            command::DEVICE_SET_IRQS => true,
+            command::DMA_MAP => self.guest.is_some(),
+            _ => false,
+        }
+    }
+
+    /// Does what a message asks for, takes those of its descriptors that are of use, and puts the answer into `reply`: an error,
+    /// if it is none that makes sense.
+    pub fn answer(&mut self, message: &mut Message<'_>, reply: &mut Reply) -> Along<'a> {
         let header = message.header;
         let size = header.payload();
         reply.begin(&header);
@@ -116,7 +126,7 @@ impl<'a> Device<'a> {
     fn serve(
         &mut self,
         request: Request<'_>,
-        descriptors: Vec<OwnedFd>,
+        descriptors: &mut Vec<OwnedFd>,
         size: usize,
         reply: &mut Reply,
     ) -> Result<Along<'a>, Fault> {
@@ -129,7 +139,7 @@ impl<'a> Device<'a> {
                 version::agree((major, minor), capabilities, size, reply)?;
                 self.memory.set_agreed();
             }
-            // Without `--guest-memory` none is refused, and descriptors are closed here.
+            // Without `--guest-memory` none is refused, and no descriptor taken.
             Request::DmaMap {
                 flags,
                 offset,
@@ -143,7 +153,7 @@ impl<'a> Device<'a> {
                     size,
                 };
                 if let Some(guest) = &mut self.guest {
-                    guest.map(range, descriptors.into_iter().next())?;
+                    guest.map(range, descriptors)?;
                 }
             }
             Request::DmaUnmap {
@@ -272,7 +282,7 @@ impl<'a> Device<'a> {
         index: u32,
         vectors: std::ops::Range<u32>,
         signal: Signal<'_>,
-        descriptors: Vec<OwnedFd>,
+        descriptors: &mut Vec<OwnedFd>,
     ) -> Result<(), Fault> {
         let there = self.irq_info(index)?.count;
         let (start, count) = (vectors.start, vectors.len());
@@ -296,7 +306,7 @@ impl<'a> Device<'a> {
             }
             Signal::Descriptors => {
                 return Err(Fault::Descriptors {
-                    command: super::wire::command::DEVICE_SET_IRQS,
+                    command: command::DEVICE_SET_IRQS,
                     count: descriptors.len(),
                 });
             }

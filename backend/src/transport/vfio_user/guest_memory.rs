@@ -117,11 +117,11 @@ impl<'a> GuestMemory<'a> {
     }
 
     /// A range is there. Without a descriptor it is none that can be copied from, such as the region itself.
-    pub fn map(&mut self, range: Range, descriptor: Option<OwnedFd>) -> Result<(), Fault> {
-        let Some(descriptor) = descriptor else {
+    pub fn map(&mut self, range: Range, descriptors: &mut Vec<OwnedFd>) -> Result<(), Fault> {
+        let Some(descriptor) = descriptors.first() else {
             return Ok(());
         };
-        if let Err(fault) = is_safe(&descriptor) {
+        if let Err(fault) = is_safe(descriptor) {
             limited!(
                 REFUSED,
                 Account::Slot(self.slot.id()),
@@ -131,18 +131,18 @@ impl<'a> GuestMemory<'a> {
             );
             return Err(fault);
         }
-        check(&range, &descriptor)?;
+        check(&range, descriptor)?;
         if range.flags & VFIO_DMA_MAP_FLAG_READ == 0 {
             return Ok(());
         }
         let place = self.places.iter().position(Option::is_none);
         // CAST: there are few places.
         let place = place.ok_or(Fault::ManyRanges)? as u32;
-        let number = stat(&descriptor)?.st_ino;
+        let number = stat(descriptor)?.st_ino;
         let known = self.mapped().find(|mapped| mapped.number == number);
         let known = known.map(|mapped| Arc::clone(&mapped.file));
         let is_new = known.is_none();
-        let file = known.unwrap_or_else(|| Arc::new(File::from(descriptor)));
+        let file = known.unwrap_or_else(|| Arc::new(File::from(descriptors.remove(0))));
         self.add(place, range, number, Arc::clone(&file))?;
         if is_new {
             self.slot.keep(&name(number), file);

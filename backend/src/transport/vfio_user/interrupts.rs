@@ -67,13 +67,13 @@ impl<'a> Interrupts<'a> {
         }
     }
 
-    /// Gives vectors from `start` on these eventfds: all or, where something is wrong with one, none.
-    pub fn set(&mut self, start: u32, descriptors: Vec<OwnedFd>) -> Result<(), Fault> {
-        let bells = descriptors.into_iter().map(Bell::received);
-        let bells: Option<Vec<_>> = bells.collect();
-        let bells = bells.ok_or(Fault::NotAnEventfd)?;
-        for (vector, bell) in (start..).zip(bells) {
-            let bell = Arc::new(bell);
+    /// Gives vectors from `start` on these eventfds, and takes them: all or, where something is wrong with one, none.
+    pub fn set(&mut self, start: u32, descriptors: &mut Vec<OwnedFd>) -> Result<(), Fault> {
+        if !descriptors.iter().all(Bell::is_eventfd) {
+            return Err(Fault::NotAnEventfd);
+        }
+        for (vector, descriptor) in (start..).zip(descriptors.drain(..)) {
+            let bell = Arc::new(Bell::from(descriptor));
             self.slot.keep(&name(vector), Arc::clone(&bell) as Kept);
             self.bells[vector as usize] = Some(bell);
             if self.memory.is_pending(vector) {

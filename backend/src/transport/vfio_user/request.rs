@@ -25,8 +25,10 @@ pub enum Fault {
     /// Its parts contradict each other.
     #[error("a message of command {0} has a length that does not fit its content")]
     Length(u16),
-    /// More descriptors than the kernel passes at once.
-    #[error("a message comes with more than {MAX_DESCRIPTORS} descriptors")]
+    /// More descriptors than the kernel passes at once, or with the first part of a header.
+    #[error(
+        "a message comes with more than {MAX_DESCRIPTORS} descriptors, or with some before its header is here"
+    )]
     ManyDescriptors,
     /// Descriptors where none belong, or another number of them than the message says.
     #[error("a message of command {command} comes with {count} descriptors")]
