@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use barlink_protocol::state;
 use barlink_protocol::wire::layout::Layout;
+use log::warn;
 
 use super::ledger::Ledger;
 use super::mailbox::Mailbox;
@@ -162,9 +163,8 @@ impl Parts {
             .zip(sockets.doors)
             .map(|(slot, path)| listener(&name::slot(slot), path))
             .collect::<Result<_, _>>()?;
-        let vms = (0..layout.slots)
-            .map(|slot| inheritance.remove(&name::vm(slot)))
-            .collect();
+        let vms = (0..layout.slots).map(|slot| inheritance.remove(&name::vm(slot)));
+        let mut vms: Vec<_> = vms.collect();
         let store = DescriptorStore::connect();
         let mut sessions = Vec::new();
         for (slot, size) in (0..).zip(sockets.sessions) {
@@ -172,7 +172,17 @@ impl Parts {
             if session.is_some() != (*size > 0) {
                 return Err(BrokerError::OtherTransport(slot));
             }
-            sessions.push(keep_session(&store, slot, *size, session.map(File::from))?);
+            let mut session = session.map(File::from);
+            if let Some(theirs) = &session
+                && has_other_size(theirs, *size)?
+            {
+                warn!(
+                    "slot {slot}: another version of barlink noted what its VM is told, and it is let go: start it again"
+                );
+                vms[slot as usize] = None;
+                session = Some(memory::create(*size)?);
+            }
+            sessions.push(keep_session(&store, slot, *size, session)?);
         }
         let mut clients = Vec::new();
         for (called, descriptor) in inheritance {
@@ -223,6 +233,14 @@ impl Parts {
         store.keep(name::LEDGER.to_owned(), Arc::new(ledger));
         Ok(self)
     }
+}
+
+fn has_other_size(file: &File, size: u64) -> Result<bool, BrokerError> {
+    let metadata = file.metadata().map_err(|source| BrokerError::System {
+        what: "look at what a predecessor noted",
+        source,
+    })?;
+    Ok(metadata.len() != size)
 }
 
 fn read_only(memory: &File) -> Result<File, BrokerError> {

@@ -21,7 +21,9 @@ use super::slot::Slot;
 use super::store::{DescriptorStore, name};
 use super::{Peer, Policy};
 use crate::bell::Bell;
-use crate::control::message::{ClaimStatus, Refusal, SlotStatus, Status, VmStatus};
+use crate::control::message::{
+    ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
+};
 use crate::memory::{Access, Region};
 
 /// A host app's connection, as the claims know it.
@@ -239,6 +241,15 @@ impl Shared {
             vm.connection = ledger.next_vm(slot);
             ledger.set_connection(slot, vm.connection);
             self.write_connection(slot, vm.connection);
+        }
+    }
+
+    /// Notes how much there is of the own memory of a slot's guest.
+    pub fn set_guest_memory(&self, slot: u32, status: GuestMemoryStatus) {
+        let mut state = self.lock();
+        let slot = state.slots.get_mut(slot as usize);
+        if let Some(vm) = slot.and_then(|slot| slot.vm.as_mut()) {
+            vm.guest_memory = Some(status);
         }
     }
 

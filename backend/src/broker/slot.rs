@@ -12,7 +12,7 @@ use super::ledger::Greeting;
 use super::mailbox::{Mailbox, Wish};
 use super::store::{Kept, name};
 use crate::bell::Bell;
-use crate::control::message::Refusal;
+use crate::control::message::{GuestMemoryStatus, Refusal};
 use crate::memory::{Access, Region};
 
 /// A slot that is taken by a VM, until this is dropped.
@@ -125,6 +125,11 @@ impl Slot {
         let all = self.shared.store().all().into_iter();
         all.filter_map(|(name, kept)| Some((name.strip_prefix(&ours)?.to_owned(), kept)))
             .collect()
+    }
+
+    /// Tells who asks how much of the guest's own memory there is.
+    pub fn tell_guest_memory(&self, status: GuestMemoryStatus) {
+        self.shared.set_guest_memory(self.id, status);
     }
 
     /// Rings when a host app wants something of the VM.

@@ -1,11 +1,14 @@
 //! One broker takes the place of another under a client of vfio-user, which notices nothing.
 
+use std::fs::File;
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use barlink::broker::handover::Predecessor;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask, Side};
 use rustix::io::Errno;
@@ -261,6 +264,13 @@ fn slow_to_close() -> (TcpStream, TcpStream) {
 fn give_slow(broker: &Broker, client: &Client, message: &[u8]) -> TcpStream {
     let (slow, peer) = slow_to_close();
     broker.signal(Signal::STOP);
+    wait_until("all of it has stopped", || {
+        let mut threads = std::fs::read_dir(format!("/proc/{}/task", broker.child.id())).unwrap();
+        threads.all(|thread| {
+            let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+            status.contains("State:\tT")
+        })
+    });
     let gift = [slow.as_raw_fd()];
     client.socket.send_with_fds(&[message], &gift).unwrap();
     drop(slow);
@@ -356,5 +366,31 @@ fn names(answer: &Answer) -> &[String] {
     match answer {
         Answer::Inheritance { names, .. } => names,
         _ => &[],
+    }
+}
+
+/// What its predecessor noted of a slot, as its file.
+fn noted(broker: &Broker) -> File {
+    let predecessor = Predecessor::ask(&broker.control()).unwrap();
+    let mut inheritance = predecessor.inheritance;
+    inheritance.remove("session-1").unwrap().into()
+}
+
+#[test]
+fn session_of_another_version_is_not_taken_over() {
+    for version in [0u64, 2, u64::MAX] {
+        let (mut broker, arguments) = serve();
+        let arguments = arguments.each_ref().map(String::as_str);
+        let mut client = Client::greet(&broker);
+        let noted = noted(&broker);
+        let mut start = [0; 16];
+        noted.read_exact_at(&mut start, 0).unwrap();
+        assert_eq!(start, *b"vfiouser\x01\0\0\0\0\0\0\0");
+        noted.write_all_at(&version.to_ne_bytes(), 8).unwrap();
+        succeed(&mut broker, &arguments);
+        assert!(client.is_let_go());
+        let log = broker.log();
+        assert!(log.contains("begun by another version of barlink"), "{log}");
+        Client::greet(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
     }
 }

@@ -7,15 +7,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use barlink_protocol::wire::uapi::{BAR_REGION, BAR_REGISTERS};
 use log::debug;
 use vfio_bindings::bindings::vfio::{
-    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE,
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
-    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_CAPS,
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_IRQ_INFO_EVENTFD,
+    VFIO_IRQ_INFO_NORESIZE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_CAPS,
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
     vfio_device_info, vfio_irq_info, vfio_region_info, vfio_region_sparse_mmap_area,
 };
 
 use super::config::{self, BAR_INTERRUPTS, INTERRUPT_BAR, REGISTER_BAR, WriteMask};
-use super::guest_memory::{GuestMemory, Range};
+use super::guest_memory::{GuestMemory, MAX_RANGES, Range};
 use super::interrupts::Interrupts;
 use super::memory::{Memory, TABLE_ENTRY};
 use super::registers::{FEATURE_GUEST_MEMORY, FEATURE_RESET, Order, Registers, orders};
@@ -50,8 +50,7 @@ impl<'a> Device<'a> {
         let guest = match guest_memory {
             true => Some(GuestMemory::new(slot, memory)),
             false => {
-                // What a predecessor noted is not kept up to date.
-                memory.clear_ranges();
+                GuestMemory::let_go(slot, memory);
                 None
             }
         };
@@ -136,7 +135,8 @@ impl<'a> Device<'a> {
                 minor,
                 capabilities,
             } => {
-                version::agree((major, minor), capabilities, size, reply)?;
+                let ranges = self.guest.as_ref().map(|_| MAX_RANGES);
+                version::agree((major, minor), capabilities, size, ranges, reply)?;
                 self.memory.set_agreed();
             }
             // Without `--guest-memory` none is refused, and no descriptor taken.
@@ -161,6 +161,11 @@ impl<'a> Device<'a> {
                 address,
                 size,
             } => {
+                // `vfio.h`: all is a flag, and then there is no range. No other is empty.
+                let all = flags & VFIO_DMA_UNMAP_FLAG_ALL != 0;
+                if (size == 0) != all || (all && address != 0) {
+                    return Err(outside(0, address, 0));
+                }
                 if let Some(guest) = &mut self.guest {
                     guest.unmap(flags, address, size);
                 }

@@ -41,15 +41,9 @@ pub enum Fault {
     /// A descriptor is not what it should be.
     #[error("an interrupt's descriptor is no eventfd")]
     NotAnEventfd,
-    /// Guest memory that could become SIGBUS.
-    #[error("guest memory is refused that could be shortened or lack its pages")]
-    Unsealed,
-    /// Guest memory that the kernel does not map.
-    #[error("guest memory cannot be mapped")]
-    Unmappable,
-    /// More ranges of guest memory than any guest has.
-    #[error("too many ranges of guest memory")]
-    ManyRanges,
+    /// A predecessor noted guest memory of which it did not keep the file.
+    #[error("the file of the guest's memory was not kept")]
+    NotKept,
     /// The version is not ours.
     #[error("version {major}.{minor} of vfio-user is not spoken here")]
     Version {
@@ -89,8 +83,6 @@ impl Fault {
             Fault::Unknown(_) => libc::EOPNOTSUPP,
             Fault::Long(_) | Fault::MuchData(_) => libc::E2BIG,
             Fault::Version { .. } => libc::EPROTONOSUPPORT,
-            Fault::Unsealed => libc::EPERM,
-            Fault::ManyRanges => libc::ENOSPC,
             _ => libc::EINVAL,
         };
         errno.unsigned_abs()

@@ -37,6 +37,9 @@ pub fn run(
     guest_memory: bool,
 ) -> Result<Departure, TransportError> {
     let memory = Memory::new(region);
+    if !memory.is_known() {
+        return Err(TransportError::OtherVersion);
+    }
     let mut device = Device::new(slot, &memory, guest_memory);
     let mut stream = Stream::new(vm);
     let mut reply = Reply::default();
