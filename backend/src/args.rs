@@ -324,7 +324,7 @@ mod tests {
             let Command::Serve(serve) = cli.command else {
                 panic!("no broker: {words}");
             };
-            assert_eq!(serve.sockets.0, [expected.clone()]);
+            assert_eq!(serve.sockets.0, std::slice::from_ref(expected));
         }
         // Eventfds; a listener, its lock and a VM for each slot and for host apps; these; memory and ledger. For each
         // slot of vfio-user its session, an eventfd a vector, and the files of the guest's memory.

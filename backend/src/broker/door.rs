@@ -74,6 +74,8 @@ impl Door {
                     );
                     thread::sleep(PAUSE);
                 }
+                // Who comes and goes without end is let in only so often.
+                thread::sleep(self.shared.store().owed(self.id));
             }
         })?;
         Ok(())

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::RwLockReadGuard;
 
@@ -107,16 +108,20 @@ impl Slot {
         self.shared.turns()[self.id as usize].read()
     }
 
-    /// Keeps a descriptor for the broker's successor, in the place of another that is called so.
+    /// Keeps a descriptor for the broker's successor. A service manager keeps no file twice, whatever it is called.
     pub fn keep(&self, what: &str, descriptor: Kept) {
         let name = name::part(self.id, what);
-        self.shared.store().forget(&name);
         self.shared.store().keep(name, descriptor);
     }
 
     /// Forgets it.
     pub fn forget(&self, what: &str) {
         self.shared.store().forget(&name::part(self.id, what));
+    }
+
+    /// How long to wait, between two messages, so that this VM does not keep the service manager busy.
+    pub fn owed(&self) -> Duration {
+        self.shared.store().owed(self.id)
     }
 
     /// What is kept, and what it is called.

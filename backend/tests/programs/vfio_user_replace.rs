@@ -165,7 +165,7 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
     assert_eq!(client.set_irqs(1, &[&irq]).errno, 0);
     let kept = |name: &str| manager.kept().contains(&name.to_owned());
     wait_until("the VM is kept", || {
-        kept("vm-1") && kept("part-1-interrupt-1")
+        kept("vm-1") && kept("part-1-interrupt-1-1")
     });
     for _ in 0..2 {
         broker.start_again(&manager, &arguments);
@@ -181,7 +181,7 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
     drop(client);
     broker.start_again(&manager, &arguments);
     let mut client = Client::greet(&broker);
-    wait_until("it is forgotten", || !kept("part-1-interrupt-1"));
+    wait_until("it is forgotten", || !kept("part-1-interrupt-1-1"));
     count(&irq);
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
     assert_eq!(count(&irq), 0, "an eventfd of the VM before it");

@@ -22,6 +22,8 @@ const AGREED: u64 = 16;
 /// The register of that name, which does nothing where there is MSI-X.
 const INTERRUPT_MASK: u64 = 24;
 const CONFIG: u64 = 256;
+/// By vector: which of its two names the eventfd is kept under.
+const NAMES: u64 = 1024;
 /// BAR1 as it is read: a page with the MSI-X table, and one with the vectors that wait to be told.
 const INTERRUPT_BAR: u64 = PAGE_SIZE;
 /// The ranges of the guest's memory: of each its size, 0 for none, and what else there is to say of it.
@@ -37,7 +39,8 @@ const MASKED: [u8; 4] = [1, 0, 0, 0];
 
 const _: () = assert!(MAX_VECTORS as u64 * TABLE_ENTRY <= PENDING);
 const _: () = assert!(RANGES + MAX_RANGES as u64 * RANGE <= SIZE);
-const _: () = assert!(CONFIG + config::SIZE as u64 <= PAGE_SIZE);
+const _: () = assert!(CONFIG + config::SIZE as u64 <= NAMES);
+const _: () = assert!(NAMES + 8 * MAX_VECTORS as u64 <= INTERRUPT_BAR);
 
 /// See the module.
 pub struct Memory<'a>(&'a Region);
@@ -164,6 +167,18 @@ impl<'a> Memory<'a> {
         (0..MAX_RANGES).for_each(|place| self.clear_range(place));
     }
 
+    /// Which of two names a vector's eventfd is kept under: 0 or 1.
+    pub fn kept_name(&self, vector: u32) -> u64 {
+        self.0.load(kept_name(vector)) & 1
+    }
+
+    /// Notes that it is the other one.
+    pub fn change_kept_name(&self, vector: u32) {
+        let other = 1 - self.kept_name(vector);
+        let word = self.0.word(kept_name(vector));
+        word.store(other, Ordering::Release);
+    }
+
     /// Whether a vector waits to be told.
     pub fn is_pending(&self, vector: u32) -> bool {
         let (offset, bit) = pending(vector);
@@ -177,6 +192,11 @@ impl<'a> Memory<'a> {
         self.0
             .store(offset, if waits { others | bit } else { others });
     }
+}
+
+fn kept_name(vector: u32) -> u64 {
+    assert!(vector < MAX_VECTORS);
+    NAMES + 8 * u64::from(vector)
 }
 
 fn range(place: u32) -> u64 {

@@ -99,6 +99,7 @@ pub fn run(
         drop(within);
         // This can wait, and so does this session alone.
         stream.close_descriptors();
+        std::thread::sleep(slot.owed());
         match answered {
             Ok(()) => (),
             Err(StreamError::Gone) => return Ok(Departure::Left),
