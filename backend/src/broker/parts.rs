@@ -173,13 +173,18 @@ impl Parts {
                 return Err(BrokerError::OtherTransport(slot));
             }
             let mut session = session.map(File::from);
-            if let Some(theirs) = &session
-                && has_other_size(theirs, *size)?
-            {
+            if let Some(theirs) = session.take_if(|theirs| has_other_size(theirs, *size)) {
                 warn!(
                     "slot {slot}: another version of barlink noted what its VM is told, and it is let go: start it again"
                 );
-                vms[slot as usize] = None;
+                let vm = vms[slot as usize].take();
+                let vm = vm.map(|vm| (name::vm(slot), vm));
+                let theirs = (name::session(slot), theirs.into());
+                for (called, descriptor) in vm.into_iter().chain([theirs]) {
+                    // What is not kept cannot be forgotten.
+                    store.keep(called.clone(), Arc::new(descriptor));
+                    store.forget(&called);
+                }
                 session = Some(memory::create(*size)?);
             }
             sessions.push(keep_session(&store, slot, *size, session)?);
@@ -235,12 +240,8 @@ impl Parts {
     }
 }
 
-fn has_other_size(file: &File, size: u64) -> Result<bool, BrokerError> {
-    let metadata = file.metadata().map_err(|source| BrokerError::System {
-        what: "look at what a predecessor noted",
-        source,
-    })?;
-    Ok(metadata.len() != size)
+fn has_other_size(file: &File, size: u64) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.len() != size)
 }
 
 fn read_only(memory: &File) -> Result<File, BrokerError> {

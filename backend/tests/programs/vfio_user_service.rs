@@ -1,11 +1,14 @@
 //! What a client of vfio-user has the service manager told.
 
 use std::collections::BTreeSet;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::service::ServiceManager;
 use crate::support::*;
@@ -52,6 +55,14 @@ impl Recorder {
     }
 }
 
+impl Recorder {
+    /// The same, once there are so many.
+    fn wait_for(&self, name: &str, messages: usize) -> Vec<String> {
+        wait_until("the manager is told", || self.of(name).len() >= messages);
+        self.of(name)
+    }
+}
+
 #[test]
 fn eventfd_of_an_interrupt_is_kept_before_the_last_one_is_forgotten() {
     let (broker, manager) = Recorder::serve();
@@ -59,7 +70,7 @@ fn eventfd_of_an_interrupt_is_kept_before_the_last_one_is_forgotten() {
     for _ in 0..5 {
         assert_eq!(client.set_irqs(3, &[&eventfd()]).errno, 0);
     }
-    let told = manager.of("part-1-interrupt-3");
+    let told = manager.wait_for("part-1-interrupt-3", 1 + 4 * 3);
     let mut kept = BTreeSet::new();
     for message in &told {
         let name = message.lines().nth(1).unwrap();
@@ -75,7 +86,7 @@ fn eventfd_of_an_interrupt_is_kept_before_the_last_one_is_forgotten() {
     }
     assert_eq!(kept.len(), 1, "{told:?}");
     client.get(SET_IRQS, &words(&[20, EVENTFDS, MSIX, 3, 1]));
-    let last = manager.of("part-1-interrupt-3").pop().unwrap();
+    let last = manager.wait_for("part-1-interrupt-3", 14).pop().unwrap();
     assert!(last.starts_with("FDSTOREREMOVE=1"));
     assert!(last.contains(kept.first().unwrap()), "another is forgotten");
 }
@@ -143,4 +154,35 @@ fn service_manager_that_is_gone_is_a_few_lines_in_the_log() {
         .count();
     let most = 5 * (start.elapsed().as_secs() as usize + 2);
     assert!((1..=most).contains(&lines), "{lines} lines");
+}
+
+#[test]
+fn session_whose_memory_is_of_another_size_is_not_taken_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let user = folder.path().join("user.sock").display().to_string();
+    let arguments = ["--vfio-user", &user];
+    let mut broker = Broker::start_as(&manager, folder, &arguments);
+    let mut client = Client::greet(&broker);
+    let of_session = |name: &String| name.starts_with("session-1") || name == "vm-1";
+    let kept = || manager.kept().into_iter().filter(of_session).count();
+    wait_until("it is kept", || kept() == 2);
+    broker.child.kill().unwrap();
+    // What another version of it might have kept.
+    let other = rustix::fs::memfd_create("session", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&other, 4096).unwrap();
+    let socket = UnixDatagram::unbound().unwrap();
+    socket.connect(broker.path("notify.sock")).unwrap();
+    socket.send(b"FDSTOREREMOVE=1\nFDNAME=session-1\n").unwrap();
+    let message = b"FDSTORE=1\nFDNAME=session-1\n";
+    socket
+        .send_with_fds(&[&message[..]], &[other.as_raw_fd()])
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    broker.start_again(&manager, &arguments);
+    wait_until("it is let go", || kept() == 1);
+    assert!(broker.log().contains("slot 1: another version of barlink"));
+    // Its connection ends with the last copy, which the manager had.
+    assert!(client.is_let_go());
+    Client::greet(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
 }
