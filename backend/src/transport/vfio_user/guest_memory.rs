@@ -193,7 +193,7 @@ impl<'a> GuestMemory<'a> {
     }
 
     /// A range is there. Without a descriptor it is none that can be read, such as the region itself. Takes the descriptor, if it
-    /// is of use. What cannot be read is no error: QEMU ends if it plugs memory in that is refused.
+    /// is of use. What cannot be read is no error: QEMU complains of each, and others may end.
     pub fn map(&mut self, range: Range, descriptors: &mut Vec<OwnedFd>) -> Result<(), Fault> {
         range.check()?;
         let Some(descriptor) = descriptors.first() else {
