@@ -74,6 +74,8 @@ impl Door {
                     );
                     thread::sleep(PAUSE);
                 }
+                // Who comes and goes without end is let in only so often.
+                thread::sleep(self.shared.store().owed(self.id));
             }
         })?;
         Ok(())
@@ -158,8 +160,11 @@ impl Door {
     /// Goes on with the VM that a predecessor let in. One that has left meanwhile makes room at once.
     pub fn resume(&self, vm: UnixStream) {
         let id = self.id;
-        match Peer::of(&vm) {
-            Ok(peer) if !has_hung_up(&vm) => {
+        let vm = Arc::new(vm);
+        // One that is not gone on with is forgotten by that, a little later.
+        self.shared.store().keep(name::vm(id), vm.clone());
+        match Peer::of(&*vm) {
+            Ok(peer) if !has_hung_up(&*vm) => {
                 let attendant = self.attendant(peer).inspect_err(|error| {
                     error!("slot {id}: no thread for {peer}, who is let go: {error}");
                 });
@@ -167,7 +172,7 @@ impl Door {
                     && let Some(slot) = self.shared.reoccupy(id, peer)
                 {
                     info!("slot {id}: {peer} is still here");
-                    self.hand_to(&attendant, Arc::new(vm), slot);
+                    self.hand_to(&attendant, vm, slot);
                 }
             }
             _ => info!("slot {id}: its VM has left meanwhile"),

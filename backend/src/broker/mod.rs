@@ -8,6 +8,7 @@
 //! It can be replaced while VMs and host apps go on (`docs/architecture.md`, "A broker's successor"): its descriptors
 //! are kept under names ([`store`]), and what it must remember is in memory of its own (`ledger.rs`).
 
+mod budget;
 mod confine;
 mod control;
 mod door;

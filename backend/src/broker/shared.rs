@@ -21,7 +21,9 @@ use super::slot::Slot;
 use super::store::{DescriptorStore, name};
 use super::{Peer, Policy};
 use crate::bell::Bell;
-use crate::control::message::{ClaimStatus, Refusal, SlotStatus, Status, VmStatus};
+use crate::control::message::{
+    ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
+};
 use crate::memory::{Access, Region};
 
 /// A host app's connection, as the claims know it.
@@ -42,8 +44,10 @@ pub struct Shared {
     start: Instant,
     state: Mutex<State>,
     store: DescriptorStore,
-    /// Held for reading while a VM is let in, or told a message, and for writing while the broker hands over.
+    /// Held for reading while a VM is let in, and for writing while the broker hands over.
     gate: RwLock<()>,
+    /// The same while a slot's VM is told or heard a message.
+    turns: Vec<RwLock<()>>,
 }
 
 struct State {
@@ -72,7 +76,6 @@ impl Shared {
             ..
         } = parts;
         let shared = Shared {
-            layout,
             memory,
             read_only,
             region,
@@ -87,6 +90,8 @@ impl Shared {
             }),
             store,
             gate: RwLock::new(()),
+            turns: (0..layout.slots).map(|_| RwLock::new(())).collect(),
+            layout,
         };
         shared.tell_all();
         shared
@@ -180,6 +185,11 @@ impl Shared {
         &self.gate
     }
 
+    /// Whose turn it is with the VMs, by slot: a session's, or a successor's.
+    pub fn turns(&self) -> &[RwLock<()>] {
+        &self.turns
+    }
+
     /// Changes nothing any more, ever: a successor does.
     pub fn freeze(&self) {
         std::mem::forget(self.lock());
@@ -231,6 +241,15 @@ impl Shared {
             vm.connection = ledger.next_vm(slot);
             ledger.set_connection(slot, vm.connection);
             self.write_connection(slot, vm.connection);
+        }
+    }
+
+    /// Notes how much there is of the own memory of a slot's guest.
+    pub fn set_guest_memory(&self, slot: u32, status: GuestMemoryStatus) {
+        let mut state = self.lock();
+        let slot = state.slots.get_mut(slot as usize);
+        if let Some(vm) = slot.and_then(|slot| slot.vm.as_mut()) {
+            vm.guest_memory = Some(status);
         }
     }
 

@@ -15,12 +15,15 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use log::warn;
+use log::{Level, warn};
 use rustix::fs::FlockOperation;
 use rustix::net::Shutdown;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::budget::Budget;
+use super::limit::{Account, NOT_KEPT, limited};
 use super::shared::ClientId;
 
 /// What descriptors are called.
@@ -69,6 +72,14 @@ pub mod name {
         name.starts_with("part-")
     }
 
+    /// The slot whose VM has it, if one does.
+    pub fn parse_slot(name: &str) -> Option<u32> {
+        let rest = name
+            .strip_prefix("part-")
+            .or_else(|| name.strip_prefix("vm-"))?;
+        rest.split('-').next()?.parse().ok()
+    }
+
     /// The connection of a host app.
     pub fn client(client: ClientId) -> String {
         format!("client-{client}")
@@ -90,6 +101,8 @@ pub type Inheritance = BTreeMap<String, OwnedFd>;
 pub struct DescriptorStore {
     kept: Mutex<BTreeMap<String, Kept>>,
     manager: Option<Manager>,
+    /// What the VMs of slots have the service manager told.
+    budgets: Mutex<BTreeMap<u32, Budget>>,
 }
 
 impl DescriptorStore {
@@ -98,6 +111,7 @@ impl DescriptorStore {
         DescriptorStore {
             kept: Mutex::default(),
             manager: Manager::connect(),
+            budgets: Mutex::default(),
         }
     }
 
@@ -109,20 +123,45 @@ impl DescriptorStore {
         }
     }
 
-    fn tell_keeper(&self, message: &str, descriptors: &[RawFd]) -> io::Result<()> {
-        match &self.manager {
-            Some(manager) if manager.keeps => manager.tell(message, descriptors),
-            _ => Ok(()),
+    /// Tells the service manager what becomes of a name, if it keeps descriptors.
+    fn tell_keeper(&self, name: &str, message: &str, descriptors: &[RawFd]) {
+        let Some(manager) = self.manager.as_ref().filter(|manager| manager.keeps) else {
+            return;
+        };
+        let slot = name::parse_slot(name);
+        if let Some(slot) = slot {
+            let now = Instant::now();
+            let mut budgets = self.budgets();
+            let budget = budgets.entry(slot);
+            budget.or_insert_with(|| Budget::new(now)).spend(now);
         }
+        if let Err(error) = manager.tell(message, descriptors) {
+            limited!(
+                NOT_KEPT,
+                slot.map_or(Account::Others, Account::Slot),
+                Level::Warn,
+                "the service manager is not told of {name}: {error}"
+            );
+        }
+    }
+
+    /// How long those who serve a slot's VM are to wait before they have the service manager told more, so that no VM keeps it
+    /// busy.
+    pub fn owed(&self, slot: u32) -> Duration {
+        let budgets = self.budgets();
+        let budget = budgets.get(&slot);
+        budget.map_or(Duration::ZERO, |budget| budget.owed(Instant::now()))
+    }
+
+    fn budgets(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, Budget>> {
+        self.budgets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeps a descriptor until it is forgotten.
     pub fn keep(&self, name: String, descriptor: Kept) {
         // What has hung up is forgotten by us, in our order.
         let message = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n");
-        if let Err(error) = self.tell_keeper(&message, &[descriptor.as_fd().as_raw_fd()]) {
-            warn!("the service manager does not take {name}: {error}");
-        }
+        self.tell_keeper(&name, &message, &[descriptor.as_fd().as_raw_fd()]);
         self.lock().insert(name, descriptor);
     }
 
@@ -132,9 +171,7 @@ impl DescriptorStore {
             return;
         }
         let message = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
-        if let Err(error) = self.tell_keeper(&message, &[]) {
-            warn!("the service manager does not forget {name}: {error}");
-        }
+        self.tell_keeper(name, &message, &[]);
     }
 
     /// A descriptor that is kept.

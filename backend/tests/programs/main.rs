@@ -20,4 +20,5 @@ mod vfio_user_client;
 mod vfio_user_guest;
 mod vfio_user_hostile;
 mod vfio_user_replace;
+mod vfio_user_service;
 mod vmm;
