@@ -9,16 +9,19 @@
 //! | `pipe.rs` | a stream of records through a peer of barlink's, such as a socket |
 //! | `trip.rs` | round trips, through channels and peers |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
+//! | `cost.rs` | what one record costs, for who counts instructions |
 //! | `clock.rs` | times |
 
 mod clock;
 mod copy;
+mod cost;
 mod pipe;
 mod ring;
 mod stream;
 mod trip;
 
 pub use copy::Copy;
+pub use cost::Cost;
 pub use pipe::{Endpoint, PipeReceive, PipeSend};
 pub use ring::Ring;
 pub use stream::{Receive, Send};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use barlink::{Access, AttachError, Attachment};
 use barlink_bench_load::{
-    Ask, Copy, Endpoint, PipeReceive, PipeSend, Receive, Ring, Send, Wait, answer_bells,
+    Ask, Copy, Cost, Endpoint, PipeReceive, PipeSend, Receive, Ring, Send, Wait, answer_bells,
     answer_channels, answer_pipe,
 };
 use barlink_guest::{Device, DeviceError};
@@ -80,6 +80,8 @@ enum Work {
     PipeSend(PipeSend),
     /// Read them
     PipeReceive(PipeReceive),
+    /// Send and receive under the eyes of a process that traces this one
+    Cost(Cost),
     /// Copy within this process
     Copy(Copy),
     /// Send and receive within this process
@@ -167,6 +169,7 @@ fn main() -> Result<()> {
         },
         Work::PipeSend(send) => tell(&send.run()?),
         Work::PipeReceive(receive) => tell(&receive.run()?),
+        Work::Cost(cost) => cost.run(),
         Work::Copy(copy) => tell(&copy.run()),
         Work::Ring(ring) => tell(&ring.run()?),
     }
