@@ -48,7 +48,7 @@ pub enum PlanError {
     SameName(String),
     /// A channel names a VM that there is no slot for.
     #[error(
-        "channel `{name}` is for slot {slot}, and the last one is {}: add an --ivshmem for each VM, or choose another slot",
+        "channel `{name}` is for slot {slot}, and the last one is {}: add a socket for each VM, or choose another slot",
         slots - 1
     )]
     NoSlot {
@@ -401,7 +401,7 @@ mod tests {
         let error = plan(1 << 20, 1, 0, &["x=1-host,4K".parse().unwrap()]).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "channel `x` is for slot 1, and the last one is 0: add an --ivshmem for each VM, or choose another slot"
+            "channel `x` is for slot 1, and the last one is 0: add a socket for each VM, or choose another slot"
         );
     }
 }

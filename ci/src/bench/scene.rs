@@ -2,10 +2,13 @@
 
 //! The broker, the VM with all that connects it, and processes on both sides.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use barlink_bench_load::RAW_SIZE;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -20,6 +23,8 @@ const CAPACITY: &str = "4M";
 /// The port of virtio-serial, and the file of its other end.
 pub const PORT: &str = "barlink.bench";
 const PORT_SOCKET: &str = "port.sock";
+/// The memory of the ivshmem device that no driver holds.
+const RAW: &str = "raw.memory";
 /// What the guest needs for a network, in this order.
 const NETWORK: [&str; 3] = [
     "net/core/failover.ko",
@@ -86,7 +91,16 @@ impl<'a> Scene<'a> {
             ..broker.vm()?
         };
         let port = broker.folder().join(PORT_SOCKET);
+        let raw = broker.folder().join(RAW);
+        File::create(&raw)?.set_len(RAW_SIZE as u64)?;
         config.arguments.extend([
+            "-object".to_owned(),
+            format!(
+                "memory-backend-file,id=raw,share=on,size={RAW_SIZE},mem-path={}",
+                raw.display()
+            ),
+            "-device".to_owned(),
+            "ivshmem-plain,memdev=raw".to_owned(),
             "-chardev".to_owned(),
             format!("socket,id=bench,path={},server=on,wait=off", port.display()),
             "-device".to_owned(),
@@ -169,6 +183,16 @@ impl<'a> Scene<'a> {
     /// The host's end of the port of virtio-serial.
     pub fn port(&self) -> PathBuf {
         self.broker.folder().join(PORT_SOCKET)
+    }
+
+    /// The memory of the ivshmem device that no driver holds, as on its first use.
+    pub fn clear_raw(&self) -> Result<PathBuf> {
+        let path = self.broker.folder().join(RAW);
+        File::options()
+            .write(true)
+            .open(&path)?
+            .write_all(&[0; 4096])?;
+        Ok(path)
     }
 
     /// A file that is not there.

@@ -140,8 +140,10 @@ pub struct GuestMemory<'a> {
     slot: &'a Slot,
     memory: &'a Memory<'a>,
     map: GuestRegionCollection<Part>,
-    /// Said that some cannot be read, and that there are too many.
-    said: (bool, bool),
+    /// It was said that some cannot be read.
+    said_unreadable: bool,
+    /// It was said that there are too many.
+    said_too_many: bool,
 }
 
 impl<'a> GuestMemory<'a> {
@@ -151,7 +153,8 @@ impl<'a> GuestMemory<'a> {
             slot,
             memory,
             map: GuestRegionCollection::new(),
-            said: (false, false),
+            said_unreadable: false,
+            said_too_many: false,
         };
         let kept: BTreeMap<_, _> = slot.kept().into_iter().collect();
         let mut files = BTreeMap::new();
@@ -205,7 +208,7 @@ impl<'a> GuestMemory<'a> {
         }
         let is_free = |place: &u32| self.map.iter().all(|part| part.place != *place);
         let Some(place) = (0..MAX_RANGES).find(is_free) else {
-            if !std::mem::replace(&mut self.said.1, true) {
+            if !std::mem::replace(&mut self.said_too_many, true) {
                 let id = self.slot.id();
                 warn!(
                     "slot {id}: of more than {MAX_RANGES} ranges of guest memory the rest cannot be read"
@@ -241,7 +244,7 @@ impl<'a> GuestMemory<'a> {
 
     /// Says so once.
     fn say_unreadable(&mut self, range: &Range) {
-        if !std::mem::replace(&mut self.said.0, true) {
+        if !std::mem::replace(&mut self.said_unreadable, true) {
             warn!(
                 "slot {}: host apps cannot read the guest memory at {:#x}, {} bytes, which is no shared memory: give QEMU its \
                  memory by -object memory-backend-memfd,share=on",
