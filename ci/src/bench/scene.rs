@@ -3,12 +3,15 @@
 //! The broker, the VM with all that connects it, and processes on both sides.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use barlink_bench_load::RAW_SIZE;
+use rustix::process::Signal;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -16,8 +19,11 @@ use serde_json::Value;
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
 use crate::tools::Accel;
-use crate::vm::{COMMAND_TIMEOUT, Config, Process, Vm, accelerator};
+use crate::vm::{Config, Process, Vm, accelerator};
 
+/// How long a process may take, which measures for less than a second, and how often it is looked at.
+const PATIENCE: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_millis(2);
 /// Bytes of each channel.
 const CAPACITY: &str = "4M";
 /// The port of virtio-serial, and the file of its other end.
@@ -65,13 +71,28 @@ pub struct Scene<'a> {
     artifacts: &'a Artifacts,
 }
 
-/// A process that measures.
+/// A process that measures; killed when dropped.
 #[derive(Debug)]
 pub enum Load {
     /// One on the host.
     Host(Child),
     /// One in the guest.
     Guest(Process),
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        // It has ended already, mostly.
+        match self {
+            Load::Host(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Load::Guest(process) => {
+                let _ = process.kill(Signal::KILL);
+            }
+        }
+    }
 }
 
 impl<'a> Scene<'a> {
@@ -223,15 +244,33 @@ impl Load {
         self.output().map(drop)
     }
 
-    fn output(self) -> Result<Vec<u8>> {
-        match self {
+    fn output(mut self) -> Result<Vec<u8>> {
+        match &mut self {
             Load::Host(child) => {
-                let output = child.wait_with_output()?;
-                ensure!(output.status.success(), "a process on the host failed");
-                Ok(output.stdout)
+                let start = Instant::now();
+                let status = loop {
+                    if let Some(status) = child.try_wait()? {
+                        break status;
+                    }
+                    ensure!(
+                        start.elapsed() < PATIENCE,
+                        "a process on the host does not end"
+                    );
+                    thread::sleep(LOOK);
+                };
+                ensure!(
+                    status.success(),
+                    "a process on the host ended with {status}"
+                );
+                // One line, which fits into the pipe.
+                let mut output = Vec::new();
+                if let Some(pipe) = &mut child.stdout {
+                    pipe.read_to_end(&mut output)?;
+                }
+                Ok(output)
             }
             Load::Guest(process) => {
-                let output = process.wait(COMMAND_TIMEOUT)?;
+                let output = process.wait(PATIENCE)?;
                 output.require_success()?;
                 Ok(output.stdout)
             }
