@@ -148,8 +148,10 @@ impl FromStr for ChannelPlan {
         )?;
         if !capacity.is_power_of_two() || capacity < MIN_CAPACITY {
             return Err(format!(
-                "channel size {} is not a power of two from 4 KiB on",
-                BinaryBytes(capacity)
+                "channel size {} is not a power of two from {} on: take {}",
+                BinaryBytes(capacity),
+                BinaryBytes(MIN_CAPACITY),
+                BinaryBytes(1 << capacity.max(MIN_CAPACITY).ilog2())
             ));
         }
         let drop_when_full = match parts.next() {
