@@ -204,7 +204,9 @@ fn service_manager_that_does_not_read_costs_one_vm_a_second_and_others_nothing()
         of(1) == 16 && kept.iter().any(|name| name == "vm-3")
     });
     broker.start_again(&manager, &arguments);
-    irqs.map(count);
+    irqs.iter().for_each(|irq| {
+        count(irq);
+    });
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
     assert!(
         irqs.iter().all(|irq| count(irq) == 1),
