@@ -112,10 +112,6 @@ impl ServiceManager {
 
     /// Reads nothing more, but for what it is about to read, until what this gives is dropped. Its state cannot be asked for
     /// meanwhile.
-    #[allow(
-        dead_code,
-        reason = "not all who have this module as a part of theirs use it"
-    )]
     pub fn pause(&self) -> impl Drop + '_ {
         self.lock()
     }
