@@ -10,7 +10,7 @@
 //!   not on it is answered as by a kernel that has no such call: a C library or a crate that begins to use a new one
 //!   is written for that answer, so the broker goes on, where another answer would end it.
 //!
-//! The broker makes no socket later: even the one to the service manager is there by then (`store.rs`).
+//! The broker makes no socket later: even the one to the service manager is there by then (`manager.rs`).
 
 use std::collections::BTreeMap;
 

@@ -189,6 +189,7 @@ impl Door {
             let Ok((vm, slot)) = let_in.recv() else {
                 return;
             };
+            slot.wait_until_kept();
             if guarded(id, peer, || transport.greet(&vm, &slot)).is_none() {
                 transport.abort(&vm);
                 drop(slot);

@@ -90,7 +90,7 @@ impl Parts {
             .collect::<Result<_, _>>()?;
         let memory = memory::create(layout.region_size)?;
         let region = map(&memory, layout.region_size)?;
-        let store = DescriptorStore::connect();
+        let store = DescriptorStore::connect(&Inheritance::new());
         let mut sessions = Vec::new();
         for (slot, size) in (0..).zip(sockets.sessions) {
             let session = (*size > 0).then(|| memory::create(*size)).transpose()?;
@@ -134,6 +134,7 @@ impl Parts {
         layout: Layout,
         sockets: &Sockets<'_>,
     ) -> Result<Self, BrokerError> {
+        let store = DescriptorStore::connect(&inheritance);
         let mut take = |name: &str| {
             inheritance
                 .remove(name)
@@ -165,7 +166,6 @@ impl Parts {
             .collect::<Result<_, _>>()?;
         let vms = (0..layout.slots).map(|slot| inheritance.remove(&name::vm(slot)));
         let mut vms: Vec<_> = vms.collect();
-        let store = DescriptorStore::connect();
         let mut sessions = Vec::new();
         for (slot, size) in (0..).zip(sockets.sessions) {
             let session = inheritance.remove(&name::session(slot));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! What all threads of a broker share: the memory, the eventfds, who is there. Of the region it writes only the
-//! superblock, once, its own presence page, and a channel that it resets.
+//! superblock, once, its own presence page, a channel that it resets, and the epoch of a driver that is gone.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -212,8 +212,9 @@ impl Shared {
         ledger.set_greeting(slot, Greeting::New);
         ledger.set_connection(slot, connection);
         status.vm = Some(VmStatus::new(vm, connection));
-        // What was rung for its predecessor is not for this VM.
+        // What was rung for its predecessor is not for this VM, and what that one's driver told is not of it.
         self.bells(slot).iter().for_each(|bell| bell.drain());
+        self.end_driver(slot);
         self.write_connection(slot, connection);
         Some(Slot::new(Arc::clone(self), slot))
     }
@@ -238,6 +239,8 @@ impl Shared {
             .get_mut(slot as usize)
             .and_then(|slot| slot.vm.as_mut())
         {
+            // First, so that nobody sees the new number with what the old guest held.
+            self.end_driver(slot);
             vm.connection = ledger.next_vm(slot);
             ledger.set_connection(slot, vm.connection);
             self.write_connection(slot, vm.connection);
@@ -439,6 +442,18 @@ impl Shared {
         let state = self.lock();
         state.ledger.set_epoch(state.ledger.epoch().wrapping_add(1));
         self.write_epoch(state.ledger.epoch());
+    }
+
+    /// Makes the epoch of a slot's driver even: its guest is gone, and could not say so. Its holder words mean nothing then, and
+    /// the next driver goes on from this epoch. A guest that writes there all the same tells a lie about itself alone.
+    fn end_driver(&self, slot: u32) {
+        let page = self.layout.presence_page(slot);
+        let epoch = self.region.word(page + presence::EPOCH);
+        // SYNC: present; as the driver itself does it. `write_connection` rings the host for it.
+        let old = epoch.load(Ordering::Acquire);
+        if old % 2 == 1 {
+            epoch.store(old.wrapping_add(1), Ordering::Release);
+        }
     }
 
     fn write_epoch(&self, epoch: u64) {

@@ -119,6 +119,12 @@ impl Slot {
         self.shared.store().forget(&name::part(self.id, what));
     }
 
+    /// Waits until the service manager, if there is one, has what was kept, so that it outlives this broker whatever becomes of
+    /// that: a second at most, and not at all once that was in vain and until the manager has caught up.
+    pub fn wait_until_kept(&self) {
+        self.shared.store().wait(Some(self.id));
+    }
+
     /// How long to wait, between two messages, so that this VM does not keep the service manager busy.
     pub fn owed(&self) -> Duration {
         self.shared.store().owed(self.id)

@@ -2,6 +2,7 @@
 
 mod confined;
 mod control;
+mod gone;
 mod hostile;
 mod ivshmem;
 mod limits;

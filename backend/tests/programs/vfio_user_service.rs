@@ -139,6 +139,82 @@ fn client_that_sets_interrupts_without_end_is_slowed_and_nobody_else() {
     client.get(GET_INFO, &words(&[16, 0, 0, 0]));
 }
 
+/// What it does, and how long that takes.
+fn timed<T>(action: impl FnOnce() -> T) -> (T, Duration) {
+    let start = Instant::now();
+    let done = action();
+    (done, start.elapsed())
+}
+
+#[test]
+fn service_manager_that_does_not_read_costs_one_vm_a_second_and_others_nothing() {
+    const AT_ONCE: Duration = Duration::from_millis(700);
+    const IN_TIME: Duration = Duration::from_millis(2500);
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let sockets = ["user.sock", "other.sock", "late.sock"];
+    let sockets = sockets.map(|name| folder.path().join(name).display().to_string());
+    let arguments: Vec<&str> = sockets
+        .iter()
+        .flat_map(|socket| ["--vfio-user", socket])
+        .collect();
+    let mut broker = Broker::start_as(&manager, folder, &arguments);
+    let mut client = Client::greet(&broker);
+    let mut other = Client::connect_to(&broker, "other.sock");
+    other.version();
+    let irqs = [(); 16].map(|()| eventfd());
+    let irqs = irqs.each_ref();
+
+    let paused = manager.pause();
+    std::thread::scope(|scope| {
+        let setting = scope.spawn(|| timed(|| client.set_irqs(0, &irqs)));
+        // While it waits.
+        std::thread::sleep(Duration::from_millis(200));
+        let (_, took) = timed(|| other.get(GET_INFO, &words(&[16, 0, 0, 0])));
+        assert!(took < AT_ONCE, "another VM waits for {took:?}");
+        let (_, took) = timed(|| works(&mut broker.app(&["inspect", "--once"])));
+        assert!(took < AT_ONCE, "a host app waits for {took:?}");
+        let (reply, took) = setting.join().unwrap();
+        assert_eq!(reply.errno, 0);
+        assert!(took < IN_TIME, "interrupts are set in {took:?}");
+        let is_patient = took > Duration::from_millis(900);
+        assert!(is_patient, "what is answered may not be kept");
+    });
+    // Once is enough, for whoever comes or says something.
+    let mut late = Client::connect_to(&broker, "late.sock");
+    assert!(
+        timed(|| late.version()).1 < AT_ONCE,
+        "a VM that comes waits"
+    );
+    for client in [&mut client, &mut other, &mut late] {
+        let (reply, took) = timed(|| client.set_irqs(0, &[&eventfd(); 16]));
+        assert_eq!(reply.errno, 0);
+        assert!(took < AT_ONCE, "{took:?}");
+    }
+    assert_eq!(client.set_irqs(0, &irqs).errno, 0);
+    drop(paused);
+
+    // And what it reads then is as if it had always read.
+    wait_until("all is kept", || {
+        let kept = manager.kept();
+        let of = |slot| {
+            let ours = format!("part-{slot}-interrupt");
+            kept.iter().filter(|name| name.starts_with(&ours)).count()
+        };
+        of(1) == 16 && kept.iter().any(|name| name == "vm-3")
+    });
+    broker.start_again(&manager, &arguments);
+    irqs.iter().for_each(|irq| {
+        count(irq);
+    });
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
+    assert!(
+        irqs.iter().all(|irq| count(irq) == 1),
+        "interrupts are lost"
+    );
+    late.get(GET_INFO, &words(&[16, 0, 0, 0]));
+}
+
 #[test]
 fn service_manager_that_is_gone_is_a_few_lines_in_the_log() {
     let (broker, manager) = Recorder::serve();

@@ -88,6 +88,8 @@ pub fn run(
             Ok(Some(mut message)) => {
                 let wants_reply = message.header.wants_reply;
                 let along = device.answer(&mut message, &mut reply);
+                // What was answered is not lost with this broker.
+                slot.wait_until_kept();
                 if wants_reply {
                     stream.send(reply.finish(), along)
                 } else {
