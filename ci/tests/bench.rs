@@ -9,7 +9,7 @@ use xtask::builds::Artifacts;
 /// of how fast that is.
 #[test]
 fn transports_are_about_as_fast_and_streams_hardly_ring() -> Result<()> {
-    let report = measure(Artifacts::shared()?, true)?;
+    let report = measure(Artifacts::shared()?, true, &[])?;
     println!("{report}");
     for direction in [Direction::Up, Direction::Down] {
         let transports = [Transport::VfioUser, Transport::Ivshmem];

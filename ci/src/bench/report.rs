@@ -6,7 +6,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use super::case::{Case, Direction, Way};
@@ -30,6 +30,19 @@ impl Report {
             streams: Case::all(sizes).into_iter().map(stream::Row::new).collect(),
             trips: trip::Trip::all().into_iter().map(trip::Row::new).collect(),
         }
+    }
+
+    /// Keeps only what has one of these texts in its name, if there are any.
+    pub(super) fn keep(&mut self, only: &[String]) -> Result<()> {
+        let wanted = |name: String| only.is_empty() || only.iter().any(|text| name.contains(text));
+        self.streams.retain(|row| wanted(row.case.to_string()));
+        self.trips.retain(|row| wanted(row.trip.to_string()));
+        ensure!(
+            !self.streams.is_empty() || !self.trips.is_empty(),
+            "nothing has {} in its name (--only)",
+            only.join(" or ")
+        );
+        Ok(())
     }
 
     /// The median rate of one way as a part of another's, for records of this size.
