@@ -310,17 +310,28 @@ mod tests {
             value
         };
         let example = include_str!("../systemd/barlink@.service");
-        let mut example = example.lines();
-        let example = example.find_map(|line| line.strip_prefix("#     BARLINK_ARGS="));
+        let example = |name: &str| {
+            let mut lines = example.lines();
+            let prefix = format!("#     {name}=");
+            lines.find_map(|line| line.strip_prefix(&prefix)).unwrap()
+        };
         let command = value("ExecStart").replace("%i", "vm1");
-        for further in ["", example.unwrap()] {
+        let slots = value("Environment").trim_matches('"').replace("%i", "vm1");
+        let slots = slots.strip_prefix("BARLINK_SLOTS=").unwrap();
+        let ivshmem = (Way::Ivshmem, PathBuf::from("/run/barlink/vm1.vm.sock"));
+        let user = (Way::VfioUser, PathBuf::from("/run/barlink/vm1.user.sock"));
+        for (slots, further, expected) in [
+            (slots, "", &ivshmem),
+            (slots, example("BARLINK_ARGS"), &ivshmem),
+            (example("BARLINK_SLOTS"), example("BARLINK_ARGS"), &user),
+        ] {
             let words = command.replace("$BARLINK_ARGS", further);
+            let words = words.replace("$BARLINK_SLOTS", slots);
             let cli = Cli::try_parse_from(words.split_whitespace()).unwrap();
             let Command::Serve(serve) = cli.command else {
                 panic!("no broker: {words}");
             };
-            let first = (Way::Ivshmem, PathBuf::from("/run/barlink/vm1.vm.sock"));
-            assert_eq!(serve.sockets.0.first(), Some(&first));
+            assert_eq!(serve.sockets.0, std::slice::from_ref(expected));
         }
         // Eventfds; a listener, its lock and a VM for each slot and for host apps; these; memory and ledger. For each
         // slot of vfio-user its session, an eventfd a vector, and the files of the guest's memory.

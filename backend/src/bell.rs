@@ -60,11 +60,11 @@ impl Bell {
         Ok(())
     }
 
-    /// One made of a descriptor that another process sent, if it is an eventfd: to write to something else could wait, or
-    /// worse. It is not rung by that. Where the kernel does not ring for us, nobody can tell, and none is taken.
-    pub fn received(descriptor: OwnedFd) -> Option<Self> {
-        let ringer = RINGER.as_ref()?;
-        ringer.takes(&descriptor).then(|| Bell::from(descriptor))
+    /// Whether a descriptor that another process sent is an eventfd: to write to something else could wait, or worse. It is
+    /// not rung by that. Where the kernel does not ring for us, nobody can tell, and none is.
+    pub fn is_eventfd(descriptor: &OwnedFd) -> bool {
+        let ringer = RINGER.as_ref();
+        ringer.is_some_and(|ringer| ringer.takes(descriptor))
     }
 
     /// Forgets all rings so far.
@@ -235,7 +235,9 @@ mod tests {
     fn eventfds_are_told_from_other_descriptors_and_not_rung_by_that() {
         let bell = Bell::new().unwrap();
         fill(&bell);
-        let full = Bell::received(bell.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        let copy = bell.as_fd().try_clone_to_owned().unwrap();
+        assert!(Bell::is_eventfd(&copy));
+        let full = Bell::from(copy);
         bell.drain();
         assert_eq!(count(&full), None, "it was rung");
         full.ring().unwrap();
@@ -257,7 +259,7 @@ mod tests {
             .unwrap(),
         ];
         for other in others {
-            assert!(Bell::received(other).is_none());
+            assert!(!Bell::is_eventfd(&other));
         }
     }
 

@@ -30,6 +30,10 @@ fn failed(what: &'static str) -> impl Fn(rustix::io::Errno) -> EventError {
     }
 }
 
+/// The two vectors that an end sleeps on.
+const CONTROL: u64 = 0;
+const OWN: u64 = 1;
+
 /// The doorbells of one end of a channel.
 #[derive(Debug)]
 pub struct Bells {
@@ -51,8 +55,8 @@ impl Bells {
     ) -> Result<Self, EventError> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed("make an epoll"))?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        for bell in [&control, &own] {
-            epoll::add(&epoll, bell, epoll::EventData::new_u64(0), flags)
+        for (bell, data) in [(&control, CONTROL), (&own, OWN)] {
+            epoll::add(&epoll, bell, epoll::EventData::new_u64(data), flags)
                 .map_err(failed("watch an eventfd"))?;
         }
         let can_spin = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
@@ -78,7 +82,7 @@ impl Bells {
             data: epoll::EventData::new_u64(0),
         }; 2];
         match epoll::wait(&self.epoll, &mut events[..], timeout.as_ref()) {
-            Ok(ready) => Ok(ready > 0),
+            Ok(ready) => Ok(events[..ready].iter().any(|event| event.data.u64() == OWN)),
             // A signal whose handler returned: look around, and come back.
             Err(rustix::io::Errno::INTR) => Ok(false),
             Err(error) => Err(failed("wait for a doorbell")(error)),

@@ -251,9 +251,9 @@ fn telemetry(broker: &Broker, vm: &Vm) -> Result<()> {
     );
     let (first, last) = (&samples[0], &samples[samples.len() - 1]);
     println!(
-        "load     {} samples in {} ms; the first and the last:",
+        "load     {} samples in {:.2} s; the first and the last:",
         samples.len(),
-        last["time_ms"]
+        last["time_ms"].as_f64().unwrap_or_default() / 1e3
     );
     println!("         {first}\n         {last}");
     Ok(())

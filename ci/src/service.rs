@@ -110,6 +110,12 @@ impl ServiceManager {
         names
     }
 
+    /// Reads nothing more, but for what it is about to read, until what this gives is dropped. Its state cannot be asked for
+    /// meanwhile.
+    pub fn pause(&self) -> impl Drop + '_ {
+        self.lock()
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -9,7 +9,7 @@ use xtask::builds::Artifacts;
 /// of how fast that is.
 #[test]
 fn transports_are_about_as_fast_and_streams_hardly_ring() -> Result<()> {
-    let report = measure(Artifacts::shared()?, true)?;
+    let report = measure(Artifacts::shared()?, true, &[])?;
     println!("{report}");
     for direction in [Direction::Up, Direction::Down] {
         let transports = [Transport::VfioUser, Transport::Ivshmem];
@@ -18,7 +18,8 @@ fn transports_are_about_as_fast_and_streams_hardly_ring() -> Result<()> {
         let ratio = ratio.context("nothing was measured")?;
         ensure!((0.5..2.0).contains(&ratio), "{direction:?}: {ratio}");
     }
-    let rings = report.rings_per_record();
-    ensure!(rings < 1e-3, "{rings} rings for each record");
+    // Twice what is asked for on a quiet machine, in `stream_of_a_gibibyte_is_no_message_but_its_doorbells`.
+    let rings = report.most_rings_per_record();
+    ensure!(rings < 2e-3, "{rings} rings for each record");
     Ok(())
 }

@@ -62,6 +62,14 @@ impl Interrupts {
             can_spin,
         }
     }
+
+    /// Whether the channel's own vector is among those that fired: both its ends have the same.
+    fn has_fired(&self, fired: &[u8; size_of::<uapi::Interrupts>()]) -> bool {
+        let vector = self.other.vector as usize;
+        // Words of bits, little-endian as all that is shared.
+        let byte = fired.get(vector / 8);
+        byte.is_some_and(|byte| byte >> (vector % 8) & 1 == 1)
+    }
 }
 
 impl Events for Interrupts {
@@ -88,7 +96,7 @@ impl Events for Interrupts {
         }
         let mut fired = [0; size_of::<uapi::Interrupts>()];
         match rustix::io::read(&self.file, &mut fired) {
-            Ok(_) => Ok(true),
+            Ok(_) => Ok(self.has_fired(&fired)),
             Err(Errno::AGAIN | Errno::INTR) => Ok(false),
             Err(error) => Err(failed("wait for an interrupt")(error)),
         }

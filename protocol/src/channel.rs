@@ -34,8 +34,10 @@ fn find<E>(
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Sent {
-    /// It was committed, or staged if that was asked for.
+    /// It was committed.
     Committed,
+    /// It was staged: it is committed by [`Sender::publish`].
+    Staged,
     /// The channel was full, and is one that drops: it was counted, and is gone.
     Dropped,
     /// The channel was still full when the time was over: nothing happened.
@@ -141,10 +143,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         bytes: &[u8],
         timeout: Option<Duration>,
     ) -> Result<Sent, ChannelError<E::Error>> {
-        let time = self.link.time();
-        let sent = self.put(kind, bytes, timeout, time)?;
+        let sent = self.put(kind, bytes, timeout, None)?;
+        if sent != Sent::Staged {
+            return Ok(sent);
+        }
         self.publish()?;
-        Ok(sent)
+        Ok(Sent::Committed)
     }
 
     /// As [`Sender::send`], but the consumer sees the record only after [`Sender::publish`], or once no room is left for a
@@ -157,7 +161,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         timeout: Option<Duration>,
         time: u64,
     ) -> Result<Sent, ChannelError<E::Error>> {
-        self.put(kind, bytes, timeout, time)
+        self.put(kind, bytes, timeout, Some(time))
     }
 
     /// Commits all records that were staged, at once, and rings the consumer if it asked for that.
@@ -179,7 +183,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         kind: Kind,
         bytes: &[u8],
         timeout: Option<Duration>,
-        time: u64,
+        time: Option<u64>,
     ) -> Result<Sent, ChannelError<E::Error>> {
         let drops = self.drops;
         let wait = if drops { Some(Duration::ZERO) } else { timeout };
@@ -190,11 +194,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
             self.producer.drop_record();
             return Ok(Sent::Dropped);
         };
+        let time = time.unwrap_or_else(|| self.link.time());
         let mut reservation = self.producer.reservation(place, bytes.len());
         reservation.write(0, bytes);
         let length = reservation.length();
         reservation.stage(kind, length, time);
-        Ok(Sent::Committed)
+        Ok(Sent::Staged)
     }
 
     /// Where a record of `length` bytes has room; waits for that until `timeout` is over.

@@ -118,7 +118,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     pub fn wish_for_record(&mut self) -> Result<bool, Corrupt> {
         self.region
             .store(self.base + channel::CONSUMER_WISH, self.passed + 1);
-        // SYNC: wish-then-cursor; pairs with the fence in `Reservation::commit`. One of the two sees the other.
+        // SYNC: wish-then-cursor; pairs with the fence in `Producer::publish`. One of the two sees the other.
         fence(Ordering::SeqCst);
         self.poll()
     }
@@ -132,7 +132,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
     /// Reads the producer's cursor, once, and checks it.
     fn refresh(&mut self) -> Result<(), Corrupt> {
-        // SYNC: committed; pairs with the Release store in `Reservation::commit`.
+        // SYNC: committed; pairs with the Release store in `Producer::publish`.
         let written = self
             .region
             .word(self.base + channel::WRITTEN)

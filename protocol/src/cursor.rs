@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! All arithmetic on cursors and record lengths, and with it every check of a number that another process
-//! could have written (`docs/protocol.md`, section 4).
+//! Every check of a cursor or record length that another process could have written, and where records go
+//! (`docs/protocol.md`, section 4).
 //!
 //! A cursor counts bytes since the channel began. It only grows, and 64 bits do not wrap: at 100 GB a
 //! second they last five years. There is no memory here, only numbers, so that everything is tested.

@@ -22,8 +22,8 @@ pub trait Events {
     /// Rings the other end of this channel. To ring an end that is not there succeeds.
     fn ring(&mut self) -> Result<(), Self::Error>;
 
-    /// Sleeps until this end is rung or `timeout` is over; `true` if it was rung. A ring between two sleeps ends the
-    /// second at once.
+    /// Sleeps until this end is rung or `timeout` is over; `true` if it was rung by its channel's own vector, which proves
+    /// that rings by that come through. A ring between two sleeps ends the second at once.
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Self::Error>;
 
     /// This side's monotonic clock.
@@ -85,7 +85,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             proven: false,
             doze: FIRST_DOZE,
             strategy: Strategy::PROMPT,
-            spin: Strategy::PROMPT.spin[0],
+            spin: Strategy::PROMPT.least_spin,
         };
         link.peer = link.read_peer();
         link.ring()?;
@@ -110,7 +110,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// Waits otherwise from now on.
     pub(crate) fn set_strategy(&mut self, strategy: Strategy) {
         self.strategy = strategy;
-        self.spin = strategy.spin[0];
+        self.spin = strategy.least_spin;
     }
 
     /// Rings the other end if it asked for that and is there; `true` if so.
@@ -176,7 +176,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         if look(false)? {
             return Ok(Wakeup::Ready);
         }
-        if deadline != Some(PAST) && (self.spin(&mut look)? || self.nap(deadline, &mut look)?) {
+        if deadline != Some(PAST)
+            && (self.spin(deadline, &mut look)? || self.nap(deadline, &mut look)?)
+        {
             return Ok(Wakeup::Ready);
         }
         loop {
@@ -208,22 +210,31 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     }
 
     /// Spins for a time that grows while spinning finds something, and shrinks while it does not.
-    fn spin<X>(&mut self, look: &mut impl FnMut(bool) -> Result<bool, X>) -> Result<bool, X> {
-        let [shortest, longest] = self.strategy.spin;
-        if longest.is_zero() || !self.events.can_spin() {
+    fn spin<X>(
+        &mut self,
+        deadline: Option<Duration>,
+        look: &mut impl FnMut(bool) -> Result<bool, X>,
+    ) -> Result<bool, X> {
+        let Strategy {
+            least_spin,
+            most_spin,
+            ..
+        } = self.strategy;
+        if most_spin.is_zero() || !self.events.can_spin() {
             return Ok(false);
         }
         let end = self.events.now() + self.spin;
+        let end = deadline.map_or(end, |deadline| deadline.min(end));
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 spin();
                 if look(false)? {
-                    self.spin = (self.spin * 2).min(longest);
+                    self.spin = (self.spin * 2).min(most_spin);
                     return Ok(true);
                 }
             }
-            if self.events.now() >= end {
-                self.spin = (self.spin / 2).max(shortest);
+            if self.events.now() >= end || self.read_peer() != self.peer {
+                self.spin = (self.spin / 2).max(least_spin);
                 return Ok(false);
             }
         }
@@ -238,15 +249,19 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         let end = self.events.now() + self.strategy.nap;
         let end = deadline.map_or(end, |deadline| deadline.min(end));
         let mut nap = FIRST_NAP;
-        while self.events.now() + nap <= end {
-            // Somebody else may be meant by a ring that comes now, as vectors are shared; so it proves nothing.
-            self.events.sleep(Some(nap)).map_err(ChannelError::Events)?;
+        loop {
+            let left = end.saturating_sub(self.events.now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            // Nobody was asked to ring, so a ring that comes now proves nothing.
+            let nap_now = Some(nap.min(left));
+            self.events.sleep(nap_now).map_err(ChannelError::Events)?;
             if look(false)? {
                 return Ok(true);
             }
             nap *= 2;
         }
-        Ok(false)
     }
 
     fn sleep(&mut self, left: Option<Duration>) -> Result<(), E::Error> {

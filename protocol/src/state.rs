@@ -116,14 +116,16 @@ impl ChannelState {
         let load = |offset| region.load(entry.offset + offset);
         // The consumer's cursor first, so that it is not ahead of a producer's that is older.
         let read = load(channel::READ);
+        let written = load(channel::WRITTEN);
+        let notes = channel::NOTES.map(|note| (load(note), load(note + channel::NOTE_RECORDS)));
+        // The note of what was committed, unless a commit is under way between the two looks.
+        let current = notes.iter().find(|(cursor, _)| *cursor == written);
+        let newest = notes.iter().max_by_key(|(_, records)| records);
         ChannelState {
             generation: load(channel::GENERATION) / 2,
-            written: load(channel::WRITTEN),
+            written,
             read,
-            records: channel::NOTES
-                .map(|note| load(note + channel::NOTE_RECORDS))
-                .into_iter()
-                .fold(0, u64::max),
+            records: current.or(newest).map_or(0, |(_, records)| *records),
             dropped: load(channel::DROPPED),
             producer_rung: load(channel::PRODUCER_RUNG),
             consumer_rung: load(channel::CONSUMER_RUNG),

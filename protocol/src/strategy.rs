@@ -8,18 +8,21 @@ use core::time::Duration;
 /// records do, and the end that sleeps a wake-up; looking costs processor time, and a nap the time of what it sleeps past.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Strategy {
-    /// Shortest and longest time to spin. An end that may spin spins for longer as long as that finds something, and for
-    /// less as long as it finds nothing; where there is one CPU it does not.
-    pub spin: [Duration; 2],
-    /// Time to nap after that, by the clock: for 100 µs, then for twice as long, and so on. So what came during a nap has
-    /// waited for no longer than what came before it took.
+    /// Shortest time to spin. An end spins for longer while that finds something, and for less while it finds nothing; where
+    /// there is one CPU it does not.
+    pub least_spin: Duration,
+    /// Longest time to spin; zero for none.
+    pub most_spin: Duration,
+    /// Time to nap after that, in all, by the clock: for 100 µs, then for twice as long, and so on. So what came during a nap has
+    /// waited for no longer than the time that it took to come.
     pub nap: Duration,
 }
 
 impl Strategy {
     /// For questions and answers: spins for at most as long as a wake-up takes.
     pub const PROMPT: Strategy = Strategy {
-        spin: [Duration::from_micros(1), Duration::from_micros(50)],
+        least_spin: Duration::from_micros(1),
+        most_spin: Duration::from_micros(50),
         nap: Duration::ZERO,
     };
     /// For streams, in which a record may lie for a few milliseconds: naps for as long as a scheduler usually keeps the other
@@ -30,12 +33,14 @@ impl Strategy {
     };
     /// Looks once, and sleeps: costs no processor time.
     pub const SLEEP: Strategy = Strategy {
-        spin: [Duration::ZERO; 2],
+        least_spin: Duration::ZERO,
+        most_spin: Duration::ZERO,
         nap: Duration::ZERO,
     };
     /// Spins for a second before it sleeps: for who gives it a CPU of its own.
     pub const SPIN: Strategy = Strategy {
-        spin: [Duration::from_secs(1); 2],
+        least_spin: Duration::from_secs(1),
+        most_spin: Duration::from_secs(1),
         nap: Duration::ZERO,
     };
 }

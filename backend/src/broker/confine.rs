@@ -10,7 +10,7 @@
 //!   not on it is answered as by a kernel that has no such call: a C library or a crate that begins to use a new one
 //!   is written for that answer, so the broker goes on, where another answer would end it.
 //!
-//! The broker makes no socket later: even the one to the service manager is there by then (`store.rs`). Where it serves a VM
+//! The broker makes no socket later: even the one to the service manager is there by then (`manager.rs`). Where it serves a VM
 //! by vhost-user it makes the ways into its own daemons (`transport/vhost_user/inlet.rs`), and may do just that: bind to
 //! a name that the kernel chooses, and connect to a name as short as such a one. Landlock keeps it from those of others.
 

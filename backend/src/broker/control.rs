@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Answering host apps. Nothing here waits for one of them: all sockets are non-blocking, an answer that does not
-//! fit into a client's socket ends that client, and one that says nothing costs a descriptor for a while.
+//! Answering host apps. Nothing here waits for one of them, or for a service manager: all sockets are non-blocking, an answer
+//! that does not fit into a client's socket ends that client, and one that says nothing costs a descriptor for a while.
 
 use std::collections::HashMap;
 use std::io;

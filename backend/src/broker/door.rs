@@ -74,6 +74,8 @@ impl Door {
                     );
                     thread::sleep(PAUSE);
                 }
+                // Who comes and goes without end is let in only so often.
+                thread::sleep(self.shared.store().owed(self.id));
             }
         })?;
         Ok(())
@@ -167,8 +169,11 @@ impl Door {
             self.shared.store().forget_of_predecessor(&name::vm(id));
             return;
         }
-        match Peer::of(&vm) {
-            Ok(peer) if !has_hung_up(&vm) => {
+        let vm = Arc::new(vm);
+        // One that is not gone on with is forgotten by that, a little later.
+        self.shared.store().keep(name::vm(id), vm.clone());
+        match Peer::of(&*vm) {
+            Ok(peer) if !has_hung_up(&*vm) => {
                 let attendant = self.attendant(peer).inspect_err(|error| {
                     error!("slot {id}: no thread for {peer}, who is let go: {error}");
                 });
@@ -176,13 +181,10 @@ impl Door {
                     && let Some(slot) = self.shared.reoccupy(id, peer)
                 {
                     info!("slot {id}: {peer} is still here");
-                    self.hand_to(&attendant, Arc::new(vm), slot);
+                    self.hand_to(&attendant, vm, slot);
                 }
             }
-            _ => {
-                info!("slot {id}: its VM has left meanwhile");
-                self.shared.store().forget_of_predecessor(&name::vm(id));
-            }
+            _ => info!("slot {id}: its VM has left meanwhile"),
         }
     }
 
@@ -196,6 +198,7 @@ impl Door {
             let Ok((vm, slot)) = let_in.recv() else {
                 return;
             };
+            slot.wait_until_kept();
             if guarded(id, peer, || transport.greet(&vm, &slot)).is_none() {
                 transport.abort(&vm);
                 drop(slot);

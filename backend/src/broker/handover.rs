@@ -4,26 +4,29 @@
 //! and tells its predecessor to retire, whose clients notice nothing.
 //!
 //! Until it retires the predecessor neither lets a VM in nor answers a host app, so that nothing changes under way; if
-//! the successor fails it goes on as if nothing had been.
+//! the successor fails it goes on as if nothing had been. A VM that is within a message then, and stays so, is not handed over, and
+//! holds up nobody else.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{Level, info, warn};
 use parking_lot::RwLockWriteGuard;
 use rustix::event::{PollFd, PollFlags};
 
 use super::limit::{REFUSED, limited};
-use super::store::{self, Inheritance};
+use super::store::{self, Inheritance, Kept, name};
 use super::{BrokerError, Peer, Shared};
 use crate::control::client::{Control, ControlError};
 use crate::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 
-/// How long a VM may take to come in, or a successor to make itself, until the hand-over is called off.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a VM may take to come in, or to come to the end of a message: longer than a session waits for the rest of one.
+const SETTLING: Duration = Duration::from_millis(2500);
+/// How long all of it may take, until it is called off: shorter than the five seconds that QEMU waits for an answer.
+const PATIENCE: Duration = Duration::from_millis(4500);
 
 /// What a predecessor gave, and the way to tell it that its successor is ready.
 pub struct Predecessor {
@@ -80,7 +83,8 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
     if store::is_a_service() {
         return refuse(Refusal::Managed).map_err(failed);
     }
-    let Some(gate) = close(shared) else {
+    let end = Instant::now() + PATIENCE;
+    let Some(closed) = Closed::take(shared) else {
         return refuse(Refusal::Busy).map_err(failed);
     };
     if let Some((slot, transport, pid)) = shared.staying() {
@@ -95,10 +99,17 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
     info!("{peer} takes over");
     // Their answers would have to come from here.
     shared.refuse_wishes(None, &Refusal::Busy);
-    match converse(successor, shared) {
+    let mut kept = shared.store().all();
+    for slot in closed.within_a_message() {
+        kept.retain(|(called, _)| *called != name::vm(slot));
+    }
+    match converse(successor, &kept, end) {
         Ok(true) => {
+            for slot in closed.within_a_message() {
+                warn!("slot {slot}: its VM stays within a message, and is let go: start it again");
+            }
             // Whatever VMs say, and the other threads are about to do, is for the successor until this process ends.
-            std::mem::forget(gate);
+            std::mem::forget(closed);
             shared.freeze();
             Ok(true)
         }
@@ -112,21 +123,45 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
 
 /// Changes nothing any more, and tells no VM anything: this broker ends, and its service manager starts the next.
 pub fn rest(shared: &Shared) {
-    match close(shared) {
-        Some(gate) => std::mem::forget(gate),
-        None => warn!("a VM is in the middle of a message, and may have to be started again"),
+    match Closed::take(shared) {
+        Some(closed) => {
+            for slot in closed.within_a_message() {
+                warn!("slot {slot}: its VM is within a message, and may have to be started again");
+            }
+            std::mem::forget(closed);
+        }
+        None => warn!("a VM is just connecting, and may have to be started again"),
     }
     shared.freeze();
 }
 
-/// Closes the gate, once nobody is in it. Whoever comes meanwhile waits, so that no VM keeps it open by coming again and
-/// again.
-fn close(shared: &Shared) -> Option<RwLockWriteGuard<'_, ()>> {
-    shared.gate().try_write_for(PATIENCE)
+/// While this is there nobody is let in, and no session begins a message.
+struct Closed<'a> {
+    _gate: RwLockWriteGuard<'a, ()>,
+    /// By slot; nothing for a session that is within a message.
+    turns: Vec<Option<RwLockWriteGuard<'a, ()>>>,
 }
 
-fn converse(successor: &PacketSocket, shared: &Shared) -> io::Result<bool> {
-    let kept = shared.store().all();
+impl<'a> Closed<'a> {
+    /// Closes all, once nobody is within; a session that is so for too long is left out. Whoever comes meanwhile waits, so that
+    /// no VM holds this up by coming, or saying something, again and again.
+    fn take(shared: &'a Shared) -> Option<Self> {
+        let end = Instant::now() + SETTLING;
+        let turns = shared.turns().iter();
+        Some(Closed {
+            _gate: shared.gate().try_write_until(end)?,
+            turns: turns.map(|turn| turn.try_write_until(end)).collect(),
+        })
+    }
+
+    /// The slots that were left out.
+    fn within_a_message(&self) -> impl Iterator<Item = u32> {
+        let turns = (0..).zip(&self.turns);
+        turns.filter_map(|(slot, turn)| turn.is_none().then_some(slot))
+    }
+}
+
+fn converse(successor: &PacketSocket, kept: &[(String, Kept)], end: Instant) -> io::Result<bool> {
     let mut parts = kept.chunks(MAX_DESCRIPTORS).peekable();
     while let Some(part) = parts.next() {
         let names = part.iter().map(|(name, _)| name.clone()).collect();
@@ -136,7 +171,7 @@ fn converse(successor: &PacketSocket, shared: &Shared) -> io::Result<bool> {
             .collect();
         let last = parts.peek().is_none();
         reply(successor, Answer::Inheritance { names, last }, &raw)?;
-        match (hear(successor)?, last) {
+        match (hear(successor, end)?, last) {
             (Ask::HandOver, false) => (),
             (Ask::Retire, true) => {
                 reply(successor, Answer::Done, &[])?;
@@ -148,13 +183,14 @@ fn converse(successor: &PacketSocket, shared: &Shared) -> io::Result<bool> {
     Ok(false)
 }
 
-fn hear(successor: &PacketSocket) -> io::Result<Ask> {
+fn hear(successor: &PacketSocket, end: Instant) -> io::Result<Ask> {
     let mut waiting = [PollFd::new(successor, PollFlags::IN)];
-    let patience = rustix::time::Timespec {
-        tv_sec: PATIENCE.as_secs().cast_signed(),
-        tv_nsec: 0,
+    let left = end.saturating_duration_since(Instant::now());
+    let left = rustix::time::Timespec {
+        tv_sec: left.as_secs().cast_signed(),
+        tv_nsec: left.subsec_nanos().into(),
     };
-    if rustix::event::poll(&mut waiting, Some(&patience))? == 0 {
+    if rustix::event::poll(&mut waiting, Some(&left))? == 0 {
         return Err(io::ErrorKind::TimedOut.into());
     }
     let mut buffer = Box::new([0; MAX_PACKET]);

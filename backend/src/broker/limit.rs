@@ -18,6 +18,8 @@ pub static TURNED_AWAY: Limit = Limit::new();
 pub static REFUSED: Limit = Limit::new();
 /// For those who come and go.
 pub static COMING_AND_GOING: Limit = Limit::new();
+/// For those whose descriptors nobody keeps.
+pub static NOT_KEPT: Limit = Limit::new();
 /// For those who go without giving back what they hold.
 pub static LOST: Limit = Limit::new();
 

@@ -3,11 +3,12 @@
 //! The broker: owns one region, its sockets and its eventfds, and does no data work.
 //!
 //! One thread listens at each slot's socket, one more serves each VM that is connected, and the main thread
-//! answers host apps. What they share is [`Shared`].
+//! answers host apps. One more tells a service manager what it does not take at once. What they share is [`Shared`].
 //!
 //! It can be replaced while VMs and host apps go on (`docs/architecture.md`, "A broker's successor"): its descriptors
 //! are kept under names ([`store`]), and what it must remember is in memory of its own (`ledger.rs`).
 
+mod budget;
 mod confine;
 mod control;
 mod door;
@@ -15,6 +16,7 @@ pub mod handover;
 mod ledger;
 pub(crate) mod limit;
 mod mailbox;
+mod manager;
 mod parts;
 mod plan;
 mod policy;
@@ -168,6 +170,10 @@ impl Broker {
     /// If a service manager has its descriptors it leaves all as it is, for its successor. The files of its sockets stay:
     /// whoever could remove them when they are taken over could remove their neighbours. The next broker clears them.
     pub fn run(self, stop: &OwnedFd) -> Result<End, BrokerError> {
+        let no_thread = |source| BrokerError::System {
+            what: "start a thread",
+            source,
+        };
         let listeners: Vec<_> = self
             .doors
             .iter()
@@ -177,6 +183,7 @@ impl Broker {
         // First of all, since threads have the rights of those that start them.
         confine::confine(self.doors.iter().any(|door| door.transport.needs_inlets()));
         listeners().for_each(|listener| listener.leave());
+        self.shared.store().start().map_err(no_thread)?;
         let (clients, vms) = (self.clients, self.vms);
         let resumed = self.doors.iter().zip(vms);
         for (door, vm) in resumed.filter_map(|(door, vm)| Some((door, vm?))) {
@@ -185,10 +192,7 @@ impl Broker {
         self.shared
             .bury(|client| clients.iter().any(|(id, _)| *id == client));
         for door in self.doors {
-            door.open().map_err(|source| BrokerError::System {
-                what: "start a thread",
-                source,
-            })?;
+            door.open().map_err(no_thread)?;
         }
         let end = control::serve(&self.control, &self.shared, clients, stop).map_err(|source| {
             BrokerError::System {
@@ -199,6 +203,7 @@ impl Broker {
         if end == End::Stopped {
             if store::is_managed() {
                 handover::rest(&self.shared);
+                self.shared.store().wait(None);
             } else {
                 self.shared.leave();
                 for slot in 0..self.shared.layout().slots {

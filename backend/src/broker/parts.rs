@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use barlink_protocol::state;
 use barlink_protocol::wire::layout::Layout;
+use log::warn;
 
 use super::ledger::Ledger;
 use super::mailbox::Mailbox;
@@ -89,7 +90,7 @@ impl Parts {
             .collect::<Result<_, _>>()?;
         let memory = memory::create(layout.region_size)?;
         let region = map(&memory, layout.region_size)?;
-        let store = DescriptorStore::connect();
+        let store = DescriptorStore::connect(&Inheritance::new());
         let mut sessions = Vec::new();
         for (slot, size) in (0..).zip(sockets.sessions) {
             let session = (*size > 0).then(|| memory::create(*size)).transpose()?;
@@ -133,6 +134,7 @@ impl Parts {
         layout: Layout,
         sockets: &Sockets<'_>,
     ) -> Result<Self, BrokerError> {
+        let store = DescriptorStore::connect(&inheritance);
         let mut take = |name: &str| {
             inheritance
                 .remove(name)
@@ -162,17 +164,30 @@ impl Parts {
             .zip(sockets.doors)
             .map(|(slot, path)| listener(&name::slot(slot), path))
             .collect::<Result<_, _>>()?;
-        let vms = (0..layout.slots)
-            .map(|slot| inheritance.remove(&name::vm(slot)))
-            .collect();
-        let store = DescriptorStore::connect();
+        let vms = (0..layout.slots).map(|slot| inheritance.remove(&name::vm(slot)));
+        let mut vms: Vec<_> = vms.collect();
         let mut sessions = Vec::new();
         for (slot, size) in (0..).zip(sockets.sessions) {
             let session = inheritance.remove(&name::session(slot));
             if session.is_some() != (*size > 0) {
                 return Err(BrokerError::OtherTransport(slot));
             }
-            sessions.push(keep_session(&store, slot, *size, session.map(File::from))?);
+            let mut session = session.map(File::from);
+            if let Some(theirs) = session.take_if(|theirs| has_other_size(theirs, *size)) {
+                warn!(
+                    "slot {slot}: another version of barlink noted what its VM is told, and it is let go: start it again"
+                );
+                let vm = vms[slot as usize].take();
+                let vm = vm.map(|vm| (name::vm(slot), vm));
+                let theirs = (name::session(slot), theirs.into());
+                for (called, descriptor) in vm.into_iter().chain([theirs]) {
+                    // What is not kept cannot be forgotten.
+                    store.keep(called.clone(), Arc::new(descriptor));
+                    store.forget(&called);
+                }
+                session = Some(memory::create(*size)?);
+            }
+            sessions.push(keep_session(&store, slot, *size, session)?);
         }
         let mut clients = Vec::new();
         for (called, descriptor) in inheritance {
@@ -223,6 +238,10 @@ impl Parts {
         store.keep(name::LEDGER.to_owned(), Arc::new(ledger));
         Ok(self)
     }
+}
+
+fn has_other_size(file: &File, size: u64) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.len() != size)
 }
 
 fn read_only(memory: &File) -> Result<File, BrokerError> {

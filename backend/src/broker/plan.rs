@@ -48,7 +48,7 @@ pub enum PlanError {
     SameName(String),
     /// A channel names a VM that there is no slot for.
     #[error(
-        "channel `{name}` is for slot {slot}, and the last one is {}: add an --ivshmem for each VM, or choose another slot",
+        "channel `{name}` is for slot {slot}, and the last one is {}: add a socket for each VM, or choose another slot",
         slots - 1
     )]
     NoSlot {
@@ -148,8 +148,10 @@ impl FromStr for ChannelPlan {
         )?;
         if !capacity.is_power_of_two() || capacity < MIN_CAPACITY {
             return Err(format!(
-                "channel size {} is not a power of two from 4 KiB on",
-                BinaryBytes(capacity)
+                "channel size {} is not a power of two from {} on: take {}",
+                BinaryBytes(capacity),
+                BinaryBytes(MIN_CAPACITY),
+                BinaryBytes(1 << capacity.max(MIN_CAPACITY).ilog2())
             ));
         }
         let drop_when_full = match parts.next() {
@@ -401,7 +403,7 @@ mod tests {
         let error = plan(1 << 20, 1, 0, &["x=1-host,4K".parse().unwrap()]).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "channel `x` is for slot 1, and the last one is 0: add an --ivshmem for each VM, or choose another slot"
+            "channel `x` is for slot 1, and the last one is 0: add a socket for each VM, or choose another slot"
         );
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! What all threads of a broker share: the memory, the eventfds, who is there. Of the region it writes only the
-//! superblock, once, its own presence page, and a channel that it resets.
+//! superblock, once, its own presence page, a channel that it resets, and the epoch of a driver that is gone.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -21,7 +21,9 @@ use super::slot::Slot;
 use super::store::{DescriptorStore, name};
 use super::{Peer, Policy};
 use crate::bell::Bell;
-use crate::control::message::{ClaimStatus, Refusal, SlotStatus, Status, VmStatus};
+use crate::control::message::{
+    ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
+};
 use crate::memory::{Access, Region};
 use crate::transport::Transport;
 
@@ -45,8 +47,10 @@ pub struct Shared {
     start: Instant,
     state: Mutex<State>,
     store: DescriptorStore,
-    /// Held for reading while a VM is let in, or told a message, and for writing while the broker hands over.
+    /// Held for reading while a VM is let in, and for writing while the broker hands over.
     gate: RwLock<()>,
+    /// The same while a slot's VM is told or heard a message.
+    turns: Vec<RwLock<()>>,
 }
 
 struct State {
@@ -77,7 +81,6 @@ impl Shared {
             ..
         } = parts;
         let shared = Shared {
-            layout,
             memory,
             read_only,
             region,
@@ -93,6 +96,8 @@ impl Shared {
             }),
             store,
             gate: RwLock::new(()),
+            turns: (0..layout.slots).map(|_| RwLock::new(())).collect(),
+            layout,
         };
         shared.tell_all();
         shared
@@ -197,6 +202,11 @@ impl Shared {
         &self.gate
     }
 
+    /// Whose turn it is with the VMs, by slot: a session's, or a successor's.
+    pub fn turns(&self) -> &[RwLock<()>] {
+        &self.turns
+    }
+
     /// Changes nothing any more, ever: a successor does.
     pub fn freeze(&self) {
         std::mem::forget(self.lock());
@@ -219,8 +229,9 @@ impl Shared {
         ledger.set_greeting(slot, Greeting::New);
         ledger.set_connection(slot, connection);
         status.vm = Some(VmStatus::new(vm, connection));
-        // What was rung for its predecessor is not for this VM.
+        // What was rung for its predecessor is not for this VM, and what that one's driver told is not of it.
         self.bells(slot).iter().for_each(|bell| bell.drain());
+        self.end_driver(slot);
         self.write_connection(slot, connection);
         Some(Slot::new(Arc::clone(self), slot))
     }
@@ -245,9 +256,20 @@ impl Shared {
             .get_mut(slot as usize)
             .and_then(|slot| slot.vm.as_mut())
         {
+            // First, so that nobody sees the new number with what the old guest held.
+            self.end_driver(slot);
             vm.connection = ledger.next_vm(slot);
             ledger.set_connection(slot, vm.connection);
             self.write_connection(slot, vm.connection);
+        }
+    }
+
+    /// Notes how much there is of the own memory of a slot's guest.
+    pub fn set_guest_memory(&self, slot: u32, status: GuestMemoryStatus) {
+        let mut state = self.lock();
+        let slot = state.slots.get_mut(slot as usize);
+        if let Some(vm) = slot.and_then(|slot| slot.vm.as_mut()) {
+            vm.guest_memory = Some(status);
         }
     }
 
@@ -437,6 +459,18 @@ impl Shared {
         let state = self.lock();
         state.ledger.set_epoch(state.ledger.epoch().wrapping_add(1));
         self.write_epoch(state.ledger.epoch());
+    }
+
+    /// Makes the epoch of a slot's driver even: its guest is gone, and could not say so. Its holder words mean nothing then, and
+    /// the next driver goes on from this epoch. A guest that writes there all the same tells a lie about itself alone.
+    fn end_driver(&self, slot: u32) {
+        let page = self.layout.presence_page(slot);
+        let epoch = self.region.word(page + presence::EPOCH);
+        // SYNC: present; as the driver itself does it. `write_connection` rings the host for it.
+        let old = epoch.load(Ordering::Acquire);
+        if old % 2 == 1 {
+            epoch.store(old.wrapping_add(1), Ordering::Release);
+        }
     }
 
     fn write_epoch(&self, epoch: u64) {

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::RwLockReadGuard;
 
@@ -12,7 +13,7 @@ use super::ledger::Greeting;
 use super::mailbox::{Mailbox, Wish};
 use super::store::{Kept, name};
 use crate::bell::Bell;
-use crate::control::message::Refusal;
+use crate::control::message::{GuestMemoryStatus, Refusal};
 use crate::memory::{Access, Region};
 
 /// The connection of a slot's VM, for the threads of a library that serves it.
@@ -130,13 +131,12 @@ impl Slot {
 
     /// Keeps a successor from taking over until what this gives is dropped. Waits for one that is taking over.
     pub fn within_a_message(&self) -> RwLockReadGuard<'_, ()> {
-        self.shared.gate().read()
+        self.shared.turns()[self.id as usize].read()
     }
 
-    /// Keeps a descriptor for the broker's successor, in the place of another that is called so.
+    /// Keeps a descriptor for the broker's successor. A service manager keeps no file twice, whatever it is called.
     pub fn keep(&self, what: &str, descriptor: Kept) {
         let name = name::part(self.id, what);
-        self.shared.store().forget(&name);
         self.shared.store().keep(name, descriptor);
     }
 
@@ -145,12 +145,28 @@ impl Slot {
         self.shared.store().forget(&name::part(self.id, what));
     }
 
+    /// Waits until the service manager, if there is one, has what was kept, so that it outlives this broker whatever becomes of
+    /// that: a second at most, and not at all once that was in vain and until the manager has caught up.
+    pub fn wait_until_kept(&self) {
+        self.shared.store().wait(Some(self.id));
+    }
+
+    /// How long to wait, between two messages, so that this VM does not keep the service manager busy.
+    pub fn owed(&self) -> Duration {
+        self.shared.store().owed(self.id)
+    }
+
     /// What is kept, and what it is called.
     pub fn kept(&self) -> Vec<(String, Kept)> {
         let ours = name::part(self.id, "");
         let all = self.shared.store().all().into_iter();
         all.filter_map(|(name, kept)| Some((name.strip_prefix(&ours)?.to_owned(), kept)))
             .collect()
+    }
+
+    /// Tells who asks how much of the guest's own memory there is.
+    pub fn tell_guest_memory(&self, status: GuestMemoryStatus) {
+        self.shared.set_guest_memory(self.id, status);
     }
 
     /// Rings when a host app wants something of the VM.

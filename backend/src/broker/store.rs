@@ -8,19 +8,17 @@
 )]
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use log::warn;
 use rustix::fs::FlockOperation;
 use rustix::net::Shutdown;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::budget::Budget;
+use super::manager::{Manager, Notice};
 use super::shared::ClientId;
 
 /// What descriptors are called.
@@ -69,6 +67,14 @@ pub mod name {
         name.starts_with("part-")
     }
 
+    /// The slot whose VM has it, if one does.
+    pub fn parse_slot(name: &str) -> Option<u32> {
+        let rest = name
+            .strip_prefix("part-")
+            .or_else(|| name.strip_prefix("vm-"))?;
+        rest.split('-').next()?.parse().ok()
+    }
+
     /// The connection of a host app.
     pub fn client(client: ClientId) -> String {
         format!("client-{client}")
@@ -89,44 +95,75 @@ pub type Inheritance = BTreeMap<String, OwnedFd>;
 /// See the module.
 pub struct DescriptorStore {
     kept: Mutex<BTreeMap<String, Kept>>,
-    manager: Option<Manager>,
+    manager: Option<Arc<Manager>>,
+    /// What the VMs of slots have the service manager told.
+    budgets: Mutex<BTreeMap<u32, Budget>>,
 }
 
 impl DescriptorStore {
-    /// Keeps nothing yet; connects to the service manager, if there is one.
-    pub fn connect() -> Self {
+    /// Keeps nothing yet; connects to the service manager, if there is one, which has something under the names of an
+    /// inheritance.
+    pub fn connect(inheritance: &Inheritance) -> Self {
+        let there = inheritance.keys().cloned().collect();
         DescriptorStore {
             kept: Mutex::default(),
-            manager: Manager::connect(),
+            manager: Manager::connect(there).map(Arc::new),
+            budgets: Mutex::default(),
         }
     }
 
-    /// Tells the service manager that the broker serves.
+    /// Starts the thread that tells the service manager, if there is one, what it does not take at once.
+    pub fn start(&self) -> io::Result<()> {
+        self.manager.as_ref().map_or(Ok(()), Manager::start)
+    }
+
+    /// Tells the service manager that the broker serves, and has it know before that what to keep.
     pub fn ready(&self) {
-        let manager = self.manager.as_ref();
-        if let Some(Err(error)) = manager.map(|manager| manager.tell("READY=1\n", &[])) {
-            warn!("the service manager is not told that the broker is ready: {error}");
+        if let Some(manager) = &self.manager {
+            manager.tell(Notice::Ready);
         }
     }
 
-    fn tell_keeper(&self, message: &str, descriptors: &[RawFd]) -> io::Result<()> {
-        match &self.manager {
-            Some(manager) if manager.keeps => manager.tell(message, descriptors),
-            _ => Ok(()),
+    /// Waits until the service manager knows what to keep of a slot's VM, or of everybody: a second at most.
+    pub fn wait(&self, slot: Option<u32>) {
+        if let Some(manager) = &self.manager {
+            manager.wait(slot);
         }
     }
 
-    /// Keeps a descriptor until it is forgotten.
+    /// Tells the service manager what becomes of a name, if it keeps descriptors.
+    fn tell_keeper(&self, name: &str, notice: Notice) {
+        let Some(manager) = self.manager.as_ref().filter(|manager| manager.keeps) else {
+            return;
+        };
+        if let Some(slot) = name::parse_slot(name) {
+            let now = Instant::now();
+            let mut budgets = self.budgets();
+            let budget = budgets.entry(slot);
+            budget.or_insert_with(|| Budget::new(now)).spend(now);
+        }
+        manager.tell(notice);
+    }
+
+    /// How long those who serve a slot's VM are to wait before they have the service manager told more, so that no VM keeps it
+    /// busy.
+    pub fn owed(&self, slot: u32) -> Duration {
+        let budgets = self.budgets();
+        let budget = budgets.get(&slot);
+        budget.map_or(Duration::ZERO, |budget| budget.owed(Instant::now()))
+    }
+
+    fn budgets(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, Budget>> {
+        self.budgets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps a descriptor until it is forgotten. Does not wait for the service manager.
     pub fn keep(&self, name: String, descriptor: Kept) {
-        // What has hung up is forgotten by us, in our order.
-        let message = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n");
-        if let Err(error) = self.tell_keeper(&message, &[descriptor.as_fd().as_raw_fd()]) {
-            warn!("the service manager does not take {name}: {error}");
-        }
+        self.tell_keeper(&name, Notice::Keep(name.clone(), Arc::clone(&descriptor)));
         self.lock().insert(name, descriptor);
     }
 
-    /// Forgets a descriptor.
+    /// Forgets a descriptor. Does not wait for the service manager.
     pub fn forget(&self, name: &str) {
         if self.lock().remove(name).is_some() {
             self.forget_of_predecessor(name);
@@ -135,10 +172,7 @@ impl DescriptorStore {
 
     /// Forgets a descriptor that a predecessor kept, and this broker does not.
     pub fn forget_of_predecessor(&self, name: &str) {
-        let message = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
-        if let Err(error) = self.tell_keeper(&message, &[]) {
-            warn!("the service manager does not forget {name}: {error}");
-        }
+        self.tell_keeper(name, Notice::Forget(name.to_owned()));
     }
 
     /// A descriptor that is kept.
@@ -156,45 +190,6 @@ impl DescriptorStore {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Kept>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The service manager that runs this broker.
-///
-/// One connection for all that it is told, made before the broker gives up making any (`confine.rs`): that is why this is
-/// not left to the crate `sd-notify`, which makes one each time.
-struct Manager {
-    socket: UnixDatagram,
-    keeps: bool,
-}
-
-impl Manager {
-    /// Connects to it, if there is one.
-    fn connect() -> Option<Self> {
-        let name = std::env::var_os("NOTIFY_SOCKET")?;
-        let address = match name.as_bytes() {
-            [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
-            path => SocketAddr::from_pathname(OsStr::from_bytes(path)),
-        };
-        let connected = address.and_then(|address| {
-            let socket = UnixDatagram::unbound()?;
-            socket.connect_addr(&address)?;
-            let keeps = is_managed();
-            Ok(Manager { socket, keeps })
-        });
-        connected
-            .inspect_err(|error| {
-                warn!("the service manager cannot be told anything (NOTIFY_SOCKET): {error}");
-            })
-            .ok()
-    }
-
-    fn tell(&self, message: &str, descriptors: &[RawFd]) -> io::Result<()> {
-        let sent = self
-            .socket
-            .send_with_fds(&[message.as_bytes()], descriptors);
-        sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        Ok(())
     }
 }
 
@@ -233,14 +228,17 @@ pub fn inherited() -> io::Result<Inheritance> {
 /// Has the service manager forget these descriptors. It may do so a little later, so they are made useless first: what is
 /// at their paths is then as a dead process leaves it.
 fn discard(inheritance: Inheritance) {
-    let manager = Manager::connect();
+    let manager = Manager::connect(inheritance.keys().cloned().collect());
     for (name, descriptor) in inheritance {
         // Each of them fails where it makes no sense.
         let _ = rustix::fs::flock(&descriptor, FlockOperation::NonBlockingUnlock);
         let _ = rustix::net::shutdown(&descriptor, Shutdown::Both);
-        let message = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
-        if let Some(Err(error)) = manager.as_ref().map(|manager| manager.tell(&message, &[])) {
-            warn!("the service manager does not forget {name}: {error}");
+        if let Some(manager) = &manager {
+            manager.tell(Notice::Forget(name));
         }
+    }
+    // Nobody is served yet.
+    if let Some(manager) = manager {
+        manager.finish();
     }
 }

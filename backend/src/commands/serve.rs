@@ -6,7 +6,7 @@ use std::io::pipe;
 use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use barlink::broker::handover::Predecessor;
 use barlink::broker::{Broker, Config, End, Policy, store};
 use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
@@ -44,6 +44,11 @@ pub fn serve(args: Serve) -> Result<()> {
         .iter()
         .map(|group| number(group, "group"))
         .collect::<Result<_>>()?;
+    let sees_memory = |(way, _): &(Way, _)| *way == Way::VfioUser;
+    ensure!(
+        !args.guest_memory || args.sockets.0.iter().any(sees_memory),
+        "--guest-memory has no effect without a VM over vfio-user, as ivshmem does not show a guest's memory: add --vfio-user SOCKET"
+    );
     let ivshmem: Arc<dyn Transport> = Arc::new(Ivshmem);
     let vfio_user: Arc<dyn Transport> = Arc::new(VfioUser {
         guest_memory: args.guest_memory,

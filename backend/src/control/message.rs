@@ -427,6 +427,18 @@ pub struct VmStatus {
     pub uid: u32,
     /// How many VMs this slot has had, this one included.
     pub connection: u64,
+    /// What there is of the guest's own memory, with `--guest-memory`.
+    #[serde(default)]
+    pub guest_memory: Option<GuestMemoryStatus>,
+}
+
+/// What a VMM has told of its guest's own memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMemoryStatus {
+    /// Bytes that host apps can have copies of.
+    pub readable: u64,
+    /// Bytes of files that they cannot, since these are no shared memory.
+    pub unreadable: u64,
 }
 
 impl VmStatus {
@@ -436,6 +448,7 @@ impl VmStatus {
             pid: vmm.pid,
             uid: vmm.uid,
             connection,
+            guest_memory: None,
         }
     }
 }

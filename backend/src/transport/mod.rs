@@ -79,6 +79,11 @@ pub enum TransportError {
     /// A broker died while it sent a message, and nobody knows whether the VM has it.
     #[error("the broker was killed while it greeted the VM, which must be started again")]
     Interrupted,
+    /// A predecessor's session, of which nobody here knows what it noted.
+    #[error(
+        "its session was begun by another version of barlink, and cannot be gone on with: start the VM again"
+    )]
+    OtherVersion,
     /// A message could not be sent.
     #[error("cannot send {what} to the VM")]
     Send {

@@ -175,6 +175,8 @@ fn slot_is_free_again_with_the_same_id_and_drained_eventfds() {
     for (_, bell) in again.bells.iter().filter(|(peer, _)| *peer == 0) {
         assert_eq!(rings(bell), 0, "a ring for the VM before it");
     }
+    // Its driver comes.
+    again.tell(attachment.layout(), presence::EPOCH, 3);
     drop(attachment.receiver("up").unwrap());
     let first = again
         .bells

@@ -2,6 +2,7 @@
 
 mod confined;
 mod control;
+mod gone;
 mod hostile;
 mod ivshmem;
 mod limits;
@@ -20,6 +21,7 @@ mod vfio_user_client;
 mod vfio_user_guest;
 mod vfio_user_hostile;
 mod vfio_user_replace;
+mod vfio_user_service;
 mod vhost_user;
 mod vhost_user_client;
 mod vhost_user_hostile;

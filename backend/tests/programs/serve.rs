@@ -61,6 +61,21 @@ fn refuses_sizes_that_no_bar_can_have() {
 }
 
 #[test]
+fn refuses_what_would_have_no_effect() {
+    let folder = tempfile::tempdir().unwrap();
+    fails(
+        &mut serve(folder.path(), &["--guest-memory"]),
+        1,
+        &["--guest-memory has no effect", "add --vfio-user SOCKET"],
+    );
+    fails(
+        &mut serve(folder.path(), &["--channel", "a=up,33M"]),
+        2,
+        &["33.00 MiB is not a power of two", "take 32.00 MiB"],
+    );
+}
+
+#[test]
 fn refuses_channels_that_do_not_fit() {
     let folder = tempfile::tempdir().unwrap();
     let mut serve = serve(folder.path(), &["--size", "1M", "--channel", "a=up,1M"]);
@@ -86,7 +101,7 @@ fn refuses_channels_and_sockets_that_are_named_twice() {
     fails(
         &mut serve(folder.path(), &["--channel", "a=1-host,4K"]),
         2,
-        &["slot 1", "the last one is 0", "add an --ivshmem"],
+        &["slot 1", "the last one is 0", "add a socket for each VM"],
     );
     let socket = folder.path().join("vm.sock");
     let socket = socket.to_str().unwrap();

@@ -416,6 +416,14 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
         1,
         &["1 bytes at 0x100000 leave the region, where 0 bytes are left: take no more"],
     );
+    fails(
+        &mut broker.app(&["poke", "x", "--region"]),
+        1,
+        &[
+            "the first 8.00 KiB of a region tell what is in it",
+            "--at 8192 or more",
+        ],
+    );
     // It reads no more of its input than there is room for.
     let mut endless = std::process::Command::new("yes")
         .stdout(Stdio::piped())

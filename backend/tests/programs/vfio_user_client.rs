@@ -74,7 +74,12 @@ pub struct Client {
 impl Client {
     /// Connects, and says nothing.
     pub fn connect(broker: &Broker) -> Self {
-        let socket = UnixStream::connect(broker.path("user.sock")).unwrap();
+        Self::connect_to(broker, "user.sock")
+    }
+
+    /// The same, at another socket of the broker.
+    pub fn connect_to(broker: &Broker, socket: &str) -> Self {
+        let socket = UnixStream::connect(broker.path(socket)).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         Client { socket, next: 0 }
     }

@@ -1,11 +1,12 @@
 //! The guest's own memory over vfio-user: what host apps get of it, and what a client cannot make of it.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use barlink::AttachError;
 use barlink::control::client::{Control, ControlError};
-use barlink::control::message::{Ask, MAX_COPY, Refusal};
+use barlink::control::message::{Ask, GuestMemoryStatus, MAX_COPY, Refusal};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
@@ -99,32 +100,156 @@ fn guest_memory_is_copied_within_what_is_mapped() {
     assert!(matches!(gone, Refusal::NotThere { .. }));
 }
 
+/// The bytes at the begin of a range, as a host app gets them.
+fn peek(broker: &Broker, address: u64) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    broker.attach().read_guest(1, address, &mut bytes).unwrap();
+    bytes
+}
+
+/// QEMU would complain of each, and others may end.
 #[test]
-fn memory_that_could_become_a_signal_is_refused() {
+fn memory_that_cannot_be_read_is_acknowledged_and_told() {
     let broker = serve_both(&["--guest-memory"]);
     let mut client = Client::greet(&broker);
     let before = broker.descriptors();
-    let unsealed = memory(SealFlags::GROW);
-    let ordinary = tempfile::tempfile().unwrap();
+    let ordinary = tempfile::tempfile_in("/var/tmp").unwrap();
     ordinary.set_len(MIB).unwrap();
     let device = File::open("/dev/zero").unwrap();
-    for file in [&unsealed, &ordinary, &device] {
-        let reply = client.ask_with(DMA_MAP, &map(0, 4096, 0), &[file]);
-        assert_eq!(reply.errno, Errno::PERM.raw_os_error().cast_unsigned());
+    let (pipe, _other) = std::io::pipe().unwrap();
+    let others: [&dyn AsRawFd; 3] = [&ordinary, &device, &pipe];
+    for (place, file) in (0..).zip(others) {
+        let reply = client.ask_with(DMA_MAP, &map(place << 20, MIB, 0), &[file]);
+        assert_eq!(reply.errno, 0);
+        let gone = refusal(&broker, 1, place << 20, 1);
+        assert!(matches!(gone, Refusal::NotThere { .. }));
     }
-    assert!(broker.log().contains("memory-backend-memfd,share=on"));
-    // Nobody looks at what can be cut off.
-    unsealed.set_len(0).unwrap();
-    let gone = refusal(&broker, 1, 0, 1);
-    assert!(matches!(gone, Refusal::NotThere { .. }));
-    let huge = rustix::fs::memfd_create("huge", MemfdFlags::HUGETLB | MemfdFlags::ALLOW_SEALING);
-    // A kernel without huge pages has no such file either.
-    if let Ok(huge) = huge {
-        let sealed = rustix::fs::fcntl_add_seals(&huge, SealFlags::SHRINK);
-        let reply = client.ask_with(DMA_MAP, &map(0, 4096, 0), &[&huge]);
-        assert!(sealed.is_err() || reply.errno != 0);
-    }
+    // A range beside them, and one of them for the second time.
+    let ram = memory(SealFlags::empty());
+    let reply = client.ask_with(DMA_MAP, &map(16 * MIB, MIB, 0), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    let reply = client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&ordinary]);
+    assert_ne!(reply.errno, 0, "it overlaps");
+    // One line of the log, however many there are, and a line for whoever asks.
+    let log = broker.log();
+    assert_eq!(log.matches("memory-backend-memfd,share=on").count(), 1);
+    assert!(log.contains("cannot read the guest memory at 0x0, 1048576 bytes"));
+    let status = || {
+        broker
+            .attach()
+            .status()
+            .unwrap()
+            .slots
+            .remove(1)
+            .vm
+            .unwrap()
+    };
+    let expected = GuestMemoryStatus {
+        readable: MIB,
+        unreadable: 3 * MIB,
+    };
+    assert_eq!(status().guest_memory, Some(expected));
+    let seen = works(&mut broker.app(&["inspect", "--once"]));
+    let line = ", 1.00 MiB of guest memory and 3.00 MiB that cannot be read";
+    assert!(seen.contains(line), "{seen}");
+    client.get(DMA_UNMAP, &unmap(2, 0, 0));
+    assert_eq!(status().guest_memory.unwrap().unreadable, 0);
     assert_eq!(broker.descriptors(), before);
+}
+
+#[test]
+fn memory_that_is_cut_off_or_lacks_its_pages_is_no_signal() {
+    let broker = serve_both(&["--guest-memory"]);
+    let mut client = Client::greet(&broker);
+    let ram = memory(SealFlags::empty());
+    let reply = client.ask_with(DMA_MAP, &map(0, 2 * MIB, 0), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    assert_eq!(peek(&broker, MIB), noise(2 << 20)[1 << 20..][..16]);
+    ram.set_len(MIB + 8).unwrap();
+    for address in [MIB, MIB + 8, 2 * MIB - 1] {
+        let gone = refusal(&broker, 1, address, 16);
+        assert!(matches!(gone, Refusal::NotThere { .. }));
+    }
+    assert_eq!(
+        peek(&broker, MIB - 8),
+        noise(2 << 20)[(1 << 20) - 8..][..16]
+    );
+    // Huge pages, of which there may be none: memory that nobody has used has zeros all the same.
+    let huge = rustix::fs::memfd_create("huge", MemfdFlags::HUGETLB | MemfdFlags::ALLOW_SEALING);
+    match huge {
+        Ok(huge) => {
+            let huge = File::from(huge);
+            huge.set_len(2 << 20).unwrap();
+            let reply = client.ask_with(DMA_MAP, &map(4 * MIB, 2 * MIB, 0), &[&huge]);
+            assert_eq!(reply.errno, 0);
+            assert_eq!(peek(&broker, 5 * MIB), [0; 16]);
+        }
+        Err(error) => assert_eq!(error, Errno::NOSYS, "a kernel without huge pages"),
+    }
+    // One that can only be written.
+    let path = format!("/proc/self/fd/{}", ram.as_raw_fd());
+    let closed = File::options().write(true).open(path).unwrap();
+    let reply = client.ask_with(DMA_MAP, &map(8 * MIB, 4096, 0), &[&closed]);
+    assert_eq!(reply.errno, 0);
+    let gone = refusal(&broker, 1, 8 * MIB, 1);
+    assert!(matches!(gone, Refusal::NotThere { .. }));
+}
+
+#[test]
+fn copies_of_memory_that_was_never_used_allocate_none() {
+    let broker = serve_both(&["--guest-memory"]);
+    let mut client = Client::greet(&broker);
+    let ram = File::from(rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
+    ram.set_len(1024 * MIB).unwrap();
+    ram.write_all_at(b"used", 512 * MIB).unwrap();
+    let reply = client.ask_with(DMA_MAP, &map(0, 1024 * MIB, 0), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    let blocks = || rustix::fs::fstat(&ram).unwrap().st_blocks;
+    let before = blocks();
+    let app = broker.attach();
+    let mut bytes = vec![1; MAX_COPY];
+    for address in (0..1024 * MIB).step_by(1 << 20) {
+        app.read_guest(1, address, &mut bytes).unwrap();
+        let used = usize::from(address == 512 * MIB) * 4;
+        assert!(bytes[..used] == b"used"[..used] && bytes[used..].iter().all(|byte| *byte == 0));
+    }
+    assert_eq!(blocks(), before);
+}
+
+/// As a memfd of 4 KiB pages, one of huge pages and a file of `/dev/shm` can have, which are of three file systems.
+#[test]
+fn files_with_the_same_number_are_told_apart() {
+    let broker = serve_both(&["--guest-memory"]);
+    let mut client = Client::greet(&broker);
+    let (one, other) = same_number();
+    one.write_all_at(b"this is the one.", 0).unwrap();
+    other.write_all_at(b"this is another.", 0).unwrap();
+    for (address, file) in [(0, &one), (MIB, &other)] {
+        let reply = client.ask_with(DMA_MAP, &map(address, 4096, 0), &[file]);
+        assert_eq!(reply.errno, 0);
+    }
+    assert_eq!(&peek(&broker, 0), b"this is the one.");
+    assert_eq!(&peek(&broker, MIB), b"this is another.");
+}
+
+/// A memfd and a file of a tmpfs with the same number: numbers are given one after the other, so it takes some files.
+fn same_number() -> (File, File) {
+    let number = |file: &File| rustix::fs::fstat(file).unwrap().st_ino;
+    let new_memfd = || File::from(rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
+    let new_file = || tempfile::tempfile_in("/dev/shm").unwrap();
+    let (mut memfd, mut file) = (new_memfd(), new_file());
+    for _ in 0..5_000_000 {
+        match number(&memfd).cmp(&number(&file)) {
+            std::cmp::Ordering::Less => memfd = new_memfd(),
+            std::cmp::Ordering::Greater => file = new_file(),
+            std::cmp::Ordering::Equal => {
+                memfd.set_len(4096).unwrap();
+                file.set_len(4096).unwrap();
+                return (memfd, file);
+            }
+        }
+    }
+    panic!("no two files have the same number");
 }
 
 #[test]
@@ -141,7 +266,6 @@ fn ranges_that_make_no_sense_are_refused() {
         (0, u64::MAX, 1),
         (0, 4096, u64::MAX),
         (u64::MAX - 4095, 4096, 0),
-        (0, 4096, 17),
     ] {
         let reply = client.ask_with(DMA_MAP, &map(address, size, offset), &[&ram]);
         assert_eq!(reply.errno, inval, "{size:#x} at {address:#x}");
@@ -153,12 +277,21 @@ fn ranges_that_make_no_sense_are_refused() {
         let reply = client.ask_with(DMA_MAP, &map(address, 4096, 0), &[&ram]);
         assert_eq!(reply.errno, inval, "it overlaps");
     }
-    // Ranges cost descriptors, and so are not without end.
-    let refused = (1..400).find(|page| {
+    // Unmaps that make none are refused, too, and nothing is gone by them.
+    for (flags, address, size) in [(0, 0, 0), (0, 5, 0), (2, 0, 4096), (2, 4096, 0)] {
+        let reply = client.ask(DMA_UNMAP, &unmap(flags, address, size));
+        assert_eq!(reply.errno, inval, "{size:#x} at {address:#x}");
+    }
+    peek(&broker, 0);
+    // Ranges cost room, and so are not without end; but nobody is told no.
+    for page in 1..400 {
         let reply = client.ask_with(DMA_MAP, &map(page << 12, 4096, 0), &[&ram]);
-        reply.errno != 0
-    });
-    assert_eq!(refused, Some(256));
+        assert_eq!(reply.errno, 0);
+    }
+    peek(&broker, 255 << 12);
+    let gone = refusal(&broker, 1, 256 << 12, 1);
+    assert!(matches!(gone, Refusal::NotThere { .. }));
+    assert_eq!(broker.log().matches("of more than 256 ranges").count(), 1);
     client.get(DMA_UNMAP, &unmap(2, 0, 0));
     assert_eq!(broker.descriptors(), before);
     drop(client);
@@ -274,4 +407,36 @@ fn vm_that_leaves_leaves_no_host_app_waiting() {
             asking.join().unwrap();
         });
     }
+}
+
+#[test]
+fn successor_without_guest_memory_keeps_none_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let socket = folder.path().join("user.sock").display().to_string();
+    let without = ["--vfio-user", &socket];
+    let with = ["--vfio-user", &socket, "--guest-memory"];
+    let mut broker = Broker::start_as(&manager, folder, &with);
+    let mut client = Client::greet(&broker);
+    let ram = memory(SealFlags::SHRINK);
+    let reply = client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    let kept = || {
+        let names = manager.kept().into_iter();
+        names.filter(|name| name.contains("ram")).count()
+    };
+    wait_until("it is kept", || kept() == 1);
+    broker.restart(&manager, &without);
+    assert_eq!(refusal(&broker, 1, 0, 1), Refusal::NoGuestMemory(1));
+    wait_until("it is forgotten", || kept() == 0);
+    assert!(broker.log().contains("the guest's memory is let go"));
+    client.get(DMA_UNMAP, &unmap(0, 0, MIB));
+    // What one with it knows of again is what the client tells from then on.
+    broker.restart(&manager, &with);
+    assert_eq!(client.read_word(0, 0x18), 3);
+    let gone = refusal(&broker, 1, 0, 1);
+    assert!(matches!(gone, Refusal::NotThere { .. }));
+    let reply = client.ask_with(DMA_MAP, &map(0, MIB, MIB), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    assert_eq!(peek(&broker, 0), noise(2 << 20)[1 << 20..][..16]);
 }

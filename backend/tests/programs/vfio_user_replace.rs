@@ -1,11 +1,20 @@
 //! One broker takes the place of another under a client of vfio-user, which notices nothing.
 
+use std::fs::File;
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use barlink::broker::handover::Predecessor;
 use barlink::control::client::Control;
-use barlink::control::message::Side;
+use barlink::control::message::{Answer, Ask, Side};
+use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_linger;
+use rustix::process::Signal;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::service::ServiceManager;
 use crate::support::*;
@@ -34,20 +43,26 @@ fn serve_as(manager: &ServiceManager, folder: tempfile::TempDir) -> (Broker, [St
     (broker, arguments)
 }
 
-/// Asks one thing after the other while brokers change, and some more. One reply more or less would be out of turn.
-fn ask_while(client: &mut Client, change: impl FnOnce()) {
-    let end = AtomicBool::new(false);
+/// Asks one thing after the other while brokers change; what it gives to `change` waits for some answers. One reply more or less
+/// would be out of turn.
+fn ask_while(client: &mut Client, change: impl FnOnce(&dyn Fn())) {
+    let (end, asked) = (AtomicBool::new(false), AtomicU32::new(0));
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
-            let mut asked = 0u32;
-            while asked < 100 || !end.load(Ordering::Relaxed) {
+            while !end.load(Ordering::Relaxed) {
                 // What was written is read, whichever broker hears it.
-                client.write(0, 0, &asked.to_le_bytes());
-                assert_eq!(client.read_word(0, 0), asked);
-                asked += 1;
+                let number = asked.load(Ordering::Relaxed);
+                client.write(0, 0, &number.to_le_bytes());
+                assert_eq!(client.read_word(0, 0), number);
+                asked.store(number + 1, Ordering::Relaxed);
             }
         });
-        change();
+        change(&|| {
+            let before = asked.load(Ordering::Relaxed);
+            wait_until("it is answered", || {
+                asked.load(Ordering::Relaxed) > before + 5
+            });
+        });
         end.store(true, Ordering::Relaxed);
         asking.join().unwrap();
     });
@@ -112,9 +127,10 @@ fn every_message_has_one_reply_while_brokers_change() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::greet(&broker);
-    ask_while(&mut client, || {
+    ask_while(&mut client, |answered| {
         for _ in 0..5 {
             succeed(&mut broker, &arguments);
+            answered();
         }
     });
 }
@@ -129,9 +145,10 @@ fn every_message_has_one_reply_while_a_service_is_restarted() {
     wait_until("the VM is kept", || {
         manager.kept().contains(&"vm-1".to_owned())
     });
-    ask_while(&mut client, || {
+    ask_while(&mut client, |answered| {
         for _ in 0..20 {
             broker.restart(&manager, &arguments);
+            answered();
         }
     });
 }
@@ -148,7 +165,7 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
     assert_eq!(client.set_irqs(1, &[&irq]).errno, 0);
     let kept = |name: &str| manager.kept().contains(&name.to_owned());
     wait_until("the VM is kept", || {
-        kept("vm-1") && kept("part-1-interrupt-1")
+        kept("vm-1") && kept("part-1-interrupt-1-1")
     });
     for _ in 0..2 {
         broker.start_again(&manager, &arguments);
@@ -164,7 +181,7 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
     drop(client);
     broker.start_again(&manager, &arguments);
     let mut client = Client::greet(&broker);
-    wait_until("it is forgotten", || !kept("part-1-interrupt-1"));
+    wait_until("it is forgotten", || !kept("part-1-interrupt-1-1"));
     let connections = || manager.kept().iter().filter(|name| *name == "vm-1").count();
     wait_until("one connection is kept", || connections() == 1);
     count(&irq);
@@ -227,4 +244,155 @@ fn half_a_message_holds_a_successor_up_for_a_moment_only() {
         &["slot 1 of the running broker has another transport"],
     );
     Client::greet(&broker);
+}
+
+/// Longer than anybody here waits.
+const HELD: Duration = Duration::from_secs(60);
+
+/// A descriptor that whoever closes it last waits for [`HELD`], as long as its peer, the second, is there: as a file can of a
+/// FUSE that the client serves itself.
+fn slow_to_close() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut slow = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    slow.set_nonblocking(true).unwrap();
+    while slow.write(&[0; 1 << 16]).is_ok() {}
+    slow.set_nonblocking(false).unwrap();
+    set_socket_linger(&slow, Some(HELD)).unwrap();
+    (slow, peer)
+}
+
+/// Sends a message with such a descriptor, of which the broker then has the last copy.
+fn give_slow(broker: &Broker, client: &Client, message: &[u8]) -> TcpStream {
+    let (slow, peer) = slow_to_close();
+    broker.signal(Signal::STOP);
+    wait_until("all of it has stopped", || {
+        let mut threads = std::fs::read_dir(format!("/proc/{}/task", broker.child.id())).unwrap();
+        threads.all(|thread| {
+            let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+            status.contains("State:\tT")
+        })
+    });
+    let gift = [slow.as_raw_fd()];
+    client.socket.send_with_fds(&[message], &gift).unwrap();
+    drop(slow);
+    broker.signal(Signal::CONT);
+    peer
+}
+
+#[test]
+fn descriptor_that_is_refused_and_slow_to_close_holds_up_its_own_session_only() {
+    let (mut broker, arguments) = serve();
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    client.write(CONFIG, 4, &[6, 4]);
+    let set = message(9, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
+    let _peer = give_slow(&broker, &client, &set);
+    // It is answered first.
+    let start = Instant::now();
+    let inval = Errno::INVAL.raw_os_error().cast_unsigned();
+    assert_eq!(client.hear().unwrap().errno, inval);
+    broker.attach().status().unwrap();
+    succeed(&mut broker, &arguments);
+    // The successor goes on with it, and has nothing to close.
+    assert_eq!(client.read(CONFIG, 4, 2), [6, 4]);
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn session_that_never_ends_its_message_is_left_out_and_the_others_are_handed_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let [stuck, other] = ["user.sock", "other.sock"].map(|name| folder.path().join(name));
+    let [stuck, other] = [&stuck, &other].map(|path| path.to_str().unwrap());
+    let arguments = ["--vfio-user", stuck, "--vfio-user", other];
+    let mut broker = Broker::start_in(folder, &arguments);
+    let client = Client::greet(&broker);
+    let mut neighbour = Client::connect_to(&broker, "other.sock");
+    assert_eq!(neighbour.version().errno, 0);
+    let info = message(9, GET_INFO, 0, &words(&[16, 0, 0, 0]));
+    // The kernel throws it away, and waits within the call that receives the message.
+    let _peer = give_slow(&broker, &client, &info);
+    ask_while(&mut neighbour, |answered| {
+        let start = Instant::now();
+        succeed(&mut broker, &arguments);
+        assert!(start.elapsed() < Duration::from_secs(5));
+        answered();
+    });
+    assert!(
+        broker
+            .log()
+            .contains("slot 1: its VM stays within a message, and is let go")
+    );
+    let vms = broker.attach().status().unwrap().slots;
+    assert!(vms[1].vm.is_none() && vms[2].vm.is_some());
+    Client::greet(&broker);
+}
+
+#[test]
+fn successor_that_dawdles_is_called_off_as_a_whole() {
+    // Some thousand descriptors.
+    let broker = serve_both(&["--vectors", "256"]);
+    let mut client = Client::greet(&broker);
+    let app = Control::connect(&broker.control()).unwrap();
+    let end = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let dawdling = scope.spawn(|| {
+            let mut most = 0;
+            let mut parts = 0;
+            while !end.load(Ordering::Relaxed) {
+                let (answer, _) = app.ask(Ask::HandOver).unwrap();
+                assert!(matches!(answer, Answer::Inheritance { last: false, .. }));
+                // What follows a hand-over that was called off is the begin of another.
+                parts = if names(&answer).contains(&"bell-0-0".to_owned()) {
+                    1
+                } else {
+                    parts + 1
+                };
+                most = most.max(parts);
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            most
+        });
+        std::thread::sleep(Duration::from_millis(500));
+        // It goes on before QEMU loses its patience.
+        let start = Instant::now();
+        client.get(GET_INFO, &words(&[16, 0, 0, 0]));
+        let waited = start.elapsed();
+        end.store(true, Ordering::Relaxed);
+        assert!(dawdling.join().unwrap() > 2, "it does not dawdle");
+        assert!(waited < Duration::from_secs(5), "{waited:?}");
+    });
+}
+
+fn names(answer: &Answer) -> &[String] {
+    match answer {
+        Answer::Inheritance { names, .. } => names,
+        _ => &[],
+    }
+}
+
+/// What its predecessor noted of a slot, as its file.
+fn noted(broker: &Broker) -> File {
+    let predecessor = Predecessor::ask(&broker.control()).unwrap();
+    let mut inheritance = predecessor.inheritance;
+    inheritance.remove("session-1").unwrap().into()
+}
+
+#[test]
+fn session_of_another_version_is_not_taken_over() {
+    for version in [0u64, 2, u64::MAX] {
+        let (mut broker, arguments) = serve();
+        let arguments = arguments.each_ref().map(String::as_str);
+        let mut client = Client::greet(&broker);
+        let noted = noted(&broker);
+        let mut start = [0; 16];
+        noted.read_exact_at(&mut start, 0).unwrap();
+        assert_eq!(start, *b"vfiouser\x01\0\0\0\0\0\0\0");
+        noted.write_all_at(&version.to_ne_bytes(), 8).unwrap();
+        succeed(&mut broker, &arguments);
+        assert!(client.is_let_go());
+        let log = broker.log();
+        assert!(log.contains("begun by another version of barlink"), "{log}");
+        Client::greet(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
+    }
 }

@@ -7,19 +7,25 @@
 //! |---|---|
 //! | `stream.rs` | a stream of records through a channel |
 //! | `pipe.rs` | a stream of records through a peer of barlink's, such as a socket |
+//! | `raw.rs` | a stream of records through a peer: ivshmem as it comes |
 //! | `trip.rs` | round trips, through channels and peers |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
+//! | `cost.rs` | what one record costs, for who counts instructions |
 //! | `clock.rs` | times |
 
 mod clock;
 mod copy;
+mod cost;
 mod pipe;
+mod raw;
 mod ring;
 mod stream;
 mod trip;
 
 pub use copy::Copy;
+pub use cost::Cost;
 pub use pipe::{Endpoint, PipeReceive, PipeSend};
+pub use raw::{RawReceive, RawSend, SIZE as RAW_SIZE};
 pub use ring::Ring;
 pub use stream::{Receive, Send};
 pub use trip::{Ask, Trips, Wait, answer_bells, answer_channels, answer_pipe};

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use barlink::{Access, AttachError, Attachment};
 use barlink_bench_load::{
-    Ask, Copy, Endpoint, PipeReceive, PipeSend, Receive, Ring, Send, Wait, answer_bells,
-    answer_channels, answer_pipe,
+    Ask, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawReceive, RawSend, Receive, Ring, Send,
+    Wait, answer_bells, answer_channels, answer_pipe,
 };
 use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::End::{Consumer, Producer};
@@ -80,6 +80,12 @@ enum Work {
     PipeSend(PipeSend),
     /// Read them
     PipeReceive(PipeReceive),
+    /// Write records to plain shared memory
+    RawSend(RawSend),
+    /// Read them
+    RawReceive(RawReceive),
+    /// Send and receive under the eyes of a process that traces this one
+    Cost(Cost),
     /// Copy within this process
     Copy(Copy),
     /// Send and receive within this process
@@ -167,6 +173,9 @@ fn main() -> Result<()> {
         },
         Work::PipeSend(send) => tell(&send.run()?),
         Work::PipeReceive(receive) => tell(&receive.run()?),
+        Work::RawSend(send) => tell(&send.run()?),
+        Work::RawReceive(receive) => tell(&receive.run()?),
+        Work::Cost(cost) => cost.run(),
         Work::Copy(copy) => tell(&copy.run()),
         Work::Ring(ring) => tell(&ring.run()?),
     }

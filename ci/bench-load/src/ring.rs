@@ -30,28 +30,7 @@ pub struct Ring {
 impl Ring {
     /// Streams from one thread to the other.
     pub fn run(&self) -> Result<Measured> {
-        let channel = Channel {
-            name: Name::new("ring").context("a name that cannot be")?,
-            producer: 0,
-            consumer: 1,
-            vector: 0,
-            drop_when_full: false,
-            offset: FIRST_FREE,
-            capacity: CAPACITY,
-        };
-        let size = (channel.end() + 4096).next_power_of_two();
-        let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel])?;
-        let memory: Arc<[AtomicU64]> = (0..size / 8).map(|_| AtomicU64::new(0)).collect();
-        let region = Region::new(memory);
-        state::publish(&region, &layout);
-        // A driver would say so: both ends are held.
-        region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
-        let page = layout.presence_page(0);
-        region.store(page + presence::EPOCH, 1);
-        region.store(page + presence::holder(0, End::Producer), 1);
-        let (one, other) = Bells::pair();
-        let sender = Sender::attach(region.clone(), &layout, 0, one)?;
-        let receiver = Receiver::attach(region, &layout, 0, other)?;
+        let (sender, receiver) = ends()?;
         thread::scope(|scope| {
             let receiving = scope.spawn(|| Receive {}.run(receiver));
             self.send.run(sender)?;
@@ -61,11 +40,40 @@ impl Ring {
     }
 }
 
+type Memory = Arc<[AtomicU64]>;
+
+/// Both ends of a channel in this process's memory.
+pub(crate) fn ends() -> Result<(Sender<Memory, Bells>, Receiver<Memory, Bells>)> {
+    let channel = Channel {
+        name: Name::new("ring").context("a name that cannot be")?,
+        producer: 0,
+        consumer: 1,
+        vector: 0,
+        drop_when_full: false,
+        offset: FIRST_FREE,
+        capacity: CAPACITY,
+    };
+    let size = (channel.end() + 4096).next_power_of_two();
+    let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel])?;
+    let memory: Memory = (0..size / 8).map(|_| AtomicU64::new(0)).collect();
+    let region = Region::new(memory);
+    state::publish(&region, &layout);
+    // A driver would say so: both ends are held.
+    region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
+    let page = layout.presence_page(0);
+    region.store(page + presence::EPOCH, 1);
+    region.store(page + presence::holder(0, End::Producer), 1);
+    let (one, other) = Bells::pair();
+    let sender = Sender::attach(region.clone(), &layout, 0, one)?;
+    let receiver = Receiver::attach(region, &layout, 0, other)?;
+    Ok((sender, receiver))
+}
+
 #[derive(Clone, Default)]
 struct Bell(Arc<(Mutex<bool>, Condvar)>);
 
 /// One end's doorbells.
-struct Bells {
+pub(crate) struct Bells {
     own: Bell,
     other: Bell,
     start: Instant,

@@ -223,10 +223,14 @@ where
     E: Events<Error: std::error::Error + Send + Sync + 'static>,
 {
     // The other end may take a while to come.
-    let mut silence = 10 * SILENCE;
-    while events.sleep(Some(silence))? {
-        events.ring()?;
-        silence = SILENCE;
+    let mut end = Instant::now() + 10 * SILENCE;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if events.sleep(Some(left))? {
+            events.ring()?;
+            end = Instant::now() + SILENCE;
+        } else if left.is_zero() {
+            return Ok(());
+        }
     }
-    Ok(())
 }

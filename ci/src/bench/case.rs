@@ -55,6 +55,8 @@ pub enum Way {
     Copy,
     /// Through a channel between two threads.
     Ring,
+    /// By ivshmem as it comes, mapped through sysfs, with polling.
+    Raw,
     /// By QEMU's virtio-serial.
     VirtioSerial,
     /// By TCP over QEMU's user network.
@@ -75,6 +77,7 @@ impl Way {
             Way::Channel(transport) => transport.name(),
             Way::Copy => "memcpy",
             Way::Ring => "two threads",
+            Way::Raw => "raw ivshmem, polled",
             Way::VirtioSerial => "virtio-serial",
             Way::Tcp => "TCP",
             Way::Unix => "Unix socket",
@@ -107,7 +110,7 @@ impl Case {
         let mut ways = Vec::new();
         for direction in [Up, Down] {
             ways.extend(Transport::ALL.map(|transport| (Way::Channel(transport), direction)));
-            ways.extend([Way::VirtioSerial, Way::Tcp].map(|way| (way, direction)));
+            ways.extend([Way::Raw, Way::VirtioSerial, Way::Tcp].map(|way| (way, direction)));
         }
         ways.push((Way::Unix, Host));
         ways.extend([Guest, Host].map(|place| (Way::Ring, place)));

@@ -48,6 +48,10 @@ pub struct BenchArgs {
     #[arg(long)]
     pub quick: bool,
 
+    /// Measure only what has this in its name, say vfio-user; again for more
+    #[arg(long, value_name = "TEXT")]
+    pub only: Vec<String>,
+
     /// Where the results go [default: target/bench]
     #[arg(long, value_name = "FOLDER")]
     pub output: Option<PathBuf>,
@@ -65,7 +69,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         Some(folder) => folder.clone(),
         None => target_folder()?.join("bench"),
     };
-    let report = measure(&artifacts, args.quick)?;
+    let report = measure(&artifacts, args.quick, &args.only)?;
     report
         .write(&folder)
         .with_context(|| format!("the results cannot be written to {}", folder.display()))?;
@@ -74,14 +78,15 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Measures every case in every round.
-pub fn measure(artifacts: &Artifacts, quick: bool) -> Result<Report> {
+/// Measures every case in every round, or those that have one of these texts in their names.
+pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Report> {
     let (sizes, rounds, time) = match quick {
         true => (&[64, 4 << 10, 64 << 10][..], 3, Duration::from_millis(300)),
         false => (&RECORD_SIZES[..], 7, Duration::from_millis(600)),
     };
     let scene = Scene::set(artifacts)?;
     let mut report = Report::new(scene.conditions()?, sizes);
+    report.keep(only)?;
     let style = "{bar:30} round {msg}, {eta} left";
     let length = rounds * (report.streams.len() + report.trips.len());
     let bar = ProgressBar::new(length as u64).with_style(ProgressStyle::with_template(style)?);

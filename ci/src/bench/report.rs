@@ -6,7 +6,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use super::case::{Case, Direction, Way};
@@ -32,6 +32,19 @@ impl Report {
         }
     }
 
+    /// Keeps only what has one of these texts in its name, if there are any.
+    pub(super) fn keep(&mut self, only: &[String]) -> Result<()> {
+        let wanted = |name: String| only.is_empty() || only.iter().any(|text| name.contains(text));
+        self.streams.retain(|row| wanted(row.case.to_string()));
+        self.trips.retain(|row| wanted(row.trip.to_string()));
+        ensure!(
+            !self.streams.is_empty() || !self.trips.is_empty(),
+            "nothing has {} in its name (--only)",
+            only.join(" or ")
+        );
+        Ok(())
+    }
+
     /// The median rate of one way as a part of another's, for records of this size.
     pub fn ratio(&self, ways: [(Way, Direction); 2], record_size: u64) -> Option<f64> {
         let rate = |(way, direction)| {
@@ -47,14 +60,11 @@ impl Report {
         Some(one? / other?)
     }
 
-    /// Rings of producers for each record, over all that was measured.
-    pub fn rings_per_record(&self) -> f64 {
+    /// Rings of the producer for each record, where they were most.
+    pub fn most_rings_per_record(&self) -> f64 {
         let counted = self.streams.iter();
-        let counted = counted.filter_map(|row| Some((row.rung?, row.records)));
-        let (rung, records) = counted.fold((0, 0), |(rings, all), (rung, records)| {
-            (rings + rung, all + records)
-        });
-        rung as f64 / records as f64
+        let counted = counted.filter_map(|row| Some(row.rung? as f64 / row.records as f64));
+        counted.fold(0.0, f64::max)
     }
 
     /// Writes `results.json` and `results.md`.

@@ -2,10 +2,16 @@
 
 //! The broker, the VM with all that connects it, and processes on both sides.
 
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use barlink_bench_load::RAW_SIZE;
+use rustix::process::Signal;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -13,13 +19,18 @@ use serde_json::Value;
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
 use crate::tools::Accel;
-use crate::vm::{COMMAND_TIMEOUT, Config, Process, Vm, accelerator};
+use crate::vm::{Config, Process, Vm, accelerator};
 
+/// How long a process may take, which measures for less than a second, and how often it is looked at.
+const PATIENCE: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_millis(2);
 /// Bytes of each channel.
 const CAPACITY: &str = "4M";
 /// The port of virtio-serial, and the file of its other end.
 pub const PORT: &str = "barlink.bench";
 const PORT_SOCKET: &str = "port.sock";
+/// The memory of the ivshmem device that no driver holds.
+const RAW: &str = "raw.memory";
 /// What the guest needs for a network, in this order.
 const NETWORK: [&str; 3] = [
     "net/core/failover.ko",
@@ -60,13 +71,28 @@ pub struct Scene<'a> {
     artifacts: &'a Artifacts,
 }
 
-/// A process that measures.
+/// A process that measures; killed when dropped.
 #[derive(Debug)]
 pub enum Load {
     /// One on the host.
     Host(Child),
     /// One in the guest.
     Guest(Process),
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        // It has ended already, mostly.
+        match self {
+            Load::Host(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Load::Guest(process) => {
+                let _ = process.kill(Signal::KILL);
+            }
+        }
+    }
 }
 
 impl<'a> Scene<'a> {
@@ -86,7 +112,16 @@ impl<'a> Scene<'a> {
             ..broker.vm()?
         };
         let port = broker.folder().join(PORT_SOCKET);
+        let raw = broker.folder().join(RAW);
+        File::create(&raw)?.set_len(RAW_SIZE as u64)?;
         config.arguments.extend([
+            "-object".to_owned(),
+            format!(
+                "memory-backend-file,id=raw,share=on,size={RAW_SIZE},mem-path={}",
+                raw.display()
+            ),
+            "-device".to_owned(),
+            "ivshmem-plain,memdev=raw".to_owned(),
             "-chardev".to_owned(),
             format!("socket,id=bench,path={},server=on,wait=off", port.display()),
             "-device".to_owned(),
@@ -171,6 +206,16 @@ impl<'a> Scene<'a> {
         self.broker.folder().join(PORT_SOCKET)
     }
 
+    /// The memory of the ivshmem device that no driver holds, as on its first use.
+    pub fn clear_raw(&self) -> Result<PathBuf> {
+        let path = self.broker.folder().join(RAW);
+        File::options()
+            .write(true)
+            .open(&path)?
+            .write_all(&[0; 4096])?;
+        Ok(path)
+    }
+
     /// A file that is not there.
     pub fn fresh_file(&self, name: &str) -> Result<PathBuf> {
         let path = self.broker.folder().join(name);
@@ -199,15 +244,33 @@ impl Load {
         self.output().map(drop)
     }
 
-    fn output(self) -> Result<Vec<u8>> {
-        match self {
+    fn output(mut self) -> Result<Vec<u8>> {
+        match &mut self {
             Load::Host(child) => {
-                let output = child.wait_with_output()?;
-                ensure!(output.status.success(), "a process on the host failed");
-                Ok(output.stdout)
+                let start = Instant::now();
+                let status = loop {
+                    if let Some(status) = child.try_wait()? {
+                        break status;
+                    }
+                    ensure!(
+                        start.elapsed() < PATIENCE,
+                        "a process on the host does not end"
+                    );
+                    thread::sleep(LOOK);
+                };
+                ensure!(
+                    status.success(),
+                    "a process on the host ended with {status}"
+                );
+                // One line, which fits into the pipe.
+                let mut output = Vec::new();
+                if let Some(pipe) = &mut child.stdout {
+                    pipe.read_to_end(&mut output)?;
+                }
+                Ok(output)
             }
             Load::Guest(process) => {
-                let output = process.wait(COMMAND_TIMEOUT)?;
+                let output = process.wait(PATIENCE)?;
                 output.require_success()?;
                 Ok(output.stdout)
             }

@@ -163,6 +163,19 @@ fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
                 rung: None,
             })
         }
+        Way::Raw => {
+            let file = format!("--file={}", scene.clear_raw()?.display());
+            let order = |side, what: &[&str]| {
+                let mut order: Vec<String> = words(what);
+                order.extend((side == Side::Host).then(|| file.clone()));
+                (side, order)
+            };
+            run(
+                scene,
+                &order(sides[0], &["raw-send", &size, &time]),
+                &order(sides[1], &["raw-receive", &size]),
+            )
+        }
         Way::VirtioSerial | Way::Tcp | Way::Unix => {
             // The first is the end that must be there before the other one connects.
             let [listens, connects] = endpoints(scene, case.way)?;

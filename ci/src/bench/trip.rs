@@ -113,7 +113,7 @@ impl fmt::Display for Trip {
 /// What was measured of one kind of trip.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    trip: Trip,
+    pub(super) trip: Trip,
     /// Median, 99 %, 99.9 % and longest of each round, in nanoseconds.
     times: [Spread; 4],
     /// Why it was not measured any further.

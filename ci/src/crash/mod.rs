@@ -27,6 +27,7 @@ mod scene;
 mod watch;
 mod worker;
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -50,8 +51,8 @@ const CALM: Duration = Duration::from_millis(400);
 #[derive(Args, Debug)]
 pub struct CrashArgs {
     /// Faults to do
-    #[arg(long, default_value_t = 100)]
-    pub rounds: usize,
+    #[arg(long, default_value = "100")]
+    pub rounds: NonZeroUsize,
 
     /// Do only kinds of fault whose names in the table hold this
     #[arg(long, value_name = "TEXT")]
@@ -90,7 +91,7 @@ pub fn run(args: &CrashArgs) -> Result<ExitCode> {
         Some(seed) => seed,
         None => fresh_seed()?,
     };
-    let report = crash(&artifacts, transport, &faults, args.rounds, seed)?;
+    let report = crash(&artifacts, transport, &faults, args.rounds.get(), seed)?;
     print!("{report}");
     Ok(match report.is_good() {
         true => ExitCode::SUCCESS,

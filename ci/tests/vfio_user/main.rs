@@ -250,6 +250,14 @@ fn enable_interrupts(machine: &mut Bare, device: &PciDevice) -> Result<()> {
     machine.write(device.config + 0x40, 0x8000_0000)
 }
 
+/// Waits until the firmware has set a device up again. Before it has found configuration space, nothing is there: all ones.
+fn wait_for_firmware(machine: &mut Bare, device: &PciDevice) -> Result<()> {
+    wait_until("the firmware is through", || {
+        let command = machine.read(device.config + 4)?;
+        Ok(command != u32::MAX && command & 2 != 0)
+    })
+}
+
 #[test]
 fn rings_for_the_vm_are_its_interrupts() -> Result<()> {
     let setting = Setting::new("1M")?;
@@ -297,9 +305,7 @@ fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
     wait_until("the host is told", || Ok(setting.connection()? > before))?;
     assert!(rings(&setting.bells[HOST][0]) >= 1);
     // The firmware sets the device up again, and everything is as before.
-    wait_until("the firmware is through", || {
-        Ok(machine.read(device.config + 4)? & 2 != 0)
-    })?;
+    wait_for_firmware(&mut machine, &device)?;
     let device = machine.device("barlink0")?;
     assert_eq!(machine.read(device.config + 0x40)?, 0x000f_0011);
     enable_interrupts(&mut machine, &device)?;
@@ -312,17 +318,25 @@ fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
     Ok(())
 }
 
+/// QEMU's memory as one that it shares.
+const SHARED: &str =
+    "-object memory-backend-memfd,id=ram,size=128M,share=on -machine memory-backend=ram";
+
+/// What a host app sees of the guest's own memory.
+fn peek(broker: &Broker, address: u64) -> Result<Vec<u8>> {
+    let address = address.to_string();
+    let peek = [
+        "peek", "--guest", "0", "--raw", "--length", "8", "--at", &address,
+    ];
+    broker.run(peek)
+}
+
 #[test]
 fn guest_memory_is_copied_if_qemu_shares_it() -> Result<()> {
     let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
-    let peek = |address: u64| {
-        let address = address.to_string();
-        let peek = [
-            "peek", "--guest", "0", "--raw", "--length", "8", "--at", &address,
-        ];
-        setting.broker.run(peek)
-    };
+    let peek = |address| peek(&setting.broker, address);
     let mut config = setting.config()?;
+    config.arguments = setting.broker.arguments(0)?;
     let private = Bare::start(Artifacts::shared()?, &config)?;
     let error = format!("{:#}", peek(TARGET).expect_err("it is not shared"));
     assert!(error.contains("memory-backend-memfd,share=on"), "{error}");
@@ -333,17 +347,84 @@ fn guest_memory_is_copied_if_qemu_shares_it() -> Result<()> {
     config.arguments = setting.broker.arguments(0)?;
     config.shared_memory = true;
     let mut machine = Bare::start(Artifacts::shared()?, &config)?;
-    machine.device("barlink0")?;
+    let device = machine.device("barlink0")?;
     machine.write(TARGET, u32::from_le_bytes(*b"seen"))?;
     machine.write(TARGET + 4, u32::from_le_bytes(*b" it!"))?;
     assert_eq!(peek(TARGET)?, b"seen it!");
     for address in [(128 << 20) - 4, 128 << 20, u64::MAX - 3] {
         peek(address).expect_err("nothing is there");
     }
-    // A reset takes the memory away and gives it back.
+    // A reset takes all memory away and gives it back, some of it in parts that the firmware hides and shows.
+    let places = [0, 0xc_0000, 0xe_0000, 0xf_0000, 1 << 20, TARGET, 127 << 20];
+    let readable = || places.map(|address| peek(address).is_ok());
+    assert_eq!(readable(), [true; 7]);
+    let before = setting.connection()?;
     machine.qmp("system_reset", &json!({}))?;
+    wait_until("the reset comes", || Ok(setting.connection()? > before))?;
+    wait_for_firmware(&mut machine, &device)?;
+    assert_eq!(readable(), [true; 7]);
+    assert_eq!(peek(TARGET)?, b"seen it!");
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
+
+#[test]
+fn qemu_plugs_memory_in_whether_it_can_be_read_or_not() -> Result<()> {
+    let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
+    let mut config = setting.config()?;
+    config.arguments = setting.broker.arguments(0)?;
+    config
+        .arguments
+        .extend(SHARED.split(' ').map(str::to_owned));
+    let room = ["-m", "size=128M,slots=3,maxmem=1G"];
+    config.arguments.extend(room.map(str::to_owned));
+    // Where a build is, no tmpfs should be.
+    let folder = tempfile::tempdir_in(&Artifacts::shared()?.logs)?;
+    let on_disk = folder.path().join("memory");
+    config.paths.push(folder.path().to_owned());
+    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
     machine.device("barlink0")?;
-    wait_until("the memory is there again", || Ok(peek(TARGET).is_ok()))?;
+    let size = 128 << 20;
+    let share = true;
+    let status = || -> Result<(u64, u64)> {
+        let vm = setting.broker.inspect()?["broker"]["slots"][0]["vm"].take();
+        let bytes = |name: &str| vm["guest_memory"][name].as_u64().context("no number");
+        Ok((bytes("readable")?, bytes("unreadable")?))
+    };
+    let (readable, unreadable) = status()?;
+    assert_eq!(unreadable, 0);
+    let mut plug = |name: &str, kind: &str, more: serde_json::Value| -> Result<u64> {
+        let mut object = json!({ "id": name, "qom-type": kind, "size": size });
+        let more = more.as_object().context("no object")?.clone();
+        object.as_object_mut().context("no object")?.extend(more);
+        machine.qmp("object-add", &object)?;
+        let id = format!("{name}-dimm");
+        let dimm = json!({ "driver": "pc-dimm", "id": id, "memdev": name });
+        machine.qmp("device_add", &dimm)?;
+        machine.qmp("query-status", &json!({}))?;
+        let devices = machine.qmp("query-memory-devices", &json!({}))?;
+        let devices = devices.as_array().context("no list")?.iter();
+        let data = devices.map(|device| &device["data"]);
+        let mut data = data.filter(|data| data["id"] == json!(id));
+        let address = data.next().and_then(|data| data["addr"].as_u64());
+        let address = address.context("it is not there")?;
+        machine.write(address + 4096, u32::from_le_bytes(*b"plug"))?;
+        machine.write(address + 4100, u32::from_le_bytes(*b"ged!"))?;
+        Ok(address + 4096)
+    };
+    // Without a file; in one that is no shared memory; and shared.
+    let private = plug("private", "memory-backend-ram", json!({}))?;
+    peek(&setting.broker, private).expect_err("it is not shared");
+    let path = on_disk.to_str().context("a path")?;
+    let other = plug(
+        "other",
+        "memory-backend-file",
+        json!({ "mem-path": path, "share": share }),
+    )?;
+    peek(&setting.broker, other).expect_err("it is no shared memory");
+    let shared = plug("shared", "memory-backend-memfd", json!({ "share": share }))?;
+    assert_eq!(peek(&setting.broker, shared)?, b"plugged!");
+    assert_eq!(status()?, (readable + size, size));
     assert_eq!(machine.errors()?, "");
     Ok(())
 }
@@ -410,6 +491,7 @@ fn device_of_vfio_user_is_plugged_in_and_not_out() -> Result<()> {
 fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
+    setting.wait_for_firmware()?;
     let region = device.bars[2].0;
     setting.broker.signal(Signal::KILL)?;
     wait_until("QEMU notices", || {
@@ -427,18 +509,50 @@ fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
     Ok(())
 }
 
-/// What a user is warned of: `README.md`.
+/// What a user is warned of: `README.md`. No argument has QEMU 11.1 refuse it, `-only-migratable` neither.
 #[test]
 fn qemu_migrates_the_vm_and_leaves_the_region_behind() -> Result<()> {
-    let setting = Setting::new("1M")?;
-    let (machine, _) = setting.machine()?;
-    let nowhere = json!({ "uri": "exec:cat >/dev/null" });
-    machine.qmp("migrate", &nowhere)?;
-    wait_until("the VM is migrated", || {
-        let status = machine.qmp("query-migrate", &json!({}))?;
-        ensure!(status["status"] != "failed", "{status}");
-        Ok(status["status"] == "completed")
-    })
+    let (setting, other) = (Setting::new("1M")?, Setting::new("1M")?);
+    let mut config = setting.config()?;
+    config.arguments.push("-only-migratable".to_owned());
+    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    let device = machine.device("barlink0")?;
+    enable_interrupts(&mut machine, &device)?;
+    let region = device.bars[2].0;
+    let window = u64::from(machine.read(region + 40)?);
+    machine.write(region + window, u32::from_le_bytes(*b"seen"))?;
+    machine.write(TARGET, u32::from_le_bytes(*b"seen"))?;
+    let file = setting.broker.folder().join("migrated");
+    let file = json!({ "uri": format!("file:{}", file.display()) });
+    let wait = |machine: &Bare| {
+        wait_until("the VM is migrated", || {
+            let status = machine.qmp("query-migrate", &json!({}))?;
+            ensure!(status["status"] != "failed", "{status}");
+            Ok(status["status"] == "completed")
+        })
+    };
+    machine.qmp("migrate", &file)?;
+    wait(&machine)?;
+    assert_ne!(machine.read(device.config + 0x1c)?, 0);
+    drop(machine);
+    let mut config = other.config()?;
+    config.paths.push(setting.broker.folder().to_owned());
+    let incoming = ["-only-migratable", "-incoming", "defer"];
+    config.arguments.extend(incoming.map(str::to_owned));
+    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    machine.qmp("migrate-incoming", &file)?;
+    wait(&machine)?;
+    // The guest's memory is there, and its device as after power-on: no address, no bus mastering, no interrupts.
+    assert_eq!(machine.read(TARGET)?, u32::from_le_bytes(*b"seen"));
+    let mut config = |offset| machine.read(device.config + offset);
+    assert_eq!(config(0)?, 0x1110_1af4);
+    assert_eq!([config(4)? & 7, config(0x1c)?, config(0x40)? >> 31], [0; 3]);
+    let seen = |broker: &Broker| broker.run(["peek", "--raw", "--length", "4"]);
+    assert_eq!(
+        (seen(&setting.broker)?, seen(&other.broker)?),
+        (b"seen".into(), vec![0; 4])
+    );
+    Ok(())
 }
 
 #[test]

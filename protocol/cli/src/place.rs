@@ -8,7 +8,7 @@ use std::ops::Deref;
 use anyhow::{Context, Result, ensure};
 use barlink_protocol::AtomicU64;
 use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::Layout;
+use barlink_protocol::wire::layout::{FIRST_FREE, Layout};
 use clap::Args;
 use indicatif::BinaryBytes;
 use pretty_hex::{HexConfig, config_hex};
@@ -121,6 +121,11 @@ where
     M: Deref<Target = [AtomicU64]>,
 {
     let (offset, room) = args.place.find(layout, region.size())?;
+    ensure!(
+        offset >= FIRST_FREE,
+        "the first {} of a region tell what is in it, and whoever reads them anew would find nothing: choose --at {FIRST_FREE} or more",
+        BinaryBytes(FIRST_FREE)
+    );
     let bytes = match &args.text {
         Some(text) => text.clone().into_bytes(),
         None => {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::heap::{bells, ends, ends_with, hold, region};
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::{Sent, Strategy, Wakeup};
+use barlink_protocol::{Events, Sent, Strategy, Wakeup};
 
 #[test]
 fn nothing_is_lost_while_both_ends_sleep_and_wake() {
@@ -63,10 +63,7 @@ fn batches_on_both_sides_do_not_wait_for_each_other() {
         for number in 0..RECORDS {
             // More than fit: what is staged is published when no room is left.
             let bytes = number.to_le_bytes();
-            assert_eq!(
-                sender.stage(Kind::DATA, &bytes, None, 7),
-                Ok(Sent::Committed)
-            );
+            assert_eq!(sender.stage(Kind::DATA, &bytes, None, 7), Ok(Sent::Staged));
         }
         sender.publish().unwrap();
         sender
@@ -78,6 +75,50 @@ fn batches_on_both_sides_do_not_wait_for_each_other() {
         receiver.pass();
     }
     producer.join().unwrap();
+}
+
+#[test]
+fn an_end_that_spins_heeds_its_time_and_who_leaves() {
+    let (region, layout) = region(4096, false);
+    let (a, b) = bells();
+    let (_sender, mut receiver) = ends_with(&region, &layout, a, b);
+    receiver.set_strategy(Strategy::SPIN);
+    let start = Instant::now();
+    let waited = receiver.wait(Some(Duration::from_millis(20)));
+    assert_eq!(waited, Ok(Wakeup::TimedOut));
+    hold(&region, &layout, 0);
+    assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
+    assert!(start.elapsed() < Duration::from_millis(500));
+}
+
+#[test]
+fn a_record_that_waited_for_room_tells_when_it_was_committed() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    while sender.send(Kind::DATA, &[0; 900], Some(Duration::ZERO)) == Ok(Sent::Committed) {}
+    let free = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        let freed = receiver.events().now();
+        // Three of four, since at half the channel the sender is rung.
+        for _ in 0..3 {
+            assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+            receiver.release().unwrap();
+        }
+        (freed, receiver)
+    });
+    assert_eq!(
+        sender.send(Kind::USER, &[0; 900], None),
+        Ok(Sent::Committed)
+    );
+    let (freed, mut receiver) = free.join().unwrap();
+    loop {
+        assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+        let header = *receiver.record().unwrap().header();
+        receiver.release().unwrap();
+        if header.kind == Kind::USER {
+            assert!(u128::from(header.time) >= freed.as_nanos());
+            break;
+        }
+    }
 }
 
 #[test]

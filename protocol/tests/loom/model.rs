@@ -239,6 +239,16 @@ impl Broker {
     /// A VM comes.
     pub fn occupy(&self, connection: u64) {
         self.guest.drain();
+        self.restart(connection);
+    }
+
+    /// The VM is reset.
+    pub fn restart(&self, connection: u64) {
+        let epoch = self.region.word(self.driver_page + presence::EPOCH);
+        let old = epoch.load(Ordering::Acquire);
+        if old % 2 == 1 {
+            epoch.store(old + 1, Ordering::Release);
+        }
         self.write(presence::CONNECTIONS, connection);
         self.host.ring();
     }

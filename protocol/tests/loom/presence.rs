@@ -117,6 +117,34 @@ fn a_vm_that_comes_after_one_that_was_killed_misses_no_record() {
     });
 }
 
+/// A VM is reset between commit and ring, and boots without a driver: the broker wakes the consumer, which has the record
+/// before it hears that the producer left, and never sees the end held by a guest that is not there.
+#[test]
+fn a_guest_that_is_reset_between_commit_and_ring_leaves_no_consumer_asleep() {
+    model(|| {
+        let (region, channel) = (region(), channel());
+        let (guest, host) = Bells::pair();
+        let broker = Broker::new(&region, &channel, &host);
+        let driver = Driver::new(&region, &channel, &guest);
+        broker.occupy(1);
+        driver.arrive();
+        broker.hold(1);
+        driver.hold(1);
+        let mut receiver = receiver(&region, &channel, &host);
+        let its_region = region.clone();
+        let vm = thread::spawn(move || {
+            commit_and_die(&its_region, &channel, 0);
+            broker.restart(2);
+        });
+        receive(&mut receiver, 0);
+        while receiver.peer().is_held() {
+            assert_eq!(receiver.peer().connection, 1);
+            assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
+        }
+        vm.join().unwrap();
+    });
+}
+
 /// A producer that sleeps for room is woken by the driver that goes, in place of the consumer that died. Who comes with
 /// the next driver takes up where that one was.
 #[test]

@@ -5,6 +5,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use barlink::control::message::GuestMemoryStatus;
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 
 use super::snapshot::{ChannelView, Snapshot};
@@ -92,8 +93,11 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
         let vm = match &slot.vm {
             None => "no VM".to_owned(),
             Some(vm) => format!(
-                "VM process {} of user {}, connection {}",
-                vm.pid, vm.uid, vm.connection
+                "VM process {} of user {}, connection {}{}",
+                vm.pid,
+                vm.uid,
+                vm.connection,
+                vm.guest_memory.map(guest_memory).unwrap_or_default()
             ),
         };
         let driver = if guest.present {
@@ -116,6 +120,18 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
         .enumerate()
         .map(line)
         .collect()
+}
+
+/// What can be read of a guest's own memory, and what cannot.
+fn guest_memory(status: GuestMemoryStatus) -> String {
+    let readable = BinaryBytes(status.readable);
+    match status.unreadable {
+        0 => format!(", {readable} of guest memory"),
+        bytes => format!(
+            ", {readable} of guest memory and {} that cannot be read",
+            BinaryBytes(bytes)
+        ),
+    }
 }
 
 /// A row for a channel, under [`CHANNEL_COLUMNS`].

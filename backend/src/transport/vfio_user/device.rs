@@ -7,22 +7,22 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use barlink_protocol::wire::uapi::{BAR_REGION, BAR_REGISTERS};
 use log::debug;
 use vfio_bindings::bindings::vfio::{
-    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE,
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
-    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_CAPS,
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_IRQ_INFO_EVENTFD,
+    VFIO_IRQ_INFO_NORESIZE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_CAPS,
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
     vfio_device_info, vfio_irq_info, vfio_region_info, vfio_region_sparse_mmap_area,
 };
 
 use super::config::{self, BAR_INTERRUPTS, INTERRUPT_BAR, REGISTER_BAR, WriteMask};
-use super::guest_memory::{GuestMemory, Range};
+use super::guest_memory::{GuestMemory, MAX_RANGES, Range};
 use super::interrupts::Interrupts;
 use super::memory::{Memory, TABLE_ENTRY};
 use super::registers::{FEATURE_GUEST_MEMORY, FEATURE_RESET, Order, Registers, orders};
 use super::request::{Fault, Request, Signal};
 use super::stream::Message;
 use super::version;
-use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply};
+use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply, command};
 use crate::broker::{Slot, Wish};
 use crate::control::message::{Answer, Refusal};
 use base64::Engine;
@@ -50,8 +50,7 @@ impl<'a> Device<'a> {
         let guest = match guest_memory {
             true => Some(GuestMemory::new(slot, memory)),
             false => {
-                // What a predecessor noted is not kept up to date.
-                memory.clear_ranges();
+                GuestMemory::let_go(slot, memory);
                 None
             }
         };
@@ -90,8 +89,18 @@ impl<'a> Device<'a> {
         self.memory.has_agreed()
     }
 
-    /// Does what a message asks for, and puts the answer into `reply`: an error, if it is none that makes sense.
-    pub fn answer(&mut self, message: Message<'_>, reply: &mut Reply) -> Along<'a> {
+    /// Whether descriptors are taken with a command.
+    pub fn takes_descriptors(&self, command: u16) -> bool {
+        match command {
+            command::DEVICE_SET_IRQS => true,
+            command::DMA_MAP => self.guest.is_some(),
+            _ => false,
+        }
+    }
+
+    /// Does what a message asks for, takes those of its descriptors that are of use, and puts the answer into `reply`: an error,
+    /// if it is none that makes sense.
+    pub fn answer(&mut self, message: &mut Message<'_>, reply: &mut Reply) -> Along<'a> {
         let header = message.header;
         let size = header.payload();
         reply.begin(&header);
@@ -116,7 +125,7 @@ impl<'a> Device<'a> {
     fn serve(
         &mut self,
         request: Request<'_>,
-        descriptors: Vec<OwnedFd>,
+        descriptors: &mut Vec<OwnedFd>,
         size: usize,
         reply: &mut Reply,
     ) -> Result<Along<'a>, Fault> {
@@ -126,10 +135,11 @@ impl<'a> Device<'a> {
                 minor,
                 capabilities,
             } => {
-                version::agree((major, minor), capabilities, size, reply)?;
+                let ranges = self.guest.as_ref().map(|_| MAX_RANGES);
+                version::agree((major, minor), capabilities, size, ranges, reply)?;
                 self.memory.set_agreed();
             }
-            // Without `--guest-memory` none is refused, and descriptors are closed here.
+            // Without `--guest-memory` none is refused, and no descriptor taken.
             Request::DmaMap {
                 flags,
                 offset,
@@ -143,7 +153,7 @@ impl<'a> Device<'a> {
                     size,
                 };
                 if let Some(guest) = &mut self.guest {
-                    guest.map(range, descriptors.into_iter().next())?;
+                    guest.map(range, descriptors)?;
                 }
             }
             Request::DmaUnmap {
@@ -151,6 +161,11 @@ impl<'a> Device<'a> {
                 address,
                 size,
             } => {
+                // `vfio.h`: all is a flag, and then there is no range. No other is empty.
+                let all = flags & VFIO_DMA_UNMAP_FLAG_ALL != 0;
+                if (size == 0) != all || (all && address != 0) {
+                    return Err(outside(0, address, 0));
+                }
                 if let Some(guest) = &mut self.guest {
                     guest.unmap(flags, address, size);
                 }
@@ -272,7 +287,7 @@ impl<'a> Device<'a> {
         index: u32,
         vectors: std::ops::Range<u32>,
         signal: Signal<'_>,
-        descriptors: Vec<OwnedFd>,
+        descriptors: &mut Vec<OwnedFd>,
     ) -> Result<(), Fault> {
         let there = self.irq_info(index)?.count;
         let (start, count) = (vectors.start, vectors.len());
@@ -296,7 +311,7 @@ impl<'a> Device<'a> {
             }
             Signal::Descriptors => {
                 return Err(Fault::Descriptors {
-                    command: super::wire::command::DEVICE_SET_IRQS,
+                    command: command::DEVICE_SET_IRQS,
                     count: descriptors.len(),
                 });
             }

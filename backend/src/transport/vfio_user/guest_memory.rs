@@ -1,29 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The guest's own memory, as far as the client has told of it with descriptors that are safe to map. Only the session's
-//! thread has it: so what is copied is there until the copy is done, and an unmap is answered when nobody touches it any more.
+//! The guest's own memory, as far as the client has told of it with descriptors that can be read without harm. Only the session's
+//! thread has it: so what is copied is there until the copy is done, and an unmap is answered when nobody reads it any more.
+//!
+//! Nothing is mapped: a copy is a read of the file. One of memory that the guest never used gives zeros and allocates nothing, and one of a
+//! file that was cut off, or has lost a page, fails, where touching a mapping would be SIGBUS.
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use log::{Level, debug};
-use rustix::fs::Stat;
+use log::{debug, info, warn};
+use rustix::fs::OFlags;
+use rustix::io::{Errno, ReadWriteFlags};
 use vfio_bindings::bindings::vfio::{VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_UNMAP_FLAG_ALL};
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::bitmap::BS;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes,
+    GuestRegionCollection, GuestUsize,
 };
 
 use super::memory::Memory;
 use super::request::Fault;
 use crate::broker::Slot;
-use crate::broker::limit::{Account, REFUSED, limited};
 use crate::broker::store::Kept;
-use crate::transport::shared_memory::is_safe;
+use crate::control::message::GuestMemoryStatus;
 
-/// Most ranges of one guest. QEMU has about ten.
+/// Most ranges of one guest that are noted. QEMU has about ten.
 pub const MAX_RANGES: u32 = 256;
 
 /// A range of guest memory, as a client tells of it.
@@ -49,35 +54,96 @@ impl Range {
         }
     }
 
+    /// The same, if it has no bytes, or ends beyond all numbers.
+    fn check(&self) -> Result<(), Fault> {
+        let address = self.address.checked_add(self.size);
+        let offset = self.offset.checked_add(self.size);
+        if self.size == 0 || address.is_none() || offset.is_none() {
+            return Err(self.wrong());
+        }
+        Ok(())
+    }
+
     fn overlaps(&self, address: u64, size: u64) -> bool {
         // Neither end overflows: that was checked, or is cut off here.
         address < self.address + self.size && self.address < address.saturating_add(size)
     }
 }
 
-/// What a file's descriptor is called where a successor finds it. A service manager keeps no file twice, and most guests have
-/// all of their memory in one; so the ranges are noted in the session's memory.
-fn name(file: u64) -> String {
-    format!("{KEPT}{file:x}")
+/// Which file a range is in: what a service manager tells files apart by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FileId {
+    /// Number of the file system's device.
+    pub device: u64,
+    /// Number of the file there: never 0.
+    pub inode: u64,
+}
+
+impl FileId {
+    /// What the file's descriptor is called where a successor finds it. A service manager keeps no file twice, and most guests
+    /// have all of their memory in one; so the ranges are noted in the session's memory.
+    fn name(self) -> String {
+        format!("{KEPT}{:x}-{:x}", self.device, self.inode)
+    }
 }
 
 const KEPT: &str = "ram-";
 
-/// A range that is mapped.
+/// A range that is noted.
 #[derive(Clone, Debug)]
-struct Mapped {
+struct Part {
+    /// Where the session's memory has it.
+    place: u32,
     range: Range,
-    number: u64,
-    file: Arc<File>,
+    /// Its file; nothing, if it cannot be read.
+    file: Option<(FileId, Arc<File>)>,
 }
+
+impl Part {
+    /// Reads from the file, some bytes at least.
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<usize, Fault> {
+        let wrong = self.range.wrong();
+        let (_, file) = self.file.as_ref().ok_or(wrong)?;
+        let parts = &mut [IoSliceMut::new(bytes)];
+        loop {
+            // Not by `FileExt`, which makes a system call that the broker has given up (`broker/confine.rs`).
+            let flags = ReadWriteFlags::empty();
+            match rustix::io::preadv2(&**file, parts, self.range.offset + offset, flags) {
+                Ok(0) => return Err(wrong),
+                Ok(length) => return Ok(length),
+                Err(Errno::INTR) => (),
+                Err(_) => return Err(wrong),
+            }
+        }
+    }
+}
+
+impl GuestMemoryRegion for Part {
+    type B = ();
+
+    fn len(&self) -> GuestUsize {
+        self.range.size
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        GuestAddress(self.range.address)
+    }
+
+    fn bitmap(&self) -> BS<'_, ()> {}
+}
+
+/// Its own accesses would need a mapping, and fail.
+impl GuestMemoryRegionBytes for Part {}
 
 /// See the module.
 pub struct GuestMemory<'a> {
     slot: &'a Slot,
     memory: &'a Memory<'a>,
-    map: GuestMemoryMmap,
-    /// As the session's memory has them.
-    places: Vec<Option<Mapped>>,
+    map: GuestRegionCollection<Part>,
+    /// It was said that some cannot be read.
+    said_unreadable: bool,
+    /// It was said that there are too many.
+    said_too_many: bool,
 }
 
 impl<'a> GuestMemory<'a> {
@@ -86,17 +152,20 @@ impl<'a> GuestMemory<'a> {
         let mut guest = GuestMemory {
             slot,
             memory,
-            map: GuestMemoryMmap::new(),
-            places: vec![None; MAX_RANGES as usize],
+            map: GuestRegionCollection::new(),
+            said_unreadable: false,
+            said_too_many: false,
         };
         let kept: BTreeMap<_, _> = slot.kept().into_iter().collect();
         let mut files = BTreeMap::new();
         for place in 0..MAX_RANGES {
-            let Some((range, number)) = memory.range(place) else {
+            let Some((range, id)) = memory.range(place) else {
                 continue;
             };
-            let taken = take(&kept, &mut files, number)
-                .and_then(|file| guest.add(place, range, number, file));
+            let file = id.map(|id| take(&kept, &mut files, id).map(|file| (id, file)));
+            let taken = file
+                .transpose()
+                .and_then(|file| guest.add(Part { place, range, file }));
             if let Err(fault) = taken {
                 debug!("slot {}: {range:x?} is lost: {fault}", slot.id());
                 memory.clear_range(place);
@@ -104,146 +173,192 @@ impl<'a> GuestMemory<'a> {
         }
         // Killed in between, a predecessor may have kept a file for no range.
         for name in kept.keys().filter(|name| name.starts_with(KEPT)) {
-            if !guest
-                .mapped()
-                .any(|mapped| self::name(mapped.number) == **name)
-            {
+            if !guest.files().any(|id| id.name() == **name) {
                 slot.forget(name);
             }
         }
+        guest.tell();
         guest
     }
 
-    /// A range is there. Without a descriptor it is none that can be copied from, such as the region itself.
-    pub fn map(&mut self, range: Range, descriptor: Option<OwnedFd>) -> Result<(), Fault> {
-        let Some(descriptor) = descriptor else {
+    /// Lets go of all that a predecessor noted and kept: nobody keeps it up to date.
+    pub fn let_go(slot: &Slot, memory: &Memory<'_>) {
+        memory.clear_ranges();
+        let kept = slot.kept().into_iter();
+        let files: Vec<_> = kept.filter(|(name, _)| name.starts_with(KEPT)).collect();
+        for (name, _) in &files {
+            slot.forget(name);
+        }
+        if !files.is_empty() {
+            let id = slot.id();
+            info!("slot {id}: the guest's memory is let go, without --guest-memory");
+        }
+    }
+
+    /// A range is there. Without a descriptor it is none that can be read, such as the region itself. Takes the descriptor, if it
+    /// is of use. What cannot be read is no error: QEMU complains of each, and others may end.
+    pub fn map(&mut self, range: Range, descriptors: &mut Vec<OwnedFd>) -> Result<(), Fault> {
+        range.check()?;
+        let Some(descriptor) = descriptors.first() else {
             return Ok(());
         };
-        if !is_safe(&descriptor) {
-            let fault = Fault::Unsealed;
-            limited!(
-                REFUSED,
-                Account::Slot(self.slot.id()),
-                Level::Warn,
-                "slot {}: {fault}: give QEMU its memory by -object memory-backend-memfd,share=on",
-                self.slot.id()
-            );
-            return Err(fault);
-        }
-        check(&range, &descriptor)?;
+        let id = identify(descriptor, &range)?;
         if range.flags & VFIO_DMA_MAP_FLAG_READ == 0 {
             return Ok(());
         }
-        let place = self.places.iter().position(Option::is_none);
-        // CAST: there are few places.
-        let place = place.ok_or(Fault::ManyRanges)? as u32;
-        let number = stat(&descriptor)?.st_ino;
-        let known = self.mapped().find(|mapped| mapped.number == number);
-        let known = known.map(|mapped| Arc::clone(&mapped.file));
-        let is_new = known.is_none();
-        let file = known.unwrap_or_else(|| Arc::new(File::from(descriptor)));
-        self.add(place, range, number, Arc::clone(&file))?;
-        if is_new {
-            self.slot.keep(&name(number), file);
+        let is_free = |place: &u32| self.map.iter().all(|part| part.place != *place);
+        let Some(place) = (0..MAX_RANGES).find(is_free) else {
+            if !std::mem::replace(&mut self.said_too_many, true) {
+                let id = self.slot.id();
+                warn!(
+                    "slot {id}: of more than {MAX_RANGES} ranges of guest memory the rest cannot be read"
+                );
+            }
+            return Ok(());
+        };
+        let known = |id| {
+            let mut files = self.map.iter().filter_map(|part| part.file.as_ref());
+            files.find(|(known, _)| *known == id).cloned()
+        };
+        let mut is_new = false;
+        let file = id.map(|id| {
+            known(id).unwrap_or_else(|| {
+                is_new = true;
+                (id, Arc::new(File::from(descriptors.remove(0))))
+            })
+        });
+        self.add(Part {
+            place,
+            range,
+            file: file.clone(),
+        })?;
+        match file {
+            Some((id, file)) if is_new => self.slot.keep(&id.name(), file),
+            Some(_) => (),
+            None => self.say_unreadable(&range),
         }
-        self.memory.set_range(place, &range, number);
+        self.memory.set_range(place, &range, id);
+        self.tell();
         Ok(())
+    }
+
+    /// Says so once.
+    fn say_unreadable(&mut self, range: &Range) {
+        if !std::mem::replace(&mut self.said_unreadable, true) {
+            warn!(
+                "slot {}: host apps cannot read the guest memory at {:#x}, {} bytes, which is no shared memory: give QEMU its \
+                 memory by -object memory-backend-memfd,share=on",
+                self.slot.id(),
+                range.address,
+                range.size
+            );
+        }
     }
 
     /// What overlaps a range is gone, or all is.
     pub fn unmap(&mut self, flags: u32, address: u64, size: u64) {
         let all = flags & VFIO_DMA_UNMAP_FLAG_ALL != 0;
-        for place in 0..MAX_RANGES {
-            let gone = |mapped: &mut Mapped| all || mapped.range.overlaps(address, size);
-            let Some(Mapped { range, number, .. }) = self.places[place as usize].take_if(gone)
-            else {
-                continue;
-            };
+        let gone = |part: &&Part| all || part.range.overlaps(address, size);
+        let gone: Vec<_> = self.map.iter().filter(gone).cloned().collect();
+        for Part { place, range, file } in gone {
             self.memory.clear_range(place);
             let base = GuestAddress(range.address);
             if let Ok((map, _)) = self.map.remove_region(base, range.size) {
                 self.map = map;
             }
-            if !self.mapped().any(|mapped| mapped.number == number) {
-                self.slot.forget(&name(number));
+            if let Some((id, _)) = file
+                && !self.files().any(|other| other == id)
+            {
+                self.slot.forget(&id.name());
             }
         }
+        self.tell();
     }
 
-    fn mapped(&self) -> impl Iterator<Item = &Mapped> {
-        self.places.iter().flatten()
+    /// The files of all ranges that can be read.
+    fn files(&self) -> impl Iterator<Item = FileId> {
+        let files = self.map.iter().filter_map(|part| part.file.as_ref());
+        files.map(|(id, _)| *id)
     }
 
-    /// Copies bytes out of guest memory, if all of them are in ranges that may be read.
+    /// Copies bytes out of guest memory, if all of them are in ranges that can be read.
     pub fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Fault> {
         let outside = Fault::OutOfRange {
             index: 0,
             start: address,
             count: bytes.len() as u64,
         };
-        let there = self.map.check_range(GuestAddress(address), bytes.len());
-        let read = self.map.read_slice(bytes, GuestAddress(address));
-        if there && read.is_ok() {
-            Ok(())
-        } else {
-            Err(outside)
+        let mut done = 0;
+        while done < bytes.len() {
+            let next = GuestAddress(address).checked_add(done as u64);
+            let found = next.and_then(|next| self.map.to_region_addr(next));
+            let (part, offset) = found.ok_or(outside)?;
+            let offset = offset.raw_value();
+            let left = usize::try_from(part.len() - offset).unwrap_or(usize::MAX);
+            let length = left.min(bytes.len() - done);
+            let read = part.read(offset, &mut bytes[done..][..length]);
+            done += read.map_err(|_| outside)?;
         }
+        Ok(())
     }
 
-    /// Maps a range of a file, and has it in a place, where there is none.
-    fn add(&mut self, place: u32, range: Range, number: u64, file: Arc<File>) -> Result<(), Fault> {
-        let wrong = range.wrong();
-        check(&range, &*file)?;
-        let length = usize::try_from(range.size).map_err(|_| wrong)?;
-        // For reading alone: nothing is ever written there.
-        let mapping = MmapRegionBuilder::new(length)
-            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), range.offset))
-            .with_mmap_prot(libc::PROT_READ)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|_| Fault::Unmappable)?;
-        let address = GuestAddress(range.address);
-        let region = GuestRegionMmap::new(mapping, address).ok_or(wrong)?;
+    /// Has a range, where there is none.
+    fn add(&mut self, part: Part) -> Result<(), Fault> {
+        let wrong = part.range.wrong();
+        part.range.check()?;
         // One that overlaps another is refused.
-        let map = self.map.insert_region(Arc::new(region));
+        let map = self.map.insert_region(Arc::new(part));
         self.map = map.map_err(|_| wrong)?;
-        self.places[place as usize] = Some(Mapped {
-            range,
-            number,
-            file,
-        });
         Ok(())
+    }
+
+    /// Tells what there is to whoever asks who is there.
+    fn tell(&self) {
+        let bytes = |is_readable| {
+            let parts = self.map.iter();
+            let parts = parts.filter(|part| part.file.is_some() == is_readable);
+            parts.map(|part| part.range.size).sum()
+        };
+        self.slot.tell_guest_memory(GuestMemoryStatus {
+            readable: bytes(true),
+            unreadable: bytes(false),
+        });
     }
 }
 
-/// The file with this number, out of what a predecessor kept, as one descriptor for all of its ranges.
+/// A file, out of what a predecessor kept, as one descriptor for all of its ranges.
 fn take(
     kept: &BTreeMap<String, Kept>,
-    files: &mut BTreeMap<u64, Arc<File>>,
-    number: u64,
+    files: &mut BTreeMap<FileId, Arc<File>>,
+    id: FileId,
 ) -> Result<Arc<File>, Fault> {
-    if let Some(file) = files.get(&number) {
+    if let Some(file) = files.get(&id) {
         return Ok(Arc::clone(file));
     }
-    let kept = kept.get(&name(number)).ok_or(Fault::Unmappable)?;
+    let kept = kept.get(&id.name()).ok_or(Fault::NotKept)?;
     let descriptor = kept.as_fd().try_clone_to_owned();
-    let file = Arc::new(File::from(descriptor.map_err(|_| Fault::Unmappable)?));
-    files.insert(number, Arc::clone(&file));
+    let file = Arc::new(File::from(descriptor.map_err(|_| Fault::NotKept)?));
+    files.insert(id, Arc::clone(&file));
     Ok(file)
 }
 
-/// Whether a file has such a range.
-fn check(range: &Range, file: impl AsFd) -> Result<(), Fault> {
-    let wrong = range.wrong();
-    let end = range.offset.checked_add(range.size).ok_or(wrong)?;
-    let length = u64::try_from(stat(file)?.st_size).map_err(|_| wrong)?;
-    if range.size == 0 || end > length || range.address.checked_add(range.size).is_none() {
-        return Err(wrong);
+/// Which file a descriptor is of, if that is shared memory that can be read: a memfd, or a file of a tmpfs or hugetlbfs, of which
+/// nobody in user space is asked, and which has seals. It must have the range.
+fn identify(descriptor: &OwnedFd, range: &Range) -> Result<Option<FileId>, Fault> {
+    // First, since of another file system all else could ask whoever serves it.
+    let has_seals = rustix::fs::fcntl_get_seals(descriptor).is_ok();
+    let mode = rustix::fs::fcntl_getfl(descriptor).map(|flags| flags & OFlags::ACCMODE);
+    if !has_seals || mode == Ok(OFlags::WRONLY) {
+        return Ok(None);
     }
-    Ok(())
-}
-
-/// Not by `File::metadata`, which makes a system call that the broker has given up (`broker/confine.rs`).
-fn stat(file: impl AsFd) -> Result<Stat, Fault> {
-    rustix::fs::fstat(file).map_err(|_| Fault::Unmappable)
+    // Not by `File::metadata`, for the reason above.
+    let stat = rustix::fs::fstat(descriptor).map_err(|_| range.wrong())?;
+    let length = u64::try_from(stat.st_size).map_err(|_| range.wrong())?;
+    if range.offset + range.size > length {
+        return Err(range.wrong());
+    }
+    Ok(Some(FileId {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+    }))
 }

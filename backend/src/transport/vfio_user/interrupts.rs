@@ -2,6 +2,7 @@
 
 //! The device's MSI-X vectors: eventfds of the client, each written when its vector fires.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -29,16 +30,17 @@ impl<'a> Interrupts<'a> {
     /// Those of a session, with the eventfds that a predecessor kept.
     pub fn new(slot: &'a Slot, memory: &'a Memory<'a>) -> Self {
         let count = slot.vectors().clamp(MIN_VECTORS, MAX_VECTORS);
-        let mut bells = vec![None; count as usize];
-        for (what, kept) in slot.kept() {
-            let place = parse_name(&what).and_then(|vector| bells.get_mut(vector));
-            let bell = kept.as_fd().try_clone_to_owned().map(Bell::from);
-            match (place, bell) {
-                (Some(place), Ok(bell)) => *place = Some(Arc::new(bell)),
-                (Some(_), Err(error)) => debug!("slot {}: {what} is lost: {error}", slot.id()),
-                (None, _) => (),
-            }
-        }
+        let kept: BTreeMap<_, _> = slot.kept().into_iter().collect();
+        let bell = |vector| {
+            let [name, other] = names(memory, vector);
+            // Killed in between, a predecessor may have kept it under both.
+            slot.forget(&other);
+            let bell = kept.get(&name)?.as_fd().try_clone_to_owned();
+            bell.map(|bell| Arc::new(Bell::from(bell)))
+                .inspect_err(|error| debug!("slot {}: {name} is lost: {error}", slot.id()))
+                .ok()
+        };
+        let bells = (0..count).map(bell).collect();
         Interrupts {
             slot,
             memory,
@@ -67,14 +69,14 @@ impl<'a> Interrupts<'a> {
         }
     }
 
-    /// Gives vectors from `start` on these eventfds: all or, where something is wrong with one, none.
-    pub fn set(&mut self, start: u32, descriptors: Vec<OwnedFd>) -> Result<(), Fault> {
-        let bells = descriptors.into_iter().map(Bell::received);
-        let bells: Option<Vec<_>> = bells.collect();
-        let bells = bells.ok_or(Fault::NotAnEventfd)?;
-        for (vector, bell) in (start..).zip(bells) {
-            let bell = Arc::new(bell);
-            self.slot.keep(&name(vector), Arc::clone(&bell) as Kept);
+    /// Gives vectors from `start` on these eventfds, and takes them: all or, where something is wrong with one, none.
+    pub fn set(&mut self, start: u32, descriptors: &mut Vec<OwnedFd>) -> Result<(), Fault> {
+        if !descriptors.iter().all(Bell::is_eventfd) {
+            return Err(Fault::NotAnEventfd);
+        }
+        for (vector, descriptor) in (start..).zip(descriptors.drain(..)) {
+            let bell = Arc::new(Bell::from(descriptor));
+            self.keep(vector, &bell);
             self.bells[vector as usize] = Some(bell);
             if self.memory.is_pending(vector) {
                 self.memory.set_pending(vector, false);
@@ -84,11 +86,25 @@ impl<'a> Interrupts<'a> {
         Ok(())
     }
 
+    /// Keeps a vector's eventfd for a successor: under its other name, and only then is the one before it forgotten, so that a
+    /// broker that is killed in between leaves one of the two.
+    fn keep(&self, vector: u32, bell: &Arc<Bell>) {
+        let [old, new] = names(self.memory, vector);
+        self.slot.keep(&new, Arc::clone(bell) as Kept);
+        self.memory.change_kept_name(vector);
+        if self.bells[vector as usize].is_some() {
+            self.slot.forget(&old);
+            // If it is the same as before, it was not kept a second time.
+            self.slot.keep(&new, Arc::clone(bell) as Kept);
+        }
+    }
+
     /// Takes their eventfds from so many vectors.
     pub fn clear(&mut self, start: u32, count: u32) {
         for vector in start..start + count {
             if self.bells[vector as usize].take().is_some() {
-                self.slot.forget(&name(vector));
+                let [name, _] = names(self.memory, vector);
+                self.slot.forget(&name);
             }
         }
     }
@@ -99,11 +115,8 @@ impl<'a> Interrupts<'a> {
     }
 }
 
-/// What a vector's eventfd is called where a successor finds it.
-fn name(vector: u32) -> String {
-    format!("interrupt-{vector}")
-}
-
-fn parse_name(name: &str) -> Option<usize> {
-    name.strip_prefix("interrupt-")?.parse().ok()
+/// What a vector's eventfd is called where a successor finds it, and what the next one will be.
+fn names(memory: &Memory<'_>, vector: u32) -> [String; 2] {
+    let now = memory.kept_name(vector);
+    [now, 1 - now].map(|name| format!("interrupt-{vector}-{name}"))
 }

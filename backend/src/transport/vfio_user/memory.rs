@@ -7,23 +7,28 @@ use barlink_protocol::Ordering;
 use barlink_protocol::wire::layout::PAGE_SIZE;
 
 use super::config::{self, ConfigSpace};
-use super::guest_memory::{MAX_RANGES, Range};
+use super::guest_memory::{FileId, MAX_RANGES, Range};
 use super::interrupts::MAX_VECTORS;
 use crate::memory::Region;
 
 /// Bytes that a session takes.
 pub const SIZE: u64 = RANGES + 3 * PAGE_SIZE;
 
-/// 1 once a version has been agreed upon.
-const AGREED: u64 = 0;
+/// What this is, and which version of it: another broker may have another.
+const MAGIC: (u64, u64) = (0, u64::from_le_bytes(*b"vfiouser"));
+const VERSION: (u64, u64) = (8, 1);
+/// 1 once a version of the protocol has been agreed upon.
+const AGREED: u64 = 16;
 /// The register of that name, which does nothing where there is MSI-X.
-const INTERRUPT_MASK: u64 = 8;
+const INTERRUPT_MASK: u64 = 24;
 const CONFIG: u64 = 256;
+/// By vector: which of its two names the eventfd is kept under.
+const NAMES: u64 = 1024;
 /// BAR1 as it is read: a page with the MSI-X table, and one with the vectors that wait to be told.
 const INTERRUPT_BAR: u64 = PAGE_SIZE;
 /// The ranges of the guest's memory: of each its size, 0 for none, and what else there is to say of it.
 const RANGES: u64 = INTERRUPT_BAR + 2 * PAGE_SIZE;
-const RANGE: u64 = 40;
+const RANGE: u64 = 48;
 
 /// Offset in BAR1 of the vectors that wait, in bytes.
 pub const PENDING: u64 = PAGE_SIZE;
@@ -34,7 +39,8 @@ const MASKED: [u8; 4] = [1, 0, 0, 0];
 
 const _: () = assert!(MAX_VECTORS as u64 * TABLE_ENTRY <= PENDING);
 const _: () = assert!(RANGES + MAX_RANGES as u64 * RANGE <= SIZE);
-const _: () = assert!(CONFIG + config::SIZE as u64 <= PAGE_SIZE);
+const _: () = assert!(CONFIG + config::SIZE as u64 <= NAMES);
+const _: () = assert!(NAMES + 8 * MAX_VECTORS as u64 <= INTERRUPT_BAR);
 
 /// See the module.
 pub struct Memory<'a>(&'a Region);
@@ -51,6 +57,15 @@ impl<'a> Memory<'a> {
         self.0.store(AGREED, 0);
         self.clear_ranges();
         self.reset();
+        for (place, word) in [MAGIC, VERSION] {
+            self.0.store(place, word);
+        }
+    }
+
+    /// Whether it is of the version that is known here.
+    pub fn is_known(&self) -> bool {
+        let mut words = [MAGIC, VERSION].into_iter();
+        words.all(|(place, word)| self.0.load(place) == word)
     }
 
     /// Puts the device back to what it is after power-on.
@@ -109,8 +124,8 @@ impl<'a> Memory<'a> {
         assert!(written.is_ok(), "the place was checked");
     }
 
-    /// One of the ranges of the guest's memory, and the number of its file. There are [`MAX_RANGES`] places.
-    pub fn range(&self, place: u32) -> Option<(Range, u64)> {
+    /// One of the ranges of the guest's memory, and its file, if it can be read. There are [`MAX_RANGES`] places.
+    pub fn range(&self, place: u32) -> Option<(Range, Option<FileId>)> {
         let word = |index: u64| self.0.load(range(place) + 8 * index);
         let flags = u32::try_from(word(1)).ok()?;
         let noted = Range {
@@ -119,13 +134,18 @@ impl<'a> Memory<'a> {
             address: word(3),
             size: word(0),
         };
-        (noted.size > 0).then(|| (noted, word(4)))
+        let file = FileId {
+            device: word(4),
+            inode: word(5),
+        };
+        (noted.size > 0).then(|| (noted, (file.inode > 0).then_some(file)))
     }
 
     /// Notes one. Its size comes last, and so decides.
-    pub fn set_range(&self, place: u32, noted: &Range, file: u64) {
+    pub fn set_range(&self, place: u32, noted: &Range, file: Option<FileId>) {
         let words = [
-            (4, file),
+            (5, file.map_or(0, |file| file.inode)),
+            (4, file.map_or(0, |file| file.device)),
             (3, noted.address),
             (2, noted.offset),
             (1, noted.flags.into()),
@@ -147,6 +167,18 @@ impl<'a> Memory<'a> {
         (0..MAX_RANGES).for_each(|place| self.clear_range(place));
     }
 
+    /// Which of two names a vector's eventfd is kept under: 0 or 1.
+    pub fn kept_name(&self, vector: u32) -> u64 {
+        self.0.load(kept_name(vector)) & 1
+    }
+
+    /// Notes that it is the other one.
+    pub fn change_kept_name(&self, vector: u32) {
+        let other = 1 - self.kept_name(vector);
+        let word = self.0.word(kept_name(vector));
+        word.store(other, Ordering::Release);
+    }
+
     /// Whether a vector waits to be told.
     pub fn is_pending(&self, vector: u32) -> bool {
         let (offset, bit) = pending(vector);
@@ -160,6 +192,11 @@ impl<'a> Memory<'a> {
         self.0
             .store(offset, if waits { others | bit } else { others });
     }
+}
+
+fn kept_name(vector: u32) -> u64 {
+    assert!(vector < MAX_VECTORS);
+    NAMES + 8 * u64::from(vector)
 }
 
 fn range(place: u32) -> u64 {

@@ -25,8 +25,10 @@ pub enum Fault {
     /// Its parts contradict each other.
     #[error("a message of command {0} has a length that does not fit its content")]
     Length(u16),
-    /// More descriptors than the kernel passes at once.
-    #[error("a message comes with more than {MAX_DESCRIPTORS} descriptors")]
+    /// More descriptors than the kernel passes at once, or with the first part of a header.
+    #[error(
+        "a message comes with more than {MAX_DESCRIPTORS} descriptors, or with some before its header is here"
+    )]
     ManyDescriptors,
     /// Descriptors where none belong, or another number of them than the message says.
     #[error("a message of command {command} comes with {count} descriptors")]
@@ -39,15 +41,9 @@ pub enum Fault {
     /// A descriptor is not what it should be.
     #[error("an interrupt's descriptor is no eventfd")]
     NotAnEventfd,
-    /// Guest memory that could become SIGBUS.
-    #[error("guest memory is refused that could be shortened or lack its pages")]
-    Unsealed,
-    /// Guest memory that the kernel does not map.
-    #[error("guest memory cannot be mapped")]
-    Unmappable,
-    /// More ranges of guest memory than any guest has.
-    #[error("too many ranges of guest memory")]
-    ManyRanges,
+    /// A predecessor noted guest memory of which it did not keep the file.
+    #[error("the file of the guest's memory was not kept")]
+    NotKept,
     /// The version is not ours.
     #[error("version {major}.{minor} of vfio-user is not spoken here")]
     Version {
@@ -87,8 +83,6 @@ impl Fault {
             Fault::Unknown(_) => libc::EOPNOTSUPP,
             Fault::Long(_) | Fault::MuchData(_) => libc::E2BIG,
             Fault::Version { .. } => libc::EPROTONOSUPPORT,
-            Fault::Unsealed => libc::EPERM,
-            Fault::ManyRanges => libc::ENOSPC,
             _ => libc::EINVAL,
         };
         errno.unsigned_abs()

@@ -37,6 +37,9 @@ pub fn run(
     guest_memory: bool,
 ) -> Result<Departure, TransportError> {
     let memory = Memory::new(region);
+    if !memory.is_known() {
+        return Err(TransportError::OtherVersion);
+    }
     let mut device = Device::new(slot, &memory, guest_memory);
     let mut stream = Stream::new(vm);
     let mut reply = Reply::default();
@@ -71,7 +74,7 @@ pub fn run(
             continue;
         }
         // From here to the reply no successor takes over: it would find half a message.
-        let _within = slot.within_a_message();
+        let within = slot.within_a_message();
         if wished {
             let wishes = (0..WISHES_A_TURN).map_while(|_| slot.next_wish());
             let granted = wishes.map(|wish| device.grant(wish)).count();
@@ -80,11 +83,13 @@ pub fn run(
         if !heard {
             continue;
         }
-        let answered = match stream.receive() {
+        let answered = match stream.receive(|command| device.takes_descriptors(command)) {
             Ok(None) => return Ok(Departure::Left),
-            Ok(Some(message)) => {
+            Ok(Some(mut message)) => {
                 let wants_reply = message.header.wants_reply;
-                let along = device.answer(message, &mut reply);
+                let along = device.answer(&mut message, &mut reply);
+                // What was answered is not lost with this broker.
+                slot.wait_until_kept();
                 if wants_reply {
                     stream.send(reply.finish(), along)
                 } else {
@@ -93,6 +98,10 @@ pub fn run(
             }
             Err(error) => Err(error),
         };
+        drop(within);
+        // This can wait, and so does this session alone.
+        stream.close_descriptors();
+        std::thread::sleep(slot.owed());
         match answered {
             Ok(()) => (),
             Err(StreamError::Gone) => return Ok(Departure::Left),

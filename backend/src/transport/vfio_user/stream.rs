@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! Whole messages over a socket, with the descriptors that come along. What does not fit is thrown away as it comes, so
-//! the next message begins where it should; descriptors are owned from the moment that they are here.
+//! the next message begins where it should.
+//!
+//! Descriptors are taken with those commands alone that have a use for them, and owned from the moment that they are here. To
+//! close one can wait for as long as its sender likes: for whoever serves the file system of its file, if that is a FUSE, or for
+//! the peer of a network connection. So what is left of a message's is closed when the session says so. What is not taken the
+//! kernel throws away.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -57,8 +62,8 @@ pub struct Message<'a> {
     pub header: Header,
     /// What follows.
     pub payload: Result<&'a [u8], Fault>,
-    /// What came along.
-    pub descriptors: Vec<OwnedFd>,
+    /// What came along. What is left here is closed by [`Stream::close_descriptors`].
+    pub descriptors: &'a mut Vec<OwnedFd>,
 }
 
 /// Messages from one client.
@@ -66,13 +71,18 @@ pub struct Message<'a> {
 pub struct Stream<'a> {
     socket: &'a UnixStream,
     buffer: Box<[u8; MAX_MESSAGE]>,
+    /// Those of the message that was received last.
+    descriptors: Vec<OwnedFd>,
 }
 
 /// What of a message is here besides its bytes.
-struct Arrival {
+struct Arrival<'a> {
     deadline: Instant,
-    descriptors: Vec<OwnedFd>,
-    too_many: bool,
+    descriptors: &'a mut Vec<OwnedFd>,
+    /// Whether descriptors are taken.
+    takes: bool,
+    /// Some came that were not.
+    some_lost: bool,
 }
 
 impl<'a> Stream<'a> {
@@ -81,18 +91,31 @@ impl<'a> Stream<'a> {
         Stream {
             socket,
             buffer: Box::new([0; MAX_MESSAGE]),
+            descriptors: Vec::new(),
         }
     }
 
-    /// Receives a message, of which a part is there already. A client that leaves between two messages is `None`.
-    pub fn receive(&mut self) -> Result<Option<Message<'_>>, StreamError> {
+    /// Closes what nobody took of the descriptors that came, which can wait.
+    pub fn close_descriptors(&mut self) {
+        self.descriptors.clear();
+    }
+
+    /// Receives a message, of which a part is there already. A client that leaves between two messages is `None`. `takes` says
+    /// with which commands descriptors are taken, if their header is here whole.
+    pub fn receive(
+        &mut self,
+        takes: impl Fn(u16) -> bool,
+    ) -> Result<Option<Message<'_>>, StreamError> {
+        let mut header = [0; HEADER];
+        let next = self.look_ahead();
+        let ahead = next.map_or(0, |next| next.payload());
+        self.close_descriptors();
         let mut arrival = Arrival {
             deadline: Instant::now() + PATIENCE,
-            descriptors: Vec::new(),
-            too_many: false,
+            descriptors: &mut self.descriptors,
+            takes: next.is_some_and(|next| takes(next.command)),
+            some_lost: false,
         };
-        let mut header = [0; HEADER];
-        let ahead = self.look_ahead();
         let (start, payload) = (&mut header[..], &mut self.buffer[..ahead]);
         let both = &mut [IoSliceMut::new(start), IoSliceMut::new(payload)];
         let received = match arrival.receive(self.socket, both)? {
@@ -109,58 +132,30 @@ impl<'a> Stream<'a> {
         }
         let header = Header::decode(&header)?;
         let early = received.saturating_sub(HEADER);
-        let payload = self.receive_payload(&header, early, &mut arrival)?;
+        let payload = receive_payload(self.socket, &mut self.buffer, &header, early, &mut arrival)?;
         let payload = match payload {
-            Ok(_) if arrival.too_many => Err(Fault::ManyDescriptors),
+            Ok(_) if arrival.some_lost && takes(header.command) => Err(Fault::ManyDescriptors),
             Ok(length) => Ok(&self.buffer[..length]),
             Err(fault) => Err(fault),
         };
         Ok(Some(Message {
             header,
             payload,
-            descriptors: arrival.descriptors,
+            descriptors: &mut self.descriptors,
         }))
     }
 
-    /// Bytes that follow the next header, where that is here already and they fit into the buffer. So such a message is taken
-    /// by one system call: a broker that is killed leaves its successor all of it, or nothing.
-    fn look_ahead(&self) -> usize {
+    /// The next header, where that is here already and its payload fits into the buffer. So such a message is taken by one
+    /// system call: a broker that is killed leaves its successor all of it, or nothing.
+    fn look_ahead(&self) -> Option<Header> {
         let mut header = [0; HEADER];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         match rustix::net::recv(self.socket, &mut header[..], flags) {
-            Ok((_, HEADER)) => match Header::decode(&header) {
-                Ok(header) if fits(header.payload()) => header.payload(),
-                _ => 0,
-            },
-            _ => 0,
+            Ok((_, HEADER)) => Header::decode(&header)
+                .ok()
+                .filter(|header| fits(header.payload())),
+            _ => None,
         }
-    }
-
-    /// Receives a whole payload, of which so much is in the buffer: its length if all of it is there then, a fault if it does
-    /// not fit.
-    fn receive_payload(
-        &mut self,
-        header: &Header,
-        early: usize,
-        arrival: &mut Arrival,
-    ) -> Result<Result<usize, Fault>, StreamError> {
-        let size = header.payload();
-        let fits = fits(size);
-        let mut left = size - early;
-        while left > 0 {
-            let start = if fits { size - left } else { 0 };
-            let part = left.min(self.buffer.len() - start);
-            let part = &mut [IoSliceMut::new(&mut self.buffer[start..][..part])];
-            match arrival.receive(self.socket, part)? {
-                0 => return Err(StreamError::Gone),
-                length => left -= length,
-            }
-        }
-        Ok(if fits {
-            Ok(size)
-        } else {
-            Err(Fault::Long(header.size))
-        })
     }
 
     /// Sends a reply, with at most one descriptor.
@@ -192,7 +187,7 @@ impl<'a> Stream<'a> {
     }
 }
 
-impl Arrival {
+impl Arrival<'_> {
     /// Receives some bytes and the descriptors that come with them; 0 at the end.
     fn receive(
         &mut self,
@@ -200,13 +195,14 @@ impl Arrival {
         parts: &mut [IoSliceMut<'_>],
     ) -> Result<usize, StreamError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let space = if self.takes { &mut space[..] } else { &mut [] };
         loop {
-            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let mut ancillary = RecvAncillaryBuffer::new(space);
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
             match rustix::net::recvmsg(socket, parts, &mut ancillary, flags) {
                 Ok(received) => {
                     self.keep(&mut ancillary);
-                    self.too_many |= received.flags.contains(ReturnFlags::CTRUNC);
+                    self.some_lost |= received.flags.contains(ReturnFlags::CTRUNC);
                     return Ok(received.bytes);
                 }
                 Err(Errno::INTR) => (),
@@ -223,12 +219,40 @@ impl Arrival {
                     if self.descriptors.len() < MAX_DESCRIPTORS {
                         self.descriptors.push(descriptor);
                     } else {
-                        self.too_many = true;
+                        self.some_lost = true;
                     }
                 }
             }
         }
     }
+}
+
+/// Receives a whole payload, of which so much is in the buffer: its length if all of it is there then, a fault if it does
+/// not fit.
+fn receive_payload(
+    socket: &UnixStream,
+    buffer: &mut [u8; MAX_MESSAGE],
+    header: &Header,
+    early: usize,
+    arrival: &mut Arrival<'_>,
+) -> Result<Result<usize, Fault>, StreamError> {
+    let size = header.payload();
+    let fits = fits(size);
+    let mut left = size - early;
+    while left > 0 {
+        let start = if fits { size - left } else { 0 };
+        let part = left.min(buffer.len() - start);
+        let part = &mut [IoSliceMut::new(&mut buffer[start..][..part])];
+        match arrival.receive(socket, part)? {
+            0 => return Err(StreamError::Gone),
+            length => left -= length,
+        }
+    }
+    Ok(if fits {
+        Ok(size)
+    } else {
+        Err(Fault::Long(header.size))
+    })
 }
 
 /// Whether a payload of so many bytes fits into the buffer.
@@ -263,11 +287,21 @@ mod tests {
     fn message(id: u16, size: u32, payload: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.extend(id.to_ne_bytes());
-        bytes.extend(command::REGION_READ.to_ne_bytes());
+        bytes.extend(command::DEVICE_SET_IRQS.to_ne_bytes());
         bytes.extend(size.to_ne_bytes());
         bytes.extend([0; 8]);
         bytes.extend(payload);
         bytes
+    }
+
+    /// No command comes with descriptors.
+    fn none(_: u16) -> bool {
+        false
+    }
+
+    /// The command of [`message`] does.
+    fn some(command: u16) -> bool {
+        command == command::DEVICE_SET_IRQS
     }
 
     /// A pipe tells whether copies of its writing end are left open anywhere.
@@ -291,19 +325,19 @@ mod tests {
                 client.write_all(&message(2, 18, b"ok")).unwrap();
                 client
             });
-            let first = stream.receive().unwrap().unwrap();
+            let first = stream.receive(none).unwrap().unwrap();
             let expected = if length <= MAX_MESSAGE - HEADER {
                 Ok(&[7; MAX_MESSAGE][..length])
             } else {
                 Err(Fault::Long((HEADER + length) as u32))
             };
             assert_eq!((first.header.id, first.payload), (1, expected));
-            let next = stream.receive().unwrap().unwrap();
+            let next = stream.receive(none).unwrap().unwrap();
             assert_eq!((next.header.id, next.payload), (2, Ok(&b"ok"[..])));
             client = sender.join().unwrap();
         }
         drop(client);
-        assert!(stream.receive().unwrap().is_none());
+        assert!(stream.receive(none).unwrap().is_none());
     }
 
     #[test]
@@ -321,7 +355,7 @@ mod tests {
             )
             .unwrap();
         for (id, payload, left) in [(1, &b"first"[..], 35), (2, b"", 19), (3, b"end", 0)] {
-            let message = stream.receive().unwrap().unwrap();
+            let message = stream.receive(none).unwrap().unwrap();
             assert_eq!((message.header.id, message.payload), (id, Ok(payload)));
             let mut rest = [0; 64];
             let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -342,9 +376,9 @@ mod tests {
             client.write_all(&message(4, 20, b"st")).unwrap();
             client
         });
-        let slow = stream.receive().unwrap().unwrap();
+        let slow = stream.receive(none).unwrap().unwrap();
         assert_eq!(slow.payload, Ok(&b"slow"[..]));
-        assert!(matches!(stream.receive(), Err(StreamError::Stalled)));
+        assert!(matches!(stream.receive(none), Err(StreamError::Stalled)));
         drop(sender.join().unwrap());
     }
 
@@ -356,36 +390,77 @@ mod tests {
                 .write_all(&message(1, 20, b"rest")[..length])
                 .unwrap();
             drop(client);
-            let end = Stream::new(&server).receive().map(|_| ());
+            let end = Stream::new(&server).receive(none).map(|_| ());
             assert!(matches!(end, Err(StreamError::Gone)), "{end:?}");
         }
     }
 
     #[test]
-    fn descriptors_come_with_any_part_of_a_message_and_go_with_it() {
+    fn descriptors_come_with_a_message_and_are_closed_when_the_session_says_so() {
         let (server, client) = UnixStream::pair().unwrap();
         let mut stream = Stream::new(&server);
         let whole = message(1, 20, b"data");
-        // Number of descriptors with each part of the message, and whether the message can be used.
-        for (parts, usable) in [
-            (vec![(0..20, 1)], true),
-            (vec![(0..4, 2), (4..16, 1), (16..20, 3)], true),
-            (vec![(0..20, 253)], true),
-            (vec![(0..10, 200), (10..20, 54)], false),
+        // Number of descriptors with each part of the message, how many of them are taken, and whether the message can be used.
+        for (parts, taken, usable) in [
+            (vec![(0..20, 1)], 1, true),
+            (vec![(0..16, 2), (16..18, 1), (18..20, 3)], 6, true),
+            (vec![(0..20, 253)], 253, true),
+            (vec![(0..16, 200), (16..20, 54)], 253, false),
         ] {
             let (reader, writer) = std::io::pipe().unwrap();
-            let mut count = 0;
             for (bytes, descriptors) in parts {
                 let gifts = vec![writer.as_raw_fd(); descriptors];
                 client.send_with_fds(&[&whole[bytes]], &gifts).unwrap();
-                count += descriptors;
             }
             drop(writer);
-            let message = stream.receive().unwrap().unwrap();
+            let message = stream.receive(some).unwrap().unwrap();
             assert_eq!(message.payload.is_ok(), usable);
-            assert_eq!(message.descriptors.len(), count.min(MAX_DESCRIPTORS));
+            assert_eq!(message.descriptors.len(), taken);
             assert!(!is_closed(&reader));
-            drop(message);
+            stream.close_descriptors();
+            assert!(is_closed(&reader), "a descriptor is left open");
+        }
+    }
+
+    #[test]
+    fn descriptors_that_come_before_their_header_is_here_are_a_fault() {
+        let (server, client) = UnixStream::pair().unwrap();
+        let mut stream = Stream::new(&server);
+        let whole = message(1, 20, b"data");
+        let (reader, writer) = std::io::pipe().unwrap();
+        client
+            .send_with_fds(&[&whole[..15]], &[writer.as_raw_fd()])
+            .unwrap();
+        drop(writer);
+        let rest = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            (&client).write_all(&whole[15..]).unwrap();
+            client
+        });
+        let message = stream.receive(some).unwrap().unwrap();
+        assert_eq!(message.payload, Err(Fault::ManyDescriptors));
+        assert!(is_closed(&reader), "a descriptor is left open");
+        drop(rest.join().unwrap());
+    }
+
+    #[test]
+    fn descriptors_that_have_no_use_are_not_taken() {
+        let (server, client) = UnixStream::pair().unwrap();
+        let mut stream = Stream::new(&server);
+        let whole = message(1, 20, b"data");
+        for cut in [3, 16, 18] {
+            let (reader, writer) = std::io::pipe().unwrap();
+            for bytes in [&whole[..cut], &whole[cut..]] {
+                client
+                    .send_with_fds(&[bytes], &[writer.as_raw_fd(); 9])
+                    .unwrap();
+            }
+            drop(writer);
+            let message = stream.receive(none).unwrap().unwrap();
+            assert_eq!(
+                (message.payload, message.descriptors.len()),
+                (Ok(&b"data"[..]), 0)
+            );
             assert!(is_closed(&reader), "a descriptor is left open");
         }
     }

@@ -36,13 +36,17 @@ struct Ours {
 struct Limits {
     max_msg_fds: u32,
     max_data_xfer_size: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_dma_maps: Option<u32>,
 }
 
-/// Answers a client that speaks this version and has these capabilities, `payload` bytes of it.
+/// Answers a client that speaks this version and has these capabilities, `payload` bytes of it. Where its guest's memory is of
+/// interest, so many `ranges` of it are.
 pub fn agree(
     (major, minor): (u16, u16),
     capabilities: &[u8],
     payload: usize,
+    ranges: Option<u32>,
     reply: &mut Reply,
 ) -> Result<(), Fault> {
     if major != MAJOR {
@@ -61,6 +65,7 @@ pub fn agree(
         capabilities: Limits {
             max_msg_fds: ANNOUNCED_DESCRIPTORS,
             max_data_xfer_size: MAX_DATA,
+            max_dma_maps: ranges,
         },
     };
     let text = serde_json::to_vec(&ours).map_err(|_| Fault::Capabilities)?;
@@ -92,7 +97,7 @@ mod tests {
             wants_reply: true,
         };
         reply.begin(&header);
-        agree(version, text, 4 + text.len(), &mut reply)?;
+        agree(version, text, 4 + text.len(), Some(256), &mut reply)?;
         Ok(reply.finish()[HEADER..].to_vec())
     }
 
@@ -105,6 +110,7 @@ mod tests {
         assert_eq!(*last, 0);
         assert_eq!(text["capabilities"]["max_msg_fds"], 16);
         assert_eq!(text["capabilities"]["max_data_xfer_size"], 4096);
+        assert_eq!(text["capabilities"]["max_dma_maps"], 256);
         for length in 0..QEMU.len() {
             let text = format!("{{{}}}\0", " ".repeat(length));
             let answer = answer((0, 1), text.as_bytes()).unwrap();

@@ -1,0 +1,97 @@
+//! Guests that are gone without a word, and what they held.
+
+use std::io::Read;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use barlink::Attachment;
+use barlink::protocol::Producer;
+use barlink::protocol::cursor::Kind;
+use barlink::protocol::wire::layout::{Channel, End, presence};
+
+use crate::support::*;
+use crate::vfio_user_client::*;
+use crate::vmm::{connect, handshake};
+
+/// The guest's process.
+const PROCESS: u64 = 1 << 32 | 42;
+
+/// As a sender does in a guest: begins a stream, sends some of it, and does not ring.
+fn begin_a_stream(attachment: &Attachment, channel: &Channel) {
+    let mut producer = Producer::attach(attachment.region(), channel).unwrap();
+    for (kind, bytes) in [(Kind::BEGIN, &b""[..]), (Kind::DATA, b"half")] {
+        let mut room = producer.reserve(bytes.len()).unwrap();
+        room.write(0, bytes);
+        let _ = room.commit(kind, bytes.len() as u32, 0);
+    }
+}
+
+/// A `barlink recv` of this channel that has got all that was sent.
+fn receiver(broker: &Broker, channel: &str) -> Child {
+    let mut command = broker.app(&["recv", "--channel", channel]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut receiver = command.spawn().unwrap();
+    let mut bytes = [0; 4];
+    let output = receiver.stdout.as_mut().unwrap();
+    output.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"half");
+    receiver
+}
+
+/// It ends at once, since the sender has left.
+fn hears_that_the_sender_left(mut receiver: Child) {
+    let start = Instant::now();
+    assert_eq!(wait(&mut receiver).code(), Some(5));
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(1), "only after {took:?}");
+    let mut said = String::new();
+    let mut errors = receiver.stderr.take().unwrap();
+    errors.read_to_string(&mut said).unwrap();
+    assert!(said.contains("the sender left before the end"), "{said}");
+}
+
+#[test]
+fn what_a_guest_held_is_free_when_it_is_reset() {
+    let broker = serve_both(&["--channel", "up=1-host,64K"]);
+    let mut client = Client::greet(&broker);
+    let attachment = broker.attach();
+    let layout = attachment.layout();
+    let page = u32::try_from(layout.presence_page(1)).unwrap();
+    let holder = page + presence::holder(0, End::Producer) as u32;
+    let tell = |client: &mut Client, offset: u32, word: u64| {
+        client.write(2, offset, &word.to_le_bytes());
+    };
+    tell(&mut client, page, 5);
+    tell(&mut client, holder, PROCESS);
+    begin_a_stream(&attachment, &layout.channels()[0]);
+    let receiver = receiver(&broker, "up");
+
+    client.get(RESET, &[]);
+
+    hears_that_the_sender_left(receiver);
+    // What boots now has no driver.
+    works(&mut broker.app(&["reset-channel", "up"]));
+    // And a reset of what has none changes nothing: epochs only grow, and the next driver's is new.
+    client.get(RESET, &[]);
+    assert_eq!(client.read(2, page, 8), 6u64.to_le_bytes());
+    tell(&mut client, page, 7);
+    tell(&mut client, holder, PROCESS);
+    let in_use = ["in use by process 42 in slot 1's VM"];
+    fails(&mut broker.app(&["reset-channel", "up"]), 4, &in_use);
+}
+
+#[test]
+fn what_a_killed_vm_held_is_free_when_another_has_its_slot() {
+    let broker = Broker::start(&[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    let attachment = broker.attach();
+    let layout = attachment.layout();
+    vm.tell(layout, presence::EPOCH, 1);
+    vm.tell(layout, presence::holder(0, End::Producer), PROCESS);
+    begin_a_stream(&attachment, &layout.channels()[0]);
+    let receiver = receiver(&broker, "up");
+    drop(vm);
+    let _next = handshake(connect(&broker, "vm.sock"), 6);
+    hears_that_the_sender_left(receiver);
+    works(&mut broker.app(&["reset-channel", "up"]));
+}

@@ -1,0 +1,264 @@
+//! What a client of vfio-user has the service manager told.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::fs::MemfdFlags;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::service::ServiceManager;
+use crate::support::*;
+use crate::vfio_user_client::*;
+use crate::vmm::handshake;
+
+/// A service manager that writes down what it is told.
+struct Recorder {
+    socket: UnixDatagram,
+    told: Arc<Mutex<Vec<String>>>,
+}
+
+impl Recorder {
+    /// A broker with a slot for ivshmem, 0, and one for vfio-user, 1, that is a service.
+    fn serve() -> (Broker, Self) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notify.sock");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        let told = Arc::<Mutex<Vec<String>>>::default();
+        let (heard, all) = (socket.try_clone().unwrap(), Arc::clone(&told));
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            // Nothing, once nobody listens.
+            while let Ok(length @ 1..) = heard.recv(&mut bytes) {
+                let message = String::from_utf8_lossy(&bytes[..length]).into_owned();
+                all.lock().unwrap().push(message);
+            }
+        });
+        let user = folder.path().join("user.sock").display().to_string();
+        let broker = Broker::start_by(folder, &["--vfio-user", &user], |command| {
+            command.env("NOTIFY_SOCKET", path).env("FDSTORE", "16384")
+        });
+        (broker, Recorder { socket, told })
+    }
+
+    /// What it was told of names that begin so.
+    fn of(&self, name: &str) -> Vec<String> {
+        let told = self.told.lock().unwrap();
+        let name = format!("FDNAME={name}");
+        told.iter()
+            .filter(|one| one.contains(&name))
+            .cloned()
+            .collect()
+    }
+}
+
+impl Recorder {
+    /// The same, once there are so many.
+    fn wait_for(&self, name: &str, messages: usize) -> Vec<String> {
+        wait_until("the manager is told", || self.of(name).len() >= messages);
+        self.of(name)
+    }
+}
+
+#[test]
+fn eventfd_of_an_interrupt_is_kept_before_the_last_one_is_forgotten() {
+    let (broker, manager) = Recorder::serve();
+    let mut client = Client::greet(&broker);
+    for _ in 0..5 {
+        assert_eq!(client.set_irqs(3, &[&eventfd()]).errno, 0);
+    }
+    let told = manager.wait_for("part-1-interrupt-3", 1 + 4 * 3);
+    let mut kept = BTreeSet::new();
+    for message in &told {
+        let name = message.lines().nth(1).unwrap();
+        if message.starts_with("FDSTORE=1") {
+            kept.insert(name);
+        } else {
+            kept.remove(name);
+        }
+        assert!(
+            !kept.is_empty(),
+            "a broker that is killed here leaves none: {told:?}"
+        );
+    }
+    assert_eq!(kept.len(), 1, "{told:?}");
+    client.get(SET_IRQS, &words(&[20, EVENTFDS, MSIX, 3, 1]));
+    let last = manager.wait_for("part-1-interrupt-3", 14).pop().unwrap();
+    assert!(last.starts_with("FDSTOREREMOVE=1"));
+    assert!(last.contains(kept.first().unwrap()), "another is forgotten");
+}
+
+/// A service manager does not keep a file twice.
+#[test]
+fn eventfd_that_is_set_again_stays_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let socket = folder.path().join("user.sock").display().to_string();
+    let arguments = ["--vfio-user", &socket];
+    let mut broker = Broker::start_as(&manager, folder, &arguments);
+    let mut client = Client::greet(&broker);
+    let (one, other) = (eventfd(), eventfd());
+    for irq in [&one, &one, &other, &one, &one] {
+        assert_eq!(client.set_irqs(3, &[irq]).errno, 0);
+        broker.start_again(&manager, &arguments);
+        count(irq);
+        client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 3, 1]));
+        assert_eq!(count(irq), 1);
+        let kept = manager.kept().into_iter();
+        assert_eq!(kept.filter(|name| name.contains("interrupt-3")).count(), 1);
+    }
+}
+
+#[test]
+fn client_that_sets_interrupts_without_end_is_slowed_and_nobody_else() {
+    let (broker, manager) = Recorder::serve();
+    let mut client = Client::greet(&broker);
+    let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
+    let irqs: Vec<&EventFd> = irqs.iter().collect();
+    let start = Instant::now();
+    let mut asked = 0;
+    while start.elapsed() < Duration::from_secs(3) {
+        assert_eq!(client.set_irqs(0, &irqs).errno, 0);
+        asked += 1;
+    }
+    // A burst, then so many a second, and one message more.
+    let most = 2048 + 256 * start.elapsed().as_secs() as usize + 256 + 3 * 16;
+    let told = manager.of("part-1").len();
+    assert!(told <= most, "{told} for {asked} messages");
+    assert!(
+        told > 2048,
+        "only {told} for {asked} messages: nobody is slowed"
+    );
+    let start = Instant::now();
+    drop(handshake(crate::vmm::connect(&broker, "vm.sock"), 9));
+    broker.attach().status().unwrap();
+    assert!(start.elapsed() < Duration::from_secs(1), "others wait");
+    client.get(GET_INFO, &words(&[16, 0, 0, 0]));
+}
+
+/// What it does, and how long that takes.
+fn timed<T>(action: impl FnOnce() -> T) -> (T, Duration) {
+    let start = Instant::now();
+    let done = action();
+    (done, start.elapsed())
+}
+
+#[test]
+fn service_manager_that_does_not_read_costs_one_vm_a_second_and_others_nothing() {
+    const AT_ONCE: Duration = Duration::from_millis(700);
+    const IN_TIME: Duration = Duration::from_millis(2500);
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let sockets = ["user.sock", "other.sock", "late.sock"];
+    let sockets = sockets.map(|name| folder.path().join(name).display().to_string());
+    let arguments: Vec<&str> = sockets
+        .iter()
+        .flat_map(|socket| ["--vfio-user", socket])
+        .collect();
+    let mut broker = Broker::start_as(&manager, folder, &arguments);
+    let mut client = Client::greet(&broker);
+    let mut other = Client::connect_to(&broker, "other.sock");
+    other.version();
+    let irqs = [(); 16].map(|()| eventfd());
+    let irqs = irqs.each_ref();
+
+    let paused = manager.pause();
+    std::thread::scope(|scope| {
+        let setting = scope.spawn(|| timed(|| client.set_irqs(0, &irqs)));
+        // While it waits.
+        std::thread::sleep(Duration::from_millis(200));
+        let (_, took) = timed(|| other.get(GET_INFO, &words(&[16, 0, 0, 0])));
+        assert!(took < AT_ONCE, "another VM waits for {took:?}");
+        let (_, took) = timed(|| works(&mut broker.app(&["inspect", "--once"])));
+        assert!(took < AT_ONCE, "a host app waits for {took:?}");
+        let (reply, took) = setting.join().unwrap();
+        assert_eq!(reply.errno, 0);
+        assert!(took < IN_TIME, "interrupts are set in {took:?}");
+        let is_patient = took > Duration::from_millis(900);
+        assert!(is_patient, "what is answered may not be kept");
+    });
+    // Once is enough, for whoever comes or says something.
+    let mut late = Client::connect_to(&broker, "late.sock");
+    assert!(
+        timed(|| late.version()).1 < AT_ONCE,
+        "a VM that comes waits"
+    );
+    for client in [&mut client, &mut other, &mut late] {
+        let (reply, took) = timed(|| client.set_irqs(0, &[&eventfd(); 16]));
+        assert_eq!(reply.errno, 0);
+        assert!(took < AT_ONCE, "{took:?}");
+    }
+    assert_eq!(client.set_irqs(0, &irqs).errno, 0);
+    drop(paused);
+
+    // And what it reads then is as if it had always read.
+    wait_until("all is kept", || {
+        let kept = manager.kept();
+        let of = |slot| {
+            let ours = format!("part-{slot}-interrupt");
+            kept.iter().filter(|name| name.starts_with(&ours)).count()
+        };
+        of(1) == 16 && kept.iter().any(|name| name == "vm-3")
+    });
+    broker.start_again(&manager, &arguments);
+    irqs.iter().for_each(|irq| {
+        count(irq);
+    });
+    client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
+    assert!(
+        irqs.iter().all(|irq| count(irq) == 1),
+        "interrupts are lost"
+    );
+    late.get(GET_INFO, &words(&[16, 0, 0, 0]));
+}
+
+#[test]
+fn service_manager_that_is_gone_is_a_few_lines_in_the_log() {
+    let (broker, manager) = Recorder::serve();
+    let mut client = Client::greet(&broker);
+    manager.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    let start = Instant::now();
+    for _ in 0..40 {
+        assert_eq!(client.set_irqs(0, &[&eventfd(); 16]).errno, 0);
+    }
+    let lines = broker
+        .log()
+        .matches("the service manager is not told of")
+        .count();
+    let most = 5 * (start.elapsed().as_secs() as usize + 2);
+    assert!((1..=most).contains(&lines), "{lines} lines");
+}
+
+#[test]
+fn session_whose_memory_is_of_another_size_is_not_taken_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let user = folder.path().join("user.sock").display().to_string();
+    let arguments = ["--vfio-user", &user];
+    let mut broker = Broker::start_as(&manager, folder, &arguments);
+    let mut client = Client::greet(&broker);
+    let of_session = |name: &String| name.starts_with("session-1") || name == "vm-1";
+    let kept = || manager.kept().into_iter().filter(of_session).count();
+    wait_until("it is kept", || kept() == 2);
+    broker.child.kill().unwrap();
+    // What another version of it might have kept.
+    let other = rustix::fs::memfd_create("session", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&other, 4096).unwrap();
+    let socket = UnixDatagram::unbound().unwrap();
+    socket.connect(broker.path("notify.sock")).unwrap();
+    socket.send(b"FDSTOREREMOVE=1\nFDNAME=session-1\n").unwrap();
+    let message = b"FDSTORE=1\nFDNAME=session-1\n";
+    socket
+        .send_with_fds(&[&message[..]], &[other.as_raw_fd()])
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    broker.start_again(&manager, &arguments);
+    wait_until("it is let go", || kept() == 1);
+    assert!(broker.log().contains("slot 1: another version of barlink"));
+    // Its connection ends with the last copy, which the manager had.
+    assert!(client.is_let_go());
+    Client::greet(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
+}

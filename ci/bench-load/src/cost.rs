@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The hot path alone, for who counts its instructions: sends records and receives them, between two marks.
+
+use anyhow::Result;
+use barlink_protocol::Wakeup;
+use barlink_protocol::cursor::Kind;
+use clap::Args;
+use nix::sys::ptrace;
+use nix::sys::signal::{Signal, raise};
+
+use crate::ring::ends;
+
+/// Counts for a process that traces this one.
+#[derive(Args, Debug)]
+pub struct Cost {
+    /// How many records
+    #[arg(long)]
+    records: u64,
+    /// Bytes of payload in a record, a multiple of 8
+    #[arg(long, default_value_t = 64)]
+    record_size: usize,
+    /// Commit and release all of them at once
+    #[arg(long)]
+    batch: bool,
+}
+
+impl Cost {
+    /// Stops, sends and receives, and stops again.
+    pub fn run(&self) -> Result<()> {
+        let (mut sender, mut receiver) = ends()?;
+        let record = vec![1; self.record_size];
+        // Whatever is done once is done.
+        let _ = sender.send(Kind::DATA, &record, None)?;
+        receiver.wait(None)?;
+        receiver.release()?;
+        ptrace::traceme()?;
+        raise(Signal::SIGSTOP)?;
+        if self.batch {
+            for _ in 0..self.records {
+                let _ = sender.stage(Kind::DATA, &record, None, 0)?;
+            }
+            sender.publish()?;
+            for _ in 0..self.records {
+                if receiver.wait(None)? == Wakeup::Ready {
+                    receiver.pass();
+                }
+            }
+            receiver.release()?;
+        } else {
+            for _ in 0..self.records {
+                let _ = sender.send(Kind::DATA, &record, None)?;
+            }
+            for _ in 0..self.records {
+                if receiver.wait(None)? == Wakeup::Ready {
+                    receiver.release()?;
+                }
+            }
+        }
+        raise(Signal::SIGSTOP)?;
+        Ok(())
+    }
+}

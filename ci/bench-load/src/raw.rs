@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A peer of barlink: ivshmem as it comes, mapped through sysfs in the guest, with two cursors that both ends poll.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+
+use crate::Measured;
+use crate::clock::{cpu, nanoseconds};
+
+/// Bytes of the memory.
+pub const SIZE: usize = 8 << 20;
+/// Where the sender's cursor is, the receiver's, and whether the stream has ended.
+const WRITTEN: usize = 0;
+const READ: usize = 64;
+const ENDED: usize = 128;
+/// Where records are, and how many bytes of them.
+const DATA: usize = 4096;
+const CAPACITY: u64 = 4 << 20;
+
+/// The memory, all of whose first page is zero before.
+#[derive(Args, Debug)]
+struct Memory {
+    /// The file of the memory; in the guest, none: the ivshmem device that no driver holds
+    #[arg(long)]
+    file: Option<PathBuf>,
+    /// Bytes of a record, a power of two
+    #[arg(long)]
+    record_size: usize,
+}
+
+/// Writes records.
+#[derive(Args, Debug)]
+pub struct RawSend {
+    #[command(flatten)]
+    memory: Memory,
+    /// For how long, in milliseconds
+    #[arg(long)]
+    time: u64,
+}
+
+/// Reads them.
+#[derive(Args, Debug)]
+pub struct RawReceive {
+    #[command(flatten)]
+    memory: Memory,
+}
+
+impl Memory {
+    fn map(&self) -> Result<MmapRegion> {
+        let path = match &self.file {
+            Some(path) => path.clone(),
+            None => find_device()?,
+        };
+        let file = File::options().read(true).write(true).open(&path)?;
+        let mapped = MmapRegion::from_file(FileOffset::new(file, 0), SIZE);
+        mapped.with_context(|| format!("{} cannot be mapped", path.display()))
+    }
+}
+
+/// BAR2 of the ivshmem device that no driver holds.
+fn find_device() -> Result<PathBuf> {
+    let is_free = |device: &Path| {
+        let says = |file, what: &str| {
+            fs::read_to_string(device.join(file)).is_ok_and(|text| text.trim_end() == what)
+        };
+        says("vendor", "0x1af4") && says("device", "0x1110") && !device.join("driver").exists()
+    };
+    let devices = fs::read_dir("/sys/bus/pci/devices")?;
+    let mut paths = devices.filter_map(|device| Some(device.ok()?.path()));
+    let found = paths.find(|device| is_free(device));
+    Ok(found
+        .context("there is no free ivshmem device")?
+        .join("resource2"))
+}
+
+impl RawSend {
+    /// Writes the same record again and again.
+    pub fn run(&self) -> Result<Measured> {
+        let size = self.memory.record_size;
+        let region = self.memory.map()?;
+        let word = |offset| region.get_atomic_ref::<AtomicU64>(offset);
+        let (written, read, ended) = (word(WRITTEN)?, word(READ)?, word(ENDED)?);
+        let memory = region.as_volatile_slice();
+        let words = 0..size as u64 / 8;
+        let record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
+        let sum = words.fold(0, u64::wrapping_add);
+        let time = Duration::from_millis(self.time);
+        let mut records = 0;
+        let start = Instant::now();
+        while start.elapsed() < time {
+            for _ in 0..(16_usize << 10).div_ceil(size) {
+                let cursor = records * size as u64;
+                while cursor + size as u64 - read.load(Ordering::Acquire) > CAPACITY {
+                    std::hint::spin_loop();
+                }
+                memory.write_slice(&record, DATA + (cursor % CAPACITY) as usize)?;
+                written.store(cursor + size as u64, Ordering::Release);
+                records += 1;
+            }
+        }
+        let measured = Measured {
+            records,
+            bytes: records * size as u64,
+            nanoseconds: nanoseconds(start.elapsed()),
+            cpu: cpu(),
+            sum: sum.wrapping_mul(records),
+        };
+        ended.store(1, Ordering::Release);
+        Ok(measured)
+    }
+}
+
+impl RawReceive {
+    /// Copies records out and adds up their words.
+    pub fn run(&self) -> Result<Measured> {
+        let size = self.memory.record_size;
+        let region = self.memory.map()?;
+        let word = |offset| region.get_atomic_ref::<AtomicU64>(offset);
+        let (written, read, ended) = (word(WRITTEN)?, word(READ)?, word(ENDED)?);
+        let memory = region.as_volatile_slice();
+        let mut record = vec![0; size];
+        let mut measured = Measured::default();
+        let mut start = None;
+        loop {
+            let is_last = ended.load(Ordering::Acquire) == 1;
+            if written.load(Ordering::Acquire) == measured.bytes {
+                if is_last {
+                    break;
+                }
+                std::hint::spin_loop();
+                continue;
+            }
+            start.get_or_insert_with(Instant::now);
+            memory.read_slice(&mut record, DATA + (measured.bytes % CAPACITY) as usize)?;
+            let words = record.as_chunks().0.iter().copied();
+            let words = words.map(u64::from_le_bytes);
+            measured.sum = words.fold(measured.sum, u64::wrapping_add);
+            measured.records += 1;
+            measured.bytes += size as u64;
+            read.store(measured.bytes, Ordering::Release);
+        }
+        measured.nanoseconds = start.map_or(0, |start| nanoseconds(start.elapsed()));
+        measured.cpu = cpu();
+        Ok(measured)
+    }
+}
