@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::debug;
@@ -101,6 +101,8 @@ impl Queue {
             self.broken.store(true, Ordering::Relaxed);
             Served::All
         });
+        // SYNC: used-then-flags; a driver that enables interrupts stores its flags, fences, and looks at what is used once more.
+        fence(Ordering::SeqCst);
         let flags = GuestAddress(queue.avail_ring());
         if returned && memory.read_obj::<u16>(flags).is_ok_and(wants_interrupt) {
             self.ring();
