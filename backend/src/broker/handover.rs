@@ -88,7 +88,7 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
         return refuse(Refusal::Busy).map_err(failed);
     };
     if let Some((slot, transport, pid)) = shared.staying() {
-        drop(gate);
+        drop(closed);
         let stays = Refusal::Stays {
             slot,
             transport,

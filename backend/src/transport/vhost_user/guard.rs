@@ -5,7 +5,7 @@
 //! The daemon would map any file, and a file that its owner then truncates ends the broker, with all its VMs, by SIGBUS; and it
 //! would wait for ever in a descriptor that is no eventfd. Doorbells, interrupts and data do not come by here.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -138,7 +138,7 @@ impl<'a> Guard<'a> {
             Brings::Memory if !ranges_are_there(message) => Err(Refused::Message(
                 "it shares ranges of memory that its files do not have",
             )),
-            Brings::Eventfd if !descriptors.iter().all(is_eventfd) => Err(Refused::Message(
+            Brings::Eventfd if !descriptors.iter().all(Bell::is_eventfd) => Err(Refused::Message(
                 "it sent something else than an eventfd for a queue",
             )),
             Brings::WayBack => self.keep(descriptors),
@@ -245,9 +245,4 @@ fn ranges_are_there(message: &Message) -> bool {
             let end = range[1].checked_add(range[3]);
             end.is_some_and(|end| u64::try_from(length).is_ok_and(|length| end <= length))
         })
-}
-
-fn is_eventfd(descriptor: &OwnedFd) -> bool {
-    let copy = descriptor.as_fd().try_clone_to_owned();
-    copy.is_ok_and(|copy| Bell::received(copy).is_some())
 }
