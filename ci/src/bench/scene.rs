@@ -3,14 +3,18 @@
 //! The broker, the VM with all that connects it, and processes on both sides.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use barlink_bench_load::RAW_SIZE;
+use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Signal;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -19,7 +23,7 @@ use serde_json::Value;
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
 use crate::tools::Accel;
-use crate::vm::{Config, Process, Vm, accelerator};
+use crate::vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 
 /// How long a process may take, which measures for less than a second, and how often it is looked at.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -29,8 +33,6 @@ const CAPACITY: &str = "4M";
 /// The port of virtio-serial, and the file of its other end.
 pub const PORT: &str = "barlink.bench";
 const PORT_SOCKET: &str = "port.sock";
-/// The memory of the ivshmem device that no driver holds.
-const RAW: &str = "raw.memory";
 /// What the guest needs for a network, in this order.
 const NETWORK: [&str; 3] = [
     "net/core/failover.ko",
@@ -67,6 +69,8 @@ pub struct Conditions {
 pub struct Scene<'a> {
     vm: Vm,
     broker: Broker,
+    /// The memory of the ivshmem device that no driver holds.
+    raw: File,
     config: Config,
     artifacts: &'a Artifacts,
 }
@@ -112,13 +116,17 @@ impl<'a> Scene<'a> {
             ..broker.vm()?
         };
         let port = broker.folder().join(PORT_SOCKET);
-        let raw = broker.folder().join(RAW);
-        File::create(&raw)?.set_len(RAW_SIZE as u64)?;
+        // Where a VM has a device over vhost-user, its broker is given this memory, too, and refuses what is not sealed.
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let raw = File::from(rustix::fs::memfd_create("raw", flags)?);
+        raw.set_len(RAW_SIZE as u64)?;
+        rustix::fs::fcntl_add_seals(&raw, SealFlags::SHRINK)?;
+        let raw_number = FIRST_FILE + i32::try_from(config.files.len())?;
+        config.files.push(Arc::new(raw.try_clone()?));
         config.arguments.extend([
             "-object".to_owned(),
             format!(
-                "memory-backend-file,id=raw,share=on,size={RAW_SIZE},mem-path={}",
-                raw.display()
+                "memory-backend-file,id=raw,share=on,size={RAW_SIZE},mem-path=/proc/self/fd/{raw_number}"
             ),
             "-device".to_owned(),
             "ivshmem-plain,memdev=raw".to_owned(),
@@ -136,6 +144,7 @@ impl<'a> Scene<'a> {
         let scene = Self {
             vm,
             broker,
+            raw,
             config,
             artifacts,
         };
@@ -208,12 +217,9 @@ impl<'a> Scene<'a> {
 
     /// The memory of the ivshmem device that no driver holds, as on its first use.
     pub fn clear_raw(&self) -> Result<PathBuf> {
-        let path = self.broker.folder().join(RAW);
-        File::options()
-            .write(true)
-            .open(&path)?
-            .write_all(&[0; 4096])?;
-        Ok(path)
+        self.raw.write_all_at(&[0; 4096], 0)?;
+        let (process, number) = (std::process::id(), self.raw.as_raw_fd());
+        Ok(format!("/proc/{process}/fd/{number}").into())
     }
 
     /// A file that is not there.
