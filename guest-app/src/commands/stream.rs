@@ -2,12 +2,17 @@
 
 //! `barlink-guest send`, `recv` and `echo`.
 
+use std::error::Error;
+use std::io;
+
 use anyhow::{Context, Result};
 use barlink_cli::stream;
-use barlink_guest::Device;
 use barlink_guest::protocol::Wakeup;
 use barlink_guest::protocol::cursor::Kind;
 use barlink_guest::protocol::stream::mark;
+use barlink_guest::{Device, EventError};
+
+use rustix::io::Errno;
 
 use crate::args::{Echo, Recv, Send};
 
@@ -15,12 +20,27 @@ pub fn send(device: &Device, args: &Send) -> Result<()> {
     stream::send(&args.stream, &args.channel, || {
         Ok(device.sender(&args.channel)?)
     })
+    .map_err(explain)
 }
 
 pub fn recv(device: &Device, args: &Recv) -> Result<()> {
     stream::receive(&args.stream, &args.channel, || {
         Ok(device.receiver(&args.channel)?)
     })
+    .map_err(explain)
+}
+
+/// Where a stream is between the device and a file, the kernel copies. If it finds no memory, the device's has been taken
+/// away: what is SIGBUS for this program is EFAULT for the kernel.
+fn explain(error: anyhow::Error) -> anyhow::Error {
+    let is_fault = |cause: &(dyn Error + 'static)| {
+        let cause = cause.downcast_ref::<io::Error>();
+        cause.and_then(Errno::from_io_error) == Some(Errno::FAULT)
+    };
+    match error.chain().any(is_fault) {
+        true => EventError::Gone.into(),
+        false => error,
+    }
 }
 
 /// Copies each record from the memory of one channel into that of the other, by way of a private buffer.
@@ -48,5 +68,18 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
         if kind == Kind::END {
             return Ok(());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_the_kernel_does_not_find_is_a_device_that_is_gone() {
+        let failed =
+            |errno: Errno| anyhow::Error::new(io::Error::from(errno)).context("cannot read");
+        assert!(explain(failed(Errno::FAULT)).is::<EventError>());
+        assert!(!explain(failed(Errno::IO)).is::<EventError>());
     }
 }
