@@ -318,10 +318,6 @@ fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
     Ok(())
 }
 
-/// QEMU's memory as one that it shares.
-const SHARED: &str =
-    "-object memory-backend-memfd,id=ram,size=128M,share=on -machine memory-backend=ram";
-
 /// What a host app sees of the guest's own memory.
 fn peek(broker: &Broker, address: u64) -> Result<Vec<u8>> {
     let address = address.to_string();
@@ -373,9 +369,7 @@ fn qemu_plugs_memory_in_whether_it_can_be_read_or_not() -> Result<()> {
     let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
     let mut config = setting.config()?;
     config.arguments = setting.broker.arguments(0)?;
-    config
-        .arguments
-        .extend(SHARED.split(' ').map(str::to_owned));
+    config.shared_memory = true;
     let room = ["-m", "size=128M,slots=3,maxmem=1G"];
     config.arguments.extend(room.map(str::to_owned));
     // Where a build is, no tmpfs should be.
