@@ -67,16 +67,40 @@ impl Bell {
         ringer.is_some_and(|ringer| ringer.takes(descriptor))
     }
 
+    /// Whether [`Bell::is_eventfd`] and [`Bell::is_semaphore`] can tell.
+    pub fn can_tell() -> bool {
+        RINGER.is_some()
+    }
+
+    /// Whether an eventfd that another process sent counts down by one for each read (`EFD_SEMAPHORE`), so that to drain it can take
+    /// for ever. Its rings stay.
+    pub fn is_semaphore(descriptor: &OwnedFd) -> io::Result<bool> {
+        let bell = Bell::from(descriptor.try_clone()?);
+        bell.ring()?;
+        bell.ring()?;
+        let count = bell.take();
+        if count > 2 {
+            bell.ring()?;
+        }
+        Ok(count < 2)
+    }
+
     /// Forgets all rings so far.
     pub fn drain(&self) {
+        self.take();
+    }
+
+    /// Forgets all rings so far, and says how many there were.
+    fn take(&self) -> u64 {
         let mut count = [0; 8];
-        // Without a ring it is EAGAIN, which is as good.
-        let _ = rustix::io::preadv2(
+        let read = rustix::io::preadv2(
             self,
             &mut [IoSliceMut::new(&mut count)],
             u64::MAX,
             ReadWriteFlags::NOWAIT,
         );
+        // Without a ring it is EAGAIN.
+        read.map_or(0, |_| u64::from_ne_bytes(count))
     }
 }
 

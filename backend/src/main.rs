@@ -14,16 +14,21 @@ use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
 use barlink::events::EventError;
 use barlink::protocol::stream::StreamError;
+use log::LevelFilter;
 
 fn main() -> ExitCode {
     let cli: Cli = barlink_cli::parse();
-    let level = if matches!(cli.command, Command::Serve(_)) {
-        // What these crates say of a hostile guest has no limit.
-        "info,vhost=off,virtio_queue=off"
-    } else {
-        "warn"
+    let level = match cli.command {
+        Command::Serve(_) => "info",
+        _ => "warn",
     };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
+    let mut logger = env_logger::Builder::new();
+    // What these crates say of a hostile guest has no limit; so who wants it names them.
+    for chatty in ["vhost", "virtio_queue"] {
+        logger.filter_module(chatty, LevelFilter::Off);
+    }
+    let filter = env_logger::Env::default().default_filter_or(level);
+    logger.parse_env(filter).init();
     barlink_cli::end("barlink", commands::run(cli.command), exit_code)
 }
 

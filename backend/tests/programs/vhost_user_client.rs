@@ -22,8 +22,8 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;
 
-/// Bytes of the guest's memory.
-pub const MEMORY: u64 = 4 << 20;
+/// Bytes of the guest's memory, of which most is a hole.
+pub const MEMORY: u64 = 64 << 20;
 /// Where the VMM says that it has it.
 pub const VMM_ADDRESS: u64 = 0x7000_0000_0000;
 
@@ -103,6 +103,11 @@ pub fn connect(broker: &Broker) -> UnixStream {
 impl Client {
     /// Connects, once the slot is free, and agrees upon features.
     pub fn greet(broker: &Broker) -> Self {
+        Self::greet_without(broker, VhostUserProtocolFeatures::empty())
+    }
+
+    /// The same, without some of the protocol's features.
+    pub fn greet_without(broker: &Broker, lacking: VhostUserProtocolFeatures) -> Self {
         let socket = connect(broker);
         let mut frontend = Frontend::from_stream(socket.try_clone().unwrap(), QUEUES as u64);
         frontend.set_owner().unwrap();
@@ -118,7 +123,7 @@ impl Client {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::SHMEM;
         assert_eq!(offered, expected);
-        frontend.set_protocol_features(offered).unwrap();
+        frontend.set_protocol_features(offered - lacking).unwrap();
         let (sender, wishes) = channel();
         let mut way_back = FrontendReqHandler::new(Arc::new(WayBack(Mutex::new(sender)))).unwrap();
         way_back.set_reply_ack_flag(true);

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::SealFlags;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::VhostUserHeaderFlag;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;
@@ -57,7 +57,11 @@ fn table(address: u64, size: u64, vmm: u64, offset: u64) -> Vec<u8> {
 #[test]
 fn messages_that_make_no_sense_end_their_session_alone() {
     let ram = memory(SealFlags::SHRINK);
+    let huge = memory(SealFlags::SHRINK);
+    huge.set_len(1 << 42).unwrap();
     let eventfd = EventFd::new(EFD_NONBLOCK).unwrap();
+    let semaphore = EventFd::new(EFD_SEMAPHORE).unwrap();
+    semaphore.write(1 << 60).unwrap();
     let (socket, _other) = UnixStream::pair().unwrap();
     let null = File::open("/dev/null").unwrap();
     let (pipe, _end) = std::io::pipe().unwrap();
@@ -80,15 +84,15 @@ fn messages_that_make_no_sense_end_their_session_alone() {
         (SET_MEM_TABLE, table(0, MEMORY, 0, 0), &[&eventfd], "sealed"),
         (SET_VRING_KICK, words(&[0]), &[&ram], "than an eventfd"),
         (SET_VRING_KICK, words(&[0]), &[&pipe], "than an eventfd"),
+        (SET_VRING_KICK, words(&[0]), &[&semaphore], "a semaphore"),
+        (SET_VRING_KICK, words(&[1 << 8]), &[], "without its eventfd"),
         (SET_VRING_CALL, words(&[0]), &[&null], "than an eventfd"),
         (SET_BACKEND_REQ_FD, vec![], &[&eventfd], "no socket"),
         (SET_BACKEND_REQ_FD, vec![], &[], "no socket"),
         (SET_BACKEND_REQ_FD, vec![], &[&socket, &socket], "no socket"),
-        // Cut short.
-        (GET_CONFIG, vec![1], &[], "fails"),
+        // Before features are agreed upon, or cut short.
+        (GET_CONFIG, words(&[8 << 32, 0]), &[], "fails"),
         (SET_VRING_ENABLE, vec![], &[], "fails"),
-        (GET_VRING_BASE, words(&[77]), &[], "fails"),
-        (SET_VRING_NUM, words(&[u64::from(u32::MAX)]), &[], "fails"),
         // Ranges that are not there, or overflow.
         (SET_MEM_TABLE, table(0, MEMORY, 0, 0), &[], "do not have"),
         (
@@ -117,6 +121,13 @@ fn messages_that_make_no_sense_end_their_session_alone() {
         ),
         (SET_MEM_TABLE, table(0, MEMORY, all, 0), &[&ram], "fails"),
         (SET_MEM_TABLE, table(0, all, 0, 0), &[&ram], "do not have"),
+        // More than there are addresses for.
+        (
+            SET_MEM_TABLE,
+            table(0, (1 << 41) + 4096, VMM_ADDRESS, 0),
+            &[&huge],
+            "more than 2 TiB",
+        ),
         (SET_MEM_TABLE, table(0, 0, 0, 0), &[&ram], "fails"),
         (
             SET_MEM_TABLE,
@@ -149,6 +160,116 @@ fn messages_that_make_no_sense_end_their_session_alone() {
     drop(connect(&broker));
     assert_eq!(broker.descriptors(), before);
     Client::greet(&broker).config();
+}
+
+#[test]
+fn messages_that_make_no_sense_later_end_their_session_alone() {
+    let broker = serve_vhost_user(&[]);
+    let (socket, _other) = UnixStream::pair().unwrap();
+    let eventfd = EventFd::new(EFD_NONBLOCK).unwrap();
+    let state = |queue: u64, number: u64| words(&[queue | number << 32]);
+    let cases: &[Case<'_>] = &[
+        (GET_CONFIG, vec![1], &[], ""),
+        (GET_CONFIG, words(&[8 << 32, 0]), &[], ""),
+        (SET_VRING_NUM, state(0, 0), &[], ""),
+        (SET_VRING_NUM, state(0, 65), &[], ""),
+        (SET_VRING_NUM, state(2, 64), &[], ""),
+        (SET_VRING_NUM, state(u64::from(u32::MAX), 64), &[], ""),
+        (SET_VRING_ENABLE, state(2, 1), &[], ""),
+        (GET_VRING_BASE, state(2, 0), &[], ""),
+        (SET_VRING_KICK, words(&[2]), &[&eventfd], ""),
+        (SET_VRING_CALL, words(&[0xff]), &[&eventfd], ""),
+        (SET_BACKEND_REQ_FD, vec![], &[&socket], ""),
+    ];
+    for (request, body, descriptors, _) in cases {
+        let client = Client::greet(&broker);
+        client.frontend.set_features(1 << 32 | 1 << 30).unwrap();
+        send(&client.socket, *request, body, descriptors);
+        assert!(is_closed(&client.socket), "{request}, {body:?}");
+    }
+    // A kick that is set twice: the first would be heard for ever.
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    send(&client.socket, SET_VRING_KICK, &words(&[1]), &[&eventfd]);
+    assert!(is_closed(&client.socket));
+    others_are_served(&broker);
+    // What QEMU may say again, it may.
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    client.share(&client.memory).unwrap();
+    client
+        .frontend
+        .set_vring_call(0, &client.queues[0].call)
+        .unwrap();
+    client.put(0, 2 << 16, 4, false);
+    client.wait_for(0, 1);
+    assert!(!broker.log().contains("a fault of barlink"));
+}
+
+#[test]
+fn vmm_without_shared_memory_has_a_device_without_a_region_and_is_told_so() {
+    let broker = serve_vhost_user(&[]);
+    for lacking in [
+        VhostUserProtocolFeatures::SHMEM,
+        VhostUserProtocolFeatures::SHMEM | VhostUserProtocolFeatures::REPLY_ACK,
+    ] {
+        let mut client = Client::greet_without(&broker, lacking);
+        client.start();
+        client.put(0, 2 << 16, 4, false);
+        client.wait_for(0, 1);
+        client.stop();
+        client.config();
+    }
+    assert!(
+        broker
+            .log()
+            .contains("cannot map the region: QEMU 11.1 can")
+    );
+    assert!(!broker.log().contains("let go"), "{}", broker.log());
+}
+
+/// A page that nobody has used comes into being when the broker touches it, and is charged to the broker.
+#[test]
+fn guest_has_the_broker_touch_no_more_than_some_of_its_memory() {
+    use std::os::unix::fs::MetadataExt;
+
+    const PAGE: u64 = 4096;
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    let pages: Vec<_> = (4 << 20..MEMORY).step_by(PAGE as usize).collect();
+    let mut served = 0;
+    for batch in pages.chunks(64) {
+        for (slot, place) in (0..).zip(batch) {
+            client.describe(0, slot, *place, 4, 0, 0);
+            client.offer(0, slot);
+        }
+        served += batch.len();
+        let all = served as u16;
+        let start = Instant::now();
+        while client.returned(0) != all && start.elapsed() < Duration::from_secs(1) {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        if client.returned(0) != all {
+            break;
+        }
+    }
+    let touched = client.memory.metadata().unwrap().blocks() * 512 / PAGE;
+    assert!((4000..5000).contains(&touched), "{touched} pages");
+    // To start anew is no way round it, and others do not suffer.
+    client.stop();
+    client.config();
+    client.start_from([0, 0]);
+    client.describe(0, 0, MEMORY - PAGE, 4, 0, 0);
+    client.offer(0, 0);
+    std::thread::sleep(Duration::from_millis(100));
+    client.config();
+    let later = client.memory.metadata().unwrap().blocks() * 512 / PAGE;
+    assert!(later <= touched + 4, "{later} pages");
+    others_are_served(&broker);
 }
 
 #[test]

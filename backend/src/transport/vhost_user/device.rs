@@ -23,7 +23,7 @@ use vhost::vhost_user::message::{
     VhostUserMMap, VhostUserMMapFlags, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserVirtioFeatures,
 };
-use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
+use vhost::vhost_user::{Backend, Error, VhostUserFrontendReqHandler};
 use vhost_user_backend::VhostUserBackend;
 use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
@@ -140,14 +140,8 @@ impl Device {
             }
             state.start
         };
-        let id = self.id;
         let Some(way_back) = self.way_back().clone() else {
-            limited!(
-                REFUSED,
-                Account::Slot(id),
-                Level::Warn,
-                "slot {id}: its VMM cannot map the region: QEMU 11.1 can"
-            );
+            self.warn("its VMM cannot map the region: QEMU 11.1 can");
             return Ok(());
         };
         let region = VhostUserMMap {
@@ -163,27 +157,30 @@ impl Device {
         let was_stopped =
             state.start == start && state.running && std::mem::take(&mut state.stopped);
         drop(state);
-        match mapped {
+        // Without a session QEMU would be worse off than without the region.
+        match mapped.map_err(|error| error.downcast::<Error>()) {
             Ok(_) => {
                 if was_stopped {
                     self.reset();
                 }
             }
-            Err(error) if is_refusal(&error) && start > 1 => {
-                debug!("slot {id}: the region is mapped still");
+            // Not seen to be reset: it has the region still.
+            Err(Ok(Error::FrontendInternalError)) if start > 1 && was_stopped => {
+                debug!("slot {}: the region is mapped still", self.id);
             }
-            // Without a session QEMU would be worse off.
-            Err(error) if is_refusal(&error) => {
-                limited!(
-                    REFUSED,
-                    Account::Slot(id),
-                    Level::Warn,
-                    "slot {id}: its VMM does not map the region"
-                );
+            Err(Ok(Error::FrontendInternalError)) => {
+                self.warn("its VMM does not map the region");
             }
-            Err(error) => return Err(error),
+            Err(Ok(error)) => return Err(error.into()),
+            // Not the VMM's, so it was not asked: it had not said that it can.
+            Err(Err(_)) => self.warn("its VMM cannot map the region: QEMU 11.1 can"),
         }
         Ok(())
+    }
+
+    fn warn(&self, what: &str) {
+        let id = self.id;
+        limited!(REFUSED, Account::Slot(id), Level::Warn, "slot {id}: {what}");
     }
 
     fn way_back(&self) -> MutexGuard<'_, Option<Backend>> {
@@ -281,12 +278,6 @@ impl Device {
         bytes[config::REGION_SIZE..][..8].copy_from_slice(&self.region_size.to_le_bytes());
         bytes
     }
-}
-
-/// Whether the VMM has said no, and can be asked again.
-fn is_refusal(error: &io::Error) -> bool {
-    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
-    matches!(inner, Some(vhost::vhost_user::Error::FrontendInternalError))
 }
 
 impl VhostUserBackend for Device {

@@ -5,14 +5,14 @@
 //! The daemon would map any file, and a file that its owner then truncates ends the broker, with all its VMs, by SIGBUS; and it
 //! would wait for ever in a descriptor that is no eventfd. Doorbells, interrupts and data do not come by here.
 
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::Level;
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::FileType;
-use rustix::net::Shutdown;
+use rustix::net::{Shutdown, SocketType, sockopt};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::message::{Message, MessageError, limit_waiting};
@@ -26,9 +26,16 @@ use crate::transport::{Departure, TransportError};
 enum Brings {
     Nothing,
     Memory,
+    Kick,
     Eventfd,
     WayBack,
 }
+
+/// Most bytes of a guest's memory. The daemon maps it, the next before it gives up the last, and all VMs of a broker share its
+/// 2^47 bytes of addresses.
+const MOST_MEMORY: u64 = 1 << 41;
+/// What of a kick's or a call's number is the queue's.
+const QUEUE_INDEX: u64 = 0xff;
 
 /// What a client may ask for, as QEMU does for what the daemon offers.
 const REQUESTS: &[(FrontendReq, Brings)] = &[
@@ -43,7 +50,7 @@ const REQUESTS: &[(FrontendReq, Brings)] = &[
     (FrontendReq::SET_VRING_ADDR, Brings::Nothing),
     (FrontendReq::SET_VRING_BASE, Brings::Nothing),
     (FrontendReq::GET_VRING_BASE, Brings::Nothing),
-    (FrontendReq::SET_VRING_KICK, Brings::Eventfd),
+    (FrontendReq::SET_VRING_KICK, Brings::Kick),
     (FrontendReq::SET_VRING_CALL, Brings::Eventfd),
     (FrontendReq::SET_VRING_ERR, Brings::Eventfd),
     (FrontendReq::SET_VRING_ENABLE, Brings::Nothing),
@@ -60,6 +67,9 @@ pub struct Guard<'a> {
     daemon: &'a UnixStream,
     /// The socket on which the daemon asks the VMM, and waits for its answers.
     way_back: Mutex<Option<OwnedFd>>,
+    /// A bit for each queue whose kick is set, and which was not stopped since. Of one that is set again the daemon goes on to
+    /// listen to the old one, whose rings nobody would take.
+    kicked: Cell<u64>,
 }
 
 impl<'a> Guard<'a> {
@@ -72,6 +82,7 @@ impl<'a> Guard<'a> {
             vm,
             daemon,
             way_back: Mutex::default(),
+            kicked: Cell::new(0),
         })
     }
 
@@ -125,6 +136,10 @@ impl<'a> Guard<'a> {
         let (_, brings) = REQUESTS.iter().find(asks).ok_or(Refused::Message(
             "it asks for something that the device does not have",
         ))?;
+        if message.request() == FrontendReq::GET_VRING_BASE as u32 {
+            self.kicked
+                .set(self.kicked.get() & !queue_bit(message, u64::from(u32::MAX)));
+        }
         let descriptors = &message.descriptors;
         match brings {
             Brings::Nothing if !descriptors.is_empty() => {
@@ -135,15 +150,33 @@ impl<'a> Guard<'a> {
                     -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram";
                 self.refuse(message, unsealed)
             }
-            Brings::Memory if !ranges_are_there(message) => Err(Refused::Message(
-                "it shares ranges of memory that its files do not have",
-            )),
+            Brings::Memory => ranges_are_there(message),
+            Brings::Kick => self.check_kick(message),
             Brings::Eventfd if !descriptors.iter().all(Bell::is_eventfd) => Err(Refused::Message(
                 "it sent something else than an eventfd for a queue",
             )),
             Brings::WayBack => self.keep(descriptors),
             _ => Ok(()),
         }
+    }
+
+    /// Whether a queue can be kicked so.
+    fn check_kick(&self, message: &Message) -> Result<(), Refused> {
+        let wrong = |how| Err(Refused::Message(how));
+        let [kick] = message.descriptors.as_slice() else {
+            return wrong("it sent a queue's kick without its eventfd");
+        };
+        if !Bell::is_eventfd(kick) {
+            return wrong("it sent something else than an eventfd for a queue");
+        }
+        if Bell::is_semaphore(kick).map_err(MessageError::Socket)? {
+            return wrong("it sent an eventfd that is a semaphore for a queue's kick");
+        }
+        let bit = queue_bit(message, QUEUE_INDEX);
+        if self.kicked.replace(self.kicked.get() | bit) & bit != 0 {
+            return wrong("it set a queue's kick twice without stopping the queue");
+        }
+        Ok(())
     }
 
     /// Answers that it cannot be done: QEMU complains, and does without the device, where it would end if it were let go.
@@ -168,8 +201,8 @@ impl<'a> Guard<'a> {
         let [socket] = descriptors else {
             return Err(wrong);
         };
-        let is_socket = rustix::fs::fstat(socket)
-            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket);
+        // To ask what kind of file it is could ask whoever serves its file system, and wait.
+        let is_socket = sockopt::socket_type(socket) == Ok(SocketType::STREAM);
         let mut way_back = self.way_back.lock().unwrap_or_else(PoisonError::into_inner);
         if !is_socket || way_back.is_some() {
             return Err(wrong);
@@ -218,31 +251,43 @@ fn pass(
     Ok(true)
 }
 
-/// Whether each range of a table of memory is within the file that came along for it. To touch what is not would be SIGBUS, and
-/// the daemon does not look. The table has the number of ranges, in eight bytes, and four numbers for each: guest-physical
-/// address, length, address in the VMM, offset in the file.
-fn ranges_are_there(message: &Message) -> bool {
-    let body = message.body();
-    let numbers: Vec<_> = body
-        .chunks_exact(8)
-        .map(|bytes| {
-            bytes
-                .iter()
-                .rev()
-                .fold(0, |number, byte| number << 8 | u64::from(*byte))
-        })
-        .collect();
+/// Whether each range of a table of memory is within the file that came along for it, and all of them can be mapped. To touch what
+/// is not there would be SIGBUS, and the daemon does not look. The table has the number of ranges, in eight bytes, and four numbers
+/// for each: guest-physical address, length, address in the VMM, offset in the file.
+fn ranges_are_there(message: &Message) -> Result<(), Refused> {
+    let absent = Err(Refused::Message(
+        "it shares ranges of memory that its files do not have",
+    ));
+    let (numbers, _) = message.body().as_chunks();
+    let numbers: Vec<_> = numbers.iter().copied().map(u64::from_le_bytes).collect();
     let Some((count, ranges)) = numbers.split_first() else {
-        return false;
+        return absent;
     };
+    let files = &message.descriptors;
     // The upper half means nothing.
-    let matches = usize::try_from(count & 0xffff_ffff) == Ok(message.descriptors.len());
-    let files = message.descriptors.iter();
-    matches
-        && ranges.len() == 4 * message.descriptors.len()
-        && ranges.chunks(4).zip(files).all(|(range, file)| {
-            let length = rustix::fs::fstat(file).map_or(0, |stat| stat.st_size);
-            let end = range[1].checked_add(range[3]);
-            end.is_some_and(|end| u64::try_from(length).is_ok_and(|length| end <= length))
-        })
+    let matches = usize::try_from(count & 0xffff_ffff) == Ok(files.len());
+    if !matches || ranges.len() != 4 * files.len() {
+        return absent;
+    }
+    let mut total = 0_u64;
+    for ([_, length, _, offset], file) in ranges.as_chunks().0.iter().zip(files) {
+        let there = rustix::fs::fstat(file).map_or(0, |stat| stat.st_size);
+        let end = length.checked_add(*offset);
+        if !end.is_some_and(|end| u64::try_from(there).is_ok_and(|there| end <= there)) {
+            return absent;
+        }
+        total = total.saturating_add(*length);
+    }
+    if total > MOST_MEMORY {
+        return Err(Refused::Message("it shares more than 2 TiB of memory"));
+    }
+    Ok(())
+}
+
+/// The bit of the queue that a message is about, whose number is in some bits of its first eight bytes; none for one that cannot be.
+fn queue_bit(message: &Message, mask: u64) -> u64 {
+    let number = message.body().first_chunk();
+    let queue = number.map(|bytes| u64::from_le_bytes(*bytes) & mask);
+    // CAST: masked.
+    queue.map_or(0, |queue| 1_u64.checked_shl(queue as u32).unwrap_or(0))
 }

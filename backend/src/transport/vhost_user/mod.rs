@@ -8,6 +8,7 @@
 //! VMM maps the region.
 
 mod device;
+mod footprint;
 mod guard;
 mod inlet;
 mod life;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A virtqueue whose memory and eventfds are a stranger's: reading and ringing these never waits, and a queue that makes no
-//! sense is left alone until the device starts anew. All else is as in `vhost-user-backend`.
+//! A virtqueue whose memory and eventfds are a stranger's: reading and ringing these never waits, a queue that makes no
+//! sense is left alone until the device starts anew, and one that would have all of a guest's memory touched, for ever. All
+//! else is as in `vhost-user-backend`.
 
 use std::fs::File;
 use std::io;
@@ -13,6 +14,10 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Error, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+
+use barlink_protocol::wire::virtio::{BUFFER, QUEUE_SIZE};
+
+use super::footprint::Footprint;
 
 /// The guest's memory.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -30,6 +35,8 @@ pub struct Queue {
     broken: Arc<AtomicBool>,
     /// It goes on where it was stopped, behind its first buffer.
     goes_on: Arc<AtomicBool>,
+    /// What of the memory it has had us touch, in all of the session.
+    footprint: Arc<Mutex<Footprint>>,
 }
 
 #[derive(Default)]
@@ -75,6 +82,7 @@ impl Queue {
         }
         let memory = self.memory.memory();
         let queue = state.get_queue_mut();
+        let mut footprint = self.footprint();
         let mut returned = false;
         let mut serve = || {
             if !queue.is_valid(&*memory) {
@@ -86,11 +94,15 @@ impl Queue {
                 }
                 // An index that is too far ahead is an error here. `pop_descriptor_chain` hides it, and would be asked again
                 // and again.
-                let Some(mut chain) = queue.iter(memory.clone())?.next() else {
+                let Some(chain) = queue.iter(memory.clone())?.next() else {
                     return Ok(Served::All);
                 };
                 let head = chain.head_index();
-                let length = fill(&memory, chain.next());
+                let buffer = first_buffer(&memory, queue, head)?;
+                if let Some(buffer) = &buffer {
+                    footprint.grow(buffer.addr(), u64::from(buffer.len()).min(BUFFER as u64))?;
+                }
+                let length = fill(&memory, buffer);
                 queue.add_used(&*memory, head, length)?;
                 returned = true;
             }
@@ -116,9 +128,30 @@ impl Queue {
         }
     }
 
+    fn footprint(&self) -> MutexGuard<'_, Footprint> {
+        let footprint = self.footprint.lock();
+        footprint.unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn bells(&self) -> MutexGuard<'_, Bells> {
         self.bells.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The first buffer of a chain; none if that is a table of further ones, which the device does not offer to read.
+fn first_buffer(
+    memory: &GuestMemoryMmap,
+    queue: &virtio_queue::Queue,
+    head: u16,
+) -> Result<Option<Descriptor>, Error> {
+    if head >= queue.size() {
+        return Err(Error::InvalidDescriptorIndex);
+    }
+    let place = u64::from(head) * size_of::<Descriptor>() as u64;
+    let place = queue.desc_table().checked_add(place);
+    let place = GuestAddress(place.ok_or(Error::AddressOverflow)?);
+    let buffer: Descriptor = memory.read_obj(place).map_err(Error::GuestMemory)?;
+    Ok(Some(buffer).filter(|buffer| !buffer.refers_to_indirect_table()))
 }
 
 fn wants_interrupt(flags: u16) -> bool {
@@ -151,6 +184,7 @@ impl VringT<Memory> for Queue {
             bells: Arc::default(),
             broken: Arc::default(),
             goes_on: Arc::default(),
+            footprint: Arc::default(),
         })
     }
 
@@ -188,8 +222,20 @@ impl VringT<Memory> for Queue {
     }
 
     fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), Error> {
+        self.broken.store(true, Ordering::Relaxed);
+        let size = u64::from(QUEUE_SIZE);
+        let mut footprint = self.footprint();
+        for (place, length) in [
+            (descriptors, size * 16),
+            (available, 6 + size * 2),
+            (used, 6 + size * 8),
+        ] {
+            footprint.grow(GuestAddress(place), length)?;
+        }
+        drop(footprint);
+        self.inner.set_queue_info(descriptors, available, used)?;
         self.broken.store(false, Ordering::Relaxed);
-        self.inner.set_queue_info(descriptors, available, used)
+        Ok(())
     }
 
     fn queue_next_avail(&self) -> u16 {

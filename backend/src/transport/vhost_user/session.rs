@@ -4,6 +4,7 @@
 //! that ends nothing of the daemon is left.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
@@ -34,6 +35,11 @@ impl Drop for Ending<'_> {
 
 /// Serves a client until it leaves.
 pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
+    if !Bell::can_tell() {
+        // To use what the client sends as eventfds could wait.
+        let cure = "the kernel has no asynchronous I/O to spare: raise fs.aio-max-nr, and start the broker again";
+        return Err(TransportError::Daemon(cure.into()));
+    }
     let over = Arc::new(Bell::new().map_err(TransportError::Receive)?);
     let device = Device::new(slot, &over).map_err(TransportError::Receive)?;
     let device = Arc::new(device);
@@ -54,13 +60,16 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
     // It is closed again once the one connection is accepted.
     let started = daemon.start(&mut Listener::from(listener));
     started.map_err(|error| daemon_fails(&error))?;
-    let departure = {
-        let guard = Guard::new(slot.id(), vm, &client).map_err(TransportError::Receive)?;
-        guard.run(&over)?
-    };
+    let guard = Guard::new(slot.id(), vm, &client).map_err(TransportError::Receive);
+    let departure = guard.and_then(|guard| guard.run(&over));
+    if departure.is_err() {
+        // There may have been no guard to do so.
+        let _ = client.shutdown(Shutdown::Both);
+    }
+    // Whatever has happened, nothing of the daemon works on when the slot is another VM's.
     drop(ending);
     let ended = daemon.wait();
-    match (departure, ended) {
+    match (departure?, ended) {
         (Some(departure), ended) => {
             if let Err(error) = ended {
                 debug!("slot {}: {error}", slot.id());
