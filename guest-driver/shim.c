@@ -143,12 +143,20 @@ static int refuse_to_freeze(struct virtio_device *vdev)
 	return -EBUSY;
 }
 
+/* By its PCI function: its queues and the region are gone after it. So the device is, until it is bound anew. */
+static int let_go_before_reset(struct virtio_device *vdev)
+{
+	barlink_virtio_remove(vdev);
+	return 0;
+}
+
 static struct virtio_driver virtio_driver = {
 	.driver.name = "barlink",
 	.id_table = virtio_devices,
 	.probe = barlink_virtio_probe,
 	.remove = barlink_virtio_remove,
 	.freeze = pm_sleep_ptr(refuse_to_freeze),
+	.reset_prepare = let_go_before_reset,
 };
 
 int barlink_virtio_register(void)
@@ -168,6 +176,9 @@ struct device *barlink_virtio_dev(struct virtio_device *vdev)
 
 u32 barlink_virtio_config(struct virtio_device *vdev, u32 offset)
 {
+	/* A device need not have such a space. How long it is, nobody can tell. */
+	if (!vdev->config->get)
+		return 0;
 	return virtio_cread32(vdev, offset);
 }
 

@@ -267,17 +267,21 @@ unsafe extern "C" fn barlink_virtio_probe(vdev: *mut VirtioDevice) -> c_int {
     })
 }
 
-/// The `remove` of `struct virtio_driver`.
+/// The `remove` of `struct virtio_driver`, and what comes before a reset of the device by others.
 ///
 /// # Safety
 ///
-/// Only for `shim.c`, with a device that [`barlink_virtio_probe`] took, once.
+/// Only for `shim.c`, with a device that [`barlink_virtio_probe`] took, under the device's lock.
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
-    // SAFETY: The device is valid, and `probe` has put the value there.
+    // SAFETY: The device is valid, and `probe` has put the value there, unless it was taken from there already.
     unsafe {
-        let data = bindings::dev_get_drvdata(shim::barlink_virtio_dev(vdev));
-        drop(KBox::<Data>::from_raw(data.cast()));
+        let dev = shim::barlink_virtio_dev(vdev);
+        let data = bindings::dev_get_drvdata(dev);
+        bindings::dev_set_drvdata(dev, ptr::null_mut());
+        if !data.is_null() {
+            drop(KBox::<Data>::from_raw(data.cast()));
+        }
     }
 }
 

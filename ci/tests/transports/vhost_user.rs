@@ -103,6 +103,31 @@ fn virtio_device_is_given_back_and_taken_again() -> Result<()> {
     line(&broker, &vm, "after")
 }
 
+/// By the function level reset of PCI, which takes queues and region away.
+#[test]
+fn virtio_device_that_root_resets_is_gone_until_it_is_bound_anew() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &[])?;
+    let receiver = vm.spawn(["barlink-guest", "recv"])?;
+    wait_for_holder(&broker, "down", "consumer", true)?;
+    let reset = "cd -P /sys/class/misc/barlink0/device && basename $PWD && echo 1 >../reset";
+    let name = vm.run(["sh", "-c", reset])?.success()?;
+    let told = receiver.wait(COMMAND_TIMEOUT)?;
+    let error = String::from_utf8_lossy(&told.stderr).into_owned();
+    ensure!(error.contains("gone"), "{error}");
+    wait_until("the host learns that the driver is gone", || {
+        Ok(broker.inspect()?["guests"][0]["present"] == false)
+    })?;
+    let bind = format!(
+        "test ! -e /dev/barlink0 && cd /sys/bus/virtio/drivers/barlink && echo {0} >unbind && echo {0} >bind",
+        name.trim_end()
+    );
+    vm.run(["sh", "-c", &bind])?.require_success()?;
+    line(&broker, &vm, "after")?;
+    let log = vm.run(["dmesg"])?.success()?;
+    ensure!(!log.contains("Call Trace"), "{log}");
+    Ok(())
+}
+
 #[test]
 fn module_with_a_virtio_device_stays_while_it_is_used() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
@@ -139,4 +164,22 @@ fn broker_that_dies_leaves_the_memory_and_nobody_hangs() -> Result<()> {
     sleeper.kill(Signal::INT)?;
     sleeper.wait(COMMAND_TIMEOUT)?;
     vm.run(["rmmod", "barlink"])?.require_success()
+}
+
+/// What a user is warned of: `docs/architecture.md`.
+#[test]
+fn guest_that_reboots_after_its_brokers_death_ends_its_qemu_when_it_loads_the_driver() -> Result<()>
+{
+    let (mut broker, vm) = start(TRANSPORT, &[])?;
+    line(&broker, &vm, "before")?;
+    broker.kill()?;
+    vm.reset()?;
+    vm.run(["true"])?.require_success()?;
+    load(&vm).expect_err("QEMU lives on: tell the user so");
+    let errors = vm.errors();
+    ensure!(
+        errors.contains("vhost_dev_get_config: Assertion"),
+        "{errors}"
+    );
+    Ok(())
 }
