@@ -15,6 +15,11 @@ fn every_kind_of_fault_over_vfio_user_costs_no_record() -> Result<()> {
     costs_no_record(Transport::VfioUser)
 }
 
+#[test]
+fn every_kind_of_fault_over_vhost_user_costs_no_record() -> Result<()> {
+    costs_no_record(Transport::VhostUser)
+}
+
 fn costs_no_record(transport: Transport) -> Result<()> {
     let report = crash::once(Artifacts::shared()?, transport)?;
     print!("{report}");

@@ -128,6 +128,15 @@ impl Fault {
             (Self::BrokerKilledAmidRings | Self::BrokerReplacedAmidRings, Transport::Ivshmem) => {
                 Some("no ring is a message to the broker")
             }
+            // `service_that_is_restarted_lets_its_vm_over_vhost_user_go`
+            (
+                Self::BrokerKilled
+                | Self::BrokerAndEndKilled(_)
+                | Self::BrokerReplaced
+                | Self::BrokerKilledAmidRings
+                | Self::BrokerReplacedAmidRings,
+                Transport::VhostUser,
+            ) => Some("a broker's session over vhost-user ends with it"),
             _ => None,
         }
     }
@@ -248,6 +257,10 @@ mod tests {
         assert_eq!(left_out(Transport::VfioUser), [Fault::DeviceUnplugged]);
         let amid_rings = [Fault::BrokerKilledAmidRings, Fault::BrokerReplacedAmidRings];
         assert_eq!(left_out(Transport::Ivshmem), amid_rings);
+        let with_broker = |fault: &Fault| fault.to_string().starts_with("broker ");
+        let (broker, others): (Vec<_>, Vec<_>) = Fault::any().into_iter().partition(with_broker);
+        assert_eq!(left_out(Transport::VhostUser), broker);
+        assert_eq!(Fault::all(Transport::VhostUser), others);
         let done = Fault::all(Transport::VfioUser);
         assert!(!done.contains(&Fault::DeviceUnplugged));
         assert!(amid_rings.iter().all(|fault| done.contains(fault)));

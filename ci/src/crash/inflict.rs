@@ -59,10 +59,12 @@ impl Scene<'_> {
                 scene.load_driver()
             }),
             Fault::DeviceUnbound => self.interrupt(|scene| {
-                let device = scene.tell_driver("ls -d *:*")?;
-                scene.tell_driver(&format!("echo {device} >unbind"))?;
+                let driver = scene.shell("readlink -f /sys/class/misc/barlink0/device/driver")?;
+                let device =
+                    scene.shell("basename $(readlink -f /sys/class/misc/barlink0/device)")?;
+                scene.shell(&format!("echo {device} >{driver}/unbind"))?;
                 Self::guest().try_for_each(|role| scene.worker(role)?.wait_gone())?;
-                scene.tell_driver(&format!("echo {device} >bind"))?;
+                scene.shell(&format!("echo {device} >{driver}/bind"))?;
                 Ok(())
             }),
             Fault::DeviceUnplugged => self.interrupt(Self::unplug_and_plug),
@@ -170,10 +172,9 @@ impl Scene<'_> {
         Ok(Instant::now())
     }
 
-    /// Runs a shell command in the driver's folder of sysfs.
-    fn tell_driver(&self, command: &str) -> Result<String> {
-        let command = format!("cd /sys/bus/pci/drivers/barlink && {command}");
-        let output = self.vm()?.run(["sh", "-c", &command])?;
+    /// Runs a shell command in the guest.
+    fn shell(&self, command: &str) -> Result<String> {
+        let output = self.vm()?.run(["sh", "-c", command])?;
         Ok(output.success()?.trim_end().to_owned())
     }
 
