@@ -20,6 +20,7 @@ pub mod service;
 pub mod setup;
 pub mod steps;
 pub mod tally;
+pub mod tap;
 pub mod test;
 pub mod tools;
 pub mod vm;

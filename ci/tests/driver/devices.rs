@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use barlink_driver_checks::Region;
+use barlink_protocol::wire::virtio;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Signal;
 use serde_json::json;
 use xtask::broker::{Broker, Transport};
 use xtask::builds::Artifacts;
+use xtask::tap::Tap;
 use xtask::vm::{Config, FIRST_FILE, Vm};
-
-use crate::tap::Tap;
 
 /// All that [`Region`] names. It has to outlive the VM.
 pub struct Devices {
@@ -21,6 +21,7 @@ pub struct Devices {
     pub config: Config,
     taps: HashMap<Region, Arc<Tap>>,
     brokers: HashMap<Region, Broker>,
+    transport: Transport,
 }
 
 impl Devices {
@@ -34,6 +35,7 @@ impl Devices {
             },
             taps: HashMap::new(),
             brokers: HashMap::new(),
+            transport,
         };
         for (region, chassis) in Region::ALL.into_iter().zip(1..) {
             devices.add(region, transport, chassis)?;
@@ -63,13 +65,21 @@ impl Devices {
             "chardev-add",
             &json!({ "id": socket(region), "backend": backend }),
         )?;
-        vm.plug(&json!({
-            "driver": "ivshmem-doorbell",
-            "id": id(region),
-            "bus": port(region),
-            "chardev": socket(region),
-            "vectors": region.facts().vectors,
-        }))
+        let mut device = match self.transport {
+            // As `barlink qemu-args` has it.
+            Transport::VhostUser => json!({
+                "driver": "vhost-user-test-device-pci",
+                "virtio-id": virtio::DEVICE_TYPE,
+                "num_vqs": virtio::QUEUES,
+                "vq_size": virtio::QUEUE_SIZE,
+                "config_size": virtio::config::SIZE,
+            }),
+            _ => json!({ "driver": "ivshmem-doorbell", "vectors": region.facts().vectors }),
+        };
+        device["id"] = id(region).into();
+        device["bus"] = port(region).into();
+        device["chardev"] = socket(region).into();
+        vm.plug(&device)
     }
 
     /// Has the guest let go of that device, and pulls it out.
@@ -119,7 +129,8 @@ impl Devices {
         slots[facts.slot as usize] = transport;
         let tapped = slots.iter().position(|slot| *slot == Transport::Ivshmem);
         let broker = Broker::start_over(Artifacts::shared()?, &slots, &options)?;
-        let tap = Tap::before_the_vm(&broker, tapped.context("no slot to tap")?, facts)?;
+        let tapped = tapped.context("no slot to tap")?;
+        let tap = Tap::before_the_vm(&broker, tapped, facts.slots, facts.vectors)?;
         self.taps.insert(region, Arc::new(tap));
         self.config.paths.push(broker.folder().to_owned());
         Ok(self.brokers.entry(region).insert_entry(broker).into_mut())
@@ -157,7 +168,7 @@ impl Devices {
 
 /// Whether devices of a transport can be pulled out of a VM: see [`barlink_driver_checks::UNPLUGGING`].
 pub fn unplugs(transport: Transport) -> bool {
-    transport == Transport::Ivshmem
+    transport != Transport::VfioUser
 }
 
 /// What QEMU calls what belongs to a region.

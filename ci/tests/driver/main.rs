@@ -5,7 +5,6 @@
 
 mod devices;
 mod stage;
-mod tap;
 
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -3,18 +3,15 @@
 mod relay;
 mod under_way;
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use xtask::broker::{Broker, Transport};
 use xtask::builds::Artifacts;
+use xtask::tap::Tap;
 use xtask::vm::{Bare, COMMAND_TIMEOUT, Config, PciDevice, Vm};
 
 use self::relay::{Message, Relay};
@@ -26,19 +23,17 @@ const WRITE: u16 = 10;
 const SET_IRQS: u16 = 8;
 const UNMAP: u16 = 3;
 
-/// A broker with a slot for vfio-user, 0, and one for ivshmem, 1, whose VM is this test.
+/// A broker with a slot for vfio-user, 0, and one for ivshmem, 1, which this test taps.
 struct Setting {
     broker: Broker,
     relay: Relay,
-    /// All eventfds, by peer, then by vector.
-    bells: Vec<Vec<OwnedFd>>,
-    _other: UnixStream,
+    tap: Tap,
 }
 
 const SLOTS: [Transport; 2] = [Transport::VfioUser, Transport::Ivshmem];
 /// The host's ID.
-const HOST: usize = 2;
-const VECTORS: usize = 5;
+const HOST: u32 = 2;
+const VECTORS: u32 = 5;
 
 impl Setting {
     fn new(size: &str) -> Result<Self> {
@@ -61,23 +56,8 @@ impl Setting {
 
     fn at(broker: Broker) -> Result<Self> {
         let relay = Relay::start(&broker.socket(0), broker.folder())?;
-        let other = UnixStream::connect(broker.socket(1))?;
-        other.set_read_timeout(Some(PATIENCE))?;
-        let mut bells: Vec<_> = (0..=HOST).map(|_| Vec::new()).collect();
-        for _ in 0..3 {
-            message(&other)?;
-        }
-        for _ in 0..(HOST + 1) * VECTORS {
-            let (peer, bell) = message(&other)?;
-            let bell = bell.context("no eventfd")?;
-            bells[usize::try_from(peer)?].push(bell.into());
-        }
-        Ok(Self {
-            broker,
-            relay,
-            bells,
-            _other: other,
-        })
+        let tap = Tap::before_the_vm(&broker, 1, HOST, VECTORS)?;
+        Ok(Self { broker, relay, tap })
     }
 
     /// QEMU's arguments, through the relay.
@@ -118,28 +98,6 @@ impl Setting {
     }
 }
 
-/// A message of ivshmem's protocol.
-fn message(socket: &UnixStream) -> Result<(i64, Option<File>)> {
-    let mut bytes = [0; 8];
-    let (length, file) = socket.recv_with_fd(&mut bytes)?;
-    ensure!(length == bytes.len(), "a message of {length} bytes");
-    Ok((i64::from_le_bytes(bytes), file))
-}
-
-/// How often an eventfd was rung since it was last asked.
-fn rings(bell: &OwnedFd) -> u64 {
-    let mut count = [0; 8];
-    match rustix::io::read(bell, &mut count) {
-        Ok(_) => u64::from_ne_bytes(count),
-        Err(_) => 0,
-    }
-}
-
-fn ring(bell: &OwnedFd) -> Result<()> {
-    rustix::io::write(bell, &1u64.to_ne_bytes())?;
-    Ok(())
-}
-
 fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
     while !done()? {
@@ -172,7 +130,7 @@ fn qemu_sees_ivshmem_and_our_registers() -> Result<()> {
         assert_eq!(register(8)?, 0, "its own ID");
         assert_eq!(register(0x10)?, u32::from_le_bytes(*b"barl"));
         assert_eq!(register(0x14)?, 1);
-        assert_eq!([register(0x20)?, register(0x24)?], [3, VECTORS as u32]);
+        assert_eq!([register(0x20)?, register(0x24)?], [3, VECTORS]);
         let errors = machine.errors()?;
         assert_eq!(errors, "", "QEMU complains");
     }
@@ -208,28 +166,23 @@ fn doorbell_is_one_message_and_one_ring() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
     let doorbell = device.bars[0].0 + 12;
-    setting.bells.iter().flatten().for_each(|bell| {
-        rings(bell);
-    });
+    setting.tap.all_rings()?;
     for (peer, vector) in [(HOST, 3), (1, 2), (HOST, 0)] {
         let before = setting.relay.messages();
-        machine.write(doorbell, (peer << 16 | vector) as u32)?;
+        machine.write(doorbell, peer << 16 | vector)?;
         let messages = setting.relay.messages();
         let expected = Message {
             command: WRITE,
             region: Some(0),
         };
         assert_eq!(messages[before.len()..], [expected]);
-        for (place, bell) in setting.bells.iter().flatten().enumerate() {
-            let rung = place == peer * VECTORS + vector;
-            assert_eq!(rings(bell), u64::from(rung), "{place}");
-        }
+        assert_eq!(setting.tap.all_rings()?, [(peer, vector, 1)]);
     }
     // What nobody has is nobody's.
     for (peer, vector) in [(3, 0), (HOST, VECTORS), (0xffff, 0xffff)] {
-        machine.write(doorbell, (peer << 16 | vector) as u32)?;
+        machine.write(doorbell, peer << 16 | vector)?;
     }
-    assert!(setting.bells.iter().flatten().all(|bell| rings(bell) == 0));
+    assert!(setting.tap.all_rings()?.is_empty());
     Ok(())
 }
 
@@ -264,18 +217,18 @@ fn rings_for_the_vm_are_its_interrupts() -> Result<()> {
     let (mut machine, device) = setting.machine()?;
     enable_interrupts(&mut machine, &device)?;
     machine.fill(TARGET, 64, 0)?;
-    for (vector, bell) in (0..).zip(&setting.bells[0]) {
-        ring(bell)?;
-        let datum = 0xfeed_0000 + vector as u32;
+    for vector in 0..VECTORS {
+        setting.tap.ring(0, vector, 1)?;
+        let target = TARGET + 4 * u64::from(vector);
         wait_until("the interrupt comes", || {
-            Ok(machine.read(TARGET + 4 * vector)? == datum)
+            Ok(machine.read(target)? == 0xfeed_0000 + vector)
         })?;
-        machine.write(TARGET + 4 * vector, 0)?;
+        machine.write(target, 0)?;
     }
     // One that is masked comes once it is not.
     let control = device.bars[1].0 + 16 + 12;
     machine.write(control, 1)?;
-    ring(&setting.bells[0][1])?;
+    setting.tap.ring(0, 1, 1)?;
     thread::sleep(Duration::from_millis(200));
     assert_eq!(machine.read(TARGET + 4)?, 0);
     machine.write(control, 0)?;
@@ -297,20 +250,20 @@ fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
         resets.count()
     };
     let told = resets(&setting.relay.messages());
-    rings(&setting.bells[HOST][0]);
+    setting.tap.rings(HOST, 0)?;
     machine.qmp("system_reset", &json!({}))?;
     wait_until("the reset comes", || {
         Ok(resets(&setting.relay.messages()) > told)
     })?;
     wait_until("the host is told", || Ok(setting.connection()? > before))?;
-    assert!(rings(&setting.bells[HOST][0]) >= 1);
+    assert!(setting.tap.rings(HOST, 0)? >= 1);
     // The firmware sets the device up again, and everything is as before.
     wait_for_firmware(&mut machine, &device)?;
     let device = machine.device("barlink0")?;
     assert_eq!(machine.read(device.config + 0x40)?, 0x000f_0011);
     enable_interrupts(&mut machine, &device)?;
     machine.fill(TARGET, 64, 0)?;
-    ring(&setting.bells[0][2])?;
+    setting.tap.ring(0, 2, 1)?;
     wait_until("the interrupt comes", || {
         Ok(machine.read(TARGET + 8)? == 0xfeed_0002)
     })?;
@@ -353,12 +306,17 @@ fn guest_memory_is_copied_if_qemu_shares_it() -> Result<()> {
     // A reset takes all memory away and gives it back, some of it in parts that the firmware hides and shows.
     let places = [0, 0xc_0000, 0xe_0000, 0xf_0000, 1 << 20, TARGET, 127 << 20];
     let readable = || places.map(|address| peek(address).is_ok());
-    assert_eq!(readable(), [true; 7]);
+    let all_is_readable = || {
+        wait_until("the firmware shows all of it", || {
+            Ok(readable() == [true; 7])
+        })
+    };
+    all_is_readable()?;
     let before = setting.connection()?;
     machine.qmp("system_reset", &json!({}))?;
     wait_until("the reset comes", || Ok(setting.connection()? > before))?;
     wait_for_firmware(&mut machine, &device)?;
-    assert_eq!(readable(), [true; 7]);
+    all_is_readable()?;
     assert_eq!(peek(TARGET)?, b"seen it!");
     assert_eq!(machine.errors()?, "");
     Ok(())

@@ -9,8 +9,8 @@ use super::relay::Half;
 use super::*;
 
 /// A vector of the host, and what is written to the doorbell to ring it.
-const VECTOR: usize = 3;
-const RING: u32 = (HOST << 16 | VECTOR) as u32;
+const VECTOR: u32 = 3;
+const RING: u32 = HOST << 16 | VECTOR;
 
 /// How long QEMU waits for an answer (`x-msg-timeout`).
 const PATIENCE_OF_QEMU: Duration = Duration::from_secs(5);
@@ -55,7 +55,7 @@ fn no_ring_is_lost_or_doubled_while_brokers_take_over() -> Result<()> {
     let (mut machine, device) = setting.machine()?;
     // The interrupt line, of which QEMU has no copy.
     machine.write(device.config + 0x3c, 0x5a)?;
-    rings(&setting.bells[HOST][VECTOR]);
+    setting.tap.rings(HOST, VECTOR)?;
     let stop = AtomicBool::new(false);
     let broker = &mut setting.broker;
     let rung = thread::scope(|scope| {
@@ -74,7 +74,7 @@ fn no_ring_is_lost_or_doubled_while_brokers_take_over() -> Result<()> {
         rung > 20 * TIMES,
         "only {rung} rings: mostly none was under way"
     );
-    assert_eq!(rings(&setting.bells[HOST][VECTOR]), rung);
+    assert_eq!(setting.tap.rings(HOST, VECTOR)?, rung);
     assert_eq!(machine.read(device.config + 0x3c)? & 0xff, 0x5a);
     assert_eq!(machine.errors()?, "");
     Ok(())
@@ -195,15 +195,15 @@ fn kill_within_a_reset(half: Half, command: u16) -> Result<()> {
     let device = machine.device("barlink0")?;
     enable_interrupts(&mut machine, &device)?;
     interrupts_come(&setting, &mut machine)?;
-    rings(&setting.bells[HOST][VECTOR]);
+    setting.tap.rings(HOST, VECTOR)?;
     machine.write(doorbell(&device), RING)?;
-    ensure!(rings(&setting.bells[HOST][VECTOR]) == 1);
+    ensure!(setting.tap.rings(HOST, VECTOR)? == 1);
     Ok(())
 }
 
 fn interrupts_come(setting: &Setting, machine: &mut Bare) -> Result<()> {
     machine.fill(TARGET, 64, 0)?;
-    ring(&setting.bells[0][2])?;
+    setting.tap.ring(0, 2, 1)?;
     wait_until("the interrupt comes", || {
         Ok(machine.read(TARGET + 8)? == 0xfeed_0002)
     })
@@ -225,7 +225,7 @@ fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again()
     let errors = machine.errors()?;
     assert!(errors.contains("failed to enable vectors"), "{errors}");
     machine.fill(TARGET, 64, 0)?;
-    ring(&setting.bells[0][2])?;
+    setting.tap.ring(0, 2, 1)?;
     thread::sleep(Duration::from_millis(500));
     assert_eq!(
         machine.read(TARGET + 8)?,

@@ -2,18 +2,15 @@
 
 mod driver;
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use xtask::broker::{Broker, Transport};
 use xtask::builds::Artifacts;
+use xtask::tap::Tap;
 use xtask::vm::{Bare, Config, Vm};
 
 use self::driver::Driver;
@@ -22,17 +19,15 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Longer than the broker takes for anything.
 const A_WHILE: Duration = Duration::from_millis(300);
 
-/// A broker with a slot for vhost-user, 0, and one for ivshmem, 1, whose VM is this test.
+/// A broker with a slot for vhost-user, 0, and one for ivshmem, 1, which this test taps.
 struct Setting {
     broker: Broker,
-    /// All eventfds, by peer, then by vector.
-    bells: Vec<Vec<OwnedFd>>,
-    _other: UnixStream,
+    tap: Tap,
 }
 
 /// The host's ID.
-const HOST: usize = 2;
-const VECTORS: usize = 5;
+const HOST: u32 = 2;
+const VECTORS: u32 = 5;
 /// The region's first word.
 const MAGIC: u32 = u32::from_le_bytes(*b"barl");
 
@@ -40,22 +35,8 @@ impl Setting {
     fn new(size: &str) -> Result<Self> {
         let slots = [Transport::VhostUser, Transport::Ivshmem];
         let broker = Broker::start_over(Artifacts::shared()?, &slots, &["--size", size])?;
-        let other = UnixStream::connect(broker.socket(1))?;
-        other.set_read_timeout(Some(PATIENCE))?;
-        let mut bells: Vec<_> = (0..=HOST).map(|_| Vec::new()).collect();
-        for _ in 0..3 {
-            message(&other)?;
-        }
-        for _ in 0..(HOST + 1) * VECTORS {
-            let (peer, bell) = message(&other)?;
-            let bell = bell.context("no eventfd")?;
-            bells[usize::try_from(peer)?].push(bell.into());
-        }
-        Ok(Self {
-            broker,
-            bells,
-            _other: other,
-        })
+        let tap = Tap::before_the_vm(&broker, 1, HOST, VECTORS)?;
+        Ok(Self { broker, tap })
     }
 
     fn config(&self) -> Result<Config> {
@@ -79,28 +60,6 @@ impl Setting {
         let vm = &self.broker.inspect()?["broker"]["slots"][0]["vm"];
         vm["connection"].as_u64().context("no VM")
     }
-}
-
-/// A message of ivshmem's protocol.
-fn message(socket: &UnixStream) -> Result<(i64, Option<File>)> {
-    let mut bytes = [0; 8];
-    let (length, file) = socket.recv_with_fd(&mut bytes)?;
-    ensure!(length == bytes.len(), "a message of {length} bytes");
-    Ok((i64::from_le_bytes(bytes), file))
-}
-
-/// How often an eventfd was rung since it was last asked.
-fn rings(bell: &OwnedFd) -> u64 {
-    let mut count = [0; 8];
-    match rustix::io::read(bell, &mut count) {
-        Ok(_) => u64::from_ne_bytes(count),
-        Err(_) => 0,
-    }
-}
-
-fn ring(bell: &OwnedFd) -> Result<()> {
-    rustix::io::write(bell, &1u64.to_ne_bytes())?;
-    Ok(())
 }
 
 fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
@@ -130,7 +89,7 @@ fn region_is_there_once_the_driver_is_ready_and_again_after_each_reset() -> Resu
     for place in (0..64).step_by(4) {
         words.push(machine.read(config + place)?);
     }
-    let (vectors, connection) = (VECTORS as u32, setting.connection()? as u32);
+    let (vectors, connection) = (VECTORS, setting.connection()? as u32);
     let expected = [MAGIC, 1, 0, 3, vectors, 1, connection, 0, 64 << 20, 0, 0];
     assert_eq!(words[..11], expected);
     for round in 1..=3 {
@@ -158,27 +117,22 @@ fn queues_carry_doorbells_and_interrupts() -> Result<()> {
     driver.prepare(&mut machine)?;
     driver.start(&mut machine)?;
     mapped(&mut machine, &driver)?;
-    setting.bells.iter().flatten().for_each(|bell| {
-        rings(bell);
-    });
+    setting.tap.all_rings()?;
     for (count, (peer, vector)) in (1..).zip([(HOST, 3), (1, 2), (HOST, 0)]) {
-        driver.put(&mut machine, 0, (peer << 16 | vector) as u32, false)?;
+        driver.put(&mut machine, 0, peer << 16 | vector, false)?;
         wait_until("the doorbell is returned", || {
             Ok(driver.returned(&mut machine, 0)?.len() == count)
         })?;
-        for (place, bell) in setting.bells.iter().flatten().enumerate() {
-            let rung = place == peer * VECTORS + vector;
-            assert_eq!(rings(bell), u64::from(rung), "{place}");
-        }
+        assert_eq!(setting.tap.all_rings()?, [(peer, vector, 1)]);
     }
-    for vector in 0..VECTORS {
+    for (count, vector) in (1..).zip(0..VECTORS) {
         driver.put(&mut machine, 1, u32::MAX, true)?;
-        ring(&setting.bells[0][vector])?;
+        setting.tap.ring(0, vector, 1)?;
         wait_until("the interrupt comes", || {
-            Ok(driver.returned(&mut machine, 1)?.len() == vector + 1)
+            Ok(driver.returned(&mut machine, 1)?.len() == count)
         })?;
         let last = driver.returned(&mut machine, 1)?.pop();
-        assert_eq!(last, Some((4, vector as u32)));
+        assert_eq!(last, Some((4, vector)));
         wait_until("the device asserts its interrupt", || {
             driver.interrupted(&mut machine)
         })?;
@@ -207,7 +161,7 @@ fn reset_of_the_machine_reaches_the_broker_and_a_pause_does_not() -> Result<()> 
         let complaints = machine.errors()?.split_off(complaints);
         assert!(complaints.contains(complaint), "{complaints}");
         assert_eq!(complaints.is_empty(), complaint.is_empty(), "{complaints}");
-        driver.put(&mut machine, 0, (HOST << 16) as u32, false)?;
+        driver.put(&mut machine, 0, HOST << 16, false)?;
         wait_until("the doorbell is returned", || {
             Ok(driver.returned(&mut machine, 0)?.len() == count)
         })?;

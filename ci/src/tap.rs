@@ -1,4 +1,6 @@
-//! What a VM gets of its broker, for the host to read and write.
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What a VM gets of its broker, for a test on the host to read and write.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -8,16 +10,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use barlink_driver_checks::Facts;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-use xtask::broker::Broker;
+
+use crate::broker::Broker;
 
 /// How long the broker may take for whatever it does.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A region's memory, and the eventfds of all its peers.
+#[derive(Debug)]
 pub struct Tap {
     memory: File,
     /// For each peer, those of its vectors.
@@ -27,14 +30,15 @@ pub struct Tap {
 impl Tap {
     /// Takes a slot of ivshmem while no VM has it, and leaves with what all VMs of the region are given, each over its own
     /// transport: memory and eventfds are always the same.
-    pub fn before_the_vm(broker: &Broker, slot: usize, facts: Facts) -> Result<Self> {
+    /// `slots` and `vectors` are the broker's.
+    pub fn before_the_vm(broker: &Broker, slot: usize, slots: u32, vectors: u32) -> Result<Self> {
         let socket = UnixStream::connect(broker.socket(slot))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         let (version, id) = (message(&socket)?.0, message(&socket)?.0);
         ensure!((version, id) == (0, i64::try_from(slot)?), "a strange slot");
         let memory = message(&socket)?.1.context("no memory")?;
-        let mut bells: Vec<_> = (0..=facts.slots).map(|_| Vec::new()).collect();
-        for _ in 0..(facts.slots + 1) * facts.vectors {
+        let mut bells: Vec<_> = (0..=slots).map(|_| Vec::new()).collect();
+        for _ in 0..(slots + 1) * vectors {
             let (peer, bell) = message(&socket)?;
             let bells = bells.get_mut(usize::try_from(peer)?).context("no peer")?;
             bells.push(bell.context("no eventfd")?.into());
@@ -72,6 +76,23 @@ impl Tap {
     pub fn ring(&self, peer: u32, vector: u32, times: u64) -> Result<()> {
         rustix::io::write(self.bell(peer, vector)?, &times.to_ne_bytes())?;
         Ok(())
+    }
+
+    /// How often a vector of a peer was rung since this was last asked.
+    pub fn rings(&self, peer: u32, vector: u32) -> Result<u64> {
+        self.wait(peer, vector, Duration::ZERO)
+    }
+
+    /// The same of all vectors: those that were rung, as peer, vector and how often.
+    pub fn all_rings(&self) -> Result<Vec<(u32, u32, u64)>> {
+        let mut all = Vec::new();
+        for (peer, bells) in (0..).zip(&self.bells) {
+            for (vector, _) in (0..).zip(bells) {
+                let times = self.rings(peer, vector)?;
+                all.extend((times != 0).then_some((peer, vector, times)));
+            }
+        }
+        Ok(all)
     }
 
     /// Waits until a vector of a peer is rung, and gives how often; 0 if it is not.
