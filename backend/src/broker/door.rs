@@ -6,7 +6,9 @@
 //! connection, and with one that is closed by then it spins for ever (`ivshmem_recv_msg`).
 
 use std::collections::VecDeque;
+use std::error::Error;
 use std::io;
+use std::iter::successors;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -337,12 +339,14 @@ fn guarded<T>(
             None
         }
         Ok(Err(problem)) => {
-            let problem = anyhow::Error::from(problem);
+            let chain = successors(Some(&problem as &dyn Error), |&error| error.source());
+            let problem = chain.map(ToString::to_string).collect::<Vec<_>>();
             limited!(
                 COMING_AND_GOING,
                 Account::Slot(id),
                 Level::Warn,
-                "slot {id}: {peer} is let go: {problem:#}"
+                "slot {id}: {peer} is let go: {}",
+                problem.join(": ")
             );
             None
         }

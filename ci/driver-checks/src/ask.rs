@@ -100,7 +100,6 @@ impl Region {
             Self::Plugged => Facts {
                 pci: "0000:05:00.0",
                 size: 4 << 20,
-                slots: 1,
                 ..main
             },
         }

@@ -11,7 +11,6 @@ use barlink_guest::protocol::Wakeup;
 use barlink_guest::protocol::cursor::Kind;
 use barlink_guest::protocol::stream::mark;
 use barlink_guest::{Device, EventError};
-
 use rustix::io::Errno;
 
 use crate::args::{Echo, Recv, Send};
