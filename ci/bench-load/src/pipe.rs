@@ -84,10 +84,9 @@ impl Endpoint {
             Endpoint::UnixListen(path) => Box::new(UnixListener::bind(path)?.accept()?.0),
             Endpoint::Vsock(port) => Box::new(insist(|| connect_to_host(*port))?),
             Endpoint::Port(name) => Box::new(open_port(name)?),
-            Endpoint::Files(folder, [written, read]) => Box::new(Files {
-                written: File::options().append(true).open(folder.join(written))?,
-                read: File::open(folder.join(read))?,
-            }),
+            Endpoint::Files(folder, names) => {
+                Box::new(Files::open(names.map(|name| folder.join(name)))?)
+            }
         })
     }
 

@@ -49,7 +49,7 @@ const RECORD_SIZES: [u64; 7] = [64, 512, 4 << 10, 16 << 10, 64 << 10, 256 << 10,
 /// How to measure.
 #[derive(Args, Debug)]
 pub struct BenchArgs {
-    /// Measure fewer record sizes, in fewer and shorter rounds: 2 to 3 minutes instead of 15
+    /// Measure fewer record sizes, in fewer and shorter rounds: 3 to 4 minutes instead of 20
     #[arg(long)]
     pub quick: bool,
 
