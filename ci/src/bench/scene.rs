@@ -35,6 +35,7 @@ const CAPACITY: &str = "4M";
 /// The port of virtio-serial, and the file of its other end.
 pub const PORT: &str = "barlink.bench";
 const PORT_SOCKET: &str = "port.sock";
+
 /// Where a process runs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Side {
