@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `stream.rs` | a stream of records through a channel |
 //! | `pipe.rs` | a stream of records through a peer of barlink's, such as a socket |
+//! | `files.rs` | a pipe of two files in a shared folder |
 //! | `raw.rs` | a stream of records through a peer: ivshmem as it comes |
 //! | `trip.rs` | round trips, through channels and peers |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
@@ -16,6 +17,7 @@
 mod clock;
 mod copy;
 mod cost;
+mod files;
 mod pipe;
 mod raw;
 mod ring;
@@ -24,6 +26,7 @@ mod trip;
 
 pub use copy::Copy;
 pub use cost::Cost;
+pub use files::FILES;
 pub use pipe::{Endpoint, PipeReceive, PipeSend};
 pub use raw::{RawReceive, RawSend, SIZE as RAW_SIZE};
 pub use ring::Ring;

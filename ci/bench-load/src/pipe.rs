@@ -18,6 +18,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, so
 
 use crate::Measured;
 use crate::clock::{cpu, nanoseconds};
+use crate::files::{CAPACITY, DOWN, Files, UP};
 
 /// The first word of the last record.
 pub(crate) const LAST: u64 = u64::MAX;
@@ -39,6 +40,8 @@ pub enum Endpoint {
     Vsock(u32),
     /// `port:NAME`: a port of virtio-serial.
     Port(String),
+    /// `guest-files:FOLDER` and `host-files:FOLDER`: the two of [`crate::FILES`] in a shared folder, of which each side writes one.
+    Files(PathBuf, [&'static str; 2]),
 }
 
 impl FromStr for Endpoint {
@@ -53,6 +56,8 @@ impl FromStr for Endpoint {
             "unix-listen" => Endpoint::UnixListen(rest.into()),
             "vsock" => Endpoint::Vsock(rest.parse()?),
             "port" => Endpoint::Port(rest.to_owned()),
+            "guest-files" => Endpoint::Files(rest.into(), [UP, DOWN]),
+            "host-files" => Endpoint::Files(rest.into(), [DOWN, UP]),
             _ => bail!("there is no kind of endpoint `{kind}`"),
         })
     }
@@ -79,7 +84,18 @@ impl Endpoint {
             Endpoint::UnixListen(path) => Box::new(UnixListener::bind(path)?.accept()?.0),
             Endpoint::Vsock(port) => Box::new(insist(|| connect_to_host(*port))?),
             Endpoint::Port(name) => Box::new(open_port(name)?),
+            Endpoint::Files(folder, names) => {
+                Box::new(Files::open(names.map(|name| folder.join(name)))?)
+            }
         })
+    }
+
+    /// How many bytes it takes in all.
+    fn capacity(&self) -> u64 {
+        match self {
+            Endpoint::Files(..) => CAPACITY,
+            _ => u64::MAX,
+        }
     }
 }
 
@@ -118,7 +134,8 @@ fn open_port(name: &str) -> Result<File> {
 /// What both ends are told.
 #[derive(Args, Debug)]
 struct Shape {
-    /// tcp:ADDRESS, tcp-listen:ADDRESS, unix:PATH, unix-listen:PATH, vsock:PORT or port:NAME
+    /// tcp:ADDRESS, tcp-listen:ADDRESS, unix:PATH, unix-listen:PATH, vsock:PORT, port:NAME, guest-files:FOLDER or
+    /// host-files:FOLDER
     endpoint: Endpoint,
     /// Bytes of a record, a multiple of 8
     #[arg(long)]
@@ -150,9 +167,10 @@ impl PipeSend {
         let mut record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
         let sum = words.fold(0, u64::wrapping_add);
         let time = Duration::from_millis(self.time);
+        let most = self.shape.endpoint.capacity() / self.shape.record_size.max(1) as u64;
         let mut records = 0_u64;
         let start = Instant::now();
-        while start.elapsed() < time {
+        while start.elapsed() < time && records < most {
             pipe.write_all(&record)?;
             records += 1;
         }

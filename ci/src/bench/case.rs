@@ -61,6 +61,10 @@ pub enum Way {
     VirtioSerial,
     /// By TCP over QEMU's user network.
     Tcp,
+    /// By vsock, of which a process on the host makes a Unix socket.
+    Vsock,
+    /// By files in a folder that the guest mounts.
+    Virtiofs,
     /// By a Unix socket.
     Unix,
 }
@@ -80,6 +84,8 @@ impl Way {
             Way::Raw => "raw ivshmem, polled",
             Way::VirtioSerial => "virtio-serial",
             Way::Tcp => "TCP",
+            Way::Vsock => "vhost-device-vsock",
+            Way::Virtiofs => "virtiofs, cache=never, polled",
             Way::Unix => "Unix socket",
         }
     }
@@ -111,6 +117,7 @@ impl Case {
         for direction in [Up, Down] {
             ways.extend(Transport::ALL.map(|transport| (Way::Channel(transport), direction)));
             ways.extend([Way::Raw, Way::VirtioSerial, Way::Tcp].map(|way| (way, direction)));
+            ways.extend([Way::Vsock, Way::Virtiofs].map(|way| (way, direction)));
         }
         ways.push((Way::Unix, Host));
         ways.extend([Guest, Host].map(|place| (Way::Ring, place)));

@@ -10,12 +10,15 @@
 //! |---|---|
 //! | `case.rs` | what is measured |
 //! | `scene.rs` | the broker, the VM with all that connects it, and processes on both sides |
+//! | `peer.rs`, `daemon.rs` | what other projects' ways need, and a process on the host among it |
 //! | `stream.rs` | one stream of records, whichever way it goes |
 //! | `trip.rs` | round trips |
 //! | `spread.rs` | the median of some figures, and how far they lie apart |
 //! | `report.rs` | the results as JSON and as a table |
 
 mod case;
+mod daemon;
+mod peer;
 mod report;
 mod scene;
 mod spread;
@@ -31,9 +34,11 @@ use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use self::case::Case;
 pub use self::case::{Direction, Way};
 pub use self::report::Report;
 use self::scene::Scene;
+use self::trip::Trip;
 use crate::builds::{Artifacts, target_folder};
 use crate::setup;
 use crate::tools::VmArgs;
@@ -44,7 +49,7 @@ const RECORD_SIZES: [u64; 7] = [64, 512, 4 << 10, 16 << 10, 64 << 10, 256 << 10,
 /// How to measure.
 #[derive(Args, Debug)]
 pub struct BenchArgs {
-    /// Measure fewer record sizes, in fewer and shorter rounds: 2 to 3 minutes instead of 15
+    /// Measure fewer record sizes, in fewer and shorter rounds: 3 to 4 minutes instead of 20
     #[arg(long)]
     pub quick: bool,
 
@@ -84,7 +89,7 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
         true => (&[64, 4 << 10, 64 << 10][..], 3, Duration::from_millis(300)),
         false => (&RECORD_SIZES[..], 7, Duration::from_millis(600)),
     };
-    let scene = Scene::set(artifacts)?;
+    let scene = Scene::set(artifacts, &ways(sizes, only))?;
     let mut report = Report::new(scene.conditions()?, sizes);
     report.keep(only)?;
     let style = "{bar:30} round {msg}, {eta} left";
@@ -103,4 +108,28 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
     }
     bar.finish_and_clear();
     Ok(report)
+}
+
+impl Report {
+    /// What came of a way's streams: a rate each, or what kept it from being measured.
+    pub fn outcomes(&self, way: Way) -> impl Iterator<Item = Result<f64, &str>> {
+        let rows = self.streams.iter().filter(move |row| row.case.way == way);
+        rows.map(stream::Row::outcome)
+    }
+}
+
+/// The ways of what has one of these texts in its name, each once.
+fn ways(sizes: &[u64], only: &[String]) -> Vec<Way> {
+    let streams = Case::all(sizes).into_iter();
+    let streams = streams.map(|case| (case.to_string(), case.way));
+    let trips = Trip::all().into_iter();
+    let trips = trips.map(|trip| (trip.to_string(), trip.way()));
+    let mut ways = Vec::new();
+    for (name, way) in streams.chain(trips) {
+        let wanted = only.is_empty() || only.iter().any(|text| name.contains(text));
+        if wanted && !ways.contains(&way) {
+            ways.push(way);
+        }
+    }
+    ways
 }

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -20,6 +20,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::case::Way;
+use super::peer::Peers;
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
 use crate::tools::Accel;
@@ -33,12 +35,6 @@ const CAPACITY: &str = "4M";
 /// The port of virtio-serial, and the file of its other end.
 pub const PORT: &str = "barlink.bench";
 const PORT_SOCKET: &str = "port.sock";
-/// What the guest needs for a network, in this order.
-const NETWORK: [&str; 3] = [
-    "net/core/failover.ko",
-    "drivers/net/net_failover.ko",
-    "drivers/net/virtio_net.ko",
-];
 
 /// Where a process runs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -68,6 +64,7 @@ pub struct Conditions {
 #[derive(Debug)]
 pub struct Scene<'a> {
     vm: Vm,
+    peers: Peers,
     broker: Broker,
     /// The memory of the ivshmem device that no driver holds.
     raw: File,
@@ -100,9 +97,9 @@ impl Drop for Load {
 }
 
 impl<'a> Scene<'a> {
-    /// Starts the broker with a slot for each transport, and the VM with a device at each and with what peers need, and
-    /// loads the driver.
-    pub fn set(artifacts: &'a Artifacts) -> Result<Self> {
+    /// Starts the broker with a slot for each transport, and the VM with a device at each and with what the peers among these
+    /// ways need, and loads the driver.
+    pub fn set(artifacts: &'a Artifacts, ways: &[Way]) -> Result<Self> {
         let mut channels = Vec::new();
         for slot in 0..Transport::ALL.len() {
             channels.push(format!("up{slot}={slot}-host,{CAPACITY}"));
@@ -134,41 +131,19 @@ impl<'a> Scene<'a> {
             format!("socket,id=bench,path={},server=on,wait=off", port.display()),
             "-device".to_owned(),
             format!("virtserialport,chardev=bench,name={PORT}"),
-            "-netdev".to_owned(),
-            "user,id=net".to_owned(),
-            "-device".to_owned(),
-            "virtio-net-pci,netdev=net,romfile=".to_owned(),
         ]);
+        let mut peers = Peers::start(ways, artifacts, broker.folder(), &mut config.arguments);
         let vm = Vm::boot_with(artifacts, &config)?;
         vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
-        let scene = Self {
+        peers.connect(&vm, artifacts);
+        Ok(Self {
             vm,
+            peers,
             broker,
             raw,
             config,
             artifacts,
-        };
-        if let Err(error) = scene.connect_network() {
-            eprintln!("the guest has no network, and TCP is not measured: {error:#}");
-        }
-        Ok(scene)
-    }
-
-    /// Loads the guest's network driver, and gives it the address that QEMU expects.
-    fn connect_network(&self) -> Result<()> {
-        let image = &self.artifacts.tools.kernel_image;
-        let modules = image.parent().unwrap_or(Path::new("")).join("kernel");
-        for module in NETWORK {
-            let path = modules.join(format!("{module}.xz"));
-            let packed = std::fs::read(&path)
-                .with_context(|| format!("{} is not there, for TCP", path.display()))?;
-            self.vm.put_file("/tmp/module.ko.xz", &packed)?;
-            let load = "unxz -f /tmp/module.ko.xz && insmod /tmp/module.ko && rm /tmp/module.ko";
-            self.vm.run(["sh", "-c", load])?.require_success()?;
-        }
-        let address =
-            "ip link set lo up && ip link set eth0 up && ip address add 10.0.2.15/24 dev eth0";
-        self.vm.run(["sh", "-c", address])?.require_success()
+        })
     }
 
     /// What holds for all that is measured.
@@ -203,6 +178,11 @@ impl<'a> Scene<'a> {
                 Load::Guest(self.vm.spawn(program.chain(arguments))?)
             }
         })
+    }
+
+    /// The peers that were set up.
+    pub fn peers(&self) -> &Peers {
+        &self.peers
     }
 
     /// Where the broker is heard.

@@ -3,7 +3,6 @@
 //! One stream of records, whichever way it goes.
 
 use std::fmt;
-use std::net::TcpListener;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -12,12 +11,10 @@ use indicatif::BinaryBytes;
 use serde::Serialize;
 
 use super::case::{Case, Direction, Way};
+use super::peer::told;
 use super::scene::{PORT, Scene, Side};
 use super::spread::Spread;
 use crate::broker::Transport;
-
-/// The host, as the guest sees it through QEMU's user network.
-const GATEWAY: &str = "10.0.2.2";
 
 /// What came of a stream.
 struct Streamed {
@@ -64,10 +61,18 @@ impl Row {
         }
         match stream(scene, &self.case, time) {
             Ok(streamed) => self.add(&streamed),
-            Err(error) if self.case.way.is_peer() => self.failure = Some(format!("{error:#}")),
+            Err(error) if self.case.way.is_peer() => self.failure = Some(told(&error)),
             Err(error) => return Err(error.context(self.case.to_string())),
         }
         Ok(())
+    }
+
+    /// The median rate, or what kept it from being measured.
+    pub fn outcome(&self) -> Result<f64, &str> {
+        match &self.failure {
+            Some(failure) => Err(failure),
+            None => Ok(self.rate.median()),
+        }
     }
 
     fn add(&mut self, streamed: &Streamed) {
@@ -176,7 +181,7 @@ fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
                 &order(sides[1], &["raw-receive", &size]),
             )
         }
-        Way::VirtioSerial | Way::Tcp | Way::Unix => {
+        Way::VirtioSerial | Way::Tcp | Way::Vsock | Way::Virtiofs | Way::Unix => {
             // The first is the end that must be there before the other one connects.
             let [listens, connects] = endpoints(scene, case.way)?;
             let [from, to] = match (sides, case.way) {
@@ -199,21 +204,14 @@ pub(super) fn endpoints(scene: &Scene, way: Way) -> Result<[String; 2]> {
             format!("unix:{}", scene.port().display()),
             format!("port:{PORT}"),
         ],
-        Way::Tcp => {
-            // Free at this moment.
-            let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
-            [
-                format!("tcp-listen:127.0.0.1:{port}"),
-                format!("tcp:{GATEWAY}:{port}"),
-            ]
-        }
-        _ => {
+        Way::Unix => {
             let path = scene.fresh_file("unix.sock")?;
             [
                 format!("unix-listen:{}", path.display()),
                 format!("unix:{}", path.display()),
             ]
         }
+        _ => return scene.peers().endpoints(way),
     })
 }
 

@@ -10,6 +10,7 @@ use barlink_bench_load::{Trips, Wait};
 use serde::Serialize;
 
 use super::case::Way;
+use super::peer::told;
 use super::scene::{Scene, Side};
 use super::spread::Spread;
 use super::stream::endpoints;
@@ -39,8 +40,17 @@ impl Trip {
             all.extend(waits.map(|wait| Trip::Channels(transport, wait)));
             all.push(Trip::Bells(transport));
         }
-        all.extend([Way::VirtioSerial, Way::Tcp].map(Trip::Peer));
+        let peers = [Way::VirtioSerial, Way::Tcp, Way::Vsock, Way::Virtiofs];
+        all.extend(peers.map(Trip::Peer));
         all
+    }
+
+    /// The way that they go.
+    pub fn way(self) -> Way {
+        match self {
+            Trip::Channels(transport, _) | Trip::Bells(transport) => Way::Channel(transport),
+            Trip::Peer(way) => way,
+        }
     }
 
     /// Makes trips for some time.
@@ -143,7 +153,7 @@ impl Row {
                 }
             }
             Err(error) if matches!(self.trip, Trip::Peer(_)) => {
-                self.failure = Some(format!("{error:#}"));
+                self.failure = Some(told(&error));
             }
             Err(error) => return Err(error.context(self.trip.to_string())),
         }

@@ -58,6 +58,11 @@ impl Cache {
         self.folder.join("setup.log")
     }
 
+    /// Where programs are that are in no sandbox.
+    pub(super) fn programs(&self) -> PathBuf {
+        self.folder.join("programs")
+    }
+
     /// The finished sandboxes of this recipe, the one to prefer first.
     pub(super) fn sandboxes(&self, recipe: &Recipe) -> Result<Vec<Sandbox>> {
         let mut found = Vec::new();

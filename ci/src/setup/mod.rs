@@ -7,6 +7,7 @@ mod host;
 mod kernels;
 mod metadata;
 mod mirror;
+mod program;
 mod rootfs;
 
 use std::fs::{self, File};
@@ -16,6 +17,7 @@ use anyhow::Result;
 
 use self::cache::{Cache, Lock};
 use self::metadata::Unfinished;
+pub use self::program::program;
 use crate::recipe::Recipe;
 use crate::sandbox::Sandbox;
 use crate::steps::Steps;

@@ -209,7 +209,7 @@ impl Link {
             } else {
                 format!("waited {timeout:?} in vain")
             };
-            anyhow!("{why}; {}", tail(&self.folder))
+            anyhow!("{why}\n{}", tail(&self.folder))
         })
     }
 }
