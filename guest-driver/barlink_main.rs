@@ -20,16 +20,19 @@
 //! | `hardware.rs` | the superblock, the doorbell and the driver's page of the region |
 //! | `wait.rs`, `lock.rs` | the kernel's wait queues and spinlocks |
 //! | `events.rs` | which open file hears of which vector |
+//! | `signals.rs` | which eventfds of user space are written for which vector |
 //! | `claims.rs` | who holds which end of which channel |
 //! | `device.rs` | what outlives the binding: the state that open files and the driver share |
 //! | `chardev.rs`, `file.rs` | `/dev/barlinkN`, and what can be done with it once it is open |
 //! | `mapping.rs` | `mmap`, and taking it back |
+//! | `areas.rs` | what is mapped, and in which cache mode |
 //! | `shim.rs`, `shim.c` | C macros and functions that the `kernel` crate does not carry |
 //! | `compat.rs` | what differs between kernel series |
 //!
 //! The user interface is [`wire::uapi`], the region's layout [`wire::layout`]; programs compile the same
 //! files.
 
+mod areas;
 mod binding;
 mod chardev;
 mod claims;
@@ -47,6 +50,7 @@ mod mapping;
 mod memory;
 mod pci;
 mod shim;
+mod signals;
 mod virtio;
 mod virtqueue;
 mod wait;

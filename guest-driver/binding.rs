@@ -62,7 +62,7 @@ impl Binding {
         vectors: KVec<Arc<WaitQueue>>,
     ) -> Result<Self> {
         let page = region.map(layout.presence_page(id), PAGE_SIZE as usize)?;
-        let hardware = Hardware::arrive(bell, page, &layout);
+        let hardware = Hardware::arrive(bell, page, &layout, region.address);
         let facts = Facts {
             layout,
             id,

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    areas::Areas,
     claims::{
         Claims,
         FileId, //
@@ -57,9 +58,7 @@ pub(crate) struct State {
     /// Who holds which end.
     claims: Claims,
     /// The memory areas that processes have mapped the region into.
-    pub(crate) areas: usize,
-    /// The cache mode of the last that was mapped, a [`uapi::CacheMode`], or 0.
-    pub(crate) granted: u32,
+    pub(crate) areas: Areas,
 }
 
 /// A device that was bound, and may be still.
@@ -108,8 +107,7 @@ impl Device {
                 hardware <- Revocable::new(hardware),
                 state <- new_mutex!(State {
                     claims: Claims::new(),
-                    areas: 0,
-                    granted: 0,
+                    areas: Areas::default(),
                 }),
             }),
             GFP_KERNEL,
@@ -163,6 +161,7 @@ impl Device {
         } = &self.facts;
         let state = self.state.lock();
         self.check()?;
+        let (asked, granted, mapper) = state.areas.told();
         Ok(uapi::Info {
             version: uapi::UAPI_VERSION,
             id: *id,
@@ -173,7 +172,9 @@ impl Device {
             mappable_size: layout.mappable_size(),
             region_address: *region,
             epoch: self.epoch,
-            granted: if state.areas == 0 { 0 } else { state.granted },
+            granted,
+            asked,
+            mapper,
             reserved: 0,
         })
     }
@@ -229,6 +230,14 @@ impl Device {
         state
             .claims
             .release(file, |channel, end| self.show_holder(channel, end, None));
+    }
+
+    /// Writes the cache mode of the mappings to the driver's page, unless the device is gone.
+    pub(crate) fn show_cache(&self, state: &State) {
+        if let Some(hardware) = self.hardware.try_access() {
+            let (asked, granted, _) = state.areas.told();
+            hardware.set_cache(asked, granted);
+        }
     }
 
     /// Writes one holder to the driver's page and rings the other end's peer, unless the device is gone.

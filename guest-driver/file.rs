@@ -5,6 +5,7 @@
 //! C header: `include/linux/fs.h`.
 
 use crate::{
+    areas::Manner,
     chardev::CharDevice,
     claims::FileId,
     compat,
@@ -16,12 +17,15 @@ use crate::{
         Vectors, //
     },
     mapping,
+    signals::Signals,
     wire::uapi::{
         self,
         Claim,
         Doorbell,
+        Eventfd,
         Info,
-        Interrupts, //
+        Interrupts,
+        Map, //
     },
 };
 use kernel::{
@@ -34,6 +38,10 @@ use kernel::{
     new_mutex,
     prelude::*,
     sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         Mutex, //
     },
@@ -80,6 +88,11 @@ unsafe impl FromBytes for Claim {}
 // SAFETY: Two integers, of any value, as it stands in `uapi.rs`.
 unsafe impl FromBytes for Doorbell {}
 
+// SAFETY: Two integers; any bytes are some.
+unsafe impl FromBytes for Map {}
+// SAFETY: As above.
+unsafe impl FromBytes for Eventfd {}
+
 /// An open file.
 #[pin_data]
 pub(crate) struct OpenFile {
@@ -90,6 +103,11 @@ pub(crate) struct OpenFile {
     _removal: Subscription,
     #[pin]
     vectors: Mutex<Vectors>,
+    /// What user space has written for interrupts.
+    #[pin]
+    signals: Mutex<Signals>,
+    /// How mappings are made: the word of a [`Manner`].
+    manner: Atomic<u32>,
 }
 
 impl OpenFile {
@@ -105,6 +123,8 @@ impl OpenFile {
                 listener,
                 _removal: removal,
                 vectors <- new_mutex!(vectors),
+                signals <- new_mutex!(Signals::new()),
+                manner: Atomic::new(Manner::DEFAULT.word()),
             }),
             GFP_KERNEL,
         )
@@ -150,6 +170,11 @@ impl OpenFile {
             })
     }
 
+    /// How this file's mappings are to be made.
+    pub(crate) fn manner(&self) -> Manner {
+        Manner::from_word(self.manner.load(Relaxed))
+    }
+
     /// Obeys an ioctl. `ENOTTY` if it is none.
     fn ioctl(&self, file: &LocalFile, command: u32, argument: usize) -> Result<c_long> {
         self.device.check()?;
@@ -166,6 +191,16 @@ impl OpenFile {
                 check_writable(file)?;
                 let bell: Doorbell = user(size_of::<Doorbell>()).reader().read()?;
                 self.device.ring(bell.peer, bell.vector)?;
+            }
+            uapi::MAP => {
+                let map: Map = user(size_of::<Map>()).reader().read()?;
+                let manner = Manner::new(map.cache, map.flags)?;
+                self.manner.store(manner.word(), Relaxed);
+            }
+            uapi::EVENTFD => {
+                let eventfd: Eventfd = user(size_of::<Eventfd>()).reader().read()?;
+                let mut signals = self.signals.lock();
+                signals.set(&self.device, eventfd.vector, eventfd.descriptor)?;
             }
             _ => return Err(ENOTTY),
         }

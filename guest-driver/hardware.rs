@@ -115,7 +115,8 @@ impl Hardware {
     ///
     /// The old epoch is what the last driver left: even after an orderly end, else odd. The host could have
     /// written anything there; that would harm nobody but itself.
-    pub(crate) fn arrive(bell: Bell, page: IoMem, layout: &Layout) -> Self {
+    /// `region` is the guest-physical address of the region.
+    pub(crate) fn arrive(bell: Bell, page: IoMem, layout: &Layout, region: u64) -> Self {
         let old = page.read64(presence::EPOCH as usize);
         let epoch = old.wrapping_add(if old % 2 == 0 { 1 } else { 2 });
         let hardware = Hardware {
@@ -124,6 +125,7 @@ impl Hardware {
             host: layout.host(),
             epoch,
         };
+        hardware.page.write64(presence::ADDRESS as usize, region);
         hardware.announce(epoch);
         hardware
     }
@@ -142,8 +144,15 @@ impl Hardware {
             .write64(presence::holder(channel, end) as usize, word);
     }
 
+    /// Says which cache mode processes have asked for, and which they were granted; 0 for none.
+    pub(crate) fn set_cache(&self, asked: u32, granted: u32) {
+        let word = u64::from(asked) << 8 | u64::from(granted);
+        self.page.write64(presence::CACHE as usize, word);
+    }
+
     /// Clears all holders, stores an epoch after that, and rings the host.
     fn announce(&self, epoch: u64) {
+        self.set_cache(0, 0);
         for channel in 0..MAX_CHANNELS {
             self.set_holder(channel, End::Producer, None);
             self.set_holder(channel, End::Consumer, None);

@@ -9,10 +9,19 @@
 //! nothing is mapped after. (In an `f_op->mmap` that would not hold: the kernel links the area to the file
 //! only when that has returned, and a zap in between would miss it.)
 //!
-//! C headers: `include/linux/mm.h`, `include/linux/mm_types.h`.
+//! Pages that have no entry are mapped when they are touched, by [`fault`]: all of an area whose user asked for
+//! that, and what a zap took away from the others. The kernel gives such a page the mode of an area that was
+//! mapped at once, and so has the mode registered; else it is noncached. So whenever the first such area
+//! comes, or the last goes, and others are there, all entries are taken away and come back alike.
+//!
+//! C headers: `include/linux/mm.h`, `include/linux/mm_types.h`, `include/linux/huge_mm.h`.
 
 use crate::{
-    device::Device,
+    areas::Manner,
+    device::{
+        Device,
+        State, //
+    },
     file::OpenFile,
     shim,
     wire::layout::PAGE_SIZE, //
@@ -32,6 +41,9 @@ use kernel::{
     prelude::*, //
 };
 
+/// Order of the pages that are mapped by one entry of 2 MiB.
+const HUGE: c_uint = 9;
+
 /// `VM_MAYSHARE`: set in every area of a `MAP_SHARED` mapping, even one that a read-only file keeps from
 /// being `VM_SHARED`. The `kernel` crate's constant of that name is `VM_MAYEXEC` by mistake in 7.2.
 const MAYSHARE: vm_flags_t = 1 << 7;
@@ -40,12 +52,13 @@ const MAYSHARE: vm_flags_t = 1 << 7;
 /// mappings.)
 const FLAGS: vm_flags_t = flags::IO | flags::PFNMAP | flags::DONTEXPAND | flags::DONTDUMP;
 
-/// What is done with areas of the region after [`prepare`]. Without a `fault`, touching one without an entry
-/// is SIGBUS.
+/// What is done with areas of the region after [`prepare`].
 const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_struct {
     open: Some(open),
     close: Some(close),
     mapped: Some(mapped),
+    fault: Some(fault),
+    huge_fault: Some(huge_fault),
     ..pin_init::zeroed()
 };
 
@@ -103,7 +116,8 @@ impl Drop for Mappings {
 
 /// The `mmap_prepare` file operation: checks and describes a mapping, and changes nothing else.
 ///
-/// `EINVAL` if it is private, executable, or not inside of what can be mapped; `ENODEV`.
+/// `EINVAL` if it is private, executable, or not inside of what can be mapped; `EBUSY` if the region's mappings
+/// have another cache mode than this file's are to have; `ENODEV`.
 ///
 /// # Safety
 ///
@@ -126,8 +140,12 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
             return Err(EINVAL);
         }
         *flags = (*flags | FLAGS) & !flags::MAYEXEC;
+        let mut manner = file.manner();
+        let mode = file.device.state.lock().areas.mode(manner.cache)?;
+        manner.cache = Some(mode);
         // SAFETY: The function only computes.
-        area.page_prot = unsafe { shim::barlink_pgprot_noncached(area.page_prot) };
+        area.page_prot = unsafe { shim::barlink_pgprot(mode as u32, area.page_prot) };
+        area.private_data = core::ptr::without_provenance_mut(manner.word() as usize);
         area.vm_ops = &AREA_OPERATIONS;
         Ok(0)
     })
@@ -144,16 +162,25 @@ unsafe extern "C" fn mapped(
     end: c_ulong,
     page: c_ulong,
     file: *const bindings::file,
-    _private: *mut *mut c_void,
+    private: *mut *mut c_void,
 ) -> c_int {
-    // SAFETY: An area keeps its file open.
-    let file = unsafe { OpenFile::of(file) };
+    // SAFETY: An area keeps its file open. Its private word is readable.
+    let (file, manner) = unsafe { (OpenFile::of(file), manner(*private)) };
     let device: &Device = &file.device;
     from_result(|| {
         let mut state = device.state.lock();
-        // First of all, since `close` counts down whatever the result is.
-        state.areas += 1;
+        // A PID is positive.
+        let process = current!().group_leader().pid().unsigned_abs();
+        // First of all, since `close` takes it away whatever the result is.
+        state.areas.add(manner, process)?;
         device.check()?;
+        if manner.on_touch {
+            device.show_cache(&state);
+            return Ok(0);
+        }
+        if state.areas.have_touched() {
+            device.mappings.zap();
+        }
         let mm = current!().mm().ok_or(EINVAL)?.as_raw();
         // SAFETY: The kernel calls this with the `mmap_lock` of the current task's memory taken for writing.
         let area = NonNull::new(unsafe { bindings::vma_lookup(mm, start) })
@@ -173,8 +200,11 @@ unsafe extern "C" fn mapped(
                 prot,
             ))?;
             // The mode asked for can differ from the one granted.
-            state.granted = shim::barlink_granted_mode(area, start);
+            state
+                .areas
+                .note_granted(shim::barlink_granted_mode(area, start));
         }
+        device.show_cache(&state);
         Ok(0)
     })
 }
@@ -186,8 +216,8 @@ unsafe extern "C" fn mapped(
 /// Only for [`AREA_OPERATIONS`].
 unsafe extern "C" fn open(area: *mut bindings::vm_area_struct) {
     // SAFETY: The area is valid, and keeps its file open.
-    let file = unsafe { OpenFile::of((*area).vm_file) };
-    file.device.state.lock().areas += 1;
+    let (file, manner) = unsafe { (OpenFile::of((*area).vm_file), manner((*area).vm_private_data)) };
+    file.device.state.lock().areas.count(manner);
 }
 
 /// The `close` area operation: there is one area less.
@@ -197,8 +227,115 @@ unsafe extern "C" fn open(area: *mut bindings::vm_area_struct) {
 /// Only for [`AREA_OPERATIONS`].
 unsafe extern "C" fn close(area: *mut bindings::vm_area_struct) {
     // SAFETY: The area is valid, and is closed before it lets go of its file.
-    let file = unsafe { OpenFile::of((*area).vm_file) };
-    let mut state = file.device.state.lock();
-    // Every area was counted, by `mapped` or `open`.
-    state.areas = state.areas.saturating_sub(1);
+    let (file, manner) = unsafe { (OpenFile::of((*area).vm_file), manner((*area).vm_private_data)) };
+    let device: &Device = &file.device;
+    let mut state = device.state.lock();
+    if state.areas.remove(manner) {
+        device.mappings.zap();
+    }
+    device.show_cache(&state);
+}
+
+/// The `fault` area operation: maps one page that is touched. SIGBUS if the device is gone.
+///
+/// # Safety
+///
+/// Only for [`AREA_OPERATIONS`].
+unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+    // SAFETY: The kernel gives a fault that is valid, with its area, which keeps its file open.
+    let (fault, area, file) = unsafe {
+        let area = (*fault).__bindgen_anon_1.vma;
+        (&*fault, area, OpenFile::of((*area).vm_file))
+    };
+    let device: &Device = &file.device;
+    // As for `mapped`: what comes before the removal is found by its zap, and nothing comes after.
+    let mut state = device.state.lock();
+    if device.is_gone() {
+        return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+    }
+    let place = &fault.__bindgen_anon_1;
+    let frame = device.facts.region / PAGE_SIZE + place.pgoff as u64;
+    // SAFETY: The area is valid, of frames only, and of this device's region from end to end, as `prepare` has
+    // seen to. The kernel calls this under the `mmap_lock`, since there is no `map_pages`.
+    unsafe {
+        let result = bindings::vmf_insert_pfn(area, place.address, frame as c_ulong);
+        if result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
+            note_granted(&mut state, device, area, place.address);
+        }
+        result
+    }
+}
+
+/// The `huge_fault` area operation: maps 2 MiB that are touched, where that can be; else [`fault`] is called.
+///
+/// # Safety
+///
+/// Only for [`AREA_OPERATIONS`].
+unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -> bindings::vm_fault_t {
+    // SAFETY: As above.
+    let (fault, area, file) = unsafe {
+        let area = (*fault).__bindgen_anon_1.vma;
+        (fault, area, OpenFile::of((*area).vm_file))
+    };
+    let device: &Device = &file.device;
+    // SAFETY: The fault is valid, and so is its area, while this runs.
+    let (flags, address, page, range) = unsafe {
+        let place = &(*fault).__bindgen_anon_1;
+        let range = &(*area).__bindgen_anon_1.__bindgen_anon_1;
+        (
+            (*fault).flags,
+            place.address,
+            place.pgoff as u64,
+            range.vm_start..range.vm_end,
+        )
+    };
+    let size = PAGE_SIZE << order;
+    let start = address as u64 & !(size - 1);
+    let before = (address as u64 - start) / PAGE_SIZE;
+    let fits = start >= range.start as u64 && start + size <= range.end as u64;
+    let frame = (device.facts.region / PAGE_SIZE + page).wrapping_sub(before);
+    // Not under the lock of the area alone, under which the mode that is granted cannot be looked at: `fault`
+    // has the kernel take the `mmap_lock` then, and this is called again.
+    let alone = flags & bindings::fault_flag_FAULT_FLAG_VMA_LOCK != 0;
+    if order != HUGE || alone || !fits || frame % (1 << HUGE) != 0 {
+        return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
+    }
+    let mut state = device.state.lock();
+    if device.is_gone() {
+        return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+    }
+    let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
+    // SAFETY: As for `fault`; all of the 2 MiB are in the area, and the frame is aligned to them.
+    unsafe {
+        let result = bindings::vmf_insert_pfn_pmd(fault, frame as c_ulong, write);
+        if result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
+            note_granted(&mut state, device, area, address);
+        }
+        result
+    }
+}
+
+/// Notes, and tells, what mode an address was granted.
+///
+/// # Safety
+///
+/// The area must be valid, and its `mmap_lock` be held.
+unsafe fn note_granted(
+    state: &mut State,
+    device: &Device,
+    area: *mut bindings::vm_area_struct,
+    address: c_ulong,
+) {
+    // SAFETY: By this function's contract.
+    let granted = unsafe { shim::barlink_granted_mode(area, address) };
+    if granted != state.areas.told().1 {
+        state.areas.note_granted(granted);
+        device.show_cache(state);
+    }
+}
+
+/// How an area is mapped, from its private word.
+fn manner(word: *mut c_void) -> Manner {
+    // CAST: `prepare` has put a `u32` there.
+    Manner::from_word(word.addr() as u32)
 }

@@ -4,6 +4,7 @@
  * shim.rs declares each of them and says what it does.
  */
 #include <linux/anon_inodes.h>
+#include <linux/eventfd.h>
 #include <linux/fs.h>
 #include <linux/idr.h>
 #include <linux/mm.h>
@@ -25,7 +26,7 @@ void barlink_unlock(spinlock_t *lock, unsigned long flags);
 void barlink_init_event_queue(struct wait_queue_head *queue);
 void barlink_init_sleeper_queue(struct wait_queue_head *queue);
 struct file *barlink_anon_file(void);
-pgprot_t barlink_pgprot_noncached(pgprot_t prot);
+pgprot_t barlink_pgprot(u32 mode, pgprot_t prot);
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address);
 
 int barlink_virtio_register(void);
@@ -102,9 +103,16 @@ struct file *barlink_anon_file(void)
 	return anon_inode_create_getfile("barlink", &generic_ro_fops, NULL, O_RDONLY, NULL);
 }
 
-pgprot_t barlink_pgprot_noncached(pgprot_t prot)
+pgprot_t barlink_pgprot(u32 mode, pgprot_t prot)
 {
-	return pgprot_noncached(prot);
+	switch (mode) {
+	case 3:
+		return pgprot_writecombine(prot);
+	case 6:
+		return prot;
+	default:
+		return pgprot_noncached(prot);
+	}
 }
 
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address)

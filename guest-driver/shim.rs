@@ -34,6 +34,12 @@ pub(crate) struct VirtioDevice {
     _opaque: [u8; 0],
 }
 
+/// `struct eventfd_ctx` (`include/linux/eventfd.h`), as [`VirtioDevice`].
+#[repr(C)]
+pub(crate) struct EventfdContext {
+    _opaque: [u8; 0],
+}
+
 /// `struct virtqueue` (`include/linux/virtio.h`), as [`VirtioDevice`].
 #[repr(C)]
 pub(crate) struct Virtqueue {
@@ -80,8 +86,20 @@ extern "C" {
     /// operations are the core kernel's, so it may end after this module. May sleep.
     pub(crate) fn barlink_anon_file() -> *mut bindings::file;
 
-    /// `pgprot_noncached` (`arch/x86/include/asm/pgtable.h`): the same protection, uncached-minus.
-    pub(crate) fn barlink_pgprot_noncached(prot: bindings::pgprot_t) -> bindings::pgprot_t;
+    /// The same protection with a cache mode, by the number of a [`crate::wire::uapi::CacheMode`] that can be asked for: `pgprot_noncached`
+    /// or `pgprot_writecombine` (`arch/x86/include/asm/pgtable.h`), or as it is. Where the architecture has no such mode it is the next
+    /// stricter one.
+    pub(crate) fn barlink_pgprot(mode: u32, prot: bindings::pgprot_t) -> bindings::pgprot_t;
+
+    /// A reference to the eventfd that a descriptor of the current process stands for, or an error pointer
+    /// (`include/linux/eventfd.h`).
+    pub(crate) fn eventfd_ctx_fdget(descriptor: c_int) -> *mut EventfdContext;
+
+    /// Gives a reference back.
+    pub(crate) fn eventfd_ctx_put(context: *mut EventfdContext);
+
+    /// Adds 1 to a valid eventfd, unless it is full, and wakes who waits, with these poll events besides. In any context.
+    pub(crate) fn eventfd_signal_mask(context: *mut EventfdContext, mask: bindings::__poll_t);
 
     /// The cache mode in the page table entry of an address, as the number of a
     /// [`crate::wire::uapi::CacheMode`], or 0 where there is no entry (`follow_pfnmap_start`,

@@ -44,6 +44,11 @@ pub const MAX_REGION_SIZE: u64 = 1 << 46;
 pub mod presence {
     /// Epoch: odd while its writer is there, even while it is not, new at every start.
     pub const EPOCH: u64 = 0;
+    /// Cache mode of the mappings that the guest's processes have of the region: `asked << 8 | granted`, each the number of a
+    /// [`CacheMode`](crate::wire::uapi::CacheMode) or 0. A driver's page only.
+    pub const CACHE: u64 = 8;
+    /// Guest-physical address of the region, which has to do with what is granted. A driver's page only.
+    pub const ADDRESS: u64 = 16;
     /// First connection word, one a slot: 0, or a number that is new for every VM that connects. Broker's page only.
     pub const CONNECTIONS: u64 = 64;
     /// First holder word, two a channel, producer and consumer.

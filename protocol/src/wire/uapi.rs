@@ -6,13 +6,14 @@
 //! | call | what it does |
 //! |---|---|
 //! | `open` | a file of its own: its claims end with it, and its interrupts are counted for it alone |
-//! | `mmap` | shared, not executable, any pages of the region but the drivers' own at its end; noncached |
-//! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`] |
+//! | `mmap` | shared, not executable, any pages of the region but the drivers' own at its end; as [`MAP`] was last told, else noncached, at once |
+//! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`], [`MAP`], [`EVENTFD`] |
 //! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`]; `EOPNOTSUPP` if there are none |
 //! | `poll` | readable when `read` would not wait; `POLLHUP` and `POLLERR` once the device is gone |
 //!
 //! A file that holds claims has vector 0 and the vectors of its channels; a file that holds none has all.
-//! `mmap` refuses with `EINVAL` what is private, executable or out of range; with `EOVERFLOW`, before the driver is asked,
+//! `mmap` refuses with `EINVAL` what is private, executable or out of range; with `EBUSY` another cache mode than that of the
+//! region's mappings that live; with `EOVERFLOW`, before the driver is asked,
 //! what ends beyond the largest file offset.
 //! Once the device is unbound or unplugged every call fails with `ENODEV`, and touching a mapping is `SIGBUS`.
 
@@ -38,7 +39,7 @@ pub const fn doorbell_message(peer: u32, vector: u32) -> u32 {
 }
 
 /// Version of this interface, in [`Info::version`].
-pub const UAPI_VERSION: u32 = 1;
+pub const UAPI_VERSION: u32 = 2;
 /// Type letter of the ioctls (free in the kernel's `ioctl-number.rst`).
 pub const IOCTL_TYPE: u32 = 0xbb;
 
@@ -53,6 +54,15 @@ pub const CLAIM: u32 = ioctl(WRITE, 1, size_of::<Claim>());
 ///
 /// `EINVAL`: no such peer or vector. `EBADF`: the file is not open for writing.
 pub const DOORBELL: u32 = ioctl(WRITE, 2, size_of::<Doorbell>());
+
+/// `_IOW(0xbb, 3, Map)`: how this file's mappings are to be made from now on. Those that live stay as they are.
+///
+/// `EINVAL`: a cache mode that nobody can ask for, or an unknown flag.
+pub const MAP: u32 = ioctl(WRITE, 3, size_of::<Map>());
+/// `_IOW(0xbb, 4, Eventfd)`: has an eventfd written for each interrupt of a vector, until the file is released; also when the device goes.
+///
+/// It replaces the one that this file had for that vector. `EINVAL`: no such vector, or no eventfd. `EBADF`: no open descriptor.
+pub const EVENTFD: u32 = ioctl(WRITE, 4, size_of::<Eventfd>());
 
 const WRITE: u32 = 1;
 const READ: u32 = 2;
@@ -83,10 +93,39 @@ pub struct Info {
     pub region_address: u64,
     /// The driver's epoch: odd, and new at every probe.
     pub epoch: u64,
-    /// Cache mode that the kernel granted to the mappings that live now: a [`CacheMode`], or 0 for none.
+    /// Cache mode that the kernel granted to the mappings that live now: a [`CacheMode`], or 0 while none has a page.
     pub granted: u32,
+    /// Cache mode that these mappings were asked for with: a [`CacheMode`], or 0 for no mappings.
+    pub asked: u32,
+    /// Process that made the first of them, by its number in the initial PID namespace; 0 for none.
+    pub mapper: u32,
     /// Zero.
     pub reserved: u32,
+}
+
+/// Argument of [`MAP`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Map {
+    /// A [`CacheMode`] that [can be asked for](CacheMode::can_be_asked_for); or 0 for that of the region's mappings that live, noncached if
+    /// there are none.
+    pub cache: u32,
+    /// 0, or [`ON_TOUCH`].
+    pub flags: u32,
+}
+
+/// Flag of [`Map`]: pages are mapped when they are touched, 2 MiB at once where size and alignment allow. The kernel then grants the
+/// mode of a mapping of the same pages that was made at once and lives, else noncached.
+pub const ON_TOUCH: u32 = 1;
+
+/// Argument of [`EVENTFD`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Eventfd {
+    /// The vector.
+    pub vector: u32,
+    /// Descriptor of the eventfd, or -1 for none from now on.
+    pub descriptor: i32,
 }
 
 /// Argument of [`CLAIM`].
@@ -151,6 +190,14 @@ impl CacheMode {
         }
     }
 
+    /// Whether [`Map`] can ask for it.
+    pub const fn can_be_asked_for(self) -> bool {
+        matches!(
+            self,
+            CacheMode::UncachedMinus | CacheMode::WriteCombining | CacheMode::WriteBack
+        )
+    }
+
     /// Its name, as debugfs `x86/pat_memtype_list` writes it.
     pub const fn name(self) -> &'static str {
         match self {
@@ -164,9 +211,11 @@ impl CacheMode {
     }
 }
 
-const _: () = assert!(size_of::<Info>() == 56);
+const _: () = assert!(size_of::<Info>() == 64);
 const _: () = assert!(core::mem::offset_of!(Info, region_size) == 16);
 const _: () = assert!(core::mem::offset_of!(Info, epoch) == 40);
 const _: () = assert!(size_of::<Claim>() == 8);
+const _: () = assert!(size_of::<Map>() == 8);
+const _: () = assert!(size_of::<Eventfd>() == 8);
 const _: () = assert!(size_of::<Doorbell>() == 8);
 const _: () = assert!(size_of::<Interrupts>() == 32);
