@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::{mem, ptr};
 
 use barlink_protocol::wire::layout::PAGE_SIZE;
-use barlink_protocol::wire::uapi::{self, Claim, Doorbell, Info};
+use barlink_protocol::wire::uapi::{self, Claim, Doorbell, Eventfd, Info, Map};
 use rustix::io::{Errno, Result};
 use rustix::ioctl::{Getter, Setter, ioctl};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, MsyncFlags, ProtFlags};
@@ -34,6 +34,18 @@ pub(crate) fn claim(file: BorrowedFd<'_>, claim: Claim) -> Result<()> {
 pub(crate) fn ring(file: BorrowedFd<'_>, bell: Doorbell) -> Result<()> {
     // SAFETY: The ioctl reads a `Doorbell`.
     unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(bell)) }
+}
+
+/// [`uapi::MAP`].
+pub(crate) fn map_as(file: BorrowedFd<'_>, map: Map) -> Result<()> {
+    // SAFETY: The ioctl reads a `Map`.
+    unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }
+}
+
+/// [`uapi::EVENTFD`].
+pub(crate) fn signal(file: BorrowedFd<'_>, eventfd: Eventfd) -> Result<()> {
+    // SAFETY: The ioctl reads an `Eventfd`.
+    unsafe { ioctl(file, Setter::<{ uapi::EVENTFD }, _>::new(eventfd)) }
 }
 
 /// The ioctl with this number, with a null pointer for its argument.
@@ -102,6 +114,27 @@ impl Mapping {
         let start =
             unsafe { rustix::mm::mmap(ptr::null_mut(), length, protection, flags, file, offset)? };
         Ok(Mapping { start, length })
+    }
+
+    /// Maps a file shared, at an address that is a multiple of `alignment`.
+    pub(crate) fn aligned(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        length: u64,
+        alignment: u64,
+    ) -> Result<Self> {
+        let room = Self::reserve(length + alignment)?;
+        let start = room
+            .start
+            .map_addr(|address| address.next_multiple_of(alignment as usize));
+        let before = (start.addr() - room.start.addr()) as u64;
+        let (_before, room) = room.split(before);
+        let (place, _after) = room.split(length);
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: The place is this program's, which gives it up for the mapping.
+        unsafe { rustix::mm::mmap(start, place.length, protection, flags, file, offset)? };
+        Ok(place)
     }
 
     /// So many bytes with nothing there.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::layout::{End, MAX_VECTORS};
-use barlink_protocol::wire::uapi::{Claim, Doorbell, Info, Interrupts};
+use barlink_protocol::wire::uapi::{Claim, Doorbell, Eventfd, Info, Interrupts, Map};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, Result};
@@ -85,6 +85,16 @@ impl Device {
         calls::ring(self.as_fd(), Doorbell { peer, vector })
     }
 
+    /// Says how it is to be mapped from now on.
+    pub(crate) fn map_as(&self, map: Map) -> Result<()> {
+        calls::map_as(self.as_fd(), map)
+    }
+
+    /// Sets the eventfd of a vector.
+    pub(crate) fn signal(&self, eventfd: Eventfd) -> Result<()> {
+        calls::signal(self.as_fd(), eventfd)
+    }
+
     /// The ioctl with this number, on address 0.
     pub(crate) fn ioctl_on_null(&self, number: u32) -> Result<()> {
         calls::ioctl_on_null(self.as_fd(), number)
@@ -130,6 +140,11 @@ impl Device {
     pub(crate) fn map(&self, offset: u64, length: u64) -> Result<Mapping> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         self.map_with(offset, length, protection, MapFlags::SHARED)
+    }
+
+    /// Maps shared, for reading and writing, at an address that is a multiple of `alignment`.
+    pub(crate) fn map_aligned(&self, offset: u64, length: u64, alignment: u64) -> Result<Mapping> {
+        Mapping::aligned(self.as_fd(), offset, length, alignment)
     }
 
     /// Maps.

@@ -2,6 +2,7 @@
 
 //! The checks, by topic. Each leaves the driver loaded, and nothing of it open.
 
+mod cache;
 mod claims;
 mod cost;
 mod devices;
@@ -13,6 +14,7 @@ mod mmap;
 mod presence;
 mod races;
 mod removal;
+mod signals;
 
 use anyhow::Result;
 
@@ -42,6 +44,13 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         read_only_file_gets_read_only_mappings
         mappings_survive_fork_split_and_move
         mappings_are_not_taken_for_the_kernels_memory;
+    cache:
+        each_cache_mode_is_granted_and_told
+        one_cache_mode_holds_while_a_mapping_lives
+        wishes_that_make_no_sense_are_refused
+        pages_are_mapped_when_they_are_touched
+        large_pages_are_mapped_when_they_are_touched
+        pages_that_were_not_touched_yet_are_gone_with_the_device;
     claims:
         claims_are_exclusive_and_end_with_their_file
         foreign_and_unknown_ends_are_refused
@@ -63,6 +72,10 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         interrupts_are_counted_for_each_file
         claims_narrow_what_a_file_hears
         epoll_hears_of_vectors_claimed_later;
+    signals:
+        eventfds_are_written_for_their_vectors
+        what_is_no_eventfd_is_refused
+        eventfd_tells_that_the_device_goes;
     hostile:
         hostile_superblocks_are_declined
         superblock_is_read_once

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! In which cache mode the region is mapped, and what is said of it; and mappings whose pages come when they are touched.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use barlink_protocol::wire::layout::{PAGE_SIZE as PAGE, presence};
+use barlink_protocol::wire::uapi::{CacheMode, MAP, Map, ON_TOUCH};
+use rustix::io::Errno;
+use rustix::process::Signal;
+
+use crate::ask::{RAW, Region};
+use crate::binding::{bind, open, unbind};
+use crate::device::{Device, fails};
+use crate::host;
+use crate::process::{Ended, child, ends};
+
+/// Those that can be asked for. The region lies above 4 GiB here, where all of them are granted.
+const MODES: [CacheMode; 3] = [
+    CacheMode::UncachedMinus,
+    CacheMode::WriteCombining,
+    CacheMode::WriteBack,
+];
+const HUGE: u64 = 2 << 20;
+
+/// Asserts what is told of the mappings that live, to programs and to the host.
+#[track_caller]
+fn is_told(device: &Device, asked: u32, granted: u32) -> Result<()> {
+    let info = device.info()?;
+    assert_eq!((info.asked, info.granted), (asked, granted));
+    assert_eq!(info.mapper != 0, asked != 0);
+    let page = Region::Main.driver_page();
+    let words =
+        [presence::CACHE, presence::ADDRESS].map(|word| host::word(Region::Main, page + word));
+    let [cache, address] = words;
+    assert_eq!(cache?, u64::from(asked << 8 | granted));
+    assert_eq!(address?, info.region_address);
+    Ok(())
+}
+
+/// What the kernel itself says of so many bytes of the region from an offset on: whether it has an entry of this mode.
+fn is_listed(device: &Device, offset: u64, length: u64, mode: CacheMode) -> Result<bool> {
+    let start = device.info()?.region_address + offset;
+    let entry = format!(
+        "PAT: [mem {start:#018x}-{:#018x}] {}",
+        start + length,
+        mode.name()
+    );
+    let list = fs::read_to_string("/sys/kernel/debug/x86/pat_memtype_list")?;
+    Ok(list.contains(&entry))
+}
+
+fn wish(device: &Device, cache: u32, flags: u32) -> rustix::io::Result<()> {
+    device.map_as(Map { cache, flags })
+}
+
+pub(super) fn each_cache_mode_is_granted_and_told() -> Result<()> {
+    for mode in MODES {
+        let device = open(Region::Main)?;
+        is_told(&device, 0, 0)?;
+        wish(&device, mode as u32, 0)?;
+        let map = device.map(RAW, 4 * PAGE)?;
+        is_told(&device, mode as u32, mode as u32)?;
+        assert_eq!(device.info()?.mapper, std::process::id());
+        assert!(is_listed(&device, RAW, 4 * PAGE, mode)?, "{mode:?}");
+        map.write(0, mode as u64);
+        map.write(3 * PAGE, 3);
+        assert_eq!(host::word(Region::Main, RAW)?, mode as u64);
+        assert_eq!(host::word(Region::Main, RAW + 3 * PAGE)?, 3);
+        host::set_word(Region::Main, RAW + 8, 17)?;
+        assert_eq!(map.read(8), 17);
+        drop(map);
+        is_told(&device, 0, 0)?;
+    }
+    Ok(())
+}
+
+pub(super) fn one_cache_mode_holds_while_a_mapping_lives() -> Result<()> {
+    let (first, second) = (open(Region::Main)?, open(Region::Main)?);
+    wish(&first, CacheMode::WriteBack as u32, 0)?;
+    let map = first.map(RAW, PAGE)?;
+    // Another page, another file, another process: it is the region's.
+    for other in [CacheMode::UncachedMinus, CacheMode::WriteCombining] {
+        wish(&second, other as u32, 0)?;
+        fails(second.map(RAW + 8 * PAGE, PAGE), Errno::BUSY);
+        wish(&second, other as u32, ON_TOUCH)?;
+        fails(second.map(RAW + 8 * PAGE, PAGE), Errno::BUSY);
+    }
+    fails(open(Region::Main)?.map(RAW, PAGE), Errno::BUSY);
+    // Who has no wish gets what there is.
+    wish(&second, 0, 0)?;
+    let beside = second.map(RAW + 8 * PAGE, PAGE)?;
+    assert!(is_listed(
+        &second,
+        RAW + 8 * PAGE,
+        PAGE,
+        CacheMode::WriteBack
+    )?);
+    // It outlives the first, and a fork.
+    drop((map, first));
+    let child = child(|parent| {
+        parent.tell_ready()?;
+        parent.wait()?;
+        beside.write(0, 5);
+        Ok(())
+    })?;
+    child.wait_asleep()?;
+    let other = open(Region::Main)?;
+    fails(other.map(RAW, PAGE), Errno::BUSY);
+    child.go_on()?;
+    child.succeeds()?;
+    drop((beside, second));
+    drop(other.map(RAW, PAGE)?);
+    // Another region has its own.
+    wish(&other, CacheMode::WriteCombining as u32, 0)?;
+    let _combining = other.map(RAW, PAGE)?;
+    let _noncached = open(Region::Bus)?.map(RAW, PAGE)?;
+    Ok(())
+}
+
+pub(super) fn wishes_that_make_no_sense_are_refused() -> Result<()> {
+    let device = open(Region::Main)?;
+    for (cache, flags) in [
+        (CacheMode::Uncached as u32, 0),
+        (CacheMode::WriteThrough as u32, 0),
+        (CacheMode::WriteProtected as u32, 0),
+        (7, 0),
+        (u32::MAX, 0),
+        (0x106, 0),
+        (0, 2),
+        (0, u32::MAX),
+    ] {
+        fails(wish(&device, cache, flags), Errno::INVAL);
+    }
+    fails(device.ioctl_on_null(MAP), Errno::FAULT);
+    // What was there before holds.
+    let _map = device.map(RAW, PAGE)?;
+    let noncached = CacheMode::UncachedMinus as u32;
+    is_told(&device, noncached, noncached)
+}
+
+pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
+    let device = open(Region::Main)?;
+    wish(&device, CacheMode::WriteBack as u32, ON_TOUCH)?;
+    let map = device.map(RAW, 64 * PAGE)?;
+    // Nothing is mapped yet, and nothing granted.
+    is_told(&device, CacheMode::WriteBack as u32, 0)?;
+    map.write(PAGE, 1);
+    assert_eq!(host::word(Region::Main, RAW + PAGE)?, 1);
+    // The kernel knows no mode of that page.
+    let noncached = CacheMode::UncachedMinus as u32;
+    is_told(&device, CacheMode::WriteBack as u32, noncached)?;
+    // As soon as all of it is mapped at once, it does.
+    let whole = open(Region::Main)?;
+    wish(&whole, 0, 0)?;
+    let all = whole.map(RAW, 64 * PAGE)?;
+    let cached = CacheMode::WriteBack as u32;
+    is_told(&device, cached, cached)?;
+    map.write(2 * PAGE, 2);
+    assert_eq!(map.read(PAGE), 1);
+    assert_eq!(all.read(2 * PAGE), 2);
+    is_told(&device, cached, cached)?;
+    drop(all);
+    // And as soon as that goes, no longer.
+    assert_eq!(map.read(2 * PAGE), 2);
+    is_told(&device, cached, noncached)?;
+    // A child has none of the pages, and gets its own.
+    child(|_| {
+        map.write(3 * PAGE, 3);
+        Ok(())
+    })?
+    .succeeds()?;
+    assert_eq!(map.read(3 * PAGE), 3);
+    drop(map);
+    is_told(&device, 0, 0)
+}
+
+/// Pages that this process has touched and that were not mapped.
+fn minor_faults() -> Result<u64> {
+    let stat = fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rsplit_once(") ").map(|(_, fields)| fields);
+    let faults = fields.and_then(|fields| fields.split(' ').nth(7));
+    Ok(faults.context("no such figure")?.parse()?)
+}
+
+pub(super) fn large_pages_are_mapped_when_they_are_touched() -> Result<()> {
+    let device = open(Region::Main)?;
+    wish(&device, 0, ON_TOUCH)?;
+    let length = 3 * HUGE;
+    // At a place where an address is aligned as its frame is.
+    let map = device.map_aligned(2 * HUGE, length, HUGE)?;
+    for place in [0, HUGE + 8 * PAGE, 2 * HUGE - 8, length - 8] {
+        host::set_word(Region::Main, 2 * HUGE + place, place + 1)?;
+        assert_eq!(map.read(place), place + 1);
+        map.write(place, place + 2);
+        assert_eq!(host::word(Region::Main, 2 * HUGE + place)?, place + 2);
+    }
+    let noncached = CacheMode::UncachedMinus as u32;
+    is_told(&device, noncached, noncached)?;
+    // The kernel counts what it takes for large pages; of 1536 small ones none is left to fault.
+    let faults = minor_faults()?;
+    for place in (0..length).step_by(PAGE as usize) {
+        map.read(place);
+    }
+    let faults = minor_faults()? - faults;
+    assert!(faults < 16, "{faults} faults");
+    // A piece is cut out, which cuts its large page in small ones.
+    let (first, rest) = map.split(HUGE / 2);
+    let (second, third) = rest.split(PAGE);
+    drop(second);
+    assert_eq!(first.read(0), 2);
+    third.write(0, 9);
+    assert_eq!(host::word(Region::Main, 2 * HUGE + HUGE / 2 + PAGE)?, 9);
+    Ok(())
+}
+
+pub(super) fn pages_that_were_not_touched_yet_are_gone_with_the_device() -> Result<()> {
+    let device = open(Region::Main)?;
+    wish(&device, 0, ON_TOUCH)?;
+    let map = device.map(RAW, 4 * PAGE)?;
+    map.write(0, 1);
+    unbind(Region::Main)?;
+    for page in 0..4 {
+        let touched = ends(|| {
+            map.read(page * PAGE);
+        })?;
+        assert_eq!(touched, Ended::By(Signal::BUS), "page {page}");
+    }
+    fails(device.map(RAW, PAGE), Errno::NODEV);
+    fails(wish(&device, 0, 0), Errno::NODEV);
+    bind(Region::Main)
+}

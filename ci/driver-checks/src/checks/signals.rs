@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Eventfds that are written for interrupts.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use anyhow::Result;
+use barlink_protocol::wire::uapi::{EVENTFD, Eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
+use rustix::io::Errno;
+
+use crate::ask::Region;
+use crate::binding::{bind, open, unbind};
+use crate::device::{A_WHILE, DOWN_VECTOR, Device, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
+use crate::host;
+
+fn new() -> Result<OwnedFd> {
+    Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+}
+
+/// How often it was written, if it is before long.
+fn heard(bell: &OwnedFd) -> Result<u64> {
+    let soon = Timespec::try_from(SOON)?;
+    rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&soon))?;
+    let mut count = [0; 8];
+    rustix::io::read(bell, &mut count)?;
+    Ok(u64::from_ne_bytes(count))
+}
+
+fn is_silent(bell: &OwnedFd) -> Result<bool> {
+    std::thread::sleep(A_WHILE);
+    Ok(rustix::io::read(bell, &mut [0; 8]) == Err(Errno::AGAIN))
+}
+
+fn set(device: &Device, vector: u32, bell: &OwnedFd) -> rustix::io::Result<()> {
+    device.signal(Eventfd {
+        vector,
+        descriptor: bell.as_fd().as_raw_fd(),
+    })
+}
+
+pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
+    let device = open(Region::Main)?;
+    let (up, down) = (new()?, new()?);
+    set(&device, UP_VECTOR, &up)?;
+    set(&device, DOWN_VECTOR, &down)?;
+    host::ring(Region::Main, UP_VECTOR)?;
+    assert!(heard(&up)? >= 1);
+    assert!(is_silent(&down)?);
+    host::ring(Region::Main, DOWN_VECTOR)?;
+    assert!(heard(&down)? >= 1);
+    host::ring(Region::Main, SPARE_VECTOR)?;
+    assert!(is_silent(&up)? && is_silent(&down)?);
+    // The file itself hears of all of it, as ever.
+    assert_eq!(device.interrupts()?, [UP_VECTOR, DOWN_VECTOR, SPARE_VECTOR]);
+    // Another in its place, none, and the same for two.
+    let other = new()?;
+    set(&device, UP_VECTOR, &other)?;
+    host::ring(Region::Main, UP_VECTOR)?;
+    assert!(heard(&other)? >= 1);
+    assert!(is_silent(&up)?);
+    set(&device, SPARE_VECTOR, &other)?;
+    device.signal(Eventfd {
+        vector: UP_VECTOR,
+        descriptor: -1,
+    })?;
+    host::ring(Region::Main, UP_VECTOR)?;
+    assert!(is_silent(&other)?);
+    host::ring(Region::Main, SPARE_VECTOR)?;
+    assert!(heard(&other)? >= 1);
+    // A claim changes nothing about it, and the file's end ends it.
+    device.claim(UP)?;
+    host::ring(Region::Main, DOWN_VECTOR)?;
+    assert!(heard(&down)? >= 1);
+    drop(device);
+    host::ring(Region::Main, DOWN_VECTOR)?;
+    assert!(is_silent(&down)?);
+    Ok(())
+}
+
+pub(super) fn what_is_no_eventfd_is_refused() -> Result<()> {
+    let device = open(Region::Main)?;
+    let bell = new()?;
+    let vectors = Region::Main.facts().vectors;
+    fails(set(&device, vectors, &bell), Errno::INVAL);
+    fails(set(&device, u32::MAX, &bell), Errno::INVAL);
+    let signal = |descriptor| {
+        device.signal(Eventfd {
+            vector: 0,
+            descriptor,
+        })
+    };
+    fails(signal(9999), Errno::BADF);
+    fails(signal(device.as_fd().as_raw_fd()), Errno::INVAL);
+    fails(signal(0), Errno::INVAL);
+    fails(device.ioctl_on_null(EVENTFD), Errno::FAULT);
+    fails(set(&open(Region::Plain)?, 0, &bell), Errno::INVAL);
+    // What was refused has changed nothing.
+    set(&device, 0, &bell)?;
+    fails(signal(9999), Errno::BADF);
+    host::ring(Region::Main, 0)?;
+    assert!(heard(&bell)? >= 1);
+    // A full one is left as it is.
+    rustix::io::write(&bell, &(u64::MAX - 1).to_ne_bytes())?;
+    host::ring(Region::Main, 0)?;
+    assert_eq!(heard(&bell)?, u64::MAX - 1);
+    Ok(())
+}
+
+pub(super) fn eventfd_tells_that_the_device_goes() -> Result<()> {
+    let device = open(Region::Main)?;
+    let (bell, closed) = (new()?, new()?);
+    set(&device, UP_VECTOR, &bell)?;
+    // Only the driver has that one any more.
+    set(&device, DOWN_VECTOR, &closed)?;
+    drop(closed);
+    unbind(Region::Main)?;
+    assert!(heard(&bell)? >= 1);
+    fails(set(&device, UP_VECTOR, &bell), Errno::NODEV);
+    drop(device);
+    bind(Region::Main)
+}
