@@ -2,11 +2,15 @@
 
 //! What ends cost that are attached and asleep.
 
+use std::ffi::OsStr;
 use std::fmt;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use barlink_bench_load::Used;
 use serde::Serialize;
 
@@ -74,7 +78,9 @@ pub fn measure(scene: &Scene, transport: Option<Transport>, time: Duration) -> R
     };
     let numbers = [one.process()?, other.process()?];
     thread::sleep(SETTLE);
-    let [broker, qemu] = scene.processes()?.map(|number| number.to_string());
+    let broker = scene.broker();
+    let processes = [broker.process(), find_qemu(broker.folder())?];
+    let [broker, qemu] = processes.map(|number| number.to_string());
     let time_option = format!("--time={}", time.as_millis());
     let watch = ["watch", &time_option, &broker, &qemu, &numbers[0]];
     // Both are watched at the same time.
@@ -91,7 +97,7 @@ pub fn measure(scene: &Scene, transport: Option<Transport>, time: Duration) -> R
         load.end()?;
     }
     let [broker, qemu, host @ ..] = &used[..] else {
-        anyhow::bail!("what was watched is missing");
+        bail!("what was watched is missing");
     };
     Ok(Row {
         transport,
@@ -107,6 +113,26 @@ pub fn measure(scene: &Scene, transport: Option<Transport>, time: Duration) -> R
         broker: *broker,
         qemu: *qemu,
     })
+}
+
+/// The QEMU whose devices are in this folder; there are processes around it that keep it in its sandbox.
+fn find_qemu(folder: &Path) -> Result<u32> {
+    let folder = folder.as_os_str().as_bytes();
+    for process in fs::read_dir("/proc")? {
+        let path = process?.path();
+        let name = fs::read(path.join("comm")).unwrap_or_default();
+        // It is cut off after 15 bytes.
+        if !name.starts_with(b"qemu-system") {
+            continue;
+        }
+        let arguments = fs::read(path.join("cmdline")).unwrap_or_default();
+        let is_ours = arguments.windows(folder.len()).any(|part| part == folder);
+        let number = path.file_name().and_then(OsStr::to_str);
+        if let (true, Some(number)) = (is_ours, number) {
+            return Ok(number.parse()?);
+        }
+    }
+    bail!("there is no QEMU with a device in the broker's folder")
 }
 
 impl Row {

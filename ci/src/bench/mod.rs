@@ -3,8 +3,9 @@
 //! `cargo xtask bench`: how fast a guest and the host exchange records over every transport, and what the limits are, in
 //! one VM.
 //!
-//! The VM has a device of each transport, and one broker serves all from one region, and two processes on the host besides. Rounds are interleaved, so that
-//! whatever else the machine does meets all alike; what is told is the median of the rounds, and their quartiles.
+//! The VM has a device of each transport, and one broker serves all from one region, and two processes on the host besides.
+//! Rounds are interleaved, so that whatever else the machine does meets all alike; what is told is the median of the rounds,
+//! and their quartiles.
 //!
 //! | file | its one job |
 //! |---|---|

@@ -247,8 +247,8 @@ impl fmt::Display for Report {
         if !self.idle.is_empty() {
             writeln!(
                 f,
-                "\n## Sleep\n\nConditions: {conditions}. Both ends are attached and asleep. Processor time in µs for each second, and context \
-                 switches for each second. QEMU's is the whole VM's, whose kernel ticks.\n"
+                "\n## Sleep\n\nConditions: {conditions}. Both ends are attached and asleep. Processor time in µs for each second, and \
+                 context switches for each second. QEMU's is the whole VM's, whose kernel ticks.\n"
             )?;
             writeln!(
                 f,

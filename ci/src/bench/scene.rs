@@ -6,7 +6,6 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -14,7 +13,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use barlink_bench_load::{CAPACITY, RAW_SIZE};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Signal;
@@ -217,9 +216,9 @@ impl<'a> Scene<'a> {
         start_on_host(&self.artifacts.iceoryx2_load, arguments)
     }
 
-    /// The processes of the broker and of QEMU.
-    pub fn processes(&self) -> Result<[u32; 2]> {
-        Ok([self.broker.process(), find_qemu(self.broker.folder())?])
+    /// The broker.
+    pub fn broker(&self) -> &Broker {
+        &self.broker
     }
 
     /// Where the broker is heard.
@@ -264,26 +263,6 @@ fn start_on_host(program: &Path, arguments: &[impl AsRef<OsStr>]) -> Result<Load
     Ok(Load::Host(
         command.spawn().context("a process cannot be started")?,
     ))
-}
-
-/// The QEMU whose devices are in this folder; there are processes around it that keep it in its sandbox.
-fn find_qemu(folder: &Path) -> Result<u32> {
-    let folder = folder.as_os_str().as_bytes();
-    for process in std::fs::read_dir("/proc")? {
-        let path = process?.path();
-        let name = std::fs::read(path.join("comm")).unwrap_or_default();
-        // It is cut off after 15 bytes.
-        if !name.starts_with(b"qemu-system") {
-            continue;
-        }
-        let arguments = std::fs::read(path.join("cmdline")).unwrap_or_default();
-        let is_ours = arguments.windows(folder.len()).any(|part| part == folder);
-        let number = path.file_name().and_then(OsStr::to_str);
-        if let (true, Some(number)) = (is_ours, number) {
-            return Ok(number.parse()?);
-        }
-    }
-    bail!("there is no QEMU with a device in the broker's folder")
 }
 
 impl Load {
