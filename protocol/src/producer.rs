@@ -81,7 +81,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         let capacity = Capacity::of(channel);
         let written = region.load(base + channel::WRITTEN);
         // SYNC: released; as in `refresh`.
-        let read = region.word(base + channel::READ).load(Ordering::Acquire);
+        let read = region.acquire(base + channel::READ);
         capacity.in_flight(written, read)?;
         let current = channel::NOTES
             .iter()
@@ -157,9 +157,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         region.store(note, self.staged);
         // SYNC: committed; pairs with the Acquire load in `Consumer::refresh`. The records are whole, and the note stored,
         // before they are seen.
-        region
-            .word(*base + channel::WRITTEN)
-            .store(self.staged, Ordering::Release);
+        region.release(*base + channel::WRITTEN, self.staged);
         // SYNC: cursor-then-wish; pairs with the fence in `Consumer::wish_for_record`.
         fence(Ordering::SeqCst);
         let wish = region.load(*base + channel::CONSUMER_WISH);
@@ -214,10 +212,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     /// Reads the consumer's cursor, once, and checks it.
     fn refresh(&mut self) -> Result<(), Corrupt> {
         // SYNC: released; pairs with the Release store in `Consumer::release`. What it released is no longer read.
-        let read = self
-            .region
-            .word(self.base + channel::READ)
-            .load(Ordering::Acquire);
+        let read = self.region.acquire(self.base + channel::READ);
         self.capacity.in_flight(self.written, read)?;
         if read < self.read {
             return Err(Corrupt("the consumer went back"));
