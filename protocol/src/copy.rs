@@ -10,9 +10,6 @@
 
 use crate::sync::{AtomicU64, Ordering};
 
-/// Words that are copied in one go: a cache line.
-const BLOCK: usize = 8;
-
 /// How to copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
@@ -70,106 +67,117 @@ impl Copier {
     }
 
     /// Copies into shared memory. `bytes` is 8 times as long as `words`.
+    #[inline]
     pub(crate) fn copy_in(self, words: &[AtomicU64], bytes: &[u8]) {
-        assert_eq!(bytes.len(), words.len() * 8);
-        let middle = self.wide_part(words);
-        let (head, rest) = words.split_at(middle.start);
-        let (wide, tail) = rest.split_at(middle.len());
-        let (head_bytes, rest) = bytes.split_at(head.len() * 8);
-        let (wide_bytes, tail_bytes) = rest.split_at(wide.len() * 8);
-        words_in(head, head_bytes);
-        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-        if !wide.is_empty() {
-            let copy = match (self.way, self.is_combining) {
-                (Way::Avx, false) => wide::avx_in,
-                (Way::Avx, true) => wide::avx_stream_in,
-                (_, false) => wide::sse_in,
-                (_, true) => wide::sse_stream_in,
-            };
-            // SAFETY: both ranges have the length of `wide`, which is whole blocks, begins at a line and is not empty;
-            // `bytes` is private memory, so they do not overlap; the target may be written through a shared
-            // reference since it is made of atomics; `detect` saw that the processor has the instructions.
-            unsafe {
-                copy(
-                    wide.as_ptr().cast_mut().cast(),
-                    wide_bytes.as_ptr(),
-                    wide.len() * 8,
-                )
-            };
+        match self.way {
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            Way::Sse | Way::Avx if words.len() >= LEAST_WIDE => self.wide_in(words, bytes),
+            _ => words_in(words, bytes),
         }
-        let _ = (wide, wide_bytes);
-        words_in(tail, tail_bytes);
     }
 
     /// Copies out of shared memory. `bytes` is 8 times as long as `words`.
+    #[inline]
     pub(crate) fn copy_out(self, bytes: &mut [u8], words: &[AtomicU64]) {
-        assert_eq!(bytes.len(), words.len() * 8);
-        let middle = self.wide_part(words);
-        let (head, rest) = words.split_at(middle.start);
-        let (wide, tail) = rest.split_at(middle.len());
-        let (head_bytes, rest) = bytes.split_at_mut(head.len() * 8);
-        let (wide_bytes, tail_bytes) = rest.split_at_mut(wide.len() * 8);
-        words_out(head_bytes, head);
-        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-        if !wide.is_empty() {
-            let copy = match self.way {
-                Way::Avx => wide::avx_out,
-                _ => wide::sse_out,
-            };
-            // SAFETY: both ranges have the length of `wide`, which is whole blocks, begins at a line and is not empty;
-            // `bytes` is borrowed exclusively, so nobody else looks at it and they do not overlap; `detect` saw that the
-            // processor has the instructions.
-            unsafe {
-                copy(
-                    wide_bytes.as_mut_ptr(),
-                    wide.as_ptr().cast(),
-                    wide.len() * 8,
-                )
-            };
+        match self.way {
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            Way::Sse | Way::Avx if words.len() >= LEAST_WIDE => self.wide_out(bytes, words),
+            _ => words_out(bytes, words),
         }
-        let _ = (wide, wide_bytes);
-        words_out(tail_bytes, tail);
-    }
-
-    /// Which of these words are copied by wide accesses: whole lines, or none.
-    fn wide_part(self, words: &[AtomicU64]) -> core::ops::Range<usize> {
-        /// Words below which to look for lines costs more than it saves.
-        const LEAST: usize = 3 * BLOCK;
-        if self.way == Way::Words || words.len() < LEAST {
-            return 0..0;
-        }
-        let start = words.as_ptr().align_offset(BLOCK * 8).min(words.len());
-        start..words.len() - (words.len() - start) % BLOCK
     }
 }
 
-/// Several loads and then as many stores: this way processors, and TCG, overlap them.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+impl Copier {
+    #[inline(never)]
+    fn wide_in(self, words: &[AtomicU64], bytes: &[u8]) {
+        assert_eq!(bytes.len(), words.len() * 8);
+        let lines = lines(words);
+        let (head, tail) = (8 * lines.start, 8 * lines.end);
+        words_in(&words[..lines.start], &bytes[..head]);
+        words_in(&words[lines.end..], &bytes[tail..]);
+        let copy = match (self.way, self.is_combining) {
+            (Way::Avx, false) => wide::avx_in,
+            (Way::Avx, true) => wide::avx_stream_in,
+            (_, false) => wide::sse_in,
+            (_, true) => wide::sse_stream_in,
+        };
+        let (target, source) = (&words[lines], &bytes[head..tail]);
+        // SAFETY: both ranges have `source.len()` bytes, of whole lines and not 0; `bytes` is private memory, so they do
+        // not overlap; the target may be written through a shared reference since it is made of atomics; `detect` saw
+        // that the processor has the instructions.
+        unsafe {
+            copy(
+                target.as_ptr().cast_mut().cast(),
+                source.as_ptr(),
+                source.len(),
+            );
+        };
+    }
+
+    #[inline(never)]
+    fn wide_out(self, bytes: &mut [u8], words: &[AtomicU64]) {
+        assert_eq!(bytes.len(), words.len() * 8);
+        let lines = lines(words);
+        let (head, tail) = (8 * lines.start, 8 * lines.end);
+        words_out(&mut bytes[..head], &words[..lines.start]);
+        words_out(&mut bytes[tail..], &words[lines.end..]);
+        let copy = match self.way {
+            Way::Avx => wide::avx_out,
+            _ => wide::sse_out,
+        };
+        let (target, source) = (&mut bytes[head..tail], &words[lines]);
+        // SAFETY: both ranges have `target.len()` bytes, of whole lines and not 0; `bytes` is borrowed exclusively, so
+        // nobody else looks at it and they do not overlap; `detect` saw that the processor has the instructions.
+        unsafe { copy(target.as_mut_ptr(), source.as_ptr().cast(), target.len()) };
+    }
+}
+
+/// Words of a cache line, which are copied in one go.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+const BLOCK: usize = 8;
+
+/// Words from which on there is a whole line in them, and looking for it pays.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+const LEAST_WIDE: usize = 3 * BLOCK;
+
+/// Which of these words, at least [`LEAST_WIDE`], are whole lines: one or more of them.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+fn lines(words: &[AtomicU64]) -> core::ops::Range<usize> {
+    let start = words.as_ptr().align_offset(BLOCK * 8);
+    start..words.len() - (words.len() - start) % BLOCK
+}
+
+/// Words that are loaded before as many are stored, so that processors, and TCG, overlap them: as many as there are
+/// registers that need not be saved.
+const GROUP: usize = 4;
+
+/// Copies word by word.
 fn words_in(words: &[AtomicU64], bytes: &[u8]) {
-    let (blocks, rest) = words.as_chunks::<BLOCK>();
     let (chunks, _) = bytes.as_chunks::<8>();
-    let (lines, chunks) = chunks.as_chunks::<BLOCK>();
-    for (block, line) in blocks.iter().zip(lines) {
-        let values = line.map(u64::from_le_bytes);
-        for (word, value) in block.iter().zip(values) {
+    let (groups, last_words) = words.as_chunks::<GROUP>();
+    let (sources, last_chunks) = chunks.as_chunks::<GROUP>();
+    for (group, source) in groups.iter().zip(sources) {
+        let values = source.map(u64::from_le_bytes);
+        for (word, value) in group.iter().zip(values) {
             word.store(value, Ordering::Relaxed);
         }
     }
-    for (word, chunk) in rest.iter().zip(chunks) {
+    for (word, chunk) in last_words.iter().zip(last_chunks) {
         word.store(u64::from_le_bytes(*chunk), Ordering::Relaxed);
     }
 }
 
 /// As [`words_in`].
 fn words_out(bytes: &mut [u8], words: &[AtomicU64]) {
-    let (blocks, rest) = words.as_chunks::<BLOCK>();
     let (chunks, _) = bytes.as_chunks_mut::<8>();
-    let (lines, chunks) = chunks.as_chunks_mut::<BLOCK>();
-    for (block, line) in blocks.iter().zip(lines) {
-        *line = block
-            .each_ref()
-            .map(|word| word.load(Ordering::Relaxed).to_le_bytes());
+    let (groups, last_words) = words.as_chunks::<GROUP>();
+    let (targets, last_chunks) = chunks.as_chunks_mut::<GROUP>();
+    for (group, target) in groups.iter().zip(targets) {
+        let load = |word: &AtomicU64| word.load(Ordering::Relaxed).to_le_bytes();
+        *target = group.each_ref().map(load);
     }
-    for (word, chunk) in rest.iter().zip(chunks) {
+    for (word, chunk) in last_words.iter().zip(last_chunks) {
         *chunk = word.load(Ordering::Relaxed).to_le_bytes();
     }
 }
@@ -343,22 +351,18 @@ mod tests {
         }
     }
 
-    /// The stack's words begin anywhere: what is wide begins at a line.
+    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
     #[test]
     fn what_is_wide_is_whole_lines() {
         let words = [const { AtomicU64::new(0) }; SIZE];
-        for way in ways() {
-            let copier = Copier {
-                way,
-                is_combining: false,
-            };
-            for start in 0..BLOCK {
-                let words = &words[start..];
-                let part = copier.wide_part(words);
-                assert_eq!(part.is_empty(), way == Way::Words);
-                assert_eq!(part.len() % BLOCK, 0);
-                let first = words[part].as_ptr().addr();
-                assert!(way == Way::Words || first.is_multiple_of(BLOCK * 8));
+        for start in 0..BLOCK {
+            for length in LEAST_WIDE..SIZE - BLOCK {
+                let words = &words[start..start + length];
+                let lines = lines(words);
+                assert!(!lines.is_empty() && lines.len().is_multiple_of(BLOCK));
+                assert!(lines.start < BLOCK && length - lines.end < BLOCK);
+                let first = words[lines].as_ptr().addr();
+                assert!(first.is_multiple_of(BLOCK * 8));
             }
         }
     }

@@ -147,6 +147,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 
     /// Commits all records that were staged, at once: from now on the consumer sees them.
+    #[inline]
     pub fn publish(&mut self) -> Notify {
         if self.staged == self.written {
             return Notify::Quiet;
@@ -210,6 +211,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 
     /// Reads the consumer's cursor, once, and checks it.
+    #[inline(never)]
     fn refresh(&mut self) -> Result<(), Corrupt> {
         // SYNC: released; pairs with the Release store in `Consumer::release`. What it released is no longer read.
         let read = self.region.acquire(self.base + channel::READ);
@@ -247,6 +249,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// # Panics
     ///
     /// If they do not fit.
+    #[inline]
     pub fn write(&mut self, offset: u32, bytes: &[u8]) {
         let fits = u32::try_from(bytes.len())
             .is_ok_and(|n| offset.checked_add(n).is_some_and(|end| end <= self.length));
@@ -287,6 +290,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// # Panics
     ///
     /// If `length` is more than was reserved, or `kind` is 0 or 65535.
+    #[inline]
     pub fn stage(self, kind: Kind, length: u32, time: u64) -> &'a mut Producer<M> {
         assert!(length <= self.length && kind.0 != 0 && kind != Kind::PAD);
         if !length.is_multiple_of(8) && length != self.padded {

@@ -113,26 +113,29 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     }
 
     /// Copies bytes into the region. A last word that they fill in part is padded with zeros.
+    #[inline]
     pub fn copy_in(&self, offset: u64, bytes: &[u8]) {
         let target = self.words(offset, bytes.len());
-        let whole = bytes.len() / 8;
-        self.copier.copy_in(&target[..whole], &bytes[..whole * 8]);
-        if let (Some(word), tail @ [_, ..]) = (target.get(whole), &bytes[whole * 8..]) {
-            let mut last = [0; 8];
-            last[..tail.len()].copy_from_slice(tail);
-            word.store(u64::from_le_bytes(last), Ordering::Relaxed);
+        let (whole, tail) = bytes.split_at(bytes.len() / 8 * 8);
+        let (words, last) = target.split_at(whole.len() / 8);
+        self.copier.copy_in(words, whole);
+        if let [word] = last {
+            let mut padded = [0; 8];
+            padded[..tail.len()].copy_from_slice(tail);
+            word.store(u64::from_le_bytes(padded), Ordering::Relaxed);
         }
     }
 
     /// Copies bytes out of the region.
+    #[inline]
     pub fn copy_out(&self, offset: u64, bytes: &mut [u8]) {
         let source = self.words(offset, bytes.len());
-        let whole = bytes.len() / 8;
-        let (head, tail) = bytes.split_at_mut(whole * 8);
-        self.copier.copy_out(head, &source[..whole]);
-        if let (Some(word), [_, ..]) = (source.get(whole), &tail) {
-            let last = word.load(Ordering::Relaxed).to_le_bytes();
-            tail.copy_from_slice(&last[..tail.len()]);
+        let (whole, tail) = bytes.split_at_mut(bytes.len() / 8 * 8);
+        let (words, last) = source.split_at(whole.len() / 8);
+        self.copier.copy_out(whole, words);
+        if let [word] = last {
+            let padded = word.load(Ordering::Relaxed).to_le_bytes();
+            tail.copy_from_slice(&padded[..tail.len()]);
         }
     }
 
