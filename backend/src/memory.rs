@@ -155,3 +155,27 @@ impl Deref for Mapping {
         unsafe { region::words(self.0.as_ptr(), self.0.size()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    /// A region can be huge and sparse: what is not asked for stays without memory.
+    #[test]
+    fn only_the_pages_of_a_channel_are_made_present() {
+        const SIZE: u64 = 1 << 30;
+        let memory = create(SIZE).unwrap();
+        let mapping = Mapping::new(memory.try_clone().unwrap(), SIZE, Access::ReadWrite).unwrap();
+        let present = || memory.metadata().unwrap().blocks() * 512;
+        assert_eq!(present(), 0);
+        mapping.populate(1 << 20..(1 << 20) + 0x3000, Access::ReadWrite);
+        assert_eq!(present(), 0x3000);
+        mapping.populate(2 << 20..(2 << 20) + 0x2000, Access::ReadOnly);
+        assert_eq!(present(), 0x5000);
+        // What is outside is left alone.
+        mapping.populate(SIZE - 0x1000..SIZE + 0x1000, Access::ReadWrite);
+        assert_eq!(present(), 0x5000);
+    }
+}

@@ -140,11 +140,12 @@ impl Device {
         let info = info(&file, path)?;
         let size = usize::try_from(info.mappable_size).unwrap_or(usize::MAX);
         let mapping = Mapping::new(&file, size).map_err(|error| system("map", path, error))?;
-        let layout = state::read_layout(&Region::new(mapping.clone()), info.region_size)
-            .map_err(|source| DeviceError::Layout {
+        let layout = state::read_layout(&Region::new(mapping.clone()), info.region_size).map_err(
+            |source| DeviceError::Layout {
                 path: path.to_owned(),
                 source,
-            })?;
+            },
+        )?;
         // It is known once something is mapped.
         let granted = self::info(&file, path)?.granted;
         Ok(Device {

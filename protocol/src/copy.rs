@@ -6,7 +6,10 @@
 //! On the shared side every access is aligned, so it is right for uncached memory, and made once. Wide ones are made
 //! by assembly, behind the compiler's back: a concurrent change of the shared side is no data race in Rust's sense, and
 //! gives a mixture of old and new bytes. Where nothing else is known, words are copied one by one.
-#![expect(unsafe_code, reason = "wide accesses to memory that others write")]
+#![cfg_attr(
+    all(target_arch = "x86_64", not(any(loom, miri))),
+    expect(unsafe_code, reason = "wide accesses to memory that others write")
+)]
 
 use crate::sync::{AtomicU64, Ordering};
 
@@ -50,19 +53,27 @@ impl Copier {
 
     /// Makes all stores before it come before those behind it.
     pub(crate) fn fence_stores(self) {
-        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
         if self.is_combining {
-            // SAFETY: it orders stores, and nothing else; that memory is declared as used keeps the compiler's in place.
-            unsafe { core::arch::asm!("sfence", options(nostack, preserves_flags)) };
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            // SAFETY: it orders stores, and nothing else; as memory is declared as used, the compiler keeps to it, too.
+            unsafe {
+                core::arch::asm!("sfence", options(nostack, preserves_flags));
+            };
+            #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+            crate::sync::fence(Ordering::SeqCst);
         }
     }
 
     /// Makes all loads before it come before those behind it.
     pub(crate) fn fence_loads(self) {
-        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
         if self.is_combining {
-            // SAFETY: it orders loads, and nothing else; that memory is declared as used keeps the compiler's in place.
-            unsafe { core::arch::asm!("lfence", options(nostack, preserves_flags)) };
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            // SAFETY: it orders loads, and nothing else; as memory is declared as used, the compiler keeps to it, too.
+            unsafe {
+                core::arch::asm!("lfence", options(nostack, preserves_flags));
+            };
+            #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+            crate::sync::fence(Ordering::SeqCst);
         }
     }
 
