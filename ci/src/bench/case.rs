@@ -3,10 +3,11 @@
 //! What is measured in one go.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::Serialize;
 
-use super::scene::Side;
+use super::scene::{PATIENCE, Side};
 use crate::broker::Transport;
 
 /// From where to where.
@@ -77,6 +78,15 @@ impl Way {
     /// Whether it is another project's.
     pub fn is_peer(self) -> bool {
         !matches!(self, Way::Channel(_) | Way::Within | Way::Copy | Way::Ring)
+    }
+
+    /// How long a sender may take. Of another project's, one that hangs is not to hold up the others.
+    pub fn patience(self) -> Duration {
+        if self.is_peer() {
+            PATIENCE / 3
+        } else {
+            PATIENCE
+        }
     }
 
     /// How its ends wait for each other in a stream.

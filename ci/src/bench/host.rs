@@ -25,13 +25,13 @@ pub fn stream(scene: &Scene, way: Way, record_size: u64, time: Duration) -> Resu
         let service = service(scene, &size);
         let receiver = scene.start_iceoryx2(&["receive", &service, &size])?;
         let sender = scene.start_iceoryx2(&["send", &service, &size, &time])?;
-        return finish(sender, receiver);
+        return finish(way, sender, receiver);
     }
     let control = format!("--control={}", scene.control().display());
     let before = scene.rung(FIRST_CHANNEL)?;
     let receiver = start(scene, &["receive", CHANNELS[0], &control])?;
     let sender = start(scene, &["build", CHANNELS[0], &control, &size, &time])?;
-    let streamed = finish(sender, receiver)?;
+    let streamed = finish(way, sender, receiver)?;
     Ok(Streamed {
         rung: Some(scene.rung(FIRST_CHANNEL)? - before),
         ..streamed

@@ -29,7 +29,7 @@ use crate::tools::Accel;
 use crate::vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 
 /// How long a process may take, which measures for less than a second, and how often it is looked at.
-const PATIENCE: Duration = Duration::from_secs(15);
+pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(2);
 /// Bytes of the region, with room for eight channels.
 const REGION: &str = "256M";
@@ -278,15 +278,20 @@ impl Load {
 
     /// What it has measured, once it has ended.
     pub fn wait<T: DeserializeOwned>(self) -> Result<T> {
-        Ok(serde_json::from_slice(&self.output()?)?)
+        self.wait_for(PATIENCE)
+    }
+
+    /// The same, if it ends within this time.
+    pub fn wait_for<T: DeserializeOwned>(self, patience: Duration) -> Result<T> {
+        Ok(serde_json::from_slice(&self.output(patience)?)?)
     }
 
     /// Waits until one has ended that measures nothing.
     pub fn wait_silently(self) -> Result<()> {
-        self.output().map(drop)
+        self.output(PATIENCE).map(drop)
     }
 
-    fn output(mut self) -> Result<Vec<u8>> {
+    fn output(mut self, patience: Duration) -> Result<Vec<u8>> {
         match &mut self {
             Load::Host(child) => {
                 let start = Instant::now();
@@ -295,7 +300,7 @@ impl Load {
                         break status;
                     }
                     ensure!(
-                        start.elapsed() < PATIENCE,
+                        start.elapsed() < patience,
                         "a process on the host does not end"
                     );
                     thread::sleep(LOOK);
@@ -312,7 +317,7 @@ impl Load {
                 Ok(output)
             }
             Load::Guest(process) => {
-                let output = process.wait(PATIENCE)?;
+                let output = process.wait(patience)?;
                 output.require_success()?;
                 Ok(output.stdout)
             }

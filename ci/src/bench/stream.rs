@@ -177,6 +177,7 @@ fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
             let before = scene.rung(index)?;
             let streamed = run(
                 scene,
+                case.way,
                 &(sides[0], words(&["send", &channel, from, &size, &time])),
                 &(sides[1], words(&["receive", &channel, to])),
             )?;
@@ -209,6 +210,7 @@ fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
             };
             run(
                 scene,
+                case.way,
                 &order(sides[0], &["raw-send", &size, &time]),
                 &order(sides[1], &["raw-receive", &size]),
             )
@@ -222,6 +224,7 @@ fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
             };
             run(
                 scene,
+                case.way,
                 &(sides[0], words(&["pipe-send", from, &size, &time])),
                 &(sides[1], words(&["pipe-receive", to, &size])),
             )
@@ -248,15 +251,17 @@ pub(super) fn endpoints(scene: &Scene, way: Way) -> Result<[String; 2]> {
 }
 
 /// Runs a sender and a receiver to their ends.
-fn run(scene: &Scene, sender: &Order, receiver: &Order) -> Result<Streamed> {
+fn run(scene: &Scene, way: Way, sender: &Order, receiver: &Order) -> Result<Streamed> {
     let receiver = scene.start(receiver.0, &receiver.1)?;
     let sender = scene.start(sender.0, &sender.1)?;
-    finish(sender, receiver)
+    finish(way, sender, receiver)
 }
 
 /// Waits until both have ended, and compares.
-pub(super) fn finish(sender: Load, receiver: Load) -> Result<Streamed> {
-    let sent: Measured = sender.wait().context("the sender failed")?;
+pub(super) fn finish(way: Way, sender: Load, receiver: Load) -> Result<Streamed> {
+    let sent: Measured = sender
+        .wait_for(way.patience())
+        .context("the sender failed")?;
     let received: Measured = receiver.wait().context("the receiver failed")?;
     ensure!(
         (sent.records, sent.sum) == (received.records, received.sum),
