@@ -129,6 +129,9 @@ u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address)
 
 	if (follow_pfnmap_start(&args))
 		return 0;
+	/* In the entry of a large page, the bit of the PAT is elsewhere. */
+	if (args.addr_mask != PAGE_MASK)
+		args.pgprot = pgprot_large_2_4k(args.pgprot);
 	bits = pgprot_val(args.pgprot) & _PAGE_CACHE_MASK;
 	follow_pfnmap_end(&args);
 
