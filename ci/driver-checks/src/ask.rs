@@ -62,7 +62,7 @@ impl Region {
     pub const fn facts(self) -> Facts {
         let main = Facts {
             pci: "0000:01:00.0",
-            size: 16 << 20,
+            size: 128 << 20,
             slots: 2,
             slot: 0,
             vectors: 4,
@@ -72,6 +72,7 @@ impl Region {
             Self::Main => main,
             Self::Bus => Facts {
                 pci: "0000:02:00.0",
+                size: 16 << 20,
                 slot: 1,
                 vectors: 256,
                 channels: &[

@@ -6,11 +6,15 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
+use barlink_protocol::wire::uapi::{Map, ON_TOUCH};
 
-use crate::ask::Region;
+use crate::ask::{RAW, Region};
 use crate::binding::{bind, open, unbind};
+use crate::device::UP;
 use crate::host;
 
 /// Most bytes of a device.
@@ -41,6 +45,58 @@ pub(super) fn memory_of_a_device_is_small() -> Result<()> {
         ensure!(device.own <= DEVICE, "a device is too large");
         ensure!(opened.own <= FILE, "a file is too large");
     }
+    Ok(())
+}
+
+pub(super) fn thousand_mappings_leave_nothing_behind() -> Result<()> {
+    let cycles = |count| -> Result<()> {
+        for round in 0..count {
+            let device = open(Region::Main)?;
+            // At once and on touch, by turns.
+            device.map_as(Map {
+                cache: 0,
+                flags: round % 2 * ON_TOUCH,
+            })?;
+            let map = device.map(RAW, 16 * PAGE)?;
+            map.write(0, round.into());
+            device.claim(UP)?;
+        }
+        Ok(())
+    };
+    // What the kernel keeps at hand, it has then.
+    cycles(200)?;
+    let before = unreclaimable()?;
+    cycles(1000)?;
+    let grown = unreclaimable()?.saturating_sub(before);
+    host::show(format!("1000 files, mapped and closed: {grown} KiB more"))?;
+    ensure!(grown < 256, "{grown} KiB more");
+    Ok(())
+}
+
+/// KiB of the kernel's own memory.
+fn unreclaimable() -> Result<u64> {
+    let all = fs::read_to_string("/proc/meminfo")?;
+    let line = all
+        .lines()
+        .find_map(|line| line.strip_prefix("SUnreclaim:"));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    Ok(number.context("no such figure")?.parse()?)
+}
+
+pub(super) fn mapping_64_mib_takes_a_moment() -> Result<()> {
+    let device = open(Region::Main)?;
+    let mut times = Vec::new();
+    for _ in 0..9 {
+        let start = Instant::now();
+        let map = device.map(0, 64 << 20)?;
+        times.push(start.elapsed());
+        // All of it is there.
+        map.read((64 << 20) - 8);
+    }
+    times.sort_unstable();
+    host::show(format!("64 MiB mapped at once in {:?}", times[4]))?;
+    // Ten times what it takes on a quiet machine.
+    ensure!(times[4] < Duration::from_millis(50), "{times:?}");
     Ok(())
 }
 

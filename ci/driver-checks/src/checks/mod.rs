@@ -94,7 +94,9 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         load_and_unload_25_times
         kernel_log_stays_clean;
     cost:
-        memory_of_a_device_is_small;
+        memory_of_a_device_is_small
+        thousand_mappings_leave_nothing_behind
+        mapping_64_mib_takes_a_moment;
 };
 
 /// Those of [`CHECKS`] that have a device pulled out of the running VM. QEMU 11.1 ends itself when that is one of vfio-user
