@@ -134,7 +134,13 @@ impl Data {
         // SAFETY: The device is being probed, and this is the one place.
         unsafe { shim::barlink_virtio_ready(vdev.as_ptr()) };
         // Nothing before that, not even a reset, since QEMU ends if it is asked to map the region in between.
-        wait_until_mapped(&region)?;
+        if !is_mapped_before_long(&region)? {
+            dev_info!(
+                dev,
+                "declined: the host has mapped no region within 10 s: see what QEMU and the broker say (QEMU must share the guest's memory)\n"
+            );
+            return Err(ENODEV);
+        }
 
         let layout = read_layout(dev, &region, id)?;
         let vectors = queues.callees.interrupts.open(layout.vectors)?;
@@ -165,12 +171,13 @@ unsafe fn shared_memory(vdev: NonNull<VirtioDevice>) -> Result<DeviceMemory> {
     DeviceMemory::request(address, size)
 }
 
-/// Waits until the first word of the region is there, which the host writes last; for a while only.
-fn wait_until_mapped(region: &DeviceMemory) -> Result {
+/// Whether the first word of the region is there, which the host writes last, or comes; for a while only.
+fn is_mapped_before_long(region: &DeviceMemory) -> Result<bool> {
     let first = region.map(0, 8)?;
     // Where nothing is mapped yet, there is 0. Anything else stays.
-    wait(MAPPING_PATIENCE, || first.read64(0) != 0);
-    Ok(())
+    let is_there = || first.read64(0) != 0;
+    wait(MAPPING_PATIENCE, is_there);
+    Ok(is_there())
 }
 
 /// Waits until something holds, but no longer than `patience`.

@@ -38,7 +38,7 @@ pub type Receiver = barlink_protocol::Receiver<Mapping, Interrupts>;
 pub enum DeviceError {
     /// There is no such device.
     #[error(
-        "no barlink device at {path}: is the device in the VM (lspci -d 1af4:1110), and the driver loaded \
+        "no barlink device at {path}: is the device in the VM (lspci -d 1af4:), and the driver loaded \
          (insmod barlink.ko)?"
     )]
     NoDevice {

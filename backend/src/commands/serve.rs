@@ -47,7 +47,7 @@ pub fn serve(args: Serve) -> Result<()> {
     let sees_memory = |(way, _): &(Way, _)| *way == Way::VfioUser;
     ensure!(
         !args.guest_memory || args.sockets.0.iter().any(sees_memory),
-        "--guest-memory has no effect without a VM over vfio-user, as ivshmem does not show a guest's memory: add --vfio-user SOCKET"
+        "--guest-memory has no effect without a VM over vfio-user, the one transport by which it is read: add --vfio-user SOCKET"
     );
     let ivshmem: Arc<dyn Transport> = Arc::new(Ivshmem);
     let vfio_user: Arc<dyn Transport> = Arc::new(VfioUser {
@@ -108,7 +108,7 @@ pub fn serve(args: Serve) -> Result<()> {
         .any(|slot| slot.transport == VhostUser::NAME)
     {
         warn!(
-            "vhost-user is experimental, as is QEMU's side of it: QEMU ends if this broker does, and the guest then looks at the device"
+            "vhost-user is experimental, as is QEMU's side of it: QEMU ends with this broker where no driver runs the device, and else when the guest looks at the device after that"
         );
     }
     let names: Vec<_> = layout

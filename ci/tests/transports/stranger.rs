@@ -46,7 +46,7 @@ impl Fault {
                 "declined: no barlink device: magic 0x6c726162, not 0x6c726162, version 2"
             }
             Fault::NoMemory => "declined: it has no shared memory of whole pages",
-            Fault::NotMapped => "declined: no barlink region: magic 0x0000000000000000",
+            Fault::NotMapped => "declined: the host has mapped no region within 10 s",
         }
     }
 }

@@ -230,6 +230,24 @@ fn vm_outlives_its_broker_until_it_looks_at_the_device() -> Result<()> {
     Ok(())
 }
 
+/// What a user is warned of: `docs/architecture.md`. QEMU takes down what it has not set up.
+#[test]
+fn vm_without_a_driver_ends_with_its_broker() -> Result<()> {
+    for signal in [Signal::INT, Signal::KILL] {
+        let setting = Setting::new("1M")?;
+        let (mut machine, _) = setting.machine()?;
+        setting.broker.signal(signal)?;
+        let status = machine.end()?;
+        let errors = machine.errors()?;
+        assert!(!status.success(), "QEMU lives on: tell the user so");
+        assert!(
+            errors.contains("memory_region_del_eventfd: Assertion"),
+            "{errors}"
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn qemu_that_does_not_share_its_memory_has_no_region_and_says_why() -> Result<()> {
     let setting = Setting::new("1M")?;

@@ -2,6 +2,7 @@
 
 //! `barlink-guest telemetry`: this guest's own load, from /proc.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -60,6 +61,12 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
     Ok(mark(&mut sender, Kind::END)?)
 }
 
+/// Whether an interrupt of this name is that of a barlink device on the virtio bus, which the kernel names.
+fn is_virtio(name: &str) -> bool {
+    let place = Path::new("/sys/bus/virtio/drivers/barlink");
+    name.starts_with("virtio") && place.join(name).exists()
+}
+
 fn sample(sequence: u64, start: Instant) -> Result<Sample> {
     let stats = KernelStats::current().context("cannot read /proc/stat")?;
     let memory = Meminfo::current().context("cannot read /proc/meminfo")?;
@@ -81,7 +88,7 @@ fn sample(sequence: u64, start: Instant) -> Result<Sample> {
         interrupts: interrupts.lines().map(count).sum(),
         barlink_interrupts: interrupts
             .lines()
-            .filter(|line| line.contains("barlink"))
+            .filter(|line| line.contains("barlink") || line.split([' ', ',']).any(is_virtio))
             .map(count)
             .sum(),
         memory_available: memory.mem_available.unwrap_or(memory.mem_free),
