@@ -17,6 +17,10 @@ use crate::control::message::{Answer, Ask, MAX_COPY, Refusal, Status};
 use crate::events::{Bells, EventError};
 use crate::memory::{Access, Mapping, MemoryError, Region};
 
+/// Largest channel all of whose pages are made present at its claim: the first lap through it takes a tenth of the time
+/// then. A larger one would hold up an end for long, and have all of its memory for perhaps one record.
+const MAX_POPULATED: u64 = 64 << 20;
+
 /// The producer's end of a channel, on the host.
 pub type Sender = barlink_protocol::Sender<Mapping, Bells>;
 /// The consumer's end of a channel, on the host.
@@ -226,6 +230,14 @@ impl Attachment {
             end,
         };
         let [control, own, _, other] = take(&self.control, descriptors)?;
+        let entry = &self.layout.channels()[channel];
+        if entry.capacity <= MAX_POPULATED {
+            let access = match end {
+                End::Producer => Access::ReadWrite,
+                End::Consumer => Access::ReadOnly,
+            };
+            self.mapping.populate(entry.offset..entry.end(), access);
+        }
         Ok((channel, Bells::new(control, own, other, claim)?))
     }
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use barlink_protocol::region::{self, words};
 use barlink_protocol::wire::layout::{End, Layout, LayoutError};
-use barlink_protocol::wire::uapi::{self, Info};
+use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use barlink_protocol::{AtomicU64, ChannelError, state};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -129,6 +129,7 @@ pub struct Device {
     path: PathBuf,
     file: File,
     mapping: Mapping,
+    is_combining: bool,
     layout: Layout,
 }
 
@@ -139,15 +140,19 @@ impl Device {
         let info = info(&file, path)?;
         let size = usize::try_from(info.mappable_size).unwrap_or(usize::MAX);
         let mapping = Mapping::new(&file, size).map_err(|error| system("map", path, error))?;
-        let layout = state::read_layout(&region::Region::new(mapping.clone()), info.region_size)
-            .map_err(|source| DeviceError::Layout {
+        let layout = state::read_layout(&Region::new(mapping.clone()), info.region_size).map_err(
+            |source| DeviceError::Layout {
                 path: path.to_owned(),
                 source,
-            })?;
+            },
+        )?;
+        // It is known once something is mapped.
+        let granted = self::info(&file, path)?.granted;
         Ok(Device {
             path: path.to_owned(),
             file,
             mapping,
+            is_combining: CacheMode::from_number(granted) == Some(CacheMode::WriteCombining),
             layout,
         })
     }
@@ -164,7 +169,12 @@ impl Device {
 
     /// The region's words, without the drivers' pages at its end.
     pub fn region(&self) -> Region {
-        Region::new(self.mapping.clone())
+        let region = Region::new(self.mapping.clone());
+        if self.is_combining {
+            region.over_write_combining()
+        } else {
+            region
+        }
     }
 
     /// Claims the producer's end of a channel, for as long as the sender lives.

@@ -47,7 +47,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
             read,
             passed: read,
             // SYNC: committed; as in `refresh`.
-            written: region.word(base + channel::WRITTEN).load(Ordering::Acquire),
+            written: region.acquire(base + channel::WRITTEN),
             current: None,
             rung: region.load(base + channel::CONSUMER_RUNG),
             capacity: Capacity::of(channel),
@@ -102,9 +102,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
             return Notify::Quiet;
         }
         // SYNC: released; pairs with the Acquire load in `Producer::refresh`.
-        self.region
-            .word(self.base + channel::READ)
-            .store(self.passed, Ordering::Release);
+        self.region.release(self.base + channel::READ, self.passed);
         // SYNC: cursor-then-wish; pairs with the fence in `Producer::wish_for_room`.
         fence(Ordering::SeqCst);
         let wish = self.region.load(self.base + channel::PRODUCER_WISH);
@@ -133,10 +131,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     /// Reads the producer's cursor, once, and checks it.
     fn refresh(&mut self) -> Result<(), Corrupt> {
         // SYNC: committed; pairs with the Release store in `Producer::publish`.
-        let written = self
-            .region
-            .word(self.base + channel::WRITTEN)
-            .load(Ordering::Acquire);
+        let written = self.region.acquire(self.base + channel::WRITTEN);
         self.capacity.in_flight(written, self.read)?;
         if written < self.written {
             return Err(Corrupt("the producer went back"));

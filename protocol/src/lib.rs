@@ -16,6 +16,7 @@
 
 mod channel;
 mod consumer;
+mod copy;
 pub mod cursor;
 mod error;
 mod link;

@@ -81,7 +81,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         let capacity = Capacity::of(channel);
         let written = region.load(base + channel::WRITTEN);
         // SYNC: released; as in `refresh`.
-        let read = region.word(base + channel::READ).load(Ordering::Acquire);
+        let read = region.acquire(base + channel::READ);
         capacity.in_flight(written, read)?;
         let current = channel::NOTES
             .iter()
@@ -147,6 +147,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 
     /// Commits all records that were staged, at once: from now on the consumer sees them.
+    #[inline]
     pub fn publish(&mut self) -> Notify {
         if self.staged == self.written {
             return Notify::Quiet;
@@ -157,9 +158,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         region.store(note, self.staged);
         // SYNC: committed; pairs with the Acquire load in `Consumer::refresh`. The records are whole, and the note stored,
         // before they are seen.
-        region
-            .word(*base + channel::WRITTEN)
-            .store(self.staged, Ordering::Release);
+        region.release(*base + channel::WRITTEN, self.staged);
         // SYNC: cursor-then-wish; pairs with the fence in `Consumer::wish_for_record`.
         fence(Ordering::SeqCst);
         let wish = region.load(*base + channel::CONSUMER_WISH);
@@ -212,12 +211,10 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 
     /// Reads the consumer's cursor, once, and checks it.
+    #[inline(never)]
     fn refresh(&mut self) -> Result<(), Corrupt> {
         // SYNC: released; pairs with the Release store in `Consumer::release`. What it released is no longer read.
-        let read = self
-            .region
-            .word(self.base + channel::READ)
-            .load(Ordering::Acquire);
+        let read = self.region.acquire(self.base + channel::READ);
         self.capacity.in_flight(self.written, read)?;
         if read < self.read {
             return Err(Corrupt("the consumer went back"));
@@ -252,6 +249,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// # Panics
     ///
     /// If they do not fit.
+    #[inline]
     pub fn write(&mut self, offset: u32, bytes: &[u8]) {
         let fits = u32::try_from(bytes.len())
             .is_ok_and(|n| offset.checked_add(n).is_some_and(|end| end <= self.length));
@@ -292,6 +290,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// # Panics
     ///
     /// If `length` is more than was reserved, or `kind` is 0 or 65535.
+    #[inline]
     pub fn stage(self, kind: Kind, length: u32, time: u64) -> &'a mut Producer<M> {
         assert!(length <= self.length && kind.0 != 0 && kind != Kind::PAD);
         if !length.is_multiple_of(8) && length != self.padded {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Shared memory as words. The only file of this crate with `unsafe` in it.
+//! Shared memory as words. The only file of this crate with `unsafe` in it but for `copy.rs`.
 //!
 //! Two rules, for memory that another process writes while we look at it:
 //!
@@ -12,11 +12,12 @@
 //! is that an aligned 64-bit load gives some mixture of bytes that were stored there, and rule 2 is enough.
 #![expect(
     unsafe_code,
-    reason = "turns a mapping into words, and copies between it and private memory"
+    reason = "turns a mapping into words, and lets the kernel copy"
 )]
 
 use core::ops::{Deref, Range};
 
+use crate::copy::Copier;
 use crate::sync::{AtomicU64, Ordering};
 use crate::wire::layout::PAGE_WORDS;
 
@@ -50,12 +51,21 @@ pub struct OutOfRegion {
 #[derive(Clone, Debug)]
 pub struct Region<M> {
     memory: M,
+    copier: Copier,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     /// A region over `memory`, which always derefs to the same words.
     pub fn new(memory: M) -> Self {
-        Region { memory }
+        let copier = Copier::detect();
+        Region { memory, copier }
+    }
+
+    /// The same region, for who has it mapped write-combining: there stores overtake each other, and loads are made
+    /// early, if nothing is done about it.
+    pub fn over_write_combining(self) -> Self {
+        let copier = self.copier.over_combining();
+        Region { copier, ..self }
     }
 
     /// Bytes that are mapped.
@@ -66,6 +76,19 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     /// The word at an offset.
     pub fn word(&self, offset: u64) -> &AtomicU64 {
         &self.memory[index(offset)]
+    }
+
+    /// Reads a word that tells what is in others: what was stored before it is seen after it.
+    pub(crate) fn acquire(&self, offset: u64) -> u64 {
+        let value = self.word(offset).load(Ordering::Acquire);
+        self.copier.fence_loads();
+        value
+    }
+
+    /// Writes a word that tells what is in others: who sees it sees what was stored, or copied in, before.
+    pub(crate) fn release(&self, offset: u64, value: u64) {
+        self.copier.fence_stores();
+        self.word(offset).store(value, Ordering::Release);
     }
 
     /// Reads a word that other words do not depend on.
@@ -90,26 +113,29 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     }
 
     /// Copies bytes into the region. A last word that they fill in part is padded with zeros.
+    #[inline]
     pub fn copy_in(&self, offset: u64, bytes: &[u8]) {
         let target = self.words(offset, bytes.len());
-        let whole = bytes.len() / 8;
-        copy::into_words(&target[..whole], &bytes[..whole * 8]);
-        if let (Some(word), tail @ [_, ..]) = (target.get(whole), &bytes[whole * 8..]) {
-            let mut last = [0; 8];
-            last[..tail.len()].copy_from_slice(tail);
-            word.store(u64::from_le_bytes(last), Ordering::Relaxed);
+        let (whole, tail) = bytes.split_at(bytes.len() / 8 * 8);
+        let (words, last) = target.split_at(whole.len() / 8);
+        self.copier.copy_in(words, whole);
+        if let [word] = last {
+            let mut padded = [0; 8];
+            padded[..tail.len()].copy_from_slice(tail);
+            word.store(u64::from_le_bytes(padded), Ordering::Relaxed);
         }
     }
 
     /// Copies bytes out of the region.
+    #[inline]
     pub fn copy_out(&self, offset: u64, bytes: &mut [u8]) {
         let source = self.words(offset, bytes.len());
-        let whole = bytes.len() / 8;
-        let (head, tail) = bytes.split_at_mut(whole * 8);
-        copy::from_words(head, &source[..whole]);
-        if let (Some(word), [_, ..]) = (source.get(whole), &tail) {
-            let last = word.load(Ordering::Relaxed).to_le_bytes();
-            tail.copy_from_slice(&last[..tail.len()]);
+        let (whole, tail) = bytes.split_at_mut(bytes.len() / 8 * 8);
+        let (words, last) = source.split_at(whole.len() / 8);
+        self.copier.copy_out(whole, words);
+        if let [word] = last {
+            let padded = word.load(Ordering::Relaxed).to_le_bytes();
+            tail.copy_from_slice(&padded[..tail.len()]);
         }
     }
 
@@ -242,78 +268,4 @@ pub(crate) fn read(fd: libc::c_int, bytes: &mut [u8]) -> Result<usize, libc::c_i
 fn result(returned: libc::ssize_t) -> Result<usize, libc::c_int> {
     // SAFETY: the address of errno is this thread's own and always valid.
     usize::try_from(returned).map_err(|_| unsafe { *libc::__errno_location() })
-}
-
-/// Bulk copies. Word by word is right everywhere; `rep movsq` is 4 to 20 times faster where it exists, on
-/// noncached memory too, since it keeps to aligned 8-byte accesses there.
-mod copy {
-    use super::{AtomicU64, Ordering};
-
-    /// Words below which setting up a string instruction costs more than it saves.
-    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-    const STRING_WORDS: usize = 16;
-
-    /// `bytes` is 8 times as long as `words`.
-    pub(super) fn into_words(words: &[AtomicU64], bytes: &[u8]) {
-        assert_eq!(bytes.len(), words.len() * 8);
-        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-        if words.len() >= STRING_WORDS {
-            // SAFETY: both ranges have `words.len()` words, as asserted; `bytes` is private memory, so they do not
-            // overlap; the target may be written through a shared reference since it is made of atomics.
-            unsafe {
-                string(
-                    words.as_ptr().cast::<u64>().cast_mut(),
-                    bytes.as_ptr().cast(),
-                    words.len(),
-                );
-            };
-            return;
-        }
-        for (word, chunk) in words.iter().zip(bytes.as_chunks().0) {
-            word.store(u64::from_le_bytes(*chunk), Ordering::Relaxed);
-        }
-    }
-
-    /// `bytes` is 8 times as long as `words`.
-    pub(super) fn from_words(bytes: &mut [u8], words: &[AtomicU64]) {
-        assert_eq!(bytes.len(), words.len() * 8);
-        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-        if words.len() >= STRING_WORDS {
-            // SAFETY: both ranges have `words.len()` words, as asserted; `bytes` is borrowed exclusively, so nobody
-            // else looks at it and it does not overlap the source.
-            unsafe {
-                string(
-                    bytes.as_mut_ptr().cast(),
-                    words.as_ptr().cast(),
-                    words.len(),
-                );
-            };
-            return;
-        }
-        for (word, chunk) in words.iter().zip(bytes.as_chunks_mut().0) {
-            *chunk = word.load(Ordering::Relaxed).to_le_bytes();
-        }
-    }
-
-    /// Copies `count` words. Done by the processor behind the compiler's back, so a concurrent change of the
-    /// shared side is no data race in Rust's sense, and gives a mixture of old and new words.
-    ///
-    /// # Safety
-    ///
-    /// `count` words can be read at `source` and written at `target`, and do not overlap. Neither needs to be
-    /// aligned.
-    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-    unsafe fn string(target: *mut u64, source: *const u64, count: usize) {
-        // SAFETY: the caller vouches for both ranges; the direction flag is clear on entry to any asm block; the
-        // three registers are declared as changed; memory is declared as changed by leaving out `nomem`.
-        unsafe {
-            core::arch::asm!(
-                "rep movsq",
-                inout("rcx") count => _,
-                inout("rdi") target => _,
-                inout("rsi") source => _,
-                options(nostack, preserves_flags),
-            );
-        }
-    }
 }

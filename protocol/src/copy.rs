@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Bulk copies between shared and private memory, in the form that suits the processor, found out once for each
+//! [`Region`](crate::region::Region).
+//!
+//! On the shared side every access is aligned, so it is right for uncached memory, and made once. Wide ones are made
+//! by assembly, behind the compiler's back: a concurrent change of the shared side is no data race in Rust's sense, and
+//! gives a mixture of old and new bytes. Where nothing else is known, words are copied one by one.
+#![cfg_attr(
+    all(target_arch = "x86_64", not(any(loom, miri))),
+    expect(unsafe_code, reason = "wide accesses to memory that others write")
+)]
+
+use crate::sync::{AtomicU64, Ordering};
+
+/// How to copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// By words of 8 bytes, which is right everywhere.
+    Words,
+    /// By 16 bytes, which every x86-64 processor can.
+    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+    Sse,
+    /// By 32 bytes.
+    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+    Avx,
+}
+
+/// How to copy, and what orders the copies, for one mapping.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Copier {
+    way: Way,
+    /// Stores can overtake each other, and loads be made early: the mapping is write-combining.
+    is_combining: bool,
+}
+
+impl Copier {
+    /// The best for this processor, over memory that is not write-combining.
+    pub(crate) fn detect() -> Self {
+        Copier {
+            way: detect(),
+            is_combining: false,
+        }
+    }
+
+    /// The same over write-combining memory.
+    pub(crate) fn over_combining(self) -> Self {
+        Copier {
+            is_combining: true,
+            ..self
+        }
+    }
+
+    /// Makes all stores before it come before those behind it.
+    pub(crate) fn fence_stores(self) {
+        if self.is_combining {
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            // SAFETY: it orders stores, and nothing else; as memory is declared as used, the compiler keeps to it, too.
+            unsafe {
+                core::arch::asm!("sfence", options(nostack, preserves_flags));
+            };
+            #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+            crate::sync::fence(Ordering::SeqCst);
+        }
+    }
+
+    /// Makes all loads before it come before those behind it.
+    pub(crate) fn fence_loads(self) {
+        if self.is_combining {
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            // SAFETY: it orders loads, and nothing else; as memory is declared as used, the compiler keeps to it, too.
+            unsafe {
+                core::arch::asm!("lfence", options(nostack, preserves_flags));
+            };
+            #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+            crate::sync::fence(Ordering::SeqCst);
+        }
+    }
+
+    /// Copies into shared memory. `bytes` is 8 times as long as `words`.
+    #[inline]
+    pub(crate) fn copy_in(self, words: &[AtomicU64], bytes: &[u8]) {
+        match self.way {
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            Way::Sse | Way::Avx if words.len() >= LEAST_WIDE => self.wide_in(words, bytes),
+            _ => words_in(words, bytes),
+        }
+    }
+
+    /// Copies out of shared memory. `bytes` is 8 times as long as `words`.
+    #[inline]
+    pub(crate) fn copy_out(self, bytes: &mut [u8], words: &[AtomicU64]) {
+        match self.way {
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            Way::Sse | Way::Avx if words.len() >= LEAST_WIDE => self.wide_out(bytes, words),
+            _ => words_out(bytes, words),
+        }
+    }
+}
+
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+impl Copier {
+    #[inline(never)]
+    fn wide_in(self, words: &[AtomicU64], bytes: &[u8]) {
+        assert_eq!(bytes.len(), words.len() * 8);
+        let lines = lines(words);
+        let (head, tail) = (8 * lines.start, 8 * lines.end);
+        words_in(&words[..lines.start], &bytes[..head]);
+        words_in(&words[lines.end..], &bytes[tail..]);
+        let copy = match (self.way, self.is_combining) {
+            (Way::Avx, false) => wide::avx_in,
+            (Way::Avx, true) => wide::avx_stream_in,
+            (_, false) => wide::sse_in,
+            (_, true) => wide::sse_stream_in,
+        };
+        let (target, source) = (&words[lines], &bytes[head..tail]);
+        // SAFETY: both ranges have `source.len()` bytes, of whole lines and not 0; `bytes` is private memory, so they do
+        // not overlap; the target may be written through a shared reference since it is made of atomics; `detect` saw
+        // that the processor has the instructions.
+        unsafe {
+            copy(
+                target.as_ptr().cast_mut().cast(),
+                source.as_ptr(),
+                source.len(),
+            );
+        };
+    }
+
+    #[inline(never)]
+    fn wide_out(self, bytes: &mut [u8], words: &[AtomicU64]) {
+        assert_eq!(bytes.len(), words.len() * 8);
+        let lines = lines(words);
+        let (head, tail) = (8 * lines.start, 8 * lines.end);
+        words_out(&mut bytes[..head], &words[..lines.start]);
+        words_out(&mut bytes[tail..], &words[lines.end..]);
+        let copy = match self.way {
+            Way::Avx => wide::avx_out,
+            _ => wide::sse_out,
+        };
+        let (target, source) = (&mut bytes[head..tail], &words[lines]);
+        // SAFETY: both ranges have `target.len()` bytes, of whole lines and not 0; `bytes` is borrowed exclusively, so
+        // nobody else looks at it and they do not overlap; `detect` saw that the processor has the instructions.
+        unsafe { copy(target.as_mut_ptr(), source.as_ptr().cast(), target.len()) };
+    }
+}
+
+/// Words of a cache line, which are copied in one go.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+const BLOCK: usize = 8;
+
+/// Words from which on there is a whole line in them, and looking for it pays.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+const LEAST_WIDE: usize = 3 * BLOCK;
+
+/// Which of these words, at least [`LEAST_WIDE`], are whole lines: one or more of them.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+fn lines(words: &[AtomicU64]) -> core::ops::Range<usize> {
+    let start = words.as_ptr().align_offset(BLOCK * 8);
+    start..words.len() - (words.len() - start) % BLOCK
+}
+
+/// Words that are loaded before as many are stored, so that processors, and TCG, overlap them: as many as there are
+/// registers that need not be saved.
+const GROUP: usize = 4;
+
+/// Copies word by word.
+fn words_in(words: &[AtomicU64], bytes: &[u8]) {
+    let (chunks, _) = bytes.as_chunks::<8>();
+    let (groups, last_words) = words.as_chunks::<GROUP>();
+    let (sources, last_chunks) = chunks.as_chunks::<GROUP>();
+    for (group, source) in groups.iter().zip(sources) {
+        let values = source.map(u64::from_le_bytes);
+        for (word, value) in group.iter().zip(values) {
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+    for (word, chunk) in last_words.iter().zip(last_chunks) {
+        word.store(u64::from_le_bytes(*chunk), Ordering::Relaxed);
+    }
+}
+
+/// As [`words_in`].
+fn words_out(bytes: &mut [u8], words: &[AtomicU64]) {
+    let (chunks, _) = bytes.as_chunks_mut::<8>();
+    let (groups, last_words) = words.as_chunks::<GROUP>();
+    let (targets, last_chunks) = chunks.as_chunks_mut::<GROUP>();
+    for (group, target) in groups.iter().zip(targets) {
+        let load = |word: &AtomicU64| word.load(Ordering::Relaxed).to_le_bytes();
+        *target = group.each_ref().map(load);
+    }
+    for (word, chunk) in last_words.iter().zip(last_chunks) {
+        *chunk = word.load(Ordering::Relaxed).to_le_bytes();
+    }
+}
+
+#[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+fn detect() -> Way {
+    Way::Words
+}
+
+/// What is fastest here. Under TCG that is words, since it keeps general registers in the host's, and others in memory.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+fn detect() -> Way {
+    use core::arch::x86_64::__cpuid;
+    const OSXSAVE: u32 = 1 << 27;
+    const AVX: u32 = 1 << 28;
+    const HYPERVISOR: u32 = 1 << 31;
+    /// What a hypervisor says of itself.
+    const SIGNATURE: u32 = 0x4000_0000;
+    const TCG: u32 = u32::from_le_bytes(*b"TCGT");
+    /// The system keeps the registers of SSE and AVX.
+    const STATE: u32 = 0b110;
+    let features = __cpuid(1).ecx;
+    if features & HYPERVISOR != 0 && __cpuid(SIGNATURE).ebx == TCG {
+        return Way::Words;
+    }
+    if features & (OSXSAVE | AVX) != OSXSAVE | AVX {
+        return Way::Sse;
+    }
+    let state: u32;
+    // SAFETY: it reads a register, which the system permits as OSXSAVE says.
+    unsafe {
+        core::arch::asm!("xgetbv", in("ecx") 0, out("eax") state, out("edx") _,
+            options(nomem, nostack, preserves_flags));
+    }
+    if state & STATE == STATE {
+        Way::Avx
+    } else {
+        Way::Sse
+    }
+}
+
+/// Copies of whole blocks.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+mod wide {
+    /// A copy by four loads and stores of 16 bytes for each block.
+    macro_rules! sse {
+        ($name:ident, $load:literal, $store:literal) => {
+            copy!(
+                $name,
+                "",
+                concat!($load, " xmm0, [{source}]"),
+                concat!($load, " xmm1, [{source} + 16]"),
+                concat!($load, " xmm2, [{source} + 32]"),
+                concat!($load, " xmm3, [{source} + 48]"),
+                concat!($store, " [{target}], xmm0"),
+                concat!($store, " [{target} + 16], xmm1"),
+                concat!($store, " [{target} + 32], xmm2"),
+                concat!($store, " [{target} + 48], xmm3")
+            );
+        };
+    }
+
+    /// A copy by two loads and stores of 32 bytes for each block. It ends by what keeps later SSE instructions fast.
+    macro_rules! avx {
+        ($name:ident, $load:literal, $store:literal) => {
+            copy!(
+                $name,
+                "vzeroupper",
+                concat!($load, " ymm0, [{source}]"),
+                concat!($load, " ymm1, [{source} + 32]"),
+                concat!($store, " [{target}], ymm0"),
+                concat!($store, " [{target} + 32], ymm1")
+            );
+        };
+    }
+
+    macro_rules! copy {
+        ($name:ident, $end:literal, $($instruction:expr),+) => {
+            /// Copies blocks of 64 bytes.
+            ///
+            /// # Safety
+            ///
+            /// `length` is a multiple of 64 and not 0; so many bytes can be read at `source` and written at `target`, and
+            /// do not overlap. The one of them that is shared is aligned to 64. The processor has the instructions.
+            pub(super) unsafe fn $name(target: *mut u8, source: *const u8, length: usize) {
+                // SAFETY: the caller vouches for both ranges; what is changed is declared (`vzeroupper` changes the
+                // upper halves alone, which only code for AVX would use), memory by leaving out `nomem`.
+                unsafe {
+                    core::arch::asm!(
+                        "2:",
+                        $($instruction,)+
+                        "add {source}, 64",
+                        "add {target}, 64",
+                        "sub {length}, 64",
+                        "jnz 2b",
+                        $end,
+                        source = inout(reg) source => _,
+                        target = inout(reg) target => _,
+                        length = inout(reg) length => _,
+                        // All, as `vzeroupper` changes the upper halves of all.
+                        out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+                        out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+                        out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                        out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                        options(nostack),
+                    );
+                }
+            }
+        };
+    }
+
+    // On the shared side all are aligned, which the name of the instruction says.
+    sse!(sse_in, "movups", "movaps");
+    sse!(sse_stream_in, "movups", "movntps");
+    sse!(sse_out, "movaps", "movups");
+    avx!(avx_in, "vmovups", "vmovaps");
+    avx!(avx_stream_in, "vmovups", "vmovntps");
+    avx!(avx_out, "vmovaps", "vmovups");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: usize = 64;
+
+    fn ways() -> impl Iterator<Item = Way> {
+        // What the processor has less than its best, it has, too.
+        let all: &[Way] = match detect() {
+            Way::Words => &[Way::Words],
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            Way::Sse => &[Way::Words, Way::Sse],
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            Way::Avx => &[Way::Words, Way::Sse, Way::Avx],
+        };
+        all.iter().copied()
+    }
+
+    /// Every way, from every word to every word, and private memory at every byte: what was meant is copied, and nothing
+    /// beside it has changed.
+    #[test]
+    fn each_way_copies_what_is_meant_and_no_more() {
+        let bytes: [u8; SIZE * 8 + 8] = core::array::from_fn(|index| (index * 7 + 1) as u8);
+        for (way, is_combining) in ways().flat_map(|way| [(way, false), (way, true)]) {
+            let copier = Copier { way, is_combining };
+            for (start, end) in
+                (0..SIZE).flat_map(|start| (start..=SIZE).map(move |end| (start, end)))
+            {
+                let (shift, length) = (start % 8, (end - start) * 8);
+                let words = [const { AtomicU64::new(u64::MAX) }; SIZE];
+                let source = &bytes[shift..shift + length];
+                copier.copy_in(&words[start..end], source);
+                copier.fence_stores();
+                copier.fence_loads();
+                let mut seen = [0; SIZE * 8 + 8];
+                copier.copy_out(&mut seen[shift..shift + length], &words[start..end]);
+                assert_eq!(&seen[shift..shift + length], source, "{way:?}");
+                assert!(
+                    seen[..shift]
+                        .iter()
+                        .chain(&seen[shift + length..])
+                        .all(|&byte| byte == 0)
+                );
+                let (chunks, _) = source.as_chunks();
+                for (index, word) in words.iter().enumerate() {
+                    let meant = index.checked_sub(start).and_then(|index| chunks.get(index));
+                    let meant = meant.map_or(u64::MAX, |chunk| u64::from_le_bytes(*chunk));
+                    assert_eq!(word.load(Ordering::Relaxed), meant, "{way:?}");
+                }
+            }
+        }
+    }
+
+    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+    #[test]
+    fn what_is_wide_is_whole_lines() {
+        let words = [const { AtomicU64::new(0) }; SIZE];
+        for start in 0..BLOCK {
+            for length in LEAST_WIDE..SIZE - BLOCK {
+                let words = &words[start..start + length];
+                let lines = lines(words);
+                assert!(!lines.is_empty() && lines.len().is_multiple_of(BLOCK));
+                assert!(lines.start < BLOCK && length - lines.end < BLOCK);
+                let first = words[lines].as_ptr().addr();
+                assert!(first.is_multiple_of(BLOCK * 8));
+            }
+        }
+    }
+}
