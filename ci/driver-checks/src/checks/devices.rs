@@ -70,7 +70,10 @@ pub(super) fn info_describes_each_device() -> Result<()> {
         assert_eq!(info.region_address, start);
         assert!(start >= 4 << 30, "BAR {bar} is below 4 GiB");
         assert_eq!((info.epoch % 2, info.epoch), (1, host::epoch(region)?));
-        assert_eq!((info.granted, info.asked, info.mapper, info.reserved), (0, 0, 0, 0));
+        assert_eq!(
+            (info.granted, info.asked, info.mapper, info.reserved),
+            (0, 0, 0, 0)
+        );
     }
     Ok(())
 }
