@@ -100,8 +100,8 @@ impl Shortfall {
     pub const fn cure(self) -> &'static str {
         match self {
             Shortfall::BelowFourGib { .. } => {
-                "start QEMU with -device pcie-root-port,id=barlink-port,chassis=64,pref64-reserve=8G and \
-                 bus=barlink-port on the device, as `barlink qemu-args` prints it; or with 3 GiB of RAM or more"
+                "start QEMU with `-device pcie-root-port,id=barlink-port,chassis=64,pref64-reserve=8G` and \
+                 `bus=barlink-port` on the device, as `barlink qemu-args` prints it; or with 3 GiB of RAM or more"
             }
             Shortfall::Elsewhere { .. } => {
                 "see /sys/kernel/debug/x86/pat_memtype_list and /proc/mtrr in the guest: who else has it mapped, and how?"
@@ -119,7 +119,7 @@ impl Display for Shortfall {
             ),
             Shortfall::Elsewhere { address } => write!(
                 f,
-                "BAR at {address:#x} has a mode of the kernel's choice: another mapping's, or that of its MTRRs or PAT"
+                "BAR at {address:#x}: another mapping, MTRR or PAT decides"
             ),
         }
     }
