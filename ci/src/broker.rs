@@ -160,6 +160,11 @@ impl Broker {
         Ok(())
     }
 
+    /// The ID of its process.
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Kills it.
     pub fn kill(&mut self) -> Result<()> {
         self.signal(Signal::KILL)?;

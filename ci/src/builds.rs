@@ -33,6 +33,8 @@ pub struct Artifacts {
     pub barlink: PathBuf,
     /// What `cargo xtask bench` measures, on the host.
     pub bench_load: PathBuf,
+    /// What it measures of iceoryx2, which is on the host alone.
+    pub iceoryx2_load: PathBuf,
     /// What `cargo xtask crash` kills, on the host.
     pub crash_load: PathBuf,
     /// What the guest boots into.
@@ -60,6 +62,7 @@ impl Artifacts {
                 "--package=barlink",
                 "--package=barlink-bench-load",
                 "--package=barlink-crash-load",
+                "--package=barlink-iceoryx2-load",
             ],
             Linkage::Default,
         )?;
@@ -101,6 +104,7 @@ impl Artifacts {
         Ok(Self {
             barlink: program(&host, "barlink")?.clone(),
             bench_load: program(&host, "barlink-bench-load")?.clone(),
+            iceoryx2_load: program(&host, "barlink-iceoryx2-load")?.clone(),
             crash_load: program(&host, "barlink-crash-load")?.clone(),
             tools,
             args,

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use crate::Measured;
 use crate::clock::{cpu, nanoseconds};
+use crate::{CAPACITY, Measured};
 
-/// Bytes that are copied to, one record after the other, as a ring of the usual size would be.
-const TARGET: usize = 4 << 20;
+/// Bytes that are copied to, one record after the other, as a ring of the measured size would be.
+const TARGET: usize = CAPACITY as usize;
 /// Bytes between two looks at the clock.
 const STRIDE: usize = 256 << 10;
 

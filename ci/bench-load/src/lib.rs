@@ -10,6 +10,8 @@
 //! | `files.rs` | a pipe of two files in a shared folder |
 //! | `raw.rs` | a stream of records through a peer: ivshmem as it comes |
 //! | `trip.rs` | round trips, through channels and peers |
+//! | `place.rs` | streams and round trips of records that are built in the channel itself |
+//! | `idle.rs` | an end that sleeps, and what that costs |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
 //! | `cost.rs` | what one record costs, for who counts instructions |
 //! | `clock.rs` | times |
@@ -18,22 +20,31 @@ mod clock;
 mod copy;
 mod cost;
 mod files;
+mod idle;
 mod pipe;
+mod place;
 mod raw;
 mod ring;
 mod stream;
 mod trip;
 
+pub use clock::{cpu, nanoseconds};
 pub use copy::Copy;
 pub use cost::Cost;
 pub use files::FILES;
-pub use pipe::{Endpoint, PipeReceive, PipeSend};
+pub use idle::{Used, Watch, idle};
+pub use pipe::{Endpoint, LAST, PipeReceive, PipeSend};
+pub use place::{Build, answer_in_place, word};
 pub use raw::{RawReceive, RawSend, SIZE as RAW_SIZE};
 pub use ring::Ring;
 pub use stream::{Receive, Send};
 pub use trip::{Ask, Trips, Wait, answer_bells, answer_channels, answer_pipe};
 
 use serde::{Deserialize, Serialize};
+
+/// Bytes that can be under way, in a channel and in what is compared with it: a record of 4 MiB, which is at most half of a
+/// channel less a header, and two more.
+pub const CAPACITY: u64 = 16 << 20;
 
 /// What a process did, and what it took.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]

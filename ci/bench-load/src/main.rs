@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use barlink::{Access, AttachError, Attachment};
 use barlink_bench_load::{
-    Ask, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawReceive, RawSend, Receive, Ring, Send,
-    Wait, answer_bells, answer_channels, answer_pipe,
+    Ask, Build, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawReceive, RawSend, Receive, Ring,
+    Send, Wait, Watch, answer_bells, answer_channels, answer_in_place, answer_pipe, idle,
 };
 use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::End::{Consumer, Producer};
@@ -49,6 +49,35 @@ enum Work {
         #[command(flatten)]
         pair: Pair,
     },
+    /// Build records of one size in a channel, on the host
+    Build {
+        #[command(flatten)]
+        end: HostEnd,
+        #[command(flatten)]
+        build: Build,
+    },
+    /// Ask through a pair of channels on the host; questions are built in place, and answers read there
+    AskInPlace {
+        #[command(flatten)]
+        pair: HostPair,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Answer so
+    AnswerInPlace {
+        #[command(flatten)]
+        pair: HostPair,
+    },
+    /// Hold a pair of channels, and sleep
+    Idle {
+        #[command(flatten)]
+        pair: Pair,
+        /// Be the first to send
+        #[arg(long)]
+        first: bool,
+    },
+    /// Look what processes use
+    Watch(Watch),
     /// Ask through a pipe
     PipeAsk {
         /// Where
@@ -99,6 +128,31 @@ struct End {
     channel: String,
     #[command(flatten)]
     place: Place,
+}
+
+/// The end of a channel, on the host.
+#[derive(Args)]
+struct HostEnd {
+    /// The channel
+    channel: String,
+    /// The broker's control socket
+    #[arg(long)]
+    control: PathBuf,
+}
+
+/// Two channels, on the host.
+#[derive(Args)]
+struct HostPair {
+    /// The channel for what goes out
+    out: String,
+    /// The channel for what comes in
+    back: String,
+    /// How to wait
+    #[arg(long, value_enum)]
+    wait: Wait,
+    /// The broker's control socket
+    #[arg(long)]
+    control: PathBuf,
 }
 
 /// Two channels.
@@ -158,6 +212,29 @@ fn main() -> Result<()> {
                 answer_channels(out, back, pair.wait)
             }
         }
+        Work::Build { end, build } => {
+            tell(&build.run(attach(&end.control)?.sender(&end.channel)?)?)
+        }
+        Work::AskInPlace { pair, ask } => {
+            let host = attach(&pair.control)?;
+            let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+            tell(&ask.in_place(out, back, pair.wait)?)
+        }
+        Work::AnswerInPlace { pair } => {
+            let host = attach(&pair.control)?;
+            let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+            answer_in_place(out, back, pair.wait)
+        }
+        Work::Idle { pair, first } => {
+            if let Some(path) = &pair.place.control {
+                let host = attach(path)?;
+                idle(host.sender(&pair.out)?, host.receiver(&pair.back)?, first)
+            } else {
+                let guest = pair.place.open()?;
+                idle(guest.sender(&pair.out)?, guest.receiver(&pair.back)?, first)
+            }
+        }
+        Work::Watch(watch) => tell(&watch.run()?),
         Work::PipeAsk { endpoint, ask } => tell(&ask.pipe(&endpoint)?),
         Work::PipeAnswer {
             endpoint,

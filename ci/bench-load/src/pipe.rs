@@ -21,7 +21,7 @@ use crate::clock::{cpu, nanoseconds};
 use crate::files::{CAPACITY, DOWN, Files, UP};
 
 /// The first word of the last record.
-pub(crate) const LAST: u64 = u64::MAX;
+pub const LAST: u64 = u64::MAX;
 /// How long to wait for the other end to be there.
 const PATIENCE: Duration = Duration::from_secs(10);
 

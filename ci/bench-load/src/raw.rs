@@ -11,18 +11,17 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-use crate::Measured;
 use crate::clock::{cpu, nanoseconds};
+use crate::{CAPACITY, Measured};
 
 /// Bytes of the memory.
-pub const SIZE: usize = 8 << 20;
+pub const SIZE: usize = 2 * CAPACITY as usize;
 /// Where the sender's cursor is, the receiver's, and whether the stream has ended.
 const WRITTEN: usize = 0;
 const READ: usize = 64;
 const ENDED: usize = 128;
-/// Where records are, and how many bytes of them.
+/// Where records are, [`CAPACITY`] bytes of them.
 const DATA: usize = 4096;
-const CAPACITY: u64 = 4 << 20;
 
 /// The memory, all of whose first page is zero before.
 #[derive(Args, Debug)]

@@ -15,10 +15,7 @@ use barlink_protocol::wire::layout::{
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, state};
 use clap::Args;
 
-use crate::{Measured, Receive, Send};
-
-/// Bytes of the channel.
-const CAPACITY: u64 = 4 << 20;
+use crate::{CAPACITY, Measured, Receive, Send};
 
 /// Sends and receives.
 #[derive(Args, Debug)]

@@ -33,7 +33,8 @@ pub enum Wait {
 }
 
 impl Wait {
-    fn strategy(self) -> Strategy {
+    /// The strategy of an end that waits so.
+    pub(crate) fn strategy(self) -> Strategy {
         match self {
             Wait::Spin => Strategy::SPIN,
             Wait::Prompt => Strategy::PROMPT,
@@ -74,6 +75,11 @@ pub struct Ask {
 }
 
 impl Ask {
+    /// Bytes of a question and of its answer.
+    pub fn record_size(&self) -> usize {
+        self.record_size
+    }
+
     /// Asks through a pair of channels.
     pub fn channels<M, E>(
         &self,
@@ -129,13 +135,14 @@ impl Ask {
     }
 
     /// Makes round trips, each with a number that must come back.
-    fn trips(&self, mut trip: impl FnMut(&mut [u8]) -> Result<()>) -> Result<Trips> {
+    pub fn trips(&self, mut trip: impl FnMut(&mut [u8]) -> Result<()>) -> Result<Trips> {
         let mut bytes = vec![0; self.record_size];
         let mut times = Vec::new();
         let time = Duration::from_millis(self.time);
         let mut number = 0_u64;
         let mut begin = Instant::now();
-        while begin.elapsed() < time {
+        // One counts at least, however slow.
+        while begin.elapsed() < time || times.is_empty() {
             bytes[..8].copy_from_slice(&number.to_le_bytes());
             if self.pause > 0 {
                 thread::sleep(Duration::from_micros(self.pause));

@@ -51,6 +51,10 @@ impl Direction {
 pub enum Way {
     /// Through a channel.
     Channel(Transport),
+    /// Through a channel between two processes on the host.
+    Within,
+    /// By iceoryx2, between two processes on the host.
+    Iceoryx2,
     /// By copying alone.
     Copy,
     /// Through a channel between two threads.
@@ -72,13 +76,30 @@ pub enum Way {
 impl Way {
     /// Whether it is another project's.
     pub fn is_peer(self) -> bool {
-        !matches!(self, Way::Channel(_) | Way::Copy | Way::Ring)
+        !matches!(self, Way::Channel(_) | Way::Within | Way::Copy | Way::Ring)
+    }
+
+    /// How its ends wait for each other in a stream.
+    pub fn wait(self) -> &'static str {
+        match self {
+            Way::Channel(_) | Way::Within | Way::Ring => "spin, nap, sleep",
+            Way::Raw | Way::Iceoryx2 | Way::Virtiofs => "poll",
+            Way::Copy => "none",
+            _ => "sleep in the kernel",
+        }
+    }
+
+    /// Whether who receives reads every byte.
+    pub fn is_read(self) -> bool {
+        self != Way::Copy
     }
 
     /// In words.
     pub fn name(self) -> &'static str {
         match self {
             Way::Channel(transport) => transport.name(),
+            Way::Within => "barlink",
+            Way::Iceoryx2 => "iceoryx2",
             Way::Copy => "memcpy",
             Way::Ring => "two threads",
             Way::Raw => "raw ivshmem, polled",
@@ -119,7 +140,7 @@ impl Case {
             ways.extend([Way::Raw, Way::VirtioSerial, Way::Tcp].map(|way| (way, direction)));
             ways.extend([Way::Vsock, Way::Virtiofs].map(|way| (way, direction)));
         }
-        ways.push((Way::Unix, Host));
+        ways.extend([Way::Within, Way::Iceoryx2, Way::Unix].map(|way| (way, Host)));
         ways.extend([Guest, Host].map(|place| (Way::Ring, place)));
         ways.extend([Guest, Host].map(|place| (Way::Copy, place)));
         let cases = |(way, direction): (Way, Direction)| {

@@ -3,8 +3,9 @@
 //! `cargo xtask bench`: how fast a guest and the host exchange records over every transport, and what the limits are, in
 //! one VM.
 //!
-//! The VM has a device of each transport, and one broker serves both from one region. Rounds are interleaved, so that
-//! whatever else the machine does meets all alike; what is told is the median of the rounds, and their quartiles.
+//! The VM has a device of each transport, and one broker serves all from one region, and two processes on the host besides.
+//! Rounds are interleaved, so that whatever else the machine does meets all alike; what is told is the median of the rounds,
+//! and their quartiles.
 //!
 //! | file | its one job |
 //! |---|---|
@@ -13,11 +14,19 @@
 //! | `peer.rs`, `daemon.rs` | what other projects' ways need, and a process on the host among it |
 //! | `stream.rs` | one stream of records, whichever way it goes |
 //! | `trip.rs` | round trips |
+//! | `host.rs` | streams and round trips between two processes on the host |
+//! | `idle.rs` | what ends cost that sleep |
+//! | `budget.rs` | how long each measurement may take |
 //! | `spread.rs` | the median of some figures, and how far they lie apart |
-//! | `report.rs` | the results as JSON and as a table |
+//! | `report.rs` | the results as JSON and as tables |
+//! | `charts.rs` | the results as pictures |
 
+mod budget;
 mod case;
+mod charts;
 mod daemon;
+mod host;
+mod idle;
 mod peer;
 mod report;
 mod scene;
@@ -28,12 +37,13 @@ mod trip;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use self::budget::Budget;
 use self::case::Case;
 pub use self::case::{Direction, Way};
 pub use self::report::Report;
@@ -44,12 +54,29 @@ use crate::setup;
 use crate::tools::VmArgs;
 
 /// Bytes of payload in a record.
-const RECORD_SIZES: [u64; 7] = [64, 512, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
+const RECORD_SIZES: [u64; 8] = [
+    64,
+    512,
+    4 << 10,
+    16 << 10,
+    64 << 10,
+    256 << 10,
+    1 << 20,
+    4 << 20,
+];
+const QUICK_RECORD_SIZES: [u64; 3] = [64, 64 << 10, 4 << 20];
+/// And in a round trip between two processes on the host.
+const TRIP_SIZES: [u64; 3] = [64, 4 << 10, 64 << 10];
+/// Time that building and writing leave for measuring, from the start of the VM on, that of ends that sleep included.
+const TIME: Duration = Duration::from_secs(14 * 60);
+const QUICK_TIME: Duration = Duration::from_secs(105);
+/// What watching one pair of ends that sleep costs besides.
+const IDLE_COST: Duration = Duration::from_secs(3);
 
 /// How to measure.
 #[derive(Args, Debug)]
 pub struct BenchArgs {
-    /// Measure fewer record sizes, in fewer and shorter rounds: 3 to 4 minutes instead of 20
+    /// Measure fewer record sizes, in fewer and shorter rounds: 2 minutes instead of 15
     #[arg(long)]
     pub quick: bool,
 
@@ -66,7 +93,7 @@ pub struct BenchArgs {
     pub vm: VmArgs,
 }
 
-/// Sets up and builds what is needed, measures, writes the results, and prints the table.
+/// Sets up and builds what is needed, measures, writes the results, and prints the tables.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     let tools = setup::ensure(&args.vm.tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone())?;
@@ -85,28 +112,55 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
 
 /// Measures every case in every round, or those that have one of these texts in their names.
 pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Report> {
-    let (sizes, rounds, time) = match quick {
-        true => (&[64, 4 << 10, 64 << 10][..], 3, Duration::from_millis(300)),
-        false => (&RECORD_SIZES[..], 7, Duration::from_millis(600)),
+    let start = Instant::now();
+    let (sizes, trip_sizes, rounds, time, idle_time) = match quick {
+        true => {
+            let second = Duration::from_secs(1);
+            (
+                &QUICK_RECORD_SIZES[..],
+                &TRIP_SIZES[..1],
+                3,
+                QUICK_TIME,
+                second,
+            )
+        }
+        false => {
+            let seconds = Duration::from_secs(5);
+            (&RECORD_SIZES[..], &TRIP_SIZES[..], 7, TIME, seconds)
+        }
     };
-    let scene = Scene::set(artifacts, &ways(sizes, only))?;
-    let mut report = Report::new(scene.conditions()?, sizes);
-    report.keep(only)?;
+    let scene = Scene::set(artifacts, &ways(sizes, trip_sizes, only))?;
+    let mut report = Report::new(scene.conditions()?, sizes, trip_sizes);
+    let sleepers = report.keep(only)?;
     let style = "{bar:30} round {msg}, {eta} left";
-    let length = rounds * (report.streams.len() + report.trips.len());
-    let bar = ProgressBar::new(length as u64).with_style(ProgressStyle::with_template(style)?);
+    let round = u32::try_from(report.streams.len() + report.trips.len())?;
+    let idle = (idle_time + IDLE_COST) * u32::try_from(sleepers.len())?;
+    let mut budget = Budget::new(start + time - idle, rounds, round);
+    let length = u64::from(rounds * round);
+    let bar = ProgressBar::new(length).with_style(ProgressStyle::with_template(style)?);
     for round in 1..=rounds {
+        if round > 1 && !budget.has_round() {
+            break;
+        }
+        report.took.1 = round;
         bar.set_message(format!("{round} of {rounds}"));
         for row in &mut report.streams {
-            row.measure(&scene, time)?;
+            budget.spend(|time| row.measure(&scene, time))?;
             bar.inc(1);
         }
         for row in &mut report.trips {
-            row.measure(&scene, time)?;
+            budget.spend(|time| row.measure(&scene, time))?;
             bar.inc(1);
         }
     }
     bar.finish_and_clear();
+    for transport in sleepers {
+        let row = idle::measure(&scene, transport, idle_time);
+        report
+            .idle
+            .push(row.context("ends that sleep cannot be watched")?);
+    }
+    report.took.0 = start.elapsed().as_secs_f64();
     Ok(report)
 }
 
@@ -119,10 +173,10 @@ impl Report {
 }
 
 /// The ways of what has one of these texts in its name, each once.
-fn ways(sizes: &[u64], only: &[String]) -> Vec<Way> {
+fn ways(sizes: &[u64], trip_sizes: &[u64], only: &[String]) -> Vec<Way> {
     let streams = Case::all(sizes).into_iter();
     let streams = streams.map(|case| (case.to_string(), case.way));
-    let trips = Trip::all().into_iter();
+    let trips = Trip::all(trip_sizes).into_iter();
     let trips = trips.map(|trip| (trip.to_string(), trip.way()));
     let mut ways = Vec::new();
     for (name, way) in streams.chain(trips) {

@@ -7,42 +7,56 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
+use barlink_bench_load::CAPACITY;
+use indicatif::BinaryBytes;
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use super::case::{Case, Direction, Way};
-use super::scene::Conditions;
+use super::charts;
+use super::idle;
+use super::scene::{Conditions, Side};
 use super::stream;
-use super::trip;
+use super::trip::{self, Trip};
+use crate::broker::Transport;
 
 /// What was measured, and under which conditions.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Report {
     conditions: Conditions,
+    /// How long all of it took, from the start of the VM on, in seconds, and in how many rounds.
+    pub(super) took: (f64, u32),
     pub(super) streams: Vec<stream::Row>,
     pub(super) trips: Vec<trip::Row>,
+    pub(super) idle: Vec<idle::Row>,
 }
 
 impl Report {
-    /// One without figures, for streams with records of these sizes.
-    pub(super) fn new(conditions: Conditions, sizes: &[u64]) -> Self {
+    /// One without figures, for streams and for round trips within the host with records of these sizes.
+    pub(super) fn new(conditions: Conditions, sizes: &[u64], trip_sizes: &[u64]) -> Self {
+        let trips = Trip::all(trip_sizes);
         Self {
             conditions,
+            took: Default::default(),
             streams: Case::all(sizes).into_iter().map(stream::Row::new).collect(),
-            trips: trip::Trip::all().into_iter().map(trip::Row::new).collect(),
+            trips: trips.into_iter().map(trip::Row::new).collect(),
+            idle: Vec::new(),
         }
     }
 
-    /// Keeps only what has one of these texts in its name, if there are any.
-    pub(super) fn keep(&mut self, only: &[String]) -> Result<()> {
+    /// Keeps only what has one of these texts in its name, if there are any, and gives whose sleep is to be watched.
+    pub(super) fn keep(&mut self, only: &[String]) -> Result<Vec<Option<Transport>>> {
         let wanted = |name: String| only.is_empty() || only.iter().any(|text| name.contains(text));
         self.streams.retain(|row| wanted(row.case.to_string()));
         self.trips.retain(|row| wanted(row.trip.to_string()));
+        let sleepers = idle::all().filter(|transport| wanted(idle::name(*transport)));
+        let sleepers: Vec<_> = sleepers.collect();
         ensure!(
-            !self.streams.is_empty() || !self.trips.is_empty(),
+            !self.streams.is_empty() || !self.trips.is_empty() || !sleepers.is_empty(),
             "nothing has {} in its name (--only)",
             only.join(" or ")
         );
-        Ok(())
+        Ok(sleepers)
     }
 
     /// The median rate of one way as a part of another's, for records of this size.
@@ -60,61 +74,190 @@ impl Report {
         Some(one? / other?)
     }
 
-    /// Rings of the producer for each record, where they were most.
+    /// Rings of the producer for each record, where they were most. Of records of which a channel holds only a few, any may find the
+    /// other end asleep; they do not count.
     pub fn most_rings_per_record(&self) -> f64 {
-        let counted = self.streams.iter();
-        let counted = counted.filter_map(|row| Some(row.rung? as f64 / row.records as f64));
+        let small = |row: &&stream::Row| row.case.record_size <= 64 << 10;
+        let counted = self.streams.iter().filter(small);
+        let counted = counted.filter_map(|row| Some(row.wakeups()? / 1e3));
         counted.fold(0.0, f64::max)
     }
 
-    /// Writes `results.json` and `results.md`.
-    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+    /// The processor time of each pair of ends that slept, in nanoseconds.
+    pub fn idle_cpu(&self) -> impl Iterator<Item = (String, u64)> {
+        self.idle.iter().map(idle::Row::ends)
+    }
+
+    /// Writes `results.json`, `results.md` and the charts.
+    pub fn write(&self, folder: &Path) -> Result<()> {
         fs::create_dir_all(folder)?;
-        let json = serde_json::to_string_pretty(self)?;
+        let json = serde_json::to_string_pretty(&self.json()?)?;
         fs::write(folder.join("results.json"), json)?;
-        fs::write(folder.join("results.md"), self.to_string())?;
+        let mut text = self.to_string();
+        for chart in charts::draw(self, &self.conditions.to_string(), folder)? {
+            text += &format!("\n![{}]({})\n", chart.title, chart.file);
+        }
+        fs::write(folder.join("results.md"), text)?;
         Ok(())
+    }
+
+    /// Every row, with the conditions that hold for it.
+    fn json(&self) -> Result<Value> {
+        let streams = self.streams.iter().map(|row| {
+            let more = json!({
+                "cache_mode": self.cache_mode(row.case.way),
+                "wait": row.case.way.wait(),
+                "consumer_reads_every_byte": row.case.way.is_read(),
+                "host_cpu_seconds_per_gb": row.cpu(Side::Host),
+                "guest_cpu_seconds_per_gb": row.cpu(Side::Guest),
+                "wakeups_per_1000_records": row.wakeups(),
+            });
+            self.with_conditions(row, more)
+        });
+        let trips = self.trips.iter().map(|row| {
+            let cache_mode = match row.trip {
+                Trip::Channels(transport, _) | Trip::Bells(transport) => {
+                    self.cache_mode(Way::Channel(transport))
+                }
+                _ => None,
+            };
+            let more = json!({
+                "name": row.trip.to_string(),
+                "record_size": row.trip.record_size(),
+                "cache_mode": cache_mode,
+                "wait": row.trip.wait(),
+                "consumer_reads_every_byte": !matches!(row.trip, Trip::Bells(_)),
+            });
+            self.with_conditions(row, more)
+        });
+        let idle = self.idle.iter().map(|row| {
+            let way = row.transport.map(Way::Channel);
+            let more = json!({
+                "cache_mode": way.and_then(|way| self.cache_mode(way)),
+                "wait": "sleep",
+            });
+            self.with_conditions(row, more)
+        });
+        Ok(json!({
+            "seconds": self.took.0,
+            "rounds": self.took.1,
+            "streams": streams.collect::<Result<Vec<_>>>()?,
+            "trips": trips.collect::<Result<Vec<_>>>()?,
+            "idle": idle.collect::<Result<Vec<_>>>()?,
+        }))
+    }
+
+    /// How the guest's processors cache the region that this goes through, if one is known.
+    fn cache_mode(&self, way: Way) -> Option<&str> {
+        let Way::Channel(transport) = way else {
+            return None;
+        };
+        let mode = self.conditions.cache_modes.get(transport.index());
+        mode.map(String::as_str)
+    }
+
+    fn with_conditions(&self, row: &impl Serialize, more: Value) -> Result<Value> {
+        let mut row = serde_json::to_value(row)?;
+        let all = json!({
+            "accelerator": self.conditions.accelerator,
+            "kernel": self.conditions.kernel,
+            "guest_cpus": self.conditions.guest_cpus,
+            "host_cpus": self.conditions.host_cpus,
+        });
+        for part in [all, more] {
+            if let (Value::Object(row), Value::Object(part)) = (&mut row, part) {
+                row.extend(part);
+            }
+        }
+        Ok(row)
+    }
+}
+
+impl fmt::Display for Conditions {
+    /// One line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Conditions {
+            accelerator,
+            kernel,
+            cache_modes,
+            guest_cpus,
+            host_cpus,
+        } = self;
+        write!(
+            f,
+            "accelerator {accelerator}, guest kernel {kernel}, {guest_cpus} vCPUs on {host_cpus} CPUs, region "
+        )?;
+        let all_alike = cache_modes.windows(2).all(|modes| modes[0] == modes[1]);
+        match &cache_modes[..] {
+            [mode, ..] if all_alike => write!(f, "mapped {mode} in the guest"),
+            modes => {
+                let modes = Transport::ALL.iter().zip(modes);
+                let modes = modes.map(|(transport, mode)| format!("{mode} over {transport}"));
+                write!(f, "mapped {}", modes.collect::<Vec<_>>().join(", "))
+            }
+        }
     }
 }
 
 impl fmt::Display for Report {
     /// Markdown.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Conditions {
-            accelerator,
-            kernel,
-            cache_mode,
-            guest_cpus,
-            host_cpus,
-        } = &self.conditions;
+        let conditions = &self.conditions;
+        let (seconds, rounds) = self.took;
         writeln!(
             f,
-            "Accelerator {accelerator}, guest kernel {kernel}, region mapped {cache_mode} in the guest, {guest_cpus} \
-             processors of the guest on {host_cpus} of the host.\n\n\
-             Streams: records are copied in by the sender, and every byte is read in place by the receiver; records \
-             below 16 KiB are committed and released in batches of 16 KiB; ends spin for up to 50 µs, then nap, then \
-             sleep. A peer's record is one `write`.\n"
+            "Measured in {rounds} rounds, which took {seconds:.0} s.\n"
         )?;
-        writeln!(
-            f,
-            "| from where to where | how | record | MB/s | half of the rounds | records/s | rings in 1,000 records \
-             | CPU s/GB, sender | receiver |"
-        )?;
-        writeln!(f, "|---|---|---:|---:|---:|---:|---:|---:|---:|")?;
-        for row in &self.streams {
-            write!(f, "{row}")?;
+        if !self.streams.is_empty() {
+            writeln!(
+                f,
+                "## Streams\n\nConditions: {conditions}. Who receives reads every byte, but for `memcpy`, which nobody reads.\n\n\
+                 Through channels of {} and as much plain memory. Between guest and host records are copied in by the sender, and \
+                 records below 16 KiB are committed and released in batches of 16 KiB. Within the host records of barlink and \
+                 iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then nap, \
+                 then sleep. A record of a socket or a port is one `write`. Wake-ups are the doorbells that the producer rang. \
+                 Processor time is that of the processes at the ends; the host's does not include QEMU and the broker.\n",
+                BinaryBytes(CAPACITY)
+            )?;
+            writeln!(
+                f,
+                "| from where to where | how | record | MB/s | half of the rounds | records/s | wake-ups in 1,000 records \
+                 | CPU s/GB, host | guest | ends wait by |"
+            )?;
+            writeln!(f, "|---|---|---:|---:|---:|---:|---:|---:|---:|---|")?;
+            for row in &self.streams {
+                write!(f, "{row}")?;
+            }
         }
-        writeln!(
-            f,
-            "\nRound trips of 64 bytes: the guest asks, the host answers. Times in µs, medians of the rounds.\n"
-        )?;
-        writeln!(
-            f,
-            "| how | median | half of the rounds | 99 % | 99.9 % | longest |"
-        )?;
-        writeln!(f, "|---|---:|---:|---:|---:|---:|")?;
-        for row in &self.trips {
-            write!(f, "{row}")?;
+        if !self.trips.is_empty() {
+            writeln!(
+                f,
+                "\n## Round trips\n\nConditions: {conditions}. Of 64 bytes, if nothing else is said: the guest asks, the host answers, and \
+                 both read every byte; a bare doorbell bears none. Times in µs, medians of the rounds.\n"
+            )?;
+            writeln!(
+                f,
+                "| how | median | half of the rounds | 99 % | 99.9 % | longest | ends wait by |"
+            )?;
+            writeln!(f, "|---|---:|---:|---:|---:|---:|---|")?;
+            for row in &self.trips {
+                write!(f, "{row}")?;
+            }
+        }
+        if !self.idle.is_empty() {
+            writeln!(
+                f,
+                "\n## Sleep\n\nConditions: {conditions}. Both ends are attached and asleep. Processor time in µs for each second, and \
+                 context switches for each second. QEMU's is the whole VM's, whose kernel ticks.\n"
+            )?;
+            writeln!(
+                f,
+                "| between | ends on the host | in the guest | broker | QEMU |"
+            )?;
+            writeln!(f, "|---|---:|---:|---:|---:|")?;
+            for row in &self.idle {
+                write!(f, "{row}")?;
+            }
         }
         Ok(())
     }

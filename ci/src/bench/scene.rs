@@ -2,25 +2,26 @@
 
 //! The broker, the VM with all that connects it, and processes on both sides.
 
+use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use barlink_bench_load::RAW_SIZE;
+use barlink_bench_load::{CAPACITY, RAW_SIZE};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Signal;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::case::Way;
+use super::host;
 use super::peer::Peers;
 use crate::broker::{Broker, Transport};
 use crate::builds::Artifacts;
@@ -30,8 +31,8 @@ use crate::vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 /// How long a process may take, which measures for less than a second, and how often it is looked at.
 const PATIENCE: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(2);
-/// Bytes of each channel.
-const CAPACITY: &str = "4M";
+/// Bytes of the region, with room for eight channels.
+const REGION: &str = "256M";
 /// The port of virtio-serial, and the file of its other end.
 pub const PORT: &str = "barlink.bench";
 const PORT_SOCKET: &str = "port.sock";
@@ -46,14 +47,14 @@ pub enum Side {
 }
 
 /// What holds for all that is measured.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Conditions {
     /// What runs the guest's instructions.
     pub accelerator: &'static str,
     /// The guest's kernel.
     pub kernel: String,
-    /// How the guest's processors cache the region.
-    pub cache_mode: String,
+    /// How the guest's processors cache the region, by transport.
+    pub cache_modes: Vec<String>,
     /// Processors of the guest.
     pub guest_cpus: u32,
     /// Processors of the host.
@@ -105,8 +106,11 @@ impl<'a> Scene<'a> {
             channels.push(format!("up{slot}={slot}-host,{CAPACITY}"));
             channels.push(format!("down{slot}=host-{slot},{CAPACITY}"));
         }
+        for name in host::CHANNELS {
+            channels.push(format!("{name}=host-host,{CAPACITY}"));
+        }
         let options = channels.iter().flat_map(|channel| ["--channel", channel]);
-        let arguments: Vec<_> = options.chain(["--size", "32M"]).collect();
+        let arguments: Vec<_> = options.chain(["--size", REGION]).collect();
         let broker = Broker::start_over(artifacts, &Transport::ALL, &arguments)?;
         let mut config = Config {
             preallocated: true,
@@ -148,8 +152,12 @@ impl<'a> Scene<'a> {
 
     /// What holds for all that is measured.
     pub fn conditions(&self) -> Result<Conditions> {
-        let info = ["barlink-guest", "info", "--json"];
-        let info: Value = serde_json::from_str(&self.vm.run(info)?.success()?)?;
+        let cache_mode = |transport: Transport| {
+            let device = format!("--device=/dev/barlink{}", transport.index());
+            let info = ["barlink-guest", "info", "--json", &device];
+            let info: Value = serde_json::from_str(&self.vm.run(info)?.success()?)?;
+            Ok(info["cache_mode"].as_str().unwrap_or_default().to_owned())
+        };
         let kernel = self.vm.run(["uname", "-r"])?.success()?;
         Ok(Conditions {
             accelerator: match accelerator(self.artifacts.args.accel) {
@@ -157,7 +165,10 @@ impl<'a> Scene<'a> {
                 Accel::Tcg => "tcg",
             },
             kernel: kernel.trim_end().to_owned(),
-            cache_mode: info["cache_mode"].as_str().unwrap_or_default().to_owned(),
+            cache_modes: Transport::ALL
+                .map(cache_mode)
+                .into_iter()
+                .collect::<Result<_>>()?,
             guest_cpus: self.config.cpus,
             host_cpus: std::thread::available_parallelism()?.get(),
         })
@@ -166,12 +177,7 @@ impl<'a> Scene<'a> {
     /// Starts `barlink-bench-load` with these arguments.
     pub fn start(&self, side: Side, arguments: &[String]) -> Result<Load> {
         Ok(match side {
-            Side::Host => {
-                let mut command = Command::new(&self.artifacts.bench_load);
-                command.args(arguments);
-                command.stdin(Stdio::null()).stdout(Stdio::piped());
-                Load::Host(command.spawn().context("a process cannot be started")?)
-            }
+            Side::Host => start_on_host(&self.artifacts.bench_load, arguments)?,
             Side::Guest => {
                 let program = ["barlink-bench-load"].into_iter();
                 let arguments = arguments.iter().map(String::as_str);
@@ -183,6 +189,16 @@ impl<'a> Scene<'a> {
     /// The peers that were set up.
     pub fn peers(&self) -> &Peers {
         &self.peers
+    }
+
+    /// Starts `barlink-iceoryx2-load` on the host with these arguments.
+    pub fn start_iceoryx2(&self, arguments: &[&str]) -> Result<Load> {
+        start_on_host(&self.artifacts.iceoryx2_load, arguments)
+    }
+
+    /// The broker.
+    pub fn broker(&self) -> &Broker {
+        &self.broker
     }
 
     /// Where the broker is heard.
@@ -219,7 +235,47 @@ impl<'a> Scene<'a> {
     }
 }
 
+/// Starts a program on the host.
+fn start_on_host(program: &Path, arguments: &[impl AsRef<OsStr>]) -> Result<Load> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    Ok(Load::Host(
+        command.spawn().context("a process cannot be started")?,
+    ))
+}
+
 impl Load {
+    /// Its process, which it has told of once it is set up.
+    pub fn process(&mut self) -> Result<String> {
+        let line = match self {
+            Load::Host(child) => {
+                let mut line = String::new();
+                if let Some(pipe) = &mut child.stdout {
+                    BufReader::new(pipe).read_line(&mut line)?;
+                }
+                Some(line.trim_end().to_owned()).filter(|line| !line.is_empty())
+            }
+            Load::Guest(process) => process.next_line(PATIENCE)?,
+        };
+        line.context("a process ended that was to sleep")
+    }
+
+    /// Kills it, and waits until it has ended.
+    pub fn end(mut self) -> Result<()> {
+        match &mut self {
+            Load::Host(child) => {
+                child.kill()?;
+                child.wait()?;
+            }
+            Load::Guest(process) => {
+                process.kill(Signal::KILL)?;
+                process.wait(PATIENCE)?;
+            }
+        }
+        Ok(())
+    }
+
     /// What it has measured, once it has ended.
     pub fn wait<T: DeserializeOwned>(self) -> Result<T> {
         Ok(serde_json::from_slice(&self.output()?)?)

@@ -11,17 +11,18 @@ use indicatif::BinaryBytes;
 use serde::Serialize;
 
 use super::case::{Case, Direction, Way};
+use super::host;
 use super::peer::told;
-use super::scene::{PORT, Scene, Side};
+use super::scene::{Load, PORT, Scene, Side};
 use super::spread::Spread;
 use crate::broker::Transport;
 
 /// What came of a stream.
-struct Streamed {
-    sent: Measured,
-    received: Measured,
+pub(super) struct Streamed {
+    pub(super) sent: Measured,
+    pub(super) received: Measured,
     /// How often the producer rang, where that is counted.
-    rung: Option<u64>,
+    pub(super) rung: Option<u64>,
 }
 
 /// What was measured of one case.
@@ -31,8 +32,8 @@ pub struct Row {
     pub(super) case: Case,
     /// Bytes of payload a second.
     pub(super) rate: Spread,
-    /// Processor seconds of the two ends for 10⁹ bytes.
-    cpu: [Spread; 2],
+    /// Processor seconds for 10⁹ bytes, of who sends and of who receives.
+    cpu_seconds_per_gb_of_sender_and_receiver: [Spread; 2],
     /// Records in all rounds.
     pub(super) records: u64,
     /// Rings of the producer in all rounds, where they are counted.
@@ -47,7 +48,7 @@ impl Row {
         Row {
             case,
             rate: Spread::default(),
-            cpu: Default::default(),
+            cpu_seconds_per_gb_of_sender_and_receiver: Default::default(),
             records: 0,
             rung: None,
             failure: None,
@@ -75,6 +76,31 @@ impl Row {
         }
     }
 
+    /// Whether there are figures.
+    pub(super) fn is_measured(&self) -> bool {
+        self.failure.is_none() && self.records > 0
+    }
+
+    /// Processor seconds for 10⁹ bytes of the ends on this side, if there are any.
+    pub(super) fn cpu(&self, side: Side) -> Option<f64> {
+        let sides = self.case.direction.sides();
+        let ends = sides
+            .iter()
+            .zip(&self.cpu_seconds_per_gb_of_sender_and_receiver);
+        let here = ends.filter(|(end, _)| **end == side);
+        let cpu = here.map(|(_, spread)| spread.median());
+        if matches!(self.case.way, Way::Copy | Way::Ring) {
+            // Both ends are one process.
+            return cpu.reduce(|_, last| last);
+        }
+        cpu.reduce(|one, other| one + other)
+    }
+
+    /// How often the producer woke the consumer for 1,000 records, where that is counted.
+    pub(super) fn wakeups(&self) -> Option<f64> {
+        Some(self.rung? as f64 * 1e3 / self.records as f64)
+    }
+
     fn add(&mut self, streamed: &Streamed) {
         let Streamed {
             sent,
@@ -82,7 +108,11 @@ impl Row {
             rung,
         } = streamed;
         self.rate.add(received.rate());
-        for (spread, end) in self.cpu.iter_mut().zip([sent, received]) {
+        for (spread, end) in self
+            .cpu_seconds_per_gb_of_sender_and_receiver
+            .iter_mut()
+            .zip([sent, received])
+        {
             spread.add(end.cpu as f64 / end.bytes as f64);
         }
         self.records += sent.records;
@@ -100,20 +130,20 @@ impl fmt::Display for Row {
             direction,
             record_size,
         } = &self.case;
-        let (direction, way) = (direction.name(), way.name());
+        let (direction, way, way_waits) = (direction.name(), way.name(), way.wait());
         write!(f, "| {direction} | {way} | {} |", BinaryBytes(*record_size))?;
         if let Some(failure) = &self.failure {
-            return writeln!(f, " {failure} | | | | | |");
+            return writeln!(f, " {failure} | | | | | | |");
         }
         let rate = self.rate.median();
         let [low, high] = self.rate.quartiles().map(|rate| rate / 1e6);
-        let rings = self.rung.map_or(String::new(), |rung| {
-            format!("{:.2}", rung as f64 * 1e3 / self.records as f64)
-        });
-        let [sender, receiver] = self.cpu.each_ref().map(Spread::median);
+        let cell =
+            |figure: Option<f64>| figure.map_or(String::new(), |figure| format!("{figure:.2}"));
+        let [host, guest] = [Side::Host, Side::Guest].map(|side| cell(self.cpu(side)));
+        let (wakeups, wait) = (cell(self.wakeups()), way_waits);
         writeln!(
             f,
-            " {:.0} | {low:.0} to {high:.0} | {:.0} | {rings} | {sender:.2} | {receiver:.2} |",
+            " {:.0} | {low:.0} to {high:.0} | {:.0} | {wakeups} | {host} | {guest} | {wait} |",
             rate / 1e6,
             rate / *record_size as f64,
         )
@@ -126,6 +156,7 @@ type Order = (Side, Vec<String>);
 /// Streams for some time, and checks that every byte came.
 fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
     let size = format!("--record-size={}", case.record_size);
+    let duration = time;
     let time = format!("--time={}", time.as_millis());
     let sides = case.direction.sides();
     let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
@@ -154,6 +185,7 @@ fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
                 ..streamed
             })
         }
+        Way::Within | Way::Iceoryx2 => host::stream(scene, case.way, case.record_size, duration),
         Way::Copy | Way::Ring => {
             let what = if case.way == Way::Copy {
                 "copy"
@@ -219,6 +251,11 @@ pub(super) fn endpoints(scene: &Scene, way: Way) -> Result<[String; 2]> {
 fn run(scene: &Scene, sender: &Order, receiver: &Order) -> Result<Streamed> {
     let receiver = scene.start(receiver.0, &receiver.1)?;
     let sender = scene.start(sender.0, &sender.1)?;
+    finish(sender, receiver)
+}
+
+/// Waits until both have ended, and compares.
+pub(super) fn finish(sender: Load, receiver: Load) -> Result<Streamed> {
     let sent: Measured = sender.wait().context("the sender failed")?;
     let received: Measured = receiver.wait().context("the receiver failed")?;
     ensure!(

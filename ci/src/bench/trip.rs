@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use barlink_bench_load::{Trips, Wait};
+use indicatif::BinaryBytes;
 use serde::Serialize;
 
 use super::case::Way;
+use super::host;
 use super::peer::told;
 use super::scene::{Scene, Side};
 use super::spread::Spread;
@@ -17,7 +19,7 @@ use super::stream::endpoints;
 use crate::broker::Transport;
 
 /// For ends that sleep: long enough for them to be asleep.
-const PAUSE: &str = "--pause=500";
+pub(super) const PAUSE: &str = "--pause=500";
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
@@ -27,13 +29,15 @@ pub enum Trip {
     Channels(Transport, Wait),
     /// By a ring each way, and nothing else.
     Bells(Transport),
+    /// Between two processes on the host, whose ends wait so, with so many bytes of payload.
+    Host(Way, Wait, u64),
     /// Through a peer.
     Peer(Way),
 }
 
 impl Trip {
-    /// All that is measured.
-    pub fn all() -> Vec<Trip> {
+    /// All that is measured, between processes on the host with records of these sizes.
+    pub fn all(sizes: &[u64]) -> Vec<Trip> {
         let mut all = Vec::new();
         for transport in Transport::ALL {
             let waits = [Wait::Spin, Wait::Prompt, Wait::Sleep];
@@ -42,6 +46,12 @@ impl Trip {
         }
         let peers = [Way::VirtioSerial, Way::Tcp, Way::Vsock, Way::Virtiofs];
         all.extend(peers.map(Trip::Peer));
+        for &size in sizes {
+            for way in [Way::Within, Way::Iceoryx2] {
+                all.extend([Wait::Spin, Wait::Sleep].map(|wait| Trip::Host(way, wait, size)));
+            }
+            all.push(Trip::Host(Way::Unix, Wait::Sleep, size));
+        }
         all
     }
 
@@ -49,12 +59,43 @@ impl Trip {
     pub fn way(self) -> Way {
         match self {
             Trip::Channels(transport, _) | Trip::Bells(transport) => Way::Channel(transport),
-            Trip::Peer(way) => way,
+            Trip::Peer(way) | Trip::Host(way, ..) => way,
+        }
+    }
+
+    /// Bytes of payload of a question and of its answer.
+    pub fn record_size(self) -> u64 {
+        match self {
+            Trip::Host(_, _, size) => size,
+            Trip::Bells(_) => 0,
+            _ => 64,
+        }
+    }
+
+    /// How its ends wait.
+    pub fn wait(self) -> &'static str {
+        match self {
+            Trip::Channels(_, Wait::Spin) => "spin",
+            Trip::Host(_, Wait::Spin, _) => "poll",
+            Trip::Channels(_, Wait::Prompt) | Trip::Host(_, Wait::Prompt, _) => "spin, sleep",
+            Trip::Peer(Way::Virtiofs) => "poll",
+            _ => "sleep",
+        }
+    }
+
+    /// Whether it is another project's.
+    fn is_peer(self) -> bool {
+        match self {
+            Trip::Peer(way) | Trip::Host(way, ..) => way.is_peer(),
+            _ => false,
         }
     }
 
     /// Makes trips for some time.
     fn make(self, scene: &Scene, time: Duration) -> Result<Trips> {
+        if let Trip::Host(way, wait, size) = self {
+            return host::trips(scene, way, wait, size, time);
+        }
         let time = format!("--time={}", time.as_millis());
         let control = format!("--control={}", scene.control().display());
         let words = |words: &[&str]| {
@@ -83,7 +124,8 @@ impl Trip {
                     words(&["bell-answer", &up, &control]),
                 )
             }
-            Trip::Peer(way) => {
+            // It is above.
+            Trip::Peer(way) | Trip::Host(way, ..) => {
                 let [host, guest] = endpoints(scene, way)?;
                 (
                     words(&["pipe-ask", &guest, &time]),
@@ -115,6 +157,18 @@ impl fmt::Display for Trip {
             Trip::Bells(transport) => {
                 write!(f, "{}, bare doorbell and interrupt", transport.name())
             }
+            Trip::Host(way, wait, size) => {
+                let wait = match wait {
+                    Wait::Spin => "polled",
+                    _ => "asleep",
+                };
+                write!(
+                    f,
+                    "within the host, {}, {wait}, {}",
+                    way.name(),
+                    BinaryBytes(*size)
+                )
+            }
             Trip::Peer(way) => f.write_str(way.name()),
         }
     }
@@ -125,7 +179,7 @@ impl fmt::Display for Trip {
 pub struct Row {
     pub(super) trip: Trip,
     /// Median, 99 %, 99.9 % and longest of each round, in nanoseconds.
-    times: [Spread; 4],
+    pub(super) times: [Spread; 4],
     /// Why it was not measured any further.
     failure: Option<String>,
 }
@@ -140,6 +194,11 @@ impl Row {
         }
     }
 
+    /// Whether there are figures.
+    pub(super) fn is_measured(&self) -> bool {
+        self.failure.is_none() && self.times[0].median() > 0.0
+    }
+
     /// Does a round. A peer that fails is left alone from then on, and what it did is told.
     pub fn measure(&mut self, scene: &Scene, time: Duration) -> Result<()> {
         if self.failure.is_some() {
@@ -152,7 +211,7 @@ impl Row {
                     spread.add(time as f64);
                 }
             }
-            Err(error) if matches!(self.trip, Trip::Peer(_)) => {
+            Err(error) if self.trip.is_peer() => {
                 self.failure = Some(told(&error));
             }
             Err(error) => return Err(error.context(self.trip.to_string())),
@@ -166,13 +225,14 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "| {} |", self.trip)?;
         if let Some(failure) = &self.failure {
-            return writeln!(f, " {failure} | | | | |");
+            return writeln!(f, " {failure} | | | | | |");
         }
         let [low, high] = self.times[0].quartiles().map(|time| time / 1e3);
         let [median, p99, p999, max] = self.times.each_ref().map(|time| time.median() / 1e3);
         writeln!(
             f,
-            " {median:.1} | {low:.1} to {high:.1} | {p99:.1} | {p999:.1} | {max:.1} |"
+            " {median:.1} | {low:.1} to {high:.1} | {p99:.1} | {p999:.1} | {max:.1} | {} |",
+            self.trip.wait()
         )
     }
 }

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Processor time while nothing happens: an end that sleeps, and who looks at it from outside, so that looking costs it nothing.
+
+use std::fs;
+use std::ops::Deref;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Strategy, Wakeup};
+use clap::Args;
+use nix::time::clock_getcpuclockid;
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::nanoseconds;
+
+/// Turns that both ends take before they sleep, and how long each lets the other one wait: long enough for that to sleep, and to
+/// learn that doorbells come through. Until then an end looks around by the clock.
+const TURNS: u32 = 4;
+const TURN: Duration = Duration::from_millis(100);
+
+/// Takes turns with the other end, one of which is the first to send, tells this process's number, and sleeps for good.
+pub fn idle<M, E>(mut sender: Sender<M, E>, mut receiver: Receiver<M, E>, first: bool) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + Send + Sync + 'static>,
+{
+    receiver.set_strategy(Strategy::SLEEP);
+    if first {
+        let _ = sender.send(Kind::USER, &[], None)?;
+    }
+    let mut turns = 0;
+    loop {
+        if receiver.wait(None)? != Wakeup::Ready || receiver.record().is_none() {
+            continue;
+        }
+        receiver.release()?;
+        turns += 1;
+        if turns <= TURNS {
+            thread::sleep(TURN);
+            let _ = sender.send(Kind::USER, &[], None)?;
+        }
+        if turns == TURNS {
+            println!("{}", std::process::id());
+        }
+    }
+}
+
+/// What processes used in some time.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Used {
+    /// Processor time, in nanoseconds.
+    pub cpu: u64,
+    /// How often their threads gave a processor up or lost it.
+    pub switches: u64,
+}
+
+/// Looks at processes from outside.
+#[derive(Args, Debug)]
+pub struct Watch {
+    /// The processes
+    #[arg(required = true)]
+    processes: Vec<i32>,
+    /// For how long, in milliseconds
+    #[arg(long)]
+    time: u64,
+}
+
+impl Watch {
+    /// What each of them used in that time.
+    pub fn run(&self) -> Result<Vec<Used>> {
+        let look = || -> Result<Vec<Used>> { self.processes.iter().map(|id| used(*id)).collect() };
+        let before = look()?;
+        thread::sleep(Duration::from_millis(self.time));
+        let after = look()?;
+        Ok(before
+            .iter()
+            .zip(&after)
+            .map(|(before, after)| Used {
+                cpu: after.cpu - before.cpu,
+                switches: after.switches.saturating_sub(before.switches),
+            })
+            .collect())
+    }
+}
+
+/// What a process has used since it began.
+fn used(process: i32) -> Result<Used> {
+    let clock = clock_getcpuclockid(Pid::from_raw(process));
+    let clock = clock.with_context(|| format!("process {process} has no clock"))?;
+    let mut switches = 0;
+    for task in fs::read_dir(format!("/proc/{process}/task"))? {
+        // A thread can end meanwhile.
+        let status = fs::read_to_string(task?.path().join("status")).unwrap_or_default();
+        let counts = status
+            .lines()
+            .filter_map(|line| line.split_once("ctxt_switches:"))
+            .filter_map(|(_, count)| count.trim().parse::<u64>().ok());
+        switches += counts.sum::<u64>();
+    }
+    Ok(Used {
+        cpu: nanoseconds(clock.now()?.into()),
+        switches,
+    })
+}

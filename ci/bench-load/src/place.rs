@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Records that are built in the channel itself, one by one, and read there: as a peer does whose records are loaned.
+
+use std::ops::Deref;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::{AtomicU64, Events, Ordering, Receiver, Sender, Strategy, Wakeup};
+use clap::Args;
+
+use crate::Measured;
+use crate::clock::{cpu, nanoseconds};
+use crate::trip::{Ask, Trips, Wait};
+
+/// Words that are made in the nearest cache, and then put into the channel.
+const BLOCK: usize = 512;
+
+/// The word at a place of a record.
+#[inline]
+pub fn word(place: usize) -> u64 {
+    (place as u64).wrapping_mul(0x9E37_79B9)
+}
+
+/// The sum of a record's words from the second on.
+fn sum_of_others(words: usize) -> u64 {
+    (1..words).fold(0, |sum: u64, place| sum.wrapping_add(word(place)))
+}
+
+/// Sends records that are built in place.
+#[derive(Args, Debug)]
+pub struct Build {
+    /// Bytes of payload in a record, a multiple of 8
+    #[arg(long)]
+    record_size: usize,
+    /// For how long, in milliseconds
+    #[arg(long)]
+    time: u64,
+}
+
+impl Build {
+    /// Makes room, fills it, and commits it, again and again.
+    pub fn run<M, E>(&self, mut sender: Sender<M, E>) -> Result<Measured>
+    where
+        M: Deref<Target = [AtomicU64]> + Clone,
+        E: Events<Error: std::error::Error + Send + Sync + 'static>,
+    {
+        sender.set_strategy(Strategy::STREAM);
+        let words = self.record_size / 8;
+        let sum = sum_of_others(words).wrapping_add(word(0));
+        let time = Duration::from_millis(self.time);
+        let mut records = 0;
+        let start = Instant::now();
+        while start.elapsed() < time {
+            // As often as the other senders look at the clock.
+            for _ in 0..(16_usize << 10).div_ceil(self.record_size) {
+                build(&mut sender, words, word)?;
+                records += 1;
+            }
+        }
+        let measured = Measured {
+            records,
+            bytes: records * self.record_size as u64,
+            nanoseconds: nanoseconds(start.elapsed()),
+            cpu: cpu(),
+            sum: sum.wrapping_mul(records),
+        };
+        let _ = sender.send(Kind::END, &[], None)?;
+        Ok(measured)
+    }
+}
+
+/// Builds one record, whose words come from their places.
+fn build<M, E>(
+    sender: &mut Sender<M, E>,
+    words: usize,
+    mut word: impl FnMut(usize) -> u64,
+) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + Send + Sync + 'static>,
+{
+    let draft = sender.draft(8 * words, None)?;
+    // Without a time limit there is room in the end.
+    let mut draft = draft.context("there is no room")?;
+    let mut block = [[0; 8]; BLOCK];
+    for first in (0..words).step_by(BLOCK) {
+        let block = &mut block[..BLOCK.min(words - first)];
+        for (place, bytes) in block.iter_mut().enumerate() {
+            *bytes = word(first + place).to_le_bytes();
+        }
+        draft.write(8 * first as u32, block.as_flattened());
+    }
+    let length = draft.length();
+    Ok(draft.commit(Kind::USER, length)?)
+}
+
+impl Ask {
+    /// Asks through a pair of channels: questions are built in place, and answers are read there, every byte.
+    pub fn in_place<M, E>(
+        &self,
+        mut sender: Sender<M, E>,
+        mut receiver: Receiver<M, E>,
+        wait: Wait,
+    ) -> Result<Trips>
+    where
+        M: Deref<Target = [AtomicU64]> + Clone,
+        E: Events<Error: std::error::Error + Send + Sync + 'static>,
+    {
+        sender.set_strategy(wait.strategy());
+        receiver.set_strategy(wait.strategy());
+        let words = self.record_size() / 8;
+        let others = sum_of_others(words);
+        let trips = self.trips(|bytes| {
+            let (number, _) = bytes
+                .split_first_chunk_mut()
+                .context("a record has at least a word")?;
+            let asked = u64::from_le_bytes(*number);
+            build(&mut sender, words, |place| match place {
+                0 => asked,
+                place => word(place),
+            })?;
+            while receiver.wait(None)? != Wakeup::Ready {}
+            if let Some(record) = receiver.record() {
+                let words = record.words().iter();
+                let sum = words.fold(0, |sum: u64, word| {
+                    sum.wrapping_add(word.load(Ordering::Relaxed))
+                });
+                // What is left is the number, if every other word is as it was.
+                *number = sum.wrapping_sub(others).to_le_bytes();
+            }
+            Ok(receiver.release()?)
+        })?;
+        let _ = sender.send(Kind::END, &[], None)?;
+        Ok(trips)
+    }
+}
+
+/// Answers through a pair of channels until the end of the stream: each question is read in place, and its answer is built there.
+pub fn answer_in_place<M, E>(
+    mut sender: Sender<M, E>,
+    mut receiver: Receiver<M, E>,
+    wait: Wait,
+) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + Send + Sync + 'static>,
+{
+    sender.set_strategy(wait.strategy());
+    receiver.set_strategy(wait.strategy());
+    loop {
+        if receiver.wait(None)? != Wakeup::Ready {
+            continue;
+        }
+        let Some(record) = receiver.record() else {
+            continue;
+        };
+        if record.header().kind == Kind::END {
+            receiver.release()?;
+            return Ok(());
+        }
+        let words = record.words();
+        build(&mut sender, words.len(), |place| {
+            let word = words.get(place);
+            word.map_or(0, |word| word.load(Ordering::Relaxed))
+        })?;
+        receiver.release()?;
+    }
+}

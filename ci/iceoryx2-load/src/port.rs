@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The two ends of a service of iceoryx2's, set up so that as many bytes are under way as in barlink's channels, and none is lost.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, ensure};
+use barlink_bench_load::{CAPACITY, Wait};
+use iceoryx2::port::listener::Listener;
+use iceoryx2::port::notifier::Notifier;
+use iceoryx2::port::publisher::Publisher;
+use iceoryx2::port::subscriber::Subscriber;
+use iceoryx2::prelude::*;
+use iceoryx2::sample::Sample;
+use iceoryx2::service::port_factory::event;
+use iceoryx2::service::port_factory::publish_subscribe;
+
+/// How long to wait for the other end to come or go, and how often it is looked for.
+const PATIENCE: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(1);
+/// Samples that are under way at most. Of large ones there are fewer: as many as a channel holds.
+const MOST_SAMPLES: usize = 1024;
+
+type Stream = publish_subscribe::PortFactory<ipc::Service, [u64], ()>;
+type Bell = event::PortFactory<ipc::Service>;
+
+/// This process, as iceoryx2 sees it.
+pub fn node() -> Result<Node<ipc::Service>> {
+    // What the bench does not read would slow the ends down.
+    set_log_level(LogLevel::Error);
+    let builder = NodeBuilder::new().signal_handling_mode(SignalHandlingMode::Disabled);
+    builder
+        .create()
+        .map_err(|error| anyhow!("iceoryx2 gives no node: {error}"))
+}
+
+/// Opens a service for samples of so many words, or makes it.
+fn stream(node: &Node<ipc::Service>, service: &str, record_size: usize) -> Result<Stream> {
+    let samples = (CAPACITY as usize / record_size).clamp(2, MOST_SAMPLES);
+    let name = ServiceName::new(service).map_err(|error| anyhow!("{service}: {error:?}"))?;
+    node.service_builder(&name)
+        .publish_subscribe::<[u64]>()
+        .enable_safe_overflow(false)
+        .history_size(0)
+        .max_publishers(1)
+        .max_subscribers(1)
+        .subscriber_max_buffer_size(samples)
+        .subscriber_max_borrowed_samples(1)
+        .open_or_create()
+        .map_err(|error| anyhow!("{service} cannot be opened: {error}"))
+}
+
+/// The event that a sample is there.
+fn bell(node: &Node<ipc::Service>, service: &str) -> Result<Bell> {
+    let name = ServiceName::new(&format!("{service}/bell"))
+        .map_err(|error| anyhow!("{service}: {error:?}"))?;
+    node.service_builder(&name)
+        .event()
+        .open_or_create()
+        .map_err(|error| anyhow!("{service}'s event cannot be opened: {error}"))
+}
+
+/// Where records go in.
+pub struct Outlet {
+    publisher: Publisher<ipc::Service, [u64], ()>,
+    notifier: Option<Notifier<ipc::Service>>,
+    stream: Stream,
+    words: usize,
+}
+
+impl Outlet {
+    /// Opens it, and waits until the other end is there.
+    pub fn open(
+        node: &Node<ipc::Service>,
+        service: &str,
+        record_size: usize,
+        wait: Wait,
+    ) -> Result<Self> {
+        let stream = stream(node, service, record_size)?;
+        let words = record_size / 8;
+        let publisher = stream
+            .publisher_builder()
+            .initial_max_slice_len(words)
+            .max_loaned_samples(1)
+            .backpressure_strategy(BackpressureStrategy::RetryUntilDelivered)
+            .create()
+            .map_err(|error| anyhow!("{service} cannot be published to: {error}"))?;
+        let bell = (wait == Wait::Sleep)
+            .then(|| bell(node, service))
+            .transpose()?;
+        let notifier = match &bell {
+            None => None,
+            Some(bell) => Some(
+                bell.notifier_builder()
+                    .create()
+                    .map_err(|error| anyhow!("{service} has no event: {error}"))?,
+            ),
+        };
+        let outlet = Self {
+            publisher,
+            notifier,
+            stream,
+            words,
+        };
+        outlet.wait_for(1)?;
+        Ok(outlet)
+    }
+
+    /// Sends a record whose words come from their places.
+    pub fn send(&mut self, word: impl Fn(usize) -> u64) -> Result<()> {
+        let start = Instant::now();
+        // A subscriber is counted before it has connected. Until then samples queue up, and once the queue is full, they reach nobody
+        // and are left to be sent again.
+        while self.put(&word)? == 0 {
+            ensure!(start.elapsed() < PATIENCE, "a sample reached nobody");
+            std::thread::sleep(LOOK);
+        }
+        if let Some(notifier) = &self.notifier {
+            notifier
+                .notify()
+                .map_err(|error| anyhow!("the event is not told: {error}"))?;
+        }
+        Ok(())
+    }
+
+    /// Sends a record, and tells how many subscribers it reached.
+    fn put(&mut self, word: impl Fn(usize) -> u64) -> Result<usize> {
+        let sample = self
+            .publisher
+            .loan_slice_uninit(self.words)
+            .map_err(|error| anyhow!("no sample is loaned: {error}"))?;
+        let sent = sample.write_from_fn(word).send();
+        sent.map_err(|error| anyhow!("a sample is not sent: {error}"))
+    }
+
+    /// Waits until the other end has gone: until then, what was sent must be there.
+    pub fn wait_until_left(&self) -> Result<()> {
+        self.wait_for(0)
+    }
+
+    fn wait_for(&self, subscribers: usize) -> Result<()> {
+        let start = Instant::now();
+        while self.stream.dynamic_config().number_of_subscribers() != subscribers {
+            ensure!(
+                start.elapsed() < PATIENCE,
+                "the other end does not come or go"
+            );
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+}
+
+/// Where they come out.
+pub struct Inlet {
+    subscriber: Subscriber<ipc::Service, [u64], ()>,
+    listener: Option<Listener<ipc::Service>>,
+}
+
+impl Inlet {
+    /// Opens it.
+    pub fn open(
+        node: &Node<ipc::Service>,
+        service: &str,
+        record_size: usize,
+        wait: Wait,
+    ) -> Result<Self> {
+        let stream = stream(node, service, record_size)?;
+        let bell = (wait == Wait::Sleep)
+            .then(|| bell(node, service))
+            .transpose()?;
+        let listener = match &bell {
+            None => None,
+            Some(bell) => Some(
+                bell.listener_builder()
+                    .create()
+                    .map_err(|error| anyhow!("{service} has no event: {error}"))?,
+            ),
+        };
+        // Last, since the other end takes it for all.
+        let subscriber = stream
+            .subscriber_builder()
+            .create()
+            .map_err(|error| anyhow!("{service} cannot be subscribed to: {error}"))?;
+        Ok(Self {
+            subscriber,
+            listener,
+        })
+    }
+
+    /// Waits for a record: by its event, or by looking again and again.
+    pub fn receive(&mut self) -> Result<Sample<ipc::Service, [u64], ()>> {
+        loop {
+            let sample = self.subscriber.receive();
+            if let Some(sample) = sample.map_err(|error| anyhow!("no sample comes: {error}"))? {
+                return Ok(sample);
+            }
+            match &self.listener {
+                None => std::hint::spin_loop(),
+                Some(listener) => {
+                    listener
+                        .blocking_wait(|_| ())
+                        .map_err(|error| anyhow!("the event is not told: {error}"))?;
+                }
+            }
+        }
+    }
+}
