@@ -65,8 +65,9 @@ impl Cache {
 /// Bytes that are mapped to be read, less than a second-level cache has, and how many are read in one go.
 const WINDOW: u64 = 256 << 10;
 const PART: usize = 16 << 10;
-/// How long each mode is read for.
-const TIME: Duration = Duration::from_millis(2);
+/// How often each mode is tried, in turn, so that what the first one pays for is not held against it; and for how long.
+const ROUNDS: usize = 3;
+const TIME: Duration = Duration::from_millis(1);
 /// A mode is preferred to others that are faster by less than this.
 const MARGIN: f64 = 1.1;
 
@@ -92,8 +93,9 @@ impl Choice {
         info: impl Fn(&File) -> Result<Info, E>,
         failed: impl Fn(Errno) -> E,
     ) -> Result<Self, E> {
-        let mut speeds = Vec::new();
-        for cache in Cache::MODES {
+        let mut speeds = Cache::MODES.map(|cache| (cache, None));
+        for turn in 0..ROUNDS * speeds.len() {
+            let (cache, best) = &mut speeds[turn % Cache::MODES.len()];
             // A file of its own, since a file keeps its mode.
             let (file, before) = open()?;
             if before.asked != 0 {
@@ -105,11 +107,15 @@ impl Choice {
                 mapping => mapping.map_err(&failed)?,
             };
             let granted = info(&file)?.granted;
-            let is_granted = cache.mode().map(|mode| mode as u32) == Some(granted);
-            speeds.push((cache, is_granted.then(|| read_speed(&mapping, granted))));
+            if cache.mode().map(|mode| mode as u32) == Some(granted) {
+                let speed = read_speed(&mapping, granted);
+                *best = Some(best.map_or(speed, |best: f64| best.max(speed)));
+            }
         }
-        let cache = fastest(&speeds);
-        Ok(Choice { cache, speeds })
+        Ok(Choice {
+            cache: fastest(&speeds),
+            speeds: speeds.into(),
+        })
     }
 }
 
