@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use barlink_cli::{place, stream};
+use barlink_guest::Cache;
 use clap::{Args, Parser, Subcommand};
 
 /// Shared memory as a PCI device of a QEMU guest: the guest's side.
@@ -21,6 +22,9 @@ pub struct Cli {
         default_value = "/dev/barlink0"
     )]
     pub device: PathBuf,
+    /// Cache mode of its mapping, one for all processes at a time
+    #[arg(long, global = true, value_name = "MODE", value_enum, default_value_t)]
+    pub cache: Cache,
 }
 
 const AFTER_HELP: &str = "\
@@ -29,13 +33,16 @@ Exit codes:
   1    it failed: the last line says what, on what, and what to do
   2    the command line is wrong
   3    there is no device, or it is gone
-  4    somebody else holds that end of the channel
+  4    somebody else holds that end of the channel, or has the device mapped in another cache mode
   5    the stream ended early: its sender left before its end
   130  interrupted by Ctrl-C";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Tell what the device is, and what cache mode the kernel granted to its mappings
+    /// Tell what the device is, and which cache mode was asked for, and granted
+    #[command(
+        after_help = "Example:\n  barlink-guest --cache write-back info    # is it granted? if not, why, and what to do"
+    )]
     Info(Info),
     /// Send a file or standard input to the host
     #[command(

@@ -1,33 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A barlink device: its file, its mapping, and the ends of channels that it claims. The only file of this crate
-//! with `unsafe` in it.
-#![expect(
-    unsafe_code,
-    reason = "calls the driver, and shows its mapping as the words of a region"
-)]
+//! A barlink device: its file, and the ends of channels that it claims.
+#![expect(unsafe_code, reason = "calls the driver")]
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::ops::Deref;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::ptr::NonNull;
-use std::sync::Arc;
 
-use barlink_protocol::region::{self, words};
 use barlink_protocol::wire::layout::{End, Layout, LayoutError};
-use barlink_protocol::wire::uapi::{self, CacheMode, Info};
-use barlink_protocol::{AtomicU64, ChannelError, state};
+use barlink_protocol::wire::uapi::{self, Info};
+use barlink_protocol::{ChannelError, state};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl};
-use rustix::mm::{MapFlags, ProtFlags};
 
+use crate::cache::{Cache, Choice};
 use crate::events::{EventError, Interrupts};
+use crate::mapping::{Mapping, Region};
 
-/// A region in this process.
-pub type Region = region::Region<Mapping>;
 /// The producer's end of a channel, in the guest.
 pub type Sender = barlink_protocol::Sender<Mapping, Interrupts>;
 /// The consumer's end of a channel, in the guest.
@@ -72,6 +63,21 @@ pub enum DeviceError {
         path: PathBuf,
         /// Why not.
         source: LayoutError,
+    },
+    /// It is mapped in another cache mode.
+    #[error(
+        "cannot map {path} {wish}: process {process} has it mapped {mode}, and a region has one cache mode at a time; end that \
+         process, or map as it does (`--cache same`)", wish = wish.name()
+    )]
+    OtherCache {
+        /// The path.
+        path: PathBuf,
+        /// The mode that was wanted.
+        wish: Cache,
+        /// Number and name of the process.
+        process: String,
+        /// The mode that it has.
+        mode: &'static str,
     },
     /// A system call failed.
     #[error("cannot {what} {path}")]
@@ -129,32 +135,57 @@ pub struct Device {
     path: PathBuf,
     file: File,
     mapping: Mapping,
-    is_combining: bool,
+    granted: u32,
     layout: Layout,
+    choice: Option<Choice>,
 }
 
 impl Device {
-    /// Opens a device, `/dev/barlink0` mostly, and maps all of its region that can be mapped.
+    /// Opens a device, `/dev/barlink0` mostly, and maps all of its region that can be mapped, as it is mapped already.
     pub fn open(path: &Path) -> Result<Self, DeviceError> {
+        Self::open_as(path, Cache::Same)
+    }
+
+    /// Opens a device, and maps all of its region that can be mapped. The guest's kernel may grant another cache mode than is
+    /// asked for: [`Device::info`] tells.
+    pub fn open_as(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
+        let choice = (cache == Cache::Auto).then(|| choose(path)).transpose()?;
+        let wish = choice.as_ref().map_or(cache, |choice| choice.cache);
+        match Self::map(path, wish) {
+            // Somebody has mapped it since.
+            Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => Ok(Device {
+                choice: Some(Choice::SAME),
+                ..Self::map(path, Cache::Same)?
+            }),
+            device => Ok(Device { choice, ..device? }),
+        }
+    }
+
+    fn map(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
         let file = open(path)?;
-        let info = info(&file, path)?;
-        let size = usize::try_from(info.mappable_size).unwrap_or(usize::MAX);
-        let mapping = Mapping::new(&file, size).map_err(|error| system("map", path, error))?;
-        let layout = state::read_layout(&Region::new(mapping.clone()), info.region_size).map_err(
-            |source| DeviceError::Layout {
-                path: path.to_owned(),
-                source,
-            },
-        )?;
+        let before = info(&file, path)?;
+        let size = usize::try_from(before.mappable_size).unwrap_or(usize::MAX);
+        let mapping = map(&file, path, size, cache)?;
         // It is known once something is mapped.
-        let granted = self::info(&file, path)?.granted;
+        let granted = info(&file, path)?.granted;
+        let layout = state::read_layout(&mapping.region(granted), before.region_size);
+        let layout = layout.map_err(|source| DeviceError::Layout {
+            path: path.to_owned(),
+            source,
+        })?;
         Ok(Device {
             path: path.to_owned(),
             file,
             mapping,
-            is_combining: CacheMode::from_number(granted) == Some(CacheMode::WriteCombining),
+            granted,
             layout,
+            choice: None,
         })
+    }
+
+    /// What [`Cache::Auto`] has come to, if that was asked for.
+    pub fn choice(&self) -> Option<&Choice> {
+        self.choice.as_ref()
     }
 
     /// What the driver says of the device.
@@ -169,12 +200,7 @@ impl Device {
 
     /// The region's words, without the drivers' pages at its end.
     pub fn region(&self) -> Region {
-        let region = Region::new(self.mapping.clone());
-        if self.is_combining {
-            region.over_write_combining()
-        } else {
-            region
-        }
+        self.mapping.region(self.granted)
     }
 
     /// Claims the producer's end of a channel, for as long as the sender lives.
@@ -269,6 +295,49 @@ fn open(path: &Path) -> Result<File, DeviceError> {
     })
 }
 
+/// Times that a mapping is tried whose mode is that of others, which can come and go between two looks of the driver.
+const TRIES: u32 = 10;
+
+fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, DeviceError> {
+    let busy = |error: &Errno| *error == Errno::BUSY;
+    let mut result = Mapping::new(file, size, cache.mode());
+    for _ in 1..TRIES {
+        if cache != Cache::Same || !result.as_ref().is_err_and(busy) {
+            break;
+        }
+        result = Mapping::new(file, size, None);
+    }
+    match result {
+        Err(error) if busy(&error) => {
+            let info = info(file, path)?;
+            let process = info.mapper;
+            // It may be in another PID namespace, or have ended and left the mapping to its children.
+            let name = std::fs::read_to_string(format!("/proc/{process}/comm"));
+            let name = name.map_or(String::new(), |name| format!(" ({})", name.trim_end()));
+            Err(DeviceError::OtherCache {
+                path: path.to_owned(),
+                wish: cache,
+                process: format!("{process}{name}"),
+                mode: Cache::from_number(info.asked).map_or("another way", Cache::name),
+            })
+        }
+        result => result.map_err(|error| system("map", path, error)),
+    }
+}
+
+fn choose(path: &Path) -> Result<Choice, DeviceError> {
+    let open = || {
+        let file = open(path)?;
+        let info = info(&file, path)?;
+        Ok((file, info))
+    };
+    Choice::find(
+        open,
+        |file| info(file, path),
+        |error| system("map", path, error),
+    )
+}
+
 fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
     // SAFETY: `INFO` fills an `Info`, which any bits are valid for.
     let info = unsafe { ioctl(file, Getter::<{ uapi::INFO }, Info>::new()) };
@@ -300,59 +369,5 @@ fn refused(name: &str, end: End, source: ChannelError<EventError>) -> DeviceErro
         name: name.to_owned(),
         end,
         source,
-    }
-}
-
-/// The region, without the drivers' pages, mapped shared. Derefs to its words; clones share it.
-#[derive(Clone, Debug)]
-pub struct Mapping(Arc<Pages>);
-
-#[derive(Debug)]
-struct Pages {
-    start: NonNull<u8>,
-    size: usize,
-}
-
-// SAFETY: the address is of memory that belongs to the process and not to a thread, is unmapped once, by `Drop`, and
-// is accessed through atomics only.
-unsafe impl Send for Pages {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for Pages {}
-
-impl Mapping {
-    fn new(file: &File, size: usize) -> Result<Self, Errno> {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: the kernel chooses the address, so no memory of this process is replaced.
-        let start = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                size,
-                protection,
-                MapFlags::SHARED,
-                file,
-                0,
-            )
-        }?;
-        let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
-        Ok(Mapping(Arc::new(Pages { start, size })))
-    }
-}
-
-impl Deref for Mapping {
-    type Target = [AtomicU64];
-
-    fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: `mmap` gave `size` bytes on a page boundary, readable and writable, which stay mapped while `self` is
-        // borrowed (once the device is gone an access is SIGBUS, not undefined); nothing else in this process makes
-        // references into them.
-        unsafe { words(self.0.start.as_ptr(), self.0.size) }
-    }
-}
-
-impl Drop for Pages {
-    fn drop(&mut self) {
-        // SAFETY: it was mapped with this address and size, and nobody is left to use it. The only error, a wrong
-        // range, is excluded by that.
-        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.size) };
     }
 }

@@ -17,9 +17,13 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod cache;
 mod device;
 mod events;
+mod mapping;
 
 pub use barlink_protocol as protocol;
-pub use device::{Device, DeviceError, Mapping, Receiver, Region, Sender};
+pub use cache::{Cache, Choice};
+pub use device::{Device, DeviceError, Receiver, Sender};
 pub use events::{EventError, Interrupts};
+pub use mapping::{Mapping, Region};

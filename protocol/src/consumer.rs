@@ -8,7 +8,7 @@ use core::ops::Deref;
 use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind};
 use crate::producer::Notify;
 use crate::region::Region;
-use crate::sync::{AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU64, Ordering};
 use crate::wire::layout::{Channel, channel};
 
 /// One channel's consumer. There is one at a time, which its claim sees to.
@@ -104,7 +104,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         // SYNC: released; pairs with the Acquire load in `Producer::refresh`.
         self.region.release(self.base + channel::READ, self.passed);
         // SYNC: cursor-then-wish; pairs with the fence in `Producer::wish_for_room`.
-        fence(Ordering::SeqCst);
+        self.region.fence();
         let wish = self.region.load(self.base + channel::PRODUCER_WISH);
         let notify = Notify::crossed(self.read, self.passed, wish);
         self.read = self.passed;
@@ -117,7 +117,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         self.region
             .store(self.base + channel::CONSUMER_WISH, self.passed + 1);
         // SYNC: wish-then-cursor; pairs with the fence in `Producer::publish`. One of the two sees the other.
-        fence(Ordering::SeqCst);
+        self.region.fence();
         self.poll()
     }
 

@@ -30,7 +30,11 @@ enum Way {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Copier {
     way: Way,
-    /// Stores can overtake each other, and loads be made early: the mapping is write-combining.
+    /// Stores can overtake each other, and loads be made early: the mapping is write-combining. There writes are "delayed and
+    /// combined", and "speculative reads are allowed" (Intel SDM volume 3A, "Methods of Caching Available"), while the order that
+    /// x86 has otherwise is that of memory that is write-back (ibidem, "Memory Ordering in P6 and More Recent Processor
+    /// Families"). Neither TCG nor loom can show what is wrong without the fences: TCG knows no cache modes, and loom has
+    /// the order of Rust's atomics.
     is_combining: bool,
 }
 

@@ -14,6 +14,7 @@
 //! unchecked ([`cursor`]), and nothing here panics over one.
 #![no_std]
 
+mod cache;
 mod channel;
 mod consumer;
 mod copy;
@@ -30,6 +31,7 @@ pub mod stream;
 mod sync;
 pub mod wire;
 
+pub use cache::{CacheState, Shortfall};
 pub use channel::{Draft, Receiver, Sender, Sent};
 pub use consumer::{Consumer, Record};
 pub use error::ChannelError;

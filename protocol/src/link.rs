@@ -11,7 +11,7 @@ use crate::presence::{Presence, PresenceWords};
 use crate::producer::Notify;
 use crate::region::Region;
 use crate::strategy::Strategy;
-use crate::sync::{AtomicU64, Ordering, fence, spin};
+use crate::sync::{AtomicU64, spin};
 
 /// How one end of a channel rings the other, sleeps, and tells the time: eventfds on the host, the driver's file in
 /// a guest.
@@ -126,7 +126,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     fn ring(&mut self) -> Result<bool, E::Error> {
         // SYNC: held-then-wish; the driver stores the holder word before a process of its can store a wish. So whoever
         // has read that wish sees its holder here.
-        fence(Ordering::Acquire);
+        self.region.fence_loads();
         let of_a_vm = self.words.is_some_and(|words| words.are_of_a_vm());
         if of_a_vm && !self.read_peer().is_held() {
             return Ok(false);

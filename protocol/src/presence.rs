@@ -6,7 +6,7 @@
 use core::ops::Deref;
 
 use crate::region::Region;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::AtomicU64;
 use crate::wire::layout::{BROKER_PAGE, End, Layout, PAGE_SIZE, presence};
 
 /// Where the presence of one end of a channel is written.
@@ -39,7 +39,7 @@ impl PresenceWords {
     /// What stands there now.
     pub fn read<M: Deref<Target = [AtomicU64]>>(&self, region: &Region<M>) -> Presence {
         // SYNC: present; pairs with the Release store of an epoch or holder word by broker or driver.
-        let read = |offset| region.word(offset).load(Ordering::Acquire);
+        let read = |offset| region.acquire(offset);
         Presence {
             connection: self.connection.map_or(1, read),
             epoch: read(self.epoch),

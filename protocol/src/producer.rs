@@ -7,7 +7,7 @@ use core::ops::Deref;
 
 use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind, Place};
 use crate::region::Region;
-use crate::sync::{AtomicU64, Ordering, fence};
+use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, channel};
 
 /// Whether the other end asked to be woken at the cursor that was just published.
@@ -160,7 +160,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         // before they are seen.
         region.release(*base + channel::WRITTEN, self.staged);
         // SYNC: cursor-then-wish; pairs with the fence in `Consumer::wish_for_record`.
-        fence(Ordering::SeqCst);
+        region.fence();
         let wish = region.load(*base + channel::CONSUMER_WISH);
         let notify = Notify::crossed(self.written, self.staged, wish);
         self.written = self.staged;
@@ -186,7 +186,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         let wish = (self.staged + room).saturating_sub(capacity);
         self.region.store(self.base + channel::PRODUCER_WISH, wish);
         // SYNC: wish-then-cursor; pairs with the fence in `Consumer::release`. One of the two sees the other.
-        fence(Ordering::SeqCst);
+        self.region.fence();
         self.refresh()?;
         Ok(self.free() >= place.pad + place.span)
     }

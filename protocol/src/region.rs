@@ -18,7 +18,7 @@
 use core::ops::{Deref, Range};
 
 use crate::copy::Copier;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, fence};
 use crate::wire::layout::PAGE_WORDS;
 
 /// The words of a mapping.
@@ -61,8 +61,9 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         Region { memory, copier }
     }
 
-    /// The same region, for who has it mapped write-combining: there stores overtake each other, and loads are made
-    /// early, if nothing is done about it.
+    /// The same region, for who has it mapped write-combining, or does not know: there stores overtake each other, and loads
+    /// are made early, if nothing is done about it. The ends of channels see to it by what they call here; who loads and stores
+    /// words by himself puts a `fence` with `SeqCst` between those that must be in order.
     pub fn over_write_combining(self) -> Self {
         let copier = self.copier.over_combining();
         Region { copier, ..self }
@@ -89,6 +90,19 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     pub(crate) fn release(&self, offset: u64, value: u64) {
         self.copier.fence_stores();
         self.word(offset).store(value, Ordering::Release);
+    }
+
+    /// Makes all loads before it come before those behind it.
+    pub(crate) fn fence_loads(&self) {
+        fence(Ordering::Acquire);
+        self.copier.fence_loads();
+    }
+
+    /// Makes all accesses before it come before those behind it, and shows what was stored. It needs nothing more where
+    /// memory is write-combining: on x86 it is `mfence` or a locked instruction, both of which order accesses of any kind, and
+    /// empty the buffers that stores are combined in.
+    pub(crate) fn fence(&self) {
+        fence(Ordering::SeqCst);
     }
 
     /// Reads a word that other words do not depend on.

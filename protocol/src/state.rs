@@ -6,7 +6,7 @@ use core::ops::Deref;
 
 use crate::cursor::Corrupt;
 use crate::region::Region;
-use crate::sync::{AtomicU64, Ordering, fence};
+use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, Layout, LayoutError, PAGE_SIZE, channel};
 
 /// Writes a layout into a region, whose bytes are zero so far. The magic comes last: who sees it sees all.
@@ -16,7 +16,7 @@ pub fn publish<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, layout: &Layo
         region.store(8 * index as u64, *word);
     }
     // SYNC: published; pairs with the Acquire load in `read_layout`.
-    region.word(0).store(page[0], Ordering::Release);
+    region.release(0, page[0]);
 }
 
 /// Reads and checks the layout of a region that has `size` bytes, of which all but the drivers' pages must be mapped: so
@@ -32,7 +32,7 @@ pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
     };
     covered(PAGE_SIZE)?;
     // SYNC: published; pairs with the Release store in `publish`.
-    let magic = region.word(0).load(Ordering::Acquire);
+    let magic = region.acquire(0);
     let mut page = region.page(0);
     page[0] = magic;
     let layout = Layout::decode(&page, size)?;
@@ -54,14 +54,14 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     if !are_free() {
         return None;
     }
-    let generation = || region.word(entry.offset + channel::GENERATION);
-    let before = generation().load(Ordering::Relaxed);
+    let generation = entry.offset + channel::GENERATION;
+    let before = region.load(generation);
     let under_way = before | 1;
-    generation().store(under_way, Ordering::Relaxed);
+    region.store(generation, under_way);
     // SYNC: reset-then-claim; pairs with the fence in `check_generation`. One of the two sees the other.
-    fence(Ordering::SeqCst);
+    region.fence();
     if !are_free() {
-        generation().store(before, Ordering::Relaxed);
+        region.store(generation, before);
         return None;
     }
     let words = (channel::WRITTEN..channel::PRODUCER_RUNG + 8)
@@ -71,7 +71,7 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     }
     let after = under_way.wrapping_add(1);
     // SYNC: emptied; pairs with the Acquire load in `check_generation`.
-    generation().store(after, Ordering::Release);
+    region.release(generation, after);
     Some(after / 2)
 }
 
@@ -82,10 +82,9 @@ pub(crate) fn check_generation<M: Deref<Target = [AtomicU64]>>(
     entry: &Channel,
 ) -> Result<(), Corrupt> {
     // SYNC: claim-then-reset; pairs with the fence in `reset`.
-    fence(Ordering::SeqCst);
-    let generation = region.word(entry.offset + channel::GENERATION);
+    region.fence();
     // SYNC: emptied; pairs with the Release store in `reset`.
-    if generation.load(Ordering::Acquire) % 2 == 1 {
+    if region.acquire(entry.offset + channel::GENERATION) % 2 == 1 {
         return Err(Corrupt("a reset of it is under way, or was cut short"));
     }
     Ok(())

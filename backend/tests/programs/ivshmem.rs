@@ -10,6 +10,7 @@ use rustix::fs::SealFlags;
 use rustix::io::Errno;
 
 use crate::support::*;
+use crate::terminal::*;
 use crate::vmm::*;
 
 #[test]
@@ -325,4 +326,67 @@ fn superblock_is_what_the_broker_tells() {
     assert!(sender.events().can_spin() || std::thread::available_parallelism().unwrap().get() == 1);
     assert_eq!(sender.max_record(), (512 << 10) - 24);
     let _ = sender.send(Kind::DATA, b"x", None).unwrap();
+}
+
+#[test]
+fn cache_mode_is_shown_as_the_guest_tells_it_whatever_that_is() {
+    let broker = Broker::start(&[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    let attachment = broker.attach();
+    let cache = || {
+        let snapshot = works(&mut broker.app(&["inspect", "--json"]));
+        let snapshot: serde_json::Value = serde_json::from_str(&snapshot).unwrap();
+        snapshot["guests"][0]["cache"].clone()
+    };
+    let tell = |asked: u64, granted: u64, address: u64| {
+        let layout = attachment.layout();
+        vm.tell(layout, presence::CACHE, asked << 8 | granted);
+        vm.tell(layout, presence::ADDRESS, address);
+    };
+    tell(6, 6, 0xfd00_0000);
+    assert!(cache().is_null(), "there is no driver");
+    vm.tell(attachment.layout(), presence::EPOCH, 1);
+    let as_text = || works(&mut broker.app(&["inspect", "--once"]));
+    let expect = |asked, granted, cause: Option<&str>| {
+        let cache = cache();
+        assert_eq!((&cache["asked"], &cache["granted"]), (&asked, &granted));
+        let told = cache["cause"].as_str();
+        assert_eq!(told.is_some(), cause.is_some(), "{cache}");
+        assert_eq!(told.is_some(), cache["cure"].is_string());
+        assert!(told.unwrap_or_default().contains(cause.unwrap_or_default()));
+        let shown = as_text();
+        assert_eq!(
+            shown.contains("cache mode"),
+            !(asked.is_null() && granted.is_null())
+        );
+        assert!(shown.contains(told.unwrap_or_default()), "{shown}");
+    };
+    use serde_json::json;
+    expect(json!("write-back"), json!("write-back"), None);
+    tell(6, 1, 0xfd00_0000);
+    let low = "BAR at 0xfd000000 lies below 4 GiB";
+    expect(json!("write-back"), json!("uncached-minus"), Some(low));
+    assert!(as_text().contains("pref64-reserve=8G"));
+    let mut terminal = Terminal::start(broker.app(&["inspect"]), USUAL);
+    for shown in [
+        "asked write-back, granted uncached-minus",
+        low,
+        "pref64-reserve=8G",
+    ] {
+        terminal.wait_for(shown);
+    }
+    terminal.press(b"q");
+    terminal.ends();
+    tell(6, 1, u64::MAX);
+    let high = "BAR at 0xffffffffffffffff";
+    expect(json!("write-back"), json!("uncached-minus"), Some(high));
+    tell(0, 0, 0);
+    expect(json!(null), json!(null), None);
+    tell(3, 0, 0);
+    expect(json!("write-combining"), json!(null), None);
+    // What no driver writes. Nobody can ask for a mode of 2.
+    for (asked, granted) in [(2, 7), (7, 255), (0x1_0000_0006, 8), (u64::MAX >> 8, 0x80)] {
+        tell(asked, granted, u64::MAX);
+        expect(json!("unknown"), json!("unknown"), None);
+    }
 }

@@ -9,6 +9,8 @@ use crate::support::*;
 
 const TRANSPORT: Transport = Transport::Ivshmem;
 
+#[path = "cache.rs"]
+mod cache;
 #[path = "channels.rs"]
 mod channels;
 #[path = "mixed.rs"]

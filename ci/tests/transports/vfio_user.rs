@@ -8,6 +8,8 @@ use xtask::broker::Transport;
 
 const TRANSPORT: Transport = Transport::VfioUser;
 
+#[path = "cache.rs"]
+mod cache;
 #[path = "channels.rs"]
 mod channels;
 #[path = "mixed.rs"]

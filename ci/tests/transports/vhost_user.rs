@@ -17,6 +17,8 @@ use crate::support::*;
 
 const TRANSPORT: Transport = Transport::VhostUser;
 
+#[path = "cache.rs"]
+mod cache;
 #[path = "channels.rs"]
 mod channels;
 #[path = "mixed.rs"]

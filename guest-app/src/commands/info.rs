@@ -5,8 +5,9 @@
 use std::io::{Write, stdout};
 
 use anyhow::{Context, Result};
+use barlink_cli::cache::Cache;
 use barlink_guest::Device;
-use barlink_guest::protocol::wire::uapi::CacheMode;
+use barlink_guest::protocol::CacheState;
 use serde::Serialize;
 
 use crate::args;
@@ -30,6 +31,8 @@ struct Report {
     epoch: u64,
     /// Cache mode that the kernel granted to this program's mapping.
     cache_mode: &'static str,
+    /// The same, beside what was asked for.
+    cache: Cache,
     /// The channels.
     channels: Vec<Channel>,
 }
@@ -46,6 +49,7 @@ struct Channel {
 pub fn info(device: &Device, args: &args::Info) -> Result<()> {
     let info = device.info()?;
     let address = info.pci_address;
+    let cache = Cache::from(CacheState::of(&info));
     let channels = device.layout().channels().iter().map(|channel| Channel {
         name: channel.name.to_string(),
         producer: channel.producer,
@@ -67,7 +71,8 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
         host: device.layout().host(),
         vectors: info.vectors,
         epoch: info.epoch,
-        cache_mode: CacheMode::from_number(info.granted).map_or("unknown", CacheMode::name),
+        cache_mode: cache.granted.unwrap_or("unknown"),
+        cache,
         channels: channels.collect(),
     };
     let text = if args.json {
@@ -90,7 +95,7 @@ fn describe(report: &Report) -> String {
         report.host,
         report.vectors,
         report.epoch,
-        report.cache_mode,
+        report.cache.lines().join("\n             "),
     );
     let peer = |id| {
         if id == report.host {

@@ -6,6 +6,8 @@ mod info;
 mod stream;
 mod telemetry;
 
+use std::io::{Write, stderr};
+
 use anyhow::Result;
 use barlink_cli::place;
 use barlink_guest::Device;
@@ -13,7 +15,11 @@ use barlink_guest::Device;
 use crate::args::{Cli, Command};
 
 pub fn run(cli: &Cli) -> Result<()> {
-    let device = Device::open(&cli.device)?;
+    let device = Device::open_as(&cli.device, cli.cache)?;
+    if let Some(choice) = device.choice() {
+        // `eprintln` would panic where standard error is closed.
+        let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");
+    }
     match &cli.command {
         Command::Info(args) => info::info(&device, args),
         Command::Send(args) => stream::send(&device, args),

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the programs on both sides have in common: how they read their command lines, stream, show bytes, and fail.
+//! What the programs on both sides have in common: how they read their command lines, stream, show bytes, tell of
+//! cache modes, and fail.
 
+pub mod cache;
 mod meter;
 pub mod place;
 pub mod size;

@@ -5,9 +5,10 @@
 use anyhow::Result;
 use barlink::Attachment;
 use barlink::control::message::{RegionInfo, Status};
-use barlink::protocol::PresenceWords;
 use barlink::protocol::state::ChannelState;
 use barlink::protocol::wire::layout::{End, Layout, presence};
+use barlink::protocol::{CacheState, PresenceWords};
+use barlink_cli::cache::Cache;
 use serde::Serialize;
 
 /// What `barlink inspect --json` prints.
@@ -30,6 +31,8 @@ pub struct Guest {
     pub epoch: u64,
     /// Whether it is there.
     pub present: bool,
+    /// Cache mode of the mappings of the guest's processes, if it is there.
+    pub cache: Option<Cache>,
 }
 
 /// A channel.
@@ -71,16 +74,17 @@ impl Snapshot {
         let layout = attachment.layout();
         let broker = attachment.status()?;
         let guest = |slot| {
-            let epoch = attachment
-                .region()
-                .load(layout.presence_page(slot) + presence::EPOCH);
+            let (region, page) = (attachment.region(), layout.presence_page(slot));
+            let epoch = region.load(page + presence::EPOCH);
             let connected = broker
                 .slots
                 .get(slot as usize)
                 .is_some_and(|slot| slot.vm.is_some());
+            let present = connected && epoch % 2 == 1;
             Guest {
                 epoch,
-                present: connected && epoch % 2 == 1,
+                present,
+                cache: present.then(|| CacheState::read(&region, page).into()),
             }
         };
         Ok(Snapshot {

@@ -3,9 +3,11 @@
 //! How a snapshot looks: the same rows as text and in the live view.
 
 use std::fmt::Write;
+use std::iter;
 use std::time::Duration;
 
 use barlink::control::message::GuestMemoryStatus;
+use barlink_cli::cache::Cache;
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 
 use super::snapshot::{ChannelView, Snapshot};
@@ -81,9 +83,9 @@ pub fn header(snapshot: &Snapshot) -> [String; 2] {
     ]
 }
 
-/// A line for each slot.
+/// A line for each slot, and more where a guest has the region mapped.
 pub fn slots(snapshot: &Snapshot) -> Vec<String> {
-    let line = |(id, (slot, guest)): (
+    let lines = |(id, (slot, guest)): (
         usize,
         (
             &barlink::control::message::SlotStatus,
@@ -106,11 +108,16 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
             "no driver".to_owned()
         };
         // What can be long is last: a terminal may not have room for it.
-        format!(
+        let mut lines = vec![format!(
             "slot {id}: {vm}, {driver} ({}, {})",
             slot.transport,
             slot.socket.display()
-        )
+        )];
+        let cache = guest.cache.as_ref().map(Cache::lines).unwrap_or_default();
+        let before = iter::once("cache mode").chain(iter::repeat("  "));
+        let told = before.zip(cache);
+        lines.extend(told.map(|(before, line)| format!("  {before} {line}")));
+        lines
     };
     snapshot
         .broker
@@ -118,7 +125,7 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
         .iter()
         .zip(&snapshot.guests)
         .enumerate()
-        .map(line)
+        .flat_map(lines)
         .collect()
 }
 

@@ -1,0 +1,227 @@
+//! Cache modes: what is asked for, what a stock kernel grants where the BAR lies, and what both sides tell of it. TCG shows
+//! nothing of what a mode does.
+
+use anyhow::{Context, Result, ensure};
+use barlink_agent::Status;
+use barlink_protocol::Shortfall;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use xtask::broker::Broker;
+use xtask::builds::Artifacts;
+use xtask::vm::{COMMAND_TIMEOUT, Config, Vm};
+
+use super::TRANSPORT;
+use crate::support::*;
+
+/// The end of what lies below 4 GiB.
+const FOUR_GIB: u64 = 4 << 30;
+/// Each mode, as it is asked for, its name, and what is granted below 4 GiB. Above, all are granted.
+const MODES: [(&str, &str, &str); 3] = [
+    ("noncached", "uncached-minus", "uncached-minus"),
+    ("write-combining", "write-combining", "write-combining"),
+    ("write-back", "write-back", "uncached-minus"),
+];
+
+fn broker() -> Result<Broker> {
+    Broker::start_over(Artifacts::shared()?, &[TRANSPORT], &["--size", "4M"])
+}
+
+/// A VM without the root port that `barlink qemu-args` prints: its device sits on the root bus.
+fn on_the_root_bus(broker: &Broker) -> Result<Config> {
+    let mut config = broker.vm()?;
+    let port = |word: &String| word.starts_with("pcie-root-port,");
+    let port = config.arguments.iter().position(port).context("no port")?;
+    config.arguments.drain(port - 1..=port);
+    for word in &mut config.arguments {
+        *word = word.replace("\"bus\":\"barlink0-port\",", "");
+        *word = word.replace(",bus=barlink0-port", "");
+    }
+    Ok(config)
+}
+
+fn boot_with(config: &Config) -> Result<Vm> {
+    let vm = Vm::boot(config)?;
+    load(&vm)?;
+    Ok(vm)
+}
+
+/// What `barlink-guest info` says, mapped like this, and what it writes to standard error.
+fn info(vm: &Vm, cache: &str) -> Result<(Value, String)> {
+    let output = vm.run(["barlink-guest", "--cache", cache, "info", "--json"])?;
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    Ok((serde_json::from_str(&output.success()?)?, errors))
+}
+
+/// In each mode streams go both ways, and guest, host and the guest's kernel say the same of it. Whoever wants another mode is
+/// told who is in the way.
+fn modes_are_what_is_granted(broker: &Broker, vm: &Vm, is_above: bool) -> Result<()> {
+    let bytes = noise(3_000_003);
+    for (cache, name, below) in MODES {
+        let granted = if is_above { name } else { below };
+        let echo = vm.spawn(["barlink-guest", "--cache", cache, "echo"])?;
+        wait_for_holder(broker, "up", "producer", true)?;
+
+        let (info, _) = info(vm, "same")?;
+        let seen = &info["cache"];
+        assert_eq!(
+            (&seen["asked"], &seen["granted"]),
+            (&json!(name), &json!(granted))
+        );
+        assert_eq!(info["cache_mode"], granted);
+        assert_eq!(broker.inspect()?["guests"][0]["cache"], *seen);
+        let start = info["region_address"].as_u64().context("no address")?;
+        assert_eq!(start >= FOUR_GIB, is_above, "BAR at {start:#x}");
+        let cause = format!("BAR at {start:#x} lies below 4 GiB, under an uncachable MTRR");
+        let expected = (name != granted).then_some(cause);
+        assert_eq!(seen["cause"].as_str(), expected.as_deref());
+        let cure = Shortfall::BelowFourGib { address: start }.cure();
+        assert_eq!(seen["cure"].as_str(), expected.map(|_| cure));
+
+        // All but the page of the only slot's driver.
+        let end = start + info["region_size"].as_u64().context("no size")? - 4096;
+        let entry = format!("PAT: [mem {start:#018x}-{end:#018x}] {granted}\n");
+        let list = vm.run(["cat", "/sys/kernel/debug/x86/pat_memtype_list"])?;
+        let list = list.success()?;
+        ensure!(list.contains(&entry), "{entry} is not in\n{list}");
+
+        for (other, ..) in MODES.into_iter().filter(|(other, ..)| *other != cache) {
+            let refused = vm.run(["barlink-guest", "--cache", other, "peek"])?;
+            let error = String::from_utf8_lossy(&refused.stderr);
+            assert_eq!(refused.status, Status::Code(4), "{error}");
+            let pid = vm.run(["pidof", "barlink-guest"])?.success()?;
+            let holder = format!(
+                "process {} (barlink-guest) has it mapped {cache},",
+                pid.trim()
+            );
+            ensure!(error.contains(&holder), "no `{holder}` in {error}");
+        }
+        let (_, chosen) = self::info(vm, "auto")?;
+        ensure!(
+            chosen.contains("the mode in which the region is mapped already"),
+            "{chosen}"
+        );
+
+        let receiver = receive(broker, "up")?;
+        let path = broker.folder().join("to-send");
+        std::fs::write(&path, &bytes)?;
+        let sent = broker.app(["send"]).arg(&path).status()?;
+        ensure!(sent.success(), "{cache}");
+        ensure!(
+            receiver.bytes()? == bytes,
+            "bytes came otherwise than they went, {cache}"
+        );
+        echo.wait(COMMAND_TIMEOUT)?.require_success()?;
+        ensure!(broker.inspect()?["guests"][0]["cache"]["asked"].is_null());
+    }
+    Ok(())
+}
+
+#[test]
+fn modes_above_4_gib_are_granted_and_auto_chooses_write_back() -> Result<()> {
+    let broker = broker()?;
+    let vm = boot_with(&broker.vm()?)?;
+    modes_are_what_is_granted(&broker, &vm, true)?;
+    // On a busy host one mode can seem slower than it is.
+    let mut tries = (0..5).map(|_| info(&vm, "auto"));
+    let is_write_back = |tried: &Result<(Value, String)>| {
+        let tried = tried
+            .as_ref()
+            .map(|(_, chosen)| chosen.contains("mode write-back"));
+        tried.unwrap_or(true)
+    };
+    let (info, chosen) = tries.find(is_write_back).context("it never is")??;
+    ensure!(
+        chosen.starts_with("barlink-guest: cache mode write-back: reads by write-back "),
+        "{chosen}"
+    );
+    for (cache, ..) in MODES {
+        ensure!(
+            chosen.contains(&format!("{cache} ")) && !chosen.contains("not granted"),
+            "{chosen}"
+        );
+    }
+    assert_eq!(info["cache"]["granted"], "write-back");
+    // Those that try modes at once come to terms, whoever is first.
+    let many = "pids=; for i in $(seq 12); do barlink-guest --cache auto info >/dev/null & pids=\"$pids $!\"; done; \
+        for pid in $pids; do wait $pid || exit 1; done";
+    vm.run(["sh", "-c", many])?.require_success()
+}
+
+#[test]
+fn write_back_below_4_gib_is_not_granted_and_the_cause_is_told() -> Result<()> {
+    let broker = broker()?;
+    let vm = boot_with(&on_the_root_bus(&broker)?)?;
+    modes_are_what_is_granted(&broker, &vm, false)?;
+    let (info, chosen) = info(&vm, "auto")?;
+    ensure!(chosen.contains("write-back not granted"), "{chosen}");
+    assert_eq!(info["cache"]["cause"], json!(null));
+    let text = vm
+        .run(["barlink-guest", "--cache", "write-back", "info"])?
+        .success()?;
+    ensure!(
+        text.contains("cache mode   asked write-back, granted uncached-minus"),
+        "{text}"
+    );
+    ensure!(
+        text.contains("lies below 4 GiB") && text.contains("pref64-reserve=8G"),
+        "{text}"
+    );
+    Ok(())
+}
+
+#[test]
+fn each_cure_has_write_back_granted() -> Result<()> {
+    let broker = broker()?;
+    let cure = Shortfall::BelowFourGib { address: 0 }.cure();
+    let quoted: Vec<_> = cure.split('`').skip(1).step_by(2).collect();
+    let &[port, bus, _] = quoted.as_slice() else {
+        anyhow::bail!("no arguments in {cure}");
+    };
+    ensure!(cure.contains("3 GiB of RAM"));
+    let (bus_name, bus) = bus.split_once('=').context("no bus")?;
+
+    let low = on_the_root_bus(&broker)?;
+    let mut high = low.clone();
+    let device = high.arguments.last_mut().context("no device")?;
+    *device = match device.strip_suffix('}') {
+        Some(json) => format!("{json},\"{bus_name}\":\"{bus}\"}}"),
+        None => format!("{device},{bus_name}={bus}"),
+    };
+    let port = port.split_whitespace().map(str::to_owned);
+    high.arguments.splice(0..0, port);
+    let large = Config {
+        memory_mib: 3072,
+        ..low
+    };
+    for config in [high, large] {
+        let vm = boot_with(&config)?;
+        let (info, _) = info(&vm, "write-back")?;
+        assert_eq!(info["cache"]["granted"], "write-back", "{info}");
+        drop(vm);
+        wait_until("the slot is free", || {
+            Ok(broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+        })?;
+    }
+    Ok(())
+}
+
+/// What a process is granted holds until the last mapping is gone: also where its first one has ended.
+#[test]
+fn mode_stays_until_the_last_mapping_is_gone() -> Result<()> {
+    let broker = broker()?;
+    let vm = boot_with(&broker.vm()?)?;
+    let first = vm.spawn(["barlink-guest", "--cache", "write-combining", "recv"])?;
+    wait_for_holder(&broker, "down", "consumer", true)?;
+    let second = vm.spawn(["barlink-guest", "send"])?;
+    wait_for_holder(&broker, "up", "producer", true)?;
+    first.kill(Signal::KILL)?;
+    wait_for_holder(&broker, "down", "consumer", false)?;
+    let asked = || Ok::<_, anyhow::Error>(broker.inspect()?["guests"][0]["cache"]["asked"].clone());
+    assert_eq!(asked()?, "write-combining");
+    let refused = vm.run(["barlink-guest", "--cache", "write-back", "info"])?;
+    assert_eq!(refused.status, Status::Code(4));
+    second.kill(Signal::KILL)?;
+    wait_until("nothing is mapped", || Ok(asked()?.is_null()))?;
+    assert_eq!(info(&vm, "write-back")?.0["cache_mode"], "write-back");
+    Ok(())
+}

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The cache mode of a guest's mappings: which was asked for, which the kernel granted, and why the two differ. It chooses
+//! nothing, and asks nobody.
+
+use core::fmt::{self, Display, Formatter};
+use core::ops::Deref;
+
+use crate::region::Region;
+use crate::sync::AtomicU64;
+use crate::wire::layout::presence;
+use crate::wire::uapi::{CacheMode, Info};
+
+/// Where the 32-bit window ends. Firmware puts an uncachable MTRR over all of it that is no memory.
+const FOUR_GIB: u64 = 4 << 30;
+
+/// What a driver tells of the mappings of its region, as numbers that came from there: in its page of the region, where its
+/// guest can write, they can be any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheState {
+    asked: u64,
+    granted: u64,
+    address: u64,
+}
+
+impl CacheState {
+    /// What a driver tells a process of its own guest.
+    pub fn of(info: &Info) -> Self {
+        CacheState {
+            asked: info.asked.into(),
+            granted: info.granted.into(),
+            address: info.region_address,
+        }
+    }
+
+    /// What stands in a driver's page.
+    pub fn read<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, page: u64) -> Self {
+        let word = region.load(page + presence::CACHE);
+        CacheState {
+            asked: word >> 8,
+            granted: word & 0xff,
+            address: region.load(page + presence::ADDRESS),
+        }
+    }
+
+    /// Name of the mode that was asked for, `None` if nothing is mapped.
+    pub fn asked(&self) -> Option<&'static str> {
+        name(
+            self.asked,
+            mode(self.asked).filter(|mode| mode.can_be_asked_for()),
+        )
+    }
+
+    /// Name of the mode that was granted, `None` if no page is mapped.
+    pub fn granted(&self) -> Option<&'static str> {
+        name(self.granted, mode(self.granted))
+    }
+
+    /// Why they differ, if they do and are modes.
+    pub fn shortfall(&self) -> Option<Shortfall> {
+        Shortfall::find(mode(self.asked)?, mode(self.granted)?, self.address)
+    }
+}
+
+fn mode(number: u64) -> Option<CacheMode> {
+    CacheMode::from_number(u32::try_from(number).ok()?)
+}
+
+fn name(number: u64, mode: Option<CacheMode>) -> Option<&'static str> {
+    (number != 0).then(|| mode.map_or("unknown", CacheMode::name))
+}
+
+/// Why the kernel granted another mode than was asked for. Shown, it is the cause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shortfall {
+    /// The region lies in the 32-bit window.
+    BelowFourGib {
+        /// Its guest-physical address.
+        address: u64,
+    },
+    /// Something else, which the guest's kernel tells.
+    Elsewhere {
+        /// Its guest-physical address.
+        address: u64,
+    },
+}
+
+impl Shortfall {
+    /// Why a region at this guest-physical address was not granted what was asked for; `None` if it was.
+    pub fn find(asked: CacheMode, granted: CacheMode, address: u64) -> Option<Self> {
+        // Under an uncachable MTRR write-combining is granted all the same.
+        let is_mtrr = asked == CacheMode::WriteBack && address < FOUR_GIB;
+        (asked != granted).then_some(match is_mtrr {
+            true => Shortfall::BelowFourGib { address },
+            false => Shortfall::Elsewhere { address },
+        })
+    }
+
+    /// What to do about it.
+    pub const fn cure(self) -> &'static str {
+        match self {
+            Shortfall::BelowFourGib { .. } => {
+                "start QEMU with `-device pcie-root-port,id=barlink-port,chassis=64,pref64-reserve=8G` and \
+                 `bus=barlink-port` on the device, as `barlink qemu-args` prints it; or with 3 GiB of RAM or more"
+            }
+            Shortfall::Elsewhere { .. } => {
+                "see /sys/kernel/debug/x86/pat_memtype_list and /proc/mtrr in the guest: who else has it mapped, and how?"
+            }
+        }
+    }
+}
+
+impl Display for Shortfall {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Shortfall::BelowFourGib { address } => write!(
+                f,
+                "BAR at {address:#x} lies below 4 GiB, under an uncachable MTRR"
+            ),
+            Shortfall::Elsewhere { address } => write!(
+                f,
+                "BAR at {address:#x}: another mapping, MTRR or PAT decides"
+            ),
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    extern crate std;
+    use std::string::ToString;
+    use std::vec::Vec;
+
+    use super::*;
+
+    #[test]
+    fn write_back_that_is_not_granted_below_4_gib_has_a_cause_and_a_cure() {
+        use CacheMode::{UncachedMinus, WriteBack, WriteCombining};
+        let find = Shortfall::find;
+        let low = find(WriteBack, UncachedMinus, 0xfd00_0000).unwrap();
+        assert_eq!(
+            low.to_string(),
+            "BAR at 0xfd000000 lies below 4 GiB, under an uncachable MTRR"
+        );
+        assert!(low.cure().contains("pref64-reserve=8G"));
+        for (asked, address) in [(WriteBack, FOUR_GIB), (WriteCombining, 0xfd00_0000)] {
+            let other = find(asked, UncachedMinus, address);
+            assert_eq!(other, Some(Shortfall::Elsewhere { address }));
+        }
+        for mode in [UncachedMinus, WriteCombining, WriteBack] {
+            assert_eq!(find(mode, mode, 0), None);
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_no_modes_are_unknown() {
+        for number in (0..64).map(|bit| 1 << bit).chain([0, 3, 5, 6, 7, u64::MAX]) {
+            let memory: Vec<_> = [0, number, number].map(AtomicU64::new).into();
+            let state = CacheState::read(&Region::new(memory), 0);
+            let (asked, granted) = (number >> 8, number & 0xff);
+            let modes = [
+                "uncached-minus",
+                "uncached",
+                "write-combining",
+                "write-through",
+                "write-protected",
+                "write-back",
+            ];
+            let expected = match granted {
+                0 => None,
+                known @ 1..=6 => Some(modes[known as usize - 1]),
+                _ => Some("unknown"),
+            };
+            assert_eq!(state.granted(), expected, "{number:#x}");
+            let expected = match asked {
+                0 => None,
+                known @ (1 | 3 | 6) => Some(modes[known as usize - 1]),
+                _ => Some("unknown"),
+            };
+            assert_eq!(state.asked(), expected, "{number:#x}");
+            if let Some(shortfall) = state.shortfall() {
+                assert!(shortfall.to_string().contains("BAR at 0x"));
+            }
+        }
+    }
+}
