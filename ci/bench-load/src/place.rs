@@ -12,7 +12,7 @@ use clap::Args;
 
 use crate::Measured;
 use crate::clock::{cpu, nanoseconds};
-use crate::trip::{Ask, Trips, Wait};
+use crate::trip::{Ask, Trips, Wait, answer_over};
 
 /// Words that are made in the nearest cache, and then put into the channel.
 const BLOCK: usize = 512;
@@ -100,24 +100,22 @@ impl Ask {
     /// Asks through a pair of channels: questions are built in place, and answers are read there, every byte.
     pub fn in_place<M, E>(
         &self,
-        mut sender: Sender<M, E>,
-        mut receiver: Receiver<M, E>,
+        sender: Sender<M, E>,
+        receiver: Receiver<M, E>,
         wait: Wait,
     ) -> Result<Trips>
     where
         M: Deref<Target = [AtomicU64]> + Clone,
         E: Events<Error: std::error::Error + Send + Sync + 'static>,
     {
-        sender.set_strategy(wait.strategy());
-        receiver.set_strategy(wait.strategy());
         let words = self.record_size() / 8;
         let others = sum_of_others(words);
-        let trips = self.trips(|bytes| {
+        self.over(sender, receiver, wait, |sender, receiver, bytes| {
             let (number, _) = bytes
                 .split_first_chunk_mut()
                 .context("a record has at least a word")?;
             let asked = u64::from_le_bytes(*number);
-            build(&mut sender, words, |place| match place {
+            build(sender, words, |place| match place {
                 0 => asked,
                 place => word(place),
             })?;
@@ -131,40 +129,28 @@ impl Ask {
                 *number = sum.wrapping_sub(others).to_le_bytes();
             }
             Ok(receiver.release()?)
-        })?;
-        let _ = sender.send(Kind::END, &[], None)?;
-        Ok(trips)
+        })
     }
 }
 
 /// Answers through a pair of channels until the end of the stream: each question is read in place, and its answer is built there.
 pub fn answer_in_place<M, E>(
-    mut sender: Sender<M, E>,
-    mut receiver: Receiver<M, E>,
+    sender: Sender<M, E>,
+    receiver: Receiver<M, E>,
     wait: Wait,
 ) -> Result<()>
 where
     M: Deref<Target = [AtomicU64]> + Clone,
     E: Events<Error: std::error::Error + Send + Sync + 'static>,
 {
-    sender.set_strategy(wait.strategy());
-    receiver.set_strategy(wait.strategy());
-    loop {
-        if receiver.wait(None)? != Wakeup::Ready {
-            continue;
+    answer_over(sender, receiver, wait, |sender, receiver| {
+        if let Some(record) = receiver.record() {
+            let words = record.words();
+            build(sender, words.len(), |place| {
+                let word = words.get(place);
+                word.map_or(0, |word| word.load(Ordering::Relaxed))
+            })?;
         }
-        let Some(record) = receiver.record() else {
-            continue;
-        };
-        if record.header().kind == Kind::END {
-            receiver.release()?;
-            return Ok(());
-        }
-        let words = record.words();
-        build(&mut sender, words.len(), |place| {
-            let word = words.get(place);
-            word.map_or(0, |word| word.load(Ordering::Relaxed))
-        })?;
-        receiver.release()?;
-    }
+        Ok(receiver.release()?)
+    })
 }

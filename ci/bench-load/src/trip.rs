@@ -83,9 +83,31 @@ impl Ask {
     /// Asks through a pair of channels.
     pub fn channels<M, E>(
         &self,
+        sender: Sender<M, E>,
+        receiver: Receiver<M, E>,
+        wait: Wait,
+    ) -> Result<Trips>
+    where
+        M: Deref<Target = [AtomicU64]> + Clone,
+        E: Events<Error: std::error::Error + Send + Sync + 'static>,
+    {
+        self.over(sender, receiver, wait, |sender, receiver, bytes| {
+            let _ = sender.send(Kind::USER, bytes, None)?;
+            while receiver.wait(None)? != Wakeup::Ready {}
+            if let Some(record) = receiver.record() {
+                record.copy_to(0, bytes);
+            }
+            Ok(receiver.release()?)
+        })
+    }
+
+    /// Makes round trips through a pair of channels, and ends the stream.
+    pub(crate) fn over<M, E>(
+        &self,
         mut sender: Sender<M, E>,
         mut receiver: Receiver<M, E>,
         wait: Wait,
+        mut trip: impl FnMut(&mut Sender<M, E>, &mut Receiver<M, E>, &mut [u8]) -> Result<()>,
     ) -> Result<Trips>
     where
         M: Deref<Target = [AtomicU64]> + Clone,
@@ -93,14 +115,7 @@ impl Ask {
     {
         sender.set_strategy(wait.strategy());
         receiver.set_strategy(wait.strategy());
-        let trips = self.trips(|bytes| {
-            let _ = sender.send(Kind::USER, bytes, None)?;
-            while receiver.wait(None)? != Wakeup::Ready {}
-            if let Some(record) = receiver.record() {
-                record.copy_to(0, bytes);
-            }
-            Ok(receiver.release()?)
-        })?;
+        let trips = self.trips(|bytes| trip(&mut sender, &mut receiver, bytes))?;
         let _ = sender.send(Kind::END, &[], None)?;
         Ok(trips)
     }
@@ -182,9 +197,32 @@ impl Ask {
 
 /// Answers through a pair of channels until the end of the stream.
 pub fn answer_channels<M, E>(
+    sender: Sender<M, E>,
+    receiver: Receiver<M, E>,
+    wait: Wait,
+) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + Send + Sync + 'static>,
+{
+    let mut bytes = Vec::new();
+    answer_over(sender, receiver, wait, |sender, receiver| {
+        if let Some(record) = receiver.record() {
+            bytes.resize(record.length(), 0);
+            record.copy_to(0, &mut bytes);
+        }
+        receiver.release()?;
+        let _ = sender.send(Kind::USER, &bytes, None)?;
+        Ok(())
+    })
+}
+
+/// Has each question answered, which the receiver is at, until the end of the stream.
+pub(crate) fn answer_over<M, E>(
     mut sender: Sender<M, E>,
     mut receiver: Receiver<M, E>,
     wait: Wait,
+    mut answer: impl FnMut(&mut Sender<M, E>, &mut Receiver<M, E>) -> Result<()>,
 ) -> Result<()>
 where
     M: Deref<Target = [AtomicU64]> + Clone,
@@ -192,7 +230,6 @@ where
 {
     sender.set_strategy(wait.strategy());
     receiver.set_strategy(wait.strategy());
-    let mut bytes = Vec::new();
     loop {
         if receiver.wait(None)? != Wakeup::Ready {
             continue;
@@ -200,14 +237,10 @@ where
         let Some(record) = receiver.record() else {
             continue;
         };
-        let kind = record.header().kind;
-        bytes.resize(record.length(), 0);
-        record.copy_to(0, &mut bytes);
-        receiver.release()?;
-        if kind == Kind::END {
-            return Ok(());
+        if record.header().kind == Kind::END {
+            return Ok(receiver.release()?);
         }
-        let _ = sender.send(Kind::USER, &bytes, None)?;
+        answer(&mut sender, &mut receiver)?;
     }
 }
 

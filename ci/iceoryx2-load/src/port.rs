@@ -50,13 +50,17 @@ fn stream(node: &Node<ipc::Service>, service: &str, record_size: usize) -> Resul
         .map_err(|error| anyhow!("{service} cannot be opened: {error}"))
 }
 
-/// The event that a sample is there.
-fn bell(node: &Node<ipc::Service>, service: &str) -> Result<Bell> {
+/// The event that a sample is there, for ends that sleep.
+fn bell(node: &Node<ipc::Service>, service: &str, wait: Wait) -> Result<Option<Bell>> {
+    if wait != Wait::Sleep {
+        return Ok(None);
+    }
     let name = ServiceName::new(&format!("{service}/bell"))
         .map_err(|error| anyhow!("{service}: {error:?}"))?;
     node.service_builder(&name)
         .event()
         .open_or_create()
+        .map(Some)
         .map_err(|error| anyhow!("{service}'s event cannot be opened: {error}"))
 }
 
@@ -85,17 +89,11 @@ impl Outlet {
             .backpressure_strategy(BackpressureStrategy::RetryUntilDelivered)
             .create()
             .map_err(|error| anyhow!("{service} cannot be published to: {error}"))?;
-        let bell = (wait == Wait::Sleep)
-            .then(|| bell(node, service))
-            .transpose()?;
-        let notifier = match &bell {
-            None => None,
-            Some(bell) => Some(
-                bell.notifier_builder()
-                    .create()
-                    .map_err(|error| anyhow!("{service} has no event: {error}"))?,
-            ),
-        };
+        let bell = bell(node, service, wait)?;
+        let notifier = bell
+            .map(|bell| bell.notifier_builder().create())
+            .transpose();
+        let notifier = notifier.map_err(|error| anyhow!("{service} has no event: {error}"))?;
         let outlet = Self {
             publisher,
             notifier,
@@ -166,17 +164,11 @@ impl Inlet {
         wait: Wait,
     ) -> Result<Self> {
         let stream = stream(node, service, record_size)?;
-        let bell = (wait == Wait::Sleep)
-            .then(|| bell(node, service))
-            .transpose()?;
-        let listener = match &bell {
-            None => None,
-            Some(bell) => Some(
-                bell.listener_builder()
-                    .create()
-                    .map_err(|error| anyhow!("{service} has no event: {error}"))?,
-            ),
-        };
+        let bell = bell(node, service, wait)?;
+        let listener = bell
+            .map(|bell| bell.listener_builder().create())
+            .transpose();
+        let listener = listener.map_err(|error| anyhow!("{service} has no event: {error}"))?;
         // Last, since the other end takes it for all.
         let subscriber = stream
             .subscriber_builder()

@@ -9,7 +9,8 @@
 //!
 //! | file | its one job |
 //! |---|---|
-//! | `case.rs` | what is measured |
+//! | `case.rs` | what can be measured |
+//! | `plan.rs` | what of it one run measures |
 //! | `scene.rs` | the broker, the VM with all that connects it, and processes on both sides |
 //! | `peer.rs`, `daemon.rs` | what other projects' ways need, and a process on the host among it |
 //! | `stream.rs` | one stream of records, whichever way it goes |
@@ -28,6 +29,7 @@ mod daemon;
 mod host;
 mod idle;
 mod peer;
+mod plan;
 mod report;
 mod scene;
 mod spread;
@@ -44,11 +46,10 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::budget::Budget;
-use self::case::Case;
 pub use self::case::{Direction, Way};
+use self::plan::Plan;
 pub use self::report::Report;
 use self::scene::Scene;
-use self::trip::Trip;
 use crate::builds::{Artifacts, target_folder};
 use crate::setup;
 use crate::tools::VmArgs;
@@ -129,9 +130,10 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
             (&RECORD_SIZES[..], &TRIP_SIZES[..], 7, TIME, seconds)
         }
     };
-    let scene = Scene::set(artifacts, &ways(sizes, trip_sizes, only))?;
-    let mut report = Report::new(scene.conditions()?, sizes, trip_sizes);
-    let sleepers = report.keep(only)?;
+    let plan = Plan::new(sizes, trip_sizes, only)?;
+    let scene = Scene::set(artifacts, &Vec::from_iter(plan.ways()))?;
+    let sleepers = plan.sleepers.clone();
+    let mut report = Report::new(scene.conditions()?, plan);
     let style = "{bar:30} round {msg}, {eta} left";
     let round = u32::try_from(report.streams.len() + report.trips.len())?;
     let idle = (idle_time + IDLE_COST) * u32::try_from(sleepers.len())?;
@@ -170,20 +172,4 @@ impl Report {
         let rows = self.streams.iter().filter(move |row| row.case.way == way);
         rows.map(stream::Row::outcome)
     }
-}
-
-/// The ways of what has one of these texts in its name, each once.
-fn ways(sizes: &[u64], trip_sizes: &[u64], only: &[String]) -> Vec<Way> {
-    let streams = Case::all(sizes).into_iter();
-    let streams = streams.map(|case| (case.to_string(), case.way));
-    let trips = Trip::all(trip_sizes).into_iter();
-    let trips = trips.map(|trip| (trip.to_string(), trip.way()));
-    let mut ways = Vec::new();
-    for (name, way) in streams.chain(trips) {
-        let wanted = only.is_empty() || only.iter().any(|text| name.contains(text));
-        if wanted && !ways.contains(&way) {
-            ways.push(way);
-        }
-    }
-    ways
 }

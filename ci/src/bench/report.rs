@@ -6,7 +6,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use barlink_bench_load::CAPACITY;
 use indicatif::BinaryBytes;
 use serde::Serialize;
@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::case::{Case, Direction, Way};
 use super::charts;
 use super::idle;
+use super::plan::Plan;
 use super::scene::{Conditions, Side};
 use super::stream;
 use super::trip::{self, Trip};
@@ -32,31 +33,15 @@ pub struct Report {
 }
 
 impl Report {
-    /// One without figures, for streams and for round trips within the host with records of these sizes.
-    pub(super) fn new(conditions: Conditions, sizes: &[u64], trip_sizes: &[u64]) -> Self {
-        let trips = Trip::all(trip_sizes);
+    /// One of what is planned, without figures.
+    pub(super) fn new(conditions: Conditions, plan: Plan) -> Self {
         Self {
             conditions,
             took: Default::default(),
-            streams: Case::all(sizes).into_iter().map(stream::Row::new).collect(),
-            trips: trips.into_iter().map(trip::Row::new).collect(),
+            streams: plan.streams.into_iter().map(stream::Row::new).collect(),
+            trips: plan.trips.into_iter().map(trip::Row::new).collect(),
             idle: Vec::new(),
         }
-    }
-
-    /// Keeps only what has one of these texts in its name, if there are any, and gives whose sleep is to be watched.
-    pub(super) fn keep(&mut self, only: &[String]) -> Result<Vec<Option<Transport>>> {
-        let wanted = |name: String| only.is_empty() || only.iter().any(|text| name.contains(text));
-        self.streams.retain(|row| wanted(row.case.to_string()));
-        self.trips.retain(|row| wanted(row.trip.to_string()));
-        let sleepers = idle::all().filter(|transport| wanted(idle::name(*transport)));
-        let sleepers: Vec<_> = sleepers.collect();
-        ensure!(
-            !self.streams.is_empty() || !self.trips.is_empty() || !sleepers.is_empty(),
-            "nothing has {} in its name (--only)",
-            only.join(" or ")
-        );
-        Ok(sleepers)
     }
 
     /// The median rate of one way as a part of another's, for records of this size.
