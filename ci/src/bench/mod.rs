@@ -131,7 +131,7 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
         }
     };
     let plan = Plan::new(sizes, trip_sizes, only)?;
-    let scene = Scene::set(artifacts, &Vec::from_iter(plan.ways()))?;
+    let scene = Scene::set(artifacts, &plan.ways())?;
     let sleepers = plan.sleepers.clone();
     let mut report = Report::new(scene.conditions()?, plan);
     let style = "{bar:30} round {msg}, {eta} left";

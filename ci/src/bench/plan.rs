@@ -42,9 +42,15 @@ impl Plan {
         Ok(plan)
     }
 
-    /// All ways that it goes.
-    pub fn ways(&self) -> impl Iterator<Item = Way> {
+    /// The ways that it goes, each once.
+    pub fn ways(&self) -> Vec<Way> {
         let streams = self.streams.iter().map(|case| case.way);
-        streams.chain(self.trips.iter().map(|trip| trip.way()))
+        let mut ways = Vec::new();
+        for way in streams.chain(self.trips.iter().map(|trip| trip.way())) {
+            if !ways.contains(&way) {
+                ways.push(way);
+            }
+        }
+        ways
     }
 }
