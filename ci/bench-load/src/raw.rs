@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! A peer of barlink: ivshmem as it comes, mapped through sysfs in the guest, with two cursors that both ends poll.
+//!
+//! Bytes are copied in by what barlink copies with, and read in place, so that what is compared is how ends meet.
+#![expect(unsafe_code, reason = "turns a mapping into words")]
 
 use std::fs::{self, File};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use barlink_protocol::region::{self, Region};
+use barlink_protocol::{AtomicU64, Ordering};
 use clap::Args;
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{FileOffset, MmapRegion};
 
 use crate::clock::{cpu, nanoseconds};
 use crate::{CAPACITY, Measured};
@@ -17,11 +22,11 @@ use crate::{CAPACITY, Measured};
 /// Bytes of the memory.
 pub const SIZE: usize = 2 * CAPACITY as usize;
 /// Where the sender's cursor is, the receiver's, and whether the stream has ended.
-const WRITTEN: usize = 0;
-const READ: usize = 64;
-const ENDED: usize = 128;
+const WRITTEN: u64 = 0;
+const READ: u64 = 64;
+const ENDED: u64 = 128;
 /// Where records are, [`CAPACITY`] bytes of them.
-const DATA: usize = 4096;
+const DATA: u64 = 4096;
 
 /// The memory, all of whose first page is zero before.
 #[derive(Args, Debug)]
@@ -51,15 +56,29 @@ pub struct RawReceive {
     memory: Memory,
 }
 
+/// The memory's words.
+struct Words(MmapRegion);
+
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping begins with a page, has so many bytes, can be read and written, and lives as long as this value;
+        // this process has nothing else that leads to it.
+        unsafe { region::words(self.0.as_ptr(), self.0.size()) }
+    }
+}
+
 impl Memory {
-    fn map(&self) -> Result<MmapRegion> {
+    fn map(&self) -> Result<Words> {
         let path = match &self.file {
             Some(path) => path.clone(),
             None => find_device()?,
         };
         let file = File::options().read(true).write(true).open(&path)?;
         let mapped = MmapRegion::from_file(FileOffset::new(file, 0), SIZE);
-        mapped.with_context(|| format!("{} cannot be mapped", path.display()))
+        let mapped = mapped.with_context(|| format!("{} cannot be mapped", path.display()))?;
+        Ok(Words(mapped))
     }
 }
 
@@ -83,10 +102,8 @@ impl RawSend {
     /// Writes the same record again and again.
     pub fn run(&self) -> Result<Measured> {
         let size = self.memory.record_size;
-        let region = self.memory.map()?;
-        let word = |offset| region.get_atomic_ref::<AtomicU64>(offset);
-        let (written, read, ended) = (word(WRITTEN)?, word(READ)?, word(ENDED)?);
-        let memory = region.as_volatile_slice();
+        let region = Region::new(self.memory.map()?);
+        let [written, read, ended] = [WRITTEN, READ, ENDED].map(|offset| region.word(offset));
         let words = 0..size as u64 / 8;
         let record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
         let sum = words.fold(0, u64::wrapping_add);
@@ -99,7 +116,7 @@ impl RawSend {
                 while cursor + size as u64 - read.load(Ordering::Acquire) > CAPACITY {
                     std::hint::spin_loop();
                 }
-                memory.write_slice(&record, DATA + (cursor % CAPACITY) as usize)?;
+                region.copy_in(DATA + cursor % CAPACITY, &record);
                 written.store(cursor + size as u64, Ordering::Release);
                 records += 1;
             }
@@ -117,14 +134,12 @@ impl RawSend {
 }
 
 impl RawReceive {
-    /// Copies records out and adds up their words.
+    /// Adds up the words of records where they are.
     pub fn run(&self) -> Result<Measured> {
         let size = self.memory.record_size;
-        let region = self.memory.map()?;
-        let word = |offset| region.get_atomic_ref::<AtomicU64>(offset);
-        let (written, read, ended) = (word(WRITTEN)?, word(READ)?, word(ENDED)?);
-        let memory = region.as_volatile_slice();
-        let mut record = vec![0; size];
+        let memory = self.memory.map()?;
+        let [written, read, ended] =
+            [WRITTEN, READ, ENDED].map(|offset| &memory[offset as usize / 8]);
         let mut measured = Measured::default();
         let mut start = None;
         loop {
@@ -137,10 +152,11 @@ impl RawReceive {
                 continue;
             }
             start.get_or_insert_with(Instant::now);
-            memory.read_slice(&mut record, DATA + (measured.bytes % CAPACITY) as usize)?;
-            let words = record.as_chunks().0.iter().copied();
-            let words = words.map(u64::from_le_bytes);
-            measured.sum = words.fold(measured.sum, u64::wrapping_add);
+            let first = (DATA + measured.bytes % CAPACITY) as usize / 8;
+            let words = memory[first..first + size / 8].iter();
+            measured.sum = words.fold(measured.sum, |sum: u64, word| {
+                sum.wrapping_add(word.load(Ordering::Relaxed))
+            });
             measured.records += 1;
             measured.bytes += size as u64;
             read.store(measured.bytes, Ordering::Release);
