@@ -11,7 +11,10 @@ use clap::CommandFactory;
 // Both are parts of programs, and of no library: so they are compiled in here once more.
 #[path = "../../../guest-app/src/args.rs"]
 mod guest;
-#[expect(dead_code, reason = "only the descriptions are of use here")]
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "only the descriptions are of use here")
+)]
 #[path = "../../../backend/src/args.rs"]
 mod host;
 
