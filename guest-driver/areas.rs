@@ -93,7 +93,8 @@ impl Areas {
         *self.kind(manner) += 1;
     }
 
-    /// Takes an area away. True if those that are left have to be mapped anew, since the kernel has known their mode by this one alone.
+    /// Takes an area away. True if pages that were touched have to be mapped anew, since the kernel may have known their mode by this
+    /// area alone.
     pub(crate) fn remove(&mut self, manner: Manner) -> bool {
         let kind = self.kind(manner);
         // Every area was counted.
@@ -101,7 +102,7 @@ impl Areas {
         if self.whole + self.touched == 0 {
             *self = Areas::default();
         }
-        !manner.on_touch && self.whole == 0 && self.touched > 0
+        !manner.on_touch && self.have_touched()
     }
 
     /// Whether pages may be mapped that the kernel has granted another mode than it will to a new area that is mapped at once.

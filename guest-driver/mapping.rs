@@ -11,8 +11,8 @@
 //!
 //! Pages that have no entry are mapped when they are touched, by [`fault`]: all of an area whose user asked for
 //! that, and what a zap took away from the others. The kernel gives such a page the mode of an area that was
-//! mapped at once, and so has the mode registered; else it is noncached. So whenever the first such area
-//! comes, or the last goes, and others are there, all entries are taken away and come back alike.
+//! mapped at once, and so has the mode registered; else it is noncached. So whenever such an area comes or
+//! goes, and some of the other kind are there, all entries are taken away and come back alike.
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/mm_types.h`, `include/linux/huge_mm.h`.
 

@@ -105,6 +105,7 @@ struct file *barlink_anon_file(void)
 
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot)
 {
+	/* Numbers of CacheMode in protocol/src/wire/uapi.rs. */
 	switch (mode) {
 	case 3:
 		return pgprot_writecombine(prot);

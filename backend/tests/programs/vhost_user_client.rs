@@ -45,6 +45,12 @@ pub fn memory(seals: SealFlags) -> File {
     memory.into()
 }
 
+fn map(memory: &File) -> GuestMemoryMmap {
+    let mapped = FileOffset::new(memory.try_clone().unwrap(), 0);
+    let range = (GuestAddress(0), MEMORY as usize, Some(mapped));
+    GuestMemoryMmap::from_ranges_with_files([range]).unwrap()
+}
+
 /// A wish of the daemon: what it wants mapped, and where the answer goes.
 pub struct Wish {
     pub map: VhostUserMMap,
@@ -140,9 +146,7 @@ impl Client {
             while let Ok(_) | Err(Error::ReqHandlerError(_)) = way_back.handle_request() {}
         });
         let memory = memory(SealFlags::SHRINK);
-        let mapped = FileOffset::new(memory.try_clone().unwrap(), 0);
-        let range = (GuestAddress(0), MEMORY as usize, Some(mapped));
-        let guest = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        let guest = map(&memory);
         let queue = |number| DriverQueue {
             number,
             kick: EventFd::new(EFD_NONBLOCK).unwrap(),
@@ -157,6 +161,13 @@ impl Client {
             queues: [queue(0), queue(1)],
             wishes,
         }
+    }
+
+    /// Has other memory from its next start on, at the same addresses, and gives the old.
+    pub fn swap_memory(&mut self) -> File {
+        let new = memory(SealFlags::SHRINK);
+        self.guest = map(&new);
+        std::mem::replace(&mut self.memory, new)
     }
 
     pub fn config(&mut self) -> [u8; config::SIZE] {

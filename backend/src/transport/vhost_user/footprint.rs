@@ -1,54 +1,126 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! Which pages of a guest's memory a queue has had the broker touch. A page that nobody has used before comes into being by
-//! that, at the broker's cost; so there are only so many.
+//! that, at the broker's cost; so there are only so many. A page is known by its file, since a VMM can put ever new files at the
+//! same addresses.
 
 use std::collections::BTreeSet;
 
 use virtio_queue::Error;
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 const PAGE: u64 = 4096;
 /// Most pages of a queue in a session: 16 MiB. A driver's queue has some ten each time that it is loaded, mostly the same.
 const MOST: usize = 4096;
 
+/// A file's system and number, and the page in it.
+type Page = (u64, u64, u64);
+
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Footprint(BTreeSet<u64>);
+pub struct Footprint(BTreeSet<Page>);
 
 impl Footprint {
-    /// Notes that so many bytes are about to be touched, which are few. Fails if there would be too many pages.
-    pub fn grow(&mut self, place: GuestAddress, length: u64) -> Result<(), Error> {
-        let last = place.0.checked_add(length.saturating_sub(1));
-        let last = last.ok_or(Error::AddressOverflow)? / PAGE;
-        for page in place.0 / PAGE..=last {
-            if self.0.len() == MOST && !self.0.contains(&page) {
-                return Err(Error::QueueNotReady);
+    /// Notes that so many bytes are about to be touched, which are few. Fails if there would be too many pages. Where there is no
+    /// memory, nothing can be touched.
+    pub fn grow(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        place: GuestAddress,
+        length: u64,
+    ) -> Result<(), Error> {
+        let end = place.0.checked_add(length).ok_or(Error::AddressOverflow)?;
+        let mut next = place.0;
+        while next < end {
+            if let Some(page) = page(memory, GuestAddress(next))? {
+                if self.0.len() == MOST && !self.0.contains(&page) {
+                    return Err(Error::QueueNotReady);
+                }
+                self.0.insert(page);
             }
-            self.0.insert(page);
+            next = (next | (PAGE - 1))
+                .checked_add(1)
+                .ok_or(Error::AddressOverflow)?;
         }
         Ok(())
     }
 }
 
+/// The page at an address, if there is one.
+fn page(memory: &GuestMemoryMmap, place: GuestAddress) -> Result<Option<Page>, Error> {
+    let Some((region, offset)) = memory.to_region_addr(place) else {
+        return Ok(None);
+    };
+    let Some(file) = region.file_offset() else {
+        return Ok(None);
+    };
+    // The guard has seen that it is a memfd, so nobody is asked who could wait.
+    let stat = rustix::fs::fstat(file.file()).map_err(|_| Error::QueueNotReady)?;
+    let offset = file.start().checked_add(offset.0);
+    let page = offset.ok_or(Error::AddressOverflow)? / PAGE;
+    Ok(Some((stat.st_dev, stat.st_ino, page)))
+}
+
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use vm_memory::FileOffset;
+
     use super::*;
+
+    const SIZE: u64 = 8 * MOST as u64 * PAGE;
+
+    fn file() -> File {
+        let file = File::from(memfd_create("ram", MemfdFlags::empty()).unwrap());
+        file.set_len(SIZE).unwrap();
+        file
+    }
+
+    fn memory(file: &File) -> GuestMemoryMmap {
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+        let range = (GuestAddress(0), SIZE as usize, Some(offset));
+        GuestMemoryMmap::from_ranges_with_files([range]).unwrap()
+    }
 
     #[test]
     fn pages_are_counted_once_and_there_is_an_end_to_them() {
+        let memory = memory(&file());
         let mut footprint = Footprint::default();
-        footprint.grow(GuestAddress(PAGE - 2), 4).unwrap();
+        let mut grow = |place| footprint.grow(&memory, GuestAddress(place), 4);
+        grow(PAGE - 2).unwrap();
         for page in 2..MOST as u64 {
-            footprint.grow(GuestAddress(page * PAGE), 4).unwrap();
+            grow(page * PAGE).unwrap();
         }
         // All of them again, and none besides.
         for page in 0..MOST as u64 {
-            footprint.grow(GuestAddress(page * PAGE + 8), 4).unwrap();
+            grow(page * PAGE + 8).unwrap();
         }
-        let beyond = GuestAddress(MOST as u64 * PAGE);
-        footprint.grow(beyond, 4).unwrap_err();
-        footprint.grow(GuestAddress(beyond.0 - 2), 4).unwrap_err();
-        footprint.grow(GuestAddress(u64::MAX), 4).unwrap_err();
+        let beyond = MOST as u64 * PAGE;
+        grow(beyond).unwrap_err();
+        grow(beyond - 2).unwrap_err();
+        grow(u64::MAX).unwrap_err();
+        // Where nothing is, nothing comes into being.
+        grow(2 * SIZE).unwrap();
+    }
+
+    #[test]
+    fn other_files_at_the_same_place_have_other_pages() {
+        let files = [file(), file()];
+        let mut footprint = Footprint::default();
+        for file in &files {
+            let memory = memory(file);
+            for page in 0..MOST as u64 / 2 {
+                let place = GuestAddress(page * PAGE);
+                footprint.grow(&memory, place, 4).unwrap();
+            }
+        }
+        let place = GuestAddress(SIZE / 2);
+        footprint.grow(&memory(&files[0]), place, 4).unwrap_err();
+        // What is known already is so in whatever mapping.
+        footprint
+            .grow(&memory(&files[0]), GuestAddress(0), 4)
+            .unwrap();
     }
 }

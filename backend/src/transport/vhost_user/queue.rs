@@ -9,13 +9,12 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use barlink_protocol::wire::virtio::{BUFFER, QUEUE_SIZE};
 use log::debug;
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Error, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
-
-use barlink_protocol::wire::virtio::{BUFFER, QUEUE_SIZE};
 
 use super::footprint::Footprint;
 
@@ -100,7 +99,8 @@ impl Queue {
                 let head = chain.head_index();
                 let buffer = first_buffer(&memory, queue, head)?;
                 if let Some(buffer) = &buffer {
-                    footprint.grow(buffer.addr(), u64::from(buffer.len()).min(BUFFER as u64))?;
+                    let length = u64::from(buffer.len()).min(BUFFER as u64);
+                    footprint.grow(&memory, buffer.addr(), length)?;
                 }
                 let length = fill(&memory, buffer);
                 queue.add_used(&*memory, head, length)?;
@@ -224,13 +224,14 @@ impl VringT<Memory> for Queue {
     fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), Error> {
         self.broken.store(true, Ordering::Relaxed);
         let size = u64::from(QUEUE_SIZE);
+        let memory = self.memory.memory();
         let mut footprint = self.footprint();
         for (place, length) in [
             (descriptors, size * 16),
             (available, 6 + size * 2),
             (used, 6 + size * 8),
         ] {
-            footprint.grow(GuestAddress(place), length)?;
+            footprint.grow(&memory, GuestAddress(place), length)?;
         }
         drop(footprint);
         self.inner.set_queue_info(descriptors, available, used)?;

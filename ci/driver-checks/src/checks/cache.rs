@@ -161,8 +161,16 @@ pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
     assert_eq!(map.read(PAGE), 1);
     assert_eq!(all.read(2 * PAGE), 2);
     is_told(&device, cached, cached)?;
+    // A further one of other pages changes nothing of that, and what is behind its own is known no longer when only that one is left.
+    let other = whole.map(RAW + 64 * PAGE, 64 * PAGE)?;
+    assert_eq!(map.read(PAGE), 1);
+    is_told(&device, cached, cached)?;
     drop(all);
-    // And as soon as that goes, no longer.
+    assert_eq!(map.read(2 * PAGE), 2);
+    is_told(&device, cached, noncached)?;
+    assert_eq!(other.read(0), host::word(Region::Main, RAW + 64 * PAGE)?);
+    is_told(&device, cached, cached)?;
+    drop(other);
     assert_eq!(map.read(2 * PAGE), 2);
     is_told(&device, cached, noncached)?;
     // A child has none of the pages, and gets its own.
