@@ -23,7 +23,7 @@ use crate::tools::{Headers, ToolArgs, Tools, VmArgs};
 pub(crate) const NATIVE_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What is built, and the tools that it was built with.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Artifacts {
     /// The tools.
     pub tools: Tools,
@@ -37,6 +37,8 @@ pub struct Artifacts {
     pub iceoryx2_load: PathBuf,
     /// What `cargo xtask crash` kills, on the host.
     pub crash_load: PathBuf,
+    /// What runs commands in the guest.
+    pub agent: PathBuf,
     /// What the guest boots into.
     pub initramfs: PathBuf,
     /// The folder for the logs of VMs.
@@ -57,25 +59,8 @@ impl Artifacts {
     /// Builds all for these tools.
     pub fn build(tools: Tools, args: VmArgs) -> Result<Self> {
         let target = target_folder()?;
-        let host = cargo_build(
-            &[
-                "--package=barlink",
-                "--package=barlink-bench-load",
-                "--package=barlink-crash-load",
-                "--package=barlink-iceoryx2-load",
-            ],
-            Linkage::Default,
-        )?;
-        let guest = cargo_build(
-            &[
-                "--package=barlink-guest",
-                "--package=barlink-agent",
-                "--package=barlink-driver-checks",
-                "--package=barlink-bench-load",
-                "--package=barlink-crash-load",
-            ],
-            Linkage::Static,
-        )?;
+        let host = host_programs()?;
+        let guest = guest_programs()?;
         let driver = driver(&tools, &target)?;
         let logs = target.join("vm");
         fs::create_dir_all(&logs)?;
@@ -106,12 +91,45 @@ impl Artifacts {
             bench_load: program(&host, "barlink-bench-load")?.clone(),
             iceoryx2_load: program(&host, "barlink-iceoryx2-load")?.clone(),
             crash_load: program(&host, "barlink-crash-load")?.clone(),
+            agent: program(&guest, "barlink-agent")?.clone(),
             tools,
             args,
             initramfs,
             logs,
         })
     }
+
+    /// The same, for a guest that has a kernel and initial RAM disk of its own.
+    pub fn with_kernel(&self, release: &str, kernel_image: PathBuf, initramfs: PathBuf) -> Self {
+        let mut artifacts = self.clone();
+        artifacts.tools.release = release.to_owned();
+        artifacts.tools.kernel_image = kernel_image;
+        artifacts.initramfs = initramfs;
+        artifacts
+    }
+}
+
+/// Builds what runs on the host, and gives the paths by the names.
+pub(crate) fn host_programs() -> Result<HashMap<String, PathBuf>> {
+    let packages = [
+        "--package=barlink",
+        "--package=barlink-bench-load",
+        "--package=barlink-crash-load",
+        "--package=barlink-iceoryx2-load",
+    ];
+    cargo_build(&packages, Linkage::Default)
+}
+
+/// Builds what runs in the guest, and gives the paths by the names.
+pub(crate) fn guest_programs() -> Result<HashMap<String, PathBuf>> {
+    let packages = [
+        "--package=barlink-guest",
+        "--package=barlink-agent",
+        "--package=barlink-driver-checks",
+        "--package=barlink-bench-load",
+        "--package=barlink-crash-load",
+    ];
+    cargo_build(&packages, Linkage::Static)
 }
 
 /// Sets up what the driver needs, builds it, and prints the path of the module.

@@ -9,6 +9,7 @@ use xtask::bench::BenchArgs;
 use xtask::crash::CrashArgs;
 use xtask::demo::DemoArgs;
 use xtask::fuzz::FuzzArgs;
+use xtask::package::PackageArgs;
 use xtask::test::TestArgs;
 use xtask::tools::ToolArgs;
 
@@ -38,6 +39,8 @@ enum Task {
     Crash(CrashArgs),
     /// Measure how fast a guest and the host exchange records, over every transport
     Bench(BenchArgs),
+    /// Make Debian packages of the programs and the driver
+    Package(PackageArgs),
     /// Check format, lints, documentation, and that the driver builds for every kernel that is set up
     Check(ToolArgs),
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Fuzz(args) => xtask::fuzz::run(&args),
         Task::Crash(args) => xtask::crash::run(&args),
         Task::Bench(args) => xtask::bench::run(&args),
+        Task::Package(args) => xtask::package::run(&args),
         Task::Check(args) => xtask::check::run(&args),
     };
     result.unwrap_or_else(|error| {

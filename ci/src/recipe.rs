@@ -11,11 +11,31 @@ use sha2::{Digest, Sha256};
 
 const DATA: &str = include_str!("../../images/sandbox.toml");
 
-/// What makes a sandbox of the data: another text may make another sandbox.
-const STEPS: [&str; 2] = [
-    include_str!("setup/rootfs.rs"),
-    include_str!("setup/metadata.rs"),
-];
+/// What is made of the data.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Kind {
+    /// What everything runs in.
+    Sandbox,
+    /// A Debian that has been installed, and knows nothing of barlink.
+    Debian,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 2] = [Kind::Sandbox, Kind::Debian];
+
+    /// What makes it of the data: another text may make another one.
+    fn steps(self) -> &'static [&'static str] {
+        match self {
+            Kind::Sandbox => &[
+                include_str!("setup/rootfs.rs"),
+                include_str!("setup/metadata.rs"),
+                include_str!("../../images/packaging/barlink-kernel-rust-headers"),
+            ],
+            Kind::Debian => &[include_str!("setup/debian.rs")],
+        }
+    }
+}
 
 /// The module that the finished headers must build: file name and content.
 pub const TRIAL: [(&str, &str); 2] = [
@@ -50,11 +70,12 @@ impl Recipe {
         toml::from_str(DATA).context("images/sandbox.toml is malformed")
     }
 
-    /// [`HASH_DIGITS`] hexadecimal digits that differ when anything that goes into a sandbox differs, but for its kernel.
-    pub fn hash(&self) -> String {
+    /// [`HASH_DIGITS`] hexadecimal digits that differ when anything that goes into it differs, but for its kernel.
+    pub fn hash(&self, kind: Kind) -> String {
         let mut hash = Sha256::new();
         let trial = TRIAL.map(|(_, content)| content);
-        for text in [DATA].into_iter().chain(STEPS).chain(trial) {
+        let steps = kind.steps().iter().copied();
+        for text in [DATA].into_iter().chain(steps).chain(trial) {
             hash.update(text.len().to_le_bytes());
             hash.update(text);
         }
@@ -125,7 +146,9 @@ mod tests {
             let version = KernelVersion::parse(series).unwrap();
             assert_eq!(version.series(), *series);
         }
-        assert_eq!(recipe.hash().len(), HASH_DIGITS);
+        let [sandbox, debian] = Kind::ALL.map(|kind| recipe.hash(kind));
+        assert_eq!(sandbox.len(), HASH_DIGITS);
+        assert_ne!(sandbox, debian);
     }
 
     #[test]

@@ -121,6 +121,23 @@ impl Enter {
         enter
     }
 
+    /// Begins with all of the system under `root`, writable, as for its administrator: packages can be installed. For root.
+    pub fn administer(root: &Path) -> Self {
+        let mut enter = Self::isolated();
+        enter.bwrap.arg("--bind").arg(root).arg("/");
+        enter.bwrap.args(["--dev", "/dev", "--proc", "/proc"]);
+        enter.bwrap.args(["--clearenv"]);
+        for (name, value) in [
+            ("PATH", "/usr/sbin:/usr/bin"),
+            ("LC_ALL", "C.UTF-8"),
+            ("HOME", "/root"),
+            ("DEBIAN_FRONTEND", "noninteractive"),
+        ] {
+            enter.bwrap.args(["--setenv", name, value]);
+        }
+        enter
+    }
+
     /// Begins with the host's own system, for a program of the host that is to end with its parent.
     pub fn host() -> Self {
         let mut enter = Self::isolated();

@@ -13,7 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tempfile::TempDir;
 
-use crate::recipe::{HASH_DIGITS, Recipe};
+use crate::recipe::{HASH_DIGITS, Kind, Recipe};
 use crate::sandbox::{Manifest, Sandbox};
 
 /// What the names of unfinished sandboxes begin with.
@@ -63,11 +63,11 @@ impl Cache {
         self.folder.join("programs")
     }
 
-    /// The finished sandboxes of this recipe, the one to prefer first.
-    pub(super) fn sandboxes(&self, recipe: &Recipe) -> Result<Vec<Sandbox>> {
+    /// The finished sandboxes of this recipe and kind, the one to prefer first.
+    pub(super) fn sandboxes(&self, recipe: &Recipe, kind: Kind) -> Result<Vec<Sandbox>> {
         let mut found = Vec::new();
         for folder in self.finished()? {
-            if is_of(&folder, recipe) {
+            if is_of(&folder, recipe, kind) {
                 let sandbox = read(&folder)?;
                 if let Some(version) = sandbox.version()
                     && let Some(rank) = recipe.rank(&version)
@@ -83,7 +83,10 @@ impl Cache {
     /// The finished sandboxes of other recipes, which this program has no use for.
     pub(super) fn strangers(&self, recipe: &Recipe) -> Result<Vec<PathBuf>> {
         let mut folders = self.finished()?;
-        folders.retain(|folder| !is_of(folder, recipe) && is_named_as_ours(folder));
+        folders.retain(|folder| {
+            let ours = Kind::ALL.iter().any(|kind| is_of(folder, recipe, *kind));
+            !ours && is_named_as_ours(folder)
+        });
         Ok(folders)
     }
 
@@ -171,13 +174,14 @@ impl Cache {
         &self,
         unfinished: TempDir,
         recipe: &Recipe,
+        kind: Kind,
         manifest: &Manifest,
     ) -> Result<Sandbox> {
         let file = File::create(unfinished.path().join(MANIFEST))?;
         serde_json::to_writer_pretty(&file, manifest)?;
         // On the disk before it has its name, or a loss of power could leave empty files under that.
         rustix::fs::syncfs(&file)?;
-        let name = format!("{}{}", manifest.release, ending(recipe));
+        let name = format!("{}{}", manifest.release, ending(recipe, kind));
         let folder = self.folder.join(name);
         fs::rename(unfinished.path(), &folder).with_context(|| {
             format!(
@@ -192,13 +196,13 @@ impl Cache {
 }
 
 /// What the names of a recipe's sandboxes end with.
-fn ending(recipe: &Recipe) -> String {
-    format!("-{}", recipe.hash())
+fn ending(recipe: &Recipe, kind: Kind) -> String {
+    format!("-{}", recipe.hash(kind))
 }
 
-fn is_of(folder: &Path, recipe: &Recipe) -> bool {
+fn is_of(folder: &Path, recipe: &Recipe, kind: Kind) -> bool {
     let name = folder.file_name().unwrap_or_default();
-    name.to_string_lossy().ends_with(&ending(recipe))
+    name.to_string_lossy().ends_with(&ending(recipe, kind))
 }
 
 /// Whether a finished sandbox has the name that [`Cache::finish`] gives, and so is nothing that somebody else put there.
@@ -276,7 +280,8 @@ mod tests {
     #[test]
     fn clean_removes_sandboxes_of_other_recipes_and_nothing_else() {
         let recipe = Recipe::load().unwrap();
-        let own = format!("7.2.12+deb13-cloud-amd64{}", ending(&recipe));
+        let [own, debian] =
+            Kind::ALL.map(|kind| format!("7.2.12+deb13-cloud-amd64{}", ending(&recipe, kind)));
         let old = "7.2.12+deb13-cloud-amd64-0123456789ab";
         let others = [
             "7.2.12+deb13-cloud-amd64-backup",
@@ -284,7 +289,7 @@ mod tests {
             "7.3.4+deb13-cloud-amd64-0123456789ab",
             "notes",
         ];
-        let (folder, cache) = cache(&[&[&own[..], old], &others[..]].concat());
+        let (folder, cache) = cache(&[&[&own[..], &debian, old], &others[..]].concat());
         let link = "7.2.12+deb13-cloud-amd64-ba9876543210";
         let (elsewhere, _) = self::cache(&[link]);
         let linked = elsewhere.path().join(link);
@@ -294,7 +299,7 @@ mod tests {
         let lock = cache.lock(|| ()).unwrap();
         let (removed, left) = cache.clean(&recipe, &lock).unwrap();
         assert_eq!((removed, left), (vec![folder.path().join(old)], vec![]));
-        let mut expected = [&others[..], &[&own[..], link, "lock"]].concat();
+        let mut expected = [&others[..], &[&own[..], &debian, link, "lock"]].concat();
         expected.sort_unstable();
         assert_eq!(names(folder.path()), expected);
         assert!(linked.join("root/usr").exists());

@@ -7,7 +7,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use anyhow::{Context, Result};
 
@@ -18,37 +17,10 @@ use crate::sandbox::{Enter, Manifest, Sandbox, Writable};
 use crate::steps::Steps;
 use crate::tools::Headers;
 
-/// Makes the metadata by the kernel's own rules, and puts it where module builds look for it.
+/// Makes the metadata, and checks that it fits the kernel: the same program that users have in the package barlink-dkms.
 ///
-/// Arguments: the kernel's release, its series, and how many jobs to run. All is done in `/build`, which is in memory:
-/// a kernel's source is so many files that some disks take minutes to remove them.
-const MAKE: &str = r#"
-set -eu
-release=$1 series=$2 jobs=$3
-headers=/usr/src/linux-headers-$release
-name=linux-source-$series
-mkdir /build/source /build/output
-
-# What no header and no metadata depends on stays packed: two thirds of the files. `make` still needs every Kconfig.
-tar --extract --file "/usr/src/$name.tar.xz" --directory /build/source --strip-components=1 \
-    --anchored --wildcards \
-    --exclude "$name/Documentation/*/*" --exclude "$name/arch/[a-w]*/*.[chS]" --exclude "$name/arch/*.dts*" \
-    --exclude "$name/drivers/*.[cS]" --exclude "$name/fs/*.[cS]" --exclude "$name/net/*.[cS]" \
-    --exclude "$name/samples/*.[cS]" --exclude "$name/sound/*.[cS]" --exclude "$name/tools/testing/*"
-
-cd /build/source
-cp "$headers/.config" /build/output/
-# The build's user is asked of the system otherwise, which knows none of that number.
-set -- --silent "--jobs=$jobs" O=/build/output KBUILD_BUILD_USER=barlink KBUILD_BUILD_HOST=barlink
-make "$@" olddefconfig
-# Objects are not kept, so objtool and BTF need not be built for them. Only make is told so and not the configuration,
-# so that the metadata comes out the same to the byte.
-make "$@" prepare CONFIG_OBJTOOL= CONFIG_DEBUG_INFO_BTF=
-
-mkdir -p "$headers/rust"
-cp /build/output/rust/*.rmeta /build/output/rust/*.so "$headers/rust/"
-cp /build/output/scripts/target.json "$headers/scripts/"
-"#;
+/// It works in `/build`, which is in memory: a kernel's source is so many files that some disks take minutes to remove them.
+const MAKE: &str = include_str!("../../../images/packaging/barlink-kernel-rust-headers");
 
 /// The sandbox while it is being built.
 pub(super) struct Unfinished<'a> {
@@ -67,13 +39,12 @@ impl Unfinished<'_> {
 
     /// Makes the metadata.
     pub(super) fn make(&self) -> Result<()> {
-        let jobs = thread::available_parallelism().map_or(2, usize::from);
         self.steps.run(
             Enter::new(&self.root(), Writable::Yes)
                 .memory("/build")
                 .run("sh")
-                .args(["-c", MAKE, "sh", &self.kernel.release])
-                .args([self.kernel.version.series(), jobs.to_string()]),
+                .args(["-c", MAKE, "sh", "--no-apt", "--work", "/build"])
+                .arg(&self.kernel.release),
         )
     }
 

@@ -3,6 +3,7 @@
 //! `cargo xtask setup`: makes the sandbox that everything else runs in, unless it is there already.
 
 mod cache;
+mod debian;
 mod host;
 mod kernels;
 mod metadata;
@@ -18,7 +19,7 @@ use anyhow::Result;
 use self::cache::{Cache, Lock};
 use self::metadata::Unfinished;
 pub use self::program::program;
-use crate::recipe::Recipe;
+use crate::recipe::{Kind, Recipe};
 use crate::sandbox::Sandbox;
 use crate::steps::Steps;
 use crate::tools::{Qemu, ToolArgs, Tools};
@@ -79,14 +80,18 @@ pub fn ensure(args: &ToolArgs) -> Result<Tools> {
     }
     let sandbox = match finished(args)?.into_iter().next() {
         Some(sandbox) => sandbox,
-        None => build(args)?,
+        None => build(args, Kind::Sandbox)?,
     };
     Tools::with_sandbox(args, sandbox)
 }
 
 /// The finished sandboxes that `args` allows, the one to prefer first.
 pub fn finished(args: &ToolArgs) -> Result<Vec<Sandbox>> {
-    let mut sandboxes = Cache::open()?.sandboxes(&Recipe::load()?)?;
+    finished_of(args, Kind::Sandbox)
+}
+
+fn finished_of(args: &ToolArgs, kind: Kind) -> Result<Vec<Sandbox>> {
+    let mut sandboxes = Cache::open()?.sandboxes(&Recipe::load()?, kind)?;
     if let Some(wanted) = &args.kernel {
         sandboxes.retain(|sandbox| {
             sandbox
@@ -97,12 +102,23 @@ pub fn finished(args: &ToolArgs) -> Result<Vec<Sandbox>> {
     Ok(sandboxes)
 }
 
+/// A Debian that has been installed and knows nothing of barlink, made if need be, which only root can; held until the file
+/// is closed.
+pub fn debian(args: &ToolArgs) -> Result<(Sandbox, File)> {
+    let debian = match finished_of(args, Kind::Debian)?.into_iter().next() {
+        Some(debian) => debian,
+        None => build(args, Kind::Debian)?,
+    };
+    let hold = hold(&debian)?;
+    Ok((debian, hold))
+}
+
 /// Makes a sandbox, or waits until another process has made a fitting one.
-fn build(args: &ToolArgs) -> Result<Sandbox> {
+fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
     let recipe = Recipe::load()?;
     let cache = Cache::open()?;
     let lock = lock(&cache)?;
-    if let Some(sandbox) = finished(args)?.into_iter().next() {
+    if let Some(sandbox) = finished_of(args, kind)?.into_iter().next() {
         return Ok(sandbox);
     }
     let unfinished = cache.begin(&lock)?;
@@ -125,19 +141,32 @@ fn build(args: &ToolArgs) -> Result<Sandbox> {
     })?;
     fs::remove_dir_all(index)?;
 
-    let packages = format!(
-        "unpacking Debian packages with kernel {} from {mirror}",
-        kernel.version
-    );
-    steps.step(&packages, || {
-        rootfs::build(&steps, &recipe, &kernel, &mirror, &settings, folder)
-    })?;
-    let sandbox = Unfinished {
-        steps: &steps,
-        kernel: &kernel,
-        folder,
+    let manifest = match kind {
+        Kind::Sandbox => {
+            let packages = format!(
+                "unpacking Debian packages with kernel {} from {mirror}",
+                kernel.version
+            );
+            steps.step(&packages, || {
+                rootfs::build(&steps, &recipe, &kernel, &mirror, &settings, folder)
+            })?;
+            let sandbox = Unfinished {
+                steps: &steps,
+                kernel: &kernel,
+                folder,
+            };
+            steps.step("making the kernel's Rust metadata", || sandbox.make())?;
+            steps.step("trying it with a small module", || sandbox.check())?
+        }
+        Kind::Debian => {
+            let installing = format!(
+                "installing Debian with kernel {} from {mirror}",
+                kernel.version
+            );
+            steps.step(&installing, || {
+                debian::build(&steps, &recipe, &kernel, &mirror, &settings, folder)
+            })?
+        }
     };
-    steps.step("making the kernel's Rust metadata", || sandbox.make())?;
-    let manifest = steps.step("trying it with a small module", || sandbox.check())?;
-    cache.finish(unfinished, &recipe, &manifest)
+    cache.finish(unfinished, &recipe, kind, &manifest)
 }

@@ -65,6 +65,8 @@ pub struct Config {
     pub preallocated: bool,
     /// Whether other processes are to share the guest's memory, which vhost-user needs.
     pub shared_memory: bool,
+    /// How long the guest may take until its agent answers.
+    pub boot_timeout: Duration,
     /// Whether the console is to be connected to a terminal, by [`Vm::attach_terminal`].
     pub interactive: bool,
 }
@@ -79,6 +81,7 @@ impl Default for Config {
             files: Vec::new(),
             preallocated: false,
             shared_memory: false,
+            boot_timeout: BOOT_TIMEOUT,
             interactive: false,
         }
     }
@@ -105,7 +108,7 @@ impl Vm {
         let (mut qemu, ends) = Qemu::start(artifacts, config)?;
         let console = Console::new(qemu.folder(), ends.console)?;
         let agent = Agent::new(ends.agent, qemu.folder().to_owned())?;
-        agent.wait_ready(1, BOOT_TIMEOUT).with_context(|| {
+        agent.wait_ready(1, config.boot_timeout).with_context(|| {
             format!(
                 "the VM does not boot; its logs are in {}",
                 qemu.keep_logs().display()
