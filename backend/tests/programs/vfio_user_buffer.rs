@@ -135,6 +135,8 @@ fn buffer_is_read_where_the_guest_tells_that_it_is() {
     assert_eq!(client.read_word(0, SIZE), 0);
     let mut command = broker.app(&arguments);
     fails(&mut command, 1, &["no DMA buffer", "barlink-guest buffer"]);
+    let mut command = broker.app(&["peek", "--buffer"]);
+    fails(&mut command, 2, &["--guest <SLOT>"]);
 }
 
 #[test]

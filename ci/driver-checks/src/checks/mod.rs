@@ -59,6 +59,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         buffer_ends_with_its_last_descriptor_and_mapping
         two_hundred_buffers_leave_nothing_behind
         unbind_takes_the_buffer_from_every_process
+        memory_of_buffers_is_free_after_unbind_whoever_has_them
         unbind_races_buffers;
     claims:
         claims_are_exclusive_and_end_with_their_file
