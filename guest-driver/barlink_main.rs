@@ -26,6 +26,7 @@
 //! | `chardev.rs`, `file.rs` | `/dev/barlinkN`, and what can be done with it once it is open |
 //! | `mapping.rs` | `mmap`, and taking it back |
 //! | `areas.rs` | what is mapped, and in which cache mode |
+//! | `coherent.rs`, `buffer.rs` | memory that the device can reach, and the file that a program maps it with |
 //! | `shim.rs`, `shim.c` | C macros and functions that the `kernel` crate does not carry |
 //! | `compat.rs` | what differs between kernel series |
 //!
@@ -34,8 +35,10 @@
 
 mod areas;
 mod binding;
+mod buffer;
 mod chardev;
 mod claims;
+mod coherent;
 mod compat;
 mod device;
 mod doorbells;

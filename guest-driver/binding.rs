@@ -69,7 +69,7 @@ impl Binding {
             region: region.address,
             pci: shim::pci_address(dev),
         };
-        let removal = Removal(Device::new(facts, hardware, vectors)?);
+        let removal = Removal(Device::new(facts, hardware, vectors, shim::dma_device(dev))?);
         let chardev = CharDevice::register(dev, removal.0.clone())?;
 
         let info = removal.0.info()?;

@@ -10,6 +10,7 @@
 
 use crate::{
     areas::Areas,
+    buffer::Buffer,
     claims::{
         Claims,
         FileId, //
@@ -26,10 +27,12 @@ use crate::{
     },
 };
 use kernel::{
+    device,
     new_mutex,
     prelude::*,
     revocable::Revocable,
     sync::{
+        aref::ARef,
         atomic::{
             Acquire,
             Atomic,
@@ -59,6 +62,8 @@ pub(crate) struct State {
     claims: Claims,
     /// The memory areas that processes have mapped the region into.
     pub(crate) areas: Areas,
+    /// The DMA buffer. Nobody has one while the device is gone.
+    pub(crate) buffer: Option<Buffer>,
 }
 
 /// A device that was bound, and may be still.
@@ -74,6 +79,8 @@ pub(crate) struct Device {
     pub(crate) removal: Arc<WaitQueue>,
     /// What all files' mappings have in common.
     pub(crate) mappings: Mappings,
+    /// What memory is allocated for that the device is to reach.
+    pub(crate) dma: ARef<device::Device>,
     /// Set once, by [`Device::remove`], under `state`.
     gone: Atomic<bool>,
     /// Files that were opened.
@@ -91,6 +98,7 @@ impl Device {
         facts: Facts,
         hardware: Hardware,
         vectors: KVec<Arc<WaitQueue>>,
+        dma: ARef<device::Device>,
     ) -> Result<Arc<Self>> {
         let epoch = hardware.epoch;
         let removal = Arc::pin_init(WaitQueue::for_events(), GFP_KERNEL)?;
@@ -102,12 +110,14 @@ impl Device {
                 vectors,
                 removal,
                 mappings,
+                dma,
                 gone: Atomic::new(false),
                 opened: Atomic::new(0),
                 hardware <- Revocable::new(hardware),
                 state <- new_mutex!(State {
                     claims: Claims::new(),
                     areas: Areas::default(),
+                    buffer: None,
                 }),
             }),
             GFP_KERNEL,
@@ -131,12 +141,13 @@ impl Device {
     /// Ends the device. When this returns, nobody will touch the hardware again: not the driver, not a
     /// process.
     ///
-    /// Blocked readers and pollers return, access to mappings is SIGBUS; the host is told and rung after
-    /// that, so that an even epoch says that no process of this VM writes to the region any more.
+    /// Blocked readers and pollers return, access to mappings is SIGBUS, and the DMA buffer is freed; the host is told and
+    /// rung after that, so that an even epoch says that no process of this VM writes to the region any more.
     pub(crate) fn remove(&self) {
         {
-            let _state = self.state.lock();
+            let mut state = self.state.lock();
             self.gone.store(true, Release);
+            self.end_buffer(&mut state);
         }
         self.removal.wake_all();
         // Whoever maps, does so under the lock that was taken above: before that, and is zapped, or after,
@@ -230,6 +241,24 @@ impl Device {
         state
             .claims
             .release(file, |channel, end| self.show_holder(channel, end, None));
+    }
+
+    /// Tells the device of a DMA buffer, its address and size. Whether the device knows of it then.
+    pub(crate) fn tell_buffer(&self, address: u64, size: u32) -> bool {
+        self.hardware
+            .try_access()
+            .is_some_and(|hardware| hardware.tell_buffer(Some((address, size))))
+    }
+
+    /// Ends the DMA buffer, if there is one: first for the device, then for processes, and then it is freed.
+    pub(crate) fn end_buffer(&self, state: &mut State) {
+        if state.buffer.is_none() {
+            return;
+        }
+        if let Some(hardware) = self.hardware.try_access() {
+            hardware.tell_buffer(None);
+        }
+        state.buffer = None;
     }
 
     /// Writes the cache mode of the mappings to the driver's page, unless the device is gone.

@@ -6,6 +6,7 @@
 
 use crate::{
     areas::Manner,
+    buffer,
     chardev::CharDevice,
     claims::FileId,
     compat,
@@ -20,6 +21,7 @@ use crate::{
     signals::Signals,
     wire::uapi::{
         self,
+        Buffer,
         Claim,
         Doorbell,
         Eventfd,
@@ -83,6 +85,10 @@ pub(crate) const OPERATIONS: bindings::file_operations = bindings::file_operatio
 unsafe impl AsBytes for Info {}
 // SAFETY: An array of integers.
 unsafe impl AsBytes for Interrupts {}
+// SAFETY: Four integers, without padding: 24 bytes.
+unsafe impl AsBytes for Buffer {}
+// SAFETY: The same; any bytes are some.
+unsafe impl FromBytes for Buffer {}
 // SAFETY: Two integers; any bytes are some.
 unsafe impl FromBytes for Claim {}
 // SAFETY: Two integers, of any value, as it stands in `uapi.rs`.
@@ -201,6 +207,12 @@ impl OpenFile {
                 let eventfd: Eventfd = user(size_of::<Eventfd>()).reader().read()?;
                 let mut signals = self.signals.lock();
                 signals.set(&self.device, eventfd.vector, eventfd.descriptor)?;
+            }
+            uapi::BUFFER => {
+                check_writable(file)?;
+                let (mut reader, mut writer) = user(size_of::<Buffer>()).reader_writer();
+                let wish: Buffer = reader.read()?;
+                buffer::make(&self.device, wish.size, |made| writer.write(&made))?;
             }
             _ => return Err(ENOTTY),
         }

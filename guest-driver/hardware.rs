@@ -98,6 +98,29 @@ impl Bell {
             Bell::Queue(doorbells) => doorbells.ring(peer, vector),
         }
     }
+
+    /// Tells the device of a DMA buffer, its address and size, or that there is none any more. True if it knows of one then: one that has
+    /// no registers for that never does.
+    fn tell_buffer(&self, buffer: Option<(u64, u32)>) -> bool {
+        let Bell::Register(registers) = self else {
+            return false;
+        };
+        // ivshmem has 0 in both, and a device that was pulled out all ones.
+        if registers.read32(uapi::REGISTER_MAGIC) != uapi::REGISTERS_MAGIC
+            || registers.read32(uapi::REGISTER_FEATURES) & uapi::FEATURE_BUFFER == 0
+        {
+            return false;
+        }
+        if let Some((address, size)) = buffer {
+            // CAST: The halves of it.
+            registers.write32(uapi::REGISTER_BUFFER_LOW, address as u32);
+            registers.write32(uapi::REGISTER_BUFFER_HIGH, (address >> 32) as u32);
+            registers.write32(uapi::REGISTER_BUFFER_SIZE, size);
+        }
+        registers.write32(uapi::REGISTER_BUFFER_CONTROL, u32::from(buffer.is_some()));
+        // Reading also waits until the device has what was written.
+        registers.read32(uapi::REGISTER_BUFFER_CONTROL) == 1
+    }
 }
 
 /// A device that the host has been told of: the driver's epoch is odd. Dropping this tells it the end.
@@ -133,6 +156,11 @@ impl Hardware {
     /// Rings a vector of a peer. Which of the two exist, the caller knows.
     pub(crate) fn ring(&self, peer: u32, vector: u32) {
         self.bell.ring(peer, vector);
+    }
+
+    /// Tells the device of a DMA buffer, its address and size, or of none; whether it knows of one then.
+    pub(crate) fn tell_buffer(&self, buffer: Option<(u64, u32)>) -> bool {
+        self.bell.tell_buffer(buffer)
     }
 
     /// Says who holds one end of a channel: a claim's number and its process, or `None`.

@@ -131,15 +131,12 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
         file.device.check()?;
         // The word that `vm_flags_t` is.
         let [flags, ..] = &mut area.vma_flags.__vma_flags;
-        if *flags & MAYSHARE == 0 || *flags & flags::EXEC != 0 {
-            return Err(EINVAL);
-        }
+        restrict(flags, FLAGS)?;
         let pages = (area.end - area.start) as u64 / PAGE_SIZE;
         let end = (area.pgoff as u64).checked_add(pages).ok_or(EINVAL)?;
         if end > file.device.facts.layout.mappable_size() / PAGE_SIZE {
             return Err(EINVAL);
         }
-        *flags = (*flags | FLAGS) & !flags::MAYEXEC;
         let mut manner = file.manner();
         let mode = file.device.state.lock().areas.mode(manner.cache)?;
         manner.cache = Some(mode);
@@ -149,6 +146,27 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
         area.vm_ops = &AREA_OPERATIONS;
         Ok(0)
     })
+}
+
+/// Adds flags to those of a mapping that is to be made. `EINVAL` if it is private or executable; it never becomes the latter.
+pub(crate) fn restrict(flags: &mut vm_flags_t, more: vm_flags_t) -> Result {
+    if *flags & MAYSHARE == 0 || *flags & flags::EXEC != 0 {
+        return Err(EINVAL);
+    }
+    *flags = (*flags | more) & !flags::MAYEXEC;
+    Ok(())
+}
+
+/// The area of the current process that begins at an address. `EINVAL` if there is none.
+///
+/// # Safety
+///
+/// The caller must be a `mapped` area operation, for as long as it uses the area: the process's `mmap_lock` is taken for writing then.
+pub(crate) unsafe fn mapped_area(start: c_ulong) -> Result<*mut bindings::vm_area_struct> {
+    let mm = current!().mm().ok_or(EINVAL)?.as_raw();
+    // SAFETY: By this function's contract the lock is taken.
+    let area = NonNull::new(unsafe { bindings::vma_lookup(mm, start) });
+    Ok(area.ok_or(EINVAL)?.as_ptr())
 }
 
 /// The `mapped` area operation: makes the page table entries of an area that [`prepare`] described. On an
@@ -181,11 +199,8 @@ unsafe extern "C" fn mapped(
         if state.areas.have_touched() {
             device.mappings.zap();
         }
-        let mm = current!().mm().ok_or(EINVAL)?.as_raw();
-        // SAFETY: The kernel calls this with the `mmap_lock` of the current task's memory taken for writing.
-        let area = NonNull::new(unsafe { bindings::vma_lookup(mm, start) })
-            .ok_or(EINVAL)?
-            .as_ptr();
+        // SAFETY: This is that operation.
+        let area = unsafe { mapped_area(start)? };
         let frame = device.facts.region / PAGE_SIZE + page as u64;
         // SAFETY: The area is valid and nobody else's under that lock, it is all of what is mapped, and
         // `prepare` has seen to it that the frames are of the device's region. Whoever is given them

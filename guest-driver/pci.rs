@@ -27,6 +27,10 @@ use kernel::{
         Bound,
         Core, //
     },
+    dma::{
+        Device as _,
+        DmaMask, //
+    },
     pci,
     prelude::*, //
 };
@@ -112,6 +116,8 @@ impl<'bound> Enabled<'bound> {
     /// Enables a device; the error is the PCI core's.
     fn new(pdev: &'bound pci::Device<Core<'_>>) -> Result<Self> {
         pdev.enable_device_mem()?;
+        // SAFETY: Nothing is allocated for DMA before the device is probed.
+        unsafe { pdev.dma_set_mask_and_coherent(DmaMask::new::<64>())? };
         pdev.set_master();
         Ok(Enabled(pdev))
     }

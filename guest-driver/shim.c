@@ -20,12 +20,14 @@
 int barlink_number_alloc(void);
 void barlink_number_free(int number);
 u32 barlink_pci_address(struct device *dev);
+struct device *barlink_dma_device(struct device *dev);
 void barlink_lock_init(spinlock_t *lock);
 unsigned long barlink_lock(spinlock_t *lock);
 void barlink_unlock(spinlock_t *lock, unsigned long flags);
 void barlink_init_event_queue(struct wait_queue_head *queue);
 void barlink_init_sleeper_queue(struct wait_queue_head *queue);
 struct file *barlink_anon_file(void);
+struct file *barlink_buffer_file(const struct file_operations *operations, void *private);
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot);
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address);
 
@@ -69,6 +71,11 @@ u32 barlink_pci_address(struct device *dev)
 	return 0;
 }
 
+struct device *barlink_dma_device(struct device *dev)
+{
+	return dev_is_pci(dev) || !dev->parent ? dev : dev->parent;
+}
+
 void barlink_lock_init(spinlock_t *lock)
 {
 	spin_lock_init(lock);
@@ -101,6 +108,11 @@ void barlink_init_sleeper_queue(struct wait_queue_head *queue)
 struct file *barlink_anon_file(void)
 {
 	return anon_inode_create_getfile("barlink", &generic_ro_fops, NULL, O_RDONLY, NULL);
+}
+
+struct file *barlink_buffer_file(const struct file_operations *operations, void *private)
+{
+	return anon_inode_create_getfile("barlink-buffer", operations, private, O_RDWR, NULL);
 }
 
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot)

@@ -6,7 +6,8 @@ use kernel::{
     bindings,
     device::{
         Bound,
-        Device, //
+        Device,
+        DeviceContext, //
     },
     ffi::{
         c_int,
@@ -14,10 +15,11 @@ use kernel::{
         c_ulong,
         c_void, //
     },
+    sync::aref::ARef, //
 };
 
 /// The C side of a device.
-pub(crate) fn raw(dev: &Device<Bound>) -> *mut bindings::device {
+pub(crate) fn raw<Context: DeviceContext>(dev: &Device<Context>) -> *mut bindings::device {
     // `Device` is a transparent wrapper of an `Opaque<device>`.
     core::ptr::from_ref(dev).cast_mut().cast()
 }
@@ -26,6 +28,13 @@ pub(crate) fn raw(dev: &Device<Bound>) -> *mut bindings::device {
 pub(crate) fn pci_address(dev: &Device<Bound>) -> u32 {
     // SAFETY: The device is valid, being bound, and so are those above it.
     unsafe { barlink_pci_address(raw(dev)) }
+}
+
+/// The device that reads and writes memory for a device: itself if it is PCI's, and else what it is part of, as a virtio device is. It has a
+/// driver for as long as that one has.
+pub(crate) fn dma_device(dev: &Device<Bound>) -> ARef<Device> {
+    // SAFETY: The device is valid, being bound, and so is the one above it, of which this takes a reference.
+    unsafe { Device::get_device(barlink_dma_device(raw(dev))) }
 }
 
 /// `struct virtio_device` (`include/linux/virtio.h`), which is always behind a pointer.
@@ -62,6 +71,9 @@ extern "C" {
     /// function` (`pci_domain_nr` and `pci_dev_id`, `include/linux/pci.h`); 0 if none has. `dev` must be valid.
     fn barlink_pci_address(dev: *mut bindings::device) -> u32;
 
+    /// The device itself if it is PCI's, else the one above it, if there is one. `dev` must be valid.
+    fn barlink_dma_device(dev: *mut bindings::device) -> *mut bindings::device;
+
     /// Initialises a lock (`spin_lock_init`, `include/linux/spinlock.h`). `lock` must be writable, and must not move
     /// afterwards.
     pub(crate) fn barlink_lock_init(lock: *mut bindings::spinlock_t);
@@ -85,6 +97,13 @@ extern "C" {
     /// (`anon_inode_create_getfile`, `include/linux/anon_inodes.h`). It ends with `fput`; all of its
     /// operations are the core kernel's, so it may end after this module. May sleep.
     pub(crate) fn barlink_anon_file() -> *mut bindings::file;
+
+    /// Makes a file for reading and writing, with an inode, and so an address space, of its own, or gives an error pointer (as above). On
+    /// success `private` is its `private_data`, and its module stays until it has ended. May sleep.
+    pub(crate) fn barlink_buffer_file(
+        operations: *const bindings::file_operations,
+        private: *mut c_void,
+    ) -> *mut bindings::file;
 
     /// The same protection with a cache mode, by the number of a [`crate::wire::uapi::CacheMode`] that can be asked for: `pgprot_noncached`
     /// or `pgprot_writecombine` (`arch/x86/include/asm/pgtable.h`), or as it is. Where the architecture has no such mode it is the next

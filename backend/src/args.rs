@@ -57,8 +57,11 @@ pub enum Command {
                             q, Esc, Ctrl-C                          quit"
     )]
     Inspect(Inspect),
-    /// Print bytes of the raw window
-    #[command(after_help = "Example:\n  barlink peek --length 64\n  barlink peek --raw --length 5")]
+    /// Print bytes of the raw window, or of a guest's own memory
+    #[command(
+        after_help = "Example:\n  barlink peek --length 64\n  barlink peek --raw --length 5\n  \
+                            barlink peek --guest 0 --buffer    # in the guest: date | barlink-guest buffer"
+    )]
     Peek(Peek),
     /// Write bytes into the raw window
     #[command(after_help = "Example:\n  barlink poke hello\n  barlink poke --at 4K < image.bin")]
@@ -221,6 +224,9 @@ pub struct Peek {
     /// Read the guest's own memory instead, of the VM in this slot; OFFSET is a guest-physical address
     #[arg(long, value_name = "SLOT", conflicts_with = "region")]
     pub guest: Option<u32>,
+    /// Count OFFSET from the begin of that guest's DMA buffer, of which its driver has told the device
+    #[arg(long, requires = "guest")]
+    pub buffer: bool,
     #[command(flatten)]
     pub peek: place::Peek,
     #[command(flatten)]

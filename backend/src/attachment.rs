@@ -149,14 +149,27 @@ impl Attachment {
     /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on. The guest can change them
     /// meanwhile.
     pub fn read_guest(&self, slot: u32, address: u64, bytes: &mut [u8]) -> Result<(), AttachError> {
-        let mut address = address;
+        self.copy(bytes, |start, length| Ask::ReadGuest {
+            slot,
+            address: address.saturating_add(start),
+            length,
+        })
+    }
+
+    /// Copies bytes out of the DMA buffer of a slot's guest, from an offset on, likewise.
+    pub fn read_buffer(&self, slot: u32, offset: u64, bytes: &mut [u8]) -> Result<(), AttachError> {
+        self.copy(bytes, |start, length| Ask::ReadBuffer {
+            slot,
+            offset: offset.saturating_add(start),
+            length,
+        })
+    }
+
+    /// Copies bytes, as many as fit into an answer at a time.
+    fn copy(&self, bytes: &mut [u8], ask: impl Fn(u64, usize) -> Ask) -> Result<(), AttachError> {
+        let mut start = 0;
         for part in bytes.chunks_mut(MAX_COPY) {
-            let ask = Ask::ReadGuest {
-                slot,
-                address,
-                length: part.len(),
-            };
-            match self.control.ask(ask)? {
+            match self.control.ask(ask(start, part.len()))? {
                 (Answer::Bytes(text), _) => {
                     let copy = BASE64_STANDARD.decode(text).ok();
                     let copy = copy.filter(|copy| copy.len() == part.len());
@@ -171,7 +184,7 @@ impl Attachment {
                         .into());
                 }
             }
-            address = address.saturating_add(part.len() as u64);
+            start += part.len() as u64;
         }
         Ok(())
     }

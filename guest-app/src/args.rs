@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use barlink_cli::size::parse_size;
 use barlink_cli::{place, stream};
 use barlink_guest::Cache;
 use clap::{Args, Parser, Subcommand};
@@ -33,7 +34,8 @@ Exit codes:
   1    it failed: the last line says what, on what, and what to do
   2    the command line is wrong
   3    there is no device, or it is gone
-  4    somebody else holds that end of the channel, or has the device mapped in another cache mode
+  4    somebody else holds that end of the channel, or has the device mapped in another cache mode,
+       or has its DMA buffer
   5    the stream ended early: its sender left before its end
   130  interrupted by Ctrl-C";
 
@@ -61,6 +63,11 @@ pub enum Command {
         after_help = "Example:\n  barlink-guest telemetry --seconds 10    # on the host: barlink recv"
     )]
     Telemetry(Telemetry),
+    /// Fill a DMA buffer, memory of this guest that the device can reach, say where it is, and keep it until interrupted
+    #[command(
+        after_help = "Example:\n  date | barlink-guest buffer    # on the host: barlink peek --guest 0 --buffer"
+    )]
+    Buffer(Buffer),
     /// Print bytes of the raw window
     #[command(
         after_help = "Example:\n  barlink-guest peek --length 64\n  barlink-guest peek --raw --length 5"
@@ -104,6 +111,16 @@ pub struct Echo {
     /// The channel to write
     #[arg(long, default_value = "up")]
     pub to: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Buffer {
+    /// Bytes in the buffer, whole pages; K and M are powers of 1024
+    #[arg(long, default_value = "64K", value_parser = parse_size)]
+    pub size: u64,
+    /// What to fill it with; standard input if not given
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

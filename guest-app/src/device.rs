@@ -8,13 +8,15 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use barlink_protocol::wire::layout::{End, Layout, LayoutError};
+use barlink_protocol::wire::layout::{End, Layout, LayoutError, PAGE_SIZE};
 use barlink_protocol::wire::uapi::{self, Info};
 use barlink_protocol::{ChannelError, state};
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl};
 
+use crate::buffer::Buffer;
 use crate::cache::{Cache, Choice};
 use crate::events::{EventError, Interrupts};
 use crate::mapping::{Mapping, Region};
@@ -78,6 +80,26 @@ pub enum DeviceError {
         process: String,
         /// The mode that it has.
         mode: &'static str,
+    },
+    /// No DMA buffer is of that size.
+    #[error("{size} bytes are no DMA buffer: take whole pages of {page} bytes, {most} bytes at the most", page = PAGE_SIZE, most = uapi::MAX_BUFFER)]
+    BufferSize {
+        /// The size.
+        size: u64,
+    },
+    /// The device has a DMA buffer already.
+    #[error(
+        "{path} has a DMA buffer already, and can have one at a time: end the process that made it"
+    )]
+    BufferTaken {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The driver is older than that.
+    #[error("the driver of {path} knows no DMA buffers: load that of this release")]
+    NoBuffers {
+        /// The path.
+        path: PathBuf,
     },
     /// A system call failed.
     #[error("cannot {what} {path}")]
@@ -201,6 +223,31 @@ impl Device {
     /// The region's words, without the drivers' pages at its end.
     pub fn region(&self) -> Region {
         self.mapping.region(self.granted)
+    }
+
+    /// Waits until the device is gone, unbound or unplugged: its mappings have lost their memory then.
+    pub fn wait_until_gone(&self) -> Result<(), DeviceError> {
+        // Of all events these two alone come unasked.
+        let mut files = [PollFd::new(&self.file, PollFlags::empty())];
+        loop {
+            match rustix::event::poll(&mut files, None) {
+                Ok(0) | Err(Errno::INTR) => (),
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(system("wait for", &self.path, error)),
+            }
+        }
+    }
+
+    /// Has the driver allocate memory that the device can reach by DMA: whole pages, [`uapi::MAX_BUFFER`] bytes at the most. A device has one such
+    /// buffer at a time.
+    pub fn buffer(&self, size: u64) -> Result<Buffer, DeviceError> {
+        let path = || self.path.clone();
+        Buffer::new(&self.file, size).map_err(|error| match error {
+            Errno::INVAL => DeviceError::BufferSize { size },
+            Errno::BUSY => DeviceError::BufferTaken { path: path() },
+            Errno::NOTTY => DeviceError::NoBuffers { path: path() },
+            error => system("make a DMA buffer of", &self.path, error),
+        })
     }
 
     /// Claims the producer's end of a channel, for as long as the sender lives.

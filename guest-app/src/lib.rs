@@ -17,12 +17,14 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod buffer;
 mod cache;
 mod device;
 mod events;
 mod mapping;
 
 pub use barlink_protocol as protocol;
+pub use buffer::Buffer;
 pub use cache::{Cache, Choice};
 pub use device::{Device, DeviceError, Receiver, Sender};
 pub use events::{EventError, Interrupts};

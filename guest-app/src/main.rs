@@ -27,7 +27,11 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             Some(DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. }) => {
                 return gone::CODE;
             }
-            Some(DeviceError::Held { .. } | DeviceError::OtherCache { .. }) => return 4,
+            Some(
+                DeviceError::Held { .. }
+                | DeviceError::OtherCache { .. }
+                | DeviceError::BufferTaken { .. },
+            ) => return 4,
             _ => (),
         }
         if let Some(EventError::Gone) = cause.downcast_ref() {

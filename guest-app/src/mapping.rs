@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::ops::Deref;
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -21,7 +22,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 /// A region in this process.
 pub type Region = region::Region<Mapping>;
 
-/// The region, without the drivers' pages, mapped shared. Derefs to its words; clones share it.
+/// The region, without the drivers' pages, or a DMA buffer, mapped shared. Derefs to its words; clones share it.
 #[derive(Clone, Debug)]
 pub struct Mapping(Arc<Pages>);
 
@@ -47,6 +48,11 @@ impl Mapping {
         };
         // SAFETY: `MAP` takes a `Map`, and reads it during the call.
         unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }?;
+        Self::plain(file, size)
+    }
+
+    /// Maps the first bytes of a file of the driver as it does by itself.
+    pub(crate) fn plain(file: impl AsFd, size: usize) -> Result<Self, Errno> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the kernel chooses the address, so no memory of this process is replaced.
         let start = unsafe {

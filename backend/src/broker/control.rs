@@ -17,7 +17,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::limit::{Account, COMING_AND_GOING, LOST, REFUSED, TURNED_AWAY, limited};
 use super::shared::ClientId;
 use super::store::name;
-use super::{Listener, PAUSE, Peer, Shared, Wish, handover};
+use super::{Listener, PAUSE, Peer, Place, Shared, Wish, handover};
 use crate::control::message::{
     Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
@@ -251,7 +251,15 @@ fn hear(client: &mut Client, id: ClientId, shared: &Shared, buffer: &mut [u8; MA
             slot,
             address,
             length,
-        }) => match wish(client, shared, slot, address, length) {
+        }) => match wish(client, shared, slot, Place::Address(address), length) {
+            Ok(()) => return Next::Stays,
+            Err(refusal) => Err(refusal),
+        },
+        Ok(Ask::ReadBuffer {
+            slot,
+            offset,
+            length,
+        }) => match wish(client, shared, slot, Place::Buffer(offset), length) {
             Ok(()) => return Next::Stays,
             Err(refusal) => Err(refusal),
         },
@@ -279,7 +287,7 @@ fn wish(
     client: &Client,
     shared: &Shared,
     slot: u32,
-    address: u64,
+    place: Place,
     length: usize,
 ) -> Result<(), Refusal> {
     if !shared.policy().is_owner(client.peer) {
@@ -289,7 +297,7 @@ fn wish(
         return Err(Refusal::MuchData(length));
     }
     let app = Arc::clone(&client.socket);
-    shared.post(slot, Wish::new(app, address, length))
+    shared.post(slot, Wish::new(app, place, length))
 }
 
 /// Answers a client, which does not wait for it to listen.
@@ -346,7 +354,9 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
             Ok((Answer::Done, Vec::new()))
         }
         // These are heard elsewhere, and the last only by a broker that hands over.
-        Ask::HandOver | Ask::ReadGuest { .. } | Ask::Retire => Err(Refusal::Busy),
+        Ask::HandOver | Ask::ReadGuest { .. } | Ask::ReadBuffer { .. } | Ask::Retire => {
+            Err(Refusal::Busy)
+        }
         Ask::Status => Ok((Answer::Status(shared.status()), Vec::new())),
         Ask::Reset { channel } => {
             let generation = shared.reset(channel)?;

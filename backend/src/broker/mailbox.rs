@@ -16,23 +16,28 @@ use crate::control::packet::PacketSocket;
 /// Most requests that wait for one VM: more than there are host apps, of which each waits for its answer.
 const MAX_WAITING: usize = 128;
 
+/// A place in a guest's own memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A guest-physical address.
+    Address(u64),
+    /// An offset in the DMA buffer that the guest's driver told the device of.
+    Buffer(u64),
+}
+
 /// A host app's wish for bytes.
 pub struct Wish {
     app: Arc<PacketSocket>,
-    /// Guest-physical address.
-    pub address: u64,
+    /// Where.
+    pub place: Place,
     /// Bytes, no more than fit into an answer.
     pub length: usize,
 }
 
 impl Wish {
     /// The wish of the host app at the other end of a socket.
-    pub fn new(app: Arc<PacketSocket>, address: u64, length: usize) -> Self {
-        Wish {
-            app,
-            address,
-            length,
-        }
+    pub fn new(app: Arc<PacketSocket>, place: Place, length: usize) -> Self {
+        Wish { app, place, length }
     }
 
     /// Tells the host app.

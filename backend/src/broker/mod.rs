@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use control::End;
-pub use mailbox::Wish;
+pub use mailbox::{Place, Wish};
 pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
 pub use policy::{Peer, Policy};
 pub use shared::Shared;

@@ -22,7 +22,7 @@ use super::store::{DescriptorStore, name};
 use super::{Peer, Policy};
 use crate::bell::Bell;
 use crate::control::message::{
-    ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
+    BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
 };
 use crate::memory::{Access, Region};
 use crate::transport::Transport;
@@ -270,6 +270,15 @@ impl Shared {
         let slot = state.slots.get_mut(slot as usize);
         if let Some(vm) = slot.and_then(|slot| slot.vm.as_mut()) {
             vm.guest_memory = Some(status);
+        }
+    }
+
+    /// Notes which DMA buffer a slot's guest has.
+    pub fn set_buffer(&self, slot: u32, buffer: Option<BufferStatus>) {
+        let mut state = self.lock();
+        let slot = state.slots.get_mut(slot as usize);
+        if let Some(vm) = slot.and_then(|slot| slot.vm.as_mut()) {
+            vm.buffer = buffer;
         }
     }
 

@@ -13,7 +13,7 @@ use super::ledger::Greeting;
 use super::mailbox::{Mailbox, Wish};
 use super::store::{Kept, name};
 use crate::bell::Bell;
-use crate::control::message::{GuestMemoryStatus, Refusal};
+use crate::control::message::{BufferStatus, GuestMemoryStatus, Refusal};
 use crate::memory::{Access, Region};
 
 /// The connection of a slot's VM, for the threads of a library that serves it.
@@ -167,6 +167,11 @@ impl Slot {
     /// Tells who asks how much of the guest's own memory there is.
     pub fn tell_guest_memory(&self, status: GuestMemoryStatus) {
         self.shared.set_guest_memory(self.id, status);
+    }
+
+    /// Tells who asks which DMA buffer the guest has.
+    pub fn tell_buffer(&self, buffer: Option<BufferStatus>) {
+        self.shared.set_buffer(self.id, buffer);
     }
 
     /// Rings when a host app wants something of the VM.

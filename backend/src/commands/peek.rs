@@ -21,7 +21,11 @@ pub fn peek(args: &Peek) -> Result<()> {
         let start = bytes.len();
         bytes.resize(length.min(start + MAX_COPY), 0);
         let address = args.peek.place.at.saturating_add(start as u64);
-        attachment.read_guest(slot, address, &mut bytes[start..])?;
+        let part = &mut bytes[start..];
+        match args.buffer {
+            true => attachment.read_buffer(slot, address, part)?,
+            false => attachment.read_guest(slot, address, part)?,
+        }
     }
     place::show(&bytes, &args.peek)
 }

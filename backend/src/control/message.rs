@@ -90,6 +90,15 @@ pub enum Ask {
         /// Bytes, at most [`MAX_COPY`].
         length: usize,
     },
+    /// A copy of the DMA buffer of a slot's guest: answered by [`Answer::Bytes`].
+    ReadBuffer {
+        /// The slot.
+        slot: u32,
+        /// Offset in the buffer.
+        offset: u64,
+        /// Bytes, at most [`MAX_COPY`].
+        length: usize,
+    },
     /// All that the broker is made of, for another broker of the same user: answered by [`Answer::Inheritance`], until
     /// one is the last.
     HandOver,
@@ -229,6 +238,21 @@ pub enum Refusal {
         address: u64,
         /// Bytes.
         length: usize,
+    },
+    /// The guest has no DMA buffer that its device knows of.
+    #[error("slot {0}'s guest has no DMA buffer: `barlink-guest buffer` makes one there")]
+    NoBuffer(u32),
+    /// It is not as large as that.
+    #[error(
+        "{length} bytes at {offset:#x} leave the guest's DMA buffer, which has {size} bytes: take no more, or a smaller --at"
+    )]
+    OutsideBuffer {
+        /// Offset in the buffer.
+        offset: u64,
+        /// Bytes.
+        length: usize,
+        /// Bytes in the buffer.
+        size: u64,
     },
     /// Only the broker's own user sees what is in a guest's memory.
     #[error("only the broker's own user reads a guest's memory")]
@@ -430,6 +454,18 @@ pub struct VmStatus {
     /// What there is of the guest's own memory, with `--guest-memory`.
     #[serde(default)]
     pub guest_memory: Option<GuestMemoryStatus>,
+    /// The guest's DMA buffer, if the device knows of one.
+    #[serde(default)]
+    pub buffer: Option<BufferStatus>,
+}
+
+/// A DMA buffer in a guest's own memory, as its driver tells of it: whole pages that end somewhere, of which nothing else is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BufferStatus {
+    /// DMA address: guest-physical, unless the guest has an IOMMU.
+    pub address: u64,
+    /// Bytes.
+    pub size: u64,
 }
 
 /// What a VMM has told of its guest's own memory.
@@ -449,6 +485,7 @@ impl VmStatus {
             uid: vmm.uid,
             connection,
             guest_memory: None,
+            buffer: None,
         }
     }
 }

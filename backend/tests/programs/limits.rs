@@ -93,6 +93,11 @@ fn no_request_floods_the_log() {
             address: 0,
             length: 1,
         },
+        Ask::ReadBuffer {
+            slot: 0,
+            offset: 0,
+            length: 1,
+        },
         Ask::Status,
         Ask::HandOver,
         Ask::Retire,
@@ -101,7 +106,11 @@ fn no_request_floods_the_log() {
     for ask in &asks {
         match ask {
             Ask::Attach { .. } | Ask::Claim { .. } | Ask::Release { .. } | Ask::Reset { .. } => (),
-            Ask::ReadGuest { .. } | Ask::Status | Ask::HandOver | Ask::Retire => (),
+            Ask::ReadGuest { .. }
+            | Ask::ReadBuffer { .. }
+            | Ask::Status
+            | Ask::HandOver
+            | Ask::Retire => (),
         }
     }
     // A service, so that it refuses to hand over, as it refuses others than its own user.

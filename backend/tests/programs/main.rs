@@ -17,6 +17,7 @@ mod streams;
 mod support;
 mod terminal;
 mod vfio_user;
+mod vfio_user_buffer;
 mod vfio_user_client;
 mod vfio_user_guest;
 mod vfio_user_hostile;

@@ -8,13 +8,13 @@
 )]
 
 use std::ffi::{c_int, c_void};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::{mem, ptr};
 
 use barlink_protocol::wire::layout::PAGE_SIZE;
-use barlink_protocol::wire::uapi::{self, Claim, Doorbell, Eventfd, Info, Map};
+use barlink_protocol::wire::uapi::{self, Buffer, Claim, Doorbell, Eventfd, Info, Map};
 use rustix::io::{Errno, Result};
-use rustix::ioctl::{Getter, Setter, ioctl};
+use rustix::ioctl::{Getter, Setter, Updater, ioctl};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, MsyncFlags, ProtFlags};
 use rustix::process::{Pid, Signal};
 
@@ -46,6 +46,19 @@ pub(crate) fn map_as(file: BorrowedFd<'_>, map: Map) -> Result<()> {
 pub(crate) fn signal(file: BorrowedFd<'_>, eventfd: Eventfd) -> Result<()> {
     // SAFETY: The ioctl reads an `Eventfd`.
     unsafe { ioctl(file, Setter::<{ uapi::EVENTFD }, _>::new(eventfd)) }
+}
+
+/// [`uapi::BUFFER`], with the buffer's file.
+pub(crate) fn buffer(file: BorrowedFd<'_>, size: u64) -> Result<(OwnedFd, Buffer)> {
+    let mut buffer = Buffer {
+        size,
+        ..Buffer::default()
+    };
+    // SAFETY: The ioctl reads and writes a `Buffer`, and gives a descriptor that is nobody's yet.
+    unsafe {
+        ioctl(file, Updater::<{ uapi::BUFFER }, _>::new(&mut buffer))?;
+        Ok((OwnedFd::from_raw_fd(buffer.descriptor), buffer))
+    }
 }
 
 /// The ioctl with this number, with a null pointer for its argument.

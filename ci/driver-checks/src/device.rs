@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::layout::{End, MAX_VECTORS};
-use barlink_protocol::wire::uapi::{Claim, Doorbell, Eventfd, Info, Interrupts, Map};
+use barlink_protocol::wire::uapi::{Buffer, Claim, Doorbell, Eventfd, Info, Interrupts, Map};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, Result};
@@ -49,7 +49,7 @@ pub(crate) fn fails<T>(result: Result<T>, wanted: Errno) {
     assert_eq!(result.err(), Some(wanted));
 }
 
-/// An open file of a device.
+/// An open file of a device, or of its DMA buffer.
 #[derive(Debug)]
 pub(crate) struct Device(OwnedFd);
 
@@ -93,6 +93,12 @@ impl Device {
     /// Sets the eventfd of a vector.
     pub(crate) fn signal(&self, eventfd: Eventfd) -> Result<()> {
         calls::signal(self.as_fd(), eventfd)
+    }
+
+    /// Makes the DMA buffer: its file, and what the driver says of it.
+    pub(crate) fn buffer(&self, size: u64) -> Result<(Self, Buffer)> {
+        let (file, buffer) = calls::buffer(self.as_fd(), size)?;
+        Ok((Device(file), buffer))
     }
 
     /// The ioctl with this number, on address 0.

@@ -1,5 +1,6 @@
 //! barlink's own device on stock QEMU: driven by hand, without a guest, and with messages counted.
 
+mod buffer;
 mod relay;
 mod under_way;
 

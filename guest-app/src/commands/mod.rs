@@ -2,6 +2,7 @@
 
 //! One file a command, or a pair of them.
 
+mod buffer;
 mod info;
 mod stream;
 mod telemetry;
@@ -26,6 +27,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Recv(args) => stream::recv(&device, args),
         Command::Echo(args) => stream::echo(&device, args),
         Command::Telemetry(args) => telemetry::telemetry(&device, args),
+        Command::Buffer(args) => buffer::buffer(&device, args),
         Command::Peek(args) => place::peek(&device.region(), device.layout(), args),
         Command::Poke(args) => place::poke(&device.region(), device.layout(), args),
     }

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `open` | a file of its own: its claims end with it, and its interrupts are counted for it alone |
 //! | `mmap` | shared, not executable, any pages of the region but the drivers' own at its end; as [`MAP`] was last told, else noncached, at once |
-//! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`], [`MAP`], [`EVENTFD`] |
+//! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`], [`MAP`], [`EVENTFD`], [`BUFFER`] |
 //! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`]; `EOPNOTSUPP` if there are none |
 //! | `poll` | readable when `read` would not wait; `POLLHUP` and `POLLERR` once the device is gone |
 //!
@@ -27,11 +27,31 @@ pub const BAR_REGISTERS: u32 = 0;
 /// The BAR that is the region.
 pub const BAR_REGION: u32 = 2;
 /// Bytes of the register BAR that the driver uses.
-pub const REGISTERS_SIZE: usize = 16;
+pub const REGISTERS_SIZE: usize = 0x38;
 /// Register that holds this device's own ID; 32 bits, read-only (ivshmem-spec, "Device Specification").
 pub const REGISTER_ID: usize = 8;
 /// Register that rings by a [`doorbell_message`]; 32 bits, write-only (ivshmem-spec).
 pub const REGISTER_DOORBELL: usize = 12;
+/// Register that holds [`REGISTERS_MAGIC`] if what follows is there: barlink's own, where ivshmem reads 0 and takes no writes; 32 bits each.
+pub const REGISTER_MAGIC: usize = 0x10;
+/// "barl".
+pub const REGISTERS_MAGIC: u32 = u32::from_le_bytes(*b"barl");
+/// Register with bits of `FEATURE_`.
+pub const REGISTER_FEATURES: usize = 0x18;
+/// The feature that the host sees resets.
+pub const FEATURE_RESET: u32 = 1;
+/// The feature that the host can copy guest memory that is shared with it.
+pub const FEATURE_GUEST_MEMORY: u32 = 2;
+/// The feature that the device can be told of a [`BUFFER`], by the registers that follow.
+pub const FEATURE_BUFFER: u32 = 4;
+/// Lower half of the buffer's DMA address.
+pub const REGISTER_BUFFER_LOW: usize = 0x28;
+/// Upper half of it.
+pub const REGISTER_BUFFER_HIGH: usize = 0x2c;
+/// The buffer's size, in bytes.
+pub const REGISTER_BUFFER_SIZE: usize = 0x30;
+/// Written 1: there is a buffer, as the three above say; 0: there is none. Reads whether the device knows of one.
+pub const REGISTER_BUFFER_CONTROL: usize = 0x34;
 
 /// What rings a vector of a peer, both below 65536, as a device's doorbell takes it; higher bits of `vector` are dropped.
 pub const fn doorbell_message(peer: u32, vector: u32) -> u32 {
@@ -63,6 +83,16 @@ pub const MAP: u32 = ioctl(WRITE, 3, size_of::<Map>());
 ///
 /// It replaces the one that this file had for that vector. `EINVAL`: no such vector, or no eventfd. `EBADF`: no open descriptor.
 pub const EVENTFD: u32 = ioctl(WRITE, 4, size_of::<Eventfd>());
+
+/// `_IOWR(0xbb, 5, Buffer)`: allocates memory that the device can reach by DMA, zeroed, and gives a file to map it with.
+///
+/// `mmap` of that file takes what it takes of the region, up to the buffer's size, and maps it as memory, write-back; the file has no other
+/// calls. The buffer ends with its file, that is with the last descriptor and mapping of it, or with the device.
+/// `EINVAL`: not of whole pages, or not 1 page to [`MAX_BUFFER`]. `EBUSY`: the device has a buffer. `EBADF`: the file is not open for
+/// writing. `ENOMEM`: no such memory in one piece.
+pub const BUFFER: u32 = ioctl(WRITE | READ, 5, size_of::<Buffer>());
+/// Most bytes of a [`BUFFER`]: what a kernel can allocate in one piece.
+pub const MAX_BUFFER: u64 = 4 << 20;
 
 const WRITE: u32 = 1;
 const READ: u32 = 2;
@@ -148,6 +178,20 @@ pub struct Doorbell {
     pub vector: u32,
 }
 
+/// Argument of [`BUFFER`], and answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Buffer {
+    /// Bytes. Given by the program, as is nothing else.
+    pub size: u64,
+    /// DMA address: where the device finds the buffer. The guest-physical address, unless the guest has an IOMMU.
+    pub address: u64,
+    /// Descriptor of the buffer's file.
+    pub descriptor: i32,
+    /// 1 if the device was told of the buffer, which only barlink's own can be ([`FEATURE_BUFFER`]); else 0.
+    pub told: u32,
+}
+
 /// What `read` gives: a bit for each vector that has fired since this file's last `read`.
 ///
 /// Vector `v` is bit `v % 64` of word `v / 64`. A shorter buffer is `EINVAL`.
@@ -217,5 +261,6 @@ const _: () = assert!(core::mem::offset_of!(Info, epoch) == 40);
 const _: () = assert!(size_of::<Claim>() == 8);
 const _: () = assert!(size_of::<Map>() == 8);
 const _: () = assert!(size_of::<Eventfd>() == 8);
+const _: () = assert!(size_of::<Buffer>() == 24);
 const _: () = assert!(size_of::<Doorbell>() == 8);
 const _: () = assert!(size_of::<Interrupts>() == 32);

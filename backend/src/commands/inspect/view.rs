@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::iter;
 use std::time::Duration;
 
-use barlink::control::message::GuestMemoryStatus;
+use barlink::control::message::{BufferStatus, GuestMemoryStatus};
 use barlink_cli::cache::Cache;
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 
@@ -95,11 +95,12 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
         let vm = match &slot.vm {
             None => "no VM".to_owned(),
             Some(vm) => format!(
-                "VM process {} of user {}, connection {}{}",
+                "VM process {} of user {}, connection {}{}{}",
                 vm.pid,
                 vm.uid,
                 vm.connection,
-                vm.guest_memory.map(guest_memory).unwrap_or_default()
+                vm.guest_memory.map(guest_memory).unwrap_or_default(),
+                vm.buffer.map(buffer).unwrap_or_default()
             ),
         };
         let driver = if guest.present {
@@ -139,6 +140,12 @@ fn guest_memory(status: GuestMemoryStatus) -> String {
             BinaryBytes(bytes)
         ),
     }
+}
+
+/// A guest's DMA buffer.
+fn buffer(buffer: BufferStatus) -> String {
+    let size = BinaryBytes(buffer.size);
+    format!(", DMA buffer of {size} at {:#x}", buffer.address)
 }
 
 /// A row for a channel, under [`CHANNEL_COLUMNS`].

@@ -4,8 +4,10 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use barlink_protocol::wire::uapi::{BAR_REGION, BAR_REGISTERS};
-use log::debug;
+use barlink_protocol::wire::uapi::{
+    BAR_REGION, BAR_REGISTERS, FEATURE_BUFFER, FEATURE_GUEST_MEMORY, FEATURE_RESET,
+};
+use log::{debug, warn};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_IRQ_INFO_EVENTFD,
     VFIO_IRQ_INFO_NORESIZE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
@@ -18,13 +20,13 @@ use super::config::{self, BAR_INTERRUPTS, INTERRUPT_BAR, REGISTER_BAR, WriteMask
 use super::guest_memory::{GuestMemory, MAX_RANGES, Range};
 use super::interrupts::Interrupts;
 use super::memory::{Memory, TABLE_ENTRY};
-use super::registers::{FEATURE_GUEST_MEMORY, FEATURE_RESET, Order, Registers, orders};
+use super::registers::{Draft, Order, Registers, orders};
 use super::request::{Fault, Request, Signal};
 use super::stream::Message;
 use super::version;
 use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply, command};
-use crate::broker::{Slot, Wish};
-use crate::control::message::{Answer, Refusal};
+use crate::broker::{Place, Slot, Wish};
+use crate::control::message::{Answer, BufferStatus, Refusal};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
@@ -39,6 +41,8 @@ pub struct Device<'a> {
     mask: WriteMask,
     /// Where it is asked for.
     guest: Option<GuestMemory<'a>>,
+    /// It was said that what the guest tells is no buffer.
+    said_no_buffer: bool,
 }
 
 /// A descriptor that goes with a reply, if one does.
@@ -51,15 +55,19 @@ impl<'a> Device<'a> {
             true => Some(GuestMemory::new(slot, memory)),
             false => {
                 GuestMemory::let_go(slot, memory);
+                // Nobody keeps it up to date either.
+                memory.set_buffer(None);
                 None
             }
         };
+        slot.tell_buffer(memory.buffer());
         Device {
             slot,
             memory,
             interrupts: Interrupts::new(slot, memory),
             mask: WriteMask::new(slot.region_size()),
             guest,
+            said_no_buffer: false,
         }
     }
 
@@ -70,18 +78,37 @@ impl<'a> Device<'a> {
 
     /// Gives a host app what it wants.
     pub fn grant(&self, wish: Wish) {
-        let Some(guest) = &self.guest else {
-            return wish.answer(Answer::Refused(Refusal::NoGuestMemory(self.slot.id())));
-        };
-        let mut bytes = vec![0; wish.length];
-        let answer = match guest.read(wish.address, &mut bytes) {
-            Ok(()) => Answer::Bytes(BASE64_STANDARD.encode(bytes)),
-            Err(_) => Answer::Refused(Refusal::NotThere {
-                address: wish.address,
-                length: wish.length,
-            }),
+        let answer = match self.copy(wish.place, wish.length) {
+            Ok(bytes) => Answer::Bytes(BASE64_STANDARD.encode(bytes)),
+            Err(refusal) => Answer::Refused(refusal),
         };
         wish.answer(answer);
+    }
+
+    /// Copies so many bytes of the guest's own memory.
+    fn copy(&self, place: Place, length: usize) -> Result<Vec<u8>, Refusal> {
+        let id = self.slot.id();
+        let guest = self.guest.as_ref().ok_or(Refusal::NoGuestMemory(id))?;
+        let address = match place {
+            Place::Address(address) => address,
+            Place::Buffer(offset) => {
+                let buffer = self.memory.buffer().ok_or(Refusal::NoBuffer(id))?;
+                let end = offset.checked_add(length as u64);
+                if end.is_none_or(|end| end > buffer.size) {
+                    return Err(Refusal::OutsideBuffer {
+                        offset,
+                        length,
+                        size: buffer.size,
+                    });
+                }
+                // It does not overflow: the end of the buffer was checked.
+                buffer.address + offset
+            }
+        };
+        let mut bytes = vec![0; length];
+        let read = guest.read(address, &mut bytes);
+        read.map_err(|_| Refusal::NotThere { address, length })?;
+        Ok(bytes)
     }
 
     /// Whether a version has been agreed upon.
@@ -331,12 +358,14 @@ impl<'a> Device<'a> {
                     interrupt_mask: self.memory.interrupt_mask(),
                     id: self.slot.id(),
                     features: match self.guest {
-                        Some(_) => FEATURE_RESET | FEATURE_GUEST_MEMORY,
+                        Some(_) => FEATURE_RESET | FEATURE_GUEST_MEMORY | FEATURE_BUFFER,
                         None => FEATURE_RESET,
                     },
                     connection: self.slot.connection() as u32,
                     peers: self.slot.peers(),
                     vectors: self.slot.vectors(),
+                    draft: self.memory.draft(),
+                    has_buffer: self.memory.buffer().is_some(),
                 };
                 registers.read(offset, bytes)
             }
@@ -356,7 +385,7 @@ impl<'a> Device<'a> {
     }
 
     /// Writes a region, if it has such a place.
-    fn write(&self, region: u32, offset: u64, bytes: &[u8]) -> Option<()> {
+    fn write(&mut self, region: u32, offset: u64, bytes: &[u8]) -> Option<()> {
         let end = offset.checked_add(bytes.len() as u64)?;
         if end > self.region_size(region) {
             return None;
@@ -380,8 +409,24 @@ impl<'a> Device<'a> {
         Some(())
     }
 
-    fn obey(&self, order: Order) {
+    fn obey(&mut self, order: Order) {
         match order {
+            Order::BufferLow(_)
+            | Order::BufferHigh(_)
+            | Order::BufferSize(_)
+            | Order::Buffer(_)
+                if self.guest.is_none() => {}
+            Order::BufferLow(low) => self.memory.set_draft(self.memory.draft().with_low(low)),
+            Order::BufferHigh(high) => self.memory.set_draft(self.memory.draft().with_high(high)),
+            Order::BufferSize(size) => {
+                let draft = self.memory.draft();
+                self.memory.set_draft(Draft { size, ..draft });
+            }
+            Order::Buffer(0) => self.set_buffer(None),
+            Order::Buffer(there) => match self.memory.draft().check() {
+                Some(buffer) if there == 1 => self.set_buffer(Some(buffer)),
+                _ => self.say_no_buffer(),
+            },
             Order::Mask(mask) => self.memory.set_interrupt_mask(mask),
             Order::Ring { peer, vector } => {
                 // One that is not there is nobody's, as with ivshmem.
@@ -393,10 +438,28 @@ impl<'a> Device<'a> {
         }
     }
 
+    /// There is another DMA buffer from now on, or none.
+    fn set_buffer(&self, buffer: Option<BufferStatus>) {
+        self.memory.set_buffer(buffer);
+        self.slot.tell_buffer(buffer);
+    }
+
+    /// Says once that the guest tells of a DMA buffer that can be none.
+    fn say_no_buffer(&mut self) {
+        if !std::mem::replace(&mut self.said_no_buffer, true) {
+            let id = self.slot.id();
+            let Draft { address, size } = self.memory.draft();
+            warn!(
+                "slot {id}: the guest tells of a DMA buffer of {size} bytes at {address:#x}, which can be none, and is ignored"
+            );
+        }
+    }
+
     /// Puts the device back, and tells the host: whoever was there is gone.
     fn reset(&mut self) {
         self.interrupts.clear_all();
         self.memory.reset();
+        self.slot.tell_buffer(None);
         self.slot.restart();
     }
 }

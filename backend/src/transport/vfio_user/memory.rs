@@ -9,6 +9,8 @@ use barlink_protocol::wire::layout::PAGE_SIZE;
 use super::config::{self, ConfigSpace};
 use super::guest_memory::{FileId, MAX_RANGES, Range};
 use super::interrupts::MAX_VECTORS;
+use super::registers::Draft;
+use crate::control::message::BufferStatus;
 use crate::memory::Region;
 
 /// Bytes that a session takes.
@@ -21,6 +23,10 @@ const VERSION: (u64, u64) = (8, 1);
 const AGREED: u64 = 16;
 /// The register of that name, which does nothing where there is MSI-X.
 const INTERRUPT_MASK: u64 = 24;
+/// What was last written of the guest's DMA buffer: its address and size.
+const DRAFT: (u64, u64) = (32, 40);
+/// The address and size of the one that there is; of none the size is 0.
+const BUFFER: (u64, u64) = (48, 56);
 const CONFIG: u64 = 256;
 /// By vector: which of its two names the eventfd is kept under.
 const NAMES: u64 = 1024;
@@ -71,6 +77,8 @@ impl<'a> Memory<'a> {
     /// Puts the device back to what it is after power-on.
     pub fn reset(&self) {
         self.0.store(INTERRUPT_MASK, 0);
+        self.set_draft(Draft::default());
+        self.set_buffer(None);
         self.set_config(&ConfigSpace::default());
         for offset in (INTERRUPT_BAR..RANGES).step_by(8) {
             self.0.store(offset, 0);
@@ -98,6 +106,41 @@ impl<'a> Memory<'a> {
     /// Changes it.
     pub fn set_interrupt_mask(&self, mask: u32) {
         self.0.store(INTERRUPT_MASK, mask.into());
+    }
+
+    /// What was last written of the DMA buffer.
+    pub fn draft(&self) -> Draft {
+        Draft {
+            address: self.0.load(DRAFT.0),
+            // CAST: a size was stored there.
+            size: self.0.load(DRAFT.1) as u32,
+        }
+    }
+
+    /// Changes it.
+    pub fn set_draft(&self, draft: Draft) {
+        self.0.store(DRAFT.0, draft.address);
+        self.0.store(DRAFT.1, draft.size.into());
+    }
+
+    /// The DMA buffer, if there is one.
+    pub fn buffer(&self) -> Option<BufferStatus> {
+        let buffer = BufferStatus {
+            address: self.0.load(BUFFER.0),
+            size: self.0.load(BUFFER.1),
+        };
+        (buffer.size > 0).then_some(buffer)
+    }
+
+    /// Notes that there is another one, or none. Its size decides: it goes first, and comes last.
+    pub fn set_buffer(&self, buffer: Option<BufferStatus>) {
+        let size = self.0.word(BUFFER.1);
+        size.store(0, Ordering::Release);
+        if let Some(buffer) = buffer {
+            let address = self.0.word(BUFFER.0);
+            address.store(buffer.address, Ordering::Release);
+            size.store(buffer.size, Ordering::Release);
+        }
     }
 
     /// Configuration space.

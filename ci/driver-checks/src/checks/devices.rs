@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use barlink_protocol::wire::uapi::{CLAIM, DOORBELL, INFO, UAPI_VERSION};
+use barlink_protocol::wire::uapi::{BUFFER, CLAIM, DOORBELL, INFO, UAPI_VERSION};
 use rustix::fs::{SealFlags, SeekFrom};
 use rustix::io::Errno;
 
@@ -105,7 +105,7 @@ pub(super) fn unknown_calls_are_refused() -> Result<()> {
     for number in [0, INFO + 5, INFO + 0x100, CLAIM & !1, 0x5401] {
         fails(device.ioctl_on_null(number), Errno::NOTTY);
     }
-    for number in [INFO, CLAIM, DOORBELL] {
+    for number in [INFO, CLAIM, DOORBELL, BUFFER] {
         fails(device.ioctl_on_null(number), Errno::FAULT);
     }
     fails(rustix::io::write(&device, &[0; 32]), Errno::INVAL);

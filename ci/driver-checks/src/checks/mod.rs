@@ -2,6 +2,7 @@
 
 //! The checks, by topic. Each leaves the driver loaded, and nothing of it open.
 
+mod buffer;
 mod cache;
 mod claims;
 mod cost;
@@ -51,6 +52,15 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         pages_are_mapped_when_they_are_touched
         large_pages_are_mapped_when_they_are_touched
         pages_that_were_not_touched_yet_are_gone_with_the_device;
+    buffer:
+        buffers_of_other_sizes_and_for_readers_are_refused
+        buffer_is_one_a_device_and_zeroed
+        buffer_is_mapped_as_the_region_is
+        buffer_ends_with_its_last_descriptor_and_mapping
+        two_hundred_buffers_leave_nothing_behind
+        unbind_takes_the_buffer_from_every_process
+        memory_of_buffers_is_free_after_unbind_whoever_has_them
+        unbind_races_buffers;
     claims:
         claims_are_exclusive_and_end_with_their_file
         foreign_and_unknown_ends_are_refused

@@ -62,7 +62,9 @@ fn hear(shared: &Shared, client: u64, packet: &[u8]) {
             released.map(|()| Answer::Done)
         }
         Ask::Status => Ok(Answer::Status(shared.status())),
-        Ask::HandOver | Ask::ReadGuest { .. } | Ask::Retire => Err(Refusal::Busy),
+        Ask::HandOver | Ask::ReadGuest { .. } | Ask::ReadBuffer { .. } | Ask::Retire => {
+            Err(Refusal::Busy)
+        }
         Ask::Reset { channel } => {
             let held = [End::Producer, End::Consumer]
                 .iter()

@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
 
-use barlink::broker::{Slot, Wish};
+use barlink::broker::{Place, Slot, Wish};
 use barlink::control::message::{Answer, MAX_COPY, MAX_PACKET, Refusal, Reply};
 use barlink::control::packet::PacketSocket;
 use barlink::transport::{Departure, Transport, VfioUser};
@@ -51,8 +51,8 @@ struct Input {
     /// What it sends at last, which may be the begin of a message.
     rest: Vec<u8>,
     closes: bool,
-    /// Addresses and lengths that host apps want at last.
-    wishes: Vec<(u32, u16)>,
+    /// Addresses, or offsets in the DMA buffer, and lengths that host apps want at last.
+    wishes: Vec<(u32, u16, bool)>,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -84,6 +84,8 @@ enum Command {
     Write(u8, u32, Vec<u8>),
     ReadFar([u32; 4]),
     Doorbell(u16, u16),
+    /// The registers of the DMA buffer: page of its address, upper half, pages, and what is done.
+    Buffer(u8, u32, u16, u8),
     Reset,
     Other(u16),
 }
@@ -141,6 +143,11 @@ impl Command {
             Command::Doorbell(peer, vector) => {
                 let order = u32::from(*peer % 4) << 16 | u32::from(*vector % 5);
                 (10, access(0, 12, 4, &order.to_le_bytes()))
+            }
+            Command::Buffer(page, high, pages, control) => {
+                let (low, size) = (u32::from(*page) << 12, u32::from(*pages) << 12);
+                let registers: Vec<u8> = words(&[low, *high, size, u32::from(*control % 3)]);
+                (10, access(0, 0x28, registers.len(), &registers))
             }
             Command::Reset => (13, Vec::new()),
             Command::Other(command) => (*command, Vec::new()),
@@ -215,7 +222,7 @@ fuzz_target!(|input: Input| {
 });
 
 /// What a successor makes of the session: it is as it was, and every wish is answered.
-fn succeed(slot: &Slot, wishes: &[(u32, u16)]) {
+fn succeed(slot: &Slot, wishes: &[(u32, u16, bool)]) {
     let (app, broker) = rustix::net::socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
@@ -226,20 +233,26 @@ fn succeed(slot: &Slot, wishes: &[(u32, u16)]) {
     let app = PacketSocket::from_connected(app);
     let broker = Arc::new(PacketSocket::from_connected(broker));
     let wishes = &wishes[..wishes.len().min(4)];
-    for (address, length) in wishes {
+    for (place, length, in_buffer) in wishes {
         let length = usize::from(*length) % (MAX_COPY + 1);
-        let wish = Wish::new(Arc::clone(&broker), (*address).into(), length);
+        let place = match in_buffer {
+            true => Place::Buffer((*place).into()),
+            false => Place::Address((*place).into()),
+        };
+        let wish = Wish::new(Arc::clone(&broker), place, length);
         VFIO_USER.post(slot.id(), wish).expect("a VM is there");
     }
     let (vm, client) = UnixStream::pair().expect("sockets");
     drop(client);
     USER.serve(&vm, slot).expect("to leave is no failure");
     let mut buffer = Box::new([0; MAX_PACKET]);
-    for (_, length) in wishes {
+    for (_, length, in_buffer) in wishes {
         let packet = app.receive(&mut buffer).expect("an answer");
         match Reply::parse(packet.expect("an answer")).expect("it can be read") {
             Answer::Bytes(text) => assert!(text.len() >= usize::from(*length) % (MAX_COPY + 1)),
             Answer::Refused(Refusal::NotThere { .. }) => (),
+            Answer::Refused(Refusal::NoBuffer(_)) if *in_buffer => (),
+            Answer::Refused(Refusal::OutsideBuffer { .. }) if *in_buffer => (),
             other => panic!("{other:?}"),
         }
     }

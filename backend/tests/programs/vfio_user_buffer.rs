@@ -1,0 +1,293 @@
+//! A guest's DMA buffer over vfio-user: its registers, what host apps get of it, and what a client cannot make of it.
+
+use std::os::unix::fs::FileExt;
+
+use barlink::AttachError;
+use barlink::control::client::{Control, ControlError};
+use barlink::control::message::{Ask, BufferStatus, MAX_COPY, Refusal};
+use rustix::fs::SealFlags;
+
+use crate::service::ServiceManager;
+use crate::support::*;
+use crate::vfio_user_client::*;
+use crate::vfio_user_guest::{MIB, map, memory, unmap};
+
+/// Where its registers are.
+const FEATURES: u32 = 0x18;
+const LOW: u32 = 0x28;
+const HIGH: u32 = 0x2c;
+const SIZE: u32 = 0x30;
+const CONTROL: u32 = 0x34;
+
+/// Tells of a buffer, as the driver does.
+fn tell(client: &mut Client, address: u64, size: u32) {
+    let words = [
+        (LOW, address as u32),
+        (HIGH, (address >> 32) as u32),
+        (SIZE, size),
+        (CONTROL, 1),
+    ];
+    for (register, word) in words {
+        client.write(0, register, &word.to_le_bytes());
+    }
+}
+
+fn refusal_at(broker: &Broker, slot: u32, offset: u64, length: usize) -> Refusal {
+    let read = broker
+        .attach()
+        .read_buffer(slot, offset, &mut vec![0; length]);
+    match read {
+        Err(AttachError::Control(ControlError::Refused(refusal))) => refusal,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refusal(broker: &Broker) -> Refusal {
+    refusal_at(broker, 1, 0, 1)
+}
+
+/// What the broker says of slot 1's buffer.
+fn buffer(broker: &Broker) -> Option<BufferStatus> {
+    let slot = broker.attach().status().unwrap().slots.remove(1);
+    slot.vm.unwrap().buffer
+}
+
+/// A client whose guest has two MiB of memory from 16 MiB on.
+fn guest(broker: &Broker) -> (Client, std::fs::File) {
+    let mut client = Client::greet(broker);
+    let ram = memory(SealFlags::SHRINK);
+    let reply = client.ask_with(DMA_MAP, &map(16 * MIB, 2 * MIB, 0), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    (client, ram)
+}
+
+#[test]
+fn buffer_is_read_where_the_guest_tells_that_it_is() {
+    let broker = serve_both(&["--guest-memory"]);
+    let (mut client, ram) = guest(&broker);
+    let bytes = noise(2 << 20);
+    assert_eq!(client.read_word(0, FEATURES), 7);
+    assert_eq!(refusal(&broker), Refusal::NoBuffer(1));
+    assert_eq!(buffer(&broker), None);
+    let address = 16 * MIB + 0x3000;
+    tell(&mut client, address, 0x20000);
+    let registers = [LOW, HIGH, SIZE, CONTROL].map(|register| client.read_word(0, register));
+    assert_eq!(registers, [address as u32, 0, 0x20000, 1]);
+    let expected = BufferStatus {
+        address,
+        size: 0x20000,
+    };
+    assert_eq!(buffer(&broker), Some(expected));
+    // All of it, which is more than is copied at once; a part; and what the guest writes into it.
+    let app = broker.attach();
+    let mut all = vec![0; 0x20000];
+    app.read_buffer(1, 0, &mut all).unwrap();
+    assert!(all == bytes[0x3000..][..0x20000]);
+    ram.write_all_at(b"changed", 0x3005).unwrap();
+    let mut few = [0; 7];
+    app.read_buffer(1, 5, &mut few).unwrap();
+    assert_eq!(&few, b"changed");
+    let arguments = ["peek", "--guest", "1", "--buffer", "--raw"];
+    let place = ["--at", "5", "--length", "7"];
+    let seen = works(&mut broker.app(&[&arguments[..], &place].concat()));
+    assert_eq!(seen, "changed");
+    let seen = works(&mut broker.app(&["inspect", "--once"]));
+    let line = ", DMA buffer of 128.00 KiB at 0x1003000";
+    assert!(seen.contains(line), "{seen}");
+    // Not a byte beyond it, though there is memory of the guest.
+    for (offset, length) in [
+        (0x20000, 1),
+        (0x1ffff, 2),
+        (u64::MAX, 1),
+        (u64::MAX - 0x1000, 0x2000),
+    ] {
+        let expected = Refusal::OutsideBuffer {
+            offset,
+            length,
+            size: 0x20000,
+        };
+        assert_eq!(refusal_at(&broker, 1, offset, length), expected);
+    }
+    let place = ["--at", "128K"];
+    let mut command = broker.app(&[&arguments[..], &place].concat());
+    fails(&mut command, 1, &["leave the guest's DMA buffer", "131072"]);
+    // It is another one once the guest says so, and not before that.
+    for (register, word) in [(LOW, (17 * MIB) as u32), (SIZE, 4096)] {
+        client.write(0, register, &word.to_le_bytes());
+    }
+    assert_eq!(buffer(&broker), Some(expected));
+    client.write(0, CONTROL, &1_u32.to_le_bytes());
+    app.read_buffer(1, 0, &mut few).unwrap();
+    assert_eq!(few, bytes[1 << 20..][..7]);
+    // And none when that is said, before it is answered; on reset; and in the hands of the next VM.
+    client.write(0, CONTROL, &[0; 4]);
+    assert_eq!(refusal(&broker), Refusal::NoBuffer(1));
+    assert_eq!((client.read_word(0, CONTROL), buffer(&broker)), (0, None));
+    tell(&mut client, address, 4096);
+    client.get(RESET, &[]);
+    assert_eq!(refusal(&broker), Refusal::NoBuffer(1));
+    let registers = [LOW, HIGH, SIZE, CONTROL].map(|register| client.read_word(0, register));
+    assert_eq!((registers, buffer(&broker)), ([0; 4], None));
+    tell(&mut client, address, 4096);
+    drop(client);
+    let (mut client, _ram) = guest(&broker);
+    assert_eq!(refusal(&broker), Refusal::NoBuffer(1));
+    assert_eq!(client.read_word(0, SIZE), 0);
+    let mut command = broker.app(&arguments);
+    fails(&mut command, 1, &["no DMA buffer", "barlink-guest buffer"]);
+    let mut command = broker.app(&["peek", "--buffer"]);
+    fails(&mut command, 2, &["--guest <SLOT>"]);
+}
+
+#[test]
+fn buffers_that_can_be_none_are_ignored_and_told_once() {
+    let broker = serve_both(&["--guest-memory"]);
+    let (mut client, _ram) = guest(&broker);
+    let good = BufferStatus {
+        address: 16 * MIB,
+        size: 8192,
+    };
+    tell(&mut client, good.address, 8192);
+    for (address, size) in [
+        (16 * MIB, 0),
+        (16 * MIB, 1),
+        (16 * MIB, 4095),
+        (16 * MIB + 1, 4096),
+        (16 * MIB + 2048, 4096),
+        (16 * MIB, (4 << 20) + 4096),
+        (16 * MIB, u32::MAX),
+        (!4095, 4096),
+        (!4095, 4 << 20),
+        (u64::MAX, u32::MAX),
+    ] {
+        tell(&mut client, address, size);
+        assert_eq!(buffer(&broker), Some(good), "{size} at {address:#x}");
+    }
+    // Other orders than there are, and what is no whole register.
+    for word in [2, 3, u32::MAX] {
+        tell(&mut client, good.address, 8192);
+        client.write(0, SIZE, &4096_u32.to_le_bytes());
+        client.write(0, CONTROL, &word.to_le_bytes());
+        assert_eq!(buffer(&broker), Some(good));
+    }
+    client.write(0, CONTROL, &[0]);
+    client.write(0, CONTROL + 1, &[0; 3]);
+    client.write(0, LOW + 2, &[0xff; 4]);
+    assert_eq!(buffer(&broker), Some(good));
+    let mut bytes = [0; 4];
+    broker.attach().read_buffer(1, 0, &mut bytes).unwrap();
+    let log = broker.log();
+    assert_eq!(log.matches("DMA buffer").count(), 1, "{log}");
+    assert!(log.contains("0 bytes at 0x1000000, which can be none"));
+    // One that lies where the guest has no memory, or that ends there, can be told of, and is not read beyond that.
+    for (address, size, there) in [
+        (1 << 40, 4096, 0),
+        (u64::MAX - 8191, 4096, 0),
+        (18 * MIB - 4096, 8192, 4096),
+    ] {
+        tell(&mut client, address, size);
+        let mut bytes = vec![0; there];
+        broker.attach().read_buffer(1, 0, &mut bytes).unwrap();
+        let gone = refusal_at(&broker, 1, there as u64, 1);
+        assert!(matches!(gone, Refusal::NotThere { .. }), "{gone:?}");
+    }
+    // Memory that is taken away is gone, whatever the guest has told.
+    tell(&mut client, 16 * MIB, 8192);
+    client.get(DMA_UNMAP, &unmap(0, 16 * MIB, 2 * MIB));
+    assert!(matches!(refusal(&broker), Refusal::NotThere { .. }));
+    let mut command = broker.app(&["peek", "--guest", "1", "--buffer"]);
+    fails(&mut command, 1, &["memory-backend-memfd,share=on"]);
+}
+
+#[test]
+fn buffer_is_for_whom_it_is_meant() {
+    let broker = serve_both(&[]);
+    assert_eq!(refusal(&broker), Refusal::NoVm(1));
+    assert_eq!(refusal_at(&broker, 2, 0, 1), Refusal::NoSlot(2));
+    let mut client = Client::greet(&broker);
+    // Without `--guest-memory` there are no such registers, and what is written there is nothing.
+    assert_eq!(client.read_word(0, FEATURES), 1);
+    tell(&mut client, 16 * MIB, 4096);
+    let registers = [LOW, HIGH, SIZE, CONTROL].map(|register| client.read_word(0, register));
+    assert_eq!((registers, buffer(&broker)), ([0; 4], None));
+    assert_eq!(refusal(&broker), Refusal::NoGuestMemory(1));
+    let mut command = broker.app(&["peek", "--guest", "1", "--buffer"]);
+    fails(
+        &mut command,
+        1,
+        &["needs `barlink serve --vfio-user SOCKET --guest-memory`"],
+    );
+    let _other = crate::vmm::handshake(crate::vmm::connect(&broker, "vm.sock"), 9);
+    assert_eq!(refusal_at(&broker, 0, 0, 1), Refusal::NoGuestMemory(0));
+    let control = Control::connect(&broker.control()).unwrap();
+    let ask = Ask::ReadBuffer {
+        slot: 1,
+        offset: 0,
+        length: MAX_COPY + 1,
+    };
+    let refused = control.ask(ask).unwrap_err().to_string();
+    assert!(
+        refused.contains("more than are copied at once"),
+        "{refused}"
+    );
+    // Each guest's is in its own memory, whatever address it tells.
+    let folder = tempfile::tempdir().unwrap();
+    let socket = |name: &str| folder.path().join(name).display().to_string();
+    let (user, third) = (socket("user.sock"), socket("third.sock"));
+    let arguments = [
+        "--vfio-user",
+        &user,
+        "--vfio-user",
+        &third,
+        "--guest-memory",
+    ];
+    let broker = Broker::start_in(folder, &arguments);
+    let (mut first, _ram) = guest(&broker);
+    let mut second = Client::connect_to(&broker, "third.sock");
+    assert_eq!(second.version().errno, 0);
+    tell(&mut first, 16 * MIB, 4096);
+    tell(&mut second, 16 * MIB, 4096);
+    broker.attach().read_buffer(1, 0, &mut [0; 8]).unwrap();
+    let gone = refusal_at(&broker, 2, 0, 8);
+    assert!(matches!(gone, Refusal::NotThere { .. }), "{gone:?}");
+}
+
+#[test]
+fn buffer_is_for_the_brokers_own_user() {
+    if !can_become_another_user() {
+        return;
+    }
+    let broker = serve_both(&["--guest-memory", "--allow-user", "nobody"]);
+    let (mut client, _ram) = guest(&broker);
+    tell(&mut client, 16 * MIB, 4096);
+    let arguments = ["peek", "--guest", "1", "--buffer"];
+    works(&mut broker.app(&arguments));
+    let mut command = broker.app(&arguments);
+    fails(as_nobody(&mut command), 1, &["only the broker's own user"]);
+}
+
+#[test]
+fn buffer_is_handed_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let socket = folder.path().join("user.sock").display().to_string();
+    let without = ["--vfio-user", &socket];
+    let with = ["--vfio-user", &socket, "--guest-memory"];
+    let mut broker = Broker::start_as(&manager, folder, &with);
+    let (mut client, _ram) = guest(&broker);
+    tell(&mut client, 17 * MIB, 4096);
+    let bytes = noise(2 << 20);
+    for _ in 0..2 {
+        broker.restart(&manager, &with);
+        let mut seen = [0; 16];
+        broker.attach().read_buffer(1, 0, &mut seen).unwrap();
+        assert_eq!(seen, bytes[1 << 20..][..16]);
+        assert_eq!(buffer(&broker).map(|buffer| buffer.size), Some(4096));
+        assert_eq!(client.read_word(0, CONTROL), 1);
+    }
+    // One that is not to read the guest's memory forgets it.
+    broker.restart(&manager, &without);
+    assert_eq!(client.read_word(0, CONTROL), 0);
+    broker.restart(&manager, &with);
+    assert_eq!(refusal(&broker), Refusal::NoBuffer(1));
+}

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The DMA buffer: what can be had, how it is mapped, and when it ends.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
+use barlink_protocol::wire::uapi::MAX_BUFFER;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
+use rustix::process::Signal;
+
+use crate::ask::Region;
+use crate::binding::{bind, eventually, open, open_with, unbind};
+use crate::calls::Mapping;
+use crate::device::{Device, fails};
+use crate::host;
+use crate::process::{Child, Ended, Parent, child, ends};
+
+/// Bytes of those that are no more than examples.
+const SIZE: u64 = 16 * PAGE;
+
+/// Asserts that a device has no buffer, as soon as what ends has ended.
+fn is_free(device: &Device) -> Result<()> {
+    eventually("the buffer ends", || match device.buffer(PAGE) {
+        Ok(_) => Ok(true),
+        Err(Errno::BUSY) => Ok(false),
+        Err(error) => Err(error.into()),
+    })
+}
+
+/// Asserts that a mapping has lost its memory.
+fn is_dead(map: &Mapping, offset: u64) -> Result<()> {
+    let read = ends(|| {
+        map.read(offset);
+    })?;
+    assert_eq!(read, Ended::By(Signal::BUS));
+    assert_eq!(ends(|| map.write(offset, 1))?, Ended::By(Signal::BUS));
+    Ok(())
+}
+
+pub(super) fn buffers_of_other_sizes_and_for_readers_are_refused() -> Result<()> {
+    for region in Region::TAKEN {
+        let device = open(region)?;
+        for size in [
+            0,
+            1,
+            PAGE - 1,
+            PAGE + 1,
+            MAX_BUFFER + 1,
+            MAX_BUFFER + PAGE,
+            u64::from(u32::MAX) + 1,
+            (1 << 32) + PAGE,
+            1 << 63,
+            u64::MAX - PAGE + 1,
+            u64::MAX,
+        ] {
+            fails(device.buffer(size), Errno::INVAL);
+        }
+        for size in [PAGE, 3 * PAGE, MAX_BUFFER] {
+            let (file, buffer) = device.buffer(size)?;
+            assert_eq!(buffer.size, size);
+            ensure!(buffer.address != 0 && buffer.address.is_multiple_of(PAGE));
+            let map = file.map(0, size)?;
+            map.write(size - 8, 7);
+            assert_eq!(map.read(size - 8), 7);
+        }
+        let reader = open_with(region, OFlags::RDONLY)?;
+        fails(reader.buffer(PAGE), Errno::BADF);
+        is_free(&device)?;
+    }
+    Ok(())
+}
+
+pub(super) fn buffer_is_one_a_device_and_zeroed() -> Result<()> {
+    let (first, second) = (open(Region::Main)?, open(Region::Main)?);
+    for round in 0..8 {
+        let (file, _) = first.buffer(SIZE)?;
+        // Neither by the same file nor by another; but another device has its own.
+        fails(first.buffer(SIZE), Errno::BUSY);
+        fails(second.buffer(PAGE), Errno::BUSY);
+        open(Region::Bus)?.buffer(SIZE)?;
+        let map = file.map(0, SIZE)?;
+        for offset in (0..SIZE).step_by(8) {
+            assert_eq!(map.read(offset), 0, "round {round}, at {offset}");
+            map.write(offset, !0);
+        }
+        // It is the buffer's file that counts, not the device's.
+        fails(second.buffer(PAGE), Errno::BUSY);
+    }
+    let (file, _) = open(Region::Main)?.buffer(PAGE)?;
+    fails(second.buffer(PAGE), Errno::BUSY);
+    drop(file);
+    // It can be mapped, and nothing else.
+    let (file, _) = first.buffer(PAGE)?;
+    fails(file.info(), Errno::NOTTY);
+    fails(file.interrupts(), Errno::INVAL);
+    fails(rustix::io::write(&file, &[0; 8]), Errno::INVAL);
+    drop(file);
+    is_free(&first)
+}
+
+pub(super) fn buffer_is_mapped_as_the_region_is() -> Result<()> {
+    let device = open(Region::Main)?;
+    let (file, _) = device.buffer(SIZE)?;
+    let (map, last) = (file.map(0, SIZE)?, file.map(SIZE - PAGE, PAGE)?);
+    map.write(SIZE - PAGE, 42);
+    assert_eq!(last.read(0), 42);
+    last.write(PAGE - 8, 43);
+    assert_eq!(map.read(SIZE - 8), 43);
+    // Not what is outside, private or executable, neither now nor later.
+    let read_write = ProtFlags::READ | ProtFlags::WRITE;
+    for (offset, length) in [
+        (0, SIZE + PAGE),
+        (SIZE, PAGE),
+        (SIZE - PAGE, 2 * PAGE),
+        (1 << 40, PAGE),
+        (i64::MAX as u64 & !(PAGE - 1), PAGE),
+    ] {
+        fails(file.map(offset, length), Errno::INVAL);
+    }
+    fails(
+        file.map_with(0, PAGE, read_write, MapFlags::PRIVATE),
+        Errno::INVAL,
+    );
+    // The kernel itself lets no file of this kind be executed.
+    let executable = ProtFlags::READ | ProtFlags::EXEC;
+    fails(
+        file.map_with(0, PAGE, executable, MapFlags::SHARED),
+        Errno::PERM,
+    );
+    let executable = MprotectFlags::READ | MprotectFlags::EXEC;
+    fails(last.protect(executable), Errno::ACCESS);
+    let mut last = last;
+    fails(last.grow(2 * PAGE), Errno::FAULT);
+    // It is not the kernel's to treat as it likes, and changes of the region's mappings are nothing to it.
+    map.treat_as_memory();
+    drop(device.map(0, PAGE)?);
+    assert_eq!(map.read(SIZE - PAGE), 42);
+    // Forked, split and moved.
+    child(|_| {
+        map.write(0, 44);
+        Ok(())
+    })?
+    .succeeds()?;
+    assert_eq!(map.read(0), 44);
+    let (first, rest) = map.split(PAGE);
+    drop(first);
+    let rest = rest.move_to(Mapping::reserve(SIZE - PAGE)?)?;
+    assert_eq!(rest.read(SIZE - PAGE - 8), 43);
+    Ok(())
+}
+
+pub(super) fn buffer_ends_with_its_last_descriptor_and_mapping() -> Result<()> {
+    let device = open(Region::Main)?;
+    let (file, _) = device.buffer(SIZE)?;
+    let (map, other) = (file.map(0, SIZE)?, file.map(0, PAGE)?);
+    drop(other);
+    drop(file);
+    map.write(0, 5);
+    fails(device.buffer(PAGE), Errno::BUSY);
+    // A child that is killed has the last of it.
+    let heir = child(|parent| {
+        parent.tell_ready()?;
+        parent.wait()
+    })?;
+    heir.wait_asleep()?;
+    let (head, tail) = map.split(PAGE);
+    drop(tail);
+    assert_eq!(head.read(0), 5);
+    drop(head);
+    fails(device.buffer(PAGE), Errno::BUSY);
+    heir.kill(Signal::KILL)?;
+    assert_eq!(heir.wait()?, Ended::By(Signal::KILL));
+    is_free(&device)?;
+    // And so has one that made it.
+    let maker = child(|parent| {
+        let (file, _) = open(Region::Main)?.buffer(MAX_BUFFER)?;
+        let map = file.map(0, MAX_BUFFER)?;
+        map.write(0, 1);
+        parent.tell_ready()?;
+        parent.wait()
+    })?;
+    maker.wait_asleep()?;
+    fails(device.buffer(PAGE), Errno::BUSY);
+    maker.kill(Signal::KILL)?;
+    assert_eq!(maker.wait()?, Ended::By(Signal::KILL));
+    is_free(&device)
+}
+
+/// KiB of memory that nobody uses.
+fn free_memory() -> Result<u64> {
+    let all = fs::read_to_string("/proc/meminfo")?;
+    let line = all.lines().find_map(|line| line.strip_prefix("MemFree:"));
+    let words = line.context("no MemFree")?;
+    Ok(words.trim().trim_end_matches(" kB").parse()?)
+}
+
+pub(super) fn two_hundred_buffers_leave_nothing_behind() -> Result<()> {
+    let device = open(Region::Main)?;
+    let cycles = |count| -> Result<()> {
+        for _ in 0..count {
+            let (file, _) = device.buffer(MAX_BUFFER)?;
+            let map = file.map(0, MAX_BUFFER)?;
+            map.write(MAX_BUFFER - 8, 1);
+        }
+        Ok(())
+    };
+    // What the kernel keeps at hand, it has then.
+    cycles(10)?;
+    let before = free_memory()?;
+    cycles(200)?;
+    let gone = before.saturating_sub(free_memory()?);
+    host::show(format!(
+        "200 buffers of {} KiB: {gone} KiB less",
+        MAX_BUFFER >> 10
+    ))?;
+    // Less than four of them: there are other programs.
+    ensure!(gone < (4 * MAX_BUFFER) >> 10, "{gone} KiB are gone");
+    Ok(())
+}
+
+pub(super) fn unbind_takes_the_buffer_from_every_process() -> Result<()> {
+    let device = open(Region::Main)?;
+    let (file, _) = device.buffer(SIZE)?;
+    let (map, last) = (file.map(0, SIZE)?, file.map(SIZE - PAGE, PAGE)?);
+    map.write(0, 1);
+    last.write(0, 1);
+    let heir = child(|parent| {
+        map.write(8, 1);
+        parent.tell_ready()?;
+        parent.wait()?;
+        map.read(8);
+        Ok(())
+    })?;
+    heir.wait_asleep()?;
+    unbind(Region::Main)?;
+    heir.go_on()?;
+    assert_eq!(heir.wait()?, Ended::By(Signal::BUS));
+    for offset in [0, PAGE, SIZE - 8] {
+        is_dead(&map, offset)?;
+    }
+    is_dead(&last, 0)?;
+    fails(file.map(0, PAGE), Errno::NODEV);
+    fails(device.buffer(PAGE), Errno::NODEV);
+    bind(Region::Main)?;
+    // What is left of the old one is none of the device's, and ends without it.
+    let device = open(Region::Main)?;
+    let (new, _) = device.buffer(SIZE)?;
+    let new_map = new.map(0, SIZE)?;
+    new_map.write(0, 2);
+    fails(file.map(0, PAGE), Errno::NODEV);
+    is_dead(&map, 0)?;
+    drop((map, last, file));
+    new_map.write(0, new_map.read(0) + 1);
+    assert_eq!(new_map.read(0), 3);
+    fails(device.buffer(PAGE), Errno::BUSY);
+    drop((new, new_map));
+    is_free(&device)
+}
+
+pub(super) fn memory_of_buffers_is_free_after_unbind_whoever_has_them() -> Result<()> {
+    const ROUNDS: u64 = 16;
+    let mut kept = Vec::new();
+    let before = free_memory()?;
+    for _ in 0..ROUNDS {
+        let (file, _) = open(Region::Main)?.buffer(MAX_BUFFER)?;
+        let map = file.map(0, MAX_BUFFER)?;
+        map.write(0, 1);
+        unbind(Region::Main)?;
+        bind(Region::Main)?;
+        kept.push((file, map));
+    }
+    let gone = before.saturating_sub(free_memory()?);
+    host::show(format!(
+        "{ROUNDS} buffers of {} KiB, kept through an unbind: {gone} KiB less",
+        MAX_BUFFER >> 10
+    ))?;
+    ensure!(
+        gone < (ROUNDS / 2 * MAX_BUFFER) >> 10,
+        "{gone} KiB are gone"
+    );
+    for (_, map) in &kept {
+        is_dead(map, 0)?;
+    }
+    Ok(())
+}
+
+pub(super) fn unbind_races_buffers() -> Result<()> {
+    let mut alive = 0;
+    for round in (0..30).step_by(2) {
+        let children = [false, false, true]
+            .into_iter()
+            .map(|forks| child(|parent| buffer_until_gone(parent, forks)))
+            .collect::<Result<Vec<_>>>()?;
+        children.iter().try_for_each(Child::wait_ready)?;
+        thread::sleep(Duration::from_micros(500 + 700 * round));
+        unbind(Region::Main)?;
+        for child in children {
+            alive += child.hear()?;
+            child.go_on()?;
+            child.succeeds()?;
+        }
+        bind(Region::Main)?;
+        let device = open(Region::Main)?;
+        is_free(&device)?;
+    }
+    host::show(format!("{alive} buffers lived when their device went"))?;
+    ensure!(alive >= 3, "the race was hardly run");
+    Ok(())
+}
+
+/// Makes and maps buffers until the device is gone; tells how many it has then, and that each is dead.
+fn buffer_until_gone(parent: &Parent, forks: bool) -> Result<()> {
+    let device = open(Region::Main)?;
+    parent.tell_ready()?;
+    let mut kept = Vec::new();
+    for turn in 0.. {
+        // Now and then the last one ends, so that others have their turn.
+        if turn % 16 == 0 {
+            kept.clear();
+        }
+        let size = (1 + turn % 64) * PAGE;
+        let file = match device.buffer(size) {
+            Ok((file, _)) => file,
+            Err(Errno::BUSY) => continue,
+            Err(error) => {
+                ensure!(error == Errno::NODEV, error);
+                break;
+            }
+        };
+        let map = match file.map(0, size) {
+            Ok(map) => map,
+            Err(error) => {
+                ensure!(error == Errno::NODEV, error);
+                break;
+            }
+        };
+        if forks {
+            let ended = ends(|| map.write(size - 8, 1))?;
+            ensure!(matches!(ended, Ended::Well | Ended::By(Signal::BUS)));
+        }
+        kept.push((file, map));
+    }
+    parent.tell(kept.len() as u64)?;
+    parent.wait()?;
+    for (file, map) in &kept {
+        is_dead(map, 0)?;
+        fails(file.map(0, PAGE), Errno::NODEV);
+    }
+    Ok(())
+}

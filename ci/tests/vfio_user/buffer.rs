@@ -1,0 +1,125 @@
+//! A DMA buffer that a guest's driver allocates, as the host sees it.
+
+use anyhow::{Context, Result};
+use barlink_agent::Status;
+use rustix::process::Signal;
+use xtask::broker::{Broker, Transport};
+use xtask::builds::Artifacts;
+use xtask::vm::{COMMAND_TIMEOUT, Config, Vm};
+
+use super::wait_until;
+
+const SIZE: usize = 128 << 10;
+/// What a user is told who may not read a guest's memory.
+const FORBIDDEN: &str = "needs `barlink serve --vfio-user SOCKET --guest-memory`";
+/// And who may, where there is no buffer.
+const NONE: &str = "no DMA buffer";
+
+fn boot(arguments: &[&str]) -> Result<(Broker, Vm)> {
+    let arguments = [&["--size", "1M"], arguments].concat();
+    let broker = Broker::start_over(Artifacts::shared()?, &[Transport::VfioUser], &arguments)?;
+    let vm = Vm::boot(&Config {
+        arguments: broker.arguments(0)?,
+        paths: vec![broker.folder().to_owned()],
+        memory_mib: 256,
+        shared_memory: true,
+        ..Config::default()
+    })?;
+    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+    Ok((broker, vm))
+}
+
+/// The first bytes of the buffer, or why there are none.
+fn peek(broker: &Broker, length: usize) -> Result<Vec<u8>> {
+    let length = length.to_string();
+    let arguments = ["peek", "--guest", "0", "--buffer", "--raw", "--length"];
+    broker.run([&arguments[..], &[&length]].concat())
+}
+
+/// Waits until a user is told that there is none.
+fn wait_for_its_end(broker: &Broker) -> Result<()> {
+    wait_until("the buffer is gone", || {
+        let refused = peek(broker, 1).err();
+        Ok(refused.is_some_and(|error| format!("{error:#}").contains(NONE)))
+    })
+}
+
+#[test]
+fn host_reads_the_dma_buffer_of_a_guest() -> Result<()> {
+    let (broker, vm) = boot(&["--guest-memory"])?;
+    let error = format!("{:#}", peek(&broker, 1).expect_err("there is none"));
+    assert!(error.contains(NONE), "{error}");
+    // No two words of it are alike.
+    let pattern: Vec<u8> = (0..SIZE as u64 / 8)
+        .flat_map(|word| (word.wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes())
+        .collect();
+    vm.put_file("/tmp/pattern", &pattern)?;
+    let fill = [
+        "barlink-guest",
+        "buffer",
+        "--size",
+        "128K",
+        "--file",
+        "/tmp/pattern",
+    ];
+    let process = vm.spawn(fill)?;
+    let line = process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
+    assert!(
+        line.ends_with("131072 are filled; the device is told"),
+        "{line}"
+    );
+    assert!(
+        peek(&broker, SIZE)? == pattern,
+        "the host sees something else"
+    );
+    // It is where the guest says, and not a byte longer.
+    let buffer = broker.inspect()?["broker"]["slots"][0]["vm"]["buffer"].take();
+    let address = buffer["address"].as_u64().context("no address")?;
+    assert!(
+        line.starts_with(&format!("131072 bytes at {address:#x},")),
+        "{line}"
+    );
+    let at = address.to_string();
+    let place = [
+        "peek", "--guest", "0", "--raw", "--length", "64", "--at", &at,
+    ];
+    assert_eq!(broker.run(place)?, pattern[..64]);
+    peek(&broker, SIZE + 1).expect_err("it ends there");
+    // There is one at a time, and none once its process is killed.
+    let second = vm.run(["barlink-guest", "buffer"])?;
+    assert_eq!(second.status, Status::Code(4), "{second:?}");
+    process.kill(Signal::KILL)?;
+    process.wait(COMMAND_TIMEOUT)?;
+    wait_for_its_end(&broker)?;
+    let buffer = broker.inspect()?["broker"]["slots"][0]["vm"]["buffer"].take();
+    assert!(buffer.is_null(), "{buffer}");
+    // The same when the device is taken from the driver, which a program that has one notices.
+    let process = vm.spawn(fill)?;
+    process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
+    assert_eq!(peek(&broker, 64)?, pattern[..64]);
+    vm.run(["rmmod", "barlink"])?
+        .require_success()
+        .expect_err("the module is in use");
+    let unbind = "cd /sys/bus/pci/drivers/barlink && echo 0000:01:00.0 >unbind";
+    vm.run(["sh", "-c", unbind])?.require_success()?;
+    assert_eq!(process.wait(COMMAND_TIMEOUT)?.status, Status::Code(3));
+    wait_for_its_end(&broker)
+}
+
+#[test]
+fn host_that_may_not_read_a_guests_memory_is_not_told_of_its_buffer() -> Result<()> {
+    let (broker, vm) = boot(&[])?;
+    let process = vm.spawn(["barlink-guest", "buffer"])?;
+    process.write(b"seen by nobody")?;
+    process.close_stdin()?;
+    let line = process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
+    assert!(line.starts_with("65536 bytes at 0x"), "{line}");
+    assert!(
+        line.contains("of which 14 are filled; the device is not told"),
+        "{line}"
+    );
+    let error = format!("{:#}", peek(&broker, 1).expect_err("it is not told"));
+    assert!(error.contains(FORBIDDEN), "{error}");
+    assert!(broker.inspect()?["broker"]["slots"][0]["vm"]["buffer"].is_null());
+    Ok(())
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! Memory that processor and device see alike, each by an address of its own. C header: `include/linux/dma-mapping.h`.
+//!
+//! The `kernel` crate's `Coherent` is not used: it lends memory for as long as a binding is on the stack, and has no way into a process.
+
+use crate::shim;
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    device::Device,
+    error::to_result,
+    ffi::c_void,
+    prelude::*,
+    sync::aref::ARef, //
+};
+
+/// Coherent memory, zeroed at first. Freed when dropped.
+///
+/// # Invariants
+///
+/// `memory` and `address` come from `dma_alloc_attrs`, for `dev` and `size` bytes; `dev` is bound.
+pub(crate) struct Coherent {
+    dev: ARef<Device>,
+    memory: NonNull<c_void>,
+    /// Where the device finds it.
+    pub(crate) address: u64,
+    /// Bytes.
+    pub(crate) size: usize,
+}
+
+// SAFETY: The kernel's memory belongs to no task or CPU.
+unsafe impl Send for Coherent {}
+
+impl Coherent {
+    /// Allocates memory for a device. `ENOMEM`, without a word in the log: user space chooses the size. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// The device must be bound to a driver now, and stay so until the value is dropped.
+    pub(crate) unsafe fn new(dev: &ARef<Device>, size: usize) -> Result<Self> {
+        let mut address = 0;
+        let flags = bindings::GFP_KERNEL | bindings::__GFP_NOWARN;
+        // SAFETY: The device is valid, by its reference, and bound. The attribute is that of `dma_alloc_coherent` with such flags.
+        let memory = unsafe {
+            let attributes = bindings::DMA_ATTR_NO_WARN as usize;
+            bindings::dma_alloc_attrs(shim::raw(dev), size, &mut address, flags, attributes)
+        };
+        // INVARIANT: This was allocated so, and by this function's contract the device stays bound.
+        Ok(Coherent {
+            dev: dev.clone(),
+            memory: NonNull::new(memory).ok_or(ENOMEM)?,
+            address,
+            size,
+        })
+    }
+
+    /// Makes the page table entries of an area, from the page of the memory on that is the area's offset (`dma_mmap_coherent`). The error
+    /// is the kernel's. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// The area must be valid, have no entries, and its `mmap_lock` be taken for writing. All its entries must be gone when the value is
+    /// dropped.
+    pub(crate) unsafe fn map(&self, area: *mut bindings::vm_area_struct) -> Result {
+        // SAFETY: By the invariant this is memory of that device, and by this function's contract the area may be changed.
+        to_result(unsafe {
+            bindings::dma_mmap_attrs(
+                shim::raw(&self.dev),
+                area,
+                self.memory.as_ptr(),
+                self.address,
+                self.size,
+                0,
+            )
+        })
+    }
+}
+
+impl Drop for Coherent {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant this was allocated so, and the device is still bound; nobody has it mapped, by the contract of `map`.
+        unsafe {
+            bindings::dma_free_attrs(
+                shim::raw(&self.dev),
+                self.size,
+                self.memory.as_ptr(),
+                self.address,
+                0,
+            )
+        }
+    }
+}
