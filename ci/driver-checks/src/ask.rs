@@ -178,12 +178,17 @@ pub enum Request {
     },
     /// End the echo or the storm.
     Calm,
-    /// Stop the broker of a region, or have it go on.
+    /// Stop the broker of a region.
     Pause {
         /// Which.
         region: Region,
-        /// Stop.
-        stop: bool,
+    },
+    /// Have it go on, in a while, whatever becomes of the guest meanwhile.
+    GoOn {
+        /// Which.
+        region: Region,
+        /// When, in milliseconds.
+        after: u16,
     },
     /// Plug in the device of [`Region::Plugged`].
     Plug,

@@ -152,9 +152,14 @@ pub(crate) fn calm() -> Result<()> {
     request(&Request::Calm)
 }
 
-/// Stops the broker of a region, or has it go on.
-pub(crate) fn pause(region: Region, stop: bool) -> Result<()> {
-    request(&Request::Pause { region, stop })
+/// Stops the broker of a region.
+pub(crate) fn pause(region: Region) -> Result<()> {
+    request(&Request::Pause { region })
+}
+
+/// Has it go on after so many milliseconds, whatever becomes of the guest meanwhile.
+pub(crate) fn go_on(region: Region, after: u16) -> Result<()> {
+    request(&Request::GoOn { region, after })
 }
 
 /// Plugs in the device of [`Region::Plugged`], which the guest finds some time later.

@@ -92,7 +92,11 @@ impl Stage {
             Request::Echo { region, vector } => self.background = Some(self.echo(region, vector)?),
             Request::Storm { region } => self.background = Some(self.storm(region)?),
             Request::Calm => self.background = None,
-            Request::Pause { region, stop } => self.devices.pause(region, stop)?,
+            Request::Pause { region } => self.devices.pause(region)?,
+            Request::GoOn { region, after } => {
+                let after = Duration::from_millis(after.into());
+                self.devices.go_on(region, after)?;
+            }
             Request::Plug => self.devices.plug(&self.vm)?,
             Request::Unplug => self.devices.unplug(&self.vm)?,
             Request::Show { figure } => figures.push(figure),

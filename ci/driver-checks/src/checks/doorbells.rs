@@ -2,8 +2,7 @@
 
 //! Vectors, from the guest to the host and from the host to the guest.
 
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use barlink_protocol::wire::layout::MAX_VECTORS;
@@ -11,7 +10,7 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 
 use crate::ask::Region;
-use crate::binding::{bind, eventually, is_bound, open, open_nonblocking, unbind};
+use crate::binding::{bind, eventually, open, open_nonblocking, unbind};
 use crate::device::{Device, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
 use crate::process::child;
@@ -74,24 +73,18 @@ pub(super) fn all_256_vectors_fire() -> Result<()> {
 /// More vectors than a queue has room for, while nobody takes anything out of it.
 pub(super) fn doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them() -> Result<()> {
     let device = ring_all_in_vain()?;
-    host::pause(Region::Bus, false)?;
+    host::go_on(Region::Bus, 0)?;
     all_were_rung()?;
     drop(device);
     Ok(())
 }
 
-/// Whoever gives the device back waits for a while.
+/// Whoever gives the device back waits for a while. When that is over, QEMU has the guest stand still until the broker answers: so it
+/// is not the guest that has it go on.
 pub(super) fn doorbells_are_read_before_the_device_is_given_back() -> Result<()> {
     let device = ring_all_in_vain()?;
-    let unbinding = child(|parent| {
-        parent.tell_ready()?;
-        unbind(Region::Bus)
-    })?;
-    eventually("the device is going", || Ok(!is_bound(Region::Bus)?))?;
-    // Until nothing but the doorbells is left to wait for.
-    thread::sleep(Duration::from_millis(500));
-    host::pause(Region::Bus, false)?;
-    unbinding.succeeds()?;
+    host::go_on(Region::Bus, 500)?;
+    unbind(Region::Bus)?;
     all_were_rung()?;
     fails(device.info(), Errno::NODEV);
     bind(Region::Bus)
@@ -104,7 +97,7 @@ fn ring_all_in_vain() -> Result<Device> {
     for vector in 0..MAX_VECTORS {
         host::rings(Region::Bus, host_peer, vector)?;
     }
-    host::pause(Region::Bus, true)?;
+    host::pause(Region::Bus)?;
     for _ in 0..3 {
         for vector in 0..MAX_VECTORS {
             device.ring(host_peer, vector)?;
