@@ -190,6 +190,8 @@ pub enum Request {
         /// When, in milliseconds.
         after: u16,
     },
+    /// Wake the VM, once it sleeps.
+    Wake,
     /// Plug in the device of [`Region::Plugged`].
     Plug,
     /// Have the guest let go of that device, and pull it out.

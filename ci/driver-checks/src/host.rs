@@ -162,6 +162,11 @@ pub(crate) fn go_on(region: Region, after: u16) -> Result<()> {
     request(&Request::GoOn { region, after })
 }
 
+/// Has the VM woken once it sleeps, which it has to do next.
+pub(crate) fn wake() -> Result<()> {
+    request(&Request::Wake)
+}
+
 /// Plugs in the device of [`Region::Plugged`], which the guest finds some time later.
 pub(crate) fn plug() -> Result<()> {
     request(&Request::Plug)

@@ -45,10 +45,14 @@ impl Stage {
         while let Some(line) = process.next_line(COMMAND_TIMEOUT)? {
             let request = serde_json::from_str(&line);
             let request = request.with_context(|| format!("not a request: {line}"))?;
+            let wakes = matches!(request, Request::Wake);
             let answer = self.answer(request, &mut figures)?;
             let mut line = serde_json::to_vec(&answer)?;
             line.push(b'\n');
             process.write(&line)?;
+            if wakes {
+                self.vm.wake()?;
+            }
         }
         self.background = None;
         process.wait(COMMAND_TIMEOUT)?.require_success()?;
@@ -97,6 +101,8 @@ impl Stage {
                 let after = Duration::from_millis(after.into());
                 self.devices.go_on(region, after)?;
             }
+            // Once it knows that it can go to sleep.
+            Request::Wake => (),
             Request::Plug => self.devices.plug(&self.vm)?,
             Request::Unplug => self.devices.unplug(&self.vm)?,
             Request::Show { figure } => figures.push(figure),

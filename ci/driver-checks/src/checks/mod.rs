@@ -15,6 +15,7 @@ mod presence;
 mod races;
 mod removal;
 mod signals;
+mod sleep;
 
 use anyhow::Result;
 
@@ -89,6 +90,8 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         unbind_races_mmap_and_fork
         unbind_races_claims_and_doorbells
         interrupt_storm_races_open_claim_and_close;
+    sleep:
+        suspend_leaves_files_and_mappings_as_they_are;
     life:
         module_stays_while_it_is_used
         load_and_unload_25_times
