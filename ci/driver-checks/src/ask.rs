@@ -153,6 +153,19 @@ pub enum Request {
         /// How often, all at once.
         times: u64,
     },
+    /// Ring a vector of the VM many times, one by one, and write a word right before the last time.
+    Burst {
+        /// Of the device of this region.
+        region: Region,
+        /// The vector.
+        vector: u32,
+        /// How often.
+        times: u64,
+        /// Offset of the word.
+        offset: u64,
+        /// The word.
+        word: u64,
+    },
     /// Say how often a vector of another peer was rung since this was last asked.
     Rings {
         /// Of this region.

@@ -105,6 +105,17 @@ pub(crate) fn rings(region: Region, peer: u32, vector: u32) -> Result<u64> {
     count_rings(region, peer, vector, 0)
 }
 
+/// Rings a vector of the VM so often, one by one, as fast as the host can, and writes a word right before the last time.
+pub(crate) fn burst(region: Region, vector: u32, times: u64, offset: u64, word: u64) -> Result<()> {
+    request(&Request::Burst {
+        region,
+        vector,
+        times,
+        offset,
+        word,
+    })
+}
+
 /// Waits until a vector of another peer was rung as often as `least`, and counts.
 pub(crate) fn wait_for_so_many(region: Region, peer: u32, vector: u32, least: u64) -> Result<u64> {
     let mut count = 0;

@@ -83,6 +83,21 @@ impl Stage {
                 let tap = self.devices.tap(region)?;
                 tap.ring(region.facts().slot, vector, times)?;
             }
+            Request::Burst {
+                region,
+                vector,
+                times,
+                offset,
+                word,
+            } => {
+                let tap = self.devices.tap(region)?;
+                for left in (0..times).rev() {
+                    if left == 0 {
+                        tap.store(offset, &[word])?;
+                    }
+                    tap.ring(region.facts().slot, vector, 1)?;
+                }
+            }
             Request::Rings {
                 region,
                 peer,

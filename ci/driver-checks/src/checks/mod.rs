@@ -70,6 +70,8 @@ pub const CHECKS: &[(&str, Check)] = checks! {
     interrupts:
         read_gives_what_fired_once
         read_waits_and_a_signal_ends_it
+        last_interrupt_of_a_burst_is_always_delivered
+        interrupts_are_counted_under_a_clear_name
         interrupts_are_counted_for_each_file
         claims_narrow_what_a_file_hears
         epoll_hears_of_vectors_claimed_later;
@@ -95,6 +97,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
     life:
         module_stays_while_it_is_used
         load_and_unload_25_times
+        device_comes_and_goes_100_times_under_its_users
         kernel_log_stays_clean;
     cost:
         memory_of_a_device_is_small

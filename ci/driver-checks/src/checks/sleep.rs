@@ -17,7 +17,7 @@ use crate::process::{Child, child};
 
 /// Suspends the system to memory (ACPI's S3), until the host wakes it: the machine is reset, and its firmware goes on where the kernel
 /// was. The device with 256 vectors has to be unbound, where each is an interrupt: one CPU cannot take them all, while the other is off.
-pub(super) fn suspend() -> Result<()> {
+fn suspend() -> Result<()> {
     fs::write("/sys/power/mem_sleep", "deep")?;
     host::wake()?;
     let slept = fs::write("/sys/power/state", "mem");
