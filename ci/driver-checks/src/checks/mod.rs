@@ -93,7 +93,8 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         unbind_races_claims_and_doorbells
         interrupt_storm_races_open_claim_and_close;
     sleep:
-        suspend_leaves_files_and_mappings_as_they_are;
+        suspend_leaves_files_and_mappings_as_they_are
+        hibernation_is_refused;
     life:
         module_stays_while_it_is_used
         load_and_unload_25_times

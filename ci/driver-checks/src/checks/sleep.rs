@@ -13,6 +13,7 @@ use crate::ask::{RAW, Region};
 use crate::binding::{bind, make_second_node, node, open, unbind};
 use crate::device::{Device, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
+use crate::module;
 use crate::process::{Child, child};
 
 /// Suspends the system to memory (ACPI's S3), until the host wakes it: the machine is reset, and its firmware goes on where the kernel
@@ -21,6 +22,11 @@ fn suspend() -> Result<()> {
     fs::write("/sys/power/mem_sleep", "deep")?;
     host::wake()?;
     let slept = fs::write("/sys/power/state", "mem");
+    rebind_ports()?;
+    slept.context("the system does not suspend")
+}
+
+fn rebind_ports() -> Result<()> {
     // The kernel takes the host's end of the agent's port for closed ever after, unless it looks at it anew.
     const PORTS: &str = "/sys/bus/virtio/drivers/virtio_console";
     for entry in fs::read_dir(PORTS)? {
@@ -32,7 +38,19 @@ fn suspend() -> Result<()> {
             }
         }
     }
-    slept.context("the system does not suspend")
+    Ok(())
+}
+
+pub(super) fn hibernation_is_refused() -> Result<()> {
+    let device = open(Region::Main)?;
+    let refused = fs::write("/sys/power/state", "disk");
+    rebind_ports()?;
+    let error = refused.err().context("it is not")?;
+    assert_eq!(Errno::from_io_error(&error), Some(Errno::BUSY));
+    // By the driver, and nothing has changed.
+    ensure!(module::log()?.contains("failed to freeze: error -16"));
+    device.info()?;
+    Ok(())
 }
 
 /// Maps through this node, and touches and calls until it is told to end. Nothing fails.
