@@ -80,6 +80,14 @@ pub(crate) struct Buffer {
 // SAFETY: A file belongs to no task.
 unsafe impl Send for Buffer {}
 
+impl Buffer {
+    /// Its address for the device, and its size.
+    pub(crate) fn place(&self) -> (u64, u32) {
+        // CAST: `MAX_BUFFER` at most.
+        (self.memory.address, self.memory.size as u32)
+    }
+}
+
 impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: By the invariant the file is valid, and so is its address space, which is its inode's alone. From 0, for 0, is

@@ -92,7 +92,10 @@ impl CharDevice {
                     to_result(unsafe {
                         slot.write(misc);
                         bindings::misc_register(slot)
-                    })
+                    })?;
+                    // SAFETY: It is registered.
+                    unsafe { shim::barlink_follow_sleep(slot) };
+                    Ok::<(), Error>(())
                 }),
             }? Error),
             GFP_KERNEL,
@@ -114,6 +117,17 @@ impl CharDevice {
     pub(crate) fn name(&self) -> &CStr {
         &self.name
     }
+}
+
+/// The system has resumed, and no process runs yet.
+///
+/// # Safety
+///
+/// Only for `shim.c`, with what [`CharDevice::register`] gave it; the driver core keeps that from being deregistered meanwhile.
+#[no_mangle]
+unsafe extern "C" fn barlink_resumed(misc: *mut bindings::miscdevice) {
+    // SAFETY: By this function's contract.
+    unsafe { CharDevice::of(misc) }.resume();
 }
 
 #[pinned_drop]

@@ -71,8 +71,6 @@ pub(crate) struct State {
 pub(crate) struct Device {
     /// What never changes.
     pub(crate) facts: Facts,
-    /// The driver's epoch.
-    epoch: u64,
     /// The queues of the device's vectors.
     pub(crate) vectors: KVec<Arc<WaitQueue>>,
     /// The queue that [`Device::remove`] wakes.
@@ -100,13 +98,11 @@ impl Device {
         vectors: KVec<Arc<WaitQueue>>,
         dma: ARef<device::Device>,
     ) -> Result<Arc<Self>> {
-        let epoch = hardware.epoch;
         let removal = Arc::pin_init(WaitQueue::for_events(), GFP_KERNEL)?;
         let mappings = Mappings::new()?;
         Arc::pin_init(
             try_pin_init!(Self {
                 facts,
-                epoch,
                 vectors,
                 removal,
                 mappings,
@@ -157,6 +153,23 @@ impl Device {
         self.hardware.revoke();
     }
 
+    /// Goes on after the system was suspended, before any process does.
+    ///
+    /// Everybody hears of all vectors: whatever was rung meanwhile, may be lost.
+    pub(crate) fn resume(&self) {
+        let state = self.state.lock();
+        if let Some(hardware) = self.hardware.try_access() {
+            hardware.resume();
+            if let Some(buffer) = &state.buffer {
+                hardware.tell_buffer(Some(buffer.place()));
+            }
+        }
+        drop(state);
+        for vector in &self.vectors {
+            vector.wake_all();
+        }
+    }
+
     /// Number of a new file.
     pub(crate) fn new_file(&self) -> FileId {
         FileId(self.opened.fetch_add(1, Relaxed))
@@ -172,6 +185,7 @@ impl Device {
         } = &self.facts;
         let state = self.state.lock();
         self.check()?;
+        let epoch = self.hardware.try_access().ok_or(ENODEV)?.epoch();
         let (asked, granted, mapper) = state.areas.told();
         Ok(uapi::Info {
             version: uapi::UAPI_VERSION,
@@ -182,7 +196,7 @@ impl Device {
             region_size: layout.region_size,
             mappable_size: layout.mappable_size(),
             region_address: *region,
-            epoch: self.epoch,
+            epoch,
             granted,
             asked,
             mapper,

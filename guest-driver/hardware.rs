@@ -33,7 +33,13 @@ use kernel::{
         Bound, //
     },
     prelude::*,
-    sync::Arc, //
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    },
 };
 
 /// Reads the superblock of a region, for the device that says it has this ID.
@@ -129,8 +135,7 @@ pub(crate) struct Hardware {
     /// The driver's page.
     page: IoMem,
     host: u32,
-    /// The epoch.
-    pub(crate) epoch: u64,
+    epoch: Atomic<u64>,
 }
 
 impl Hardware {
@@ -140,17 +145,30 @@ impl Hardware {
     /// written anything there; that would harm nobody but itself.
     /// `region` is the guest-physical address of the region.
     pub(crate) fn arrive(bell: Bell, page: IoMem, layout: &Layout, region: u64) -> Self {
-        let old = page.read64(presence::EPOCH as usize);
-        let epoch = old.wrapping_add(if old % 2 == 0 { 1 } else { 2 });
         let hardware = Hardware {
             bell,
-            page,
             host: layout.host(),
-            epoch,
+            epoch: Atomic::new(next_epoch(&page)),
+            page,
         };
         hardware.page.write64(presence::ADDRESS as usize, region);
-        hardware.announce(epoch);
+        hardware.clear();
+        hardware.announce(hardware.epoch());
         hardware
+    }
+
+    /// The epoch.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Relaxed)
+    }
+
+    /// Begins a new epoch if the host has ended the last one, since it has seen the device reset while the system was suspended. Who holds
+    /// what is on the page still. Rings the host.
+    pub(crate) fn resume(&self) {
+        if self.page.read64(presence::EPOCH as usize) != self.epoch() {
+            self.epoch.store(next_epoch(&self.page), Relaxed);
+        }
+        self.announce(self.epoch());
     }
 
     /// Rings a vector of a peer. Which of the two exist, the caller knows.
@@ -178,13 +196,17 @@ impl Hardware {
         self.page.write64(presence::CACHE as usize, word);
     }
 
-    /// Clears all holders, stores an epoch after that, and rings the host.
-    fn announce(&self, epoch: u64) {
+    /// Says that nobody holds or maps anything.
+    fn clear(&self) {
         self.set_cache(0, 0);
         for channel in 0..MAX_CHANNELS {
             self.set_holder(channel, End::Producer, None);
             self.set_holder(channel, End::Consumer, None);
         }
+    }
+
+    /// Stores an epoch, and rings the host.
+    fn announce(&self, epoch: u64) {
         self.page.write64(presence::EPOCH as usize, epoch);
         self.ring(self.host, 0);
     }
@@ -192,6 +214,13 @@ impl Hardware {
 
 impl Drop for Hardware {
     fn drop(&mut self) {
-        self.announce(self.epoch.wrapping_add(1));
+        self.clear();
+        self.announce(self.epoch().wrapping_add(1));
     }
+}
+
+/// The odd number after the epoch that a driver's page has.
+fn next_epoch(page: &IoMem) -> u64 {
+    let old = page.read64(presence::EPOCH as usize);
+    old.wrapping_add(if old % 2 == 0 { 1 } else { 2 })
 }

@@ -70,6 +70,11 @@ impl Interrupts {
         Ok(given)
     }
 
+    /// Lets them come again, from another queue.
+    pub(crate) fn offer(&self) {
+        self.state.with(State::offer);
+    }
+
     /// Wakes the queues of the vectors that the device names; in any context. A vector that there is not wakes nobody.
     pub(crate) fn deliver(&self) {
         self.state.with(|state| {

@@ -8,8 +8,11 @@
 #include <linux/fs.h>
 #include <linux/idr.h>
 #include <linux/mm.h>
+#include <linux/miscdevice.h>
 #include <linux/module.h>
 #include <linux/pci.h>
+#include <linux/pm.h>
+#include <linux/pm_domain.h>
 #include <linux/scatterlist.h>
 #include <linux/spinlock.h>
 #include <linux/virtio.h>
@@ -21,6 +24,7 @@ int barlink_number_alloc(void);
 void barlink_number_free(int number);
 u32 barlink_pci_address(struct device *dev);
 struct device *barlink_dma_device(struct device *dev);
+void barlink_follow_sleep(struct miscdevice *misc);
 void barlink_lock_init(spinlock_t *lock);
 unsigned long barlink_lock(spinlock_t *lock);
 void barlink_unlock(spinlock_t *lock, unsigned long flags);
@@ -41,7 +45,11 @@ void barlink_virtio_delete_queues(struct virtio_device *vdev);
 void barlink_virtio_ready(struct virtio_device *vdev);
 int barlink_queue_add(struct virtqueue *queue, void *buffer, u32 size, bool writable);
 
+/* In chardev.rs. */
+void barlink_resumed(struct miscdevice *misc);
 /* In virtio.rs. */
+int barlink_virtio_freeze(struct virtio_device *vdev);
+int barlink_virtio_restore(struct virtio_device *vdev);
 int barlink_virtio_probe(struct virtio_device *vdev);
 void barlink_virtio_remove(struct virtio_device *vdev);
 void barlink_virtio_doorbells_returned(void *context);
@@ -74,6 +82,28 @@ u32 barlink_pci_address(struct device *dev)
 struct device *barlink_dma_device(struct device *dev)
 {
 	return dev_is_pci(dev) || !dev->parent ? dev : dev->parent;
+/* What the region holds after a hibernation, may be another VM's. */
+static int refuse_to_hibernate(struct device *dev)
+{
+	return -EBUSY;
+}
+
+static int resumed(struct device *dev)
+{
+	barlink_resumed(dev_get_drvdata(dev));
+	return 0;
+}
+
+static struct dev_pm_domain sleep = {
+	.ops = {
+		.freeze = pm_sleep_ptr(refuse_to_hibernate),
+		.resume = pm_sleep_ptr(resumed),
+	},
+};
+
+void barlink_follow_sleep(struct miscdevice *misc)
+{
+	dev_pm_domain_set(misc->this_device, &sleep);
 }
 
 void barlink_lock_init(spinlock_t *lock)
@@ -161,12 +191,6 @@ static const struct virtio_device_id virtio_devices[] = {
 };
 MODULE_DEVICE_TABLE(virtio, virtio_devices);
 
-/* Else the queues would be gone after it. */
-static int refuse_to_freeze(struct virtio_device *vdev)
-{
-	return -EBUSY;
-}
-
 /* By its PCI function: its queues and the region are gone after it. So the device is, until it is bound anew. */
 static int let_go_before_reset(struct virtio_device *vdev)
 {
@@ -179,7 +203,8 @@ static struct virtio_driver virtio_driver = {
 	.id_table = virtio_devices,
 	.probe = barlink_virtio_probe,
 	.remove = barlink_virtio_remove,
-	.freeze = pm_sleep_ptr(refuse_to_freeze),
+	.freeze = pm_sleep_ptr(barlink_virtio_freeze),
+	.restore = pm_sleep_ptr(barlink_virtio_restore),
 	.reset_prepare = let_go_before_reset,
 };
 

@@ -73,6 +73,9 @@ extern "C" {
 
     /// The device itself if it is PCI's, else the one above it, if there is one. `dev` must be valid.
     fn barlink_dma_device(dev: *mut bindings::device) -> *mut bindings::device;
+    /// Has [`crate::chardev`] called when the system has resumed from a suspend, after the device's parent has and before any process,
+    /// and hibernation refused (`dev_pm_domain_set`, `include/linux/pm_domain.h`). `misc` must be registered.
+    pub(crate) fn barlink_follow_sleep(misc: *mut bindings::miscdevice);
 
     /// Initialises a lock (`spin_lock_init`, `include/linux/spinlock.h`). `lock` must be writable, and must not move
     /// afterwards.
@@ -137,7 +140,7 @@ extern "C" {
     pub(crate) fn barlink_virtio_dev(vdev: *mut VirtioDevice) -> *mut bindings::device;
 
     /// Reads a word of the configuration space, where it is not changed (`virtio_cread32`,
-    /// `include/linux/virtio_config.h`). Only in probe. May sleep.
+    /// `include/linux/virtio_config.h`). Only in probe and restore. May sleep.
     pub(crate) fn barlink_virtio_config(vdev: *mut VirtioDevice, offset: u32) -> u32;
 
     /// Where a shared memory of the device is (`virtio_get_shm_region`); false if it has none of that ID.
@@ -149,7 +152,7 @@ extern "C" {
     ) -> bool;
 
     /// Sets up both queues, and has [`crate::virtio`] called with `context` whenever a device is done with buffers of one
-    /// (`virtio_find_vqs`). 0, and the queues, or a negative errno. Only in probe. May sleep.
+    /// (`virtio_find_vqs`). 0, and the queues, or a negative errno. Only in probe and restore. May sleep.
     pub(crate) fn barlink_virtio_find_queues(
         vdev: *mut VirtioDevice,
         context: *const c_void,
@@ -159,7 +162,7 @@ extern "C" {
     /// Undoes [`barlink_virtio_find_queues`], once, after a reset (`del_vqs`). May sleep.
     pub(crate) fn barlink_virtio_delete_queues(vdev: *mut VirtioDevice);
 
-    /// Tells the device that the driver is ready (`virtio_device_ready`). Once, in probe.
+    /// Tells the device that the driver is ready (`virtio_device_ready`). Once, in probe or restore.
     pub(crate) fn barlink_virtio_ready(vdev: *mut VirtioDevice);
 
     /// Gives a buffer to a device, with its address as the token (`virtqueue_add_inbuf`, `virtqueue_add_outbuf`). 0, or a

@@ -3,8 +3,8 @@
 //! The virtio driver: takes a device from the virtio core, makes a `/dev/barlinkN` of it, and gives all of it back.
 //!
 //! The device is that of [`crate::wire::virtio`]. Its type says little, so one whose configuration space is not barlink's is
-//! declined, with one line in the log; another driver can have it. That space is read in probe alone: QEMU ends when
-//! it is read while nobody is behind the device.
+//! declined, with one line in the log; another driver can have it. That space is read in probe, and after a suspend, alone: QEMU
+//! ends when it is read while nobody is behind the device.
 //!
 //! The virtio core is C without a Rust side; what is needed of it is in `shim.c`, which calls the `extern` functions below.
 
@@ -92,8 +92,8 @@ struct Data {
     /// Nobody uses the device any more, and the host is told.
     _binding: Binding,
     /// No interrupt comes any more.
-    _queues: Queues,
-    _region: DeviceMemory,
+    queues: Queues,
+    region: DeviceMemory,
 }
 
 impl Data {
@@ -108,10 +108,8 @@ impl Data {
         // SAFETY: The device is valid, and outlives this function; it is being bound.
         let dev: &Device<Bound> =
             unsafe { Device::from_raw(shim::barlink_virtio_dev(vdev.as_ptr())) };
-        // CAST: Below 64.
         // SAFETY: The device is valid, and being probed.
-        let word =
-            |offset: usize| unsafe { shim::barlink_virtio_config(vdev.as_ptr(), offset as u32) };
+        let word = |offset| unsafe { config_word(vdev, offset) };
         let (magic, version) = (word(config::MAGIC), word(config::VERSION));
         if (magic, version) != (MAGIC, VERSION) {
             dev_info!(
@@ -131,10 +129,7 @@ impl Data {
         })?;
         // SAFETY: The device is valid, being probed, and stays until what this gives is dropped.
         let queues = unsafe { Queues::new(vdev)? };
-        // SAFETY: The device is being probed, and this is the one place.
-        unsafe { shim::barlink_virtio_ready(vdev.as_ptr()) };
-        // Nothing before that, not even a reset, since QEMU ends if it is asked to map the region in between.
-        if !is_mapped_before_long(&region)? {
+        if !queues.bring_the_region(&region)? {
             dev_info!(
                 dev,
                 "declined: the host has mapped no region within 10 s: see what QEMU and the broker say (QEMU must share the guest's memory)\n"
@@ -147,10 +142,38 @@ impl Data {
         let bell = Bell::Queue(queues.callees.doorbells.clone());
         Ok(Data {
             _binding: Binding::new(dev, &region, layout, id, bell, vectors)?,
-            _queues: queues,
-            _region: region,
+            queues,
+            region,
         })
     }
+
+    /// Takes the device again after [`Queues::down`] and a reset, with whatever it was used for. The error is the kernel's, or `ENODEV`.
+    fn restore(&mut self) -> Result {
+        let vdev = self.queues.vdev;
+        // As in probe, and for the same reason besides: by this the host learns of the reset, before there is anything to lose.
+        // SAFETY: The device is valid, and being restored.
+        if unsafe { config_word(vdev, config::MAGIC) } != MAGIC {
+            return Err(ENODEV);
+        }
+        self.queues.up()?;
+        if !self.queues.bring_the_region(&self.region)? {
+            return Err(ENODEV);
+        }
+        self.queues.callees.interrupts.offer();
+        self.queues.callees.doorbells.returned();
+        Ok(())
+    }
+}
+
+/// A word of the configuration space.
+///
+/// # Safety
+///
+/// `vdev` must be valid, and being probed or restored.
+unsafe fn config_word(vdev: NonNull<VirtioDevice>, offset: usize) -> u32 {
+    // CAST: Below 64.
+    // SAFETY: By this function's contract.
+    unsafe { shim::barlink_virtio_config(vdev.as_ptr(), offset as u32) }
 }
 
 /// Requests the shared memory that is the region. `ENODEV` if there is none, `EBUSY` if somebody uses it.
@@ -194,11 +217,12 @@ struct Callees {
     interrupts: Pin<KBox<Interrupts>>,
 }
 
-/// The queues of a device, set up until dropped. That resets the device.
+/// The queues of a device, set up until dropped, but for the time of a suspend.
 struct Queues {
     vdev: NonNull<VirtioDevice>,
     /// At a place of its own, which the callbacks know.
     callees: KBox<Callees>,
+    up: bool,
 }
 
 impl Queues {
@@ -212,30 +236,51 @@ impl Queues {
             doorbells: Arc::pin_init(Doorbells::new(), GFP_KERNEL)?,
             interrupts: KBox::pin_init(Interrupts::new(), GFP_KERNEL)?,
         };
-        let callees = KBox::new(callees, GFP_KERNEL)?;
+        let mut queues = Queues {
+            vdev,
+            callees: KBox::new(callees, GFP_KERNEL)?,
+            up: false,
+        };
+        queues.up()?;
+        Ok(queues)
+    }
+
+    /// Sets them up, in probe, or after [`Queues::down`] and a reset of the device.
+    fn up(&mut self) -> Result {
         let mut raw: [*mut Virtqueue; QUEUES] = [ptr::null_mut(); QUEUES];
-        // SAFETY: The device is valid and being probed. The callbacks get what they expect, which stays until `drop` below
+        // SAFETY: The device is valid and being probed or restored. The callbacks get what they expect, which stays until `down` below
         // has seen to it that none comes any more.
         to_result(unsafe {
-            let context = ptr::from_ref::<Callees>(&callees).cast();
-            shim::barlink_virtio_find_queues(vdev.as_ptr(), context, &mut raw)
+            let context = ptr::from_ref::<Callees>(&self.callees).cast();
+            shim::barlink_virtio_find_queues(self.vdev.as_ptr(), context, &mut raw)
         })?;
-        let queues = Queues { vdev, callees };
+        self.up = true;
         let queue = |index: usize, writer| {
             let raw = NonNull::new(raw[index]).ok_or(ENODEV)?;
-            // SAFETY: The queue is new, and is made a `Queue` of once. It is taken back, and dropped, in `drop` below.
+            // SAFETY: The queue is new, and is made a `Queue` of once. It is taken back, and dropped, in `down` below.
             unsafe { Queue::new(raw, writer) }
         };
         let doorbells = queue(QUEUE_DOORBELLS, From::Driver)?;
         let interrupts = queue(QUEUE_INTERRUPTS, From::Device)?;
-        queues.callees.doorbells.connect(doorbells);
-        queues.callees.interrupts.connect(interrupts);
-        Ok(queues)
+        self.callees.doorbells.connect(doorbells);
+        self.callees.interrupts.connect(interrupts);
+        Ok(())
     }
-}
 
-impl Drop for Queues {
-    fn drop(&mut self) {
+    /// Says that the driver is ready, and waits until the region is there; false if it does not come. To be called once after
+    /// [`Queues::up`].
+    fn bring_the_region(&self, region: &DeviceMemory) -> Result<bool> {
+        // SAFETY: The device is valid, being probed or restored, and this is the one place.
+        unsafe { shim::barlink_virtio_ready(self.vdev.as_ptr()) };
+        // Nothing before that, not even a reset, since QEMU ends if it is asked to map the region in between.
+        is_mapped_before_long(region)
+    }
+
+    /// Takes all back, and resets the device.
+    fn down(&mut self) {
+        if !core::mem::take(&mut self.up) {
+            return;
+        }
         let Callees {
             doorbells,
             interrupts,
@@ -248,9 +293,15 @@ impl Drop for Queues {
         for queue in queues.iter_mut().flatten() {
             queue.take_back_unused();
         }
-        // SAFETY: The queues were set up by `new`, and the device is reset. Nothing is done with the queues after this but
+        // SAFETY: The queues were set up by `up`, and the device is reset. Nothing is done with the queues after this but
         // to drop them.
         unsafe { shim::barlink_virtio_delete_queues(self.vdev.as_ptr()) };
+    }
+}
+
+impl Drop for Queues {
+    fn drop(&mut self) {
+        self.down();
     }
 }
 
@@ -290,6 +341,51 @@ unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
             drop(KBox::<Data>::from_raw(data.cast()));
         }
     }
+}
+
+/// The `freeze` of `struct virtio_driver`: the system is being suspended, and no process runs any more. Files and mappings stay; the region
+/// is gone from behind them once the device is reset.
+///
+/// # Safety
+///
+/// As for [`barlink_virtio_remove`].
+#[no_mangle]
+unsafe extern "C" fn barlink_virtio_freeze(vdev: *mut VirtioDevice) -> c_int {
+    // SAFETY: By this function's contract, nobody else uses the value, which `probe` has put there.
+    if let Some(data) = unsafe { data(vdev).as_mut() } {
+        data.queues.down();
+    }
+    0
+}
+
+/// The `restore` of `struct virtio_driver`: undoes [`barlink_virtio_freeze`], or lets go of the device.
+///
+/// # Safety
+///
+/// As for [`barlink_virtio_remove`].
+#[no_mangle]
+unsafe extern "C" fn barlink_virtio_restore(vdev: *mut VirtioDevice) -> c_int {
+    from_result(|| {
+        // SAFETY: As above.
+        let Some(data) = (unsafe { data(vdev).as_mut() }) else {
+            return Ok(0);
+        };
+        data.restore().inspect_err(|_| {
+            // SAFETY: By this function's contract.
+            unsafe { barlink_virtio_remove(vdev) }
+        })?;
+        Ok(0)
+    })
+}
+
+/// What a device holds, or null.
+///
+/// # Safety
+///
+/// `vdev` must be valid, and this driver's.
+unsafe fn data(vdev: *mut VirtioDevice) -> *mut Data {
+    // SAFETY: By this function's contract; `probe` has put the value there.
+    unsafe { bindings::dev_get_drvdata(shim::barlink_virtio_dev(vdev)).cast() }
 }
 
 /// The callback of the queue of doorbells: the device has returned some. In any context.

@@ -14,13 +14,14 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use barlink_agent::{Bytes, CHUNK, PORT, Report, Request, Status, Stream};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
 fn main() -> Result<()> {
-    let port = open_port()?;
+    let mut port = open_port()?;
     let agent = Agent {
         port: Arc::new(Mutex::new(port.try_clone()?)),
         running: Arc::default(),
@@ -28,12 +29,20 @@ fn main() -> Result<()> {
     // A line that an earlier agent left unfinished, before a reset, ends here.
     agent.port().write_all(b"\n")?;
     agent.report(&Report::Ready);
-    for line in BufReader::new(port).lines() {
-        let line = line.context("the port cannot be read")?;
-        agent
-            .handle(serde_json::from_str(&line).with_context(|| format!("not a request: {line}"))?);
+    loop {
+        for line in BufReader::new(port).lines().map_while(Result::ok) {
+            let request = serde_json::from_str(&line);
+            agent.handle(request.with_context(|| format!("not a request: {line}"))?);
+        }
+        // The port was taken from its driver, and comes again.
+        port = loop {
+            match open_port() {
+                Ok(port) => break port,
+                Err(_) => thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        *agent.port() = port.try_clone()?;
     }
-    Ok(())
 }
 
 /// Opens the device node of the port named [`PORT`].
@@ -76,11 +85,16 @@ impl Agent {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends one line. There is nobody to tell when that fails.
+    /// Sends one line. It fails while the port is taken from its driver; of what was sent of it then the host makes nothing.
     fn report(&self, report: &Report) {
         if let Ok(mut line) = serde_json::to_vec(report) {
             line.push(b'\n');
-            let _ = self.port().write_all(&line);
+            while self.port().write_all(&line).is_err() {
+                if !line.starts_with(b"\n") {
+                    line.insert(0, b'\n');
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
         }
     }
 

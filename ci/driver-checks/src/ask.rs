@@ -153,6 +153,19 @@ pub enum Request {
         /// How often, all at once.
         times: u64,
     },
+    /// Ring a vector of the VM many times, one by one, and write a word right before the last time.
+    Burst {
+        /// Of the device of this region.
+        region: Region,
+        /// The vector.
+        vector: u32,
+        /// How often.
+        times: u64,
+        /// Offset of the word.
+        offset: u64,
+        /// The word.
+        word: u64,
+    },
     /// Say how often a vector of another peer was rung since this was last asked.
     Rings {
         /// Of this region.
@@ -178,13 +191,20 @@ pub enum Request {
     },
     /// End the echo or the storm.
     Calm,
-    /// Stop the broker of a region, or have it go on.
+    /// Stop the broker of a region.
     Pause {
         /// Which.
         region: Region,
-        /// Stop.
-        stop: bool,
     },
+    /// Have it go on, in a while, whatever becomes of the guest meanwhile.
+    GoOn {
+        /// Which.
+        region: Region,
+        /// When, in milliseconds.
+        after: u16,
+    },
+    /// Wake the VM, once it sleeps.
+    Wake,
     /// Plug in the device of [`Region::Plugged`].
     Plug,
     /// Have the guest let go of that device, and pull it out.

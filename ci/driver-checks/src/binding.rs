@@ -86,7 +86,7 @@ pub(crate) fn attribute(region: Region, name: &str) -> PathBuf {
 }
 
 /// The name of the virtio device that a region's PCI device has, if it has one.
-fn virtio(region: Region) -> Result<Option<String>> {
+pub(crate) fn virtio(region: Region) -> Result<Option<String>> {
     for entry in fs::read_dir(attribute(region, ""))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
         if name.starts_with(VIRTIO) {

@@ -137,6 +137,13 @@ impl Device {
         Ok(self.poll(SOON)? == PollFlags::IN)
     }
 
+    /// Whether there is something to read.
+    pub(crate) fn is_readable(&self) -> Result<bool> {
+        let mut files = [PollFd::new(self, PollFlags::IN)];
+        let now = Timespec::default();
+        Ok(rustix::event::poll(&mut files, Some(&now))? > 0)
+    }
+
     /// Whether there is nothing to read for a while.
     pub(crate) fn stays_silent(&self) -> Result<bool> {
         Ok(self.poll(A_WHILE)?.is_empty())

@@ -105,6 +105,17 @@ pub(crate) fn rings(region: Region, peer: u32, vector: u32) -> Result<u64> {
     count_rings(region, peer, vector, 0)
 }
 
+/// Rings a vector of the VM so often, one by one, as fast as the host can, and writes a word right before the last time.
+pub(crate) fn burst(region: Region, vector: u32, times: u64, offset: u64, word: u64) -> Result<()> {
+    request(&Request::Burst {
+        region,
+        vector,
+        times,
+        offset,
+        word,
+    })
+}
+
 /// Waits until a vector of another peer was rung as often as `least`, and counts.
 pub(crate) fn wait_for_so_many(region: Region, peer: u32, vector: u32, least: u64) -> Result<u64> {
     let mut count = 0;
@@ -152,9 +163,19 @@ pub(crate) fn calm() -> Result<()> {
     request(&Request::Calm)
 }
 
-/// Stops the broker of a region, or has it go on.
-pub(crate) fn pause(region: Region, stop: bool) -> Result<()> {
-    request(&Request::Pause { region, stop })
+/// Stops the broker of a region.
+pub(crate) fn pause(region: Region) -> Result<()> {
+    request(&Request::Pause { region })
+}
+
+/// Has it go on after so many milliseconds, whatever becomes of the guest meanwhile.
+pub(crate) fn go_on(region: Region, after: u16) -> Result<()> {
+    request(&Request::GoOn { region, after })
+}
+
+/// Has the VM woken once it sleeps, which it has to do next.
+pub(crate) fn wake() -> Result<()> {
+    request(&Request::Wake)
 }
 
 /// Plugs in the device of [`Region::Plugged`], which the guest finds some time later.

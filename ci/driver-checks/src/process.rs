@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{
     Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid,
 };
@@ -83,6 +84,13 @@ impl Parent {
     /// Tells it that the child is where the parent wants it to be.
     pub(crate) fn tell_ready(&self) -> Result<()> {
         self.tell(0)
+    }
+
+    /// Whether it lets the child go on.
+    pub(crate) fn is_told(&self) -> Result<bool> {
+        let mut line = [PollFd::new(&self.0, PollFlags::IN)];
+        let now = Timespec::default();
+        Ok(rustix::event::poll(&mut line, Some(&now))? > 0)
     }
 
     /// Waits until it lets the child go on.

@@ -161,6 +161,12 @@ impl Vm {
         self.agent.wait_ready(boots + 1, BOOT_TIMEOUT)
     }
 
+    /// Waits until the guest has suspended the machine, and wakes it.
+    pub fn wake(&self) -> Result<()> {
+        self.qmp.wait_event("SUSPEND", |_| true)?;
+        self.qmp("system_wakeup", &json!({})).map(drop)
+    }
+
     /// Executes a QMP command and gives what it returns.
     pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
         self.qmp.execute(command, arguments)

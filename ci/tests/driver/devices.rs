@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use barlink_driver_checks::Region;
@@ -20,7 +22,7 @@ pub struct Devices {
     /// The VM that has them.
     pub config: Config,
     taps: HashMap<Region, Arc<Tap>>,
-    brokers: HashMap<Region, Broker>,
+    brokers: HashMap<Region, Arc<Broker>>,
     transport: Transport,
 }
 
@@ -49,10 +51,21 @@ impl Devices {
         tap.with_context(|| format!("there is no {region:?}"))
     }
 
-    /// Stops the broker of a region, or has it go on.
-    pub fn pause(&self, region: Region, stop: bool) -> Result<()> {
+    /// Stops the broker of a region.
+    pub fn pause(&self, region: Region) -> Result<()> {
         let broker = self.brokers.get(&region).context("no broker")?;
-        broker.signal(if stop { Signal::STOP } else { Signal::CONT })
+        broker.signal(Signal::STOP)
+    }
+
+    /// Has it go on after this time.
+    pub fn go_on(&self, region: Region, after: Duration) -> Result<()> {
+        let broker = Arc::clone(self.brokers.get(&region).context("no broker")?);
+        thread::spawn(move || {
+            thread::sleep(after);
+            // It may have ended.
+            let _ = broker.signal(Signal::CONT);
+        });
+        Ok(())
     }
 
     /// Plugs in the device of [`Region::Plugged`].
@@ -133,7 +146,8 @@ impl Devices {
         let tap = Tap::before_the_vm(&broker, tapped, facts.slots, facts.vectors)?;
         self.taps.insert(region, Arc::new(tap));
         self.config.paths.push(broker.folder().to_owned());
-        Ok(self.brokers.entry(region).insert_entry(broker).into_mut())
+        let entry = self.brokers.entry(region);
+        Ok(entry.insert_entry(Arc::new(broker)).into_mut())
     }
 
     /// Adds a device over memory of its own, which begins with these words and is zero otherwise.

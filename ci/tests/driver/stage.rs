@@ -45,10 +45,14 @@ impl Stage {
         while let Some(line) = process.next_line(COMMAND_TIMEOUT)? {
             let request = serde_json::from_str(&line);
             let request = request.with_context(|| format!("not a request: {line}"))?;
+            let wakes = matches!(request, Request::Wake);
             let answer = self.answer(request, &mut figures)?;
             let mut line = serde_json::to_vec(&answer)?;
             line.push(b'\n');
             process.write(&line)?;
+            if wakes {
+                self.vm.wake()?;
+            }
         }
         self.background = None;
         process.wait(COMMAND_TIMEOUT)?.require_success()?;
@@ -79,6 +83,21 @@ impl Stage {
                 let tap = self.devices.tap(region)?;
                 tap.ring(region.facts().slot, vector, times)?;
             }
+            Request::Burst {
+                region,
+                vector,
+                times,
+                offset,
+                word,
+            } => {
+                let tap = self.devices.tap(region)?;
+                for left in (0..times).rev() {
+                    if left == 0 {
+                        tap.store(offset, &[word])?;
+                    }
+                    tap.ring(region.facts().slot, vector, 1)?;
+                }
+            }
             Request::Rings {
                 region,
                 peer,
@@ -92,7 +111,13 @@ impl Stage {
             Request::Echo { region, vector } => self.background = Some(self.echo(region, vector)?),
             Request::Storm { region } => self.background = Some(self.storm(region)?),
             Request::Calm => self.background = None,
-            Request::Pause { region, stop } => self.devices.pause(region, stop)?,
+            Request::Pause { region } => self.devices.pause(region)?,
+            Request::GoOn { region, after } => {
+                let after = Duration::from_millis(after.into());
+                self.devices.go_on(region, after)?;
+            }
+            // Once it knows that it can go to sleep.
+            Request::Wake => (),
             Request::Plug => self.devices.plug(&self.vm)?,
             Request::Unplug => self.devices.unplug(&self.vm)?,
             Request::Show { figure } => figures.push(figure),

@@ -106,6 +106,30 @@ fn host_reads_the_dma_buffer_of_a_guest() -> Result<()> {
     wait_for_its_end(&broker)
 }
 
+/// Suspends the guest to memory; then has the kernel look at the port anew by which commands come.
+const SUSPEND: &str = "echo deep >/sys/power/mem_sleep
+    echo mem >/sys/power/state
+    cd /sys/bus/virtio/drivers/virtio_console
+    for port in virtio*; do echo $port >unbind; echo $port >bind; done";
+
+#[test]
+fn device_is_told_of_the_buffer_again_after_a_suspend() -> Result<()> {
+    let (broker, vm) = boot(&["--guest-memory"])?;
+    let process = vm.spawn(["barlink-guest", "buffer"])?;
+    process.write(b"as it was")?;
+    process.close_stdin()?;
+    process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
+    assert_eq!(peek(&broker, 9)?, b"as it was");
+    let asleep = vm.spawn(["sh", "-c", SUSPEND])?;
+    vm.wake()?;
+    asleep.wait(COMMAND_TIMEOUT)?.require_success()?;
+    // The reset of the machine was one of the device, which forgot it; what waits for the driver's end saw none.
+    assert_eq!(peek(&broker, 9)?, b"as it was");
+    process.kill(Signal::KILL)?;
+    process.wait(COMMAND_TIMEOUT)?;
+    wait_for_its_end(&broker)
+}
+
 #[test]
 fn host_that_may_not_read_a_guests_memory_is_not_told_of_its_buffer() -> Result<()> {
     let (broker, vm) = boot(&[])?;

@@ -74,7 +74,7 @@ pub(super) fn thousand_mappings_leave_nothing_behind() -> Result<()> {
 }
 
 /// KiB of the kernel's own memory.
-fn unreclaimable() -> Result<u64> {
+pub(super) fn unreclaimable() -> Result<u64> {
     let all = fs::read_to_string("/proc/meminfo")?;
     let line = all
         .lines()

@@ -2,16 +2,23 @@
 
 //! What `read`, `poll` and `epoll` tell of interrupts, and to which file.
 
-use anyhow::Result;
-use rustix::event::epoll;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
+use barlink_protocol::wire::uapi::Eventfd;
+use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use rustix::process::Signal;
 use rustix::time::Timespec;
 
-use crate::ask::Region;
-use crate::binding::{open, open_nonblocking};
+use crate::ask::{RAW, Region};
+use crate::binding::{open, open_nonblocking, virtio};
 use crate::calls::let_interrupt;
-use crate::device::{A_WHILE, DOWN, DOWN_VECTOR, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
+use crate::device::{A_WHILE, DOWN, DOWN_VECTOR, Device, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
 use crate::process::{Ended, child};
 
@@ -87,6 +94,96 @@ pub(super) fn read_waits_and_a_signal_ends_it() -> Result<()> {
     interrupted.wait_asleep()?;
     interrupted.kill(Signal::USR1)?;
     interrupted.succeeds()
+}
+
+/// By `read`, `poll` and an eventfd.
+pub(super) fn last_interrupt_of_a_burst_is_always_delivered() -> Result<()> {
+    const ROUNDS: u64 = 200;
+    let device = open(Region::Main)?;
+    // Tells each burst's end to the parent, once it has been woken after it.
+    let listener = |wait: fn(&Device, &OwnedFd) -> Result<()>| {
+        child(|parent| {
+            let own = open(Region::Main)?;
+            let bell = eventfd(0, EventfdFlags::CLOEXEC)?;
+            own.signal(Eventfd {
+                vector: UP_VECTOR,
+                descriptor: bell.as_fd().as_raw_fd(),
+            })?;
+            let map = own.map(RAW, PAGE)?;
+            parent.tell_ready()?;
+            let mut told = 0;
+            while told < ROUNDS {
+                wait(&own, &bell)?;
+                // The number of the burst that has ended.
+                let ended = map.read(0);
+                if ended > told {
+                    told = ended;
+                    parent.tell(told)?;
+                }
+            }
+            Ok(())
+        })
+    };
+    let listeners = [
+        listener(|device, _| Ok(device.interrupts().map(drop)?))?,
+        listener(|device, _| {
+            ensure!(device.becomes_readable()?, "poll hears nothing");
+            Ok(device.interrupts().map(drop)?)
+        })?,
+        listener(|_, bell| Ok(rustix::io::read(bell, &mut [0; 8]).map(drop)?))?,
+    ];
+    device.map(RAW, PAGE)?.write(0, 0);
+    for listener in &listeners {
+        listener.wait_ready()?;
+    }
+    for round in 1..=ROUNDS {
+        // 1 to 500 rings, after 0 to 2 ms, in no order that matters.
+        let times = (round * 7919) % 500 + 1;
+        thread::sleep(Duration::from_micros(round * 104_729 % 2000));
+        host::burst(Region::Main, UP_VECTOR, times, RAW, round)?;
+        for listener in &listeners {
+            assert_eq!(listener.hear()?, round, "the last of {times} is lost");
+        }
+    }
+    for listener in listeners {
+        listener.succeeds()?;
+    }
+    Ok(())
+}
+
+/// How often the device's interrupts have fired, by lines that bear the driver's name with the PCI function's address, or, since the kernel
+/// names an interrupt of virtio's by the device, the name of that.
+fn fired() -> Result<u64> {
+    let virtio = virtio(Region::Main)?;
+    let pci = Region::Main.facts().pci;
+    let text = fs::read_to_string("/proc/interrupts")?;
+    let is_ours = |line: &&str| match &virtio {
+        Some(name) => line.split([' ', ',']).any(|word| word == name),
+        None => line.contains(pci) && line.trim_end().ends_with("barlink"),
+    };
+    let lines: Vec<_> = text.lines().filter(is_ours).collect();
+    let expected = match virtio {
+        Some(_) => 1,
+        None => Region::Main.facts().vectors as usize,
+    };
+    assert_eq!(lines.len(), expected, "{text}");
+    let counts = lines.iter().flat_map(|line| {
+        let fields = line.split_whitespace().skip(1);
+        fields.map_while(|field| field.parse::<u64>().ok())
+    });
+    Ok(counts.sum())
+}
+
+pub(super) fn interrupts_are_counted_under_a_clear_name() -> Result<()> {
+    let device = open(Region::Main)?;
+    let before = fired()?;
+    for _ in 0..20 {
+        ring(UP_VECTOR)?;
+        assert_eq!(device.interrupts()?, [UP_VECTOR]);
+    }
+    let after = fired()?;
+    ensure!(after >= before + 20, "{before} before, {after} after");
+    Ok(())
 }
 
 pub(super) fn interrupts_are_counted_for_each_file() -> Result<()> {

@@ -16,6 +16,7 @@ mod presence;
 mod races;
 mod removal;
 mod signals;
+mod sleep;
 
 use anyhow::Result;
 
@@ -79,6 +80,8 @@ pub const CHECKS: &[(&str, Check)] = checks! {
     interrupts:
         read_gives_what_fired_once
         read_waits_and_a_signal_ends_it
+        last_interrupt_of_a_burst_is_always_delivered
+        interrupts_are_counted_under_a_clear_name
         interrupts_are_counted_for_each_file
         claims_narrow_what_a_file_hears
         epoll_hears_of_vectors_claimed_later;
@@ -99,9 +102,13 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         unbind_races_mmap_and_fork
         unbind_races_claims_and_doorbells
         interrupt_storm_races_open_claim_and_close;
+    sleep:
+        suspend_leaves_files_and_mappings_as_they_are
+        hibernation_is_refused;
     life:
         module_stays_while_it_is_used
         load_and_unload_25_times
+        device_comes_and_goes_100_times_under_its_users
         kernel_log_stays_clean;
     cost:
         memory_of_a_device_is_small
