@@ -82,6 +82,8 @@ u32 barlink_pci_address(struct device *dev)
 struct device *barlink_dma_device(struct device *dev)
 {
 	return dev_is_pci(dev) || !dev->parent ? dev : dev->parent;
+}
+
 /* What the region holds after a hibernation, may be another VM's. */
 static int refuse_to_hibernate(struct device *dev)
 {

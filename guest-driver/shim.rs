@@ -73,6 +73,7 @@ extern "C" {
 
     /// The device itself if it is PCI's, else the one above it, if there is one. `dev` must be valid.
     fn barlink_dma_device(dev: *mut bindings::device) -> *mut bindings::device;
+
     /// Has [`crate::chardev`] called when the system has resumed from a suspend, after the device's parent has and before any process,
     /// and hibernation refused (`dev_pm_domain_set`, `include/linux/pm_domain.h`). `misc` must be registered.
     pub(crate) fn barlink_follow_sleep(misc: *mut bindings::miscdevice);
