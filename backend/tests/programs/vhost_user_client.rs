@@ -177,11 +177,16 @@ impl Client {
     }
 
     pub fn share(&self, memory: &File) -> vhost::Result<()> {
+        self.share_from(memory, 0)
+    }
+
+    /// Shares memory that begins so many bytes behind the file's begin.
+    pub fn share_from(&self, memory: &File, offset: u64) -> vhost::Result<()> {
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
             memory_size: MEMORY,
             userspace_addr: VMM_ADDRESS,
-            mmap_offset: 0,
+            mmap_offset: offset,
             mmap_handle: memory.as_raw_fd(),
         };
         self.frontend.set_mem_table(&[region]).map(drop)

@@ -303,6 +303,37 @@ fn vmm_that_changes_its_memory_has_the_broker_touch_no_more_of_it() {
     others_are_served(&broker);
 }
 
+/// It can do that while queues run, too, whose rings are then somewhere else.
+#[test]
+fn rings_that_move_with_their_memory_are_counted() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    let other = memory(SealFlags::SHRINK);
+    for offset in (0..6000).map(|page| page * PAGE) {
+        other.set_len(MEMORY + offset).unwrap();
+        let before = other.metadata().unwrap().blocks();
+        client.share_from(&other, offset).unwrap();
+        // Once that is answered, the broker has the memory.
+        client.config();
+        client.queues[0].kick.write(1).unwrap();
+        let start = Instant::now();
+        while other.metadata().unwrap().blocks() == before
+            && start.elapsed() < Duration::from_millis(500)
+        {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        if other.metadata().unwrap().blocks() == before {
+            break;
+        }
+    }
+    let touched = other.metadata().unwrap().blocks() * 512 / PAGE;
+    assert!((4000..4100).contains(&touched), "{touched} pages");
+    client.config();
+    others_are_served(&broker);
+}
+
 #[test]
 fn bytes_that_are_no_messages_end_their_session_alone() {
     let broker = serve_vhost_user(&[]);

@@ -87,6 +87,9 @@ impl Queue {
             if !queue.is_valid(&*memory) {
                 return Err(Error::QueueNotReady);
             }
+            // The memory may be another than when the queue was set up.
+            let places = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
+            grow_by_rings(&mut footprint, &memory, places)?;
             for _ in 0..queue.size() {
                 if !wants() {
                     return Ok(Served::Some);
@@ -136,6 +139,20 @@ impl Queue {
     fn bells(&self) -> MutexGuard<'_, Bells> {
         self.bells.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Notes that a queue's rings are about to be touched: the table of descriptors, the ring of available buffers, and that of used ones.
+fn grow_by_rings(
+    footprint: &mut Footprint,
+    memory: &GuestMemoryMmap,
+    places: [u64; 3],
+) -> Result<(), Error> {
+    let size = u64::from(QUEUE_SIZE);
+    let lengths = [size * 16, 6 + size * 2, 6 + size * 8];
+    for (place, length) in places.into_iter().zip(lengths) {
+        footprint.grow(memory, GuestAddress(place), length)?;
+    }
+    Ok(())
 }
 
 /// The first buffer of a chain; none if that is a table of further ones, which the device does not offer to read.
@@ -223,17 +240,8 @@ impl VringT<Memory> for Queue {
 
     fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), Error> {
         self.broken.store(true, Ordering::Relaxed);
-        let size = u64::from(QUEUE_SIZE);
-        let memory = self.memory.memory();
-        let mut footprint = self.footprint();
-        for (place, length) in [
-            (descriptors, size * 16),
-            (available, 6 + size * 2),
-            (used, 6 + size * 8),
-        ] {
-            footprint.grow(&memory, GuestAddress(place), length)?;
-        }
-        drop(footprint);
+        let places = [descriptors, available, used];
+        grow_by_rings(&mut self.footprint(), &self.memory.memory(), places)?;
         self.inner.set_queue_info(descriptors, available, used)?;
         self.broken.store(false, Ordering::Relaxed);
         Ok(())
