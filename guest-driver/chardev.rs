@@ -93,8 +93,8 @@ impl CharDevice {
                         slot.write(misc);
                         bindings::misc_register(slot)
                     })?;
-                    // SAFETY: It is registered.
-                    unsafe { shim::barlink_follow_sleep(slot) };
+                    // SAFETY: It is registered, and `drop` below ends this before it is not.
+                    unsafe { shim::barlink_follow_sleep(slot, true) };
                     Ok::<(), Error>(())
                 }),
             }? Error),
@@ -123,7 +123,7 @@ impl CharDevice {
 ///
 /// # Safety
 ///
-/// Only for `shim.c`, with what [`CharDevice::register`] gave it; the driver core keeps that from being deregistered meanwhile.
+/// Only for `shim.c`, with what [`CharDevice::register`] gave it, whose `drop` waits for this.
 #[no_mangle]
 unsafe extern "C" fn barlink_resumed(misc: *mut bindings::miscdevice) {
     // SAFETY: By this function's contract.
@@ -133,7 +133,10 @@ unsafe extern "C" fn barlink_resumed(misc: *mut bindings::miscdevice) {
 #[pinned_drop]
 impl PinnedDrop for CharDevice {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the invariant it is registered. This waits for an `open` that is running.
-        unsafe { bindings::misc_deregister(self.misc.get()) }
+        // SAFETY: By the invariant it is registered. The first waits for a resume that is running, the second for an `open`.
+        unsafe {
+            shim::barlink_follow_sleep(self.misc.get(), false);
+            bindings::misc_deregister(self.misc.get());
+        }
     }
 }

@@ -24,7 +24,7 @@ int barlink_number_alloc(void);
 void barlink_number_free(int number);
 u32 barlink_pci_address(struct device *dev);
 struct device *barlink_dma_device(struct device *dev);
-void barlink_follow_sleep(struct miscdevice *misc);
+void barlink_follow_sleep(struct miscdevice *misc, bool follow);
 void barlink_lock_init(spinlock_t *lock);
 unsigned long barlink_lock(spinlock_t *lock);
 void barlink_unlock(spinlock_t *lock, unsigned long flags);
@@ -103,9 +103,14 @@ static struct dev_pm_domain sleep = {
 	},
 };
 
-void barlink_follow_sleep(struct miscdevice *misc)
+void barlink_follow_sleep(struct miscdevice *misc, bool follow)
 {
-	dev_pm_domain_set(misc->this_device, &sleep);
+	struct device *dev = misc->this_device;
+
+	/* Under which the domain is looked at and called: who stops following, waits for a call that runs. */
+	device_lock(dev);
+	dev_pm_domain_set(dev, follow ? &sleep : NULL);
+	device_unlock(dev);
 }
 
 void barlink_lock_init(spinlock_t *lock)

@@ -75,8 +75,9 @@ extern "C" {
     fn barlink_dma_device(dev: *mut bindings::device) -> *mut bindings::device;
 
     /// Has [`crate::chardev`] called when the system has resumed from a suspend, after the device's parent has and before any process,
-    /// and hibernation refused (`dev_pm_domain_set`, `include/linux/pm_domain.h`). `misc` must be registered.
-    pub(crate) fn barlink_follow_sleep(misc: *mut bindings::miscdevice);
+    /// and hibernation refused (`dev_pm_domain_set`, `include/linux/pm_domain.h`); or no longer: when this returns, no such call runs.
+    /// May sleep. `misc` must be registered, with the `miscdevice` of a `CharDevice`.
+    pub(crate) fn barlink_follow_sleep(misc: *mut bindings::miscdevice, follow: bool);
 
     /// Initialises a lock (`spin_lock_init`, `include/linux/spinlock.h`). `lock` must be writable, and must not move
     /// afterwards.

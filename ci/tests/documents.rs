@@ -96,6 +96,18 @@ fn tests_that_the_threat_model_names_are_there() -> Result<()> {
     Ok(())
 }
 
+/// Whether a document has a heading of this name, as links write it.
+fn has_heading(path: &Path, name: &str) -> Result<bool> {
+    let document = fs::read_to_string(path)?;
+    let mut headings = document.lines().filter(|line| line.starts_with('#'));
+    Ok(headings.any(|line| {
+        let words = line.trim_start_matches('#').trim().to_lowercase();
+        let kept = |c: char| c.is_alphanumeric() || c == ' ' || c == '-' || c == '_';
+        let written: String = words.chars().filter(|c| kept(*c)).collect();
+        written.replace(' ', "-") == name
+    }))
+}
+
 #[test]
 fn links_between_files_lead_somewhere() -> Result<()> {
     let mut links = 0;
@@ -104,14 +116,18 @@ fn links_between_files_lead_somewhere() -> Result<()> {
         let document = fs::read_to_string(&path)?;
         for link in document.split("](").skip(1) {
             let link = link.split(')').next().context("a link has no end")?;
-            let file = link.split('#').next().unwrap_or_default();
-            if link.contains("://") || file.is_empty() {
+            if link.contains("://") {
                 continue;
             }
             links += 1;
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = match file {
+                "" => path.clone(),
+                file => folder.join(file),
+            };
             ensure!(
-                folder.join(file).exists(),
-                "{} links to {file}, which is not there",
+                target.exists() && (heading.is_empty() || has_heading(&target, heading)?),
+                "{} links to {link}, which is not there",
                 path.display()
             );
         }

@@ -100,6 +100,7 @@ fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Resu
     disk(&debian, &image)?;
     boots_and_streams(artifacts, &debian, &image)?;
 
+    upgrades_keep_the_driver(&debian)?;
     let removed = printed(debian.run(&format!("{here}{}", commands("# uninstall\n")?))?)?;
     ensure!(removed.contains("removed what was made for"), "{removed}");
     let left = debian.run(&format!(
@@ -107,6 +108,22 @@ fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Resu
     ))?;
     ensure!(left.stdout.is_empty(), "left behind: {left:?}");
     Ok(())
+}
+
+/// An upgrade, of which this is one to the same version, builds the driver again for each kernel whose headers are complete, and for
+/// none whose headers are of another revision than what completes them.
+fn upgrades_keep_the_driver(debian: &Debian) -> Result<()> {
+    let release = debian.release();
+    let script = format!(
+        "cd {SHOWN}
+         again() {{ apt-get install --yes --reinstall ./barlink-dkms_*.deb; }}
+         again
+         dkms status -m barlink -k {release} | grep installed
+         echo other >/usr/src/linux-headers-{release}/rust/made-by-barlink
+         again
+         ! dkms status -m barlink -k {release} | grep installed"
+    );
+    printed(debian.run(&script)?).map(drop)
 }
 
 fn refuses_what_it_cannot_complete(debian: &Debian) -> Result<()> {

@@ -121,7 +121,7 @@ pub struct Info {
     pub mappable_size: u64,
     /// Guest-physical address of the region.
     pub region_address: u64,
-    /// The driver's epoch: odd, and new at every probe.
+    /// The driver's epoch: odd, and new at every probe, and after a suspend in which the device was reset.
     pub epoch: u64,
     /// Cache mode that the kernel granted to the mappings that live now: a [`CacheMode`], or 0 while none has a page.
     pub granted: u32,

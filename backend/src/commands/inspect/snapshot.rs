@@ -27,7 +27,7 @@ pub struct Snapshot {
 /// A guest's driver.
 #[derive(Clone, Debug, Serialize)]
 pub struct Guest {
-    /// Its epoch: new at every probe, odd while it is there.
+    /// Its epoch: new at every probe, and after some suspends, odd while it is there.
     pub epoch: u64,
     /// Whether it is there.
     pub present: bool,

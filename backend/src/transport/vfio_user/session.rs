@@ -4,6 +4,7 @@
 //! that the client last set.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -98,6 +99,10 @@ pub fn run(
             }
             Err(error) => Err(error),
         };
+        if answered.is_err() {
+            // A successor that takes over before this session has ended finds that the client has left, and not half a message.
+            let _ = vm.shutdown(Shutdown::Both);
+        }
         drop(within);
         // This can wait, and so does this session alone.
         stream.close_descriptors();

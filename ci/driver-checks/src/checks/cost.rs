@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -71,6 +72,23 @@ pub(super) fn thousand_mappings_leave_nothing_behind() -> Result<()> {
     host::show(format!("1000 files, mapped and closed: {grown} KiB more"))?;
     ensure!(grown < 256, "{grown} KiB more");
     Ok(())
+}
+
+/// Objects of the kernel's own memory, by their kinds (`/proc/slabinfo`), without those that are kept at hand only.
+pub(super) fn objects() -> Result<HashMap<String, u64>> {
+    // What is freed after a grace period, is so then.
+    thread::sleep(Duration::from_secs(1));
+    fs::write("/proc/sys/vm/drop_caches", "2")?;
+    for kind in fs::read_dir("/sys/kernel/slab")? {
+        // Some come and go.
+        let _ = fs::write(kind?.path().join("shrink"), "1");
+    }
+    let table = fs::read_to_string("/proc/slabinfo").context("no /proc/slabinfo")?;
+    let rows = table.lines().skip(2).filter_map(|line| {
+        let mut words = line.split_whitespace();
+        Some((words.next()?.to_owned(), words.next()?.parse().ok()?))
+    });
+    Ok(rows.collect())
 }
 
 /// KiB of the kernel's own memory.
