@@ -300,6 +300,21 @@ fn descriptor_that_is_refused_and_slow_to_close_holds_up_its_own_session_only() 
 }
 
 #[test]
+fn half_a_message_with_a_descriptor_that_is_slow_to_close_is_handed_over_to_nobody() {
+    let (mut broker, arguments) = serve();
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut client = Client::greet(&broker);
+    let set = message(9, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
+    let (begin, _) = set.split_at(set.len() - 4);
+    let _peer = give_slow(&broker, &client, begin);
+    // It is known by then that the rest does not come, and the session cannot end before its descriptor is closed.
+    std::thread::sleep(Duration::from_secs(3));
+    succeed(&mut broker, &arguments);
+    assert!(client.is_let_go());
+    Client::greet(&broker);
+}
+
+#[test]
 fn session_that_never_ends_its_message_is_left_out_and_the_others_are_handed_over() {
     let folder = tempfile::tempdir().unwrap();
     let [stuck, other] = ["user.sock", "other.sock"].map(|name| folder.path().join(name));

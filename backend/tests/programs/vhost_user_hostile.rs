@@ -116,9 +116,22 @@ fn messages_that_make_no_sense_end_their_session_alone() {
         ),
         (
             SET_MEM_TABLE,
-            table(all - 5, MEMORY, 0, 0),
+            table(all - 4095, MEMORY, 0, 0),
             &[&ram],
             "fails",
+        ),
+        // Within pages.
+        (
+            SET_MEM_TABLE,
+            table(2048, MEMORY, VMM_ADDRESS, 0),
+            &[&ram],
+            "begin with a page",
+        ),
+        (
+            SET_MEM_TABLE,
+            table(0, MEMORY - 4096, VMM_ADDRESS, 8),
+            &[&ram],
+            "begin with a page",
         ),
         (SET_MEM_TABLE, table(0, MEMORY, all, 0), &[&ram], "fails"),
         (SET_MEM_TABLE, table(0, all, 0, 0), &[&ram], "do not have"),

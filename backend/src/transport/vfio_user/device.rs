@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use barlink_protocol::wire::uapi::{
     BAR_REGION, BAR_REGISTERS, FEATURE_BUFFER, FEATURE_GUEST_MEMORY, FEATURE_RESET,
 };
-use log::{debug, warn};
+use log::{Level, debug};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_IRQ_INFO_EVENTFD,
     VFIO_IRQ_INFO_NORESIZE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
@@ -25,6 +25,7 @@ use super::request::{Fault, Request, Signal};
 use super::stream::Message;
 use super::version;
 use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply, command};
+use crate::broker::limit::{Account, REFUSED, limited};
 use crate::broker::{Place, Slot, Wish};
 use crate::control::message::{Answer, BufferStatus, Refusal};
 use base64::Engine;
@@ -449,7 +450,10 @@ impl<'a> Device<'a> {
         if !std::mem::replace(&mut self.said_no_buffer, true) {
             let id = self.slot.id();
             let Draft { address, size } = self.memory.draft();
-            warn!(
+            limited!(
+                REFUSED,
+                Account::Slot(id),
+                Level::Warn,
                 "slot {id}: the guest tells of a DMA buffer of {size} bytes at {address:#x}, which can be none, and is ignored"
             );
         }

@@ -4,7 +4,6 @@
 //! that the client last set.
 
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -15,7 +14,7 @@ use super::device::Device;
 use super::memory::Memory;
 use super::stream::{Stream, StreamError};
 use super::wire::Reply;
-use crate::broker::Slot;
+use crate::broker::{Slot, hang_up};
 use crate::memory::Region;
 use crate::transport::{Departure, TransportError};
 
@@ -101,7 +100,7 @@ pub fn run(
         };
         if answered.is_err() {
             // A successor that takes over before this session has ended finds that the client has left, and not half a message.
-            let _ = vm.shutdown(Shutdown::Both);
+            hang_up(vm);
         }
         drop(within);
         // This can wait, and so does this session alone.

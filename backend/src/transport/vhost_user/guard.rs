@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use barlink_protocol::wire::layout::PAGE_SIZE;
 use log::Level;
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{Shutdown, SocketType, sockopt};
@@ -251,8 +252,8 @@ fn pass(
     Ok(true)
 }
 
-/// Whether each range of a table of memory is within the file that came along for it, and all of them can be mapped. To touch what
-/// is not there would be SIGBUS, and the daemon does not look. The table has the number of ranges, in eight bytes, and four numbers
+/// Whether each range of a table of memory is within the file that came along for it, whole pages of which are pages of the guest, and all
+/// of them can be mapped. To touch what is not there would be SIGBUS, and the daemon does not look. The table has the number of ranges, in eight bytes, and four numbers
 /// for each: guest-physical address, length, address in the VMM, offset in the file.
 fn ranges_are_there(message: &Message) -> Result<(), Refused> {
     let absent = Err(Refused::Message(
@@ -270,11 +271,17 @@ fn ranges_are_there(message: &Message) -> Result<(), Refused> {
         return absent;
     }
     let mut total = 0_u64;
-    for ([_, length, _, offset], file) in ranges.as_chunks().0.iter().zip(files) {
+    for ([address, length, _, offset], file) in ranges.as_chunks().0.iter().zip(files) {
         let there = rustix::fs::fstat(file).map_or(0, |stat| stat.st_size);
         let end = length.checked_add(*offset);
         if !end.is_some_and(|end| u64::try_from(there).is_ok_and(|there| end <= there)) {
             return absent;
+        }
+        // Else what lies in one page of the guest is in two of the file, and `footprint.rs` counts one.
+        if !(address | offset).is_multiple_of(PAGE_SIZE) {
+            return Err(Refused::Message(
+                "it shares memory that does not begin with a page",
+            ));
         }
         total = total.saturating_add(*length);
     }
