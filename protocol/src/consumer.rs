@@ -142,19 +142,27 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
     /// Reads the headers behind what was passed, where something is committed: at most one padding, and the record
     /// behind it.
+    #[inline]
     fn find(&self) -> Result<Current, Corrupt> {
         let found = self.look_at(self.passed)?;
-        if found.header.kind != Kind::PAD {
-            return Ok(found);
+        if found.header.kind == Kind::PAD {
+            return self.find_behind(found);
         }
-        if found.end == self.written {
+        Ok(found)
+    }
+
+    /// The record behind padding.
+    #[cold]
+    fn find_behind(&self, pad: Current) -> Result<Current, Corrupt> {
+        if pad.end == self.written {
             return Err(Corrupt("padding with no record behind it"));
         }
         // Padding ends where the data area ends, and is refused at its beginning: there is no second one.
-        self.look_at(found.end)
+        self.look_at(pad.end)
     }
 
     /// What stands at a cursor.
+    #[inline(always)]
     fn look_at(&self, start: u64) -> Result<Current, Corrupt> {
         let header = self.header(start)?;
         let span = self.capacity.check(header, start, self.written - start)?;

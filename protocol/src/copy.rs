@@ -86,7 +86,9 @@ impl Copier {
     pub(crate) fn copy_in(self, words: &[AtomicU64], bytes: &[u8]) {
         match self.way {
             #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            Way::Sse | Way::Avx if words.len() >= LEAST_WIDE => self.wide_in(words, bytes),
+            _ if words.len() >= LEAST => {
+                self.lines_in(words, bytes);
+            }
             _ => words_in(words, bytes),
         }
     }
@@ -96,7 +98,9 @@ impl Copier {
     pub(crate) fn copy_out(self, bytes: &mut [u8], words: &[AtomicU64]) {
         match self.way {
             #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            Way::Sse | Way::Avx if words.len() >= LEAST_WIDE => self.wide_out(bytes, words),
+            _ if words.len() >= LEAST => {
+                self.lines_out(bytes, words);
+            }
             _ => words_out(bytes, words),
         }
     }
@@ -105,17 +109,18 @@ impl Copier {
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 impl Copier {
     #[inline(never)]
-    fn wide_in(self, words: &[AtomicU64], bytes: &[u8]) {
+    fn lines_in(self, words: &[AtomicU64], bytes: &[u8]) {
         assert_eq!(bytes.len(), words.len() * 8);
         let lines = lines(words);
         let (head, tail) = (8 * lines.start, 8 * lines.end);
         words_in(&words[..lines.start], &bytes[..head]);
         words_in(&words[lines.end..], &bytes[tail..]);
         let copy = match (self.way, self.is_combining) {
-            (Way::Avx, false) => wide::avx_in,
-            (Way::Avx, true) => wide::avx_stream_in,
-            (_, false) => wide::sse_in,
-            (_, true) => wide::sse_stream_in,
+            (Way::Avx, false) => lines::avx_in,
+            (Way::Avx, true) => lines::avx_stream_in,
+            (Way::Sse, false) => lines::sse_in,
+            (Way::Sse, true) => lines::sse_stream_in,
+            (Way::Words, _) => lines::by_words,
         };
         let (target, source) = (&words[lines], &bytes[head..tail]);
         // SAFETY: both ranges have `source.len()` bytes, of whole lines and not 0; `bytes` is private memory, so they do
@@ -131,15 +136,16 @@ impl Copier {
     }
 
     #[inline(never)]
-    fn wide_out(self, bytes: &mut [u8], words: &[AtomicU64]) {
+    fn lines_out(self, bytes: &mut [u8], words: &[AtomicU64]) {
         assert_eq!(bytes.len(), words.len() * 8);
         let lines = lines(words);
         let (head, tail) = (8 * lines.start, 8 * lines.end);
         words_out(&mut bytes[..head], &words[..lines.start]);
         words_out(&mut bytes[tail..], &words[lines.end..]);
         let copy = match self.way {
-            Way::Avx => wide::avx_out,
-            _ => wide::sse_out,
+            Way::Avx => lines::avx_out,
+            Way::Sse => lines::sse_out,
+            Way::Words => lines::by_words,
         };
         let (target, source) = (&mut bytes[head..tail], &words[lines]);
         // SAFETY: both ranges have `target.len()` bytes, of whole lines and not 0; `bytes` is borrowed exclusively, so
@@ -154,9 +160,9 @@ const BLOCK: usize = 8;
 
 /// Words from which on there is a whole line in them, and looking for it pays.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-const LEAST_WIDE: usize = 3 * BLOCK;
+const LEAST: usize = 3 * BLOCK;
 
-/// Which of these words, at least [`LEAST_WIDE`], are whole lines: one or more of them.
+/// Which of these words, at least [`LEAST`], are whole lines: one or more of them.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 fn lines(words: &[AtomicU64]) -> core::ops::Range<usize> {
     let start = words.as_ptr().align_offset(BLOCK * 8);
@@ -170,6 +176,8 @@ const GROUP: usize = 4;
 /// Copies word by word.
 fn words_in(words: &[AtomicU64], bytes: &[u8]) {
     let (chunks, _) = bytes.as_chunks::<8>();
+    // One check here lets the compiler leave out all others.
+    let chunks = &chunks[..words.len()];
     let (groups, last_words) = words.as_chunks::<GROUP>();
     let (sources, last_chunks) = chunks.as_chunks::<GROUP>();
     for (group, source) in groups.iter().zip(sources) {
@@ -186,6 +194,7 @@ fn words_in(words: &[AtomicU64], bytes: &[u8]) {
 /// As [`words_in`].
 fn words_out(bytes: &mut [u8], words: &[AtomicU64]) {
     let (chunks, _) = bytes.as_chunks_mut::<8>();
+    let chunks = &mut chunks[..words.len()];
     let (groups, last_words) = words.as_chunks::<GROUP>();
     let (targets, last_chunks) = chunks.as_chunks_mut::<GROUP>();
     for (group, target) in groups.iter().zip(targets) {
@@ -234,14 +243,15 @@ fn detect() -> Way {
     }
 }
 
-/// Copies of whole blocks.
+/// Copies of whole lines.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-mod wide {
+mod lines {
     /// A copy by four loads and stores of 16 bytes for each block.
     macro_rules! sse {
         ($name:ident, $load:literal, $store:literal) => {
             copy!(
                 $name,
+                ["xmm0" "xmm1" "xmm2" "xmm3"],
                 "",
                 concat!($load, " xmm0, [{source}]"),
                 concat!($load, " xmm1, [{source} + 16]"),
@@ -260,6 +270,11 @@ mod wide {
         ($name:ident, $load:literal, $store:literal) => {
             copy!(
                 $name,
+                // All, as `vzeroupper` changes the upper halves of all.
+                [
+                    "xmm0" "xmm1" "xmm2" "xmm3" "xmm4" "xmm5" "xmm6" "xmm7"
+                    "xmm8" "xmm9" "xmm10" "xmm11" "xmm12" "xmm13" "xmm14" "xmm15"
+                ],
                 "vzeroupper",
                 concat!($load, " ymm0, [{source}]"),
                 concat!($load, " ymm1, [{source} + 32]"),
@@ -269,8 +284,9 @@ mod wide {
         };
     }
 
+    /// A copy whose instructions for each block change these registers.
     macro_rules! copy {
-        ($name:ident, $end:literal, $($instruction:expr),+) => {
+        ($name:ident, [$($register:tt)+], $end:literal, $($instruction:expr),+) => {
             /// Copies blocks of 64 bytes.
             ///
             /// # Safety
@@ -292,11 +308,7 @@ mod wide {
                         source = inout(reg) source => _,
                         target = inout(reg) target => _,
                         length = inout(reg) length => _,
-                        // All, as `vzeroupper` changes the upper halves of all.
-                        out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
-                        out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
-                        out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
-                        out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                        $(out($register) _,)+
                         options(nostack),
                     );
                 }
@@ -304,6 +316,29 @@ mod wide {
         };
     }
 
+    // Eight loads before as many stores, with what is added to the addresses in the instructions: TCG makes less of it than of
+    // the fewer words at a time, through computed addresses, that a compiler makes of a loop.
+    copy!(
+        by_words,
+        ["r8" "r9" "r10" "r11" "r12" "r13" "r14" "r15"],
+        "",
+        "mov r8, [{source}]",
+        "mov r9, [{source} + 8]",
+        "mov r10, [{source} + 16]",
+        "mov r11, [{source} + 24]",
+        "mov r12, [{source} + 32]",
+        "mov r13, [{source} + 40]",
+        "mov r14, [{source} + 48]",
+        "mov r15, [{source} + 56]",
+        "mov [{target}], r8",
+        "mov [{target} + 8], r9",
+        "mov [{target} + 16], r10",
+        "mov [{target} + 24], r11",
+        "mov [{target} + 32], r12",
+        "mov [{target} + 40], r13",
+        "mov [{target} + 48], r14",
+        "mov [{target} + 56], r15"
+    );
     // On the shared side all are aligned, which the name of the instruction says.
     sse!(sse_in, "movups", "movaps");
     sse!(sse_stream_in, "movups", "movntps");
@@ -371,7 +406,7 @@ mod tests {
     fn what_is_wide_is_whole_lines() {
         let words = [const { AtomicU64::new(0) }; SIZE];
         for start in 0..BLOCK {
-            for length in LEAST_WIDE..SIZE - BLOCK {
+            for length in LEAST..SIZE - BLOCK {
                 let words = &words[start..start + length];
                 let lines = lines(words);
                 assert!(!lines.is_empty() && lines.len().is_multiple_of(BLOCK));

@@ -18,7 +18,11 @@ pub struct Corrupt(pub &'static str);
 
 /// The size of a channel's data area, and what follows from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capacity(u64);
+pub struct Capacity {
+    bytes: u64,
+    /// See [`Capacity::max_record`]; every record is compared with it.
+    max_record: u32,
+}
 
 /// Where a record goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,39 +44,42 @@ impl Place {
 
 /// Bytes that a record with `length` bytes of payload takes in the ring.
 pub const fn span(length: u32) -> u64 {
-    HEADER_BYTES + (length as u64).next_multiple_of(8)
+    // Rounded up to a multiple of 8; there is no overflow, as there is for `u64::next_multiple_of` in general, which tests for it.
+    HEADER_BYTES + ((length as u64 + 7) & !7)
 }
 
 impl Capacity {
     /// The capacity of a channel, whose layout was checked.
     pub const fn of(channel: &Channel) -> Self {
-        Capacity(channel.capacity)
+        let bytes = channel.capacity;
+        let half = bytes / 2 - HEADER_BYTES;
+        let max_record = if half > u32::MAX as u64 {
+            !7
+        } else {
+            half as u32
+        };
+        Capacity { bytes, max_record }
     }
 
     /// The size in bytes.
     pub const fn bytes(self) -> u64 {
-        self.0
+        self.bytes
     }
 
     /// Largest payload that a record can carry, in bytes: half the capacity less a header, so that a record
     /// and the padding before it always fit together; and what 32 bits can say.
     pub const fn max_record(self) -> u32 {
-        let half = self.0 / 2 - HEADER_BYTES;
-        if half > u32::MAX as u64 {
-            !7
-        } else {
-            half as u32
-        }
+        self.max_record
     }
 
     /// Offset of a cursor in the data area, in `0..capacity`.
     pub const fn offset(self, cursor: u64) -> u64 {
-        cursor & (self.0 - 1)
+        cursor & (self.bytes - 1)
     }
 
     /// Bytes from a cursor to the end of the data area, in `1..=capacity`.
     pub const fn to_end(self, cursor: u64) -> u64 {
-        self.0 - self.offset(cursor)
+        self.bytes - self.offset(cursor)
     }
 
     /// Bytes that are committed and not released, in `0..=capacity`. The only place where a cursor that came
@@ -85,7 +92,7 @@ impl Capacity {
             return Err(Corrupt("a cursor is out of range"));
         }
         match written.checked_sub(read) {
-            Some(bytes) if bytes <= self.0 => Ok(bytes),
+            Some(bytes) if bytes <= self.bytes => Ok(bytes),
             Some(_) => Err(Corrupt("cursors are further apart than the capacity")),
             None => Err(Corrupt("the consumer is ahead of the producer")),
         }
@@ -111,7 +118,7 @@ impl Capacity {
         let to_end = self.to_end(read);
         let span = match header.kind {
             Kind::PAD => {
-                if to_end == self.0 {
+                if to_end == self.bytes {
                     return Err(Corrupt("padding where no record can have missed its place"));
                 }
                 to_end
