@@ -14,12 +14,14 @@
 //! | `idle.rs` | an end that sleeps, and what that costs |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
 //! | `cost.rs` | what one record costs, for who counts instructions |
+//! | `flow.rs` | what one end of a stream does, timed once it flows |
 //! | `clock.rs` | times |
 
 mod clock;
 mod copy;
 mod cost;
 mod files;
+mod flow;
 mod idle;
 mod pipe;
 mod place;
@@ -32,6 +34,7 @@ pub use clock::{cpu, nanoseconds};
 pub use copy::Copy;
 pub use cost::Cost;
 pub use files::FILES;
+pub use flow::Flow;
 pub use idle::{Used, Watch, idle};
 pub use pipe::{Endpoint, LAST, PipeReceive, PipeSend};
 pub use place::{Build, answer_in_place, word};
@@ -49,15 +52,15 @@ pub const CAPACITY: u64 = 16 << 20;
 /// What a process did, and what it took.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Measured {
-    /// Records.
+    /// Records, all of them.
     pub records: u64,
-    /// Bytes of payload.
+    /// Bytes of payload, while it was timed.
     pub bytes: u64,
-    /// The time it took, in nanoseconds.
+    /// The time those took, in nanoseconds.
     pub nanoseconds: u64,
-    /// Processor time of the whole process, in nanoseconds.
+    /// Processor time of the whole process meanwhile, in nanoseconds.
     pub cpu: u64,
-    /// The sum of all 64-bit words of payload: the same for who sent and who received.
+    /// The sum of all 64-bit words of payload of all records: the same for who sent and who received.
     pub sum: u64,
 }
 

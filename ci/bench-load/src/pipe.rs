@@ -16,9 +16,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
 
-use crate::Measured;
-use crate::clock::{cpu, nanoseconds};
 use crate::files::{CAPACITY, DOWN, Files, UP};
+use crate::{Flow, Measured};
 
 /// The first word of the last record.
 pub const LAST: u64 = u64::MAX;
@@ -166,21 +165,13 @@ impl PipeSend {
         let words = 0..self.shape.record_size as u64 / 8;
         let mut record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
         let sum = words.fold(0, u64::wrapping_add);
-        let time = Duration::from_millis(self.time);
         let most = self.shape.endpoint.capacity() / self.shape.record_size.max(1) as u64;
-        let mut records = 0_u64;
-        let start = Instant::now();
-        while start.elapsed() < time && records < most {
+        let mut flow = Flow::begin();
+        while flow.lasts(self.time) && flow.records() < most {
             pipe.write_all(&record)?;
-            records += 1;
+            flow.add(1, record.len() as u64, sum);
         }
-        let measured = Measured {
-            records,
-            bytes: records * record.len() as u64,
-            nanoseconds: nanoseconds(start.elapsed()),
-            cpu: cpu(),
-            sum: sum.wrapping_mul(records),
-        };
+        let measured = flow.end();
         record[..8].copy_from_slice(&LAST.to_le_bytes());
         pipe.write_all(&record)?;
         // Not to hang up before the other end has it.
@@ -195,21 +186,18 @@ impl PipeReceive {
         let mut pipe = self.shape.endpoint.open()?;
         let mut record = vec![0; self.shape.record_size];
         ensure!(record.len() >= 8, "a record has at least a word");
-        let mut measured = Measured::default();
         pipe.read_exact(&mut record)?;
-        let start = Instant::now();
+        let mut flow = Flow::begin();
         loop {
-            let (words, _) = record.as_chunks();
-            let mut words = words.iter().copied().map(u64::from_le_bytes);
             if record[..8] == LAST.to_le_bytes() {
-                measured.nanoseconds = nanoseconds(start.elapsed());
-                measured.cpu = cpu();
+                let measured = flow.end();
                 pipe.write_all(&[0])?;
                 return Ok(measured);
             }
-            measured.sum = words.by_ref().fold(measured.sum, u64::wrapping_add);
-            measured.records += 1;
-            measured.bytes += record.len() as u64;
+            let (words, _) = record.as_chunks();
+            let words = words.iter().copied().map(u64::from_le_bytes);
+            let sum = words.fold(0, u64::wrapping_add);
+            flow.add(1, record.len() as u64, sum);
             pipe.read_exact(&mut record)?;
         }
     }

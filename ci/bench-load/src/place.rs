@@ -3,19 +3,19 @@
 //! Records that are built in the channel itself, one by one, and read there: as a peer does whose records are loaned.
 
 use std::ops::Deref;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::{AtomicU64, Events, Ordering, Receiver, Sender, Strategy, Wakeup};
+use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Strategy, Wakeup};
 use clap::Args;
 
-use crate::Measured;
-use crate::clock::{cpu, nanoseconds};
+use crate::stream::sum_of;
 use crate::trip::{Ask, Trips, Wait, answer_over};
+use crate::{Flow, Measured};
 
-/// Words that are made in the nearest cache, and then put into the channel.
-const BLOCK: usize = 512;
+/// Where words are made, in the nearest cache, before they are put into the channel.
+type Block = [[u8; 8]; 512];
+const BLANK: Block = [[0; 8]; 512];
 
 /// The word at a place of a record.
 #[inline]
@@ -49,33 +49,27 @@ impl Build {
         sender.set_strategy(Strategy::STREAM);
         let words = self.record_size / 8;
         let sum = sum_of_others(words).wrapping_add(word(0));
-        let time = Duration::from_millis(self.time);
-        let mut records = 0;
-        let start = Instant::now();
-        while start.elapsed() < time {
+        let mut block = BLANK;
+        let mut flow = Flow::begin();
+        while flow.lasts(self.time) {
             // As often as the other senders look at the clock.
             for _ in 0..(16_usize << 10).div_ceil(self.record_size) {
-                build(&mut sender, words, word)?;
-                records += 1;
+                build(&mut sender, words, &mut block, make)?;
+                flow.add(1, self.record_size as u64, sum);
             }
         }
-        let measured = Measured {
-            records,
-            bytes: records * self.record_size as u64,
-            nanoseconds: nanoseconds(start.elapsed()),
-            cpu: cpu(),
-            sum: sum.wrapping_mul(records),
-        };
+        let measured = flow.end();
         let _ = sender.send(Kind::END, &[], None)?;
         Ok(measured)
     }
 }
 
-/// Builds one record, whose words come from their places.
+/// Builds one record by blocks. `fill` is told which word is a block's first.
 fn build<M, E>(
     sender: &mut Sender<M, E>,
     words: usize,
-    mut word: impl FnMut(usize) -> u64,
+    block: &mut Block,
+    mut fill: impl FnMut(usize, &mut [[u8; 8]]),
 ) -> Result<()>
 where
     M: Deref<Target = [AtomicU64]> + Clone,
@@ -84,16 +78,21 @@ where
     let draft = sender.draft(8 * words, None)?;
     // Without a time limit there is room in the end.
     let mut draft = draft.context("there is no room")?;
-    let mut block = [[0; 8]; BLOCK];
-    for first in (0..words).step_by(BLOCK) {
-        let block = &mut block[..BLOCK.min(words - first)];
-        for (place, bytes) in block.iter_mut().enumerate() {
-            *bytes = word(first + place).to_le_bytes();
-        }
+    for first in (0..words).step_by(block.len()) {
+        let count = block.len().min(words - first);
+        let block = &mut block[..count];
+        fill(first, block);
         draft.write(8 * first as u32, block.as_flattened());
     }
     let length = draft.length();
     Ok(draft.commit(Kind::USER, length)?)
+}
+
+/// Makes words that come from their places.
+fn make(first: usize, block: &mut [[u8; 8]]) {
+    for (place, bytes) in block.iter_mut().enumerate() {
+        *bytes = word(first + place).to_le_bytes();
+    }
 }
 
 impl Ask {
@@ -110,21 +109,20 @@ impl Ask {
     {
         let words = self.record_size() / 8;
         let others = sum_of_others(words);
+        let mut block = BLANK;
         self.over(sender, receiver, wait, |sender, receiver, bytes| {
             let (number, _) = bytes
                 .split_first_chunk_mut()
                 .context("a record has at least a word")?;
-            let asked = u64::from_le_bytes(*number);
-            build(sender, words, |place| match place {
-                0 => asked,
-                place => word(place),
+            build(sender, words, &mut block, |first, block| {
+                make(first, block);
+                if first == 0 {
+                    block[0] = *number;
+                }
             })?;
             while receiver.wait(None)? != Wakeup::Ready {}
             if let Some(record) = receiver.record() {
-                let words = record.words().iter();
-                let sum = words.fold(0, |sum: u64, word| {
-                    sum.wrapping_add(word.load(Ordering::Relaxed))
-                });
+                let sum = sum_of(record.words());
                 // What is left is the number, if every other word is as it was.
                 *number = sum.wrapping_sub(others).to_le_bytes();
             }
@@ -143,12 +141,12 @@ where
     M: Deref<Target = [AtomicU64]> + Clone,
     E: Events<Error: std::error::Error + Send + Sync + 'static>,
 {
+    let mut block = BLANK;
     answer_over(sender, receiver, wait, |sender, receiver| {
         if let Some(record) = receiver.record() {
-            let words = record.words();
-            build(sender, words.len(), |place| {
-                let word = words.get(place);
-                word.map_or(0, |word| word.load(Ordering::Relaxed))
+            let words = record.words().len();
+            build(sender, words, &mut block, |first, block| {
+                record.copy_to(8 * first, block.as_flattened_mut());
             })?;
         }
         Ok(receiver.release()?)

@@ -8,7 +8,6 @@
 use std::fs::{self, File};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use barlink_protocol::region::{self, Region};
@@ -16,8 +15,8 @@ use barlink_protocol::{AtomicU64, Ordering};
 use clap::Args;
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::clock::{cpu, nanoseconds};
-use crate::{CAPACITY, Measured};
+use crate::stream::sum_of;
+use crate::{CAPACITY, Flow, Measured};
 
 /// Bytes of the memory.
 pub const SIZE: usize = 2 * CAPACITY as usize;
@@ -107,27 +106,21 @@ impl RawSend {
         let words = 0..size as u64 / 8;
         let record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
         let sum = words.fold(0, u64::wrapping_add);
-        let time = Duration::from_millis(self.time);
-        let mut records = 0;
-        let start = Instant::now();
-        while start.elapsed() < time {
+        let mut cursor = 0;
+        let mut flow = Flow::begin();
+        while flow.lasts(self.time) {
             for _ in 0..(16_usize << 10).div_ceil(size) {
-                let cursor = records * size as u64;
-                while cursor + size as u64 - read.load(Ordering::Acquire) > CAPACITY {
+                let next = cursor + size as u64;
+                while next - read.load(Ordering::Acquire) > CAPACITY {
                     std::hint::spin_loop();
                 }
                 region.copy_in(DATA + cursor % CAPACITY, &record);
-                written.store(cursor + size as u64, Ordering::Release);
-                records += 1;
+                written.store(next, Ordering::Release);
+                cursor = next;
+                flow.add(1, size as u64, sum);
             }
         }
-        let measured = Measured {
-            records,
-            bytes: records * size as u64,
-            nanoseconds: nanoseconds(start.elapsed()),
-            cpu: cpu(),
-            sum: sum.wrapping_mul(records),
-        };
+        let measured = flow.end();
         ended.store(1, Ordering::Release);
         Ok(measured)
     }
@@ -140,29 +133,24 @@ impl RawReceive {
         let memory = self.memory.map()?;
         let [written, read, ended] =
             [WRITTEN, READ, ENDED].map(|offset| &memory[offset as usize / 8]);
-        let mut measured = Measured::default();
-        let mut start = None;
+        let mut flow = None;
+        let mut cursor = 0;
         loop {
             let is_last = ended.load(Ordering::Acquire) == 1;
-            if written.load(Ordering::Acquire) == measured.bytes {
+            if written.load(Ordering::Acquire) == cursor {
                 if is_last {
                     break;
                 }
                 std::hint::spin_loop();
                 continue;
             }
-            start.get_or_insert_with(Instant::now);
-            let first = (DATA + measured.bytes % CAPACITY) as usize / 8;
-            let words = memory[first..first + size / 8].iter();
-            measured.sum = words.fold(measured.sum, |sum: u64, word| {
-                sum.wrapping_add(word.load(Ordering::Relaxed))
-            });
-            measured.records += 1;
-            measured.bytes += size as u64;
-            read.store(measured.bytes, Ordering::Release);
+            let flow = flow.get_or_insert_with(Flow::begin);
+            let first = (DATA + cursor % CAPACITY) as usize / 8;
+            let words = &memory[first..first + size / 8];
+            flow.add(1, size as u64, sum_of(words));
+            cursor += size as u64;
+            read.store(cursor, Ordering::Release);
         }
-        measured.nanoseconds = start.map_or(0, |start| nanoseconds(start.elapsed()));
-        measured.cpu = cpu();
-        Ok(measured)
+        Ok(flow.unwrap_or_else(Flow::begin).end())
     }
 }

@@ -4,15 +4,13 @@
 //! committed and released in batches.
 
 use std::ops::Deref;
-use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Events, Ordering, Receiver, Sender, Strategy, Wakeup};
 use clap::Args;
 
-use crate::Measured;
-use crate::clock::{cpu, nanoseconds};
+use crate::{Flow, Measured};
 
 /// Bytes of a batch, at least.
 const BATCH: u64 = 16 << 10;
@@ -44,25 +42,18 @@ impl Send {
         let record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
         let sum = words.fold(0, u64::wrapping_add);
         let batch = BATCH.div_ceil(self.record_size as u64);
-        let time = Duration::from_millis(self.time);
-        let mut records = 0;
-        let start = Instant::now();
-        while start.elapsed() < time {
+        let mut flow = Flow::begin();
+        while flow.lasts(self.time) {
             let now = sender.time();
             for _ in 0..batch {
                 // Without a time limit it is staged in the end.
                 let _ = sender.stage(Kind::DATA, &record, None, now)?;
             }
             sender.publish()?;
-            records += batch;
+            let bytes = batch * record.len() as u64;
+            flow.add(batch, bytes, sum.wrapping_mul(batch));
         }
-        let measured = Measured {
-            records,
-            bytes: records * record.len() as u64,
-            nanoseconds: nanoseconds(start.elapsed()),
-            cpu: cpu(),
-            sum: sum.wrapping_mul(records),
-        };
+        let measured = flow.end();
         let _ = sender.send(Kind::END, &[], None)?;
         Ok(measured)
     }
@@ -76,8 +67,7 @@ impl Receive {
         E: Events<Error: std::error::Error + core::marker::Send + Sync + 'static>,
     {
         receiver.set_strategy(Strategy::STREAM);
-        let mut measured = Measured::default();
-        let mut start = None;
+        let mut flow = None;
         let mut released = 0;
         loop {
             if receiver.wait(None)? != Wakeup::Ready {
@@ -86,24 +76,31 @@ impl Receive {
             let Some(record) = receiver.record() else {
                 continue;
             };
-            let start = *start.get_or_insert_with(Instant::now);
             if record.header().kind == Kind::END {
-                measured.nanoseconds = nanoseconds(start.elapsed());
-                measured.cpu = cpu();
                 receiver.release()?;
-                return Ok(measured);
+                return Ok(flow.unwrap_or_else(Flow::begin).end());
             }
-            let words = record.words().iter();
-            measured.sum = words.fold(measured.sum, |sum, word| {
-                sum.wrapping_add(word.load(Ordering::Relaxed))
-            });
-            measured.records += 1;
-            measured.bytes += record.length() as u64;
+            let flow = flow.get_or_insert_with(Flow::begin);
+            flow.add(1, record.length() as u64, sum_of(record.words()));
             receiver.pass();
-            if measured.bytes - released >= BATCH {
-                released = measured.bytes;
+            if flow.bytes() - released >= BATCH {
+                released = flow.bytes();
                 receiver.release()?;
             }
         }
     }
+}
+
+/// The sum of words in shared memory, each read once; four sums at a time, as one would have each word wait for the one before.
+pub(crate) fn sum_of(words: &[AtomicU64]) -> u64 {
+    let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
+    let (groups, rest) = words.as_chunks::<4>();
+    let mut sums = [0_u64; 4];
+    for group in groups {
+        for (sum, word) in sums.iter_mut().zip(group) {
+            *sum = sum.wrapping_add(load(word));
+        }
+    }
+    let rest = rest.iter().map(load);
+    rest.chain(sums).fold(0, u64::wrapping_add)
 }

@@ -8,10 +8,8 @@
 
 mod port;
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, Result};
-use barlink_bench_load::{Ask, LAST, Measured, Wait, cpu, nanoseconds, word};
+use barlink_bench_load::{Ask, Flow, LAST, Measured, Wait, word};
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::Serialize;
@@ -74,7 +72,7 @@ fn main() -> Result<()> {
     // Not to outlive the bench.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     match Cli::parse().work {
-        Work::Send { shape, time } => tell(&send(&shape, Duration::from_millis(time))?),
+        Work::Send { shape, time } => tell(&send(&shape, time)?),
         Work::Receive { shape } => tell(&receive(&shape)?),
         Work::Ask { service, wait, ask } => tell(&self::ask(&service, wait, &ask)?),
         Work::Answer { shape, wait } => answer(&shape, wait),
@@ -88,26 +86,19 @@ fn tell(measured: &impl Serialize) -> Result<()> {
 }
 
 /// Builds the same record again and again, and last one that bears a mark.
-fn send(shape: &Shape, time: Duration) -> Result<Measured> {
+fn send(shape: &Shape, time: u64) -> Result<Measured> {
     let node = node()?;
     let mut outlet = Outlet::open(&node, &shape.service, shape.record_size, Wait::Spin)?;
     let sum = (0..shape.record_size / 8).fold(0, |sum: u64, place| sum.wrapping_add(word(place)));
-    let mut records = 0;
-    let start = Instant::now();
-    while start.elapsed() < time {
+    let mut flow = Flow::begin();
+    while flow.lasts(time) {
         // As often as the other senders look at the clock.
         for _ in 0..(16_usize << 10).div_ceil(shape.record_size) {
             outlet.send(word)?;
-            records += 1;
+            flow.add(1, shape.record_size as u64, sum);
         }
     }
-    let measured = Measured {
-        records,
-        bytes: records * shape.record_size as u64,
-        nanoseconds: nanoseconds(start.elapsed()),
-        cpu: cpu(),
-        sum: sum.wrapping_mul(records),
-    };
+    let measured = flow.end();
     outlet.send(|_| LAST)?;
     outlet.wait_until_left()?;
     Ok(measured)
@@ -117,20 +108,16 @@ fn send(shape: &Shape, time: Duration) -> Result<Measured> {
 fn receive(shape: &Shape) -> Result<Measured> {
     let node = node()?;
     let mut inlet = Inlet::open(&node, &shape.service, shape.record_size, Wait::Spin)?;
-    let mut measured = Measured::default();
-    let mut start = None;
+    let mut flow = None;
     loop {
         let sample = inlet.receive()?;
-        let start = *start.get_or_insert_with(Instant::now);
         let words = sample.payload();
         if words.first() == Some(&LAST) {
-            measured.nanoseconds = nanoseconds(start.elapsed());
-            measured.cpu = cpu();
-            return Ok(measured);
+            return Ok(flow.unwrap_or_else(Flow::begin).end());
         }
-        measured.sum = words.iter().copied().fold(measured.sum, u64::wrapping_add);
-        measured.records += 1;
-        measured.bytes += size_of_val(words) as u64;
+        let flow = flow.get_or_insert_with(Flow::begin);
+        let sum = words.iter().copied().fold(0, u64::wrapping_add);
+        flow.add(1, size_of_val(words) as u64, sum);
     }
 }
 

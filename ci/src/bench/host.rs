@@ -13,9 +13,13 @@ use super::stream::{Streamed, endpoints, finish};
 use super::trip::PAUSE;
 use crate::broker::Transport;
 
-/// The channels there and back, and where they stand in the broker's list: behind those of the slots.
-pub const CHANNELS: [&str; 2] = ["there", "back"];
-const FIRST_CHANNEL: usize = 2 * Transport::ALL.len();
+/// The channel for streams, and where it stands in the broker's list: behind those of the slots.
+pub const STREAM: &str = "stream";
+const STREAM_INDEX: usize = 2 * Transport::ALL.len();
+/// The channels for questions and answers, and their bytes: what fits in a processor's own cache with both of them, since a channel is
+/// gone through from end to end. iceoryx2 takes the sample that was last given back, wherever that is.
+pub const TRIP: [&str; 2] = ["there", "back"];
+pub const TRIP_CAPACITY: u64 = 256 << 10;
 
 /// Streams for some time. Records of a channel and of iceoryx2 are built in place, one by one.
 pub fn stream(scene: &Scene, way: Way, record_size: u64, time: Duration) -> Result<Streamed> {
@@ -28,12 +32,12 @@ pub fn stream(scene: &Scene, way: Way, record_size: u64, time: Duration) -> Resu
         return finish(way, sender, receiver);
     }
     let control = format!("--control={}", scene.control().display());
-    let before = scene.rung(FIRST_CHANNEL)?;
-    let receiver = start(scene, &["receive", CHANNELS[0], &control])?;
-    let sender = start(scene, &["build", CHANNELS[0], &control, &size, &time])?;
+    let before = scene.rung(STREAM_INDEX)?;
+    let receiver = start(scene, &["receive", STREAM, &control])?;
+    let sender = start(scene, &["build", STREAM, &control, &size, &time])?;
     let streamed = finish(way, sender, receiver)?;
     Ok(Streamed {
-        rung: Some(scene.rung(FIRST_CHANNEL)? - before),
+        rung: Some(scene.rung(STREAM_INDEX)? - before),
         ..streamed
     })
 }
@@ -70,7 +74,7 @@ pub fn trips(
         }
         _ => {
             let control = format!("--control={}", scene.control().display());
-            let [there, back] = CHANNELS;
+            let [there, back] = TRIP;
             let answer = ["answer-in-place", back, there, &control, wait];
             let ask = ["ask-in-place", there, back, &control, wait, &size];
             (

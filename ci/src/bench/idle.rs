@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use barlink_bench_load::Used;
 use serde::Serialize;
 
-use super::host::{CHANNELS, start};
+use super::host::{TRIP, start};
 use super::scene::{Load, Scene, Side};
 use crate::broker::Transport;
 
@@ -60,7 +60,7 @@ pub fn measure(scene: &Scene, transport: Option<Transport>, time: Duration) -> R
     };
     let (mut one, mut other) = match transport {
         None => {
-            let [there, back] = CHANNELS;
+            let [there, back] = TRIP;
             (
                 start(scene, &["idle", there, back, &control, "--first"])?,
                 start(scene, &["idle", back, there, &control])?,

@@ -127,7 +127,7 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
         }
         false => {
             let seconds = Duration::from_secs(5);
-            (&RECORD_SIZES[..], &TRIP_SIZES[..], 7, TIME, seconds)
+            (&RECORD_SIZES[..], &TRIP_SIZES[..], 5, TIME, seconds)
         }
     };
     let plan = Plan::new(sizes, trip_sizes, only)?;
@@ -146,9 +146,13 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
         }
         report.took.1 = round;
         bar.set_message(format!("{round} of {rounds}"));
-        for row in &mut report.streams {
-            budget.spend(|time| row.measure(&scene, time))?;
-            bar.inc(1);
+        // Sizes one after the other, so that what is compared is measured close together.
+        for &size in sizes {
+            let rows = report.streams.iter_mut();
+            for row in rows.filter(|row| row.case.record_size == size) {
+                budget.spend(|time| row.measure(&scene, time))?;
+                bar.inc(1);
+            }
         }
         for row in &mut report.trips {
             budget.spend(|time| row.measure(&scene, time))?;

@@ -31,7 +31,7 @@ use crate::vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 /// How long a process may take, which measures for less than a second, and how often it is looked at.
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(2);
-/// Bytes of the region, with room for eight channels.
+/// Bytes of the region, with room for seven channels and two small ones.
 const REGION: &str = "256M";
 /// The port of virtio-serial, and the file of its other end.
 pub const PORT: &str = "barlink.bench";
@@ -106,8 +106,9 @@ impl<'a> Scene<'a> {
             channels.push(format!("up{slot}={slot}-host,{CAPACITY}"));
             channels.push(format!("down{slot}=host-{slot},{CAPACITY}"));
         }
-        for name in host::CHANNELS {
-            channels.push(format!("{name}=host-host,{CAPACITY}"));
+        channels.push(format!("{}=host-host,{CAPACITY}", host::STREAM));
+        for name in host::TRIP {
+            channels.push(format!("{name}=host-host,{}", host::TRIP_CAPACITY));
         }
         let options = channels.iter().flat_map(|channel| ["--channel", channel]);
         let arguments: Vec<_> = options.chain(["--size", REGION]).collect();
