@@ -71,7 +71,11 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
                 return Ok(false);
             }
         }
-        self.current = Some(self.find()?);
+        let found = self.look_at(self.passed)?;
+        if found.header.kind == Kind::PAD {
+            return self.poll_behind(&found);
+        }
+        self.current = Some(found);
         Ok(true)
     }
 
@@ -140,25 +144,15 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         Ok(())
     }
 
-    /// Reads the headers behind what was passed, where something is committed: at most one padding, and the record
-    /// behind it.
-    #[inline]
-    fn find(&self) -> Result<Current, Corrupt> {
-        let found = self.look_at(self.passed)?;
-        if found.header.kind == Kind::PAD {
-            return self.find_behind(found);
-        }
-        Ok(found)
-    }
-
-    /// The record behind padding.
+    /// Finds the record behind padding: where something is committed, there is at most one, and then a record.
     #[cold]
-    fn find_behind(&self, pad: Current) -> Result<Current, Corrupt> {
+    fn poll_behind(&mut self, pad: &Current) -> Result<bool, Corrupt> {
         if pad.end == self.written {
             return Err(Corrupt("padding with no record behind it"));
         }
         // Padding ends where the data area ends, and is refused at its beginning: there is no second one.
-        self.look_at(pad.end)
+        self.current = Some(self.look_at(pad.end)?);
+        Ok(true)
     }
 
     /// What stands at a cursor.
