@@ -178,6 +178,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.link.time()
     }
 
+    #[inline]
     fn put(
         &mut self,
         kind: Kind,
@@ -359,10 +360,19 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Waits until there is a record, the other end changes, or `timeout` is over. A record is looked for first: what
     /// a producer committed before it left is found before its leaving is told. If there is none, what was passed is
     /// released first.
+    #[inline]
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
         if self.consumer.poll()? {
             return Ok(Wakeup::Ready);
         }
+        self.wait_for_record(timeout)
+    }
+
+    #[cold]
+    fn wait_for_record(
+        &mut self,
+        timeout: Option<Duration>,
+    ) -> Result<Wakeup, ChannelError<E::Error>> {
         // What is kept makes no room for what is waited for.
         self.release()?;
         let deadline = self.link.deadline(timeout);

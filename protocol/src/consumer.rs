@@ -61,6 +61,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     }
 
     /// Looks for a record: `true` if one stands ready as [`Consumer::record`].
+    #[inline]
     pub fn poll(&mut self) -> Result<bool, Corrupt> {
         if self.current.is_some() {
             return Ok(true);
@@ -133,6 +134,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     }
 
     /// Reads the producer's cursor, once, and checks it.
+    #[inline(never)]
     fn refresh(&mut self) -> Result<(), Corrupt> {
         // SYNC: committed; pairs with the Release store in `Producer::publish`.
         let written = self.region.acquire(self.base + channel::WRITTEN);

@@ -13,7 +13,7 @@ use clap::Args;
 use crate::{Flow, Measured};
 
 /// Bytes of a batch, at least.
-const BATCH: u64 = 16 << 10;
+const BATCH: u64 = 64 << 10;
 
 /// Sends.
 #[derive(Args, Debug)]
