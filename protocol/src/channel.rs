@@ -360,7 +360,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Waits until there is a record, the other end changes, or `timeout` is over. A record is looked for first: what
     /// a producer committed before it left is found before its leaving is told. If there is none, what was passed is
     /// released first.
-    #[inline]
+    #[inline(always)]
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
         if self.consumer.poll()? {
             return Ok(Wakeup::Ready);
@@ -368,7 +368,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.wait_for_record(timeout)
     }
 
-    #[cold]
+    // Apart, so that the rest is small enough to be put where it is called.
+    #[inline(never)]
     fn wait_for_record(
         &mut self,
         timeout: Option<Duration>,

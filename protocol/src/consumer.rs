@@ -61,7 +61,8 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     }
 
     /// Looks for a record: `true` if one stands ready as [`Consumer::record`].
-    #[inline]
+    // For each record: a call and what it saves would be a quarter of all instructions.
+    #[inline(always)]
     pub fn poll(&mut self) -> Result<bool, Corrupt> {
         if self.current.is_some() {
             return Ok(true);

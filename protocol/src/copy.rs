@@ -3,12 +3,15 @@
 //! Bulk copies between shared and private memory, in the form that suits the processor, found out once for each
 //! [`Region`](crate::region::Region).
 //!
-//! On the shared side every access is aligned, so it is right for uncached memory, and made once. Wide ones are made
-//! by assembly, behind the compiler's back: a concurrent change of the shared side is no data race in Rust's sense, and
-//! gives a mixture of old and new bytes. Where nothing else is known, words are copied one by one.
+//! On the shared side every access is aligned, so it is right for uncached memory, and made once. On x86-64, whole lines are
+//! copied by assembly, behind the compiler's back: a concurrent change of the shared side is no data race in Rust's sense,
+//! and gives a mixture of old and new bytes. What is less than some lines is copied by words, as everything is elsewhere.
 #![cfg_attr(
     all(target_arch = "x86_64", not(any(loom, miri))),
-    expect(unsafe_code, reason = "wide accesses to memory that others write")
+    expect(
+        unsafe_code,
+        reason = "assembly that copies from and to memory that others write"
+    )
 )]
 
 use crate::sync::{AtomicU64, Ordering};
@@ -86,7 +89,7 @@ impl Copier {
     pub(crate) fn copy_in(self, words: &[AtomicU64], bytes: &[u8]) {
         match self.way {
             #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            _ if words.len() >= LEAST => {
+            Way::Words | Way::Sse | Way::Avx if words.len() >= LEAST => {
                 self.lines_in(words, bytes);
             }
             _ => words_in(words, bytes),
@@ -98,7 +101,7 @@ impl Copier {
     pub(crate) fn copy_out(self, bytes: &mut [u8], words: &[AtomicU64]) {
         match self.way {
             #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            _ if words.len() >= LEAST => {
+            Way::Words | Way::Sse | Way::Avx if words.len() >= LEAST => {
                 self.lines_out(bytes, words);
             }
             _ => words_out(bytes, words),
@@ -116,11 +119,11 @@ impl Copier {
         words_in(&words[..lines.start], &bytes[..head]);
         words_in(&words[lines.end..], &bytes[tail..]);
         let copy = match (self.way, self.is_combining) {
-            (Way::Avx, false) => lines::avx_in,
-            (Way::Avx, true) => lines::avx_stream_in,
-            (Way::Sse, false) => lines::sse_in,
-            (Way::Sse, true) => lines::sse_stream_in,
-            (Way::Words, _) => lines::by_words,
+            (Way::Avx, false) => assembly::avx_in,
+            (Way::Avx, true) => assembly::avx_stream_in,
+            (Way::Sse, false) => assembly::sse_in,
+            (Way::Sse, true) => assembly::sse_stream_in,
+            (Way::Words, _) => assembly::by_words,
         };
         let (target, source) = (&words[lines], &bytes[head..tail]);
         // SAFETY: both ranges have `source.len()` bytes, of whole lines and not 0; `bytes` is private memory, so they do
@@ -143,9 +146,9 @@ impl Copier {
         words_out(&mut bytes[..head], &words[..lines.start]);
         words_out(&mut bytes[tail..], &words[lines.end..]);
         let copy = match self.way {
-            Way::Avx => lines::avx_out,
-            Way::Sse => lines::sse_out,
-            Way::Words => lines::by_words,
+            Way::Avx => assembly::avx_out,
+            Way::Sse => assembly::sse_out,
+            Way::Words => assembly::by_words,
         };
         let (target, source) = (&mut bytes[head..tail], &words[lines]);
         // SAFETY: both ranges have `target.len()` bytes, of whole lines and not 0; `bytes` is borrowed exclusively, so
@@ -245,7 +248,7 @@ fn detect() -> Way {
 
 /// Copies of whole lines.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-mod lines {
+mod assembly {
     /// A copy by four loads and stores of 16 bytes for each block.
     macro_rules! sse {
         ($name:ident, $load:literal, $store:literal) => {
@@ -403,7 +406,7 @@ mod tests {
 
     #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
     #[test]
-    fn what_is_wide_is_whole_lines() {
+    fn what_assembly_copies_is_whole_lines() {
         let words = [const { AtomicU64::new(0) }; SIZE];
         for start in 0..BLOCK {
             for length in LEAST..SIZE - BLOCK {

@@ -44,7 +44,7 @@ impl Place {
 
 /// Bytes that a record with `length` bytes of payload takes in the ring.
 pub const fn span(length: u32) -> u64 {
-    // Rounded up to a multiple of 8; there is no overflow, as there is for `u64::next_multiple_of` in general, which tests for it.
+    // Rounded up to a multiple of 8, without the test that `next_multiple_of` makes whether it is one already.
     HEADER_BYTES + ((length as u64 + 7) & !7)
 }
 

@@ -2,7 +2,9 @@
 
 //! The hot path alone, for who counts its instructions: sends records and receives them, between two marks.
 
-use anyhow::Result;
+use std::hint::black_box;
+
+use anyhow::{Context, Result};
 use barlink_protocol::Wakeup;
 use barlink_protocol::cursor::Kind;
 use clap::Args;
@@ -10,6 +12,7 @@ use nix::sys::ptrace;
 use nix::sys::signal::{Signal, raise};
 
 use crate::ring::ends;
+use crate::stream::sum_of;
 
 /// Counts for a process that traces this one.
 #[derive(Args, Debug)]
@@ -23,6 +26,9 @@ pub struct Cost {
     /// Commit and release all of them at once
     #[arg(long)]
     batch: bool,
+    /// Fill each in place, and read it there
+    #[arg(long, conflicts_with = "batch")]
+    in_place: bool,
 }
 
 impl Cost {
@@ -47,6 +53,19 @@ impl Cost {
                 }
             }
             receiver.release()?;
+        } else if self.in_place {
+            for _ in 0..self.records {
+                let mut draft = sender.draft(record.len(), None)?.context("no room")?;
+                draft.write(0, &record);
+                let length = draft.length();
+                draft.commit(Kind::DATA, length)?;
+            }
+            for _ in 0..self.records {
+                receiver.wait(None)?;
+                let record = receiver.record().context("no record")?;
+                black_box(sum_of(record.words()));
+                receiver.release()?;
+            }
         } else {
             for _ in 0..self.records {
                 let _ = sender.send(Kind::DATA, &record, None)?;

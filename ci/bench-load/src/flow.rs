@@ -9,7 +9,9 @@ use crate::clock::{cpu, nanoseconds};
 
 /// How long a stream lasts before it is timed. Until then, processes find memory that they have no mapping of, and under TCG code that
 /// is not translated, all of which is over sooner for who moves more bytes: it would be a matter of how long is measured.
-const WARM_UP: Duration = Duration::from_millis(100);
+pub const WARM_UP: Duration = Duration::from_millis(100);
+/// Bytes between two looks at the clock, for who sends and for who receives: what is small does not wait for it at each record.
+pub const STRIDE: u64 = 64 << 10;
 
 /// See the module.
 #[derive(Debug)]
@@ -17,6 +19,8 @@ pub struct Flow {
     begun: Mark,
     /// Where it began to be timed.
     timed: Option<Mark>,
+    /// When the clock is looked at next, in bytes.
+    next: u64,
     records: u64,
     bytes: u64,
     sum: u64,
@@ -47,6 +51,7 @@ impl Flow {
         Self {
             begun: Mark::now(0),
             timed: None,
+            next: 0,
             records: 0,
             bytes: 0,
             sum: 0,
@@ -64,8 +69,11 @@ impl Flow {
         self.records += records;
         self.bytes += bytes;
         self.sum = self.sum.wrapping_add(sum);
-        if self.timed.is_none() && self.begun.time.elapsed() >= WARM_UP {
-            self.timed = Some(Mark::now(self.bytes));
+        if self.timed.is_none() && self.bytes >= self.next {
+            self.next = self.bytes + STRIDE;
+            if self.begun.time.elapsed() >= WARM_UP {
+                self.timed = Some(Mark::now(self.bytes));
+            }
         }
     }
 
@@ -79,10 +87,15 @@ impl Flow {
         self.bytes
     }
 
-    /// What it came to. All of a stream that ended early is timed.
-    pub fn end(self) -> Measured {
+    /// What it came to.
+    pub fn end(&self) -> Measured {
         let end = Mark::now(self.bytes);
-        let from = self.timed.filter(|mark| mark.bytes < end.bytes);
+        self.end_at(end)
+    }
+
+    /// All of a stream is timed that had moved most of its bytes before it was: one that could take no more, or a slow one.
+    fn end_at(&self, end: Mark) -> Measured {
+        let from = self.timed.filter(|mark| mark.bytes <= end.bytes / 2);
         let from = from.unwrap_or(self.begun);
         Measured {
             records: self.records,
@@ -91,5 +104,33 @@ impl Flow {
             cpu: end.cpu - from.cpu,
             sum: self.sum,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A stream that began, was timed from a second on if `timed` says so, and ended after three: its bytes and its nanoseconds.
+    fn stream(timed: Option<u64>, bytes: u64) -> (u64, u64) {
+        let mut flow = Flow::begin();
+        let begun = flow.begun;
+        let later = |seconds, bytes| Mark {
+            time: begun.time + Duration::from_secs(seconds),
+            cpu: begun.cpu,
+            bytes,
+        };
+        flow.timed = timed.map(|bytes| later(1, bytes));
+        flow.add(1, bytes, 0);
+        let measured = flow.end_at(later(3, bytes));
+        (measured.bytes, measured.nanoseconds)
+    }
+
+    #[test]
+    fn what_came_before_is_not_timed_unless_it_is_most() {
+        const SECOND: u64 = 1_000_000_000;
+        assert_eq!(stream(None, 100), (100, 3 * SECOND));
+        assert_eq!(stream(Some(30), 100), (70, 2 * SECOND));
+        assert_eq!(stream(Some(60), 100), (100, 3 * SECOND));
     }
 }

@@ -30,11 +30,10 @@ mod ring;
 mod stream;
 mod trip;
 
-pub use clock::{cpu, nanoseconds};
 pub use copy::Copy;
 pub use cost::Cost;
 pub use files::FILES;
-pub use flow::Flow;
+pub use flow::{Flow, STRIDE, WARM_UP};
 pub use idle::{Used, Watch, idle};
 pub use pipe::{Endpoint, LAST, PipeReceive, PipeSend};
 pub use place::{Build, answer_in_place, word};

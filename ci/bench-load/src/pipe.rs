@@ -146,7 +146,7 @@ struct Shape {
 pub struct PipeSend {
     #[command(flatten)]
     shape: Shape,
-    /// For how long, in milliseconds
+    /// For how long it is timed, once it flows, in milliseconds
     #[arg(long)]
     time: u64,
 }
@@ -163,17 +163,18 @@ impl PipeSend {
     pub fn run(&self) -> Result<Measured> {
         let mut pipe = self.shape.endpoint.open()?;
         let words = 0..self.shape.record_size as u64 / 8;
-        let mut record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
-        let sum = words.fold(0, u64::wrapping_add);
+        let mut record: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+        let sum = sum_of(&record);
         let most = self.shape.endpoint.capacity() / self.shape.record_size.max(1) as u64;
         let mut flow = Flow::begin();
         while flow.lasts(self.time) && flow.records() < most {
             pipe.write_all(&record)?;
             flow.add(1, record.len() as u64, sum);
         }
-        let measured = flow.end();
         record[..8].copy_from_slice(&LAST.to_le_bytes());
         pipe.write_all(&record)?;
+        flow.add(1, record.len() as u64, sum_of(&record));
+        let measured = flow.end();
         // Not to hang up before the other end has it.
         pipe.read_exact(&mut record[..1])?;
         Ok(measured)
@@ -189,16 +190,20 @@ impl PipeReceive {
         pipe.read_exact(&mut record)?;
         let mut flow = Flow::begin();
         loop {
+            flow.add(1, record.len() as u64, sum_of(&record));
             if record[..8] == LAST.to_le_bytes() {
                 let measured = flow.end();
                 pipe.write_all(&[0])?;
                 return Ok(measured);
             }
-            let (words, _) = record.as_chunks();
-            let words = words.iter().copied().map(u64::from_le_bytes);
-            let sum = words.fold(0, u64::wrapping_add);
-            flow.add(1, record.len() as u64, sum);
             pipe.read_exact(&mut record)?;
         }
     }
+}
+
+/// The sum of a record's words.
+fn sum_of(record: &[u8]) -> u64 {
+    let (words, _) = record.as_chunks();
+    let words = words.iter().copied().map(u64::from_le_bytes);
+    words.fold(0, u64::wrapping_add)
 }

@@ -11,7 +11,7 @@ use clap::Args;
 
 use crate::stream::sum_of;
 use crate::trip::{Ask, Trips, Wait, answer_over};
-use crate::{Flow, Measured};
+use crate::{Flow, Measured, STRIDE};
 
 /// Where words are made, in the nearest cache, before they are put into the channel.
 type Block = [[u8; 8]; 512];
@@ -34,7 +34,7 @@ pub struct Build {
     /// Bytes of payload in a record, a multiple of 8
     #[arg(long)]
     record_size: usize,
-    /// For how long, in milliseconds
+    /// For how long it is timed, once it flows, in milliseconds
     #[arg(long)]
     time: u64,
 }
@@ -52,8 +52,7 @@ impl Build {
         let mut block = BLANK;
         let mut flow = Flow::begin();
         while flow.lasts(self.time) {
-            // As often as the other senders look at the clock.
-            for _ in 0..(16_usize << 10).div_ceil(self.record_size) {
+            for _ in 0..STRIDE.div_ceil(self.record_size as u64) {
                 build(&mut sender, words, &mut block, make)?;
                 flow.add(1, self.record_size as u64, sum);
             }
@@ -131,7 +130,7 @@ impl Ask {
     }
 }
 
-/// Answers through a pair of channels until the end of the stream: each question is read in place, and its answer is built there.
+/// Answers through a pair of channels until the end of the stream: each question is copied, by blocks, into its answer.
 pub fn answer_in_place<M, E>(
     sender: Sender<M, E>,
     receiver: Receiver<M, E>,

@@ -16,7 +16,7 @@ use clap::Args;
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::stream::sum_of;
-use crate::{CAPACITY, Flow, Measured};
+use crate::{CAPACITY, Flow, Measured, STRIDE};
 
 /// Bytes of the memory.
 pub const SIZE: usize = 2 * CAPACITY as usize;
@@ -43,7 +43,7 @@ struct Memory {
 pub struct RawSend {
     #[command(flatten)]
     memory: Memory,
-    /// For how long, in milliseconds
+    /// For how long it is timed, once it flows, in milliseconds
     #[arg(long)]
     time: u64,
 }
@@ -109,7 +109,7 @@ impl RawSend {
         let mut cursor = 0;
         let mut flow = Flow::begin();
         while flow.lasts(self.time) {
-            for _ in 0..(16_usize << 10).div_ceil(size) {
+            for _ in 0..STRIDE.div_ceil(size as u64) {
                 let next = cursor + size as u64;
                 while next - read.load(Ordering::Acquire) > CAPACITY {
                     std::hint::spin_loop();

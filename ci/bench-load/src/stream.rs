@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! A stream of records of one size: copied in by who sends, read in place, every byte, by who receives. Small records are
-//! committed and released in batches.
+//! committed and released in batches of [`STRIDE`](crate::STRIDE) bytes.
 
 use std::ops::Deref;
 
@@ -10,10 +10,7 @@ use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Events, Ordering, Receiver, Sender, Strategy, Wakeup};
 use clap::Args;
 
-use crate::{Flow, Measured};
-
-/// Bytes of a batch, at least.
-const BATCH: u64 = 64 << 10;
+use crate::{Flow, Measured, STRIDE};
 
 /// Sends.
 #[derive(Args, Debug)]
@@ -21,7 +18,7 @@ pub struct Send {
     /// Bytes of payload in a record, a multiple of 8
     #[arg(long)]
     record_size: usize,
-    /// For how long, in milliseconds
+    /// For how long it is timed, once it flows, in milliseconds
     #[arg(long)]
     time: u64,
 }
@@ -41,7 +38,7 @@ impl Send {
         let words = (0..self.record_size as u64 / 8).map(|number| number.wrapping_mul(0x9E37_79B9));
         let record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
         let sum = words.fold(0, u64::wrapping_add);
-        let batch = BATCH.div_ceil(self.record_size as u64);
+        let batch = STRIDE.div_ceil(self.record_size as u64);
         let mut flow = Flow::begin();
         while flow.lasts(self.time) {
             let now = sender.time();
@@ -83,7 +80,7 @@ impl Receive {
             let flow = flow.get_or_insert_with(Flow::begin);
             flow.add(1, record.length() as u64, sum_of(record.words()));
             receiver.pass();
-            if flow.bytes() - released >= BATCH {
+            if flow.bytes() - released >= STRIDE {
                 released = flow.bytes();
                 receiver.release()?;
             }

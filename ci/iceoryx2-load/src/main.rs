@@ -9,7 +9,7 @@
 mod port;
 
 use anyhow::{Context, Result};
-use barlink_bench_load::{Ask, Flow, LAST, Measured, Wait, word};
+use barlink_bench_load::{Ask, Flow, LAST, Measured, STRIDE, Wait, word};
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::Serialize;
@@ -29,7 +29,7 @@ enum Work {
     Send {
         #[command(flatten)]
         shape: Shape,
-        /// For how long, in milliseconds
+        /// For how long it is timed, once it flows, in milliseconds
         #[arg(long)]
         time: u64,
     },
@@ -92,14 +92,15 @@ fn send(shape: &Shape, time: u64) -> Result<Measured> {
     let sum = (0..shape.record_size / 8).fold(0, |sum: u64, place| sum.wrapping_add(word(place)));
     let mut flow = Flow::begin();
     while flow.lasts(time) {
-        // As often as the other senders look at the clock.
-        for _ in 0..(16_usize << 10).div_ceil(shape.record_size) {
+        for _ in 0..STRIDE.div_ceil(shape.record_size as u64) {
             outlet.send(word)?;
             flow.add(1, shape.record_size as u64, sum);
         }
     }
-    let measured = flow.end();
     outlet.send(|_| LAST)?;
+    let words = shape.record_size as u64 / 8;
+    flow.add(1, shape.record_size as u64, LAST.wrapping_mul(words));
+    let measured = flow.end();
     outlet.wait_until_left()?;
     Ok(measured)
 }
@@ -112,12 +113,12 @@ fn receive(shape: &Shape) -> Result<Measured> {
     loop {
         let sample = inlet.receive()?;
         let words = sample.payload();
-        if words.first() == Some(&LAST) {
-            return Ok(flow.unwrap_or_else(Flow::begin).end());
-        }
         let flow = flow.get_or_insert_with(Flow::begin);
         let sum = words.iter().copied().fold(0, u64::wrapping_add);
         flow.add(1, size_of_val(words) as u64, sum);
+        if words.first() == Some(&LAST) {
+            return Ok(flow.end());
+        }
     }
 }
 
@@ -133,6 +134,7 @@ fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<barlink_bench_load::Trips
     let size = ask.record_size();
     let mut inlet = Inlet::open(&node, &back, size, wait)?;
     let mut outlet = Outlet::open(&node, &there, size, wait)?;
+    let others = (1..size / 8).fold(0, |sum: u64, place| sum.wrapping_add(word(place)));
     let trips = ask.trips(|bytes| {
         let (number, _) = bytes
             .split_first_chunk_mut()
@@ -142,7 +144,6 @@ fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<barlink_bench_load::Trips
         let answer = inlet.receive()?;
         let sum = answer.payload().iter().copied().fold(0, u64::wrapping_add);
         // What is left is the number, if every other word is as it was.
-        let others = (1..size / 8).fold(0, |sum: u64, place| sum.wrapping_add(word(place)));
         *number = sum.wrapping_sub(others).to_le_bytes();
         Ok(())
     })?;

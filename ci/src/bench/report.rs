@@ -7,13 +7,14 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use barlink_bench_load::CAPACITY;
+use barlink_bench_load::{CAPACITY, STRIDE, WARM_UP};
 use indicatif::BinaryBytes;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::case::{Case, Direction, Way};
 use super::charts;
+use super::host::TRIP_CAPACITY;
 use super::idle;
 use super::plan::Plan;
 use super::scene::{Conditions, Side};
@@ -198,11 +199,13 @@ impl fmt::Display for Report {
                 f,
                 "## Streams\n\nConditions: {conditions}. Who receives reads every byte, but for `memcpy`, which nobody reads.\n\n\
                  Through channels of {} and as much plain memory. Between guest and host records are copied in by the sender, and \
-                 records below 16 KiB are committed and released in batches of 16 KiB. Within the host records of barlink and \
+                 smaller records are committed and released in batches of {}. Within the host records of barlink and \
                  iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then nap, \
-                 then sleep. A record of a socket or a port is one `write`. Wake-ups are the doorbells that the producer rang. \
+                 then sleep. Rates and processor time are those behind the first {} ms, records and wake-ups those of all of a stream. A record of a socket or a port is one `write`. Wake-ups are the doorbells that the producer rang. \
                  Processor time is that of the processes at the ends; the host's does not include QEMU and the broker.\n",
-                BinaryBytes(CAPACITY)
+                BinaryBytes(CAPACITY),
+                BinaryBytes(STRIDE),
+                WARM_UP.as_millis()
             )?;
             writeln!(
                 f,
@@ -218,7 +221,8 @@ impl fmt::Display for Report {
             writeln!(
                 f,
                 "\n## Round trips\n\nConditions: {conditions}. Of 64 bytes, if nothing else is said: the guest asks, the host answers, and \
-                 both read every byte; a bare doorbell bears none. Times in µs, medians of the rounds.\n"
+                 both read every byte; a bare doorbell bears none. Channels within the host are of {}. Times in µs, medians of the rounds.\n",
+                BinaryBytes(TRIP_CAPACITY)
             )?;
             writeln!(
                 f,
