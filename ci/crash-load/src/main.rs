@@ -3,9 +3,11 @@
 //! The program `barlink-crash-load`: one end of a channel, on the host or in the guest; or a process that rings the other
 //! end without a pause.
 
-use std::path::PathBuf;
-use std::thread;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fs, thread};
 
 use anyhow::Result;
 use barlink::control::client::ControlError;
@@ -16,6 +18,7 @@ use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::{End, Layout};
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
 use clap::{Args, Parser, ValueEnum};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 /// How long to wait before asking once more for what somebody who died still has.
@@ -26,6 +29,9 @@ const PAUSE: Duration = Duration::from_millis(1);
 struct Cli {
     #[command(flatten)]
     place: Place,
+    /// In the guest: go by a further node of the device, which is made here, as a container has one
+    #[arg(long, value_name = "NODE", requires = "device")]
+    second_node: Option<PathBuf>,
     /// The end
     end: Role,
     /// The channel
@@ -81,7 +87,7 @@ fn main() -> Result<()> {
     } else {
         let path = cli.place.device.unwrap_or_default();
         let device = insist(
-            || Device::open(&path),
+            || open(&path, cli.second_node.as_deref()),
             |error| matches!(error, DeviceError::NoDevice { .. }),
         )?;
         let claimed = insist(
@@ -90,6 +96,36 @@ fn main() -> Result<()> {
         )?;
         work(device.region(), device.layout(), cli.end, claimed, cli.seed)
     }
+}
+
+/// Opens the device by its node, or by a second one, made now: the device that had its number before may be gone.
+fn open(first: &Path, second: Option<&Path>) -> Result<Device, DeviceError> {
+    let Some(second) = second else {
+        return Device::open(first);
+    };
+    let path = second.to_owned();
+    match make_node(first, second) {
+        Ok(()) => Device::open(second),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => {
+            Err(DeviceError::NoDevice { path })
+        }
+        Err(source) => Err(DeviceError::System {
+            what: "make",
+            path,
+            source,
+        }),
+    }
+}
+
+/// Makes a second node, in place of the one before.
+fn make_node(first: &Path, second: &Path) -> io::Result<()> {
+    let number = fs::metadata(first)?.rdev();
+    match fs::remove_file(second) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => (),
+    }
+    let (kind, mode) = (FileType::CharacterDevice, Mode::RUSR | Mode::WUSR);
+    Ok(mknodat(CWD, second, kind, mode, number)?)
 }
 
 /// Does something again and again while it fails for a reason that passes.

@@ -205,10 +205,18 @@ pub enum Request {
     },
     /// Wake the VM, once it sleeps.
     Wake,
-    /// Plug in the device of [`Region::Plugged`].
-    Plug,
+    /// Say whether devices can be pulled out of the VM.
+    Unplugs,
+    /// Plug in the device of a region, which is not there.
+    Plug {
+        /// Which.
+        region: Region,
+    },
     /// Have the guest let go of that device, and pull it out.
-    Unplug,
+    Unplug {
+        /// Which.
+        region: Region,
+    },
     /// Show a figure that was measured.
     Show {
         /// What to print.
@@ -226,4 +234,6 @@ pub enum Answer {
     Words(Vec<u64>),
     /// To [`Request::Rings`].
     Count(u64),
+    /// To [`Request::Unplugs`].
+    Is(bool),
 }

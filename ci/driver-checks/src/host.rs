@@ -178,14 +178,23 @@ pub(crate) fn wake() -> Result<()> {
     request(&Request::Wake)
 }
 
-/// Plugs in the device of [`Region::Plugged`], which the guest finds some time later.
-pub(crate) fn plug() -> Result<()> {
-    request(&Request::Plug)
+/// Whether devices can be pulled out of the VM.
+pub(crate) fn unplugs() -> Result<bool> {
+    let asked = Request::Unplugs;
+    match ask(&asked)? {
+        Answer::Is(it) => Ok(it),
+        other => bail!("the host answers {other:?} to {asked:?}"),
+    }
+}
+
+/// Plugs in the device of a region, which the guest finds some time later.
+pub(crate) fn plug(region: Region) -> Result<()> {
+    request(&Request::Plug { region })
 }
 
 /// Has the guest let go of that device, and pulls it out.
-pub(crate) fn unplug() -> Result<()> {
-    request(&Request::Unplug)
+pub(crate) fn unplug(region: Region) -> Result<()> {
+    request(&Request::Unplug { region })
 }
 
 /// Shows a figure.

@@ -17,6 +17,7 @@
 //! | `binding.rs` | devices that come to the driver and go |
 //! | `module.rs` | the module, and the kernel's log |
 //! | `process.rs` | child processes |
+//! | `suspend.rs` | suspending the machine, any number of times |
 
 mod ask;
 mod binding;
@@ -26,11 +27,13 @@ mod device;
 mod host;
 mod module;
 mod process;
+mod suspend;
 
 use anyhow::{Context, Result};
 
 pub use ask::{Answer, Facts, RAW, Region, Request};
 pub use checks::{CHECKS, Check, PAUSING, UNPLUGGING};
+pub use module::complaint;
 
 /// Runs the check with this name, on a driver that is loaded and has its devices.
 pub fn run(name: &str) -> Result<()> {

@@ -52,18 +52,15 @@ pub(crate) fn log() -> Result<String> {
 
 /// An error, with the lines, if the kernel has complained of anything since it booted.
 pub(crate) fn check_log() -> Result<()> {
-    let log = log()?;
+    let complaint = complaint(&log()?);
+    ensure!(complaint.is_empty(), "the kernel complains:\n{complaint}");
+    Ok(())
+}
+
+/// The lines of a kernel's log from its first complaint on, if there is any.
+pub fn complaint(log: &str) -> String {
     let holds = |line: &str, words: &[&str]| words.iter().any(|word| line.contains(word));
     let complains = |line: &&str| holds(line, &COMPLAINTS) && !holds(line, &HARMLESS);
-    let told: Vec<_> = log
-        .lines()
-        .skip_while(|line| !complains(line))
-        .take(40)
-        .collect();
-    ensure!(
-        told.is_empty(),
-        "the kernel complains:\n{}",
-        told.join("\n")
-    );
-    Ok(())
+    let told = log.lines().skip_while(|line| !complains(line)).take(40);
+    told.collect::<Vec<_>>().join("\n")
 }

@@ -17,10 +17,6 @@ use super::watch::CHANNELS;
 use crate::broker::{Broker, Transport};
 use crate::vm::COMMAND_TIMEOUT;
 
-/// How long a device stays unplugged. QEMU closes the descriptor of its memory a second time when it is rid of all that it
-/// was mapped for, some 10 ms later; by then nothing else is to have its number (`docs/decisions/0005-hot-unplug.md`).
-const UNPLUGGED: Duration = Duration::from_millis(300);
-
 /// How often the broker is killed, or replaced, while the guest rings, and the longest time before each. A kill within a message
 /// takes five seconds.
 const KILLS: usize = 3;
@@ -184,7 +180,6 @@ impl Scene<'_> {
         let (id, chardev) = (text("id")?, text("chardev")?);
         self.vm()?.unplug(id)?;
         Self::guest().try_for_each(|role| self.worker(role)?.wait_gone())?;
-        thread::sleep(UNPLUGGED);
         let vm = self.vm()?;
         // QEMU's connection has told all that it will ever tell: with the old one, a new device waits for ever.
         vm.qmp("chardev-remove", &json!({ "id": chardev }))?;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use barlink_crash_load::{Note, Random};
+use barlink_driver_checks::complaint;
 use barlink_protocol::wire::layout::End;
 
 use super::fault::{Fault, Role, Side};
@@ -37,16 +38,6 @@ const LOOKS: u32 = 50;
 
 /// How long a stream may stand still while everything is there that it needs.
 pub(super) const PATIENCE: Duration = COMMAND_TIMEOUT;
-
-/// What the guest's kernel does not print while all is well.
-const COMPLAINTS: [&str; 6] = [
-    "WARNING:",
-    "BUG",
-    "Oops",
-    "Call Trace",
-    "general protection",
-    "panicked",
-];
 
 /// What QEMU prints when the server of a vfio-user device does not answer.
 const UNANSWERED: &str = "timed out";
@@ -213,16 +204,12 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// An error if the guest's kernel has complained of anything.
+    /// An error if the guest's kernel has complained of anything, before a reset or after it.
     pub fn check_kernel(&self) -> Result<()> {
-        let log = self.vm()?.console_log();
-        let complains = |line: &&str| COMPLAINTS.iter().any(|word| line.contains(word));
-        let told = log.lines().skip_while(|line| !complains(line)).take(40);
-        let told: Vec<_> = told.collect();
+        let complaint = complaint(&self.vm()?.console_log());
         ensure!(
-            told.is_empty(),
-            "the guest's kernel complains:\n{}",
-            told.join("\n")
+            complaint.is_empty(),
+            "the guest's kernel complains:\n{complaint}"
         );
         Ok(())
     }

@@ -21,6 +21,9 @@ use crate::vm::{COMMAND_TIMEOUT, Process, Vm};
 /// How often a process on the host is looked at.
 const LOOK: Duration = Duration::from_micros(200);
 
+/// The node of the device that the guest's consumer goes by.
+const SECOND_NODE: &str = "/tmp/barlink-again";
+
 /// See the module. Killed when dropped.
 #[derive(Debug)]
 pub struct Worker {
@@ -70,7 +73,13 @@ impl Worker {
             }
             Side::Guest => {
                 let program = ["barlink-crash-load", "--device", "/dev/barlink0"];
-                let argv = program.into_iter().chain(arguments);
+                // The device has two nodes when something happens to it.
+                let node: &[_] = match role.end {
+                    End::Producer => &[],
+                    End::Consumer => &["--second-node", SECOND_NODE],
+                };
+                let program = program.into_iter().chain(node.iter().copied());
+                let argv = program.chain(arguments);
                 Running::Guest(vm.context("there is no VM")?.spawn(argv)?)
             }
         };

@@ -20,6 +20,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -42,6 +43,11 @@ pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take for what it does itself.
 pub const QMP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long QEMU may still have something of a device that was unplugged. ivshmem's closes the descriptor of its memory a second
+/// time when it is rid of all that it was mapped for, some 10 ms later; by then nothing else is to have its number
+/// (`docs/decisions/0005-hot-unplug.md`).
+const UNPLUGGED: Duration = Duration::from_millis(300);
 
 /// The descriptor that QEMU has the first of [`Config::files`] as.
 pub const FIRST_FILE: i32 = 10;
@@ -177,11 +183,13 @@ impl Vm {
         self.qmp("device_add", arguments).map(drop)
     }
 
-    /// Asks the guest to let go of a device, and waits until it is out.
+    /// Asks the guest to let go of a device, and waits until it is out and QEMU rid of it.
     pub fn unplug(&self, id: &str) -> Result<()> {
         self.qmp("device_del", &json!({ "id": id }))?;
         self.qmp
-            .wait_event("DEVICE_DELETED", |data| data["device"] == id)
+            .wait_event("DEVICE_DELETED", |data| data["device"] == id)?;
+        thread::sleep(UNPLUGGED);
+        Ok(())
     }
 
     /// What the guest's kernel and init have printed so far.

@@ -45,6 +45,11 @@ impl Devices {
         Ok(devices)
     }
 
+    /// Whether devices can be pulled out at all.
+    pub fn unplug_at_all(&self) -> bool {
+        unplugs(self.transport)
+    }
+
     /// The host's hand on a region.
     pub fn tap(&self, region: Region) -> Result<&Arc<Tap>> {
         let tap = self.taps.get(&region);
@@ -68,18 +73,16 @@ impl Devices {
         Ok(())
     }
 
-    /// Plugs in the device of [`Region::Plugged`].
-    pub fn plug(&self, vm: &Vm) -> Result<()> {
-        let region = Region::Plugged;
+    /// Plugs in the device of a region, as `barlink qemu-args` has it.
+    pub fn plug(&self, vm: &Vm, region: Region) -> Result<()> {
         let broker = self.brokers.get(&region).context("no broker")?;
-        let address = json!({ "type": "unix", "data": { "path": broker.socket(0) } });
+        let address = json!({ "type": "unix", "data": { "path": broker.socket(region.facts().slot as usize) } });
         let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
         vm.qmp(
             "chardev-add",
             &json!({ "id": socket(region), "backend": backend }),
         )?;
         let mut device = match self.transport {
-            // As `barlink qemu-args` has it.
             Transport::VhostUser => json!({
                 "driver": "vhost-user-test-device-pci",
                 "virtio-id": virtio::DEVICE_TYPE,
@@ -96,9 +99,9 @@ impl Devices {
     }
 
     /// Has the guest let go of that device, and pulls it out.
-    pub fn unplug(&self, vm: &Vm) -> Result<()> {
-        vm.unplug(&id(Region::Plugged))?;
-        vm.qmp("chardev-remove", &json!({ "id": socket(Region::Plugged) }))?;
+    pub fn unplug(&self, vm: &Vm, region: Region) -> Result<()> {
+        vm.unplug(&id(region))?;
+        vm.qmp("chardev-remove", &json!({ "id": socket(region) }))?;
         Ok(())
     }
 

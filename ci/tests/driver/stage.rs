@@ -51,7 +51,8 @@ impl Stage {
             line.push(b'\n');
             process.write(&line)?;
             if wakes {
-                self.vm.wake()?;
+                let woken = self.vm.wake();
+                woken.with_context(|| self.vm.last_words())?;
             }
         }
         self.background = None;
@@ -118,8 +119,9 @@ impl Stage {
             }
             // Once it knows that it can go to sleep.
             Request::Wake => (),
-            Request::Plug => self.devices.plug(&self.vm)?,
-            Request::Unplug => self.devices.unplug(&self.vm)?,
+            Request::Unplugs => return Ok(Answer::Is(self.devices.unplug_at_all())),
+            Request::Plug { region } => self.devices.plug(&self.vm, region)?,
+            Request::Unplug { region } => self.devices.unplug(&self.vm, region)?,
             Request::Show { figure } => figures.push(figure),
         }
         Ok(Answer::Done)

@@ -15,6 +15,7 @@ mod mmap;
 mod presence;
 mod races;
 mod removal;
+mod rounds;
 mod signals;
 mod sleep;
 
@@ -105,10 +106,11 @@ pub const CHECKS: &[(&str, Check)] = checks! {
     sleep:
         suspend_leaves_files_and_mappings_as_they_are
         hibernation_is_refused;
+    rounds:
+        device_comes_and_goes_100_times_under_its_users;
     life:
         module_stays_while_it_is_used
         load_and_unload_25_times
-        device_comes_and_goes_100_times_under_its_users
         kernel_log_stays_clean;
     cost:
         memory_of_a_device_is_small
@@ -116,7 +118,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         mapping_64_mib_takes_a_moment;
 };
 
-/// Those of [`CHECKS`] that have a device pulled out of the running VM. QEMU 11.1 ends itself when that is one of vfio-user
+/// Those of [`CHECKS`] that are about nothing but a device that is pulled out of the running VM. QEMU 11.1 ends itself when that is one of vfio-user
 /// with MSI-X, whoever serves it; that it can at least be plugged in is checked by
 /// `device_of_vfio_user_is_plugged_in_and_not_out`.
 pub const UNPLUGGING: &[&str] = &["hot_plugged_device_comes_and_goes"];

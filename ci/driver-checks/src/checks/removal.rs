@@ -168,7 +168,7 @@ pub(super) fn removed_and_rescanned() -> Result<()> {
 
 pub(super) fn hot_plugged_device_comes_and_goes() -> Result<()> {
     for round in 1..=2 {
-        host::plug()?;
+        host::plug(Region::Plugged)?;
         eventually("bound", || is_bound(Region::Plugged))?;
         let device = open(Region::Plugged)?;
         let info = device.info()?;
@@ -184,7 +184,7 @@ pub(super) fn hot_plugged_device_comes_and_goes() -> Result<()> {
         assert_eq!(device.interrupts()?, [UP_VECTOR]);
         let sleeper = reader(&node(Region::Plugged)?)?;
         sleeper.wait_asleep()?;
-        host::unplug()?;
+        host::unplug(Region::Plugged)?;
         sleeper.succeeds()?;
         is_dead(&device)?;
         assert_eq!(
