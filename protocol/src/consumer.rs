@@ -172,6 +172,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
     /// A private copy of the header at a cursor. Where the data area ends too early for a whole one, only padding can
     /// stand there, whose one word is enough.
+    #[inline(always)]
     fn header(&self, cursor: u64) -> Result<Header, Corrupt> {
         let bytes = self.capacity.to_end(cursor).min(HEADER_BYTES);
         let words = self.region.words(self.data(cursor), bytes as usize);

@@ -249,7 +249,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// # Panics
     ///
     /// If they do not fit.
-    #[inline]
+    #[inline(always)]
     pub fn write(&mut self, offset: u32, bytes: &[u8]) {
         let fits = u32::try_from(bytes.len())
             .is_ok_and(|n| offset.checked_add(n).is_some_and(|end| end <= self.length));
