@@ -17,7 +17,6 @@
 //! | `binding.rs` | devices that come to the driver and go |
 //! | `module.rs` | the module, and the kernel's log |
 //! | `process.rs` | child processes |
-//! | `suspend.rs` | suspending the machine, any number of times |
 
 mod ask;
 mod binding;
@@ -27,7 +26,6 @@ mod device;
 mod host;
 mod module;
 mod process;
-mod suspend;
 
 use anyhow::{Context, Result};
 

@@ -103,11 +103,11 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         unbind_races_mmap_and_fork
         unbind_races_claims_and_doorbells
         interrupt_storm_races_open_claim_and_close;
+    rounds:
+        device_comes_and_goes_100_times_under_its_users;
     sleep:
         suspend_leaves_files_and_mappings_as_they_are
         hibernation_is_refused;
-    rounds:
-        device_comes_and_goes_100_times_under_its_users;
     life:
         module_stays_while_it_is_used
         load_and_unload_25_times

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A hundred times over: a device goes and comes back, or the machine sleeps, under processes that use it through two nodes.
+//! A hundred times over: a device goes and comes back, under processes that use it through two nodes.
 
 use std::collections::HashMap;
 use std::fs;
@@ -21,12 +21,8 @@ use crate::device::{Device, fails};
 use crate::host;
 use crate::module::{self, load, unload};
 use crate::process::{Child, Ended, child};
-use crate::suspend::suspend;
 
 const ROUNDS: usize = 100;
-
-/// In the first of so many rounds the machine sleeps.
-const SLEEP: usize = 5;
 
 /// Rounds between two counts of the kernel's objects. In as many each way of going is done four times, or more often.
 const COUNT: usize = 20;
@@ -68,24 +64,17 @@ impl Way {
     }
 }
 
-/// Maps through this node, touches and calls, until it ends: well, when a call says that the device is gone, or by SIGBUS. Where its
-/// parent asks, it answers that all is as before.
+/// Maps through this node, touches and calls, until it ends: well, when a call says that the device is gone, or by SIGBUS.
 fn user(node: &Path, calls: bool) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
         let map = device.map(RAW, 16 * PAGE)?;
         parent.tell_ready()?;
         loop {
-            for _ in 0..1000 {
-                map.write(8 * PAGE, 1);
-                if calls && let Err(error) = device.info() {
-                    ensure!(error == Errno::NODEV, error);
-                    return Ok(());
-                }
-            }
-            if parent.is_told()? {
-                parent.wait()?;
-                parent.tell_ready()?;
+            map.write(8 * PAGE, 1);
+            if calls && let Err(error) = device.info() {
+                ensure!(error == Errno::NODEV, error);
+                return Ok(());
             }
         }
     })
@@ -120,34 +109,23 @@ pub(super) fn device_comes_and_goes_100_times_under_its_users() -> Result<()> {
     if host::unplugs()? {
         ways.push(Way::Unplugged);
     }
-    let mut living = Vec::new();
     let mut counts = Vec::new();
     for round in 0..ROUNDS {
         // What the kernel keeps at hand, it has by then.
         if round > 0 && round % COUNT == 0 {
             counts.push(objects()?);
         }
-        if living.is_empty() {
-            living = users()?;
+        let users = users()?;
+        let way = ways[round % ways.len()];
+        let told = || format!("round {round}: {way:?}");
+        way.go().with_context(told)?;
+        for user in users {
+            let ended = user.wait()?;
+            let as_told = matches!(ended, Ended::Well | Ended::By(Signal::BUS));
+            ensure!(as_told, "{}: {ended:?}", told());
         }
-        if round % SLEEP == 0 {
-            suspend().with_context(|| format!("round {round}"))?;
-            // They have felt nothing, and what comes next is theirs, too.
-            living.iter().try_for_each(Child::go_on)?;
-            let all_go_on = living.iter().try_for_each(Child::wait_ready);
-            all_go_on.with_context(|| format!("round {round}: asleep"))?;
-        } else {
-            let way = ways[round % ways.len()];
-            let told = || format!("round {round}: {way:?}");
-            way.go().with_context(told)?;
-            for user in living.drain(..) {
-                let ended = user.wait()?;
-                let as_told = matches!(ended, Ended::Well | Ended::By(Signal::BUS));
-                ensure!(as_told, "{}: {ended:?}", told());
-            }
-            way.come_back().with_context(told)?;
-        }
-        module::check_log().with_context(|| format!("round {round}"))?;
+        way.come_back().with_context(told)?;
+        module::check_log().with_context(told)?;
     }
     counts.push(objects()?);
     if without_bus {
@@ -155,7 +133,7 @@ pub(super) fn device_comes_and_goes_100_times_under_its_users() -> Result<()> {
     }
     let (kind, more) = most_grown(&counts).context("nothing was counted")?;
     host::show(format!(
-        "{ROUNDS} rounds of {ways:?} and sleep: in every {COUNT} at most {more} more objects of a kind"
+        "{ROUNDS} rounds of {ways:?}: in every {COUNT} at most {more} more objects of a kind"
     ))?;
     ensure!(
         more < LEAST,

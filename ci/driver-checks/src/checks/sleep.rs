@@ -15,7 +15,31 @@ use crate::device::{Device, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
 use crate::module;
 use crate::process::{Child, child};
-use crate::suspend::{rebind_ports, suspend};
+
+/// Suspends the system to memory (ACPI's S3), until the host wakes it: the machine is reset, and its firmware goes on where the kernel
+/// was. Once in a VM's life: QEMU's firmware leaves it without ACPI's registers (`docs/driver.md`, section 8). The device with 256 vectors has to be unbound, where each is an interrupt: one CPU cannot take them all, while the other is off.
+fn suspend() -> Result<()> {
+    fs::write("/sys/power/mem_sleep", "deep")?;
+    host::wake()?;
+    let slept = fs::write("/sys/power/state", "mem");
+    rebind_ports()?;
+    slept.context("the system does not suspend")
+}
+
+fn rebind_ports() -> Result<()> {
+    // The kernel takes the host's end of the agent's port for closed ever after, unless it looks at it anew.
+    const PORTS: &str = "/sys/bus/virtio/drivers/virtio_console";
+    for entry in fs::read_dir(PORTS)? {
+        let name = entry?.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("virtio") {
+            for what in ["unbind", "bind"] {
+                fs::write(format!("{PORTS}/{what}"), &*name)?;
+            }
+        }
+    }
+    Ok(())
+}
 
 pub(super) fn hibernation_is_refused() -> Result<()> {
     let device = open(Region::Main)?;
