@@ -10,6 +10,8 @@ use crate::clock::{cpu, nanoseconds};
 /// How long a stream lasts before it is timed. Until then, processes find memory that they have no mapping of, and under TCG code that
 /// is not translated, all of which is over sooner for who moves more bytes: it would be a matter of how long is measured.
 pub const WARM_UP: Duration = Duration::from_millis(100);
+/// Least time that counts behind that. A stream that ends sooner, since it can take no more or was slow, is timed from its beginning.
+const LEAST: Duration = Duration::from_millis(30);
 /// Bytes between two looks at the clock, for who sends and for who receives: what is small does not wait for it at each record.
 pub const STRIDE: u64 = 64 << 10;
 
@@ -93,9 +95,8 @@ impl Flow {
         self.end_at(end)
     }
 
-    /// All of a stream is timed that had moved most of its bytes before it was: one that could take no more, or a slow one.
     fn end_at(&self, end: Mark) -> Measured {
-        let from = self.timed.filter(|mark| mark.bytes <= end.bytes / 2);
+        let from = self.timed.filter(|mark| end.time - mark.time >= LEAST);
         let from = from.unwrap_or(self.begun);
         Measured {
             records: self.records,
@@ -111,26 +112,24 @@ impl Flow {
 mod tests {
     use super::*;
 
-    /// A stream that began, was timed from a second on if `timed` says so, and ended after three: its bytes and its nanoseconds.
-    fn stream(timed: Option<u64>, bytes: u64) -> (u64, u64) {
+    /// The bytes and milliseconds that count of a stream of 100 bytes, which was timed from this on, behind 60 bytes, and lasted so long.
+    fn stream(timed: Option<u64>, lasted: u64) -> (u64, u64) {
         let mut flow = Flow::begin();
         let begun = flow.begun;
-        let later = |seconds, bytes| Mark {
-            time: begun.time + Duration::from_secs(seconds),
+        let later = |milliseconds, bytes| Mark {
+            time: begun.time + Duration::from_millis(milliseconds),
             cpu: begun.cpu,
             bytes,
         };
-        flow.timed = timed.map(|bytes| later(1, bytes));
-        flow.add(1, bytes, 0);
-        let measured = flow.end_at(later(3, bytes));
-        (measured.bytes, measured.nanoseconds)
+        flow.timed = timed.map(|timed| later(timed, 60));
+        let measured = flow.end_at(later(lasted, 100));
+        (measured.bytes, measured.nanoseconds / 1_000_000)
     }
 
     #[test]
-    fn what_came_before_is_not_timed_unless_it_is_most() {
-        const SECOND: u64 = 1_000_000_000;
-        assert_eq!(stream(None, 100), (100, 3 * SECOND));
-        assert_eq!(stream(Some(30), 100), (70, 2 * SECOND));
-        assert_eq!(stream(Some(60), 100), (100, 3 * SECOND));
+    fn what_came_before_is_not_timed_if_enough_came_after() {
+        assert_eq!(stream(None, 90), (100, 90));
+        assert_eq!(stream(Some(100), 160), (40, 60));
+        assert_eq!(stream(Some(100), 110), (100, 110));
     }
 }

@@ -4,21 +4,20 @@
 //! end without a pause.
 
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
-use std::{fs, thread};
 
 use anyhow::Result;
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
 use barlink::{Access, AttachError, Attachment};
 use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, produce};
+use barlink_driver_checks::make_second_node;
 use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::{End, Layout};
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
 use clap::{Args, Parser, ValueEnum};
-use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 /// How long to wait before asking once more for what somebody who died still has.
@@ -104,7 +103,7 @@ fn open(first: &Path, second: Option<&Path>) -> Result<Device, DeviceError> {
         return Device::open(first);
     };
     let path = second.to_owned();
-    match make_node(first, second) {
+    match make_second_node(first, second) {
         Ok(()) => Device::open(second),
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
             Err(DeviceError::NoDevice { path })
@@ -115,17 +114,6 @@ fn open(first: &Path, second: Option<&Path>) -> Result<Device, DeviceError> {
             source,
         }),
     }
-}
-
-/// Makes a second node, in place of the one before.
-fn make_node(first: &Path, second: &Path) -> io::Result<()> {
-    let number = fs::metadata(first)?.rdev();
-    match fs::remove_file(second) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => (),
-    }
-    let (kind, mode) = (FileType::CharacterDevice, Mode::RUSR | Mode::WUSR);
-    Ok(mknodat(CWD, second, kind, mode, number)?)
 }
 
 /// Does something again and again while it fails for a reason that passes.

@@ -2,11 +2,11 @@
 
 //! Devices and the driver, as sysfs shows them: which are bound, under which names, and how that is changed.
 
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
@@ -135,9 +135,9 @@ pub(crate) fn keep_from_drivers(region: Region, keep: bool) -> Result<()> {
 }
 
 /// Makes a second node of a device, as a container has one.
-pub(crate) fn make_second_node(first: &Path, second: &Path) -> Result<()> {
+pub fn make_second_node(first: &Path, second: &Path) -> io::Result<()> {
     let number = fs::metadata(first)?.rdev();
-    // There is none yet, unless the check ran before.
+    // There is none yet, unless one was made before. One that cannot be removed is in the way below.
     let _ = fs::remove_file(second);
     let (kind, mode) = (FileType::CharacterDevice, Mode::RUSR | Mode::WUSR);
     Ok(rustix::fs::mknodat(CWD, second, kind, mode, number)?)

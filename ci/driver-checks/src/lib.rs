@@ -30,6 +30,7 @@ mod process;
 use anyhow::{Context, Result};
 
 pub use ask::{Answer, Facts, RAW, Region, Request};
+pub use binding::make_second_node;
 pub use checks::{CHECKS, Check, PAUSING, UNPLUGGING};
 pub use module::complaint;
 

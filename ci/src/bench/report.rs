@@ -201,7 +201,8 @@ impl fmt::Display for Report {
                  Through channels of {} and as much plain memory. Between guest and host records are copied in by the sender, and \
                  smaller records are committed and released in batches of {}. Within the host records of barlink and \
                  iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then nap, \
-                 then sleep. Rates and processor time are those behind the first {} ms, records and wake-ups those of all of a stream. A record of a socket or a port is one `write`. Wake-ups are the doorbells that the producer rang. \
+                 then sleep. Rates and processor time are those behind the first {} ms, records and wake-ups those of all of a \
+                 stream. A record of a socket or a port is one `write`. Wake-ups are the doorbells that the producer rang. \
                  Processor time is that of the processes at the ends; the host's does not include QEMU and the broker.\n",
                 BinaryBytes(CAPACITY),
                 BinaryBytes(STRIDE),

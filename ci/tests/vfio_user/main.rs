@@ -166,6 +166,8 @@ fn bar2_is_written_without_a_message() -> Result<()> {
 fn doorbell_is_one_message_and_one_ring() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
+    // What it says itself is no doorbell.
+    setting.wait_for_firmware()?;
     let doorbell = device.bars[0].0 + 12;
     setting.tap.all_rings()?;
     for (peer, vector) in [(HOST, 3), (1, 2), (HOST, 0)] {

@@ -252,9 +252,10 @@ fn pass(
     Ok(true)
 }
 
-/// Whether each range of a table of memory is within the file that came along for it, whole pages of which are pages of the guest, and all
-/// of them can be mapped. To touch what is not there would be SIGBUS, and the daemon does not look. The table has the number of ranges, in eight bytes, and four numbers
-/// for each: guest-physical address, length, address in the VMM, offset in the file.
+/// Whether each range of a table of memory is within the file that came along for it, whole pages of which are pages of the
+/// guest, and all of them can be mapped. To touch what is not there would be SIGBUS, and the daemon does not look. The table
+/// has the number of ranges, in eight bytes, and four numbers for each: guest-physical address, length, address in the VMM,
+/// offset in the file.
 fn ranges_are_there(message: &Message) -> Result<(), Refused> {
     let absent = Err(Refused::Message(
         "it shares ranges of memory that its files do not have",

@@ -118,8 +118,8 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         mapping_64_mib_takes_a_moment;
 };
 
-/// Those of [`CHECKS`] that are about nothing but a device that is pulled out of the running VM. QEMU 11.1 ends itself when that is one of vfio-user
-/// with MSI-X, whoever serves it; that it can at least be plugged in is checked by
+/// Those of [`CHECKS`] that are about nothing but a device that is pulled out of the running VM. QEMU 11.1 ends itself when
+/// that is one of vfio-user with MSI-X, whoever serves it; that it can at least be plugged in is checked by
 /// `device_of_vfio_user_is_plugged_in_and_not_out`.
 pub const UNPLUGGING: &[&str] = &["hot_plugged_device_comes_and_goes"];
 

@@ -17,7 +17,9 @@ use crate::module;
 use crate::process::{Child, child};
 
 /// Suspends the system to memory (ACPI's S3), until the host wakes it: the machine is reset, and its firmware goes on where the kernel
-/// was. Once in a VM's life: QEMU's firmware leaves it without ACPI's registers (`docs/driver.md`, section 8). The device with 256 vectors has to be unbound, where each is an interrupt: one CPU cannot take them all, while the other is off.
+/// was. Once in a VM's life: QEMU's firmware leaves it without ACPI's registers (`docs/driver.md`, section 8).
+///
+/// The device with 256 vectors has to be unbound, where each is an interrupt: one CPU cannot take them all, while the other is off.
 fn suspend() -> Result<()> {
     fs::write("/sys/power/mem_sleep", "deep")?;
     host::wake()?;
