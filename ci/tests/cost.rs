@@ -102,8 +102,8 @@ fn a_record_is_sent_and_received_without_calls_or_locks_in_few_instructions() ->
     println!(
         "{single} instructions a record of 64 bytes, {batch} in a batch; {in_place} one of 4 KiB that is filled and read in place"
     );
-    assert!(single <= 570, "{single} instructions");
-    assert!(batch <= 275, "{batch} instructions");
-    assert!(in_place <= 2650, "{in_place} instructions");
+    assert!(single <= 560, "{single} instructions");
+    assert!(batch <= 240, "{batch} instructions");
+    assert!(in_place <= 2620, "{in_place} instructions");
     Ok(())
 }

@@ -28,10 +28,21 @@ pub struct Consumer<M> {
     rung: u64,
 }
 
+/// What stands at a cursor.
+enum Found {
+    Record(Current),
+    /// The cursor behind it.
+    Padding(u64),
+}
+
+/// A record that was found. For each record it is stored and loaded, so it is as small as can be.
 #[derive(Clone, Copy, Debug)]
 struct Current {
-    header: Header,
-    start: u64,
+    /// A private copy of its header, which was checked.
+    header: [u64; 3],
+    /// Where its payload is in the region.
+    payload: u64,
+    /// The cursor behind it.
     end: u64,
 }
 
@@ -73,22 +84,22 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
                 return Ok(false);
             }
         }
-        let found = self.look_at(self.passed)?;
-        if found.header.kind == Kind::PAD {
-            return self.poll_behind(&found);
+        match self.look_at(self.passed)? {
+            Found::Record(record) => {
+                self.current = Some(record);
+                Ok(true)
+            }
+            Found::Padding(end) => self.poll_behind(end),
         }
-        self.current = Some(found);
-        Ok(true)
     }
 
     /// The record that [`Consumer::poll`] found.
     pub fn record(&self) -> Option<Record<'_, M>> {
         let current = self.current?;
-        let payload = self.data(current.start) + HEADER_BYTES;
         Some(Record {
             region: &self.region,
-            header: current.header,
-            payload,
+            header: Header::from_words(current.header),
+            payload: current.payload,
         })
     }
 
@@ -120,11 +131,27 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     /// Publishes that this end wants to be rung once a record is committed. Then looks once more: `true` if there is
     /// one already, and no need to sleep. What was passed is to be released before, or there might never be room for one.
     pub fn wish_for_record(&mut self) -> Result<bool, Corrupt> {
+        self.wish_for(self.passed + 1)
+    }
+
+    /// As [`Consumer::wish_for_record`], but it wants to be rung only once half of the channel is committed: for who looks
+    /// by the clock, and would otherwise come when the producer has no room left.
+    pub fn wish_for_half(&mut self) -> Result<bool, Corrupt> {
+        self.wish_for(self.passed + self.capacity.bytes() / 2)
+    }
+
+    fn wish_for(&mut self, cursor: u64) -> Result<bool, Corrupt> {
         self.region
-            .store(self.base + channel::CONSUMER_WISH, self.passed + 1);
+            .store(self.base + channel::CONSUMER_WISH, cursor);
         // SYNC: wish-then-cursor; pairs with the fence in `Producer::publish`. One of the two sees the other.
         self.region.fence();
         self.poll()
+    }
+
+    /// Publishes that this end does not want to be rung. It may be rung nevertheless.
+    pub fn withdraw_wish(&mut self) {
+        // No cursor is moved from below it.
+        self.region.store(self.base + channel::CONSUMER_WISH, 0);
     }
 
     /// Counts a doorbell that was rung for this end.
@@ -149,38 +176,51 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
     /// Finds the record behind padding: where something is committed, there is at most one, and then a record.
     #[cold]
-    fn poll_behind(&mut self, pad: &Current) -> Result<bool, Corrupt> {
-        if pad.end == self.written {
+    fn poll_behind(&mut self, padding: u64) -> Result<bool, Corrupt> {
+        if padding == self.written {
             return Err(Corrupt("padding with no record behind it"));
         }
-        // Padding ends where the data area ends, and is refused at its beginning: there is no second one.
-        self.current = Some(self.look_at(pad.end)?);
+        match self.look_at(padding)? {
+            Found::Record(record) => self.current = Some(record),
+            // It ends where the data area ends, and is refused at its beginning.
+            Found::Padding(_) => return Err(Corrupt("padding behind padding")),
+        }
         Ok(true)
     }
 
-    /// What stands at a cursor.
+    /// What stands at a cursor, behind which something is committed.
     #[inline(always)]
-    fn look_at(&self, start: u64) -> Result<Current, Corrupt> {
-        let header = self.header(start)?;
+    fn look_at(&self, start: u64) -> Result<Found, Corrupt> {
+        let at = self.data(start);
+        let words = self.header(start, at);
+        let header = Header::from_words(words);
+        Header::check_words(words)?;
         let span = self.capacity.check(header, start, self.written - start)?;
-        Ok(Current {
-            header,
-            start,
-            end: start + span,
-        })
+        let end = start + span;
+        if header.kind == Kind::PAD {
+            return Ok(Found::Padding(end));
+        }
+        Ok(Found::Record(Current {
+            header: words,
+            payload: at + HEADER_BYTES,
+            end,
+        }))
     }
 
-    /// A private copy of the header at a cursor. Where the data area ends too early for a whole one, only padding can
-    /// stand there, whose one word is enough.
+    /// A private copy of the header at a cursor, whose place in the region is `at`. Where the data area ends too early for a
+    /// whole one, only padding can stand there, whose one word is enough.
     #[inline(always)]
-    fn header(&self, cursor: u64) -> Result<Header, Corrupt> {
-        let bytes = self.capacity.to_end(cursor).min(HEADER_BYTES);
-        let words = self.region.words(self.data(cursor), bytes as usize);
+    fn header(&self, cursor: u64, at: u64) -> [u64; 3] {
+        if self.capacity.to_end(cursor) < HEADER_BYTES {
+            return [self.region.load(at), 0, 0];
+        }
+        let words = self.region.words(at, HEADER_BYTES as usize);
         let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
-        Header::from_words(match words {
+        match words {
             [first, second, third] => [load(first), load(second), load(third)],
-            words => [words.first().map_or(0, load), 0, 0],
-        })
+            // There are three.
+            _ => [0; 3],
+        }
     }
 
     fn data(&self, cursor: u64) -> u64 {

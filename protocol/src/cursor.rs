@@ -176,17 +176,21 @@ impl Header {
         ]
     }
 
-    /// The header from a private copy of its words.
-    pub(crate) const fn from_words(words: [u64; 3]) -> Result<Self, Corrupt> {
+    /// The header that these words say, of which [`Header::check_words`] tells whether they are one.
+    pub(crate) const fn from_words(words: [u64; 3]) -> Self {
+        Header {
+            length: words[0] as u32,
+            kind: Kind((words[0] >> 32) as u16),
+            sequence: words[1],
+            time: words[2],
+        }
+    }
+
+    /// Whether these words say no more than a header.
+    pub(crate) const fn check_words(words: [u64; 3]) -> Result<(), Corrupt> {
         if words[0] >> 48 != 0 {
             return Err(Corrupt("a record's header has bits that mean nothing"));
         }
-        let kind = Kind((words[0] >> 32) as u16);
-        Ok(Header {
-            length: words[0] as u32,
-            kind,
-            sequence: words[1],
-            time: words[2],
-        })
+        Ok(())
     }
 }
