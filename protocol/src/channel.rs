@@ -8,7 +8,7 @@ use core::time::Duration;
 use crate::consumer::{Consumer, Record};
 use crate::cursor::{Kind, Place};
 use crate::error::ChannelError;
-use crate::link::{Events, Link, Wakeup};
+use crate::link::{Events, Link, Wakeup, Wish};
 use crate::presence::{Presence, PresenceWords};
 use crate::producer::{Producer, Reservation, ReserveError};
 use crate::region::Region;
@@ -227,11 +227,15 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         let deadline = self.link.deadline(timeout);
         loop {
             let producer = &mut self.producer;
-            let woken = self.link.wait(deadline, |publish| {
-                if publish {
-                    return producer
-                        .wish_for_room(length)
-                        .map_err(ChannelError::reserve);
+            let woken = self.link.wait(deadline, |wish| {
+                match wish {
+                    Wish::Kept => (),
+                    Wish::Withdrawn => producer.withdraw_wish(),
+                    // It is one for half of the channel in any case.
+                    Wish::Soon | Wish::Half => {
+                        let found = producer.wish_for_room(length);
+                        return found.map_err(ChannelError::reserve);
+                    }
                 }
                 match producer.find_room(length) {
                     Ok(_) => Ok(true),
@@ -378,12 +382,14 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
-        self.link.wait(deadline, |publish| {
-            Ok(if publish {
-                consumer.wish_for_record()?
-            } else {
-                consumer.poll()?
-            })
+        self.link.wait(deadline, |wish| {
+            match wish {
+                Wish::Kept => (),
+                Wish::Withdrawn => consumer.withdraw_wish(),
+                Wish::Soon => return Ok(consumer.wish_for_record()?),
+                Wish::Half => return Ok(consumer.wish_for_half()?),
+            }
+            Ok(consumer.poll()?)
         })
     }
 

@@ -11,7 +11,7 @@ use crate::presence::{Presence, PresenceWords};
 use crate::producer::Notify;
 use crate::region::Region;
 use crate::strategy::Strategy;
-use crate::sync::{AtomicU64, spin};
+use crate::sync::{AtomicU64, spin as spin_loop};
 
 /// How one end of a channel rings the other, sleeps, and tells the time: eventfds on the host, the driver's file in
 /// a guest.
@@ -44,11 +44,27 @@ pub enum Wakeup {
     PeerChanged,
 }
 
+/// What an end tells the other one before it looks whether what it waits for is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// Nothing: what was told holds.
+    Kept,
+    /// To be rung as soon as that is there.
+    Soon,
+    /// To be rung once the other end has moved on by half of the channel, and might soon have to wait.
+    Half,
+    /// Not to be rung.
+    Withdrawn,
+}
+
 /// First and longest sleep while no doorbell has proven that doorbells arrive.
 const FIRST_DOZE: Duration = Duration::from_millis(1);
 const LONGEST_DOZE: Duration = Duration::from_secs(1);
 /// First nap of an end whose strategy has any; each further one is twice as long.
 const FIRST_NAP: Duration = Duration::from_micros(100);
+/// Each so many times that spinning has found nothing, it is given all the time that it may have: it would never be known
+/// otherwise that somewhat longer than the shortest would do.
+const PROBE: u32 = 8;
 /// A deadline that is over: look, publish the wish, but neither spin nor sleep.
 pub(crate) const PAST: Duration = Duration::ZERO;
 /// Looks at the shared cursor for each look at the clock.
@@ -67,6 +83,8 @@ pub struct Link<M, E> {
     strategy: Strategy,
     /// Time to spin next.
     spin: Duration,
+    /// How often spinning has found nothing since it last did.
+    fruitless: u32,
 }
 
 impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
@@ -86,6 +104,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             doze: FIRST_DOZE,
             strategy: Strategy::PROMPT,
             spin: Strategy::PROMPT.least_spin,
+            fruitless: 0,
         };
         link.peer = link.read_peer();
         link.ring()?;
@@ -166,14 +185,14 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         })
     }
 
-    /// Waits until `look` finds what is waited for, or this side's clock reaches `deadline`. `look(false)` just
-    /// looks; `look(true)` first publishes at which cursor this end wants to be rung, then fences, then looks.
+    /// Waits until `look` finds what is waited for, or this side's clock reaches `deadline`. Given a wish, `look` first
+    /// publishes at which cursor this end wants to be rung, then fences, then looks.
     pub(crate) fn wait(
         &mut self,
         deadline: Option<Duration>,
-        mut look: impl FnMut(bool) -> Result<bool, ChannelError<E::Error>>,
+        mut look: impl FnMut(Wish) -> Result<bool, ChannelError<E::Error>>,
     ) -> Result<Wakeup, ChannelError<E::Error>> {
-        if look(false)? {
+        if look(Wish::Kept)? {
             return Ok(Wakeup::Ready);
         }
         if deadline != Some(PAST)
@@ -187,7 +206,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             let peer = self.read_peer();
             if peer != self.peer {
                 // What it did since the last look, and before it changed, comes first.
-                if look(false)? {
+                if look(Wish::Kept)? {
                     return Ok(Wakeup::Ready);
                 }
                 self.peer_changed(peer).map_err(ChannelError::Events)?;
@@ -196,14 +215,14 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                     return Ok(Wakeup::PeerChanged);
                 }
             }
-            if look(true)? {
+            if look(Wish::Soon)? {
                 return Ok(Wakeup::Ready);
             }
             if over {
                 return Ok(Wakeup::TimedOut);
             }
             self.sleep(left).map_err(ChannelError::Events)?;
-            if look(false)? {
+            if look(Wish::Kept)? {
                 return Ok(Wakeup::Ready);
             }
         }
@@ -213,7 +232,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     fn spin<X>(
         &mut self,
         deadline: Option<Duration>,
-        look: &mut impl FnMut(bool) -> Result<bool, X>,
+        look: &mut impl FnMut(Wish) -> Result<bool, X>,
     ) -> Result<bool, X> {
         let Strategy {
             least_spin,
@@ -223,45 +242,54 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         if most_spin.is_zero() || !self.events.can_spin() {
             return Ok(false);
         }
-        let end = self.events.now() + self.spin;
+        let is_probe = self.fruitless % PROBE == PROBE - 1;
+        let spin = if is_probe { most_spin } else { self.spin };
+        let end = self.events.now() + spin;
         let end = deadline.map_or(end, |deadline| deadline.min(end));
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
-                spin();
-                if look(false)? {
-                    self.spin = (self.spin * 2).min(most_spin);
+                spin_loop();
+                if look(Wish::Kept)? {
+                    self.spin = (spin * 2).min(most_spin);
+                    self.fruitless = 0;
                     return Ok(true);
                 }
             }
             if self.events.now() >= end || self.read_peer() != self.peer {
                 self.spin = (self.spin / 2).max(least_spin);
+                self.fruitless = self.fruitless.wrapping_add(1);
                 return Ok(false);
             }
         }
     }
 
-    /// Sleeps by the clock, for longer each time, without a wish to be rung.
+    /// Sleeps by the clock, for longer each time. It is rung only if it sleeps past half of the channel: the other end does
+    /// not stand still meanwhile, and does not ring as long as it does not.
     fn nap(
         &mut self,
         deadline: Option<Duration>,
-        look: &mut impl FnMut(bool) -> Result<bool, ChannelError<E::Error>>,
+        look: &mut impl FnMut(Wish) -> Result<bool, ChannelError<E::Error>>,
     ) -> Result<bool, ChannelError<E::Error>> {
+        if self.strategy.nap.is_zero() {
+            return Ok(false);
+        }
         let end = self.events.now() + self.strategy.nap;
         let end = deadline.map_or(end, |deadline| deadline.min(end));
         let mut nap = FIRST_NAP;
-        loop {
+        let mut wish = Wish::Half;
+        while !look(wish)? {
+            wish = Wish::Kept;
             let left = end.saturating_sub(self.events.now());
             if left.is_zero() {
                 return Ok(false);
             }
-            // Nobody was asked to ring, so a ring that comes now proves nothing.
+            // A ring that comes here may be one that nobody asked for, so it proves nothing.
             let nap_now = Some(nap.min(left));
             self.events.sleep(nap_now).map_err(ChannelError::Events)?;
-            if look(false)? {
-                return Ok(true);
-            }
             nap *= 2;
         }
+        // Or it would be rung for when it is awake.
+        look(Wish::Withdrawn)
     }
 
     fn sleep(&mut self, left: Option<Duration>) -> Result<(), E::Error> {

@@ -191,6 +191,12 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         Ok(self.free() >= place.pad + place.span)
     }
 
+    /// Publishes that this end does not want to be rung. It may be rung nevertheless.
+    pub fn withdraw_wish(&mut self) {
+        // No cursor is moved from below it.
+        self.region.store(self.base + channel::PRODUCER_WISH, 0);
+    }
+
     /// Counts a doorbell that was rung for this end.
     pub fn count_ring(&mut self) {
         self.rung = self.rung.wrapping_add(1);

@@ -8,13 +8,13 @@ use core::time::Duration;
 /// records do, and the end that sleeps a wake-up; looking costs processor time, and a nap the time of what it sleeps past.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Strategy {
-    /// Shortest time to spin. An end spins for longer while that finds something, and for less while it finds nothing; where
-    /// there is one CPU it does not.
+    /// Shortest time to spin. An end spins for longer while that finds something, and for less while it finds nothing, but
+    /// every eighth time for the longest; where there is one CPU it does not.
     pub least_spin: Duration,
     /// Longest time to spin; zero for none.
     pub most_spin: Duration,
     /// Time to nap after that, in all, by the clock: for 100 µs, then for twice as long, and so on. So what came during a nap has
-    /// waited for no longer than the time that it took to come.
+    /// waited for no longer than the time that it took to come. It is rung meanwhile if half of the channel has moved.
     pub nap: Duration,
 }
 
@@ -26,7 +26,7 @@ impl Strategy {
         nap: Duration::ZERO,
     };
     /// For streams, in which a record may lie for a few milliseconds: naps for as long as a scheduler usually keeps the other
-    /// end from running, and is rung only after longer silence.
+    /// end from running, and is rung only after longer silence, or before the other end would have to wait.
     pub const STREAM: Strategy = Strategy {
         nap: Duration::from_millis(6),
         ..Strategy::PROMPT

@@ -6,3 +6,4 @@ mod region;
 mod ring;
 mod sleep;
 mod stream;
+mod wait;

@@ -131,6 +131,28 @@ fn rings_only_an_end_that_asked() {
 }
 
 #[test]
+fn an_end_that_naps_is_rung_for_half_of_the_channel_or_not_at_all() {
+    let (region, layout) = region(4096, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    assert!(!consumer.wish_for_half().unwrap());
+    // Of 64 bytes with their headers.
+    let until_rung = |producer: &mut Producer<Memory>| {
+        let sent = (1..=64).find(|_| send(producer, &[0; 40]).unwrap());
+        sent
+    };
+    assert_eq!(until_rung(&mut producer), Some(32));
+    while receive(&mut consumer).is_some() {}
+    assert!(!consumer.wish_for_half().unwrap());
+    consumer.withdraw_wish();
+    assert_eq!(until_rung(&mut producer), None);
+    assert!(!producer.wish_for_room(40).unwrap());
+    producer.withdraw_wish();
+    while consumer.poll().unwrap() {
+        assert_eq!(consumer.release(), Notify::Quiet);
+    }
+}
+
+#[test]
 fn what_is_staged_is_not_there_until_it_is_published() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);

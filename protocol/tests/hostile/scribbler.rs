@@ -250,8 +250,9 @@ fn consumer(
         let Some(end) = &mut consumer else {
             return;
         };
-        let found = match random.random_range(0..4) {
+        let found = match random.random_range(0..8) {
             0 => end.wish_for_record(),
+            1 => end.wish_for_half(),
             _ => end.poll(),
         };
         let Ok(found) = found else {
