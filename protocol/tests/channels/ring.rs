@@ -136,10 +136,8 @@ fn an_end_that_naps_is_rung_for_half_of_the_channel_or_not_at_all() {
     let (mut producer, mut consumer) = attach(&region, &layout);
     assert!(!consumer.wish_for_half().unwrap());
     // Of 64 bytes with their headers.
-    let until_rung = |producer: &mut Producer<Memory>| {
-        let sent = (1..=64).find(|_| send(producer, &[0; 40]).unwrap());
-        sent
-    };
+    let until_rung =
+        |producer: &mut Producer<Memory>| (1..=64).find(|_| send(producer, &[0; 40]).unwrap());
     assert_eq!(until_rung(&mut producer), Some(32));
     while receive(&mut consumer).is_some() {}
     assert!(!consumer.wish_for_half().unwrap());

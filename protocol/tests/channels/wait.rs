@@ -149,9 +149,7 @@ fn an_end_that_naps_is_rung_before_the_other_one_has_to_wait() {
             assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
             receiver.release().unwrap();
         }
-        let mut world = script.0.borrow_mut();
-        world.due = Duration::MAX;
-        drop(world);
+        script.0.borrow_mut().due = Duration::MAX;
         // What came in the meantime.
         while receiver.wait(Some(Duration::ZERO)) == Ok(Wakeup::Ready) {
             receiver.release().unwrap();
