@@ -38,7 +38,10 @@ impl Setting {
     /// What its tests are called: as in `ci/tests/transports/`.
     fn module(self) -> String {
         let name = self.transport.name().replace('-', "_");
-        let driver = if self.iommu { "iommu" } else { "driver" };
+        let driver = match self.iommu {
+            true => "driver_behind_an_iommu",
+            false => "driver",
+        };
         format!("{name}::{driver}")
     }
 
