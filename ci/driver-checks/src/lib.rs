@@ -16,6 +16,7 @@
 //! | `calls.rs` | the calls that no safe function makes, and mappings |
 //! | `binding.rs` | devices that come to the driver and go |
 //! | `module.rs` | the module, and the kernel's log |
+//! | `objects.rs` | what the kernel's memory is made of, counted |
 //! | `process.rs` | child processes |
 
 mod ask;
@@ -25,6 +26,7 @@ mod checks;
 mod device;
 mod host;
 mod module;
+mod objects;
 mod process;
 
 use anyhow::{Context, Result};
