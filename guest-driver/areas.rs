@@ -13,7 +13,7 @@ use crate::wire::uapi::{
 };
 use kernel::prelude::*;
 
-/// How a mapping is made: checked, and small enough for an area's private word.
+/// How a mapping is made: checked, and small enough for a file's word and an area's.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Manner {
     /// `None` is the mode of the mappings that live, noncached if there are none.
@@ -41,7 +41,7 @@ impl Manner {
         })
     }
 
-    /// The same as a number, and back: for an area's private word, and a file's.
+    /// The same as a number, and back.
     pub(crate) fn word(self) -> u32 {
         self.cache.map_or(0, |mode| mode as u32) << 8 | u32::from(self.on_touch)
     }
@@ -50,6 +50,37 @@ impl Manner {
     pub(crate) fn from_word(word: u32) -> Self {
         Manner::new(word >> 8, word & 0xff).unwrap_or(Manner::DEFAULT)
     }
+}
+
+/// What is known of an area. Split, moved and forked it stays so, and a child's names the parent: which process the new one is of, the
+/// kernel does not tell.
+#[derive(Clone, Copy)]
+pub(crate) struct Area {
+    pub(crate) manner: Manner,
+    /// Which has mapped it, by its number in the initial PID namespace.
+    pub(crate) process: u32,
+}
+
+impl Area {
+    /// The same as a number, and back: for the area's private word.
+    pub(crate) fn word(self) -> u64 {
+        u64::from(self.process) << 32 | u64::from(self.manner.word())
+    }
+
+    /// See [`Area::word`].
+    pub(crate) fn from_word(word: u64) -> Self {
+        Area {
+            // CAST: The lower half, then the upper one.
+            manner: Manner::from_word(word as u32),
+            process: (word >> 32) as u32,
+        }
+    }
+}
+
+/// A process, and how many areas name it.
+struct Mapper {
+    process: u32,
+    areas: usize,
 }
 
 /// See the module.
@@ -62,8 +93,8 @@ pub(crate) struct Areas {
     asked: Option<CacheMode>,
     /// What the kernel made of it when it last mapped something: a [`CacheMode`], or 0.
     granted: u32,
-    /// The process that has made the first of them.
-    mapper: u32,
+    /// Who has made them, in the order of their first ones.
+    mappers: KVec<Mapper>,
 }
 
 impl Areas {
@@ -76,33 +107,48 @@ impl Areas {
         }
     }
 
-    /// Counts a new area of a process, and says whether it may be as it is: `EBUSY` as for [`Areas::mode`]. Whatever the result is, it has
+    /// Counts a new area, and says whether it may be as it is: `EBUSY` as for [`Areas::mode`], `ENOMEM`. Whatever the result is, it has
     /// to be taken away again.
-    pub(crate) fn add(&mut self, manner: Manner, process: u32) -> Result {
-        let mode = self.mode(manner.cache);
-        self.count(manner);
+    pub(crate) fn add(&mut self, area: Area) -> Result {
+        let mode = self.mode(area.manner.cache);
         if self.asked.is_none() {
-            self.asked = manner.cache;
-            self.mapper = process;
+            self.asked = area.manner.cache;
+        }
+        let is_known = self.mapper(area).is_some();
+        self.count(area);
+        if !is_known {
+            let mapper = Mapper {
+                process: area.process,
+                areas: 1,
+            };
+            self.mappers.push(mapper, GFP_KERNEL)?;
         }
         mode.map(drop)
     }
 
-    /// Counts one more of a kind that there is: one was split, moved or forked.
-    pub(crate) fn count(&mut self, manner: Manner) {
-        *self.kind(manner) += 1;
+    /// Counts one more of which there is one already: it was split, moved or forked.
+    pub(crate) fn count(&mut self, area: Area) {
+        *self.kind(area.manner) += 1;
+        if let Some(mapper) = self.mapper(area) {
+            mapper.areas += 1;
+        }
     }
 
     /// Takes an area away. True if pages that were touched have to be mapped anew, since the kernel may have known their mode by this
     /// area alone.
-    pub(crate) fn remove(&mut self, manner: Manner) -> bool {
-        let kind = self.kind(manner);
+    pub(crate) fn remove(&mut self, area: Area) -> bool {
+        let kind = self.kind(area.manner);
         // Every area was counted.
         *kind = kind.saturating_sub(1);
+        // Unless there was no memory to note who made it.
+        if let Some(mapper) = self.mapper(area) {
+            mapper.areas = mapper.areas.saturating_sub(1);
+        }
+        self.mappers.retain(|mapper| mapper.areas > 0);
         if self.whole + self.touched == 0 {
             *self = Areas::default();
         }
-        !manner.on_touch && self.have_touched()
+        !area.manner.on_touch && self.have_touched()
     }
 
     /// Whether pages may be mapped that the kernel has granted another mode than it will to a new area that is mapped at once.
@@ -115,10 +161,16 @@ impl Areas {
         self.granted = granted;
     }
 
-    /// What was asked for and what was granted, as [`crate::wire::uapi::Info`] has it, and who was first.
+    /// What was asked for and what was granted, and who made one, as [`crate::wire::uapi::Info`] has it.
     pub(crate) fn told(&self) -> (u32, u32, u32) {
         let asked = self.asked.map_or(0, |mode| mode as u32);
-        (asked, self.granted, self.mapper)
+        let mapper = self.mappers.first().map_or(0, |mapper| mapper.process);
+        (asked, self.granted, mapper)
+    }
+
+    fn mapper(&mut self, area: Area) -> Option<&mut Mapper> {
+        let mut mappers = self.mappers.iter_mut();
+        mappers.find(|mapper| mapper.process == area.process)
     }
 
     fn kind(&mut self, manner: Manner) -> &mut usize {

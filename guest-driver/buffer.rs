@@ -60,9 +60,10 @@ const OPERATIONS: bindings::file_operations = bindings::file_operations {
     ..pin_init::zeroed()
 };
 
-/// What is done with areas of a buffer after [`prepare`]. There is no `fault`: a page that has no entry any more is SIGBUS.
+/// What is done with areas of a buffer after [`prepare`].
 const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_struct {
     mapped: Some(mapped),
+    fault: Some(fault),
     ..pin_init::zeroed()
 };
 
@@ -81,6 +82,11 @@ pub(crate) struct Buffer {
 unsafe impl Send for Buffer {}
 
 impl Buffer {
+    /// The system has resumed.
+    pub(crate) fn resume(&self) {
+        self.memory.find_again();
+    }
+
     /// Its address for the device, and its size.
     pub(crate) fn place(&self) -> (u64, u32) {
         // CAST: `MAX_BUFFER` at most.
@@ -236,4 +242,21 @@ unsafe extern "C" fn mapped(
         unsafe { buffer.memory.map(mapping::mapped_area(start)?)? };
         Ok(0)
     })
+}
+
+/// The `fault` area operation: a page has no entry any more. It is made again if user space has dropped it; SIGBUS if the buffer has ended.
+///
+/// # Safety
+///
+/// Only for [`AREA_OPERATIONS`].
+unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+    // SAFETY: The kernel gives a fault that is valid, with its area, which keeps its file open.
+    let device = unsafe { device_of((*(*fault).__bindgen_anon_1.vma).vm_file) };
+    let state = device.state.lock();
+    match &state.buffer {
+        // As for `mapped`. SAFETY: This is that operation, in an area that has been mapped. The kernel calls it under the `mmap_lock`,
+        // since there is no `map_pages`.
+        Some(buffer) => unsafe { buffer.memory.insert(fault) },
+        None => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+    }
 }

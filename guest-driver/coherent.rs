@@ -4,7 +4,10 @@
 //!
 //! The `kernel` crate's `Coherent` is not used: it lends memory for as long as a binding is on the stack, and has no way into a process.
 
-use crate::shim;
+use crate::{
+    shim,
+    wire::layout::PAGE_SIZE, //
+};
 use core::ptr::NonNull;
 use kernel::{
     bindings,
@@ -55,6 +58,14 @@ impl Coherent {
         })
     }
 
+    /// Has the device find it again after the system was suspended. No real IOMMU needs this: its page tables are memory, and it looks
+    /// them up. QEMU's looks once when it is switched on, for all devices that tell others of their mappings; a device behind a PCI
+    /// bridge it takes for another then, since it is the first to resume, and bridges have no numbers yet. A flush has it look anew.
+    pub(crate) fn find_again(&self) {
+        // SAFETY: By the invariant the device is bound.
+        unsafe { shim::barlink_flush_iommu(shim::raw(&self.dev)) }
+    }
+
     /// Makes the page table entries of an area, from the page of the memory on that is the area's offset (`dma_mmap_coherent`). The error
     /// is the kernel's. May sleep.
     ///
@@ -74,6 +85,30 @@ impl Coherent {
                 0,
             )
         })
+    }
+
+    /// Makes the page table entry that a fault has found missing: `NOPAGE`, or why not.
+    ///
+    /// The kernel lets user space drop entries of areas that are made of pages, by `MADV_DONTNEED`, and not of those that are made of
+    /// frames. The former are what [`Coherent::map`] makes of memory that an IOMMU makes a piece of, for which the processor's page tables
+    /// do the same.
+    ///
+    /// # Safety
+    ///
+    /// The fault must be one that is being handled, without the lock of the area alone, in an area that [`Coherent::map`] has mapped.
+    pub(crate) unsafe fn insert(&self, fault: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+        // SAFETY: By this function's contract.
+        let (page, flags) = unsafe { ((*fault).__bindgen_anon_1.pgoff, (*fault).flags) };
+        let offset = page as usize * PAGE_SIZE as usize;
+        let memory = self.memory.as_ptr().wrapping_byte_add(offset);
+        // SAFETY: The functions only look; the pages stay as long as the value, and what is inserted takes a reference of its own.
+        unsafe {
+            if offset >= self.size || !bindings::is_vmalloc_addr(memory) {
+                return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+            }
+            let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
+            bindings::vmf_insert_page_mkwrite(fault, bindings::vmalloc_to_page(memory), write)
+        }
     }
 }
 

@@ -161,6 +161,7 @@ impl Device {
         if let Some(hardware) = self.hardware.try_access() {
             hardware.resume();
             if let Some(buffer) = &state.buffer {
+                buffer.resume();
                 hardware.tell_buffer(Some(buffer.place()));
             }
         }

@@ -17,7 +17,7 @@
 //! C headers: `include/linux/mm.h`, `include/linux/mm_types.h`, `include/linux/huge_mm.h`.
 
 use crate::{
-    areas::Manner,
+    areas::Area,
     device::{
         Device,
         State, //
@@ -142,7 +142,12 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
         manner.cache = Some(mode);
         // SAFETY: The function only computes.
         area.page_prot = unsafe { shim::barlink_pgprot(mode as u32, area.page_prot) };
-        area.private_data = core::ptr::without_provenance_mut(manner.word() as usize);
+        let known = Area {
+            manner,
+            // A PID is positive.
+            process: current!().group_leader().pid().unsigned_abs(),
+        };
+        area.private_data = core::ptr::without_provenance_mut(known.word() as usize);
         area.vm_ops = &AREA_OPERATIONS;
         Ok(0)
     })
@@ -183,16 +188,14 @@ unsafe extern "C" fn mapped(
     private: *mut *mut c_void,
 ) -> c_int {
     // SAFETY: An area keeps its file open. Its private word is readable.
-    let (file, manner) = unsafe { (OpenFile::of(file), manner(*private)) };
+    let (file, known) = unsafe { (OpenFile::of(file), known(*private)) };
     let device: &Device = &file.device;
     from_result(|| {
         let mut state = device.state.lock();
-        // A PID is positive.
-        let process = current!().group_leader().pid().unsigned_abs();
         // First of all, since `close` takes it away whatever the result is.
-        state.areas.add(manner, process)?;
+        state.areas.add(known)?;
         device.check()?;
-        if manner.on_touch {
+        if known.manner.on_touch {
             device.show_cache(&state);
             return Ok(0);
         }
@@ -231,8 +234,8 @@ unsafe extern "C" fn mapped(
 /// Only for [`AREA_OPERATIONS`].
 unsafe extern "C" fn open(area: *mut bindings::vm_area_struct) {
     // SAFETY: The area is valid, and keeps its file open.
-    let (file, manner) = unsafe { (OpenFile::of((*area).vm_file), manner((*area).vm_private_data)) };
-    file.device.state.lock().areas.count(manner);
+    let (file, known) = unsafe { (OpenFile::of((*area).vm_file), known((*area).vm_private_data)) };
+    file.device.state.lock().areas.count(known);
 }
 
 /// The `close` area operation: there is one area less.
@@ -242,10 +245,10 @@ unsafe extern "C" fn open(area: *mut bindings::vm_area_struct) {
 /// Only for [`AREA_OPERATIONS`].
 unsafe extern "C" fn close(area: *mut bindings::vm_area_struct) {
     // SAFETY: The area is valid, and is closed before it lets go of its file.
-    let (file, manner) = unsafe { (OpenFile::of((*area).vm_file), manner((*area).vm_private_data)) };
+    let (file, known) = unsafe { (OpenFile::of((*area).vm_file), known((*area).vm_private_data)) };
     let device: &Device = &file.device;
     let mut state = device.state.lock();
-    if state.areas.remove(manner) {
+    if state.areas.remove(known) {
         device.mappings.zap();
     }
     device.show_cache(&state);
@@ -349,8 +352,8 @@ unsafe fn note_granted(
     }
 }
 
-/// How an area is mapped, from its private word.
-fn manner(word: *mut c_void) -> Manner {
-    // CAST: `prepare` has put a `u32` there.
-    Manner::from_word(word.addr() as u32)
+/// What is known of an area, from its private word.
+fn known(word: *mut c_void) -> Area {
+    // CAST: `prepare` has put a `u64` there, for which it has room on all that have this module.
+    Area::from_word(word.addr() as u64)
 }

@@ -7,6 +7,7 @@
 #include <linux/eventfd.h>
 #include <linux/fs.h>
 #include <linux/idr.h>
+#include <linux/iommu.h>
 #include <linux/mm.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
@@ -24,6 +25,7 @@ int barlink_number_alloc(void);
 void barlink_number_free(int number);
 u32 barlink_pci_address(struct device *dev);
 struct device *barlink_dma_device(struct device *dev);
+void barlink_flush_iommu(struct device *dev);
 void barlink_follow_sleep(struct miscdevice *misc, bool follow);
 void barlink_lock_init(spinlock_t *lock);
 unsigned long barlink_lock(spinlock_t *lock);
@@ -82,6 +84,14 @@ u32 barlink_pci_address(struct device *dev)
 struct device *barlink_dma_device(struct device *dev)
 {
 	return dev_is_pci(dev) || !dev->parent ? dev : dev->parent;
+}
+
+void barlink_flush_iommu(struct device *dev)
+{
+	struct iommu_domain *domain = iommu_get_domain_for_dev(dev);
+
+	if (domain)
+		iommu_flush_iotlb_all(domain);
 }
 
 /* What the region holds after a hibernation, may be another VM's. */

@@ -74,6 +74,10 @@ extern "C" {
     /// The device itself if it is PCI's, else the one above it, if there is one. `dev` must be valid.
     fn barlink_dma_device(dev: *mut bindings::device) -> *mut bindings::device;
 
+    /// Has the IOMMU between a device and memory, if there is one, forget what it remembers of its page tables
+    /// (`iommu_flush_iotlb_all`, `include/linux/iommu.h`). `dev` must be valid, and be bound until this returns.
+    pub(crate) fn barlink_flush_iommu(dev: *mut bindings::device);
+
     /// Has [`crate::chardev`] called when the system has resumed from a suspend, after the device's parent has and before any process,
     /// and hibernation refused (`dev_pm_domain_set`, `include/linux/pm_domain.h`); or no longer: when this returns, no such call runs.
     /// May sleep. `misc` must be registered, with the `miscdevice` of a `CharDevice`.

@@ -221,7 +221,8 @@ pub struct Inspect {
 
 #[derive(Debug, Args)]
 pub struct Peek {
-    /// Read the guest's own memory instead, of the VM in this slot; OFFSET is a guest-physical address
+    /// Read the guest's own memory instead, of the VM in this slot; OFFSET is a guest-physical address, or where the guest has
+    /// an IOMMU, one of the device's
     #[arg(long, value_name = "SLOT", conflicts_with = "region")]
     pub guest: Option<u32>,
     /// Count OFFSET from the begin of that guest's DMA buffer, of which its driver has told the device
@@ -307,7 +308,7 @@ mod tests {
     #[test]
     fn unit_starts_a_broker_and_has_room_for_what_it_keeps() {
         use barlink::protocol::wire::layout::{MAX_SLOTS, MAX_VECTORS};
-        use barlink::transport::MAX_RANGES;
+        use barlink::transport::MAX_FILES;
         let unit = unit();
         let value = |key| {
             let mut found = unit.iter().filter(|(name, _)| *name == key);
@@ -342,7 +343,7 @@ mod tests {
         // Eventfds; a listener, its lock and a VM for each slot and for host apps; these; memory and ledger. For each
         // slot of vfio-user its session, an eventfd a vector, and the files of the guest's memory.
         let most = (MAX_SLOTS + 1) * MAX_VECTORS + 3 * (MAX_SLOTS + 1) + 64 + 2;
-        let most = most + MAX_SLOTS * (1 + MAX_VECTORS + MAX_RANGES);
+        let most = most + MAX_SLOTS * (1 + MAX_VECTORS + MAX_FILES);
         let number = |key| value(key).parse::<u32>().unwrap();
         assert!(number("FileDescriptorStoreMax") >= most);
         assert!(number("LimitNOFILE") >= 2 * most);

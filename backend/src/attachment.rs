@@ -146,8 +146,8 @@ impl Attachment {
         }
     }
 
-    /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on. The guest can change them
-    /// meanwhile.
+    /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on; where the guest has an IOMMU, from one of
+    /// the device's. The guest can change them meanwhile.
     pub fn read_guest(&self, slot: u32, address: u64, bytes: &mut [u8]) -> Result<(), AttachError> {
         self.copy(bytes, |start, length| Ask::ReadGuest {
             slot,

@@ -19,7 +19,7 @@ const MAX_WAITING: usize = 128;
 /// A place in a guest's own memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A guest-physical address.
+    /// Where the device finds it: a guest-physical address, unless the guest has an IOMMU.
     Address(u64),
     /// An offset in the DMA buffer that the guest's driver told the device of.
     Buffer(u64),

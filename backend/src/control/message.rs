@@ -85,7 +85,7 @@ pub enum Ask {
     ReadGuest {
         /// The slot.
         slot: u32,
-        /// Guest-physical address.
+        /// Where the device would find it: guest-physical, unless the guest has an IOMMU.
         address: u64,
         /// Bytes, at most [`MAX_COPY`].
         length: usize,
@@ -231,10 +231,10 @@ pub enum Refusal {
     NoGuestMemory(u32),
     /// Not all of it is memory that the VMM has shared.
     #[error(
-        "{length} bytes at {address:#x} are not in memory that the guest shares: QEMU needs -object memory-backend-memfd,share=on"
+        "{length} bytes at {address:#x} are not in memory that the guest shares: QEMU needs -object memory-backend-memfd,share=on, and behind an IOMMU only what the guest maps for the device is there"
     )]
     NotThere {
-        /// Guest-physical address.
+        /// Where the device would find it: guest-physical, unless the guest has an IOMMU.
         address: u64,
         /// Bytes.
         length: usize,

@@ -10,7 +10,7 @@ mod vhost_user;
 use std::os::unix::net::UnixStream;
 
 pub use ivshmem::Ivshmem;
-pub use vfio_user::{MAX_RANGES, VfioUser};
+pub use vfio_user::{MAX_FILES, VfioUser};
 pub use vhost_user::VhostUser;
 #[cfg(test)]
 pub(crate) use vhost_user::open_inlet;

@@ -284,18 +284,95 @@ fn ranges_that_make_no_sense_are_refused() {
     }
     peek(&broker, 0);
     // Ranges cost room, and so are not without end; but nobody is told no.
-    for page in 1..400 {
+    for page in 1..1400 {
         let reply = client.ask_with(DMA_MAP, &map(page << 12, 4096, 0), &[&ram]);
         assert_eq!(reply.errno, 0);
     }
-    peek(&broker, 255 << 12);
-    let gone = refusal(&broker, 1, 256 << 12, 1);
+    peek(&broker, 1279 << 12);
+    let gone = refusal(&broker, 1, 1280 << 12, 1);
     assert!(matches!(gone, Refusal::NotThere { .. }));
-    assert_eq!(broker.log().matches("of more than 256 ranges").count(), 1);
+    assert_eq!(broker.log().matches("of more than 1280 ranges").count(), 1);
+    client.get(DMA_UNMAP, &unmap(0, 5 << 12, 4096));
+    let reply = client.ask_with(DMA_MAP, &map(1280 << 12, 4096, 0), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    peek(&broker, 1280 << 12);
     client.get(DMA_UNMAP, &unmap(2, 0, 0));
     assert_eq!(broker.descriptors(), before);
     drop(client);
     Client::greet(&broker);
+}
+
+#[test]
+fn files_of_guest_memory_are_not_without_end() {
+    let broker = serve_both(&["--guest-memory"]);
+    let mut client = Client::greet(&broker);
+    let before = broker.descriptors();
+    let ram = memory(SealFlags::SHRINK);
+    let reply = client.ask_with(DMA_MAP, &map(0, 4096, 0), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    for page in 1..300 {
+        let file = File::from(rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(4096).unwrap();
+        let reply = client.ask_with(DMA_MAP, &map(page << 12, 4096, 0), &[&file]);
+        assert_eq!(reply.errno, 0);
+    }
+    assert_eq!(peek(&broker, 255 << 12), [0; 16]);
+    let gone = refusal(&broker, 1, 256 << 12, 1);
+    assert!(matches!(gone, Refusal::NotThere { .. }));
+    assert_eq!(broker.descriptors(), before + 256);
+    // Of one that is known there can be more.
+    let reply = client.ask_with(DMA_MAP, &map(MIB, 4096, 0), &[&ram]);
+    assert_eq!(reply.errno, 0);
+    assert_eq!(peek(&broker, MIB), noise(16)[..]);
+    client.get(DMA_UNMAP, &unmap(0, 0, MIB));
+    assert_eq!(broker.descriptors(), before + 1);
+    assert_eq!(peek(&broker, MIB), noise(16)[..]);
+}
+
+/// As where the guest has an IOMMU: of a buffer of 4 MiB each page can be a range, wherever it is in the guest's memory.
+#[test]
+fn each_page_can_be_a_range_and_a_successor_has_them_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let socket = folder.path().join("user.sock").display().to_string();
+    let arguments = ["--vfio-user", &socket, "--guest-memory"];
+    let mut broker = Broker::start_as(&manager, folder, &arguments);
+    let mut client = Client::greet(&broker);
+    let ram = memory(SealFlags::SHRINK);
+    let place = |page: u64| (511 - page % 512) << 12;
+    let base = 0xffc0_0000;
+    for page in 0..1024 {
+        let range = map(base + (page << 12), 4096, place(page));
+        assert_eq!(client.ask_with(DMA_MAP, &range, &[&ram]).errno, 0);
+    }
+    let bytes = noise(2 << 20);
+    let expected: Vec<u8> = (0..1024)
+        .flat_map(|page| &bytes[place(page) as usize..][..4096])
+        .copied()
+        .collect();
+    let seen = |broker: &Broker| {
+        let mut seen = vec![0; 4 << 20];
+        broker.attach().read_guest(1, base, &mut seen).unwrap();
+        seen
+    };
+    assert!(seen(&broker) == expected);
+    broker.start_again(&manager, &arguments);
+    assert!(seen(&broker) == expected);
+    // What is unmapped is gone, whether page by page or all at once, and there is room for as many again.
+    for page in 0..512 {
+        client.get(DMA_UNMAP, &unmap(0, base + (page << 12), 4096));
+    }
+    let gone = refusal(&broker, 1, base + (511 << 12), 1);
+    assert!(matches!(gone, Refusal::NotThere { .. }));
+    assert_eq!(peek(&broker, base + (512 << 12)), expected[..16]);
+    client.get(DMA_UNMAP, &unmap(0, 0, 1 << 32));
+    let kept = || manager.kept().iter().any(|name| name.contains("ram"));
+    wait_until("it is forgotten", || !kept());
+    for page in 0..1280 {
+        let range = map(page << 12, 4096, place(page));
+        assert_eq!(client.ask_with(DMA_MAP, &range, &[&ram]).errno, 0);
+    }
+    assert!(!broker.log().contains("of more than"));
 }
 
 #[test]

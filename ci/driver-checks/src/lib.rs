@@ -4,7 +4,7 @@
 //! does to a program's calls, and to the memory and the doorbells that the host sees.
 //!
 //! The test `ci/tests/driver/` boots the VM that [`Region`] describes, once for each transport, and runs
-//! `barlink-driver-checks NAME` in it for each of [`CHECKS`]. A check [asks](Request) the host for what only the host can do;
+//! `barlink-driver-checks NAME` in it for each of [`CHECKS`], and some of them once more in one with an IOMMU. A check [asks](Request) the host for what only the host can do;
 //! it does not know the transport.
 //!
 //! | file | its one job |
@@ -16,6 +16,7 @@
 //! | `calls.rs` | the calls that no safe function makes, and mappings |
 //! | `binding.rs` | devices that come to the driver and go |
 //! | `module.rs` | the module, and the kernel's log |
+//! | `objects.rs` | what the kernel's memory is made of, counted |
 //! | `process.rs` | child processes |
 
 mod ask;
@@ -25,13 +26,14 @@ mod checks;
 mod device;
 mod host;
 mod module;
+mod objects;
 mod process;
 
 use anyhow::{Context, Result};
 
 pub use ask::{Answer, Facts, RAW, Region, Request};
 pub use binding::make_second_node;
-pub use checks::{CHECKS, Check, PAUSING, UNPLUGGING};
+pub use checks::{BEHIND_AN_IOMMU, CHECKS, Check, PAUSING, UNPLUGGING};
 pub use module::complaint;
 
 /// Runs the check with this name, on a driver that is loaded and has its devices.

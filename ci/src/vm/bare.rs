@@ -16,7 +16,7 @@ use command_fds::CommandFdExt;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::qemu::{mapping, memory, program, spawn};
+use super::qemu::{iommu, mapping, memory, program, spawn};
 use super::qmp::Qmp;
 use super::{Config, QMP_TIMEOUT};
 use crate::builds::Artifacts;
@@ -55,6 +55,7 @@ impl Bare {
         command.args(["-machine", "q35,memory-backend=ram", "-accel", "tcg"]);
         command.args(["-object", &memory(config)]);
         command.args(["-m", &format!("{}M", config.memory_mib)]);
+        command.args(iommu(config));
         let (qmp, qmp_end) = UnixStream::pair()?;
         let (ram, memory_end) = UnixStream::pair()?;
         for (name, number) in [("qmp", 3), ("qtest", 4)] {

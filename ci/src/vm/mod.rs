@@ -71,6 +71,9 @@ pub struct Config {
     pub preallocated: bool,
     /// Whether other processes are to share the guest's memory, which vhost-user needs.
     pub shared_memory: bool,
+    /// Whether there is an IOMMU between devices and the guest's memory, which remaps interrupts as well, and which the
+    /// guest's kernel uses.
+    pub iommu: bool,
     /// How long the guest may take until its agent answers.
     pub boot_timeout: Duration,
     /// Whether the console is to be connected to a terminal, by [`Vm::attach_terminal`].
@@ -87,6 +90,7 @@ impl Default for Config {
             files: Vec::new(),
             preallocated: false,
             shared_memory: false,
+            iommu: false,
             boot_timeout: BOOT_TIMEOUT,
             interactive: false,
         }

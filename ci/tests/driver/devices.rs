@@ -27,10 +27,11 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Starts the brokers, and makes the other memory. What has vectors is over this transport.
-    pub fn new(transport: Transport) -> Result<Self> {
+    /// Starts the brokers, and makes the other memory. What has vectors is over this transport, and all is behind an IOMMU or not.
+    pub fn new(transport: Transport, iommu: bool) -> Result<Self> {
         let mut devices = Self {
             config: Config {
+                iommu,
                 shared_memory: transport == Transport::VhostUser,
                 arguments: vec!["-no-reboot".to_owned()],
                 ..Config::default()

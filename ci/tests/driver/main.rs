@@ -1,6 +1,7 @@
-//! The driver, checked from inside a guest: each of `barlink-driver-checks`'s checks is a test of its own over each transport.
+//! The driver, checked from inside a guest: each of `barlink-driver-checks`'s checks is a test of its own over each transport, and some
+//! are so once more in a guest with an IOMMU.
 //!
-//! Those over one transport run in one VM, one after the other, since a boot takes longer than most of them. After one that
+//! Those over one transport run in one VM, or two, one after the other, since a boot takes longer than most of them. After one that
 //! fails nothing is known of that VM any more, and the next gets a new one.
 
 mod devices;
@@ -10,8 +11,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
-use barlink_driver_checks::{CHECKS, PAUSING, UNPLUGGING};
-use clap::ValueEnum;
+use barlink_driver_checks::{BEHIND_AN_IOMMU, CHECKS, PAUSING, UNPLUGGING};
 use libtest_mimic::{Arguments, Trial};
 use xtask::broker::Transport;
 
@@ -20,60 +20,76 @@ use self::stage::Stage;
 /// What the checks have in common.
 #[derive(Default)]
 struct Shared {
-    /// The VM of a transport and what is around it, if a check has needed it, and none has failed since. One at a time, since
+    /// The VM of a setting and what is around it, if a check has needed it, and none has failed since. One at a time, since
     /// it keeps several processors busy.
-    stage: Option<(Transport, Stage)>,
+    stage: Option<(Setting, Stage)>,
     /// What was measured.
     figures: Vec<String>,
 }
 
+/// What a check is run in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Setting {
+    transport: Transport,
+    iommu: bool,
+}
+
+impl Setting {
+    /// What its tests are called: as in `ci/tests/transports/`.
+    fn module(self) -> String {
+        let name = self.transport.name().replace('-', "_");
+        let driver = match self.iommu {
+            true => "driver_behind_an_iommu",
+            false => "driver",
+        };
+        format!("{name}::{driver}")
+    }
+
+    /// Whether a check makes sense in it.
+    fn has(self, name: &str) -> bool {
+        let unplugs = devices::unplugs(self.transport) || !UNPLUGGING.contains(&name);
+        let pauses = self.transport != Transport::VfioUser || !PAUSING.contains(&name);
+        let translated = !self.iommu || BEHIND_AN_IOMMU.contains(&name);
+        unplugs && pauses && translated
+    }
+}
+
 impl Shared {
-    fn check(&mut self, transport: Transport, name: &str) -> Result<()> {
-        // Another transport's goes before the next one boots.
-        let stage = self.stage.take().filter(|(over, _)| *over == transport);
+    fn check(&mut self, setting: Setting, name: &str) -> Result<()> {
+        // Another setting's goes before the next one boots.
+        let stage = self.stage.take().filter(|(at, _)| *at == setting);
         let mut stage = match stage {
             Some((_, stage)) => stage,
-            None => Stage::set(transport)?,
+            None => Stage::set(setting.transport, setting.iommu)?,
         };
         let figures = stage.check(name)?.into_iter();
         self.figures
-            .extend(figures.map(|figure| format!("{}: {figure}", module(transport))));
-        self.stage = Some((transport, stage));
+            .extend(figures.map(|figure| format!("{}: {figure}", setting.module())));
+        self.stage = Some((setting, stage));
         Ok(())
     }
 }
 
-/// What the tests over a transport are called: as in `ci/tests/transports/`.
-fn module(transport: Transport) -> String {
-    let name = transport.to_possible_value();
-    let name = name.as_ref().map_or("", |value| value.get_name());
-    name.replace('-', "_")
-}
-
-/// Whether a check makes sense over a transport.
-fn applies(transport: Transport, name: &str) -> bool {
-    let unplugs = devices::unplugs(transport) || !UNPLUGGING.contains(&name);
-    let pauses = transport != Transport::VfioUser || !PAUSING.contains(&name);
-    unplugs && pauses
-}
-
 fn main() -> ExitCode {
     let shared = Arc::new(Mutex::new(Shared::default()));
-    let trial = |transport: Transport, name: &'static str| {
+    let trial = |setting: Setting, name: &'static str| {
         let shared = Arc::clone(&shared);
-        let title = format!("{}::driver::{name}", module(transport));
+        let title = format!("{}::{name}", setting.module());
         Trial::test(title, move || {
             let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
             shared
-                .check(transport, name)
+                .check(setting, name)
                 .map_err(|error| format!("{error:#}").into())
         })
     };
     let mut trials = Vec::new();
-    for &transport in Transport::value_variants() {
-        let names = CHECKS.iter().map(|(name, _)| *name);
-        let names = names.filter(|name| applies(transport, name));
-        trials.extend(names.map(|name| trial(transport, name)));
+    for transport in Transport::ALL {
+        for iommu in [false, true] {
+            let setting = Setting { transport, iommu };
+            let names = CHECKS.iter().map(|(name, _)| *name);
+            let names = names.filter(|name| setting.has(name));
+            trials.extend(names.map(|name| trial(setting, name)));
+        }
     }
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
     for figure in &shared

@@ -26,9 +26,9 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Boots the VM that [`Region`] describes, with devices over this transport.
-    pub fn set(transport: Transport) -> Result<Self> {
-        let devices = Devices::new(transport)?;
+    /// Boots the VM that [`Region`] describes, with devices over this transport, and with an IOMMU or without.
+    pub fn set(transport: Transport, iommu: bool) -> Result<Self> {
+        let devices = Devices::new(transport, iommu)?;
         let vm = Vm::boot(&devices.config)?;
         vm.run(["sh", "-c", END_ON_OOPS])?.require_success()?;
         Ok(Self {

@@ -16,6 +16,11 @@ const FORBIDDEN: &str = "needs `barlink serve --vfio-user SOCKET --guest-memory`
 const NONE: &str = "no DMA buffer";
 
 fn boot(arguments: &[&str]) -> Result<(Broker, Vm)> {
+    boot_with(arguments, false)
+}
+
+/// A VM whose memory is shared, with the driver loaded.
+pub(super) fn boot_with(arguments: &[&str], iommu: bool) -> Result<(Broker, Vm)> {
     let arguments = [&["--size", "1M"], arguments].concat();
     let broker = Broker::start_over(Artifacts::shared()?, &[Transport::VfioUser], &arguments)?;
     let vm = Vm::boot(&Config {
@@ -23,21 +28,29 @@ fn boot(arguments: &[&str]) -> Result<(Broker, Vm)> {
         paths: vec![broker.folder().to_owned()],
         memory_mib: 256,
         shared_memory: true,
+        iommu,
         ..Config::default()
     })?;
     vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
     Ok((broker, vm))
 }
 
+/// So many bytes, of which no two words are alike.
+pub(super) fn pattern(size: usize) -> Vec<u8> {
+    let words = 0..size as u64 / 8;
+    let words = words.map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    words.flat_map(u64::to_le_bytes).collect()
+}
+
 /// The first bytes of the buffer, or why there are none.
-fn peek(broker: &Broker, length: usize) -> Result<Vec<u8>> {
+pub(super) fn peek(broker: &Broker, length: usize) -> Result<Vec<u8>> {
     let length = length.to_string();
     let arguments = ["peek", "--guest", "0", "--buffer", "--raw", "--length"];
     broker.run([&arguments[..], &[&length]].concat())
 }
 
 /// Waits until a user is told that there is none.
-fn wait_for_its_end(broker: &Broker) -> Result<()> {
+pub(super) fn wait_for_its_end(broker: &Broker) -> Result<()> {
     wait_until("the buffer is gone", || {
         let refused = peek(broker, 1).err();
         Ok(refused.is_some_and(|error| format!("{error:#}").contains(NONE)))
@@ -49,10 +62,7 @@ fn host_reads_the_dma_buffer_of_a_guest() -> Result<()> {
     let (broker, vm) = boot(&["--guest-memory"])?;
     let error = format!("{:#}", peek(&broker, 1).expect_err("there is none"));
     assert!(error.contains(NONE), "{error}");
-    // No two words of it are alike.
-    let pattern: Vec<u8> = (0..SIZE as u64 / 8)
-        .flat_map(|word| (word.wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes())
-        .collect();
+    let pattern = pattern(SIZE);
     vm.put_file("/tmp/pattern", &pattern)?;
     let fill = [
         "barlink-guest",
@@ -114,7 +124,17 @@ const SUSPEND: &str = "echo deep >/sys/power/mem_sleep
 
 #[test]
 fn device_is_told_of_the_buffer_again_after_a_suspend() -> Result<()> {
-    let (broker, vm) = boot(&["--guest-memory"])?;
+    suspend(false)
+}
+
+/// The IOMMU forgets all in the reset as well, and the guest's kernel sets it up again before it resumes any driver.
+#[test]
+fn device_is_told_of_the_buffer_behind_an_iommu_again_after_a_suspend() -> Result<()> {
+    suspend(true)
+}
+
+fn suspend(iommu: bool) -> Result<()> {
+    let (broker, vm) = boot_with(&["--guest-memory"], iommu)?;
     let process = vm.spawn(["barlink-guest", "buffer"])?;
     process.write(b"as it was")?;
     process.close_stdin()?;

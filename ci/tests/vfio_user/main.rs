@@ -1,6 +1,7 @@
 //! barlink's own device on stock QEMU: driven by hand, without a guest, and with messages counted.
 
 mod buffer;
+mod iommu;
 mod relay;
 mod under_way;
 

@@ -300,6 +300,33 @@ fn guest_memory_that_is_a_plain_file_is_refused_with_the_cure() -> Result<()> {
     Ok(())
 }
 
+/// With or without an IOMMU. By default the device goes past it, of which its driver knows, and a guest that has one streams and rings
+/// as others do: `ci/tests/driver` has that.
+#[test]
+fn device_that_is_to_go_through_an_iommu_is_refused_by_qemu() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    for iommu in [false, true] {
+        let mut config = Config {
+            iommu,
+            ..setting.config()?
+        };
+        let mut words = config.arguments.iter_mut();
+        let device = words.find(|word| word.starts_with("vhost-user-test-device-pci"));
+        device.context("no device")?.push_str(",iommu_platform=on");
+        let started = Bare::start(Artifacts::shared()?, &config);
+        let error = format!("{:#}", started.err().context("QEMU starts")?);
+        let reason = "iommu_platform=true is not supported by the device";
+        assert!(error.contains(reason), "{error}");
+        wait_until("the slot is free again", || {
+            Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+        })?;
+    }
+    let (mut machine, mut driver) = setting.machine()?;
+    driver.prepare(&mut machine)?;
+    driver.start(&mut machine)?;
+    mapped(&mut machine, &driver)
+}
+
 #[test]
 fn qemu_refuses_to_migrate() -> Result<()> {
     let setting = Setting::new("1M")?;

@@ -127,7 +127,8 @@ pub struct Info {
     pub granted: u32,
     /// Cache mode that these mappings were asked for with: a [`CacheMode`], or 0 for no mappings.
     pub asked: u32,
-    /// Process that made the first of them, by its number in the initial PID namespace; 0 for none.
+    /// Process that made one of them, by its number in the initial PID namespace; 0 for none. If it has ended, its children have what
+    /// it had mapped when they were forked.
     pub mapper: u32,
     /// Zero.
     pub reserved: u32,

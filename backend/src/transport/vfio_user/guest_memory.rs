@@ -12,6 +12,8 @@ use std::io::IoSliceMut;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use barlink_protocol::wire::layout::PAGE_SIZE;
+use barlink_protocol::wire::uapi::MAX_BUFFER;
 use log::{debug, info, warn};
 use rustix::fs::OFlags;
 use rustix::io::{Errno, ReadWriteFlags};
@@ -28,8 +30,12 @@ use crate::broker::Slot;
 use crate::broker::store::Kept;
 use crate::control::message::GuestMemoryStatus;
 
-/// Most ranges of one guest that are noted. QEMU has about ten.
-pub const MAX_RANGES: u32 = 256;
+/// Most ranges of one guest that are noted. QEMU has about ten; of a guest with an IOMMU it tells what that maps, which for a DMA buffer
+/// can be one range a page.
+// CAST: a thousand or so.
+pub const MAX_RANGES: u32 = 256 + (MAX_BUFFER / PAGE_SIZE) as u32;
+/// Most files that they are in.
+pub const MAX_FILES: u32 = 256;
 
 /// A range of guest memory, as a client tells of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +44,7 @@ pub struct Range {
     pub flags: u32,
     /// Offset in the descriptor's file.
     pub offset: u64,
-    /// Guest-physical address.
+    /// Where the device finds it: guest-physical, unless the guest has an IOMMU.
     pub address: u64,
     /// Bytes.
     pub size: u64,
@@ -135,11 +141,22 @@ impl GuestMemoryRegion for Part {
 /// Its own accesses would need a mapping, and fail.
 impl GuestMemoryRegionBytes for Part {}
 
+/// A file that ranges are in.
+struct Held {
+    file: Arc<File>,
+    /// How many: one at least.
+    ranges: u32,
+}
+
 /// See the module.
 pub struct GuestMemory<'a> {
     slot: &'a Slot,
     memory: &'a Memory<'a>,
     map: GuestRegionCollection<Part>,
+    /// Where the session's memory has room for a range.
+    places: Vec<u32>,
+    /// The files of all ranges that can be read.
+    files: BTreeMap<FileId, Held>,
     /// It was said that some cannot be read.
     said_unreadable: bool,
     /// It was said that there are too many.
@@ -153,27 +170,31 @@ impl<'a> GuestMemory<'a> {
             slot,
             memory,
             map: GuestRegionCollection::new(),
+            places: Vec::new(),
+            files: BTreeMap::new(),
             said_unreadable: false,
             said_too_many: false,
         };
         let kept: BTreeMap<_, _> = slot.kept().into_iter().collect();
-        let mut files = BTreeMap::new();
-        for place in 0..MAX_RANGES {
+        // The first is the next to be used.
+        for place in (0..MAX_RANGES).rev() {
             let Some((range, id)) = memory.range(place) else {
+                guest.places.push(place);
                 continue;
             };
-            let file = id.map(|id| take(&kept, &mut files, id).map(|file| (id, file)));
+            let file = id.map(|id| guest.take(&kept, id).map(|file| (id, file)));
             let taken = file
                 .transpose()
                 .and_then(|file| guest.add(Part { place, range, file }));
             if let Err(fault) = taken {
                 debug!("slot {}: {range:x?} is lost: {fault}", slot.id());
                 memory.clear_range(place);
+                guest.places.push(place);
             }
         }
         // Killed in between, a predecessor may have kept a file for no range.
         for name in kept.keys().filter(|name| name.starts_with(KEPT)) {
-            if !guest.files().any(|id| id.name() == **name) {
+            if !guest.files.keys().any(|id| id.name() == **name) {
                 slot.forget(name);
             }
         }
@@ -206,32 +227,35 @@ impl<'a> GuestMemory<'a> {
         if range.flags & VFIO_DMA_MAP_FLAG_READ == 0 {
             return Ok(());
         }
-        let is_free = |place: &u32| self.map.iter().all(|part| part.place != *place);
-        let Some(place) = (0..MAX_RANGES).find(is_free) else {
+        // CAST: `MAX_FILES` at most.
+        let is_one_too_many = id.is_some_and(|id| {
+            !self.files.contains_key(&id) && self.files.len() as u32 == MAX_FILES
+        });
+        let place = self.places.last().copied();
+        let Some(place) = place.filter(|_| !is_one_too_many) else {
             if !std::mem::replace(&mut self.said_too_many, true) {
                 let id = self.slot.id();
                 warn!(
-                    "slot {id}: of more than {MAX_RANGES} ranges of guest memory the rest cannot be read"
+                    "slot {id}: of more than {MAX_RANGES} ranges of guest memory, or {MAX_FILES} files, the rest cannot be read"
                 );
             }
             return Ok(());
         };
-        let known = |id| {
-            let mut files = self.map.iter().filter_map(|part| part.file.as_ref());
-            files.find(|(known, _)| *known == id).cloned()
-        };
         let mut is_new = false;
         let file = id.map(|id| {
-            known(id).unwrap_or_else(|| {
+            let known = self.files.get(&id).map(|held| Arc::clone(&held.file));
+            let file = known.unwrap_or_else(|| {
                 is_new = true;
-                (id, Arc::new(File::from(descriptors.remove(0))))
-            })
+                Arc::new(File::from(descriptors.remove(0)))
+            });
+            (id, file)
         });
         self.add(Part {
             place,
             range,
             file: file.clone(),
         })?;
+        self.places.pop();
         match file {
             Some((id, file)) if is_new => self.slot.keep(&id.name(), file),
             Some(_) => (),
@@ -262,23 +286,22 @@ impl<'a> GuestMemory<'a> {
         let gone: Vec<_> = self.map.iter().filter(gone).cloned().collect();
         for Part { place, range, file } in gone {
             self.memory.clear_range(place);
+            self.places.push(place);
             let base = GuestAddress(range.address);
             if let Ok((map, _)) = self.map.remove_region(base, range.size) {
                 self.map = map;
             }
             if let Some((id, _)) = file
-                && !self.files().any(|other| other == id)
+                && let Some(held) = self.files.get_mut(&id)
             {
-                self.slot.forget(&id.name());
+                held.ranges -= 1;
+                if held.ranges == 0 {
+                    self.files.remove(&id);
+                    self.slot.forget(&id.name());
+                }
             }
         }
         self.tell();
-    }
-
-    /// The files of all ranges that can be read.
-    fn files(&self) -> impl Iterator<Item = FileId> {
-        let files = self.map.iter().filter_map(|part| part.file.as_ref());
-        files.map(|(id, _)| *id)
     }
 
     /// Copies bytes out of guest memory, if all of them are in ranges that can be read.
@@ -306,10 +329,27 @@ impl<'a> GuestMemory<'a> {
     fn add(&mut self, part: Part) -> Result<(), Fault> {
         let wrong = part.range.wrong();
         part.range.check()?;
+        let file = part.file.clone();
         // One that overlaps another is refused.
         let map = self.map.insert_region(Arc::new(part));
         self.map = map.map_err(|_| wrong)?;
+        if let Some((id, file)) = file {
+            let held = self.files.entry(id);
+            held.or_insert(Held { file, ranges: 0 }).ranges += 1;
+        }
         Ok(())
+    }
+
+    /// A file, out of what a predecessor kept, as one descriptor for all of its ranges.
+    fn take(&self, kept: &BTreeMap<String, Kept>, id: FileId) -> Result<Arc<File>, Fault> {
+        if let Some(held) = self.files.get(&id) {
+            return Ok(Arc::clone(&held.file));
+        }
+        let kept = kept.get(&id.name()).ok_or(Fault::NotKept)?;
+        let descriptor = kept.as_fd().try_clone_to_owned();
+        Ok(Arc::new(File::from(
+            descriptor.map_err(|_| Fault::NotKept)?,
+        )))
     }
 
     /// Tells what there is to whoever asks who is there.
@@ -324,22 +364,6 @@ impl<'a> GuestMemory<'a> {
             unreadable: bytes(false),
         });
     }
-}
-
-/// A file, out of what a predecessor kept, as one descriptor for all of its ranges.
-fn take(
-    kept: &BTreeMap<String, Kept>,
-    files: &mut BTreeMap<FileId, Arc<File>>,
-    id: FileId,
-) -> Result<Arc<File>, Fault> {
-    if let Some(file) = files.get(&id) {
-        return Ok(Arc::clone(file));
-    }
-    let kept = kept.get(&id.name()).ok_or(Fault::NotKept)?;
-    let descriptor = kept.as_fd().try_clone_to_owned();
-    let file = Arc::new(File::from(descriptor.map_err(|_| Fault::NotKept)?));
-    files.insert(id, Arc::clone(&file));
-    Ok(file)
 }
 
 /// Which file a descriptor is of, if that is shared memory that can be read: a memfd, or a file of a tmpfs or hugetlbfs, of which

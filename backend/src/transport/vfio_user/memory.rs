@@ -14,11 +14,11 @@ use crate::control::message::BufferStatus;
 use crate::memory::Region;
 
 /// Bytes that a session takes.
-pub const SIZE: u64 = RANGES + 3 * PAGE_SIZE;
+pub const SIZE: u64 = RANGES + (MAX_RANGES as u64 * RANGE).next_multiple_of(PAGE_SIZE);
 
 /// What this is, and which version of it: another broker may have another.
 const MAGIC: (u64, u64) = (0, u64::from_le_bytes(*b"vfiouser"));
-const VERSION: (u64, u64) = (8, 1);
+const VERSION: (u64, u64) = (8, 2);
 /// 1 once a version of the protocol has been agreed upon.
 const AGREED: u64 = 16;
 /// The register of that name, which does nothing where there is MSI-X.
@@ -44,7 +44,6 @@ const TABLE_CONTROL: u64 = 12;
 const MASKED: [u8; 4] = [1, 0, 0, 0];
 
 const _: () = assert!(MAX_VECTORS as u64 * TABLE_ENTRY <= PENDING);
-const _: () = assert!(RANGES + MAX_RANGES as u64 * RANGE <= SIZE);
 const _: () = assert!(CONFIG + config::SIZE as u64 <= NAMES);
 const _: () = assert!(NAMES + 8 * MAX_VECTORS as u64 <= INTERRUPT_BAR);
 

@@ -25,7 +25,7 @@ use std::os::unix::net::UnixStream;
 use log::debug;
 use rustix::net::{RecvFlags, SendFlags};
 
-pub use self::guest_memory::MAX_RANGES;
+pub use self::guest_memory::MAX_FILES;
 use self::memory::Memory;
 use self::wire::{HEADER, Header, Reply};
 use super::{Departure, Refusal, Transport, TransportError};

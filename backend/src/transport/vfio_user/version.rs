@@ -81,6 +81,7 @@ pub fn agree(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::vfio_user::guest_memory::MAX_RANGES;
     use crate::transport::vfio_user::wire::{HEADER, Header};
 
     /// What QEMU 11.1 sends.
@@ -97,7 +98,7 @@ mod tests {
             wants_reply: true,
         };
         reply.begin(&header);
-        agree(version, text, 4 + text.len(), Some(256), &mut reply)?;
+        agree(version, text, 4 + text.len(), Some(MAX_RANGES), &mut reply)?;
         Ok(reply.finish()[HEADER..].to_vec())
     }
 
@@ -110,7 +111,7 @@ mod tests {
         assert_eq!(*last, 0);
         assert_eq!(text["capabilities"]["max_msg_fds"], 16);
         assert_eq!(text["capabilities"]["max_data_xfer_size"], 4096);
-        assert_eq!(text["capabilities"]["max_dma_maps"], 256);
+        assert_eq!(text["capabilities"]["max_dma_maps"], MAX_RANGES);
         for length in 0..QEMU.len() {
             let text = format!("{{{}}}\0", " ".repeat(length));
             let answer = answer((0, 1), text.as_bytes()).unwrap();

@@ -192,12 +192,18 @@ pub(super) fn buffer_ends_with_its_last_descriptor_and_mapping() -> Result<()> {
     is_free(&device)
 }
 
-/// KiB of memory that nobody uses.
+/// KiB of memory that nobody uses. `MemFree` lacks the pages that each processor has at hand, which can be tens of MiB where
+/// memory is given back page by page, as it is behind an IOMMU.
 fn free_memory() -> Result<u64> {
     let all = fs::read_to_string("/proc/meminfo")?;
     let line = all.lines().find_map(|line| line.strip_prefix("MemFree:"));
     let words = line.context("no MemFree")?;
-    Ok(words.trim().trim_end_matches(" kB").parse()?)
+    let free: u64 = words.trim().trim_end_matches(" kB").parse()?;
+    let zones = fs::read_to_string("/proc/zoneinfo")?;
+    let lines = zones.lines().map(str::trim);
+    let pages = lines.filter_map(|line| line.strip_prefix("count:"));
+    let pages = pages.map(|count| count.trim().parse::<u64>());
+    Ok(free + pages.sum::<Result<u64, _>>()? * (PAGE >> 10))
 }
 
 pub(super) fn two_hundred_buffers_leave_nothing_behind() -> Result<()> {
@@ -219,8 +225,8 @@ pub(super) fn two_hundred_buffers_leave_nothing_behind() -> Result<()> {
         "200 buffers of {} KiB: {gone} KiB less",
         MAX_BUFFER >> 10
     ))?;
-    // Less than four of them: there are other programs.
-    ensure!(gone < (4 * MAX_BUFFER) >> 10, "{gone} KiB are gone");
+    // Less than one of them: there are other programs.
+    ensure!(gone < MAX_BUFFER >> 10, "{gone} KiB are gone");
     Ok(())
 }
 
@@ -292,13 +298,18 @@ pub(super) fn memory_of_buffers_is_free_after_unbind_whoever_has_them() -> Resul
 
 pub(super) fn unbind_races_buffers() -> Result<()> {
     let mut alive = 0;
-    for round in (0..30).step_by(2) {
+    for round in 0.. {
+        // Where buffers take long to be made, as behind an IOMMU over vfio-user, the race is run less often.
+        if round >= 15 && alive >= 3 {
+            break;
+        }
+        ensure!(round < 90, "the race was hardly run");
         let children = [false, false, true]
             .into_iter()
             .map(|forks| child(|parent| buffer_until_gone(parent, forks)))
             .collect::<Result<Vec<_>>>()?;
         children.iter().try_for_each(Child::wait_ready)?;
-        thread::sleep(Duration::from_micros(500 + 700 * round));
+        thread::sleep(Duration::from_micros(500 + 1400 * (round % 15)));
         unbind(Region::Main)?;
         for child in children {
             alive += child.hear()?;
@@ -309,9 +320,7 @@ pub(super) fn unbind_races_buffers() -> Result<()> {
         let device = open(Region::Main)?;
         is_free(&device)?;
     }
-    host::show(format!("{alive} buffers lived when their device went"))?;
-    ensure!(alive >= 3, "the race was hardly run");
-    Ok(())
+    host::show(format!("{alive} buffers lived when their device went"))
 }
 
 /// Makes and maps buffers until the device is gone; tells how many it has then, and that each is dead.

@@ -99,19 +99,44 @@ pub(super) fn one_cache_mode_holds_while_a_mapping_lives() -> Result<()> {
     )?);
     // It outlives the first, and a fork.
     drop((map, first));
-    let child = child(|parent| {
+    let heir = child(|parent| {
         parent.tell_ready()?;
         parent.wait()?;
         beside.write(0, 5);
         Ok(())
     })?;
-    child.wait_asleep()?;
+    heir.wait_asleep()?;
     let other = open(Region::Main)?;
     fails(other.map(RAW, PAGE), Errno::BUSY);
-    child.go_on()?;
-    child.succeeds()?;
+    heir.go_on()?;
+    heir.succeeds()?;
     drop((beside, second));
     drop(other.map(RAW, PAGE)?);
+    // Who is named has one.
+    let mapping = || {
+        child(|parent| {
+            let device = open(Region::Main)?;
+            let _map = device.map(RAW, PAGE)?;
+            parent.tell_ready()?;
+            parent.wait()
+        })
+    };
+    let mapper = || Ok::<_, anyhow::Error>(other.info()?.mapper);
+    let (first, second) = (mapping()?, mapping()?);
+    first.wait_ready()?;
+    second.wait_ready()?;
+    let map = other.map(RAW, PAGE)?;
+    let pids = [first.id(), second.id()];
+    assert!(pids.contains(&mapper()?));
+    for child in [first, second] {
+        child.go_on()?;
+        let id = child.id();
+        child.succeeds()?;
+        assert_ne!(mapper()?, id);
+    }
+    assert_eq!(mapper()?, std::process::id());
+    drop(map);
+    assert_eq!(mapper()?, 0);
     // Another region has its own.
     wish(&other, CacheMode::WriteCombining as u32, 0)?;
     let _combining = other.map(RAW, PAGE)?;

@@ -129,3 +129,23 @@ pub const PAUSING: &[&str] = &[
     "doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them",
     "doorbells_are_read_before_the_device_is_given_back",
 ];
+
+/// Those of [`CHECKS`] that are also run in a VM with an IOMMU: of what that is in between, DMA and interrupts, and of a device that
+/// comes and goes, with which its mappings do.
+pub const BEHIND_AN_IOMMU: &[&str] = &[
+    "stores_cross_both_ways",
+    "buffers_of_other_sizes_and_for_readers_are_refused",
+    "buffer_is_one_a_device_and_zeroed",
+    "buffer_is_mapped_as_the_region_is",
+    "buffer_ends_with_its_last_descriptor_and_mapping",
+    "two_hundred_buffers_leave_nothing_behind",
+    "unbind_takes_the_buffer_from_every_process",
+    "memory_of_buffers_is_free_after_unbind_whoever_has_them",
+    "unbind_races_buffers",
+    "all_256_vectors_fire",
+    "last_interrupt_of_a_burst_is_always_delivered",
+    "removed_and_rescanned",
+    "hot_plugged_device_comes_and_goes",
+    "suspend_leaves_files_and_mappings_as_they_are",
+    "kernel_log_stays_clean",
+];

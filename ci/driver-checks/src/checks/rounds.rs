@@ -2,7 +2,6 @@
 
 //! A hundred times over: a device goes and comes back, under processes that use it through two nodes.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
@@ -16,10 +15,10 @@ use crate::binding::{
     attribute, bind, eventually, is_bound, is_virtio, keep_from_drivers, make_second_node, node,
     unbind,
 };
-use crate::checks::cost::objects;
 use crate::device::{Device, fails};
 use crate::host;
 use crate::module::{self, load, unload};
+use crate::objects;
 use crate::process::{Child, Ended, child};
 
 const ROUNDS: usize = 100;
@@ -113,7 +112,7 @@ pub(super) fn device_comes_and_goes_100_times_under_its_users() -> Result<()> {
     for round in 0..ROUNDS {
         // What the kernel keeps at hand, it has by then.
         if round > 0 && round % COUNT == 0 {
-            counts.push(objects()?);
+            counts.push(objects::count()?);
         }
         let users = users()?;
         let way = ways[round % ways.len()];
@@ -127,11 +126,11 @@ pub(super) fn device_comes_and_goes_100_times_under_its_users() -> Result<()> {
         way.come_back().with_context(told)?;
         module::check_log().with_context(told)?;
     }
-    counts.push(objects()?);
+    counts.push(objects::count()?);
     if without_bus {
         keep_from_drivers(Region::Bus, false)?;
     }
-    let (kind, more) = most_grown(&counts).context("nothing was counted")?;
+    let (kind, more) = objects::most_grown(&counts)?;
     host::show(format!(
         "{ROUNDS} rounds of {ways:?}: in every {COUNT} at most {more} more objects of a kind"
     ))?;
@@ -140,16 +139,4 @@ pub(super) fn device_comes_and_goes_100_times_under_its_users() -> Result<()> {
         "in every {COUNT} rounds {more} more objects, {kind}"
     );
     Ok(())
-}
-
-/// The kind of object of which there were more at every count, and how many more, at least. What a processor keeps at hand goes up
-/// and down; what is left behind grows.
-fn most_grown(counts: &[HashMap<String, u64>]) -> Option<(String, u64)> {
-    let grown = counts.last()?.keys().map(|kind| {
-        let count = |time: &HashMap<String, u64>| time.get(kind).copied().unwrap_or_default();
-        let grown = counts.windows(2);
-        let grown = grown.map(|pair| count(&pair[1]).saturating_sub(count(&pair[0])));
-        (kind.clone(), grown.min().unwrap_or_default())
-    });
-    grown.max_by_key(|(_, more)| *more)
 }
