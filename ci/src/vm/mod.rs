@@ -173,6 +173,14 @@ impl Vm {
         self.qmp("system_wakeup", &json!({})).map(drop)
     }
 
+    /// Presses and releases a key of the keyboard: one that does nothing by itself.
+    pub fn press_key(&self) -> Result<()> {
+        let key = json!({ "type": "qcode", "data": "shift" });
+        let event = |down| json!({ "type": "key", "data": { "down": down, "key": key } });
+        let events = json!({ "events": [event(true), event(false)] });
+        self.qmp("input-send-event", &events).map(drop)
+    }
+
     /// Executes a QMP command and gives what it returns.
     pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
         self.qmp.execute(command, arguments)

@@ -17,11 +17,14 @@ use crate::devices::Devices;
 const END_ON_OOPS: &str =
     "echo 1 >/proc/sys/kernel/panic_on_oops && echo -1 >/proc/sys/kernel/panic";
 
+/// From one press of a key to the next. A press that comes too early wakes nobody.
+const PRESS: Duration = Duration::from_millis(20);
+
 /// A VM with its devices. The fields are dropped in this order.
 pub struct Stage {
     /// What rings while a check does something else.
     background: Option<Background>,
-    vm: Vm,
+    vm: Arc<Vm>,
     devices: Devices,
 }
 
@@ -33,7 +36,7 @@ impl Stage {
         vm.run(["sh", "-c", END_ON_OOPS])?.require_success()?;
         Ok(Self {
             background: None,
-            vm,
+            vm: Arc::new(vm),
             devices,
         })
     }
@@ -111,6 +114,7 @@ impl Stage {
             }
             Request::Echo { region, vector } => self.background = Some(self.echo(region, vector)?),
             Request::Storm { region } => self.background = Some(self.storm(region)?),
+            Request::Press => self.background = Some(self.press()),
             Request::Calm => self.background = None,
             Request::Pause { region } => self.devices.pause(region)?,
             Request::GoOn { region, after } => {
@@ -151,6 +155,15 @@ impl Stage {
             thread::sleep(Duration::from_micros(100));
             Ok(())
         }))
+    }
+
+    /// Presses a key.
+    fn press(&self) -> Background {
+        let vm = Arc::clone(&self.vm);
+        Background::start(move || {
+            thread::sleep(PRESS);
+            vm.press_key()
+        })
     }
 }
 

@@ -106,6 +106,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
     rounds:
         device_comes_and_goes_100_times_under_its_users;
     sleep:
+        system_sleeps_100_times_under_its_users
         suspend_leaves_files_and_mappings_as_they_are
         hibernation_is_refused;
     life:
