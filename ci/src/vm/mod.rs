@@ -49,6 +49,14 @@ pub const QMP_TIMEOUT: Duration = Duration::from_secs(20);
 /// (`docs/decisions/0005-hot-unplug.md`).
 const UNPLUGGED: Duration = Duration::from_millis(300);
 
+/// What suspends a guest. The kernel asks whether the host has the agent's port open when it cannot hear the answer yet, and takes it for
+/// closed ever after, unless it looks at it anew.
+const SUSPEND: &str = "echo deep >/sys/power/mem_sleep && echo mem >/sys/power/state
+    slept=$?
+    cd /sys/bus/virtio/drivers/virtio_console || exit
+    for port in virtio*; do echo $port >unbind; echo $port >bind; done
+    exit $slept";
+
 /// The descriptor that QEMU has the first of [`Config::files`] as.
 pub const FIRST_FILE: i32 = 10;
 
@@ -165,6 +173,18 @@ impl Vm {
         let boots = self.agent.boots();
         self.qmp("system_reset", &json!({}))?;
         self.agent.wait_ready(boots + 1, BOOT_TIMEOUT)
+    }
+
+    /// Has the guest suspend the machine to memory (ACPI's S3), wakes it, and waits until the guest goes on: at most once from one
+    /// boot to the next, since the firmware loses ACPI's registers (`docs/driver.md`, section 8).
+    pub fn suspend(&self) -> Result<()> {
+        // Nothing must be on its way to the agent then, not even that there is no input.
+        let process = self.spawn(["sh", "-c", SUSPEND])?;
+        self.wake()?;
+        let output = process.wait(COMMAND_TIMEOUT)?;
+        output
+            .require_success()
+            .context("the guest is not suspended")
     }
 
     /// Waits until the guest has suspended the machine, and wakes it.
