@@ -21,7 +21,7 @@ use barlink_agent::{Bytes, CHUNK, PORT, Report, Request, Status, Stream};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
 fn main() -> Result<()> {
-    let mut port = open_port()?;
+    let mut port = wait_for_port();
     let agent = Agent {
         port: Arc::new(Mutex::new(port.try_clone()?)),
         running: Arc::default(),
@@ -35,13 +35,22 @@ fn main() -> Result<()> {
             agent.handle(request.with_context(|| format!("not a request: {line}"))?);
         }
         // The port was taken from its driver, and comes again.
-        port = loop {
-            match open_port() {
-                Ok(port) => break port,
-                Err(_) => thread::sleep(Duration::from_millis(10)),
-            }
-        };
+        port = wait_for_port();
         *agent.port() = port.try_clone()?;
+    }
+}
+
+/// Opens the port, once it is there: the kernel adds and names it when the host has told of it, which can be after init has started.
+fn wait_for_port() -> File {
+    let mut told = false;
+    loop {
+        match open_port() {
+            Ok(port) => return port,
+            Err(error) if !told => eprintln!("{error:#}: waiting for it"),
+            Err(_) => (),
+        }
+        told = true;
+        thread::sleep(Duration::from_millis(10));
     }
 }
 
