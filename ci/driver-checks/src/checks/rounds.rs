@@ -149,7 +149,7 @@ pub(super) fn a_hundred_times(
     let seconds = start.elapsed().as_secs();
     let (kind, more) = most_grown(&counts).context("nothing was counted")?;
     host::show(format!(
-        "{ROUNDS} rounds of {what} in {seconds} s: in every {COUNT} at most {more} more objects of a kind"
+        "{ROUNDS} rounds of {what} in {seconds} s: in every {COUNT} at most {more} more objects of a kind ({kind})"
     ))?;
     ensure!(
         more < LEAST,
