@@ -67,6 +67,8 @@ pub struct Config {
     pub memory_mib: u32,
     /// Its processors.
     pub cpus: u32,
+    /// What QEMU calls the machine.
+    pub machine: &'static str,
     /// Further arguments for QEMU, such as `barlink qemu-args` prints.
     pub arguments: Vec<String>,
     /// Files and folders that these arguments name; QEMU sees no others. Each must exist, and not be below `/usr` or
@@ -90,6 +92,7 @@ impl Default for Config {
         Self {
             memory_mib: 1024,
             cpus: 2,
+            machine: "q35",
             arguments: Vec::new(),
             paths: Vec::new(),
             files: Vec::new(),

@@ -10,35 +10,41 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
-use barlink_driver_checks::{CHECKS, PAUSING, UNPLUGGING};
+use barlink_driver_checks::{CHECKS, PAUSING, SLEEPING, UNPLUGGING};
 use clap::ValueEnum;
 use libtest_mimic::{Arguments, Trial};
 use xtask::broker::Transport;
 
+use self::devices::Machine;
 use self::stage::Stage;
 
 /// What the checks have in common.
 #[derive(Default)]
 struct Shared {
-    /// The VM of a transport and what is around it, if a check has needed it, and none has failed since. One at a time, since
-    /// it keeps several processors busy.
-    stage: Option<(Transport, Stage)>,
+    /// The VM of a kind and what is around it, if a check has needed it, and none has failed since. One at a time, since it keeps
+    /// several processors busy.
+    stage: Option<((Transport, Machine), Stage)>,
     /// What was measured.
     figures: Vec<String>,
 }
 
 impl Shared {
     fn check(&mut self, transport: Transport, name: &str) -> Result<()> {
-        // Another transport's goes before the next one boots.
-        let stage = self.stage.take().filter(|(over, _)| *over == transport);
+        let machine = match SLEEPING.contains(&name) {
+            true => Machine::Sleeper,
+            false => Machine::Usual,
+        };
+        let wanted = (transport, machine);
+        // One of another kind goes before the next one boots.
+        let stage = self.stage.take().filter(|(kind, _)| *kind == wanted);
         let mut stage = match stage {
             Some((_, stage)) => stage,
-            None => Stage::set(transport)?,
+            None => Stage::set(transport, machine)?,
         };
         let figures = stage.check(name)?.into_iter();
         self.figures
             .extend(figures.map(|figure| format!("{}: {figure}", module(transport))));
-        self.stage = Some((transport, stage));
+        self.stage = Some((wanted, stage));
         Ok(())
     }
 }

@@ -10,7 +10,7 @@ use barlink_driver_checks::{Answer, Region, Request};
 use xtask::broker::Transport;
 use xtask::vm::{COMMAND_TIMEOUT, Vm};
 
-use crate::devices::Devices;
+use crate::devices::{Devices, Machine};
 
 /// Has the kernel restart when it finds itself broken, instead of going on, which ends a QEMU that is not to reboot: so a
 /// check that breaks it fails at once.
@@ -30,8 +30,8 @@ pub struct Stage {
 
 impl Stage {
     /// Boots the VM that [`Region`] describes, with devices over this transport.
-    pub fn set(transport: Transport) -> Result<Self> {
-        let devices = Devices::new(transport)?;
+    pub fn set(transport: Transport, machine: Machine) -> Result<Self> {
+        let devices = Devices::new(transport, machine)?;
         let vm = Vm::boot(&devices.config)?;
         vm.run(["sh", "-c", END_ON_OOPS])?.require_success()?;
         Ok(Self {
