@@ -21,13 +21,11 @@ use barlink_agent::{Bytes, CHUNK, PORT, Report, Request, Status, Stream};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
 fn main() -> Result<()> {
-    let mut port = wait_for_port();
+    let mut port = connect();
     let agent = Agent {
         port: Arc::new(Mutex::new(port.try_clone()?)),
         running: Arc::default(),
     };
-    // A line that an earlier agent left unfinished, before a reset, ends here.
-    agent.port().write_all(b"\n")?;
     agent.report(&Report::Ready);
     loop {
         for line in BufReader::new(port).lines().map_while(Result::ok) {
@@ -35,21 +33,22 @@ fn main() -> Result<()> {
             agent.handle(request.with_context(|| format!("not a request: {line}"))?);
         }
         // The port was taken from its driver, and comes again.
-        port = wait_for_port();
+        port = connect();
         *agent.port() = port.try_clone()?;
     }
 }
 
-/// Opens the port, once it is there: the kernel adds and names it when the host has told of it, which can be after init has started.
-fn wait_for_port() -> File {
-    let mut told = false;
+/// Opens the port, and waits until the host is at its other end.
+fn connect() -> File {
     loop {
-        match open_port() {
-            Ok(port) => return port,
-            Err(error) if !told => eprintln!("{error:#}: waiting for it"),
-            Err(_) => (),
+        // The kernel adds the port, and names it, when the host has told of it, which can be after init has started.
+        if let Ok(mut port) = open_port() {
+            // While the kernel does not know of the host, reading ends at once, and writing waits. A line that an earlier agent left
+            // unfinished, before a reset, ends here, too.
+            if port.write_all(b"\n").is_ok() {
+                return port;
+            }
         }
-        told = true;
         thread::sleep(Duration::from_millis(10));
     }
 }

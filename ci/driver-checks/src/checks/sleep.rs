@@ -184,7 +184,7 @@ fn suspend_100_times(
     judge: impl Fn(u64, u64) -> Result<()>,
 ) -> Result<()> {
     let mut living = None;
-    a_hundred_times(told, |round| {
+    a_hundred_times(told, 1, |round| {
         let mut users = match living.take() {
             Some(users) => users,
             None => Users::new()?,
