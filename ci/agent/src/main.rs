@@ -21,13 +21,11 @@ use barlink_agent::{Bytes, CHUNK, PORT, Report, Request, Status, Stream};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
 fn main() -> Result<()> {
-    let mut port = open_port()?;
+    let mut port = connect();
     let agent = Agent {
         port: Arc::new(Mutex::new(port.try_clone()?)),
         running: Arc::default(),
     };
-    // A line that an earlier agent left unfinished, before a reset, ends here.
-    agent.port().write_all(b"\n")?;
     agent.report(&Report::Ready);
     loop {
         for line in BufReader::new(port).lines().map_while(Result::ok) {
@@ -35,13 +33,23 @@ fn main() -> Result<()> {
             agent.handle(request.with_context(|| format!("not a request: {line}"))?);
         }
         // The port was taken from its driver, and comes again.
-        port = loop {
-            match open_port() {
-                Ok(port) => break port,
-                Err(_) => thread::sleep(Duration::from_millis(10)),
-            }
-        };
+        port = connect();
         *agent.port() = port.try_clone()?;
+    }
+}
+
+/// Opens the port, and waits until the host is at its other end.
+fn connect() -> File {
+    loop {
+        // The kernel adds the port, and names it, when the host has told of it, which can be after init has started.
+        if let Ok(mut port) = open_port() {
+            // While the kernel does not know of the host, reading ends at once, and writing waits. A line that an earlier agent left
+            // unfinished, before a reset, ends here, too.
+            if port.write_all(b"\n").is_ok() {
+                return port;
+            }
+        }
+        thread::sleep(Duration::from_millis(10));
     }
 }
 

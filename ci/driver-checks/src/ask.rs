@@ -189,7 +189,9 @@ pub enum Request {
         /// Of the device of this region.
         region: Region,
     },
-    /// End the echo or the storm.
+    /// Press a key of the VM, over and over, until [`Request::Calm`].
+    Press,
+    /// End the echo, the storm, or the pressing.
     Calm,
     /// Stop the broker of a region.
     Pause {

@@ -158,7 +158,12 @@ pub(crate) fn storm(region: Region) -> Result<()> {
     request(&Request::Storm { region })
 }
 
-/// Ends what [`echo`] or [`storm`] began.
+/// Lets the host press a key of the VM over and over, until [`calm`].
+pub(crate) fn press() -> Result<()> {
+    request(&Request::Press)
+}
+
+/// Ends what [`echo`], [`storm`] or [`press`] began.
 pub(crate) fn calm() -> Result<()> {
     request(&Request::Calm)
 }
@@ -173,7 +178,7 @@ pub(crate) fn go_on(region: Region, after: u16) -> Result<()> {
     request(&Request::GoOn { region, after })
 }
 
-/// Has the VM woken once it sleeps, which it has to do next.
+/// Has the VM woken once its machine sleeps, which it has to do next.
 pub(crate) fn wake() -> Result<()> {
     request(&Request::Wake)
 }

@@ -33,7 +33,7 @@ use anyhow::{Context, Result};
 
 pub use ask::{Answer, Facts, RAW, Region, Request};
 pub use binding::make_second_node;
-pub use checks::{BEHIND_AN_IOMMU, CHECKS, Check, PAUSING, UNPLUGGING};
+pub use checks::{BEHIND_AN_IOMMU, CHECKS, Check, PAUSING, SLEEPING, UNPLUGGING};
 pub use module::complaint;
 
 /// Runs the check with this name, on a driver that is loaded and has its devices.

@@ -86,6 +86,8 @@ pub enum Fault {
     DeviceUnbound,
     /// The device is pulled out and plugged in.
     DeviceUnplugged,
+    /// The guest is suspended to memory, and resumes.
+    GuestSuspended,
     /// The guest is reset.
     GuestReset,
     /// QEMU is killed, and another one booted.
@@ -165,6 +167,7 @@ impl Fault {
             Self::DriverReloaded,
             Self::DeviceUnbound,
             Self::DeviceUnplugged,
+            Self::GuestSuspended,
             Self::GuestReset,
             Self::QemuKilled,
             Self::BrokerKilled,
@@ -185,6 +188,12 @@ impl Fault {
         }
     }
 
+    /// Whether the guest must not have been suspended since it booted: QEMU's firmware loses ACPI's registers then, by which Linux
+    /// is suspended and hears of devices that are pulled out (`docs/driver.md`, section 8).
+    pub fn needs_acpi(self) -> bool {
+        matches!(self, Self::GuestSuspended | Self::DeviceUnplugged)
+    }
+
     /// Whether it kills the broker, at whatever instruction.
     pub fn kills_broker(self) -> bool {
         matches!(
@@ -198,6 +207,7 @@ impl Fault {
         match self {
             Self::KilledAt(_, Point::BeforeRelease) => 1..=1,
             Self::KilledAt(..)
+            | Self::GuestSuspended
             | Self::BrokerKilled
             | Self::BrokerReplaced
             | Self::BrokerKilledAmidRings
@@ -233,6 +243,7 @@ impl fmt::Display for Fault {
             Self::DriverReloaded => "driver unloaded and loaded",
             Self::DeviceUnbound => "device unbound and bound",
             Self::DeviceUnplugged => "device unplugged and plugged",
+            Self::GuestSuspended => "guest suspended and resumed",
             Self::GuestReset => "guest reset",
             Self::QemuKilled => "QEMU killed and booted",
             Self::BrokerKilled => "broker killed and started",

@@ -24,6 +24,14 @@ const REPLACEMENTS: usize = 10;
 const MOMENT: Duration = Duration::from_millis(50);
 
 impl Scene<'_> {
+    /// Does what has to be done before a fault can be, which is none by itself.
+    pub fn prepare(&mut self, fault: Fault) -> Result<()> {
+        if fault.needs_acpi() && self.has_slept {
+            self.interrupt(Self::reset)?;
+        }
+        Ok(())
+    }
+
     /// Does a fault, and gives the time from there until a record came through that was committed later, in each
     /// direction that the fault was in; after one of the broker, until it also told a host app who is there.
     pub fn inflict(&mut self, fault: Fault) -> Result<Duration> {
@@ -64,10 +72,13 @@ impl Scene<'_> {
                 Ok(())
             }),
             Fault::DeviceUnplugged => self.interrupt(Self::unplug_and_plug),
-            Fault::GuestReset => self.interrupt(|scene| {
-                scene.vm()?.reset()?;
-                scene.load_driver()
-            }),
+            Fault::GuestSuspended => {
+                let start = Instant::now();
+                self.suspend()?;
+                self.wait_until_all_flow()?;
+                Ok(start.elapsed())
+            }
+            Fault::GuestReset => self.interrupt(Self::reset),
             Fault::QemuKilled => self.interrupt(|scene| {
                 drop(scene.vm.take());
                 scene.boot()

@@ -164,6 +164,8 @@ fn play(
 ) -> Result<()> {
     scene.wait_until_all_flow().context("at the beginning")?;
     for &fault in faults {
+        let prepared = scene.prepare(fault);
+        prepared.with_context(|| format!("before the fault, {fault}"))?;
         scene
             .wait_until_all_are_woken()
             .context("before the fault")?;

@@ -54,6 +54,8 @@ pub struct Scene<'a> {
     pub(super) random: Random,
     /// How often this VM's QEMU has waited in vain for an answer.
     unanswered: usize,
+    /// Whether the guest was suspended since it booted.
+    pub(super) has_slept: bool,
 }
 
 impl<'a> Scene<'a> {
@@ -79,6 +81,7 @@ impl<'a> Scene<'a> {
             seed,
             random: Random::new(seed),
             unanswered: 0,
+            has_slept: false,
         };
         scene.boot()?;
         for role in Role::ALL {
@@ -107,7 +110,21 @@ impl<'a> Scene<'a> {
     pub fn boot(&mut self) -> Result<()> {
         self.vm = Some(Vm::boot_with(self.artifacts, &self.broker.vm()?)?);
         self.unanswered = 0;
+        self.has_slept = false;
         self.load_driver()
+    }
+
+    /// Resets the guest, and loads the driver.
+    pub fn reset(&mut self) -> Result<()> {
+        self.vm()?.reset()?;
+        self.has_slept = false;
+        self.load_driver()
+    }
+
+    /// Has the guest suspend itself, and wakes it.
+    pub fn suspend(&mut self) -> Result<()> {
+        self.has_slept = true;
+        self.vm()?.suspend()
     }
 
     /// Loads the driver.

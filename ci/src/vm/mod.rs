@@ -49,6 +49,14 @@ pub const QMP_TIMEOUT: Duration = Duration::from_secs(20);
 /// (`docs/decisions/0005-hot-unplug.md`).
 const UNPLUGGED: Duration = Duration::from_millis(300);
 
+/// What suspends a guest. The kernel asks whether the host has the agent's port open when it cannot hear the answer yet, and takes it for
+/// closed ever after, unless it looks at it anew.
+const SUSPEND: &str = "echo deep >/sys/power/mem_sleep && echo mem >/sys/power/state
+    slept=$?
+    cd /sys/bus/virtio/drivers/virtio_console || exit
+    for port in virtio*; do echo $port >unbind; echo $port >bind; done
+    exit $slept";
+
 /// The descriptor that QEMU has the first of [`Config::files`] as.
 pub const FIRST_FILE: i32 = 10;
 
@@ -59,6 +67,8 @@ pub struct Config {
     pub memory_mib: u32,
     /// Its processors.
     pub cpus: u32,
+    /// What QEMU calls the machine.
+    pub machine: &'static str,
     /// Further arguments for QEMU, such as `barlink qemu-args` prints.
     pub arguments: Vec<String>,
     /// Files and folders that these arguments name; QEMU sees no others. Each must exist, and not be below `/usr` or
@@ -85,6 +95,7 @@ impl Default for Config {
         Self {
             memory_mib: 1024,
             cpus: 2,
+            machine: "q35",
             arguments: Vec::new(),
             paths: Vec::new(),
             files: Vec::new(),
@@ -171,10 +182,30 @@ impl Vm {
         self.agent.wait_ready(boots + 1, BOOT_TIMEOUT)
     }
 
+    /// Has the guest suspend the machine to memory (ACPI's S3), wakes it, and waits until the guest goes on: at most once from one
+    /// boot to the next, since the firmware loses ACPI's registers (`docs/driver.md`, section 8).
+    pub fn suspend(&self) -> Result<()> {
+        // Nothing must be on its way to the agent then, not even that there is no input.
+        let process = self.spawn(["sh", "-c", SUSPEND])?;
+        self.wake()?;
+        let output = process.wait(COMMAND_TIMEOUT)?;
+        output
+            .require_success()
+            .context("the guest is not suspended")
+    }
+
     /// Waits until the guest has suspended the machine, and wakes it.
     pub fn wake(&self) -> Result<()> {
         self.qmp.wait_event("SUSPEND", |_| true)?;
         self.qmp("system_wakeup", &json!({})).map(drop)
+    }
+
+    /// Presses and releases a key of the keyboard: one that does nothing by itself.
+    pub fn press_key(&self) -> Result<()> {
+        let key = json!({ "type": "qcode", "data": "shift" });
+        let event = |down| json!({ "type": "key", "data": { "down": down, "key": key } });
+        let events = json!({ "events": [event(true), event(false)] });
+        self.qmp("input-send-event", &events).map(drop)
     }
 
     /// Executes a QMP command and gives what it returns.

@@ -228,12 +228,9 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .args([
             "-machine",
-            "q35,memory-backend=ram",
-            "-accel",
-            accel,
-            "-cpu",
-            cpu,
+            &format!("{},memory-backend=ram", config.machine),
         ])
+        .args(["-accel", accel, "-cpu", cpu])
         .arg("-object")
         .arg(memory(config))
         .args(["-m", &format!("{}M", config.memory_mib)])

@@ -17,6 +17,18 @@ use xtask::builds::Artifacts;
 use xtask::tap::Tap;
 use xtask::vm::{Config, FIRST_FILE, Vm};
 
+/// What machine the VM is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Machine {
+    /// Like a user's: q35, whose devices are behind PCI Express root ports.
+    Usual,
+    /// The same with an IOMMU, for [`barlink_driver_checks::BEHIND_AN_IOMMU`].
+    BehindAnIommu,
+    /// One that sleeps in ACPI's S3 any number of times, for [`barlink_driver_checks::SLEEPING`]: QEMU's older one, with PCI bridges, and
+    /// with one processor, since under TCG a second one at times does not start in the ten seconds for which Linux waits.
+    Sleeper,
+}
+
 /// All that [`Region`] names. It has to outlive the VM.
 pub struct Devices {
     /// The VM that has them.
@@ -24,21 +36,28 @@ pub struct Devices {
     taps: HashMap<Region, Arc<Tap>>,
     brokers: HashMap<Region, Arc<Broker>>,
     transport: Transport,
+    machine: Machine,
 }
 
 impl Devices {
-    /// Starts the brokers, and makes the other memory. What has vectors is over this transport, and all is behind an IOMMU or not.
-    pub fn new(transport: Transport, iommu: bool) -> Result<Self> {
+    /// Starts the brokers, and makes the other memory. What has vectors is over this transport.
+    pub fn new(transport: Transport, machine: Machine) -> Result<Self> {
+        let mut config = Config {
+            iommu: machine == Machine::BehindAnIommu,
+            shared_memory: transport == Transport::VhostUser,
+            arguments: vec!["-no-reboot".to_owned()],
+            ..Config::default()
+        };
+        if machine == Machine::Sleeper {
+            config.machine = "pc";
+            config.cpus = 1;
+        }
         let mut devices = Self {
-            config: Config {
-                iommu,
-                shared_memory: transport == Transport::VhostUser,
-                arguments: vec!["-no-reboot".to_owned()],
-                ..Config::default()
-            },
+            config,
             taps: HashMap::new(),
             brokers: HashMap::new(),
             transport,
+            machine,
         };
         for (region, chassis) in Region::ALL.into_iter().zip(1..) {
             devices.add(region, transport, chassis)?;
@@ -111,7 +130,12 @@ impl Devices {
             Region::Main | Region::Bus => {
                 let broker = self.serve(region, transport)?;
                 let slot = region.facts().slot as usize;
-                let arguments = broker.arguments_with(slot, &id(region), chassis)?;
+                let mut arguments = broker.arguments_with(slot, &id(region), chassis)?;
+                let is_port = |argument: &&mut String| argument.starts_with("pcie-root-port,");
+                if self.machine == Machine::Sleeper {
+                    let port = arguments.iter_mut().find(is_port);
+                    *port.context("qemu-args prints no port")? = self.port_device(region, chassis);
+                }
                 self.config.arguments.extend(arguments);
             }
             Region::Plain => {
@@ -176,11 +200,22 @@ impl Devices {
         Ok(())
     }
 
-    /// Adds a root port as `barlink qemu-args` has it, with nothing behind it yet.
+    /// Adds a port with nothing behind it yet.
     fn add_port(&mut self, region: Region, chassis: usize) {
-        let port = port(region);
-        let device = format!("pcie-root-port,id={port},chassis={chassis},pref64-reserve=8G");
+        let device = self.port_device(region, chassis);
         self.config.arguments.extend(["-device".to_owned(), device]);
+    }
+
+    /// A port: a root port as `barlink qemu-args` has it, where there can be one. A bridge would keep its first place, which is the
+    /// device's, for the controller of hot-plugging (SHPC).
+    fn port_device(&self, region: Region, chassis: usize) -> String {
+        let port = port(region);
+        match self.machine {
+            Machine::Usual | Machine::BehindAnIommu => {
+                format!("pcie-root-port,id={port},chassis={chassis},pref64-reserve=8G")
+            }
+            Machine::Sleeper => format!("pci-bridge,id={port},chassis_nr={chassis},shpc=off"),
+        }
     }
 }
 

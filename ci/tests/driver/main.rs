@@ -1,7 +1,7 @@
 //! The driver, checked from inside a guest: each of `barlink-driver-checks`'s checks is a test of its own over each transport, and some
 //! are so once more in a guest with an IOMMU.
 //!
-//! Those over one transport run in one VM, or two, one after the other, since a boot takes longer than most of them. After one that
+//! Those over one transport run in one VM of each kind, one after the other, since a boot takes longer than most of them. After one that
 //! fails nothing is known of that VM any more, and the next gets a new one.
 
 mod devices;
@@ -11,10 +11,11 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
-use barlink_driver_checks::{BEHIND_AN_IOMMU, CHECKS, PAUSING, UNPLUGGING};
+use barlink_driver_checks::{BEHIND_AN_IOMMU, CHECKS, PAUSING, SLEEPING, UNPLUGGING};
 use libtest_mimic::{Arguments, Trial};
 use xtask::broker::Transport;
 
+use self::devices::Machine;
 use self::stage::Stage;
 
 /// What the checks have in common.
@@ -31,16 +32,16 @@ struct Shared {
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Setting {
     transport: Transport,
-    iommu: bool,
+    machine: Machine,
 }
 
 impl Setting {
     /// What its tests are called: as in `ci/tests/transports/`.
     fn module(self) -> String {
         let name = self.transport.name().replace('-', "_");
-        let driver = match self.iommu {
-            true => "driver_behind_an_iommu",
-            false => "driver",
+        let driver = match self.machine {
+            Machine::Usual | Machine::Sleeper => "driver",
+            Machine::BehindAnIommu => "driver_behind_an_iommu",
         };
         format!("{name}::{driver}")
     }
@@ -49,8 +50,12 @@ impl Setting {
     fn has(self, name: &str) -> bool {
         let unplugs = devices::unplugs(self.transport) || !UNPLUGGING.contains(&name);
         let pauses = self.transport != Transport::VfioUser || !PAUSING.contains(&name);
-        let translated = !self.iommu || BEHIND_AN_IOMMU.contains(&name);
-        unplugs && pauses && translated
+        let suits = match self.machine {
+            Machine::Usual => !SLEEPING.contains(&name),
+            Machine::BehindAnIommu => BEHIND_AN_IOMMU.contains(&name),
+            Machine::Sleeper => SLEEPING.contains(&name),
+        };
+        unplugs && pauses && suits
     }
 }
 
@@ -60,7 +65,7 @@ impl Shared {
         let stage = self.stage.take().filter(|(at, _)| *at == setting);
         let mut stage = match stage {
             Some((_, stage)) => stage,
-            None => Stage::set(setting.transport, setting.iommu)?,
+            None => Stage::set(setting.transport, setting.machine)?,
         };
         let figures = stage.check(name)?.into_iter();
         self.figures
@@ -84,8 +89,8 @@ fn main() -> ExitCode {
     };
     let mut trials = Vec::new();
     for transport in Transport::ALL {
-        for iommu in [false, true] {
-            let setting = Setting { transport, iommu };
+        for machine in [Machine::Usual, Machine::BehindAnIommu, Machine::Sleeper] {
+            let setting = Setting { transport, machine };
             let names = CHECKS.iter().map(|(name, _)| *name);
             let names = names.filter(|name| setting.has(name));
             trials.extend(names.map(|name| trial(setting, name)));

@@ -10,30 +10,33 @@ use barlink_driver_checks::{Answer, Region, Request};
 use xtask::broker::Transport;
 use xtask::vm::{COMMAND_TIMEOUT, Vm};
 
-use crate::devices::Devices;
+use crate::devices::{Devices, Machine};
 
 /// Has the kernel restart when it finds itself broken, instead of going on, which ends a QEMU that is not to reboot: so a
 /// check that breaks it fails at once.
 const END_ON_OOPS: &str =
     "echo 1 >/proc/sys/kernel/panic_on_oops && echo -1 >/proc/sys/kernel/panic";
 
+/// From one press of a key to the next. A press that comes too early wakes nobody.
+const PRESS: Duration = Duration::from_millis(20);
+
 /// A VM with its devices. The fields are dropped in this order.
 pub struct Stage {
     /// What rings while a check does something else.
     background: Option<Background>,
-    vm: Vm,
+    vm: Arc<Vm>,
     devices: Devices,
 }
 
 impl Stage {
-    /// Boots the VM that [`Region`] describes, with devices over this transport, and with an IOMMU or without.
-    pub fn set(transport: Transport, iommu: bool) -> Result<Self> {
-        let devices = Devices::new(transport, iommu)?;
+    /// Boots the VM that [`Region`] describes, with devices over this transport.
+    pub fn set(transport: Transport, machine: Machine) -> Result<Self> {
+        let devices = Devices::new(transport, machine)?;
         let vm = Vm::boot(&devices.config)?;
         vm.run(["sh", "-c", END_ON_OOPS])?.require_success()?;
         Ok(Self {
             background: None,
-            vm,
+            vm: Arc::new(vm),
             devices,
         })
     }
@@ -111,6 +114,7 @@ impl Stage {
             }
             Request::Echo { region, vector } => self.background = Some(self.echo(region, vector)?),
             Request::Storm { region } => self.background = Some(self.storm(region)?),
+            Request::Press => self.background = Some(self.press()),
             Request::Calm => self.background = None,
             Request::Pause { region } => self.devices.pause(region)?,
             Request::GoOn { region, after } => {
@@ -151,6 +155,15 @@ impl Stage {
             thread::sleep(Duration::from_micros(100));
             Ok(())
         }))
+    }
+
+    /// Presses a key.
+    fn press(&self) -> Background {
+        let vm = Arc::clone(&self.vm);
+        Background::start(move || {
+            thread::sleep(PRESS);
+            vm.press_key()
+        })
     }
 }
 

@@ -10,16 +10,19 @@ use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
 use rustix::io::Errno;
 
 use crate::ask::{RAW, Region};
-use crate::binding::{bind, make_second_node, node, open, unbind};
-use crate::device::{Device, SPARE_VECTOR, UP, UP_VECTOR, fails};
+use crate::binding::{bind, is_virtio, make_second_node, node, open, unbind};
+use crate::calls::Mapping;
+use crate::checks::rounds::{a_hundred_times, is_counted_after};
+use crate::device::{DOWN, DOWN_VECTOR, Device, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
 use crate::module;
 use crate::process::{Child, child};
 
 /// Suspends the system to memory (ACPI's S3), until the host wakes it: the machine is reset, and its firmware goes on where the kernel
-/// was. Once in a VM's life: QEMU's firmware leaves it without ACPI's registers (`docs/driver.md`, section 8).
+/// was. On a q35 once in a VM's life: QEMU's firmware leaves it without ACPI's registers (`docs/driver.md`, section 8).
 ///
-/// The device with 256 vectors has to be unbound, where each is an interrupt: one CPU cannot take them all, while the other is off.
+/// If there are several processors, the device with 256 vectors has to be unbound, where each is an interrupt: one cannot take them all,
+/// while the others are off.
 fn suspend() -> Result<()> {
     fs::write("/sys/power/mem_sleep", "deep")?;
     host::wake()?;
@@ -29,7 +32,8 @@ fn suspend() -> Result<()> {
 }
 
 fn rebind_ports() -> Result<()> {
-    // The kernel takes the host's end of the agent's port for closed ever after, unless it looks at it anew.
+    // The kernel asks whether the host has the agent's port open when it cannot hear the answer yet (`virtcons_restore`), and takes it
+    // for closed ever after, unless it looks at it anew.
     const PORTS: &str = "/sys/bus/virtio/drivers/virtio_console";
     for entry in fs::read_dir(PORTS)? {
         let name = entry?.file_name();
@@ -55,80 +59,160 @@ pub(super) fn hibernation_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// Maps through this node, and touches and calls until it is told to end. Nothing fails.
+/// Suspends the system to idle, until the host presses a key: processes and devices are suspended as by [`suspend`], but the machine
+/// stays on.
+fn idle() -> Result<()> {
+    const KEYBOARD: &str = "/sys/devices/platform/i8042/serio0/power/wakeup";
+    fs::write(KEYBOARD, "enabled").context("no key wakes it")?;
+    host::press()?;
+    let slept = fs::write("/sys/power/state", "freeze");
+    rebind_ports()?;
+    host::calm()?;
+    slept.context("the system does not suspend to idle")
+}
+
+/// Maps through this node, touches and calls, and nothing fails. Whenever its parent asks, it answers that it goes on.
 fn user(node: &Path) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
         let map = device.map(RAW, 16 * PAGE)?;
         parent.tell_ready()?;
-        for round in 0_u64.. {
+        loop {
             // Not in the first page, in which its parent writes.
-            map.write(8 * PAGE, round);
+            map.write(8 * PAGE, 1);
             map.read(15 * PAGE);
             device.info()?;
             device.ring(Region::Main.facts().slot, SPARE_VECTOR)?;
             if parent.is_told()? {
-                break;
+                parent.wait()?;
+                parent.tell_ready()?;
             }
         }
+    })
+}
+
+/// Sleeps in `read`, over and over, and tells whenever it begins to.
+fn sleeper(node: &Path) -> Result<Child> {
+    child(|parent| {
+        let device = Device::open(node)?;
+        device.claim(DOWN)?;
+        loop {
+            parent.tell_ready()?;
+            // Nobody rings this. But of what came during a suspend nothing is known; so it hears of all.
+            ensure!(device.interrupts()?.contains(&DOWN_VECTOR));
+        }
+    })
+}
+
+/// Processes that use the device, by two nodes, when the system is suspended: this one, too.
+struct Users {
+    users: Vec<Child>,
+    sleeper: Child,
+    device: Device,
+    map: Mapping,
+    /// The holder word of what this process has claimed.
+    holder: (u32, u32),
+    /// Suspends so far.
+    times: u64,
+}
+
+impl Users {
+    fn new() -> Result<Self> {
+        let first = node(Region::Main)?;
+        let second = Path::new("/tmp/barlink-asleep");
+        make_second_node(&first, second)?;
+        let users = vec![user(&first)?, user(second)?];
+        users.iter().try_for_each(Child::wait_ready)?;
+        let sleeper = sleeper(second)?;
+        let device = open(Region::Main)?;
+        device.claim(UP)?;
+        let map = device.map(RAW, PAGE)?;
+        Ok(Self {
+            users,
+            sleeper,
+            holder: host::holder(Region::Main, UP)?,
+            device,
+            map,
+            times: 0,
+        })
+    }
+
+    /// Suspends the system, which resumes, and asserts that all is as before. Gives the epochs before and after.
+    fn sleep(&mut self, suspend: fn() -> Result<()>) -> Result<[u64; 2]> {
+        // Also from the last time.
+        self.sleeper.wait_asleep()?;
+        self.times += 1;
+        let Self {
+            device, map, times, ..
+        } = self;
+        map.write(0, *times);
+        let before = device.info()?.epoch;
+        suspend()?;
+        self.users.iter().try_for_each(Child::go_on)?;
+        self.users.iter().try_for_each(Child::wait_ready)?;
+        // The memory is there, and is the host's.
+        assert_eq!(map.read(0), *times);
+        host::set_word(Region::Main, RAW, !*times)?;
+        assert_eq!(map.read(0), !*times);
+        map.write(8, *times);
+        assert_eq!(host::word(Region::Main, RAW + 8)?, *times);
+        // The claim stands, in this epoch or in a new one.
+        let now = device.info()?.epoch;
+        assert_eq!(host::epoch(Region::Main)?, now);
+        ensure!(now % 2 == 1 && now >= before, "epoch {now} after {before}");
+        assert_eq!(host::holder(Region::Main, UP)?, self.holder);
+        fails(open(Region::Main)?.claim(UP), Errno::BUSY);
+        // Doorbells and interrupts come through.
+        let host_peer = Region::Main.host();
+        host::rings(Region::Main, host_peer, SPARE_VECTOR)?;
+        device.ring(host_peer, SPARE_VECTOR)?;
+        host::wait_for_rings(Region::Main, host_peer, SPARE_VECTOR)?;
+        while device.is_readable()? {
+            device.interrupts()?;
+        }
+        host::ring(Region::Main, UP_VECTOR)?;
+        ensure!(device.becomes_readable()?, "no interrupt comes any more");
+        assert_eq!(device.interrupts()?, [UP_VECTOR]);
+        Ok([before, now])
+    }
+}
+
+/// Suspends so often, and judges the epochs before and after.
+fn suspend_100_times(
+    told: &str,
+    suspend: fn() -> Result<()>,
+    judge: impl Fn(u64, u64) -> Result<()>,
+) -> Result<()> {
+    let mut living = None;
+    a_hundred_times(told, 1, |round| {
+        let mut users = match living.take() {
+            Some(users) => users,
+            None => Users::new()?,
+        };
+        let [before, now] = users.sleep(suspend)?;
+        living = Some(users).filter(|_| !is_counted_after(round));
+        judge(before, now)
+    })
+}
+
+pub(super) fn system_suspends_to_idle_100_times_under_its_users() -> Result<()> {
+    // The machine stays on: of the devices those of virtio alone are reset, by their driver.
+    let is_reset = is_virtio(Region::Main)?;
+    suspend_100_times("suspend to idle", idle, |before, now| {
+        ensure!(is_reset == (now > before), "epoch {now} after {before}");
         Ok(())
     })
 }
 
+pub(super) fn system_suspends_to_memory_100_times_under_its_users() -> Result<()> {
+    suspend_100_times("suspend to memory", suspend, |_, _| Ok(()))
+}
+
 pub(super) fn suspend_leaves_files_and_mappings_as_they_are() -> Result<()> {
     unbind(Region::Bus)?;
-    let first = node(Region::Main)?;
-    let second = Path::new("/tmp/barlink-asleep");
-    make_second_node(&first, second)?;
-    let mut users = Vec::new();
-    for node in [&first, second] {
-        users.push(user(node)?);
-    }
-    for user in &users {
-        user.wait_ready()?;
-    }
-    let device = open(Region::Main)?;
-    device.claim(UP)?;
-    let holder = host::holder(Region::Main, UP)?;
-    let map = device.map(RAW, PAGE)?;
-    map.write(0, 1);
-    let sleeper = child(|parent| {
-        parent.tell_ready()?;
-        // Of what came while it slept, it knows nothing; so it hears of all.
-        ensure!(device.interrupts()?.contains(&UP_VECTOR));
-        Ok(())
-    })?;
-    sleeper.wait_asleep()?;
-    let epoch = device.info()?.epoch;
-    suspend()?;
-    sleeper.succeeds()?;
-    // The memory is there, and is the host's.
-    assert_eq!(map.read(0), 1);
-    host::set_word(Region::Main, RAW, 2)?;
-    assert_eq!(map.read(0), 2);
-    map.write(8, 3);
-    assert_eq!(host::word(Region::Main, RAW + 8)?, 3);
-    // The claim stands, in this epoch or in a new one.
-    let now = device.info()?.epoch;
-    assert_eq!(host::epoch(Region::Main)?, now);
-    ensure!(now % 2 == 1 && now >= epoch, "epoch {now} after {epoch}");
-    assert_eq!(host::holder(Region::Main, UP)?, holder);
-    fails(open(Region::Main)?.claim(UP), Errno::BUSY);
-    // Doorbells and interrupts come through.
-    let host_peer = Region::Main.host();
-    host::rings(Region::Main, host_peer, SPARE_VECTOR)?;
-    device.ring(host_peer, SPARE_VECTOR)?;
-    host::wait_for_rings(Region::Main, host_peer, SPARE_VECTOR)?;
-    while device.is_readable()? {
-        device.interrupts()?;
-    }
-    host::ring(Region::Main, UP_VECTOR)?;
-    ensure!(device.becomes_readable()?, "no interrupt comes any more");
-    assert_eq!(device.interrupts()?, [UP_VECTOR]);
-    for user in users {
-        user.go_on()?;
-        user.succeeds()?;
-    }
+    let mut users = Users::new()?;
+    let [epoch, now] = users.sleep(suspend)?;
+    users.sleeper.wait_asleep()?;
     host::show(format!("suspended: epoch {epoch}, then {now}"))?;
     bind(Region::Bus)
 }
