@@ -4,7 +4,7 @@
 //! arrived is compared with what was sent.
 
 use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::io::{self, IsTerminal, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
@@ -16,10 +16,10 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::broker::{Broker, Transport};
-use crate::builds::Artifacts;
+use crate::builds::{Artifacts, Programs};
 use crate::setup;
 use crate::tools::{Accel, Tools, VmArgs};
-use crate::vm::{Config, Vm, accelerator};
+use crate::vm::{Config, Vm, accelerator, check_accelerator};
 
 /// How long a transfer may take.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(300);
@@ -52,11 +52,20 @@ pub struct DemoArgs {
 pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     // Before what takes long.
     args.file.as_deref().map(check_file).transpose()?;
+    check_accelerator(args.vm.accel)?;
+    if args.keep {
+        ensure!(
+            io::stdin().is_terminal() && io::stdout().is_terminal(),
+            "--keep puts a shell on this terminal, and standard input or output is none: run it in a terminal, or \
+             leave --keep out"
+        );
+    }
     let tools = setup::ensure(&args.vm.tools)?;
     let file = file_to_send(args, &tools)?;
-    let artifacts = Artifacts::build(tools, args.vm.clone())?;
+    let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::DEMO)?;
 
     let broker = Broker::start_over(&artifacts, &[args.transport], &["--size", "64M"])?;
+    eprintln!("booting the guest ...");
     let vm = Vm::boot_with(
         &artifacts,
         &Config {

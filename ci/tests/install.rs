@@ -74,7 +74,10 @@ fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Resu
     let artifacts = Artifacts::shared()?;
     let folder = tempfile::tempdir_in(target_folder()?)?;
     package::build(folder.path())?;
-    fs::copy(&artifacts.agent, folder.path().join("barlink-agent"))?;
+    fs::copy(
+        artifacts.guest("barlink-agent")?,
+        folder.path().join("barlink-agent"),
+    )?;
     fs::write(folder.path().join("agent.service"), AGENT)?;
     let debian = Debian::fresh(&artifacts.args.tools, folder.path(), folder.path())?;
     let release = debian.release();

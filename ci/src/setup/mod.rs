@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use self::cache::{Cache, Lock};
+pub use self::kernels::NoKernel;
 use self::metadata::Unfinished;
 pub use self::program::program;
 use crate::recipe::{Kind, Recipe};
@@ -78,6 +79,8 @@ pub fn ensure(args: &ToolArgs) -> Result<Tools> {
     if let Some(tools) = Tools::own(args)? {
         return Ok(tools);
     }
+    // Before what takes long.
+    Tools::check(args)?;
     let sandbox = match finished(args)?.into_iter().next() {
         Some(sandbox) => sandbox,
         None => build(args, Kind::Sandbox)?,
