@@ -232,7 +232,10 @@ fn rate(summary: &[u8], bytes: u64) -> Result<f64> {
 
 /// Streams the guest's load to the host for two seconds.
 fn telemetry(broker: &Broker, vm: &Vm) -> Result<()> {
-    let receiver = broker.app(["recv"]).stdout(Stdio::piped()).spawn()?;
+    let mut receiver = broker.app(["recv"]);
+    // What it would show on a terminal is not what the demo shows.
+    receiver.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let receiver = receiver.spawn()?;
     vm.run([
         "barlink-guest",
         "telemetry",
@@ -243,7 +246,11 @@ fn telemetry(broker: &Broker, vm: &Vm) -> Result<()> {
     ])?
     .require_success()?;
     let received = receiver.wait_with_output()?;
-    ensure!(received.status.success(), "receiving telemetry failed");
+    let report = String::from_utf8_lossy(&received.stderr);
+    ensure!(
+        received.status.success(),
+        "receiving telemetry failed: {report}"
+    );
     let lines = String::from_utf8(received.stdout)?;
     let samples: Vec<Value> = lines
         .lines()

@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use walkdir::WalkDir;
 
@@ -176,6 +176,13 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
         }
     });
     println!("{tally}");
+    if let Some(name) = &args.name {
+        // Or a name that is mistyped would pass.
+        ensure!(
+            tally.passed + tally.failed > 0,
+            "no test has `{name}` in its name: name a part of one, with its module if need be"
+        );
+    }
     Ok(tally.exit_code())
 }
 

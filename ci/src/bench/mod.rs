@@ -98,6 +98,8 @@ pub struct BenchArgs {
 /// Sets up and builds what is needed, measures, writes the results, and prints the tables.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     check_accelerator(args.vm.accel)?;
+    // Before what takes long.
+    Plan::new(&RECORD_SIZES, &TRIP_SIZES, &args.only)?;
     let tools = setup::ensure(&args.vm.tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::BENCH)?;
     let folder = match &args.output {

@@ -116,6 +116,9 @@ pub fn debian(args: &ToolArgs) -> Result<(Sandbox, File)> {
     Ok((debian, hold))
 }
 
+/// Bytes of disk that a sandbox takes while it is made.
+const ROOM: u64 = 3 << 30;
+
 /// Makes a sandbox, or waits until another process has made a fitting one.
 fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
     let recipe = Recipe::load()?;
@@ -125,6 +128,7 @@ fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
         return Ok(sandbox);
     }
     let unfinished = cache.begin(&lock)?;
+    cache.check_room(ROOM)?;
     let folder = unfinished.path();
     let steps = Steps::start(&cache.log())?;
     host::prepare(&steps)?;
