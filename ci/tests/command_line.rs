@@ -1,12 +1,14 @@
 //! `cargo xtask` as a user types it: what it builds before it begins, and what it refuses before it builds anything.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
+use rustix::process::{Pid, Signal, kill_process_group};
 use xtask::builds::cargo;
 
 /// What `cargo xtask demo` says, in one line, where nothing is set up and nothing can be built.
@@ -117,6 +119,37 @@ fn demo_has_only_those_programs_built_that_it_shows() -> Result<()> {
         "the driver for",
     ] {
         assert!(told.contains(&format!("building {what}")), "{told}");
+    }
+    Ok(())
+}
+
+#[test]
+fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for moment in ["booting the guest", "to guest "] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command.arg("demo").stdin(Stdio::null());
+        command.env("TMPDIR", folder.path()).process_group(0);
+        let (output, both) = std::io::pipe()?;
+        let mut demo = command.stdout(both.try_clone()?).stderr(both).spawn()?;
+        drop(command);
+        let mut told = String::new();
+        for line in BufReader::new(output).lines() {
+            let line = line?;
+            if line.starts_with(moment) {
+                // As a terminal tells all that run there.
+                kill_process_group(Pid::from_child(&demo), Signal::INT)?;
+            }
+            told.push_str(&line);
+            told.push('\n');
+        }
+        let code = demo.wait()?.code();
+        ensure!(
+            code == Some(130) && told.ends_with("interrupted; nothing is left behind\n"),
+            "{code:?}: {told}"
+        );
+        let left: Vec<_> = fs::read_dir(folder.path())?.collect();
+        ensure!(left.is_empty(), "{left:?}");
     }
     Ok(())
 }
