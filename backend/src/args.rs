@@ -2,6 +2,7 @@
 
 //! The command line, as text becomes types. Nothing is opened here.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use barlink::broker::ChannelPlan;
@@ -36,8 +37,8 @@ Exit codes:
 pub enum Command {
     /// Serve a region to VMs and host apps, until interrupted
     #[command(
-        after_help = "Example:\n  barlink serve --ivshmem /tmp/vm.sock --size 64M --channel camera=up,16M,drop \
-                            --channel commands=down,64K"
+        after_help = "Example:\n  barlink serve --ivshmem /tmp/vm.sock --size 64M \\\n      \
+                            --channel camera=up,16M,drop --channel commands=down,64K"
     )]
     Serve(Serve),
     /// Send a file or standard input to a guest
@@ -67,6 +68,7 @@ pub enum Command {
     #[command(after_help = "Example:\n  barlink poke hello\n  barlink poke --at 4K < image.bin")]
     Poke(Poke),
     /// Empty a channel that neither end uses, so that it can be used again: records that were not received are lost
+    #[command(after_help = "Example:\n  barlink reset-channel up")]
     ResetChannel(ResetChannel),
     /// Print what to add to a QEMU command line, or to a libvirt domain, for a VM to get the device
     #[command(
@@ -74,16 +76,22 @@ pub enum Command {
                             Do not add reconnect-ms to the chardev: QEMU's ivshmem then hangs at start."
     )]
     QemuArgs(QemuArgs),
+    /// What a broker starts to remove the files of its sockets at its end
+    #[command(name = SWEEP, hide = true)]
+    Sweep(Sweep),
 }
+
+/// The subcommand that a broker starts.
+pub const SWEEP: &str = "sweep";
 
 /// Which broker.
 #[derive(Clone, Debug, Args)]
 #[group(multiple = false)]
 pub struct Which {
-    /// The broker's name; its control socket is barlink/NAME.sock in the user's run folder
+    /// The broker's name; its control socket is barlink/NAME.sock in $XDG_RUNTIME_DIR, or in /run for root without one
     #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
     pub name: String,
-    /// The broker's control socket
+    /// The broker's control socket, in place of a name
     #[arg(long, value_name = "SOCKET")]
     pub control: Option<PathBuf>,
 }
@@ -266,6 +274,12 @@ pub struct QemuArgs {
     pub libvirt: bool,
     #[command(flatten)]
     pub which: Which,
+}
+
+#[derive(Debug, Args)]
+pub struct Sweep {
+    /// Each as DEVICE:INODE:PATH
+    pub files: Vec<OsString>,
 }
 
 fn parse_name(text: &str) -> Result<String, String> {

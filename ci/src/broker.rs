@@ -135,7 +135,7 @@ impl Broker {
             ]);
         }
         let manager = manager(folder.path())?;
-        let program = artifacts.barlink.clone();
+        let program = artifacts.host("barlink")?.to_owned();
         let mut broker = Self {
             child: spawn(&program, &all, folder.path(), manager.as_ref())?,
             program,

@@ -22,6 +22,65 @@ use crate::tools::{Headers, ToolArgs, Tools, VmArgs};
 /// The target that this is all for. Its C library can be linked in, so that a program runs where no library is.
 pub(crate) const NATIVE_TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// Which programs a task needs. No other is built for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Programs {
+    /// What the initramfs with them is called.
+    name: &'static str,
+    /// The host's.
+    host: &'static [&'static str],
+    /// The guest's.
+    guest: &'static [&'static str],
+}
+
+impl Programs {
+    /// What packages are made of.
+    pub const PACKAGED: Self = Self {
+        name: "package",
+        host: &["barlink"],
+        guest: &["barlink-guest"],
+    };
+    /// What the demo shows.
+    pub const DEMO: Self = Self {
+        name: "demo",
+        host: &["barlink"],
+        guest: &["barlink-guest", AGENT],
+    };
+    /// What `cargo xtask crash` kills.
+    pub const CRASH: Self = Self {
+        name: "crash",
+        host: &["barlink", CRASH_LOAD],
+        guest: &["barlink-guest", AGENT, CRASH_LOAD],
+    };
+    /// What `cargo xtask bench` measures.
+    pub const BENCH: Self = Self {
+        name: "bench",
+        host: &["barlink", BENCH_LOAD, ICEORYX2_LOAD],
+        guest: &["barlink-guest", AGENT, BENCH_LOAD],
+    };
+    /// What the tests need.
+    pub const ALL: Self = Self {
+        name: "test",
+        host: &["barlink", BENCH_LOAD, CRASH_LOAD, ICEORYX2_LOAD],
+        guest: &[
+            "barlink-guest",
+            AGENT,
+            "barlink-driver-checks",
+            BENCH_LOAD,
+            CRASH_LOAD,
+        ],
+    };
+}
+
+/// What runs commands in the guest.
+const AGENT: &str = "barlink-agent";
+/// What `cargo xtask bench` measures.
+pub const BENCH_LOAD: &str = "barlink-bench-load";
+/// What `cargo xtask crash` kills.
+pub const CRASH_LOAD: &str = "barlink-crash-load";
+/// What `cargo xtask bench` measures of iceoryx2, which is on the host alone.
+pub const ICEORYX2_LOAD: &str = "barlink-iceoryx2-load";
+
 /// What is built, and the tools that it was built with.
 #[derive(Clone, Debug)]
 pub struct Artifacts {
@@ -29,16 +88,10 @@ pub struct Artifacts {
     pub tools: Tools,
     /// How to run the VM.
     pub args: VmArgs,
-    /// The host's program.
-    pub barlink: PathBuf,
-    /// What `cargo xtask bench` measures, on the host.
-    pub bench_load: PathBuf,
-    /// What it measures of iceoryx2, which is on the host alone.
-    pub iceoryx2_load: PathBuf,
-    /// What `cargo xtask crash` kills, on the host.
-    pub crash_load: PathBuf,
-    /// What runs commands in the guest.
-    pub agent: PathBuf,
+    /// The host's programs.
+    host: Built,
+    /// The guest's.
+    guest: Built,
     /// What the guest boots into.
     pub initramfs: PathBuf,
     /// The folder for the logs of VMs.
@@ -51,52 +104,52 @@ impl Artifacts {
         static SHARED: OnceLock<Result<Artifacts>> = OnceLock::new();
         let built = SHARED.get_or_init(|| {
             let args = VmArgs::from_environment()?;
-            Self::build(Tools::find(&args.tools)?, args)
+            Self::build(Tools::find(&args.tools)?, args, Programs::ALL)
         });
         built.as_ref().map_err(|error| anyhow!("{error:#}"))
     }
 
-    /// Builds all for these tools.
-    pub fn build(tools: Tools, args: VmArgs) -> Result<Self> {
+    /// Builds all for these tools, and says what it is at.
+    pub fn build(tools: Tools, args: VmArgs, programs: Programs) -> Result<Self> {
         let target = target_folder()?;
-        let host = host_programs()?;
-        let guest = guest_programs()?;
+        eprintln!("building the host's programs ...");
+        let host = host_programs(programs)?;
+        eprintln!("building the guest's programs ...");
+        let guest = guest_programs(programs)?;
+        eprintln!("building the driver for {} ...", tools.release);
         let driver = driver(&tools, &target)?;
         let logs = target.join("vm");
         fs::create_dir_all(&logs)?;
-        let initramfs = logs.join(format!("initramfs-{}.cpio", tools.release));
-        initramfs::write(
-            &initramfs,
-            &[
-                ("bin/busybox", &tools.busybox),
-                ("bin/barlink-agent", program(&guest, "barlink-agent")?),
-                ("bin/barlink-guest", program(&guest, "barlink-guest")?),
-                (
-                    "bin/barlink-driver-checks",
-                    program(&guest, "barlink-driver-checks")?,
-                ),
-                (
-                    "bin/barlink-bench-load",
-                    program(&guest, "barlink-bench-load")?,
-                ),
-                (
-                    "bin/barlink-crash-load",
-                    program(&guest, "barlink-crash-load")?,
-                ),
-                ("lib/barlink.ko", &driver),
-            ],
-        )?;
+        let initramfs = logs.join(format!(
+            "initramfs-{}-{}.cpio",
+            tools.release, programs.name
+        ));
+        let mut files = vec![
+            ("bin/busybox".to_owned(), tools.busybox.as_path()),
+            ("lib/barlink.ko".to_owned(), driver.as_path()),
+        ];
+        for name in programs.guest {
+            files.push((format!("bin/{name}"), guest.program(name)?));
+        }
+        initramfs::write(&initramfs, &files)?;
         Ok(Self {
-            barlink: program(&host, "barlink")?.clone(),
-            bench_load: program(&host, "barlink-bench-load")?.clone(),
-            iceoryx2_load: program(&host, "barlink-iceoryx2-load")?.clone(),
-            crash_load: program(&host, "barlink-crash-load")?.clone(),
-            agent: program(&guest, "barlink-agent")?.clone(),
             tools,
             args,
+            host,
+            guest,
             initramfs,
             logs,
         })
+    }
+
+    /// One of the host's programs.
+    pub fn host(&self, name: &str) -> Result<&Path> {
+        self.host.program(name)
+    }
+
+    /// One of the guest's programs.
+    pub fn guest(&self, name: &str) -> Result<&Path> {
+        self.guest.program(name)
     }
 
     /// The same, for a guest that has a kernel and initial RAM disk of its own.
@@ -109,27 +162,14 @@ impl Artifacts {
     }
 }
 
-/// Builds what runs on the host, and gives the paths by the names.
-pub(crate) fn host_programs() -> Result<HashMap<String, PathBuf>> {
-    let packages = [
-        "--package=barlink",
-        "--package=barlink-bench-load",
-        "--package=barlink-crash-load",
-        "--package=barlink-iceoryx2-load",
-    ];
-    cargo_build(&packages, Linkage::Default)
+/// Builds what runs on the host.
+pub(crate) fn host_programs(programs: Programs) -> Result<Built> {
+    cargo_build(programs.host, Linkage::Default)
 }
 
-/// Builds what runs in the guest, and gives the paths by the names.
-pub(crate) fn guest_programs() -> Result<HashMap<String, PathBuf>> {
-    let packages = [
-        "--package=barlink-guest",
-        "--package=barlink-agent",
-        "--package=barlink-driver-checks",
-        "--package=barlink-bench-load",
-        "--package=barlink-crash-load",
-    ];
-    cargo_build(&packages, Linkage::Static)
+/// Builds what runs in the guest.
+pub(crate) fn guest_programs(programs: Programs) -> Result<Built> {
+    cargo_build(programs.guest, Linkage::Static)
 }
 
 /// Sets up what the driver needs, builds it, and prints the path of the module.
@@ -214,15 +254,33 @@ enum Linkage {
     Static,
 }
 
-/// Builds programs with optimisation, and gives their paths by their names.
-fn cargo_build(packages: &[&str], linkage: Linkage) -> Result<HashMap<String, PathBuf>> {
+/// Paths of programs, by their names.
+#[derive(Clone, Debug)]
+pub struct Built(HashMap<String, PathBuf>);
+
+impl Built {
+    /// With these, too.
+    pub fn and(mut self, others: Self) -> Self {
+        self.0.extend(others.0);
+        self
+    }
+
+    /// The path of one.
+    pub fn program(&self, name: &str) -> Result<&Path> {
+        let program = self.0.get(name).map(PathBuf::as_path);
+        program.with_context(|| format!("cargo built no program {name}"))
+    }
+}
+
+/// Builds the programs of these packages with optimisation.
+fn cargo_build(packages: &[&str], linkage: Linkage) -> Result<Built> {
     let mut build = cargo("build");
     build.args([
         "--release",
         "--bins",
         "--message-format=json-render-diagnostics",
     ]);
-    build.args(packages);
+    build.args(packages.iter().flat_map(|package| ["--package", package]));
     if linkage == Linkage::Static {
         build.arg(format!("--target={NATIVE_TARGET}"));
         // Of all ways to give flags this one outranks the others, so that no setting of the user's undoes it.
@@ -235,7 +293,7 @@ fn cargo_build(packages: &[&str], linkage: Linkage) -> Result<HashMap<String, Pa
         .output()
         .context("cargo cannot be started")?;
     if !output.status.success() {
-        bail!("cargo build {} failed", packages.join(" "));
+        bail!("cargo cannot build {}", packages.join(", "));
     }
     let messages = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
     let mut programs = HashMap::new();
@@ -248,11 +306,5 @@ fn cargo_build(packages: &[&str], linkage: Linkage) -> Result<HashMap<String, Pa
             programs.insert(name.to_owned(), path.into());
         }
     }
-    Ok(programs)
-}
-
-fn program<'a>(programs: &'a HashMap<String, PathBuf>, name: &str) -> Result<&'a PathBuf> {
-    programs
-        .get(name)
-        .with_context(|| format!("cargo built no program {name}"))
+    Ok(Built(programs))
 }

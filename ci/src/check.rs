@@ -40,11 +40,14 @@ fn report(tally: &mut Tally, what: &str, passed: bool) {
     println!("{} {what}", if passed { "ok    " } else { "FAILED" });
 }
 
-fn cargo_checks(target: &Path) -> [(&'static str, Command); 5] {
+fn cargo_checks(target: &Path) -> [(&'static str, Command); 6] {
     let mut format = cargo("fmt");
     format.args(["--all", "--check"]);
     let mut lints = cargo("clippy");
     lints.args(["--workspace", "--all-targets", "--", "--deny=warnings"]);
+    let mut own_lints = cargo("clippy");
+    own_lints.args(["--package=xtask", "--no-default-features"]);
+    own_lints.args(["--", "--deny=warnings"]);
     let mut documentation = cargo("doc");
     documentation.args(["--workspace", "--no-deps"]);
     documentation.env("RUSTDOCFLAGS", "--deny=warnings");
@@ -58,6 +61,7 @@ fn cargo_checks(target: &Path) -> [(&'static str, Command); 5] {
     [
         ("format", format),
         ("lints", lints),
+        ("lints of the tasks that soon begin", own_lints),
         ("documentation", documentation),
         ("format of the fuzz targets", fuzz_format),
         ("lints of the fuzz targets", fuzz_lints),

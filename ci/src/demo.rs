@@ -4,9 +4,11 @@
 //! arrived is compared with what was sent.
 
 use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::io::{self, IsTerminal, Read, Seek};
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -14,17 +16,20 @@ use clap::Args;
 use indicatif::HumanBytes;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use signal_hook::consts::SIGINT;
 
 use crate::broker::{Broker, Transport};
-use crate::builds::Artifacts;
+use crate::builds::{Artifacts, Programs};
 use crate::setup;
 use crate::tools::{Accel, Tools, VmArgs};
-use crate::vm::{Config, Vm, accelerator};
+use crate::vm::{Config, Vm, accelerator, check_accelerator};
 
 /// How long a transfer may take.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(300);
 /// Smallest file that is worth sending.
 const LEAST_FILE: u64 = 64 << 20;
+/// The exit code after Ctrl-C.
+const INTERRUPTED: u8 = 130;
 /// Where the guest keeps the file.
 const GUEST_FILE: &str = "/tmp/file";
 
@@ -52,13 +57,37 @@ pub struct DemoArgs {
 pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     // Before what takes long.
     args.file.as_deref().map(check_file).transpose()?;
+    check_accelerator(args.vm.accel)?;
+    if args.keep {
+        ensure!(
+            io::stdin().is_terminal() && io::stdout().is_terminal(),
+            "--keep puts a shell on this terminal, and standard input or output is none: run it in a terminal, or \
+             leave --keep out"
+        );
+    }
     let tools = setup::ensure(&args.vm.tools)?;
     let file = file_to_send(args, &tools)?;
-    let artifacts = Artifacts::build(tools, args.vm.clone())?;
+    let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::DEMO)?;
+    // From here on there is something to remove. The programs that run for this one hear the Ctrl-C as well, and end; then
+    // so does what waits for them.
+    let interrupted = Arc::<AtomicBool>::default();
+    signal_hook::flag::register(SIGINT, Arc::clone(&interrupted))
+        .context("signals cannot be caught")?;
+    match show(args, &artifacts, &file) {
+        Err(_) if interrupted.load(Ordering::Relaxed) => {
+            eprintln!("interrupted; nothing is left behind");
+            Ok(ExitCode::from(INTERRUPTED))
+        }
+        shown => shown.map(|()| ExitCode::SUCCESS),
+    }
+}
 
-    let broker = Broker::start_over(&artifacts, &[args.transport], &["--size", "64M"])?;
+/// Shows it.
+fn show(args: &DemoArgs, artifacts: &Artifacts, file: &Path) -> Result<()> {
+    let broker = Broker::start_over(artifacts, &[args.transport], &["--size", "64M"])?;
+    eprintln!("booting the guest ...");
     let vm = Vm::boot_with(
-        &artifacts,
+        artifacts,
         &Config {
             interactive: args.keep,
             preallocated: true,
@@ -73,7 +102,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
         text(&info["cache_mode"])
     );
 
-    let trip = round_trip(&broker, &vm, &file)?;
+    let trip = round_trip(&broker, &vm, file)?;
     telemetry(&broker, &vm)?;
     window(&broker, &vm)?;
     let snapshot = broker.inspect()?;
@@ -117,7 +146,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
         println!("from another terminal: {}", shown(&broker, "inspect"));
         vm.attach_terminal()?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// The command line of a host app at this broker, for a person to type.
@@ -175,20 +204,13 @@ fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
     let mut back = tempfile::tempfile_in("/dev/shm")?;
     io::copy(&mut io::repeat(0).take(bytes), &mut back)?;
     back.rewind()?;
-    let receiver = broker
-        .app(["recv", "--json"])
-        .stdout(back.try_clone()?)
-        .stderr(Stdio::piped())
-        .spawn()?;
+    let mut receiver = broker.app(["recv", "--json"]);
+    receiver.stdout(back.try_clone()?);
+    let receiver = Receiver::start(&mut receiver)?;
     vm.spawn(["barlink-guest", "send", GUEST_FILE])?
         .wait(TRANSFER_TIMEOUT)?
         .require_success()?;
-    let received = receiver.wait_with_output()?;
-    let report = String::from_utf8_lossy(&received.stderr);
-    ensure!(
-        received.status.success(),
-        "receiving on the host failed: {report}"
-    );
+    let received = receiver.wait()?;
     let up = rate(&received.stderr, bytes)?;
     back.rewind()?;
     let back_sum = sha256(&mut back)?;
@@ -204,6 +226,41 @@ fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
         down,
         up,
     })
+}
+
+/// `barlink recv`, which would wait for ever for a sender that cannot be started: killed when dropped.
+struct Receiver(Option<Child>);
+
+impl Receiver {
+    /// Starts it. What it would show on a terminal is not what the demo shows.
+    fn start(command: &mut Command) -> Result<Self> {
+        let child = command.stderr(Stdio::piped()).spawn();
+        Ok(Self(Some(
+            child.context("`barlink recv` cannot be started")?,
+        )))
+    }
+
+    /// Waits until it has received all.
+    fn wait(mut self) -> Result<Output> {
+        let child = self.0.take().context("it has ended")?;
+        let received = child.wait_with_output()?;
+        let report = String::from_utf8_lossy(&received.stderr);
+        ensure!(
+            received.status.success(),
+            "receiving on the host failed: {report}"
+        );
+        Ok(received)
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // It may have ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 /// MB/s, from the summary that a receiver prints; it must have received all.
@@ -223,7 +280,7 @@ fn rate(summary: &[u8], bytes: u64) -> Result<f64> {
 
 /// Streams the guest's load to the host for two seconds.
 fn telemetry(broker: &Broker, vm: &Vm) -> Result<()> {
-    let receiver = broker.app(["recv"]).stdout(Stdio::piped()).spawn()?;
+    let receiver = Receiver::start(broker.app(["recv"]).stdout(Stdio::piped()))?;
     vm.run([
         "barlink-guest",
         "telemetry",
@@ -233,8 +290,7 @@ fn telemetry(broker: &Broker, vm: &Vm) -> Result<()> {
         "100",
     ])?
     .require_success()?;
-    let received = receiver.wait_with_output()?;
-    ensure!(received.status.success(), "receiving telemetry failed");
+    let received = receiver.wait()?;
     let lines = String::from_utf8(received.stdout)?;
     let samples: Vec<Value> = lines
         .lines()

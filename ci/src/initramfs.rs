@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use cpio::newc::{Builder, ModeFileType, trailer};
@@ -23,7 +23,7 @@ const FOLDERS: [&str; 9] = [
 
 /// Writes the archive to `archive`, with these files besides [`FILES`]: the path in the guest, without the
 /// first slash, and the file.
-pub(crate) fn write(archive: &Path, files: &[(&str, &PathBuf)]) -> Result<()> {
+pub(crate) fn write(archive: &Path, files: &[(String, &Path)]) -> Result<()> {
     let folder = archive.parent().unwrap_or(Path::new("."));
     // Complete or not at all: another VM may be booting from the old one.
     let mut unfinished = BufWriter::new(NamedTempFile::new_in(folder)?);
@@ -63,7 +63,7 @@ mod tests {
         let file = folder.path().join("file");
         fs::write(&file, "content").unwrap();
         let archive = folder.path().join("archive");
-        write(&archive, &[("bin/file", &file)]).unwrap();
+        write(&archive, &[("bin/file".to_owned(), &file)]).unwrap();
 
         let mut names = Vec::new();
         let mut rest = &fs::read(&archive).unwrap()[..];

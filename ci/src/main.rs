@@ -5,13 +5,22 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::bench::BenchArgs;
-use xtask::crash::CrashArgs;
 use xtask::demo::DemoArgs;
 use xtask::fuzz::FuzzArgs;
-use xtask::package::PackageArgs;
+#[cfg(not(feature = "all-tasks"))]
+use xtask::other::{
+    self as bench, self as crash, self as package, Words as BenchArgs, Words as CrashArgs,
+    Words as PackageArgs,
+};
+use xtask::setup::NoKernel;
 use xtask::test::TestArgs;
 use xtask::tools::ToolArgs;
+#[cfg(feature = "all-tasks")]
+use xtask::{bench, bench::BenchArgs, crash, crash::CrashArgs, package, package::PackageArgs};
+
+/// The exit code for a mirror that has no kernel of the series that is wanted, which is no fault of this host: who can do
+/// without goes on (`.ci/run`).
+const NO_KERNEL: u8 = 3;
 
 /// Tasks of the barlink project
 #[derive(Parser)]
@@ -24,6 +33,9 @@ struct Cli {
 #[derive(Subcommand)]
 enum Task {
     /// Make the sandbox that everything else runs in: QEMU, a kernel, and the driver's toolchain
+    #[command(
+        after_help = "The exit code is 3 if the mirror has no kernel of the series that is wanted."
+    )]
     Setup(ToolArgs),
     /// Remove sandboxes that other versions of barlink made and nobody uses now, about 2 GB each
     Clean,
@@ -53,13 +65,16 @@ fn main() -> ExitCode {
         Task::Demo(args) => xtask::demo::run(&args),
         Task::Test(args) => xtask::test::run(&args),
         Task::Fuzz(args) => xtask::fuzz::run(&args),
-        Task::Crash(args) => xtask::crash::run(&args),
-        Task::Bench(args) => xtask::bench::run(&args),
-        Task::Package(args) => xtask::package::run(&args),
+        Task::Crash(args) => crash::run(&args),
+        Task::Bench(args) => bench::run(&args),
+        Task::Package(args) => package::run(&args),
         Task::Check(args) => xtask::check::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
-        ExitCode::FAILURE
+        match error.is::<NoKernel>() {
+            true => ExitCode::from(NO_KERNEL),
+            false => ExitCode::FAILURE,
+        }
     })
 }

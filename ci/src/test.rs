@@ -6,15 +6,16 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use walkdir::WalkDir;
 
-use crate::builds::{Artifacts, cargo, repository, target_folder};
+use crate::builds::{Artifacts, Programs, cargo, repository, target_folder};
 use crate::fuzz;
 use crate::setup;
 use crate::tally::Tally;
 use crate::tools::VmArgs;
+use crate::vm::check_accelerator;
 
 /// What to test, and with which tools.
 #[derive(Args, Debug)]
@@ -129,6 +130,7 @@ fn parts(name: Option<&str>) -> Result<Vec<Part>> {
 
 /// Sets up and builds what the tests need, and runs them all.
 pub fn run(args: &TestArgs) -> Result<ExitCode> {
+    check_accelerator(args.vm.accel)?;
     let mut tally = Tally::default();
     let mut parts = parts(args.name.as_deref())?;
     // Kept to the end, and with it the hold on the sandbox.
@@ -136,7 +138,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     if parts.iter().any(|part| part.boots) {
         // Built here too, and not only by the tests, so that a failure shows once and as what it is.
         match setup::ensure(&args.vm.tools)
-            .and_then(|tools| Artifacts::build(tools, args.vm.clone()))
+            .and_then(|tools| Artifacts::build(tools, args.vm.clone(), Programs::ALL))
         {
             Ok(artifacts) => {
                 let artifacts = built.insert(artifacts);
@@ -174,6 +176,13 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
         }
     });
     println!("{tally}");
+    if let Some(name) = &args.name {
+        // Or a name that is mistyped would pass.
+        ensure!(
+            tally.passed + tally.failed > 0,
+            "no test has `{name}` in its name: name a part of one, with its module if need be"
+        );
+    }
     Ok(tally.exit_code())
 }
 

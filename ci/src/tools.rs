@@ -190,6 +190,20 @@ impl Tools {
         }))
     }
 
+    /// Whether what `args` names is there.
+    pub fn check(args: &ToolArgs) -> Result<()> {
+        for (option, path) in [
+            ("--qemu", &args.qemu),
+            ("--kernel-image", &args.kernel_image),
+        ] {
+            path.as_ref()
+                .map(|path| existing(option, path))
+                .transpose()?;
+        }
+        args.kernel_headers.as_deref().map(release_of).transpose()?;
+        Ok(())
+    }
+
     /// The sandbox's tools, but for those that the user brought.
     pub fn with_sandbox(args: &ToolArgs, sandbox: Sandbox) -> Result<Self> {
         let mut tools = Self {

@@ -14,7 +14,7 @@ use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
-use xtask::builds::Artifacts;
+use xtask::builds::{Artifacts, BENCH_LOAD};
 
 /// What was executed.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,7 +28,7 @@ struct Count {
 
 /// Counts what sending and receiving so many records executes.
 fn count(records: u64, options: &[&str]) -> Result<Count> {
-    let mut command = Command::new(&Artifacts::shared()?.bench_load);
+    let mut command = Command::new(Artifacts::shared()?.host(BENCH_LOAD)?);
     let records = format!("--records={records}");
     command.args(["cost", &records]).args(options);
     let mut child = command.stdin(Stdio::null()).spawn()?;

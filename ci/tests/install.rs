@@ -74,7 +74,10 @@ fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Resu
     let artifacts = Artifacts::shared()?;
     let folder = tempfile::tempdir_in(target_folder()?)?;
     package::build(folder.path())?;
-    fs::copy(&artifacts.agent, folder.path().join("barlink-agent"))?;
+    fs::copy(
+        artifacts.guest("barlink-agent")?,
+        folder.path().join("barlink-agent"),
+    )?;
     fs::write(folder.path().join("agent.service"), AGENT)?;
     let debian = Debian::fresh(&artifacts.args.tools, folder.path(), folder.path())?;
     let release = debian.release();
@@ -101,10 +104,12 @@ fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Resu
     boots_and_streams(artifacts, &debian, &image)?;
 
     upgrades_keep_the_driver(&debian)?;
+    headers_that_fail_are_found_again(&debian)?;
     let removed = printed(debian.run(&format!("{here}{}", commands("# uninstall\n")?))?)?;
     ensure!(removed.contains("removed what was made for"), "{removed}");
     let left = debian.run(&format!(
-        "ls -d /usr/src/barlink-* /usr/src/linux-headers-*/rust /lib/modules/{release}/updates/dkms/barlink* || true"
+        "ls -d /usr/src/barlink-* /usr/src/linux-headers-*/rust /lib/modules/{release}/updates/dkms/barlink* \
+         /var/tmp/barlink-* || true"
     ))?;
     ensure!(left.stdout.is_empty(), "left behind: {left:?}");
     Ok(())
@@ -126,8 +131,52 @@ fn upgrades_keep_the_driver(debian: &Debian) -> Result<()> {
     printed(debian.run(&script)?).map(drop)
 }
 
+/// A run for another kernel that fails while it puts its files in place, since one cannot be copied, and the folder of one that was
+/// killed: `--remove`, which the packages' removal calls, leaves nothing of either.
+fn headers_that_fail_are_found_again(debian: &Debian) -> Result<()> {
+    let release = debian.release();
+    let series: Vec<_> = release.split('.').take(2).collect();
+    let other = format!("{}.99-other", series.join("."));
+    let script = format!(
+        "headers=/usr/src/linux-headers-{other}
+         mkdir -p $headers/scripts /var/tmp/barlink-headers.killed/source
+         cp /usr/src/linux-headers-{release}/.config /usr/src/linux-headers-{release}/Module.symvers $headers/
+         mv /usr/bin/make /usr/bin/make.kept
+         cat >/usr/bin/make <<'END'
+#!/bin/sh
+for word; do case $word in O=*) output=${{word#O=}} ;; esac; done
+mkdir -p $output/rust $output/scripts
+touch $output/rust/core.rmeta $output/scripts/target.json
+ln -sf nothing $output/rust/lost.so
+cp /usr/src/linux-headers-{release}/Module.symvers $output/rust/exports_core_generated.h
+END
+         chmod +x /usr/bin/make
+         barlink-kernel-rust-headers --no-apt {other} 2>&1 && exit 9
+         mv /usr/bin/make.kept /usr/bin/make
+         ls $headers/rust
+         cat $headers/rust/made-by-barlink"
+    );
+    let told = printed(debian.run(&script)?)?;
+    for part in [
+        "lost.so",
+        "that did not work, as is said above",
+        "core.rmeta",
+        "unfinished",
+    ] {
+        ensure!(told.contains(part), "no `{part}` in {told}");
+    }
+    Ok(())
+}
+
 fn refuses_what_it_cannot_complete(debian: &Debian) -> Result<()> {
     let headers = "/usr/src/linux-headers-9.9-other";
+    let missing = debian.run("barlink-kernel-rust-headers --no-apt 9.9-other")?;
+    let errors = String::from_utf8_lossy(&missing.stderr);
+    ensure!(missing.status.code() == Some(1), "{errors}");
+    ensure!(
+        errors.contains("there are no headers of kernel 9.9-other"),
+        "{errors}"
+    );
     for (configuration, message) in [
         ("CONFIG_MODULES=y", "was built without Rust (CONFIG_RUST)"),
         (

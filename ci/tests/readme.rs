@@ -118,11 +118,6 @@ fn every_command_works_as_written() -> Result<()> {
             }
             Block::Host(commands) => {
                 printed.push_str(&shell.run(&commands)?);
-                if commands.contains("barlink serve") {
-                    // A user who types takes longer than a broker that starts; a test does not.
-                    shell
-                        .run("until barlink inspect --json >/dev/null 2>&1; do sleep 0.1; done")?;
-                }
             }
             Block::Guest(commands) => {
                 if vm.is_none() {

@@ -19,12 +19,20 @@ pub struct Cli {
     #[arg(
         long,
         global = true,
+        help_heading = "Device",
         value_name = "DEVICE",
         default_value = "/dev/barlink0"
     )]
     pub device: PathBuf,
     /// Cache mode of its mapping, one for all processes at a time
-    #[arg(long, global = true, value_name = "MODE", value_enum, default_value_t)]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Device",
+        value_name = "MODE",
+        value_enum,
+        default_value_t
+    )]
     pub cache: Cache,
 }
 
@@ -57,6 +65,9 @@ pub enum Command {
     )]
     Recv(Recv),
     /// Send every record of one channel back through another, until its stream ends
+    #[command(
+        after_help = "Example:\n  barlink-guest echo    # on the host: barlink send FILE & barlink recv | cmp - FILE"
+    )]
     Echo(Echo),
     /// Send this guest's own load to the host, as lines of JSON: CPU, memory, interrupts
     #[command(

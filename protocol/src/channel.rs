@@ -106,6 +106,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.link.peer()
     }
 
+    /// Whether nobody holds the other end, as last seen. Between two VMs it cannot be seen, and passes for held.
+    pub fn peer_is_away(&self) -> bool {
+        self.link.peer_is_away()
+    }
+
     /// The events of this end.
     pub fn events(&self) -> &E {
         self.link.events()

@@ -29,6 +29,23 @@ pub struct Progress {
     pub dropped: u64,
 }
 
+/// Told of a stream while it goes on. Nobody is, by `()`.
+pub trait Watch {
+    /// At each record.
+    fn progress(&mut self, _progress: &Progress) {}
+
+    /// After how long a wait for the other end is to be told; `None` if it is not, and then the wait costs nothing.
+    fn patience(&self) -> Option<Duration> {
+        None
+    }
+
+    /// A wait has lasted so long, for the first record of a stream or for room for one, and goes on. `is_away`: nobody
+    /// holds the other end.
+    fn waits(&mut self, _is_away: bool) {}
+}
+
+impl Watch for () {}
+
 /// Why a stream could not go on.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StreamError<X> {
@@ -52,7 +69,7 @@ pub fn send<M, E>(
     sender: &mut Sender<M, E>,
     source: c_int,
     scratch: &mut [u8],
-    mut progress: impl FnMut(&Progress),
+    watch: &mut impl Watch,
 ) -> Result<Progress, StreamError<E::Error>>
 where
     M: Deref<Target = [AtomicU64]> + Clone,
@@ -63,7 +80,7 @@ where
     // A channel that drops could drop this one too, so there it comes with the first data that finds room.
     let mut begun = false;
     if !sender.drops() {
-        mark(sender, Kind::BEGIN)?;
+        mark_watched(sender, Kind::BEGIN, watch)?;
     }
     loop {
         let length = if sender.drops() {
@@ -78,7 +95,8 @@ where
             }
             length
         } else {
-            let Some(mut draft) = sender.draft(scratch.len(), None)? else {
+            let Some(mut draft) = sender.draft(scratch.len(), watch.patience())? else {
+                watch.waits(sender.peer_is_away());
                 continue;
             };
             let length = retry(|| draft.read_from(source)).map_err(StreamError::Read)?;
@@ -92,9 +110,9 @@ where
         }
         total.bytes += length as u64;
         total.records += 1;
-        progress(&total);
+        watch.progress(&total);
     }
-    mark(sender, Kind::END)?;
+    mark_watched(sender, Kind::END, watch)?;
     Ok(total)
 }
 
@@ -104,11 +122,23 @@ where
     M: Deref<Target = [AtomicU64]> + Clone,
     E: Events,
 {
+    mark_watched(sender, kind, &mut ())
+}
+
+fn mark_watched<M, E>(
+    sender: &mut Sender<M, E>,
+    kind: Kind,
+    watch: &mut impl Watch,
+) -> Result<(), ChannelError<E::Error>>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events,
+{
     loop {
-        // Without a timeout there is a draft in the end.
-        if let Some(draft) = sender.draft(0, None)? {
+        if let Some(draft) = sender.draft(0, watch.patience())? {
             return draft.commit(kind, 0);
         }
+        watch.waits(sender.peer_is_away());
     }
 }
 
@@ -117,7 +147,7 @@ where
 pub fn receive<M, E>(
     receiver: &mut Receiver<M, E>,
     target: c_int,
-    mut progress: impl FnMut(&Progress),
+    watch: &mut impl Watch,
 ) -> Result<Progress, StreamError<E::Error>>
 where
     M: Deref<Target = [AtomicU64]> + Clone,
@@ -128,8 +158,17 @@ where
     loop {
         // A sender that has left, before we came or since, sends no more; but what it committed until then is there.
         let away = total.records > 0 && receiver.peer_is_away();
-        match receiver.wait(away.then_some(Duration::ZERO))? {
+        let patience = match (away, total.records) {
+            (true, _) => Some(Duration::ZERO),
+            (false, 0) => watch.patience(),
+            (false, _) => None,
+        };
+        match receiver.wait(patience)? {
             Wakeup::Ready => (),
+            Wakeup::TimedOut if total.records == 0 => {
+                watch.waits(receiver.peer_is_away());
+                continue;
+            }
             // Nobody was there at a look after which there was no record either: this is all.
             Wakeup::TimedOut if receiver.peer_is_away() => {
                 return Err(StreamError::Incomplete(total.bytes));
@@ -156,7 +195,7 @@ where
         if kind == Kind::END {
             return Ok(total);
         }
-        progress(&total);
+        watch.progress(&total);
     }
 }
 

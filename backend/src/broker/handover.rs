@@ -38,7 +38,10 @@ pub struct Predecessor {
 impl Predecessor {
     /// Asks the broker at a control socket for all that it has.
     pub fn ask(path: &Path) -> Result<Self, ControlError> {
-        let control = Control::connect(path)?;
+        let control = Control::connect(path).map_err(|error| match error {
+            ControlError::NoBroker { path } => ControlError::NobodyToReplace { path },
+            error => error,
+        })?;
         let mut inheritance = Inheritance::new();
         loop {
             let (answer, descriptors) = control.ask(Ask::HandOver)?;

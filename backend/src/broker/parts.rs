@@ -86,7 +86,7 @@ impl Parts {
         let control = Listener::packets(sockets.control, policy)?;
         let doors = sockets.doors.iter();
         let doors: Vec<_> = doors
-            .map(|path| Listener::stream(path, policy).map(Arc::new))
+            .map(|path| Listener::stream(path, sockets.control, policy).map(Arc::new))
             .collect::<Result<_, _>>()?;
         let memory = memory::create(layout.region_size)?;
         let region = map(&memory, layout.region_size)?;

@@ -4,7 +4,7 @@
 
 use std::str::FromStr;
 
-use barlink_cli::size::parse_size;
+use barlink_cli::size::{parse_size, show_size};
 use barlink_protocol::wire::layout::{
     self, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, Name, PAGE_SIZE,
 };
@@ -17,7 +17,7 @@ const RAW_WINDOW: u64 = 64 << 10;
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// A BAR's size is a power of two.
-    #[error("region size {} is not a power of two: take {}", BinaryBytes(*size), either(candidates))]
+    #[error("region size {} is not a power of two: take --size {}", BinaryBytes(*size), either(candidates))]
     NotAPowerOfTwo {
         /// Bytes asked for.
         size: u64,
@@ -25,15 +25,29 @@ pub enum PlanError {
         candidates: Vec<u64>,
     },
     /// The region does not hold what is to be in it.
-    #[error("region size {} is too small for its channels: take {} or more", BinaryBytes(*size), BinaryBytes(*needed))]
+    #[error("region size {} is too small for its channels: take --size {} or more", BinaryBytes(*size), show_size(*needed))]
     TooSmall {
         /// Bytes asked for.
         size: u64,
         /// Smallest size that is enough.
         needed: u64,
     },
+    /// The machine does not have what would hold it.
+    #[error(
+        "the channels need a region of {}, and this machine's memory is {}: take channels that fit into --size {}",
+        BinaryBytes(*needed), BinaryBytes(*memory), show_size(1 << memory.ilog2())
+    )]
+    ChannelsTooLarge {
+        /// Smallest size that is enough.
+        needed: u64,
+        /// Bytes of memory.
+        memory: u64,
+    },
     /// The machine does not have it.
-    #[error("region size {} is more than this machine's memory, {}: take {} or less", BinaryBytes(*size), BinaryBytes(*memory), BinaryBytes(1 << memory.ilog2()))]
+    #[error(
+        "region size {} is more than this machine's memory, {}: take --size {} or less",
+        BinaryBytes(*size), BinaryBytes(*memory), show_size(1 << memory.ilog2())
+    )]
     TooLarge {
         /// Bytes asked for.
         size: u64,
@@ -65,10 +79,7 @@ pub enum PlanError {
 }
 
 fn either(sizes: &[u64]) -> String {
-    let sizes: Vec<_> = sizes
-        .iter()
-        .map(|size| BinaryBytes(*size).to_string())
-        .collect();
+    let sizes: Vec<_> = sizes.iter().map(|size| show_size(*size)).collect();
     sizes.join(" or ")
 }
 
@@ -151,7 +162,7 @@ impl FromStr for ChannelPlan {
                 "channel size {} is not a power of two from {} on: take {}",
                 BinaryBytes(capacity),
                 BinaryBytes(MIN_CAPACITY),
-                BinaryBytes(1 << capacity.max(MIN_CAPACITY).ilog2())
+                show_size(1 << capacity.max(MIN_CAPACITY).ilog2())
             ));
         }
         let drop_when_full = match parts.next() {
@@ -190,6 +201,7 @@ pub fn plan(
             // Then its being no power of two is the lesser fault.
             plan(above, slots, vectors, channels).map_err(|error| match error {
                 PlanError::TooSmall { needed, .. } => PlanError::TooSmall { size, needed },
+                PlanError::TooLarge { memory, .. } => PlanError::TooLarge { size, memory },
                 error => error,
             })?;
         }
@@ -200,6 +212,13 @@ pub fn plan(
     if size > memory {
         return Err(PlanError::TooLarge { size, memory });
     }
+    let too_small = |needed: u64| {
+        let needed = needed.checked_next_power_of_two().unwrap_or(u64::MAX);
+        match needed > memory {
+            true => PlanError::ChannelsTooLarge { needed, memory },
+            false => PlanError::TooSmall { size, needed },
+        }
+    };
     let chosen = if channels.is_empty() {
         default_channels(size, slots)?
     } else {
@@ -250,11 +269,7 @@ pub fn plan(
     }
     let end = size.saturating_sub(u64::from(slots) * PAGE_SIZE);
     if next > end {
-        let needed = next.saturating_add(u64::from(slots) * PAGE_SIZE);
-        return Err(PlanError::TooSmall {
-            size,
-            needed: needed.checked_next_power_of_two().unwrap_or(u64::MAX),
-        });
+        return Err(too_small(next.saturating_add(u64::from(slots) * PAGE_SIZE)));
     }
     Ok(Layout::new(
         size,
@@ -354,7 +369,7 @@ mod tests {
     fn sizes_that_no_bar_has_are_refused_with_their_cure() {
         assert_eq!(
             plan(100 << 20, 1, 0, &[]).unwrap_err().to_string(),
-            "region size 100.00 MiB is not a power of two: take 64.00 MiB or 128.00 MiB"
+            "region size 100.00 MiB is not a power of two: take --size 64M or 128M"
         );
         for size in [0, 1, 1000, 4095] {
             assert!(plan(size, 1, 0, &[]).is_err(), "{size}");
@@ -366,10 +381,30 @@ mod tests {
                 needed: 128 << 10
             })
         );
-        assert!(matches!(
-            plan(1 << 62, 1, 0, &[]),
-            Err(PlanError::TooLarge { .. })
-        ));
+        // Powers of two and others: what was asked for is named, and what there is.
+        for size in [1 << 62, 100 << 40, 3 << 61, u64::MAX] {
+            let Err(PlanError::TooLarge { size: told, memory }) = plan(size, 1, 0, &[]) else {
+                panic!("{size}");
+            };
+            assert_eq!(told, size);
+            plan(1 << memory.ilog2(), 1, 0, &[]).unwrap();
+        }
+    }
+
+    #[test]
+    fn channels_that_do_not_fit_are_refused_with_the_size_that_would_do_or_that_there_is() {
+        let plan = |size, channel: &str| plan(size, 1, 0, &[channel.parse().unwrap()]);
+        let error = plan(64 << 20, "a=up,64M").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "region size 64.00 MiB is too small for its channels: take --size 128M or more"
+        );
+        plan(128 << 20, "a=up,64M").unwrap();
+        let error = plan(64 << 20, "a=up,8388608T").unwrap_err();
+        assert!(
+            matches!(error, PlanError::ChannelsTooLarge { .. }),
+            "{error}"
+        );
     }
 
     #[test]

@@ -3,10 +3,10 @@
 //! Listening at a path: private from the first moment, taken from nobody who lives, and cleared of who is dead.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
-use std::io;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::Policy;
+use super::sweep::Leftover;
 
 /// Longest path of a Unix socket, in bytes (`unix(7)`).
 const MAX_PATH: usize = 107;
@@ -56,14 +57,33 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
-    /// Another broker listens there.
+    /// The broker that listens there has the same control socket.
     #[error(
-        "socket {path} is in use by another broker: take its place with --replace, or give this one sockets and a --name \
+        "socket {path} is in use by another broker: take its place with --replace, or give this one a --name and sockets \
          of its own"
     )]
     Served {
         /// The path.
         path: PathBuf,
+    },
+    /// It has another one.
+    #[error(
+        "socket {path} is in use by the broker at {control}: choose another path, or take that broker's place with \
+         --replace --control {control} (and no --name) and its other arguments"
+    )]
+    ServedByAnother {
+        /// The path.
+        path: PathBuf,
+        /// The control socket of that broker.
+        control: PathBuf,
+    },
+    /// A broker of another user was there, or is.
+    #[error(
+        "{lock} belongs to another user's broker: choose another path, or have that user stop it and remove the file"
+    )]
+    OfAnotherUser {
+        /// The lock.
+        lock: PathBuf,
     },
     /// Another program listens there.
     #[error(
@@ -144,17 +164,22 @@ impl Listener {
         })
     }
 
-    /// Listens for byte streams.
-    pub fn stream(path: &Path, policy: &Policy) -> Result<Self, SocketError> {
-        Self::listen(path, policy, SocketType::STREAM)
+    /// Listens for byte streams, of the VM of the broker with that control socket.
+    pub fn stream(path: &Path, control: &Path, policy: &Policy) -> Result<Self, SocketError> {
+        Self::listen(path, control, policy, SocketType::STREAM)
     }
 
-    /// Listens for packets.
-    pub fn packets(path: &Path, policy: &Policy) -> Result<Self, SocketError> {
-        Self::listen(path, policy, SocketType::SEQPACKET)
+    /// Listens for packets, at that control socket.
+    pub fn packets(control: &Path, policy: &Policy) -> Result<Self, SocketError> {
+        Self::listen(control, control, policy, SocketType::SEQPACKET)
     }
 
-    fn listen(path: &Path, policy: &Policy, kind: SocketType) -> Result<Self, SocketError> {
+    fn listen(
+        path: &Path,
+        control: &Path,
+        policy: &Policy,
+        kind: SocketType,
+    ) -> Result<Self, SocketError> {
         // Absolute, since it is told to QEMU and to a successor, which may be started elsewhere.
         let path = &std::path::absolute(path).map_err(|source| failed(path, source))?;
         let too_long = || SocketError::TooLong {
@@ -167,7 +192,8 @@ impl Listener {
         let address = SocketAddrUnix::new(path).map_err(|_| too_long())?;
         // Looked at first, so that nothing is made beside somebody's file.
         is_taken_by_a_socket(path)?;
-        let lock = Lock::take(path)?;
+        let control = std::path::absolute(control).map_err(|source| failed(path, source))?;
+        let lock = Lock::take(path, &control)?;
         clear(path, &address, kind)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
@@ -197,6 +223,17 @@ impl Listener {
     /// What says that a broker lives at this path.
     pub fn lock(&self) -> Arc<File> {
         Arc::clone(&self.lock.file)
+    }
+
+    /// The files that it has made, in the order in which they are to be removed; none if somebody has removed them since.
+    pub fn files(&self) -> Vec<Leftover> {
+        let lock = Leftover::of(&self.lock.path);
+        let ours = self.lock.file.metadata();
+        let is_ours = |lock: &Leftover| ours.is_ok_and(|ours| lock.is(&ours));
+        match (Leftover::of(&self.path), lock) {
+            (Some(socket), Some(lock)) if is_ours(&lock) => vec![socket, lock],
+            _ => Vec::new(),
+        }
     }
 
     /// Leaves its file when it is dropped.
@@ -230,7 +267,8 @@ impl Drop for Listener {
 }
 
 impl Lock {
-    fn take(path: &Path) -> Result<Self, SocketError> {
+    /// Takes the lock, and notes in its file whose it is: for who is refused to be told.
+    fn take(path: &Path, control: &Path) -> Result<Self, SocketError> {
         let lock = lock_path(path);
         loop {
             let mut options = OpenOptions::new();
@@ -240,20 +278,26 @@ impl Lock {
                 .create(true)
                 .truncate(false)
                 .mode(0o600);
-            let file = options.open(&lock).map_err(|source| failed(path, source))?;
+            let mut file = match options.open(&lock) {
+                Ok(file) => file,
+                // Not even root opens what another user has in a folder such as /tmp (`fs.protected_regular`).
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied && lock.exists() => {
+                    return Err(SocketError::OfAnotherUser { lock });
+                }
+                Err(error) => return Err(failed(path, error)),
+            };
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => (),
-                Err(Errno::WOULDBLOCK) => {
-                    return Err(SocketError::Served {
-                        path: path.to_owned(),
-                    });
-                }
+                Err(Errno::WOULDBLOCK) => return Err(served(path, control, &file)),
                 Err(error) => return Err(failed(path, error.into())),
             }
             // Its last owner removes it while it holds the lock, so ours may be a file that has no name any more.
             let ours = file.metadata().map_err(|source| failed(path, source))?;
             match std::fs::metadata(&lock) {
-                Ok(named) if named.ino() == ours.ino() && named.dev() == ours.dev() => {
+                Ok(named) if is_same(&named, &ours) => {
+                    // A full disk is no reason not to serve.
+                    let _ = file.set_len(0);
+                    let _ = file.write_all(control.as_os_str().as_bytes());
                     return Ok(Lock {
                         path: lock,
                         file: Arc::new(file),
@@ -277,6 +321,29 @@ impl Drop for Lock {
         if !self.kept {
             let _ = std::fs::remove_file(&self.path);
         }
+    }
+}
+
+fn is_same(one: &Metadata, other: &Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
+/// Says whose socket it is, by what is noted in its lock.
+fn served(path: &Path, control: &Path, mut lock: &File) -> SocketError {
+    let mut noted = Vec::new();
+    // What cannot be read says nothing.
+    let _ = lock.read_to_end(&mut noted);
+    let holder = PathBuf::from(OsString::from_vec(noted));
+    let path = path.to_owned();
+    if holder == control || (holder.as_os_str().is_empty() && path == control) {
+        return SocketError::Served { path };
+    }
+    match holder.as_os_str().is_empty() {
+        true => SocketError::InUse { path },
+        false => SocketError::ServedByAnother {
+            path,
+            control: holder,
+        },
     }
 }
 

@@ -10,9 +10,12 @@ mod stream;
 
 use std::io::{Write, stdout};
 use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use barlink::{Access, Attachment};
+use barlink::control::client::ControlError;
+use barlink::{Access, AttachError, Attachment};
 
 use crate::args::{Command, Which};
 
@@ -34,12 +37,27 @@ pub fn run(command: Command) -> Result<()> {
             .context("cannot write to standard output")
         }
         Command::QemuArgs(args) => qemu_args::qemu_args(&args),
+        Command::Sweep(args) => serve::sweep(&args),
     }
 }
 
-/// Attaches to the broker that the command line names.
+/// How long a broker may take to listen that is started at the same time, as by `barlink serve ... & barlink qemu-args`.
+const START: Duration = Duration::from_secs(1);
+/// How often it is looked whether it does.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Attaches to the broker that the command line names, also if it is just starting.
 fn attach(which: &Which, access: Access) -> Result<Attachment> {
-    Ok(Attachment::connect(&control_socket(which)?, access)?)
+    let socket = control_socket(which)?;
+    let start = Instant::now();
+    loop {
+        match Attachment::connect(&socket, access) {
+            Err(AttachError::Control(ControlError::NoBroker { .. })) if start.elapsed() < START => {
+                thread::sleep(LOOK);
+            }
+            attached => return Ok(attached?),
+        }
+    }
 }
 
 /// The control socket that the command line names: in the user's run folder, unless a path is given.

@@ -26,6 +26,14 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
+    /// Nobody is there whose place could be taken.
+    #[error(
+        "no broker at {path} whose place could be taken: leave --replace out, or name the one that runs by --name or --control"
+    )]
+    NobodyToReplace {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The socket is closed to this user.
     #[error(
         "no permission to attach at {path}: run as the broker's user, or start it with --allow-user"
@@ -149,8 +157,12 @@ impl Control {
         socket: &PacketSocket,
         request: &[u8],
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
-        let lost = |source: io::Error| match source.kind() {
-            io::ErrorKind::WouldBlock => self.not_a_broker("it does not answer"),
+        let lost = |source: io::Error| {
+            match source.kind() {
+            io::ErrorKind::WouldBlock => self.not_a_broker(
+                "it does not answer (continue its process if that is stopped, or start the service whose manager keeps \
+                 the socket)",
+            ),
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
                 ControlError::TurnedAway {
                     path: self.path.clone(),
@@ -160,6 +172,7 @@ impl Control {
                 path: self.path.clone(),
                 source,
             },
+        }
         };
         socket.send(request, &[]).map_err(lost)?;
         let mut buffer = Box::new([0; MAX_PACKET]);

@@ -219,10 +219,10 @@ pub enum Refusal {
         holder: String,
     },
     /// There is no such slot.
-    #[error("the broker has no slot {0}")]
+    #[error("the broker has no slot {0}: `barlink inspect` shows which it has")]
     NoSlot(u32),
     /// Nobody is in the slot.
-    #[error("no VM is in slot {0}")]
+    #[error("no VM is in slot {0}: start it with what `barlink qemu-args --slot {0}` prints")]
     NoVm(u32),
     /// The guest's memory is not for host apps.
     #[error(
@@ -261,7 +261,7 @@ pub enum Refusal {
     #[error("{0} bytes are more than are copied at once, {MAX_COPY}")]
     MuchData(usize),
     /// Only the broker's own user replaces it.
-    #[error("only the broker's own user can replace it")]
+    #[error("only the broker's own user can replace it: run this as that user")]
     NotOwner,
     /// A service manager would start the broker again, beside its successor.
     #[error(

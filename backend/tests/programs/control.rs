@@ -252,7 +252,7 @@ fn what_does_not_answer_is_given_up() {
     let path = folder.path().join("control.sock");
     let _impostor = impostor(&path, None);
     let error = Attachment::connect(&path, Access::ReadOnly).unwrap_err();
-    assert!(error.to_string().ends_with("it does not answer"), "{error}");
+    assert!(error.to_string().contains("it does not answer"), "{error}");
 }
 
 #[test]

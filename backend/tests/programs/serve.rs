@@ -28,28 +28,37 @@ fn refuses_sizes_that_no_bar_can_have() {
         2,
         &[
             "100.00 MiB is not a power of two",
-            "take 64.00 MiB or 128.00 MiB",
+            "take --size 64M or 128M",
         ],
     );
     fails(
         &mut serve("2K"),
         2,
-        &["too small", "take 128.00 KiB or more"],
+        &["too small", "take --size 128K or more"],
     );
     fails(
         &mut serve("0"),
         2,
-        &["0 B is too small", "take 128.00 KiB or more"],
+        &["0 B is too small", "take --size 128K or more"],
     );
     fails(
         &mut serve("130K"),
         2,
-        &["not a power of two", "take 128.00 KiB or 256.00 KiB"],
+        &["not a power of two", "take --size 128K or 256K"],
     );
     fails(
         &mut serve("1T"),
         2,
         &["1.00 TiB is more than this machine's memory", "or less"],
+    );
+    // What was asked for, and not the next power of two.
+    fails(
+        &mut serve("100T"),
+        2,
+        &[
+            "100.00 TiB is more than this machine's memory",
+            "take --size ",
+        ],
     );
     fails(&mut serve("8E"), 2, &["more than this machine's memory"]);
     fails(&mut serve("much"), 2, &["`much` is no size", "say 64M"]);
@@ -71,7 +80,7 @@ fn refuses_what_would_have_no_effect() {
     fails(
         &mut serve(folder.path(), &["--channel", "a=up,33M"]),
         2,
-        &["33.00 MiB is not a power of two", "take 32.00 MiB"],
+        &["33.00 MiB is not a power of two", "take 32M"],
     );
 }
 
@@ -84,7 +93,24 @@ fn refuses_channels_that_do_not_fit() {
         2,
         &[
             "1.00 MiB is too small for its channels",
-            "take 2.00 MiB or more",
+            "take --size 2M or more",
+        ],
+    );
+    // As many who leave --size out meet it.
+    fails(
+        &mut self::serve(folder.path(), &["--channel", "a=up,64M"]),
+        2,
+        &[
+            "64.00 MiB is too small for its channels",
+            "take --size 128M or more",
+        ],
+    );
+    fails(
+        &mut self::serve(folder.path(), &["--channel", "a=up,64T"]),
+        2,
+        &[
+            "the channels need a region of 128.00 TiB",
+            "take channels that fit into --size ",
         ],
     );
 }
@@ -177,6 +203,20 @@ fn refuses_a_path_where_it_may_not_write() {
             1,
             &["no permission", "choose a folder"],
         );
+        // Where everybody may write, and somebody else was before.
+        let open = std::fs::Permissions::from_mode(0o777);
+        std::fs::set_permissions(folder.path(), open).unwrap();
+        let lock = folder.path().join("vm.sock.lock");
+        file_with(&lock, b"");
+        std::fs::set_permissions(&lock, std::fs::Permissions::from_mode(0o600)).unwrap();
+        fails(
+            as_nobody(&mut serve(folder.path(), &[])),
+            1,
+            &[
+                "vm.sock.lock belongs to another user's broker",
+                "choose another path",
+            ],
+        );
     }
     fails(&mut serve(Path::new("/proc/self"), &[]), 1, &["/proc/self"]);
 }
@@ -213,7 +253,7 @@ fn refuses_a_path_where_another_program_listens() {
 }
 
 #[test]
-fn sockets_are_private_and_a_stopped_brokers_are_the_next_ones() {
+fn sockets_are_private_and_go_with_a_broker_that_is_stopped() {
     let mut folder = tempfile::tempdir().unwrap();
     for signal in [Signal::TERM, Signal::INT] {
         let broker = Broker::start_in(folder, &[]);
@@ -229,6 +269,7 @@ fn sockets_are_private_and_a_stopped_brokers_are_the_next_ones() {
         }
         let (left, code) = broker.stop(signal);
         assert_eq!((code, epoch()), (Some(0), 2));
+        assert_eq!(files(left.path()), ["log"]);
         let socket = left.path().join("control.sock");
         fails(
             barlink(["inspect", "--control"]).arg(&socket),
@@ -236,6 +277,117 @@ fn sockets_are_private_and_a_stopped_brokers_are_the_next_ones() {
             &["no broker at", "barlink serve"],
         );
         folder = left;
+    }
+}
+
+/// The names of what is in a folder.
+fn files(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+/// What has the name of a socket by now is not the broker's to remove.
+#[test]
+fn stopped_broker_leaves_what_others_put_in_the_place_of_its_sockets() {
+    let broker = Broker::start(&[]);
+    let (vm, control) = (broker.path("vm.sock"), broker.control());
+    std::fs::remove_file(&vm).unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(&vm).unwrap();
+    let lock = broker.path("control.sock.lock");
+    let moved = broker.path("moved");
+    std::fs::rename(&lock, &moved).unwrap();
+    file_with(&lock, b"another's");
+    let (folder, code) = broker.stop(Signal::TERM);
+    assert_eq!(code, Some(0));
+    assert!(!control.exists());
+    assert_eq!(
+        files(folder.path()),
+        ["control.sock.lock", "log", "moved", "vm.sock"]
+    );
+    std::os::unix::net::UnixStream::connect(vm).unwrap();
+}
+
+/// The process that removes them hears the same Ctrl-C, and ends with a broker that is killed.
+#[test]
+fn what_removes_the_sockets_outlives_an_interrupt_and_not_its_broker() {
+    let broker = Broker::start(&[]);
+    let children = format!("/proc/{0}/task/{0}/children", broker.child.id());
+    let children = std::fs::read_to_string(children).unwrap();
+    let [child] = &children.split_whitespace().collect::<Vec<_>>()[..] else {
+        panic!("one child: {children}");
+    };
+    let child = rustix::process::Pid::from_raw(child.parse().unwrap()).unwrap();
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+        rustix::process::kill_process(child, signal).unwrap();
+    }
+    let is_there = || rustix::process::test_kill_process(child).is_ok();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(is_there());
+    let (folder, _) = broker.stop(Signal::KILL);
+    wait_until("it ends", || !is_there());
+    assert!(folder.path().join("vm.sock").exists());
+}
+
+#[test]
+fn socket_of_a_broker_with_another_control_socket_is_refused_with_a_cure_that_works() {
+    let mut broker = Broker::start(&[]);
+    let socket = broker.path("vm.sock");
+    let other = broker.path("other.sock");
+    let mut second = barlink(["serve".as_ref(), "--ivshmem".as_ref(), socket.as_os_str()]);
+    second.arg("--control").arg(&other);
+    let theirs = format!("--replace --control {} ", broker.control().display());
+    fails(
+        second.env("RUST_LOG", "error"),
+        1,
+        &[
+            "vm.sock is in use by the broker at",
+            "choose another path",
+            &theirs,
+        ],
+    );
+    // At its own control socket there is nobody to replace.
+    fails(
+        second.arg("--replace"),
+        3,
+        &[
+            "other.sock whose place could be taken",
+            "leave --replace out",
+        ],
+    );
+    succeed(&mut broker, &[]);
+}
+
+#[test]
+fn host_app_waits_for_a_broker_that_is_just_starting() {
+    let folder = tempfile::tempdir().unwrap();
+    let control = folder.path().join("control.sock");
+    let app = |args: &[&str]| {
+        let mut command = barlink(args);
+        command.arg("--control").arg(&control);
+        command
+    };
+    let mut early = app(&["qemu-args"]);
+    let early = early.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let broker = Broker::start_in(folder, &[]);
+    let output = early.wait_with_output().unwrap();
+    assert!(output.status.success());
+    assert!(
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .contains("ivshmem-doorbell")
+    );
+    // Whether a dead one left its socket, or there is none: that is told soon.
+    let (folder, _) = broker.stop(Signal::KILL);
+    for control in ["control.sock", "none.sock"] {
+        let start = std::time::Instant::now();
+        let mut late = barlink(["qemu-args", "--control"]);
+        fails(late.arg(folder.path().join(control)), 3, &["no broker at"]);
+        assert!(start.elapsed() < PATIENCE / 4, "{:?}", start.elapsed());
     }
 }
 
@@ -291,6 +443,7 @@ fn a_name_stands_for_a_private_socket_in_the_run_folder() {
     );
     signal_child(&broker, Signal::TERM);
     assert_eq!(wait(&mut broker).code(), Some(0));
+    assert_eq!(files(&folder.path().join("barlink")), [""; 0]);
 }
 
 #[test]

@@ -248,12 +248,71 @@ fn receiver_that_comes_after_its_sender_was_killed_does_not_wait_for_it() {
 fn receiver_that_comes_before_its_sender_waits_and_says_so() {
     let broker = Broker::start(&LOOP);
     let mut terminal = Terminal::start(recv(&broker), USUAL);
-    terminal.wait_for("waiting for a sender on channel `loop`");
+    terminal.wait_for("waiting for a sender on channel `loop` (Ctrl-C ends this)");
     file_with(&broker.path("in"), b"here it is");
     works(send(&broker).arg(broker.path("in")));
     assert_eq!(wait(&mut terminal.child).code(), Some(0));
     terminal.wait_for("here it is");
     assert_eq!(terminal.text().matches("waiting").count(), 1);
+}
+
+#[test]
+fn receiver_whose_sender_says_nothing_waits_and_says_so_once() {
+    let broker = Broker::start(&LOOP);
+    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
+    wait_until("the sender is there", || {
+        !broker.attach().status().unwrap().claims.is_empty()
+    });
+    let out = broker.path("out");
+    let mut command = recv(&broker);
+    command.arg("--follow").arg("-o").arg(&out);
+    let mut terminal = Terminal::start(command, USUAL);
+    terminal.wait_for("waiting for the sender on channel `loop` to send something");
+    sender.stdin.take().unwrap().write_all(b"at last").unwrap();
+    assert!(wait(&mut sender).success());
+    // How it went is told as ever, and the next stream is waited for without a word.
+    terminal.wait_for("received 7 B");
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(terminal.text().matches("waiting").count(), 1);
+    assert_eq!(std::fs::read(&out).unwrap(), b"at last");
+    terminal.child.kill().unwrap();
+    terminal.child.wait().unwrap();
+}
+
+#[test]
+fn sender_to_a_full_channel_says_for_whom_it_waits() {
+    let broker = Broker::start(&LOOP);
+    let data = noise(5_000_000);
+    file_with(&broker.path("in"), &data);
+    let mut command = send(&broker);
+    command.arg(broker.path("in"));
+    let mut terminal = Terminal::start(command, USUAL);
+    terminal.wait_for("channel `loop` is full: waiting for a receiver on it (Ctrl-C ends this)");
+    // What was drawn before and is drawn after does not hide it.
+    terminal.wait_for("of 4.77 MiB");
+    let received = run(&mut recv(&broker));
+    assert!(received.status.success() && received.stdout == data);
+    // Where nobody reads standard error on a terminal there is not a word.
+    assert_eq!(received.stderr, b"");
+    assert!(wait(&mut terminal.child).success());
+    terminal.wait_for("sent 4.77 MiB");
+    assert_eq!(terminal.text().matches("waiting").count(), 1);
+}
+
+#[test]
+fn receiver_without_a_terminal_waits_without_a_word() {
+    let broker = Broker::start(&LOOP);
+    let mut receiver = recv(&broker);
+    receiver.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let receiver = receiver.spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    file_with(&broker.path("in"), b"here it is");
+    works(send(&broker).arg(broker.path("in")));
+    let received = receiver.wait_with_output().unwrap();
+    assert_eq!(
+        (&received.stdout[..], &received.stderr[..]),
+        (&b"here it is"[..], &b""[..])
+    );
 }
 
 #[test]

@@ -50,9 +50,10 @@ pub use self::case::{Direction, Way};
 use self::plan::Plan;
 pub use self::report::Report;
 use self::scene::Scene;
-use crate::builds::{Artifacts, target_folder};
+use crate::builds::{Artifacts, Programs, target_folder};
 use crate::setup;
 use crate::tools::VmArgs;
+use crate::vm::check_accelerator;
 
 /// Bytes of payload in a record.
 const RECORD_SIZES: [u64; 8] = [
@@ -96,8 +97,11 @@ pub struct BenchArgs {
 
 /// Sets up and builds what is needed, measures, writes the results, and prints the tables.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
+    check_accelerator(args.vm.accel)?;
+    // Before what takes long.
+    Plan::new(&RECORD_SIZES, &TRIP_SIZES, &args.only)?;
     let tools = setup::ensure(&args.vm.tools)?;
-    let artifacts = Artifacts::build(tools, args.vm.clone())?;
+    let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::BENCH)?;
     let folder = match &args.output {
         Some(folder) => folder.clone(),
         None => target_folder()?.join("bench"),

@@ -24,7 +24,7 @@ use super::case::Way;
 use super::host;
 use super::peer::Peers;
 use crate::broker::{Broker, Transport};
-use crate::builds::Artifacts;
+use crate::builds::{Artifacts, BENCH_LOAD, ICEORYX2_LOAD};
 use crate::tools::Accel;
 use crate::vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 
@@ -178,9 +178,9 @@ impl<'a> Scene<'a> {
     /// Starts `barlink-bench-load` with these arguments.
     pub fn start(&self, side: Side, arguments: &[String]) -> Result<Load> {
         Ok(match side {
-            Side::Host => start_on_host(&self.artifacts.bench_load, arguments)?,
+            Side::Host => start_on_host(self.artifacts.host(BENCH_LOAD)?, arguments)?,
             Side::Guest => {
-                let program = ["barlink-bench-load"].into_iter();
+                let program = [BENCH_LOAD].into_iter();
                 let arguments = arguments.iter().map(String::as_str);
                 Load::Guest(self.vm.spawn(program.chain(arguments))?)
             }
@@ -194,7 +194,7 @@ impl<'a> Scene<'a> {
 
     /// Starts `barlink-iceoryx2-load` on the host with these arguments.
     pub fn start_iceoryx2(&self, arguments: &[&str]) -> Result<Load> {
-        start_on_host(&self.artifacts.iceoryx2_load, arguments)
+        start_on_host(self.artifacts.host(ICEORYX2_LOAD)?, arguments)
     }
 
     /// The broker.

@@ -32,7 +32,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use barlink_crash_load::Random;
 use clap::Args;
 
@@ -40,9 +40,10 @@ use self::fault::Fault;
 pub use self::report::Report;
 use self::scene::Scene;
 use crate::broker::Transport;
-use crate::builds::Artifacts;
+use crate::builds::{Artifacts, Programs};
 use crate::setup;
 use crate::tools::VmArgs;
+use crate::vm::check_accelerator;
 
 /// Longest time for which the streams are left alone before a fault.
 const CALM: Duration = Duration::from_millis(400);
@@ -74,19 +75,11 @@ pub struct CrashArgs {
 
 /// Sets up and builds what is needed, does the rounds, and prints the table.
 pub fn run(args: &CrashArgs) -> Result<ExitCode> {
+    check_accelerator(args.vm.accel)?;
     let transport = args.transport;
-    let mut faults = Fault::all(transport);
-    if let Some(only) = &args.only {
-        let known: Vec<_> = faults.iter().map(Fault::to_string).collect();
-        faults.retain(|fault| fault.to_string().contains(only));
-        ensure!(
-            !faults.is_empty(),
-            "no kind of fault over {transport} has `{only}` in its name (--only): there are {}",
-            known.join("; ")
-        );
-    }
+    let faults = chosen(transport, args.only.as_deref())?;
     let tools = setup::ensure(&args.vm.tools)?;
-    let artifacts = Artifacts::build(tools, args.vm.clone())?;
+    let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::CRASH)?;
     let seed = match args.seed {
         Some(seed) => seed,
         None => fresh_seed()?,
@@ -97,6 +90,32 @@ pub fn run(args: &CrashArgs) -> Result<ExitCode> {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
+}
+
+/// The kinds of fault over a transport that have this in their names, or all.
+fn chosen(transport: Transport, only: Option<&str>) -> Result<Vec<Fault>> {
+    let mut faults = Fault::all(transport);
+    let Some(only) = only else {
+        return Ok(faults);
+    };
+    let known: Vec<_> = faults.iter().map(|fault| format!("\n  {fault}")).collect();
+    let is_meant = |fault: &Fault| fault.to_string().contains(only);
+    faults.retain(is_meant);
+    if faults.is_empty()
+        && let Some((fault, why)) = Fault::left_out(transport)
+            .into_iter()
+            .find(|(fault, _)| is_meant(fault))
+    {
+        bail!(
+            "`{fault}` (--only) is not done over {transport}, since {why}: choose another --transport"
+        );
+    }
+    ensure!(
+        !faults.is_empty(),
+        "no kind of fault over {transport} has `{only}` in its name (--only): choose from{}",
+        known.concat()
+    );
+    Ok(faults)
 }
 
 /// Does one fault of each kind.
@@ -199,4 +218,26 @@ fn shuffled(faults: &[Fault], random: &mut Random) -> Vec<Fault> {
         faults.swap(last, random.below(last as u64 + 1) as usize);
     }
     faults
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_chosen_by_a_part_of_their_names_and_others_are_told() {
+        let chosen = |transport, only| chosen(transport, Some(only));
+        let all = Fault::all(Transport::Ivshmem).len();
+        assert_eq!(super::chosen(Transport::Ivshmem, None).unwrap().len(), all);
+        let broker = chosen(Transport::Ivshmem, "broker killed").unwrap();
+        assert!(broker.contains(&Fault::BrokerKilled) && broker.len() < all);
+        let unknown = chosen(Transport::Ivshmem, "wrong").unwrap_err().to_string();
+        // One line that says so, and one for each that there is.
+        assert_eq!(unknown.lines().count(), 1 + all, "{unknown}");
+        assert!(unknown.lines().all(|line| line.len() < 100), "{unknown}");
+        let left_out = chosen(Transport::VfioUser, "unplugged").unwrap_err();
+        let left_out = left_out.to_string();
+        assert!(left_out.contains("QEMU 11.1 ends"), "{left_out}");
+        assert_eq!(left_out.lines().count(), 1);
+    }
 }

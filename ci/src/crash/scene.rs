@@ -14,7 +14,7 @@ use super::fault::{Fault, Role, Side};
 use super::watch::{BELL, CHANNELS, Mark, Watch};
 use super::worker::Worker;
 use crate::broker::{Broker, Transport};
-use crate::builds::Artifacts;
+use crate::builds::{Artifacts, CRASH_LOAD};
 use crate::vm::{COMMAND_TIMEOUT, Process, Vm};
 
 /// Small channels, so that they are often full and often wrap; and one that is only rung.
@@ -144,7 +144,7 @@ impl<'a> Scene<'a> {
 
     /// Starts a process in the guest that rings the host without a pause, until it is killed.
     pub fn start_ringing(&self) -> Result<Process> {
-        let program = ["barlink-crash-load", "--device", "/dev/barlink0"];
+        let program = [CRASH_LOAD, "--device", "/dev/barlink0"];
         let argv = program.into_iter().chain(["ringer", BELL]);
         self.vm()?.spawn(argv)
     }

@@ -15,7 +15,7 @@ use rustix::process::Signal;
 
 use super::fault::{Role, Side};
 use crate::broker::Broker;
-use crate::builds::Artifacts;
+use crate::builds::{Artifacts, CRASH_LOAD};
 use crate::vm::{COMMAND_TIMEOUT, Process, Vm};
 
 /// How often a process on the host is looked at.
@@ -65,14 +65,14 @@ impl Worker {
         let arguments = [end, role.channel(), &seed];
         let process = match role.side {
             Side::Host => {
-                let mut command = Command::new(&artifacts.crash_load);
+                let mut command = Command::new(artifacts.host(CRASH_LOAD)?);
                 command.arg("--control").arg(broker.control());
                 command.args(arguments);
                 command.stdin(Stdio::null()).stderr(Stdio::piped());
                 Running::Host(command.spawn().context("an end cannot be started")?)
             }
             Side::Guest => {
-                let program = ["barlink-crash-load", "--device", "/dev/barlink0"];
+                let program = [CRASH_LOAD, "--device", "/dev/barlink0"];
                 // The device has two nodes when something happens to it.
                 let node: &[_] = match role.end {
                     End::Producer => &[],

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use walkdir::WalkDir;
 
 use super::manual;
-use crate::builds::repository;
+use crate::builds::{Built, repository};
 
 /// Where the descriptions, and what only packages have, are.
 pub(super) const FOLDER: &str = "images/packaging";
@@ -47,8 +47,8 @@ struct File {
 pub(super) struct Common {
     /// What takes the place of `@VERSION@` and the like.
     pub(super) words: HashMap<&'static str, String>,
-    /// The programs, by name.
-    pub(super) programs: HashMap<String, PathBuf>,
+    /// The programs.
+    pub(super) programs: Built,
     /// Whom users write to.
     pub(super) maintainer: String,
     /// Seconds since 1970 that all files are dated with, and the same for people.
@@ -206,9 +206,7 @@ impl Common {
 
     fn sources(&self, from: &str) -> Result<Vec<PathBuf>> {
         if let Some(name) = from.strip_prefix("program:") {
-            let program = self.programs.get(name);
-            let program = program.with_context(|| format!("cargo built no program {name}"))?;
-            return Ok(vec![program.clone()]);
+            return Ok(vec![self.programs.program(name)?.to_owned()]);
         }
         let Some((folder, ending)) = from.split_once('*') else {
             return Ok(vec![repository().join(from)]);

@@ -15,7 +15,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use self::deb::{Common, FOLDER, Package, run as output};
-use crate::builds::{guest_programs, host_programs, repository, target_folder};
+use crate::builds::{Programs, guest_programs, host_programs, repository, target_folder};
 
 /// Where the packages go.
 #[derive(Args, Debug)]
@@ -48,11 +48,8 @@ pub fn build(folder: &Path) -> Result<HashMap<String, PathBuf>> {
     let description = fs::read_to_string(repository().join(FOLDER).join("packages.toml"))?;
     let packages: Packages =
         toml::from_str(&description).context("images/packaging/packages.toml is malformed")?;
-    let mut programs = guest_programs()?;
-    // Those for the host are linked with its C library, and the others with their own.
-    programs.retain(|name, _| name == "barlink-guest");
-    programs.extend(host_programs()?);
-    let host = programs.get("barlink").context("there is no barlink")?;
+    let programs = host_programs(Programs::PACKAGED)?.and(guest_programs(Programs::PACKAGED)?);
+    let host = programs.program("barlink")?;
     let common = Common {
         words: [
             ("VERSION", env!("CARGO_PKG_VERSION").to_owned()),

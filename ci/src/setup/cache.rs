@@ -8,7 +8,8 @@ use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use indicatif::BinaryBytes;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tempfile::TempDir;
@@ -51,6 +52,21 @@ impl Cache {
             .create(&folder)
             .with_context(|| format!("{} cannot be made", folder.display()))?;
         Ok(Self { folder })
+    }
+
+    /// Whether a sandbox has room on the disk, which is better said before it is full.
+    pub(super) fn check_room(&self, needed: u64) -> Result<()> {
+        let disk = rustix::fs::statvfs(&self.folder)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        ensure!(
+            free >= needed,
+            "{} is on a disk with {} left, and a sandbox needs {}: make room, remove old sandboxes with `cargo xtask clean`, or \
+             set XDG_CACHE_HOME to a folder elsewhere",
+            self.folder.display(),
+            BinaryBytes(free),
+            BinaryBytes(needed)
+        );
+        Ok(())
     }
 
     /// The log of the latest set-up.
@@ -275,6 +291,17 @@ mod tests {
             .collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn disk_that_is_too_full_is_told_before_it_is_full() {
+        let (_folder, cache) = cache(&[]);
+        cache.check_room(1).unwrap();
+        let error = cache.check_room(u64::MAX).unwrap_err().to_string();
+        assert!(
+            error.contains("make room") && error.contains("XDG_CACHE_HOME"),
+            "{error}"
+        );
     }
 
     #[test]

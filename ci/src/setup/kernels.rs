@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 
 use super::host::KEYRING;
 use super::mirror::output;
@@ -136,21 +136,30 @@ fn numbers(version: &str) -> Vec<u64> {
     digits.filter_map(|number| number.parse().ok()).collect()
 }
 
+/// A mirror has no kernel of the series that is wanted, which another day it may have.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NoKernel(String);
+
 /// Picks the newest kernel of the most preferred series, or of those that begin with `wanted`.
 pub(super) fn choose(kernels: &[Kernel], recipe: &Recipe, wanted: Option<&str>) -> Result<Kernel> {
     let supported = kernels
         .iter()
         .filter_map(|kernel| Some((recipe.rank(&kernel.version)?, kernel)));
-    let (_, kernel) = supported
+    supported
         .filter(|(_, kernel)| wanted.is_none_or(|wanted| kernel.version.is_of(wanted)))
         // The newest is the first, and of equals the first is taken.
         .min_by_key(|(rank, _)| *rank)
-        .with_context(|| nothing_suitable(kernels, recipe, wanted))?;
-    Ok(kernel.clone())
+        .map_or_else(
+            || Err(nothing_suitable(kernels, recipe, wanted)),
+            |(_, kernel)| Ok(kernel.clone()),
+        )
 }
 
-fn nothing_suitable(kernels: &[Kernel], recipe: &Recipe, wanted: Option<&str>) -> String {
+fn nothing_suitable(kernels: &[Kernel], recipe: &Recipe, wanted: Option<&str>) -> Error {
     let series = recipe.series.join(" or ");
+    let is_wanted = |kernel: &Kernel| wanted.is_some_and(|wanted| kernel.version.is_of(wanted));
+    let is_there = kernels.iter().any(is_wanted);
     let wanted = match wanted {
         Some(wanted) => format!("{wanted} (supported is {series})"),
         None => series,
@@ -164,9 +173,14 @@ fn nothing_suitable(kernels: &[Kernel], recipe: &Recipe, wanted: Option<&str>) -
     } else {
         found.join(", ")
     };
-    format!(
+    let why = format!(
         "the mirror has no suitable kernel: wanted {wanted}, found {found}; choose one with --kernel, or another mirror with --mirror"
-    )
+    );
+    if is_there {
+        // It has it, and barlink does not support it.
+        return Error::msg(why);
+    }
+    NoKernel(why).into()
 }
 
 /// Finds a mirror that has the backports, and its kernels.
@@ -282,7 +296,12 @@ mod tests {
             "{error}"
         );
         assert!(error.contains("found 7.3.4, 7.2.12, 7.1.3"), "{error}");
+        let is_missing = |wanted| {
+            let error = choose(&kernels(), &recipe, Some(wanted)).unwrap_err();
+            error.is::<NoKernel>()
+        };
+        assert!(is_missing("9.9") && is_missing("7.2.9"));
         // On the mirror, but not supported.
-        choose(&kernels(), &recipe, Some("7.1")).unwrap_err();
+        assert!(!is_missing("7.1"));
     }
 }

@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use self::cache::{Cache, Lock};
+pub use self::kernels::NoKernel;
 use self::metadata::Unfinished;
 pub use self::program::program;
 use crate::recipe::{Kind, Recipe};
@@ -78,6 +79,8 @@ pub fn ensure(args: &ToolArgs) -> Result<Tools> {
     if let Some(tools) = Tools::own(args)? {
         return Ok(tools);
     }
+    // Before what takes long.
+    Tools::check(args)?;
     let sandbox = match finished(args)?.into_iter().next() {
         Some(sandbox) => sandbox,
         None => build(args, Kind::Sandbox)?,
@@ -113,6 +116,9 @@ pub fn debian(args: &ToolArgs) -> Result<(Sandbox, File)> {
     Ok((debian, hold))
 }
 
+/// Bytes of disk that a sandbox takes while it is made.
+const ROOM: u64 = 3 << 30;
+
 /// Makes a sandbox, or waits until another process has made a fitting one.
 fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
     let recipe = Recipe::load()?;
@@ -122,6 +128,7 @@ fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
         return Ok(sandbox);
     }
     let unfinished = cache.begin(&lock)?;
+    cache.check_room(ROOM)?;
     let folder = unfinished.path();
     let steps = Steps::start(&cache.log())?;
     host::prepare(&steps)?;

@@ -10,6 +10,7 @@
 //! # anyhow::Ok(())
 //! ```
 
+mod accelerator;
 mod agent;
 mod bare;
 mod console;
@@ -26,12 +27,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+pub use self::accelerator::{accelerator, check_accelerator};
 use self::agent::Agent;
 pub use self::agent::{Output, Process};
 pub use self::bare::{Bare, PciDevice};
 use self::console::Console;
 use self::qemu::Qemu;
-pub use self::qemu::accelerator;
 use self::qmp::Qmp;
 use crate::builds::Artifacts;
 

@@ -12,9 +12,9 @@ use std::{fs, thread};
 use anyhow::{Context, Result};
 use barlink_agent::PORT;
 use command_fds::{CommandFdExt, FdMapping};
-use rustix::fs::{Access, access};
 use tempfile::TempDir;
 
+use super::accelerator::{KVM, accelerator};
 use super::console::{ERRORS, LOG};
 use super::{Config, FIRST_FILE};
 use crate::builds::Artifacts;
@@ -24,8 +24,6 @@ use crate::tools::{Accel, Qemu as Program};
 const QMP: (&str, i32) = ("qmp", 3);
 const AGENT: (&str, i32) = ("agent", 4);
 const CONSOLE: (&str, i32) = ("console", 5);
-
-const KVM: &str = "/dev/kvm";
 
 /// A QEMU process; ended when dropped, and whenever this process ends.
 #[derive(Debug)]
@@ -166,20 +164,6 @@ pub(super) fn program(artifacts: &Artifacts, config: &Config, folder: &Path) -> 
             Ok(command)
         }
     }
-}
-
-/// What to run the guest's instructions with: what is `wanted`, or else the best that works.
-pub fn accelerator(wanted: Option<Accel>) -> Accel {
-    wanted.unwrap_or_else(|| {
-        // The device alone says little: where something else than these modules serves it, guests may hang.
-        let module = ["/sys/module/kvm_intel", "/sys/module/kvm_amd"];
-        let served = module.iter().any(|module| Path::new(module).exists());
-        if served && access(KVM, Access::READ_OK | Access::WRITE_OK).is_ok() {
-            Accel::Kvm
-        } else {
-            Accel::Tcg
-        }
-    })
 }
 
 /// The guest's memory, as an object `ram`.

@@ -9,11 +9,12 @@ pub mod place;
 pub mod size;
 pub mod stream;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{Command, Parser};
 
 /// Reads the command line. One that is wrong ends the program, with one line that says so.
 pub fn parse<Cli: Parser>() -> Cli {
@@ -26,14 +27,25 @@ pub fn parse<Cli: Parser>() -> Cli {
         if shows_help.contains(&error.kind()) {
             error.exit();
         }
-        let program = Cli::command().get_name().to_owned();
+        let command = Cli::command();
+        let program = command.get_name();
         let _ = writeln!(
             std::io::stderr(),
-            "{program}: {} (see {program} --help)",
-            one_line(&error.to_string())
+            "{program}: {} (see {} --help)",
+            one_line(&error.to_string()),
+            meant(&command, std::env::args_os().skip(1))
         );
         std::process::exit(error.exit_code());
     })
+}
+
+/// Whose help tells more: the subcommand's, if there is one among these words.
+fn meant(command: &Command, mut words: impl Iterator<Item = OsString>) -> String {
+    let program = command.get_name();
+    match words.find_map(|word| command.find_subcommand(word)) {
+        Some(subcommand) => format!("{program} {}", subcommand.get_name()),
+        None => program.to_owned(),
+    }
 }
 
 /// What clap says of an error, without the usage and the pointer to the help.
@@ -74,6 +86,15 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn help_that_is_pointed_to_is_the_subcommands() {
+        let command = Command::new("program").subcommand(Command::new("serve"));
+        let meant = |words: &[&str]| meant(&command, words.iter().map(OsString::from));
+        assert_eq!(meant(&["serve", "--size", "x"]), "program serve");
+        assert_eq!(meant(&["--what", "serve"]), "program serve");
+        assert_eq!(meant(&["sreve"]), "program");
+    }
 
     #[test]
     fn errors_of_the_command_line_have_one_line() {

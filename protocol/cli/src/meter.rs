@@ -1,30 +1,69 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Shows how far a stream is, on a terminal, and how it went.
+//! Shows how far a stream is, on a terminal, whom it waits for, and how it went.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use barlink_protocol::stream::Progress;
+use barlink_protocol::stream::{Progress, Watch};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 /// Looking at the clock and the terminal at each record would be felt.
 const INTERVAL: Duration = Duration::from_millis(100);
 
+/// How long the other end is waited for without a word.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Says once, on a terminal, that the other end is waited for.
+pub struct Wait {
+    /// What to say where nobody holds the other end, and where somebody does.
+    away: String,
+    held: String,
+    /// There is nobody to tell, or he was told.
+    is_over: bool,
+}
+
+impl Wait {
+    /// Of a receiver.
+    pub fn for_sender(channel: &str) -> Self {
+        Self::new(
+            format!("waiting for a sender on channel `{channel}`"),
+            format!("waiting for the sender on channel `{channel}` to send something"),
+        )
+    }
+
+    /// Of a sender.
+    pub fn for_receiver(channel: &str) -> Self {
+        Self::new(
+            format!("channel `{channel}` is full: waiting for a receiver on it"),
+            format!("channel `{channel}` is full: waiting for its receiver to go on"),
+        )
+    }
+
+    fn new(away: String, held: String) -> Self {
+        Wait {
+            away,
+            held,
+            is_over: !io::stderr().is_terminal(),
+        }
+    }
+}
+
 /// See the module.
-pub struct Meter {
+pub struct Meter<'a> {
     bar: ProgressBar,
-    /// Whether it shows anything.
+    wait: &'a mut Wait,
+    /// Whether it shows how far the stream is.
     visible: bool,
     shown: Instant,
     /// When the first record was there.
     start: Option<Instant>,
 }
 
-impl Meter {
+impl<'a> Meter<'a> {
     /// For a stream between a channel and `file`, of so many bytes if that is known. Where the file is a terminal, what
     /// it shows or is typed there is not drawn over.
-    pub fn new(file: &impl IsTerminal, size: Option<u64>) -> Self {
+    pub fn new(file: &impl IsTerminal, size: Option<u64>, wait: &'a mut Wait) -> Self {
         let visible = io::stderr().is_terminal() && !file.is_terminal();
         let bar = if visible {
             ProgressBar::new_spinner()
@@ -43,18 +82,10 @@ impl Meter {
         }
         Meter {
             bar,
+            wait,
             visible,
             shown: Instant::now(),
             start: None,
-        }
-    }
-
-    /// At each record.
-    pub fn show(&mut self, progress: &Progress) {
-        let start = *self.start.get_or_insert_with(Instant::now);
-        if !self.bar.is_hidden() && (self.shown.elapsed() >= INTERVAL || start > self.shown) {
-            self.shown = Instant::now();
-            self.bar.set_position(progress.bytes);
         }
     }
 
@@ -79,5 +110,33 @@ impl Meter {
             let bytes = HumanBytes(total.bytes);
             let _ = writeln!(told, "{done} {bytes} in {seconds:.2} s, {rate}/s");
         }
+    }
+}
+
+impl Watch for Meter<'_> {
+    fn progress(&mut self, progress: &Progress) {
+        let start = *self.start.get_or_insert_with(Instant::now);
+        if !self.bar.is_hidden() && (self.shown.elapsed() >= INTERVAL || start > self.shown) {
+            self.shown = Instant::now();
+            self.bar.set_position(progress.bytes);
+        }
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        (!self.wait.is_over).then_some(PATIENCE)
+    }
+
+    fn waits(&mut self, is_away: bool) {
+        if std::mem::replace(&mut self.wait.is_over, true) {
+            return;
+        }
+        let what = match is_away {
+            true => &self.wait.away,
+            false => &self.wait.held,
+        };
+        self.bar.suspend(|| {
+            // Nobody may be there to be told.
+            let _ = writeln!(io::stderr(), "{what} (Ctrl-C ends this)");
+        });
     }
 }

@@ -7,7 +7,22 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     parse_size::Config::new()
         .with_binary()
         .parse_size(text)
-        .map_err(|error| format!("`{text}` is no size: {error} (say 64M, 1G or a number of bytes)"))
+        .map_err(|error| match error {
+            parse_size::Error::PosOverflow => {
+                format!("`{text}` is more than 64 bits hold: say 64M or 1G")
+            }
+            _ => format!("`{text}` is no size: say 64M, 1G or a number of bytes"),
+        })
+}
+
+/// A size as [`parse_size()`] takes it, in the largest unit of which it is a whole number.
+pub fn show_size(size: u64) -> String {
+    let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
+    let whole = |(shift, _): &(u32, &str)| size != 0 && size.trailing_zeros() >= *shift;
+    match units.into_iter().find(whole) {
+        Some((shift, unit)) => format!("{}{unit}", size >> shift),
+        None => size.to_string(),
+    }
 }
 
 /// Parses an offset: a size, or a hexadecimal number with 0x.
@@ -22,6 +37,31 @@ pub fn parse_offset(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_shown_as_they_are_written() {
+        for text in [
+            "0", "1", "1023", "1K", "1025", "64M", "3G", "1536M", "8T", "8388608T",
+        ] {
+            assert_eq!(show_size(parse_size(text).unwrap()), text);
+        }
+    }
+
+    #[test]
+    fn what_is_no_size_is_refused_with_what_is_one() {
+        for (text, cause) in [
+            ("", "no size"),
+            ("much", "no size"),
+            ("-5", "no size"),
+            ("16E", "64 bits"),
+        ] {
+            let error = parse_size(text).unwrap_err();
+            assert!(
+                error.contains(cause) && error.contains("say 64M"),
+                "{error}"
+            );
+        }
+    }
 
     #[test]
     fn offsets_are_sizes_or_hexadecimal() {

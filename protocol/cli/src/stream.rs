@@ -3,19 +3,18 @@
 //! `send` and `recv`: a file through a channel.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use barlink_protocol::cursor::Corrupt;
 use barlink_protocol::stream::{self, StreamError};
-use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Sender, Wakeup};
+use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Sender};
 use clap::Args;
 
-use crate::meter::Meter;
+use crate::meter::{Meter, Wait};
 use crate::size::parse_size;
 
 /// Most bytes in a record, if the user does not say: more than this is no faster.
@@ -94,10 +93,9 @@ where
          serve a larger channel"
     );
     let mut record = vec![0; usize::try_from(record)?];
-    let mut meter = Meter::new(&source, size);
-    let outcome = stream::send(&mut sender, source.as_raw_fd(), &mut record, |progress| {
-        meter.show(progress);
-    });
+    let mut wait = Wait::for_receiver(channel);
+    let mut meter = Meter::new(&source, size, &mut wait);
+    let outcome = stream::send(&mut sender, source.as_raw_fd(), &mut record, &mut meter);
     let total = outcome.map_err(|error| describe(error, channel));
     let total = total.with_context(|| format!("sending to channel `{channel}`"))?;
     meter.finish("sent", &total, args.json);
@@ -128,22 +126,10 @@ where
             .try_clone_to_owned()
             .context("cannot use standard output")?,
     };
-    if io::stderr().is_terminal() {
-        let found = receiver.wait(Some(Duration::ZERO));
-        let found = found.map_err(|error| describe(error.into(), channel))?;
-        if found != Wakeup::Ready && !receiver.peer().is_held() {
-            // Nobody may be there to be told.
-            let _ = writeln!(
-                io::stderr(),
-                "waiting for a sender on channel `{channel}` (Ctrl-C ends this)"
-            );
-        }
-    }
+    let mut wait = Wait::for_sender(channel);
     loop {
-        let mut meter = Meter::new(&target, None);
-        let outcome = stream::receive(&mut receiver, target.as_raw_fd(), |progress| {
-            meter.show(progress);
-        });
+        let mut meter = Meter::new(&target, None, &mut wait);
+        let outcome = stream::receive(&mut receiver, target.as_raw_fd(), &mut meter);
         let total = outcome.map_err(|error| describe(error, channel));
         let total = total.with_context(|| format!("receiving from channel `{channel}`"))?;
         meter.finish("received", &total, args.json);

@@ -6,18 +6,18 @@ use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
-use barlink_protocol::stream::{Progress, StreamError, receive};
+use barlink_protocol::stream::{Progress, StreamError, Watch, receive, send as send_all};
 use barlink_protocol::wire::layout::{Channel, Layout};
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, state};
 
-use crate::heap::{Bells, Heap, Memory, bells, ends_with, hold, region};
+use crate::heap::{Bells, Heap, Memory, bells, ends, ends_with, hold, region};
 
 /// What the heap's events cannot fail with leaves these errors.
 type Outcome = Result<Progress, StreamError<std::convert::Infallible>>;
 
 fn receive_to_nowhere(receiver: &mut Receiver<Memory, Bells>) -> Outcome {
     let nowhere = File::options().write(true).open("/dev/null").unwrap();
-    receive(receiver, nowhere.as_raw_fd(), |_| ())
+    receive(receiver, nowhere.as_raw_fd(), &mut ())
 }
 
 fn send(sender: &mut Sender<Memory, Bells>, kind: Kind, bytes: &[u8]) {
@@ -95,4 +95,85 @@ fn a_sender_that_cannot_be_seen_is_waited_for() {
     });
     assert_eq!(receive_to_nowhere(&mut receiver), FOUR);
     sending.join().unwrap();
+}
+
+/// Keeps what it is told of waits.
+struct Listener {
+    patience: Option<Duration>,
+    told: Vec<bool>,
+    /// What is done when it is told of a wait.
+    then: Box<dyn FnMut() + Send>,
+}
+
+impl Watch for Listener {
+    fn patience(&self) -> Option<Duration> {
+        self.patience
+    }
+
+    fn waits(&mut self, is_away: bool) {
+        self.told.push(is_away);
+        if self.told.len() == 2 {
+            // From here on nothing is told.
+            self.patience = None;
+        }
+        (self.then)();
+    }
+}
+
+impl Listener {
+    fn new(then: impl FnMut() + Send + 'static) -> Self {
+        Listener {
+            patience: Some(Duration::from_millis(10)),
+            told: Vec::new(),
+            then: Box::new(then),
+        }
+    }
+}
+
+#[test]
+fn a_receiver_tells_whom_it_waits_for_while_somebody_listens() {
+    let (region, layout) = region(4096, false);
+    let (a, b) = bells();
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    hold(&region, &layout, 0);
+    let (tell, told) = std::sync::mpsc::channel();
+    let (entry, heap) = (layout.channels()[0], region.clone());
+    let sending = std::thread::spawn(move || {
+        // After two waits are told, and one that is not.
+        let _ = (told.recv().unwrap(), told.recv().unwrap());
+        std::thread::sleep(Duration::from_millis(30));
+        send_haltingly(&mut sender, &heap, &entry);
+    });
+    let mut listener = Listener::new(move || {
+        // Somebody comes to hold the producer's end.
+        hold(&region, &layout, 1);
+        tell.send(()).unwrap();
+    });
+    let nowhere = File::options().write(true).open("/dev/null").unwrap();
+    let outcome = receive(&mut receiver, nowhere.as_raw_fd(), &mut listener);
+    assert_eq!(outcome, FOUR);
+    assert_eq!(listener.told, [true, false]);
+    sending.join().unwrap();
+}
+
+#[test]
+fn a_sender_to_a_full_channel_tells_that_it_waits_while_somebody_listens() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    let (tell, told) = std::sync::mpsc::channel();
+    let receiving = std::thread::spawn(move || {
+        let _ = (told.recv().unwrap(), told.recv().unwrap());
+        receive_to_nowhere(&mut receiver)
+    });
+    let mut listener = Listener::new(move || tell.send(()).unwrap());
+    // More than the channel holds.
+    let source = File::open("/bin/sh").unwrap();
+    let mut scratch = [0; 512];
+    let sent: Outcome = send_all(&mut sender, source.as_raw_fd(), &mut scratch, &mut listener);
+    assert_eq!(
+        sent.as_ref().unwrap().bytes,
+        source.metadata().unwrap().len()
+    );
+    // No consumer is noted in this region.
+    assert_eq!(listener.told, [true, true]);
+    assert_eq!(receiving.join().unwrap(), sent);
 }

@@ -91,7 +91,7 @@ fuzz_target!(|input: Input| {
             }
             // A stream has no time of its own, so only where the other end comes to rest.
             (Step::Receive, (_, Some(receiver))) if !input.flaps => {
-                match stream::receive(receiver, NOWHERE.as_raw_fd(), |_| ()) {
+                match stream::receive(receiver, NOWHERE.as_raw_fd(), &mut ()) {
                     Ok(_) | Err(StreamError::Incomplete(_)) => (),
                     Err(StreamError::Channel(error)) => check::<()>(&Err(error)),
                     Err(error) => panic!("{error}"),
