@@ -2,7 +2,6 @@
 
 //! The command line, as text becomes types. Nothing is opened here.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 
 use barlink::broker::ChannelPlan;
@@ -76,13 +75,7 @@ pub enum Command {
                             Do not add reconnect-ms to the chardev: QEMU's ivshmem then hangs at start."
     )]
     QemuArgs(QemuArgs),
-    /// What a broker starts to remove the files of its sockets at its end
-    #[command(name = SWEEP, hide = true)]
-    Sweep(Sweep),
 }
-
-/// The subcommand that a broker starts.
-pub const SWEEP: &str = "sweep";
 
 /// Which broker.
 #[derive(Clone, Debug, Args)]
@@ -274,12 +267,6 @@ pub struct QemuArgs {
     pub libvirt: bool,
     #[command(flatten)]
     pub which: Which,
-}
-
-#[derive(Debug, Args)]
-pub struct Sweep {
-    /// Each as DEVICE:INODE:PATH
-    pub files: Vec<OsString>,
 }
 
 fn parse_name(text: &str) -> Result<String, String> {

@@ -24,7 +24,6 @@ mod shared;
 mod slot;
 mod socket;
 pub mod store;
-pub mod sweep;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -44,7 +43,6 @@ use self::door::Door;
 use self::parts::{Parts, Sockets};
 use self::shared::ClientId;
 use self::store::Inheritance;
-use self::sweep::Leftover;
 use crate::memory::MemoryError;
 use crate::transport::Transport;
 
@@ -167,23 +165,11 @@ impl Broker {
         self.control.path()
     }
 
-    /// The files of all its sockets, for [`sweep::Sweeper::start`] before it serves. None where a service manager has its
-    /// descriptors: then they are its successor's.
-    pub fn files(&self) -> Vec<Leftover> {
-        if store::is_managed() {
-            return Vec::new();
-        }
-        let doors = self.doors.iter().map(|door| &door.listener);
-        let listeners = doors.chain([&self.control]);
-        listeners.flat_map(|listener| listener.files()).collect()
-    }
-
     /// Serves until `stop` can be read, or another broker takes over.
     ///
     /// When it is stopped for good it says in the region that the host is gone; VMs that are connected keep the memory.
-    /// If a service manager has its descriptors it leaves all as it is, for its successor. The files of its sockets stay,
-    /// since it has given up the right to remove them: see [`sweep`] for who does. Those of a broker that is killed stay for the
-    /// next one, which clears them.
+    /// If a service manager has its descriptors it leaves all as it is, for its successor. The files of its sockets stay:
+    /// whoever could remove them when they are taken over could remove their neighbours. The next broker clears them.
     pub fn run(self, stop: &OwnedFd) -> Result<End, BrokerError> {
         let no_thread = |source| BrokerError::System {
             what: "start a thread",

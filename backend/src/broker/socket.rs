@@ -17,7 +17,6 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::Policy;
-use super::sweep::Leftover;
 
 /// Longest path of a Unix socket, in bytes (`unix(7)`).
 const MAX_PATH: usize = 107;
@@ -223,17 +222,6 @@ impl Listener {
     /// What says that a broker lives at this path.
     pub fn lock(&self) -> Arc<File> {
         Arc::clone(&self.lock.file)
-    }
-
-    /// The files that it has made, in the order in which they are to be removed; none if somebody has removed them since.
-    pub fn files(&self) -> Vec<Leftover> {
-        let lock = Leftover::of(&self.lock.path);
-        let ours = self.lock.file.metadata();
-        let is_ours = |lock: &Leftover| ours.is_ok_and(|ours| lock.is(&ours));
-        match (Leftover::of(&self.path), lock) {
-            (Some(socket), Some(lock)) if is_ours(&lock) => vec![socket, lock],
-            _ => Vec::new(),
-        }
     }
 
     /// Leaves its file when it is dropped.

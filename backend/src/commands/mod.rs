@@ -37,7 +37,6 @@ pub fn run(command: Command) -> Result<()> {
             .context("cannot write to standard output")
         }
         Command::QemuArgs(args) => qemu_args::qemu_args(&args),
-        Command::Sweep(args) => serve::sweep(&args),
     }
 }
 

@@ -8,14 +8,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use barlink::broker::handover::Predecessor;
-use barlink::broker::sweep::{self, Leftover, Sweeper};
 use barlink::broker::{Broker, Config, End, Policy, store};
 use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use indicatif::BinaryBytes;
 use log::{info, warn};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::args::{SWEEP, Serve, Sweep, Way};
+use crate::args::{Serve, Way};
 
 pub fn serve(args: Serve) -> Result<()> {
     let inherited = store::inherited().context("cannot take what the service manager kept")?;
@@ -123,40 +122,11 @@ pub fn serve(args: Serve) -> Result<()> {
         names.join(", "),
         broker.control_path().display(),
     );
-    // Before anybody is served: what comes later could be a VM's doing.
-    let files = broker.files();
-    let sweeper = (!files.is_empty()).then(|| Sweeper::start(SWEEP, &files));
-    let sweeper = sweeper.transpose().unwrap_or_else(|error| {
-        warn!(
-            "the files of the sockets will be left behind, for the next broker to clear: {error}"
-        );
-        None
-    });
     broker.shared().store().ready();
     match broker.run(&stop.into())? {
-        End::Stopped => {
-            if let Some(Err(error)) = sweeper.map(Sweeper::sweep) {
-                warn!(
-                    "the files of the sockets are left behind, for the next broker to clear: {error}"
-                );
-            }
-            info!("stopped");
-        }
+        End::Stopped => info!("stopped"),
         End::HandedOver => info!("its successor serves now"),
     }
-    Ok(())
-}
-
-/// Removes the files of a broker's sockets at its end: see [`barlink::broker::sweep`].
-pub fn sweep(args: &Sweep) -> Result<()> {
-    for signal in [SIGHUP, SIGINT, SIGTERM] {
-        // They are meant for the broker, which ends in good order and tells us.
-        signal_hook::flag::register(signal, Arc::default()).context("cannot handle signals")?;
-    }
-    let files = args.files.iter().map(|word| Leftover::parse(word));
-    let files = files.collect::<Option<Vec<_>>>();
-    let files = files.context("a file is DEVICE:INODE:PATH")?;
-    sweep::sweep(std::io::stdin().lock(), &files);
     Ok(())
 }
 

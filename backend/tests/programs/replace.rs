@@ -1,6 +1,6 @@
 //! One broker takes the place of another, while VMs and host apps go on.
 
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -60,9 +60,8 @@ fn successor_knows_vms_and_host_apps() {
     drop(handshake(connect(&broker, "vm.sock"), 200));
     let (folder, code) = broker.stop(Signal::TERM);
     assert_eq!(code, Some(0));
-    // The files of its sockets are those of its predecessor, and go with it.
-    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
-    assert_eq!(left.len(), 1, "only the log: {left:?}");
+    let stopped = UnixStream::connect(folder.path().join("vm.sock")).unwrap_err();
+    assert_eq!(stopped.kind(), std::io::ErrorKind::ConnectionRefused);
 }
 
 /// The socket of a service manager that hears what it is told, and does nothing.
@@ -238,9 +237,8 @@ fn service_that_is_stopped_leaves_all_to_its_successor_if_there_can_be_one() {
         command.env("NOTIFY_SOCKET", &path).env("FDSTORE", "0")
     });
     let attachment = broker.attach();
-    let (folder, code) = broker.stop(Signal::TERM);
+    let (_folder, code) = broker.stop(Signal::TERM);
     assert_eq!((code, epoch(&attachment)), (Some(0), 2), "nobody keeps it");
-    assert!(!folder.path().join("vm.sock").exists());
 
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
@@ -248,14 +246,6 @@ fn service_that_is_stopped_leaves_all_to_its_successor_if_there_can_be_one() {
     let attachment = broker.attach();
     let (folder, code) = broker.stop(Signal::TERM);
     assert_eq!((code, epoch(&attachment)), (Some(0), 1));
-    for name in [
-        "vm.sock",
-        "vm.sock.lock",
-        "control.sock",
-        "control.sock.lock",
-    ] {
-        assert!(folder.path().join(name).exists(), "{name}");
-    }
     let broker = Broker::start_as(&manager, folder, &[]);
     assert_eq!(broker.attach().status().unwrap().epoch, 1);
 }

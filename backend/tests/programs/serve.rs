@@ -253,7 +253,7 @@ fn refuses_a_path_where_another_program_listens() {
 }
 
 #[test]
-fn sockets_are_private_and_go_with_a_broker_that_is_stopped() {
+fn sockets_are_private_and_a_stopped_brokers_are_the_next_ones() {
     let mut folder = tempfile::tempdir().unwrap();
     for signal in [Signal::TERM, Signal::INT] {
         let broker = Broker::start_in(folder, &[]);
@@ -269,7 +269,6 @@ fn sockets_are_private_and_go_with_a_broker_that_is_stopped() {
         }
         let (left, code) = broker.stop(signal);
         assert_eq!((code, epoch()), (Some(0), 2));
-        assert_eq!(files(left.path()), ["log"]);
         let socket = left.path().join("control.sock");
         fails(
             barlink(["inspect", "--control"]).arg(&socket),
@@ -278,58 +277,6 @@ fn sockets_are_private_and_go_with_a_broker_that_is_stopped() {
         );
         folder = left;
     }
-}
-
-/// The names of what is in a folder.
-fn files(folder: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(folder).unwrap();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
-}
-
-/// What has the name of a socket by now is not the broker's to remove.
-#[test]
-fn stopped_broker_leaves_what_others_put_in_the_place_of_its_sockets() {
-    let broker = Broker::start(&[]);
-    let (vm, control) = (broker.path("vm.sock"), broker.control());
-    std::fs::remove_file(&vm).unwrap();
-    let _listener = std::os::unix::net::UnixListener::bind(&vm).unwrap();
-    let lock = broker.path("control.sock.lock");
-    let moved = broker.path("moved");
-    std::fs::rename(&lock, &moved).unwrap();
-    file_with(&lock, b"another's");
-    let (folder, code) = broker.stop(Signal::TERM);
-    assert_eq!(code, Some(0));
-    assert!(!control.exists());
-    assert_eq!(
-        files(folder.path()),
-        ["control.sock.lock", "log", "moved", "vm.sock"]
-    );
-    std::os::unix::net::UnixStream::connect(vm).unwrap();
-}
-
-/// The process that removes them hears the same Ctrl-C, and ends with a broker that is killed.
-#[test]
-fn what_removes_the_sockets_outlives_an_interrupt_and_not_its_broker() {
-    let broker = Broker::start(&[]);
-    let children = format!("/proc/{0}/task/{0}/children", broker.child.id());
-    let children = std::fs::read_to_string(children).unwrap();
-    let [child] = &children.split_whitespace().collect::<Vec<_>>()[..] else {
-        panic!("one child: {children}");
-    };
-    let child = rustix::process::Pid::from_raw(child.parse().unwrap()).unwrap();
-    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
-        rustix::process::kill_process(child, signal).unwrap();
-    }
-    let is_there = || rustix::process::test_kill_process(child).is_ok();
-    std::thread::sleep(std::time::Duration::from_millis(50));
-    assert!(is_there());
-    let (folder, _) = broker.stop(Signal::KILL);
-    wait_until("it ends", || !is_there());
-    assert!(folder.path().join("vm.sock").exists());
 }
 
 #[test]
@@ -443,7 +390,6 @@ fn a_name_stands_for_a_private_socket_in_the_run_folder() {
     );
     signal_child(&broker, Signal::TERM);
     assert_eq!(wait(&mut broker).code(), Some(0));
-    assert_eq!(files(&folder.path().join("barlink")), [""; 0]);
 }
 
 #[test]
