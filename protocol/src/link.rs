@@ -60,8 +60,9 @@ pub(crate) enum Wish {
 /// First and longest sleep while no doorbell has proven that doorbells arrive.
 const FIRST_DOZE: Duration = Duration::from_millis(1);
 const LONGEST_DOZE: Duration = Duration::from_secs(1);
-/// First nap of an end whose strategy has any; each further one is twice as long.
+/// First and longest nap of an end whose strategy has any. In the longest, half of a channel of 16 MiB does not move yet.
 const FIRST_NAP: Duration = Duration::from_micros(100);
+const LONGEST_NAP: Duration = Duration::from_micros(800);
 /// Each so many times that spinning has found nothing, it is given all the time that it may have: it would never be known
 /// otherwise that somewhat longer than the shortest would do.
 const PROBE: u32 = 8;
@@ -286,7 +287,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             // A ring that comes here may be one that nobody asked for, so it proves nothing.
             let nap_now = Some(nap.min(left));
             self.events.sleep(nap_now).map_err(ChannelError::Events)?;
-            nap *= 2;
+            nap = (nap * 2).min(LONGEST_NAP);
         }
         // Or it would be rung for when it is awake.
         look(Wish::Withdrawn)

@@ -13,8 +13,9 @@ pub struct Strategy {
     pub least_spin: Duration,
     /// Longest time to spin; zero for none.
     pub most_spin: Duration,
-    /// Time to nap after that, in all, by the clock: for 100 µs, then for twice as long, and so on. So what came during a nap has
-    /// waited for no longer than the time that it took to come. It is rung meanwhile if half of the channel has moved.
+    /// Time to nap after that, in all, by the clock: for 100 µs, then for twice as long, and so on up to 800 µs. So what came
+    /// during a nap has waited for no longer than the time that it took to come. It is rung meanwhile if half of the channel
+    /// has moved.
     pub nap: Duration,
 }
 
