@@ -133,7 +133,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         length: usize,
         timeout: Option<Duration>,
     ) -> Result<Option<Draft<'_, M, E>>, ChannelError<E::Error>> {
-        let place = self.find_room(length, timeout)?;
+        let place = self.find_room(length, Some(timeout))?;
         Ok(place.map(|place| Draft {
             reservation: self.producer.reservation(place, length),
             link: &mut self.link,
@@ -192,7 +192,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         time: Option<u64>,
     ) -> Result<Sent, ChannelError<E::Error>> {
         let drops = self.drops;
-        let wait = if drops { Some(Duration::ZERO) } else { timeout };
+        let wait = if drops { None } else { Some(timeout) };
         let Some(place) = self.find_room(bytes.len(), wait)? else {
             if !drops {
                 return Ok(Sent::TimedOut);
@@ -208,15 +208,15 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         Ok(Sent::Staged)
     }
 
-    /// Where a record of `length` bytes has room; waits for that until `timeout` is over.
+    /// Where a record of `length` bytes has room. Waits for that, if at all, until the timeout is over.
     fn find_room(
         &mut self,
         length: usize,
-        timeout: Option<Duration>,
+        wait: Option<Option<Duration>>,
     ) -> Result<Option<Place>, ChannelError<E::Error>> {
         match self.producer.find_room(length) {
             Ok(place) => Ok(Some(place)),
-            Err(ReserveError::Full) => self.wait_for_room(length, timeout),
+            Err(ReserveError::Full) => self.wait_for_room(length, wait),
             Err(error) => Err(ChannelError::reserve(error)),
         }
     }
@@ -225,10 +225,15 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     fn wait_for_room(
         &mut self,
         length: usize,
-        timeout: Option<Duration>,
+        wait: Option<Option<Duration>>,
     ) -> Result<Option<Place>, ChannelError<E::Error>> {
         // What nobody sees makes no room.
         self.publish()?;
+        let Some(timeout) = wait else {
+            // Nor does a wish: who does not wait has no use for a ring.
+            self.link.look_at_peer().map_err(ChannelError::Events)?;
+            return Ok(None);
+        };
         let deadline = self.link.deadline(timeout);
         loop {
             let producer = &mut self.producer;

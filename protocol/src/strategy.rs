@@ -14,8 +14,8 @@ pub struct Strategy {
     /// Longest time to spin; zero for none.
     pub most_spin: Duration,
     /// Time to nap after that, in all, by the clock: for 100 µs, then for twice as long, and so on up to 800 µs. So what came
-    /// during a nap has waited for no longer than the time that it took to come. It is rung meanwhile if half of the channel
-    /// has moved.
+    /// during a nap has waited for 100 µs, or no longer than the silence before it. It is rung meanwhile if half of the channel has
+    /// moved.
     pub nap: Duration,
 }
 

@@ -25,7 +25,8 @@ pub struct Progress {
     pub bytes: u64,
     /// Records.
     pub records: u64,
-    /// Records that found the channel full, and are gone.
+    /// Records that found the channel full, and are gone. A receiver knows them as gaps, of whatever kind they were, between the records
+    /// of the stream that came.
     pub dropped: u64,
 }
 
@@ -155,6 +156,8 @@ where
 {
     receiver.set_strategy(Strategy::STREAM);
     let mut total = Progress::default();
+    // The sequence number behind that of the last record.
+    let mut next = None;
     loop {
         // A sender that has left, before we came or since, sends no more; but what it committed until then is there.
         let away = total.records > 0 && receiver.peer_is_away();
@@ -183,6 +186,10 @@ where
             // The stream of another sender, which stays for the next receiver.
             return Err(StreamError::Incomplete(total.bytes));
         }
+        let sequence = record.header().sequence;
+        let gap = next.map_or(0, |next| sequence.saturating_sub(next));
+        total.dropped = total.dropped.saturating_add(gap);
+        next = Some(sequence.saturating_add(1));
         if kind == Kind::DATA {
             let mut done = 0;
             while done < record.length() {

@@ -6,7 +6,7 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::stream::{Progress, Watch};
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 /// Looking at the clock and the terminal at each record would be felt.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -109,6 +109,13 @@ impl<'a> Meter<'a> {
             let rate = HumanBytes((total.bytes as f64 / seconds.max(1e-9)) as u64);
             let bytes = HumanBytes(total.bytes);
             let _ = writeln!(told, "{done} {bytes} in {seconds:.2} s, {rate}/s");
+        }
+        if total.dropped > 0 && !json {
+            let records = match total.dropped {
+                1 => "1 record was".to_owned(),
+                count => format!("{} records were", HumanCount(count)),
+            };
+            let _ = writeln!(told, "{records} dropped, since the channel was full");
         }
     }
 }

@@ -6,19 +6,24 @@ use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use barlink_protocol::cursor::Corrupt;
 use barlink_protocol::stream::{self, StreamError};
 use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Sender};
 use clap::Args;
+use rustix::io::Errno;
 
 use crate::meter::{Meter, Wait};
 use crate::size::parse_size;
 
 /// Most bytes in a record, if the user does not say: more than this is no faster.
 const RECORD_SIZE: u64 = 1 << 20;
+
+/// Of a source that is a folder, and of a target on a full disk.
+const IS_FOLDER: i32 = Errno::ISDIR.raw_os_error();
+const IS_FULL: i32 = Errno::NOSPC.raw_os_error();
 
 /// What `send` is told.
 #[derive(Debug, Args)]
@@ -96,7 +101,7 @@ where
     let mut wait = Wait::for_receiver(channel);
     let mut meter = Meter::new(&source, size, &mut wait);
     let outcome = stream::send(&mut sender, source.as_raw_fd(), &mut record, &mut meter);
-    let total = outcome.map_err(|error| describe(error, channel));
+    let total = outcome.map_err(|error| describe(error, channel, args.file.as_deref()));
     let total = total.with_context(|| format!("sending to channel `{channel}`"))?;
     meter.finish("sent", &total, args.json);
     Ok(())
@@ -130,7 +135,7 @@ where
     loop {
         let mut meter = Meter::new(&target, None, &mut wait);
         let outcome = stream::receive(&mut receiver, target.as_raw_fd(), &mut meter);
-        let total = outcome.map_err(|error| describe(error, channel));
+        let total = outcome.map_err(|error| describe(error, channel, args.output.as_deref()));
         let total = total.with_context(|| format!("receiving from channel `{channel}`"))?;
         meter.finish("received", &total, args.json);
         if !args.follow {
@@ -139,14 +144,26 @@ where
     }
 }
 
-/// Gives an `errno` its text, and a corrupt channel its cure.
-fn describe<X>(error: StreamError<X>, channel: &str) -> anyhow::Error
+/// Gives an `errno` its text and the file's name, and what has one its cure.
+fn describe<X>(error: StreamError<X>, channel: &str, file: Option<&Path>) -> anyhow::Error
 where
     X: std::error::Error + std::marker::Send + Sync + 'static,
 {
+    let name = |standard: &str| file.map_or(standard.to_owned(), |file| file.display().to_string());
     let (errno, what) = match error {
-        StreamError::Read(errno) => (errno, "cannot read the source"),
-        StreamError::Write(errno) => (errno, "cannot write the target"),
+        StreamError::Read(errno @ IS_FOLDER) => (
+            errno,
+            format!("cannot read {}: name a file", name("standard input")),
+        ),
+        StreamError::Read(errno) => (errno, format!("cannot read {}", name("standard input"))),
+        StreamError::Write(errno @ IS_FULL) => (
+            errno,
+            format!(
+                "cannot write {}: make room, and receive the rest to another file, since it is still in the channel",
+                name("standard output")
+            ),
+        ),
+        StreamError::Write(errno) => (errno, format!("cannot write {}", name("standard output"))),
         StreamError::Channel(ChannelError::Corrupt(Corrupt(_))) => {
             return anyhow::anyhow!(
                 "{error}: end both programs that use it, and empty it by `barlink reset-channel {channel}` on the host"

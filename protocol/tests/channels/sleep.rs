@@ -122,6 +122,19 @@ fn a_record_that_waited_for_room_tells_when_it_was_committed() {
 }
 
 #[test]
+fn a_producer_that_drops_is_not_rung_for_room() {
+    let (mut sender, mut receiver) = ends(4096, true);
+    let before = receiver.events().rung;
+    for _ in 0..10 {
+        while sender.send(Kind::DATA, &[0; 40], None) == Ok(Sent::Committed) {}
+        while receiver.wait(Some(Duration::ZERO)) == Ok(Wakeup::Ready) {
+            receiver.release().unwrap();
+        }
+    }
+    assert_eq!(receiver.events().rung, before);
+}
+
+#[test]
 fn a_stream_is_rung_for_only_after_silence() {
     const RECORDS: u32 = 200;
     let rings = |strategy| {

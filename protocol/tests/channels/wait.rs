@@ -1,4 +1,4 @@
-//! How long an end spins and naps, by a clock that stands still unless somebody looks at it or sleeps.
+//! How long an end spins and naps, by a clock that stands still unless somebody looks at it or sleeps. The other end is a script.
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -7,39 +7,66 @@ use std::time::Duration;
 
 use crate::heap::{Memory, region};
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::{Events, Notify, Producer, Receiver, Strategy, Wakeup};
+use barlink_protocol::{
+    Consumer, Events, Notify, Producer, Receiver, Sender, Sent, Strategy, Wakeup,
+};
 
 const MICROSECOND: Duration = Duration::from_micros(1);
 /// Records of this payload are of 64 bytes with their headers, and 64 of them fill the channel.
 const PAYLOAD: [u8; 40] = [0; 40];
 
-/// The producer, as a script, and the consumer's clock.
+/// The end that is a script.
+enum Other {
+    Producer(Producer<Memory>),
+    Consumer(Consumer<Memory>),
+}
+
+impl Other {
+    /// Commits or releases a record, if there is room or one: whether it has to ring then.
+    fn go_on(&mut self) -> Option<Notify> {
+        match self {
+            Other::Producer(producer) => {
+                let mut room = producer.reserve(PAYLOAD.len()).ok()?;
+                room.write(0, &PAYLOAD);
+                Some(room.commit(Kind::DATA, PAYLOAD.len() as u32, 0).0)
+            }
+            Other::Consumer(consumer) => {
+                if !consumer.poll().unwrap() {
+                    return None;
+                }
+                consumer.pass();
+                Some(consumer.release())
+            }
+        }
+    }
+}
+
+/// The other end, and the clock of the one that is tested.
 struct World {
     now: Duration,
-    producer: Producer<Memory>,
-    /// When it commits its next record, and how long it then takes for a further one.
+    other: Other,
+    /// When the other end goes on next, and how long it then takes each time.
     due: Duration,
     pace: Duration,
-    /// Records that found no room.
-    full: u32,
-    /// Its rings, and the consumer's sleeps.
+    /// How often it could not.
+    stuck: u32,
+    /// Its rings.
     rings: u32,
+    /// The sleeps of the end that is tested, the longest that it asked for, and the last.
     sleeps: u32,
+    longest: Duration,
+    last: Option<Duration>,
 }
 
 impl World {
-    /// Commits what is due by now: whether it rings.
+    /// Does what is due by now: whether that rings.
     fn go_on(&mut self) -> bool {
         let before = self.rings;
         while self.due <= self.now {
             self.due = self.due.saturating_add(self.pace);
-            match self.producer.reserve(PAYLOAD.len()) {
-                Ok(mut room) => {
-                    room.write(0, &PAYLOAD);
-                    let (notify, _) = room.commit(Kind::DATA, PAYLOAD.len() as u32, 0);
-                    self.rings += u32::from(notify == Notify::Ring);
-                }
-                Err(_) => self.full += 1,
+            match self.other.go_on() {
+                Some(notify) => self.rings += u32::from(notify == Notify::Ring),
+                None => self.stuck += 1,
             }
         }
         self.rings > before
@@ -59,6 +86,8 @@ impl Events for Script {
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
         let mut world = self.0.borrow_mut();
         world.sleeps += 1;
+        world.longest = world.longest.max(timeout.unwrap_or(Duration::MAX));
+        world.last = timeout;
         let end = world.now + timeout.unwrap_or(Duration::from_secs(1));
         while world.now < end {
             world.now += MICROSECOND;
@@ -81,22 +110,55 @@ impl Events for Script {
     }
 }
 
+impl Script {
+    fn of(other: Other) -> Script {
+        Script(Rc::new(RefCell::new(World {
+            now: Duration::ZERO,
+            other,
+            due: Duration::MAX,
+            pace: Duration::MAX,
+            stuck: 0,
+            rings: 0,
+            sleeps: 0,
+            longest: Duration::ZERO,
+            last: None,
+        })))
+    }
+
+    /// The other end goes on so long from now, and then at this pace.
+    fn goes_on(&self, begins: Duration, pace: Duration) {
+        let mut world = self.0.borrow_mut();
+        world.due = world.now + begins;
+        world.pace = pace;
+    }
+}
+
 /// A consumer that waits so, and its producer.
 fn receiver(strategy: Strategy) -> (Receiver<Memory, Script>, Script) {
     let (region, layout) = region(4096, false);
-    let world = World {
-        now: Duration::ZERO,
-        producer: Producer::attach(region.clone(), &layout.channels()[0]).unwrap(),
-        due: Duration::MAX,
-        pace: Duration::MAX,
-        full: 0,
-        rings: 0,
-        sleeps: 0,
-    };
-    let script = Script(Rc::new(RefCell::new(world)));
+    let producer = Producer::attach(region.clone(), &layout.channels()[0]).unwrap();
+    let script = Script::of(Other::Producer(producer));
     let mut receiver = Receiver::attach(region, &layout, 0, script.clone()).unwrap();
     receiver.set_strategy(strategy);
     (receiver, script)
+}
+
+/// A producer that waits so, whose channel is full, and its consumer.
+fn sender(strategy: Strategy) -> (Sender<Memory, Script>, Script) {
+    let (region, layout) = region(4096, false);
+    let consumer = Consumer::attach(region.clone(), &layout.channels()[0]).unwrap();
+    let script = Script::of(Other::Consumer(consumer));
+    let mut sender = Sender::attach(region, &layout, 0, script.clone()).unwrap();
+    sender.set_strategy(strategy);
+    // And no attempt that fails, which would leave a wish.
+    for _ in 0..64 {
+        assert_eq!(send(&mut sender), Sent::Committed);
+    }
+    (sender, script)
+}
+
+fn send(sender: &mut Sender<Memory, Script>) -> Sent {
+    sender.send(Kind::DATA, &PAYLOAD, None).unwrap()
 }
 
 /// Waits for a record so many times, each committed so long after it is waited for: how often it slept, and for how long it
@@ -105,9 +167,9 @@ fn waits(count: u32, delay: Duration) -> (u32, Duration) {
     let (mut receiver, script) = receiver(Strategy::PROMPT);
     let mut spun = Duration::ZERO;
     for _ in 0..count {
+        script.goes_on(delay, Duration::MAX);
         let (start, sleeps) = {
-            let mut world = script.0.borrow_mut();
-            world.due = world.now + delay;
+            let world = script.0.borrow();
             (world.now, world.sleeps)
         };
         assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
@@ -134,17 +196,14 @@ fn an_end_finds_out_again_and_again_whether_spinning_pays() {
     assert!(spun < 800 * 12 * MICROSECOND, "it spun for {spun:?}");
 }
 
+/// Begins of what the other end does that are in the third nap, which would be longer than all of the channel takes.
+const IN_A_NAP: [u32; 3] = [310, 330, 350];
+
 #[test]
 fn an_end_that_naps_is_rung_before_the_other_one_has_to_wait() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
-    // The first comes during the third nap, which would be longer than it takes to fill the channel.
-    let pace = 3 * MICROSECOND;
-    for begins in [310, 330, 350].map(Duration::from_micros) {
-        {
-            let mut world = script.0.borrow_mut();
-            world.due = world.now + begins;
-            world.pace = pace;
-        }
+    for begins in IN_A_NAP {
+        script.goes_on(begins * MICROSECOND, 3 * MICROSECOND);
         for _ in 0..32 {
             assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
             receiver.release().unwrap();
@@ -156,22 +215,95 @@ fn an_end_that_naps_is_rung_before_the_other_one_has_to_wait() {
         }
     }
     let world = script.0.borrow();
-    assert_eq!((world.full, world.rings), (0, 3));
+    assert_eq!((world.stuck, world.rings), (0, 3));
+}
+
+#[test]
+fn a_producer_that_naps_is_rung_before_the_consumer_has_to_wait() {
+    for begins in IN_A_NAP {
+        let (mut sender, script) = sender(Strategy::STREAM);
+        script.goes_on(begins * MICROSECOND, 3 * MICROSECOND);
+        assert_eq!(send(&mut sender), Sent::Committed);
+        let world = script.0.borrow();
+        assert_eq!((world.stuck, world.rings), (0, 1));
+    }
 }
 
 #[test]
 fn an_end_that_is_awake_again_is_not_rung_for_its_nap() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
-    {
-        let mut world = script.0.borrow_mut();
-        // Some come during the first nap, and then one at each look at the clock.
-        world.due = world.now + 80 * MICROSECOND;
-        world.pace = MICROSECOND;
-    }
+    // Some come during the first nap, and then one at each look at the clock.
+    script.goes_on(80 * MICROSECOND, MICROSECOND);
     for _ in 0..1000 {
         assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
         receiver.release().unwrap();
     }
     let world = script.0.borrow();
-    assert_eq!((world.sleeps, world.rings, world.full), (1, 0, 0));
+    assert_eq!((world.sleeps, world.rings, world.stuck), (1, 0, 0));
+}
+
+#[test]
+fn a_producer_that_is_awake_again_is_not_rung_for_its_nap() {
+    let (mut sender, script) = sender(Strategy::STREAM);
+    script.goes_on(80 * MICROSECOND, MICROSECOND);
+    for _ in 0..1000 {
+        assert_eq!(send(&mut sender), Sent::Committed);
+    }
+    let world = script.0.borrow();
+    assert_eq!((world.sleeps, world.rings, world.stuck), (1, 0, 0));
+}
+
+#[test]
+fn naps_grow_no_longer_than_the_longest() {
+    let (mut receiver, script) = receiver(Strategy::STREAM);
+    let waited = receiver.wait(Some(5000 * MICROSECOND));
+    assert_eq!(waited, Ok(Wakeup::TimedOut));
+    let world = script.0.borrow();
+    assert_eq!(world.longest, 800 * MICROSECOND);
+    assert!(world.sleeps > 6, "{} naps", world.sleeps);
+}
+
+/// It is for half of the channel, of which another end can say that it moved.
+#[test]
+fn a_ring_in_a_nap_proves_nothing() {
+    let (mut receiver, script) = receiver(Strategy::STREAM);
+    script.goes_on(310 * MICROSECOND, 3 * MICROSECOND);
+    assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+    script.0.borrow_mut().due = Duration::MAX;
+    while receiver.wait(Some(Duration::ZERO)) == Ok(Wakeup::Ready) {
+        receiver.release().unwrap();
+    }
+    assert_eq!(script.0.borrow().rings, 1);
+    // It goes to sleep, and still wakes by the clock.
+    script.goes_on(10_000 * MICROSECOND, Duration::MAX);
+    assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+    assert!(script.0.borrow().last.is_some());
+    // That ring came to an end that slept: from now on it relies on rings.
+    receiver.release().unwrap();
+    script.goes_on(10_000 * MICROSECOND, Duration::MAX);
+    assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+    assert_eq!(script.0.borrow().last, None);
+}
+
+#[test]
+fn times_without_end_are_no_fault() {
+    let (mut receiver, script) = receiver(Strategy {
+        least_spin: Duration::MAX,
+        most_spin: Duration::MAX,
+        nap: Duration::MAX,
+    });
+    for _ in 0..2 {
+        script.goes_on(900 * MICROSECOND, Duration::MAX);
+        assert_eq!(receiver.wait(Some(Duration::MAX)), Ok(Wakeup::Ready));
+        receiver.release().unwrap();
+    }
+    assert_eq!(script.0.borrow().sleeps, 0);
+    receiver.set_strategy(Strategy {
+        most_spin: Duration::ZERO,
+        nap: Duration::MAX,
+        ..Strategy::SPIN
+    });
+    script.goes_on(10_000 * MICROSECOND, Duration::MAX);
+    assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+    assert_eq!(script.0.borrow().longest, 800 * MICROSECOND);
 }
