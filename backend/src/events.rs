@@ -73,6 +73,8 @@ impl Bells {
     }
 
     fn wait(&self, timeout: Option<Duration>) -> Result<bool, EventError> {
+        // By `epoll_pwait2` (Linux 5.11), which is what rustix's `linux_5_11` is for: the older call counts in milliseconds, and a
+        // nap of 100 µs would last for one.
         let timeout = timeout
             .map(rustix::time::Timespec::try_from)
             .transpose()
@@ -85,6 +87,10 @@ impl Bells {
             Ok(ready) => Ok(events[..ready].iter().any(|event| event.data.u64() == OWN)),
             // A signal whose handler returned: look around, and come back.
             Err(rustix::io::Errno::INTR) => Ok(false),
+            Err(rustix::io::Errno::NOSYS) => {
+                let what = "wait for a doorbell, since this needs Linux 5.11 or later";
+                Err(failed(what)(rustix::io::Errno::NOSYS))
+            }
             Err(error) => Err(failed("wait for a doorbell")(error)),
         }
     }

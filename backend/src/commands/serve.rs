@@ -3,7 +3,8 @@
 //! `barlink serve`.
 
 use std::io::pipe;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -22,17 +23,8 @@ pub fn serve(args: Serve) -> Result<()> {
     if args.which.control.is_none()
         && let Some(folder) = control.parent()
     {
-        let mut builder = std::fs::DirBuilder::new();
-        builder
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .with_context(|| {
-                format!(
-                    "cannot create the run folder {}: name a socket with --control",
-                    folder.display()
-                )
-            })?;
+        let admits_others = !(args.allow_user.is_empty() && args.allow_group.is_empty());
+        prepare(folder, admits_others)?;
     }
     let users = args
         .allow_user
@@ -126,6 +118,25 @@ pub fn serve(args: Serve) -> Result<()> {
     match broker.run(&stop.into())? {
         End::Stopped => info!("stopped"),
         End::HandedOver => info!("its successor serves now"),
+    }
+    Ok(())
+}
+
+/// Makes the run folder, if it is not there. Other users can enter it only if the broker admits some, and see no names in it.
+fn prepare(folder: &Path, admits_others: bool) -> Result<()> {
+    let failed = || {
+        format!(
+            "cannot prepare the run folder {}: name a socket with --control",
+            folder.display()
+        )
+    };
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700);
+    builder.create(folder).with_context(failed)?;
+    if admits_others {
+        let mut permissions = folder.metadata().with_context(failed)?.permissions();
+        permissions.set_mode(permissions.mode() | 0o011);
+        std::fs::set_permissions(folder, permissions).with_context(failed)?;
     }
     Ok(())
 }

@@ -36,7 +36,7 @@ pub enum ControlError {
     },
     /// The socket is closed to this user.
     #[error(
-        "no permission to attach at {path}: run as the broker's user, or start it with --allow-user"
+        "no permission to attach at {path}: run as the broker's user, or start it with --allow-user and a --control socket whose folder you can enter"
     )]
     Permission {
         /// The socket.

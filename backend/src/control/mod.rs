@@ -6,5 +6,7 @@
 //! come with the answer.
 
 pub mod client;
+#[cfg(test)]
+mod documented;
 pub mod message;
 pub mod packet;

@@ -28,3 +28,4 @@ mod vhost_user_client;
 mod vhost_user_hostile;
 mod vhost_user_replace;
 mod vmm;
+mod waits;

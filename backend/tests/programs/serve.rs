@@ -439,3 +439,24 @@ fn takes_little_memory_beside_the_region() {
     let own = own_memory(&broker);
     assert!(own <= 16 << 10, "{own} KiB");
 }
+
+#[test]
+fn run_folder_can_be_entered_by_others_if_some_are_admitted() {
+    let folder = tempfile::tempdir().unwrap();
+    let serve = |name: &str, options: &[&str]| {
+        let mut broker = barlink(["serve", "--name", name, "--ivshmem"])
+            .arg(folder.path().join(format!("{name}-vm.sock")))
+            .args(options)
+            .env("XDG_RUNTIME_DIR", folder.path())
+            .spawn()
+            .unwrap();
+        let control = folder.path().join(format!("barlink/{name}.sock"));
+        wait_until("the broker serves", || control.exists());
+        broker.kill().unwrap();
+        broker.wait().unwrap();
+        let metadata = folder.path().join("barlink").metadata().unwrap();
+        metadata.permissions().mode() & 0o777
+    };
+    assert_eq!(serve("one", &[]), 0o700);
+    assert_eq!(serve("two", &["--allow-user", "12345"]), 0o711);
+}

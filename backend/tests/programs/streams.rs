@@ -370,7 +370,7 @@ fn missing_file_and_full_disk_are_told() {
     fails(
         send(&broker).arg("/"),
         1,
-        &["cannot read the source", "Is a directory"],
+        &["cannot read /: name a file", "Is a directory"],
     );
     fails(
         recv(&broker).args(["-o", "/no/such/file"]),
@@ -381,7 +381,7 @@ fn missing_file_and_full_disk_are_told() {
     fails(
         recv(&broker).args(["-o", "/dev/full"]),
         1,
-        &["cannot write the target", "No space left"],
+        &["cannot write /dev/full: make room", "No space left"],
     );
     sender.kill().unwrap();
     sender.wait().unwrap();

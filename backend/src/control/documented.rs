@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The messages are those of section 7 of the protocol's document, which a program in another language is written from.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+
+use barlink_protocol::wire::layout::Layout;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::message::{Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, Request, VERSION};
+
+type Names = BTreeSet<String>;
+
+fn section() -> &'static str {
+    let document = include_str!("../../../docs/protocol.md");
+    let (_, rest) = document.split_once("\n## 7. ").unwrap();
+    rest.split_once("\n## ").unwrap().0
+}
+
+/// The rows of the table whose first column has this heading: each one's cells.
+fn table(heading: &str) -> Vec<Vec<&'static str>> {
+    let start = format!("| {heading} |");
+    let lines = section()
+        .lines()
+        .skip_while(|line| !line.starts_with(&start));
+    let rows = lines.skip(2).take_while(|line| line.starts_with('|'));
+    rows.map(|row| row.split('|').skip(1).map(str::trim).collect())
+        .collect()
+}
+
+/// What stands between backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// What a message is called.
+fn name(message: &Value) -> String {
+    let called = message.as_object().and_then(|fields| fields.keys().next());
+    let called = called.map(String::as_str).or(message.as_str());
+    called.unwrap().to_owned()
+}
+
+/// The names that a kind of message has, as its parser tells them to who sends another.
+fn known<T: DeserializeOwned + Debug>() -> Names {
+    let error = serde_json::from_str::<T>(r#""another""#).unwrap_err();
+    let names: Names = quoted(&error.to_string()).skip(1).map(Into::into).collect();
+    assert!(names.len() > 5, "{error}");
+    names
+}
+
+/// Checks that a message is one, and has neither less nor more than is written there; gives what it is.
+fn parse<T: Serialize + DeserializeOwned>(text: &str) -> (T, Value) {
+    let written: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+    let message: T = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+    assert_eq!(serde_json::to_value(&message).unwrap(), written);
+    (message, written)
+}
+
+/// The fields of a value, by their paths.
+fn fields(value: &Value, path: &str, found: &mut Names) {
+    match value {
+        Value::Object(inner) => {
+            for (key, value) in inner {
+                let path = match path {
+                    "" => key.clone(),
+                    path => format!("{path}.{key}"),
+                };
+                fields(value, &path, found);
+                // What can be null has a row of its own; what holds others alone has none.
+                if !value.is_array() {
+                    found.insert(path);
+                }
+            }
+        }
+        Value::Array(inner) => {
+            let path = format!("{path}[]");
+            inner.iter().for_each(|value| fields(value, &path, found));
+        }
+        _ => (),
+    }
+}
+
+#[test]
+fn messages_are_as_the_protocol_says() {
+    let rows = table("ask");
+    let asks = rows.iter().filter_map(|row| {
+        let ask = quoted(row[0]).next()?;
+        Some(name(&parse::<Ask>(ask).1))
+    });
+    assert_eq!(asks.collect::<Names>(), known::<Ask>());
+    let answers = rows.iter().map(|row| {
+        let answer = quoted(row[1]).next().unwrap();
+        let whole = answer
+            .replace("[…]", "[]")
+            .replace("{…}", "{}")
+            .replace('…', "");
+        name(&serde_json::from_str(&whole).unwrap_or_else(|e| panic!("{answer}: {e}")))
+    });
+    assert_eq!(answers.collect::<Names>(), known::<Answer>());
+}
+
+#[test]
+fn refusals_are_as_the_protocol_says() {
+    let rows = table("refused");
+    let refusals = rows.iter().map(|row| {
+        let refusal = quoted(row[0]).next().unwrap();
+        name(&parse::<Refusal>(refusal).1)
+    });
+    assert_eq!(refusals.collect::<Names>(), known::<Refusal>());
+    assert!(section().contains(&format!("the {MAX_COPY} bytes")));
+    assert!(section().contains(&format!(
+        "{} KiB: `{{\"version\":{VERSION}",
+        MAX_PACKET >> 10
+    )));
+}
+
+#[test]
+fn fields_are_as_the_protocol_says() {
+    let (_, block) = section().split_once("```json\n").unwrap();
+    let block = block.split_once("```").unwrap().0;
+    let examples: Vec<Value> = serde_json::Deserializer::from_str(block)
+        .into_iter()
+        .collect::<Result<_, _>>()
+        .unwrap();
+    let mut seen = Vec::new();
+    for example in examples {
+        let (answer, _) = parse::<Answer>(&example.to_string());
+        let (kind, holds) = match &answer {
+            Answer::Region(region) => {
+                Layout::try_from(region).unwrap();
+                ("region", &example["region"])
+            }
+            Answer::Status(_) => ("status", &example["status"]),
+            other => panic!("{other:?}"),
+        };
+        let mut found = Names::new();
+        fields(holds, "", &mut found);
+        let rows = table(&format!("field of a {kind}"));
+        let rows = rows.iter().flat_map(|row| quoted(row[0]).map(Into::into));
+        assert_eq!(rows.collect::<Names>(), found);
+        seen.push(kind);
+    }
+    assert_eq!(seen, ["region", "status"]);
+}
+
+#[test]
+fn a_request_with_an_unknown_field_is_malformed() {
+    let asked = |field: &str| {
+        let ask = format!(r#"{{"claim":{{"channel":0,"end":"producer"{field}}}}}"#);
+        Request::parse(format!(r#"{{"version":{VERSION},"ask":{ask}}}"#).as_bytes())
+    };
+    assert!(asked("").is_ok());
+    let refusal = asked(r#","wait":true"#).unwrap_err();
+    assert!(matches!(refusal, Refusal::Malformed(_)), "{refusal}");
+}

@@ -1,0 +1,88 @@
+//! Ends that do not wait for long: in a channel that drops, and for a nap.
+
+use std::io::Read;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use barlink::protocol::{Strategy, Wakeup};
+
+use crate::support::*;
+
+#[test]
+fn both_ends_say_how_many_records_were_dropped() {
+    let broker = Broker::start(&["--channel", "camera=host-host,64K,drop"]);
+    let ends = |word: &'static str| {
+        let mut command = broker.app(&[word, "--channel", "camera"]);
+        command.stderr(Stdio::piped());
+        command
+    };
+    let count = |text: &str, name: &str| {
+        let json: serde_json::Value = serde_json::from_str(text).unwrap();
+        json[name].as_u64().unwrap()
+    };
+    file_with(&broker.path("in"), &[7; 1 << 20]);
+    // Nobody receives yet: what finds no room is gone, but the end waits.
+    let mut sender = ends("send")
+        .args(["--json", "--record-size", "1000"])
+        .arg(broker.path("in"))
+        .spawn()
+        .unwrap();
+    let state = || {
+        let state = works(&mut broker.app(&["inspect", "--json"]));
+        let state: serde_json::Value = serde_json::from_str(&state).unwrap();
+        state["channels"][0].clone()
+    };
+    wait_until("records are dropped", || {
+        state()["dropped"].as_u64() > Some(900)
+    });
+    // And between what came first and the end there is a gap.
+    let received = run(ends("recv").args(["--json", "-o"]).arg(broker.path("out")));
+    let received = String::from_utf8(received.stderr).unwrap();
+    wait(&mut sender);
+    let mut sent = String::new();
+    sender
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut sent)
+        .unwrap();
+    for name in ["bytes", "records", "dropped"] {
+        assert_eq!(count(&received, name), count(&sent, name), "{name}");
+    }
+    assert!(count(&sent, "dropped") > 900, "{sent}");
+    // In words, too, and where no terminal is.
+    let mut sender = ends("send")
+        .args(["--record-size", "1000"])
+        .arg(broker.path("in"))
+        .spawn()
+        .unwrap();
+    wait_until("more are dropped", || {
+        state()["dropped"].as_u64() > Some(1800)
+    });
+    let received = run(ends("recv").stdout(Stdio::null()));
+    wait(&mut sender);
+    let received = String::from_utf8(received.stderr).unwrap();
+    assert!(
+        received.contains("records were dropped, since the channel was full"),
+        "{received}"
+    );
+}
+
+#[test]
+fn nap_of_microseconds_is_not_rounded_up_to_a_millisecond() {
+    let broker = Broker::start(&["--channel", "loop=host-host,64K"]);
+    let mut receiver = broker.attach().receiver("loop").unwrap();
+    receiver.set_strategy(Strategy {
+        most_spin: Duration::ZERO,
+        ..Strategy::STREAM
+    });
+    let waits = (0..50).map(|_| {
+        let start = Instant::now();
+        let wakeup = receiver.wait(Some(Duration::from_micros(100))).unwrap();
+        assert_eq!(wakeup, Wakeup::TimedOut);
+        start.elapsed()
+    });
+    // The others may be held up by what runs beside them.
+    let shortest = waits.min().unwrap();
+    assert!(shortest < Duration::from_millis(1), "{shortest:?}");
+}
