@@ -19,11 +19,11 @@ pub enum Cache {
     /// As the region's mappings that live, whosever they are; noncached if there are none
     #[default]
     Same,
-    /// Noncached: each access is one of the bus's
+    /// Noncached: each access is one of the bus's; shown as uncached-minus
     Noncached,
-    /// Write-combining: stores are gathered, loads are as noncached ones
+    /// Write-combining: stores are gathered, loads are as noncached ones; shown so
     WriteCombining,
-    /// Write-back, as the guest's own memory; needs a device above 4 GiB
+    /// Write-back, as the guest's own memory; needs a device above 4 GiB, else uncached-minus is shown
     WriteBack,
     /// The fastest that the guest's kernel grants, by a short measurement; `same` if the region is mapped
     Auto,
@@ -156,7 +156,7 @@ fn fastest(speeds: &[(Cache, Option<f64>)]) -> Cache {
 impl Display for Choice {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         if self.cache == Cache::Same {
-            return write!(f, "the mode in which the region is mapped already");
+            return write!(f, "as in the mappings that are there already");
         }
         write!(f, "{}", self.cache.name())?;
         for (index, (cache, speed)) in self.speeds.iter().enumerate() {

@@ -51,7 +51,11 @@ pub enum DeviceError {
         path: PathBuf,
     },
     /// The driver speaks another version of its interface.
-    #[error("the driver of {path} speaks version {found} of its interface, this program version {known}", known = uapi::UAPI_VERSION)]
+    #[error(
+        "the driver of {path} speaks version {found} of its interface, this program version {known}: use \
+         driver and program of one release",
+        known = uapi::UAPI_VERSION
+    )]
     Version {
         /// The path.
         path: PathBuf,
