@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::{Value, json};
 use xtask::bench::{Direction, Report, Way, measure};
 use xtask::broker::Transport;
 use xtask::builds::Artifacts;
@@ -73,6 +74,37 @@ fn ends_that_sleep_use_no_processor() -> Result<()> {
     }
     // Those within the host, too.
     ensure!(pairs == Transport::ALL.len() + 1, "{pairs} pairs of ends");
+    Ok(())
+}
+
+/// Or a trip would be shorter than a wake-up at each end.
+#[test]
+fn ends_of_trips_asleep_are_both_asleep() -> Result<()> {
+    let mut pairs = 0;
+    for (name, part) in report()?.asleep() {
+        ensure!(part >= 0.9, "{name}: {part:.2} of the trips");
+        pairs += 1;
+    }
+    ensure!(pairs == Transport::ALL.len() + 1, "{pairs} pairs of ends");
+    Ok(())
+}
+
+/// Or the two could not be compared.
+#[test]
+fn raw_ivshmem_is_mapped_as_barlink_is() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    report()?.write(folder.path())?;
+    let results = fs::read_to_string(folder.path().join("results.json"))?;
+    let results: Value = serde_json::from_str(&results)?;
+    let rows = results["streams"].as_array().context("no streams")?;
+    let modes = |way: &Value| -> Vec<_> {
+        let rows = rows.iter().filter(|row| row["way"] == *way);
+        rows.map(|row| row["cache_mode"].clone()).collect()
+    };
+    let ways = [json!("raw"), json!({ "channel": "ivshmem" })];
+    let [raw, barlink] = ways.map(|way| modes(&way));
+    ensure!(raw.len() == 6, "{raw:?}");
+    assert_eq!((&raw, &raw[0]), (&barlink, &json!("uncached-minus")));
     Ok(())
 }
 

@@ -9,7 +9,9 @@
 //! | `pipe.rs` | a stream of records through a peer of barlink's, such as a socket |
 //! | `files.rs` | a pipe of two files in a shared folder |
 //! | `raw.rs` | a stream of records through a peer: ivshmem as it comes |
-//! | `trip.rs` | round trips, through channels and peers |
+//! | `trip.rs` | round trips, through channels and peers: who asks, and times them |
+//! | `answer.rs` | who answers |
+//! | `rest.rs` | that both sleep meanwhile, where they are to, and whether they did |
 //! | `place.rs` | streams and round trips of records that are built in the channel itself |
 //! | `idle.rs` | an end that sleeps, and what that costs |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
@@ -17,6 +19,7 @@
 //! | `flow.rs` | what one end of a stream does, timed once it flows |
 //! | `clock.rs` | times |
 
+mod answer;
 mod clock;
 mod copy;
 mod cost;
@@ -26,21 +29,24 @@ mod idle;
 mod pipe;
 mod place;
 mod raw;
+mod rest;
 mod ring;
 mod stream;
 mod trip;
 
+pub use answer::Answer;
 pub use copy::Copy;
 pub use cost::Cost;
 pub use files::FILES;
 pub use flow::{Flow, STRIDE, WARM_UP};
 pub use idle::{Used, Watch, idle};
 pub use pipe::{Endpoint, LAST, PipeReceive, PipeSend};
-pub use place::{Build, answer_in_place, word};
-pub use raw::{RawReceive, RawSend, SIZE as RAW_SIZE};
+pub use place::{Build, word};
+pub use raw::{RawMode, RawReceive, RawSend, SIZE as RAW_SIZE};
+pub use rest::{Questions, Sleeps, Think};
 pub use ring::Ring;
 pub use stream::{Receive, Send};
-pub use trip::{Ask, Trips, Wait, answer_bells, answer_channels, answer_pipe};
+pub use trip::{Ask, Trips, Wait};
 
 use serde::{Deserialize, Serialize};
 

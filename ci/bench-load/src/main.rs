@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use barlink::{Access, AttachError, Attachment};
 use barlink_bench_load::{
-    Ask, Build, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawReceive, RawSend, Receive, Ring,
-    Send, Wait, Watch, answer_bells, answer_channels, answer_in_place, answer_pipe, idle,
+    Answer, Ask, Build, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawMode, RawReceive, RawSend,
+    Receive, Ring, Send, Wait, Watch, idle,
 };
 use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::End::{Consumer, Producer};
@@ -48,6 +48,8 @@ enum Work {
     Answer {
         #[command(flatten)]
         pair: Pair,
+        #[command(flatten)]
+        answer: Answer,
     },
     /// Build records of one size in a channel, on the host
     Build {
@@ -67,6 +69,8 @@ enum Work {
     AnswerInPlace {
         #[command(flatten)]
         pair: HostPair,
+        #[command(flatten)]
+        answer: Answer,
     },
     /// Hold a pair of channels, and sleep
     Idle {
@@ -92,6 +96,8 @@ enum Work {
         /// Bytes of a question
         #[arg(long, default_value_t = 64)]
         record_size: usize,
+        #[command(flatten)]
+        answer: Answer,
     },
     /// Ring as the producer of a channel, and wait to be rung
     BellAsk {
@@ -104,6 +110,8 @@ enum Work {
     BellAnswer {
         #[command(flatten)]
         end: End,
+        #[command(flatten)]
+        answer: Answer,
     },
     /// Write records to a pipe
     PipeSend(PipeSend),
@@ -113,6 +121,8 @@ enum Work {
     RawSend(RawSend),
     /// Read them
     RawReceive(RawReceive),
+    /// Tell how its memory is cached
+    RawMode(RawMode),
     /// Send and receive under the eyes of a process that traces this one
     Cost(Cost),
     /// Copy within this process
@@ -201,17 +211,15 @@ fn main() -> Result<()> {
             let (out, back) = (guest.sender(&pair.out)?, guest.receiver(&pair.back)?);
             ask.channels(out, back, pair.wait)?
         }),
-        Work::Answer { pair } => {
-            if let Some(path) = &pair.place.control {
-                let host = attach(path)?;
-                let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
-                answer_channels(out, back, pair.wait)
-            } else {
-                let guest = pair.place.open()?;
-                let (out, back) = (guest.sender(&pair.out)?, guest.receiver(&pair.back)?);
-                answer_channels(out, back, pair.wait)
-            }
-        }
+        Work::Answer { pair, answer } => tell(&if let Some(path) = &pair.place.control {
+            let host = attach(path)?;
+            let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+            answer.channels(out, back, pair.wait)?
+        } else {
+            let guest = pair.place.open()?;
+            let (out, back) = (guest.sender(&pair.out)?, guest.receiver(&pair.back)?);
+            answer.channels(out, back, pair.wait)?
+        }),
         Work::Build { end, build } => {
             tell(&build.run(attach(&end.control)?.sender(&end.channel)?)?)
         }
@@ -220,10 +228,10 @@ fn main() -> Result<()> {
             let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
             tell(&ask.in_place(out, back, pair.wait)?)
         }
-        Work::AnswerInPlace { pair } => {
+        Work::AnswerInPlace { pair, answer } => {
             let host = attach(&pair.control)?;
             let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
-            answer_in_place(out, back, pair.wait)
+            tell(&answer.in_place(out, back, pair.wait)?)
         }
         Work::Idle { pair, first } => {
             if let Some(path) = &pair.place.control {
@@ -239,19 +247,21 @@ fn main() -> Result<()> {
         Work::PipeAnswer {
             endpoint,
             record_size,
-        } => answer_pipe(&endpoint, record_size),
+            answer,
+        } => tell(&answer.pipe(&endpoint, record_size)?),
         Work::BellAsk { end, ask } => tell(&match &end.place.control {
             Some(path) => ask.bells(attach(path)?.claim(&end.channel, Producer)?.1)?,
             None => ask.bells(end.place.open()?.claim(&end.channel, Producer)?.1)?,
         }),
-        Work::BellAnswer { end } => match &end.place.control {
-            Some(path) => answer_bells(attach(path)?.claim(&end.channel, Consumer)?.1),
-            None => answer_bells(end.place.open()?.claim(&end.channel, Consumer)?.1),
-        },
+        Work::BellAnswer { end, answer } => tell(&match &end.place.control {
+            Some(path) => answer.bells(attach(path)?.claim(&end.channel, Consumer)?.1)?,
+            None => answer.bells(end.place.open()?.claim(&end.channel, Consumer)?.1)?,
+        }),
         Work::PipeSend(send) => tell(&send.run()?),
         Work::PipeReceive(receive) => tell(&receive.run()?),
         Work::RawSend(send) => tell(&send.run()?),
         Work::RawReceive(receive) => tell(&receive.run()?),
+        Work::RawMode(mode) => tell(&mode.run()?),
         Work::Cost(cost) => cost.run(),
         Work::Copy(copy) => tell(&copy.run()),
         Work::Ring(ring) => tell(&ring.run()?),

@@ -9,8 +9,10 @@ use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Strategy, Wakeup};
 use clap::Args;
 
+use crate::answer::Answer;
+use crate::rest::Sleeps;
 use crate::stream::sum_of;
-use crate::trip::{Ask, Trips, Wait, answer_over};
+use crate::trip::{Ask, Trips, Wait};
 use crate::{Flow, Measured, STRIDE};
 
 /// Where words are made, in the nearest cache, before they are put into the channel.
@@ -130,24 +132,27 @@ impl Ask {
     }
 }
 
-/// Answers through a pair of channels until the end of the stream: each question is copied, by blocks, into its answer.
-pub fn answer_in_place<M, E>(
-    sender: Sender<M, E>,
-    receiver: Receiver<M, E>,
-    wait: Wait,
-) -> Result<()>
-where
-    M: Deref<Target = [AtomicU64]> + Clone,
-    E: Events<Error: std::error::Error + Send + Sync + 'static>,
-{
-    let mut block = BLANK;
-    answer_over(sender, receiver, wait, |sender, receiver| {
-        if let Some(record) = receiver.record() {
-            let words = record.words().len();
-            build(sender, words, &mut block, |first, block| {
-                record.copy_to(8 * first, block.as_flattened_mut());
-            })?;
-        }
-        Ok(receiver.release()?)
-    })
+impl Answer {
+    /// Answers through a pair of channels until the end of the stream: each question is copied, by blocks, into its answer.
+    pub fn in_place<M, E>(
+        &self,
+        sender: Sender<M, E>,
+        receiver: Receiver<M, E>,
+        wait: Wait,
+    ) -> Result<Sleeps>
+    where
+        M: Deref<Target = [AtomicU64]> + Clone,
+        E: Events<Error: std::error::Error + Send + Sync + 'static>,
+    {
+        let mut block = BLANK;
+        self.over(sender, receiver, wait, |sender, receiver| {
+            if let Some(record) = receiver.record() {
+                let words = record.words().len();
+                build(sender, words, &mut block, |first, block| {
+                    record.copy_to(8 * first, block.as_flattened_mut());
+                })?;
+            }
+            Ok(receiver.release()?)
+        })
+    }
 }

@@ -55,6 +55,10 @@ pub struct RawReceive {
     memory: Memory,
 }
 
+/// Tells how the guest's processors cache the memory, mapped as by an end of a stream.
+#[derive(Args, Debug)]
+pub struct RawMode {}
+
 /// The memory's words.
 struct Words(MmapRegion);
 
@@ -72,16 +76,20 @@ impl Memory {
     fn map(&self) -> Result<Words> {
         let path = match &self.file {
             Some(path) => path.clone(),
-            None => find_device()?,
+            None => find_device()?.join("resource2"),
         };
-        let file = File::options().read(true).write(true).open(&path)?;
-        let mapped = MmapRegion::from_file(FileOffset::new(file, 0), SIZE);
-        let mapped = mapped.with_context(|| format!("{} cannot be mapped", path.display()))?;
-        Ok(Words(mapped))
+        map(&path)
     }
 }
 
-/// BAR2 of the ivshmem device that no driver holds.
+fn map(path: &Path) -> Result<Words> {
+    let file = File::options().read(true).write(true).open(path)?;
+    let mapped = MmapRegion::from_file(FileOffset::new(file, 0), SIZE);
+    let mapped = mapped.with_context(|| format!("{} cannot be mapped", path.display()))?;
+    Ok(Words(mapped))
+}
+
+/// The ivshmem device that no driver holds.
 fn find_device() -> Result<PathBuf> {
     let is_free = |device: &Path| {
         let says = |file, what: &str| {
@@ -92,9 +100,26 @@ fn find_device() -> Result<PathBuf> {
     let devices = fs::read_dir("/sys/bus/pci/devices")?;
     let mut paths = devices.filter_map(|device| Some(device.ok()?.path()));
     let found = paths.find(|device| is_free(device));
-    Ok(found
-        .context("there is no free ivshmem device")?
-        .join("resource2"))
+    found.context("there is no free ivshmem device")
+}
+
+impl RawMode {
+    /// What the guest's kernel lists while it is mapped.
+    pub fn run(&self) -> Result<String> {
+        const LIST: &str = "/sys/kernel/debug/x86/pat_memtype_list";
+        let device = find_device()?;
+        let _words = map(&device.join("resource2"))?;
+        // A line for each BAR: its first byte, its last, flags.
+        let bars = fs::read_to_string(device.join("resource"))?;
+        let start = bars.lines().nth(2).and_then(|bar| bar.split(' ').next());
+        let start = start.context("the ivshmem device has no BAR2")?;
+        let list = fs::read_to_string(LIST).context(LIST)?;
+        let entry = format!("PAT: [mem {start}-");
+        let found = list.lines().find(|line| line.starts_with(&entry));
+        let mode = found.and_then(|line| Some(line.split_once("] ")?.1));
+        let mode = mode.with_context(|| format!("`{entry}` is not in {LIST}"))?;
+        Ok(mode.to_owned())
+    }
 }
 
 impl RawSend {

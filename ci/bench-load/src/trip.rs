@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Round trips: one end asks, the other one answers, and nothing else is under way.
+//! Round trips, as timed by the end that asks: the other one answers, and nothing else is under way.
 
 use std::ops::Deref;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Strategy, Wakeup};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::clock::{cpu, nanoseconds};
+use crate::answer::sleep;
+use crate::clock::nanoseconds;
 use crate::pipe::{Endpoint, LAST};
+use crate::rest::{Sleeps, Think, WARM_UP};
 
-/// Trips that are made before any counts.
-const WARM_UP: u64 = 20;
 /// Silence after which a bare doorbell's other end has gone.
-const SILENCE: Duration = Duration::from_secs(1);
+pub(crate) const SILENCE: Duration = Duration::from_secs(1);
 
 /// How an end waits.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
@@ -56,8 +56,8 @@ pub struct Trips {
     pub p999: u64,
     /// The longest.
     pub max: u64,
-    /// Processor time of the whole process.
-    pub cpu: u64,
+    /// In how many of them this end slept.
+    pub sleeps: Sleeps,
 }
 
 /// Asks for some time.
@@ -72,6 +72,8 @@ pub struct Ask {
     /// Before each question, sleep for so long, in microseconds, so that the other end sleeps, too
     #[arg(long, default_value_t = 0)]
     pause: u64,
+    #[command(flatten)]
+    think: Think,
 }
 
 impl Ask {
@@ -141,7 +143,7 @@ impl Ask {
     {
         self.trips(|_| {
             events.ring()?;
-            while !events.sleep(Some(SILENCE))? {
+            while !sleep(&mut events, SILENCE)? {
                 // The other end was not there yet.
                 events.ring()?;
             }
@@ -149,10 +151,10 @@ impl Ask {
         })
     }
 
-    /// Makes round trips, each with a number that must come back.
+    /// Makes round trips, each with a number that must come back. How long the other end thought is taken off.
     pub fn trips(&self, mut trip: impl FnMut(&mut [u8]) -> Result<()>) -> Result<Trips> {
         let mut bytes = vec![0; self.record_size];
-        let mut times = Vec::new();
+        let (mut times, mut sleeps) = (Vec::new(), Sleeps::default());
         let time = Duration::from_millis(self.time);
         let mut number = 0_u64;
         let mut begin = Instant::now();
@@ -162,9 +164,11 @@ impl Ask {
             if self.pause > 0 {
                 thread::sleep(Duration::from_micros(self.pause));
             }
+            let awake = self.think.awake();
             let start = Instant::now();
             trip(&mut bytes)?;
             let took = start.elapsed();
+            let slept = awake.slept(self.think);
             ensure!(
                 bytes[..8] == number.to_le_bytes(),
                 "the answer is another's"
@@ -172,7 +176,12 @@ impl Ask {
             match number.cmp(&WARM_UP) {
                 std::cmp::Ordering::Less => (),
                 std::cmp::Ordering::Equal => begin = start,
-                std::cmp::Ordering::Greater => times.push(nanoseconds(took)),
+                std::cmp::Ordering::Greater => {
+                    let took = took.checked_sub(self.think.time());
+                    let took = took.context("it was answered sooner than the other end thinks")?;
+                    times.push(nanoseconds(took));
+                    sleeps.add(slept);
+                }
             }
             number += 1;
         }
@@ -190,87 +199,7 @@ impl Ask {
             p99: quantile(0.99),
             p999: quantile(0.999),
             max: quantile(1.0),
-            cpu: cpu(),
+            sleeps,
         })
-    }
-}
-
-/// Answers through a pair of channels until the end of the stream.
-pub fn answer_channels<M, E>(
-    sender: Sender<M, E>,
-    receiver: Receiver<M, E>,
-    wait: Wait,
-) -> Result<()>
-where
-    M: Deref<Target = [AtomicU64]> + Clone,
-    E: Events<Error: std::error::Error + Send + Sync + 'static>,
-{
-    let mut bytes = Vec::new();
-    answer_over(sender, receiver, wait, |sender, receiver| {
-        if let Some(record) = receiver.record() {
-            bytes.resize(record.length(), 0);
-            record.copy_to(0, &mut bytes);
-        }
-        receiver.release()?;
-        let _ = sender.send(Kind::USER, &bytes, None)?;
-        Ok(())
-    })
-}
-
-/// Has each question answered, which the receiver is at, until the end of the stream.
-pub(crate) fn answer_over<M, E>(
-    mut sender: Sender<M, E>,
-    mut receiver: Receiver<M, E>,
-    wait: Wait,
-    mut answer: impl FnMut(&mut Sender<M, E>, &mut Receiver<M, E>) -> Result<()>,
-) -> Result<()>
-where
-    M: Deref<Target = [AtomicU64]> + Clone,
-    E: Events<Error: std::error::Error + Send + Sync + 'static>,
-{
-    sender.set_strategy(wait.strategy());
-    receiver.set_strategy(wait.strategy());
-    loop {
-        if receiver.wait(None)? != Wakeup::Ready {
-            continue;
-        }
-        let Some(record) = receiver.record() else {
-            continue;
-        };
-        if record.header().kind == Kind::END {
-            return Ok(receiver.release()?);
-        }
-        answer(&mut sender, &mut receiver)?;
-    }
-}
-
-/// Answers through a pipe until the last record, that included.
-pub fn answer_pipe(endpoint: &Endpoint, record_size: usize) -> Result<()> {
-    let mut pipe = endpoint.open()?;
-    let mut bytes = vec![0; record_size];
-    loop {
-        pipe.read_exact(&mut bytes)?;
-        pipe.write_all(&bytes)?;
-        if bytes[..8] == LAST.to_le_bytes() {
-            return Ok(());
-        }
-    }
-}
-
-/// Rings whenever it is rung, until that has not been for a while.
-pub fn answer_bells<E>(mut events: E) -> Result<()>
-where
-    E: Events<Error: std::error::Error + Send + Sync + 'static>,
-{
-    // The other end may take a while to come.
-    let mut end = Instant::now() + 10 * SILENCE;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        if events.sleep(Some(left))? {
-            events.ring()?;
-            end = Instant::now() + SILENCE;
-        } else if left.is_zero() {
-            return Ok(());
-        }
     }
 }

@@ -9,7 +9,7 @@
 mod port;
 
 use anyhow::{Context, Result};
-use barlink_bench_load::{Ask, Flow, LAST, Measured, STRIDE, Wait, word};
+use barlink_bench_load::{Ask, Flow, LAST, Measured, STRIDE, Sleeps, Think, Trips, Wait, word};
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::Serialize;
@@ -55,6 +55,8 @@ enum Work {
         /// How to wait
         #[arg(long, value_enum)]
         wait: Wait,
+        #[command(flatten)]
+        think: Think,
     },
 }
 
@@ -75,7 +77,7 @@ fn main() -> Result<()> {
         Work::Send { shape, time } => tell(&send(&shape, time)?),
         Work::Receive { shape } => tell(&receive(&shape)?),
         Work::Ask { service, wait, ask } => tell(&self::ask(&service, wait, &ask)?),
-        Work::Answer { shape, wait } => answer(&shape, wait),
+        Work::Answer { shape, wait, think } => tell(&answer(&shape, wait, think)?),
     }
 }
 
@@ -128,7 +130,7 @@ fn there_and_back(service: &str) -> [String; 2] {
 }
 
 /// Asks for some time.
-fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<barlink_bench_load::Trips> {
+fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<Trips> {
     let node = node()?;
     let [there, back] = there_and_back(service);
     let size = ask.record_size();
@@ -153,17 +155,19 @@ fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<barlink_bench_load::Trips
 }
 
 /// Answers until the last question, that included.
-fn answer(shape: &Shape, wait: Wait) -> Result<()> {
+fn answer(shape: &Shape, wait: Wait, think: Think) -> Result<Sleeps> {
     let node = node()?;
     let [there, back] = there_and_back(&shape.service);
     let mut inlet = Inlet::open(&node, &there, shape.record_size, wait)?;
     let mut outlet = Outlet::open(&node, &back, shape.record_size, wait)?;
+    let mut questions = think.questions();
     loop {
-        let question = inlet.receive()?;
+        let question = questions.wait(|| inlet.receive())?;
         let words = question.payload();
         outlet.send(|place| words.get(place).copied().unwrap_or_default())?;
         if words.first() == Some(&LAST) {
-            return outlet.wait_until_left();
+            outlet.wait_until_left()?;
+            return Ok(questions.sleeps());
         }
     }
 }

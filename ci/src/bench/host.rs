@@ -4,13 +4,13 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use barlink_bench_load::{Trips, Wait};
+use anyhow::Result;
+use barlink_bench_load::{Sleeps, Trips, Wait};
 
 use super::case::Way;
 use super::scene::{Load, Scene, Side};
 use super::stream::{Streamed, endpoints, finish};
-use super::trip::PAUSE;
+use super::trip;
 use crate::broker::Transport;
 
 /// The channel for streams, and where it stands in the broker's list: behind those of the slots.
@@ -42,52 +42,55 @@ pub fn stream(scene: &Scene, way: Way, record_size: u64, time: Duration) -> Resu
     })
 }
 
-/// Makes round trips for some time.
+/// How an end is told to wait so.
+pub fn option(wait: Wait) -> &'static str {
+    match wait {
+        Wait::Spin => "--wait=spin",
+        Wait::Prompt => "--wait=prompt",
+        Wait::Sleep => "--wait=sleep",
+    }
+}
+
+/// Makes round trips for some time. Who asks and who answers are told this besides.
 pub fn trips(
     scene: &Scene,
     way: Way,
     wait: Wait,
+    (ask_more, answer_more): (&[&str], &[&str]),
     record_size: u64,
     time: Duration,
-) -> Result<Trips> {
+) -> Result<(Trips, Sleeps)> {
     let size = format!("--record-size={record_size}");
     let time = format!("--time={}", time.as_millis());
-    let (wait, pause) = match wait {
-        Wait::Spin => ("--wait=spin", "--pause=0"),
-        Wait::Prompt => ("--wait=prompt", "--pause=0"),
-        Wait::Sleep => ("--wait=sleep", PAUSE),
+    let wait = option(wait);
+    let control = format!("--control={}", scene.control().display());
+    let service = service(scene, &format!("{wait}{size}"));
+    let [listens, connects] = match way {
+        Way::Unix => endpoints(scene, way)?,
+        _ => Default::default(),
     };
-    let (answers, asks) = match way {
-        Way::Iceoryx2 => {
-            let service = service(scene, &format!("{wait}{size}"));
-            (
-                scene.start_iceoryx2(&["answer", &service, wait, &size])?,
-                scene.start_iceoryx2(&["ask", &service, wait, &size, pause, &time])?,
-            )
-        }
-        Way::Unix => {
-            let [listens, connects] = endpoints(scene, way)?;
-            (
-                start(scene, &["pipe-answer", &listens, &size])?,
-                start(scene, &["pipe-ask", &connects, &size, pause, &time])?,
-            )
-        }
-        _ => {
-            let control = format!("--control={}", scene.control().display());
-            let [there, back] = TRIP;
-            let answer = ["answer-in-place", back, there, &control, wait];
-            let ask = ["ask-in-place", there, back, &control, wait, &size];
-            (
-                start(scene, &answer)?,
-                start(scene, &[&ask[..], &[pause, &time]].concat())?,
-            )
-        }
+    let [there, back] = TRIP;
+    let (ask, answer) = match way {
+        Way::Iceoryx2 => (
+            vec!["ask", &service, wait],
+            vec!["answer", &service, wait, &size],
+        ),
+        Way::Unix => (
+            vec!["pipe-ask", &connects],
+            vec!["pipe-answer", &listens, &size],
+        ),
+        _ => (
+            vec!["ask-in-place", there, back, &control, wait],
+            vec!["answer-in-place", back, there, &control, wait],
+        ),
     };
-    let trips = asks.wait().context("the end that asks failed")?;
-    answers
-        .wait_silently()
-        .context("the end that answers failed")?;
-    Ok(trips)
+    let start = |arguments: &[&str]| match way {
+        Way::Iceoryx2 => scene.start_iceoryx2(arguments),
+        _ => start(scene, arguments),
+    };
+    let answers = start(&[&answer, answer_more].concat())?;
+    let asks = start(&[&ask[..], &[&size, &time], ask_more].concat())?;
+    trip::finish(asks, answers)
 }
 
 /// Starts `barlink-bench-load` on the host.

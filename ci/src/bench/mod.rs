@@ -47,6 +47,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use self::budget::Budget;
 pub use self::case::{Direction, Way};
+use self::peer::Peers;
 use self::plan::Plan;
 pub use self::report::Report;
 use self::scene::Scene;
@@ -117,7 +118,6 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
 
 /// Measures every case in every round, or those that have one of these texts in their names.
 pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Report> {
-    let start = Instant::now();
     let (sizes, trip_sizes, rounds, time, idle_time) = match quick {
         true => {
             let second = Duration::from_secs(1);
@@ -135,6 +135,8 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
         }
     };
     let plan = Plan::new(sizes, trip_sizes, only)?;
+    Peers::build(&plan.ways());
+    let start = Instant::now();
     let scene = Scene::set(artifacts, &plan.ways())?;
     let sleepers = plan.sleepers.clone();
     let mut report = Report::new(scene.conditions()?, plan);

@@ -62,6 +62,15 @@ struct Peer {
 type Device = (Vec<String>, Option<Daemon>);
 
 impl Peers {
+    /// Builds what these ways need and is not there yet, which can take minutes. If it fails, that is found again, and told, where
+    /// it is used.
+    pub fn build(ways: &[Way]) {
+        if ways.contains(&Way::Vsock) {
+            let [name, version] = VSOCK_DEVICE;
+            let _ = setup::program(name, version);
+        }
+    }
+
     /// Starts on the host what these ways need, with its files in `folder`, and adds to QEMU's arguments.
     pub fn start(
         ways: &[Way],

@@ -69,6 +69,12 @@ impl Report {
         counted.fold(0.0, f64::max)
     }
 
+    /// Of each pair of channels whose ends are to sleep, the part of round trips in which both did, at least.
+    pub fn asleep(&self) -> impl Iterator<Item = (String, f64)> {
+        let channels = self.trips.iter().filter(|row| row.is_of_channels());
+        channels.filter_map(|row| Some((row.trip.to_string(), row.asleep()?)))
+    }
+
     /// The processor time of each pair of ends that slept, in nanoseconds.
     pub fn idle_cpu(&self) -> impl Iterator<Item = (String, u64)> {
         self.idle.iter().map(idle::Row::ends)
@@ -109,6 +115,7 @@ impl Report {
             };
             let more = json!({
                 "name": row.trip.to_string(),
+                "part_asleep_at_both_ends": row.asleep(),
                 "record_size": row.trip.record_size(),
                 "cache_mode": cache_mode,
                 "wait": row.trip.wait(),
@@ -133,13 +140,16 @@ impl Report {
         }))
     }
 
-    /// How the guest's processors cache the region that this goes through, if one is known.
+    /// How the guest's processors cache the memory of a device that this goes through, if it does.
     fn cache_mode(&self, way: Way) -> Option<&str> {
-        let Way::Channel(transport) = way else {
-            return None;
-        };
-        let mode = self.conditions.cache_modes.get(transport.index());
-        mode.map(String::as_str)
+        match way {
+            Way::Channel(transport) => {
+                let mode = self.conditions.cache_modes.get(transport.index());
+                mode.map(String::as_str)
+            }
+            Way::Raw => Some(&self.conditions.raw_cache_mode),
+            _ => None,
+        }
     }
 
     fn with_conditions(&self, row: &impl Serialize, more: Value) -> Result<Value> {
@@ -166,6 +176,7 @@ impl fmt::Display for Conditions {
             accelerator,
             kernel,
             cache_modes,
+            raw_cache_mode,
             guest_cpus,
             host_cpus,
         } = self;
@@ -173,15 +184,13 @@ impl fmt::Display for Conditions {
             f,
             "accelerator {accelerator}, guest kernel {kernel}, {guest_cpus} vCPUs on {host_cpus} CPUs, region "
         )?;
-        let all_alike = cache_modes.windows(2).all(|modes| modes[0] == modes[1]);
-        match &cache_modes[..] {
-            [mode, ..] if all_alike => write!(f, "mapped {mode} in the guest"),
-            modes => {
-                let modes = Transport::ALL.iter().zip(modes);
-                let modes = modes.map(|(transport, mode)| format!("{mode} over {transport}"));
-                write!(f, "mapped {}", modes.collect::<Vec<_>>().join(", "))
-            }
+        if cache_modes.iter().all(|mode| mode == raw_cache_mode) {
+            return write!(f, "and raw ivshmem mapped {raw_cache_mode} in the guest");
         }
+        let modes = Transport::ALL.iter().zip(cache_modes);
+        let modes = modes.map(|(transport, mode)| format!("{mode} over {transport}"));
+        let modes = modes.collect::<Vec<_>>().join(", ");
+        write!(f, "mapped {modes}, raw ivshmem {raw_cache_mode}")
     }
 }
 
@@ -190,10 +199,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let conditions = &self.conditions;
         let (seconds, rounds) = self.took;
-        writeln!(
-            f,
-            "Measured in {rounds} rounds, which took {seconds:.0} s.\n"
-        )?;
+        writeln!(f, "Rounds: {rounds}. Time: {seconds:.0} s.\n")?;
         if !self.streams.is_empty() {
             writeln!(
                 f,
@@ -222,14 +228,15 @@ impl fmt::Display for Report {
             writeln!(
                 f,
                 "\n## Round trips\n\nConditions: {conditions}. Of 64 bytes, if nothing else is said: the guest asks, the host answers, and \
-                 both read every byte; a bare doorbell bears none. Channels within the host are of {}. Times in µs, medians of the rounds.\n",
+                 both read every byte; a bare doorbell bears none. Ends that sleep are both asleep when they are woken, in this part of the \
+                 trips at least; what one thinks before it answers is taken off. Channels within the host are of {}. Times in µs, medians of the rounds.\n",
                 BinaryBytes(TRIP_CAPACITY)
             )?;
             writeln!(
                 f,
-                "| how | median | half of the rounds | 99 % | 99.9 % | longest | ends wait by |"
+                "| how | median | half of the rounds | 99 % | 99.9 % | longest | trips | both slept | ends wait by |"
             )?;
-            writeln!(f, "|---|---:|---:|---:|---:|---:|---|")?;
+            writeln!(f, "|---|---:|---:|---:|---:|---:|---:|---:|---|")?;
             for row in &self.trips {
                 write!(f, "{row}")?;
             }

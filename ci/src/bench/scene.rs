@@ -55,6 +55,8 @@ pub struct Conditions {
     pub kernel: String,
     /// How the guest's processors cache the region, by transport.
     pub cache_modes: Vec<String>,
+    /// And the memory of raw ivshmem.
+    pub raw_cache_mode: String,
     /// Processors of the guest.
     pub guest_cpus: u32,
     /// Processors of the host.
@@ -170,6 +172,11 @@ impl<'a> Scene<'a> {
                 .map(cache_mode)
                 .into_iter()
                 .collect::<Result<_>>()?,
+            // A kernel of the user's can be without debugfs, which tells it.
+            raw_cache_mode: self
+                .start(Side::Guest, &["raw-mode".to_owned()])?
+                .wait()
+                .unwrap_or_else(|_| "unknown".to_owned()),
             guest_cpus: self.config.cpus,
             host_cpus: std::thread::available_parallelism()?.get(),
         })
@@ -285,11 +292,6 @@ impl Load {
     /// The same, if it ends within this time.
     pub fn wait_for<T: DeserializeOwned>(self, patience: Duration) -> Result<T> {
         Ok(serde_json::from_slice(&self.output(patience)?)?)
-    }
-
-    /// Waits until one has ended that measures nothing.
-    pub fn wait_silently(self) -> Result<()> {
-        self.output(PATIENCE).map(drop)
     }
 
     fn output(mut self, patience: Duration) -> Result<Vec<u8>> {

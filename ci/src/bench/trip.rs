@@ -6,20 +6,22 @@ use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use barlink_bench_load::{Trips, Wait};
+use barlink_bench_load::{Sleeps, Trips, Wait};
 use indicatif::BinaryBytes;
 use serde::Serialize;
 
 use super::case::Way;
 use super::host;
 use super::peer::told;
-use super::scene::{Scene, Side};
+use super::scene::{Load, Scene, Side};
 use super::spread::Spread;
 use super::stream::endpoints;
 use crate::broker::Transport;
 
-/// For ends that sleep: long enough for them to be asleep.
-pub(super) const PAUSE: &str = "--pause=500";
+/// For ends that sleep: how long who answers thinks first, and how long who asks pauses before a question, so that each finds the
+/// other one asleep. A process of a VM takes longer to ring and to fall asleep, under TCG and over vfio-user, than one of the host.
+const THINK: &str = "--think=1000";
+const PAUSE: &str = "--pause=500";
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
@@ -83,6 +85,19 @@ impl Trip {
         }
     }
 
+    /// What who asks is told, and who answers, so that each finds the other one asleep, if ends are to sleep.
+    pub(super) fn rests(self) -> (&'static [&'static str], &'static [&'static str]) {
+        match self.is_asleep() {
+            true => (&[PAUSE, THINK], &[THINK]),
+            false => (&[], &[]),
+        }
+    }
+
+    /// Whether its ends are to sleep, and do nothing else while they wait.
+    fn is_asleep(self) -> bool {
+        self.wait() == "sleep"
+    }
+
     /// Whether it is another project's.
     fn is_peer(self) -> bool {
         match self {
@@ -92,9 +107,10 @@ impl Trip {
     }
 
     /// Makes trips for some time.
-    fn make(self, scene: &Scene, time: Duration) -> Result<Trips> {
+    fn make(self, scene: &Scene, time: Duration) -> Result<(Trips, Sleeps)> {
+        let rests = self.rests();
         if let Trip::Host(way, wait, size) = self {
-            return host::trips(scene, way, wait, size, time);
+            return host::trips(scene, way, wait, rests, size, time);
         }
         let time = format!("--time={}", time.as_millis());
         let control = format!("--control={}", scene.control().display());
@@ -104,23 +120,19 @@ impl Trip {
                 .map(|&word| word.to_owned())
                 .collect::<Vec<_>>()
         };
-        let (asks, answers) = match self {
+        let (mut asks, mut answers) = match self {
             Trip::Channels(transport, wait) => {
                 let [up, down, device] = names(transport);
-                let (wait, pause) = match wait {
-                    Wait::Spin => ("--wait=spin", "--pause=0"),
-                    Wait::Prompt => ("--wait=prompt", "--pause=0"),
-                    Wait::Sleep => ("--wait=sleep", PAUSE),
-                };
+                let wait = host::option(wait);
                 (
-                    words(&["ask", &up, &down, &device, wait, pause, &time]),
+                    words(&["ask", &up, &down, &device, wait, &time]),
                     words(&["answer", &down, &up, &control, wait]),
                 )
             }
             Trip::Bells(transport) => {
                 let [up, _, device] = names(transport);
                 (
-                    words(&["bell-ask", &up, &device, PAUSE, &time]),
+                    words(&["bell-ask", &up, &device, &time]),
                     words(&["bell-answer", &up, &control]),
                 )
             }
@@ -133,13 +145,11 @@ impl Trip {
                 )
             }
         };
+        asks.extend(words(rests.0));
+        answers.extend(words(rests.1));
         let answers = scene.start(Side::Host, &answers)?;
         let asks = scene.start(Side::Guest, &asks)?;
-        let trips = asks.wait().context("the end that asks failed")?;
-        answers
-            .wait_silently()
-            .context("the end that answers failed")?;
-        Ok(trips)
+        finish(asks, answers)
     }
 }
 
@@ -180,6 +190,10 @@ pub struct Row {
     pub(super) trip: Trip,
     /// Median, 99 %, 99.9 % and longest of each round, in nanoseconds.
     pub(super) times: [Spread; 4],
+    /// Trips in all rounds.
+    count: u64,
+    /// In how many who asked slept, and who answered, where they are to.
+    slept_of_who_asks_and_who_answers: [Sleeps; 2],
     /// Why it was not measured any further.
     failure: Option<String>,
 }
@@ -190,6 +204,8 @@ impl Row {
         Row {
             trip,
             times: Default::default(),
+            count: 0,
+            slept_of_who_asks_and_who_answers: Default::default(),
             failure: None,
         }
     }
@@ -199,13 +215,33 @@ impl Row {
         self.failure.is_none() && self.times[0].median() > 0.0
     }
 
+    /// The part of its trips in which both ends slept, at least: it is known of each end, and not which trips these were. Nothing
+    /// if ends are not to sleep.
+    pub fn asleep(&self) -> Option<f64> {
+        let is_to = self.trip.is_asleep() && self.is_measured();
+        let ends = self.slept_of_who_asks_and_who_answers;
+        let parts = ends.map(|end| end.slept as f64 / end.waits.max(1) as f64);
+        is_to.then(|| (parts[0] + parts[1] - 1.0).max(0.0))
+    }
+
+    /// Whether it goes through a pair of channels.
+    pub fn is_of_channels(&self) -> bool {
+        matches!(self.trip, Trip::Channels(..) | Trip::Host(Way::Within, ..))
+    }
+
     /// Does a round. A peer that fails is left alone from then on, and what it did is told.
     pub fn measure(&mut self, scene: &Scene, time: Duration) -> Result<()> {
         if self.failure.is_some() {
             return Ok(());
         }
         match self.trip.make(scene, time) {
-            Ok(trips) => {
+            Ok((trips, answers)) => {
+                self.count += trips.count;
+                let ends = &mut self.slept_of_who_asks_and_who_answers;
+                for (sum, end) in ends.iter_mut().zip([trips.sleeps, answers]) {
+                    sum.waits += end.waits;
+                    sum.slept += end.slept;
+                }
                 let times = [trips.median, trips.p99, trips.p999, trips.max];
                 for (spread, time) in self.times.iter_mut().zip(times) {
                     spread.add(time as f64);
@@ -225,16 +261,26 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "| {} |", self.trip)?;
         if let Some(failure) = &self.failure {
-            return writeln!(f, " {failure} | | | | | |");
+            return writeln!(f, " {failure} | | | | | | | |");
         }
         let [low, high] = self.times[0].quartiles().map(|time| time / 1e3);
         let [median, p99, p999, max] = self.times.each_ref().map(|time| time.median() / 1e3);
+        let asleep = self.asleep();
+        let asleep = asleep.map_or_else(String::new, |part| format!("{:.0} %", 100.0 * part));
         writeln!(
             f,
-            " {median:.1} | {low:.1} to {high:.1} | {p99:.1} | {p999:.1} | {max:.1} | {} |",
+            " {median:.1} | {low:.1} to {high:.1} | {p99:.1} | {p999:.1} | {max:.1} | {} | {asleep} | {} |",
+            self.count,
             self.trip.wait()
         )
     }
+}
+
+/// What both ends tell once they have ended.
+pub(super) fn finish(asks: Load, answers: Load) -> Result<(Trips, Sleeps)> {
+    let trips = asks.wait().context("the end that asks failed")?;
+    let sleeps = answers.wait().context("the end that answers failed")?;
+    Ok((trips, sleeps))
 }
 
 /// The two channels of a transport's slot, and the guest's device.
