@@ -43,7 +43,7 @@ enum Task {
     Driver(ToolArgs),
     /// Show what barlink does, with a real guest
     Demo(DemoArgs),
-    /// Run every test
+    /// Run every test, in about three quarters of an hour, or those whose names hold a text
     Test(TestArgs),
     /// Give every parser of foreign bytes inputs that no one thought of
     Fuzz(FuzzArgs),

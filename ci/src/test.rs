@@ -5,6 +5,9 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -20,7 +23,7 @@ use crate::vm::check_accelerator;
 /// What to test, and with which tools.
 #[derive(Args, Debug)]
 pub struct TestArgs {
-    /// Run only tests whose names hold this
+    /// Run only tests whose names hold this, say driver, or transports::channels; all are built in any case
     pub name: Option<String>,
 
     /// The tools.
@@ -50,7 +53,10 @@ const PARTS: [Part; 6] = [
             "backend",
             "guest-app",
             "ci/agent",
+            "ci/bench-load",
+            "ci/crash-load",
             "ci/driver-checks",
+            "ci/iceoryx2-load",
         ],
         options: &[],
         cfg: None,
@@ -196,15 +202,29 @@ fn fuzz_shortly(name: Option<&str>) -> Result<Tally> {
     fuzz::fuzz(&targets, FUZZ_SECONDS)
 }
 
-/// Runs `cargo test`, passes its output on, and counts what it reports.
+/// Silence after which a program that has ended says no more.
+const SILENCE: Duration = Duration::from_secs(1);
+
+/// Runs `cargo test`, passes its output on, and counts what it reports. What a test that failed has left behind can hold the
+/// output open: it ends with cargo.
 fn run_and_count(mut command: Command) -> Result<Tally> {
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
         .context("cargo cannot be started")?;
+    let output = BufReader::new(child.stdout.take().context("cargo has no output")?);
+    let (sender, lines) = mpsc::channel();
+    thread::spawn(move || {
+        // Until nobody listens any more.
+        let _ = output.split(b'\n').try_for_each(|line| sender.send(line));
+    });
     let mut counter = Counter::default();
-    for line in BufReader::new(child.stdout.take().context("cargo has no output")?).split(b'\n') {
-        let line = line?;
+    loop {
+        let line = match lines.recv_timeout(SILENCE) {
+            Ok(line) => line?,
+            Err(RecvTimeoutError::Timeout) if child.try_wait()?.is_none() => continue,
+            Err(_) => break,
+        };
         let line = String::from_utf8_lossy(&line);
         println!("{line}");
         counter.take_in(&line);
@@ -257,12 +277,27 @@ impl Counter {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::time::Instant;
+
     use super::*;
 
     fn count(output: &str, success: bool) -> Tally {
         let mut counter = Counter::default();
         output.lines().for_each(|line| counter.take_in(line));
         counter.end(success)
+    }
+
+    #[test]
+    fn what_a_test_leaves_behind_does_not_hold_up_the_count() {
+        let mut command = Command::new("sh");
+        let tests =
+            "sleep 60 2>&1 & echo 'running 1 test'; echo 'test result: ok. 1 passed; 0 failed'";
+        command.args(["-c", tests]);
+        let start = Instant::now();
+        let tally = run_and_count(command).unwrap();
+        assert_eq!((tally.passed, tally.failed), (1, 0));
+        assert!(start.elapsed() < Duration::from_secs(30));
     }
 
     #[test]
@@ -284,6 +319,25 @@ mod tests {
         let module = ["scrib", "bler"].concat();
         assert_eq!(told(Some(&module)), [(None, false); 2]);
         assert_eq!(told(None).len(), PARTS.len());
+    }
+
+    #[test]
+    fn tests_of_every_crate_are_found_by_their_names() {
+        let manifest = fs::read_to_string(repository().join("Cargo.toml")).unwrap();
+        let manifest: toml::Table = manifest.parse().unwrap();
+        let members = manifest["workspace"]["members"].as_array().unwrap();
+        let [whole, ..] = PARTS;
+        assert!(whole.selection.contains(&"--workspace"));
+        for member in members {
+            let member = Path::new(member.as_str().unwrap());
+            // The one that is excluded has parts of its own.
+            let found = member == Path::new("ci")
+                || whole
+                    .sources
+                    .iter()
+                    .any(|source| member.starts_with(source));
+            assert!(found, "no part's sources hold {}", member.display());
+        }
     }
 
     #[test]

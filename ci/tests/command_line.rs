@@ -154,6 +154,21 @@ fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn name_that_no_test_has_is_a_failure() -> Result<()> {
+    // Put together here, so that the name does not stand in this file.
+    let name = ["no_test", "is_called_so"].join("_that_");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+    let output = command.args(["test", &name]).output()?;
+    let told = String::from_utf8(output.stderr)?;
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(
+        told.contains(&format!("no test has `{name}` in its name")),
+        "{told}"
+    );
+    Ok(())
+}
+
 /// The tasks that need more than others, by the alias and the program that is without them.
 #[test]
 fn tasks_with_many_dependencies_are_built_when_they_are_asked_for() -> Result<()> {

@@ -97,7 +97,7 @@ fn modes_are_what_is_granted(broker: &Broker, vm: &Vm, is_above: bool) -> Result
         }
         let (_, chosen) = self::info(vm, "auto")?;
         ensure!(
-            chosen.contains("the mode in which the region is mapped already"),
+            chosen.contains("as in the mappings that are there already"),
             "{chosen}"
         );
 

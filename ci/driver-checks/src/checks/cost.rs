@@ -112,9 +112,12 @@ pub(super) fn mapping_64_mib_takes_a_moment() -> Result<()> {
         map.read((64 << 20) - 8);
     }
     times.sort_unstable();
-    host::show(format!("64 MiB mapped at once in {:?}", times[4]))?;
-    // Ten times what it takes on a quiet machine.
-    ensure!(times[4] < Duration::from_millis(50), "{times:?}");
+    host::show(format!(
+        "64 MiB mapped at once in {:?} at the least, in {:?} by the median",
+        times[0], times[4]
+    ))?;
+    // The least, since other programs run beside it, on the host's processors as well.
+    ensure!(times[0] <= Duration::from_millis(5), "{times:?}");
     Ok(())
 }
 
