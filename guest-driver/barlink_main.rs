@@ -61,6 +61,7 @@ mod wait;
 #[expect(
     dead_code,
     unreachable_pub,
+    unused_imports,
     reason = "the module is shared with programs, which need more of it, as part of a crate of its own"
 )]
 #[path = "../protocol/src/wire/mod.rs"]

@@ -26,6 +26,7 @@ mod vfio_user_service;
 mod vhost_user;
 mod vhost_user_client;
 mod vhost_user_hostile;
+mod vhost_user_memory;
 mod vhost_user_replace;
 mod vmm;
 mod waits;

@@ -332,3 +332,15 @@ pub fn is_closed(socket: &UnixStream) -> bool {
         }
     }
 }
+
+/// Looks whether everybody else is served.
+pub fn others_are_served(broker: &Broker) {
+    drop(crate::vmm::handshake(
+        crate::vmm::connect(broker, "vm.sock"),
+        15,
+    ));
+    let attachment = broker.attach();
+    wait_until("the other slot is free", || {
+        attachment.status().unwrap().slots[0].vm.is_none()
+    });
+}

@@ -6,6 +6,9 @@
 //! kernel driver. So it uses `core` alone, has no `unsafe`, no atomics and no allocation, names its
 //! neighbours by `super::`, and stays valid in the 2021 edition that the kernel builds with.
 
+mod channel;
 pub mod layout;
+mod layout_error;
+mod superblock;
 pub mod uapi;
 pub mod virtio;

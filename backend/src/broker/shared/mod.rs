@@ -3,15 +3,15 @@
 //! What all threads of a broker share: the memory, the eventfds, who is there. Of the region it writes only the
 //! superblock, once, its own presence page, a channel that it resets, and the epoch of a driver that is gone.
 
+mod claims;
+mod presence;
+
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::atomic::fence;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use barlink_protocol::wire::layout::{BROKER_PAGE, Channel, End, Layout, presence};
-use barlink_protocol::{Ordering, PresenceWords, state};
-use log::warn;
+use barlink_protocol::wire::layout::{Channel, End, Layout};
 use parking_lot::RwLock;
 
 use super::ledger::{Greeting, Ledger};
@@ -101,21 +101,6 @@ impl Shared {
         };
         shared.tell_all();
         shared
-    }
-
-    /// Writes the whole of the broker's page as the ledger has it, and wakes everybody.
-    fn tell_all(&self) {
-        let state = self.lock();
-        for slot in 0..self.layout.slots {
-            self.write_connection(slot, state.ledger.connection(slot));
-        }
-        for channel in 0..self.layout.channels().len() {
-            for end in [End::Producer, End::Consumer] {
-                let holder = state.ledger.holder(channel, end);
-                self.write_holder(channel, end, holder.map_or(0, |(_, word)| word));
-            }
-        }
-        self.write_epoch(state.ledger.epoch());
     }
 
     /// The layout.
@@ -343,95 +328,6 @@ impl Shared {
         }
     }
 
-    /// Gives one end of a channel to a host app.
-    pub fn claim(
-        &self,
-        client: ClientId,
-        pid: u32,
-        channel: usize,
-        end: End,
-    ) -> Result<(), Refusal> {
-        let entry = self.channel(channel)?;
-        let name = || entry.name.to_string();
-        if entry.peer(end) != self.layout.host() {
-            let peer = format!("slot {}'s VM", entry.peer(end));
-            return Err(Refusal::NotHost {
-                channel: name(),
-                end: end.into(),
-                peer,
-            });
-        }
-        let state = self.lock();
-        if let Some((_, word)) = state.ledger.holder(channel, end) {
-            return Err(Refusal::Held {
-                channel: name(),
-                end: end.into(),
-                pid: word as u32,
-            });
-        }
-        let word = state.ledger.next_claim() << 32 | u64::from(pid);
-        state.ledger.set_holder(channel, end, client, word);
-        self.write_holder(channel, end, word);
-        Ok(())
-    }
-
-    /// Ends a claim.
-    pub fn release(&self, client: ClientId, channel: usize, end: End) -> Result<(), Refusal> {
-        self.channel(channel)?;
-        let state = self.lock();
-        if state.ledger.holder(channel, end).map(|(owner, _)| owner) != Some(client) {
-            return Err(Refusal::NotHeld);
-        }
-        state.ledger.clear_holder(channel, end);
-        self.write_holder(channel, end, 0);
-        Ok(())
-    }
-
-    /// Ends all claims of a host app that is gone, and gives what these were.
-    pub fn release_all(&self, client: ClientId) -> Vec<String> {
-        let mut held = Vec::new();
-        for (channel, entry) in self.layout.channels().iter().enumerate() {
-            for end in [End::Producer, End::Consumer] {
-                if self.release(client, channel, end).is_ok() {
-                    held.push(format!("the {end} of `{}`", entry.name));
-                }
-            }
-        }
-        held
-    }
-
-    /// Empties a channel that nobody uses.
-    pub fn reset(&self, channel: usize) -> Result<u64, Refusal> {
-        let entry = self.channel(channel)?;
-        let in_use = |holder| Refusal::InUse {
-            channel: entry.name.to_string(),
-            holder,
-        };
-        // Held while the channel is written, so that no host app claims it in between.
-        let state = self.lock();
-        let ends = [End::Producer, End::Consumer];
-        let held = ends
-            .iter()
-            .find_map(|&end| state.ledger.holder(channel, end));
-        if let Some((_, word)) = held {
-            return Err(in_use(format!("process {} on the host", word as u32)));
-        }
-        let mut guest = None;
-        let generation = state::reset(&self.region, entry, || {
-            guest = ends.into_iter().find_map(|end| {
-                let words =
-                    PresenceWords::find(&self.layout, channel, end, self.layout.region_size);
-                let process = words?.read(&self.region).process()?;
-                (entry.peer(end) != self.layout.host()).then_some((process, entry.peer(end)))
-            });
-            guest.is_none()
-        });
-        generation.ok_or_else(|| {
-            let (process, slot) = guest.unwrap_or_default();
-            in_use(format!("process {process} in slot {slot}'s VM"))
-        })
-    }
-
     /// Who is there.
     pub fn status(&self) -> Status {
         let state = self.lock();
@@ -461,72 +357,6 @@ impl Shared {
             .channels()
             .get(index)
             .ok_or(Refusal::NoChannel(index))
-    }
-
-    /// Says in the region that the host is gone.
-    pub fn leave(&self) {
-        let state = self.lock();
-        state.ledger.set_epoch(state.ledger.epoch().wrapping_add(1));
-        self.write_epoch(state.ledger.epoch());
-    }
-
-    /// Makes the epoch of a slot's driver even: its guest is gone, and could not say so. Its holder words mean nothing then, and
-    /// the next driver goes on from this epoch. A guest that writes there all the same tells a lie about itself alone.
-    fn end_driver(&self, slot: u32) {
-        let page = self.layout.presence_page(slot);
-        let epoch = self.region.word(page + presence::EPOCH);
-        // SYNC: present; as the driver itself does it. `write_connection` rings the host for it.
-        let old = epoch.load(Ordering::Acquire);
-        if old % 2 == 1 {
-            epoch.store(old.wrapping_add(1), Ordering::Release);
-        }
-    }
-
-    fn write_epoch(&self, epoch: u64) {
-        self.write(presence::EPOCH, epoch);
-        for slot in 0..self.layout.slots {
-            self.ring_control(slot);
-        }
-    }
-
-    fn write_connection(&self, slot: u32, connection: u64) {
-        self.write(presence::CONNECTIONS + 8 * u64::from(slot), connection);
-        self.ring_control(self.layout.host());
-    }
-
-    fn write_holder(&self, channel: usize, end: End, word: u64) {
-        self.write(presence::holder(channel, end), word);
-        if let Ok(entry) = self.channel(channel) {
-            self.ring_control(entry.peer(end.other()));
-        }
-    }
-
-    fn write(&self, offset: u64, word: u64) {
-        // SYNC: present; pairs with the Acquire load in `PresenceWords::read`.
-        self.region
-            .word(BROKER_PAGE + offset)
-            .store(word, Ordering::Release);
-    }
-
-    /// Rings vector 0 of a peer. A VM without its driver is not rung: there is nobody to hear it, and a QEMU without
-    /// KVM dies of a ring for a device that was unplugged.
-    fn ring_control(&self, peer: u32) {
-        // SYNC: told-then-epoch; a driver stores its epoch before it lets anybody read what we have told.
-        fence(Ordering::SeqCst);
-        if peer < self.layout.slots && !self.has_driver(peer) {
-            return;
-        }
-        if let Some(Err(error)) = self.bells(peer).first().map(|bell| bell.ring()) {
-            warn!("peer {peer} is not rung: {error}");
-        }
-    }
-
-    /// Whether the VM that is connected to a slot has its driver loaded, by what that driver tells.
-    fn has_driver(&self, slot: u32) -> bool {
-        let load = |offset| self.region.word(offset).load(Ordering::Acquire);
-        let connection = BROKER_PAGE + presence::CONNECTIONS + 8 * u64::from(slot);
-        let epoch = self.layout.presence_page(slot) + presence::EPOCH;
-        load(connection) != 0 && load(epoch) % 2 == 1
     }
 
     /// A thread that panicked may have left a change half done, which is no worse than being killed there: the ledger is

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is said over a control socket.
+
+mod refusal;
+mod region;
+mod status;
+
+use serde::{Deserialize, Serialize};
+
+pub use self::refusal::Refusal;
+pub use self::region::{ChannelInfo, RegionInfo, Side};
+pub use self::status::{
+    BufferStatus, ClaimStatus, GuestMemoryStatus, SlotStatus, Status, VmStatus,
+};
+use crate::memory::Access;
+
+/// Version of these messages.
+pub const VERSION: u32 = 1;
+/// Most bytes that are copied at once out of a guest's memory.
+pub const MAX_COPY: usize = 32 << 10;
+/// Largest packet, in bytes.
+pub const MAX_PACKET: usize = 64 << 10;
+
+/// What a message of any version has.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct AnyVersion {
+    /// Its version.
+    pub version: u32,
+}
+
+/// A request, with the version of whoever asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// [`VERSION`].
+    pub version: u32,
+    /// What is asked.
+    pub ask: Ask,
+}
+
+impl Request {
+    /// What a packet asks. The version is looked at first: whoever has another one gets told so, whatever it asks.
+    pub fn parse(packet: &[u8]) -> Result<Ask, Refusal> {
+        let AnyVersion { version } = serde_json::from_slice(packet).map_err(|e| malformed(&e))?;
+        if version != VERSION {
+            return Err(Refusal::Version { broker: VERSION });
+        }
+        let request: Request = serde_json::from_slice(packet).map_err(|e| malformed(&e))?;
+        Ok(request.ask)
+    }
+}
+
+/// Most characters that are told of what is wrong with a packet.
+const MAX_COMPLAINT: usize = 200;
+
+/// What is wrong with a packet. The parser quotes from it, and this goes to a log and to a terminal: so it is short, and
+/// has no character that either would take for more than text.
+fn malformed(error: &serde_json::Error) -> Refusal {
+    let complaint = error.to_string();
+    let plain = complaint.chars().flat_map(char::escape_debug);
+    Refusal::Malformed(plain.take(MAX_COMPLAINT).collect())
+}
+
+/// What a host app can ask of a broker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Ask {
+    /// The region: answered by [`Answer::Region`], with the descriptor of its memory.
+    Attach {
+        /// What the descriptor shall permit.
+        access: Access,
+    },
+    /// One end of a channel, until it is released or the connection ends: answered by [`Answer::Claimed`].
+    Claim {
+        /// Index of the channel.
+        channel: usize,
+        /// The end.
+        end: Side,
+    },
+    /// The end of a claim: answered by [`Answer::Done`].
+    Release {
+        /// Index of the channel.
+        channel: usize,
+        /// The end.
+        end: Side,
+    },
+    /// Who is there: answered by [`Answer::Status`].
+    Status,
+    /// A copy of the own memory of a slot's guest: answered by [`Answer::Bytes`].
+    ReadGuest {
+        /// The slot.
+        slot: u32,
+        /// Where the device would find it: guest-physical, unless the guest has an IOMMU.
+        address: u64,
+        /// Bytes, at most [`MAX_COPY`].
+        length: usize,
+    },
+    /// A copy of the DMA buffer of a slot's guest: answered by [`Answer::Bytes`].
+    ReadBuffer {
+        /// The slot.
+        slot: u32,
+        /// Offset in the buffer.
+        offset: u64,
+        /// Bytes, at most [`MAX_COPY`].
+        length: usize,
+    },
+    /// All that the broker is made of, for another broker of the same user: answered by [`Answer::Inheritance`], until
+    /// one is the last.
+    HandOver,
+    /// The end of the broker that has handed over: answered by [`Answer::Done`], its last word.
+    Retire,
+    /// A fresh generation of a channel whose ends are both free: answered by [`Answer::Reset`].
+    Reset {
+        /// Index of the channel.
+        channel: usize,
+    },
+}
+
+/// A broker's answer, with its version.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reply {
+    /// [`VERSION`].
+    pub version: u32,
+    /// What it answers.
+    pub answer: Answer,
+}
+
+impl Reply {
+    /// What a packet answers. The version is looked at first, as above: another one may have other answers.
+    pub fn parse(packet: &[u8]) -> serde_json::Result<Answer> {
+        let AnyVersion { version } = serde_json::from_slice(packet)?;
+        if version != VERSION {
+            return Ok(Answer::Refused(Refusal::Version { broker: version }));
+        }
+        let reply: Reply = serde_json::from_slice(packet)?;
+        Ok(reply.answer)
+    }
+}
+
+/// What a broker answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// The layout; one descriptor comes with it, the memory.
+    Region(RegionInfo),
+    /// The end is the asker's; four eventfds come with it: the control vector and the channel's vector that it
+    /// waits on, and the same of the other end, to ring.
+    Claimed,
+    /// Who is there.
+    Status(Status),
+    /// The channel is empty, in this generation.
+    Reset {
+        /// Number of the generation.
+        generation: u64,
+    },
+    /// Bytes, in Base64.
+    Bytes(String),
+    /// A part of what the broker is made of; a descriptor comes with each name.
+    Inheritance {
+        /// Their names.
+        names: Vec<String>,
+        /// Whether this is all.
+        last: bool,
+    },
+    /// It is done.
+    Done,
+    /// It is not done.
+    Refused(Refusal),
+}

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Why a broker does not do what it was asked.
+
+use serde::{Deserialize, Serialize};
+
+use super::{MAX_COPY, Side, VERSION};
+
+/// Why a broker refuses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
+pub enum Refusal {
+    /// The request's version is not the broker's.
+    #[error(
+        "the broker speaks version {broker} of the control protocol, this program version {VERSION}: use the programs \
+         of one release"
+    )]
+    Version {
+        /// The broker's.
+        broker: u32,
+    },
+    /// The packet is no request.
+    #[error("the broker does not understand the request: {0}")]
+    Malformed(String),
+    /// The region has no such channel.
+    #[error("the region has no channel {0}")]
+    NoChannel(usize),
+    /// Another process holds that end.
+    #[error(
+        "channel `{channel}` already has a {end}, process {pid} on the host: stop that process first"
+    )]
+    Held {
+        /// Name of the channel.
+        channel: String,
+        /// The end.
+        end: Side,
+        /// Process ID of its holder, on the host.
+        pid: u32,
+    },
+    /// That end is not the host's.
+    #[error(
+        "the {end} of channel `{channel}` is {peer}, not the host: use it there with barlink-guest, or choose another \
+         channel (`barlink inspect` shows from where to where each goes)"
+    )]
+    NotHost {
+        /// Name of the channel.
+        channel: String,
+        /// The end.
+        end: Side,
+        /// Whose it is.
+        peer: String,
+    },
+    /// The asker does not hold what it releases.
+    #[error("the end is not held by this process")]
+    NotHeld,
+    /// A channel cannot be reset while somebody holds one of its ends.
+    #[error("channel `{channel}` is in use by {holder}: stop that process first")]
+    InUse {
+        /// Name of the channel.
+        channel: String,
+        /// Who.
+        holder: String,
+    },
+    /// There is no such slot.
+    #[error("the broker has no slot {0}: `barlink inspect` shows which it has")]
+    NoSlot(u32),
+    /// Nobody is in the slot.
+    #[error("no VM is in slot {0}: start it with what `barlink qemu-args --slot {0}` prints")]
+    NoVm(u32),
+    /// The guest's memory is not for host apps.
+    #[error(
+        "the broker has no access to the memory of slot {0}'s guest: it needs `barlink serve --vfio-user SOCKET --guest-memory`"
+    )]
+    NoGuestMemory(u32),
+    /// Not all of it is memory that the VMM has shared.
+    #[error(
+        "{length} bytes at {address:#x} are not in memory that the guest shares: QEMU needs -object memory-backend-memfd,share=on, and behind an IOMMU only what the guest maps for the device is there"
+    )]
+    NotThere {
+        /// Where the device would find it: guest-physical, unless the guest has an IOMMU.
+        address: u64,
+        /// Bytes.
+        length: usize,
+    },
+    /// The guest has no DMA buffer that its device knows of.
+    #[error("slot {0}'s guest has no DMA buffer: `barlink-guest buffer` makes one there")]
+    NoBuffer(u32),
+    /// It is not as large as that.
+    #[error(
+        "{length} bytes at {offset:#x} leave the guest's DMA buffer, which has {size} bytes: take no more, or a smaller --at"
+    )]
+    OutsideBuffer {
+        /// Offset in the buffer.
+        offset: u64,
+        /// Bytes.
+        length: usize,
+        /// Bytes in the buffer.
+        size: u64,
+    },
+    /// Only the broker's own user sees what is in a guest's memory.
+    #[error("only the broker's own user reads a guest's memory")]
+    NotYours,
+    /// More at once than an answer carries.
+    #[error("{0} bytes are more than are copied at once, {MAX_COPY}")]
+    MuchData(usize),
+    /// Only the broker's own user replaces it.
+    #[error("only the broker's own user can replace it: run this as that user")]
+    NotOwner,
+    /// A service manager would start the broker again, beside its successor.
+    #[error(
+        "a service manager runs the broker, and would start it again beside its successor: restart it there, as by \
+         `systemctl restart`"
+    )]
+    Managed,
+    /// A VM would lose its device.
+    #[error(
+        "slot {slot}'s VM, process {pid}, is connected by {transport}, which cannot be handed over: shut that VM down first"
+    )]
+    Stays {
+        /// Its slot.
+        slot: u32,
+        /// Its transport.
+        transport: String,
+        /// Process ID of its VMM.
+        pid: i32,
+    },
+    /// A VM is being let in.
+    #[error("a VM is just connecting to the broker: try again")]
+    Busy,
+    /// The broker could not do it.
+    #[error("the broker failed: {0}")]
+    Failed(String),
+}

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Who is there, as messages write it.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::Side;
+use crate::broker::Peer;
+
+/// Who is there, by the broker's own knowledge.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The broker's process ID.
+    pub broker: u32,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Seconds since it started.
+    pub uptime: f64,
+    /// The slots, in the order of their IDs.
+    pub slots: Vec<SlotStatus>,
+    /// The host's claims.
+    pub claims: Vec<ClaimStatus>,
+}
+
+/// A slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotStatus {
+    /// The transport's name.
+    pub transport: String,
+    /// Its socket.
+    pub socket: PathBuf,
+    /// The VM that is connected.
+    pub vm: Option<VmStatus>,
+}
+
+/// A connected VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Process ID of its VMM.
+    pub pid: i32,
+    /// User ID of its VMM.
+    pub uid: u32,
+    /// How many VMs this slot has had, this one included.
+    pub connection: u64,
+    /// What there is of the guest's own memory, with `--guest-memory`.
+    #[serde(default)]
+    pub guest_memory: Option<GuestMemoryStatus>,
+    /// The guest's DMA buffer, if the device knows of one.
+    #[serde(default)]
+    pub buffer: Option<BufferStatus>,
+}
+
+/// A DMA buffer in a guest's own memory, as its driver tells of it: whole pages that end somewhere, of which nothing else is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BufferStatus {
+    /// DMA address: guest-physical, unless the guest has an IOMMU.
+    pub address: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// What a VMM has told of its guest's own memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMemoryStatus {
+    /// Bytes that host apps can have copies of.
+    pub readable: u64,
+    /// Bytes of files that they cannot, since these are no shared memory.
+    pub unreadable: u64,
+}
+
+impl VmStatus {
+    /// The VM of this VMM.
+    pub fn new(vmm: Peer, connection: u64) -> Self {
+        VmStatus {
+            pid: vmm.pid,
+            uid: vmm.uid,
+            connection,
+            guest_memory: None,
+            buffer: None,
+        }
+    }
+}
+
+/// An end that a host app holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClaimStatus {
+    /// Index of the channel.
+    pub channel: usize,
+    /// The end.
+    pub end: Side,
+    /// The holder's process ID.
+    pub pid: u32,
+}

@@ -1,0 +1,292 @@
+//! Guests and VMMs that attack over vhost-user by what they share: memory that goes, or that the broker has to pay for, and queues.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use rustix::fs::SealFlags;
+use vhost::VhostBackend;
+use vhost::vhost_user::message::VhostUserHeaderFlag;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::support::*;
+use crate::vhost_user_client::*;
+use crate::vmm::handshake;
+
+/// What a guest does to its queues.
+type Attack<'a> = &'a dyn Fn(&mut Client);
+
+const PAGE: u64 = 4096;
+
+/// Bytes of memory that have come into being.
+fn present(client: &Client) -> u64 {
+    client.memory.metadata().unwrap().blocks() * 512
+}
+
+/// Leads the broker to so many pages that nobody has used, as far as it goes; the first queue has had `served` buffers so far.
+fn lead_to_pages(client: &mut Client, pages: usize, served: &mut u16) {
+    let pages: Vec<_> = (4 << 20..MEMORY)
+        .step_by(PAGE as usize)
+        .take(pages)
+        .collect();
+    for batch in pages.chunks(64) {
+        for (slot, place) in (0..).zip(batch) {
+            client.describe(0, slot, *place, 4, 0, 0);
+            client.offer(0, slot);
+        }
+        *served = served.wrapping_add(batch.len() as u16);
+        let start = Instant::now();
+        while client.returned(0) != *served {
+            if start.elapsed() > Duration::from_secs(1) {
+                return;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+}
+
+/// A page that nobody has used comes into being when the broker touches it, and is charged to the broker.
+#[test]
+fn guest_has_the_broker_touch_no_more_than_some_of_its_memory() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    lead_to_pages(&mut client, usize::MAX, &mut 0);
+    let touched = present(&client) / PAGE;
+    assert!((4000..5000).contains(&touched), "{touched} pages");
+    // To start anew is no way round it, and others do not suffer.
+    client.stop();
+    client.config();
+    client.start_from([0, 0]);
+    client.describe(0, 0, MEMORY - PAGE, 4, 0, 0);
+    client.offer(0, 0);
+    std::thread::sleep(Duration::from_millis(100));
+    client.config();
+    let later = present(&client) / PAGE;
+    assert!(later <= touched + 4, "{later} pages");
+    others_are_served(&broker);
+}
+
+/// A VMM can put ever new memory at the same addresses, and keep the old.
+#[test]
+fn vmm_that_changes_its_memory_has_the_broker_touch_no_more_of_it() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    let (mut kept, mut touched) = (Vec::new(), 0);
+    for _ in 0..3 {
+        kept.push(client.swap_memory());
+        client.start();
+        client.map(true);
+        let before = present(&client);
+        lead_to_pages(&mut client, 2000, &mut 0);
+        touched += (present(&client) - before) / PAGE;
+        client.stop();
+        client.config();
+    }
+    assert!((4000..4100).contains(&touched), "{touched} pages");
+    others_are_served(&broker);
+}
+
+/// It can do that while queues run, too, whose rings are then somewhere else.
+#[test]
+fn rings_that_move_with_their_memory_are_counted() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    let other = memory(SealFlags::SHRINK);
+    for offset in (0..6000).map(|page| page * PAGE) {
+        other.set_len(MEMORY + offset).unwrap();
+        let before = other.metadata().unwrap().blocks();
+        client.share_from(&other, offset).unwrap();
+        // Once that is answered, the broker has the memory.
+        client.config();
+        client.queues[0].kick.write(1).unwrap();
+        let start = Instant::now();
+        while other.metadata().unwrap().blocks() == before
+            && start.elapsed() < Duration::from_millis(500)
+        {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        if other.metadata().unwrap().blocks() == before {
+            break;
+        }
+    }
+    let touched = other.metadata().unwrap().blocks() * 512 / PAGE;
+    assert!((4000..4100).contains(&touched), "{touched} pages");
+    client.config();
+    others_are_served(&broker);
+}
+
+#[test]
+fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
+    let broker = serve_vhost_user(&[]);
+    let on_disk = tempfile::tempfile().unwrap();
+    on_disk.set_len(MEMORY).unwrap();
+    let files = [memory(SealFlags::empty()), memory(SealFlags::GROW), on_disk];
+    let maps = || std::fs::read_to_string(format!("/proc/{}/maps", broker.child.id())).unwrap();
+    let client = Client::greet(&broker);
+    client.frontend.set_features(1 << 32 | 1 << 30).unwrap();
+    client
+        .frontend
+        .set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    for file in &files {
+        client.share(file).unwrap_err();
+    }
+    let log = broker.log();
+    let line = log.lines().find(|line| line.contains("sealed")).unwrap();
+    assert!(line.contains("-object memory-backend-memfd"), "{line}");
+    assert!(!maps().contains("memfd:ram"), "{}", maps());
+    // The session goes on, with memory that is safe.
+    client.share(&client.memory).unwrap();
+    assert!(maps().contains("memfd:ram"));
+    drop(client);
+    // Who wants no answer is let go.
+    for file in &files {
+        let client = Client::greet(&broker);
+        client.share(file).unwrap();
+        assert!(is_closed(&client.socket));
+    }
+    others_are_served(&broker);
+}
+
+#[test]
+fn queues_that_make_no_sense_are_left_alone() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    let attacks: [(&str, Attack<'_>); 8] = [
+        ("an index too far ahead", &|client| {
+            client.set_available(0, 65);
+            client.set_available(1, 40_000);
+        }),
+        ("a descriptor that is not there", &|client| {
+            client.offer(0, 64);
+            client.offer(1, u16::MAX);
+        }),
+        ("a chain that never ends", &|client| {
+            for queue in 0..2 {
+                client.describe(queue, 0, place(queue, 0x3000), 4, 1, 1);
+                client.describe(queue, 1, place(queue, 0x3000), 4, 1, 0);
+                client.offer(queue, 0);
+            }
+        }),
+        ("memory that is not there", &|client| {
+            for (at, length) in [(MEMORY - 2, 4), (u64::MAX - 1, 4), (MEMORY << 20, u32::MAX)] {
+                client.describe(0, 0, at, length, 0, 0);
+                client.offer(0, 0);
+                client.describe(1, 0, at, length, 2, 0);
+                client.offer(1, 0);
+            }
+        }),
+        ("a table in a table", &|client| {
+            for queue in 0..2 {
+                client.describe(queue, 0, place(queue, 0), 16 * 64, 4, 0);
+                client.offer(queue, 0);
+            }
+        }),
+        ("an empty table", &|client| {
+            client.describe(0, 0, 0, 0, 4, 0);
+            client.offer(0, 0);
+        }),
+        ("a size that is none", &|client| {
+            let _ = client.frontend.set_vring_num(0, 3);
+            client.put(0, 2 << 16, 4, false);
+        }),
+        ("kicks without end", &|client| {
+            for _ in 0..10_000 {
+                client.queues[0].kick.write(1).unwrap();
+            }
+        }),
+    ];
+    let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 15);
+    for (name, attack) in attacks {
+        client.start();
+        client.map(true);
+        // So that there is something to deliver.
+        rustix::io::write(&other.bells[5].1, &1u64.to_ne_bytes()).unwrap();
+        attack(&mut client);
+        std::thread::sleep(Duration::from_millis(50));
+        let before = ticks(broker.child.id());
+        std::thread::sleep(Duration::from_millis(500));
+        let used = ticks(broker.child.id()) - before;
+        assert!(used < 5, "{name}: {used} ticks in half a second");
+        client.config();
+        // A new start makes them whole again.
+        client.stop();
+        client.config();
+        client.start();
+        client.map(true);
+        client.put(0, 2 << 16 | 1, 4, false);
+        client.wait_for(0, 1);
+        client.stop();
+        client.config();
+    }
+    assert!(!broker.log().contains("a fault of barlink"));
+    assert!(!broker.log().contains("let go"), "{}", broker.log());
+}
+
+#[test]
+fn eventfds_that_block_or_are_read_by_others_hold_up_nothing() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    // Blocking, and one of them full.
+    for queue in &mut client.queues {
+        queue.kick = EventFd::new(0).unwrap();
+        queue.call = EventFd::new(0).unwrap();
+        queue.call.write(u64::MAX - 1).unwrap();
+    }
+    client.start();
+    client.map(true);
+    for count in 1..=3 {
+        client.put(0, 2 << 16, 4, false);
+        client.wait_for(0, count);
+    }
+    // What is rung and read at once looks like a kick of which nothing is left.
+    for queue in &mut client.queues {
+        queue.kick = EventFd::new(EFD_NONBLOCK).unwrap();
+    }
+    client.stop();
+    client.config();
+    client.start();
+    client.map(true);
+    for _ in 0..20_000 {
+        client.queues[0].kick.write(1).unwrap();
+        let _ = client.queues[0].kick.read();
+    }
+    client.put(0, 2 << 16, 4, false);
+    client.wait_for(0, 1);
+    client.config();
+}
+
+#[test]
+fn memory_that_is_taken_away_while_the_queues_run_is_not_touched() {
+    let broker = serve_vhost_user(&[]);
+    let mut client = Client::greet(&broker);
+    client.start();
+    client.map(true);
+    client.put(0, 2 << 16, 4, false);
+    client.wait_for(0, 1);
+    // Another memory in its place, at another address.
+    let other = memory(SealFlags::SHRINK);
+    let region = vhost::VhostUserMemoryRegionInfo {
+        guest_phys_addr: 1 << 40,
+        memory_size: MEMORY,
+        userspace_addr: VMM_ADDRESS,
+        mmap_offset: 0,
+        mmap_handle: other.as_raw_fd(),
+    };
+    client.frontend.set_mem_table(&[region]).unwrap();
+    client.config();
+    for _ in 0..100 {
+        client.put(0, 2 << 16, 4, false);
+    }
+    client.config();
+    assert_eq!(client.returned(0), 1);
+    others_are_served(&broker);
+    client.stop();
+    client.start();
+    client.map(true);
+    client.put(0, 2 << 16, 4, false);
+    client.wait_for(0, 1);
+}

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A channel, as its entry in the superblock's table describes it.
+
+use core::fmt;
+
+use super::layout::channel;
+
+/// Most bytes in a channel's name.
+pub const NAME_BYTES: usize = 24;
+
+/// One end of a channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum End {
+    /// The end that writes records.
+    Producer = 0,
+    /// The end that reads records.
+    Consumer = 1,
+}
+
+impl End {
+    /// The other end.
+    pub const fn other(self) -> Self {
+        match self {
+            End::Producer => End::Consumer,
+            End::Consumer => End::Producer,
+        }
+    }
+
+    /// The end with this number, as an ioctl or a message carries it.
+    pub const fn from_number(number: u32) -> Option<Self> {
+        match number {
+            0 => Some(End::Producer),
+            1 => Some(End::Consumer),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            End::Producer => "producer",
+            End::Consumer => "consumer",
+        })
+    }
+}
+
+/// A channel's name: 1 to [`NAME_BYTES`] bytes of `a-z`, `0-9`, `-` and `_`, padded with NUL.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Name([u8; NAME_BYTES]);
+
+impl Name {
+    pub(super) const EMPTY: Self = Name([0; NAME_BYTES]);
+
+    /// The name with this text, if it is one.
+    pub fn new(text: &str) -> Option<Self> {
+        let mut bytes = [0; NAME_BYTES];
+        bytes
+            .get_mut(..text.len())?
+            .copy_from_slice(text.as_bytes());
+        Self::from_bytes(bytes)
+    }
+
+    pub(super) fn from_bytes(bytes: [u8; NAME_BYTES]) -> Option<Self> {
+        let length = bytes.iter().position(|&b| b == 0).unwrap_or(NAME_BYTES);
+        let (text, padding) = bytes.split_at(length);
+        let legal = |b: &u8| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_');
+        (length > 0 && text.iter().all(legal) && padding.iter().all(|&b| b == 0))
+            .then_some(Name(bytes))
+    }
+
+    /// Its bytes, padding included.
+    pub(super) const fn bytes(&self) -> &[u8; NAME_BYTES] {
+        &self.0
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        let length = self.0.iter().position(|&b| b == 0).unwrap_or(NAME_BYTES);
+        core::str::from_utf8(&self.0[..length]).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl fmt::Debug for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self.as_str(), f)
+    }
+}
+
+/// One channel of a region, as its table entry says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Channel {
+    /// Its name, unique in the region.
+    pub name: Name,
+    /// ID of the peer that produces: a slot, or the host.
+    pub producer: u32,
+    /// ID of the peer that consumes.
+    pub consumer: u32,
+    /// Vector that wakes either end, below [`Layout::vectors`].
+    pub vector: u32,
+    /// Whether the producer drops a record that finds the channel full, rather than wait.
+    pub drop_when_full: bool,
+    /// Offset of the header page in the region, in bytes.
+    pub offset: u64,
+    /// Bytes in the data area behind the header page; a power of two.
+    pub capacity: u64,
+}
+
+impl Channel {
+    pub(super) const EMPTY: Self = Channel {
+        name: Name::EMPTY,
+        producer: 0,
+        consumer: 0,
+        vector: 0,
+        drop_when_full: false,
+        offset: 0,
+        capacity: 0,
+    };
+
+    /// ID of the peer at this end.
+    pub const fn peer(&self, end: End) -> u32 {
+        match end {
+            End::Producer => self.producer,
+            End::Consumer => self.consumer,
+        }
+    }
+
+    /// Offset behind the data area, in bytes.
+    pub const fn end(&self) -> u64 {
+        self.offset + channel::DATA + self.capacity
+    }
+}
