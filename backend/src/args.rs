@@ -27,8 +27,8 @@ Exit codes:
   0    it worked; or the reader of its output has had enough
   1    it failed: the last line says what, on what, and what to do
   2    the command line is wrong
-  3    there is no broker, or it turned us away
-  4    somebody else holds that end of the channel
+  3    there is no broker, or it turned us away, or is of another release
+  4    somebody else holds that end of the channel, or the broker is busy: try again
   5    the stream ended early: its sender left before its end
   130  interrupted by Ctrl-C, which for `serve` is the orderly end, 0";
 
@@ -96,8 +96,9 @@ pub struct Serve {
     /// Bytes in the region, a power of two; K, M and G are powers of 1024
     #[arg(long, default_value = "64M", value_parser = parse_size)]
     pub size: u64,
-    /// A channel: NAME=DIRECTION,SIZE[,drop]. DIRECTION is up (guest to host), down, or FROM-TO with slot
-    /// numbers or `host`. Without any, each VM gets an `up` and a `down`, as large as fits
+    /// A channel: NAME=DIRECTION,SIZE[,drop]. DIRECTION is up (slot 0 to host), down (host to slot 0), or FROM-TO with
+    /// slot numbers or `host`; SIZE is a power of two, 4K or more. Without any, slot 0 has `up` and `down`, slot 1 `up1` and
+    /// `down1`, and so on, as large as fits
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
     /// Interrupt vectors of each peer; one a channel and one more if not given

@@ -23,7 +23,7 @@ use crate::vm::check_accelerator;
 /// What to test, and with which tools.
 #[derive(Args, Debug)]
 pub struct TestArgs {
-    /// Run only tests whose names hold this, say driver, or transports::channels; all are built in any case
+    /// Run only tests whose names hold this, say driver, or transports::channels; what has none of them is not built
     pub name: Option<String>,
 
     /// The tools.

@@ -86,8 +86,8 @@ pub const EVENTFD: u32 = ioctl(WRITE, 4, size_of::<Eventfd>());
 
 /// `_IOWR(0xbb, 5, Buffer)`: allocates memory that the device can reach by DMA, zeroed, and gives a file to map it with.
 ///
-/// `mmap` of that file takes what it takes of the region, up to the buffer's size, and maps it as memory, write-back; the file has no other
-/// calls. The buffer ends with its file, that is with the last descriptor and mapping of it, or with the device.
+/// `mmap` of that file takes what it takes of the region, up to the buffer's size (what is executable is `EPERM` here), and maps it as
+/// memory, write-back; the file has no other calls. The buffer ends with its file, that is with the last descriptor and mapping of it, or with the device.
 /// `EINVAL`: not of whole pages, or not 1 page to [`MAX_BUFFER`]. `EBUSY`: the device has a buffer. `EBADF`: the file is not open for
 /// writing. `ENOMEM`: no such memory in one piece.
 pub const BUFFER: u32 = ioctl(WRITE | READ, 5, size_of::<Buffer>());

@@ -27,7 +27,8 @@ pub const VERSION: u32 = 1;
 /// Bit of [`config::FEATURES`]: the host sees resets.
 pub const FEATURE_RESET: u32 = 1;
 
-/// Offsets in the configuration space: 32 bits each, little-endian, read-only, and read once, when the driver probes.
+/// Offsets in the configuration space: 32 bits each but for the region's size, little-endian, read-only, and read when the driver probes
+/// or the system resumes.
 pub mod config {
     /// [`MAGIC`](super::MAGIC).
     pub const MAGIC: usize = 0;
