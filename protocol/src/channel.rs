@@ -142,6 +142,10 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
 
     /// Copies a record into the channel and commits it. Waits for room until `timeout` is over; in a channel that
     /// drops it does not wait: a record that finds no room is counted and is gone.
+    ///
+    /// # Panics
+    ///
+    /// If `kind` is 0 or 65535.
     pub fn send(
         &mut self,
         kind: Kind,
@@ -159,6 +163,10 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// As [`Sender::send`], but the consumer sees the record only after [`Sender::publish`], or once no room is left for a
     /// further one; and if this process ends before that, the record never was. `time` is this side's clock, in
     /// nanoseconds ([`Sender::time`]): one look at it is enough for many records.
+    ///
+    /// # Panics
+    ///
+    /// If `kind` is 0 or 65535.
     pub fn stage(
         &mut self,
         kind: Kind,
@@ -191,6 +199,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         timeout: Option<Duration>,
         time: Option<u64>,
     ) -> Result<Sent, ChannelError<E::Error>> {
+        // First, so that it is the same whether there is room or not.
+        assert!(kind.0 != 0 && kind != Kind::PAD, "records of no kind");
         let drops = self.drops;
         let wait = if drops { None } else { Some(timeout) };
         let Some(place) = self.find_room(bytes.len(), wait)? else {
@@ -237,21 +247,17 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         let deadline = self.link.deadline(timeout);
         loop {
             let producer = &mut self.producer;
-            let woken = self.link.wait(deadline, |wish| {
-                match wish {
-                    Wish::Kept => (),
-                    Wish::Withdrawn => producer.withdraw_wish(),
-                    // It is one for half of the channel in any case.
-                    Wish::Soon | Wish::Half => {
-                        let found = producer.wish_for_room(length);
-                        return found.map_err(ChannelError::reserve);
+            let woken = self.link.wait(deadline, Wish::Half, |wish| {
+                let found = match wish {
+                    Wish::Soon => producer.wish_for_room(length),
+                    Wish::Half => producer.wish_for_half(length),
+                    Wish::Kept => producer.has_room(length),
+                    Wish::Withdrawn => {
+                        producer.withdraw_wish();
+                        producer.has_room(length)
                     }
-                }
-                match producer.find_room(length) {
-                    Ok(_) => Ok(true),
-                    Err(ReserveError::Full) => Ok(false),
-                    Err(error) => Err(ChannelError::reserve(error)),
-                }
+                };
+                found.map_err(ChannelError::reserve)
             })?;
             match woken {
                 Wakeup::Ready => break,
@@ -392,7 +398,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
-        self.link.wait(deadline, |wish| {
+        self.link.wait(deadline, Wish::Soon, |wish| {
             match wish {
                 Wish::Kept => (),
                 Wish::Withdrawn => consumer.withdraw_wish(),

@@ -120,7 +120,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         }
         // SYNC: released; pairs with the Acquire load in `Producer::refresh`.
         self.region.release(self.base + channel::READ, self.passed);
-        // SYNC: cursor-then-wish; pairs with the fence in `Producer::wish_for_room`.
+        // SYNC: cursor-then-wish; pairs with the fence in `Producer::wish_for`.
         self.region.fence();
         let wish = self.region.load(self.base + channel::PRODUCER_WISH);
         let notify = Notify::crossed(self.read, self.passed, wish);

@@ -64,6 +64,9 @@ const LONGEST_DOZE: Duration = Duration::from_secs(1);
 /// within the host, where it moves at 10 GB/s and more.
 const FIRST_NAP: Duration = Duration::from_micros(100);
 const LONGEST_NAP: Duration = Duration::from_micros(800);
+/// How long an end sleeps with a wish for half of the channel, before it wishes for what it waits for: whoever is at the other end may
+/// keep more than half, and wait for this end.
+const HALF: Duration = Duration::from_millis(2);
 /// Each so many times that spinning has found nothing, it is given all the time that it may have: it would never be known
 /// otherwise that somewhat longer than the shortest would do.
 const PROBE: u32 = 8;
@@ -196,10 +199,12 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     }
 
     /// Waits until `look` finds what is waited for, or this side's clock reaches `deadline`. Given a wish, `look` first
-    /// publishes at which cursor this end wants to be rung, then fences, then looks.
+    /// publishes at which cursor this end wants to be rung, then fences, then looks. `first` is the wish with which it begins to
+    /// sleep, for [`HALF`] if that is for half of the channel.
     pub(crate) fn wait(
         &mut self,
         deadline: Option<Duration>,
+        first: Wish,
         mut look: impl FnMut(Wish) -> Result<bool, ChannelError<E::Error>>,
     ) -> Result<Wakeup, ChannelError<E::Error>> {
         if look(Wish::Kept)? {
@@ -210,6 +215,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         {
             return Ok(Wakeup::Ready);
         }
+        if deadline == Some(PAST) {
+            // Who waits by the descriptor of the events, and looks when that can be read, has what was rung taken from it here.
+            self.events.sleep(deadline).map_err(ChannelError::Events)?;
+        }
+        let mut wish = first;
         loop {
             let left = deadline.map(|deadline| deadline.saturating_sub(self.events.now()));
             let over = left == Some(Duration::ZERO);
@@ -225,13 +235,21 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                     return Ok(Wakeup::PeerChanged);
                 }
             }
-            if look(Wish::Soon)? {
+            if over {
+                wish = Wish::Soon;
+            }
+            if look(wish)? {
                 return Ok(Wakeup::Ready);
             }
             if over {
                 return Ok(Wakeup::TimedOut);
             }
-            self.sleep(left).map_err(ChannelError::Events)?;
+            match wish {
+                Wish::Half => self.sleep_for(left.map_or(HALF, |left| left.min(HALF))),
+                _ => self.sleep(left),
+            }
+            .map_err(ChannelError::Events)?;
+            wish = Wish::Soon;
             if look(Wish::Kept)? {
                 return Ok(Wakeup::Ready);
             }
@@ -300,6 +318,12 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         }
         // Or it would be rung for when it is awake.
         look(Wish::Withdrawn)
+    }
+
+    /// Sleeps for a time that says nothing of whether doorbells arrive, unless one does.
+    fn sleep_for(&mut self, time: Duration) -> Result<(), E::Error> {
+        self.proven |= self.events.sleep(Some(time))?;
+        Ok(())
     }
 
     fn sleep(&mut self, left: Option<Duration>) -> Result<(), E::Error> {

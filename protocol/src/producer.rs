@@ -136,6 +136,15 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         Ok(place)
     }
 
+    /// Whether a record with `length` bytes of payload has room.
+    pub(crate) fn has_room(&mut self, length: usize) -> Result<bool, ReserveError> {
+        match self.find_room(length) {
+            Ok(_) => Ok(true),
+            Err(ReserveError::Full) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The room that [`Producer::find_room`] just found.
     pub(crate) fn reservation(&mut self, place: Place, length: usize) -> Reservation<'_, M> {
         Reservation {
@@ -175,15 +184,23 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             .store(self.base + channel::DROPPED, self.dropped);
     }
 
-    /// Publishes that this end wants to be rung once a record of `length` bytes fits and half the channel is free, so that
-    /// a full one is not rung about at every record. Then looks once more: `true` if the record fits already, and there
-    /// is no need to sleep. What was staged is to be published before, or nobody might ever make room.
+    /// Publishes that this end wants to be rung once a record of `length` bytes fits. Then looks once more: `true` if it fits
+    /// already, and there is no need to sleep. What was staged is to be published before, or nobody might ever make room.
     pub fn wish_for_room(&mut self, length: usize) -> Result<bool, ReserveError> {
+        self.wish_for(length, 0)
+    }
+
+    /// As [`Producer::wish_for_room`], but it wants to be rung only once half the channel is free, too, so that a full one is
+    /// not rung about at every record: for who looks by the clock, since a consumer may keep more than half.
+    pub fn wish_for_half(&mut self, length: usize) -> Result<bool, ReserveError> {
+        self.wish_for(length, self.capacity.bytes() / 2)
+    }
+
+    fn wish_for(&mut self, length: usize, least: u64) -> Result<bool, ReserveError> {
         let place = self.find_place(length)?;
-        let capacity = self.capacity.bytes();
-        let room = (place.pad + place.span).max(capacity / 2);
+        let room = (place.pad + place.span).max(least);
         // Before the first lap this would be negative: then there is room, as the second look finds.
-        let wish = (self.staged + room).saturating_sub(capacity);
+        let wish = (self.staged + room).saturating_sub(self.capacity.bytes());
         self.region.store(self.base + channel::PRODUCER_WISH, wish);
         // SYNC: wish-then-cursor; pairs with the fence in `Consumer::release`. One of the two sees the other.
         self.region.fence();
@@ -278,6 +295,8 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
             .producer
             .region
             .read_from(fd, self.payload(), self.length as usize)?;
+        // It may have filled what our own copy had padded.
+        self.padded = 0;
         Ok(read as u32)
     }
 

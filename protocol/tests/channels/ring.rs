@@ -207,7 +207,7 @@ fn a_full_channel_is_rung_about_once_half_of_it_is_free() {
         while send(&mut producer, &[0; 40]).is_ok() {
             sent += 1;
         }
-        assert!(!producer.wish_for_room(40).unwrap());
+        assert!(!producer.wish_for_half(40).unwrap());
         let mut released = 1;
         while consumer.poll().unwrap() && consumer.release() == Notify::Quiet {
             released += 1;

@@ -285,6 +285,48 @@ fn a_ring_in_a_nap_proves_nothing() {
     assert_eq!(script.0.borrow().last, None);
 }
 
+/// It waits for something else, perhaps for this very end, and would keep the rest for ever.
+#[test]
+fn a_producer_is_rung_once_its_record_fits_though_the_consumer_keeps_more_than_half() {
+    for strategy in [Strategy::SLEEP, Strategy::PROMPT, Strategy::STREAM] {
+        let (mut sender, script) = sender(strategy);
+        // After a while, so that it sleeps and is rung, and relies on rings from then on.
+        script.goes_on(20_000 * MICROSECOND, MICROSECOND);
+        assert_eq!(send(&mut sender), Sent::Committed);
+        script.0.borrow_mut().due = Duration::MAX;
+        while sender.send(Kind::DATA, &PAYLOAD, Some(Duration::ZERO)) == Ok(Sent::Committed) {}
+        let start = script.0.borrow().now;
+        script.goes_on(20_000 * MICROSECOND, Duration::MAX);
+        assert_eq!(send(&mut sender), Sent::Committed);
+        let world = script.0.borrow();
+        assert_eq!(world.last, None, "it relies on rings");
+        let took = world.now - start;
+        assert!(took < 21_000 * MICROSECOND, "{strategy:?}: {took:?}");
+    }
+}
+
+#[test]
+fn a_consumer_that_takes_its_time_rings_about_half_of_the_channel() {
+    let (mut sender, script) = sender(Strategy::SLEEP);
+    // Half of it in less time than it sleeps before it asks for less.
+    script.goes_on(10 * MICROSECOND, 30 * MICROSECOND);
+    for _ in 0..1000 {
+        assert_eq!(send(&mut sender), Sent::Committed);
+    }
+    let rings = script.0.borrow().rings;
+    assert!((28..=34).contains(&rings), "{rings} rings for 1000 records");
+}
+
+/// A program that waits for several things does so by a descriptor, which can be read for as long as nobody has taken the ring.
+#[test]
+fn looking_without_waiting_takes_what_was_rung() {
+    let (mut receiver, script) = receiver(Strategy::PROMPT);
+    let looked = receiver.wait(Some(Duration::ZERO));
+    assert_eq!(looked, Ok(Wakeup::TimedOut));
+    let world = script.0.borrow();
+    assert_eq!((world.sleeps, world.last), (1, Some(Duration::ZERO)));
+}
+
 #[test]
 fn times_without_end_are_no_fault() {
     let (mut receiver, script) = receiver(Strategy {

@@ -15,6 +15,8 @@ use loom::sync::{Arc, Condvar, Mutex};
 
 /// Two records of one word fit.
 const CAPACITY: u64 = 64;
+/// How long a producer sleeps with a wish for half of the channel, as in `src/link.rs`.
+const HALF: Duration = Duration::from_millis(2);
 /// The guest's slot.
 const SLOT: u32 = 0;
 const HOST: u32 = 1;
@@ -140,7 +142,11 @@ impl Events for Bells {
         Ok(())
     }
 
-    fn sleep(&mut self, _timeout: Option<Duration>) -> Result<bool, Infallible> {
+    fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
+        // It is over before half of the channel is free: what comes of it else is what comes of a wish for room.
+        if timeout == Some(HALF) {
+            return Ok(false);
+        }
         self.own.sleep();
         Ok(true)
     }
