@@ -122,8 +122,9 @@ impl Events for Bells {
 }
 
 impl AsFd for Bells {
-    /// A descriptor that can be read when this end was rung, for a program that waits on more than one thing. After
-    /// it woke, `wait` with a timeout of zero looks at the channel.
+    /// A descriptor that can be read when this end was rung, for a program that waits on more than one thing: by turns
+    /// it calls `wait` with a timeout of zero until that finds nothing, which asks to be rung and takes what was rung from
+    /// the descriptor, and polls that, for a second at most, since a doorbell may be lost.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }

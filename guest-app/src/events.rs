@@ -113,7 +113,9 @@ impl Events for Interrupts {
 }
 
 impl AsFd for Interrupts {
-    /// The driver's file, for a program that waits on more than one thing: it can be read when this end was rung.
+    /// The driver's file, for a program that waits on more than one thing: it can be read when this end was rung. By turns
+    /// such a program calls `wait` with a timeout of zero until that finds nothing, which asks to be rung and takes what was
+    /// rung from the file, and polls that, for a second at most, since an interrupt may be lost.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }

@@ -47,7 +47,7 @@ pub struct OutOfRegion {
 /// A region, or the part of it that is mapped, from its first byte on.
 ///
 /// Offsets are in bytes, multiples of 8, and inside the mapping: they come out of a checked
-/// [`Layout`](crate::wire::layout::Layout), so one that is not is our own error, and panics.
+/// [`Layout`](crate::wire::layout::Layout), so one outside is our own error, and panics. One within a word is that word's.
 #[derive(Clone, Debug)]
 pub struct Region<M> {
     memory: M,

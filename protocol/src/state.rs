@@ -90,7 +90,11 @@ pub(crate) fn check_generation<M: Deref<Target = [AtomicU64]>>(
     Ok(())
 }
 
-/// A channel's words at one moment, as they stand: unchecked, each read once, and not all at the same instant.
+/// Looks at a channel's cursors until neither has moved meanwhile, at the most.
+const LOOKS: u32 = 16;
+
+/// A channel's words at one moment, as they stand: unchecked, and not all read at the same instant; but for the cursors, unless they
+/// move all the time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChannelState {
     /// Times that the channel was reset.
@@ -113,9 +117,18 @@ impl ChannelState {
     /// Reads the state of a channel of a region.
     pub fn read<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, entry: &Channel) -> Self {
         let load = |offset| region.load(entry.offset + offset);
-        // The consumer's cursor first, so that it is not ahead of a producer's that is older.
-        let read = load(channel::READ);
-        let written = load(channel::WRITTEN);
+        // The consumer's cursor first, so that it is not ahead of a producer's that is older; and again, as more than a whole channel can
+        // go through between two looks, and would seem to be in it.
+        let look = |offset| region.acquire(entry.offset + offset);
+        let mut read = look(channel::READ);
+        let mut written = look(channel::WRITTEN);
+        for _ in 0..LOOKS {
+            let before = core::mem::replace(&mut read, look(channel::READ));
+            if read == before {
+                break;
+            }
+            written = look(channel::WRITTEN);
+        }
         let notes = channel::NOTES.map(|note| (load(note), load(note + channel::NOTE_RECORDS)));
         // The note of what was committed, unless a commit is under way between the two looks.
         let current = notes.iter().find(|(cursor, _)| *cursor == written);

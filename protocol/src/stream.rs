@@ -56,9 +56,14 @@ pub enum StreamError<X> {
     /// Reading the source failed, with this `errno`.
     #[error("cannot read the source")]
     Read(c_int),
-    /// Writing the target failed, with this `errno`.
+    /// Writing the target failed.
     #[error("cannot write the target")]
-    Write(c_int),
+    Write {
+        /// The `errno`.
+        errno: c_int,
+        /// Bytes at the target's end that are of a record which was not released, and comes again.
+        partial: u64,
+    },
     /// The producer left in the middle of the stream.
     #[error("the sender left before the end of the stream, after {0} bytes")]
     Incomplete(u64),
@@ -79,20 +84,20 @@ where
     sender.set_strategy(Strategy::STREAM);
     let mut total = Progress::default();
     // A channel that drops could drop this one too, so there it comes with the first data that finds room.
-    let mut begun = false;
-    if !sender.drops() {
+    let mut begun = !sender.drops();
+    if begun {
         mark_watched(sender, Kind::BEGIN, watch)?;
     }
     loop {
         let length = if sender.drops() {
             let length =
                 retry(|| crate::region::read(source, scratch)).map_err(StreamError::Read)?;
-            begun = begun || sender.send(Kind::BEGIN, &[], None)? == Sent::Committed;
-            if length > 0
-                && (!begun || sender.send(Kind::DATA, &scratch[..length], None)? == Sent::Dropped)
-            {
-                total.dropped += 1;
-                continue;
+            if length > 0 {
+                begun = begun || sender.send(Kind::BEGIN, &[], None)? == Sent::Committed;
+                if !begun || sender.send(Kind::DATA, &scratch[..length], None)? == Sent::Dropped {
+                    total.dropped += 1;
+                    continue;
+                }
             }
             length
         } else {
@@ -112,6 +117,10 @@ where
         total.bytes += length as u64;
         total.records += 1;
         watch.progress(&total);
+    }
+    if !begun {
+        // Else it would be the end of what another sender left.
+        mark_watched(sender, Kind::BEGIN, watch)?;
     }
     mark_watched(sender, Kind::END, watch)?;
     Ok(total)
@@ -143,6 +152,10 @@ where
     }
 }
 
+/// How long a sender may be away that did not give its end back, as its VM's device was reset: its system resumes from memory, and
+/// the driver says so in a moment, or else starts anew.
+const RESUMING: Duration = Duration::from_secs(5);
+
 /// Receives one stream, from where the channel stands to the end of the stream, and writes it to `target` straight
 /// from the region.
 pub fn receive<M, E>(
@@ -162,6 +175,7 @@ where
         // A sender that has left, before we came or since, sends no more; but what it committed until then is there.
         let away = total.records > 0 && receiver.peer_is_away();
         let patience = match (away, total.records) {
+            (true, _) if receiver.peer().may_resume() => Some(RESUMING),
             (true, _) => Some(Duration::ZERO),
             (false, 0) => watch.patience(),
             (false, _) => None,
@@ -193,7 +207,11 @@ where
         if kind == Kind::DATA {
             let mut done = 0;
             while done < record.length() {
-                done += retry(|| record.write_to(target, done)).map_err(StreamError::Write)?;
+                let written = retry(|| record.write_to(target, done));
+                done += written.map_err(|errno| StreamError::Write {
+                    errno,
+                    partial: done as u64,
+                })?;
             }
             total.bytes += record.length() as u64;
             total.records += 1;

@@ -387,6 +387,38 @@ fn missing_file_and_full_disk_are_told() {
     sender.wait().unwrap();
 }
 
+/// A part of a record may have been written by then, and all of it comes again.
+#[test]
+fn rest_of_a_stream_whose_target_is_full_goes_to_another_file() {
+    let broker = Broker::start(&LOOP);
+    let bytes: Vec<u8> = (0..50_000_u32).flat_map(u32::to_le_bytes).collect();
+    let [source, first, rest] = ["source", "first", "rest"].map(|name| broker.path(name));
+    std::fs::write(&source, &bytes).unwrap();
+    let mut sender = send(&broker)
+        .args(["--record-size", "30000"])
+        .arg(&source)
+        .spawn()
+        .unwrap();
+    // In units of 512 bytes: two records and a half.
+    let limited = "trap '' XFSZ; ulimit -f 146; exec \"$@\"";
+    let receiver = recv(&broker);
+    let mut limited_receiver = std::process::Command::new("sh");
+    limited_receiver
+        .args(["-c", limited, "sh"])
+        .arg(receiver.get_program())
+        .args(receiver.get_args())
+        .arg("-o")
+        .arg(&first);
+    let told = ["receive the rest to another file", "File too large"];
+    fails(&mut limited_receiver, 1, &told);
+    let output = recv(&broker).arg("-o").arg(&rest).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(sender.wait().unwrap().success());
+    let first = std::fs::read(first).unwrap();
+    assert_eq!(first.len(), 60_000);
+    assert!([first, std::fs::read(rest).unwrap()].concat() == bytes);
+}
+
 #[test]
 fn idle_ends_and_an_idle_broker_use_no_processor_time() {
     let broker = Broker::start(&LOOP);

@@ -55,11 +55,13 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
             continue;
         };
         let kind = record.header().kind;
-        bytes.resize(record.length(), 0);
+        // Not as much as whoever sends says, but as the other channel carries; what is longer is refused there.
+        let length = record.length().min(sender.max_record() as usize + 1);
+        bytes.resize(length, 0);
         record.copy_to(0, &mut bytes);
-        // The end is told even in a channel that drops.
+        // Begin and end are told even in a channel that drops.
         let sent = match kind {
-            Kind::END => mark(&mut sender, kind),
+            Kind::BEGIN | Kind::END => mark(&mut sender, kind),
             _ => sender.send(kind, &bytes, None).map(drop),
         };
         sent.with_context(|| format!("sending to channel `{}`", args.to))?;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use barlink_guest::Device;
+use barlink_guest::protocol::Sent;
 use barlink_guest::protocol::cursor::Kind;
 use barlink_guest::protocol::stream::mark;
 use procfs::{Current, CurrentSI, KernelStats, Meminfo};
@@ -45,7 +46,7 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         .seconds
         .map(|seconds| (seconds * args.rate).round() as u64);
     let start = Instant::now();
-    let _ = sender.send(Kind::BEGIN, &[], None)?;
+    let mut begun = false;
     for sequence in 0.. {
         if end.is_some_and(|end| sequence >= end) {
             break;
@@ -55,8 +56,14 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let mut line = serde_json::to_vec(&sample(sequence, start)?)?;
         line.push(b'\n');
-        // What became of it is in the channel's counters.
-        let _ = sender.send(Kind::DATA, &line, None)?;
+        // What became of it is in the channel's counters. What is not begun would be taken for more of what another sender left.
+        begun = begun || sender.send(Kind::BEGIN, &[], None)? == Sent::Committed;
+        if begun {
+            let _ = sender.send(Kind::DATA, &line, None)?;
+        }
+    }
+    if !begun {
+        mark(&mut sender, Kind::BEGIN)?;
     }
     Ok(mark(&mut sender, Kind::END)?)
 }

@@ -13,6 +13,7 @@ use barlink_protocol::cursor::Corrupt;
 use barlink_protocol::stream::{self, StreamError};
 use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Sender};
 use clap::Args;
+use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use crate::meter::{Meter, Wait};
@@ -135,12 +136,31 @@ where
     loop {
         let mut meter = Meter::new(&target, None, &mut wait);
         let outcome = stream::receive(&mut receiver, target.as_raw_fd(), &mut meter);
-        let total = outcome.map_err(|error| describe(error, channel, args.output.as_deref()));
+        let total = outcome.map_err(|error| {
+            let error = take_back(error, &target);
+            describe(error, channel, args.output.as_deref())
+        });
         let total = total.with_context(|| format!("receiving from channel `{channel}`"))?;
         meter.finish("received", &total, args.json);
         if !args.follow {
             return Ok(());
         }
+    }
+}
+
+/// Takes the part of a record that comes again from the end of a file, where the target is one.
+fn take_back<X>(error: StreamError<X>, target: &OwnedFd) -> StreamError<X> {
+    match error {
+        StreamError::Write { errno, partial } => {
+            let end = rustix::fs::seek(target, SeekFrom::Current(0));
+            let whole = end.map(|end| end.saturating_sub(partial));
+            let cut = whole.and_then(|whole| rustix::fs::ftruncate(target, whole));
+            StreamError::Write {
+                errno,
+                partial: if cut.is_ok() { 0 } else { partial },
+            }
+        }
+        error => error,
     }
 }
 
@@ -156,14 +176,24 @@ where
             format!("cannot read {}: name a file", name("standard input")),
         ),
         StreamError::Read(errno) => (errno, format!("cannot read {}", name("standard input"))),
-        StreamError::Write(errno @ IS_FULL) => (
-            errno,
-            format!(
-                "cannot write {}: make room, and receive the rest to another file, since it is still in the channel",
-                name("standard output")
-            ),
-        ),
-        StreamError::Write(errno) => (errno, format!("cannot write {}", name("standard output"))),
+        StreamError::Write { errno, partial } => {
+            let again = match partial {
+                0 => String::new(),
+                partial => format!(" (its last {partial} bytes come again with that)"),
+            };
+            let cure = if errno == IS_FULL {
+                "make room, and "
+            } else {
+                ""
+            };
+            let file = name("standard output");
+            (
+                errno,
+                format!(
+                    "cannot write {file}: {cure}receive the rest to another file, since it is still in the channel{again}"
+                ),
+            )
+        }
         StreamError::Channel(ChannelError::Corrupt(Corrupt(_))) => {
             return anyhow::anyhow!(
                 "{error}: end both programs that use it, and empty it by `barlink reset-channel {channel}` on the host"

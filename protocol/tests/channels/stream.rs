@@ -7,7 +7,7 @@ use std::time::Duration;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
 use barlink_protocol::stream::{Progress, StreamError, Watch, receive, send as send_all};
-use barlink_protocol::wire::layout::{Channel, Layout};
+use barlink_protocol::wire::layout::{Channel, Layout, presence};
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, state};
 
 use crate::heap::{Bells, Heap, Memory, bells, ends, ends_with, hold, region};
@@ -176,4 +176,62 @@ fn a_sender_to_a_full_channel_tells_that_it_waits_while_somebody_listens() {
     // No consumer is noted in this region.
     assert_eq!(listener.told, [true, true]);
     assert_eq!(receiving.join().unwrap(), sent);
+}
+
+/// The second sender's beginning is dropped, too, and its end would be taken for that of the first one's stream.
+#[test]
+fn an_empty_stream_in_a_full_channel_that_drops_is_not_the_end_of_another() {
+    let (region, layout) = region(4096, true);
+    let (a, b) = bells();
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    send(&mut sender, Kind::BEGIN, &[]);
+    send(&mut sender, Kind::DATA, b"four");
+    while sender.send(Kind::USER, &[], None) == Ok(Sent::Committed) {}
+    let dropped = state::ChannelState::read(&region, &layout.channels()[0]).dropped;
+    let next = std::thread::spawn(move || {
+        let nothing = File::open("/dev/null").unwrap();
+        let sent = send_all(&mut sender, nothing.as_raw_fd(), &mut [0; 64], &mut ());
+        (sent, sender)
+    });
+    assert_eq!(
+        receive_to_nowhere(&mut receiver),
+        Err(StreamError::Incomplete(4))
+    );
+    let empty = Ok(Progress::default());
+    assert_eq!(receive_to_nowhere(&mut receiver), empty);
+    assert_eq!(next.join().unwrap().0, empty);
+    let state = state::ChannelState::read(&region, &layout.channels()[0]);
+    assert_eq!(state.dropped, dropped);
+}
+
+/// A device that was reset, in the middle of a stream: what its driver says then.
+fn reset_in_the_middle(resumes: bool) -> Outcome {
+    let (region, layout) = region(4096, false);
+    let (a, b) = bells();
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let epoch = layout.presence_page(0) + presence::EPOCH;
+    let channel = layout.channels()[0];
+    let other = std::thread::spawn(move || {
+        send(&mut sender, Kind::BEGIN, &[]);
+        send(&mut sender, Kind::DATA, b"four");
+        while state::ChannelState::read(&region, &channel).fill(&channel) != Some(0) {
+            std::thread::yield_now();
+        }
+        region.store(epoch, region.load(epoch) + 1);
+        std::thread::sleep(Duration::from_millis(300));
+        if resumes {
+            region.store(epoch, region.load(epoch) + 1);
+            send(&mut sender, Kind::END, &[]);
+        }
+        sender
+    });
+    let outcome = receive_to_nowhere(&mut receiver);
+    other.join().unwrap();
+    outcome
+}
+
+#[test]
+fn a_sender_whose_system_resumes_is_waited_for() {
+    assert_eq!(reset_in_the_middle(true), FOUR);
+    assert_eq!(reset_in_the_middle(false), Err(StreamError::Incomplete(4)));
 }

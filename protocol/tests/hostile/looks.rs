@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use barlink_protocol::cursor::{Header, Kind};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::channel;
-use barlink_protocol::{AtomicU64, Consumer, Producer};
+use barlink_protocol::{AtomicU64, Consumer, Producer, state};
 
 use crate::region::*;
 
@@ -138,5 +138,23 @@ fn a_producer_believes_one_look_at_the_consumers_cursor() {
             let outside = words[1024..ends[0]].iter().chain(&words[ends[1]..]);
             assert!(outside.map(|word| word.load(Relaxed)).all(|word| word == 0));
         }
+    }
+}
+
+/// No attack: more than all of the channel has gone through it between two looks of who only watches.
+#[test]
+fn a_channel_that_flows_while_it_is_looked_at_makes_sense() {
+    let layout = layout();
+    let entry = &layout.channels()[ATTACKED];
+    for moment in 0..MOMENTS {
+        let words = with_record();
+        let memory = Watched::new(&words, |look, words: &[AtomicU64]| {
+            if look == moment {
+                word(words, channel::WRITTEN).store(10 * entry.capacity + 88, Relaxed);
+                word(words, channel::READ).store(10 * entry.capacity, Relaxed);
+            }
+        });
+        let state = state::ChannelState::read(&Region::new(memory), entry);
+        assert_eq!(state.fill(entry), Some(88), "at {moment}: {state:?}");
     }
 }
