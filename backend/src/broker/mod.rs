@@ -20,6 +20,7 @@ mod manager;
 mod parts;
 mod plan;
 mod policy;
+mod rights;
 mod shared;
 mod slot;
 mod socket;

@@ -16,7 +16,7 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::Policy;
+use super::{Policy, rights};
 
 /// Longest path of a Unix socket, in bytes (`unix(7)`).
 const MAX_PATH: usize = 107;
@@ -151,6 +151,8 @@ impl Listener {
             let theirs = theirs.unwrap_or_default();
             return Err(SocketError::Elsewhere { path, theirs });
         }
+        // A predecessor of another version may not have.
+        rights::refuse(&socket);
         Ok(Listener {
             socket,
             lock: Lock {
@@ -209,6 +211,8 @@ impl Listener {
         };
         let mode = std::fs::Permissions::from_mode(policy.socket_mode());
         std::fs::set_permissions(path, mode).map_err(|source| failed(path, source))?;
+        // Connections have it from the socket that they are made to.
+        rights::refuse(&listener.socket);
         rustix::net::listen(&listener.socket, BACKLOG)
             .map_err(|error| failed(path, error.into()))?;
         Ok(listener)
