@@ -53,6 +53,16 @@ pub struct Shared {
     turns: Vec<RwLock<()>>,
 }
 
+/// Whoever would change something waits until this is dropped.
+pub struct Frozen<'a>(MutexGuard<'a, State>);
+
+impl Frozen<'_> {
+    /// Changes nothing any more, ever: a successor does.
+    pub fn for_ever(self) {
+        std::mem::forget(self.0);
+    }
+}
+
 struct State {
     slots: Vec<SlotStatus>,
     ledger: Ledger,
@@ -192,9 +202,9 @@ impl Shared {
         &self.turns
     }
 
-    /// Changes nothing any more, ever: a successor does.
-    pub fn freeze(&self) {
-        std::mem::forget(self.lock());
+    /// Changes nothing as long as what this gives is there.
+    pub fn freeze(&self) -> Frozen<'_> {
+        Frozen(self.lock())
     }
 
     /// The number of a new host app.
