@@ -127,7 +127,7 @@ impl Broker {
         let mut parts = if inheritance.is_empty() {
             Parts::create(layout, &sockets, &config.policy)?
         } else {
-            Parts::inherit(inheritance, layout, &sockets)?
+            Parts::inherit(inheritance, layout, &sockets, &config.policy)?
         };
         let control = Arc::clone(&parts.control);
         let listeners = std::mem::take(&mut parts.doors);

@@ -133,6 +133,7 @@ impl Parts {
         mut inheritance: Inheritance,
         layout: Layout,
         sockets: &Sockets<'_>,
+        policy: &Policy,
     ) -> Result<Self, BrokerError> {
         let store = DescriptorStore::connect(&inheritance);
         let mut take = |name: &str| {
@@ -196,6 +197,10 @@ impl Parts {
             } else if name::is_part(&called) {
                 store.keep(called, Arc::new(descriptor));
             }
+        }
+        // Last, since a predecessor whose successor fails goes on.
+        for listener in doors.iter().chain([&control]) {
+            listener.follow(policy);
         }
         Self {
             layout,
