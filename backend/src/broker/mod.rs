@@ -124,6 +124,7 @@ impl Broker {
             doors: &paths,
             sessions: &sessions,
         };
+        sockets.check()?;
         let mut parts = if inheritance.is_empty() {
             Parts::create(layout, &sockets, &config.policy)?
         } else {
