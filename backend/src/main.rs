@@ -9,11 +9,12 @@ use std::process::ExitCode;
 
 use args::{Cli, Command};
 use barlink::AttachError;
-use barlink::broker::BrokerError;
+use barlink::broker::{BrokerError, SocketError};
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
 use barlink::events::EventError;
 use barlink::protocol::stream::StreamError;
+use commands::Misuse;
 use log::LevelFilter;
 
 fn main() -> ExitCode {
@@ -47,7 +48,12 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             Some(ControlError::Refused(_)) | None => (),
             Some(_) => return 3,
         }
-        if let Some(BrokerError::Plan(_)) = cause.downcast_ref() {
+        if let Some(BrokerError::Plan(_) | BrokerError::Socket(SocketError::Twice { .. })) =
+            cause.downcast_ref()
+        {
+            return 2;
+        }
+        if cause.is::<Misuse>() {
             return 2;
         }
         if let Some(StreamError::<EventError>::Incomplete(_)) = cause.downcast_ref() {

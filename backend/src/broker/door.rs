@@ -24,7 +24,7 @@ use rustix::net::{RecvFlags, Shutdown, SocketFlags};
 use super::limit::{Account, COMING_AND_GOING, REFUSED, TURNED_AWAY, limited};
 use super::slot::Slot;
 use super::store::name;
-use super::{Listener, PAUSE, Peer, Shared};
+use super::{Listener, PAUSE, Peer, Shared, rights};
 use crate::bell::Bell;
 use crate::transport::{Departure, Refusal, Transport, TransportError};
 
@@ -131,6 +131,10 @@ impl Door {
                 return Ok(());
             }
         };
+        // From here on what it sends is closed by its attendant, or is its successor's.
+        if transport.takes_descriptors() {
+            rights::admit(&vm);
+        }
         limited!(
             COMING_AND_GOING,
             Account::Slot(id),

@@ -106,14 +106,13 @@ pub fn give(successor: &PacketSocket, peer: Peer, shared: &Shared) -> Result<boo
     for slot in closed.within_a_message() {
         kept.retain(|(called, _)| *called != name::vm(slot));
     }
-    match converse(successor, &kept, end) {
+    match converse(successor, shared, &kept, end) {
         Ok(true) => {
             for slot in closed.within_a_message() {
                 warn!("slot {slot}: its VM stays within a message, and is let go: start it again");
             }
             // Whatever VMs say, and the other threads are about to do, is for the successor until this process ends.
             std::mem::forget(closed);
-            shared.freeze();
             Ok(true)
         }
         Ok(false) => Ok(false),
@@ -135,7 +134,7 @@ pub fn rest(shared: &Shared) {
         }
         None => warn!("a VM is just connecting, and may have to be started again"),
     }
-    shared.freeze();
+    shared.freeze().for_ever();
 }
 
 /// While this is there nobody is let in, and no session begins a message.
@@ -164,7 +163,13 @@ impl<'a> Closed<'a> {
     }
 }
 
-fn converse(successor: &PacketSocket, kept: &[(String, Kept)], end: Instant) -> io::Result<bool> {
+/// `true` if it has taken all: then nothing is changed here any more.
+fn converse(
+    successor: &PacketSocket,
+    shared: &Shared,
+    kept: &[(String, Kept)],
+    end: Instant,
+) -> io::Result<bool> {
     let mut parts = kept.chunks(MAX_DESCRIPTORS).peekable();
     while let Some(part) = parts.next() {
         let names = part.iter().map(|(name, _)| name.clone()).collect();
@@ -177,7 +182,10 @@ fn converse(successor: &PacketSocket, kept: &[(String, Kept)], end: Instant) -> 
         match (hear(successor, end)?, last) {
             (Ask::HandOver, false) => (),
             (Ask::Retire, true) => {
+                // From the answer on the successor changes what a session that ends here would, and at once.
+                let frozen = shared.freeze();
                 reply(successor, Answer::Done, &[])?;
+                frozen.for_ever();
                 return Ok(true);
             }
             _ => return Err(io::Error::other("it asks for something else")),
@@ -213,5 +221,69 @@ fn failed(source: io::Error) -> BrokerError {
     BrokerError::System {
         what: "answer a successor",
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::mpsc::channel;
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::super::{Broker, Config, Policy};
+    use super::*;
+    use crate::transport::Ivshmem;
+
+    /// Whether somebody who would change something waits.
+    fn is_frozen(shared: &Arc<Shared>) -> bool {
+        let (done, is_done) = channel();
+        let shared = Arc::clone(shared);
+        std::thread::spawn(move || {
+            shared.vacate(0);
+            let _ = done.send(());
+        });
+        is_done.recv_timeout(Duration::from_millis(300)).is_err()
+    }
+
+    #[test]
+    fn nothing_changes_once_a_successor_was_told_that_it_serves() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Config {
+            size: 1 << 20,
+            vectors: 1,
+            channels: Vec::new(),
+            slots: vec![(Arc::new(Ivshmem), folder.path().join("vm.sock"))],
+            control: folder.path().join("control.sock"),
+            policy: Policy::new(Vec::new(), Vec::new()),
+        };
+        let broker = Broker::new(config, Inheritance::new()).unwrap();
+        let shared = broker.shared();
+        let all = shared.store().all();
+        for is_there in [false, true] {
+            let (ours, theirs) = socketpair(
+                AddressFamily::UNIX,
+                SocketType::SEQPACKET,
+                SocketFlags::CLOEXEC,
+                None,
+            )
+            .unwrap();
+            let request = Request {
+                version: VERSION,
+                ask: Ask::Retire,
+            };
+            let request = serde_json::to_vec(&request).unwrap();
+            let theirs = PacketSocket::from_connected(theirs);
+            theirs.send(&request, &[]).unwrap();
+            if !is_there {
+                // It has asked, and does not live to hear the answer.
+                rustix::net::shutdown(&theirs, rustix::net::Shutdown::Read).unwrap();
+            }
+            let ours = PacketSocket::from_connected(ours);
+            let end = Instant::now() + PATIENCE;
+            let served = converse(&ours, shared, &all[..1], end);
+            assert_eq!(served.is_ok(), is_there, "{served:?}");
+            assert_eq!(is_frozen(shared), is_there);
+        }
     }
 }

@@ -20,6 +20,7 @@ mod manager;
 mod parts;
 mod plan;
 mod policy;
+mod rights;
 mod shared;
 mod slot;
 mod socket;
@@ -123,10 +124,11 @@ impl Broker {
             doors: &paths,
             sessions: &sessions,
         };
+        sockets.check()?;
         let mut parts = if inheritance.is_empty() {
             Parts::create(layout, &sockets, &config.policy)?
         } else {
-            Parts::inherit(inheritance, layout, &sockets)?
+            Parts::inherit(inheritance, layout, &sockets, &config.policy)?
         };
         let control = Arc::clone(&parts.control);
         let listeners = std::mem::take(&mut parts.doors);

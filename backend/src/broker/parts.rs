@@ -62,14 +62,17 @@ pub struct Sockets<'a> {
 }
 
 impl Sockets<'_> {
-    /// Whether each has a path of its own.
-    fn check(&self) -> Result<(), SocketError> {
-        let mut seen = vec![self.control];
+    /// Whether each has a path of its own, however that is written.
+    pub fn check(&self) -> Result<(), SocketError> {
+        // One that cannot be made absolute, such as none, is complained of when it is listened at.
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let mut seen = vec![absolute(self.control)];
         for path in self.doors {
-            if seen.contains(&path.as_path()) {
+            let place = absolute(path);
+            if seen.contains(&place) {
                 return Err(SocketError::Twice { path: path.clone() });
             }
-            seen.push(path);
+            seen.push(place);
         }
         Ok(())
     }
@@ -82,7 +85,6 @@ impl Parts {
         sockets: &Sockets<'_>,
         policy: &Policy,
     ) -> Result<Self, BrokerError> {
-        sockets.check()?;
         let control = Listener::packets(sockets.control, policy)?;
         let doors = sockets.doors.iter();
         let doors: Vec<_> = doors
@@ -133,6 +135,7 @@ impl Parts {
         mut inheritance: Inheritance,
         layout: Layout,
         sockets: &Sockets<'_>,
+        policy: &Policy,
     ) -> Result<Self, BrokerError> {
         let store = DescriptorStore::connect(&inheritance);
         let mut take = |name: &str| {
@@ -196,6 +199,10 @@ impl Parts {
             } else if name::is_part(&called) {
                 store.keep(called, Arc::new(descriptor));
             }
+        }
+        // Last, since a predecessor whose successor fails goes on.
+        for listener in doors.iter().chain([&control]) {
+            listener.follow(policy);
         }
         Self {
             layout,

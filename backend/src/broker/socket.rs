@@ -5,18 +5,19 @@
 use std::ffi::OsString;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use log::warn;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::Policy;
+use super::{Policy, rights};
 
 /// Longest path of a Unix socket, in bytes (`unix(7)`).
 const MAX_PATH: usize = 107;
@@ -151,6 +152,8 @@ impl Listener {
             let theirs = theirs.unwrap_or_default();
             return Err(SocketError::Elsewhere { path, theirs });
         }
+        // A predecessor of another version may not have.
+        rights::refuse(&socket);
         Ok(Listener {
             socket,
             lock: Lock {
@@ -161,6 +164,36 @@ impl Listener {
             path,
             stays: AtomicBool::new(true),
         })
+    }
+
+    /// Gives its file the mode that goes with a policy, which may be another than the predecessor's.
+    pub fn follow(&self, policy: &Policy) {
+        let mode = policy.socket_mode();
+        match self.set_mode(mode) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                // No reason not to serve those who can come.
+                let path = self.path.display();
+                warn!(
+                    "socket {path} keeps the mode that it had: set it by `chmod {mode:o} {path}` ({error})"
+                );
+            }
+            _ => (),
+        }
+    }
+
+    /// Leaves alone what is no socket, such as a link that somebody else put there.
+    fn set_mode(&self, mode: u32) -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        options.read(true);
+        options.custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
+        let file = options.open(&self.path)?;
+        let metadata = file.metadata()?;
+        if !metadata.file_type().is_socket() || metadata.permissions().mode() & 0o777 == mode {
+            return Ok(());
+        }
+        // What was looked at, whatever has its name by now.
+        let same = format!("/proc/self/fd/{}", file.as_raw_fd());
+        std::fs::set_permissions(same, std::fs::Permissions::from_mode(mode))
     }
 
     /// Listens for byte streams, of the VM of the broker with that control socket.
@@ -209,6 +242,8 @@ impl Listener {
         };
         let mode = std::fs::Permissions::from_mode(policy.socket_mode());
         std::fs::set_permissions(path, mode).map_err(|source| failed(path, source))?;
+        // Connections have it from the socket that they are made to.
+        rights::refuse(&listener.socket);
         rustix::net::listen(&listener.socket, BACKLOG)
             .map_err(|error| failed(path, error.into()))?;
         Ok(listener)

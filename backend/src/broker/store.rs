@@ -160,12 +160,16 @@ impl DescriptorStore {
     /// Keeps a descriptor until it is forgotten. Does not wait for the service manager.
     pub fn keep(&self, name: String, descriptor: Kept) {
         self.tell_keeper(&name, Notice::Keep(name.clone(), Arc::clone(&descriptor)));
-        self.lock().insert(name, descriptor);
+        let before = self.lock().insert(name, descriptor);
+        // Without the lock: to close it can take long, and others are not to wait.
+        drop(before);
     }
 
     /// Forgets a descriptor. Does not wait for the service manager.
     pub fn forget(&self, name: &str) {
-        if self.lock().remove(name).is_some() {
+        // Closed after this, without the lock.
+        let forgotten = self.lock().remove(name);
+        if forgotten.is_some() {
             self.forget_of_predecessor(name);
         }
     }
@@ -240,5 +244,55 @@ fn discard(inheritance: Inheritance) {
     // Nobody is served yet.
     if let Some(manager) = manager {
         manager.finish();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::BorrowedFd;
+    use std::sync::Weak;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    /// Counts when it is closed, if others can use the store meanwhile.
+    struct Watched {
+        descriptor: OwnedFd,
+        store: Weak<DescriptorStore>,
+        closed: Arc<AtomicU32>,
+    }
+
+    impl AsFd for Watched {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.descriptor.as_fd()
+        }
+    }
+
+    impl Drop for Watched {
+        fn drop(&mut self) {
+            let store = self.store.upgrade();
+            if store.is_some_and(|store| store.kept.try_lock().is_ok()) {
+                self.closed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    #[test]
+    fn descriptors_are_closed_while_others_use_the_store() {
+        let store = Arc::new(DescriptorStore::connect(&Inheritance::new()));
+        let closed = Arc::new(AtomicU32::new(0));
+        let keep = || {
+            let watched = Watched {
+                descriptor: std::io::pipe().unwrap().0.into(),
+                store: Arc::downgrade(&store),
+                closed: Arc::clone(&closed),
+            };
+            store.keep("one".to_owned(), Arc::new(watched));
+        };
+        keep();
+        keep();
+        assert_eq!(closed.load(Ordering::Relaxed), 1, "replaced");
+        store.forget("one");
+        assert_eq!(closed.load(Ordering::Relaxed), 2, "forgotten");
     }
 }

@@ -19,6 +19,11 @@ use barlink::{Access, AttachError, Attachment};
 
 use crate::args::{Command, Which};
 
+/// Arguments that each are right, and together make no sense.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Misuse(&'static str);
+
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Serve(args) => serve::serve(args),

@@ -15,6 +15,7 @@ use indicatif::BinaryBytes;
 use log::{info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
+use super::Misuse;
 use crate::args::{Serve, Way};
 
 pub fn serve(args: Serve) -> Result<()> {
@@ -39,7 +40,9 @@ pub fn serve(args: Serve) -> Result<()> {
     let sees_memory = |(way, _): &(Way, _)| *way == Way::VfioUser;
     ensure!(
         !args.guest_memory || args.sockets.0.iter().any(sees_memory),
-        "--guest-memory has no effect without a VM over vfio-user, the one transport by which it is read: add --vfio-user SOCKET"
+        Misuse(
+            "--guest-memory has no effect without a VM over vfio-user, the one transport by which it is read: add --vfio-user SOCKET"
+        )
     );
     let ivshmem: Arc<dyn Transport> = Arc::new(Ivshmem);
     let vfio_user: Arc<dyn Transport> = Arc::new(VfioUser {

@@ -14,6 +14,10 @@ use super::packet::PacketSocket;
 /// How long a broker may take to answer. It answers at once; what does not is no broker.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// What is said of one that does not.
+const SILENT: &str = "it does not answer (continue its process if that is stopped, or start the service whose manager keeps \
+                      the socket)";
+
 /// Why a broker could not be asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -81,6 +85,29 @@ struct Connection {
     socket: PacketSocket,
     /// The broker has answered something: so this is no connection that it never accepted.
     answered: bool,
+    /// A request has had no answer that makes sense: whatever comes now would be taken for the answer to another one.
+    out_of_step: bool,
+    /// Ends of channels that the broker has given out over this connection, and that were not given back.
+    held: usize,
+}
+
+impl Connection {
+    fn new(socket: PacketSocket) -> Self {
+        Connection {
+            socket,
+            answered: false,
+            out_of_step: false,
+            held: 0,
+        }
+    }
+
+    /// Ends a connection that is of no use any more, so that the broker takes back what it granted without our hearing of
+    /// it. While an end is held here it stays: the broker would give that to others, and whoever holds it does not look.
+    fn give_up(&self) {
+        if self.out_of_step && self.held == 0 {
+            self.socket.shut_down();
+        }
+    }
 }
 
 impl Control {
@@ -104,6 +131,10 @@ impl Control {
                     path,
                     why: "it is a socket of another kind".to_owned(),
                 },
+                Some(rustix::io::Errno::AGAIN) => ControlError::NotABroker {
+                    path,
+                    why: SILENT.to_owned(),
+                },
                 Some(rustix::io::Errno::NAMETOOLONG) => ControlError::NotABroker {
                     path,
                     why: "its path is too long for a socket".to_owned(),
@@ -113,10 +144,7 @@ impl Control {
         })?;
         Ok(Control {
             path: path.to_owned(),
-            connection: Mutex::new(Connection {
-                socket,
-                answered: false,
-            }),
+            connection: Mutex::new(Connection::new(socket)),
         })
     }
 
@@ -125,8 +153,10 @@ impl Control {
         &self.path
     }
 
-    /// Asks, and waits for the answer and the descriptors that come with it.
+    /// Asks, and waits for the answer and the descriptors that come with it. Once there was none, or one that makes no sense, nothing
+    /// can be asked any more over this connection.
     pub fn ask(&self, ask: Ask) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
+        let releases = matches!(ask, Ask::Release { .. });
         let request = Request {
             version: VERSION,
             ask,
@@ -137,6 +167,14 @@ impl Control {
         })?;
         let connection = self.connection.lock();
         let mut connection = connection.unwrap_or_else(PoisonError::into_inner);
+        if connection.out_of_step {
+            connection.held = connection.held.saturating_sub(usize::from(releases));
+            connection.give_up();
+            return Err(ControlError::Lost {
+                path: self.path.clone(),
+                source: io::Error::other("it did not answer before: attach again"),
+            });
+        }
         let mut outcome = self.exchange(&connection.socket, &request);
         if matches!(outcome, Err(ControlError::TurnedAway { .. })) && !connection.answered {
             // So a broker leaves those whom it has not heard when another one takes its place, which is there by now.
@@ -144,6 +182,19 @@ impl Control {
             outcome = self.exchange(&connection.socket, &request);
         }
         connection.answered = true;
+        // What is refused was not held.
+        if releases && !matches!(outcome, Err(ControlError::Refused(_))) {
+            connection.held = connection.held.saturating_sub(1);
+        }
+        match &outcome {
+            Ok((Answer::Claimed, _)) => connection.held += 1,
+            // Whoever was turned away has no connection any more.
+            Ok(_) | Err(ControlError::Refused(_) | ControlError::TurnedAway { .. }) => (),
+            Err(_) => {
+                connection.out_of_step = true;
+                connection.give_up();
+            }
+        }
         outcome
     }
 
@@ -157,12 +208,8 @@ impl Control {
         socket: &PacketSocket,
         request: &[u8],
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
-        let lost = |source: io::Error| {
-            match source.kind() {
-            io::ErrorKind::WouldBlock => self.not_a_broker(
-                "it does not answer (continue its process if that is stopped, or start the service whose manager keeps \
-                 the socket)",
-            ),
+        let lost = |source: io::Error| match source.kind() {
+            io::ErrorKind::WouldBlock => self.not_a_broker(SILENT),
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
                 ControlError::TurnedAway {
                     path: self.path.clone(),
@@ -172,7 +219,6 @@ impl Control {
                 path: self.path.clone(),
                 source,
             },
-        }
         };
         socket.send(request, &[]).map_err(lost)?;
         let mut buffer = Box::new([0; MAX_PACKET]);

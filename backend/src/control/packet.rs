@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, Shutdown,
     SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -24,7 +24,7 @@ pub const MAX_DESCRIPTORS: usize = 128;
 pub struct PacketSocket(OwnedFd);
 
 impl PacketSocket {
-    /// Connects to a control socket. Sending and receiving then wait no longer than `patience`.
+    /// Connects to a control socket. That waits no longer than `patience`, nor do sending and receiving after it.
     pub fn connect(path: &Path, patience: Duration) -> io::Result<Self> {
         let address = SocketAddrUnix::new(path)?;
         let socket = rustix::net::socket_with(
@@ -33,16 +33,23 @@ impl PacketSocket {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        rustix::net::connect(&socket, &address)?;
+        // First, since who connects waits as one who sends does where too many wait to be accepted.
         for direction in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
             sockopt::set_socket_timeout(&socket, direction, Some(patience))?;
         }
+        rustix::net::connect(&socket, &address)?;
         Ok(PacketSocket(socket))
     }
 
     /// Takes over a connected socket.
     pub fn from_connected(socket: OwnedFd) -> Self {
         PacketSocket(socket)
+    }
+
+    /// Ends the connection, for both sides: nothing is sent or received any more.
+    pub fn shut_down(&self) {
+        // What fails has ended already.
+        let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
     }
 
     /// Sends a packet with descriptors. A peer that is gone is an error, not a signal.

@@ -37,6 +37,11 @@ pub trait Transport: Send + Sync {
         false
     }
 
+    /// Whether a VM that was let in sends descriptors. Before it has had an answer it cannot.
+    fn takes_descriptors(&self) -> bool {
+        false
+    }
+
     /// Tells a VM what it must know first, by [`Slot::tell`] from [`Slot::told`] on, since a predecessor may have begun. It
     /// is called again for a VM that was greeted, and has nothing to tell it then.
     fn greet(&self, vm: &UnixStream, slot: &Slot) -> Result<(), TransportError>;

@@ -10,6 +10,7 @@ use barlink::protocol::ChannelError;
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::channel;
 use barlink::{Access, AttachError, Attachment};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, bind,
     connect, listen, recv, send, socket_with,
@@ -256,6 +257,87 @@ fn what_does_not_answer_is_given_up() {
 }
 
 #[test]
+fn answer_that_comes_late_is_no_answer_to_the_next_question() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control.sock");
+    let socket = seqpacket();
+    bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    listen(&socket, 4).unwrap();
+    let (go_on, may_go_on) = std::sync::mpsc::channel();
+    let broker = std::thread::spawn(move || {
+        let client = accept(&socket).unwrap();
+        set_socket_timeout(&client, Timeout::Recv, Some(PATIENCE)).unwrap();
+        let mut packet = [0; 4096];
+        recv(&client, &mut packet[..], RecvFlags::empty()).unwrap();
+        may_go_on.recv().unwrap();
+        let done = br#"{"version":1,"answer":"done"}"#;
+        let _ = send(&client, done, SendFlags::NOSIGNAL);
+        recv(&client, &mut packet[..], RecvFlags::empty())
+            .unwrap()
+            .1
+    });
+    let control = Control::connect(&path).unwrap();
+    let late = control.ask(Ask::Status).unwrap_err();
+    assert!(late.to_string().contains("it does not answer"), "{late}");
+    go_on.send(()).unwrap();
+    let length = broker.join().unwrap();
+    assert_eq!(length, 0, "the broker is not told that nobody waits");
+    let lost = control.ask(Ask::Status).unwrap_err();
+    assert!(matches!(lost, ControlError::Lost { .. }), "{lost}");
+}
+
+#[test]
+fn end_that_was_granted_too_late_is_free_and_one_that_is_held_is_not() {
+    let broker = Broker::start(&["--channel", "one=host-host,4K"]);
+    let (holder, other) = (broker.attach(), broker.attach());
+    let sender = holder.sender("one").unwrap();
+    broker.signal(Signal::STOP);
+    std::thread::scope(|scope| {
+        scope.spawn(|| other.receiver("one").unwrap_err());
+        holder.status().unwrap_err();
+    });
+    broker.signal(Signal::CONT);
+    let told = "holds the consumer of `one`";
+    wait_until("the end is granted", || broker.log().contains(told));
+    let looker = broker.attach();
+    let held = || {
+        let claims = looker.status().unwrap().claims.into_iter();
+        claims.map(|claim| claim.end).collect::<Vec<_>>()
+    };
+    wait_until("it is taken back", || held() == [Side::Producer]);
+    // Nobody is to hold the same end while this one uses it, which does not look.
+    assert!(holder.status().is_err() && other.status().is_err());
+    assert_eq!(held(), [Side::Producer]);
+    drop(sender);
+    wait_until("it is given back", || held().is_empty());
+    drop((holder, other));
+}
+
+/// The kernel lets who connects wait for as long as the broker accepts nobody, and for ever if it may.
+#[test]
+fn broker_that_accepts_nobody_is_given_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control.sock");
+    let socket = seqpacket();
+    let address = SocketAddrUnix::new(&path).unwrap();
+    bind(&socket, &address).unwrap();
+    listen(&socket, 1).unwrap();
+    let mut waiting = Vec::new();
+    loop {
+        let one = seqpacket();
+        rustix::io::ioctl_fionbio(&one, true).unwrap();
+        if connect(&one, &address).is_err() {
+            break;
+        }
+        waiting.push(one);
+    }
+    let (told, is_told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || told.send(Control::connect(&path)));
+    let error = is_told.recv_timeout(PATIENCE).unwrap().unwrap_err();
+    assert!(error.to_string().contains("it does not answer"), "{error}");
+}
+
+#[test]
 fn packets_that_are_no_requests_are_refused_and_the_client_may_go_on() {
     let broker = Broker::start(&[]);
     let socket = knock(&broker);
@@ -358,9 +440,11 @@ fn descriptors_that_a_client_sends_are_not_kept() {
     let gift = std::fs::File::open("/dev/null").unwrap();
     for _ in 0..50 {
         let request: &[u8] = br#"{"version":1,"ask":"status"}"#;
-        socket
-            .send_with_fds(&[request], &[gift.as_raw_fd(); 8])
-            .unwrap();
+        // From Linux 6.16 on it cannot send them.
+        if let Err(error) = socket.send_with_fds(&[request], &[gift.as_raw_fd(); 8]) {
+            assert_eq!(error.errno(), libc::EPERM);
+            socket.send(request, &[]).unwrap();
+        }
         let mut buffer = Box::new([0; barlink::control::message::MAX_PACKET]);
         socket.receive(&mut buffer).unwrap().unwrap();
     }

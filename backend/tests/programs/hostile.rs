@@ -3,7 +3,8 @@
 use std::os::fd::AsRawFd;
 
 use barlink::control::client::Control;
-use barlink::control::message::{Answer, Ask, Side};
+use barlink::control::message::{Answer, Ask, MAX_PACKET, Side};
+use barlink::control::packet::PacketSocket;
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::channel;
 use barlink::protocol::{ChannelError, Sent, Wakeup};
@@ -89,12 +90,73 @@ fn descriptors_that_a_vm_sends_are_not_kept() {
             vm
         };
         let sent = vm.send_with_fds(&[&b"?"[..]], &[gift.as_raw_fd(); 30]);
-        assert!(sent.is_ok());
+        // From Linux 6.16 on it cannot send them.
+        assert!(sent.is_ok() || sent.is_err_and(|error| error.errno() == libc::EPERM));
         drop(vm);
         wait_until("the slot is free", free);
     }
     assert_eq!(broker.descriptors(), before);
     handshake(connect(&broker, "vm.sock"), 6);
+}
+
+/// Whether this kernel can have a socket take no descriptors: Linux 6.16 and later.
+fn kernel_refuses_descriptors() -> bool {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_str().unwrap();
+    let numbers = release
+        .split(['.', '-'])
+        .map_while(|part| part.parse().ok());
+    numbers.take(2).collect::<Vec<u32>>() >= vec![6, 16]
+}
+
+/// Whether who sends a descriptor there is told that he may not, or was hung up on.
+fn refuses_descriptors(socket: &impl ScmSocket) -> bool {
+    let gift = std::fs::File::open("/dev/null").unwrap();
+    let sent = socket.send_with_fds(&[&b"?"[..]], &[gift.as_raw_fd()]);
+    sent.is_err_and(|error| [libc::EPERM, libc::EPIPE].contains(&error.errno()))
+}
+
+/// One that is slow to close would hold up the thread that answers host apps, or that lets VMs in.
+#[test]
+fn who_was_not_let_in_cannot_send_descriptors() {
+    if !kernel_refuses_descriptors() {
+        eprintln!("before Linux 6.16 everybody can: this test is not run");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let sockets = ["vm.sock", "user.sock", "host.sock"];
+    let [_, user, host] = sockets.map(|name| folder.path().join(name));
+    let [user, host] = [&user, &host].map(|path| path.to_str().unwrap());
+    let arguments = ["--vfio-user", user, "--vhost-user", host];
+    let mut broker = Broker::start_in(folder, &arguments);
+    for _ in 0..2 {
+        let app = PacketSocket::connect(&broker.control(), PATIENCE).unwrap();
+        assert!(refuses_descriptors(&app), "a host app before it was heard");
+        app.send(br#"{"version":1,"ask":"status"}"#, &[]).unwrap();
+        let mut buffer = Box::new([0; MAX_PACKET]);
+        app.receive(&mut buffer).unwrap().unwrap();
+        assert!(refuses_descriptors(&app), "a host app");
+        let attachment = broker.attach();
+        for (slot, name) in sockets.iter().enumerate() {
+            let wait_until_there = |is_there| {
+                wait_until("a VM comes, or leaves", || {
+                    attachment.status().unwrap().slots[slot].vm.is_some() == is_there
+                });
+            };
+            let first = connect(&broker, name);
+            wait_until_there(true);
+            let second = connect(&broker, name);
+            assert!(refuses_descriptors(&second), "{name}, at the door");
+            let refusal = format!("slot {slot}: process {} of user", std::process::id());
+            let is_told = |line: &str| line.contains(&refusal) && line.contains("is refused");
+            wait_until("it is refused", || broker.log().lines().any(is_told));
+            assert!(refuses_descriptors(&second), "{name}, turned away");
+            drop((first, second));
+            wait_until_there(false);
+        }
+        // A successor has the same sockets.
+        succeed(&mut broker, &arguments);
+    }
 }
 
 /// CVE-2020-10726 (DPDK vhost): every request for a descriptor that was there already left another one open.

@@ -1,5 +1,6 @@
 //! One broker takes the place of another, while VMs and host apps go on.
 
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -304,6 +305,30 @@ fn successor_that_says_nothing_is_given_up() {
         "{}",
         broker.log()
     );
+}
+
+#[test]
+fn sockets_have_the_mode_that_the_successors_arguments_mean() {
+    let mut broker = Broker::start(&[]);
+    let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+    let nobody = NOBODY.to_string();
+    let allow = ["--allow-user", &nobody];
+    for (arguments, expected) in [(&allow[..], 0o666), (&[], 0o600)] {
+        succeed(&mut broker, arguments);
+        for name in ["vm.sock", "control.sock"] {
+            assert_eq!(mode(&broker.path(name)), expected, "{name}");
+        }
+    }
+    // What is no socket of anybody's is not touched.
+    let [link, file] = ["vm.sock", "file"].map(|name| broker.path(name));
+    std::fs::remove_file(&link).unwrap();
+    file_with(&file, b"");
+    let before = mode(&file);
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    succeed(&mut broker, &allow);
+    assert_eq!(mode(&broker.control()), 0o666);
+    assert_ne!(before, 0o666);
+    assert_eq!(mode(&file), before);
 }
 
 #[test]

@@ -74,7 +74,7 @@ fn refuses_what_would_have_no_effect() {
     let folder = tempfile::tempdir().unwrap();
     fails(
         &mut serve(folder.path(), &["--guest-memory"]),
-        1,
+        2,
         &["--guest-memory has no effect", "add --vfio-user SOCKET"],
     );
     fails(
@@ -133,9 +133,19 @@ fn refuses_channels_and_sockets_that_are_named_twice() {
     let socket = socket.to_str().unwrap();
     fails(
         &mut serve(folder.path(), &["--ivshmem", socket, "--ivshmem", socket]),
-        1,
+        2,
         &[socket, "is named twice"],
     );
+    // However they are written.
+    let mut command = serve(folder.path(), &["--ivshmem", socket]);
+    command.args(["--vfio-user", "./vm.sock"]);
+    fails(
+        command.current_dir(&folder),
+        2,
+        &["socket ./vm.sock is named twice"],
+    );
+    let mut command = serve(folder.path(), &["--ivshmem", ".//control.sock"]);
+    fails(command.current_dir(&folder), 2, &["is named twice"]);
 }
 
 #[test]

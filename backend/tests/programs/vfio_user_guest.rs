@@ -158,6 +158,22 @@ fn memory_that_cannot_be_read_is_acknowledged_and_told() {
 }
 
 #[test]
+fn client_that_comes_again_and_again_with_memory_that_cannot_be_read_does_not_fill_the_log() {
+    const TIMES: usize = 100;
+    let broker = serve_both(&["--guest-memory"]);
+    let device = File::open("/dev/zero").unwrap();
+    let start = std::time::Instant::now();
+    for _ in 0..TIMES {
+        let mut client = Client::greet(&broker);
+        let reply = client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&device]);
+        assert_eq!(reply.errno, 0);
+    }
+    let seconds = start.elapsed().as_secs() as usize + 1;
+    let lines = broker.log().matches("memory-backend-memfd").count();
+    assert!((1..=10 * seconds).contains(&lines), "{lines} lines");
+}
+
+#[test]
 fn memory_that_is_cut_off_or_lacks_its_pages_is_no_signal() {
     let broker = serve_both(&["--guest-memory"]);
     let mut client = Client::greet(&broker);

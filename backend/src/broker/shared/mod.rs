@@ -53,6 +53,16 @@ pub struct Shared {
     turns: Vec<RwLock<()>>,
 }
 
+/// Whoever would change something waits until this is dropped.
+pub struct Frozen<'a>(MutexGuard<'a, State>);
+
+impl Frozen<'_> {
+    /// Changes nothing any more, ever: a successor does.
+    pub fn for_ever(self) {
+        std::mem::forget(self.0);
+    }
+}
+
 struct State {
     slots: Vec<SlotStatus>,
     ledger: Ledger,
@@ -192,9 +202,9 @@ impl Shared {
         &self.turns
     }
 
-    /// Changes nothing any more, ever: a successor does.
-    pub fn freeze(&self) {
-        std::mem::forget(self.lock());
+    /// Changes nothing as long as what this gives is there.
+    pub fn freeze(&self) -> Frozen<'_> {
+        Frozen(self.lock())
     }
 
     /// The number of a new host app.
@@ -306,12 +316,19 @@ impl Shared {
     /// Ends the connections and claims of a predecessor's VMs and host apps that this broker does not have.
     pub fn bury(&self, lives: impl Fn(ClientId) -> bool) {
         let state = self.lock();
-        for (slot, status) in (0..).zip(&state.slots) {
-            if status.vm.is_some() {
-                continue;
-            }
-            // Also of one that left its slot while the predecessor handed over: the next VM is not to have them.
+        let empty = (0..)
+            .zip(&state.slots)
+            .filter(|(_, status)| status.vm.is_none());
+        let empty: Vec<u32> = empty.map(|(slot, _)| slot).collect();
+        // They stay so, since nobody is let in yet.
+        drop(state);
+        for &slot in &empty {
+            // Also of one that left its slot while the predecessor handed over: the next VM is not to have them. Without the
+            // lock, since to close them can take long.
             self.forget_session(slot);
+        }
+        let state = self.lock();
+        for slot in empty {
             if state.ledger.connection(slot) != 0 {
                 state.ledger.set_connection(slot, 0);
                 self.write_connection(slot, 0);

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use barlink_protocol::wire::layout::PAGE_SIZE;
 use barlink_protocol::wire::uapi::MAX_BUFFER;
-use log::{debug, info, warn};
+use log::{Level, debug, info};
 use rustix::fs::OFlags;
 use rustix::io::{Errno, ReadWriteFlags};
 use vfio_bindings::bindings::vfio::{VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_UNMAP_FLAG_ALL};
@@ -27,6 +27,7 @@ use vm_memory::{
 use super::memory::Memory;
 use super::request::Fault;
 use crate::broker::Slot;
+use crate::broker::limit::{Account, REFUSED, limited};
 use crate::broker::store::Kept;
 use crate::control::message::GuestMemoryStatus;
 
@@ -235,7 +236,11 @@ impl<'a> GuestMemory<'a> {
         let Some(place) = place.filter(|_| !is_one_too_many) else {
             if !std::mem::replace(&mut self.said_too_many, true) {
                 let id = self.slot.id();
-                warn!(
+                // A client that comes again and again has it said each time.
+                limited!(
+                    REFUSED,
+                    Account::Slot(id),
+                    Level::Warn,
                     "slot {id}: of more than {MAX_RANGES} ranges of guest memory, or {MAX_FILES} files, the rest cannot be read"
                 );
             }
@@ -269,10 +274,13 @@ impl<'a> GuestMemory<'a> {
     /// Says so once.
     fn say_unreadable(&mut self, range: &Range) {
         if !std::mem::replace(&mut self.said_unreadable, true) {
-            warn!(
-                "slot {}: host apps cannot read the guest memory at {:#x}, {} bytes, which is no shared memory: give QEMU its \
+            let id = self.slot.id();
+            limited!(
+                REFUSED,
+                Account::Slot(id),
+                Level::Warn,
+                "slot {id}: host apps cannot read the guest memory at {:#x}, {} bytes, which is no shared memory: give QEMU its \
                  memory by -object memory-backend-memfd,share=on",
-                self.slot.id(),
                 range.address,
                 range.size
             );

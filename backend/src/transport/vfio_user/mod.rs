@@ -53,6 +53,11 @@ impl Transport for VfioUser {
         memory::SIZE
     }
 
+    /// Interrupts, and guest memory.
+    fn takes_descriptors(&self) -> bool {
+        true
+    }
+
     /// The client speaks first. What is done before, once for each, is to forget who was there before it.
     fn greet(&self, _vm: &UnixStream, slot: &Slot) -> Result<(), TransportError> {
         let memory = Memory::new(session_of(slot)?);

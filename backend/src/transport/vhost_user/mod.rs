@@ -47,6 +47,11 @@ impl Transport for VhostUser {
         true
     }
 
+    /// Of its queues, and guest memory.
+    fn takes_descriptors(&self) -> bool {
+        true
+    }
+
     /// The client speaks first.
     fn greet(&self, _vm: &UnixStream, _slot: &Slot) -> Result<(), TransportError> {
         Ok(())
