@@ -156,6 +156,11 @@ impl Areas {
         self.touched > 0
     }
 
+    /// Whether there are areas that were mapped at once, and the kernel so knows a mode of some pages, and none of others.
+    pub(crate) fn have_whole(&self) -> bool {
+        self.whole > 0
+    }
+
     /// Notes what was granted.
     pub(crate) fn note_granted(&mut self, granted: u32) {
         self.granted = granted;

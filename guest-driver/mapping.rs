@@ -286,6 +286,9 @@ unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault
 
 /// The `huge_fault` area operation: maps 2 MiB that are touched, where that can be; else [`fault`] is called.
 ///
+/// Not while an area lives that was mapped at once: the kernel gives all of the 2 MiB the mode of their first page, and others of them may
+/// have another. (It keeps the table in which there were single pages, so these stay single when that area has gone.)
+///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
@@ -321,6 +324,9 @@ unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -
     let mut state = device.state.lock();
     if device.is_gone() {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+    }
+    if state.areas.have_whole() {
+        return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
     }
     let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
     // SAFETY: As for `fault`; all of the 2 MiB are in the area, and the frame is aligned to them.

@@ -145,8 +145,8 @@ pub struct Map {
     pub flags: u32,
 }
 
-/// Flag of [`Map`]: pages are mapped when they are touched, 2 MiB at once where size and alignment allow. The kernel then grants the
-/// mode of a mapping of the same pages that was made at once and lives, else noncached.
+/// Flag of [`Map`]: pages are mapped when they are touched, 2 MiB at once where size and alignment allow, and while no mapping of the
+/// region lives that was made at once. The kernel grants the mode of such a mapping of the same pages, else noncached.
 pub const ON_TOUCH: u32 = 1;
 
 /// Argument of [`EVENTFD`].

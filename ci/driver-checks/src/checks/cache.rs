@@ -248,6 +248,34 @@ pub(super) fn large_pages_are_mapped_when_they_are_touched() -> Result<()> {
     Ok(())
 }
 
+pub(super) fn large_page_is_not_mapped_over_a_page_of_another_mode() -> Result<()> {
+    let (whole, touched) = (open(Region::Main)?, open(Region::Main)?);
+    wish(&whole, CacheMode::WriteBack as u32, 0)?;
+    wish(&touched, 0, ON_TOUCH)?;
+    let (cached, noncached) = (CacheMode::WriteBack as u32, CacheMode::UncachedMinus as u32);
+    // The kernel knows the mode of this one page, and none of those around it.
+    let (block, middle) = (2 * HUGE, HUGE / 2);
+    let page = whole.map(block + middle, PAGE)?;
+    // Whichever of the block is touched first.
+    for places in [[0, middle], [middle, 0]] {
+        let map = touched.map_aligned(block, HUGE, HUGE)?;
+        for place in places {
+            map.write(place, place + 1);
+            let granted = if place == middle { cached } else { noncached };
+            is_told(&touched, cached, granted)?;
+        }
+        assert!(is_listed(
+            &touched,
+            block + middle,
+            PAGE,
+            CacheMode::WriteBack
+        )?);
+        assert_eq!(page.read(0), middle + 1);
+        drop(map);
+    }
+    Ok(())
+}
+
 pub(super) fn pages_that_were_not_touched_yet_are_gone_with_the_device() -> Result<()> {
     let device = open(Region::Main)?;
     wish(&device, 0, ON_TOUCH)?;

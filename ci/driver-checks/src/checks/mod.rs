@@ -53,6 +53,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         wishes_that_make_no_sense_are_refused
         pages_are_mapped_when_they_are_touched
         large_pages_are_mapped_when_they_are_touched
+        large_page_is_not_mapped_over_a_page_of_another_mode
         pages_that_were_not_touched_yet_are_gone_with_the_device;
     buffer:
         buffers_of_other_sizes_and_for_readers_are_refused
