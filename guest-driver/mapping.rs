@@ -220,7 +220,7 @@ unsafe extern "C" fn mapped(
             // The mode asked for can differ from the one granted.
             state
                 .areas
-                .note_granted(shim::barlink_granted_mode(area, start));
+                .note_granted_whole(shim::barlink_granted_mode(area, start));
         }
         device.show_cache(&state);
         Ok(0)

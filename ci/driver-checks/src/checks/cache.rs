@@ -191,13 +191,27 @@ pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
     assert_eq!(map.read(PAGE), 1);
     is_told(&device, cached, cached)?;
     drop(all);
+    is_told(&device, cached, cached)?;
     assert_eq!(map.read(2 * PAGE), 2);
     is_told(&device, cached, noncached)?;
     assert_eq!(other.read(0), host::word(Region::Main, RAW + 64 * PAGE)?);
     is_told(&device, cached, cached)?;
     drop(other);
+    // There is none whose pages are mapped.
+    is_told(&device, cached, 0)?;
     assert_eq!(map.read(2 * PAGE), 2);
     is_told(&device, cached, noncached)?;
+    // Of two kinds, whichever is left.
+    let other = whole.map(RAW + 64 * PAGE, 64 * PAGE)?;
+    assert_eq!(map.read(2 * PAGE), 2);
+    is_told(&device, cached, noncached)?;
+    drop(map);
+    is_told(&device, cached, cached)?;
+    let map = device.map(RAW, 64 * PAGE)?;
+    assert_eq!(map.read(2 * PAGE), 2);
+    is_told(&device, cached, noncached)?;
+    drop(other);
+    is_told(&device, cached, 0)?;
     // A child has none of the pages, and gets its own.
     child(|_| {
         map.write(3 * PAGE, 3);
