@@ -108,6 +108,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         device_comes_and_goes_100_times_under_its_users;
     sleep:
         system_suspends_to_idle_100_times_under_its_users
+        device_that_was_reset_is_gone_after_a_suspend_and_comes_back
         suspend_leaves_files_and_mappings_as_they_are
         hibernation_is_refused;
     life:
