@@ -330,7 +330,8 @@ unsafe extern "C" fn barlink_virtio_probe(vdev: *mut VirtioDevice) -> c_int {
 /// # Safety
 ///
 /// Only for `shim.c`, with a device that [`barlink_virtio_probe`] took, and that nobody else probes, removes, suspends or resumes
-/// meanwhile: under the device's lock, or while the system is suspended, when no process runs that could take that lock for it.
+/// meanwhile: under the device's lock; or while the system is suspended, under its PCI device's lock, when no process runs that would
+/// take the former alone.
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
     // SAFETY: By this function's contract, nobody else uses the device or its value, which `probe` has put there, unless it was taken
@@ -353,7 +354,7 @@ unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
 ///
 /// # Safety
 ///
-/// As for [`barlink_virtio_remove`].
+/// As for [`barlink_virtio_remove`], while the system is suspended.
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_freeze(vdev: *mut VirtioDevice) -> c_int {
     // SAFETY: By this function's contract, nobody else uses the value, which `probe` has put there.

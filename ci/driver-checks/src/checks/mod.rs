@@ -103,7 +103,8 @@ pub const CHECKS: &[(&str, Check)] = checks! {
     races:
         unbind_races_mmap_and_fork
         unbind_races_claims_and_doorbells
-        interrupt_storm_races_open_claim_and_close;
+        interrupt_storm_races_open_claim_and_close
+        reset_of_a_virtio_device_races_unbind_and_unload;
     rounds:
         device_comes_and_goes_100_times_under_its_users;
     sleep:

@@ -10,9 +10,7 @@ use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
 use rustix::io::Errno;
 
 use crate::ask::{RAW, Region};
-use crate::binding::{
-    attribute, bind, is_bound, is_virtio, make_second_node, node, open, unbind,
-};
+use crate::binding::{attribute, bind, is_bound, is_virtio, make_second_node, node, open, unbind};
 use crate::calls::Mapping;
 use crate::checks::rounds::{a_hundred_times, is_counted_after};
 use crate::device::{DOWN, DOWN_VECTOR, Device, SPARE_VECTOR, UP, UP_VECTOR, fails};
