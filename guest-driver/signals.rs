@@ -86,11 +86,11 @@ impl Signals {
         let signalled = if descriptor < 0 {
             None
         } else {
-            let signal = Arc::new(Signal::new(descriptor)?, GFP_KERNEL)?;
+            let signal = Arc::new(Signal::new(descriptor)?, GFP_KERNEL_ACCOUNT)?;
             let hook = |queue: &Arc<WaitQueue>| {
-                KBox::pin_init(Hook::new(queue.clone(), signal.clone()), GFP_KERNEL)
+                KBox::pin_init(Hook::new(queue.clone(), signal.clone()), GFP_KERNEL_ACCOUNT)
             };
-            self.0.reserve(1, GFP_KERNEL)?;
+            self.0.reserve(1, GFP_KERNEL_ACCOUNT)?;
             Some(Signalled {
                 vector,
                 _hooks: [hook(queue)?, hook(&device.removal)?],
@@ -99,7 +99,7 @@ impl Signals {
         self.0.retain(|other| other.vector != vector);
         if let Some(signalled) = signalled {
             // The place was reserved above.
-            self.0.push(signalled, GFP_KERNEL)?;
+            self.0.push(signalled, GFP_KERNEL_ACCOUNT)?;
         }
         // If it went meanwhile, nobody may have written the eventfd.
         device.check()
