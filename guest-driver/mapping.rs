@@ -177,6 +177,8 @@ pub(crate) unsafe fn mapped_area(start: c_ulong) -> Result<*mut bindings::vm_are
 /// The `mapped` area operation: makes the page table entries of an area that [`prepare`] described. On an
 /// error the kernel unmaps the area, which calls [`close`].
 ///
+/// `EBUSY` if the mappings have another cache mode, or had until a moment ago; `ENOMEM`, `ENODEV`.
+///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
@@ -210,13 +212,16 @@ unsafe extern "C" fn mapped(
         // loses them when the device goes.
         unsafe {
             let prot = (*area).vm_page_prot;
-            to_result(bindings::remap_pfn_range(
+            let made = to_result(bindings::remap_pfn_range(
                 area,
                 start,
                 frame as c_ulong,
                 end - start,
                 prot,
-            ))?;
+            ));
+            // That is what it says of another mode that it knows of these pages. None that lives has one, so it is still to forget that of
+            // an area that ends right now, which it does after `close`.
+            made.map_err(|error| if error == EINVAL { EBUSY } else { error })?;
             // The mode asked for can differ from the one granted.
             state
                 .areas

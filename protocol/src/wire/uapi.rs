@@ -13,7 +13,7 @@
 //!
 //! A file that holds claims has vector 0 and the vectors of its channels; a file that holds none has all.
 //! `mmap` refuses with `EINVAL` what is private, executable or out of range; with `EBUSY` another cache mode than that of the
-//! region's mappings that live; with `EOVERFLOW`, before the driver is asked,
+//! region's mappings that live, or, for a moment, of those that have just ended; with `EOVERFLOW`, before the driver is asked,
 //! what ends beyond the largest file offset.
 //! Once the device is unbound or unplugged every call fails with `ENODEV`, and touching a mapping is `SIGBUS`.
 
