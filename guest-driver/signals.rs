@@ -78,12 +78,12 @@ impl Signals {
         Signals(KVec::new())
     }
 
-    /// Sets the eventfd of a vector; a negative descriptor is for none.
+    /// Sets the eventfd of a vector; -1 is for none.
     ///
     /// `EINVAL` if there is no such vector, or the descriptor is something else; `EBADF`, `ENOMEM`, `ENODEV`.
     pub(crate) fn set(&mut self, device: &Device, vector: u32, descriptor: c_int) -> Result {
         let queue = device.vectors.get(vector as usize).ok_or(EINVAL)?;
-        let signalled = if descriptor < 0 {
+        let signalled = if descriptor == -1 {
             None
         } else {
             let signal = Arc::new(Signal::new(descriptor)?, GFP_KERNEL_ACCOUNT)?;
