@@ -93,6 +93,8 @@ pub(crate) struct Areas {
     asked: Option<CacheMode>,
     /// What the kernel made of it when it last mapped something: a [`CacheMode`], or 0.
     granted: u32,
+    /// The same, but of areas that are mapped at once: what is there when the other pages are taken away.
+    granted_whole: u32,
     /// Who has made them, in the order of their first ones.
     mappers: KVec<Mapper>,
 }
@@ -135,7 +137,7 @@ impl Areas {
     }
 
     /// Takes an area away. True if pages that were touched have to be mapped anew, since the kernel may have known their mode by this
-    /// area alone.
+    /// area alone; none of them counts any more in [`Areas::told`].
     pub(crate) fn remove(&mut self, area: Area) -> bool {
         let kind = self.kind(area.manner);
         // Every area was counted.
@@ -148,7 +150,14 @@ impl Areas {
         if self.whole + self.touched == 0 {
             *self = Areas::default();
         }
-        !area.manner.on_touch && self.have_touched()
+        if self.whole == 0 {
+            self.granted_whole = 0;
+        }
+        let anew = !area.manner.on_touch && self.have_touched();
+        if anew || !self.have_touched() {
+            self.granted = self.granted_whole;
+        }
+        anew
     }
 
     /// Whether pages may be mapped that the kernel has granted another mode than it will to a new area that is mapped at once.
@@ -156,9 +165,20 @@ impl Areas {
         self.touched > 0
     }
 
-    /// Notes what was granted.
+    /// Whether there are areas that were mapped at once, and the kernel so knows a mode of some pages, and none of others.
+    pub(crate) fn have_whole(&self) -> bool {
+        self.whole > 0
+    }
+
+    /// Notes what was granted to a page that was touched.
     pub(crate) fn note_granted(&mut self, granted: u32) {
         self.granted = granted;
+    }
+
+    /// Notes what was granted to an area that was mapped at once.
+    pub(crate) fn note_granted_whole(&mut self, granted: u32) {
+        self.granted = granted;
+        self.granted_whole = granted;
     }
 
     /// What was asked for and what was granted, and who made one, as [`crate::wire::uapi::Info`] has it.

@@ -122,7 +122,7 @@ pub(crate) fn subscribe(
         listener: listener.clone(),
         vector,
     };
-    KBox::pin_init(Hook::new(queue.clone(), interest), GFP_KERNEL)
+    KBox::pin_init(Hook::new(queue.clone(), interest), GFP_KERNEL_ACCOUNT)
 }
 
 /// The vectors that a file hears of: all of the device's, until its first claim; then vector 0 and its
@@ -135,9 +135,9 @@ pub(crate) struct Vectors {
 impl Vectors {
     /// Subscribes `listener` to all of `queues`, one a vector, in order. `ENOMEM`.
     pub(crate) fn all(listener: &Arc<Listener>, queues: &[Arc<WaitQueue>]) -> Result<Self> {
-        let mut subscriptions = KVec::with_capacity(queues.len(), GFP_KERNEL)?;
+        let mut subscriptions = KVec::with_capacity(queues.len(), GFP_KERNEL_ACCOUNT)?;
         for (vector, queue) in (0..).zip(queues) {
-            subscriptions.push(subscribe(listener, queue, Some(vector))?, GFP_KERNEL)?;
+            subscriptions.push(subscribe(listener, queue, Some(vector))?, GFP_KERNEL_ACCOUNT)?;
         }
         Ok(Vectors {
             subscriptions,
@@ -162,7 +162,7 @@ impl Vectors {
             .any(|s| s.target().vector == Some(vector));
         let new = match queues.get(vector as usize) {
             Some(queue) if !known => {
-                self.subscriptions.reserve(1, GFP_KERNEL)?;
+                self.subscriptions.reserve(1, GFP_KERNEL_ACCOUNT)?;
                 Some(subscribe(listener, queue, Some(vector))?)
             }
             _ => None,
@@ -170,7 +170,7 @@ impl Vectors {
         claim()?;
         if let Some(new) = new {
             // The place was reserved above.
-            self.subscriptions.push(new, GFP_KERNEL)?;
+            self.subscriptions.push(new, GFP_KERNEL_ACCOUNT)?;
         }
         if !self.claimed {
             self.claimed = true;

@@ -151,6 +151,8 @@ impl Hardware {
             epoch: Atomic::new(next_epoch(&page)),
             page,
         };
+        // If it knows of a buffer, that is of the kernel that ran before this one (kexec), and the memory is for something else by now.
+        hardware.tell_buffer(None);
         hardware.page.write64(presence::ADDRESS as usize, region);
         hardware.clear();
         hardware.announce(hardware.epoch());

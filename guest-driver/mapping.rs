@@ -177,6 +177,8 @@ pub(crate) unsafe fn mapped_area(start: c_ulong) -> Result<*mut bindings::vm_are
 /// The `mapped` area operation: makes the page table entries of an area that [`prepare`] described. On an
 /// error the kernel unmaps the area, which calls [`close`].
 ///
+/// `EBUSY` if the mappings have another cache mode, or had until a moment ago; `ENOMEM`, `ENODEV`.
+///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
@@ -210,17 +212,20 @@ unsafe extern "C" fn mapped(
         // loses them when the device goes.
         unsafe {
             let prot = (*area).vm_page_prot;
-            to_result(bindings::remap_pfn_range(
+            let made = to_result(bindings::remap_pfn_range(
                 area,
                 start,
                 frame as c_ulong,
                 end - start,
                 prot,
-            ))?;
+            ));
+            // That is what it says of another mode that it knows of these pages. None that lives has one, so it is still to forget that of
+            // an area that ends right now, which it does after `close`.
+            made.map_err(|error| if error == EINVAL { EBUSY } else { error })?;
             // The mode asked for can differ from the one granted.
             state
                 .areas
-                .note_granted(shim::barlink_granted_mode(area, start));
+                .note_granted_whole(shim::barlink_granted_mode(area, start));
         }
         device.show_cache(&state);
         Ok(0)
@@ -286,6 +291,9 @@ unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault
 
 /// The `huge_fault` area operation: maps 2 MiB that are touched, where that can be; else [`fault`] is called.
 ///
+/// Not while an area lives that was mapped at once: the kernel gives all of the 2 MiB the mode of their first page, and others of them may
+/// have another. (It keeps the table in which there were single pages, so these stay single when that area has gone.)
+///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
@@ -321,6 +329,9 @@ unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -
     let mut state = device.state.lock();
     if device.is_gone() {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+    }
+    if state.areas.have_whole() {
+        return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
     }
     let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
     // SAFETY: As for `fault`; all of the 2 MiB are in the area, and the frame is aligned to them.

@@ -208,11 +208,30 @@ static const struct virtio_device_id virtio_devices[] = {
 };
 MODULE_DEVICE_TABLE(virtio, virtio_devices);
 
-/* By its PCI function: its queues and the region are gone after it. So the device is, until it is bound anew. */
+static struct virtio_driver virtio_driver;
+
+/*
+ * By its PCI function: its queues and the region are gone after it. So the device is, until it is bound anew.
+ *
+ * The caller has the PCI device's lock, who probes and removes the virtio device's. This takes that, too, in the order in which
+ * unregister_virtio_device does. It does not refuse where that is taken, since virtio_pci_reset_prepare can tell nobody, and the reset would
+ * come nevertheless, under a probe. Who waits is in this module, which so has to stay.
+ */
 static int let_go_before_reset(struct virtio_device *vdev)
 {
-	barlink_virtio_remove(vdev);
-	return 0;
+	int result = 0;
+
+	if (!try_module_get(THIS_MODULE))
+		return -EBUSY;
+	device_lock(&vdev->dev);
+	/* The caller has looked for a driver without the lock. */
+	if (vdev->dev.driver == &virtio_driver.driver)
+		barlink_virtio_remove(vdev);
+	else
+		result = -EOPNOTSUPP;
+	device_unlock(&vdev->dev);
+	module_put(THIS_MODULE);
+	return result;
 }
 
 static struct virtio_driver virtio_driver = {

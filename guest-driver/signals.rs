@@ -78,19 +78,19 @@ impl Signals {
         Signals(KVec::new())
     }
 
-    /// Sets the eventfd of a vector; a negative descriptor is for none.
+    /// Sets the eventfd of a vector; -1 is for none.
     ///
     /// `EINVAL` if there is no such vector, or the descriptor is something else; `EBADF`, `ENOMEM`, `ENODEV`.
     pub(crate) fn set(&mut self, device: &Device, vector: u32, descriptor: c_int) -> Result {
         let queue = device.vectors.get(vector as usize).ok_or(EINVAL)?;
-        let signalled = if descriptor < 0 {
+        let signalled = if descriptor == -1 {
             None
         } else {
-            let signal = Arc::new(Signal::new(descriptor)?, GFP_KERNEL)?;
+            let signal = Arc::new(Signal::new(descriptor)?, GFP_KERNEL_ACCOUNT)?;
             let hook = |queue: &Arc<WaitQueue>| {
-                KBox::pin_init(Hook::new(queue.clone(), signal.clone()), GFP_KERNEL)
+                KBox::pin_init(Hook::new(queue.clone(), signal.clone()), GFP_KERNEL_ACCOUNT)
             };
-            self.0.reserve(1, GFP_KERNEL)?;
+            self.0.reserve(1, GFP_KERNEL_ACCOUNT)?;
             Some(Signalled {
                 vector,
                 _hooks: [hook(queue)?, hook(&device.removal)?],
@@ -99,7 +99,7 @@ impl Signals {
         self.0.retain(|other| other.vector != vector);
         if let Some(signalled) = signalled {
             // The place was reserved above.
-            self.0.push(signalled, GFP_KERNEL)?;
+            self.0.push(signalled, GFP_KERNEL_ACCOUNT)?;
         }
         // If it went meanwhile, nobody may have written the eventfd.
         device.check()

@@ -329,10 +329,13 @@ unsafe extern "C" fn barlink_virtio_probe(vdev: *mut VirtioDevice) -> c_int {
 ///
 /// # Safety
 ///
-/// Only for `shim.c`, with a device that [`barlink_virtio_probe`] took, under the device's lock.
+/// Only for `shim.c`, with a device that [`barlink_virtio_probe`] took, and that nobody else probes, removes, suspends or resumes
+/// meanwhile: under the device's lock; or while the system is suspended, under its PCI device's lock, when no process runs that would
+/// take the former alone.
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
-    // SAFETY: The device is valid, and `probe` has put the value there, unless it was taken from there already.
+    // SAFETY: By this function's contract, nobody else uses the device or its value, which `probe` has put there, unless it was taken
+    // from there already.
     unsafe {
         let dev = shim::barlink_virtio_dev(vdev);
         let data = bindings::dev_get_drvdata(dev);
@@ -340,6 +343,9 @@ unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
         if !data.is_null() {
             drop(KBox::<Data>::from_raw(data.cast()));
         }
+        // The virtio core wants it reset when it has been removed. After a resume that failed it is not, even if the value is gone: the
+        // core has begun to set it up.
+        shim::virtio_reset_device(vdev);
     }
 }
 
@@ -348,7 +354,7 @@ unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
 ///
 /// # Safety
 ///
-/// As for [`barlink_virtio_remove`].
+/// As for [`barlink_virtio_remove`], while the system is suspended.
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_freeze(vdev: *mut VirtioDevice) -> c_int {
     // SAFETY: By this function's contract, nobody else uses the value, which `probe` has put there.
@@ -368,7 +374,8 @@ unsafe extern "C" fn barlink_virtio_restore(vdev: *mut VirtioDevice) -> c_int {
     from_result(|| {
         // SAFETY: As above.
         let Some(data) = (unsafe { data(vdev).as_mut() }) else {
-            return Ok(0);
+            // It was let go of, and so has no queues. On success the virtio core would say that the driver is ready.
+            return Err(ENODEV);
         };
         data.restore().inspect_err(|_| {
             // SAFETY: By this function's contract.

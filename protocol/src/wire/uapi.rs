@@ -13,7 +13,7 @@
 //!
 //! A file that holds claims has vector 0 and the vectors of its channels; a file that holds none has all.
 //! `mmap` refuses with `EINVAL` what is private, executable or out of range; with `EBUSY` another cache mode than that of the
-//! region's mappings that live; with `EOVERFLOW`, before the driver is asked,
+//! region's mappings that live, or, for a moment, of those that have just ended; with `EOVERFLOW`, before the driver is asked,
 //! what ends beyond the largest file offset.
 //! Once the device is unbound or unplugged every call fails with `ENODEV`, and touching a mapping is `SIGBUS`.
 
@@ -145,8 +145,8 @@ pub struct Map {
     pub flags: u32,
 }
 
-/// Flag of [`Map`]: pages are mapped when they are touched, 2 MiB at once where size and alignment allow. The kernel then grants the
-/// mode of a mapping of the same pages that was made at once and lives, else noncached.
+/// Flag of [`Map`]: pages are mapped when they are touched, 2 MiB at once where size and alignment allow, and while no mapping of the
+/// region lives that was made at once. The kernel grants the mode of such a mapping of the same pages, else noncached.
 pub const ON_TOUCH: u32 = 1;
 
 /// Argument of [`EVENTFD`].

@@ -191,13 +191,27 @@ pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
     assert_eq!(map.read(PAGE), 1);
     is_told(&device, cached, cached)?;
     drop(all);
+    is_told(&device, cached, cached)?;
     assert_eq!(map.read(2 * PAGE), 2);
     is_told(&device, cached, noncached)?;
     assert_eq!(other.read(0), host::word(Region::Main, RAW + 64 * PAGE)?);
     is_told(&device, cached, cached)?;
     drop(other);
+    // There is none whose pages are mapped.
+    is_told(&device, cached, 0)?;
     assert_eq!(map.read(2 * PAGE), 2);
     is_told(&device, cached, noncached)?;
+    // Of two kinds, whichever is left.
+    let other = whole.map(RAW + 64 * PAGE, 64 * PAGE)?;
+    assert_eq!(map.read(2 * PAGE), 2);
+    is_told(&device, cached, noncached)?;
+    drop(map);
+    is_told(&device, cached, cached)?;
+    let map = device.map(RAW, 64 * PAGE)?;
+    assert_eq!(map.read(2 * PAGE), 2);
+    is_told(&device, cached, noncached)?;
+    drop(other);
+    is_told(&device, cached, 0)?;
     // A child has none of the pages, and gets its own.
     child(|_| {
         map.write(3 * PAGE, 3);
@@ -245,6 +259,34 @@ pub(super) fn large_pages_are_mapped_when_they_are_touched() -> Result<()> {
     assert_eq!(first.read(0), 2);
     third.write(0, 9);
     assert_eq!(host::word(Region::Main, 2 * HUGE + HUGE / 2 + PAGE)?, 9);
+    Ok(())
+}
+
+pub(super) fn large_page_is_not_mapped_over_a_page_of_another_mode() -> Result<()> {
+    let (whole, touched) = (open(Region::Main)?, open(Region::Main)?);
+    wish(&whole, CacheMode::WriteBack as u32, 0)?;
+    wish(&touched, 0, ON_TOUCH)?;
+    let (cached, noncached) = (CacheMode::WriteBack as u32, CacheMode::UncachedMinus as u32);
+    // The kernel knows the mode of this one page, and none of those around it.
+    let (block, middle) = (2 * HUGE, HUGE / 2);
+    let page = whole.map(block + middle, PAGE)?;
+    // Whichever of the block is touched first.
+    for places in [[0, middle], [middle, 0]] {
+        let map = touched.map_aligned(block, HUGE, HUGE)?;
+        for place in places {
+            map.write(place, place + 1);
+            let granted = if place == middle { cached } else { noncached };
+            is_told(&touched, cached, granted)?;
+        }
+        assert!(is_listed(
+            &touched,
+            block + middle,
+            PAGE,
+            CacheMode::WriteBack
+        )?);
+        assert_eq!(page.read(0), middle + 1);
+        drop(map);
+    }
     Ok(())
 }
 

@@ -91,7 +91,7 @@ pub(super) fn doorbells_are_read_before_the_device_is_given_back() -> Result<()>
 }
 
 /// Stops the broker, and rings all vectors of the host.
-fn ring_all_in_vain() -> Result<Device> {
+pub(super) fn ring_all_in_vain() -> Result<Device> {
     let host_peer = Region::Bus.host();
     let device = open(Region::Bus)?;
     for vector in 0..MAX_VECTORS {

@@ -53,6 +53,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         wishes_that_make_no_sense_are_refused
         pages_are_mapped_when_they_are_touched
         large_pages_are_mapped_when_they_are_touched
+        large_page_is_not_mapped_over_a_page_of_another_mode
         pages_that_were_not_touched_yet_are_gone_with_the_device;
     buffer:
         buffers_of_other_sizes_and_for_readers_are_refused
@@ -102,11 +103,13 @@ pub const CHECKS: &[(&str, Check)] = checks! {
     races:
         unbind_races_mmap_and_fork
         unbind_races_claims_and_doorbells
-        interrupt_storm_races_open_claim_and_close;
+        interrupt_storm_races_open_claim_and_close
+        reset_of_a_virtio_device_races_unbind_and_unload;
     rounds:
         device_comes_and_goes_100_times_under_its_users;
     sleep:
         system_suspends_to_idle_100_times_under_its_users
+        device_that_was_reset_is_gone_after_a_suspend_and_comes_back
         suspend_leaves_files_and_mappings_as_they_are
         hibernation_is_refused;
     life:

@@ -2,6 +2,7 @@
 
 //! A device that goes while many processes are busy with it, over and over.
 
+use std::fs;
 use std::thread;
 use std::time::Duration;
 
@@ -12,9 +13,11 @@ use rustix::io::Errno;
 use rustix::process::Signal;
 
 use crate::ask::{RAW, Region};
-use crate::binding::{bind, node, open, unbind};
+use crate::binding::{attribute, bind, eventually, is_virtio, node, open, unbind};
+use crate::checks::doorbells::ring_all_in_vain;
 use crate::device::{DOWN, Device, SOON, UP, UP_VECTOR, fails};
 use crate::host;
+use crate::module::{self, load, unload};
 use crate::process::{Child, Ended, Parent, child, ends};
 
 /// Waits until all are at work, and some more; then takes the device from them.
@@ -158,6 +161,35 @@ pub(super) fn interrupt_storm_races_open_claim_and_close() -> Result<()> {
         // The device is bound into the storm, too.
         bind(Region::Main)?;
         host::calm()?;
+    }
+    Ok(())
+}
+
+/// Of a virtio device: the driver lets go of it before it is reset, and takes its time if it has to wait for the broker.
+pub(super) fn reset_of_a_virtio_device_races_unbind_and_unload() -> Result<()> {
+    if !is_virtio(Region::Bus)? {
+        return Ok(());
+    }
+    for unloads in [false, true] {
+        let node = node(Region::Bus)?;
+        // Nobody has it open when the driver is unloaded.
+        drop(ring_all_in_vain()?);
+        host::go_on(Region::Bus, 1000)?;
+        let resetter = child(|_| Ok(fs::write(attribute(Region::Bus, "reset"), "1")?))?;
+        eventually("the driver lets go", || Ok(!node.exists()))?;
+        if unloads {
+            fails(unload(), Errno::WOULDBLOCK);
+            resetter.succeeds()?;
+            unload()?;
+            load()?;
+        } else {
+            // Waits until the driver has let go.
+            unbind(Region::Bus)?;
+            resetter.succeeds()?;
+            bind(Region::Bus)?;
+        }
+        module::check_log()?;
+        open(Region::Bus)?.info()?;
     }
     Ok(())
 }

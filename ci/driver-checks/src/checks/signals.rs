@@ -98,6 +98,10 @@ pub(super) fn what_is_no_eventfd_is_refused() -> Result<()> {
     // What was refused has changed nothing.
     set(&device, 0, &bell)?;
     fails(signal(9999), Errno::BADF);
+    // Nor is what is negative none, but for -1.
+    for descriptor in [-2, i32::MIN] {
+        fails(signal(descriptor), Errno::BADF);
+    }
     host::ring(Region::Main, 0)?;
     assert!(heard(&bell)? >= 1);
     // One that is full, and beyond.

@@ -10,7 +10,7 @@ use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
 use rustix::io::Errno;
 
 use crate::ask::{RAW, Region};
-use crate::binding::{bind, is_virtio, make_second_node, node, open, unbind};
+use crate::binding::{attribute, bind, is_bound, is_virtio, make_second_node, node, open, unbind};
 use crate::calls::Mapping;
 use crate::checks::rounds::{a_hundred_times, is_counted_after};
 use crate::device::{DOWN, DOWN_VECTOR, Device, SPARE_VECTOR, UP, UP_VECTOR, fails};
@@ -215,4 +215,20 @@ pub(super) fn suspend_leaves_files_and_mappings_as_they_are() -> Result<()> {
     users.sleeper.wait_asleep()?;
     host::show(format!("suspended: epoch {epoch}, then {now}"))?;
     bind(Region::Bus)
+}
+
+/// Of virtio, whose driver lets go of a device that is reset by its PCI function. It is the driver's still, which has nothing to restore.
+pub(super) fn device_that_was_reset_is_gone_after_a_suspend_and_comes_back() -> Result<()> {
+    if !is_virtio(Region::Main)? {
+        return Ok(());
+    }
+    fs::write(attribute(Region::Main, "reset"), "1")?;
+    ensure!(!is_bound(Region::Main)?, "the driver has not let go of it");
+    idle()?;
+    ensure!(!is_bound(Region::Main)?, "it is back");
+    unbind(Region::Main)?;
+    module::check_log()?;
+    bind(Region::Main)?;
+    assert_eq!(open(Region::Main)?.info()?.epoch % 2, 1);
+    module::check_log()
 }
