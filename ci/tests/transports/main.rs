@@ -2,6 +2,7 @@
 //! each, in a module of the transport's name. The driver's part of it is `ci/tests/driver/`.
 
 mod ivshmem;
+mod resets;
 mod stranger;
 mod support;
 mod vfio_user;

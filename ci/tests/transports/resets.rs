@@ -1,0 +1,123 @@
+//! A guest with a device over each transport is reset a hundred times, while its processes have them open and mapped.
+
+use std::time::{Duration, Instant};
+use std::{fs, iter, thread};
+
+use anyhow::{Context, Result, ensure};
+use barlink_driver_checks::complaint;
+use xtask::broker::{Broker, Transport};
+use xtask::builds::Artifacts;
+use xtask::vm::Vm;
+
+use crate::support::*;
+
+const ROUNDS: u32 = 100;
+
+/// A channel each way for each slot.
+const CHANNELS: [&str; 6] = [
+    "--channel=up0=0-host,64K",
+    "--channel=down0=host-0,64K",
+    "--channel=up1=1-host,64K",
+    "--channel=down1=host-1,64K",
+    "--channel=up2=2-host,64K",
+    "--channel=down2=host-2,64K",
+];
+
+/// Sends a text through each device. Then has processes sleep in it, for what comes and for room, and one map it, touch it, and call,
+/// over and over; two of these through a second node.
+const USE: &str = "\
+for node in /dev/barlink*; do
+    again=/tmp/${node##*/}
+    mknod $again c $(tr : ' ' </sys/class/misc/${node##*/}/dev)
+    id=$(barlink-guest --device $node info --json | sed -n 's/^  \"id\": \\(.*\\),/\\1/p')
+    echo \"$0 over $id\" | barlink-guest --device $node send --channel up$id || exit
+    barlink-guest --device $node recv --channel down$id -o /dev/null &
+    barlink-guest --device $again send --channel up$id /dev/zero &
+    while barlink-guest --device $again poke $0; do :; done &
+done
+wait";
+
+/// Descriptors that the broker and QEMU have open.
+fn descriptors(broker: &Broker) -> Result<Vec<usize>> {
+    let slots = &broker.inspect()?["broker"]["slots"];
+    let qemu = slots[0]["vm"]["pid"].as_u64().context("no VM")?;
+    // Until the broker has closed the connection of who asked.
+    thread::sleep(Duration::from_millis(50));
+    let count = |process| Ok(fs::read_dir(format!("/proc/{process}/fd"))?.count());
+    [broker.process().into(), qemu]
+        .into_iter()
+        .map(count)
+        .collect()
+}
+
+/// The same, once it has been so many for a while.
+fn settled(broker: &Broker) -> Result<Vec<usize>> {
+    let mut count = descriptors(broker)?;
+    loop {
+        thread::sleep(Duration::from_millis(500));
+        let now = descriptors(broker)?;
+        if now == count {
+            return Ok(now);
+        }
+        count = now;
+    }
+}
+
+/// Whether each end of the guest's is held, and each channel to the host is full.
+fn all_are_used(broker: &Broker) -> Result<bool> {
+    let snapshot = broker.inspect()?;
+    let channels = snapshot["channels"].as_array().context("no channels")?;
+    Ok(channels.iter().all(|channel| {
+        let goes_up = channel["name"]
+            .as_str()
+            .is_some_and(|name| name.starts_with("up"));
+        match goes_up {
+            true => channel["producer"].is_u64() && channel["fill"].as_u64() > Some(32 << 10),
+            false => channel["consumer"].is_u64(),
+        }
+    }))
+}
+
+/// From the loading of the driver to the reset.
+fn round(number: u32, broker: &Broker, vm: &Vm) -> Result<()> {
+    load(vm)?;
+    let channels = ["up0", "up1", "up2"];
+    for channel in channels {
+        broker.run(["reset-channel", channel])?;
+    }
+    let receivers = channels.map(|channel| receive(broker, channel));
+    let text = format!("round-{number}");
+    let _users = vm.spawn(["sh", "-c", USE, &text])?;
+    for (receiver, slot) in iter::zip(receivers, 0..) {
+        let bytes = receiver?.bytes()?;
+        ensure!(bytes == format!("{text} over {slot}\n").as_bytes());
+    }
+    wait_until("all are used", || all_are_used(broker))?;
+    // Now at one moment of what they do, now at another.
+    thread::sleep(Duration::from_millis(u64::from(number % 10) * 5));
+    vm.reset()?;
+    let complaint = complaint(&vm.console_log());
+    ensure!(complaint.is_empty(), "the kernel complains:\n{complaint}");
+    Ok(())
+}
+
+#[test]
+fn guest_is_reset_100_times_under_the_users_of_its_devices() -> Result<()> {
+    let broker = Broker::start_over(Artifacts::shared()?, &Transport::ALL, &CHANNELS)?;
+    let vm = Vm::boot(&broker.vm()?)?;
+    let start = Instant::now();
+    let mut first = None;
+    for number in 0..ROUNDS {
+        round(number, &broker, &vm).with_context(|| format!("round {number}"))?;
+        let first = match &first {
+            Some(first) => first,
+            None => first.insert(settled(&broker)?),
+        };
+        // The broker may still have to close what a host app had.
+        wait_until("as many descriptors as after the first round", || {
+            Ok(descriptors(&broker)? == *first)
+        })?;
+    }
+    println!("{ROUNDS} resets in {} s", start.elapsed().as_secs());
+    Ok(())
+}
