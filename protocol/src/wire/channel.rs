@@ -104,7 +104,7 @@ pub struct Channel {
     pub producer: u32,
     /// ID of the peer that consumes.
     pub consumer: u32,
-    /// Vector that wakes either end, below [`Layout::vectors`].
+    /// Vector that wakes either end, below [`Layout::vectors`](super::layout::Layout::vectors).
     pub vector: u32,
     /// Whether the producer drops a record that finds the channel full, rather than wait.
     pub drop_when_full: bool,
