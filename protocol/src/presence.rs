@@ -65,12 +65,6 @@ impl Presence {
         self.connection != 0 && self.epoch % 2 == 1 && self.holder != 0
     }
 
-    /// Whether its holder may go on to hold it: the VM is there, and its driver is not, which has not said that anybody gave the
-    /// end up. So it is while a system resumes from memory, and after a reset of the guest.
-    pub(crate) fn may_resume(&self) -> bool {
-        self.connection != 0 && self.epoch.is_multiple_of(2) && self.holder != 0
-    }
-
     /// The holder's process ID, on its side, if there is one.
     pub fn process(&self) -> Option<u32> {
         self.is_held().then_some(self.holder as u32)

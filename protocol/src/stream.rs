@@ -152,10 +152,6 @@ where
     }
 }
 
-/// How long a sender may be away that did not give its end back, as its VM's device was reset: its system resumes from memory, and
-/// the driver says so in a moment, or else starts anew.
-const RESUMING: Duration = Duration::from_secs(5);
-
 /// Receives one stream, from where the channel stands to the end of the stream, and writes it to `target` straight
 /// from the region.
 pub fn receive<M, E>(
@@ -175,7 +171,6 @@ where
         // A sender that has left, before we came or since, sends no more; but what it committed until then is there.
         let away = total.records > 0 && receiver.peer_is_away();
         let patience = match (away, total.records) {
-            (true, _) if receiver.peer().may_resume() => Some(RESUMING),
             (true, _) => Some(Duration::ZERO),
             (false, 0) => watch.patience(),
             (false, _) => None,

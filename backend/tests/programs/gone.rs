@@ -38,13 +38,12 @@ fn receiver(broker: &Broker, channel: &str) -> Child {
     receiver
 }
 
-/// It ends once it does not believe any more that the sender's system resumes (`docs/protocol.md`, 6.13), from which a guest that was
-/// reset, or a VM that is another, is not told as long as it has no driver.
+/// It ends at once, since the sender has left.
 fn hears_that_the_sender_left(mut receiver: Child) {
     let start = Instant::now();
     assert_eq!(wait(&mut receiver).code(), Some(5));
     let took = start.elapsed();
-    assert!(took < Duration::from_secs(7), "only after {took:?}");
+    assert!(took < Duration::from_secs(1), "only after {took:?}");
     let mut said = String::new();
     let mut errors = receiver.stderr.take().unwrap();
     errors.read_to_string(&mut said).unwrap();

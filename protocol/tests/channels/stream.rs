@@ -7,7 +7,7 @@ use std::time::Duration;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
 use barlink_protocol::stream::{Progress, StreamError, Watch, receive, send as send_all};
-use barlink_protocol::wire::layout::{Channel, Layout, presence};
+use barlink_protocol::wire::layout::{Channel, Layout};
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, state};
 
 use crate::heap::{Bells, Heap, Memory, bells, ends, ends_with, hold, region};
@@ -202,36 +202,4 @@ fn an_empty_stream_in_a_full_channel_that_drops_is_not_the_end_of_another() {
     assert_eq!(next.join().unwrap().0, empty);
     let state = state::ChannelState::read(&region, &layout.channels()[0]);
     assert_eq!(state.dropped, dropped);
-}
-
-/// A device that was reset, in the middle of a stream: what its driver says then.
-fn reset_in_the_middle(resumes: bool) -> Outcome {
-    let (region, layout) = region(4096, false);
-    let (a, b) = bells();
-    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
-    let epoch = layout.presence_page(0) + presence::EPOCH;
-    let channel = layout.channels()[0];
-    let other = std::thread::spawn(move || {
-        send(&mut sender, Kind::BEGIN, &[]);
-        send(&mut sender, Kind::DATA, b"four");
-        while state::ChannelState::read(&region, &channel).fill(&channel) != Some(0) {
-            std::thread::yield_now();
-        }
-        region.store(epoch, region.load(epoch) + 1);
-        std::thread::sleep(Duration::from_millis(300));
-        if resumes {
-            region.store(epoch, region.load(epoch) + 1);
-            send(&mut sender, Kind::END, &[]);
-        }
-        sender
-    });
-    let outcome = receive_to_nowhere(&mut receiver);
-    other.join().unwrap();
-    outcome
-}
-
-#[test]
-fn a_sender_whose_system_resumes_is_waited_for() {
-    assert_eq!(reset_in_the_middle(true), FOUR);
-    assert_eq!(reset_in_the_middle(false), Err(StreamError::Incomplete(4)));
 }
