@@ -148,19 +148,21 @@ where
     }
 }
 
-/// Takes the part of a record that comes again from the end of a file, where the target is one.
+/// Takes the part of a record that comes again from the end of a file, where the target is one and is written at its end.
 fn take_back<X>(error: StreamError<X>, target: &OwnedFd) -> StreamError<X> {
-    match error {
-        StreamError::Write { errno, partial } => {
-            let end = rustix::fs::seek(target, SeekFrom::Current(0));
-            let whole = end.map(|end| end.saturating_sub(partial));
-            let cut = whole.and_then(|whole| rustix::fs::ftruncate(target, whole));
-            StreamError::Write {
-                errno,
-                partial: if cut.is_ok() { 0 } else { partial },
-            }
-        }
-        error => error,
+    let StreamError::Write { errno, partial } = error else {
+        return error;
+    };
+    let cut = || {
+        let end = rustix::fs::seek(target, SeekFrom::Current(0)).ok()?;
+        let size = u64::try_from(rustix::fs::fstat(target).ok()?.st_size).ok()?;
+        let whole = end.checked_sub(partial).filter(|_| end == size)?;
+        rustix::fs::ftruncate(target, whole).ok()
+    };
+    let is_cut = partial > 0 && cut().is_some();
+    StreamError::Write {
+        errno,
+        partial: if is_cut { 0 } else { partial },
     }
 }
 
