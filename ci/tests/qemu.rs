@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use xtask::broker::Broker;
-use xtask::builds::Artifacts;
-use xtask::tools::Qemu;
-use xtask::vm::{Config, Vm};
+use barlink_vm::broker::Broker;
+use barlink_sandbox::builds::Artifacts;
+use barlink_sandbox::tools::Qemu;
+use barlink_vm::{Config, Vm};
 
 /// Far longer than QEMU needs to start or to fail.
 const PATIENCE: Duration = Duration::from_secs(30);

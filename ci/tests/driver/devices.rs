@@ -12,10 +12,10 @@ use barlink_protocol::wire::virtio;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Signal;
 use serde_json::json;
-use xtask::broker::{Broker, Transport};
-use xtask::builds::Artifacts;
-use xtask::tap::Tap;
-use xtask::vm::{Config, FIRST_FILE, Vm};
+use barlink_vm::broker::{Broker, Transport};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::tap::Tap;
+use barlink_vm::{Config, FIRST_FILE, Vm};
 
 /// What machine the VM is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

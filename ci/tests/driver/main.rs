@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Result;
 use barlink_driver_checks::{BEHIND_AN_IOMMU, CHECKS, PAUSING, SLEEPING, UNPLUGGING};
 use libtest_mimic::{Arguments, Trial};
-use xtask::broker::Transport;
+use barlink_vm::broker::Transport;
 
 use self::devices::Machine;
 use self::stage::Stage;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use barlink_driver_checks::{Answer, Region, Request};
-use xtask::broker::Transport;
-use xtask::vm::{COMMAND_TIMEOUT, Vm};
+use barlink_vm::broker::Transport;
+use barlink_vm::{COMMAND_TIMEOUT, Vm};
 
 use crate::devices::{Devices, Machine};
 

@@ -6,9 +6,9 @@ use barlink_agent::Status;
 use barlink_protocol::Shortfall;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use xtask::broker::Broker;
-use xtask::builds::Artifacts;
-use xtask::vm::{COMMAND_TIMEOUT, Config, Vm};
+use barlink_vm::broker::Broker;
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 
 use super::TRANSPORT;
 use crate::support::*;

@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use barlink_agent::Status;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use xtask::broker::{Broker, Transport, finish};
-use xtask::builds::Artifacts;
-use xtask::vm::{COMMAND_TIMEOUT, Config, Vm};
+use barlink_vm::broker::{Broker, Transport, finish};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 
 use super::TRANSPORT;
 use crate::support::*;

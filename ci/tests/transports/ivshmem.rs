@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use rustix::process::Signal;
-use xtask::broker::Transport;
-use xtask::vm::COMMAND_TIMEOUT;
+use barlink_vm::broker::Transport;
+use barlink_vm::COMMAND_TIMEOUT;
 
 use crate::support::*;
 

@@ -3,9 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use clap::ValueEnum;
-use xtask::broker::{Broker, Transport};
-use xtask::builds::Artifacts;
-use xtask::vm::{COMMAND_TIMEOUT, Config, Process, Vm};
+use barlink_vm::broker::{Broker, Transport};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::{COMMAND_TIMEOUT, Config, Process, Vm};
 
 use super::TRANSPORT;
 use crate::support::*;

@@ -5,9 +5,9 @@ use std::{fs, iter, thread};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use barlink_driver_checks::complaint;
-use xtask::broker::{Broker, Transport};
-use xtask::builds::Artifacts;
-use xtask::vm::Vm;
+use barlink_vm::broker::{Broker, Transport};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::Vm;
 
 use crate::support::*;
 

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use xtask::broker::Broker;
-use xtask::builds::Artifacts;
-use xtask::vm::{COMMAND_TIMEOUT, Vm};
+use barlink_vm::broker::Broker;
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::{COMMAND_TIMEOUT, Vm};
 
 use super::TRANSPORT;
 use crate::support::*;

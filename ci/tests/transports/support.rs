@@ -7,9 +7,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use xtask::broker::{Broker, Transport};
-use xtask::builds::Artifacts;
-use xtask::vm::{COMMAND_TIMEOUT, Process, Vm};
+use barlink_vm::broker::{Broker, Transport};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
 
 /// A broker with these arguments, and a VM at its only slot with the driver loaded.
 pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {

@@ -4,7 +4,7 @@
     reason = "the same tests over another transport"
 )]
 
-use xtask::broker::Transport;
+use barlink_vm::broker::Transport;
 
 const TRANSPORT: Transport = Transport::VfioUser;
 

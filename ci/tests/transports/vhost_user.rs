@@ -8,9 +8,9 @@ use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use xtask::broker::{Broker, Transport};
-use xtask::builds::Artifacts;
-use xtask::vm::{COMMAND_TIMEOUT, Vm};
+use barlink_vm::broker::{Broker, Transport};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::{COMMAND_TIMEOUT, Vm};
 
 use crate::stranger::{self, Fault};
 use crate::support::*;

@@ -3,9 +3,9 @@
 use anyhow::{Context, Result};
 use barlink_agent::Status;
 use rustix::process::Signal;
-use xtask::broker::{Broker, Transport};
-use xtask::builds::Artifacts;
-use xtask::vm::{COMMAND_TIMEOUT, Config, Vm};
+use barlink_vm::broker::{Broker, Transport};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 
 use super::wait_until;
 

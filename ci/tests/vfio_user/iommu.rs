@@ -6,9 +6,9 @@ use std::process::Child;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
-use xtask::broker::Broker;
-use xtask::builds::Artifacts;
-use xtask::vm::{Bare, COMMAND_TIMEOUT, Config, Process, Vm};
+use barlink_vm::broker::Broker;
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Process, Vm};
 
 use super::buffer::{boot_with, pattern, peek, wait_for_its_end};
 use super::{Setting, wait_until};

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
-use xtask::broker::{Broker, Transport};
-use xtask::builds::Artifacts;
-use xtask::tap::Tap;
-use xtask::vm::{Bare, COMMAND_TIMEOUT, Config, PciDevice, Vm};
+use barlink_vm::broker::{Broker, Transport};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::tap::Tap;
+use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, PciDevice, Vm};
 
 use self::relay::{Message, Relay};
 

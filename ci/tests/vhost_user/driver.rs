@@ -2,7 +2,7 @@
 //! (VirtIO 1.3, 4.1.4).
 
 use anyhow::{Context, Result, ensure};
-use xtask::vm::{Bare, PciDevice};
+use barlink_vm::{Bare, PciDevice};
 
 /// `VIRTIO_PCI_CAP_` types.
 const COMMON: u32 = 1;

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Between two processes on the host: what they are told, for channels, iceoryx2 and Unix sockets.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use barlink_bench_load::{Sleeps, Trips, Wait};
+
+use super::case::Way;
+use super::scene::{Load, Scene, Side};
+use super::stream::{Streamed, endpoints, finish};
+use super::trip;
+use barlink_vm::broker::Transport;
+
+/// The channel for streams, and where it stands in the broker's list: behind those of the slots.
+pub const STREAM: &str = "stream";
+const STREAM_INDEX: usize = 2 * Transport::ALL.len();
+/// The channels for questions and answers, and their bytes: what fits in a processor's own cache with both of them, since a channel is
+/// gone through from end to end. iceoryx2 takes the sample that was last given back, wherever that is.
+pub const TRIP: [&str; 2] = ["there", "back"];
+pub const TRIP_CAPACITY: u64 = 256 << 10;
+
+/// Streams for some time. Records of a channel and of iceoryx2 are built in place, one by one.
+pub fn stream(scene: &Scene, way: Way, record_size: u64, time: Duration) -> Result<Streamed> {
+    let size = format!("--record-size={record_size}");
+    let time = format!("--time={}", time.as_millis());
+    if way == Way::Iceoryx2 {
+        let service = service(scene, &size);
+        let receiver = scene.start_iceoryx2(&["receive", &service, &size])?;
+        let sender = scene.start_iceoryx2(&["send", &service, &size, &time])?;
+        return finish(way, sender, receiver);
+    }
+    let control = format!("--control={}", scene.control().display());
+    let before = scene.rung(STREAM_INDEX)?;
+    let receiver = start(scene, &["receive", STREAM, &control])?;
+    let sender = start(scene, &["build", STREAM, &control, &size, &time])?;
+    let streamed = finish(way, sender, receiver)?;
+    Ok(Streamed {
+        rung: Some(scene.rung(STREAM_INDEX)? - before),
+        ..streamed
+    })
+}
+
+/// How an end is told to wait so.
+pub fn option(wait: Wait) -> &'static str {
+    match wait {
+        Wait::Spin => "--wait=spin",
+        Wait::Prompt => "--wait=prompt",
+        Wait::Sleep => "--wait=sleep",
+    }
+}
+
+/// Makes round trips for some time. Who asks and who answers are told this besides.
+pub fn trips(
+    scene: &Scene,
+    way: Way,
+    wait: Wait,
+    (ask_more, answer_more): (&[&str], &[&str]),
+    record_size: u64,
+    time: Duration,
+) -> Result<(Trips, Sleeps)> {
+    let size = format!("--record-size={record_size}");
+    let time = format!("--time={}", time.as_millis());
+    let wait = option(wait);
+    let control = format!("--control={}", scene.control().display());
+    let service = service(scene, &format!("{wait}{size}"));
+    let [listens, connects] = match way {
+        Way::Unix => endpoints(scene, way)?,
+        _ => Default::default(),
+    };
+    let [there, back] = TRIP;
+    let (ask, answer) = match way {
+        Way::Iceoryx2 => (
+            vec!["ask", &service, wait],
+            vec!["answer", &service, wait, &size],
+        ),
+        Way::Unix => (
+            vec!["pipe-ask", &connects],
+            vec!["pipe-answer", &listens, &size],
+        ),
+        _ => (
+            vec!["ask-in-place", there, back, &control, wait],
+            vec!["answer-in-place", back, there, &control, wait],
+        ),
+    };
+    let start = |arguments: &[&str]| match way {
+        Way::Iceoryx2 => scene.start_iceoryx2(arguments),
+        _ => start(scene, arguments),
+    };
+    let answers = start(&[&answer, answer_more].concat())?;
+    let asks = start(&[&ask[..], &[&size, &time], ask_more].concat())?;
+    trip::finish(asks, answers)
+}
+
+/// Starts `barlink-bench-load` on the host.
+pub fn start(scene: &Scene, arguments: &[&str]) -> Result<Load> {
+    let arguments: Vec<_> = arguments.iter().map(|&word| word.to_owned()).collect();
+    scene.start(Side::Host, &arguments)
+}
+
+/// A service that nobody else has.
+fn service(scene: &Scene, what: &str) -> String {
+    let folder = scene.control();
+    let folder = folder.parent().and_then(|folder| folder.file_name());
+    let folder = folder.unwrap_or_default().to_string_lossy();
+    format!("{folder}{what}")
+}

@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The broker, the VM with all that connects it, and processes on both sides.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use barlink_bench_load::{CAPACITY, RAW_SIZE};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::process::Signal;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::case::Way;
+use super::host;
+use super::peer::Peers;
+use barlink_vm::broker::{Broker, Transport};
+use barlink_sandbox::builds::{Artifacts, BENCH_LOAD, ICEORYX2_LOAD};
+use barlink_sandbox::tools::Accel;
+use barlink_vm::{Config, FIRST_FILE, Process, Vm, accelerator};
+
+/// How long a process may take, which measures for less than a second, and how often it is looked at.
+pub(super) const PATIENCE: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_millis(2);
+/// Bytes of the region, with room for seven channels and two small ones.
+const REGION: &str = "256M";
+/// The port of virtio-serial, and the file of its other end.
+pub const PORT: &str = "barlink.bench";
+const PORT_SOCKET: &str = "port.sock";
+
+/// Where a process runs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    /// On the host.
+    Host,
+    /// In the guest.
+    Guest,
+}
+
+/// What holds for all that is measured.
+#[derive(Clone, Debug)]
+pub struct Conditions {
+    /// What runs the guest's instructions.
+    pub accelerator: &'static str,
+    /// The guest's kernel.
+    pub kernel: String,
+    /// How the guest's processors cache the region, by transport.
+    pub cache_modes: Vec<String>,
+    /// And the memory of raw ivshmem.
+    pub raw_cache_mode: String,
+    /// Processors of the guest.
+    pub guest_cpus: u32,
+    /// Processors of the host.
+    pub host_cpus: usize,
+}
+
+/// See the module. The fields are dropped in this order.
+#[derive(Debug)]
+pub struct Scene<'a> {
+    vm: Vm,
+    peers: Peers,
+    broker: Broker,
+    /// The memory of the ivshmem device that no driver holds.
+    raw: File,
+    config: Config,
+    artifacts: &'a Artifacts,
+}
+
+/// A process that measures; killed when dropped.
+#[derive(Debug)]
+pub enum Load {
+    /// One on the host.
+    Host(Child),
+    /// One in the guest.
+    Guest(Process),
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        // It has ended already, mostly.
+        match self {
+            Load::Host(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Load::Guest(process) => {
+                let _ = process.kill(Signal::KILL);
+            }
+        }
+    }
+}
+
+impl<'a> Scene<'a> {
+    /// Starts the broker with a slot for each transport, and the VM with a device at each and with what the peers among these
+    /// ways need, and loads the driver.
+    pub fn set(artifacts: &'a Artifacts, ways: &[Way]) -> Result<Self> {
+        let mut channels = Vec::new();
+        for slot in 0..Transport::ALL.len() {
+            channels.push(format!("up{slot}={slot}-host,{CAPACITY}"));
+            channels.push(format!("down{slot}=host-{slot},{CAPACITY}"));
+        }
+        channels.push(format!("{}=host-host,{CAPACITY}", host::STREAM));
+        for name in host::TRIP {
+            channels.push(format!("{name}=host-host,{}", host::TRIP_CAPACITY));
+        }
+        let options = channels.iter().flat_map(|channel| ["--channel", channel]);
+        let arguments: Vec<_> = options.chain(["--size", REGION]).collect();
+        let broker = Broker::start_over(artifacts, &Transport::ALL, &arguments)?;
+        let mut config = Config {
+            preallocated: true,
+            ..broker.vm()?
+        };
+        let port = broker.folder().join(PORT_SOCKET);
+        // Where a VM has a device over vhost-user, its broker is given this memory, too, and refuses what is not sealed.
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let raw = File::from(rustix::fs::memfd_create("raw", flags)?);
+        raw.set_len(RAW_SIZE as u64)?;
+        rustix::fs::fcntl_add_seals(&raw, SealFlags::SHRINK)?;
+        let raw_number = FIRST_FILE + i32::try_from(config.files.len())?;
+        config.files.push(Arc::new(raw.try_clone()?));
+        config.arguments.extend([
+            "-object".to_owned(),
+            format!(
+                "memory-backend-file,id=raw,share=on,size={RAW_SIZE},mem-path=/proc/self/fd/{raw_number}"
+            ),
+            "-device".to_owned(),
+            "ivshmem-plain,memdev=raw".to_owned(),
+            "-chardev".to_owned(),
+            format!("socket,id=bench,path={},server=on,wait=off", port.display()),
+            "-device".to_owned(),
+            format!("virtserialport,chardev=bench,name={PORT}"),
+        ]);
+        let mut peers = Peers::start(ways, artifacts, broker.folder(), &mut config.arguments);
+        let vm = Vm::boot_with(artifacts, &config)?;
+        vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+        peers.connect(&vm, artifacts);
+        Ok(Self {
+            vm,
+            peers,
+            broker,
+            raw,
+            config,
+            artifacts,
+        })
+    }
+
+    /// What holds for all that is measured.
+    pub fn conditions(&self) -> Result<Conditions> {
+        let cache_mode = |transport: Transport| {
+            let device = format!("--device=/dev/barlink{}", transport.index());
+            let info = ["barlink-guest", "info", "--json", &device];
+            let info: Value = serde_json::from_str(&self.vm.run(info)?.success()?)?;
+            Ok(info["cache_mode"].as_str().unwrap_or_default().to_owned())
+        };
+        let kernel = self.vm.run(["uname", "-r"])?.success()?;
+        Ok(Conditions {
+            accelerator: match accelerator(self.artifacts.args.accel) {
+                Accel::Kvm => "kvm",
+                Accel::Tcg => "tcg",
+            },
+            kernel: kernel.trim_end().to_owned(),
+            cache_modes: Transport::ALL
+                .map(cache_mode)
+                .into_iter()
+                .collect::<Result<_>>()?,
+            // A kernel of the user's can be without debugfs, which tells it.
+            raw_cache_mode: self
+                .start(Side::Guest, &["raw-mode".to_owned()])?
+                .wait()
+                .unwrap_or_else(|_| "unknown".to_owned()),
+            guest_cpus: self.config.cpus,
+            host_cpus: std::thread::available_parallelism()?.get(),
+        })
+    }
+
+    /// Starts `barlink-bench-load` with these arguments.
+    pub fn start(&self, side: Side, arguments: &[String]) -> Result<Load> {
+        Ok(match side {
+            Side::Host => start_on_host(self.artifacts.host(BENCH_LOAD)?, arguments)?,
+            Side::Guest => {
+                let program = [BENCH_LOAD].into_iter();
+                let arguments = arguments.iter().map(String::as_str);
+                Load::Guest(self.vm.spawn(program.chain(arguments))?)
+            }
+        })
+    }
+
+    /// The peers that were set up.
+    pub fn peers(&self) -> &Peers {
+        &self.peers
+    }
+
+    /// Starts `barlink-iceoryx2-load` on the host with these arguments.
+    pub fn start_iceoryx2(&self, arguments: &[&str]) -> Result<Load> {
+        start_on_host(self.artifacts.host(ICEORYX2_LOAD)?, arguments)
+    }
+
+    /// The broker.
+    pub fn broker(&self) -> &Broker {
+        &self.broker
+    }
+
+    /// Where the broker is heard.
+    pub fn control(&self) -> PathBuf {
+        self.broker.control()
+    }
+
+    /// The host's end of the port of virtio-serial.
+    pub fn port(&self) -> PathBuf {
+        self.broker.folder().join(PORT_SOCKET)
+    }
+
+    /// The memory of the ivshmem device that no driver holds, as on its first use.
+    pub fn clear_raw(&self) -> Result<PathBuf> {
+        self.raw.write_all_at(&[0; 4096], 0)?;
+        let (process, number) = (std::process::id(), self.raw.as_raw_fd());
+        Ok(format!("/proc/{process}/fd/{number}").into())
+    }
+
+    /// A file that is not there.
+    pub fn fresh_file(&self, name: &str) -> Result<PathBuf> {
+        let path = self.broker.folder().join(name);
+        if path.exists() {
+            std::fs::remove_file(&path)?;
+        }
+        Ok(path)
+    }
+
+    /// How often the producer of a channel has rung so far.
+    pub fn rung(&self, channel: usize) -> Result<u64> {
+        let snapshot = self.broker.inspect()?;
+        let rung = snapshot["channels"][channel]["rung"].as_u64();
+        rung.context("the broker tells nothing of a channel")
+    }
+}
+
+/// Starts a program on the host.
+fn start_on_host(program: &Path, arguments: &[impl AsRef<OsStr>]) -> Result<Load> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    Ok(Load::Host(
+        command.spawn().context("a process cannot be started")?,
+    ))
+}
+
+impl Load {
+    /// Its process, which it has told of once it is set up.
+    pub fn process(&mut self) -> Result<String> {
+        let line = match self {
+            Load::Host(child) => {
+                let mut line = String::new();
+                if let Some(pipe) = &mut child.stdout {
+                    BufReader::new(pipe).read_line(&mut line)?;
+                }
+                Some(line.trim_end().to_owned()).filter(|line| !line.is_empty())
+            }
+            Load::Guest(process) => process.next_line(PATIENCE)?,
+        };
+        line.context("a process ended that was to sleep")
+    }
+
+    /// Kills it, and waits until it has ended.
+    pub fn end(mut self) -> Result<()> {
+        match &mut self {
+            Load::Host(child) => {
+                child.kill()?;
+                child.wait()?;
+            }
+            Load::Guest(process) => {
+                process.kill(Signal::KILL)?;
+                process.wait(PATIENCE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What it has measured, once it has ended.
+    pub fn wait<T: DeserializeOwned>(self) -> Result<T> {
+        self.wait_for(PATIENCE)
+    }
+
+    /// The same, if it ends within this time.
+    pub fn wait_for<T: DeserializeOwned>(self, patience: Duration) -> Result<T> {
+        Ok(serde_json::from_slice(&self.output(patience)?)?)
+    }
+
+    fn output(mut self, patience: Duration) -> Result<Vec<u8>> {
+        match &mut self {
+            Load::Host(child) => {
+                let start = Instant::now();
+                let status = loop {
+                    if let Some(status) = child.try_wait()? {
+                        break status;
+                    }
+                    ensure!(
+                        start.elapsed() < patience,
+                        "a process on the host does not end"
+                    );
+                    thread::sleep(LOOK);
+                };
+                ensure!(
+                    status.success(),
+                    "a process on the host ended with {status}"
+                );
+                // One line, which fits into the pipe.
+                let mut output = Vec::new();
+                if let Some(pipe) = &mut child.stdout {
+                    pipe.read_to_end(&mut output)?;
+                }
+                Ok(output)
+            }
+            Load::Guest(process) => {
+                let output = process.wait(patience)?;
+                output.require_success()?;
+                Ok(output.stdout)
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One stream of records, whichever way it goes.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use barlink_bench_load::Measured;
+use indicatif::BinaryBytes;
+use serde::Serialize;
+
+use super::case::{Case, Direction, Way};
+use super::host;
+use super::peer::told;
+use super::scene::{Load, PORT, Scene, Side};
+use super::spread::Spread;
+use barlink_vm::broker::Transport;
+
+/// What came of a stream.
+pub(super) struct Streamed {
+    pub(super) sent: Measured,
+    pub(super) received: Measured,
+    /// How often the producer rang, where that is counted.
+    pub(super) rung: Option<u64>,
+}
+
+/// What was measured of one case.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    #[serde(flatten)]
+    pub(super) case: Case,
+    /// Bytes of payload a second.
+    pub(super) rate: Spread,
+    /// Processor seconds for 10⁹ bytes, of who sends and of who receives.
+    cpu_seconds_per_gb_of_sender_and_receiver: [Spread; 2],
+    /// Records in all rounds.
+    pub(super) records: u64,
+    /// Rings of the producer in all rounds, where they are counted.
+    pub(super) rung: Option<u64>,
+    /// Why it was not measured any further.
+    failure: Option<String>,
+}
+
+impl Row {
+    /// One without figures.
+    pub fn new(case: Case) -> Self {
+        Row {
+            case,
+            rate: Spread::default(),
+            cpu_seconds_per_gb_of_sender_and_receiver: Default::default(),
+            records: 0,
+            rung: None,
+            failure: None,
+        }
+    }
+
+    /// Does a round. A peer that fails is left alone from then on, and what it did is told.
+    pub fn measure(&mut self, scene: &Scene, time: Duration) -> Result<()> {
+        if self.failure.is_some() {
+            return Ok(());
+        }
+        match stream(scene, &self.case, time) {
+            Ok(streamed) => self.add(&streamed),
+            Err(error) if self.case.way.is_peer() => self.failure = Some(told(&error)),
+            Err(error) => return Err(error.context(self.case.to_string())),
+        }
+        Ok(())
+    }
+
+    /// The median rate, or what kept it from being measured.
+    pub fn outcome(&self) -> Result<f64, &str> {
+        match &self.failure {
+            Some(failure) => Err(failure),
+            None => Ok(self.rate.median()),
+        }
+    }
+
+    /// Whether there are figures.
+    pub(super) fn is_measured(&self) -> bool {
+        self.failure.is_none() && self.records > 0
+    }
+
+    /// Processor seconds for 10⁹ bytes of the ends on this side, if there are any.
+    pub(super) fn cpu(&self, side: Side) -> Option<f64> {
+        let sides = self.case.direction.sides();
+        let ends = sides
+            .iter()
+            .zip(&self.cpu_seconds_per_gb_of_sender_and_receiver);
+        let here = ends.filter(|(end, _)| **end == side);
+        let cpu = here.map(|(_, spread)| spread.median());
+        if matches!(self.case.way, Way::Copy | Way::Ring) {
+            // Both ends are one process.
+            return cpu.reduce(|_, last| last);
+        }
+        cpu.reduce(|one, other| one + other)
+    }
+
+    /// How often the producer woke the consumer for 1,000 records, where that is counted.
+    pub(super) fn wakeups(&self) -> Option<f64> {
+        Some(self.rung? as f64 * 1e3 / self.records as f64)
+    }
+
+    fn add(&mut self, streamed: &Streamed) {
+        let Streamed {
+            sent,
+            received,
+            rung,
+        } = streamed;
+        self.rate.add(received.rate());
+        for (spread, end) in self
+            .cpu_seconds_per_gb_of_sender_and_receiver
+            .iter_mut()
+            .zip([sent, received])
+        {
+            spread.add(end.cpu as f64 / end.bytes as f64);
+        }
+        self.records += sent.records;
+        if let Some(rung) = rung {
+            *self.rung.get_or_insert(0) += rung;
+        }
+    }
+}
+
+impl fmt::Display for Row {
+    /// A line of a table.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Case {
+            way,
+            direction,
+            record_size,
+        } = &self.case;
+        let (direction, way, way_waits) = (direction.name(), way.name(), way.wait());
+        write!(f, "| {direction} | {way} | {} |", BinaryBytes(*record_size))?;
+        if let Some(failure) = &self.failure {
+            return writeln!(f, " {failure} | | | | | | |");
+        }
+        let rate = self.rate.median();
+        let [low, high] = self.rate.quartiles().map(|rate| rate / 1e6);
+        let cell =
+            |figure: Option<f64>| figure.map_or(String::new(), |figure| format!("{figure:.2}"));
+        let [host, guest] = [Side::Host, Side::Guest].map(|side| cell(self.cpu(side)));
+        let (wakeups, wait) = (cell(self.wakeups()), way_waits);
+        writeln!(
+            f,
+            " {:.0} | {low:.0} to {high:.0} | {:.0} | {wakeups} | {host} | {guest} | {wait} |",
+            rate / 1e6,
+            rate / *record_size as f64,
+        )
+    }
+}
+
+/// A process, and what it is told.
+type Order = (Side, Vec<String>);
+
+/// Streams for some time, and checks that every byte came.
+fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
+    let size = format!("--record-size={}", case.record_size);
+    let duration = time;
+    let time = format!("--time={}", time.as_millis());
+    let sides = case.direction.sides();
+    let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+    match case.way {
+        Way::Channel(transport) => {
+            let slot = transport.index();
+            let up = case.direction == Direction::Up;
+            let (channel, index) = match up {
+                true => (format!("up{slot}"), 2 * slot),
+                false => (format!("down{slot}"), 2 * slot + 1),
+            };
+            let control = format!("--control={}", scene.control().display());
+            let device = format!("--device=/dev/barlink{slot}");
+            let [from, to] = sides.map(|side| match side {
+                Side::Host => &control,
+                Side::Guest => &device,
+            });
+            let before = scene.rung(index)?;
+            let streamed = run(
+                scene,
+                case.way,
+                &(sides[0], words(&["send", &channel, from, &size, &time])),
+                &(sides[1], words(&["receive", &channel, to])),
+            )?;
+            Ok(Streamed {
+                rung: Some(scene.rung(index)? - before),
+                ..streamed
+            })
+        }
+        Way::Within | Way::Iceoryx2 => host::stream(scene, case.way, case.record_size, duration),
+        Way::Copy | Way::Ring => {
+            let what = if case.way == Way::Copy {
+                "copy"
+            } else {
+                "ring"
+            };
+            let load = scene.start(sides[0], &words(&[what, &size, &time]))?;
+            let measured: Measured = load.wait()?;
+            Ok(Streamed {
+                sent: measured,
+                received: measured,
+                rung: None,
+            })
+        }
+        Way::Raw => {
+            let file = format!("--file={}", scene.clear_raw()?.display());
+            let order = |side, what: &[&str]| {
+                let mut order: Vec<String> = words(what);
+                order.extend((side == Side::Host).then(|| file.clone()));
+                (side, order)
+            };
+            run(
+                scene,
+                case.way,
+                &order(sides[0], &["raw-send", &size, &time]),
+                &order(sides[1], &["raw-receive", &size]),
+            )
+        }
+        Way::VirtioSerial | Way::Tcp | Way::Vsock | Way::Virtiofs | Way::Unix => {
+            // The first is the end that must be there before the other one connects.
+            let [listens, connects] = endpoints(scene, case.way)?;
+            let [from, to] = match (sides, case.way) {
+                ([Side::Host, Side::Guest], _) => [&listens, &connects],
+                _ => [&connects, &listens],
+            };
+            run(
+                scene,
+                case.way,
+                &(sides[0], words(&["pipe-send", from, &size, &time])),
+                &(sides[1], words(&["pipe-receive", to, &size])),
+            )
+        }
+    }
+}
+
+/// The two ends of a pipe, the host's first.
+pub(super) fn endpoints(scene: &Scene, way: Way) -> Result<[String; 2]> {
+    Ok(match way {
+        Way::VirtioSerial => [
+            format!("unix:{}", scene.port().display()),
+            format!("port:{PORT}"),
+        ],
+        Way::Unix => {
+            let path = scene.fresh_file("unix.sock")?;
+            [
+                format!("unix-listen:{}", path.display()),
+                format!("unix:{}", path.display()),
+            ]
+        }
+        _ => return scene.peers().endpoints(way),
+    })
+}
+
+/// Runs a sender and a receiver to their ends.
+fn run(scene: &Scene, way: Way, sender: &Order, receiver: &Order) -> Result<Streamed> {
+    let receiver = scene.start(receiver.0, &receiver.1)?;
+    let sender = scene.start(sender.0, &sender.1)?;
+    finish(way, sender, receiver)
+}
+
+/// Waits until both have ended, and compares.
+pub(super) fn finish(way: Way, sender: Load, receiver: Load) -> Result<Streamed> {
+    let sent: Measured = sender
+        .wait_for(way.patience())
+        .context("the sender failed")?;
+    let received: Measured = receiver.wait().context("the receiver failed")?;
+    ensure!(
+        (sent.records, sent.sum) == (received.records, received.sum),
+        "what came is not what was sent"
+    );
+    Ok(Streamed {
+        sent,
+        received,
+        rung: None,
+    })
+}
+
+impl Transport {
+    /// The slot over it, which is also the number of the guest's device.
+    pub(super) fn index(self) -> usize {
+        let mut all = Transport::ALL.into_iter();
+        all.position(|other| other == self).unwrap_or_default()
+    }
+}

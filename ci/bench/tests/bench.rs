@@ -1,0 +1,130 @@
+//! `cargo xtask bench`, in its short form.
+
+use std::fs;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::{Value, json};
+use barlink_bench::{Direction, Report, Way, measure};
+use barlink_vm::broker::Transport;
+use barlink_sandbox::builds::Artifacts;
+
+/// Measured once, for all tests.
+fn report() -> Result<&'static Report> {
+    static REPORT: OnceLock<Result<Report>> = OnceLock::new();
+    let report = REPORT.get_or_init(|| {
+        let report = measure(Artifacts::shared()?, true, &[])?;
+        println!("{report}");
+        Ok(report)
+    });
+    report.as_ref().map_err(|error| anyhow!("{error:#}"))
+}
+
+/// The transports share memory and copies, so neither is much faster; other programs run beside tests, so nothing is said
+/// of how fast that is.
+#[test]
+fn transports_are_about_as_fast_and_streams_hardly_ring() -> Result<()> {
+    let report = report()?;
+    let artifacts = Artifacts::shared()?;
+    for direction in [Direction::Up, Direction::Down] {
+        let transports = [Transport::VfioUser, Transport::Ivshmem];
+        let ways = transports.map(|transport| (Way::Channel(transport), direction));
+        let ratio = report.ratio(ways, 65536);
+        let ratio = ratio.context("nothing was measured")?;
+        ensure!((0.5..2.0).contains(&ratio), "{direction:?}: {ratio}");
+    }
+    let is_measured = |outcome: &Result<f64, &str>| outcome.is_ok_and(|rate| rate > 0.0);
+    let is_told = |outcome: &Result<f64, &str>| outcome.is_err_and(|failure| !failure.is_empty());
+    for way in [Way::Virtiofs, Way::Vsock] {
+        let outcomes: Vec<_> = report.outcomes(way).collect();
+        // The first is part of the sandbox. The other one is built from crates.io, which need not be within reach, and has
+        // faults of its own.
+        let must = way == Way::Virtiofs && artifacts.tools.sandbox.is_some();
+        let fine = |outcome| is_measured(outcome) || (!must && is_told(outcome));
+        ensure!(
+            outcomes.len() == 6 && outcomes.iter().all(fine),
+            "{way:?}: {outcomes:?}"
+        );
+    }
+    // Twice what is asked for on a quiet machine, in `stream_of_a_gibibyte_is_no_message_but_its_doorbells`.
+    let rings = report.most_rings_per_record();
+    ensure!(rings < 2e-3, "{rings} rings for each record");
+    Ok(())
+}
+
+#[test]
+fn processes_on_the_host_stream_records_of_every_size() -> Result<()> {
+    for way in [Way::Within, Way::Iceoryx2, Way::Unix] {
+        for size in [64, 64 << 10, 4 << 20] {
+            let ways = [way, Way::Copy].map(|way| (way, Direction::Host));
+            let ratio = report()?.ratio(ways, size);
+            let ratio = ratio.context("nothing was measured")?;
+            ensure!(ratio > 0.0, "{way:?} failed with {size} bytes");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn ends_that_sleep_use_no_processor() -> Result<()> {
+    let mut pairs = 0;
+    for (name, cpu) in report()?.idle_cpu() {
+        ensure!(cpu == 0, "{name}: {cpu} ns");
+        pairs += 1;
+    }
+    // Those within the host, too.
+    ensure!(pairs == Transport::ALL.len() + 1, "{pairs} pairs of ends");
+    Ok(())
+}
+
+/// Or a trip would be shorter than a wake-up at each end.
+#[test]
+fn ends_of_trips_asleep_are_both_asleep() -> Result<()> {
+    let mut pairs = 0;
+    for (name, part) in report()?.asleep() {
+        ensure!(part >= 0.9, "{name}: {part:.2} of the trips");
+        pairs += 1;
+    }
+    ensure!(pairs == Transport::ALL.len() + 1, "{pairs} pairs of ends");
+    Ok(())
+}
+
+/// Or the two could not be compared.
+#[test]
+fn raw_ivshmem_is_mapped_as_barlink_is() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    report()?.write(folder.path())?;
+    let results = fs::read_to_string(folder.path().join("results.json"))?;
+    let results: Value = serde_json::from_str(&results)?;
+    let rows = results["streams"].as_array().context("no streams")?;
+    let modes = |way: &Value| -> Vec<_> {
+        let rows = rows.iter().filter(|row| row["way"] == *way);
+        rows.map(|row| row["cache_mode"].clone()).collect()
+    };
+    let ways = [json!("raw"), json!({ "channel": "ivshmem" })];
+    let [raw, barlink] = ways.map(|way| modes(&way));
+    ensure!(raw.len() == 6, "{raw:?}");
+    assert_eq!((&raw, &raw[0]), (&barlink, &json!("uncached-minus")));
+    Ok(())
+}
+
+#[test]
+fn charts_show_every_way() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    report()?.write(folder.path())?;
+    let text = fs::read_to_string(folder.path().join("results.md"))?;
+    let to_and_fro = &["ivshmem", "vfio-user", "vhost-user", "raw ivshmem, polled"][..];
+    for (file, names) in [
+        ("guest-to-host.svg", to_and_fro),
+        ("host-to-guest.svg", to_and_fro),
+        ("host-to-host.svg", &["barlink", "iceoryx2", "Unix socket"]),
+        ("round-trips.svg", &["ivshmem, ends asleep", "99.9 %"]),
+    ] {
+        ensure!(text.contains(file), "{file} is not in the text");
+        let chart = fs::read_to_string(folder.path().join(file))?;
+        for name in names.iter().chain(&["accelerator"]) {
+            ensure!(chart.contains(name), "{name} is not in {file}");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! What a record costs on the host, counted instruction by instruction: no system call, no atomic read-modify-write, and
+//! no more instructions than so many. The memory is this process's own, the code is what host apps run. Nothing is
+//! allocated, since `barlink-protocol` has no allocator.
+//!
+//! What reading the clock executes is the kernel's (its vDSO), differs by machine, and is repeated whenever the clock is set
+//! meanwhile, which is often, as slowly as single steps are. So it is not counted.
+
+use std::fs;
+use std::ops::Range;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::ptrace;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
+use barlink_sandbox::builds::{Artifacts, BENCH_LOAD};
+
+/// What was executed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Count {
+    instructions: u64,
+    /// `syscall`.
+    calls: u64,
+    /// With a `lock` prefix, on memory that is not the stack's.
+    locked: u64,
+}
+
+/// Counts what sending and receiving so many records executes.
+fn count(records: u64, options: &[&str]) -> Result<Count> {
+    let mut command = Command::new(Artifacts::shared()?.host(BENCH_LOAD)?);
+    let records = format!("--records={records}");
+    command.args(["cost", &records]).args(options);
+    let mut child = command.stdin(Stdio::null()).spawn()?;
+    let pid = Pid::from_raw(child.id().try_into()?);
+    let mut count = Count::default();
+    wait_for(pid, Signal::SIGSTOP)?;
+    let clock = kernels_code(pid)?;
+    loop {
+        ptrace::step(pid, None)?;
+        match waitpid(pid, None)? {
+            WaitStatus::Stopped(_, Signal::SIGTRAP) => (),
+            WaitStatus::Stopped(_, Signal::SIGSTOP) => break,
+            other => bail!("{other:?}"),
+        }
+        let registers = ptrace::getregs(pid)?;
+        if clock.contains(&registers.rip) {
+            continue;
+        }
+        let code = ptrace::read(pid, registers.rip as ptrace::AddressType)?.to_le_bytes();
+        count.instructions += 1;
+        match code {
+            [0x0f, 0x05, ..] => count.calls += 1,
+            // A fence is `lock or` of the stack's top, with some compilers.
+            [0xf0, 0x83, 0x0c | 0x4c, 0x24, ..] => (),
+            [0xf0, ..] => count.locked += 1,
+            // `xchg` with memory locks without being told to.
+            [0x86 | 0x87, operands, ..] | [0x40..=0x4f, 0x86 | 0x87, operands, ..]
+                if operands < 0xc0 =>
+            {
+                count.locked += 1;
+            }
+            _ => (),
+        }
+    }
+    ptrace::cont(pid, None)?;
+    child.wait()?;
+    Ok(count)
+}
+
+fn wait_for(pid: Pid, signal: Signal) -> Result<()> {
+    match waitpid(pid, None)? {
+        WaitStatus::Stopped(_, stopped) if stopped == signal => Ok(()),
+        other => bail!("{other:?}"),
+    }
+}
+
+/// Where a process has the code that the kernel gives it: its `[vdso]` in `/proc/PID/maps`.
+fn kernels_code(pid: Pid) -> Result<Range<u64>> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let line = maps.lines().find(|line| line.ends_with("[vdso]"));
+    let line = line.context("no vDSO")?;
+    let (start, rest) = line.split_once('-').context("no range")?;
+    let (end, _) = rest.split_once(' ').context("no end")?;
+    Ok(u64::from_str_radix(start, 16)?..u64::from_str_radix(end, 16)?)
+}
+
+/// Instructions of one record, from the difference between many and few.
+fn cost(options: &[&str]) -> Result<u64> {
+    const FEW: u64 = 8;
+    const MANY: u64 = 40;
+    let (few, many) = (count(FEW, options)?, count(MANY, options)?);
+    assert_eq!(few.calls, many.calls, "a record makes system calls");
+    assert_eq!(few.locked, many.locked, "a record locks the bus");
+    Ok((many.instructions - few.instructions) / (MANY - FEW))
+}
+
+#[test]
+fn a_record_is_sent_and_received_without_calls_or_locks_in_few_instructions() -> Result<()> {
+    let (single, batch) = (cost(&[])?, cost(&["--batch"])?);
+    let in_place = cost(&["--in-place", "--record-size=4096"])?;
+    println!(
+        "{single} instructions a record of 64 bytes, {batch} in a batch; {in_place} one of 4 KiB that is filled and read in place"
+    );
+    assert!(single <= 560, "{single} instructions");
+    assert!(batch <= 240, "{batch} instructions");
+    assert!(in_place <= 2620, "{in_place} instructions");
+    Ok(())
+}

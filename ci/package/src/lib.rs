@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `cargo xtask package`: Debian packages of the host's program, the guest's program, and the driver.
+
+mod deb;
+mod manual;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde::Deserialize;
+
+use self::deb::{Common, FOLDER, Package, run as output};
+use barlink_sandbox::builds::{Programs, guest_programs, host_programs, repository, target_folder};
+
+/// Where the packages go.
+#[derive(Args, Debug)]
+pub struct PackageArgs {
+    /// Put them into this folder [default: target/debian]
+    #[arg(long, value_name = "FOLDER")]
+    pub output: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Packages {
+    maintainer: String,
+    package: Vec<Package>,
+}
+
+/// Makes the packages, and prints their paths.
+pub fn run(args: &PackageArgs) -> Result<ExitCode> {
+    let folder = match &args.output {
+        Some(folder) => folder.clone(),
+        None => target_folder()?.join("debian"),
+    };
+    for package in build(&folder)?.values() {
+        println!("{}", package.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the packages in a folder; gives their paths by their names.
+pub fn build(folder: &Path) -> Result<HashMap<String, PathBuf>> {
+    let description = fs::read_to_string(repository().join(FOLDER).join("packages.toml"))?;
+    let packages: Packages =
+        toml::from_str(&description).context("images/packaging/packages.toml is malformed")?;
+    let programs = host_programs(Programs::PACKAGED)?.and(guest_programs(Programs::PACKAGED)?);
+    let host = programs.program("barlink")?;
+    let common = Common {
+        words: [
+            ("VERSION", env!("CARGO_PKG_VERSION").to_owned()),
+            ("GLIBC", glibc_of(host)?),
+        ]
+        .into(),
+        programs,
+        maintainer: packages.maintainer,
+        date: date()?,
+    };
+    fs::create_dir_all(folder).with_context(|| format!("{} cannot be made", folder.display()))?;
+    let built = packages.package.iter().map(|package| {
+        let path = package.build(&common, folder);
+        let path = path.with_context(|| format!("{} cannot be made", package.name))?;
+        Ok((package.name.clone(), path))
+    });
+    built.collect()
+}
+
+/// The oldest C library that a program runs with.
+fn glibc_of(program: &Path) -> Result<String> {
+    let symbols = output(Command::new("objdump").arg("-T").arg(program))?;
+    newest_glibc(&symbols).context("the host's program is not linked with glibc")
+}
+
+/// The highest version of glibc in a list of symbols.
+fn newest_glibc(symbols: &str) -> Option<String> {
+    let versions = symbols.split("GLIBC_").skip(1).filter_map(|rest| {
+        let version = rest
+            .split(|c: char| c != '.' && !c.is_ascii_digit())
+            .next()?;
+        let numbers: Result<Vec<u32>, _> = version.split('.').map(str::parse).collect();
+        Some((numbers.ok()?, version))
+    });
+    versions.max().map(|(_, version)| version.to_owned())
+}
+
+/// When the last change was made, in seconds since 1970 and for people; the beginning of time where there is no git.
+fn date() -> Result<(String, String)> {
+    let log = Command::new("git")
+        .args(["log", "-1", "--format=%ct"])
+        .current_dir(repository())
+        .output();
+    let seconds = match log {
+        Ok(log) if log.status.success() => String::from_utf8(log.stdout)?.trim().to_owned(),
+        _ => "0".to_owned(),
+    };
+    let mut date = Command::new("date");
+    date.args(["--utc", "--rfc-email", "--date"]);
+    let text = output(date.arg(format!("@{seconds}")))?;
+    Ok((seconds, text.trim_end().to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_c_library_decides() {
+        let symbols = "0 DF *UND* 0 (GLIBC_2.9)  a\n0 DF *UND* 0 (GLIBC_2.34) b\n0 DF *UND* 0 (GLIBC_2.2.5) c\n";
+        assert_eq!(newest_glibc(symbols).as_deref(), Some("2.34"));
+        assert_eq!(newest_glibc("no table"), None);
+    }
+}

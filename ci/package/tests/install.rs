@@ -1,0 +1,332 @@
+//! barlink's packages on an ordinary Debian, by the commands of `docs/install.md`: installed, booted, used by an ordinary user,
+//! and removed.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::Output;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use barlink_vm::broker::Broker;
+use barlink_sandbox::builds::{Artifacts, repository, target_folder};
+use barlink_sandbox::debian::{Debian, SHOWN};
+use barlink_package as package;
+use barlink_vm::{COMMAND_TIMEOUT, Vm};
+
+/// How long the system may take to boot, under TCG on a machine that is busy.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
+
+/// What runs the test's commands in the booted system.
+const AGENT: &str = "[Service]\nExecStart=/usr/local/sbin/barlink-agent\nRestart=on-failure\nRestartSec=1\n\
+                     [Install]\nWantedBy=multi-user.target\n";
+
+/// What the foreign device's memory begins with.
+const FOREIGN: &[u8] = b"somebody else's memory";
+
+/// Writes into the memory of a device, and reads it, as a program in user space does: by sysfs.
+const MAP: &str = "import mmap, sys\n\
+                   file = open(sys.argv[1] + '/resource2', 'r+b')\n\
+                   memory = mmap.mmap(file.fileno(), 1 << 20)\n\
+                   print(memory[:22].decode())\n\
+                   memory[4096:4101] = b'reply'\n";
+
+/// The blocks of `docs/install.md` that begin with this comment.
+fn commands(comment: &str) -> Result<String> {
+    let document = fs::read_to_string(repository().join("docs/install.md"))?;
+    let blocks = document.split("```sh\n").skip(1);
+    let block = blocks.filter_map(|block| block.split("```").next()?.strip_prefix(comment));
+    let commands: String = block.collect();
+    ensure!(!commands.is_empty(), "no commands follow {comment}");
+    Ok(commands)
+}
+
+/// What a script printed, all of it; an error unless it succeeded.
+fn printed(output: Output) -> Result<String> {
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    ensure!(output.status.success(), "{}:\n{text}", output.status);
+    Ok(text)
+}
+
+/// Makes a machine's disk of the system, with an agent and a user.
+fn disk(debian: &Debian, disk: &Path) -> Result<()> {
+    let script = format!(
+        "install {SHOWN}/barlink-agent /usr/local/sbin/
+         cp {SHOWN}/agent.service /etc/systemd/system/agent.service
+         systemctl enable agent.service
+         printf 'u somebody -\\nu member -\\nm member barlink\\n' | systemd-sysusers -
+         [ -s /etc/machine-id ] && [ \"$(cat /etc/machine-id)\" != uninitialized ] || systemd-machine-id-setup
+         apt-get clean"
+    );
+    printed(debian.run(&script)?)?;
+    printed(debian.write_image(disk, "3G")?).map(drop)
+}
+
+#[test]
+fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run, since only root can install a Debian into a folder");
+        return Ok(());
+    }
+    let artifacts = Artifacts::shared()?;
+    let folder = tempfile::tempdir_in(target_folder()?)?;
+    package::build(folder.path())?;
+    fs::copy(
+        artifacts.guest("barlink-agent")?,
+        folder.path().join("barlink-agent"),
+    )?;
+    fs::write(folder.path().join("agent.service"), AGENT)?;
+    let debian = Debian::fresh(&artifacts.args.tools, folder.path(), folder.path())?;
+    let release = debian.release();
+
+    // The document's commands, as for the kernel that would be running.
+    let here = format!("cd {SHOWN}\nsudo() {{ \"$@\"; }}\n");
+    let install = format!("{here}{}", commands("# install in the guest\n")?);
+    let install = install.replace(
+        "barlink-kernel-rust-headers",
+        &format!("barlink-kernel-rust-headers {release}"),
+    );
+    let told = printed(debian.run(&install)?)?;
+    ensure!(told.contains("the headers of"), "{told}");
+    ensure!(
+        told.contains(&format!("the driver is built for {release}")),
+        "{told}"
+    );
+    refuses_what_it_cannot_complete(&debian)?;
+    printed(debian.run(&format!("{here}{}", commands("# install on the host\n")?))?)?;
+    manuals_are_there(&debian)?;
+
+    let image = folder.path().join("disk.img");
+    disk(&debian, &image)?;
+    boots_and_streams(artifacts, &debian, &image)?;
+
+    upgrades_keep_the_driver(&debian)?;
+    headers_that_fail_are_found_again(&debian)?;
+    let removed = printed(debian.run(&format!("{here}{}", commands("# uninstall\n")?))?)?;
+    ensure!(removed.contains("removed what was made for"), "{removed}");
+    let left = debian.run(&format!(
+        "ls -d /usr/src/barlink-* /usr/src/linux-headers-*/rust /lib/modules/{release}/updates/dkms/barlink* \
+         /var/tmp/barlink-* || true"
+    ))?;
+    ensure!(left.stdout.is_empty(), "left behind: {left:?}");
+    Ok(())
+}
+
+/// An upgrade, of which this is one to the same version, builds the driver again for each kernel whose headers are complete, and for
+/// none whose headers are of another revision than what completes them.
+fn upgrades_keep_the_driver(debian: &Debian) -> Result<()> {
+    let release = debian.release();
+    let script = format!(
+        "cd {SHOWN}
+         again() {{ apt-get install --yes --reinstall ./barlink-dkms_*.deb; }}
+         again
+         dkms status -m barlink -k {release} | grep installed
+         echo other >/usr/src/linux-headers-{release}/rust/made-by-barlink
+         again
+         ! dkms status -m barlink -k {release} | grep installed"
+    );
+    printed(debian.run(&script)?).map(drop)
+}
+
+/// A run for another kernel that fails while it puts its files in place, since one cannot be copied, and the folder of one that was
+/// killed: `--remove`, which the packages' removal calls, leaves nothing of either.
+fn headers_that_fail_are_found_again(debian: &Debian) -> Result<()> {
+    let release = debian.release();
+    let series: Vec<_> = release.split('.').take(2).collect();
+    let other = format!("{}.99-other", series.join("."));
+    let script = format!(
+        "headers=/usr/src/linux-headers-{other}
+         mkdir -p $headers/scripts /var/tmp/barlink-headers.killed/source
+         cp /usr/src/linux-headers-{release}/.config /usr/src/linux-headers-{release}/Module.symvers $headers/
+         mv /usr/bin/make /usr/bin/make.kept
+         cat >/usr/bin/make <<'END'
+#!/bin/sh
+for word; do case $word in O=*) output=${{word#O=}} ;; esac; done
+mkdir -p $output/rust $output/scripts
+touch $output/rust/core.rmeta $output/scripts/target.json
+ln -sf nothing $output/rust/lost.so
+cp /usr/src/linux-headers-{release}/Module.symvers $output/rust/exports_core_generated.h
+END
+         chmod +x /usr/bin/make
+         barlink-kernel-rust-headers --no-apt {other} 2>&1 && exit 9
+         mv /usr/bin/make.kept /usr/bin/make
+         ls $headers/rust
+         cat $headers/rust/made-by-barlink"
+    );
+    let told = printed(debian.run(&script)?)?;
+    for part in [
+        "lost.so",
+        "that did not work, as is said above",
+        "core.rmeta",
+        "unfinished",
+    ] {
+        ensure!(told.contains(part), "no `{part}` in {told}");
+    }
+    Ok(())
+}
+
+fn refuses_what_it_cannot_complete(debian: &Debian) -> Result<()> {
+    let headers = "/usr/src/linux-headers-9.9-other";
+    let missing = debian.run("barlink-kernel-rust-headers --no-apt 9.9-other")?;
+    let errors = String::from_utf8_lossy(&missing.stderr);
+    ensure!(missing.status.code() == Some(1), "{errors}");
+    ensure!(
+        errors.contains("there are no headers of kernel 9.9-other"),
+        "{errors}"
+    );
+    for (configuration, message) in [
+        ("CONFIG_MODULES=y", "was built without Rust (CONFIG_RUST)"),
+        (
+            "CONFIG_RUST=y\nCONFIG_RUSTC_VERSION_TEXT=\"rustc 9.9\"",
+            "was built by 'rustc 9.9', and /usr/bin/rustc is 'rustc 1.",
+        ),
+    ] {
+        let refused = debian.run(&format!(
+            "mkdir -p {headers}; echo '{configuration}' >{headers}/.config
+             barlink-kernel-rust-headers --no-apt 9.9-other"
+        ))?;
+        let errors = String::from_utf8_lossy(&refused.stderr);
+        ensure!(refused.status.code() == Some(1), "{errors}");
+        ensure!(errors.contains(message), "no `{message}` in {errors}");
+    }
+    printed(debian.run(&format!("rm -r {headers}"))?).map(drop)
+}
+
+fn manuals_are_there(debian: &Debian) -> Result<()> {
+    let pages = "barlink.1 barlink-serve.1 barlink-guest.1 barlink-guest-send.1";
+    let script = format!(
+        "cd /usr/share/man/man1; for page in {pages}; do gzip -dc $page.gz | grep -q '^.SH OPTIONS'; done"
+    );
+    printed(debian.run(&script)?).map(drop)
+}
+
+/// Boots the system with barlink's device, and another's.
+fn boots_and_streams(artifacts: &Artifacts, debian: &Debian, image: &Path) -> Result<()> {
+    let broker = Broker::start(artifacts, &[])?;
+    let foreign = broker.folder().join("foreign");
+    let mut file = fs::File::create(&foreign)?;
+    file.write_all(FOREIGN)?;
+    file.set_len(1 << 20)?;
+
+    let mut config = broker.vm()?;
+    let folder = image.parent().context("the disk has no folder")?;
+    config.paths.push(folder.to_owned());
+    config.boot_timeout = BOOT_TIMEOUT;
+    for (option, value) in [
+        (
+            "-drive",
+            format!("file={},format=raw,if=virtio", image.display()),
+        ),
+        (
+            "-object",
+            format!(
+                "memory-backend-file,id=foreign,share=on,size=1M,mem-path={}",
+                foreign.display()
+            ),
+        ),
+        ("-device", "ivshmem-plain,memdev=foreign,addr=1e".to_owned()),
+        (
+            "-append",
+            "console=ttyS0 tsc=reliable no_timer_check root=/dev/vda rw".to_owned(),
+        ),
+    ] {
+        config.arguments.extend([option.to_owned(), value]);
+    }
+    let machine = artifacts.with_kernel(debian.release(), debian.kernel_image(), debian.initrd());
+    let vm = Vm::boot_with(&machine, &config)?;
+    let run = |script: &str| -> Result<String> { vm.run(["sh", "-ec", script])?.success() };
+
+    // Nobody loads the driver but udev, by the module's alias.
+    eventually(|| run("test -c /dev/barlink0"))?;
+    ensure!(run("lsmod")?.contains("barlink"));
+    eventually(|| run("test \"$(stat -c '%G %a' /dev/barlink0)\" = 'barlink 660'"))?;
+
+    let as_member = |command: &str| run(&format!("runuser -u member -- {command}"));
+    ensure!(as_member("barlink-guest info")?.contains("cache mode"));
+    let refused = run("! runuser -u somebody -- barlink-guest info 2>&1")?;
+    ensure!(refused.contains("no permission to open"), "{refused}");
+    streams(&vm, &broker)?;
+
+    foreign_device_is_left_alone(&vm, &foreign)?;
+    the_unit_runs(&vm)
+}
+
+/// Streams both ways, as an ordinary user in the guest.
+fn streams(vm: &Vm, broker: &Broker) -> Result<()> {
+    let numbers: String = (1..=100_000).map(|number| format!("{number}\n")).collect();
+    let sender = "seq 100000 | barlink-guest send";
+    let sender = vm.spawn(["runuser", "-u", "member", "--", "sh", "-c", sender])?;
+    ensure!(
+        broker.run(["recv"])? == numbers.as_bytes(),
+        "what came up differs"
+    );
+    sender.wait(COMMAND_TIMEOUT)?.require_success()?;
+
+    let receiver = vm.spawn(["runuser", "-u", "member", "--", "barlink-guest", "recv"])?;
+    let sent = broker.folder().join("down");
+    fs::write(&sent, &numbers)?;
+    let mut send = broker.app(["send"]);
+    let status = send.stdin(fs::File::open(&sent)?).status()?;
+    ensure!(status.success(), "`barlink send` failed: {status}");
+    let received = receiver.wait(COMMAND_TIMEOUT)?.success()?;
+    ensure!(received == numbers, "what came down differs");
+    Ok(())
+}
+
+/// ivshmem with another's memory: declined, and used by sysfs, and by another driver.
+fn foreign_device_is_left_alone(vm: &Vm, foreign: &Path) -> Result<()> {
+    let run = |script: &str| -> Result<String> { vm.run(["sh", "-ec", script])?.success() };
+    let device = "/sys/bus/pci/devices/0000:00:1e.0";
+    ensure!(run(&format!("cat {device}/modalias"))?.starts_with("pci:v00001AF4d00001110"));
+    eventually(|| run("dmesg | grep -q '0000:00:1e.0: declined: no barlink region'"))?;
+    run(&format!(
+        "test ! -e {device}/driver; test ! -e /dev/barlink1"
+    ))?;
+    run(&format!("echo 1 >{device}/enable"))?;
+    let read = vm.run(["python3", "-c", MAP, device])?.success()?;
+    ensure!(read.trim_end().as_bytes() == FOREIGN, "{read}");
+    ensure!(&fs::read(foreign)?[4096..4101] == b"reply");
+    run(&format!(
+        "modprobe uio_pci_generic
+         echo uio_pci_generic >{device}/driver_override
+         echo 0000:00:1e.0 >/sys/bus/pci/drivers_probe
+         readlink {device}/driver | grep -q uio_pci_generic"
+    ))?;
+    eventually(|| run("test -c /dev/uio0"))?;
+    Ok(())
+}
+
+/// The host's package under a real systemd: a broker that is restarted, and its region stays.
+fn the_unit_runs(vm: &Vm) -> Result<()> {
+    let run = |script: &str| -> Result<String> { vm.run(["sh", "-ec", script])?.success() };
+    let inspect = || -> Result<Value> {
+        Ok(serde_json::from_str(&run(
+            "barlink inspect --json --control /run/barlink/vm1.sock",
+        )?)?)
+    };
+    run(
+        "mkdir -p /etc/barlink; echo 'BARLINK_ARGS=--size 4M' >/etc/barlink/vm1.conf; systemctl start barlink@vm1",
+    )?;
+    let user = run("stat -c %U /proc/$(systemctl show --value -p MainPID barlink@vm1)")?;
+    ensure!(user.trim() == "barlink", "{user}");
+    inspect()?;
+    run("echo kept | barlink poke --control /run/barlink/vm1.sock; systemctl restart barlink@vm1")?;
+    let kept = run("barlink peek --control /run/barlink/vm1.sock --raw --length 4")?;
+    ensure!(kept == "kept", "{kept}");
+    Ok(())
+}
+
+/// Tries until it succeeds, for what udev does a moment later.
+fn eventually(mut attempt: impl FnMut() -> Result<String>) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        match attempt() {
+            Ok(_) => return Ok(()),
+            Err(error) if start.elapsed() > Duration::from_secs(30) => return Err(error),
+            Err(_) => thread::sleep(Duration::from_millis(200)),
+        }
+    }
+}

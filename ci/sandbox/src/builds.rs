@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Builds what the VM and the tests need: the programs, the driver, the initramfs.
+//!
+//! Every build is left to a tool that knows what changed (cargo, make), so building again costs little, and nothing
+//! stale is ever booted.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::initramfs;
+use crate::module::ModuleBuild;
+use crate::tools::{Headers, Qemu, Tools, VmArgs};
+
+/// The target that this is all for. Its C library can be linked in, so that a program runs where no library is.
+pub const NATIVE_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Which programs a task needs. No other is built for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Programs {
+    /// What the initramfs with them is called.
+    name: &'static str,
+    /// The host's.
+    host: &'static [&'static str],
+    /// The guest's.
+    guest: &'static [&'static str],
+}
+
+impl Programs {
+    /// What packages are made of.
+    pub const PACKAGED: Self = Self {
+        name: "package",
+        host: &["barlink"],
+        guest: &["barlink-guest"],
+    };
+    /// What the demo shows.
+    pub const DEMO: Self = Self {
+        name: "demo",
+        host: &["barlink"],
+        guest: &["barlink-guest", AGENT],
+    };
+    /// What `cargo xtask crash` kills.
+    pub const CRASH: Self = Self {
+        name: "crash",
+        host: &["barlink", CRASH_LOAD],
+        guest: &["barlink-guest", AGENT, CRASH_LOAD],
+    };
+    /// What `cargo xtask bench` measures.
+    pub const BENCH: Self = Self {
+        name: "bench",
+        host: &["barlink", BENCH_LOAD, ICEORYX2_LOAD],
+        guest: &["barlink-guest", AGENT, BENCH_LOAD],
+    };
+    /// What the tests need.
+    pub const ALL: Self = Self {
+        name: "test",
+        host: &["barlink", BENCH_LOAD, CRASH_LOAD],
+        guest: &[
+            "barlink-guest",
+            AGENT,
+            "barlink-driver-checks",
+            BENCH_LOAD,
+            CRASH_LOAD,
+        ],
+    };
+}
+
+/// What runs commands in the guest.
+const AGENT: &str = "barlink-agent";
+/// What `cargo xtask bench` measures.
+pub const BENCH_LOAD: &str = "barlink-bench-load";
+/// What `cargo xtask crash` kills.
+pub const CRASH_LOAD: &str = "barlink-crash-load";
+/// What `cargo xtask bench` measures of iceoryx2, which is on the host alone.
+pub const ICEORYX2_LOAD: &str = "barlink-iceoryx2-load";
+
+/// The environment variable that names a file with [`Files`] that are built already: the processes of a test run share
+/// them.
+const BUILT: &str = "BARLINK_BUILT";
+
+/// What is built, and the tools that it was built with.
+#[derive(Clone, Debug)]
+pub struct Artifacts {
+    /// The tools.
+    pub tools: Tools,
+    /// How to run the VM.
+    pub args: VmArgs,
+    /// What the guest boots into.
+    pub initramfs: PathBuf,
+    /// The folder for the logs of VMs.
+    pub logs: PathBuf,
+    files: Files,
+}
+
+/// The files that a build made.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+struct Files {
+    /// The host's programs.
+    host: Built,
+    /// The guest's programs.
+    guest: Built,
+    /// What the guest boots into.
+    initramfs: PathBuf,
+    /// The SHA-256 of that, in hexadecimal digits.
+    digest: String,
+    /// The folder for the logs of VMs.
+    logs: PathBuf,
+}
+
+impl Artifacts {
+    /// What a VM test needs, chosen by the environment (see [`VmArgs`]): what [`Artifacts::environment`] hands on, or
+    /// else built on first use.
+    pub fn shared() -> Result<&'static Self> {
+        static SHARED: OnceLock<Result<Artifacts>> = OnceLock::new();
+        let built = SHARED.get_or_init(|| {
+            let args = VmArgs::from_environment()?;
+            let tools = Tools::find(&args.tools)?;
+            let Some(path) = std::env::var_os(BUILT) else {
+                return Self::build(tools, args, Programs::ALL);
+            };
+            let files = fs::read(&path)
+                .with_context(|| format!("{BUILT}: {} cannot be read", path.display()))?;
+            Ok(Self::new(tools, args, serde_json::from_slice(&files)?))
+        });
+        built.as_ref().map_err(|error| anyhow!("{error:#}"))
+    }
+
+    /// The environment variables by which [`Artifacts::shared`] gives these in another process, without building.
+    pub fn environment(&self) -> Result<Vec<(&'static str, OsString)>> {
+        let path = self.logs.join("built.json");
+        fs::write(&path, serde_json::to_vec(&self.files)?)
+            .with_context(|| format!("{} cannot be written", path.display()))?;
+        let mut variables = self.args.environment();
+        variables.push((BUILT, path.into()));
+        Ok(variables)
+    }
+
+    fn new(tools: Tools, args: VmArgs, files: Files) -> Self {
+        Self {
+            tools,
+            args,
+            initramfs: files.initramfs.clone(),
+            logs: files.logs.clone(),
+            files,
+        }
+    }
+
+    /// Builds all for these tools, and says what it is at.
+    pub fn build(tools: Tools, args: VmArgs, programs: Programs) -> Result<Self> {
+        let target = target_folder()?;
+        eprintln!("building the host's programs ...");
+        let host = host_programs(programs)?;
+        eprintln!("building the guest's programs ...");
+        let guest = guest_programs(programs)?;
+        eprintln!("building the driver for {} ...", tools.release);
+        let driver = driver(&tools, &target)?;
+        let logs = target.join("vm");
+        fs::create_dir_all(&logs)?;
+        let initramfs = logs.join(format!(
+            "initramfs-{}-{}.cpio",
+            tools.release, programs.name
+        ));
+        let mut files = vec![
+            ("bin/busybox".to_owned(), tools.busybox.as_path()),
+            ("lib/barlink.ko".to_owned(), driver.as_path()),
+        ];
+        for name in programs.guest {
+            files.push((format!("bin/{name}"), guest.program(name)?));
+        }
+        let digest = initramfs::write(&initramfs, &files)?;
+        let files = Files {
+            host,
+            guest,
+            initramfs,
+            digest,
+            logs,
+        };
+        Ok(Self::new(tools, args, files))
+    }
+
+    /// A text that is another one whenever QEMU, the kernel, or what the guest boots into is another.
+    pub fn identity(&self) -> Result<String> {
+        let mut words = vec![self.files.digest.clone()];
+        let qemu = match &self.tools.qemu {
+            Qemu::Sandboxed(sandbox) => &sandbox.folder,
+            Qemu::Own(path) => path,
+        };
+        for path in [qemu, &self.tools.kernel_image, &self.initramfs] {
+            words.push(path.display().to_string());
+        }
+        for path in [qemu, &self.tools.kernel_image] {
+            let metadata = fs::metadata(path)
+                .with_context(|| format!("{} cannot be read", path.display()))?;
+            words.push(format!("{:?}", metadata.modified()?));
+        }
+        Ok(words.join(" "))
+    }
+
+    /// One of the host's programs.
+    pub fn host(&self, name: &str) -> Result<&Path> {
+        self.files.host.program(name)
+    }
+
+    /// One of the guest's programs.
+    pub fn guest(&self, name: &str) -> Result<&Path> {
+        self.files.guest.program(name)
+    }
+
+    /// The same, for a guest that has a kernel and initial RAM disk of its own.
+    pub fn with_kernel(&self, release: &str, kernel_image: PathBuf, initramfs: PathBuf) -> Self {
+        let mut artifacts = self.clone();
+        artifacts.tools.release = release.to_owned();
+        artifacts.tools.kernel_image = kernel_image;
+        artifacts.initramfs = initramfs;
+        artifacts
+    }
+}
+
+/// Builds what runs on the host.
+pub fn host_programs(programs: Programs) -> Result<Built> {
+    cargo_build(programs.host, Linkage::Default)
+}
+
+/// Builds what runs in the guest.
+pub fn guest_programs(programs: Programs) -> Result<Built> {
+    cargo_build(programs.guest, Linkage::Static)
+}
+
+/// Builds the driver and gives the path of the module.
+///
+/// In the sandbox every warning is an error: the compilers' by their flags, those of other tools by their looks. What a
+/// user's own compiler warns of is shown.
+pub fn driver(tools: &Tools, target: &Path) -> Result<PathBuf> {
+    let repository = repository();
+    let source = repository.join("guest-driver");
+    let wire = repository.join("protocol/src/wire");
+    let output = target.join("driver").join(&tools.release);
+    fs::create_dir_all(&output)?;
+    let build = ModuleBuild {
+        source: &source,
+        included: &[&wire],
+        output: &output,
+    };
+    let mut make = build.command(&tools.headers)?;
+    let made = make.output().with_context(|| {
+        let program = make.get_program().display().to_string();
+        format!("{program} cannot be started")
+    })?;
+    let text = String::from_utf8_lossy(&[made.stdout, made.stderr].concat()).into_owned();
+    let warned = text
+        .lines()
+        .any(|line| line.to_lowercase().contains("warning:"));
+    let strict = matches!(tools.headers, Headers::Sandboxed(_));
+    if !made.status.success() || (warned && strict) {
+        bail!(
+            "the driver does not build cleanly for {}\n{}",
+            tools.release,
+            text.trim_end()
+        );
+    }
+    if warned {
+        eprintln!("{}", text.trim_end());
+    }
+    Ok(output.join("barlink.ko"))
+}
+
+/// The root of this repository.
+pub fn repository() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.ancestors().nth(2).unwrap_or(here).to_owned()
+}
+
+/// A command for the cargo that runs this program.
+pub fn cargo(subcommand: &str) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.arg(subcommand).current_dir(repository());
+    command
+}
+
+/// The folder that cargo builds in.
+pub fn target_folder() -> Result<PathBuf> {
+    let output = cargo("metadata")
+        .args(["--no-deps", "--format-version=1"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cargo cannot be started")?;
+    let metadata: Value =
+        serde_json::from_slice(&output.stdout).context("cargo metadata failed")?;
+    let folder = metadata["target_directory"].as_str();
+    Ok(folder
+        .context("cargo metadata names no target folder")?
+        .into())
+}
+
+/// How a program is linked.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Linkage {
+    /// As is usual on the host.
+    Default,
+    /// With everything in it.
+    Static,
+}
+
+/// Paths of programs, by their names.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Built(HashMap<String, PathBuf>);
+
+impl Built {
+    /// With these, too.
+    pub fn and(mut self, others: Self) -> Self {
+        self.0.extend(others.0);
+        self
+    }
+
+    /// The path of one.
+    pub fn program(&self, name: &str) -> Result<&Path> {
+        let program = self.0.get(name).map(PathBuf::as_path);
+        program.with_context(|| format!("cargo built no program {name}"))
+    }
+}
+
+/// Builds the programs of these packages with optimisation.
+fn cargo_build(packages: &[&str], linkage: Linkage) -> Result<Built> {
+    let mut build = cargo("build");
+    build.args([
+        "--release",
+        "--bins",
+        "--message-format=json-render-diagnostics",
+    ]);
+    build.args(packages.iter().flat_map(|package| ["--package", package]));
+    if linkage == Linkage::Static {
+        build.arg(format!("--target={NATIVE_TARGET}"));
+        // Of all ways to give flags this one outranks the others, so that no setting of the user's undoes it.
+        build.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
+        // Three quarters of these programs otherwise, which every boot would load.
+        build.env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
+    }
+    let output = build
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cargo cannot be started")?;
+    if !output.status.success() {
+        bail!("cargo cannot build {}", packages.join(", "));
+    }
+    let messages = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
+    let mut programs = HashMap::new();
+    for message in messages {
+        let message = message.context("cargo's messages cannot be read")?;
+        if let (Some(path), Some(name)) = (
+            message["executable"].as_str(),
+            message["target"]["name"].as_str(),
+        ) {
+            programs.insert(name.to_owned(), path.into());
+        }
+    }
+    Ok(Built(programs))
+}

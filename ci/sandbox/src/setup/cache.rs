@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The folder that holds finished sandboxes, and how one gets there: built under another name, then renamed.
+
+use std::cmp::Reverse;
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use indicatif::BinaryBytes;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use tempfile::TempDir;
+
+use crate::recipe::{HASH_DIGITS, Kind, Recipe};
+use crate::sandbox::{Manifest, Sandbox};
+
+/// What the names of unfinished sandboxes begin with.
+const UNFINISHED: &str = ".unfinished-";
+const MANIFEST: &str = "sandbox.json";
+
+/// The folder, by default `~/.cache/barlink`.
+#[derive(Debug)]
+pub(super) struct Cache {
+    folder: PathBuf,
+}
+
+/// The right to change the cache; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Lock {
+    _file: File,
+}
+
+impl Cache {
+    /// Finds the folder by `XDG_CACHE_HOME` or `HOME`, and makes it where it is missing.
+    pub(super) fn open() -> Result<Self> {
+        let absolute = |name| {
+            std::env::var_os(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+        };
+        let parent = absolute("XDG_CACHE_HOME")
+            .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+            .context("there is no place for the sandbox: set HOME or XDG_CACHE_HOME")?;
+        let folder = parent.join("barlink");
+        // For its owner alone: a sandbox built by root holds programs with the set-user-ID bit.
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)
+            .with_context(|| format!("{} cannot be made", folder.display()))?;
+        Ok(Self { folder })
+    }
+
+    /// The folder itself.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Whether a sandbox has room on the disk, which is better said before it is full.
+    pub(super) fn check_room(&self, needed: u64) -> Result<()> {
+        let disk = rustix::fs::statvfs(&self.folder)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        ensure!(
+            free >= needed,
+            "{} is on a disk with {} left, and a sandbox needs {}: make room, remove old sandboxes with `cargo xtask clean`, or \
+             set XDG_CACHE_HOME to a folder elsewhere",
+            self.folder.display(),
+            BinaryBytes(free),
+            BinaryBytes(needed)
+        );
+        Ok(())
+    }
+
+    /// The log of the latest set-up.
+    pub(super) fn log(&self) -> PathBuf {
+        self.folder.join("setup.log")
+    }
+
+    /// Where programs are that are in no sandbox.
+    pub(super) fn programs(&self) -> PathBuf {
+        self.folder.join("programs")
+    }
+
+    /// The finished sandboxes of this recipe and kind, the one to prefer first.
+    pub(super) fn sandboxes(&self, recipe: &Recipe, kind: Kind) -> Result<Vec<Sandbox>> {
+        let mut found = Vec::new();
+        for folder in self.finished()? {
+            if is_of(&folder, recipe, kind) {
+                let sandbox = read(&folder)?;
+                if let Some(version) = sandbox.version()
+                    && let Some(rank) = recipe.rank(&version)
+                {
+                    found.push((rank, Reverse(version), sandbox));
+                }
+            }
+        }
+        found.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+        Ok(found.into_iter().map(|(_, _, sandbox)| sandbox).collect())
+    }
+
+    /// The finished sandboxes of other recipes, which this program has no use for.
+    pub(super) fn strangers(&self, recipe: &Recipe) -> Result<Vec<PathBuf>> {
+        let mut folders = self.finished()?;
+        folders.retain(|folder| {
+            let ours = Kind::ALL.iter().any(|kind| is_of(folder, recipe, *kind));
+            !ours && is_named_as_ours(folder)
+        });
+        Ok(folders)
+    }
+
+    /// Removes the strangers but for those in use, and what interrupted set-ups left. Gives what it removed and what it
+    /// left.
+    pub(super) fn clean(
+        &self,
+        recipe: &Recipe,
+        lock: &Lock,
+    ) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+        self.remove_unfinished(lock)?;
+        let (mut removed, mut left) = (Vec::new(), Vec::new());
+        for folder in self.strangers(recipe)? {
+            let manifest = File::open(folder.join(MANIFEST))?;
+            match flock(&manifest, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => (),
+                Err(Errno::WOULDBLOCK) => {
+                    left.push(folder);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            }
+            // Under a name that says what it will be if this is interrupted.
+            let mut name = OsString::from(UNFINISHED);
+            name.push(folder.file_name().unwrap_or_default());
+            fs::rename(&folder, self.folder.join(name))?;
+            self.remove_unfinished(lock)?;
+            removed.push(folder);
+        }
+        Ok((removed, left))
+    }
+
+    fn finished(&self) -> Result<Vec<PathBuf>> {
+        let mut folders = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            let unfinished = entry.file_name().to_string_lossy().starts_with(UNFINISHED);
+            if !unfinished && entry.path().join(MANIFEST).is_file() {
+                folders.push(entry.path());
+            }
+        }
+        Ok(folders)
+    }
+
+    /// Waits until no other set-up runs, calling `waiting` first where that takes a while.
+    pub(super) fn lock(&self, waiting: impl FnOnce()) -> Result<Lock> {
+        let path = self.folder.join("lock");
+        let file =
+            File::create(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                waiting();
+                flock(&file, FlockOperation::LockExclusive)?;
+            }
+            other => other?,
+        }
+        Ok(Lock { _file: file })
+    }
+
+    /// Removes what interrupted set-ups left.
+    fn remove_unfinished(&self, _lock: &Lock) -> Result<()> {
+        for entry in fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+                let path = entry.path();
+                fs::remove_dir_all(&path)
+                    .with_context(|| format!("{} cannot be removed", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what interrupted set-ups left, and begins a new sandbox, which is removed again unless it is finished.
+    pub(super) fn begin(&self, lock: &Lock) -> Result<TempDir> {
+        self.remove_unfinished(lock)?;
+        Ok(tempfile::Builder::new()
+            .prefix(UNFINISHED)
+            // Programs that give up their rights, such as apt's downloads, must get through.
+            .permissions(PermissionsExt::from_mode(0o755))
+            .tempdir_in(&self.folder)?)
+    }
+
+    /// Makes a finished sandbox of `unfinished`.
+    pub(super) fn finish(
+        &self,
+        unfinished: TempDir,
+        recipe: &Recipe,
+        kind: Kind,
+        manifest: &Manifest,
+    ) -> Result<Sandbox> {
+        let file = File::create(unfinished.path().join(MANIFEST))?;
+        serde_json::to_writer_pretty(&file, manifest)?;
+        // On the disk before it has its name, or a loss of power could leave empty files under that.
+        rustix::fs::syncfs(&file)?;
+        let name = format!("{}{}", manifest.release, ending(recipe, kind));
+        let folder = self.folder.join(name);
+        fs::rename(unfinished.path(), &folder).with_context(|| {
+            format!(
+                "the finished sandbox cannot be moved to {}; remove what is there",
+                folder.display()
+            )
+        })?;
+        // It has gone from where it was, so there is nothing to remove.
+        let _ = unfinished.keep();
+        read(&folder)
+    }
+}
+
+/// What the names of a recipe's sandboxes end with.
+fn ending(recipe: &Recipe, kind: Kind) -> String {
+    format!("-{}", recipe.hash(kind))
+}
+
+fn is_of(folder: &Path, recipe: &Recipe, kind: Kind) -> bool {
+    let name = folder.file_name().unwrap_or_default();
+    name.to_string_lossy().ends_with(&ending(recipe, kind))
+}
+
+/// Whether a finished sandbox has the name that [`Cache::finish`] gives, and so is nothing that somebody else put there.
+fn is_named_as_ours(folder: &Path) -> bool {
+    let is_folder = fs::symlink_metadata(folder).is_ok_and(|metadata| metadata.is_dir());
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let hash = read(folder).ok().and_then(|sandbox| {
+        let hash = name.strip_prefix(&sandbox.manifest.release)?;
+        hash.strip_prefix('-').map(str::to_owned)
+    });
+    let digit = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    is_folder && hash.is_some_and(|hash| hash.len() == HASH_DIGITS && hash.bytes().all(digit))
+}
+
+/// Marks a sandbox as in use until the file is closed, so that it is not removed.
+pub(super) fn hold(sandbox: &Sandbox) -> Result<File> {
+    let path = sandbox.folder.join(MANIFEST);
+    let file = File::open(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
+    flock(&file, FlockOperation::LockShared)?;
+    Ok(file)
+}
+
+fn read(folder: &Path) -> Result<Sandbox> {
+    let path = folder.join(MANIFEST);
+    let manifest = File::open(&path).map_err(anyhow::Error::new);
+    let manifest = manifest.and_then(|file| Ok(serde_json::from_reader(file)?));
+    Ok(Sandbox {
+        folder: folder.to_owned(),
+        manifest: manifest.with_context(|| {
+            format!(
+                "{} cannot be read; remove {}",
+                path.display(),
+                folder.display()
+            )
+        })?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cache in a folder of its own, with what looks like a finished sandbox for each name.
+    fn cache(names: &[&str]) -> (TempDir, Cache) {
+        let folder = tempfile::tempdir().unwrap();
+        for name in names {
+            let sandbox = folder.path().join(name);
+            fs::create_dir_all(sandbox.join("root/usr")).unwrap();
+            let manifest = Manifest {
+                release: "7.2.12+deb13-cloud-amd64".to_owned(),
+                package_version: "7.2.12-1".to_owned(),
+                kernel_image: "vmlinuz".into(),
+            };
+            fs::write(
+                sandbox.join(MANIFEST),
+                serde_json::to_vec(&manifest).unwrap(),
+            )
+            .unwrap();
+        }
+        let cache = Cache {
+            folder: folder.path().to_owned(),
+        };
+        (folder, cache)
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn disk_that_is_too_full_is_told_before_it_is_full() {
+        let (_folder, cache) = cache(&[]);
+        cache.check_room(1).unwrap();
+        let error = cache.check_room(u64::MAX).unwrap_err().to_string();
+        assert!(
+            error.contains("make room") && error.contains("XDG_CACHE_HOME"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn clean_removes_sandboxes_of_other_recipes_and_nothing_else() {
+        let recipe = Recipe::load().unwrap();
+        let [own, debian] =
+            Kind::ALL.map(|kind| format!("7.2.12+deb13-cloud-amd64{}", ending(&recipe, kind)));
+        let old = "7.2.12+deb13-cloud-amd64-0123456789ab";
+        let others = [
+            "7.2.12+deb13-cloud-amd64-backup",
+            "7.2.12+deb13-cloud-amd64-0123456789ab.old",
+            "7.3.4+deb13-cloud-amd64-0123456789ab",
+            "notes",
+        ];
+        let (folder, cache) = cache(&[&[&own[..], &debian, old], &others[..]].concat());
+        let link = "7.2.12+deb13-cloud-amd64-ba9876543210";
+        let (elsewhere, _) = self::cache(&[link]);
+        let linked = elsewhere.path().join(link);
+        std::os::unix::fs::symlink(&linked, folder.path().join(link)).unwrap();
+        fs::create_dir(folder.path().join(".unfinished-x")).unwrap();
+
+        let lock = cache.lock(|| ()).unwrap();
+        let (removed, left) = cache.clean(&recipe, &lock).unwrap();
+        assert_eq!((removed, left), (vec![folder.path().join(old)], vec![]));
+        let mut expected = [&others[..], &[&own[..], &debian, link, "lock"]].concat();
+        expected.sort_unstable();
+        assert_eq!(names(folder.path()), expected);
+        assert!(linked.join("root/usr").exists());
+    }
+
+    #[test]
+    fn clean_leaves_a_sandbox_that_is_in_use() {
+        let recipe = Recipe::load().unwrap();
+        let old = "7.2.12+deb13-cloud-amd64-0123456789ab";
+        let (folder, cache) = cache(&[old]);
+        let path = folder.path().join(old);
+        let lock = cache.lock(|| ()).unwrap();
+        let holds = [(); 2].map(|()| hold(&read(&path).unwrap()).unwrap());
+        let (removed, left) = cache.clean(&recipe, &lock).unwrap();
+        assert_eq!((removed, left), (vec![], vec![path.clone()]));
+        assert!(path.join("root/usr").exists());
+        drop(holds);
+        let (removed, _) = cache.clean(&recipe, &lock).unwrap();
+        assert_eq!(removed, [path]);
+        assert_eq!(names(folder.path()), ["lock"]);
+    }
+}

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Makes the sandbox that everything else runs in, unless it is there already.
+
+mod cache;
+mod debian;
+mod host;
+mod kernels;
+mod metadata;
+mod mirror;
+mod program;
+mod rootfs;
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use self::cache::{Cache, Lock};
+pub use self::kernels::NoKernel;
+use self::metadata::Unfinished;
+pub use self::program::program;
+use crate::recipe::{Kind, Recipe};
+use crate::sandbox::Sandbox;
+use crate::steps::Steps;
+use crate::tools::{ToolArgs, Tools};
+
+/// Removes the sandboxes of other versions of barlink, but for those in use. Gives what it removed and what it left.
+pub fn clean() -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let cache = Cache::open()?;
+    let lock = lock(&cache)?;
+    cache.clean(&Recipe::load()?, &lock)
+}
+
+/// The sandboxes of other versions of barlink.
+pub fn strangers() -> Result<Vec<PathBuf>> {
+    Cache::open()?.strangers(&Recipe::load()?)
+}
+
+/// The folder that holds what is made once and used again, by default `~/.cache/barlink`.
+pub fn cache_folder() -> Result<PathBuf> {
+    Ok(Cache::open()?.folder().to_owned())
+}
+
+/// Marks a sandbox as in use until the file is closed.
+pub fn hold(sandbox: &Sandbox) -> Result<File> {
+    cache::hold(sandbox)
+}
+
+fn lock(cache: &Cache) -> Result<Lock> {
+    cache.lock(|| eprintln!("another set-up is at work: waiting for it to end"))
+}
+
+/// The tools that `args` names, set up if need be.
+pub fn ensure(args: &ToolArgs) -> Result<Tools> {
+    if let Some(tools) = Tools::own(args)? {
+        return Ok(tools);
+    }
+    // Before what takes long.
+    Tools::check(args)?;
+    let sandbox = match finished(args)?.into_iter().next() {
+        Some(sandbox) => sandbox,
+        None => build(args, Kind::Sandbox)?,
+    };
+    Tools::with_sandbox(args, sandbox)
+}
+
+/// The finished sandboxes that `args` allows, the one to prefer first.
+pub fn finished(args: &ToolArgs) -> Result<Vec<Sandbox>> {
+    finished_of(args, Kind::Sandbox)
+}
+
+fn finished_of(args: &ToolArgs, kind: Kind) -> Result<Vec<Sandbox>> {
+    let mut sandboxes = Cache::open()?.sandboxes(&Recipe::load()?, kind)?;
+    if let Some(wanted) = &args.kernel {
+        sandboxes.retain(|sandbox| {
+            sandbox
+                .version()
+                .is_some_and(|version| version.is_of(wanted))
+        });
+    }
+    Ok(sandboxes)
+}
+
+/// A Debian that has been installed and knows nothing of barlink, made if need be, which only root can; held until the file
+/// is closed.
+pub fn debian(args: &ToolArgs) -> Result<(Sandbox, File)> {
+    let debian = match finished_of(args, Kind::Debian)?.into_iter().next() {
+        Some(debian) => debian,
+        None => build(args, Kind::Debian)?,
+    };
+    let hold = hold(&debian)?;
+    Ok((debian, hold))
+}
+
+/// Bytes of disk that a sandbox takes while it is made.
+const ROOM: u64 = 3 << 30;
+
+/// Makes a sandbox, or waits until another process has made a fitting one.
+fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
+    let recipe = Recipe::load()?;
+    let cache = Cache::open()?;
+    let lock = lock(&cache)?;
+    if let Some(sandbox) = finished_of(args, kind)?.into_iter().next() {
+        return Ok(sandbox);
+    }
+    let unfinished = cache.begin(&lock)?;
+    cache.check_room(ROOM)?;
+    let folder = unfinished.path();
+    let steps = Steps::start(&cache.log())?;
+    host::prepare(&steps)?;
+
+    let settings = mirror::network_settings()?;
+    let index = folder.join("index");
+    let (mirror, kernel) = steps.step("looking for a kernel", || {
+        let mirrors = match &args.mirror {
+            Some(mirror) => vec![mirror.clone()],
+            None => mirror::candidates()?,
+        };
+        let (mirror, kernels) = kernels::first_available(&mirrors, &recipe, &settings, &index)?;
+        Ok((
+            mirror,
+            kernels::choose(&kernels, &recipe, args.kernel.as_deref())?,
+        ))
+    })?;
+    fs::remove_dir_all(index)?;
+
+    let manifest = match kind {
+        Kind::Sandbox => {
+            let packages = format!(
+                "unpacking Debian packages with kernel {} from {mirror}",
+                kernel.version
+            );
+            steps.step(&packages, || {
+                rootfs::build(&steps, &recipe, &kernel, &mirror, &settings, folder)
+            })?;
+            let sandbox = Unfinished {
+                steps: &steps,
+                kernel: &kernel,
+                folder,
+            };
+            steps.step("making the kernel's Rust metadata", || sandbox.make())?;
+            steps.step("trying it with a small module", || sandbox.check())?
+        }
+        Kind::Debian => {
+            let installing = format!(
+                "installing Debian with kernel {} from {mirror}",
+                kernel.version
+            );
+            steps.step(&installing, || {
+                debian::build(&steps, &recipe, &kernel, &mirror, &settings, folder)
+            })?
+        }
+    };
+    cache.finish(unfinished, &recipe, kind, &manifest)
+}

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The kinds of fault, and over which transport each is done.
+//!
+//! A broker that is killed and that nobody starts again is none: no host app can attach any more. What becomes of the
+//! VM is shown by tests of its own: `broker_that_dies_leaves_the_stream_running` over ivshmem, and over vfio-user
+//! `vm_outlives_its_broker_until_it_reboots`.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use barlink_crash_load::Point;
+use barlink_protocol::wire::layout::End;
+
+use barlink_vm::broker::Transport;
+
+/// Where an end is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    /// On the host.
+    Host,
+    /// In the guest.
+    Guest,
+}
+
+/// One of the four ends.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Role {
+    /// Where it is.
+    pub side: Side,
+    /// What it is.
+    pub end: End,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 4] = [
+        Self::new(Side::Host, End::Producer),
+        Self::new(Side::Host, End::Consumer),
+        Self::new(Side::Guest, End::Producer),
+        Self::new(Side::Guest, End::Consumer),
+    ];
+
+    const fn new(side: Side, end: End) -> Self {
+        Self { side, end }
+    }
+
+    /// The other end of its channel.
+    pub fn other(self) -> Self {
+        let other = Self::ALL.into_iter();
+        let mut other = other.filter(|role| *role != self && role.channel() == self.channel());
+        other.next().unwrap_or(self)
+    }
+
+    /// The name of its channel.
+    pub fn channel(self) -> &'static str {
+        match (self.side, self.end) {
+            (Side::Host, End::Producer) | (Side::Guest, End::Consumer) => "down",
+            (Side::Guest, End::Producer) | (Side::Host, End::Consumer) => "up",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = match self.side {
+            Side::Host => "host",
+            Side::Guest => "guest",
+        };
+        write!(f, "{side} {}", self.end)
+    }
+}
+
+/// One kind of fault.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Fault {
+    /// An end is killed, wherever it is.
+    Killed(Role),
+    /// An end is killed exactly there.
+    KilledAt(Role, Point),
+    /// Both ends of the channel of this one, which is on the host, are killed, this one first.
+    BothKilled(Role),
+    /// The ends in the guest are killed, and the driver is unloaded and loaded.
+    DriverReloaded,
+    /// The device is taken from the driver and given back.
+    DeviceUnbound,
+    /// The device is pulled out and plugged in.
+    DeviceUnplugged,
+    /// The guest is suspended to memory, and resumes.
+    GuestSuspended,
+    /// The guest is reset.
+    GuestReset,
+    /// QEMU is killed, and another one booted.
+    QemuKilled,
+    /// The broker is killed, and started again by its service manager.
+    BrokerKilled,
+    /// The same, and meanwhile this end is killed, which is on the host.
+    BrokerAndEndKilled(Role),
+    /// Another broker takes over.
+    BrokerReplaced,
+    /// The broker is killed, and started again by its service manager, while the guest rings without a pause: a message
+    /// can be half answered.
+    BrokerKilledAmidRings,
+    /// Another broker takes over while the guest rings without a pause.
+    BrokerReplacedAmidRings,
+}
+
+impl Fault {
+    /// Those that are done over this transport: all that records survive.
+    pub fn all(transport: Transport) -> Vec<Self> {
+        let mut all = Self::any();
+        all.retain(|fault| fault.why_not(transport).is_none());
+        all
+    }
+
+    /// Those that are not, each with the reason.
+    pub fn left_out(transport: Transport) -> Vec<(Self, &'static str)> {
+        let any = Self::any().into_iter();
+        any.filter_map(|fault| Some((fault, fault.why_not(transport)?)))
+            .collect()
+    }
+
+    /// Why a fault is not done over this transport, if it is not.
+    fn why_not(self, transport: Transport) -> Option<&'static str> {
+        match (self, transport) {
+            // `device_of_vfio_user_is_plugged_in_and_not_out`
+            (Self::DeviceUnplugged, Transport::VfioUser) => {
+                Some("QEMU 11.1 ends when a vfio-user device is unplugged")
+            }
+            (Self::BrokerKilledAmidRings | Self::BrokerReplacedAmidRings, Transport::Ivshmem) => {
+                Some("no ring is a message to the broker")
+            }
+            // `service_that_is_restarted_lets_its_vm_over_vhost_user_go`
+            (
+                Self::BrokerKilled
+                | Self::BrokerAndEndKilled(_)
+                | Self::BrokerReplaced
+                | Self::BrokerKilledAmidRings
+                | Self::BrokerReplacedAmidRings,
+                Transport::VhostUser,
+            ) => Some("a broker's session over vhost-user ends with it"),
+            _ => None,
+        }
+    }
+
+    /// All of them.
+    fn any() -> Vec<Self> {
+        let mut all = Vec::new();
+        for role in Role::ALL {
+            let points: &[Point] = match role.end {
+                End::Producer => &[Point::BeforeCommit, Point::BeforeRing],
+                End::Consumer => &[
+                    Point::BeforeDelivery,
+                    Point::BeforeRelease,
+                    Point::BeforeRing,
+                ],
+            };
+            all.push(Self::Killed(role));
+            all.extend(points.iter().map(|&point| Self::KilledAt(role, point)));
+        }
+        for role in Role::ALL {
+            if role.side == Side::Host {
+                all.extend([Self::BothKilled(role), Self::BrokerAndEndKilled(role)]);
+            }
+        }
+        all.extend([
+            Self::DriverReloaded,
+            Self::DeviceUnbound,
+            Self::DeviceUnplugged,
+            Self::GuestSuspended,
+            Self::GuestReset,
+            Self::QemuKilled,
+            Self::BrokerKilled,
+            Self::BrokerReplaced,
+            Self::BrokerKilledAmidRings,
+            Self::BrokerReplacedAmidRings,
+        ]);
+        all
+    }
+
+    /// Whether the broker must be a managed service for it, or must not be; `None` if it does not matter. A service
+    /// manager would start a broker again that another one replaced.
+    pub fn needs_manager(self) -> Option<bool> {
+        match self {
+            _ if self.kills_broker() => Some(true),
+            Self::BrokerReplaced | Self::BrokerReplacedAmidRings => Some(false),
+            _ => None,
+        }
+    }
+
+    /// Whether the guest must not have been suspended since it booted: QEMU's firmware loses ACPI's registers then, by which Linux
+    /// is suspended and hears of devices that are pulled out (`docs/driver.md`, section 8).
+    pub fn needs_acpi(self) -> bool {
+        matches!(self, Self::GuestSuspended | Self::DeviceUnplugged)
+    }
+
+    /// Whether it kills the broker, at whatever instruction.
+    pub fn kills_broker(self) -> bool {
+        matches!(
+            self,
+            Self::BrokerKilled | Self::BrokerAndEndKilled(_) | Self::BrokerKilledAmidRings
+        )
+    }
+
+    /// How many records come again because they were delivered and not released, as is right.
+    pub fn again(self) -> RangeInclusive<u64> {
+        match self {
+            Self::KilledAt(_, Point::BeforeRelease) => 1..=1,
+            Self::KilledAt(..)
+            | Self::GuestSuspended
+            | Self::BrokerKilled
+            | Self::BrokerReplaced
+            | Self::BrokerKilledAmidRings
+            | Self::BrokerReplacedAmidRings => 0..=0,
+            Self::Killed(role) | Self::BrokerAndEndKilled(role) => match role.end {
+                End::Producer => 0..=0,
+                End::Consumer => 0..=1,
+            },
+            // Consumers are killed, or lose the memory under their hands, at any moment.
+            _ => 0..=1,
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let told = match self {
+            Self::Killed(role) => return write!(f, "{role} killed"),
+            Self::KilledAt(role, point) => {
+                let place = match (point, role.end) {
+                    (Point::BeforeCommit, _) => "before commit",
+                    (Point::BeforeRing, End::Producer) => "between commit and ring",
+                    (Point::BeforeRing, End::Consumer) => "between release and ring",
+                    (Point::BeforeDelivery, _) => "before delivery",
+                    (Point::BeforeRelease, _) => "between delivery and release",
+                };
+                return write!(f, "{role} killed {place}");
+            }
+            Self::BothKilled(role) => return write!(f, "{role} killed, and the other end"),
+            Self::BrokerAndEndKilled(role) => {
+                return write!(f, "broker killed, then {role}");
+            }
+            Self::DriverReloaded => "driver unloaded and loaded",
+            Self::DeviceUnbound => "device unbound and bound",
+            Self::DeviceUnplugged => "device unplugged and plugged",
+            Self::GuestSuspended => "guest suspended and resumed",
+            Self::GuestReset => "guest reset",
+            Self::QemuKilled => "QEMU killed and booted",
+            Self::BrokerKilled => "broker killed and started",
+            Self::BrokerReplaced => "broker replaced",
+            Self::BrokerKilledAmidRings => "broker killed and started amid rings",
+            Self::BrokerReplacedAmidRings => "broker replaced amid rings",
+        };
+        f.write_str(told)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_is_what_the_transport_cannot_survive_or_does_not_know() {
+        let left_out = |transport| {
+            let left_out = Fault::left_out(transport).into_iter();
+            left_out.map(|(fault, _)| fault).collect::<Vec<_>>()
+        };
+        assert_eq!(left_out(Transport::VfioUser), [Fault::DeviceUnplugged]);
+        let amid_rings = [Fault::BrokerKilledAmidRings, Fault::BrokerReplacedAmidRings];
+        assert_eq!(left_out(Transport::Ivshmem), amid_rings);
+        let with_broker = |fault: &Fault| fault.to_string().starts_with("broker ");
+        let (broker, others): (Vec<_>, Vec<_>) = Fault::any().into_iter().partition(with_broker);
+        assert_eq!(left_out(Transport::VhostUser), broker);
+        assert_eq!(Fault::all(Transport::VhostUser), others);
+        let done = Fault::all(Transport::VfioUser);
+        assert!(!done.contains(&Fault::DeviceUnplugged));
+        assert!(amid_rings.iter().all(|fault| done.contains(fault)));
+    }
+}

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `cargo xtask crash`: while numbered records flow both ways between a guest and the host, does one fault a round, in
+//! turn of every kind, and counts what is lost or comes twice.
+//!
+//! The ends are `barlink-crash-load`, which notes in the region's raw window how far it got; the notes outlive processes,
+//! guest and QEMU, and are what loss is judged by. They also tell what woke each end. An end that comes looks by the clock
+//! until the first ring has reached it, which would hide that rings do not; so a round is over once rings have woken
+//! every end. From then on nothing else does, and a ring that is lost shows as a stream that stands still.
+//!
+//! Over vfio-user the broker forwards every ring, so there it is also killed and replaced while the guest rings without a
+//! pause. Only one that was killed may leave QEMU without an answer.
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `fault.rs` | the kinds of fault |
+//! | `scene.rs` | the broker, the VM and the four ends, and waiting for them |
+//! | `inflict.rs` | doing a fault, and what it takes to go on after it |
+//! | `worker.rs` | one end: a process on the host or in the guest |
+//! | `watch.rs` | the notes and counters, as the host sees them |
+//! | `report.rs` | the table |
+
+mod fault;
+mod inflict;
+mod report;
+mod scene;
+mod watch;
+mod worker;
+
+use std::num::NonZeroUsize;
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, bail, ensure};
+use barlink_crash_load::Random;
+use clap::Args;
+
+use self::fault::Fault;
+pub use self::report::Report;
+use self::scene::Scene;
+use barlink_vm::broker::Transport;
+use barlink_sandbox::builds::{Artifacts, Programs};
+use barlink_sandbox::setup;
+use barlink_sandbox::tools::VmArgs;
+use barlink_vm::check_accelerator;
+
+/// Longest time for which the streams are left alone before a fault.
+const CALM: Duration = Duration::from_millis(400);
+
+/// How to crash.
+#[derive(Args, Debug)]
+pub struct CrashArgs {
+    /// Faults to do
+    #[arg(long, default_value = "100")]
+    pub rounds: NonZeroUsize,
+
+    /// Do only kinds of fault whose names in the table hold this
+    #[arg(long, value_name = "TEXT")]
+    pub only: Option<String>,
+
+    /// How the VM is reached
+    #[arg(long, value_enum, default_value_t)]
+    pub transport: Transport,
+
+    /// What the faults' order, the times between them and the records' content follow from; when exactly a fault meets
+    /// whom differs from run to run [default: from the clock]
+    #[arg(long)]
+    pub seed: Option<u64>,
+
+    /// The tools.
+    #[command(flatten)]
+    pub vm: VmArgs,
+}
+
+/// Sets up and builds what is needed, does the rounds, and prints the table.
+pub fn run(args: &CrashArgs) -> Result<ExitCode> {
+    check_accelerator(args.vm.accel)?;
+    let transport = args.transport;
+    let faults = chosen(transport, args.only.as_deref())?;
+    let tools = setup::ensure(&args.vm.tools)?;
+    let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::CRASH)?;
+    let seed = match args.seed {
+        Some(seed) => seed,
+        None => fresh_seed()?,
+    };
+    let report = crash(&artifacts, transport, &faults, args.rounds.get(), seed)?;
+    print!("{report}");
+    Ok(match report.is_good() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// The kinds of fault over a transport that have this in their names, or all.
+fn chosen(transport: Transport, only: Option<&str>) -> Result<Vec<Fault>> {
+    let mut faults = Fault::all(transport);
+    let Some(only) = only else {
+        return Ok(faults);
+    };
+    let known: Vec<_> = faults.iter().map(|fault| format!("\n  {fault}")).collect();
+    let is_meant = |fault: &Fault| fault.to_string().contains(only);
+    faults.retain(is_meant);
+    if faults.is_empty()
+        && let Some((fault, why)) = Fault::left_out(transport)
+            .into_iter()
+            .find(|(fault, _)| is_meant(fault))
+    {
+        bail!(
+            "`{fault}` (--only) is not done over {transport}, since {why}: choose another --transport"
+        );
+    }
+    ensure!(
+        !faults.is_empty(),
+        "no kind of fault over {transport} has `{only}` in its name (--only): choose from{}",
+        known.concat()
+    );
+    Ok(faults)
+}
+
+/// Does one fault of each kind.
+pub fn once(artifacts: &Artifacts, transport: Transport) -> Result<Report> {
+    let faults = Fault::all(transport);
+    crash(artifacts, transport, &faults, faults.len(), fresh_seed()?)
+}
+
+/// A seed that is short enough to be typed.
+fn fresh_seed() -> Result<u64> {
+    Ok(SystemTime::UNIX_EPOCH.elapsed()?.as_micros() as u64 % 1_000_000_000)
+}
+
+/// Does so many rounds, with progress on standard error. What goes wrong in them is in the report.
+fn crash(
+    artifacts: &Artifacts,
+    transport: Transport,
+    faults: &[Fault],
+    rounds: usize,
+    seed: u64,
+) -> Result<Report> {
+    let release = &artifacts.tools.release;
+    eprintln!("{rounds} rounds over {transport} with seed {seed}, kernel {release}");
+    let mut report = Report::new(transport, seed, rounds, faults);
+    let mut random = Random::new(seed);
+    for (managed, faults) in plan(faults, rounds, &mut random) {
+        if faults.is_empty() {
+            continue;
+        }
+        let start = Instant::now();
+        let mut scene = Scene::set(artifacts, transport, random.next(), managed)?;
+        let outcome = play(&mut scene, &mut report, &faults, &mut random);
+        if outcome.is_err() {
+            eprintln!("{}", scene.evidence());
+        }
+        report.end(outcome, scene.watch().counts(), start.elapsed());
+        if !report.is_good() {
+            break;
+        }
+    }
+    Ok(report)
+}
+
+/// The faults of all rounds: those with a managed broker, and those with one that is not.
+fn plan(faults: &[Fault], rounds: usize, random: &mut Random) -> [(bool, Vec<Fault>); 2] {
+    let mut plan = [(true, Vec::new()), (false, Vec::new())];
+    let mut next = Vec::new();
+    for _ in 0..rounds {
+        if next.is_empty() {
+            next = shuffled(faults, random);
+        }
+        let Some(fault) = next.pop() else { break };
+        let managed = fault.needs_manager();
+        let managed = managed.unwrap_or_else(|| random.below(2) == 0);
+        plan[usize::from(!managed)].1.push(fault);
+    }
+    plan
+}
+
+fn play(
+    scene: &mut Scene<'_>,
+    report: &mut Report,
+    faults: &[Fault],
+    random: &mut Random,
+) -> Result<()> {
+    scene.wait_until_all_flow().context("at the beginning")?;
+    for &fault in faults {
+        let prepared = scene.prepare(fault);
+        prepared.with_context(|| format!("before the fault, {fault}"))?;
+        scene
+            .wait_until_all_are_woken()
+            .context("before the fault")?;
+        thread::sleep(CALM.mul_f64(random.below(1000) as f64 / 1000.0));
+        let before = scene.watch().counts();
+        let recovery = scene.inflict(fault);
+        let recovery = recovery.and_then(|time| {
+            scene.wait_until_all_are_woken()?;
+            scene.check_kernel()?;
+            scene.check_answers(fault)?;
+            Ok(time)
+        });
+        let counts = scene.watch().counts() - before;
+        let round = report.add(fault, recovery.as_ref().ok().copied(), counts);
+        let recovery = recovery.with_context(|| fault.to_string())?;
+        ensure!(
+            fault.again().contains(&counts.again),
+            "{fault}: {} records came again",
+            counts.again
+        );
+        let seconds = recovery.as_secs_f64();
+        eprintln!("round {round}: {fault}: {seconds:.3} s");
+    }
+    scene.finish().context("at the end")
+}
+
+/// These kinds, each once, in some order.
+fn shuffled(faults: &[Fault], random: &mut Random) -> Vec<Fault> {
+    let mut faults = faults.to_vec();
+    for last in (1..faults.len()).rev() {
+        faults.swap(last, random.below(last as u64 + 1) as usize);
+    }
+    faults
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_chosen_by_a_part_of_their_names_and_others_are_told() {
+        let chosen = |transport, only| chosen(transport, Some(only));
+        let all = Fault::all(Transport::Ivshmem).len();
+        assert_eq!(super::chosen(Transport::Ivshmem, None).unwrap().len(), all);
+        let broker = chosen(Transport::Ivshmem, "broker killed").unwrap();
+        assert!(broker.contains(&Fault::BrokerKilled) && broker.len() < all);
+        let unknown = chosen(Transport::Ivshmem, "wrong").unwrap_err().to_string();
+        // One line that says so, and one for each that there is.
+        assert_eq!(unknown.lines().count(), 1 + all, "{unknown}");
+        assert!(unknown.lines().all(|line| line.len() < 100), "{unknown}");
+        let left_out = chosen(Transport::VfioUser, "unplugged").unwrap_err();
+        let left_out = left_out.to_string();
+        assert!(left_out.contains("QEMU 11.1 ends"), "{left_out}");
+        assert_eq!(left_out.lines().count(), 1);
+    }
+}

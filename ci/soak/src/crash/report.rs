@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What came of the rounds, as a table.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::fault::Fault;
+use super::watch::Counts;
+use barlink_vm::broker::Transport;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Report {
+    transport: Transport,
+    seed: u64,
+    rounds: usize,
+    rows: Vec<Row>,
+    total: Counts,
+    time: Duration,
+    /// What ended the run early.
+    failure: Option<String>,
+}
+
+/// What came of the faults of one kind.
+#[derive(Debug)]
+struct Row {
+    fault: Fault,
+    faults: usize,
+    recoveries: Vec<Duration>,
+    counts: Counts,
+}
+
+impl Report {
+    /// An empty one.
+    pub(super) fn new(transport: Transport, seed: u64, rounds: usize, faults: &[Fault]) -> Self {
+        let row = |fault| Row {
+            fault,
+            faults: 0,
+            recoveries: Vec::new(),
+            counts: Counts::default(),
+        };
+        Self {
+            transport,
+            seed,
+            rounds,
+            rows: faults.iter().copied().map(row).collect(),
+            total: Counts::default(),
+            time: Duration::ZERO,
+            failure: None,
+        }
+    }
+
+    /// Adds a round: how long it took until records flowed again, if they did, and what happened to them. Gives its
+    /// number, and that of the last one.
+    pub(super) fn add(
+        &mut self,
+        fault: Fault,
+        recovery: Option<Duration>,
+        counts: Counts,
+    ) -> String {
+        if let Some(row) = self.rows.iter_mut().find(|row| row.fault == fault) {
+            row.faults += 1;
+            row.recoveries.extend(recovery);
+            row.recoveries.sort();
+            row.counts += counts;
+        }
+        format!("{}/{}", self.faults(), self.rounds)
+    }
+
+    /// Adds how a part of the rounds ended, and what happened in all of it.
+    pub(super) fn end(&mut self, outcome: Result<()>, total: Counts, time: Duration) {
+        self.failure = outcome.err().map(|error| format!("{error:#}"));
+        self.total += total;
+        self.time += time;
+    }
+
+    fn faults(&self) -> usize {
+        self.rows.iter().map(|row| row.faults).sum()
+    }
+
+    /// Whether all rounds were done, and no record was lost, came twice, or was torn.
+    pub fn is_good(&self) -> bool {
+        self.failure.is_none() && self.total.are_good()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let titles = [
+            "times", "sent", "lost", "twice", "torn", "again", "median", "max",
+        ];
+        writeln!(f, "{}", line("fault", titles))?;
+        for row in &self.rows {
+            let seconds = |time: Option<&Duration>| match time {
+                Some(time) => format!("{:.3} s", time.as_secs_f64()),
+                None => "-".to_owned(),
+            };
+            let times = &row.recoveries;
+            let times = [times.get(times.len() / 2), times.last()].map(seconds);
+            let cells = cells(row.faults, &row.counts, times);
+            writeln!(f, "{}", line(&row.fault.to_string(), cells))?;
+        }
+        let faults = self.faults();
+        let cells = cells(faults, &self.total, Default::default());
+        writeln!(f, "{}", line("all, and between the rounds", cells))?;
+        let (transport, seconds) = (self.transport, self.time.as_secs_f64());
+        writeln!(f, "over {transport}, seed {}, {seconds:.0} s", self.seed)?;
+        let left_out = Fault::left_out(transport).into_iter();
+        let left_out: Vec<_> = left_out
+            .map(|(fault, why)| format!("{fault} ({why})"))
+            .collect();
+        writeln!(f, "left out: {}", left_out.join("; "))?;
+        if let Some(failure) = &self.failure {
+            writeln!(f, "FAILED in round {faults} of {}: {failure}", self.rounds)?;
+        }
+        if !self.total.are_good() {
+            writeln!(f, "FAILED: records were lost, or came twice, or were torn")?;
+        }
+        Ok(())
+    }
+}
+
+fn cells(faults: usize, counts: &Counts, [median, max]: [String; 2]) -> [String; 8] {
+    let Counts {
+        sent,
+        lost,
+        twice,
+        torn,
+        again,
+    } = counts;
+    let [sent, lost, twice, torn, again] = [sent, lost, twice, torn, again].map(u64::to_string);
+    [
+        faults.to_string(),
+        sent,
+        lost,
+        twice,
+        torn,
+        again,
+        median,
+        max,
+    ]
+}
+
+fn line(name: &str, cells: [impl fmt::Display; 8]) -> String {
+    let cells = cells.map(|cell| format!("{cell:>9}"));
+    format!("{name:<50}{}", cells.concat())
+        .trim_end()
+        .to_owned()
+}

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One end of a channel: a process on the host or in the guest.
+
+use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use barlink_agent::Status;
+use barlink_protocol::wire::layout::End;
+use rustix::process::Signal;
+
+use super::fault::{Role, Side};
+use barlink_vm::broker::Broker;
+use barlink_sandbox::builds::{Artifacts, CRASH_LOAD};
+use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
+
+/// How often a process on the host is looked at.
+const LOOK: Duration = Duration::from_micros(200);
+
+/// The node of the device that the guest's consumer goes by.
+const SECOND_NODE: &str = "/tmp/barlink-again";
+
+/// See the module. Killed when dropped.
+#[derive(Debug)]
+pub struct Worker {
+    /// Which end.
+    pub role: Role,
+    process: Running,
+}
+
+#[derive(Debug)]
+enum Running {
+    Host(Child),
+    Guest(Process),
+}
+
+/// How a worker ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit code or signal.
+    pub status: Status,
+    /// What it wrote to standard error.
+    pub errors: String,
+}
+
+impl Worker {
+    /// Starts one.
+    pub fn start(
+        role: Role,
+        artifacts: &Artifacts,
+        broker: &Broker,
+        vm: Option<&Vm>,
+        seed: u64,
+    ) -> Result<Self> {
+        let end = match role.end {
+            End::Producer => "producer",
+            End::Consumer => "consumer",
+        };
+        // The two directions carry different records.
+        let seed = (seed ^ u64::from(role.channel() == "up")).to_string();
+        let arguments = [end, role.channel(), &seed];
+        let process = match role.side {
+            Side::Host => {
+                let mut command = Command::new(artifacts.host(CRASH_LOAD)?);
+                command.arg("--control").arg(broker.control());
+                command.args(arguments);
+                command.stdin(Stdio::null()).stderr(Stdio::piped());
+                Running::Host(command.spawn().context("an end cannot be started")?)
+            }
+            Side::Guest => {
+                let program = [CRASH_LOAD, "--device", "/dev/barlink0"];
+                // The device has two nodes when something happens to it.
+                let node: &[_] = match role.end {
+                    End::Producer => &[],
+                    End::Consumer => &["--second-node", SECOND_NODE],
+                };
+                let program = program.into_iter().chain(node.iter().copied());
+                let argv = program.chain(arguments);
+                Running::Guest(vm.context("there is no VM")?.spawn(argv)?)
+            }
+        };
+        Ok(Self { role, process })
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(match &mut self.process {
+            Running::Host(child) => child.try_wait()?.is_some(),
+            Running::Guest(process) => process.has_ended(),
+        })
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) -> Result<()> {
+        match &mut self.process {
+            Running::Host(child) => child.kill()?,
+            Running::Guest(process) => process.kill(Signal::KILL)?,
+        }
+        self.wait_killed()
+    }
+
+    /// Waits until somebody has killed it.
+    pub fn wait_killed(&mut self) -> Result<()> {
+        let ended = self.wait()?;
+        let killed = Status::Signal(Signal::KILL.as_raw());
+        ensure!(ended.status == killed, "{}", self.told(&ended));
+        if !ended.errors.is_empty() {
+            eprintln!("{}: {}", self.role, ended.errors);
+        }
+        Ok(())
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> Result<Ended> {
+        let role = self.role;
+        match &mut self.process {
+            Running::Host(child) => {
+                let start = Instant::now();
+                let status = loop {
+                    if let Some(status) = child.try_wait()? {
+                        break status;
+                    }
+                    ensure!(start.elapsed() < COMMAND_TIMEOUT, "the {role} does not end");
+                    thread::sleep(LOOK);
+                };
+                let mut errors = String::new();
+                if let Some(mut pipe) = child.stderr.take() {
+                    pipe.read_to_string(&mut errors)?;
+                }
+                let status = match (status.code(), status.signal()) {
+                    (Some(code), _) => Status::Code(code),
+                    (None, Some(signal)) => Status::Signal(signal),
+                    (None, None) => bail!("the {role} ended in no known way"),
+                };
+                Ok(Ended { status, errors })
+            }
+            Running::Guest(process) => {
+                let output = process.wait(COMMAND_TIMEOUT);
+                let output = output.with_context(|| format!("the {role}"))?;
+                Ok(Ended {
+                    status: output.status,
+                    errors: String::from_utf8_lossy(&output.stderr).into_owned(),
+                })
+            }
+        }
+    }
+
+    /// Waits until it has ended because its device is gone: a call said so, or touching the memory was SIGBUS.
+    pub fn wait_gone(&mut self) -> Result<()> {
+        let ended = self.wait()?;
+        let told = ended.status == Status::Code(1) && ended.errors.contains("the device is gone");
+        let touched = ended.status == Status::Signal(Signal::BUS.as_raw());
+        ensure!(told || touched, "{}", self.told(&ended));
+        Ok(())
+    }
+
+    /// Waits until it has ended well.
+    pub fn wait_done(&mut self) -> Result<()> {
+        let ended = self.wait()?;
+        ensure!(ended.status.success(), "{}", self.told(&ended));
+        Ok(())
+    }
+
+    /// Tells how it ended.
+    pub fn told(&self, ended: &Ended) -> String {
+        let Ended { status, errors } = ended;
+        format!(
+            "the {} ended with {status}: {}",
+            self.role,
+            errors.trim_end()
+        )
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if let Running::Host(child) = &mut self.process {
+            // It may have ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

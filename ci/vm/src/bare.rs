@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A machine without a guest: stock QEMU and its firmware, which gives devices their addresses, and then a test that
+//! reads and writes memory in the place of a guest (QEMU's `docs/devel/testing/qtest.rst`).
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::mpsc::Sender;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use command_fds::CommandFdExt;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::qemu::{iommu, mapping, memory, program, spawn};
+use crate::qmp::Qmp;
+use crate::{Config, QMP_TIMEOUT};
+use barlink_sandbox::builds::Artifacts;
+
+/// Where configuration space is in memory, once q35's firmware has run.
+const ECAM: u64 = 0xb000_0000;
+/// How long the firmware may take.
+const FIRMWARE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// See the module. Dropping it ends it.
+#[derive(Debug)]
+pub struct Bare {
+    qmp: Qmp,
+    memory: BufReader<UnixStream>,
+    errors: File,
+    child: Child,
+    _folder: TempDir,
+    _starter: Sender<()>,
+}
+
+/// A PCI device, as the firmware has set it up.
+#[derive(Clone, Debug)]
+pub struct PciDevice {
+    /// Where its configuration space is in memory.
+    pub config: u64,
+    /// Address and size of its BARs, by number.
+    pub bars: Vec<(u64, u64)>,
+}
+
+impl Bare {
+    /// Starts QEMU with these arguments.
+    pub fn start(artifacts: &Artifacts, config: &Config) -> Result<Self> {
+        let folder = TempDir::with_prefix_in("bare-", &artifacts.logs)?;
+        let mut command = program(artifacts, config, folder.path())?;
+        command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+        command.args(["-machine", "q35,memory-backend=ram", "-accel", "tcg"]);
+        command.args(["-object", &memory(config)]);
+        command.args(["-m", &format!("{}M", config.memory_mib)]);
+        command.args(iommu(config));
+        let (qmp, qmp_end) = UnixStream::pair()?;
+        let (ram, memory_end) = UnixStream::pair()?;
+        for (name, number) in [("qmp", 3), ("qtest", 4)] {
+            command.args(["-chardev", &format!("socket,id={name},fd={number}")]);
+            command.args([format!("-{name}"), format!("chardev:{name}")]);
+        }
+        command.args(["-qtest-log", "none"]).args(&config.arguments);
+        command.fd_mappings(vec![
+            mapping(qmp_end, ("qmp", 3)),
+            mapping(memory_end, ("qtest", 4)),
+        ])?;
+        let errors = tempfile::tempfile()?;
+        command.stdin(Stdio::null()).stderr(errors.try_clone()?);
+        let (child, starter) = spawn(command)?;
+        ram.set_read_timeout(Some(QMP_TIMEOUT))?;
+        let started = Qmp::new(qmp, QMP_TIMEOUT);
+        let mut errors = errors;
+        let qmp = started.with_context(|| written(&mut errors).unwrap_or_default())?;
+        Ok(Self {
+            qmp,
+            memory: BufReader::new(ram),
+            errors,
+            child,
+            _folder: folder,
+            _starter: starter,
+        })
+    }
+
+    /// The device with this ID, once the firmware has given all its BARs an address.
+    pub fn device(&mut self, id: &str) -> Result<PciDevice> {
+        let start = Instant::now();
+        loop {
+            let buses = self.qmp("query-pci", &json!({}))?;
+            // What is behind a bridge is not even there before.
+            if let Some(device) = find(&buses, id).and_then(placed) {
+                return Ok(device);
+            }
+            ensure!(
+                start.elapsed() < FIRMWARE_TIMEOUT,
+                "{id} has no addresses: {buses}"
+            );
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Executes a QMP command and gives what it returns.
+    pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
+        self.qmp.execute(command, arguments)
+    }
+
+    /// Reads 32 bits.
+    pub fn read(&mut self, address: u64) -> Result<u32> {
+        let answer = self.order(&format!("readl {address:#x}"))?;
+        let number = answer.trim_start_matches("0x");
+        Ok(u64::from_str_radix(number, 16)? as u32)
+    }
+
+    /// Writes 32 bits.
+    pub fn write(&mut self, address: u64, value: u32) -> Result<()> {
+        self.order(&format!("writel {address:#x} {value:#x}"))
+            .map(drop)
+    }
+
+    /// Writes 8 bits.
+    pub fn write_byte(&mut self, address: u64, value: u8) -> Result<()> {
+        self.order(&format!("writeb {address:#x} {value:#x}"))
+            .map(drop)
+    }
+
+    /// Writes bytes one right after the other, whatever becomes of QEMU.
+    pub fn write_at_once(&mut self, bytes: &[(u64, u8)]) -> Result<()> {
+        let orders = bytes.iter();
+        let orders = orders.map(|(address, value)| format!("writeb {address:#x} {value:#x}\n"));
+        let orders = orders.collect::<String>();
+        self.memory.get_mut().write_all(orders.as_bytes())?;
+        for _ in bytes {
+            // It may have ended.
+            let _ = self.memory.read_line(&mut String::new());
+        }
+        Ok(())
+    }
+
+    /// Writes 16 bits.
+    pub fn write_short(&mut self, address: u64, value: u16) -> Result<()> {
+        self.order(&format!("writew {address:#x} {value:#x}"))
+            .map(drop)
+    }
+
+    /// Reads 16 bits.
+    pub fn read_short(&mut self, address: u64) -> Result<u16> {
+        let answer = self.order(&format!("readw {address:#x}"))?;
+        let number = answer.trim_start_matches("0x");
+        Ok(u64::from_str_radix(number, 16)? as u16)
+    }
+
+    /// Fills memory with a byte.
+    pub fn fill(&mut self, address: u64, size: u64, byte: u8) -> Result<()> {
+        self.order(&format!("memset {address:#x} {size:#x} {byte:#x}"))
+            .map(drop)
+    }
+
+    /// What QEMU has written to standard error.
+    pub fn errors(&mut self) -> Result<String> {
+        written(&mut self.errors)
+    }
+
+    /// Waits until QEMU ends by itself.
+    pub fn end(&mut self) -> Result<ExitStatus> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(start.elapsed() < QMP_TIMEOUT, "QEMU does not end");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn order(&mut self, order: &str) -> Result<String> {
+        self.memory
+            .get_mut()
+            .write_all(format!("{order}\n").as_bytes())?;
+        let mut line = String::new();
+        self.memory
+            .read_line(&mut line)
+            .with_context(|| format!("QEMU does not answer {order}"))?;
+        match line.trim_end().strip_prefix("OK") {
+            Some(answer) => Ok(answer.trim_start().to_owned()),
+            None => bail!("QEMU refuses {order}: {line}"),
+        }
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn written(errors: &mut File) -> Result<String> {
+    let mut text = String::new();
+    errors.rewind()?;
+    errors.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// What `query-pci` says of a device.
+fn find<'a>(value: &'a Value, id: &str) -> Option<&'a Value> {
+    match value {
+        Value::Object(fields) if fields.get("qdev_id").is_some_and(|found| found == id) => {
+            Some(value)
+        }
+        Value::Object(fields) => fields.values().find_map(|value| find(value, id)),
+        Value::Array(values) => values.iter().find_map(|value| find(value, id)),
+        _ => None,
+    }
+}
+
+fn placed(device: &Value) -> Option<PciDevice> {
+    let number = |name: &str| device[name].as_u64();
+    let place = number("bus")? << 20 | number("slot")? << 15 | number("function")? << 12;
+    let mut bars = vec![(0, 0); 6];
+    for region in device["regions"].as_array()? {
+        let bar = usize::try_from(region["bar"].as_u64()?).ok()?;
+        let address = region["address"]
+            .as_u64()
+            .filter(|address| *address != u64::MAX)?;
+        *bars.get_mut(bar)? = (address, region["size"].as_u64()?);
+    }
+    bars.iter()
+        .any(|(address, _)| *address > 0)
+        .then_some(PciDevice {
+            config: ECAM + place,
+            bars,
+        })
+}

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Starts QEMU, and sees to it that it ends.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Sender, channel};
+use std::{fs, thread};
+
+use anyhow::{Context, Result};
+use barlink_agent::PORT;
+use command_fds::{CommandFdExt, FdMapping};
+use tempfile::TempDir;
+
+use crate::accelerator::{KVM, accelerator};
+use crate::console::{ERRORS, LOG};
+use crate::{Config, FIRST_FILE, Origin};
+use barlink_sandbox::builds::Artifacts;
+use barlink_sandbox::tools::{Accel, Qemu as Program};
+
+/// The character devices that lead to this process, and the descriptors that QEMU gets them as.
+const QMP: (&str, i32) = ("qmp", 3);
+const AGENT: (&str, i32) = ("agent", 4);
+const CONSOLE: (&str, i32) = ("console", 5);
+
+/// The descriptor that QEMU has a snapshot as, and how it is told to write or read one there.
+const SNAPSHOT_FILE: i32 = 6;
+pub(crate) const SNAPSHOT: &str = "file:/proc/self/fd/6";
+
+/// Root ports of a guest that can be restored: the driver's checks need five.
+const PORTS: usize = 6;
+
+/// A QEMU process; ended when dropped, and whenever this process ends.
+#[derive(Debug)]
+pub(crate) struct Qemu {
+    child: Child,
+    /// Where its logs are.
+    folder: TempDir,
+    /// Ends the thread that started it.
+    _starter: Sender<()>,
+}
+
+/// This process's ends of the connections to QEMU.
+pub(crate) struct Ends {
+    pub(crate) qmp: UnixStream,
+    pub(crate) agent: UnixStream,
+    /// Only where the console is interactive.
+    pub(crate) console: Option<UnixStream>,
+}
+
+impl Qemu {
+    /// Starts QEMU.
+    pub(crate) fn start(
+        artifacts: &Artifacts,
+        config: &Config,
+        origin: &Origin<'_>,
+    ) -> Result<(Self, Ends)> {
+        let folder = TempDir::with_prefix_in("vm-", &artifacts.logs)?;
+        let mut command = program(artifacts, config, folder.path())?;
+        arguments(&mut command, artifacts, config, folder.path());
+        match origin {
+            Origin::Boot => {
+                command.args(&config.arguments);
+            }
+            Origin::BootForSnapshot(_) => {
+                command.args(port_arguments(config));
+            }
+            Origin::Snapshot(_) => {
+                command.args(port_arguments(config));
+                command.args(["-incoming", "defer"]);
+            }
+        }
+
+        // Connected sockets, and no paths: nothing to bind, to clean up, or to be met by someone else.
+        let (qmp, qmp_end) = UnixStream::pair()?;
+        let (agent, agent_end) = UnixStream::pair()?;
+        let mut descriptors = vec![mapping(qmp_end, QMP), mapping(agent_end, AGENT)];
+        let console = if config.interactive {
+            let (console, console_end) = UnixStream::pair()?;
+            descriptors.push(mapping(console_end, CONSOLE));
+            Some(console)
+        } else {
+            None
+        };
+        if let Origin::BootForSnapshot(file) | Origin::Snapshot(file) = origin {
+            let parent_fd = file.try_clone()?.into();
+            descriptors.push(FdMapping {
+                parent_fd,
+                child_fd: SNAPSHOT_FILE,
+            });
+        }
+        for (child_fd, file) in (FIRST_FILE..).zip(&config.files) {
+            let parent_fd = file.try_clone()?.into();
+            descriptors.push(FdMapping {
+                parent_fd,
+                child_fd,
+            });
+        }
+        command.fd_mappings(descriptors)?;
+        let errors = File::create(folder.path().join(ERRORS))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(errors.try_clone()?)
+            .stderr(errors);
+
+        let (child, starter) = spawn(command)?;
+        let qemu = Self {
+            child,
+            folder,
+            _starter: starter,
+        };
+        Ok((
+            qemu,
+            Ends {
+                qmp,
+                agent,
+                console,
+            },
+        ))
+    }
+
+    /// Keeps the logs when the VM has ended, and says where.
+    pub(crate) fn keep_logs(&mut self) -> PathBuf {
+        self.folder.disable_cleanup(true);
+        self.folder().to_owned()
+    }
+
+    /// Where its logs are.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts a process from a thread that lives as long as the process is wanted: it is told to end with the thread that
+/// started it, and the caller's may end earlier than the VM.
+pub(crate) fn spawn(mut command: Command) -> Result<(Child, Sender<()>)> {
+    let program = command.get_program().display().to_string();
+    let (report, reported) = channel();
+    let (starter, ended) = channel();
+    thread::Builder::new()
+        .name("qemu".to_owned())
+        .spawn(move || {
+            let _ = report.send(command.spawn());
+            // Gone with the last sender, which nothing is ever sent by. The descriptors of QEMU's ends go with it too, and
+            // must not be held, or QEMU's end would never show.
+            drop(command);
+            let _ = ended.recv();
+        })?;
+    let child = reported
+        .recv()?
+        .with_context(|| format!("{program}, which starts QEMU, is missing or cannot be run"))?;
+    Ok((child, starter))
+}
+
+pub(crate) fn mapping(stream: UnixStream, (_, child_fd): (&str, i32)) -> FdMapping {
+    FdMapping {
+        parent_fd: stream.into(),
+        child_fd,
+    }
+}
+
+/// The command without arguments, with what it may see.
+pub(crate) fn program(artifacts: &Artifacts, config: &Config, folder: &Path) -> Result<Command> {
+    match &artifacts.tools.qemu {
+        Program::Sandboxed(sandbox) => {
+            let mut enter = sandbox
+                .enter()
+                .bind_read_only(&artifacts.tools.kernel_image)
+                .bind_read_only(&artifacts.initramfs)
+                .bind(folder, folder);
+            for path in &config.paths {
+                let path = fs::canonicalize(path)
+                    .with_context(|| format!("{} cannot be used", path.display()))?;
+                enter = enter.bind(&path, &path);
+            }
+            if accelerator(artifacts.args.accel) == Accel::Kvm {
+                enter = enter.device(Path::new(KVM));
+            }
+            Ok(enter.run("qemu-system-x86_64"))
+        }
+        Program::Own(path) => {
+            let mut command = Command::new("setpriv");
+            command.args(["--pdeathsig", "KILL", "--"]).arg(path);
+            Ok(command)
+        }
+    }
+}
+
+/// The guest's memory, as an object `ram`.
+pub(crate) fn memory(config: &Config) -> String {
+    let kind = match config.shared_memory {
+        true => "memory-backend-memfd,share=on",
+        false => "memory-backend-ram",
+    };
+    let preallocated = if config.preallocated { "on" } else { "off" };
+    let size = config.memory_mib;
+    format!("{kind},id=ram,size={size}M,prealloc={preallocated}")
+}
+
+/// The IOMMU, if there is one. In its caching mode the guest tells it of each mapping, and so it can have the server of a device over
+/// vfio-user told.
+pub(crate) fn iommu(config: &Config) -> &'static [&'static str] {
+    match config.iommu {
+        true => &["-device", "intel-iommu,intremap=on,caching-mode=on"],
+        false => &[],
+    }
+}
+
+fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, folder: &Path) {
+    // A comma ends the value of an option, two are one.
+    let log = folder.join(LOG).display().to_string().replace(',', ",,");
+    let (accel, cpu) = match accelerator(artifacts.args.accel) {
+        // Else the kernel's own interrupt controllers would be in use, which know of no remapping.
+        Accel::Kvm if config.iommu => ("kvm,kernel-irqchip=split", "host"),
+        Accel::Kvm => ("kvm", "host"),
+        // TCG translates `rep movsb`, which kernels use where these two features are, byte by byte: without them the
+        // guest's kernel reads a tmpfs at 1400 MB/s instead of 30, and writes it at twice the speed.
+        Accel::Tcg => ("tcg,thread=multi", "max,-erms,-fsrm"),
+    };
+    let console = if config.interactive {
+        format!("socket,id={},fd={},logfile={log}", CONSOLE.0, CONSOLE.1)
+    } else {
+        format!("file,id={},path={log}", CONSOLE.0)
+    };
+    // On a busy host, virtual processors wait so long for a real one that the guest's kernel would come to distrust
+    // its clock, and change to a much slower one, or find at boot that its timer does not tick, and panic.
+    let mut words = "console=ttyS0 tsc=reliable no_timer_check".to_owned();
+    if config.iommu {
+        words += " intel_iommu=on";
+    }
+    command
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args([
+            "-machine",
+            &format!("{},memory-backend=ram", config.machine),
+        ])
+        .args(["-accel", accel, "-cpu", cpu])
+        .arg("-object")
+        .arg(memory(config))
+        .args(["-m", &format!("{}M", config.memory_mib)])
+        .args(["-smp", &config.cpus.to_string()])
+        .arg("-kernel")
+        .arg(&artifacts.tools.kernel_image)
+        .arg("-initrd")
+        .arg(&artifacts.initramfs)
+        .args(["-append", &words])
+        .args(iommu(config))
+        .args(["-chardev", &console])
+        .args(["-serial", &format!("chardev:{}", CONSOLE.0)])
+        .args(["-chardev", &format!("socket,id={},fd={}", QMP.0, QMP.1)])
+        .args(["-qmp", &format!("chardev:{}", QMP.0)])
+        .args(["-chardev", &format!("socket,id={},fd={}", AGENT.0, AGENT.1)])
+        .args(["-device", "virtio-serial-pci"])
+        .args([
+            "-device",
+            &format!("virtserialport,chardev={},name={PORT}", AGENT.0),
+        ]);
+}
+
+/// The names of the root ports that a guest has which can be restored.
+pub(crate) fn ports(_: &Config) -> Vec<String> {
+    (0..PORTS).map(|port| format!("port{port}")).collect()
+}
+
+/// These ports, with windows as `barlink qemu-args` has them.
+fn port_arguments(config: &Config) -> Vec<String> {
+    let mut arguments = Vec::new();
+    for (port, chassis) in ports(config).iter().zip(1..) {
+        let port = format!("pcie-root-port,id={port},chassis={chassis},pref64-reserve=8G");
+        arguments.extend(["-device".to_owned(), port]);
+    }
+    arguments
+}

@@ -1,0 +1,427 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `cargo xtask demo`: a guest process streams real data through a PCI BAR into a host process, and back, and what
+//! arrived is compared with what was sent.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Seek};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use indicatif::HumanBytes;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use signal_hook::consts::SIGINT;
+
+use barlink_vm::broker::{Broker, Transport};
+use barlink_sandbox::builds::{Artifacts, Programs};
+use barlink_sandbox::setup;
+use barlink_sandbox::tools::{Accel, Tools, VmArgs};
+use barlink_vm::{Config, Vm, accelerator, check_accelerator};
+
+/// How long a transfer may take.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(300);
+/// Smallest file that is worth sending.
+const LEAST_FILE: u64 = 64 << 20;
+/// The exit code after Ctrl-C.
+const INTERRUPTED: u8 = 130;
+/// Where the guest keeps the file.
+const GUEST_FILE: &str = "/tmp/file";
+
+/// How to run the demo.
+#[derive(Args, Debug)]
+pub struct DemoArgs {
+    /// Leave the guest running at the end, with a root shell on this terminal
+    #[arg(long)]
+    pub keep: bool,
+
+    /// Send this file, of at least 64 MiB; the kernel's source archive if not given
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+
+    /// How the VM is reached
+    #[arg(long, value_enum, default_value_t)]
+    pub transport: Transport,
+
+    /// The tools.
+    #[command(flatten)]
+    pub vm: VmArgs,
+}
+
+/// Sets up and builds what is needed, and shows that all of it holds.
+pub fn run(args: &DemoArgs) -> Result<ExitCode> {
+    // Before what takes long.
+    args.file.as_deref().map(check_file).transpose()?;
+    check_accelerator(args.vm.accel)?;
+    if args.keep {
+        ensure!(
+            io::stdin().is_terminal() && io::stdout().is_terminal(),
+            "--keep puts a shell on this terminal, and standard input or output is none: run it in a terminal, or \
+             leave --keep out"
+        );
+    }
+    let tools = setup::ensure(&args.vm.tools)?;
+    let file = file_to_send(args, &tools)?;
+    let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::DEMO)?;
+    // From here on there is something to remove. The programs that run for this one hear the Ctrl-C as well, and end; then
+    // so does what waits for them.
+    let interrupted = Arc::<AtomicBool>::default();
+    signal_hook::flag::register(SIGINT, Arc::clone(&interrupted))
+        .context("signals cannot be caught")?;
+    match show(args, &artifacts, &file) {
+        Err(_) if interrupted.load(Ordering::Relaxed) => {
+            eprintln!("interrupted; nothing is left behind");
+            Ok(ExitCode::from(INTERRUPTED))
+        }
+        shown => shown.map(|()| ExitCode::SUCCESS),
+    }
+}
+
+/// Shows it.
+fn show(args: &DemoArgs, artifacts: &Artifacts, file: &Path) -> Result<()> {
+    let broker = Broker::start_over(artifacts, &[args.transport], &["--size", "64M"])?;
+    eprintln!("booting the guest ...");
+    let vm = Vm::boot_with(
+        artifacts,
+        &Config {
+            interactive: args.keep,
+            preallocated: true,
+            ..broker.vm()?
+        },
+    )?;
+    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+    let info: Value =
+        serde_json::from_str(&vm.run(["barlink-guest", "info", "--json"])?.success()?)?;
+    println!(
+        "guest    /dev/barlink0 is there, mapped {}",
+        text(&info["cache_mode"])
+    );
+
+    let trip = round_trip(&broker, &vm, file)?;
+    telemetry(&broker, &vm)?;
+    window(&broker, &vm)?;
+    let snapshot = broker.inspect()?;
+
+    let channel = |name: &str| {
+        let channels = snapshot["channels"].as_array();
+        let channel = channels.and_then(|all| all.iter().find(|channel| channel["name"] == name));
+        channel
+            .map(|channel| {
+                format!(
+                    "{} rung, {} suppressed",
+                    channel["rung"], channel["suppressed"]
+                )
+            })
+            .unwrap_or_default()
+    };
+    let slot = &snapshot["broker"]["slots"][0];
+    let release = vm.run(["uname", "-r"])?.success()?;
+    println!();
+    for (name, value) in [
+        ("kernel", release.trim_end().to_owned()),
+        ("accelerator", name(accelerator(args.vm.accel)).to_owned()),
+        (
+            "transport",
+            slot["transport"].as_str().unwrap_or_default().to_owned(),
+        ),
+        ("PCI address", text(&info["pci_address"])),
+        ("cache mode", text(&info["cache_mode"])),
+        ("bytes each way", trip.bytes.to_string()),
+        ("SHA-256", trip.sum.clone()),
+        ("host to guest", format!("{:.0} MB/s", trip.down)),
+        ("guest to host", format!("{:.0} MB/s", trip.up)),
+        ("round trip", format!("{:.2} s", trip.seconds())),
+        ("doorbells down", channel("down")),
+        ("doorbells up", channel("up")),
+    ] {
+        println!("{name:<16} {value}");
+    }
+    if args.keep {
+        println!("\nthe guest's console; Ctrl-] leaves and ends the guest");
+        println!("from another terminal: {}", shown(&broker, "inspect"));
+        vm.attach_terminal()?;
+    }
+    Ok(())
+}
+
+/// The command line of a host app at this broker, for a person to type.
+fn shown(broker: &Broker, command: &str) -> String {
+    let app = broker.app([command]);
+    let words = std::iter::once(app.get_program()).chain(app.get_args());
+    words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// What a file's trip to the guest and back came to.
+struct Trip {
+    bytes: u64,
+    sum: String,
+    /// MB/s from host to guest, by the guest's clock.
+    down: f64,
+    /// MB/s from guest to host, by the host's clock.
+    up: f64,
+}
+
+impl Trip {
+    /// Both ways, without the hashing in between.
+    fn seconds(&self) -> f64 {
+        let megabytes = self.bytes as f64 / 1e6;
+        megabytes / self.down + megabytes / self.up
+    }
+}
+
+/// Sends a file to the guest, and has it sent back.
+fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
+    let bytes = file.metadata()?.len();
+    println!("file     {}, {}", file.display(), HumanBytes(bytes));
+    let sum =
+        sha256(&mut File::open(file).with_context(|| format!("cannot open {}", file.display()))?)?;
+
+    let receiver = vm.spawn(["barlink-guest", "recv", "--json", "-o", GUEST_FILE])?;
+    let path = file.to_str().context("the file's name is no text")?;
+    broker.run(["send", path])?;
+    let received = receiver.wait(TRANSFER_TIMEOUT)?;
+    received.require_success()?;
+    let down = rate(&received.stderr, bytes)?;
+    let guest_sum = vm
+        .spawn(["sha256sum", GUEST_FILE])?
+        .wait(TRANSFER_TIMEOUT)?
+        .success()?;
+    ensure!(
+        guest_sum.starts_with(&sum),
+        "the guest received something else: {guest_sum}, not {sum}"
+    );
+    println!("to guest {down:.0} MB/s, SHA-256 is the same");
+
+    // Into memory that is there already, as the guest's is: neither a disk nor the host's page faults are to be timed.
+    let mut back = tempfile::tempfile_in("/dev/shm")?;
+    io::copy(&mut io::repeat(0).take(bytes), &mut back)?;
+    back.rewind()?;
+    let mut receiver = broker.app(["recv", "--json"]);
+    receiver.stdout(back.try_clone()?);
+    let receiver = Receiver::start(&mut receiver)?;
+    vm.spawn(["barlink-guest", "send", GUEST_FILE])?
+        .wait(TRANSFER_TIMEOUT)?
+        .require_success()?;
+    let received = receiver.wait()?;
+    let up = rate(&received.stderr, bytes)?;
+    back.rewind()?;
+    let back_sum = sha256(&mut back)?;
+    ensure!(
+        back_sum == sum,
+        "the host received something else: {back_sum}, not {sum}"
+    );
+    println!("to host  {up:.0} MB/s, SHA-256 is the same");
+    vm.run(["rm", GUEST_FILE])?.require_success()?;
+    Ok(Trip {
+        bytes,
+        sum,
+        down,
+        up,
+    })
+}
+
+/// `barlink recv`, which would wait for ever for a sender that cannot be started: killed when dropped.
+struct Receiver(Option<Child>);
+
+impl Receiver {
+    /// Starts it. What it would show on a terminal is not what the demo shows.
+    fn start(command: &mut Command) -> Result<Self> {
+        let child = command.stderr(Stdio::piped()).spawn();
+        Ok(Self(Some(
+            child.context("`barlink recv` cannot be started")?,
+        )))
+    }
+
+    /// Waits until it has received all.
+    fn wait(mut self) -> Result<Output> {
+        let child = self.0.take().context("it has ended")?;
+        let received = child.wait_with_output()?;
+        let report = String::from_utf8_lossy(&received.stderr);
+        ensure!(
+            received.status.success(),
+            "receiving on the host failed: {report}"
+        );
+        Ok(received)
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // It may have ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// MB/s, from the summary that a receiver prints; it must have received all.
+fn rate(summary: &[u8], bytes: u64) -> Result<f64> {
+    let summary: Value =
+        serde_json::from_slice(summary).context("a receiver printed no summary")?;
+    ensure!(
+        summary["bytes"] == bytes,
+        "{} bytes arrived of {bytes}",
+        summary["bytes"]
+    );
+    let seconds = summary["seconds"]
+        .as_f64()
+        .context("a summary has no time")?;
+    Ok(bytes as f64 / 1e6 / seconds)
+}
+
+/// Streams the guest's load to the host for two seconds.
+fn telemetry(broker: &Broker, vm: &Vm) -> Result<()> {
+    let receiver = Receiver::start(broker.app(["recv"]).stdout(Stdio::piped()))?;
+    vm.run([
+        "barlink-guest",
+        "telemetry",
+        "--seconds",
+        "2",
+        "--rate",
+        "100",
+    ])?
+    .require_success()?;
+    let received = receiver.wait()?;
+    let lines = String::from_utf8(received.stdout)?;
+    let samples: Vec<Value> = lines
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    let in_order = samples
+        .iter()
+        .enumerate()
+        .all(|(index, sample)| sample["sequence"] == index);
+    ensure!(
+        samples.len() == 200 && in_order,
+        "{} samples of 200 arrived, or not in order",
+        samples.len()
+    );
+    let (first, last) = (&samples[0], &samples[samples.len() - 1]);
+    println!(
+        "load     {} samples in {:.2} s; the first and the last:",
+        samples.len(),
+        last["time_ms"].as_f64().unwrap_or_default() / 1e3
+    );
+    println!("         {first}\n         {last}");
+    Ok(())
+}
+
+/// Writes a text at either end of the raw window and reads it at the other.
+fn window(broker: &Broker, vm: &Vm) -> Result<()> {
+    let from_guest = "written by the guest";
+    vm.run(["barlink-guest", "poke", from_guest])?
+        .require_success()?;
+    let seen = broker.run(["peek", "--raw", "--length", &from_guest.len().to_string()])?;
+    ensure!(
+        seen == from_guest.as_bytes(),
+        "the host sees {:?}",
+        String::from_utf8_lossy(&seen)
+    );
+    let from_host = "written by the host";
+    broker.run(["poke", "--at", "4K", from_host])?;
+    let length = from_host.len().to_string();
+    let seen = vm
+        .run([
+            "barlink-guest",
+            "peek",
+            "--raw",
+            "--at",
+            "4K",
+            "--length",
+            &length,
+        ])?
+        .success()?;
+    ensure!(seen == from_host, "the guest sees {seen:?}");
+    println!("window   \"{from_guest}\" read on the host, \"{from_host}\" read in the guest");
+    Ok(())
+}
+
+fn file_to_send(args: &DemoArgs, tools: &Tools) -> Result<PathBuf> {
+    let sandbox = tools.sandbox.as_ref();
+    let archive = || sandbox.and_then(|sandbox| sandbox.source_archive());
+    let file = args.file.clone().or_else(archive);
+    file.context("without a sandbox there is no file to send: name one with --file")
+}
+
+/// Whether a file can be sent that the user names.
+fn check_file(path: &Path) -> Result<()> {
+    let file = path.display();
+    let size = File::open(path)
+        .and_then(|file| file.metadata())
+        .with_context(|| format!("--file {file} cannot be read: name another"))?
+        .len();
+    ensure!(
+        size >= LEAST_FILE,
+        "--file {file} has less than 64 MiB: name a larger one"
+    );
+    Ok(())
+}
+
+fn sha256(file: &mut File) -> Result<String> {
+    let mut hasher = Sha256::new();
+    let mut part = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut part)? {
+            0 => break,
+            length => hasher.update(&part[..length]),
+        }
+    }
+    Ok(hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
+
+fn name(accelerator: Accel) -> &'static str {
+    match accelerator {
+        Accel::Kvm => "KVM",
+        Accel::Tcg => "TCG, software emulation",
+    }
+}
+
+fn text(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use barlink_sandbox::tools::ToolArgs;
+
+    #[test]
+    fn file_is_looked_at_before_anything_else() {
+        // Tools that are not there, for a demo that comes as far as looking for them.
+        let nothing = || Some(PathBuf::from("/no/such/file"));
+        let tools = ToolArgs {
+            qemu: nothing(),
+            kernel_image: nothing(),
+            kernel_headers: nothing(),
+            ..ToolArgs::default()
+        };
+        for file in ["/no/such/file", "/dev/null"] {
+            let args = DemoArgs {
+                keep: false,
+                file: Some(file.into()),
+                transport: Transport::default(),
+                vm: VmArgs {
+                    tools: tools.clone(),
+                    accel: None,
+                },
+            };
+            let error = run(&args).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("--file {file} ")), "{error}");
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! `cargo xtask` as a user types it: what it builds before it begins, and what it refuses before it builds anything.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Result, ensure};
+use rustix::process::{Pid, Signal, kill_process_group};
+use barlink_sandbox::builds::cargo;
+
+/// What `cargo xtask demo` says, in one line, where nothing is set up and nothing can be built.
+fn refused(arguments: &[&str]) -> Result<String> {
+    let cache = tempfile::tempdir()?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+    command.arg("demo").args(arguments).stdin(Stdio::null());
+    command.env("XDG_CACHE_HOME", cache.path());
+    command
+        .env("CARGO", "/bin/false")
+        .env_remove("BARLINK_ACCEL");
+    let output = command.output()?;
+    let told = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(1), "{told}");
+    ensure!(told.lines().count() == 1, "{told}");
+    ensure!(fs::read_dir(cache.path())?.next().is_none(), "it began");
+    Ok(told)
+}
+
+#[test]
+fn demo_refuses_at_once_what_it_cannot_do() -> Result<()> {
+    let keep = refused(&["--keep"])?;
+    assert!(
+        keep.contains("--keep puts a shell on this terminal"),
+        "{keep}"
+    );
+    let qemu = refused(&["--qemu", "/no/such/file"])?;
+    assert!(
+        qemu.contains("--qemu /no/such/file cannot be used"),
+        "{qemu}"
+    );
+    let kernel = ["--kernel-image=/no/image", "--kernel-headers=/no/headers"];
+    let kernel = refused(&kernel)?;
+    assert!(
+        kernel.contains("--kernel-image /no/image cannot be used"),
+        "{kernel}"
+    );
+    if !Path::new("/dev/kvm").exists() {
+        let kvm = refused(&["--accel", "kvm"])?;
+        assert!(kvm.contains("--accel kvm: /dev/kvm is not there"), "{kvm}");
+    }
+    Ok(())
+}
+
+/// As an ordinary user, whom the device is closed to where its mode is as the kernel makes it.
+#[test]
+fn demo_refuses_kvm_that_is_closed_to_its_user() -> Result<()> {
+    let closed =
+        fs::metadata("/dev/kvm").is_ok_and(|device| device.permissions().mode() & 0o7 == 0);
+    if !closed || !rustix::process::geteuid().is_root() {
+        eprintln!("not run: it needs root, and a /dev/kvm that is closed to others");
+        return Ok(());
+    }
+    let nobody = 65534;
+    // Where nobody can go.
+    let folder = tempfile::tempdir()?;
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
+    let program = folder.path().join("xtask");
+    fs::copy(env!("CARGO_BIN_EXE_xtask"), &program)?;
+    let mut command = Command::new(program);
+    command
+        .args(["demo", "--accel", "kvm"])
+        .uid(nobody)
+        .gid(nobody);
+    let output = command.current_dir("/").output()?;
+    let told = String::from_utf8(output.stderr)?;
+    assert!(
+        told.contains("/dev/kvm is closed to this user: join the group"),
+        "{told}"
+    );
+    Ok(())
+}
+
+/// With a cargo that builds nothing, so that the demo comes as far as its broker, which ends at once.
+#[test]
+fn demo_has_only_those_programs_built_that_it_shows() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (asked, script) = (folder.path().join("asked"), folder.path().join("cargo"));
+    let real = cargo("").get_program().to_owned();
+    let text = r#"#!/bin/sh
+        [ "$1" = build ] || exec "$REAL" "$@"
+        while [ $# -gt 0 ]; do
+            if [ "$1" = --package ]; then
+                echo "$2" >>"$ASKED"
+                echo "{\"executable\": \"/bin/false\", \"target\": {\"name\": \"$2\"}}"
+            fi
+            shift
+        done"#;
+    fs::write(&script, text)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+    command.arg("demo").stdin(Stdio::null());
+    command.env("CARGO_TARGET_DIR", folder.path().join("target"));
+    command
+        .env("CARGO", &script)
+        .env("REAL", real)
+        .env("ASKED", &asked);
+    let output = command.output()?;
+    let told = String::from_utf8(output.stderr)?;
+    ensure!(told.contains("the broker does not serve"), "{told}");
+    let asked = fs::read_to_string(asked)?;
+    let asked: Vec<_> = asked.lines().collect();
+    assert_eq!(asked, ["barlink", "barlink-guest", "barlink-agent"]);
+    // And each time it was said what takes so long.
+    for what in [
+        "the host's programs",
+        "the guest's programs",
+        "the driver for",
+    ] {
+        assert!(told.contains(&format!("building {what}")), "{told}");
+    }
+    Ok(())
+}
+
+#[test]
+fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for moment in ["booting the guest", "to guest "] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command.arg("demo").stdin(Stdio::null());
+        command.env("TMPDIR", folder.path()).process_group(0);
+        let (output, both) = std::io::pipe()?;
+        let mut demo = command.stdout(both.try_clone()?).stderr(both).spawn()?;
+        drop(command);
+        let mut told = String::new();
+        for line in BufReader::new(output).lines() {
+            let line = line?;
+            if line.starts_with(moment) {
+                // As a terminal tells all that run there.
+                kill_process_group(Pid::from_child(&demo), Signal::INT)?;
+            }
+            told.push_str(&line);
+            told.push('\n');
+        }
+        let code = demo.wait()?.code();
+        ensure!(
+            code == Some(130) && told.ends_with("interrupted; nothing is left behind\n"),
+            "{code:?}: {told}"
+        );
+        let left: Vec<_> = fs::read_dir(folder.path())?.collect();
+        ensure!(left.is_empty(), "{left:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn name_that_no_test_has_is_a_failure() -> Result<()> {
+    // Put together here, so that the name does not stand in this file.
+    let name = ["no_test", "is_called_so"].join("_that_");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+    let output = command.args(["test", &name]).output()?;
+    let told = String::from_utf8(output.stderr)?;
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(
+        told.contains(&format!("no test has `{name}` in its name")),
+        "{told}"
+    );
+    Ok(())
+}
+
+/// The tasks that need more than others, by the alias and the program that is without them.
+#[test]
+fn tasks_with_many_dependencies_are_built_when_they_are_asked_for() -> Result<()> {
+    let mut tree = cargo("tree");
+    tree.args([
+        "--package=xtask",
+        "--no-default-features",
+        "--edges=normal",
+        "--prefix=none",
+    ]);
+    let tree = String::from_utf8(tree.output()?.stdout)?;
+    assert!(tree.starts_with("xtask v"), "{tree}");
+    for costly in [
+        "barlink ",
+        "barlink-guest ",
+        "barlink-bench-load ",
+        "iceoryx2",
+        "plotters",
+        "vhost",
+    ] {
+        let found = tree.lines().find(|line| line.starts_with(costly));
+        assert_eq!(found, None);
+    }
+    for (arguments, part) in [
+        (
+            &["crash", "--only", "nothing of that name"][..],
+            "choose from\n  host producer killed",
+        ),
+        (&["crash", "--help"], "--rounds <ROUNDS>"),
+        (&["package", "--help"], "--output <FOLDER>"),
+        (&["--help"], "Measure how fast"),
+    ] {
+        let output = cargo("xtask").args(arguments).output()?;
+        let told = [output.stdout, output.stderr].concat();
+        let told = String::from_utf8(told)?;
+        assert!(told.contains(part), "no `{part}` in: {told}");
+    }
+    Ok(())
+}

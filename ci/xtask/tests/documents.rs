@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the documents refer to is there: the test behind every rule of the protocol, and the files that they link to.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use barlink_driver_checks::CHECKS;
+use walkdir::WalkDir;
+use barlink_sandbox::builds::repository;
+
+/// The files of the tree whose names end so.
+fn files(extension: &str) -> Vec<PathBuf> {
+    let built_or_hidden =
+        |name: &str| name == "target" || (name.len() > 1 && name.starts_with('.'));
+    let walk = WalkDir::new(repository())
+        .into_iter()
+        .filter_entry(|entry| {
+            entry.depth() == 0 || !entry.file_name().to_str().is_some_and(built_or_hidden)
+        });
+    walk.filter_map(Result::ok)
+        .map(walkdir::DirEntry::into_path)
+        .filter(|path| path.extension().is_some_and(|found| found == extension))
+        .collect()
+}
+
+/// The names of all tests in the tree: functions that are marked so, and the driver's checks.
+fn tests() -> Result<HashSet<String>> {
+    let mut names: HashSet<_> = CHECKS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    for path in files("rs") {
+        let source = fs::read_to_string(&path)?;
+        let marked = source.split("#[test]").skip(1);
+        names.extend(marked.filter_map(|rest| {
+            let (_, declaration) = rest.split_once("fn ")?;
+            Some(declaration.split_once('(')?.0.to_owned())
+        }));
+    }
+    Ok(names)
+}
+
+/// The numbered rules of a document: each one's number, and the names in the parentheses at its end.
+fn rules(document: &str) -> Vec<(&str, Vec<&str>)> {
+    let mut rules = Vec::new();
+    for rule in document.split("\n* **").skip(1) {
+        let rule = rule.split("\n\n").next().unwrap_or(rule);
+        let number = rule.split("**").next().unwrap_or(rule);
+        let tests = rule
+            .trim_end()
+            .strip_suffix(')')
+            .and_then(|rule| rule.rsplit_once('('))
+            .map_or(Vec::new(), |(_, tests)| {
+                let names = tests.split(',');
+                names.map(|name| name.trim().trim_matches('`')).collect()
+            });
+        rules.push((number, tests));
+    }
+    rules
+}
+
+#[test]
+fn every_rule_of_the_protocol_has_its_tests() -> Result<()> {
+    let document = fs::read_to_string(repository().join("docs/protocol.md"))?;
+    let known = tests()?;
+    let rules = rules(&document);
+    assert!(rules.len() > 40, "only {} rules are found", rules.len());
+    let mut missing = Vec::new();
+    for (number, tests) in rules {
+        if tests.is_empty() {
+            missing.push(format!("{number}: names no test"));
+        }
+        let unknown = tests.iter().filter(|name| !known.contains(**name));
+        missing.extend(unknown.map(|name| format!("{number}: no test {name}")));
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+    Ok(())
+}
+
+#[test]
+fn tests_that_the_threat_model_names_are_there() -> Result<()> {
+    let document = fs::read_to_string(repository().join("docs/threat-model.md"))?;
+    let known = tests()?;
+    let named = document.split('`').skip(1).step_by(2);
+    let is_a_test = |name: &&str| {
+        let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        name.matches('_').count() >= 2 && name.chars().all(legal)
+    };
+    let named: Vec<_> = named.filter(is_a_test).collect();
+    assert!(named.len() > 20, "only {} tests are named", named.len());
+    let missing: Vec<_> = named
+        .into_iter()
+        .filter(|name| !known.contains(*name))
+        .collect();
+    assert!(missing.is_empty(), "{missing:#?}");
+    Ok(())
+}
+
+/// Whether a document has a heading of this name, as links write it.
+fn has_heading(path: &Path, name: &str) -> Result<bool> {
+    let document = fs::read_to_string(path)?;
+    let mut headings = document.lines().filter(|line| line.starts_with('#'));
+    Ok(headings.any(|line| {
+        let words = line.trim_start_matches('#').trim().to_lowercase();
+        let kept = |c: char| c.is_alphanumeric() || c == ' ' || c == '-' || c == '_';
+        let written: String = words.chars().filter(|c| kept(*c)).collect();
+        written.replace(' ', "-") == name
+    }))
+}
+
+#[test]
+fn links_between_files_lead_somewhere() -> Result<()> {
+    let mut links = 0;
+    for path in files("md") {
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let document = fs::read_to_string(&path)?;
+        for link in document.split("](").skip(1) {
+            let link = link.split(')').next().context("a link has no end")?;
+            if link.contains("://") {
+                continue;
+            }
+            links += 1;
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = match file {
+                "" => path.clone(),
+                file => folder.join(file),
+            };
+            ensure!(
+                target.exists() && (heading.is_empty() || has_heading(&target, heading)?),
+                "{} links to {link}, which is not there",
+                path.display()
+            );
+        }
+    }
+    assert!(links > 5, "only {links} links are found");
+    Ok(())
+}
