@@ -5,11 +5,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-use barlink_vm::broker::Broker;
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Qemu;
-use barlink_vm::{Config, Vm};
+use barlink_vm::broker::Broker;
+use barlink_vm::{Config, FREE_PORT, Vm};
+use serde_json::{Value, json};
 
 /// Far longer than QEMU needs to start or to fail.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -98,18 +98,15 @@ fn hot_plug_that_is_refused_fails_alone() -> Result<()> {
     let broker = Broker::start(Artifacts::shared()?, &[])?;
     let mut first = qemu(&broker, &broker.arguments(0)?)?;
     wait_for_vm(&broker, true)?;
-    let vm = Vm::boot(&Config {
-        arguments: vec![
-            "-device".to_owned(),
-            "pcie-root-port,id=late-port,chassis=9".to_owned(),
-        ],
+    let vm = Vm::restore(&Config {
+        arguments: Vec::new(),
         ..broker.vm()?
     })?;
     vm.qmp("chardev-add", &chardev(&broker))?;
     // QEMU makes the device some time later: what it was told must still be there.
     thread::sleep(Duration::from_millis(300));
     let device = json!({
-        "driver": "ivshmem-doorbell", "id": "late", "bus": "late-port", "chardev": "late-socket", "vectors": 3,
+        "driver": "ivshmem-doorbell", "id": "late", "bus": FREE_PORT, "chardev": "late-socket", "vectors": 3,
     });
     let error = vm.plug(&device).expect_err("the slot is taken");
     ensure!(
@@ -173,12 +170,22 @@ fn qemu_comes_and_goes_without_a_trace() -> Result<()> {
 
 #[test]
 fn arguments_put_the_region_above_4_gib_whatever_its_size() -> Result<()> {
-    for size in ["1M", "64M", "1G"] {
+    let sizes = ["1M", "64M", "1G"];
+    let mut config = Config::default();
+    let mut brokers = Vec::new();
+    for (index, size) in sizes.iter().enumerate() {
         let broker = Broker::start(Artifacts::shared()?, &["--size", size])?;
-        let vm = Vm::boot(&broker.vm()?)?;
-        vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
-        let info: Value =
-            serde_json::from_str(&vm.run(["barlink-guest", "info", "--json"])?.success()?)?;
+        let arguments = broker.arguments_with(0, &format!("device{index}"), 64 + index)?;
+        config.arguments.extend(arguments);
+        config.paths.push(broker.folder().to_owned());
+        brokers.push(broker);
+    }
+    let vm = Vm::boot(&config)?;
+    vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
+    for (index, size) in sizes.iter().enumerate() {
+        let device = format!("/dev/barlink{index}");
+        let info = vm.run(["barlink-guest", "--device", &device, "info", "--json"])?;
+        let info: Value = serde_json::from_str(&info.success()?)?;
         let address = info["region_address"].as_u64().context("no address")?;
         assert!(address >= 4 << 30, "{size} at {address:#x}");
         assert_eq!(info["cache_mode"], "uncached-minus");

@@ -10,7 +10,7 @@ mod live;
 mod many;
 mod replace;
 mod serve;
-#[path = "../../../ci/src/service.rs"]
+#[path = "../../../ci/vm/src/service.rs"]
 mod service;
 mod sessions;
 mod streams;

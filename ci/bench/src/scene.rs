@@ -23,9 +23,9 @@ use serde_json::Value;
 use super::case::Way;
 use super::host;
 use super::peer::Peers;
-use barlink_vm::broker::{Broker, Transport};
 use barlink_sandbox::builds::{Artifacts, BENCH_LOAD, ICEORYX2_LOAD};
 use barlink_sandbox::tools::Accel;
+use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 
 /// How long a process may take, which measures for less than a second, and how often it is looked at.

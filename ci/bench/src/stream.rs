@@ -15,7 +15,6 @@ use super::host;
 use super::peer::told;
 use super::scene::{Load, PORT, Scene, Side};
 use super::spread::Spread;
-use barlink_vm::broker::Transport;
 
 /// What came of a stream.
 pub(super) struct Streamed {
@@ -272,12 +271,4 @@ pub(super) fn finish(way: Way, sender: Load, receiver: Load) -> Result<Streamed>
         received,
         rung: None,
     })
-}
-
-impl Transport {
-    /// The slot over it, which is also the number of the guest's device.
-    pub(super) fn index(self) -> usize {
-        let mut all = Transport::ALL.into_iter();
-        all.position(|other| other == self).unwrap_or_default()
-    }
 }

@@ -4,10 +4,10 @@ use std::fs;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use serde_json::{Value, json};
 use barlink_bench::{Direction, Report, Way, measure};
-use barlink_vm::broker::Transport;
 use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::Transport;
+use serde_json::{Value, json};
 
 /// Measured once, for all tests.
 fn report() -> Result<&'static Report> {

@@ -10,11 +10,11 @@ use std::ops::Range;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use barlink_sandbox::builds::{Artifacts, BENCH_LOAD};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
-use barlink_sandbox::builds::{Artifacts, BENCH_LOAD};
 
 /// What was executed.
 #[derive(Clone, Copy, Debug, Default)]

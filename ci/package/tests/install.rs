@@ -9,12 +9,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
-use barlink_vm::broker::Broker;
+use barlink_package as package;
 use barlink_sandbox::builds::{Artifacts, repository, target_folder};
 use barlink_sandbox::debian::{Debian, SHOWN};
-use barlink_package as package;
+use barlink_vm::broker::Broker;
 use barlink_vm::{COMMAND_TIMEOUT, Vm};
+use serde_json::Value;
 
 /// How long the system may take to boot, under TCG on a machine that is busy.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(240);

@@ -47,7 +47,7 @@ impl Programs {
         host: &["barlink"],
         guest: &["barlink-guest", AGENT],
     };
-    /// What `cargo xtask crash` kills.
+    /// What `cargo xtask soak` kills.
     pub const CRASH: Self = Self {
         name: "crash",
         host: &["barlink", CRASH_LOAD],
@@ -60,16 +60,10 @@ impl Programs {
         guest: &["barlink-guest", AGENT, BENCH_LOAD],
     };
     /// What the tests need.
-    pub const ALL: Self = Self {
+    pub const TEST: Self = Self {
         name: "test",
-        host: &["barlink", BENCH_LOAD, CRASH_LOAD],
-        guest: &[
-            "barlink-guest",
-            AGENT,
-            "barlink-driver-checks",
-            BENCH_LOAD,
-            CRASH_LOAD,
-        ],
+        host: &["barlink", BENCH_LOAD],
+        guest: &["barlink-guest", AGENT, "barlink-driver-checks"],
     };
 }
 
@@ -77,7 +71,7 @@ impl Programs {
 const AGENT: &str = "barlink-agent";
 /// What `cargo xtask bench` measures.
 pub const BENCH_LOAD: &str = "barlink-bench-load";
-/// What `cargo xtask crash` kills.
+/// What `cargo xtask soak` kills.
 pub const CRASH_LOAD: &str = "barlink-crash-load";
 /// What `cargo xtask bench` measures of iceoryx2, which is on the host alone.
 pub const ICEORYX2_LOAD: &str = "barlink-iceoryx2-load";
@@ -124,7 +118,7 @@ impl Artifacts {
             let args = VmArgs::from_environment()?;
             let tools = Tools::find(&args.tools)?;
             let Some(path) = std::env::var_os(BUILT) else {
-                return Self::build(tools, args, Programs::ALL);
+                return Self::build(tools, args, Programs::TEST);
             };
             let files = fs::read(&path)
                 .with_context(|| format!("{BUILT}: {} cannot be read", path.display()))?;
@@ -197,8 +191,8 @@ impl Artifacts {
             words.push(path.display().to_string());
         }
         for path in [qemu, &self.tools.kernel_image] {
-            let metadata = fs::metadata(path)
-                .with_context(|| format!("{} cannot be read", path.display()))?;
+            let metadata =
+                fs::metadata(path).with_context(|| format!("{} cannot be read", path.display()))?;
             words.push(format!("{:?}", metadata.modified()?));
         }
         Ok(words.join(" "))

@@ -10,6 +10,7 @@
 //! | `tools.rs` | the tools of a sandbox, or the user's own in their place |
 //! | `builds.rs` | builds the programs, the driver and the initramfs |
 //! | `module.rs`, `initramfs.rs` | the build of one kernel module; the archive that a guest boots into |
+//! | `nextest.rs` | the program that runs tests, and the tests that are built for it |
 //! | `debian.rs` | an ordinary Debian, to try the packages on |
 //! | `host.rs` | installs packages of the host's own Debian |
 //! | `steps.rs` | progress and log of long work |
@@ -19,6 +20,7 @@ pub mod debian;
 pub mod host;
 mod initramfs;
 pub mod module;
+pub mod nextest;
 pub mod recipe;
 pub mod sandbox;
 pub mod setup;

@@ -1,9 +1,9 @@
 //! Crashes of every kind, once each; `cargo xtask crash` does as many as one likes.
 
 use anyhow::{Result, ensure};
-use barlink_vm::broker::Transport;
 use barlink_sandbox::builds::Artifacts;
 use barlink_soak::crash;
+use barlink_vm::broker::Transport;
 
 #[test]
 fn every_kind_of_fault_costs_no_record() -> Result<()> {

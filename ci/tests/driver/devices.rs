@@ -9,13 +9,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use barlink_driver_checks::Region;
 use barlink_protocol::wire::virtio;
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::{Broker, Transport};
+use barlink_vm::tap::Tap;
+use barlink_vm::{Config, FIRST_FILE, Vm};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Signal;
 use serde_json::json;
-use barlink_vm::broker::{Broker, Transport};
-use barlink_sandbox::builds::Artifacts;
-use barlink_vm::tap::Tap;
-use barlink_vm::{Config, FIRST_FILE, Vm};
 
 /// What machine the VM is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

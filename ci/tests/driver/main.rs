@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use barlink_driver_checks::{BEHIND_AN_IOMMU, CHECKS, PAUSING, SLEEPING, UNPLUGGING};
-use libtest_mimic::{Arguments, Trial};
 use barlink_vm::broker::Transport;
+use libtest_mimic::{Arguments, Trial};
 
 use self::devices::Machine;
 use self::stage::Stage;

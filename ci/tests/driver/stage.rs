@@ -29,10 +29,13 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Boots the VM that [`Region`] describes, with devices over this transport.
+    /// Starts the VM that [`Region`] describes, with devices over this transport.
     pub fn set(transport: Transport, machine: Machine) -> Result<Self> {
         let devices = Devices::new(transport, machine)?;
-        let vm = Vm::boot(&devices.config)?;
+        let vm = match machine {
+            Machine::Usual | Machine::BehindAnIommu => Vm::restore(&devices.config)?,
+            Machine::Sleeper => Vm::boot(&devices.config)?,
+        };
         vm.run(["sh", "-c", END_ON_OOPS])?.require_success()?;
         Ok(Self {
             background: None,

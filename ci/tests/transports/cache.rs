@@ -4,11 +4,11 @@
 use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use barlink_protocol::Shortfall;
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::Broker;
+use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use barlink_vm::broker::Broker;
-use barlink_sandbox::builds::Artifacts;
-use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 
 use super::TRANSPORT;
 use crate::support::*;
@@ -119,7 +119,7 @@ fn modes_are_what_is_granted(broker: &Broker, vm: &Vm, is_above: bool) -> Result
 #[test]
 fn modes_above_4_gib_are_granted_and_auto_chooses_write_back() -> Result<()> {
     let broker = broker()?;
-    let vm = boot_with(&broker.vm()?)?;
+    let vm = guest(&broker)?;
     modes_are_what_is_granted(&broker, &vm, true)?;
     // On a busy host one mode can seem slower than it is.
     let mut tries = (0..5).map(|_| info(&vm, "auto"));
@@ -209,7 +209,7 @@ fn each_cure_has_write_back_granted() -> Result<()> {
 #[test]
 fn mode_stays_until_the_last_mapping_is_gone() -> Result<()> {
     let broker = broker()?;
-    let vm = boot_with(&broker.vm()?)?;
+    let vm = guest(&broker)?;
     let first = vm.spawn(["barlink-guest", "--cache", "write-combining", "recv"])?;
     wait_for_holder(&broker, "down", "consumer", true)?;
     let second = vm.spawn(["barlink-guest", "send"])?;

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use barlink_agent::Status;
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::{Broker, Transport, finish};
+use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use barlink_vm::broker::{Broker, Transport, finish};
-use barlink_sandbox::builds::Artifacts;
-use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 
 use super::TRANSPORT;
 use crate::support::*;
@@ -178,7 +178,7 @@ fn second_claim_and_unknown_channel_are_refused_in_the_guest() -> Result<()> {
 
 #[test]
 fn guest_app_without_the_device_says_so() -> Result<()> {
-    let vm = Vm::boot(&Config::default())?;
+    let vm = Vm::restore(&Config::default())?;
     for argv in [&["barlink-guest", "info"][..], &["barlink-guest", "recv"]] {
         let output = vm.run(argv.iter().copied())?;
         let errors = String::from_utf8(output.stderr)?;
@@ -353,7 +353,7 @@ fn qemu_that_is_killed_is_followed_by_another_on_the_same_broker() -> Result<()>
     wait_until("the slot is free", || {
         Ok(broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
     })?;
-    let vm = boot(&broker)?;
+    let vm = guest(&broker)?;
     // Where the broker sees resets, they count as well, and a machine begins with one.
     ensure!(connection(&broker)? > before, "it is not told apart");
     assert_eq!(
@@ -403,16 +403,11 @@ fn two_vms_on_one_region_exchange_records() -> Result<()> {
     let broker = Broker::start_over(Artifacts::shared()?, &[TRANSPORT; 2], &channels)?;
     let config = |slot| -> Result<Config> {
         Ok(Config {
-            memory_mib: 256,
-            cpus: 1,
             arguments: broker.arguments(slot)?,
             ..broker.vm()?
         })
     };
-    let vms = [Vm::boot(&config(0)?)?, Vm::boot(&config(1)?)?];
-    for vm in &vms {
-        load(vm)?;
-    }
+    let vms = [guest_with(&config(0)?)?, guest_with(&config(1)?)?];
     let bytes = noise(1_000_000);
     vms[0].put_file("/tmp/file", &bytes)?;
     for (from, to, channel) in [(0, 1, "across"), (1, 0, "back")] {
@@ -443,8 +438,7 @@ fn one_vm_with_two_devices_keeps_them_apart() -> Result<()> {
     let second = brokers[1].arguments_with(0, "second", 99)?;
     config.arguments.extend(second);
     config.paths.push(brokers[1].folder().to_owned());
-    let vm = Vm::boot(&config)?;
-    load(&vm)?;
+    let vm = guest_with(&config)?;
     for (index, (broker, size)) in brokers.iter().zip([1 << 20, 2 << 20]).enumerate() {
         let device = device(&vm, size)?;
         let text = format!("device {index}");

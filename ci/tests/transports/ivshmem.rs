@@ -1,9 +1,9 @@
 //! Over QEMU's ivshmem-doorbell.
 
 use anyhow::Result;
-use rustix::process::Signal;
-use barlink_vm::broker::Transport;
 use barlink_vm::COMMAND_TIMEOUT;
+use barlink_vm::broker::Transport;
+use rustix::process::Signal;
 
 use crate::support::*;
 

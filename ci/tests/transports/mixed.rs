@@ -2,9 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
-use clap::ValueEnum;
-use barlink_vm::broker::{Broker, Transport};
 use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Process, Vm};
 
 use super::TRANSPORT;
@@ -19,8 +18,7 @@ const CHANNELS: [&str; 4] = [
 ];
 
 fn serve() -> Result<Broker> {
-    let others = Transport::value_variants().iter();
-    let other = others.copied().find(|other| *other != TRANSPORT);
+    let other = Transport::ALL.into_iter().find(|other| *other != TRANSPORT);
     let slots = [TRANSPORT, other.context("there is no other")?];
     let broker = Broker::start_over(Artifacts::shared()?, &slots, &CHANNELS)?;
     let status = broker.inspect()?;
@@ -30,15 +28,11 @@ fn serve() -> Result<Broker> {
 }
 
 /// A VM in a slot, with the driver loaded.
-fn boot_in(broker: &Broker, slot: usize) -> Result<Vm> {
-    let vm = Vm::boot(&Config {
-        memory_mib: 256,
-        cpus: 1,
+fn guest_in(broker: &Broker, slot: usize) -> Result<Vm> {
+    guest_with(&Config {
         arguments: broker.arguments(slot)?,
         ..broker.vm()?
-    })?;
-    load(&vm)?;
-    Ok(vm)
+    })
 }
 
 /// One end of a stream over a channel in a guest, from a file or to one.
@@ -73,8 +67,8 @@ fn exchange(vms: [&Vm; 2]) -> Result<()> {
 #[test]
 fn vm_that_is_killed_leaves_the_stream_of_one_over_another_transport_alone() -> Result<()> {
     let broker = serve()?;
-    let victim = boot_in(&broker, 0)?;
-    let survivor = boot_in(&broker, 1)?;
+    let victim = guest_in(&broker, 0)?;
+    let survivor = guest_in(&broker, 1)?;
     exchange([&victim, &survivor])?;
     // The survivor is in the middle of a stream from the victim, and of one with the host besides.
     let sender = end(&victim, "send", "across", &["/dev/zero"])?;
@@ -94,7 +88,7 @@ fn vm_that_is_killed_leaves_the_stream_of_one_over_another_transport_alone() -> 
     stream.finish()?;
     // A VM does not see another one go (protocol.md, section 3): it hears of it by the stream of the next one.
     ensure!(!receiver.has_ended(), "it waits for nobody");
-    let next = boot_in(&broker, 0)?;
+    let next = guest_in(&broker, 0)?;
     let first = end(&next, "send", "across", &["/bin/busybox"])?;
     let ended = receiver.wait(COMMAND_TIMEOUT)?;
     ensure!(ended.status == Status::Code(5), "{}", ended.status);

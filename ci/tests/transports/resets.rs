@@ -5,9 +5,9 @@ use std::{fs, iter, thread};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use barlink_driver_checks::complaint;
-use barlink_vm::broker::{Broker, Transport};
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::Vm;
+use barlink_vm::broker::{Broker, Transport};
 
 use crate::support::*;
 
@@ -102,7 +102,7 @@ fn round(number: u32, broker: &Broker, vm: &Vm) -> Result<()> {
 /// Resets a guest so often.
 fn reset(rounds: u32) -> Result<()> {
     let broker = Broker::start_over(Artifacts::shared()?, &Transport::ALL, &CHANNELS)?;
-    let vm = Vm::boot(&broker.vm()?)?;
+    let vm = Vm::restore(&broker.vm()?)?;
     let mut first = None;
     for number in 0..rounds {
         round(number, &broker, &vm).with_context(|| format!("round {number}"))?;

@@ -6,10 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
-use barlink_vm::broker::Broker;
 use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::Broker;
 use barlink_vm::{COMMAND_TIMEOUT, Vm};
+use serde_json::Value;
 
 use super::TRANSPORT;
 use crate::support::*;
@@ -46,7 +46,7 @@ fn stream_through(
 #[test]
 fn killed_broker_costs_no_record_and_host_apps_attach_again() -> Result<()> {
     let mut broker = Broker::start_managed(Artifacts::shared()?, TRANSPORT, &[])?;
-    let vm = boot(&broker)?;
+    let vm = guest(&broker)?;
     stream_through(&mut broker, &vm, |broker| {
         broker.kill()?;
         broker.start_again()
@@ -55,7 +55,7 @@ fn killed_broker_costs_no_record_and_host_apps_attach_again() -> Result<()> {
     // The slot is this VM's until it leaves, and then another's.
     drop(vm);
     wait_until("the slot is free", || Ok(vm_of(&broker)?.is_null()))?;
-    boot(&broker)?;
+    guest(&broker)?;
     Ok(())
 }
 
@@ -68,7 +68,7 @@ fn replaced_broker_costs_no_record() -> Result<()> {
 #[test]
 fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
     let mut broker = Broker::start_managed(Artifacts::shared()?, TRANSPORT, &[])?;
-    let vm = boot(&broker)?;
+    let vm = guest(&broker)?;
     let mut app = receive(&broker, "up")?;
     wait_for_holder(&broker, "up", "consumer", true)?;
     broker.kill()?;
@@ -79,7 +79,7 @@ fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
     wait_for_holder(&broker, "up", "consumer", false)?;
     // QEMU itself ends some time after what it runs in.
     wait_until("the VM is gone", || Ok(vm_of(&broker)?.is_null()))?;
-    let vm = boot(&broker)?;
+    let vm = guest(&broker)?;
     // The end and the slot can be taken again, and each sees that the other is new.
     let receiver = receive(&broker, "up")?;
     let sender = vm.spawn(["barlink-guest", "send"])?;

@@ -7,19 +7,25 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use barlink_vm::broker::{Broker, Transport};
 use barlink_sandbox::builds::Artifacts;
-use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
+use barlink_vm::broker::{Broker, Transport};
+use barlink_vm::{COMMAND_TIMEOUT, Config, Process, Vm};
 
 /// A broker with these arguments, and a VM at its only slot with the driver loaded.
 pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {
     let broker = Broker::start_over(Artifacts::shared()?, &[transport], arguments)?;
-    let vm = boot(&broker)?;
+    let vm = guest(&broker)?;
     Ok((broker, vm))
 }
 
-pub fn boot(broker: &Broker) -> Result<Vm> {
-    let vm = Vm::boot(&broker.vm()?)?;
+/// A VM at a broker's slots with the driver loaded.
+pub fn guest(broker: &Broker) -> Result<Vm> {
+    guest_with(&broker.vm()?)
+}
+
+/// A VM with these devices and the driver loaded.
+pub fn guest_with(config: &Config) -> Result<Vm> {
+    let vm = Vm::restore(config)?;
     load(&vm)?;
     Ok(vm)
 }

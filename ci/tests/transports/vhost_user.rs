@@ -6,11 +6,11 @@
 
 use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::{Broker, Transport};
+use barlink_vm::{COMMAND_TIMEOUT, Vm};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use barlink_vm::broker::{Broker, Transport};
-use barlink_sandbox::builds::Artifacts;
-use barlink_vm::{COMMAND_TIMEOUT, Vm};
 
 use crate::stranger::{self, Fault};
 use crate::support::*;

@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result};
 use barlink_agent::Status;
-use rustix::process::Signal;
-use barlink_vm::broker::{Broker, Transport};
 use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
+use rustix::process::Signal;
 
 use super::wait_until;
 
@@ -15,18 +15,17 @@ const FORBIDDEN: &str = "needs `barlink serve --vfio-user SOCKET --guest-memory`
 /// And who may, where there is no buffer.
 const NONE: &str = "no DMA buffer";
 
-fn boot(arguments: &[&str]) -> Result<(Broker, Vm)> {
-    boot_with(arguments, false)
+fn guest(arguments: &[&str]) -> Result<(Broker, Vm)> {
+    guest_with(arguments, false)
 }
 
 /// A VM whose memory is shared, with the driver loaded.
-pub(super) fn boot_with(arguments: &[&str], iommu: bool) -> Result<(Broker, Vm)> {
+pub(super) fn guest_with(arguments: &[&str], iommu: bool) -> Result<(Broker, Vm)> {
     let arguments = [&["--size", "1M"], arguments].concat();
     let broker = Broker::start_over(Artifacts::shared()?, &[Transport::VfioUser], &arguments)?;
-    let vm = Vm::boot(&Config {
+    let vm = Vm::restore(&Config {
         arguments: broker.arguments(0)?,
         paths: vec![broker.folder().to_owned()],
-        memory_mib: 256,
         shared_memory: true,
         iommu,
         ..Config::default()
@@ -59,7 +58,7 @@ pub(super) fn wait_for_its_end(broker: &Broker) -> Result<()> {
 
 #[test]
 fn host_reads_the_dma_buffer_of_a_guest() -> Result<()> {
-    let (broker, vm) = boot(&["--guest-memory"])?;
+    let (broker, vm) = guest(&["--guest-memory"])?;
     let error = format!("{:#}", peek(&broker, 1).expect_err("there is none"));
     assert!(error.contains(NONE), "{error}");
     let pattern = pattern(SIZE);
@@ -134,7 +133,7 @@ fn device_is_told_of_the_buffer_behind_an_iommu_again_after_a_suspend() -> Resul
 }
 
 fn suspend(iommu: bool) -> Result<()> {
-    let (broker, vm) = boot_with(&["--guest-memory"], iommu)?;
+    let (broker, vm) = guest_with(&["--guest-memory"], iommu)?;
     let process = vm.spawn(["barlink-guest", "buffer"])?;
     process.write(b"as it was")?;
     process.close_stdin()?;
@@ -152,7 +151,7 @@ fn suspend(iommu: bool) -> Result<()> {
 
 #[test]
 fn host_that_may_not_read_a_guests_memory_is_not_told_of_its_buffer() -> Result<()> {
-    let (broker, vm) = boot(&[])?;
+    let (broker, vm) = guest(&[])?;
     let process = vm.spawn(["barlink-guest", "buffer"])?;
     process.write(b"seen by nobody")?;
     process.close_stdin()?;

@@ -4,13 +4,13 @@ use std::fs::{self, File};
 use std::process::Child;
 
 use anyhow::{Context, Result, ensure};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::Broker;
+use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Process, Vm};
 use rustix::process::Signal;
 use serde_json::json;
-use barlink_vm::broker::Broker;
-use barlink_sandbox::builds::Artifacts;
-use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Process, Vm};
 
-use super::buffer::{boot_with, pattern, peek, wait_for_its_end};
+use super::buffer::{guest_with, pattern, peek, wait_for_its_end};
 use super::{Setting, wait_until};
 
 /// Of 2 MiB that the IOMMU maps at once where it can, and 256 pages that it maps one by one: more ranges than QEMU tells of otherwise.
@@ -105,7 +105,7 @@ fn ends(mut program: Child) -> Result<()> {
 
 #[test]
 fn host_reads_the_dma_buffer_of_a_guest_behind_an_iommu() -> Result<()> {
-    let (mut broker, vm) = boot_with(&["--guest-memory"], true)?;
+    let (mut broker, vm) = guest_with(&["--guest-memory"], true)?;
     // The device's addresses are translated, and its interrupts remapped.
     let kind = read(&vm, &format!("{DEVICE}/iommu_group/type"))?;
     assert!(["DMA", "DMA-FQ"].contains(&kind.as_str()), "{kind}");

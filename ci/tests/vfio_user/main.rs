@@ -9,12 +9,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::{Broker, Transport};
+use barlink_vm::tap::Tap;
+use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, FREE_PORT, PciDevice, Vm};
 use rustix::process::Signal;
 use serde_json::json;
-use barlink_vm::broker::{Broker, Transport};
-use barlink_sandbox::builds::Artifacts;
-use barlink_vm::tap::Tap;
-use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, PciDevice, Vm};
 
 use self::relay::{Message, Relay};
 
@@ -411,17 +411,14 @@ fn qemu_that_is_refused_by_vfio_user_ends_at_once() -> Result<()> {
 #[test]
 fn device_of_vfio_user_is_plugged_in_and_not_out() -> Result<()> {
     let setting = Setting::new("1M")?;
-    let port = "pcie-root-port,id=late-port,chassis=9,pref64-reserve=8G";
-    let vm = Vm::boot(&Config {
-        arguments: vec!["-device".to_owned(), port.to_owned()],
+    let vm = Vm::restore(&Config {
         paths: vec![setting.broker.folder().to_owned()],
-        memory_mib: 256,
         ..Config::default()
     })?;
     vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
     let socket = json!({ "type": "unix", "path": setting.broker.socket(0) });
     vm.plug(&json!({
-        "driver": "vfio-user-pci", "id": "late", "bus": "late-port", "rombar": 0, "socket": socket,
+        "driver": "vfio-user-pci", "id": "late", "bus": FREE_PORT, "rombar": 0, "socket": socket,
     }))?;
     wait_until("the driver takes it", || {
         let info = vm.run(["barlink-guest", "info"])?;
@@ -515,10 +512,10 @@ fn qemu_migrates_the_vm_and_leaves_the_region_behind() -> Result<()> {
 fn stream_of_a_gibibyte_is_no_message_but_its_doorbells() -> Result<()> {
     let setting = Setting::new("64M")?;
     let config = Config {
-        memory_mib: 512,
+        memory_mib: Config::default().memory_mib,
         ..setting.config()?
     };
-    let vm = Vm::boot(&config)?;
+    let vm = Vm::restore(&config)?;
     vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
     let mut receiver = setting.broker.app(["recv", "-o", "/dev/null"]).spawn()?;
     let before = setting.relay.messages().len();

@@ -6,12 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use barlink_sandbox::builds::Artifacts;
+use barlink_vm::broker::{Broker, Transport};
+use barlink_vm::tap::Tap;
+use barlink_vm::{Bare, Config, FREE_PORT, Vm};
 use rustix::process::Signal;
 use serde_json::json;
-use barlink_vm::broker::{Broker, Transport};
-use barlink_sandbox::builds::Artifacts;
-use barlink_vm::tap::Tap;
-use barlink_vm::{Bare, Config, Vm};
 
 use self::driver::Driver;
 
@@ -369,12 +369,9 @@ fn guest_that_resets_the_device_while_it_is_mapped_ends_its_own_qemu() -> Result
 #[test]
 fn device_of_vhost_user_is_plugged_in_and_out() -> Result<()> {
     let setting = Setting::new("1M")?;
-    let port = "pcie-root-port,id=late-port,chassis=9,pref64-reserve=8G";
     let socket = setting.broker.socket(0);
-    let vm = Vm::boot(&Config {
-        arguments: vec!["-device".to_owned(), port.to_owned()],
+    let vm = Vm::restore(&Config {
         paths: vec![setting.broker.folder().to_owned()],
-        memory_mib: 256,
         shared_memory: true,
         ..Config::default()
     })?;
@@ -386,7 +383,7 @@ fn device_of_vhost_user_is_plugged_in_and_out() -> Result<()> {
             &json!({ "id": "late-socket", "backend": backend }),
         )?;
         vm.plug(&json!({
-            "driver": "vhost-user-test-device-pci", "id": "late", "bus": "late-port", "chardev": "late-socket",
+            "driver": "vhost-user-test-device-pci", "id": "late", "bus": FREE_PORT, "chardev": "late-socket",
             "virtio-id": 6, "num_vqs": 2, "vq_size": 64, "config_size": 64,
         }))?;
         wait_until("the guest sees it", || {

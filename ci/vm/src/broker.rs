@@ -16,9 +16,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::Serialize;
 use serde_json::Value;
 
-use barlink_sandbox::builds::Artifacts;
-use crate::service::ServiceManager;
 use crate::Config;
+use crate::service::ServiceManager;
+use barlink_sandbox::builds::Artifacts;
 
 /// How long a broker may take until it listens.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -53,6 +53,11 @@ impl Transport {
             Transport::VfioUser => "vfio-user",
             Transport::VhostUser => "vhost-user",
         }
+    }
+
+    /// Its place in [`Transport::ALL`]: the slot over it, where a broker serves one over each.
+    pub fn index(self) -> usize {
+        self as usize
     }
 
     /// The option of `barlink serve` for a socket.

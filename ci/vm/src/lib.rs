@@ -67,6 +67,9 @@ const SUSPEND: &str = "echo deep >/sys/power/mem_sleep && echo mem >/sys/power/s
 /// The descriptor that QEMU has the first of [`Config::files`] as.
 pub const FIRST_FILE: i32 = 10;
 
+/// The ID of a restored guest's last root port, at which a test can plug in a device of its own.
+pub const FREE_PORT: &str = "port5";
+
 /// What a VM is made of.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -100,7 +103,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            memory_mib: 1024,
+            memory_mib: 512,
             cpus: 2,
             machine: "q35",
             arguments: Vec::new(),
@@ -161,7 +164,7 @@ impl Vm {
     pub fn restore_with(artifacts: &Artifacts, config: &Config) -> Result<Self> {
         let snapshot = snapshot::open(artifacts, config)?;
         let vm = Self::start(artifacts, config, &Origin::Snapshot(&snapshot))?;
-        if plug::plug(&vm.qmp, &config.arguments, &qemu::ports(config))? > 0 {
+        if plug::plug(&vm.qmp, &config.arguments, &qemu::PORTS)? > 0 {
             // The guest looks for devices itself, rather than when it hears of them: with the end of this they are there.
             vm.run(["sh", "-c", "echo 1 >/sys/bus/pci/rescan"])?
                 .require_success()?;
@@ -181,8 +184,9 @@ impl Vm {
             Origin::Boot | Origin::BootForSnapshot(_) => agent
                 .wait_ready(1, config.boot_timeout)
                 .and_then(|()| Qmp::new(ends.qmp, QMP_TIMEOUT)),
-            Origin::Snapshot(_) => Qmp::new(ends.qmp, QMP_TIMEOUT)
-                .and_then(|qmp| snapshot::load(&qmp).map(|()| qmp)),
+            Origin::Snapshot(_) => {
+                Qmp::new(ends.qmp, QMP_TIMEOUT).and_then(|qmp| snapshot::load(&qmp).map(|()| qmp))
+            }
         };
         let qmp = ready.with_context(|| {
             format!(

@@ -20,7 +20,7 @@ use crate::qmp::Qmp;
 /// # Errors
 ///
 /// QEMU refuses a part, there are more ports than the VM has, or an argument is of another kind.
-pub(crate) fn plug(qmp: &Qmp, arguments: &[String], ports: &[String]) -> Result<usize> {
+pub(crate) fn plug(qmp: &Qmp, arguments: &[String], ports: &[&str]) -> Result<usize> {
     let mut free = ports.iter();
     let mut names = HashMap::new();
     let mut devices = 0;
@@ -48,7 +48,9 @@ pub(crate) fn plug(qmp: &Qmp, arguments: &[String], ports: &[String]) -> Result<
             "-device" => {
                 let port = property(value, "bus").and_then(|bus| Some((bus, names.get(bus)?)));
                 let device = match port {
-                    Some((bus, port)) => value.replace(&format!("bus={bus}"), &format!("bus={port}")),
+                    Some((bus, port)) => {
+                        value.replace(&format!("bus={bus}"), &format!("bus={port}"))
+                    }
                     None => value.clone(),
                 };
                 monitor(qmp, &format!("device_add {device}"))?;
@@ -62,10 +64,7 @@ pub(crate) fn plug(qmp: &Qmp, arguments: &[String], ports: &[String]) -> Result<
 
 /// Runs a command of QEMU's human monitor, which prints something only where it fails.
 fn monitor(qmp: &Qmp, command: &str) -> Result<()> {
-    let printed = qmp.execute(
-        "human-monitor-command",
-        &json!({ "command-line": command }),
-    )?;
+    let printed = qmp.execute("human-monitor-command", &json!({ "command-line": command }))?;
     let printed = printed.as_str().unwrap_or_default().trim();
     ensure!(printed.is_empty(), "QEMU refuses `{command}`: {printed}");
     Ok(())

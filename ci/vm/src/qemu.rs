@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::accelerator::{KVM, accelerator};
 use crate::console::{ERRORS, LOG};
-use crate::{Config, FIRST_FILE, Origin};
+use crate::{Config, FIRST_FILE, FREE_PORT, Origin};
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::{Accel, Qemu as Program};
 
@@ -29,8 +29,8 @@ const CONSOLE: (&str, i32) = ("console", 5);
 const SNAPSHOT_FILE: i32 = 6;
 pub(crate) const SNAPSHOT: &str = "file:/proc/self/fd/6";
 
-/// Root ports of a guest that can be restored: the driver's checks need five.
-const PORTS: usize = 6;
+/// The root ports of a guest that can be restored: the driver's checks need five.
+pub(crate) const PORTS: [&str; 6] = ["port0", "port1", "port2", "port3", "port4", FREE_PORT];
 
 /// A QEMU process; ended when dropped, and whenever this process ends.
 #[derive(Debug)]
@@ -65,10 +65,10 @@ impl Qemu {
                 command.args(&config.arguments);
             }
             Origin::BootForSnapshot(_) => {
-                command.args(port_arguments(config));
+                command.args(port_arguments());
             }
             Origin::Snapshot(_) => {
-                command.args(port_arguments(config));
+                command.args(port_arguments());
                 command.args(["-incoming", "defer"]);
             }
         }
@@ -267,15 +267,10 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
         ]);
 }
 
-/// The names of the root ports that a guest has which can be restored.
-pub(crate) fn ports(_: &Config) -> Vec<String> {
-    (0..PORTS).map(|port| format!("port{port}")).collect()
-}
-
-/// These ports, with windows as `barlink qemu-args` has them.
-fn port_arguments(config: &Config) -> Vec<String> {
+/// The root ports of a guest that can be restored, with windows as `barlink qemu-args` has them.
+fn port_arguments() -> Vec<String> {
     let mut arguments = Vec::new();
-    for (port, chassis) in ports(config).iter().zip(1..) {
+    for (port, chassis) in PORTS.iter().zip(1..) {
         let port = format!("pcie-root-port,id={port},chassis={chassis},pref64-reserve=8G");
         arguments.extend(["-device".to_owned(), port]);
     }

@@ -109,7 +109,11 @@ fn name(artifacts: &Artifacts, config: &Config) -> Result<String> {
         hash.update(part);
         hash.update([0]);
     }
-    let digits = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let digits = hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect::<String>();
     Ok(digits[..32].to_owned())
 }
 
@@ -142,7 +146,10 @@ fn wait(qmp: &Qmp) -> Result<()> {
         match state["status"].as_str() {
             Some("completed") => return Ok(()),
             Some("failed") => bail!("QEMU fails: {}", state["error-desc"]),
-            _ => ensure!(start.elapsed() < TIMEOUT, "QEMU is not done after {TIMEOUT:?}: {state}"),
+            _ => ensure!(
+                start.elapsed() < TIMEOUT,
+                "QEMU is not done after {TIMEOUT:?}: {state}"
+            ),
         }
         thread::sleep(Duration::from_millis(5));
     }

@@ -8,9 +8,9 @@ use std::process::{Command, ExitCode};
 
 use anyhow::Result;
 
+use crate::tally::Tally;
 use barlink_sandbox::builds::{cargo, driver, target_folder};
 use barlink_sandbox::setup;
-use crate::tally::Tally;
 use barlink_sandbox::tools::{ToolArgs, Tools};
 
 /// Runs every check and counts them.

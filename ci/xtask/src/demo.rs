@@ -18,10 +18,10 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use signal_hook::consts::SIGINT;
 
-use barlink_vm::broker::{Broker, Transport};
 use barlink_sandbox::builds::{Artifacts, Programs};
 use barlink_sandbox::setup;
 use barlink_sandbox::tools::{Accel, Tools, VmArgs};
+use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{Config, Vm, accelerator, check_accelerator};
 
 /// How long a transfer may take.

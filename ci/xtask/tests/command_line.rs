@@ -8,8 +8,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
-use rustix::process::{Pid, Signal, kill_process_group};
 use barlink_sandbox::builds::cargo;
+use rustix::process::{Pid, Signal, kill_process_group};
 
 /// What `cargo xtask demo` says, in one line, where nothing is set up and nothing can be built.
 fn refused(arguments: &[&str]) -> Result<String> {

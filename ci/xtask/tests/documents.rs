@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use barlink_driver_checks::CHECKS;
-use walkdir::WalkDir;
 use barlink_sandbox::builds::repository;
+use walkdir::WalkDir;
 
 /// The files of the tree whose names end so.
 fn files(extension: &str) -> Vec<PathBuf> {

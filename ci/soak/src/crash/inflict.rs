@@ -14,8 +14,8 @@ use serde_json::{Map, Value, json};
 use super::fault::{Fault, Role};
 use super::scene::{LOOK, PATIENCE, Scene};
 use super::watch::CHANNELS;
-use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::COMMAND_TIMEOUT;
+use barlink_vm::broker::{Broker, Transport};
 
 /// How often the broker is killed, or replaced, while the guest rings, and the longest time before each. A kill within a message
 /// takes five seconds.

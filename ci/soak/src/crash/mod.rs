@@ -39,10 +39,10 @@ use clap::Args;
 use self::fault::Fault;
 pub use self::report::Report;
 use self::scene::Scene;
-use barlink_vm::broker::Transport;
 use barlink_sandbox::builds::{Artifacts, Programs};
 use barlink_sandbox::setup;
 use barlink_sandbox::tools::VmArgs;
+use barlink_vm::broker::Transport;
 use barlink_vm::check_accelerator;
 
 /// Longest time for which the streams are left alone before a fault.

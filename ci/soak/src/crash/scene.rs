@@ -13,8 +13,8 @@ use barlink_protocol::wire::layout::End;
 use super::fault::{Fault, Role, Side};
 use super::watch::{BELL, CHANNELS, Mark, Watch};
 use super::worker::Worker;
-use barlink_vm::broker::{Broker, Transport};
 use barlink_sandbox::builds::{Artifacts, CRASH_LOAD};
+use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
 
 /// Small channels, so that they are often full and often wrap; and one that is only rung.

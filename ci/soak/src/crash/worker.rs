@@ -14,8 +14,8 @@ use barlink_protocol::wire::layout::End;
 use rustix::process::Signal;
 
 use super::fault::{Role, Side};
-use barlink_vm::broker::Broker;
 use barlink_sandbox::builds::{Artifacts, CRASH_LOAD};
+use barlink_vm::broker::Broker;
 use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
 
 /// How often a process on the host is looked at.

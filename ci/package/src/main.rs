@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `cargo xtask package`.
+
+use std::process::ExitCode;
+
+use barlink_package::{PackageArgs, run};
+use clap::Parser;
+
+/// Makes Debian packages of the programs and the driver
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask package")]
+struct Cli {
+    #[command(flatten)]
+    args: PackageArgs,
+}
+
+fn main() -> ExitCode {
+    run(&Cli::parse().args).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
