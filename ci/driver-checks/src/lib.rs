@@ -18,6 +18,7 @@
 //! | `module.rs` | the module, and the kernel's log |
 //! | `objects.rs` | what the kernel's memory is made of, counted |
 //! | `process.rs` | child processes |
+//! | `tier.rs` | how deep loops go |
 
 mod ask;
 mod binding;
@@ -28,6 +29,7 @@ mod host;
 mod module;
 mod objects;
 mod process;
+pub mod tier;
 
 use anyhow::{Context, Result};
 

@@ -1,30 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask fuzz`: runs the fuzz targets of `ci/fuzz`, each for a while (`docs/decisions/0004-fuzzing.md`).
+//! The parts `fuzz-…`: runs the fuzz targets of `ci/fuzz`, each for a while (`docs/decisions/0004-fuzzing.md`).
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
 
 use barlink_sandbox::builds::{NATIVE_TARGET, cargo, repository, target_folder};
 use barlink_sandbox::host;
 use barlink_sandbox::steps::Steps;
-use crate::tally::Tally;
-
-/// What to fuzz, and for how long.
-#[derive(Args, Debug)]
-pub struct FuzzArgs {
-    /// The targets [default: all]
-    #[arg(value_name = "TARGET")]
-    pub targets: Vec<String>,
-
-    /// Seconds for each target
-    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
-    pub seconds: u64,
-}
 
 /// What the compiler is told, so that the fuzzer sees which code an input reaches and what it is compared with: LLVM's
 /// part of what nightly's `-Zsanitizer` and cargo-fuzz would say, every flag of it stable.
@@ -37,23 +23,6 @@ const INSTRUMENTATION: [&str; 5] = [
 ];
 /// Seconds after which one input is a finding of its own: no call may take long, whatever the other side does.
 const PATIENCE: u64 = 10;
-
-/// Fuzzes, and counts the targets by whether they found something.
-pub fn run(args: &FuzzArgs) -> Result<ExitCode> {
-    let targets = targets()?;
-    for wanted in &args.targets {
-        ensure!(
-            targets.contains(wanted),
-            "no target {wanted}; there are: {}",
-            targets.join(", ")
-        );
-    }
-    let wanted = |target: &String| args.targets.is_empty() || args.targets.contains(target);
-    let targets: Vec<_> = targets.into_iter().filter(wanted).collect();
-    let tally = fuzz(&targets, args.seconds)?;
-    println!("{tally}");
-    Ok(tally.exit_code())
-}
 
 /// The targets that there are: a file each.
 pub fn targets() -> Result<Vec<String>> {
@@ -68,59 +37,47 @@ pub fn targets() -> Result<Vec<String>> {
     Ok(targets)
 }
 
-/// Builds these targets and runs each: over the inputs that are kept in the tree, those that earlier runs have found, and
-/// then new ones. A finding is told and counted, and the others go on.
-pub fn fuzz(targets: &[String], seconds: u64) -> Result<Tally> {
-    let mut tally = Tally::default();
-    if targets.is_empty() {
-        return Ok(tally);
-    }
+/// The folder that all of it is built and found in.
+fn folder() -> Result<PathBuf> {
     let folder = target_folder()?.join("fuzz");
     fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
+/// Builds the targets, instrumented.
+pub fn build() -> Result<()> {
+    let folder = folder()?;
     let steps = Steps::start(&folder.join("log"))?;
     // The fuzzer itself is C++.
     let compiles = std::env::var_os("CXX").is_some() || host::on_path("c++");
     host::install(&steps, &[("g++", compiles)])?;
     steps.step("building the fuzz targets", || {
-        steps.run(&mut build(&folder))
-    })?;
-    for target in targets {
-        let what = format!("fuzzing {target} for {seconds} s");
-        let outcome = steps.step(&what, || run_target(target, &folder, seconds));
-        match outcome {
-            Ok(summary) => {
-                println!("test fuzz::{target} ... ok ({summary})");
-                tally.count(true);
-            }
-            Err(error) => {
-                let Finding(finding) = error.downcast()?;
-                println!("test fuzz::{target} ... FAILED\n{finding}");
-                tally.count(false);
-            }
-        }
-    }
-    Ok(tally)
+        let mut command = cargo("build");
+        command.args(["--manifest-path=ci/fuzz/Cargo.toml", "--release", "--bins"]);
+        // With a target named, the flags are not for what runs in the build itself.
+        command.arg(format!("--target={NATIVE_TARGET}"));
+        command.arg("--target-dir").arg(&folder);
+        // Of all ways to give flags this one outranks the others.
+        command.env("CARGO_ENCODED_RUSTFLAGS", INSTRUMENTATION.join("\x1f"));
+        steps.run(&mut command)
+    })
 }
 
-/// The command that builds the targets, instrumented, in this folder.
-fn build(folder: &Path) -> Command {
-    let mut command = cargo("build");
-    command.args(["--manifest-path=ci/fuzz/Cargo.toml", "--release", "--bins"]);
-    // With a target named, the flags are not for what runs in the build itself.
-    command.arg(format!("--target={NATIVE_TARGET}"));
-    command.arg("--target-dir").arg(folder);
-    // Of all ways to give flags this one outranks the others.
-    command.env("CARGO_ENCODED_RUSTFLAGS", INSTRUMENTATION.join("\x1f"));
-    command
+/// Runs a target that is built: over the inputs that are kept in the tree, those that earlier runs have found, and then new ones that
+/// follow from the seed. Gives how many it ran.
+///
+/// # Errors
+///
+/// What the target found.
+pub fn run(target: &str, seconds: u64, seed: u64) -> Result<String> {
+    let folder = folder()?;
+    let steps = Steps::start(&folder.join("log"))?;
+    let what = format!("fuzzing {target} for {seconds} s");
+    steps.step(&what, || run_target(target, &folder, seconds, seed))
 }
-
-/// What a target found, and where.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Finding(String);
 
 /// Runs one target, and tells how far it came; fails with what it found.
-fn run_target(target: &str, folder: &Path, seconds: u64) -> Result<String> {
+fn run_target(target: &str, folder: &Path, seconds: u64, seed: u64) -> Result<String> {
     let program = folder.join(NATIVE_TARGET).join("release").join(target);
     let found = folder.join("corpus").join(target);
     let findings = folder.join("findings").join(target);
@@ -135,6 +92,8 @@ fn run_target(target: &str, folder: &Path, seconds: u64) -> Result<String> {
         command.arg(format!("-dict={}", words.display()));
     }
     command.arg(format!("-max_total_time={seconds}"));
+    // 0 would be one from the clock, and more than 32 bits are no seed.
+    command.arg(format!("-seed={}", seed % u64::from(u32::MAX) + 1));
     command.arg(format!("-timeout={PATIENCE}"));
     command.arg(format!("-artifact_prefix={}/", findings.display()));
     command.arg("-print_final_stats=1");
@@ -147,13 +106,9 @@ fn run_target(target: &str, folder: &Path, seconds: u64) -> Result<String> {
         .status()
         .with_context(|| format!("{} cannot be started", program.display()))?;
     let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
-    ensure!(status.success(), Finding(describe(&text, &program, &log)));
+    ensure!(status.success(), describe(&text, &program, &log));
     let figure = |name| figure(&text, name).with_context(|| format!("{target} has not run"));
-    Ok(format!(
-        "{} inputs, {} a second",
-        figure("number_of_executed_units")?,
-        figure("average_exec_per_sec")?
-    ))
+    Ok(format!("{} inputs", figure("number_of_executed_units")?))
 }
 
 /// The inputs of a target that are kept in the tree.

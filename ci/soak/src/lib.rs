@@ -1,5 +1,128 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask soak`.
+//! `cargo xtask soak`: parts that repeat, break and fuzz for as long as they are given.
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `part.rs` | the parts that there are |
+//! | `draw.rs` | which of them fit a time |
+//! | `session.rs` | runs a part, and builds before what it needs |
+//! | `table.rs` | what came of the parts |
+//! | `crash/` | faults while records flow, and the count of what is lost |
+//! | `fuzz.rs` | the fuzz targets of `ci/fuzz` |
+//! | `mutation.rs` | faults in the code itself, which tests must find |
 
 pub mod crash;
+mod draw;
+mod fuzz;
+mod mutation;
+mod part;
+mod session;
+mod table;
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Result, ensure};
+use barlink_sandbox::tools::VmArgs;
+use barlink_vm::check_accelerator;
+use clap::Args;
+
+use self::part::Part;
+use self::session::Session;
+use self::table::Table;
+
+/// What to run, and for how long.
+#[derive(Args, Debug)]
+pub struct SoakArgs {
+    /// Run only parts whose names hold one of these texts [default: all]
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+
+    /// Draw parts by the seed until this time is used up [default: run each part once]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    minutes: Option<u64>,
+
+    /// What the parts that are drawn, and all that is random in them, follow from [default: from the clock]
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+
+    /// Name the parts, and run none
+    #[arg(long)]
+    list: bool,
+
+    /// Faults in each part `crash-…`
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
+    rounds: u64,
+
+    /// Do only faults whose names hold this in the parts `crash-…`, say `broker killed`
+    #[arg(long, value_name = "TEXT")]
+    fault: Option<String>,
+
+    /// Seconds for each part `fuzz-…`
+    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: u64,
+
+    /// The tools.
+    #[command(flatten)]
+    vm: VmArgs,
+}
+
+/// Runs the parts, and prints the table of what came of them.
+pub fn run(args: &SoakArgs) -> Result<ExitCode> {
+    let all = part::all()?;
+    let wanted = |part: &Part| {
+        let names = &args.names;
+        names.is_empty() || names.iter().any(|name| part.name.contains(name))
+    };
+    for name in &args.names {
+        ensure!(
+            all.iter().any(|part| part.name.contains(name)),
+            "no part has `{name}` in its name: `cargo xtask soak --list` names them"
+        );
+    }
+    let parts: Vec<Part> = all.into_iter().filter(wanted).collect();
+    if args.list {
+        for part in &parts {
+            println!(
+                "{:<36} {:>4} s  {}",
+                part.name,
+                part.estimate.as_secs(),
+                part.about
+            );
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    check_accelerator(args.vm.accel)?;
+    let seed = match args.seed {
+        Some(seed) => seed,
+        None => fresh_seed()?,
+    };
+    let budget = args
+        .minutes
+        .map(|minutes| Duration::from_secs(60 * minutes));
+    let mut left = draw::order(parts, budget.is_some(), seed);
+    let mut session = Session::new(args, seed);
+    let mut table = Table::new(seed);
+    let start = Instant::now();
+    while let Some(part) = draw::next(
+        &mut left,
+        budget.map(|budget| budget.saturating_sub(start.elapsed())),
+    ) {
+        eprintln!("== {}: {}", part.name, part.about);
+        let begun = Instant::now();
+        let outcome = session.run(&part);
+        if let Err(error) = &outcome {
+            eprintln!("{}: {error:#}", part.name);
+        }
+        table.add(&part, begun.elapsed(), outcome);
+    }
+    table.leave_out(&left);
+    print!("{table}");
+    Ok(table.exit_code())
+}
+
+/// A seed that is short enough to be typed.
+fn fresh_seed() -> Result<u64> {
+    Ok(SystemTime::UNIX_EPOCH.elapsed()?.as_micros() as u64 % 1_000_000_000)
+}

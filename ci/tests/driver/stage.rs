@@ -6,6 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use barlink_driver_checks::tier::{self, Tier};
 use barlink_driver_checks::{Answer, Region, Request};
 use barlink_vm::broker::Transport;
 use barlink_vm::{COMMAND_TIMEOUT, Vm};
@@ -46,7 +47,10 @@ impl Stage {
 
     /// Runs a check to its end: what it measured, or how it failed.
     pub fn check(&mut self, name: &str) -> Result<Vec<String>> {
-        let process = self.vm.spawn(["barlink-driver-checks", name])?;
+        let tier = format!("{}={}", tier::VARIABLE, Tier::current());
+        let process = self
+            .vm
+            .spawn(["env", &tier, "barlink-driver-checks", name])?;
         let mut figures = Vec::new();
         while let Some(line) = process.next_line(COMMAND_TIMEOUT)? {
             let request = serde_json::from_str(&line);

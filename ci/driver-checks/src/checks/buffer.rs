@@ -20,6 +20,7 @@ use crate::calls::Mapping;
 use crate::device::{Device, fails};
 use crate::host;
 use crate::process::{Child, Ended, Parent, child, ends};
+use crate::tier::rounds;
 
 /// Bytes of those that are no more than examples.
 const SIZE: u64 = 16 * PAGE;
@@ -206,7 +207,7 @@ fn free_memory() -> Result<u64> {
     Ok(free + pages.sum::<Result<u64, _>>()? * (PAGE >> 10))
 }
 
-pub(super) fn two_hundred_buffers_leave_nothing_behind() -> Result<()> {
+pub(super) fn buffers_leave_nothing_behind() -> Result<()> {
     let device = open(Region::Main)?;
     let cycles = |count| -> Result<()> {
         for _ in 0..count {
@@ -219,10 +220,11 @@ pub(super) fn two_hundred_buffers_leave_nothing_behind() -> Result<()> {
     // What the kernel keeps at hand, it has then.
     cycles(10)?;
     let before = free_memory()?;
-    cycles(200)?;
+    let count = rounds(20, 200);
+    cycles(count)?;
     let gone = before.saturating_sub(free_memory()?);
     host::show(format!(
-        "200 buffers of {} KiB: {gone} KiB less",
+        "{count} buffers of {} KiB: {gone} KiB less",
         MAX_BUFFER >> 10
     ))?;
     // Less than one of them: there are other programs.

@@ -14,6 +14,7 @@ use crate::binding::{bind, eventually, open, open_nonblocking, unbind};
 use crate::device::{Device, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
 use crate::process::child;
+use crate::tier::rounds;
 
 pub(super) fn doorbells_reach_the_host() -> Result<()> {
     let host_peer = Region::Main.host();
@@ -114,7 +115,7 @@ fn all_were_rung() -> Result<()> {
 }
 
 pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
-    const ROUNDS: u32 = 100_000;
+    let rounds = rounds(2_000, 100_000);
     // Over a transport that forwards, a round trip takes several times as long under TCG.
     const MOST: Duration = Duration::from_secs(240);
     let host_peer = Region::Main.host();
@@ -123,7 +124,7 @@ pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
     host::rings(Region::Main, host_peer, UP_VECTOR)?;
     host::echo(Region::Main, UP_VECTOR)?;
     let start = Instant::now();
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         if round % 1000 == 0 {
             // The host hears that the check goes on.
             host::word(Region::Main, 0)?;
@@ -135,9 +136,9 @@ pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
         ensure!(waits || device.becomes_readable()?, "lost in round {round}");
         assert_eq!(device.interrupts()?, [UP_VECTOR], "round {round}");
     }
-    let each = start.elapsed() / ROUNDS;
+    let each = start.elapsed() / rounds;
     host::calm()?;
-    host::show(format!("{ROUNDS} round trips by doorbell, {each:?} each"))
+    host::show(format!("{rounds} round trips by doorbell, {each:?} each"))
 }
 
 pub(super) fn device_without_vectors_says_so() -> Result<()> {

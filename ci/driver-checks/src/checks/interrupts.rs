@@ -21,6 +21,7 @@ use crate::calls::let_interrupt;
 use crate::device::{A_WHILE, DOWN, DOWN_VECTOR, Device, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
 use crate::process::{Ended, child};
+use crate::tier::rounds;
 
 fn ring(vector: u32) -> Result<()> {
     host::ring(Region::Main, vector)
@@ -98,7 +99,7 @@ pub(super) fn read_waits_and_a_signal_ends_it() -> Result<()> {
 
 /// By `read`, `poll` and an eventfd.
 pub(super) fn last_interrupt_of_a_burst_is_always_delivered() -> Result<()> {
-    const ROUNDS: u64 = 200;
+    let rounds = rounds(40, 200);
     let device = open(Region::Main)?;
     // Tells each burst's end to the parent, once it has been woken after it.
     let listener = |wait: fn(&Device, &OwnedFd) -> Result<()>| {
@@ -112,7 +113,7 @@ pub(super) fn last_interrupt_of_a_burst_is_always_delivered() -> Result<()> {
             let map = own.map(RAW, PAGE)?;
             parent.tell_ready()?;
             let mut told = 0;
-            while told < ROUNDS {
+            while told < rounds {
                 wait(&own, &bell)?;
                 // The number of the burst that has ended.
                 let ended = map.read(0);
@@ -136,7 +137,7 @@ pub(super) fn last_interrupt_of_a_burst_is_always_delivered() -> Result<()> {
     for listener in &listeners {
         listener.wait_ready()?;
     }
-    for round in 1..=ROUNDS {
+    for round in 1..=rounds {
         // 1 to 500 rings, after 0 to 2 ms, in no order that matters.
         let times = (round * 7919) % 500 + 1;
         thread::sleep(Duration::from_micros(round * 104_729 % 2000));

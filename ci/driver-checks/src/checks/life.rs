@@ -11,6 +11,7 @@ use crate::ask::{RAW, Region};
 use crate::binding::{bind, bound, is_virtio, keep_from_drivers, node, open, unbind};
 use crate::device::{Device, fails};
 use crate::module::{self, load, unload};
+use crate::tier::rounds;
 
 pub(super) fn module_stays_while_it_is_used() -> Result<()> {
     let device = open(Region::Main)?;
@@ -38,8 +39,8 @@ pub(super) fn module_stays_while_it_is_used() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn load_and_unload_25_times() -> Result<()> {
-    for round in 1..=25 {
+pub(super) fn module_is_loaded_and_unloaded() -> Result<()> {
+    for round in 1..=rounds(5, 25) {
         unload()?;
         assert!(bound()?.is_empty());
         // Its 256 vectors take longer to set up and down than all the rest, so it is there in every fifth round. On the virtio

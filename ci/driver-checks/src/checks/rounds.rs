@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A hundred times over, each way: a device goes and comes back, under processes that use it through two nodes.
+//! A device goes and comes back, each way, under processes that use it through two nodes: a few times, or a hundred.
 
 use std::fmt::Display;
 use std::fs;
@@ -22,11 +22,16 @@ use crate::host;
 use crate::module::{self, load, unload};
 use crate::objects;
 use crate::process::{Child, Ended, child};
+use crate::tier::rounds;
 
+/// Rounds of each series in `cargo xtask soak`.
 const ROUNDS: usize = 100;
 
 /// Rounds between two counts of the kernel's objects.
 const COUNT: usize = 20;
+
+/// Rounds of each kind in `cargo xtask test`, where the kernel's objects are not counted: so few rounds say nothing of what grows.
+const FEW: usize = 2;
 
 /// How a device goes.
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +115,7 @@ fn go_and_come_back(way: Way) -> Result<()> {
     way.come_back()
 }
 
-pub(super) fn device_comes_and_goes_100_times_under_its_users() -> Result<()> {
+pub(super) fn device_comes_and_goes_under_its_users() -> Result<()> {
     // Its 256 vectors take longer to set up and down than all the rest, where each is an interrupt.
     let without_bus = !is_virtio(Region::Bus)?;
     if without_bus {
@@ -124,8 +129,8 @@ pub(super) fn device_comes_and_goes_100_times_under_its_users() -> Result<()> {
     // In as many hundreds as there are ways, each judged by itself: the more often objects are counted, the sooner a count of them is
     // low by chance, and hides what grows.
     let mut turns = ways.iter().cycle();
-    for _ in &ways {
-        a_hundred_times(format!("{ways:?}"), ways.len(), |_| {
+    for _ in 0..rounds(1, ways.len()) {
+        many_times(format!("{ways:?}"), ways.len(), |_| {
             let way = turns.next().context("there is no way")?;
             go_and_come_back(*way).with_context(|| format!("{way:?}"))
         })?;
@@ -136,10 +141,10 @@ pub(super) fn device_comes_and_goes_100_times_under_its_users() -> Result<()> {
     Ok(())
 }
 
-/// Does a hundred rounds, of so many kinds by turns. An error if the kernel has complained after one, or if there is a kind of object
-/// in its memory of which there are more whenever they are counted: as many as a kind of round leaves that leaves one, but for a fifth,
-/// since what a processor keeps at hand goes up and down.
-pub(super) fn a_hundred_times(
+/// Does the rounds of this tier, of so many kinds by turns. An error if the kernel has complained after one, or, in a hundred rounds, if
+/// there is a kind of object in its memory of which there are more whenever they are counted: as many as a kind of round leaves that leaves
+/// one, but for a fifth, since what a processor keeps at hand goes up and down.
+pub(super) fn many_times(
     what: impl Display,
     kinds: usize,
     mut round: impl FnMut(usize) -> Result<()>,
@@ -147,7 +152,8 @@ pub(super) fn a_hundred_times(
     let left = (COUNT / kinds * 4 / 5) as u64;
     let mut counts = Vec::new();
     let start = Instant::now();
-    for number in 0..ROUNDS {
+    let rounds = rounds(FEW * kinds, ROUNDS);
+    for number in 0..rounds {
         let done = round(number).and_then(|()| module::check_log());
         done.with_context(|| format!("round {number}"))?;
         if is_counted_after(number) {
@@ -158,13 +164,16 @@ pub(super) fn a_hundred_times(
         }
     }
     let seconds = start.elapsed().as_secs();
+    if counts.is_empty() {
+        return host::show(format!("{rounds} rounds of {what} in {seconds} s"));
+    }
     let (kind, more) = objects::most_grown(&counts)?;
     let grown = match more {
         0 => "no more objects of any kind".to_owned(),
         _ => format!("{more} more objects, {kind}"),
     };
     host::show(format!(
-        "{ROUNDS} rounds of {what} in {seconds} s, and in every {COUNT} of them {grown}"
+        "{rounds} rounds of {what} in {seconds} s, and in every {COUNT} of them {grown}"
     ))?;
     ensure!(more < left, "in every {COUNT} rounds {grown}");
     Ok(())

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use crate::ask::{RAW, Region};
 use crate::binding::{attribute, bind, is_bound, is_virtio, make_second_node, node, open, unbind};
 use crate::calls::Mapping;
-use crate::checks::rounds::{a_hundred_times, is_counted_after};
+use crate::checks::rounds::{is_counted_after, many_times};
 use crate::device::{DOWN, DOWN_VECTOR, Device, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
 use crate::module;
@@ -178,13 +178,13 @@ impl Users {
 }
 
 /// Suspends so often, and judges the epochs before and after.
-fn suspend_100_times(
+fn suspend_many_times(
     told: &str,
     suspend: fn() -> Result<()>,
     judge: impl Fn(u64, u64) -> Result<()>,
 ) -> Result<()> {
     let mut living = None;
-    a_hundred_times(told, 1, |round| {
+    many_times(told, 1, |round| {
         let mut users = match living.take() {
             Some(users) => users,
             None => Users::new()?,
@@ -195,17 +195,17 @@ fn suspend_100_times(
     })
 }
 
-pub(super) fn system_suspends_to_idle_100_times_under_its_users() -> Result<()> {
+pub(super) fn system_suspends_to_idle_under_its_users() -> Result<()> {
     // The machine stays on: of the devices those of virtio alone are reset, by their driver.
     let is_reset = is_virtio(Region::Main)?;
-    suspend_100_times("suspend to idle", idle, |before, now| {
+    suspend_many_times("suspend to idle", idle, |before, now| {
         ensure!(is_reset == (now > before), "epoch {now} after {before}");
         Ok(())
     })
 }
 
-pub(super) fn system_suspends_to_memory_100_times_under_its_users() -> Result<()> {
-    suspend_100_times("suspend to memory", suspend, |_, _| Ok(()))
+pub(super) fn system_suspends_to_memory_under_its_users() -> Result<()> {
+    suspend_many_times("suspend to memory", suspend, |_, _| Ok(()))
 }
 
 pub(super) fn suspend_leaves_files_and_mappings_as_they_are() -> Result<()> {

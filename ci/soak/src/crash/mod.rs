@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask crash`: while numbered records flow both ways between a guest and the host, does one fault a round, in
+//! The parts `crash-…`: while numbered records flow both ways between a guest and the host, does one fault a round, in
 //! turn of every kind, and counts what is lost or comes twice.
 //!
 //! The ends are `barlink-crash-load`, which notes in the region's raw window how far it got; the notes outlive processes,
@@ -27,73 +27,23 @@ mod scene;
 mod watch;
 mod worker;
 
-use std::num::NonZeroUsize;
-use std::process::ExitCode;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use barlink_crash_load::Random;
-use clap::Args;
 
-use self::fault::Fault;
+pub use self::fault::Fault;
 pub use self::report::Report;
 use self::scene::Scene;
-use barlink_sandbox::builds::{Artifacts, Programs};
-use barlink_sandbox::setup;
-use barlink_sandbox::tools::VmArgs;
+use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::Transport;
-use barlink_vm::check_accelerator;
 
 /// Longest time for which the streams are left alone before a fault.
 const CALM: Duration = Duration::from_millis(400);
 
-/// How to crash.
-#[derive(Args, Debug)]
-pub struct CrashArgs {
-    /// Faults to do
-    #[arg(long, default_value = "100")]
-    pub rounds: NonZeroUsize,
-
-    /// Do only kinds of fault whose names in the table hold this
-    #[arg(long, value_name = "TEXT")]
-    pub only: Option<String>,
-
-    /// How the VM is reached
-    #[arg(long, value_enum, default_value_t)]
-    pub transport: Transport,
-
-    /// What the faults' order, the times between them and the records' content follow from; when exactly a fault meets
-    /// whom differs from run to run [default: from the clock]
-    #[arg(long)]
-    pub seed: Option<u64>,
-
-    /// The tools.
-    #[command(flatten)]
-    pub vm: VmArgs,
-}
-
-/// Sets up and builds what is needed, does the rounds, and prints the table.
-pub fn run(args: &CrashArgs) -> Result<ExitCode> {
-    check_accelerator(args.vm.accel)?;
-    let transport = args.transport;
-    let faults = chosen(transport, args.only.as_deref())?;
-    let tools = setup::ensure(&args.vm.tools)?;
-    let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::CRASH)?;
-    let seed = match args.seed {
-        Some(seed) => seed,
-        None => fresh_seed()?,
-    };
-    let report = crash(&artifacts, transport, &faults, args.rounds.get(), seed)?;
-    print!("{report}");
-    Ok(match report.is_good() {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
-    })
-}
-
 /// The kinds of fault over a transport that have this in their names, or all.
-fn chosen(transport: Transport, only: Option<&str>) -> Result<Vec<Fault>> {
+pub fn chosen(transport: Transport, only: Option<&str>) -> Result<Vec<Fault>> {
     let mut faults = Fault::all(transport);
     let Some(only) = only else {
         return Ok(faults);
@@ -107,30 +57,19 @@ fn chosen(transport: Transport, only: Option<&str>) -> Result<Vec<Fault>> {
             .find(|(fault, _)| is_meant(fault))
     {
         bail!(
-            "`{fault}` (--only) is not done over {transport}, since {why}: choose another --transport"
+            "`{fault}` (--fault) is not done over {transport}, since {why}: choose the part of another transport"
         );
     }
     ensure!(
         !faults.is_empty(),
-        "no kind of fault over {transport} has `{only}` in its name (--only): choose from{}",
+        "no kind of fault over {transport} has `{only}` in its name (--fault): choose from{}",
         known.concat()
     );
     Ok(faults)
 }
 
-/// Does one fault of each kind.
-pub fn once(artifacts: &Artifacts, transport: Transport) -> Result<Report> {
-    let faults = Fault::all(transport);
-    crash(artifacts, transport, &faults, faults.len(), fresh_seed()?)
-}
-
-/// A seed that is short enough to be typed.
-fn fresh_seed() -> Result<u64> {
-    Ok(SystemTime::UNIX_EPOCH.elapsed()?.as_micros() as u64 % 1_000_000_000)
-}
-
 /// Does so many rounds, with progress on standard error. What goes wrong in them is in the report.
-fn crash(
+pub fn crash(
     artifacts: &Artifacts,
     transport: Transport,
     faults: &[Fault],

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The parts that there are.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use barlink_vm::broker::Transport;
+
+use crate::fuzz;
+use crate::mutation::{self, Mutation};
+
+/// A part, which can be run by itself.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// Its name, without spaces.
+    pub name: String,
+    /// What it does, in a few words.
+    pub about: String,
+    /// How long it takes on two cores without KVM, what is built for it included.
+    pub estimate: Duration,
+    /// What is done.
+    pub work: Work,
+}
+
+/// What a part does.
+#[derive(Clone, Debug)]
+pub enum Work {
+    /// Runs tests in the depth of [`Tier::Soak`](barlink_driver_checks::tier::Tier::Soak), chosen by an expression of cargo-nextest.
+    Tests(String),
+    /// Does faults while records flow.
+    Crash(Transport),
+    /// Fuzzes a target.
+    Fuzz(String),
+    /// Runs the tests that must find a fault in the code.
+    Mutation(&'static Mutation),
+}
+
+/// The long loops of the driver's checks: what a part is called, the check, and how many seconds it takes at the most.
+const LOOPS: [(&str, &str, &str, u64); 7] = [
+    (
+        "comings",
+        "device_comes_and_goes_under_its_users",
+        "100 times each way, a device goes and comes back",
+        150,
+    ),
+    (
+        "idle-suspends",
+        "system_suspends_to_idle_under_its_users",
+        "100 suspends to idle",
+        120,
+    ),
+    (
+        "suspends",
+        "system_suspends_to_memory_under_its_users",
+        "100 suspends to memory",
+        150,
+    ),
+    (
+        "interrupts",
+        "interrupts_in_lock_step_are_never_lost",
+        "100,000 doorbells and interrupts in lock step",
+        120,
+    ),
+    (
+        "mappings",
+        "mappings_leave_nothing_behind",
+        "1,000 files, mapped and closed",
+        60,
+    ),
+    (
+        "buffers",
+        "buffers_leave_nothing_behind",
+        "200 DMA buffers of 4 MiB",
+        60,
+    ),
+    (
+        "loads",
+        "module_is_loaded_and_unloaded",
+        "25 times the module is loaded",
+        60,
+    ),
+];
+
+/// All parts.
+///
+/// # Errors
+///
+/// The folder of the fuzz targets cannot be read.
+pub fn all() -> Result<Vec<Part>> {
+    let mut parts = Vec::new();
+    let mut add = |name: String, about: &str, seconds: u64, work: Work| {
+        parts.push(Part {
+            name,
+            about: about.to_owned(),
+            estimate: Duration::from_secs(seconds),
+            work,
+        });
+    };
+    for transport in Transport::ALL {
+        let module = transport.name().replace('-', "_");
+        for (name, check, about, seconds) in LOOPS {
+            let filter = format!("binary(driver) & test(={module}::driver::{check})");
+            add(
+                format!("{name}-{transport}"),
+                about,
+                seconds,
+                Work::Tests(filter),
+            );
+        }
+        add(
+            format!("crash-{transport}"),
+            "faults of all kinds while records flow: none is lost, none comes twice",
+            480,
+            Work::Crash(transport),
+        );
+    }
+    for (name, about, seconds, filter) in [
+        (
+            "resets",
+            "100 resets of guests under the users of their devices",
+            540,
+            "test(guests_are_reset_under_the_users_of_their_devices)",
+        ),
+        (
+            "host",
+            "the tests of the ring, the broker and the programs in full depth: 10,000 host apps attach, every interleaving",
+            420,
+            "package(barlink) | package(barlink-protocol)",
+        ),
+        (
+            "packages",
+            "the Debian packages on a clean Debian: installed, booted, upgraded, removed",
+            560,
+            "package(barlink-package) & kind(test)",
+        ),
+        (
+            "bench",
+            "the bench in its short form, with all peers",
+            540,
+            "package(barlink-bench) & kind(test)",
+        ),
+    ] {
+        add(
+            name.to_owned(),
+            about,
+            seconds,
+            Work::Tests(filter.to_owned()),
+        );
+    }
+    for target in fuzz::targets()? {
+        let about = format!("inputs that no one thought of, for {target}");
+        add(format!("fuzz-{target}"), &about, 200, Work::Fuzz(target));
+    }
+    for mutation in &mutation::ALL {
+        let about = format!(
+            "a fault in the code, which tests must find: {}",
+            mutation.about
+        );
+        let name = format!("mutation-{}", mutation.name);
+        add(name, &about, mutation.seconds, Work::Mutation(mutation));
+    }
+    Ok(parts)
+}

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Runs a part, and builds before what it needs, once.
+
+use anyhow::{Context, Result, ensure};
+use barlink_driver_checks::tier::{self, Tier};
+use barlink_sandbox::builds::{Artifacts, Programs};
+use barlink_sandbox::nextest::Nextest;
+use barlink_sandbox::setup;
+
+use crate::part::{Part, Work};
+use crate::{SoakArgs, crash, fuzz, mutation};
+
+/// How tests are run: a profile of `.config/nextest.toml`.
+pub const PROFILE: &str = "soak";
+
+/// What the parts of one run have in common.
+#[derive(Debug)]
+pub struct Session<'a> {
+    args: &'a SoakArgs,
+    seed: u64,
+    tests: Option<(Nextest, Artifacts)>,
+    crash: Option<Artifacts>,
+    fuzz_is_built: bool,
+}
+
+impl<'a> Session<'a> {
+    /// A session in which nothing is built yet.
+    pub fn new(args: &'a SoakArgs, seed: u64) -> Self {
+        Self {
+            args,
+            seed,
+            tests: None,
+            crash: None,
+            fuzz_is_built: false,
+        }
+    }
+
+    /// Runs a part to its end: what was done, in a few words.
+    ///
+    /// # Errors
+    ///
+    /// What the part found, or why it could not be run.
+    pub fn run(&mut self, part: &Part) -> Result<String> {
+        match &part.work {
+            Work::Tests(filter) => self.test(filter),
+            Work::Crash(transport) => {
+                let (rounds, fault) = (self.args.rounds, self.args.fault.as_deref());
+                let seed = self.seed;
+                // Before what takes long.
+                let faults = crash::chosen(*transport, fault)?;
+                let artifacts = self.crash()?;
+                let report = crash::crash(artifacts, *transport, &faults, rounds as usize, seed)?;
+                print!("{report}");
+                ensure!(report.is_good(), "see the table above");
+                Ok(format!("{rounds} rounds"))
+            }
+            Work::Fuzz(target) => {
+                if !self.fuzz_is_built {
+                    fuzz::build()?;
+                    self.fuzz_is_built = true;
+                }
+                fuzz::run(target, self.args.seconds, self.seed)
+            }
+            Work::Mutation(mutation) => {
+                let (nextest, artifacts) = self.tests()?;
+                mutation::run(mutation, nextest, artifacts)
+            }
+        }
+    }
+
+    fn test(&mut self, filter: &str) -> Result<String> {
+        let (nextest, artifacts) = self.tests()?;
+        let mut command = nextest.command(PROFILE);
+        command.args(["--filterset", filter]);
+        command.envs(artifacts.environment()?);
+        command.env(tier::VARIABLE, Tier::Soak.to_string());
+        let report = nextest.run(&mut command, PROFILE)?;
+        ensure!(report.failed == 0, "{} tests failed", report.failed);
+        Ok(match report.passed {
+            1 => "1 test".to_owned(),
+            many => format!("{many} tests"),
+        })
+    }
+
+    /// The tests, and what they need.
+    fn tests(&mut self) -> Result<(&Nextest, &Artifacts)> {
+        if self.tests.is_none() {
+            let artifacts = self.build(Programs::TEST)?;
+            self.tests = Some((Nextest::build()?, artifacts));
+        }
+        let (nextest, artifacts) = self.tests.as_ref().context("no tests are built")?;
+        Ok((nextest, artifacts))
+    }
+
+    fn crash(&mut self) -> Result<&Artifacts> {
+        if self.crash.is_none() {
+            self.crash = Some(self.build(Programs::CRASH)?);
+        }
+        self.crash.as_ref().context("no loads are built")
+    }
+
+    fn build(&self, programs: Programs) -> Result<Artifacts> {
+        let tools = setup::ensure(&self.args.vm.tools)?;
+        Artifacts::build(tools, self.args.vm.clone(), programs)
+    }
+}
