@@ -116,6 +116,7 @@ impl<'a> Scene<'a> {
         let arguments: Vec<_> = options.chain(["--size", REGION]).collect();
         let broker = Broker::start_over(artifacts, &Transport::ALL, &arguments)?;
         let mut config = Config {
+            memory_mib: 1024,
             preallocated: true,
             ..broker.vm()?
         };

@@ -1,31 +1,34 @@
-//! `cargo xtask bench`, in its short form.
+//! `cargo xtask bench`, in its short form: what it measures, and what its figures must show on any machine.
 
 use std::fs;
-use std::sync::OnceLock;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use barlink_bench::{Direction, Report, Way, measure};
-use barlink_sandbox::builds::Artifacts;
+use barlink_sandbox::builds::{Artifacts, Programs};
+use barlink_sandbox::tools::{Tools, VmArgs};
 use barlink_vm::broker::Transport;
 use serde_json::{Value, json};
 
-/// Measured once, for all tests.
-fn report() -> Result<&'static Report> {
-    static REPORT: OnceLock<Result<Report>> = OnceLock::new();
-    let report = REPORT.get_or_init(|| {
-        let report = measure(Artifacts::shared()?, true, &[])?;
-        println!("{report}");
-        Ok(report)
-    });
-    report.as_ref().map_err(|error| anyhow!("{error:#}"))
+#[test]
+fn short_bench_measures_every_way() -> Result<()> {
+    let args = VmArgs::from_environment()?;
+    let artifacts = Artifacts::build(Tools::find(&args.tools)?, args, Programs::BENCH)?;
+    let report = measure(&artifacts, true, &[])?;
+    println!("{report}");
+    transports_are_about_as_fast_and_streams_hardly_ring(&report, &artifacts)?;
+    processes_on_the_host_stream_records_of_every_size(&report)?;
+    ends_that_sleep_use_no_processor(&report)?;
+    ends_of_trips_asleep_are_both_asleep(&report)?;
+    raw_ivshmem_is_mapped_as_barlink_is(&report)?;
+    charts_show_every_way(&report)
 }
 
 /// The transports share memory and copies, so neither is much faster; other programs run beside tests, so nothing is said
 /// of how fast that is.
-#[test]
-fn transports_are_about_as_fast_and_streams_hardly_ring() -> Result<()> {
-    let report = report()?;
-    let artifacts = Artifacts::shared()?;
+fn transports_are_about_as_fast_and_streams_hardly_ring(
+    report: &Report,
+    artifacts: &Artifacts,
+) -> Result<()> {
     for direction in [Direction::Up, Direction::Down] {
         let transports = [Transport::VfioUser, Transport::Ivshmem];
         let ways = transports.map(|transport| (Way::Channel(transport), direction));
@@ -52,12 +55,11 @@ fn transports_are_about_as_fast_and_streams_hardly_ring() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn processes_on_the_host_stream_records_of_every_size() -> Result<()> {
+fn processes_on_the_host_stream_records_of_every_size(report: &Report) -> Result<()> {
     for way in [Way::Within, Way::Iceoryx2, Way::Unix] {
         for size in [64, 64 << 10, 4 << 20] {
             let ways = [way, Way::Copy].map(|way| (way, Direction::Host));
-            let ratio = report()?.ratio(ways, size);
+            let ratio = report.ratio(ways, size);
             let ratio = ratio.context("nothing was measured")?;
             ensure!(ratio > 0.0, "{way:?} failed with {size} bytes");
         }
@@ -65,10 +67,9 @@ fn processes_on_the_host_stream_records_of_every_size() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn ends_that_sleep_use_no_processor() -> Result<()> {
+fn ends_that_sleep_use_no_processor(report: &Report) -> Result<()> {
     let mut pairs = 0;
-    for (name, cpu) in report()?.idle_cpu() {
+    for (name, cpu) in report.idle_cpu() {
         ensure!(cpu == 0, "{name}: {cpu} ns");
         pairs += 1;
     }
@@ -78,10 +79,9 @@ fn ends_that_sleep_use_no_processor() -> Result<()> {
 }
 
 /// Or a trip would be shorter than a wake-up at each end.
-#[test]
-fn ends_of_trips_asleep_are_both_asleep() -> Result<()> {
+fn ends_of_trips_asleep_are_both_asleep(report: &Report) -> Result<()> {
     let mut pairs = 0;
-    for (name, part) in report()?.asleep() {
+    for (name, part) in report.asleep() {
         ensure!(part >= 0.9, "{name}: {part:.2} of the trips");
         pairs += 1;
     }
@@ -90,10 +90,9 @@ fn ends_of_trips_asleep_are_both_asleep() -> Result<()> {
 }
 
 /// Or the two could not be compared.
-#[test]
-fn raw_ivshmem_is_mapped_as_barlink_is() -> Result<()> {
+fn raw_ivshmem_is_mapped_as_barlink_is(report: &Report) -> Result<()> {
     let folder = tempfile::tempdir()?;
-    report()?.write(folder.path())?;
+    report.write(folder.path())?;
     let results = fs::read_to_string(folder.path().join("results.json"))?;
     let results: Value = serde_json::from_str(&results)?;
     let rows = results["streams"].as_array().context("no streams")?;
@@ -108,10 +107,9 @@ fn raw_ivshmem_is_mapped_as_barlink_is() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn charts_show_every_way() -> Result<()> {
+fn charts_show_every_way(report: &Report) -> Result<()> {
     let folder = tempfile::tempdir()?;
-    report()?.write(folder.path())?;
+    report.write(folder.path())?;
     let text = fs::read_to_string(folder.path().join("results.md"))?;
     let to_and_fro = &["ivshmem", "vfio-user", "vhost-user", "raw ivshmem, polled"][..];
     for (file, names) in [

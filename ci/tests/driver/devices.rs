@@ -45,7 +45,7 @@ impl Devices {
         let mut config = Config {
             iommu: machine == Machine::BehindAnIommu,
             shared_memory: transport == Transport::VhostUser,
-            arguments: vec!["-no-reboot".to_owned()],
+            ends_on_reboot: true,
             ..Config::default()
         };
         if machine == Machine::Sleeper {

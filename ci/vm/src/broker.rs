@@ -231,7 +231,7 @@ impl Broker {
 
     /// A host app: `barlink` with these arguments, at this broker.
     pub fn app<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = host_program(&self.program);
         command.args(arguments).arg("--control").arg(self.control());
         command.stdin(Stdio::null());
         command
@@ -288,6 +288,14 @@ impl Broker {
     }
 }
 
+/// A command for a program on the host to which no signal is ignored: a test that runs in the background of a shell, or under
+/// `nohup`, hands on that it ignores some. The program keeps the process's ID.
+pub fn host_program(program: &Path) -> Command {
+    let mut command = Command::new("env");
+    command.arg("--default-signal").arg(program);
+    command
+}
+
 /// Starts a broker, whose log goes to a file in `folder`.
 fn spawn(
     program: &Path,
@@ -301,7 +309,7 @@ fn spawn(
         .open(folder.join(LOG))?;
     let mut command = match manager {
         Some(manager) => manager.service(program)?,
-        None => Command::new(program),
+        None => host_program(program),
     };
     command.args(arguments).stdin(Stdio::null()).stderr(log);
     let child = command.spawn().context("the broker cannot be started")?;

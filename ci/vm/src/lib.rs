@@ -37,6 +37,7 @@ use self::agent::Agent;
 pub use self::agent::{Output, Process};
 pub use self::bare::{Bare, PciDevice};
 use self::console::Console;
+use self::plug::Ports;
 use self::qemu::Qemu;
 use self::qmp::Qmp;
 pub use self::snapshot::remove_snapshots;
@@ -94,6 +95,8 @@ pub struct Config {
     /// Whether there is an IOMMU between devices and the guest's memory, which remaps interrupts as well, and which the
     /// guest's kernel uses.
     pub iommu: bool,
+    /// Whether QEMU ends when the guest reboots, instead of booting it again.
+    pub ends_on_reboot: bool,
     /// How long the guest may take until its agent answers.
     pub boot_timeout: Duration,
     /// Whether the console is to be connected to a terminal, by [`Vm::attach_terminal`].
@@ -112,6 +115,7 @@ impl Default for Config {
             preallocated: false,
             shared_memory: false,
             iommu: false,
+            ends_on_reboot: false,
             boot_timeout: BOOT_TIMEOUT,
             interactive: false,
         }
@@ -134,6 +138,8 @@ pub struct Vm {
     agent: Agent,
     qmp: Qmp,
     console: Console,
+    /// The root ports of a restored guest, by the names that its configuration has for them.
+    ports: Ports,
     // Dropped last, since it ends what the others talk to.
     qemu: Qemu,
 }
@@ -163,8 +169,9 @@ impl Vm {
     /// Restores a VM, plugs in its devices, and waits until the guest has found them.
     pub fn restore_with(artifacts: &Artifacts, config: &Config) -> Result<Self> {
         let snapshot = snapshot::open(artifacts, config)?;
-        let vm = Self::start(artifacts, config, &Origin::Snapshot(&snapshot))?;
-        if plug::plug(&vm.qmp, &config.arguments, &qemu::PORTS)? > 0 {
+        let mut vm = Self::start(artifacts, config, &Origin::Snapshot(&snapshot))?;
+        vm.ports = plug::plug(&vm.qmp, &config.arguments, &qemu::PORTS)?;
+        if !config.arguments.is_empty() {
             // The guest looks for devices itself, rather than when it hears of them: with the end of this they are there.
             vm.run(["sh", "-c", "echo 1 >/sys/bus/pci/rescan"])?
                 .require_success()?;
@@ -198,6 +205,7 @@ impl Vm {
             agent,
             qmp,
             console,
+            ports: Ports::new(),
             qemu,
         })
     }
@@ -274,7 +282,9 @@ impl Vm {
 
     /// Plugs a device in; `arguments` are those of `device_add`, and must hold an `id`.
     pub fn plug(&self, arguments: &Value) -> Result<()> {
-        self.qmp("device_add", arguments).map(drop)
+        let mut device = arguments.clone();
+        plug::rename_port(&mut device, &self.ports);
+        self.qmp("device_add", &device).map(drop)
     }
 
     /// Asks the guest to let go of a device, and waits until it is out and QEMU rid of it.

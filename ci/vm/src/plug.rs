@@ -12,18 +12,20 @@ use serde_json::{Value, json};
 
 use crate::qmp::Qmp;
 
+/// The names of root ports in a test's arguments, and the ports of the restored guest that they stand for.
+pub(crate) type Ports = HashMap<String, &'static str>;
+
 /// Plugs in what `arguments`, words of QEMU's command line, describe: `-chardev`, `-object` and `-device`.
 ///
 /// A root port cannot be plugged in. The first `pcie-root-port` of the arguments stands for the first of the VM's own
-/// `ports`, the second for the second, and so on. Gives the number of devices.
+/// `ports`, the second for the second, and so on. Gives which port each stands for.
 ///
 /// # Errors
 ///
 /// QEMU refuses a part, there are more ports than the VM has, or an argument is of another kind.
-pub(crate) fn plug(qmp: &Qmp, arguments: &[String], ports: &[&str]) -> Result<usize> {
+pub(crate) fn plug(qmp: &Qmp, arguments: &[String], ports: &[&'static str]) -> Result<Ports> {
     let mut free = ports.iter();
-    let mut names = HashMap::new();
-    let mut devices = 0;
+    let mut names = Ports::new();
     let (pairs, rest) = arguments.as_chunks();
     ensure!(rest.is_empty(), "{rest:?} has no value");
     for [option, value] in pairs {
@@ -35,15 +37,12 @@ pub(crate) fn plug(qmp: &Qmp, arguments: &[String], ports: &[&str]) -> Result<us
                 let port = free.next().with_context(|| {
                     format!("a restored guest has {} root ports: boot one", ports.len())
                 })?;
-                names.insert(name.to_owned(), port);
+                names.insert(name.to_owned(), *port);
             }
             "-device" if value.starts_with('{') => {
                 let mut device: Value = serde_json::from_str(value)?;
-                if let Some(port) = device["bus"].as_str().and_then(|bus| names.get(bus)) {
-                    device["bus"] = json!(port);
-                }
+                rename_port(&mut device, &names);
                 qmp.execute("device_add", &device)?;
-                devices += 1;
             }
             "-device" => {
                 let port = property(value, "bus").and_then(|bus| Some((bus, names.get(bus)?)));
@@ -54,12 +53,18 @@ pub(crate) fn plug(qmp: &Qmp, arguments: &[String], ports: &[&str]) -> Result<us
                     None => value.clone(),
                 };
                 monitor(qmp, &format!("device_add {device}"))?;
-                devices += 1;
             }
             _ => bail!("{option} cannot be given to a restored guest: boot one"),
         }
     }
-    Ok(devices)
+    Ok(names)
+}
+
+/// Has a device in JSON plugged into the port that its `bus` stands for.
+pub(crate) fn rename_port(device: &mut Value, ports: &Ports) {
+    if let Some(port) = device["bus"].as_str().and_then(|bus| ports.get(bus)) {
+        device["bus"] = json!(port);
+    }
 }
 
 /// Runs a command of QEMU's human monitor, which prints something only where it fails.

@@ -265,6 +265,9 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
             "-device",
             &format!("virtserialport,chardev={},name={PORT}", AGENT.0),
         ]);
+    if config.ends_on_reboot {
+        command.arg("-no-reboot");
+    }
 }
 
 /// The root ports of a guest that can be restored, with windows as `barlink qemu-args` has them.

@@ -73,7 +73,7 @@ impl ServiceManager {
         }
         // A shell, since the process ID is known only there.
         let mut command = Command::new("sh");
-        command.args(["-c", r#"LISTEN_PID=$$ exec "$0" "$@""#]);
+        command.args(["-c", r#"LISTEN_PID=$$ exec env --default-signal "$0" "$@""#]);
         command.arg(program);
         command
             .env("NOTIFY_SOCKET", &self.socket)

@@ -45,12 +45,11 @@ fn cargo_checks(target: &Path) -> [(&'static str, Command); 6] {
     format.args(["--all", "--check"]);
     let mut lints = cargo("clippy");
     lints.args(["--workspace", "--all-targets", "--", "--deny=warnings"]);
-    let mut own_lints = cargo("clippy");
-    own_lints.args(["--package=xtask", "--no-default-features"]);
-    own_lints.args(["--", "--deny=warnings"]);
     let mut documentation = cargo("doc");
     documentation.args(["--workspace", "--no-deps"]);
     documentation.env("RUSTDOCFLAGS", "--deny=warnings");
+    let mut examples = cargo("test");
+    examples.args(["--workspace", "--doc", "--quiet"]);
     let fuzz = "--manifest-path=ci/fuzz/Cargo.toml";
     let mut fuzz_format = cargo("fmt");
     fuzz_format.args([fuzz, "--check"]);
@@ -61,8 +60,8 @@ fn cargo_checks(target: &Path) -> [(&'static str, Command); 6] {
     [
         ("format", format),
         ("lints", lints),
-        ("lints of the tasks that soon begin", own_lints),
         ("documentation", documentation),
+        ("examples in the documentation", examples),
         ("format of the fuzz targets", fuzz_format),
         ("lints of the fuzz targets", fuzz_lints),
     ]

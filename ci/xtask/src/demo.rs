@@ -89,6 +89,7 @@ fn show(args: &DemoArgs, artifacts: &Artifacts, file: &Path) -> Result<()> {
     let vm = Vm::boot_with(
         artifacts,
         &Config {
+            memory_mib: 1024,
             interactive: args.keep,
             preallocated: true,
             ..broker.vm()?

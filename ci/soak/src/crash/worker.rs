@@ -4,7 +4,7 @@
 
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use rustix::process::Signal;
 
 use super::fault::{Role, Side};
 use barlink_sandbox::builds::{Artifacts, CRASH_LOAD};
-use barlink_vm::broker::Broker;
+use barlink_vm::broker::{Broker, host_program};
 use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
 
 /// How often a process on the host is looked at.
@@ -65,7 +65,7 @@ impl Worker {
         let arguments = [end, role.channel(), &seed];
         let process = match role.side {
             Side::Host => {
-                let mut command = Command::new(artifacts.host(CRASH_LOAD)?);
+                let mut command = host_program(artifacts.host(CRASH_LOAD)?);
                 command.arg("--control").arg(broker.control());
                 command.args(arguments);
                 command.stdin(Stdio::null()).stderr(Stdio::piped());
