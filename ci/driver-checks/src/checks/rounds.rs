@@ -13,10 +13,7 @@ use rustix::io::Errno;
 use rustix::process::Signal;
 
 use crate::ask::{RAW, Region};
-use crate::binding::{
-    attribute, bind, eventually, is_bound, is_virtio, keep_from_drivers, make_second_node, node,
-    unbind,
-};
+use crate::binding::{attribute, bind, eventually, is_bound, make_second_node, node, unbind};
 use crate::device::{Device, fails};
 use crate::host;
 use crate::module::{self, load, unload};
@@ -116,12 +113,6 @@ fn go_and_come_back(way: Way) -> Result<()> {
 }
 
 pub(super) fn device_comes_and_goes_under_its_users() -> Result<()> {
-    // Its 256 vectors take longer to set up and down than all the rest, where each is an interrupt.
-    let without_bus = !is_virtio(Region::Bus)?;
-    if without_bus {
-        keep_from_drivers(Region::Bus, true)?;
-        unbind(Region::Bus)?;
-    }
     let mut ways = vec![Way::Unbound, Way::Removed, Way::Unloaded];
     if host::unplugs()? {
         ways.push(Way::Unplugged);
@@ -134,9 +125,6 @@ pub(super) fn device_comes_and_goes_under_its_users() -> Result<()> {
             let way = turns.next().context("there is no way")?;
             go_and_come_back(*way).with_context(|| format!("{way:?}"))
         })?;
-    }
-    if without_bus {
-        keep_from_drivers(Region::Bus, false)?;
     }
     Ok(())
 }
