@@ -235,15 +235,36 @@ mod tests {
     use super::*;
     use crate::transport::Ivshmem;
 
-    /// Whether somebody who would change something waits.
+    /// Whether somebody who would change something waits: it sleeps, and has not done it.
     fn is_frozen(shared: &Arc<Shared>) -> bool {
+        let (begun, has_begun) = channel();
         let (done, is_done) = channel();
         let shared = Arc::clone(shared);
         std::thread::spawn(move || {
+            begun.send(rustix::thread::gettid()).unwrap();
             shared.vacate(0);
             let _ = done.send(());
         });
-        is_done.recv_timeout(Duration::from_millis(300)).is_err()
+        let limit = Duration::from_secs(60);
+        let thread = has_begun.recv_timeout(limit).unwrap().as_raw_nonzero();
+        let status = format!("/proc/self/task/{thread}/status");
+        let start = Instant::now();
+        // What another thread holds for a moment only it gets while this one looks again and again.
+        let mut looks = 0;
+        while looks < 100 {
+            if is_done.try_recv().is_ok() {
+                return false;
+            }
+            let status = std::fs::read_to_string(&status).unwrap_or_default();
+            looks = if status.contains("State:\tS") {
+                looks + 1
+            } else {
+                0
+            };
+            assert!(start.elapsed() < limit, "it neither sleeps nor is done");
+            std::thread::yield_now();
+        }
+        true
     }
 
     #[test]
