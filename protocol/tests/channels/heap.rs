@@ -1,6 +1,7 @@
 //! A region on the heap, and ends whose doorbells are condition variables: what tests use in place of a BAR.
 
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,40 @@ pub struct Bells {
     pub rung: u32,
     /// Rings that get lost on their way, as if QEMU were not ready.
     pub lost: u32,
+    asleep: Arc<AtomicBool>,
+}
+
+/// The shortest sleep that is no nap, in which an end is not rung for each record.
+const SLEEP: Duration = Duration::from_millis(1);
+/// The limit of every wait: longer than anything takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The number of rounds of a loop that is repeated for depth: `full` where `BARLINK_TIER` is `soak`, and otherwise `brief`.
+pub fn rounds(brief: u32, full: u32) -> u32 {
+    match std::env::var("BARLINK_TIER") {
+        Ok(tier) if tier == "soak" => full,
+        _ => brief,
+    }
+}
+
+/// Waits for what an end in another thread does.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(
+            start.elapsed() < PATIENCE,
+            "not within {PATIENCE:?}: {what}"
+        );
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+impl Bells {
+    /// Whether this end sleeps, and is to be rung, at each moment from now on.
+    pub fn sleeper(&self) -> impl Fn() -> bool + Send + 'static {
+        let asleep = Arc::clone(&self.asleep);
+        move || asleep.load(Relaxed)
+    }
 }
 
 pub fn bells() -> (Bells, Bells) {
@@ -64,6 +99,7 @@ pub fn bells() -> (Bells, Bells) {
         start,
         rung: 0,
         lost: 0,
+        asleep: Arc::default(),
     };
     (one(&a, &b), one(&b, &a))
 }
@@ -84,12 +120,15 @@ impl Events for Bells {
 
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
         let (flag, condvar) = &*self.own.0;
-        // Longer than any test: a wake-up that was lost shows as a failure and not as a hang.
-        let timeout = timeout.unwrap_or(Duration::from_secs(20));
+        let limit = timeout.unwrap_or(PATIENCE);
         let guard = flag.lock().unwrap();
-        let (mut rung, _) = condvar
-            .wait_timeout_while(guard, timeout, |rung| !*rung)
-            .unwrap();
+        let is_nap = limit < SLEEP;
+        self.asleep.store(!is_nap, Relaxed);
+        let slept = condvar.wait_timeout_while(guard, limit, |rung| !*rung);
+        self.asleep.store(false, Relaxed);
+        let (mut rung, _) = slept.unwrap();
+        // A wake-up that was lost shows as a failure and not as a hang.
+        assert!(*rung || timeout.is_some(), "not rung within {PATIENCE:?}");
         Ok(std::mem::take(&mut *rung))
     }
 
