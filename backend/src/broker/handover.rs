@@ -25,6 +25,8 @@ use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 
 /// How long a VM may take to come in, or to come to the end of a message: longer than a session waits for the rest of one.
 const SETTLING: Duration = Duration::from_millis(2500);
+/// How long one session is waited for before the others are looked at again.
+const ROUND: Duration = Duration::from_millis(20);
 /// How long all of it may take, until it is called off: shorter than the five seconds that QEMU waits for an answer.
 const PATIENCE: Duration = Duration::from_millis(4500);
 
@@ -149,11 +151,19 @@ impl<'a> Closed<'a> {
     /// no VM holds this up by coming, or saying something, again and again.
     fn take(shared: &'a Shared) -> Option<Self> {
         let end = Instant::now() + SETTLING;
-        let turns = shared.turns().iter();
-        Some(Closed {
-            _gate: shared.gate().try_write_until(end)?,
-            turns: turns.map(|turn| turn.try_write_until(end)).collect(),
-        })
+        let gate = shared.gate().try_write_until(end)?;
+        let mut turns: Vec<_> = shared.turns().iter().map(|_| None).collect();
+        // One after the other, and again: a session that stays within a message does not use up the time of the others.
+        loop {
+            for (turn, closed) in shared.turns().iter().zip(&mut turns) {
+                if closed.is_none() {
+                    *closed = turn.try_write_until(end.min(Instant::now() + ROUND));
+                }
+            }
+            if turns.iter().all(Option::is_some) || Instant::now() >= end {
+                return Some(Closed { _gate: gate, turns });
+            }
+        }
     }
 
     /// The slots that were left out.
