@@ -18,6 +18,7 @@ use rustix::net::{
 use rustix::process::Signal;
 
 use crate::support::*;
+use crate::vfio_user_hostile::client_that_says_nothing_keeps_its_slot_for_a_while_only;
 
 /// A socket whose waits have a limit, to connect or to accept included.
 fn seqpacket() -> OwnedFd {
@@ -262,6 +263,7 @@ fn app_that_was_not_heard_asks_once_more() {
 #[test]
 fn client_gives_up_unanswered_request() {
     std::thread::scope(|scope| {
+        scope.spawn(end_that_was_granted_too_late_is_free_and_one_that_is_held_is_not);
         scope.spawn(what_does_not_answer_is_given_up);
         scope.spawn(answer_that_comes_late_is_no_answer_to_the_next_question);
         scope.spawn(broker_that_accepts_nobody_is_given_up);
@@ -304,7 +306,6 @@ fn answer_that_comes_late_is_no_answer_to_the_next_question() {
     assert!(matches!(lost, ControlError::Lost { .. }), "{lost}");
 }
 
-#[test]
 fn end_that_was_granted_too_late_is_free_and_one_that_is_held_is_not() {
     let broker = Broker::start(&["--channel", "one=host-host,4K"]);
     let (holder, other) = (broker.attach(), broker.attach());
@@ -406,8 +407,16 @@ fn what_a_client_says_does_not_become_lines_of_the_log() {
     assert!(log.lines().all(plain), "{log}");
 }
 
+/// Each takes as long as the broker has patience, so both are tried at the same time.
 #[test]
-fn clients_without_a_request_are_let_go() {
+fn broker_lets_silent_clients_go() {
+    std::thread::scope(|scope| {
+        scope.spawn(host_apps_without_a_request_are_let_go);
+        scope.spawn(client_that_says_nothing_keeps_its_slot_for_a_while_only);
+    });
+}
+
+fn host_apps_without_a_request_are_let_go() {
     let broker = Broker::start(&[]);
     let silent: Vec<_> = (0..20).map(|_| knock(&broker)).collect();
     let large = knock(&broker);

@@ -246,8 +246,8 @@ fn client_that_stalls_holds_up_nobody_else() {
     quiet.get(GET_INFO, &words(&[16, 0, 0, 0]));
 }
 
-#[test]
-fn client_that_says_nothing_keeps_its_slot_for_a_while_only() {
+/// A part of `control::broker_lets_silent_clients_go`.
+pub fn client_that_says_nothing_keeps_its_slot_for_a_while_only() {
     let broker = serve_both(&[]);
     let mut silent = Client::connect(&broker);
     others_are_served(&broker);
