@@ -1,7 +1,6 @@
 //! A region on the heap, and ends whose doorbells are condition variables: what tests use in place of a BAR.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -42,8 +41,15 @@ pub fn hold(region: &Heap, layout: &Layout, holder: u64) {
     region.store(layout.presence_page(0) + word, holder);
 }
 
+#[derive(Default)]
+struct State {
+    rung: bool,
+    /// Its end is in a sleep that is no nap.
+    asleep: bool,
+}
+
 #[derive(Clone, Default)]
-struct Bell(Arc<(Mutex<bool>, Condvar)>);
+struct Bell(Arc<(Mutex<State>, Condvar)>);
 
 /// One end's doorbells.
 pub struct Bells {
@@ -54,7 +60,6 @@ pub struct Bells {
     pub rung: u32,
     /// Rings that get lost on their way, as if QEMU were not ready.
     pub lost: u32,
-    asleep: Arc<AtomicBool>,
 }
 
 /// The shortest sleep that is no nap, in which an end is not rung for each record.
@@ -83,10 +88,13 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 impl Bells {
-    /// Whether this end sleeps, and is to be rung, at each moment from now on.
+    /// Whether this end sleeps, and was not rung yet, at each moment from now on.
     pub fn sleeper(&self) -> impl Fn() -> bool + Send + 'static {
-        let asleep = Arc::clone(&self.asleep);
-        move || asleep.load(Relaxed)
+        let own = self.own.clone();
+        move || {
+            let state = own.0.0.lock().unwrap();
+            state.asleep && !state.rung
+        }
     }
 }
 
@@ -99,7 +107,6 @@ pub fn bells() -> (Bells, Bells) {
         start,
         rung: 0,
         lost: 0,
-        asleep: Arc::default(),
     };
     (one(&a, &b), one(&b, &a))
 }
@@ -113,23 +120,27 @@ impl Events for Bells {
             self.lost -= 1;
             return Ok(());
         }
-        *self.other.0.0.lock().unwrap() = true;
+        self.other.0.0.lock().unwrap().rung = true;
         self.other.0.1.notify_one();
         Ok(())
     }
 
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
-        let (flag, condvar) = &*self.own.0;
+        // So the wait for an end that has failed is over, too.
+        let age = self.start.elapsed();
+        assert!(age < 2 * PATIENCE, "this channel is used for too long");
+        let (state, condvar) = &*self.own.0;
         let limit = timeout.unwrap_or(PATIENCE);
-        let guard = flag.lock().unwrap();
-        let is_nap = limit < SLEEP;
-        self.asleep.store(!is_nap, Relaxed);
-        let slept = condvar.wait_timeout_while(guard, limit, |rung| !*rung);
-        self.asleep.store(false, Relaxed);
-        let (mut rung, _) = slept.unwrap();
+        let mut guard = state.lock().unwrap();
+        guard.asleep = limit >= SLEEP;
+        let slept = condvar.wait_timeout_while(guard, limit, |state| !state.rung);
+        let (mut state, _) = slept.unwrap();
+        state.asleep = false;
+        let rung = std::mem::take(&mut state.rung);
+        drop(state);
         // A wake-up that was lost shows as a failure and not as a hang.
-        assert!(*rung || timeout.is_some(), "not rung within {PATIENCE:?}");
-        Ok(std::mem::take(&mut *rung))
+        assert!(rung || timeout.is_some(), "not rung within {PATIENCE:?}");
+        Ok(rung)
     }
 
     fn now(&self) -> Duration {
