@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Ask, Side};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
     send, socket_with,
@@ -23,6 +24,9 @@ use crate::vmm;
 fn knock(broker: &Broker) -> OwnedFd {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    for timeout in [Timeout::Recv, Timeout::Send] {
+        set_socket_timeout(&socket, timeout, Some(PATIENCE)).unwrap();
+    }
     connect(&socket, &SocketAddrUnix::new(broker.control()).unwrap()).unwrap();
     socket
 }

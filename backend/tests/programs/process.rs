@@ -4,7 +4,7 @@ use std::io::Read;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::AsFd;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -179,6 +179,20 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 pub fn join<T>(what: &str, thread: JoinHandle<T>) -> T {
     wait_until(what, || thread.is_finished());
     thread.join().unwrap()
+}
+
+/// Does what may wait by itself, and must end within the limit.
+pub fn within_the_limit(what: &str, work: impl FnOnce() + Send + 'static) {
+    join(what, std::thread::spawn(work));
+}
+
+/// Tells other threads to end when it is dropped, so that they also end with a test that fails.
+pub struct Stop<'a>(pub &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Takes what a thread sends, which must come within the limit.

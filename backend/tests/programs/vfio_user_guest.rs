@@ -494,7 +494,7 @@ fn vm_that_leaves_leaves_no_host_app_waiting() {
             let asking = scope.spawn(move || {
                 let mut seen = vec![0; MAX_COPY];
                 // Copied or refused, and never without an answer.
-                while app.read_guest(1, 0, &mut seen).is_ok() {}
+                wait_until("it is refused", || app.read_guest(1, 0, &mut seen).is_err());
                 app.status().unwrap();
             });
             drop(client);

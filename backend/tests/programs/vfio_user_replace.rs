@@ -57,13 +57,14 @@ fn ask_while(client: &mut Client, change: impl FnOnce(&dyn Fn())) {
                 asked.store(number + 1, Ordering::Relaxed);
             }
         });
+        let stop = Stop(&end);
         change(&|| {
             let before = asked.load(Ordering::Relaxed);
             wait_until("it is answered", || {
-                asked.load(Ordering::Relaxed) > before + 5
+                asked.load(Ordering::Relaxed) > before + 5 || asking.is_finished()
             });
         });
-        end.store(true, Ordering::Relaxed);
+        drop(stop);
         asking.join().unwrap();
     });
 }
@@ -385,12 +386,13 @@ fn successor_that_dawdles_is_called_off_as_a_whole() {
             }
             most
         });
+        let stop = Stop(&end);
         wait_until("it dawdles", || begun.load(Ordering::Relaxed));
         // It goes on before QEMU loses its patience, with some time for a machine that is busy.
         let start = Instant::now();
         client.get(GET_INFO, &words(&[16, 0, 0, 0]));
         let waited = start.elapsed();
-        end.store(true, Ordering::Relaxed);
+        drop(stop);
         assert!(dawdling.join().unwrap() > 2, "it does not dawdle");
         assert!(waited < Duration::from_secs(10), "{waited:?}");
     });
