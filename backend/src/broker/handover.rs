@@ -25,6 +25,8 @@ use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 
 /// How long a VM may take to come in, or to come to the end of a message: longer than a session waits for the rest of one.
 const SETTLING: Duration = Duration::from_millis(2500);
+/// How long one session is waited for before the others are looked at again.
+const ROUND: Duration = Duration::from_millis(20);
 /// How long all of it may take, until it is called off: shorter than the five seconds that QEMU waits for an answer.
 const PATIENCE: Duration = Duration::from_millis(4500);
 
@@ -149,11 +151,19 @@ impl<'a> Closed<'a> {
     /// no VM holds this up by coming, or saying something, again and again.
     fn take(shared: &'a Shared) -> Option<Self> {
         let end = Instant::now() + SETTLING;
-        let turns = shared.turns().iter();
-        Some(Closed {
-            _gate: shared.gate().try_write_until(end)?,
-            turns: turns.map(|turn| turn.try_write_until(end)).collect(),
-        })
+        let gate = shared.gate().try_write_until(end)?;
+        let mut turns: Vec<_> = shared.turns().iter().map(|_| None).collect();
+        // One after the other, and again: a session that stays within a message does not use up the time of the others.
+        loop {
+            for (turn, closed) in shared.turns().iter().zip(&mut turns) {
+                if closed.is_none() {
+                    *closed = turn.try_write_until(end.min(Instant::now() + ROUND));
+                }
+            }
+            if turns.iter().all(Option::is_some) || Instant::now() >= end {
+                return Some(Closed { _gate: gate, turns });
+            }
+        }
     }
 
     /// The slots that were left out.
@@ -235,15 +245,36 @@ mod tests {
     use super::*;
     use crate::transport::Ivshmem;
 
-    /// Whether somebody who would change something waits.
+    /// Whether somebody who would change something waits: it sleeps, and has not done it.
     fn is_frozen(shared: &Arc<Shared>) -> bool {
+        let (begun, has_begun) = channel();
         let (done, is_done) = channel();
         let shared = Arc::clone(shared);
         std::thread::spawn(move || {
+            begun.send(rustix::thread::gettid()).unwrap();
             shared.vacate(0);
             let _ = done.send(());
         });
-        is_done.recv_timeout(Duration::from_millis(300)).is_err()
+        let limit = Duration::from_secs(60);
+        let thread = has_begun.recv_timeout(limit).unwrap().as_raw_nonzero();
+        let status = format!("/proc/self/task/{thread}/status");
+        let start = Instant::now();
+        // What another thread holds for a moment only it gets while this one looks again and again.
+        let mut looks = 0;
+        while looks < 100 {
+            if is_done.try_recv().is_ok() {
+                return false;
+            }
+            let status = std::fs::read_to_string(&status).unwrap_or_default();
+            looks = if status.contains("State:\tS") {
+                looks + 1
+            } else {
+                0
+            };
+            assert!(start.elapsed() < limit, "it neither sleeps nor is done");
+            std::thread::yield_now();
+        }
+        true
     }
 
     #[test]

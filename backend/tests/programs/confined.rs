@@ -73,9 +73,9 @@ fn broker_that_is_started_again_is_confined() {
         manager.kept().contains(&"vm-0".to_owned())
     });
     // Killed in the moment after its last message, the broker could not know that the VM has it.
-    assert!(is_silent(&vm.socket));
+    assert!(is_silent(&broker, &vm.socket));
     broker.start_again(&manager, &[]);
     // One more tells the manager.
     check(broker.child.id(), THREADS + 1);
-    assert!(is_silent(&vm.socket));
+    assert!(is_silent(&broker, &vm.socket));
 }

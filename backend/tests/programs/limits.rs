@@ -4,12 +4,12 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Ask, Side};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
     send, socket_with,
@@ -24,6 +24,9 @@ use crate::vmm;
 fn knock(broker: &Broker) -> OwnedFd {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    for timeout in [Timeout::Recv, Timeout::Send] {
+        set_socket_timeout(&socket, timeout, Some(PATIENCE)).unwrap();
+    }
     connect(&socket, &SocketAddrUnix::new(broker.control()).unwrap()).unwrap();
     socket
 }
@@ -51,29 +54,18 @@ fn limit_descriptors(broker: &Broker, most: u64) {
 }
 
 #[test]
-fn host_apps_that_speak_nonsense_do_not_keep_others_out() {
-    let broker = Broker::start(&[]);
-    let babblers: Vec<_> = (0..64).map(|_| knock(&broker)).collect();
-    for babbler in &babblers {
-        send(babbler, b"nonsense", SendFlags::NOSIGNAL).unwrap();
-    }
-    wait_until("there is room again", || {
-        barlink::Attachment::connect(&broker.control(), barlink::Access::ReadOnly).is_ok()
-    });
-}
-
-#[test]
 fn a_flood_of_nonsense_is_a_few_lines_in_the_log() {
     let broker = Broker::start(&[]);
     let babbler = knock(&broker);
     let before = broker.log().lines().count();
-    for _ in 0..5000 {
+    let start = Instant::now();
+    for _ in 0..rounds(1000, 5000) {
         send(&babbler, b"nonsense", SendFlags::NOSIGNAL).unwrap();
         recv(&babbler, &mut [0u8; 4096][..], RecvFlags::empty()).unwrap();
     }
     let lines = broker.log().lines().count() - before;
-    // Five a second, and it took a few seconds on the slowest machine.
-    assert!((1..100).contains(&lines), "{lines} lines");
+    let most = 5 * (start.elapsed().as_secs() as usize + 2);
+    assert!((1..=most).contains(&lines), "{lines} lines");
 }
 
 #[test]
@@ -119,14 +111,17 @@ fn no_request_floods_the_log() {
     let broker = Broker::start_as(&manager, folder, &[]);
     let control = Control::connect(&broker.control()).unwrap();
     let before = broker.log().lines().count();
-    for _ in 0..500 {
+    let start = Instant::now();
+    for _ in 0..rounds(100, 500) {
         for ask in &asks {
             drop(control.ask(ask.clone()));
         }
     }
     let log = broker.log();
     let lines = log.lines().count() - before;
-    assert!((1..200).contains(&lines), "{lines} lines: {log}");
+    // Five a second of each of some kinds.
+    let most = 20 * (start.elapsed().as_secs() as usize + 2);
+    assert!((1..=most).contains(&lines), "{lines} lines: {log}");
 }
 
 #[test]
@@ -135,36 +130,34 @@ fn a_vm_that_comes_and_goes_hides_no_other() {
     let restless = folder.path().join("restless.sock");
     let broker = Broker::start_in(folder, &["--ivshmem", restless.to_str().unwrap()]);
     let vm = vmm::handshake(vmm::connect(&broker, "vm.sock"), 15);
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(Ordering::Relaxed) {
-                drop(vmm::connect(&broker, "restless.sock"));
-            }
-        });
-        std::thread::sleep(Duration::from_millis(500));
-        drop(vm);
-        std::thread::sleep(Duration::from_millis(500));
-        stop.store(true, Ordering::Relaxed);
-    });
-    let log = broker.log();
+    let start = Instant::now();
+    let come_and_go = || {
+        for _ in 0..300 {
+            drop(vmm::connect(&broker, "restless.sock"));
+        }
+    };
+    come_and_go();
+    drop(vm);
+    come_and_go();
     let told = |line: &str| line.contains("slot 0: process") && line.contains("has left");
-    assert!(log.lines().any(told), "{log}");
-    assert!(log.lines().count() < 100, "{log}");
+    wait_until("it is told", || broker.log().lines().any(told));
+    let log = broker.log();
+    // Five a second of each of some kinds.
+    let most = 20 * (start.elapsed().as_secs() as usize + 2);
+    assert!(log.lines().count() < most, "{log}");
 }
 
 #[test]
 fn log_tells_what_an_app_held_that_was_killed() {
     let broker = Broker::start(&["--channel", "x=up,4K"]);
-    let mut app = broker.app(&["recv", "--channel", "x"]).spawn().unwrap();
+    let mut app = broker.app(&["recv", "--channel", "x"]).start();
     let held = |text: &str| broker.log().contains(text);
     wait_until("it holds the end", || held("holds the consumer of `x`"));
     // Others of its user come and go.
     for _ in 0..100 {
         drop(broker.attach());
     }
-    app.kill().unwrap();
-    app.wait().unwrap();
+    kill(&mut app);
     let told = format!(
         "process {} of user {} has left without giving back the consumer of `x`",
         app.id(),
@@ -179,10 +172,13 @@ fn broker_without_descriptors_waits_and_goes_on() {
     let before = broker.attach();
     limit_descriptors(&broker, broker.descriptors() as u64 + 3);
     let crowd: Vec<_> = (0..12).map(|_| knock(&broker)).collect();
+    wait_until("it has no descriptors", || {
+        broker.log().contains("cannot accept a host app")
+    });
     let ticks_before = ticks(broker.child.id());
-    std::thread::sleep(Duration::from_secs(2));
+    std::thread::sleep(Duration::from_secs(1));
     let used = ticks(broker.child.id()) - ticks_before;
-    assert!(used < 20, "it used {used} ticks of 10 ms while it waited");
+    assert!(used < 10, "it used {used} ticks of 10 ms while it waited");
     before.status().unwrap();
     drop(crowd);
     drop(broker.attach());
@@ -242,7 +238,7 @@ fn peers_of_another_pid_namespace_are_served() {
 }
 
 #[test]
-fn ten_thousand_host_apps_and_a_thousand_vms_leave_nothing_behind() {
+fn host_apps_and_vms_leave_nothing_behind() {
     let broker = Broker::start(&[]);
     let come_and_go = |times: usize| {
         for _ in 0..times {
@@ -256,12 +252,10 @@ fn ten_thousand_host_apps_and_a_thousand_vms_leave_nothing_behind() {
         }
     };
     // All that is made once has been made.
-    come_and_go(100);
+    come_and_go(50);
     let (descriptors, memory) = (broker.descriptors(), own_memory(&broker));
-    come_and_go(10_000);
-    wait_until("descriptors are back", || {
-        broker.descriptors() == descriptors
-    });
+    come_and_go(rounds(200, 10_000));
+    assert_eq!(broker.descriptors(), descriptors);
     let after = own_memory(&broker);
     eprintln!("{memory} KiB before, {after} KiB after");
     assert!(after <= memory + 256, "{memory} KiB grew to {after} KiB");

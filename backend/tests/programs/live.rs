@@ -1,7 +1,6 @@
 //! `barlink inspect` in a terminal: what a person sees, and the keys.
 
 use std::fs::File;
-use std::io::Read;
 use std::process::Stdio;
 
 use barlink::protocol::cursor::Kind;
@@ -131,11 +130,9 @@ fn live_view_ends_when_its_terminal_is_closed() {
         .stdin(end())
         .stdout(end())
         .stderr(end())
-        .spawn()
-        .unwrap();
+        .start();
     drop(slave);
-    let mut seen = [0; 16];
-    File::from(master).read_exact(&mut seen).unwrap();
+    let _: [u8; 16] = read_exactly(&mut File::from(master));
     let status = wait(&mut view);
     assert!(status.code().is_some(), "{status}");
 }

@@ -8,6 +8,7 @@ mod ivshmem;
 mod limits;
 mod live;
 mod many;
+mod process;
 mod replace;
 mod serve;
 #[path = "../../../ci/vm/src/service.rs"]

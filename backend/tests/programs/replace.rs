@@ -4,7 +4,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
 
 use barlink::broker::store;
 use barlink::control::client::Control;
@@ -37,7 +36,7 @@ fn successor_knows_vms_and_host_apps() {
         (&status.slots, &status.claims, status.epoch),
         "the connection of a host app leads to the successor, which knows what there was"
     );
-    assert!(is_silent(&vm.socket), "the VM noticed");
+    assert!(is_silent(&broker, &vm.socket), "the VM noticed");
     assert_eq!(
         message(&connect(&broker, "vm.sock")).unwrap().0,
         1,
@@ -74,20 +73,20 @@ fn manager(folder: &Path) -> PathBuf {
 }
 
 /// More messages than its socket holds.
-const MANY: [&str; 2] = ["--vectors", "200"];
+const MANY: [&str; 2] = ["--vectors", "160"];
 
 #[test]
 fn successor_goes_on_with_a_vm_that_is_being_greeted() {
     let mut broker = Broker::start(&MANY);
     let vm = connect(&broker, "vm.sock");
-    std::thread::sleep(Duration::from_millis(300));
+    broker.wait_until_idle();
     succeed(&mut broker, &MANY);
-    let vm = handshake(vm, 400);
-    assert!(is_silent(&vm.socket));
+    let vm = handshake(vm, 320);
+    assert!(is_silent(&broker, &vm.socket));
     let peers: Vec<_> = vm.bells.iter().map(|(peer, _)| *peer).collect();
-    assert_eq!(peers, [[1; 200], [0; 200]].concat());
+    assert_eq!(peers, [[1; 160], [0; 160]].concat());
     succeed(&mut broker, &MANY);
-    assert!(is_silent(&vm.socket));
+    assert!(is_silent(&broker, &vm.socket));
 }
 
 #[test]
@@ -96,10 +95,10 @@ fn killed_brokers_successor_goes_on_with_a_vm_that_is_being_greeted() {
     let manager = ServiceManager::new(folder.path()).unwrap();
     let mut broker = Broker::start_as(&manager, folder, &MANY);
     let vm = connect(&broker, "vm.sock");
-    std::thread::sleep(Duration::from_millis(300));
+    broker.wait_until_idle();
     broker.start_again(&manager, &MANY);
-    let vm = handshake(vm, 400);
-    assert!(is_silent(&vm.socket));
+    let vm = handshake(vm, 320);
+    assert!(is_silent(&broker, &vm.socket));
     assert!(broker.attach().status().unwrap().slots[0].vm.is_some());
 }
 
@@ -107,9 +106,9 @@ fn killed_brokers_successor_goes_on_with_a_vm_that_is_being_greeted() {
 fn others_are_refused_while_a_vm_is_being_greeted() {
     let broker = Broker::start(&MANY);
     let vm = connect(&broker, "vm.sock");
-    std::thread::sleep(Duration::from_millis(300));
+    broker.wait_until_idle();
     assert_eq!(message(&connect(&broker, "vm.sock")).unwrap().0, 1);
-    handshake(vm, 400);
+    handshake(vm, 320);
 }
 
 #[test]
@@ -126,7 +125,7 @@ fn successor_may_name_the_sockets_from_another_folder() {
         command
     };
     let relative = ["vm.sock", "control.sock"];
-    let mut first = serve(folder.path(), relative, &[]).spawn().unwrap();
+    let mut first = serve(folder.path(), relative, &[]).start();
     let control = folder.path().join("control.sock");
     let broker = || {
         let attachment = Attachment::connect(&control, Access::ReadOnly).ok()?;
@@ -142,15 +141,14 @@ fn successor_may_name_the_sockets_from_another_folder() {
     );
     let vm = folder.path().join("vm.sock");
     let absolute = [vm.to_str().unwrap(), control];
-    let mut second = serve(&inner, absolute, &["--replace"]).spawn().unwrap();
+    let mut second = serve(&inner, absolute, &["--replace"]).start();
     assert_eq!(wait(&mut first).code(), Some(0));
     wait_until("the successor serves", || broker() == Some(second.id()));
     let mut third = serve(folder.path(), relative, &["--replace"]);
-    let mut third = third.spawn().unwrap();
+    let mut third = third.start();
     assert_eq!(wait(&mut second).code(), Some(0));
     wait_until("the successor serves", || broker() == Some(third.id()));
-    third.kill().unwrap();
-    third.wait().unwrap();
+    kill(&mut third);
 }
 
 #[test]
@@ -226,7 +224,7 @@ fn broker_that_is_a_service_is_not_replaced() {
     );
     assert!(broker.child.try_wait().unwrap().is_none());
     broker.attach().status().unwrap();
-    assert!(is_silent(&vm.socket));
+    assert!(is_silent(&broker, &vm.socket));
 }
 
 #[test]
@@ -282,12 +280,12 @@ fn service_takes_over_from_a_broker_that_is_none() {
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let manager = manager(broker.folder.path());
     let mut successor = broker.command(&["--replace"]);
-    let successor = successor.env("NOTIFY_SOCKET", &manager).spawn().unwrap();
+    let successor = successor.env("NOTIFY_SOCKET", &manager).start();
     let mut predecessor = std::mem::replace(&mut broker.child, successor);
     assert_eq!(wait(&mut predecessor).code(), Some(0), "{}", broker.log());
     let status = broker.attach().status().unwrap();
     assert_eq!(status.broker, broker.child.id());
-    assert!(status.slots[0].vm.is_some() && is_silent(&vm.socket));
+    assert!(status.slots[0].vm.is_some() && is_silent(&broker, &vm.socket));
 }
 
 #[test]

@@ -320,18 +320,16 @@ fn socket_of_a_broker_with_another_control_socket_is_refused_with_a_cure_that_wo
 
 #[test]
 fn host_app_waits_for_a_broker_that_is_just_starting() {
-    let folder = tempfile::tempdir().unwrap();
-    let control = folder.path().join("control.sock");
-    let app = |args: &[&str]| {
-        let mut command = barlink(args);
-        command.arg("--control").arg(&control);
-        command
-    };
-    let mut early = app(&["qemu-args"]);
-    let early = early.stdout(std::process::Stdio::piped()).spawn().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(200));
-    let broker = Broker::start_in(folder, &[]);
-    let output = early.wait_with_output().unwrap();
+    let broker = Broker::start(&[]);
+    // The app waits for a second only. A broker that starts can take longer on a busy machine; so one is there, and is found
+    // under this path once the app has looked in vain.
+    let late = broker.path("late.sock");
+    let mut early = barlink(["qemu-args", "--control"]);
+    let early = early.arg(&late).stdout(std::process::Stdio::piped());
+    let early = early.start();
+    wait_until_asleep(early.id(), "");
+    std::os::unix::fs::symlink(broker.control(), &late).unwrap();
+    let output = finish(early);
     assert!(output.status.success());
     assert!(
         String::from_utf8(output.stdout)
@@ -363,7 +361,7 @@ fn a_name_stands_for_a_private_socket_in_the_run_folder() {
         vm.as_os_str(),
     ]);
     run_folder(&mut command);
-    let mut broker = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut broker = command.stderr(std::process::Stdio::null()).start();
     wait_until("the broker listens", || {
         folder.path().join("barlink/red.sock").exists()
     });
@@ -458,12 +456,10 @@ fn run_folder_can_be_entered_by_others_if_some_are_admitted() {
             .arg(folder.path().join(format!("{name}-vm.sock")))
             .args(options)
             .env("XDG_RUNTIME_DIR", folder.path())
-            .spawn()
-            .unwrap();
+            .start();
         let control = folder.path().join(format!("barlink/{name}.sock"));
         wait_until("the broker serves", || control.exists());
-        broker.kill().unwrap();
-        broker.wait().unwrap();
+        kill(&mut broker);
         let metadata = folder.path().join("barlink").metadata().unwrap();
         metadata.permissions().mode() & 0o777
     };

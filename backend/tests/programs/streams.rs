@@ -1,6 +1,6 @@
 //! `barlink send` and `recv` against each other, over a channel from host to host: pipes, interruptions, sleep.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,6 +10,9 @@ use rustix::process::Signal;
 
 use crate::support::*;
 use crate::terminal::*;
+
+/// Longer than a program waits until it says that it waits. What it says comes before what it does afterwards.
+const UNTOLD: Duration = Duration::from_millis(1100);
 
 const LOOP: [&str; 2] = ["--channel", "loop=host-host,1M"];
 
@@ -34,7 +37,7 @@ fn file_comes_through_as_it_went_in() {
         let data = noise(length);
         file_with(&broker.path("in"), &data);
         let out = broker.path("out");
-        let mut receiver = recv(&broker).arg("-o").arg(&out).spawn().unwrap();
+        let mut receiver = recv(&broker).arg("-o").arg(&out).start();
         works(
             send(&broker)
                 .arg(broker.path("in"))
@@ -56,8 +59,7 @@ fn works_in_a_pipe_and_summarises_as_json() {
         .arg("--json")
         .stdin(Stdio::piped())
         .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+        .start();
     let mut input = sender.stdin.take().unwrap();
     let copy = data.clone();
     let writer = std::thread::spawn(move || input.write_all(&copy));
@@ -66,15 +68,9 @@ fn works_in_a_pipe_and_summarises_as_json() {
     let summary: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
     assert_eq!(summary["bytes"], 3_000_000);
     assert!(summary["seconds"].as_f64().unwrap() > 0.0);
-    writer.join().unwrap().unwrap();
+    join("all is written", writer).unwrap();
     assert!(wait(&mut sender).success());
-    let mut text = String::new();
-    sender
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut text)
-        .unwrap();
+    let text = errors_of(&mut sender);
     assert_eq!(
         serde_json::from_str::<serde_json::Value>(&text).unwrap()["bytes"],
         3_000_000
@@ -87,24 +83,17 @@ fn closed_pipe_ends_a_receiver_without_a_word() {
     let mut receiver = recv(&broker)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
+        .start();
+    let mut sender = send(&broker).stdin(Stdio::piped()).start();
     let mut input = sender.stdin.take().unwrap();
     input.write_all(b"first").unwrap();
     let mut output = receiver.stdout.take().unwrap();
-    let mut first = [0; 5];
-    output.read_exact(&mut first).unwrap();
+    let first = read_exactly(&mut output);
+    assert_eq!(&first, b"first");
     drop(output);
     input.write_all(b"second").unwrap();
     assert_eq!(wait(&mut receiver).code(), Some(0));
-    let mut errors = String::new();
-    receiver
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut errors)
-        .unwrap();
+    let errors = errors_of(&mut receiver);
     assert_eq!(errors, "");
     drop(input);
     assert!(wait(&mut sender).success());
@@ -125,16 +114,10 @@ fn closed_pipe_ends_every_other_program_without_a_word() {
             .app(args)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .start();
         drop(app.stdout.take());
         assert_eq!(wait(&mut app).code(), Some(0), "{args:?}");
-        let mut errors = String::new();
-        app.stderr
-            .take()
-            .unwrap()
-            .read_to_string(&mut errors)
-            .unwrap();
+        let errors = errors_of(&mut app);
         assert_eq!(errors, "", "{args:?}");
     }
 }
@@ -143,12 +126,11 @@ fn closed_pipe_ends_every_other_program_without_a_word() {
 fn interrupted_ends_leave_a_channel_that_goes_on() {
     let broker = Broker::start(&LOOP);
     let attachment = broker.attach();
-    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
+    let mut sender = send(&broker).stdin(Stdio::piped()).start();
     let mut receiver = recv(&broker)
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+        .start();
     wait_until("both are there", || {
         attachment.status().unwrap().claims.len() == 2
     });
@@ -171,30 +153,17 @@ fn interrupted_ends_leave_a_channel_that_goes_on() {
 #[test]
 fn stream_whose_sender_is_killed_is_told_to_be_incomplete() {
     let broker = Broker::start(&LOOP);
-    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
+    let mut sender = send(&broker).stdin(Stdio::piped()).start();
     sender.stdin.as_mut().unwrap().write_all(b"half").unwrap();
     let mut receiver = recv(&broker)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut first = [0; 4];
-    receiver
-        .stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut first)
-        .unwrap();
-    sender.kill().unwrap();
-    sender.wait().unwrap();
+        .start();
+    let first = read_exactly(receiver.stdout.as_mut().unwrap());
+    assert_eq!(&first, b"half");
+    kill(&mut sender);
     assert_eq!(wait(&mut receiver).code(), Some(5));
-    let mut errors = String::new();
-    receiver
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut errors)
-        .unwrap();
+    let errors = errors_of(&mut receiver);
     assert_eq!(
         errors,
         "barlink: receiving from channel `loop`: the sender left before the end of the stream, after 4 bytes\n"
@@ -203,7 +172,7 @@ fn stream_whose_sender_is_killed_is_told_to_be_incomplete() {
 
 /// Sends these bytes and is killed before the end of its stream.
 fn send_and_be_killed(broker: &Broker, bytes: &[u8]) {
-    let mut sender = send(broker).stdin(Stdio::piped()).spawn().unwrap();
+    let mut sender = send(broker).stdin(Stdio::piped()).start();
     sender.stdin.as_mut().unwrap().write_all(bytes).unwrap();
     let attachment = broker.attach();
     let (_, entry) = attachment.layout().find("loop").unwrap();
@@ -212,8 +181,7 @@ fn send_and_be_killed(broker: &Broker, bytes: &[u8]) {
         let state = state::ChannelState::read(&attachment.region(), &entry);
         state.written > bytes.len() as u64
     });
-    sender.kill().unwrap();
-    sender.wait().unwrap();
+    kill(&mut sender);
     wait_until("its claim has ended", || {
         attachment.status().unwrap().claims.is_empty()
     });
@@ -259,7 +227,7 @@ fn receiver_that_comes_before_its_sender_waits_and_says_so() {
 #[test]
 fn receiver_whose_sender_says_nothing_waits_and_says_so_once() {
     let broker = Broker::start(&LOOP);
-    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
+    let mut sender = send(&broker).stdin(Stdio::piped()).start();
     wait_until("the sender is there", || {
         !broker.attach().status().unwrap().claims.is_empty()
     });
@@ -270,13 +238,15 @@ fn receiver_whose_sender_says_nothing_waits_and_says_so_once() {
     terminal.wait_for("waiting for the sender on channel `loop` to send something");
     sender.stdin.take().unwrap().write_all(b"at last").unwrap();
     assert!(wait(&mut sender).success());
-    // How it went is told as ever, and the next stream is waited for without a word.
+    // How it went is told as ever, and the next stream is waited for without a word: for longer than a wait is told of.
     terminal.wait_for("received 7 B");
-    std::thread::sleep(Duration::from_millis(1500));
+    std::thread::sleep(UNTOLD);
+    file_with(&broker.path("in"), b" and again");
+    works(send(&broker).arg(broker.path("in")));
+    terminal.wait_for("received 10 B");
     assert_eq!(terminal.text().matches("waiting").count(), 1);
-    assert_eq!(std::fs::read(&out).unwrap(), b"at last");
-    terminal.child.kill().unwrap();
-    terminal.child.wait().unwrap();
+    assert_eq!(std::fs::read(&out).unwrap(), b"at last and again");
+    kill(&mut terminal.child);
 }
 
 #[test]
@@ -304,11 +274,11 @@ fn receiver_without_a_terminal_waits_without_a_word() {
     let broker = Broker::start(&LOOP);
     let mut receiver = recv(&broker);
     receiver.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let receiver = receiver.spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(1500));
+    let receiver = receiver.start();
+    std::thread::sleep(UNTOLD);
     file_with(&broker.path("in"), b"here it is");
     works(send(&broker).arg(broker.path("in")));
-    let received = receiver.wait_with_output().unwrap();
+    let received = finish(receiver);
     assert_eq!(
         (&received.stdout[..], &received.stderr[..]),
         (&b"here it is"[..], &b""[..])
@@ -377,14 +347,13 @@ fn missing_file_and_full_disk_are_told() {
         1,
         &["cannot create /no/such/file", "a file that you can write"],
     );
-    let mut sender = send(&broker).arg("/bin/sh").spawn().unwrap();
+    let mut sender = send(&broker).arg("/bin/sh").start();
     fails(
         recv(&broker).args(["-o", "/dev/full"]),
         1,
         &["cannot write /dev/full: make room", "No space left"],
     );
-    sender.kill().unwrap();
-    sender.wait().unwrap();
+    kill(&mut sender);
 }
 
 /// A part of a record may have been written by then, and all of it comes again.
@@ -397,8 +366,7 @@ fn rest_of_a_stream_whose_target_is_full_goes_to_another_file() {
     let mut sender = send(&broker)
         .args(["--record-size", "30000"])
         .arg(&source)
-        .spawn()
-        .unwrap();
+        .start();
     // In units of 512 bytes: two records and a half.
     let limited = "trap '' XFSZ; ulimit -f 146; exec \"$@\"";
     let receiver = recv(&broker);
@@ -411,9 +379,9 @@ fn rest_of_a_stream_whose_target_is_full_goes_to_another_file() {
         .arg(&first);
     let told = ["receive the rest to another file", "File too large"];
     fails(&mut limited_receiver, 1, &told);
-    let output = recv(&broker).arg("-o").arg(&rest).output().unwrap();
+    let output = run(recv(&broker).arg("-o").arg(&rest));
     assert!(output.status.success(), "{output:?}");
-    assert!(sender.wait().unwrap().success());
+    assert!(wait(&mut sender).success());
     let first = std::fs::read(first).unwrap();
     assert_eq!(first.len(), 60_000);
     assert!([first, std::fs::read(rest).unwrap()].concat() == bytes);
@@ -422,20 +390,18 @@ fn rest_of_a_stream_whose_target_is_full_goes_to_another_file() {
 #[test]
 fn idle_ends_and_an_idle_broker_use_no_processor_time() {
     let broker = Broker::start(&LOOP);
-    let mut sender = send(&broker).stdin(Stdio::piped()).spawn().unwrap();
-    let mut receiver = recv(&broker).stdout(Stdio::piped()).spawn().unwrap();
-    // Once through, so that doorbells are known to arrive.
+    let mut sender = send(&broker).stdin(Stdio::piped()).start();
+    let mut receiver = recv(&broker).stdout(Stdio::piped()).start();
+    let pids = [sender.id(), receiver.id(), broker.child.id()];
+    // Some times through, so that doorbells are known to arrive.
     for _ in 0..3 {
         sender.stdin.as_mut().unwrap().write_all(b"tick").unwrap();
-        receiver
-            .stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut [0; 4])
-            .unwrap();
-        std::thread::sleep(Duration::from_millis(20));
+        let tick = read_exactly(receiver.stdout.as_mut().unwrap());
+        assert_eq!(&tick, b"tick");
+        for pid in pids {
+            wait_until_fast_asleep(pid);
+        }
     }
-    let pids = [sender.id(), receiver.id(), broker.child.id()];
     let before = pids.map(ticks);
     let switches = |pid: u32| {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -450,7 +416,8 @@ fn idle_ends_and_an_idle_broker_use_no_processor_time() {
             .unwrap()
     };
     let woken = switches(receiver.id());
-    std::thread::sleep(Duration::from_secs(3));
+    // Longer than an end ever sleeps that looks by the clock.
+    std::thread::sleep(Duration::from_millis(1500));
     assert_eq!(pids.map(ticks), before);
     assert_eq!(
         switches(receiver.id()),
@@ -465,25 +432,14 @@ fn idle_ends_and_an_idle_broker_use_no_processor_time() {
 #[test]
 fn follow_goes_on_with_the_next_stream() {
     let broker = Broker::start(&LOOP);
-    let mut receiver = recv(&broker)
-        .arg("--follow")
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut receiver = recv(&broker).arg("--follow").stdout(Stdio::piped()).start();
     for text in ["one", "two", "six"] {
         file_with(&broker.path("in"), text.as_bytes());
         works(send(&broker).arg(broker.path("in")));
-        let mut seen = [0; 3];
-        receiver
-            .stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut seen)
-            .unwrap();
+        let seen: [u8; 3] = read_exactly(receiver.stdout.as_mut().unwrap());
         assert_eq!(&seen, text.as_bytes());
     }
-    receiver.kill().unwrap();
-    receiver.wait().unwrap();
+    kill(&mut receiver);
 }
 
 #[test]
@@ -518,8 +474,7 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
     // It reads no more of its input than there is room for.
     let mut endless = std::process::Command::new("yes")
         .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+        .start();
     let input = endless.stdout.take().unwrap();
     fails(
         broker.app(&["poke"]).stdin(input),
@@ -579,7 +534,7 @@ fn nothing_is_lost_when_channels_share_a_vector() {
         } else {
             app.arg("-o").arg(broker.path(channel));
         }
-        app.spawn().unwrap()
+        app.start()
     };
     let mut apps = [("recv", "a"), ("recv", "b"), ("send", "a"), ("send", "b")]
         .map(|(command, c)| app(command, c));

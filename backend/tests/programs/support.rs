@@ -1,18 +1,14 @@
 //! A broker in a folder of its own, and what tests need around it.
 
-use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output, Stdio};
 
 use barlink::{Access, Attachment};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
+pub use crate::process::*;
 use crate::service::ServiceManager;
-
-/// Longer than anything takes on a busy machine; a test that waits so long has failed.
-pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// `barlink` with these arguments.
 pub fn barlink<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
@@ -55,13 +51,15 @@ fn serve(folder: &Path, args: &[&str]) -> Command {
     command
 }
 
-fn spawn_service(manager: &ServiceManager, folder: &Path, args: &[&str]) -> Child {
+fn start_service(manager: &ServiceManager, folder: &Path, args: &[&str]) -> Program {
     let program = serve(folder, args);
     let mut command = manager.service(Path::new(program.get_program())).unwrap();
     command.args(program.get_args()).env_remove("RUST_LOG");
-    let child = command.stdin(Stdio::null()).stderr(log(folder)).spawn();
-    manager.wait_until_ready().unwrap();
-    child.unwrap()
+    let program = command.stdin(Stdio::null()).stderr(log(folder)).start();
+    wait_until("the service is ready", || {
+        manager.wait_until_ready().is_ok()
+    });
+    program
 }
 
 /// The file that brokers in a folder log to.
@@ -73,9 +71,8 @@ fn log(folder: &Path) -> std::fs::File {
 
 /// A `barlink serve` that runs until this is dropped.
 pub struct Broker {
-    pub child: Child,
+    pub child: Program,
     pub folder: tempfile::TempDir,
-    reaped: bool,
 }
 
 impl Broker {
@@ -96,13 +93,8 @@ impl Broker {
         way: impl FnOnce(&mut Command) -> &mut Command,
     ) -> Self {
         let mut command = serve(folder.path(), args);
-        let child = way(&mut command).stderr(log(folder.path())).spawn();
-        let child = child.unwrap();
-        let broker = Broker {
-            child,
-            folder,
-            reaped: false,
-        };
+        let child = way(&mut command).stderr(log(folder.path())).start();
+        let broker = Broker { child, folder };
         wait_until("the broker listens", || {
             Attachment::connect(&broker.control(), Access::ReadOnly).is_ok()
         });
@@ -111,26 +103,21 @@ impl Broker {
 
     /// The same, as the service of a manager.
     pub fn start_as(manager: &ServiceManager, folder: tempfile::TempDir, args: &[&str]) -> Self {
-        let child = spawn_service(manager, folder.path(), args);
-        Broker {
-            child,
-            folder,
-            reaped: false,
-        }
+        let child = start_service(manager, folder.path(), args);
+        Broker { child, folder }
     }
 
     /// Kills it, and starts it again as its manager does.
     pub fn start_again(&mut self, manager: &ServiceManager, args: &[&str]) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        self.child = spawn_service(manager, self.folder.path(), args);
+        kill(&mut self.child);
+        self.child = start_service(manager, self.folder.path(), args);
     }
 
     /// Stops it in good order, and starts it again as its manager does.
     pub fn restart(&mut self, manager: &ServiceManager, args: &[&str]) {
         self.signal(Signal::TERM);
         assert_eq!(wait(&mut self.child).code(), Some(0), "{}", self.log());
-        self.child = spawn_service(manager, self.folder.path(), args);
+        self.child = start_service(manager, self.folder.path(), args);
     }
 
     /// `barlink serve` with its sockets and log, and these further arguments.
@@ -163,22 +150,16 @@ impl Broker {
         std::fs::read_to_string(self.path("log")).unwrap()
     }
 
-    /// Descriptors that it has open, once it has closed those of connections that just ended.
+    /// Waits until it has done all that there is to do.
+    pub fn wait_until_idle(&self) {
+        wait_until_asleep(self.child.id(), "");
+    }
+
+    /// Counts the descriptors that it has open, once it has closed those of connections that ended.
     pub fn descriptors(&self) -> usize {
-        let count = || {
-            std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))
-                .unwrap()
-                .count()
-        };
-        // On a machine that is busy the broker may be late.
-        let mut last = [0; 5];
-        wait_until("the number of descriptors settles", || {
-            std::thread::sleep(Duration::from_millis(50));
-            last.rotate_left(1);
-            last[4] = count();
-            last == [last[4]; 5]
-        });
-        last[4]
+        self.wait_until_idle();
+        let all = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        all.unwrap().count()
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -189,7 +170,6 @@ impl Broker {
     pub fn stop(mut self, signal: Signal) -> (tempfile::TempDir, Option<i32>) {
         self.signal(signal);
         let status = wait(&mut self.child);
-        self.reaped = true;
         let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap());
         (folder, status.code())
     }
@@ -197,10 +177,6 @@ impl Broker {
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        if !self.reaped {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
         if std::thread::panicking() {
             eprintln!(
                 "the broker's log:\n{}",
@@ -213,33 +189,11 @@ impl Drop for Broker {
 /// Another broker with the same arguments, once it serves.
 pub fn succeed(broker: &mut Broker, arguments: &[&str]) {
     let mut successor = broker.command(&[arguments, &["--replace"]].concat());
-    let successor = successor.spawn().unwrap();
+    let successor = successor.start();
     let mut predecessor = std::mem::replace(&mut broker.child, successor);
     assert_eq!(wait(&mut predecessor).code(), Some(0), "{}", broker.log());
     let pid = broker.child.id();
     assert_eq!(broker.attach().status().unwrap().broker, pid);
-}
-
-pub fn signal_child(child: &Child, signal: Signal) {
-    kill_process(Pid::from_child(child), signal).unwrap();
-}
-
-/// Waits for a process, which must end in time.
-pub fn wait(child: &mut Child) -> std::process::ExitStatus {
-    let mut status = None;
-    wait_until("a process ends", || {
-        status = child.try_wait().unwrap();
-        status.is_some()
-    });
-    status.unwrap()
-}
-
-pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < PATIENCE, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// Runs a command that must fail, with this exit code and one line on standard error, which holds all `parts`.
@@ -250,32 +204,6 @@ pub fn fails(command: &mut Command, code: i32, parts: &[&str]) {
     assert_eq!(text.lines().count(), 1, "more than one line: {text}");
     for part in parts {
         assert!(text.contains(part), "no `{part}` in: {text}");
-    }
-}
-
-/// Runs a command to its end, which must come in time.
-pub fn run(command: &mut Command) -> Output {
-    let mut child = command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
-    let read = std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        out.read_to_end(&mut bytes).unwrap();
-        bytes
-    });
-    let read_errors = std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        err.read_to_end(&mut bytes).unwrap();
-        bytes
-    });
-    let status = wait(&mut child);
-    Output {
-        status,
-        stdout: read.join().unwrap(),
-        stderr: read_errors.join().unwrap(),
     }
 }
 
@@ -322,16 +250,14 @@ pub fn ticks(pid: u32) -> u64 {
 /// A pattern that no two places of share, and that no compression or zero page hides.
 pub fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
+    let mut bytes = vec![0; length];
+    for word in bytes.chunks_mut(8) {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        state
-    };
-    (0..length.div_ceil(8))
-        .flat_map(|_| next().to_le_bytes())
-        .take(length)
-        .collect()
+        word.copy_from_slice(&state.to_le_bytes()[..word.len()]);
+    }
+    bytes
 }
 
 pub fn file_with(path: &Path, bytes: &[u8]) {

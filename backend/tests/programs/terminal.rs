@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -13,7 +13,7 @@ use crate::support::*;
 
 /// A program in a terminal.
 pub struct Terminal {
-    pub child: Child,
+    pub child: Program,
     keyboard: File,
     screen: Arc<Mutex<vt100::Parser>>,
 }
@@ -57,8 +57,7 @@ impl Terminal {
             .stdin(end())
             .stdout(end())
             .stderr(end())
-            .spawn()
-            .unwrap();
+            .start();
         let screen = Arc::new(Mutex::new(vt100::Parser::new(size.1, size.0, 0)));
         let (shown, mut output) = (Arc::clone(&screen), File::from(master.try_clone().unwrap()));
         std::thread::spawn(move || {
@@ -85,7 +84,7 @@ impl Terminal {
         while !found() {
             assert!(
                 start.elapsed() < PATIENCE,
-                "no `{text}` on the screen:\n{}",
+                "no `{text}` on the screen within {PATIENCE:?}:\n{}",
                 self.text()
             );
             std::thread::sleep(std::time::Duration::from_millis(10));

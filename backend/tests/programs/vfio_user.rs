@@ -237,8 +237,13 @@ fn version_is_answered_as_qemu_needs_it() {
     assert!((8..=16).contains(&descriptors));
 }
 
+/// It has no limits of its own.
 #[test]
 fn published_client_maps_the_region_and_is_interrupted() {
+    within_the_limit("it is answered", published_client);
+}
+
+fn published_client() {
     let broker = serve_both(&["--channel", "up=1-host,64K", "--vectors", "2"]);
     let mut client = vfio_user::Client::new(&broker.path("user.sock")).unwrap();
     let region = client.region(2).unwrap();

@@ -79,8 +79,7 @@ impl Client {
 
     /// The same, at another socket of the broker.
     pub fn connect_to(broker: &Broker, socket: &str) -> Self {
-        let socket = UnixStream::connect(broker.path(socket)).unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let socket = crate::vmm::connect(broker, socket);
         Client { socket, next: 0 }
     }
 

@@ -57,13 +57,14 @@ fn ask_while(client: &mut Client, change: impl FnOnce(&dyn Fn())) {
                 asked.store(number + 1, Ordering::Relaxed);
             }
         });
+        let stop = Stop(&end);
         change(&|| {
             let before = asked.load(Ordering::Relaxed);
             wait_until("it is answered", || {
-                asked.load(Ordering::Relaxed) > before + 5
+                asked.load(Ordering::Relaxed) > before + 5 || asking.is_finished()
             });
         });
-        end.store(true, Ordering::Relaxed);
+        drop(stop);
         asking.join().unwrap();
     });
 }
@@ -146,7 +147,7 @@ fn every_message_has_one_reply_while_a_service_is_restarted() {
         manager.kept().contains(&"vm-1".to_owned())
     });
     ask_while(&mut client, |answered| {
-        for _ in 0..20 {
+        for _ in 0..rounds(5, 20) {
             broker.restart(&manager, &arguments);
             answered();
         }
@@ -209,10 +210,11 @@ fn messages_that_come_slowly_one_after_the_other_keep_no_successor_out() {
         }
     });
     for _ in 0..3 {
-        let start = Instant::now();
         succeed(&mut broker, &arguments);
-        assert!(start.elapsed() < Duration::from_secs(3));
     }
+    // It came to the end of a message each time, and none of them was left out.
+    assert!(!broker.log().contains("within a message"));
+    assert!(broker.attach().status().unwrap().slots[1].vm.is_some());
 }
 
 #[test]
@@ -222,9 +224,7 @@ fn half_a_message_holds_a_successor_up_for_a_moment_only() {
     let mut client = Client::greet(&broker);
     let read = message(9, READ, 0, &words(&[0x10, 0, 0, 4]));
     client.socket.write_all(&read[..20]).unwrap();
-    let start = Instant::now();
     succeed(&mut broker, &arguments);
-    assert!(start.elapsed() < Duration::from_secs(5));
     assert!(client.is_let_go());
     Client::greet(&broker);
     // A slot of another kind is not taken over.
@@ -246,13 +246,14 @@ fn half_a_message_holds_a_successor_up_for_a_moment_only() {
     Client::greet(&broker);
 }
 
-/// Longer than anybody here waits.
-const HELD: Duration = Duration::from_secs(60);
+/// Longer than anybody here waits: who waits for it does not come to the end of its test.
+const HELD: Duration = Duration::from_secs(600);
 
 /// A descriptor that whoever closes it last waits for [`HELD`], as long as its peer, the second, is there: as a file can of a
 /// FUSE that the client serves itself.
 fn slow_to_close() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    // The kernel connects it before anybody accepts.
     let mut slow = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (peer, _) = listener.accept().unwrap();
     slow.set_nonblocking(true).unwrap();
@@ -262,9 +263,27 @@ fn slow_to_close() -> (TcpStream, TcpStream) {
     (slow, peer)
 }
 
-/// Sends a message with such a descriptor, of which the broker then has the last copy.
-fn give_slow(broker: &Broker, client: &Client, message: &[u8]) -> TcpStream {
+/// Such a descriptor that the broker has the last copy of.
+struct Slow {
+    _peer: TcpStream,
+    /// What the descriptor is called in `/proc`.
+    name: String,
+}
+
+impl Slow {
+    /// Whether the broker has it, and has not begun to close it.
+    fn is_open(&self, broker: &Broker) -> bool {
+        let folder = format!("/proc/{}/fd", broker.child.id());
+        let mut all = std::fs::read_dir(folder).unwrap();
+        let link = |file: std::io::Result<std::fs::DirEntry>| std::fs::read_link(file?.path());
+        all.any(|file| link(file).is_ok_and(|name| name.as_os_str() == &self.name[..]))
+    }
+}
+
+/// Sends a message with such a descriptor.
+fn give_slow(broker: &Broker, client: &Client, message: &[u8]) -> Slow {
     let (slow, peer) = slow_to_close();
+    let name = format!("socket:[{}]", rustix::fs::fstat(&slow).unwrap().st_ino);
     broker.signal(Signal::STOP);
     wait_until("all of it has stopped", || {
         let mut threads = std::fs::read_dir(format!("/proc/{}/task", broker.child.id())).unwrap();
@@ -277,7 +296,7 @@ fn give_slow(broker: &Broker, client: &Client, message: &[u8]) -> TcpStream {
     client.socket.send_with_fds(&[message], &gift).unwrap();
     drop(slow);
     broker.signal(Signal::CONT);
-    peer
+    Slow { _peer: peer, name }
 }
 
 #[test]
@@ -287,16 +306,14 @@ fn descriptor_that_is_refused_and_slow_to_close_holds_up_its_own_session_only() 
     let mut client = Client::greet(&broker);
     client.write(CONFIG, 4, &[6, 4]);
     let set = message(9, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
-    let _peer = give_slow(&broker, &client, &set);
+    let _slow = give_slow(&broker, &client, &set);
     // It is answered first.
-    let start = Instant::now();
     let inval = Errno::INVAL.raw_os_error().cast_unsigned();
     assert_eq!(client.hear().unwrap().errno, inval);
     broker.attach().status().unwrap();
     succeed(&mut broker, &arguments);
     // The successor goes on with it, and has nothing to close.
     assert_eq!(client.read(CONFIG, 4, 2), [6, 4]);
-    assert!(start.elapsed() < Duration::from_secs(5));
 }
 
 #[test]
@@ -306,9 +323,11 @@ fn half_a_message_with_a_descriptor_that_is_slow_to_close_is_handed_over_to_nobo
     let mut client = Client::greet(&broker);
     let set = message(9, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
     let (begin, _) = set.split_at(set.len() - 4);
-    let _peer = give_slow(&broker, &client, begin);
-    // It is known by then that the rest does not come, and the session cannot end before its descriptor is closed.
-    std::thread::sleep(Duration::from_secs(3));
+    let slow = give_slow(&broker, &client, begin);
+    // The rest does not come, and the session cannot end before its descriptor is closed, which takes it from the process at
+    // once.
+    wait_until("it comes", || slow.is_open(&broker));
+    wait_until("it is closed", || !slow.is_open(&broker));
     succeed(&mut broker, &arguments);
     assert!(client.is_let_go());
     Client::greet(&broker);
@@ -326,11 +345,9 @@ fn session_that_never_ends_its_message_is_left_out_and_the_others_are_handed_ove
     assert_eq!(neighbour.version().errno, 0);
     let info = message(9, GET_INFO, 0, &words(&[16, 0, 0, 0]));
     // The kernel throws it away, and waits within the call that receives the message.
-    let _peer = give_slow(&broker, &client, &info);
+    let _slow = give_slow(&broker, &client, &info);
     ask_while(&mut neighbour, |answered| {
-        let start = Instant::now();
         succeed(&mut broker, &arguments);
-        assert!(start.elapsed() < Duration::from_secs(5));
         answered();
     });
     assert!(
@@ -349,13 +366,14 @@ fn successor_that_dawdles_is_called_off_as_a_whole() {
     let broker = serve_both(&["--vectors", "256"]);
     let mut client = Client::greet(&broker);
     let app = Control::connect(&broker.control()).unwrap();
-    let end = AtomicBool::new(false);
+    let (begun, end) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let dawdling = scope.spawn(|| {
             let mut most = 0;
             let mut parts = 0;
             while !end.load(Ordering::Relaxed) {
                 let (answer, _) = app.ask(Ask::HandOver).unwrap();
+                begun.store(true, Ordering::Relaxed);
                 assert!(matches!(answer, Answer::Inheritance { last: false, .. }));
                 // What follows a hand-over that was called off is the begin of another.
                 parts = if names(&answer).contains(&"bell-0-0".to_owned()) {
@@ -368,14 +386,15 @@ fn successor_that_dawdles_is_called_off_as_a_whole() {
             }
             most
         });
-        std::thread::sleep(Duration::from_millis(500));
-        // It goes on before QEMU loses its patience.
+        let stop = Stop(&end);
+        wait_until("it dawdles", || begun.load(Ordering::Relaxed));
+        // It goes on before QEMU loses its patience, with some time for a machine that is busy.
         let start = Instant::now();
         client.get(GET_INFO, &words(&[16, 0, 0, 0]));
         let waited = start.elapsed();
-        end.store(true, Ordering::Relaxed);
+        drop(stop);
         assert!(dawdling.join().unwrap() > 2, "it does not dawdle");
-        assert!(waited < Duration::from_secs(5), "{waited:?}");
+        assert!(waited < Duration::from_secs(10), "{waited:?}");
     });
 }
 

@@ -1,5 +1,6 @@
 //! What a client of vfio-user has the service manager told.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
@@ -119,23 +120,25 @@ fn client_that_sets_interrupts_without_end_is_slowed_and_nobody_else() {
     let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
     let irqs: Vec<&EventFd> = irqs.iter().collect();
     let start = Instant::now();
+    let seconds = Duration::from_secs(rounds(1, 3) as u64);
     let mut asked = 0;
-    while start.elapsed() < Duration::from_secs(3) {
+    let told = || manager.of("part-1").len();
+    // Until it has been slowed for a while.
+    while start.elapsed() < seconds || told() <= 2048 {
+        assert!(start.elapsed() < PATIENCE, "nobody is told: {}", told());
         assert_eq!(client.set_irqs(0, &irqs).errno, 0);
         asked += 1;
     }
+    let told = told();
     // A burst, then so many a second, and one message more.
     let most = 2048 + 256 * start.elapsed().as_secs() as usize + 256 + 3 * 16;
-    let told = manager.of("part-1").len();
     assert!(told <= most, "{told} for {asked} messages");
-    assert!(
-        told > 2048,
-        "only {told} for {asked} messages: nobody is slowed"
-    );
-    let start = Instant::now();
-    drop(handshake(crate::vmm::connect(&broker, "vm.sock"), 9));
-    broker.attach().status().unwrap();
-    assert!(start.elapsed() < Duration::from_secs(1), "others wait");
+    once_of_some("others do not wait", || {
+        let start = Instant::now();
+        drop(handshake(crate::vmm::connect(&broker, "vm.sock"), 9));
+        broker.attach().status().unwrap();
+        start.elapsed() < Duration::from_secs(1)
+    });
     client.get(GET_INFO, &words(&[16, 0, 0, 0]));
 }
 
@@ -148,8 +151,23 @@ fn timed<T>(action: impl FnOnce() -> T) -> (T, Duration) {
 
 #[test]
 fn service_manager_that_does_not_read_costs_one_vm_a_second_and_others_nothing() {
+    once_of_some("nobody else waits", || {
+        let slow = RefCell::new(Vec::new());
+        costs_one_vm_a_second(&|what, took| slow.borrow_mut().push(format!("{what}: {took:?}")));
+        eprintln!("too slow: {:?}", slow.borrow());
+        slow.borrow().is_empty()
+    });
+}
+
+/// Says what was too slow, as anything can be on a machine that is busy.
+fn costs_one_vm_a_second(is_slow: &dyn Fn(&str, Duration)) {
     const AT_ONCE: Duration = Duration::from_millis(700);
     const IN_TIME: Duration = Duration::from_millis(2500);
+    let within = |limit: Duration, what: &str, took: Duration| {
+        if took >= limit {
+            is_slow(what, took);
+        }
+    };
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let sockets = ["user.sock", "other.sock", "late.sock"];
@@ -167,29 +185,30 @@ fn service_manager_that_does_not_read_costs_one_vm_a_second_and_others_nothing()
 
     let paused = manager.pause();
     std::thread::scope(|scope| {
-        let setting = scope.spawn(|| timed(|| client.set_irqs(0, &irqs)));
+        let setting = std::thread::Builder::new().name("setting".to_owned());
+        let setting = setting.spawn_scoped(scope, || timed(|| client.set_irqs(0, &irqs)));
+        let setting = setting.unwrap();
         // While it waits.
-        std::thread::sleep(Duration::from_millis(200));
+        wait_until_asleep(std::process::id(), "setting");
+        broker.wait_until_idle();
         let (_, took) = timed(|| other.get(GET_INFO, &words(&[16, 0, 0, 0])));
-        assert!(took < AT_ONCE, "another VM waits for {took:?}");
+        within(AT_ONCE, "another VM waits", took);
         let (_, took) = timed(|| works(&mut broker.app(&["inspect", "--once"])));
-        assert!(took < AT_ONCE, "a host app waits for {took:?}");
+        within(AT_ONCE, "a host app waits", took);
         let (reply, took) = setting.join().unwrap();
         assert_eq!(reply.errno, 0);
-        assert!(took < IN_TIME, "interrupts are set in {took:?}");
+        within(IN_TIME, "interrupts are set", took);
         let is_patient = took > Duration::from_millis(900);
         assert!(is_patient, "what is answered may not be kept");
     });
     // Once is enough, for whoever comes or says something.
     let mut late = Client::connect_to(&broker, "late.sock");
-    assert!(
-        timed(|| late.version()).1 < AT_ONCE,
-        "a VM that comes waits"
-    );
+    let (_, took) = timed(|| late.version());
+    within(AT_ONCE, "a VM that comes waits", took);
     for client in [&mut client, &mut other, &mut late] {
         let (reply, took) = timed(|| client.set_irqs(0, &[&eventfd(); 16]));
         assert_eq!(reply.errno, 0);
-        assert!(took < AT_ONCE, "{took:?}");
+        within(AT_ONCE, "interrupts are set again", took);
     }
     assert_eq!(client.set_irqs(0, &irqs).errno, 0);
     drop(paused);
@@ -243,7 +262,7 @@ fn session_whose_memory_is_of_another_size_is_not_taken_over() {
     let of_session = |name: &String| name.starts_with("session-1") || name == "vm-1";
     let kept = || manager.kept().into_iter().filter(of_session).count();
     wait_until("it is kept", || kept() == 2);
-    broker.child.kill().unwrap();
+    kill(&mut broker.child);
     // What another version of it might have kept.
     let other = rustix::fs::memfd_create("session", MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&other, 4096).unwrap();
@@ -254,7 +273,16 @@ fn session_whose_memory_is_of_another_size_is_not_taken_over() {
     socket
         .send_with_fds(&[&message[..]], &[other.as_raw_fd()])
         .unwrap();
-    std::thread::sleep(Duration::from_millis(200));
+    // The manager hears one thing after the other.
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let message = b"FDSTORE=1\nFDNAME=last\n";
+    socket
+        .send_with_fds(&[&message[..]], &[null.as_raw_fd()])
+        .unwrap();
+    let last = || manager.kept().contains(&"last".to_owned());
+    wait_until("the manager has heard all", last);
+    socket.send(b"FDSTOREREMOVE=1\nFDNAME=last\n").unwrap();
+    wait_until("the manager has heard all", || !last());
     broker.start_again(&manager, &arguments);
     wait_until("it is let go", || kept() == 1);
     assert!(broker.log().contains("slot 1: another version of barlink"));

@@ -1,7 +1,5 @@
 //! The device over vhost-user, as a VMM and its guest's driver meet it.
 
-use std::time::Duration;
-
 use barlink::protocol::wire::virtio::{FEATURE_RESET, MAGIC, VERSION, config};
 use vhost::vhost_user::VhostUserFrontend;
 use vmm_sys_util::eventfd::EventFd;
@@ -10,8 +8,6 @@ use crate::support::*;
 use crate::vhost_user_client::*;
 use crate::vmm::{handshake, rings};
 
-/// Longer than the broker takes for anything.
-const A_WHILE: Duration = Duration::from_millis(200);
 /// The other VM, this one, the host; and vectors of each.
 const HOST: u32 = 2;
 const VECTORS: usize = 5;
@@ -64,7 +60,7 @@ fn region_is_mapped_when_the_device_has_started_and_never_before() {
         rustix::io::write(own, &1u64.to_ne_bytes()).unwrap();
         client.queues[0].kick.write(1).unwrap();
         client.share(&client.memory).unwrap();
-        assert!(client.wishes.recv_timeout(A_WHILE).is_err(), "too early");
+        assert!(client.is_left_alone(&broker), "too early");
         client.start();
         let wish = client.map(true);
         let (id, offset, at) = (wish.map.shmid, wish.map.fd_offset, wish.map.shm_offset);
@@ -78,7 +74,7 @@ fn region_is_mapped_when_the_device_has_started_and_never_before() {
         // Once is enough.
         client.put(0, HOST << 16, 4, false);
         client.wait_for(0, 1);
-        assert!(client.wishes.try_recv().is_err(), "twice in round {round}");
+        assert!(client.is_left_alone(&broker), "twice in round {round}");
         client.stop();
     }
 }
@@ -124,7 +120,7 @@ fn doorbells_ring_whom_they_name() {
     client.wants_interrupts(0, false);
     client.put(0, HOST << 16 | 1, 4, false);
     client.wait_for(0, count + 1);
-    std::thread::sleep(A_WHILE);
+    broker.wait_until_idle();
     assert!(!fired(&client.queues[0].call));
     assert_eq!(rings(&other.bells[VECTORS + 1].1), 1);
 }
@@ -150,7 +146,7 @@ fn vectors_that_are_rung_come_once_each_with_an_interrupt() {
     for vector in [3, 1, 3, 3] {
         ring(vector);
     }
-    std::thread::sleep(A_WHILE);
+    broker.wait_until_idle();
     assert_eq!(client.returned(1), count);
     for expected in [1, 3] {
         client.put(1, u32::MAX, 4, true);
@@ -158,7 +154,7 @@ fn vectors_that_are_rung_come_once_each_with_an_interrupt() {
         assert_eq!(client.wait_for(1, count), (4, expected));
     }
     client.put(1, u32::MAX, 4, true);
-    std::thread::sleep(A_WHILE);
+    broker.wait_until_idle();
     assert_eq!(client.returned(1), count, "a vector that nobody rang");
     // A buffer that holds no number, or cannot be written, is given back, and the vector waits for the next.
     let (short, read_only) = ((2, true), (4, false));
@@ -199,7 +195,7 @@ fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
     client.put(0, HOST << 16, 4, false);
     client.wait_for(0, 2);
     assert_eq!(connection(), 1);
-    assert!(client.wishes.try_recv().is_err(), "it has the mapping");
+    assert!(client.is_left_alone(&broker), "it has the mapping");
     // Reset: a new driver looks at the configuration first, and sees the new number.
     client.stop();
     rings(host);
@@ -254,7 +250,7 @@ fn vectors_of_before_a_reset_do_not_come_after_it() {
     client.start();
     client.map(true);
     ring(3);
-    std::thread::sleep(A_WHILE);
+    broker.wait_until_idle();
     client.stop();
     client.config();
     client.start();

@@ -71,12 +71,15 @@ impl VhostUserFrontendReqHandler for WayBack {
             answer,
         };
         let _ = self.0.lock().unwrap().send(wish);
-        match answered.recv() {
+        match answered.recv_timeout(PATIENCE) {
             Ok(true) => Ok(0),
             _ => Err(std::io::Error::other("no")),
         }
     }
 }
+
+/// The name of the thread that gets the wishes.
+const HANDLER: &str = "wishes";
 
 /// A queue, as its driver has it.
 pub struct DriverQueue {
@@ -101,9 +104,7 @@ pub fn connect(broker: &Broker) -> UnixStream {
     wait_until("the slot is free", || {
         attachment.status().unwrap().slots[1].vm.is_none()
     });
-    let socket = UnixStream::connect(broker.path("user.sock")).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket
+    crate::vmm::connect(broker, "user.sock")
 }
 
 impl Client {
@@ -141,10 +142,12 @@ impl Client {
         }
         let end = Raw(way_back.get_tx_raw_fd());
         frontend.set_backend_request_fd(&end).unwrap();
-        std::thread::spawn(move || {
+        let handler = std::thread::Builder::new().name(HANDLER.to_owned());
+        let handler = handler.spawn(move || {
             // To refuse is an error, too.
             while let Ok(_) | Err(Error::ReqHandlerError(_)) = way_back.handle_request() {}
         });
+        handler.unwrap();
         let memory = memory(SealFlags::SHRINK);
         let guest = map(&memory);
         let queue = |number| DriverQueue {
@@ -231,10 +234,20 @@ impl Client {
         self.start_from([0, 0]);
     }
 
+    /// Whether there is no wish once the broker has done all that it had to do.
+    pub fn is_left_alone(&self, broker: &Broker) -> bool {
+        broker.wait_until_idle();
+        // What the broker has sent, this thread has passed on when it sleeps again.
+        wait_until_asleep(std::process::id(), HANDLER);
+        self.wishes.try_recv().is_err()
+    }
+
     /// The next wish, which must be to map the region, answered.
     pub fn map(&self, answer: bool) -> Wish {
         let wish = self.wishes.recv_timeout(PATIENCE).expect("a wish");
         wish.answer.send(answer).unwrap();
+        // From here on the broker has the answer.
+        wait_until_asleep(std::process::id(), HANDLER);
         wish
     }
 

@@ -273,12 +273,14 @@ fn messages_may_come_in_any_parts_and_descriptors_with_any() {
 fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
     let broker = serve_vhost_user(&[]);
     // Within a message.
-    let mut client = connect(&broker);
-    client.write_all(&[1, 0, 0]).unwrap();
-    let start = Instant::now();
-    others_are_served(&broker);
-    assert!(start.elapsed() < Duration::from_secs(2));
-    assert!(is_closed(&client));
+    once_of_some("others are served while it stalls", || {
+        let mut client = connect(&broker);
+        client.write_all(&[1, 0, 0]).unwrap();
+        others_are_served(&broker);
+        let stalls = crate::vmm::has_nothing(&client);
+        assert!(is_closed(&client));
+        stalls
+    });
     assert!(broker.log().contains("stopped within a message"));
     // Without taking a reply.
     let client = connect(&broker);
@@ -286,8 +288,13 @@ fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
     let request = [1u32, 1, 0].map(u32::to_le_bytes).concat();
     let start = Instant::now();
     wait_until("it is let go", || {
-        let sent = (&client).write(&request);
-        sent.is_err_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+        // As many as fit.
+        let error = loop {
+            if let Err(error) = (&client).write(&request) {
+                break error;
+            }
+        };
+        error.kind() == std::io::ErrorKind::BrokenPipe
     });
     assert!(start.elapsed() > Duration::from_secs(1));
     others_are_served(&broker);
@@ -298,11 +305,12 @@ fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
 fn taken_slot_of_vhost_user_hangs_up_on_a_second_client() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
-    let second = UnixStream::connect(broker.path("user.sock")).unwrap();
-    second.set_read_timeout(Some(PATIENCE)).unwrap();
-    let start = Instant::now();
-    assert!(is_closed(&second));
-    assert!(start.elapsed() < Duration::from_secs(1));
+    once_of_some("it hangs up at once", || {
+        let start = Instant::now();
+        let second = crate::vmm::connect(&broker, "user.sock");
+        assert!(is_closed(&second));
+        start.elapsed() < Duration::from_secs(1)
+    });
     client.config();
 }
 

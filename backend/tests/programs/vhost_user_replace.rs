@@ -35,7 +35,7 @@ fn broker_with_a_vm_over_vhost_user_is_not_replaced() {
     // Nothing has changed.
     client.put(0, 2 << 16, 4, false);
     client.wait_for(0, 1);
-    assert!(is_silent(&vm.socket));
+    assert!(is_silent(&broker, &vm.socket));
     drop(client);
     let attachment = broker.attach();
     wait_until("the VM has left", || {
@@ -44,7 +44,7 @@ fn broker_with_a_vm_over_vhost_user_is_not_replaced() {
     drop(attachment);
     // A slot that is free goes to the successor like any other.
     succeed(&mut broker, &arguments);
-    assert!(is_silent(&vm.socket));
+    assert!(is_silent(&broker, &vm.socket));
     let mut client = Client::greet(&broker);
     client.start();
     client.map(true);
@@ -72,7 +72,7 @@ fn service_that_is_restarted_lets_its_vm_over_vhost_user_go() {
         };
         let before = connection(1).unwrap();
         // Killed in the moment after its last message, the broker could not know that the VM has it.
-        assert!(is_silent(&vm.socket));
+        assert!(is_silent(&broker, &vm.socket));
         if killed {
             broker.start_again(&manager, &arguments);
         } else {
@@ -80,7 +80,7 @@ fn service_that_is_restarted_lets_its_vm_over_vhost_user_go() {
         }
         assert!(is_closed(&client.socket));
         wait_until("it is forgotten", || !kept("vm-1"));
-        assert!(is_silent(&vm.socket));
+        assert!(is_silent(&broker, &vm.socket));
         let mut client = Client::greet(&broker);
         client.start();
         client.map(true);

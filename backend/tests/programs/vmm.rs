@@ -2,10 +2,11 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::path::Path;
 
 use barlink::protocol::wire::layout::Layout;
 use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;
@@ -26,8 +27,14 @@ pub fn message(socket: &UnixStream) -> Option<(i64, Option<OwnedFd>)> {
 }
 
 pub fn connect(broker: &Broker, name: &str) -> UnixStream {
-    let socket = UnixStream::connect(broker.path(name)).unwrap();
+    connect_to(&broker.path(name))
+}
+
+/// Connects to a socket at which a broker listens. No wait of the connection is without a limit.
+pub fn connect_to(path: &Path) -> UnixStream {
+    let socket = UnixStream::connect(path).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_write_timeout(Some(PATIENCE)).unwrap();
     socket
 }
 
@@ -81,12 +88,14 @@ pub fn rings(bell: &OwnedFd) -> u64 {
     }
 }
 
-pub fn is_silent(socket: &UnixStream) -> bool {
-    socket
-        .set_read_timeout(Some(Duration::from_millis(200)))
-        .unwrap();
-    let silent =
-        rustix::net::recv(socket, &mut [0u8; 1], rustix::net::RecvFlags::PEEK) == Err(Errno::AGAIN);
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    silent
+/// Whether a connection is open, and there is nothing to read.
+pub fn has_nothing(socket: &UnixStream) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    rustix::net::recv(socket, &mut [0u8; 1], flags) == Err(Errno::AGAIN)
+}
+
+/// Whether there is nothing to read once the broker has done all that it had to do.
+pub fn is_silent(broker: &Broker, socket: &UnixStream) -> bool {
+    broker.wait_until_idle();
+    has_nothing(socket)
 }

@@ -1,6 +1,5 @@
 //! Ends that do not wait for long: in a channel that drops, and for a nap.
 
-use std::io::Read;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -25,8 +24,7 @@ fn both_ends_say_how_many_records_were_dropped() {
     let mut sender = ends("send")
         .args(["--json", "--record-size", "1000"])
         .arg(broker.path("in"))
-        .spawn()
-        .unwrap();
+        .start();
     let state = || {
         let state = works(&mut broker.app(&["inspect", "--json"]));
         let state: serde_json::Value = serde_json::from_str(&state).unwrap();
@@ -39,13 +37,7 @@ fn both_ends_say_how_many_records_were_dropped() {
     let received = run(ends("recv").args(["--json", "-o"]).arg(broker.path("out")));
     let received = String::from_utf8(received.stderr).unwrap();
     wait(&mut sender);
-    let mut sent = String::new();
-    sender
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut sent)
-        .unwrap();
+    let sent = errors_of(&mut sender);
     for name in ["bytes", "records", "dropped"] {
         assert_eq!(count(&received, name), count(&sent, name), "{name}");
     }
@@ -54,8 +46,7 @@ fn both_ends_say_how_many_records_were_dropped() {
     let mut sender = ends("send")
         .args(["--record-size", "1000"])
         .arg(broker.path("in"))
-        .spawn()
-        .unwrap();
+        .start();
     wait_until("more are dropped", || {
         state()["dropped"].as_u64() > Some(1800)
     });

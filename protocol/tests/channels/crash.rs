@@ -14,6 +14,8 @@ use barlink_protocol::wire::layout::{Channel, Name, channel};
 use barlink_protocol::{AtomicU64, Consumer, Ordering, Producer, ReserveError, state};
 use proptest::prelude::*;
 
+use crate::heap::rounds;
+
 const CAPACITY: u64 = 4096;
 
 /// A channel that has the memory for itself.
@@ -312,7 +314,7 @@ impl Ends {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(rounds(24, 96)))]
 
     /// Commit, release, drop, wish, ring, and batches, after any history, which has such deaths in it.
     #[test]
@@ -354,7 +356,7 @@ fn check_reset(state: &State, first: &State, last: &State) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(rounds(20, 64)))]
 
     /// A reset, and one that is done anew after it, of a channel with any history and perhaps a wrong word.
     #[test]

@@ -41,8 +41,15 @@ pub fn hold(region: &Heap, layout: &Layout, holder: u64) {
     region.store(layout.presence_page(0) + word, holder);
 }
 
+#[derive(Default)]
+struct State {
+    rung: bool,
+    /// Its end is in a sleep that is no nap.
+    asleep: bool,
+}
+
 #[derive(Clone, Default)]
-struct Bell(Arc<(Mutex<bool>, Condvar)>);
+struct Bell(Arc<(Mutex<State>, Condvar)>);
 
 /// One end's doorbells.
 pub struct Bells {
@@ -53,6 +60,42 @@ pub struct Bells {
     pub rung: u32,
     /// Rings that get lost on their way, as if QEMU were not ready.
     pub lost: u32,
+}
+
+/// The shortest sleep that is no nap, in which an end is not rung for each record.
+const SLEEP: Duration = Duration::from_millis(1);
+/// The limit of every wait: longer than anything takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The number of rounds of a loop that is repeated for depth: `full` where `BARLINK_TIER` is `soak`, and otherwise `brief`.
+pub fn rounds(brief: u32, full: u32) -> u32 {
+    match std::env::var("BARLINK_TIER") {
+        Ok(tier) if tier == "soak" => full,
+        _ => brief,
+    }
+}
+
+/// Waits for what an end in another thread does.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(
+            start.elapsed() < PATIENCE,
+            "not within {PATIENCE:?}: {what}"
+        );
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+impl Bells {
+    /// Whether this end sleeps, and was not rung yet, at each moment from now on.
+    pub fn sleeper(&self) -> impl Fn() -> bool + Send + 'static {
+        let own = self.own.clone();
+        move || {
+            let state = own.0.0.lock().unwrap();
+            state.asleep && !state.rung
+        }
+    }
 }
 
 pub fn bells() -> (Bells, Bells) {
@@ -77,20 +120,27 @@ impl Events for Bells {
             self.lost -= 1;
             return Ok(());
         }
-        *self.other.0.0.lock().unwrap() = true;
+        self.other.0.0.lock().unwrap().rung = true;
         self.other.0.1.notify_one();
         Ok(())
     }
 
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
-        let (flag, condvar) = &*self.own.0;
-        // Longer than any test: a wake-up that was lost shows as a failure and not as a hang.
-        let timeout = timeout.unwrap_or(Duration::from_secs(20));
-        let guard = flag.lock().unwrap();
-        let (mut rung, _) = condvar
-            .wait_timeout_while(guard, timeout, |rung| !*rung)
-            .unwrap();
-        Ok(std::mem::take(&mut *rung))
+        // So the wait for an end that has failed is over, too.
+        let age = self.start.elapsed();
+        assert!(age < 2 * PATIENCE, "this channel is used for too long");
+        let (state, condvar) = &*self.own.0;
+        let limit = timeout.unwrap_or(PATIENCE);
+        let mut guard = state.lock().unwrap();
+        guard.asleep = limit >= SLEEP;
+        let slept = condvar.wait_timeout_while(guard, limit, |state| !state.rung);
+        let (mut state, _) = slept.unwrap();
+        state.asleep = false;
+        let rung = std::mem::take(&mut state.rung);
+        drop(state);
+        // A wake-up that was lost shows as a failure and not as a hang.
+        assert!(rung || timeout.is_some(), "not rung within {PATIENCE:?}");
+        Ok(rung)
     }
 
     fn now(&self) -> Duration {

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use crate::heap::{bells, ends, ends_with, hold, region};
+use crate::heap::{PATIENCE, bells, ends, ends_with, hold, region, rounds, wait_until};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{Events, Sent, Strategy, Wakeup};
 
 #[test]
 fn nothing_is_lost_while_both_ends_sleep_and_wake() {
-    for (capacity, count) in [(4096, 40_000u64), (65536, 100_000)] {
+    for (capacity, brief, full) in [(4096, 10_000, 40_000), (65536, 25_000, 100_000)] {
+        let count = u64::from(rounds(brief, full));
         let (mut sender, mut receiver) = ends(capacity, false);
         let producer = std::thread::spawn(move || {
             for number in 0..count {
@@ -88,15 +89,16 @@ fn an_end_that_spins_heeds_its_time_and_who_leaves() {
     assert_eq!(waited, Ok(Wakeup::TimedOut));
     hold(&region, &layout, 0);
     assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
-    assert!(start.elapsed() < Duration::from_millis(500));
+    assert!(start.elapsed() < PATIENCE);
 }
 
 #[test]
 fn a_record_that_waited_for_room_tells_when_it_was_committed() {
     let (mut sender, mut receiver) = ends(4096, false);
     while sender.send(Kind::DATA, &[0; 900], Some(Duration::ZERO)) == Ok(Sent::Committed) {}
+    let sender_sleeps = sender.events().sleeper();
     let free = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(50));
+        wait_until("the sender sleeps", sender_sleeps);
         let freed = receiver.events().now();
         // Three of four, since at half the channel the sender is rung.
         for _ in 0..3 {
@@ -140,6 +142,7 @@ fn a_stream_is_rung_for_only_after_silence() {
     let rings = |strategy| {
         let (mut sender, mut receiver) = ends(4096, false);
         receiver.set_strategy(strategy);
+        let receiver_sleeps = receiver.events().sleeper();
         let before = sender.events().rung;
         let producer = std::thread::spawn(move || {
             for _ in 0..RECORDS {
@@ -148,7 +151,7 @@ fn a_stream_is_rung_for_only_after_silence() {
                 assert_eq!(sender.send(Kind::DATA, &[], None), Ok(Sent::Committed));
             }
             let during = sender.events().rung;
-            std::thread::sleep(Duration::from_millis(50));
+            wait_until("the receiver sleeps", receiver_sleeps);
             assert_eq!(sender.send(Kind::END, &[], None), Ok(Sent::Committed));
             (sender.events().rung - during, during, sender)
         });
@@ -164,11 +167,17 @@ fn a_stream_is_rung_for_only_after_silence() {
         assert_eq!(after, 1, "after so long it sleeps, and has to be rung");
         during - before
     };
-    let (stream, prompt) = (rings(Strategy::STREAM), rings(Strategy::PROMPT));
-    assert!(
-        stream < RECORDS / 4 && prompt > RECORDS / 2,
-        "{stream} and {prompt} rings"
-    );
+    // On a machine that is busy the sender pauses for longer than a receiver naps, or the receiver is late to sleep, now and
+    // then. A fault shows each time.
+    let mut counts = Vec::new();
+    while counts.len() < 10 {
+        let (stream, prompt) = (rings(Strategy::STREAM), rings(Strategy::PROMPT));
+        if stream < RECORDS / 4 && prompt > RECORDS / 2 {
+            return;
+        }
+        counts.push((stream, prompt));
+    }
+    panic!("{counts:?} rings of a stream and of an end that sleeps at once");
 }
 
 #[test]
@@ -231,10 +240,11 @@ fn a_doorbell_that_is_lost_costs_time_and_no_record() {
     let (mut a, b) = bells();
     a.lost = 3;
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let receiver_sleeps = receiver.events().sleeper();
     let producer = std::thread::spawn(move || {
         for number in 0..10u8 {
-            // So that the receiver is asleep, and has to be rung.
-            std::thread::sleep(Duration::from_millis(5));
+            // It has to be rung.
+            wait_until("the receiver sleeps", &receiver_sleeps);
             assert_eq!(
                 sender.send(Kind::DATA, &[number], None),
                 Ok(Sent::Committed)
@@ -244,17 +254,12 @@ fn a_doorbell_that_is_lost_costs_time_and_no_record() {
     });
     let start = Instant::now();
     for number in 0..10 {
-        assert_eq!(
-            receiver.wait(Some(Duration::from_secs(10))),
-            Ok(Wakeup::Ready)
-        );
+        assert_eq!(receiver.wait(Some(PATIENCE)), Ok(Wakeup::Ready));
         assert_eq!(receiver.record().unwrap().header().sequence, number);
         receiver.release().unwrap();
     }
-    assert!(
-        start.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        start.elapsed()
-    );
+    // For each that was lost a second at most.
+    let took = start.elapsed();
+    assert!(took < PATIENCE / 2, "{took:?}");
     producer.join().unwrap();
 }

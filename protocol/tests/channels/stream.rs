@@ -10,7 +10,9 @@ use barlink_protocol::stream::{Progress, StreamError, Watch, receive, send as se
 use barlink_protocol::wire::layout::{Channel, Layout};
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, state};
 
-use crate::heap::{Bells, Heap, Memory, bells, ends, ends_with, hold, region};
+use crate::heap::{
+    Bells, Heap, Memory, PATIENCE, bells, ends, ends_with, hold, region, wait_until,
+};
 
 /// What the heap's events cannot fail with leaves these errors.
 type Outcome = Result<Progress, StreamError<std::convert::Infallible>>;
@@ -28,9 +30,10 @@ fn send(sender: &mut Sender<Memory, Bells>, kind: Kind, bytes: &[u8]) {
 fn send_haltingly(sender: &mut Sender<Memory, Bells>, region: &Heap, channel: &Channel) {
     send(sender, Kind::BEGIN, &[]);
     send(sender, Kind::DATA, b"four");
-    while state::ChannelState::read(region, channel).fill(channel) != Some(0) {
-        std::thread::yield_now();
-    }
+    wait_until("all is received", || {
+        state::ChannelState::read(region, channel).fill(channel) == Some(0)
+    });
+    // What follows is right whether or not the receiver waits by then; mostly it does.
     std::thread::sleep(Duration::from_millis(20));
     send(sender, Kind::END, &[]);
 }
@@ -54,7 +57,7 @@ fn a_sender_that_left_before_the_receiver_came_is_not_waited_for() {
     let (tell, outcome) = std::sync::mpsc::channel();
     std::thread::spawn(move || tell.send(receive_to_nowhere(&mut receiver)));
     assert_eq!(
-        outcome.recv_timeout(Duration::from_secs(20)),
+        outcome.recv_timeout(PATIENCE),
         Ok(Err(StreamError::Incomplete(4)))
     );
 }
@@ -140,7 +143,10 @@ fn a_receiver_tells_whom_it_waits_for_while_somebody_listens() {
     let (entry, heap) = (layout.channels()[0], region.clone());
     let sending = std::thread::spawn(move || {
         // After two waits are told, and one that is not.
-        let _ = (told.recv().unwrap(), told.recv().unwrap());
+        for _ in 0..2 {
+            told.recv_timeout(PATIENCE).unwrap();
+        }
+        // Mostly longer than what is told of: no third wait is.
         std::thread::sleep(Duration::from_millis(30));
         send_haltingly(&mut sender, &heap, &entry);
     });
@@ -161,7 +167,9 @@ fn a_sender_to_a_full_channel_tells_that_it_waits_while_somebody_listens() {
     let (mut sender, mut receiver) = ends(4096, false);
     let (tell, told) = std::sync::mpsc::channel();
     let receiving = std::thread::spawn(move || {
-        let _ = (told.recv().unwrap(), told.recv().unwrap());
+        for _ in 0..2 {
+            told.recv_timeout(PATIENCE).unwrap();
+        }
         receive_to_nowhere(&mut receiver)
     });
     let mut listener = Listener::new(move || tell.send(()).unwrap());

@@ -24,7 +24,7 @@ use crate::region::*;
 const TIME: Duration = Duration::from_millis(700);
 const ENOUGH: u64 = 200;
 /// How long one call may take on a busy machine. None of them waits longer than a millisecond.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Events of an end that is never rung: it sleeps for its time, or a moment.
 pub struct Naps {

@@ -1,0 +1,278 @@
+//! Programs that tests start, and waits that have a limit.
+
+use std::io::Read;
+use std::ops::{Deref, DerefMut};
+use std::os::fd::AsFd;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Once};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::SigSet;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+
+/// The limit of every wait: longer than anything takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The number of rounds of a loop that is repeated for depth: `full` where `BARLINK_TIER` is `soak`, and otherwise `brief`.
+pub fn rounds(brief: usize, full: usize) -> usize {
+    match std::env::var("BARLINK_TIER") {
+        Ok(tier) if tier == "soak" => full,
+        _ => brief,
+    }
+}
+
+/// Makes programs start with no signal ignored or blocked, even where this process was started so: by `nohup`, or by a
+/// shell in the background.
+fn reset_signals() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let mut lines = status.lines();
+        let ignored = lines.find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+        let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
+        for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
+            if ignored >> (signal - 1) & 1 == 1 {
+                // A handler that does nothing ignores the signal here, and is the default after `exec`. The standard library
+                // resets SIGPIPE.
+                signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false))).unwrap();
+            }
+        }
+    });
+    // A child inherits the mask of the thread that starts it.
+    SigSet::empty().thread_set_mask().unwrap();
+}
+
+/// A program that runs. It is killed when this is dropped.
+pub struct Program(Child);
+
+impl Deref for Program {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl DerefMut for Program {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // A program that was waited for is not killed.
+        let _ = self.0.kill();
+        let ended = ends_within(&mut self.0, PATIENCE);
+        assert!(ended.is_some() || std::thread::panicking(), "it stays");
+    }
+}
+
+/// The one way in which tests start programs.
+pub trait Start {
+    /// Starts the program with the default for each signal.
+    fn start(&mut self) -> Program;
+}
+
+impl Start for Command {
+    fn start(&mut self) -> Program {
+        reset_signals();
+        match self.spawn() {
+            Ok(child) => Program(child),
+            Err(error) => panic!("cannot start {self:?}: {error}"),
+        }
+    }
+}
+
+pub fn signal_child(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).unwrap();
+}
+
+fn ends_within(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+    if let Some(status) = child.try_wait().unwrap() {
+        return Some(status);
+    }
+    let end = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).unwrap();
+    becomes_readable(&end, Instant::now() + limit);
+    child.try_wait().unwrap()
+}
+
+/// Waits for a program, which must end within the limit.
+pub fn wait(child: &mut Child) -> ExitStatus {
+    ends_within(child, PATIENCE).unwrap_or_else(|| {
+        let _ = child.kill();
+        panic!("process {} has not ended within {PATIENCE:?}", child.id())
+    })
+}
+
+/// Kills a program.
+pub fn kill(child: &mut Child) {
+    child.kill().unwrap();
+    wait(child);
+}
+
+fn becomes_readable(from: &impl AsFd, end: Instant) -> bool {
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).unwrap();
+        let mut readable = [PollFd::new(from, PollFlags::IN)];
+        match rustix::event::poll(&mut readable, Some(&left)) {
+            Err(rustix::io::Errno::INTR) => (),
+            polled => return polled.unwrap() > 0,
+        }
+    }
+}
+
+/// Reads from a pipe or a terminal what must come within the limit: nothing at its end.
+pub fn read_some(from: &mut (impl Read + AsFd), bytes: &mut [u8]) -> usize {
+    let is_readable = becomes_readable(from, Instant::now() + PATIENCE);
+    assert!(is_readable, "nothing to read within {PATIENCE:?}");
+    from.read(bytes).unwrap()
+}
+
+/// Reads so many bytes from a pipe, which must come within the limit.
+pub fn read_exactly<const LENGTH: usize>(from: &mut (impl Read + AsFd)) -> [u8; LENGTH] {
+    let (mut bytes, mut length) = ([0; LENGTH], 0);
+    while length < LENGTH {
+        let more = read_some(from, &mut bytes[length..]);
+        assert_ne!(more, 0, "only {length} of {LENGTH} bytes came");
+        length += more;
+    }
+    bytes
+}
+
+/// Reads a pipe to its end, which must come within the limit.
+pub fn read_rest(from: &mut (impl Read + AsFd)) -> Vec<u8> {
+    let (mut all, mut bytes) = (Vec::new(), [0; 1 << 16]);
+    loop {
+        match read_some(from, &mut bytes) {
+            0 => return all,
+            length => all.extend(&bytes[..length]),
+        }
+    }
+}
+
+/// Reads what a program that has ended wrote to standard error, which is a pipe.
+pub fn errors_of(child: &mut Child) -> String {
+    String::from_utf8(read_rest(&mut child.stderr.take().unwrap())).unwrap()
+}
+
+/// Waits until a condition holds, which must be so within the limit.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    let mut pause = Duration::from_micros(50);
+    while !done() {
+        assert!(
+            start.elapsed() < PATIENCE,
+            "not within {PATIENCE:?}: {what}"
+        );
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+}
+
+/// Waits for a thread, which must end within the limit.
+pub fn join<T>(what: &str, thread: JoinHandle<T>) -> T {
+    wait_until(what, || thread.is_finished());
+    thread.join().unwrap()
+}
+
+/// Does what may wait by itself, and must end within the limit.
+pub fn within_the_limit(what: &str, work: impl FnOnce() + Send + 'static) {
+    join(what, std::thread::spawn(work));
+}
+
+/// Tells other threads to end when it is dropped, so that they also end with a test that fails.
+pub struct Stop<'a>(pub &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Takes what a thread sends, which must come within the limit.
+pub fn take<T>(what: &str, from: &std::sync::mpsc::Receiver<T>) -> T {
+    let taken = from.recv_timeout(PATIENCE);
+    taken.unwrap_or_else(|error| panic!("{error}: {what}"))
+}
+
+/// Waits for the end of a program whose outputs are pipes, and reads these.
+pub fn finish(mut program: Program) -> Output {
+    fn reader(pipe: Option<impl Read + AsFd + Send + 'static>) -> JoinHandle<Vec<u8>> {
+        std::thread::spawn(|| pipe.map_or_else(Vec::new, |mut pipe| read_rest(&mut pipe)))
+    }
+    let (out, err) = (program.stdout.take(), program.stderr.take());
+    let (out, err) = (reader(out), reader(err));
+    let status = wait(&mut program);
+    Output {
+        status,
+        stdout: join("the end of standard output", out),
+        stderr: join("the end of standard error", err),
+    }
+}
+
+/// Runs a command to its end, which must come in time.
+pub fn run(command: &mut Command) -> Output {
+    finish(
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .start(),
+    )
+}
+
+/// The number of switches of a process's threads whose name begins so, if all of them sleep.
+fn switches_of_sleepers(pid: u32, name: &str) -> Option<Vec<u64>> {
+    let mut all = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let read = |name| std::fs::read_to_string(thread.as_ref().unwrap().path().join(name));
+        // What the status says of a thread that is about to sleep is true of one that still runs, too.
+        let call = read("syscall").unwrap_or_default();
+        // A thread that ends meanwhile did not sleep.
+        let status = read("status").ok()?;
+        let field = |key: &str| {
+            let mut lines = status.lines();
+            lines.find_map(|line| line.strip_prefix(key)).unwrap()
+        };
+        if !field("Name:\t").starts_with(name) {
+            continue;
+        }
+        if call.starts_with("running") || !field("State:\t").starts_with('S') {
+            return None;
+        }
+        let count = |key| field(key).trim().parse::<u64>().unwrap();
+        all.push(count("voluntary_ctxt_switches:"));
+        all.push(count("nonvoluntary_ctxt_switches:"));
+    }
+    Some(all)
+}
+
+/// Waits until all threads of a process whose name begins so sleep at the same time. Each has then done all that it had to do,
+/// up to something that comes from outside, or with the time.
+pub fn wait_until_asleep(pid: u32, name: &str) {
+    wait_until("all threads sleep", || {
+        // Between two looks that find each thread asleep after as many switches, no thread ran.
+        let first = switches_of_sleepers(pid, name);
+        first.is_some() && first == switches_of_sleepers(pid, name)
+    });
+}
+
+/// Waits until no thread of a process has woken for longer than an end of a channel naps.
+pub fn wait_until_fast_asleep(pid: u32) {
+    wait_until("it is not woken by the clock", || {
+        let before = switches_of_sleepers(pid, "");
+        std::thread::sleep(Duration::from_millis(30));
+        before.is_some() && before == switches_of_sleepers(pid, "")
+    });
+}
+
+/// Tries something that a busy machine can be too slow for now and then. A fault shows each time.
+pub fn once_of_some(what: &str, attempt: impl FnMut() -> bool) {
+    let succeeds = std::iter::repeat_with(attempt).take(10).any(|done| done);
+    assert!(succeeds, "not once of ten times: {what}");
+}
