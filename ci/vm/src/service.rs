@@ -36,9 +36,21 @@ pub struct ServiceManager {
 #[derive(Debug, Default)]
 struct State {
     /// The newest first; there can be more than one of a name.
-    kept: Vec<(String, OwnedFd)>,
+    kept: Vec<Kept>,
     ready: bool,
 }
+
+/// A descriptor, and what it is called.
+#[derive(Debug)]
+struct Kept {
+    name: String,
+    descriptor: OwnedFd,
+    /// See [`identity`].
+    identity: Option<Identity>,
+}
+
+/// Device, inode, and the number of an eventfd.
+type Identity = (u64, u64, Option<String>);
 
 impl ServiceManager {
     /// Begins to listen at a socket in this folder.
@@ -64,10 +76,10 @@ impl ServiceManager {
         state.ready = false;
         let mut mappings = Vec::new();
         let mut names = Vec::new();
-        for (number, (name, descriptor)) in (FIRST..).zip(&state.kept) {
-            names.push(name.as_str());
+        for (number, kept) in (FIRST..).zip(&state.kept) {
+            names.push(kept.name.as_str());
             mappings.push(FdMapping {
-                parent_fd: descriptor.try_clone()?,
+                parent_fd: kept.descriptor.try_clone()?,
                 child_fd: number,
             });
         }
@@ -104,7 +116,7 @@ impl ServiceManager {
             .lock()
             .kept
             .iter()
-            .map(|(name, _)| name.clone())
+            .map(|kept| kept.name.clone())
             .collect();
         names.sort();
         names
@@ -131,14 +143,21 @@ impl State {
         if value("FDSTORE") == Some("1") {
             for descriptor in descriptors {
                 // What is kept already, under whatever name, is not taken again.
-                let is_new = |(_, kept): &(_, OwnedFd)| identity(kept) != identity(&descriptor);
-                if self.kept.len() < ROOM && self.kept.iter().all(is_new) {
-                    self.kept.insert(0, (name.to_owned(), descriptor));
+                let identity = identity(&descriptor);
+                let is_new = self.kept.iter().all(|kept| kept.identity != identity);
+                if self.kept.len() < ROOM && is_new {
+                    let name = name.to_owned();
+                    let kept = Kept {
+                        name,
+                        descriptor,
+                        identity,
+                    };
+                    self.kept.insert(0, kept);
                 }
             }
         }
         if value("FDSTOREREMOVE") == Some("1") {
-            self.kept.retain(|(kept, _)| kept != name);
+            self.kept.retain(|kept| kept.name != name);
         }
         if value("READY") == Some("1") {
             self.ready = true;
@@ -147,7 +166,7 @@ impl State {
 }
 
 /// What two descriptors of the same file have in common, and no others: eventfds, which share an inode, have a number.
-fn identity(descriptor: &OwnedFd) -> Option<(u64, u64, Option<String>)> {
+fn identity(descriptor: &OwnedFd) -> Option<Identity> {
     let status = rustix::fs::fstat(descriptor).ok()?;
     let path = format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd());
     let information = std::fs::read_to_string(path).ok()?;
@@ -193,7 +212,7 @@ mod tests {
         state.take_in("FDSTORE=1\nFDNAME=a\n", vec![copy(&first)]);
         state.take_in("FDSTORE=1\nFDNAME=a\n", vec![copy(&second)]);
         let names = |state: &State| -> String {
-            let names = state.kept.iter().map(|(name, _)| name.as_str());
+            let names = state.kept.iter().map(|kept| kept.name.as_str());
             names.collect()
         };
         assert_eq!(names(&state), "aa", "both of one name");
