@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use barlink_vm::COMMAND_TIMEOUT;
 
-/// How long anything may take that a test waits for. A machine with more work than processors needs a few seconds.
+/// Limit of every wait. The event comes within seconds even on a machine that has more work than processors.
 pub const LIMIT: Duration = COMMAND_TIMEOUT;
 
-/// From one look at a condition to the next.
+/// Time between two looks at a condition.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// Waits until a condition holds.
@@ -27,7 +27,7 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result
     Ok(())
 }
 
-/// Waits until a process has ended by itself. A process that does not is killed.
+/// Waits until a process has ended by itself. Kills a process that does not end.
 pub fn wait_for_end(child: &mut Child, what: &str) -> Result<ExitStatus> {
     let start = Instant::now();
     loop {
@@ -50,7 +50,7 @@ pub fn kill(child: &mut Child) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command to its end: how it ended, and what it wrote to standard output and to standard error.
+/// Runs a command to its end, and gives its exit status, standard output and standard error.
 pub fn run(command: &mut Command, what: &str) -> Result<Output> {
     let mut child = command
         .stdout(Stdio::piped())

@@ -14,7 +14,7 @@ use barlink_vm::{Config, FREE_PORT, Vm};
 use barlink_vm_tests::{LIMIT, kill, wait_for_end, wait_until};
 use serde_json::{Value, json};
 
-/// A QEMU with the broker's device and without a guest: it stops before the first instruction. It ends with the test.
+/// A QEMU with the broker's device, which stops before the guest's first instruction. Dropping it ends it.
 struct Qemu {
     child: Child,
     errors: File,
@@ -39,14 +39,14 @@ impl Qemu {
         Ok(Self { child, errors })
     }
 
-    /// Reads what it has written to standard error so far.
+    /// Reads QEMU's standard error up to now.
     fn errors(&self) -> Result<String> {
         let mut bytes = vec![0; usize::try_from(self.errors.metadata()?.len())?];
         self.errors.read_exact_at(&mut bytes, 0)?;
         Ok(String::from_utf8(bytes)?)
     }
 
-    /// Waits until it has failed, and reads why.
+    /// Waits until QEMU has failed, and reads its error.
     fn fails(mut self) -> Result<String> {
         let status = wait_for_end(&mut self.child, "QEMU")?;
         ensure!(status.code() == Some(1), "QEMU ended with {status}");
@@ -82,8 +82,8 @@ fn wait_for_vm(broker: &Broker, there: bool) -> Result<()> {
     wait_until(what, || Ok(vm_of(broker)?.is_null() != there))
 }
 
-/// Connects to the taken slot, and waits until the broker has rejected the connection. It has dealt with all that connected
-/// before by then, since it accepts one after the other.
+/// Connects to the taken slot, and waits until the broker has rejected the connection. By then the broker has rejected all earlier
+/// connections, because it accepts one after the other.
 fn wait_for_rejection(broker: &Broker) -> Result<()> {
     let mut socket = UnixStream::connect(broker.socket(0))?;
     socket.set_read_timeout(Some(LIMIT))?;

@@ -38,7 +38,7 @@ pub(crate) const DOWN_VECTOR: u32 = 2;
 /// A vector of no channel.
 pub(crate) const SPARE_VECTOR: u32 = 3;
 
-/// How long anything may take that a check waits for, and that happens at once unless the machine has more work than processors.
+/// Limit of every wait of a check. What a check waits for happens at once, unless the machine has more work than processors.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 /// Asserts that a call fails with this error.
@@ -112,8 +112,8 @@ impl Device {
         Ok((0..MAX_VECTORS).filter(fired).collect())
     }
 
-    /// Waits until so many vectors have fired, one read after the other, and gives them in their order. One that fires in two reads
-    /// is there twice.
+    /// Reads until so many vectors have fired, and gives their numbers in order. A vector that two reads give is there twice.
+    /// `TIMEDOUT` if they do not fire.
     pub(crate) fn next_interrupts(&self, count: usize) -> Result<Vec<u32>> {
         let mut all = Vec::new();
         while all.len() < count {

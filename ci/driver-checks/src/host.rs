@@ -92,8 +92,8 @@ pub(crate) fn ring(region: Region, vector: u32) -> Result<()> {
     ring_times(region, vector, 1)
 }
 
-/// Rings a vector of the VM, and waits until the driver is through with that: an interrupt begins when the one before it has ended,
-/// so the driver is rung twice.
+/// Rings a vector of the VM twice, and waits until the driver has told all files of the first ring: the driver handles the
+/// second interrupt of a vector when the first one has ended.
 pub(crate) fn ring_through(region: Region, vector: u32) -> Result<()> {
     let witness = open(region)?;
     for _ in 0..2 {

@@ -22,8 +22,8 @@ const END_ON_OOPS: &str =
 /// From one press of a key to the next. A press that comes too early wakes nobody.
 const PRESS: Duration = Duration::from_millis(20);
 
-/// How long a check may take from one request to the next: longer than it waits for anything itself, so that it can say for what
-/// it waits in vain.
+/// Limit of the time between two requests of a check. It is longer than the limits of the check's own waits, so that the check can
+/// say what it waited for.
 const CHECK_LIMIT: Duration = LIMIT.saturating_mul(2);
 
 /// A VM with its devices. The fields are dropped in this order.

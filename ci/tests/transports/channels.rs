@@ -41,7 +41,7 @@ fn device(vm: &Vm, size: u64) -> Result<String> {
     bail!("no device with a region of {size} bytes");
 }
 
-/// How often the threads of a process have been taken from a processor: a process that runs at all is, before it sleeps again.
+/// Counts the context switches of a process. A process that wakes up has one more when it sleeps again.
 fn switches(pid: u32) -> Result<u64> {
     let mut count = 0;
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -290,7 +290,7 @@ fn idle_stream_uses_no_processor_time() -> Result<()> {
             Ok(channel["records"] == count + 1 && channel["fill"] == 0)
         })?;
     }
-    // What it does with the last record, it may still have to do.
+    // The receiver may still be busy with the last record.
     wait_until("the receiver sleeps for two seconds", || {
         let before = switches(receiver.app.id())?;
         thread::sleep(Duration::from_secs(2));

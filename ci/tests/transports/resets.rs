@@ -41,7 +41,7 @@ fn descriptors(broker: &Broker) -> Result<[usize; 2]> {
     let slots = &broker.inspect()?["broker"]["slots"];
     let qemu = slots[0]["vm"]["pid"].as_u64().context("no VM")?;
     let broker = broker.process().into();
-    // It has then closed the connection of the app that asked, and all that came before.
+    // The broker sleeps once it has closed the connections of the apps that have ended.
     wait_until("the broker sleeps", || is_asleep(broker))?;
     let count = |process: u64| -> Result<usize> {
         Ok(fs::read_dir(format!("/proc/{process}/fd"))?.count())

@@ -84,7 +84,8 @@ impl Setting {
     }
 }
 
-/// A machine whose firmware has come to its end. Until then it moves memory about, and QEMU tells the broker of that.
+/// Starts a machine, and waits for the end of its firmware. Until then the firmware maps memory anew, and QEMU sends the broker
+/// messages about it.
 fn started(config: &Config) -> Result<(Bare, PciDevice)> {
     let mut machine = Bare::start(Artifacts::shared()?, config)?;
     let device = machine.device("barlink0")?;
@@ -92,7 +93,7 @@ fn started(config: &Config) -> Result<(Bare, PciDevice)> {
     Ok((machine, device))
 }
 
-/// Waits until the broker has answered a message, and with it all messages before.
+/// Waits until the broker has answered one more message, and so all messages before it.
 fn pass_broker(machine: &mut Bare, device: &PciDevice) -> Result<()> {
     machine.read(device.bars[0].0 + 8).map(drop)
 }

@@ -33,19 +33,19 @@ impl Drop for App {
     }
 }
 
-/// The result of a thread, which ends by itself: each of its accesses has a limit.
+/// Waits for a thread, and gives its result. The thread ends by itself, because each access to the machine has a limit.
 fn ended<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     let outcome = thread.join();
     outcome.map_err(|_| anyhow::anyhow!("a thread panicked"))?
 }
 
-/// Rings without a pause, in a thread, until it is dropped.
+/// A thread that rings without a pause, until this is dropped.
 struct Ringing<'scope, 'a> {
     rung: &'a Rung,
     thread: Option<ScopedJoinHandle<'scope, Result<()>>>,
 }
 
-/// How often [`Ringing`] has rung, and whether it is to stop.
+/// The count of rings of [`Ringing`], and its order to stop.
 #[derive(Default)]
 struct Rung {
     count: AtomicU64,
@@ -70,7 +70,7 @@ impl<'scope, 'a: 'scope> Ringing<'scope, 'a> {
         Self { rung, thread }
     }
 
-    /// Waits until it has rung so many times more.
+    /// Waits for so many more rings.
     fn go_on(&self, times: u64) -> Result<()> {
         let count = || self.rung.count.load(Ordering::Relaxed);
         let wanted = count() + times;
@@ -82,7 +82,7 @@ impl<'scope, 'a: 'scope> Ringing<'scope, 'a> {
         })
     }
 
-    /// Stops it, and gives how often it has rung.
+    /// Stops the thread, and gives the count of its rings.
     fn end(mut self) -> Result<u64> {
         self.rung.stop.store(true, Ordering::Relaxed);
         self.thread.take().map_or(Ok(()), ended)?;
@@ -123,7 +123,7 @@ fn no_ring_is_lost_or_doubled_while_brokers_take_over() -> Result<()> {
     Ok(())
 }
 
-/// What QEMU calls that it has sent a message, in its trace.
+/// QEMU's trace event of a message that it has sent.
 const SENT: &str = "vfio_user_send_write";
 
 /// QEMU 11.1 ends when reading from its server fails (`vfio_user_recv_hdr` sets an error twice), as it does once a broker is

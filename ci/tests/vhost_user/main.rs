@@ -56,8 +56,7 @@ impl Setting {
     }
 }
 
-/// Waits until QEMU has handled what the broker had sent it before: QEMU answers a command, and has come back to its main
-/// loop, where it looks at all its sockets, by the next answer.
+/// Waits until QEMU has handled all that the broker sent before: QEMU looks at all its sockets between two answers.
 fn pass_main_loop(machine: &Bare) -> Result<()> {
     for _ in 0..3 {
         machine.qmp("query-status", &json!({}))?;
@@ -65,8 +64,8 @@ fn pass_main_loop(machine: &Bare) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the broker has answered a read of the device's configuration, and QEMU has handled what the broker sent before.
-/// To a broker whose device is stopped this read is a reset of the device.
+/// Waits until the broker has answered a read of the device's configuration, and QEMU has handled all that the broker sent before.
+/// While the device is stopped, the broker takes this read for a reset of the device.
 fn pass_broker(machine: &mut Bare, driver: &Driver) -> Result<()> {
     machine.read(driver.config.address)?;
     pass_main_loop(machine)
@@ -95,7 +94,7 @@ fn region_is_there_once_the_driver_is_ready_and_again_after_each_reset() -> Resu
     assert_eq!(words[..11], expected);
     for round in 1..=3 {
         driver.prepare(&mut machine)?;
-        // A request to map the region that comes later still would be one too many, of which QEMU complains.
+        // If the broker's request to map the region came later still, QEMU would complain of two requests.
         pass_broker(&mut machine, &driver)?;
         assert_eq!(machine.read(driver.region.address)?, 0, "too early");
         driver.start(&mut machine)?;
@@ -160,7 +159,7 @@ fn reset_of_the_machine_reaches_the_broker_and_a_pause_does_not() -> Result<()> 
         pass_main_loop(&machine)?;
         assert_eq!(machine.read(driver.region.address)?, MAGIC, "unmapped");
         machine.qmp("cont", &json!({}))?;
-        // The broker looks at its queues once it has dealt with their start.
+        // The broker handles the start of its queues before their buffers.
         driver.put(&mut machine, 0, HOST << 16, false)?;
         wait_until("the doorbell is returned", || {
             Ok(driver.returned(&mut machine, 0)?.len() == count)
@@ -348,7 +347,7 @@ fn guest_that_resets_the_device_while_it_is_mapped_ends_its_own_qemu() -> Result
         let (mut machine, mut driver) = setting.machine()?;
         driver.prepare(&mut machine)?;
         driver.start_and_reset(&mut machine)?;
-        // Where it ends, QEMU answers no more.
+        // QEMU answers unless it has ended.
         let ended = pass_broker(&mut machine, &driver).is_err();
         drop(machine);
         wait_until("the slot is free", || {

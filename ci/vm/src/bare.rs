@@ -110,8 +110,8 @@ impl Bare {
         }
     }
 
-    /// Waits until the firmware has come to its end after each of so many boots: 1 after the start, 2 after a reset. From
-    /// then on no processor of the machine accesses a device.
+    /// Waits until the firmware has come to its end in so many boots: the start is the first boot, and each reset is another.
+    /// After that the machine's processor accesses no device.
     pub fn wait_for_firmware(&self, boots: usize) -> Result<()> {
         let start = Instant::now();
         loop {

@@ -37,7 +37,7 @@ pub(super) fn hostile_superblocks_are_declined() -> Result<()> {
     unbind(Region::Main)?;
     let (mut declined, mut taken) = (0, 0);
     // The words of the head that are used, and the two entries of the channel table.
-    // Under `cargo xtask test` each word tells some of the lies, and each lie is told in some words.
+    // `cargo xtask test` puts every third lie into each word, beginning with another lie from word to word.
     let step = rounds(3, 1);
     for word in (0..7).chain(32..48) {
         for lie in LIES.into_iter().skip(word % step).step_by(step) {

@@ -27,7 +27,7 @@ fn ring(vector: u32) -> Result<()> {
     host::ring(Region::Main, vector)
 }
 
-/// Rings, and waits until each file has it that is to hear of it.
+/// Rings a vector, and waits until the driver has told all files.
 fn ring_through(vector: u32) -> Result<()> {
     host::ring_through(Region::Main, vector)
 }
@@ -272,7 +272,7 @@ pub(super) fn epoll_hears_of_vectors_claimed_later() -> Result<()> {
         let space = rustix::buffer::spare_capacity(&mut events);
         Ok(epoll::wait(&set, space, Some(&timeout))?)
     };
-    // What it does not hear of, is no event either.
+    // A vector of another end is no event.
     ring_through(DOWN_VECTOR)?;
     assert_eq!(count(now)?, 0);
     let sleeper = child(|parent| {

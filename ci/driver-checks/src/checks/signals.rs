@@ -18,7 +18,7 @@ fn new() -> Result<OwnedFd> {
     Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
 }
 
-/// How often it was written, which it is before long.
+/// Waits until an eventfd is written, and gives how often it was.
 fn heard(bell: &OwnedFd) -> Result<u64> {
     let soon = Timespec::try_from(SOON)?;
     let count = rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&soon))?;
@@ -28,7 +28,7 @@ fn heard(bell: &OwnedFd) -> Result<u64> {
     Ok(u64::from_ne_bytes(count))
 }
 
-/// Whether it was not written since it was last read.
+/// Whether an eventfd was not written since the last read.
 fn is_silent(bell: &OwnedFd) -> Result<bool> {
     Ok(rustix::io::read(bell, &mut [0; 8]) == Err(Errno::AGAIN))
 }
