@@ -1,75 +1,96 @@
 //! What stock QEMU does with the broker: it is let in, or turned away, and never wedged.
 
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use barlink_sandbox::builds::Artifacts;
-use barlink_sandbox::tools::Qemu;
+use barlink_sandbox::tools::Qemu as Program;
 use barlink_vm::broker::Broker;
 use barlink_vm::{Config, FREE_PORT, Vm};
+use barlink_vm_tests::{LIMIT, kill, wait_for_end, wait_until};
 use serde_json::{Value, json};
 
-/// Far longer than QEMU needs to start or to fail.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A QEMU with the broker's device, and no guest: it stops before the first instruction.
-fn qemu(broker: &Broker, arguments: &[String]) -> Result<Child> {
-    let mut command = match &Artifacts::shared()?.tools.qemu {
-        Qemu::Sandboxed(sandbox) => sandbox
-            .enter()
-            .bind(broker.folder(), broker.folder())
-            .run("qemu-system-x86_64"),
-        Qemu::Own(path) => Command::new(path),
-    };
-    command
-        .args([
-            "-nodefaults",
-            "-machine",
-            "q35",
-            "-accel",
-            "tcg",
-            "-display",
-            "none",
-            "-S",
-        ])
-        .args(arguments);
-    Ok(command
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()?)
+/// A QEMU with the broker's device, which stops before the guest's first instruction. Dropping it ends it.
+struct Qemu {
+    child: Child,
+    errors: File,
 }
 
-/// Waits for a QEMU that must fail: what it wrote.
-fn fails(mut qemu: Child) -> Result<String> {
-    let start = Instant::now();
-    while qemu.try_wait()?.is_none() {
-        if start.elapsed() > PATIENCE {
-            qemu.kill()?;
-            anyhow::bail!("QEMU hangs");
-        }
-        thread::sleep(Duration::from_millis(20));
+impl Qemu {
+    fn start(broker: &Broker, arguments: &[String]) -> Result<Self> {
+        let mut command = match &Artifacts::shared()?.tools.qemu {
+            Program::Sandboxed(sandbox) => sandbox
+                .enter()
+                .bind(broker.folder(), broker.folder())
+                .run("qemu-system-x86_64"),
+            Program::Own(path) => Command::new(path),
+        };
+        command
+            .args(["-nodefaults", "-machine", "q35", "-accel", "tcg"])
+            .args(["-display", "none", "-S"])
+            .args(arguments);
+        let errors = tempfile::tempfile()?;
+        command.stdin(Stdio::null()).stderr(errors.try_clone()?);
+        let child = command.spawn()?;
+        Ok(Self { child, errors })
     }
-    let output = qemu.wait_with_output()?;
-    ensure!(
-        output.status.code() == Some(1),
-        "QEMU ended with {}",
-        output.status
-    );
-    Ok(String::from_utf8(output.stderr)?)
+
+    /// Reads QEMU's standard error up to now.
+    fn errors(&self) -> Result<String> {
+        let mut bytes = vec![0; usize::try_from(self.errors.metadata()?.len())?];
+        self.errors.read_exact_at(&mut bytes, 0)?;
+        Ok(String::from_utf8(bytes)?)
+    }
+
+    /// Waits until QEMU has failed, and reads its error.
+    fn fails(mut self) -> Result<String> {
+        let status = wait_for_end(&mut self.child, "QEMU")?;
+        ensure!(status.code() == Some(1), "QEMU ended with {status}");
+        self.errors()
+    }
+
+    fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    fn kill(mut self) -> Result<()> {
+        kill(&mut self.child)
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = kill(&mut self.child);
+    }
 }
 
 fn vm_of(broker: &Broker) -> Result<Value> {
     Ok(broker.inspect()?["broker"]["slots"][0]["vm"].clone())
 }
 
+/// Waits until the slot has a VM, or has none.
 fn wait_for_vm(broker: &Broker, there: bool) -> Result<()> {
-    let start = Instant::now();
-    while vm_of(broker)?.is_null() == there {
-        ensure!(start.elapsed() < PATIENCE, "the slot stays as it is");
-        thread::sleep(Duration::from_millis(20));
-    }
+    let what = match there {
+        true => "the slot has a VM",
+        false => "the slot has no VM any more",
+    };
+    wait_until(what, || Ok(vm_of(broker)?.is_null() != there))
+}
+
+/// Connects to the taken slot, and waits until the broker has rejected the connection. By then the broker has rejected all earlier
+/// connections, because it accepts one after the other.
+fn wait_for_rejection(broker: &Broker) -> Result<()> {
+    let mut socket = UnixStream::connect(broker.socket(0))?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    let mut version = [0; 8];
+    let read = socket.read_exact(&mut version);
+    read.context("the broker does not answer a second VM")?;
+    ensure!(i64::from_le_bytes(version) == 1, "the slot is not taken");
     Ok(())
 }
 
@@ -77,34 +98,33 @@ fn wait_for_vm(broker: &Broker, there: bool) -> Result<()> {
 fn qemu_that_is_refused_ends_with_an_error() -> Result<()> {
     let broker = Broker::start(Artifacts::shared()?, &[])?;
     let arguments = broker.arguments(0)?;
-    let mut first = qemu(&broker, &arguments)?;
+    let mut first = Qemu::start(&broker, &arguments)?;
     wait_for_vm(&broker, true)?;
     for _ in 0..3 {
-        let text = fails(qemu(&broker, &arguments)?)?;
+        let text = Qemu::start(&broker, &arguments)?.fails()?;
         assert!(
             text.contains("server sent version 1, expecting 0"),
             "{text}"
         );
     }
-    assert!(first.try_wait()?.is_none(), "the first QEMU is disturbed");
+    assert!(first.is_running()?, "the first QEMU is disturbed");
     assert_eq!(vm_of(&broker)?["connection"], 1);
     first.kill()?;
-    first.wait()?;
     wait_for_vm(&broker, false)
 }
 
 #[test]
 fn hot_plug_that_is_refused_fails_alone() -> Result<()> {
     let broker = Broker::start(Artifacts::shared()?, &[])?;
-    let mut first = qemu(&broker, &broker.arguments(0)?)?;
+    let first = Qemu::start(&broker, &broker.arguments(0)?)?;
     wait_for_vm(&broker, true)?;
     let vm = Vm::restore(&Config {
         arguments: Vec::new(),
         ..broker.vm()?
     })?;
     vm.qmp("chardev-add", &chardev(&broker))?;
-    // QEMU makes the device some time later: what it was told must still be there.
-    thread::sleep(Duration::from_millis(300));
+    // QEMU creates the device later. The broker must not have closed the rejected connection by then.
+    wait_for_rejection(&broker)?;
     let device = json!({
         "driver": "ivshmem-doorbell", "id": "late", "bus": FREE_PORT, "chardev": "late-socket", "vectors": 3,
     });
@@ -116,7 +136,6 @@ fn hot_plug_that_is_refused_fails_alone() -> Result<()> {
     vm.run(["true"])?.require_success()?;
     // With another connection it goes once there is room.
     first.kill()?;
-    first.wait()?;
     // QEMU itself ends some time after what it runs in.
     wait_for_vm(&broker, false)?;
     vm.qmp("chardev-remove", &json!({ "id": "late-socket" }))?;
@@ -140,17 +159,15 @@ fn qemu_with_too_few_vectors_fails_alone() -> Result<()> {
         .iter()
         .map(|word| word.replace("vectors=8", "vectors=2"))
         .collect();
-    // QEMU says so and goes on without the rest; what counts is that the broker, and the next VM, do not suffer.
-    let mut first = qemu(&broker, &fewer)?;
-    thread::sleep(Duration::from_secs(1));
-    first.kill()?;
-    first.wait()?;
-    wait_for_vm(&broker, false)?;
-    let mut second = qemu(&broker, &broker.arguments(0)?)?;
+    // QEMU complains, and goes on without the rest. The broker and the next VM must not suffer.
+    let first = Qemu::start(&broker, &fewer)?;
+    wait_until("QEMU complains", || Ok(first.errors()?.contains("eventfd")))?;
     wait_for_vm(&broker, true)?;
-    second.kill()?;
-    second.wait()?;
-    Ok(())
+    first.kill()?;
+    wait_for_vm(&broker, false)?;
+    let second = Qemu::start(&broker, &broker.arguments(0)?)?;
+    wait_for_vm(&broker, true)?;
+    second.kill()
 }
 
 #[test]
@@ -158,11 +175,10 @@ fn qemu_comes_and_goes_without_a_trace() -> Result<()> {
     let broker = Broker::start(Artifacts::shared()?, &[])?;
     let arguments = broker.arguments(0)?;
     for round in 1..=5 {
-        let mut qemu = qemu(&broker, &arguments)?;
+        let qemu = Qemu::start(&broker, &arguments)?;
         wait_for_vm(&broker, true)?;
         assert_eq!(vm_of(&broker)?["connection"], round);
         qemu.kill()?;
-        qemu.wait()?;
         wait_for_vm(&broker, false)?;
     }
     Ok(())

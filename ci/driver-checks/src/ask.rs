@@ -177,6 +177,18 @@ pub enum Request {
         /// How long to wait for the first, in milliseconds.
         patience: u16,
     },
+    /// Ring each vector of the VM once.
+    RingAll {
+        /// Of the device of this region.
+        region: Region,
+    },
+    /// Say of each vector of another peer how often it was rung since this was last asked.
+    AllRings {
+        /// Of this region.
+        region: Region,
+        /// The peer.
+        peer: u32,
+    },
     /// Answer each ring of a vector of the host by one of the VM's, until [`Request::Calm`].
     Echo {
         /// Of this region.
@@ -236,6 +248,8 @@ pub enum Answer {
     Words(Vec<u64>),
     /// To [`Request::Rings`].
     Count(u64),
+    /// To [`Request::AllRings`], by vector.
+    Counts(Vec<u64>),
     /// To [`Request::Unplugs`].
     Is(bool),
 }

@@ -9,9 +9,10 @@ use barlink_protocol::wire::layout::{End, PAGE_WORDS, presence};
 use barlink_protocol::wire::uapi::Claim;
 
 use crate::ask::{Answer, Region, Request};
+use crate::binding::open;
 
 /// How long a ring may take to the host, in milliseconds.
-const PATIENCE: u16 = 10_000;
+const PATIENCE: u16 = 60_000;
 
 fn ask(request: &Request) -> Result<Answer> {
     let mut line = serde_json::to_vec(request)?;
@@ -91,6 +92,19 @@ pub(crate) fn ring(region: Region, vector: u32) -> Result<()> {
     ring_times(region, vector, 1)
 }
 
+/// Rings a vector of the VM twice, and waits until the driver has told all files of the first ring: the driver handles the
+/// second interrupt of a vector when the first one has ended.
+pub(crate) fn ring_through(region: Region, vector: u32) -> Result<()> {
+    let witness = open(region)?;
+    for _ in 0..2 {
+        ring(region, vector)?;
+        let fired = witness.next_interrupts(1);
+        let fired = fired.with_context(|| format!("vector {vector} of {region:?} fires"))?;
+        ensure!(fired == [vector], "{fired:?} fired, and not {vector}");
+    }
+    Ok(())
+}
+
 /// Rings a vector of the VM so often at once.
 pub(crate) fn ring_times(region: Region, vector: u32, times: u64) -> Result<()> {
     request(&Request::Ring {
@@ -98,6 +112,20 @@ pub(crate) fn ring_times(region: Region, vector: u32, times: u64) -> Result<()> 
         vector,
         times,
     })
+}
+
+/// Rings each vector of the VM once.
+pub(crate) fn ring_all(region: Region) -> Result<()> {
+    request(&Request::RingAll { region })
+}
+
+/// How often each vector of another peer was rung and that was not yet counted.
+pub(crate) fn all_rings(region: Region, peer: u32) -> Result<Vec<u64>> {
+    let asked = Request::AllRings { region, peer };
+    match ask(&asked)? {
+        Answer::Counts(counts) => Ok(counts),
+        other => bail!("the host answers {other:?} to {asked:?}"),
+    }
 }
 
 /// How often a vector of another peer was rung and that was not yet counted.

@@ -17,9 +17,10 @@ use rustix::process::{
 
 use crate::binding::eventually;
 use crate::calls;
+use crate::device::SOON;
 
 /// How long a child may take for whatever it does.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = SOON;
 
 /// How a child ended.
 #[derive(Debug, Eq, PartialEq)]

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use barlink_driver_checks::tier::{self, Tier};
 use barlink_driver_checks::{Answer, Region, Request};
+use barlink_vm::Vm;
 use barlink_vm::broker::Transport;
-use barlink_vm::{COMMAND_TIMEOUT, Vm};
+use barlink_vm_tests::{LIMIT, Task};
 
 use crate::devices::{Devices, Machine};
 
@@ -20,6 +21,10 @@ const END_ON_OOPS: &str =
 
 /// From one press of a key to the next. A press that comes too early wakes nobody.
 const PRESS: Duration = Duration::from_millis(20);
+
+/// Limit of the time between two requests of a check. It is longer than the limits of the check's own waits, so that the check can
+/// say what it waited for.
+const CHECK_LIMIT: Duration = LIMIT.saturating_mul(2);
 
 /// A VM with its devices. The fields are dropped in this order.
 pub struct Stage {
@@ -52,7 +57,7 @@ impl Stage {
             .vm
             .spawn(["env", &tier, "barlink-driver-checks", name])?;
         let mut figures = Vec::new();
-        while let Some(line) = process.next_line(COMMAND_TIMEOUT)? {
+        while let Some(line) = process.next_line(CHECK_LIMIT)? {
             let request = serde_json::from_str(&line);
             let request = request.with_context(|| format!("not a request: {line}"))?;
             let wakes = matches!(request, Request::Wake);
@@ -66,7 +71,7 @@ impl Stage {
             }
         }
         self.background = None;
-        process.wait(COMMAND_TIMEOUT)?.require_success()?;
+        process.wait(LIMIT)?.require_success()?;
         Ok(figures)
     }
 
@@ -118,6 +123,17 @@ impl Stage {
                 let patience = Duration::from_millis(patience.into());
                 let tap = self.devices.tap(region)?;
                 return Ok(Answer::Count(tap.wait(peer, vector, patience)?));
+            }
+            Request::RingAll { region } => {
+                let (tap, facts) = (self.devices.tap(region)?, region.facts());
+                for vector in 0..facts.vectors {
+                    tap.ring(facts.slot, vector, 1)?;
+                }
+            }
+            Request::AllRings { region, peer } => {
+                let tap = self.devices.tap(region)?;
+                let counts = (0..region.facts().vectors).map(|vector| tap.rings(peer, vector));
+                return Ok(Answer::Counts(counts.collect::<Result<_>>()?));
             }
             Request::Echo { region, vector } => self.background = Some(self.echo(region, vector)?),
             Request::Storm { region } => self.background = Some(self.storm(region)?),
@@ -177,14 +193,14 @@ impl Stage {
 /// Work that is done over and over, until this is dropped.
 struct Background {
     ends: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Result<()>>>,
+    work: Option<Task<Result<()>>>,
 }
 
 impl Background {
     fn start(mut work: impl FnMut() -> Result<()> + Send + 'static) -> Self {
         let ends = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&ends);
-        let thread = thread::spawn(move || {
+        let work = Task::start("the work in the background", move || {
             while !ended.load(Ordering::Relaxed) {
                 work()?;
             }
@@ -192,7 +208,7 @@ impl Background {
         });
         Self {
             ends,
-            thread: Some(thread),
+            work: Some(work),
         }
     }
 }
@@ -200,7 +216,8 @@ impl Background {
 impl Drop for Background {
     fn drop(&mut self) {
         self.ends.store(true, Ordering::Relaxed);
-        if let Some(Ok(Err(error))) = self.thread.take().map(JoinHandle::join) {
+        let ended = self.work.take().map(|work| work.end().flatten());
+        if let Some(Err(error)) = ended {
             eprintln!("in the background: {error:#}");
         }
     }

@@ -104,8 +104,8 @@ fn modes_are_what_is_granted(broker: &Broker, vm: &Vm, is_above: bool) -> Result
         let receiver = receive(broker, "up")?;
         let path = broker.folder().join("to-send");
         std::fs::write(&path, &bytes)?;
-        let sent = broker.app(["send"]).arg(&path).status()?;
-        ensure!(sent.success(), "{cache}");
+        let sent = barlink_vm_tests::run(broker.app(["send"]).arg(&path), "the sender")?;
+        ensure!(sent.status.success(), "{cache}: {sent:?}");
         ensure!(
             receiver.bytes()? == bytes,
             "bytes came otherwise than they went, {cache}"

@@ -1,5 +1,6 @@
 //! Channels between a real guest and host apps: streams both ways, ends that are killed, guests that come back.
 
+use std::fs;
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -8,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
-use barlink_vm::broker::{Broker, Transport, finish};
+use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
+use barlink_vm_tests::{kill, run, wait_for_end};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -20,12 +22,9 @@ use crate::support::*;
 fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
     let path = broker.folder().join("to-send");
     std::fs::write(&path, bytes)?;
-    finish(
-        broker
-            .app(["send", "--channel", channel])
-            .arg(&path)
-            .stderr(Stdio::piped()),
-    )?;
+    let mut app = broker.app(["send", "--channel", channel]);
+    let sent = run(app.arg(&path), "the sender")?;
+    ensure!(sent.status.success(), "the sender ended: {sent:?}");
     Ok(())
 }
 
@@ -42,16 +41,18 @@ fn device(vm: &Vm, size: u64) -> Result<String> {
     bail!("no device with a region of {size} bytes");
 }
 
-/// Processor time that a process has used, in clock ticks (10 ms).
-fn ticks(pid: u32) -> Result<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<_> = stat
-        .rsplit_once(')')
-        .context("no stat")?
-        .1
-        .split_whitespace()
-        .collect();
-    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+/// Counts the context switches of a process. A process that wakes up has one more when it sleeps again.
+fn switches(pid: u32) -> Result<u64> {
+    let mut count = 0;
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = fs::read_to_string(thread?.path().join("status"))?;
+        let lines = status.lines().filter(|line| line.contains("ctxt_switches"));
+        for line in lines {
+            let number = line.split_whitespace().nth(1).context("no number")?;
+            count += number.parse::<u64>()?;
+        }
+    }
+    Ok(count)
 }
 
 /// The number of the VM's connection.
@@ -115,16 +116,10 @@ fn a_pipe_works_in_the_guest_and_on_the_host() -> Result<()> {
         "tar c /bin/busybox 2>/dev/null | barlink-guest send",
     ])?
     .require_success()?;
-    let mut tar = Command::new("tar")
-        .arg("t")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    tar.stdin
-        .take()
-        .context("no input")?
-        .write_all(&receiver.bytes()?)?;
-    assert_eq!(tar.wait_with_output()?.stdout, b"bin/busybox\n");
+    let archive = broker.folder().join("archive");
+    fs::write(&archive, receiver.bytes()?)?;
+    let listed = run(Command::new("tar").arg("tf").arg(&archive), "tar")?;
+    assert_eq!(listed.stdout, b"bin/busybox\n");
     Ok(())
 }
 
@@ -247,8 +242,7 @@ fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
         .write_all(b"half")?;
     let receiver = vm.spawn(["barlink-guest", "recv"])?;
     receiver.wait_for("half", COMMAND_TIMEOUT)?;
-    producer.kill()?;
-    producer.wait()?;
+    kill(&mut producer)?;
     let ended = receiver.wait(COMMAND_TIMEOUT)?;
     assert_eq!(
         ended.status,
@@ -264,8 +258,7 @@ fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
     wait_until("all is committed", || {
         Ok(broker.inspect()?["channels"][1]["records"] == 4)
     })?;
-    producer.kill()?;
-    producer.wait()?;
+    kill(&mut producer)?;
     wait_for_holder(&broker, "down", "producer", false)?;
     let ended = vm.run(["barlink-guest", "recv"])?;
     assert_eq!(
@@ -289,20 +282,20 @@ fn idle_stream_uses_no_processor_time() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     let receiver = receive(&broker, "up")?;
     let producer = vm.spawn(["barlink-guest", "send"])?;
-    for _ in 0..3 {
+    for count in 1..=3 {
         producer.write(b"tick")?;
-        thread::sleep(Duration::from_millis(300));
+        wait_until("the record arrives", || {
+            let channel = &broker.inspect()?["channels"][0];
+            // The first record says that a stream begins.
+            Ok(channel["records"] == count + 1 && channel["fill"] == 0)
+        })?;
     }
-    wait_until("all has arrived", || {
-        Ok(broker.inspect()?["channels"][0]["fill"] == 0)
+    // The receiver may still be busy with the last record.
+    wait_until("the receiver sleeps for two seconds", || {
+        let before = switches(receiver.app.id())?;
+        thread::sleep(Duration::from_secs(2));
+        Ok(switches(receiver.app.id())? == before)
     })?;
-    let before = ticks(receiver.app.id())?;
-    thread::sleep(Duration::from_secs(3));
-    assert_eq!(
-        ticks(receiver.app.id())?,
-        before,
-        "the receiver uses processor time"
-    );
     producer.close_stdin()?;
     producer.wait(COMMAND_TIMEOUT)?.require_success()?;
     assert_eq!(receiver.bytes()?, b"tickticktick");
@@ -386,7 +379,7 @@ fn unbound_device_ends_guest_apps_with_a_word() -> Result<()> {
         assert!(errors.contains("the device is gone"), "{errors}");
     }
     // Its sender left in the middle of a stream.
-    assert_eq!(receiver.wait()?.code(), Some(5));
+    assert_eq!(wait_for_end(&mut receiver, "the receiver")?.code(), Some(5));
     wait_for_holder(&broker, "down", "consumer", false)
 }
 

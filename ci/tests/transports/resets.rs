@@ -37,29 +37,28 @@ done
 wait";
 
 /// Descriptors that the broker and QEMU have open.
-fn descriptors(broker: &Broker) -> Result<Vec<usize>> {
+fn descriptors(broker: &Broker) -> Result<[usize; 2]> {
     let slots = &broker.inspect()?["broker"]["slots"];
     let qemu = slots[0]["vm"]["pid"].as_u64().context("no VM")?;
-    // Until the broker has closed the connection of who asked.
-    thread::sleep(Duration::from_millis(50));
-    let count = |process| Ok(fs::read_dir(format!("/proc/{process}/fd"))?.count());
-    [broker.process().into(), qemu]
-        .into_iter()
-        .map(count)
-        .collect()
+    let broker = broker.process().into();
+    // The broker sleeps once it has closed the connections of the apps that have ended.
+    wait_until("the broker sleeps", || is_asleep(broker))?;
+    let count = |process: u64| -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{process}/fd"))?.count())
+    };
+    Ok([count(broker)?, count(qemu)?])
 }
 
-/// The same, once it has been so many for a while.
-fn settled(broker: &Broker) -> Result<Vec<usize>> {
-    let mut count = descriptors(broker)?;
-    loop {
-        thread::sleep(Duration::from_millis(500));
-        let now = descriptors(broker)?;
-        if now == count {
-            return Ok(now);
+/// Whether all threads of a process sleep.
+fn is_asleep(process: u64) -> Result<bool> {
+    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
+        // A thread may end meanwhile.
+        let status = fs::read_to_string(thread?.path().join("status"));
+        if !status.is_ok_and(|status| status.contains("State:\tS")) {
+            return Ok(false);
         }
-        count = now;
     }
+    Ok(true)
 }
 
 /// Whether each end of the guest's is held, and each channel to the host is full.
@@ -104,16 +103,17 @@ fn round(number: u32, broker: &Broker, vm: &Vm) -> Result<()> {
 fn reset(rounds: u32) -> Result<()> {
     let broker = Broker::start_over(Artifacts::shared()?, &Transport::ALL, &CHANNELS)?;
     let vm = Vm::restore(&broker.vm()?)?;
-    let mut first = None;
+    let mut fewest = [usize::MAX; 2];
     for number in 0..rounds {
         round(number, &broker, &vm).with_context(|| format!("round {number}"))?;
-        let first = match &first {
-            Some(first) => first,
-            None => first.insert(settled(&broker)?),
-        };
-        // The broker may still have to close what a host app had.
-        wait_until("as many descriptors as after the first round", || {
-            Ok(descriptors(&broker)? == *first)
+        // QEMU may still have to close something.
+        wait_until("no more descriptors than after the round before", || {
+            let now = descriptors(&broker)?;
+            let is_settled = iter::zip(now, fewest).all(|(now, before)| now <= before);
+            if is_settled {
+                fewest = now;
+            }
+            Ok(is_settled)
         })?;
     }
     Ok(())

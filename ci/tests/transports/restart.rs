@@ -2,19 +2,17 @@
 
 //! A broker that is killed and started again, or replaced, while a VM and host apps stream.
 
-use std::thread;
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::Broker;
 use barlink_vm::{COMMAND_TIMEOUT, Vm};
+use barlink_vm_tests::kill;
 use serde_json::Value;
 
 use super::TRANSPORT;
 use crate::support::*;
 
-/// Changes the broker five times while bytes go down to the guest and come back.
+/// Changes the broker five times while bytes go down to the guest and come back, some between two changes.
 fn stream_through(
     broker: &mut Broker,
     vm: &Vm,
@@ -23,7 +21,10 @@ fn stream_through(
     let stream = RoundTrip::start(broker, vm)?;
     let before = status(broker)?;
     for _ in 0..5 {
-        thread::sleep(Duration::from_millis(100));
+        let records = records(broker)?;
+        wait_until("the stream goes on", || {
+            Ok(self::records(broker)? > records + 3)
+        })?;
         change(broker)?;
     }
     let after = status(broker)?;
@@ -73,8 +74,7 @@ fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
     wait_for_holder(&broker, "up", "consumer", true)?;
     broker.kill()?;
     drop(vm);
-    app.app.kill()?;
-    app.app.wait()?;
+    kill(&mut app.app)?;
     broker.start_again()?;
     wait_for_holder(&broker, "up", "consumer", false)?;
     // QEMU itself ends some time after what it runs in.
@@ -104,14 +104,22 @@ fn manager_keeps_what_is_there_and_no_more() -> Result<()> {
     let mut app = receive(&broker, "up")?.app;
     wait_for_holder(&broker, "up", "consumer", true)?;
     ensure!(clients() > 0);
-    app.kill()?;
-    app.wait()?;
+    kill(&mut app)?;
     for _ in 0..10 {
         broker.inspect()?;
     }
     wait_until("no host app is kept", || Ok(clients() == 0))?;
     ensure!(manager.kept() == before);
     Ok(())
+}
+
+/// How many records were sent to the host.
+fn records(broker: &Broker) -> Result<u64> {
+    let snapshot = broker.inspect()?;
+    let channels = snapshot["channels"].as_array().context("no channels")?;
+    let up = channels.iter().find(|channel| channel["name"] == "up");
+    let records = up.and_then(|up| up["records"].as_u64());
+    records.context("no count")
 }
 
 /// Who is there, by the broker's own knowledge.

@@ -1,15 +1,16 @@
 //! A VM at a broker, and host apps that stream.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Process, Vm};
+pub use barlink_vm_tests::wait_until;
+use barlink_vm_tests::{Task, kill, read_all, wait_for_end};
 
 /// A broker with these arguments, and a VM at its only slot with the driver loaded.
 pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {
@@ -54,7 +55,7 @@ pub fn noise(length: usize) -> Vec<u8> {
 /// A host app that receives. What it receives is taken from it as it comes, so that it never waits for us.
 pub struct Receiving {
     pub app: Child,
-    bytes: JoinHandle<std::io::Result<Vec<u8>>>,
+    bytes: Task<std::io::Result<Vec<u8>>>,
 }
 
 pub fn receive(broker: &Broker, channel: &str) -> Result<Receiving> {
@@ -62,20 +63,20 @@ pub fn receive(broker: &Broker, channel: &str) -> Result<Receiving> {
         .app(["recv", "--channel", channel])
         .stdout(Stdio::piped())
         .spawn()?;
-    let mut output = app.stdout.take().context("no output")?;
-    let bytes = thread::spawn(move || {
-        let mut bytes = Vec::new();
-        output.read_to_end(&mut bytes)?;
-        Ok(bytes)
-    });
+    let output = app.stdout.take().context("no output")?;
+    let bytes = read_all(output, &format!("the receiver of {channel}"));
     Ok(Receiving { app, bytes })
 }
 
 impl Receiving {
     /// Its exit code, once it has ended, and what it received.
     pub fn end(mut self) -> Result<(Option<i32>, Vec<u8>)> {
-        let bytes = self.bytes.join().map_err(|_| anyhow!("nobody reads"))??;
-        Ok((self.app.wait()?.code(), bytes))
+        let bytes = self.bytes.end();
+        if bytes.is_err() {
+            kill(&mut self.app)?;
+        }
+        let status = wait_for_end(&mut self.app, "the receiver")?;
+        Ok((status.code(), bytes??))
     }
 
     /// What it received, once it has ended well.
@@ -89,7 +90,7 @@ impl Receiving {
 /// Bytes that go down to a guest, which sends them back, until it is finished.
 pub struct RoundTrip {
     stop: Sender<()>,
-    writer: JoinHandle<Result<Vec<u8>>>,
+    writer: Task<Result<Vec<u8>>>,
     sender: Child,
     echo: Process,
     receiver: Receiving,
@@ -106,7 +107,7 @@ impl RoundTrip {
         wait_for_holder(broker, "up", "consumer", true)?;
         // Until it is told to stop, or nobody is left to tell it.
         let (stop, stopped) = mpsc::channel::<()>();
-        let writer = thread::spawn(move || {
+        let writer = Task::start("the input of the round trip", move || {
             let mut written = Vec::new();
             let mut parts = 0;
             while stopped.recv_timeout(Duration::from_millis(5)) == Err(RecvTimeoutError::Timeout) {
@@ -133,24 +134,15 @@ impl RoundTrip {
         // First, since nobody else ends while there is no one to take what is sent.
         let came = self.receiver.bytes();
         if came.is_err() {
-            self.sender.kill()?;
+            kill(&mut self.sender)?;
         }
         let came = came?;
-        let bytes = self.writer.join().map_err(|_| anyhow!("nobody writes"))??;
+        let bytes = self.writer.end()??;
         ensure!(came == bytes, "bytes were lost or came twice");
-        ensure!(self.sender.wait()?.success());
+        ensure!(wait_for_end(&mut self.sender, "the sender")?.success());
         self.echo.wait(COMMAND_TIMEOUT)?.require_success()?;
         Ok(())
     }
-}
-
-pub fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let start = Instant::now();
-    while !done()? {
-        ensure!(start.elapsed() < COMMAND_TIMEOUT, "in vain: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
 }
 
 /// Waits until a process of the guest holds an end of a channel, or none does.

@@ -5,9 +5,8 @@ use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
+use barlink_vm_tests::wait_until;
 use rustix::process::Signal;
-
-use super::wait_until;
 
 const SIZE: usize = 128 << 10;
 /// What a user is told who may not read a guest's memory.

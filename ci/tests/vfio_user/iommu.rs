@@ -1,17 +1,16 @@
 //! An IOMMU between the device and the guest's memory: what the guest maps is what the host reads, and nothing else.
 
 use std::fs::{self, File};
-use std::process::Child;
 
 use anyhow::{Context, Result, ensure};
-use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::Broker;
 use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Process, Vm};
+use barlink_vm_tests::{wait_for_end, wait_until};
 use rustix::process::Signal;
 use serde_json::json;
 
 use super::buffer::{guest_with, pattern, peek, wait_for_its_end};
-use super::{Setting, wait_until};
+use super::{Setting, started};
 
 /// Of 2 MiB that the IOMMU maps at once where it can, and 256 pages that it maps one by one: more ranges than QEMU tells of otherwise.
 const SIZE: usize = 3 << 20;
@@ -86,21 +85,12 @@ fn streams(broker: &Broker, vm: &Vm, bytes: &[u8]) -> Result<bool> {
     let receiver = receiver.stdout(File::create(path("up"))?).spawn()?;
     let mut sender = broker.app(["send"]);
     let sender = sender.stdin(File::open(path("down"))?).spawn()?;
-    let ended = ends(sender).and_then(|()| ends(receiver));
-    ended.context("the stream does not come to its end")?;
+    for (mut program, what) in [(sender, "the sender"), (receiver, "the receiver")] {
+        let status = wait_for_end(&mut program, what)?;
+        ensure!(status.success(), "{what} ended with {status}");
+    }
     echo.wait(COMMAND_TIMEOUT)?.require_success()?;
     Ok(fs::read(path("up"))? == bytes)
-}
-
-/// Waits until a program ends well.
-fn ends(mut program: Child) -> Result<()> {
-    let ended = wait_until("a program ends", || Ok(program.try_wait()?.is_some()));
-    if ended.is_err() {
-        program.kill()?;
-    }
-    ended?;
-    ensure!(program.wait()?.success(), "it fails");
-    Ok(())
 }
 
 #[test]
@@ -211,9 +201,7 @@ fn iommu_that_is_switched_on_hides_all_memory_and_off_shows_it() -> Result<()> {
         iommu: true,
         ..config
     };
-    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
-    machine.device("barlink0")?;
-    // Some of it in parts, until the firmware is through.
+    let (mut machine, _) = started(&config)?;
     let all = 128 << 20;
     let is_there = || wait_until("it is there", || Ok(readable(&setting.broker)? >= all));
     is_there()?;
@@ -239,8 +227,7 @@ fn iommu_without_caching_mode_ends_qemu_when_the_guest_switches_it_on() -> Resul
     let (_setting, mut config) = setting()?;
     let iommu = ["-device", "intel-iommu"].map(str::to_owned);
     config.arguments.splice(0..0, iommu);
-    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
-    machine.device("barlink0")?;
+    let (mut machine, _) = started(&config)?;
     // It has no answer for this order.
     let _ = switch_on(&mut machine);
     let status = machine.end()?;

@@ -1,9 +1,13 @@
 //! A broker that is replaced, or killed, while messages of the VM are under way: what a user is told of it in
 //! `docs/architecture.md`.
 
+use std::fs;
 use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::ScopedJoinHandle;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, Scope, ScopedJoinHandle};
+use std::time::{Duration, Instant};
+
+use barlink_vm_tests::kill;
 
 use super::relay::Half;
 use super::*;
@@ -15,9 +19,6 @@ const RING: u32 = HOST << 16 | VECTOR;
 /// How long QEMU waits for an answer (`x-msg-timeout`).
 const PATIENCE_OF_QEMU: Duration = Duration::from_secs(5);
 
-/// How long the firmware may need once the device has its addresses.
-const FIRMWARE: Duration = Duration::from_secs(3);
-
 fn doorbell(device: &PciDevice) -> u64 {
     device.bars[0].0 + 12
 }
@@ -28,24 +29,71 @@ struct App(Child);
 impl Drop for App {
     fn drop(&mut self) {
         // It may have ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = kill(&mut self.0);
     }
 }
 
+/// Waits for a thread, and gives its result. The thread ends by itself, because each access to the machine has a limit.
 fn ended<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     let outcome = thread.join();
     outcome.map_err(|_| anyhow::anyhow!("a thread panicked"))?
 }
 
-/// Rings without a pause until it is to stop: how often.
-fn ring_on(machine: &mut Bare, device: &PciDevice, stop: &AtomicBool) -> Result<u64> {
-    let mut count = 0;
-    while !stop.load(Ordering::Relaxed) {
-        machine.write(doorbell(device), RING)?;
-        count += 1;
+/// A thread that rings without a pause, until this is dropped.
+struct Ringing<'scope, 'a> {
+    rung: &'a Rung,
+    thread: Option<ScopedJoinHandle<'scope, Result<()>>>,
+}
+
+/// The count of rings of [`Ringing`], and its order to stop.
+#[derive(Default)]
+struct Rung {
+    count: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl<'scope, 'a: 'scope> Ringing<'scope, 'a> {
+    fn start(
+        scope: &'scope Scope<'scope, '_>,
+        machine: &'a mut Bare,
+        device: &'a PciDevice,
+        rung: &'a Rung,
+    ) -> Self {
+        let thread = scope.spawn(move || {
+            while !rung.stop.load(Ordering::Relaxed) {
+                machine.write(doorbell(device), RING)?;
+                rung.count.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        let thread = Some(thread);
+        Self { rung, thread }
     }
-    Ok(count)
+
+    /// Waits for so many more rings.
+    fn go_on(&self, times: u64) -> Result<()> {
+        let count = || self.rung.count.load(Ordering::Relaxed);
+        let wanted = count() + times;
+        let thread = self.thread.as_ref();
+        wait_until("the VM rings on", || {
+            let ends = thread.is_none_or(ScopedJoinHandle::is_finished);
+            ensure!(!ends, "the VM rings no more");
+            Ok(count() >= wanted)
+        })
+    }
+
+    /// Stops the thread, and gives the count of its rings.
+    fn end(mut self) -> Result<u64> {
+        self.rung.stop.store(true, Ordering::Relaxed);
+        self.thread.take().map_or(Ok(()), ended)?;
+        Ok(self.rung.count.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for Ringing<'_, '_> {
+    fn drop(&mut self) {
+        self.rung.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]
@@ -56,29 +104,27 @@ fn no_ring_is_lost_or_doubled_while_brokers_take_over() -> Result<()> {
     // The interrupt line, of which QEMU has no copy.
     machine.write(device.config + 0x3c, 0x5a)?;
     setting.tap.rings(HOST, VECTOR)?;
-    let stop = AtomicBool::new(false);
+    let rings = Rung::default();
     let broker = &mut setting.broker;
     let rung = thread::scope(|scope| {
-        let ringing = scope.spawn(|| ring_on(&mut machine, &device, &stop));
-        let replaced = (0..TIMES).try_for_each(|time| {
+        let ringing = Ringing::start(scope, &mut machine, &device, &rings);
+        for time in 0..TIMES {
+            ringing.go_on(20)?;
             // At another moment each time.
-            thread::sleep(Duration::from_micros(10_000 + 1_237 * time));
-            broker.replace()
-        });
-        stop.store(true, Ordering::Relaxed);
-        let rung = ended(ringing)?;
-        replaced.map(|()| rung)
+            thread::sleep(Duration::from_micros(1_237 * time));
+            broker.replace()?;
+        }
+        ringing.end()
     })?;
     println!("{rung} rings while {TIMES} brokers took over");
-    ensure!(
-        rung > 20 * TIMES,
-        "only {rung} rings: mostly none was under way"
-    );
     assert_eq!(setting.tap.rings(HOST, VECTOR)?, rung);
     assert_eq!(machine.read(device.config + 0x3c)? & 0xff, 0x5a);
     assert_eq!(machine.errors()?, "");
     Ok(())
 }
+
+/// QEMU's trace event of a message that it has sent.
+const SENT: &str = "vfio_user_send_write";
 
 /// QEMU 11.1 ends when reading from its server fails (`vfio_user_recv_hdr` sets an error twice), as it does once a broker is
 /// gone that had something unread.
@@ -94,8 +140,13 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
             arguments: setting.broker.arguments(0)?,
             ..setting.config()?
         };
-        let mut machine = Bare::start(Artifacts::shared()?, &direct)?;
-        let device = machine.device("barlink0")?;
+        let trace = setting.broker.folder().join("trace");
+        let mut traced = direct.clone();
+        let file = trace.display().to_string();
+        let words = ["-trace", SENT, "-D", &file].map(str::to_owned);
+        traced.arguments.extend(words);
+        let sent = || -> Result<usize> { Ok(fs::read_to_string(&trace)?.matches(SENT).count()) };
+        let (mut machine, device) = started(&traced)?;
         let mut app = setting.broker.app(["recv"]);
         let mut app = App(app.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
         wait_until("the host app is there", || {
@@ -104,11 +155,13 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
         })?;
         let broker = &mut setting.broker;
         broker.signal(Signal::STOP)?;
+        let before = sent()?;
         thread::scope(|scope| {
             // It ends with QEMU.
             scope.spawn(|| act(&mut machine, &device));
-            thread::sleep(Duration::from_millis(300));
-            broker.kill()
+            let is_sent = wait_until("QEMU sends a message", || Ok(sent()? > before));
+            broker.kill()?;
+            is_sent
         })?;
         assert!(!machine.end()?.success());
         assert_eq!(app.0.try_wait()?, None, "the host app goes on");
@@ -117,8 +170,7 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
         assert!(error.contains("no broker"), "{error}");
         // A broker that is started now has another region, and serves the next VM.
         broker.start_again()?;
-        let mut next = Bare::start(Artifacts::shared()?, &direct)?;
-        let device = next.device("barlink0")?;
+        let (mut next, device) = started(&direct)?;
         next.write(doorbell(&device), RING)?;
         let magic = next.read(device.bars[0].0 + 0x10)?;
         assert_eq!(magic, u32::from_le_bytes(*b"barl"));
@@ -132,25 +184,26 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
 fn vm_waits_for_the_answer_of_a_broker_that_is_gone_and_goes_on() -> Result<()> {
     let mut setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
-    // Until then it moves memory about, for which QEMU would end.
-    setting.wait_for_firmware()?;
     setting.relay.keep(Half::Answer, WRITE);
     let start = Instant::now();
     let (relay, broker) = (&setting.relay, &mut setting.broker);
     thread::scope(|scope| {
         let ringing = scope.spawn(|| machine.write(doorbell(&device), RING));
-        wait_until("it is kept", || Ok(relay.has_kept()))?;
+        wait_until("the answer is kept", || Ok(relay.has_kept()))?;
         broker.kill()?;
         ended(ringing)
     })?;
     let waited = start.elapsed();
     assert!(waited > PATIENCE_OF_QEMU.mul_f64(0.9), "only {waited:?}");
-    // It waits for no more.
+    // It waits for no more answers: for so many it would wait several times as long.
+    const MORE: u32 = 10;
     let start = Instant::now();
     let (registers, region) = (device.bars[0].0, device.bars[2].0);
-    machine.write(doorbell(&device), RING)?;
-    assert_eq!(machine.read(registers + 8)?, u32::MAX);
-    assert!(start.elapsed() < PATIENCE_OF_QEMU);
+    for _ in 0..MORE {
+        machine.write(doorbell(&device), RING)?;
+        assert_eq!(machine.read(registers + 8)?, u32::MAX);
+    }
+    assert!(start.elapsed() < MORE * PATIENCE_OF_QEMU);
     machine.write(region + 4096, 0x600d_600d)?;
     assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
     Ok(())
@@ -184,7 +237,9 @@ fn kill_within_a_reset(half: Half, command: u16) -> Result<()> {
     setting.relay.keep(half, command);
     let start = Instant::now();
     machine.qmp("system_reset", &json!({}))?;
-    wait_until("it is kept", || Ok(setting.relay.has_kept()))?;
+    wait_until("half of the exchange is kept", || {
+        Ok(setting.relay.has_kept())
+    })?;
     setting.broker.kill()?;
     setting.broker.start_again()?;
     ensure!(machine.qmp("query-status", &json!({}))?["running"] == true);
@@ -192,21 +247,14 @@ fn kill_within_a_reset(half: Half, command: u16) -> Result<()> {
     ensure!(waited > PATIENCE_OF_QEMU.mul_f64(0.9), "only {waited:?}");
     ensure!(machine.errors()?.contains("timed out"));
     // The firmware sets the device up again, and rings go both ways as before.
+    machine.wait_for_firmware(2)?;
     let device = machine.device("barlink0")?;
     enable_interrupts(&mut machine, &device)?;
-    interrupts_come(&setting, &mut machine)?;
+    interrupt_comes(&setting, &mut machine, 2)?;
     setting.tap.rings(HOST, VECTOR)?;
     machine.write(doorbell(&device), RING)?;
     ensure!(setting.tap.rings(HOST, VECTOR)? == 1);
     Ok(())
-}
-
-fn interrupts_come(setting: &Setting, machine: &mut Bare) -> Result<()> {
-    machine.fill(TARGET, 64, 0)?;
-    setting.tap.ring(0, 2, 1)?;
-    wait_until("the interrupt comes", || {
-        Ok(machine.read(TARGET + 8)? == 0xfeed_0002)
-    })
 }
 
 #[test]
@@ -217,7 +265,7 @@ fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again()
     let (relay, broker) = (&setting.relay, &mut setting.broker);
     thread::scope(|scope| {
         let enabling = scope.spawn(|| enable_interrupts(&mut machine, &device));
-        wait_until("it is kept", || Ok(relay.has_kept()))?;
+        wait_until("the message is kept", || Ok(relay.has_kept()))?;
         broker.kill()?;
         broker.start_again()?;
         ended(enabling)
@@ -226,7 +274,11 @@ fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again()
     assert!(errors.contains("failed to enable vectors"), "{errors}");
     machine.fill(TARGET, 64, 0)?;
     setting.tap.ring(0, 2, 1)?;
-    thread::sleep(Duration::from_millis(500));
+    // The broker's session takes rings and messages in batches, and QEMU takes interrupts in its main loop.
+    for _ in 0..3 {
+        pass_broker(&mut machine, &device)?;
+        machine.qmp("query-status", &json!({}))?;
+    }
     assert_eq!(
         machine.read(TARGET + 8)?,
         0,
@@ -235,7 +287,7 @@ fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again()
     // As a driver does that is loaded again, or a guest that reboots.
     machine.write(device.config + 0x40, 0)?;
     enable_interrupts(&mut machine, &device)?;
-    interrupts_come(&setting, &mut machine)
+    interrupt_comes(&setting, &mut machine, 2)
 }
 
 /// QEMU reads the end of its connection then, and no error.
@@ -247,22 +299,16 @@ fn broker_stopped_amid_rings_leaves_the_vm_running() -> Result<()> {
             arguments: setting.broker.arguments(0)?,
             ..setting.config()?
         };
-        let mut machine = Bare::start(Artifacts::shared()?, &direct)?;
-        let device = machine.device("barlink0")?;
-        // Without a relay nobody can tell when the firmware is through. Until then it moves memory about, for which QEMU would
-        // end.
-        thread::sleep(FIRMWARE);
-        let stop = AtomicBool::new(false);
+        let (mut machine, device) = started(&direct)?;
+        let rings = Rung::default();
         thread::scope(|scope| {
-            let ringing = scope.spawn(|| ring_on(&mut machine, &device, &stop));
-            thread::sleep(Duration::from_millis(100));
-            let signalled = setting.broker.signal(Signal::INT);
+            let ringing = Ringing::start(scope, &mut machine, &device, &rings);
+            ringing.go_on(20)?;
+            setting.broker.signal(Signal::INT)?;
             wait_until("the broker has ended", || {
                 Ok(setting.broker.inspect().is_err())
             })?;
-            stop.store(true, Ordering::Relaxed);
-            ensure!(ended(ringing)? > 20, "no ring was under way");
-            signalled
+            ringing.end()
         })?;
         let region = device.bars[2].0;
         machine.write(region + 4096, 0x600d_600d)?;

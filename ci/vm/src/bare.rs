@@ -3,8 +3,9 @@
 //! A machine without a guest: stock QEMU and its firmware, which gives devices their addresses, and then a test that
 //! reads and writes memory in the place of a guest (QEMU's `docs/devel/testing/qtest.rst`).
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, Write};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::mpsc::Sender;
@@ -18,13 +19,17 @@ use tempfile::TempDir;
 
 use crate::qemu::{iommu, mapping, memory, program, spawn};
 use crate::qmp::Qmp;
-use crate::{Config, QMP_TIMEOUT};
+use crate::{COMMAND_TIMEOUT, Config};
 use barlink_sandbox::builds::Artifacts;
 
 /// Where configuration space is in memory, once q35's firmware has run.
 const ECAM: u64 = 0xb000_0000;
-/// How long the firmware may take.
-const FIRMWARE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long QEMU and the firmware may take for anything.
+const TIMEOUT: Duration = COMMAND_TIMEOUT;
+/// The file in the machine's folder to which SeaBIOS writes its log.
+const FIRMWARE_LOG: &str = "seabios.log";
+/// The last line of that log after each reset: SeaBIOS has set up all devices, has nothing to boot, and halts.
+const FIRMWARE_HALTS: &str = "No bootable device.";
 
 /// See the module. Dropping it ends it.
 #[derive(Debug)]
@@ -33,7 +38,7 @@ pub struct Bare {
     memory: BufReader<UnixStream>,
     errors: File,
     child: Child,
-    _folder: TempDir,
+    folder: TempDir,
     _starter: Sender<()>,
 }
 
@@ -62,6 +67,11 @@ impl Bare {
             command.args(["-chardev", &format!("socket,id={name},fd={number}")]);
             command.args([format!("-{name}"), format!("chardev:{name}")]);
         }
+        // A comma ends the value of an option, two are one.
+        let log = folder.path().join(FIRMWARE_LOG).display().to_string();
+        let log = format!("file,id=seabios,path={}", log.replace(',', ",,"));
+        command.args(["-chardev", &log]);
+        command.args(["-device", "isa-debugcon,iobase=0x402,chardev=seabios"]);
         command.args(["-qtest-log", "none"]).args(&config.arguments);
         command.fd_mappings(vec![
             mapping(qmp_end, ("qmp", 3)),
@@ -70,16 +80,15 @@ impl Bare {
         let errors = tempfile::tempfile()?;
         command.stdin(Stdio::null()).stderr(errors.try_clone()?);
         let (child, starter) = spawn(command)?;
-        ram.set_read_timeout(Some(QMP_TIMEOUT))?;
-        let started = Qmp::new(qmp, QMP_TIMEOUT);
-        let mut errors = errors;
-        let qmp = started.with_context(|| written(&mut errors).unwrap_or_default())?;
+        ram.set_read_timeout(Some(TIMEOUT))?;
+        let started = Qmp::new(qmp, TIMEOUT);
+        let qmp = started.with_context(|| written(&errors).unwrap_or_default())?;
         Ok(Self {
             qmp,
             memory: BufReader::new(ram),
             errors,
             child,
-            _folder: folder,
+            folder,
             _starter: starter,
         })
     }
@@ -94,10 +103,28 @@ impl Bare {
                 return Ok(device);
             }
             ensure!(
-                start.elapsed() < FIRMWARE_TIMEOUT,
-                "{id} has no addresses: {buses}"
+                start.elapsed() < TIMEOUT,
+                "the firmware gives {id} no addresses: {buses}"
             );
             thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until the firmware has come to its end in so many boots: the start is the first boot, and each reset is another.
+    /// After that the machine's processor accesses no device.
+    pub fn wait_for_firmware(&self, boots: usize) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let log = fs::read(self.folder.path().join(FIRMWARE_LOG))?;
+            let log = String::from_utf8_lossy(&log);
+            if log.matches(FIRMWARE_HALTS).count() >= boots {
+                return Ok(());
+            }
+            ensure!(
+                start.elapsed() < TIMEOUT,
+                "the firmware does not come to the end of boot {boots}: {log}"
+            );
+            thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -158,8 +185,8 @@ impl Bare {
     }
 
     /// What QEMU has written to standard error.
-    pub fn errors(&mut self) -> Result<String> {
-        written(&mut self.errors)
+    pub fn errors(&self) -> Result<String> {
+        written(&self.errors)
     }
 
     /// Waits until QEMU ends by itself.
@@ -169,7 +196,7 @@ impl Bare {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
             }
-            ensure!(start.elapsed() < QMP_TIMEOUT, "QEMU does not end");
+            ensure!(start.elapsed() < TIMEOUT, "QEMU does not end");
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -197,11 +224,11 @@ impl Drop for Bare {
     }
 }
 
-fn written(errors: &mut File) -> Result<String> {
-    let mut text = String::new();
-    errors.rewind()?;
-    errors.read_to_string(&mut text)?;
-    Ok(text)
+/// Reads a file that QEMU writes. The file's offset is QEMU's as well, so it stays where it is.
+fn written(errors: &File) -> Result<String> {
+    let mut bytes = vec![0; usize::try_from(errors.metadata()?.len())?];
+    errors.read_exact_at(&mut bytes, 0)?;
+    Ok(String::from_utf8(bytes)?)
 }
 
 /// What `query-pci` says of a device.

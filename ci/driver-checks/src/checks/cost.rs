@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::ask::{RAW, Region};
 use crate::binding::{bind, open, unbind};
-use crate::device::UP;
+use crate::device::{SOON, UP};
 use crate::host;
 use crate::objects;
 use crate::tier::rounds;
@@ -123,7 +123,15 @@ fn unreclaimable() -> Result<u64> {
 pub(super) fn mapping_64_mib_takes_a_moment() -> Result<()> {
     let device = open(Region::Main)?;
     let mut times = Vec::new();
-    for _ in 0..9 {
+    let begin = Instant::now();
+    // Only the least time counts, because other programs run beside this one, on the host's processors as well. On a busy host
+    // many maps are interrupted before one is not.
+    let is_fast = |times: &[Duration]| times.iter().min() <= Some(&Duration::from_millis(5));
+    while times.len() < 9 || !is_fast(&times) {
+        ensure!(
+            begin.elapsed() < SOON,
+            "64 MiB are never mapped in 5 ms: {times:?}"
+        );
         let start = Instant::now();
         let map = device.map(0, 64 << 20)?;
         times.push(start.elapsed());
@@ -133,11 +141,9 @@ pub(super) fn mapping_64_mib_takes_a_moment() -> Result<()> {
     times.sort_unstable();
     host::show(format!(
         "64 MiB mapped at once in {:?} at the least, in {:?} by the median",
-        times[0], times[4]
-    ))?;
-    // The least, since other programs run beside it, on the host's processors as well.
-    ensure!(times[0] <= Duration::from_millis(5), "{times:?}");
-    Ok(())
+        times[0],
+        times[times.len() / 2]
+    ))
 }
 
 /// Bytes that were allocated.

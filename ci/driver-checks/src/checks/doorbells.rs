@@ -40,7 +40,7 @@ pub(super) fn doorbells_reach_the_host() -> Result<()> {
     }
     // Itself.
     device.ring(0, SPARE_VECTOR)?;
-    assert_eq!(device.interrupts()?, [SPARE_VECTOR]);
+    assert_eq!(device.next_interrupts(1)?, [SPARE_VECTOR]);
     // On a bus: the host, and another VM.
     let bus = open(Region::Bus)?;
     for peer in [0, Region::Bus.host()] {
@@ -55,9 +55,7 @@ pub(super) fn doorbells_reach_the_host() -> Result<()> {
 
 pub(super) fn all_256_vectors_fire() -> Result<()> {
     let device = open_nonblocking(Region::Bus)?;
-    for vector in 0..MAX_VECTORS {
-        host::ring(Region::Bus, vector)?;
-    }
+    host::ring_all(Region::Bus)?;
     let mut fired = Vec::new();
     eventually("all have fired", || {
         match device.interrupts() {
@@ -95,9 +93,7 @@ pub(super) fn doorbells_are_read_before_the_device_is_given_back() -> Result<()>
 pub(super) fn ring_all_in_vain() -> Result<Device> {
     let host_peer = Region::Bus.host();
     let device = open(Region::Bus)?;
-    for vector in 0..MAX_VECTORS {
-        host::rings(Region::Bus, host_peer, vector)?;
-    }
+    host::all_rings(Region::Bus, host_peer)?;
     host::pause(Region::Bus)?;
     for _ in 0..3 {
         for vector in 0..MAX_VECTORS {
@@ -108,10 +104,15 @@ pub(super) fn ring_all_in_vain() -> Result<Device> {
 }
 
 fn all_were_rung() -> Result<()> {
-    for vector in 0..MAX_VECTORS {
-        host::wait_for_rings(Region::Bus, Region::Bus.host(), vector)?;
-    }
-    Ok(())
+    let mut rung = vec![0; MAX_VECTORS as usize];
+    eventually("each vector is rung", || {
+        let counts = host::all_rings(Region::Bus, Region::Bus.host())?;
+        ensure!(counts.len() == rung.len(), "{counts:?}");
+        for (rung, count) in rung.iter_mut().zip(counts) {
+            *rung += count;
+        }
+        Ok(rung.iter().all(|count| *count > 0))
+    })
 }
 
 pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
@@ -144,7 +145,7 @@ pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
 pub(super) fn device_without_vectors_says_so() -> Result<()> {
     let device = open(Region::Plain)?;
     fails(device.interrupts(), Errno::OPNOTSUPP);
-    assert!(device.stays_silent()?);
+    assert!(!device.is_readable()?);
     device.claim(UP)?;
     fails(open(Region::Plain)?.claim(UP), Errno::BUSY);
     device.ring(Region::Plain.host(), 0)?;

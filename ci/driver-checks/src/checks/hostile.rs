@@ -11,6 +11,7 @@ use crate::ask::Region;
 use crate::binding::{bind, open, try_bind, unbind};
 use crate::device::{UP, fails};
 use crate::host;
+use crate::tier::rounds;
 
 /// Numbers that overflow, overlap and lie.
 const LIES: [u64; 14] = [
@@ -36,8 +37,10 @@ pub(super) fn hostile_superblocks_are_declined() -> Result<()> {
     unbind(Region::Main)?;
     let (mut declined, mut taken) = (0, 0);
     // The words of the head that are used, and the two entries of the channel table.
+    // `cargo xtask test` puts every third lie into each word, beginning with another lie from word to word.
+    let step = rounds(3, 1);
     for word in (0..7).chain(32..48) {
-        for lie in LIES {
+        for lie in LIES.into_iter().skip(word % step).step_by(step) {
             let mut page = good;
             page[word] = lie;
             host::set_word(Region::Main, 8 * word as u64, lie)?;
@@ -55,7 +58,7 @@ pub(super) fn hostile_superblocks_are_declined() -> Result<()> {
         host::set_word(Region::Main, 8 * word as u64, good[word])?;
     }
     bind(Region::Main)?;
-    ensure!(declined > 200, "most of that should be no layout");
+    ensure!(declined > 200 / step, "most of that should be no layout");
     host::show(format!("{declined} superblocks declined, {taken} taken"))
 }
 

@@ -4,31 +4,32 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use barlink_protocol::wire::uapi::{EVENTFD, Eventfd};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::io::Errno;
 
 use crate::ask::Region;
 use crate::binding::{bind, open, unbind};
-use crate::device::{A_WHILE, DOWN_VECTOR, Device, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
+use crate::device::{DOWN_VECTOR, Device, SOON, SPARE_VECTOR, UP, UP_VECTOR, fails};
 use crate::host;
 
 fn new() -> Result<OwnedFd> {
     Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
 }
 
-/// How often it was written, if it is before long.
+/// Waits until an eventfd is written, and gives how often it was.
 fn heard(bell: &OwnedFd) -> Result<u64> {
     let soon = Timespec::try_from(SOON)?;
-    rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&soon))?;
+    let count = rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&soon))?;
+    ensure!(count > 0, "an eventfd is not written");
     let mut count = [0; 8];
     rustix::io::read(bell, &mut count)?;
     Ok(u64::from_ne_bytes(count))
 }
 
+/// Whether an eventfd was not written since the last read.
 fn is_silent(bell: &OwnedFd) -> Result<bool> {
-    std::thread::sleep(A_WHILE);
     Ok(rustix::io::read(bell, &mut [0; 8]) == Err(Errno::AGAIN))
 }
 
@@ -44,19 +45,19 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     let (up, down) = (new()?, new()?);
     set(&device, UP_VECTOR, &up)?;
     set(&device, DOWN_VECTOR, &down)?;
-    host::ring(Region::Main, UP_VECTOR)?;
+    host::ring_through(Region::Main, UP_VECTOR)?;
     assert!(heard(&up)? >= 1);
     assert!(is_silent(&down)?);
-    host::ring(Region::Main, DOWN_VECTOR)?;
+    host::ring_through(Region::Main, DOWN_VECTOR)?;
     assert!(heard(&down)? >= 1);
-    host::ring(Region::Main, SPARE_VECTOR)?;
+    host::ring_through(Region::Main, SPARE_VECTOR)?;
     assert!(is_silent(&up)? && is_silent(&down)?);
     // The file itself hears of all of it, as ever.
     assert_eq!(device.interrupts()?, [UP_VECTOR, DOWN_VECTOR, SPARE_VECTOR]);
     // Another in its place, none, and the same for two.
     let other = new()?;
     set(&device, UP_VECTOR, &other)?;
-    host::ring(Region::Main, UP_VECTOR)?;
+    host::ring_through(Region::Main, UP_VECTOR)?;
     assert!(heard(&other)? >= 1);
     assert!(is_silent(&up)?);
     set(&device, SPARE_VECTOR, &other)?;
@@ -64,16 +65,16 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
         vector: UP_VECTOR,
         descriptor: -1,
     })?;
-    host::ring(Region::Main, UP_VECTOR)?;
+    host::ring_through(Region::Main, UP_VECTOR)?;
     assert!(is_silent(&other)?);
-    host::ring(Region::Main, SPARE_VECTOR)?;
+    host::ring_through(Region::Main, SPARE_VECTOR)?;
     assert!(heard(&other)? >= 1);
     // A claim changes nothing about it, and the file's end ends it.
     device.claim(UP)?;
-    host::ring(Region::Main, DOWN_VECTOR)?;
+    host::ring_through(Region::Main, DOWN_VECTOR)?;
     assert!(heard(&down)? >= 1);
     drop(device);
-    host::ring(Region::Main, DOWN_VECTOR)?;
+    host::ring_through(Region::Main, DOWN_VECTOR)?;
     assert!(is_silent(&down)?);
     Ok(())
 }
@@ -107,7 +108,7 @@ pub(super) fn what_is_no_eventfd_is_refused() -> Result<()> {
     // One that is full, and beyond.
     rustix::io::write(&bell, &(u64::MAX - 1).to_ne_bytes())?;
     host::ring_times(Region::Main, 0, 3)?;
-    std::thread::sleep(A_WHILE);
+    host::ring_through(Region::Main, 0)?;
     assert_eq!(heard(&bell)?, u64::MAX);
     Ok(())
 }

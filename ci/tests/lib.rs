@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Waits of the VM tests. Each wait has a limit, and an error that says what did not happen.
+
+use std::io::Read;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use barlink_vm::COMMAND_TIMEOUT;
+
+/// Limit of every wait. The event comes within seconds even on a machine that has more work than processors.
+pub const LIMIT: Duration = COMMAND_TIMEOUT;
+
+/// Time between two looks at a condition.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Waits until a condition holds.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while !holds()? {
+        ensure!(start.elapsed() < LIMIT, "not within {LIMIT:?}: {what}");
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+/// Waits until a process has ended by itself. Kills a process that does not end.
+pub fn wait_for_end(child: &mut Child, what: &str) -> Result<ExitStatus> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if start.elapsed() > LIMIT {
+            kill(child)?;
+            return Err(anyhow!("{what} does not end within {LIMIT:?}"));
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// Kills a process, and waits until it has ended.
+pub fn kill(child: &mut Child) -> Result<()> {
+    child.kill()?;
+    // No process survives SIGKILL, so this wait is short.
+    child.wait()?;
+    Ok(())
+}
+
+/// Runs a command to its end, and gives its exit status, standard output and standard error.
+pub fn run(command: &mut Command, what: &str) -> Result<Output> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("{what} cannot be started"))?;
+    let stdout = child.stdout.take().context("no standard output")?;
+    let stderr = child.stderr.take().context("no standard error")?;
+    let stdout = read_all(stdout, what);
+    let stderr = read_all(stderr, what);
+    Ok(Output {
+        status: wait_for_end(&mut child, what)?,
+        stdout: stdout.end()??,
+        stderr: stderr.end()??,
+    })
+}
+
+/// Reads a pipe to its end in a thread.
+pub fn read_all(
+    mut pipe: impl Read + Send + 'static,
+    what: &str,
+) -> Task<std::io::Result<Vec<u8>>> {
+    Task::start(&format!("the output of {what}"), move || {
+        let mut bytes = Vec::new();
+        pipe.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    })
+}
+
+/// Work in a thread of its own, for whose end a test waits with a limit.
+#[derive(Debug)]
+pub struct Task<T> {
+    what: String,
+    result: Receiver<T>,
+}
+
+impl<T: Send + 'static> Task<T> {
+    /// Starts the work.
+    pub fn start(what: &str, work: impl FnOnce() -> T + Send + 'static) -> Self {
+        let (sender, result) = channel();
+        thread::spawn(move || {
+            let done = work();
+            // The test may have failed meanwhile.
+            let _ = sender.send(done);
+        });
+        let what = what.to_owned();
+        Self { what, result }
+    }
+
+    /// Waits until the work is done, and gives its result.
+    pub fn end(self) -> Result<T> {
+        let result = self.result.recv_timeout(LIMIT);
+        result.with_context(|| format!("{}: no end within {LIMIT:?}, or a panic", self.what))
+    }
+}
