@@ -5,7 +5,7 @@
 //! Every build is left to a tool that knows what changed (cargo, make), so building again costs little, and nothing
 //! stale is ever booted.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -101,6 +101,8 @@ struct Files {
     host: Built,
     /// The guest's programs.
     guest: Built,
+    /// The module.
+    driver: PathBuf,
     /// What the guest boots into.
     initramfs: PathBuf,
     /// The SHA-256 of that, in hexadecimal digits.
@@ -162,22 +164,36 @@ impl Artifacts {
             "initramfs-{}-{}.cpio",
             tools.release, programs.name
         ));
-        let mut files = vec![
-            ("bin/busybox".to_owned(), tools.busybox.as_path()),
-            ("lib/barlink.ko".to_owned(), driver.as_path()),
-        ];
-        for name in programs.guest {
-            files.push((format!("bin/{name}"), guest.program(name)?));
-        }
-        let digest = initramfs::write(&initramfs, &files)?;
+        let digest = pack(&tools, &driver, &guest, &initramfs)?;
         let files = Files {
             host,
             guest,
+            driver,
             initramfs,
             digest,
             logs,
         };
         Ok(Self::new(tools, args, files))
+    }
+
+    /// The same, with one part from another build. The initramfs and the logs of VMs go to `folder`.
+    pub fn with(&self, part: Part, folder: &Path) -> Result<Self> {
+        fs::create_dir_all(folder)?;
+        let mut files = self.files.clone();
+        files.logs = folder.to_owned();
+        match part {
+            Part::Host(programs) => files.host = files.host.and(programs),
+            Part::Guest(programs) => files.guest = files.guest.and(programs),
+            Part::Driver(module) => files.driver = module,
+        }
+        // An initramfs that stays as it is keeps its path, so that its guests' snapshots stay valid.
+        let initramfs = folder.join("initramfs.cpio");
+        let digest = pack(&self.tools, &files.driver, &files.guest, &initramfs)?;
+        if digest != files.digest {
+            files.initramfs = initramfs;
+            files.digest = digest;
+        }
+        Ok(Self::new(self.tools.clone(), self.args.clone(), files))
     }
 
     /// A text that is another one whenever QEMU, the kernel, or what the guest boots into is another.
@@ -218,14 +234,69 @@ impl Artifacts {
     }
 }
 
+/// A part of [`Artifacts`].
+#[derive(Clone, Debug)]
+pub enum Part {
+    /// Programs of the host.
+    Host(Built),
+    /// Programs of the guest.
+    Guest(Built),
+    /// The module.
+    Driver(PathBuf),
+}
+
+/// A copy of this project's tree, and the folder that it is built in.
+#[derive(Clone, Debug)]
+pub struct TreeCopy {
+    /// The root of the copy.
+    pub root: PathBuf,
+    /// The folder for all that is built.
+    pub target: PathBuf,
+}
+
+impl TreeCopy {
+    /// Builds a program of the host.
+    pub fn host_program(&self, name: &str) -> Result<Built> {
+        cargo_build(self.cargo(), &[name], Linkage::Default)
+    }
+
+    /// Builds a program of the guest.
+    pub fn guest_program(&self, name: &str) -> Result<Built> {
+        cargo_build(self.cargo(), &[name], Linkage::Static)
+    }
+
+    /// Builds the driver and gives the path of the module, as [`driver`] does.
+    pub fn driver(&self, tools: &Tools) -> Result<PathBuf> {
+        driver_of(&self.root, tools, &self.target)
+    }
+
+    fn cargo(&self) -> Command {
+        let mut build = cargo("build");
+        build.current_dir(&self.root);
+        build.arg("--target-dir").arg(&self.target);
+        build
+    }
+}
+
+/// Writes what the guest boots into, with the module and these programs. Gives the SHA-256 of the archive.
+fn pack(tools: &Tools, driver: &Path, guest: &Built, archive: &Path) -> Result<String> {
+    let mut files = vec![
+        ("bin/busybox".to_owned(), tools.busybox.as_path()),
+        ("lib/barlink.ko".to_owned(), driver),
+    ];
+    let programs = guest.0.iter();
+    files.extend(programs.map(|(name, path)| (format!("bin/{name}"), path.as_path())));
+    initramfs::write(archive, &files)
+}
+
 /// Builds what runs on the host.
 pub fn host_programs(programs: Programs) -> Result<Built> {
-    cargo_build(programs.host, Linkage::Default)
+    cargo_build(cargo("build"), programs.host, Linkage::Default)
 }
 
 /// Builds what runs in the guest.
 pub fn guest_programs(programs: Programs) -> Result<Built> {
-    cargo_build(programs.guest, Linkage::Static)
+    cargo_build(cargo("build"), programs.guest, Linkage::Static)
 }
 
 /// Builds the driver and gives the path of the module.
@@ -233,9 +304,13 @@ pub fn guest_programs(programs: Programs) -> Result<Built> {
 /// In the sandbox every warning is an error: the compilers' by their flags, those of other tools by their looks. What a
 /// user's own compiler warns of is shown.
 pub fn driver(tools: &Tools, target: &Path) -> Result<PathBuf> {
-    let repository = repository();
-    let source = repository.join("guest-driver");
-    let wire = repository.join("protocol/src/wire");
+    driver_of(&repository(), tools, target)
+}
+
+/// Builds the driver of a tree.
+fn driver_of(root: &Path, tools: &Tools, target: &Path) -> Result<PathBuf> {
+    let source = root.join("guest-driver");
+    let wire = root.join("protocol/src/wire");
     let output = target.join("driver").join(&tools.release);
     fs::create_dir_all(&output)?;
     let build = ModuleBuild {
@@ -305,7 +380,7 @@ enum Linkage {
 
 /// Paths of programs, by their names.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct Built(HashMap<String, PathBuf>);
+pub struct Built(BTreeMap<String, PathBuf>);
 
 impl Built {
     /// With these, too.
@@ -321,9 +396,8 @@ impl Built {
     }
 }
 
-/// Builds the programs of these packages with optimisation.
-fn cargo_build(packages: &[&str], linkage: Linkage) -> Result<Built> {
-    let mut build = cargo("build");
+/// Builds the programs of these packages with optimisation, by a command of cargo's.
+fn cargo_build(mut build: Command, packages: &[&str], linkage: Linkage) -> Result<Built> {
     build.args([
         "--release",
         "--bins",
@@ -345,7 +419,7 @@ fn cargo_build(packages: &[&str], linkage: Linkage) -> Result<Built> {
         bail!("cargo cannot build {}", packages.join(", "));
     }
     let messages = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
-    let mut programs = HashMap::new();
+    let mut programs = BTreeMap::new();
     for message in messages {
         let message = message.context("cargo's messages cannot be read")?;
         if let (Some(path), Some(name)) = (

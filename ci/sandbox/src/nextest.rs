@@ -10,7 +10,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::builds::{cargo, repository, target_folder};
+use crate::builds::{TreeCopy, cargo, repository, target_folder};
 use crate::host::{install, on_path};
 use crate::setup::{cache_folder, program};
 use crate::steps::Steps;
@@ -137,19 +137,43 @@ impl Nextest {
     ///
     /// The program does not get as far as running tests. Tests that fail are no error.
     pub fn run(&self, command: &mut Command, profile: &str) -> Result<Report> {
-        let path = target_folder()?
-            .join("nextest")
-            .join(profile)
-            .join("junit.xml");
-        // Of this run, or none.
-        if path.exists() {
-            fs::remove_file(&path)?;
-        }
-        let status = command
-            .status()
-            .context("cargo-nextest cannot be started")?;
-        Report::read(&path, status)
+        run_and_read(command, &repository(), profile)
     }
+
+    /// Builds the tests of a package in a copy of the tree, and runs those that a filterset chooses. The output of tests that
+    /// fail is not shown.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Nextest::run`]: the tests do not build, for one.
+    pub fn run_in(
+        &self,
+        copy: &TreeCopy,
+        package: &str,
+        filter: &str,
+        profile: &str,
+    ) -> Result<Report> {
+        let mut command = self.nextest("run");
+        command.current_dir(&copy.root);
+        command.args(["--profile", profile, "--package", package]);
+        command.args(["--failure-output=never", "--filterset", filter]);
+        command.arg("--target-dir").arg(&copy.target);
+        run_and_read(&mut command, &copy.root, profile)
+    }
+}
+
+/// Runs a command of cargo-nextest's to its end in a tree, and reads its report. The report is in a folder of the tree, wherever that
+/// is built.
+fn run_and_read(command: &mut Command, root: &Path, profile: &str) -> Result<Report> {
+    let path = root.join("target/nextest").join(profile).join("junit.xml");
+    // Of this run, or none.
+    if path.exists() {
+        fs::remove_file(&path)?;
+    }
+    let status = command
+        .status()
+        .context("cargo-nextest cannot be started")?;
+    Report::read(&path, status)
 }
 
 /// What a run of tests came to.
@@ -159,7 +183,9 @@ pub struct Report {
     pub passed: usize,
     /// How many failed.
     pub failed: usize,
-    /// Each test's time in seconds and its name, the slowest first.
+    /// The names of those that failed, as in `times`.
+    pub failing: Vec<String>,
+    /// Each test's time in seconds and its name behind that of its binary, the slowest first.
     pub times: Vec<(f64, String)>,
 }
 
@@ -174,6 +200,7 @@ impl Report {
         let mut report = Self {
             passed: 0,
             failed: 0,
+            failing: Vec::new(),
             times: Vec::new(),
         };
         let elements = document.descendants();
@@ -182,11 +209,14 @@ impl Report {
             let failed = test
                 .children()
                 .any(|child| child.has_tag_name("failure") || child.has_tag_name("error"));
+            let name = format!("{} {}", word("classname"), word("name"));
             match failed {
-                true => report.failed += 1,
+                true => {
+                    report.failed += 1;
+                    report.failing.push(name.clone());
+                }
                 false => report.passed += 1,
             }
-            let name = format!("{} {}", word("classname"), word("name"));
             report.times.push((word("time").parse()?, name));
         }
         report.times.sort_by(|a, b| b.0.total_cmp(&a.0));

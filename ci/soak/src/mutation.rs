@@ -1,26 +1,287 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Faults in the code itself: each is written into a copy of the tree, what it changes is built, and the tests that must find it run.
+//! The parts `mutations-…`: faults in the code itself. Each is written into a copy of the tree, the part that it changes is built from
+//! the copy, and the tests that must find it run with that part.
 
-use anyhow::Result;
-use barlink_sandbox::builds::Artifacts;
-use barlink_sandbox::nextest::Nextest;
+mod copy;
+
+use anyhow::{Result, ensure};
+use barlink_driver_checks::tier::{self, Tier};
+use barlink_sandbox::builds::{Artifacts, Part};
+use barlink_sandbox::nextest::{Nextest, Report};
+
+use self::copy::Copied;
+
+/// How the tests run: as `cargo xtask test` runs them, which must find every fault.
+const PROFILE: &str = "default";
 
 /// A fault.
 #[derive(Debug)]
 pub struct Mutation {
     /// Its name, without spaces.
     pub name: &'static str,
-    /// What is wrong then.
+    /// The behaviour of the code that has the fault.
     pub about: &'static str,
-    /// Seconds that it takes.
+    /// Seconds that it takes on two cores, if nothing is built yet.
     pub seconds: u64,
+    /// The file that is changed.
+    file: &'static str,
+    /// The code that is replaced. It occurs once in the file.
+    from: &'static str,
+    /// The code in its place.
+    to: &'static str,
+    /// The part that is built from the changed copy.
+    part: Changed,
+    /// The tests that must fail: the ID of the binary, and the name of the test.
+    found_by: &'static [(&'static str, &'static str)],
+    /// A test that the fault does not touch. It must pass, so that a build that does not work at all is no success.
+    untouched: (&'static str, &'static str),
 }
 
-/// All of them.
-pub const ALL: [Mutation; 0] = [];
+/// What a fault changes.
+#[derive(Clone, Copy, Debug)]
+enum Changed {
+    /// The host's program.
+    Host,
+    /// The guest's program.
+    Guest,
+    /// The module.
+    Driver,
+    /// The protocol, whose own tests run in the copy.
+    Protocol,
+}
 
-/// Runs.
-pub fn run(_: &Mutation, _: &Nextest, _: &Artifacts) -> Result<String> {
-    Ok(String::new())
+/// Binaries of tests.
+const DRIVER: &str = "barlink-vm-tests::driver";
+const TRANSPORTS: &str = "barlink-vm-tests::transports";
+const CHANNELS: &str = "barlink-protocol::channels";
+
+/// All of them.
+pub const ALL: [Mutation; 7] = [
+    Mutation {
+        name: "host-does-not-ring",
+        about: "a host app does not ring the guest",
+        seconds: 240,
+        file: "backend/src/events.rs",
+        from: "self.other.ring().map_err(",
+        to: "self.other.try_clone().map(drop).map_err(",
+        part: Changed::Host,
+        found_by: &[(TRANSPORTS, "ivshmem::idle::idle_ends_sleep_until_rung")],
+        untouched: (
+            TRANSPORTS,
+            "ivshmem::channels::interrupted_host_app_leaves_the_vm_alone",
+        ),
+    },
+    Mutation {
+        name: "guest-does-not-ring",
+        about: "a guest app does not ring the host",
+        seconds: 150,
+        file: "guest-app/src/events.rs",
+        from: "crate::device::ring(&self.file, self.other).map_err(",
+        to: "Ok(()).map_err(",
+        part: Changed::Guest,
+        found_by: &[(TRANSPORTS, "ivshmem::idle::idle_ends_sleep_until_rung")],
+        untouched: (
+            TRANSPORTS,
+            "ivshmem::channels::interrupted_host_app_leaves_the_vm_alone",
+        ),
+    },
+    Mutation {
+        name: "driver-keeps-claims",
+        about: "the driver keeps the claim of a process that is dead",
+        seconds: 60,
+        file: "guest-driver/file.rs",
+        from: "    opened.device.release(opened.id);\n",
+        to: "    if opened.device.is_gone() {\n        opened.device.release(opened.id);\n    }\n",
+        part: Changed::Driver,
+        found_by: &[
+            (
+                DRIVER,
+                "ivshmem::driver::claims_are_exclusive_and_end_with_their_file",
+            ),
+            (DRIVER, "ivshmem::driver::holder_words_follow_the_claims"),
+        ],
+        untouched: (DRIVER, "ivshmem::driver::info_describes_each_device"),
+    },
+    Mutation {
+        name: "removal-does-not-zap",
+        about: "the driver leaves the mappings of a device that is removed",
+        seconds: 60,
+        file: "guest-driver/device.rs",
+        from: "        self.mappings.zap();\n",
+        to: "",
+        part: Changed::Driver,
+        found_by: &[
+            (
+                DRIVER,
+                "ivshmem::driver::unbind_reaches_every_sleeper_and_mapping",
+            ),
+            (DRIVER, "ivshmem::driver::removed_and_rescanned"),
+        ],
+        untouched: (DRIVER, "ivshmem::driver::info_describes_each_device"),
+    },
+    Mutation {
+        name: "buffer-is-not-freed",
+        about: "the driver does not free the memory of a DMA buffer",
+        seconds: 60,
+        file: "guest-driver/coherent.rs",
+        from: "        // SAFETY: By the invariant this was allocated so, and the device is still bound;",
+        to: "        if self.size > 0 {\n            return;\n        }\n        // SAFETY: By the invariant this was allocated so, and the device is still bound;",
+        part: Changed::Driver,
+        found_by: &[
+            (DRIVER, "ivshmem::driver::buffers_leave_nothing_behind"),
+            (
+                DRIVER,
+                "ivshmem::driver::memory_of_buffers_is_free_after_unbind_whoever_has_them",
+            ),
+        ],
+        untouched: (DRIVER, "ivshmem::driver::info_describes_each_device"),
+    },
+    Mutation {
+        name: "consumer-starts-at-end",
+        about: "a consumer that attaches skips the records that were committed before",
+        seconds: 100,
+        file: "protocol/src/consumer.rs",
+        from: "let read = region.load(base + channel::READ);",
+        to: "let read = region.load(base + channel::WRITTEN);",
+        part: Changed::Protocol,
+        found_by: &[
+            (
+                CHANNELS,
+                "ring::record_that_was_not_released_is_found_again",
+            ),
+            (CHANNELS, "ring::is_a_queue_over_wraps_and_crashes"),
+        ],
+        untouched: (
+            CHANNELS,
+            "ring::largest_record_goes_through_at_every_offset",
+        ),
+    },
+    Mutation {
+        name: "release-lags-behind",
+        about: "a release publishes the cursor behind the record before",
+        seconds: 100,
+        file: "protocol/src/consumer.rs",
+        from: "self.region.release(self.base + channel::READ, self.passed);",
+        to: "self.region.release(self.base + channel::READ, self.read);",
+        part: Changed::Protocol,
+        found_by: &[
+            (
+                CHANNELS,
+                "ring::record_that_was_not_released_is_found_again",
+            ),
+            (CHANNELS, "ring::is_a_queue_over_wraps_and_crashes"),
+        ],
+        untouched: (CHANNELS, "ring::nothing_old_stands_behind_a_payload"),
+    },
+];
+
+/// Runs the tests of a mutation: how many found it.
+///
+/// # Errors
+///
+/// A test does not find it, the code to change is not there any more, or the changed code does not work at all.
+pub fn run(mutation: &Mutation, nextest: &Nextest, artifacts: &Artifacts) -> Result<String> {
+    let copied = Copied::new()?;
+    copied.replace(mutation.file, mutation.from, mutation.to)?;
+    let report = test(mutation, &copied, nextest, artifacts)?;
+    judge(mutation, &report)
+}
+
+/// Builds the part that is changed, and runs the tests.
+fn test(
+    mutation: &Mutation,
+    copied: &Copied,
+    nextest: &Nextest,
+    artifacts: &Artifacts,
+) -> Result<Report> {
+    let copy = copied.tree();
+    let filter = filter(mutation);
+    eprintln!("building with the fault in {} ...", mutation.file);
+    let part = match mutation.part {
+        Changed::Host => Part::Host(copy.host_program("barlink")?),
+        Changed::Guest => Part::Guest(copy.guest_program("barlink-guest")?),
+        Changed::Driver => Part::Driver(copy.driver(&artifacts.tools)?),
+        Changed::Protocol => return nextest.run_in(copy, "barlink-protocol", &filter, PROFILE),
+    };
+    let artifacts = artifacts.with(part, &copied.folder().join("vm"))?;
+    let mut command = nextest.command(PROFILE);
+    // Failures are what is wanted, so nextest shows none of their output.
+    command.args(["--failure-output=never", "--filterset", &filter]);
+    command.envs(artifacts.environment()?);
+    command.env(tier::VARIABLE, Tier::Test.to_string());
+    nextest.run(&mut command, PROFILE)
+}
+
+/// The expression of cargo-nextest that chooses the tests of a mutation.
+fn filter(mutation: &Mutation) -> String {
+    let tests = mutation.found_by.iter().chain([&mutation.untouched]);
+    let terms = tests.map(|(binary, test)| format!("(binary_id(={binary}) & test(={test}))"));
+    terms.collect::<Vec<_>>().join(" | ")
+}
+
+/// Whether each test did as it must: how many failed.
+fn judge(mutation: &Mutation, report: &Report) -> Result<String> {
+    let name = mutation.name;
+    let failed = |(binary, test): &(&str, &str)| -> Result<bool> {
+        let test = format!("{binary} {test}");
+        let mut times = report.times.iter();
+        let ran = times.any(|(_, ran)| *ran == test);
+        ensure!(ran, "mutation {name}: there is no test {test}");
+        Ok(report.failing.contains(&test))
+    };
+    let (_, untouched) = mutation.untouched;
+    ensure!(
+        !failed(&mutation.untouched)?,
+        "mutation {name} breaks {untouched}, which has nothing to do with it: nothing works"
+    );
+    for test in mutation.found_by {
+        ensure!(failed(test)?, "mutation {name} is not found by {}", test.1);
+    }
+    Ok(match mutation.found_by.len() {
+        1 => "1 test found it".to_owned(),
+        many => format!("{many} tests found it"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    /// A report in which these tests failed, and all others of a mutation passed.
+    fn report(mutation: &Mutation, failing: &[(&str, &str)]) -> Report {
+        let name = |(binary, test): &(&str, &str)| format!("{binary} {test}");
+        let all = mutation.found_by.iter().chain([&mutation.untouched]);
+        let times: Vec<_> = all.map(|test| (1.0, name(test))).collect();
+        Report {
+            passed: times.len() - failing.len(),
+            failed: failing.len(),
+            failing: failing.iter().map(name).collect(),
+            times,
+        }
+    }
+
+    #[test]
+    fn all_mutations_fit_the_code() -> Result<()> {
+        for mutation in &ALL {
+            copy::changed(mutation.file, mutation.from, mutation.to).context(mutation.name)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn mutation_is_found_by_named_tests_only() {
+        for mutation in &ALL {
+            let judged = |failing: &[_]| judge(mutation, &report(mutation, failing));
+            assert!(judged(mutation.found_by).is_ok());
+            assert!(judged(&mutation.found_by[1..]).is_err());
+            let all = [mutation.found_by, &[mutation.untouched]].concat();
+            assert!(judged(&all).is_err());
+            let mut none = report(mutation, mutation.found_by);
+            none.times.clear();
+            assert!(judge(mutation, &none).is_err());
+        }
+    }
 }

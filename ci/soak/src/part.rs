@@ -157,7 +157,7 @@ pub fn all() -> Result<Vec<Part>> {
             "a fault in the code, which tests must find: {}",
             mutation.about
         );
-        let name = format!("mutation-{}", mutation.name);
+        let name = format!("mutations-{}", mutation.name);
         add(name, &about, mutation.seconds, Work::Mutation(mutation));
     }
     Ok(parts)

@@ -13,6 +13,8 @@ const TRANSPORT: Transport = Transport::Ivshmem;
 mod cache;
 #[path = "channels.rs"]
 mod channels;
+#[path = "idle.rs"]
+mod idle;
 #[path = "mixed.rs"]
 mod mixed;
 #[path = "restart.rs"]

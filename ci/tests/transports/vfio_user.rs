@@ -12,6 +12,8 @@ const TRANSPORT: Transport = Transport::VfioUser;
 mod cache;
 #[path = "channels.rs"]
 mod channels;
+#[path = "idle.rs"]
+mod idle;
 #[path = "mixed.rs"]
 mod mixed;
 #[path = "restart.rs"]

@@ -21,6 +21,8 @@ const TRANSPORT: Transport = Transport::VhostUser;
 mod cache;
 #[path = "channels.rs"]
 mod channels;
+#[path = "idle.rs"]
+mod idle;
 #[path = "mixed.rs"]
 mod mixed;
 

@@ -1,0 +1,70 @@
+//! Ends that wait for the other side: a ring wakes them, and nothing else does.
+
+use std::io::Write;
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use barlink_vm::COMMAND_TIMEOUT;
+
+use super::TRANSPORT;
+use crate::support::*;
+
+/// How often a process has gone to sleep, by its `/proc/PID/status`.
+fn sleeps(status: &str) -> Result<u64> {
+    let mut lines = status.lines();
+    let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    Ok(count.context("no count of switches")?.trim().parse()?)
+}
+
+/// An end looks at the clock, at least once a second, until a ring from the other side has reached it. Afterwards it sleeps until it is
+/// rung. So an idle end that wakes up was not rung when records came.
+#[test]
+fn idle_ends_sleep_until_rung() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &[])?;
+    let host_receiver = receive(&broker, "up")?;
+    let guest_sender = vm.spawn(["barlink-guest", "send"])?;
+    let guest_receiver = vm.spawn(["barlink-guest", "recv"])?;
+    let mut host_sender = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+    let mut input = host_sender.stdin.take().context("no input")?;
+    for _ in 0..3 {
+        guest_sender.write(b"tick")?;
+        input.write_all(b"tick")?;
+        // The receivers go to sleep before the next record comes.
+        thread::sleep(Duration::from_millis(500));
+    }
+    wait_until("all has arrived", || {
+        let snapshot = broker.inspect()?;
+        let channels = snapshot["channels"].as_array().context("no channels")?;
+        Ok(channels.iter().all(|channel| channel["fill"] == 0))
+    })?;
+    let snapshot = broker.inspect()?;
+    let channels = snapshot["channels"].as_array().context("no channels")?;
+    let down = channels.iter().find(|channel| channel["name"] == "down");
+    let guest = down.context("no channel")?["consumer"].as_u64();
+    let guest_status = format!("/proc/{}/status", guest.context("no consumer")?);
+    let host_status = format!("/proc/{}/status", host_receiver.app.id());
+    let look = || -> Result<[u64; 2]> {
+        let host = std::fs::read_to_string(&host_status)?;
+        let guest = vm.run(["cat", &guest_status])?.success()?;
+        Ok([sleeps(&host)?, sleeps(&guest)?])
+    };
+    thread::sleep(Duration::from_millis(500));
+    let before = look()?;
+    thread::sleep(Duration::from_secs(3));
+    let [host, guest] = look()?;
+    guest_sender.close_stdin()?;
+    drop(input);
+    guest_sender.wait(COMMAND_TIMEOUT)?.require_success()?;
+    ensure!(host_sender.wait()?.success());
+    assert_eq!(host_receiver.bytes()?, b"tickticktick");
+    assert_eq!(
+        guest_receiver.wait(COMMAND_TIMEOUT)?.success()?,
+        "tickticktick"
+    );
+    // At the end, so that no process is left.
+    ensure!(host == before[0], "the host app was not rung by the guest");
+    ensure!(guest == before[1], "the guest app was not rung by the host");
+    Ok(())
+}
