@@ -4,7 +4,7 @@
 //! does to a program's calls, and to the memory and the doorbells that the host sees.
 //!
 //! The test `ci/tests/driver/` boots the VM that [`Region`] describes, once for each transport, and runs
-//! `barlink-driver-checks NAME` in it for each of [`CHECKS`], and some of them once more in one with an IOMMU. A check [asks](Request) the host for what only the host can do;
+//! `barlink-driver-checks NAME` in it for each of [`TOPICS`], and some of them once more in one with an IOMMU. A check [asks](Request) the host for what only the host can do;
 //! it does not know the transport.
 //!
 //! | file | its one job |
@@ -31,16 +31,20 @@ mod objects;
 mod process;
 pub mod tier;
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 
 pub use ask::{Answer, Facts, RAW, Region, Request};
 pub use binding::make_second_node;
-pub use checks::{BEHIND_AN_IOMMU, CHECKS, Check, PAUSING, SLEEPING, UNPLUGGING, WITH_ALL_DEVICES};
+pub use checks::{
+    BEHIND_AN_IOMMU, Check, PAUSING, SLEEPING, TOPICS, Topic, UNPLUGGING, WITH_ALL_DEVICES,
+};
 pub use module::complaint;
 
-/// The regions whose devices the VM has for a check.
-pub fn regions(name: &str) -> &'static [Region] {
-    match WITH_ALL_DEVICES.contains(&name) {
+/// The regions whose devices a VM needs for these checks.
+pub fn regions(names: &[&str]) -> &'static [Region] {
+    match names.iter().any(|name| WITH_ALL_DEVICES.contains(name)) {
         true => &Region::ALL,
         false => &[Region::Main],
     }
@@ -48,13 +52,17 @@ pub fn regions(name: &str) -> &'static [Region] {
 
 /// Runs the check with this name, on a driver that is loaded and has its devices.
 pub fn run(name: &str) -> Result<()> {
-    let check = CHECKS.iter().find(|(known, _)| *known == name);
+    let mut checks = TOPICS.iter().flat_map(|(_, checks)| *checks);
+    let check = checks.find(|(known, _)| *known == name);
     let (_, check) = check.with_context(|| format!("there is no check {name}"))?;
     if !module::is_loaded() {
         module::load()?;
     }
     for region in Region::TAKEN {
-        if regions(name).contains(&region) && !binding::is_bound(region)? {
+        let is_there = Path::new("/sys/bus/pci/devices")
+            .join(region.facts().pci)
+            .exists();
+        if is_there && !binding::is_bound(region)? {
             binding::bind(region)?;
         }
     }

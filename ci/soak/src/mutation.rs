@@ -95,13 +95,10 @@ pub const ALL: [Mutation; 7] = [
         to: "    if opened.device.is_gone() {\n        opened.device.release(opened.id);\n    }\n",
         part: Changed::Driver,
         found_by: &[
-            (
-                DRIVER,
-                "ivshmem::driver::claims_are_exclusive_and_end_with_their_file",
-            ),
-            (DRIVER, "ivshmem::driver::holder_words_follow_the_claims"),
+            (DRIVER, "ivshmem::driver::claims"),
+            (DRIVER, "ivshmem::driver::presence"),
         ],
-        untouched: (DRIVER, "ivshmem::driver::info_describes_each_device"),
+        untouched: (DRIVER, "ivshmem::driver::doorbells"),
     },
     Mutation {
         name: "removal-does-not-zap",
@@ -111,14 +108,8 @@ pub const ALL: [Mutation; 7] = [
         from: "        self.mappings.zap();\n",
         to: "",
         part: Changed::Driver,
-        found_by: &[
-            (
-                DRIVER,
-                "ivshmem::driver::unbind_reaches_every_sleeper_and_mapping",
-            ),
-            (DRIVER, "ivshmem::driver::removed_and_rescanned"),
-        ],
-        untouched: (DRIVER, "ivshmem::driver::info_describes_each_device"),
+        found_by: &[(DRIVER, "ivshmem::driver::removal")],
+        untouched: (DRIVER, "ivshmem::driver::doorbells"),
     },
     Mutation {
         name: "buffer-is-not-freed",
@@ -128,14 +119,8 @@ pub const ALL: [Mutation; 7] = [
         from: "        // SAFETY: By the invariant this was allocated so, and the device is still bound;",
         to: "        if self.size > 0 {\n            return;\n        }\n        // SAFETY: By the invariant this was allocated so, and the device is still bound;",
         part: Changed::Driver,
-        found_by: &[
-            (DRIVER, "ivshmem::driver::buffers_leave_nothing_behind"),
-            (
-                DRIVER,
-                "ivshmem::driver::memory_of_buffers_is_free_after_unbind_whoever_has_them",
-            ),
-        ],
-        untouched: (DRIVER, "ivshmem::driver::info_describes_each_device"),
+        found_by: &[(DRIVER, "ivshmem::driver::buffer")],
+        untouched: (DRIVER, "ivshmem::driver::doorbells"),
     },
     Mutation {
         name: "consumer-starts-at-end",

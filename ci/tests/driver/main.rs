@@ -1,13 +1,17 @@
-//! The driver, checked from inside a guest: each of `barlink-driver-checks`'s checks is a test of its own over each transport, in a VM
-//! of its own, and some are so once more in a guest with an IOMMU.
+//! The driver, checked from inside a guest, over each transport, and in part once more in a guest with an IOMMU.
+//!
+//! Each topic of `barlink-driver-checks` is a test: its checks run in one VM, one after the other, since a VM costs more than most checks.
+//! After a check that fails nothing is known of that VM any more, and the next one gets a new VM. In the tier of
+//! `cargo xtask soak` each check is a test of its own.
 
 mod devices;
 mod stage;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
-use barlink_driver_checks::{BEHIND_AN_IOMMU, CHECKS, PAUSING, SLEEPING, UNPLUGGING, regions};
+use anyhow::{Result, ensure};
+use barlink_driver_checks::tier::Tier;
+use barlink_driver_checks::{BEHIND_AN_IOMMU, PAUSING, SLEEPING, TOPICS, UNPLUGGING, regions};
 use barlink_vm::broker::Transport;
 use libtest_mimic::{Arguments, Trial};
 
@@ -45,29 +49,52 @@ impl Setting {
     }
 }
 
-/// Runs a check, and prints what it measured.
-fn check(setting: Setting, name: &str) -> Result<()> {
-    let mut stage = Stage::set(setting.transport, setting.machine, regions(name))?;
-    for figure in stage.check(name)? {
-        println!("{}: {figure}", setting.module());
+/// Runs checks one after the other, and prints what they measured. An error names each that failed, and why.
+fn check(setting: Setting, names: &[&str]) -> Result<()> {
+    let mut stage = None;
+    let mut failures = Vec::new();
+    for name in names {
+        let mut current = match stage.take() {
+            Some(stage) => stage,
+            None => Stage::set(setting.transport, setting.machine, regions(names))?,
+        };
+        println!("{name}");
+        match current.check(name) {
+            Ok(figures) => {
+                figures.iter().for_each(|figure| println!("  {figure}"));
+                stage = Some(current);
+            }
+            Err(error) => failures.push(format!("{name}: {error:#}")),
+        }
     }
+    ensure!(failures.is_empty(), "{}", failures.join("\n\n"));
     Ok(())
 }
 
 fn main() -> ExitCode {
-    let trial = |setting: Setting, name: &'static str| {
+    let trial = |setting: Setting, name: &str, checks: Vec<&'static str>| {
         let title = format!("{}::{name}", setting.module());
         Trial::test(title, move || {
-            check(setting, name).map_err(|error| format!("{error:#}").into())
+            check(setting, &checks).map_err(|error| format!("{error:#}").into())
         })
     };
     let mut trials = Vec::new();
     for transport in Transport::ALL {
         for machine in [Machine::Usual, Machine::BehindAnIommu, Machine::Sleeper] {
             let setting = Setting { transport, machine };
-            let names = CHECKS.iter().map(|(name, _)| *name);
-            let names = names.filter(|name| setting.has(name));
-            trials.extend(names.map(|name| trial(setting, name)));
+            for (topic, checks) in TOPICS {
+                let names = checks.iter().map(|(name, _)| *name);
+                let names: Vec<_> = names.filter(|name| setting.has(name)).collect();
+                match Tier::current() {
+                    Tier::Test if names.is_empty() => (),
+                    Tier::Test => trials.push(trial(setting, topic, names)),
+                    Tier::Soak => trials.extend(
+                        names
+                            .into_iter()
+                            .map(|name| trial(setting, name, vec![name])),
+                    ),
+                }
+            }
         }
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()

@@ -106,7 +106,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            memory_mib: 512,
+            memory_mib: 256,
             cpus: 2,
             machine: "q35",
             arguments: Vec::new(),

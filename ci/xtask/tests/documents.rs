@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use barlink_driver_checks::CHECKS;
+use barlink_driver_checks::TOPICS;
 use barlink_sandbox::builds::repository;
 use walkdir::WalkDir;
 
@@ -28,7 +28,8 @@ fn files(extension: &str) -> Vec<PathBuf> {
 
 /// The names of all tests in the tree: functions that are marked so, and the driver's checks.
 fn tests() -> Result<HashSet<String>> {
-    let mut names: HashSet<_> = CHECKS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let checks = TOPICS.iter().flat_map(|(_, checks)| *checks);
+    let mut names: HashSet<_> = checks.map(|(name, _)| (*name).to_owned()).collect();
     for path in files("rs") {
         let source = fs::read_to_string(&path)?;
         let marked = source.split("#[test]").skip(1);

@@ -24,22 +24,25 @@ use anyhow::Result;
 /// A check: an error or a panic is its failure.
 pub type Check = fn() -> Result<()>;
 
+/// A topic: its name, and its checks with theirs.
+pub type Topic = (&'static str, &'static [(&'static str, Check)]);
+
 macro_rules! checks {
-    ($($topic:ident: $($name:ident)*;)*) => {
-        &[$($((stringify!($name), $topic::$name)),*),*]
+    ($($title:literal, $topic:ident: $($name:ident)*;)*) => {
+        &[$(($title, &[$((stringify!($name), $topic::$name)),*])),*]
     };
 }
 
-/// All checks with their names, in the order in which they are best run: what is simple first.
-pub const CHECKS: &[(&str, Check)] = checks! {
-    devices:
+/// All checks by topic, in the order in which they are best run: what is simple first.
+pub const TOPICS: &[Topic] = checks! {
+    "devices", devices:
         nodes_are_numbered_and_private_to_root
         foreign_memory_is_declined
         info_describes_each_device
         devices_are_independent
         unknown_calls_are_refused
         smallest_free_number_is_taken;
-    mmap:
+    "mmap", mmap:
         stores_cross_both_ways
         mappings_are_noncached_and_say_so
         mmap_refuses_the_drivers_page
@@ -47,7 +50,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         read_only_file_gets_read_only_mappings
         mappings_survive_fork_split_and_move
         mappings_are_not_taken_for_the_kernels_memory;
-    cache:
+    "cache", cache:
         each_cache_mode_is_granted_and_told
         one_cache_mode_holds_while_a_mapping_lives
         wishes_that_make_no_sense_are_refused
@@ -55,7 +58,7 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         large_pages_are_mapped_when_they_are_touched
         large_page_is_not_mapped_over_a_page_of_another_mode
         pages_that_were_not_touched_yet_are_gone_with_the_device;
-    buffer:
+    "buffer", buffer:
         buffers_of_other_sizes_and_for_readers_are_refused
         buffer_is_one_a_device_and_zeroed
         buffer_is_mapped_as_the_region_is
@@ -64,22 +67,22 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         unbind_takes_the_buffer_from_every_process
         memory_of_buffers_is_free_after_unbind_whoever_has_them
         unbind_races_buffers;
-    claims:
+    "claims", claims:
         claims_are_exclusive_and_end_with_their_file
         foreign_and_unknown_ends_are_refused
         claim_ends_when_its_process_is_killed;
-    presence:
+    "presence", presence:
         epoch_is_new_at_every_probe
         holder_words_follow_the_claims
         unbind_clears_the_driver_page;
-    doorbells:
+    "doorbells", doorbells:
         doorbells_reach_the_host
         all_256_vectors_fire
         doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them
         doorbells_are_read_before_the_device_is_given_back
         interrupts_in_lock_step_are_never_lost
         device_without_vectors_says_so;
-    interrupts:
+    "interrupts", interrupts:
         read_gives_what_fired_once
         read_waits_and_a_signal_ends_it
         last_interrupt_of_a_burst_is_always_delivered
@@ -87,44 +90,44 @@ pub const CHECKS: &[(&str, Check)] = checks! {
         interrupts_are_counted_for_each_file
         claims_narrow_what_a_file_hears
         epoll_hears_of_vectors_claimed_later;
-    signals:
+    "signals", signals:
         eventfds_are_written_for_their_vectors
         what_is_no_eventfd_is_refused
         eventfd_tells_that_the_device_goes;
-    hostile:
+    "hostile", hostile:
         hostile_superblocks_are_declined
         superblock_is_read_once
         hostile_driver_page_changes_nothing;
-    removal:
+    "removal", removal:
         unbind_reaches_every_sleeper_and_mapping
         file_of_a_removed_device_stays_dead
         removed_and_rescanned
         hot_plugged_device_comes_and_goes;
-    races:
+    "races", races:
         unbind_races_mmap_and_fork
         unbind_races_claims_and_doorbells
         interrupt_storm_races_open_claim_and_close
         reset_of_a_virtio_device_races_unbind_and_unload;
-    rounds:
+    "rounds", rounds:
         device_comes_and_goes_under_its_users;
-    sleep:
+    "sleep", sleep:
         system_suspends_to_idle_under_its_users
         device_that_was_reset_is_gone_after_a_suspend_and_comes_back
         suspend_leaves_files_and_mappings_as_they_are
         hibernation_is_refused;
-    life:
+    "life", life:
         module_stays_while_it_is_used
         module_is_loaded_and_unloaded
         kernel_log_stays_clean;
-    cost:
+    "cost", cost:
         memory_of_a_device_is_small
         mappings_leave_nothing_behind
         mapping_64_mib_takes_a_moment;
-    sleep:
+    "sleep_in_s3", sleep:
         system_suspends_to_memory_under_its_users;
 };
 
-/// Those of [`CHECKS`] for which the VM has the devices of all regions. For the others it has that of [`Region::Main`](crate::Region::Main)
+/// Those of [`TOPICS`] for which the VM has the devices of all regions. For the others it has that of [`Region::Main`](crate::Region::Main)
 /// alone: it takes a second less to set up, half of it for the 256 vectors of [`Region::Bus`](crate::Region::Bus).
 pub const WITH_ALL_DEVICES: &[&str] = &[
     "nodes_are_numbered_and_private_to_root",
@@ -153,23 +156,23 @@ pub const WITH_ALL_DEVICES: &[&str] = &[
     "memory_of_a_device_is_small",
 ];
 
-/// Those of [`CHECKS`] that are about nothing but a device that is pulled out of the running VM. QEMU 11.1 ends itself when
+/// Those of [`TOPICS`] that are about nothing but a device that is pulled out of the running VM. QEMU 11.1 ends itself when
 /// that is one of vfio-user with MSI-X, whoever serves it; that it can at least be plugged in is checked by
 /// `device_of_vfio_user_is_plugged_in_and_not_out`.
 pub const UNPLUGGING: &[&str] = &["hot_plugged_device_comes_and_goes"];
 
-/// Those of [`CHECKS`] that need a machine which sleeps in ACPI's S3 any number of times. SeaBIOS 1.17 lets one that is a q35 do so once
+/// Those of [`TOPICS`] that need a machine which sleeps in ACPI's S3 any number of times. SeaBIOS 1.17 lets one that is a q35 do so once
 /// (`docs/driver.md`, section 8).
 pub const SLEEPING: &[&str] = &["system_suspends_to_memory_under_its_users"];
 
-/// Those of [`CHECKS`] that ring while the broker is stopped. Over vfio-user each doorbell is a message to it, for whose answer
+/// Those of [`TOPICS`] that ring while the broker is stopped. Over vfio-user each doorbell is a message to it, for whose answer
 /// QEMU waits 5 s.
 pub const PAUSING: &[&str] = &[
     "doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them",
     "doorbells_are_read_before_the_device_is_given_back",
 ];
 
-/// Those of [`CHECKS`] that are also run in a VM with an IOMMU: of what that is in between, DMA and interrupts, and of a device that
+/// Those of [`TOPICS`] that are also run in a VM with an IOMMU: of what that is in between, DMA and interrupts, and of a device that
 /// comes and goes, with which its mappings do.
 pub const BEHIND_AN_IOMMU: &[&str] = &[
     "stores_cross_both_ways",
