@@ -84,11 +84,14 @@ impl Devices {
 
     /// Has it go on after this time.
     pub fn go_on(&self, region: Region, after: Duration) -> Result<()> {
-        let broker = Arc::clone(self.brokers.get(&region).context("no broker")?);
+        // Not kept by the thread, which may outlast the test: the broker ends with that.
+        let broker = Arc::downgrade(self.brokers.get(&region).context("no broker")?);
         thread::spawn(move || {
             thread::sleep(after);
-            // It may have ended.
-            let _ = broker.signal(Signal::CONT);
+            if let Some(broker) = broker.upgrade() {
+                // It may have ended.
+                let _ = broker.signal(Signal::CONT);
+            }
         });
         Ok(())
     }
