@@ -21,7 +21,7 @@ use crate::service::ServiceManager;
 use barlink_sandbox::builds::Artifacts;
 
 /// How long a broker may take until it listens.
-const START_TIMEOUT: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 const LOG: &str = "broker.log";
 

@@ -50,7 +50,7 @@ pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take for what it does itself.
-pub const QMP_TIMEOUT: Duration = Duration::from_secs(20);
+pub const QMP_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long QEMU may still have something of a device that was unplugged. ivshmem's closes the descriptor of its memory a second
 /// time when it is rid of all that it was mapped for, some 10 ms later; by then nothing else is to have its number

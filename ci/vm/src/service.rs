@@ -24,7 +24,7 @@ const FIRST: i32 = 3;
 const ROOM: usize = 16384;
 
 /// How long a service may take until it says that it is ready.
-const START_TIMEOUT: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// See the module.
 #[derive(Debug)]

@@ -22,7 +22,7 @@ use crate::{Config, Vm};
 /// How long QEMU may take to write or read a guest's memory: 0.9 s and 0.1 s on an idle machine.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Snapshots that are kept, of about 130 MB each: one for each kind of VM, for two builds.
+/// Snapshots that are kept, of about 130 MB each: those of the last builds, for four kinds of VM.
 const KEPT: usize = 16;
 
 /// The file, beside the snapshots, that a process locks while it makes one.

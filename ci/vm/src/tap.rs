@@ -17,7 +17,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::broker::Broker;
 
 /// How long the broker may take for whatever it does.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A region's memory, and the eventfds of all its peers.
 #[derive(Debug)]

@@ -31,12 +31,20 @@ fn unbind_from(children: &[Child], after: Duration) -> Result<()> {
 
 pub(super) fn unbind_races_mmap_and_fork() -> Result<()> {
     let mut alive = 0;
-    for round in (0..30).step_by(2) {
+    for round in (0..).step_by(2) {
+        // On a busy machine a device can go before its users have mapped anything.
+        if round >= 30 && alive >= 15 {
+            break;
+        }
+        ensure!(
+            round < 300,
+            "the race was hardly run: {alive} mappings lived"
+        );
         let children = [false, false, true]
             .into_iter()
             .map(|forks| child(|parent| map_until_gone(parent, forks)))
             .collect::<Result<Vec<_>>>()?;
-        unbind_from(&children, Duration::from_micros(500 + 700 * round))?;
+        unbind_from(&children, Duration::from_micros(500 + 700 * (round % 30)))?;
         for child in children {
             alive += child.hear()?;
             child.go_on()?;
@@ -44,9 +52,7 @@ pub(super) fn unbind_races_mmap_and_fork() -> Result<()> {
         }
         bind(Region::Main)?;
     }
-    host::show(format!("{alive} mappings lived when their device went"))?;
-    ensure!(alive >= 15, "the race was hardly run");
-    Ok(())
+    host::show(format!("{alive} mappings lived when their device went"))
 }
 
 /// Maps until the device is gone, tells how many mappings there are then, and that each is dead.
@@ -133,7 +139,6 @@ pub(super) fn interrupt_storm_races_open_claim_and_close() -> Result<()> {
             .into_iter()
             .map(|end| {
                 child(|parent| {
-                    parent.tell_ready()?;
                     let mut heard = 0;
                     while let Ok(device) = Device::open(&node) {
                         // Who comes second hears of all vectors.
@@ -144,7 +149,12 @@ pub(super) fn interrupt_storm_races_open_claim_and_close() -> Result<()> {
                                 break;
                             }
                             match device.interrupts() {
-                                Ok(vectors) => heard += vectors.len(),
+                                Ok(vectors) => {
+                                    if heard == 0 {
+                                        parent.tell_ready()?;
+                                    }
+                                    heard += vectors.len();
+                                }
                                 Err(error) => ensure!(error == Errno::NODEV, error),
                             }
                         }
