@@ -12,7 +12,9 @@ use rustix::process::Signal;
 
 #[test]
 fn a_stock_kernel_boots_and_the_agent_runs_commands() -> Result<()> {
+    let start = Instant::now();
     let vm = Vm::boot(&Config::default())?;
+    println!("booted in {:?}", start.elapsed());
 
     let release = vm.run(["uname", "-r"])?.success()?;
     assert_eq!(release.trim_end(), Artifacts::shared()?.tools.release);
@@ -50,13 +52,7 @@ fn restored_guest_is_as_one_that_booted() -> Result<()> {
         vm.get_file("/tmp/file")? == bytes,
         "1 MiB came back changed"
     );
-    // A reset ends its processes, and it boots.
-    let cut_off = vm.spawn(["sleep", "1000"])?;
-    let start = Instant::now();
-    vm.reset()?;
-    println!("booted in {:?}", start.elapsed());
-    cut_off.wait(COMMAND_TIMEOUT).unwrap_err();
-    vm.run(["test", "!", "-e", "/tmp/file"])?.require_success()
+    Ok(())
 }
 
 #[test]

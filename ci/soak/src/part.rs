@@ -108,6 +108,16 @@ pub fn all() -> Result<Vec<Part>> {
                 Work::Tests(filter),
             );
         }
+        let loops = LOOPS.map(|(_, check, ..)| format!("test({check})"));
+        add(
+            format!("driver-{transport}"),
+            "all other checks of the driver, each in a VM of its own, with an IOMMU, too",
+            420,
+            Work::Tests(format!(
+                "binary(driver) & test(/^{module}::/) & not ({})",
+                loops.join(" | ")
+            )),
+        );
         add(
             format!("crash-{transport}"),
             "faults of all kinds while records flow: none is lost, none comes twice",
@@ -116,6 +126,12 @@ pub fn all() -> Result<Vec<Part>> {
         );
     }
     for (name, about, seconds, filter) in [
+        (
+            "boots",
+            "guests that boot with a BAR below 4 GiB, or one processor, over each transport",
+            300,
+            "binary(transports) & test(/cache::(each_cure|write_back_below)|guest_with_few_cpus/)",
+        ),
         (
             "resets",
             "100 resets of guests under the users of their devices",

@@ -82,47 +82,6 @@ fn demo_refuses_kvm_that_is_closed_to_its_user() -> Result<()> {
     Ok(())
 }
 
-/// With a cargo that builds nothing, so that the demo comes as far as its broker, which ends at once.
-#[test]
-fn demo_has_only_those_programs_built_that_it_shows() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let (asked, script) = (folder.path().join("asked"), folder.path().join("cargo"));
-    let real = cargo("").get_program().to_owned();
-    let text = r#"#!/bin/sh
-        [ "$1" = build ] || exec "$REAL" "$@"
-        while [ $# -gt 0 ]; do
-            if [ "$1" = --package ]; then
-                echo "$2" >>"$ASKED"
-                echo "{\"executable\": \"/bin/false\", \"target\": {\"name\": \"$2\"}}"
-            fi
-            shift
-        done"#;
-    fs::write(&script, text)?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-    command.arg("demo").stdin(Stdio::null());
-    command.env("CARGO_TARGET_DIR", folder.path().join("target"));
-    command
-        .env("CARGO", &script)
-        .env("REAL", real)
-        .env("ASKED", &asked);
-    let output = command.output()?;
-    let told = String::from_utf8(output.stderr)?;
-    ensure!(told.contains("the broker does not serve"), "{told}");
-    let asked = fs::read_to_string(asked)?;
-    let asked: Vec<_> = asked.lines().collect();
-    assert_eq!(asked, ["barlink", "barlink-guest", "barlink-agent"]);
-    // And each time it was said what takes so long.
-    for what in [
-        "the host's programs",
-        "the guest's programs",
-        "the driver for",
-    ] {
-        assert!(told.contains(&format!("building {what}")), "{told}");
-    }
-    Ok(())
-}
-
 #[test]
 fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
     let folder = tempfile::tempdir()?;

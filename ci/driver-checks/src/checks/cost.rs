@@ -92,7 +92,7 @@ pub(super) fn mappings_leave_nothing_behind() -> Result<()> {
     let mut counts = vec![objects::count()?];
     let before = unreclaimable()?;
     let many = rounds(FEW_CYCLES, CYCLES);
-    for _ in 0..4 {
+    for _ in 0..rounds(2, 4) {
         cycles(many)?;
         counts.push(objects::count()?);
     }
