@@ -407,7 +407,10 @@ fn cargo_build(mut build: Command, packages: &[&str], linkage: Linkage) -> Resul
     if linkage == Linkage::Static {
         build.arg(format!("--target={NATIVE_TARGET}"));
         // Of all ways to give flags this one outranks the others, so that no setting of the user's undoes it.
-        build.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
+        build.env(
+            "CARGO_ENCODED_RUSTFLAGS",
+            "-C\x1ftarget-feature=+crt-static",
+        );
         // Three quarters of these programs otherwise, which every boot would load.
         build.env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
     }
