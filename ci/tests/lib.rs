@@ -3,6 +3,7 @@
 //! Waits of the VM tests. Each wait has a limit, and an error that says what did not happen.
 
 use std::io::Read;
+use std::ops::{Deref, DerefMut};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -48,6 +49,42 @@ pub fn kill(child: &mut Child) -> Result<()> {
     // No process survives SIGKILL, so this wait is short.
     child.wait()?;
     Ok(())
+}
+
+/// A host app that a test starts. It ends with the test, however that ends.
+#[derive(Debug)]
+pub struct App(Child);
+
+impl App {
+    /// Starts the app.
+    pub fn start(command: &mut Command) -> Result<Self> {
+        let program = command.get_program().display().to_string();
+        let child = command.spawn();
+        Ok(Self(
+            child.with_context(|| format!("{program} cannot be started"))?,
+        ))
+    }
+}
+
+impl Deref for App {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl DerefMut for App {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for App {
+    fn drop(&mut self) {
+        // An app that has ended already is not killed.
+        let _ = kill(&mut self.0);
+    }
 }
 
 /// Runs a command to its end, and gives its exit status, standard output and standard error.

@@ -3,9 +3,10 @@
 //! The checks of the driver, `barlink.ko`: one function a check. They run in a guest, as root, and go by what the driver
 //! does to a program's calls, and to the memory and the doorbells that the host sees.
 //!
-//! The test `ci/tests/driver/` boots the VM that [`Region`] describes, once for each transport, and runs
-//! `barlink-driver-checks NAME` in it for each of [`TOPICS`], and some of them once more in one with an IOMMU. A check [asks](Request) the host for what only the host can do;
-//! it does not know the transport.
+//! The test `ci/tests/driver/` restores a VM with the devices of a topic's regions, over each
+//! transport, and runs `barlink-driver-checks NAME` in it for each check of [`TOPICS`]. Some checks
+//! run once more in a VM with an IOMMU. A check [asks](Request) the host for what only the host can
+//! do; it does not know the transport.
 //!
 //! | file | its one job |
 //! |---|---|

@@ -41,7 +41,7 @@ impl fmt::Display for Tier {
     }
 }
 
-/// The rounds of a loop in the tier of this process: so many under `cargo xtask test`, so many under `cargo xtask soak`.
+/// Chooses a loop's number of rounds: `test` under `cargo xtask test`, `soak` under `cargo xtask soak`.
 pub fn rounds<T>(test: T, soak: T) -> T {
     Tier::current().rounds(test, soak)
 }

@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -15,6 +16,8 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
 
 use crate::initramfs;
 use crate::module::ModuleBuild;
@@ -131,8 +134,18 @@ impl Artifacts {
 
     /// The environment variables by which [`Artifacts::shared`] gives these in another process, without building.
     pub fn environment(&self) -> Result<Vec<(&'static str, OsString)>> {
-        let path = self.logs.join("built.json");
-        fs::write(&path, serde_json::to_vec(&self.files)?)
+        let text = serde_json::to_vec(&self.files)?;
+        // Complete, and of these files, whatever other runs do.
+        let hash = Sha256::digest(&text);
+        let hash: String = hash
+            .iter()
+            .take(8)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let path = self.logs.join(format!("built-{hash}.json"));
+        let mut file = NamedTempFile::new_in(&self.logs)?;
+        file.write_all(&text)?;
+        file.persist(&path)
             .with_context(|| format!("{} cannot be written", path.display()))?;
         let mut variables = self.args.environment();
         variables.push((BUILT, path.into()));

@@ -24,11 +24,11 @@ const WHEEL_DIGEST: &str = "76d7faec7ba7e1f15f888268761bb1449309b1eb801ec5cbe9c0
 
 /// A build of tests, and what tells its tests from those of other builds.
 struct Build {
-    /// What cargo is told to select it.
+    /// Arguments by which cargo selects the tests.
     selection: &'static [&'static str],
-    /// What the compiler is told to set, in a folder of its own.
+    /// A `--cfg` of the compiler; the build then has a target folder of its own.
     cfg: Option<&'static str>,
-    /// What its tests are called by, where another build has the same.
+    /// Suffix of the IDs of its binaries, where another build has the same IDs.
     suffix: &'static str,
 }
 
@@ -56,7 +56,7 @@ const BUILDS: [Build; 3] = [
 #[derive(Debug)]
 pub struct Nextest {
     program: PathBuf,
-    /// A folder with what it is told of the tests.
+    /// The folder of the metadata files that cargo-nextest reads.
     folder: PathBuf,
 }
 
@@ -70,7 +70,9 @@ impl Nextest {
             program: find()?,
             folder,
         };
-        let metadata = cargo("metadata").arg("--format-version=1").output()?;
+        let mut metadata = cargo("metadata");
+        let metadata = metadata.arg("--format-version=1").stderr(Stdio::inherit());
+        let metadata = metadata.output()?;
         ensure!(metadata.status.success(), "cargo metadata fails");
         fs::write(nextest.folder.join("cargo.json"), metadata.stdout)?;
         let mut all = Value::Null;
@@ -91,7 +93,7 @@ impl Nextest {
         Ok(nextest)
     }
 
-    /// Builds tests; what the program says of them.
+    /// Builds tests, and gives cargo-nextest's list of their binaries.
     fn list(&self, build: &Build, target: &Path) -> Result<Value> {
         let mut command = self.nextest("list");
         command.args(["--list-type=binaries-only", "--message-format=json"]);
@@ -117,7 +119,7 @@ impl Nextest {
             command.arg(option).arg(self.folder.join(file));
         }
         if std::env::var_os("RUST_LIB_BACKTRACE").is_none() {
-            // What a test returns as an error is told by its text.
+            // The text of a test's error says enough without a backtrace.
             command.env("RUST_LIB_BACKTRACE", "0");
         }
         command
@@ -166,7 +168,7 @@ impl Nextest {
 /// is built.
 fn run_and_read(command: &mut Command, root: &Path, profile: &str) -> Result<Report> {
     let path = root.join("target/nextest").join(profile).join("junit.xml");
-    // Of this run, or none.
+    // Removes the report of an earlier run.
     if path.exists() {
         fs::remove_file(&path)?;
     }
@@ -176,7 +178,7 @@ fn run_and_read(command: &mut Command, root: &Path, profile: &str) -> Result<Rep
     Report::read(&path, status)
 }
 
-/// What a run of tests came to.
+/// The result of a run of tests.
 #[derive(Debug)]
 pub struct Report {
     /// How many passed.
@@ -193,7 +195,7 @@ impl Report {
     /// Reads the report that the program has written for other tools: JUnit's XML.
     fn read(path: &Path, status: ExitStatus) -> Result<Self> {
         let Ok(text) = fs::read_to_string(path) else {
-            // It has said why.
+            // cargo-nextest has printed the reason.
             bail!("no test was run ({status})");
         };
         let document = roxmltree::Document::parse(&text)?;

@@ -68,7 +68,7 @@ pub fn build() -> Result<()> {
 ///
 /// # Errors
 ///
-/// What the target found.
+/// The target found a fault.
 pub fn run(target: &str, seconds: u64, seed: u64) -> Result<String> {
     let folder = folder()?;
     let steps = Steps::start(&folder.join("log"))?;

@@ -4,10 +4,10 @@
 //!
 //! | file | its one job |
 //! |---|---|
-//! | `part.rs` | the parts that there are |
-//! | `draw.rs` | which of them fit a time |
-//! | `session.rs` | runs a part, and builds before what it needs |
-//! | `table.rs` | what came of the parts |
+//! | `part.rs` | the list of parts |
+//! | `draw.rs` | draws parts that fit into the time left |
+//! | `session.rs` | builds the needs of a part, and runs it |
+//! | `table.rs` | the table of results |
 //! | `crash/` | faults while records flow, and the count of what is lost |
 //! | `fuzz.rs` | the fuzz targets of `ci/fuzz` |
 //! | `mutation.rs` | faults in the code itself, which tests must find |
@@ -32,7 +32,7 @@ use self::part::Part;
 use self::session::Session;
 use self::table::Table;
 
-/// What to run, and for how long.
+/// Options of `cargo xtask soak`.
 #[derive(Args, Debug)]
 pub struct SoakArgs {
     /// Run only parts whose names hold one of these texts [default: all]
@@ -43,7 +43,7 @@ pub struct SoakArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=10_000))]
     minutes: Option<u64>,
 
-    /// What the parts that are drawn, and all that is random in them, follow from [default: from the clock]
+    /// Seed of the draw and of everything random in the parts [default: from the clock]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
 
@@ -52,7 +52,7 @@ pub struct SoakArgs {
     list: bool,
 
     /// Faults in each part `crash-…`
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 200, conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
 
     /// Do only faults whose names hold this in the parts `crash-…`, say `broker killed`
@@ -60,7 +60,7 @@ pub struct SoakArgs {
     fault: Option<String>,
 
     /// Seconds for each part `fuzz-…`
-    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 60, conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
 
     /// The tools.
@@ -68,12 +68,18 @@ pub struct SoakArgs {
     vm: VmArgs,
 }
 
-/// Runs the parts, and prints the table of what came of them.
+/// Runs the parts and prints the table of results.
 pub fn run(args: &SoakArgs) -> Result<ExitCode> {
     let all = part::all()?;
+    // A whole name means that part alone, and not those that hold it as well.
+    let is_whole = |name: &String| all.iter().any(|part| part.name == *name);
     let wanted = |part: &Part| {
-        let names = &args.names;
-        names.is_empty() || names.iter().any(|name| part.name.contains(name))
+        let mut names = args.names.iter();
+        let fits = |name: &String| match is_whole(name) {
+            true => part.name == *name,
+            false => part.name.contains(name.as_str()),
+        };
+        args.names.is_empty() || names.any(fits)
     };
     for name in &args.names {
         ensure!(
@@ -81,7 +87,7 @@ pub fn run(args: &SoakArgs) -> Result<ExitCode> {
             "no part has `{name}` in its name: `cargo xtask soak --list` names them"
         );
     }
-    let parts: Vec<Part> = all.into_iter().filter(wanted).collect();
+    let parts: Vec<Part> = all.iter().filter(|part| wanted(part)).cloned().collect();
     if args.list {
         for part in &parts {
             println!(
@@ -103,7 +109,7 @@ pub fn run(args: &SoakArgs) -> Result<ExitCode> {
         .map(|minutes| Duration::from_secs(60 * minutes));
     let mut left = draw::order(parts, budget.is_some(), seed);
     let mut session = Session::new(args, seed);
-    let mut table = Table::new(seed);
+    let mut table = Table::new(args, seed);
     let start = Instant::now();
     while let Some(part) = draw::next(
         &mut left,

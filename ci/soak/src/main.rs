@@ -9,7 +9,7 @@ use clap::Parser;
 
 /// Repeats, breaks and fuzzes, in parts: long loops, crashes, fuzzing, packages, the bench, and mutations
 ///
-/// Without a time, all parts are run, which takes about two hours; with one, parts are drawn by the seed until it is used up.
+/// Without a time, all parts are run, which takes two to three hours; with one, parts are drawn by the seed until it is used up.
 #[derive(Parser)]
 #[command(
     bin_name = "cargo xtask soak",

@@ -38,7 +38,7 @@ pub struct Mutation {
     untouched: (&'static str, &'static str),
 }
 
-/// What a fault changes.
+/// The program or module that a fault changes.
 #[derive(Clone, Copy, Debug)]
 enum Changed {
     /// The host's program.

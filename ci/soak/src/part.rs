@@ -15,15 +15,15 @@ use crate::mutation::{self, Mutation};
 pub struct Part {
     /// Its name, without spaces.
     pub name: String,
-    /// What it does, in a few words.
+    /// A short description.
     pub about: String,
     /// How long it takes on two cores without KVM, what is built for it included.
     pub estimate: Duration,
-    /// What is done.
+    /// The work of the part.
     pub work: Work,
 }
 
-/// What a part does.
+/// The kinds of work.
 #[derive(Clone, Debug)]
 pub enum Work {
     /// Runs tests in the depth of [`Tier::Soak`](barlink_driver_checks::tier::Tier::Soak), chosen by an expression of cargo-nextest.
@@ -108,7 +108,7 @@ pub fn all() -> Result<Vec<Part>> {
                 Work::Tests(filter),
             );
         }
-        let loops = LOOPS.map(|(_, check, ..)| format!("test({check})"));
+        let loops = LOOPS.map(|(_, check, ..)| format!("test(={module}::driver::{check})"));
         add(
             format!("driver-{transport}"),
             "all other checks of the driver, each in a VM of its own, with an IOMMU, too",
@@ -165,7 +165,7 @@ pub fn all() -> Result<Vec<Part>> {
         );
     }
     for target in fuzz::targets()? {
-        let about = format!("inputs that no one thought of, for {target}");
+        let about = format!("random inputs for {target}");
         add(format!("fuzz-{target}"), &about, 200, Work::Fuzz(target));
     }
     for mutation in &mutation::ALL {

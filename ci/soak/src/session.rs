@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Runs a part, and builds before what it needs, once.
+//! Builds the needs of a part, once, and runs it.
 
 use anyhow::{Context, Result, ensure};
 use barlink_driver_checks::tier::{self, Tier};
@@ -14,7 +14,7 @@ use crate::{SoakArgs, crash, fuzz, mutation};
 /// How tests are run: a profile of `.config/nextest.toml`.
 pub const PROFILE: &str = "soak";
 
-/// What the parts of one run have in common.
+/// State that the parts of one run share.
 #[derive(Debug)]
 pub struct Session<'a> {
     args: &'a SoakArgs,
@@ -40,7 +40,7 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     ///
-    /// What the part found, or why it could not be run.
+    /// The part found a fault, or could not be run.
     pub fn run(&mut self, part: &Part) -> Result<String> {
         match &part.work {
             Work::Tests(filter) => self.test(filter),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What came of the parts, as a table.
+//! The table of results.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -8,12 +8,17 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::part::Part;
+use crate::SoakArgs;
+use crate::part::{Part, Work};
 
 /// See the module.
 #[derive(Debug)]
 pub struct Table {
-    seed: u64,
+    /// Options that every repetition has.
+    options: String,
+    rounds: u64,
+    fault: Option<String>,
+    seconds: u64,
     rows: Vec<Row>,
     left_out: Vec<String>,
 }
@@ -21,25 +26,48 @@ pub struct Table {
 #[derive(Debug)]
 struct Row {
     part: String,
+    /// The command that repeats it.
+    again: String,
     time: Duration,
-    /// What was done, such as `200 rounds`; `None` where it failed.
+    /// The work that was done, such as `200 rounds`; `None` for a failure.
     done: Option<String>,
 }
 
 impl Table {
-    /// An empty one.
-    pub fn new(seed: u64) -> Self {
+    /// Makes a table without rows.
+    pub fn new(args: &SoakArgs, seed: u64) -> Self {
+        let mut options = format!("--seed {seed}");
+        for (name, value) in args.vm.environment() {
+            let option = name.trim_start_matches("BARLINK_").to_lowercase();
+            let option = option.replace('_', "-");
+            options += &format!(" --{option} {}", value.display());
+        }
         Self {
-            seed,
+            options,
+            rounds: args.rounds,
+            fault: args.fault.clone(),
+            seconds: args.seconds,
             rows: Vec::new(),
             left_out: Vec::new(),
         }
     }
 
-    /// Adds a part, with what was done, or how it failed.
+    /// Adds a part with the work that was done, or its failure.
     pub fn add(&mut self, part: &Part, time: Duration, outcome: Result<String>) {
+        let mut again = format!("cargo xtask soak {} {}", part.name, self.options);
+        match part.work {
+            Work::Crash(_) => {
+                again += &format!(" --rounds {}", self.rounds);
+                if let Some(fault) = &self.fault {
+                    again += &format!(" --fault '{fault}'");
+                }
+            }
+            Work::Fuzz(_) => again += &format!(" --seconds {}", self.seconds),
+            Work::Tests(_) | Work::Mutation(_) => (),
+        }
         self.rows.push(Row {
             part: part.name.clone(),
+            again,
             time,
             done: outcome.ok(),
         });
@@ -71,13 +99,12 @@ impl fmt::Display for Table {
         };
         line("part", "time", "done", "result", "again")?;
         for row in &self.rows {
-            let again = format!("cargo xtask soak {} --seed {}", row.part, self.seed);
             let time = format!("{:.0} s", row.time.as_secs_f64());
             let (done, result) = match &row.done {
                 Some(done) => (done.as_str(), "ok"),
                 None => ("-", "FAILED"),
             };
-            line(&row.part, &time, done, result, &again)?;
+            line(&row.part, &time, done, result, &row.again)?;
         }
         if !self.left_out.is_empty() {
             let parts = self.left_out.join(", ");

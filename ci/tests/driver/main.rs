@@ -1,7 +1,7 @@
 //! The driver, checked from inside a guest, over each transport, and in part once more in a guest with an IOMMU.
 //!
 //! Each topic of `barlink-driver-checks` is a test: its checks run in one VM, one after the other, since a VM costs more than most checks.
-//! After a check that fails nothing is known of that VM any more, and the next one gets a new VM. In the tier of
+//! A check that fails leaves its VM in an unknown state, so the next check gets a new VM. In the tier of
 //! `cargo xtask soak` each check is a test of its own.
 
 mod devices;
@@ -56,7 +56,13 @@ fn check(setting: Setting, names: &[&str]) -> Result<()> {
     for name in names {
         let mut current = match stage.take() {
             Some(stage) => stage,
-            None => Stage::set(setting.transport, setting.machine, regions(names))?,
+            None => match Stage::set(setting.transport, setting.machine, regions(names)) {
+                Ok(stage) => stage,
+                Err(error) => {
+                    failures.push(format!("{name}: no VM: {error:#}"));
+                    break;
+                }
+            },
         };
         println!("{name}");
         match current.check(name) {

@@ -234,7 +234,7 @@ fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
     assert_eq!(receiver.bytes()?, b"whole\n");
 
     // The host's producer.
-    let mut producer = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+    let mut producer = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
     producer
         .stdin
         .as_mut()
@@ -252,7 +252,7 @@ fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
     );
 
     // Again, and its consumer comes only when it has left.
-    let mut producer = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+    let mut producer = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
     let mut input = producer.stdin.take().context("no input")?;
     input.write_all(b"half")?;
     wait_until("all is committed", || {
@@ -368,7 +368,7 @@ fn unbound_device_ends_guest_apps_with_a_word() -> Result<()> {
         vm.spawn(["barlink-guest", "recv"])?,
         vm.spawn(["barlink-guest", "send", "/dev/zero"])?,
     ];
-    let mut receiver = broker.app(["recv", "-o", "/dev/null"]).spawn()?;
+    let mut receiver = App::start(&mut broker.app(["recv", "-o", "/dev/null"]))?;
     wait_for_holder(&broker, "down", "consumer", true)?;
     wait_for_holder(&broker, "up", "producer", true)?;
     vm.run(["sh", "-c", UNBIND])?.require_success()?;

@@ -1,4 +1,4 @@
-//! Ends that wait for the other side: a ring wakes them, and nothing else does.
+//! Idle ends sleep until the other side rings them.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -26,7 +26,7 @@ fn idle_ends_sleep_until_rung() -> Result<()> {
     let host_receiver = receive(&broker, "up")?;
     let guest_sender = vm.spawn(["barlink-guest", "send"])?;
     let guest_receiver = vm.spawn(["barlink-guest", "recv"])?;
-    let mut host_sender = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+    let mut host_sender = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
     let mut input = host_sender.stdin.take().context("no input")?;
     wait_for_holder(&broker, "down", "consumer", true)?;
     let snapshot = broker.inspect()?;
@@ -42,7 +42,8 @@ fn idle_ends_sleep_until_rung() -> Result<()> {
     };
     let mut ticks = 0;
     let mut slept = [false; 2];
-    // On a busy machine a receiver may be awake when a record comes, which then rings nobody. A ring that is missing shows each time.
+    // On a busy machine a receiver may be awake when a record comes, and the sender does not ring an awake receiver. A missing ring
+    // shows in every round.
     for _ in 0..10 {
         guest_sender.write(b"tick")?;
         input.write_all(b"tick")?;
@@ -64,7 +65,7 @@ fn idle_ends_sleep_until_rung() -> Result<()> {
     guest_sender.close_stdin()?;
     drop(input);
     guest_sender.wait(COMMAND_TIMEOUT)?.require_success()?;
-    ensure!(host_sender.wait()?.success());
+    ensure!(wait_for_end(&mut host_sender, "the sender")?.success());
     let sent = "tick".repeat(ticks);
     assert_eq!(host_receiver.bytes()?, sent.as_bytes());
     assert_eq!(guest_receiver.wait(COMMAND_TIMEOUT)?.success()?, sent);

@@ -1,7 +1,7 @@
 //! A VM at a broker, and host apps that stream.
 
 use std::io::Write;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::Duration;
 
@@ -10,7 +10,8 @@ use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Process, Vm};
 pub use barlink_vm_tests::wait_until;
-use barlink_vm_tests::{Task, kill, read_all, wait_for_end};
+pub use barlink_vm_tests::{App, wait_for_end};
+use barlink_vm_tests::{Task, kill, read_all};
 
 /// A broker with these arguments, and a VM at its only slot with the driver loaded.
 pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {
@@ -54,15 +55,13 @@ pub fn noise(length: usize) -> Vec<u8> {
 
 /// A host app that receives. What it receives is taken from it as it comes, so that it never waits for us.
 pub struct Receiving {
-    pub app: Child,
+    pub app: App,
     bytes: Task<std::io::Result<Vec<u8>>>,
 }
 
 pub fn receive(broker: &Broker, channel: &str) -> Result<Receiving> {
-    let mut app = broker
-        .app(["recv", "--channel", channel])
-        .stdout(Stdio::piped())
-        .spawn()?;
+    let mut app = broker.app(["recv", "--channel", channel]);
+    let mut app = App::start(app.stdout(Stdio::piped()))?;
     let output = app.stdout.take().context("no output")?;
     let bytes = read_all(output, &format!("the receiver of {channel}"));
     Ok(Receiving { app, bytes })
@@ -91,7 +90,7 @@ impl Receiving {
 pub struct RoundTrip {
     stop: Sender<()>,
     writer: Task<Result<Vec<u8>>>,
-    sender: Child,
+    sender: App,
     echo: Process,
     receiver: Receiving,
 }
@@ -101,7 +100,7 @@ impl RoundTrip {
     pub fn start(broker: &Broker, vm: &Vm) -> Result<Self> {
         let echo = vm.spawn(["barlink-guest", "echo"])?;
         let receiver = receive(broker, "up")?;
-        let mut sender = broker.app(["send"]).stdin(Stdio::piped()).spawn()?;
+        let mut sender = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
         let mut input = sender.stdin.take().context("no input")?;
         wait_for_holder(broker, "down", "consumer", true)?;
         wait_for_holder(broker, "up", "consumer", true)?;

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use anyhow::{Context, Result, ensure};
 use barlink_vm::broker::Broker;
 use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Process, Vm};
-use barlink_vm_tests::{wait_for_end, wait_until};
+use barlink_vm_tests::{App, wait_for_end, wait_until};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -82,9 +82,9 @@ fn streams(broker: &Broker, vm: &Vm, bytes: &[u8]) -> Result<bool> {
     fs::write(path("down"), bytes)?;
     let echo = vm.spawn(["barlink-guest", "echo"])?;
     let mut receiver = broker.app(["recv"]);
-    let receiver = receiver.stdout(File::create(path("up"))?).spawn()?;
+    let receiver = App::start(receiver.stdout(File::create(path("up"))?))?;
     let mut sender = broker.app(["send"]);
-    let sender = sender.stdin(File::open(path("down"))?).spawn()?;
+    let sender = App::start(sender.stdin(File::open(path("down"))?))?;
     for (mut program, what) in [(sender, "the sender"), (receiver, "the receiver")] {
         let status = wait_for_end(&mut program, what)?;
         ensure!(status.success(), "{what} ended with {status}");

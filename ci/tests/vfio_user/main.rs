@@ -11,7 +11,7 @@ use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
 use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, FREE_PORT, PciDevice, Vm};
-use barlink_vm_tests::{wait_for_end, wait_until};
+use barlink_vm_tests::{App, wait_for_end, wait_until};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -499,7 +499,7 @@ fn stream_of_a_gibibyte_is_no_message_but_its_doorbells() -> Result<()> {
     };
     let vm = Vm::restore(&config)?;
     vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
-    let mut receiver = setting.broker.app(["recv", "-o", "/dev/null"]).spawn()?;
+    let mut receiver = App::start(&mut setting.broker.app(["recv", "-o", "/dev/null"]))?;
     let before = setting.relay.messages().len();
     // A file that is a hole, since a pipe would be slower than the channel.
     let file = "/tmp/file";

@@ -2,12 +2,10 @@
 //! `docs/architecture.md`.
 
 use std::fs;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
-
-use barlink_vm_tests::kill;
 
 use super::relay::Half;
 use super::*;
@@ -21,16 +19,6 @@ const PATIENCE_OF_QEMU: Duration = Duration::from_secs(5);
 
 fn doorbell(device: &PciDevice) -> u64 {
     device.bars[0].0 + 12
-}
-
-/// A host app, which ends with the test.
-struct App(Child);
-
-impl Drop for App {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = kill(&mut self.0);
-    }
 }
 
 /// Waits for a thread, and gives its result. The thread ends by itself, because each access to the machine has a limit.
@@ -148,7 +136,7 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
         let sent = || -> Result<usize> { Ok(fs::read_to_string(&trace)?.matches(SENT).count()) };
         let (mut machine, device) = started(&traced)?;
         let mut app = setting.broker.app(["recv"]);
-        let mut app = App(app.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
+        let mut app = App::start(app.stdout(Stdio::null()).stderr(Stdio::null()))?;
         wait_until("the host app is there", || {
             let claims = setting.broker.inspect()?["broker"]["claims"].take();
             Ok(claims.as_array().is_some_and(|claims| claims.len() == 1))
@@ -164,7 +152,7 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
             is_sent
         })?;
         assert!(!machine.end()?.success());
-        assert_eq!(app.0.try_wait()?, None, "the host app goes on");
+        assert_eq!(app.try_wait()?, None, "the host app goes on");
         let refused = broker.inspect();
         let error = format!("{:#}", refused.expect_err("nobody answers"));
         assert!(error.contains("no broker"), "{error}");

@@ -39,7 +39,7 @@ pub fn check_accelerator(wanted: Option<Accel>) -> Result<()> {
     Ok(())
 }
 
-/// What the guest's processors are, as far as a snapshot depends on it: under KVM they are the host's.
+/// Describes the guest's processors for the hash of a snapshot: under KVM they are the host's.
 pub(crate) fn identity(wanted: Option<Accel>) -> String {
     match accelerator(wanted) {
         Accel::Tcg => "tcg".to_owned(),

@@ -288,8 +288,8 @@ impl Broker {
     }
 }
 
-/// A command for a program on the host to which no signal is ignored: a test that runs in the background of a shell, or under
-/// `nohup`, hands on that it ignores some. The program keeps the process's ID.
+/// Makes a command for a host program that starts with the default action of every signal, because a test under `nohup`, or in
+/// the background of a shell, ignores some. The program keeps the process ID.
 pub fn host_program(program: &Path) -> Command {
     let mut command = Command::new("env");
     command.arg("--default-signal").arg(program);

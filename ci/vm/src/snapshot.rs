@@ -58,7 +58,10 @@ fn folder() -> Result<PathBuf> {
 
 /// Removes all snapshots, and gives their paths. A QEMU that has one open goes on with it.
 pub fn remove_snapshots() -> Result<Vec<PathBuf>> {
-    prune(&folder()?, 0)
+    let folder = folder()?;
+    let lock = File::create(folder.join(LOCK))?;
+    flock(&lock, FlockOperation::LockExclusive)?;
+    prune(&folder, 0)
 }
 
 /// The snapshot at a path, whose time of modification becomes that of its last use.
@@ -96,7 +99,7 @@ fn name(artifacts: &Artifacts, config: &Config) -> Result<String> {
     let mut hash = Sha256::new();
     let parts = [
         artifacts.identity()?,
-        // What is plugged in later, and what does not change the machine, makes no other snapshot.
+        // Devices that are plugged in later, and options that leave the machine as it is, share one snapshot.
         format!(
             "{} {} {} {} {}",
             config.machine, config.memory_mib, config.cpus, config.shared_memory, config.iommu

@@ -41,7 +41,7 @@ enum Task {
         after_help = "The exit code is 3 if the mirror has no kernel of the series that is wanted."
     )]
     Setup(ToolArgs),
-    /// Remove sandboxes that other versions of barlink made and nobody uses now, about 2 GB each, and snapshots of guests
+    /// Remove unused sandboxes of other versions of barlink, about 2 GB each, and all snapshots of guests
     Clean,
     /// Build the driver for the kernel that is set up, and print where it is
     Driver(ToolArgs),
@@ -49,7 +49,7 @@ enum Task {
     Demo(DemoArgs),
     /// Test every behaviour once, over each transport, in about eight minutes
     Test(TestArgs),
-    /// Repeat, break and fuzz for as long as you like: long loops, crashes, fuzzing, packages, mutations
+    /// Repeat, break and fuzz for as long as you like: long loops, crashes, fuzzing, packages, the bench, mutations
     Soak(Words),
     /// Measure how fast a guest and the host exchange records, over every transport
     Bench(Words),

@@ -24,7 +24,7 @@ const SLOWEST: usize = 10;
 /// What to test, and with which tools.
 #[derive(Args, Debug)]
 pub struct TestArgs {
-    /// Run only tests whose names hold one of these texts, say driver, or transports::channels
+    /// Run only tests whose names hold one of these texts, say ::driver, or ivshmem::channels
     #[arg(value_name = "NAME")]
     names: Vec<String>,
 

@@ -6,6 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use barlink_sandbox::builds::cargo;
@@ -82,6 +85,19 @@ fn demo_refuses_kvm_that_is_closed_to_its_user() -> Result<()> {
     Ok(())
 }
 
+/// The limit of a demo.
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// A process group, which is killed when this is dropped.
+struct Group(Pid);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Nothing of it is left, mostly.
+        let _ = kill_process_group(self.0, Signal::KILL);
+    }
+}
+
 #[test]
 fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -91,6 +107,13 @@ fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
     let (output, both) = std::io::pipe()?;
     let mut demo = command.stdout(both.try_clone()?).stderr(both).spawn()?;
     drop(command);
+    // The demo and all that it starts are in a group of their own, which a test that fails or lasts must end itself.
+    let group = Group(Pid::from_child(&demo));
+    let (ended, end) = channel::<()>();
+    let limit = thread::spawn(move || {
+        let _ = end.recv_timeout(LIMIT);
+        drop(group);
+    });
     let mut told = String::new();
     for line in BufReader::new(output).lines() {
         let line = line?;
@@ -103,6 +126,8 @@ fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
         told.push('\n');
     }
     let code = demo.wait()?.code();
+    drop(ended);
+    let _ = limit.join();
     ensure!(
         code == Some(130) && told.ends_with("interrupted; nothing is left behind\n"),
         "{code:?}: {told}"

@@ -28,7 +28,7 @@ const FILE: usize = 32 << 10;
 
 /// Files that are opened, mapped and closed between two counts of the kernel's objects.
 const CYCLES: u32 = 250;
-/// And in `cargo xtask test`.
+/// The number of such files in `cargo xtask test`.
 const FEW_CYCLES: u32 = 60;
 /// So many more of a kind each time were left behind: by every 25th file, say.
 const LEAST: u64 = 10;
