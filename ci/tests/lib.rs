@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use barlink_vm::COMMAND_TIMEOUT;
 
-/// Limit of every wait. The event comes within seconds even on a machine that has more work than processors.
+/// Limit of every wait. The event comes within seconds even on a machine that has more work than
+/// processors.
 pub const LIMIT: Duration = COMMAND_TIMEOUT;
 
 /// Time between two looks at a condition.

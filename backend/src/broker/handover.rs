@@ -25,7 +25,7 @@ use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 
 /// How long a VM may take to come in, or to come to the end of a message: longer than a session waits for the rest of one.
 const SETTLING: Duration = Duration::from_millis(2500);
-/// How long one session is waited for before the others are looked at again.
+/// The longest wait for one session's lock before the next session gets its turn.
 const ROUND: Duration = Duration::from_millis(20);
 /// How long all of it may take, until it is called off: shorter than the five seconds that QEMU waits for an answer.
 const PATIENCE: Duration = Duration::from_millis(4500);
@@ -245,7 +245,7 @@ mod tests {
     use super::*;
     use crate::transport::Ivshmem;
 
-    /// Whether somebody who would change something waits: it sleeps, and has not done it.
+    /// Checks that a thread that wants to change something sleeps.
     fn is_frozen(shared: &Arc<Shared>) -> bool {
         let (begun, has_begun) = channel();
         let (done, is_done) = channel();
@@ -259,7 +259,7 @@ mod tests {
         let thread = has_begun.recv_timeout(limit).unwrap().as_raw_nonzero();
         let status = format!("/proc/self/task/{thread}/status");
         let start = Instant::now();
-        // What another thread holds for a moment only it gets while this one looks again and again.
+        // The thread may sleep briefly on a lock that is soon free, so it must be asleep in 100 looks in a row.
         let mut looks = 0;
         while looks < 100 {
             if is_done.try_recv().is_ok() {

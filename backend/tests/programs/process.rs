@@ -17,7 +17,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 /// The limit of every wait: longer than anything takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The number of rounds of a loop that is repeated for depth: `full` where `BARLINK_TIER` is `soak`, and otherwise `brief`.
+/// The number of rounds of a loop that is repeated for depth: `full` where `BARLINK_TIER` is
+/// `soak`, and otherwise `brief`.
 pub fn rounds(brief: usize, full: usize) -> usize {
     match std::env::var("BARLINK_TIER") {
         Ok(tier) if tier == "soak" => full,
@@ -25,8 +26,8 @@ pub fn rounds(brief: usize, full: usize) -> usize {
     }
 }
 
-/// Makes programs start with no signal ignored or blocked, even where this process was started so: by `nohup`, or by a
-/// shell in the background.
+/// Makes programs start with no signal ignored or blocked, even where this process was started so:
+/// by `nohup`, or by a shell in the background.
 fn reset_signals() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -36,8 +37,8 @@ fn reset_signals() {
         let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
         for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
             if ignored >> (signal - 1) & 1 == 1 {
-                // A handler that does nothing ignores the signal here, and is the default after `exec`. The standard library
-                // resets SIGPIPE.
+                // A handler that does nothing ignores the signal here, and is the default after
+                // `exec`. The standard library resets SIGPIPE.
                 signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false))).unwrap();
             }
         }
@@ -231,7 +232,8 @@ fn switches_of_sleepers(pid: u32, name: &str) -> Option<Vec<u64>> {
     let mut all = Vec::new();
     for thread in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
         let read = |name| std::fs::read_to_string(thread.as_ref().unwrap().path().join(name));
-        // What the status says of a thread that is about to sleep is true of one that still runs, too.
+        // What the status says of a thread that is about to sleep is true of one that still runs,
+        // too.
         let call = read("syscall").unwrap_or_default();
         // A thread that ends meanwhile did not sleep.
         let status = read("status").ok()?;
@@ -252,8 +254,8 @@ fn switches_of_sleepers(pid: u32, name: &str) -> Option<Vec<u64>> {
     Some(all)
 }
 
-/// Waits until all threads of a process whose name begins so sleep at the same time. Each has then done all that it had to do,
-/// up to something that comes from outside, or with the time.
+/// Waits until all threads of a process whose name begins so sleep at the same time. Each has then
+/// done all that it had to do, up to something that comes from outside, or with the time.
 pub fn wait_until_asleep(pid: u32, name: &str) {
     wait_until("all threads sleep", || {
         // Between two looks that find each thread asleep after as many switches, no thread ran.

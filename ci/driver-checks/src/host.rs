@@ -119,7 +119,7 @@ pub(crate) fn ring_all(region: Region) -> Result<()> {
     request(&Request::RingAll { region })
 }
 
-/// How often each vector of another peer was rung and that was not yet counted.
+/// Reads, for each vector of another peer, the rings since the last reading.
 pub(crate) fn all_rings(region: Region, peer: u32) -> Result<Vec<u64>> {
     let asked = Request::AllRings { region, peer };
     match ask(&asked)? {

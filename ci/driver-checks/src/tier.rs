@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! How deep a loop goes: `cargo xtask test` shows each behaviour a few times, `cargo xtask soak` repeats it.
+//! How deep a loop goes: `cargo xtask test` shows each behaviour a few times, `cargo xtask soak`
+//! repeats it.
 
 use std::fmt;
 
@@ -41,7 +42,8 @@ impl fmt::Display for Tier {
     }
 }
 
-/// Chooses a loop's number of rounds: `test` under `cargo xtask test`, `soak` under `cargo xtask soak`.
+/// Chooses a loop's number of rounds: `test` under `cargo xtask test`, `soak` under `cargo xtask
+/// soak`.
 pub fn rounds<T>(test: T, soak: T) -> T {
     Tier::current().rounds(test, soak)
 }

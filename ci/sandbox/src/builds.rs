@@ -2,8 +2,8 @@
 
 //! Builds what the VM and the tests need: the programs, the driver, the initramfs.
 //!
-//! Every build is left to a tool that knows what changed (cargo, make), so building again costs little, and nothing
-//! stale is ever booted.
+//! Every build is left to a tool that knows what changed (cargo, make), so building again costs
+//! little, and nothing stale is ever booted.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -23,7 +23,8 @@ use crate::initramfs;
 use crate::module::ModuleBuild;
 use crate::tools::{Headers, Qemu, Tools, VmArgs};
 
-/// The target that this is all for. Its C library can be linked in, so that a program runs where no library is.
+/// The target that this is all for. Its C library can be linked in, so that a program runs where no
+/// library is.
 pub const NATIVE_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Which programs a task needs. No other is built for it.
@@ -50,7 +51,7 @@ impl Programs {
         host: &["barlink"],
         guest: &["barlink-guest", AGENT],
     };
-    /// What `cargo xtask soak` kills.
+    /// The programs that the parts `crash-…` of `cargo xtask soak` kill.
     pub const CRASH: Self = Self {
         name: "crash",
         host: &["barlink", CRASH_LOAD],
@@ -74,13 +75,13 @@ impl Programs {
 const AGENT: &str = "barlink-agent";
 /// What `cargo xtask bench` measures.
 pub const BENCH_LOAD: &str = "barlink-bench-load";
-/// What `cargo xtask soak` kills.
+/// The program that the parts `crash-…` of `cargo xtask soak` kill.
 pub const CRASH_LOAD: &str = "barlink-crash-load";
 /// What `cargo xtask bench` measures of iceoryx2, which is on the host alone.
 pub const ICEORYX2_LOAD: &str = "barlink-iceoryx2-load";
 
-/// The environment variable that names a file with [`Files`] that are built already: the processes of a test run share
-/// them.
+/// The environment variable that names a file with [`Files`] that are built already: the processes
+/// of a test run share them.
 const BUILT: &str = "BARLINK_BUILT";
 
 /// What is built, and the tools that it was built with.
@@ -115,8 +116,8 @@ struct Files {
 }
 
 impl Artifacts {
-    /// What a VM test needs, chosen by the environment (see [`VmArgs`]): what [`Artifacts::environment`] hands on, or
-    /// else built on first use.
+    /// Gives the artifacts of a VM test, chosen by the environment (see [`VmArgs`]): those that
+    /// [`Artifacts::environment`] hands on, or else built on first use.
     pub fn shared() -> Result<&'static Self> {
         static SHARED: OnceLock<Result<Artifacts>> = OnceLock::new();
         let built = SHARED.get_or_init(|| {
@@ -132,7 +133,8 @@ impl Artifacts {
         built.as_ref().map_err(|error| anyhow!("{error:#}"))
     }
 
-    /// The environment variables by which [`Artifacts::shared`] gives these in another process, without building.
+    /// The environment variables by which [`Artifacts::shared`] gives these in another process,
+    /// without building.
     pub fn environment(&self) -> Result<Vec<(&'static str, OsString)>> {
         let text = serde_json::to_vec(&self.files)?;
         // Complete, and of these files, whatever other runs do.
@@ -189,7 +191,8 @@ impl Artifacts {
         Ok(Self::new(tools, args, files))
     }
 
-    /// The same, with one part from another build. The initramfs and the logs of VMs go to `folder`.
+    /// The same, with one part from another build. The initramfs and the logs of VMs go to
+    /// `folder`.
     pub fn with(&self, part: Part, folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder)?;
         let mut files = self.files.clone();
@@ -199,7 +202,8 @@ impl Artifacts {
             Part::Guest(programs) => files.guest = files.guest.and(programs),
             Part::Driver(module) => files.driver = module,
         }
-        // An initramfs that stays as it is keeps its path, so that its guests' snapshots stay valid.
+        // An initramfs that stays as it is keeps its path, so that its guests' snapshots stay
+        // valid.
         let initramfs = folder.join("initramfs.cpio");
         let digest = pack(&self.tools, &files.driver, &files.guest, &initramfs)?;
         if digest != files.digest {
@@ -209,7 +213,7 @@ impl Artifacts {
         Ok(Self::new(self.tools.clone(), self.args.clone(), files))
     }
 
-    /// A text that is another one whenever QEMU, the kernel, or what the guest boots into is another.
+    /// Gives a text that changes whenever QEMU, the kernel or the initramfs changes.
     pub fn identity(&self) -> Result<String> {
         let mut words = vec![self.files.digest.clone()];
         let qemu = match &self.tools.qemu {
@@ -291,7 +295,8 @@ impl TreeCopy {
     }
 }
 
-/// Writes what the guest boots into, with the module and these programs. Gives the SHA-256 of the archive.
+/// Writes what the guest boots into, with the module and these programs. Gives the SHA-256 of the
+/// archive.
 fn pack(tools: &Tools, driver: &Path, guest: &Built, archive: &Path) -> Result<String> {
     let mut files = vec![
         ("bin/busybox".to_owned(), tools.busybox.as_path()),
@@ -314,8 +319,8 @@ pub fn guest_programs(programs: Programs) -> Result<Built> {
 
 /// Builds the driver and gives the path of the module.
 ///
-/// In the sandbox every warning is an error: the compilers' by their flags, those of other tools by their looks. What a
-/// user's own compiler warns of is shown.
+/// In the sandbox every warning is an error: the compilers' by their flags, those of other tools by
+/// their looks. What a user's own compiler warns of is shown.
 pub fn driver(tools: &Tools, target: &Path) -> Result<PathBuf> {
     driver_of(&repository(), tools, target)
 }
@@ -419,7 +424,8 @@ fn cargo_build(mut build: Command, packages: &[&str], linkage: Linkage) -> Resul
     build.args(packages.iter().flat_map(|package| ["--package", package]));
     if linkage == Linkage::Static {
         build.arg(format!("--target={NATIVE_TARGET}"));
-        // Of all ways to give flags this one outranks the others, so that no setting of the user's undoes it.
+        // Of all ways to give flags this one outranks the others, so that no setting of the user's
+        // undoes it.
         build.env(
             "CARGO_ENCODED_RUSTFLAGS",
             "-C\x1ftarget-feature=+crt-static",

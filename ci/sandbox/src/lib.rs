@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The sandbox that VMs run in: QEMU, a kernel and the driver's toolchain, and what is built with them.
+//! The sandbox that VMs run in: QEMU, a kernel and the driver's toolchain, and what is built with
+//! them.
 //!
 //! | file | its one job |
 //! |---|---|

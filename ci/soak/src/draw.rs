@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Which parts fit a time: a lottery that depends on nothing but the seed and how long the parts take.
+//! Which parts fit a time: a lottery that depends on nothing but the seed and how long the parts
+//! take.
 
 use std::time::Duration;
 
@@ -8,8 +9,8 @@ use barlink_crash_load::Random;
 
 use crate::part::Part;
 
-/// The parts in the order in which they are tried: that of the table, or, where there is not time for all, one that follows from
-/// the seed.
+/// The parts in the order in which they are tried: that of the table, or, where there is not time
+/// for all, one that follows from the seed.
 pub fn order(mut parts: Vec<Part>, shuffled: bool, seed: u64) -> Vec<Part> {
     if shuffled {
         let mut random = Random::new(seed);
@@ -20,7 +21,8 @@ pub fn order(mut parts: Vec<Part>, shuffled: bool, seed: u64) -> Vec<Part> {
     parts
 }
 
-/// Takes the first part that fits the time that is left, if there is one. Without a limit it is the first part.
+/// Takes the first part that fits the time that is left, if there is one. Without a limit it is the
+/// first part.
 pub fn next(parts: &mut Vec<Part>, left: Option<Duration>) -> Option<Part> {
     let fits = |part: &Part| left.is_none_or(|left| part.estimate <= left);
     let index = parts.iter().position(fits)?;

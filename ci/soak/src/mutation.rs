@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The parts `mutations-…`: faults in the code itself. Each is written into a copy of the tree, the part that it changes is built from
-//! the copy, and the tests that must find it run with that part.
+//! The parts `mutations-…`: faults in the code itself. Each is written into a copy of the tree, the
+//! part that it changes is built from the copy, and the tests that must find it run with that part.
 
 mod copy;
 
@@ -34,7 +34,8 @@ pub struct Mutation {
     part: Changed,
     /// The tests that must fail: the ID of the binary, and the name of the test.
     found_by: &'static [(&'static str, &'static str)],
-    /// A test that the fault does not touch. It must pass, so that a build that does not work at all is no success.
+    /// A test that the fault does not touch. It must pass, so that a build that does not work at
+    /// all is no success.
     untouched: (&'static str, &'static str),
 }
 
@@ -165,7 +166,8 @@ pub const ALL: [Mutation; 7] = [
 ///
 /// # Errors
 ///
-/// A test does not find it, the code to change is not there any more, or the changed code does not work at all.
+/// A test does not find it, the code to change is not there any more, or the changed code does not
+/// work at all.
 pub fn run(mutation: &Mutation, nextest: &Nextest, artifacts: &Artifacts) -> Result<String> {
     let copied = Copied::new()?;
     copied.replace(mutation.file, mutation.from, mutation.to)?;

@@ -26,7 +26,8 @@ pub struct Part {
 /// The kinds of work.
 #[derive(Clone, Debug)]
 pub enum Work {
-    /// Runs tests in the depth of [`Tier::Soak`](barlink_driver_checks::tier::Tier::Soak), chosen by an expression of cargo-nextest.
+    /// Runs tests in the depth of [`Tier::Soak`](barlink_driver_checks::tier::Tier::Soak), chosen
+    /// by an expression of cargo-nextest.
     Tests(String),
     /// Does faults while records flow.
     Crash(Transport),
@@ -36,7 +37,8 @@ pub enum Work {
     Mutation(&'static Mutation),
 }
 
-/// The long loops of the driver's checks: what a part is called, the check, and how many seconds it takes at the most.
+/// The long loops of the driver's checks: what a part is called, the check, and how many seconds it
+/// takes at the most.
 const LOOPS: [(&str, &str, &str, u64); 7] = [
     (
         "comings",

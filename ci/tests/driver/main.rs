@@ -1,8 +1,9 @@
-//! The driver, checked from inside a guest, over each transport, and in part once more in a guest with an IOMMU.
+//! The driver, checked from inside a guest, over each transport, and in part once more in a guest
+//! with an IOMMU.
 //!
-//! Each topic of `barlink-driver-checks` is a test: its checks run in one VM, one after the other, since a VM costs more than most checks.
-//! A check that fails leaves its VM in an unknown state, so the next check gets a new VM. In the tier of
-//! `cargo xtask soak` each check is a test of its own.
+//! Each topic of `barlink-driver-checks` is a test: its checks run in one VM, one after the other,
+//! since a VM costs more than most checks. A check that fails leaves its VM in an unknown state, so
+//! the next check gets a new VM. In the tier of `cargo xtask soak` each check is a test of its own.
 
 mod devices;
 mod stage;
@@ -49,7 +50,8 @@ impl Setting {
     }
 }
 
-/// Runs checks one after the other, and prints what they measured. An error names each that failed, and why.
+/// Runs checks one after the other, and prints what they measured. An error names each that failed,
+/// and why.
 fn check(setting: Setting, names: &[&str]) -> Result<()> {
     let mut stage = None;
     let mut failures = Vec::new();

@@ -18,8 +18,9 @@ fn sleeps(status: &str) -> Result<u64> {
     Ok(count.context("no count of switches")?.trim().parse()?)
 }
 
-/// An end looks at the clock, at least once a second, until a ring from the other side has reached it. Afterwards it sleeps until it is
-/// rung. So an idle end that wakes up was not rung when records came.
+/// An end looks at the clock, at least once a second, until a ring from the other side has reached
+/// it. Afterwards it sleeps until it is rung. So an idle end that wakes up was not rung when
+/// records came.
 #[test]
 fn idle_ends_sleep_until_rung() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
@@ -42,8 +43,8 @@ fn idle_ends_sleep_until_rung() -> Result<()> {
     };
     let mut ticks = 0;
     let mut slept = [false; 2];
-    // On a busy machine a receiver may be awake when a record comes, and the sender does not ring an awake receiver. A missing ring
-    // shows in every round.
+    // On a busy machine a receiver may be awake when a record comes, and the sender does not ring
+    // an awake receiver. A missing ring shows in every round.
     for _ in 0..10 {
         guest_sender.write(b"tick")?;
         input.write_all(b"tick")?;

@@ -2,8 +2,9 @@
 
 //! Plugs the devices of a command line into a VM that runs.
 //!
-//! QEMU's human monitor takes character devices, objects and devices in the words of the command line, so nothing is
-//! translated. A device in JSON is for `device_add` of QMP, which takes the same object.
+//! QEMU's human monitor takes character devices, objects and devices in the words of the command
+//! line, so nothing is translated. A device in JSON is for `device_add` of QMP, which takes the
+//! same object.
 
 use std::collections::HashMap;
 
@@ -12,13 +13,16 @@ use serde_json::{Value, json};
 
 use crate::qmp::Qmp;
 
-/// The names of root ports in a test's arguments, and the ports of the restored guest that they stand for.
+/// The names of root ports in a test's arguments, and the ports of the restored guest that they
+/// stand for.
 pub(crate) type Ports = HashMap<String, &'static str>;
 
-/// Plugs in what `arguments`, words of QEMU's command line, describe: `-chardev`, `-object` and `-device`.
+/// Plugs in what `arguments`, words of QEMU's command line, describe: `-chardev`, `-object` and
+/// `-device`.
 ///
-/// A root port cannot be plugged in. The first `pcie-root-port` of the arguments stands for the first of the VM's own
-/// `ports`, the second for the second, and so on. Gives which port each stands for.
+/// A root port cannot be plugged in. The first `pcie-root-port` of the arguments stands for the
+/// first of the VM's own `ports`, the second for the second, and so on. Gives which port each
+/// stands for.
 ///
 /// # Errors
 ///

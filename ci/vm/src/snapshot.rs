@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Snapshots of booted guests: one for each kind of VM, made when it is first asked for, and kept in the cache folder under
-//! the hash of what made it (`docs/decisions/0010-restored-guests.md`).
+//! Snapshots of booted guests: one for each kind of VM, made when it is first asked for, and kept
+//! in the cache folder under the hash of what made it (`docs/decisions/0010-restored-guests.md`).
 
 use std::fs::{self, File, FileTimes};
 use std::path::{Path, PathBuf};
@@ -76,7 +76,8 @@ fn existing(path: &Path) -> Result<Option<File>> {
     }
 }
 
-/// Removes the snapshots that were not used for the longest time, but for so many, and gives their paths.
+/// Removes the snapshots that were not used for the longest time, but for so many, and gives their
+/// paths.
 fn prune(folder: &Path, kept: usize) -> Result<Vec<PathBuf>> {
     let mut snapshots: Vec<(SystemTime, PathBuf)> = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -94,12 +95,14 @@ fn prune(folder: &Path, kept: usize) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// The hash of what makes a snapshot: QEMU, the kernel, what the guest boots into, and the kind of VM.
+/// The hash of what makes a snapshot: QEMU, the kernel, what the guest boots into, and the kind of
+/// VM.
 fn name(artifacts: &Artifacts, config: &Config) -> Result<String> {
     let mut hash = Sha256::new();
     let parts = [
         artifacts.identity()?,
-        // Devices that are plugged in later, and options that leave the machine as it is, share one snapshot.
+        // Devices that are plugged in later, and options that leave the machine as it is, share one
+        // snapshot.
         format!(
             "{} {} {} {} {}",
             config.machine, config.memory_mib, config.cpus, config.shared_memory, config.iommu

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The tasks that are programs of their own: cargo builds one when it is asked for, and runs it in the place of this one.
+//! The tasks that are programs of their own: cargo builds one when it is asked for, and runs it in
+//! the place of this one.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;

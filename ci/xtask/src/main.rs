@@ -2,8 +2,8 @@
 
 //! `cargo xtask`: every task of the project is one command, and one file here.
 //!
-//! What takes long to build is a program of its own (`ci/bench`, `ci/package`, `ci/soak`), which `delegate.rs` has cargo build
-//! and run, so that `cargo xtask demo` begins soon.
+//! What takes long to build is a program of its own (`ci/bench`, `ci/package`, `ci/soak`), which
+//! `delegate.rs` has cargo build and run, so that `cargo xtask demo` begins soon.
 
 mod check;
 mod delegate;
@@ -22,8 +22,8 @@ use self::delegate::Words;
 use self::demo::DemoArgs;
 use self::test::TestArgs;
 
-/// The exit code where the mirror has no kernel of the series that is wanted. It is no fault of this host, so `.ci/run` goes
-/// on without that kernel.
+/// The exit code where the mirror has no kernel of the series that is wanted. It is no fault of
+/// this host, so `.ci/run` goes on without that kernel.
 const NO_KERNEL: u8 = 3;
 
 /// Tasks of the barlink project
@@ -41,7 +41,8 @@ enum Task {
         after_help = "The exit code is 3 if the mirror has no kernel of the series that is wanted."
     )]
     Setup(ToolArgs),
-    /// Remove unused sandboxes of other versions of barlink, about 2 GB each, and all snapshots of guests
+    /// Remove unused sandboxes of other versions of barlink, about 2 GB each, and all snapshots of
+    /// guests
     Clean,
     /// Build the driver for the kernel that is set up, and print where it is
     Driver(ToolArgs),
@@ -49,13 +50,15 @@ enum Task {
     Demo(DemoArgs),
     /// Test every behaviour once, over each transport, in about eight minutes
     Test(TestArgs),
-    /// Repeat, break and fuzz for as long as you like: long loops, crashes, fuzzing, packages, the bench, mutations
+    /// Repeat, break and fuzz for as long as you like: long loops, crashes, fuzzing, packages, the
+    /// bench, mutations
     Soak(Words),
     /// Measure how fast a guest and the host exchange records, over every transport
     Bench(Words),
     /// Make Debian packages of the programs and the driver
     Package(Words),
-    /// Check format, lints, documentation, and that the driver builds for every kernel that is set up
+    /// Check format, lints, documentation, and that the driver builds for every kernel that is set
+    /// up
     Check(ToolArgs),
 }
 

@@ -34,7 +34,8 @@ pub fn set_up(args: &ToolArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Removes the sandboxes of other versions of barlink, but for those in use, and all snapshots of guests.
+/// Removes the sandboxes of other versions of barlink, but for those in use, and all snapshots of
+/// guests.
 pub fn clean() -> Result<ExitCode> {
     let (mut removed, left) = setup::clean()?;
     removed.extend(remove_snapshots()?);

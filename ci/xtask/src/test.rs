@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask test`: builds all tests, has cargo-nextest run them, and tells which were the slowest.
+//! `cargo xtask test`: builds all tests, has cargo-nextest run them, and tells which were the
+//! slowest.
 
 use std::process::ExitCode;
 use std::time::Instant;

@@ -127,8 +127,9 @@ pub const TOPICS: &[Topic] = checks! {
         system_suspends_to_memory_under_its_users;
 };
 
-/// Those of [`TOPICS`] for which the VM has the devices of all regions. For the others it has that of [`Region::Main`](crate::Region::Main)
-/// alone: it takes a second less to set up, half of it for the 256 vectors of [`Region::Bus`](crate::Region::Bus).
+/// Those of [`TOPICS`] for which the VM has the devices of all regions. For the others it has that
+/// of [`Region::Main`](crate::Region::Main) alone: it takes a second less to set up, half of it for
+/// the 256 vectors of [`Region::Bus`](crate::Region::Bus).
 pub const WITH_ALL_DEVICES: &[&str] = &[
     "nodes_are_numbered_and_private_to_root",
     "foreign_memory_is_declined",
@@ -156,24 +157,24 @@ pub const WITH_ALL_DEVICES: &[&str] = &[
     "memory_of_a_device_is_small",
 ];
 
-/// Those of [`TOPICS`] that are about nothing but a device that is pulled out of the running VM. QEMU 11.1 ends itself when
-/// that is one of vfio-user with MSI-X, whoever serves it; that it can at least be plugged in is checked by
-/// `device_of_vfio_user_is_plugged_in_and_not_out`.
+/// Those of [`TOPICS`] that are about nothing but a device that is pulled out of the running VM.
+/// QEMU 11.1 ends itself when that is one of vfio-user with MSI-X, whoever serves it; that it can
+/// at least be plugged in is checked by `device_of_vfio_user_is_plugged_in_and_not_out`.
 pub const UNPLUGGING: &[&str] = &["hot_plugged_device_comes_and_goes"];
 
-/// Those of [`TOPICS`] that need a machine which sleeps in ACPI's S3 any number of times. SeaBIOS 1.17 lets one that is a q35 do so once
-/// (`docs/driver.md`, section 8).
+/// Those of [`TOPICS`] that need a machine which sleeps in ACPI's S3 any number of times. SeaBIOS
+/// 1.17 lets one that is a q35 do so once (`docs/driver.md`, section 8).
 pub const SLEEPING: &[&str] = &["system_suspends_to_memory_under_its_users"];
 
-/// Those of [`TOPICS`] that ring while the broker is stopped. Over vfio-user each doorbell is a message to it, for whose answer
-/// QEMU waits 5 s.
+/// Those of [`TOPICS`] that ring while the broker is stopped. Over vfio-user each doorbell is a
+/// message to it, for whose answer QEMU waits 5 s.
 pub const PAUSING: &[&str] = &[
     "doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them",
     "doorbells_are_read_before_the_device_is_given_back",
 ];
 
-/// Those of [`TOPICS`] that are also run in a VM with an IOMMU: of what that is in between, DMA and interrupts, and of a device that
-/// comes and goes, with which its mappings do.
+/// Those of [`TOPICS`] that are also run in a VM with an IOMMU: of what that is in between, DMA and
+/// interrupts, and of a device that comes and goes, with which its mappings do.
 pub const BEHIND_AN_IOMMU: &[&str] = &[
     "stores_cross_both_ways",
     "buffers_of_other_sizes_and_for_readers_are_refused",

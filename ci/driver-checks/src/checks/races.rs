@@ -184,7 +184,7 @@ pub(super) fn reset_of_a_virtio_device_races_unbind_and_unload() -> Result<()> {
         let node = node(Region::Bus)?;
         // Nobody has it open when the driver is unloaded.
         drop(ring_all_in_vain()?);
-        // The driver waits for the broker for 3 s. After that QEMU stops the guest, which cannot ask then: so it asks now.
+        // The driver waits 3 s for the broker. QEMU then stops the guest, so this check asks for the broker's return before.
         host::go_on(Region::Bus, if unloads { 20_000 } else { 1000 })?;
         let resetter = child(|_| Ok(fs::write(attribute(Region::Bus, "reset"), "1")?))?;
         eventually("the driver lets go", || Ok(!node.exists()))?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the ends of a channel do that `cargo xtask soak crash` kills, on the host and in the guest: they send and receive
+//! The ends of channels that `cargo xtask soak crash` kills, on the host and in the guest: they send and receive
 //! numbered records, and take notes that outlive them. The program `barlink-crash-load` is one such end; the harness
 //! (`ci/soak/src/crash/`) reads the notes, and so knows what was lost and what came twice.
 //!

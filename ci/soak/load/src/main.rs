@@ -23,7 +23,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 /// How long to wait before asking once more for what somebody who died still has.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// One end of a channel that `cargo xtask soak crash` kills, or whoever rings meanwhile
+/// One end of a channel that `cargo xtask soak crash` kills, or a process that rings meanwhile
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]

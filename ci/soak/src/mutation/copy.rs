@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The copy of the tree that faults are written into. It stays, so that cargo builds only files that have changed.
+//! The copy of the tree that faults are written into. It stays, so that cargo builds only files
+//! that have changed.
 
 use std::collections::HashSet;
 use std::fs;
