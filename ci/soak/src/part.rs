@@ -168,7 +168,7 @@ pub fn all() -> Result<Vec<Part>> {
     }
     for target in fuzz::targets()? {
         let about = format!("random inputs for {target}");
-        add(format!("fuzz-{target}"), &about, 200, Work::Fuzz(target));
+        add(format!("fuzz-{target}"), &about, 260, Work::Fuzz(target));
     }
     for mutation in &mutation::ALL {
         let about = format!(
