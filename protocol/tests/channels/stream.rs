@@ -33,7 +33,7 @@ fn send_haltingly(sender: &mut Sender<Memory, Bells>, region: &Heap, channel: &C
     wait_until("all is received", || {
         state::ChannelState::read(region, channel).fill(channel) == Some(0)
     });
-    // What follows is right whether or not the receiver waits by then; mostly it does.
+    // The rest holds whether or not the receiver waits by then. Mostly it waits.
     std::thread::sleep(Duration::from_millis(20));
     send(sender, Kind::END, &[]);
 }
