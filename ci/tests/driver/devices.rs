@@ -24,8 +24,9 @@ pub enum Machine {
     Usual,
     /// The same with an IOMMU, for [`barlink_driver_checks::BEHIND_AN_IOMMU`].
     BehindAnIommu,
-    /// One that sleeps in ACPI's S3 any number of times, for [`barlink_driver_checks::SLEEPING`]: QEMU's older one, with PCI bridges, and
-    /// with one processor, since under TCG a second one at times does not start in the ten seconds for which Linux waits.
+    /// One that sleeps in ACPI's S3 any number of times, for [`barlink_driver_checks::SLEEPING`]:
+    /// QEMU's older one, with PCI bridges, and with one processor, since under TCG a second one at
+    /// times does not start in the ten seconds for which Linux waits.
     Sleeper,
 }
 
@@ -40,7 +41,8 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Starts the brokers of these regions, and makes the other memory. What has vectors is over this transport.
+    /// Starts the brokers of these regions, and makes the other memory. The devices with vectors
+    /// are over this transport.
     pub fn new(transport: Transport, machine: Machine, regions: &[Region]) -> Result<Self> {
         let mut config = Config {
             iommu: machine == Machine::BehindAnIommu,
@@ -142,7 +144,8 @@ impl Devices {
                 self.config.arguments.extend(arguments);
             }
             Region::Plain => {
-                // The memory is what a broker made of it, and the broker has no part in it any more.
+                // The memory is what a broker made of it, and the broker has no part in it any
+                // more.
                 self.serve(region, Transport::Ivshmem)?;
                 let words = region.facts().size as usize / 8;
                 let words = self.tap(region)?.load(0, words)?;
@@ -158,8 +161,8 @@ impl Devices {
         Ok(())
     }
 
-    /// Starts the broker of a region, with the VM's slot over this transport. The host taps a slot of ivshmem, which over
-    /// another transport is not the VM's.
+    /// Starts the broker of a region, with the VM's slot over this transport. The host taps a slot
+    /// of ivshmem, which over another transport is not the VM's.
     fn serve(&mut self, region: Region, transport: Transport) -> Result<&Broker> {
         let facts = region.facts();
         let mut options = vec![
@@ -184,7 +187,8 @@ impl Devices {
     /// Adds a device over memory of its own, which begins with these words and is zero otherwise.
     fn keep(&mut self, region: Region, chassis: usize, words: &[u64]) -> Result<()> {
         let (size, id) = (region.facts().size, id(region));
-        // Where a VM has a device over vhost-user, its broker is given this memory, too, and refuses what is not sealed.
+        // Where a VM has a device over vhost-user, its broker is given this memory, too, and
+        // refuses what is not sealed.
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let memory = File::from(rustix::fs::memfd_create(&id, flags)?);
         memory.set_len(size)?;
@@ -209,8 +213,8 @@ impl Devices {
         self.config.arguments.extend(["-device".to_owned(), device]);
     }
 
-    /// A port: a root port as `barlink qemu-args` has it, where there can be one. A bridge would keep its first place, which is the
-    /// device's, for the controller of hot-plugging (SHPC).
+    /// A port: a root port as `barlink qemu-args` has it, where there can be one. A bridge would
+    /// keep its first place, which is the device's, for the controller of hot-plugging (SHPC).
     fn port_device(&self, region: Region, chassis: usize) -> String {
         let port = port(region);
         match self.machine {
@@ -222,7 +226,8 @@ impl Devices {
     }
 }
 
-/// Whether devices of a transport can be pulled out of a VM: see [`barlink_driver_checks::UNPLUGGING`].
+/// Whether devices of a transport can be pulled out of a VM: see
+/// [`barlink_driver_checks::UNPLUGGING`].
 pub fn unplugs(transport: Transport) -> bool {
     transport != Transport::VfioUser
 }
