@@ -29,8 +29,8 @@ pub(crate) fn count() -> Result<Count> {
     Ok(rows.collect())
 }
 
-/// The kind of object of which there were more at every count, and how many more, at least. What a processor keeps at hand goes up
-/// and down; what is left behind grows.
+/// The kind of object of which there were more at every count, and how many more, at least. What a
+/// processor keeps at hand goes up and down; what is left behind grows.
 pub(crate) fn most_grown(counts: &[Count]) -> Result<(String, u64)> {
     let last = counts.last().context("nothing was counted")?;
     let grown = last.keys().map(|kind| {
