@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -35,9 +36,26 @@ pub struct Devices {
     /// The VM that has them.
     pub config: Config,
     taps: HashMap<Region, Arc<Tap>>,
-    brokers: HashMap<Region, Arc<Broker>>,
+    brokers: HashMap<Region, Arc<Served>>,
     transport: Transport,
     machine: Machine,
+}
+
+/// A broker that a check can pause.
+struct Served {
+    broker: Broker,
+    /// How often it was paused.
+    pauses: AtomicU32,
+}
+
+impl Served {
+    /// Ends the pause with this number, if that is the latest.
+    fn go_on(&self, pause: u32) -> Result<()> {
+        if self.pauses.load(Ordering::Acquire) == pause {
+            self.broker.signal(Signal::CONT)?;
+        }
+        Ok(())
+    }
 }
 
 impl Devices {
@@ -80,27 +98,28 @@ impl Devices {
 
     /// Stops the broker of a region.
     pub fn pause(&self, region: Region) -> Result<()> {
-        let broker = self.brokers.get(&region).context("no broker")?;
-        broker.signal(Signal::STOP)
+        let served = self.brokers.get(&region).context("no broker")?;
+        served.pauses.fetch_add(1, Ordering::AcqRel);
+        served.broker.signal(Signal::STOP)
     }
 
-    /// Has it go on after this time.
+    /// Has it go on after this time, unless it is stopped anew before.
     pub fn go_on(&self, region: Region, after: Duration) -> Result<()> {
+        let served = self.brokers.get(&region).context("no broker")?;
+        let pause = served.pauses.load(Ordering::Acquire);
         // The thread does not keep the broker, which ends with the test.
-        let broker = Arc::downgrade(self.brokers.get(&region).context("no broker")?);
+        let served = Arc::downgrade(served);
         thread::spawn(move || {
             thread::sleep(after);
-            if let Some(broker) = broker.upgrade() {
-                // It may have ended.
-                let _ = broker.signal(Signal::CONT);
-            }
+            // The broker may have ended.
+            let _ = served.upgrade().map(|served| served.go_on(pause));
         });
         Ok(())
     }
 
     /// Plugs in the device of a region, as `barlink qemu-args` has it.
     pub fn plug(&self, vm: &Vm, region: Region) -> Result<()> {
-        let broker = self.brokers.get(&region).context("no broker")?;
+        let broker = &self.brokers.get(&region).context("no broker")?.broker;
         let address = json!({ "type": "unix", "data": { "path": broker.socket(region.facts().slot as usize) } });
         let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
         vm.qmp(
@@ -180,8 +199,12 @@ impl Devices {
         let tap = Tap::before_the_vm(&broker, tapped, facts.slots, facts.vectors)?;
         self.taps.insert(region, Arc::new(tap));
         self.config.paths.push(broker.folder().to_owned());
-        let entry = self.brokers.entry(region);
-        Ok(entry.insert_entry(Arc::new(broker)).into_mut())
+        let served = Served {
+            broker,
+            pauses: AtomicU32::new(0),
+        };
+        let entry = self.brokers.entry(region).insert_entry(Arc::new(served));
+        Ok(&entry.into_mut().broker)
     }
 
     /// Adds a device over memory of its own, which begins with these words and is zero otherwise.

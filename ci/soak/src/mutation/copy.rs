@@ -4,25 +4,29 @@
 //! that have changed.
 
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use barlink_sandbox::builds::{TreeCopy, repository, target_folder};
+use rustix::fs::{FlockOperation, flock};
 use walkdir::WalkDir;
 
 /// A copy of the tree.
 pub struct Copied {
     folder: PathBuf,
     tree: TreeCopy,
+    /// Locked, so that no other process changes the copy.
+    _lock: File,
 }
 
 impl Copied {
-    /// Brings the copy up to date: afterwards it has no fault.
+    /// Brings the copy up to date: afterwards it has no fault. Waits while another process uses it.
     pub fn new() -> Result<Self> {
         let folder = target_folder()?.join("mutations");
         let root = folder.join("tree");
         fs::create_dir_all(&root)?;
+        let lock = lock(&folder.join("lock"))?;
         let wanted = files(&repository())?;
         for file in files(&root)?.difference(&wanted) {
             fs::remove_file(root.join(file))?;
@@ -39,6 +43,7 @@ impl Copied {
                 target: folder.join("build"),
             },
             folder,
+            _lock: lock,
         })
     }
 
@@ -57,6 +62,17 @@ impl Copied {
     pub fn folder(&self) -> &Path {
         &self.folder
     }
+}
+
+/// Locks a file, which is made if it is missing.
+fn lock(path: &Path) -> Result<File> {
+    let file = File::create(path)?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        println!("waiting for another `cargo xtask soak` that tests mutations ...");
+        flock(&file, FlockOperation::LockExclusive)
+            .with_context(|| format!("{} cannot be locked", path.display()))?;
+    }
+    Ok(file)
 }
 
 /// A file of the tree with a fault.
