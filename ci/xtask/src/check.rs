@@ -9,7 +9,8 @@ use std::process::{Command, ExitCode};
 use anyhow::Result;
 
 use crate::tally::Tally;
-use barlink_sandbox::builds::{cargo, driver, target_folder};
+use crate::words;
+use barlink_sandbox::builds::{cargo, driver, repository, target_folder};
 use barlink_sandbox::setup;
 use barlink_sandbox::tools::{ToolArgs, Tools};
 
@@ -22,6 +23,10 @@ pub fn run(args: &ToolArgs) -> Result<ExitCode> {
         let passed = command.status().is_ok_and(|status| status.success());
         report(&mut tally, what, passed);
     }
+    eprintln!("== words");
+    let faults = words::faults(&repository())?;
+    faults.iter().for_each(|fault| eprintln!("{fault}"));
+    report(&mut tally, "words", faults.is_empty());
     for tools in kernels(args)? {
         let what = format!("driver for {}", tools.release);
         eprintln!("== {what}");
