@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a broker's threads share, without its threads.
+//! The state that a broker's threads share, without the threads.
 
 use std::sync::{Arc, LazyLock};
 
@@ -8,21 +8,21 @@ use barlink::broker::{Broker, Config, Peer, Policy, Shared};
 use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use rustix::fs::{Mode, OFlags};
 
-/// VMs connect from here.
+/// The process that VMs connect from.
 pub const PEER: Peer = Peer {
     pid: 1,
     uid: 0,
     gid: 0,
 };
 
-/// The broker of one slot for ivshmem, made once.
+/// The state of a broker with one slot over ivshmem, created once.
 pub static SHARED: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(Ivshmem)));
 
-/// The broker of one slot for vfio-user, made once.
+/// The state of a broker with one slot over vfio-user, created once.
 pub static VFIO_USER: LazyLock<Arc<Shared>> =
     LazyLock::new(|| broker(Arc::new(VfioUser::default())));
 
-/// The broker of one slot for vhost-user, made once.
+/// The state of a broker with one slot over vhost-user, created once.
 pub static VHOST_USER: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(VhostUser)));
 
 fn broker(transport: Arc<dyn Transport>) -> Arc<Shared> {
@@ -38,13 +38,15 @@ fn broker(transport: Arc<dyn Transport>) -> Arc<Shared> {
     };
     let broker = Broker::new(config, Default::default()).expect("a broker");
     let shared = Arc::clone(broker.shared());
-    // Nobody shall connect, and the process can be ended at any time.
+    // The broker is never dropped, because no client connects and the process can be ended at any
+    // time.
     std::mem::forget(broker);
     std::fs::remove_dir_all(&folder).expect("the folder is there");
     shared
 }
 
-/// The number that the next descriptor gets: the same as long as none is left open.
+/// Returns the number that the next descriptor gets. It stays the same if no descriptor is left
+/// open.
 pub fn next_descriptor() -> i32 {
     use std::os::fd::AsRawFd;
     let file = rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty());

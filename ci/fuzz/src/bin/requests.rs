@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a broker makes of the packets of host apps. Each line of an input is a packet, behind the digit of the host app
-//! that sends it, or `g` and what a hostile driver writes to its page of the region.
+//! Fuzzes a broker with packets of host apps. Each line of an input is a packet after the digit of
+//! the host app that sends it, or `g` and the bytes that a hostile driver writes to its page of the
+//! region.
 #![no_main]
 
 use barlink::Access;
@@ -13,7 +14,7 @@ use barlink::protocol::wire::layout::End;
 use barlink_fuzz::broker::SHARED;
 use libfuzzer_sys::fuzz_target;
 
-/// Characters of what a client said that may come back in a refusal.
+/// Most characters of a client's text that a refusal may quote.
 const MAX_QUOTE: usize = 300;
 
 fuzz_target!(|input: &[u8]| {
@@ -27,13 +28,13 @@ fuzz_target!(|input: &[u8]| {
             _ => (),
         }
     }
-    // As it was, for the next input.
+    // Restores the state for the next input.
     (1..=10).for_each(|client| drop(shared.release_all(client)));
     assert!(shared.status().claims.is_empty());
     scribble(shared, &[]);
 });
 
-/// As the broker hears a packet, but for the socket.
+/// Handles a packet like the broker, but without a socket.
 fn hear(shared: &Shared, client: u64, packet: &[u8]) {
     let ask = match Request::parse(packet) {
         Ok(ask) => ask,
@@ -82,7 +83,7 @@ fn hear(shared: &Shared, client: u64, packet: &[u8]) {
 
 fn claim(shared: &Shared, client: u64, channel: usize, end: End) -> Result<Answer, Refusal> {
     let before = holder(shared, channel, end);
-    // The process ID is as good a number as any to tell clients apart by.
+    // The number of the client stands in for its process ID, so that clients can be told apart.
     let claimed = shared.claim(client, client as u32, channel, end);
     match claimed {
         Ok(()) => assert!(before.is_none() && holder(shared, channel, end) == Some(client as u32)),
@@ -101,7 +102,7 @@ fn holder(shared: &Shared, channel: usize, end: End) -> Option<u32> {
     first
 }
 
-/// An answer fits into a packet.
+/// Checks that an answer fits into a packet.
 fn tell(answer: Answer) {
     let reply = Reply {
         version: VERSION,
@@ -111,7 +112,8 @@ fn tell(answer: Answer) {
     assert!(packet.len() <= MAX_PACKET);
 }
 
-/// What a driver writes: its epoch, and then the holders of the channels' ends; zeros where there is nothing more.
+/// Writes the words of a driver: its epoch, and then the holders of the channels' ends. The rest of
+/// the page is zero.
 fn scribble(shared: &Shared, bytes: &[u8]) {
     let mut page = [0; 512];
     let length = bytes.len().min(page.len());
