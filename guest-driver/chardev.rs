@@ -2,8 +2,10 @@
 
 //! `/dev/barlinkN`: a misc device for each device, `N` being the smallest number that none has.
 //!
-//! The `kernel` crate's `MiscDevice` is not used: it has no `poll`, and does not keep the module loaded while
-//! a file is open. C header: `include/linux/miscdevice.h`.
+//! The `kernel` crate's `MiscDevice` is not used, because it has no `poll`. In 7.2 it also sets no
+//! `owner`, so that nothing keeps the module loaded while a file is open.
+//!
+//! C header: `include/linux/miscdevice.h`.
 
 use crate::{
     device::Device,

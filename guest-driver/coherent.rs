@@ -2,7 +2,8 @@
 
 //! Memory that processor and device see alike, each by an address of its own. C header: `include/linux/dma-mapping.h`.
 //!
-//! The `kernel` crate's `Coherent` is not used: it lends memory for as long as a binding is on the stack, and has no way into a process.
+//! The `kernel` crate's `Coherent` is not used, because it is allocated through a `&Device<Bound>`,
+//! which an ioctl does not have, and because it cannot be mapped into a process.
 
 use crate::{
     shim,

@@ -275,8 +275,9 @@ unsafe extern "C" fn read(
     size: usize,
     _position: *mut bindings::loff_t,
 ) -> isize {
-    // SAFETY: The file is open while it is read. An `fdget_pos` of it without a lock can only be this
-    // thread's, since only a file that no other thread has does without.
+    // SAFETY: The file is open while it is read. `LocalFile` rules out that another thread is in an
+    // `fdget_pos` without the lock, because both could use the file position. This file has no
+    // position (`stream_open`), so such a thread does no harm.
     let (opened, file) = unsafe { (OpenFile::of(file), LocalFile::from_raw_file(file)) };
     from_result(|| {
         if size < size_of::<Interrupts>() {
@@ -323,8 +324,8 @@ unsafe extern "C" fn ioctl(
     command: c_uint,
     argument: c_ulong,
 ) -> c_long {
-    // SAFETY: The file is open during a call on it. An `fdget_pos` of it is in another thread only with the
-    // lock.
+    // SAFETY: The file is open during the call. As in `read`, another thread's `fdget_pos` without
+    // the lock does no harm, because the file has no position.
     let (opened, file) = unsafe { (OpenFile::of(file), LocalFile::from_raw_file(file)) };
     from_result(|| opened.ioctl(file, command, argument))
 }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! A lock that interrupt handlers may take, too. The `kernel` crate has none.
+//! A spinlock that interrupt handlers may take as well.
+//!
+//! The `kernel` crate has such a lock (`SpinLockIrq`) since 7.3, but not in 7.2. This type wraps
+//! the C lock, which is the same in both.
 //!
 //! C header: `include/linux/spinlock.h`.
 

@@ -173,7 +173,7 @@ extern "C" {
 
     /// Gives a buffer to a device, with its address as the token (`virtqueue_add_inbuf`, `virtqueue_add_outbuf`). 0, or a
     /// negative errno if the queue is full or broken. `buffer` must be `kmalloc`'s, and stay until the token has come
-    /// back; calls for one queue must not overlap with each other, nor with those of the four below.
+    /// back; calls for one queue must not overlap with each other, nor with those of the five below.
     pub(crate) fn barlink_queue_add(
         queue: *mut Virtqueue,
         buffer: *mut c_void,
