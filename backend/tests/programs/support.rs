@@ -1,18 +1,28 @@
 //! A broker in a folder of its own, and what tests need around it.
 
+use std::ffi::{OsStr, OsString};
+use std::os::fd::IntoRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use barlink::{Access, Attachment};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
 
 pub use crate::process::*;
 use crate::service::ServiceManager;
 
-/// `barlink` with these arguments.
-pub fn barlink<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_barlink"));
+/// Where the program `barlink` is.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_barlink");
+
+/// Makes a command that runs `barlink` with these arguments.
+pub fn barlink<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    command(PROGRAM.as_ref(), args)
+}
+
+fn command<S: AsRef<OsStr>>(program: &OsStr, args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(program);
     command
         .args(args)
         .stdin(Stdio::null())
@@ -33,9 +43,25 @@ pub fn can_become_another_user() -> bool {
     root
 }
 
-/// Makes a command run as nobody.
-pub fn as_nobody(command: &mut Command) -> &mut Command {
-    command.uid(NOBODY).gid(NOBODY)
+/// Makes a command run as nobody. `barlink` in it is run by a descriptor, because nobody need not reach
+/// the folder in which the program was built, such as one in root's home.
+pub fn as_nobody(of: &mut Command) -> &mut Command {
+    // Without CLOEXEC: the command inherits it.
+    let program = rustix::fs::open(PROGRAM, OFlags::RDONLY, Mode::empty()).unwrap();
+    let reachable = format!("/proc/self/fd/{}", program.into_raw_fd());
+    let words = [of.get_program()].into_iter().chain(of.get_args());
+    let words: Vec<OsString> = words
+        .map(|word| {
+            if word == PROGRAM {
+                reachable.as_ref()
+            } else {
+                word
+            }
+        })
+        .map(OsStr::to_owned)
+        .collect();
+    *of = command(&words[0], &words[1..]);
+    of.uid(NOBODY).gid(NOBODY)
 }
 
 fn serve(folder: &Path, args: &[&str]) -> Command {
