@@ -287,8 +287,8 @@ impl Queues {
     fn bring_the_region(&self, region: &DeviceMemory) -> Result<bool> {
         // SAFETY: The device is valid, and being probed or restored. Callers do this once.
         unsafe { shim::barlink_virtio_ready(self.vdev.as_ptr()) };
-        // The driver does nothing else to the device until the region appears. Even a reset would end
-        // QEMU if the host asked to map the region after it.
+        // The driver does nothing else to the device until the region appears. Even a reset would
+        // end QEMU if the host asked to map the region after it.
         is_mapped_before_long(region)
     }
 

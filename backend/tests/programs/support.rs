@@ -43,8 +43,8 @@ pub fn can_become_another_user() -> bool {
     root
 }
 
-/// Makes a command run as the user `nobody`. The command runs `barlink` by a descriptor, because that
-/// user may be unable to reach the folder of the program, for example in root's home.
+/// Makes a command run as the user `nobody`. The command runs `barlink` by a descriptor, because
+/// that user may be unable to reach the folder of the program, for example in root's home.
 pub fn as_nobody(of: &mut Command) -> &mut Command {
     // Without CLOEXEC: the command inherits it.
     let program = rustix::fs::open(PROGRAM, OFlags::RDONLY, Mode::empty()).unwrap();

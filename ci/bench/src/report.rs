@@ -205,7 +205,7 @@ impl fmt::Display for Report {
         if !self.streams.is_empty() {
             writeln!(
                 f,
-                "## Streams\n\nConditions: {conditions}. Who receives reads every byte, but for `memcpy`, which nobody reads.\n\n\
+                "## Streams\n\nConditions: {conditions}. The receiver reads every byte, except of `memcpy`, which has no receiver.\n\n\
                  Through channels of {} and as much plain memory. Between guest and host records are copied in by the sender, and \
                  smaller records are committed and released in batches of {}. Within the host records of barlink and \
                  iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then nap, \

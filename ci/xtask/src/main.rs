@@ -58,8 +58,8 @@ enum Task {
     Bench(Words),
     /// Make Debian packages of the programs and the driver
     Package(Words),
-    /// Check format, lints, prose, documentation, and that the driver builds for every kernel that is
-    /// set up
+    /// Check format, lints, prose, documentation, and that the driver builds for every kernel that
+    /// is set up
     Check(ToolArgs),
 }
 

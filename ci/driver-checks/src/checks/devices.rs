@@ -105,9 +105,9 @@ pub(super) fn devices_are_independent() -> Result<()> {
 
 pub(super) fn unknown_calls_are_refused() -> Result<()> {
     let device = open(Region::Main)?;
-    // Number 0; the number of BUFFER with INFO's direction and size; another type; INFO's number
-    // with CLAIM's direction and size; a terminal's ioctl (TCGETS).
-    for number in [0, INFO + 5, INFO + 0x100, CLAIM & !1, 0x5401] {
+    // Number 0; the number of BUFFER, and the first free number, with INFO's direction and size;
+    // another type; INFO's number with CLAIM's direction and size; a terminal's ioctl (TCGETS).
+    for number in [0, INFO + 5, INFO + 6, INFO + 0x100, CLAIM & !1, 0x5401] {
         fails(device.ioctl_on_null(number), Errno::NOTTY);
     }
     for number in [INFO, CLAIM, DOORBELL, BUFFER] {
