@@ -119,7 +119,7 @@ pub const ALL: [Mutation; 7] = [
         seconds: 60,
         file: "guest-driver/coherent.rs",
         from: "        unsafe {\n            bindings::dma_free_attrs(",
-        to: "        unsafe {\n            return;\n            #[expect(unreachable_code)]\n            bindings::dma_free_attrs(",
+        to: "        unsafe {\n            if self.size > 0 {\n                return;\n            }\n            bindings::dma_free_attrs(",
         part: Changed::Driver,
         found_by: &[(DRIVER, "ivshmem::driver::buffer")],
         untouched: (DRIVER, "ivshmem::driver::doorbells"),
