@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use barlink::broker::handover::Predecessor;
+use barlink::broker::Predecessor;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask, Side};
 use rustix::io::Errno;

@@ -1,31 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a broker's threads share, without its threads.
+//! The state that a broker's threads share, without the threads.
 
 use std::sync::{Arc, LazyLock};
 
-use barlink::broker::{Broker, Config, Peer, Policy, Shared};
+use barlink::broker::{Broker, BrokerState, Config, Policy};
+use barlink::socket::Peer;
 use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use rustix::fs::{Mode, OFlags};
 
-/// VMs connect from here.
+/// The process that all VMs connect from.
 pub const PEER: Peer = Peer {
     pid: 1,
     uid: 0,
     gid: 0,
 };
 
-/// The broker of one slot for ivshmem, made once.
-pub static SHARED: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(Ivshmem)));
+/// The broker of one slot for ivshmem, created once.
+pub static IVSHMEM: LazyLock<Arc<BrokerState>> = LazyLock::new(|| broker(Arc::new(Ivshmem)));
 
-/// The broker of one slot for vfio-user, made once.
-pub static VFIO_USER: LazyLock<Arc<Shared>> =
+/// The broker of one slot for vfio-user, created once.
+pub static VFIO_USER: LazyLock<Arc<BrokerState>> =
     LazyLock::new(|| broker(Arc::new(VfioUser::default())));
 
-/// The broker of one slot for vhost-user, made once.
-pub static VHOST_USER: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(VhostUser)));
+/// The broker of one slot for vhost-user, created once.
+pub static VHOST_USER: LazyLock<Arc<BrokerState>> = LazyLock::new(|| broker(Arc::new(VhostUser)));
 
-fn broker(transport: Arc<dyn Transport>) -> Arc<Shared> {
+fn broker(transport: Arc<dyn Transport>) -> Arc<BrokerState> {
     let folder = std::env::temp_dir().join(format!("barlink-fuzz-{}", std::process::id()));
     std::fs::create_dir(&folder).expect("a folder for sockets");
     let config = Config {
@@ -37,11 +38,11 @@ fn broker(transport: Arc<dyn Transport>) -> Arc<Shared> {
         policy: Policy::new(Vec::new(), Vec::new()),
     };
     let broker = Broker::new(config, Default::default()).expect("a broker");
-    let shared = Arc::clone(broker.shared());
-    // Nobody shall connect, and the process can be ended at any time.
+    let state = Arc::clone(broker.state());
+    // No client may connect, and the fuzzer may kill the process at any time.
     std::mem::forget(broker);
     std::fs::remove_dir_all(&folder).expect("the folder is there");
-    shared
+    state
 }
 
 /// The number that the next descriptor gets: the same as long as none is left open.
