@@ -38,7 +38,7 @@ use self::accept::Acceptor;
 use self::confine::confine;
 use self::takeover::{Parts, SlotPlan};
 use crate::persistence::{ClientId, Inheritance, is_managed};
-use crate::slot::{Link, Slot};
+use crate::slot::{Slot, SlotConfig};
 use crate::socket::disconnect;
 use crate::transport::Transport;
 
@@ -108,7 +108,7 @@ impl Broker {
         let descriptors = Arc::new(parts.descriptors);
         let (mut slots, mut listeners, mut vms) = (Vec::new(), Vec::new(), Vec::new());
         for ((id, part), transport) in (0..).zip(parts.slots).zip(&transports) {
-            let link = Link {
+            let config = SlotConfig {
                 transport: transport.name(),
                 socket: part.listener.path().to_owned(),
                 survives_broker: transport.survives_broker(),
@@ -116,7 +116,7 @@ impl Broker {
             };
             let words = parts.persisted.slot(id);
             let (region, descriptors) = (Arc::clone(&region), Arc::clone(&descriptors));
-            slots.push(Arc::new(Slot::new(id, link, region, descriptors, words)?));
+            slots.push(Arc::new(Slot::new(id, config, region, descriptors, words)?));
             listeners.push(part.listener);
             vms.push(part.vm);
         }

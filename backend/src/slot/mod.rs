@@ -26,8 +26,8 @@ use crate::persistence::{DescriptorStore, Stored, name};
 use crate::rate_limit::{Account, RateLimit};
 use crate::socket::Peer;
 
-/// How a slot reaches its VM.
-pub(crate) struct Link {
+/// The fixed properties of a slot.
+pub(crate) struct SlotConfig {
     /// The transport's name.
     pub transport: &'static str,
     /// The path of the socket.
@@ -41,11 +41,11 @@ pub(crate) struct Link {
 /// A slot of a broker, which exists as long as the broker.
 pub struct Slot {
     id: u32,
-    link: Link,
+    config: SlotConfig,
     region: Arc<SharedRegion>,
     descriptors: Arc<DescriptorStore>,
     requests: RequestQueue,
-    state: Mutex<State>,
+    occupancy: Mutex<Occupancy>,
     /// Held for reading while a session receives or sends a message, and for writing during a
     /// hand-over.
     session_lock: RwLock<()>,
@@ -55,21 +55,21 @@ pub struct Slot {
 ///
 /// A thread that panics may leave a change half done, which is no worse than a broker that is
 /// killed there: the persisted words are valid after each store.
-struct State {
+struct Occupancy {
     words: SlotWords,
     vm: Option<Vm>,
 }
 
 /// A slot that is quiesced: every change of its VM waits until this is dropped.
 pub(crate) struct QuiescedSlot<'a> {
-    _state: MutexGuard<'a, State>,
+    _occupancy: MutexGuard<'a, Occupancy>,
 }
 
 impl Slot {
     /// Creates a slot, and publishes the connection that a predecessor persisted.
     pub(crate) fn new(
         id: u32,
-        link: Link,
+        config: SlotConfig,
         region: Arc<SharedRegion>,
         descriptors: Arc<DescriptorStore>,
         words: SlotWords,
@@ -77,11 +77,11 @@ impl Slot {
         region.publish_connection(id, words.connection());
         Ok(Slot {
             id,
-            link,
+            config,
             region,
             descriptors,
             requests: RequestQueue::new()?,
-            state: Mutex::new(State { words, vm: None }),
+            occupancy: Mutex::new(Occupancy { words, vm: None }),
             session_lock: RwLock::new(()),
         })
     }
@@ -93,12 +93,12 @@ impl Slot {
 
     /// Returns the transport's name.
     pub fn transport(&self) -> &'static str {
-        self.link.transport
+        self.config.transport
     }
 
     /// Returns the path of the socket.
     pub fn socket(&self) -> &Path {
-        &self.link.socket
+        &self.config.socket
     }
 
     /// Returns the region that the VM shares.
@@ -109,7 +109,7 @@ impl Slot {
     /// Returns the memory of the session, if the transport has asked for any. It outlives the
     /// broker.
     pub fn session_memory(&self) -> Option<&Region> {
-        self.link.session_memory.as_ref()
+        self.config.session_memory.as_ref()
     }
 
     /// Returns the request queue.
@@ -132,14 +132,14 @@ impl Slot {
 impl Slot {
     /// Takes the slot for a new VM. Returns `None` if it has one.
     pub fn occupy(self: &Arc<Self>, vmm: Peer) -> Option<Session> {
-        let mut state = self.state.lock();
-        if state.vm.is_some() {
+        let mut occupancy = self.occupancy.lock();
+        if occupancy.vm.is_some() {
             return None;
         }
-        let connection = state.words.next_connection();
-        state.words.set_handshake(Handshake::New);
-        state.words.set_connection(connection);
-        state.vm = Some(Vm::new(vmm, connection));
+        let connection = occupancy.words.next_connection();
+        occupancy.words.set_handshake(Handshake::New);
+        occupancy.words.set_connection(connection);
+        occupancy.vm = Some(Vm::new(vmm, connection));
         // Rings for the last VM are not for this one, nor are the words of its driver.
         for eventfd in self.region.eventfds(self.id) {
             eventfd.drain();
@@ -152,12 +152,12 @@ impl Slot {
     /// Takes the slot for the VM that it had under the broker's predecessor. Returns `None` if it
     /// had none.
     pub(crate) fn reoccupy(self: &Arc<Self>, vmm: Peer) -> Option<Session> {
-        let mut state = self.state.lock();
-        let connection = state.words.connection();
+        let mut occupancy = self.occupancy.lock();
+        let connection = occupancy.words.connection();
         if connection == 0 {
             return None;
         }
-        state.vm = Some(Vm::new(vmm, connection));
+        occupancy.vm = Some(Vm::new(vmm, connection));
         Some(Session(Arc::clone(self)))
     }
 
@@ -170,46 +170,46 @@ impl Slot {
         // Also those of a VM that left during the hand-over. Without the lock, because a descriptor
         // can be slow to close.
         self.remove_all();
-        let state = self.state.lock();
-        if state.words.connection() != 0 {
-            state.words.set_connection(0);
+        let occupancy = self.occupancy.lock();
+        if occupancy.words.connection() != 0 {
+            occupancy.words.set_connection(0);
             self.region.publish_connection(self.id, 0);
         }
     }
 
     /// Empties the slot.
     pub(crate) fn vacate(&self) {
-        let mut state = self.state.lock();
-        state.words.set_connection(0);
-        state.vm = None;
+        let mut occupancy = self.occupancy.lock();
+        occupancy.words.set_connection(0);
+        occupancy.vm = None;
         self.region.publish_connection(self.id, 0);
     }
 
     /// Makes every change of the slot's VM wait until the result is dropped.
     pub(crate) fn quiesce(&self) -> QuiescedSlot<'_> {
         QuiescedSlot {
-            _state: self.state.lock(),
+            _occupancy: self.occupancy.lock(),
         }
     }
 
     /// Returns the facts about the connected VM.
     pub fn vm(&self) -> Option<Vm> {
-        self.state.lock().vm.clone()
+        self.occupancy.lock().vm.clone()
     }
 
     /// Returns the connected VM, if no successor can continue its session.
     pub(crate) fn unmovable_vm(&self) -> Option<Vm> {
-        self.vm().filter(|_| !self.link.survives_broker)
+        self.vm().filter(|_| !self.config.survives_broker)
     }
 
     /// Adds a request for bytes of the guest's memory, which the VM's thread will answer.
     pub fn request(&self, request: ReadRequest) -> Result<(), ReadError> {
         // Held until the request is added: a VM that leaves rejects the queue after it has left.
-        let state = self.state.lock();
-        if state.vm.is_none() {
+        let occupancy = self.occupancy.lock();
+        if occupancy.vm.is_none() {
             return Err(ReadError::NoVm);
         }
-        if self.link.session_memory.is_none() {
+        if self.config.session_memory.is_none() {
             // The transport has no thread that would look at the queue.
             return Err(ReadError::NoGuestMemory);
         }
@@ -218,14 +218,14 @@ impl Slot {
 
     /// Returns the number of the VM's connection, 0 for none.
     pub fn connection(&self) -> u64 {
-        self.state.lock().words.connection()
+        self.occupancy.lock().words.connection()
     }
 
     /// Gives the connection a new number, and tells the host: the VM was reset, and its guest is
     /// gone.
     pub fn restart(&self) {
-        let mut state = self.state.lock();
-        let State { words, vm } = &mut *state;
+        let mut occupancy = self.occupancy.lock();
+        let Occupancy { words, vm } = &mut *occupancy;
         if let Some(vm) = vm {
             // First, so that no reader sees the new number with the holders of the old guest.
             self.region.end_driver(self.id);
@@ -237,14 +237,14 @@ impl Slot {
 
     /// Sets the size of the guest's own memory, for the status.
     pub fn set_guest_memory(&self, size: GuestMemorySize) {
-        if let Some(vm) = &mut self.state.lock().vm {
+        if let Some(vm) = &mut self.occupancy.lock().vm {
             vm.guest_memory = Some(size);
         }
     }
 
     /// Sets the guest's DMA buffer, for the status.
     pub fn set_buffer(&self, buffer: Option<DmaBuffer>) {
-        if let Some(vm) = &mut self.state.lock().vm {
+        if let Some(vm) = &mut self.occupancy.lock().vm {
             vm.buffer = buffer;
         }
     }
@@ -254,8 +254,8 @@ impl Slot {
 impl Slot {
     /// Returns how many of its handshake's messages, of so many, this broker or a predecessor has
     /// sent. `None` means that one of them may have been sent or not.
-    pub fn sent(&self, all: u64) -> Option<u64> {
-        match self.state.lock().words.handshake() {
+    pub fn handshake_sent(&self, all: u64) -> Option<u64> {
+        match self.occupancy.lock().words.handshake() {
             Handshake::New => Some(0),
             Handshake::Pending(pending) => all.checked_sub(pending),
             Handshake::Torn(_) => None,
@@ -264,7 +264,11 @@ impl Slot {
 
     /// Sends one message of the handshake when so many are pending, this one included. `send` must
     /// not wait, and must have sent nothing if it fails.
-    pub fn send<E>(&self, pending: u64, send: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+    pub fn send_handshake<E>(
+        &self,
+        pending: u64,
+        send: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
         let _lock = self.lock_session();
         self.set_handshake(Handshake::Torn(pending));
         let sent = send();
@@ -278,7 +282,7 @@ impl Slot {
     }
 
     fn set_handshake(&self, handshake: Handshake) {
-        self.state.lock().words.set_handshake(handshake);
+        self.occupancy.lock().words.set_handshake(handshake);
     }
 
     /// Takes the session lock for one message. Waits for a hand-over, and delays the next one until
@@ -297,18 +301,18 @@ impl Slot {
 impl Slot {
     /// Stores a descriptor of the session for the broker's successor. A service manager stores no
     /// file twice, whatever its name.
-    pub fn store(&self, what: &str, descriptor: Stored) {
+    pub fn store_descriptor(&self, what: &str, descriptor: Stored) {
         self.descriptors
             .store(name::part(self.id, what), descriptor);
     }
 
     /// Removes a descriptor of the session.
-    pub fn remove(&self, what: &str) {
+    pub fn remove_descriptor(&self, what: &str) {
         self.descriptors.remove(&name::part(self.id, what));
     }
 
     /// Lists the stored descriptors of the session, with their names.
-    pub fn stored(&self) -> Vec<(String, Stored)> {
+    pub fn stored_descriptors(&self) -> Vec<(String, Stored)> {
         let ours = name::part(self.id, "");
         let all = self.descriptors.all().into_iter();
         all.filter_map(|(name, stored)| Some((name.strip_prefix(&ours)?.to_owned(), stored)))
@@ -332,8 +336,8 @@ impl Slot {
 
     /// Removes all stored descriptors of a VM that is gone.
     fn remove_all(&self) {
-        for (what, _) in self.stored() {
-            self.remove(&what);
+        for (what, _) in self.stored_descriptors() {
+            self.remove_descriptor(&what);
         }
         // The connection last: once the slot is empty, the next VM's has the same name.
         self.descriptors.remove(&name::vm(self.id));

@@ -6,12 +6,25 @@ pub(crate) mod descriptors;
 mod peer;
 
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown};
 use rustix::time::Timespec;
 
 pub use self::peer::Peer;
+
+/// Waits until a socket is ready for an event, or the peer has closed its end. Returns `false` if the
+/// deadline has passed before.
+pub(crate) fn wait(socket: &dyn AsFd, event: PollFlags, deadline: Instant) -> Result<bool, Errno> {
+    let mut ready = [PollFd::new(&socket, event)];
+    rustix::io::retry_on_intr(|| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
+        Ok(rustix::event::poll(&mut ready, Some(&left))? > 0)
+    })
+}
 
 /// Tells whether the peer has closed its end of a socket.
 pub(crate) fn has_hung_up(socket: &dyn AsFd) -> bool {

@@ -14,13 +14,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::debug;
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::PollFlags;
 use rustix::net::SendFlags;
 
 use super::{Departure, Rejection, Transport, TransportError};
 use crate::memory::Access;
 use crate::slot::Slot;
-use crate::socket::descriptors;
+use crate::socket::{self, descriptors};
 
 /// The protocol version that QEMU knows.
 const VERSION: i64 = 0;
@@ -63,7 +63,7 @@ impl Transport for Ivshmem {
                 messages.push(("an eventfd", i64::from(peer), Some(eventfd.as_fd())));
             }
         }
-        let sent = slot.sent(messages.len() as u64);
+        let sent = slot.handshake_sent(messages.len() as u64);
         let sent = sent.ok_or(TransportError::Interrupted)? as usize;
         let unready = |source| TransportError::Send {
             what: "anything",
@@ -73,10 +73,11 @@ impl Transport for Ivshmem {
         let deadline = Instant::now() + TIMEOUT;
         for (index, &(what, number, descriptor)) in messages.iter().enumerate().skip(sent) {
             let pending = (messages.len() - index) as u64;
-            while let Err(source) = slot.send(pending, || send(vm, number, descriptor)) {
+            while let Err(source) = slot.send_handshake(pending, || send(vm, number, descriptor)) {
                 match source.kind() {
                     io::ErrorKind::WouldBlock if Instant::now() < deadline => {
-                        wait_for_room(vm, deadline).map_err(unready)?;
+                        let waited = socket::wait(vm, PollFlags::OUT, deadline);
+                        waited.map_err(|error| unready(error.into()))?;
                     }
                     // QEMU that fails for another reason leaves within the handshake.
                     _ if is_gone(&source) => return Err(TransportError::Gone),
@@ -116,15 +117,6 @@ fn is_gone(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
     )
-}
-
-/// Waits until there is room for a message, the VM hangs up, or the deadline has passed.
-fn wait_for_room(vm: &UnixStream, deadline: Instant) -> io::Result<()> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    let left = rustix::time::Timespec::try_from(left).map_err(io::Error::other)?;
-    let mut room = [PollFd::new(vm, PollFlags::OUT)];
-    rustix::io::retry_on_intr(|| rustix::event::poll(&mut room, Some(&left)))?;
-    Ok(())
 }
 
 fn send(vm: &UnixStream, number: i64, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {

@@ -45,7 +45,7 @@ pub trait Transport: Send + Sync {
         false
     }
 
-    /// Sends a VM its first messages, by [`Slot::send`], from the message number [`Slot::sent`] on,
+    /// Sends a VM its first messages, by [`Slot::send_handshake`], from the message number [`Slot::handshake_sent`] on,
     /// because a predecessor may have begun. It is called again after a complete handshake, and
     /// sends nothing then.
     fn handshake(&self, vm: &UnixStream, slot: &Arc<Slot>) -> Result<(), TransportError>;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use log::{Level, info, warn};
 use parking_lot::RwLockWriteGuard;
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::PollFlags;
 
 use crate::broker::error::BrokerError;
 use crate::broker::reply;
@@ -23,7 +23,7 @@ use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 use crate::persistence::{Stored, is_a_service, name};
 use crate::rate_limit::REJECTED;
 use crate::slot::ReadError;
-use crate::socket::Peer;
+use crate::socket::{self, Peer};
 
 /// Longest time until a VM is admitted, or its message is complete. It is longer than a session
 /// waits for the rest of a message.
@@ -183,13 +183,7 @@ fn converse(
 
 /// Receives a request of the successor before the deadline.
 fn receive(successor: &PacketSocket, deadline: Instant) -> io::Result<Ask> {
-    let mut waiting = [PollFd::new(successor, PollFlags::IN)];
-    let left = deadline.saturating_duration_since(Instant::now());
-    let left = rustix::time::Timespec {
-        tv_sec: left.as_secs().cast_signed(),
-        tv_nsec: left.subsec_nanos().into(),
-    };
-    if rustix::event::poll(&mut waiting, Some(&left))? == 0 {
+    if !socket::wait(successor, PollFlags::IN, deadline)? {
         return Err(io::ErrorKind::TimedOut.into());
     }
     let mut buffer = Box::new([0; MAX_PACKET]);

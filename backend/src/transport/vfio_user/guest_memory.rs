@@ -120,7 +120,7 @@ impl<'a> GuestMemory<'a> {
             logged_unreadable: false,
             logged_too_many: false,
         };
-        let stored: BTreeMap<_, _> = slot.stored().into_iter().collect();
+        let stored: BTreeMap<_, _> = slot.stored_descriptors().into_iter().collect();
         // In reverse, because the last free index is used first.
         for index in (0..MAX_RANGES).rev() {
             let Some((range, id)) = state.range(index) else {
@@ -140,7 +140,7 @@ impl<'a> GuestMemory<'a> {
         // A predecessor that was killed may have stored a file without a range.
         for stored in stored.keys().filter(|stored| stored.starts_with(PREFIX)) {
             if !guest.files.keys().any(|id| name(*id) == **stored) {
-                slot.remove(stored);
+                slot.remove_descriptor(stored);
             }
         }
         guest.report();
@@ -150,12 +150,12 @@ impl<'a> GuestMemory<'a> {
     /// Removes all ranges and files of a predecessor, because this broker does not maintain them.
     pub fn remove_all(slot: &Slot, state: &SessionState<'_>) {
         state.clear_ranges();
-        let stored = slot.stored().into_iter();
+        let stored = slot.stored_descriptors().into_iter();
         let files: Vec<_> = stored
             .filter(|(name, _)| name.starts_with(PREFIX))
             .collect();
         for (name, _) in &files {
-            slot.remove(name);
+            slot.remove_descriptor(name);
         }
         if !files.is_empty() {
             let id = slot.id();
@@ -206,7 +206,7 @@ impl<'a> GuestMemory<'a> {
         })?;
         self.free.pop();
         match file {
-            Some((id, file)) if is_new => self.slot.store(&name(id), file),
+            Some((id, file)) if is_new => self.slot.store_descriptor(&name(id), file),
             Some(_) => (),
             None => self.log_unreadable(&range),
         }
@@ -245,7 +245,7 @@ impl<'a> GuestMemory<'a> {
                 file.ranges -= 1;
                 if file.ranges == 0 {
                     self.files.remove(&id);
-                    self.slot.remove(&name(id));
+                    self.slot.remove_descriptor(&name(id));
                 }
             }
         }

@@ -25,11 +25,11 @@ impl<'a> Interrupts<'a> {
     /// Restores the interrupts of a session, with the eventfds that a predecessor stored.
     pub fn new(slot: &'a Slot, state: &'a SessionState<'a>) -> Self {
         let count = slot.region().vectors().clamp(MIN_VECTORS, MAX_VECTORS);
-        let stored: BTreeMap<_, _> = slot.stored().into_iter().collect();
+        let stored: BTreeMap<_, _> = slot.stored_descriptors().into_iter().collect();
         let eventfd = |vector| {
             let [name, other] = names(state, vector);
             // A predecessor that was killed may have stored an eventfd under both names.
-            slot.remove(&other);
+            slot.remove_descriptor(&other);
             let eventfd = stored.get(&name)?.as_fd().try_clone_to_owned();
             eventfd
                 .map(|eventfd| Arc::new(Bell::from(eventfd)))
@@ -87,12 +87,12 @@ impl<'a> Interrupts<'a> {
     /// one is removed, so that a broker that is killed meanwhile leaves one of the two.
     fn store(&self, vector: u32, eventfd: &Arc<Bell>) {
         let [old, new] = names(self.state, vector);
-        self.slot.store(&new, eventfd.clone());
+        self.slot.store_descriptor(&new, eventfd.clone());
         self.state.change_stored_name(vector);
         if self.eventfds[vector as usize].is_some() {
-            self.slot.remove(&old);
+            self.slot.remove_descriptor(&old);
             // If both are the same file, the service manager did not store it a second time.
-            self.slot.store(&new, eventfd.clone());
+            self.slot.store_descriptor(&new, eventfd.clone());
         }
     }
 
@@ -101,7 +101,7 @@ impl<'a> Interrupts<'a> {
         for vector in start..start + count {
             if self.eventfds[vector as usize].take().is_some() {
                 let [name, _] = names(self.state, vector);
-                self.slot.remove(&name);
+                self.slot.remove_descriptor(&name);
             }
         }
     }

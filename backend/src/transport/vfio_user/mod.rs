@@ -65,8 +65,8 @@ impl Transport for VfioUser {
     fn handshake(&self, _vm: &UnixStream, slot: &Arc<Slot>) -> Result<(), TransportError> {
         let state = SessionState::new(session_memory(slot)?);
         // A state that was torn by a kill is not in use yet.
-        if slot.sent(1) != Some(1) {
-            slot.send(1, || {
+        if slot.handshake_sent(1) != Some(1) {
+            slot.send_handshake(1, || {
                 state.initialise();
                 Ok(())
             })?;

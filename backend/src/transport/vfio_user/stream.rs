@@ -9,17 +9,18 @@
 //! others.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 use super::request::Fault;
 use super::wire::{HEADER, Header, HeaderError, MAX_MESSAGE};
-use crate::socket::descriptors::{self, MAX_DESCRIPTORS};
+use crate::socket::descriptors::MAX_DESCRIPTORS;
+use crate::socket::{self, descriptors};
 
 /// Longest time from the first byte of a message to its last, and until the client takes a reply. A
 /// client sends a message at once, so one that takes longer has stopped.
@@ -239,17 +240,10 @@ fn fits(payload: usize) -> bool {
     payload <= MAX_MESSAGE - HEADER
 }
 
-fn wait(socket: &UnixStream, what: PollFlags, deadline: Instant) -> Result<(), StreamError> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    let left = rustix::time::Timespec {
-        tv_sec: left.as_secs().cast_signed(),
-        tv_nsec: left.subsec_nanos().into(),
-    };
-    let socket = socket.as_fd();
-    match rustix::event::poll(&mut [PollFd::new(&socket, what)], Some(&left)) {
-        Ok(0) => Err(StreamError::Stalled),
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(error) => Err(error.into()),
+fn wait(socket: &UnixStream, event: PollFlags, deadline: Instant) -> Result<(), StreamError> {
+    match socket::wait(socket, event, deadline)? {
+        true => Ok(()),
+        false => Err(StreamError::Stalled),
     }
 }
 
@@ -258,6 +252,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::fd::AsRawFd;
 
+    use rustix::event::PollFd;
     use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
     use super::*;
