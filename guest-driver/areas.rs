@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! The memory areas that processes have mapped a region into, and the cache mode that all of them have.
+//! The memory areas into which processes have mapped a region, and their common cache mode.
 //!
-//! x86 refuses, or silently changes, the mode of a mapping that overlaps one of another mode. So while one
-//! lives, the others are asked for with the same mode, or refused.
+//! x86 rejects or silently changes the mode of a mapping that overlaps a mapping of another mode.
+//! Therefore all mappings of a region have the same mode: while one exists, a request for another
+//! mode fails.
 
 #![forbid(unsafe_code)]
 
@@ -13,23 +14,25 @@ use crate::wire::uapi::{
 };
 use kernel::prelude::*;
 
-/// How a mapping is made: checked, and small enough for a file's word and an area's.
+/// How a mapping is made: validated options that fit into one word of a file or an area.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Manner {
-    /// `None` is the mode of the mappings that live, noncached if there are none.
+    /// Requested cache mode. `None` means the mode of the existing mappings, or noncached if there
+    /// are none.
     pub(crate) cache: Option<CacheMode>,
-    /// Pages are mapped when they are touched.
+    /// Pages are mapped on fault instead of eagerly.
     pub(crate) on_touch: bool,
 }
 
 impl Manner {
-    /// What the driver does of itself.
+    /// Options of a file that has not set any: noncached, mapped eagerly.
     pub(crate) const DEFAULT: Self = Manner {
         cache: Some(CacheMode::UncachedMinus),
         on_touch: false,
     };
 
-    /// That of a [`crate::wire::uapi::Map`]. `EINVAL` if it is none.
+    /// Validates the fields of a [`crate::wire::uapi::Map`]. `EINVAL` if a field has no valid
+    /// value.
     pub(crate) fn new(cache: u32, flags: u32) -> Result<Self> {
         let mode = CacheMode::from_number(cache).filter(|mode| mode.can_be_asked_for());
         if (mode.is_none() && cache != 0) || flags & !ON_TOUCH != 0 {
@@ -41,66 +44,69 @@ impl Manner {
         })
     }
 
-    /// The same as a number, and back.
+    /// Packs the options into a number: the cache mode from bit 8 on, `on_touch` in bit 0.
     pub(crate) fn word(self) -> u32 {
         self.cache.map_or(0, |mode| mode as u32) << 8 | u32::from(self.on_touch)
     }
 
-    /// See [`Manner::word`]. What is none is the default.
+    /// Unpacks a [`Manner::word`]. An invalid word gives the default.
     pub(crate) fn from_word(word: u32) -> Self {
         Manner::new(word >> 8, word & 0xff).unwrap_or(Manner::DEFAULT)
     }
 }
 
-/// What is known of an area. Split, moved and forked it stays so, and a child's names the parent: which process the new one is of, the
-/// kernel does not tell.
+/// The options and the process of one area. A split or moved area keeps them. After a fork, the
+/// child's copy still names the parent, because the kernel does not tell a driver which process the
+/// copy belongs to.
 #[derive(Clone, Copy)]
 pub(crate) struct Area {
     pub(crate) manner: Manner,
-    /// Which has mapped it, by its number in the initial PID namespace.
+    /// Process that mapped the area: its PID in the initial PID namespace.
     pub(crate) process: u32,
 }
 
 impl Area {
-    /// The same as a number, and back: for the area's private word.
+    /// Packs the area into a number for its private word: the process from bit 32 on, the options
+    /// below.
     pub(crate) fn word(self) -> u64 {
         u64::from(self.process) << 32 | u64::from(self.manner.word())
     }
 
-    /// See [`Area::word`].
+    /// Unpacks an [`Area::word`].
     pub(crate) fn from_word(word: u64) -> Self {
         Area {
-            // CAST: The lower half, then the upper one.
+            // CAST: The lower half of the word, then its upper half.
             manner: Manner::from_word(word as u32),
             process: (word >> 32) as u32,
         }
     }
 }
 
-/// A process, and how many areas name it.
+/// A process, and the number of areas that name it.
 struct Mapper {
     process: u32,
     areas: usize,
 }
 
-/// See the module.
+/// The areas of one region.
 #[derive(Default)]
 pub(crate) struct Areas {
-    /// Those that were mapped at once, and those whose pages are mapped when they are touched.
+    /// Number of areas that are mapped eagerly, and number of areas that are mapped on fault.
     whole: usize,
     touched: usize,
-    /// What they were asked for with, while there are any.
+    /// Cache mode that the existing areas were requested with; `None` while there are no areas.
     asked: Option<CacheMode>,
-    /// What the kernel made of it when it last mapped something: a [`CacheMode`], or 0.
+    /// Number of the [`CacheMode`] that the kernel last granted to any area, or 0 for none.
     granted: u32,
-    /// The same, but of areas that are mapped at once: what is there when the other pages are taken away.
+    /// Number of the [`CacheMode`] that the kernel last granted to an eagerly mapped area, or 0 for
+    /// none. This mode remains when the pages of the other areas are zapped.
     granted_whole: u32,
-    /// Who has made them, in the order of their first ones.
+    /// Processes that have areas, in the order of their first ones.
     mappers: KVec<Mapper>,
 }
 
 impl Areas {
-    /// The mode of a mapping that is to be made. `EBUSY` if those that live have another.
+    /// Returns the mode that a new mapping gets. `EBUSY` if the existing mappings have another one.
     pub(crate) fn mode(&self, wish: Option<CacheMode>) -> Result<CacheMode> {
         match (self.asked, wish) {
             (Some(asked), Some(wish)) if asked != wish => Err(EBUSY),
@@ -109,8 +115,8 @@ impl Areas {
         }
     }
 
-    /// Counts a new area, and says whether it may be as it is: `EBUSY` as for [`Areas::mode`], `ENOMEM`. Whatever the result is, it has
-    /// to be taken away again.
+    /// Counts a new area. `EBUSY` if [`Areas::mode`] rejects its mode, `ENOMEM`. The caller must
+    /// remove the area later, even after an error.
     pub(crate) fn add(&mut self, area: Area) -> Result {
         let mode = self.mode(area.manner.cache);
         if self.asked.is_none() {
@@ -128,7 +134,7 @@ impl Areas {
         mode.map(drop)
     }
 
-    /// Counts one more of which there is one already: it was split, moved or forked.
+    /// Counts one more area that is a copy of a counted one, made by a split, a move or a fork.
     pub(crate) fn count(&mut self, area: Area) {
         *self.kind(area.manner) += 1;
         if let Some(mapper) = self.mapper(area) {
@@ -136,13 +142,14 @@ impl Areas {
         }
     }
 
-    /// Takes an area away. True if pages that were touched have to be mapped anew, since the kernel may have known their mode by this
-    /// area alone; none of them counts any more in [`Areas::told`].
+    /// Removes an area. Returns true if the pages that were mapped on fault must be zapped, because
+    /// the kernel may have found their mode only through this area. [`Areas::told`] then ignores
+    /// the modes of these pages.
     pub(crate) fn remove(&mut self, area: Area) -> bool {
         let kind = self.kind(area.manner);
-        // Every area was counted.
+        // No underflow: `add` or `count` has counted every area.
         *kind = kind.saturating_sub(1);
-        // Unless there was no memory to note who made it.
+        // There is no mapper if `add` ran out of memory.
         if let Some(mapper) = self.mapper(area) {
             mapper.areas = mapper.areas.saturating_sub(1);
         }
@@ -160,28 +167,31 @@ impl Areas {
         anew
     }
 
-    /// Whether pages may be mapped that the kernel has granted another mode than it will to a new area that is mapped at once.
+    /// Tells whether areas exist that are mapped on fault. Their pages may have another mode than
+    /// the kernel will grant to a new eager mapping.
     pub(crate) fn have_touched(&self) -> bool {
         self.touched > 0
     }
 
-    /// Whether there are areas that were mapped at once, and the kernel so knows a mode of some pages, and none of others.
+    /// Tells whether areas exist that are mapped eagerly. The kernel has a mode registered for
+    /// their pages, and for no others.
     pub(crate) fn have_whole(&self) -> bool {
         self.whole > 0
     }
 
-    /// Notes what was granted to a page that was touched.
+    /// Records the mode that the kernel granted to a page that was mapped on fault.
     pub(crate) fn note_granted(&mut self, granted: u32) {
         self.granted = granted;
     }
 
-    /// Notes what was granted to an area that was mapped at once.
+    /// Records the mode that the kernel granted to an area that was mapped eagerly.
     pub(crate) fn note_granted_whole(&mut self, granted: u32) {
         self.granted = granted;
         self.granted_whole = granted;
     }
 
-    /// What was asked for and what was granted, and who made one, as [`crate::wire::uapi::Info`] has it.
+    /// Returns the requested mode, the granted mode and one process that has areas, as numbers of
+    /// [`crate::wire::uapi::Info`].
     pub(crate) fn told(&self) -> (u32, u32, u32) {
         let asked = self.asked.map_or(0, |mode| mode as u32);
         let mapper = self.mappers.first().map_or(0, |mapper| mapper.process);

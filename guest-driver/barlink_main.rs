@@ -1,37 +1,39 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! barlink's guest driver: gives the processes of a VM a device that is made of memory shared with the host.
+//! barlink's guest driver: gives the processes of a VM a device made of memory shared with the
+//! host.
 //!
-//! The device is on the PCI bus, and ivshmem's (1af4:1110), with a barlink region behind BAR2; or it is on the virtio
-//! bus, with the region as its shared memory. Programs cannot tell the two apart. The driver maps parts of the
-//! region into processes, hands them the device's interrupts, rings the host for them, and keeps the book
-//! of who holds which end of which channel. It looks at no channel and copies no data: all of that is
-//! between the process and the host.
+//! The device is either a PCI device with ivshmem's ID (1af4:1110) and a barlink region behind
+//! BAR2, or a virtio device with the region as its shared memory. Programs cannot tell the two
+//! apart. The driver maps parts of the region into processes, delivers the device's interrupts to
+//! them, rings the host for them, and records which process holds which end of which channel. The
+//! driver reads no channel and copies no data, because records pass directly between the process
+//! and the host.
 //!
-//! | file | its one job |
+//! | file | contents |
 //! |---|---|
-//! | `pci.rs` | binds a PCI device and lets go of it, in the right order |
-//! | `irq.rs` | its MSI-X vectors |
-//! | `virtio.rs` | binds a virtio device and lets go of it, likewise |
+//! | `pci.rs` | probe and removal of a PCI device |
+//! | `irq.rs` | MSI-X vectors of a PCI device |
+//! | `virtio.rs` | probe, removal and suspend of a virtio device |
 //! | `virtqueue.rs` | a virtqueue of short messages |
-//! | `doorbells.rs`, `interrupts.rs` | what a virtio device has queues for |
-//! | `binding.rs` | what is the same on both buses |
-//! | `memory.rs`, `iomem.rs` | device memory, and the few bytes of it that the driver itself reads and writes |
+//! | `doorbells.rs`, `interrupts.rs` | the two queues of a virtio device |
+//! | `binding.rs` | the part of a probe that both buses share |
+//! | `memory.rs`, `iomem.rs` | device memory, and the driver's own accesses to it |
 //! | `hardware.rs` | the superblock, the doorbell and the driver's page of the region |
 //! | `wait.rs`, `lock.rs` | the kernel's wait queues and spinlocks |
-//! | `events.rs` | which open file hears of which vector |
-//! | `signals.rs` | which eventfds of user space are written for which vector |
-//! | `claims.rs` | who holds which end of which channel |
-//! | `device.rs` | what outlives the binding: the state that open files and the driver share |
-//! | `chardev.rs`, `file.rs` | `/dev/barlinkN`, and what can be done with it once it is open |
-//! | `mapping.rs` | `mmap`, and taking it back |
-//! | `areas.rs` | what is mapped, and in which cache mode |
-//! | `coherent.rs`, `buffer.rs` | memory that the device can reach, and the file that a program maps it with |
-//! | `shim.rs`, `shim.c` | C macros and functions that the `kernel` crate does not carry |
-//! | `compat.rs` | what differs between kernel series |
+//! | `events.rs` | delivery of vectors to open files |
+//! | `signals.rs` | eventfds of user space, one for each vector |
+//! | `claims.rs` | the holders of the channel ends |
+//! | `device.rs` | the state that open files and the driver share, and that outlives the binding |
+//! | `chardev.rs`, `file.rs` | `/dev/barlinkN`, and the operations of an open file |
+//! | `mapping.rs` | `mmap`, and the removal of mappings |
+//! | `areas.rs` | the mapped areas and their cache mode |
+//! | `coherent.rs`, `buffer.rs` | DMA memory, and the file through which programs map it |
+//! | `shim.rs`, `shim.c` | C macros and functions that the `kernel` crate lacks |
+//! | `compat.rs` | differences between kernel series |
 //!
-//! The user interface is [`wire::uapi`], the region's layout [`wire::layout`]; programs compile the same
-//! files.
+//! [`wire::uapi`] describes the user interface, [`wire::layout`] the layout of the region. Programs
+//! compile the same files.
 
 mod areas;
 mod binding;
@@ -67,7 +69,7 @@ mod wait;
 #[path = "../protocol/src/wire/mod.rs"]
 mod wire;
 
-// The region's layout counts in pages of 4096 bytes, and `mmap` counts in those of the machine.
+// The layout counts in pages of 4096 bytes, `mmap` in pages of the machine.
 const _: () = assert!(kernel::page::PAGE_SIZE as u64 == wire::layout::PAGE_SIZE);
 
 use kernel::{
@@ -75,7 +77,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// The module, until it is unloaded.
+/// The loaded module. Dropping it unregisters both drivers.
 #[pin_data]
 struct Module {
     #[pin]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! A bound device, whatever bus it is on: made from what the bus found, and ended in the right order.
+//! A bound device on either bus: created from the resources that the bus driver found.
 
 #![forbid(unsafe_code)]
 
@@ -31,15 +31,15 @@ use kernel::{
     sync::Arc, //
 };
 
-/// A device that the guest's processes have, until dropped. Its fields are dropped in this order.
+/// A bound device with its device node. Its fields are dropped in this order.
 pub(crate) struct Binding {
-    /// No file is opened any more.
+    /// The device node. After its removal no process can open the device.
     _chardev: Pin<KBox<CharDevice>>,
-    /// Those that are open find the device gone, and the host is told.
+    /// Makes open files see that the device is gone, and tells the host.
     _removal: Removal,
 }
 
-/// Ends a [`Device`] when dropped.
+/// Removes a [`Device`] when dropped.
 struct Removal(Arc<Device>);
 
 impl Drop for Removal {
@@ -49,10 +49,11 @@ impl Drop for Removal {
 }
 
 impl Binding {
-    /// Tells the host of the driver, and makes a device node.
+    /// Announces the driver to the host and creates a device node.
     ///
-    /// `region` has this layout, `id` is one of its slots, and `vectors` are the queues that the slot's vectors wake, in order;
-    /// there can be fewer than the layout has. The error is the kernel's.
+    /// `region` has the layout `layout`, and `id` is one of its slots. `vectors` are the queues
+    /// that the slot's vectors wake, in order; there may be fewer than the layout has. Errors come
+    /// from the kernel.
     pub(crate) fn new(
         dev: &device::Device<Bound>,
         region: &DeviceMemory,

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! The DMA buffer: memory of the driver's own, behind a file of its own, of which the device is told.
+//! The DMA buffer: memory that the driver allocates for the device, and the file that maps it.
 //!
-//! A device has one at most. It ends when its file is released, that is after the last descriptor and mapping, or when the device
-//! goes, whatever comes first: in the order in which [`Device::end_buffer`] does it, under the lock under which it is mapped. So nobody
-//! maps a buffer that has ended, and what was mapped before is found by its end.
+//! A device has at most one buffer. It ends when its file is released (after the last descriptor
+//! and mapping) or when the device goes, whichever comes first. [`Device::end_buffer`] fixes the
+//! order, under the lock that is also held while pages are mapped. Therefore no process maps a
+//! buffer that has ended, and the end of a buffer reaches every earlier mapping.
 //!
-//! The buffer has a file, and not a place behind the region in the device's, since `dma_mmap_coherent` counts an area's offset from
-//! the begin of the memory, and since the region's mappings are zapped while their device is there (`mapping.rs`), which these
-//! would not survive.
+//! The buffer has a file of its own, and is not part of the device's file behind the region, for
+//! two reasons: `dma_mmap_coherent` counts an area's offset from the start of the memory, and the
+//! region's mappings are zapped while their device exists (`mapping.rs`), which mappings of a
+//! buffer would not survive.
 
 use crate::{
     coherent::Coherent,
@@ -49,10 +51,11 @@ use kernel::{
     types::ForeignOwnable, //
 };
 
-/// As for the region, but that what kind of pages these are, `dma_mmap_coherent` knows.
+/// Flags of an area, as for the region but without `VM_PFNMAP`: `dma_mmap_coherent` itself sets the
+/// flag that fits its pages.
 const FLAGS: vm_flags_t = flags::IO | flags::DONTEXPAND | flags::DONTDUMP;
 
-/// What a buffer's file can do. The owner keeps the module loaded while it is open.
+/// File operations of a buffer's file. `owner` keeps the module loaded while the file is open.
 const OPERATIONS: bindings::file_operations = bindings::file_operations {
     owner: compat::THIS_MODULE,
     release: Some(release),
@@ -60,51 +63,52 @@ const OPERATIONS: bindings::file_operations = bindings::file_operations {
     ..pin_init::zeroed()
 };
 
-/// What is done with areas of a buffer after [`prepare`].
+/// Operations of areas that [`prepare`] has described.
 const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_struct {
     mapped: Some(mapped),
     fault: Some(fault),
     ..pin_init::zeroed()
 };
 
-/// A buffer that is there. Dropping it takes it from all processes, and then frees it.
+/// An allocated buffer. Dropping it unmaps it from all processes and then frees it.
 ///
 /// # Invariants
 ///
-/// `file` is the buffer's file, and not yet released: [`release`] drops this value before anything else.
+/// `file` is the buffer's file and has not been released: [`release`] first drops this value.
 pub(crate) struct Buffer {
-    /// Dropped after `drop` has run.
+    /// The memory. Rust drops this field after `Buffer::drop` has run.
     memory: Coherent,
     file: *mut bindings::file,
 }
 
-// SAFETY: A file belongs to no task.
+// SAFETY: A `struct file` may be used by any task.
 unsafe impl Send for Buffer {}
 
 impl Buffer {
-    /// The system has resumed.
+    /// Makes the buffer reachable for the device again after a suspend.
     pub(crate) fn resume(&self) {
         self.memory.find_again();
     }
 
-    /// Its address for the device, and its size.
+    /// Returns the buffer's DMA address and its size in bytes.
     pub(crate) fn place(&self) -> (u64, u32) {
-        // CAST: `MAX_BUFFER` at most.
+        // CAST: The size is at most `MAX_BUFFER`.
         (self.memory.address, self.memory.size as u32)
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: By the invariant the file is valid, and so is its address space, which is its inode's alone. From 0, for 0, is
-        // all of it.
+        // SAFETY: By the invariant the file is valid, and so is its address space, which belongs to
+        // the file's inode alone. Offset 0 and length 0 mean the whole file.
         unsafe { bindings::unmap_mapping_range((*self.file).f_mapping, 0, 0, 1) }
     }
 }
 
-/// Makes a device's buffer, of so many bytes, and a file for it in the current process. `tell` is told of it; it ends if that fails.
+/// Creates a device's buffer of `size` bytes and a file for it in the current process, and passes
+/// both to `tell`. The buffer ends if `tell` fails.
 ///
-/// As [`uapi::BUFFER`] says; `EMFILE`, `ENFILE`, `ENODEV`.
+/// Errors are those of [`uapi::BUFFER`], and `EMFILE`, `ENFILE`, `ENODEV`.
 pub(crate) fn make(
     device: &Arc<Device>,
     size: u64,
@@ -115,7 +119,7 @@ pub(crate) fn make(
     }
     let reservation = FileDescriptorReservation::get_unused_fd_flags(file_flags::O_CLOEXEC)?;
     let file = open(device.clone())?;
-    // CAST: `MAX_BUFFER` at most.
+    // CAST: The size is at most `MAX_BUFFER`.
     let (address, told) = allocate(device, &file, size as u32)?;
     tell(uapi::Buffer {
         size,
@@ -128,35 +132,38 @@ pub(crate) fn make(
     Ok(())
 }
 
-/// A file for a buffer that is not there yet. `ENOMEM`, `ENFILE`.
+/// Opens a file for a buffer that is not allocated yet. `ENOMEM`, `ENFILE`.
 fn open(device: Arc<Device>) -> Result<ARef<File>> {
     let private = device.into_foreign();
-    // SAFETY: The operations are static, and expect such a value.
+    // SAFETY: The operations are static, and expect an `Arc<Device>` as `private_data`.
     let file = from_err_ptr(unsafe { shim::barlink_buffer_file(&OPERATIONS, private) });
     let file = file.inspect_err(|_| {
-        // SAFETY: There is no file that has it.
+        // SAFETY: `private` comes from `into_foreign` above, and no file was created that owns it.
         drop(unsafe { Arc::<Device>::from_foreign(private) })
     })?;
     let file = NonNull::new(file).ok_or(ENOMEM)?;
-    // SAFETY: The reference to the new file is this function's to give, nobody else has the file, and `File` is a transparent wrapper
-    // of what C calls so.
+    // SAFETY: This function owns the only reference to the new file, and passes it on. `File` is a
+    // transparent wrapper of `struct file`.
     Ok(unsafe { ARef::from_raw(file.cast()) })
 }
 
-/// Allocates a device's buffer for a file that has none, and tells the device: its address, and whether the device knows of it.
+/// Allocates a device's buffer for a file that has none, and announces the buffer to the device.
+/// Returns its DMA address, and whether the device knows the buffer.
 ///
-/// `EBUSY` if the device has one, `ENOMEM`, `ENODEV`.
+/// `EBUSY` if the device already has a buffer, `ENOMEM`, `ENODEV`.
 fn allocate(device: &Device, file: &File, size: u32) -> Result<(u64, bool)> {
     let mut state = device.state.lock();
     device.check()?;
     if state.buffer.is_some() {
         return Err(EBUSY);
     }
-    // SAFETY: The device is bound, since it is not gone: `remove` runs before it is unbound, under the lock that is held here, and drops
-    // what is put into the state below.
+    // SAFETY: The device is bound, because it is not gone: `remove` runs before the device is
+    // unbound, and takes the lock that is held here. `remove` also drops the buffer that is stored
+    // in the state below, so the memory is freed while the device is bound.
     let memory = unsafe { Coherent::new(&device.dma, size as usize)? };
     let address = memory.address;
-    // INVARIANT: The caller has a reference to the file, so it is not released before this is in the state, where `release` finds it.
+    // INVARIANT: The caller holds a reference to the file. Therefore the file is not released
+    // before the buffer is in the state, where `release` finds it.
     state.buffer = Some(Buffer {
         memory,
         file: file.as_ptr(),
@@ -164,46 +171,50 @@ fn allocate(device: &Device, file: &File, size: u32) -> Result<(u64, bool)> {
     Ok((address, device.tell_buffer(address, size)))
 }
 
-/// The device of a buffer's file.
+/// Borrows the device of a buffer's file.
 ///
 /// # Safety
 ///
 /// `file` must have [`OPERATIONS`], and stay open for `'a`.
 unsafe fn device_of<'a>(file: *const bindings::file) -> ArcBorrow<'a, Device> {
-    // SAFETY: `open` has put an `Arc` there, which `release` has not taken, by this function's contract.
+    // SAFETY: By this function's contract, `open` has stored an `Arc` there and `release` has not
+    // taken it yet.
     unsafe { Arc::<Device>::borrow((*file).private_data) }
 }
 
-/// The `release` file operation: the buffer ends, if the device has not gone before.
+/// Implements the `release` file operation: ends the buffer unless the device's removal has ended
+/// it before.
 ///
 /// # Safety
 ///
 /// Only for [`OPERATIONS`].
 unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    // SAFETY: `open` has put the value there, and nobody uses the file any more.
+    // SAFETY: `open` has stored the value there, and the kernel calls no other operation of the
+    // file after this one.
     let device = unsafe { Arc::<Device>::from_foreign((*file).private_data) };
     let mut state = device.state.lock();
-    // A file for which there was no buffer, since the device had one, ends here, too.
+    // The file has no buffer if its device already had one when `allocate` ran.
     if state.buffer.as_ref().is_some_and(|buffer| buffer.file == file) {
         device.end_buffer(&mut state);
     }
     0
 }
 
-/// The `mmap_prepare` file operation: checks and describes a mapping, and changes nothing else.
+/// Implements the `mmap_prepare` file operation: checks and describes a mapping without any other
+/// effect.
 ///
-/// `EINVAL` if it is private, executable, or not inside of the buffer; `ENODEV`.
+/// `EINVAL` if the mapping is private, executable, or not inside of the buffer; `ENODEV`.
 ///
 /// # Safety
 ///
 /// Only for [`OPERATIONS`].
 unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_int {
-    // SAFETY: The kernel gives a description that is valid, and this function's alone while it runs.
+    // SAFETY: The kernel passes a valid description, and only this function uses it while it runs.
     let area = unsafe { &mut *area };
-    // SAFETY: The file is being mapped, and so is open.
+    // SAFETY: The file is open while it is being mapped.
     let device = unsafe { device_of(area.file) };
     from_result(|| {
-        // The word that `vm_flags_t` is.
+        // The first word holds the flags that `vm_flags_t` has.
         let [flags, ..] = &mut area.vma_flags.__vma_flags;
         mapping::restrict(flags, FLAGS)?;
         let pages = (area.end - area.start) as u64 / PAGE_SIZE;
@@ -218,8 +229,9 @@ unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_int {
     })
 }
 
-/// The `mapped` area operation: makes the page table entries of an area that [`prepare`] described, if the buffer is still there. The
-/// area is linked to the file, as that of the region is.
+/// Implements the `mapped` area operation: creates the page table entries of an area that
+/// [`prepare`] described, unless the buffer has ended. The kernel has already linked the area to
+/// its file, as for the region.
 ///
 /// # Safety
 ///
@@ -235,27 +247,31 @@ unsafe extern "C" fn mapped(
     let device = unsafe { device_of(file) };
     from_result(|| {
         let state = device.state.lock();
-        // There is no other than this file's: it holds the device's until it is released, and then nobody maps it.
+        // The buffer is this file's, because a device has one buffer at a time and only the release
+        // of this file, which its areas prevent, makes room for another.
         let buffer = state.buffer.as_ref().ok_or(ENODEV)?;
-        // SAFETY: This is that operation. The area is new; its entries are gone when the buffer is, since its `Drop` zaps what is
-        // linked to the file, under the lock that is held here.
+        // SAFETY: This is a `mapped` area operation, so `mapped_area` may be used, and the area is
+        // new and has no entries. All its entries are gone when the memory is freed, because
+        // `Buffer::drop` zaps all areas that are linked to the file, under the lock held here.
         unsafe { buffer.memory.map(mapping::mapped_area(start)?)? };
         Ok(0)
     })
 }
 
-/// The `fault` area operation: a page has no entry any more. It is made again if user space has dropped it; SIGBUS if the buffer has ended.
+/// Implements the `fault` area operation: restores the entry of a page if user space has dropped
+/// it. SIGBUS if the buffer has ended.
 ///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
 unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault_t {
-    // SAFETY: The kernel gives a fault that is valid, with its area, which keeps its file open.
+    // SAFETY: The kernel passes a valid fault with its area, and the area keeps its file open.
     let device = unsafe { device_of((*(*fault).__bindgen_anon_1.vma).vm_file) };
     let state = device.state.lock();
     match &state.buffer {
-        // As for `mapped`. SAFETY: This is that operation, in an area that has been mapped. The kernel calls it under the `mmap_lock`,
-        // since there is no `map_pages`.
+        // The buffer is this file's, for the reason given in `mapped`.
+        // SAFETY: This is a `fault` operation, in an area that `mapped` has mapped. The kernel
+        // holds the `mmap_lock`, because these operations have no `map_pages`.
         Some(buffer) => unsafe { buffer.memory.insert(fault) },
         None => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
     }

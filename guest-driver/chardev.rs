@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! `/dev/barlinkN`: a misc device for each device, `N` being the smallest number that none has.
+//! `/dev/barlinkN`: one misc device for each bound device. `N` is the smallest unused number.
 //!
-//! The `kernel` crate's `MiscDevice` is not used: it has no `poll`, and does not keep the module loaded while
-//! a file is open. C header: `include/linux/miscdevice.h`.
+//! The `kernel` crate's `MiscDevice` is not used, because it has no `poll`. In 7.2 it also sets no
+//! `owner`, so that nothing keeps the module loaded while a file is open.
+//!
+//! C header: `include/linux/miscdevice.h`.
 
 use crate::{
     device::Device,
@@ -24,13 +26,13 @@ use kernel::{
     types::Opaque, //
 };
 
-/// A number that no other device has, until dropped.
+/// A device's number, unique while the value exists.
 struct Number(c_int);
 
 impl Number {
-    /// The smallest. `ENOMEM`.
+    /// Takes the smallest unused number. `ENOMEM`.
     fn take() -> Result<Self> {
-        // SAFETY: The function can be called from a task, which may sleep.
+        // SAFETY: The function may be called where the caller may sleep, as it may in a probe.
         let number = unsafe { shim::barlink_number_alloc() };
         to_result(number)?;
         Ok(Number(number))
@@ -39,16 +41,16 @@ impl Number {
 
 impl Drop for Number {
     fn drop(&mut self) {
-        // SAFETY: The number was given by `barlink_number_alloc`, and is given back once.
+        // SAFETY: `barlink_number_alloc` gave the number, and `drop` runs once.
         unsafe { shim::barlink_number_free(self.0) }
     }
 }
 
-/// A device node, until dropped. What was opened through it stays open.
+/// A registered device node. Dropping it removes the node; files that are open stay open.
 ///
 /// # Invariants
 ///
-/// `misc` is registered, with the file operations of `file.rs`, and does not move.
+/// `misc` is registered with the file operations of `file.rs`, and does not move.
 #[pin_data(PinnedDrop)]
 pub(crate) struct CharDevice {
     #[pin]
@@ -58,12 +60,12 @@ pub(crate) struct CharDevice {
     _number: Number,
 }
 
-// SAFETY: A misc device may be registered and deregistered by different tasks.
+// SAFETY: Any task may register or deregister a misc device.
 unsafe impl Send for CharDevice {}
 
 impl CharDevice {
-    /// Makes a device node for `device`, root's alone unless a udev rule says otherwise. The error is the
-    /// kernel's.
+    /// Registers a device node for `device`. It belongs to root unless a udev rule changes that.
+    /// Errors come from the kernel.
     pub(crate) fn register(
         parent: &device::Device<Bound>,
         device: Arc<Device>,
@@ -71,7 +73,7 @@ impl CharDevice {
         let number = Number::take()?;
         let name = CString::try_from_fmt(fmt!("barlink{}", number.0))?;
         let misc = bindings::miscdevice {
-            // CAST: 255.
+            // CAST: The value is 255.
             minor: bindings::MISC_DYNAMIC_MINOR as c_int,
             name: name.as_char_ptr(),
             fops: &file::OPERATIONS,
@@ -84,16 +86,18 @@ impl CharDevice {
                 device,
                 name,
                 _number: number,
-                // INVARIANT: Only what is registered becomes a `CharDevice`, and a pinned field stays in its
-                // place.
+                // INVARIANT: A `CharDevice` exists only if `misc_register` succeeded, and a pinned
+                // field does not move.
                 misc <- Opaque::try_ffi_init(|slot: *mut bindings::miscdevice| {
-                    // SAFETY: `slot` is the field's place, and becomes a valid `miscdevice`, whose name and
-                    // operations outlive it. All other fields are initialised: files can be opened at once.
+                    // SAFETY: `slot` is the field's memory, and this makes it a valid `miscdevice`.
+                    // The name and the operations outlive it. All other fields are initialised, so
+                    // that files can be opened from now on.
                     to_result(unsafe {
                         slot.write(misc);
                         bindings::misc_register(slot)
                     })?;
-                    // SAFETY: It is registered, and `drop` below ends this before it is not.
+                    // SAFETY: The `miscdevice` is registered, and `drop` below undoes this call
+                    // before it deregisters it.
                     unsafe { shim::barlink_follow_sleep(slot, true) };
                     Ok::<(), Error>(())
                 }),
@@ -102,38 +106,42 @@ impl CharDevice {
         )
     }
 
-    /// The device of a `miscdevice`.
+    /// Returns the device that a `miscdevice` belongs to.
     ///
     /// # Safety
     ///
-    /// `misc` must be that of a `CharDevice`, which stays until this returns.
+    /// `misc` must be a field of a `CharDevice` that exists until this call returns.
     pub(crate) unsafe fn of(misc: *mut bindings::miscdevice) -> Arc<Device> {
         let misc = Opaque::cast_from(misc).cast_mut();
-        // SAFETY: By this function's contract the pointer is to a field of a `CharDevice`.
+        // SAFETY: By this function's contract the pointer is to a field of a live `CharDevice`.
         unsafe { (*container_of!(misc, Self, misc)).device.clone() }
     }
 
-    /// Its name below `/dev`.
+    /// Returns the node's name below `/dev`.
     pub(crate) fn name(&self) -> &CStr {
         &self.name
     }
 }
 
-/// The system has resumed, and no process runs yet.
+/// Resumes the device of a node. `shim.c` calls this when the system has resumed and before any
+/// process runs.
 ///
 /// # Safety
 ///
-/// Only for `shim.c`, with what [`CharDevice::register`] gave it, whose `drop` waits for this.
+/// Only for `shim.c`. `misc` must be one that [`CharDevice::register`] passed to
+/// `barlink_follow_sleep`, and whose `drop` waits until this call returns.
 #[no_mangle]
 unsafe extern "C" fn barlink_resumed(misc: *mut bindings::miscdevice) {
-    // SAFETY: By this function's contract.
+    // SAFETY: By this function's contract `misc` is a field of a `CharDevice` that exists until
+    // this call returns.
     unsafe { CharDevice::of(misc) }.resume();
 }
 
 #[pinned_drop]
 impl PinnedDrop for CharDevice {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the invariant it is registered. The first waits for a resume that is running, the second for an `open`.
+        // SAFETY: By the invariant `misc` is registered. The first call waits for a running resume,
+        // the second for a running `open`, so that neither uses `misc` after its end.
         unsafe {
             shim::barlink_follow_sleep(self.misc.get(), false);
             bindings::misc_deregister(self.misc.get());

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! Who holds which end of which channel: the book, in the driver's own memory.
+//! The claims of channel ends, in the driver's own memory.
 //!
-//! The region has a copy, in the holder words of the driver's page, for the host to read. It is written from
-//! here and never read back: what stands in the region, the other side can have written.
+//! The holder words of the driver's page are a copy for the host. The driver writes them and never
+//! reads them back, because the host can write to the region as well.
 
 #![forbid(unsafe_code)]
 
@@ -13,19 +13,19 @@ use crate::wire::layout::{
 };
 use kernel::prelude::*;
 
-/// An open file, by a number that is never used again.
+/// Identifies an open file by a number that is never used again.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FileId(pub(crate) u64);
 
 /// The holders of all channel ends: for each channel its producer, then its consumer.
 pub(crate) struct Claims {
     holders: [[Option<FileId>; 2]; MAX_CHANNELS],
-    /// Number of the last claim.
+    /// Number of the latest claim; 0 before the first.
     last: u32,
 }
 
 impl Claims {
-    /// A book in which nobody holds anything.
+    /// Creates a table without holders.
     pub(crate) const fn new() -> Self {
         Claims {
             holders: [[None; 2]; MAX_CHANNELS],
@@ -35,8 +35,8 @@ impl Claims {
 
     /// Claims one end of a channel for a file.
     ///
-    /// `Some` number, nonzero and new to each claim, if the file did not hold the end yet; `None` if it did.
-    /// `EBUSY` if another file holds it, `EINVAL` if there is no such channel.
+    /// Returns a new nonzero claim number, or `None` if the file already holds the end. `EBUSY` if
+    /// another file holds it, `EINVAL` if there is no such channel.
     pub(crate) fn claim(&mut self, channel: usize, end: End, file: FileId) -> Result<Option<u32>> {
         let [producer, consumer] = self.holders.get_mut(channel).ok_or(EINVAL)?;
         let holder = match end {
@@ -54,7 +54,7 @@ impl Claims {
         }
     }
 
-    /// Ends all claims of a file, and tells `ended` the channel and end of each.
+    /// Ends all claims of a file, and calls `ended` with the channel and the end of each.
     pub(crate) fn release(&mut self, file: FileId, mut ended: impl FnMut(usize, End)) {
         for (channel, ends) in self.holders.iter_mut().enumerate() {
             for (holder, end) in ends.iter_mut().zip([End::Producer, End::Consumer]) {

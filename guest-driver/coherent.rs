@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! Memory that processor and device see alike, each by an address of its own. C header: `include/linux/dma-mapping.h`.
+//! Coherent DMA memory: the processor and the device see the same bytes at any time, each at an
+//! address of its own.
 //!
-//! The `kernel` crate's `Coherent` is not used: it lends memory for as long as a binding is on the stack, and has no way into a process.
+//! The `kernel` crate's `Coherent` is not used, because it is allocated through a `&Device<Bound>`,
+//! which an ioctl does not have, and because it cannot be mapped into a process.
+//!
+//! C header: `include/linux/dma-mapping.h`.
 
 use crate::{
     shim,
@@ -18,38 +22,41 @@ use kernel::{
     sync::aref::ARef, //
 };
 
-/// Coherent memory, zeroed at first. Freed when dropped.
+/// Coherent memory, zeroed when allocated and freed when dropped.
 ///
 /// # Invariants
 ///
-/// `memory` and `address` come from `dma_alloc_attrs`, for `dev` and `size` bytes; `dev` is bound.
+/// `memory` and `address` come from `dma_alloc_attrs`, for `dev` and `size` bytes. `dev` is bound.
 pub(crate) struct Coherent {
     dev: ARef<Device>,
     memory: NonNull<c_void>,
-    /// Where the device finds it.
+    /// DMA address: where the device finds the memory.
     pub(crate) address: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub(crate) size: usize,
 }
 
-// SAFETY: The kernel's memory belongs to no task or CPU.
+// SAFETY: Memory of the kernel may be used by any task and on any CPU.
 unsafe impl Send for Coherent {}
 
 impl Coherent {
-    /// Allocates memory for a device. `ENOMEM`, without a word in the log: user space chooses the size. May sleep.
+    /// Allocates `size` bytes for a device. `ENOMEM`, without a message in the kernel's log,
+    /// because user space chooses the size. May sleep.
     ///
     /// # Safety
     ///
-    /// The device must be bound to a driver now, and stay so until the value is dropped.
+    /// The device must be bound to a driver now, and must stay bound until the value is dropped.
     pub(crate) unsafe fn new(dev: &ARef<Device>, size: usize) -> Result<Self> {
         let mut address = 0;
         let flags = bindings::GFP_KERNEL | bindings::__GFP_NOWARN;
-        // SAFETY: The device is valid, by its reference, and bound. The attribute is that of `dma_alloc_coherent` with such flags.
+        // SAFETY: The reference keeps the device valid, and by this function's contract it is
+        // bound. `dma_alloc_coherent` passes the same attribute for `__GFP_NOWARN`.
         let memory = unsafe {
             let attributes = bindings::DMA_ATTR_NO_WARN as usize;
             bindings::dma_alloc_attrs(shim::raw(dev), size, &mut address, flags, attributes)
         };
-        // INVARIANT: This was allocated so, and by this function's contract the device stays bound.
+        // INVARIANT: `dma_alloc_attrs` gave both addresses for this device and size, and by this
+        // function's contract the device stays bound.
         Ok(Coherent {
             dev: dev.clone(),
             memory: NonNull::new(memory).ok_or(ENOMEM)?,
@@ -58,23 +65,27 @@ impl Coherent {
         })
     }
 
-    /// Has the device find it again after the system was suspended. No real IOMMU needs this: its page tables are memory, and it looks
-    /// them up. QEMU's looks once when it is switched on, for all devices that tell others of their mappings; a device behind a PCI
-    /// bridge it takes for another then, since it is the first to resume, and bridges have no numbers yet. A flush has it look anew.
+    /// Makes the device find the memory again after a suspend, by a flush of the IOMMU.
+    ///
+    /// Hardware does not need this, because an IOMMU looks up its page tables in memory. QEMU's
+    /// IOMMU instead looks up all mappings once, when it is switched on, for devices that pass
+    /// their mappings on. The IOMMU resumes first, while PCI bridges have no bus numbers yet, and
+    /// then takes a device behind a bridge for another one. A flush makes QEMU look again.
     pub(crate) fn find_again(&self) {
-        // SAFETY: By the invariant the device is bound.
+        // SAFETY: By the invariant the device is bound, and `self` keeps it valid during the call.
         unsafe { shim::barlink_flush_iommu(shim::raw(&self.dev)) }
     }
 
-    /// Makes the page table entries of an area, from the page of the memory on that is the area's offset (`dma_mmap_coherent`). The error
-    /// is the kernel's. May sleep.
+    /// Creates the page table entries of an area (`dma_mmap_coherent`). The area's offset selects
+    /// the first page of the memory. Errors come from the kernel. May sleep.
     ///
     /// # Safety
     ///
-    /// The area must be valid, have no entries, and its `mmap_lock` be taken for writing. All its entries must be gone when the value is
-    /// dropped.
+    /// The area must be valid and without entries, and its `mmap_lock` must be taken for writing.
+    /// All its entries must be gone when the value is dropped.
     pub(crate) unsafe fn map(&self, area: *mut bindings::vm_area_struct) -> Result {
-        // SAFETY: By the invariant this is memory of that device, and by this function's contract the area may be changed.
+        // SAFETY: By the invariant the memory was allocated for this device with this size and
+        // address. By this function's contract the area is valid and may be changed.
         to_result(unsafe {
             bindings::dma_mmap_attrs(
                 shim::raw(&self.dev),
@@ -87,21 +98,26 @@ impl Coherent {
         })
     }
 
-    /// Makes the page table entry that a fault has found missing: `NOPAGE`, or why not.
+    /// Creates the page table entry that a fault has found missing. Returns `NOPAGE` on success,
+    /// else the fault's reason for failure.
     ///
-    /// The kernel lets user space drop entries of areas that are made of pages, by `MADV_DONTNEED`, and not of those that are made of
-    /// frames. The former are what [`Coherent::map`] makes of memory that an IOMMU makes a piece of, for which the processor's page tables
-    /// do the same.
+    /// User space can drop entries by `MADV_DONTNEED` if an area consists of pages, but not if it
+    /// consists of frames. [`Coherent::map`] makes an area of pages if an IOMMU joins scattered
+    /// pages into one range. The kernel's mapping of such memory is a `vmalloc` range.
     ///
     /// # Safety
     ///
-    /// The fault must be one that is being handled, without the lock of the area alone, in an area that [`Coherent::map`] has mapped.
+    /// The fault must be one that is being handled, in an area that [`Coherent::map`] has mapped.
+    /// The kernel must hold the `mmap_lock`, and not only the lock of the area.
     pub(crate) unsafe fn insert(&self, fault: *mut bindings::vm_fault) -> bindings::vm_fault_t {
-        // SAFETY: By this function's contract.
+        // SAFETY: By this function's contract the fault is valid while it is handled.
         let (page, flags) = unsafe { ((*fault).__bindgen_anon_1.pgoff, (*fault).flags) };
         let offset = page as usize * PAGE_SIZE as usize;
         let memory = self.memory.as_ptr().wrapping_byte_add(offset);
-        // SAFETY: The functions only look; the pages stay as long as the value, and what is inserted takes a reference of its own.
+        // SAFETY: `is_vmalloc_addr` and `vmalloc_to_page` only look up an address, which is inside
+        // of the memory by the check before. The page exists as long as `self`, and
+        // `vmf_insert_page_mkwrite` takes a reference of its own. By this function's contract the
+        // fault is being handled under the `mmap_lock`.
         unsafe {
             if offset >= self.size || !bindings::is_vmalloc_addr(memory) {
                 return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
@@ -114,7 +130,8 @@ impl Coherent {
 
 impl Drop for Coherent {
     fn drop(&mut self) {
-        // SAFETY: By the invariant this was allocated so, and the device is still bound; nobody has it mapped, by the contract of `map`.
+        // SAFETY: By the invariant this was allocated so, and the device is still bound;
+        // no process has the memory mapped, by the contract of `map`.
         unsafe {
             bindings::dma_free_attrs(
                 shim::raw(&self.dev),

@@ -1,29 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! What differs between the kernel series that the driver builds for, in one place.
+//! The differences between the kernel series that the driver supports.
 //!
-//! `Kbuild` sets `linux_7_2` for the older one. Where the two series' abstractions differ in more than a
-//! name (interrupts, memory-mapped registers), the driver calls the C functions beneath them, which do not.
+//! `Kbuild` sets `linux_7_2` for 7.2. Where the two series differ in more than a name (interrupts,
+//! memory-mapped registers), the driver calls the underlying C functions, which are the same in
+//! both.
 
 #![forbid(unsafe_code)]
 
 use kernel::bindings;
 
-/// What `pci::Driver::probe` gets of the device table's entry; the driver has nothing to say in it.
+/// Argument of `pci::Driver::probe`: the data of the device table's entry, which this driver leaves
+/// empty.
 #[cfg(linux_7_2)]
 pub(crate) type IdInfo<'a> = &'a ();
-/// What `pci::Driver::probe` gets of the device table's entry; the driver has nothing to say in it.
+/// Argument of `pci::Driver::probe`: the data of the device table's entry, which this driver leaves
+/// empty.
 #[cfg(not(linux_7_2))]
 pub(crate) type IdInfo<'a> = Option<&'a ()>;
 
-/// Makes a device table of entries without data, with the aliases that modprobe goes by.
+/// Defines a device table of entries without data, and the module aliases that modprobe uses.
 #[cfg(linux_7_2)]
 macro_rules! device_table {
     ($table:ident, [$($id:expr),*]) => {
         kernel::pci_device_table!($table, MODULE_TABLE, (), [$(($id, ())),*]);
     };
 }
-/// Makes a device table of entries without data, with the aliases that modprobe goes by.
+/// Defines a device table of entries without data, and the module aliases that modprobe uses.
 #[cfg(not(linux_7_2))]
 macro_rules! device_table {
     ($table:ident, [$($id:expr),*]) => {

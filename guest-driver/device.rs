@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! A device as open files see it: what outlives the binding, and knows when that is over.
+//! A device as open files see it. This state outlives the binding, and records its end.
 //!
-//! Locks, outermost first: a process's `mmap_lock`, a file's vectors (`file.rs`), [`Device::state`]. No
-//! memory of a process is touched under the last, since that could take the first. Interrupt handlers take
-//! none of them.
+//! Locks, outermost first: a process's `mmap_lock`, a file's vectors (`file.rs`),
+//! [`Device::state`]. Code that holds the last lock does not access user memory, because a fault
+//! could take the first. Interrupt handlers take none of these locks.
 
 #![forbid(unsafe_code)]
 
@@ -44,54 +44,54 @@ use kernel::{
     },
 };
 
-/// What of a device never changes.
+/// The constant properties of a device.
 pub(crate) struct Facts {
-    /// The region's layout, as the superblock had it at probe.
+    /// Layout of the region, read from the superblock at probe.
     pub(crate) layout: KBox<Layout>,
-    /// The device's own ID, below the layout's slots.
+    /// ID of the device, below the number of slots in the layout.
     pub(crate) id: u32,
-    /// Guest-physical address of the region, in bytes; page-aligned.
+    /// Guest-physical address of the region, in bytes; a multiple of the page size.
     pub(crate) region: u64,
-    /// PCI address, as in [`uapi::Info`].
+    /// PCI address in the format of [`uapi::Info`].
     pub(crate) pci: u32,
 }
 
-/// What of a device changes.
+/// The variable state of a device.
 pub(crate) struct State {
-    /// Who holds which end.
+    /// Holders of the channel ends.
     claims: Claims,
-    /// The memory areas that processes have mapped the region into.
+    /// Memory areas into which processes have mapped the region.
     pub(crate) areas: Areas,
-    /// The DMA buffer. Nobody has one while the device is gone.
+    /// The DMA buffer. Always `None` once the device is gone.
     pub(crate) buffer: Option<Buffer>,
 }
 
-/// A device that was bound, and may be still.
+/// A device that is bound, or was bound and is gone.
 #[pin_data]
 pub(crate) struct Device {
-    /// What never changes.
+    /// Constant properties.
     pub(crate) facts: Facts,
-    /// The queues of the device's vectors.
+    /// Wait queues of the device's vectors, in order.
     pub(crate) vectors: KVec<Arc<WaitQueue>>,
-    /// The queue that [`Device::remove`] wakes.
+    /// Wait queue that [`Device::remove`] wakes.
     pub(crate) removal: Arc<WaitQueue>,
-    /// What all files' mappings have in common.
+    /// Address space that the mappings of all files share.
     pub(crate) mappings: Mappings,
-    /// What memory is allocated for that the device is to reach.
+    /// Device that DMA memory is allocated for.
     pub(crate) dma: ARef<device::Device>,
-    /// Set once, by [`Device::remove`], under `state`.
+    /// Set once by [`Device::remove`], under `state`.
     gone: Atomic<bool>,
-    /// Files that were opened.
+    /// Number of files that were opened so far.
     opened: Atomic<u64>,
     #[pin]
     hardware: Revocable<Hardware>,
-    /// What changes.
+    /// Variable state.
     #[pin]
     pub(crate) state: Mutex<State>,
 }
 
 impl Device {
-    /// A device that is there. `ENOMEM`.
+    /// Creates the state of a device that is bound. `ENOMEM`.
     pub(crate) fn new(
         facts: Facts,
         hardware: Hardware,
@@ -120,12 +120,12 @@ impl Device {
         )
     }
 
-    /// Whether the device is gone: every call fails then, with `ENODEV`.
+    /// Tells whether the device is gone. From then on every call fails with `ENODEV`.
     pub(crate) fn is_gone(&self) -> bool {
         self.gone.load(Acquire)
     }
 
-    /// `ENODEV` if the device is gone.
+    /// Returns `ENODEV` if the device is gone.
     pub(crate) fn check(&self) -> Result {
         if self.is_gone() {
             Err(ENODEV)
@@ -134,11 +134,11 @@ impl Device {
         }
     }
 
-    /// Ends the device. When this returns, nobody will touch the hardware again: not the driver, not a
-    /// process.
+    /// Ends the device. After the return neither the driver nor a process accesses the hardware.
     ///
-    /// Blocked readers and pollers return, access to mappings is SIGBUS, and the DMA buffer is freed; the host is told and
-    /// rung after that, so that an even epoch says that no process of this VM writes to the region any more.
+    /// Blocked readers and pollers return, access to mappings is SIGBUS, and the DMA buffer is
+    /// freed. Then the host is told and rung. An even epoch therefore means that no process of this
+    /// VM writes to the region any more.
     pub(crate) fn remove(&self) {
         {
             let mut state = self.state.lock();
@@ -146,16 +146,16 @@ impl Device {
             self.end_buffer(&mut state);
         }
         self.removal.wake_all();
-        // Whoever maps, does so under the lock that was taken above: before that, and is zapped, or after,
-        // and fails.
+        // Pages are mapped under the lock that was taken above. This zaps all earlier mappings, and
+        // later attempts to map fail.
         self.mappings.zap();
-        // Waits for those that are using the hardware, then drops it, which tells the host.
+        // Waits for current users of the hardware, and then drops it, which tells the host.
         self.hardware.revoke();
     }
 
-    /// Goes on after the system was suspended, before any process does.
+    /// Continues after a suspend, before any process runs.
     ///
-    /// Everybody hears of all vectors: whatever was rung meanwhile, may be lost.
+    /// Wakes the queues of all vectors, because interrupts may have been lost during the suspend.
     pub(crate) fn resume(&self) {
         let state = self.state.lock();
         if let Some(hardware) = self.hardware.try_access() {
@@ -171,12 +171,12 @@ impl Device {
         }
     }
 
-    /// Number of a new file.
+    /// Returns the number of a new file.
     pub(crate) fn new_file(&self) -> FileId {
         FileId(self.opened.fetch_add(1, Relaxed))
     }
 
-    /// What [`uapi::INFO`] tells. `ENODEV`.
+    /// Returns the answer to [`uapi::INFO`]. `ENODEV`.
     pub(crate) fn info(&self) -> Result<uapi::Info> {
         let Facts {
             layout,
@@ -191,7 +191,7 @@ impl Device {
         Ok(uapi::Info {
             version: uapi::UAPI_VERSION,
             id: *id,
-            // CAST: At most `MAX_VECTORS`.
+            // CAST: There are at most `MAX_VECTORS`.
             vectors: self.vectors.len() as u32,
             pci_address: *pci,
             region_size: layout.region_size,
@@ -216,9 +216,11 @@ impl Device {
         Ok(())
     }
 
-    /// The vector of a channel that has this end on this side, with the end.
+    /// Checks that one end of a channel belongs to this device. Returns the end and the channel's
+    /// vector.
     ///
-    /// `EINVAL` if there is no such channel or end, `EACCES` if the end is another peer's, `ENODEV`.
+    /// `EINVAL` if there is no such channel or end, `EACCES` if the end belongs to another peer,
+    /// `ENODEV`.
     pub(crate) fn own_end(&self, channel: u32, end: u32) -> Result<(End, u32)> {
         self.check()?;
         let end = End::from_number(end).ok_or(EINVAL)?;
@@ -234,16 +236,16 @@ impl Device {
         Ok((end, channel.vector))
     }
 
-    /// Claims an end that [`Device::own_end`] gave, for a file of the current process.
+    /// Claims an end that [`Device::own_end`] accepted, for a file of the current process.
     ///
-    /// The process goes by its number in the initial PID namespace. `EBUSY` if another file holds it,
-    /// `ENODEV`.
+    /// The holder word names the process by its PID in the initial PID namespace. `EBUSY` if
+    /// another file holds the end, `ENODEV`.
     pub(crate) fn claim(&self, channel: u32, end: End, file: FileId) -> Result {
         let channel = channel as usize;
         let mut state = self.state.lock();
         self.check()?;
         if let Some(number) = state.claims.claim(channel, end, file)? {
-            // A PID is positive.
+            // The conversion loses nothing, because a PID is positive.
             let process = current!().group_leader().pid().unsigned_abs();
             self.show_holder(channel, end, Some((number, process)));
         }
@@ -258,14 +260,16 @@ impl Device {
             .release(file, |channel, end| self.show_holder(channel, end, None));
     }
 
-    /// Tells the device of a DMA buffer, its address and size. Whether the device knows of it then.
+    /// Announces a DMA buffer (its DMA address and its size in bytes) to the device. Returns true
+    /// if the device now knows the buffer.
     pub(crate) fn tell_buffer(&self, address: u64, size: u32) -> bool {
         self.hardware
             .try_access()
             .is_some_and(|hardware| hardware.tell_buffer(Some((address, size))))
     }
 
-    /// Ends the DMA buffer, if there is one: first for the device, then for processes, and then it is freed.
+    /// Ends the DMA buffer, if there is one: withdraws it from the device, unmaps it from all
+    /// processes, and frees it.
     pub(crate) fn end_buffer(&self, state: &mut State) {
         if state.buffer.is_none() {
             return;
@@ -284,7 +288,8 @@ impl Device {
         }
     }
 
-    /// Writes one holder to the driver's page and rings the other end's peer, unless the device is gone.
+    /// Writes one holder (claim number and process) to the driver's page, and rings the peer at the
+    /// other end, unless the device is gone.
     fn show_holder(&self, channel: usize, end: End, holder: Option<(u32, u32)>) {
         let Some(hardware) = self.hardware.try_access() else {
             return;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! Doorbells by a virtqueue.
+//! Doorbells that are sent through a virtqueue.
 //!
-//! Like a register that leads to eventfds, they count by vector: what is rung again before the device has come to it, is rung
-//! once. So there is a bit for each vector of each peer, of what is still to be rung, and when the queue has no room for more,
-//! because the device is slow, that bit waits until it has. Nobody waits with it, and what the device does not come to, because
-//! nobody is behind it any more, harms nobody.
+//! Doorbells of one vector merge, as they do with a register that leads to eventfds: several rings
+//! before the device reads the first are one ring. One bit for each vector of each peer records a
+//! pending doorbell. If a slow device leaves no room in the queue, the bit stays set until there is
+//! room. The caller never waits, so a device without a back-end does no harm.
 
 #![forbid(unsafe_code)]
 
@@ -22,15 +22,16 @@ use crate::{
 };
 use kernel::prelude::*;
 
-/// Bits in a word.
+/// Bits in a word of [`Wanted`].
 const BITS: usize = u64::BITS as usize;
-/// Words with a bit for each vector of each peer.
+/// Words that hold one bit for each vector of each peer.
 const WORDS: usize = (MAX_SLOTS as usize + 1) * MAX_VECTORS as usize / BITS;
 
-/// What is to be rung.
+/// The doorbells that are pending.
 struct Wanted {
     words: [u64; WORDS],
-    /// The bit after the one that was last taken: all have their turn.
+    /// Bit at which the next search starts: the one after the bit sent last. Every vector thereby
+    /// gets its turn.
     next: usize,
 }
 
@@ -42,10 +43,11 @@ impl Wanted {
         }
     }
 
-    /// The bit whose turn it is.
+    /// Returns the next pending bit, searching from `next` and wrapping around.
     fn first(&self) -> Option<usize> {
         let (from, below) = (self.next / BITS, !(!0 << (self.next % BITS)));
-        // All words from the one with the next bit on, whose bits before that one come last.
+        // Visits all words, starting with the word that holds `next`. The bits of this word below
+        // `next` come last.
         (from..=from + WORDS).find_map(|index| {
             let mask = match index - from {
                 0 => !below,
@@ -65,9 +67,10 @@ impl Wanted {
     }
 }
 
-/// Both, under one lock.
+/// The queue and the pending doorbells, under one lock.
 struct State {
-    /// From the driver to the device; gone after [`Doorbells::disconnect`].
+    /// Queue from the driver to the device; `None` before [`Doorbells::connect`] and after
+    /// [`Doorbells::disconnect`].
     queue: Option<Queue>,
     wanted: Wanted,
 }
@@ -80,7 +83,7 @@ pub(crate) struct Doorbells {
 }
 
 impl Doorbells {
-    /// Doorbells that are not connected yet.
+    /// Creates doorbells without a queue.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             state <- InterruptLock::new(State {
@@ -93,18 +96,18 @@ impl Doorbells {
         })
     }
 
-    /// Rings by this queue from now on.
+    /// Sends doorbells through this queue from now on.
     pub(crate) fn connect(&self, mut queue: Queue) {
         queue.disable_interrupts();
         self.state.with(|state| state.queue = Some(queue));
     }
 
-    /// Rings nobody any more, and gives the queue back.
+    /// Stops sending doorbells, and returns the queue.
     pub(crate) fn disconnect(&self) -> Option<Queue> {
         self.state.with(|state| state.queue.take())
     }
 
-    /// Rings a vector of a peer, at most [`MAX_SLOTS`] and below [`MAX_VECTORS`]; in any context.
+    /// Rings a vector below [`MAX_VECTORS`] of a peer up to [`MAX_SLOTS`]. Callable in any context.
     pub(crate) fn ring(&self, peer: u32, vector: u32) {
         self.state.with(|state| {
             state.wanted.add(peer, vector);
@@ -112,13 +115,13 @@ impl Doorbells {
         });
     }
 
-    /// Goes on with what had to wait; in any context. To be called when the device has returned buffers.
+    /// Sends pending doorbells after the device has returned buffers. Callable in any context.
     pub(crate) fn returned(&self) {
         self.state.with(State::send);
     }
 
-    /// Whether the device has read all that was rung. What had to wait goes on here, too: a buffer that is taken back here is
-    /// one that no interrupt tells of.
+    /// Tells whether the device has read all doorbells. Also sends pending ones, because no
+    /// interrupt announces the buffers that this call takes back.
     pub(crate) fn is_idle(&self) -> bool {
         self.state.with(|state| {
             state.send();
@@ -129,17 +132,18 @@ impl Doorbells {
 }
 
 impl State {
-    /// Gives the device what it has room for. While something is left, an interrupt says when to go on.
+    /// Sends as many pending doorbells as the queue has room for. If some remain, an interrupt will
+    /// announce room.
     fn send(&mut self) {
         let Some(queue) = &mut self.queue else {
             return;
         };
         loop {
-            // What was sent, there is no more to be known of.
+            // A returned buffer only means that the device has read it.
             queue.take_back(|_| ());
             let mut sent = false;
             while let Some(bit) = self.wanted.first() {
-                // CAST: Less than 65536.
+                // CAST: A bit's number is below 65536.
                 let (peer, vector) = (bit as u32 / MAX_VECTORS, bit as u32 % MAX_VECTORS);
                 if !queue.post(doorbell_message(peer, vector)) {
                     break;
@@ -154,7 +158,8 @@ impl State {
                 queue.disable_interrupts();
                 return;
             }
-            // A device that has returned a buffer meanwhile gets another at once. A queue that is broken has none to return.
+            // False means that the device has returned a buffer meanwhile, so there is room. For a
+            // broken queue the result is true.
             if queue.enable_interrupts() {
                 return;
             }

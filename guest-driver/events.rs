@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! Which open file hears of which vector.
+//! Delivery of vectors to open files.
 //!
 //! ```text
-//! interrupt ─▶ WaitQueue of the vector ─▶ Subscription ─▶ Listener of a file: sets a bit, wakes its sleepers
-//! removal   ─▶ WaitQueue of the device ─▶ Subscription ─▶ Listener of a file:             wakes its sleepers
+//! interrupt ─▶ WaitQueue of the vector ─▶ Subscription ─▶ Listener of a file: sets a bit and
+//!                                                         wakes its sleepers
+//! removal   ─▶ WaitQueue of the device ─▶ Subscription ─▶ Listener of a file: wakes its sleepers
 //! ```
 //!
-//! So a file's readers and pollers sleep on one queue, the file's own, whichever vectors it has and
-//! whenever it got them, and nobody is woken for another file's vector.
+//! A file's readers and pollers sleep on one queue, which belongs to the file, whichever vectors
+//! the file has and whenever it got them. No sleeper is woken for a vector of another file.
 
 #![forbid(unsafe_code)]
 
@@ -35,18 +36,18 @@ use kernel::{
 /// Vectors in a word of [`Interrupts`].
 const BITS: u32 = u64::BITS;
 
-/// What an open file has heard and not yet read, and the tasks that wait for more.
+/// The vectors that an open file has received and not yet read, and the tasks that wait for more.
 #[pin_data]
 pub(crate) struct Listener {
-    /// Where the file's readers and pollers sleep.
+    /// Queue on which the file's readers and pollers sleep.
     #[pin]
     pub(crate) sleepers: WaitQueue,
-    /// A bit for each vector that fired since the last [`Listener::take`], as in [`Interrupts`].
+    /// One bit for each vector that fired since the last [`Listener::take`], as in [`Interrupts`].
     fired: [Atomic<u64>; 4],
 }
 
 impl Listener {
-    /// A listener that has heard nothing.
+    /// Creates a listener without fired vectors.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             sleepers <- WaitQueue::for_sleepers(),
@@ -54,12 +55,13 @@ impl Listener {
         })
     }
 
-    /// Whether anything fired.
+    /// Tells whether a vector has fired.
     pub(crate) fn has_fired(&self) -> bool {
         self.fired.iter().any(|word| word.load(Relaxed) != 0)
     }
 
-    /// What fired since the last call, or `None` if nothing did. Each bit is given to one caller.
+    /// Takes the vectors that fired since the last call, or `None` if none did. Each bit goes to
+    /// one caller only.
     pub(crate) fn take(&self) -> Option<Interrupts> {
         let mut taken = Interrupts::default();
         for (bits, word) in taken.vectors.iter_mut().zip(&self.fired) {
@@ -68,7 +70,7 @@ impl Listener {
         (taken != Interrupts::default()).then_some(taken)
     }
 
-    /// Takes back what [`Listener::take`] gave and could not be delivered.
+    /// Restores vectors that [`Listener::take`] gave and that could not be delivered.
     pub(crate) fn put_back(&self, taken: &Interrupts) {
         for (bits, word) in taken.vectors.iter().zip(&self.fired) {
             update(word, |fired| fired | bits);
@@ -76,7 +78,7 @@ impl Listener {
         self.sleepers.wake_all();
     }
 
-    /// Changes a vector's bit. A vector that [`Interrupts`] has no bit for has none to change.
+    /// Sets or clears a vector's bit. Ignores a vector that [`Interrupts`] has no bit for.
     fn mark(&self, vector: u32, fired: bool) {
         if let Some(word) = self.fired.get((vector / BITS) as usize) {
             let bit = 1 << (vector % BITS);
@@ -85,7 +87,7 @@ impl Listener {
     }
 }
 
-/// Replaces a word by what `change` makes of it, atomically, with full ordering.
+/// Replaces a word by the result of `change`, atomically and with full ordering.
 fn update(word: &Atomic<u64>, change: impl Fn(u64) -> u64) {
     let mut old = word.load(Relaxed);
     while let Err(other) = word.cmpxchg(old, change(old), Full) {
@@ -93,10 +95,10 @@ fn update(word: &Atomic<u64>, change: impl Fn(u64) -> u64) {
     }
 }
 
-/// What a [`Subscription`] tells to whom.
+/// The target of a [`Subscription`].
 pub(crate) struct Interest {
     listener: Arc<Listener>,
-    /// The vector, or `None` for the device's removal, which the listener is only woken for.
+    /// The vector; `None` for the device's removal, which only wakes the listener.
     vector: Option<u32>,
 }
 
@@ -109,10 +111,11 @@ impl Notify for Interest {
     }
 }
 
-/// A listener's subscription to what a queue announces; ends when dropped.
+/// A listener's subscription to a wait queue; ends when dropped.
 pub(crate) type Subscription = Pin<KBox<Hook<Interest>>>;
 
-/// Subscribes `listener` to a vector's queue, or, without `vector`, to the removal of the device. `ENOMEM`.
+/// Subscribes `listener` to a vector's queue or, without `vector`, to the removal of the device.
+/// `ENOMEM`.
 pub(crate) fn subscribe(
     listener: &Arc<Listener>,
     queue: &Arc<WaitQueue>,
@@ -125,15 +128,15 @@ pub(crate) fn subscribe(
     KBox::pin_init(Hook::new(queue.clone(), interest), GFP_KERNEL_ACCOUNT)
 }
 
-/// The vectors that a file hears of: all of the device's, until its first claim; then vector 0 and its
-/// channels'.
+/// The vectors that a file receives: all of the device until the file's first claim, then vector 0
+/// and the vectors of its channels.
 pub(crate) struct Vectors {
     subscriptions: KVec<Subscription>,
     claimed: bool,
 }
 
 impl Vectors {
-    /// Subscribes `listener` to all of `queues`, one a vector, in order. `ENOMEM`.
+    /// Subscribes `listener` to all of `queues`, which belong to the vectors from 0 on. `ENOMEM`.
     pub(crate) fn all(listener: &Arc<Listener>, queues: &[Arc<WaitQueue>]) -> Result<Self> {
         let mut subscriptions = KVec::with_capacity(queues.len(), GFP_KERNEL_ACCOUNT)?;
         for (vector, queue) in (0..).zip(queues) {
@@ -145,10 +148,11 @@ impl Vectors {
         })
     }
 
-    /// Runs `claim`, for a channel of this vector, and if it succeeds narrows the vectors to those of claims.
+    /// Runs `claim` for a channel of this vector. If it succeeds, narrows the file's vectors to
+    /// those of its claims.
     ///
-    /// What can fail here, with `ENOMEM`, fails before `claim` runs. A vector that the device does not have
-    /// is no vector to hear of: `queues` says what there is.
+    /// Allocations, which fail with `ENOMEM`, come before `claim`. A vector that has no queue,
+    /// because the device has fewer vectors, gets no subscription.
     pub(crate) fn claim(
         &mut self,
         listener: &Arc<Listener>,
@@ -169,7 +173,7 @@ impl Vectors {
         };
         claim()?;
         if let Some(new) = new {
-            // The place was reserved above.
+            // Cannot fail, because the capacity was reserved above.
             self.subscriptions.push(new, GFP_KERNEL_ACCOUNT)?;
         }
         if !self.claimed {

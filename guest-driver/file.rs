@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! An open `/dev/barlinkN`: the file operations behind [`crate::wire::uapi`].
+//! An open `/dev/barlinkN`: the file operations that implement [`crate::wire::uapi`].
 //!
 //! C header: `include/linux/fs.h`.
 
@@ -66,7 +66,7 @@ const HUNG_UP: bindings::__poll_t = 0x008 | 0x010;
 /// `EOPNOTSUPP` (`include/uapi/asm-generic/errno.h`), which the `kernel` crate does not name.
 const EOPNOTSUPP: c_int = 95;
 
-/// What a file of this driver can do. The owner keeps the module loaded while a file is open.
+/// File operations of a device node. `owner` keeps the module loaded while a file is open.
 pub(crate) const OPERATIONS: bindings::file_operations = bindings::file_operations {
     owner: compat::THIS_MODULE,
     open: Some(open),
@@ -74,53 +74,54 @@ pub(crate) const OPERATIONS: bindings::file_operations = bindings::file_operatio
     read: Some(read),
     poll: Some(poll),
     unlocked_ioctl: Some(ioctl),
-    // The structures are the same for a 32-bit process.
+    // A 32-bit process has the same structures.
     #[cfg(CONFIG_COMPAT)]
     compat_ioctl: bindings::compat_ptr_ioctl,
     mmap_prepare: Some(mapping::prepare),
     ..pin_init::zeroed()
 };
 
-// SAFETY: Made of integers, without padding: `uapi.rs` asserts that its size is the sum of theirs.
+// SAFETY: The struct consists of integers without padding: `uapi.rs` asserts that its size is the
+// sum of their sizes.
 unsafe impl AsBytes for Info {}
-// SAFETY: An array of integers.
+// SAFETY: The struct is an array of integers.
 unsafe impl AsBytes for Interrupts {}
-// SAFETY: Four integers, without padding: 24 bytes.
+// SAFETY: The struct consists of four integers without padding, 24 bytes in all.
 unsafe impl AsBytes for Buffer {}
-// SAFETY: The same; any bytes are some.
+// SAFETY: The struct consists of integers, for which any bytes are valid.
 unsafe impl FromBytes for Buffer {}
-// SAFETY: Two integers; any bytes are some.
+// SAFETY: The struct consists of two integers, for which any bytes are valid.
 unsafe impl FromBytes for Claim {}
-// SAFETY: Two integers, of any value, as it stands in `uapi.rs`.
+// SAFETY: The struct consists of two integers, for which any bytes are valid.
 unsafe impl FromBytes for Doorbell {}
 
-// SAFETY: Two integers; any bytes are some.
+// SAFETY: The struct consists of two integers, for which any bytes are valid.
 unsafe impl FromBytes for Map {}
-// SAFETY: As above.
+// SAFETY: The struct consists of two integers, for which any bytes are valid.
 unsafe impl FromBytes for Eventfd {}
 
 /// An open file.
 #[pin_data]
 pub(crate) struct OpenFile {
-    /// The device, which may be gone.
+    /// The file's device, which may be gone.
     pub(crate) device: Arc<Device>,
     id: FileId,
     listener: Arc<Listener>,
     _removal: Subscription,
     #[pin]
     vectors: Mutex<Vectors>,
-    /// What user space has written for interrupts.
+    /// Eventfds that vectors of the device write.
     #[pin]
     signals: Mutex<Signals>,
-    /// How mappings are made: the word of a [`Manner`].
+    /// Map options for the file's next mappings, as [`Manner::word`].
     manner: Atomic<u32>,
 }
 
 impl OpenFile {
-    /// A file that holds no claim. `ENOMEM`.
+    /// Creates a file without claims. `ENOMEM`.
     ///
-    /// What a file has is allocated for the control group of the program, here, in `events.rs` and in `signals.rs`: with 256 vectors it is
-    /// 18 KiB, and a program can open many.
+    /// Memory of a file is charged to the program's control group, here and in `events.rs` and
+    /// `signals.rs`, because a program can open many files. With 256 vectors a file has 18 KiB.
     fn new(device: Arc<Device>) -> Result<Pin<KBox<Self>>> {
         let listener = Arc::pin_init(Listener::new(), GFP_KERNEL_ACCOUNT)?;
         let removal = subscribe(&listener, &device.removal, None)?;
@@ -139,19 +140,21 @@ impl OpenFile {
         )
     }
 
-    /// The open file behind a C one.
+    /// Returns the open file behind a `struct file`.
     ///
     /// # Safety
     ///
     /// `file` must have [`OPERATIONS`], and stay open for `'a`.
     pub(crate) unsafe fn of<'a>(file: *const bindings::file) -> Pin<&'a Self> {
-        // SAFETY: By this function's contract `open` has put the value there, and `release` has not taken it.
+        // SAFETY: By this function's contract, `open` has stored the value there and `release` has
+        // not taken it yet.
         unsafe { Pin::<KBox<Self>>::borrow((*file).private_data) }
     }
 
-    /// Waits, unless `nonblocking`, until a vector of this file has fired, and gives those that have.
+    /// Returns the vectors of this file that have fired. Unless `nonblocking`, waits for the first.
     ///
-    /// `EAGAIN` if it would wait, `ERESTARTSYS`, `EOPNOTSUPP` if the device has no vectors, `ENODEV`.
+    /// `EAGAIN` if the call would wait, `ERESTARTSYS` if a signal ends the wait, `EOPNOTSUPP` if
+    /// the device has no vectors, `ENODEV`.
     fn interrupts(&self, nonblocking: bool) -> Result<Interrupts> {
         loop {
             self.device.check()?;
@@ -169,7 +172,7 @@ impl OpenFile {
         }
     }
 
-    /// Claims one end of a channel, and narrows this file's vectors to those of its claims.
+    /// Claims one end of a channel, and narrows the file's vectors to those of its claims.
     fn claim(&self, claim: Claim) -> Result {
         let (end, vector) = self.device.own_end(claim.channel, claim.end)?;
         self.vectors
@@ -179,12 +182,12 @@ impl OpenFile {
             })
     }
 
-    /// How this file's mappings are to be made.
+    /// Returns the options for the file's next mappings.
     pub(crate) fn manner(&self) -> Manner {
         Manner::from_word(self.manner.load(Relaxed))
     }
 
-    /// Obeys an ioctl. `ENOTTY` if it is none.
+    /// Handles an ioctl. `ENOTTY` if the command is unknown.
     fn ioctl(&self, file: &LocalFile, command: u32, argument: usize) -> Result<c_long> {
         self.device.check()?;
         let user = |size| UserSlice::new(UserPtr::from_addr(argument), size);
@@ -223,7 +226,7 @@ impl OpenFile {
     }
 }
 
-/// `EBADF` if a file is not open for writing.
+/// Returns `EBADF` if a file is not open for writing.
 fn check_writable(file: &LocalFile) -> Result {
     match file.flags() & flags::O_ACCMODE {
         flags::O_WRONLY | flags::O_RDWR => Ok(()),
@@ -231,40 +234,45 @@ fn check_writable(file: &LocalFile) -> Result {
     }
 }
 
-/// The `open` file operation.
+/// Implements the `open` file operation: creates an [`OpenFile`], and gives the file the address
+/// space of its device.
 ///
 /// # Safety
 ///
 /// Only for [`OPERATIONS`], in the `miscdevice` of a [`CharDevice`].
 unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
     from_result(|| {
-        // SAFETY: `misc_open` has put the `miscdevice` there, and keeps it from being deregistered meanwhile.
+        // SAFETY: `misc_open` has stored the `miscdevice` there, and holds the lock without which
+        // `misc_deregister` cannot finish.
         let device = unsafe { CharDevice::of((*file).private_data.cast()) };
         let opened = OpenFile::new(device)?;
-        // SAFETY: Until `open` returns the file is its alone, and these two fields are the driver's to set.
-        // The address space stays until `release` drops the device, after which the kernel uses it no more.
+        // SAFETY: Only this function uses the file until it returns, and a driver may set these two
+        // fields. The address space exists until `release` drops the device, and the kernel does
+        // not use it after that.
         unsafe {
             (*file).f_mapping = opened.device.mappings.address_space();
             (*file).private_data = opened.into_foreign();
         }
-        // SAFETY: Both are valid, and the file is being opened. No positions, no seeking; never fails.
+        // SAFETY: Both pointers are valid, and the file is being opened. The function cannot fail:
+        // it only makes the file one without a position.
         Ok(unsafe { bindings::stream_open(inode, file) })
     })
 }
 
-/// The `release` file operation: ends the file's claims and subscriptions.
+/// Implements the `release` file operation: ends the file's claims and subscriptions.
 ///
 /// # Safety
 ///
 /// Only for [`OPERATIONS`].
 unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    // SAFETY: `open` has put the value there, and nobody uses the file any more.
+    // SAFETY: `open` has stored the value there, and the kernel calls no other operation of the
+    // file after this one.
     let opened = unsafe { Pin::<KBox<OpenFile>>::from_foreign((*file).private_data) };
     opened.device.release(opened.id);
     0
 }
 
-/// The `read` file operation: an [`Interrupts`] at a time.
+/// Implements the `read` file operation: returns one [`Interrupts`].
 ///
 /// # Safety
 ///
@@ -275,8 +283,9 @@ unsafe extern "C" fn read(
     size: usize,
     _position: *mut bindings::loff_t,
 ) -> isize {
-    // SAFETY: The file is open while it is read. An `fdget_pos` of it without a lock can only be this
-    // thread's, since only a file that no other thread has does without.
+    // SAFETY: The file is open while it is read. `LocalFile` rules out that another thread is in an
+    // `fdget_pos` without the lock, because both could use the file position. This file has no
+    // position (`stream_open`), so such a thread does no harm.
     let (opened, file) = unsafe { (OpenFile::of(file), LocalFile::from_raw_file(file)) };
     from_result(|| {
         if size < size_of::<Interrupts>() {
@@ -286,12 +295,12 @@ unsafe extern "C" fn read(
         let mut user = UserSlice::new(UserPtr::from_ptr(buffer.cast()), size).writer();
         user.write(&fired)
             .inspect_err(|_| opened.listener.put_back(&fired))?;
-        // CAST: 32.
+        // CAST: The size is 32.
         Ok(size_of::<Interrupts>() as isize)
     })
 }
 
-/// The `poll` file operation.
+/// Implements the `poll` file operation: reports fired vectors, or that the device is gone.
 ///
 /// # Safety
 ///
@@ -302,7 +311,8 @@ unsafe extern "C" fn poll(
 ) -> bindings::__poll_t {
     // SAFETY: The file is open while it is polled.
     let opened = unsafe { OpenFile::of(file) };
-    // SAFETY: The arguments are this operation's. The listener stays until the file is released.
+    // SAFETY: The arguments are those of a running `poll` operation, and the file keeps the
+    // listener until its release.
     unsafe { opened.listener.sleepers.poll(file, table) };
     if opened.device.is_gone() {
         HUNG_UP
@@ -313,7 +323,7 @@ unsafe extern "C" fn poll(
     }
 }
 
-/// The `unlocked_ioctl` file operation.
+/// Implements the `unlocked_ioctl` file operation: handles one ioctl.
 ///
 /// # Safety
 ///
@@ -323,8 +333,8 @@ unsafe extern "C" fn ioctl(
     command: c_uint,
     argument: c_ulong,
 ) -> c_long {
-    // SAFETY: The file is open during a call on it. An `fdget_pos` of it is in another thread only with the
-    // lock.
+    // SAFETY: The file is open during the call. As in `read`, another thread's `fdget_pos` without
+    // the lock does no harm, because the file has no position.
     let (opened, file) = unsafe { (OpenFile::of(file), LocalFile::from_raw_file(file)) };
     from_result(|| opened.ioctl(file, command, argument))
 }

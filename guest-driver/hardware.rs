@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! What the driver itself reads and writes of a device: the superblock, its doorbell, and the driver's page of the region.
+//! The parts of a device that the driver itself reads and writes: the superblock, the doorbell, and
+//! the driver's page of the region.
 //!
-//! The superblock is described in `docs/protocol.md`, section 2, the page in section 3.
+//! `docs/protocol.md` describes the superblock in section 2 and the page in section 3.
 
 #![forbid(unsafe_code)]
 
@@ -42,9 +43,10 @@ use kernel::{
     },
 };
 
-/// Reads the superblock of a region, for the device that says it has this ID.
+/// Reads the superblock of a region, for a device with the given ID.
 ///
-/// `ENODEV` when there is none, or no such slot, and a line in the log that says why; `ENOMEM`.
+/// `ENODEV` if the region has no valid superblock or no slot of this ID, with the reason in the
+/// kernel's log; `ENOMEM`.
 pub(crate) fn read_layout(
     dev: &device::Device<Bound>,
     region: &DeviceMemory,
@@ -55,7 +57,7 @@ pub(crate) fn read_layout(
     for index in 0..PAGE_WORDS {
         words.push(page.read64(8 * index), GFP_KERNEL)?;
     }
-    // Of the region's bytes, this copy is all that is ever looked at.
+    // The driver reads the superblock once. Everything after this uses the copy.
     let copy = words.as_slice().try_into().map_err(|_| EINVAL)?;
     let place = KBox::<Layout>::new_uninit(GFP_KERNEL)?;
     let layout = decode(place, copy, region.size).map_err(|fault| {
@@ -74,8 +76,8 @@ pub(crate) fn read_layout(
     Ok(layout)
 }
 
-/// Decodes a superblock into `place`. A function of its own, since a layout is 2 KiB, and the copies of it
-/// that the compiler makes on the way are to be off the 16 KiB of stack before anything else is called.
+/// Decodes a superblock into `place`. This is a function of its own so that the compiler's copies
+/// of the layout (2 KiB each) leave the 16 KiB stack before anything else is called.
 #[inline(never)]
 fn decode(
     place: KBox<MaybeUninit<Layout>>,
@@ -85,16 +87,16 @@ fn decode(
     Ok(KBox::write(place, Layout::decode(page, region_size)?))
 }
 
-/// How a device rings. Not sleeping, whichever it is, and never in vain while the host's side is well.
+/// The doorbell of a device. Ringing never sleeps, and loses no doorbell while the broker works.
 pub(crate) enum Bell {
-    /// By its registers, which are ivshmem's (QEMU's `docs/specs/ivshmem-spec.rst`, "Device Specification").
+    /// ivshmem's registers (QEMU's `docs/specs/ivshmem-spec.rst`, "Device Specification").
     Register(IoMem),
-    /// By a virtqueue.
+    /// A virtqueue.
     Queue(Arc<Doorbells>),
 }
 
 impl Bell {
-    /// Rings a vector of a peer, both below 65536; higher bits are not sent.
+    /// Rings a vector of a peer. Both are below 65536; higher bits are dropped.
     fn ring(&self, peer: u32, vector: u32) {
         match self {
             Bell::Register(registers) => registers.write32(
@@ -105,45 +107,46 @@ impl Bell {
         }
     }
 
-    /// Tells the device of a DMA buffer, its address and size, or that there is none any more. True if it knows of one then: one that has
-    /// no registers for that never does.
+    /// Announces a DMA buffer (its DMA address and its size in bytes) to the device, or withdraws
+    /// it if there is none. Returns true if the device now knows a buffer. A device without
+    /// registers for this purpose never does.
     fn tell_buffer(&self, buffer: Option<(u64, u32)>) -> bool {
         let Bell::Register(registers) = self else {
             return false;
         };
-        // ivshmem has 0 in both, and a device that was pulled out all ones.
+        // ivshmem returns 0 in both registers, and an unplugged device returns all ones.
         if registers.read32(uapi::REGISTER_MAGIC) != uapi::REGISTERS_MAGIC
             || registers.read32(uapi::REGISTER_FEATURES) & uapi::FEATURE_BUFFER == 0
         {
             return false;
         }
         if let Some((address, size)) = buffer {
-            // CAST: The halves of it.
+            // CAST: The registers take the lower and the upper half of the address.
             registers.write32(uapi::REGISTER_BUFFER_LOW, address as u32);
             registers.write32(uapi::REGISTER_BUFFER_HIGH, (address >> 32) as u32);
             registers.write32(uapi::REGISTER_BUFFER_SIZE, size);
         }
         registers.write32(uapi::REGISTER_BUFFER_CONTROL, u32::from(buffer.is_some()));
-        // Reading also waits until the device has what was written.
+        // The read also waits until the device has received the writes.
         registers.read32(uapi::REGISTER_BUFFER_CONTROL) == 1
     }
 }
 
-/// A device that the host has been told of: the driver's epoch is odd. Dropping this tells it the end.
+/// A device that knows of the driver: the epoch is odd. Dropping the value tells the host the end.
 pub(crate) struct Hardware {
     bell: Bell,
-    /// The driver's page.
+    /// The driver's page of the region.
     page: IoMem,
     host: u32,
     epoch: Atomic<u64>,
 }
 
 impl Hardware {
-    /// Begins a new epoch on the driver's page: nobody holds anything. Rings the host.
+    /// Begins a new epoch on the driver's page, without holders, and rings the host. `region` is
+    /// the guest-physical address of the region.
     ///
-    /// The old epoch is what the last driver left: even after an orderly end, else odd. The host could have
-    /// written anything there; that would harm nobody but itself.
-    /// `region` is the guest-physical address of the region.
+    /// The page has the epoch of the driver before: even after an orderly end, else odd. If the
+    /// host has written another value there, only the host suffers.
     pub(crate) fn arrive(bell: Bell, page: IoMem, layout: &Layout, region: u64) -> Self {
         let hardware = Hardware {
             bell,
@@ -151,7 +154,8 @@ impl Hardware {
             epoch: Atomic::new(next_epoch(&page)),
             page,
         };
-        // If it knows of a buffer, that is of the kernel that ran before this one (kexec), and the memory is for something else by now.
+        // A buffer that the device knows belongs to a kernel that ran before this one (kexec), and
+        // its memory has another use by now.
         hardware.tell_buffer(None);
         hardware.page.write64(presence::ADDRESS as usize, region);
         hardware.clear();
@@ -159,13 +163,13 @@ impl Hardware {
         hardware
     }
 
-    /// The epoch.
+    /// Returns the epoch.
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Relaxed)
     }
 
-    /// Begins a new epoch if the host has ended the last one, since it has seen the device reset while the system was suspended. Who holds
-    /// what is on the page still. Rings the host.
+    /// Rings the host after a suspend. Begins a new epoch first if the host has ended the last one
+    /// because it saw a reset of the device. The holders on the page stay.
     pub(crate) fn resume(&self) {
         if self.page.read64(presence::EPOCH as usize) != self.epoch() {
             self.epoch.store(next_epoch(&self.page), Relaxed);
@@ -173,17 +177,18 @@ impl Hardware {
         self.announce(self.epoch());
     }
 
-    /// Rings a vector of a peer. Which of the two exist, the caller knows.
+    /// Rings a vector of a peer. The caller ensures that both exist.
     pub(crate) fn ring(&self, peer: u32, vector: u32) {
         self.bell.ring(peer, vector);
     }
 
-    /// Tells the device of a DMA buffer, its address and size, or of none; whether it knows of one then.
+    /// Announces or withdraws a DMA buffer (DMA address, size in bytes). Returns true if the device
+    /// now knows a buffer.
     pub(crate) fn tell_buffer(&self, buffer: Option<(u64, u32)>) -> bool {
         self.bell.tell_buffer(buffer)
     }
 
-    /// Says who holds one end of a channel: a claim's number and its process, or `None`.
+    /// Writes the holder of one end of a channel: a claim number and a process, or `None`.
     pub(crate) fn set_holder(&self, channel: usize, end: End, holder: Option<(u32, u32)>) {
         let word = holder.map_or(0, |(number, process)| {
             u64::from(number) << 32 | u64::from(process)
@@ -192,13 +197,13 @@ impl Hardware {
             .write64(presence::holder(channel, end) as usize, word);
     }
 
-    /// Says which cache mode processes have asked for, and which they were granted; 0 for none.
+    /// Writes the requested and the granted cache mode of the mappings; 0 for none.
     pub(crate) fn set_cache(&self, asked: u32, granted: u32) {
         let word = u64::from(asked) << 8 | u64::from(granted);
         self.page.write64(presence::CACHE as usize, word);
     }
 
-    /// Says that nobody holds or maps anything.
+    /// Removes all holders and the cache mode from the page.
     fn clear(&self) {
         self.set_cache(0, 0);
         for channel in 0..MAX_CHANNELS {
@@ -207,7 +212,7 @@ impl Hardware {
         }
     }
 
-    /// Stores an epoch, and rings the host.
+    /// Stores an epoch and rings the host.
     fn announce(&self, epoch: u64) {
         self.page.write64(presence::EPOCH as usize, epoch);
         self.ring(self.host, 0);
@@ -221,7 +226,7 @@ impl Drop for Hardware {
     }
 }
 
-/// The odd number after the epoch that a driver's page has.
+/// Returns the first odd number above the epoch on a driver's page.
 fn next_epoch(page: &IoMem) -> u64 {
     let old = page.read64(presence::EPOCH as usize);
     old.wrapping_add(if old % 2 == 0 { 1 } else { 2 })

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! Interrupts by a virtqueue: the device has one interrupt for all vectors, and says in a message which one it is.
+//! Interrupts that are received through a virtqueue. The device has one interrupt for all vectors,
+//! and a message names the vector.
 
 #![forbid(unsafe_code)]
 
@@ -14,14 +15,15 @@ use kernel::{
     sync::Arc, //
 };
 
-/// What is in a buffer until the device writes to it: no vector.
+/// Content of a buffer until the device writes to it: no valid vector.
 const NOTHING: u32 = !0;
 
-/// Both, under one lock.
+/// The queue and the vectors, under one lock.
 struct State {
-    /// From the device to the driver; gone after [`Interrupts::disconnect`].
+    /// Queue from the device to the driver; `None` before [`Interrupts::connect`] and after
+    /// [`Interrupts::disconnect`].
     queue: Option<Queue>,
-    /// The queues that the vectors wake, in order.
+    /// Wait queues of the vectors, in order; empty before [`Interrupts::open`].
     vectors: KVec<Arc<WaitQueue>>,
 }
 
@@ -33,7 +35,7 @@ pub(crate) struct Interrupts {
 }
 
 impl Interrupts {
-    /// Interrupts that are not connected yet.
+    /// Creates interrupts without a queue.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             state <- InterruptLock::new(State {
@@ -43,17 +45,17 @@ impl Interrupts {
         })
     }
 
-    /// Takes them from this queue.
+    /// Receives interrupts from this queue from now on.
     pub(crate) fn connect(&self, queue: Queue) {
         self.state.with(|state| state.queue = Some(queue));
     }
 
-    /// Wakes nobody any more, and gives the queue back.
+    /// Stops receiving interrupts, and returns the queue.
     pub(crate) fn disconnect(&self) -> Option<Queue> {
         self.state.with(|state| state.queue.take())
     }
 
-    /// Lets interrupts of so many vectors come, and gives the queues that they wake, in order. `ENOMEM`.
+    /// Enables `count` vectors, and returns their wait queues in order. `ENOMEM`.
     pub(crate) fn open(&self, count: u32) -> Result<KVec<Arc<WaitQueue>>> {
         let mut all = [KVec::new(), KVec::new()];
         for _ in 0..count {
@@ -70,12 +72,13 @@ impl Interrupts {
         Ok(given)
     }
 
-    /// Lets them come again, from another queue.
+    /// Gives the device buffers again, after [`Interrupts::connect`] with a new queue.
     pub(crate) fn offer(&self) {
         self.state.with(State::offer);
     }
 
-    /// Wakes the queues of the vectors that the device names; in any context. A vector that there is not wakes nobody.
+    /// Wakes the wait queues of the vectors that the device has named, and ignores unknown vectors.
+    /// Callable in any context.
     pub(crate) fn deliver(&self) {
         self.state.with(|state| {
             let State { queue, vectors } = state;

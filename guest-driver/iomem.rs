@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! A piece of a BAR, mapped into the kernel and accessed in words.
+//! A part of a BAR, mapped into the kernel and accessed in words.
 //!
-//! The `kernel` crate's `Mmio` would serve, had it not another form in each kernel series. C header:
-//! `include/linux/io.h`.
+//! The `kernel` crate's `Mmio` is not used, because its interface differs between the kernel
+//! series.
+//!
+//! C header: `include/linux/io.h`.
 
 use core::ptr::NonNull;
 use kernel::{
@@ -13,14 +15,15 @@ use kernel::{
     prelude::*, //
 };
 
-/// A mapping of device memory, noncached. Not for data: every access takes as long as the device does.
+/// A noncached mapping of device memory. It is not for bulk data, because each access waits for the
+/// device.
 ///
-/// An access that is misaligned or not inside of it is what an access is that no device answers: a read gives
-/// all ones, a write is dropped.
+/// A misaligned access, or one outside of the mapping, behaves like an access that no device
+/// answers: a read returns all ones, and a write is dropped.
 ///
 /// # Invariants
 ///
-/// `base` comes from `ioremap`, for `size` bytes, and is page-aligned or at least 8-aligned.
+/// `base` comes from `ioremap` for `size` bytes, and is 8-aligned.
 pub(crate) struct IoMem {
     base: NonNull<c_void>,
     size: usize,
@@ -28,12 +31,12 @@ pub(crate) struct IoMem {
 
 // SAFETY: A kernel mapping is the same for every task and CPU.
 unsafe impl Send for IoMem {}
-// SAFETY: Each access is one instruction of the CPU, which needs no exclusion.
+// SAFETY: Each access is one instruction of the CPU, so that concurrent accesses need no lock.
 unsafe impl Sync for IoMem {}
 
 impl IoMem {
-    /// Maps `size` bytes from a physical address. `ENOMEM` if they cannot be mapped. May sleep, as may
-    /// dropping it.
+    /// Maps `size` bytes from a physical address. `ENOMEM` if that fails. Mapping and dropping may
+    /// sleep.
     ///
     /// # Safety
     ///
@@ -41,14 +44,16 @@ impl IoMem {
     pub(crate) unsafe fn map(address: PhysAddr, size: usize) -> Result<Self> {
         // SAFETY: By this function's contract the range is device memory, which may be mapped.
         let base = unsafe { bindings::ioremap(address, size) };
-        // INVARIANT: `ioremap` keeps the offset in the page, and so the alignment of `address`.
+        // INVARIANT: `ioremap` keeps the offset in the page, and therefore the alignment of
+        // `address`.
         Ok(IoMem {
             base: NonNull::new(base).ok_or(ENOMEM)?,
             size,
         })
     }
 
-    /// Where an access of `width` bytes goes, or `None` if it is no access of this mapping.
+    /// Returns the address of an access of `width` bytes, or `None` if the access is misaligned or
+    /// not inside of the mapping.
     fn at(&self, offset: usize, width: usize) -> Option<*mut c_void> {
         let inside = offset.checked_add(width)? <= self.size;
         (inside && offset % width == 0).then(|| self.base.as_ptr().wrapping_byte_add(offset))
@@ -59,14 +64,14 @@ impl IoMem {
         let Some(address) = self.at(offset, 4) else {
             return !0;
         };
-        // SAFETY: `at` gives aligned addresses inside of the mapping.
+        // SAFETY: `at` returns 4-aligned addresses of 4 bytes inside of the mapping.
         unsafe { bindings::readl(address) }
     }
 
-    /// Writes 32 bits, after all earlier writes.
+    /// Writes 32 bits after all earlier writes.
     pub(crate) fn write32(&self, offset: usize, value: u32) {
         if let Some(address) = self.at(offset, 4) {
-            // SAFETY: The address is aligned and inside of the mapping.
+            // SAFETY: `at` has checked that the 4 bytes are aligned and inside of the mapping.
             unsafe { bindings::writel(value, address) }
         }
     }
@@ -76,14 +81,14 @@ impl IoMem {
         let Some(address) = self.at(offset, 8) else {
             return !0;
         };
-        // SAFETY: The address is 8-aligned, and so are the 8 bytes from there inside of the mapping.
+        // SAFETY: `at` returns 8-aligned addresses of 8 bytes inside of the mapping.
         unsafe { bindings::readq(address) }
     }
 
     /// Writes 64 bits in one access, after all earlier writes.
     pub(crate) fn write64(&self, offset: usize, value: u64) {
         if let Some(address) = self.at(offset, 8) {
-            // SAFETY: `at` has checked alignment and bounds of the access.
+            // SAFETY: `at` has checked that the 8 bytes are aligned and inside of the mapping.
             unsafe { bindings::writeq(value, address) }
         }
     }
@@ -91,7 +96,8 @@ impl IoMem {
 
 impl Drop for IoMem {
     fn drop(&mut self) {
-        // SAFETY: `base` comes from `ioremap`, and nobody has it but this mapping, which ends here.
+        // SAFETY: `base` comes from `ioremap`, and only this value uses the mapping, which ends
+        // here.
         unsafe { bindings::iounmap(self.base.as_ptr()) }
     }
 }

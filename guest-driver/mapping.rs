@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! `mmap`: puts page frames of the region into a process, and takes them out again when the device goes.
+//! `mmap`: maps page frames of the region into a process, and unmaps them when the device goes.
 //!
-//! The kernel asks twice. [`prepare`] checks and describes the mapping, before there is one. [`mapped`] runs
-//! when the memory area is in place, and makes the page table entries. The order matters when a device is
-//! removed: `mapped` looks whether the device is gone and makes the entries under one lock,
-//! [`Device::remove`] takes that lock and then zaps. So what was mapped before is found by the zap, and
-//! nothing is mapped after. (In an `f_op->mmap` that would not hold: the kernel links the area to the file
-//! only when that has returned, and a zap in between would miss it.)
+//! The kernel calls the driver twice. [`prepare`] checks and describes a mapping before it exists.
+//! [`mapped`] runs when the memory area is in place, and creates the page table entries. The order
+//! matters for the removal of a device. `mapped` checks whether the device is gone and creates the
+//! entries under one lock; [`Device::remove`] takes the same lock and then zaps. Therefore the zap
+//! reaches all earlier mappings, and no mapping follows it. An `f_op->mmap` could not ensure this:
+//! the kernel links the area to the file only when the operation has returned, and a zap before
+//! that would miss the area.
 //!
-//! Pages that have no entry are mapped when they are touched, by [`fault`]: all of an area whose user asked for
-//! that, and what a zap took away from the others. The kernel gives such a page the mode of an area that was
-//! mapped at once, and so has the mode registered; else it is noncached. So whenever such an area comes or
-//! goes, and some of the other kind are there, all entries are taken away and come back alike.
+//! [`fault`] maps single pages on access: all pages of an area that asked for it, and the pages of
+//! other areas after a zap. The kernel gives such a page the mode that an eagerly mapped area has
+//! registered for it, or noncached if there is none. Therefore the driver zaps all entries whenever
+//! an eagerly mapped area comes or goes while areas exist that are mapped on fault. All pages then
+//! return with the same mode.
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/mm_types.h`, `include/linux/huge_mm.h`.
 
@@ -41,18 +43,19 @@ use kernel::{
     prelude::*, //
 };
 
-/// Order of the pages that are mapped by one entry of 2 MiB.
+/// Page order of one entry of 2 MiB: 512 pages of 4 KiB.
 const HUGE: c_uint = 9;
 
-/// `VM_MAYSHARE`: set in every area of a `MAP_SHARED` mapping, even one that a read-only file keeps from
-/// being `VM_SHARED`. The `kernel` crate's constant of that name is `VM_MAYEXEC` by mistake in 7.2.
+/// `VM_MAYSHARE`. It is set in every area of a `MAP_SHARED` mapping, even if the file is read-only
+/// and the area therefore not `VM_SHARED`. The `kernel` crate's constant of this name is wrong in
+/// 7.2, where it has the value of `VM_MAYEXEC`.
 const MAYSHARE: vm_flags_t = 1 << 7;
 
-/// Not memory that the kernel may look at, dump, or let grow. (Forked, it may be: a child has the parent's
-/// mappings.)
+/// Flags of an area: the kernel must not treat its pages as memory, dump it, or let it grow. A fork
+/// copies it, because a child has the mappings of its parent.
 const FLAGS: vm_flags_t = flags::IO | flags::PFNMAP | flags::DONTEXPAND | flags::DONTDUMP;
 
-/// What is done with areas of the region after [`prepare`].
+/// Operations of areas that [`prepare`] has described.
 const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_struct {
     open: Some(open),
     close: Some(close),
@@ -62,74 +65,76 @@ const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_
     ..pin_init::zeroed()
 };
 
-/// The address space that all files of a device have in common, so that one zap reaches the mappings of all.
+/// The address space that all files of a device share, so that one zap reaches all mappings.
 ///
-/// By itself a file has the address space of its device node, and a device can have several of those. What is
-/// used here is that of a file of the kernel's own, with an inode that is nobody else's. (Not a shmem file:
-/// the kernel takes a file with a shmem address space for a shmem file, and would look for seals in an inode
-/// that has none.)
+/// By default a file has the address space of its device node, and a device can have several nodes.
+/// This value instead owns a file of the kernel, whose inode no other file has, and uses its
+/// address space. A shmem file would not do: the kernel treats every file with a shmem address
+/// space as a shmem file, and would look for seals in an inode that has none.
 ///
 /// # Invariants
 ///
-/// `file` is a file that this value has a reference to.
+/// This value owns a reference to `file`.
 pub(crate) struct Mappings {
     file: NonNull<bindings::file>,
 }
 
-// SAFETY: A reference to a `struct file` belongs to no task.
+// SAFETY: Any task may use and drop a reference to a `struct file`.
 unsafe impl Send for Mappings {}
-// SAFETY: The one thing done with a `&Mappings` is under the address space's own lock.
+// SAFETY: `&Mappings` only reads a constant pointer and zaps under the address space's own lock.
 unsafe impl Sync for Mappings {}
 
 impl Mappings {
-    /// An address space without mappings. `ENOMEM`, `ENFILE`.
+    /// Creates an address space without mappings. `ENOMEM`, `ENFILE`.
     pub(crate) fn new() -> Result<Self> {
-        // SAFETY: The function can be called from a task, which may sleep.
+        // SAFETY: The function may be called where the caller may sleep, as it may in a probe.
         let file = from_err_ptr(unsafe { shim::barlink_anon_file() })?;
-        // INVARIANT: The reference to the new file is this value's.
+        // INVARIANT: The function returned a reference to the new file, which this value now owns.
         Ok(Mappings {
             file: NonNull::new(file).ok_or(ENOMEM)?,
         })
     }
 
-    /// The address space, for a file's `f_mapping`. It stays as long as this value.
+    /// Returns the address space, for a file's `f_mapping`. It exists as long as this value.
     pub(crate) fn address_space(&self) -> *mut bindings::address_space {
-        // SAFETY: By the invariant the file is valid; its address space is set when it is made, and never
-        // again.
+        // SAFETY: By the invariant the file is valid. Its address space is set when the file is
+        // created, and never changes.
         unsafe { (*self.file.as_ptr()).f_mapping }
     }
 
-    /// Removes all page table entries of all mappings. May sleep.
+    /// Removes the page table entries of all mappings. May sleep.
     pub(crate) fn zap(&self) {
-        // SAFETY: The address space is valid. From 0, for 0, is all of it.
+        // SAFETY: The address space is valid. Offset 0 and length 0 mean the whole file.
         unsafe { bindings::unmap_mapping_range(self.address_space(), 0, 0, 1) }
     }
 }
 
 impl Drop for Mappings {
     fn drop(&mut self) {
-        // SAFETY: By the invariant there is a reference to give back. No file has the address space any more,
-        // since each keeps the device, and so this value, until it is released.
+        // SAFETY: By the invariant this value owns a reference. No file uses the address space any
+        // more, because each file keeps the device, and with it this value, until its release.
         unsafe { bindings::fput(self.file.as_ptr()) }
     }
 }
 
-/// The `mmap_prepare` file operation: checks and describes a mapping, and changes nothing else.
+/// Implements the `mmap_prepare` file operation: checks and describes a mapping without any other
+/// effect.
 ///
-/// `EINVAL` if it is private, executable, or not inside of what can be mapped; `EBUSY` if the region's mappings
-/// have another cache mode than this file's are to have; `ENODEV`.
+/// `EINVAL` if the mapping is private, executable, or not inside of the mappable part of the
+/// region; `EBUSY` if the region's mappings have another cache mode than this file requests;
+/// `ENODEV`.
 ///
 /// # Safety
 ///
 /// Only for the `file_operations` of an [`OpenFile`].
 pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_int {
-    // SAFETY: The kernel gives a description that is valid, and this function's alone while it runs.
+    // SAFETY: The kernel passes a valid description, and only this function uses it while it runs.
     let area = unsafe { &mut *area };
-    // SAFETY: The file is being mapped, and so is open.
+    // SAFETY: The file is open while it is being mapped.
     let file = unsafe { OpenFile::of(area.file) };
     from_result(|| {
         file.device.check()?;
-        // The word that `vm_flags_t` is.
+        // The first word holds the flags that `vm_flags_t` has.
         let [flags, ..] = &mut area.vma_flags.__vma_flags;
         restrict(flags, FLAGS)?;
         let pages = (area.end - area.start) as u64 / PAGE_SIZE;
@@ -140,11 +145,11 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
         let mut manner = file.manner();
         let mode = file.device.state.lock().areas.mode(manner.cache)?;
         manner.cache = Some(mode);
-        // SAFETY: The function only computes.
+        // SAFETY: The function has no requirements: it only computes a value.
         area.page_prot = unsafe { shim::barlink_pgprot(mode as u32, area.page_prot) };
         let known = Area {
             manner,
-            // A PID is positive.
+            // The conversion loses nothing, because a PID is positive.
             process: current!().group_leader().pid().unsigned_abs(),
         };
         area.private_data = core::ptr::without_provenance_mut(known.word() as usize);
@@ -153,7 +158,8 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
     })
 }
 
-/// Adds flags to those of a mapping that is to be made. `EINVAL` if it is private or executable; it never becomes the latter.
+/// Adds flags to those of a mapping that is being prepared, and prevents that it ever becomes
+/// executable. `EINVAL` if it is private or already executable.
 pub(crate) fn restrict(flags: &mut vm_flags_t, more: vm_flags_t) -> Result {
     if *flags & MAYSHARE == 0 || *flags & flags::EXEC != 0 {
         return Err(EINVAL);
@@ -162,22 +168,24 @@ pub(crate) fn restrict(flags: &mut vm_flags_t, more: vm_flags_t) -> Result {
     Ok(())
 }
 
-/// The area of the current process that begins at an address. `EINVAL` if there is none.
+/// Returns the area of the current process that contains an address. `EINVAL` if there is none.
 ///
 /// # Safety
 ///
-/// The caller must be a `mapped` area operation, for as long as it uses the area: the process's `mmap_lock` is taken for writing then.
+/// Only for a `mapped` area operation, during which the kernel holds the process's `mmap_lock` for
+/// writing. The caller must not use the area after the operation.
 pub(crate) unsafe fn mapped_area(start: c_ulong) -> Result<*mut bindings::vm_area_struct> {
     let mm = current!().mm().ok_or(EINVAL)?.as_raw();
-    // SAFETY: By this function's contract the lock is taken.
+    // SAFETY: By this function's contract the `mmap_lock` is held.
     let area = NonNull::new(unsafe { bindings::vma_lookup(mm, start) });
     Ok(area.ok_or(EINVAL)?.as_ptr())
 }
 
-/// The `mapped` area operation: makes the page table entries of an area that [`prepare`] described. On an
-/// error the kernel unmaps the area, which calls [`close`].
+/// Implements the `mapped` area operation: creates the page table entries of an area that
+/// [`prepare`] described. After an error the kernel unmaps the area, which calls [`close`].
 ///
-/// `EBUSY` if the mappings have another cache mode, or had until a moment ago; `ENOMEM`, `ENODEV`.
+/// `EBUSY` if the mappings have another cache mode, or had one until a moment ago; `ENOMEM`,
+/// `ENODEV`.
 ///
 /// # Safety
 ///
@@ -189,12 +197,13 @@ unsafe extern "C" fn mapped(
     file: *const bindings::file,
     private: *mut *mut c_void,
 ) -> c_int {
-    // SAFETY: An area keeps its file open. Its private word is readable.
+    // SAFETY: An area keeps its file open, and the kernel passes a valid pointer to its private
+    // word.
     let (file, known) = unsafe { (OpenFile::of(file), known(*private)) };
     let device: &Device = &file.device;
     from_result(|| {
         let mut state = device.state.lock();
-        // First of all, since `close` takes it away whatever the result is.
+        // This comes first, because `close` removes the area whatever the result is.
         state.areas.add(known)?;
         device.check()?;
         if known.manner.on_touch {
@@ -204,12 +213,12 @@ unsafe extern "C" fn mapped(
         if state.areas.have_touched() {
             device.mappings.zap();
         }
-        // SAFETY: This is that operation.
+        // SAFETY: This is a `mapped` area operation, and the area is not used after it.
         let area = unsafe { mapped_area(start)? };
         let frame = device.facts.region / PAGE_SIZE + page as u64;
-        // SAFETY: The area is valid and nobody else's under that lock, it is all of what is mapped, and
-        // `prepare` has seen to it that the frames are of the device's region. Whoever is given them
-        // loses them when the device goes.
+        // SAFETY: The area is valid, and the `mmap_lock` keeps others from it. The range is the
+        // whole area, and `prepare` has checked that its frames belong to the device's region. A
+        // process loses them when the device goes, because the removal zaps this area.
         unsafe {
             let prot = (*area).vm_page_prot;
             let made = to_result(bindings::remap_pfn_range(
@@ -219,10 +228,11 @@ unsafe extern "C" fn mapped(
                 end - start,
                 prot,
             ));
-            // That is what it says of another mode that it knows of these pages. None that lives has one, so it is still to forget that of
-            // an area that ends right now, which it does after `close`.
+            // `EINVAL` means that the kernel has another mode registered for these pages. No
+            // existing area has another mode, so the registration is that of an area that is just
+            // ending: the kernel removes it only after `close`.
             made.map_err(|error| if error == EINVAL { EBUSY } else { error })?;
-            // The mode asked for can differ from the one granted.
+            // The kernel may have granted another mode than the requested one.
             state
                 .areas
                 .note_granted_whole(shim::barlink_granted_mode(area, start));
@@ -232,24 +242,24 @@ unsafe extern "C" fn mapped(
     })
 }
 
-/// The `open` area operation: there is one area more, since one was split, moved or forked.
+/// Implements the `open` area operation: counts an area that a split, a move or a fork has created.
 ///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
 unsafe extern "C" fn open(area: *mut bindings::vm_area_struct) {
-    // SAFETY: The area is valid, and keeps its file open.
+    // SAFETY: The area is valid and keeps its file open.
     let (file, known) = unsafe { (OpenFile::of((*area).vm_file), known((*area).vm_private_data)) };
     file.device.state.lock().areas.count(known);
 }
 
-/// The `close` area operation: there is one area less.
+/// Implements the `close` area operation: removes an area from the count.
 ///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
 unsafe extern "C" fn close(area: *mut bindings::vm_area_struct) {
-    // SAFETY: The area is valid, and is closed before it lets go of its file.
+    // SAFETY: The area is valid, and keeps its file open until this returns.
     let (file, known) = unsafe { (OpenFile::of((*area).vm_file), known((*area).vm_private_data)) };
     let device: &Device = &file.device;
     let mut state = device.state.lock();
@@ -259,27 +269,29 @@ unsafe extern "C" fn close(area: *mut bindings::vm_area_struct) {
     device.show_cache(&state);
 }
 
-/// The `fault` area operation: maps one page that is touched. SIGBUS if the device is gone.
+/// Implements the `fault` area operation: maps the page of an access. SIGBUS if the device is gone.
 ///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
 unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault_t {
-    // SAFETY: The kernel gives a fault that is valid, with its area, which keeps its file open.
+    // SAFETY: The kernel passes a valid fault with its area, and the area keeps its file open.
     let (fault, area, file) = unsafe {
         let area = (*fault).__bindgen_anon_1.vma;
         (&*fault, area, OpenFile::of((*area).vm_file))
     };
     let device: &Device = &file.device;
-    // As for `mapped`: what comes before the removal is found by its zap, and nothing comes after.
+    // As in `mapped`, the lock orders this and a removal: the zap reaches earlier entries, and no
+    // entry follows it.
     let mut state = device.state.lock();
     if device.is_gone() {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     }
     let place = &fault.__bindgen_anon_1;
     let frame = device.facts.region / PAGE_SIZE + place.pgoff as u64;
-    // SAFETY: The area is valid, of frames only, and of this device's region from end to end, as `prepare` has
-    // seen to. The kernel calls this under the `mmap_lock`, since there is no `map_pages`.
+    // SAFETY: The area is valid, consists of frames only, and lies in this device's region, as
+    // `prepare` has ensured. The kernel holds the `mmap_lock`, because these operations have no
+    // `map_pages`.
     unsafe {
         let result = bindings::vmf_insert_pfn(area, place.address, frame as c_ulong);
         if result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
@@ -289,22 +301,24 @@ unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault
     }
 }
 
-/// The `huge_fault` area operation: maps 2 MiB that are touched, where that can be; else [`fault`] is called.
+/// Implements the `huge_fault` area operation: maps 2 MiB around an access if possible. Otherwise
+/// the kernel calls [`fault`].
 ///
-/// Not while an area lives that was mapped at once: the kernel gives all of the 2 MiB the mode of their first page, and others of them may
-/// have another. (It keeps the table in which there were single pages, so these stay single when that area has gone.)
+/// While an eagerly mapped area exists, nothing is mapped in this way: the kernel gives all of the
+/// 2 MiB the mode of their first page, and the mode of the others may differ. Where single pages
+/// were mapped, they stay single afterwards, because the kernel keeps their table.
 ///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
 unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -> bindings::vm_fault_t {
-    // SAFETY: As above.
+    // SAFETY: The kernel passes a valid fault with its area, and the area keeps its file open.
     let (fault, area, file) = unsafe {
         let area = (*fault).__bindgen_anon_1.vma;
         (fault, area, OpenFile::of((*area).vm_file))
     };
     let device: &Device = &file.device;
-    // SAFETY: The fault is valid, and so is its area, while this runs.
+    // SAFETY: The fault and its area are valid while this runs.
     let (flags, address, page, range) = unsafe {
         let place = &(*fault).__bindgen_anon_1;
         let range = &(*area).__bindgen_anon_1.__bindgen_anon_1;
@@ -320,8 +334,8 @@ unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -
     let before = (address as u64 - start) / PAGE_SIZE;
     let fits = start >= range.start as u64 && start + size <= range.end as u64;
     let frame = (device.facts.region / PAGE_SIZE + page).wrapping_sub(before);
-    // Not under the lock of the area alone, under which the mode that is granted cannot be looked at: `fault`
-    // has the kernel take the `mmap_lock` then, and this is called again.
+    // `note_granted` needs the `mmap_lock`, and the lock of the area alone is not enough. After the
+    // fallback, `fault` makes the kernel take the `mmap_lock` and call this again.
     let alone = flags & bindings::fault_flag_FAULT_FLAG_VMA_LOCK != 0;
     if order != HUGE || alone || !fits || frame % (1 << HUGE) != 0 {
         return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
@@ -334,7 +348,9 @@ unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -
         return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
     }
     let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
-    // SAFETY: As for `fault`; all of the 2 MiB are in the area, and the frame is aligned to them.
+    // SAFETY: The area is valid, consists of frames only, and lies in this device's region, as
+    // `prepare` has ensured. It contains all of the 2 MiB, and the frame is aligned to them. The
+    // `mmap_lock` is held, because faults under the lock of the area alone have returned above.
     unsafe {
         let result = bindings::vmf_insert_pfn_pmd(fault, frame as c_ulong, write);
         if result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
@@ -344,18 +360,18 @@ unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -
     }
 }
 
-/// Notes, and tells, what mode an address was granted.
+/// Records the mode that the kernel granted at an address, and shows a change to the host.
 ///
 /// # Safety
 ///
-/// The area must be valid, and its `mmap_lock` be held.
+/// The area must be valid, and its `mmap_lock` must be held.
 unsafe fn note_granted(
     state: &mut State,
     device: &Device,
     area: *mut bindings::vm_area_struct,
     address: c_ulong,
 ) {
-    // SAFETY: By this function's contract.
+    // SAFETY: By this function's contract the area is valid and its `mmap_lock` is held.
     let granted = unsafe { shim::barlink_granted_mode(area, address) };
     if granted != state.areas.told().1 {
         state.areas.note_granted(granted);
@@ -363,8 +379,9 @@ unsafe fn note_granted(
     }
 }
 
-/// What is known of an area, from its private word.
+/// Unpacks the options and the process of an area from its private word.
 fn known(word: *mut c_void) -> Area {
-    // CAST: `prepare` has put a `u64` there, for which it has room on all that have this module.
+    // CAST: `prepare` has stored a `u64`, and the machines that this module is for have 64-bit
+    // pointers.
     Area::from_word(word.addr() as u64)
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! The memory of a device, be it a BAR or a part of one. C header: `include/linux/ioport.h`.
+//! Device memory, which is a BAR or a part of one.
+//!
+//! C header: `include/linux/ioport.h`.
 
 use crate::iomem::IoMem;
 use kernel::{
@@ -9,28 +11,29 @@ use kernel::{
     prelude::*, //
 };
 
-/// Device memory that this driver alone uses (`/proc/iomem` shows it), until dropped.
+/// Device memory that is reserved for this driver until dropped. `/proc/iomem` lists it.
 ///
 /// # Invariants
 ///
-/// `size` bytes from `address`, both multiples of 8, are requested.
+/// `size` bytes from `address` are requested, and both are multiples of 8.
 pub(crate) struct DeviceMemory {
-    /// Guest-physical address.
+    /// Guest-physical address, in bytes.
     pub(crate) address: PhysAddr,
-    /// Bytes.
+    /// Size in bytes.
     pub(crate) size: u64,
 }
 
 impl DeviceMemory {
     /// Requests memory.
     ///
-    /// `ENODEV` if there is none or its ends are no multiples of 8, `EBUSY` if somebody uses it, the kernel for its own
-    /// memory included.
+    /// `ENODEV` if the address or the size is 0 or no multiple of 8. `EBUSY` if another driver, or
+    /// the kernel for its own memory, uses a part of it.
     pub(crate) fn request(address: PhysAddr, size: u64) -> Result<Self> {
         if address == 0 || size == 0 || (address | size) % 8 != 0 {
             return Err(ENODEV);
         }
-        // SAFETY: The parent is the kernel's tree of all memory, and the name is static. What makes no sense is refused.
+        // SAFETY: The parent is the kernel's tree of all memory, and the name is static. The
+        // function rejects invalid ranges.
         let resource = unsafe {
             bindings::__request_region(
                 &raw mut bindings::iomem_resource,
@@ -43,28 +46,29 @@ impl DeviceMemory {
         if resource.is_null() {
             return Err(EBUSY);
         }
-        // INVARIANT: This was requested, and both are multiples of 8.
+        // INVARIANT: The request succeeded, and both numbers are multiples of 8.
         Ok(DeviceMemory { address, size })
     }
 
-    /// Maps `size` bytes from `offset`, both multiples of 8, into the kernel.
+    /// Maps `size` bytes from `offset` into the kernel. Both must be multiples of 8.
     ///
-    /// `EINVAL` if that is not inside of the memory, `ENOMEM`. The mapping must end before the memory is given
-    /// back.
+    /// `EINVAL` if the range is not aligned or not inside of the memory, `ENOMEM`. The mapping must
+    /// end before the memory is released.
     pub(crate) fn map(&self, offset: u64, size: usize) -> Result<IoMem> {
         let end = offset.checked_add(size as u64).ok_or(EINVAL)?;
         if end > self.size || (offset | end) % 8 != 0 {
             return Err(EINVAL);
         }
-        // SAFETY: The range is part of what was requested, which is nobody else's, so no memory of the kernel's. It is
-        // 8-aligned, by the invariant and the check above.
+        // SAFETY: The range is part of the requested memory, which belongs to this driver alone,
+        // and so is not memory of the kernel. Both ends are 8-aligned, by the invariant and the
+        // check above.
         unsafe { IoMem::map(self.address + offset, size) }
     }
 }
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        // SAFETY: By the invariant this was requested; it is given back once.
+        // SAFETY: By the invariant the range is requested, and `drop` releases it once.
         unsafe {
             bindings::__release_region(&raw mut bindings::iomem_resource, self.address, self.size)
         }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! The PCI driver: takes a device from the PCI core, makes a `/dev/barlinkN` of it, and gives all of it back.
+//! The PCI driver: binds a device, creates its `/dev/barlinkN`, and undoes both at removal.
 //!
-//! ivshmem is used for other things than barlink, too. So a device whose region bears no barlink superblock
-//! is declined, with one line in the log that says why; another driver can have it.
+//! ivshmem has other uses than barlink. Therefore the driver declines a device whose region has no
+//! barlink superblock, with the reason in the kernel's log, and another driver can have the device.
 //!
 //! C header: `include/linux/pci.h`.
 
@@ -43,14 +43,15 @@ compat::device_table!(
     [pci::DeviceId::from_id(VENDOR, uapi::PCI_DEVICE as u32)]
 );
 
-/// The driver.
+/// The PCI driver.
 pub(crate) struct Driver;
 
-/// What a bound device holds. Its fields are dropped in this order, each while what it needs is still there.
+/// The resources of a bound device. The fields are dropped in this order, so that each resource
+/// outlives its users.
 pub(crate) struct Data<'bound> {
-    /// Nobody uses the device any more, and the host is told.
+    /// The device node and the state of open files. After its end no process uses the device.
     _binding: Binding,
-    /// No interrupt comes any more.
+    /// The interrupt handlers. No interrupt arrives after their end.
     _handlers: Handlers<'bound>,
     _bars: [DeviceMemory; 2],
     _enabled: Enabled<'bound>,
@@ -71,7 +72,7 @@ impl pci::Driver for Driver {
         let region_bar = bar(pdev, uapi::BAR_REGION, PAGE_SIZE)?;
         let registers = registers_bar.map(0, uapi::REGISTERS_SIZE)?;
 
-        // All ones once the device is unplugged.
+        // The ID of an unplugged device reads as all ones, which `read_layout` rejects.
         let id = registers.read32(uapi::REGISTER_ID);
         let layout = read_layout(pdev.as_ref(), &region_bar, id)?;
         let handlers = Handlers::enable(pdev, layout.vectors)?;
@@ -92,7 +93,7 @@ impl pci::Driver for Driver {
     }
 }
 
-/// The C side of a PCI device.
+/// Returns the C structure of a PCI device.
 pub(crate) fn raw(pdev: &pci::Device<Bound>) -> *mut bindings::pci_dev {
     // `pci::Device` is a transparent wrapper of an `Opaque<pci_dev>`.
     core::ptr::from_ref(pdev).cast_mut().cast()
@@ -100,7 +101,7 @@ pub(crate) fn raw(pdev: &pci::Device<Bound>) -> *mut bindings::pci_dev {
 
 /// Requests a BAR of at least `least` bytes.
 ///
-/// `ENODEV` if it is smaller or missing, `EBUSY` if somebody uses it.
+/// `ENODEV` if the BAR is smaller or missing, `EBUSY` if another driver uses it.
 fn bar(pdev: &pci::Device<Bound>, index: u32, least: u64) -> Result<DeviceMemory> {
     let size = pdev.resource_len(index)?;
     if size < least {
@@ -109,14 +110,15 @@ fn bar(pdev: &pci::Device<Bound>, index: u32, least: u64) -> Result<DeviceMemory
     DeviceMemory::request(pdev.resource_start(index)?, size)
 }
 
-/// A device with memory access and bus mastering (without which it sends no MSI-X) switched on.
+/// A device whose memory access and bus mastering are enabled. Without bus mastering it could not
+/// send MSI-X interrupts.
 struct Enabled<'bound>(&'bound pci::Device<Bound>);
 
 impl<'bound> Enabled<'bound> {
-    /// Enables a device; the error is the PCI core's.
+    /// Enables a device. Errors come from the PCI core.
     fn new(pdev: &'bound pci::Device<Core<'_>>) -> Result<Self> {
         pdev.enable_device_mem()?;
-        // SAFETY: Nothing is allocated for DMA before the device is probed.
+        // SAFETY: Nothing allocates or maps DMA memory for the device before it is probed.
         unsafe { pdev.dma_set_mask_and_coherent(DmaMask::new::<64>())? };
         pdev.set_master();
         Ok(Enabled(pdev))
@@ -125,7 +127,7 @@ impl<'bound> Enabled<'bound> {
 
 impl Drop for Enabled<'_> {
     fn drop(&mut self) {
-        // SAFETY: The device is valid, being bound, and this undoes `enable_device_mem`, once.
+        // SAFETY: The device is bound, and therefore valid. This undoes `enable_device_mem` once.
         unsafe { bindings::pci_disable_device(raw(self.0)) }
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 /*
- * C macros, inline functions and functions without a Rust binding, under names that Rust can call.
- * shim.rs declares each of them and says what it does.
+ * Wrappers of C macros and inline functions, and of functions without a Rust binding, under names
+ * that Rust can call. shim.rs declares each of them and says what it does.
  */
 #include <linux/anon_inodes.h>
 #include <linux/eventfd.h>
@@ -94,7 +94,7 @@ void barlink_flush_iommu(struct device *dev)
 		iommu_flush_iotlb_all(domain);
 }
 
-/* What the region holds after a hibernation, may be another VM's. */
+/* After a hibernation the region may be that of another VM. */
 static int refuse_to_hibernate(struct device *dev)
 {
 	return -EBUSY;
@@ -117,7 +117,10 @@ void barlink_follow_sleep(struct miscdevice *misc, bool follow)
 {
 	struct device *dev = misc->this_device;
 
-	/* Under which the domain is looked at and called: who stops following, waits for a call that runs. */
+	/*
+	 * The kernel looks up and calls the domain under this lock. Therefore no call runs any more
+	 * when the domain has been removed.
+	 */
 	device_lock(dev);
 	dev_pm_domain_set(dev, follow ? &sleep : NULL);
 	device_unlock(dev);
@@ -141,7 +144,10 @@ void barlink_unlock(spinlock_t *lock, unsigned long flags)
 	spin_unlock_irqrestore(lock, flags);
 }
 
-/* Two functions, since each use of the macro is a lock class of its own, and one queue wakes the other. */
+/*
+ * Two functions, because each use of the macro creates a lock class, and queues of one class wake
+ * queues of the other while they hold their lock.
+ */
 void barlink_init_event_queue(struct wait_queue_head *queue)
 {
 	init_waitqueue_head(queue);
@@ -164,7 +170,7 @@ struct file *barlink_buffer_file(const struct file_operations *operations, void 
 
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot)
 {
-	/* Numbers of CacheMode in protocol/src/wire/uapi.rs. */
+	/* The numbers are those of CacheMode in protocol/src/wire/uapi.rs. */
 	switch (mode) {
 	case 3:
 		return pgprot_writecombine(prot);
@@ -178,7 +184,7 @@ pgprot_t barlink_pgprot(u32 mode, pgprot_t prot)
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address)
 {
 #ifdef CONFIG_X86
-	/* In this order, since a mode that the CPU's PAT lacks shares its bits with uncached-minus. */
+	/* In this order: a mode that the CPU's PAT lacks has the same bits as uncached-minus. */
 	static const enum page_cache_mode modes[] = {
 		_PAGE_CACHE_MODE_UC_MINUS, _PAGE_CACHE_MODE_UC, _PAGE_CACHE_MODE_WC,
 		_PAGE_CACHE_MODE_WT, _PAGE_CACHE_MODE_WP, _PAGE_CACHE_MODE_WB,
@@ -189,7 +195,7 @@ u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address)
 
 	if (follow_pfnmap_start(&args))
 		return 0;
-	/* In the entry of a large page, the bit of the PAT is elsewhere. */
+	/* The entry of a large page has the PAT bit at another place. */
 	if (args.addr_mask != PAGE_MASK)
 		args.pgprot = pgprot_large_2_4k(args.pgprot);
 	bits = pgprot_val(args.pgprot) & _PAGE_CACHE_MASK;
@@ -211,11 +217,14 @@ MODULE_DEVICE_TABLE(virtio, virtio_devices);
 static struct virtio_driver virtio_driver;
 
 /*
- * By its PCI function: its queues and the region are gone after it. So the device is, until it is bound anew.
+ * Unbinds a device before a reset of its PCI function, which takes the queues and the region away.
+ * The device stays gone until it is bound again.
  *
- * The caller has the PCI device's lock, who probes and removes the virtio device's. This takes that, too, in the order in which
- * unregister_virtio_device does. It does not refuse where that is taken, since virtio_pci_reset_prepare can tell nobody, and the reset would
- * come nevertheless, under a probe. Who waits is in this module, which so has to stay.
+ * The caller holds the lock of the PCI device, but probe and removal of the virtio device hold the
+ * lock of the virtio device. Therefore this takes that lock as well, in the order that
+ * unregister_virtio_device uses. It waits for the lock instead of failing: virtio_pci_reset_prepare
+ * cannot pass an error on, so the reset would come in the middle of a probe. The module must stay
+ * loaded while this code waits.
  */
 static int let_go_before_reset(struct virtio_device *vdev)
 {
@@ -224,7 +233,7 @@ static int let_go_before_reset(struct virtio_device *vdev)
 	if (!try_module_get(THIS_MODULE))
 		return -EBUSY;
 	device_lock(&vdev->dev);
-	/* The caller has looked for a driver without the lock. */
+	/* The caller has looked for the driver without the lock. */
 	if (vdev->dev.driver == &virtio_driver.driver)
 		barlink_virtio_remove(vdev);
 	else
@@ -261,7 +270,7 @@ struct device *barlink_virtio_dev(struct virtio_device *vdev)
 
 u32 barlink_virtio_config(struct virtio_device *vdev, u32 offset)
 {
-	/* A device need not have such a space. How long it is, nobody can tell. */
+	/* A device may lack a configuration space. There is no way to ask for the length of one. */
 	if (!vdev->config->get)
 		return 0;
 	return virtio_cread32(vdev, offset);

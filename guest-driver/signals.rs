@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! Eventfds of user space that are written when a vector fires, or the device goes.
+//! Eventfds of user space that are written when a vector fires or the device goes.
 //!
 //! C header: `include/linux/eventfd.h`.
 
@@ -23,26 +23,27 @@ use kernel::{
     sync::Arc, //
 };
 
-/// An eventfd.
+/// A reference to an eventfd.
 ///
 /// # Invariants
 ///
-/// `context` is valid, and this value has a reference to it.
+/// `context` is valid, and this value owns a reference to it.
 struct Signal {
     context: NonNull<EventfdContext>,
 }
 
-// SAFETY: A reference to an eventfd belongs to no task.
+// SAFETY: Any task may use and drop a reference to an eventfd.
 unsafe impl Send for Signal {}
-// SAFETY: The one thing done with a `&Signal` is under the eventfd's own lock.
+// SAFETY: `&Signal` only writes the eventfd, under the eventfd's own lock.
 unsafe impl Sync for Signal {}
 
 impl Signal {
-    /// That of a descriptor of the current process. `EBADF`; `EINVAL` if it is something else.
+    /// Takes a reference to the eventfd behind a descriptor of the current process. `EBADF` if the
+    /// descriptor is not open, `EINVAL` if it is no eventfd.
     fn new(descriptor: c_int) -> Result<Self> {
-        // SAFETY: The function takes any number.
+        // SAFETY: The function accepts any number.
         let context = from_err_ptr(unsafe { shim::eventfd_ctx_fdget(descriptor) })?;
-        // INVARIANT: The function has given a reference.
+        // INVARIANT: The function returned a reference, which this value now owns.
         Ok(Signal {
             context: NonNull::new(context).ok_or(EINVAL)?,
         })
@@ -51,36 +52,37 @@ impl Signal {
 
 impl Drop for Signal {
     fn drop(&mut self) {
-        // SAFETY: By the invariant there is a reference to give back.
+        // SAFETY: By the invariant this value owns a reference.
         unsafe { shim::eventfd_ctx_put(self.context.as_ptr()) }
     }
 }
 
 impl Notify for Arc<Signal> {
     fn notify(&self) {
-        // SAFETY: By the invariant the context is valid. The function can be called in any context.
+        // SAFETY: By the invariant the context is valid. The function is callable in any context.
         unsafe { shim::eventfd_signal_mask(self.context.as_ptr(), 0) }
     }
 }
 
-/// A vector, and what writes the eventfd until dropped.
+/// A vector and the hooks that write its eventfd: one for the vector, one for the device's removal.
 struct Signalled {
     vector: u32,
     _hooks: [Pin<KBox<Hook<Arc<Signal>>>>; 2],
 }
 
-/// The eventfds of a file.
+/// The eventfds of a file, at most one for each vector.
 pub(crate) struct Signals(KVec<Signalled>);
 
 impl Signals {
-    /// None.
+    /// Creates an empty set.
     pub(crate) const fn new() -> Self {
         Signals(KVec::new())
     }
 
-    /// Sets the eventfd of a vector; -1 is for none.
+    /// Sets the eventfd of a vector. Descriptor -1 removes it.
     ///
-    /// `EINVAL` if there is no such vector, or the descriptor is something else; `EBADF`, `ENOMEM`, `ENODEV`.
+    /// `EINVAL` if there is no such vector or the descriptor is no eventfd; `EBADF` if the
+    /// descriptor is not open; `ENOMEM`, `ENODEV`.
     pub(crate) fn set(&mut self, device: &Device, vector: u32, descriptor: c_int) -> Result {
         let queue = device.vectors.get(vector as usize).ok_or(EINVAL)?;
         let signalled = if descriptor == -1 {
@@ -98,10 +100,10 @@ impl Signals {
         };
         self.0.retain(|other| other.vector != vector);
         if let Some(signalled) = signalled {
-            // The place was reserved above.
+            // Cannot fail, because the capacity was reserved above.
             self.0.push(signalled, GFP_KERNEL_ACCOUNT)?;
         }
-        // If it went meanwhile, nobody may have written the eventfd.
+        // If the device has gone meanwhile, its removal may not have written this eventfd.
         device.check()
     }
 }

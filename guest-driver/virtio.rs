@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! The virtio driver: takes a device from the virtio core, makes a `/dev/barlinkN` of it, and gives all of it back.
+//! The virtio driver: binds a device, creates its `/dev/barlinkN`, and undoes both at removal.
 //!
-//! The device is that of [`crate::wire::virtio`]. Its type says little, so one whose configuration space is not barlink's is
-//! declined, with one line in the log; another driver can have it. That space is read in probe, and after a suspend, alone: QEMU
-//! ends when it is read while nobody is behind the device.
+//! [`crate::wire::virtio`] describes the device. Other devices may have the same type. Therefore
+//! the driver declines a device whose configuration space is not barlink's, with the reason in the
+//! kernel's log, and another driver can have the device. The driver reads the configuration space
+//! only in probe and after a suspend, because QEMU ends if the space is read while no back-end is
+//! connected.
 //!
-//! The virtio core is C without a Rust side; what is needed of it is in `shim.c`, which calls the `extern` functions below.
+//! The virtio core has no Rust interface. `shim.c` wraps the parts that the driver needs, and calls
+//! the `extern` functions below.
 
 use crate::{
     binding::Binding,
@@ -63,18 +66,18 @@ use kernel::{
     },
 };
 
-/// How long the host may take to map the region.
+/// Longest wait until the host maps the region.
 const MAPPING_PATIENCE: Delta = Delta::from_secs(10);
-/// How long the device may take to read the last doorbells.
+/// Longest wait until the device has read the last doorbells.
 const DOORBELL_PATIENCE: Delta = Delta::from_secs(3);
 
-/// The driver, registered until dropped.
+/// The registered virtio driver. Dropping the value unregisters it.
 pub(crate) struct Registration(());
 
 impl Registration {
-    /// Registers the driver. The error is the driver core's.
+    /// Registers the driver. Errors come from the driver core.
     pub(crate) fn new() -> Result<Self> {
-        // SAFETY: The module is being loaded, and what the C side calls is there.
+        // SAFETY: The module is being loaded, and the functions that `shim.c` calls are part of it.
         to_result(unsafe { shim::barlink_virtio_register() })?;
         Ok(Registration(()))
     }
@@ -82,33 +85,37 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // SAFETY: The driver was registered by `new`, and this is done once.
+        // SAFETY: `new` has registered the driver, and `drop` runs once.
         unsafe { shim::barlink_virtio_unregister() }
     }
 }
 
-/// What a bound device holds. Its fields are dropped in this order, each while what it needs is still there.
+/// The resources of a bound device. The fields are dropped in this order, so that each resource
+/// outlives its users.
 struct Data {
-    /// Nobody uses the device any more, and the host is told.
+    /// The device node and the state of open files. After its end no process uses the device.
     _binding: Binding,
-    /// No interrupt comes any more.
+    /// The queues. No interrupt arrives after their end.
     queues: Queues,
     region: DeviceMemory,
 }
 
 impl Data {
-    /// Takes a device that is being probed.
+    /// Binds a device that is being probed.
     ///
-    /// `ENODEV` and a line in the log if it is none of barlink's; else the kernel's error.
+    /// `ENODEV`, with the reason in the kernel's log, if the device is not barlink's. Other errors
+    /// come from the kernel.
     ///
     /// # Safety
     ///
-    /// `vdev` must be valid while this runs, and until the value is dropped.
+    /// `vdev` must be valid and in probe while this runs, and must stay valid until the value is
+    /// dropped.
     unsafe fn new(vdev: NonNull<VirtioDevice>) -> Result<Self> {
-        // SAFETY: The device is valid, and outlives this function; it is being bound.
+        // SAFETY: By this function's contract the device is valid and being bound while `dev` is
+        // used.
         let dev: &Device<Bound> =
             unsafe { Device::from_raw(shim::barlink_virtio_dev(vdev.as_ptr())) };
-        // SAFETY: The device is valid, and being probed.
+        // SAFETY: By this function's contract the device is valid and being probed.
         let word = |offset| unsafe { config_word(vdev, offset) };
         let (magic, version) = (word(config::MAGIC), word(config::VERSION));
         if (magic, version) != (MAGIC, VERSION) {
@@ -123,11 +130,12 @@ impl Data {
         }
         let id = word(config::ID);
 
-        // SAFETY: As above.
+        // SAFETY: By this function's contract the device is valid.
         let region = unsafe { shared_memory(vdev) }.inspect_err(|_| {
             dev_info!(dev, "declined: it has no shared memory of whole pages\n");
         })?;
-        // SAFETY: The device is valid, being probed, and stays until what this gives is dropped.
+        // SAFETY: By this function's contract the device is valid and being probed. It stays valid
+        // until the value that owns these queues is dropped.
         let queues = unsafe { Queues::new(vdev)? };
         if !queues.bring_the_region(&region)? {
             dev_info!(
@@ -147,11 +155,13 @@ impl Data {
         })
     }
 
-    /// Takes the device again after [`Queues::down`] and a reset, with whatever it was used for. The error is the kernel's, or `ENODEV`.
+    /// Sets the device up again after [`Queues::down`] and a reset. Open files go on. Errors come
+    /// from the kernel, or are `ENODEV` if the device or its region is missing.
     fn restore(&mut self) -> Result {
         let vdev = self.queues.vdev;
-        // As in probe, and for the same reason besides: by this the host learns of the reset, before there is anything to lose.
-        // SAFETY: The device is valid, and being restored.
+        // The read checks the device, as in probe. It also makes the host see the reset before any
+        // doorbell or interrupt could be lost.
+        // SAFETY: The device is valid and being restored.
         if unsafe { config_word(vdev, config::MAGIC) } != MAGIC {
             return Err(ENODEV);
         }
@@ -165,45 +175,48 @@ impl Data {
     }
 }
 
-/// A word of the configuration space.
+/// Reads a word of the configuration space.
 ///
 /// # Safety
 ///
 /// `vdev` must be valid, and being probed or restored.
 unsafe fn config_word(vdev: NonNull<VirtioDevice>, offset: usize) -> u32 {
-    // CAST: Below 64.
-    // SAFETY: By this function's contract.
+    // CAST: Offsets are below 64.
+    // SAFETY: By this function's contract the device is valid, and being probed or restored.
     unsafe { shim::barlink_virtio_config(vdev.as_ptr(), offset as u32) }
 }
 
-/// Requests the shared memory that is the region. `ENODEV` if there is none, `EBUSY` if somebody uses it.
+/// Requests the shared memory that is the region. `ENODEV` if there is none, `EBUSY` if another
+/// driver uses it.
 ///
 /// # Safety
 ///
 /// `vdev` must be valid.
 unsafe fn shared_memory(vdev: NonNull<VirtioDevice>) -> Result<DeviceMemory> {
     let (mut address, mut size) = (0, 0);
-    // SAFETY: The device is valid, and the two are writable.
+    // SAFETY: By this function's contract the device is valid, and both numbers are writable.
     let found = unsafe {
         shim::barlink_virtio_memory(vdev.as_ptr(), SHARED_MEMORY, &mut address, &mut size)
     };
-    // It is a part of a BAR, where the device says that it is.
+    // The device chooses the address and the size, within one of its BARs.
     if !found || size == 0 || (address | size) % PAGE_SIZE != 0 {
         return Err(ENODEV);
     }
     DeviceMemory::request(address, size)
 }
 
-/// Whether the first word of the region is there, which the host writes last, or comes; for a while only.
+/// Waits until the host has mapped the region, at most [`MAPPING_PATIENCE`]. Returns false if it
+/// has not. `ENOMEM`.
 fn is_mapped_before_long(region: &DeviceMemory) -> Result<bool> {
     let first = region.map(0, 8)?;
-    // Where nothing is mapped yet, there is 0. Anything else stays.
+    // The first word of the region, which the host writes last, is never 0. Unmapped memory reads
+    // as 0.
     let is_there = || first.read64(0) != 0;
     wait(MAPPING_PATIENCE, is_there);
     Ok(is_there())
 }
 
-/// Waits until something holds, but no longer than `patience`.
+/// Waits until a condition holds, at most for `patience`.
 fn wait(patience: Delta, mut holds: impl FnMut() -> bool) {
     let start = Instant::<Monotonic>::now();
     while !holds() && start.elapsed() < patience {
@@ -211,22 +224,22 @@ fn wait(patience: Delta, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// What the queues' callbacks get.
+/// The context of the queues' callbacks.
 struct Callees {
     doorbells: Arc<Doorbells>,
     interrupts: Pin<KBox<Interrupts>>,
 }
 
-/// The queues of a device, set up until dropped, but for the time of a suspend.
+/// The queues of a device. They are set up until the value is dropped, except during a suspend.
 struct Queues {
     vdev: NonNull<VirtioDevice>,
-    /// At a place of its own, which the callbacks know.
+    /// The callbacks' context, boxed so that its address does not change.
     callees: KBox<Callees>,
     up: bool,
 }
 
 impl Queues {
-    /// Sets the queues up. Nothing is in them yet. The error is the virtio core's.
+    /// Sets up the queues, without buffers. Errors come from the virtio core.
     ///
     /// # Safety
     ///
@@ -245,11 +258,12 @@ impl Queues {
         Ok(queues)
     }
 
-    /// Sets them up, in probe, or after [`Queues::down`] and a reset of the device.
+    /// Sets up the queues, in probe or after [`Queues::down`] and a reset of the device.
     fn up(&mut self) -> Result {
         let mut raw: [*mut Virtqueue; QUEUES] = [ptr::null_mut(); QUEUES];
-        // SAFETY: The device is valid and being probed or restored. The callbacks get what they expect, which stays until `down` below
-        // has seen to it that none comes any more.
+        // SAFETY: The device is valid, and being probed or restored. The callbacks expect a pointer
+        // to a `Callees`, as they get here. It exists until `down` below has ensured that no
+        // callback runs any more.
         to_result(unsafe {
             let context = ptr::from_ref::<Callees>(&self.callees).cast();
             shim::barlink_virtio_find_queues(self.vdev.as_ptr(), context, &mut raw)
@@ -257,7 +271,8 @@ impl Queues {
         self.up = true;
         let queue = |index: usize, writer| {
             let raw = NonNull::new(raw[index]).ok_or(ENODEV)?;
-            // SAFETY: The queue is new, and is made a `Queue` of once. It is taken back, and dropped, in `down` below.
+            // SAFETY: The queue is new, and becomes a `Queue` only once. `down` below resets the
+            // device before it drops the `Queue`.
             unsafe { Queue::new(raw, writer) }
         };
         let doorbells = queue(QUEUE_DOORBELLS, From::Driver)?;
@@ -267,16 +282,17 @@ impl Queues {
         Ok(())
     }
 
-    /// Says that the driver is ready, and waits until the region is there; false if it does not come. To be called once after
-    /// [`Queues::up`].
+    /// Tells the device that the driver is ready, and waits for the region. Returns false if the
+    /// region does not appear. To be called once after each [`Queues::up`].
     fn bring_the_region(&self, region: &DeviceMemory) -> Result<bool> {
-        // SAFETY: The device is valid, being probed or restored, and this is the one place.
+        // SAFETY: The device is valid, and being probed or restored. Callers do this once.
         unsafe { shim::barlink_virtio_ready(self.vdev.as_ptr()) };
-        // Nothing before that, not even a reset, since QEMU ends if it is asked to map the region in between.
+        // The driver does nothing else to the device until the region appears. Even a reset would
+        // end QEMU if the host asked to map the region after it.
         is_mapped_before_long(region)
     }
 
-    /// Takes all back, and resets the device.
+    /// Takes the queues back and resets the device.
     fn down(&mut self) {
         if !core::mem::take(&mut self.up) {
             return;
@@ -285,16 +301,18 @@ impl Queues {
             doorbells,
             interrupts,
         } = &*self.callees;
-        // The last tells the host that the driver is gone, and the device forgets what it has not read when it is reset.
+        // The last doorbell tells the host that the driver is gone, and a reset discards doorbells
+        // that the device has not read.
         wait(DOORBELL_PATIENCE, || doorbells.is_idle());
         let mut queues = [doorbells.disconnect(), interrupts.disconnect()];
-        // SAFETY: The device is valid, and nobody uses its queues, now that they are taken from who did.
+        // SAFETY: The device is valid. No code uses its queues meanwhile, because they were taken
+        // from their users above.
         unsafe { shim::virtio_reset_device(self.vdev.as_ptr()) };
         for queue in queues.iter_mut().flatten() {
             queue.take_back_unused();
         }
-        // SAFETY: The queues were set up by `up`, and the device is reset. Nothing is done with the queues after this but
-        // to drop them.
+        // SAFETY: `up` has set the queues up, and the device is reset. The queues are only dropped
+        // after this.
         unsafe { shim::barlink_virtio_delete_queues(self.vdev.as_ptr()) };
     }
 }
@@ -305,7 +323,7 @@ impl Drop for Queues {
     }
 }
 
-/// The `probe` of `struct virtio_driver`.
+/// Implements the `probe` operation of `struct virtio_driver`: binds a device.
 ///
 /// # Safety
 ///
@@ -314,9 +332,10 @@ impl Drop for Queues {
 unsafe extern "C" fn barlink_virtio_probe(vdev: *mut VirtioDevice) -> c_int {
     from_result(|| {
         let vdev = NonNull::new(vdev).ok_or(EINVAL)?;
-        // SAFETY: The device is valid, and stays bound, and so valid, until `remove` has returned, or this fails.
+        // SAFETY: The device is valid and being probed. It stays valid until the value is dropped,
+        // because it is bound until `remove` has returned or this function fails.
         let data = KBox::new(unsafe { Data::new(vdev)? }, GFP_KERNEL)?;
-        // SAFETY: The device is valid. This field is the driver's own, and a virtio driver's to use.
+        // SAFETY: The device is valid, and its driver data is the driver's to set.
         unsafe {
             let dev = shim::barlink_virtio_dev(vdev.as_ptr());
             bindings::dev_set_drvdata(dev, KBox::into_raw(data).cast());
@@ -325,17 +344,19 @@ unsafe extern "C" fn barlink_virtio_probe(vdev: *mut VirtioDevice) -> c_int {
     })
 }
 
-/// The `remove` of `struct virtio_driver`, and what comes before a reset of the device by others.
+/// Implements the `remove` operation of `struct virtio_driver`: unbinds a device. Also called
+/// before a reset of the PCI function.
 ///
 /// # Safety
 ///
-/// Only for `shim.c`, with a device that [`barlink_virtio_probe`] took, and that nobody else probes, removes, suspends or resumes
-/// meanwhile: under the device's lock; or while the system is suspended, under its PCI device's lock, when no process runs that would
-/// take the former alone.
+/// Only for `shim.c`. [`barlink_virtio_probe`] must have bound the device, and no other code may
+/// probe, remove, suspend or resume it meanwhile. Either the caller holds the device's lock. Or the
+/// system is suspended and the caller holds the lock of the PCI device, while no process runs that
+/// could take the device's lock alone.
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
-    // SAFETY: By this function's contract, nobody else uses the device or its value, which `probe` has put there, unless it was taken
-    // from there already.
+    // SAFETY: By this function's contract, no other code uses the device or its value. The value is
+    // the one that `probe` has stored, or null if it was taken before, so that it is dropped once.
     unsafe {
         let dev = shim::barlink_virtio_dev(vdev);
         let data = bindings::dev_get_drvdata(dev);
@@ -343,28 +364,31 @@ unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
         if !data.is_null() {
             drop(KBox::<Data>::from_raw(data.cast()));
         }
-        // The virtio core wants it reset when it has been removed. After a resume that failed it is not, even if the value is gone: the
-        // core has begun to set it up.
+        // The virtio core expects a removed device to be reset. After a failed resume it is not,
+        // even if the value was taken before, because the core has begun to set the device up.
         shim::virtio_reset_device(vdev);
     }
 }
 
-/// The `freeze` of `struct virtio_driver`: the system is being suspended, and no process runs any more. Files and mappings stay; the region
-/// is gone from behind them once the device is reset.
+/// Implements the `freeze` operation of `struct virtio_driver`: takes the queues back while the
+/// system is being suspended and no process runs any more. Files and mappings stay, but the region
+/// is no longer behind the mappings once the device is reset.
 ///
 /// # Safety
 ///
 /// As for [`barlink_virtio_remove`], while the system is suspended.
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_freeze(vdev: *mut VirtioDevice) -> c_int {
-    // SAFETY: By this function's contract, nobody else uses the value, which `probe` has put there.
+    // SAFETY: By this function's contract the device is valid and no other code uses its value,
+    // which `probe` has stored.
     if let Some(data) = unsafe { data(vdev).as_mut() } {
         data.queues.down();
     }
     0
 }
 
-/// The `restore` of `struct virtio_driver`: undoes [`barlink_virtio_freeze`], or lets go of the device.
+/// Implements the `restore` operation of `struct virtio_driver`: undoes [`barlink_virtio_freeze`],
+/// or unbinds the device if that fails.
 ///
 /// # Safety
 ///
@@ -372,49 +396,56 @@ unsafe extern "C" fn barlink_virtio_freeze(vdev: *mut VirtioDevice) -> c_int {
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_restore(vdev: *mut VirtioDevice) -> c_int {
     from_result(|| {
-        // SAFETY: As above.
+        // SAFETY: By this function's contract the device is valid and no other code uses its
+        // value, which `probe` has stored.
         let Some(data) = (unsafe { data(vdev).as_mut() }) else {
-            // It was let go of, and so has no queues. On success the virtio core would say that the driver is ready.
+            // The device was unbound before, so it has no queues. After a success the virtio core
+            // would tell it that the driver is ready.
             return Err(ENODEV);
         };
         data.restore().inspect_err(|_| {
-            // SAFETY: By this function's contract.
+            // SAFETY: The contract of this function is that of `barlink_virtio_remove`.
             unsafe { barlink_virtio_remove(vdev) }
         })?;
         Ok(0)
     })
 }
 
-/// What a device holds, or null.
+/// Returns the resources of a device, or null if it has none any more.
 ///
 /// # Safety
 ///
-/// `vdev` must be valid, and this driver's.
+/// `vdev` must be valid and bound to this driver.
 unsafe fn data(vdev: *mut VirtioDevice) -> *mut Data {
-    // SAFETY: By this function's contract; `probe` has put the value there.
+    // SAFETY: By this function's contract the device is valid, and its driver data is this
+    // driver's.
     unsafe { bindings::dev_get_drvdata(shim::barlink_virtio_dev(vdev)).cast() }
 }
 
-/// The callback of the queue of doorbells: the device has returned some. In any context.
+/// Handles a callback of the doorbell queue: the device has returned buffers. Callable in any
+/// context.
 ///
 /// # Safety
 ///
-/// Only for `shim.c`, with the context that [`Queues::new`] gave.
+/// Only for `shim.c`, with the context that [`Queues::up`] passed.
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_doorbells_returned(context: *const c_void) {
-    // SAFETY: By this function's contract; no callback runs when the value is dropped, and nobody has it by `&mut`.
+    // SAFETY: By this function's contract this is a pointer to a `Callees`. It is valid, because no
+    // callback runs when the value is dropped, and no `&mut` to it exists.
     let callees = unsafe { &*context.cast::<Callees>() };
     callees.doorbells.returned();
 }
 
-/// The callback of the queue of interrupts: there are some. In any context.
+/// Handles a callback of the interrupt queue: the device has named vectors. Callable in any
+/// context.
 ///
 /// # Safety
 ///
 /// As for [`barlink_virtio_doorbells_returned`].
 #[no_mangle]
 unsafe extern "C" fn barlink_virtio_interrupted(context: *const c_void) {
-    // SAFETY: As above.
+    // SAFETY: By this function's contract this is a pointer to a `Callees`. It is valid, because no
+    // callback runs when the value is dropped, and no `&mut` to it exists.
     let callees = unsafe { &*context.cast::<Callees>() };
     callees.interrupts.deliver();
 }

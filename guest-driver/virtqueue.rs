@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! A virtqueue of messages, each a number of 32 bits in a buffer of its own.
+//! A virtqueue of messages. Each message is a number of 32 bits in a buffer of its own.
 //!
-//! What the device says of a buffer is not believed: the virtio core checks that it has the one that it returns, its
-//! length is of no interest, and its content may be anything.
+//! The driver does not trust the device. The virtio core checks that the device had a buffer that
+//! it returns. The driver ignores the returned length, and accepts any content.
 //!
 //! C header: `include/linux/virtio.h`.
 
@@ -24,12 +24,12 @@ use kernel::{
     prelude::*, //
 };
 
-/// Buffers of a queue. It may have room for fewer.
+/// Number of buffers of a queue, which may have room for fewer.
 const BUFFERS: usize = u64::BITS as usize;
 
 const _: () = assert!(size_of::<u32>() == BUFFER);
 
-/// Who writes the messages.
+/// The writer of a queue's messages.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum From {
     /// The driver.
@@ -42,28 +42,32 @@ pub(crate) enum From {
 ///
 /// # Invariants
 ///
-/// `raw` is valid, and used by nobody else. The device has the buffers whose bits in `free` are not set, and no others.
+/// `raw` is valid, and only this value uses it. The device has the buffers whose bits in `free` are
+/// clear, and no others.
 pub(crate) struct Queue {
     raw: NonNull<Virtqueue>,
-    /// By `kmalloc`, so that the device can have it. The device may touch any of it at any time.
+    /// The buffers, allocated by `kmalloc`, so that the device can access them. The device may
+    /// access any of them at any time.
     buffers: KBox<[UnsafeCell<u32>; BUFFERS]>,
     free: u64,
     writer: From,
 }
 
-// SAFETY: A queue belongs to no task or CPU.
+// SAFETY: A queue may be used by any task and on any CPU.
 unsafe impl Send for Queue {}
 
 impl Queue {
-    /// A queue of which the device has no buffers yet. `ENOMEM`.
+    /// Creates a queue whose buffers are all free. `ENOMEM`.
     ///
     /// # Safety
     ///
-    /// `raw` must be valid, new, and used by nobody else. It must stay so as long as anything is done with this value but
-    /// dropping it; and it must be dropped only when the device has been reset, or has never been ready.
+    /// `raw` must be valid and new, and only the returned value may use it. `raw` must stay valid
+    /// until the last use of the value other than its drop. The value may be dropped only after a
+    /// reset of the device, or if the device was never told that the driver is ready.
     pub(crate) unsafe fn new(raw: NonNull<Virtqueue>, writer: From) -> Result<Self> {
         let buffers = KBox::new([const { UnsafeCell::new(0) }; BUFFERS], GFP_KERNEL)?;
-        // INVARIANT: By this function's contract, and since a new queue has no buffers.
+        // INVARIANT: By this function's contract `raw` is valid and this value's alone. The device
+        // has no buffers of a new queue.
         Ok(Queue {
             raw,
             buffers,
@@ -72,24 +76,25 @@ impl Queue {
         })
     }
 
-    /// Gives the device one buffer more, with a message if the driver writes them. False if there is none, or no room.
+    /// Gives the device one more buffer, with `message` in it if the driver writes the messages.
+    /// Returns false if no buffer is free or the queue has no room.
     ///
-    /// The device need not look before [`Queue::kick`].
+    /// The device may notice the buffer only at [`Queue::kick`].
     pub(crate) fn post(&mut self, message: u32) -> bool {
         let Some(buffer) = self.buffers.get(self.free.trailing_zeros() as usize) else {
             return false;
         };
-        // SAFETY: The buffer is this value's. No reference to it is made, since the device could write to it, and a
-        // volatile access takes what is there.
+        // SAFETY: The buffer belongs to this value. The access is volatile and through a raw
+        // pointer, because the device may write to the buffer at the same time.
         unsafe { buffer.get().write_volatile(message.to_le()) };
-        // SAFETY: By the invariant the queue is valid and nobody else's, and `&mut self` keeps other calls away. The
-        // buffer is `kmalloc`'s, and free; it stays as long as this value, which by `new`'s contract is until the
-        // device cannot have it any more.
+        // SAFETY: By the invariant the queue is valid and only this value uses it, and `&mut self`
+        // excludes other calls. The buffer comes from `kmalloc` and is free. It stays as long as
+        // this value, which by the contract of `new` is until the device cannot access it any more.
         let error = unsafe {
             shim::barlink_queue_add(
                 self.raw.as_ptr(),
                 buffer.get().cast(),
-                // CAST: 4.
+                // CAST: The size is 4.
                 BUFFER as u32,
                 self.writer == From::Device,
             )
@@ -97,39 +102,41 @@ impl Queue {
         if error != 0 {
             return false;
         }
-        // INVARIANT: The device has the lowest that was free.
+        // INVARIANT: The device has the buffer of the lowest set bit, and this clears that bit.
         self.free &= self.free - 1;
         true
     }
 
-    /// Tells the device that there are new buffers.
+    /// Notifies the device of new buffers.
     pub(crate) fn kick(&mut self) {
-        // SAFETY: The queue is valid, and nobody else's. A broken one takes no harm, and no kick.
+        // SAFETY: By the invariant the queue is valid and only this value uses it. On a broken
+        // queue the function does nothing.
         unsafe { shim::virtqueue_kick(self.raw.as_ptr()) };
     }
 
-    /// Takes back all buffers that the device is done with, and gives what is in each to `each`. That ends, since the device
-    /// gets no new ones meanwhile.
+    /// Takes back all buffers that the device has returned, and passes the content of each to
+    /// `each`. The loop ends, because the device gets no new buffers meanwhile.
     pub(crate) fn take_back(&mut self, mut each: impl FnMut(u32)) {
         loop {
             let mut length = 0;
-            // SAFETY: By the invariant the queue is valid and used by this value alone.
+            // SAFETY: By the invariant the queue is valid and only this value uses it.
             let token = unsafe { shim::virtqueue_get_buf(self.raw.as_ptr(), &mut length) };
             if token.is_null() {
                 break;
             }
             if let Some(buffer) = self.freed(token) {
-                // SAFETY: The buffer is this value's; as in `post`, this is no reference.
+                // SAFETY: The buffer belongs to this value. The access is volatile and through a
+                // raw pointer, because the device may write to the buffer at the same time.
                 each(u32::from_le(unsafe { buffer.read_volatile() }));
             }
         }
     }
 
-    /// Takes back all buffers. Only after the device has been reset.
+    /// Takes back all buffers. Only after a reset of the device.
     pub(crate) fn take_back_unused(&mut self) {
         loop {
-            // SAFETY: The queue is valid and nobody else's. A device that was not reset, against this function's word,
-            // would go on with buffers that stay, as `new`'s contract has it.
+            // SAFETY: By the invariant the queue is valid and only this value uses it. If the
+            // device were not reset, it would use buffers that stay valid by the contract of `new`.
             let token = unsafe { shim::virtqueue_detach_unused_buf(self.raw.as_ptr()) };
             if token.is_null() {
                 break;
@@ -138,30 +145,32 @@ impl Queue {
         }
     }
 
-    /// Whether the device has no buffer.
+    /// Tells whether the device has no buffer.
     pub(crate) fn is_idle(&self) -> bool {
         self.free == !0
     }
 
-    /// Has the device interrupt when it is done with a buffer. False if it is done with one already.
+    /// Makes the device interrupt when it returns a buffer. Returns false if it has already
+    /// returned one.
     pub(crate) fn enable_interrupts(&mut self) -> bool {
-        // SAFETY: The queue is valid, and nobody else's.
+        // SAFETY: By the invariant the queue is valid and only this value uses it.
         unsafe { shim::virtqueue_enable_cb(self.raw.as_ptr()) }
     }
 
     /// Asks the device not to interrupt.
     pub(crate) fn disable_interrupts(&mut self) {
-        // SAFETY: The queue is valid, and nobody else's.
+        // SAFETY: By the invariant the queue is valid and only this value uses it.
         unsafe { shim::virtqueue_disable_cb(self.raw.as_ptr()) }
     }
 
-    /// Notes that the device does not have the buffer with this token any more, and gives the buffer.
+    /// Marks the buffer with this token as free, and returns the buffer. `None` if no buffer has
+    /// this token.
     fn freed(&mut self, token: *mut c_void) -> Option<*mut u32> {
-        // The token is the buffer's address, as in `barlink_queue_add`.
+        // The token is the address of the buffer that was passed to `barlink_queue_add`.
         let offset = token.addr().wrapping_sub(self.buffers.as_ptr().addr());
         let index = offset / size_of::<u32>();
         let buffer = self.buffers.get(index)?.get();
-        // INVARIANT: The virtio core gives back what the device had.
+        // INVARIANT: The virtio core only returns buffers that the device had.
         self.free |= 1 << index;
         Some(buffer)
     }

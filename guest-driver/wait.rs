@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! The kernel's wait queues, made safe: sleeping on one, polling one, and hooking a function to one.
+//! Safe wrappers of the kernel's wait queues: sleeping, polling, and calling a function on a
+//! wake-up.
 //!
-//! The `kernel` crate's `CondVar` does not serve here: it sleeps under a lock that the waker must take too,
-//! and the waker is an interrupt handler. So a sleeper registers first, then looks, then sleeps
-//! ([`WaitQueue::wait`]), and a waker first changes what is looked at, then wakes: no wake-up is lost.
+//! The `kernel` crate's `CondVar` is not used: its sleeper and its waker must hold the same lock,
+//! but here the waker is an interrupt handler that takes no lock. To lose no wake-up, a sleeper
+//! first registers, then checks its condition, and then sleeps ([`WaitQueue::wait`]). A waker first
+//! changes the condition and then wakes.
 //!
 //! C header: `include/linux/wait.h`.
 
@@ -19,8 +21,8 @@ use kernel::{
     types::Opaque, //
 };
 
-/// A wait queue (`struct wait_queue_head`). All its methods but [`WaitQueue::wait`] can be called from any
-/// context.
+/// A wait queue (`struct wait_queue_head`). All methods except [`WaitQueue::wait`] are callable in
+/// any context.
 ///
 /// # Invariants
 ///
@@ -31,29 +33,29 @@ pub(crate) struct WaitQueue {
     head: Opaque<bindings::wait_queue_head>,
 }
 
-// SAFETY: A `wait_queue_head` belongs to no task or CPU, and all of it is guarded by its own lock.
+// SAFETY: Any task may use a `wait_queue_head` on any CPU, because its own lock guards all of it.
 unsafe impl Send for WaitQueue {}
-// SAFETY: Everything that is done with a `&WaitQueue` is done under the queue's own lock.
+// SAFETY: All methods that take `&WaitQueue` use the head under its own lock.
 unsafe impl Sync for WaitQueue {}
 
 impl WaitQueue {
-    /// A queue that events are announced on: [`Hook`]s hang on it.
+    /// Creates a queue that announces events to [`Hook`]s.
     pub(crate) fn for_events() -> impl PinInit<Self> {
         pin_init!(Self {
-            // INVARIANT: The C function initialises the head, and a pinned one does not move.
+            // INVARIANT: The C function initialises the head, and a pinned field does not move.
             head <- Opaque::ffi_init(|head| {
-                // SAFETY: `head` is the slot of a pinned field: writable, and there to stay.
+                // SAFETY: `head` is the memory of a pinned field: writable, and it does not move.
                 unsafe { shim::barlink_init_event_queue(head) }
             }),
         })
     }
 
-    /// A queue that tasks sleep on. A [`Hook`] can wake it.
+    /// Creates a queue on which tasks sleep. A [`Hook`] may wake it.
     pub(crate) fn for_sleepers() -> impl PinInit<Self> {
         pin_init!(Self {
-            // INVARIANT: The C function initialises the head, and a pinned one does not move.
+            // INVARIANT: The C function initialises the head, and a pinned field does not move.
             head <- Opaque::ffi_init(|head| {
-                // SAFETY: As above: the slot of a pinned field that is being initialised.
+                // SAFETY: `head` is the memory of a pinned field: writable, and it does not move.
                 unsafe { shim::barlink_init_sleeper_queue(head) }
             }),
         })
@@ -61,23 +63,23 @@ impl WaitQueue {
 
     /// Wakes every task that sleeps on the queue or polls it, and calls every hook.
     pub(crate) fn wake_all(&self) {
-        // SAFETY: The head is initialised, by the type's invariant; a null key stands for every poll event.
+        // SAFETY: By the invariant the head is initialised. A null key stands for every poll event.
         unsafe {
             bindings::__wake_up(self.head.get(), bindings::TASK_NORMAL, 0, ptr::null_mut());
         }
     }
 
-    /// Sleeps until `ready` says true. `ERESTARTSYS` when a signal comes first.
+    /// Sleeps until `ready` returns true. `ERESTARTSYS` if a signal comes first.
     ///
-    /// `ready` is called while the task is on the queue and on its way to sleep, so it must not sleep itself.
-    /// This is `___wait_event()`.
+    /// `ready` must not sleep, because the task is already on the queue and about to sleep when it
+    /// is called. The code follows the kernel's `___wait_event()`.
     pub(crate) fn wait(&self, mut ready: impl FnMut() -> bool) -> Result {
         let entry = Opaque::<bindings::wait_queue_entry>::uninit();
-        // SAFETY: `entry` is writable, and makes a valid entry of what it is given: one for the current task.
+        // SAFETY: `entry` is writable. The function makes it a valid entry of the current task.
         unsafe { bindings::init_wait_entry(entry.get(), 0) };
         let result = loop {
-            // SAFETY: The head is initialised. The entry is, too; it stays where it is, in this frame, which
-            // `finish_wait` below takes it off the queue before leaving.
+            // SAFETY: Head and entry are initialised. The entry stays in this stack frame until
+            // `finish_wait` below takes it off the queue.
             let interrupted = unsafe {
                 bindings::prepare_to_wait_event(
                     self.head.get(),
@@ -88,40 +90,41 @@ impl WaitQueue {
             if ready() {
                 break Ok(());
             }
-            // CAST: The only values are 0 and -ERESTARTSYS.
+            // CAST: The value is 0 or -ERESTARTSYS.
             if let Err(signal) = to_result(interrupted as c_int) {
                 break Err(signal);
             }
-            // SAFETY: This is a task in a system call, which may sleep: it holds no lock here.
+            // SAFETY: This is a task in a system call that holds no spinlock, so it may sleep.
             unsafe { bindings::schedule() };
         };
-        // SAFETY: Head and entry are those that were given to `prepare_to_wait_event`.
+        // SAFETY: Head and entry are those that `prepare_to_wait_event` got.
         unsafe { bindings::finish_wait(self.head.get(), entry.get()) };
         result
     }
 
-    /// Makes a poll wait for this queue, too. To be called before looking at what the queue announces.
+    /// Makes a poll wait for this queue as well. To be called before the events are checked.
     ///
     /// # Safety
     ///
-    /// `file` and `table` must be the arguments of a `poll` file operation that is running, and the queue
-    /// must stay until the file is released.
+    /// `file` and `table` must be the arguments of a running `poll` file operation, and the queue
+    /// must exist until the file is released.
     pub(crate) unsafe fn poll(&self, file: *mut bindings::file, table: *mut bindings::poll_table) {
-        // SAFETY: By this function's contract file and table are valid, and the queue outlives the file, and
-        // so all that `poll_wait` makes of the two: epoll drops its entries before a file is released, and
-        // poll and select hold the file while they wait. The head is initialised.
+        // SAFETY: By the invariant the head is initialised. By this function's contract file and
+        // table are valid, and the queue outlives the file. Therefore it also outlives the entries
+        // that `poll_wait` makes: epoll drops its entries before a file is released, and poll and
+        // select hold the file while they wait.
         unsafe { bindings::poll_wait(file, self.head.get(), table) }
     }
 }
 
-/// What a [`Hook`] calls.
+/// The target of a [`Hook`].
 pub(crate) trait Notify: Send + Sync {
-    /// The queue was woken. Called in any context, hard interrupt included, under the queue's lock: it must
-    /// not sleep, nor touch that queue.
+    /// Handles a wake-up of the queue. Called in any context (including hard interrupts) under the
+    /// queue's lock: it must not sleep, nor use that queue.
     fn notify(&self);
 }
 
-/// A function on a wait queue: calls [`Notify::notify`] of its target whenever the queue is woken, until
+/// An entry on a wait queue that calls [`Notify::notify`] of its target at each wake-up, until
 /// dropped.
 ///
 /// # Invariants
@@ -135,14 +138,13 @@ pub(crate) struct Hook<T: Notify> {
     target: T,
 }
 
-// SAFETY: The entry is only touched under the queue's lock, and may be taken off by another task than put it
-// on.
+// SAFETY: The entry is only used under the queue's lock, and any task may take it off.
 unsafe impl<T: Notify> Send for Hook<T> {}
-// SAFETY: A `&Hook` gives no access but to the target, which is `Sync`.
+// SAFETY: A `&Hook` gives access only to the target, which is `Sync`.
 unsafe impl<T: Notify> Sync for Hook<T> {}
 
 impl<T: Notify> Hook<T> {
-    /// A hook that calls `target` from now on.
+    /// Creates a hook that calls `target` from now on.
     pub(crate) fn new(queue: Arc<WaitQueue>, target: T) -> impl PinInit<Self> {
         let head = queue.head.get();
         pin_init!(&this in Self {
@@ -151,17 +153,17 @@ impl<T: Notify> Hook<T> {
                     func: Some(Self::woken),
                     ..pin_init::zeroed()
                 };
-                // SAFETY: `entry` is the slot of a field that is being initialised.
+                // SAFETY: `entry` is the memory of a field that is being initialised.
                 unsafe { entry.write(value) }
             }),
             queue,
             target,
-            // INVARIANT: `add_wait_queue` puts the entry on the queue, and the pinned field stays in its
-            // place.
+            // INVARIANT: `add_wait_queue` puts the entry on the queue, and the pinned field does
+            // not move.
             _: {
-                // SAFETY: All fields are initialised, so that the function may be called at once. The head is
-                // that of `queue`, which the hook keeps; the entry is on no list yet, and is taken off in
-                // `drop`.
+                // SAFETY: All fields are initialised, so the function may be called from now on.
+                // The head belongs to `queue`, which the hook keeps. The entry is on no list yet,
+                // and `drop` takes it off.
                 unsafe {
                     let entry = Opaque::cast_into(&raw const (*this.as_ptr()).entry);
                     bindings::add_wait_queue(head, entry);
@@ -170,12 +172,13 @@ impl<T: Notify> Hook<T> {
         })
     }
 
-    /// What is called.
+    /// Returns the target.
     pub(crate) fn target(&self) -> &T {
         &self.target
     }
 
-    /// The entry's function (`wait_queue_func_t`). 0: no exclusive waiter was woken.
+    /// Implements the entry's function (`wait_queue_func_t`): notifies the target. Returns 0,
+    /// because it wakes no exclusive waiter.
     ///
     /// # Safety
     ///
@@ -187,8 +190,8 @@ impl<T: Notify> Hook<T> {
         _key: *mut c_void,
     ) -> c_int {
         let entry = Opaque::cast_from(entry).cast_mut();
-        // SAFETY: The entry is the field of a hook, which is there: its `drop` waits for the queue's lock,
-        // which is held here, before anything of the hook ends. Nobody has it by `&mut`.
+        // SAFETY: The entry is the field of a live hook: `drop` waits for the queue's lock, which
+        // is held here, before it ends the hook. No `&mut` to the hook exists.
         let hook = unsafe { &*container_of!(entry, Self, entry) };
         hook.target.notify();
         0

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Virtual machines: one boots the chosen kernel, one is restored, and the agent in them does what the other tests rely on.
+//! Virtual machines: a guest boots the chosen kernel or is restored from a file, and its agent does
+//! what the other tests rely on.
 
 use std::time::{Duration, Instant};
 
@@ -37,14 +38,14 @@ fn a_stock_kernel_boots_and_the_agent_runs_commands() -> Result<()> {
 
 #[test]
 fn restored_guest_is_as_one_that_booted() -> Result<()> {
-    // The first of its kind boots, and is written to a file.
+    // The first VM with a configuration boots, and its state is written to a file.
     Vm::restore(&Config::default())?;
     let start = Instant::now();
     let vm = Vm::restore(&Config::default())?;
     let release = vm.run(["uname", "-r"])?.success()?;
     println!("restored in {:?}", start.elapsed());
     assert_eq!(release.trim_end(), Artifacts::shared()?.tools.release);
-    // All bytes pass both ways.
+    // Writes and reads back 1 MiB, so that the transfer is tested with all values of a byte.
     let numbers = (0..1_u32 << 18).map(|number| number.wrapping_mul(2_654_435_761));
     let bytes: Vec<u8> = numbers.flat_map(u32::to_le_bytes).collect();
     vm.put_file("/tmp/file", &bytes)?;
@@ -69,14 +70,14 @@ fn processes_run_side_by_side_take_input_and_can_be_killed() -> Result<()> {
     echo.close_stdin()?;
     assert_eq!(echo.wait(COMMAND_TIMEOUT)?.success()?, "first\nsecond\n");
 
-    // Its child dies with it, or its output would never end.
+    // The signal must also end the child `sleep`, because its output would otherwise never end.
     sleeper.kill(Signal::TERM)?;
     assert_eq!(
         sleeper.wait(COMMAND_TIMEOUT)?.status,
         Status::Signal(Signal::TERM.as_raw())
     );
 
-    // Nothing on the way from init ignores Ctrl-C.
+    // The default action of SIGINT is set: no process between init and the command ignores it.
     let interrupted = vm.run(["sh", "-c", "kill -INT $$"])?;
     assert_eq!(interrupted.status, Status::Signal(Signal::INT.as_raw()));
 

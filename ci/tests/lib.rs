@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Waits of the VM tests. Each wait has a limit, and an error that says what did not happen.
+//! Waiting functions of the VM tests. Each has a time limit, and its error names the event that did
+//! not happen.
 
 use std::io::Read;
 use std::ops::{Deref, DerefMut};
@@ -12,14 +13,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use barlink_vm::COMMAND_TIMEOUT;
 
-/// Limit of every wait. The event comes within seconds even on a machine that has more work than
-/// processors.
+/// Time limit of every wait. The event comes within seconds even on a machine that has more work
+/// than processors.
 pub const LIMIT: Duration = COMMAND_TIMEOUT;
 
-/// Time between two looks at a condition.
+/// Time between two evaluations of a condition.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// Waits until a condition holds.
+/// Waits until a condition holds. `what` describes the condition in the error.
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
     while !holds()? {
@@ -29,7 +30,8 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result
     Ok(())
 }
 
-/// Waits until a process has ended by itself. Kills a process that does not end.
+/// Waits until a process has ended by itself. Kills the process and returns an error after
+/// [`LIMIT`].
 pub fn wait_for_end(child: &mut Child, what: &str) -> Result<ExitStatus> {
     let start = Instant::now();
     loop {
@@ -52,7 +54,7 @@ pub fn kill(child: &mut Child) -> Result<()> {
     Ok(())
 }
 
-/// A host app that a test starts. It ends with the test, however that ends.
+/// A host app that a test starts. Dropping it kills the process, so that it ends with the test.
 #[derive(Debug)]
 pub struct App(Child);
 
@@ -83,12 +85,12 @@ impl DerefMut for App {
 
 impl Drop for App {
     fn drop(&mut self) {
-        // An app that has ended already is not killed.
+        // The error that is ignored here means that the app has ended already.
         let _ = kill(&mut self.0);
     }
 }
 
-/// Runs a command to its end, and gives its exit status, standard output and standard error.
+/// Runs a command to its end, and returns its exit status, standard output and standard error.
 pub fn run(command: &mut Command, what: &str) -> Result<Output> {
     let mut child = command
         .stdout(Stdio::piped())
@@ -118,7 +120,7 @@ pub fn read_all(
     })
 }
 
-/// Work in a thread of its own, for whose end a test waits with a limit.
+/// Work in a thread of its own. A test waits with a limit for the end of the work.
 #[derive(Debug)]
 pub struct Task<T> {
     what: String,
@@ -126,19 +128,19 @@ pub struct Task<T> {
 }
 
 impl<T: Send + 'static> Task<T> {
-    /// Starts the work.
+    /// Starts the work. `what` describes it in errors.
     pub fn start(what: &str, work: impl FnOnce() -> T + Send + 'static) -> Self {
         let (sender, result) = channel();
         thread::spawn(move || {
             let done = work();
-            // The test may have failed meanwhile.
+            // The receiver is gone if the test has failed meanwhile.
             let _ = sender.send(done);
         });
         let what = what.to_owned();
         Self { what, result }
     }
 
-    /// Waits until the work is done, and gives its result.
+    /// Waits until the work is done, and returns its result.
     pub fn end(self) -> Result<T> {
         let result = self.result.recv_timeout(LIMIT);
         result.with_context(|| format!("{}: no end within {LIMIT:?}, or a panic", self.what))

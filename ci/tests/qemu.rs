@@ -1,4 +1,4 @@
-//! What stock QEMU does with the broker: it is let in, or turned away, and never wedged.
+//! Stock QEMU as a client of the broker: the broker admits or rejects it, and QEMU never hangs.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,7 +14,8 @@ use barlink_vm::{Config, FREE_PORT, Vm};
 use barlink_vm_tests::{LIMIT, kill, wait_for_end, wait_until};
 use serde_json::{Value, json};
 
-/// A QEMU with the broker's device, which stops before the guest's first instruction. Dropping it ends it.
+/// A QEMU with the broker's device. It stops before the guest's first instruction, and dropping it
+/// kills it.
 struct Qemu {
     child: Child,
     errors: File,
@@ -39,14 +40,14 @@ impl Qemu {
         Ok(Self { child, errors })
     }
 
-    /// Reads QEMU's standard error up to now.
+    /// Reads all that QEMU has written to its standard error so far.
     fn errors(&self) -> Result<String> {
         let mut bytes = vec![0; usize::try_from(self.errors.metadata()?.len())?];
         self.errors.read_exact_at(&mut bytes, 0)?;
         Ok(String::from_utf8(bytes)?)
     }
 
-    /// Waits until QEMU has failed, and reads its error.
+    /// Waits until QEMU has failed with exit code 1, and returns its error text.
     fn fails(mut self) -> Result<String> {
         let status = wait_for_end(&mut self.child, "QEMU")?;
         ensure!(status.code() == Some(1), "QEMU ended with {status}");
@@ -64,7 +65,7 @@ impl Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        // It may have ended already.
+        // QEMU may have ended already.
         let _ = kill(&mut self.child);
     }
 }
@@ -73,7 +74,7 @@ fn vm_of(broker: &Broker) -> Result<Value> {
     Ok(broker.inspect()?["broker"]["slots"][0]["vm"].clone())
 }
 
-/// Waits until the slot has a VM, or has none.
+/// Waits until the slot has a VM (`there`), or has none.
 fn wait_for_vm(broker: &Broker, there: bool) -> Result<()> {
     let what = match there {
         true => "the slot has a VM",
@@ -82,8 +83,8 @@ fn wait_for_vm(broker: &Broker, there: bool) -> Result<()> {
     wait_until(what, || Ok(vm_of(broker)?.is_null() != there))
 }
 
-/// Connects to the taken slot, and waits until the broker has rejected the connection. By then the broker has rejected all earlier
-/// connections, because it accepts one after the other.
+/// Connects to the taken slot, and waits until the broker has rejected the connection. By then the
+/// broker has rejected all earlier connections, because it accepts one after the other.
 fn wait_for_rejection(broker: &Broker) -> Result<()> {
     let mut socket = UnixStream::connect(broker.socket(0))?;
     socket.set_read_timeout(Some(LIMIT))?;
@@ -123,7 +124,8 @@ fn hot_plug_that_is_refused_fails_alone() -> Result<()> {
         ..broker.vm()?
     })?;
     vm.qmp("chardev-add", &chardev(&broker))?;
-    // QEMU creates the device later. The broker must not have closed the rejected connection by then.
+    // QEMU creates the device later. The broker must not have closed the rejected connection by
+    // then.
     wait_for_rejection(&broker)?;
     let device = json!({
         "driver": "ivshmem-doorbell", "id": "late", "bus": FREE_PORT, "chardev": "late-socket", "vectors": 3,
@@ -134,9 +136,9 @@ fn hot_plug_that_is_refused_fails_alone() -> Result<()> {
         "{error:#}"
     );
     vm.run(["true"])?.require_success()?;
-    // With another connection it goes once there is room.
+    // A new connection succeeds once the slot is free.
     first.kill()?;
-    // QEMU itself ends some time after what it runs in.
+    // QEMU itself ends some time after the sandbox in which it runs.
     wait_for_vm(&broker, false)?;
     vm.qmp("chardev-remove", &json!({ "id": "late-socket" }))?;
     vm.qmp("chardev-add", &chardev(&broker))?;
@@ -144,7 +146,7 @@ fn hot_plug_that_is_refused_fails_alone() -> Result<()> {
     wait_for_vm(&broker, true)
 }
 
-/// A connection to the broker, as `chardev-add` takes it.
+/// Returns the arguments of `chardev-add` for a connection to the broker.
 fn chardev(broker: &Broker) -> Value {
     let address = json!({ "type": "unix", "data": { "path": broker.socket(0) } });
     let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
@@ -159,7 +161,8 @@ fn qemu_with_too_few_vectors_fails_alone() -> Result<()> {
         .iter()
         .map(|word| word.replace("vectors=8", "vectors=2"))
         .collect();
-    // QEMU complains, and goes on without the rest. The broker and the next VM must not suffer.
+    // QEMU reports the surplus eventfds as errors and goes on. The broker and the next VM must not
+    // suffer.
     let first = Qemu::start(&broker, &fewer)?;
     wait_until("QEMU complains", || Ok(first.errors()?.contains("eventfd")))?;
     wait_for_vm(&broker, true)?;

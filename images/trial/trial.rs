@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The smallest module that needs the kernel crate. Linking it fails unless the Rust metadata fits the kernel, because
-//! the names of the kernel crate's symbols hold a hash of that crate.
+//! The smallest module that needs the kernel crate. It links only if the Rust metadata fits the
+//! kernel, because the names of the crate's symbols contain a hash of the crate.
 
 use kernel::prelude::*;
 

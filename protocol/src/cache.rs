@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The cache mode of a guest's mappings: which was asked for, which the kernel granted, and why the two differ. It chooses
-//! nothing, and asks nobody.
+//! The cache mode of a guest's mappings: the mode asked for, the mode that the kernel granted, and
+//! the reason if they differ.
 
 use core::fmt::{self, Display, Formatter};
 use core::ops::Deref;
@@ -11,11 +11,12 @@ use crate::sync::AtomicU64;
 use crate::wire::layout::presence;
 use crate::wire::uapi::{CacheMode, Info};
 
-/// Where the 32-bit window ends. Firmware puts an uncachable MTRR over all of it that is no memory.
+/// End of the 32-bit window, in bytes. Firmware covers all of the window that is not memory with an
+/// uncachable MTRR.
 const FOUR_GIB: u64 = 4 << 30;
 
-/// What a driver tells of the mappings of its region, as numbers that came from there: in its page of the region, where its
-/// guest can write, they can be any.
+/// The cache modes and the address of a region, as its guest's driver reports them. A guest can
+/// write any number into its driver's page, so the numbers are unchecked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheState {
     asked: u64,
@@ -24,7 +25,7 @@ pub struct CacheState {
 }
 
 impl CacheState {
-    /// What a driver tells a process of its own guest.
+    /// Takes the state from the driver's answer to a process of its own guest.
     pub fn of(info: &Info) -> Self {
         CacheState {
             asked: info.asked.into(),
@@ -33,7 +34,7 @@ impl CacheState {
         }
     }
 
-    /// What stands in a driver's page.
+    /// Reads the state from a driver's page, at this offset of the region.
     pub fn read<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, page: u64) -> Self {
         let word = region.load(page + presence::CACHE);
         CacheState {
@@ -43,7 +44,7 @@ impl CacheState {
         }
     }
 
-    /// Name of the mode that was asked for, `None` if nothing is mapped.
+    /// Returns the name of the mode that was asked for; `None` if nothing is mapped.
     pub fn asked(&self) -> Option<&'static str> {
         name(
             self.asked,
@@ -51,12 +52,12 @@ impl CacheState {
         )
     }
 
-    /// Name of the mode that was granted, `None` if no page is mapped.
+    /// Returns the name of the mode that was granted; `None` if no page is mapped.
     pub fn granted(&self) -> Option<&'static str> {
         name(self.granted, mode(self.granted))
     }
 
-    /// Why they differ, if they do and are modes.
+    /// Returns the reason for a difference, if both numbers are modes and differ.
     pub fn shortfall(&self) -> Option<Shortfall> {
         Shortfall::find(mode(self.asked)?, mode(self.granted)?, self.address)
     }
@@ -70,25 +71,26 @@ fn name(number: u64, mode: Option<CacheMode>) -> Option<&'static str> {
     (number != 0).then(|| mode.map_or("unknown", CacheMode::name))
 }
 
-/// Why the kernel granted another mode than was asked for. Shown, it is the cause.
+/// Reason why the kernel granted another mode than was asked for. Its `Display` text is the cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shortfall {
     /// The region lies in the 32-bit window.
     BelowFourGib {
-        /// Its guest-physical address.
+        /// Guest-physical address of the region.
         address: u64,
     },
-    /// Something else, which the guest's kernel tells.
+    /// Another cause, which the guest's kernel can tell.
     Elsewhere {
-        /// Its guest-physical address.
+        /// Guest-physical address of the region.
         address: u64,
     },
 }
 
 impl Shortfall {
-    /// Why a region at this guest-physical address was not granted what was asked for; `None` if it was.
+    /// Finds the reason why a region at this guest-physical address has another mode than was asked
+    /// for. `None` if the modes are the same.
     pub fn find(asked: CacheMode, granted: CacheMode, address: u64) -> Option<Self> {
-        // Under an uncachable MTRR write-combining is granted all the same.
+        // An uncachable MTRR does not prevent write-combining.
         let is_mtrr = asked == CacheMode::WriteBack && address < FOUR_GIB;
         (asked != granted).then_some(match is_mtrr {
             true => Shortfall::BelowFourGib { address },
@@ -96,7 +98,7 @@ impl Shortfall {
         })
     }
 
-    /// What to do about it.
+    /// Returns the remedy, as a text for the user.
     pub const fn cure(self) -> &'static str {
         match self {
             Shortfall::BelowFourGib { .. } => {

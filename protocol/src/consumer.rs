@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The end of a channel that reads records. It never waits and never rings, as its counterpart
-//! [`Producer`](crate::Producer).
+//! The end of a channel that reads records. Like its counterpart [`Producer`](crate::Producer), it
+//! neither waits nor rings.
 
 use core::ops::Deref;
 
@@ -11,43 +11,44 @@ use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
 use crate::wire::layout::{Channel, channel};
 
-/// One channel's consumer. There is one at a time, which its claim sees to.
+/// A channel's consumer. Its claim ensures that there is only one at a time.
 #[derive(Debug)]
 pub struct Consumer<M> {
     region: Region<M>,
     base: u64,
     capacity: Capacity,
-    /// Our cursor; the word in the region is a copy for others.
+    /// Cursor of this end. The word in the region is a copy for the other end and for successors.
     read: u64,
-    /// The cursor behind what was passed.
+    /// Cursor behind the records that were passed.
     passed: u64,
-    /// What we last saw of the producer's cursor; checked.
+    /// The producer's cursor, as last seen and checked.
     written: u64,
-    /// The record that was found at `read` (behind padding, if any), and the cursor behind it.
+    /// The record that was found at `passed`, or behind padding there.
     current: Option<Current>,
     rung: u64,
 }
 
-/// What stands at a cursor.
+/// Content of the ring at a cursor.
 enum Found {
     Record(Current),
-    /// The cursor behind it.
+    /// Padding, and the cursor behind it.
     Padding(u64),
 }
 
-/// A record that was found. For each record it is stored and loaded, so it is as small as can be.
+/// A record that was found. It is stored and loaded for each record, so it is as small as possible.
 #[derive(Clone, Copy, Debug)]
 struct Current {
-    /// A private copy of its header, which was checked.
+    /// Private copy of the record's header, checked.
     header: [u64; 3],
-    /// Where its payload is in the region.
+    /// Offset of the payload in the region, in bytes.
     payload: u64,
-    /// The cursor behind it.
+    /// Cursor behind the record.
     end: u64,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
-    /// Takes up a channel where its last consumer left it: at the first record that was not released.
+    /// Attaches to a channel where its last consumer stopped: at the first record that was not
+    /// released.
     ///
     /// `channel` comes from the checked layout of `region`.
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
@@ -71,8 +72,9 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         Ok(consumer)
     }
 
-    /// Looks for a record: `true` if one stands ready as [`Consumer::record`].
-    // For each record: a call and what it saves would be a quarter of all instructions.
+    /// Looks for the next record. `true` if [`Consumer::record`] now returns one.
+    // Inlined because it runs for each record: a call and the registers that it saves would be a
+    // quarter of all instructions.
     #[inline(always)]
     pub fn poll(&mut self) -> Result<bool, Corrupt> {
         if self.current.is_some() {
@@ -93,7 +95,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         }
     }
 
-    /// The record that [`Consumer::poll`] found.
+    /// Returns the record that [`Consumer::poll`] found.
     pub fn record(&self) -> Option<Record<'_, M>> {
         let current = self.current?;
         Some(Record {
@@ -103,16 +105,17 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         })
     }
 
-    /// Passes the record that [`Consumer::poll`] found, to be released later: the next one is looked for behind it. Nothing
-    /// happens if there is none.
+    /// Advances beyond the record that [`Consumer::poll`] found, to release it later. The next poll
+    /// looks behind it. Does nothing if no record was found.
     pub fn pass(&mut self) {
         if let Some(current) = self.current.take() {
             self.passed = current.end;
         }
     }
 
-    /// Releases the record that [`Consumer::poll`] found, and all that were passed: their room is the producer's again.
-    /// Nothing happens if there is none.
+    /// Releases the record that [`Consumer::poll`] found and all records that were passed, so that
+    /// the producer can use their space. Returns whether the producer must be rung. Does nothing if
+    /// there are no such records.
     pub fn release(&mut self) -> Notify {
         self.pass();
         if self.passed == self.read {
@@ -128,14 +131,16 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         notify
     }
 
-    /// Publishes that this end wants to be rung once a record is committed. Then looks once more: `true` if there is
-    /// one already, and no need to sleep. What was passed is to be released before, or there might never be room for one.
+    /// Arms a wake-up for when a record is committed, then looks once more. `true` if there is a
+    /// record, so that no sleep is needed. Release passed records first: they can fill the channel,
+    /// so that no further record fits.
     pub fn wish_for_record(&mut self) -> Result<bool, Corrupt> {
         self.wish_for(self.passed + 1)
     }
 
-    /// As [`Consumer::wish_for_record`], but it wants to be rung only once half of the channel is committed: for who looks
-    /// by the clock, and would otherwise come when the producer has no room left.
+    /// Arms a wake-up as [`Consumer::wish_for_record`] does, but for when half of the channel is
+    /// committed. The caller also looks by the clock, and is woken before the producer runs out of
+    /// room.
     pub fn wish_for_half(&mut self) -> Result<bool, Corrupt> {
         self.wish_for(self.passed + self.capacity.bytes() / 2)
     }
@@ -143,25 +148,26 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     fn wish_for(&mut self, cursor: u64) -> Result<bool, Corrupt> {
         self.region
             .store(self.base + channel::CONSUMER_WISH, cursor);
-        // SYNC: wish-then-cursor; pairs with the fence in `Producer::publish`. One of the two sees the other.
+        // SYNC: wish-then-cursor; pairs with the fence in `Producer::publish`. At least one of the
+        // two ends sees the other's store.
         self.region.fence();
         self.poll()
     }
 
-    /// Publishes that this end does not want to be rung. It may be rung nevertheless.
+    /// Disarms the wake-up. A ring can still come.
     pub fn withdraw_wish(&mut self) {
-        // No cursor is moved from below it.
+        // Threshold 0 means none, because no cursor is ever below it.
         self.region.store(self.base + channel::CONSUMER_WISH, 0);
     }
 
-    /// Counts a doorbell that was rung for this end.
+    /// Counts a doorbell that this end rang.
     pub fn count_ring(&mut self) {
         self.rung = self.rung.wrapping_add(1);
         self.region
             .store(self.base + channel::CONSUMER_RUNG, self.rung);
     }
 
-    /// Reads the producer's cursor, once, and checks it.
+    /// Loads the producer's cursor once, and checks it.
     #[inline(never)]
     fn refresh(&mut self) -> Result<(), Corrupt> {
         // SYNC: committed; pairs with the Release store in `Producer::publish`.
@@ -174,7 +180,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         Ok(())
     }
 
-    /// Finds the record behind padding: where something is committed, there is at most one, and then a record.
+    /// Finds the record behind padding. Committed bytes have at most one padding before a record.
     #[cold]
     fn poll_behind(&mut self, padding: u64) -> Result<bool, Corrupt> {
         if padding == self.written {
@@ -182,13 +188,14 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         }
         match self.look_at(padding)? {
             Found::Record(record) => self.current = Some(record),
-            // It ends where the data area ends, and is refused at its beginning.
+            // Not reached: the padding ended at the end of the data area, and `look_at` refuses
+            // padding at its start.
             Found::Padding(_) => return Err(Corrupt("padding behind padding")),
         }
         Ok(true)
     }
 
-    /// What stands at a cursor, behind which something is committed.
+    /// Reads the record or padding at a cursor that is below the committed one.
     #[inline(always)]
     fn look_at(&self, start: u64) -> Result<Found, Corrupt> {
         let at = self.data(start);
@@ -207,8 +214,8 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         }))
     }
 
-    /// A private copy of the header at a cursor, whose place in the region is `at`. Where the data area ends too early for a
-    /// whole one, only padding can stand there, whose one word is enough.
+    /// Copies the header at a cursor, whose offset in the region is `at`. If the data area ends
+    /// within the header, only padding can be there, and the first word is enough.
     #[inline(always)]
     fn header(&self, cursor: u64, at: u64) -> [u64; 3] {
         if self.capacity.to_end(cursor) < HEADER_BYTES {
@@ -218,7 +225,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
         match words {
             [first, second, third] => [load(first), load(second), load(third)],
-            // There are three.
+            // Not reached: `words` has three elements.
             _ => [0; 3],
         }
     }
@@ -228,8 +235,8 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     }
 }
 
-/// A record, in the region itself. Its header was copied and checked; its payload can still be changed by the
-/// other side while it is looked at, so there is no `&[u8]` of it: who parses it copies it first.
+/// A record in the region. Its header is a private copy that was checked. The other side can still
+/// change the payload, so there is no `&[u8]` of it. Copy the payload before you parse it.
 #[derive(Debug)]
 pub struct Record<'a, M> {
     region: &'a Region<M>,
@@ -238,26 +245,28 @@ pub struct Record<'a, M> {
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
-    /// Its header.
+    /// Returns the record's header.
     pub fn header(&self) -> &Header {
         &self.header
     }
 
-    /// Bytes of payload.
+    /// Returns the length of the payload, in bytes.
     pub fn length(&self) -> usize {
         self.header.length as usize
     }
 
-    /// The payload, as words that can still change; the last one is padded with zeros by an honest producer.
+    /// Returns the payload as words that can still change. An honest producer pads the last word
+    /// with zeros.
     pub fn words(&self) -> &[AtomicU64] {
         self.region.words(self.payload, self.length())
     }
 
-    /// One word of the payload, the bytes from `8 * index` on; the last one is padded with zeros by an honest producer.
+    /// Loads one word of the payload: the 8 bytes from `8 * index` on. An honest producer pads the
+    /// last word with zeros.
     ///
     /// # Panics
     ///
-    /// If there is no such word.
+    /// Panics if the payload has no such word.
     pub fn word(&self, index: usize) -> u64 {
         assert!(
             index < self.length().div_ceil(8),
@@ -267,19 +276,20 @@ impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
         self.region.load(self.payload + 8 * index as u64)
     }
 
-    /// Copies the payload from an offset on, a multiple of 8, as far as `bytes` or the payload goes. Gives the bytes
-    /// copied: 0 from behind the payload, whose length is the other side's choice.
+    /// Copies the payload from an offset on, a multiple of 8, until `bytes` is full or the payload
+    /// ends. Returns the number of bytes copied. It is 0 if `offset` is behind the payload, because
+    /// the other side chooses the payload's length.
     ///
     /// # Panics
     ///
-    /// If `offset` is not a multiple of 8.
+    /// Panics if `offset` is not a multiple of 8.
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> usize {
         assert!(
             offset.is_multiple_of(8),
             "offset {offset} is not a multiple of 8"
         );
         let count = self.length().saturating_sub(offset).min(bytes.len());
-        // Behind the payload there is nothing to copy, and perhaps no memory to take an address in.
+        // Behind the payload there is nothing to copy, and there may be no memory at that offset.
         if count > 0 {
             self.region
                 .copy_out(self.payload + offset as u64, &mut bytes[..count]);
@@ -287,12 +297,12 @@ impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
         count
     }
 
-    /// Lets the kernel write the payload, from an offset on, to a file descriptor. Gives what `write(2)` gives: bytes
-    /// written, which can be fewer than there are, or the `errno`.
+    /// Writes the payload, from an offset on, to a file descriptor by `write(2)`. Returns the bytes
+    /// written, which can be fewer than requested, or the `errno`.
     ///
     /// # Panics
     ///
-    /// If `offset` is behind the payload.
+    /// Panics if `offset` is behind the payload.
     #[cfg(not(loom))]
     pub fn write_to(&self, fd: libc::c_int, offset: usize) -> Result<usize, libc::c_int> {
         let length = self

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Bulk copies between shared and private memory, in the form that suits the processor, found out once for each
-//! [`Region`](crate::region::Region).
+//! Bulk copies between shared and private memory. Each [`Region`](crate::region::Region) detects
+//! once which way of copying suits the processor.
 //!
-//! On the shared side every access is aligned, so it is right for uncached memory, and made once. On x86-64, whole lines are
-//! copied by assembly, behind the compiler's back: a concurrent change of the shared side is no data race in Rust's sense,
-//! and gives a mixture of old and new bytes. What is less than some lines is copied by words, as everything is elsewhere.
+//! Accesses to the shared side are aligned, which uncached memory needs, and each byte is accessed
+//! once. On x86-64, assembly copies whole cache lines. The compiler does not see these accesses, so
+//! a concurrent change of the shared side is no data race in Rust's sense: the copy is a mixture of
+//! old and new bytes. Pieces of less than some lines, and all copies on other machines, go word by
+//! word.
 #![cfg_attr(
     all(target_arch = "x86_64", not(any(loom, miri))),
     expect(
@@ -16,33 +18,34 @@
 
 use crate::sync::{AtomicU64, Ordering};
 
-/// How to copy.
+/// Way of copying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// By words of 8 bytes, which is right everywhere.
+    /// By words of 8 bytes. Every machine can do that.
     Words,
-    /// By 16 bytes, which every x86-64 processor can.
+    /// By 16 bytes. Every x86-64 processor can do that.
     #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
     Sse,
-    /// By 32 bytes.
+    /// By 32 bytes. The processor needs AVX.
     #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
     Avx,
 }
 
-/// How to copy, and what orders the copies, for one mapping.
+/// The way of copying, and the fences that order the copies, for one mapping.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Copier {
     way: Way,
-    /// Stores can overtake each other, and loads be made early: the mapping is write-combining. There writes are "delayed and
-    /// combined", and "speculative reads are allowed" (Intel SDM volume 3A, "Methods of Caching Available"), while the order that
-    /// x86 has otherwise is that of memory that is write-back (ibidem, "Memory Ordering in P6 and More Recent Processor
-    /// Families"). Neither TCG nor loom can show what is wrong without the fences: TCG knows no cache modes, and loom has
-    /// the order of Rust's atomics.
+    /// Whether the mapping is write-combining. Stores can overtake each other there, and loads can
+    /// be made early: writes are "delayed and combined", and "speculative reads are allowed" (Intel
+    /// SDM volume 3A, "Methods of Caching Available"). The usual order of x86 is that of write-back
+    /// memory (same volume, "Memory Ordering in P6 and More Recent Processor Families"). Neither
+    /// TCG nor loom can show a missing fence, because TCG has no cache modes, and loom has the
+    /// order of Rust's atomics.
     is_combining: bool,
 }
 
 impl Copier {
-    /// The best for this processor, over memory that is not write-combining.
+    /// Detects the best way for this processor, over memory that is not write-combining.
     pub(crate) fn detect() -> Self {
         Copier {
             way: detect(),
@@ -50,7 +53,7 @@ impl Copier {
         }
     }
 
-    /// The same over write-combining memory.
+    /// Returns the same copier for write-combining memory.
     pub(crate) fn over_combining(self) -> Self {
         Copier {
             is_combining: true,
@@ -58,11 +61,12 @@ impl Copier {
         }
     }
 
-    /// Makes all stores before it come before those behind it.
+    /// Orders all stores before the fence before all stores behind it.
     pub(crate) fn fence_stores(self) {
         if self.is_combining {
             #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            // SAFETY: it orders stores, and nothing else; as memory is declared as used, the compiler keeps to it, too.
+            // SAFETY: The instruction orders stores and does nothing else. The compiler keeps the
+            // order as well, because the assembly may access memory.
             unsafe {
                 core::arch::asm!("sfence", options(nostack, preserves_flags));
             };
@@ -71,11 +75,12 @@ impl Copier {
         }
     }
 
-    /// Makes all loads before it come before those behind it.
+    /// Orders all loads before the fence before all loads behind it.
     pub(crate) fn fence_loads(self) {
         if self.is_combining {
             #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            // SAFETY: it orders loads, and nothing else; as memory is declared as used, the compiler keeps to it, too.
+            // SAFETY: The instruction orders loads and does nothing else. The compiler keeps the
+            // order as well, because the assembly may access memory.
             unsafe {
                 core::arch::asm!("lfence", options(nostack, preserves_flags));
             };
@@ -126,9 +131,10 @@ impl Copier {
             (Way::Words, _) => assembly::by_words,
         };
         let (target, source) = (&words[lines], &bytes[head..tail]);
-        // SAFETY: both ranges have `source.len()` bytes, of whole lines and not 0; `bytes` is private memory, so they do
-        // not overlap; the target may be written through a shared reference since it is made of atomics; `detect` saw
-        // that the processor has the instructions.
+        // SAFETY: Both ranges have `source.len()` bytes, which are whole lines and not 0. `bytes`
+        // is private memory, so the ranges do not overlap. The target consists of atomics, so it
+        // may be written through a shared reference. `detect` saw that the processor has the
+        // instructions.
         unsafe {
             copy(
                 target.as_ptr().cast_mut().cast(),
@@ -151,35 +157,37 @@ impl Copier {
             Way::Words => assembly::by_words,
         };
         let (target, source) = (&mut bytes[head..tail], &words[lines]);
-        // SAFETY: both ranges have `target.len()` bytes, of whole lines and not 0; `bytes` is borrowed exclusively, so
-        // nobody else looks at it and they do not overlap; `detect` saw that the processor has the instructions.
+        // SAFETY: Both ranges have `target.len()` bytes, which are whole lines and not 0. `bytes`
+        // is borrowed exclusively, so no other code accesses it, and the ranges do not overlap.
+        // `detect` saw that the processor has the instructions.
         unsafe { copy(target.as_mut_ptr(), source.as_ptr().cast(), target.len()) };
     }
 }
 
-/// Words of a cache line, which are copied in one go.
+/// Number of words in a cache line, the unit of the assembly's copies.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 const BLOCK: usize = 8;
 
-/// Words from which on there is a whole line in them, and looking for it pays.
+/// Minimum number of words for a copy of lines: as many always contain a whole line, and finding it
+/// pays.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 const LEAST: usize = 3 * BLOCK;
 
-/// Which of these words, at least [`LEAST`], are whole lines: one or more of them.
+/// Returns the range of these words, at least [`LEAST`], that are whole lines: one line or more.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 fn lines(words: &[AtomicU64]) -> core::ops::Range<usize> {
     let start = words.as_ptr().align_offset(BLOCK * 8);
     start..words.len() - (words.len() - start) % BLOCK
 }
 
-/// Words that are loaded before as many are stored, so that processors, and TCG, overlap them: as many as there are
-/// registers that need not be saved.
+/// Number of words that are loaded before as many are stored, so that processors, and TCG, overlap
+/// the accesses. As many registers need not be saved by a function.
 const GROUP: usize = 4;
 
 /// Copies word by word.
 fn words_in(words: &[AtomicU64], bytes: &[u8]) {
     let (chunks, _) = bytes.as_chunks::<8>();
-    // One check here lets the compiler leave out all others.
+    // This check lets the compiler omit all others.
     let chunks = &chunks[..words.len()];
     let (groups, last_words) = words.as_chunks::<GROUP>();
     let (sources, last_chunks) = chunks.as_chunks::<GROUP>();
@@ -194,7 +202,7 @@ fn words_in(words: &[AtomicU64], bytes: &[u8]) {
     }
 }
 
-/// As [`words_in`].
+/// Copies word by word, as [`words_in`] does.
 fn words_out(bytes: &mut [u8], words: &[AtomicU64]) {
     let (chunks, _) = bytes.as_chunks_mut::<8>();
     let chunks = &mut chunks[..words.len()];
@@ -214,17 +222,18 @@ fn detect() -> Way {
     Way::Words
 }
 
-/// What is fastest here. Under TCG that is words, since it keeps general registers in the host's, and others in memory.
+/// Detects the fastest way. Under TCG that is [`Way::Words`], because TCG keeps general registers
+/// in the host's registers and vector registers in memory.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 fn detect() -> Way {
     use core::arch::x86_64::__cpuid;
     const OSXSAVE: u32 = 1 << 27;
     const AVX: u32 = 1 << 28;
     const HYPERVISOR: u32 = 1 << 31;
-    /// What a hypervisor says of itself.
+    /// CPUID leaf in which a hypervisor identifies itself.
     const SIGNATURE: u32 = 0x4000_0000;
     const TCG: u32 = u32::from_le_bytes(*b"TCGT");
-    /// The system keeps the registers of SSE and AVX.
+    /// Bits of XCR0: the system saves the registers of SSE and AVX.
     const STATE: u32 = 0b110;
     let features = __cpuid(1).ecx;
     if features & HYPERVISOR != 0 && __cpuid(SIGNATURE).ebx == TCG {
@@ -234,7 +243,7 @@ fn detect() -> Way {
         return Way::Sse;
     }
     let state: u32;
-    // SAFETY: it reads a register, which the system permits as OSXSAVE says.
+    // SAFETY: The instruction reads a register. OSXSAVE says that the system permits it.
     unsafe {
         core::arch::asm!("xgetbv", in("ecx") 0, out("eax") state, out("edx") _,
             options(nomem, nostack, preserves_flags));
@@ -249,7 +258,7 @@ fn detect() -> Way {
 /// Copies of whole lines.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 mod assembly {
-    /// A copy by four loads and stores of 16 bytes for each block.
+    /// Defines a copy by four loads and stores of 16 bytes for each block.
     macro_rules! sse {
         ($name:ident, $load:literal, $store:literal) => {
             copy!(
@@ -268,12 +277,13 @@ mod assembly {
         };
     }
 
-    /// A copy by two loads and stores of 32 bytes for each block. It ends by what keeps later SSE instructions fast.
+    /// Defines a copy by two loads and stores of 32 bytes for each block. Its last instruction
+    /// keeps later SSE instructions fast.
     macro_rules! avx {
         ($name:ident, $load:literal, $store:literal) => {
             copy!(
                 $name,
-                // All, as `vzeroupper` changes the upper halves of all.
+                // All registers, because `vzeroupper` changes the upper halves of all.
                 [
                     "xmm0" "xmm1" "xmm2" "xmm3" "xmm4" "xmm5" "xmm6" "xmm7"
                     "xmm8" "xmm9" "xmm10" "xmm11" "xmm12" "xmm13" "xmm14" "xmm15"
@@ -287,18 +297,20 @@ mod assembly {
         };
     }
 
-    /// A copy whose instructions for each block change these registers.
+    /// Defines a copy whose instructions for each block change these registers.
     macro_rules! copy {
         ($name:ident, [$($register:tt)+], $end:literal, $($instruction:expr),+) => {
             /// Copies blocks of 64 bytes.
             ///
             /// # Safety
             ///
-            /// `length` is a multiple of 64 and not 0; so many bytes can be read at `source` and written at `target`, and
-            /// do not overlap. The one of them that is shared is aligned to 64. The processor has the instructions.
+            /// `length` must be a multiple of 64 and not 0. So many bytes must be readable at
+            /// `source` and writable at `target`, and must not overlap. The shared one of both must
+            /// be aligned to 64. The processor must have the instructions.
             pub(super) unsafe fn $name(target: *mut u8, source: *const u8, length: usize) {
-                // SAFETY: the caller vouches for both ranges; what is changed is declared (`vzeroupper` changes the
-                // upper halves alone, which only code for AVX would use), memory by leaving out `nomem`.
+                // SAFETY: The caller vouches for both ranges. All changed registers are declared;
+                // `vzeroupper` changes only upper halves, which only code for AVX would use. Memory
+                // is declared because `nomem` is absent.
                 unsafe {
                     core::arch::asm!(
                         "2:",
@@ -319,8 +331,8 @@ mod assembly {
         };
     }
 
-    // Eight loads before as many stores, with what is added to the addresses in the instructions: TCG makes less of it than of
-    // the fewer words at a time, through computed addresses, that a compiler makes of a loop.
+    // Eight loads come before eight stores, and the instructions contain the offsets. A compiler's
+    // loop has fewer words at a time and computes addresses, from which TCG makes slower code.
     copy!(
         by_words,
         ["r8" "r9" "r10" "r11" "r12" "r13" "r14" "r15"],
@@ -342,7 +354,7 @@ mod assembly {
         "mov [{target} + 48], r14",
         "mov [{target} + 56], r15"
     );
-    // On the shared side all are aligned, which the name of the instruction says.
+    // All accesses to the shared side are aligned, so they use the instructions for aligned memory.
     sse!(sse_in, "movups", "movaps");
     sse!(sse_stream_in, "movups", "movntps");
     sse!(sse_out, "movaps", "movups");
@@ -358,7 +370,7 @@ mod tests {
     const SIZE: usize = 64;
 
     fn ways() -> impl Iterator<Item = Way> {
-        // What the processor has less than its best, it has, too.
+        // The processor also has everything that its best way builds upon.
         let all: &[Way] = match detect() {
             Way::Words => &[Way::Words],
             #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
@@ -369,8 +381,8 @@ mod tests {
         all.iter().copied()
     }
 
-    /// Every way, from every word to every word, and private memory at every byte: what was meant is copied, and nothing
-    /// beside it has changed.
+    /// Copies in every way, from every word to every word, and private memory at every byte. The
+    /// copy has the source's bytes, and no byte beside it changes.
     #[test]
     fn each_way_copies_what_is_meant_and_no_more() {
         let bytes: [u8; SIZE * 8 + 8] = core::array::from_fn(|index| (index * 7 + 1) as u8);

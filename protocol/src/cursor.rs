@@ -1,55 +1,58 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Every check of a cursor or record length that another process could have written, and where records go
-//! (`docs/protocol.md`, section 4).
+//! Arithmetic of cursors and record lengths, with every check of those that another process could
+//! have written (`docs/protocol.md`, section 4).
 //!
-//! A cursor counts bytes since the channel began. It only grows, and 64 bits do not wrap: at 100 GB a
-//! second they last five years. There is no memory here, only numbers, so that everything is tested.
+//! A cursor counts the bytes since the channel's reset. It only grows, and stays below 2^63, which
+//! lasts for almost three years at 100 GB a second. This module computes numbers and accesses no
+//! memory, so that tests reach all of it.
 
 use crate::wire::layout::Channel;
 
-/// Bytes of a record's header.
+/// Size of a record's header, in bytes.
 pub const HEADER_BYTES: u64 = 24;
 
-/// What the other side wrote, or left behind, makes no sense: the channel cannot go on.
+/// Error of a channel whose words contradict each other. The channel can be used again after a
+/// reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("channel is corrupt: {0}")]
 pub struct Corrupt(pub &'static str);
 
-/// The size of a channel's data area, and what follows from it.
+/// The size of a channel's data area, and the limits that follow from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
     bytes: u64,
-    /// See [`Capacity::max_record`]; every record is compared with it.
+    /// Result of [`Capacity::max_record`], stored because every record is compared with it.
     max_record: u32,
 }
 
-/// Where a record goes.
+/// Place of a record in the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Bytes of padding before it, up to the end of the data area; a multiple of 8, or 0.
+    /// Bytes of padding before the record, up to the end of the data area: a multiple of 8, or 0.
     pub pad: u64,
-    /// Cursor at which it begins.
+    /// Cursor at which the record begins.
     pub start: u64,
-    /// Bytes that it takes, header included; a multiple of 8.
+    /// Bytes that the record takes, header included: a multiple of 8.
     pub span: u64,
 }
 
 impl Place {
-    /// Cursor behind the record.
+    /// Returns the cursor behind the record.
     pub const fn end(&self) -> u64 {
         self.start + self.span
     }
 }
 
-/// Bytes that a record with `length` bytes of payload takes in the ring.
+/// Returns the bytes that a record with `length` bytes of payload takes in the ring, header
+/// included.
 pub const fn span(length: u32) -> u64 {
-    // Rounded up to a multiple of 8, without the test that `next_multiple_of` makes whether it is one already.
+    // Rounds up to a multiple of 8. `next_multiple_of` would first test for a multiple.
     HEADER_BYTES + ((length as u64 + 7) & !7)
 }
 
 impl Capacity {
-    /// The capacity of a channel, whose layout was checked.
+    /// Computes the capacity of a channel from a checked layout.
     pub const fn of(channel: &Channel) -> Self {
         let bytes = channel.capacity;
         let half = bytes / 2 - HEADER_BYTES;
@@ -61,29 +64,30 @@ impl Capacity {
         Capacity { bytes, max_record }
     }
 
-    /// The size in bytes.
+    /// Returns the capacity in bytes.
     pub const fn bytes(self) -> u64 {
         self.bytes
     }
 
-    /// Largest payload that a record can carry, in bytes: half the capacity less a header, so that a record
-    /// and the padding before it always fit together; and what 32 bits can say.
+    /// Returns the maximum payload of a record, in bytes: half the capacity less a header, so that
+    /// a record and the padding before it always fit together, and at most what 32 bits can
+    /// express.
     pub const fn max_record(self) -> u32 {
         self.max_record
     }
 
-    /// Offset of a cursor in the data area, in `0..capacity`.
+    /// Returns the offset of a cursor in the data area, in `0..capacity`.
     pub const fn offset(self, cursor: u64) -> u64 {
         cursor & (self.bytes - 1)
     }
 
-    /// Bytes from a cursor to the end of the data area, in `1..=capacity`.
+    /// Returns the bytes from a cursor to the end of the data area, in `1..=capacity`.
     pub const fn to_end(self, cursor: u64) -> u64 {
         self.bytes - self.offset(cursor)
     }
 
-    /// Bytes that are committed and not released, in `0..=capacity`. The only place where a cursor that came
-    /// out of the region is believed.
+    /// Computes the bytes that are committed and not released, in `0..=capacity`. No other function
+    /// accepts cursors that came out of the region.
     pub const fn in_flight(self, written: u64, read: u64) -> Result<u64, Corrupt> {
         if !(written | read).is_multiple_of(8) {
             return Err(Corrupt("a cursor is not a multiple of 8"));
@@ -98,7 +102,8 @@ impl Capacity {
         }
     }
 
-    /// Where a record of `length` bytes goes when the producer stands at `written`.
+    /// Computes the place of a record with `length` bytes of payload, for a producer at cursor
+    /// `written`.
     ///
     /// `length` is at most [`Capacity::max_record`].
     pub const fn place(self, written: u64, length: u32) -> Place {
@@ -112,8 +117,8 @@ impl Capacity {
         }
     }
 
-    /// Checks the header that stands at `read`, with `available` bytes committed from there on, and tells how
-    /// many bytes it takes.
+    /// Checks the header at cursor `read`, with `available` bytes committed from there on. Returns
+    /// the bytes that the record or the padding takes.
     pub const fn check(self, header: Header, read: u64, available: u64) -> Result<u64, Corrupt> {
         let to_end = self.to_end(read);
         let span = match header.kind {
@@ -136,20 +141,20 @@ impl Capacity {
     }
 }
 
-/// What a record is. Numbers below 256 are barlink's; 256 to 65534 are the user's own.
+/// Kind of a record. Numbers below 256 belong to barlink, 256 to 65534 to the user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind(pub u16);
 
 impl Kind {
-    /// Bytes of a stream.
+    /// Data: bytes of a stream.
     pub const DATA: Kind = Kind(1);
-    /// The stream has ended; no payload.
+    /// End of a stream; no payload.
     pub const END: Kind = Kind(2);
-    /// A stream begins; no payload.
+    /// Begin of a stream; no payload.
     pub const BEGIN: Kind = Kind(3);
-    /// First kind that is the user's own.
+    /// First kind that belongs to the user.
     pub const USER: Kind = Kind(256);
-    /// No record: the rest of the data area is skipped.
+    /// Padding, not a record: the rest of the data area is skipped.
     pub(crate) const PAD: Kind = Kind(u16::MAX);
 }
 
@@ -158,16 +163,17 @@ impl Kind {
 pub struct Header {
     /// Bytes of payload.
     pub length: u32,
-    /// What the record is.
+    /// Kind of the record.
     pub kind: Kind,
-    /// Number of the record in the channel, from 0; a gap is records that were dropped.
+    /// Number of the record in the channel, from 0. A gap in the numbers stands for dropped
+    /// records.
     pub sequence: u64,
-    /// The producer's monotonic clock when it committed the record, in nanoseconds.
+    /// Time of the commit by the producer's monotonic clock, in nanoseconds.
     pub time: u64,
 }
 
 impl Header {
-    /// The header as it stands in the region.
+    /// Encodes the header as the words in the region.
     pub(crate) const fn to_words(self) -> [u64; 3] {
         [
             self.length as u64 | (self.kind.0 as u64) << 32,
@@ -176,7 +182,7 @@ impl Header {
         ]
     }
 
-    /// The header that these words say, of which [`Header::check_words`] tells whether they are one.
+    /// Decodes a header without checking it. [`Header::check_words`] checks the words.
     pub(crate) const fn from_words(words: [u64; 3]) -> Self {
         Header {
             length: words[0] as u32,
@@ -186,7 +192,7 @@ impl Header {
         }
     }
 
-    /// Whether these words say no more than a header.
+    /// Checks that no bits are set outside of the header's fields.
     pub(crate) const fn check_words(words: [u64; 3]) -> Result<(), Corrupt> {
         if words[0] >> 48 != 0 {
             return Err(Corrupt("a record's header has bits that mean nothing"));

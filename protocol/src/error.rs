@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What can go wrong with a channel.
+//! Errors of a channel.
 
 use crate::cursor::Corrupt;
 use crate::producer::ReserveError;
 
-/// Why a channel could not be used. `X` is the error of its [`Events`](crate::Events).
+/// Reason why a channel cannot be used. `X` is the error of its [`Events`](crate::Events).
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChannelError<X> {
     /// The region has no channel with this index.
     #[error("no channel {0} in this region")]
     Unknown(usize),
-    /// The other side wrote something that makes no sense.
+    /// Words that the other side wrote contradict each other.
     #[error(transparent)]
     Corrupt(#[from] Corrupt),
     /// The record is larger than the channel carries.
     #[error("a record of {length} bytes is larger than the channel carries, which is {max}")]
     TooLarge {
-        /// Bytes of payload that were asked for.
+        /// Bytes of payload that were requested.
         length: usize,
-        /// Most bytes of payload in a record of this channel.
+        /// Maximum payload of a record in this channel, in bytes.
         max: u32,
     },
     /// Ringing or sleeping failed.
@@ -28,7 +28,8 @@ pub enum ChannelError<X> {
 }
 
 impl<X> ChannelError<X> {
-    /// The error of a reservation that found no room even after waiting said there is, or is never possible.
+    /// Converts the error of a reservation. [`ReserveError::Full`] becomes corrupt, because the
+    /// caller has waited until there was room.
     pub(crate) fn reserve(error: ReserveError) -> Self {
         match error {
             ReserveError::Full => ChannelError::Corrupt(Corrupt("the consumer went back")),

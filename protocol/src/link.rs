@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Sleeping until the other end moves a cursor, without a lost wake-up and without a heartbeat
-//! (`docs/protocol.md`, section 5).
+//! The link from an end of a channel to the other end: rings, sleeps and waits. No wake-up is lost,
+//! and there is no heartbeat (`docs/protocol.md`, section 5).
 
 use core::ops::Deref;
 use core::time::Duration;
@@ -13,88 +13,90 @@ use crate::region::Region;
 use crate::strategy::Strategy;
 use crate::sync::{AtomicU64, spin as spin_loop};
 
-/// How one end of a channel rings the other, sleeps, and tells the time: eventfds on the host, the driver's file in
-/// a guest.
+/// Means of an end to ring the other end, to sleep, and to tell the time: eventfds on the host, the
+/// driver's file in a guest.
 pub trait Events {
-    /// What can go wrong.
+    /// Error of a ring or a sleep.
     type Error;
 
-    /// Rings the other end of this channel. To ring an end that is not there succeeds.
+    /// Rings the other end of this channel. Succeeds even if the other end is absent.
     fn ring(&mut self) -> Result<(), Self::Error>;
 
-    /// Sleeps until this end is rung or `timeout` is over; `true` if it was rung by its channel's own vector, which proves
-    /// that rings by that come through. A ring between two sleeps ends the second at once.
+    /// Sleeps until this end is rung or `timeout` is over. `true` if the channel's own vector rang,
+    /// which proves that its rings arrive. A ring between two sleeps ends the second sleep at once.
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Self::Error>;
 
-    /// This side's monotonic clock.
+    /// Returns the time of this side's monotonic clock.
     fn now(&self) -> Duration;
 
-    /// Whether it can pay to wait for the other end without sleeping: not where the two share one CPU.
+    /// Returns whether it can pay to wait for the other end without sleeping. It cannot if both
+    /// ends share one CPU.
     fn can_spin(&self) -> bool;
 }
 
-/// Why a wait ended.
+/// Reason why a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wakeup {
-    /// What was waited for is there.
+    /// The record or the room is there.
     Ready,
-    /// The time is over.
+    /// The timeout is over.
     TimedOut,
     /// The other end came, went, or came back: see [`Link::peer`].
     PeerChanged,
 }
 
-/// What an end tells the other one before it looks whether what it waits for is there.
+/// Change of an end's wake threshold before it looks for a record or for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wish {
-    /// Nothing: what was told holds.
+    /// The threshold stays as it is.
     Kept,
-    /// To be rung as soon as that is there.
+    /// Wake this end as soon as the record or the room is there.
     Soon,
-    /// To be rung once the other end has moved on by half of the channel, and might soon have to wait.
+    /// Wake this end once the other end has moved by half of the channel, before the other end has
+    /// to wait.
     Half,
-    /// Not to be rung.
+    /// Disarm the wake-up.
     Withdrawn,
 }
 
-/// First and longest sleep while no doorbell has proven that doorbells arrive.
+/// Shortest and longest fallback poll. An end polls until a doorbell has come through.
 const FIRST_DOZE: Duration = Duration::from_millis(1);
 const LONGEST_DOZE: Duration = Duration::from_secs(1);
-/// First and longest nap of an end whose strategy has any. In the longest, half of a channel of 16 MiB does not move yet, unless it is
-/// within the host, where it moves at 10 GB/s and more.
+/// Shortest and longest back-off sleep. In the longest one, less than half of a channel of 16 MiB
+/// moves, except between two ends on the host, where 10 GB/s and more move.
 const FIRST_NAP: Duration = Duration::from_micros(100);
 const LONGEST_NAP: Duration = Duration::from_micros(800);
-/// How long an end sleeps with a wish for half of the channel, before it wishes for what it waits for: whoever is at the other end may
-/// keep more than half, and wait for this end.
+/// Longest sleep with a wake threshold of half of the channel. After it, the end arms a wake-up for
+/// its record or room, because the other end may keep more than half while it waits for this end.
 const HALF: Duration = Duration::from_millis(2);
-/// Each so many times that spinning has found nothing, it is given all the time that it may have: it would never be known
-/// otherwise that somewhat longer than the shortest would do.
+/// One of so many successive fruitless spins lasts for the strategy's longest time. Otherwise an
+/// end would never learn that a spin somewhat longer than the shortest succeeds.
 const PROBE: u32 = 8;
-/// A deadline that is over: look, publish the wish, but neither spin nor sleep.
+/// A deadline that is over. A wait for it looks and arms the wake-up, but neither spins nor sleeps.
 pub(crate) const PAST: Duration = Duration::ZERO;
-/// Looks at the shared cursor for each look at the clock.
+/// Number of looks at the shared cursor for each look at the clock.
 const LOOKS_PER_CLOCK: u32 = 16;
 
-/// One end's view of the other: who it is, and how to wait for it.
+/// One end's view of the other end: its presence, and the means to wait for it.
 #[derive(Debug)]
 pub struct Link<M, E> {
     region: Region<M>,
     words: Option<PresenceWords>,
     peer: Presence,
     events: E,
-    /// A doorbell has come through since the other end last changed.
+    /// Whether a doorbell has come through since the other end last changed.
     proven: bool,
     doze: Duration,
     strategy: Strategy,
-    /// Time to spin next.
+    /// Duration of the next spin.
     spin: Duration,
-    /// How often spinning has found nothing since it last did.
+    /// Number of spins that found nothing since a spin last succeeded.
     fruitless: u32,
 }
 
 impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
-    /// The link of an end whose other end shows its presence in `words`, if it can be seen. Rings the other end once:
-    /// it may have slept through our coming.
+    /// Creates the link of an end, whose other end shows its presence in `words` if it can be seen.
+    /// Rings the other end once, because it may have gone to sleep before this end came.
     pub(crate) fn attach(
         region: Region<M>,
         words: Option<PresenceWords>,
@@ -116,28 +118,31 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         Ok(link)
     }
 
-    /// The other end, as last seen. Between two VMs it cannot be seen, and is all zeros.
+    /// Returns the presence of the other end, as last seen. It is all zeros between two VMs, which
+    /// cannot see each other.
     pub fn peer(&self) -> Presence {
         self.peer
     }
 
-    /// Whether nobody holds the other end, as last seen. Between two VMs it cannot be seen, and passes for held.
+    /// Returns whether no process holds the other end, as last seen. It is false between two VMs,
+    /// which cannot see each other.
     pub(crate) fn peer_is_away(&self) -> bool {
         self.words.is_some() && !self.peer.is_held()
     }
 
-    /// The events of this end, for a program that sleeps on more than one thing.
+    /// Returns the events of this end, for a program that waits for several things at once.
     pub fn events(&self) -> &E {
         &self.events
     }
 
-    /// Waits otherwise from now on.
+    /// Sets the strategy of later waits.
     pub(crate) fn set_strategy(&mut self, strategy: Strategy) {
         self.strategy = strategy;
         self.spin = strategy.least_spin;
     }
 
-    /// Rings the other end if it asked for that and is there; `true` if so.
+    /// Rings the other end if `notify` asks for it and the end can be rung. Returns whether it
+    /// rang.
     pub fn notify(&mut self, notify: Notify) -> Result<bool, E::Error> {
         match notify {
             Notify::Ring => self.ring(),
@@ -145,11 +150,12 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         }
     }
 
-    /// Rings the other end; `true` if so. An end of a VM that nobody holds is not rung: whoever comes to hold it looks
-    /// before it sleeps, and a QEMU without KVM dies of a ring for a device that was unplugged.
+    /// Rings the other end, and returns whether it did. It skips an end of a VM that no process
+    /// holds: a process that takes hold of the end looks before it sleeps, and QEMU without KVM
+    /// crashes on a ring for a device that was unplugged.
     fn ring(&mut self) -> Result<bool, E::Error> {
-        // SYNC: held-then-wish; the driver stores the holder word before a process of its can store a wish. So whoever
-        // has read that wish sees its holder here.
+        // SYNC: held-then-wish; the driver stores the holder word before a process of its guest can
+        // store a wake threshold. So an end that has read the threshold sees the holder here.
         self.region.fence_loads();
         let of_a_vm = self.words.is_some_and(|words| words.are_of_a_vm());
         if of_a_vm && !self.read_peer().is_held() {
@@ -158,17 +164,17 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         self.events.ring().map(|()| true)
     }
 
-    /// Time of this side's monotonic clock, in nanoseconds.
+    /// Returns the time of this side's monotonic clock, in nanoseconds.
     pub fn time(&self) -> u64 {
         let now = self.events.now();
-        // Enough for five centuries.
+        // 64 bits of nanoseconds last for five centuries.
         now.as_secs()
             .wrapping_mul(1_000_000_000)
             .wrapping_add(now.subsec_nanos().into())
     }
 
-    /// Notes that the other end has changed. Rings it, since a doorbell to its predecessor may have been lost, and
-    /// starts to doubt again that doorbells arrive here.
+    /// Stores the changed presence of the other end. Rings the other end, because a doorbell to its
+    /// predecessor may be lost, and begins the fallback polls again.
     fn peer_changed(&mut self, peer: Presence) -> Result<(), E::Error> {
         self.peer = peer;
         self.proven = false;
@@ -177,7 +183,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         Ok(())
     }
 
-    /// Notes it if the other end has changed, for who does not wait.
+    /// Notices a change of the other end, for a caller that does not wait.
     pub(crate) fn look_at_peer(&mut self) -> Result<(), E::Error> {
         match self.read_peer() {
             peer if peer == self.peer => Ok(()),
@@ -190,7 +196,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             .map_or(Presence::default(), |words| words.read(&self.region))
     }
 
-    /// The time of this side's clock at which a timeout that begins now is over.
+    /// Computes the time of this side's clock at which a timeout that begins now is over.
     pub(crate) fn deadline(&self, timeout: Option<Duration>) -> Option<Duration> {
         timeout.map(|timeout| match timeout {
             Duration::ZERO => PAST,
@@ -198,9 +204,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         })
     }
 
-    /// Waits until `look` finds what is waited for, or this side's clock reaches `deadline`. Given a wish, `look` first
-    /// publishes at which cursor this end wants to be rung, then fences, then looks. `first` is the wish with which it begins to
-    /// sleep, for [`HALF`] if that is for half of the channel.
+    /// Waits until `look` finds the record or the room, or this side's clock reaches `deadline`. If
+    /// its argument changes the wake threshold, `look` first stores the threshold, then fences,
+    /// then looks. `first` is the threshold of the first sleep, which lasts for [`HALF`] at most if
+    /// the threshold is half of the channel.
     pub(crate) fn wait(
         &mut self,
         deadline: Option<Duration>,
@@ -216,7 +223,8 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             return Ok(Wakeup::Ready);
         }
         if deadline == Some(PAST) {
-            // Who waits by the descriptor of the events, and looks when that can be read, has what was rung taken from it here.
+            // Takes pending rings from the descriptor of the events. A caller that waits for that
+            // descriptor to be readable comes here with a deadline that is over.
             self.events.sleep(deadline).map_err(ChannelError::Events)?;
         }
         let mut wish = first;
@@ -225,12 +233,13 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             let over = left == Some(Duration::ZERO);
             let peer = self.read_peer();
             if peer != self.peer {
-                // What it did since the last look, and before it changed, comes first.
+                // Records or room from before the change come first.
                 if look(Wish::Kept)? {
                     return Ok(Wakeup::Ready);
                 }
                 self.peer_changed(peer).map_err(ChannelError::Events)?;
-                // An end that keeps changing does not hold up the deadline.
+                // At the deadline the final look follows, so that an end that keeps changing cannot
+                // prolong the wait.
                 if !over {
                     return Ok(Wakeup::PeerChanged);
                 }
@@ -256,7 +265,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         }
     }
 
-    /// Spins for a time that grows while spinning finds something, and shrinks while it does not.
+    /// Spins. The duration grows while spinning succeeds, and shrinks while it does not.
     fn spin<X>(
         &mut self,
         deadline: Option<Duration>,
@@ -291,8 +300,8 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         }
     }
 
-    /// Sleeps by the clock, for longer each time. It is rung only if it sleeps past half of the channel, so that the other end
-    /// hardly ever stands still meanwhile, and does not ring as long as it does not.
+    /// Sleeps by the clock, for twice as long each time. The wake threshold is half of the channel,
+    /// so that the other end seldom has to wait, and does not ring before it has moved as much.
     fn nap(
         &mut self,
         deadline: Option<Duration>,
@@ -311,25 +320,27 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             if left.is_zero() {
                 return Ok(false);
             }
-            // A ring that comes here may be one that nobody asked for, so it proves nothing.
+            // A ring in this sleep proves nothing, because it may answer no wake threshold of this
+            // end.
             let nap_now = Some(nap.min(left));
             self.events.sleep(nap_now).map_err(ChannelError::Events)?;
             nap = (nap * 2).min(LONGEST_NAP);
         }
-        // Or it would be rung for when it is awake.
+        // Disarms the wake-up: otherwise the other end would ring while this end is awake.
         look(Wish::Withdrawn)
     }
 
-    /// Sleeps for a time that says nothing of whether doorbells arrive, unless one does.
+    /// Sleeps for a time whose end tells nothing about doorbells. A ring proves that they arrive.
     fn sleep_for(&mut self, time: Duration) -> Result<(), E::Error> {
         self.proven |= self.events.sleep(Some(time))?;
         Ok(())
     }
 
     fn sleep(&mut self, left: Option<Duration>) -> Result<(), E::Error> {
-        // Until a doorbell has come through from this incarnation of the other end, one may have been lost: before
-        // QEMU was ready, while the guest had its interrupts masked, or with a producer killed before it rang.
-        // Where the other end cannot be seen, that stays possible.
+        // Until a doorbell has come through from this incarnation of the other end, one may have
+        // been lost: before QEMU was ready, while the guest had its interrupts masked, or because a
+        // producer was killed before it rang. If the other end cannot be seen, the fallback polls
+        // never end.
         let doze = (!self.proven || self.words.is_none()).then_some(self.doze);
         let timeout = match (left, doze) {
             (Some(left), Some(doze)) => Some(left.min(doze)),

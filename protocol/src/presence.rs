@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Who is there: epochs and holders (`docs/protocol.md`, section 3). All of it is a hint: whoever can write the
-//! page can lie, and then delays or wakes only the ends of its own channels.
+//! Presence of a channel's ends: connections, epochs and holders (`docs/protocol.md`, section 3).
+//! All of these words are hints: a peer that can write a page can lie in it, and then delays or
+//! wakes only the ends of its own channels.
 
 use core::ops::Deref;
 
@@ -9,7 +10,7 @@ use crate::region::Region;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{BROKER_PAGE, End, Layout, PAGE_SIZE, presence};
 
-/// Where the presence of one end of a channel is written.
+/// Offsets of the words that tell the presence of one end of a channel.
 #[derive(Clone, Copy, Debug)]
 pub struct PresenceWords {
     epoch: u64,
@@ -18,8 +19,9 @@ pub struct PresenceWords {
 }
 
 impl PresenceWords {
-    /// Where to look for the presence of `end` of the channel with this index, if all of that page is in the
-    /// `mapped` bytes: a driver's page is in no guest mapping.
+    /// Finds the presence words of `end` of the channel with this index. `None` if there is no such
+    /// channel, or if the page is not within the first `mapped` bytes. No guest mapping has a
+    /// driver's page.
     pub fn find(layout: &Layout, channel: usize, end: End, mapped: u64) -> Option<Self> {
         let peer = layout.channels().get(channel)?.peer(end);
         let page = layout.presence_page(peer);
@@ -31,14 +33,15 @@ impl PresenceWords {
         })
     }
 
-    /// Whether it is a VM's, whose device can be unplugged.
+    /// Returns whether the words belong to a VM, whose device can be unplugged.
     pub(crate) fn are_of_a_vm(&self) -> bool {
         self.connection.is_some()
     }
 
-    /// What stands there now.
+    /// Loads the words.
     pub fn read<M: Deref<Target = [AtomicU64]>>(&self, region: &Region<M>) -> Presence {
-        // SYNC: present; pairs with the Release store of an epoch or holder word by broker or driver.
+        // SYNC: present; pairs with the Release store of an epoch or holder word by the broker or a
+        // driver.
         let read = |offset| region.acquire(offset);
         Presence {
             connection: self.connection.map_or(1, read),
@@ -48,24 +51,25 @@ impl PresenceWords {
     }
 }
 
-/// Whether the other end of a channel is there, and which incarnation of it.
+/// Whether the other end of a channel is present, and which incarnation of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Presence {
-    /// The VM's connection to its slot, 0 for none; 1 for the host.
+    /// The VM's connection to its slot, 0 if there is none. Always 1 for the host.
     pub connection: u64,
-    /// The epoch of the broker, or of the guest's driver: odd while it is there.
+    /// Epoch of the broker or of the guest's driver: odd while it is present.
     pub epoch: u64,
-    /// The holder word: 0, or the number of the claim in the upper half and the process ID in the lower.
+    /// Holder word: 0, or the claim's number in the upper half and the process ID in the lower
+    /// half.
     pub holder: u64,
 }
 
 impl Presence {
-    /// Whether a process holds the end.
+    /// Returns whether a process holds the end.
     pub fn is_held(&self) -> bool {
         self.connection != 0 && self.epoch % 2 == 1 && self.holder != 0
     }
 
-    /// The holder's process ID, on its side, if there is one.
+    /// Returns the holder's process ID on its own side, if there is a holder.
     pub fn process(&self) -> Option<u32> {
         self.is_held().then_some(self.holder as u32)
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The end of a channel that writes records. It never waits and never rings: it says when the other end is
-//! to be rung ([`Notify`]), and [`Sender`](crate::Sender) does so.
+//! The end of a channel that writes records. It neither waits nor rings: it returns whether the
+//! other end must be rung ([`Notify`]), and [`Sender`](crate::Sender) rings it.
 
 use core::ops::Deref;
 
@@ -14,14 +14,15 @@ use crate::wire::layout::{Channel, channel};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "an end that is not rung sleeps on"]
 pub enum Notify {
-    /// It sleeps, or is about to: ring its vector.
+    /// The other end sleeps, or is about to: ring its vector.
     Ring,
-    /// It is awake, or waits for a later cursor.
+    /// The other end is awake, or waits for a later cursor.
     Quiet,
 }
 
 impl Notify {
-    /// Whether `wish` lies in what was just published, from `old` to `new`.
+    /// Returns [`Notify::Ring`] if the wake threshold `wish` is above `old` and not above `new`,
+    /// the cursors before and after a publication.
     pub(crate) const fn crossed(old: u64, new: u64, wish: u64) -> Self {
         if old < wish && wish <= new {
             Notify::Ring
@@ -31,48 +32,48 @@ impl Notify {
     }
 }
 
-/// Why a record cannot be written now, or at all.
+/// Reason why a record cannot be written now, or at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReserveError {
-    /// There is no room now.
+    /// The channel has no room now.
     #[error("channel is full")]
     Full,
-    /// There is never room.
+    /// The channel never has room for this record.
     #[error("a record of {length} bytes is larger than the channel carries, which is {max}")]
     TooLarge {
-        /// Bytes of payload that were asked for.
+        /// Bytes of payload that were requested.
         length: usize,
-        /// Most bytes of payload in a record of this channel.
+        /// Maximum payload of a record in this channel, in bytes.
         max: u32,
     },
-    /// The channel cannot go on.
+    /// The channel cannot be used any more.
     #[error(transparent)]
     Corrupt(#[from] Corrupt),
 }
 
-/// One channel's producer. There is one at a time, which its claim sees to.
+/// A channel's producer. Its claim ensures that there is only one at a time.
 #[derive(Debug)]
 pub struct Producer<M> {
     region: Region<M>,
     base: u64,
     capacity: Capacity,
-    /// Our cursor; the word in the region is a copy for others.
+    /// Cursor of this end. The word in the region is a copy for the other end and for successors.
     written: u64,
-    /// The cursor behind what was staged.
+    /// Cursor behind the staged records.
     staged: u64,
-    /// What we last saw of the consumer's cursor; checked.
+    /// The consumer's cursor, as last seen and checked.
     read: u64,
-    /// Records committed or staged since the channel began.
+    /// Number of records committed or staged since the channel's reset.
     records: u64,
-    /// Records dropped since the channel began.
+    /// Number of records dropped since the channel's reset.
     dropped: u64,
-    /// Which of the two commit notes is the older one.
+    /// Index of the older one of the two commit notes.
     older_note: usize,
     rung: u64,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
-    /// Takes up a channel where its last producer left it: at the last committed record.
+    /// Attaches to a channel where its last producer stopped: behind the last committed record.
     ///
     /// `channel` comes from the checked layout of `region`.
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
@@ -101,30 +102,30 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         })
     }
 
-    /// The number that the next record gets: how many were committed, staged or dropped before. After a crash, how many
-    /// were committed or dropped.
+    /// Returns the number of the next record: how many records were committed, staged or dropped
+    /// before it. Records that were staged when a producer crashed do not count.
     pub fn sequence(&self) -> u64 {
         self.records.wrapping_add(self.dropped)
     }
 
-    /// Most bytes of payload in one record.
+    /// Returns the maximum payload of a record, in bytes.
     pub fn max_record(&self) -> u32 {
         self.capacity.max_record()
     }
 
-    /// Records dropped since the channel began.
+    /// Returns the number of records dropped since the channel's reset.
     pub fn dropped(&self) -> u64 {
         self.dropped
     }
 
-    /// Makes room for a record with `length` bytes of payload, to be filled in place and committed or staged. Dropping the
-    /// reservation leaves the channel as it was.
+    /// Reserves space for a record with `length` bytes of payload. The caller fills it in place,
+    /// and commits or stages it. Dropping the reservation leaves the channel unchanged.
     pub fn reserve(&mut self, length: usize) -> Result<Reservation<'_, M>, ReserveError> {
         self.find_room(length)
             .map(|place| self.reservation(place, length))
     }
 
-    /// Where a record with `length` bytes of payload has room.
+    /// Finds the place for a record with `length` bytes of payload.
     pub(crate) fn find_room(&mut self, length: usize) -> Result<Place, ReserveError> {
         let place = self.find_place(length)?;
         if self.free() < place.pad + place.span {
@@ -136,7 +137,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         Ok(place)
     }
 
-    /// Whether a record with `length` bytes of payload has room.
+    /// Returns whether a record with `length` bytes of payload fits now.
     pub(crate) fn has_room(&mut self, length: usize) -> Result<bool, ReserveError> {
         match self.find_room(length) {
             Ok(_) => Ok(true),
@@ -145,7 +146,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         }
     }
 
-    /// The room that [`Producer::find_room`] just found.
+    /// Creates a reservation for the place that [`Producer::find_room`] just returned.
     pub(crate) fn reservation(&mut self, place: Place, length: usize) -> Reservation<'_, M> {
         Reservation {
             length: length as u32,
@@ -155,7 +156,8 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         }
     }
 
-    /// Commits all records that were staged, at once: from now on the consumer sees them.
+    /// Commits all staged records at once, so that the consumer sees them. Returns whether the
+    /// consumer must be rung.
     #[inline]
     pub fn publish(&mut self) -> Notify {
         if self.staged == self.written {
@@ -165,10 +167,10 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         let note = *base + channel::NOTES[self.older_note];
         region.store(note + channel::NOTE_RECORDS, self.records);
         region.store(note, self.staged);
-        // SYNC: committed; pairs with the Acquire load in `Consumer::refresh`. The records are whole, and the note stored,
-        // before they are seen.
+        // SYNC: committed; pairs with the Acquire load in `Consumer::refresh`. A consumer that sees
+        // the cursor sees whole records, and the commit note.
         region.release(*base + channel::WRITTEN, self.staged);
-        // SYNC: cursor-then-wish; pairs with the fence in `Consumer::wish_for_record`.
+        // SYNC: cursor-then-wish; pairs with the fence in `Consumer::wish_for`.
         region.fence();
         let wish = region.load(*base + channel::CONSUMER_WISH);
         let notify = Notify::crossed(self.written, self.staged, wish);
@@ -177,21 +179,23 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         notify
     }
 
-    /// Counts a record that found no room, in a channel that drops.
+    /// Counts a record that was dropped because the channel was full.
     pub fn drop_record(&mut self) {
         self.dropped = self.dropped.wrapping_add(1);
         self.region
             .store(self.base + channel::DROPPED, self.dropped);
     }
 
-    /// Publishes that this end wants to be rung once a record of `length` bytes fits. Then looks once more: `true` if it fits
-    /// already, and there is no need to sleep. What was staged is to be published before, or nobody might ever make room.
+    /// Arms a wake-up for when a record of `length` bytes fits, then looks once more. `true` if the
+    /// record already fits, so that no sleep is needed. Publish staged records first: the consumer
+    /// cannot free records that it cannot see.
     pub fn wish_for_room(&mut self, length: usize) -> Result<bool, ReserveError> {
         self.wish_for(length, 0)
     }
 
-    /// As [`Producer::wish_for_room`], but it wants to be rung only once half the channel is free, too, so that a full one is
-    /// not rung about at every record: for who looks by the clock, since a consumer may keep more than half.
+    /// Arms a wake-up as [`Producer::wish_for_room`] does, but for when half of the channel is free
+    /// as well, so that the consumer of a full channel does not ring for every record. The consumer
+    /// may keep more than half, so the caller must also look by the clock.
     pub fn wish_for_half(&mut self, length: usize) -> Result<bool, ReserveError> {
         self.wish_for(length, self.capacity.bytes() / 2)
     }
@@ -199,22 +203,24 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     fn wish_for(&mut self, length: usize, least: u64) -> Result<bool, ReserveError> {
         let place = self.find_place(length)?;
         let room = (place.pad + place.span).max(least);
-        // Before the first lap this would be negative: then there is room, as the second look finds.
+        // Before the first lap the difference would be negative. There is room then, and the second
+        // look finds it.
         let wish = (self.staged + room).saturating_sub(self.capacity.bytes());
         self.region.store(self.base + channel::PRODUCER_WISH, wish);
-        // SYNC: wish-then-cursor; pairs with the fence in `Consumer::release`. One of the two sees the other.
+        // SYNC: wish-then-cursor; pairs with the fence in `Consumer::release`. At least one of the
+        // two ends sees the other's store.
         self.region.fence();
         self.refresh()?;
         Ok(self.free() >= place.pad + place.span)
     }
 
-    /// Publishes that this end does not want to be rung. It may be rung nevertheless.
+    /// Disarms the wake-up. A ring can still come.
     pub fn withdraw_wish(&mut self) {
-        // No cursor is moved from below it.
+        // Threshold 0 means none, because no cursor is ever below it.
         self.region.store(self.base + channel::PRODUCER_WISH, 0);
     }
 
-    /// Counts a doorbell that was rung for this end.
+    /// Counts a doorbell that this end rang.
     pub fn count_ring(&mut self) {
         self.rung = self.rung.wrapping_add(1);
         self.region
@@ -233,10 +239,11 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         self.capacity.bytes() - (self.staged - self.read)
     }
 
-    /// Reads the consumer's cursor, once, and checks it.
+    /// Loads the consumer's cursor once, and checks it.
     #[inline(never)]
     fn refresh(&mut self) -> Result<(), Corrupt> {
-        // SYNC: released; pairs with the Release store in `Consumer::release`. What it released is no longer read.
+        // SYNC: released; pairs with the Release store in `Consumer::release`. The consumer no
+        // longer reads released records.
         let read = self.region.acquire(self.base + channel::READ);
         self.capacity.in_flight(self.written, read)?;
         if read < self.read {
@@ -251,27 +258,29 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 }
 
-/// Room for a record, in the region itself.
+/// Space for a record in the region. The record is filled in place.
 #[derive(Debug)]
 pub struct Reservation<'a, M> {
     producer: &'a mut Producer<M>,
     place: Place,
     length: u32,
-    /// Length of payload behind which our own copy has put zeros, up to the next multiple of 8.
+    /// End of the bytes that [`Reservation::write`] last wrote, as an offset in the payload. The
+    /// bytes behind it are zero, up to the next multiple of 8.
     padded: u32,
 }
 
 impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
-    /// Bytes of payload that there is room for.
+    /// Returns the bytes of payload that the reservation has space for.
     pub fn length(&self) -> u32 {
         self.length
     }
 
-    /// Copies bytes to an offset of the payload, a multiple of 8. Up to 7 bytes behind them become zero.
+    /// Copies bytes to an offset of the payload, a multiple of 8. Up to 7 bytes behind them become
+    /// zero.
     ///
     /// # Panics
     ///
-    /// If they do not fit.
+    /// Panics if the bytes do not fit, or if `offset` is not a multiple of 8.
     #[inline(always)]
     pub fn write(&mut self, offset: u32, bytes: &[u8]) {
         let fits = u32::try_from(bytes.len())
@@ -288,33 +297,36 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         self.padded = offset + bytes.len() as u32;
     }
 
-    /// Lets the kernel fill the payload from a file descriptor. Gives the bytes read, 0 at the end, or the `errno`.
+    /// Fills the payload from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
+    /// of the file, or the `errno`.
     #[cfg(not(loom))]
     pub fn read_from(&mut self, fd: libc::c_int) -> Result<u32, libc::c_int> {
         let read = self
             .producer
             .region
             .read_from(fd, self.payload(), self.length as usize)?;
-        // It may have filled what our own copy had padded.
+        // The read can have overwritten the zeros behind the bytes of the last `write`.
         self.padded = 0;
         Ok(read as u32)
     }
 
-    /// Commits the record with the first `length` bytes of the payload, and what was staged before: from now on the
-    /// consumer sees it. Otherwise as [`Reservation::stage`].
+    /// Commits the record with the first `length` bytes of the payload, and all records staged
+    /// before it, so that the consumer sees them. [`Reservation::stage`] describes the arguments
+    /// and panics.
     pub fn commit(self, kind: Kind, length: u32, time: u64) -> (Notify, &'a mut Producer<M>) {
         let producer = self.stage(kind, length, time);
         (producer.publish(), producer)
     }
 
-    /// Puts the record with the first `length` bytes of the payload behind what was committed and staged before. The
-    /// consumer sees it after [`Producer::publish`]; a crash before that, and it never was.
+    /// Stages the record with the first `length` bytes of the payload, behind the records committed
+    /// and staged before it. The consumer sees the record after [`Producer::publish`]. A crash
+    /// before that loses the record.
     ///
-    /// `time` is this side's monotonic clock, in nanoseconds. Gives the producer back.
+    /// `time` is the time of this side's monotonic clock, in nanoseconds. Returns the producer.
     ///
     /// # Panics
     ///
-    /// If `length` is more than was reserved, or `kind` is 0 or 65535.
+    /// Panics if `length` is more than was reserved, or if `kind` is 0 or 65535.
     #[inline]
     pub fn stage(self, kind: Kind, length: u32, time: u64) -> &'a mut Producer<M> {
         assert!(length <= self.length && kind.0 != 0 && kind != Kind::PAD);
@@ -351,7 +363,8 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         producer
     }
 
-    /// Puts zeros behind a payload that ends within a word, so that nothing old is told.
+    /// Zeroes the rest of a payload's last word, so that no older bytes of the ring reach the
+    /// consumer.
     fn pad(&self, length: u32) {
         let region = &self.producer.region;
         let last = self.payload() + u64::from(length / 8 * 8);

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Shared memory as words. The only file of this crate with `unsafe` in it but for `copy.rs`.
+//! Shared memory as words. Except for `copy.rs`, this is the only file of this crate with `unsafe`.
 //!
-//! Two rules, for memory that another process writes while we look at it:
+//! Two rules apply to memory that another process writes while this one reads it:
 //!
-//! 1. No reference to plain data in it is ever made, only `&[AtomicU64]`: what a word holds can change
-//!    between two reads, and the compiler knows so.
-//! 2. A value is read once, into a local, checked, and only the local is used.
+//! 1. The only references to it are `&[AtomicU64]`, never references to plain data. The compiler
+//!    then knows that a word can change between two loads.
+//! 2. A value is loaded once into a local variable and checked. Only the local variable is used.
 //!
-//! What another process does with accesses of other sizes is outside Rust's model; the hardware's answer
-//! is that an aligned 64-bit load gives some mixture of bytes that were stored there, and rule 2 is enough.
+//! Rust's model does not cover accesses of other sizes by another process. On the hardware, an
+//! aligned 64-bit load returns a mixture of bytes that were stored there, for which rule 2 is
+//! enough.
 #![expect(
     unsafe_code,
     reason = "turns a mapping into words, and lets the kernel copy"
@@ -21,21 +22,21 @@ use crate::copy::Copier;
 use crate::sync::{AtomicU64, Ordering, fence};
 use crate::wire::layout::PAGE_WORDS;
 
-/// The words of a mapping.
+/// Returns the words of a mapping.
 ///
 /// # Safety
 ///
-/// `start` is aligned to 8 bytes; for the whole of `'a` the `length / 8` words from it are mapped, readable
-/// (and writable, if anything is stored through the result), and are accessed in this process by no other
-/// way than through atomics or the copies of [`Region`].
+/// `start` must be aligned to 8 bytes. For the whole of `'a`, the `length / 8` words from `start`
+/// must be mapped and readable (and writable, if the caller stores through the result). This
+/// process must access them only through atomics or the copies of [`Region`].
 pub unsafe fn words<'a>(start: *mut u8, length: usize) -> &'a [AtomicU64] {
-    // SAFETY: the caller vouches for address, length and lifetime; `AtomicU64` has the size and alignment of
-    // `u64`, any bits are valid for it, and shared mutation is what it is for. Writes by other processes are
-    // atomic, or tear into some value: see the module's rules.
+    // SAFETY: The caller vouches for address, length and lifetime. `AtomicU64` has the size and
+    // alignment of `u64`, is valid with any bits, and permits shared mutation. Writes by other
+    // processes are atomic, or tear into some value: see the module's rules.
     unsafe { core::slice::from_raw_parts(start.cast(), length / 8) }
 }
 
-/// A range that is not in the mapping.
+/// Error of a range that is not in the mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{length} bytes at {offset:#x} are not in the mapping, which has {size}")]
 pub struct OutOfRegion {
@@ -44,10 +45,11 @@ pub struct OutOfRegion {
     size: u64,
 }
 
-/// A region, or the part of it that is mapped, from its first byte on.
+/// A region, or its mapped part, from its first byte on.
 ///
-/// Offsets are in bytes, multiples of 8, and inside the mapping: they come out of a checked
-/// [`Layout`](crate::wire::layout::Layout), so one outside is our own error, and panics. One within a word is that word's.
+/// Offsets are in bytes, are multiples of 8, and lie in the mapping. They come from a checked
+/// [`Layout`](crate::wire::layout::Layout), so an offset outside is a fault of this program, and
+/// panics. An offset within a word stands for that word.
 #[derive(Clone, Debug)]
 pub struct Region<M> {
     memory: M,
@@ -55,78 +57,82 @@ pub struct Region<M> {
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Region<M> {
-    /// A region over `memory`, which always derefs to the same words.
+    /// Creates a region over `memory`, which must always deref to the same words.
     pub fn new(memory: M) -> Self {
         let copier = Copier::detect();
         Region { memory, copier }
     }
 
-    /// The same region, for who has it mapped write-combining, or does not know: there stores overtake each other, and loads
-    /// are made early, if nothing is done about it. The ends of channels see to it by what they call here; who loads and stores
-    /// words by himself puts a `fence` with `SeqCst` between those that must be in order.
+    /// Returns the same region for a mapping that is, or may be, write-combining. Without fences,
+    /// stores overtake each other there, and loads are made early. The ends of channels have the
+    /// necessary fences. A program that loads and stores words by itself puts a `fence` with
+    /// `SeqCst` between accesses whose order matters.
     pub fn over_write_combining(self) -> Self {
         let copier = self.copier.over_combining();
         Region { copier, ..self }
     }
 
-    /// Bytes that are mapped.
+    /// Returns the size of the mapping, in bytes.
     pub fn size(&self) -> u64 {
         self.memory.len() as u64 * 8
     }
 
-    /// The word at an offset.
+    /// Returns the word at an offset.
     pub fn word(&self, offset: u64) -> &AtomicU64 {
         &self.memory[index(offset)]
     }
 
-    /// Reads a word that tells what is in others: what was stored before it is seen after it.
+    /// Loads a word that publishes other words: what was stored before its release is visible after
+    /// this load.
     pub(crate) fn acquire(&self, offset: u64) -> u64 {
         let value = self.word(offset).load(Ordering::Acquire);
         self.copier.fence_loads();
         value
     }
 
-    /// Writes a word that tells what is in others: who sees it sees what was stored, or copied in, before.
+    /// Stores a word that publishes other words: a reader that sees the word sees everything that
+    /// was stored or copied in before.
     pub(crate) fn release(&self, offset: u64, value: u64) {
         self.copier.fence_stores();
         self.word(offset).store(value, Ordering::Release);
     }
 
-    /// Makes all loads before it come before those behind it.
+    /// Orders all loads before the fence before all loads behind it.
     pub(crate) fn fence_loads(&self) {
         fence(Ordering::Acquire);
         self.copier.fence_loads();
     }
 
-    /// Makes all accesses before it come before those behind it, and shows what was stored. It needs nothing more where
-    /// memory is write-combining: on x86 it is `mfence` or a locked instruction, both of which order accesses of any kind, and
-    /// empty the buffers that stores are combined in.
+    /// Orders all accesses before the fence before all accesses behind it, and makes earlier stores
+    /// visible. Write-combining memory needs no more: on x86 the fence is `mfence` or a locked
+    /// instruction. Both order all accesses and empty the write-combining buffers.
     pub(crate) fn fence(&self) {
         fence(Ordering::SeqCst);
     }
 
-    /// Reads a word that other words do not depend on.
+    /// Loads a word that no other words depend on.
     pub fn load(&self, offset: u64) -> u64 {
         self.word(offset).load(Ordering::Relaxed)
     }
 
-    /// Writes a word that other words do not depend on.
+    /// Stores a word that no other words depend on.
     pub fn store(&self, offset: u64, value: u64) {
         self.word(offset).store(value, Ordering::Relaxed);
     }
 
-    /// A private copy of the page at an offset.
+    /// Copies the page at an offset into private memory.
     pub fn page(&self, offset: u64) -> [u64; PAGE_WORDS] {
         core::array::from_fn(|index| self.load(offset + 8 * index as u64))
     }
 
-    /// The words that hold so many bytes from an offset on.
+    /// Returns the words that hold so many bytes from an offset on.
     pub(crate) fn words(&self, offset: u64, bytes: usize) -> &[AtomicU64] {
         let first = index(offset);
         &self.memory[first..first + bytes.div_ceil(8)]
     }
 
-    /// Copies bytes into the region. A last word that they fill in part is padded with zeros.
+    /// Copies bytes into the region. If the bytes end within a word, the rest of that word becomes
+    /// zero.
     #[inline]
     pub fn copy_in(&self, offset: u64, bytes: &[u8]) {
         let target = self.words(offset, bytes.len());
@@ -153,7 +159,7 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         }
     }
 
-    /// Copies bytes out of any place, for a person who looks; a place that is not mapped is an error.
+    /// Copies bytes out of any place in the mapping, for inspection by a person.
     pub fn peek(&self, offset: u64, bytes: &mut [u8]) -> Result<(), OutOfRegion> {
         for (word, within, part) in self.cut(offset, bytes.len())? {
             let value = word.load(Ordering::Relaxed).to_le_bytes();
@@ -163,8 +169,8 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         Ok(())
     }
 
-    /// Copies bytes to any place. A word of which they fill a part is read, changed and written back, so the other
-    /// part must be nobody else's at that time.
+    /// Copies bytes to any place in the mapping. A word that the bytes fill in part is loaded,
+    /// changed and stored, so no other program may change the rest of that word meanwhile.
     pub fn poke(&self, offset: u64, bytes: &[u8]) -> Result<(), OutOfRegion> {
         for (word, within, part) in self.cut(offset, bytes.len())? {
             let mut value = word.load(Ordering::Relaxed).to_le_bytes();
@@ -174,7 +180,8 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         Ok(())
     }
 
-    /// Cuts a range into words: each with the first byte in it that is meant, and which bytes of the range those are.
+    /// Cuts a range into words. Yields each word, the index of the word's first byte in the range,
+    /// and the part of the range that is in the word.
     fn cut(
         &self,
         offset: u64,
@@ -201,8 +208,9 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         }))
     }
 
-    /// Lets the kernel write `length` bytes of the region, from any `offset` on, to a file descriptor: no copy
-    /// in user space, and no reference made. Gives what `write(2)` gives: bytes written, or the `errno`.
+    /// Writes `length` bytes of the region, from any `offset` on, to a file descriptor by
+    /// `write(2)`. The bytes are not copied in user space, and no reference to them is made.
+    /// Returns the bytes written, or the `errno`.
     #[cfg(not(loom))]
     pub fn write_to(
         &self,
@@ -211,12 +219,13 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         length: usize,
     ) -> Result<usize, libc::c_int> {
         let source = self.bytes(offset, length);
-        // SAFETY: the range was bounds-checked and stays mapped while `self` is borrowed; `write` only reads.
+        // SAFETY: The range was bounds-checked and stays mapped while `self` is borrowed. `write`
+        // only reads it.
         result(unsafe { libc::write(fd, source.cast(), length) })
     }
 
-    /// Lets the kernel fill up to `length` bytes of the region, from `offset` on, from a file descriptor. Gives
-    /// what `read(2)` gives: bytes read (0 at the end), or the `errno`.
+    /// Fills up to `length` bytes of the region, from `offset` on, from a file descriptor by
+    /// `read(2)`. Returns the bytes read, 0 at the end of the file, or the `errno`.
     #[cfg(not(loom))]
     pub fn read_from(
         &self,
@@ -225,12 +234,13 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         length: usize,
     ) -> Result<usize, libc::c_int> {
         let target = self.bytes(offset, length);
-        // SAFETY: the range was bounds-checked and stays mapped while `self` is borrowed; it is shared memory
-        // under `AtomicU64`, so a write by someone else, here the kernel, is no surprise to the compiler.
+        // SAFETY: The range was bounds-checked and stays mapped while `self` is borrowed. It is
+        // shared memory under `AtomicU64`, so the compiler expects writes by others, here by the
+        // kernel.
         result(unsafe { libc::read(fd, target.cast(), length) })
     }
 
-    /// The address of a byte at any offset, from which `length` bytes are mapped.
+    /// Returns the address of a byte at any offset, from which `length` bytes are mapped.
     #[cfg(not(loom))]
     fn bytes(&self, offset: u64, length: usize) -> *mut u8 {
         let within = (offset % 8) as usize;
@@ -239,14 +249,15 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     }
 }
 
-/// The place of a word in the memory.
+/// Converts an offset to the index of a word in the memory.
 #[cfg(not(loom))]
 fn index(offset: u64) -> usize {
     (offset / 8) as usize
 }
 
-/// The place of a word in a model's memory: loom follows every word by itself, so it has only those that are used. The
-/// broker's page, the driver's page, and between them one channel, all of one slot.
+/// Converts an offset to the index of a word in a model's memory. loom tracks every word, so the
+/// model has only the words in use: of the broker's page, the driver's page, and between them one
+/// channel, all of one slot.
 #[cfg(loom)]
 fn index(offset: u64) -> usize {
     use crate::wire::layout::{FIRST_FREE, PAGE_SIZE, channel, presence};
@@ -271,15 +282,16 @@ fn index(offset: u64) -> usize {
     word as usize
 }
 
-/// Fills private memory from a file descriptor. Gives what `read(2)` gives.
+/// Fills private memory from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
+/// of the file, or the `errno`.
 #[cfg(not(loom))]
 pub(crate) fn read(fd: libc::c_int, bytes: &mut [u8]) -> Result<usize, libc::c_int> {
-    // SAFETY: the memory is borrowed exclusively, and `read` writes at most its length.
+    // SAFETY: The memory is borrowed exclusively, and `read` writes at most its length.
     result(unsafe { libc::read(fd, bytes.as_mut_ptr().cast(), bytes.len()) })
 }
 
 #[cfg(not(loom))]
 fn result(returned: libc::ssize_t) -> Result<usize, libc::c_int> {
-    // SAFETY: the address of errno is this thread's own and always valid.
+    // SAFETY: The address of errno belongs to this thread and is always valid.
     usize::try_from(returned).map_err(|_| unsafe { *libc::__errno_location() })
 }

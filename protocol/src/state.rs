@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A region and its channels seen from outside: what the broker writes, and what an inspector reads.
+//! The state of a region and its channels for programs that hold no end: the broker writes it, and
+//! an inspector reads it.
 
 use core::ops::Deref;
 
@@ -9,7 +10,8 @@ use crate::region::Region;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, Layout, LayoutError, PAGE_SIZE, channel};
 
-/// Writes a layout into a region, whose bytes are zero so far. The magic comes last: who sees it sees all.
+/// Writes a layout into a region, whose bytes are zero so far. The magic comes last, so that a
+/// reader that sees it sees the whole layout.
 pub fn publish<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, layout: &Layout) {
     let page = layout.encode();
     for (index, word) in page.iter().enumerate().skip(1) {
@@ -19,8 +21,8 @@ pub fn publish<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, layout: &Layo
     region.release(0, page[0]);
 }
 
-/// Reads and checks the layout of a region that has `size` bytes, of which all but the drivers' pages must be mapped: so
-/// all that the layout names can be reached, whoever wrote it and when.
+/// Reads and checks the layout of a region of `size` bytes. Everything except the drivers' pages
+/// must be mapped, so that the reader can reach all that any valid layout names.
 pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     size: u64,
@@ -40,17 +42,18 @@ pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
     Ok(layout)
 }
 
-/// Empties a channel whose ends are free, as `are_free` tells, and gives how often it has been reset; `None` if they
-/// are not.
+/// Resets a channel to empty, and returns how often it has been reset. `None` if `are_free` tells
+/// that an end is held.
 ///
-/// An end is claimed before it is attached, and attaching looks whether a reset is under way: so either the claim is
-/// seen here, or the reset there.
+/// A process claims an end before it attaches to the channel, and attaching fails during a reset.
+/// So either the reset sees the claim, or the attaching end sees the reset.
 pub fn reset<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     entry: &Channel,
     mut are_free: impl FnMut() -> bool,
 ) -> Option<u64> {
-    // So that a reset that is refused changes nothing, even if it is cut short.
+    // Checked before the first store, so that a refused reset changes nothing, even if this process
+    // is killed.
     if !are_free() {
         return None;
     }
@@ -58,7 +61,8 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     let before = region.load(generation);
     let under_way = before | 1;
     region.store(generation, under_way);
-    // SYNC: reset-then-claim; pairs with the fence in `check_generation`. One of the two sees the other.
+    // SYNC: reset-then-claim; pairs with the fence in `check_generation`. At least one of the two
+    // sides sees the other's store.
     region.fence();
     if !are_free() {
         region.store(generation, before);
@@ -75,8 +79,8 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     Some(after / 2)
 }
 
-/// Whether an end that was just claimed can be attached: not while the channel is being reset, nor after a reset that
-/// did not come to its end.
+/// Checks that an end that was just claimed can be attached: no reset is under way, and none was
+/// cut short.
 pub(crate) fn check_generation<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     entry: &Channel,
@@ -90,26 +94,26 @@ pub(crate) fn check_generation<M: Deref<Target = [AtomicU64]>>(
     Ok(())
 }
 
-/// Looks at a channel's cursors until neither has moved meanwhile, at the most.
+/// Maximum number of looks at a channel's cursors until the consumer's does not move between two.
 const LOOKS: u32 = 16;
 
-/// A channel's words at one moment, as they stand: unchecked, and not all read at the same instant; but for the cursors, unless they
-/// move all the time.
+/// A snapshot of a channel's words, unchecked. The words are not all loaded at the same instant.
+/// The two cursors fit together, unless the consumer's moves at every look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChannelState {
-    /// Times that the channel was reset.
+    /// Number of times that the channel was reset.
     pub generation: u64,
     /// The producer's cursor, in bytes.
     pub written: u64,
     /// The consumer's cursor, in bytes.
     pub read: u64,
-    /// Records committed.
+    /// Number of records committed.
     pub records: u64,
-    /// Records dropped because the channel was full.
+    /// Number of records dropped because the channel was full.
     pub dropped: u64,
-    /// Doorbells that the producer rang.
+    /// Number of doorbells that the producer rang.
     pub producer_rung: u64,
-    /// Doorbells that the consumer rang.
+    /// Number of doorbells that the consumer rang.
     pub consumer_rung: u64,
 }
 
@@ -117,8 +121,9 @@ impl ChannelState {
     /// Reads the state of a channel of a region.
     pub fn read<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, entry: &Channel) -> Self {
         let load = |offset| region.load(entry.offset + offset);
-        // The consumer's cursor first, so that it is not ahead of a producer's that is older; and again, as more than a whole channel can
-        // go through between two looks, and would seem to be in it.
+        // The consumer's cursor comes first, so that it is not ahead of an older producer's cursor.
+        // It is loaded again because more than a whole channel can go through between the two
+        // loads, and would seem to be in the channel.
         let look = |offset| region.acquire(entry.offset + offset);
         let mut read = look(channel::READ);
         let mut written = look(channel::WRITTEN);
@@ -130,7 +135,7 @@ impl ChannelState {
             written = look(channel::WRITTEN);
         }
         let notes = channel::NOTES.map(|note| (load(note), load(note + channel::NOTE_RECORDS)));
-        // The note of what was committed, unless a commit is under way between the two looks.
+        // The valid note is the one for `written`, unless a commit came between the loads.
         let current = notes.iter().find(|(cursor, _)| *cursor == written);
         let newest = notes.iter().max_by_key(|(_, records)| records);
         ChannelState {
@@ -144,14 +149,14 @@ impl ChannelState {
         }
     }
 
-    /// Bytes committed and not released; `None` if the cursors make no sense.
+    /// Returns the bytes committed and not released; `None` if the cursors contradict each other.
     pub fn fill(&self, entry: &Channel) -> Option<u64> {
         crate::cursor::Capacity::of(entry)
             .in_flight(self.written, self.read)
             .ok()
     }
 
-    /// Records for which no doorbell was needed.
+    /// Returns the number of records for which no doorbell was needed.
     pub fn suppressed(&self) -> u64 {
         self.records.saturating_sub(self.producer_rung)
     }

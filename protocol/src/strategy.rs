@@ -1,44 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! How an end waits before it asks to be rung.
+//! Strategies for the time before an end asks to be rung.
 
 use core::time::Duration;
 
-/// How long an end looks for itself before it asks to be rung and sleeps. A ring costs its sender as much as many
-/// records do, and the end that sleeps a wake-up; looking costs processor time, and a nap the time of what it sleeps past.
+/// How long an end looks for itself before it arms a wake-up and sleeps. A ring costs its sender as
+/// much time as many records, and costs the sleeping end a wake-up. Spinning costs processor time.
+/// A back-off sleep delays a record that comes during it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Strategy {
-    /// Shortest time to spin. An end spins for longer while that finds something, and for less while it finds nothing, but
-    /// every eighth time for the longest; where there is one CPU it does not.
+    /// Shortest time to spin. An end spins for longer while spinning succeeds, and for less while
+    /// it does not; every eighth fruitless spin lasts for the longest time. An end does not spin if
+    /// there is only one CPU.
     pub least_spin: Duration,
-    /// Longest time to spin; zero for none.
+    /// Longest time to spin; zero for no spinning.
     pub most_spin: Duration,
-    /// Time to nap after that, in all, by the clock: for 100 µs, then for twice as long, and so on up to 800 µs. So what came
-    /// during a nap has waited for 100 µs, or no longer than the silence before it. It is rung meanwhile if half of the channel has
-    /// moved.
+    /// Time of all back-off sleeps after the spin; zero for none. The first lasts for 100 µs, and
+    /// each further one for twice as long, up to 800 µs. So a record that comes during a sleep
+    /// waits for at most 100 µs longer than the silence before it. The end is rung earlier if half
+    /// of the channel has moved.
     pub nap: Duration,
 }
 
 impl Strategy {
-    /// For questions and answers: spins for at most as long as a wake-up takes.
+    /// For requests and replies: spins for at most as long as a wake-up takes.
     pub const PROMPT: Strategy = Strategy {
         least_spin: Duration::from_micros(1),
         most_spin: Duration::from_micros(50),
         nap: Duration::ZERO,
     };
-    /// For streams, in which a record may lie for a few milliseconds: naps for as long as a scheduler usually keeps the other
-    /// end from running, and is rung only after longer silence, or before the other end would have to wait.
+    /// For streams, whose records may wait for a few milliseconds. The back-off sleeps last as long
+    /// as a scheduler usually keeps the other end from running. The other end rings only after a
+    /// longer silence, or before it would have to wait.
     pub const STREAM: Strategy = Strategy {
         nap: Duration::from_millis(6),
         ..Strategy::PROMPT
     };
-    /// Looks once, and sleeps: costs no processor time.
+    /// Looks once and then sleeps. Costs no processor time.
     pub const SLEEP: Strategy = Strategy {
         least_spin: Duration::ZERO,
         most_spin: Duration::ZERO,
         nap: Duration::ZERO,
     };
-    /// Spins for a second before it sleeps: for who gives it a CPU of its own.
+    /// Spins for a second before it sleeps, for a program that has a CPU for this end alone.
     pub const SPIN: Strategy = Strategy {
         least_spin: Duration::from_secs(1),
         most_spin: Duration::from_secs(1),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The atomics of this crate, chosen once: the machine's, or loom's when a test explores interleavings.
+//! The atomics of this crate: the machine's, or loom's in tests that explore interleavings.
 
 #[cfg(not(loom))]
 pub(crate) use core::sync::atomic::fence;

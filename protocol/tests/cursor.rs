@@ -1,4 +1,4 @@
-//! Cursor arithmetic, against what it promises, over every input.
+//! The arithmetic of cursors, compared with its rules for every kind of input.
 
 use barlink_protocol::cursor::*;
 use barlink_protocol::wire::layout::{Channel, Name};
@@ -75,7 +75,7 @@ fn refuses_a_record_with_no_kind() {
     assert!(capacity(4096).check(header, 0, 4096).is_err());
 }
 
-/// Numbers that a cursor can be, numbers beside them, and any.
+/// Generates valid cursors, numbers beside them, and any numbers.
 fn any_cursor() -> impl Strategy<Value = u64> {
     let last = u64::MAX / 2;
     prop_oneof![
@@ -87,7 +87,7 @@ fn any_cursor() -> impl Strategy<Value = u64> {
     ]
 }
 
-/// How far apart cursors can be, and a little beyond either end.
+/// Generates valid distances of cursors, and some just outside the range.
 fn any_distance(capacity: Capacity) -> impl Strategy<Value = i64> {
     let bytes = capacity.bytes().cast_signed();
     prop_oneof![
@@ -108,7 +108,7 @@ fn cursors() -> impl Strategy<Value = (Capacity, u64, u64)> {
 }
 
 proptest! {
-    /// Rule 4.4.1, word for word, in both directions.
+    /// Checks rule 4.4.1 word for word, in both directions.
     #[test]
     fn cursors_are_believed_exactly_if_they_make_sense((capacity, written, read) in cursors()) {
         let multiples = written % 8 == 0 && read % 8 == 0;
@@ -118,7 +118,8 @@ proptest! {
         prop_assert_eq!(capacity.in_flight(written, read).ok(), expected);
     }
 
-    /// Rules 4.4.2 and 4.4.3, but for what a header cannot say and what stands behind padding, in both directions.
+    /// Checks rules 4.4.2 and 4.4.3 in both directions, except for faults that a header cannot
+    /// show, and for the bytes after padding.
     #[test]
     fn headers_are_believed_exactly_if_they_make_sense(
         capacity in any_capacity(),
@@ -128,7 +129,7 @@ proptest! {
         kind in prop_oneof![Just(0u16), Just(u16::MAX), any::<u16>()],
         committed in any::<u64>(),
     ) {
-        // Often near the end of the data area.
+        // The offset is often near the end of the data area.
         let offset = (capacity.bytes() - 8 - from_end % (capacity.bytes() - 7)) & !7;
         let read = (words >> 20) / capacity.bytes() * capacity.bytes() + offset;
         let committed = 8 * (committed % (capacity.bytes() / 8 + 1));

@@ -1,4 +1,5 @@
-//! The superblock: what is written is what is read, and every wrong field is refused by name.
+//! The superblock: decoding returns the layout that was encoded, and the error for each wrong field
+//! names the field.
 
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::*;
@@ -19,7 +20,8 @@ fn channel(name: &str, offset: u64, capacity: u64) -> Channel {
     }
 }
 
-/// A 1 MiB region for one VM with two channels and a raw window between them.
+/// Returns the layout of a 1 MiB region for one VM, with two channels and a raw window between
+/// them.
 fn layout() -> Layout {
     let up = channel("up", FIRST_FREE, 64 << 10);
     let raw = up.end();
@@ -38,7 +40,7 @@ fn with(change: impl FnOnce(&mut [u64; PAGE_WORDS])) -> Result<Layout, LayoutErr
     Layout::decode(&page, SIZE)
 }
 
-/// Index of a word of a channel's entry in the superblock.
+/// Returns the index of a word of a channel's entry in the superblock.
 fn entry(index: usize, word: usize) -> usize {
     32 + 8 * index + word
 }
@@ -177,8 +179,9 @@ fn refuses_channels_that_do_not_fit() {
     assert_eq!(with(|page| page[6] = SIZE), Err(LayoutError::RawWindow));
 }
 
-/// A driver that said how much can be mapped, and a superblock that was changed since: whatever the sizes are, what is
-/// accepted can be reached. (CVE-2018-1059, where a range that was mapped in part was used as a whole.)
+/// Checks a mapping that is smaller than the layout, for example with a driver that reported a size
+/// and a superblock that has changed since. A layout is accepted only if it lies completely in the
+/// mapping. (CVE-2018-1059: a range that was mapped in part was used as a whole.)
 #[test]
 fn a_layout_that_reaches_beyond_the_mapping_is_refused() {
     let layout = Layout::new(SIZE, 2, 1, SIZE - 3 * PAGE_SIZE, PAGE_SIZE, &[]).unwrap();
@@ -234,7 +237,8 @@ fn presence_pages_are_the_brokers_and_the_last_ones() {
 }
 
 proptest! {
-    /// Whatever a peer writes, what is accepted keeps every channel and the raw window apart and inside.
+    /// Checks that each accepted layout keeps all channels and the raw window apart and inside the
+    /// region, for any words of a peer.
     #[test]
     fn accepts_no_layout_that_reaches_outside(
         changes in prop::collection::vec((0usize..64, any::<u64>(), 0u32..64), 0..6)

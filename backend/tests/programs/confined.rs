@@ -1,4 +1,5 @@
-//! A broker has given up what it does not need: on every thread, however it came to its region.
+//! Tests that every thread of a broker has given up unneeded rights, whether the broker is new, a
+//! successor or a restarted service.
 
 use crate::service::ServiceManager;
 use crate::support::*;
@@ -6,7 +7,7 @@ use crate::vfio_user_client::{Client, serve_both};
 use crate::vhost_user_client::{self, serve_vhost_user};
 use crate::vmm::*;
 
-/// Panics unless so many threads come to be there, each confined.
+/// Waits until the process has this number of threads, and checks that each is confined.
 fn check(pid: u32, threads: usize) {
     let mut tasks = Vec::new();
     wait_until("all threads are there", || {
@@ -17,12 +18,13 @@ fn check(pid: u32, threads: usize) {
         tasks.len() == threads
     });
     for task in tasks {
-        // The last of what a thread gives up before it starts others; `NoNewPrivs` says nothing of Landlock either.
+        // The filter is the last step of the confinement, before the thread starts others. `/proc`
+        // does not show Landlock, and `NoNewPrivs` does not prove it.
         assert!(task.contains("Seccomp:\t2\n"), "not confined: {task}");
     }
 }
 
-/// The main thread, the slot's, and the VM's.
+/// Number of threads: the main thread, the slot's, and the VM's.
 const THREADS: usize = 3;
 
 #[test]
@@ -36,21 +38,22 @@ fn fresh_broker_is_confined() {
 fn broker_of_vfio_user_is_confined() {
     let broker = serve_both(&["--guest-memory"]);
     let _client = Client::greet(&broker);
-    // One more slot, and this VM in the place of the other.
+    // One more slot has a thread. This VM's thread takes the place of the other VM's.
     check(broker.child.id(), THREADS + 1);
 }
 
 #[test]
 fn broker_of_vhost_user_is_confined() {
     let broker = serve_vhost_user(&[]);
-    // Twice, since a session makes sockets, threads and mappings when the broker is confined already.
+    // The second session makes its sockets, threads and mappings when the broker is already
+    // confined.
     for _ in 0..2 {
         let mut client = vhost_user_client::Client::greet(&broker);
         client.start();
         client.map(true);
         client.put(0, 2 << 16, 4, false);
         client.wait_for(0, 1);
-        // One more slot; this VM's session, and its daemon's two threads.
+        // One more slot has a thread. The VM's session has one, and its vhost-user daemon has two.
         check(broker.child.id(), THREADS + 3);
     }
 }
@@ -72,10 +75,11 @@ fn broker_that_is_started_again_is_confined() {
     wait_until("the VM is kept", || {
         manager.kept().contains(&"vm-0".to_owned())
     });
-    // Killed in the moment after its last message, the broker could not know that the VM has it.
+    // If the broker were killed right after its last message, it could not know that the VM
+    // received it.
     assert!(is_silent(&broker, &vm.socket));
     broker.start_again(&manager, &[]);
-    // One more tells the manager.
+    // One more thread sends messages to the service manager.
     check(broker.child.id(), THREADS + 1);
     assert!(is_silent(&broker, &vm.socket));
 }

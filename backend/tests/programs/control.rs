@@ -1,4 +1,4 @@
-//! The control socket: claims, refusals, and peers that are not what they should be.
+//! Tests of the control socket: claims, refusals, and peers that break the protocol.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -20,7 +20,7 @@ use rustix::process::Signal;
 use crate::support::*;
 use crate::vfio_user_hostile::client_that_says_nothing_keeps_its_slot_for_a_while_only;
 
-/// A socket whose waits have a limit, to connect or to accept included.
+/// Creates a socket with a limit for all waits, including those to connect and to accept.
 fn seqpacket() -> OwnedFd {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
@@ -34,12 +34,12 @@ fn limited(socket: OwnedFd) -> OwnedFd {
     socket
 }
 
-/// The next connection, whose waits have a limit, too.
+/// Accepts the next connection, with a limit for its waits.
 fn accept(listener: &OwnedFd) -> OwnedFd {
     limited(rustix::net::accept(listener).expect("nobody connects"))
 }
 
-/// Most host apps at a time.
+/// Maximum number of host apps at a time, as in the broker.
 const MOST: usize = 64;
 
 fn knock(broker: &Broker) -> OwnedFd {
@@ -48,7 +48,7 @@ fn knock(broker: &Broker) -> OwnedFd {
     socket
 }
 
-/// Sends a packet as it is, and gives the answer; empty if the broker closes.
+/// Sends a packet as it is. Returns the answer, which is empty if the broker closes.
 fn say(socket: &OwnedFd, packet: &[u8]) -> String {
     send(socket, packet, SendFlags::NOSIGNAL).unwrap();
     let mut answer = vec![0; 65536];
@@ -230,7 +230,7 @@ fn what_answers_as_no_broker_does_is_not_taken_for_one() {
     }
 }
 
-/// So it goes to who comes while a broker is replaced.
+/// This happens to an app that connects while a broker is replaced.
 #[test]
 fn app_that_was_not_heard_asks_once_more() {
     let folder = tempfile::tempdir().unwrap();
@@ -239,14 +239,14 @@ fn app_that_was_not_heard_asks_once_more() {
     bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
     listen(&socket, 4).unwrap();
     let broker = std::thread::spawn(move || {
-        // Gone with what it was asked unread.
+        // Closes the connection with the request unread.
         drop(accept(&socket));
         let client = accept(&socket);
         let mut packet = [0; 4096];
         recv(&client, &mut packet[..], RecvFlags::empty()).unwrap();
         let done = br#"{"version":1,"answer":"done"}"#;
         send(&client, done, SendFlags::NOSIGNAL).unwrap();
-        // Heard, it is not asked again.
+        // After its request was read, the client does not send it again.
         recv(&client, &mut packet[..], RecvFlags::empty()).unwrap();
         drop(client);
         socket
@@ -259,7 +259,7 @@ fn app_that_was_not_heard_asks_once_more() {
     drop(join("all is answered", broker));
 }
 
-/// Each takes as long as a client has patience, so all are tried at the same time.
+/// Each case takes as long as the client's timeout, so all cases run at the same time.
 #[test]
 fn client_gives_up_unanswered_request() {
     std::thread::scope(|scope| {
@@ -324,7 +324,8 @@ fn end_that_was_granted_too_late_is_free_and_one_that_is_held_is_not() {
         claims.map(|claim| claim.end).collect::<Vec<_>>()
     };
     wait_until("it is taken back", || held() == [Side::Producer]);
-    // Nobody is to hold the same end while this one uses it, which does not look.
+    // `sender` does not ask the broker whether it still holds its end, so no other app may get the
+    // end meanwhile.
     assert!(holder.status().is_err() && other.status().is_err());
     assert_eq!(held(), [Side::Producer]);
     drop(sender);
@@ -332,7 +333,8 @@ fn end_that_was_granted_too_late_is_free_and_one_that_is_held_is_not() {
     drop((holder, other));
 }
 
-/// The kernel lets who connects wait for as long as the broker accepts nobody, and for ever if it may.
+/// The kernel makes a client wait in `connect` until the broker accepts. Without a timeout the
+/// client could wait forever.
 fn broker_that_accepts_nobody_is_given_up() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control.sock");
@@ -407,7 +409,7 @@ fn what_a_client_says_does_not_become_lines_of_the_log() {
     assert!(log.lines().all(plain), "{log}");
 }
 
-/// Each takes as long as the broker has patience, so both are tried at the same time.
+/// Each case takes as long as the broker's idle timeout, so both cases run at the same time.
 #[test]
 fn broker_lets_silent_clients_go() {
     std::thread::scope(|scope| {
@@ -420,10 +422,12 @@ fn host_apps_without_a_request_are_let_go() {
     let broker = Broker::start(&[]);
     let silent: Vec<_> = (0..20).map(|_| knock(&broker)).collect();
     let large = knock(&broker);
-    // More than a packet of the protocol: what is read of it is no request.
+    // The packet is larger than the protocol allows, so the part that the broker reads is no
+    // request.
     assert!(say(&large, &vec![b'x'; 100_000]).contains("malformed"));
     broker.attach().status().unwrap();
-    // Those that speak nonsense take the rest of the room: for a while, as the silent ones.
+    // Clients with malformed requests take the remaining connections, and time out as the silent
+    // ones do.
     broker.wait_until_idle();
     let babblers: Vec<_> = (0..MOST - 21).map(|_| knock(&broker)).collect();
     for babbler in &babblers {
@@ -433,7 +437,7 @@ fn host_apps_without_a_request_are_let_go() {
         let heard = recv(socket, &mut [0; 16][..], RecvFlags::empty());
         assert_eq!(heard, Ok((0, 0)), "a client stays for ever");
     }
-    // There is room again.
+    // Connections are free again.
     broker.attach().status().unwrap();
     assert!(broker.log().contains("it said nothing for 10 seconds"));
 }
@@ -464,7 +468,7 @@ fn descriptors_that_a_client_sends_are_not_kept() {
     let gift = std::fs::File::open("/dev/null").unwrap();
     for _ in 0..50 {
         let request: &[u8] = br#"{"version":1,"ask":"status"}"#;
-        // From Linux 6.16 on it cannot send them.
+        // From Linux 6.16 on, the client cannot send descriptors.
         if let Err(error) = socket.send_with_fds(&[request], &[gift.as_raw_fd(); 8]) {
             assert_eq!(error.errno(), libc::EPERM);
             socket.send(request, &[]).unwrap();

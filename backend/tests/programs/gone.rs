@@ -1,4 +1,4 @@
-//! Guests that are gone without a word, and what they held.
+//! Tests of guests that disappear without notice, and of the ends that they held.
 
 use std::process::Stdio;
 
@@ -11,10 +11,10 @@ use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vmm::{connect, handshake};
 
-/// The guest's process.
+/// Holder word of the guest's process: claim 1, process ID 42.
 const PROCESS: u64 = 1 << 32 | 42;
 
-/// As a sender does in a guest: begins a stream, sends some of it, and does not ring.
+/// Begins a stream as a sender in a guest does: commits the first records, and does not ring.
 fn begin_a_stream(attachment: &Attachment, channel: &Channel) {
     let mut producer = Producer::attach(attachment.region(), channel).unwrap();
     for (kind, bytes) in [(Kind::BEGIN, &b""[..]), (Kind::DATA, b"half")] {
@@ -24,7 +24,7 @@ fn begin_a_stream(attachment: &Attachment, channel: &Channel) {
     }
 }
 
-/// A `barlink recv` of this channel that has got all that was sent.
+/// Starts `barlink recv` on this channel, and waits until it has received all that was sent.
 fn receiver(broker: &Broker, channel: &str) -> Program {
     let mut command = broker.app(&["recv", "--channel", channel]);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -34,7 +34,7 @@ fn receiver(broker: &Broker, channel: &str) -> Program {
     receiver
 }
 
-/// The receiver ends, since the sender has left.
+/// Checks that the receiver ends because the sender has left.
 fn hears_that_the_sender_left(mut receiver: Program) {
     assert_eq!(wait(&mut receiver).code(), Some(5));
     let said = errors_of(&mut receiver);
@@ -60,9 +60,9 @@ fn what_a_guest_held_is_free_when_it_is_reset() {
     client.get(RESET, &[]);
 
     hears_that_the_sender_left(receiver);
-    // What boots now has no driver.
+    // The system that boots now has no driver yet.
     works(&mut broker.app(&["reset-channel", "up"]));
-    // And a reset of what has none changes nothing: epochs only grow, and the next driver's is new.
+    // Another reset changes nothing: epochs only grow, and the next driver has a new one.
     client.get(RESET, &[]);
     assert_eq!(client.read(2, page, 8), 6u64.to_le_bytes());
     tell(&mut client, page, 7);

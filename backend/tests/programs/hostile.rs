@@ -1,4 +1,4 @@
-//! Peers that attack, and what becomes of those beside them.
+//! Tests of hostile peers, and of the peers beside them.
 
 use std::os::fd::AsRawFd;
 
@@ -14,7 +14,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::support::*;
 use crate::vmm::*;
 
-/// Sends a record and receives it, which must be the next one.
+/// Sends a record and receives it. It must be the next one.
 fn exchange(sender: &mut Sender, receiver: &mut Receiver) {
     let number = sender.sequence();
     let sent = sender.send(Kind::USER, &number.to_le_bytes(), Some(PATIENCE));
@@ -41,7 +41,7 @@ fn app_that_meets_a_corrupt_channel_goes_on_with_the_others() {
         exchange(&mut sick.0, &mut sick.1);
         exchange(&mut sound.0, &mut sound.1);
     }
-    // What whoever can write to the region can do at any time.
+    // A peer that can write to the region can do this at any time.
     let attacker = broker.attach();
     let (_, entry) = attacker.layout().find("sick").unwrap();
     let scribble = |word, value| attacker.region().store(entry.offset + word, value);
@@ -62,7 +62,7 @@ fn app_that_meets_a_corrupt_channel_goes_on_with_the_others() {
     for _ in 0..50 {
         exchange(&mut sound.0, &mut sound.1);
     }
-    // It can begin anew, too, and the other one does not notice.
+    // The channel can be reset, and the other channel does not notice.
     assert_eq!(app.reset("sick").unwrap(), 1);
     let mut healed = (app.sender("sick").unwrap(), app.receiver("sick").unwrap());
     assert_eq!(healed.0.sequence(), 0);
@@ -73,7 +73,8 @@ fn app_that_meets_a_corrupt_channel_goes_on_with_the_others() {
     assert_eq!(sound.0.sequence(), 154);
 }
 
-/// CVE-2022-0669 and CVE-2019-14818 (DPDK vhost): descriptors that nobody asked for stayed open, until there were no more.
+/// CVE-2022-0669 and CVE-2019-14818 (DPDK vhost): unrequested descriptors stayed open until there
+/// were no more.
 #[test]
 fn descriptors_that_a_vm_sends_are_not_kept() {
     let broker = Broker::start(&[]);
@@ -83,14 +84,14 @@ fn descriptors_that_a_vm_sends_are_not_kept() {
     let gift = std::fs::File::open("/dev/null").unwrap();
     for round in 0..50 {
         let vm = connect(&broker, "vm.sock");
-        // Before or after its handshake.
+        // Half of the VMs complete the handshake first.
         let vm = if round % 2 == 0 {
             handshake(vm, 6).socket
         } else {
             vm
         };
         let sent = vm.send_with_fds(&[&b"?"[..]], &[gift.as_raw_fd(); 30]);
-        // From Linux 6.16 on it cannot send them.
+        // From Linux 6.16 on, the VM cannot send descriptors.
         assert!(sent.is_ok() || sent.is_err_and(|error| error.errno() == libc::EPERM));
         drop(vm);
         wait_until("the slot is free", free);
@@ -99,7 +100,7 @@ fn descriptors_that_a_vm_sends_are_not_kept() {
     handshake(connect(&broker, "vm.sock"), 6);
 }
 
-/// Whether this kernel can have a socket take no descriptors: Linux 6.16 and later.
+/// Returns whether this kernel can keep descriptors from a socket: Linux 6.16 and later.
 fn kernel_refuses_descriptors() -> bool {
     let uname = rustix::system::uname();
     let release = uname.release().to_str().unwrap();
@@ -109,14 +110,16 @@ fn kernel_refuses_descriptors() -> bool {
     numbers.take(2).collect::<Vec<u32>>() >= vec![6, 16]
 }
 
-/// Whether who sends a descriptor there is told that he may not, or was hung up on.
+/// Sends a descriptor. Returns whether the send fails because descriptors are not allowed, or
+/// because the connection is closed.
 fn refuses_descriptors(socket: &impl ScmSocket) -> bool {
     let gift = std::fs::File::open("/dev/null").unwrap();
     let sent = socket.send_with_fds(&[&b"?"[..]], &[gift.as_raw_fd()]);
     sent.is_err_and(|error| [libc::EPERM, libc::EPIPE].contains(&error.errno()))
 }
 
-/// One that is slow to close would hold up the thread that answers host apps, or that lets VMs in.
+/// A descriptor that is slow to close would hold up the thread that answers host apps or admits
+/// VMs.
 #[test]
 fn who_was_not_let_in_cannot_send_descriptors() {
     if !kernel_refuses_descriptors() {
@@ -154,12 +157,12 @@ fn who_was_not_let_in_cannot_send_descriptors() {
             drop((first, second));
             wait_until_there(false);
         }
-        // A successor has the same sockets.
+        // A successor sets the same option on its sockets.
         succeed(&mut broker, &arguments);
     }
 }
 
-/// CVE-2020-10726 (DPDK vhost): every request for a descriptor that was there already left another one open.
+/// CVE-2020-10726 (DPDK vhost): each repeated request for a descriptor left another one open.
 #[test]
 fn asking_again_and_again_leaves_nothing_open() {
     let broker = Broker::start(&[]);

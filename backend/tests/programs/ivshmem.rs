@@ -1,4 +1,5 @@
-//! The ivshmem transport, met by a client that reads as QEMU reads, and by clients that do not.
+//! Tests of the ivshmem transport, with a client that reads as QEMU does and with clients that do
+//! not.
 
 use std::io::Write;
 
@@ -45,7 +46,8 @@ fn memory_is_the_region_and_cannot_be_resized() {
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let file = rustix::fs::fstat(&vm.memory).unwrap();
     assert_eq!(file.st_size, 1 << 20);
-    // So another user who has a descriptor for reading does not open it for writing by way of /proc.
+    // The mode keeps another user with a read-only descriptor from opening the file for writing
+    // through /proc.
     assert_eq!(file.st_mode & 0o777, 0o400);
     let seals = rustix::fs::fcntl_get_seals(&vm.memory).unwrap();
     assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
@@ -55,7 +57,7 @@ fn memory_is_the_region_and_cannot_be_resized() {
     let mut first = [0; 8];
     rustix::io::pread(&vm.memory, &mut first, 0).unwrap();
     assert_eq!(u64::from_le_bytes(first), MAGIC);
-    // What the VM writes, a host app reads.
+    // A host app reads the bytes that the VM writes.
     let attachment = broker.attach();
     let offset = attachment.layout().raw_offset;
     rustix::io::pwrite(&vm.memory, b"from the VM", offset).unwrap();
@@ -85,7 +87,7 @@ fn doorbells_go_straight_between_a_vm_and_a_host_app() {
         .filter(|(peer, _)| *peer == 1)
         .map(|(_, bell)| bell)
         .collect();
-    // Vector 0 tells of the claim, vector 1 is `up`'s.
+    // Vector 0 announces the claim. Vector 1 belongs to `up`.
     assert!(rings(own[0]) >= 1, "the claim is told");
     assert_eq!(rings(own[1]), 1, "an end that attaches rings once");
     assert_eq!(rings(own[2]), 0);
@@ -113,7 +115,8 @@ fn vm_without_its_driver_is_not_rung() {
         let mut sender = attachment.sender("down").unwrap();
         let _ = sender.send(Kind::DATA, b"x", None).unwrap();
     };
-    // The guest's consumer slept when the device was unplugged; its driver had the time to say that it goes.
+    // The guest's consumer slept when the device was unplugged. The driver had time to withdraw its
+    // presence.
     let wish = layout.channels()[1].offset + channel::CONSUMER_WISH;
     attachment.region().store(wish, 1);
     for (epoch, holder) in [(0, 0), (2, 0), (2, 1)] {
@@ -138,7 +141,7 @@ fn taken_slot_refuses_with_an_unknown_version_and_not_with_silence() {
         assert!(matches!(message(&another), Some((1, None))));
         refused.push(another);
     }
-    // QEMU spins for ever if it finds the connection closed when it comes to read.
+    // QEMU spins forever if it finds the connection closed when it reads.
     let (old, new) = refused.split_at(12);
     assert!(new.iter().all(|socket| is_silent(&broker, socket)));
     assert!(old.iter().all(|socket| message(socket).is_none()));
@@ -152,7 +155,7 @@ fn taken_slot_refuses_with_an_unknown_version_and_not_with_silence() {
 fn vm_that_comes_back_at_once_is_let_in() {
     let broker = Broker::start(&[]);
     for _ in 0..rounds(50, 300) {
-        // As QEMU does whose device is unplugged and plugged in.
+        // QEMU does the same when its device is unplugged and plugged in again.
         drop(handshake(connect(&broker, "vm.sock"), 6));
     }
 }
@@ -174,7 +177,7 @@ fn slot_is_free_again_with_the_same_id_and_drained_eventfds() {
     for (_, bell) in again.bells.iter().filter(|(peer, _)| *peer == 0) {
         assert_eq!(rings(bell), 0, "a ring for the VM before it");
     }
-    // Its driver comes.
+    // The new VM's driver is present from here on.
     again.tell(attachment.layout(), presence::EPOCH, 3);
     drop(attachment.receiver("up").unwrap());
     let first = again
@@ -199,7 +202,7 @@ fn slot_is_free_again_after_a_vm_that_made_its_eventfds_blocking() {
     for _ in 0..3 {
         let vm = handshake(connect(&broker, "vm.sock"), 6);
         for (_, bell) in &vm.bells {
-            // As QEMU does to every descriptor that it receives.
+            // QEMU makes every descriptor that it receives blocking.
             let flags = rustix::fs::fcntl_getfl(bell).unwrap() - rustix::fs::OFlags::NONBLOCK;
             rustix::fs::fcntl_setfl(bell, flags).unwrap();
         }
@@ -272,12 +275,14 @@ fn another_user_is_refused_unless_allowed() {
     if !can_become_another_user() {
         return;
     }
-    // With a user allowed, everyone can knock, and the kernel's word decides.
+    // If one user is allowed, all users can connect, and the broker checks the credentials that the
+    // kernel reports.
     for (allowed, expected) in [("1", 1), ("nobody", 0), ("65534", 0)] {
         let broker = Broker::start(&["--allow-user", allowed]);
         let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o711);
         std::fs::set_permissions(broker.folder.path(), everyone).unwrap();
-        // A thread has credentials of its own, so this one can become nobody and the others stay what they are.
+        // Each thread has its own credentials, so this thread can become nobody while the others do
+        // not change.
         let first = std::thread::scope(|scope| {
             let knock = || {
                 rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(NOBODY)).unwrap();
@@ -380,7 +385,7 @@ fn cache_mode_is_shown_as_the_guest_tells_it_whatever_that_is() {
     expect(json!(null), json!(null), None);
     tell(3, 0, 0);
     expect(json!("write-combining"), json!(null), None);
-    // What no driver writes. Nobody can ask for a mode of 2.
+    // No driver writes these numbers. Mode 2 exists, but cannot be asked for.
     for (asked, granted) in [(2, 7), (7, 255), (0x1_0000_0006, 8), (u64::MAX >> 8, 0x80)] {
         tell(asked, granted, u64::MAX);
         expect(json!("unknown"), json!("unknown"), None);

@@ -1,4 +1,4 @@
-//! A broker that runs out of something, and peers who would like it to.
+//! Tests of a broker that runs out of a resource, and of peers that try to exhaust one.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -20,7 +20,7 @@ use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm;
 
-/// A host app that has said nothing yet.
+/// Connects a host app that sends nothing yet.
 fn knock(broker: &Broker) -> OwnedFd {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
@@ -31,7 +31,7 @@ fn knock(broker: &Broker) -> OwnedFd {
     socket
 }
 
-/// Makes a command one that another program runs.
+/// Changes a command so that the program `by` runs it.
 fn wrap<'a>(command: &'a mut Command, by: &str, args: &[&str]) -> &'a mut Command {
     let mut wrapped = Command::new(by);
     wrapped.args(args).arg(command.get_program());
@@ -94,7 +94,7 @@ fn no_request_floods_the_log() {
         Ask::HandOver,
         Ask::Retire,
     ];
-    // Each is there.
+    // The match is exhaustive, so a new kind of request does not compile until it is added here.
     for ask in &asks {
         match ask {
             Ask::Attach { .. } | Ask::Claim { .. } | Ask::Release { .. } | Ask::Reset { .. } => (),
@@ -105,7 +105,7 @@ fn no_request_floods_the_log() {
             | Ask::Retire => (),
         }
     }
-    // A service, so that it refuses to hand over, as it refuses others than its own user.
+    // A service refuses to hand over, just as a broker refuses other users.
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let broker = Broker::start_as(&manager, folder, &[]);
@@ -119,7 +119,7 @@ fn no_request_floods_the_log() {
     }
     let log = broker.log();
     let lines = log.lines().count() - before;
-    // Five a second of each of some kinds.
+    // The log limit is five lines a second for each kind of message, and some kinds occur.
     let most = 20 * (start.elapsed().as_secs() as usize + 2);
     assert!((1..=most).contains(&lines), "{lines} lines: {log}");
 }
@@ -142,7 +142,7 @@ fn a_vm_that_comes_and_goes_hides_no_other() {
     let told = |line: &str| line.contains("slot 0: process") && line.contains("has left");
     wait_until("it is told", || broker.log().lines().any(told));
     let log = broker.log();
-    // Five a second of each of some kinds.
+    // The log limit is five lines a second for each kind of message, and some kinds occur.
     let most = 20 * (start.elapsed().as_secs() as usize + 2);
     assert!(log.lines().count() < most, "{log}");
 }
@@ -153,7 +153,7 @@ fn log_tells_what_an_app_held_that_was_killed() {
     let mut app = broker.app(&["recv", "--channel", "x"]).start();
     let held = |text: &str| broker.log().contains(text);
     wait_until("it holds the end", || held("holds the consumer of `x`"));
-    // Others of its user come and go.
+    // Other apps of the same user come and go.
     for _ in 0..100 {
         drop(broker.attach());
     }
@@ -184,11 +184,12 @@ fn broker_without_descriptors_waits_and_goes_on() {
     drop(broker.attach());
 }
 
-/// QEMU would spin for ever if its connection were closed before it got the memory.
+/// QEMU would spin forever if its connection were closed before the memory came.
 #[test]
 fn vm_that_cannot_be_given_the_memory_is_told_so_and_not_left_waiting() {
     if !can_become_another_user() {
-        // Needed, since root may have any number of descriptors in flight.
+        // The test needs an ordinary user, because root may have any number of descriptors in
+        // flight.
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -199,7 +200,8 @@ fn vm_that_cannot_be_given_the_memory_is_told_so_and_not_left_waiting() {
     });
     let mut hoard = Vec::new();
     wait_until("there are too many descriptors in flight", || {
-        // Takes nothing from its socket, and is let go for what it says, if it was not before.
+        // This client reads nothing. The broker disconnects it because it sends a byte, unless the
+        // broker has already rejected it.
         let mut deaf = UnixStream::connect(broker.path("vm.sock")).unwrap();
         let _ = deaf.write_all(b"x");
         hoard.push(deaf);
@@ -207,7 +209,7 @@ fn vm_that_cannot_be_given_the_memory_is_told_so_and_not_left_waiting() {
     });
     let refused = vmm::connect(&broker, "vm.sock");
     let mut numbers = Vec::new();
-    // What is behind the last number, QEMU does not read.
+    // QEMU reads nothing after the last of these numbers.
     while !matches!(numbers.last(), Some(1 | -2)) {
         let (number, _) = vmm::message(&refused).expect("an end that QEMU understands");
         numbers.push(number);
@@ -226,7 +228,7 @@ fn vm_that_cannot_be_given_the_memory_is_told_so_and_not_left_waiting() {
 #[test]
 fn peers_of_another_pid_namespace_are_served() {
     if !can_become_another_user() {
-        // Needed to make a namespace.
+        // The test needs the right to create a namespace.
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -251,7 +253,7 @@ fn host_apps_and_vms_leave_nothing_behind() {
             });
         }
     };
-    // All that is made once has been made.
+    // After this, everything that the broker allocates only once is allocated.
     come_and_go(50);
     let (descriptors, memory) = (broker.descriptors(), own_memory(&broker));
     come_and_go(rounds(200, 10_000));

@@ -1,4 +1,4 @@
-//! `barlink inspect` in a terminal: what a person sees, and the keys.
+//! Tests of `barlink inspect` in a terminal: its screen and its keys.
 
 use std::fs::File;
 use std::process::Stdio;
@@ -30,7 +30,7 @@ fn live_view_shows_channels_at_work_and_bytes() {
         let _ = sender.send(Kind::DATA, &[0x5a; 1000], None).unwrap();
     }
     terminal.wait_for("31.2 %");
-    // To the superblock, and on to the first records.
+    // Shows the superblock first, then the first records.
     terminal.press(b"\x1b[H");
     terminal.wait_for("62 61 72 6c");
     terminal.press(b"\t\t\t");
@@ -43,7 +43,7 @@ fn live_view_shows_channels_at_work_and_bytes() {
 
 #[test]
 fn live_view_shows_all_that_matters_in_a_usual_terminal() {
-    // Names and numbers as long as they get: the first name has 24 characters.
+    // Names and numbers have their maximum length: this name has 24 characters.
     let long = "a-camera-with-a-long-nam";
     let broker = Broker::start(&[
         "--size",
@@ -68,7 +68,7 @@ fn live_view_shows_all_that_matters_in_a_usual_terminal() {
         "9.5 %",
         "512.00 KiB",
         "16.00 MiB",
-        // The last bytes of a line, and what stands at the screen's end.
+        // The last bytes of a line, and the last line of the screen.
         "38 39 61 62 63 64 65 66   0123456789abcdef",
         "q: quit",
     ] {

@@ -1,4 +1,5 @@
-//! The program `barlink` as its users and its peers meet it: real processes, real sockets, and every bad input.
+//! Tests of the program `barlink` from outside, with real processes and real sockets, and with
+//! every invalid input.
 
 mod confined;
 mod control;

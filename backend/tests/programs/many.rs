@@ -1,4 +1,4 @@
-//! Many brokers at once, each with a name, and VMs of both transports at each.
+//! Tests of several named brokers at once, each with VMs over both transports.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -11,10 +11,11 @@ use crate::support::*;
 use crate::vmm::{self, handshake};
 
 const NAMES: [&str; 6] = ["red", "green", "blue", "vm-1", "vm_2", "a.b"];
-/// Two slots and the host, each with a vector for control and one for each channel: two a slot.
+/// Number of eventfds: 5 for each of two slots and the host. Each peer has a vector for control and
+/// one for each channel, of which each slot has two.
 const BELLS: usize = 3 * 5;
 
-/// Brokers of one user, which end with this.
+/// Brokers of one user. Dropping this value kills them.
 struct Brokers {
     folder: tempfile::TempDir,
     all: HashMap<&'static str, Program>,
@@ -25,7 +26,7 @@ impl Brokers {
         self.folder.path().join(file)
     }
 
-    /// `barlink` with these arguments, at the broker with this name.
+    /// Returns a command that runs `barlink` with these arguments at the broker with this name.
     fn app(&self, name: &str, arguments: &[&str]) -> Command {
         let mut command = barlink(arguments);
         command.args(["--name", name]);
@@ -54,7 +55,7 @@ impl Brokers {
     }
 }
 
-/// A VM over each transport at one broker.
+/// One VM over each transport, at one broker.
 struct Vms {
     ivshmem: vmm::Vm,
     vfio_user: vfio_user::Client,
@@ -70,7 +71,7 @@ impl Vms {
         }
     }
 
-    /// The same bytes of the region, as each VM has them.
+    /// Reads the same bytes of the region through each VM.
     fn bytes(&self, offset: u64) -> [String; 2] {
         let region = self.vfio_user.region(2).unwrap();
         let memory = region.file_offset.as_ref().unwrap();
@@ -84,27 +85,27 @@ impl Vms {
         [read(&self.ivshmem.memory), read(memory.file())]
     }
 
-    /// How often any vector of any peer was rung.
+    /// Counts the rings of all vectors of all peers since the last call.
     fn rings(&self) -> u64 {
         let bells = self.ivshmem.bells.iter();
         bells.map(|(_, bell): &(_, OwnedFd)| vmm::rings(bell)).sum()
     }
 
-    /// Has the VM over vfio-user ring the other one.
+    /// Makes the VM over vfio-user ring the other VM.
     fn ring(&mut self) {
         let doorbell = 1u32.to_le_bytes();
         self.vfio_user.region_write(0, 12, &doorbell).unwrap();
     }
 }
 
-/// Where the raw window begins.
+/// Returns the offset of the raw window, in bytes.
 fn raw_window(brokers: &Brokers, name: &str) -> u64 {
     let control: &Path = &brokers.path(&format!("barlink/{name}.sock"));
     let attachment = barlink::Attachment::connect(control, barlink::Access::ReadOnly);
     attachment.unwrap().layout().raw_offset
 }
 
-/// The published client has no limits of its own.
+/// The published client has no timeouts of its own.
 #[test]
 fn brokers_with_names_are_apart_over_both_transports() {
     within_the_limit("all brokers answer", brokers_with_names_are_apart);
@@ -134,11 +135,11 @@ fn brokers_with_names_are_apart() {
             assert_eq!(vms.rings(), u64::from(*other == name), "{name} {other}");
         }
     }
-    // A name is one broker's.
+    // No second broker can have the same name.
     let other = brokers.path("other.sock");
     let mut second = brokers.app("red", &["serve", "--vfio-user", other.to_str().unwrap()]);
     fails(&mut second, 1, &["red.sock is in use by another broker"]);
-    // One that is killed is nobody else's loss, and its name is the next one's.
+    // The death of one broker does not affect the others, and its name is free for the next broker.
     let mut red = brokers.all.remove("red").unwrap();
     signal_child(&red, Signal::KILL);
     wait(&mut red);

@@ -14,11 +14,11 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
-/// The limit of every wait: longer than anything takes on a busy machine.
+/// Limit of every wait. No step takes as long, even on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The number of rounds of a loop that is repeated for depth: `full` where `BARLINK_TIER` is
-/// `soak`, and otherwise `brief`.
+/// Returns the number of rounds of a loop that is repeated for depth: `full` if `BARLINK_TIER` is
+/// `soak`, otherwise `brief`.
 pub fn rounds(brief: usize, full: usize) -> usize {
     match std::env::var("BARLINK_TIER") {
         Ok(tier) if tier == "soak" => full,
@@ -26,8 +26,8 @@ pub fn rounds(brief: usize, full: usize) -> usize {
     }
 }
 
-/// Makes programs start with no signal ignored or blocked, even where this process was started so:
-/// by `nohup`, or by a shell in the background.
+/// Makes programs start with no signal ignored or blocked. This process may have been started with
+/// ignored signals by `nohup`, or by a shell in the background.
 fn reset_signals() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -37,8 +37,8 @@ fn reset_signals() {
         let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
         for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
             if ignored >> (signal - 1) & 1 == 1 {
-                // A handler that does nothing ignores the signal here, and is the default after
-                // `exec`. The standard library resets SIGPIPE.
+                // A handler that does nothing ignores the signal here, and becomes the default
+                // action after `exec`. The standard library resets SIGPIPE.
                 signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false))).unwrap();
             }
         }
@@ -47,7 +47,7 @@ fn reset_signals() {
     SigSet::empty().thread_set_mask().unwrap();
 }
 
-/// A program that runs. It is killed when this is dropped.
+/// A running program. Dropping this value kills the program.
 pub struct Program(Child);
 
 impl Deref for Program {
@@ -66,14 +66,14 @@ impl DerefMut for Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // A program that was waited for is not killed.
+        // `kill` does nothing to a program that was waited for.
         let _ = self.0.kill();
         let ended = ends_within(&mut self.0, PATIENCE);
         assert!(ended.is_some() || std::thread::panicking(), "it stays");
     }
 }
 
-/// The one way in which tests start programs.
+/// Starts a program. Tests use no other way to start one.
 pub trait Start {
     /// Starts the program with the default for each signal.
     fn start(&mut self) -> Program;
@@ -110,7 +110,7 @@ pub fn wait(child: &mut Child) -> ExitStatus {
     })
 }
 
-/// Kills a program.
+/// Kills a program and waits for its end.
 pub fn kill(child: &mut Child) {
     child.kill().unwrap();
     wait(child);
@@ -128,14 +128,14 @@ fn becomes_readable(from: &impl AsFd, end: Instant) -> bool {
     }
 }
 
-/// Reads from a pipe or a terminal what must come within the limit: nothing at its end.
+/// Reads from a pipe or a terminal. Bytes or the end must come within the limit; 0 means the end.
 pub fn read_some(from: &mut (impl Read + AsFd), bytes: &mut [u8]) -> usize {
     let is_readable = becomes_readable(from, Instant::now() + PATIENCE);
     assert!(is_readable, "nothing to read within {PATIENCE:?}");
     from.read(bytes).unwrap()
 }
 
-/// Reads so many bytes from a pipe, which must come within the limit.
+/// Reads exactly `LENGTH` bytes from a pipe. They must come within the limit.
 pub fn read_exactly<const LENGTH: usize>(from: &mut (impl Read + AsFd)) -> [u8; LENGTH] {
     let (mut bytes, mut length) = ([0; LENGTH], 0);
     while length < LENGTH {
@@ -157,12 +157,12 @@ pub fn read_rest(from: &mut (impl Read + AsFd)) -> Vec<u8> {
     }
 }
 
-/// Reads what a program that has ended wrote to standard error, which is a pipe.
+/// Reads the standard error, a pipe, of a program that has ended.
 pub fn errors_of(child: &mut Child) -> String {
     String::from_utf8(read_rest(&mut child.stderr.take().unwrap())).unwrap()
 }
 
-/// Waits until a condition holds, which must be so within the limit.
+/// Waits until a condition holds, which must happen within the limit.
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     let mut pause = Duration::from_micros(50);
@@ -182,12 +182,12 @@ pub fn join<T>(what: &str, thread: JoinHandle<T>) -> T {
     thread.join().unwrap()
 }
 
-/// Does what may wait by itself, and must end within the limit.
+/// Runs work that may block. It must end within the limit.
 pub fn within_the_limit(what: &str, work: impl FnOnce() + Send + 'static) {
     join(what, std::thread::spawn(work));
 }
 
-/// Tells other threads to end when it is dropped, so that they also end with a test that fails.
+/// A guard that sets a flag when it is dropped, so that other threads end even if a test fails.
 pub struct Stop<'a>(pub &'a AtomicBool);
 
 impl Drop for Stop<'_> {
@@ -196,13 +196,13 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Takes what a thread sends, which must come within the limit.
+/// Receives a message of a thread, which must come within the limit.
 pub fn take<T>(what: &str, from: &std::sync::mpsc::Receiver<T>) -> T {
     let taken = from.recv_timeout(PATIENCE);
     taken.unwrap_or_else(|error| panic!("{error}: {what}"))
 }
 
-/// Waits for the end of a program whose outputs are pipes, and reads these.
+/// Waits for the end of a program, and reads its outputs, which are pipes.
 pub fn finish(mut program: Program) -> Output {
     fn reader(pipe: Option<impl Read + AsFd + Send + 'static>) -> JoinHandle<Vec<u8>> {
         std::thread::spawn(|| pipe.map_or_else(Vec::new, |mut pipe| read_rest(&mut pipe)))
@@ -217,7 +217,7 @@ pub fn finish(mut program: Program) -> Output {
     }
 }
 
-/// Runs a command to its end, which must come in time.
+/// Runs a command to its end, which must come within the limit.
 pub fn run(command: &mut Command) -> Output {
     finish(
         command
@@ -227,15 +227,16 @@ pub fn run(command: &mut Command) -> Output {
     )
 }
 
-/// The number of switches of a process's threads whose name begins so, if all of them sleep.
+/// Returns the numbers of context switches of a process's threads whose names begin with `name`.
+/// `None` if one of them does not sleep.
 fn switches_of_sleepers(pid: u32, name: &str) -> Option<Vec<u64>> {
     let mut all = Vec::new();
     for thread in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
         let read = |name| std::fs::read_to_string(thread.as_ref().unwrap().path().join(name));
-        // What the status says of a thread that is about to sleep is true of one that still runs,
-        // too.
+        // The system call is read first, because a thread that still runs can already have the
+        // status of one that sleeps.
         let call = read("syscall").unwrap_or_default();
-        // A thread that ends meanwhile did not sleep.
+        // A thread that ends between the reads did not sleep.
         let status = read("status").ok()?;
         let field = |key: &str| {
             let mut lines = status.lines();
@@ -254,17 +255,19 @@ fn switches_of_sleepers(pid: u32, name: &str) -> Option<Vec<u64>> {
     Some(all)
 }
 
-/// Waits until all threads of a process whose name begins so sleep at the same time. Each has then
-/// done all that it had to do, up to something that comes from outside, or with the time.
+/// Waits until all threads of a process whose names begin with `name` sleep at the same time. Then
+/// each has done everything that needs neither input nor time.
 pub fn wait_until_asleep(pid: u32, name: &str) {
     wait_until("all threads sleep", || {
-        // Between two looks that find each thread asleep after as many switches, no thread ran.
+        // If two looks find all threads asleep with equal numbers of switches, no thread ran
+        // between them.
         let first = switches_of_sleepers(pid, name);
         first.is_some() && first == switches_of_sleepers(pid, name)
     });
 }
 
-/// Waits until no thread of a process has woken for longer than an end of a channel naps.
+/// Waits until no thread of a process has woken for longer than the back-off sleeps of a channel's
+/// end take.
 pub fn wait_until_fast_asleep(pid: u32) {
     wait_until("it is not woken by the clock", || {
         let before = switches_of_sleepers(pid, "");
@@ -273,7 +276,8 @@ pub fn wait_until_fast_asleep(pid: u32) {
     });
 }
 
-/// Tries something that a busy machine can be too slow for now and then. A fault shows each time.
+/// Attempts something up to ten times and requires one success. A busy machine can be too slow now
+/// and then, but a fault shows in each attempt.
 pub fn once_of_some(what: &str, attempt: impl FnMut() -> bool) {
     let succeeds = std::iter::repeat_with(attempt).take(10).any(|done| done);
     assert!(succeeds, "not once of ten times: {what}");

@@ -1,4 +1,4 @@
-//! One broker takes the place of another, while VMs and host apps go on.
+//! Tests of a broker that replaces another one while VMs and host apps go on.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -19,7 +19,7 @@ use crate::vmm::*;
 
 #[test]
 fn successor_knows_vms_and_host_apps() {
-    // More eventfds than one packet carries.
+    // One packet cannot carry as many eventfds.
     let arguments = ["--vectors", "100"];
     let mut broker = Broker::start(&arguments);
     let vm = handshake(connect(&broker, "vm.sock"), 200);
@@ -52,7 +52,7 @@ fn successor_knows_vms_and_host_apps() {
     let sender = broker.attach().sender("down").unwrap();
     assert_eq!(sender.sequence(), 2, "a record was lost");
 
-    // And those who leave, leave the successor.
+    // A VM or app that leaves now leaves the successor.
     drop(vm);
     wait_until("the VM has left", || {
         before.status().unwrap().slots[0].vm.is_none()
@@ -64,7 +64,7 @@ fn successor_knows_vms_and_host_apps() {
     assert_eq!(stopped.kind(), std::io::ErrorKind::ConnectionRefused);
 }
 
-/// The socket of a service manager that hears what it is told, and does nothing.
+/// Creates the socket of a service manager that reads all messages and ignores them.
 fn manager(folder: &Path) -> PathBuf {
     let path = folder.join("notify.sock");
     let socket = UnixDatagram::bind(&path).unwrap();
@@ -72,7 +72,7 @@ fn manager(folder: &Path) -> PathBuf {
     path
 }
 
-/// More messages than its socket holds.
+/// Arguments for a handshake of more messages than the socket holds.
 const MANY: [&str; 2] = ["--vectors", "160"];
 
 #[test]
@@ -132,7 +132,7 @@ fn successor_may_name_the_sockets_from_another_folder() {
         Some(attachment.status().ok()?.broker)
     };
     wait_until("the broker listens", || broker().is_some());
-    // The same words from elsewhere are other sockets.
+    // The same relative path means another socket in another folder.
     let control = control.to_str().unwrap();
     fails(
         &mut serve(&inner, ["vm.sock", control], &["--replace"]),
@@ -205,7 +205,8 @@ fn successor_with_other_arguments_fails_and_the_broker_goes_on() {
     succeed(&mut broker, &["--size", "1M"]);
 }
 
-/// Its manager would start it again: two brokers at one region.
+/// The service manager would restart the replaced broker, so that two brokers would have one
+/// region.
 #[test]
 fn broker_that_is_a_service_is_not_replaced() {
     let folder = tempfile::tempdir().unwrap();
@@ -263,7 +264,7 @@ fn service_that_was_killed_while_it_was_made_is_made_anew() {
     });
     broker.start_again(&manager, &[]);
     drop(handshake(connect(&broker, "vm.sock"), 6));
-    // And what is kept now is the new one's.
+    // The persisted state is now the new region's.
     wait_until("it is kept", || {
         manager.kept().contains(&name::STATE.to_owned())
     });
@@ -273,7 +274,7 @@ fn service_that_was_killed_while_it_was_made_is_made_anew() {
     drop(sender);
 }
 
-/// So a service comes to a region that an ordinary broker has.
+/// In this way a service takes over a region from an ordinary broker.
 #[test]
 fn service_takes_over_from_a_broker_that_is_none() {
     let mut broker = Broker::start(&[]);
@@ -317,7 +318,7 @@ fn sockets_have_the_mode_that_the_successors_arguments_mean() {
             assert_eq!(mode(&broker.path(name)), expected, "{name}");
         }
     }
-    // What is no socket of anybody's is not touched.
+    // The successor does not change a path that is not a broker's socket.
     let [link, file] = ["vm.sock", "file"].map(|name| broker.path(name));
     std::fs::remove_file(&link).unwrap();
     file_with(&file, b"");

@@ -1,4 +1,4 @@
-//! Starting and stopping a broker, and everything that can be wrong with its command line.
+//! Tests of starting and stopping a broker, and of invalid command lines.
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
@@ -8,7 +8,7 @@ use rustix::process::Signal;
 
 use crate::support::*;
 
-/// `barlink serve` in a folder, with these further arguments.
+/// Returns a command that runs `barlink serve` in a folder with these further arguments.
 fn serve(folder: &Path, args: &[&str]) -> std::process::Command {
     let path = |name: &str| folder.join(name).into_os_string();
     let mut command = barlink(["serve".into(), "--control".into(), path("control.sock")]);
@@ -51,7 +51,7 @@ fn refuses_sizes_that_no_bar_can_have() {
         2,
         &["1.00 TiB is more than this machine's memory", "or less"],
     );
-    // What was asked for, and not the next power of two.
+    // The error names the requested size, not the next power of two.
     fails(
         &mut serve("100T"),
         2,
@@ -96,7 +96,7 @@ fn refuses_channels_that_do_not_fit() {
             "take --size 2M or more",
         ],
     );
-    // As many who leave --size out meet it.
+    // Without `--size`, the error names the default size.
     fails(
         &mut self::serve(folder.path(), &["--channel", "a=up,64M"]),
         2,
@@ -136,7 +136,7 @@ fn refuses_channels_and_sockets_that_are_named_twice() {
         2,
         &[socket, "is named twice"],
     );
-    // However they are written.
+    // Another spelling of a path does not hide that it is the same.
     let mut command = serve(folder.path(), &["--ivshmem", socket]);
     command.args(["--vfio-user", "./vm.sock"]);
     fails(
@@ -213,7 +213,7 @@ fn refuses_a_path_where_it_may_not_write() {
             1,
             &["no permission", "choose a folder"],
         );
-        // Where everybody may write, and somebody else was before.
+        // Every user may write to this folder, and another user's broker has left a lock file.
         let open = std::fs::Permissions::from_mode(0o777);
         std::fs::set_permissions(folder.path(), open).unwrap();
         let lock = folder.path().join("vm.sock.lock");
@@ -306,7 +306,7 @@ fn socket_of_a_broker_with_another_control_socket_is_refused_with_a_cure_that_wo
             &theirs,
         ],
     );
-    // At its own control socket there is nobody to replace.
+    // No broker to replace runs at the second broker's own control socket.
     fails(
         second.arg("--replace"),
         3,
@@ -321,8 +321,8 @@ fn socket_of_a_broker_with_another_control_socket_is_refused_with_a_cure_that_wo
 #[test]
 fn host_app_waits_for_a_broker_that_is_just_starting() {
     let broker = Broker::start(&[]);
-    // The app waits for a second only. A broker that starts can take longer on a busy machine; so one is there, and is found
-    // under this path once the app has looked in vain.
+    // The app retries for only one second, and a broker can take longer to start on a busy machine.
+    // So the broker runs already, and appears under this path after the app's first attempt.
     let late = broker.path("late.sock");
     let mut early = barlink(["qemu-args", "--control"]);
     let early = early.arg(&late).stdout(std::process::Stdio::piped());
@@ -336,7 +336,7 @@ fn host_app_waits_for_a_broker_that_is_just_starting() {
             .unwrap()
             .contains("ivshmem-doorbell")
     );
-    // Whether a dead one left its socket, or there is none: that is told soon.
+    // The error comes soon, whether a dead broker left its socket or there is no socket.
     let (folder, _) = broker.stop(Signal::KILL);
     for control in ["control.sock", "none.sock"] {
         let start = std::time::Instant::now();
@@ -405,7 +405,7 @@ fn a_shell_gives_qemu_the_sockets_path_or_the_path_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (odd, spaced) = (path("it's$HOME;`x`&\"y\".sock"), path("a b.sock"));
-    // JSON, as which QEMU takes the other kind's, would have a backslash for these.
+    // QEMU takes vfio-user's options as JSON, in which these characters would need a backslash.
     let (quoted, control) = (path("user\"1.sock"), path("user\u{7}.sock"));
     let vms = ["--ivshmem", &odd, "--ivshmem", &spaced];
     let users = ["--vfio-user", &quoted, "--vfio-user", &control];
@@ -440,7 +440,7 @@ fn a_shell_gives_qemu_the_sockets_path_or_the_path_is_refused() {
 #[test]
 fn takes_little_memory_beside_the_region() {
     let broker = Broker::start(&["--size", "64M"]);
-    // A session, a claim and a snapshot, so that all code has run.
+    // A session, a claim and a snapshot make the broker run all of its code.
     let attachment = broker.attach();
     drop(attachment.sender("down").unwrap());
     attachment.status().unwrap();

@@ -1,4 +1,4 @@
-//! A session's thread that panics: a fault of a transport, which is to be that session's end and nobody else's.
+//! Tests of a session's thread that panics. The fault of a transport must end only its own session.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,10 +14,10 @@ use barlink::{Access, Attachment};
 use crate::support::*;
 use crate::vmm::{connect_to, handshake, has_nothing};
 
-/// Panics when it is told to.
+/// A transport that panics on request.
 #[derive(Default)]
 struct Faulty {
-    /// Whether to panic in the handshake of the next VM.
+    /// Whether the next handshake panics.
     in_handshake: AtomicBool,
 }
 
@@ -73,7 +73,7 @@ fn panic_ends_its_own_session_and_nothing_else() {
     };
     let broker = Broker::new(config, Default::default()).unwrap();
     let (stop, stopper) = std::io::pipe().unwrap();
-    // A thread of its own, which gives its rights up.
+    // The broker needs a thread of its own, because it gives up that thread's rights.
     let running = std::thread::spawn(move || broker.run(&stop.into()).unwrap());
     let mut second = connect_to(&path("second.sock"));
     assert!(speaks(&mut second));
@@ -88,13 +88,14 @@ fn panic_ends_its_own_session_and_nothing_else() {
             attachment.status().unwrap().slots[0].vm.is_none()
         });
         handshake(connect_to(&path("vm.sock")), 4);
-        // A VM that nobody greets any more is told so, and not hung up on, which QEMU over ivshmem would not survive.
+        // A VM whose handshake fails receives an error and stays connected, because QEMU over
+        // ivshmem would not survive a closed connection.
         faults.in_handshake.store(true, Ordering::SeqCst);
         let mut first = connect_to(&path("first.sock"));
         let mut told = [0];
         assert!(matches!(first.read(&mut told), Ok(1)), "it is told nothing");
         assert_eq!(&told, b"a");
-        // The thread of the session that failed has ended by then, or has nothing to do.
+        // By then, the failed session's thread has ended or sleeps.
         wait_until_asleep(std::process::id(), "slot 0");
         assert!(has_nothing(&first), "it is hung up on");
         assert!(speaks(&mut second), "another session has ended");

@@ -1,4 +1,5 @@
-//! `barlink send` and `recv` against each other, over a channel from host to host: pipes, interruptions, sleep.
+//! Tests of `barlink send` and `recv` over a channel from host to host: pipes, interruptions,
+//! sleep.
 
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
@@ -11,7 +12,8 @@ use rustix::process::Signal;
 use crate::support::*;
 use crate::terminal::*;
 
-/// Longer than a program waits until it says that it waits. What it says comes before what it does afterwards.
+/// Longer than a program waits before it reports the wait. The report comes before all later
+/// output.
 const UNTOLD: Duration = Duration::from_millis(1100);
 
 const LOOP: [&str; 2] = ["--channel", "loop=host-host,1M"];
@@ -170,7 +172,7 @@ fn stream_whose_sender_is_killed_is_told_to_be_incomplete() {
     );
 }
 
-/// Sends these bytes and is killed before the end of its stream.
+/// Sends these bytes, and is killed before the end of its stream.
 fn send_and_be_killed(broker: &Broker, bytes: &[u8]) {
     let mut sender = send(broker).stdin(Stdio::piped()).start();
     sender.stdin.as_mut().unwrap().write_all(bytes).unwrap();
@@ -238,7 +240,8 @@ fn receiver_whose_sender_says_nothing_waits_and_says_so_once() {
     terminal.wait_for("waiting for the sender on channel `loop` to send something");
     sender.stdin.take().unwrap().write_all(b"at last").unwrap();
     assert!(wait(&mut sender).success());
-    // How it went is told as ever, and the next stream is waited for without a word: for longer than a wait is told of.
+    // The summary appears as usual. The wait for the next stream is not reported, however long it
+    // takes.
     terminal.wait_for("received 7 B");
     std::thread::sleep(UNTOLD);
     file_with(&broker.path("in"), b" and again");
@@ -258,11 +261,11 @@ fn sender_to_a_full_channel_says_for_whom_it_waits() {
     command.arg(broker.path("in"));
     let mut terminal = Terminal::start(command, USUAL);
     terminal.wait_for("channel `loop` is full: waiting for a receiver on it (Ctrl-C ends this)");
-    // What was drawn before and is drawn after does not hide it.
+    // The progress line, drawn before and after the message, does not hide it.
     terminal.wait_for("of 4.77 MiB");
     let received = run(&mut recv(&broker));
     assert!(received.status.success() && received.stdout == data);
-    // Where nobody reads standard error on a terminal there is not a word.
+    // If standard error is not a terminal, a successful program writes nothing to it.
     assert_eq!(received.stderr, b"");
     assert!(wait(&mut terminal.child).success());
     terminal.wait_for("sent 4.77 MiB");
@@ -356,7 +359,8 @@ fn missing_file_and_full_disk_are_told() {
     kill(&mut sender);
 }
 
-/// A part of a record may have been written by then, and all of it comes again.
+/// The target becomes full within a record. The receiver removes the record's first part from the
+/// target, and the next receiver gets the whole record.
 #[test]
 fn rest_of_a_stream_whose_target_is_full_goes_to_another_file() {
     let broker = Broker::start(&LOOP);
@@ -367,7 +371,7 @@ fn rest_of_a_stream_whose_target_is_full_goes_to_another_file() {
         .args(["--record-size", "30000"])
         .arg(&source)
         .start();
-    // In units of 512 bytes: two records and a half.
+    // The limit is in units of 512 bytes: about two records and a half.
     let limited = "trap '' XFSZ; ulimit -f 146; exec \"$@\"";
     let receiver = recv(&broker);
     let mut limited_receiver = std::process::Command::new("sh");
@@ -393,7 +397,7 @@ fn idle_ends_and_an_idle_broker_use_no_processor_time() {
     let mut sender = send(&broker).stdin(Stdio::piped()).start();
     let mut receiver = recv(&broker).stdout(Stdio::piped()).start();
     let pids = [sender.id(), receiver.id(), broker.child.id()];
-    // Some times through, so that doorbells are known to arrive.
+    // Several exchanges prove to both ends that doorbells arrive.
     for _ in 0..3 {
         sender.stdin.as_mut().unwrap().write_all(b"tick").unwrap();
         let tick = read_exactly(receiver.stdout.as_mut().unwrap());
@@ -416,7 +420,7 @@ fn idle_ends_and_an_idle_broker_use_no_processor_time() {
             .unwrap()
     };
     let woken = switches(receiver.id());
-    // Longer than an end ever sleeps that looks by the clock.
+    // The longest fallback poll is shorter than this.
     std::thread::sleep(Duration::from_millis(1500));
     assert_eq!(pids.map(ticks), before);
     assert_eq!(
@@ -471,7 +475,7 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
             "--at 8192 or more",
         ],
     );
-    // It reads no more of its input than there is room for.
+    // `poke` reads no more of its input than there is room for.
     let mut endless = std::process::Command::new("yes")
         .stdout(Stdio::piped())
         .start();

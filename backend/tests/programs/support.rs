@@ -1,18 +1,28 @@
-//! A broker in a folder of its own, and what tests need around it.
+//! Support for the tests: a broker in a folder of its own, and commands that run against it.
 
+use std::ffi::{OsStr, OsString};
+use std::os::fd::IntoRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use barlink::{Access, Attachment};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
 
 pub use crate::process::*;
 use crate::service::ServiceManager;
 
-/// `barlink` with these arguments.
-pub fn barlink<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_barlink"));
+/// Where the program `barlink` is.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_barlink");
+
+/// Makes a command that runs `barlink` with these arguments.
+pub fn barlink<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    command(PROGRAM.as_ref(), args)
+}
+
+fn command<S: AsRef<OsStr>>(program: &OsStr, args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(program);
     command
         .args(args)
         .stdin(Stdio::null())
@@ -20,11 +30,11 @@ pub fn barlink<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> 
     command
 }
 
-/// A user who is not the broker's. Only root can become him.
+/// A user ID that is not the broker's. Only root can change to it.
 pub const NOBODY: u32 = 65534;
 
-/// Whether this process can become another user. Where it cannot, a test that needs one checks what it can, and says
-/// so.
+/// Returns whether this process can change to another user. If it cannot, it prints that a part of
+/// the test is not run.
 pub fn can_become_another_user() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
@@ -33,9 +43,20 @@ pub fn can_become_another_user() -> bool {
     root
 }
 
-/// Makes a command run as nobody.
-pub fn as_nobody(command: &mut Command) -> &mut Command {
-    command.uid(NOBODY).gid(NOBODY)
+/// Makes a command run as the user `nobody`. The command runs `barlink` by a descriptor, because
+/// that user may be unable to reach the folder of the program, for example in root's home.
+pub fn as_nobody(of: &mut Command) -> &mut Command {
+    // Without CLOEXEC: the command inherits it.
+    let program = rustix::fs::open(PROGRAM, OFlags::RDONLY, Mode::empty()).unwrap();
+    let reachable = format!("/proc/self/fd/{}", program.into_raw_fd());
+    let words = [of.get_program()].into_iter().chain(of.get_args());
+    let reachable = words.map(|word| match word == PROGRAM {
+        true => reachable.clone().into(),
+        false => word.to_owned(),
+    });
+    let words: Vec<OsString> = reachable.collect();
+    *of = command(&words[0], &words[1..]);
+    of.uid(NOBODY).gid(NOBODY)
 }
 
 fn serve(folder: &Path, args: &[&str]) -> Command {
@@ -62,31 +83,31 @@ fn start_service(manager: &ServiceManager, folder: &Path, args: &[&str]) -> Prog
     program
 }
 
-/// The file that brokers in a folder log to.
+/// Opens the file that brokers in a folder log to.
 fn log(folder: &Path) -> std::fs::File {
     let mut options = std::fs::File::options();
     let file = options.create(true).append(true).open(folder.join("log"));
     file.unwrap()
 }
 
-/// A `barlink serve` that runs until this is dropped.
+/// A `barlink serve` that runs until this value is dropped.
 pub struct Broker {
     pub child: Program,
     pub folder: tempfile::TempDir,
 }
 
 impl Broker {
-    /// Serves one slot, with these further arguments.
+    /// Starts a broker with one ivshmem slot and these further arguments.
     pub fn start(args: &[&str]) -> Self {
         Self::start_in(tempfile::tempdir().unwrap(), args)
     }
 
-    /// The same, in a folder that is there.
+    /// Starts a broker as [`Broker::start`] does, in an existing folder.
     pub fn start_in(folder: tempfile::TempDir, args: &[&str]) -> Self {
         Self::start_by(folder, args, |command| command)
     }
 
-    /// The same, in a way of one's own.
+    /// Starts a broker as [`Broker::start_in`] does, by a command that `way` has changed.
     pub fn start_by(
         folder: tempfile::TempDir,
         args: &[&str],
@@ -101,26 +122,27 @@ impl Broker {
         broker
     }
 
-    /// The same, as the service of a manager.
+    /// Starts a broker as [`Broker::start_in`] does, as a service of this manager.
     pub fn start_as(manager: &ServiceManager, folder: tempfile::TempDir, args: &[&str]) -> Self {
         let child = start_service(manager, folder.path(), args);
         Broker { child, folder }
     }
 
-    /// Kills it, and starts it again as its manager does.
+    /// Kills the broker and starts it again, as its service manager does.
     pub fn start_again(&mut self, manager: &ServiceManager, args: &[&str]) {
         kill(&mut self.child);
         self.child = start_service(manager, self.folder.path(), args);
     }
 
-    /// Stops it in good order, and starts it again as its manager does.
+    /// Stops the broker by SIGTERM and starts it again, as its service manager does.
     pub fn restart(&mut self, manager: &ServiceManager, args: &[&str]) {
         self.signal(Signal::TERM);
         assert_eq!(wait(&mut self.child).code(), Some(0), "{}", self.log());
         self.child = start_service(manager, self.folder.path(), args);
     }
 
-    /// `barlink serve` with its sockets and log, and these further arguments.
+    /// Returns a command that runs `barlink serve` with this broker's sockets and log, and these
+    /// further arguments.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = serve(self.folder.path(), args);
         command.stderr(log(self.folder.path()));
@@ -135,7 +157,7 @@ impl Broker {
         self.path("control.sock")
     }
 
-    /// `barlink` with these arguments, at this broker.
+    /// Returns a command that runs `barlink` with these arguments at this broker.
     pub fn app(&self, args: &[&str]) -> Command {
         let mut command = barlink(args);
         command.arg("--control").arg(self.control());
@@ -150,12 +172,12 @@ impl Broker {
         std::fs::read_to_string(self.path("log")).unwrap()
     }
 
-    /// Waits until it has done all that there is to do.
+    /// Waits until all of the broker's threads sleep.
     pub fn wait_until_idle(&self) {
         wait_until_asleep(self.child.id(), "");
     }
 
-    /// Counts the descriptors that it has open, once it has closed those of connections that ended.
+    /// Counts the broker's open descriptors, after it has closed those of ended connections.
     pub fn descriptors(&self) -> usize {
         self.wait_until_idle();
         let all = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
@@ -166,7 +188,8 @@ impl Broker {
         signal_child(&self.child, signal);
     }
 
-    /// Stops it with a signal, and gives its folder back and its exit code, if it had one.
+    /// Stops the broker with a signal. Returns its folder, and its exit code unless the signal
+    /// killed it.
     pub fn stop(mut self, signal: Signal) -> (tempfile::TempDir, Option<i32>) {
         self.signal(signal);
         let status = wait(&mut self.child);
@@ -186,7 +209,7 @@ impl Drop for Broker {
     }
 }
 
-/// Another broker with the same arguments, once it serves.
+/// Replaces a broker by another one with the same arguments, and waits until that serves.
 pub fn succeed(broker: &mut Broker, arguments: &[&str]) {
     let mut successor = broker.command(&[arguments, &["--replace"]].concat());
     let successor = successor.start();
@@ -196,7 +219,8 @@ pub fn succeed(broker: &mut Broker, arguments: &[&str]) {
     assert_eq!(broker.attach().status().unwrap().broker, pid);
 }
 
-/// Runs a command that must fail, with this exit code and one line on standard error, which holds all `parts`.
+/// Runs a command that must fail with this exit code and one line on standard error. The line must
+/// contain all `parts`.
 pub fn fails(command: &mut Command, code: i32, parts: &[&str]) {
     let Output { status, stderr, .. } = run(command);
     let text = String::from_utf8(stderr).unwrap();
@@ -207,7 +231,7 @@ pub fn fails(command: &mut Command, code: i32, parts: &[&str]) {
     }
 }
 
-/// A command that must work: what it wrote to standard output.
+/// Runs a command that must succeed. Returns its standard output.
 pub fn works(command: &mut Command) -> String {
     let Output {
         status,
@@ -222,22 +246,22 @@ pub fn works(command: &mut Command) -> String {
     String::from_utf8(stdout).unwrap()
 }
 
-/// What `/proc` says of a broker in a field of its status.
+/// Reads a field of a broker's `/proc/PID/status`.
 pub fn status(broker: &Broker, field: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", broker.child.id())).unwrap();
     let line = status.lines().find(|line| line.starts_with(field)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Memory that a broker takes beside the region, whose pages are shared memory and counted apart; in KiB.
+/// Measures the memory of a broker, in KiB. The region's pages are shared memory and not included.
 pub fn own_memory(broker: &Broker) -> u64 {
     status(broker, "RssAnon") + status(broker, "RssFile")
 }
 
-/// Processor time that a process has used, in clock ticks (10 ms).
+/// Reads the processor time that a process has used, in clock ticks of 10 ms.
 pub fn ticks(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    // The second field, the name in parentheses, can hold spaces.
+    // The second field, the name in parentheses, can contain spaces.
     let fields: Vec<_> = stat
         .rsplit_once(')')
         .unwrap()
@@ -247,7 +271,8 @@ pub fn ticks(pid: u32) -> u64 {
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
-/// A pattern that no two places of share, and that no compression or zero page hides.
+/// Creates pseudo-random bytes. No two places are equal, and no compression or zero page can hide
+/// an error.
 pub fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut bytes = vec![0; length];

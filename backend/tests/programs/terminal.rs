@@ -1,4 +1,4 @@
-//! A program in a terminal, and what a person sees of it.
+//! A program in a terminal, and the screen that a person sees.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -18,12 +18,12 @@ pub struct Terminal {
     screen: Arc<Mutex<vt100::Parser>>,
 }
 
-/// Columns and lines of a terminal as it mostly is.
+/// Columns and lines of a usual terminal.
 pub const USUAL: (u16, u16) = (80, 24);
-/// Those of a large one.
+/// Columns and lines of a large terminal.
 pub const LARGE: (u16, u16) = (120, 40);
 
-/// A terminal of so many columns and lines: the person's end, and the program's.
+/// Opens a terminal of this size. Returns the person's end and the program's end.
 pub fn terminal((columns, lines): (u16, u16)) -> (OwnedFd, File) {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = openpt(flags).unwrap();
@@ -62,7 +62,7 @@ impl Terminal {
         let (shown, mut output) = (Arc::clone(&screen), File::from(master.try_clone().unwrap()));
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
-            // The terminal's end is an error, EIO.
+            // The end of a terminal's output is an error, EIO.
             while let Ok(length @ 1..) = output.read(&mut bytes) {
                 shown.lock().unwrap().process(&bytes[..length]);
             }

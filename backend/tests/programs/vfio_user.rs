@@ -1,4 +1,5 @@
-//! The vfio-user transport, met by a client that speaks as QEMU speaks, and by the published client.
+//! Tests of the vfio-user transport, with a client that sends what QEMU sends, and with the
+//! published client.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -11,7 +12,7 @@ use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vmm::{handshake, rings};
 
-/// The host's ID where there are two slots.
+/// ID of the host at a broker with two slots.
 const HOST: u32 = 2;
 
 #[test]
@@ -19,7 +20,7 @@ fn device_is_told_as_qemu_asks_for_it() {
     let broker = serve_both(&["--size", "1M"]);
     let mut client = Client::greet(&broker);
     let info = client.get(GET_INFO, &words(&[16, 0, 0, 0]));
-    // With reset, PCI; 9 regions and 5 kinds of interrupts.
+    // Flags: reset, PCI. 9 regions and 5 kinds of interrupts.
     assert_eq!(info.payload, words(&[16, 3, 9, 5]));
     for (index, size, flags) in [
         (0, 256, 3),
@@ -43,7 +44,8 @@ fn device_is_told_as_qemu_asks_for_it() {
     assert_eq!(client.read_word(CONFIG, 8), 0x0500_0001);
     assert_eq!(client.read_word(CONFIG, 0x2c), 0x1100_1af4);
     assert_eq!(client.read_word(CONFIG, 0x40) >> 16, 15, "16 vectors");
-    // No interrupt pin: with INTx, QEMU switches the mapping of BAR2 off at every interrupt.
+    // The device has no interrupt pin, because with INTx QEMU disables the mapping of BAR2 at every
+    // interrupt.
     assert_eq!(client.read(CONFIG, 0x3d, 1), [0]);
     assert_eq!(client.read_word(0, 8), 1, "its own ID");
     assert_eq!(client.read(0, 0x10, 4), b"barl");
@@ -54,7 +56,7 @@ fn device_is_told_as_qemu_asks_for_it() {
 fn region_comes_with_its_descriptor_and_one_area_that_covers_it() {
     let broker = serve_both(&["--size", "1M"]);
     let mut client = Client::greet(&broker);
-    // As QEMU asks: first without room for more, then with as much as it is told.
+    // QEMU asks first without room for the areas, then with the size that the first reply states.
     let first = client.get(GET_REGION_INFO, &words(&[32, 0, 2, 0, 0, 0, 0, 0]));
     assert_eq!(first.payload, words(&[64, 7, 2, 0, 1 << 20, 0, 0, 0]));
     assert!(first.descriptors.is_empty());
@@ -74,7 +76,7 @@ fn region_comes_with_its_descriptor_and_one_area_that_covers_it() {
     let mut seen = [0; 11];
     attachment.region().peek(offset, &mut seen).unwrap();
     assert_eq!(&seen, b"from the VM");
-    // Who does not map it reads and writes it by messages.
+    // A client that does not map the region accesses it by messages.
     assert_eq!(client.read(2, offset as u32, 11), b"from the VM");
     client.write(2, offset as u32 + 1, b"ood");
     attachment.region().peek(offset, &mut seen).unwrap();
@@ -93,7 +95,7 @@ fn doorbells_and_interrupts_go_to_whoever_holds_the_other_end() {
     ]);
     let mut client = Client::greet(&broker);
     let app = Control::connect(&broker.control()).unwrap();
-    // Own vector 0, own channel vector, the other's vector 0, the other's channel vector.
+    // Own vector 0, own channel vector, the other end's vector 0, the other end's channel vector.
     let up = claim(&app, 0, Side::Consumer);
     let down = claim(&app, 1, Side::Producer);
     for bell in &up {
@@ -104,7 +106,7 @@ fn doorbells_and_interrupts_go_to_whoever_holds_the_other_end() {
     client.ring(HOST, 2);
     client.ring(HOST, 0);
     assert_eq!([&up[0], &up[1], &down[1]].map(rings), [1, 0, 1]);
-    // Peers and vectors that are not there are nobody's.
+    // Doorbells for unknown peers and vectors ring no eventfd.
     for (peer, vector) in [(HOST, 3), (HOST, 0xffff), (HOST + 1, 0), (0xffff, 0xffff)] {
         client.ring(peer, vector);
     }
@@ -130,11 +132,11 @@ fn interrupts_are_set_as_qemu_sets_them() {
     let [_, _, _, bell] = &claim(&app, 0, Side::Consumer)[..] else {
         panic!("no bells");
     };
-    // QEMU enables MSI-X with no eventfd, which means that vector 0 has none.
+    // QEMU enables MSI-X by setting no eventfd, so vector 0 has none.
     assert_eq!(client.set_irqs(0, &[]).errno, 0);
     let none = words(&[20, EVENTFDS, MSIX, 0, 1]);
     client.get(SET_IRQS, &none);
-    // A ring before there is an eventfd is told once there is one.
+    // A ring without an eventfd stays pending, and fires once there is an eventfd.
     ring(bell);
     wait_until("it waits", || client.read(1, 4096, 1) == [2]);
     let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
@@ -144,20 +146,20 @@ fn interrupts_are_set_as_qemu_sets_them() {
     assert_eq!(client.read(1, 4096, 1), [0]);
     let others: Vec<_> = irqs[8..].iter().collect();
     assert_eq!(client.set_irqs(8, &others).errno, 0);
-    // The last that was set counts.
+    // The eventfd that was set last is used.
     let other = eventfd();
     assert_eq!(client.set_irqs(1, &[&other]).errno, 0);
     ring(bell);
     wait_until("it fires", || count(&other) == 1);
     assert_eq!(count(&irqs[1]), 0);
-    // By hand, as a VMM may for a test.
+    // A VMM may trigger vectors itself, for example in a test.
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 7, 2]));
     client.get(
         SET_IRQS,
         &[&words(&[20, 0x22, MSIX, 7, 3])[..], &[0, 1, 0]].concat(),
     );
     assert_eq!([7, 8, 9].map(|vector| count(&irqs[vector])), [1, 2, 0]);
-    // A run of vectors gets none any more; then all.
+    // Two vectors lose their eventfds; then all do.
     client.get(SET_IRQS, &words(&[20, EVENTFDS, MSIX, 7, 2]));
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 7, 3]));
     assert_eq!([7, 8, 9].map(|vector| count(&irqs[vector])), [0, 0, 1]);
@@ -165,7 +167,7 @@ fn interrupts_are_set_as_qemu_sets_them() {
     ring(bell);
     wait_until("it waits", || client.read(1, 4096, 2) == [0x82, 1]);
     assert_eq!(count(&other), 0);
-    // And what is not there can be switched off.
+    // Kinds of interrupts that the device does not have can be disabled.
     client.get(SET_IRQS, &words(&[20, NO_DATA, 0, 0, 0]));
 }
 
@@ -227,7 +229,8 @@ fn version_is_answered_as_qemu_needs_it() {
     let broker = serve_both(&[]);
     let mut client = Client::connect(&broker);
     let reply = client.version();
-    // QEMU says 0.0, and takes no higher version, no longer answer, and none without a zero at its end.
+    // QEMU sends version 0.0. It accepts no higher version and no longer reply, and the reply must
+    // end with a zero.
     assert_eq!(reply.payload[..4], [0; 4]);
     assert!(reply.payload.len() <= 4 + CAPABILITIES.len());
     let (zero, text) = reply.payload[4..].split_last().unwrap();
@@ -237,7 +240,7 @@ fn version_is_answered_as_qemu_needs_it() {
     assert!((8..=16).contains(&descriptors));
 }
 
-/// It has no limits of its own.
+/// The published client has no timeouts of its own.
 #[test]
 fn published_client_maps_the_region_and_is_interrupted() {
     within_the_limit("it is answered", published_client);
@@ -273,7 +276,7 @@ fn published_client() {
         .region_write(0, 12, &(HOST << 16 | 1).to_le_bytes())
         .unwrap();
     assert_eq!(rings(&bells[1]), 1);
-    // It sends all eventfds at once, however many were agreed upon.
+    // This client sends all eventfds at once, even if the handshake allows fewer.
     let eventfds: Vec<_> = (0..16).map(|_| eventfd()).collect();
     let raw: Vec<_> = eventfds.iter().map(AsRawFd::as_raw_fd).collect();
     client.set_irqs(2, EVENTFDS, 0, 16, &raw).unwrap();
@@ -292,7 +295,7 @@ fn published_client() {
 fn slots_of_both_transports_ring_each_other() {
     let broker = serve_both(&["--vectors", "2"]);
     let mut user = Client::greet(&broker);
-    // The other slot, the host, and itself last.
+    // Eventfds come for the other slot, then the host, then the VM itself.
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 6);
     let irqs = [eventfd(), eventfd()];
     user.set_irqs(0, &irqs.each_ref());
@@ -322,12 +325,12 @@ fn slot_of_vfio_user_is_free_again_and_as_new() {
         let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
         let all: Vec<_> = irqs.iter().collect();
         assert_eq!(client.set_irqs(0, &all).errno, 0);
-        // By hand, below.
+        // The vectors are triggered explicitly below.
         for irq in &irqs {
             count(irq);
         }
         if round % 2 == 0 {
-            // In the middle of something.
+            // The client leaves within a message.
             client.socket.write_all(&[0; 7]).unwrap();
         }
         drop(client);
@@ -347,7 +350,7 @@ fn taken_slot_of_vfio_user_refuses_with_an_error_and_not_with_silence() {
         let mut second = Client::connect(&broker);
         let reply = second.version();
         assert_eq!(reply.errno, rustix::io::Errno::BUSY.raw_os_error() as u32);
-        // Whoever waits longer is not forgotten, and not let in either.
+        // A client that connects and leaves without a message is not admitted either.
         let late = Client::connect(&broker);
         drop(late);
     }
@@ -367,7 +370,7 @@ fn qemu_args_are_words_for_a_shell_that_looks_at_no_quotes() {
         panic!("{printed}");
     };
     assert_eq!((first, second), ("-device", "-device"));
-    // QEMU ends itself when it unplugs such a device.
+    // QEMU exits when it unplugs such a device, so the port does not support hot-plug.
     assert_eq!(
         port,
         "pcie-root-port,id=two-port,chassis=64,pref64-reserve=8G,hotplug=off"

@@ -1,4 +1,5 @@
-//! A guest's DMA buffer over vfio-user: its registers, what host apps get of it, and what a client cannot make of it.
+//! Tests of a guest's DMA buffer over vfio-user: its registers, host apps that read it, and hostile
+//! clients.
 
 use std::os::unix::fs::FileExt;
 
@@ -12,14 +13,14 @@ use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vfio_user_guest::{MIB, map, memory, unmap};
 
-/// Where its registers are.
+/// Offsets of the buffer's registers in BAR0.
 const FEATURES: u32 = 0x18;
 const LOW: u32 = 0x28;
 const HIGH: u32 = 0x2c;
 const SIZE: u32 = 0x30;
 const CONTROL: u32 = 0x34;
 
-/// Tells of a buffer, as the driver does.
+/// Announces a buffer, as the driver does.
 fn tell(client: &mut Client, address: u64, size: u32) {
     let words = [
         (LOW, address as u32),
@@ -46,13 +47,13 @@ fn refusal(broker: &Broker) -> Refusal {
     refusal_at(broker, 1, 0, 1)
 }
 
-/// What the broker says of slot 1's buffer.
+/// Returns the status of slot 1's buffer.
 fn buffer(broker: &Broker) -> Option<BufferStatus> {
     let slot = broker.attach().status().unwrap().slots.remove(1);
     slot.vm.unwrap().buffer
 }
 
-/// A client whose guest has two MiB of memory from 16 MiB on.
+/// Connects a client whose guest has 2 MiB of memory from address 16 MiB on.
 fn guest(broker: &Broker) -> (Client, std::fs::File) {
     let mut client = Client::greet(broker);
     let ram = memory(SealFlags::SHRINK);
@@ -78,7 +79,8 @@ fn buffer_is_read_where_the_guest_tells_that_it_is() {
         size: 0x20000,
     };
     assert_eq!(buffer(&broker), Some(expected));
-    // All of it, which is more than is copied at once; a part; and what the guest writes into it.
+    // An app reads the whole buffer, which takes more than one copy; a part of it; and bytes that
+    // the guest has changed.
     let app = broker.attach();
     let mut all = vec![0; 0x20000];
     app.read_buffer(1, 0, &mut all).unwrap();
@@ -94,7 +96,7 @@ fn buffer_is_read_where_the_guest_tells_that_it_is() {
     let seen = works(&mut broker.app(&["inspect", "--once"]));
     let line = ", DMA buffer of 128.00 KiB at 0x1003000";
     assert!(seen.contains(line), "{seen}");
-    // Not a byte beyond it, though there is memory of the guest.
+    // An app reads no byte beyond the buffer, although the guest has memory there.
     for (offset, length) in [
         (0x20000, 1),
         (0x1ffff, 2),
@@ -111,7 +113,7 @@ fn buffer_is_read_where_the_guest_tells_that_it_is() {
     let place = ["--at", "128K"];
     let mut command = broker.app(&[&arguments[..], &place].concat());
     fails(&mut command, 1, &["leave the guest's DMA buffer", "131072"]);
-    // It is another one once the guest says so, and not before that.
+    // New registers take effect when the guest writes the control register, and not before.
     for (register, word) in [(LOW, (17 * MIB) as u32), (SIZE, 4096)] {
         client.write(0, register, &word.to_le_bytes());
     }
@@ -119,7 +121,7 @@ fn buffer_is_read_where_the_guest_tells_that_it_is() {
     client.write(0, CONTROL, &1_u32.to_le_bytes());
     app.read_buffer(1, 0, &mut few).unwrap();
     assert_eq!(few, bytes[1 << 20..][..7]);
-    // And none when that is said, before it is answered; on reset; and in the hands of the next VM.
+    // The buffer ends before the reply to a control of 0, on reset, and when the VM leaves.
     client.write(0, CONTROL, &[0; 4]);
     assert_eq!(refusal(&broker), Refusal::NoBuffer(1));
     assert_eq!((client.read_word(0, CONTROL), buffer(&broker)), (0, None));
@@ -163,7 +165,7 @@ fn buffers_that_can_be_none_are_ignored_and_told_once() {
         tell(&mut client, address, size);
         assert_eq!(buffer(&broker), Some(good), "{size} at {address:#x}");
     }
-    // Other orders than there are, and what is no whole register.
+    // Other values than 0 and 1, and writes of less than a register, change nothing.
     for word in [2, 3, u32::MAX] {
         tell(&mut client, good.address, 8192);
         client.write(0, SIZE, &4096_u32.to_le_bytes());
@@ -179,7 +181,8 @@ fn buffers_that_can_be_none_are_ignored_and_told_once() {
     let log = broker.log();
     assert_eq!(log.matches("DMA buffer").count(), 1, "{log}");
     assert!(log.contains("0 bytes at 0x1000000, which can be none"));
-    // One that lies where the guest has no memory, or that ends there, can be told of, and is not read beyond that.
+    // A buffer can be announced where the guest has no memory, or beyond its end. Apps read only
+    // the part that is memory.
     for (address, size, there) in [
         (1 << 40, 4096, 0),
         (u64::MAX - 8191, 4096, 0),
@@ -191,7 +194,7 @@ fn buffers_that_can_be_none_are_ignored_and_told_once() {
         let gone = refusal_at(&broker, 1, there as u64, 1);
         assert!(matches!(gone, Refusal::NotThere { .. }), "{gone:?}");
     }
-    // Memory that is taken away is gone, whatever the guest has told.
+    // An app cannot read memory that was unmapped, even if the buffer is still announced.
     tell(&mut client, 16 * MIB, 8192);
     client.get(DMA_UNMAP, &unmap(0, 16 * MIB, 2 * MIB));
     assert!(matches!(refusal(&broker), Refusal::NotThere { .. }));
@@ -205,7 +208,7 @@ fn buffer_is_for_whom_it_is_meant() {
     assert_eq!(refusal(&broker), Refusal::NoVm(1));
     assert_eq!(refusal_at(&broker, 2, 0, 1), Refusal::NoSlot(2));
     let mut client = Client::greet(&broker);
-    // Without `--guest-memory` there are no such registers, and what is written there is nothing.
+    // Without `--guest-memory` the device has no such registers, and ignores writes to them.
     assert_eq!(client.read_word(0, FEATURES), 1);
     tell(&mut client, 16 * MIB, 4096);
     let registers = [LOW, HIGH, SIZE, CONTROL].map(|register| client.read_word(0, register));
@@ -230,7 +233,7 @@ fn buffer_is_for_whom_it_is_meant() {
         refused.contains("more than are copied at once"),
         "{refused}"
     );
-    // Each guest's is in its own memory, whatever address it tells.
+    // The address of a buffer refers to the memory of its own guest.
     let folder = tempfile::tempdir().unwrap();
     let socket = |name: &str| folder.path().join(name).display().to_string();
     let (user, third) = (socket("user.sock"), socket("third.sock"));
@@ -285,7 +288,7 @@ fn buffer_is_handed_over() {
         assert_eq!(buffer(&broker).map(|buffer| buffer.size), Some(4096));
         assert_eq!(client.read_word(0, CONTROL), 1);
     }
-    // One that is not to read the guest's memory forgets it.
+    // A broker without `--guest-memory` removes the buffer.
     broker.restart(&manager, &without);
     assert_eq!(client.read_word(0, CONTROL), 0);
     broker.restart(&manager, &with);

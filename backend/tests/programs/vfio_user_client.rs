@@ -1,4 +1,4 @@
-//! A client that speaks vfio-user as QEMU does, and in any other way.
+//! A vfio-user client that can send what QEMU sends, and any other bytes.
 
 use std::io::{IoSliceMut, Read};
 use std::mem::MaybeUninit;
@@ -27,11 +27,11 @@ pub const RESET: u16 = 13;
 
 pub const MSIX: u32 = 2;
 pub const CONFIG: u32 = 7;
-/// `DATA_EVENTFD | ACTION_TRIGGER`, and the same without data.
+/// Flags of SET_IRQS: `DATA_EVENTFD | ACTION_TRIGGER`, and `DATA_NONE | ACTION_TRIGGER`.
 pub const EVENTFDS: u32 = 0x24;
 pub const NO_DATA: u32 = 0x21;
 
-/// What QEMU says of itself.
+/// Capabilities that QEMU sends with its version.
 pub const CAPABILITIES: &[u8] = b"{\"capabilities\": {\"pgsizes\": 4096, \"max_msg_fds\": 16, \
     \"max_dma_maps\": 65535, \"max_data_xfer_size\": 1048576, \"migration\": {\"pgsize\": 4096, \
     \"max_bitmap_size\": 268435456}, \"write_multiple\": true}}\0";
@@ -44,12 +44,12 @@ pub fn serve_both(arguments: &[&str]) -> Broker {
     Broker::start_in(folder, &[&both, arguments].concat())
 }
 
-/// Numbers, one behind the other.
+/// Concatenates numbers as bytes.
 pub fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-/// A whole message.
+/// Composes a complete message.
 pub fn message(id: u16, command: u16, flags: u32, payload: &[u8]) -> Vec<u8> {
     let size = 16 + payload.len() as u32;
     let head = u32::from(command) << 16 | u32::from(id);
@@ -72,18 +72,18 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, and says nothing.
+    /// Connects and sends nothing.
     pub fn connect(broker: &Broker) -> Self {
         Self::connect_to(broker, "user.sock")
     }
 
-    /// The same, at another socket of the broker.
+    /// Connects to another socket of the broker and sends nothing.
     pub fn connect_to(broker: &Broker, socket: &str) -> Self {
         let socket = crate::vmm::connect(broker, socket);
         Client { socket, next: 0 }
     }
 
-    /// Connects, once the slot is free, and agrees upon a version.
+    /// Waits until the slot is free, connects, and completes the handshake.
     pub fn greet(broker: &Broker) -> Self {
         let attachment = broker.attach();
         wait_until("the slot is free", || {
@@ -108,7 +108,7 @@ impl Client {
         self.next
     }
 
-    /// The next reply; `None` at the end.
+    /// Receives the next reply; `None` at the end of the connection.
     pub fn hear(&mut self) -> Option<Reply> {
         let mut header = [0; 16];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
@@ -154,7 +154,7 @@ impl Client {
         let id = self.send(command, payload, descriptors);
         let reply = self.hear().expect("a reply");
         assert_eq!((reply.id, reply.command), (id, command));
-        // A reply, and an error if there is an error number; then there is nothing else.
+        // Flags of a reply. An error has one flag more, and no payload.
         let expected = if reply.errno == 0 { 1 } else { 0x21 };
         assert_eq!(reply.flags, expected);
         assert!(reply.errno == 0 || reply.payload.is_empty());
@@ -165,7 +165,7 @@ impl Client {
         self.ask_with(command, payload, &[])
     }
 
-    /// Asks what must work.
+    /// Sends a request that must succeed, and returns the reply.
     pub fn get(&mut self, command: u16, payload: &[u8]) -> Reply {
         let reply = self.ask(command, payload);
         assert_eq!(reply.errno, 0, "command {command}");
@@ -191,20 +191,22 @@ impl Client {
         self.write(0, 12, &(peer << 16 | vector).to_le_bytes());
     }
 
-    /// Gives vectors from `start` on these eventfds.
+    /// Sets these eventfds for the vectors from `start` on.
     pub fn set_irqs(&mut self, start: u32, eventfds: &[&EventFd]) -> Reply {
         let payload = words(&[20, EVENTFDS, MSIX, start, eventfds.len() as u32]);
         let descriptors: Vec<_> = eventfds.iter().map(|one| *one as &dyn AsRawFd).collect();
         self.ask_with(SET_IRQS, &payload, &descriptors)
     }
 
-    /// Whether the broker has closed the connection.
+    /// Waits for the end of the connection. Returns whether the broker closed it without another
+    /// reply.
     pub fn is_let_go(&mut self) -> bool {
         self.hear().is_none()
     }
 }
 
-/// The eventfds of a host app that holds an end: what it waits on for control and channel, and what it rings of the other.
+/// Claims an end for a host app. Returns its eventfds: its own for vector 0 and for the channel,
+/// and those that ring the other end.
 pub fn claim(control: &Control, channel: usize, end: Side) -> Vec<OwnedFd> {
     let (_, bells) = control.ask(Ask::Claim { channel, end }).unwrap();
     assert_eq!(bells.len(), 4);
@@ -215,12 +217,12 @@ pub fn eventfd() -> EventFd {
     EventFd::new(EFD_NONBLOCK).unwrap()
 }
 
-/// How often an eventfd was written since it was last asked.
+/// Reads how often an eventfd was written since the last read.
 pub fn count(eventfd: &EventFd) -> u64 {
     eventfd.read().unwrap_or_default()
 }
 
-/// Rings as a host app does.
+/// Rings an eventfd as a host app does.
 pub fn ring(bell: &OwnedFd) {
     rustix::io::write(bell, &1u64.to_ne_bytes()).unwrap();
 }

@@ -1,4 +1,4 @@
-//! The guest's own memory over vfio-user: what host apps get of it, and what a client cannot make of it.
+//! Tests of the guest's own memory over vfio-user: host apps that read it, and hostile clients.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -16,7 +16,7 @@ use crate::vfio_user_client::*;
 
 pub const MIB: u64 = 1 << 20;
 
-/// A memfd of two MiB, with these seals, in which every place is different.
+/// Creates a memfd of 2 MiB with these seals. No two places in it are equal.
 pub fn memory(seals: SealFlags) -> File {
     let flags = MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC;
     let file = File::from(rustix::fs::memfd_create("ram", flags).unwrap());
@@ -58,7 +58,8 @@ fn guest_memory_is_copied_within_what_is_mapped() {
     assert_eq!(client.read_word(0, 0x18), 7, "the feature is not told");
     let ram = memory(SealFlags::SHRINK);
     let bytes = noise(2 << 20);
-    // Two ranges side by side, of which the second is the first MiB of the file; a hole; and one without a descriptor.
+    // Two adjacent ranges, of which the second is the first MiB of the file; a hole; and a range
+    // without a descriptor.
     for (address, offset) in [(16 * MIB, MIB), (17 * MIB, 0)] {
         let reply = client.ask_with(DMA_MAP, &map(address, MIB, offset), &[&ram]);
         assert_eq!(reply.errno, 0);
@@ -71,11 +72,11 @@ fn guest_memory_is_copied_within_what_is_mapped() {
     let mut few = [0; 7];
     app.read_guest(1, 17 * MIB - 3, &mut few).unwrap();
     assert_eq!(few, [&bytes[(2 << 20) - 3..], &bytes[..4]].concat()[..]);
-    // However much a user asks for, what is not there ends it.
+    // A copy of any length ends with an error at the first missing byte.
     let mut command = broker.app(&["peek", "--guest", "1", "--at", "16M", "--length", "7E"]);
     let hole = "32768 bytes at 0x1200000 are not in memory that the guest shares";
     fails(&mut command, 1, &[hole]);
-    // What the guest writes is seen.
+    // An app sees the bytes that the guest writes.
     ram.write_all_at(b"changed", 5).unwrap();
     app.read_guest(1, 17 * MIB + 5, &mut few).unwrap();
     assert_eq!(&few, b"changed");
@@ -90,7 +91,7 @@ fn guest_memory_is_copied_within_what_is_mapped() {
         let expected = Refusal::NotThere { address, length };
         assert_eq!(refusal(&broker, 1, address, length), expected);
     }
-    // An unmap takes effect before it is answered, whatever part of a range it names.
+    // An unmap takes effect before its reply, for whatever part of a range it names.
     client.get(DMA_UNMAP, &unmap(0, 17 * MIB, 4096));
     let gone = refusal(&broker, 1, 17 * MIB, 1);
     assert!(matches!(gone, Refusal::NotThere { .. }));
@@ -100,14 +101,14 @@ fn guest_memory_is_copied_within_what_is_mapped() {
     assert!(matches!(gone, Refusal::NotThere { .. }));
 }
 
-/// The bytes at the begin of a range, as a host app gets them.
+/// Reads the first bytes of a range, as a host app does.
 fn peek(broker: &Broker, address: u64) -> [u8; 16] {
     let mut bytes = [0; 16];
     broker.attach().read_guest(1, address, &mut bytes).unwrap();
     bytes
 }
 
-/// QEMU would complain of each, and others may end.
+/// QEMU would report an error for each of these ranges, and other clients might end.
 #[test]
 fn memory_that_cannot_be_read_is_acknowledged_and_told() {
     let broker = serve_both(&["--guest-memory"]);
@@ -124,13 +125,13 @@ fn memory_that_cannot_be_read_is_acknowledged_and_told() {
         let gone = refusal(&broker, 1, place << 20, 1);
         assert!(matches!(gone, Refusal::NotThere { .. }));
     }
-    // A range beside them, and one of them for the second time.
+    // A readable range beside them, and one of them for a second time.
     let ram = memory(SealFlags::empty());
     let reply = client.ask_with(DMA_MAP, &map(16 * MIB, MIB, 0), &[&ram]);
     assert_eq!(reply.errno, 0);
     let reply = client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&ordinary]);
     assert_ne!(reply.errno, 0, "it overlaps");
-    // One line of the log, however many there are, and a line for whoever asks.
+    // The log has one line for all such ranges, and `inspect` has one.
     let log = broker.log();
     assert_eq!(log.matches("memory-backend-memfd,share=on").count(), 1);
     assert!(log.contains("cannot read the guest memory at 0x0, 1048576 bytes"));
@@ -190,7 +191,7 @@ fn memory_that_is_cut_off_or_lacks_its_pages_is_no_signal() {
         peek(&broker, MIB - 8),
         noise(2 << 20)[(1 << 20) - 8..][..16]
     );
-    // Huge pages, of which there may be none: memory that nobody has used has zeros all the same.
+    // There may be no huge pages. Unused memory reads as zeros all the same.
     let huge = rustix::fs::memfd_create("huge", MemfdFlags::HUGETLB | MemfdFlags::ALLOW_SEALING);
     match huge {
         Ok(huge) => {
@@ -202,7 +203,7 @@ fn memory_that_is_cut_off_or_lacks_its_pages_is_no_signal() {
         }
         Err(error) => assert_eq!(error, Errno::NOSYS, "a kernel without huge pages"),
     }
-    // One that can only be written.
+    // A file that is open only for writing.
     let path = format!("/proc/self/fd/{}", ram.as_raw_fd());
     let closed = File::options().write(true).open(path).unwrap();
     let reply = client.ask_with(DMA_MAP, &map(8 * MIB, 4096, 0), &[&closed]);
@@ -233,7 +234,8 @@ fn copies_of_memory_that_was_never_used_allocate_none() {
     assert_eq!(blocks(), before);
 }
 
-/// As a memfd of 4 KiB pages, one of huge pages and a file of `/dev/shm` can have, which are of three file systems.
+/// Three file systems can give the same number to a file: that of memfds of 4 KiB pages, that of
+/// memfds of huge pages, and `/dev/shm`.
 #[test]
 fn files_with_the_same_number_are_told_apart() {
     let broker = serve_both(&["--guest-memory"]);
@@ -249,7 +251,8 @@ fn files_with_the_same_number_are_told_apart() {
     assert_eq!(&peek(&broker, MIB), b"this is another.");
 }
 
-/// A memfd and a file of a tmpfs with the same number: numbers are given one after the other, so it takes some files.
+/// Creates a memfd and a file of a tmpfs with the same inode number. Each file system counts up, so
+/// this takes some files.
 fn same_number() -> (File, File) {
     let number = |file: &File| rustix::fs::fstat(file).unwrap().st_ino;
     let new_memfd = || File::from(rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
@@ -294,13 +297,14 @@ fn ranges_that_make_no_sense_are_refused() {
         let reply = client.ask_with(DMA_MAP, &map(address, 4096, 0), &[&ram]);
         assert_eq!(reply.errno, inval, "it overlaps");
     }
-    // Unmaps that make none are refused, too, and nothing is gone by them.
+    // Invalid unmaps are refused too, and remove nothing.
     for (flags, address, size) in [(0, 0, 0), (0, 5, 0), (2, 0, 4096), (2, 4096, 0)] {
         let reply = client.ask(DMA_UNMAP, &unmap(flags, address, size));
         assert_eq!(reply.errno, inval, "{size:#x} at {address:#x}");
     }
     peek(&broker, 0);
-    // Ranges cost room, and so are not without end; but nobody is told no.
+    // Ranges cost memory, so their number is limited. The client receives no error for a further
+    // range.
     for page in 1..1400 {
         let reply = client.ask_with(DMA_MAP, &map(page << 12, 4096, 0), &[&ram]);
         assert_eq!(reply.errno, 0);
@@ -337,7 +341,7 @@ fn files_of_guest_memory_are_not_without_end() {
     let gone = refusal(&broker, 1, 256 << 12, 1);
     assert!(matches!(gone, Refusal::NotThere { .. }));
     assert_eq!(broker.descriptors(), before + 256);
-    // Of one that is known there can be more.
+    // A known file can have further ranges.
     let reply = client.ask_with(DMA_MAP, &map(MIB, 4096, 0), &[&ram]);
     assert_eq!(reply.errno, 0);
     assert_eq!(peek(&broker, MIB), noise(16)[..]);
@@ -346,7 +350,8 @@ fn files_of_guest_memory_are_not_without_end() {
     assert_eq!(peek(&broker, MIB), noise(16)[..]);
 }
 
-/// As where the guest has an IOMMU: of a buffer of 4 MiB each page can be a range, wherever it is in the guest's memory.
+/// If the guest has an IOMMU, each page of a buffer of 4 MiB can be a range of its own, anywhere in
+/// the guest's memory.
 #[test]
 fn each_page_can_be_a_range_and_a_successor_has_them_all() {
     let folder = tempfile::tempdir().unwrap();
@@ -375,7 +380,8 @@ fn each_page_can_be_a_range_and_a_successor_has_them_all() {
     assert!(seen(&broker) == expected);
     broker.start_again(&manager, &arguments);
     assert!(seen(&broker) == expected);
-    // What is unmapped is gone, whether page by page or all at once, and there is room for as many again.
+    // Unmapped pages are gone, whether they were unmapped one by one or all at once, and make room
+    // for as many ranges.
     for page in 0..512 {
         client.get(DMA_UNMAP, &unmap(0, base + (page << 12), 4096));
     }
@@ -449,7 +455,7 @@ fn service_manager_keeps_each_file_of_guest_memory_once_and_all_ranges_are_there
     let mut broker = Broker::start_as(&manager, folder, &arguments);
     let mut client = Client::greet(&broker);
     let (ram, other) = (memory(SealFlags::SHRINK), memory(SealFlags::SHRINK));
-    // As QEMU does with the memory below and above 4 GiB.
+    // QEMU maps the memory below and above 4 GiB in the same way.
     for (address, offset, file) in [(0, 0, &ram), (4 * MIB, MIB, &ram), (8 * MIB, 0, &other)] {
         let reply = client.ask_with(DMA_MAP, &map(address, MIB, offset), &[file]);
         assert_eq!(reply.errno, 0);
@@ -467,7 +473,7 @@ fn service_manager_keeps_each_file_of_guest_memory_once_and_all_ranges_are_there
     };
     broker.start_again(&manager, &arguments);
     assert!(read(&broker, 0, 0) && read(&broker, 4 * MIB, 1 << 20) && read(&broker, 8 * MIB, 0));
-    // A file is forgotten with the last of its ranges, and not before.
+    // The manager removes a file when the file's last range is unmapped, and not before.
     client.get(DMA_UNMAP, &unmap(0, 0, MIB));
     broker.restart(&manager, &arguments);
     assert!(!read(&broker, 0, 0) && read(&broker, 4 * MIB, 1 << 20));
@@ -493,7 +499,7 @@ fn vm_that_leaves_leaves_no_host_app_waiting() {
             let app = broker.attach();
             let asking = scope.spawn(move || {
                 let mut seen = vec![0; MAX_COPY];
-                // Copied or refused, and never without an answer.
+                // The app receives bytes or a refusal, and always an answer.
                 wait_until("it is refused", || app.read_guest(1, 0, &mut seen).is_err());
                 app.status().unwrap();
             });
@@ -525,7 +531,7 @@ fn successor_without_guest_memory_keeps_none_of_it() {
     wait_until("it is forgotten", || kept() == 0);
     assert!(broker.log().contains("the guest's memory is let go"));
     client.get(DMA_UNMAP, &unmap(0, 0, MIB));
-    // What one with it knows of again is what the client tells from then on.
+    // A broker with `--guest-memory` then knows only the ranges that the client maps from now on.
     broker.restart(&manager, &with);
     assert_eq!(client.read_word(0, 0x18), 7);
     let gone = refusal(&broker, 1, 0, 1);

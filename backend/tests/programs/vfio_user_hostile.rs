@@ -1,4 +1,4 @@
-//! Clients of vfio-user that attack, stall or err, and what becomes of those beside them.
+//! Tests of vfio-user clients that attack, stall or err, and of the peers beside them.
 
 use std::fs::File;
 use std::io::Write;
@@ -13,7 +13,7 @@ use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vmm::{handshake, has_nothing};
 
-/// Looks whether everybody else is served.
+/// Checks that the broker serves all others.
 fn others_are_served(broker: &Broker) {
     drop(handshake(crate::vmm::connect(broker, "vm.sock"), 9));
     let attachment = broker.attach();
@@ -32,7 +32,7 @@ fn commands_that_make_no_sense_are_refused_and_the_stream_goes_on() {
     let mut client = Client::greet(&broker);
     let inval = number(Errno::INVAL);
     for (command, payload, errno) in [
-        // Cut short, or of a length that contradicts itself.
+        // Too short, or with a length that contradicts itself.
         (GET_INFO, words(&[16, 0, 0]), inval),
         (GET_INFO, words(&[15, 0, 0, 0]), inval),
         (GET_REGION_INFO, vec![], inval),
@@ -42,7 +42,7 @@ fn commands_that_make_no_sense_are_refused_and_the_stream_goes_on() {
         (DMA_UNMAP, vec![1, 2, 3], inval),
         (READ, words(&[0, 0, 0, 4, 0]), inval),
         (WRITE, words(&[0, 0, 0, 8, 0]), inval),
-        // Where there is nothing.
+        // Outside of all regions and interrupts.
         (GET_REGION_INFO, words(&[32, 0, 9, 0, 0, 0, 0, 0]), inval),
         (
             GET_REGION_INFO,
@@ -61,7 +61,7 @@ fn commands_that_make_no_sense_are_refused_and_the_stream_goes_on() {
         (WRITE, words(&[0, 0, u32::MAX, 4, 0]), inval),
         (READ, words(&[0, 0, 2, 4097]), number(Errno::TOOBIG)),
         (READ, words(&[0, 0, 2, u32::MAX]), number(Errno::TOOBIG)),
-        // Interrupts.
+        // Invalid interrupts.
         (SET_IRQS, words(&[20, NO_DATA, MSIX, 0, 17]), inval),
         (
             SET_IRQS,
@@ -72,13 +72,13 @@ fn commands_that_make_no_sense_are_refused_and_the_stream_goes_on() {
         (SET_IRQS, words(&[20, EVENTFDS, 0, 0, 1]), inval),
         (SET_IRQS, words(&[20, 0x3f, MSIX, 0, 1]), inval),
         (SET_IRQS, words(&[20, 0x22, MSIX, 0, 8, 0]), inval),
-        // Out of turn.
+        // A second handshake.
         (VERSION, [&[0; 4], CAPABILITIES].concat(), inval),
-        // Longer than anything that is needed.
+        // Longer than any command needs.
         (WRITE, vec![0xff; 5000], number(Errno::TOOBIG)),
         (77, vec![0xff; 1 << 20], number(Errno::TOOBIG)),
     ] {
-        // The longest do not fit into the socket at once.
+        // The longest messages do not fit into the socket at once.
         let mut sender = client.socket.try_clone().unwrap();
         let bytes = message(1, command, 0, &payload);
         let reply = std::thread::scope(|scope| {
@@ -137,7 +137,7 @@ fn messages_may_come_in_any_parts() {
     let reads: Vec<_> = (0..20)
         .flat_map(|id| message(id, READ, 0, &words(&[0x10, 0, 0, 4])))
         .collect();
-    // All at once, and byte by byte.
+    // First all messages at once, then in pieces of 7 bytes.
     client.socket.write_all(&reads).unwrap();
     for id in 0..20 {
         let reply = client.hear().unwrap();
@@ -159,7 +159,7 @@ fn streams_that_nobody_can_follow_end() {
     for bytes in [
         words(&[1, 15, 0, 0]),
         words(&[1, 0, 0, 0]),
-        // A reply to nothing, and a kind of message that there is not.
+        // A reply without a request, and an unknown type of message.
         words(&[1 | 4 << 16, 16, 1, 0]),
         words(&[1 | 4 << 16, 16, 5, 0]),
         vec![0xff; 100],
@@ -185,7 +185,7 @@ fn noise_harms_nobody() {
     for round in 0..rounds {
         let bytes = noise(64 * rounds)[64 * round..][..64].to_vec();
         let mut client = Client::greet(&broker);
-        // Behind a sound header, so that it gets somewhere.
+        // A valid header comes first, so that the noise reaches the command's parser.
         let command = u16::from(bytes[0] % 17);
         let mut noise = message(1, command, 0, &bytes[1..usize::from(bytes[1] % 63)]);
         if round % 2 == 0 {
@@ -219,7 +219,8 @@ fn client_that_stalls_holds_up_nobody_else() {
         assert_eq!(client.version().errno, 0);
         client
     };
-    // Between two messages it may say nothing for as long as it likes, and so for longer than the others stall.
+    // A client may be silent between two messages for any time, so also for longer than the others
+    // stall.
     let mut quiet = greet("quiet.sock");
     let message = message(9, READ, 0, &words(&[0x10, 0, 0, 4]));
     once_of_some("others are served while they stall", || {
@@ -229,7 +230,7 @@ fn client_that_stalls_holds_up_nobody_else() {
             client.socket.write_all(&message[..length]).unwrap();
             client
         });
-        // Each of the slots and the host has as many eventfds.
+        // The six slots and the host have one eventfd for each vector.
         let bells = 7 * broker.attach().layout().vectors as usize;
         drop(handshake(crate::vmm::connect(&broker, "vm.sock"), bells));
         let stall = stalled.iter().all(|client| has_nothing(&client.socket));
@@ -246,7 +247,7 @@ fn client_that_stalls_holds_up_nobody_else() {
     quiet.get(GET_INFO, &words(&[16, 0, 0, 0]));
 }
 
-/// A part of `control::broker_lets_silent_clients_go`.
+/// Runs as a part of `control::broker_lets_silent_clients_go`.
 pub fn client_that_says_nothing_keeps_its_slot_for_a_while_only() {
     let broker = serve_both(&[]);
     let mut silent = Client::connect(&broker);
@@ -271,7 +272,7 @@ fn client_that_takes_no_replies_is_let_go() {
     others_are_served(&broker);
 }
 
-/// CVE-2022-0669 and CVE-2019-14818 (DPDK vhost): descriptors that nobody asked for stayed open.
+/// CVE-2022-0669 and CVE-2019-14818 (DPDK vhost): unrequested descriptors stayed open.
 #[test]
 fn descriptors_that_come_with_any_command_are_not_kept() {
     let broker = serve_both(&[]);
@@ -280,15 +281,15 @@ fn descriptors_that_come_with_any_command_are_not_kept() {
     let gift = File::open("/dev/null").unwrap();
     for _ in 0..30 {
         for (command, payload, is_right) in [
-            // Of the wrong number, or no eventfds.
+            // The number is wrong, or the descriptors are not eventfds.
             (SET_IRQS, words(&[20, EVENTFDS, MSIX, 0, 2]), false),
             (SET_IRQS, words(&[20, EVENTFDS, MSIX, 15, 3]), false),
             (SET_IRQS, words(&[20, EVENTFDS, MSIX, 0, 3]), false),
             (SET_IRQS, words(&[20, NO_DATA, MSIX, 0, 3]), false),
-            // Wrong whatever comes with it.
+            // Invalid with or without descriptors.
             (VERSION, vec![0; 4], false),
             (99, vec![], false),
-            // Nobody looks at them.
+            // The broker ignores these descriptors.
             (DMA_MAP, words(&[32, 3, 0, 0, 0, 0, 4096, 0]), true),
             (GET_INFO, words(&[16, 0, 0, 0]), true),
             (READ, words(&[0, 0, 0, 4]), true),
@@ -317,7 +318,7 @@ fn descriptors_that_come_with_any_command_are_not_kept() {
 fn interrupt_that_cannot_be_written_blocks_nobody() {
     let broker = serve_both(&[]);
     let mut client = Client::greet(&broker);
-    // Full, and made blocking, which is a property that all copies share.
+    // The eventfd is full and blocking. All copies of a descriptor share that flag.
     let full = rustix::event::eventfd(0, EventfdFlags::empty()).unwrap();
     rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
     let set = words(&[20, EVENTFDS, MSIX, 0, 1]);
@@ -331,7 +332,8 @@ fn interrupt_that_cannot_be_written_blocks_nobody() {
     for _ in 0..10 {
         client.get(SET_IRQS, &fire);
     }
-    // The kernel rings even then, so who waits for an edge hears it; and counts no further than this.
+    // The kernel signals even a full eventfd, so an edge-triggered waiter wakes. The count goes no
+    // higher than this.
     assert_eq!(count(), u64::MAX);
     client.get(SET_IRQS, &fire);
     assert_eq!(count(), 1);

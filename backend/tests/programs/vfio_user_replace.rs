@@ -1,4 +1,4 @@
-//! One broker takes the place of another under a client of vfio-user, which notices nothing.
+//! Tests of a broker that replaces another one. A client of vfio-user must not notice.
 
 use std::fs::File;
 use std::io::Write;
@@ -22,13 +22,13 @@ use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vmm::rings;
 
-/// The arguments of a broker as [`serve_both`] starts it, and of its successors.
+/// Returns the arguments of a broker with the slots of [`serve_both`], and of its successors.
 fn arguments(folder: &tempfile::TempDir) -> [String; 4] {
     let socket = folder.path().join("user.sock").display().to_string();
     ["--vfio-user", &socket, "--channel", "up=1-host,64K"].map(str::to_owned)
 }
 
-/// Such a broker.
+/// Starts a broker with these arguments.
 fn serve() -> (Broker, [String; 4]) {
     let folder = tempfile::tempdir().unwrap();
     let arguments = arguments(&folder);
@@ -36,7 +36,7 @@ fn serve() -> (Broker, [String; 4]) {
     (broker, arguments)
 }
 
-/// The same as a manager's service.
+/// Starts a broker with these arguments as a manager's service.
 fn serve_as(manager: &ServiceManager, folder: tempfile::TempDir) -> (Broker, [String; 4]) {
     let arguments = arguments(&folder);
     let words = arguments.each_ref().map(String::as_str);
@@ -44,14 +44,14 @@ fn serve_as(manager: &ServiceManager, folder: tempfile::TempDir) -> (Broker, [St
     (broker, arguments)
 }
 
-/// Asks one thing after the other while brokers change; what it gives to `change` waits for some answers. One reply more or less
-/// would be out of turn.
+/// Sends one request after the other while `change` replaces brokers. The argument of `change`
+/// waits for some replies. A missing or additional reply would be out of order.
 fn ask_while(client: &mut Client, change: impl FnOnce(&dyn Fn())) {
     let (end, asked) = (AtomicBool::new(false), AtomicU32::new(0));
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
             while !end.load(Ordering::Relaxed) {
-                // What was written is read, whichever broker hears it.
+                // The word that one broker stored is read back, even from its successor.
                 let number = asked.load(Ordering::Relaxed);
                 client.write(0, 0, &number.to_le_bytes());
                 assert_eq!(client.read_word(0, 0), number);
@@ -103,17 +103,17 @@ fn successor_has_the_device_as_it_was() {
         client.ring(2, 1);
         assert_eq!(rings(&bells[1]), 1);
     }
-    // Vector 5, which has no eventfd, waits through all of that.
+    // Vector 5 has no eventfd, and stays pending all the time.
     assert_eq!(client.read(1, 4096, 1), [1 << 5]);
     let late = eventfd();
     assert_eq!(client.set_irqs(5, &[&late]).errno, 0);
     assert_eq!(count(&late), 1);
-    // Descriptors do not grow from one to the next.
+    // The number of descriptors does not grow from one broker to the next.
     succeed(&mut broker, &arguments);
     let descriptors = broker.descriptors();
     succeed(&mut broker, &arguments);
     assert_eq!(broker.descriptors(), descriptors);
-    // And who leaves, leaves the successor, which has told all vectors once.
+    // A VM that leaves now leaves the successor, which has fired all vectors once.
     client.get(GET_INFO, &words(&[16, 0, 0, 0]));
     for irq in &irqs {
         count(irq);
@@ -178,7 +178,7 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
         ring(&bells[3]);
         wait_until("vector 1 fires", || count(&irq) >= 1);
     }
-    // The next VM has nothing of that one, which leaves while no broker is there.
+    // The VM leaves while no broker runs. The next VM inherits nothing from it.
     broker.child.kill().unwrap();
     drop(client);
     broker.start_again(&manager, &arguments);
@@ -192,7 +192,7 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
     assert_eq!(client.read(CONFIG, 4, 2), [0, 0]);
 }
 
-/// Nearly always there is one that is not whole.
+/// At nearly every moment a message has arrived in part.
 #[test]
 fn messages_that_come_slowly_one_after_the_other_keep_no_successor_out() {
     let (mut broker, arguments) = serve();
@@ -213,7 +213,7 @@ fn messages_that_come_slowly_one_after_the_other_keep_no_successor_out() {
     for _ in 0..3 {
         succeed(&mut broker, &arguments);
     }
-    // It came to the end of a message each time, and none of them was left out.
+    // Each broker finished the message that was in progress, and left no session out.
     assert!(!broker.log().contains("within a message"));
     assert!(broker.attach().status().unwrap().slots[1].vm.is_some());
 }
@@ -228,7 +228,7 @@ fn half_a_message_holds_a_successor_up_for_a_moment_only() {
     succeed(&mut broker, &arguments);
     assert!(client.is_let_go());
     Client::greet(&broker);
-    // A slot of another kind is not taken over.
+    // A successor does not take over a slot of another transport.
     let other = broker.path("user.sock").display().to_string();
     let mut command = broker.command(&[
         "--ivshmem",
@@ -247,14 +247,14 @@ fn half_a_message_holds_a_successor_up_for_a_moment_only() {
     Client::greet(&broker);
 }
 
-/// Longer than anybody here waits: who waits for it does not come to the end of its test.
+/// Longer than any wait of a test: a test that waits for this time fails.
 const HELD: Duration = Duration::from_secs(600);
 
-/// A descriptor that whoever closes it last waits for [`HELD`], as long as its peer, the second, is there: as a file can of a
-/// FUSE that the client serves itself.
+/// Creates a descriptor whose last close blocks for [`HELD`], as long as its peer, the second
+/// socket, exists. A client can have such a file from a FUSE that it serves itself.
 fn slow_to_close() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    // The kernel connects it before anybody accepts.
+    // The kernel connects the socket before `accept`.
     let mut slow = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (peer, _) = listener.accept().unwrap();
     slow.set_nonblocking(true).unwrap();
@@ -264,15 +264,15 @@ fn slow_to_close() -> (TcpStream, TcpStream) {
     (slow, peer)
 }
 
-/// Such a descriptor that the broker has the last copy of.
+/// A descriptor that is slow to close. The broker has its last copy.
 struct Slow {
     _peer: TcpStream,
-    /// What the descriptor is called in `/proc`.
+    /// Name of the descriptor in `/proc`.
     name: String,
 }
 
 impl Slow {
-    /// Whether the broker has it, and has not begun to close it.
+    /// Returns whether the broker has the descriptor and has not begun to close it.
     fn is_open(&self, broker: &Broker) -> bool {
         let folder = format!("/proc/{}/fd", broker.child.id());
         let mut all = std::fs::read_dir(folder).unwrap();
@@ -281,7 +281,7 @@ impl Slow {
     }
 }
 
-/// Sends a message with such a descriptor.
+/// Sends a message with a descriptor that is slow to close.
 fn give_slow(broker: &Broker, client: &Client, message: &[u8]) -> Slow {
     let (slow, peer) = slow_to_close();
     let name = format!("socket:[{}]", rustix::fs::fstat(&slow).unwrap().st_ino);
@@ -308,12 +308,12 @@ fn descriptor_that_is_refused_and_slow_to_close_holds_up_its_own_session_only() 
     client.write(CONFIG, 4, &[6, 4]);
     let set = message(9, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
     let _slow = give_slow(&broker, &client, &set);
-    // It is answered first.
+    // The reply comes before the descriptor is closed.
     let inval = Errno::INVAL.raw_os_error().cast_unsigned();
     assert_eq!(client.hear().unwrap().errno, inval);
     broker.attach().status().unwrap();
     succeed(&mut broker, &arguments);
-    // The successor goes on with it, and has nothing to close.
+    // The successor continues the session, and has no descriptor to close.
     assert_eq!(client.read(CONFIG, 4, 2), [6, 4]);
 }
 
@@ -325,8 +325,8 @@ fn half_a_message_with_a_descriptor_that_is_slow_to_close_is_handed_over_to_nobo
     let set = message(9, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
     let (begin, _) = set.split_at(set.len() - 4);
     let slow = give_slow(&broker, &client, begin);
-    // The rest does not come, and the session cannot end before its descriptor is closed, which takes it from the process at
-    // once.
+    // The rest of the message does not come. The session cannot end before its descriptor is
+    // closed. Closing removes it from the process's table at once.
     wait_until("it comes", || slow.is_open(&broker));
     wait_until("it is closed", || !slow.is_open(&broker));
     succeed(&mut broker, &arguments);
@@ -345,7 +345,7 @@ fn session_that_never_ends_its_message_is_left_out_and_the_others_are_handed_ove
     let mut neighbour = Client::connect_to(&broker, "other.sock");
     assert_eq!(neighbour.version().errno, 0);
     let info = message(9, GET_INFO, 0, &words(&[16, 0, 0, 0]));
-    // The kernel throws it away, and waits within the call that receives the message.
+    // The kernel discards the descriptor, and blocks in the call that receives the message.
     let _slow = give_slow(&broker, &client, &info);
     ask_while(&mut neighbour, |answered| {
         succeed(&mut broker, &arguments);
@@ -418,7 +418,7 @@ fn is_readable_within(client: &Client, time: Duration) -> bool {
 
 #[test]
 fn successor_that_dawdles_is_called_off_as_a_whole() {
-    // Some thousand descriptors.
+    // With 256 vectors there are several thousand descriptors to hand over.
     let broker = serve_both(&["--vectors", "256"]);
     let mut client = Client::greet(&broker);
     let app = Control::connect(&broker.control()).unwrap();
@@ -431,7 +431,7 @@ fn successor_that_dawdles_is_called_off_as_a_whole() {
                 let (answer, _) = app.ask(Ask::HandOver).unwrap();
                 begun.store(true, Ordering::Relaxed);
                 assert!(matches!(answer, Answer::Inheritance { last: false, .. }));
-                // What follows a hand-over that was called off is the begin of another.
+                // After a hand-over was called off, the next part is the first of a new one.
                 parts = if names(&answer).contains(&"bell-0-0".to_owned()) {
                     1
                 } else {
@@ -444,7 +444,7 @@ fn successor_that_dawdles_is_called_off_as_a_whole() {
         });
         let stop = Stop(&end);
         wait_until("it dawdles", || begun.load(Ordering::Relaxed));
-        // It goes on before QEMU loses its patience, with some time for a machine that is busy.
+        // The broker continues before QEMU's timeout, with a margin for a busy machine.
         let start = Instant::now();
         client.get(GET_INFO, &words(&[16, 0, 0, 0]));
         let waited = start.elapsed();
@@ -461,7 +461,7 @@ fn names(answer: &Answer) -> &[String] {
     }
 }
 
-/// What its predecessor noted of a slot, as its file.
+/// Returns the file with the state of slot 1's session, as the running broker hands it over.
 fn noted(broker: &Broker) -> File {
     let predecessor = Predecessor::ask(&broker.control()).unwrap();
     let mut inheritance = predecessor.inheritance;

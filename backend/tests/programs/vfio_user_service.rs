@@ -1,4 +1,4 @@
-//! What a client of vfio-user has the service manager told.
+//! Tests of the messages to the service manager that a client of vfio-user causes.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -16,14 +16,14 @@ use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vmm::handshake;
 
-/// A service manager that writes down what it is told.
+/// A service manager that records its messages.
 struct Recorder {
     socket: UnixDatagram,
     told: Arc<Mutex<Vec<String>>>,
 }
 
 impl Recorder {
-    /// A broker with a slot for ivshmem, 0, and one for vfio-user, 1, that is a service.
+    /// Starts a broker as a service, with slot 0 for ivshmem and slot 1 for vfio-user.
     fn serve() -> (Broker, Self) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("notify.sock");
@@ -32,7 +32,7 @@ impl Recorder {
         let (heard, all) = (socket.try_clone().unwrap(), Arc::clone(&told));
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
-            // Nothing, once nobody listens.
+            // `recv` returns 0 bytes after the socket is shut down.
             while let Ok(length @ 1..) = heard.recv(&mut bytes) {
                 let message = String::from_utf8_lossy(&bytes[..length]).into_owned();
                 all.lock().unwrap().push(message);
@@ -45,7 +45,7 @@ impl Recorder {
         (broker, Recorder { socket, told })
     }
 
-    /// What it was told of names that begin so.
+    /// Returns the messages about names that begin with `name`.
     fn of(&self, name: &str) -> Vec<String> {
         let told = self.told.lock().unwrap();
         let name = format!("FDNAME={name}");
@@ -57,7 +57,7 @@ impl Recorder {
 }
 
 impl Recorder {
-    /// The same, once there are so many.
+    /// Waits until there are so many messages about `name`, and returns them.
     fn wait_for(&self, name: &str, messages: usize) -> Vec<String> {
         wait_until("the manager is told", || self.of(name).len() >= messages);
         self.of(name)
@@ -92,7 +92,7 @@ fn eventfd_of_an_interrupt_is_kept_before_the_last_one_is_forgotten() {
     assert!(last.contains(kept.first().unwrap()), "another is forgotten");
 }
 
-/// A service manager does not keep a file twice.
+/// A service manager does not store the same file twice.
 #[test]
 fn eventfd_that_is_set_again_stays_kept() {
     let folder = tempfile::tempdir().unwrap();
@@ -123,14 +123,14 @@ fn client_that_sets_interrupts_without_end_is_slowed_and_nobody_else() {
     let seconds = Duration::from_secs(rounds(1, 3) as u64);
     let mut asked = 0;
     let told = || manager.of("part-1").len();
-    // Until it has been slowed for a while.
+    // The loop runs until the client has been slowed for a while.
     while start.elapsed() < seconds || told() <= 2048 {
         assert!(start.elapsed() < PATIENCE, "nobody is told: {}", told());
         assert_eq!(client.set_irqs(0, &irqs).errno, 0);
         asked += 1;
     }
     let told = told();
-    // A burst, then so many a second, and one message more.
+    // The limit is a burst of 2048 messages, then 256 a second. A last request may exceed it.
     let most = 2048 + 256 * start.elapsed().as_secs() as usize + 256 + 3 * 16;
     assert!(told <= most, "{told} for {asked} messages");
     once_of_some("others do not wait", || {
@@ -142,7 +142,7 @@ fn client_that_sets_interrupts_without_end_is_slowed_and_nobody_else() {
     client.get(GET_INFO, &words(&[16, 0, 0, 0]));
 }
 
-/// What it does, and how long that takes.
+/// Runs an action, and measures its time.
 fn timed<T>(action: impl FnOnce() -> T) -> (T, Duration) {
     let start = Instant::now();
     let done = action();
@@ -159,7 +159,7 @@ fn service_manager_that_does_not_read_costs_one_vm_a_second_and_others_nothing()
     });
 }
 
-/// Says what was too slow, as anything can be on a machine that is busy.
+/// Reports each step that is too slow. On a busy machine any step can be.
 fn costs_one_vm_a_second(is_slow: &dyn Fn(&str, Duration)) {
     const AT_ONCE: Duration = Duration::from_millis(700);
     const IN_TIME: Duration = Duration::from_millis(2500);
@@ -188,7 +188,7 @@ fn costs_one_vm_a_second(is_slow: &dyn Fn(&str, Duration)) {
         let setting = std::thread::Builder::new().name("setting".to_owned());
         let setting = setting.spawn_scoped(scope, || timed(|| client.set_irqs(0, &irqs)));
         let setting = setting.unwrap();
-        // While it waits.
+        // The client's request waits for the manager from here on.
         wait_until_asleep(std::process::id(), "setting");
         broker.wait_until_idle();
         let (_, took) = timed(|| other.get(GET_INFO, &words(&[16, 0, 0, 0])));
@@ -201,7 +201,7 @@ fn costs_one_vm_a_second(is_slow: &dyn Fn(&str, Duration)) {
         let is_patient = took > Duration::from_millis(900);
         assert!(is_patient, "what is answered may not be kept");
     });
-    // Once is enough, for whoever comes or says something.
+    // Only one request waits. New VMs and later requests do not.
     let mut late = Client::connect_to(&broker, "late.sock");
     let (_, took) = timed(|| late.version());
     within(AT_ONCE, "a VM that comes waits", took);
@@ -213,7 +213,7 @@ fn costs_one_vm_a_second(is_slow: &dyn Fn(&str, Duration)) {
     assert_eq!(client.set_irqs(0, &irqs).errno, 0);
     drop(paused);
 
-    // And what it reads then is as if it had always read.
+    // After the pause, the manager has the same state as if it had always read.
     wait_until("all is kept", || {
         let kept = manager.kept();
         let of = |slot| {
@@ -263,7 +263,7 @@ fn session_whose_memory_is_of_another_size_is_not_taken_over() {
     let kept = || manager.kept().into_iter().filter(of_session).count();
     wait_until("it is kept", || kept() == 2);
     kill(&mut broker.child);
-    // What another version of it might have kept.
+    // A file as another version of barlink might have stored it.
     let other = rustix::fs::memfd_create("session", MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&other, 4096).unwrap();
     let socket = UnixDatagram::unbound().unwrap();
@@ -273,7 +273,7 @@ fn session_whose_memory_is_of_another_size_is_not_taken_over() {
     socket
         .send_with_fds(&[&message[..]], &[other.as_raw_fd()])
         .unwrap();
-    // The manager hears one thing after the other.
+    // The manager reads messages in order, so the last name proves that it has read all.
     let null = std::fs::File::open("/dev/null").unwrap();
     let message = b"FDSTORE=1\nFDNAME=last\n";
     socket
@@ -286,7 +286,7 @@ fn session_whose_memory_is_of_another_size_is_not_taken_over() {
     broker.start_again(&manager, &arguments);
     wait_until("it is let go", || kept() == 1);
     assert!(broker.log().contains("slot 1: another version of barlink"));
-    // Its connection ends with the last copy, which the manager had.
+    // The connection ends with its last copy, which the manager had.
     assert!(client.is_let_go());
     Client::greet(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
 }

@@ -1,4 +1,4 @@
-//! The device over vhost-user, as a VMM and its guest's driver meet it.
+//! Tests of the device over vhost-user, as a VMM and its guest's driver use it.
 
 use barlink::protocol::wire::virtio::{FEATURE_RESET, MAGIC, VERSION, config};
 use vhost::vhost_user::VhostUserFrontend;
@@ -8,7 +8,7 @@ use crate::support::*;
 use crate::vhost_user_client::*;
 use crate::vmm::{handshake, rings};
 
-/// The other VM, this one, the host; and vectors of each.
+/// ID of the host: the other VM has 0, and this one 1.
 const HOST: u32 = 2;
 const VECTORS: usize = 5;
 
@@ -56,7 +56,7 @@ fn region_is_mapped_when_the_device_has_started_and_never_before() {
     let mut client = Client::greet(&broker);
     client.config();
     for round in 0..3 {
-        // Whatever else happens meanwhile.
+        // Other events do not make the broker map the region.
         rustix::io::write(own, &1u64.to_ne_bytes()).unwrap();
         client.queues[0].kick.write(1).unwrap();
         client.share(&client.memory).unwrap();
@@ -67,11 +67,11 @@ fn region_is_mapped_when_the_device_has_started_and_never_before() {
         assert_eq!((id, offset, at), (0, 0, 0));
         let (length, flags) = (wish.map.len, wish.map.flags);
         assert_eq!((length, flags), (64 << 20, 1));
-        // It is the region: its superblock says so.
+        // The file is the region, because it begins with the superblock's magic.
         let mut start = [0; 4];
         rustix::io::pread(&wish.file, &mut start, 0).unwrap();
         assert_eq!(u32::from_le_bytes(start), MAGIC);
-        // Once is enough.
+        // The broker asks only once.
         client.put(0, HOST << 16, 4, false);
         client.wait_for(0, 1);
         assert!(client.is_left_alone(&broker), "twice in round {round}");
@@ -100,7 +100,8 @@ fn doorbells_ring_whom_they_name() {
             assert_eq!(rings(bell), u64::from(rung), "{peer}, {vector}: {place}");
         }
     }
-    // What nobody has is nobody's; and buffers that hold no doorbell are given back.
+    // Doorbells for unknown peers and vectors ring nothing. Buffers without a doorbell are
+    // returned.
     for (word, length, writable) in [
         (3 << 16, 4, false),
         (HOST << 16 | VECTORS as u32, 4, false),
@@ -115,7 +116,7 @@ fn doorbells_ring_whom_they_name() {
         client.wait_for(0, count);
     }
     assert!(other.bells.iter().all(|(_, bell)| rings(bell) == 0));
-    // Who wants no interrupt gets none.
+    // A driver that disables interrupts gets none.
     fired(&client.queues[0].call);
     client.wants_interrupts(0, false);
     client.put(0, HOST << 16 | 1, 4, false);
@@ -142,7 +143,7 @@ fn vectors_that_are_rung_come_once_each_with_an_interrupt() {
         assert_eq!(client.wait_for(1, count), (4, vector as u32));
         wait_until("the interrupt fires", || fired(&client.queues[1].call));
     }
-    // Without a buffer they wait, once each.
+    // Without a buffer, each vector stays pending, and counts once.
     for vector in [3, 1, 3, 3] {
         ring(vector);
     }
@@ -156,7 +157,8 @@ fn vectors_that_are_rung_come_once_each_with_an_interrupt() {
     client.put(1, u32::MAX, 4, true);
     broker.wait_until_idle();
     assert_eq!(client.returned(1), count, "a vector that nobody rang");
-    // A buffer that holds no number, or cannot be written, is given back, and the vector waits for the next.
+    // A buffer that is too short or not writable is returned unused. The vector waits for the next
+    // buffer.
     let (short, read_only) = ((2, true), (4, false));
     ring(4);
     count += 1;
@@ -188,7 +190,8 @@ fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
     client.put(0, HOST << 16, 4, false);
     client.wait_for(0, 1);
     assert_eq!(connection(), 1);
-    // Paused: QEMU goes on from the same indices, and has the mapping still, so it is not asked.
+    // Pause: QEMU continues from the same indices and keeps the mapping, so the broker does not ask
+    // for it.
     let bases = client.stop();
     assert_eq!(bases, [1, 0]);
     client.start_from(bases);
@@ -196,7 +199,7 @@ fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
     client.wait_for(0, 2);
     assert_eq!(connection(), 1);
     assert!(client.is_left_alone(&broker), "it has the mapping");
-    // Reset: a new driver looks at the configuration first, and sees the new number.
+    // Reset: a new driver reads the configuration first, and finds the new number.
     client.stop();
     rings(host);
     assert_eq!(word(&client.config(), config::CONNECTION), 2);
@@ -208,12 +211,13 @@ fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
     client.put(0, HOST << 16, 4, false);
     client.wait_for(0, 1);
     assert_eq!(connection(), 2);
-    // Or it does not look; that the mapping was gone tells as much.
+    // If the driver does not read it, the missing mapping shows the reset.
     client.stop();
     client.start();
     client.map(true);
     wait_until("the reset is noticed", || connection() == 3);
-    // Paused before anything was rung: the VMM refuses, since it has the mapping.
+    // After a pause without a doorbell, the broker asks for the mapping again. The VMM refuses,
+    // because it has kept the mapping.
     let bases = client.stop();
     assert_eq!(bases, [0, 0]);
     client.start_from(bases);
@@ -234,7 +238,7 @@ fn client_that_does_not_map_the_region_goes_on_without() {
     client.config();
     let log = broker.log();
     assert!(log.contains("does not map the region"), "{log}");
-    // It is asked again.
+    // The broker asks again after the next start.
     client.stop();
     client.start();
     client.map(true);
@@ -277,7 +281,7 @@ fn slot_of_vhost_user_is_free_again_and_nothing_is_left() {
     for round in 0..10 {
         let mut client = Client::greet(&broker);
         client.start();
-        // Some leave while they are asked.
+        // Some clients leave before they answer the broker's request.
         if round % 2 == 0 {
             client.map(true);
         } else {

@@ -1,4 +1,5 @@
-//! A VMM that speaks vhost-user as QEMU does, by the `vhost` crate, and its guest's driver; and one that sends any bytes.
+//! A VMM that speaks vhost-user as QEMU does, by the `vhost` crate, with its guest's driver; and
+//! functions that send any bytes.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -22,9 +23,9 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;
 
-/// Bytes of the guest's memory, of which most is a hole.
+/// Size of the guest's memory, in bytes. Most of it is never allocated.
 pub const MEMORY: u64 = 64 << 20;
-/// Where the VMM says that it has it.
+/// Address of the guest's memory in the VMM.
 pub const VMM_ADDRESS: u64 = 0x7000_0000_0000;
 
 const WRITABLE: u16 = 2;
@@ -37,7 +38,7 @@ pub fn serve_vhost_user(arguments: &[&str]) -> Broker {
     Broker::start_in(folder, &[&both, arguments].concat())
 }
 
-/// Memory of a guest.
+/// Creates the memory of a guest, with these seals.
 pub fn memory(seals: SealFlags) -> File {
     let memory = rustix::fs::memfd_create("ram", MemfdFlags::ALLOW_SEALING).unwrap();
     rustix::fs::ftruncate(&memory, MEMORY).unwrap();
@@ -51,7 +52,7 @@ fn map(memory: &File) -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges_with_files([range]).unwrap()
 }
 
-/// A wish of the daemon: what it wants mapped, and where the answer goes.
+/// A request of the broker's daemon to map memory, and the channel for the answer.
 pub struct Wish {
     pub map: VhostUserMMap,
     pub file: OwnedFd,
@@ -78,10 +79,10 @@ impl VhostUserFrontendReqHandler for WayBack {
     }
 }
 
-/// The name of the thread that gets the wishes.
+/// Name of the thread that receives these requests.
 const HANDLER: &str = "wishes";
 
-/// A queue, as its driver has it.
+/// A queue, as the guest's driver has it.
 pub struct DriverQueue {
     number: usize,
     pub kick: EventFd,
@@ -89,7 +90,7 @@ pub struct DriverQueue {
     available: u16,
 }
 
-/// See the module.
+/// A VMM with its guest, connected to slot 1.
 pub struct Client {
     pub socket: UnixStream,
     pub frontend: Frontend,
@@ -108,12 +109,12 @@ pub fn connect(broker: &Broker) -> UnixStream {
 }
 
 impl Client {
-    /// Connects, once the slot is free, and agrees upon features.
+    /// Waits until the slot is free, connects, and negotiates features.
     pub fn greet(broker: &Broker) -> Self {
         Self::greet_without(broker, VhostUserProtocolFeatures::empty())
     }
 
-    /// The same, without some of the protocol's features.
+    /// Connects as [`Client::greet`] does, without some of the protocol's features.
     pub fn greet_without(broker: &Broker, lacking: VhostUserProtocolFeatures) -> Self {
         let socket = connect(broker);
         let mut frontend = Frontend::from_stream(socket.try_clone().unwrap(), QUEUES as u64);
@@ -144,7 +145,7 @@ impl Client {
         frontend.set_backend_request_fd(&end).unwrap();
         let handler = std::thread::Builder::new().name(HANDLER.to_owned());
         let handler = handler.spawn(move || {
-            // To refuse is an error, too.
+            // A refused request is an error of the handler as well.
             while let Ok(_) | Err(Error::ReqHandlerError(_)) = way_back.handle_request() {}
         });
         handler.unwrap();
@@ -166,7 +167,7 @@ impl Client {
         }
     }
 
-    /// Has other memory from its next start on, at the same addresses, and gives the old.
+    /// Replaces the memory from the next start on, at the same addresses. Returns the old memory.
     pub fn swap_memory(&mut self) -> File {
         let new = memory(SealFlags::SHRINK);
         self.guest = map(&new);
@@ -183,7 +184,7 @@ impl Client {
         self.share_from(memory, 0)
     }
 
-    /// Shares memory that begins so many bytes behind the file's begin.
+    /// Shares the memory that begins at this offset of the file, in bytes.
     pub fn share_from(&self, memory: &File, offset: u64) -> vhost::Result<()> {
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
@@ -195,7 +196,7 @@ impl Client {
         self.frontend.set_mem_table(&[region]).map(drop)
     }
 
-    /// Starts the device as QEMU does once the driver is ready, from these indices on.
+    /// Starts the device as QEMU does once the driver is ready, with these queue indices.
     pub fn start_from(&mut self, bases: [u16; 2]) {
         self.frontend.set_features(1 << 32 | 1 << 30).unwrap();
         self.share(&self.memory).unwrap();
@@ -223,7 +224,7 @@ impl Client {
         }
     }
 
-    /// The same, for a driver that is new.
+    /// Starts the device for a new driver: clears the queues, and begins with index 0.
     pub fn start(&mut self) {
         for queue in &mut self.queues {
             let nothing = vec![0; 1 << 20];
@@ -234,24 +235,24 @@ impl Client {
         self.start_from([0, 0]);
     }
 
-    /// Whether there is no wish once the broker has done all that it had to do.
+    /// Returns whether the broker is idle and has sent no request to map memory.
     pub fn is_left_alone(&self, broker: &Broker) -> bool {
         broker.wait_until_idle();
-        // What the broker has sent, this thread has passed on when it sleeps again.
+        // When the thread sleeps again, it has passed on everything that the broker has sent.
         wait_until_asleep(std::process::id(), HANDLER);
         self.wishes.try_recv().is_err()
     }
 
-    /// The next wish, which must be to map the region, answered.
+    /// Takes the next request to map memory, and answers it.
     pub fn map(&self, answer: bool) -> Wish {
         let wish = self.wishes.recv_timeout(PATIENCE).expect("a wish");
         wish.answer.send(answer).unwrap();
-        // From here on the broker has the answer.
+        // When the thread sleeps, the broker has the answer.
         wait_until_asleep(std::process::id(), HANDLER);
         wish
     }
 
-    /// Stops the device as QEMU does, and gives the queues' indices.
+    /// Stops the device as QEMU does. Returns the queues' indices.
     pub fn stop(&mut self) -> [u16; 2] {
         for queue in 0..QUEUES {
             self.frontend.set_vring_enable(queue, false).unwrap();
@@ -259,7 +260,7 @@ impl Client {
         [0, 1].map(|queue| self.frontend.get_vring_base(queue).unwrap() as u16)
     }
 
-    /// Makes a buffer available: so many bytes there, readable or writable; and kicks.
+    /// Makes a buffer with a word available, readable or writable and of this length, and kicks.
     pub fn put(&mut self, queue: usize, word: u32, length: u32, writable: bool) {
         let index = self.queues[queue].available;
         let slot = index % QUEUE_SIZE;
@@ -282,7 +283,7 @@ impl Client {
         write(14, &next.to_le_bytes());
     }
 
-    /// Makes a chain of buffers available that begins there, and kicks.
+    /// Makes a chain of buffers that begins with descriptor `head` available, and kicks.
     pub fn offer(&mut self, queue: usize, head: u16) {
         let index = self.queues[queue].available;
         let slot = place(queue, 0x1004 + 2 * u64::from(index % QUEUE_SIZE));
@@ -302,13 +303,14 @@ impl Client {
         self.guest.write_obj(u16::from(!wants), place).unwrap();
     }
 
-    /// How many buffers were returned.
+    /// Returns the number of buffers that the device has returned, modulo 2^16.
     pub fn returned(&self, queue: usize) -> u16 {
         let place = GuestAddress(place(queue, 0x2002));
         self.guest.read_obj(place).unwrap()
     }
 
-    /// Waits until so many were, and gives the length and the first word of the last.
+    /// Waits until `count` buffers are returned. Returns the length and the first word of the last
+    /// one.
     pub fn wait_for(&self, queue: usize, count: u16) -> (u32, u32) {
         wait_until("the buffer is returned", || self.returned(queue) == count);
         let element = u64::from(count.wrapping_sub(1) % QUEUE_SIZE);
@@ -320,12 +322,12 @@ impl Client {
     }
 }
 
-/// Where a queue has something in the guest's memory.
+/// Returns the address of a part of a queue in the guest's memory.
 pub fn place(queue: usize, offset: u64) -> u64 {
     ((queue as u64) << 20) + offset
 }
 
-/// A whole message, with descriptors.
+/// Sends a complete message with descriptors.
 pub fn send(socket: &UnixStream, request: u32, body: &[u8], descriptors: &[&dyn AsRawFd]) {
     let header = [request, 1, body.len() as u32];
     let header: Vec<_> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -334,7 +336,7 @@ pub fn send(socket: &UnixStream, request: u32, body: &[u8], descriptors: &[&dyn 
     assert_eq!(sent, header.len() + body.len());
 }
 
-/// Waits until the broker has closed a connection.
+/// Waits for the end of a connection. Returns whether the broker closed it.
 pub fn is_closed(socket: &UnixStream) -> bool {
     let mut bytes = [0; 4096];
     loop {
@@ -346,7 +348,7 @@ pub fn is_closed(socket: &UnixStream) -> bool {
     }
 }
 
-/// Looks whether everybody else is served.
+/// Checks that the broker serves all others.
 pub fn others_are_served(broker: &Broker) {
     drop(crate::vmm::handshake(
         crate::vmm::connect(broker, "vm.sock"),

@@ -1,4 +1,5 @@
-//! VMMs and guests that attack over vhost-user, stall or err, and what becomes of those beside them.
+//! Tests of VMMs and guests that attack, stall or err over vhost-user, and of the peers beside
+//! them.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -33,10 +34,10 @@ fn words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// A request, what follows, its descriptors, and what is said of it.
+/// A request, its payload, its descriptors, and a part of the log's line about it.
 type Case<'a> = (u32, Vec<u8>, &'a [&'a dyn AsRawFd], &'a str);
 
-/// A table of one range of memory.
+/// Composes a memory table with one range.
 fn table(address: u64, size: u64, vmm: u64, offset: u64) -> Vec<u8> {
     words(&[1, address, size, vmm, offset])
 }
@@ -54,7 +55,7 @@ fn messages_that_make_no_sense_end_their_session_alone() {
     let (pipe, _end) = std::io::pipe().unwrap();
     let all = u64::MAX;
     let cases: &[Case<'_>] = &[
-        // Not there, or not for us.
+        // Unknown requests, or requests that this device does not have.
         (0, vec![], &[], "does not have"),
         (u32::MAX, vec![7; 40], &[], "does not have"),
         (SET_LOG_BASE, words(&[4096, 0]), &[&ram], "does not have"),
@@ -65,7 +66,7 @@ fn messages_that_make_no_sense_end_their_session_alone() {
             &[&ram],
             "does not have",
         ),
-        // Descriptors where none belong, or of the wrong kind.
+        // Unexpected descriptors, or descriptors of the wrong kind.
         (GET_FEATURES, vec![], &[&ram], "where none belongs"),
         (SET_MEM_TABLE, table(0, MEMORY, 0, 0), &[&null], "sealed"),
         (SET_MEM_TABLE, table(0, MEMORY, 0, 0), &[&eventfd], "sealed"),
@@ -77,10 +78,10 @@ fn messages_that_make_no_sense_end_their_session_alone() {
         (SET_BACKEND_REQ_FD, vec![], &[&eventfd], "no socket"),
         (SET_BACKEND_REQ_FD, vec![], &[], "no socket"),
         (SET_BACKEND_REQ_FD, vec![], &[&socket, &socket], "no socket"),
-        // Before features are agreed upon, or cut short.
+        // Requests before the features are negotiated, or too short.
         (GET_CONFIG, words(&[8 << 32, 0]), &[], "fails"),
         (SET_VRING_ENABLE, vec![], &[], "fails"),
-        // Ranges that are not there, or overflow.
+        // Ranges that do not exist, or that overflow.
         (SET_MEM_TABLE, table(0, MEMORY, 0, 0), &[], "do not have"),
         (
             SET_MEM_TABLE,
@@ -106,7 +107,7 @@ fn messages_that_make_no_sense_end_their_session_alone() {
             &[&ram],
             "fails",
         ),
-        // Within pages.
+        // Ranges that do not begin with a page.
         (
             SET_MEM_TABLE,
             table(2048, MEMORY, VMM_ADDRESS, 0),
@@ -121,7 +122,7 @@ fn messages_that_make_no_sense_end_their_session_alone() {
         ),
         (SET_MEM_TABLE, table(0, MEMORY, all, 0), &[&ram], "fails"),
         (SET_MEM_TABLE, table(0, all, 0, 0), &[&ram], "do not have"),
-        // More than there are addresses for.
+        // More memory than the broker accepts from a VMM, which is 2 TiB.
         (
             SET_MEM_TABLE,
             table(0, (1 << 41) + 4096, VMM_ADDRESS, 0),
@@ -138,14 +139,14 @@ fn messages_that_make_no_sense_end_their_session_alone() {
     ];
     let attack = |broker: &Broker, (request, body, descriptors, _): &Case<'_>| {
         let mut client = connect(broker);
-        // Before an answer it could send no descriptors.
+        // Before the first answer the client could send no descriptors.
         send(&client, GET_FEATURES, &[], &[]);
         client.read_exact(&mut [0; 20]).unwrap();
         send(&client, *request, body, descriptors);
         assert!(is_closed(&client), "{request}, {body:?}");
     };
     for case in cases {
-        // Of the same broker's clients not so many lines are logged.
+        // Each case has its own broker, because the log limit applies to all clients of a broker.
         let broker = serve_vhost_user(&[]);
         attack(&broker, case);
         let reason = case.3;
@@ -190,14 +191,14 @@ fn messages_that_make_no_sense_later_end_their_session_alone() {
         send(&client.socket, *request, body, descriptors);
         assert!(is_closed(&client.socket), "{request}, {body:?}");
     }
-    // A kick that is set twice: the first would be heard for ever.
+    // A second kick for a queue: the broker would have to listen to the first one forever.
     let mut client = Client::greet(&broker);
     client.start();
     client.map(true);
     send(&client.socket, SET_VRING_KICK, &words(&[1]), &[&eventfd]);
     assert!(is_closed(&client.socket));
     others_are_served(&broker);
-    // What QEMU may say again, it may.
+    // QEMU may repeat these requests.
     let mut client = Client::greet(&broker);
     client.start();
     client.map(true);
@@ -238,11 +239,11 @@ fn bytes_that_are_no_messages_end_their_session_alone() {
     let broker = serve_vhost_user(&[]);
     for bytes in [noise(4096), vec![0xff; 12], vec![0; 5000]] {
         let mut client = connect(&broker);
-        // It may be gone before all is sent.
+        // The broker may close the connection before everything is sent.
         let _ = client.write_all(&bytes);
         assert!(is_closed(&client));
     }
-    // One that is too long, by one.
+    // A message that is too long by one byte.
     let client = connect(&broker);
     send(&client, GET_FEATURES, &[0; 4097], &[]);
     assert!(is_closed(&client));
@@ -261,7 +262,7 @@ fn messages_may_come_in_any_parts_and_descriptors_with_any() {
     let mut reply = [0; 20];
     client.read_exact(&mut reply).unwrap();
     assert_eq!(reply[..12], [1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0]);
-    // More descriptors than any message has.
+    // No message has as many descriptors.
     let many: Vec<_> = (0..40).map(|_| client.as_raw_fd()).collect();
     let message = [5, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
     client.send_with_fds(&[&message[..]], &many).unwrap();
@@ -272,7 +273,7 @@ fn messages_may_come_in_any_parts_and_descriptors_with_any() {
 #[test]
 fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
     let broker = serve_vhost_user(&[]);
-    // Within a message.
+    // Stalls within a message.
     once_of_some("others are served while it stalls", || {
         let mut client = connect(&broker);
         client.write_all(&[1, 0, 0]).unwrap();
@@ -282,13 +283,13 @@ fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
         stalls
     });
     assert!(broker.log().contains("stopped within a message"));
-    // Without taking a reply.
+    // Stalls by not reading replies.
     let client = connect(&broker);
     client.set_nonblocking(true).unwrap();
     let request = [1u32, 1, 0].map(u32::to_le_bytes).concat();
     let start = Instant::now();
     wait_until("it is let go", || {
-        // As many as fit.
+        // Sends as many requests as fit into the socket.
         let error = loop {
             if let Err(error) = (&client).write(&request) {
                 break error;
@@ -321,7 +322,7 @@ fn client_that_never_answers_leaves_its_slot_all_the_same() {
         let mut client = Client::greet(&broker);
         client.start();
         let _wish = client.wishes.recv_timeout(PATIENCE).unwrap();
-        // It asks and is answered meanwhile.
+        // The client sends requests, and the broker answers them, although its own request is open.
         client.config();
         client.frontend.get_protocol_features().unwrap();
         let attachment = broker.attach();

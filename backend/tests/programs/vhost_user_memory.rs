@@ -1,4 +1,5 @@
-//! Guests and VMMs that attack over vhost-user by what they share: memory that goes, or that the broker has to pay for, and queues.
+//! Tests of guests and VMMs that attack over vhost-user by the memory that they share: it
+//! disappears, it costs the broker memory, or its queues are invalid.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
@@ -12,17 +13,18 @@ use crate::support::*;
 use crate::vhost_user_client::*;
 use crate::vmm::handshake;
 
-/// What a guest does to its queues.
+/// A guest's change of its queues.
 type Attack<'a> = &'a dyn Fn(&mut Client);
 
 const PAGE: u64 = 4096;
 
-/// Bytes of memory that have come into being.
+/// Returns the allocated bytes of the guest's memory.
 fn present(client: &Client) -> u64 {
     client.memory.metadata().unwrap().blocks() * 512
 }
 
-/// Leads the broker to so many pages that nobody has used, as far as it goes; the first queue has had `served` buffers so far.
+/// Makes the broker touch up to `pages` unused pages, until it stops. `served` counts the buffers
+/// of the first queue so far.
 fn lead_to_pages(broker: &Broker, client: &mut Client, pages: usize, served: &mut u16) {
     let pages: Vec<_> = (4 << 20..MEMORY)
         .step_by(PAGE as usize)
@@ -34,7 +36,7 @@ fn lead_to_pages(broker: &Broker, client: &mut Client, pages: usize, served: &mu
             client.offer(0, slot);
         }
         *served = served.wrapping_add(batch.len() as u16);
-        // It is asleep once it has served all, or as many as it wants to.
+        // The broker sleeps once it has served all buffers, or refuses to serve more.
         broker.wait_until_idle();
         if client.returned(0) != *served {
             return;
@@ -42,7 +44,7 @@ fn lead_to_pages(broker: &Broker, client: &mut Client, pages: usize, served: &mu
     }
 }
 
-/// Whether what was written to an eventfd has been read.
+/// Returns whether an eventfd's count was read.
 fn is_read(eventfd: &EventFd) -> bool {
     let path = format!("/proc/self/fdinfo/{}", eventfd.as_raw_fd());
     let text = std::fs::read_to_string(path).unwrap();
@@ -51,7 +53,8 @@ fn is_read(eventfd: &EventFd) -> bool {
     count.unwrap().trim() == "0"
 }
 
-/// A page that nobody has used comes into being when the broker touches it, and is charged to the broker.
+/// If the broker touches an unused page, the kernel allocates the page and charges it to the
+/// broker.
 #[test]
 fn guest_has_the_broker_touch_no_more_than_some_of_its_memory() {
     let broker = serve_vhost_user(&[]);
@@ -61,7 +64,7 @@ fn guest_has_the_broker_touch_no_more_than_some_of_its_memory() {
     lead_to_pages(&broker, &mut client, usize::MAX, &mut 0);
     let touched = present(&client) / PAGE;
     assert!((4000..5000).contains(&touched), "{touched} pages");
-    // To start anew is no way round it, and others do not suffer.
+    // A new start of the device does not reset the limit, and other VMs are served.
     client.stop();
     client.config();
     client.start_from([0, 0]);
@@ -73,7 +76,7 @@ fn guest_has_the_broker_touch_no_more_than_some_of_its_memory() {
     others_are_served(&broker);
 }
 
-/// A VMM can put ever new memory at the same addresses, and keep the old.
+/// A VMM can map new memory at the same addresses again and again, and keep the old memory.
 #[test]
 fn vmm_that_changes_its_memory_has_the_broker_touch_no_more_of_it() {
     let broker = serve_vhost_user(&[]);
@@ -93,7 +96,7 @@ fn vmm_that_changes_its_memory_has_the_broker_touch_no_more_of_it() {
     others_are_served(&broker);
 }
 
-/// It can do that while queues run, too, whose rings are then somewhere else.
+/// A VMM can also move the memory while queues run, and the rings with it.
 #[test]
 fn rings_that_move_with_their_memory_are_counted() {
     let broker = serve_vhost_user(&[]);
@@ -101,11 +104,12 @@ fn rings_that_move_with_their_memory_are_counted() {
     client.start();
     client.map(true);
     let other = memory(SealFlags::SHRINK);
-    // More than it may touch: each place of the rings is two pages on, of which it touches one.
+    // Each move puts the rings two pages further. The broker counts two new pages and touches one,
+    // so all moves together exceed its limit.
     for offset in (0..2500).map(|step| 2 * step * PAGE) {
         other.set_len(MEMORY + offset).unwrap();
         client.share_from(&other, offset).unwrap();
-        // Once that is answered, the broker has the memory.
+        // The reply shows that the broker has the new memory.
         client.config();
         let kick = &client.queues[0].kick;
         kick.write(1).unwrap();
@@ -137,11 +141,11 @@ fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
     let line = log.lines().find(|line| line.contains("sealed")).unwrap();
     assert!(line.contains("-object memory-backend-memfd"), "{line}");
     assert!(!maps().contains("memfd:ram"), "{}", maps());
-    // The session goes on, with memory that is safe.
+    // The session continues with memory that is safe.
     client.share(&client.memory).unwrap();
     assert!(maps().contains("memfd:ram"));
     drop(client);
-    // Who wants no answer is let go.
+    // A client that wants no reply is disconnected.
     for file in &files {
         let client = Client::greet(&broker);
         client.share(file).unwrap();
@@ -202,14 +206,14 @@ fn queues_that_make_no_sense_are_left_alone() {
     for (name, attack) in attacks {
         client.start();
         client.map(true);
-        // So that there is something to deliver.
+        // The broker now has an interrupt to deliver.
         rustix::io::write(&other.bells[5].1, &1u64.to_ne_bytes()).unwrap();
         attack(&mut client);
-        // It does not go on and on.
+        // The broker becomes idle: the attack does not keep it busy.
         eprintln!("{name}");
         broker.wait_until_idle();
         client.config();
-        // A new start makes them whole again.
+        // A new start makes the queues usable again.
         client.stop();
         client.config();
         client.start();
@@ -227,7 +231,7 @@ fn queues_that_make_no_sense_are_left_alone() {
 fn eventfds_that_block_or_are_read_by_others_hold_up_nothing() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
-    // Blocking, and one of them full.
+    // All eventfds are blocking, and the `call` eventfds are full.
     for queue in &mut client.queues {
         queue.kick = EventFd::new(0).unwrap();
         queue.call = EventFd::new(0).unwrap();
@@ -239,7 +243,7 @@ fn eventfds_that_block_or_are_read_by_others_hold_up_nothing() {
         client.put(0, 2 << 16, 4, false);
         client.wait_for(0, count);
     }
-    // What is rung and read at once looks like a kick of which nothing is left.
+    // An eventfd that is written and read at once looks to the broker like a kick with count 0.
     for queue in &mut client.queues {
         queue.kick = EventFd::new(EFD_NONBLOCK).unwrap();
     }
@@ -264,7 +268,7 @@ fn memory_that_is_taken_away_while_the_queues_run_is_not_touched() {
     client.map(true);
     client.put(0, 2 << 16, 4, false);
     client.wait_for(0, 1);
-    // Another memory in its place, at another address.
+    // Other memory replaces it, at another address.
     let other = memory(SealFlags::SHRINK);
     let region = vhost::VhostUserMemoryRegionInfo {
         guest_phys_addr: 1 << 40,

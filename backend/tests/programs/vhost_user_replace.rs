@@ -1,4 +1,4 @@
-//! What becomes of a VM over vhost-user when its broker is replaced or restarted, and of those beside it.
+//! Tests of a VM over vhost-user whose broker is replaced or restarted, and of the VMs beside it.
 
 use std::process::Stdio;
 
@@ -32,7 +32,7 @@ fn broker_with_a_vm_over_vhost_user_is_not_replaced() {
         1,
         &[&us, "vhost-user", "shut that VM down first"],
     );
-    // Nothing has changed.
+    // The device works as before.
     client.put(0, 2 << 16, 4, false);
     client.wait_for(0, 1);
     assert!(is_silent(&broker, &vm.socket));
@@ -42,7 +42,7 @@ fn broker_with_a_vm_over_vhost_user_is_not_replaced() {
         attachment.status().unwrap().slots[1].vm.is_none()
     });
     drop(attachment);
-    // A slot that is free goes to the successor like any other.
+    // A successor takes over a free slot like any other.
     succeed(&mut broker, &arguments);
     assert!(is_silent(&broker, &vm.socket));
     let mut client = Client::greet(&broker);
@@ -71,7 +71,8 @@ fn service_that_is_restarted_lets_its_vm_over_vhost_user_go() {
             status.slots[slot].vm.as_ref().map(|vm| vm.connection)
         };
         let before = connection(1).unwrap();
-        // Killed in the moment after its last message, the broker could not know that the VM has it.
+        // If the broker were killed right after its last message, it could not know that the VM
+        // received it.
         assert!(is_silent(&broker, &vm.socket));
         if killed {
             broker.start_again(&manager, &arguments);

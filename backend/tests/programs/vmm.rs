@@ -1,4 +1,4 @@
-//! A client that reads an ivshmem socket as QEMU does.
+//! An ivshmem client that reads its socket as QEMU does.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -11,11 +11,12 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;
 
-/// One message as QEMU reads it: a number, and a descriptor with some. `None` at the end.
+/// Receives one message as QEMU does: a number, and a descriptor with some numbers. `None` at the
+/// end of the connection.
 pub fn message(socket: &UnixStream) -> Option<(i64, Option<OwnedFd>)> {
     let mut bytes = [0; 8];
     let (length, file) = match socket.recv_with_fd(&mut bytes) {
-        // So a socket ends that is closed while it holds bytes that nobody read.
+        // A socket ends in this way if its peer closes it with unread bytes.
         Err(error) if error.errno() == Errno::CONNRESET.raw_os_error() => return None,
         received => received.unwrap(),
     };
@@ -30,7 +31,7 @@ pub fn connect(broker: &Broker, name: &str) -> UnixStream {
     connect_to(&broker.path(name))
 }
 
-/// Connects to a socket at which a broker listens. No wait of the connection is without a limit.
+/// Connects to a broker's socket, with a limit for all reads and writes.
 pub fn connect_to(path: &Path) -> UnixStream {
     let socket = UnixStream::connect(path).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -38,17 +39,17 @@ pub fn connect_to(path: &Path) -> UnixStream {
     socket
 }
 
-/// What a VM has after the handshake.
+/// The state of a VM after the handshake.
 pub struct Vm {
     pub socket: UnixStream,
     pub id: i64,
     pub memory: OwnedFd,
-    /// Peer and eventfd, in the order in which they came.
+    /// Peer and eventfd, in the order of their arrival.
     pub bells: Vec<(i64, OwnedFd)>,
 }
 
 impl Vm {
-    /// Writes a word of the page of slot 0's driver, as that does.
+    /// Stores a word in the presence page of slot 0's driver, as that driver does.
     pub fn tell(&self, layout: &Layout, offset: u64, word: u64) {
         let offset = layout.presence_page(0) + offset;
         rustix::io::pwrite(&self.memory, &word.to_ne_bytes(), offset).unwrap();
@@ -78,7 +79,7 @@ pub fn handshake(socket: UnixStream, bells: usize) -> Vm {
     }
 }
 
-/// Reads an eventfd, which does not block: how often it was rung.
+/// Reads an eventfd without blocking. Returns how often it was rung since the last read.
 pub fn rings(bell: &OwnedFd) -> u64 {
     let mut count = [0; 8];
     match rustix::io::read(bell, &mut count) {
@@ -88,13 +89,13 @@ pub fn rings(bell: &OwnedFd) -> u64 {
     }
 }
 
-/// Whether a connection is open, and there is nothing to read.
+/// Returns whether a connection is open and has nothing to read.
 pub fn has_nothing(socket: &UnixStream) -> bool {
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     rustix::net::recv(socket, &mut [0u8; 1], flags) == Err(Errno::AGAIN)
 }
 
-/// Whether there is nothing to read once the broker has done all that it had to do.
+/// Returns whether there is nothing to read once the broker is idle.
 pub fn is_silent(broker: &Broker, socket: &UnixStream) -> bool {
     broker.wait_until_idle();
     has_nothing(socket)

@@ -1,4 +1,4 @@
-//! Ends that do not wait for long: in a channel that drops, and for a nap.
+//! Tests of short waits: in a channel that drops, and in back-off sleeps.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -20,7 +20,8 @@ fn both_ends_say_how_many_records_were_dropped() {
         json[name].as_u64().unwrap()
     };
     file_with(&broker.path("in"), &[7; 1 << 20]);
-    // Nobody receives yet: what finds no room is gone, but the end waits.
+    // There is no receiver yet. The sender drops the records that find no room, but waits to send
+    // the end of the stream.
     let mut sender = ends("send")
         .args(["--json", "--record-size", "1000"])
         .arg(broker.path("in"))
@@ -33,7 +34,7 @@ fn both_ends_say_how_many_records_were_dropped() {
     wait_until("records are dropped", || {
         state()["dropped"].as_u64() > Some(900)
     });
-    // And between what came first and the end there is a gap.
+    // The receiver finds a gap between the first records and the end.
     let received = run(ends("recv").args(["--json", "-o"]).arg(broker.path("out")));
     let received = String::from_utf8(received.stderr).unwrap();
     wait(&mut sender);
@@ -42,7 +43,7 @@ fn both_ends_say_how_many_records_were_dropped() {
         assert_eq!(count(&received, name), count(&sent, name), "{name}");
     }
     assert!(count(&sent, "dropped") > 900, "{sent}");
-    // In words, too, and where no terminal is.
+    // The summary as text tells it too, without a terminal.
     let mut sender = ends("send")
         .args(["--record-size", "1000"])
         .arg(broker.path("in"))
@@ -73,7 +74,7 @@ fn nap_of_microseconds_is_not_rounded_up_to_a_millisecond() {
         assert_eq!(wakeup, Wakeup::TimedOut);
         start.elapsed()
     });
-    // The others may be held up by what runs beside them.
+    // Other programs on the machine may have delayed the longer waits.
     let shortest = waits.min().unwrap();
     assert!(shortest < Duration::from_millis(1), "{shortest:?}");
 }

@@ -1,80 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the host and the agent in the guest say to each other.
+//! Protocol between the host and the agent in the guest.
 //!
-//! Both ends write one JSON object a line over the virtio-serial port [`PORT`]. The host sends [`Request`]s, the agent
-//! sends [`Report`]s. The host numbers the processes; a number is used once in the life of a VM, also across a reset.
-//! Bytes travel as base64, since what a program prints need not be text.
+//! Each end writes one JSON object per line to the virtio-serial port [`PORT`]. The host sends
+//! [`Request`]s, the agent sends [`Report`]s. The host chooses the ID of each process. An ID is
+//! used once in the life of a VM, even across a reset. Bytes travel as base64, because the output
+//! of a program need not be text.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// The name of the virtio-serial port.
+/// Name of the virtio-serial port.
 pub const PORT: &str = "barlink.agent";
 
-/// The largest piece of a process's input or output in one line, in bytes.
+/// Maximum size of the input or output in one line, in bytes before base64.
 pub const CHUNK: usize = 32 << 10;
 
-/// What the host asks of the agent.
+/// A request of the host to the agent.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
     /// Start a process, in a process group of its own.
     Run {
-        /// The host's number for it.
+        /// The ID that the process gets.
         id: u64,
-        /// The program and its arguments; never empty.
+        /// The program and its arguments. Never empty.
         argv: Vec<String>,
     },
     /// Write to a process's standard input.
     Stdin {
-        /// Which process.
+        /// ID of the process.
         id: u64,
-        /// What to write; empty closes its standard input.
+        /// The bytes to write. An empty value closes the standard input.
         bytes: Bytes,
     },
-    /// Send a signal to a process and all that it started. Does nothing once it has ended.
+    /// Send a signal to a process and its children. Has no effect once the process has ended.
     Kill {
-        /// Which process.
+        /// ID of the process.
         id: u64,
-        /// The signal's number.
+        /// Number of the signal.
         signal: i32,
     },
 }
 
-/// What the agent reports to the host.
+/// A report of the agent to the host.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Report {
-    /// The agent has started, and knows of no process.
+    /// The agent has started, and has no processes.
     Ready,
-    /// A process wrote something.
+    /// A process has written output.
     Output {
-        /// Which process.
+        /// ID of the process.
         id: u64,
-        /// Where it wrote.
+        /// The stream that the process wrote to.
         stream: Stream,
-        /// What it wrote, in order.
+        /// The bytes, in the order in which they were written.
         bytes: Bytes,
     },
-    /// A process has ended, and all its output has been reported.
+    /// A process has ended, and all its output was reported before.
     Ended {
-        /// Which process.
+        /// ID of the process.
         id: u64,
         /// How it ended.
         status: Status,
     },
-    /// A process could not be started.
+    /// A process could not be started, or its end could not be determined.
     Refused {
-        /// Which process.
+        /// ID of the process.
         id: u64,
-        /// The error.
+        /// Message that says why.
         error: String,
     },
 }
 
-/// One of a process's two outputs.
+/// An output stream of a process.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stream {
@@ -84,18 +85,18 @@ pub enum Stream {
     Stderr,
 }
 
-/// How a process ended.
+/// The way in which a process ended.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
-    /// By itself, with this exit code.
+    /// The process exited with this code.
     Code(i32),
-    /// By this signal.
+    /// A signal with this number ended the process.
     Signal(i32),
 }
 
 impl Status {
-    /// Whether the exit code is 0.
+    /// Returns whether the exit code is 0.
     pub fn success(self) -> bool {
         self == Self::Code(0)
     }
@@ -110,7 +111,7 @@ impl std::fmt::Display for Status {
     }
 }
 
-/// Bytes, base64 on the wire.
+/// Bytes that are serialized as base64.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Bytes(pub Vec<u8>);
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The agent in the guest: runs what the host asks for, and reports what becomes of it.
+//! The agent in the guest: runs the processes that the host asks for, and reports their output and
+//! end.
 //!
-//! It trusts the host completely and is for tests and the demo only. Every process gets its own threads, so that a
-//! slow one holds up no other.
+//! The agent trusts the host completely, and is for tests and the demo only. Each process has
+//! threads of its own, so that a slow process does not delay another.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -32,19 +33,21 @@ fn main() -> Result<()> {
             let request = serde_json::from_str(&line);
             agent.handle(request.with_context(|| format!("not a request: {line}"))?);
         }
-        // The port was taken from its driver, and comes again.
+        // The port was unbound from its driver, and will come back.
         port = connect();
         *agent.port() = port.try_clone()?;
     }
 }
 
-/// Opens the port, and waits until the host is at its other end.
+/// Opens the port, and waits until the host has opened the other end.
 fn connect() -> File {
     loop {
-        // The kernel adds the port, and names it, when the host has told of it, which can be after init has started.
+        // The kernel adds and names the port when the host announces it, which can be after the
+        // start of init. So this is repeated until it works.
         if let Ok(mut port) = open_port() {
-            // While the kernel does not know of the host, reading ends at once, and writing waits. A line that an earlier agent left
-            // unfinished, before a reset, ends here, too.
+            // Until the kernel knows that the host has the port open, a write blocks (a read would
+            // return at once). The line break also ends a line that an agent left unfinished before
+            // a reset.
             if port.write_all(b"\n").is_ok() {
                 return port;
             }
@@ -71,14 +74,14 @@ fn open_port() -> Result<File> {
     bail!("no virtio port is named {PORT}")
 }
 
-/// The port, and the processes that run.
+/// The port and the running processes.
 #[derive(Clone)]
 struct Agent {
     port: Arc<Mutex<File>>,
     running: Arc<Mutex<HashMap<u64, Process>>>,
 }
 
-/// What is kept of a process while it runs.
+/// A running process: its process ID, and the sender of its input.
 struct Process {
     pid: Pid,
     stdin: Sender<Vec<u8>>,
@@ -93,7 +96,9 @@ impl Agent {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends one line. It fails while the port is taken from its driver; of what was sent of it then the host makes nothing.
+    /// Sends a report as one line, and repeats that while the port is unbound from its driver. The
+    /// line break at the start of a repeated line ends the part that was already sent, which the
+    /// host ignores.
     fn report(&self, report: &Report) {
         if let Ok(mut line) = serde_json::to_vec(report) {
             line.push(b'\n');
@@ -118,7 +123,7 @@ impl Agent {
             }
             Request::Stdin { id, bytes } => {
                 if let Some(process) = self.running().get(&id) {
-                    // A process that closed its standard input takes nothing any more.
+                    // Ignores errors, because the process may have closed its standard input.
                     let _ = process.stdin.send(bytes.0);
                 }
             }
@@ -161,7 +166,7 @@ impl Agent {
         let agent = self.clone();
         thread::spawn(move || {
             let status = agent.reap(id, child);
-            // The end is reported after all the output.
+            // Waits for all output, because the end is reported last.
             for reader in readers.into_iter().flatten() {
                 let _ = reader.join();
             }
@@ -176,7 +181,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Reports what comes out of `pipe` until it ends.
+    /// Starts a thread that reports the data from `pipe` until it ends.
     fn forward(
         &self,
         id: u64,
@@ -193,10 +198,10 @@ impl Agent {
         })
     }
 
-    /// Waits for the end of a process.
+    /// Waits until a process ends.
     fn reap(&self, id: u64, mut child: Child) -> Result<Status> {
-        // While the process is a zombie, its number is no one else's: it leaves the table first, and is reaped then, so
-        // that a late signal cannot hit a stranger.
+        // A zombie keeps its process ID. So the process leaves the table before it is reaped, and a
+        // late signal cannot hit another process.
         waitid(
             WaitId::Pid(Pid::from_child(&child)),
             WaitIdOptions::EXITED | WaitIdOptions::NOWAIT,
@@ -211,7 +216,8 @@ impl Agent {
     }
 }
 
-/// Writes what arrives to a process's standard input, and closes it at an empty piece or when the process has ended.
+/// Writes received bytes to a process's standard input. Closes it when an empty piece arrives, or
+/// when the process has ended.
 fn feed(mut pipe: ChildStdin, input: &Receiver<Vec<u8>>) {
     for bytes in input {
         if bytes.is_empty() || pipe.write_all(&bytes).is_err() {

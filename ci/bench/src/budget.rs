@@ -1,30 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! How long each measurement may take, so that all of them end in time.
+//! A time budget: how long each measurement may take, so that all measurements end in time.
 
 use std::time::{Duration, Instant};
 
-/// The least and the most that one measurement is worth.
+/// Shortest and longest duration of one measurement.
 const LEAST: Duration = Duration::from_millis(60);
 const MOST: Duration = Duration::from_millis(600);
-/// What a measurement costs besides, until it is known: processes start, attach and end.
+/// Estimate of the overhead of a measurement, in which processes start, attach and end, until one
+/// is measured.
 const FIRST_GUESS: Duration = Duration::from_millis(400);
 
-/// See the module.
+/// A time budget: see the module.
 #[derive(Debug)]
 pub struct Budget {
     end: Instant,
-    /// Measurements in a round.
+    /// Number of measurements in a round.
     round: u32,
-    /// Measurements that are to come.
+    /// Number of measurements still to come.
     left: u32,
-    /// What measurements cost besides, all together, and how many these were.
+    /// Sum of the overheads so far, and their number. The first guess counts as one.
     besides: Duration,
     measured: u32,
 }
 
 impl Budget {
-    /// One for so many rounds of so many measurements, which is spent at `end`.
+    /// Creates a budget of this many rounds of this many measurements, which ends at `end`.
     pub fn new(end: Instant, rounds: u32, round: u32) -> Self {
         Self {
             end,
@@ -35,7 +36,7 @@ impl Budget {
         }
     }
 
-    /// Does a measurement, which is told for how long.
+    /// Runs a measurement. `measure` receives the duration that it may take.
     pub fn spend<T>(&mut self, measure: impl FnOnce(Duration) -> T) -> T {
         let start = Instant::now();
         let share = self.end.saturating_duration_since(start) / self.left.max(1);
@@ -47,13 +48,13 @@ impl Budget {
         result
     }
 
-    /// Whether a whole round can be done in what is left.
+    /// Returns whether the rest is long enough for a whole round.
     pub fn has_round(&self) -> bool {
         let left = self.end.saturating_duration_since(Instant::now());
         left >= self.round * (self.besides() + LEAST)
     }
 
-    /// What a measurement costs besides.
+    /// Returns the mean overhead of a measurement.
     fn besides(&self) -> Duration {
         self.besides / self.measured
     }
@@ -78,7 +79,7 @@ mod tests {
             (LEAST..Duration::from_millis(110)).contains(&time),
             "{time:?}"
         );
-        // Nothing was lost besides, so there is more for the others.
+        // The first measurement had no overhead, so more time is left for each of the others.
         assert!(budget.spend(|time| time) > time);
         assert!(!Budget::new(now, 2, 20).has_round());
     }

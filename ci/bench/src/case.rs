@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What is measured in one go.
+//! The cases of streams: the way, the direction, and the size of records.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::scene::{PATIENCE, Side};
 use barlink_vm::broker::Transport;
 
-/// From where to where.
+/// The direction of a stream.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Direction {
@@ -25,7 +25,7 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// Where the sender is, and where the receiver.
+    /// Returns the sides of the sender and of the receiver.
     pub fn sides(self) -> [Side; 2] {
         match self {
             Direction::Up => [Side::Guest, Side::Host],
@@ -35,7 +35,7 @@ impl Direction {
         }
     }
 
-    /// In words.
+    /// Returns the direction in words.
     pub fn name(self) -> &'static str {
         match self {
             Direction::Up => "guest to host",
@@ -46,7 +46,7 @@ impl Direction {
     }
 }
 
-/// How bytes go there.
+/// The way that bytes take.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Way {
@@ -54,33 +54,34 @@ pub enum Way {
     Channel(Transport),
     /// Through a channel between two processes on the host.
     Within,
-    /// By iceoryx2, between two processes on the host.
+    /// Through iceoryx2, between two processes on the host.
     Iceoryx2,
-    /// By copying alone.
+    /// By copying alone, within a process.
     Copy,
     /// Through a channel between two threads.
     Ring,
-    /// By ivshmem as it comes, mapped through sysfs, with polling.
+    /// Through plain ivshmem, mapped through sysfs, with polling.
     Raw,
-    /// By QEMU's virtio-serial.
+    /// Through QEMU's virtio-serial.
     VirtioSerial,
-    /// By TCP over QEMU's user network.
+    /// Through TCP over QEMU's user network.
     Tcp,
-    /// By vsock, of which a process on the host makes a Unix socket.
+    /// Through vsock. A process on the host turns it into a Unix socket.
     Vsock,
-    /// By files in a folder that the guest mounts.
+    /// Through files in a folder of the host that the guest mounts.
     Virtiofs,
-    /// By a Unix socket.
+    /// Through a Unix socket.
     Unix,
 }
 
 impl Way {
-    /// Whether it is another project's.
+    /// Returns whether the way belongs to another project.
     pub fn is_peer(self) -> bool {
         !matches!(self, Way::Channel(_) | Way::Within | Way::Copy | Way::Ring)
     }
 
-    /// How long a sender may take. Of another project's, one that hangs is not to hold up the others.
+    /// Returns the time limit of a sender. It is shorter for other projects' ways, so that one that
+    /// hangs does not hold up the others.
     pub fn patience(self) -> Duration {
         if self.is_peer() {
             PATIENCE / 3
@@ -89,7 +90,7 @@ impl Way {
         }
     }
 
-    /// How its ends wait for each other in a stream.
+    /// Returns the way in which both ends of a stream wait for each other.
     pub fn wait(self) -> &'static str {
         match self {
             Way::Channel(_) | Way::Within | Way::Ring => "spin, nap, sleep",
@@ -99,12 +100,12 @@ impl Way {
         }
     }
 
-    /// Whether who receives reads every byte.
+    /// Returns whether the receiver reads every byte.
     pub fn is_read(self) -> bool {
         self != Way::Copy
     }
 
-    /// In words.
+    /// Returns the way in words.
     pub fn name(self) -> &'static str {
         match self {
             Way::Channel(transport) => transport.name(),
@@ -122,12 +123,12 @@ impl Way {
     }
 }
 
-/// See the module.
+/// A case of a stream: see the module.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Case {
-    /// How.
+    /// The way that the bytes take.
     pub way: Way,
-    /// From where to where.
+    /// The direction of the stream.
     pub direction: Direction,
     /// Bytes of payload in a record.
     pub record_size: u64,
@@ -141,7 +142,7 @@ impl fmt::Display for Case {
 }
 
 impl Case {
-    /// All that is measured for records of these sizes.
+    /// Returns all cases for records of these sizes.
     pub fn all(sizes: &[u64]) -> Vec<Case> {
         use Direction::{Down, Guest, Host, Up};
         let mut ways = Vec::new();

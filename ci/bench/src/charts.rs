@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The results as pictures: throughput over the size of records, and how long round trips take. They are SVG, whose reader has
-//! the fonts; so nothing of the system's is needed here.
+//! The results as SVG charts: throughput over the size of records, and round-trip times. The viewer
+//! of an SVG file supplies the fonts, so no fonts are needed here.
 
 use std::path::Path;
 
@@ -15,13 +15,13 @@ use super::report::Report;
 
 /// A chart that was drawn.
 pub struct Chart {
-    /// What it shows.
+    /// The title of the chart.
     pub title: String,
-    /// Its file, in the folder of the results.
+    /// The name of its file in the folder of the results.
     pub file: &'static str,
 }
 
-/// Colours that those who see fewer can tell apart (Okabe and Ito), and two more.
+/// Colours that colour-blind readers can tell apart (Okabe and Ito), and two more.
 const COLOURS: [RGBColor; 10] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -35,7 +35,7 @@ const COLOURS: [RGBColor; 10] = [
     RGBColor(130, 130, 130),
 ];
 const FONT: &str = "sans-serif";
-/// Pixels: of a chart of streams, of what is beside it, and of one round trip.
+/// Sizes in pixels: of a stream chart, of its legend, of one line of text, and of the header.
 const SIZE: (u32, u32) = (1000, 560);
 const LEGEND: i32 = 210;
 const LINE: i32 = 22;
@@ -43,7 +43,7 @@ const HEADER: i32 = 56;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Draws what there are figures for.
+/// Draws each chart for which there are results.
 pub fn draw(report: &Report, conditions: &str, folder: &Path) -> Result<Vec<Chart>> {
     let mut charts = Vec::new();
     for (direction, file) in [
@@ -84,7 +84,7 @@ pub fn draw(report: &Report, conditions: &str, folder: &Path) -> Result<Vec<Char
     Ok(charts)
 }
 
-/// A way, and its rate at each size.
+/// The name of a way, and its rate in MB/s at each size.
 type Line = (&'static str, Vec<(f64, f64)>);
 
 fn lines(report: &Report, direction: Direction) -> Vec<Line> {
@@ -103,21 +103,21 @@ fn lines(report: &Report, direction: Direction) -> Vec<Line> {
     lines
 }
 
-/// What is least and most, widened to make room.
+/// Returns the range from the least to the greatest number, widened by a factor at both ends.
 fn range(figures: impl Iterator<Item = f64> + Clone, factor: f64) -> std::ops::Range<f64> {
     let least = figures.clone().fold(f64::INFINITY, f64::min);
     let most = figures.fold(0.0, f64::max);
     least / factor..most * factor
 }
 
-/// Powers of ten with their doubles and fivefolds.
+/// Returns the powers of ten in a range, with their doubles and fivefolds.
 fn decades(range: &std::ops::Range<f64>) -> Vec<f64> {
     let decades = -3..8;
     let all = decades.flat_map(|power| [1.0, 2.0, 5.0].map(|part| part * 10_f64.powi(power)));
     all.filter(|figure| range.contains(figure)).collect()
 }
 
-/// The title with the conditions below.
+/// Draws the title and the conditions, and returns the area below.
 fn head<'a>(area: &Area<'a>, title: &str, conditions: &str) -> Result<Area<'a>, Failure<'a>> {
     area.fill(&WHITE)?;
     area.draw(&Text::new(title.to_owned(), (16, 10), (FONT, 20)))?;
@@ -182,7 +182,8 @@ fn draw_streams<'a>(
     area.present()
 }
 
-/// A sign of its own for each line, since lines lie upon each other.
+/// Returns the marker of a line. Neighbouring lines have different shapes, because lines can cover
+/// each other.
 fn mark<'a>(
     number: usize,
     place: (i32, i32),
@@ -250,7 +251,7 @@ fn draw_trips<'a>(
     area.present()
 }
 
-/// A figure as it is read.
+/// Formats a number: three decimal places below 1, without zeros at the end, and none above.
 fn figure(figure: f64) -> String {
     let places = if figure < 1.0 { 3 } else { 0 };
     let text = format!("{figure:.places$}");
@@ -260,7 +261,7 @@ fn figure(figure: f64) -> String {
     }
 }
 
-/// A size as it is read.
+/// Formats a size in bytes.
 fn bytes(size: f64) -> String {
     let size = BinaryBytes(size as u64).to_string();
     size.replace(".00", "")

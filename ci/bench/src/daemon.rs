@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A peer's process on the host, which QEMU talks to.
+//! A process of a peer on the host, to which QEMU connects.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// How long it may take until QEMU can connect to it, and how often it is looked at.
+/// Time limit until QEMU can connect, and the time between two checks.
 const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(10);
 
-/// See the module. Killed when dropped; that it ends with this process is for its command to see to.
+/// A process of a peer: see the module. Dropping it kills the process. Its command must make the
+/// process end with the bench.
 #[derive(Debug)]
 pub struct Daemon {
     name: &'static str,
@@ -24,7 +25,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it in `folder`, where its log will be, and waits for its socket.
+    /// Starts the process in `folder`, where its log is written, and waits for its socket.
     pub fn start(
         name: &'static str,
         mut command: Command,
@@ -53,7 +54,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// An error, with the last thing that it said, if it has ended.
+    /// Returns an error with the last line of the log if the process has ended.
     pub fn check(&self) -> Result<()> {
         let Some(status) = self.child.borrow_mut().try_wait()? else {
             return Ok(());
@@ -67,7 +68,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let child = self.child.get_mut();
         let _ = child.kill();
         let _ = child.wait();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Between two processes on the host: what they are told, for channels, iceoryx2 and Unix sockets.
+//! Streams and round trips between two processes on the host: the arguments for channels, iceoryx2
+//! and Unix sockets.
 
 use std::time::Duration;
 
@@ -13,11 +14,12 @@ use super::stream::{Streamed, endpoints, finish};
 use super::trip;
 use barlink_vm::broker::Transport;
 
-/// The channel for streams, and where it stands in the broker's list: behind those of the slots.
+/// The channel for streams, and its index in the broker's list, after the channels of the slots.
 pub const STREAM: &str = "stream";
 const STREAM_INDEX: usize = 2 * Transport::ALL.len();
-/// The channels for questions and answers, and their bytes: what fits in a processor's own cache with both of them, since a channel is
-/// gone through from end to end. iceoryx2 takes the sample that was last given back, wherever that is.
+/// The channels for questions and answers, and the bytes of each. Both fit into a processor's own
+/// cache, because the ends pass through all bytes of a channel. iceoryx2 reuses the sample that was
+/// returned last, at any address.
 pub const TRIP: [&str; 2] = ["there", "back"];
 pub const TRIP_CAPACITY: u64 = 256 << 10;
 
@@ -42,7 +44,7 @@ pub fn stream(scene: &Scene, way: Way, record_size: u64, time: Duration) -> Resu
     })
 }
 
-/// How an end is told to wait so.
+/// Returns the option for this way of waiting.
 pub fn option(wait: Wait) -> &'static str {
     match wait {
         Wait::Spin => "--wait=spin",
@@ -51,7 +53,8 @@ pub fn option(wait: Wait) -> &'static str {
     }
 }
 
-/// Makes round trips for some time. Who asks and who answers are told this besides.
+/// Makes round trips for some time. The two lists are further arguments of the asking end and of
+/// the answering end.
 pub fn trips(
     scene: &Scene,
     way: Way,
@@ -99,7 +102,8 @@ pub fn start(scene: &Scene, arguments: &[&str]) -> Result<Load> {
     scene.start(Side::Host, &arguments)
 }
 
-/// A service that nobody else has.
+/// Returns the name of a service that no other process uses: it contains the name of the broker's
+/// folder.
 fn service(scene: &Scene, what: &str) -> String {
     let folder = scene.control();
     let folder = folder.parent().and_then(|folder| folder.file_name());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What ends cost that are attached and asleep.
+//! The cost of ends that are attached and asleep.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -18,15 +18,15 @@ use super::host::{TRIP, start};
 use super::scene::{Load, Scene, Side};
 use barlink_vm::broker::Transport;
 
-/// Until ends that have taken turns sleep.
+/// Time until ends that have exchanged records sleep.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// What the processes used meanwhile.
+/// The processor time that processes used while a pair of ends slept.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// Between which two ends; none for two on the host.
+    /// The transport between the two ends; none for two ends on the host.
     pub(super) transport: Option<Transport>,
-    /// For how long that was watched, in seconds.
+    /// Length of the measurement, in seconds.
     seconds: f64,
     /// The ends on the host.
     host: Used,
@@ -34,22 +34,22 @@ pub struct Row {
     guest: Option<Used>,
     /// The broker.
     broker: Used,
-    /// QEMU with all that the guest does besides, such as its kernel's timers.
+    /// QEMU with all other work of the guest, such as its kernel's timers.
     qemu: Used,
 }
 
-/// What the two ends are between.
+/// Returns the name of a pair of ends that sleep.
 pub fn name(transport: Option<Transport>) -> String {
     let name = transport.map_or("within the host", Transport::name);
     format!("{name}, asleep")
 }
 
-/// The transports whose ends are watched, and the host.
+/// Returns the transports whose ends are measured, and none for the pair on the host.
 pub fn all() -> impl Iterator<Item = Option<Transport>> {
     Transport::ALL.map(Some).into_iter().chain([None])
 }
 
-/// Has two ends hold a pair of channels, and watches them sleep.
+/// Starts two ends with a pair of channels, and measures them while they sleep.
 pub fn measure(scene: &Scene, transport: Option<Transport>, time: Duration) -> Result<Row> {
     let control = format!("--control={}", scene.control().display());
     let words = |words: &[&str]| {
@@ -83,7 +83,7 @@ pub fn measure(scene: &Scene, transport: Option<Transport>, time: Duration) -> R
     let [broker, qemu] = processes.map(|number| number.to_string());
     let time_option = format!("--time={}", time.as_millis());
     let watch = ["watch", &time_option, &broker, &qemu, &numbers[0]];
-    // Both are watched at the same time.
+    // The host and the guest are measured at the same time.
     let (host, guest) = match transport {
         None => (start(scene, &[&watch[..], &[&numbers[1]]].concat())?, None),
         Some(_) => {
@@ -115,13 +115,14 @@ pub fn measure(scene: &Scene, transport: Option<Transport>, time: Duration) -> R
     })
 }
 
-/// The QEMU whose devices are in this folder; there are processes around it that keep it in its sandbox.
+/// Returns the process ID of the QEMU whose devices are in this folder. The name of the process is
+/// checked because the processes of its sandbox have the folder in their arguments as well.
 fn find_qemu(folder: &Path) -> Result<u32> {
     let folder = folder.as_os_str().as_bytes();
     for process in fs::read_dir("/proc")? {
         let path = process?.path();
         let name = fs::read(path.join("comm")).unwrap_or_default();
-        // It is cut off after 15 bytes.
+        // The kernel truncates the name after 15 bytes.
         if !name.starts_with(b"qemu-system") {
             continue;
         }
@@ -136,7 +137,7 @@ fn find_qemu(folder: &Path) -> Result<u32> {
 }
 
 impl Row {
-    /// Who the ends are, and their processor time, in nanoseconds.
+    /// Returns the name of the pair of ends, and their processor time in nanoseconds.
     pub(super) fn ends(&self) -> (String, u64) {
         let guest = self.guest.map_or(0, |used| used.cpu);
         (name(self.transport), self.host.cpu + guest)
@@ -144,7 +145,8 @@ impl Row {
 }
 
 impl fmt::Display for Row {
-    /// A line of a table.
+    /// Formats a line of a table: microseconds of processor time and context switches, each for a
+    /// second.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.transport.map_or("within the host", Transport::name);
         let cell = |used: &Used| {

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask bench`: how fast a guest and the host exchange records over every transport, and what the limits are, in
-//! one VM.
+//! `cargo xtask bench`: measures in one VM how fast a guest and the host exchange records over
+//! every transport, and the limits.
 //!
-//! The VM has a device of each transport, and one broker serves all from one region, and two processes on the host besides.
-//! Rounds are interleaved, so that whatever else the machine does meets all alike; what is told is the median of the rounds,
-//! and their quartiles.
+//! The VM has a device of each transport. One broker serves all devices from one region, and also
+//! two processes on the host. Rounds are interleaved, so that other work of the machine affects all
+//! measurements alike. The results are the medians and quartiles of the rounds.
 //!
 //! | file | its one job |
 //! |---|---|
-//! | `case.rs` | what can be measured |
-//! | `plan.rs` | what of it one run measures |
-//! | `scene.rs` | the broker, the VM with all that connects it, and processes on both sides |
-//! | `peer.rs`, `daemon.rs` | what other projects' ways need, and a process on the host among it |
-//! | `stream.rs` | one stream of records, whichever way it goes |
+//! | `case.rs` | the cases that can be measured |
+//! | `plan.rs` | the cases that one run measures |
+//! | `scene.rs` | the broker, the VM with all its connections, and processes on both sides |
+//! | `peer.rs`, `daemon.rs` | the setup of other projects' ways, and their processes on the host |
+//! | `stream.rs` | one stream of records over any way |
 //! | `trip.rs` | round trips |
 //! | `host.rs` | streams and round trips between two processes on the host |
-//! | `idle.rs` | what ends cost that sleep |
-//! | `budget.rs` | how long each measurement may take |
-//! | `spread.rs` | the median of some figures, and how far they lie apart |
+//! | `idle.rs` | the cost of ends that sleep |
+//! | `budget.rs` | the time that each measurement may take |
+//! | `spread.rs` | the median and the quartiles of some numbers |
 //! | `report.rs` | the results as JSON and as tables |
-//! | `charts.rs` | the results as pictures |
+//! | `charts.rs` | the results as charts |
 
 mod budget;
 mod case;
@@ -56,7 +56,7 @@ use barlink_sandbox::setup;
 use barlink_sandbox::tools::VmArgs;
 use barlink_vm::check_accelerator;
 
-/// Bytes of payload in a record.
+/// Bytes of payload in a record of a stream.
 const RECORD_SIZES: [u64; 8] = [
     64,
     512,
@@ -68,26 +68,28 @@ const RECORD_SIZES: [u64; 8] = [
     4 << 20,
 ];
 const QUICK_RECORD_SIZES: [u64; 3] = [64, 64 << 10, 4 << 20];
-/// And in a round trip between two processes on the host.
+/// Bytes of payload in a round trip between two processes on the host.
 const TRIP_SIZES: [u64; 3] = [64, 4 << 10, 64 << 10];
-/// Time that building and writing leave for measuring, from the start of the VM on, that of ends that sleep included.
+/// Time for all measurements, from the start of the VM, with those of ends that sleep. The rest of
+/// the 15 or 2 minutes is for building and writing.
 const TIME: Duration = Duration::from_secs(14 * 60);
 const QUICK_TIME: Duration = Duration::from_secs(105);
-/// What watching one pair of ends that sleep costs besides.
+/// Overhead of the measurement of one pair of ends that sleep.
 const IDLE_COST: Duration = Duration::from_secs(3);
 
-/// How to measure.
+/// The options of `cargo xtask bench`.
 #[derive(Args, Debug)]
 pub struct BenchArgs {
     /// Measure fewer record sizes, in fewer and shorter rounds: 2 minutes instead of 15
     #[arg(long)]
     pub quick: bool,
 
-    /// Measure only what has this in its name, say vfio-user; again for more
+    /// Measure only cases with this text in their name, for example vfio-user; repeat for more
+    /// texts
     #[arg(long, value_name = "TEXT")]
     pub only: Vec<String>,
 
-    /// Where the results go [default: target/bench]
+    /// Folder for the results [default: target/bench]
     #[arg(long, value_name = "FOLDER")]
     pub output: Option<PathBuf>,
 
@@ -96,10 +98,10 @@ pub struct BenchArgs {
     pub vm: VmArgs,
 }
 
-/// Sets up and builds what is needed, measures, writes the results, and prints the tables.
+/// Sets up and builds all that is needed, measures, writes the results, and prints the tables.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     check_accelerator(args.vm.accel)?;
-    // Before what takes long.
+    // The check of the names comes first, because the next steps take long.
     Plan::new(&RECORD_SIZES, &TRIP_SIZES, &args.only)?;
     let tools = setup::ensure(&args.vm.tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::BENCH)?;
@@ -116,7 +118,8 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Measures every case in every round, or those that have one of these texts in their names.
+/// Measures every case in every round. With texts in `only`, measures the cases that have one of
+/// them in their names.
 pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Report> {
     let (sizes, trip_sizes, rounds, time, idle_time) = match quick {
         true => {
@@ -152,7 +155,8 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
         }
         report.took.1 = round;
         bar.set_message(format!("{round} of {rounds}"));
-        // Sizes one after the other, so that what is compared is measured close together.
+        // The sizes come one after the other, so that figures to compare are measured close
+        // together.
         for &size in sizes {
             let rows = report.streams.iter_mut();
             for row in rows.filter(|row| row.case.record_size == size) {
@@ -177,7 +181,8 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
 }
 
 impl Report {
-    /// What came of a way's streams: a rate each, or what kept it from being measured.
+    /// Returns the results of a way's streams: the median rate in bytes a second, or the reason why
+    /// it was not measured.
     pub fn outcomes(&self, way: Way) -> impl Iterator<Item = Result<f64, &str>> {
         let rows = self.streams.iter().filter(move |row| row.case.way == way);
         rows.map(stream::Row::outcome)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask bench`.
+//! The program behind `cargo xtask bench`.
 
 use std::process::ExitCode;
 

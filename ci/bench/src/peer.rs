@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Other projects' ways between a guest and its host: what each needs on the host, of QEMU and in the guest, set up only
-//! if it is measured. A peer that cannot be set up is no reason not to measure the others.
+//! The setup of other projects' ways between a guest and its host: processes on the host, arguments
+//! of QEMU, and commands in the guest. A way is set up only if it is measured. If the setup of one
+//! fails, the others are still measured.
 
 use std::fs::{self, File};
 use std::net::TcpListener;
@@ -17,9 +18,9 @@ use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::setup;
 use barlink_vm::Vm;
 
-/// The host, as the guest sees it through QEMU's user network.
+/// The host's address in QEMU's user network.
 const GATEWAY: &str = "10.0.2.2";
-/// What the guest needs for TCP, and for vsock, in this order.
+/// Kernel modules that the guest needs for TCP and for vsock, in the order of loading.
 const NETWORK: [&str; 3] = [
     "net/core/failover.ko",
     "drivers/net/net_failover.ko",
@@ -33,17 +34,19 @@ const VSOCK: [&str; 3] = [
 
 /// The published program that serves vsock, and its version.
 const VSOCK_DEVICE: [&str; 2] = ["vhost-device-vsock", "0.3.0"];
-/// A port of the host's, and the socket that stands for it; the device makes the latter's name of two parts.
+/// A port of the host, and the first part of the socket's file name. The device appends `_` and the
+/// port.
 const VSOCK_PORT: u32 = 1024;
 const VSOCK_HOST: &str = "vsock-host";
 
-/// Where Debian's package has it.
+/// The path of virtiofsd in Debian's package.
 const VIRTIOFSD: &str = "/usr/libexec/virtiofsd";
-/// The shared folder: its name on the host, which is also its tag, and where the guest has it.
+/// The shared folder: its name on the host, which is also its tag, and its mount point in the
+/// guest.
 const SHARE: &str = "share";
 const MOUNT: &str = "/tmp/share";
 
-/// The peers that are measured and need something to be set up.
+/// The peers that are measured and need a setup.
 #[derive(Debug)]
 pub struct Peers {
     folder: PathBuf,
@@ -54,16 +57,16 @@ pub struct Peers {
 struct Peer {
     way: Way,
     daemon: Option<Daemon>,
-    /// What kept it from being set up.
+    /// The reason why the setup failed.
     failure: Option<String>,
 }
 
-/// What QEMU is told, and the process that it talks to.
+/// The arguments of QEMU, and the process that it connects to.
 type Device = (Vec<String>, Option<Daemon>);
 
 impl Peers {
-    /// Builds what these ways need and is not there yet, which can take minutes. If it fails, that is found again, and told, where
-    /// it is used.
+    /// Builds programs that these ways need and that are not there yet, which can take minutes. A
+    /// failure occurs again where the program is used, and is reported there.
     pub fn build(ways: &[Way]) {
         if ways.contains(&Way::Vsock) {
             let [name, version] = VSOCK_DEVICE;
@@ -71,7 +74,8 @@ impl Peers {
         }
     }
 
-    /// Starts on the host what these ways need, with its files in `folder`, and adds to QEMU's arguments.
+    /// Starts the processes on the host that these ways need, with their files in `folder`, and
+    /// appends to QEMU's arguments.
     pub fn start(
         ways: &[Way],
         artifacts: &Artifacts,
@@ -128,7 +132,7 @@ impl Peers {
         }
     }
 
-    /// A file that is not there.
+    /// Returns a path in the folder, and removes an existing file there.
     fn fresh_file(&self, name: &str) -> Result<PathBuf> {
         let path = self.folder.join(name);
         if path.exists() {
@@ -137,7 +141,7 @@ impl Peers {
         Ok(path)
     }
 
-    /// The two ends of a way, the host's first, with nothing of an earlier use.
+    /// Returns the two ends of a way, the host's first. Removes the files of an earlier use.
     pub fn endpoints(&self, way: Way) -> Result<[String; 2]> {
         let peer = self.peers.iter().find(|peer| peer.way == way);
         if let Some(failure) = peer.and_then(|peer| peer.failure.as_ref()) {
@@ -148,7 +152,7 @@ impl Peers {
         }
         Ok(match way {
             Way::Tcp => {
-                // Free at this moment.
+                // The port is free at this moment.
                 let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
                 [
                     format!("tcp-listen:127.0.0.1:{port}"),
@@ -176,21 +180,24 @@ impl Peers {
     }
 }
 
-/// What went wrong, as far as it fits into a cell of a table.
+/// Returns the first line of an error, which fits into a cell of a table.
 pub fn told(error: &Error) -> String {
     let text = format!("{error:#}");
     text.lines().next().unwrap_or_default().to_owned()
 }
 
-/// A vsock device whose other end is a process of the host's: the host's kernel need not have vsock.
+/// Starts a vsock device that connects to processes of the host through Unix sockets, so that the
+/// host's kernel needs no vsock.
 fn vsock(folder: &Path) -> Result<Device> {
     let [name, version] = VSOCK_DEVICE;
     let program = setup::program(name, version)?;
     let socket = folder.join("vsock.sock");
-    // This one is in no sandbox, whose processes end with who started them.
+    // A process in a sandbox ends with the process that started it. This one is in no sandbox, so
+    // `setpriv` makes it end with the bench.
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
-    // The size of its buffer is left as it is: 0.3.0 hangs with a larger one, even for the smallest records from the guest.
+    // The device keeps its default buffer size, because version 0.3.0 hangs with a larger one, even
+    // for the smallest records from the guest.
     command.arg("--socket").arg(&socket);
     command.arg("--uds-path").arg(folder.join(VSOCK_HOST));
     let daemon = Daemon::start(name, command, folder, &socket)?;
@@ -201,7 +208,7 @@ fn vsock(folder: &Path) -> Result<Device> {
     Ok((words(&device), Some(daemon)))
 }
 
-/// A folder of the host's.
+/// Starts virtiofsd, which shares a folder of the host.
 fn virtiofs(artifacts: &Artifacts, folder: &Path) -> Result<Device> {
     fs::create_dir(folder.join(SHARE))?;
     let socket = folder.join("virtiofs.sock");
@@ -216,10 +223,10 @@ fn virtiofs(artifacts: &Artifacts, folder: &Path) -> Result<Device> {
     command.arg("--socket-path").arg(&socket);
     command.arg("--shared-dir").arg(folder.join(SHARE));
     command.args([
-        // Any other lets the guest believe for a second that a file is as long as it was.
+        // In each other mode the guest caches the length of a file for a second.
         "--cache=never",
-        // Its own sandbox needs namespaces, which a container's root may not make. The guest here is our own, and the folder
-        // is for this alone.
+        // virtiofsd's own sandbox needs namespaces, which root in a container may not create. The
+        // guest is trusted here, and the folder has no other use.
         "--sandbox=none",
     ]);
     let daemon = Daemon::start("virtiofsd", command, folder, &socket)?;
@@ -230,7 +237,7 @@ fn virtiofs(artifacts: &Artifacts, folder: &Path) -> Result<Device> {
     Ok((words(&device), Some(daemon)))
 }
 
-/// Loads modules of the guest's kernel, from the folder that has them.
+/// Loads modules of the guest's kernel from a folder of the host.
 fn load(vm: &Vm, folder: &Path, modules: [&str; 3]) -> Result<()> {
     for module in modules {
         let path = folder.join(format!("{module}.xz"));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What one run measures.
+//! The cases that one run measures.
 
 use anyhow::{Result, ensure};
 
@@ -9,7 +9,7 @@ use super::idle;
 use super::trip::Trip;
 use barlink_vm::broker::Transport;
 
-/// Each in the order in which it is measured.
+/// A plan. Each list is in the order of the measurements.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Streams.
@@ -21,8 +21,9 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Streams with records of some sizes and round trips within the host with others, of these what has one of the texts in its
-    /// name, if there are any.
+    /// Plans streams with records of `sizes`, round trips within the host with records of
+    /// `trip_sizes`, other round trips, and ends that sleep. With texts in `only`, the plan has
+    /// only cases with one of them in their names. An error if no case is left.
     pub fn new(sizes: &[u64], trip_sizes: &[u64], only: &[String]) -> Result<Self> {
         let wanted = |name: String| only.is_empty() || only.iter().any(|text| name.contains(text));
         let (mut streams, mut trips) = (Case::all(sizes), Trip::all(trip_sizes));
@@ -42,7 +43,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// The ways that it goes, each once.
+    /// Returns the ways of all cases, each once.
     pub fn ways(&self) -> Vec<Way> {
         let streams = self.streams.iter().map(|case| case.way);
         let mut ways = Vec::new();

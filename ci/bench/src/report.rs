@@ -22,11 +22,11 @@ use super::stream;
 use super::trip::{self, Trip};
 use barlink_vm::broker::Transport;
 
-/// What was measured, and under which conditions.
+/// The results and the conditions of the measurements.
 #[derive(Clone, Debug)]
 pub struct Report {
     conditions: Conditions,
-    /// How long all of it took, from the start of the VM on, in seconds, and in how many rounds.
+    /// Length of all measurements in seconds, from the start of the VM, and the number of rounds.
     pub(super) took: (f64, u32),
     pub(super) streams: Vec<stream::Row>,
     pub(super) trips: Vec<trip::Row>,
@@ -34,7 +34,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// One of what is planned, without figures.
+    /// Creates a report with a row for each case of the plan, without results.
     pub(super) fn new(conditions: Conditions, plan: Plan) -> Self {
         Self {
             conditions,
@@ -45,7 +45,8 @@ impl Report {
         }
     }
 
-    /// The median rate of one way as a part of another's, for records of this size.
+    /// Returns the median rate of the first way divided by that of the second, for records of this
+    /// size.
     pub fn ratio(&self, ways: [(Way, Direction); 2], record_size: u64) -> Option<f64> {
         let rate = |(way, direction)| {
             let case = Case {
@@ -60,8 +61,8 @@ impl Report {
         Some(one? / other?)
     }
 
-    /// Rings of the producer for each record, where they were most. Of records of which a channel holds only a few, any may find the
-    /// other end asleep; they do not count.
+    /// Returns the largest number of rings of the producer for each record. Records above 64 KiB do
+    /// not count: a channel holds only a few of them, so any may find the other end asleep.
     pub fn most_rings_per_record(&self) -> f64 {
         let small = |row: &&stream::Row| row.case.record_size <= 64 << 10;
         let counted = self.streams.iter().filter(small);
@@ -69,13 +70,14 @@ impl Report {
         counted.fold(0.0, f64::max)
     }
 
-    /// Of each pair of channels whose ends are to sleep, the part of round trips in which both did, at least.
+    /// Returns, for each pair of channels whose ends should sleep, the least part of round trips in
+    /// which both ends slept.
     pub fn asleep(&self) -> impl Iterator<Item = (String, f64)> {
         let channels = self.trips.iter().filter(|row| row.is_of_channels());
         channels.filter_map(|row| Some((row.trip.to_string(), row.asleep()?)))
     }
 
-    /// The processor time of each pair of ends that slept, in nanoseconds.
+    /// Returns the processor time of each pair of ends that slept, in nanoseconds.
     pub fn idle_cpu(&self) -> impl Iterator<Item = (String, u64)> {
         self.idle.iter().map(idle::Row::ends)
     }
@@ -93,7 +95,7 @@ impl Report {
         Ok(())
     }
 
-    /// Every row, with the conditions that hold for it.
+    /// Returns every row with its conditions.
     fn json(&self) -> Result<Value> {
         let streams = self.streams.iter().map(|row| {
             let more = json!({
@@ -140,7 +142,7 @@ impl Report {
         }))
     }
 
-    /// How the guest's processors cache the memory of a device that this goes through, if it does.
+    /// Returns the cache mode of the device's memory in the guest, if the way uses one.
     fn cache_mode(&self, way: Way) -> Option<&str> {
         match way {
             Way::Channel(transport) => {
@@ -170,7 +172,7 @@ impl Report {
 }
 
 impl fmt::Display for Conditions {
-    /// One line.
+    /// Formats the conditions as one line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Conditions {
             accelerator,
@@ -195,7 +197,7 @@ impl fmt::Display for Conditions {
 }
 
 impl fmt::Display for Report {
-    /// Markdown.
+    /// Formats the report as Markdown.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let conditions = &self.conditions;
         let (seconds, rounds) = self.took;
@@ -203,7 +205,7 @@ impl fmt::Display for Report {
         if !self.streams.is_empty() {
             writeln!(
                 f,
-                "## Streams\n\nConditions: {conditions}. Who receives reads every byte, but for `memcpy`, which nobody reads.\n\n\
+                "## Streams\n\nConditions: {conditions}. The receiver reads every byte, except of `memcpy`, which has no receiver.\n\n\
                  Through channels of {} and as much plain memory. Between guest and host records are copied in by the sender, and \
                  smaller records are committed and released in batches of {}. Within the host records of barlink and \
                  iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then nap, \

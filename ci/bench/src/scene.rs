@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The broker, the VM with all that connects it, and processes on both sides.
+//! The broker, the VM with all its connections, and processes on both sides.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -28,16 +28,17 @@ use barlink_sandbox::tools::Accel;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 
-/// How long a process may take, which measures for less than a second, and how often it is looked at.
+/// Time limit of a process, whose measurement takes less than a second, and the time between two
+/// checks.
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(2);
-/// Bytes of the region, with room for seven channels and two small ones.
+/// Bytes of the region, which has room for seven large channels and two small ones.
 const REGION: &str = "256M";
-/// The port of virtio-serial, and the file of its other end.
+/// The name of the port of virtio-serial, and the file name of its socket on the host.
 pub const PORT: &str = "barlink.bench";
 const PORT_SOCKET: &str = "port.sock";
 
-/// Where a process runs.
+/// The side on which a process runs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Side {
     /// On the host.
@@ -46,47 +47,47 @@ pub enum Side {
     Guest,
 }
 
-/// What holds for all that is measured.
+/// The conditions of all measurements.
 #[derive(Clone, Debug)]
 pub struct Conditions {
-    /// What runs the guest's instructions.
+    /// The accelerator that runs the guest's instructions.
     pub accelerator: &'static str,
-    /// The guest's kernel.
+    /// The version of the guest's kernel.
     pub kernel: String,
-    /// How the guest's processors cache the region, by transport.
+    /// The cache modes of the region in the guest, by transport.
     pub cache_modes: Vec<String>,
-    /// And the memory of raw ivshmem.
+    /// The cache mode of the memory of raw ivshmem.
     pub raw_cache_mode: String,
-    /// Processors of the guest.
+    /// Number of the guest's processors.
     pub guest_cpus: u32,
-    /// Processors of the host.
+    /// Number of the host's processors.
     pub host_cpus: usize,
 }
 
-/// See the module. The fields are dropped in this order.
+/// The broker and the VM: see the module. The fields are dropped in this order.
 #[derive(Debug)]
 pub struct Scene<'a> {
     vm: Vm,
     peers: Peers,
     broker: Broker,
-    /// The memory of the ivshmem device that no driver holds.
+    /// The memory of the ivshmem device without a driver.
     raw: File,
     config: Config,
     artifacts: &'a Artifacts,
 }
 
-/// A process that measures; killed when dropped.
+/// A process that measures. Dropping it kills the process.
 #[derive(Debug)]
 pub enum Load {
-    /// One on the host.
+    /// A process on the host.
     Host(Child),
-    /// One in the guest.
+    /// A process in the guest.
     Guest(Process),
 }
 
 impl Drop for Load {
     fn drop(&mut self) {
-        // It has ended already, mostly.
+        // The process has usually ended already.
         match self {
             Load::Host(child) => {
                 let _ = child.kill();
@@ -100,8 +101,8 @@ impl Drop for Load {
 }
 
 impl<'a> Scene<'a> {
-    /// Starts the broker with a slot for each transport, and the VM with a device at each and with what the peers among these
-    /// ways need, and loads the driver.
+    /// Starts the broker with a slot for each transport. Starts the VM with a device for each slot
+    /// and with the devices that the peers among these ways need, and loads the driver.
     pub fn set(artifacts: &'a Artifacts, ways: &[Way]) -> Result<Self> {
         let mut channels = Vec::new();
         for slot in 0..Transport::ALL.len() {
@@ -121,7 +122,8 @@ impl<'a> Scene<'a> {
             ..broker.vm()?
         };
         let port = broker.folder().join(PORT_SOCKET);
-        // Where a VM has a device over vhost-user, its broker is given this memory, too, and refuses what is not sealed.
+        // If a VM has a device over vhost-user, QEMU passes this memory to the broker, which
+        // rejects memory that is not sealed against shrinking.
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let raw = File::from(rustix::fs::memfd_create("raw", flags)?);
         raw.set_len(RAW_SIZE as u64)?;
@@ -154,7 +156,7 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// What holds for all that is measured.
+    /// Reads the conditions of all measurements.
     pub fn conditions(&self) -> Result<Conditions> {
         let cache_mode = |transport: Transport| {
             let device = format!("--device=/dev/barlink{}", transport.index());
@@ -173,7 +175,7 @@ impl<'a> Scene<'a> {
                 .map(cache_mode)
                 .into_iter()
                 .collect::<Result<_>>()?,
-            // A kernel of the user's can be without debugfs, which tells it.
+            // The mode comes from debugfs, which a user's own kernel may lack.
             raw_cache_mode: self
                 .start(Side::Guest, &["raw-mode".to_owned()])?
                 .wait()
@@ -183,7 +185,7 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// Starts `barlink-bench-load` with these arguments.
+    /// Starts `barlink-bench-load` with these arguments on a side.
     pub fn start(&self, side: Side, arguments: &[String]) -> Result<Load> {
         Ok(match side {
             Side::Host => start_on_host(self.artifacts.host(BENCH_LOAD)?, arguments)?,
@@ -195,7 +197,7 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// The peers that were set up.
+    /// Returns the peers that were set up.
     pub fn peers(&self) -> &Peers {
         &self.peers
     }
@@ -205,29 +207,30 @@ impl<'a> Scene<'a> {
         start_on_host(self.artifacts.host(ICEORYX2_LOAD)?, arguments)
     }
 
-    /// The broker.
+    /// Returns the broker.
     pub fn broker(&self) -> &Broker {
         &self.broker
     }
 
-    /// Where the broker is heard.
+    /// Returns the path of the broker's control socket.
     pub fn control(&self) -> PathBuf {
         self.broker.control()
     }
 
-    /// The host's end of the port of virtio-serial.
+    /// Returns the path of the socket at the host's end of the virtio-serial port.
     pub fn port(&self) -> PathBuf {
         self.broker.folder().join(PORT_SOCKET)
     }
 
-    /// The memory of the ivshmem device that no driver holds, as on its first use.
+    /// Clears the first page of the memory of the ivshmem device without a driver, and returns a
+    /// path to the memory.
     pub fn clear_raw(&self) -> Result<PathBuf> {
         self.raw.write_all_at(&[0; 4096], 0)?;
         let (process, number) = (std::process::id(), self.raw.as_raw_fd());
         Ok(format!("/proc/{process}/fd/{number}").into())
     }
 
-    /// A file that is not there.
+    /// Returns a path in the broker's folder, and removes an existing file there.
     pub fn fresh_file(&self, name: &str) -> Result<PathBuf> {
         let path = self.broker.folder().join(name);
         if path.exists() {
@@ -236,7 +239,7 @@ impl<'a> Scene<'a> {
         Ok(path)
     }
 
-    /// How often the producer of a channel has rung so far.
+    /// Returns how often the producer of a channel has rung so far.
     pub fn rung(&self, channel: usize) -> Result<u64> {
         let snapshot = self.broker.inspect()?;
         let rung = snapshot["channels"][channel]["rung"].as_u64();
@@ -255,7 +258,7 @@ fn start_on_host(program: &Path, arguments: &[impl AsRef<OsStr>]) -> Result<Load
 }
 
 impl Load {
-    /// Its process, which it has told of once it is set up.
+    /// Returns the process ID, which the process prints once it is set up.
     pub fn process(&mut self) -> Result<String> {
         let line = match self {
             Load::Host(child) => {
@@ -270,7 +273,7 @@ impl Load {
         line.context("a process ended that was to sleep")
     }
 
-    /// Kills it, and waits until it has ended.
+    /// Kills the process, and waits until it has ended.
     pub fn end(mut self) -> Result<()> {
         match &mut self {
             Load::Host(child) => {
@@ -285,12 +288,12 @@ impl Load {
         Ok(())
     }
 
-    /// What it has measured, once it has ended.
+    /// Waits until the process has ended, and returns its measurements.
     pub fn wait<T: DeserializeOwned>(self) -> Result<T> {
         self.wait_for(PATIENCE)
     }
 
-    /// The same, if it ends within this time.
+    /// Waits until the process has ended, within this time, and returns its measurements.
     pub fn wait_for<T: DeserializeOwned>(self, patience: Duration) -> Result<T> {
         Ok(serde_json::from_slice(&self.output(patience)?)?)
     }
@@ -313,7 +316,7 @@ impl Load {
                     status.success(),
                     "a process on the host ended with {status}"
                 );
-                // One line, which fits into the pipe.
+                // The output is one line, which fits into the pipe.
                 let mut output = Vec::new();
                 if let Some(pipe) = &mut child.stdout {
                     pipe.read_to_end(&mut output)?;

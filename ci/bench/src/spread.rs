@@ -1,33 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The median of some figures, and how far they lie apart.
+//! The median and the quartiles of some numbers.
 
 use serde::Serialize;
 
-/// Figures of one kind, one a round.
+/// Numbers of one kind, one for each round, in ascending order.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Spread {
     figures: Vec<f64>,
 }
 
 impl Spread {
-    /// Adds a figure.
+    /// Adds a number.
     pub fn add(&mut self, figure: f64) {
         let place = self.figures.partition_point(|other| *other < figure);
         self.figures.insert(place, figure);
     }
 
-    /// The figure that half of them are not above; 0 if there is none.
+    /// Returns the median; 0 if there is no number.
     pub fn median(&self) -> f64 {
         self.quantile(0.5)
     }
 
-    /// The figures between which half of them lie.
+    /// Returns the first and the third quartile.
     pub fn quartiles(&self) -> [f64; 2] {
         [self.quantile(0.25), self.quantile(0.75)]
     }
 
-    /// Between two figures, in proportion.
+    /// Returns a quantile, interpolated between two numbers.
     fn quantile(&self, part: f64) -> f64 {
         let Some(last) = self.figures.len().checked_sub(1) else {
             return 0.0;

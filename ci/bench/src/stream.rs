@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! One stream of records, whichever way it goes.
+//! One stream of records over any way.
 
 use std::fmt;
 use std::time::Duration;
@@ -16,33 +16,33 @@ use super::peer::told;
 use super::scene::{Load, PORT, Scene, Side};
 use super::spread::Spread;
 
-/// What came of a stream.
+/// The results of one stream.
 pub(super) struct Streamed {
     pub(super) sent: Measured,
     pub(super) received: Measured,
-    /// How often the producer rang, where that is counted.
+    /// Number of rings of the producer, if they are counted.
     pub(super) rung: Option<u64>,
 }
 
-/// What was measured of one case.
+/// The results of one case.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     #[serde(flatten)]
     pub(super) case: Case,
-    /// Bytes of payload a second.
+    /// Rates of the rounds, in bytes of payload a second.
     pub(super) rate: Spread,
-    /// Processor seconds for 10⁹ bytes, of who sends and of who receives.
+    /// Processor seconds for 10⁹ bytes, of the sender and of the receiver.
     cpu_seconds_per_gb_of_sender_and_receiver: [Spread; 2],
     /// Records in all rounds.
     pub(super) records: u64,
-    /// Rings of the producer in all rounds, where they are counted.
+    /// Rings of the producer in all rounds, if they are counted.
     pub(super) rung: Option<u64>,
-    /// Why it was not measured any further.
+    /// The error that ended the measurements of this case.
     failure: Option<String>,
 }
 
 impl Row {
-    /// One without figures.
+    /// Creates a row without results.
     pub fn new(case: Case) -> Self {
         Row {
             case,
@@ -54,7 +54,8 @@ impl Row {
         }
     }
 
-    /// Does a round. A peer that fails is left alone from then on, and what it did is told.
+    /// Measures one round. If a peer fails, stores the error and measures the case no more; other
+    /// failures are errors.
     pub fn measure(&mut self, scene: &Scene, time: Duration) -> Result<()> {
         if self.failure.is_some() {
             return Ok(());
@@ -67,7 +68,7 @@ impl Row {
         Ok(())
     }
 
-    /// The median rate, or what kept it from being measured.
+    /// Returns the median rate in bytes a second, or the error that ended the measurements.
     pub fn outcome(&self) -> Result<f64, &str> {
         match &self.failure {
             Some(failure) => Err(failure),
@@ -75,12 +76,12 @@ impl Row {
         }
     }
 
-    /// Whether there are figures.
+    /// Returns whether there are results.
     pub(super) fn is_measured(&self) -> bool {
         self.failure.is_none() && self.records > 0
     }
 
-    /// Processor seconds for 10⁹ bytes of the ends on this side, if there are any.
+    /// Returns the processor seconds for 10⁹ bytes of all ends on this side, if there are any.
     pub(super) fn cpu(&self, side: Side) -> Option<f64> {
         let sides = self.case.direction.sides();
         let ends = sides
@@ -95,7 +96,7 @@ impl Row {
         cpu.reduce(|one, other| one + other)
     }
 
-    /// How often the producer woke the consumer for 1,000 records, where that is counted.
+    /// Returns how often the producer woke the consumer for 1,000 records, if that is counted.
     pub(super) fn wakeups(&self) -> Option<f64> {
         Some(self.rung? as f64 * 1e3 / self.records as f64)
     }
@@ -122,7 +123,7 @@ impl Row {
 }
 
 impl fmt::Display for Row {
-    /// A line of a table.
+    /// Formats a line of a table.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Case {
             way,
@@ -149,10 +150,10 @@ impl fmt::Display for Row {
     }
 }
 
-/// A process, and what it is told.
+/// The side and the arguments of a process.
 type Order = (Side, Vec<String>);
 
-/// Streams for some time, and checks that every byte came.
+/// Streams for some time, and checks that every byte has arrived.
 fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
     let size = format!("--record-size={}", case.record_size);
     let duration = time;
@@ -231,7 +232,7 @@ fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
     }
 }
 
-/// The two ends of a pipe, the host's first.
+/// Returns the two ends of a pipe, the host's first.
 pub(super) fn endpoints(scene: &Scene, way: Way) -> Result<[String; 2]> {
     Ok(match way {
         Way::VirtioSerial => [
@@ -256,7 +257,7 @@ fn run(scene: &Scene, way: Way, sender: &Order, receiver: &Order) -> Result<Stre
     finish(way, sender, receiver)
 }
 
-/// Waits until both have ended, and compares.
+/// Waits until both have ended, and compares the records that were sent and received.
 pub(super) fn finish(way: Way, sender: Load, receiver: Load) -> Result<Streamed> {
     let sent: Measured = sender
         .wait_for(way.patience())

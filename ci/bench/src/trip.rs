@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Round trips: the guest asks, the host answers.
+//! Round trips: the guest asks and the host answers, or two processes on the host do.
 
 use std::fmt;
 use std::time::Duration;
@@ -18,27 +18,30 @@ use super::spread::Spread;
 use super::stream::endpoints;
 use barlink_vm::broker::Transport;
 
-/// For ends that sleep: how long who answers thinks first, and how long who asks pauses before a question, so that each finds the
-/// other one asleep. A process of a VM takes longer to ring and to fall asleep, under TCG and over vfio-user, than one of the host.
+/// Options for ends that sleep, in microseconds: the time for which the answering end thinks, and
+/// the pause of the asking end before a question. They let each end find the other one asleep.
+/// Under TCG and over vfio-user a process of a VM takes longer to ring and to fall asleep than a
+/// process of the host.
 const THINK: &str = "--think=1000";
 const PAUSE: &str = "--pause=500";
 
-/// What is measured.
+/// A kind of round trip.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Trip {
-    /// Through a pair of channels, whose ends wait so.
+    /// Through a pair of channels, whose ends wait this way.
     Channels(Transport, Wait),
-    /// By a ring each way, and nothing else.
+    /// A bare ring each way, without a record.
     Bells(Transport),
-    /// Between two processes on the host, whose ends wait so, with so many bytes of payload.
+    /// Between two processes on the host, whose ends wait this way, with this many bytes of
+    /// payload.
     Host(Way, Wait, u64),
     /// Through a peer.
     Peer(Way),
 }
 
 impl Trip {
-    /// All that is measured, between processes on the host with records of these sizes.
+    /// Returns all kinds, with records of these sizes between processes on the host.
     pub fn all(sizes: &[u64]) -> Vec<Trip> {
         let mut all = Vec::new();
         for transport in Transport::ALL {
@@ -57,7 +60,7 @@ impl Trip {
         all
     }
 
-    /// The way that they go.
+    /// Returns the way that they go.
     pub fn way(self) -> Way {
         match self {
             Trip::Channels(transport, _) | Trip::Bells(transport) => Way::Channel(transport),
@@ -65,7 +68,7 @@ impl Trip {
         }
     }
 
-    /// Bytes of payload of a question and of its answer.
+    /// Returns the bytes of payload of a question and of its answer.
     pub fn record_size(self) -> u64 {
         match self {
             Trip::Host(_, _, size) => size,
@@ -74,7 +77,7 @@ impl Trip {
         }
     }
 
-    /// How its ends wait.
+    /// Returns the way in which the ends wait.
     pub fn wait(self) -> &'static str {
         match self {
             Trip::Channels(_, Wait::Spin) => "spin",
@@ -85,7 +88,8 @@ impl Trip {
         }
     }
 
-    /// What who asks is told, and who answers, so that each finds the other one asleep, if ends are to sleep.
+    /// Returns further arguments of the asking end and of the answering end. If the ends should
+    /// sleep, the arguments let each end find the other one asleep.
     pub(super) fn rests(self) -> (&'static [&'static str], &'static [&'static str]) {
         match self.is_asleep() {
             true => (&[PAUSE, THINK], &[THINK]),
@@ -93,12 +97,12 @@ impl Trip {
         }
     }
 
-    /// Whether its ends are to sleep, and do nothing else while they wait.
+    /// Returns whether the ends should sleep, and do nothing else while they wait.
     fn is_asleep(self) -> bool {
         self.wait() == "sleep"
     }
 
-    /// Whether it is another project's.
+    /// Returns whether the way belongs to another project.
     fn is_peer(self) -> bool {
         match self {
             Trip::Peer(way) | Trip::Host(way, ..) => way.is_peer(),
@@ -136,7 +140,7 @@ impl Trip {
                     words(&["bell-answer", &up, &control]),
                 )
             }
-            // It is above.
+            // `Trip::Host` returns above.
             Trip::Peer(way) | Trip::Host(way, ..) => {
                 let [host, guest] = endpoints(scene, way)?;
                 (
@@ -184,7 +188,7 @@ impl fmt::Display for Trip {
     }
 }
 
-/// What was measured of one kind of trip.
+/// The results of one kind of trip.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     pub(super) trip: Trip,
@@ -192,14 +196,14 @@ pub struct Row {
     pub(super) times: [Spread; 4],
     /// Trips in all rounds.
     count: u64,
-    /// In how many who asked slept, and who answered, where they are to.
+    /// Waits and sleeps of the asking end and of the answering end, if the ends should sleep.
     slept_of_who_asks_and_who_answers: [Sleeps; 2],
-    /// Why it was not measured any further.
+    /// The error that ended the measurements of this kind.
     failure: Option<String>,
 }
 
 impl Row {
-    /// One without figures.
+    /// Creates a row without results.
     pub fn new(trip: Trip) -> Self {
         Row {
             trip,
@@ -210,13 +214,13 @@ impl Row {
         }
     }
 
-    /// Whether there are figures.
+    /// Returns whether there are results.
     pub(super) fn is_measured(&self) -> bool {
         self.failure.is_none() && self.times[0].median() > 0.0
     }
 
-    /// The part of its trips in which both ends slept, at least: it is known of each end, and not which trips these were. Nothing
-    /// if ends are not to sleep.
+    /// Returns the least part of the trips in which both ends slept. Each end counts its own
+    /// sleeps, and their trips are not known. Returns `None` if the ends should not sleep.
     pub fn asleep(&self) -> Option<f64> {
         let is_to = self.trip.is_asleep() && self.is_measured();
         let ends = self.slept_of_who_asks_and_who_answers;
@@ -224,12 +228,13 @@ impl Row {
         is_to.then(|| (parts[0] + parts[1] - 1.0).max(0.0))
     }
 
-    /// Whether it goes through a pair of channels.
+    /// Returns whether the trips go through a pair of channels.
     pub fn is_of_channels(&self) -> bool {
         matches!(self.trip, Trip::Channels(..) | Trip::Host(Way::Within, ..))
     }
 
-    /// Does a round. A peer that fails is left alone from then on, and what it did is told.
+    /// Measures one round. If a peer fails, stores the error and measures the kind no more; other
+    /// failures are errors.
     pub fn measure(&mut self, scene: &Scene, time: Duration) -> Result<()> {
         if self.failure.is_some() {
             return Ok(());
@@ -257,7 +262,7 @@ impl Row {
 }
 
 impl fmt::Display for Row {
-    /// A line of a table, in microseconds.
+    /// Formats a line of a table, in microseconds.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "| {} |", self.trip)?;
         if let Some(failure) = &self.failure {
@@ -276,14 +281,14 @@ impl fmt::Display for Row {
     }
 }
 
-/// What both ends tell once they have ended.
+/// Waits until both ends have ended, and returns their results.
 pub(super) fn finish(asks: Load, answers: Load) -> Result<(Trips, Sleeps)> {
     let trips = asks.wait().context("the end that asks failed")?;
     let sleeps = answers.wait().context("the end that answers failed")?;
     Ok((trips, sleeps))
 }
 
-/// The two channels of a transport's slot, and the guest's device.
+/// Returns the two channels of a transport's slot, and the option for the guest's device.
 fn names(transport: Transport) -> [String; 3] {
     let slot = transport.index();
     [

@@ -1,4 +1,5 @@
-//! `cargo xtask bench`, in its short form: what it measures, and what its figures must show on any machine.
+//! `cargo xtask bench` in its short form: it measures every way, and its results meet limits that
+//! hold on any machine.
 
 use std::fs;
 
@@ -23,8 +24,8 @@ fn short_bench_measures_every_way() -> Result<()> {
     charts_show_every_way(&report)
 }
 
-/// The transports share memory and copies, so neither is much faster; other programs run beside tests, so nothing is said
-/// of how fast that is.
+/// Checks that the transports are about as fast as each other, because they share memory and copy
+/// functions. Other programs run beside tests, so absolute rates are not checked.
 fn transports_are_about_as_fast_and_streams_hardly_ring(
     report: &Report,
     artifacts: &Artifacts,
@@ -40,8 +41,8 @@ fn transports_are_about_as_fast_and_streams_hardly_ring(
     let is_told = |outcome: &Result<f64, &str>| outcome.is_err_and(|failure| !failure.is_empty());
     for way in [Way::Virtiofs, Way::Vsock] {
         let outcomes: Vec<_> = report.outcomes(way).collect();
-        // The first is part of the sandbox. The other one is built from crates.io, which need not be within reach, and has
-        // faults of its own.
+        // virtiofsd is part of the sandbox. vhost-device-vsock is built from crates.io, which may
+        // not be reachable, and can fail for faults of its own.
         let must = way == Way::Virtiofs && artifacts.tools.sandbox.is_some();
         let fine = |outcome| is_measured(outcome) || (!must && is_told(outcome));
         ensure!(
@@ -49,7 +50,8 @@ fn transports_are_about_as_fast_and_streams_hardly_ring(
             "{way:?}: {outcomes:?}"
         );
     }
-    // Twice what is asked for on a quiet machine, in `stream_of_a_gibibyte_is_no_message_but_its_doorbells`.
+    // The limit is twice that of a quiet machine, which
+    // `stream_of_a_gibibyte_is_no_message_but_its_doorbells` checks.
     let rings = report.most_rings_per_record();
     ensure!(rings < 2e-3, "{rings} rings for each record");
     Ok(())
@@ -73,12 +75,12 @@ fn ends_that_sleep_use_no_processor(report: &Report) -> Result<()> {
         ensure!(cpu == 0, "{name}: {cpu} ns");
         pairs += 1;
     }
-    // Those within the host, too.
+    // The pair within the host counts as well.
     ensure!(pairs == Transport::ALL.len() + 1, "{pairs} pairs of ends");
     Ok(())
 }
 
-/// Or a trip would be shorter than a wake-up at each end.
+/// Checks that both ends sleep in most trips. A trip with an end awake is shorter by a wake-up.
 fn ends_of_trips_asleep_are_both_asleep(report: &Report) -> Result<()> {
     let mut pairs = 0;
     for (name, part) in report.asleep() {
@@ -89,7 +91,7 @@ fn ends_of_trips_asleep_are_both_asleep(report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// Or the two could not be compared.
+/// Checks that both have the same cache mode, because their rates could otherwise not be compared.
 fn raw_ivshmem_is_mapped_as_barlink_is(report: &Report) -> Result<()> {
     let folder = tempfile::tempdir()?;
     report.write(folder.path())?;

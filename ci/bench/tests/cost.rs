@@ -1,9 +1,11 @@
-//! What a record costs on the host, counted instruction by instruction: no system call, no atomic read-modify-write, and
-//! no more instructions than so many. The memory is this process's own, the code is what host apps run. Nothing is
-//! allocated, since `barlink-protocol` has no allocator.
+//! The cost of a record on the host, counted in instructions: no system call, no atomic
+//! read-modify-write, and at most a given number of instructions. The memory is this process's own;
+//! the code is the same as in host apps. Allocations are not counted, because `barlink-protocol`
+//! has no allocator.
 //!
-//! What reading the clock executes is the kernel's (its vDSO), differs by machine, and is repeated whenever the clock is set
-//! meanwhile, which is often, as slowly as single steps are. So it is not counted.
+//! Reading the clock is not counted. It executes code of the kernel (its vDSO), which differs by
+//! machine. The vDSO also repeats its work whenever the kernel updates the clock meanwhile, which
+//! happens often while single steps are slow.
 
 use std::fs;
 use std::ops::Range;
@@ -16,17 +18,17 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-/// What was executed.
+/// The counts of executed instructions.
 #[derive(Clone, Copy, Debug, Default)]
 struct Count {
     instructions: u64,
-    /// `syscall`.
+    /// `syscall` instructions.
     calls: u64,
-    /// With a `lock` prefix, on memory that is not the stack's.
+    /// Instructions with a `lock` prefix on memory outside the stack, or `xchg` with memory.
     locked: u64,
 }
 
-/// Counts what sending and receiving so many records executes.
+/// Counts the instructions of sending and receiving this many records.
 fn count(records: u64, options: &[&str]) -> Result<Count> {
     let mut command = Command::new(Artifacts::shared()?.host(BENCH_LOAD)?);
     let records = format!("--records={records}");
@@ -51,10 +53,10 @@ fn count(records: u64, options: &[&str]) -> Result<Count> {
         count.instructions += 1;
         match code {
             [0x0f, 0x05, ..] => count.calls += 1,
-            // A fence is `lock or` of the stack's top, with some compilers.
+            // Some compilers emit a fence as `lock or` on the top of the stack.
             [0xf0, 0x83, 0x0c | 0x4c, 0x24, ..] => (),
             [0xf0, ..] => count.locked += 1,
-            // `xchg` with memory locks without being told to.
+            // `xchg` with memory locks without a prefix.
             [0x86 | 0x87, operands, ..] | [0x40..=0x4f, 0x86 | 0x87, operands, ..]
                 if operands < 0xc0 =>
             {
@@ -75,7 +77,8 @@ fn wait_for(pid: Pid, signal: Signal) -> Result<()> {
     }
 }
 
-/// Where a process has the code that the kernel gives it: its `[vdso]` in `/proc/PID/maps`.
+/// Returns the address range of the code that the kernel maps into a process: its `[vdso]` in
+/// `/proc/PID/maps`.
 fn kernels_code(pid: Pid) -> Result<Range<u64>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let line = maps.lines().find(|line| line.ends_with("[vdso]"));
@@ -85,7 +88,7 @@ fn kernels_code(pid: Pid) -> Result<Range<u64>> {
     Ok(u64::from_str_radix(start, 16)?..u64::from_str_radix(end, 16)?)
 }
 
-/// Instructions of one record, from the difference between many and few.
+/// Returns the instructions of one record, from the difference between many records and few.
 fn cost(options: &[&str]) -> Result<u64> {
     const FEW: u64 = 8;
     const MANY: u64 = 40;

@@ -1,52 +1,54 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a check and the host say to each other, and what both know of the VM.
+//! Requests of a check, answers of the host, and the facts about the VM that both use.
 //!
-//! A check writes one [`Request`] a line to its standard output, as JSON; the host writes an [`Answer`] a line to its
-//! standard input.
+//! A check writes each [`Request`] to its standard output as a line of JSON. The host writes the
+//! [`Answer`] to the check's standard input as a line of JSON.
 
 use barlink_protocol::wire::layout::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
-/// An offset in every region's raw window, with a hundred pages of it behind.
+/// Offset in bytes that lies in the raw window of every region. At least a hundred pages of the
+/// window follow it.
 pub const RAW: u64 = 512 << 10;
 
-/// A region that the VM has, or can be given.
+/// A region that the VM has from the start, or can be given.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Region {
-    /// The one that most checks use. The VM is the first on it.
+    /// The region that most checks use. The VM has slot 0.
     Main,
-    /// The VM is the second on it, and it has as many vectors as there can be.
+    /// A region in which the VM has slot 1, with the maximum of 256 vectors.
     Bus,
-    /// A device without vectors: `ivshmem-plain`.
+    /// A region behind a device without vectors: `ivshmem-plain`.
     Plain,
-    /// A device without vectors, over memory that is no barlink region.
+    /// Memory that is no barlink region, behind a device without vectors.
     Foreign,
-    /// A device that is not there until [`Request::Plug`], and only where devices can be pulled out: see
-    /// [`UNPLUGGING`](crate::UNPLUGGING).
+    /// A region whose device is absent until [`Request::Plug`]. Only VMs whose devices can be
+    /// unplugged have it: see [`UNPLUGGING`](crate::UNPLUGGING).
     Plugged,
 }
 
-/// What is known of a [`Region`] and its device.
+/// The properties of a [`Region`] and its device.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts {
-    /// The device's PCI address.
+    /// PCI address of the device.
     pub pci: &'static str,
-    /// Bytes in the region.
+    /// Size of the region, in bytes.
     pub size: u64,
-    /// VMs that it is for.
+    /// Number of VMs that the region has slots for.
     pub slots: u32,
-    /// The VM's slot.
+    /// Slot of the VM that runs the checks.
     pub slot: u32,
-    /// Interrupt vectors of the device.
+    /// Number of interrupt vectors of the device.
     pub vectors: u32,
-    /// The region's channels, as `barlink serve --channel` takes them. Channel `i` has vector `1 + i`.
+    /// Channels of the region, in the form of `barlink serve --channel`. The vector of channel `i`
+    /// is `1 + i`.
     pub channels: &'static [&'static str],
 }
 
 impl Region {
-    /// All of them, in the order of their devices.
+    /// All regions, in the order of their devices.
     pub const ALL: [Self; 5] = [
         Self::Main,
         Self::Bus,
@@ -55,10 +57,10 @@ impl Region {
         Self::Plugged,
     ];
 
-    /// Those that the driver takes as soon as it is loaded.
+    /// The regions whose devices the driver binds as soon as it is loaded.
     pub const TAKEN: [Self; 3] = [Self::Main, Self::Bus, Self::Plain];
 
-    /// What is known of it.
+    /// Returns the properties of the region and its device.
     pub const fn facts(self) -> Facts {
         let main = Facts {
             pci: "0000:01:00.0",
@@ -106,150 +108,151 @@ impl Region {
         }
     }
 
-    /// ID of the host as a peer.
+    /// Returns the peer ID of the host.
     pub const fn host(self) -> u32 {
         self.facts().slots
     }
 
-    /// Offset of the page that the VM's driver writes.
+    /// Returns the offset of the page that the VM's driver writes, in bytes.
     pub const fn driver_page(self) -> u64 {
         self.facts().size - (self.facts().slot as u64 + 1) * PAGE_SIZE
     }
 
-    /// Bytes of it that a process can map.
+    /// Returns the number of bytes of the region that a process can map.
     pub const fn mappable(self) -> u64 {
         self.facts().size - self.facts().slots as u64 * PAGE_SIZE
     }
 }
 
-/// What a check asks of the host.
+/// A request of a check to the host.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
     /// Read words of a region.
     Load {
-        /// Which.
+        /// The region.
         region: Region,
-        /// Offset of the first, in bytes.
+        /// Offset of the first word, in bytes.
         offset: u64,
-        /// How many.
+        /// Number of words.
         count: usize,
     },
     /// Write words of a region.
     Store {
-        /// Which.
+        /// The region.
         region: Region,
-        /// Offset of the first, in bytes.
+        /// Offset of the first word, in bytes.
         offset: u64,
         /// The words.
         words: Vec<u64>,
     },
     /// Ring a vector of the VM.
     Ring {
-        /// Of the device of this region.
+        /// The region of the device.
         region: Region,
         /// The vector.
         vector: u32,
-        /// How often, all at once.
+        /// Number of rings, all of them by one write.
         times: u64,
     },
-    /// Ring a vector of the VM many times, one by one, and write a word right before the last time.
+    /// Ring a vector of the VM many times, one by one, and write a word right before the last ring.
     Burst {
-        /// Of the device of this region.
+        /// The region of the device.
         region: Region,
         /// The vector.
         vector: u32,
-        /// How often.
+        /// Number of rings.
         times: u64,
-        /// Offset of the word.
+        /// Offset of the word, in bytes.
         offset: u64,
         /// The word.
         word: u64,
     },
-    /// Say how often a vector of another peer was rung since this was last asked.
+    /// Return how often a vector of another peer was rung since the last such request.
     Rings {
-        /// Of this region.
+        /// The region.
         region: Region,
         /// The peer.
         peer: u32,
         /// The vector.
         vector: u32,
-        /// How long to wait for the first, in milliseconds.
+        /// Timeout of the wait for the first ring, in milliseconds.
         patience: u16,
     },
     /// Ring each vector of the VM once.
     RingAll {
-        /// Of the device of this region.
+        /// The region of the device.
         region: Region,
     },
-    /// Say of each vector of another peer how often it was rung since this was last asked.
+    /// Return for each vector of another peer how often it was rung since the last such request.
     AllRings {
-        /// Of this region.
+        /// The region.
         region: Region,
         /// The peer.
         peer: u32,
     },
-    /// Answer each ring of a vector of the host by one of the VM's, until [`Request::Calm`].
+    /// Answer each ring of a vector of the host by a ring of the VM's vector, until
+    /// [`Request::Calm`].
     Echo {
-        /// Of this region.
+        /// The region.
         region: Region,
-        /// The vector of both.
+        /// The vector, of the host and of the VM.
         vector: u32,
     },
-    /// Ring all vectors of the VM, over and over, until [`Request::Calm`].
+    /// Ring all vectors of the VM again and again, until [`Request::Calm`].
     Storm {
-        /// Of the device of this region.
+        /// The region of the device.
         region: Region,
     },
-    /// Press a key of the VM, over and over, until [`Request::Calm`].
+    /// Press a key of the VM again and again, until [`Request::Calm`].
     Press,
-    /// End the echo, the storm, or the pressing.
+    /// End the echo, the storm or the key presses.
     Calm,
     /// Stop the broker of a region.
     Pause {
-        /// Which.
+        /// The region.
         region: Region,
     },
-    /// Have it go on, in a while, whatever becomes of the guest meanwhile.
+    /// Continue a stopped broker after a delay, even if the guest is stopped by then.
     GoOn {
-        /// Which.
+        /// The region.
         region: Region,
-        /// When, in milliseconds.
+        /// The delay, in milliseconds.
         after: u16,
     },
-    /// Wake the VM, once it sleeps.
+    /// Wake the VM once it is suspended.
     Wake,
-    /// Say whether devices can be pulled out of the VM.
+    /// Return whether devices can be unplugged from the VM.
     Unplugs,
-    /// Plug in the device of a region, which is not there.
+    /// Plug in the device of a region, which is absent.
     Plug {
-        /// Which.
+        /// The region.
         region: Region,
     },
-    /// Have the guest let go of that device, and pull it out.
+    /// Ask the guest to release the device of a region, and unplug the device.
     Unplug {
-        /// Which.
+        /// The region.
         region: Region,
     },
-    /// Show a figure that was measured.
+    /// Show a measured figure in the test's output.
     Show {
-        /// What to print.
+        /// The text to print.
         figure: String,
     },
 }
 
-/// What the host answers.
+/// An answer of the host to a [`Request`].
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
-    /// It is done.
+    /// The request was carried out.
     Done,
-    /// To [`Request::Load`].
+    /// The words for [`Request::Load`].
     Words(Vec<u64>),
-    /// To [`Request::Rings`].
+    /// The number of rings for [`Request::Rings`].
     Count(u64),
-    /// To [`Request::AllRings`], by vector.
+    /// The number of rings of each vector, in the order of vectors, for [`Request::AllRings`].
     Counts(Vec<u64>),
-    /// To [`Request::Unplugs`].
+    /// The answer to [`Request::Unplugs`].
     Is(bool),
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Devices and the driver, as sysfs shows them: which are bound, under which names, and how that is changed.
+//! Devices and the driver in sysfs: lists, finds, binds and unbinds devices.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,19 +15,19 @@ use rustix::io::Errno;
 use crate::ask::Region;
 use crate::device::{Device, SOON};
 
-/// What the names of virtio devices begin with.
+/// Prefix of the names of virtio devices.
 const VIRTIO: &str = "virtio";
 
-/// A device that is bound.
+/// A device that the driver has bound.
 #[derive(Clone, Debug)]
 pub(crate) struct Bound {
-    /// Its device node.
+    /// Path of the device node.
     pub(crate) node: PathBuf,
-    /// Its PCI address, or that of the PCI device which it is part of.
+    /// PCI address of the device, or of the PCI device that a virtio device is part of.
     pub(crate) pci: String,
 }
 
-/// All devices that are bound, by their names.
+/// Lists all bound devices, sorted by node.
 pub(crate) fn bound() -> Result<Vec<Bound>> {
     let mut all = Vec::new();
     for entry in fs::read_dir("/sys/class/misc")? {
@@ -49,13 +49,14 @@ pub(crate) fn bound() -> Result<Vec<Bound>> {
     Ok(all)
 }
 
-/// Whether the driver has the device of a region, node and all: that comes a moment after the entry in sysfs.
+/// Returns whether the device of a region is bound and its node exists. The node appears a moment
+/// after the entry in sysfs.
 pub(crate) fn is_bound(region: Region) -> Result<bool> {
     let is_it = |bound: &Bound| bound.pci == region.facts().pci && bound.node.exists();
     Ok(bound()?.iter().any(is_it))
 }
 
-/// The node of a region's device.
+/// Returns the path of the node of a region's device. An error if the device is not bound.
 pub(crate) fn node(region: Region) -> Result<PathBuf> {
     let pci = region.facts().pci;
     let bound = bound()?.into_iter().find(|bound| bound.pci == pci);
@@ -67,7 +68,7 @@ pub(crate) fn open(region: Region) -> Result<Device> {
     open_with(region, OFlags::RDWR)
 }
 
-/// Opens the device of a region such that reads do not wait.
+/// Opens the device of a region without blocking reads.
 pub(crate) fn open_nonblocking(region: Region) -> Result<Device> {
     open_with(region, OFlags::RDWR | OFlags::NONBLOCK)
 }
@@ -78,14 +79,14 @@ pub(crate) fn open_with(region: Region, flags: OFlags) -> Result<Device> {
     Device::open_with(&node, flags).with_context(|| format!("{} cannot be opened", node.display()))
 }
 
-/// Where sysfs has something of a region's device.
+/// Returns the sysfs path of an attribute of a region's PCI device.
 pub(crate) fn attribute(region: Region, name: &str) -> PathBuf {
     Path::new("/sys/bus/pci/devices")
         .join(region.facts().pci)
         .join(name)
 }
 
-/// The name of the virtio device that a region's PCI device has, if it has one.
+/// Returns the name of the virtio device that a region's PCI device has, if there is one.
 pub(crate) fn virtio(region: Region) -> Result<Option<String>> {
     for entry in fs::read_dir(attribute(region, ""))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
@@ -96,22 +97,22 @@ pub(crate) fn virtio(region: Region) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Whether the device of a region is on the virtio bus.
+/// Returns whether the device of a region is on the virtio bus.
 pub(crate) fn is_virtio(region: Region) -> Result<bool> {
     Ok(virtio(region)?.is_some())
 }
 
-/// Takes the device of a region from the driver.
+/// Unbinds the device of a region from the driver.
 pub(crate) fn unbind(region: Region) -> Result<()> {
     Ok(tell_driver("unbind", region)?)
 }
 
-/// Gives the device of a region to the driver.
+/// Binds the device of a region to the driver.
 pub(crate) fn bind(region: Region) -> Result<()> {
     Ok(try_bind(region)?)
 }
 
-/// Offers the device of a region to the driver. `NODEV` where that declines it.
+/// Offers the device of a region to the driver. `NODEV` if the driver declines it.
 pub(crate) fn try_bind(region: Region) -> rustix::io::Result<()> {
     tell_driver("bind", region)
 }
@@ -125,7 +126,8 @@ fn tell_driver(what: &str, region: Region) -> rustix::io::Result<()> {
         .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
-/// Keeps the device of a region, which must be none of virtio's, from every driver, or no longer.
+/// Keeps all drivers from binding the PCI device of a region, or allows them to bind it again. The
+/// device must not be on the virtio bus.
 pub(crate) fn keep_from_drivers(region: Region, keep: bool) -> Result<()> {
     let only = if keep { "none" } else { "" };
     Ok(fs::write(
@@ -134,16 +136,16 @@ pub(crate) fn keep_from_drivers(region: Region, keep: bool) -> Result<()> {
     )?)
 }
 
-/// Makes a second node of a device, as a container has one.
+/// Creates a second node of a device, such as a container has.
 pub fn make_second_node(first: &Path, second: &Path) -> io::Result<()> {
     let number = fs::metadata(first)?.rdev();
-    // There is none yet, unless one was made before. One that cannot be removed is in the way below.
+    // Removes the node of an earlier run, if there is one. If that fails, `mknodat` fails as well.
     let _ = fs::remove_file(second);
     let (kind, mode) = (FileType::CharacterDevice, Mode::RUSR | Mode::WUSR);
     Ok(rustix::fs::mknodat(CWD, second, kind, mode, number)?)
 }
 
-/// Waits until something holds.
+/// Waits until `holds` returns true. An error if that takes longer than [`SOON`].
 pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
     while !holds()? {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The calls that no safe function makes: the driver's ioctls, mappings that can lose their memory, forks. All of the
-//! `unsafe` code of this crate is here.
+//! System calls that need `unsafe`: the driver's ioctls, mappings that can lose their memory,
+//! forks. All `unsafe` code of this crate is here.
 #![expect(
     unsafe_code,
     reason = "a check does what programs should not do, too, to see what comes of it"
@@ -18,76 +18,78 @@ use rustix::ioctl::{Getter, Setter, Updater, ioctl};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, MsyncFlags, ProtFlags};
 use rustix::process::{Pid, Signal};
 
-/// [`uapi::INFO`].
+/// Calls the ioctl [`uapi::INFO`].
 pub(crate) fn info(file: BorrowedFd<'_>) -> Result<Info> {
     // SAFETY: The ioctl writes an `Info`.
     unsafe { ioctl(file, Getter::<{ uapi::INFO }, Info>::new()) }
 }
 
-/// [`uapi::CLAIM`].
+/// Calls the ioctl [`uapi::CLAIM`].
 pub(crate) fn claim(file: BorrowedFd<'_>, claim: Claim) -> Result<()> {
     // SAFETY: The ioctl reads a `Claim`.
     unsafe { ioctl(file, Setter::<{ uapi::CLAIM }, _>::new(claim)) }
 }
 
-/// [`uapi::DOORBELL`].
+/// Calls the ioctl [`uapi::DOORBELL`].
 pub(crate) fn ring(file: BorrowedFd<'_>, bell: Doorbell) -> Result<()> {
     // SAFETY: The ioctl reads a `Doorbell`.
     unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(bell)) }
 }
 
-/// [`uapi::MAP`].
+/// Calls the ioctl [`uapi::MAP`].
 pub(crate) fn map_as(file: BorrowedFd<'_>, map: Map) -> Result<()> {
     // SAFETY: The ioctl reads a `Map`.
     unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }
 }
 
-/// [`uapi::EVENTFD`].
+/// Calls the ioctl [`uapi::EVENTFD`].
 pub(crate) fn signal(file: BorrowedFd<'_>, eventfd: Eventfd) -> Result<()> {
     // SAFETY: The ioctl reads an `Eventfd`.
     unsafe { ioctl(file, Setter::<{ uapi::EVENTFD }, _>::new(eventfd)) }
 }
 
-/// [`uapi::BUFFER`], with the buffer's file.
+/// Calls the ioctl [`uapi::BUFFER`] for `size` bytes, and returns the buffer's file and
+/// description.
 pub(crate) fn buffer(file: BorrowedFd<'_>, size: u64) -> Result<(OwnedFd, Buffer)> {
     let mut buffer = Buffer {
         size,
         ..Buffer::default()
     };
-    // SAFETY: The ioctl reads and writes a `Buffer`, and gives a descriptor that is nobody's yet.
+    // SAFETY: The ioctl reads and writes a `Buffer`, and returns a new descriptor that has no owner
+    // yet.
     unsafe {
         ioctl(file, Updater::<{ uapi::BUFFER }, _>::new(&mut buffer))?;
         Ok((OwnedFd::from_raw_fd(buffer.descriptor), buffer))
     }
 }
 
-/// The ioctl with this number, with a null pointer for its argument.
+/// Calls the ioctl with this number, with a null pointer as its argument.
 pub(crate) fn ioctl_on_null(file: BorrowedFd<'_>, number: u32) -> Result<()> {
     let null = ptr::null_mut::<c_void>();
-    // SAFETY: Nothing of the program's is at address 0.
+    // SAFETY: The program has no memory at address 0.
     succeeded(unsafe { libc::ioctl(file.as_raw_fd(), number.into(), null) } >= 0)
 }
 
-/// Reads from a file to an address where there is no memory.
+/// Reads `length` bytes from a file to an address without memory.
 pub(crate) fn read_to_nowhere(file: BorrowedFd<'_>, length: usize) -> Result<()> {
     let nowhere = ptr::without_provenance_mut(8);
-    // SAFETY: Nothing of the program's is in the first page.
+    // SAFETY: The program has no memory in the first page.
     succeeded(unsafe { libc::read(file.as_raw_fd(), nowhere, length) } >= 0)
 }
 
-/// Forks: the child's number in the parent, `None` in the child.
+/// Forks the process. Returns the child's process ID in the parent, and `None` in the child.
 pub(crate) fn fork() -> Result<Option<Pid>> {
-    // SAFETY: The program has one thread whenever it forks, so that the child finds no lock taken.
+    // SAFETY: The program has one thread whenever it forks, so no lock is held in the child.
     let number = unsafe { libc::fork() };
     succeeded(number >= 0)?;
     Ok(Pid::from_raw(number))
 }
 
-/// Has a signal interrupt whatever this process waits for, and do nothing else.
+/// Makes a signal interrupt the blocking call of this process, and do nothing else.
 pub(crate) fn let_interrupt(signal: Signal) -> Result<()> {
     extern "C" fn nothing(_: c_int) {}
     let handler = nothing as extern "C" fn(c_int);
-    // SAFETY: All zeros are a valid `sigaction`, one without SA_RESTART. The handler does nothing.
+    // SAFETY: A `sigaction` of zeros is valid, and has no SA_RESTART. The handler does nothing.
     succeeded(unsafe {
         let mut action: libc::sigaction = mem::zeroed();
         action.sa_sigaction = handler as libc::sighandler_t;
@@ -95,7 +97,7 @@ pub(crate) fn let_interrupt(signal: Signal) -> Result<()> {
     })
 }
 
-/// What the C library says of a call that it has just made.
+/// Returns `Ok` if the last call of the C library went `well`, else its `errno`.
 fn succeeded(well: bool) -> Result<()> {
     if well {
         Ok(())
@@ -105,16 +107,17 @@ fn succeeded(well: bool) -> Result<()> {
     }
 }
 
-/// A piece of the address space, until dropped. To touch it where it may not be touched ends the process.
+/// A range of this process's address space, unmapped on drop. An access that the mapping does not
+/// allow ends the process by a signal.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: *mut c_void,
-    /// Bytes.
+    /// Length in bytes.
     length: usize,
 }
 
 impl Mapping {
-    /// Maps a file.
+    /// Maps `length` bytes of a file from `offset`.
     pub(crate) fn new(
         file: BorrowedFd<'_>,
         offset: u64,
@@ -123,13 +126,14 @@ impl Mapping {
         flags: MapFlags,
     ) -> Result<Self> {
         let length = length as usize;
-        // SAFETY: The kernel chooses a place where there is nothing.
+        // SAFETY: The kernel chooses a range that is free.
         let start =
             unsafe { rustix::mm::mmap(ptr::null_mut(), length, protection, flags, file, offset)? };
         Ok(Mapping { start, length })
     }
 
-    /// Maps a file shared, at an address that is a multiple of `alignment`.
+    /// Maps a file shared, for reading and writing, at an address that is a multiple of `alignment`
+    /// bytes.
     pub(crate) fn aligned(
         file: BorrowedFd<'_>,
         offset: u64,
@@ -145,16 +149,16 @@ impl Mapping {
         let (place, _after) = room.split(length);
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::FIXED;
-        // SAFETY: The place is this program's, which gives it up for the mapping.
+        // SAFETY: The range belongs to this program, which gives it up for the mapping.
         unsafe { rustix::mm::mmap(start, place.length, protection, flags, file, offset)? };
         Ok(place)
     }
 
-    /// So many bytes with nothing there.
+    /// Reserves `length` bytes of the address space, without memory behind them.
     pub(crate) fn reserve(length: u64) -> Result<Self> {
         let length = length as usize;
         let (protection, flags) = (ProtFlags::empty(), MapFlags::PRIVATE);
-        // SAFETY: The kernel chooses a place where there is nothing.
+        // SAFETY: The kernel chooses a range that is free.
         let start =
             unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), length, protection, flags)? };
         Ok(Mapping { start, length })
@@ -166,26 +170,28 @@ impl Mapping {
         self.start.wrapping_byte_add(offset).cast()
     }
 
-    /// Reads a word.
+    /// Reads the word at a byte offset.
     pub(crate) fn read(&self, offset: u64) -> u64 {
-        // SAFETY: The word is in the mapping, to which no reference is ever made. Where the kernel has no memory for it,
-        // it sends a signal.
+        // SAFETY: The word is in the mapping, to which no reference is ever made. Where the word
+        // has no memory, the kernel sends a signal.
         unsafe { self.word(offset).read_volatile() }
     }
 
-    /// Writes a word.
+    /// Writes the word at a byte offset.
     pub(crate) fn write(&self, offset: u64, value: u64) {
-        // SAFETY: As for reading: the word is the mapping's, and a signal comes where there is no memory.
+        // SAFETY: The word is in the mapping, to which no reference is ever made. Where the word
+        // has no memory, the kernel sends a signal.
         unsafe { self.word(offset).write_volatile(value) }
     }
 
-    /// Changes how it may be touched.
+    /// Changes the protection of the mapping.
     pub(crate) fn protect(&self, protection: MprotectFlags) -> Result<()> {
-        // SAFETY: The pages are the mapping's alone.
+        // SAFETY: The pages belong to this mapping alone.
         unsafe { rustix::mm::mprotect(self.start, self.length, protection) }
     }
 
-    /// Cuts it in two. Nothing changes for the kernel until one of them is dropped or moved.
+    /// Splits the mapping at a byte offset. The kernel sees no change until a part is dropped or
+    /// moved.
     pub(crate) fn split(self, at: u64) -> (Self, Self) {
         let at = at as usize;
         assert!(at <= self.length);
@@ -201,10 +207,11 @@ impl Mapping {
         (first, second)
     }
 
-    /// Moves its first bytes to the place of `target`, which goes, as the rest of it does.
+    /// Moves the first bytes of this mapping over `target`, as many as `target` has. Both old
+    /// ranges are gone afterwards, the rest of this mapping included.
     pub(crate) fn move_to(self, target: Self) -> Result<Self> {
         let (from, to) = (self.start, target.start);
-        // SAFETY: The program has given up both places; no reference leads there.
+        // SAFETY: The program has given up both ranges, and has no reference into them.
         unsafe {
             rustix::mm::mremap_fixed(from, self.length, target.length, MremapFlags::MAYMOVE, to)?
         };
@@ -212,17 +219,18 @@ impl Mapping {
         Ok(target)
     }
 
-    /// Makes it larger.
+    /// Grows the mapping to `length` bytes, at another address if necessary.
     pub(crate) fn grow(&mut self, length: u64) -> Result<()> {
         let length = length as usize;
-        // SAFETY: No reference leads to where it was.
+        // SAFETY: The program has no reference into the old range.
         self.start =
             unsafe { rustix::mm::mremap(self.start, self.length, length, MremapFlags::MAYMOVE)? };
         self.length = length;
         Ok(())
     }
 
-    /// Asks of the kernel whatever can be asked about memory. What it answers is its own affair.
+    /// Calls everything that can be called on memory: `madvise`, `msync`, `mlock`, `mincore`. The
+    /// results do not matter.
     pub(crate) fn treat_as_memory(&self) {
         let (start, length) = (self.start, self.length);
         for advice in [
@@ -235,11 +243,12 @@ impl Mapping {
             Advice::LinuxDoDump,
             Advice::LinuxHugepage,
         ] {
-            // SAFETY: The pages are the mapping's alone, and the program relies on nothing that is in them.
+            // SAFETY: The pages belong to this mapping alone, and the program relies on no content
+            // of them.
             let _ = unsafe { rustix::mm::madvise(start, length, advice) };
         }
         let mut resident = vec![0_u8; length.div_ceil(PAGE_SIZE as usize)];
-        // SAFETY: These calls change nothing of the mapping; `resident` has a byte for each page.
+        // SAFETY: These calls change nothing in the mapping. `resident` has a byte for each page.
         unsafe {
             let _ = rustix::mm::msync(start, length, MsyncFlags::SYNC);
             let _ = rustix::mm::mlock(start, length);
@@ -251,7 +260,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         if self.length > 0 {
-            // SAFETY: The pages are the mapping's alone, and nobody's any more.
+            // SAFETY: The pages belong to this mapping alone, which ends here.
             let unmapped = unsafe { rustix::mm::munmap(self.start, self.length) };
             assert_eq!(unmapped, Ok(()));
         }

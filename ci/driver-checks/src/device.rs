@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! An open `/dev/barlinkN`: what a program can call it with, wrong calls included.
+//! An open `/dev/barlinkN` with all calls of a program, invalid calls included.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -15,13 +15,13 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::calls::{self, Mapping};
 
-/// The producer's end of channel `up`: the VM's, except on the bus.
+/// The producer's end of channel `up`. It belongs to the VM, except on the bus.
 pub(crate) const UP: Claim = end(0, End::Producer);
-/// The consumer's end of channel `down`: the VM's, except on the bus.
+/// The consumer's end of channel `down`. It belongs to the VM, except on the bus.
 pub(crate) const DOWN: Claim = end(1, End::Consumer);
-/// The consumer's end of the bus's channel `side`; slot 0 has the other.
+/// The consumer's end of the bus's channel `side`. Slot 0 has the producer's end.
 pub(crate) const SIDE: Claim = end(2, End::Consumer);
-/// The producer's end of the bus's channel `up1`; the host has the other.
+/// The producer's end of the bus's channel `up1`. The host has the consumer's end.
 pub(crate) const UP1: Claim = end(3, End::Producer);
 
 const fn end(channel: u32, end: End) -> Claim {
@@ -31,23 +31,24 @@ const fn end(channel: u32, end: End) -> Claim {
     }
 }
 
-/// Vector of [`UP`].
+/// Vector of the channel of [`UP`].
 pub(crate) const UP_VECTOR: u32 = 1;
-/// Vector of [`DOWN`].
+/// Vector of the channel of [`DOWN`].
 pub(crate) const DOWN_VECTOR: u32 = 2;
-/// A vector of no channel.
+/// A vector that belongs to no channel.
 pub(crate) const SPARE_VECTOR: u32 = 3;
 
-/// Limit of every wait of a check. What a check waits for happens at once, unless the machine has more work than processors.
+/// Timeout of every wait of a check. The awaited event comes at once, unless the machine has more
+/// work than processors.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
-/// Asserts that a call fails with this error.
+/// Asserts that a call failed with this error.
 #[track_caller]
 pub(crate) fn fails<T>(result: Result<T>, wanted: Errno) {
     assert_eq!(result.err(), Some(wanted));
 }
 
-/// An open file of a device, or of its DMA buffer.
+/// An open file of a device, or of its DMA buffer. Closed on drop.
 #[derive(Debug)]
 pub(crate) struct Device(OwnedFd);
 
@@ -68,7 +69,7 @@ impl Device {
         rustix::fs::open(node, flags | OFlags::CLOEXEC, Mode::empty()).map(Device)
     }
 
-    /// What the device is.
+    /// Reads the description of the device.
     pub(crate) fn info(&self) -> Result<Info> {
         calls::info(self.as_fd())
     }
@@ -78,33 +79,33 @@ impl Device {
         calls::claim(self.as_fd(), end)
     }
 
-    /// Rings a vector of a peer.
+    /// Rings a vector of a peer's device.
     pub(crate) fn ring(&self, peer: u32, vector: u32) -> Result<()> {
         calls::ring(self.as_fd(), Doorbell { peer, vector })
     }
 
-    /// Says how it is to be mapped from now on.
+    /// Sets how later mappings of this file are made.
     pub(crate) fn map_as(&self, map: Map) -> Result<()> {
         calls::map_as(self.as_fd(), map)
     }
 
-    /// Sets the eventfd of a vector.
+    /// Sets or removes the eventfd of a vector.
     pub(crate) fn signal(&self, eventfd: Eventfd) -> Result<()> {
         calls::signal(self.as_fd(), eventfd)
     }
 
-    /// Makes the DMA buffer: its file, and what the driver says of it.
+    /// Creates the DMA buffer of `size` bytes. Returns its file and the driver's description of it.
     pub(crate) fn buffer(&self, size: u64) -> Result<(Self, Buffer)> {
         let (file, buffer) = calls::buffer(self.as_fd(), size)?;
         Ok((Device(file), buffer))
     }
 
-    /// The ioctl with this number, on address 0.
+    /// Calls the ioctl with this number, with a null pointer as its argument.
     pub(crate) fn ioctl_on_null(&self, number: u32) -> Result<()> {
         calls::ioctl_on_null(self.as_fd(), number)
     }
 
-    /// Reads, and gives the vectors that fired.
+    /// Reads once, and returns the vectors that have fired.
     pub(crate) fn interrupts(&self) -> Result<Vec<u32>> {
         let mut bytes = [0; size_of::<Interrupts>()];
         assert_eq!(rustix::io::read(self, &mut bytes)?, bytes.len());
@@ -112,12 +113,12 @@ impl Device {
         Ok((0..MAX_VECTORS).filter(fired).collect())
     }
 
-    /// Reads until so many vectors have fired, and gives their numbers in order. A vector that two reads give is there twice.
-    /// `TIMEDOUT` if they do not fire.
+    /// Reads until at least `count` vectors have fired, and returns them in ascending order. A
+    /// vector that fires in two reads is there twice. `TIMEDOUT` if too few vectors fire.
     pub(crate) fn next_interrupts(&self, count: usize) -> Result<Vec<u32>> {
         let mut all = Vec::new();
         while all.len() < count {
-            // `poll` has a limit, and `read` of a file that blocks has none.
+            // Polls before each read, because `poll` has a timeout and a blocking `read` has none.
             if self.poll(SOON)? != PollFlags::IN {
                 return Err(Errno::TIMEDOUT);
             }
@@ -127,13 +128,13 @@ impl Device {
         Ok(all)
     }
 
-    /// Reads to an address where there is no memory.
+    /// Reads to an address without memory.
     pub(crate) fn interrupts_to_nowhere(&self) -> Result<()> {
         calls::read_to_nowhere(self.as_fd(), size_of::<Interrupts>())
     }
 
-    /// Polls for something to read. `TIMEDOUT` if there are events that did not wake the poll: it has found them when it
-    /// looked once more at its end.
+    /// Polls for readability. `TIMEDOUT` if `poll` found events only when it looked once more at
+    /// its timeout, that is, if the events did not wake it.
     pub(crate) fn poll(&self, timeout: Duration) -> Result<PollFlags> {
         let mut files = [PollFd::new(self, PollFlags::IN)];
         let time = Timespec::try_from(timeout).map_err(|_| Errno::INVAL)?;
@@ -145,30 +146,30 @@ impl Device {
         Ok(files[0].revents())
     }
 
-    /// Whether there is something to read before long.
+    /// Waits until the file is readable. Returns false if that does not happen within [`SOON`].
     pub(crate) fn becomes_readable(&self) -> Result<bool> {
         Ok(self.poll(SOON)? == PollFlags::IN)
     }
 
-    /// Whether there is something to read.
+    /// Returns whether the file is readable now.
     pub(crate) fn is_readable(&self) -> Result<bool> {
         let mut files = [PollFd::new(self, PollFlags::IN)];
         let now = Timespec::default();
         Ok(rustix::event::poll(&mut files, Some(&now))? > 0)
     }
 
-    /// Maps shared, for reading and writing.
+    /// Maps `length` bytes from `offset`, shared, for reading and writing.
     pub(crate) fn map(&self, offset: u64, length: u64) -> Result<Mapping> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         self.map_with(offset, length, protection, MapFlags::SHARED)
     }
 
-    /// Maps shared, for reading and writing, at an address that is a multiple of `alignment`.
+    /// Maps as [`Device::map`] does, at an address that is a multiple of `alignment` bytes.
     pub(crate) fn map_aligned(&self, offset: u64, length: u64, alignment: u64) -> Result<Mapping> {
         Mapping::aligned(self.as_fd(), offset, length, alignment)
     }
 
-    /// Maps.
+    /// Maps `length` bytes from `offset` with this protection and these flags.
     pub(crate) fn map_with(
         &self,
         offset: u64,

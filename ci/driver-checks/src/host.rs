@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The host, as a check uses it. What the host cannot do, ends the check there.
+//! Requests of a check to the host, as functions. A failure on the host ends the check there.
 
 use std::io::{Write, stdin, stdout};
 
@@ -11,7 +11,7 @@ use barlink_protocol::wire::uapi::Claim;
 use crate::ask::{Answer, Region, Request};
 use crate::binding::open;
 
-/// How long a ring may take to the host, in milliseconds.
+/// Timeout of the wait for a ring that is on its way to the host, in milliseconds.
 const PATIENCE: u16 = 60_000;
 
 fn ask(request: &Request) -> Result<Answer> {
@@ -32,7 +32,7 @@ fn request(request: &Request) -> Result<()> {
     }
 }
 
-/// Words of a region, as the host sees them.
+/// Reads `count` words of a region on the host, from an offset in bytes.
 fn words(region: Region, offset: u64, count: usize) -> Result<Vec<u64>> {
     let asked = Request::Load {
         region,
@@ -45,12 +45,12 @@ fn words(region: Region, offset: u64, count: usize) -> Result<Vec<u64>> {
     }
 }
 
-/// A word of a region, as the host sees it.
+/// Reads a word of a region on the host.
 pub(crate) fn word(region: Region, offset: u64) -> Result<u64> {
     Ok(words(region, offset, 1)?[0])
 }
 
-/// A page of a region, as the host sees it.
+/// Reads a page of a region on the host.
 pub(crate) fn page(region: Region, offset: u64) -> Result<[u64; PAGE_WORDS]> {
     let words = words(region, offset, PAGE_WORDS)?;
     words.try_into().ok().context("no whole page")
@@ -70,18 +70,19 @@ pub(crate) fn set_words(region: Region, offset: u64, words: &[u64]) -> Result<()
     })
 }
 
-/// The epoch in the driver's page.
+/// Reads the epoch from the driver's page.
 pub(crate) fn epoch(region: Region) -> Result<u64> {
     word(region, region.driver_page() + presence::EPOCH)
 }
 
-/// Offset of the holder word of an end, in the driver's page.
+/// Returns the offset of an end's holder word in the driver's page, in bytes.
 pub(crate) fn holder_offset(region: Region, end: Claim) -> u64 {
     let which = End::from_number(end.end).expect("an end");
     region.driver_page() + presence::holder(end.channel as usize, which)
 }
 
-/// The holder word of an end, in the driver's page: the claim's number and the process.
+/// Reads the holder word of an end from the driver's page. Returns the claim's number and the
+/// process ID.
 pub(crate) fn holder(region: Region, end: Claim) -> Result<(u32, u32)> {
     let word = word(region, holder_offset(region, end))?;
     Ok(((word >> 32) as u32, word as u32))
@@ -92,8 +93,9 @@ pub(crate) fn ring(region: Region, vector: u32) -> Result<()> {
     ring_times(region, vector, 1)
 }
 
-/// Rings a vector of the VM twice, and waits until the driver has told all files of the first ring: the driver handles the
-/// second interrupt of a vector when the first one has ended.
+/// Rings a vector of the VM twice, and waits for both interrupts. When the second interrupt
+/// arrives, the driver has reported the first one to all files, because it handles the interrupts
+/// of a vector one after the other.
 pub(crate) fn ring_through(region: Region, vector: u32) -> Result<()> {
     let witness = open(region)?;
     for _ in 0..2 {
@@ -105,7 +107,7 @@ pub(crate) fn ring_through(region: Region, vector: u32) -> Result<()> {
     Ok(())
 }
 
-/// Rings a vector of the VM so often at once.
+/// Rings a vector of the VM `times` times at once.
 pub(crate) fn ring_times(region: Region, vector: u32, times: u64) -> Result<()> {
     request(&Request::Ring {
         region,
@@ -119,7 +121,7 @@ pub(crate) fn ring_all(region: Region) -> Result<()> {
     request(&Request::RingAll { region })
 }
 
-/// Reads, for each vector of another peer, the rings since the last reading.
+/// Returns for each vector of another peer the number of rings since the last such call.
 pub(crate) fn all_rings(region: Region, peer: u32) -> Result<Vec<u64>> {
     let asked = Request::AllRings { region, peer };
     match ask(&asked)? {
@@ -128,12 +130,13 @@ pub(crate) fn all_rings(region: Region, peer: u32) -> Result<Vec<u64>> {
     }
 }
 
-/// How often a vector of another peer was rung and that was not yet counted.
+/// Returns the number of rings of another peer's vector that were not yet counted.
 pub(crate) fn rings(region: Region, peer: u32, vector: u32) -> Result<u64> {
     count_rings(region, peer, vector, 0)
 }
 
-/// Rings a vector of the VM so often, one by one, as fast as the host can, and writes a word right before the last time.
+/// Rings a vector of the VM `times` times, one by one, as fast as the host can, and writes a word
+/// right before the last ring.
 pub(crate) fn burst(region: Region, vector: u32, times: u64, offset: u64, word: u64) -> Result<()> {
     request(&Request::Burst {
         region,
@@ -144,7 +147,7 @@ pub(crate) fn burst(region: Region, vector: u32, times: u64, offset: u64, word: 
     })
 }
 
-/// Waits until a vector of another peer was rung as often as `least`, and counts.
+/// Waits until a vector of another peer was rung at least `least` times, and returns the number.
 pub(crate) fn wait_for_so_many(region: Region, peer: u32, vector: u32, least: u64) -> Result<u64> {
     let mut count = 0;
     while count < least {
@@ -153,7 +156,7 @@ pub(crate) fn wait_for_so_many(region: Region, peer: u32, vector: u32, least: u6
     Ok(count)
 }
 
-/// Waits until a vector of another peer is rung, and counts.
+/// Waits until a vector of another peer was rung, and returns how often.
 pub(crate) fn wait_for_rings(region: Region, peer: u32, vector: u32) -> Result<u64> {
     let count = count_rings(region, peer, vector, PATIENCE)?;
     ensure!(
@@ -176,22 +179,22 @@ fn count_rings(region: Region, peer: u32, vector: u32, patience: u16) -> Result<
     }
 }
 
-/// Lets the host answer each ring of one of its vectors, until [`calm`].
+/// Makes the host answer each ring of one of its vectors, until [`calm`].
 pub(crate) fn echo(region: Region, vector: u32) -> Result<()> {
     request(&Request::Echo { region, vector })
 }
 
-/// Lets the host ring all vectors of a device as fast as it can, until [`calm`].
+/// Makes the host ring all vectors of a device as fast as it can, until [`calm`].
 pub(crate) fn storm(region: Region) -> Result<()> {
     request(&Request::Storm { region })
 }
 
-/// Lets the host press a key of the VM over and over, until [`calm`].
+/// Makes the host press a key of the VM again and again, until [`calm`].
 pub(crate) fn press() -> Result<()> {
     request(&Request::Press)
 }
 
-/// Ends what [`echo`], [`storm`] or [`press`] began.
+/// Ends [`echo`], [`storm`] or [`press`].
 pub(crate) fn calm() -> Result<()> {
     request(&Request::Calm)
 }
@@ -201,17 +204,18 @@ pub(crate) fn pause(region: Region) -> Result<()> {
     request(&Request::Pause { region })
 }
 
-/// Has it go on after so many milliseconds, whatever becomes of the guest meanwhile.
+/// Makes the host continue the stopped broker of a region after `after` milliseconds, even if the
+/// guest is stopped by then.
 pub(crate) fn go_on(region: Region, after: u16) -> Result<()> {
     request(&Request::GoOn { region, after })
 }
 
-/// Has the VM woken once its machine sleeps, which it has to do next.
+/// Makes the host wake the VM once it is suspended. The check must suspend the VM next.
 pub(crate) fn wake() -> Result<()> {
     request(&Request::Wake)
 }
 
-/// Whether devices can be pulled out of the VM.
+/// Returns whether devices can be unplugged from the VM.
 pub(crate) fn unplugs() -> Result<bool> {
     let asked = Request::Unplugs;
     match ask(&asked)? {
@@ -220,17 +224,17 @@ pub(crate) fn unplugs() -> Result<bool> {
     }
 }
 
-/// Plugs in the device of a region, which the guest finds some time later.
+/// Plugs in the device of a region. The guest finds the device some time later.
 pub(crate) fn plug(region: Region) -> Result<()> {
     request(&Request::Plug { region })
 }
 
-/// Has the guest let go of that device, and pulls it out.
+/// Asks the guest to release the device of a region, and unplugs the device.
 pub(crate) fn unplug(region: Region) -> Result<()> {
     request(&Request::Unplug { region })
 }
 
-/// Shows a figure.
+/// Shows a measured figure in the test's output.
 pub(crate) fn show(figure: String) -> Result<()> {
     request(&Request::Show { figure })
 }

@@ -1,25 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The checks of the driver, `barlink.ko`: one function a check. They run in a guest, as root, and go by what the driver
-//! does to a program's calls, and to the memory and the doorbells that the host sees.
+//! Checks of the driver, `barlink.ko`: one function per check. The checks run in a guest as root.
+//! They judge the driver by the results of a program's calls, and by the memory and the doorbells
+//! that the host sees.
 //!
 //! The test `ci/tests/driver/` restores a VM with the devices of a topic's regions, over each
 //! transport, and runs `barlink-driver-checks NAME` in it for each check of [`TOPICS`]. Some checks
-//! run once more in a VM with an IOMMU. A check [asks](Request) the host for what only the host can
-//! do; it does not know the transport.
+//! run once more in a VM with an IOMMU. A check sends the host a [`Request`] for each thing that
+//! only the host can do. The check does not know the transport.
 //!
-//! | file | its one job |
+//! | file | content |
 //! |---|---|
 //! | `checks/` | the checks, by topic |
-//! | `ask.rs` | what a check and the host say to each other, and the VM that both know |
-//! | `host.rs` | asking |
+//! | `ask.rs` | requests, answers, and the facts about the VM's regions |
+//! | `host.rs` | functions that send requests to the host |
 //! | `device.rs` | an open file of the driver |
-//! | `calls.rs` | the calls that no safe function makes, and mappings |
-//! | `binding.rs` | devices that come to the driver and go |
-//! | `module.rs` | the module, and the kernel's log |
-//! | `objects.rs` | what the kernel's memory is made of, counted |
+//! | `calls.rs` | system calls that need `unsafe`, and mappings |
+//! | `binding.rs` | binding, unbinding and finding of devices in sysfs |
+//! | `module.rs` | the kernel module, and the kernel log |
+//! | `objects.rs` | counts of the kernel's slab objects |
 //! | `process.rs` | child processes |
-//! | `tier.rs` | how deep loops go |
+//! | `tier.rs` | the number of rounds of a loop in each tier of tests |
 
 mod ask;
 mod binding;
@@ -43,7 +44,7 @@ pub use checks::{
 };
 pub use module::complaint;
 
-/// The regions whose devices a VM needs for these checks.
+/// Returns the regions that a VM needs for the checks with these names.
 pub fn regions(names: &[&str]) -> &'static [Region] {
     match names.iter().any(|name| WITH_ALL_DEVICES.contains(name)) {
         true => &Region::ALL,
@@ -51,7 +52,8 @@ pub fn regions(names: &[&str]) -> &'static [Region] {
     }
 }
 
-/// Runs the check with this name, on a driver that is loaded and has its devices.
+/// Runs the check with this name. Loads the module and binds the devices first where they are not.
+/// Afterwards a complaint in the kernel log is an error.
 pub fn run(name: &str) -> Result<()> {
     let mut checks = TOPICS.iter().flat_map(|(_, checks)| *checks);
     let check = checks.find(|(known, _)| *known == name);

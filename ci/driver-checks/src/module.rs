@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The driver as a module of the kernel: loading it, unloading it, and what the kernel's log says meanwhile.
+//! The driver as a kernel module: loads it, unloads it, and searches the kernel log for complaints.
 
 use std::fs::File;
 use std::path::Path;
@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use rustix::fs::OFlags;
 use rustix::system::{delete_module, finit_module};
 
-/// What the kernel's log does not hold while all is well.
+/// Words in the kernel log that report a fault.
 const COMPLAINTS: [&str; 10] = [
     "WARNING",
     "BUG",
@@ -24,7 +24,7 @@ const COMPLAINTS: [&str; 10] = [
     "x86/PAT",
 ];
 
-/// What stands in lines of every boot that hold such words.
+/// Words that mark a line of every boot as harmless, although it contains one of [`COMPLAINTS`].
 const HARMLESS: [&str; 2] = ["Command line", "PAT: Configuration"];
 
 /// Loads the module.
@@ -32,32 +32,32 @@ pub(crate) fn load() -> Result<()> {
     Ok(finit_module(File::open("/lib/barlink.ko")?, c"", 0)?)
 }
 
-/// Unloads the module. `WOULDBLOCK` while it is in use.
+/// Unloads the module. `WOULDBLOCK` if it is in use.
 pub(crate) fn unload() -> rustix::io::Result<()> {
-    // O_NONBLOCK is what `rmmod` says, too, and the kernel knows nothing else.
+    // `rmmod` passes O_NONBLOCK as well. The kernel has no other mode.
     delete_module(c"barlink", OFlags::NONBLOCK.bits().cast_signed())
 }
 
-/// Whether it is loaded.
+/// Returns whether the module is loaded.
 pub(crate) fn is_loaded() -> bool {
     Path::new("/sys/module/barlink").exists()
 }
 
-/// The kernel's log.
+/// Reads the kernel log.
 pub(crate) fn log() -> Result<String> {
     let output = Command::new("dmesg").output()?;
     ensure!(!output.stdout.is_empty(), "there is no kernel log");
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// An error, with the lines, if the kernel has complained of anything since it booted.
+/// Checks the kernel log. A complaint since the boot is an error that holds its lines.
 pub(crate) fn check_log() -> Result<()> {
     let complaint = complaint(&log()?);
     ensure!(complaint.is_empty(), "the kernel complains:\n{complaint}");
     Ok(())
 }
 
-/// The lines of a kernel's log from its first complaint on, if there is any.
+/// Returns up to 40 lines of a kernel log from its first complaint on. Empty if there is none.
 pub fn complaint(log: &str) -> String {
     let holds = |line: &str, words: &[&str]| words.iter().any(|word| line.contains(word));
     let complains = |line: &&str| holds(line, &COMPLAINTS) && !holds(line, &HARMLESS);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the kernel's own memory is made of: objects by their kinds, counted now and then, and what grows.
+//! Counts of the kernel's slab objects by kind, and the kind that grows most.
 
 use std::collections::HashMap;
 use std::fs;
@@ -9,16 +9,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// Objects by their kinds.
+/// Number of objects of each kind.
 pub(crate) type Count = HashMap<String, u64>;
 
-/// Counts them (`/proc/slabinfo`), without those that are kept at hand only.
+/// Counts the active objects of each kind (`/proc/slabinfo`), after unused ones have been freed.
 pub(crate) fn count() -> Result<Count> {
-    // What is freed after a grace period, is so then.
+    // Waits for a grace period, so that objects whose freeing is deferred are freed.
     thread::sleep(Duration::from_secs(1));
     fs::write("/proc/sys/vm/drop_caches", "2")?;
     for kind in fs::read_dir("/sys/kernel/slab")? {
-        // Some come and go.
+        // Ignores errors, because kinds come and go meanwhile.
         let _ = fs::write(kind?.path().join("shrink"), "1");
     }
     let table = fs::read_to_string("/proc/slabinfo").context("no /proc/slabinfo")?;
@@ -29,8 +29,9 @@ pub(crate) fn count() -> Result<Count> {
     Ok(rows.collect())
 }
 
-/// The kind of object of which there were more at every count, and how many more, at least. What a
-/// processor keeps at hand goes up and down; what is left behind grows.
+/// Returns the kind of object whose smallest growth between successive counts is the largest, and
+/// that growth. The objects that a processor caches go up and down, but leaked objects grow at each
+/// count.
 pub(crate) fn most_grown(counts: &[Count]) -> Result<(String, u64)> {
     let last = counts.last().context("nothing was counted")?;
     let grown = last.keys().map(|kind| {

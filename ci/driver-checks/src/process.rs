@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Child processes, which inherit files and mappings, sleep in the driver, and die.
+//! Child processes, which inherit files and mappings, sleep in the driver, and are killed.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -19,21 +19,21 @@ use crate::binding::eventually;
 use crate::calls;
 use crate::device::SOON;
 
-/// How long a child may take for whatever it does.
+/// Timeout of each step of a child.
 const PATIENCE: Duration = SOON;
 
 /// How a child ended.
 #[derive(Debug, Eq, PartialEq)]
 pub(crate) enum Ended {
-    /// It returned `Ok`.
+    /// The child returned `Ok`.
     Well,
-    /// It did not, and has said on standard error why.
+    /// The child returned an error or panicked, and wrote the reason to standard error.
     Badly,
-    /// A signal ended it.
+    /// A signal ended the child.
     By(Signal),
 }
 
-/// A child; dropping it kills it.
+/// A child process. Dropping it kills the process.
 #[derive(Debug)]
 pub(crate) struct Child {
     pid: Pid,
@@ -41,11 +41,11 @@ pub(crate) struct Child {
     ended: bool,
 }
 
-/// What a child has of its parent.
+/// The child's connection to its parent.
 #[derive(Debug)]
 pub(crate) struct Parent(UnixStream);
 
-/// Forks a child that does `work`, and ends with that.
+/// Forks a child that runs `work` and then exits.
 pub(crate) fn child(work: impl FnOnce(&Parent) -> Result<()>) -> Result<Child> {
     let (line, parent) = UnixStream::pair()?;
     line.set_read_timeout(Some(PATIENCE))?;
@@ -60,14 +60,14 @@ pub(crate) fn child(work: impl FnOnce(&Parent) -> Result<()>) -> Result<Child> {
         set_parent_process_death_signal(Some(Signal::KILL))?;
         work(&Parent(parent))
     }));
-    // A panic has told why.
+    // A panic has already printed its reason.
     if let Ok(Err(error)) = &outcome {
         eprintln!("in a child: {error:#}");
     }
     std::process::exit(i32::from(!matches!(outcome, Ok(Ok(())))))
 }
 
-/// How a child ends that touches something, by a signal perhaps.
+/// Runs `work` in a child, and returns how the child ended, by a signal perhaps.
 pub(crate) fn ends(work: impl FnOnce()) -> Result<Ended> {
     child(|_| {
         work();
@@ -77,46 +77,46 @@ pub(crate) fn ends(work: impl FnOnce()) -> Result<Ended> {
 }
 
 impl Parent {
-    /// Tells it a number.
+    /// Sends the parent a number.
     pub(crate) fn tell(&self, number: u64) -> Result<()> {
         Ok((&self.0).write_all(&number.to_ne_bytes())?)
     }
 
-    /// Tells it that the child is where the parent wants it to be.
+    /// Reports to the parent that the child has reached the awaited point.
     pub(crate) fn tell_ready(&self) -> Result<()> {
         self.tell(0)
     }
 
-    /// Whether it lets the child go on.
+    /// Returns whether the parent has told the child to go on.
     pub(crate) fn is_told(&self) -> Result<bool> {
         let mut line = [PollFd::new(&self.0, PollFlags::IN)];
         let now = Timespec::default();
         Ok(rustix::event::poll(&mut line, Some(&now))? > 0)
     }
 
-    /// Waits until it lets the child go on.
+    /// Waits until the parent tells the child to go on.
     pub(crate) fn wait(&self) -> Result<()> {
         hear(&self.0).map(drop)
     }
 }
 
 impl Child {
-    /// Its process ID.
+    /// Returns the process ID.
     pub(crate) fn id(&self) -> u32 {
         self.pid.as_raw_pid().unsigned_abs()
     }
 
-    /// Waits for a number that it tells.
+    /// Waits for a number from the child.
     pub(crate) fn hear(&self) -> Result<u64> {
         hear(&self.line).context("a child does not get so far")
     }
 
-    /// Waits until it is where it should be.
+    /// Waits until the child reports that it has reached the awaited point.
     pub(crate) fn wait_ready(&self) -> Result<()> {
         self.hear().map(drop)
     }
 
-    /// Waits until it is where it should be, and then asleep.
+    /// Waits until the child reports that it has reached the awaited point, and then sleeps.
     pub(crate) fn wait_asleep(&self) -> Result<()> {
         self.wait_ready()?;
         eventually("a child is asleep", || {
@@ -125,17 +125,17 @@ impl Child {
         })
     }
 
-    /// Lets it go on.
+    /// Tells the child to go on.
     pub(crate) fn go_on(&self) -> Result<()> {
         Ok((&self.line).write_all(&[0; 8])?)
     }
 
-    /// Sends it a signal.
+    /// Sends the child a signal.
     pub(crate) fn kill(&self, signal: Signal) -> Result<()> {
         Ok(kill_process(self.pid, signal)?)
     }
 
-    /// Waits for its end.
+    /// Waits until the child ends.
     pub(crate) fn wait(mut self) -> Result<Ended> {
         let start = Instant::now();
         loop {
@@ -155,7 +155,7 @@ impl Child {
         }
     }
 
-    /// Waits for its end, which is to be a good one.
+    /// Waits until the child ends. An error if it did not end well.
     pub(crate) fn succeeds(self) -> Result<()> {
         let ended = self.wait()?;
         ensure!(ended == Ended::Well, "a child ended {ended:?}");
@@ -166,7 +166,7 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         if !self.ended {
-            // There is nobody to tell.
+            // Ignores errors, because `drop` cannot report them.
             let _ = kill_process(self.pid, Signal::KILL);
             let _ = waitpid(Some(self.pid), WaitOptions::empty());
         }

@@ -1,25 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! How deep a loop goes: `cargo xtask test` shows each behaviour a few times, `cargo xtask soak`
-//! repeats it.
+//! Tiers of tests, which choose the number of rounds of a loop. `cargo xtask test` shows each
+//! behaviour a few times, `cargo xtask soak` repeats it.
 
 use std::fmt;
 
-/// The environment variable that says which tier a test runs in, on the host and in the guest.
+/// Name of the environment variable that holds a test's tier, on the host and in the guest.
 pub const VARIABLE: &str = "BARLINK_TIER";
 
-/// How deep tests go.
+/// The tier of a test run.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Tier {
-    /// As `cargo xtask test` runs them.
+    /// The tier of `cargo xtask test`.
     #[default]
     Test,
-    /// As `cargo xtask soak` runs them.
+    /// The tier of `cargo xtask soak`.
     Soak,
 }
 
 impl Tier {
-    /// The tier of this process: [`VARIABLE`] holds `soak`, or it is [`Tier::Test`].
+    /// Returns the tier of this process: [`Tier::Soak`] if [`VARIABLE`] is `soak`, else
+    /// [`Tier::Test`].
     pub fn current() -> Self {
         match std::env::var_os(VARIABLE) {
             Some(name) if name == "soak" => Self::Soak,
@@ -27,7 +28,7 @@ impl Tier {
         }
     }
 
-    /// The rounds of a loop in this tier.
+    /// Returns `test` or `soak`, the number of rounds of a loop in this tier.
     pub fn rounds<T>(self, test: T, soak: T) -> T {
         match self {
             Self::Test => test,

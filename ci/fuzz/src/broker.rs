@@ -9,21 +9,21 @@ use barlink::socket::Peer;
 use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use rustix::fs::{Mode, OFlags};
 
-/// The process that all VMs connect from.
+/// The process that VMs connect from.
 pub const PEER: Peer = Peer {
     pid: 1,
     uid: 0,
     gid: 0,
 };
 
-/// The broker of one slot for ivshmem, created once.
+/// The state of a broker with one slot over ivshmem, created once.
 pub static IVSHMEM: LazyLock<Arc<BrokerState>> = LazyLock::new(|| broker(Arc::new(Ivshmem)));
 
-/// The broker of one slot for vfio-user, created once.
+/// The state of a broker with one slot over vfio-user, created once.
 pub static VFIO_USER: LazyLock<Arc<BrokerState>> =
     LazyLock::new(|| broker(Arc::new(VfioUser::default())));
 
-/// The broker of one slot for vhost-user, created once.
+/// The state of a broker with one slot over vhost-user, created once.
 pub static VHOST_USER: LazyLock<Arc<BrokerState>> = LazyLock::new(|| broker(Arc::new(VhostUser)));
 
 fn broker(transport: Arc<dyn Transport>) -> Arc<BrokerState> {
@@ -39,13 +39,15 @@ fn broker(transport: Arc<dyn Transport>) -> Arc<BrokerState> {
     };
     let broker = Broker::new(config, Default::default()).expect("a broker");
     let state = Arc::clone(broker.state());
-    // No client may connect, and the fuzzer may kill the process at any time.
+    // The broker is never dropped, because no client connects and the process can be ended at any
+    // time.
     std::mem::forget(broker);
     std::fs::remove_dir_all(&folder).expect("the folder is there");
     state
 }
 
-/// The number that the next descriptor gets: the same as long as none is left open.
+/// Returns the number that the next descriptor gets. It stays the same if no descriptor is left
+/// open.
 pub fn next_descriptor() -> i32 {
     use std::os::fd::AsRawFd;
     let file = rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A region with one channel, and what the other side of that channel writes.
+//! A region with one channel, and the writes of that channel's other side.
 
 use std::collections::VecDeque;
 use std::sync::LazyLock;
@@ -15,19 +15,20 @@ use libfuzzer_sys::arbitrary::{self, Arbitrary};
 
 use crate::memory::{Memory, Words};
 
-/// Bytes in the channel's data area: the fewest that there can be, so that it wraps often.
+/// Bytes in the channel's data area: the smallest possible number, so that the channel wraps often.
 pub const CAPACITY: u64 = 4096;
 /// Bytes in the region.
 pub const SIZE: u64 = 32 << 10;
-/// Bytes of it that a guest process maps. The channel ends where they end, so that what reaches too far is noticed.
+/// Bytes of the region that a guest process maps. The channel ends at the end of the mapping, so
+/// that an access beyond it is noticed.
 pub const MAPPABLE: u64 = SIZE - PAGE_SIZE;
 
-/// Offset of the channel.
+/// Byte offset of the channel.
 const BASE: u64 = MAPPABLE - CAPACITY - channel::DATA;
 
 /// The region's layout: one channel, from slot 0 to the host.
 pub static LAYOUT: LazyLock<Layout> = LazyLock::new(|| layout(false));
-/// The same with a channel that drops.
+/// The same layout with a channel that drops.
 pub static DROPPING: LazyLock<Layout> = LazyLock::new(|| layout(true));
 
 fn layout(drop_when_full: bool) -> Layout {
@@ -43,10 +44,10 @@ fn layout(drop_when_full: bool) -> Layout {
     Layout::new(SIZE, 1, 1, FIRST_FREE, 0, &[channel]).expect("a layout")
 }
 
-/// A write of the other side, as an input has it.
+/// A write of the other side, from the input.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub struct Scribble {
-    /// How many of our looks go before it, after the scribble before it.
+    /// Number of looks between the scribble before and this one.
     wait: u8,
     place: Place,
     what: What,
@@ -65,7 +66,7 @@ enum Place {
     Read,
     ConsumerWish,
     ConsumerRung,
-    /// The header at the consumer's cursor, or so many words further.
+    /// The header at the consumer's cursor, or the word this many words after it.
     Next(u8),
     Data(u16),
     BrokerEpoch,
@@ -74,7 +75,7 @@ enum Place {
     Holder(bool),
 }
 
-/// What it writes there.
+/// The value that the other side writes.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum What {
     Word(u64),
@@ -82,7 +83,7 @@ enum What {
         length: u16,
         kind: u16,
     },
-    /// What stands somewhere else, and so many words more.
+    /// The value of another word plus 8 times `words`.
     Near {
         place: Place,
         words: i16,
@@ -118,7 +119,7 @@ impl Place {
 }
 
 impl Scribble {
-    /// Writes.
+    /// Writes the value.
     pub fn apply(self, words: Words) {
         let value = match self.what {
             What::Word(word) => word,
@@ -135,12 +136,12 @@ impl Scribble {
     }
 }
 
-/// Cursors and a record that can be, or nearly so, which scribbles alone rarely make.
+/// Cursors and a record that are possible, or nearly so. Scribbles alone rarely make such a state.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub struct Stand {
     /// Words up to the consumer's cursor.
     read: u32,
-    /// Words from there to the producer's.
+    /// Words from there to the producer's cursor.
     apart: u16,
     /// Bytes in the record at the consumer's cursor.
     length: u16,
@@ -148,7 +149,7 @@ pub struct Stand {
 }
 
 impl Stand {
-    /// Puts them there, with the commit note that belongs to them.
+    /// Writes the cursors and the record, with the matching commit note.
     pub fn apply(self, words: Words) {
         let read = 8 * u64::from(self.read);
         let written = read + 8 * u64::from(self.apart % 1024);
@@ -160,7 +161,8 @@ impl Stand {
     }
 }
 
-/// So much of the region, and in it somebody who will scribble so, and before each look do this as well.
+/// Creates `size` bytes of the region, and the other side. Before each look that side calls
+/// `always` and writes the scribbles that are due.
 pub fn region(size: u64, scribbles: Vec<Scribble>, always: fn(Words)) -> (Memory, Region<Memory>) {
     let mut scribbles = VecDeque::from(scribbles);
     let mut waited = 0;
@@ -180,7 +182,7 @@ pub fn region(size: u64, scribbles: Vec<Scribble>, always: fn(Words)) -> (Memory
     (memory.clone(), Region::new(memory))
 }
 
-/// What an honest producer does, where what it finds is whole.
+/// Sends a record like an honest producer, if the channel is not corrupt and has room.
 pub fn produce(region: &Region<Memory>, length: u16) {
     if let Ok(mut producer) = Producer::attach(region.clone(), &LAYOUT.channels()[0])
         && let Ok(room) = producer.reserve(length.into())
@@ -190,7 +192,7 @@ pub fn produce(region: &Region<Memory>, length: u16) {
     }
 }
 
-/// What an honest consumer does, where what it finds is whole.
+/// Releases a record like an honest consumer, if the channel is not corrupt and has one.
 pub fn consume(region: &Region<Memory>) {
     if let Ok(mut consumer) = Consumer::attach(region.clone(), &LAYOUT.channels()[0])
         && consumer.poll() == Ok(true)
@@ -199,7 +201,8 @@ pub fn consume(region: &Region<Memory>) {
     }
 }
 
-/// Fails if anything stands outside of the channel and the presence pages, where nobody may write.
+/// Fails if a word outside of the channel and the presence pages is not zero, because neither side
+/// may write there.
 pub fn check_outside(memory: &Memory) {
     let pages = (0..BROKER_PAGE).chain(FIRST_FREE..BASE);
     for offset in pages.step_by(8) {

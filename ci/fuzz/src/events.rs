@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Doorbells and a clock that the input plays.
+//! Doorbells and a clock that follow the input.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -8,21 +8,21 @@ use std::time::Duration;
 use barlink::protocol::Events;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 
-/// What a look at the clock costs.
+/// Time that one read of the clock takes.
 const TICK: Duration = Duration::from_micros(1);
-/// What waking up costs.
+/// Time that a wake-up takes.
 const WAKE: Duration = Duration::from_micros(100);
 
-/// The input's part.
+/// The input's part of the events.
 #[derive(Arbitrary, Clone, Debug)]
 pub struct Plan {
     /// Whether this end spins.
     spins: bool,
-    /// For each sleep, whether a doorbell ends it. After the last one sleeping fails.
+    /// For each sleep, whether a doorbell ends it. Sleeps after the last of these fail.
     sleeps: Vec<bool>,
 }
 
-/// Sleeping has come to its end.
+/// The error of a sleep that cannot end, or that is not in the plan.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Over;
 
@@ -34,7 +34,7 @@ pub struct Played {
 }
 
 impl Played {
-    /// By this plan.
+    /// Creates events that follow a plan.
     pub fn new(plan: Plan) -> Self {
         Played {
             plan,
@@ -56,7 +56,7 @@ impl Events for Played {
         self.slept += 1;
         let slept = match (rung, timeout) {
             (false, Some(timeout)) => timeout,
-            // Nothing will ever come.
+            // No ring will come any more.
             (false, None) => return Err(Over),
             (true, timeout) => timeout.map_or(WAKE, |timeout| timeout.min(WAKE)),
         };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What holds of every layout that was accepted.
+//! The checks of every layout that was accepted.
 
 use barlink::protocol::wire::layout::{
     Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS, MAX_VECTORS,
@@ -8,7 +8,7 @@ use barlink::protocol::wire::layout::{
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 
-/// Fails unless all that a layout names is in the region, and apart.
+/// Fails unless all parts of a layout lie in the region and do not overlap.
 pub fn check(layout: &Layout) {
     assert!(layout.region_size.is_power_of_two() && layout.region_size <= MAX_REGION_SIZE);
     assert!((1..=MAX_SLOTS).contains(&layout.slots) && (1..=MAX_VECTORS).contains(&layout.vectors));
@@ -37,7 +37,7 @@ pub fn check(layout: &Layout) {
     assert!(free <= layout.mappable_size());
 }
 
-/// A layout as an input has it, which can be one or not.
+/// A layout from the input, which may be invalid.
 #[derive(Arbitrary, Debug)]
 pub struct Draft {
     shift: u8,
@@ -53,13 +53,13 @@ struct ChannelDraft {
     peers: (u8, u8),
     vector: u8,
     drop_when_full: bool,
-    /// Pages left out before it.
+    /// Pages left out before the channel.
     gap: i8,
     shift: u8,
 }
 
 impl Draft {
-    /// The layout, if it is one.
+    /// Returns the layout, if it is valid.
     pub fn build(&self) -> Option<Layout> {
         let mut free = FIRST_FREE;
         let mut channels = Vec::new();

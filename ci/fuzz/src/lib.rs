@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the fuzz targets share: memory whose other side is the fuzzer, and what must hold of anything that was accepted.
+//! Parts that the fuzz targets share: memory whose other side is the fuzzer, and checks of accepted
+//! data.
 
 pub mod broker;
 pub mod channel;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Memory that somebody else writes between any two of our looks at it.
+//! Memory that the other side writes between any two looks at it.
 //!
-//! A ring reads shared memory a word at a time, and each time it asks for the words anew ([`Deref`]). So every read can be
-//! preceded by writes of the other side, at exactly the instruction that the input chooses: what would be a race of
-//! nanoseconds is here a step that can be repeated.
+//! A ring reads shared memory a word at a time, and borrows the words anew for each read
+//! ([`Deref`]). So each read can come after writes of the other side, at exactly the instruction
+//! that the input chooses. A race of nanoseconds becomes a step that can be repeated.
 #![expect(unsafe_code, reason = "maps memory with nothing around it")]
 
 use std::cell::{Cell, RefCell};
@@ -18,13 +18,14 @@ use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 
 /// Most bytes of a [`Memory`].
 pub const MAX_SIZE: usize = 64 << 10;
-/// On either side, bytes that fault.
+/// Bytes on either side that fault.
 const GUARD: usize = 64 << 10;
 
-/// The other side: called before each of our looks.
+/// The other side: a function that is called before each look.
 pub type Other = Box<dyn FnMut(Words)>;
 
-/// Memory with the fuzzer at its other side. Clones share it; there is one at a time.
+/// Memory whose other side is the fuzzer. Clones share the memory. At most one memory exists at a
+/// time.
 #[derive(Clone)]
 pub struct Memory(Rc<Inner>);
 
@@ -36,29 +37,29 @@ struct Inner {
     limit: Cell<u64>,
 }
 
-/// The words themselves, which can be had without a look.
+/// The words themselves. An access through them does not count as a look.
 #[derive(Clone, Copy)]
 pub struct Words(&'static [AtomicU64]);
 
 impl Words {
-    /// Bytes of them.
+    /// Returns the size in bytes.
     pub fn size(self) -> u64 {
         self.0.len() as u64 * 8
     }
 
-    /// The word at an offset.
+    /// Returns the word at a byte offset.
     pub fn load(self, offset: u64) -> u64 {
         self.0[offset as usize / 8].load(Ordering::Relaxed)
     }
 
-    /// Changes it.
+    /// Writes the word at a byte offset.
     pub fn store(self, offset: u64, value: u64) {
         self.0[offset as usize / 8].store(value, Ordering::Relaxed);
     }
 }
 
 impl Memory {
-    /// So many bytes of zeros, which end where nothing is mapped any more, and their other side.
+    /// Creates `size` zero bytes that end at the unmapped guard, and sets the other side.
     pub fn new(size: usize, other: Other) -> Self {
         let words = &guarded()[(MAX_SIZE - size.min(MAX_SIZE)).div_ceil(8)..];
         for word in words {
@@ -73,12 +74,12 @@ impl Memory {
         }))
     }
 
-    /// The words, without a look.
+    /// Returns the words, without a look.
     pub fn words(&self) -> Words {
         self.0.words
     }
 
-    /// Does something that must be done after so many looks.
+    /// Runs `work`, and fails if it takes more than this number of looks.
     pub fn within<T>(&self, looks: u64, work: impl FnOnce() -> T) -> T {
         self.0.limit.set(self.0.looks.get() + looks);
         let result = work();
@@ -86,7 +87,7 @@ impl Memory {
         result
     }
 
-    /// Does something while the other side is quiet.
+    /// Runs `work` without writes of the other side.
     pub fn quietly<T>(&self, work: impl FnOnce() -> T) -> T {
         self.0.quiet.set(true);
         let result = work();
@@ -112,11 +113,12 @@ impl Deref for Memory {
     }
 }
 
-/// Memory between pages that fault, so that nothing outside is touched unseen, by copies in assembler neither.
+/// Maps memory between pages that fault, so that each access outside is noticed, even by copies in
+/// assembler.
 fn guarded() -> &'static [AtomicU64] {
     static WORDS: OnceLock<&[AtomicU64]> = OnceLock::new();
     WORDS.get_or_init(|| {
-        // SAFETY: the kernel chooses the address, so nothing is replaced.
+        // SAFETY: the kernel chooses the address, so no mapping is replaced.
         let start = unsafe {
             rustix::mm::mmap_anonymous(
                 std::ptr::null_mut(),
@@ -127,9 +129,10 @@ fn guarded() -> &'static [AtomicU64] {
         };
         let start = start.expect("memory").wrapping_byte_add(GUARD);
         let access = MprotectFlags::READ | MprotectFlags::WRITE;
-        // SAFETY: the pages were mapped above, and nobody uses them yet.
+        // SAFETY: the pages were mapped above, and are not in use yet.
         unsafe { rustix::mm::mprotect(start, MAX_SIZE, access) }.expect("memory");
-        // SAFETY: these pages can be read and written, are never unmapped, and are reached by nothing else.
+        // SAFETY: these pages can be read and written, are never unmapped, and no other reference
+        // or pointer reaches them.
         unsafe { words(start.cast(), MAX_SIZE) }
     })
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! One Debian package: its files in a folder as they will be installed, what `dpkg` is to know of it, and the archive.
+//! One Debian package: its files in a folder as they will be installed, its control files for
+//! `dpkg`, and the archive.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -16,7 +17,7 @@ use walkdir::WalkDir;
 use super::manual;
 use barlink_sandbox::builds::{Built, repository};
 
-/// Where the descriptions, and what only packages have, are.
+/// Folder with the packages' descriptions, and the files that only packages have.
 pub(super) const FOLDER: &str = "images/packaging";
 
 const SCRIPTS: [&str; 2] = ["postinst", "prerm"];
@@ -43,20 +44,20 @@ struct File {
     to: String,
 }
 
-/// What is put into all packages alike.
+/// Content that all packages share.
 pub(super) struct Common {
-    /// What takes the place of `@VERSION@` and the like.
+    /// Values of placeholders by name: `VERSION` for `@VERSION@`, and the like.
     pub(super) words: HashMap<&'static str, String>,
-    /// The programs.
+    /// Paths of the programs.
     pub(super) programs: Built,
-    /// Whom users write to.
+    /// Name and mail address of the maintainer.
     pub(super) maintainer: String,
-    /// Seconds since 1970 that all files are dated with, and the same for people.
+    /// Date of all files, in seconds since 1970, and the same date as text.
     pub(super) date: (String, String),
 }
 
 impl Package {
-    /// Makes the package in `folder`, and gives its path.
+    /// Makes the package in `folder`, and returns its path.
     pub(super) fn build(&self, common: &Common, folder: &Path) -> Result<PathBuf> {
         let staging = tempfile::tempdir_in(folder)?;
         let root = staging.path().join("root");
@@ -70,7 +71,7 @@ impl Package {
             }
         }
         for page in WalkDir::new(root.join("usr/share/man/man8")) {
-            // Most have no page there.
+            // Skips errors, because most packages have no such page.
             if let Ok(page) = page
                 && page.file_type().is_file()
             {
@@ -94,7 +95,7 @@ impl Package {
         Ok(archive)
     }
 
-    /// The licence, and what Debian calls a changelog.
+    /// Writes the licence and the changelog that Debian requires.
     fn document(&self, common: &Common, root: &Path) -> Result<()> {
         let folder = root.join("usr/share/doc").join(&self.name);
         fs::create_dir_all(&folder)?;
@@ -114,7 +115,7 @@ impl Package {
         compress(&changes)
     }
 
-    /// What is in the package's folder `DEBIAN`.
+    /// Writes the package's folder `DEBIAN`: checksums, control file and scripts.
     fn describe(&self, common: &Common, root: &Path) -> Result<()> {
         let folder = root.join("DEBIAN");
         fs::create_dir(&folder)?;
@@ -173,7 +174,7 @@ impl Common {
             .with_context(|| format!("nothing is known of {name}"))
     }
 
-    /// Puts what is known in the place of its name.
+    /// Replaces placeholders by their values.
     fn fill(&self, text: &str) -> String {
         let words = self.words.iter();
         words.fold(text.to_owned(), |text, (name, value)| {
@@ -181,7 +182,8 @@ impl Common {
         })
     }
 
-    /// Puts a file, or files, where the package will have them.
+    /// Copies one file or several to their places in the package. Replaces placeholders in text
+    /// files, and strips programs.
     fn install(&self, file: &File, root: &Path) -> Result<()> {
         let to = self.fill(&file.to);
         let sources = self.sources(&file.from)?;
@@ -223,7 +225,7 @@ impl Common {
     }
 }
 
-/// Whether a file is to be executed: whether it is a program or a script.
+/// Returns whether a path needs the execute permission: a folder, a program or a script.
 fn is_program(path: &Path) -> bool {
     let parent = path.parent().and_then(Path::file_name);
     let parent = parent.unwrap_or_default().to_string_lossy();
@@ -238,12 +240,12 @@ fn set_mode(path: &Path, program: bool) -> Result<()> {
     Ok(fs::set_permissions(path, fs::Permissions::from_mode(mode))?)
 }
 
-/// As Debian wants manuals and changelogs.
+/// Compresses a file in the form that Debian requires of manuals and changelogs.
 fn compress(path: &Path) -> Result<()> {
     run(Command::new("gzip").args(["-9", "--no-name"]).arg(path)).map(drop)
 }
 
-/// The standard output of a program that must succeed.
+/// Runs a program and returns its standard output. An error, with its standard error, if it fails.
 pub(super) fn run(command: &mut Command) -> Result<String> {
     let program = command.get_program().display().to_string();
     let output = command

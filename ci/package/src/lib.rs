@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask package`: Debian packages of the host's program, the guest's program, and the driver.
+//! `cargo xtask package`: Debian packages of the host's program, the guest's program, and the
+//! driver.
 
 mod deb;
 mod manual;
@@ -17,10 +18,10 @@ use serde::Deserialize;
 use self::deb::{Common, FOLDER, Package, run as output};
 use barlink_sandbox::builds::{Programs, guest_programs, host_programs, repository, target_folder};
 
-/// Where the packages go.
+/// Options of the task.
 #[derive(Args, Debug)]
 pub struct PackageArgs {
-    /// Put them into this folder [default: target/debian]
+    /// Put the packages into this folder [default: target/debian]
     #[arg(long, value_name = "FOLDER")]
     pub output: Option<PathBuf>,
 }
@@ -43,7 +44,7 @@ pub fn run(args: &PackageArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Makes the packages in a folder; gives their paths by their names.
+/// Makes the packages in a folder, and returns their paths by name.
 pub fn build(folder: &Path) -> Result<HashMap<String, PathBuf>> {
     let description = fs::read_to_string(repository().join(FOLDER).join("packages.toml"))?;
     let packages: Packages =
@@ -69,13 +70,13 @@ pub fn build(folder: &Path) -> Result<HashMap<String, PathBuf>> {
     built.collect()
 }
 
-/// The oldest C library that a program runs with.
+/// Returns the oldest version of the C library that a program runs with.
 fn glibc_of(program: &Path) -> Result<String> {
     let symbols = output(Command::new("objdump").arg("-T").arg(program))?;
     newest_glibc(&symbols).context("the host's program is not linked with glibc")
 }
 
-/// The highest version of glibc in a list of symbols.
+/// Returns the highest version of glibc in a list of symbols.
 fn newest_glibc(symbols: &str) -> Option<String> {
     let versions = symbols.split("GLIBC_").skip(1).filter_map(|rest| {
         let version = rest
@@ -87,7 +88,8 @@ fn newest_glibc(symbols: &str) -> Option<String> {
     versions.max().map(|(_, version)| version.to_owned())
 }
 
-/// When the last change was made, in seconds since 1970 and for people; the beginning of time where there is no git.
+/// Returns the date of the last commit, in seconds since 1970 and as text. Without git the date is
+/// 0.
 fn date() -> Result<(String, String)> {
     let log = Command::new("git")
         .args(["log", "-1", "--format=%ct"])

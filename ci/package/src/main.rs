@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask package`.
+//! The program of `cargo xtask package`.
 
 use std::process::ExitCode;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The manual pages of the programs, made of their command lines.
+//! Manual pages of the programs, generated from their command lines.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::CommandFactory;
 
-// Both are parts of programs, and of no library: so they are compiled in here once more.
+// Both files belong to programs, not to a library, so they are compiled here once more.
 #[path = "../../../guest-app/src/args.rs"]
 mod guest;
 #[cfg_attr(
@@ -18,7 +18,8 @@ mod guest;
 #[path = "../../../backend/src/args.rs"]
 mod host;
 
-/// Writes the page of a program, and one for each of its subcommands, into a folder; gives their paths.
+/// Writes the page of a program and one page per subcommand into a folder. Returns the paths of all
+/// files in the folder.
 pub(super) fn write(program: &str, folder: &Path) -> Result<Vec<PathBuf>> {
     let command = match program {
         "barlink" => host::Cli::command(),
@@ -26,7 +27,7 @@ pub(super) fn write(program: &str, folder: &Path) -> Result<Vec<PathBuf>> {
         _ => bail!("there is no command line of {program} to describe"),
     };
     fs::create_dir_all(folder)?;
-    // `help` needs no page.
+    // The subcommand `help` needs no page.
     clap_mangen::generate_to(command.disable_help_subcommand(true), folder)
         .with_context(|| format!("the manual of {program} cannot be written"))?;
     let pages = fs::read_dir(folder)?.map(|entry| Ok(entry?.path()));

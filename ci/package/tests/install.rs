@@ -1,5 +1,5 @@
-//! barlink's packages on an ordinary Debian, by the commands of `docs/install.md`: installed, booted, used by an ordinary user,
-//! and removed.
+//! Test of barlink's packages on an ordinary Debian, by the commands of `docs/install.md`. They are
+//! installed, the system is booted, an ordinary user streams data, and the packages are removed.
 
 use std::fs;
 use std::io::Write;
@@ -16,24 +16,25 @@ use barlink_vm::broker::Broker;
 use barlink_vm::{COMMAND_TIMEOUT, Vm};
 use serde_json::Value;
 
-/// How long the system may take to boot, under TCG on a machine that is busy.
+/// Timeout of the system's boot, under TCG on a busy machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
 
-/// What runs the test's commands in the booted system.
+/// The unit of the agent, which runs the test's commands in the booted system.
 const AGENT: &str = "[Service]\nExecStart=/usr/local/sbin/barlink-agent\nRestart=on-failure\nRestartSec=1\n\
                      [Install]\nWantedBy=multi-user.target\n";
 
-/// What the foreign device's memory begins with.
+/// Start of the foreign device's memory.
 const FOREIGN: &[u8] = b"somebody else's memory";
 
-/// Writes into the memory of a device, and reads it, as a program in user space does: by sysfs.
+/// A Python program that maps a device's memory by sysfs, as a driver in user space does. It prints
+/// the start of the memory, and writes to it.
 const MAP: &str = "import mmap, sys\n\
                    file = open(sys.argv[1] + '/resource2', 'r+b')\n\
                    memory = mmap.mmap(file.fileno(), 1 << 20)\n\
                    print(memory[:22].decode())\n\
                    memory[4096:4101] = b'reply'\n";
 
-/// The blocks of `docs/install.md` that begin with this comment.
+/// Returns the blocks of `docs/install.md` that start with this comment.
 fn commands(comment: &str) -> Result<String> {
     let document = fs::read_to_string(repository().join("docs/install.md"))?;
     let blocks = document.split("```sh\n").skip(1);
@@ -43,7 +44,7 @@ fn commands(comment: &str) -> Result<String> {
     Ok(commands)
 }
 
-/// What a script printed, all of it; an error unless it succeeded.
+/// Returns the output of a script, standard error included. An error unless the script succeeded.
 fn printed(output: Output) -> Result<String> {
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
@@ -51,7 +52,7 @@ fn printed(output: Output) -> Result<String> {
     Ok(text)
 }
 
-/// Makes a machine's disk of the system, with an agent and a user.
+/// Writes a disk image of the system, with the agent, a user, and a user of the group `barlink`.
 fn disk(debian: &Debian, disk: &Path) -> Result<()> {
     let script = format!(
         "install {SHOWN}/barlink-agent /usr/local/sbin/
@@ -82,7 +83,7 @@ fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Resu
     let debian = Debian::fresh(&artifacts.args.tools, folder.path(), folder.path())?;
     let release = debian.release();
 
-    // The document's commands, as for the kernel that would be running.
+    // Names the kernel explicitly, because it is not the running one.
     let here = format!("cd {SHOWN}\nsudo() {{ \"$@\"; }}\n");
     let install = format!("{here}{}", commands("# install in the guest\n")?);
     let install = install.replace(
@@ -115,8 +116,8 @@ fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Resu
     Ok(())
 }
 
-/// An upgrade, of which this is one to the same version, builds the driver again for each kernel whose headers are complete, and for
-/// none whose headers are of another revision than what completes them.
+/// Checks an upgrade, here to the same version. It builds the driver again for each kernel whose
+/// headers are complete, but not if another revision of the script has completed them.
 fn upgrades_keep_the_driver(debian: &Debian) -> Result<()> {
     let release = debian.release();
     let script = format!(
@@ -131,8 +132,9 @@ fn upgrades_keep_the_driver(debian: &Debian) -> Result<()> {
     printed(debian.run(&script)?).map(drop)
 }
 
-/// A run for another kernel that fails while it puts its files in place, since one cannot be copied, and the folder of one that was
-/// killed: `--remove`, which the packages' removal calls, leaves nothing of either.
+/// Leaves the remains of two failed runs for another kernel: one fails while it installs its files,
+/// because a file cannot be copied, and the other was killed. The removal of the packages calls
+/// `--remove`, after which nothing of them may be left.
 fn headers_that_fail_are_found_again(debian: &Debian) -> Result<()> {
     let release = debian.release();
     let series: Vec<_> = release.split('.').take(2).collect();
@@ -203,7 +205,7 @@ fn manuals_are_there(debian: &Debian) -> Result<()> {
     printed(debian.run(&script)?).map(drop)
 }
 
-/// Boots the system with barlink's device, and another's.
+/// Boots the system with barlink's device and a foreign device, and uses both.
 fn boots_and_streams(artifacts: &Artifacts, debian: &Debian, image: &Path) -> Result<()> {
     let broker = Broker::start(artifacts, &[])?;
     let foreign = broker.folder().join("foreign");
@@ -239,7 +241,7 @@ fn boots_and_streams(artifacts: &Artifacts, debian: &Debian, image: &Path) -> Re
     let vm = Vm::boot_with(&machine, &config)?;
     let run = |script: &str| -> Result<String> { vm.run(["sh", "-ec", script])?.success() };
 
-    // Nobody loads the driver but udev, by the module's alias.
+    // udev alone loads the driver, by the module's alias.
     eventually(|| run("test -c /dev/barlink0"))?;
     ensure!(run("lsmod")?.contains("barlink"));
     eventually(|| run("test \"$(stat -c '%G %a' /dev/barlink0)\" = 'barlink 660'"))?;
@@ -254,7 +256,7 @@ fn boots_and_streams(artifacts: &Artifacts, debian: &Debian, image: &Path) -> Re
     the_unit_runs(&vm)
 }
 
-/// Streams both ways, as an ordinary user in the guest.
+/// Streams in both directions, as an ordinary user in the guest.
 fn streams(vm: &Vm, broker: &Broker) -> Result<()> {
     let numbers: String = (1..=100_000).map(|number| format!("{number}\n")).collect();
     let sender = "seq 100000 | barlink-guest send";
@@ -276,7 +278,8 @@ fn streams(vm: &Vm, broker: &Broker) -> Result<()> {
     Ok(())
 }
 
-/// ivshmem with another's memory: declined, and used by sysfs, and by another driver.
+/// Checks an ivshmem device with foreign memory. The driver declines it, and a program and another
+/// driver can use it.
 fn foreign_device_is_left_alone(vm: &Vm, foreign: &Path) -> Result<()> {
     let run = |script: &str| -> Result<String> { vm.run(["sh", "-ec", script])?.success() };
     let device = "/sys/bus/pci/devices/0000:00:1e.0";
@@ -299,7 +302,7 @@ fn foreign_device_is_left_alone(vm: &Vm, foreign: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The host's package under a real systemd: a broker that is restarted, and its region stays.
+/// Checks the host's package under a real systemd: a restarted broker keeps its region.
 fn the_unit_runs(vm: &Vm) -> Result<()> {
     let run = |script: &str| -> Result<String> { vm.run(["sh", "-ec", script])?.success() };
     let inspect = || -> Result<Value> {
@@ -319,7 +322,7 @@ fn the_unit_runs(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// Tries until it succeeds, for what udev does a moment later.
+/// Repeats an attempt for up to 30 s until it succeeds, because udev acts with a delay.
 fn eventually(mut attempt: impl FnMut() -> Result<String>) -> Result<()> {
     let start = Instant::now();
     loop {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Builds what the VM and the tests need: the programs, the driver, the initramfs.
+//! Builds everything that the VM and the tests need: the programs, the driver, the initramfs.
 //!
-//! Every build is left to a tool that knows what changed (cargo, make), so building again costs
-//! little, and nothing stale is ever booted.
+//! A tool that knows what has changed (cargo, make) does each build. So a repeated build costs
+//! little, and a guest never boots stale files.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -23,47 +23,47 @@ use crate::initramfs;
 use crate::module::ModuleBuild;
 use crate::tools::{Headers, Qemu, Tools, VmArgs};
 
-/// The target that this is all for. Its C library can be linked in, so that a program runs where no
-/// library is.
+/// The target triple of all programs. Its C library can be linked statically, so that a program
+/// runs where no library is installed.
 pub const NATIVE_TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Which programs a task needs. No other is built for it.
+/// Names of the programs that a task needs. Only these are built for it.
 #[derive(Clone, Copy, Debug)]
 pub struct Programs {
-    /// What the initramfs with them is called.
+    /// Name of the task in the name of its initramfs.
     name: &'static str,
-    /// The host's.
+    /// Programs of the host.
     host: &'static [&'static str],
-    /// The guest's.
+    /// Programs of the guest.
     guest: &'static [&'static str],
 }
 
 impl Programs {
-    /// What packages are made of.
+    /// Programs that go into the Debian packages.
     pub const PACKAGED: Self = Self {
         name: "package",
         host: &["barlink"],
         guest: &["barlink-guest"],
     };
-    /// What the demo shows.
+    /// Programs that the demo runs.
     pub const DEMO: Self = Self {
         name: "demo",
         host: &["barlink"],
         guest: &["barlink-guest", AGENT],
     };
-    /// The programs that the parts `crash-…` of `cargo xtask soak` kill.
+    /// Programs that the parts `crash-…` of `cargo xtask soak` kill.
     pub const CRASH: Self = Self {
         name: "crash",
         host: &["barlink", CRASH_LOAD],
         guest: &["barlink-guest", AGENT, CRASH_LOAD],
     };
-    /// What `cargo xtask bench` measures.
+    /// Programs that `cargo xtask bench` measures.
     pub const BENCH: Self = Self {
         name: "bench",
         host: &["barlink", BENCH_LOAD, ICEORYX2_LOAD],
         guest: &["barlink-guest", AGENT, BENCH_LOAD],
     };
-    /// What the tests need.
+    /// Programs that the tests run.
     pub const TEST: Self = Self {
         name: "test",
         host: &["barlink", BENCH_LOAD],
@@ -71,29 +71,29 @@ impl Programs {
     };
 }
 
-/// What runs commands in the guest.
+/// Name of the agent, which runs commands in the guest.
 const AGENT: &str = "barlink-agent";
-/// What `cargo xtask bench` measures.
+/// Name of the program that `cargo xtask bench` measures.
 pub const BENCH_LOAD: &str = "barlink-bench-load";
-/// The program that the parts `crash-…` of `cargo xtask soak` kill.
+/// Name of the program that the parts `crash-…` of `cargo xtask soak` kill.
 pub const CRASH_LOAD: &str = "barlink-crash-load";
-/// What `cargo xtask bench` measures of iceoryx2, which is on the host alone.
+/// Name of the program by which `cargo xtask bench` measures iceoryx2, on the host alone.
 pub const ICEORYX2_LOAD: &str = "barlink-iceoryx2-load";
 
-/// The environment variable that names a file with [`Files`] that are built already: the processes
-/// of a test run share them.
+/// Environment variable with the path of a file that describes [`Files`] that are already built.
+/// The processes of a test run share them.
 const BUILT: &str = "BARLINK_BUILT";
 
-/// What is built, and the tools that it was built with.
+/// The files of a build, and the tools that it used.
 #[derive(Clone, Debug)]
 pub struct Artifacts {
     /// The tools.
     pub tools: Tools,
-    /// How to run the VM.
+    /// Options for the VM.
     pub args: VmArgs,
-    /// What the guest boots into.
+    /// Path of the initramfs that the guest boots.
     pub initramfs: PathBuf,
-    /// The folder for the logs of VMs.
+    /// Folder for the logs of VMs.
     pub logs: PathBuf,
     files: Files,
 }
@@ -105,19 +105,20 @@ struct Files {
     host: Built,
     /// The guest's programs.
     guest: Built,
-    /// The module.
+    /// Path of the driver's module.
     driver: PathBuf,
-    /// What the guest boots into.
+    /// Path of the initramfs that the guest boots.
     initramfs: PathBuf,
-    /// The SHA-256 of that, in hexadecimal digits.
+    /// SHA-256 of the initramfs, in hexadecimal digits.
     digest: String,
-    /// The folder for the logs of VMs.
+    /// Folder for the logs of VMs.
     logs: PathBuf,
 }
 
 impl Artifacts {
-    /// Gives the artifacts of a VM test, chosen by the environment (see [`VmArgs`]): those that
-    /// [`Artifacts::environment`] hands on, or else built on first use.
+    /// Returns the artifacts of a VM test, as the environment chooses them (see [`VmArgs`]). They
+    /// are those of [`Artifacts::environment`], if another process has passed these on, else they
+    /// are built once.
     pub fn shared() -> Result<&'static Self> {
         static SHARED: OnceLock<Result<Artifacts>> = OnceLock::new();
         let built = SHARED.get_or_init(|| {
@@ -133,11 +134,12 @@ impl Artifacts {
         built.as_ref().map_err(|error| anyhow!("{error:#}"))
     }
 
-    /// The environment variables by which [`Artifacts::shared`] gives these in another process,
-    /// without building.
+    /// Returns the environment variables by which [`Artifacts::shared`] returns these artifacts in
+    /// another process, without a build.
     pub fn environment(&self) -> Result<Vec<(&'static str, OsString)>> {
         let text = serde_json::to_vec(&self.files)?;
-        // Complete, and of these files, whatever other runs do.
+        // The hash of the content is in the name, so that runs with other files do not replace this
+        // one.
         let hash = Sha256::digest(&text);
         let hash: String = hash
             .iter()
@@ -164,7 +166,7 @@ impl Artifacts {
         }
     }
 
-    /// Builds all for these tools, and says what it is at.
+    /// Builds the programs, the driver and the initramfs with these tools, and prints each step.
     pub fn build(tools: Tools, args: VmArgs, programs: Programs) -> Result<Self> {
         let target = target_folder()?;
         eprintln!("building the host's programs ...");
@@ -191,8 +193,8 @@ impl Artifacts {
         Ok(Self::new(tools, args, files))
     }
 
-    /// The same, with one part from another build. The initramfs and the logs of VMs go to
-    /// `folder`.
+    /// Returns these artifacts with one part from another build. The new initramfs and the logs of
+    /// VMs go to `folder`.
     pub fn with(&self, part: Part, folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder)?;
         let mut files = self.files.clone();
@@ -202,8 +204,7 @@ impl Artifacts {
             Part::Guest(programs) => files.guest = files.guest.and(programs),
             Part::Driver(module) => files.driver = module,
         }
-        // An initramfs that stays as it is keeps its path, so that its guests' snapshots stay
-        // valid.
+        // An unchanged initramfs keeps its path, so that the snapshots of its guests stay valid.
         let initramfs = folder.join("initramfs.cpio");
         let digest = pack(&self.tools, &files.driver, &files.guest, &initramfs)?;
         if digest != files.digest {
@@ -213,7 +214,7 @@ impl Artifacts {
         Ok(Self::new(self.tools.clone(), self.args.clone(), files))
     }
 
-    /// Gives a text that changes whenever QEMU, the kernel or the initramfs changes.
+    /// Returns a text that changes whenever QEMU, the kernel or the initramfs changes.
     pub fn identity(&self) -> Result<String> {
         let mut words = vec![self.files.digest.clone()];
         let qemu = match &self.tools.qemu {
@@ -231,17 +232,17 @@ impl Artifacts {
         Ok(words.join(" "))
     }
 
-    /// One of the host's programs.
+    /// Returns the path of a program of the host.
     pub fn host(&self, name: &str) -> Result<&Path> {
         self.files.host.program(name)
     }
 
-    /// One of the guest's programs.
+    /// Returns the path of a program of the guest.
     pub fn guest(&self, name: &str) -> Result<&Path> {
         self.files.guest.program(name)
     }
 
-    /// The same, for a guest that has a kernel and initial RAM disk of its own.
+    /// Returns these artifacts for a guest with another kernel and initramfs.
     pub fn with_kernel(&self, release: &str, kernel_image: PathBuf, initramfs: PathBuf) -> Self {
         let mut artifacts = self.clone();
         artifacts.tools.release = release.to_owned();
@@ -251,23 +252,23 @@ impl Artifacts {
     }
 }
 
-/// A part of [`Artifacts`].
+/// A part of [`Artifacts`] that comes from another build.
 #[derive(Clone, Debug)]
 pub enum Part {
-    /// Programs of the host.
+    /// Programs of the host, by name.
     Host(Built),
-    /// Programs of the guest.
+    /// Programs of the guest, by name.
     Guest(Built),
-    /// The module.
+    /// Path of the driver's module.
     Driver(PathBuf),
 }
 
-/// A copy of this project's tree, and the folder that it is built in.
+/// A copy of this project's tree, and the folder of its builds.
 #[derive(Clone, Debug)]
 pub struct TreeCopy {
-    /// The root of the copy.
+    /// Root folder of the copy.
     pub root: PathBuf,
-    /// The folder for all that is built.
+    /// Folder of the build's output.
     pub target: PathBuf,
 }
 
@@ -282,7 +283,7 @@ impl TreeCopy {
         cargo_build(self.cargo(), &[name], Linkage::Static)
     }
 
-    /// Builds the driver and gives the path of the module, as [`driver`] does.
+    /// Builds the driver as [`driver`] does, and returns the path of the module.
     pub fn driver(&self, tools: &Tools) -> Result<PathBuf> {
         driver_of(&self.root, tools, &self.target)
     }
@@ -295,8 +296,8 @@ impl TreeCopy {
     }
 }
 
-/// Writes what the guest boots into, with the module and these programs. Gives the SHA-256 of the
-/// archive.
+/// Writes the initramfs with the module and these programs. Returns the SHA-256 of the archive in
+/// hexadecimal digits.
 fn pack(tools: &Tools, driver: &Path, guest: &Built, archive: &Path) -> Result<String> {
     let mut files = vec![
         ("bin/busybox".to_owned(), tools.busybox.as_path()),
@@ -307,25 +308,25 @@ fn pack(tools: &Tools, driver: &Path, guest: &Built, archive: &Path) -> Result<S
     initramfs::write(archive, &files)
 }
 
-/// Builds what runs on the host.
+/// Builds the programs that run on the host.
 pub fn host_programs(programs: Programs) -> Result<Built> {
     cargo_build(cargo("build"), programs.host, Linkage::Default)
 }
 
-/// Builds what runs in the guest.
+/// Builds the programs that run in the guest.
 pub fn guest_programs(programs: Programs) -> Result<Built> {
     cargo_build(cargo("build"), programs.guest, Linkage::Static)
 }
 
-/// Builds the driver and gives the path of the module.
+/// Builds the driver and returns the path of the module.
 ///
-/// In the sandbox every warning is an error: the compilers' by their flags, those of other tools by
-/// their looks. What a user's own compiler warns of is shown.
+/// In the sandbox every warning is an error. Compilers make it one by their flags, and the warnings
+/// of other tools are found in the output. With a user's own headers, warnings are only shown.
 pub fn driver(tools: &Tools, target: &Path) -> Result<PathBuf> {
     driver_of(&repository(), tools, target)
 }
 
-/// Builds the driver of a tree.
+/// Builds the driver from the tree at `root`.
 fn driver_of(root: &Path, tools: &Tools, target: &Path) -> Result<PathBuf> {
     let source = root.join("guest-driver");
     let wire = root.join("protocol/src/wire");
@@ -359,20 +360,20 @@ fn driver_of(root: &Path, tools: &Tools, target: &Path) -> Result<PathBuf> {
     Ok(output.join("barlink.ko"))
 }
 
-/// The root of this repository.
+/// Returns the root folder of this repository.
 pub fn repository() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.ancestors().nth(2).unwrap_or(here).to_owned()
 }
 
-/// A command for the cargo that runs this program.
+/// Makes a command for the cargo that runs this program.
 pub fn cargo(subcommand: &str) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.arg(subcommand).current_dir(repository());
     command
 }
 
-/// The folder that cargo builds in.
+/// Returns cargo's target folder.
 pub fn target_folder() -> Result<PathBuf> {
     let output = cargo("metadata")
         .args(["--no-deps", "--format-version=1"])
@@ -390,31 +391,31 @@ pub fn target_folder() -> Result<PathBuf> {
 /// How a program is linked.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Linkage {
-    /// As is usual on the host.
+    /// Dynamically, as is usual on the host.
     Default,
-    /// With everything in it.
+    /// Statically, with all libraries in the program.
     Static,
 }
 
-/// Paths of programs, by their names.
+/// Paths of programs, by name.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Built(BTreeMap<String, PathBuf>);
 
 impl Built {
-    /// With these, too.
+    /// Adds programs. They replace those of the same name.
     pub fn and(mut self, others: Self) -> Self {
         self.0.extend(others.0);
         self
     }
 
-    /// The path of one.
+    /// Returns the path of a program. An error if it was not built.
     pub fn program(&self, name: &str) -> Result<&Path> {
         let program = self.0.get(name).map(PathBuf::as_path);
         program.with_context(|| format!("cargo built no program {name}"))
     }
 }
 
-/// Builds the programs of these packages with optimisation, by a command of cargo's.
+/// Builds the programs of these packages with optimisation, by extending a cargo command.
 fn cargo_build(mut build: Command, packages: &[&str], linkage: Linkage) -> Result<Built> {
     build.args([
         "--release",
@@ -424,13 +425,12 @@ fn cargo_build(mut build: Command, packages: &[&str], linkage: Linkage) -> Resul
     build.args(packages.iter().flat_map(|package| ["--package", package]));
     if linkage == Linkage::Static {
         build.arg(format!("--target={NATIVE_TARGET}"));
-        // Of all ways to give flags this one outranks the others, so that no setting of the user's
-        // undoes it.
+        // This variable outranks all other ways to set flags, so no setting of the user undoes it.
         build.env(
             "CARGO_ENCODED_RUSTFLAGS",
             "-C\x1ftarget-feature=+crt-static",
         );
-        // Three quarters of these programs otherwise, which every boot would load.
+        // Debug information is three quarters of these programs, and every boot would load it.
         build.env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
     }
     let output = build

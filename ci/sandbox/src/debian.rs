@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! An ordinary Debian that barlink's packages are tried on: what is changed in it is gone with it.
+//! An ordinary Debian system to try barlink's packages on. Changes to it are gone when it is
+//! dropped.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -14,13 +15,15 @@ use crate::sandbox::{Enter, Sandbox};
 use crate::setup;
 use crate::tools::ToolArgs;
 
-/// Where the host's folder is in the system.
+/// Path in the system at which its processes see a folder of the host.
 pub const SHOWN: &str = "/media";
 
-/// How long a command may take. The longest makes a kernel's metadata, in 80 s on two processors.
+/// Timeout of a command, in seconds. The longest one makes a kernel's metadata, in 80 s on two
+/// processors.
 const SECONDS: &str = "900";
 
-/// What a machine needs no more once the driver is built, and its image is without.
+/// Folders that a machine does not need once the driver is built. Its disk image is made without
+/// them.
 const BUILD_FOLDERS: [&str; 5] = [
     "usr/src",
     "usr/include",
@@ -29,19 +32,19 @@ const BUILD_FOLDERS: [&str; 5] = [
     "var/cache/apt",
 ];
 
-/// The system. Only root can have one.
+/// The Debian system with its changes. Only root can make one.
 #[derive(Debug)]
 pub struct Debian {
     system: Sandbox,
-    /// What differs from the system, and where the two are seen as one.
+    /// Folder with the changes, the overlay's work folder, and the mount point of the overlay.
     changes: TempDir,
-    /// What the system's processes see as [`SHOWN`].
+    /// Folder of the host that the system's processes see at [`SHOWN`].
     shown: PathBuf,
     _hold: File,
 }
 
 impl Debian {
-    /// Begins without changes, which will be kept in `folder`.
+    /// Makes a system without changes. The changes will be stored in `folder`.
     pub fn fresh(args: &ToolArgs, folder: &Path, shown: &Path) -> Result<Self> {
         let (system, hold) = setup::debian(args)?;
         let changes = TempDir::with_prefix_in("debian-", folder)?;
@@ -56,23 +59,23 @@ impl Debian {
         })
     }
 
-    /// What `uname -r` says under its kernel.
+    /// Returns the kernel's release, as `uname -r` prints it.
     pub fn release(&self) -> &str {
         &self.system.manifest.release
     }
 
-    /// Its kernel, as a path on the host.
+    /// Returns the path of the kernel image on the host.
     pub fn kernel_image(&self) -> PathBuf {
         self.system.kernel_image()
     }
 
-    /// The initial RAM disk of its kernel, as a path on the host.
+    /// Returns the path of the kernel's initramfs on the host.
     pub fn initrd(&self) -> PathBuf {
         let name = format!("boot/initrd.img-{}", self.release());
         self.system.root().join(name)
     }
 
-    /// Runs a script as its administrator, to its end.
+    /// Runs a shell script as root in the system, to its end.
     pub fn run(&self, script: &str) -> Result<Output> {
         let enter = Enter::administer(&self.root()).bind(&self.shown, SHOWN);
         let mut command = enter.run("timeout");
@@ -80,7 +83,8 @@ impl Debian {
         self.output(&command)
     }
 
-    /// Makes a disk of it, an ext4 file system of this size, at `path`, for a machine to boot from.
+    /// Writes a disk image at `path` from which a machine can boot: the system as an ext4 file
+    /// system of this size, in the syntax of `mke2fs`.
     pub fn write_image(&self, path: &Path, size: &str) -> Result<Output> {
         let folder = path.parent().unwrap_or(Path::new("/"));
         let name = path.file_name().unwrap_or(OsStr::new("disk"));
@@ -100,7 +104,8 @@ impl Debian {
         self.output(&command)
     }
 
-    /// Where the system and its changes are seen as one, by processes that [`Debian::output`] starts.
+    /// Returns the mount point of the overlay. Only processes of [`Debian::output`] see the overlay
+    /// there.
     fn root(&self) -> PathBuf {
         self.changes.path().join("root")
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a task needs of the host besides cargo: Debian's packages, installed by apt where this process may.
+//! Debian packages that a task needs on the host besides cargo. apt installs them if this process
+//! is root's.
 
 use std::process::Command;
 
@@ -8,8 +9,8 @@ use anyhow::{Result, bail};
 
 use crate::steps::Steps;
 
-/// Of packages and whether each is there, installs what is missing if this process is root's, else says which command
-/// does.
+/// Installs the packages whose flag in `needs` is false. If this process is not root's or the host
+/// has no apt, returns an error that says how to install them.
 pub fn install(steps: &Steps, needs: &[(&str, bool)]) -> Result<()> {
     let missing: Vec<&str> = needs
         .iter()
@@ -46,7 +47,7 @@ fn apt_get() -> Command {
     command
 }
 
-/// Whether a program of this name is in a folder of `PATH`.
+/// Returns whether a folder of `PATH` has a program with this name.
 pub fn on_path(program: &str) -> bool {
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))

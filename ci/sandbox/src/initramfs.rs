@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Writes what the guest boots into: a handful of files in a cpio archive, as the kernel takes it.
+//! The initramfs that the guest boots: a few files in a cpio archive in the kernel's format.
 
 use std::fs;
 use std::io::Write;
@@ -11,22 +11,22 @@ use cpio::newc::{Builder, ModeFileType, trailer};
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
-/// What is in every initramfs.
+/// Path and content of the files in every initramfs.
 const FILES: [(&str, &[u8]); 2] = [
     ("init", include_bytes!("../../../images/init")),
     ("etc/inittab", include_bytes!("../../../images/inittab")),
 ];
 
-/// Folders that init mounts on, and those that files go to. Device nodes come from the kernel's devtmpfs.
+/// Folders for files and for init's mounts. Device nodes come from the kernel's devtmpfs.
 const FOLDERS: [&str; 9] = [
     "bin", "dev", "etc", "lib", "proc", "root", "run", "sys", "tmp",
 ];
 
-/// Writes the archive to `archive`, with these files besides [`FILES`]: the path in the guest, without the
-/// first slash, and the file. Gives the SHA-256 of the archive in hexadecimal digits.
+/// Writes the archive with [`FILES`] and these files. Each has a path in the guest, without the
+/// first slash, and a path on the host. Returns the SHA-256 of the archive in hexadecimal digits.
 pub fn write(archive: &Path, files: &[(String, &Path)]) -> Result<String> {
     let folder = archive.parent().unwrap_or(Path::new("."));
-    // Complete or not at all: another VM may be booting from the old one.
+    // The archive is replaced as a whole, because another VM may be booting from the old one.
     let mut unfinished = NamedTempFile::new_in(folder)?;
     let mut bytes = Vec::new();
     for name in FOLDERS {

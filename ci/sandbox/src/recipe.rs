@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the sandbox is made of: the data of `images/`, and the hash that tells one recipe's sandboxes from another's.
+//! The recipe of a sandbox: the data of `images/`, and the hash that tells the sandboxes of
+//! different recipes apart.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,20 +12,21 @@ use sha2::{Digest, Sha256};
 
 const DATA: &str = include_str!("../../../images/sandbox.toml");
 
-/// What is made of the data.
+/// A kind of system that is made from the data.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Kind {
-    /// What everything runs in.
+    /// The sandbox, in which builds and VMs run.
     Sandbox,
-    /// A Debian that has been installed, and knows nothing of barlink.
+    /// An installed Debian system without any part of barlink.
     Debian,
 }
 
 impl Kind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Kind; 2] = [Kind::Sandbox, Kind::Debian];
 
-    /// What makes it of the data: another text may make another one.
+    /// Returns the texts of the code and scripts that make a system of this kind. They go into the
+    /// hash, because other code may make another system.
     fn steps(self) -> &'static [&'static str] {
         match self {
             Kind::Sandbox => &[
@@ -37,13 +39,13 @@ impl Kind {
     }
 }
 
-/// The module that the finished headers must build: file name and content.
+/// A module that must build against the finished headers: names and contents of its files.
 pub const TRIAL: [(&str, &str); 2] = [
     ("Kbuild", include_str!("../../../images/trial/Kbuild")),
     ("trial.rs", include_str!("../../../images/trial/trial.rs")),
 ];
 
-/// `images/sandbox.toml`, which explains each field.
+/// The data of `images/sandbox.toml`, which explains each field.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(
@@ -61,16 +63,17 @@ pub struct Recipe {
     pub links: BTreeMap<String, String>,
 }
 
-/// Digits of a recipe's hash.
+/// Number of hexadecimal digits in a recipe's hash.
 pub const HASH_DIGITS: usize = 12;
 
 impl Recipe {
-    /// Reads the recipe that this program was built with.
+    /// Reads the recipe that is compiled into this program.
     pub fn load() -> Result<Self> {
         toml::from_str(DATA).context("images/sandbox.toml is malformed")
     }
 
-    /// [`HASH_DIGITS`] hexadecimal digits that differ when anything that goes into it differs, but for its kernel.
+    /// Returns [`HASH_DIGITS`] hexadecimal digits that depend on everything that goes into a
+    /// sandbox, except for its kernel.
     pub fn hash(&self, kind: Kind) -> String {
         let mut hash = Sha256::new();
         let trial = TRIAL.map(|(_, content)| content);
@@ -87,7 +90,7 @@ impl Recipe {
             .collect()
     }
 
-    /// The apt preferences that keep the backports to what [`Recipe::backported`] names.
+    /// Returns the apt preferences that take only [`Recipe::backported`] from the backports.
     pub fn preferences(&self) -> String {
         let Self {
             backports,
@@ -100,29 +103,33 @@ impl Recipe {
         )
     }
 
-    /// Where `series` stands in the order of preference, 0 first; nothing if it is not supported.
+    /// Returns the rank of a version's series in the order of preference, 0 first. `None` if the
+    /// series is not supported.
     pub fn rank(&self, version: &KernelVersion) -> Option<usize> {
         self.series.iter().position(|series| version.is_of(series))
     }
 }
 
-/// A kernel's version as Debian's package names have it, say `7.2.12`; ordered as numbers, not as text.
+/// A kernel's version in the form of Debian's package names, such as `7.2.12`. Versions are ordered
+/// as numbers, not as text.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct KernelVersion(Vec<u32>);
 
 impl KernelVersion {
-    /// Parses dotted numbers; anything else (a release candidate, say) is no version of interest.
+    /// Parses numbers with dots between them. Returns `None` for anything else, such as a release
+    /// candidate.
     pub fn parse(text: &str) -> Option<Self> {
         let numbers: Result<_, _> = text.split('.').map(str::parse).collect();
         numbers.ok().map(Self)
     }
 
-    /// Whether the version is `prefix` or begins with it, number by number: 7.2.12 is of 7.2, 7.20 is not.
+    /// Returns whether the version starts with the numbers of `prefix`: 7.2.12 is of 7.2, and 7.20
+    /// is not.
     pub fn is_of(&self, prefix: &str) -> bool {
         Self::parse(prefix).is_some_and(|prefix| self.0.starts_with(&prefix.0))
     }
 
-    /// The first two numbers, say `7.2`.
+    /// Returns the first two numbers, such as `7.2`.
     pub fn series(&self) -> String {
         Self(self.0.iter().copied().take(2).collect()).to_string()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A finished sandbox, a small Debian system in a folder, and how programs are run inside it.
+//! A finished sandbox, which is a small Debian system in a folder, and commands that run inside it.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -10,48 +10,49 @@ use serde::{Deserialize, Serialize};
 
 use crate::recipe::KernelVersion;
 
-/// What is written into a sandbox's folder when it is finished.
+/// Description of a finished sandbox. It is stored in the sandbox's folder.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Manifest {
-    /// What `uname -r` says under its kernel, and what its folders are called, say `7.2.12+deb13-cloud-amd64`.
+    /// Release of the kernel, as `uname -r` prints it and as it is in the names of folders, such as
+    /// `7.2.12+deb13-cloud-amd64`.
     pub release: String,
-    /// The version of the Debian package that the kernel came in.
+    /// Version of the Debian package that the kernel came in.
     pub package_version: String,
-    /// The kernel's bzImage, as a path below the root.
+    /// Path of the kernel's bzImage, relative to the root of the system.
     pub kernel_image: PathBuf,
 }
 
-/// A sandbox's folder, which holds `root/`, the system, and `sandbox.json`, the [`Manifest`].
+/// A sandbox's folder. It holds `root/`, the system, and `sandbox.json`, the [`Manifest`].
 #[derive(Clone, Debug)]
 pub struct Sandbox {
-    /// The folder.
+    /// Path of the folder.
     pub folder: PathBuf,
-    /// What is in it.
+    /// Description of the sandbox.
     pub manifest: Manifest,
 }
 
 impl Sandbox {
-    /// The root of the system.
+    /// Returns the root folder of the system.
     pub fn root(&self) -> PathBuf {
         self.folder.join("root")
     }
 
-    /// The upstream version of its kernel.
+    /// Returns the upstream version of the kernel.
     pub fn version(&self) -> Option<KernelVersion> {
         KernelVersion::parse(self.manifest.release.split('+').next()?)
     }
 
-    /// The kernel image, as a path on the host.
+    /// Returns the path of the kernel image on the host.
     pub fn kernel_image(&self) -> PathBuf {
         self.root().join(&self.manifest.kernel_image)
     }
 
-    /// The header tree for modules, as a path inside the sandbox.
+    /// Returns the path of the header tree for modules, inside the sandbox.
     pub fn headers(&self) -> PathBuf {
         Path::new("/usr/src").join(format!("linux-headers-{}", self.manifest.release))
     }
 
-    /// The archive of the kernel's source, as a path on the host: a real file of well over 100 MB.
+    /// Returns the path of the kernel's source archive on the host, which has well over 100 MB.
     pub fn source_archive(&self) -> Option<PathBuf> {
         let series = self.version()?.series();
         Some(
@@ -60,7 +61,7 @@ impl Sandbox {
         )
     }
 
-    /// A process inside the sandbox, which sees its system read-only.
+    /// Starts the description of a process that sees the sandbox's system read-only.
     pub fn enter(&self) -> Enter {
         Enter::new(&self.root(), Writable::No)
     }
@@ -69,25 +70,26 @@ impl Sandbox {
 /// Whether processes inside a sandbox may change its system.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Writable {
-    /// They may, while it is being built.
+    /// Processes may change the system while it is being built.
     Yes,
-    /// They may not.
+    /// Processes see the system read-only.
     No,
 }
 
-/// What a process inside a sandbox will see; made into a [`Command`] at the end.
+/// The environment of a process inside a sandbox. It becomes a [`Command`] at the end.
 ///
-/// All its processes end with the thread that starts it, however that ends: bubblewrap makes them a PID namespace of
-/// their own, and dies with its parent thread.
+/// All processes end with the thread that starts them, however that thread ends: bubblewrap gives
+/// them a PID namespace, and dies with its parent thread.
 #[derive(Debug)]
 pub struct Enter {
     bwrap: Command,
 }
 
 impl Enter {
-    /// Begins with the system under `root`, and device nodes, proc and an empty `/tmp` of its own.
+    /// Starts with `/usr` and `/etc` of the system under `root`, device nodes, proc, and an empty
+    /// `/tmp`.
     ///
-    /// Only what is bound is there besides, at any path that is not in `/usr` or `/etc`.
+    /// Nothing else is visible. Further paths can be bound anywhere outside of `/usr` and `/etc`.
     pub fn new(root: &Path, writable: Writable) -> Self {
         let mut enter = Self::isolated();
         let bind = if writable == Writable::Yes {
@@ -108,9 +110,9 @@ impl Enter {
                 .args(["--symlink", &format!("usr/{link}"), &format!("/{link}")]);
         }
         enter.bwrap.args(["--dev", "/dev", "--tmpfs", "/tmp"]);
-        // The host's, since in a container an ordinary user may not mount another.
+        // Shows the host's proc, because an ordinary user in a container may not mount another.
         enter.bwrap.args(["--bind", "/proc", "/proc", "--clearenv"]);
-        // The C locale because some kernel scripts sort.
+        // Sets the C locale, because some kernel scripts sort.
         for (name, value) in [
             ("PATH", "/usr/sbin:/usr/bin"),
             ("LC_ALL", "C"),
@@ -121,7 +123,8 @@ impl Enter {
         enter
     }
 
-    /// Begins with all of the system under `root`, writable, as for its administrator: packages can be installed. For root.
+    /// Starts with the whole system under `root`, writable, so that packages can be installed. Only
+    /// root can do that.
     pub fn administer(root: &Path) -> Self {
         let mut enter = Self::isolated();
         enter.bwrap.arg("--bind").arg(root).arg("/");
@@ -138,7 +141,7 @@ impl Enter {
         enter
     }
 
-    /// Begins with the host's own system, for a program of the host that is to end with its parent.
+    /// Starts with the host's own system, for a program of the host that must end with its parent.
     pub fn host() -> Self {
         let mut enter = Self::isolated();
         enter.bwrap.args(["--dev-bind", "/", "/"]);
@@ -163,7 +166,7 @@ impl Enter {
         self
     }
 
-    /// Makes an empty folder `inside`, kept in memory and gone with the last process.
+    /// Mounts an empty folder at `inside`. It is in memory, and gone with the last process.
     pub fn memory(mut self, inside: &str) -> Self {
         self.bwrap.args(["--tmpfs", inside]);
         self
@@ -175,7 +178,7 @@ impl Enter {
         self
     }
 
-    /// The command that runs `program` inside; its arguments can be added to it.
+    /// Returns the command that runs `program` inside. Arguments can be added to it.
     pub fn run(mut self, program: impl AsRef<OsStr>) -> Command {
         self.bwrap.arg("--").arg(program);
         self.bwrap

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Long work in named steps: progress on standard error, and the full output of every program in a log file.
+//! Long work in named steps, with progress on standard error and the output of all programs in a
+//! log.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -16,10 +17,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT};
 use signal_hook::flag;
 
-/// How many lines of the log an error shows.
+/// Number of lines of the log that an error shows.
 const SHOWN_LINES: usize = 12;
 
-/// The log, and the steps that write to it.
+/// The log of a series of steps.
 #[derive(Debug)]
 pub struct Steps {
     path: PathBuf,
@@ -31,13 +32,14 @@ pub struct Steps {
 impl Steps {
     /// Starts an empty log at `path`.
     ///
-    /// Until this is dropped, Ctrl-C ends the programs that the steps run, but not this one, so that the step fails and
-    /// what it made is removed.
+    /// Until this is dropped, Ctrl-C ends the programs that the steps run, but not this process. So
+    /// the step fails, and its output is removed.
     pub fn start(path: &Path) -> Result<Self> {
         let interrupted = Arc::default();
         let ended = Arc::default();
         for signal in [SIGINT, SIGHUP] {
-            // In this order: the first ends the process once the second is not to hold it any more.
+            // Once `ended` is set, the first action ends the process. Before that, the second
+            // action records the signal.
             flag::register_conditional_default(signal, Arc::clone(&ended))
                 .and_then(|_| flag::register(signal, Arc::clone(&interrupted)))
                 .context("signals cannot be caught")?;
@@ -52,7 +54,7 @@ impl Steps {
         })
     }
 
-    /// Does `work` under the name `what`, and shows it while it goes on and how long it took.
+    /// Does `work` as the step `what`. Shows the step while it runs, and how long it took.
     pub fn step<T>(&self, what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
         writeln!(self.log.borrow_mut(), "=== {what}")?;
         let started = Instant::now();
@@ -81,7 +83,8 @@ impl Steps {
         result.with_context(|| what.to_owned())
     }
 
-    /// Runs a program to its end; its output goes to the log.
+    /// Runs a program to its end, with its output in the log. An error, with the end of the log, if
+    /// it fails.
     pub fn run(&self, command: &mut Command) -> Result<()> {
         writeln!(self.log.borrow_mut(), "--- {command:?}")?;
         let log = self.log.borrow().try_clone()?;
@@ -95,7 +98,7 @@ impl Steps {
             let text = fs::read(&self.path)?;
             let text = String::from_utf8_lossy(&text);
             let text = text.rsplit("\n=== ").next().unwrap_or_default();
-            // The command itself, with all that bubblewrap is told, is for the log alone.
+            // Leaves out the commands themselves, which have many arguments for bubblewrap.
             let lines: Vec<&str> = text
                 .lines()
                 .skip(1)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The QEMU, kernel, headers and busybox to use: the sandbox's, or the user's own.
+//! The tools of a build and a VM: QEMU, kernel, headers and busybox, from the sandbox or the user.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -13,12 +13,13 @@ use clap::{Args, Parser, ValueEnum};
 use crate::sandbox::Sandbox;
 use crate::setup;
 
-/// Which tools to use. Each flag can also be given by its environment variable, which is how VM tests get it that are
-/// run by `cargo test` alone.
+/// Options that choose the tools. Each option also has an environment variable, by which VM tests
+/// under `cargo test` alone get it.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Tools")]
 pub struct ToolArgs {
-    /// Take the newest kernel whose version begins so, say 7.2 [default: what is set up, else the newest supported]
+    /// Use the newest kernel whose version starts with VERSION, such as 7.2 [default: the one that
+    /// is set up, else the newest supported]
     #[arg(
         long,
         value_name = "VERSION",
@@ -27,7 +28,7 @@ pub struct ToolArgs {
     )]
     pub kernel: Option<String>,
 
-    /// Take Debian packages from this archive [default: the one in the host's apt configuration]
+    /// Get Debian packages from this archive [default: the one in the host's apt configuration]
     #[arg(long, value_name = "URL", env = "BARLINK_MIRROR")]
     pub mirror: Option<String>,
 
@@ -35,7 +36,8 @@ pub struct ToolArgs {
     #[arg(long, value_name = "PATH", env = "BARLINK_QEMU")]
     pub qemu: Option<PathBuf>,
 
-    /// Boot this kernel (bzImage) instead of Debian's; virtio-pci, virtio-console and devtmpfs must be built in
+    /// Boot this kernel (bzImage) instead of Debian's; virtio-pci, virtio-console and devtmpfs must
+    /// be built in
     #[arg(
         long,
         value_name = "PATH",
@@ -44,7 +46,8 @@ pub struct ToolArgs {
     )]
     pub kernel_image: Option<PathBuf>,
 
-    /// Build the driver against this build tree of that kernel (CONFIG_RUST=y), with the host's own make and rustc
+    /// Build the driver against this build tree of that kernel (CONFIG_RUST=y), with the host's own
+    /// make and rustc
     #[arg(
         long,
         value_name = "DIR",
@@ -54,29 +57,29 @@ pub struct ToolArgs {
     pub kernel_headers: Option<PathBuf>,
 }
 
-/// What executes the guest's instructions.
+/// The accelerator that runs the guest's instructions.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub enum Accel {
-    /// The host's processor.
+    /// KVM, on the host's processor.
     Kvm,
-    /// QEMU's translator.
+    /// TCG, QEMU's software emulation.
     Tcg,
 }
 
-/// The tools, and how to run the VM.
+/// Options that choose the tools and the accelerator.
 #[derive(Args, Clone, Debug, Default)]
 pub struct VmArgs {
-    /// The tools.
+    /// Options that choose the tools.
     #[command(flatten)]
     pub tools: ToolArgs,
 
-    /// What runs the guest's instructions [default: kvm where it works, else tcg]
+    /// Accelerator that runs the guest's instructions [default: kvm where it works, else tcg]
     #[arg(long, env = "BARLINK_ACCEL", help_heading = "Virtual machine")]
     pub accel: Option<Accel>,
 }
 
 impl VmArgs {
-    /// Reads the environment variables alone.
+    /// Reads the options from the environment variables alone.
     pub fn from_environment() -> Result<Self> {
         #[derive(Parser)]
         struct Environment {
@@ -89,7 +92,7 @@ impl VmArgs {
             .args)
     }
 
-    /// The environment variables that say the same as these flags.
+    /// Returns the environment variables that are equivalent to these options.
     pub fn environment(&self) -> Vec<(&'static str, OsString)> {
         let ToolArgs {
             kernel,
@@ -117,52 +120,53 @@ impl VmArgs {
     }
 }
 
-/// Tests do not run in the folder that the user named a path from.
+/// Makes a path absolute, because tests run in another folder than the one it is relative to.
 fn absolute(path: &PathBuf) -> OsString {
     std::path::absolute(path)
         .unwrap_or_else(|_| path.clone())
         .into()
 }
 
-/// A QEMU.
+/// The QEMU to use.
 #[derive(Clone, Debug)]
 pub enum Qemu {
-    /// The sandbox's.
+    /// QEMU of the sandbox.
     Sandboxed(Sandbox),
-    /// The user's own.
+    /// QEMU of the user, at this path.
     Own(PathBuf),
 }
 
-/// A tree to build kernel modules in.
+/// The kernel build tree that modules are built against.
 #[derive(Clone, Debug)]
 pub enum Headers {
-    /// The sandbox's.
+    /// Headers of the sandbox's kernel.
     Sandboxed(Sandbox),
-    /// The user's own.
+    /// Build tree of the user, at this path.
     Own(PathBuf),
 }
 
-/// All that is needed to build a guest and run it.
+/// All tools that build a guest and run it.
 #[derive(Clone, Debug)]
 pub struct Tools {
-    /// What runs the VM.
+    /// QEMU, which runs the VM.
     pub qemu: Qemu,
-    /// What `uname -r` says under the kernel.
+    /// Release of the kernel, as `uname -r` prints it.
     pub release: String,
-    /// The kernel's bzImage.
+    /// Path of the kernel's bzImage.
     pub kernel_image: PathBuf,
-    /// What the driver is built against.
+    /// Build tree that the driver is built against.
     pub headers: Headers,
-    /// A static busybox, the guest's user space.
+    /// Path of a static busybox, which is the guest's user space.
     pub busybox: PathBuf,
-    /// The sandbox, unless the user brought everything.
+    /// The sandbox, unless the user has named all tools.
     pub sandbox: Option<Sandbox>,
-    /// Keeps the sandbox from being removed.
+    /// Open file whose lock keeps the sandbox from being removed.
     _hold: Option<Arc<File>>,
 }
 
 impl Tools {
-    /// The tools that `args` names, which must be set up; this reaches for no network.
+    /// Finds the tools that `args` names. They must be set up already, because this uses no
+    /// network.
     pub fn find(args: &ToolArgs) -> Result<Self> {
         if let Some(tools) = Self::own(args)? {
             return Ok(tools);
@@ -172,7 +176,7 @@ impl Tools {
         Self::with_sandbox(args, sandbox)
     }
 
-    /// The tools where the user brought all of them.
+    /// Returns the user's tools if the user has named all of them.
     pub fn own(args: &ToolArgs) -> Result<Option<Self>> {
         let (Some(qemu), Some(image), Some(headers)) =
             (&args.qemu, &args.kernel_image, &args.kernel_headers)
@@ -190,7 +194,7 @@ impl Tools {
         }))
     }
 
-    /// Whether what `args` names is there.
+    /// Checks that the files that `args` names exist.
     pub fn check(args: &ToolArgs) -> Result<()> {
         for (option, path) in [
             ("--qemu", &args.qemu),
@@ -204,7 +208,7 @@ impl Tools {
         Ok(())
     }
 
-    /// The sandbox's tools, but for those that the user brought.
+    /// Returns the sandbox's tools, with the user's own in place of those that `args` names.
     pub fn with_sandbox(args: &ToolArgs, sandbox: Sandbox) -> Result<Self> {
         let mut tools = Self {
             qemu: Qemu::Sandboxed(sandbox.clone()),
@@ -227,7 +231,8 @@ impl Tools {
     }
 }
 
-/// The path that an option, or its environment variable, names.
+/// Resolves the path that an option or its environment variable names. An error if it does not
+/// exist.
 fn existing(option: &str, path: &Path) -> Result<PathBuf> {
     path.canonicalize().with_context(|| {
         let path = path.display();
@@ -235,7 +240,7 @@ fn existing(option: &str, path: &Path) -> Result<PathBuf> {
     })
 }
 
-/// What `uname -r` says under the kernel that was built in `headers`.
+/// Reads the release of the kernel that was built in `headers`, as `uname -r` prints it.
 fn release_of(headers: &Path) -> Result<String> {
     let path = headers.join("include/config/kernel.release");
     let release = fs::read_to_string(&path).with_context(|| {
@@ -248,7 +253,7 @@ fn release_of(headers: &Path) -> Result<String> {
     Ok(release.trim_end().to_owned())
 }
 
-/// The host's busybox, which must be static, since nothing else goes with it into the guest.
+/// Finds the host's busybox. It must be static, because the guest has no libraries.
 fn own_busybox() -> Result<PathBuf> {
     let folders = std::env::var_os("PATH").unwrap_or_default();
     let busybox = std::env::split_paths(&folders).map(|folder| folder.join("busybox"));
@@ -257,7 +262,7 @@ fn own_busybox() -> Result<PathBuf> {
     };
     let content =
         fs::read(&busybox).with_context(|| format!("{} cannot be read", busybox.display()))?;
-    // What a dynamically linked program names as its interpreter; a static one names none.
+    // A dynamically linked program contains the path of its interpreter.
     let dynamic = content
         .windows(9)
         .any(|bytes| bytes == b"/ld-linux" || bytes == b"/ld-musl-");
@@ -284,7 +289,7 @@ mod tests {
         };
         for (args, option) in [
             (tools("no", "src"), "--qemu "),
-            // What the kernel is called is asked first.
+            // The kernel's release is read first.
             (tools("src", "no"), "--kernel-headers "),
         ] {
             let error = Tools::own(&args).unwrap_err().to_string();

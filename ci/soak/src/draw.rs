@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Which parts fit a time: a lottery that depends on nothing but the seed and how long the parts
-//! take.
+//! A draw of parts that fit a time. It depends only on the seed and the durations of the parts.
 
 use std::time::Duration;
 
@@ -9,8 +8,8 @@ use barlink_crash_load::Random;
 
 use crate::part::Part;
 
-/// The parts in the order in which they are tried: that of the table, or, where there is not time
-/// for all, one that follows from the seed.
+/// Returns the parts in the order in which they are tried: the order of the table, or an order that
+/// follows from the seed if there is not time for all parts (`shuffled`).
 pub fn order(mut parts: Vec<Part>, shuffled: bool, seed: u64) -> Vec<Part> {
     if shuffled {
         let mut random = Random::new(seed);
@@ -21,8 +20,8 @@ pub fn order(mut parts: Vec<Part>, shuffled: bool, seed: u64) -> Vec<Part> {
     parts
 }
 
-/// Takes the first part that fits the time that is left, if there is one. Without a limit it is the
-/// first part.
+/// Removes and returns the first part that fits the time that is left, if there is one. Without a
+/// time limit it returns the first part.
 pub fn next(parts: &mut Vec<Part>, left: Option<Duration>) -> Option<Part> {
     let fits = |part: &Part| left.is_none_or(|left| part.estimate <= left);
     let index = parts.iter().position(fits)?;
@@ -34,7 +33,7 @@ mod tests {
     use super::*;
     use crate::part::all;
 
-    /// The names of what is drawn, if each part takes as long as is estimated.
+    /// Returns the names of the parts that are drawn, if each part takes its estimated time.
     fn drawn(minutes: u64, seed: u64) -> Vec<String> {
         let mut parts = order(all().unwrap(), true, seed);
         let mut left = Duration::from_secs(60 * minutes);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The parts `fuzz-…`: runs the fuzz targets of `ci/fuzz`, each for a while (`docs/decisions/0004-fuzzing.md`).
+//! The parts `fuzz-…`: each runs a fuzz target of `ci/fuzz` for a while
+//! (`docs/decisions/0004-fuzzing.md`).
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -12,8 +13,9 @@ use barlink_sandbox::builds::{NATIVE_TARGET, cargo, repository, target_folder};
 use barlink_sandbox::host;
 use barlink_sandbox::steps::Steps;
 
-/// What the compiler is told, so that the fuzzer sees which code an input reaches and what it is compared with: LLVM's
-/// part of what nightly's `-Zsanitizer` and cargo-fuzz would say, every flag of it stable.
+/// Flags of the compiler that show the fuzzer which code an input reaches and which values it is
+/// compared with. They are LLVM's part of the flags that nightly's `-Zsanitizer` and cargo-fuzz
+/// set. All of them are stable.
 const INSTRUMENTATION: [&str; 5] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
@@ -21,10 +23,11 @@ const INSTRUMENTATION: [&str; 5] = [
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
 ];
-/// Seconds after which one input is a finding of its own: no call may take long, whatever the other side does.
+/// Time limit of one input, in seconds. A longer run is a finding, because no call may take long,
+/// independent of the other side.
 const PATIENCE: u64 = 10;
 
-/// The targets that there are: a file each.
+/// Returns the names of the targets. Each target is a file.
 pub fn targets() -> Result<Vec<String>> {
     let folder = repository().join("ci/fuzz/src/bin");
     let mut targets = Vec::new();
@@ -37,14 +40,14 @@ pub fn targets() -> Result<Vec<String>> {
     Ok(targets)
 }
 
-/// The folder that all of it is built and found in.
+/// Returns the folder for all builds and results.
 fn folder() -> Result<PathBuf> {
     let folder = target_folder()?.join("fuzz");
     fs::create_dir_all(&folder)?;
     Ok(folder)
 }
 
-/// Builds the targets, instrumented.
+/// Builds the targets with instrumentation.
 pub fn build() -> Result<()> {
     let folder = folder()?;
     let steps = Steps::start(&folder.join("log"))?;
@@ -54,17 +57,17 @@ pub fn build() -> Result<()> {
     steps.step("building the fuzz targets", || {
         let mut command = cargo("build");
         command.args(["--manifest-path=ci/fuzz/Cargo.toml", "--release", "--bins"]);
-        // With a target named, the flags are not for what runs in the build itself.
+        // With a named target, cargo does not apply the flags to build scripts.
         command.arg(format!("--target={NATIVE_TARGET}"));
         command.arg("--target-dir").arg(&folder);
-        // Of all ways to give flags this one outranks the others.
+        // This variable takes precedence over all other ways to set flags.
         command.env("CARGO_ENCODED_RUSTFLAGS", INSTRUMENTATION.join("\x1f"));
         steps.run(&mut command)
     })
 }
 
-/// Runs a target that is built: over the inputs that are kept in the tree, those that earlier runs have found, and then new ones that
-/// follow from the seed. Gives how many it ran.
+/// Runs a target that is built: on the inputs in the tree, on the inputs that earlier runs have
+/// found, and then on new inputs that follow from the seed. Returns the number of inputs as text.
 ///
 /// # Errors
 ///
@@ -76,7 +79,7 @@ pub fn run(target: &str, seconds: u64, seed: u64) -> Result<String> {
     steps.step(&what, || run_target(target, &folder, seconds, seed))
 }
 
-/// Runs one target, and tells how far it came; fails with what it found.
+/// Runs one target, and returns the number of inputs as text. The error describes the finding.
 fn run_target(target: &str, folder: &Path, seconds: u64, seed: u64) -> Result<String> {
     let program = folder.join(NATIVE_TARGET).join("release").join(target);
     let found = folder.join("corpus").join(target);
@@ -85,14 +88,14 @@ fn run_target(target: &str, folder: &Path, seconds: u64, seed: u64) -> Result<St
     fs::create_dir_all(&found)?;
     fs::create_dir_all(&findings)?;
     let mut command = Command::new(&program);
-    // What it finds goes to the first folder.
+    // libFuzzer writes new inputs to the first folder.
     command.arg(found).arg(kept(target));
     let words = repository().join(format!("ci/fuzz/words/{target}"));
     if words.is_file() {
         command.arg(format!("-dict={}", words.display()));
     }
     command.arg(format!("-max_total_time={seconds}"));
-    // 0 would be one from the clock, and more than 32 bits are no seed.
+    // libFuzzer takes the seed 0 for a seed from the clock, and does not accept more than 32 bits.
     command.arg(format!("-seed={}", seed % u64::from(u32::MAX) + 1));
     command.arg(format!("-timeout={PATIENCE}"));
     command.arg(format!("-artifact_prefix={}/", findings.display()));
@@ -111,12 +114,12 @@ fn run_target(target: &str, folder: &Path, seconds: u64, seed: u64) -> Result<St
     Ok(format!("{} inputs", figure("number_of_executed_units")?))
 }
 
-/// The inputs of a target that are kept in the tree.
+/// Returns the folder with the inputs of a target in the tree.
 fn kept(target: &str) -> PathBuf {
     repository().join("ci/fuzz/corpus").join(target)
 }
 
-/// A figure that libFuzzer prints at its end, as `stat::NAME: 12`.
+/// Returns a number that libFuzzer prints at its end, as `stat::NAME: 12`.
 fn figure<'a>(log: &'a str, name: &str) -> Option<&'a str> {
     let mut lines = log.lines();
     lines.find_map(|line| {
@@ -129,10 +132,10 @@ fn figure<'a>(log: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-/// What a target found, by its log: what failed, and how to see it again.
+/// Describes the finding of a target from its log: the failure, and the command that repeats it.
 fn describe(text: &str, program: &Path, log: &Path) -> String {
     let mut told = Vec::new();
-    // A panic's place, and on the next line its message.
+    // A panic's location, and on the next line its message.
     let panic = text
         .lines()
         .skip_while(|line| !line.contains("panicked at"));

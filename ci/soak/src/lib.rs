@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask soak`: parts that repeat, break and fuzz for as long as they are given.
+//! `cargo xtask soak`: runs parts that repeat, break and fuzz, once each or until a given time is
+//! used up.
 //!
 //! | file | its one job |
 //! |---|---|
@@ -8,7 +9,7 @@
 //! | `draw.rs` | draws parts that fit into the time left |
 //! | `session.rs` | builds the needs of a part, and runs it |
 //! | `table.rs` | the table of results |
-//! | `crash/` | faults while records flow, and the count of what is lost |
+//! | `crash/` | faults while records flow, and counts of lost and repeated records |
 //! | `fuzz.rs` | the fuzz targets of `ci/fuzz` |
 //! | `mutation.rs` | faults in the code itself, which tests must find |
 
@@ -35,7 +36,7 @@ use self::table::Table;
 /// Options of `cargo xtask soak`.
 #[derive(Args, Debug)]
 pub struct SoakArgs {
-    /// Run only parts whose names hold one of these texts [default: all]
+    /// Run only parts whose names contain one of these texts [default: all]
     #[arg(value_name = "NAME")]
     names: Vec<String>,
 
@@ -47,7 +48,7 @@ pub struct SoakArgs {
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
 
-    /// Name the parts, and run none
+    /// List the parts, and run none
     #[arg(long)]
     list: bool,
 
@@ -55,7 +56,8 @@ pub struct SoakArgs {
     #[arg(long, value_name = "N", default_value_t = 200, conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
 
-    /// Do only faults whose names hold this in the parts `crash-…`, say `broker killed`
+    /// In the parts `crash-…`, do only faults whose names contain this text, for example `broker
+    /// killed`
     #[arg(long, value_name = "TEXT")]
     fault: Option<String>,
 
@@ -71,7 +73,7 @@ pub struct SoakArgs {
 /// Runs the parts and prints the table of results.
 pub fn run(args: &SoakArgs) -> Result<ExitCode> {
     let all = part::all()?;
-    // A whole name means that part alone, and not those that hold it as well.
+    // A whole name selects that part alone, and not other parts that contain it.
     let is_whole = |name: &String| all.iter().any(|part| part.name == *name);
     let wanted = |part: &Part| {
         let mut names = args.names.iter();
@@ -128,7 +130,7 @@ pub fn run(args: &SoakArgs) -> Result<ExitCode> {
     Ok(table.exit_code())
 }
 
-/// A seed that is short enough to be typed.
+/// Returns a seed from the clock with at most nine digits, which is short enough to be typed.
 fn fresh_seed() -> Result<u64> {
     Ok(SystemTime::UNIX_EPOCH.elapsed()?.as_micros() as u64 % 1_000_000_000)
 }

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask soak`: see the library.
+//! The program behind `cargo xtask soak`: see the library.
 
 use std::process::ExitCode;
 
 use barlink_soak::{SoakArgs, run};
 use clap::Parser;
 
-/// Repeats, breaks and fuzzes, in parts: long loops, crashes, fuzzing, packages, the bench, and mutations
+/// Repeats, breaks and fuzzes, in parts: long loops, crashes, fuzzing, packages, the bench, and
+/// mutations
 ///
-/// Without a time, all parts are run, which takes two to three hours; with one, parts are drawn by the seed until it is used up.
+/// Without `--minutes` all parts are run, which takes two to three hours; with it, parts are drawn
+/// by the seed until the time is used up.
 #[derive(Parser)]
 #[command(
     bin_name = "cargo xtask soak",

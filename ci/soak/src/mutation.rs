@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The parts `mutations-…`: faults in the code itself. Each is written into a copy of the tree, the
-//! part that it changes is built from the copy, and the tests that must find it run with that part.
+//! The parts `mutations-…`: faults in the code itself. Each fault is written into a copy of the
+//! tree. The part that it changes is built from the copy, and the tests that must find it run with
+//! that part.
 
 mod copy;
 
@@ -12,17 +13,17 @@ use barlink_sandbox::nextest::{Nextest, Report};
 
 use self::copy::Copied;
 
-/// How the tests run: as `cargo xtask test` runs them, which must find every fault.
+/// The nextest profile of the tests: that of `cargo xtask test`, which must find every fault.
 const PROFILE: &str = "default";
 
-/// A fault.
+/// A fault in the code.
 #[derive(Debug)]
 pub struct Mutation {
     /// Its name, without spaces.
     pub name: &'static str,
     /// The behaviour of the code that has the fault.
     pub about: &'static str,
-    /// Seconds that it takes on two cores, if nothing is built yet.
+    /// Estimated time on two cores in seconds, if nothing is built yet.
     pub seconds: u64,
     /// The file that is changed.
     file: &'static str,
@@ -34,8 +35,8 @@ pub struct Mutation {
     part: Changed,
     /// The tests that must fail: the ID of the binary, and the name of the test.
     found_by: &'static [(&'static str, &'static str)],
-    /// A test that the fault does not touch. It must pass, so that a build that does not work at
-    /// all is no success.
+    /// A test that the fault does not affect. It must pass, because a build in which nothing works
+    /// would otherwise count as a success.
     untouched: (&'static str, &'static str),
 }
 
@@ -52,12 +53,12 @@ enum Changed {
     Protocol,
 }
 
-/// Binaries of tests.
+/// IDs of test binaries.
 const DRIVER: &str = "barlink-vm-tests::driver";
 const TRANSPORTS: &str = "barlink-vm-tests::transports";
 const CHANNELS: &str = "barlink-protocol::channels";
 
-/// All of them.
+/// All mutations.
 pub const ALL: [Mutation; 7] = [
     Mutation {
         name: "host-does-not-ring",
@@ -117,8 +118,8 @@ pub const ALL: [Mutation; 7] = [
         about: "the driver does not free the memory of a DMA buffer",
         seconds: 60,
         file: "guest-driver/coherent.rs",
-        from: "        // SAFETY: By the invariant this was allocated so, and the device is still bound;",
-        to: "        if self.size > 0 {\n            return;\n        }\n        // SAFETY: By the invariant this was allocated so, and the device is still bound;",
+        from: "        unsafe {\n            bindings::dma_free_attrs(",
+        to: "        unsafe {\n            if self.size > 0 {\n                return;\n            }\n            bindings::dma_free_attrs(",
         part: Changed::Driver,
         found_by: &[(DRIVER, "ivshmem::driver::buffer")],
         untouched: (DRIVER, "ivshmem::driver::doorbells"),
@@ -162,7 +163,7 @@ pub const ALL: [Mutation; 7] = [
     },
 ];
 
-/// Runs the tests of a mutation: how many found it.
+/// Runs the tests of a mutation. Returns the number of tests that found it, as text.
 ///
 /// # Errors
 ///
@@ -193,21 +194,22 @@ fn test(
     };
     let artifacts = artifacts.with(part, &copied.folder().join("vm"))?;
     let mut command = nextest.command(PROFILE);
-    // Failures are what is wanted, so nextest shows none of their output.
+    // Failures are expected, so nextest does not show their output.
     command.args(["--failure-output=never", "--filterset", &filter]);
     command.envs(artifacts.environment()?);
     command.env(tier::VARIABLE, Tier::Test.to_string());
     nextest.run(&mut command, PROFILE)
 }
 
-/// The expression of cargo-nextest that chooses the tests of a mutation.
+/// Returns the expression of cargo-nextest that chooses the tests of a mutation.
 fn filter(mutation: &Mutation) -> String {
     let tests = mutation.found_by.iter().chain([&mutation.untouched]);
     let terms = tests.map(|(binary, test)| format!("(binary_id(={binary}) & test(={test}))"));
     terms.collect::<Vec<_>>().join(" | ")
 }
 
-/// Whether each test did as it must: how many failed.
+/// Checks that each test failed or passed as it must. Returns the number of tests that failed, as
+/// text.
 fn judge(mutation: &Mutation, report: &Report) -> Result<String> {
     let name = mutation.name;
     let failed = |(binary, test): &(&str, &str)| -> Result<bool> {
@@ -237,7 +239,7 @@ mod tests {
 
     use super::*;
 
-    /// A report in which these tests failed, and all others of a mutation passed.
+    /// Returns a report in which these tests failed and all others of a mutation passed.
     fn report(mutation: &Mutation, failing: &[(&str, &str)]) -> Report {
         let name = |(binary, test): &(&str, &str)| format!("{binary} {test}");
         let all = mutation.found_by.iter().chain([&mutation.untouched]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The parts that there are.
+//! The list of parts.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ pub struct Part {
     pub name: String,
     /// A short description.
     pub about: String,
-    /// How long it takes on two cores without KVM, what is built for it included.
+    /// Estimated time on two cores without KVM, with the builds that it needs.
     pub estimate: Duration,
     /// The work of the part.
     pub work: Work,
@@ -29,7 +29,7 @@ pub enum Work {
     /// Runs tests in the depth of [`Tier::Soak`](barlink_driver_checks::tier::Tier::Soak), chosen
     /// by an expression of cargo-nextest.
     Tests(String),
-    /// Does faults while records flow.
+    /// Causes faults while records flow.
     Crash(Transport),
     /// Fuzzes a target.
     Fuzz(String),
@@ -37,8 +37,8 @@ pub enum Work {
     Mutation(&'static Mutation),
 }
 
-/// The long loops of the driver's checks: what a part is called, the check, and how many seconds it
-/// takes at the most.
+/// The long loops of the driver's checks: the name of the part, the check, a description, and the
+/// longest time in seconds.
 const LOOPS: [(&str, &str, &str, u64); 7] = [
     (
         "comings",
@@ -84,7 +84,7 @@ const LOOPS: [(&str, &str, &str, u64); 7] = [
     ),
 ];
 
-/// All parts.
+/// Returns all parts.
 ///
 /// # Errors
 ///

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Builds the needs of a part, once, and runs it.
+//! A session builds the needs of a part, once, and runs it.
 
 use anyhow::{Context, Result, ensure};
 use barlink_driver_checks::tier::{self, Tier};
@@ -11,7 +11,7 @@ use barlink_sandbox::setup;
 use crate::part::{Part, Work};
 use crate::{SoakArgs, crash, fuzz, mutation};
 
-/// How tests are run: a profile of `.config/nextest.toml`.
+/// The profile of `.config/nextest.toml` for tests.
 pub const PROFILE: &str = "soak";
 
 /// State that the parts of one run share.
@@ -25,7 +25,7 @@ pub struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// A session in which nothing is built yet.
+    /// Creates a session in which nothing is built yet.
     pub fn new(args: &'a SoakArgs, seed: u64) -> Self {
         Self {
             args,
@@ -36,7 +36,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Runs a part to its end: what was done, in a few words.
+    /// Runs a part to its end. Returns a short text about the work that was done.
     ///
     /// # Errors
     ///
@@ -47,7 +47,7 @@ impl<'a> Session<'a> {
             Work::Crash(transport) => {
                 let (rounds, fault) = (self.args.rounds, self.args.fault.as_deref());
                 let seed = self.seed;
-                // Before what takes long.
+                // The choice of faults can fail, so it comes before the builds, which take long.
                 let faults = crash::chosen(*transport, fault)?;
                 let artifacts = self.crash()?;
                 let report = crash::crash(artifacts, *transport, &faults, rounds as usize, seed)?;
@@ -83,7 +83,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// The tests, and what they need.
+    /// Returns the tests and the artifacts that they need. Builds them in the first call.
     fn tests(&mut self) -> Result<(&Nextest, &Artifacts)> {
         if self.tests.is_none() {
             let artifacts = self.build(Programs::TEST)?;

@@ -11,10 +11,10 @@ use anyhow::Result;
 use crate::SoakArgs;
 use crate::part::{Part, Work};
 
-/// See the module.
+/// The table of results.
 #[derive(Debug)]
 pub struct Table {
-    /// Options that every repetition has.
+    /// The options that repeat each part of this run.
     options: String,
     rounds: u64,
     fault: Option<String>,
@@ -26,7 +26,7 @@ pub struct Table {
 #[derive(Debug)]
 struct Row {
     part: String,
-    /// The command that repeats it.
+    /// The command that repeats the part.
     again: String,
     time: Duration,
     /// The work that was done, such as `200 rounds`; `None` for a failure.
@@ -34,7 +34,7 @@ struct Row {
 }
 
 impl Table {
-    /// Makes a table without rows.
+    /// Creates a table without rows.
     pub fn new(args: &SoakArgs, seed: u64) -> Self {
         let mut options = format!("--seed {seed}");
         for (name, value) in args.vm.environment() {
@@ -73,13 +73,13 @@ impl Table {
         });
     }
 
-    /// Adds the parts that there was no time for.
+    /// Adds the parts for which no time was left.
     pub fn leave_out(&mut self, parts: &[Part]) {
         self.left_out
             .extend(parts.iter().map(|part| part.name.clone()));
     }
 
-    /// Success if no part failed.
+    /// Returns success if no part failed.
     pub fn exit_code(&self) -> ExitCode {
         match self.failed() {
             0 => ExitCode::SUCCESS,

@@ -1,8 +1,9 @@
-//! The devices of the VM, and what they are made of on the host.
+//! The devices of the VM, and their memory and brokers on the host.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -17,32 +18,50 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Signal;
 use serde_json::json;
 
-/// What machine the VM is.
+/// The kind of machine that the VM is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Machine {
-    /// Like a user's: q35, whose devices are behind PCI Express root ports.
+    /// A machine like a user's: q35, with the devices behind PCI Express root ports.
     Usual,
-    /// The same with an IOMMU, for [`barlink_driver_checks::BEHIND_AN_IOMMU`].
+    /// The usual machine with an IOMMU, for [`barlink_driver_checks::BEHIND_AN_IOMMU`].
     BehindAnIommu,
-    /// One that sleeps in ACPI's S3 any number of times, for [`barlink_driver_checks::SLEEPING`]:
-    /// QEMU's older one, with PCI bridges, and with one processor, since under TCG a second one at
-    /// times does not start in the ten seconds for which Linux waits.
+    /// A machine that can sleep in ACPI's S3 any number of times, for
+    /// [`barlink_driver_checks::SLEEPING`]: QEMU's older `pc`, with PCI bridges. It has one
+    /// processor because a second one at times does not start under TCG within the ten seconds for
+    /// which Linux waits.
     Sleeper,
 }
 
-/// The devices of some regions. They have to outlive the VM.
+/// The devices of some regions. This must outlive the VM.
 pub struct Devices {
-    /// The VM that has them.
+    /// The configuration of the VM that has the devices.
     pub config: Config,
     taps: HashMap<Region, Arc<Tap>>,
-    brokers: HashMap<Region, Arc<Broker>>,
+    brokers: HashMap<Region, Arc<Served>>,
     transport: Transport,
     machine: Machine,
 }
 
+/// A broker that a check can pause.
+struct Served {
+    broker: Broker,
+    /// The number of pauses so far.
+    pauses: AtomicU32,
+}
+
+impl Served {
+    /// Resumes the broker from the pause with this number, if no later pause has begun.
+    fn go_on(&self, pause: u32) -> Result<()> {
+        if self.pauses.load(Ordering::Acquire) == pause {
+            self.broker.signal(Signal::CONT)?;
+        }
+        Ok(())
+    }
+}
+
 impl Devices {
-    /// Starts the brokers of these regions, and makes the other memory. The devices with vectors
-    /// are over this transport.
+    /// Starts the brokers of these regions, and creates the memory of the regions without a broker.
+    /// The devices with vectors use this transport.
     pub fn new(transport: Transport, machine: Machine, regions: &[Region]) -> Result<Self> {
         let mut config = Config {
             iommu: machine == Machine::BehindAnIommu,
@@ -67,40 +86,41 @@ impl Devices {
         Ok(devices)
     }
 
-    /// Whether devices can be pulled out at all.
+    /// Returns whether devices of this transport can be unplugged at all.
     pub fn unplug_at_all(&self) -> bool {
         unplugs(self.transport)
     }
 
-    /// The host's hand on a region.
+    /// Returns the host's access to a region.
     pub fn tap(&self, region: Region) -> Result<&Arc<Tap>> {
         let tap = self.taps.get(&region);
         tap.with_context(|| format!("there is no {region:?}"))
     }
 
-    /// Stops the broker of a region.
+    /// Stops the broker of a region with SIGSTOP.
     pub fn pause(&self, region: Region) -> Result<()> {
-        let broker = self.brokers.get(&region).context("no broker")?;
-        broker.signal(Signal::STOP)
+        let served = self.brokers.get(&region).context("no broker")?;
+        served.pauses.fetch_add(1, Ordering::AcqRel);
+        served.broker.signal(Signal::STOP)
     }
 
-    /// Has it go on after this time.
+    /// Resumes the broker of a region after a delay, unless it is stopped again before.
     pub fn go_on(&self, region: Region, after: Duration) -> Result<()> {
-        // The thread does not keep the broker, which ends with the test.
-        let broker = Arc::downgrade(self.brokers.get(&region).context("no broker")?);
+        let served = self.brokers.get(&region).context("no broker")?;
+        let pause = served.pauses.load(Ordering::Acquire);
+        // The thread holds a weak reference, so that the broker ends with the test.
+        let served = Arc::downgrade(served);
         thread::spawn(move || {
             thread::sleep(after);
-            if let Some(broker) = broker.upgrade() {
-                // It may have ended.
-                let _ = broker.signal(Signal::CONT);
-            }
+            // The broker may have ended.
+            let _ = served.upgrade().map(|served| served.go_on(pause));
         });
         Ok(())
     }
 
-    /// Plugs in the device of a region, as `barlink qemu-args` has it.
+    /// Plugs in the device of a region, with the arguments that `barlink qemu-args` prints.
     pub fn plug(&self, vm: &Vm, region: Region) -> Result<()> {
-        let broker = self.brokers.get(&region).context("no broker")?;
+        let broker = &self.brokers.get(&region).context("no broker")?.broker;
         let address = json!({ "type": "unix", "data": { "path": broker.socket(region.facts().slot as usize) } });
         let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
         vm.qmp(
@@ -123,7 +143,7 @@ impl Devices {
         vm.plug(&device)
     }
 
-    /// Has the guest let go of that device, and pulls it out.
+    /// Requests the guest to release the device of a region, and unplugs it.
     pub fn unplug(&self, vm: &Vm, region: Region) -> Result<()> {
         vm.unplug(&id(region))?;
         vm.qmp("chardev-remove", &json!({ "id": socket(region) }))?;
@@ -144,8 +164,8 @@ impl Devices {
                 self.config.arguments.extend(arguments);
             }
             Region::Plain => {
-                // The memory is what a broker made of it, and the broker has no part in it any
-                // more.
+                // A broker has written the superblock. The broker has no further part in this
+                // memory.
                 self.serve(region, Transport::Ivshmem)?;
                 let words = region.facts().size as usize / 8;
                 let words = self.tap(region)?.load(0, words)?;
@@ -161,8 +181,8 @@ impl Devices {
         Ok(())
     }
 
-    /// Starts the broker of a region, with the VM's slot over this transport. The host taps a slot
-    /// of ivshmem, which over another transport is not the VM's.
+    /// Starts the broker of a region, with the VM's slot over this transport. The host takes its
+    /// tap from the first slot over ivshmem, because a tap uses ivshmem's protocol.
     fn serve(&mut self, region: Region, transport: Transport) -> Result<&Broker> {
         let facts = region.facts();
         let mut options = vec![
@@ -180,15 +200,19 @@ impl Devices {
         let tap = Tap::before_the_vm(&broker, tapped, facts.slots, facts.vectors)?;
         self.taps.insert(region, Arc::new(tap));
         self.config.paths.push(broker.folder().to_owned());
-        let entry = self.brokers.entry(region);
-        Ok(entry.insert_entry(Arc::new(broker)).into_mut())
+        let served = Served {
+            broker,
+            pauses: AtomicU32::new(0),
+        };
+        let entry = self.brokers.entry(region).insert_entry(Arc::new(served));
+        Ok(&entry.into_mut().broker)
     }
 
     /// Adds a device over memory of its own, which begins with these words and is zero otherwise.
     fn keep(&mut self, region: Region, chassis: usize, words: &[u64]) -> Result<()> {
         let (size, id) = (region.facts().size, id(region));
-        // Where a VM has a device over vhost-user, its broker is given this memory, too, and
-        // refuses what is not sealed.
+        // If the VM also has a device over vhost-user, QEMU passes this memory to that device's
+        // broker. The broker rejects memory that is not sealed against shrinking.
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let memory = File::from(rustix::fs::memfd_create(&id, flags)?);
         memory.set_len(size)?;
@@ -207,14 +231,15 @@ impl Devices {
         Ok(())
     }
 
-    /// Adds a port with nothing behind it yet.
+    /// Adds a port whose slot is empty.
     fn add_port(&mut self, region: Region, chassis: usize) {
         let device = self.port_device(region, chassis);
         self.config.arguments.extend(["-device".to_owned(), device]);
     }
 
-    /// A port: a root port as `barlink qemu-args` has it, where there can be one. A bridge would
-    /// keep its first place, which is the device's, for the controller of hot-plugging (SHPC).
+    /// Returns the arguments of a port: a root port as `barlink qemu-args` prints it, or a bridge
+    /// for [`Machine::Sleeper`]. The bridge has no hot-plug controller (SHPC), which would take the
+    /// first place behind it, where the device belongs.
     fn port_device(&self, region: Region, chassis: usize) -> String {
         let port = port(region);
         match self.machine {
@@ -226,13 +251,13 @@ impl Devices {
     }
 }
 
-/// Whether devices of a transport can be pulled out of a VM: see
+/// Returns whether devices of a transport can be unplugged from a running VM: see
 /// [`barlink_driver_checks::UNPLUGGING`].
 pub fn unplugs(transport: Transport) -> bool {
     transport != Transport::VfioUser
 }
 
-/// What QEMU calls what belongs to a region.
+/// Returns QEMU's ID of the device of a region.
 fn id(region: Region) -> String {
     format!("{region:?}").to_lowercase()
 }

@@ -1,9 +1,10 @@
-//! The driver, checked from inside a guest, over each transport, and in part once more in a guest
-//! with an IOMMU.
+//! Tests of the driver from inside a guest, over each transport. Some checks run once more in a
+//! guest with an IOMMU.
 //!
-//! Each topic of `barlink-driver-checks` is a test: its checks run in one VM, one after the other,
-//! since a VM costs more than most checks. A check that fails leaves its VM in an unknown state, so
-//! the next check gets a new VM. In the tier of `cargo xtask soak` each check is a test of its own.
+//! Each topic of `barlink-driver-checks` is a test: its checks run one after the other in one VM,
+//! because a VM costs more than most checks. A check that fails leaves its VM in an unknown state,
+//! so the next check gets a new VM. In the tier of `cargo xtask soak` each check is a test of its
+//! own.
 
 mod devices;
 mod stage;
@@ -19,7 +20,7 @@ use libtest_mimic::{Arguments, Trial};
 use self::devices::Machine;
 use self::stage::Stage;
 
-/// What a check is run in.
+/// The transport and the machine that a check runs with.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Setting {
     transport: Transport,
@@ -27,7 +28,7 @@ struct Setting {
 }
 
 impl Setting {
-    /// What its tests are called: as in `ci/tests/transports/`.
+    /// Returns the module part of the test names, as in `ci/tests/transports/`.
     fn module(self) -> String {
         let name = self.transport.name().replace('-', "_");
         let driver = match self.machine {
@@ -37,7 +38,7 @@ impl Setting {
         format!("{name}::{driver}")
     }
 
-    /// Whether a check makes sense in it.
+    /// Returns whether a check applies to this setting.
     fn has(self, name: &str) -> bool {
         let unplugs = devices::unplugs(self.transport) || !UNPLUGGING.contains(&name);
         let pauses = self.transport != Transport::VfioUser || !PAUSING.contains(&name);
@@ -50,8 +51,8 @@ impl Setting {
     }
 }
 
-/// Runs checks one after the other, and prints what they measured. An error names each that failed,
-/// and why.
+/// Runs checks one after the other, and prints their measurements. The error names each check that
+/// failed, and the reason.
 fn check(setting: Setting, names: &[&str]) -> Result<()> {
     let mut stage = None;
     let mut failures = Vec::new();

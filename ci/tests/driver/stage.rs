@@ -1,4 +1,4 @@
-//! The VM that the checks run in, and the host's part in them.
+//! The VM that the checks run in, and the host's part in the checks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,21 +14,22 @@ use barlink_vm_tests::{LIMIT, Task};
 
 use crate::devices::{Devices, Machine};
 
-/// Has the kernel restart when it finds itself broken, instead of going on, which ends a QEMU that is not to reboot: so a
-/// check that breaks it fails at once.
+/// A shell command that makes the guest's kernel reboot on an oops. The reboot ends QEMU, so a
+/// check that breaks the kernel fails at once.
 const END_ON_OOPS: &str =
     "echo 1 >/proc/sys/kernel/panic_on_oops && echo -1 >/proc/sys/kernel/panic";
 
-/// From one press of a key to the next. A press that comes too early wakes nobody.
+/// Time from one key press to the next. A press before the guest sleeps has no effect, so it is
+/// repeated.
 const PRESS: Duration = Duration::from_millis(20);
 
-/// Limit of the time between two requests of a check. It is longer than the limits of the check's own waits, so that the check can
-/// say what it waited for.
+/// Limit of the time between two requests of a check. It is longer than the limits of the check's
+/// own waits, so that the check can report which event did not come.
 const CHECK_LIMIT: Duration = LIMIT.saturating_mul(2);
 
 /// A VM with its devices. The fields are dropped in this order.
 pub struct Stage {
-    /// What rings while a check does something else.
+    /// The work that rings or presses keys while a check does something else.
     background: Option<Background>,
     vm: Arc<Vm>,
     devices: Devices,
@@ -50,7 +51,7 @@ impl Stage {
         })
     }
 
-    /// Runs a check to its end: what it measured, or how it failed.
+    /// Runs a check to its end. Returns its measurements as text.
     pub fn check(&mut self, name: &str) -> Result<Vec<String>> {
         let tier = format!("{}={}", tier::VARIABLE, Tier::current());
         let process = self
@@ -144,7 +145,8 @@ impl Stage {
                 let after = Duration::from_millis(after.into());
                 self.devices.go_on(region, after)?;
             }
-            // Once it knows that it can go to sleep.
+            // `check` wakes the VM after it has sent the answer, because the guest goes to sleep
+            // only then.
             Request::Wake => (),
             Request::Unplugs => return Ok(Answer::Is(self.devices.unplug_at_all())),
             Request::Plug { region } => self.devices.plug(&self.vm, region)?,
@@ -154,11 +156,11 @@ impl Stage {
         Ok(Answer::Done)
     }
 
-    /// Answers rings of a vector of the host by as many of the VM's.
+    /// Answers rings of a vector of the host by as many rings of the same vector of the VM.
     fn echo(&self, region: Region, vector: u32) -> Result<Background> {
         let tap = Arc::clone(self.devices.tap(region)?);
         Ok(Background::start(move || {
-            // Short, since the end of it is noticed only then.
+            // The wait is short because the order to stop is checked between two waits.
             let rung = tap.wait(region.host(), vector, Duration::from_millis(10))?;
             if rung > 0 {
                 tap.ring(region.facts().slot, vector, rung)?;
@@ -167,20 +169,20 @@ impl Stage {
         }))
     }
 
-    /// Rings all vectors of the VM.
+    /// Rings all vectors of the VM, again and again.
     fn storm(&self, region: Region) -> Result<Background> {
         let tap = Arc::clone(self.devices.tap(region)?);
         Ok(Background::start(move || {
             for vector in 0..region.facts().vectors {
                 tap.ring(region.facts().slot, vector, 1)?;
             }
-            // The VM has no processor to itself, and must get somewhere.
+            // The pause leaves processor time to the VM.
             thread::sleep(Duration::from_micros(100));
             Ok(())
         }))
     }
 
-    /// Presses a key.
+    /// Presses a key of the VM, again and again.
     fn press(&self) -> Background {
         let vm = Arc::clone(&self.vm);
         Background::start(move || {
@@ -190,7 +192,7 @@ impl Stage {
     }
 }
 
-/// Work that is done over and over, until this is dropped.
+/// Work that a thread repeats until this is dropped.
 struct Background {
     ends: Arc<AtomicBool>,
     work: Option<Task<Result<()>>>,

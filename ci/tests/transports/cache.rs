@@ -1,5 +1,6 @@
-//! Cache modes: what is asked for, what a stock kernel grants where the BAR lies, and what both sides tell of it. TCG shows
-//! nothing of what a mode does.
+//! Cache modes: the modes that programs ask for, the modes that a stock kernel grants at the
+//! address of the BAR, and the reports of both sides. TCG does not show the effect of a mode on
+//! speed.
 
 use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
@@ -13,9 +14,10 @@ use serde_json::{Value, json};
 use super::TRANSPORT;
 use crate::support::*;
 
-/// The end of what lies below 4 GiB.
+/// End of the address space below 4 GiB, in bytes.
 const FOUR_GIB: u64 = 4 << 30;
-/// Each mode, as it is asked for, its name, and what is granted below 4 GiB. Above, all are granted.
+/// Each cache mode: the value of `--cache`, its name, and the mode granted below 4 GiB. Above 4 GiB
+/// the kernel grants each mode.
 const MODES: [(&str, &str, &str); 3] = [
     ("noncached", "uncached-minus", "uncached-minus"),
     ("write-combining", "write-combining", "write-combining"),
@@ -26,7 +28,8 @@ fn broker() -> Result<Broker> {
     Broker::start_over(Artifacts::shared()?, &[TRANSPORT], &["--size", "4M"])
 }
 
-/// A VM without the root port that `barlink qemu-args` prints: its device sits on the root bus.
+/// Returns the configuration of a VM without the root port that `barlink qemu-args` prints, so that
+/// its device is on the root bus.
 fn on_the_root_bus(broker: &Broker) -> Result<Config> {
     let mut config = broker.vm()?;
     let port = |word: &String| word.starts_with("pcie-root-port,");
@@ -45,15 +48,16 @@ fn boot_with(config: &Config) -> Result<Vm> {
     Ok(vm)
 }
 
-/// What `barlink-guest info` says, mapped like this, and what it writes to standard error.
+/// Returns the output of `barlink-guest info` with this cache mode, and its standard error.
 fn info(vm: &Vm, cache: &str) -> Result<(Value, String)> {
     let output = vm.run(["barlink-guest", "--cache", cache, "info", "--json"])?;
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     Ok((serde_json::from_str(&output.success()?)?, errors))
 }
 
-/// In each mode streams go both ways, and guest, host and the guest's kernel say the same of it. Whoever wants another mode is
-/// told who is in the way.
+/// Sends a stream both ways in each mode, and checks that guest, host and the guest's kernel report
+/// the same mode. A program that asks for another mode receives an error that names the process
+/// that has the region mapped.
 fn modes_are_what_is_granted(broker: &Broker, vm: &Vm, is_above: bool) -> Result<()> {
     let bytes = noise(3_000_003);
     for (cache, name, below) in MODES {
@@ -77,7 +81,7 @@ fn modes_are_what_is_granted(broker: &Broker, vm: &Vm, is_above: bool) -> Result
         let cure = Shortfall::BelowFourGib { address: start }.cure();
         assert_eq!(seen["cure"].as_str(), expected.map(|_| cure));
 
-        // All but the page of the only slot's driver.
+        // The mapping is the region without the page of the only slot's driver.
         let end = start + info["region_size"].as_u64().context("no size")? - 4096;
         let entry = format!("PAT: [mem {start:#018x}-{end:#018x}] {granted}\n");
         let list = vm.run(["cat", "/sys/kernel/debug/x86/pat_memtype_list"])?;
@@ -121,7 +125,7 @@ fn modes_above_4_gib_are_granted_and_auto_chooses_write_back() -> Result<()> {
     let broker = broker()?;
     let vm = guest(&broker)?;
     modes_are_what_is_granted(&broker, &vm, true)?;
-    // On a busy host one mode can seem slower than it is.
+    // On a busy host a mode can seem slower than it is, so `auto` has five tries.
     let mut tries = (0..5).map(|_| info(&vm, "auto"));
     let is_write_back = |tried: &Result<(Value, String)>| {
         let tried = tried
@@ -141,7 +145,7 @@ fn modes_above_4_gib_are_granted_and_auto_chooses_write_back() -> Result<()> {
         );
     }
     assert_eq!(info["cache"]["granted"], "write-back");
-    // Those that try modes at once come to terms, whoever is first.
+    // Several processes that try modes at once all succeed, in any order.
     let many = "pids=; for i in $(seq 12); do barlink-guest --cache auto info >/dev/null & pids=\"$pids $!\"; done; \
         for pid in $pids; do wait $pid || exit 1; done";
     vm.run(["sh", "-c", many])?.require_success()
@@ -205,7 +209,8 @@ fn each_cure_has_write_back_granted() -> Result<()> {
     Ok(())
 }
 
-/// What a process is granted holds until the last mapping is gone: also where its first one has ended.
+/// Shows that the granted mode holds until the last mapping is gone, even after the process that
+/// asked for it has ended.
 #[test]
 fn mode_stays_until_the_last_mapping_is_gone() -> Result<()> {
     let broker = broker()?;

@@ -1,4 +1,5 @@
-//! Channels between a real guest and host apps: streams both ways, ends that are killed, guests that come back.
+//! Channels between a real guest and host apps: streams both ways, killed ends, and guests that are
+//! reset or replaced.
 
 use std::fs;
 use std::io::Write;
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 use super::TRANSPORT;
 use crate::support::*;
 
-/// A host app that sends these bytes.
+/// Sends these bytes with a host app.
 fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
     let path = broker.folder().join("to-send");
     std::fs::write(&path, bytes)?;
@@ -28,7 +29,7 @@ fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The guest's device whose region is this large.
+/// Returns the guest's device whose region has this size in bytes.
 fn device(vm: &Vm, size: u64) -> Result<String> {
     for number in 0..2 {
         let device = format!("/dev/barlink{number}");
@@ -41,7 +42,8 @@ fn device(vm: &Vm, size: u64) -> Result<String> {
     bail!("no device with a region of {size} bytes");
 }
 
-/// Counts the context switches of a process. A process that wakes up has one more when it sleeps again.
+/// Counts the context switches of a process. A process that wakes up has one more when it sleeps
+/// again.
 fn switches(pid: u32) -> Result<u64> {
     let mut count = 0;
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -55,7 +57,7 @@ fn switches(pid: u32) -> Result<u64> {
     Ok(count)
 }
 
-/// The number of the VM's connection.
+/// Returns the number of the VM's connection.
 fn connection(broker: &Broker) -> Result<u64> {
     let vm = &broker.inspect()?["broker"]["slots"][0]["vm"];
     vm["connection"].as_u64().context("no VM")
@@ -90,8 +92,8 @@ fn guest_with_few_cpus_takes_as_many_vectors_as_it_gets() -> Result<()> {
     let info = vm.run(["barlink-guest", "info", "--json"])?.success()?;
     let info: Value = serde_json::from_str(&info)?;
     let vectors = info["vectors"].as_u64().context("no vectors")?;
-    // x86 has some 200 interrupt vectors for each CPU.
-    // By vhost-user there is one of them for all of a device's.
+    // x86 has some 200 interrupt vectors for each CPU. A device over vhost-user uses one of them
+    // for all its own vectors.
     let all = TRANSPORT == Transport::VhostUser;
     ensure!(
         (1..=256).contains(&vectors) && (vectors == 256) == all,
@@ -195,7 +197,7 @@ fn closed_pipes_end_guest_programs_without_a_word() -> Result<()> {
         "peek --length 1M",
         "peek --raw --length 1M",
     ] {
-        // `pipefail` is not in every shell: the first command's exit code goes through a file.
+        // Not each shell has `pipefail`, so the first command's exit code goes through a file.
         let script = format!(
             "(barlink-guest {command}; echo $? >/tmp/code) 2>/tmp/errors | true; cat /tmp/code /tmp/errors"
         );
@@ -214,12 +216,12 @@ fn closed_pipes_end_guest_programs_without_a_word() -> Result<()> {
 #[test]
 fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
-    // The guest's producer, in the middle of a stream.
+    // The guest's producer is killed in the middle of a stream.
     let producer = vm.spawn(["barlink-guest", "send"])?;
     producer.write(b"half")?;
     let receiver = receive(&broker, "up")?;
     wait_until("the first bytes arrive", || {
-        // Of two records: that a stream begins, and the bytes.
+        // Two records: the start of the stream, and the bytes.
         Ok(broker.inspect()?["channels"][0]["records"] == 2)
     })?;
     wait_until("they are released", || {
@@ -227,13 +229,13 @@ fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
     })?;
     producer.kill(Signal::KILL)?;
     assert_eq!(receiver.end()?, (Some(5), b"half".to_vec()));
-    // Its successor.
+    // The successor of the producer starts a new stream.
     let receiver = receive(&broker, "up")?;
     vm.run(["sh", "-c", "echo whole | barlink-guest send"])?
         .require_success()?;
     assert_eq!(receiver.bytes()?, b"whole\n");
 
-    // The host's producer.
+    // The host's producer is killed in the middle of a stream.
     let mut producer = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
     producer
         .stdin
@@ -251,7 +253,7 @@ fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
         String::from_utf8_lossy(&ended.stderr)
     );
 
-    // Again, and its consumer comes only when it has left.
+    // The host's producer is killed again, and the consumer comes only after that.
     let mut producer = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
     let mut input = producer.stdin.take().context("no input")?;
     input.write_all(b"half")?;
@@ -266,7 +268,7 @@ fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
         (Status::Code(5), &b"half"[..])
     );
 
-    // A consumer in the guest, with the stream waiting for the next one.
+    // A consumer in the guest is killed. The stream waits for the next consumer.
     let receiver = vm.spawn(["barlink-guest", "recv"])?;
     wait_for_holder(&broker, "down", "consumer", true)?;
     receiver.kill(Signal::KILL)?;
@@ -286,7 +288,7 @@ fn idle_stream_uses_no_processor_time() -> Result<()> {
         producer.write(b"tick")?;
         wait_until("the record arrives", || {
             let channel = &broker.inspect()?["channels"][0];
-            // The first record says that a stream begins.
+            // The first record is the start of the stream.
             Ok(channel["records"] == count + 1 && channel["fill"] == 0)
         })?;
     }
@@ -310,7 +312,7 @@ fn guest_that_is_reset_goes_on_with_a_new_epoch() -> Result<()> {
         Ok(json!({"epoch": guest["epoch"], "present": guest["present"]}))
     };
     assert_eq!(epoch(&broker)?, json!({"epoch": 1, "present": true}));
-    // Committed before the reset, received after it.
+    // These bytes are committed before the reset and received after it.
     send(&broker, "down", b"from before")?;
     vm.run(["sh", "-c", "echo from before | barlink-guest send"])?
         .require_success()?;
@@ -332,7 +334,7 @@ fn qemu_that_is_killed_is_followed_by_another_on_the_same_broker() -> Result<()>
     producer.write(b"half")?;
     wait_until("the first bytes are released", || {
         let channel = &broker.inspect()?["channels"][0];
-        // Of two records: that a stream begins, and the bytes.
+        // Two records: the start of the stream, and the bytes.
         Ok(channel["records"] == 2 && channel["fill"] == 0)
     })?;
     send(&broker, "down", b"for whoever comes")?;
@@ -347,7 +349,8 @@ fn qemu_that_is_killed_is_followed_by_another_on_the_same_broker() -> Result<()>
         Ok(broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
     })?;
     let vm = guest(&broker)?;
-    // Where the broker sees resets, they count as well, and a machine begins with one.
+    // Resets increase the number as well where the broker sees them, and a machine begins with a
+    // reset.
     ensure!(connection(&broker)? > before, "it is not told apart");
     assert_eq!(
         vm.run(["barlink-guest", "recv"])?.success()?,
@@ -363,7 +366,7 @@ fn qemu_that_is_killed_is_followed_by_another_on_the_same_broker() -> Result<()>
 #[test]
 fn unbound_device_ends_guest_apps_with_a_word() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
-    // One sleeps in a call, the other one mostly writes to the memory.
+    // The receiver sleeps in a call; the sender mostly writes to the memory.
     let apps = [
         vm.spawn(["barlink-guest", "recv"])?,
         vm.spawn(["barlink-guest", "send", "/dev/zero"])?,
@@ -378,7 +381,7 @@ fn unbound_device_ends_guest_apps_with_a_word() -> Result<()> {
         assert_eq!(ended.status, Status::Code(3), "{errors}");
         assert!(errors.contains("the device is gone"), "{errors}");
     }
-    // Its sender left in the middle of a stream.
+    // The sender left in the middle of a stream.
     assert_eq!(wait_for_end(&mut receiver, "the receiver")?.code(), Some(5));
     wait_for_holder(&broker, "down", "consumer", false)
 }
@@ -463,7 +466,7 @@ fn channel_that_drops_counts_and_does_not_wait() -> Result<()> {
         "4K",
         "/tmp/file",
     ];
-    // The end of the stream is no record to be dropped: it waits for the consumer.
+    // The end of the stream is not a record that can be dropped: the sender waits for the consumer.
     let sender = vm.spawn(send)?;
     wait_until("the channel overflows", || {
         Ok(broker.inspect()?["channels"][0]["dropped"].as_u64() > Some(200))

@@ -11,16 +11,17 @@ use barlink_vm::COMMAND_TIMEOUT;
 use super::TRANSPORT;
 use crate::support::*;
 
-/// How often a process has gone to sleep, by its `/proc/PID/status`.
+/// Returns how often a process has gone to sleep, from the text of its `/proc/PID/status`.
 fn sleeps(status: &str) -> Result<u64> {
     let mut lines = status.lines();
     let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
     Ok(count.context("no count of switches")?.trim().parse()?)
 }
 
-/// An end looks at the clock, at least once a second, until a ring from the other side has reached
-/// it. Afterwards it sleeps until it is rung. So an idle end that wakes up was not rung when
-/// records came.
+/// Counts the sleeps of idle ends, which show whether the other side rings. An end wakes up by a
+/// timer, at least once a second, until a ring from the other side has reached it. Afterwards it
+/// sleeps until it is rung. An idle end that still wakes up was therefore not rung when records
+/// came.
 #[test]
 fn idle_ends_sleep_until_rung() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
@@ -70,7 +71,7 @@ fn idle_ends_sleep_until_rung() -> Result<()> {
     let sent = "tick".repeat(ticks);
     assert_eq!(host_receiver.bytes()?, sent.as_bytes());
     assert_eq!(guest_receiver.wait(COMMAND_TIMEOUT)?.success()?, sent);
-    // At the end, so that no process is left.
+    // The checks come last, so that no process is left.
     ensure!(slept[0], "the host app was not rung by the guest");
     ensure!(slept[1], "the guest app was not rung by the host");
     Ok(())

@@ -1,4 +1,4 @@
-//! Over QEMU's ivshmem-doorbell.
+//! The conformance suite over QEMU's ivshmem-doorbell.
 
 use anyhow::Result;
 use barlink_vm::COMMAND_TIMEOUT;
@@ -20,7 +20,8 @@ mod mixed;
 #[path = "restart.rs"]
 mod restart;
 
-/// Doorbells go straight, too. By vfio-user they do not: `vm_outlives_its_broker_until_it_reboots`.
+/// Doorbells do not pass through the broker over ivshmem. They do over vfio-user:
+/// `vm_outlives_its_broker_until_it_reboots`.
 #[test]
 fn broker_that_dies_leaves_the_stream_running() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;

@@ -1,5 +1,6 @@
-//! The conformance suite: what a guest and host apps see of each other, the same over every transport. Each test runs over
-//! each, in a module of the transport's name. The driver's part of it is `ci/tests/driver/`.
+//! The conformance suite: what a guest and host apps see of each other is the same over every
+//! transport. Each test runs over each transport, in a module of the transport's name.
+//! `ci/tests/driver/` is the driver's part of the suite.
 
 mod ivshmem;
 mod resets;

@@ -1,4 +1,4 @@
-//! Two VMs at one broker, one over this transport and one over another.
+//! Two VMs of one broker, one over this transport and one over another.
 
 use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
@@ -9,7 +9,8 @@ use barlink_vm::{COMMAND_TIMEOUT, Config, Process, Vm};
 use super::TRANSPORT;
 use crate::support::*;
 
-/// Slot 0 is over this transport, slot 1 over another; the host streams with the VM in slot 1.
+/// Channels of slot 0, which is over this transport, and slot 1, which is over another. The host
+/// streams with the VM in slot 1.
 const CHANNELS: [&str; 4] = [
     "--channel=across=0-1,64K",
     "--channel=back=1-0,64K",
@@ -27,7 +28,7 @@ fn serve() -> Result<Broker> {
     Ok(broker)
 }
 
-/// A VM in a slot, with the driver loaded.
+/// Restores a VM in a slot, and loads the driver.
 fn guest_in(broker: &Broker, slot: usize) -> Result<Vm> {
     guest_with(&Config {
         arguments: broker.arguments(slot)?,
@@ -35,7 +36,7 @@ fn guest_in(broker: &Broker, slot: usize) -> Result<Vm> {
     })
 }
 
-/// One end of a stream over a channel in a guest, from a file or to one.
+/// Starts one end of a stream over a channel in a guest; `file` holds the arguments for its file.
 fn end(vm: &Vm, what: &str, channel: &str, file: &[&str]) -> Result<Process> {
     let words = ["barlink-guest", what, "--channel", channel];
     vm.spawn(words.into_iter().chain(file.iter().copied()))
@@ -70,7 +71,7 @@ fn vm_that_is_killed_leaves_the_stream_of_one_over_another_transport_alone() -> 
     let victim = guest_in(&broker, 0)?;
     let survivor = guest_in(&broker, 1)?;
     exchange([&victim, &survivor])?;
-    // The survivor is in the middle of a stream from the victim, and of one with the host besides.
+    // The survivor is in the middle of two streams: one from the victim, and one with the host.
     let sender = end(&victim, "send", "across", &["/dev/zero"])?;
     let receiver = end(&survivor, "recv", "across", &["-o", "/dev/null"])?;
     let records = || -> Result<u64> {
@@ -86,7 +87,8 @@ fn vm_that_is_killed_leaves_the_stream_of_one_over_another_transport_alone() -> 
         Ok(broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
     })?;
     stream.finish()?;
-    // A VM does not see another one go (protocol.md, section 3): it hears of it by the stream of the next one.
+    // A VM is not told that another VM is gone (protocol.md, section 3). It detects that by the
+    // stream of the next VM.
     ensure!(!receiver.has_ended(), "it waits for nobody");
     let next = guest_in(&broker, 0)?;
     let first = end(&next, "send", "across", &["/bin/busybox"])?;

@@ -1,4 +1,5 @@
-//! Guests with a device over each transport are reset, a few times or a hundred, while their processes have these open and mapped.
+//! Resets of guests with a device over each transport, once or a hundred times, while processes
+//! have the devices open and mapped.
 
 use std::time::{Duration, Instant};
 use std::{fs, iter, thread};
@@ -22,8 +23,9 @@ const CHANNELS: [&str; 6] = [
     "--channel=down2=host-2,64K",
 ];
 
-/// Sends a text through each device. Then has processes sleep in it, for what comes and for room, and one map it, touch it, and call,
-/// over and over; two of these through a second node.
+/// A shell script that uses each device. It sends a text through each device. Then one process
+/// sleeps until records come, one sleeps until there is room, and one maps the device, writes to it
+/// and makes calls, again and again. Two of these use a second device node.
 const USE: &str = "\
 for node in /dev/barlink*; do
     again=/tmp/${node##*/}
@@ -36,7 +38,7 @@ for node in /dev/barlink*; do
 done
 wait";
 
-/// Descriptors that the broker and QEMU have open.
+/// Returns the number of descriptors that the broker and QEMU have open.
 fn descriptors(broker: &Broker) -> Result<[usize; 2]> {
     let slots = &broker.inspect()?["broker"]["slots"];
     let qemu = slots[0]["vm"]["pid"].as_u64().context("no VM")?;
@@ -49,7 +51,7 @@ fn descriptors(broker: &Broker) -> Result<[usize; 2]> {
     Ok([count(broker)?, count(qemu)?])
 }
 
-/// Whether all threads of a process sleep.
+/// Returns whether all threads of a process sleep.
 fn is_asleep(process: u64) -> Result<bool> {
     for thread in fs::read_dir(format!("/proc/{process}/task"))? {
         // A thread may end meanwhile.
@@ -61,7 +63,8 @@ fn is_asleep(process: u64) -> Result<bool> {
     Ok(true)
 }
 
-/// Whether each end of the guest's is held, and each channel to the host is full.
+/// Returns whether the guest holds its end of each channel, and each channel to the host is more
+/// than half full.
 fn all_are_used(broker: &Broker) -> Result<bool> {
     let snapshot = broker.inspect()?;
     let channels = snapshot["channels"].as_array().context("no channels")?;
@@ -76,7 +79,7 @@ fn all_are_used(broker: &Broker) -> Result<bool> {
     }))
 }
 
-/// From the loading of the driver to the reset.
+/// Runs one round, from the loading of the driver to the reset.
 fn round(number: u32, broker: &Broker, vm: &Vm) -> Result<()> {
     load(vm)?;
     let channels = ["up0", "up1", "up2"];
@@ -91,7 +94,7 @@ fn round(number: u32, broker: &Broker, vm: &Vm) -> Result<()> {
         ensure!(bytes == format!("{text} over {slot}\n").as_bytes());
     }
     wait_until("all are used", || all_are_used(broker))?;
-    // Now at one moment of what they do, now at another.
+    // The reset comes at another moment of the processes' work in each of ten rounds.
     thread::sleep(Duration::from_millis(u64::from(number % 10) * 5));
     vm.reset()?;
     let complaint = complaint(&vm.console_log());
@@ -99,14 +102,14 @@ fn round(number: u32, broker: &Broker, vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// Resets a guest so often.
+/// Resets a guest this many times.
 fn reset(rounds: u32) -> Result<()> {
     let broker = Broker::start_over(Artifacts::shared()?, &Transport::ALL, &CHANNELS)?;
     let vm = Vm::restore(&broker.vm()?)?;
     let mut fewest = [usize::MAX; 2];
     for number in 0..rounds {
         round(number, &broker, &vm).with_context(|| format!("round {number}"))?;
-        // QEMU may still have to close something.
+        // QEMU may still have to close some descriptors.
         wait_until("no more descriptors than after the round before", || {
             let now = descriptors(&broker)?;
             let is_settled = iter::zip(now, fewest).all(|(now, before)| now <= before);
@@ -122,7 +125,7 @@ fn reset(rounds: u32) -> Result<()> {
 #[test]
 fn guests_are_reset_under_the_users_of_their_devices() -> Result<()> {
     let start = Instant::now();
-    // Two guests side by side, since most of a boot keeps one processor busy.
+    // Two guests run side by side, because most of a boot keeps one processor busy.
     let guests = rounds(&[1][..], &[50, 50]);
     thread::scope(|scope| {
         let resets: Vec<_> = guests

@@ -12,7 +12,8 @@ use serde_json::Value;
 use super::TRANSPORT;
 use crate::support::*;
 
-/// Changes the broker five times while bytes go down to the guest and come back, some between two changes.
+/// Changes the broker five times while bytes go down to the guest and come back. Records arrive
+/// between two changes.
 fn stream_through(
     broker: &mut Broker,
     vm: &Vm,
@@ -35,7 +36,7 @@ fn stream_through(
         );
     }
     stream.finish()?;
-    // Whoever comes now finds the region as it was.
+    // A program that attaches now finds the region as it was.
     ensure!(!vm_of(broker)?.is_null());
     vm.run(["barlink-guest", "poke", "written before"])?
         .require_success()?;
@@ -53,7 +54,7 @@ fn killed_broker_costs_no_record_and_host_apps_attach_again() -> Result<()> {
         broker.start_again()
     })?;
     ensure!(broker.log()?.matches("is still here").count() >= 5);
-    // The slot is this VM's until it leaves, and then another's.
+    // The slot belongs to this VM until it leaves, and is then free for another VM.
     drop(vm);
     wait_until("the slot is free", || Ok(vm_of(&broker)?.is_null()))?;
     guest(&broker)?;
@@ -77,10 +78,10 @@ fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
     kill(&mut app.app)?;
     broker.start_again()?;
     wait_for_holder(&broker, "up", "consumer", false)?;
-    // QEMU itself ends some time after what it runs in.
+    // QEMU itself ends some time after the sandbox in which it runs.
     wait_until("the VM is gone", || Ok(vm_of(&broker)?.is_null()))?;
     let vm = guest(&broker)?;
-    // The end and the slot can be taken again, and each sees that the other is new.
+    // The end and the slot can be taken again, and the new consumer receives the new VM's stream.
     let receiver = receive(&broker, "up")?;
     let sender = vm.spawn(["barlink-guest", "send"])?;
     sender.write(b"again")?;
@@ -113,7 +114,7 @@ fn manager_keeps_what_is_there_and_no_more() -> Result<()> {
     Ok(())
 }
 
-/// How many records were sent to the host.
+/// Returns the number of records that the guest has sent to the host.
 fn records(broker: &Broker) -> Result<u64> {
     let snapshot = broker.inspect()?;
     let channels = snapshot["channels"].as_array().context("no channels")?;
@@ -122,7 +123,7 @@ fn records(broker: &Broker) -> Result<u64> {
     records.context("no count")
 }
 
-/// Who is there, by the broker's own knowledge.
+/// Returns the slots and claims as the broker itself reports them.
 fn status(broker: &Broker) -> Result<Value> {
     let status = broker.inspect()?["broker"].clone();
     ensure!(status["slots"].is_array() && status["claims"].is_array());

@@ -1,4 +1,4 @@
-//! A vhost-user device that has the type of barlink's, and is not.
+//! A vhost-user device that has the virtio type of barlink's device, but is not one.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,16 +15,16 @@ use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-/// What makes it another device than barlink's.
+/// The property in which the device differs from barlink's.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Fault {
-    /// Its configuration space is another's.
+    /// Its configuration space has no magic number.
     Magic,
-    /// It is of another version.
+    /// Its configuration space has another version.
     Version,
     /// It has no shared memory.
     NoMemory,
-    /// Nothing is ever mapped into its shared memory.
+    /// It has shared memory, into which it never maps a file.
     NotMapped,
 }
 
@@ -36,7 +36,7 @@ impl Fault {
         Fault::NotMapped,
     ];
 
-    /// What the driver says.
+    /// Returns the message with which the driver declines the device.
     pub fn message(self) -> &'static str {
         match self {
             Fault::Magic => {
@@ -51,7 +51,7 @@ impl Fault {
     }
 }
 
-/// Serves one VM, and gives QEMU's arguments for it.
+/// Starts a thread that serves the device to one VM, and returns QEMU's arguments for it.
 pub fn start(folder: &Path, fault: Fault) -> Result<Vec<String>> {
     let path = socket(folder, fault);
     let mut listener = Listener::new(&path, true)?;

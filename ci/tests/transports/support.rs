@@ -1,4 +1,4 @@
-//! A VM at a broker, and host apps that stream.
+//! A VM with its broker, and host apps that stream.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -13,19 +13,19 @@ pub use barlink_vm_tests::wait_until;
 pub use barlink_vm_tests::{App, wait_for_end};
 use barlink_vm_tests::{Task, kill, read_all};
 
-/// A broker with these arguments, and a VM at its only slot with the driver loaded.
+/// Starts a broker with these arguments, and restores a VM in its only slot with the driver loaded.
 pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {
     let broker = Broker::start_over(Artifacts::shared()?, &[transport], arguments)?;
     let vm = guest(&broker)?;
     Ok((broker, vm))
 }
 
-/// A VM at a broker's slots with the driver loaded.
+/// Restores a VM in all slots of a broker, and loads the driver.
 pub fn guest(broker: &Broker) -> Result<Vm> {
     guest_with(&broker.vm()?)
 }
 
-/// A VM with these devices and the driver loaded.
+/// Restores a VM with this configuration, and loads the driver.
 pub fn guest_with(config: &Config) -> Result<Vm> {
     let vm = Vm::restore(config)?;
     load(&vm)?;
@@ -36,11 +36,11 @@ pub fn load(vm: &Vm) -> Result<()> {
     vm.run(["insmod", "/lib/barlink.ko"])?.require_success()
 }
 
-/// A shell's command that takes the first device from the driver, whatever bus it is on.
+/// A shell command that unbinds the first device from the driver, on any bus.
 pub const UNBIND: &str = "cd /sys/class/misc/barlink0/device && name=$(basename $(readlink -f .)) && \
     echo $name >driver/unbind";
 
-/// Bytes in which every place is different.
+/// Returns bytes in which no two aligned words of 4 bytes are equal.
 pub fn noise(length: usize) -> Vec<u8> {
     (0..length.div_ceil(4) as u32)
         .flat_map(|number| {
@@ -53,7 +53,7 @@ pub fn noise(length: usize) -> Vec<u8> {
         .collect()
 }
 
-/// A host app that receives. What it receives is taken from it as it comes, so that it never waits for us.
+/// A host app that receives. A thread reads its output, so that the app never waits for the test.
 pub struct Receiving {
     pub app: App,
     bytes: Task<std::io::Result<Vec<u8>>>,
@@ -68,7 +68,7 @@ pub fn receive(broker: &Broker, channel: &str) -> Result<Receiving> {
 }
 
 impl Receiving {
-    /// Its exit code, once it has ended, and what it received.
+    /// Waits until the app has ended, and returns its exit code and the bytes that it received.
     pub fn end(mut self) -> Result<(Option<i32>, Vec<u8>)> {
         let bytes = self.bytes.end();
         if bytes.is_err() {
@@ -78,7 +78,7 @@ impl Receiving {
         Ok((status.code(), bytes??))
     }
 
-    /// What it received, once it has ended well.
+    /// Waits until the app has ended with exit code 0, and returns the bytes that it received.
     pub fn bytes(self) -> Result<Vec<u8>> {
         let (code, bytes) = self.end()?;
         ensure!(code == Some(0), "the receiver ended with {code:?}");
@@ -86,7 +86,7 @@ impl Receiving {
     }
 }
 
-/// Bytes that go down to a guest, which sends them back, until it is finished.
+/// A stream that goes down to a guest and comes back until [`RoundTrip::finish`].
 pub struct RoundTrip {
     stop: Sender<()>,
     writer: Task<Result<Vec<u8>>>,
@@ -96,7 +96,7 @@ pub struct RoundTrip {
 }
 
 impl RoundTrip {
-    /// Has all its ends hold their channels, `down` and `up`.
+    /// Starts the stream, and waits until its consumers hold the channels `down` and `up`.
     pub fn start(broker: &Broker, vm: &Vm) -> Result<Self> {
         let echo = vm.spawn(["barlink-guest", "echo"])?;
         let receiver = receive(broker, "up")?;
@@ -104,13 +104,13 @@ impl RoundTrip {
         let mut input = sender.stdin.take().context("no input")?;
         wait_for_holder(broker, "down", "consumer", true)?;
         wait_for_holder(broker, "up", "consumer", true)?;
-        // Until it is told to stop, or nobody is left to tell it.
+        // The writer runs until `stop` is dropped.
         let (stop, stopped) = mpsc::channel::<()>();
         let writer = Task::start("the input of the round trip", move || {
             let mut written = Vec::new();
             let mut parts = 0;
             while stopped.recv_timeout(Duration::from_millis(5)) == Err(RecvTimeoutError::Timeout) {
-                // No two are of one length.
+                // All parts have different lengths.
                 let part = noise(100_000 + 4 * parts);
                 input.write_all(&part)?;
                 written.extend(part);
@@ -127,10 +127,11 @@ impl RoundTrip {
         })
     }
 
-    /// Ends it, and waits until all have come back, each once.
+    /// Ends the stream, and checks that all bytes have come back, each once.
     pub fn finish(mut self) -> Result<()> {
         drop(self.stop);
-        // First, since nobody else ends while there is no one to take what is sent.
+        // The receiver comes first, because the other ends wait for it while it does not take the
+        // bytes.
         let came = self.receiver.bytes();
         if came.is_err() {
             kill(&mut self.sender)?;
@@ -144,7 +145,7 @@ impl RoundTrip {
     }
 }
 
-/// Waits until a process of the guest holds an end of a channel, or none does.
+/// Waits until a process holds an end of a channel (`held`), or no process does.
 pub fn wait_for_holder(broker: &Broker, channel: &str, end: &str, held: bool) -> Result<()> {
     wait_until(&format!("the {end} of {channel}"), || {
         let snapshot = broker.inspect()?;

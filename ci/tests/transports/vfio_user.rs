@@ -1,4 +1,4 @@
-//! Over vfio-user.
+//! The conformance suite over vfio-user.
 #![expect(
     clippy::duplicate_mod,
     reason = "the same tests over another transport"

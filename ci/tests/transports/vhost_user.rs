@@ -1,4 +1,5 @@
-//! Over vhost-user. No broker follows another one there, so nothing of `restart.rs` holds.
+//! The conformance suite over vhost-user, without `restart.rs`: a broker over vhost-user has no
+//! successor while a VM is there.
 #![expect(
     clippy::duplicate_mod,
     reason = "the same tests over another transport"
@@ -26,7 +27,7 @@ mod idle;
 #[path = "mixed.rs"]
 mod mixed;
 
-/// A line of the guest's through a channel, and what the host makes of it.
+/// Sends a line from the guest through a channel, and checks that the host receives it.
 fn line(broker: &Broker, vm: &Vm, text: &str) -> Result<()> {
     let receiver = receive(broker, "up")?;
     let script = format!("echo {text} | barlink-guest send");
@@ -61,7 +62,7 @@ fn virtio_device_that_is_not_barlinks_is_declined() -> Result<()> {
     let bound = bound.success()?;
     ensure!(bound.matches("/dev/barlink").count() == 1, "{bound}");
     ensure!(bound.matches("virtio").count() == 2, "{bound}");
-    // The one that is barlink's is none the worse.
+    // The device that is barlink's is not affected.
     line(&broker, &vm, "whole")
 }
 
@@ -74,7 +75,7 @@ fn virtio_device_is_found_where_it_is() -> Result<()> {
     let script =
         format!("cat /sys/bus/pci/devices/{address}/vendor /sys/bus/pci/devices/{address}/device");
     ensure!(vm.run(["sh", "-c", &script])?.success()? == "0x1af4\n0x1046\n");
-    // Whoever else would use the region finds it taken.
+    // The driver has reserved the region, so that no other driver can use it.
     let memory = vm.run(["cat", "/proc/iomem"])?.success()?;
     let taken = memory.lines().find(|line| line.ends_with(" : barlink"));
     let (range, _) = taken
@@ -107,7 +108,7 @@ fn virtio_device_is_given_back_and_taken_again() -> Result<()> {
     line(&broker, &vm, "after")
 }
 
-/// By the function level reset of PCI, which takes queues and region away.
+/// Resets the device with the function level reset of PCI, which takes queues and region away.
 #[test]
 fn virtio_device_that_root_resets_is_gone_until_it_is_bound_anew() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
@@ -149,7 +150,8 @@ fn module_with_a_virtio_device_stays_while_it_is_used() -> Result<()> {
     line(&broker, &vm, "again")
 }
 
-/// The memory stays, and nobody hangs: what is rung is lost, and whoever sleeps can be killed.
+/// Shows that the memory stays usable, and that no program hangs for good: rings are lost, and a
+/// sleeping program can be killed.
 #[test]
 fn broker_that_dies_leaves_the_memory_and_nobody_hangs() -> Result<()> {
     let (mut broker, vm) = start(
@@ -170,13 +172,13 @@ fn broker_that_dies_leaves_the_memory_and_nobody_hangs() -> Result<()> {
     vm.run(["rmmod", "barlink"])?.require_success()
 }
 
-/// What a user is warned of: `docs/architecture.md`.
+/// Shows a limit that `docs/architecture.md` warns users of.
 #[test]
 fn guest_that_reboots_after_its_brokers_death_ends_its_qemu() -> Result<()> {
     let (mut broker, vm) = start(TRANSPORT, &[])?;
     line(&broker, &vm, "before")?;
     broker.kill()?;
-    // By then, or when the driver looks at the device.
+    // QEMU ends during the reset, or when the driver looks at the device.
     let rebooted = vm.reset().and_then(|()| load(&vm));
     rebooted.expect_err("QEMU lives on: tell the user so");
     let answer = vm.qmp("query-status", &json!({}));

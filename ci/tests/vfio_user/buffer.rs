@@ -1,4 +1,4 @@
-//! A DMA buffer that a guest's driver allocates, as the host sees it.
+//! A DMA buffer that a guest's driver allocates, as the host reads it.
 
 use anyhow::{Context, Result};
 use barlink_agent::Status;
@@ -9,16 +9,16 @@ use barlink_vm_tests::wait_until;
 use rustix::process::Signal;
 
 const SIZE: usize = 128 << 10;
-/// What a user is told who may not read a guest's memory.
+/// Part of the error that a user without access to a guest's memory receives.
 const FORBIDDEN: &str = "needs `barlink serve --vfio-user SOCKET --guest-memory`";
-/// And who may, where there is no buffer.
+/// Part of the error that a user with access receives while there is no buffer.
 const NONE: &str = "no DMA buffer";
 
 fn guest(arguments: &[&str]) -> Result<(Broker, Vm)> {
     guest_with(arguments, false)
 }
 
-/// A VM whose memory is shared, with the driver loaded.
+/// Restores a VM whose memory is shared, with the driver loaded.
 pub(super) fn guest_with(arguments: &[&str], iommu: bool) -> Result<(Broker, Vm)> {
     let arguments = [&["--size", "1M"], arguments].concat();
     let broker = Broker::start_over(Artifacts::shared()?, &[Transport::VfioUser], &arguments)?;
@@ -33,21 +33,22 @@ pub(super) fn guest_with(arguments: &[&str], iommu: bool) -> Result<(Broker, Vm)
     Ok((broker, vm))
 }
 
-/// So many bytes, of which no two words are alike.
+/// Returns `size` bytes in which no two aligned words of 8 bytes are equal. `size` is a multiple of
+/// 8.
 pub(super) fn pattern(size: usize) -> Vec<u8> {
     let words = 0..size as u64 / 8;
     let words = words.map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     words.flat_map(u64::to_le_bytes).collect()
 }
 
-/// The first bytes of the buffer, or why there are none.
+/// Returns the first bytes of the buffer, or an error with the reason why there are none.
 pub(super) fn peek(broker: &Broker, length: usize) -> Result<Vec<u8>> {
     let length = length.to_string();
     let arguments = ["peek", "--guest", "0", "--buffer", "--raw", "--length"];
     broker.run([&arguments[..], &[&length]].concat())
 }
 
-/// Waits until a user is told that there is none.
+/// Waits until the error for the buffer is that there is none.
 pub(super) fn wait_for_its_end(broker: &Broker) -> Result<()> {
     wait_until("the buffer is gone", || {
         let refused = peek(broker, 1).err();
@@ -80,7 +81,8 @@ fn host_reads_the_dma_buffer_of_a_guest() -> Result<()> {
         peek(&broker, SIZE)? == pattern,
         "the host sees something else"
     );
-    // It is where the guest says, and not a byte longer.
+    // The buffer is at the address that the guest prints, and has exactly the length that it
+    // prints.
     let buffer = broker.inspect()?["broker"]["slots"][0]["vm"]["buffer"].take();
     let address = buffer["address"].as_u64().context("no address")?;
     assert!(
@@ -93,7 +95,7 @@ fn host_reads_the_dma_buffer_of_a_guest() -> Result<()> {
     ];
     assert_eq!(broker.run(place)?, pattern[..64]);
     peek(&broker, SIZE + 1).expect_err("it ends there");
-    // There is one at a time, and none once its process is killed.
+    // A device has one buffer at a time, and none after the buffer's process is killed.
     let second = vm.run(["barlink-guest", "buffer"])?;
     assert_eq!(second.status, Status::Code(4), "{second:?}");
     process.kill(Signal::KILL)?;
@@ -101,7 +103,7 @@ fn host_reads_the_dma_buffer_of_a_guest() -> Result<()> {
     wait_for_its_end(&broker)?;
     let buffer = broker.inspect()?["broker"]["slots"][0]["vm"]["buffer"].take();
     assert!(buffer.is_null(), "{buffer}");
-    // The same when the device is taken from the driver, which a program that has one notices.
+    // The buffer also ends when the driver is unbound, and its process exits with an error.
     let process = vm.spawn(fill)?;
     process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
     assert_eq!(peek(&broker, 64)?, pattern[..64]);
@@ -114,7 +116,8 @@ fn host_reads_the_dma_buffer_of_a_guest() -> Result<()> {
     wait_for_its_end(&broker)
 }
 
-/// Suspends the guest to memory; then has the kernel look at the port anew by which commands come.
+/// Suspends the guest to memory. Then binds the virtio console again, because the kernel takes the
+/// host's end of the command port for closed after a suspend.
 const SUSPEND: &str = "echo deep >/sys/power/mem_sleep
     echo mem >/sys/power/state
     cd /sys/bus/virtio/drivers/virtio_console
@@ -125,7 +128,8 @@ fn device_is_told_of_the_buffer_again_after_a_suspend() -> Result<()> {
     suspend(false)
 }
 
-/// The IOMMU forgets all in the reset as well, and the guest's kernel sets it up again before it resumes any driver.
+/// Checks the same behind an IOMMU. The reset also clears the IOMMU, and the guest's kernel sets it
+/// up again before it resumes any driver.
 #[test]
 fn device_is_told_of_the_buffer_behind_an_iommu_again_after_a_suspend() -> Result<()> {
     suspend(true)
@@ -141,7 +145,8 @@ fn suspend(iommu: bool) -> Result<()> {
     let asleep = vm.spawn(["sh", "-c", SUSPEND])?;
     vm.wake()?;
     asleep.wait(COMMAND_TIMEOUT)?.require_success()?;
-    // The reset of the machine was one of the device, which forgot it; what waits for the driver's end saw none.
+    // The machine's reset was also a reset of the device, which forgot the buffer. The driver has
+    // announced the buffer again.
     assert_eq!(peek(&broker, 9)?, b"as it was");
     process.kill(Signal::KILL)?;
     process.wait(COMMAND_TIMEOUT)?;

@@ -1,4 +1,5 @@
-//! An IOMMU between the device and the guest's memory: what the guest maps is what the host reads, and nothing else.
+//! An IOMMU between the device and the guest's memory: the host reads exactly the memory that the
+//! guest maps for the device.
 
 use std::fs::{self, File};
 
@@ -12,14 +13,15 @@ use serde_json::json;
 use super::buffer::{guest_with, pattern, peek, wait_for_its_end};
 use super::{Setting, started};
 
-/// Of 2 MiB that the IOMMU maps at once where it can, and 256 pages that it maps one by one: more ranges than QEMU tells of otherwise.
+/// Size of the buffer in bytes: 2 MiB that the IOMMU maps as one page where it can, and 256 pages
+/// that it maps one by one. These are more ranges than QEMU reports otherwise.
 const SIZE: usize = 3 << 20;
 const PAGE: usize = 4096;
 
-/// Where the device is.
+/// Folder of the device in the guest's sysfs.
 const DEVICE: &str = "/sys/bus/pci/devices/0000:01:00.0";
 
-/// How many bytes of the guest's memory the host can read.
+/// Returns the number of bytes of the guest's memory that the host can read.
 fn readable(broker: &Broker) -> Result<u64> {
     let memory = &broker.inspect()?["broker"]["slots"][0]["vm"]["guest_memory"];
     memory["readable"].as_u64().context("no number")
@@ -29,7 +31,8 @@ fn read(vm: &Vm, path: &str) -> Result<String> {
     Ok(String::from_utf8(vm.get_file(path)?)?.trim().to_owned())
 }
 
-/// Has the guest fill a buffer with `/tmp/pattern`, and waits until it has: also its address.
+/// Starts a process in the guest that fills a buffer with `/tmp/pattern`, waits until the buffer is
+/// filled, and returns the process and the buffer's address.
 fn fill(vm: &Vm) -> Result<(Process, u64)> {
     let fill = "barlink-guest buffer --size 3M --file /tmp/pattern";
     let process = vm.spawn(fill.split(' '))?;
@@ -40,7 +43,8 @@ fn fill(vm: &Vm) -> Result<(Process, u64)> {
     Ok((process, u64::from_str_radix(digits, 16)?))
 }
 
-/// Where in the guest's memory the processor finds the pages of the buffer, by the page tables of the process that has it mapped.
+/// Returns the physical addresses of the buffer's pages as the guest's processor uses them, from
+/// the page table of the process that has the buffer mapped.
 fn frames(vm: &Vm) -> Result<Vec<u64>> {
     let process = vm.run(["pidof", "barlink-guest"])?.success()?;
     let process = process.trim();
@@ -59,7 +63,8 @@ fn frames(vm: &Vm) -> Result<Vec<u64>> {
     output.require_success()?;
     let (entries, _) = output.stdout.as_chunks();
     let entries = entries.iter().map(|entry| u64::from_le_bytes(*entry));
-    // The number of the frame, and a bit that says that there is one (`Documentation/admin-guide/mm/pagemap.rst`).
+    // An entry holds the number of a frame in bits 0 to 54; bit 63 means that a frame is present
+    // (`Documentation/admin-guide/mm/pagemap.rst`).
     let frames: Vec<_> = entries
         .filter(|entry| entry >> 63 == 1)
         .map(|entry| (entry & ((1 << 55) - 1)) * PAGE as u64)
@@ -68,7 +73,7 @@ fn frames(vm: &Vm) -> Result<Vec<u64>> {
     Ok(frames)
 }
 
-/// A page of the guest's memory, as QEMU finds it there.
+/// Returns a page of the guest's memory at a physical address, as QEMU saves it.
 fn physical(broker: &Broker, vm: &Vm, address: u64) -> Result<Vec<u8>> {
     let path = broker.folder().join("page");
     let save = json!({ "val": address, "size": PAGE, "filename": path.display().to_string() });
@@ -76,7 +81,8 @@ fn physical(broker: &Broker, vm: &Vm, address: u64) -> Result<Vec<u8>> {
     Ok(fs::read(path)?)
 }
 
-/// Sends bytes down to the guest, which sends them back, by sleeping ends that are rung: whether they all came.
+/// Sends bytes down to the guest, which sends them back, through ends that sleep and are rung.
+/// Returns whether all bytes came back.
 fn streams(broker: &Broker, vm: &Vm, bytes: &[u8]) -> Result<bool> {
     let path = |name| broker.folder().join(name);
     fs::write(path("down"), bytes)?;
@@ -96,14 +102,14 @@ fn streams(broker: &Broker, vm: &Vm, bytes: &[u8]) -> Result<bool> {
 #[test]
 fn host_reads_the_dma_buffer_of_a_guest_behind_an_iommu() -> Result<()> {
     let (mut broker, vm) = guest_with(&["--guest-memory"], true)?;
-    // The device's addresses are translated, and its interrupts remapped.
+    // The device's addresses are translated, and its interrupts are remapped.
     let kind = read(&vm, &format!("{DEVICE}/iommu_group/type"))?;
     assert!(["DMA", "DMA-FQ"].contains(&kind.as_str()), "{kind}");
     let interrupts = read(&vm, "/proc/interrupts")?;
     let ours = interrupts.lines().filter(|line| line.ends_with("barlink"));
     let remapped = ours.filter(|line| line.contains("IR-PCI-MSIX"));
     assert_eq!(remapped.count(), 3, "{interrupts}");
-    // So it has no memory at all, until the driver gives it some.
+    // The device therefore has no memory until the driver maps some for it.
     let by_address = |address: u64| {
         let at = address.to_string();
         let peek = ["peek", "--guest", "0", "--raw", "--length", "4096"];
@@ -118,7 +124,8 @@ fn host_reads_the_dma_buffer_of_a_guest_behind_an_iommu() -> Result<()> {
     assert_eq!(readable(&broker)?, SIZE as u64);
     assert!(peek(&broker, SIZE)? == pattern, "the host sees others");
     assert!(by_address(address)? == pattern[..PAGE]);
-    // There is no such memory. What is there for the device, is elsewhere for the processor.
+    // The guest has less memory than that, so this address exists only for the device. The
+    // processor uses other addresses for the same pages.
     assert!(address >= 256 << 20, "{address:#x}");
     let frames = frames(&vm)?;
     for index in [0, 1, 511, 512, 513, 600, SIZE / PAGE - 1] {
@@ -130,12 +137,13 @@ fn host_reads_the_dma_buffer_of_a_guest_behind_an_iommu() -> Result<()> {
         );
         by_address(frames[index]).expect_err("the device has no such address");
     }
-    // Channels have nothing to do with it, and a broker's successor knows each range.
+    // The IOMMU does not affect channels, and a broker's successor takes over all ranges.
     assert!(streams(&broker, &vm, &pattern)?, "the stream is another");
     broker.replace()?;
     assert!(peek(&broker, SIZE)? == pattern, "it is lost");
     assert!(streams(&broker, &vm, &pattern)?, "the stream is another");
-    // It ends with its process, with the device's driver, with the module, and with the guest.
+    // The buffer ends with its process, with the driver's binding to the device, with the module,
+    // and with the guest.
     process.kill(Signal::KILL)?;
     process.wait(COMMAND_TIMEOUT)?;
     let is_gone = || {
@@ -164,7 +172,8 @@ fn host_reads_the_dma_buffer_of_a_guest_behind_an_iommu() -> Result<()> {
     Ok(())
 }
 
-/// Registers of QEMU's IOMMU: orders, what has been done of them, and where its tables begin (Intel VT-d, 11.4).
+/// Registers of QEMU's IOMMU: global command, global status, and root table address (Intel VT-d,
+/// 11.4).
 const IOMMU: u64 = 0xfed9_0000;
 const ORDER: u64 = IOMMU + 0x18;
 const DONE: u64 = IOMMU + 0x1c;
@@ -172,10 +181,10 @@ const TABLES: u64 = IOMMU + 0x20;
 const TRANSLATE: u32 = 1 << 31;
 const TAKE_TABLES: u32 = 1 << 30;
 
-/// Guest memory that is all zeros: tables in which no device is.
+/// Address of guest memory that is all zeros: a root table in which no device is present.
 const EMPTY: u64 = 64 << 20;
 
-/// Switches the IOMMU on, and nothing is mapped for any device.
+/// Switches the IOMMU on with empty tables, so that nothing is mapped for any device.
 fn switch_on(machine: &mut Bare) -> Result<()> {
     machine.write(TABLES, EMPTY as u32)?;
     machine.write(TABLES + 4, 0)?;
@@ -212,11 +221,11 @@ fn iommu_that_is_switched_on_hides_all_memory_and_off_shows_it() -> Result<()> {
         machine.write(ORDER, 0)?;
         is_there()?;
     }
-    // So it is when it was on, and the machine is reset.
+    // A reset of the machine switches the IOMMU off, so that the memory is readable again.
     switch_on(&mut machine)?;
     machine.qmp("system_reset", &json!({}))?;
     is_there()?;
-    // Of other devices, which the firmware may still be busy with, QEMU says that they miss their memory.
+    // QEMU may report missing memory for other devices, which the firmware may still use.
     let errors = machine.errors()?;
     assert!(!errors.contains("vfio"), "{errors}");
     Ok(())
@@ -228,7 +237,7 @@ fn iommu_without_caching_mode_ends_qemu_when_the_guest_switches_it_on() -> Resul
     let iommu = ["-device", "intel-iommu"].map(str::to_owned);
     config.arguments.splice(0..0, iommu);
     let (mut machine, _) = started(&config)?;
-    // It has no answer for this order.
+    // QEMU ends instead of answering this access.
     let _ = switch_on(&mut machine);
     let status = machine.end()?;
     assert!(!status.success(), "QEMU lives on: tell the user so");

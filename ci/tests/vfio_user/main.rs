@@ -1,4 +1,5 @@
-//! barlink's own device on stock QEMU: driven by hand, without a guest, and with messages counted.
+//! barlink's own device on stock QEMU: the test accesses the registers itself, without a guest, and
+//! counts messages.
 
 mod buffer;
 mod iommu;
@@ -17,13 +18,13 @@ use serde_json::json;
 
 use self::relay::{Message, Relay};
 
-/// `DEVICE_RESET`, `REGION_WRITE`, `DEVICE_SET_IRQS` and `DMA_UNMAP`.
+/// Commands of vfio-user: `DEVICE_RESET`, `REGION_WRITE`, `DEVICE_SET_IRQS` and `DMA_UNMAP`.
 const RESET: u16 = 13;
 const WRITE: u16 = 10;
 const SET_IRQS: u16 = 8;
 const UNMAP: u16 = 3;
 
-/// A broker with a slot for vfio-user, 0, and one for ivshmem, 1, which this test taps.
+/// A broker with slot 0 over vfio-user and slot 1 over ivshmem, from which the test takes its tap.
 struct Setting {
     broker: Broker,
     relay: Relay,
@@ -31,7 +32,7 @@ struct Setting {
 }
 
 const SLOTS: [Transport; 2] = [Transport::VfioUser, Transport::Ivshmem];
-/// The host's ID.
+/// The host's ID as a peer.
 const HOST: u32 = 2;
 const VECTORS: u32 = 5;
 
@@ -44,7 +45,8 @@ impl Setting {
         Self::at(Broker::start_over(Artifacts::shared()?, &SLOTS, arguments)?)
     }
 
-    /// With a broker whose successor is given all that it had, however it ends.
+    /// Starts a broker whose service manager stores all its descriptors for its successor, even if
+    /// the broker is killed.
     fn managed() -> Result<Self> {
         let arguments = ["--size", "1M"];
         Self::at(Broker::start_managed_over(
@@ -60,7 +62,7 @@ impl Setting {
         Ok(Self { broker, relay, tap })
     }
 
-    /// QEMU's arguments, through the relay.
+    /// Returns QEMU's configuration, with the relay's socket in place of the broker's.
     fn config(&self) -> Result<Config> {
         let socket = self.broker.socket(0).display().to_string();
         let relay = self.relay.path.display().to_string();
@@ -85,8 +87,8 @@ impl Setting {
     }
 }
 
-/// Starts a machine, and waits for the end of its firmware. Until then the firmware maps memory anew, and QEMU sends the broker
-/// messages about it.
+/// Starts a machine, and waits for the end of its firmware. Until then the firmware maps memory
+/// anew, and QEMU sends the broker messages about it.
 fn started(config: &Config) -> Result<(Bare, PciDevice)> {
     let mut machine = Bare::start(Artifacts::shared()?, config)?;
     let device = machine.device("barlink0")?;
@@ -134,11 +136,12 @@ fn bar2_is_written_without_a_message() -> Result<()> {
     let setting = Setting::new("64M")?;
     let (mut machine, device) = setting.machine()?;
     let (address, size) = device.bars[2];
-    // Where the superblock says that the raw window is.
+    // The superblock holds the offset of the raw window at byte 40.
     let window = u64::from(machine.read(address + 40)?);
     pass_broker(&mut machine, &device)?;
     let before = setting.relay.messages().len();
-    // 128 MiB or 1 GiB, of which the superblock is written, too: the broker does not look at it again.
+    // The rounds write 128 MiB or 1 GiB in total. They overwrite the superblock too, because the
+    // broker does not read it again.
     let last = rounds(2, 16);
     for round in 1..=last {
         machine.fill(address, size, round)?;
@@ -176,7 +179,7 @@ fn doorbell_is_one_message_and_one_ring() -> Result<()> {
         assert_eq!(messages[before.len()..], [expected]);
         assert_eq!(setting.tap.all_rings()?, [(peer, vector, 1)]);
     }
-    // What nobody has is nobody's.
+    // Doorbells of unknown peers and vectors ring no eventfd.
     for (peer, vector) in [(3, 0), (HOST, VECTORS), (0xffff, 0xffff)] {
         machine.write(doorbell, peer << 16 | vector)?;
     }
@@ -184,12 +187,12 @@ fn doorbell_is_one_message_and_one_ring() -> Result<()> {
     Ok(())
 }
 
-/// Guest memory that nothing uses.
+/// Address of guest memory that nothing uses, in bytes.
 const TARGET: u64 = 32 << 20;
 
-/// Gives each vector an address and a datum, and switches MSI-X on.
+/// Sets address and data of each vector, and enables MSI-X.
 fn enable_interrupts(machine: &mut Bare, device: &PciDevice) -> Result<()> {
-    // Memory accesses and bus mastering.
+    // Enables memory accesses and bus mastering.
     machine.write(device.config + 4, 6)?;
     for vector in 0..16 {
         let entry = device.bars[1].0 + 16 * vector;
@@ -220,12 +223,13 @@ fn rings_for_the_vm_are_its_interrupts() -> Result<()> {
     for vector in 0..VECTORS {
         interrupt_comes(&setting, &mut machine, vector)?;
     }
-    // An interrupt that is masked comes once it is unmasked.
+    // A masked interrupt comes once it is unmasked.
     let control = device.bars[1].0 + 16 + 12;
     machine.write(control, 1)?;
     machine.write(TARGET + 4, 0)?;
     setting.tap.ring(0, 1, 1)?;
-    // The broker and QEMU take rings in batches, so the masked one may be in a batch with the first of these.
+    // The broker and QEMU take rings in batches, so the masked ring may be in a batch with the
+    // first of these.
     for _ in 0..2 {
         interrupt_comes(&setting, &mut machine, 2)?;
     }
@@ -256,7 +260,7 @@ fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
     })?;
     wait_until("the host is told", || Ok(setting.connection()? > before))?;
     assert!(setting.tap.rings(HOST, 0)? >= 1);
-    // The firmware sets the device up again, and everything is as before.
+    // The firmware sets the device up again, and interrupts work as before.
     machine.wait_for_firmware(2)?;
     let device = machine.device("barlink0")?;
     assert_eq!(machine.read(device.config + 0x40)?, 0x000f_0011);
@@ -266,7 +270,7 @@ fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
     Ok(())
 }
 
-/// What a host app sees of the guest's own memory.
+/// Returns 8 bytes of the guest's own memory, as a host app reads them.
 fn peek(broker: &Broker, address: u64) -> Result<Vec<u8>> {
     let address = address.to_string();
     let peek = [
@@ -297,7 +301,8 @@ fn guest_memory_is_copied_if_qemu_shares_it() -> Result<()> {
     for address in [(128 << 20) - 4, 128 << 20, u64::MAX - 3] {
         peek(address).expect_err("nothing is there");
     }
-    // A reset takes all memory away and gives it back, some of it in parts that the firmware hides and shows.
+    // A reset removes all memory and adds it again, some of it in parts that the firmware hides and
+    // shows.
     let places = [0, 0xc_0000, 0xe_0000, 0xf_0000, 1 << 20, TARGET, 127 << 20];
     let readable = || places.map(|address| peek(address).is_ok());
     assert_eq!(readable(), [true; 7]);
@@ -319,7 +324,8 @@ fn qemu_plugs_memory_in_whether_it_can_be_read_or_not() -> Result<()> {
     config.shared_memory = true;
     let room = ["-m", "size=128M,slots=3,maxmem=1G"];
     config.arguments.extend(room.map(str::to_owned));
-    // Where a build is, no tmpfs should be.
+    // The folder is beside the build's logs because these are not on a tmpfs: the file must not be
+    // shared memory.
     let folder = tempfile::tempdir_in(&Artifacts::shared()?.logs)?;
     let on_disk = folder.path().join("memory");
     config.paths.push(folder.path().to_owned());
@@ -352,7 +358,8 @@ fn qemu_plugs_memory_in_whether_it_can_be_read_or_not() -> Result<()> {
         machine.write(address + 4100, u32::from_le_bytes(*b"ged!"))?;
         Ok(address + 4096)
     };
-    // Without a file; in one that is no shared memory; and shared.
+    // The three kinds are memory without a file, memory in a file that is not shared memory, and
+    // shared memory.
     let private = plug("private", "memory-backend-ram", json!({}))?;
     peek(&setting.broker, private).expect_err("it is not shared");
     let path = on_disk.to_str().context("a path")?;
@@ -379,10 +386,11 @@ fn qemu_that_is_refused_by_vfio_user_ends_at_once() -> Result<()> {
     };
     let refused = Bare::start(Artifacts::shared()?, &direct);
     let error = format!("{:#}", refused.expect_err("the slot is taken"));
-    // It has been told; without a word it would wait for five seconds, and complain of that.
+    // The broker sends QEMU an error. If the broker only closed the connection, QEMU would wait for
+    // five seconds and report a timeout.
     assert!(error.contains("Device or resource busy"), "{error}");
     ensure!(first.qmp("query-status", &json!({}))?["running"] == true);
-    // Once there is room, it goes.
+    // A new connection succeeds once the slot is free.
     drop(first);
     wait_until("the slot is free", || {
         Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
@@ -391,7 +399,8 @@ fn qemu_that_is_refused_by_vfio_user_ends_at_once() -> Result<()> {
     Ok(())
 }
 
-/// QEMU 11.1 ends itself when it unplugs a vfio-user device with MSI-X (`vfio_user_msix_teardown`), whoever serves it.
+/// Shows a limit of QEMU 11.1: it ends when it unplugs a vfio-user device with MSI-X
+/// (`vfio_user_msix_teardown`), with any server.
 #[test]
 fn device_of_vfio_user_is_plugged_in_and_not_out() -> Result<()> {
     let setting = Setting::new("1M")?;
@@ -413,7 +422,7 @@ fn device_of_vfio_user_is_plugged_in_and_not_out() -> Result<()> {
     let seen = setting.broker.run(["peek", "--raw", "--length", "7"])?;
     assert_eq!(seen, b"plugged");
     drop(vm);
-    // So the port that `barlink qemu-args` makes lets nothing out.
+    // For this reason the port that `barlink qemu-args` prints does not allow unplugging.
     let setting = Setting::new("1M")?;
     let (machine, _) = setting.machine()?;
     let refused = machine.qmp("device_del", &json!({ "id": "barlink0" }));
@@ -423,7 +432,7 @@ fn device_of_vfio_user_is_plugged_in_and_not_out() -> Result<()> {
     Ok(())
 }
 
-/// What a user is warned of: `docs/architecture.md`.
+/// Shows a limit that `docs/architecture.md` warns users of.
 #[test]
 fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
     let setting = Setting::new("1M")?;
@@ -436,7 +445,7 @@ fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
     machine.write(region + 4096, 0x600d_600d)?;
     assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
     machine.qmp("query-status", &json!({}))?;
-    // QEMU cannot tell the broker of its memory, and gives up.
+    // QEMU cannot send the broker the guest's memory, and exits.
     let _ = machine.qmp("system_reset", &json!({}));
     let status = machine.end()?;
     assert!(!status.success());
@@ -445,7 +454,8 @@ fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
     Ok(())
 }
 
-/// What a user is warned of: `README.md`. No argument has QEMU 11.1 refuse it, `-only-migratable` neither.
+/// Shows a limit that `README.md` warns users of. No argument makes QEMU 11.1 refuse the migration,
+/// not even `-only-migratable`.
 #[test]
 fn qemu_migrates_the_vm_and_leaves_the_region_behind() -> Result<()> {
     let (setting, other) = (Setting::new("1M")?, Setting::new("1M")?);
@@ -477,7 +487,8 @@ fn qemu_migrates_the_vm_and_leaves_the_region_behind() -> Result<()> {
     let mut machine = Bare::start(Artifacts::shared()?, &config)?;
     machine.qmp("migrate-incoming", &file)?;
     wait(&machine)?;
-    // The guest's memory is there, and its device as after power-on: no address, no bus mastering, no interrupts.
+    // The guest's memory is there. Its device is in the state after power-on: no address, no bus
+    // mastering, no interrupts.
     assert_eq!(machine.read(TARGET)?, u32::from_le_bytes(*b"seen"));
     let mut config = |offset| machine.read(device.config + offset);
     assert_eq!(config(0)?, 0x1110_1af4);
@@ -501,7 +512,7 @@ fn stream_of_a_gibibyte_is_no_message_but_its_doorbells() -> Result<()> {
     vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;
     let mut receiver = App::start(&mut setting.broker.app(["recv", "-o", "/dev/null"]))?;
     let before = setting.relay.messages().len();
-    // A file that is a hole, since a pipe would be slower than the channel.
+    // The file is a hole because a pipe would be slower than the channel.
     let file = "/tmp/file";
     let hole = "dd if=/dev/zero of=/tmp/file bs=1M count=0 seek=1024";
     vm.run(["sh", "-c", hole])?.require_success()?;
@@ -526,7 +537,8 @@ fn stream_of_a_gibibyte_is_no_message_but_its_doorbells() -> Result<()> {
     assert_eq!(of_region(2), 0, "accesses to BAR2 are messages");
     ensure!(records > 65_536, "the stream was over too soon");
     assert!(rung * 1000 <= records, "{rung} of {records} records rang");
-    // Besides, the driver rings when an end is claimed or let go, and an end when it attaches.
+    // The driver rings as well when an end is claimed or released, and an end rings when it
+    // attaches.
     let more = messages.len() as u64 - rung;
     assert!(more < 10, "{more} messages that are no rings of the stream");
     Ok(())

@@ -1,5 +1,5 @@
-//! Stands between a VMM and the broker, passes everything on, and counts the VMM's messages. It can keep a message or
-//! an answer to itself, as if the broker had ended in between.
+//! A relay between a VMM and the broker. It forwards everything and counts the VMM's messages. It
+//! can withhold one message or answer, as if the broker had ended in between.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -17,50 +17,50 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
-/// Most descriptors that come at once.
+/// The largest number of descriptors in one message.
 const DESCRIPTORS: usize = 16;
 
-/// See the module.
+/// A relay for one VMM: see the module.
 pub struct Relay {
-    /// Where the VMM connects.
+    /// The socket to which the VMM connects.
     pub path: PathBuf,
     seen: Arc<Mutex<Seen>>,
 }
 
-/// What has passed.
+/// The messages that have passed, and the state of [`Relay::keep`].
 #[derive(Default)]
 struct Seen {
     messages: Vec<Message>,
-    /// What is to be kept, and of which command's next message.
+    /// The half to withhold, and the command of the message that selects the exchange.
     wanted: Option<(Half, u16)>,
-    /// The same, and that message's ID, once it is here.
+    /// The half to withhold, and the ID of the selected exchange, once its message has come.
     found: Option<(Half, u16)>,
     kept: bool,
 }
 
-/// A half of an exchange.
+/// One half of an exchange.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Half {
-    /// What the VMM says.
+    /// The VMM's message.
     Message,
-    /// What the broker answers.
+    /// The broker's answer.
     Answer,
 }
 
 /// A message of the VMM.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Message {
-    /// Its command.
+    /// The number of its command.
     pub command: u16,
-    /// Which region it accesses, if it is an access.
+    /// The region that it accesses, if it is an access.
     pub region: Option<u32>,
 }
 
-/// `REGION_READ` and `REGION_WRITE`.
+/// The commands `REGION_READ` and `REGION_WRITE`.
 pub const ACCESSES: [u16; 2] = [9, 10];
 
 impl Relay {
-    /// Waits for one VMM, in a folder that it sees.
+    /// Starts a relay for one VMM, with its socket in a folder that the VMM can access.
     pub fn start(broker: &Path, folder: &Path) -> Result<Self> {
         let path = folder.join("relay.sock");
         let listener = UnixListener::bind(&path)?;
@@ -87,25 +87,26 @@ impl Relay {
         Ok(Self { path, seen })
     }
 
-    /// All messages so far.
+    /// Returns all messages so far.
     pub fn messages(&self) -> Vec<Message> {
         lock(&self.seen).messages.clone()
     }
 
-    /// Keeps the next message with this command, or the answer to it.
+    /// Withholds the next message with this command, or the answer to it.
     pub fn keep(&self, half: Half, command: u16) {
         let mut seen = lock(&self.seen);
         (seen.wanted, seen.kept) = (Some((half, command)), false);
     }
 
-    /// Whether it has.
+    /// Returns whether the message or answer has come and was withheld.
     pub fn has_kept(&self) -> bool {
         lock(&self.seen).kept
     }
 }
 
 impl Seen {
-    /// Takes what is to be kept out of these, which are whole: each is sent at once.
+    /// Removes the message or answer to withhold from `bytes`. These are whole messages, because
+    /// each is sent with one call.
     fn keep(&mut self, half: Half, bytes: &mut Vec<u8>) {
         let Some((_, id)) = self.found.filter(|(wanted, _)| *wanted == half) else {
             return;
@@ -158,7 +159,7 @@ impl Reader {
     }
 }
 
-/// Passes bytes and descriptors on until one side closes.
+/// Forwards bytes and descriptors until one end closes its socket.
 fn pass(from: &UnixStream, to: &UnixStream, mut seen: impl FnMut(&mut Vec<u8>)) -> Result<()> {
     loop {
         let mut bytes = vec![0; 64 << 10];
@@ -168,7 +169,7 @@ fn pass(from: &UnixStream, to: &UnixStream, mut seen: impl FnMut(&mut Vec<u8>)) 
         let flags = RecvFlags::CMSG_CLOEXEC;
         let received = match rustix::net::recvmsg(from, parts, &mut ancillary, flags) {
             Ok(received) if received.bytes > 0 => received,
-            // Who is killed with something unread closes so.
+            // A process that is killed with unread bytes resets the connection.
             Ok(_) | Err(Errno::CONNRESET) => {
                 to.shutdown(Shutdown::Both)?;
                 return Ok(());

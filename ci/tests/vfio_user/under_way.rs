@@ -1,5 +1,5 @@
-//! A broker that is replaced, or killed, while messages of the VM are under way: what a user is told of it in
-//! `docs/architecture.md`.
+//! A broker that is replaced or killed while it exchanges messages with the VM.
+//! `docs/architecture.md` describes the consequences to users.
 
 use std::fs;
 use std::process::Stdio;
@@ -10,24 +10,25 @@ use std::time::{Duration, Instant};
 use super::relay::Half;
 use super::*;
 
-/// A vector of the host, and what is written to the doorbell to ring it.
+/// A vector of the host, and the value that rings it when it is written to the doorbell.
 const VECTOR: u32 = 3;
 const RING: u32 = HOST << 16 | VECTOR;
 
-/// How long QEMU waits for an answer (`x-msg-timeout`).
+/// Time for which QEMU waits for an answer (`x-msg-timeout`).
 const PATIENCE_OF_QEMU: Duration = Duration::from_secs(5);
 
 fn doorbell(device: &PciDevice) -> u64 {
     device.bars[0].0 + 12
 }
 
-/// Waits for a thread, and gives its result. The thread ends by itself, because each access to the machine has a limit.
+/// Waits for a thread, and returns its result. The thread ends by itself, because each access to
+/// the machine has a limit.
 fn ended<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     let outcome = thread.join();
     outcome.map_err(|_| anyhow::anyhow!("a thread panicked"))?
 }
 
-/// A thread that rings without a pause, until this is dropped.
+/// A thread that rings without a pause until this is dropped.
 struct Ringing<'scope, 'a> {
     rung: &'a Rung,
     thread: Option<ScopedJoinHandle<'scope, Result<()>>>,
@@ -58,7 +59,7 @@ impl<'scope, 'a: 'scope> Ringing<'scope, 'a> {
         Self { rung, thread }
     }
 
-    /// Waits for so many more rings.
+    /// Waits for this many more rings.
     fn go_on(&self, times: u64) -> Result<()> {
         let count = || self.rung.count.load(Ordering::Relaxed);
         let wanted = count() + times;
@@ -70,7 +71,7 @@ impl<'scope, 'a: 'scope> Ringing<'scope, 'a> {
         })
     }
 
-    /// Stops the thread, and gives the count of its rings.
+    /// Stops the thread, and returns the count of its rings.
     fn end(mut self) -> Result<u64> {
         self.rung.stop.store(true, Ordering::Relaxed);
         self.thread.take().map_or(Ok(()), ended)?;
@@ -89,7 +90,7 @@ fn no_ring_is_lost_or_doubled_while_brokers_take_over() -> Result<()> {
     const TIMES: u64 = 10;
     let mut setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
-    // The interrupt line, of which QEMU has no copy.
+    // The register of the interrupt line is stored only in the broker: QEMU has no copy of it.
     machine.write(device.config + 0x3c, 0x5a)?;
     setting.tap.rings(HOST, VECTOR)?;
     let rings = Rung::default();
@@ -98,7 +99,8 @@ fn no_ring_is_lost_or_doubled_while_brokers_take_over() -> Result<()> {
         let ringing = Ringing::start(scope, &mut machine, &device, &rings);
         for time in 0..TIMES {
             ringing.go_on(20)?;
-            // At another moment each time.
+            // The delay differs in each round, so that the broker is replaced at another moment of
+            // an exchange.
             thread::sleep(Duration::from_micros(1_237 * time));
             broker.replace()?;
         }
@@ -111,11 +113,11 @@ fn no_ring_is_lost_or_doubled_while_brokers_take_over() -> Result<()> {
     Ok(())
 }
 
-/// QEMU's trace event of a message that it has sent.
+/// QEMU's trace event for a message that it has sent.
 const SENT: &str = "vfio_user_send_write";
 
-/// QEMU 11.1 ends when reading from its server fails (`vfio_user_recv_hdr` sets an error twice), as it does once a broker is
-/// gone that had something unread.
+/// Shows a limit of QEMU 11.1: it ends when reading from its server fails (`vfio_user_recv_hdr`
+/// sets an error twice). Reading fails once a broker is killed that had unread bytes.
 #[test]
 fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()> {
     let ring = |machine: &mut Bare, device: &PciDevice| machine.write(doorbell(device), RING);
@@ -145,7 +147,7 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
         broker.signal(Signal::STOP)?;
         let before = sent()?;
         thread::scope(|scope| {
-            // It ends with QEMU.
+            // The thread ends with QEMU.
             scope.spawn(|| act(&mut machine, &device));
             let is_sent = wait_until("QEMU sends a message", || Ok(sent()? > before));
             broker.kill()?;
@@ -156,7 +158,7 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
         let refused = broker.inspect();
         let error = format!("{:#}", refused.expect_err("nobody answers"));
         assert!(error.contains("no broker"), "{error}");
-        // A broker that is started now has another region, and serves the next VM.
+        // A broker that is started now has a new region, and serves the next VM.
         broker.start_again()?;
         let (mut next, device) = started(&direct)?;
         next.write(doorbell(&device), RING)?;
@@ -167,7 +169,7 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
     Ok(())
 }
 
-/// Without a service manager the connection ends with the broker.
+/// Kills a broker without a service manager, so that the connection ends with it.
 #[test]
 fn vm_waits_for_the_answer_of_a_broker_that_is_gone_and_goes_on() -> Result<()> {
     let mut setting = Setting::new("1M")?;
@@ -183,7 +185,8 @@ fn vm_waits_for_the_answer_of_a_broker_that_is_gone_and_goes_on() -> Result<()> 
     })?;
     let waited = start.elapsed();
     assert!(waited > PATIENCE_OF_QEMU.mul_f64(0.9), "only {waited:?}");
-    // It waits for no more answers: for so many it would wait several times as long.
+    // QEMU waits for no more answers. With a wait for each of these rings it would take several
+    // times as long.
     const MORE: u32 = 10;
     let start = Instant::now();
     let (registers, region) = (device.bars[0].0, device.bars[2].0);
@@ -197,7 +200,8 @@ fn vm_waits_for_the_answer_of_a_broker_that_is_gone_and_goes_on() -> Result<()> 
     Ok(())
 }
 
-/// With a service manager the connection stays, and what was not answered is all that is lost.
+/// Kills a broker with a service manager. The connection stays open, and only the unanswered
+/// message can be lost.
 #[test]
 fn message_that_a_killed_broker_did_not_answer_costs_five_seconds() -> Result<()> {
     let exchanges = [
@@ -234,7 +238,7 @@ fn kill_within_a_reset(half: Half, command: u16) -> Result<()> {
     let waited = start.elapsed();
     ensure!(waited > PATIENCE_OF_QEMU.mul_f64(0.9), "only {waited:?}");
     ensure!(machine.errors()?.contains("timed out"));
-    // The firmware sets the device up again, and rings go both ways as before.
+    // The firmware sets the device up again, and rings work both ways as before.
     machine.wait_for_firmware(2)?;
     let device = machine.device("barlink0")?;
     enable_interrupts(&mut machine, &device)?;
@@ -262,7 +266,8 @@ fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again()
     assert!(errors.contains("failed to enable vectors"), "{errors}");
     machine.fill(TARGET, 64, 0)?;
     setting.tap.ring(0, 2, 1)?;
-    // The broker's session takes rings and messages in batches, and QEMU takes interrupts in its main loop.
+    // The broker's session takes rings and messages in batches, and QEMU takes interrupts in its
+    // main loop.
     for _ in 0..3 {
         pass_broker(&mut machine, &device)?;
         machine.qmp("query-status", &json!({}))?;
@@ -272,13 +277,14 @@ fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again()
         0,
         "QEMU has given nobody an eventfd"
     );
-    // As a driver does that is loaded again, or a guest that reboots.
+    // A driver that is loaded again, or a guest that reboots, does the same.
     machine.write(device.config + 0x40, 0)?;
     enable_interrupts(&mut machine, &device)?;
     interrupt_comes(&setting, &mut machine, 2)
 }
 
-/// QEMU reads the end of its connection then, and no error.
+/// Stops a broker in good order. QEMU then reads the end of its connection and not an error,
+/// because the broker has left no bytes unread.
 #[test]
 fn broker_stopped_amid_rings_leaves_the_vm_running() -> Result<()> {
     for _ in 0..2 {

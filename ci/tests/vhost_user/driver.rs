@@ -1,17 +1,17 @@
-//! A virtio driver that is this test: it finds the device's structures, and sets the device up, stops it and uses its queues
-//! (VirtIO 1.3, 4.1.4).
+//! A minimal virtio driver inside the test: it finds the device's structures, sets the device up,
+//! resets it, and uses its queues (VirtIO 1.3, 4.1.4).
 
 use anyhow::{Context, Result, ensure};
 use barlink_vm::{Bare, PciDevice};
 
-/// `VIRTIO_PCI_CAP_` types.
+/// Types of virtio's PCI capabilities (`VIRTIO_PCI_CAP_`).
 const COMMON: u32 = 1;
 const NOTIFY: u32 = 2;
 const INTERRUPT_STATUS: u32 = 3;
 const DEVICE: u32 = 4;
 const SHARED_MEMORY: u32 = 8;
 
-/// Offsets in the common configuration.
+/// Offsets in the common configuration, in bytes.
 const FEATURE_SELECT: u64 = 0;
 const FEATURES: u64 = 4;
 const DRIVER_FEATURE_SELECT: u64 = 8;
@@ -30,37 +30,37 @@ const DRIVER: u32 = 2;
 const DRIVER_OK: u32 = 4;
 const FEATURES_OK: u32 = 8;
 
-/// Guest memory that nothing else uses: a MiB for each queue.
+/// Address of guest memory that nothing else uses: 1 MiB for each queue.
 const QUEUES: u64 = 32 << 20;
 const SIZE: u16 = 64;
 const WRITABLE: u32 = 2;
 
-/// A structure of the device: its BAR's address and its own offset, and its length.
+/// A structure of the device: the address in guest memory, and the length in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
     pub address: u64,
     pub length: u64,
 }
 
-/// See the module.
+/// The driver of one device: see the module.
 pub struct Driver {
     pub device: PciDevice,
     pub common: Place,
     pub config: Place,
-    /// The region's window, and its ID.
+    /// The region's window.
     pub region: Place,
     pub region_id: u32,
     interrupt_status: Place,
     notify: Place,
     notify_step: u64,
-    /// By queue: buffers that were made available.
+    /// Number of buffers made available so far, by queue.
     available: [u16; 2],
 }
 
 impl Driver {
     /// Finds the device's structures.
     pub fn find(machine: &mut Bare, device: PciDevice) -> Result<Self> {
-        // Memory accesses and bus mastering.
+        // Enables memory accesses and bus mastering.
         machine.write(device.config + 4, 6)?;
         let mut found = std::collections::BTreeMap::new();
         let mut next = machine.read(device.config + 0x34)? & 0xff;
@@ -109,7 +109,7 @@ impl Driver {
         Ok(machine.read(self.common.address + STATUS)? & 0xff)
     }
 
-    /// Changes the status. What is beside it is read-only, or set again before it is used.
+    /// Writes the device status, which is a single byte.
     fn set_status(&self, machine: &mut Bare, status: u32) -> Result<()> {
         machine.write_byte(self.common.address + STATUS, status as u8)
     }
@@ -122,7 +122,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Sets the device up, up to DRIVER_OK.
+    /// Resets the device and sets it up, except for DRIVER_OK.
     pub fn prepare(&mut self, machine: &mut Bare) -> Result<()> {
         self.reset(machine)?;
         let common = self.common.address;
@@ -154,19 +154,19 @@ impl Driver {
         Ok(())
     }
 
-    /// Says that the driver is ready.
+    /// Sets DRIVER_OK: the driver is ready.
     pub fn start(&mut self, machine: &mut Bare) -> Result<()> {
         self.set_status(machine, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
     }
 
-    /// Says that the driver is ready, and resets the device at once.
+    /// Sets DRIVER_OK and resets the device immediately, without waiting for QEMU in between.
     pub fn start_and_reset(&mut self, machine: &mut Bare) -> Result<()> {
         let ready = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
         let status = self.common.address + STATUS;
         machine.write_at_once(&[(status, ready as u8), (status, 0)])
     }
 
-    /// Makes a buffer of four bytes available, and kicks.
+    /// Makes a buffer of four bytes available, and notifies the device.
     pub fn put(&mut self, machine: &mut Bare, queue: u16, word: u32, writable: bool) -> Result<()> {
         let memory = QUEUES + (u64::from(queue) << 20);
         let count = self.available[usize::from(queue)];
@@ -182,7 +182,7 @@ impl Driver {
         self.set_available(machine, queue, count.wrapping_add(1))
     }
 
-    /// Says how many buffers were made available, and kicks.
+    /// Publishes the number of buffers made available, and notifies the device.
     pub fn set_available(&mut self, machine: &mut Bare, queue: u16, count: u16) -> Result<()> {
         let memory = QUEUES + (u64::from(queue) << 20);
         self.available[usize::from(queue)] = count;
@@ -193,12 +193,13 @@ impl Driver {
         machine.write_short(self.notify.address + step, queue)
     }
 
-    /// Whether the device has asserted its interrupt since it was last asked.
+    /// Returns whether the device has asserted its interrupt since the last call. Reading the
+    /// register clears it.
     pub fn interrupted(&self, machine: &mut Bare) -> Result<bool> {
         Ok(machine.read(self.interrupt_status.address)? & 1 != 0)
     }
 
-    /// What the device wrote into the buffers that it has returned.
+    /// Returns the length and the word of each buffer that the device has returned.
     pub fn returned(&self, machine: &mut Bare, queue: u16) -> Result<Vec<(u32, u32)>> {
         let memory = QUEUES + (u64::from(queue) << 20);
         let count = machine.read_short(memory + 0x2002)?;

@@ -1,4 +1,5 @@
-//! The device over vhost-user on stock QEMU, driven by hand, without a guest: what QEMU makes of it, and what ends QEMU.
+//! The device over vhost-user on stock QEMU, without a guest: the test's own driver shows how QEMU
+//! presents the device, and the events that end QEMU.
 
 mod driver;
 
@@ -13,13 +14,13 @@ use serde_json::json;
 
 use self::driver::Driver;
 
-/// A broker with a slot for vhost-user, 0, and one for ivshmem, 1, which this test taps.
+/// A broker with slot 0 over vhost-user and slot 1 over ivshmem, from which the test takes its tap.
 struct Setting {
     broker: Broker,
     tap: Tap,
 }
 
-/// The host's ID.
+/// The host's ID as a peer.
 const HOST: u32 = 2;
 const VECTORS: u32 = 5;
 /// The region's first word.
@@ -56,7 +57,8 @@ impl Setting {
     }
 }
 
-/// Waits until QEMU has handled all that the broker sent before: QEMU looks at all its sockets between two answers.
+/// Waits until QEMU has handled all that the broker sent before: QEMU serves all its sockets
+/// between two answers.
 fn pass_main_loop(machine: &Bare) -> Result<()> {
     for _ in 0..3 {
         machine.qmp("query-status", &json!({}))?;
@@ -64,8 +66,9 @@ fn pass_main_loop(machine: &Bare) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the broker has answered a read of the device's configuration, and QEMU has handled all that the broker sent before.
-/// While the device is stopped, the broker takes this read for a reset of the device.
+/// Waits until the broker has answered a read of the device's configuration, and QEMU has handled
+/// all that the broker sent before. While the device is stopped, the broker takes this read for a
+/// reset of the device.
 fn pass_broker(machine: &mut Bare, driver: &Driver) -> Result<()> {
     machine.read(driver.config.address)?;
     pass_main_loop(machine)
@@ -94,12 +97,13 @@ fn region_is_there_once_the_driver_is_ready_and_again_after_each_reset() -> Resu
     assert_eq!(words[..11], expected);
     for round in 1..=3 {
         driver.prepare(&mut machine)?;
-        // If the broker's request to map the region came later still, QEMU would complain of two requests.
+        // If the broker's request to map the region came even later, QEMU would report that it
+        // overlaps with the second request.
         pass_broker(&mut machine, &driver)?;
         assert_eq!(machine.read(driver.region.address)?, 0, "too early");
         driver.start(&mut machine)?;
         mapped(&mut machine, &driver)?;
-        // Where the superblock says that the raw window is.
+        // The superblock holds the offset of the raw window at byte 40.
         let window = u64::from(machine.read(driver.region.address + 40)?);
         machine.write(driver.region.address + window, 0x1234_0000 + round)?;
         let seen = setting.broker.run(["peek", "--raw", "--length", "4"])?;
@@ -150,8 +154,8 @@ fn reset_of_the_machine_reaches_the_broker_and_a_pause_does_not() -> Result<()> 
     driver.start(&mut machine)?;
     mapped(&mut machine, &driver)?;
     let before = setting.connection()?;
-    // Before the first doorbell the broker cannot tell a pause from a reset, and has the region mapped again. QEMU refuses that,
-    // complains, and goes on.
+    // Before the first doorbell the broker cannot tell a pause from a reset, and requests the
+    // mapping again. QEMU refuses the request with an error message, and goes on.
     for (count, complaint) in [(1, "mapping overlap"), (2, ""), (3, "")] {
         let complaints = machine.errors()?.len();
         // QEMU answers once the broker has stopped its queues.
@@ -194,7 +198,7 @@ fn qemu_that_is_refused_by_vhost_user_ends_at_once() -> Result<()> {
     let error = format!("{:#}", refused.expect_err("the slot is taken"));
     assert!(error.contains("vhost_backend_init failed"), "{error}");
     ensure!(first.qmp("query-status", &json!({}))?["running"] == true);
-    // Once there is room, it goes.
+    // A new connection succeeds once the slot is free.
     drop(first);
     wait_until("the slot is free", || {
         Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
@@ -203,7 +207,7 @@ fn qemu_that_is_refused_by_vhost_user_ends_at_once() -> Result<()> {
     Ok(())
 }
 
-/// What a user is warned of: `docs/architecture.md`.
+/// Shows a limit that `docs/architecture.md` warns users of.
 #[test]
 fn vm_outlives_its_broker_until_it_looks_at_the_device() -> Result<()> {
     let mut setting = Setting::new("1M")?;
@@ -230,7 +234,8 @@ fn vm_outlives_its_broker_until_it_looks_at_the_device() -> Result<()> {
     Ok(())
 }
 
-/// What a user is warned of: `docs/architecture.md`. QEMU takes down what it has not set up.
+/// Shows a limit that `docs/architecture.md` warns users of. QEMU removes eventfds that it has not
+/// added, and fails an assertion.
 #[test]
 fn vm_without_a_driver_ends_with_its_broker() -> Result<()> {
     for signal in [Signal::INT, Signal::KILL] {
@@ -265,12 +270,13 @@ fn qemu_that_does_not_share_its_memory_has_no_region_and_says_why() -> Result<()
     })?;
     pass_broker(&mut machine, &driver)?;
     assert_eq!(machine.read(driver.region.address)?, 0);
-    // Nor is it asked to map the region: it would end.
+    // The broker does not request the mapping either, because QEMU would then end.
     machine.qmp("query-status", &json!({}))?;
     Ok(())
 }
 
-/// The broker would end with it, if somebody shortened the file.
+/// Checks that the broker refuses a plain file. It would be killed by SIGBUS if another process
+/// shortened the file.
 #[test]
 fn guest_memory_that_is_a_plain_file_is_refused_with_the_cure() -> Result<()> {
     let setting = Setting::new("1M")?;
@@ -299,8 +305,9 @@ fn guest_memory_that_is_a_plain_file_is_refused_with_the_cure() -> Result<()> {
     Ok(())
 }
 
-/// With or without an IOMMU. By default the device goes past it, of which its driver knows, and a guest that has one streams and rings
-/// as others do: `ci/tests/driver` has that.
+/// Checks that QEMU refuses the device, with or without an IOMMU. By default the device bypasses
+/// the IOMMU, and its driver knows that. `ci/tests/driver` shows that it streams and rings in a
+/// guest with an IOMMU.
 #[test]
 fn device_that_is_to_go_through_an_iommu_is_refused_by_qemu() -> Result<()> {
     let setting = Setting::new("1M")?;
@@ -337,12 +344,13 @@ fn qemu_refuses_to_migrate() -> Result<()> {
     Ok(())
 }
 
-/// What a user is warned of: `docs/architecture.md`. The request to map the region is on its way when the device stops, and
-/// QEMU does not look whether it runs (`hw/virtio/vhost-user.c`).
+/// Shows a limit that `docs/architecture.md` warns users of. The request to map the region is on
+/// its way when the device stops, and QEMU does not check whether the device runs
+/// (`hw/virtio/vhost-user.c`).
 #[test]
 fn guest_that_resets_the_device_while_it_is_mapped_ends_its_own_qemu() -> Result<()> {
     let setting = Setting::new("1M")?;
-    // It is a matter of microseconds, and comes about more often than not.
+    // The outcome depends on microseconds. QEMU ends in more than half of the rounds.
     for _ in 0..20 {
         let (mut machine, mut driver) = setting.machine()?;
         driver.prepare(&mut machine)?;
@@ -354,7 +362,7 @@ fn guest_that_resets_the_device_while_it_is_mapped_ends_its_own_qemu() -> Result
             Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
         })?;
         if ended {
-            // And nothing else: the next VM is served.
+            // Nothing else has ended: the broker serves the next VM.
             let (mut machine, mut driver) = setting.machine()?;
             driver.prepare(&mut machine)?;
             driver.start(&mut machine)?;
@@ -364,7 +372,8 @@ fn guest_that_resets_the_device_while_it_is_mapped_ends_its_own_qemu() -> Result
     panic!("QEMU lives through it now: tell the user so");
 }
 
-/// A guest whose driver does not know the device leaves it alone.
+/// Shows that the device can be plugged in and out. The guest has no driver for it, and leaves it
+/// alone.
 #[test]
 fn device_of_vhost_user_is_plugged_in_and_out() -> Result<()> {
     let setting = Setting::new("1M")?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What runs the guest's instructions: KVM where it works, else QEMU's translator.
+//! The accelerator that runs the guest's instructions: KVM where it works, else QEMU's translator
+//! TCG.
 
 use std::path::Path;
 
@@ -10,14 +11,14 @@ use rustix::io::Errno;
 
 use barlink_sandbox::tools::Accel;
 
-/// KVM's device.
+/// Path of KVM's device.
 pub(crate) const KVM: &str = "/dev/kvm";
 
-/// The modules that are known to serve it well. The device alone says little: where something else serves it, guests may
-/// hang.
+/// Kernel modules that are known to serve [`KVM`] well. The device alone proves little, because
+/// guests may hang where something else serves it.
 const MODULES: [&str; 2] = ["/sys/module/kvm_intel", "/sys/module/kvm_amd"];
 
-/// What to run the guest's instructions with: what is `wanted`, or else the best that works.
+/// Chooses the accelerator: the wanted one, else KVM if it works, else TCG.
 pub fn accelerator(wanted: Option<Accel>) -> Accel {
     wanted.unwrap_or_else(|| match is_served() && check_kvm(Path::new(KVM)).is_ok() {
         true => Accel::Kvm,
@@ -25,7 +26,7 @@ pub fn accelerator(wanted: Option<Accel>) -> Accel {
     })
 }
 
-/// Refuses what is `wanted` and not there: to be asked before what takes long.
+/// Checks that the wanted accelerator is available, so that a caller can fail before long work.
 pub fn check_accelerator(wanted: Option<Accel>) -> Result<()> {
     if wanted != Some(Accel::Kvm) {
         return Ok(());
@@ -39,7 +40,7 @@ pub fn check_accelerator(wanted: Option<Accel>) -> Result<()> {
     Ok(())
 }
 
-/// Describes the guest's processors for the hash of a snapshot: under KVM they are the host's.
+/// Describes the guest's processors for the hash of a snapshot. Under KVM they are the host's.
 pub(crate) fn identity(wanted: Option<Accel>) -> String {
     match accelerator(wanted) {
         Accel::Tcg => "tcg".to_owned(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The host's end of the agent: starts processes in the guest and follows them.
+//! The host's end of the agent's protocol: starts processes in the guest and follows them.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -24,54 +24,54 @@ pub(crate) struct Agent {
     next_id: AtomicU64,
 }
 
-/// What the threads of this module share.
+/// State that the threads of this module share.
 #[derive(Debug)]
 struct Link {
     writer: Mutex<UnixStream>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Where the VM's logs are.
+    /// Folder of the VM's logs.
     folder: PathBuf,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// How often the agent has said that it started.
+    /// Number of times that the agent has reported its start.
     boots: u64,
-    /// Whether the connection has ended, and with it QEMU.
+    /// Whether the connection has ended. It ends with QEMU.
     ended: bool,
     processes: HashMap<u64, Progress>,
 }
 
-/// What is known of a process so far.
+/// Output and end of a process, as far as they are known.
 #[derive(Debug, Default)]
 struct Progress {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
-    /// How it ended, or why that is not known.
+    /// How the process ended, or why that is not known. `None` while it runs.
     end: Option<Result<Status, String>>,
 }
 
-/// What a command did.
+/// Result of a command.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// How it ended.
+    /// How the command ended.
     pub status: Status,
-    /// What it wrote to standard output.
+    /// Everything that the command wrote to standard output.
     pub stdout: Vec<u8>,
-    /// What it wrote to standard error.
+    /// Everything that the command wrote to standard error.
     pub stderr: Vec<u8>,
 }
 
 impl Output {
-    /// What it wrote to standard output, as text; an error, with what it wrote to standard error, unless its exit code
+    /// Returns the standard output as text. An error, with the standard error, unless the exit code
     /// is 0.
     pub fn success(self) -> Result<String> {
         self.require_success()?;
         String::from_utf8(self.stdout).context("its output is no text")
     }
 
-    /// An error, with what it wrote to standard error, unless its exit code is 0.
+    /// Checks that the exit code is 0. Otherwise returns an error with the standard error.
     pub fn require_success(&self) -> Result<()> {
         let Self { status, stderr, .. } = self;
         ensure!(
@@ -83,7 +83,7 @@ impl Output {
     }
 }
 
-/// A process in the guest. It goes on when this is dropped, until it or the VM ends.
+/// A process in the guest. Dropping this does not end the process: it runs until it or the VM ends.
 #[derive(Debug)]
 pub struct Process {
     id: u64,
@@ -92,8 +92,8 @@ pub struct Process {
 }
 
 impl Agent {
-    /// Follows the agent at the other end of `stream`, which has started `boots` times: 0 before it has booted, 1 in a
-    /// guest that is restored.
+    /// Follows the agent at the other end of `stream`. `boots` is the number of starts of the agent
+    /// so far: 0 before the guest has booted, 1 in a restored guest.
     pub(crate) fn new(stream: UnixStream, folder: PathBuf, boots: u64) -> Result<Self> {
         stream.set_write_timeout(Some(COMMAND_TIMEOUT))?;
         let reader = BufReader::new(stream.try_clone()?);
@@ -114,12 +114,12 @@ impl Agent {
         })
     }
 
-    /// How often the agent has started.
+    /// Returns how often the agent has started.
     pub(crate) fn boots(&self) -> u64 {
         self.link.state().boots
     }
 
-    /// Waits until the agent has started for the `boots`th time.
+    /// Waits until the agent has started `boots` times.
     pub(crate) fn wait_ready(&self, boots: u64, timeout: Duration) -> Result<()> {
         let ready = |state: &State| (state.boots >= boots).then_some(());
         self.link
@@ -127,7 +127,7 @@ impl Agent {
             .context("the guest's agent does not start")
     }
 
-    /// Starts a process.
+    /// Starts a process in the guest.
     pub(crate) fn spawn(&self, argv: Vec<String>) -> Result<Process> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let process = Process {
@@ -155,9 +155,9 @@ impl Link {
             .context("the guest's agent takes no requests")
     }
 
-    /// Takes in what the agent reports until the connection ends.
+    /// Processes the agent's reports until the connection ends.
     fn follow(&self, reader: BufReader<UnixStream>) {
-        // A line that does not parse is the rest of one that a reset cut off.
+        // Skips lines that do not parse: a reset can cut off a line.
         for report in reader
             .split(b'\n')
             .map_while(Result::ok)
@@ -197,7 +197,7 @@ impl Link {
         }
     }
 
-    /// Waits until `look` finds something.
+    /// Waits until `look` returns a value. An error after `timeout`, or if QEMU has ended.
     fn wait<T>(&self, mut look: impl FnMut(&State) -> Option<T>, timeout: Duration) -> Result<T> {
         let mut found = None;
         let (state, _) = self
@@ -227,7 +227,7 @@ impl State {
 }
 
 impl Process {
-    /// Waits for its end.
+    /// Waits until the process ends, and returns its result.
     pub fn wait(&self, timeout: Duration) -> Result<Output> {
         let ended = |state: &State| state.processes.get(&self.id)?.end.clone();
         let end = self.link.wait(ended, timeout);
@@ -240,14 +240,14 @@ impl Process {
         })
     }
 
-    /// Whether it has ended, or the VM has.
+    /// Returns whether the process or the VM has ended.
     pub fn has_ended(&self) -> bool {
         let state = self.link.state();
         let progress = state.processes.get(&self.id);
         state.ended || progress.is_none_or(|progress| progress.end.is_some())
     }
 
-    /// Waits until its standard output holds `text`, and gives all of that.
+    /// Waits until the standard output contains `text`, and returns the whole output.
     pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<String> {
         let written = |state: &State| {
             let progress = state.processes.get(&self.id)?;
@@ -270,7 +270,8 @@ impl Process {
         found.with_context(|| format!("in the guest, `{}` did not print {text:?}", self.name))
     }
 
-    /// Takes the next line off its standard output, without the line break; `None` once it has ended and there is none.
+    /// Takes the next line from the standard output, without its line break. Returns `None` if the
+    /// process has ended and no complete line is left.
     pub fn next_line(&self, timeout: Duration) -> Result<Option<String>> {
         let length = |state: &State| {
             let progress = state.processes.get(&self.id)?;
@@ -290,12 +291,12 @@ impl Process {
         ))
     }
 
-    /// What it has written to standard output so far.
+    /// Returns everything that the process has written to standard output so far.
     pub fn stdout(&self) -> Vec<u8> {
         self.read(|progress| progress.stdout.clone())
     }
 
-    /// Writes to its standard input.
+    /// Writes bytes to the standard input of the process.
     pub fn write(&self, bytes: &[u8]) -> Result<()> {
         for chunk in bytes.chunks(CHUNK) {
             self.send_input(chunk)?;
@@ -303,7 +304,7 @@ impl Process {
         Ok(())
     }
 
-    /// Ends its standard input.
+    /// Closes the standard input of the process.
     pub fn close_stdin(&self) -> Result<()> {
         self.send_input(&[])
     }
@@ -313,7 +314,7 @@ impl Process {
         self.link.send(&Request::Stdin { id: self.id, bytes })
     }
 
-    /// Sends a signal to it and to all that it started.
+    /// Sends a signal to the process and to its children, which are in its process group.
     pub fn kill(&self, signal: rustix::process::Signal) -> Result<()> {
         let signal = signal.as_raw();
         self.link.send(&Request::Kill {

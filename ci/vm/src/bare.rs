@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A machine without a guest: stock QEMU and its firmware, which gives devices their addresses, and then a test that
-//! reads and writes memory in the place of a guest (QEMU's `docs/devel/testing/qtest.rst`).
+//! A machine without a guest, for tests with QEMU's qtest (`docs/devel/testing/qtest.rst`).
+//!
+//! Stock QEMU runs its firmware, which gives devices their addresses. Then a test reads and writes
+//! memory in place of a guest.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -22,16 +24,17 @@ use crate::qmp::Qmp;
 use crate::{COMMAND_TIMEOUT, Config};
 use barlink_sandbox::builds::Artifacts;
 
-/// Where configuration space is in memory, once q35's firmware has run.
+/// Address of the PCI configuration space in memory, as q35's firmware sets it.
 const ECAM: u64 = 0xb000_0000;
-/// How long QEMU and the firmware may take for anything.
+/// Timeout of each wait for QEMU and the firmware.
 const TIMEOUT: Duration = COMMAND_TIMEOUT;
-/// The file in the machine's folder to which SeaBIOS writes its log.
+/// Name of the file in the machine's folder to which SeaBIOS writes its log.
 const FIRMWARE_LOG: &str = "seabios.log";
-/// The last line of that log after each reset: SeaBIOS has set up all devices, has nothing to boot, and halts.
+/// Last line of that log after each reset: SeaBIOS has set up all devices, finds nothing to boot,
+/// and halts.
 const FIRMWARE_HALTS: &str = "No bootable device.";
 
-/// See the module. Dropping it ends it.
+/// A running machine without a guest. Dropping it ends QEMU.
 #[derive(Debug)]
 pub struct Bare {
     qmp: Qmp,
@@ -45,14 +48,14 @@ pub struct Bare {
 /// A PCI device, as the firmware has set it up.
 #[derive(Clone, Debug)]
 pub struct PciDevice {
-    /// Where its configuration space is in memory.
+    /// Address of its configuration space in memory.
     pub config: u64,
-    /// Address and size of its BARs, by number.
+    /// Address and size in bytes of each BAR, by number. Both are 0 for a BAR that does not exist.
     pub bars: Vec<(u64, u64)>,
 }
 
 impl Bare {
-    /// Starts QEMU with these arguments.
+    /// Starts QEMU with the memory, the IOMMU and the arguments of `config`.
     pub fn start(artifacts: &Artifacts, config: &Config) -> Result<Self> {
         let folder = TempDir::with_prefix_in("bare-", &artifacts.logs)?;
         let mut command = program(artifacts, config, folder.path())?;
@@ -67,7 +70,7 @@ impl Bare {
             command.args(["-chardev", &format!("socket,id={name},fd={number}")]);
             command.args([format!("-{name}"), format!("chardev:{name}")]);
         }
-        // A comma ends the value of an option, two are one.
+        // Doubles commas, because a single comma ends the value of an option.
         let log = folder.path().join(FIRMWARE_LOG).display().to_string();
         let log = format!("file,id=seabios,path={}", log.replace(',', ",,"));
         command.args(["-chardev", &log]);
@@ -93,12 +96,13 @@ impl Bare {
         })
     }
 
-    /// The device with this ID, once the firmware has given all its BARs an address.
+    /// Waits until the firmware has given all BARs of a device their addresses, and returns the
+    /// device.
     pub fn device(&mut self, id: &str) -> Result<PciDevice> {
         let start = Instant::now();
         loop {
             let buses = self.qmp("query-pci", &json!({}))?;
-            // What is behind a bridge is not even there before.
+            // Devices behind a bridge are not listed until the firmware has set up the bridge.
             if let Some(device) = find(&buses, id).and_then(placed) {
                 return Ok(device);
             }
@@ -110,8 +114,8 @@ impl Bare {
         }
     }
 
-    /// Waits until the firmware has come to its end in so many boots: the start is the first boot, and each reset is another.
-    /// After that the machine's processor accesses no device.
+    /// Waits until the firmware has finished `boots` boots. The start is the first boot, and each
+    /// reset starts another. From then on the machine's processor does not access any device.
     pub fn wait_for_firmware(&self, boots: usize) -> Result<()> {
         let start = Instant::now();
         loop {
@@ -128,68 +132,68 @@ impl Bare {
         }
     }
 
-    /// Executes a QMP command and gives what it returns.
+    /// Executes a QMP command and returns its result.
     pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
         self.qmp.execute(command, arguments)
     }
 
-    /// Reads 32 bits.
+    /// Reads 32 bits from an address.
     pub fn read(&mut self, address: u64) -> Result<u32> {
         let answer = self.order(&format!("readl {address:#x}"))?;
         let number = answer.trim_start_matches("0x");
         Ok(u64::from_str_radix(number, 16)? as u32)
     }
 
-    /// Writes 32 bits.
+    /// Writes 32 bits to an address.
     pub fn write(&mut self, address: u64, value: u32) -> Result<()> {
         self.order(&format!("writel {address:#x} {value:#x}"))
             .map(drop)
     }
 
-    /// Writes 8 bits.
+    /// Writes 8 bits to an address.
     pub fn write_byte(&mut self, address: u64, value: u8) -> Result<()> {
         self.order(&format!("writeb {address:#x} {value:#x}"))
             .map(drop)
     }
 
-    /// Writes bytes one right after the other, whatever becomes of QEMU.
+    /// Writes bytes to their addresses in one message, even if QEMU ends because of one of them.
     pub fn write_at_once(&mut self, bytes: &[(u64, u8)]) -> Result<()> {
         let orders = bytes.iter();
         let orders = orders.map(|(address, value)| format!("writeb {address:#x} {value:#x}\n"));
         let orders = orders.collect::<String>();
         self.memory.get_mut().write_all(orders.as_bytes())?;
         for _ in bytes {
-            // It may have ended.
+            // Ignores errors, because QEMU may have ended.
             let _ = self.memory.read_line(&mut String::new());
         }
         Ok(())
     }
 
-    /// Writes 16 bits.
+    /// Writes 16 bits to an address.
     pub fn write_short(&mut self, address: u64, value: u16) -> Result<()> {
         self.order(&format!("writew {address:#x} {value:#x}"))
             .map(drop)
     }
 
-    /// Reads 16 bits.
+    /// Reads 16 bits from an address.
     pub fn read_short(&mut self, address: u64) -> Result<u16> {
         let answer = self.order(&format!("readw {address:#x}"))?;
         let number = answer.trim_start_matches("0x");
         Ok(u64::from_str_radix(number, 16)? as u16)
     }
 
-    /// Fills memory with a byte.
+    /// Fills `size` bytes of memory with a byte.
     pub fn fill(&mut self, address: u64, size: u64, byte: u8) -> Result<()> {
         self.order(&format!("memset {address:#x} {size:#x} {byte:#x}"))
             .map(drop)
     }
 
-    /// What QEMU has written to standard error.
+    /// Returns everything that QEMU has written to standard error so far.
     pub fn errors(&self) -> Result<String> {
         written(&self.errors)
     }
 
-    /// Waits until QEMU ends by itself.
+    /// Waits until QEMU ends by itself, and returns its exit status.
     pub fn end(&mut self) -> Result<ExitStatus> {
         let start = Instant::now();
         loop {
@@ -218,20 +222,21 @@ impl Bare {
 
 impl Drop for Bare {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // Ignores errors, because QEMU may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Reads a file that QEMU writes. The file's offset is QEMU's as well, so it stays where it is.
+/// Reads all of a file that QEMU writes. The file's position is shared with QEMU and must not
+/// change.
 fn written(errors: &File) -> Result<String> {
     let mut bytes = vec![0; usize::try_from(errors.metadata()?.len())?];
     errors.read_exact_at(&mut bytes, 0)?;
     Ok(String::from_utf8(bytes)?)
 }
 
-/// What `query-pci` says of a device.
+/// Finds the device with this ID in the result of `query-pci`.
 fn find<'a>(value: &'a Value, id: &str) -> Option<&'a Value> {
     match value {
         Value::Object(fields) if fields.get("qdev_id").is_some_and(|found| found == id) => {

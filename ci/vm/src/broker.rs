@@ -20,33 +20,33 @@ use crate::Config;
 use crate::service::ServiceManager;
 use barlink_sandbox::builds::Artifacts;
 
-/// How long a broker may take until it listens.
+/// Timeout of a broker's start, until its control socket answers.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 const LOG: &str = "broker.log";
 
-/// How a VM is reached.
+/// The transport by which a VM gets its device.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Transport {
-    /// QEMU's ivshmem-doorbell.
+    /// QEMU's device ivshmem-doorbell.
     #[default]
     Ivshmem,
-    /// barlink's own device, by vfio-user.
+    /// barlink's own device, over vfio-user.
     VfioUser,
-    /// A virtio device, by vhost-user.
+    /// A virtio device, over vhost-user.
     VhostUser,
 }
 
 impl Transport {
-    /// All of them.
+    /// All transports.
     pub const ALL: [Transport; 3] = [
         Transport::Ivshmem,
         Transport::VfioUser,
         Transport::VhostUser,
     ];
 
-    /// Its name.
+    /// Returns the transport's name.
     pub fn name(self) -> &'static str {
         match self {
             Transport::Ivshmem => "ivshmem",
@@ -55,12 +55,13 @@ impl Transport {
         }
     }
 
-    /// Its place in [`Transport::ALL`]: the slot over it, where a broker serves one over each.
+    /// Returns the index in [`Transport::ALL`]. It is the number of the slot with this transport,
+    /// where a broker serves one slot over each.
     pub fn index(self) -> usize {
         self as usize
     }
 
-    /// The option of `barlink serve` for a socket.
+    /// Returns the option of `barlink serve` for a socket of this transport.
     fn option(self) -> String {
         format!("--{self}")
     }
@@ -76,7 +77,7 @@ impl fmt::Display for Transport {
     }
 }
 
-/// A running `barlink serve`; dropping it ends it.
+/// A running `barlink serve`. Dropping it ends the process.
 #[derive(Debug)]
 pub struct Broker {
     child: Child,
@@ -88,12 +89,12 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Serves one slot over ivshmem, with these further arguments of `barlink serve`.
+    /// Starts a broker with one slot over ivshmem, and with further arguments of `barlink serve`.
     pub fn start(artifacts: &Artifacts, arguments: &[&str]) -> Result<Self> {
         Self::start_over(artifacts, &[Transport::Ivshmem], arguments)
     }
 
-    /// Serves a slot over each of these transports.
+    /// Starts a broker with a slot over each of these transports.
     pub fn start_over(
         artifacts: &Artifacts,
         slots: &[Transport],
@@ -102,7 +103,7 @@ impl Broker {
         Self::launch(artifacts, slots, arguments, |_| Ok(None))
     }
 
-    /// Serves one slot as the service of a manager that keeps its descriptors.
+    /// Starts a broker with one slot, as the service of a manager that stores its descriptors.
     pub fn start_managed(
         artifacts: &Artifacts,
         transport: Transport,
@@ -111,7 +112,7 @@ impl Broker {
         Self::start_managed_over(artifacts, &[transport], arguments)
     }
 
-    /// Serves a slot over each of these transports as such a service.
+    /// Starts a broker with a slot over each of these transports, as the service of such a manager.
     pub fn start_managed_over(
         artifacts: &Artifacts,
         slots: &[Transport],
@@ -165,19 +166,19 @@ impl Broker {
         Ok(())
     }
 
-    /// The ID of its process.
+    /// Returns the broker's process ID.
     pub fn process(&self) -> u32 {
         self.child.id()
     }
 
-    /// Kills it.
+    /// Kills the broker.
     pub fn kill(&mut self) -> Result<()> {
         self.signal(Signal::KILL)?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// Starts it again, as its manager would.
+    /// Starts the killed broker again, as its manager would.
     pub fn start_again(&mut self) -> Result<()> {
         self.child = spawn(
             &self.program,
@@ -188,7 +189,8 @@ impl Broker {
         self.wait_until_it_serves()
     }
 
-    /// Has another one take its place, which no broker does that is a manager's service.
+    /// Replaces the broker by a new process (`--replace`). An error if the broker is a manager's
+    /// service.
     pub fn replace(&mut self) -> Result<()> {
         ensure!(self.manager.is_none(), "a service is not replaced");
         let arguments = self.arguments.iter().cloned();
@@ -204,32 +206,32 @@ impl Broker {
         self.wait_until_it_serves()
     }
 
-    /// The manager whose service it is.
+    /// Returns the manager whose service the broker is.
     pub fn manager(&self) -> Option<&ServiceManager> {
         self.manager.as_ref()
     }
 
-    /// The folder with its sockets; a place for other files of the same run, too.
+    /// Returns the folder with the broker's sockets, which is also for other files of the same run.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// The socket for host apps.
+    /// Returns the path of the socket for host apps.
     pub fn control(&self) -> PathBuf {
         self.folder().join("control.sock")
     }
 
-    /// The socket for the VM of a slot.
+    /// Returns the path of the socket for a slot's VM.
     pub fn socket(&self, slot: usize) -> PathBuf {
         socket(self.folder(), slot)
     }
 
-    /// What it has logged.
+    /// Reads the broker's log.
     pub fn log(&self) -> Result<String> {
         Ok(std::fs::read_to_string(self.folder().join(LOG))?)
     }
 
-    /// A host app: `barlink` with these arguments, at this broker.
+    /// Makes the command of a host app: `barlink` with these arguments, for this broker.
     pub fn app<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Command {
         let mut command = host_program(&self.program);
         command.args(arguments).arg("--control").arg(self.control());
@@ -237,17 +239,18 @@ impl Broker {
         command
     }
 
-    /// Runs a host app to its end and gives its standard output.
+    /// Runs a host app to its end and returns its standard output.
     pub fn run<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<Vec<u8>> {
         finish(self.app(arguments).stderr(Stdio::piped()))
     }
 
-    /// A snapshot, as `barlink inspect --json` prints it.
+    /// Reads the broker's state, as `barlink inspect --json` prints it.
     pub fn inspect(&self) -> Result<Value> {
         Ok(serde_json::from_slice(&self.run(["inspect", "--json"])?)?)
     }
 
-    /// What a VM needs to have this broker's devices, one a slot: the arguments that `barlink qemu-args` prints.
+    /// Returns the configuration of a VM with a device for each slot. Its arguments are those that
+    /// `barlink qemu-args` prints.
     pub fn vm(&self) -> Result<Config> {
         let mut arguments = Vec::new();
         for slot in 0..self.slots.len() {
@@ -261,12 +264,13 @@ impl Broker {
         })
     }
 
-    /// QEMU's arguments for one slot.
+    /// Returns QEMU's arguments for the device of one slot.
     pub fn arguments(&self, slot: usize) -> Result<Vec<String>> {
         self.arguments_with(slot, &format!("barlink{slot}"), 64 + slot)
     }
 
-    /// QEMU's arguments for one slot, with an ID and a chassis number that no other device of the VM has.
+    /// Returns QEMU's arguments for the device of one slot. The ID and the chassis number must be
+    /// unique in the VM.
     pub fn arguments_with(&self, slot: usize, id: &str, chassis: usize) -> Result<Vec<String>> {
         let (slot, chassis) = (slot.to_string(), chassis.to_string());
         let printed = self.run([
@@ -282,21 +286,23 @@ impl Broker {
         Ok(printed.split_whitespace().map(str::to_owned).collect())
     }
 
-    /// Sends it a signal.
+    /// Sends the broker a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill_process(Pid::from_child(&self.child), signal)?)
     }
 }
 
-/// Makes a command for a host program that starts with the default action of every signal, because a test under `nohup`, or in
-/// the background of a shell, ignores some. The program keeps the process ID.
+/// Makes a command for a host program that starts with the default action of every signal. A test
+/// under `nohup` or in the background of a shell ignores some signals, and its children inherit
+/// that. The program keeps the process ID of the command.
 pub fn host_program(program: &Path) -> Command {
     let mut command = Command::new("env");
     command.arg("--default-signal").arg(program);
     command
 }
 
-/// Starts a broker, whose log goes to a file in `folder`.
+/// Starts a broker whose log goes to a file in `folder`. Under a manager also waits until the
+/// broker is ready.
 fn spawn(
     program: &Path,
     arguments: &[OsString],
@@ -324,7 +330,7 @@ impl Drop for Broker {
         if thread::panicking() {
             eprintln!("the broker's log:\n{}", self.log().unwrap_or_default());
         }
-        // It may have ended already.
+        // Ignores errors, because the broker may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -334,7 +340,8 @@ fn socket(folder: &Path, slot: usize) -> PathBuf {
     folder.join(format!("vm{slot}.sock"))
 }
 
-/// Runs a command to its end: its standard output, or an error that holds what it wrote to standard error.
+/// Runs a command of `barlink` to its end and returns its standard output. An error, with the
+/// standard error, unless the exit code is 0.
 pub fn finish(command: &mut Command) -> Result<Vec<u8>> {
     let Output {
         status,

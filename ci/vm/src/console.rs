@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The guest's serial console: a log file, and on request a terminal.
+//! The guest's serial console: a log file, and a terminal on request.
 
 use std::fs;
 use std::io::{Read, Write, stdout};
@@ -18,19 +18,19 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use signal_hook::consts::{SIGHUP, SIGTERM};
 use signal_hook::flag;
 
-/// The log's name in the VM's folder. QEMU writes it.
+/// Name of the console's log in the VM's folder. QEMU writes it.
 pub(crate) const LOG: &str = "console.log";
 
-/// The name, beside it, of the file with what QEMU writes to standard error.
+/// Name of the file in the VM's folder with the output of QEMU itself.
 pub(crate) const ERRORS: &str = "qemu.log";
 
-/// Ctrl-], which ends a connection to the console.
+/// The byte of Ctrl-], which disconnects the terminal from the console.
 const LEAVE: u8 = 0x1d;
 
-/// How many lines of a log a failure shows.
+/// Number of lines of a log that a failure shows.
 const SHOWN_LINES: usize = 30;
 
-/// How often a connected terminal looks whether the VM has ended.
+/// Time between two checks of a connected terminal whether the VM has ended.
 const LOOK: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 200_000_000,
@@ -46,7 +46,7 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// The console that logs to `folder`; `stream` leads to it if it is interactive.
+    /// Makes the console that logs to `folder`. `stream` is the socket of an interactive console.
     pub(crate) fn new(folder: &Path, stream: Option<UnixStream>) -> Result<Self> {
         let console = Self {
             log: folder.join(LOG),
@@ -57,7 +57,7 @@ impl Console {
         if let Some(stream) = &console.stream {
             let stream = stream.try_clone()?;
             let (attached, ended) = (Arc::clone(&console.attached), Arc::clone(&console.ended));
-            // Always read, or the guest would stop at its next line once the socket is full.
+            // Always reads, because the guest would block at its next line once the socket is full.
             thread::spawn(move || {
                 forward(stream, &attached);
                 ended.store(true, Ordering::Release);
@@ -66,13 +66,14 @@ impl Console {
         Ok(console)
     }
 
-    /// What has been printed so far.
+    /// Reads everything that the console has printed so far.
     pub(crate) fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// Connects `input` and standard output until the user presses Ctrl-], either side ends, or a signal says that the
-    /// terminal is gone: then the caller, too, gets to remove what it made.
+    /// Connects `input` and standard output to the console until the user presses Ctrl-], an end
+    /// closes, or a signal reports that the terminal is gone. The signals are caught so that the
+    /// caller can clean up.
     pub(crate) fn attach_terminal(&self, input: BorrowedFd) -> Result<()> {
         let mut stream = self
             .stream
@@ -83,7 +84,7 @@ impl Console {
         }
         let _raw = RawTerminal::enter(input)?;
         self.attached.store(true, Ordering::Release);
-        // The shell shows its prompt again.
+        // Makes the shell print its prompt again.
         stream.write_all(b"\n")?;
         let mut bytes = [0; 4096];
         while !self.ended.load(Ordering::Acquire) {
@@ -91,7 +92,8 @@ impl Console {
                 Ok(0) | Err(Errno::INTR) => continue,
                 ready => ready?,
             };
-            // Not by the standard library, whose buffer `poll` does not see.
+            // Does not read by the standard library, because `poll` does not see data in its
+            // buffer.
             let length = rustix::io::read(input, &mut bytes)?;
             let typed = bytes.get(..length).unwrap_or_default();
             let left = typed.iter().position(|byte| *byte == LEAVE);
@@ -105,13 +107,13 @@ impl Console {
     }
 }
 
-/// Reads `stream` to its end; what comes while `attached` goes to standard output.
+/// Reads `stream` to its end, and copies it to standard output while `attached`.
 fn forward(mut stream: UnixStream, attached: &AtomicBool) {
     let mut bytes = [0; 4096];
     while let Ok(length @ 1..) = stream.read(&mut bytes) {
         if attached.load(Ordering::Acquire) {
             let mut terminal = stdout();
-            // Without a terminal there is nobody to tell.
+            // Ignores errors, because there is nowhere to report them without a terminal.
             let _ = terminal
                 .write_all(&bytes[..length])
                 .and_then(|()| terminal.flush());
@@ -119,7 +121,7 @@ fn forward(mut stream: UnixStream, attached: &AtomicBool) {
     }
 }
 
-/// An input in raw mode, if it is a terminal; as it was when dropped.
+/// An input in raw mode, if it is a terminal. Dropping this restores the old mode.
 struct RawTerminal<'a> {
     input: BorrowedFd<'a>,
     before: Option<Termios>,
@@ -146,7 +148,7 @@ impl Drop for RawTerminal<'_> {
     }
 }
 
-/// The ends of the logs in a VM's folder, for a failure's message.
+/// Returns the ends of the logs in a VM's folder, for an error message.
 pub(crate) fn tail(folder: &Path) -> String {
     let mut text = String::new();
     for (name, what) in [(ERRORS, "QEMU says"), (LOG, "the console ends")] {
@@ -177,7 +179,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (ours, _qemus) = UnixStream::pair().unwrap();
         let console = Console::new(folder.path(), Some(ours)).unwrap();
-        // A terminal at which nobody types.
+        // The test never writes to this input.
         let (input, _keyboard) = std::io::pipe().unwrap();
         thread::scope(|scope| {
             let attached = scope.spawn(|| console.attach_terminal(input.as_fd()));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A virtual machine under test: a stock QEMU and kernel, and an agent that runs commands in the guest.
+//! A virtual machine under test: stock QEMU, a stock kernel, and an agent that runs commands in the
+//! guest.
 //!
 //! ```no_run
 //! use barlink_vm::{Config, Vm};
@@ -43,63 +44,64 @@ use self::qmp::Qmp;
 pub use self::snapshot::remove_snapshots;
 use barlink_sandbox::builds::Artifacts;
 
-/// How long a guest may take until its agent answers. A boot takes 4 s under TCG on an idle machine.
+/// Timeout of a boot, until the agent reports. A boot takes 4 s under TCG on an idle machine.
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a command in the guest may take, unless the caller says otherwise.
+/// Default timeout of a command in the guest.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long QEMU may take for what it does itself.
+/// Timeout of QEMU's own work.
 pub const QMP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long QEMU may still have something of a device that was unplugged. ivshmem's closes the descriptor of its memory a second
-/// time when it is rid of all that it was mapped for, some 10 ms later; by then nothing else is to have its number
-/// (`docs/decisions/0005-hot-unplug.md`).
+/// Wait after a device was unplugged. QEMU's ivshmem device closes the descriptor of its memory
+/// twice, the second time when its mappings are gone, some 10 ms later. No other file may get the
+/// same number in between (`docs/decisions/0005-hot-unplug.md`).
 const UNPLUGGED: Duration = Duration::from_millis(300);
 
-/// What suspends a guest. The kernel asks whether the host has the agent's port open when it cannot hear the answer yet, and takes it for
-/// closed ever after, unless it looks at it anew.
+/// Shell script that suspends the guest to memory. On resume the kernel asks the host whether the
+/// agent's port is open, but cannot receive the answer yet and takes the port for closed. So the
+/// script binds the ports anew, which makes the kernel ask once more.
 const SUSPEND: &str = "echo deep >/sys/power/mem_sleep && echo mem >/sys/power/state
     slept=$?
     cd /sys/bus/virtio/drivers/virtio_console || exit
     for port in virtio*; do echo $port >unbind; echo $port >bind; done
     exit $slept";
 
-/// The descriptor that QEMU has the first of [`Config::files`] as.
+/// Number of the descriptor by which QEMU gets the first of [`Config::files`].
 pub const FIRST_FILE: i32 = 10;
 
-/// The ID of a restored guest's last root port, at which a test can plug in a device of its own.
+/// ID of a restored guest's last root port, for a device that a test plugs in by itself.
 pub const FREE_PORT: &str = "port5";
 
-/// What a VM is made of.
+/// Configuration of a VM.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The guest's memory, in MiB.
+    /// Size of the guest's memory, in MiB.
     pub memory_mib: u32,
-    /// Its processors.
+    /// Number of the guest's processors.
     pub cpus: u32,
-    /// What QEMU calls the machine.
+    /// QEMU's name of the machine type.
     pub machine: &'static str,
-    /// Further arguments for QEMU, such as `barlink qemu-args` prints.
+    /// Further arguments for QEMU, such as those that `barlink qemu-args` prints.
     pub arguments: Vec<String>,
-    /// Files and folders that these arguments name; QEMU sees no others. Each must exist, and not be below `/usr` or
-    /// `/etc`.
+    /// Files and folders that the arguments name. QEMU sees no others. Each must exist, and not be
+    /// below `/usr` or `/etc`.
     pub paths: Vec<PathBuf>,
-    /// Files that these arguments name as `/proc/self/fd/NUMBER`, from [`FIRST_FILE`] on.
+    /// Files that the arguments name as `/proc/self/fd/NUMBER`, from [`FIRST_FILE`] on.
     pub files: Vec<Arc<File>>,
-    /// Whether the host is to have all of the guest's memory at hand from the start, rather than page by page on first
-    /// use: for what is timed.
+    /// Whether the host allocates all of the guest's memory at the start instead of on first use.
+    /// For measurements of time.
     pub preallocated: bool,
-    /// Whether other processes are to share the guest's memory, which vhost-user needs.
+    /// Whether other processes can map the guest's memory. vhost-user needs that.
     pub shared_memory: bool,
-    /// Whether there is an IOMMU between devices and the guest's memory, which remaps interrupts as well, and which the
-    /// guest's kernel uses.
+    /// Whether the VM has an IOMMU, which translates DMA and remaps interrupts. The guest's kernel
+    /// is told to use it.
     pub iommu: bool,
-    /// Whether QEMU ends when the guest reboots, instead of booting it again.
+    /// Whether QEMU ends when the guest reboots. Otherwise the guest boots again.
     pub ends_on_reboot: bool,
-    /// How long the guest may take until its agent answers.
+    /// Timeout of a boot, until the agent reports.
     pub boot_timeout: Duration,
-    /// Whether the console is to be connected to a terminal, by [`Vm::attach_terminal`].
+    /// Whether [`Vm::attach_terminal`] can connect a terminal to the console.
     pub interactive: bool,
 }
 
@@ -122,17 +124,18 @@ impl Default for Config {
     }
 }
 
-/// Where a VM's guest comes from.
+/// The origin of a VM's guest.
 enum Origin<'a> {
-    /// It boots.
+    /// The guest boots.
     Boot,
-    /// It boots, with the free root ports of a snapshot, which is written to this file later.
+    /// The guest boots with free root ports, and is written to this snapshot file later.
     BootForSnapshot(&'a File),
-    /// It is read from this file.
+    /// The guest is read from this snapshot file.
     Snapshot(&'a File),
 }
 
-/// A running VM; dropping it ends it, and where the caller panics, shows the end of its console.
+/// A running VM. Dropping it ends QEMU. If the caller panics, the end of the console's log is
+/// shown.
 #[derive(Debug)]
 pub struct Vm {
     agent: Agent,
@@ -140,12 +143,12 @@ pub struct Vm {
     console: Console,
     /// The root ports of a restored guest, by the names that its configuration has for them.
     ports: Ports,
-    // Dropped last, since it ends what the others talk to.
+    // Dropped last, because it ends QEMU, to which the other fields are connected.
     qemu: Qemu,
 }
 
 impl Vm {
-    /// Boots a VM with [`Artifacts::shared`]: for a test of what happens at boot.
+    /// Boots a VM with [`Artifacts::shared`], for a test of the boot itself.
     pub fn boot(config: &Config) -> Result<Self> {
         Self::boot_with(Artifacts::shared()?, config)
     }
@@ -155,24 +158,25 @@ impl Vm {
         Self::start(artifacts, config, &Origin::Boot)
     }
 
-    /// Boots a VM that has free root ports, and can be written to a file.
+    /// Boots a VM that has free root ports and can be written to a snapshot file.
     fn boot_for_snapshot(artifacts: &Artifacts, config: &Config, file: &File) -> Result<Self> {
         Self::start(artifacts, config, &Origin::BootForSnapshot(file))
     }
 
-    /// Restores a VM that has booted with [`Artifacts::shared`], in a tenth of the time of a boot, and plugs in what
-    /// [`Config::arguments`] describe, which must be devices and what they need.
+    /// Restores a booted VM with [`Artifacts::shared`], which takes a tenth of the time of a boot.
+    /// Then plugs in the devices of [`Config::arguments`]. These may describe only devices, and the
+    /// character devices, objects and ports that devices need.
     pub fn restore(config: &Config) -> Result<Self> {
         Self::restore_with(Artifacts::shared()?, config)
     }
 
-    /// Restores a VM, plugs in its devices, and waits until the guest has found them.
+    /// Restores a booted VM, plugs in its devices, and waits until the guest has found them.
     pub fn restore_with(artifacts: &Artifacts, config: &Config) -> Result<Self> {
         let snapshot = snapshot::open(artifacts, config)?;
         let mut vm = Self::start(artifacts, config, &Origin::Snapshot(&snapshot))?;
         vm.ports = plug::plug(&vm.qmp, &config.arguments, &qemu::PORTS)?;
         if !config.arguments.is_empty() {
-            // The guest looks for devices itself, rather than when it hears of them: with the end of this they are there.
+            // Makes the guest look for devices at once. They are found when the command ends.
             vm.run(["sh", "-c", "echo 1 >/sys/bus/pci/rescan"])?
                 .require_success()?;
         }
@@ -210,7 +214,7 @@ impl Vm {
         })
     }
 
-    /// Runs a command in the guest to its end, with nothing on its standard input.
+    /// Runs a command in the guest to its end, with an empty standard input.
     pub fn run<S: Into<String>>(&self, argv: impl IntoIterator<Item = S>) -> Result<Output> {
         let process = self.spawn(argv)?;
         process.close_stdin()?;
@@ -242,17 +246,18 @@ impl Vm {
         Ok(output.stdout)
     }
 
-    /// Resets the machine, as its reset button would, and waits until it has booted again.
+    /// Resets the machine, as its reset button does, and waits until it has booted again.
     pub fn reset(&self) -> Result<()> {
         let boots = self.agent.boots();
         self.qmp("system_reset", &json!({}))?;
         self.agent.wait_ready(boots + 1, BOOT_TIMEOUT)
     }
 
-    /// Has the guest suspend the machine to memory (ACPI's S3), wakes it, and waits until the guest goes on: at most once from one
-    /// boot to the next, since the firmware loses ACPI's registers (`docs/driver.md`, section 8).
+    /// Suspends the guest to memory (ACPI's S3), wakes it, and waits until it runs again. Works
+    /// once per boot, because the firmware loses ACPI's registers (`docs/driver.md`, section 8).
     pub fn suspend(&self) -> Result<()> {
-        // Nothing must be on its way to the agent then, not even that there is no input.
+        // Leaves the standard input open, because no message may be on its way to the agent during
+        // a suspend.
         let process = self.spawn(["sh", "-c", SUSPEND])?;
         self.wake()?;
         let output = process.wait(COMMAND_TIMEOUT)?;
@@ -267,7 +272,7 @@ impl Vm {
         self.qmp("system_wakeup", &json!({})).map(drop)
     }
 
-    /// Presses and releases a key of the keyboard: one that does nothing by itself.
+    /// Presses and releases the Shift key, which has no effect by itself.
     pub fn press_key(&self) -> Result<()> {
         let key = json!({ "type": "qcode", "data": "shift" });
         let event = |down| json!({ "type": "key", "data": { "down": down, "key": key } });
@@ -275,19 +280,20 @@ impl Vm {
         self.qmp("input-send-event", &events).map(drop)
     }
 
-    /// Executes a QMP command and gives what it returns.
+    /// Executes a QMP command and returns its result.
     pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
         self.qmp.execute(command, arguments)
     }
 
-    /// Plugs a device in; `arguments` are those of `device_add`, and must hold an `id`.
+    /// Plugs in a device. `arguments` are those of `device_add` and must have an `id`.
     pub fn plug(&self, arguments: &Value) -> Result<()> {
         let mut device = arguments.clone();
         plug::rename_port(&mut device, &self.ports);
         self.qmp("device_add", &device).map(drop)
     }
 
-    /// Asks the guest to let go of a device, and waits until it is out and QEMU rid of it.
+    /// Asks the guest to release a device, and waits until the device is unplugged and QEMU has
+    /// freed it.
     pub fn unplug(&self, id: &str) -> Result<()> {
         self.qmp("device_del", &json!({ "id": id }))?;
         self.qmp
@@ -296,23 +302,24 @@ impl Vm {
         Ok(())
     }
 
-    /// What the guest's kernel and init have printed so far.
+    /// Returns everything that the guest's kernel and init have printed so far.
     pub fn console_log(&self) -> String {
         self.console.log()
     }
 
-    /// What QEMU has written to standard error so far.
+    /// Returns everything that QEMU has written to standard error so far.
     pub fn errors(&self) -> String {
         let errors = std::fs::read(self.qemu.folder().join(console::ERRORS));
         String::from_utf8_lossy(&errors.unwrap_or_default()).into_owned()
     }
 
-    /// The last of what QEMU and the guest's console have said, for a failure's message.
+    /// Returns the ends of QEMU's and the console's logs, for an error message.
     pub fn last_words(&self) -> String {
         console::tail(self.qemu.folder())
     }
 
-    /// Connects the caller's terminal to the guest's console until the user presses Ctrl-], or the terminal is gone.
+    /// Connects the caller's terminal to the guest's console until the user presses Ctrl-], or the
+    /// terminal is gone.
     pub fn attach_terminal(&self) -> Result<()> {
         self.console.attach_terminal(std::io::stdin().as_fd())
     }

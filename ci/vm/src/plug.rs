@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Plugs the devices of a command line into a VM that runs.
+//! Plugs the devices of a QEMU command line into a running VM.
 //!
-//! QEMU's human monitor takes character devices, objects and devices in the words of the command
-//! line, so nothing is translated. A device in JSON is for `device_add` of QMP, which takes the
+//! QEMU's human monitor takes character devices, objects and devices in the syntax of the command
+//! line, so they need no translation. A device in JSON goes to QMP's `device_add`, which takes the
 //! same object.
 
 use std::collections::HashMap;
@@ -13,16 +13,15 @@ use serde_json::{Value, json};
 
 use crate::qmp::Qmp;
 
-/// The names of root ports in a test's arguments, and the ports of the restored guest that they
-/// stand for.
+/// Maps the names of root ports in a test's arguments to ports of the restored guest.
 pub(crate) type Ports = HashMap<String, &'static str>;
 
-/// Plugs in what `arguments`, words of QEMU's command line, describe: `-chardev`, `-object` and
-/// `-device`.
+/// Plugs in everything that `arguments`, in the syntax of QEMU's command line, describe:
+/// `-chardev`, `-object` and `-device`.
 ///
-/// A root port cannot be plugged in. The first `pcie-root-port` of the arguments stands for the
-/// first of the VM's own `ports`, the second for the second, and so on. Gives which port each
-/// stands for.
+/// A root port cannot be plugged in. So the first `pcie-root-port` of the arguments stands for the
+/// first of the VM's own `ports`, the second for the second, and so on. Returns the port of each
+/// name.
 ///
 /// # Errors
 ///
@@ -64,14 +63,14 @@ pub(crate) fn plug(qmp: &Qmp, arguments: &[String], ports: &[&'static str]) -> R
     Ok(names)
 }
 
-/// Has a device in JSON plugged into the port that its `bus` stands for.
+/// Replaces the `bus` of a device in JSON by the port that it stands for.
 pub(crate) fn rename_port(device: &mut Value, ports: &Ports) {
     if let Some(port) = device["bus"].as_str().and_then(|bus| ports.get(bus)) {
         device["bus"] = json!(port);
     }
 }
 
-/// Runs a command of QEMU's human monitor, which prints something only where it fails.
+/// Runs a command of QEMU's human monitor. Any output is an error message.
 fn monitor(qmp: &Qmp, command: &str) -> Result<()> {
     let printed = qmp.execute("human-monitor-command", &json!({ "command-line": command }))?;
     let printed = printed.as_str().unwrap_or_default().trim();
@@ -79,7 +78,7 @@ fn monitor(qmp: &Qmp, command: &str) -> Result<()> {
     Ok(())
 }
 
-/// A property of a device in the words of the command line: `driver,NAME=VALUE,…`.
+/// Returns a property of a device in the syntax of the command line: `driver,NAME=VALUE,…`.
 fn property<'a>(device: &'a str, name: &str) -> Option<&'a str> {
     let mut properties = device.split(',');
     properties.find_map(|property| property.strip_prefix(name)?.strip_prefix('='))

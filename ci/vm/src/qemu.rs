@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Starts QEMU, and sees to it that it ends.
+//! The QEMU process: its arguments, its descriptors, its start and its end.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -20,25 +20,25 @@ use crate::{Config, FIRST_FILE, FREE_PORT, Origin};
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::{Accel, Qemu as Program};
 
-/// The character devices that lead to this process, and the descriptors that QEMU gets them as.
+/// Character devices that are connected to this process: name, and descriptor number in QEMU.
 const QMP: (&str, i32) = ("qmp", 3);
 const AGENT: (&str, i32) = ("agent", 4);
 const CONSOLE: (&str, i32) = ("console", 5);
 
-/// The descriptor that QEMU has a snapshot as, and how it is told to write or read one there.
+/// Descriptor number of a snapshot in QEMU, and the URI of that file for QEMU's migration.
 const SNAPSHOT_FILE: i32 = 6;
 pub(crate) const SNAPSHOT: &str = "file:/proc/self/fd/6";
 
-/// The root ports of a guest that can be restored: the driver's checks need five.
+/// Root ports of a guest that can be restored. The driver's checks need five.
 pub(crate) const PORTS: [&str; 6] = ["port0", "port1", "port2", "port3", "port4", FREE_PORT];
 
-/// A QEMU process; ended when dropped, and whenever this process ends.
+/// A QEMU process. It ends when this is dropped, and when this process ends.
 #[derive(Debug)]
 pub(crate) struct Qemu {
     child: Child,
-    /// Where its logs are.
+    /// Folder of its logs.
     folder: TempDir,
-    /// Ends the thread that started it.
+    /// Ends, on drop, the thread that started QEMU.
     _starter: Sender<()>,
 }
 
@@ -46,12 +46,12 @@ pub(crate) struct Qemu {
 pub(crate) struct Ends {
     pub(crate) qmp: UnixStream,
     pub(crate) agent: UnixStream,
-    /// Only where the console is interactive.
+    /// Present if the console is interactive.
     pub(crate) console: Option<UnixStream>,
 }
 
 impl Qemu {
-    /// Starts QEMU.
+    /// Starts QEMU, and returns the connections to it.
     pub(crate) fn start(
         artifacts: &Artifacts,
         config: &Config,
@@ -73,7 +73,8 @@ impl Qemu {
             }
         }
 
-        // Connected sockets, and no paths: nothing to bind, to clean up, or to be met by someone else.
+        // Socket pairs need no paths, so nothing is bound or removed, and no other process can
+        // connect.
         let (qmp, qmp_end) = UnixStream::pair()?;
         let (agent, agent_end) = UnixStream::pair()?;
         let mut descriptors = vec![mapping(qmp_end, QMP), mapping(agent_end, AGENT)];
@@ -121,13 +122,13 @@ impl Qemu {
         ))
     }
 
-    /// Keeps the logs when the VM has ended, and says where.
+    /// Keeps the logs after the VM has ended, and returns their folder.
     pub(crate) fn keep_logs(&mut self) -> PathBuf {
         self.folder.disable_cleanup(true);
         self.folder().to_owned()
     }
 
-    /// Where its logs are.
+    /// Returns the folder of the logs.
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -135,14 +136,14 @@ impl Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // Ignores errors, because QEMU may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Starts a process from a thread that lives as long as the process is wanted: it is told to end with the thread that
-/// started it, and the caller's may end earlier than the VM.
+/// Starts a process from a new thread, which runs until the returned sender is dropped. The process
+/// is killed when the thread that started it ends, and the caller's thread may end before the VM.
 pub(crate) fn spawn(mut command: Command) -> Result<(Child, Sender<()>)> {
     let program = command.get_program().display().to_string();
     let (report, reported) = channel();
@@ -151,8 +152,8 @@ pub(crate) fn spawn(mut command: Command) -> Result<(Child, Sender<()>)> {
         .name("qemu".to_owned())
         .spawn(move || {
             let _ = report.send(command.spawn());
-            // Gone with the last sender, which nothing is ever sent by. The descriptors of QEMU's ends go with it too, and
-            // must not be held, or QEMU's end would never show.
+            // Closes this process's copies of QEMU's descriptors, because the end of QEMU would not
+            // show otherwise. Then waits until the sender is dropped. It never sends anything.
             drop(command);
             let _ = ended.recv();
         })?;
@@ -169,7 +170,7 @@ pub(crate) fn mapping(stream: UnixStream, (_, child_fd): (&str, i32)) -> FdMappi
     }
 }
 
-/// The command without arguments, with what it may see.
+/// Makes the command without arguments, with access to the files that QEMU needs.
 pub(crate) fn program(artifacts: &Artifacts, config: &Config, folder: &Path) -> Result<Command> {
     match &artifacts.tools.qemu {
         Program::Sandboxed(sandbox) => {
@@ -196,7 +197,7 @@ pub(crate) fn program(artifacts: &Artifacts, config: &Config, folder: &Path) -> 
     }
 }
 
-/// The guest's memory, as an object `ram`.
+/// Returns the object `ram`, which is the guest's memory.
 pub(crate) fn memory(config: &Config) -> String {
     let kind = match config.shared_memory {
         true => "memory-backend-memfd,share=on",
@@ -207,8 +208,8 @@ pub(crate) fn memory(config: &Config) -> String {
     format!("{kind},id=ram,size={size}M,prealloc={preallocated}")
 }
 
-/// The IOMMU, if there is one. In its caching mode the guest tells it of each mapping, and so it can have the server of a device over
-/// vfio-user told.
+/// Returns the arguments for the IOMMU, if there is one. In caching mode the guest reports each
+/// mapping to the IOMMU, so that QEMU can report it to the server of a vfio-user device.
 pub(crate) fn iommu(config: &Config) -> &'static [&'static str] {
     match config.iommu {
         true => &["-device", "intel-iommu,intremap=on,caching-mode=on"],
@@ -217,14 +218,15 @@ pub(crate) fn iommu(config: &Config) -> &'static [&'static str] {
 }
 
 fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, folder: &Path) {
-    // A comma ends the value of an option, two are one.
+    // Doubles commas, because a single comma ends the value of an option.
     let log = folder.join(LOG).display().to_string().replace(',', ",,");
     let (accel, cpu) = match accelerator(artifacts.args.accel) {
-        // Else the kernel's own interrupt controllers would be in use, which know of no remapping.
+        // The kernel's own I/O APIC does not support interrupt remapping, so QEMU emulates it.
         Accel::Kvm if config.iommu => ("kvm,kernel-irqchip=split", "host"),
         Accel::Kvm => ("kvm", "host"),
-        // TCG translates `rep movsb`, which kernels use where these two features are, byte by byte: without them the
-        // guest's kernel reads a tmpfs at 1400 MB/s instead of 30, and writes it at twice the speed.
+        // TCG translates `rep movsb` byte by byte, and kernels use it where these two features are.
+        // Without them the guest's kernel reads a tmpfs at 1400 MB/s instead of 30, and writes it
+        // twice as fast.
         Accel::Tcg => ("tcg,thread=multi", "max,-erms,-fsrm"),
     };
     let console = if config.interactive {
@@ -232,8 +234,9 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
     } else {
         format!("file,id={},path={log}", CONSOLE.0)
     };
-    // On a busy host, virtual processors wait so long for a real one that the guest's kernel would come to distrust
-    // its clock, and change to a much slower one, or find at boot that its timer does not tick, and panic.
+    // On a busy host, virtual processors wait long for a real one. Without these options the
+    // guest's kernel would then distrust its clock and change to a much slower one, or panic at
+    // boot because its timer seems to stand still.
     let mut words = "console=ttyS0 tsc=reliable no_timer_check".to_owned();
     if config.iommu {
         words += " intel_iommu=on";
@@ -270,7 +273,8 @@ fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, fold
     }
 }
 
-/// The root ports of a guest that can be restored, with windows as `barlink qemu-args` has them.
+/// Returns the root ports of a guest that can be restored, with windows as `barlink qemu-args` has
+/// them.
 fn port_arguments() -> Vec<String> {
     let mut arguments = Vec::new();
     for (port, chassis) in PORTS.iter().zip(1..) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! QEMU's own control protocol: JSON lines, commands and answers in turn, events in between.
+//! QEMU's control protocol QMP: JSON lines, with commands and answers in turn and events in
+//! between.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-/// A connection, past its greeting.
+/// A connection to QEMU whose handshake is done.
 #[derive(Debug)]
 pub(crate) struct Qmp {
     connection: Mutex<Connection>,
@@ -21,12 +22,12 @@ pub(crate) struct Qmp {
 #[derive(Debug)]
 struct Connection {
     reader: BufReader<UnixStream>,
-    /// Events that arrived and nobody has waited for yet.
+    /// Events that have arrived and were not yet taken by a wait.
     events: VecDeque<Value>,
 }
 
 impl Qmp {
-    /// Greets QEMU at the other end of `stream`; `timeout` bounds every wait from here on.
+    /// Does the handshake with QEMU at the other end of `stream`. `timeout` limits each later wait.
     pub(crate) fn new(stream: UnixStream, timeout: Duration) -> Result<Self> {
         stream.set_read_timeout(Some(timeout))?;
         let mut connection = Connection {
@@ -42,7 +43,7 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Executes a command and gives what it returns.
+    /// Executes a command and returns its result.
     pub(crate) fn execute(&self, command: &str, arguments: &Value) -> Result<Value> {
         let mut connection = self
             .connection
@@ -68,7 +69,8 @@ impl Qmp {
         }
     }
 
-    /// Waits for an event, which may have come since the last wait, whose data `matches`. Earlier events are dropped.
+    /// Waits for an event of this name whose data `matches`. The event may have arrived since the
+    /// last wait. Earlier events are dropped.
     pub(crate) fn wait_event(&self, name: &str, matches: impl Fn(&Value) -> bool) -> Result<()> {
         let mut connection = self
             .connection

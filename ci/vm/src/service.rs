@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A stand-in for a service manager's part in keeping a broker's descriptors: what systemd does with `FDSTORE`
-//! (`sd_notify(3)`, `sd_listen_fds(3)`), and nothing else.
+//! A stand-in for systemd as the service manager of a broker: it stores the broker's descriptors as
+//! `FDSTORE` does (`sd_notify(3)`, `sd_listen_fds(3)`), and does nothing else.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -17,16 +17,16 @@ use anyhow::{Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-/// First descriptor that a service is passed (`SD_LISTEN_FDS_START`).
+/// Number of the first descriptor that a service is passed (`SD_LISTEN_FDS_START`).
 const FIRST: i32 = 3;
 
-/// Descriptors that are kept (`FileDescriptorStoreMax=`).
+/// Maximum number of stored descriptors (`FileDescriptorStoreMax=`).
 const ROOM: usize = 16384;
 
-/// How long a service may take until it says that it is ready.
+/// Timeout of a service's start, until it reports that it is ready.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// See the module.
+/// A service manager that stores the descriptors of one service.
 #[derive(Debug)]
 pub struct ServiceManager {
     socket: PathBuf,
@@ -35,12 +35,12 @@ pub struct ServiceManager {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The newest first; there can be more than one of a name.
+    /// Stored descriptors, the newest first. Several can have the same name.
     kept: Vec<Kept>,
     ready: bool,
 }
 
-/// A descriptor, and what it is called.
+/// A stored descriptor with its name.
 #[derive(Debug)]
 struct Kept {
     name: String,
@@ -49,11 +49,11 @@ struct Kept {
     identity: Option<Identity>,
 }
 
-/// Device, inode, and the number of an eventfd.
+/// Device number, inode number, and the ID of an eventfd.
 type Identity = (u64, u64, Option<String>);
 
 impl ServiceManager {
-    /// Begins to listen at a socket in this folder.
+    /// Starts to listen at a socket in this folder.
     pub fn new(folder: &Path) -> Result<Self> {
         let socket = folder.join("notify.sock");
         let listener = UnixDatagram::bind(&socket)?;
@@ -70,7 +70,7 @@ impl ServiceManager {
         Ok(Self { socket, state })
     }
 
-    /// A service that is passed all that was kept of it.
+    /// Makes the command of a service, which is passed all stored descriptors.
     pub fn service(&self, program: &Path) -> Result<Command> {
         let mut state = self.lock();
         state.ready = false;
@@ -83,7 +83,7 @@ impl ServiceManager {
                 child_fd: number,
             });
         }
-        // A shell, since the process ID is known only there.
+        // Starts by a shell, because the process ID is known only there.
         let mut command = Command::new("sh");
         command.args(["-c", r#"LISTEN_PID=$$ exec env --default-signal "$0" "$@""#]);
         command.arg(program);
@@ -99,7 +99,7 @@ impl ServiceManager {
         Ok(command)
     }
 
-    /// Waits until the service that was started last says that it is ready.
+    /// Waits until the last started service reports that it is ready.
     pub fn wait_until_ready(&self) -> Result<()> {
         let waited = self
             .state
@@ -110,7 +110,7 @@ impl ServiceManager {
         Ok(())
     }
 
-    /// The names of what is kept, in their order.
+    /// Returns the names of the stored descriptors, sorted.
     pub fn kept(&self) -> Vec<String> {
         let mut names: Vec<_> = self
             .lock()
@@ -122,8 +122,8 @@ impl ServiceManager {
         names
     }
 
-    /// Reads nothing more, but for what it is about to read, until what this gives is dropped. Its state cannot be asked for
-    /// meanwhile.
+    /// Stops taking messages until the returned guard is dropped, except for one that is being read
+    /// now. The manager's other functions block meanwhile.
     pub fn pause(&self) -> impl Drop + '_ {
         self.lock()
     }
@@ -142,7 +142,7 @@ impl State {
         let name = value("FDNAME").unwrap_or("stored");
         if value("FDSTORE") == Some("1") {
             for descriptor in descriptors {
-                // What is kept already, under whatever name, is not taken again.
+                // Does not store a file twice, even under another name.
                 let identity = identity(&descriptor);
                 let is_new = self.kept.iter().all(|kept| kept.identity != identity);
                 if self.kept.len() < ROOM && is_new {
@@ -165,7 +165,8 @@ impl State {
     }
 }
 
-/// What two descriptors of the same file have in common, and no others: eventfds, which share an inode, have a number.
+/// Returns the identity of a descriptor's file, which all descriptors of the file share. Eventfds
+/// have the same inode, so their ID tells them apart. `None` if it cannot be read.
 fn identity(descriptor: &OwnedFd) -> Option<Identity> {
     let status = rustix::fs::fstat(descriptor).ok()?;
     let path = format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd());

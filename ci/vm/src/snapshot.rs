@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Snapshots of booted guests: one for each kind of VM, made when it is first asked for, and kept
-//! in the cache folder under the hash of what made it (`docs/decisions/0010-restored-guests.md`).
+//! Snapshots of booted guests, one for each kind of VM. A snapshot is made when it is first needed,
+//! and stored in the cache folder under the hash of its inputs
+//! (`docs/decisions/0010-restored-guests.md`).
 
 use std::fs::{self, File, FileTimes};
 use std::path::{Path, PathBuf};
@@ -19,18 +20,20 @@ use tempfile::NamedTempFile;
 use crate::qmp::Qmp;
 use crate::{Config, Vm};
 
-/// How long QEMU may take to write or read a guest's memory: 0.9 s and 0.1 s on an idle machine.
+/// Timeout of a write or read of a guest's memory. On an idle machine a write takes 0.9 s, a read
+/// 0.1 s.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Snapshots that are kept, of about 130 MB each: those of the last builds, for four kinds of VM.
+/// Number of stored snapshots, of about 130 MB each. They cover the last builds, for four kinds of
+/// VM.
 const KEPT: usize = 16;
 
-/// The file, beside the snapshots, that a process locks while it makes one.
+/// Name of the file beside the snapshots that a process locks while it makes one.
 const LOCK: &str = "lock";
 
-/// Opens the snapshot of a guest of this kind, and makes it before if there is none.
+/// Opens the snapshot of a guest of this kind, and makes it first if there is none.
 ///
-/// Processes that want the same snapshot wait for the first of them to make it.
+/// Processes that want the same snapshot wait until the first of them has made it.
 pub(crate) fn open(artifacts: &Artifacts, config: &Config) -> Result<File> {
     let folder = folder()?;
     let path = folder.join(name(artifacts, config)?);
@@ -49,14 +52,14 @@ pub(crate) fn open(artifacts: &Artifacts, config: &Config) -> Result<File> {
     Ok(unfinished.persist(&path)?)
 }
 
-/// The folder of the snapshots.
+/// Returns the folder of the snapshots, and creates it if needed.
 fn folder() -> Result<PathBuf> {
     let folder = cache_folder()?.join("snapshots");
     fs::create_dir_all(&folder)?;
     Ok(folder)
 }
 
-/// Removes all snapshots, and gives their paths. A QEMU that has one open goes on with it.
+/// Removes all snapshots and returns their paths. A QEMU that has one open is not affected.
 pub fn remove_snapshots() -> Result<Vec<PathBuf>> {
     let folder = folder()?;
     let lock = File::create(folder.join(LOCK))?;
@@ -64,7 +67,8 @@ pub fn remove_snapshots() -> Result<Vec<PathBuf>> {
     prune(&folder, 0)
 }
 
-/// The snapshot at a path, whose time of modification becomes that of its last use.
+/// Opens the snapshot at a path, if there is one, and sets its time of modification to now, which
+/// records its last use.
 fn existing(path: &Path) -> Result<Option<File>> {
     match File::open(path) {
         Ok(file) => {
@@ -76,8 +80,7 @@ fn existing(path: &Path) -> Result<Option<File>> {
     }
 }
 
-/// Removes the snapshots that were not used for the longest time, but for so many, and gives their
-/// paths.
+/// Removes the least recently used snapshots, all but `kept` of them, and returns their paths.
 fn prune(folder: &Path, kept: usize) -> Result<Vec<PathBuf>> {
     let mut snapshots: Vec<(SystemTime, PathBuf)> = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -95,20 +98,19 @@ fn prune(folder: &Path, kept: usize) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// The hash of what makes a snapshot: QEMU, the kernel, what the guest boots into, and the kind of
+/// Returns the name of a snapshot: the hash of QEMU, the kernel, the guest's files, and the kind of
 /// VM.
 fn name(artifacts: &Artifacts, config: &Config) -> Result<String> {
     let mut hash = Sha256::new();
     let parts = [
         artifacts.identity()?,
-        // Devices that are plugged in later, and options that leave the machine as it is, share one
-        // snapshot.
+        // Leaves out devices that are plugged in later, and options that do not change the machine.
         format!(
             "{} {} {} {} {}",
             config.machine, config.memory_mib, config.cpus, config.shared_memory, config.iommu
         ),
         crate::accelerator::identity(artifacts.args.accel),
-        // Another version of this program starts QEMU with other arguments.
+        // Another version of `qemu.rs` starts QEMU with other arguments.
         include_str!("qemu.rs").to_owned(),
     ];
     for part in parts {
@@ -123,7 +125,7 @@ fn name(artifacts: &Artifacts, config: &Config) -> Result<String> {
     Ok(digits[..32].to_owned())
 }
 
-/// Boots a guest with free root ports and no device in them, and writes it to a file.
+/// Boots a guest with free root ports and no devices in them, and writes it to a file.
 fn make(artifacts: &Artifacts, config: &Config, file: &File) -> Result<()> {
     let config = Config {
         arguments: Vec::new(),
@@ -137,14 +139,14 @@ fn make(artifacts: &Artifacts, config: &Config, file: &File) -> Result<()> {
     wait(&vm.qmp)
 }
 
-/// Reads a guest from the snapshot that QEMU was given, and lets it run.
+/// Reads the guest from the snapshot that QEMU has open, and lets it run.
 pub(crate) fn load(qmp: &Qmp) -> Result<()> {
     qmp.execute("migrate-incoming", &json!({ "uri": crate::qemu::SNAPSHOT }))?;
     wait(qmp)?;
     qmp.execute("cont", &json!({})).map(drop)
 }
 
-/// Waits until QEMU has written or read a guest.
+/// Waits until QEMU has written or read the guest.
 fn wait(qmp: &Qmp) -> Result<()> {
     let start = Instant::now();
     loop {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a VM gets of its broker, for a test on the host to read and write.
+//! The region's memory and eventfds as a VM gets them from its broker, for tests on the host.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -16,21 +16,21 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::broker::Broker;
 
-/// How long the broker may take for whatever it does.
+/// Timeout of each wait for the broker.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A region's memory, and the eventfds of all its peers.
+/// The memory of a region, and the eventfds of all its peers.
 #[derive(Debug)]
 pub struct Tap {
     memory: File,
-    /// For each peer, those of its vectors.
+    /// Eventfds by peer and vector. Empty if the memory has no broker.
     bells: Vec<Vec<OwnedFd>>,
 }
 
 impl Tap {
-    /// Takes a slot of ivshmem while no VM has it, and leaves with what all VMs of the region are given, each over its own
-    /// transport: memory and eventfds are always the same.
-    /// `slots` and `vectors` are the broker's.
+    /// Connects to an ivshmem slot before its VM does, takes the memory and the eventfds, and
+    /// disconnects. All VMs of the region have the same memory and eventfds, also over other
+    /// transports. `slots` and `vectors` are the broker's numbers of slots and of vectors per peer.
     pub fn before_the_vm(broker: &Broker, slot: usize, slots: u32, vectors: u32) -> Result<Self> {
         let socket = UnixStream::connect(broker.socket(slot))?;
         socket.set_read_timeout(Some(PATIENCE))?;
@@ -52,13 +52,13 @@ impl Tap {
         Ok(Self { memory, bells })
     }
 
-    /// Nothing but memory.
+    /// Makes a tap of memory alone, without eventfds.
     pub fn of_memory(memory: File) -> Self {
         let bells = Vec::new();
         Self { memory, bells }
     }
 
-    /// Words from an offset.
+    /// Reads `count` words from a byte offset.
     pub fn load(&self, offset: u64, count: usize) -> Result<Vec<u64>> {
         let mut bytes = vec![0; 8 * count];
         self.memory.read_exact_at(&mut bytes, offset)?;
@@ -66,24 +66,24 @@ impl Tap {
         Ok(words.iter().copied().map(u64::from_le_bytes).collect())
     }
 
-    /// Writes words at an offset.
+    /// Writes words at a byte offset.
     pub fn store(&self, offset: u64, words: &[u64]) -> Result<()> {
         let bytes: Vec<_> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         Ok(self.memory.write_all_at(&bytes, offset)?)
     }
 
-    /// Rings a vector of a peer, so often at once.
+    /// Rings a vector of a peer `times` times, by one write.
     pub fn ring(&self, peer: u32, vector: u32, times: u64) -> Result<()> {
         rustix::io::write(self.bell(peer, vector)?, &times.to_ne_bytes())?;
         Ok(())
     }
 
-    /// How often a vector of a peer was rung since this was last asked.
+    /// Returns how often a vector of a peer was rung since the last call.
     pub fn rings(&self, peer: u32, vector: u32) -> Result<u64> {
         self.wait(peer, vector, Duration::ZERO)
     }
 
-    /// The same of all vectors: those that were rung, as peer, vector and how often.
+    /// Returns peer, vector and number of rings of each vector that was rung since the last call.
     pub fn all_rings(&self) -> Result<Vec<(u32, u32, u64)>> {
         let mut all = Vec::new();
         for (peer, bells) in (0..).zip(&self.bells) {
@@ -95,7 +95,7 @@ impl Tap {
         Ok(all)
     }
 
-    /// Waits until a vector of a peer is rung, and gives how often; 0 if it is not.
+    /// Waits until a vector of a peer is rung, and returns how often. Returns 0 after the timeout.
     pub fn wait(&self, peer: u32, vector: u32, patience: Duration) -> Result<u64> {
         let bell = self.bell(peer, vector)?;
         let timeout = Timespec::try_from(patience)?;
@@ -115,7 +115,7 @@ impl Tap {
     }
 }
 
-/// A message of ivshmem's protocol: a number, and a descriptor with some.
+/// Receives a message of ivshmem's protocol: a number, and a descriptor with some messages.
 fn message(socket: &UnixStream) -> Result<(i64, Option<File>)> {
     let mut bytes = [0; 8];
     let (length, file) = socket.recv_with_fd(&mut bytes)?;

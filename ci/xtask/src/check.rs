@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask check`: all that can be said about the code without running it. Goes on after a failure, so that one
-//! run shows them all.
+//! `cargo xtask check`: checks the code without running it. Continues after a failure, so that one
+//! run shows all failures.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -9,11 +9,12 @@ use std::process::{Command, ExitCode};
 use anyhow::Result;
 
 use crate::tally::Tally;
-use barlink_sandbox::builds::{cargo, driver, target_folder};
+use crate::words;
+use barlink_sandbox::builds::{cargo, driver, repository, target_folder};
 use barlink_sandbox::setup;
 use barlink_sandbox::tools::{ToolArgs, Tools};
 
-/// Runs every check and counts them.
+/// Runs all checks and counts them.
 pub fn run(args: &ToolArgs) -> Result<ExitCode> {
     let mut tally = Tally::default();
     let target = target_folder()?;
@@ -22,6 +23,10 @@ pub fn run(args: &ToolArgs) -> Result<ExitCode> {
         let passed = command.status().is_ok_and(|status| status.success());
         report(&mut tally, what, passed);
     }
+    eprintln!("== words");
+    let faults = words::faults(&repository())?;
+    faults.iter().for_each(|fault| eprintln!("{fault}"));
+    report(&mut tally, "words", faults.is_empty());
     for tools in kernels(args)? {
         let what = format!("driver for {}", tools.release);
         eprintln!("== {what}");
@@ -67,8 +72,8 @@ fn cargo_checks(target: &Path) -> [(&'static str, Command); 6] {
     ]
 }
 
-/// The kernels to build the driver for: the user's own, or the newest of every series that is set up, or, where none is,
-/// one that is set up now.
+/// Returns the tools of each kernel that the driver is built for: the user's own, or the newest of
+/// each series that is set up. If none is set up, sets up one.
 fn kernels(args: &ToolArgs) -> Result<Vec<Tools>> {
     let mut all: Vec<Tools> = Vec::new();
     if args.kernel_headers.is_none() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask demo`: a guest process streams real data through a PCI BAR into a host process, and back, and what
-//! arrived is compared with what was sent.
+//! `cargo xtask demo`: streams real data through a PCI BAR from the host to a guest process and
+//! back, and compares the received data with the original.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Seek};
@@ -24,38 +24,38 @@ use barlink_sandbox::tools::{Accel, Tools, VmArgs};
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{Config, Vm, accelerator, check_accelerator};
 
-/// How long a transfer may take.
+/// Timeout of a transfer.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(300);
-/// Smallest file that is worth sending.
+/// Minimum size of the file to send, in bytes.
 const LEAST_FILE: u64 = 64 << 20;
-/// The exit code after Ctrl-C.
+/// Exit code after Ctrl-C.
 const INTERRUPTED: u8 = 130;
-/// Where the guest keeps the file.
+/// Path of the file in the guest.
 const GUEST_FILE: &str = "/tmp/file";
 
-/// How to run the demo.
+/// Options of the demo.
 #[derive(Args, Debug)]
 pub struct DemoArgs {
     /// Leave the guest running at the end, with a root shell on this terminal
     #[arg(long)]
     pub keep: bool,
 
-    /// Send this file, of at least 64 MiB; the kernel's source archive if not given
+    /// Send this file of at least 64 MiB [default: the kernel's source archive]
     #[arg(long, value_name = "FILE")]
     pub file: Option<PathBuf>,
 
-    /// How the VM is reached
+    /// Transport by which the guest gets its device
     #[arg(long, value_enum, default_value_t)]
     pub transport: Transport,
 
-    /// The tools.
+    /// Options that choose the tools and the accelerator.
     #[command(flatten)]
     pub vm: VmArgs,
 }
 
-/// Sets up and builds what is needed, and shows that all of it holds.
+/// Sets up and builds everything that the demo needs, and runs it.
 pub fn run(args: &DemoArgs) -> Result<ExitCode> {
-    // Before what takes long.
+    // Checks the arguments before the long work.
     args.file.as_deref().map(check_file).transpose()?;
     check_accelerator(args.vm.accel)?;
     if args.keep {
@@ -68,8 +68,8 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let tools = setup::ensure(&args.vm.tools)?;
     let file = file_to_send(args, &tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::DEMO)?;
-    // From here on there is something to remove. The programs that run for this one hear the Ctrl-C as well, and end; then
-    // so does what waits for them.
+    // From here on an interrupt must clean up. The programs that the demo has started receive the
+    // Ctrl-C as well and end, which ends each wait for them with an error.
     let interrupted = Arc::<AtomicBool>::default();
     signal_hook::flag::register(SIGINT, Arc::clone(&interrupted))
         .context("signals cannot be caught")?;
@@ -82,7 +82,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     }
 }
 
-/// Shows it.
+/// Boots a guest, streams data in both directions, and prints the results.
 fn show(args: &DemoArgs, artifacts: &Artifacts, file: &Path) -> Result<()> {
     let broker = Broker::start_over(artifacts, &[args.transport], &["--size", "64M"])?;
     eprintln!("booting the guest ...");
@@ -150,7 +150,7 @@ fn show(args: &DemoArgs, artifacts: &Artifacts, file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The command line of a host app at this broker, for a person to type.
+/// Returns the command line of a host app for this broker, as a user can type it.
 fn shown(broker: &Broker, command: &str) -> String {
     let app = broker.app([command]);
     let words = std::iter::once(app.get_program()).chain(app.get_args());
@@ -160,25 +160,25 @@ fn shown(broker: &Broker, command: &str) -> String {
         .join(" ")
 }
 
-/// What a file's trip to the guest and back came to.
+/// Result of a file's round trip to the guest and back.
 struct Trip {
     bytes: u64,
     sum: String,
-    /// MB/s from host to guest, by the guest's clock.
+    /// Throughput from host to guest in MB/s (10⁶ bytes), by the guest's clock.
     down: f64,
-    /// MB/s from guest to host, by the host's clock.
+    /// Throughput from guest to host in MB/s (10⁶ bytes), by the host's clock.
     up: f64,
 }
 
 impl Trip {
-    /// Both ways, without the hashing in between.
+    /// Returns the time of both transfers in seconds, without the hashing in between.
     fn seconds(&self) -> f64 {
         let megabytes = self.bytes as f64 / 1e6;
         megabytes / self.down + megabytes / self.up
     }
 }
 
-/// Sends a file to the guest, and has it sent back.
+/// Sends a file to the guest and back, and compares its SHA-256.
 fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
     let bytes = file.metadata()?.len();
     println!("file     {}, {}", file.display(), HumanBytes(bytes));
@@ -201,7 +201,8 @@ fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
     );
     println!("to guest {down:.0} MB/s, SHA-256 is the same");
 
-    // Into memory that is there already, as the guest's is: neither a disk nor the host's page faults are to be timed.
+    // Receives into memory that is already allocated, as the guest's is, so that neither a disk nor
+    // page faults on the host count.
     let mut back = tempfile::tempfile_in("/dev/shm")?;
     io::copy(&mut io::repeat(0).take(bytes), &mut back)?;
     back.rewind()?;
@@ -229,11 +230,11 @@ fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
     })
 }
 
-/// `barlink recv`, which would wait for ever for a sender that cannot be started: killed when dropped.
+/// A running `barlink recv`, killed on drop. It would otherwise wait forever if no sender starts.
 struct Receiver(Option<Child>);
 
 impl Receiver {
-    /// Starts it. What it would show on a terminal is not what the demo shows.
+    /// Starts the program. Its standard error is collected instead of shown.
     fn start(command: &mut Command) -> Result<Self> {
         let child = command.stderr(Stdio::piped()).spawn();
         Ok(Self(Some(
@@ -241,7 +242,7 @@ impl Receiver {
         )))
     }
 
-    /// Waits until it has received all.
+    /// Waits until the program has received everything.
     fn wait(mut self) -> Result<Output> {
         let child = self.0.take().context("it has ended")?;
         let received = child.wait_with_output()?;
@@ -257,14 +258,15 @@ impl Receiver {
 impl Drop for Receiver {
     fn drop(&mut self) {
         if let Some(child) = &mut self.0 {
-            // It may have ended already.
+            // Ignores errors, because the program may have ended already.
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 }
 
-/// MB/s, from the summary that a receiver prints; it must have received all.
+/// Returns the throughput in MB/s (10⁶ bytes) from the summary that a receiver prints. An error
+/// unless it received all `bytes`.
 fn rate(summary: &[u8], bytes: u64) -> Result<f64> {
     let summary: Value =
         serde_json::from_slice(summary).context("a receiver printed no summary")?;
@@ -279,7 +281,7 @@ fn rate(summary: &[u8], bytes: u64) -> Result<f64> {
     Ok(bytes as f64 / 1e6 / seconds)
 }
 
-/// Streams the guest's load to the host for two seconds.
+/// Streams the guest's load to the host for two seconds, and checks the samples.
 fn telemetry(broker: &Broker, vm: &Vm) -> Result<()> {
     let receiver = Receiver::start(broker.app(["recv"]).stdout(Stdio::piped()))?;
     vm.run([
@@ -316,7 +318,7 @@ fn telemetry(broker: &Broker, vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// Writes a text at either end of the raw window and reads it at the other.
+/// Writes a text to the raw window on each side, and reads it on the other.
 fn window(broker: &Broker, vm: &Vm) -> Result<()> {
     let from_guest = "written by the guest";
     vm.run(["barlink-guest", "poke", from_guest])?
@@ -353,7 +355,7 @@ fn file_to_send(args: &DemoArgs, tools: &Tools) -> Result<PathBuf> {
     file.context("without a sandbox there is no file to send: name one with --file")
 }
 
-/// Whether a file can be sent that the user names.
+/// Checks that the user's file exists and is large enough.
 fn check_file(path: &Path) -> Result<()> {
     let file = path.display();
     let size = File::open(path)
@@ -403,7 +405,7 @@ mod tests {
 
     #[test]
     fn file_is_looked_at_before_anything_else() {
-        // Tools that are not there, for a demo that comes as far as looking for them.
+        // With tools that do not exist, the demo fails when it looks for them.
         let nothing = || Some(PathBuf::from("/no/such/file"));
         let tools = ToolArgs {
             qemu: nothing(),

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask`: every task of the project is one command, and one file here.
+//! `cargo xtask`: each task of the project is one command, and one file here.
 //!
-//! What takes long to build is a program of its own (`ci/bench`, `ci/package`, `ci/soak`), which
-//! `delegate.rs` has cargo build and run, so that `cargo xtask demo` begins soon.
+//! A task that takes long to build is a program of its own (`ci/bench`, `ci/package`, `ci/soak`).
+//! `delegate.rs` has cargo build and run that program, so that `cargo xtask demo` starts soon.
 
 mod check;
 mod delegate;
@@ -11,6 +11,7 @@ mod demo;
 mod sandbox;
 mod tally;
 mod test;
+mod words;
 
 use std::process::ExitCode;
 
@@ -22,8 +23,8 @@ use self::delegate::Words;
 use self::demo::DemoArgs;
 use self::test::TestArgs;
 
-/// The exit code where the mirror has no kernel of the series that is wanted. It is no fault of
-/// this host, so `.ci/run` goes on without that kernel.
+/// Exit code if the mirror has no kernel of the wanted series. The host is not at fault, so
+/// `.ci/run` continues without that kernel.
 const NO_KERNEL: u8 = 3;
 
 /// Tasks of the barlink project
@@ -57,8 +58,8 @@ enum Task {
     Bench(Words),
     /// Make Debian packages of the programs and the driver
     Package(Words),
-    /// Check format, lints, documentation, and that the driver builds for every kernel that is set
-    /// up
+    /// Check format, lints, prose, documentation, and that the driver builds for every kernel that
+    /// is set up
     Check(ToolArgs),
 }
 

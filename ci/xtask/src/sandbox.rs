@@ -10,7 +10,7 @@ use barlink_sandbox::setup;
 use barlink_sandbox::tools::{Qemu, ToolArgs};
 use barlink_vm::remove_snapshots;
 
-/// Makes the sandbox unless it is there, and prints what is in it.
+/// Makes the sandbox if there is none, and prints its content.
 pub fn set_up(args: &ToolArgs) -> Result<ExitCode> {
     let tools = setup::ensure(args)?;
     println!(
@@ -34,8 +34,8 @@ pub fn set_up(args: &ToolArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Removes the sandboxes of other versions of barlink, but for those in use, and all snapshots of
-/// guests.
+/// Removes the sandboxes of other versions of barlink, except for those in use, and all snapshots
+/// of guests.
 pub fn clean() -> Result<ExitCode> {
     let (mut removed, left) = setup::clean()?;
     removed.extend(remove_snapshots()?);
@@ -50,7 +50,7 @@ pub fn clean() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Sets up what the driver needs, builds it, and prints the path of the module.
+/// Sets up the tools that the driver needs, builds the driver, and prints the path of the module.
 pub fn driver(args: &ToolArgs) -> Result<ExitCode> {
     let module = builds::driver(&setup::ensure(args)?, &target_folder()?)?;
     println!("{}", module.display());

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Counts of what passed and what failed.
+//! Counts of passed and failed checks or tests.
 
 use std::fmt;
 use std::ops::AddAssign;
 use std::process::ExitCode;
 
-/// How many checks or tests passed, and how many failed.
+/// Numbers of passed and failed checks or tests.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Tally {
-    /// How many passed.
+    /// Number of passed ones.
     pub passed: u64,
-    /// How many failed.
+    /// Number of failed ones.
     pub failed: u64,
 }
 
 impl Tally {
-    /// Counts one.
+    /// Counts one result.
     pub fn count(&mut self, passed: bool) {
         if passed {
             self.passed += 1;
@@ -25,7 +25,7 @@ impl Tally {
         }
     }
 
-    /// Success where nothing failed.
+    /// Returns success if nothing failed.
     pub fn exit_code(self) -> ExitCode {
         if self.failed == 0 {
             ExitCode::SUCCESS

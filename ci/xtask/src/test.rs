@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `cargo xtask test`: builds all tests, has cargo-nextest run them, and tells which were the
-//! slowest.
+//! `cargo xtask test`: builds all tests, runs them by cargo-nextest, and prints the slowest ones.
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -16,25 +15,25 @@ use clap::Args;
 
 use crate::tally::Tally;
 
-/// How tests run: a profile of `.config/nextest.toml`.
+/// Profile of `.config/nextest.toml` by which the tests run.
 const PROFILE: &str = "default";
 
-/// How many of the slowest tests are named at the end.
+/// Number of the slowest tests that are printed at the end.
 const SLOWEST: usize = 10;
 
-/// What to test, and with which tools.
+/// Options that choose tests and tools.
 #[derive(Args, Debug)]
 pub struct TestArgs {
-    /// Run only tests whose names hold one of these texts, say ::driver, or ivshmem::channels
+    /// Run only tests whose names contain one of these texts, such as ::driver or ivshmem::channels
     #[arg(value_name = "NAME")]
     names: Vec<String>,
 
-    /// The tools.
+    /// Options that choose the tools and the accelerator.
     #[command(flatten)]
     vm: VmArgs,
 }
 
-/// Sets up and builds what the tests need, and runs them.
+/// Sets up and builds everything that the tests need, and runs them.
 pub fn run(args: &TestArgs) -> Result<ExitCode> {
     let start = Instant::now();
     check_accelerator(args.vm.accel)?;

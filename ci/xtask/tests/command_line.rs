@@ -1,4 +1,5 @@
-//! `cargo xtask demo` as a user types it: what it builds, what it refuses before it builds anything, and what Ctrl-C leaves.
+//! Tests of `cargo xtask demo` as a user types it: the crates that it builds, the arguments that it
+//! refuses before it builds anything, and the state after Ctrl-C.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -14,7 +15,8 @@ use anyhow::{Result, ensure};
 use barlink_sandbox::builds::cargo;
 use rustix::process::{Pid, Signal, kill_process_group};
 
-/// What `cargo xtask demo` says, in one line, where nothing is set up and nothing can be built.
+/// Runs `cargo xtask demo` where nothing is set up and nothing can be built. Returns its error,
+/// which must be one line.
 fn refused(arguments: &[&str]) -> Result<String> {
     let cache = tempfile::tempdir()?;
     let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
@@ -56,7 +58,8 @@ fn demo_refuses_at_once_what_it_cannot_do() -> Result<()> {
     Ok(())
 }
 
-/// As an ordinary user, whom the device is closed to where its mode is as the kernel makes it.
+/// Runs the demo as an ordinary user, to whom the device is closed if it has the kernel's default
+/// mode.
 #[test]
 fn demo_refuses_kvm_that_is_closed_to_its_user() -> Result<()> {
     let closed =
@@ -66,7 +69,7 @@ fn demo_refuses_kvm_that_is_closed_to_its_user() -> Result<()> {
         return Ok(());
     }
     let nobody = 65534;
-    // Where nobody can go.
+    // The user `nobody` needs access to the program.
     let folder = tempfile::tempdir()?;
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
     let program = folder.path().join("xtask");
@@ -85,15 +88,15 @@ fn demo_refuses_kvm_that_is_closed_to_its_user() -> Result<()> {
     Ok(())
 }
 
-/// The limit of a demo.
+/// Timeout of a demo, after which the test kills it.
 const LIMIT: Duration = Duration::from_secs(240);
 
-/// A process group, which is killed when this is dropped.
+/// A process group. Dropping it kills the processes.
 struct Group(Pid);
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Nothing of it is left, mostly.
+        // Ignores errors, because the processes have usually ended.
         let _ = kill_process_group(self.0, Signal::KILL);
     }
 }
@@ -107,7 +110,8 @@ fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
     let (output, both) = std::io::pipe()?;
     let mut demo = command.stdout(both.try_clone()?).stderr(both).spawn()?;
     drop(command);
-    // The demo and all that it starts are in a group of their own, which a test that fails or lasts must end itself.
+    // The demo and the programs that it starts have a process group of their own, which the test
+    // must end itself if it fails or takes too long.
     let group = Group(Pid::from_child(&demo));
     let (ended, end) = channel::<()>();
     let limit = thread::spawn(move || {
@@ -117,9 +121,9 @@ fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
     let mut told = String::new();
     for line in BufReader::new(output).lines() {
         let line = line?;
-        // The guest has booted then, and a program runs on either side.
+        // At this point the guest has booted, and a program runs on each side.
         if line.starts_with("to guest ") {
-            // As a terminal tells all that run there.
+            // Sends the signal to the whole group, as a terminal does.
             kill_process_group(Pid::from_child(&demo), Signal::INT)?;
         }
         told.push_str(&line);
@@ -137,7 +141,7 @@ fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
     Ok(())
 }
 
-/// The program that a user builds first.
+/// Checks that the demo needs few crates, because it is the first program that a user builds.
 #[test]
 fn demo_builds_nothing_of_bench_fuzz_or_soak() -> Result<()> {
     let mut tree = cargo("tree");

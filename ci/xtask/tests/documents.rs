@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the documents refer to is there: the test behind every rule of the protocol, and the files that they link to.
+//! Tests that everything exists that the documents refer to: the tests behind the rules of the
+//! protocol and of the threat model, and the targets of links.
 
 use std::collections::HashSet;
 use std::fs;
@@ -11,7 +12,7 @@ use barlink_driver_checks::TOPICS;
 use barlink_sandbox::builds::repository;
 use walkdir::WalkDir;
 
-/// The files of the tree whose names end so.
+/// Lists the files of the tree with this extension.
 fn files(extension: &str) -> Vec<PathBuf> {
     let built_or_hidden =
         |name: &str| name == "target" || (name.len() > 1 && name.starts_with('.'));
@@ -26,7 +27,8 @@ fn files(extension: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The names of all tests in the tree: functions that are marked so, and the driver's checks.
+/// Returns the names of all tests in the tree: functions with the test attribute, and the driver's
+/// checks.
 fn tests() -> Result<HashSet<String>> {
     let checks = TOPICS.iter().flat_map(|(_, checks)| *checks);
     let mut names: HashSet<_> = checks.map(|(name, _)| (*name).to_owned()).collect();
@@ -41,7 +43,8 @@ fn tests() -> Result<HashSet<String>> {
     Ok(names)
 }
 
-/// The numbered rules of a document: each one's number, and the names in the parentheses at its end.
+/// Returns the numbered rules of a document: number, and the names of tests in the parentheses at
+/// the end.
 fn rules(document: &str) -> Vec<(&str, Vec<&str>)> {
     let mut rules = Vec::new();
     for rule in document.split("\n* **").skip(1) {
@@ -97,7 +100,7 @@ fn tests_that_the_threat_model_names_are_there() -> Result<()> {
     Ok(())
 }
 
-/// Whether a document has a heading of this name, as links write it.
+/// Returns whether a document has a heading with this name, in the form of a link's anchor.
 fn has_heading(path: &Path, name: &str) -> Result<bool> {
     let document = fs::read_to_string(path)?;
     let mut headings = document.lines().filter(|line| line.starts_with('#'));

@@ -1,7 +1,9 @@
-//! The README's commands, as a user types them: those for the host in one shell, those for the guest in a VM.
+//! Tests of the README's commands as a user types them: those for the host in one shell, those for
+//! the guest in a VM.
 //!
-//! What is not run here are `cargo xtask demo` and `cargo xtask test`, which `.ci/run` runs. The VM is this project's, in
-//! place of the user's image; the device in it comes from what the README's own `qemu-system-x86_64` was given.
+//! `cargo xtask demo` and `cargo xtask test` are not run here, because `.ci/run` runs them. The VM
+//! is this project's own, in place of the user's image. Its device comes from the arguments of the
+//! README's `qemu-system-x86_64`.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -14,10 +16,10 @@ use barlink_sandbox::builds::repository;
 use barlink_sandbox::tools::{Tools, VmArgs};
 use barlink_vm::{Config, Vm};
 
-/// What a line says that ends the output of a block.
+/// Line that marks the end of a block's output.
 const END: &str = "-- end of block --";
 
-/// A block of commands.
+/// A block of commands, for the host or the guest.
 #[derive(Debug, PartialEq, Eq)]
 enum Block {
     Host(String),
@@ -37,7 +39,7 @@ fn blocks(readme: &str) -> Result<Vec<Block>> {
     Ok(blocks)
 }
 
-/// A shell that is given one block after the other.
+/// A shell that runs one block after the other.
 struct Shell {
     child: Child,
     input: ChildStdin,
@@ -64,7 +66,7 @@ impl Shell {
         })
     }
 
-    /// Runs a block to its end: what it printed.
+    /// Runs a block to its end, and returns its output.
     fn run(&mut self, commands: &str) -> Result<String> {
         writeln!(self.input, "{{\n{commands}\n}} </dev/null\necho '{END}'")?;
         let mut printed = String::new();
@@ -85,7 +87,7 @@ impl Shell {
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        // The broker that the README starts in the background is the shell's child.
+        // Ends the broker, which the README starts in the background of this shell.
         let _ = self.run("kill %1");
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -96,7 +98,7 @@ impl Drop for Shell {
 fn every_command_works_as_written() -> Result<()> {
     let readme = fs::read_to_string(repository().join("README.md"))?;
     let folder = tempfile::tempdir()?;
-    // A QEMU that tells what it was given.
+    // A stand-in for QEMU that writes its arguments to a file.
     let given = folder.path().join("given");
     let qemu = folder.path().join("qemu-system-x86_64");
     fs::write(
@@ -104,10 +106,10 @@ fn every_command_works_as_written() -> Result<()> {
         format!("#!/bin/sh\nprintf '%s\\n' \"$@\" >{}\n", given.display()),
     )?;
     fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755))?;
-    // The socket's path is an example, and could be in use here.
+    // The README's path of the socket is an example, and could be in use on this host.
     let socket = folder.path().join("vm.sock");
     let readme = readme.replace("/tmp/vm.sock", &socket.display().to_string());
-    // As the guest's program is built for the tests, so that it is not built once more.
+    // Uses the build options of the tests, so that the guest's program is not built again.
     let readme = readme.replace(
         "RUSTFLAGS=",
         "CARGO_PROFILE_RELEASE_STRIP=debuginfo RUSTFLAGS=",
@@ -151,7 +153,7 @@ fn every_command_works_as_written() -> Result<()> {
     Ok(())
 }
 
-/// A VM with the device that the README's QEMU was given.
+/// Returns the configuration of a VM with the device that the README's QEMU was given.
 fn config(given: &Path) -> Result<Config> {
     let given = fs::read_to_string(given).context("the README starts no QEMU")?;
     let arguments = given
@@ -183,7 +185,7 @@ fn drivers_makefile_builds_it_or_says_what_it_lacks() -> Result<()> {
         make.arg("-C").arg(&source).args(arguments);
         make.output()
     };
-    // The host's kernel has no headers in the sandbox.
+    // Builds for the running kernel, whose headers are not in the sandbox.
     let failed = make(&[])?;
     let errors = String::from_utf8(failed.stderr)?;
     ensure!(!failed.status.success());

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A channel, as its entry in the superblock's table describes it.
+//! An entry of the superblock's channel table: name, ends, vector, offset and capacity.
 
 use core::fmt;
 
 use super::layout::channel;
 
-/// Most bytes in a channel's name.
+/// Maximum length of a channel's name, in bytes.
 pub const NAME_BYTES: usize = 24;
 
 /// One end of a channel.
@@ -20,7 +20,7 @@ pub enum End {
 }
 
 impl End {
-    /// The other end.
+    /// Returns the other end.
     pub const fn other(self) -> Self {
         match self {
             End::Producer => End::Consumer,
@@ -28,7 +28,8 @@ impl End {
         }
     }
 
-    /// The end with this number, as an ioctl or a message carries it.
+    /// Converts the number of an end, as an ioctl or a message carries it. `None` if there is no
+    /// such end.
     pub const fn from_number(number: u32) -> Option<Self> {
         match number {
             0 => Some(End::Producer),
@@ -54,7 +55,7 @@ pub struct Name([u8; NAME_BYTES]);
 impl Name {
     pub(super) const EMPTY: Self = Name([0; NAME_BYTES]);
 
-    /// The name with this text, if it is one.
+    /// Creates a name. `None` if the text is empty, too long, or has other characters.
     pub fn new(text: &str) -> Option<Self> {
         let mut bytes = [0; NAME_BYTES];
         bytes
@@ -71,12 +72,12 @@ impl Name {
             .then_some(Name(bytes))
     }
 
-    /// Its bytes, padding included.
+    /// Returns the name's bytes, including the padding.
     pub(super) const fn bytes(&self) -> &[u8; NAME_BYTES] {
         &self.0
     }
 
-    /// The name as text.
+    /// Returns the name as text, without the padding.
     pub fn as_str(&self) -> &str {
         let length = self.0.iter().position(|&b| b == 0).unwrap_or(NAME_BYTES);
         core::str::from_utf8(&self.0[..length]).unwrap_or_default()
@@ -95,22 +96,22 @@ impl fmt::Debug for Name {
     }
 }
 
-/// One channel of a region, as its table entry says.
+/// One channel of a region, as its table entry describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Channel {
-    /// Its name, unique in the region.
+    /// Name of the channel, unique in the region.
     pub name: Name,
-    /// ID of the peer that produces: a slot, or the host.
+    /// ID of the producer's peer: a slot, or the host.
     pub producer: u32,
-    /// ID of the peer that consumes.
+    /// ID of the consumer's peer: a slot, or the host.
     pub consumer: u32,
     /// Vector that wakes either end, below [`Layout::vectors`](super::layout::Layout::vectors).
     pub vector: u32,
-    /// Whether the producer drops a record that finds the channel full, rather than wait.
+    /// Whether the producer drops a record if the channel is full, instead of waiting.
     pub drop_when_full: bool,
     /// Offset of the header page in the region, in bytes.
     pub offset: u64,
-    /// Bytes in the data area behind the header page; a power of two.
+    /// Bytes in the data area behind the header page: a power of two.
     pub capacity: u64,
 }
 
@@ -125,7 +126,7 @@ impl Channel {
         capacity: 0,
     };
 
-    /// ID of the peer at this end.
+    /// Returns the ID of the peer at this end.
     pub const fn peer(&self, end: End) -> u32 {
         match end {
             End::Producer => self.producer,
@@ -133,7 +134,7 @@ impl Channel {
         }
     }
 
-    /// Offset behind the data area, in bytes.
+    /// Returns the offset of the first byte behind the data area, in bytes.
     pub const fn end(&self) -> u64 {
         self.offset + channel::DATA + self.capacity
     }

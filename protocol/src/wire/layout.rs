@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The layout of a region: superblock, presence pages, channels, raw window (`docs/protocol.md`, sections 2 to 5).
+//! The layout of a region: superblock, presence pages, channels, raw window (`docs/protocol.md`,
+//! sections 2 to 5).
 //!
-//! All values are little-endian `u64` words. A page that came from the region is handed in as a private
-//! copy, is checked here once, and is not looked at again: [`Layout`] is what remains of it.
+//! A region consists of little-endian `u64` words. A reader passes a private copy of the first page
+//! to [`Layout::decode`], which checks it once. After that the reader uses the [`Layout`] and never
+//! reads the page again.
 
 pub use super::channel::{Channel, End, NAME_BYTES, Name};
 pub use super::layout_error::LayoutError;
@@ -13,76 +15,87 @@ compile_error!(
     "barlink's region is little-endian; a big-endian target would need byte swaps that do not exist"
 );
 
-/// Bytes in a page, the unit of every offset in the region. Fixed: it does not follow the machine's page size.
+/// Bytes in a page, the unit of every offset in the region. It does not depend on the machine's
+/// page size.
 pub const PAGE_SIZE: u64 = 4096;
 /// `u64` words in a page.
 pub const PAGE_WORDS: usize = 512;
 
-/// First word of a region that is ready for use: `"barlink\0"` in memory.
+/// First word of a region that is ready for use. Its bytes in memory are `"barlink\0"`.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"barlink\0");
 /// Version of the layout, in the superblock's second word.
 pub const VERSION: u32 = 1;
 
-/// Offset of the broker's presence page, in bytes.
+/// Offset of the broker's presence page in the region, in bytes.
 pub const BROKER_PAGE: u64 = PAGE_SIZE;
 /// Offset of the first page that a channel or the raw window can use, in bytes.
 pub const FIRST_FREE: u64 = 2 * PAGE_SIZE;
 
-/// Most VMs that one region serves.
+/// Maximum number of slots in one region.
 pub const MAX_SLOTS: u32 = 16;
-/// Most channels in one region.
+/// Maximum number of channels in one region.
 pub const MAX_CHANNELS: usize = 32;
-/// Most interrupt vectors of one peer (QEMU's ivshmem masks a doorbell's vector to 8 bits on some paths).
+/// Maximum number of interrupt vectors of one peer. QEMU's ivshmem masks a doorbell's vector to 8
+/// bits on some paths.
 pub const MAX_VECTORS: u32 = 256;
 /// Smallest capacity of a channel, in bytes.
 pub const MIN_CAPACITY: u64 = PAGE_SIZE;
-/// Largest size of a region, in bytes: far above any machine, and far from overflow in every sum here.
+/// Maximum size of a region, in bytes. No machine has as much memory, and no sum of offsets in this
+/// crate overflows.
 pub const MAX_REGION_SIZE: u64 = 1 << 46;
 
-/// Word offsets in a presence page (the broker's and each driver's have the same form; `docs/protocol.md`, section 3).
+/// Offsets of the words in a presence page, in bytes (`docs/protocol.md`, section 3). The broker's
+/// page and each driver's page have the same form.
 pub mod presence {
-    /// Epoch: odd while its writer is there, even while it is not, new at every start.
+    /// Epoch: odd while the page's writer is present, otherwise even. Every start of the writer has
+    /// a new epoch.
     pub const EPOCH: u64 = 0;
-    /// Cache mode of the mappings that the guest's processes have of the region: `asked << 8 | granted`, each the number of a
-    /// [`CacheMode`](crate::wire::uapi::CacheMode) or 0. A driver's page only.
+    /// Cache mode of the guest processes' mappings of the region: `asked << 8 | granted`. Each is
+    /// the number of a [`CacheMode`](crate::wire::uapi::CacheMode), or 0 for none. Only in a
+    /// driver's page.
     pub const CACHE: u64 = 8;
-    /// Guest-physical address of the region, which has to do with what is granted. A driver's page only.
+    /// Guest-physical address of the region. The granted cache mode can depend on it. Only in a
+    /// driver's page.
     pub const ADDRESS: u64 = 16;
-    /// First connection word, one a slot: 0, or a number that is new for every VM that connects. Broker's page only.
+    /// First connection word; there is one word for each slot. It is 0 without a VM; otherwise a
+    /// number that grows with every VM and with every reset that the broker sees. Only in the
+    /// broker's page.
     pub const CONNECTIONS: u64 = 64;
-    /// First holder word, two a channel, producer and consumer.
+    /// First holder word; there are two words for each channel: producer, then consumer.
     pub const HOLDERS: u64 = 256;
 
-    /// Offset in the page of the holder word of one end of a channel, in bytes.
+    /// Returns the offset in the page of the holder word of one end of a channel, in bytes.
     pub const fn holder(channel: usize, end: super::End) -> u64 {
         HOLDERS + 16 * channel as u64 + 8 * end as u64
     }
 }
 
-/// Offsets in a channel's header page, in bytes (`docs/protocol.md`, section 4). Groups that different
-/// sides write are 128 bytes apart, since x86 fetches cache lines in pairs.
+/// Offsets in a channel's header page, in bytes (`docs/protocol.md`, section 4). Words with
+/// different writers are 128 bytes apart because x86 fetches cache lines in pairs.
 pub mod channel {
-    /// Generation: twice the number of resets of this channel, and one more while it is being reset; written by the
-    /// broker.
+    /// Generation: twice the number of resets of this channel, plus 1 during a reset. Written by
+    /// the broker.
     pub const GENERATION: u64 = 0;
     /// Producer's cursor: bytes committed since the channel began.
     pub const WRITTEN: u64 = 128;
-    /// Value of [`READ`] at which the producer wants to be woken.
+    /// Producer's wake threshold: the value of [`READ`] at which it wants to be woken; 0 for none.
     pub const PRODUCER_WISH: u64 = 136;
-    /// Two commit notes, of which every commit overwrites the older one before it stores [`WRITTEN`]: the cursor
-    /// behind the record, and the records committed so far. The one whose cursor is [`WRITTEN`] is true.
+    /// Two commit notes. Each has a cursor and the number of records that were committed up to it.
+    /// A commit overwrites the older note before it stores [`WRITTEN`], so the note whose cursor
+    /// equals [`WRITTEN`] is valid.
     pub const NOTES: [u64; 2] = [144, 160];
-    /// Offset in a commit note of the number of records.
+    /// Offset of the number of records in a commit note, in bytes.
     pub const NOTE_RECORDS: u64 = 8;
-    /// Records that the producer dropped because the channel was full.
+    /// Number of records that the producer dropped because the channel was full.
     pub const DROPPED: u64 = 176;
-    /// Doorbells that the producer rang.
+    /// Number of doorbells that the producer rang.
     pub const PRODUCER_RUNG: u64 = 184;
     /// Consumer's cursor: bytes released since the channel began.
     pub const READ: u64 = 256;
-    /// Value of [`WRITTEN`] at which the consumer wants to be woken.
+    /// Consumer's wake threshold: the value of [`WRITTEN`] at which it wants to be woken; 0 for
+    /// none.
     pub const CONSUMER_WISH: u64 = 264;
-    /// Doorbells that the consumer rang.
+    /// Number of doorbells that the consumer rang.
     pub const CONSUMER_RUNG: u64 = 272;
     /// First byte of the data area.
     pub const DATA: u64 = super::PAGE_SIZE;
@@ -91,14 +104,14 @@ pub mod channel {
 const _: () = assert!(presence::holder(MAX_CHANNELS, End::Producer) <= PAGE_SIZE);
 const _: () = assert!(presence::CONNECTIONS + 8 * MAX_SLOTS as u64 <= presence::HOLDERS);
 
-/// Everything that a superblock says, checked.
+/// The content of a superblock, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Bytes in the region; a power of two.
     pub region_size: u64,
-    /// VMs that the region serves, 1 to [`MAX_SLOTS`]; the host's ID is this number.
+    /// Number of slots, 1 to [`MAX_SLOTS`]. The host's ID is the same number.
     pub slots: u32,
-    /// Interrupt vectors of each peer, 1 to [`MAX_VECTORS`].
+    /// Number of interrupt vectors of each peer, 1 to [`MAX_VECTORS`].
     pub vectors: u32,
     /// Offset of the raw window, in bytes.
     pub raw_offset: u64,
@@ -109,7 +122,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// A layout from its parts, checked. `channels` are given with all their fields, offsets included.
+    /// Creates a layout and checks it. All fields of `channels` are set, including the offsets.
     pub fn new(
         region_size: u64,
         slots: u32,
@@ -138,12 +151,12 @@ impl Layout {
         Ok(layout)
     }
 
-    /// The channels, in the order of the table.
+    /// Returns the channels in the order of the table.
     pub fn channels(&self) -> &[Channel] {
         &self.table[..self.count]
     }
 
-    /// The channel with this name, and its index in the table.
+    /// Finds the channel with this name. Returns its index in the table and its entry.
     pub fn find(&self, name: &str) -> Option<(usize, &Channel)> {
         self.channels()
             .iter()
@@ -151,12 +164,13 @@ impl Layout {
             .find(|(_, channel)| channel.name.as_str() == name)
     }
 
-    /// The host's ID.
+    /// Returns the host's ID.
     pub const fn host(&self) -> u32 {
         self.slots
     }
 
-    /// Offset of a peer's presence page, in bytes: the broker's for the host, else that of the slot's driver.
+    /// Returns the offset of a peer's presence page, in bytes: the broker's page for the host,
+    /// otherwise the page of the slot's driver.
     ///
     /// `peer` is at most [`Layout::host`].
     pub const fn presence_page(&self, peer: u32) -> u64 {
@@ -167,7 +181,8 @@ impl Layout {
         }
     }
 
-    /// Bytes of the region that a guest process can map: all but the drivers' pages at its end.
+    /// Returns the number of bytes that a guest process can map: all of the region except the
+    /// drivers' pages at its end.
     pub const fn mappable_size(&self) -> u64 {
         self.region_size - self.slots as u64 * PAGE_SIZE
     }
@@ -236,7 +251,8 @@ impl Layout {
         Ok(())
     }
 
-    /// Whether a range is made of whole pages between the broker's page and the drivers' pages.
+    /// Returns whether a range consists of whole pages between the broker's page and the drivers'
+    /// pages.
     fn holds(&self, offset: u64, size: u64) -> bool {
         let inside = offset
             .checked_add(size)
@@ -245,7 +261,7 @@ impl Layout {
     }
 }
 
-/// Whether two ranges, each known to lie in the region, share a byte.
+/// Returns whether two ranges share a byte. Both are known to lie in the region.
 const fn overlap(a: u64, a_size: u64, b: u64, b_size: u64) -> bool {
     a < b + b_size && b < a + a_size
 }

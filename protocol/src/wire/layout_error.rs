@@ -1,65 +1,66 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Why a page is no superblock, or a layout is none.
+//! The error of a page that is no superblock, or of a layout that is invalid.
 
 use core::fmt;
 
 use super::layout::{MAGIC, MAX_CHANNELS, MAX_SLOTS, MAX_VECTORS, VERSION};
 
-/// Why a page is no superblock, or a layout is none.
+/// Reason why a page is no superblock, or why a layout is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayoutError {
     /// The first word is not [`MAGIC`].
     Magic {
-        /// What it is.
+        /// Value of the word.
         found: u64,
     },
     /// The version is not [`VERSION`].
     Version {
-        /// What it is.
+        /// Version in the superblock.
         found: u32,
     },
-    /// The superblock gives another size than the region has.
+    /// The superblock states another size than the region has.
     Size {
-        /// Bytes, by the superblock.
+        /// Bytes that the superblock states.
         said: u64,
-        /// Bytes, in fact.
+        /// Bytes that the region has.
         actual: u64,
     },
-    /// Less of the region is mapped than its layout needs.
+    /// The mapping does not cover the part of the region that its layout uses.
     Mapping {
-        /// Bytes that are needed, from the region's first on.
+        /// Bytes that must be mapped, from the region's first byte.
         needed: u64,
         /// Bytes that are mapped.
         mapped: u64,
     },
-    /// The region's size is no power of two, too small for its own pages, or beyond [`MAX_REGION_SIZE`](super::layout::MAX_REGION_SIZE).
+    /// The region's size is not a power of two, too small for its own pages, or above
+    /// [`MAX_REGION_SIZE`](super::layout::MAX_REGION_SIZE).
     RegionSize {
-        /// Bytes.
+        /// Size of the region, in bytes.
         size: u64,
     },
     /// The number of slots is not in `1..=MAX_SLOTS`.
     Slots {
-        /// The number.
+        /// Number of slots.
         count: u32,
     },
     /// The number of vectors is not in `1..=MAX_VECTORS`.
     Vectors {
-        /// The number.
+        /// Number of vectors.
         count: u32,
     },
     /// There are more channels than [`MAX_CHANNELS`].
     Channels {
-        /// The number.
+        /// Number of channels.
         count: u64,
     },
-    /// The raw window is not made of whole free pages.
+    /// The raw window does not consist of whole free pages.
     RawWindow,
-    /// A channel's entry is wrong.
+    /// A channel's entry is invalid.
     Channel {
-        /// Its index in the table.
+        /// Index of the channel in the table.
         index: usize,
-        /// The field: `name`, `capacity`, `place`, `peer` or `vector`.
+        /// Field that is invalid: `name`, `capacity`, `place`, `peer` or `vector`.
         fault: &'static str,
     },
 }

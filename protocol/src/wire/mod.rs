@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What crosses a boundary, as plain data: bytes in the region, and the driver's user interface.
+//! The data that cross a boundary: the bytes in a region, the driver's user interface, and the
+//! virtio device.
 //!
-//! This module is compiled twice: as part of this crate, and, by a `#[path]` attribute, as part of the
-//! kernel driver. So it uses `core` alone, has no `unsafe`, no atomics and no allocation, names its
-//! neighbours by `super::`, and stays valid in the 2021 edition that the kernel builds with.
+//! This module is compiled twice: in this crate, and in the kernel driver by a `#[path]` attribute.
+//! Therefore it uses only `core`, has no `unsafe`, no atomics and no allocation, names its
+//! neighbours by `super::`, and is valid in the 2021 edition that the kernel builds with.
 
 mod channel;
 pub mod layout;

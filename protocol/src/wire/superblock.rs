@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The superblock, a region's first page, as bytes: a [`Layout`] to and from its words (`docs/protocol.md`, section 2).
+//! Conversion of a [`Layout`] to and from the words of the superblock, a region's first page
+//! (`docs/protocol.md`, section 2).
 
 use super::channel::{Channel, NAME_BYTES, Name};
 use super::layout::{Layout, LayoutError, MAGIC, MAX_CHANNELS, PAGE_WORDS, VERSION};
 
-/// Word indexes.
+/// Indexes of words in the page.
 const MAGIC_WORD: usize = 0;
 const VERSION_WORD: usize = 1;
 const REGION_SIZE: usize = 2;
@@ -15,17 +16,17 @@ const RAW_OFFSET: usize = 5;
 const RAW_SIZE: usize = 6;
 /// First word of the channel table.
 const TABLE: usize = 32;
-/// Words in an entry of it.
+/// Number of words in an entry of the channel table.
 const ENTRY_WORDS: usize = 8;
-/// Flag of an entry: the producer drops a record that finds the channel full.
+/// Flag of an entry: the producer drops a record if the channel is full.
 const FLAG_DROP: u64 = 1;
 
 const _: () = assert!(TABLE + ENTRY_WORDS * MAX_CHANNELS <= PAGE_WORDS);
 
 impl Layout {
-    /// Reads and checks a private copy of a region's first page.
+    /// Decodes and checks a private copy of a region's first page.
     ///
-    /// `region_size` is what the reader knows the region's size to be: the file's, or the BAR's.
+    /// `region_size` is the size of the region's file or BAR, in bytes.
     pub fn decode(page: &[u64; PAGE_WORDS], region_size: u64) -> Result<Self, LayoutError> {
         if page[MAGIC_WORD] != MAGIC {
             return Err(LayoutError::Magic {
@@ -84,7 +85,8 @@ impl Layout {
         Ok(layout)
     }
 
-    /// The superblock's page. Its first word, the magic, is to be stored last, with Release order.
+    /// Encodes the superblock's page. The caller stores the first word, the magic, last and with
+    /// Release order.
     pub fn encode(&self) -> [u64; PAGE_WORDS] {
         let mut page = [0; PAGE_WORDS];
         page[MAGIC_WORD] = MAGIC;

@@ -1,59 +1,71 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the driver shows to guest programs (`/dev/barlinkN`), and the PCI device that it drives. (The virtio device that it
-//! drives as well is in [`super::virtio`].)
+//! The driver's interface to guest programs (`/dev/barlinkN`), and the PCI device that it drives.
+//! The virtio device that it also drives is in [`super::virtio`].
 //!
-//! | call | what it does |
+//! | call | effect |
 //! |---|---|
-//! | `open` | a file of its own: its claims end with it, and its interrupts are counted for it alone |
-//! | `mmap` | shared, not executable, any pages of the region but the drivers' own at its end; as [`MAP`] was last told, else noncached, at once |
+//! | `open` | creates a file with its own claims and its own count of interrupts |
+//! | `mmap` | maps pages of the region as the file's last [`MAP`] says; see below |
 //! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`], [`MAP`], [`EVENTFD`], [`BUFFER`] |
-//! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`]; `EOPNOTSUPP` if there are none |
-//! | `poll` | readable when `read` would not wait; `POLLHUP` and `POLLERR` once the device is gone |
+//! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`] |
+//! | `poll` | readable if `read` would not wait; `POLLHUP` and `POLLERR` once the device is gone |
 //!
-//! A file that holds claims has vector 0 and the vectors of its channels; a file that holds none has all.
-//! `mmap` refuses with `EINVAL` what is private, executable or out of range; with `EBUSY` another cache mode than that of the
-//! region's mappings that live, or, for a moment, of those that have just ended; with `EOVERFLOW`, before the driver is asked,
-//! what ends beyond the largest file offset.
-//! Once the device is unbound or unplugged every call fails with `ENODEV`, and touching a mapping is `SIGBUS`.
+//! A file with claims receives vector 0 and the vectors of its channels; a file without claims
+//! receives all vectors. `read` fails with `EOPNOTSUPP` if the device has no vectors.
+//!
+//! `mmap` can map all pages except the drivers' pages at the region's end. Without an earlier
+//! [`MAP`], mappings are noncached and eager. `mmap` fails with
+//! * `EINVAL` if the mapping is private, executable or out of range;
+//! * `EBUSY` if the region's live mappings have another cache mode, and for a moment after such
+//!   mappings have ended;
+//! * `EOVERFLOW` if the mapping ends beyond the largest file offset; the driver is not called then.
+//!
+//! Once the device is unbound or unplugged, `mmap`, `ioctl` and `read` fail with `ENODEV`, and an
+//! access to a mapping raises `SIGBUS`.
 
-/// PCI vendor ID of the device: Red Hat's, as QEMU's ivshmem has it.
+/// PCI vendor ID of the device: Red Hat's, the same as that of QEMU's ivshmem.
 pub const PCI_VENDOR: u16 = 0x1af4;
-/// PCI device ID: ivshmem's.
+/// PCI device ID: the same as that of QEMU's ivshmem.
 pub const PCI_DEVICE: u16 = 0x1110;
 
-/// The BAR with the device's registers.
+/// Index of the BAR with the device's registers.
 pub const BAR_REGISTERS: u32 = 0;
-/// The BAR that is the region.
+/// Index of the BAR that is the region.
 pub const BAR_REGION: u32 = 2;
 /// Bytes of the register BAR that the driver uses.
 pub const REGISTERS_SIZE: usize = 0x38;
-/// Register that holds this device's own ID; 32 bits, read-only (ivshmem-spec, "Device Specification").
+/// Offset of the register with the device's own ID: 32 bits, read-only (ivshmem-spec, "Device
+/// Specification").
 pub const REGISTER_ID: usize = 8;
-/// Register that rings by a [`doorbell_message`]; 32 bits, write-only (ivshmem-spec).
+/// Offset of the doorbell register, which takes a [`doorbell_message`]: 32 bits, write-only
+/// (ivshmem-spec).
 pub const REGISTER_DOORBELL: usize = 12;
-/// Register that holds [`REGISTERS_MAGIC`] if what follows is there: barlink's own, where ivshmem reads 0 and takes no writes; 32 bits each.
+/// Offset of the register that holds [`REGISTERS_MAGIC`] if the device is barlink's own and has the
+/// registers that follow, of 32 bits each. QEMU's ivshmem reads 0 there and ignores writes.
 pub const REGISTER_MAGIC: usize = 0x10;
-/// "barl".
+/// Value of [`REGISTER_MAGIC`]: the bytes `"barl"`.
 pub const REGISTERS_MAGIC: u32 = u32::from_le_bytes(*b"barl");
-/// Register with bits of `FEATURE_`.
+/// Offset of the register with the `FEATURE_` bits of the device.
 pub const REGISTER_FEATURES: usize = 0x18;
-/// The feature that the host sees resets.
+/// Feature bit: the host sees resets.
 pub const FEATURE_RESET: u32 = 1;
-/// The feature that the host can copy guest memory that is shared with it.
+/// Feature bit: the host can copy guest memory that is shared with it.
 pub const FEATURE_GUEST_MEMORY: u32 = 2;
-/// The feature that the device can be told of a [`BUFFER`], by the registers that follow.
+/// Feature bit: the device can use a [`BUFFER`], which the registers that follow describe.
 pub const FEATURE_BUFFER: u32 = 4;
-/// Lower half of the buffer's DMA address.
+/// Offset of the register with the lower half of the buffer's DMA address.
 pub const REGISTER_BUFFER_LOW: usize = 0x28;
-/// Upper half of it.
+/// Offset of the register with the upper half of the buffer's DMA address.
 pub const REGISTER_BUFFER_HIGH: usize = 0x2c;
-/// The buffer's size, in bytes.
+/// Offset of the register with the buffer's size, in bytes.
 pub const REGISTER_BUFFER_SIZE: usize = 0x30;
-/// Written 1: there is a buffer, as the three above say; 0: there is none. Reads whether the device knows of one.
+/// Offset of the register that announces the buffer. Writing 1 announces the buffer of the three
+/// registers above; writing 0 withdraws it. It reads 1 if the device knows a buffer, otherwise 0.
 pub const REGISTER_BUFFER_CONTROL: usize = 0x34;
 
-/// What rings a vector of a peer, both below 65536, as a device's doorbell takes it; higher bits of `vector` are dropped.
+/// Composes the value that rings a vector of a peer, for a device's doorbell. Both numbers are
+/// below 65536; higher bits of `vector` are dropped.
 pub const fn doorbell_message(peer: u32, vector: u32) -> u32 {
     peer << 16 | vector & 0xffff
 }
@@ -63,74 +75,83 @@ pub const UAPI_VERSION: u32 = 2;
 /// Type letter of the ioctls (free in the kernel's `ioctl-number.rst`).
 pub const IOCTL_TYPE: u32 = 0xbb;
 
-/// `_IOR(0xbb, 0, Info)`: tells what this device is.
+/// `_IOR(0xbb, 0, Info)`: describes this device.
 pub const INFO: u32 = ioctl(READ, 0, size_of::<Info>());
 /// `_IOW(0xbb, 1, Claim)`: claims one end of a channel for this file, until the file is released.
 ///
-/// Claiming it again on the same file changes nothing. `EBUSY`: another file holds it. `EINVAL`: no such
-/// channel or end. `EACCES`: the end belongs to another peer. `EBADF`: the file is not open for writing.
+/// A second claim of the same end by the same file changes nothing. `EBUSY`: another file holds the
+/// end. `EINVAL`: no such channel or end. `EACCES`: the end belongs to another peer. `EBADF`: the
+/// file is not open for writing.
 pub const CLAIM: u32 = ioctl(WRITE, 1, size_of::<Claim>());
 /// `_IOW(0xbb, 2, Doorbell)`: rings a vector of a peer.
 ///
 /// `EINVAL`: no such peer or vector. `EBADF`: the file is not open for writing.
 pub const DOORBELL: u32 = ioctl(WRITE, 2, size_of::<Doorbell>());
 
-/// `_IOW(0xbb, 3, Map)`: how this file's mappings are to be made from now on. Those that live stay as they are.
+/// `_IOW(0xbb, 3, Map)`: sets how this file maps the region from now on. Live mappings do not
+/// change.
 ///
-/// `EINVAL`: a cache mode that nobody can ask for, or an unknown flag.
+/// `EINVAL`: a cache mode that cannot be asked for, or an unknown flag.
 pub const MAP: u32 = ioctl(WRITE, 3, size_of::<Map>());
-/// `_IOW(0xbb, 4, Eventfd)`: has an eventfd written for each interrupt of a vector, until the file is released; also when the device goes.
+/// `_IOW(0xbb, 4, Eventfd)`: sets the eventfd that the driver writes for each interrupt of a
+/// vector, and once when the device goes, until the file is released.
 ///
-/// It replaces the one that this file had for that vector. `EINVAL`: no such vector, or no eventfd. `EBADF`: no open descriptor.
+/// The eventfd replaces an earlier one of this file for the same vector. `EINVAL`: no such vector,
+/// or the descriptor is not an eventfd. `EBADF`: the descriptor is not open.
 pub const EVENTFD: u32 = ioctl(WRITE, 4, size_of::<Eventfd>());
 
-/// `_IOWR(0xbb, 5, Buffer)`: allocates memory that the device can reach by DMA, zeroed, and gives a file to map it with.
+/// `_IOWR(0xbb, 5, Buffer)`: allocates a zeroed DMA buffer, and creates a file to map it with.
 ///
-/// `mmap` of that file takes what it takes of the region, up to the buffer's size (what is executable is `EPERM` here), and maps it as
-/// memory, write-back; the file has no other calls. The buffer ends with its file, that is with the last descriptor and mapping of it, or with the device.
-/// `EINVAL`: not of whole pages, or not 1 page to [`MAX_BUFFER`]. `EBUSY`: the device has a buffer. `EBADF`: the file is not open for
-/// writing. `ENOMEM`: no such memory in one piece.
+/// `mmap` of that file maps the buffer as ordinary memory (write-back). The mapping must be shared
+/// and within the buffer (else `EINVAL`), and not executable (else `EPERM`). The file has no other
+/// calls. The buffer ends with the last descriptor and mapping of its file, or with the device.
+/// `EINVAL`: the size is not in whole pages, or not 1 page to [`MAX_BUFFER`]. `EBUSY`: the device
+/// already has a buffer. `EBADF`: the file is not open for writing. `ENOMEM`: there is no
+/// contiguous memory of that size.
 pub const BUFFER: u32 = ioctl(WRITE | READ, 5, size_of::<Buffer>());
-/// Most bytes of a [`BUFFER`]: what a kernel can allocate in one piece.
+/// Maximum size of a [`BUFFER`], in bytes: the largest piece that a kernel can allocate.
 pub const MAX_BUFFER: u64 = 4 << 20;
 
 const WRITE: u32 = 1;
 const READ: u32 = 2;
 
-/// An ioctl number as `_IOC` of `include/uapi/asm-generic/ioctl.h` makes it.
+/// Composes an ioctl number as `_IOC` of `include/uapi/asm-generic/ioctl.h` does.
 const fn ioctl(direction: u32, number: u32, size: usize) -> u32 {
     direction << 30 | (size as u32) << 16 | IOCTL_TYPE << 8 | number
 }
 
-/// Answer to [`INFO`].
+/// Result of [`INFO`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Info {
-    /// [`UAPI_VERSION`].
+    /// Version of the interface: [`UAPI_VERSION`].
     pub version: u32,
-    /// This device's own ID: the slot that its VM has at the broker.
+    /// ID of this device: the slot of its VM at the broker.
     pub id: u32,
-    /// Interrupt vectors that the device has here; 0 if it has none and its ends must poll.
+    /// Number of interrupt vectors of the device in this guest. 0 if it has none; then its ends
+    /// must poll.
     pub vectors: u32,
-    /// PCI address: `domain << 16 | bus << 8 | device << 3 | function`; that of the PCI device which a virtio device is part of.
-    /// 0 if there is none.
+    /// PCI address: `domain << 16 | bus << 8 | device << 3 | function`; 0 if there is none. For a
+    /// virtio device, the address of the PCI device that it is part of.
     pub pci_address: u32,
     /// Bytes in the region.
     pub region_size: u64,
-    /// Bytes from its start that can be mapped.
+    /// Bytes that can be mapped, from the region's first byte.
     pub mappable_size: u64,
     /// Guest-physical address of the region.
     pub region_address: u64,
-    /// The driver's epoch: odd, and new at every probe, and after a suspend in which the device was reset.
+    /// The driver's epoch: an odd number that is new at every probe, and after a suspend that reset
+    /// the device.
     pub epoch: u64,
-    /// Cache mode that the kernel granted to the mappings that live now: a [`CacheMode`], or 0 while none has a page.
+    /// Cache mode that the kernel granted to the live mappings: a [`CacheMode`], or 0 while no page
+    /// is mapped.
     pub granted: u32,
-    /// Cache mode that these mappings were asked for with: a [`CacheMode`], or 0 for no mappings.
+    /// Cache mode that the live mappings asked for: a [`CacheMode`], or 0 without mappings.
     pub asked: u32,
-    /// Process that made one of them, by its number in the initial PID namespace; 0 for none. If it has ended, its children have what
-    /// it had mapped when they were forked.
+    /// Process that made a live mapping, by its number in the initial PID namespace; 0 without
+    /// mappings. If that process has ended, a child that it forked still has the mapping.
     pub mapper: u32,
-    /// Zero.
+    /// Always 0.
     pub reserved: u32,
 }
 
@@ -138,24 +159,25 @@ pub struct Info {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Map {
-    /// A [`CacheMode`] that [can be asked for](CacheMode::can_be_asked_for); or 0 for that of the region's mappings that live, noncached if
-    /// there are none.
+    /// Cache mode: a [`CacheMode`] that [can be asked for](CacheMode::can_be_asked_for), or 0 for
+    /// the mode of the region's live mappings; without live mappings 0 means noncached.
     pub cache: u32,
-    /// 0, or [`ON_TOUCH`].
+    /// Flags: 0 or [`ON_TOUCH`].
     pub flags: u32,
 }
 
-/// Flag of [`Map`]: pages are mapped when they are touched, 2 MiB at once where size and alignment allow, and while no mapping of the
-/// region lives that was made at once. The kernel grants the mode of such a mapping of the same pages, else noncached.
+/// Flag of [`Map`]: pages are mapped on fault, 2 MiB at once where size and alignment allow and no
+/// eager mapping of the region lives. The kernel grants the mode of an eager mapping of the same
+/// pages, otherwise noncached.
 pub const ON_TOUCH: u32 = 1;
 
 /// Argument of [`EVENTFD`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Eventfd {
-    /// The vector.
+    /// Number of the vector, below [`Info::vectors`].
     pub vector: u32,
-    /// Descriptor of the eventfd, or -1 for none from now on.
+    /// Descriptor of the eventfd; -1 removes the present one.
     pub descriptor: i32,
 }
 
@@ -175,31 +197,33 @@ pub struct Claim {
 pub struct Doorbell {
     /// ID of the peer to ring.
     pub peer: u32,
-    /// Its vector.
+    /// Vector of that peer.
     pub vector: u32,
 }
 
-/// Argument of [`BUFFER`], and answer.
+/// Argument and result of [`BUFFER`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Buffer {
-    /// Bytes. Given by the program, as is nothing else.
+    /// Size in bytes. The program sets only this field; the driver fills the others.
     pub size: u64,
-    /// DMA address: where the device finds the buffer. The guest-physical address, unless the guest has an IOMMU.
+    /// DMA address, by which the device finds the buffer. It is the guest-physical address unless
+    /// the guest has an IOMMU.
     pub address: u64,
     /// Descriptor of the buffer's file.
     pub descriptor: i32,
-    /// 1 if the device was told of the buffer, which only barlink's own can be ([`FEATURE_BUFFER`]); else 0.
+    /// 1 if the driver announced the buffer to the device, otherwise 0. The driver does so only for
+    /// barlink's own device ([`FEATURE_BUFFER`]).
     pub told: u32,
 }
 
-/// What `read` gives: a bit for each vector that has fired since this file's last `read`.
+/// Result of `read`: a bit for each vector that has fired since this file's last `read`.
 ///
-/// Vector `v` is bit `v % 64` of word `v / 64`. A shorter buffer is `EINVAL`.
+/// Vector `v` is bit `v % 64` of word `v / 64`. A `read` into a shorter buffer fails with `EINVAL`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Interrupts {
-    /// The bits.
+    /// Bits of the vectors that have fired.
     pub vectors: [u64; 4],
 }
 
@@ -207,9 +231,10 @@ pub struct Interrupts {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum CacheMode {
-    /// Noncached, as `pgprot_noncached` makes it: UC-, which an MTRR of type write-combining would override.
+    /// Noncached, as `pgprot_noncached` makes it (UC-). An MTRR of type write-combining overrides
+    /// it.
     UncachedMinus = 1,
-    /// Noncached, whatever the MTRRs say.
+    /// Noncached, regardless of the MTRRs.
     Uncached = 2,
     /// Write-combining.
     WriteCombining = 3,
@@ -222,7 +247,8 @@ pub enum CacheMode {
 }
 
 impl CacheMode {
-    /// The mode with this number, as [`Info::granted`] carries it.
+    /// Converts the number of a mode, as [`Info::granted`] carries it. `None` if there is no such
+    /// mode.
     pub const fn from_number(number: u32) -> Option<Self> {
         match number {
             1 => Some(CacheMode::UncachedMinus),
@@ -235,7 +261,7 @@ impl CacheMode {
         }
     }
 
-    /// Whether [`Map`] can ask for it.
+    /// Returns whether [`Map`] can ask for this mode.
     pub const fn can_be_asked_for(self) -> bool {
         matches!(
             self,
@@ -243,7 +269,7 @@ impl CacheMode {
         )
     }
 
-    /// Its name, as debugfs `x86/pat_memtype_list` writes it.
+    /// Returns the mode's name, as debugfs `x86/pat_memtype_list` writes it.
     pub const fn name(self) -> &'static str {
         match self {
             CacheMode::UncachedMinus => "uncached-minus",

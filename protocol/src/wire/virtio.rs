@@ -1,51 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The device over vhost-user, a virtio device (`docs/protocol.md`, section 10): its configuration space, its queues, its
-//! shared memory.
+//! The virtio device of the vhost-user transport: configuration space, queues and shared memory
+//! (`docs/protocol.md`, section 10).
 
-/// Virtio device type, and so PCI device 1af4:1046. Linux has no driver for it, and QEMU has a name, without which it would not start.
+/// Virtio device type; its PCI ID is therefore 1af4:1046. Linux has no driver for this type. QEMU
+/// has a name for it, and does not start with a type that it has no name for.
 pub const DEVICE_TYPE: u32 = 6;
 
-/// The queue of doorbells: readable buffers of [`BUFFER`] bytes, `peer << 16 | vector`.
+/// Index of the doorbell queue. The driver provides readable buffers of [`BUFFER`] bytes that hold
+/// `peer << 16 | vector`.
 pub const QUEUE_DOORBELLS: usize = 0;
-/// The queue of interrupts: writable buffers of [`BUFFER`] bytes, into which the device writes the number of a vector.
+/// Index of the interrupt queue. The driver provides writable buffers of [`BUFFER`] bytes, into
+/// which the device writes the number of a vector.
 pub const QUEUE_INTERRUPTS: usize = 1;
-/// How many queues there are.
+/// Number of queues.
 pub const QUEUES: usize = 2;
-/// Most buffers in a queue.
+/// Maximum number of buffers in a queue.
 pub const QUEUE_SIZE: u16 = 64;
 /// Bytes in a buffer of either queue.
 pub const BUFFER: usize = 4;
 
-/// ID of the shared memory that is the region.
+/// ID of the shared memory region that holds the barlink region.
 pub const SHARED_MEMORY: u8 = 0;
 
-/// What [`config::MAGIC`] holds: "barl".
+/// Value of [`config::MAGIC`]: the bytes `"barl"`.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"barl");
-/// What [`config::VERSION`] holds.
+/// Value of [`config::VERSION`].
 pub const VERSION: u32 = 1;
 /// Bit of [`config::FEATURES`]: the host sees resets.
 pub const FEATURE_RESET: u32 = 1;
 
-/// Offsets in the configuration space: 32 bits each but for the region's size, little-endian, read-only, and read when the driver probes
-/// or the system resumes.
+/// Offsets in the configuration space, in bytes. Fields are little-endian and read-only; each has
+/// 32 bits except the region's size. The driver reads them when it probes and when the system
+/// resumes.
 pub mod config {
-    /// [`MAGIC`](super::MAGIC).
+    /// Identification of the layout: [`MAGIC`](super::MAGIC).
     pub const MAGIC: usize = 0;
-    /// [`VERSION`](super::VERSION).
+    /// Version of the layout: [`VERSION`](super::VERSION).
     pub const VERSION: usize = 4;
-    /// The device's own ID, which is its slot.
+    /// ID of the device: its slot.
     pub const ID: usize = 8;
-    /// Peers, the host included.
+    /// Number of peers, including the host.
     pub const PEERS: usize = 12;
-    /// Vectors of each peer.
+    /// Number of vectors of each peer.
     pub const VECTORS: usize = 16;
-    /// Bits of `FEATURE_`.
+    /// The `FEATURE_` bits of the device.
     pub const FEATURES: usize = 20;
-    /// Lower half of the connection's number.
+    /// Lower half of the slot's connection number.
     pub const CONNECTION: usize = 24;
-    /// Bytes in the region: 64 bits.
+    /// Size of the region in bytes, as 64 bits.
     pub const REGION_SIZE: usize = 32;
-    /// Bytes in the configuration space. The rest of it is zero.
+    /// Size of the configuration space, in bytes. All bytes without a field above are zero.
     pub const SIZE: usize = 64;
 }

@@ -1,6 +1,6 @@
-//! Ends and a reset that are killed between any two of their stores. On x86 what others see of them is what was stored up
-//! to some moment, in order: each such state is looked at, by fresh ends, and is the one before the call or the one
-//! behind it.
+//! Ends and a reset that are killed between any two of their stores. On x86 other processes see the
+//! stores up to some moment, in order. Fresh ends look at each such state: it must be the state
+//! before the call or the state after it.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -18,7 +18,7 @@ use crate::heap::rounds;
 
 const CAPACITY: u64 = 4096;
 
-/// A channel that has the memory for itself.
+/// Returns a channel that has the memory for itself.
 fn entry() -> Channel {
     Channel {
         name: Name::new("test").unwrap(),
@@ -33,7 +33,7 @@ fn entry() -> Channel {
 
 type State = Vec<u64>;
 
-/// Memory that keeps what stands in it before each look, while it is told to. Clones are the same memory.
+/// Memory that records its content before each look while recording is on. Clones share the memory.
 #[derive(Clone)]
 struct Recorded {
     words: Arc<[AtomicU64]>,
@@ -67,14 +67,16 @@ impl Recorded {
         }
     }
 
-    /// What a call gives, and all states from before it to behind it, no two of which are the same in a row.
+    /// Runs a call, and returns its result and all states from before it to after it, without
+    /// repetitions.
     fn record<T>(&self, call: impl FnOnce() -> T) -> (T, Vec<State>) {
         *self.states.borrow_mut() = Some(Vec::new());
         let result = call();
         let mut states = self.states.take().unwrap();
         states.push(self.now());
         states.dedup();
-        // A copy of several words is one look: killed in the middle it has copied half of them.
+        // A copy of several words is one look. A process that is killed in the middle of it has
+        // copied half of them.
         let halves = |pair: &[State]| {
             let (before, after) = (&pair[0], &pair[1]);
             let changed: Vec<_> = (0..before.len())
@@ -109,8 +111,8 @@ impl Deref for Recorded {
     }
 }
 
-/// What a channel holds, for those who attach to it: the number of the next record, and the records that wait, each with
-/// its number.
+/// The content of a channel for ends that attach to it: the number of the next record, and the
+/// records that wait, each with its number.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Content {
     next: u64,
@@ -118,7 +120,7 @@ struct Content {
 }
 
 impl Content {
-    /// What fresh ends find, and that they can go on from there.
+    /// Returns the content that fresh ends find, and checks that they can go on from there.
     fn of(state: &State) -> Result<Content, Corrupt> {
         let region = Recorded::new(state.iter().copied()).region();
         let mut producer = Producer::attach(region.clone(), &entry())?;
@@ -135,7 +137,7 @@ impl Content {
     }
 }
 
-/// Sends the first so many of these bytes, and counts a ring.
+/// Sends the first `length` of these bytes, and counts a ring.
 fn send(producer: &mut Producer<Recorded>, bytes: &[u8], length: u32) -> Result<(), ReserveError> {
     let mut room = producer.reserve(bytes.len())?;
     room.write(0, bytes);
@@ -147,7 +149,8 @@ fn send(producer: &mut Producer<Recorded>, bytes: &[u8], length: u32) -> Result<
 /// Most records of a batch.
 const BATCH: usize = 3;
 
-/// Sends as many records of a batch as there is room for, and gives how many.
+/// Stages and publishes up to [`BATCH`] records, as many as there is room for. Returns their
+/// number.
 fn stage(producer: &mut Producer<Recorded>, length: usize) -> usize {
     let mut staged = 0;
     while staged < BATCH
@@ -174,7 +177,7 @@ fn receive(consumer: &mut Consumer<Recorded>) -> Result<Option<(u64, Vec<u8>)>, 
     Ok(Some((number, bytes)))
 }
 
-/// What an end does next, and at which of its stores it is killed, if at all.
+/// The next action of an end, and the store before which it is killed, if at all.
 #[derive(Clone, Debug)]
 struct Step {
     action: u8,
@@ -196,7 +199,7 @@ fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..count)
 }
 
-/// A channel with its two ends, and what it must hold.
+/// A channel with its two ends, and the content that it must have.
 struct Ends {
     memory: Recorded,
     producer: Producer<Recorded>,
@@ -215,7 +218,8 @@ impl Ends {
         }
     }
 
-    /// Does a step, and gives the states that it went through; what the channel must hold afterwards is in `content`.
+    /// Runs a step, and returns the states that it went through. Updates `content` to what the
+    /// channel must hold after it.
     fn call(&mut self, step: &Step) -> Vec<State> {
         let Ends {
             memory,
@@ -283,7 +287,7 @@ impl Ends {
         }
     }
 
-    /// Does a step, looks at each of its states, and goes on from the one in which it was killed.
+    /// Runs a step, checks each of its states, and goes on from the state in which it was killed.
     fn step(&mut self, step: &Step) {
         let before = self.content.clone();
         let states = self.call(step);
@@ -292,7 +296,8 @@ impl Ends {
             .map(|state| Content::of(state).unwrap())
             .collect();
         let behind = &self.content;
-        // First what was before, then what is behind, and nothing else ever.
+        // The states hold the content from before, then the content from after, and no other
+        // content.
         let turn = found.iter().position(|content| *content != before);
         let turn = turn.unwrap_or(found.len());
         assert!(found[turn..].iter().all(|content| content == behind));
@@ -316,7 +321,8 @@ impl Ends {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(rounds(24, 96)))]
 
-    /// Commit, release, drop, wish, ring, and batches, after any history, which has such deaths in it.
+    /// Kills an end at any store of a commit, release, drop, wake threshold, ring or batch, after
+    /// any history with such deaths.
     #[test]
     fn an_end_killed_at_any_store_has_done_all_of_a_call_or_nothing(steps in steps(40)) {
         let mut ends = Ends::new();
@@ -330,10 +336,11 @@ fn is_even(state: &State) -> bool {
     state[channel::GENERATION as usize / 8].is_multiple_of(2)
 }
 
-/// How often a reset looks whether the ends are free.
+/// Number of times that a reset checks whether the ends are free.
 const LOOKS: usize = 2;
 
-/// Resets a channel whose ends are free at so many looks and then claimed, and gives the states between.
+/// Resets a channel whose ends are free for this many checks and then claimed. Returns the result
+/// and the states in between.
 fn reset(memory: &Recorded, mut free: usize) -> (Option<u64>, Vec<State>) {
     let is_free = || {
         let is_free = free > 0;
@@ -343,7 +350,8 @@ fn reset(memory: &Recorded, mut free: usize) -> (Option<u64>, Vec<State>) {
     memory.record(|| state::reset(&memory.region(), &entry(), is_free))
 }
 
-/// A state of a reset of which this is the first and the last one: the same, or none that an end attaches to.
+/// Checks a state of a reset with this first and last state: it must equal one of these, or no end
+/// can attach to it. Returns whether no end can attach.
 fn check_reset(state: &State, first: &State, last: &State) -> bool {
     if is_even(state) {
         assert!(state == first || state == last);
@@ -358,7 +366,8 @@ fn check_reset(state: &State, first: &State, last: &State) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(rounds(20, 64)))]
 
-    /// A reset, and one that is done anew after it, of a channel with any history and perhaps a wrong word.
+    /// Kills a reset at any store, and a second reset after it, of a channel with any history and
+    /// perhaps a wrong word.
     #[test]
     fn a_reset_killed_at_any_store_keeps_ends_out_until_it_is_done_anew(
         steps in steps(12), wrong in prop::option::of((0u64..8, any::<u64>())), free in 0..=LOOKS
@@ -394,7 +403,7 @@ proptest! {
                 }
             }
         }
-        // One that is refused at once changes nothing.
+        // A reset that is refused at once changes nothing.
         prop_assert_eq!(killed > 0, free > 0);
     }
 }

@@ -1,4 +1,5 @@
-//! A region on the heap, and ends whose doorbells are condition variables: what tests use in place of a BAR.
+//! A region on the heap, and ends whose doorbells are condition variables. Tests use them in place
+//! of a BAR.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Condvar, Mutex};
@@ -13,7 +14,8 @@ use barlink_protocol::{AtomicU64, Events, Receiver, Sender, state};
 pub type Memory = Arc<[AtomicU64]>;
 pub type Heap = Region<Memory>;
 
-/// A region with one channel, `test`, from slot 0, where a process holds its end, to the host.
+/// Creates a region with one channel, `test`, from slot 0 to the host. A process holds its end in
+/// slot 0.
 pub fn region(capacity: u64, drop_when_full: bool) -> (Heap, Layout) {
     let channel = Channel {
         name: Name::new("test").unwrap(),
@@ -35,7 +37,8 @@ pub fn region(capacity: u64, drop_when_full: bool) -> (Heap, Layout) {
     (region, layout)
 }
 
-/// Says in the driver's page who holds the channel's end in slot 0.
+/// Writes the holder of the channel's end in slot 0 into the driver's page; 0 means that no process
+/// holds it.
 pub fn hold(region: &Heap, layout: &Layout, holder: u64) {
     let word = presence::holder(0, End::Producer);
     region.store(layout.presence_page(0) + word, holder);
@@ -44,30 +47,32 @@ pub fn hold(region: &Heap, layout: &Layout, holder: u64) {
 #[derive(Default)]
 struct State {
     rung: bool,
-    /// Its end is in a sleep that is no nap.
+    /// Whether the end is in a sleep that is not a back-off sleep.
     asleep: bool,
 }
 
 #[derive(Clone, Default)]
 struct Bell(Arc<(Mutex<State>, Condvar)>);
 
-/// One end's doorbells.
+/// The doorbells of one end.
 pub struct Bells {
     own: Bell,
     other: Bell,
     start: Instant,
-    /// Rings so far.
+    /// Number of rings so far.
     pub rung: u32,
-    /// Rings that get lost on their way, as if QEMU were not ready.
+    /// Number of rings still to be lost on their way, as if QEMU were not ready.
     pub lost: u32,
 }
 
-/// The shortest sleep that is no nap, in which an end is not rung for each record.
+/// The shortest sleep that is not a back-off sleep. In back-off sleeps an end is not rung for each
+/// record.
 const SLEEP: Duration = Duration::from_millis(1);
-/// The limit of every wait: longer than anything takes on a busy machine.
+/// Time limit of every wait: longer than any step takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The number of rounds of a loop that is repeated for depth: `full` where `BARLINK_TIER` is `soak`, and otherwise `brief`.
+/// Returns the number of rounds of a loop that is repeated for depth: `full` if `BARLINK_TIER` is
+/// `soak`, and otherwise `brief`.
 pub fn rounds(brief: u32, full: u32) -> u32 {
     match std::env::var("BARLINK_TIER") {
         Ok(tier) if tier == "soak" => full,
@@ -75,7 +80,7 @@ pub fn rounds(brief: u32, full: u32) -> u32 {
     }
 }
 
-/// Waits for what an end in another thread does.
+/// Waits until a condition holds, which an end in another thread makes true.
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -88,7 +93,7 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 impl Bells {
-    /// Whether this end sleeps, and was not rung yet, at each moment from now on.
+    /// Returns a function that tells whether this end sleeps and has not been rung yet.
     pub fn sleeper(&self) -> impl Fn() -> bool + Send + 'static {
         let own = self.own.clone();
         move || {
@@ -126,7 +131,7 @@ impl Events for Bells {
     }
 
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
-        // So the wait for an end that has failed is over, too.
+        // This limit also ends the wait for an end that has failed.
         let age = self.start.elapsed();
         assert!(age < 2 * PATIENCE, "this channel is used for too long");
         let (state, condvar) = &*self.own.0;
@@ -138,7 +143,7 @@ impl Events for Bells {
         state.asleep = false;
         let rung = std::mem::take(&mut state.rung);
         drop(state);
-        // A wake-up that was lost shows as a failure and not as a hang.
+        // A lost wake-up must show as a failure and not as a hang.
         assert!(rung || timeout.is_some(), "not rung within {PATIENCE:?}");
         Ok(rung)
     }
@@ -152,7 +157,7 @@ impl Events for Bells {
     }
 }
 
-/// Both ends of a fresh channel.
+/// Creates a channel and both its ends.
 pub fn ends(
     capacity: u64,
     drop_when_full: bool,
@@ -162,7 +167,7 @@ pub fn ends(
     ends_with(&region, &layout, a, b)
 }
 
-/// The ends of a channel that is there.
+/// Attaches both ends to an existing channel.
 pub fn ends_with(
     region: &Heap,
     layout: &Layout,

@@ -1,4 +1,5 @@
-//! Channels on the heap: the ring itself, ends that sleep and wake each other, and ends that are killed.
+//! Channels on the heap: the ring itself, ends that sleep and wake each other, and ends that are
+//! killed.
 
 mod crash;
 mod heap;

@@ -1,4 +1,4 @@
-//! Looking at and changing any bytes of a region.
+//! Reading and writing any bytes of a region.
 
 use barlink_protocol::region::Region;
 use barlink_protocol::{AtomicU64, Ordering};
@@ -7,7 +7,7 @@ use proptest::prelude::*;
 const SIZE: usize = 256;
 
 proptest! {
-    /// Against a plain array: what is poked is there, and nothing beside it has changed.
+    /// Compares with a plain array: bytes that are poked are there, and no other bytes change.
     #[test]
     fn peek_and_poke_are_those_of_an_array(
         changes in prop::collection::vec((0usize..300, prop::collection::vec(any::<u8>(), 0..300)), 1..20)

@@ -1,5 +1,5 @@
-//! Producer and consumer on the heap: order, wrapping, flow control, taking up after a crash, and a channel that
-//! somebody scribbled over.
+//! Producer and consumer on the heap: order, wrapping, flow control, taking over after a crash, and
+//! channels with wrong words.
 
 use crate::heap::{Heap, Memory, region};
 use barlink_protocol::cursor::{Corrupt, Kind};
@@ -15,14 +15,14 @@ fn attach(region: &Heap, layout: &Layout) -> Ends {
     (producer, Consumer::attach(region.clone(), channel).unwrap())
 }
 
-/// Sends a record: whether the consumer wants to be rung for it.
+/// Sends a record, and returns whether the consumer must be rung for it.
 fn send(producer: &mut Producer<Memory>, bytes: &[u8]) -> Result<bool, ReserveError> {
     let mut room = producer.reserve(bytes.len())?;
     room.write(0, bytes);
     Ok(room.commit(Kind::DATA, bytes.len() as u32, 7).0 == Notify::Ring)
 }
 
-/// Takes the next record, if there is one: its number and its bytes.
+/// Releases the next record, if there is one, and returns its number and its bytes.
 fn receive(consumer: &mut Consumer<Memory>) -> Option<(u64, Vec<u8>)> {
     if !consumer.poll().unwrap() {
         return None;
@@ -35,7 +35,7 @@ fn receive(consumer: &mut Consumer<Memory>) -> Option<(u64, Vec<u8>)> {
     Some((sequence, bytes))
 }
 
-/// Bytes that tell which record they belong to.
+/// Returns bytes that depend on the number of their record.
 fn pattern(number: u64, length: usize) -> Vec<u8> {
     (0..length as u64)
         .map(|index| (number.wrapping_mul(31) ^ index) as u8)
@@ -43,7 +43,8 @@ fn pattern(number: u64, length: usize) -> Vec<u8> {
 }
 
 proptest! {
-    /// Any sequence of sends and receives, with a crash of either end before any of them, is a queue.
+    /// Shows that any sequence of sends and receives is a queue, with a crash of either end before
+    /// any of them.
     #[test]
     fn is_a_queue_over_wraps_and_crashes(
         steps in prop::collection::vec((0u8..8, 0usize..2100), 1..400)
@@ -56,7 +57,8 @@ proptest! {
                 0 => producer = attach(&region, &layout).0,
                 1 => consumer = attach(&region, &layout).1,
                 2 => {
-                    // Killed while it fills a record in place: nothing was sent.
+                    // A producer is killed while it fills a record in place. The record was never
+                    // sent.
                     if let Ok(mut room) = producer.reserve(length) {
                         room.write(0, &vec![0xee; length]);
                     }
@@ -135,7 +137,7 @@ fn an_end_that_naps_is_rung_for_half_of_the_channel_or_not_at_all() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     assert!(!consumer.wish_for_half().unwrap());
-    // Of 64 bytes with their headers.
+    // Each record takes 64 bytes with its header.
     let until_rung =
         |producer: &mut Producer<Memory>| (1..=64).find(|_| send(producer, &[0; 40]).unwrap());
     assert_eq!(until_rung(&mut producer), Some(32));
@@ -170,7 +172,7 @@ fn what_is_staged_is_not_there_until_it_is_published() {
     assert_eq!(receive(&mut consumer), Some((0, b"one".to_vec())));
     assert_eq!(receive(&mut consumer), Some((1, b"two".to_vec())));
     assert_eq!(producer.publish(), Notify::Quiet);
-    // A commit takes what was staged with it.
+    // A commit publishes the staged records as well.
     stage(&mut producer, b"three");
     send(&mut producer, b"four").unwrap();
     assert_eq!(receive(&mut consumer), Some((2, b"three".to_vec())));
@@ -188,7 +190,7 @@ fn what_is_passed_is_released_with_the_next() {
         consumer.pass();
     }
     assert!(send(&mut producer, &[0; 1000]).is_err());
-    // Passed, and found again by a successor.
+    // The records were passed but not released, so a successor finds them again.
     assert_eq!(receive(&mut attach(&region, &layout).1).unwrap().0, 0);
     assert!(consumer.poll().unwrap());
     assert_eq!(consumer.record().unwrap().header().sequence, 2);
@@ -214,7 +216,7 @@ fn a_full_channel_is_rung_about_once_half_of_it_is_free() {
         }
         (sent, released)
     };
-    // Of 64 bytes with their headers.
+    // Each record takes 64 bytes with its header.
     assert_eq!(lap(), (64, 32));
     assert_eq!(lap(), (32, 32));
     assert_eq!(lap(), (32, 32));
@@ -259,7 +261,7 @@ fn nothing_old_stands_behind_a_payload() {
     let last_word = |region: &Heap, payload: u64| {
         region.load(layout.channels()[0].offset + channel::DATA + payload)
     };
-    // Copied in; copied in and cut short; filled by the kernel.
+    // The payload is copied in, then copied in and cut short, then filled by the kernel.
     let mut room = producer.reserve(3).unwrap();
     room.write(0, b"abc");
     let _ = room.commit(Kind::DATA, 3, 0);
@@ -366,13 +368,13 @@ fn nothing_is_copied_from_behind_a_payload() {
     send(&mut producer, b"short").unwrap();
     assert!(consumer.poll().unwrap());
     let record = consumer.record().unwrap();
-    // Within the region, and far behind its end.
+    // The offsets lie after the payload, up to far beyond the end of the region.
     for offset in [8, 16, 4096, 1 << 20, usize::MAX - 7] {
         assert_eq!(record.copy_to(offset, &mut [0; 8]), 0, "{offset}");
     }
 }
 
-/// A region where the next record does not fit before the end of the data area.
+/// Returns a region in which the next record does not fit before the end of the data area.
 fn before_a_wrap() -> (Heap, Layout, Ends) {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
@@ -418,7 +420,7 @@ fn two_paddings_in_a_row_are_corrupt() {
 }
 
 proptest! {
-    /// Rule 5.2, in both directions, whatever the other end wishes.
+    /// Checks rule 5.2 in both directions, for any wake threshold of the other end.
     #[test]
     fn an_end_rings_exactly_if_it_crosses_the_wish(
         before in 0u64..40, wish in prop_oneof![(0i64..60).prop_map(|words| words as u64 * 8), any::<u64>()], more in 0u64..3

@@ -21,7 +21,7 @@ fn nothing_is_lost_while_both_ends_sleep_and_wake() {
                     Ok(Sent::Committed)
                 );
             }
-            // The channel's end stays, so that the receiver is not disturbed by its going.
+            // The sender is returned, so that its drop does not disturb the receiver.
             sender
         });
         for number in 0..count {
@@ -62,7 +62,7 @@ fn batches_on_both_sides_do_not_wait_for_each_other() {
     let (mut sender, mut receiver) = ends(4096, false);
     let producer = std::thread::spawn(move || {
         for number in 0..RECORDS {
-            // More than fit: what is staged is published when no room is left.
+            // The records do not all fit. Staged records are published when no room is left.
             let bytes = number.to_le_bytes();
             assert_eq!(sender.stage(Kind::DATA, &bytes, None, 7), Ok(Sent::Staged));
         }
@@ -72,7 +72,7 @@ fn batches_on_both_sides_do_not_wait_for_each_other() {
     for number in 0..RECORDS {
         while receiver.wait(None).unwrap() != Wakeup::Ready {}
         assert_eq!(receiver.record().unwrap().word(0), number);
-        // Released when nothing else is left to be found.
+        // The receiver releases them when it finds no further record.
         receiver.pass();
     }
     producer.join().unwrap();
@@ -100,7 +100,8 @@ fn a_record_that_waited_for_room_tells_when_it_was_committed() {
     let free = std::thread::spawn(move || {
         wait_until("the sender sleeps", sender_sleeps);
         let freed = receiver.events().now();
-        // Three of four, since at half the channel the sender is rung.
+        // Three of the four records are released, because the sender is rung at half of the
+        // channel.
         for _ in 0..3 {
             assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
             receiver.release().unwrap();
@@ -146,7 +147,8 @@ fn a_stream_is_rung_for_only_after_silence() {
         let before = sender.events().rung;
         let producer = std::thread::spawn(move || {
             for _ in 0..RECORDS {
-                // Longer than an end spins, shorter than it naps.
+                // The pause is longer than an end spins, and shorter than its back-off sleeps in
+                // total.
                 std::thread::sleep(Duration::from_micros(500));
                 assert_eq!(sender.send(Kind::DATA, &[], None), Ok(Sent::Committed));
             }
@@ -167,8 +169,8 @@ fn a_stream_is_rung_for_only_after_silence() {
         assert_eq!(after, 1, "after so long it sleeps, and has to be rung");
         during - before
     };
-    // On a machine that is busy the sender pauses for longer than a receiver naps, or the receiver is late to sleep, now and
-    // then. A fault shows each time.
+    // On a busy machine the sender now and then pauses for longer than a receiver's back-off
+    // sleeps, or the receiver is late to sleep. A fault shows each time.
     let mut counts = Vec::new();
     while counts.len() < 10 {
         let (stream, prompt) = (rings(Strategy::STREAM), rings(Strategy::PROMPT));
@@ -227,7 +229,7 @@ fn an_end_of_a_vm_that_nobody_holds_is_not_rung() {
     hold(&region, &layout, 2);
     assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
     assert_eq!(receiver.events().rung, 2, "somebody came");
-    // The host cannot be unplugged: it is rung whether or not its end is held.
+    // The host cannot be unplugged, so it is rung whether or not its end is held.
     let rung = sender.events().rung;
     receiver.wait(Some(Duration::ZERO)).unwrap();
     assert_eq!(sender.send(Kind::DATA, &[0; 8], None), Ok(Sent::Committed));
@@ -243,7 +245,7 @@ fn a_doorbell_that_is_lost_costs_time_and_no_record() {
     let receiver_sleeps = receiver.events().sleeper();
     let producer = std::thread::spawn(move || {
         for number in 0..10u8 {
-            // It has to be rung.
+            // A sleeping receiver must be rung.
             wait_until("the receiver sleeps", &receiver_sleeps);
             assert_eq!(
                 sender.send(Kind::DATA, &[number], None),
@@ -258,7 +260,7 @@ fn a_doorbell_that_is_lost_costs_time_and_no_record() {
         assert_eq!(receiver.record().unwrap().header().sequence, number);
         receiver.release().unwrap();
     }
-    // For each that was lost a second at most.
+    // Each lost ring costs a second at most.
     let took = start.elapsed();
     assert!(took < PATIENCE / 2, "{took:?}");
     producer.join().unwrap();

@@ -1,4 +1,4 @@
-//! Streams whose sender is not there, or cannot be seen.
+//! Streams whose sender is away or invisible.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -14,7 +14,7 @@ use crate::heap::{
     Bells, Heap, Memory, PATIENCE, bells, ends, ends_with, hold, region, wait_until,
 };
 
-/// What the heap's events cannot fail with leaves these errors.
+/// The outcome of a stream over the heap's events, which cannot fail.
 type Outcome = Result<Progress, StreamError<std::convert::Infallible>>;
 
 fn receive_to_nowhere(receiver: &mut Receiver<Memory, Bells>) -> Outcome {
@@ -26,14 +26,14 @@ fn send(sender: &mut Sender<Memory, Bells>, kind: Kind, bytes: &[u8]) {
     assert_eq!(sender.send(kind, bytes, None), Ok(Sent::Committed));
 }
 
-/// Sends a stream whose receiver has to wait for its end.
+/// Sends a stream, and makes its receiver wait for the end of the stream.
 fn send_haltingly(sender: &mut Sender<Memory, Bells>, region: &Heap, channel: &Channel) {
     send(sender, Kind::BEGIN, &[]);
     send(sender, Kind::DATA, b"four");
     wait_until("all is received", || {
         state::ChannelState::read(region, channel).fill(channel) == Some(0)
     });
-    // The rest holds whether or not the receiver waits by then. Mostly it waits.
+    // The test holds even if the receiver does not wait by then. Usually it waits.
     std::thread::sleep(Duration::from_millis(20));
     send(sender, Kind::END, &[]);
 }
@@ -53,7 +53,7 @@ fn a_sender_that_left_before_the_receiver_came_is_not_waited_for() {
     send(&mut sender, Kind::DATA, b"four");
     hold(&region, &layout, 0);
     let mut receiver = Receiver::attach(region, &layout, 0, b).unwrap();
-    // In a thread, so that waiting for ever is a failure and not a hang.
+    // The receiver runs in a thread, so that an endless wait is a failure and not a hang.
     let (tell, outcome) = std::sync::mpsc::channel();
     std::thread::spawn(move || tell.send(receive_to_nowhere(&mut receiver)));
     assert_eq!(
@@ -68,7 +68,8 @@ fn a_sender_that_comes_after_the_receiver_is_waited_for() {
     hold(&region, &layout, 0);
     let (a, b) = bells();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
-    // Nobody has looked who is there since, and with records at hand nobody needs to.
+    // The receiver has not read the holder since, and need not read it while it has records to
+    // receive.
     hold(&region, &layout, 2);
     let entry = layout.channels()[0];
     let sending = std::thread::spawn(move || {
@@ -86,7 +87,8 @@ fn a_sender_that_cannot_be_seen_is_waited_for() {
         consumer: 1,
         ..layout.channels()[0]
     };
-    // From one VM to another, and without the drivers' pages, as a guest process has it.
+    // The channel goes from one VM to another. The drivers' pages are not mapped, as in a guest
+    // process.
     let layout = Layout::new(layout.region_size, 2, 1, entry.end(), 0, &[entry]).unwrap();
     let mapped = layout.presence_page(1) / 8;
     let region: Heap = Region::new((0..mapped).map(|_| AtomicU64::new(0)).collect());
@@ -100,11 +102,11 @@ fn a_sender_that_cannot_be_seen_is_waited_for() {
     sending.join().unwrap();
 }
 
-/// Keeps what it is told of waits.
+/// Stores the reports of waits.
 struct Listener {
     patience: Option<Duration>,
     told: Vec<bool>,
-    /// What is done when it is told of a wait.
+    /// Is called at each report of a wait.
     then: Box<dyn FnMut() + Send>,
 }
 
@@ -116,7 +118,7 @@ impl Watch for Listener {
     fn waits(&mut self, is_away: bool) {
         self.told.push(is_away);
         if self.told.len() == 2 {
-            // From here on nothing is told.
+            // From here on no wait is reported.
             self.patience = None;
         }
         (self.then)();
@@ -142,16 +144,17 @@ fn a_receiver_tells_whom_it_waits_for_while_somebody_listens() {
     let (tell, told) = std::sync::mpsc::channel();
     let (entry, heap) = (layout.channels()[0], region.clone());
     let sending = std::thread::spawn(move || {
-        // After two waits are told, and one that is not.
+        // The stream begins after two reported waits and one wait that is not reported.
         for _ in 0..2 {
             told.recv_timeout(PATIENCE).unwrap();
         }
-        // Mostly longer than what is told of: no third wait is.
+        // The pause is usually longer than the time after which a wait is reported, but no third
+        // wait is reported.
         std::thread::sleep(Duration::from_millis(30));
         send_haltingly(&mut sender, &heap, &entry);
     });
     let mut listener = Listener::new(move || {
-        // Somebody comes to hold the producer's end.
+        // A process takes the producer's end.
         hold(&region, &layout, 1);
         tell.send(()).unwrap();
     });
@@ -173,7 +176,7 @@ fn a_sender_to_a_full_channel_tells_that_it_waits_while_somebody_listens() {
         receive_to_nowhere(&mut receiver)
     });
     let mut listener = Listener::new(move || tell.send(()).unwrap());
-    // More than the channel holds.
+    // The file holds more than the channel.
     let source = File::open("/bin/sh").unwrap();
     let mut scratch = [0; 512];
     let sent: Outcome = send_all(&mut sender, source.as_raw_fd(), &mut scratch, &mut listener);
@@ -181,12 +184,13 @@ fn a_sender_to_a_full_channel_tells_that_it_waits_while_somebody_listens() {
         sent.as_ref().unwrap().bytes,
         source.metadata().unwrap().len()
     );
-    // No consumer is noted in this region.
+    // No process holds the consumer's end in this region.
     assert_eq!(listener.told, [true, true]);
     assert_eq!(receiving.join().unwrap(), sent);
 }
 
-/// The second sender's beginning is dropped, too, and its end would be taken for that of the first one's stream.
+/// Checks that the beginning of an empty stream is not dropped. Otherwise the stream's end would be
+/// taken for the end of the first sender's stream.
 #[test]
 fn an_empty_stream_in_a_full_channel_that_drops_is_not_the_end_of_another() {
     let (region, layout) = region(4096, true);

@@ -1,4 +1,5 @@
-//! How long an end spins and naps, by a clock that stands still unless somebody looks at it or sleeps. The other end is a script.
+//! The times for which an end spins and sleeps in its back-off. The clock advances only when the
+//! end reads it or sleeps. The other end is a script.
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -12,7 +13,7 @@ use barlink_protocol::{
 };
 
 const MICROSECOND: Duration = Duration::from_micros(1);
-/// Records of this payload are of 64 bytes with their headers, and 64 of them fill the channel.
+/// A record with this payload takes 64 bytes with its header, and 64 such records fill the channel.
 const PAYLOAD: [u8; 40] = [0; 40];
 
 /// The end that is a script.
@@ -22,7 +23,8 @@ enum Other {
 }
 
 impl Other {
-    /// Commits or releases a record, if there is room or one: whether it has to ring then.
+    /// Commits or releases a record, if that is possible, and returns whether the end must then
+    /// ring.
     fn go_on(&mut self) -> Option<Notify> {
         match self {
             Other::Producer(producer) => {
@@ -41,25 +43,25 @@ impl Other {
     }
 }
 
-/// The other end, and the clock of the one that is tested.
+/// The other end, and the clock of the tested end.
 struct World {
     now: Duration,
     other: Other,
-    /// When the other end goes on next, and how long it then takes each time.
+    /// Time of the other end's next action, and the time between its actions.
     due: Duration,
     pace: Duration,
-    /// How often it could not.
+    /// Number of its actions that were impossible.
     stuck: u32,
-    /// Its rings.
+    /// Number of its rings.
     rings: u32,
-    /// The sleeps of the end that is tested, the longest that it asked for, and the last.
+    /// The tested end's number of sleeps, the longest timeout of a sleep, and the last timeout.
     sleeps: u32,
     longest: Duration,
     last: Option<Duration>,
 }
 
 impl World {
-    /// Does what is due by now: whether that rings.
+    /// Runs all actions that are due, and returns whether one of them rings.
     fn go_on(&mut self) -> bool {
         let before = self.rings;
         while self.due <= self.now {
@@ -125,7 +127,7 @@ impl Script {
         })))
     }
 
-    /// The other end goes on so long from now, and then at this pace.
+    /// Schedules the other end's next action after `begins`, and further actions at this pace.
     fn goes_on(&self, begins: Duration, pace: Duration) {
         let mut world = self.0.borrow_mut();
         world.due = world.now + begins;
@@ -133,7 +135,7 @@ impl Script {
     }
 }
 
-/// A consumer that waits so, and its producer.
+/// Returns a receiver with this strategy, and the script of its producer.
 fn receiver(strategy: Strategy) -> (Receiver<Memory, Script>, Script) {
     let (region, layout) = region(4096, false);
     let producer = Producer::attach(region.clone(), &layout.channels()[0]).unwrap();
@@ -143,14 +145,14 @@ fn receiver(strategy: Strategy) -> (Receiver<Memory, Script>, Script) {
     (receiver, script)
 }
 
-/// A producer that waits so, whose channel is full, and its consumer.
+/// Returns a sender with this strategy, whose channel is full, and the script of its consumer.
 fn sender(strategy: Strategy) -> (Sender<Memory, Script>, Script) {
     let (region, layout) = region(4096, false);
     let consumer = Consumer::attach(region.clone(), &layout.channels()[0]).unwrap();
     let script = Script::of(Other::Consumer(consumer));
     let mut sender = Sender::attach(region, &layout, 0, script.clone()).unwrap();
     sender.set_strategy(strategy);
-    // And no attempt that fails, which would leave a wish.
+    // No attempt fails, because a failed attempt would arm a wake-up.
     for _ in 0..64 {
         assert_eq!(send(&mut sender), Sent::Committed);
     }
@@ -161,8 +163,8 @@ fn send(sender: &mut Sender<Memory, Script>) -> Sent {
     sender.send(Kind::DATA, &PAYLOAD, None).unwrap()
 }
 
-/// Waits for a record so many times, each committed so long after it is waited for: how often it slept, and for how long it
-/// spun in all.
+/// Waits `count` times for a record that is committed after `delay`. Returns the number of sleeps,
+/// and the total time of spinning.
 fn waits(count: u32, delay: Duration) -> (u32, Duration) {
     let (mut receiver, script) = receiver(Strategy::PROMPT);
     let mut spun = Duration::ZERO;
@@ -187,16 +189,17 @@ fn waits(count: u32, delay: Duration) -> (u32, Duration) {
 
 #[test]
 fn an_end_finds_out_again_and_again_whether_spinning_pays() {
-    // Longer than it spins at first, and shorter than it may.
+    // The delay is longer than the first spin, and shorter than the longest.
     let (sleeps, _) = waits(100, 20 * MICROSECOND);
     assert_eq!(sleeps, 7, "it takes one wait of eight to find out");
-    // Longer than it may spin.
+    // The delay is longer than the longest spin.
     let (sleeps, spun) = waits(800, 500 * MICROSECOND);
     assert_eq!(sleeps, 800);
     assert!(spun < 800 * 12 * MICROSECOND, "it spun for {spun:?}");
 }
 
-/// Begins of what the other end does that are in the third nap, which would be longer than all of the channel takes.
+/// Start times of the other end, in microseconds, within the third back-off sleep. The whole
+/// channel would fill or drain in less time than this sleep takes.
 const IN_A_NAP: [u32; 3] = [310, 330, 350];
 
 #[test]
@@ -209,7 +212,7 @@ fn an_end_that_naps_is_rung_before_the_other_one_has_to_wait() {
             receiver.release().unwrap();
         }
         script.0.borrow_mut().due = Duration::MAX;
-        // What came in the meantime.
+        // These records came in the meantime.
         while receiver.wait(Some(Duration::ZERO)) == Ok(Wakeup::Ready) {
             receiver.release().unwrap();
         }
@@ -232,7 +235,7 @@ fn a_producer_that_naps_is_rung_before_the_consumer_has_to_wait() {
 #[test]
 fn an_end_that_is_awake_again_is_not_rung_for_its_nap() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
-    // Some come during the first nap, and then one at each look at the clock.
+    // Some records come during the first back-off sleep, and then one at each read of the clock.
     script.goes_on(80 * MICROSECOND, MICROSECOND);
     for _ in 0..1000 {
         assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
@@ -263,7 +266,8 @@ fn naps_grow_no_longer_than_the_longest() {
     assert!(world.sleeps > 6, "{} naps", world.sleeps);
 }
 
-/// It is for half of the channel, of which another end can say that it moved.
+/// Shows that a ring during a back-off sleep does not prove that doorbells arrive, because it may
+/// be a ring that this end did not ask for.
 #[test]
 fn a_ring_in_a_nap_proves_nothing() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
@@ -274,23 +278,26 @@ fn a_ring_in_a_nap_proves_nothing() {
         receiver.release().unwrap();
     }
     assert_eq!(script.0.borrow().rings, 1);
-    // It goes to sleep, and still wakes by the clock.
+    // The end goes to sleep, and still uses the fallback poll.
     script.goes_on(10_000 * MICROSECOND, Duration::MAX);
     assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
     assert!(script.0.borrow().last.is_some());
-    // That ring came to an end that slept: from now on it relies on rings.
+    // That ring came during a normal sleep, so the end relies on rings from now on.
     receiver.release().unwrap();
     script.goes_on(10_000 * MICROSECOND, Duration::MAX);
     assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
     assert_eq!(script.0.borrow().last, None);
 }
 
-/// It waits for something else, perhaps for this very end, and would keep the rest for ever.
+/// Shows that a producer is rung as soon as its record fits. A consumer that keeps more than half
+/// of the channel may wait for this very producer, so a ring at half of the channel would never
+/// come.
 #[test]
 fn a_producer_is_rung_once_its_record_fits_though_the_consumer_keeps_more_than_half() {
     for strategy in [Strategy::SLEEP, Strategy::PROMPT, Strategy::STREAM] {
         let (mut sender, script) = sender(strategy);
-        // After a while, so that it sleeps and is rung, and relies on rings from then on.
+        // The consumer starts late, so that the sender sleeps and is rung, and relies on rings from
+        // then on.
         script.goes_on(20_000 * MICROSECOND, MICROSECOND);
         assert_eq!(send(&mut sender), Sent::Committed);
         script.0.borrow_mut().due = Duration::MAX;
@@ -308,7 +315,7 @@ fn a_producer_is_rung_once_its_record_fits_though_the_consumer_keeps_more_than_h
 #[test]
 fn a_consumer_that_takes_its_time_rings_about_half_of_the_channel() {
     let (mut sender, script) = sender(Strategy::SLEEP);
-    // Half of it in less time than it sleeps before it asks for less.
+    // Half of the channel is free before the sender lowers its wake threshold.
     script.goes_on(10 * MICROSECOND, 30 * MICROSECOND);
     for _ in 0..1000 {
         assert_eq!(send(&mut sender), Sent::Committed);
@@ -317,7 +324,8 @@ fn a_consumer_that_takes_its_time_rings_about_half_of_the_channel() {
     assert!((28..=34).contains(&rings), "{rings} rings for 1000 records");
 }
 
-/// A program that waits for several things does so by a descriptor, which can be read for as long as nobody has taken the ring.
+/// Shows that a look without a wait consumes a ring. A program that waits for several sources polls
+/// a descriptor, which stays readable until the ring is consumed.
 #[test]
 fn looking_without_waiting_takes_what_was_rung() {
     let (mut receiver, script) = receiver(Strategy::PROMPT);

@@ -1,4 +1,5 @@
-//! Faults that others had, and that a channel could have had: `docs/threat-model.md`, "Known faults of others".
+//! Faults of other projects that a channel could have had as well: `docs/threat-model.md`, "Known
+//! faults of others".
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -14,11 +15,12 @@ use proptest::prelude::*;
 use crate::region::*;
 use crate::scribbler::Naps;
 
-/// Longer than any wait that has something to tell.
+/// A timeout longer than any wait of these tests that reports an error.
 const LONG: Option<Duration> = Some(Duration::from_secs(10));
 
-/// CVE-2026-86565 (DPDK vhost): the guest made the size of a queue disagree with that of the table beside it, and the host
-/// wrote behind the table. A commit note that disagrees with its cursor is not taken for one.
+/// CVE-2026-86565 (DPDK vhost): the guest made the size of a queue disagree with that of the table
+/// beside it, and the host wrote beyond the table. Here a commit note that disagrees with its
+/// cursor is not used.
 #[test]
 fn a_commit_note_that_fits_no_cursor_is_corrupt() {
     let layout = layout();
@@ -33,13 +35,14 @@ fn a_commit_note_that_fits_no_cursor_is_corrupt() {
         Producer::attach(region.clone(), entry),
         Err(Corrupt(_))
     ));
-    // Which is of no concern to the consumer, nor to the channels beside it.
+    // The fault affects neither the consumer nor the other channels.
     assert!(Consumer::attach(region.clone(), entry).is_ok());
     assert!(Producer::attach(region, &layout.channels()[0]).is_ok());
 }
 
-/// CVE-2026-86565 again, and QEMU issue 3930 (virtio-iommu): a queue was given another size while it ran, and the host
-/// allocated without end. What a channel is, is read at attach, and not again.
+/// CVE-2026-86565 again, and QEMU issue 3930 (virtio-iommu): the guest changed the size of a queue
+/// while it ran, and the host allocated without end. Here the properties of a channel are read at
+/// attach, and not again.
 #[test]
 fn a_superblock_that_changes_later_is_not_read_again() {
     let layout = layout();
@@ -62,7 +65,8 @@ fn a_superblock_that_changes_later_is_not_read_again() {
     assert!(state::read_layout(&region, layout.region_size).is_err());
 }
 
-/// openvmm issue 4045: a malformed head of a queue was parsed again and again by a worker that nothing could stop.
+/// openvmm issue 4045: a worker parsed a malformed head of a queue again and again, and nothing
+/// could stop it.
 #[test]
 fn a_malformed_head_is_told_at_once_each_time() {
     let layout = layout();
@@ -84,7 +88,8 @@ fn a_malformed_head_is_told_at_once_each_time() {
     assert_eq!(napped.load(Relaxed), 0, "it slept over an error");
 }
 
-/// The same at the other end: a producer does not wait for room at a consumer whose cursor makes no sense.
+/// Checks the same fault at the other end: a producer does not wait for room if the consumer's
+/// cursor is invalid.
 #[test]
 fn a_cursor_that_makes_no_sense_is_told_at_once_each_time() {
     let layout = layout();
@@ -102,14 +107,14 @@ fn a_cursor_that_makes_no_sense_is_told_at_once_each_time() {
     assert_eq!(napped.load(Relaxed), before, "it slept over an error");
 }
 
-/// An end that keeps changing, as a guest's driver can make it look, holds up nobody who has a deadline; and a channel that
-/// drops has one always.
+/// Shows that an end that keeps changing, as a guest's driver can pretend, does not delay a
+/// deadline. A channel that drops always has a deadline.
 #[test]
 fn an_other_end_that_keeps_changing_does_not_hold_up_a_deadline() {
     let layout = layout();
     let words = words(&layout);
     let presence = layout.presence_page(1) as usize / 8;
-    // Every look finds another epoch of the host.
+    // Each look finds another epoch of the host.
     let memory = Watched::new(&words, move |look, words: &[AtomicU64]| {
         assert!(look < 1_000_000, "it is held up");
         words[presence].fetch_add(1, Relaxed);
@@ -144,8 +149,9 @@ fn a_record_fills_no_more_than_the_buffer_it_is_given() {
 }
 
 proptest! {
-    /// CVE-2026-86847 (DPDK): cleaning up followed a chain of words that nobody had written, without end. Here any words at
-    /// all are attached to, used, let go and reset within so many looks.
+    /// CVE-2026-86847 (DPDK): the cleanup followed a chain of words that had never been written,
+    /// without end. Here a channel with any words is attached to, used, released and reset within a
+    /// limited number of looks.
     #[test]
     fn any_words_are_used_or_refused_in_bounded_work(
         header in prop::collection::vec((0usize..40, word()), 0..20),
@@ -165,7 +171,7 @@ proptest! {
         let looks = memory.looks();
         let region = Region::new(memory);
         if let Ok(mut consumer) = Consumer::attach(region.clone(), entry) {
-            // What is committed are at most as many records as there is room for headers.
+            // There are at most as many committed records as there is room for headers.
             for _ in 0..200 {
                 if !matches!(consumer.poll(), Ok(true)) {
                     break;
@@ -192,7 +198,7 @@ proptest! {
     }
 }
 
-/// Words that can mean something, and words that cannot.
+/// Generates words that can be valid, and words that cannot.
 fn word() -> impl Strategy<Value = u64> {
     prop_oneof![
         any::<u64>(),

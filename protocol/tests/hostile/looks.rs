@@ -1,5 +1,5 @@
-//! One value that changes before one look: at every look that there is, in turn. Whatever the moment, the outcome is
-//! that of the one value or that of the other.
+//! One word that changes before one look, for each look in turn. At each moment the outcome must be
+//! that of the old value or that of the new value.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -18,7 +18,7 @@ fn word(words: &[AtomicU64], offset: u64) -> &AtomicU64 {
     &words[(layout().channels()[ATTACKED].offset + offset) as usize / 8]
 }
 
-/// A region where a record of 64 bytes waits, with 0xaa in each.
+/// Creates a region in which a record of 64 bytes waits, with 0xaa in each byte.
 fn with_record() -> Arc<[AtomicU64]> {
     let words = words(&layout());
     let mut producer =
@@ -29,7 +29,8 @@ fn with_record() -> Arc<[AtomicU64]> {
     words
 }
 
-/// What a consumer makes of it, while `offset` becomes `value` before look number `moment`.
+/// Consumes the record while the word at `offset` becomes `value` before look number `moment`.
+/// Returns the header and the number of bytes copied, or `None` without a record.
 fn consume(offset: u64, value: u64, moment: u64) -> Result<Option<(Header, usize)>, ()> {
     let words = with_record();
     let memory = Watched::new(&words, |look, words: &[AtomicU64]| {
@@ -55,8 +56,8 @@ fn consume(offset: u64, value: u64, moment: u64) -> Result<Option<(Header, usize
     Ok(Some((header, copied)))
 }
 
-/// CVE-2026-93683 (DPDK vhost): a length was read from shared memory to be checked, and again to be used.
-/// CVE-2026-86848 (DPDK vhost-crypto): so was an index.
+/// CVE-2026-93683 (DPDK vhost): a length was read from shared memory once for the check and again
+/// for its use. CVE-2026-86848 (DPDK vhost-crypto): the same with an index.
 #[test]
 fn a_header_that_changes_is_read_once() {
     let before = Header {
@@ -66,7 +67,8 @@ fn a_header_that_changes_is_read_once() {
         time: 5,
     };
     let kind = u64::from(Kind::USER.0) << 32;
-    // Shorter; longer than what was committed; longer than the channel; no record.
+    // The new words are the header of a shorter record, of a record longer than the committed
+    // bytes, and of a record longer than the channel, and two words that are no header of a record.
     for (value, valid) in [
         (8 | kind, true),
         (2000 | kind, false),
@@ -96,7 +98,7 @@ fn a_header_that_changes_is_read_once() {
     }
 }
 
-/// The same for the cursors, each end's own included, while an end takes up.
+/// Changes both cursors while an end attaches, its own cursor included.
 #[test]
 fn a_cursor_that_changes_is_read_once() {
     for offset in [channel::WRITTEN, channel::READ] {
@@ -110,7 +112,8 @@ fn a_cursor_that_changes_is_read_once() {
     }
 }
 
-/// The consumer's cursor under a producer: room is what was free at one of its looks, and is in the channel.
+/// Changes the consumer's cursor under a producer: the room is that of one of the producer's looks,
+/// and lies in the channel.
 #[test]
 fn a_producer_believes_one_look_at_the_consumers_cursor() {
     let layout = layout();
@@ -127,7 +130,8 @@ fn a_producer_believes_one_look_at_the_consumers_cursor() {
                 continue;
             };
             let mut committed = 0;
-            // Until it is full, or corrupt. An honest consumer would release nothing, so it is not much.
+            // The loop ends when the channel is full or corrupt. An honest consumer would release
+            // nothing, so it ends soon.
             while let Ok(mut room) = producer.reserve(1000) {
                 room.write(0, &[0xbb; 1000]);
                 let _ = room.commit(Kind::USER, 1000, 0);
@@ -141,7 +145,8 @@ fn a_producer_believes_one_look_at_the_consumers_cursor() {
     }
 }
 
-/// No attack: more than all of the channel has gone through it between two looks of who only watches.
+/// Shows that an observer is not misled without an attack, when more bytes than the channel holds
+/// pass through it between two of its looks.
 #[test]
 fn a_channel_that_flows_while_it_is_looked_at_makes_sense() {
     let layout = layout();

@@ -1,5 +1,5 @@
-//! A channel whose other side is an attacker: who writes any word, at any moment, between any two looks of ours. What
-//! must hold is that no call panics, reaches outside of its channel, or takes for ever.
+//! A channel whose other side is an attacker that writes any word at any moment, between any two
+//! looks of an end. No call may panic, access memory outside of its channel, or take for ever.
 
 mod faults;
 mod looks;

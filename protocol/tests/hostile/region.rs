@@ -1,5 +1,5 @@
-//! A region with three channels, of which the middle one is under attack, and memory that calls somebody before each
-//! look at it.
+//! A region with three channels, whose middle one is under attack, and memory that calls a function
+//! before each look at it.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use barlink_protocol::{AtomicU64, state};
 pub const ATTACKED: usize = 1;
 pub const CAPACITY: u64 = 4096;
 
-/// Channels from slot 0 to the host, one behind the other.
+/// Returns a layout with three channels from slot 0 to the host, without gaps.
 pub fn layout() -> Layout {
     let mut offset = FIRST_FREE;
     let channels = ["before", "attacked", "after"].map(|name| {
@@ -33,7 +33,7 @@ pub fn layout() -> Layout {
     Layout::new(size, 1, 1, offset, 0, &channels).unwrap()
 }
 
-/// The words of such a region.
+/// Returns the words of a region with this layout.
 pub fn words(layout: &Layout) -> Arc<[AtomicU64]> {
     let words: Arc<[AtomicU64]> = (0..layout.region_size / 8)
         .map(|_| AtomicU64::new(0))
@@ -42,7 +42,8 @@ pub fn words(layout: &Layout) -> Arc<[AtomicU64]> {
     words
 }
 
-/// Memory that calls `before` before each look, with its number. Clones are the same memory.
+/// Memory that calls `before` before each look, with the number of the look. Clones share the
+/// memory.
 #[derive(Clone)]
 pub struct Watched<F> {
     words: Arc<[AtomicU64]>,
@@ -59,7 +60,7 @@ impl<F: Fn(u64, &[AtomicU64])> Watched<F> {
         }
     }
 
-    /// How often it was looked at so far; lives on when the memory is given away.
+    /// Returns the counter of looks, which stays valid when the memory is moved away.
     pub fn looks(&self) -> Arc<Counter> {
         self.looks.clone()
     }

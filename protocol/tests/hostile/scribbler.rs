@@ -1,4 +1,5 @@
-//! A thread that writes random words all over a channel, as fast as it can, while an end runs in another.
+//! A thread that writes random words all over a channel, as fast as it can, while an end runs in
+//! another thread.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -20,13 +21,13 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 
 use crate::region::*;
 
-/// How long each attack lasts, and how many calls it meets at least, where the machine has other things to do.
+/// Duration of each attack, and the least number of calls that it meets, even on a busy machine.
 const TIME: Duration = Duration::from_millis(700);
 const ENOUGH: u64 = 200;
-/// How long one call may take on a busy machine. None of them waits longer than a millisecond.
+/// Time limit of one call on a busy machine. No call waits for longer than a millisecond.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Events of an end that is never rung: it sleeps for its time, or a moment.
+/// Events of an end that is never rung. It sleeps for its timeout, at most 100 µs.
 pub struct Naps {
     start: Instant,
     count: Arc<Counter>,
@@ -37,7 +38,7 @@ impl Naps {
         Self::counted().0
     }
 
-    /// The same, and how often it has slept.
+    /// Returns these events, and the counter of their sleeps.
     pub fn counted() -> (Self, Arc<Counter>) {
         let count = Arc::<Counter>::default();
         let start = Instant::now();
@@ -74,12 +75,12 @@ impl Events for Naps {
     }
 }
 
-/// Where the scribbler writes.
+/// The words that the scribbler writes.
 #[derive(Clone, Copy, PartialEq)]
 enum Reach {
-    /// The other side's words, as they are in a channel.
+    /// The other side's words in the channel's header, and the data area.
     Lines(&'static [u64]),
-    /// All of the channel, and the words that tell who is there.
+    /// All of the channel, and the presence pages.
     Everything,
 }
 
@@ -118,14 +119,14 @@ impl Scribbler {
                 let page = [BROKER_PAGE, driver][self.random.random_range(0..2)];
                 page + 8 * self.random.random_range(0..64)
             }
-            // A producer writes the data area too, and a consumer could.
+            // A producer also writes the data area, and a hostile consumer could.
             _ => self.base + channel::DATA + 8 * self.random.random_range(0..CAPACITY / 8),
         };
         let value = self.value();
         self.words[offset as usize / 8].store(value, Relaxed);
     }
 
-    /// Words that lead far into a ring, and words that are refused at once.
+    /// Returns words that get far into a ring, and words that are refused at once.
     fn value(&mut self) -> u64 {
         let cursor = [channel::WRITTEN, channel::READ][self.random.random_range(0..2)];
         let near = self.words[(self.base + cursor) as usize / 8].load(Relaxed);
@@ -140,11 +141,11 @@ impl Scribbler {
     }
 }
 
-/// Tells the seed if a test fails.
+/// A seed that is printed if a test fails.
 struct Seed(u64);
 
 impl Seed {
-    /// The one in `BARLINK_SEED`, or a new one.
+    /// Returns the seed in `BARLINK_SEED`, or a new one from the clock.
     fn choose() -> Self {
         let given = std::env::var("BARLINK_SEED").ok();
         let given = given.map(|seed| seed.parse().expect("BARLINK_SEED is no number"));
@@ -168,8 +169,9 @@ impl Drop for Seed {
     }
 }
 
-/// Runs `call` again and again while a scribbler is at work, each time with random numbers of its own. Fails if it
-/// panics, if one call takes too long, or if anything was written outside of what both of them may write.
+/// Runs `call` again and again, with random numbers of its own, while a scribbler writes. Fails if
+/// a call panics or takes too long, or if a word outside of the memory that both may write has
+/// changed.
 fn attack(
     reach: Reach,
     make: impl FnOnce(Region<Arc<[AtomicU64]>>, &Layout) -> Box<dyn FnMut(&mut TestRng) + Send>,
@@ -194,7 +196,7 @@ fn attack(
                 for _ in 0..64 {
                     scribbler.write();
                 }
-                // On one processor the other thread shall run as well.
+                // On one processor the other thread must run as well.
                 thread::yield_now();
             }
         });
@@ -211,7 +213,7 @@ fn attack(
             if now != seen {
                 (seen, since) = (now, Instant::now());
             } else if since.elapsed() > PATIENCE {
-                // A thread that does not end cannot be joined, so the whole process goes.
+                // A thread that does not end cannot be joined, so the whole process aborts.
                 eprintln!("call {now} takes for ever; BARLINK_SEED={}", seed.0);
                 std::process::abort();
             }
@@ -231,7 +233,8 @@ fn attack(
     }
 }
 
-/// A consumer that does all that it can, and takes up anew now and then.
+/// Returns a function that makes one call of a consumer. The consumer uses all its functions, and
+/// attaches again now and then.
 fn consumer(
     region: Region<Arc<[AtomicU64]>>,
     layout: &Layout,
@@ -276,7 +279,7 @@ fn consumer(
     })
 }
 
-/// A producer, likewise.
+/// Returns a function that makes one call of a producer, which attaches again now and then.
 fn producer(
     region: Region<Arc<[AtomicU64]>>,
     layout: &Layout,
@@ -307,7 +310,7 @@ fn producer(
     })
 }
 
-/// Both ends as an app has them, which wait.
+/// Returns a function that makes one call of each end that can wait, as an app uses them.
 fn ends(region: Region<Arc<[AtomicU64]>>, layout: &Layout) -> Box<dyn FnMut(&mut TestRng) + Send> {
     let layout = layout.clone();
     let (mut sender, mut receiver) = (None, None);

@@ -1,8 +1,8 @@
-//! Every interleaving of two ends, as far as loom's bound on preemptions goes: run by
+//! Every interleaving of two ends, up to loom's bound on preemptions. The command is
 //! `RUSTFLAGS="--cfg loom" cargo test --release -p barlink-protocol --test loom`.
 //!
-//! Timeouts never end here, so a wake-up that is lost is a deadlock, which loom reports. Loom does not model
-//! write-combined memory, nor stores that bypass the cache.
+//! Timeouts never end here, so a lost wake-up is a deadlock, which loom reports. Loom models
+//! neither write-combining memory nor stores that bypass the cache.
 #![cfg(loom)]
 
 mod model;

@@ -1,4 +1,5 @@
-//! What the models are made of: a region with one channel, doorbells, and those who say in it who is there.
+//! The parts of the models: a region with one channel, doorbells, and a driver and a broker that
+//! write the presence pages.
 
 use std::convert::Infallible;
 use std::ops::Deref;
@@ -13,9 +14,10 @@ use barlink_protocol::{AtomicU64, Events, Ordering, PresenceWords};
 use loom::sync::atomic::fence;
 use loom::sync::{Arc, Condvar, Mutex};
 
-/// Two records of one word fit.
+/// Bytes of the channel, in which two records of one word fit.
 const CAPACITY: u64 = 64;
-/// How long a producer sleeps with a wish for half of the channel, as in `src/link.rs`.
+/// Time for which a producer sleeps with a wake threshold at half of the channel, as in
+/// `src/link.rs`.
 const HALF: Duration = Duration::from_millis(2);
 /// The guest's slot.
 const SLOT: u32 = 0;
@@ -34,7 +36,8 @@ impl Deref for Memory {
 
 pub type Words = Region<Memory>;
 
-/// A region with nobody there. `region::index` says which words it has.
+/// Creates a region in which no end is present. `region::index` in loom builds maps its offsets to
+/// words.
 pub fn region() -> Words {
     let words = 8 + 12 + CAPACITY / 8;
     Region::new(Memory(StdArc::new(
@@ -42,7 +45,7 @@ pub fn region() -> Words {
     )))
 }
 
-/// A channel from the guest to the host.
+/// Returns a channel from the guest to the host.
 pub fn channel() -> Channel {
     Channel {
         name: Name::new("loom").unwrap(),
@@ -55,7 +58,7 @@ pub fn channel() -> Channel {
     }
 }
 
-/// A channel from the host to the guest.
+/// Returns a channel from the host to the guest.
 pub fn channel_to_guest() -> Channel {
     Channel {
         producer: HOST,
@@ -64,7 +67,8 @@ pub fn channel_to_guest() -> Channel {
     }
 }
 
-/// The layout around such a channel, which must be told a larger one.
+/// Returns the layout around such a channel. The layout has a larger capacity, because a valid
+/// layout needs one.
 fn layout(channel: &Channel) -> Layout {
     let channel = Channel {
         capacity: 4096,
@@ -73,7 +77,7 @@ fn layout(channel: &Channel) -> Layout {
     Layout::new(1 << 15, 1, 1, FIRST_FREE + 8192, 0, &[channel]).unwrap()
 }
 
-/// Where one end of such a channel is told of.
+/// Returns the words that show the presence of one end of such a channel.
 pub fn words(channel: &Channel, end: End) -> Option<PresenceWords> {
     let layout = layout(channel);
     PresenceWords::find(&layout, 0, end, layout.region_size)
@@ -83,7 +87,8 @@ pub fn model(test: impl Fn() + Sync + Send + 'static) {
     model_of(3, test);
 }
 
-/// A model of at most so many preemptions; of two at most unless `BARLINK_TIER` is `soak`.
+/// Checks a model with at most this number of preemptions, and with at most two unless
+/// `BARLINK_TIER` is `soak`.
 pub fn model_of(preemptions: usize, test: impl Fn() + Sync + Send + 'static) {
     let is_soak = std::env::var("BARLINK_TIER").is_ok_and(|tier| tier == "soak");
     let most = if is_soak { usize::MAX } else { 2 };
@@ -92,7 +97,8 @@ pub fn model_of(preemptions: usize, test: impl Fn() + Sync + Send + 'static) {
     builder.check(test);
 }
 
-/// What one side's ends sleep on: the channel's vector and vector 0.
+/// The doorbell on which the ends of one side sleep. It stands for the channel's vector and vector
+/// 0.
 #[derive(Clone)]
 pub struct Bell(Arc<(Mutex<bool>, Condvar)>);
 
@@ -102,7 +108,7 @@ impl Bell {
         self.0.1.notify_one();
     }
 
-    /// Sleeps until it is rung, however long that takes.
+    /// Sleeps until it is rung, without a time limit.
     pub fn sleep(&self) {
         let (flag, condvar) = &*self.0;
         let mut rung = flag.lock().unwrap();
@@ -124,7 +130,7 @@ pub struct Bells {
 }
 
 impl Bells {
-    /// The guest's, and the host's.
+    /// Returns the doorbells of the guest and of the host.
     pub fn pair() -> (Bells, Bells) {
         let bell = || Bell(Arc::new((Mutex::new(false), Condvar::new())));
         let (own, other) = (bell(), bell());
@@ -145,7 +151,8 @@ impl Events for Bells {
     }
 
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
-        // It is over before half of the channel is free: what comes of it else is what comes of a wish for room.
+        // This sleep always times out before half of the channel is free. The other case is the
+        // same as with a wake threshold for room.
         if timeout == Some(HALF) {
             return Ok(false);
         }
@@ -162,7 +169,8 @@ impl Events for Bells {
     }
 }
 
-/// The guest's driver, which stores and rings in the order of `guest-driver/hardware.rs` and `device.rs`.
+/// The guest's driver. It stores and rings in the order of `guest-driver/hardware.rs` and
+/// `device.rs`.
 pub struct Driver {
     region: Words,
     /// The end that the guest has.
@@ -185,13 +193,13 @@ impl Driver {
         }
     }
 
-    /// Is probed.
+    /// Announces the driver, as at its probe.
     pub fn arrive(&self) {
         let old = self.region.load(self.page + presence::EPOCH);
         self.announce(old + if old.is_multiple_of(2) { 1 } else { 2 });
     }
 
-    /// Is unbound. No process of its guest touches the region any more.
+    /// Announces that the driver is unbound. No process of its guest accesses the region any more.
     pub fn leave(&self) {
         self.announce(self.region.load(self.page + presence::EPOCH) + 1);
     }
@@ -202,21 +210,21 @@ impl Driver {
         self.host.ring();
     }
 
-    /// A process claims the guest's end (or lets it go, 0).
+    /// Sets the holder of the guest's end; 0 means that no process holds it.
     pub fn hold(&self, holder: u64) {
         self.write(presence::holder(0, self.end), holder);
         self.host.ring();
     }
 
     fn write(&self, offset: u64, word: u64) {
-        // As `writeq` does: after all earlier stores.
+        // `writeq` also stores after all earlier stores.
         self.region
             .word(self.page + offset)
             .store(word, Ordering::Release);
     }
 }
 
-/// The broker, which stores and rings in the order of `backend/src/slot/presence.rs`.
+/// The broker. It stores and rings in the order of `backend/src/slot/presence.rs`.
 pub struct Broker {
     region: Words,
     /// The end that the host has.
@@ -227,7 +235,7 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// One that is there.
+    /// Creates a broker that is present.
     pub fn new(region: &Words, channel: &Channel, bells: &Bells) -> Self {
         let broker = Broker {
             region: region.clone(),
@@ -244,13 +252,13 @@ impl Broker {
         broker
     }
 
-    /// A VM comes.
+    /// Announces a new VM.
     pub fn occupy(&self, connection: u64) {
         self.guest.drain();
         self.restart(connection);
     }
 
-    /// The VM is reset.
+    /// Announces a reset of the VM.
     pub fn restart(&self, connection: u64) {
         let epoch = self.region.word(self.driver_page + presence::EPOCH);
         let old = epoch.load(Ordering::Acquire);
@@ -261,13 +269,13 @@ impl Broker {
         self.host.ring();
     }
 
-    /// The VM is gone.
+    /// Announces that the VM is gone.
     pub fn vacate(&self) {
         self.write(presence::CONNECTIONS, 0);
         self.host.ring();
     }
 
-    /// A host app claims the host's end (or lets it go, 0).
+    /// Sets the holder of the host's end; 0 means that no process holds it.
     pub fn hold(&self, holder: u64) {
         self.write(presence::holder(0, self.end), holder);
         fence(Ordering::SeqCst);

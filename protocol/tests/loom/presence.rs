@@ -1,5 +1,6 @@
-//! Ends that come, die and are followed by others, while driver and broker say so, and ring, in the order in which they
-//! really do. No clock rescues a sleeper: each ring here is one that the protocol promises.
+//! Ends that attach, die and have successors, while driver and broker write the presence pages and
+//! ring in their real order. No fallback poll wakes a sleeper: each ring here is one that the
+//! protocol promises.
 
 use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
 
@@ -35,27 +36,27 @@ fn commit_and_die(region: &Words, channel: &Channel, number: u64) {
     let _ = room.commit(Kind::DATA, 8, 0);
 }
 
-/// Takes the record that is there, which is this one and whole.
+/// Releases the next record, and checks that it has this number and is whole.
 fn take(receiver: &mut Receiver<Memory, Bells>, number: u64) {
     let record = receiver.record().unwrap();
     assert_eq!((record.header().sequence, record.word(0)), (number, number));
     receiver.release().unwrap();
 }
 
-/// Waits for a record, over any coming and going.
+/// Waits for a record, through any changes of the other end.
 fn receive(receiver: &mut Receiver<Memory, Bells>, number: u64) {
     while receiver.wait(None).unwrap() != Wakeup::Ready {}
     take(receiver, number);
 }
 
-/// A consumer that asks to be rung, and dies in its sleep.
+/// Arms a wake-up of a consumer that dies in its sleep.
 fn wish_and_die(region: &Words, channel: &Channel) {
     let mut consumer = Consumer::attach(region.clone(), channel).unwrap();
     assert_eq!(consumer.wish_for_record(), Ok(false));
 }
 
-/// Rule 5.6: whoever comes while it is not rung, finds what it was not rung for. The wish of the last consumer stands
-/// there still, so the host looks who is there.
+/// Checks rule 5.6: an end that was not rung while it was away finds the records when it comes. The
+/// wake threshold of the last consumer is still there, so the host checks whether the end is held.
 #[test]
 fn a_driver_that_comes_while_the_host_sends_misses_no_record() {
     static RUNG: Counter = Counter::new(0);
@@ -77,7 +78,7 @@ fn a_driver_that_comes_while_the_host_sends_misses_no_record() {
             send(&mut sender, 0);
             let rung = its_region.load(channel.offset + place::PRODUCER_RUNG) - before;
             (if rung > 0 { &RUNG } else { &SPARED }).fetch_add(1, Relaxed);
-            // The third has no room at first.
+            // The third record has no room at first.
             send(&mut sender, 1);
             send(&mut sender, 2);
         });
@@ -93,7 +94,8 @@ fn a_driver_that_comes_while_the_host_sends_misses_no_record() {
     assert!(!seen.contains(&0), "{seen:?}");
 }
 
-/// The same for a VM that is killed, whose words in the driver's page stay, and one that takes its slot.
+/// Kills a VM, whose words in the driver's page stay, and starts a second VM in its slot. The
+/// second VM misses no record.
 #[test]
 fn a_vm_that_comes_after_one_that_was_killed_misses_no_record() {
     model(|| {
@@ -117,8 +119,9 @@ fn a_vm_that_comes_after_one_that_was_killed_misses_no_record() {
     });
 }
 
-/// A VM is reset between commit and ring, and boots without a driver: the broker wakes the consumer, which has the record
-/// before it hears that the producer left, and never sees the end held by a guest that is not there.
+/// Resets a VM between commit and ring, and boots it without a driver. The broker wakes the
+/// consumer, which receives the record before it detects that the producer left. It never sees the
+/// end held by a guest that is not there.
 #[test]
 fn a_guest_that_is_reset_between_commit_and_ring_leaves_no_consumer_asleep() {
     model(|| {
@@ -145,8 +148,8 @@ fn a_guest_that_is_reset_between_commit_and_ring_leaves_no_consumer_asleep() {
     });
 }
 
-/// A producer that sleeps for room is woken by the driver that goes, in place of the consumer that died. Who comes with
-/// the next driver takes up where that one was.
+/// Kills a consumer between release and ring. The driver that leaves wakes the producer, which
+/// sleeps for room. The consumer of the next driver goes on where the first one stopped.
 #[test]
 fn a_consumer_that_dies_between_release_and_ring_leaves_no_producer_asleep() {
     model(|| {
@@ -159,7 +162,7 @@ fn a_consumer_that_dies_between_release_and_ring_leaves_no_producer_asleep() {
         broker.hold(1);
         driver.hold(1);
         let mut sender = sender(&region, &channel, &host);
-        // It is full.
+        // The channel is full after this.
         send(&mut sender, 0);
         send(&mut sender, 1);
         let app = thread::spawn(move || send(&mut sender, 2));
@@ -178,8 +181,9 @@ fn a_consumer_that_dies_between_release_and_ring_leaves_no_producer_asleep() {
     });
 }
 
-/// A producer dies between commit and ring, and the next one, too: the driver wakes the consumer in their place, which has
-/// the records of each before it hears that it left.
+/// Kills two producers in turn between commit and ring. The driver wakes the consumer in their
+/// place. The consumer receives the records of each producer before it detects that the producer
+/// left.
 #[test]
 fn a_producer_that_dies_between_commit_and_ring_leaves_no_consumer_asleep() {
     model(|| {
@@ -221,7 +225,8 @@ fn a_producer_that_dies_between_commit_and_ring_leaves_no_consumer_asleep() {
     });
 }
 
-/// The same on the other side: a host app dies, and the broker rings in its place, unless the driver is not there yet.
+/// Kills a host app between commit and ring. The broker rings in its place, unless the driver is
+/// not there yet.
 #[test]
 fn a_host_app_that_dies_between_commit_and_ring_leaves_no_guest_asleep() {
     model(|| {
@@ -254,7 +259,8 @@ fn a_host_app_that_dies_between_commit_and_ring_leaves_no_guest_asleep() {
     });
 }
 
-/// Rule 5.4 between two VMs, where nobody tells who is there: a producer that takes up rings for its predecessor.
+/// Checks rule 5.4 between two VMs, whose ends are invisible to each other: a producer that takes
+/// over rings for its predecessor.
 #[test]
 fn a_producer_that_takes_up_wakes_who_sleeps_since_its_predecessor() {
     model(|| {
@@ -275,7 +281,8 @@ fn a_producer_that_takes_up_wakes_who_sleeps_since_its_predecessor() {
     });
 }
 
-/// Rule 5.4. Whoever comes learns so that doorbells arrive, and stops to look by the clock.
+/// Checks rule 5.4: an end that attaches is rung, and so learns that doorbells arrive. It then
+/// stops its fallback poll.
 #[test]
 fn an_end_that_comes_is_rung_by_one_that_waits() {
     model(|| {

@@ -1,4 +1,4 @@
-//! Both ends of one channel, whose comings and goings nobody tells.
+//! Both ends of one channel, without presence words.
 
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{
@@ -9,7 +9,7 @@ use loom::thread;
 
 use crate::model::{Bells, Memory, Words, channel, model, region};
 
-/// Both ends of a channel from the guest to the host.
+/// Attaches both ends of a channel from the guest to the host.
 fn ends(region: &Words) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
     let (guest, host) = Bells::pair();
     let sender = Sender::attach_to(region.clone(), &channel(), None, guest).unwrap();
@@ -88,7 +88,8 @@ fn consumer_that_takes_up_sees_each_record_once_or_again() {
             }
         });
         let mut next = 0;
-        // The first is killed with a record in its hands, the second begins with that one.
+        // The first consumer is killed while it has a record that it has not released. The second
+        // one begins with that record.
         let mut first = Consumer::attach(region.clone(), &channel()).unwrap();
         if first.poll().unwrap() {
             assert_eq!(first.record().unwrap().word(0), next);
@@ -123,7 +124,8 @@ fn an_end_is_claimed_or_the_channel_is_reset() {
         });
         let reset = state::reset(&region, &channel(), || claim.load(Ordering::Acquire) == 0);
         match (guest.join().unwrap(), reset) {
-            // Whoever attached found the channel as it was before or as it is after, and it stays so.
+            // An end that attached found the channel as it was before the reset or as it is after
+            // it, and it stays so.
             (Ok(0), Some(1)) | (Ok(1), None) => (),
             (Err(_), _) => (),
             other => panic!("{other:?}"),

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The program `barlink-iceoryx2-load`: what `cargo xtask bench` measures of iceoryx2, a peer of barlink's between two processes
-//! of the host. It is apart from `barlink-bench-load`, since that also runs in the guest, where iceoryx2 has nobody to talk to.
+//! The program `barlink-iceoryx2-load`: the measurements of iceoryx2 in `cargo xtask bench`.
+//! iceoryx2 is a peer of barlink between two processes of the host. It is not part of
+//! `barlink-bench-load`, because that also runs in the guest, where iceoryx2 has no other end.
 //!
-//! A record is a sample: loaned, built in place, sent; and read in place, every byte. A sender waits for a queue that is full, so
-//! no sample is lost.
+//! A record is a sample: the sender borrows it, builds it in place and sends it; the receiver reads
+//! every byte in place. A sender waits for a full queue, so no sample is lost.
 
 mod port;
 
@@ -16,7 +17,7 @@ use serde::Serialize;
 
 use self::port::{Inlet, Outlet, node};
 
-/// What `cargo xtask bench` measures of iceoryx2
+/// Runs one end of a measurement of iceoryx2 for `cargo xtask bench`
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]
@@ -29,7 +30,7 @@ enum Work {
     Send {
         #[command(flatten)]
         shape: Shape,
-        /// For how long it is timed, once it flows, in milliseconds
+        /// Length of the timed part of the stream, in milliseconds
         #[arg(long)]
         time: u64,
     },
@@ -40,7 +41,7 @@ enum Work {
     },
     /// Ask, and wait for answers
     Ask {
-        /// What both ends call their services
+        /// The name of the service, the same for both ends
         service: String,
         /// How to wait
         #[arg(long, value_enum)]
@@ -48,7 +49,7 @@ enum Work {
         #[command(flatten)]
         ask: Ask,
     },
-    /// Answer
+    /// Answer until the last question
     Answer {
         #[command(flatten)]
         shape: Shape,
@@ -60,10 +61,10 @@ enum Work {
     },
 }
 
-/// What both ends are told.
+/// The options of both ends.
 #[derive(Args)]
 struct Shape {
-    /// What both ends call their services
+    /// The name of the service, the same for both ends
     service: String,
     /// Bytes of a record, a multiple of 8
     #[arg(long)]
@@ -71,7 +72,7 @@ struct Shape {
 }
 
 fn main() -> Result<()> {
-    // Not to outlive the bench.
+    // The kernel kills this process when the bench ends.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     match Cli::parse().work {
         Work::Send { shape, time } => tell(&send(&shape, time)?),
@@ -81,13 +82,13 @@ fn main() -> Result<()> {
     }
 }
 
-/// Prints what was measured.
+/// Prints the measurements as a line of JSON.
 fn tell(measured: &impl Serialize) -> Result<()> {
     println!("{}", serde_json::to_string(measured)?);
     Ok(())
 }
 
-/// Builds the same record again and again, and last one that bears a mark.
+/// Sends the same record again and again, and last a record that carries a mark.
 fn send(shape: &Shape, time: u64) -> Result<Measured> {
     let node = node()?;
     let mut outlet = Outlet::open(&node, &shape.service, shape.record_size, Wait::Spin)?;
@@ -107,7 +108,7 @@ fn send(shape: &Shape, time: u64) -> Result<Measured> {
     Ok(measured)
 }
 
-/// Adds up all words, from the first record on.
+/// Receives until the marked record, and adds up all words. Timing starts with the first record.
 fn receive(shape: &Shape) -> Result<Measured> {
     let node = node()?;
     let mut inlet = Inlet::open(&node, &shape.service, shape.record_size, Wait::Spin)?;
@@ -124,12 +125,12 @@ fn receive(shape: &Shape) -> Result<Measured> {
     }
 }
 
-/// The services of a question and of its answer.
+/// Returns the names of the services for questions and for answers.
 fn there_and_back(service: &str) -> [String; 2] {
     ["question", "answer"].map(|part| format!("{service}/{part}"))
 }
 
-/// Asks for some time.
+/// Makes round trips for the time that `ask` names.
 fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<Trips> {
     let node = node()?;
     let [there, back] = there_and_back(service);
@@ -145,7 +146,7 @@ fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<Trips> {
         outlet.send(|place| if place == 0 { asked } else { word(place) })?;
         let answer = inlet.receive()?;
         let sum = answer.payload().iter().copied().fold(0, u64::wrapping_add);
-        // What is left is the number, if every other word is as it was.
+        // The remainder is the number, if every other word is unchanged.
         *number = sum.wrapping_sub(others).to_le_bytes();
         Ok(())
     })?;
@@ -154,7 +155,7 @@ fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<Trips> {
     Ok(trips)
 }
 
-/// Answers until the last question, that included.
+/// Answers all questions, including the last, which carries a mark.
 fn answer(shape: &Shape, wait: Wait, think: Think) -> Result<Sleeps> {
     let node = node()?;
     let [there, back] = there_and_back(&shape.service);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The two ends of a service of iceoryx2's, set up so that as many bytes are under way as in barlink's channels, and none is lost.
+//! The two ends of a service of iceoryx2. They are set up so that as many bytes can be under way as
+//! in barlink's channels, and no sample is lost.
 
 use std::time::{Duration, Instant};
 
@@ -15,18 +16,19 @@ use iceoryx2::sample::Sample;
 use iceoryx2::service::port_factory::event;
 use iceoryx2::service::port_factory::publish_subscribe;
 
-/// How long to wait for the other end to come or go, and how often it is looked for.
+/// Time to wait for the other end to come or go, and the time between two checks.
 const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(1);
-/// Samples that are under way at most. Of large ones there are fewer: as many as a channel holds.
+/// Largest number of samples under way. For large samples it is smaller: as many as a channel
+/// holds.
 const MOST_SAMPLES: usize = 1024;
 
 type Stream = publish_subscribe::PortFactory<ipc::Service, [u64], ()>;
 type Bell = event::PortFactory<ipc::Service>;
 
-/// This process, as iceoryx2 sees it.
+/// Creates the iceoryx2 node of this process.
 pub fn node() -> Result<Node<ipc::Service>> {
-    // What the bench does not read would slow the ends down.
+    // Log messages below errors would slow the ends down, and the bench does not read them.
     set_log_level(LogLevel::Error);
     let builder = NodeBuilder::new().signal_handling_mode(SignalHandlingMode::Disabled);
     builder
@@ -34,7 +36,7 @@ pub fn node() -> Result<Node<ipc::Service>> {
         .map_err(|error| anyhow!("iceoryx2 gives no node: {error}"))
 }
 
-/// Opens a service for samples of so many words, or makes it.
+/// Opens or creates a service for samples of `record_size` bytes.
 fn stream(node: &Node<ipc::Service>, service: &str, record_size: usize) -> Result<Stream> {
     let samples = (CAPACITY as usize / record_size).clamp(2, MOST_SAMPLES);
     let name = ServiceName::new(service).map_err(|error| anyhow!("{service}: {error:?}"))?;
@@ -50,7 +52,7 @@ fn stream(node: &Node<ipc::Service>, service: &str, record_size: usize) -> Resul
         .map_err(|error| anyhow!("{service} cannot be opened: {error}"))
 }
 
-/// The event that a sample is there, for ends that sleep.
+/// Opens or creates the event for new samples, if the ends sleep.
 fn bell(node: &Node<ipc::Service>, service: &str, wait: Wait) -> Result<Option<Bell>> {
     if wait != Wait::Sleep {
         return Ok(None);
@@ -64,7 +66,7 @@ fn bell(node: &Node<ipc::Service>, service: &str, wait: Wait) -> Result<Option<B
         .map_err(|error| anyhow!("{service}'s event cannot be opened: {error}"))
 }
 
-/// Where records go in.
+/// The sending end of a service.
 pub struct Outlet {
     publisher: Publisher<ipc::Service, [u64], ()>,
     notifier: Option<Notifier<ipc::Service>>,
@@ -73,7 +75,7 @@ pub struct Outlet {
 }
 
 impl Outlet {
-    /// Opens it, and waits until the other end is there.
+    /// Opens the sending end, and waits until the receiving end is there.
     pub fn open(
         node: &Node<ipc::Service>,
         service: &str,
@@ -104,11 +106,11 @@ impl Outlet {
         Ok(outlet)
     }
 
-    /// Sends a record whose words come from their places.
+    /// Sends a record. `word` returns the word at an index.
     pub fn send(&mut self, word: impl Fn(usize) -> u64) -> Result<()> {
         let start = Instant::now();
-        // A subscriber is counted before it has connected. Until then samples queue up, and once the queue is full, they reach nobody
-        // and are left to be sent again.
+        // A subscriber is counted before it has connected. Until then samples queue up. Once the
+        // queue is full, a send reaches no subscriber and must be repeated.
         while self.put(&word)? == 0 {
             ensure!(start.elapsed() < PATIENCE, "a sample reached nobody");
             std::thread::sleep(LOOK);
@@ -121,7 +123,7 @@ impl Outlet {
         Ok(())
     }
 
-    /// Sends a record, and tells how many subscribers it reached.
+    /// Sends a record, and returns the number of subscribers that it reached.
     fn put(&mut self, word: impl Fn(usize) -> u64) -> Result<usize> {
         let sample = self
             .publisher
@@ -131,7 +133,7 @@ impl Outlet {
         sent.map_err(|error| anyhow!("a sample is not sent: {error}"))
     }
 
-    /// Waits until the other end has gone: until then, what was sent must be there.
+    /// Waits until the other end has left. The samples must exist until then.
     pub fn wait_until_left(&self) -> Result<()> {
         self.wait_for(0)
     }
@@ -149,14 +151,14 @@ impl Outlet {
     }
 }
 
-/// Where they come out.
+/// The receiving end of a service.
 pub struct Inlet {
     subscriber: Subscriber<ipc::Service, [u64], ()>,
     listener: Option<Listener<ipc::Service>>,
 }
 
 impl Inlet {
-    /// Opens it.
+    /// Opens the receiving end.
     pub fn open(
         node: &Node<ipc::Service>,
         service: &str,
@@ -169,7 +171,7 @@ impl Inlet {
             .map(|bell| bell.listener_builder().create())
             .transpose();
         let listener = listener.map_err(|error| anyhow!("{service} has no event: {error}"))?;
-        // Last, since the other end takes it for all.
+        // The subscriber comes last, because the other end takes it for the complete end.
         let subscriber = stream
             .subscriber_builder()
             .create()
@@ -180,7 +182,7 @@ impl Inlet {
         })
     }
 
-    /// Waits for a record: by its event, or by looking again and again.
+    /// Waits for a record: sleeps for its event, or polls.
     pub fn receive(&mut self) -> Result<Sample<ipc::Service, [u64], ()>> {
         loop {
             let sample = self.subscriber.receive();

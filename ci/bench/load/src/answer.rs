@@ -14,7 +14,7 @@ use crate::pipe::{Endpoint, LAST};
 use crate::rest::{Sleeps, Think};
 use crate::trip::{SILENCE, Wait};
 
-/// Answers.
+/// Answers questions.
 #[derive(Args, Debug)]
 pub struct Answer {
     #[command(flatten)]
@@ -45,7 +45,8 @@ impl Answer {
         })
     }
 
-    /// Has each question answered, which the receiver is at, until the end of the stream.
+    /// Calls `answer` for each question until the end of the stream. The receiver is then at the
+    /// question.
     pub(crate) fn over<M, E>(
         &self,
         mut sender: Sender<M, E>,
@@ -75,7 +76,7 @@ impl Answer {
         }
     }
 
-    /// Answers through a pipe until the last record, that included.
+    /// Answers through a pipe, including the last question, which carries a mark.
     pub fn pipe(&self, endpoint: &Endpoint, record_size: usize) -> Result<Sleeps> {
         let mut pipe = endpoint.open()?;
         let mut bytes = vec![0; record_size];
@@ -89,7 +90,7 @@ impl Answer {
         }
     }
 
-    /// Rings whenever it is rung, until that has not been for a while.
+    /// Rings each time it is rung, until it has not been rung for a second.
     pub fn bells<E>(&self, mut events: E) -> Result<Sleeps>
     where
         E: Events<Error: std::error::Error + Send + Sync + 'static>,
@@ -105,7 +106,7 @@ impl Answer {
     }
 }
 
-/// Sleeps until it is rung, or for so long; `true` if it was rung.
+/// Sleeps until a ring or the timeout. Returns `true` if it was rung.
 pub(crate) fn sleep<E>(events: &mut E, patience: Duration) -> Result<bool>
 where
     E: Events<Error: std::error::Error + Send + Sync + 'static>,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A limit: copying within a process, by the faster of the C library's `memcpy` and what barlink copies with.
+//! A limit: copying within a process, with the C library's `memcpy` or barlink's copy function,
+//! whichever is faster.
 //!
-//! Under TCG `memcpy` is fast or slow by chance: a loop that crosses a page of code, where the linker has put it so, takes three
-//! times as long, since the translations of two pages are not joined.
+//! Under TCG `memcpy` is fast or slow by chance: a loop that the linker has put across a page
+//! boundary takes three times as long, because TCG does not join the translations of two pages.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -15,20 +16,21 @@ use clap::Args;
 use crate::clock::{cpu, nanoseconds};
 use crate::{CAPACITY, Measured};
 
-/// Bytes that are copied to, one record after the other, as a ring of the measured size would be.
+/// Bytes of the target. Records are copied to it one after the other, as in a ring of the measured
+/// size.
 const TARGET: usize = CAPACITY as usize;
-/// For how long each way is tried.
+/// Duration of the trial of each copy function.
 const TRIAL: Duration = Duration::from_millis(20);
-/// Bytes between two looks at the clock.
+/// Bytes between two reads of the clock.
 const STRIDE: usize = 256 << 10;
 
-/// Copies.
+/// Copies within this process.
 #[derive(Args, Debug)]
 pub struct Copy {
-    /// Bytes that are copied in one go, a power of two of at most 4 MiB
+    /// Bytes of one copy, a power of two of at most 4 MiB
     #[arg(long)]
     record_size: usize,
-    /// For how long, in milliseconds
+    /// Duration, in milliseconds
     #[arg(long)]
     time: u64,
 }
@@ -37,7 +39,7 @@ impl Copy {
     /// Copies the same bytes to one place after the other.
     pub fn run(&self) -> Measured {
         let record = vec![1_u8; self.record_size];
-        // Written, so that no page is new.
+        // The target is written before, so that no page is new.
         let mut bytes = vec![2_u8; TARGET];
         let words: Vec<_> = (0..TARGET / 8).map(|_| AtomicU64::new(2)).collect();
         let words = Region::new(words.as_slice());
@@ -59,7 +61,7 @@ impl Copy {
     }
 }
 
-/// Copies by `into` for some time.
+/// Copies with `into` for this time.
 fn copy(record: &[u8], time: Duration, mut into: impl FnMut(usize, &[u8])) -> Measured {
     let mut records = 0;
     let (start, before) = (Instant::now(), cpu());

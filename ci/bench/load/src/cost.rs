@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The hot path alone, for who counts its instructions: sends records and receives them, between two marks.
+//! The hot path alone, for a process that counts its instructions: sends and receives records
+//! between two marks.
 
 use std::hint::black_box;
 
@@ -14,29 +15,29 @@ use nix::sys::signal::{Signal, raise};
 use crate::ring::ends;
 use crate::stream::sum_of;
 
-/// Counts for a process that traces this one.
+/// The options of a run that another process traces.
 #[derive(Args, Debug)]
 pub struct Cost {
-    /// How many records
+    /// Number of records
     #[arg(long)]
     records: u64,
     /// Bytes of payload in a record, a multiple of 8
     #[arg(long, default_value_t = 64)]
     record_size: usize,
-    /// Commit and release all of them at once
+    /// Commit and release all records at once
     #[arg(long)]
     batch: bool,
-    /// Fill each in place, and read it there
+    /// Fill and read each record in place
     #[arg(long, conflicts_with = "batch")]
     in_place: bool,
 }
 
 impl Cost {
-    /// Stops, sends and receives, and stops again.
+    /// Stops with SIGSTOP, sends and receives, and stops again.
     pub fn run(&self) -> Result<()> {
         let (mut sender, mut receiver) = ends()?;
         let record = vec![1; self.record_size];
-        // Whatever is done once is done.
+        // The first record does all work that happens only once.
         let _ = sender.send(Kind::DATA, &record, None)?;
         receiver.wait(None)?;
         receiver.release()?;

@@ -1,32 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A pipe of two files in a folder that two sides share: each appends to one, and polls the other for more.
+//! A pipe of two files in a folder that guest and host share: each side appends to one file, and
+//! polls the other for more bytes.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::thread;
 
-/// What the guest writes.
+/// Name of the file that the guest writes.
 pub(crate) const UP: &str = "up";
-/// What the host writes.
+/// Name of the file that the host writes.
 pub(crate) const DOWN: &str = "down";
-/// Both, which must be there, and empty.
+/// Names of both files. The files must exist and be empty at the start.
 pub const FILES: [&str; 2] = [UP, DOWN];
-/// What a file may come to have, in bytes, as nobody takes away what has been read.
+/// Largest length of a file, in bytes, because bytes that were read are not removed.
 pub(crate) const CAPACITY: u64 = 64 << 20;
-/// Bytes that are read at once, if they are there: nothing holds up who writes, and who reads small records one by one would
-/// need minutes for what is written in a second.
+/// Bytes per read, if they are there. Nothing holds the writer back, and reading small records one
+/// by one would take minutes for the bytes that are written in a second.
 const CHUNK: usize = 64 << 10;
 
-/// See the module.
+/// One side's end of the pipe: see the module.
 pub(crate) struct Files {
     written: File,
     read: BufReader<File>,
 }
 
 impl Files {
-    /// Opens what this side writes and what it reads.
+    /// Opens the file that this side writes, and the file that it reads.
     pub(crate) fn open([written, read]: [PathBuf; 2]) -> io::Result<Self> {
         Ok(Files {
             written: File::options().append(true).open(written)?,
@@ -36,7 +37,7 @@ impl Files {
 }
 
 impl Read for Files {
-    /// At its end a file may still grow.
+    /// Reads at least one byte. At the end of the file it polls, because the file may still grow.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.read.read(buffer)? {

@@ -1,27 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What one end of a stream does, timed once it flows.
+//! The counts of one end of a stream, and its timing.
 
 use std::time::{Duration, Instant};
 
 use crate::Measured;
 use crate::clock::{cpu, nanoseconds};
 
-/// How long a stream lasts before it is timed. Until then, processes find memory that they have no mapping of, and under TCG code that
-/// is not translated, all of which is over sooner for who moves more bytes: it would be a matter of how long is measured.
+/// Duration of a stream before it is timed. During this time the process touches unmapped pages,
+/// and TCG translates new code. A faster stream completes both sooner, so the result would depend
+/// on the length of the measurement.
 pub const WARM_UP: Duration = Duration::from_millis(100);
-/// Least time that counts behind that. A stream that ends sooner, since it can take no more or was slow, is timed from its beginning.
+/// Shortest timed part. A stream that ends sooner, because its capacity is used up or it is slow,
+/// is timed from its beginning.
 const LEAST: Duration = Duration::from_millis(30);
-/// Bytes between two looks at the clock, for who sends and for who receives: what is small does not wait for it at each record.
+/// Bytes between two reads of the clock at both ends, so that small records do not cost a read
+/// each.
 pub const STRIDE: u64 = 64 << 10;
 
-/// See the module.
+/// The counts of one end of a stream: see the module.
 #[derive(Debug)]
 pub struct Flow {
     begun: Mark,
-    /// Where it began to be timed.
+    /// Start of the timed part.
     timed: Option<Mark>,
-    /// When the clock is looked at next, in bytes.
+    /// Number of bytes at which the clock is read next.
     next: u64,
     records: u64,
     bytes: u64,
@@ -33,7 +36,7 @@ pub struct Flow {
 struct Mark {
     time: Instant,
     cpu: u64,
-    /// Bytes until then.
+    /// Bytes of payload up to this moment.
     bytes: u64,
 }
 
@@ -48,7 +51,7 @@ impl Mark {
 }
 
 impl Flow {
-    /// Of a stream that begins now.
+    /// Starts the counts of a stream that begins now.
     pub fn begin() -> Self {
         Self {
             begun: Mark::now(0),
@@ -60,7 +63,7 @@ impl Flow {
         }
     }
 
-    /// Whether it is not to end yet, if it is to be timed for so many milliseconds.
+    /// Returns whether the stream must go on, if its timed part takes this number of milliseconds.
     pub fn lasts(&self, milliseconds: u64) -> bool {
         self.begun.time.elapsed() < WARM_UP + Duration::from_millis(milliseconds)
     }
@@ -79,17 +82,17 @@ impl Flow {
         }
     }
 
-    /// Records so far.
+    /// Returns the number of records so far.
     pub fn records(&self) -> u64 {
         self.records
     }
 
-    /// Bytes of payload so far.
+    /// Returns the bytes of payload so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// What it came to.
+    /// Returns the measurements up to now.
     pub fn end(&self) -> Measured {
         let end = Mark::now(self.bytes);
         self.end_at(end)
@@ -112,7 +115,8 @@ impl Flow {
 mod tests {
     use super::*;
 
-    /// The bytes and milliseconds that count of a stream of 100 bytes, which was timed from this on, behind 60 bytes, and lasted so long.
+    /// Returns the bytes and milliseconds that count for a stream of 100 bytes. The stream lasted
+    /// `lasted` milliseconds; timing started after 60 bytes, at `timed` milliseconds.
     fn stream(timed: Option<u64>, lasted: u64) -> (u64, u64) {
         let mut flow = Flow::begin();
         let begun = flow.begun;

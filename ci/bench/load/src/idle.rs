@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Processor time while nothing happens: an end that sleeps, and who looks at it from outside, so that looking costs it nothing.
+//! Processor time of ends that sleep. Another process measures it from outside, so that the
+//! measurement costs the ends nothing.
 
 use std::fs;
 use std::ops::Deref;
@@ -17,12 +18,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::nanoseconds;
 
-/// Turns that both ends take before they sleep, and how long each lets the other one wait: long enough for that to sleep, and to
-/// learn that doorbells come through. Until then an end looks around by the clock.
+/// Records that each end receives and answers before it sleeps, and the time before each answer.
+/// The time is long enough for the other end to sleep and to learn that doorbells come through.
+/// Until then an end also wakes up by a timer.
 const TURNS: u32 = 4;
 const TURN: Duration = Duration::from_millis(100);
 
-/// Takes turns with the other end, one of which is the first to send, tells this process's number, and sleeps for good.
+/// Exchanges records with the other end, prints this process's ID, and sleeps for good. One of the
+/// two ends is `first` to send.
 pub fn idle<M, E>(mut sender: Sender<M, E>, mut receiver: Receiver<M, E>, first: bool) -> Result<()>
 where
     M: Deref<Target = [AtomicU64]> + Clone,
@@ -49,28 +52,28 @@ where
     }
 }
 
-/// What processes used in some time.
+/// The processor time that a process used during a measurement.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Used {
     /// Processor time, in nanoseconds.
     pub cpu: u64,
-    /// How often their threads gave a processor up or lost it.
+    /// Number of context switches of its threads, voluntary and involuntary.
     pub switches: u64,
 }
 
-/// Looks at processes from outside.
+/// Measures processes from outside.
 #[derive(Args, Debug)]
 pub struct Watch {
-    /// The processes
+    /// The IDs of the processes
     #[arg(required = true)]
     processes: Vec<i32>,
-    /// For how long, in milliseconds
+    /// Duration, in milliseconds
     #[arg(long)]
     time: u64,
 }
 
 impl Watch {
-    /// What each of them used in that time.
+    /// Returns what each process used in that time.
     pub fn run(&self) -> Result<Vec<Used>> {
         let look = || -> Result<Vec<Used>> { self.processes.iter().map(|id| used(*id)).collect() };
         let before = look()?;
@@ -87,7 +90,7 @@ impl Watch {
     }
 }
 
-/// What a process has used since it began.
+/// Returns what a process has used since its start.
 fn used(process: i32) -> Result<Used> {
     let clock = clock_getcpuclockid(Pid::from_raw(process));
     let clock = clock.with_context(|| format!("process {process} has no clock"))?;

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The work that `cargo xtask bench` measures, on the host and in the guest. The program `barlink-bench-load` does one
-//! piece of it and prints a [`Measured`] as JSON.
+//! The work that `cargo xtask bench` measures, on the host and in the guest. The program
+//! `barlink-bench-load` does one piece of it and prints a [`Measured`] as JSON.
 //!
 //! | file | its one job |
 //! |---|---|
 //! | `stream.rs` | a stream of records through a channel |
-//! | `pipe.rs` | a stream of records through a peer of barlink's, such as a socket |
+//! | `pipe.rs` | a stream of records through a peer of barlink, such as a socket |
 //! | `files.rs` | a pipe of two files in a shared folder |
-//! | `raw.rs` | a stream of records through a peer: ivshmem as it comes |
-//! | `trip.rs` | round trips, through channels and peers: who asks, and times them |
-//! | `answer.rs` | who answers |
-//! | `rest.rs` | that both sleep meanwhile, where they are to, and whether they did |
+//! | `raw.rs` | a stream of records through a peer: plain ivshmem |
+//! | `trip.rs` | round trips through channels and peers: the asking end, which times them |
+//! | `answer.rs` | the answering end |
+//! | `rest.rs` | pauses that let both ends sleep, and counts of their sleeps |
 //! | `place.rs` | streams and round trips of records that are built in the channel itself |
-//! | `idle.rs` | an end that sleeps, and what that costs |
+//! | `idle.rs` | an end that sleeps, and its cost |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
-//! | `cost.rs` | what one record costs, for who counts instructions |
-//! | `flow.rs` | what one end of a stream does, timed once it flows |
+//! | `cost.rs` | the cost of one record in instructions |
+//! | `flow.rs` | the counts and times of one end of a stream |
 //! | `clock.rs` | times |
 
 mod answer;
@@ -50,27 +50,28 @@ pub use trip::{Ask, Trips, Wait};
 
 use serde::{Deserialize, Serialize};
 
-/// Bytes that can be under way, in a channel and in what is compared with it: a record of 4 MiB, which is at most half of a
-/// channel less a header, and two more.
+/// Bytes that can be under way in a channel and in a peer. A channel of this size holds a record of
+/// 4 MiB, which is at most half of the channel less a header, and two more.
 pub const CAPACITY: u64 = 16 << 20;
 
-/// What a process did, and what it took.
+/// The result of one end of a stream.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Measured {
-    /// Records, all of them.
+    /// Number of all records.
     pub records: u64,
-    /// Bytes of payload, while it was timed.
+    /// Bytes of payload in the timed part.
     pub bytes: u64,
-    /// The time those took, in nanoseconds.
+    /// Length of the timed part, in nanoseconds.
     pub nanoseconds: u64,
-    /// Processor time of the whole process meanwhile, in nanoseconds.
+    /// Processor time of the whole process in the timed part, in nanoseconds.
     pub cpu: u64,
-    /// The sum of all 64-bit words of payload of all records: the same for who sent and who received.
+    /// Wrapping sum of all 64-bit words of payload of all records, the same for sender and
+    /// receiver.
     pub sum: u64,
 }
 
 impl Measured {
-    /// Bytes of payload a second.
+    /// Returns the rate in bytes of payload a second.
     pub fn rate(&self) -> f64 {
         self.bytes as f64 * 1e9 / self.nanoseconds as f64
     }

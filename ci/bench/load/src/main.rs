@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The program `barlink-bench-load`: one piece of what `cargo xtask bench` measures.
+//! The program `barlink-bench-load`: one piece of the work that `cargo xtask bench` measures.
 
 use std::path::{Path, PathBuf};
 
@@ -16,7 +16,7 @@ use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::Serialize;
 
-/// What `cargo xtask bench` measures
+/// Runs one end of a measurement for `cargo xtask bench`
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]
@@ -51,21 +51,23 @@ enum Work {
         #[command(flatten)]
         answer: Answer,
     },
-    /// Build records of one size in a channel, on the host
+    /// Send records of one size, built in the channel itself, on the host
     Build {
         #[command(flatten)]
         end: HostEnd,
         #[command(flatten)]
         build: Build,
     },
-    /// Ask through a pair of channels on the host; questions are built in place, and answers read there
+    /// Ask through a pair of channels on the host; questions are built and answers are read in
+    /// place
     AskInPlace {
         #[command(flatten)]
         pair: HostPair,
         #[command(flatten)]
         ask: Ask,
     },
-    /// Answer so
+    /// Answer through a pair of channels on the host; questions are read and answers are built in
+    /// place
     AnswerInPlace {
         #[command(flatten)]
         pair: HostPair,
@@ -80,18 +82,18 @@ enum Work {
         #[arg(long)]
         first: bool,
     },
-    /// Look what processes use
+    /// Measure the processor time of processes
     Watch(Watch),
     /// Ask through a pipe
     PipeAsk {
-        /// Where
+        /// The pipe, as KIND:WHERE
         endpoint: Endpoint,
         #[command(flatten)]
         ask: Ask,
     },
     /// Answer through a pipe
     PipeAnswer {
-        /// Where
+        /// The pipe, as KIND:WHERE
         endpoint: Endpoint,
         /// Bytes of a question
         #[arg(long, default_value_t = 64)]
@@ -106,7 +108,7 @@ enum Work {
         #[command(flatten)]
         ask: Ask,
     },
-    /// Wait to be rung as its consumer, and ring
+    /// Wait to be rung as the consumer of a channel, and ring
     BellAnswer {
         #[command(flatten)]
         end: End,
@@ -115,15 +117,15 @@ enum Work {
     },
     /// Write records to a pipe
     PipeSend(PipeSend),
-    /// Read them
+    /// Read records from a pipe
     PipeReceive(PipeReceive),
     /// Write records to plain shared memory
     RawSend(RawSend),
-    /// Read them
+    /// Read records from plain shared memory
     RawReceive(RawReceive),
-    /// Tell how its memory is cached
+    /// Print the cache mode of plain shared memory in the guest
     RawMode(RawMode),
-    /// Send and receive under the eyes of a process that traces this one
+    /// Send and receive while another process counts instructions
     Cost(Cost),
     /// Copy within this process
     Copy(Copy),
@@ -153,9 +155,9 @@ struct HostEnd {
 /// Two channels, on the host.
 #[derive(Args)]
 struct HostPair {
-    /// The channel for what goes out
+    /// The channel for outgoing records
     out: String,
-    /// The channel for what comes in
+    /// The channel for incoming records
     back: String,
     /// How to wait
     #[arg(long, value_enum)]
@@ -168,9 +170,9 @@ struct HostPair {
 /// Two channels.
 #[derive(Args)]
 struct Pair {
-    /// The channel for what goes out
+    /// The channel for outgoing records
     out: String,
-    /// The channel for what comes in
+    /// The channel for incoming records
     back: String,
     /// How to wait
     #[arg(long, value_enum, default_value = "prompt")]
@@ -191,7 +193,7 @@ struct Place {
 }
 
 fn main() -> Result<()> {
-    // Not to outlive the bench, or the agent.
+    // The kernel kills this process when the bench or the agent ends.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     match Cli::parse().work {
         Work::Send { end, send } => match &end.place.control {
@@ -268,7 +270,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// Prints what was measured.
+/// Prints the measurements as a line of JSON.
 fn tell(measured: &impl Serialize) -> Result<()> {
     println!("{}", serde_json::to_string(measured)?);
     Ok(())

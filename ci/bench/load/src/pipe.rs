@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Peers of barlink: a stream of records through what carries bytes. A record is one `write`, and every byte that comes is
-//! read. The last record bears a mark, since not every pipe tells its end.
+//! Peers of barlink: a stream of records through a pipe of bytes. The sender writes a record with
+//! one `write`, and the receiver reads every byte. The last record carries a mark, because not
+//! every pipe has an end of file.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -19,12 +20,12 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, so
 use crate::files::{CAPACITY, DOWN, Files, UP};
 use crate::{Flow, Measured};
 
-/// The first word of the last record.
+/// First word of the last record.
 pub const LAST: u64 = u64::MAX;
-/// How long to wait for the other end to be there.
+/// Time to wait for the other end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Where a pipe is.
+/// The address of a pipe.
 #[derive(Clone, Debug)]
 pub enum Endpoint {
     /// `tcp:ADDRESS`: connects.
@@ -39,7 +40,8 @@ pub enum Endpoint {
     Vsock(u32),
     /// `port:NAME`: a port of virtio-serial.
     Port(String),
-    /// `guest-files:FOLDER` and `host-files:FOLDER`: the two of [`crate::FILES`] in a shared folder, of which each side writes one.
+    /// `guest-files:FOLDER` and `host-files:FOLDER`: the two files of [`crate::FILES`] in a shared
+    /// folder. Each side writes one of them.
     Files(PathBuf, [&'static str; 2]),
 }
 
@@ -89,7 +91,7 @@ impl Endpoint {
         })
     }
 
-    /// How many bytes it takes in all.
+    /// Returns the number of bytes that the pipe can carry in total.
     fn capacity(&self) -> u64 {
         match self {
             Endpoint::Files(..) => CAPACITY,
@@ -98,7 +100,7 @@ impl Endpoint {
     }
 }
 
-/// Tries again while nobody is there.
+/// Connects, and repeats that for up to [`PATIENCE`] while it fails.
 fn insist<T>(connect: impl Fn() -> io::Result<T>) -> Result<T> {
     let start = Instant::now();
     loop {
@@ -117,7 +119,7 @@ fn connect_to_host(port: u32) -> io::Result<File> {
     Ok(File::from(socket))
 }
 
-/// Finds a port by its name, as udev would.
+/// Finds a port of virtio-serial by its name, as udev would.
 fn open_port(name: &str) -> Result<File> {
     for port in fs::read_dir("/sys/class/virtio-ports")? {
         let port = port?;
@@ -130,28 +132,28 @@ fn open_port(name: &str) -> Result<File> {
     Err(anyhow!("there is no port {name}"))
 }
 
-/// What both ends are told.
+/// The options of both ends.
 #[derive(Args, Debug)]
 struct Shape {
-    /// tcp:ADDRESS, tcp-listen:ADDRESS, unix:PATH, unix-listen:PATH, vsock:PORT, port:NAME, guest-files:FOLDER or
-    /// host-files:FOLDER
+    /// tcp:ADDRESS, tcp-listen:ADDRESS, unix:PATH, unix-listen:PATH, vsock:PORT, port:NAME,
+    /// guest-files:FOLDER or host-files:FOLDER
     endpoint: Endpoint,
     /// Bytes of a record, a multiple of 8
     #[arg(long)]
     record_size: usize,
 }
 
-/// Writes.
+/// Writes records to a pipe.
 #[derive(Args, Debug)]
 pub struct PipeSend {
     #[command(flatten)]
     shape: Shape,
-    /// For how long it is timed, once it flows, in milliseconds
+    /// Length of the timed part of the stream, in milliseconds
     #[arg(long)]
     time: u64,
 }
 
-/// Reads until the last record.
+/// Reads records from a pipe until the last record.
 #[derive(Args, Debug)]
 pub struct PipeReceive {
     #[command(flatten)]
@@ -159,7 +161,7 @@ pub struct PipeReceive {
 }
 
 impl PipeSend {
-    /// Writes the same record again and again, and last another.
+    /// Writes the same record again and again, and last a record that carries a mark.
     pub fn run(&self) -> Result<Measured> {
         let mut pipe = self.shape.endpoint.open()?;
         let words = 0..self.shape.record_size as u64 / 8;
@@ -175,14 +177,15 @@ impl PipeSend {
         pipe.write_all(&record)?;
         flow.add(1, record.len() as u64, sum_of(&record));
         let measured = flow.end();
-        // Not to hang up before the other end has it.
+        // The receiver sends a byte once it has the last record, so that the pipe is not closed
+        // before.
         pipe.read_exact(&mut record[..1])?;
         Ok(measured)
     }
 }
 
 impl PipeReceive {
-    /// Adds up all words, from the first record on.
+    /// Reads records and adds up all words. Timing starts with the first record.
     pub fn run(&self) -> Result<Measured> {
         let mut pipe = self.shape.endpoint.open()?;
         let mut record = vec![0; self.shape.record_size];
@@ -201,7 +204,7 @@ impl PipeReceive {
     }
 }
 
-/// The sum of a record's words.
+/// Returns the wrapping sum of a record's words.
 fn sum_of(record: &[u8]) -> u64 {
     let (words, _) = record.as_chunks();
     let words = words.iter().copied().map(u64::from_le_bytes);

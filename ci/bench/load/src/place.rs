@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Records that are built in the channel itself, one by one, and read there: as a peer does whose records are loaned.
+//! Records that are built one by one in the channel itself, and read there. Peers with borrowed
+//! samples work the same way.
 
 use std::ops::Deref;
 
@@ -15,17 +16,18 @@ use crate::stream::sum_of;
 use crate::trip::{Ask, Trips, Wait};
 use crate::{Flow, Measured, STRIDE};
 
-/// Where words are made, in the nearest cache, before they are put into the channel.
+/// A buffer in the nearest cache, in which words are computed before they are copied into the
+/// channel.
 type Block = [[u8; 8]; 512];
 const BLANK: Block = [[0; 8]; 512];
 
-/// The word at a place of a record.
+/// Returns the word at an index of a record.
 #[inline]
 pub fn word(place: usize) -> u64 {
     (place as u64).wrapping_mul(0x9E37_79B9)
 }
 
-/// The sum of a record's words from the second on.
+/// Returns the wrapping sum of a record's words from the second on.
 fn sum_of_others(words: usize) -> u64 {
     (1..words).fold(0, |sum: u64, place| sum.wrapping_add(word(place)))
 }
@@ -36,13 +38,13 @@ pub struct Build {
     /// Bytes of payload in a record, a multiple of 8
     #[arg(long)]
     record_size: usize,
-    /// For how long it is timed, once it flows, in milliseconds
+    /// Length of the timed part of the stream, in milliseconds
     #[arg(long)]
     time: u64,
 }
 
 impl Build {
-    /// Makes room, fills it, and commits it, again and again.
+    /// Reserves, fills and commits records, again and again.
     pub fn run<M, E>(&self, mut sender: Sender<M, E>) -> Result<Measured>
     where
         M: Deref<Target = [AtomicU64]> + Clone,
@@ -65,7 +67,7 @@ impl Build {
     }
 }
 
-/// Builds one record by blocks. `fill` is told which word is a block's first.
+/// Builds one record in blocks. `fill` receives the index of a block's first word, and the block.
 fn build<M, E>(
     sender: &mut Sender<M, E>,
     words: usize,
@@ -77,7 +79,7 @@ where
     E: Events<Error: std::error::Error + Send + Sync + 'static>,
 {
     let draft = sender.draft(8 * words, None)?;
-    // Without a time limit there is room in the end.
+    // Without a time limit the call waits until there is room.
     let mut draft = draft.context("there is no room")?;
     for first in (0..words).step_by(block.len()) {
         let count = block.len().min(words - first);
@@ -89,7 +91,7 @@ where
     Ok(draft.commit(Kind::USER, length)?)
 }
 
-/// Makes words that come from their places.
+/// Computes the words of a block from their indices.
 fn make(first: usize, block: &mut [[u8; 8]]) {
     for (place, bytes) in block.iter_mut().enumerate() {
         *bytes = word(first + place).to_le_bytes();
@@ -97,7 +99,8 @@ fn make(first: usize, block: &mut [[u8; 8]]) {
 }
 
 impl Ask {
-    /// Asks through a pair of channels: questions are built in place, and answers are read there, every byte.
+    /// Asks through a pair of channels. Questions are built in place, and every byte of the answers
+    /// is read in place.
     pub fn in_place<M, E>(
         &self,
         sender: Sender<M, E>,
@@ -124,7 +127,7 @@ impl Ask {
             while receiver.wait(None)? != Wakeup::Ready {}
             if let Some(record) = receiver.record() {
                 let sum = sum_of(record.words());
-                // What is left is the number, if every other word is as it was.
+                // The remainder is the number, if every other word is unchanged.
                 *number = sum.wrapping_sub(others).to_le_bytes();
             }
             Ok(receiver.release()?)
@@ -133,7 +136,8 @@ impl Ask {
 }
 
 impl Answer {
-    /// Answers through a pair of channels until the end of the stream: each question is copied, by blocks, into its answer.
+    /// Answers through a pair of channels until the end of the stream. Each question is copied in
+    /// blocks into its answer.
     pub fn in_place<M, E>(
         &self,
         sender: Sender<M, E>,

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A peer of barlink: ivshmem as it comes, mapped through sysfs in the guest, with two cursors that both ends poll.
+//! A peer of barlink: plain ivshmem, mapped through sysfs in the guest, with two cursors that both
+//! ends poll.
 //!
-//! Bytes are copied in by what barlink copies with, and read in place, so that what is compared is how ends meet.
+//! Bytes are copied in with barlink's copy function and read in place, so that the comparison shows
+//! only how the ends meet.
 #![expect(unsafe_code, reason = "turns a mapping into words")]
 
 use std::fs::{self, File};
@@ -20,17 +22,18 @@ use crate::{CAPACITY, Flow, Measured, STRIDE};
 
 /// Bytes of the memory.
 pub const SIZE: usize = 2 * CAPACITY as usize;
-/// Where the sender's cursor is, the receiver's, and whether the stream has ended.
+/// Byte offsets of the sender's cursor, of the receiver's cursor, and of the word that ends the
+/// stream.
 const WRITTEN: u64 = 0;
 const READ: u64 = 64;
 const ENDED: u64 = 128;
-/// Where records are, [`CAPACITY`] bytes of them.
+/// Byte offset of the records, which have [`CAPACITY`] bytes.
 const DATA: u64 = 4096;
 
-/// The memory, all of whose first page is zero before.
+/// The memory. Its first page is zero before the stream.
 #[derive(Args, Debug)]
 struct Memory {
-    /// The file of the memory; in the guest, none: the ivshmem device that no driver holds
+    /// The file of the memory; without it, in the guest, the ivshmem device without a driver
     #[arg(long)]
     file: Option<PathBuf>,
     /// Bytes of a record, a power of two
@@ -38,24 +41,24 @@ struct Memory {
     record_size: usize,
 }
 
-/// Writes records.
+/// Writes records to the memory.
 #[derive(Args, Debug)]
 pub struct RawSend {
     #[command(flatten)]
     memory: Memory,
-    /// For how long it is timed, once it flows, in milliseconds
+    /// Length of the timed part of the stream, in milliseconds
     #[arg(long)]
     time: u64,
 }
 
-/// Reads them.
+/// Reads records from the memory.
 #[derive(Args, Debug)]
 pub struct RawReceive {
     #[command(flatten)]
     memory: Memory,
 }
 
-/// Tells how the guest's processors cache the memory, mapped as by an end of a stream.
+/// Reports the cache mode of the memory in the guest, mapped as by an end of a stream.
 #[derive(Args, Debug)]
 pub struct RawMode {}
 
@@ -66,8 +69,9 @@ impl Deref for Words {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping begins with a page, has so many bytes, can be read and written, and lives as long as this value;
-        // this process has nothing else that leads to it.
+        // SAFETY: the mapping begins at a page boundary, has this number of bytes, can be read and
+        // written, and lives as long as this value. This process has no other reference or pointer
+        // to it.
         unsafe { region::words(self.0.as_ptr(), self.0.size()) }
     }
 }
@@ -89,7 +93,7 @@ fn map(path: &Path) -> Result<Words> {
     Ok(Words(mapped))
 }
 
-/// The ivshmem device that no driver holds.
+/// Finds the ivshmem device without a driver.
 fn find_device() -> Result<PathBuf> {
     let is_free = |device: &Path| {
         let says = |file, what: &str| {
@@ -104,12 +108,12 @@ fn find_device() -> Result<PathBuf> {
 }
 
 impl RawMode {
-    /// What the guest's kernel lists while it is mapped.
+    /// Returns the mode that the guest's kernel lists while the memory is mapped.
     pub fn run(&self) -> Result<String> {
         const LIST: &str = "/sys/kernel/debug/x86/pat_memtype_list";
         let device = find_device()?;
         let _words = map(&device.join("resource2"))?;
-        // A line for each BAR: its first byte, its last, flags.
+        // Each BAR has a line with its first byte, its last byte, and flags.
         let bars = fs::read_to_string(device.join("resource"))?;
         let start = bars.lines().nth(2).and_then(|bar| bar.split(' ').next());
         let start = start.context("the ivshmem device has no BAR2")?;
@@ -152,7 +156,7 @@ impl RawSend {
 }
 
 impl RawReceive {
-    /// Adds up the words of records where they are.
+    /// Reads records in place, and adds up their words.
     pub fn run(&self) -> Result<Measured> {
         let size = self.memory.record_size;
         let memory = self.memory.map()?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Ends that sleep: who answers lets who asked fall asleep first, and both count whether they slept.
+//! Ends that sleep: the answering end waits until the asking end sleeps, and both ends count
+//! whether they slept.
 
 use std::hint;
 use std::thread;
@@ -11,28 +12,29 @@ use clap::Args;
 use nix::sys::resource::{UsageWho, getrusage};
 use serde::{Deserialize, Serialize};
 
-/// Trips that are made before any counts.
+/// Round trips before the first one that counts.
 pub(crate) const WARM_UP: u64 = 20;
 
-/// How long who answers thinks first.
+/// The time for which the answering end thinks before it answers.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct Think {
-    /// Before each answer, think for so long, in microseconds, so that who asked sleeps; no part of the trip
+    /// Before each answer, think for this many microseconds, so that the asking end sleeps; this
+    /// time is not part of the trip
     #[arg(long, default_value_t = 0)]
     think: u64,
 }
 
-/// In how many waits for the other end this one slept, of those that count.
+/// Number of counted waits for the other end, and in how many of them this end slept.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Sleeps {
-    /// Waits.
+    /// Number of waits.
     pub waits: u64,
-    /// Those in which it slept.
+    /// Number of waits in which the end slept.
     pub slept: u64,
 }
 
-/// What the kernel says before a wait of how often this thread gave its processor up: nothing of ends that spin, which asking would
-/// slow down.
+/// The thread's count of voluntary context switches at the start of a wait. It is not read for ends
+/// that spin, because reading it would slow them down.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Awake(Option<i64>);
 
@@ -42,12 +44,12 @@ pub struct Questions {
     think: Think,
     number: u64,
     sleeps: Sleeps,
-    /// Whether it slept until the last question, which counts if that is answered and another wait follows.
+    /// Whether the thread slept in the last wait. That counts once another wait follows.
     last: Option<bool>,
 }
 
 impl Think {
-    /// For how long.
+    /// Returns the time to think.
     pub(crate) fn time(self) -> Duration {
         Duration::from_micros(self.think)
     }
@@ -59,7 +61,7 @@ impl Think {
         Awake(usage.map(|usage| usage.voluntary_context_switches()))
     }
 
-    /// Waits to be asked.
+    /// Begins to wait for questions.
     pub fn questions(self) -> Questions {
         Questions {
             think: self,
@@ -71,7 +73,8 @@ impl Think {
 }
 
 impl Awake {
-    /// Ends it, and tells whether the thread slept: one that was rung before it called to sleep did not.
+    /// Ends the wait, and returns whether the thread slept. A thread that is rung before its call
+    /// to sleep does not sleep.
     pub(crate) fn slept(self, think: Think) -> bool {
         think.awake().0 != self.0
     }
@@ -86,9 +89,10 @@ impl Sleeps {
 }
 
 impl Questions {
-    /// Waits for a question, and thinks. Half of that it sleeps, so that who asked has a processor to fall asleep on; a timer ends late, by as
-    /// much as a wake-up takes, which is what is measured, so the rest is spun by the clock: who asked takes off what was to be thought,
-    /// and no more.
+    /// Waits for a question, and thinks. It sleeps for half of that time, so that the asking end
+    /// has a processor to fall asleep on. A timer ends late by as much as a wake-up takes, and that
+    /// time is the quantity to measure. The rest is therefore spun by the clock, so that the asking
+    /// end can subtract exactly the time to think.
     pub fn wait<T>(&mut self, wait: impl FnOnce() -> Result<T>) -> Result<T> {
         if let Some(slept) = self.last.take() {
             if self.number > WARM_UP {
@@ -110,7 +114,7 @@ impl Questions {
         Ok(question)
     }
 
-    /// In how many waits it slept.
+    /// Returns the counts of waits and sleeps.
     pub fn sleeps(&self) -> Sleeps {
         self.sleeps
     }
@@ -125,7 +129,7 @@ mod tests {
         const COUNTED: u64 = 10;
         let think = Think { think: 200 };
         let mut questions = think.questions();
-        // One more than count, since the last question is not answered.
+        // There is one more wait than counts, because the last question is not answered.
         for number in 0..WARM_UP + COUNTED + 2 {
             let asked = questions.wait(|| {
                 if number % 2 == 0 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A limit: the same channel between two threads of one process, in its own memory.
+//! A limit: the same channel between two threads of one process, in the process's own memory.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -17,7 +17,7 @@ use clap::Args;
 
 use crate::{CAPACITY, Measured, Receive, Send};
 
-/// Sends and receives.
+/// Sends and receives within this process.
 #[derive(Args, Debug)]
 pub struct Ring {
     #[command(flatten)]
@@ -39,7 +39,7 @@ impl Ring {
 
 type Memory = Arc<[AtomicU64]>;
 
-/// Both ends of a channel in this process's memory.
+/// Creates both ends of a channel in this process's memory.
 pub(crate) fn ends() -> Result<(Sender<Memory, Bells>, Receiver<Memory, Bells>)> {
     let channel = Channel {
         name: Name::new("ring").context("a name that cannot be")?,
@@ -55,7 +55,7 @@ pub(crate) fn ends() -> Result<(Sender<Memory, Bells>, Receiver<Memory, Bells>)>
     let memory: Memory = (0..size / 8).map(|_| AtomicU64::new(0)).collect();
     let region = Region::new(memory);
     state::publish(&region, &layout);
-    // A driver would say so: both ends are held.
+    // These words tell that the VM and both ends are present, as the driver would write them.
     region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
     let page = layout.presence_page(0);
     region.store(page + presence::EPOCH, 1);
@@ -69,7 +69,7 @@ pub(crate) fn ends() -> Result<(Sender<Memory, Bells>, Receiver<Memory, Bells>)>
 #[derive(Clone, Default)]
 struct Bell(Arc<(Mutex<bool>, Condvar)>);
 
-/// One end's doorbells.
+/// The doorbells of one end.
 pub(crate) struct Bells {
     own: Bell,
     other: Bell,

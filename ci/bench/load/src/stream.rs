@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A stream of records of one size: copied in by who sends, read in place, every byte, by who receives. Small records are
-//! committed and released in batches of [`STRIDE`](crate::STRIDE) bytes.
+//! A stream of records of one size. The sender copies records in, and the receiver reads every byte
+//! in place. Small records are committed and released in batches of [`STRIDE`](crate::STRIDE)
+//! bytes.
 
 use std::ops::Deref;
 
@@ -12,13 +13,13 @@ use clap::Args;
 
 use crate::{Flow, Measured, STRIDE};
 
-/// Sends.
+/// Sends records of one size.
 #[derive(Args, Debug)]
 pub struct Send {
     /// Bytes of payload in a record, a multiple of 8
     #[arg(long)]
     record_size: usize,
-    /// For how long it is timed, once it flows, in milliseconds
+    /// Length of the timed part of the stream, in milliseconds
     #[arg(long)]
     time: u64,
 }
@@ -43,7 +44,7 @@ impl Send {
         while flow.lasts(self.time) {
             let now = sender.time();
             for _ in 0..batch {
-                // Without a time limit it is staged in the end.
+                // Without a time limit the call waits until there is room.
                 let _ = sender.stage(Kind::DATA, &record, None, now)?;
             }
             sender.publish()?;
@@ -57,7 +58,7 @@ impl Send {
 }
 
 impl Receive {
-    /// Adds up all words, from the first record on.
+    /// Receives records and adds up all words. Timing starts with the first record.
     pub fn run<M, E>(&self, mut receiver: Receiver<M, E>) -> Result<Measured>
     where
         M: Deref<Target = [AtomicU64]> + Clone,
@@ -88,7 +89,8 @@ impl Receive {
     }
 }
 
-/// The sum of words in shared memory, each read once; four sums at a time, as one would have each word wait for the one before.
+/// Returns the wrapping sum of words in shared memory. It reads each word once, and keeps four
+/// sums, because with a single sum each word would wait for the one before.
 pub(crate) fn sum_of(words: &[AtomicU64]) -> u64 {
     let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
     let (groups, rest) = words.as_chunks::<4>();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Round trips, as timed by the end that asks: the other one answers, and nothing else is under way.
+//! Round trips, timed by the asking end. The other end answers, and no other record is under way.
 
 use std::ops::Deref;
 use std::thread;
@@ -17,23 +17,23 @@ use crate::clock::nanoseconds;
 use crate::pipe::{Endpoint, LAST};
 use crate::rest::{Sleeps, Think, WARM_UP};
 
-/// Silence after which a bare doorbell's other end has gone.
+/// Time without a ring after which the other end of a bare doorbell is taken to have left.
 pub(crate) const SILENCE: Duration = Duration::from_secs(1);
 
-/// How an end waits.
+/// The way in which an end waits.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Wait {
-    /// It spins.
+    /// The end spins.
     Spin,
-    /// It spins for a moment and then sleeps.
+    /// The end spins for a moment and then sleeps.
     Prompt,
-    /// It sleeps.
+    /// The end sleeps.
     Sleep,
 }
 
 impl Wait {
-    /// The strategy of an end that waits so.
+    /// Returns the strategy of an end that waits this way.
     pub(crate) fn strategy(self) -> Strategy {
         match self {
             Wait::Spin => Strategy::SPIN,
@@ -43,33 +43,33 @@ impl Wait {
     }
 }
 
-/// How long round trips took, in nanoseconds.
+/// Durations of round trips, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Trips {
-    /// How many.
+    /// Number of round trips.
     pub count: u64,
-    /// Half took no longer.
+    /// Median.
     pub median: u64,
-    /// 99 of 100 took no longer.
+    /// 99th percentile.
     pub p99: u64,
-    /// 999 of 1,000 took no longer.
+    /// 99.9th percentile.
     pub p999: u64,
-    /// The longest.
+    /// Longest.
     pub max: u64,
-    /// In how many of them this end slept.
+    /// In how many of the trips this end slept.
     pub sleeps: Sleeps,
 }
 
-/// Asks for some time.
+/// Makes round trips for some time.
 #[derive(Args, Debug)]
 pub struct Ask {
     /// Bytes of a question and of its answer, a multiple of 8
     #[arg(long, default_value_t = 64)]
     record_size: usize,
-    /// For how long, in milliseconds
+    /// Duration, in milliseconds
     #[arg(long)]
     time: u64,
-    /// Before each question, sleep for so long, in microseconds, so that the other end sleeps, too
+    /// Before each question, sleep for this many microseconds, so that the other end sleeps, too
     #[arg(long, default_value_t = 0)]
     pause: u64,
     #[command(flatten)]
@@ -77,7 +77,7 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// Bytes of a question and of its answer.
+    /// Returns the bytes of a question and of its answer.
     pub fn record_size(&self) -> usize {
         self.record_size
     }
@@ -144,21 +144,22 @@ impl Ask {
         self.trips(|_| {
             events.ring()?;
             while !sleep(&mut events, SILENCE)? {
-                // The other end was not there yet.
+                // The first ring is lost if the other end was not there yet.
                 events.ring()?;
             }
             Ok(())
         })
     }
 
-    /// Makes round trips, each with a number that must come back. How long the other end thought is taken off.
+    /// Makes round trips, each with a number that must come back. The time for which the other end
+    /// thinks is subtracted.
     pub fn trips(&self, mut trip: impl FnMut(&mut [u8]) -> Result<()>) -> Result<Trips> {
         let mut bytes = vec![0; self.record_size];
         let (mut times, mut sleeps) = (Vec::new(), Sleeps::default());
         let time = Duration::from_millis(self.time);
         let mut number = 0_u64;
         let mut begin = Instant::now();
-        // One counts at least, however slow.
+        // At least one trip counts, however slow it is.
         while begin.elapsed() < time || times.is_empty() {
             bytes[..8].copy_from_slice(&number.to_le_bytes());
             if self.pause > 0 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The DMA buffer: what can be had, how it is mapped, and when it ends.
+//! Checks of the DMA buffer: its sizes, its mappings, and its end.
 
 use std::fs;
 use std::thread;
@@ -22,10 +22,10 @@ use crate::host;
 use crate::process::{Child, Ended, Parent, child, ends};
 use crate::tier::rounds;
 
-/// Bytes of those that are no more than examples.
+/// Size in bytes of a buffer whose size does not matter.
 const SIZE: u64 = 16 * PAGE;
 
-/// Asserts that a device has no buffer, as soon as what ends has ended.
+/// Waits until a device has no buffer any more.
 fn is_free(device: &Device) -> Result<()> {
     eventually("the buffer ends", || match device.buffer(PAGE) {
         Ok(_) => Ok(true),
@@ -34,7 +34,7 @@ fn is_free(device: &Device) -> Result<()> {
     })
 }
 
-/// Asserts that a mapping has lost its memory.
+/// Asserts that the page at a byte offset of a mapping has lost its memory.
 fn is_dead(map: &Mapping, offset: u64) -> Result<()> {
     let read = ends(|| {
         map.read(offset);
@@ -81,7 +81,7 @@ pub(super) fn buffer_is_one_a_device_and_zeroed() -> Result<()> {
     let (first, second) = (open(Region::Main)?, open(Region::Main)?);
     for round in 0..8 {
         let (file, _) = first.buffer(SIZE)?;
-        // Neither by the same file nor by another; but another device has its own.
+        // A device has one buffer, whichever file asks for it. Another device has its own.
         fails(first.buffer(SIZE), Errno::BUSY);
         fails(second.buffer(PAGE), Errno::BUSY);
         open(Region::Bus)?.buffer(SIZE)?;
@@ -90,13 +90,13 @@ pub(super) fn buffer_is_one_a_device_and_zeroed() -> Result<()> {
             assert_eq!(map.read(offset), 0, "round {round}, at {offset}");
             map.write(offset, !0);
         }
-        // It is the buffer's file that counts, not the device's.
         fails(second.buffer(PAGE), Errno::BUSY);
     }
+    // The buffer ends with its own file, not with the file of the device that made it.
     let (file, _) = open(Region::Main)?.buffer(PAGE)?;
     fails(second.buffer(PAGE), Errno::BUSY);
     drop(file);
-    // It can be mapped, and nothing else.
+    // The buffer's file can be mapped, and has no other calls.
     let (file, _) = first.buffer(PAGE)?;
     fails(file.info(), Errno::NOTTY);
     fails(file.interrupts(), Errno::INVAL);
@@ -113,7 +113,7 @@ pub(super) fn buffer_is_mapped_as_the_region_is() -> Result<()> {
     assert_eq!(last.read(0), 42);
     last.write(PAGE - 8, 43);
     assert_eq!(map.read(SIZE - 8), 43);
-    // Not what is outside, private or executable, neither now nor later.
+    // Refuses private, executable and out-of-range mappings, at `mmap` and later.
     let read_write = ProtFlags::READ | ProtFlags::WRITE;
     for (offset, length) in [
         (0, SIZE + PAGE),
@@ -128,7 +128,7 @@ pub(super) fn buffer_is_mapped_as_the_region_is() -> Result<()> {
         file.map_with(0, PAGE, read_write, MapFlags::PRIVATE),
         Errno::INVAL,
     );
-    // The kernel itself lets no file of this kind be executed.
+    // The kernel itself refuses executable mappings of any file of this kind.
     let executable = ProtFlags::READ | ProtFlags::EXEC;
     fails(
         file.map_with(0, PAGE, executable, MapFlags::SHARED),
@@ -138,11 +138,11 @@ pub(super) fn buffer_is_mapped_as_the_region_is() -> Result<()> {
     fails(last.protect(executable), Errno::ACCESS);
     let mut last = last;
     fails(last.grow(2 * PAGE), Errno::FAULT);
-    // It is not the kernel's to treat as it likes, and changes of the region's mappings are nothing to it.
+    // The buffer survives `madvise` and the like, and changes of the region's mappings.
     map.treat_as_memory();
     drop(device.map(0, PAGE)?);
     assert_eq!(map.read(SIZE - PAGE), 42);
-    // Forked, split and moved.
+    // The mapping survives a fork, a split and a move.
     child(|_| {
         map.write(0, 44);
         Ok(())
@@ -164,7 +164,7 @@ pub(super) fn buffer_ends_with_its_last_descriptor_and_mapping() -> Result<()> {
     drop(file);
     map.write(0, 5);
     fails(device.buffer(PAGE), Errno::BUSY);
-    // A child that is killed has the last of it.
+    // A forked child has the last mapping. Killing the child ends the buffer.
     let heir = child(|parent| {
         parent.tell_ready()?;
         parent.wait()
@@ -178,7 +178,7 @@ pub(super) fn buffer_ends_with_its_last_descriptor_and_mapping() -> Result<()> {
     heir.kill(Signal::KILL)?;
     assert_eq!(heir.wait()?, Ended::By(Signal::KILL));
     is_free(&device)?;
-    // And so has one that made it.
+    // Killing the process that made a buffer ends the buffer, too.
     let maker = child(|parent| {
         let (file, _) = open(Region::Main)?.buffer(MAX_BUFFER)?;
         let map = file.map(0, MAX_BUFFER)?;
@@ -193,8 +193,9 @@ pub(super) fn buffer_ends_with_its_last_descriptor_and_mapping() -> Result<()> {
     is_free(&device)
 }
 
-/// KiB of memory that nobody uses. `MemFree` lacks the pages that each processor has at hand, which can be tens of MiB where
-/// memory is given back page by page, as it is behind an IOMMU.
+/// Returns the free memory of the guest in KiB. `MemFree` leaves out the pages in the lists of each
+/// processor, so these are added. Behind an IOMMU memory is freed page by page, and the lists can
+/// hold tens of MiB.
 fn free_memory() -> Result<u64> {
     let all = fs::read_to_string("/proc/meminfo")?;
     let line = all.lines().find_map(|line| line.strip_prefix("MemFree:"));
@@ -217,7 +218,7 @@ pub(super) fn buffers_leave_nothing_behind() -> Result<()> {
         }
         Ok(())
     };
-    // What the kernel keeps at hand, it has then.
+    // Fills the kernel's caches before the first measurement.
     cycles(10)?;
     let before = free_memory()?;
     let count = rounds(20, 200);
@@ -227,7 +228,7 @@ pub(super) fn buffers_leave_nothing_behind() -> Result<()> {
         "{count} buffers of {} KiB: {gone} KiB less",
         MAX_BUFFER >> 10
     ))?;
-    // Less than one of them: there are other programs.
+    // The limit is one buffer, because other programs run meanwhile.
     ensure!(gone < MAX_BUFFER >> 10, "{gone} KiB are gone");
     Ok(())
 }
@@ -256,7 +257,8 @@ pub(super) fn unbind_takes_the_buffer_from_every_process() -> Result<()> {
     fails(file.map(0, PAGE), Errno::NODEV);
     fails(device.buffer(PAGE), Errno::NODEV);
     bind(Region::Main)?;
-    // What is left of the old one is none of the device's, and ends without it.
+    // The mappings of the old buffer do not belong to the new device, and end without an effect on
+    // it.
     let device = open(Region::Main)?;
     let (new, _) = device.buffer(SIZE)?;
     let new_map = new.map(0, SIZE)?;
@@ -301,7 +303,8 @@ pub(super) fn memory_of_buffers_is_free_after_unbind_whoever_has_them() -> Resul
 pub(super) fn unbind_races_buffers() -> Result<()> {
     let mut alive = 0;
     for round in 0.. {
-        // Where buffers take long to be made, as behind an IOMMU over vfio-user, the race is run less often.
+        // Behind an IOMMU over vfio-user buffers take long to create, so 15 rounds that end 3
+        // live buffers suffice.
         if round >= 15 && alive >= 3 {
             break;
         }
@@ -325,13 +328,14 @@ pub(super) fn unbind_races_buffers() -> Result<()> {
     host::show(format!("{alive} buffers lived when their device went"))
 }
 
-/// Makes and maps buffers until the device is gone; tells how many it has then, and that each is dead.
+/// Creates and maps buffers until the device is gone. Reports to the parent how many are left then,
+/// and asserts that each of them is dead.
 fn buffer_until_gone(parent: &Parent, forks: bool) -> Result<()> {
     let device = open(Region::Main)?;
     parent.tell_ready()?;
     let mut kept = Vec::new();
     for turn in 0.. {
-        // Now and then the last one ends, so that others have their turn.
+        // Frees the buffer now and then, so that other processes can create theirs.
         if turn % 16 == 0 {
             kept.clear();
         }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! In which cache mode the region is mapped, and what is said of it; and mappings whose pages come when they are touched.
+//! Checks of cache modes: the mode that a mapping gets, the mode that the driver reports, and
+//! mappings whose pages are mapped on fault.
 
 use std::fs;
 
@@ -16,7 +17,7 @@ use crate::device::{Device, fails};
 use crate::host;
 use crate::process::{Ended, child, ends};
 
-/// Those that can be asked for. The region lies above 4 GiB here, where all of them are granted.
+/// The modes that a program can ask for. All are granted here, because the region is above 4 GiB.
 const MODES: [CacheMode; 3] = [
     CacheMode::UncachedMinus,
     CacheMode::WriteCombining,
@@ -24,7 +25,8 @@ const MODES: [CacheMode; 3] = [
 ];
 const HUGE: u64 = 2 << 20;
 
-/// Asserts what is told of the mappings that live, to programs and to the host.
+/// Asserts the modes that the driver reports for the live mappings, to programs and to the host. 0
+/// stands for none.
 #[track_caller]
 fn is_told(device: &Device, asked: u32, granted: u32) -> Result<()> {
     let info = device.info()?;
@@ -39,7 +41,8 @@ fn is_told(device: &Device, asked: u32, granted: u32) -> Result<()> {
     Ok(())
 }
 
-/// What the kernel itself says of so many bytes of the region from an offset on: whether it has an entry of this mode.
+/// Returns whether the kernel's own list has an entry of this mode for exactly `length` bytes at a
+/// byte offset of the region.
 fn is_listed(device: &Device, offset: u64, length: u64, mode: CacheMode) -> Result<bool> {
     let start = device.info()?.region_address + offset;
     let entry = format!(
@@ -80,7 +83,7 @@ pub(super) fn one_cache_mode_holds_while_a_mapping_lives() -> Result<()> {
     let (first, second) = (open(Region::Main)?, open(Region::Main)?);
     wish(&first, CacheMode::WriteBack as u32, 0)?;
     let map = first.map(RAW, PAGE)?;
-    // Another page, another file, another process: it is the region's.
+    // The mode holds for the whole region, so other modes are refused for another page and file.
     for other in [CacheMode::UncachedMinus, CacheMode::WriteCombining] {
         wish(&second, other as u32, 0)?;
         fails(second.map(RAW + 8 * PAGE, PAGE), Errno::BUSY);
@@ -88,7 +91,7 @@ pub(super) fn one_cache_mode_holds_while_a_mapping_lives() -> Result<()> {
         fails(second.map(RAW + 8 * PAGE, PAGE), Errno::BUSY);
     }
     fails(open(Region::Main)?.map(RAW, PAGE), Errno::BUSY);
-    // Who has no wish gets what there is.
+    // A file that asks for no mode gets the mode of the live mappings.
     wish(&second, 0, 0)?;
     let beside = second.map(RAW + 8 * PAGE, PAGE)?;
     assert!(is_listed(
@@ -97,7 +100,7 @@ pub(super) fn one_cache_mode_holds_while_a_mapping_lives() -> Result<()> {
         PAGE,
         CacheMode::WriteBack
     )?);
-    // It outlives the first, and a fork.
+    // The mode outlives the first mapping and its file, and holds after a fork.
     drop((map, first));
     let heir = child(|parent| {
         parent.tell_ready()?;
@@ -112,7 +115,7 @@ pub(super) fn one_cache_mode_holds_while_a_mapping_lives() -> Result<()> {
     heir.succeeds()?;
     drop((beside, second));
     drop(other.map(RAW, PAGE)?);
-    // Who is named has one.
+    // `INFO` names a process that has a live mapping.
     let mapping = || {
         child(|parent| {
             let device = open(Region::Main)?;
@@ -137,7 +140,7 @@ pub(super) fn one_cache_mode_holds_while_a_mapping_lives() -> Result<()> {
     assert_eq!(mapper()?, std::process::id());
     drop(map);
     assert_eq!(mapper()?, 0);
-    // Another region has its own.
+    // Another region has its own mode.
     wish(&other, CacheMode::WriteCombining as u32, 0)?;
     let _combining = other.map(RAW, PAGE)?;
     let _noncached = open(Region::Bus)?.map(RAW, PAGE)?;
@@ -159,7 +162,7 @@ pub(super) fn wishes_that_make_no_sense_are_refused() -> Result<()> {
         fails(wish(&device, cache, flags), Errno::INVAL);
     }
     fails(device.ioctl_on_null(MAP), Errno::FAULT);
-    // What was there before holds.
+    // The setting from before the refused calls still holds.
     let _map = device.map(RAW, PAGE)?;
     let noncached = CacheMode::UncachedMinus as u32;
     is_told(&device, noncached, noncached)
@@ -169,14 +172,15 @@ pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
     let device = open(Region::Main)?;
     wish(&device, CacheMode::WriteBack as u32, ON_TOUCH)?;
     let map = device.map(RAW, 64 * PAGE)?;
-    // Nothing is mapped yet, and nothing granted.
+    // No page is mapped yet, so no mode is granted.
     is_told(&device, CacheMode::WriteBack as u32, 0)?;
     map.write(PAGE, 1);
     assert_eq!(host::word(Region::Main, RAW + PAGE)?, 1);
-    // The kernel knows no mode of that page.
+    // The kernel has no mode registered for that page, so it grants noncached.
     let noncached = CacheMode::UncachedMinus as u32;
     is_told(&device, CacheMode::WriteBack as u32, noncached)?;
-    // As soon as all of it is mapped at once, it does.
+    // Mapping the same pages eagerly registers their mode. Pages that are mapped on fault get it
+    // then.
     let whole = open(Region::Main)?;
     wish(&whole, 0, 0)?;
     let all = whole.map(RAW, 64 * PAGE)?;
@@ -186,7 +190,9 @@ pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
     assert_eq!(map.read(PAGE), 1);
     assert_eq!(all.read(2 * PAGE), 2);
     is_told(&device, cached, cached)?;
-    // A further one of other pages changes nothing of that, and what is behind its own is known no longer when only that one is left.
+    // An eager mapping of other pages changes nothing. When only that one is left, the pages of
+    // `map` have no registered mode any more. The driver reports the mode of the page that was
+    // mapped last.
     let other = whole.map(RAW + 64 * PAGE, 64 * PAGE)?;
     assert_eq!(map.read(PAGE), 1);
     is_told(&device, cached, cached)?;
@@ -197,11 +203,11 @@ pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
     assert_eq!(other.read(0), host::word(Region::Main, RAW + 64 * PAGE)?);
     is_told(&device, cached, cached)?;
     drop(other);
-    // There is none whose pages are mapped.
+    // No page is mapped now, because the last eager mapping is gone and took all entries with it.
     is_told(&device, cached, 0)?;
     assert_eq!(map.read(2 * PAGE), 2);
     is_told(&device, cached, noncached)?;
-    // Of two kinds, whichever is left.
+    // When one of two kinds of mappings goes, the driver reports the mode of the kind that is left.
     let other = whole.map(RAW + 64 * PAGE, 64 * PAGE)?;
     assert_eq!(map.read(2 * PAGE), 2);
     is_told(&device, cached, noncached)?;
@@ -212,7 +218,7 @@ pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
     is_told(&device, cached, noncached)?;
     drop(other);
     is_told(&device, cached, 0)?;
-    // A child has none of the pages, and gets its own.
+    // All entries are gone at this point, so the child inherits none and maps its own on fault.
     child(|_| {
         map.write(3 * PAGE, 3);
         Ok(())
@@ -223,7 +229,7 @@ pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
     is_told(&device, 0, 0)
 }
 
-/// Pages that this process has touched and that were not mapped.
+/// Returns the number of page faults without I/O that this process has had so far.
 fn minor_faults() -> Result<u64> {
     let stat = fs::read_to_string("/proc/self/stat")?;
     let fields = stat.rsplit_once(") ").map(|(_, fields)| fields);
@@ -235,7 +241,7 @@ pub(super) fn large_pages_are_mapped_when_they_are_touched() -> Result<()> {
     let device = open(Region::Main)?;
     wish(&device, 0, ON_TOUCH)?;
     let length = 3 * HUGE;
-    // At a place where an address is aligned as its frame is.
+    // The mapping's address is aligned to 2 MiB, as its page frames are.
     let map = device.map_aligned(2 * HUGE, length, HUGE)?;
     for place in [0, HUGE + 8 * PAGE, 2 * HUGE - 8, length - 8] {
         host::set_word(Region::Main, 2 * HUGE + place, place + 1)?;
@@ -245,14 +251,15 @@ pub(super) fn large_pages_are_mapped_when_they_are_touched() -> Result<()> {
     }
     let noncached = CacheMode::UncachedMinus as u32;
     is_told(&device, noncached, noncached)?;
-    // The kernel counts what it takes for large pages; of 1536 small ones none is left to fault.
+    // The three large pages are mapped, so reading the 1536 small pages in them causes no faults.
+    // Up to 15 are allowed for the kernel's own needs.
     let faults = minor_faults()?;
     for place in (0..length).step_by(PAGE as usize) {
         map.read(place);
     }
     let faults = minor_faults()? - faults;
     assert!(faults < 16, "{faults} faults");
-    // A piece is cut out, which cuts its large page in small ones.
+    // Unmapping a small page breaks up its large page.
     let (first, rest) = map.split(HUGE / 2);
     let (second, third) = rest.split(PAGE);
     drop(second);
@@ -267,10 +274,10 @@ pub(super) fn large_page_is_not_mapped_over_a_page_of_another_mode() -> Result<(
     wish(&whole, CacheMode::WriteBack as u32, 0)?;
     wish(&touched, 0, ON_TOUCH)?;
     let (cached, noncached) = (CacheMode::WriteBack as u32, CacheMode::UncachedMinus as u32);
-    // The kernel knows the mode of this one page, and none of those around it.
+    // The kernel has a mode registered for this page alone, not for the pages around it.
     let (block, middle) = (2 * HUGE, HUGE / 2);
     let page = whole.map(block + middle, PAGE)?;
-    // Whichever of the block is touched first.
+    // The order in which pages of the block are touched does not matter.
     for places in [[0, middle], [middle, 0]] {
         let map = touched.map_aligned(block, HUGE, HUGE)?;
         for place in places {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Who can claim which end of which channel, and for how long.
+//! Checks of claims: the ends that a file can claim, and the lifetime of a claim.
 
 use anyhow::Result;
 use barlink_protocol::wire::uapi::Claim;
@@ -17,14 +17,14 @@ pub(super) fn claims_are_exclusive_and_end_with_their_file() -> Result<()> {
     let first = open(Region::Main)?;
     let second = open(Region::Main)?;
     first.claim(UP)?;
-    // Again is no second claim.
+    // Claiming an end again on the same file changes nothing.
     first.claim(UP)?;
     fails(second.claim(UP), Errno::BUSY);
     second.claim(DOWN)?;
     fails(first.claim(DOWN), Errno::BUSY);
     drop(first);
     second.claim(UP)?;
-    // It is the open file's, whoever has that: a child's copy keeps it.
+    // The claim belongs to the open file, so a child with a copy of the descriptor keeps it.
     let keeper = child(|parent| {
         parent.tell_ready()?;
         parent.wait()
@@ -48,7 +48,7 @@ pub(super) fn foreign_and_unknown_ends_are_refused() -> Result<()> {
     for end in [UP, DOWN] {
         fails(device.claim(other_end(end)), Errno::ACCESS);
     }
-    // The region has two channels, and a channel has two ends.
+    // The region has two channels, with two ends each.
     for (channel, end) in [
         (2, 0),
         (31, 0),
@@ -59,7 +59,7 @@ pub(super) fn foreign_and_unknown_ends_are_refused() -> Result<()> {
     ] {
         fails(device.claim(Claim { channel, end }), Errno::INVAL);
     }
-    // On a bus, another VM's ends are foreign, too.
+    // On a bus the ends of another VM are refused as well.
     let bus = open(Region::Bus)?;
     for end in [UP, DOWN, other_end(SIDE), other_end(UP1)] {
         fails(bus.claim(end), Errno::ACCESS);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! How much memory the driver takes.
+//! Checks of the memory and the time that the driver takes.
 
 use std::collections::HashMap;
 use std::fs;
@@ -21,25 +21,28 @@ use crate::host;
 use crate::objects;
 use crate::tier::rounds;
 
-/// Most bytes of a device.
+/// Upper limit of the memory of a device, in bytes.
 const DEVICE: usize = 64 << 10;
-/// Most bytes of an open file.
+/// Upper limit of the memory of an open file, in bytes.
 const FILE: usize = 32 << 10;
 
-/// Files that are opened, mapped and closed between two counts of the kernel's objects.
+/// Number of files that are opened, mapped and closed between two counts of the kernel's objects,
+/// in `cargo xtask soak`.
 const CYCLES: u32 = 250;
-/// The number of such files in `cargo xtask test`.
+/// Number of such files in `cargo xtask test`.
 const FEW_CYCLES: u32 = 60;
-/// So many more of a kind each time were left behind: by every 25th file, say.
+/// Growth of a kind of object at every count that proves a leak: in `cargo xtask soak` one object
+/// per 25 files.
 const LEAST: u64 = 10;
-/// The most counts. What processors keep at hand grows a few times in a row at most: it is bounded.
+/// Upper limit of the number of counts. The objects that processors cache are bounded, so they grow
+/// a few times in a row at most.
 const COUNTS: usize = 10;
 
-/// Where the kernel's trace is to be seen.
+/// Mount point of tracefs.
 const TRACING: &str = "/sys/kernel/tracing";
 
-/// Functions of which one is at the call site of every allocation of the driver: its own, and the one that all of
-/// Rust's go through.
+/// Functions at the call sites of the driver's allocations: its own, and the one that all
+/// allocations of Rust go through.
 const ALLOCATORS: [&str; 2] = ["barlink", "krealloc_node_align"];
 
 pub(super) fn memory_of_a_device_is_small() -> Result<()> {
@@ -57,7 +60,8 @@ pub(super) fn memory_of_a_device_is_small() -> Result<()> {
         ))?;
         ensure!(device.own <= DEVICE, "a device is too large");
         ensure!(opened.own <= FILE, "a file is too large");
-        // A program that opens many has them counted in its control group.
+        // A file's memory is accounted to the control group of its opener, because a program can
+        // open many files.
         ensure!(opened.unaccounted == 0, "{opened}");
         let Some(file) = file.filter(|_| vectors > 0) else {
             continue;
@@ -78,7 +82,7 @@ pub(super) fn mappings_leave_nothing_behind() -> Result<()> {
     let cycles = |count| -> Result<()> {
         for round in 0..count {
             let device = open(Region::Main)?;
-            // At once and on touch, by turns.
+            // Alternates between mappings whose pages are mapped at once and on touch.
             device.map_as(Map {
                 cache: 0,
                 flags: round % 2 * ON_TOUCH,
@@ -89,7 +93,7 @@ pub(super) fn mappings_leave_nothing_behind() -> Result<()> {
         }
         Ok(())
     };
-    // What the kernel keeps at hand, it has then.
+    // Fills the kernel's caches before the first count.
     cycles(200)?;
     let mut counts = vec![objects::count()?];
     let before = unreclaimable()?;
@@ -112,12 +116,12 @@ pub(super) fn mappings_leave_nothing_behind() -> Result<()> {
         more < LEAST,
         "in every {many} files {more} more objects, {kind}"
     );
-    // What is larger than two pages is counted among no kind.
+    // Allocations above two pages have no kind. `SUnreclaim` includes them.
     ensure!(grown < 256, "{grown} KiB more");
     Ok(())
 }
 
-/// KiB of the kernel's own memory.
+/// Returns the size of the kernel's unreclaimable slab memory in KiB.
 fn unreclaimable() -> Result<u64> {
     let all = fs::read_to_string("/proc/meminfo")?;
     let line = all
@@ -131,8 +135,8 @@ pub(super) fn mapping_64_mib_takes_a_moment() -> Result<()> {
     let device = open(Region::Main)?;
     let mut times = Vec::new();
     let begin = Instant::now();
-    // Only the least time counts, because other programs run beside this one, on the host's processors as well. On a busy host
-    // many maps are interrupted before one is not.
+    // Only the shortest time counts, because other programs share the processors of the guest and
+    // of the host. On a busy host many calls are interrupted before one is not.
     let is_fast = |times: &[Duration]| times.iter().min() <= Some(&Duration::from_millis(5));
     while times.len() < 9 || !is_fast(&times) {
         ensure!(
@@ -142,7 +146,7 @@ pub(super) fn mapping_64_mib_takes_a_moment() -> Result<()> {
         let start = Instant::now();
         let map = device.map(0, 64 << 20)?;
         times.push(start.elapsed());
-        // All of it is there.
+        // The last word is readable at once.
         map.read((64 << 20) - 8);
     }
     times.sort_unstable();
@@ -153,13 +157,13 @@ pub(super) fn mapping_64_mib_takes_a_moment() -> Result<()> {
     ))
 }
 
-/// Bytes that were allocated.
+/// Bytes that were allocated and not freed.
 struct Allocated {
-    /// By the driver.
+    /// Bytes that the driver allocated.
     own: usize,
-    /// Of these, for nobody's control group.
+    /// Part of `own` that is accounted to no control group.
     unaccounted: usize,
-    /// By all of the kernel.
+    /// Bytes that any part of the kernel allocated.
     all: usize,
 }
 
@@ -177,7 +181,7 @@ impl std::fmt::Display for Allocated {
     }
 }
 
-/// Bytes of the kernel's memory that `work` allocates and does not free, in this process.
+/// Measures the kernel memory that `work` allocates and does not free, in this process.
 fn allocated(work: impl FnOnce() -> Result<()>) -> Result<Allocated> {
     let file = |name: &str| Path::new(TRACING).join(name);
     let set = |name: &str, value: &str| fs::write(file(name), value);
@@ -197,7 +201,7 @@ fn allocated(work: impl FnOnce() -> Result<()>) -> Result<Allocated> {
     count(&fs::read_to_string(file("trace"))?)
 }
 
-/// Adds up a trace of the events of the group `kmem`.
+/// Adds up the allocations in a trace of the events of the group `kmem`.
 fn count(trace: &str) -> Result<Allocated> {
     let mut live = HashMap::new();
     for line in trace.lines() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Which devices the driver takes, what it calls them, and what it says of them.
+//! Checks of binding: the devices that the driver takes, their nodes, and their descriptions.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -21,7 +21,8 @@ pub(super) fn nodes_are_numbered_and_private_to_root() -> Result<()> {
     module::load()?;
     let devices = bound()?;
     let mut pci: Vec<_> = devices.iter().map(|device| device.pci.as_str()).collect();
-    // Those of one bus come after those of the other.
+    // Numbers follow the order of binding, which can differ from the order of addresses: PCI
+    // devices and virtio devices are bound at different times.
     pci.sort_unstable();
     assert_eq!(pci, Region::TAKEN.map(|region| region.facts().pci));
     for (number, device) in devices.iter().enumerate() {
@@ -88,7 +89,7 @@ pub(super) fn devices_are_independent() -> Result<()> {
     host::ring_through(Region::Main, 1)?;
     assert!(main.is_readable()?);
     assert!(!bus.is_readable()?);
-    // It hears of its own.
+    // The other device receives its own interrupts.
     host::ring(Region::Bus, 2)?;
     assert_eq!(bus.next_interrupts(1)?, [2]);
     main.claim(UP)?;
@@ -104,8 +105,9 @@ pub(super) fn devices_are_independent() -> Result<()> {
 
 pub(super) fn unknown_calls_are_refused() -> Result<()> {
     let device = open(Region::Main)?;
-    // No number at all; the next one; another type's; another direction's; a terminal's (TCGETS).
-    for number in [0, INFO + 5, INFO + 0x100, CLAIM & !1, 0x5401] {
+    // Number 0; the number of BUFFER, and the first free number, with INFO's direction and size;
+    // another type; INFO's number with CLAIM's direction and size; a terminal's ioctl (TCGETS).
+    for number in [0, INFO + 5, INFO + 6, INFO + 0x100, CLAIM & !1, 0x5401] {
         fails(device.ioctl_on_null(number), Errno::NOTTY);
     }
     for number in [INFO, CLAIM, DOORBELL, BUFFER] {
@@ -114,7 +116,8 @@ pub(super) fn unknown_calls_are_refused() -> Result<()> {
     fails(rustix::io::write(&device, &[0; 32]), Errno::INVAL);
     fails(rustix::io::pread(&device, &mut [0; 32], 0), Errno::SPIPE);
     fails(rustix::fs::seek(&device, SeekFrom::Start(0)), Errno::SPIPE);
-    // A file with an address space that others have, too, looks much like a memfd.
+    // The files of a device share an address space. The kernel must not take one for a memfd
+    // because of that.
     fails(rustix::fs::fcntl_get_seals(&device), Errno::INVAL);
     fails(
         rustix::fs::fcntl_add_seals(&device, SealFlags::SEAL),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Vectors, from the guest to the host and from the host to the guest.
+//! Checks of vectors in both directions, from the guest to the host and back.
 
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ pub(super) fn doorbells_reach_the_host() -> Result<()> {
         let rung = host::wait_for_so_many(Region::Main, host_peer, vector, 2)?;
         assert_eq!(rung, 2);
     }
-    // Peers and vectors that are not there, and some whose lower bits are those of one that is.
+    // Peers and vectors that do not exist. Some have the lower bits of ones that do.
     for (peer, vector) in [
         (host_peer + 1, 0),
         (0x1_0000, 0),
@@ -38,10 +38,10 @@ pub(super) fn doorbells_reach_the_host() -> Result<()> {
     ] {
         fails(device.ring(peer, vector), Errno::INVAL);
     }
-    // Itself.
+    // A VM can ring itself.
     device.ring(0, SPARE_VECTOR)?;
     assert_eq!(device.next_interrupts(1)?, [SPARE_VECTOR]);
-    // On a bus: the host, and another VM.
+    // On a bus a VM rings the host and another VM.
     let bus = open(Region::Bus)?;
     for peer in [0, Region::Bus.host()] {
         for vector in [0, 1, 127, 255] {
@@ -69,7 +69,8 @@ pub(super) fn all_256_vectors_fire() -> Result<()> {
     Ok(())
 }
 
-/// More vectors than a queue has room for, while nobody takes anything out of it.
+/// Rings more vectors than a queue has room for while the broker is stopped, and finds all of them
+/// delivered once the broker continues.
 pub(super) fn doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them() -> Result<()> {
     let device = ring_all_in_vain()?;
     host::go_on(Region::Bus, 0)?;
@@ -78,8 +79,8 @@ pub(super) fn doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them() -> R
     Ok(())
 }
 
-/// Whoever gives the device back waits for a while. When that is over, QEMU has the guest stand still until the broker answers: so it
-/// is not the guest that has it go on.
+/// Unbinds the device while the broker is stopped. The driver waits a while for the broker, and
+/// then QEMU stops the guest until the broker answers. So the host continues the broker by itself.
 pub(super) fn doorbells_are_read_before_the_device_is_given_back() -> Result<()> {
     let device = ring_all_in_vain()?;
     host::go_on(Region::Bus, 500)?;
@@ -117,7 +118,7 @@ fn all_were_rung() -> Result<()> {
 
 pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
     let rounds = rounds(2_000, 100_000);
-    // Over a transport that forwards, a round trip takes several times as long under TCG.
+    // Under TCG a round trip takes several times as long over a transport that forwards doorbells.
     const MOST: Duration = Duration::from_secs(240);
     let host_peer = Region::Main.host();
     let device = open(Region::Main)?;
@@ -127,12 +128,13 @@ pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
     let start = Instant::now();
     for round in 0..rounds {
         if round % 1000 == 0 {
-            // The host hears that the check goes on.
+            // Shows the host that the check goes on, because the host limits the time between two
+            // requests.
             host::word(Region::Main, 0)?;
             ensure!(start.elapsed() < MOST, "only {round} in {MOST:?}");
         }
         device.ring(host_peer, UP_VECTOR)?;
-        // By turns by `poll` and `read`, and by a `read` that waits.
+        // Alternates between `poll` with `read`, and a `read` that waits.
         let waits = round % 2 == 0;
         ensure!(waits || device.becomes_readable()?, "lost in round {round}");
         assert_eq!(device.interrupts()?, [UP_VECTOR], "round {round}");
@@ -150,7 +152,7 @@ pub(super) fn device_without_vectors_says_so() -> Result<()> {
     fails(open(Region::Plain)?.claim(UP), Errno::BUSY);
     device.ring(Region::Plain.host(), 0)?;
     fails(device.interrupts(), Errno::OPNOTSUPP);
-    // Its removal is heard of all the same.
+    // A process that polls a device without vectors is woken when the device is removed.
     let poller = child(|parent| {
         parent.tell_ready()?;
         let hung_up = PollFlags::HUP | PollFlags::ERR;

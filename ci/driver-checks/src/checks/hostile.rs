@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Memory that is not what it should be: whoever else has the region can write anything, at any time.
+//! Checks of the driver against hostile memory: every other user of the region can write anything
+//! into it, at any time.
 
 use anyhow::{Result, ensure};
 use barlink_protocol::wire::layout::{Layout, PAGE_SIZE as PAGE, PAGE_WORDS};
@@ -13,7 +14,7 @@ use crate::device::{UP, fails};
 use crate::host;
 use crate::tier::rounds;
 
-/// Numbers that overflow, overlap and lie.
+/// Values that overflow, overlap or contradict the layout.
 const LIES: [u64; 14] = [
     0,
     1,
@@ -36,8 +37,9 @@ pub(super) fn hostile_superblocks_are_declined() -> Result<()> {
     let good = host::page(Region::Main, 0)?;
     unbind(Region::Main)?;
     let (mut declined, mut taken) = (0, 0);
-    // The words of the head that are used, and the two entries of the channel table.
-    // `cargo xtask test` puts every third lie into each word, beginning with another lie from word to word.
+    // Tries each used word of the superblock's head, and each word of the two entries of the
+    // channel table. `cargo xtask test` puts every third lie into each word, starting with another
+    // lie from word to word.
     let step = rounds(3, 1);
     for word in (0..7).chain(32..48) {
         for lie in LIES.into_iter().skip(word % step).step_by(step) {
@@ -46,7 +48,7 @@ pub(super) fn hostile_superblocks_are_declined() -> Result<()> {
             host::set_word(Region::Main, 8 * word as u64, lie)?;
             let bound = try_bind(Region::Main);
             if Layout::decode(&page, size).is_ok() {
-                // Another layout, but no worse than the broker's.
+                // With this word the superblock has another layout, which is valid as well.
                 assert_eq!(bound, Ok(()), "word {word} is {lie:#x}");
                 unbind(Region::Main)?;
                 taken += 1;
@@ -81,14 +83,15 @@ pub(super) fn hostile_driver_page_changes_nothing() -> Result<()> {
     let epoch = device.info()?.epoch;
     let page = Region::Main.driver_page();
     host::set_words(Region::Main, page, &[u64::MAX; PAGE_WORDS])?;
-    // An end that all ones seem to hold is free, and one that nobody seems to hold is held.
+    // The driver keeps its own record of claims. An end is free although its holder word is all
+    // ones, and stays claimed although its holder word is 0.
     device.claim(UP)?;
     assert_eq!(host::holder(Region::Main, UP)?.1, std::process::id());
     host::set_word(Region::Main, host::holder_offset(Region::Main, UP), 0)?;
     fails(open(Region::Main)?.claim(UP), Errno::BUSY);
     assert_eq!(device.info()?.epoch, epoch);
     drop(device);
-    // The driver counts on from its own epoch, whatever stands there when it leaves.
+    // The driver counts on from its own epoch. The value in the page does not matter.
     unbind(Region::Main)?;
     bind(Region::Main)?;
     assert_eq!(open(Region::Main)?.info()?.epoch, epoch + 2);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What `read`, `poll` and `epoll` tell of interrupts, and to which file.
+//! Checks of `read`, `poll` and `epoll`: the interrupts that each open file receives.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -27,7 +27,7 @@ fn ring(vector: u32) -> Result<()> {
     host::ring(Region::Main, vector)
 }
 
-/// Rings a vector, and waits until the driver has told all files.
+/// Rings a vector, and waits until the driver has reported it to all files.
 fn ring_through(vector: u32) -> Result<()> {
     host::ring_through(Region::Main, vector)
 }
@@ -44,13 +44,13 @@ pub(super) fn read_gives_what_fired_once() -> Result<()> {
     assert_eq!(device.interrupts()?, [UP_VECTOR, DOWN_VECTOR]);
     fails(device.interrupts(), Errno::AGAIN);
     assert!(!device.is_readable()?);
-    // A buffer that is too short, and one that is too long.
+    // A buffer that is too short is refused, a buffer that is too long is filled in part.
     fails(rustix::io::read(&device, &mut [0; 31]), Errno::INVAL);
     fails(rustix::io::read(&device, &mut [0; 0]), Errno::INVAL);
     ring(SPARE_VECTOR)?;
     assert!(device.becomes_readable()?);
     assert_eq!(rustix::io::read(&device, &mut [0; 100])?, 32);
-    // What cannot be delivered is not lost.
+    // A failed `read` loses no interrupts.
     ring(SPARE_VECTOR)?;
     assert!(device.becomes_readable()?);
     fails(device.interrupts_to_nowhere(), Errno::FAULT);
@@ -81,7 +81,8 @@ pub(super) fn read_waits_and_a_signal_ends_it() -> Result<()> {
     ring(DOWN_VECTOR)?;
     polling.succeeds()?;
     assert_eq!(device.next_interrupts(1)?, [DOWN_VECTOR]);
-    // Killed; stopped for a moment, of which it sees nothing; interrupted.
+    // A sleeping reader can be killed. It sleeps on after a stop and continue. A signal with
+    // a handler interrupts it.
     let killed = reader()?;
     killed.wait_asleep()?;
     killed.kill(Signal::KILL)?;
@@ -103,11 +104,12 @@ pub(super) fn read_waits_and_a_signal_ends_it() -> Result<()> {
     interrupted.succeeds()
 }
 
-/// By `read`, `poll` and an eventfd.
+/// Checks `read`, `poll` and an eventfd at the same time.
 pub(super) fn last_interrupt_of_a_burst_is_always_delivered() -> Result<()> {
     let rounds = rounds(40, 200);
     let device = open(Region::Main)?;
-    // Tells each burst's end to the parent, once it has been woken after it.
+    // Starts a child that reports the number of each burst to the parent when it is woken after the
+    // end of that burst.
     let listener = |wait: fn(&Device, &OwnedFd) -> Result<()>| {
         child(|parent| {
             let own = open(Region::Main)?;
@@ -121,7 +123,7 @@ pub(super) fn last_interrupt_of_a_burst_is_always_delivered() -> Result<()> {
             let mut told = 0;
             while told < rounds {
                 wait(&own, &bell)?;
-                // The number of the burst that has ended.
+                // Number of the last burst that has ended.
                 let ended = map.read(0);
                 if ended > told {
                     told = ended;
@@ -144,7 +146,7 @@ pub(super) fn last_interrupt_of_a_burst_is_always_delivered() -> Result<()> {
         listener.wait_ready()?;
     }
     for round in 1..=rounds {
-        // 1 to 500 rings, after 0 to 2 ms, in no order that matters.
+        // Each burst has 1 to 500 rings and comes after 0 to 2 ms. Both are spread over the rounds.
         let times = (round * 7919) % 500 + 1;
         thread::sleep(Duration::from_micros(round * 104_729 % 2000));
         host::burst(Region::Main, UP_VECTOR, times, RAW, round)?;
@@ -158,8 +160,8 @@ pub(super) fn last_interrupt_of_a_burst_is_always_delivered() -> Result<()> {
     Ok(())
 }
 
-/// How often the device's interrupts have fired, by lines that bear the driver's name with the PCI function's address, or, since the kernel
-/// names an interrupt of virtio's by the device, the name of that.
+/// Counts the device's interrupts in `/proc/interrupts`. The lines of a PCI device have the address
+/// of the PCI function and the driver's name. A virtio device has one line with its own name.
 fn fired() -> Result<u64> {
     let virtio = virtio(Region::Main)?;
     let pci = Region::Main.facts().pci;
@@ -208,11 +210,12 @@ pub(super) fn interrupts_are_counted_for_each_file() -> Result<()> {
     ring_through(SPARE_VECTOR)?;
     assert_eq!(first.interrupts()?, [SPARE_VECTOR]);
     assert_eq!(second.interrupts()?, [UP_VECTOR, SPARE_VECTOR]);
-    // Of what fired before it was opened, a file does not hear.
+    // A file does not receive interrupts from before it was opened.
     let late = open_nonblocking(Region::Main)?;
     fails(late.interrupts(), Errno::AGAIN);
     assert_eq!(third.interrupts()?, [UP_VECTOR, SPARE_VECTOR]);
-    // With a claim, a file hears of vector 0 and its channel's; without, of all.
+    // A file with claims receives vector 0 and the vectors of its channels. A file without claims
+    // receives all vectors.
     first.claim(UP)?;
     for vector in 0..4 {
         ring_through(vector)?;
@@ -228,7 +231,7 @@ pub(super) fn claims_narrow_what_a_file_hears() -> Result<()> {
         open_nonblocking(Region::Main)?,
         open_nonblocking(Region::Main)?,
     );
-    // What it had heard of before, and has no part in, it does not hear of any more.
+    // A claim also removes pending interrupts of vectors that the file no longer receives.
     ring_through(SPARE_VECTOR)?;
     assert!(up.is_readable()?);
     up.claim(UP)?;
@@ -244,12 +247,12 @@ pub(super) fn claims_narrow_what_a_file_hears() -> Result<()> {
     for file in [&up, &down, &all] {
         assert_eq!(file.interrupts()?, [0]);
     }
-    // A claim that is refused narrows nothing.
+    // A refused claim does not change the vectors of a file.
     fails(all.claim(UP), Errno::BUSY);
     ring_through(SPARE_VECTOR)?;
     assert_eq!(all.interrupts()?, [SPARE_VECTOR]);
     assert!(!up.is_readable()?);
-    // With two claims, a file has the vectors of both.
+    // A file with two claims receives the vectors of both channels.
     drop(down);
     up.claim(DOWN)?;
     for vector in 1..4 {
@@ -272,7 +275,7 @@ pub(super) fn epoll_hears_of_vectors_claimed_later() -> Result<()> {
         let space = rustix::buffer::spare_capacity(&mut events);
         Ok(epoll::wait(&set, space, Some(&timeout))?)
     };
-    // A vector of another end is no event.
+    // A vector of another end is no event for the file.
     ring_through(DOWN_VECTOR)?;
     assert_eq!(count(now)?, 0);
     let sleeper = child(|parent| {
@@ -286,7 +289,7 @@ pub(super) fn epoll_hears_of_vectors_claimed_later() -> Result<()> {
     sleeper.succeeds()?;
     assert_eq!(device.next_interrupts(1)?, [DOWN_VECTOR]);
     assert_eq!(count(now)?, 0);
-    // Closed while it is in the set.
+    // Closing the file removes it from the epoll set.
     drop(device);
     assert_eq!(count(now)?, 0);
     Ok(())

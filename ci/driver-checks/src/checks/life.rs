@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The module: when it can go, and that it goes without a trace.
+//! Checks of the module's lifetime: when it can be unloaded, and that unloading leaves no trace.
 
 use anyhow::Result;
 use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
@@ -20,13 +20,13 @@ pub(super) fn module_stays_while_it_is_used() -> Result<()> {
     drop(device);
     fails(unload(), Errno::WOULDBLOCK);
     map.write(0, 1);
-    // Without a device, the file that the mapping keeps is still the module's.
+    // After an unbind the mapping still keeps its file open, and the file keeps the module.
     unbind(Region::Main)?;
     fails(unload(), Errno::WOULDBLOCK);
     bind(Region::Main)?;
     fails(unload(), Errno::WOULDBLOCK);
     drop(map);
-    // An `open` that fails after the driver's part of it keeps nothing.
+    // An `open` that fails after the driver's part of it does not keep the module.
     let direct = OFlags::RDONLY | OFlags::DIRECT;
     fails(
         Device::open_with(&node(Region::Main)?, direct),
@@ -43,8 +43,8 @@ pub(super) fn module_is_loaded_and_unloaded() -> Result<()> {
     for round in 1..=rounds(5, 25) {
         unload()?;
         assert!(bound()?.is_empty());
-        // Its 256 vectors take longer to set up and down than all the rest, so it is there in every fifth round. On the virtio
-        // bus they are one interrupt.
+        // The device with 256 vectors takes longer to bind and unbind than all others together, so
+        // it is bound in every fifth round only. On the virtio bus its vectors share one interrupt.
         let all = round % 5 == 0 || is_virtio(Region::Bus)?;
         if !is_virtio(Region::Bus)? {
             keep_from_drivers(Region::Bus, !all)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What can be mapped, how, and what becomes of a mapping.
+//! Checks of mappings of the region: permitted ranges and protections, and the life of a mapping.
 
 use std::fs;
 
@@ -21,7 +21,7 @@ use crate::process::{Ended, child, ends};
 
 const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
-/// Asserts that nothing of a device is mapped, as far as the driver knows.
+/// Asserts that the driver counts no mapping of a device.
 fn nothing_is_mapped(device: &Device) -> Result<()> {
     assert_eq!(device.info()?.granted, 0, "areas are miscounted");
     Ok(())
@@ -37,7 +37,7 @@ pub(super) fn stores_cross_both_ways() -> Result<()> {
         host::set_word(region, RAW + 16, 4711)?;
         assert_eq!(map.read(16), 4711);
     }
-    // All that can be mapped, from the first word to the last.
+    // Maps everything that can be mapped, from the first word to the last.
     let all = open(Region::Main)?.map(0, Region::Main.mappable())?;
     assert_eq!(all.read(0), MAGIC);
     let last = Region::Main.mappable() - 8;
@@ -52,7 +52,7 @@ pub(super) fn mappings_are_noncached_and_say_so() -> Result<()> {
     let first = device.map(0, PAGE)?;
     assert_eq!(device.info()?.granted, CacheMode::UncachedMinus as u32);
     let second = device.map(RAW, 4 * PAGE)?;
-    // What the kernel itself says of it.
+    // The kernel's own list has the mapping with that mode.
     let start = device.info()?.region_address + RAW;
     let entry = format!(
         "PAT: [mem {start:#018x}-{:#018x}] uncached-minus",
@@ -71,16 +71,16 @@ pub(super) fn mmap_refuses_the_drivers_page() -> Result<()> {
         let device = open(region)?;
         let mappable = region.mappable();
         assert_eq!(device.info()?.mappable_size, mappable);
-        // Each driver's page: on a bus there are several, and the VM's own is not the last.
+        // Tries the page of each driver. A bus has several, and the VM's own page is not the last.
         for slot in 0..u64::from(region.facts().slots) {
             fails(device.map(mappable + slot * PAGE, PAGE), Errno::INVAL);
         }
-        // All of them, across their start, and with the whole region.
+        // Tries all drivers' pages together, across their start, and with the whole region.
         let size = region.facts().size;
         fails(device.map(mappable, size - mappable), Errno::INVAL);
         fails(device.map(mappable - PAGE, 2 * PAGE), Errno::INVAL);
         fails(device.map(0, size), Errno::INVAL);
-        // Nor does a mapping grow into it.
+        // A mapping cannot grow into the drivers' pages.
         let mut last = device.map(mappable - PAGE, PAGE)?;
         fails(last.grow(2 * PAGE), Errno::FAULT);
     }
@@ -104,7 +104,7 @@ pub(super) fn mmap_refuses_what_is_private_executable_or_outside() -> Result<()>
             Errno::INVAL,
         );
     }
-    // Nor later.
+    // A mapping cannot become executable later.
     fails(
         device
             .map(RAW, PAGE)?
@@ -121,7 +121,7 @@ pub(super) fn mmap_refuses_what_is_private_executable_or_outside() -> Result<()>
     for (offset, length) in outside {
         fails(device.map(offset, length), Errno::INVAL);
     }
-    // Its end would be the largest offset that there is: the kernel itself refuses that.
+    // The mapping would end at the largest offset that there is. The kernel itself refuses that.
     fails(
         device.map(u64::MAX - 2 * PAGE + 1, 2 * PAGE),
         Errno::OVERFLOW,
@@ -143,11 +143,11 @@ pub(super) fn read_only_file_gets_read_only_mappings() -> Result<()> {
     );
     assert_eq!(ends(|| map.write(0, 1))?, Ended::By(Signal::SEGV));
     assert_eq!(host::word(Region::Main, RAW)?, 99);
-    // Nor does it claim or ring.
+    // A file that is open for reading only cannot claim or ring.
     fails(device.claim(UP), Errno::BADF);
     fails(device.ring(Region::Main.host(), 0), Errno::BADF);
     device.info()?;
-    // A file open for writing alone has no mapping, as no file has; and it can ring.
+    // A file that is open for writing alone can ring, but the kernel refuses to map any such file.
     let writer = open_with(Region::Main, OFlags::WRONLY)?;
     fails(writer.map(RAW, PAGE), Errno::ACCESS);
     writer.ring(Region::Main.host(), 0)?;
@@ -168,7 +168,7 @@ pub(super) fn mappings_survive_fork_split_and_move() -> Result<()> {
     .succeeds()?;
     assert_eq!(host::word(Region::Main, RAW)?, 0xf0);
     assert_eq!(host::word(Region::Main, RAW + 8)?, 0xf1);
-    // The second page goes. What is behind moves, and can shrink by that, but not grow.
+    // Unmaps the second page, and moves the rest to a smaller range. The rest cannot grow again.
     let (first, rest) = map.split(PAGE);
     let (second, rest) = rest.split(PAGE);
     drop(second);
@@ -197,7 +197,7 @@ pub(super) fn mappings_are_not_taken_for_the_kernels_memory() -> Result<()> {
         Advice::WillNeed,
         Advice::DontNeed,
     ] {
-        // What it answers is its own affair.
+        // Ignores the result, because only the effect on the mapping matters.
         let _ = rustix::fs::fadvise(&device, 0, None, advice);
     }
     fs::read_to_string("/proc/self/smaps")?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The checks, by topic. Each leaves the driver loaded, and nothing of it open.
+//! The checks, by topic. After each check the driver is loaded, and no file of it is open.
 
 mod buffer;
 mod cache;
@@ -21,10 +21,10 @@ mod sleep;
 
 use anyhow::Result;
 
-/// A check: an error or a panic is its failure.
+/// A check. It fails by an error or a panic.
 pub type Check = fn() -> Result<()>;
 
-/// A topic: its name, and its checks with theirs.
+/// A topic: its name, and its checks by name.
 pub type Topic = (&'static str, &'static [(&'static str, Check)]);
 
 macro_rules! checks {
@@ -33,7 +33,7 @@ macro_rules! checks {
     };
 }
 
-/// All checks by topic, in the order in which they are best run: what is simple first.
+/// All checks by topic, in the order in which they should run: simple ones first.
 pub const TOPICS: &[Topic] = checks! {
     "devices", devices:
         nodes_are_numbered_and_private_to_root
@@ -127,9 +127,9 @@ pub const TOPICS: &[Topic] = checks! {
         system_suspends_to_memory_under_its_users;
 };
 
-/// Those of [`TOPICS`] for which the VM has the devices of all regions. For the others it has that
-/// of [`Region::Main`](crate::Region::Main) alone: it takes a second less to set up, half of it for
-/// the 256 vectors of [`Region::Bus`](crate::Region::Bus).
+/// Names of the checks whose VM needs the devices of all regions. The VM of other checks has the
+/// device of [`Region::Main`](crate::Region::Main) alone. Its setup is a second shorter, and half
+/// of that is due to the 256 vectors of [`Region::Bus`](crate::Region::Bus).
 pub const WITH_ALL_DEVICES: &[&str] = &[
     "nodes_are_numbered_and_private_to_root",
     "foreign_memory_is_declined",
@@ -157,24 +157,26 @@ pub const WITH_ALL_DEVICES: &[&str] = &[
     "memory_of_a_device_is_small",
 ];
 
-/// Those of [`TOPICS`] that are about nothing but a device that is pulled out of the running VM.
-/// QEMU 11.1 ends itself when that is one of vfio-user with MSI-X, whoever serves it; that it can
-/// at least be plugged in is checked by `device_of_vfio_user_is_plugged_in_and_not_out`.
+/// Names of the checks that only unplug a device from the running VM. QEMU 11.1 ends itself when a
+/// vfio-user device with MSI-X is unplugged, whichever server it has, so these checks do not run
+/// over vfio-user. The test `device_of_vfio_user_is_plugged_in_and_not_out` shows that such a
+/// device can at least be plugged in.
 pub const UNPLUGGING: &[&str] = &["hot_plugged_device_comes_and_goes"];
 
-/// Those of [`TOPICS`] that need a machine which sleeps in ACPI's S3 any number of times. SeaBIOS
-/// 1.17 lets one that is a q35 do so once (`docs/driver.md`, section 8).
+/// Names of the checks that need a machine which can suspend to ACPI's S3 any number of times. With
+/// SeaBIOS 1.17 a q35 machine can do so once (`docs/driver.md`, section 8).
 pub const SLEEPING: &[&str] = &["system_suspends_to_memory_under_its_users"];
 
-/// Those of [`TOPICS`] that ring while the broker is stopped. Over vfio-user each doorbell is a
-/// message to it, for whose answer QEMU waits 5 s.
+/// Names of the checks that ring while the broker is stopped. They do not run over vfio-user, where
+/// each doorbell is a message to the broker and QEMU waits 5 s for the reply.
 pub const PAUSING: &[&str] = &[
     "doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them",
     "doorbells_are_read_before_the_device_is_given_back",
 ];
 
-/// Those of [`TOPICS`] that are also run in a VM with an IOMMU: of what that is in between, DMA and
-/// interrupts, and of a device that comes and goes, with which its mappings do.
+/// Names of the checks that also run in a VM with an IOMMU. They cover everything that passes
+/// through the IOMMU, namely DMA and interrupts, and devices whose IOMMU mappings come and go with
+/// them.
 pub const BEHIND_AN_IOMMU: &[&str] = &[
     "stores_cross_both_ways",
     "buffers_of_other_sizes_and_for_readers_are_refused",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the driver writes into its page of the region, and whom it rings for it.
+//! Checks of the driver's page of the region: the words that the driver writes, and the peers that
+//! it rings for that.
 
 use std::thread;
 
@@ -13,14 +14,14 @@ use crate::binding::{bind, open, unbind};
 use crate::device::{DOWN, SIDE, UP, UP1};
 use crate::{host, module};
 
-/// The peer that is told.
+/// Peer that is rung when a claim changes.
 const HOST: u32 = Region::Main.host();
 
 pub(super) fn epoch_is_new_at_every_probe() -> Result<()> {
     let mut last = host::epoch(Region::Main)?;
     assert_eq!(last % 2, 1);
-    // What the driver finds at a probe, if not what it left, and by how much the new epoch is higher. Odd is what a
-    // driver leaves that came to no end.
+    // Pairs of the epoch that the driver finds at a probe (`None`: the one that it left), and the
+    // difference to the new epoch. An odd epoch was left by a driver that did not end properly.
     for (found, step) in [
         (None, 2),
         (None, 2),
@@ -52,7 +53,8 @@ pub(super) fn epoch_is_new_at_every_probe() -> Result<()> {
     Ok(())
 }
 
-/// Asserts that a peer is told so often, as soon as the doorbells are there: over vhost-user they are forwarded.
+/// Asserts that vector 0 of a peer was rung `times` times. Waits for the rings, because vhost-user
+/// forwards doorbells.
 fn is_told(region: Region, peer: u32, times: u64) -> Result<()> {
     let told = match times {
         0 => host::rings(region, peer, 0)?,
@@ -74,22 +76,22 @@ pub(super) fn holder_words_follow_the_claims() -> Result<()> {
     assert_eq!(first.1, std::process::id());
     assert_eq!(host::holder(Region::Main, DOWN)?, (0, 0));
     told(1)?;
-    // Again changes nothing.
+    // Claiming the same end again changes nothing.
     device.claim(UP)?;
     assert_eq!(holder()?, first);
     told(0)?;
     drop(device);
     assert_eq!(holder()?, (0, 0));
     told(1)?;
-    // Every claim has a number of its own.
+    // Every claim has a new number.
     open(Region::Main)?.claim(UP)?;
     let device = open(Region::Main)?;
     device.claim(UP)?;
     assert_ne!(holder()?.0, first.0);
-    // A thread claims for its process.
+    // A claim made by a thread belongs to the thread's process.
     thread::scope(|scope| scope.spawn(|| device.claim(DOWN)).join().expect("a claim"))?;
     assert_eq!(host::holder(Region::Main, DOWN)?.1, std::process::id());
-    // Who is rung is who has the other end: of `side` that is slot 0.
+    // The driver rings the peer that has the other end. For `side` that is slot 0.
     let (slot, host) = (0, Region::Bus.host());
     let told = |peer, times| is_told(Region::Bus, peer, times);
     let bus = open(Region::Bus)?;
@@ -125,11 +127,11 @@ pub(super) fn unbind_clears_the_driver_page() -> Result<()> {
     assert_eq!(host::epoch(Region::Main)?, epoch + 1);
     assert_eq!(holder_words()?, nobody);
     host::wait_for_rings(Region::Main, HOST, 0)?;
-    // The file that is still open has nothing to say any more.
+    // Closing the old file writes nothing and rings nobody.
     drop(device);
     assert_eq!(host::epoch(Region::Main)?, epoch + 1);
     assert_eq!(host::rings(Region::Main, HOST, 0)?, 0);
-    // Whatever stood there meanwhile goes with the next probe.
+    // The next probe clears holder words that were written in the meantime.
     let last = Claim {
         channel: MAX_CHANNELS as u32 - 1,
         end: End::Consumer as u32,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A device that goes while many processes are busy with it, over and over.
+//! Checks of races: a device goes while many processes use it, again and again.
 
 use std::fs;
 use std::thread;
@@ -20,7 +20,7 @@ use crate::host;
 use crate::module::{self, load, unload};
 use crate::process::{Child, Ended, Parent, child, ends};
 
-/// Waits until all are at work, and some more; then takes the device from them.
+/// Waits until all children are at work, waits for `after`, and then unbinds the device.
 fn unbind_from(children: &[Child], after: Duration) -> Result<()> {
     for child in children {
         child.wait_ready()?;
@@ -55,11 +55,12 @@ pub(super) fn unbind_races_mmap_and_fork() -> Result<()> {
     host::show(format!("{alive} mappings lived when their device went"))
 }
 
-/// Maps until the device is gone, tells how many mappings there are then, and that each is dead.
+/// Maps pages until the device is gone. Reports to the parent how many mappings are left then, and
+/// asserts that each of them is dead.
 fn map_until_gone(parent: &Parent, forks: bool) -> Result<()> {
     let device = open(Region::Main)?;
     parent.tell_ready()?;
-    // Every eighth mapping is kept, and the last one, which was the nearest to the unbind.
+    // Keeps every eighth mapping and the last one, which was made closest to the unbind.
     let mut kept = Vec::new();
     for turn in 0.. {
         let map = match device.map(RAW, (1 + turn % 64) * PAGE) {
@@ -122,7 +123,7 @@ pub(super) fn unbind_races_claims_and_doorbells() -> Result<()> {
         for child in children {
             child.succeeds()?;
         }
-        // Whoever came last has left nothing.
+        // No call of a child has changed the driver's page after the unbind.
         assert_eq!(host::epoch(Region::Main)? % 2, 0);
         assert_eq!(host::holder(Region::Main, UP)?, (0, 0));
         assert_eq!(host::holder(Region::Main, DOWN)?, (0, 0));
@@ -141,7 +142,7 @@ pub(super) fn interrupt_storm_races_open_claim_and_close() -> Result<()> {
                 child(|parent| {
                     let mut heard = 0;
                     while let Ok(device) = Device::open(&node) {
-                        // Who comes second hears of all vectors.
+                        // The claim fails for the second process. Its file receives all vectors.
                         let _ = device.claim(end);
                         for _ in 0..5 {
                             if device.poll(SOON)? != PollFlags::IN {
@@ -168,23 +169,25 @@ pub(super) fn interrupt_storm_races_open_claim_and_close() -> Result<()> {
         for child in children {
             child.succeeds()?;
         }
-        // The device is bound into the storm, too.
+        // The device is bound again during the storm.
         bind(Region::Main)?;
         host::calm()?;
     }
     Ok(())
 }
 
-/// Of a virtio device: the driver lets go of it before it is reset, and takes its time if it has to wait for the broker.
+/// Resets a virtio device by its PCI function. The driver releases the device before the reset, and
+/// waits for the broker first if there are unread doorbells.
 pub(super) fn reset_of_a_virtio_device_races_unbind_and_unload() -> Result<()> {
     if !is_virtio(Region::Bus)? {
         return Ok(());
     }
     for unloads in [false, true] {
         let node = node(Region::Bus)?;
-        // Nobody has it open when the driver is unloaded.
+        // Closes the file, because an open file keeps the module from being unloaded.
         drop(ring_all_in_vain()?);
-        // The driver waits 3 s for the broker. QEMU then stops the guest, so this check asks for the broker's return before.
+        // The driver waits 3 s for the broker, and then QEMU stops the guest. So the check asks
+        // beforehand for the broker to continue.
         host::go_on(Region::Bus, if unloads { 20_000 } else { 1000 })?;
         let resetter = child(|_| Ok(fs::write(attribute(Region::Bus, "reset"), "1")?))?;
         eventually("the driver lets go", || Ok(!node.exists()))?;
@@ -195,7 +198,7 @@ pub(super) fn reset_of_a_virtio_device_races_unbind_and_unload() -> Result<()> {
             unload()?;
             load()?;
         } else {
-            // Waits until the driver has let go.
+            // `unbind` returns when the driver has released the device.
             unbind(Region::Bus)?;
             resetter.succeeds()?;
             bind(Region::Bus)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A device that goes while it is used: unbound, removed, pulled out.
+//! Checks of removal: a device in use is unbound, removed from the bus, or unplugged.
 
 use std::fs;
 use std::path::Path;
@@ -20,7 +20,7 @@ use crate::process::{Child, Ended, child, ends};
 
 const SECOND_NODE: &str = "/tmp/barlink";
 
-/// Asserts that every call on a file says that the device is gone.
+/// Asserts that every call on a file reports that the device is gone.
 fn is_dead(device: &Device) -> Result<()> {
     fails(device.info(), Errno::NODEV);
     fails(device.claim(UP), Errno::NODEV);
@@ -32,7 +32,7 @@ fn is_dead(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Sleeps in `read` until the device is gone.
+/// Starts a child that sleeps in `read` until the device is gone.
 fn reader(node: &Path) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
@@ -42,7 +42,7 @@ fn reader(node: &Path) -> Result<Child> {
     })
 }
 
-/// Sleeps in `poll` until the device is gone.
+/// Starts a child that sleeps in `poll` until the device is gone.
 fn poller(node: &Path) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
@@ -52,7 +52,8 @@ fn poller(node: &Path) -> Result<Child> {
     })
 }
 
-/// Sleeps in `epoll_wait` until the device is gone, without having asked for anything.
+/// Starts a child that sleeps in `epoll_wait` until the device is gone. It asks for no events,
+/// because the kernel always reports a hang-up and an error.
 fn epoller(node: &Path) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
@@ -73,7 +74,7 @@ fn epoller(node: &Path) -> Result<Child> {
     })
 }
 
-/// Maps, closes the file, and touches the mapping once the device is gone.
+/// Starts a child that maps, closes the file, and calls `touch` once the device is gone.
 fn toucher(node: &Path, touch: fn(&crate::calls::Mapping)) -> Result<Child> {
     child(|parent| {
         let map = Device::open(node)?.map(RAW, 16 * PAGE)?;
@@ -140,7 +141,7 @@ pub(super) fn file_of_a_removed_device_stays_dead() -> Result<()> {
     new.claim(UP)?;
     let holder = host::holder(Region::Main, UP)?;
     assert_eq!(holder.1, std::process::id());
-    // Its end is none to the device that came after it.
+    // Closing the old file does not end the claim of the new device.
     drop(old);
     assert_eq!(host::holder(Region::Main, UP)?, holder);
     fails(open(Region::Main)?.claim(UP), Errno::BUSY);
@@ -173,7 +174,7 @@ pub(super) fn hot_plugged_device_comes_and_goes() -> Result<()> {
         let device = open(Region::Plugged)?;
         let info = device.info()?;
         assert_eq!(info.region_size, Region::Plugged.facts().size);
-        // It is the same memory at every time.
+        // The memory is the same in both rounds, so the epoch counts on.
         assert_eq!(info.epoch, 2 * round - 1);
         let map = device.map(RAW, PAGE)?;
         map.write(0, round);

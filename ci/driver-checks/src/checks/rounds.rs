@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A device goes and comes back, each way, under processes that use it through two nodes: a few times, or a hundred.
+//! Checks that repeat: a device goes and comes back in each way, under processes that use it
+//! through two nodes. `cargo xtask test` does a few rounds, `cargo xtask soak` a hundred.
 
 use std::fmt::Display;
 use std::fs;
@@ -27,19 +28,20 @@ const ROUNDS: usize = 100;
 /// Rounds between two counts of the kernel's objects.
 const COUNT: usize = 20;
 
-/// Rounds of each kind in `cargo xtask test`, where the kernel's objects are not counted: so few rounds say nothing of what grows.
+/// Rounds of each way in `cargo xtask test`. The kernel's objects are not counted there, because so
+/// few rounds show no growth.
 const FEW: usize = 2;
 
-/// How a device goes.
+/// A way in which a device goes and comes back.
 #[derive(Clone, Copy, Debug)]
 enum Way {
-    /// It is taken from the driver.
+    /// The device is unbound from the driver, and bound again.
     Unbound,
-    /// The kernel forgets it, and finds it again.
+    /// The device is removed from the PCI bus, and found again by a rescan.
     Removed,
-    /// It is taken from the driver, which is unloaded and loaded.
+    /// The device is unbound, and the module is unloaded and loaded.
     Unloaded,
-    /// It is pulled out of the VM, and plugged in again.
+    /// The device is unplugged from the VM, and plugged in again.
     Unplugged,
 }
 
@@ -66,7 +68,8 @@ impl Way {
     }
 }
 
-/// Maps through this node, touches and calls, until it ends: well, when a call says that the device is gone, or by SIGBUS.
+/// Starts a child that maps through this node and writes to the mapping, and also calls if `calls`.
+/// The child ends well when a call reports that the device is gone, or by SIGBUS.
 fn user(node: &Path, calls: bool) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
@@ -82,7 +85,7 @@ fn user(node: &Path, calls: bool) -> Result<Child> {
     })
 }
 
-/// Processes that touch, two of which call, too, half of them by a second node.
+/// Starts four processes that use the device: each node has one that calls and one that does not.
 fn users() -> Result<Vec<Child>> {
     let (first, second) = (node(Region::Main)?, Path::new("/tmp/barlink-again"));
     make_second_node(&first, second)?;
@@ -100,7 +103,8 @@ fn users() -> Result<Vec<Child>> {
     Ok(users)
 }
 
-/// A round: a device goes this way under its users, each of which ends as it is told, and comes back.
+/// Does one round: the device goes this way, its users end by the call's error or by SIGBUS, and
+/// the device comes back.
 fn go_and_come_back(way: Way) -> Result<()> {
     let users = users()?;
     way.go()?;
@@ -117,8 +121,8 @@ pub(super) fn device_comes_and_goes_under_its_users() -> Result<()> {
     if host::unplugs()? {
         ways.push(Way::Unplugged);
     }
-    // In as many hundreds as there are ways, each judged by itself: the more often objects are counted, the sooner a count of them is
-    // low by chance, and hides what grows.
+    // Runs one series per way in `cargo xtask soak`, and judges each by itself. One series with
+    // more counts would more often have a count that is low by chance, and would so hide growth.
     let mut turns = ways.iter().cycle();
     for _ in 0..rounds(1, ways.len()) {
         many_times(format!("{ways:?}"), ways.len(), |_| {
@@ -129,9 +133,12 @@ pub(super) fn device_comes_and_goes_under_its_users() -> Result<()> {
     Ok(())
 }
 
-/// Does the rounds of this tier, of so many kinds by turns. An error if the kernel has complained after one, or, in a hundred rounds, if
-/// there is a kind of object in its memory of which there are more whenever they are counted: as many as a kind of round leaves that leaves
-/// one, but for a fifth, since what a processor keeps at hand goes up and down.
+/// Runs the rounds of this tier, with `kinds` kinds of rounds in turn.
+///
+/// A complaint in the kernel log after a round is an error. In `cargo xtask soak` it is also an
+/// error if the objects of some kind grow at every count by as many as one leak in each round of
+/// one kind would add. A fifth is taken off that limit, because the objects that processors cache
+/// go up and down.
 pub(super) fn many_times(
     what: impl Display,
     kinds: usize,
@@ -145,7 +152,8 @@ pub(super) fn many_times(
         let done = round(number).and_then(|()| module::check_log());
         done.with_context(|| format!("round {number}"))?;
         if is_counted_after(number) {
-            // By this the kernel frees ranges of addresses at which it has unmapped something, of which it keeps many otherwise.
+            // Unloading makes the kernel free unmapped address ranges, which it keeps for a while
+            // otherwise.
             unload()?;
             load()?;
             counts.push(objects::count()?);
@@ -167,8 +175,8 @@ pub(super) fn many_times(
     Ok(())
 }
 
-/// Whether the kernel's objects are counted after this round, for which no file may be open. What the kernel keeps at hand, it has by the
-/// first time.
+/// Returns whether the kernel's objects are counted after this round. No file may be open then. The
+/// kernel's caches are full by the first count.
 pub(super) const fn is_counted_after(round: usize) -> bool {
     (round + 1).is_multiple_of(COUNT)
 }

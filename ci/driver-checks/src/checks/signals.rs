@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Eventfds that are written for interrupts.
+//! Checks of eventfds that the driver writes for interrupts.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -18,7 +18,7 @@ fn new() -> Result<OwnedFd> {
     Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
 }
 
-/// Waits until an eventfd is written, and gives how often it was.
+/// Waits until an eventfd is written, and returns its count.
 fn heard(bell: &OwnedFd) -> Result<u64> {
     let soon = Timespec::try_from(SOON)?;
     let count = rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&soon))?;
@@ -28,7 +28,7 @@ fn heard(bell: &OwnedFd) -> Result<u64> {
     Ok(u64::from_ne_bytes(count))
 }
 
-/// Whether an eventfd was not written since the last read.
+/// Returns whether an eventfd was not written since the last read.
 fn is_silent(bell: &OwnedFd) -> Result<bool> {
     Ok(rustix::io::read(bell, &mut [0; 8]) == Err(Errno::AGAIN))
 }
@@ -52,9 +52,9 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     assert!(heard(&down)? >= 1);
     host::ring_through(Region::Main, SPARE_VECTOR)?;
     assert!(is_silent(&up)? && is_silent(&down)?);
-    // The file itself hears of all of it, as ever.
+    // The file itself receives all interrupts, with or without eventfds.
     assert_eq!(device.interrupts()?, [UP_VECTOR, DOWN_VECTOR, SPARE_VECTOR]);
-    // Another in its place, none, and the same for two.
+    // An eventfd can be replaced, removed, and set for two vectors.
     let other = new()?;
     set(&device, UP_VECTOR, &other)?;
     host::ring_through(Region::Main, UP_VECTOR)?;
@@ -69,7 +69,7 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     assert!(is_silent(&other)?);
     host::ring_through(Region::Main, SPARE_VECTOR)?;
     assert!(heard(&other)? >= 1);
-    // A claim changes nothing about it, and the file's end ends it.
+    // A claim does not change the eventfds. Closing the file removes them.
     device.claim(UP)?;
     host::ring_through(Region::Main, DOWN_VECTOR)?;
     assert!(heard(&down)? >= 1);
@@ -96,16 +96,16 @@ pub(super) fn what_is_no_eventfd_is_refused() -> Result<()> {
     fails(signal(0), Errno::INVAL);
     fails(device.ioctl_on_null(EVENTFD), Errno::FAULT);
     fails(set(&open(Region::Plain)?, 0, &bell), Errno::INVAL);
-    // What was refused has changed nothing.
+    // Refused calls have changed nothing.
     set(&device, 0, &bell)?;
     fails(signal(9999), Errno::BADF);
-    // Nor is what is negative none, but for -1.
+    // Of the negative numbers only -1 removes the eventfd.
     for descriptor in [-2, i32::MIN] {
         fails(signal(descriptor), Errno::BADF);
     }
     host::ring(Region::Main, 0)?;
     assert!(heard(&bell)? >= 1);
-    // One that is full, and beyond.
+    // A count at its maximum stays there.
     rustix::io::write(&bell, &(u64::MAX - 1).to_ne_bytes())?;
     host::ring_times(Region::Main, 0, 3)?;
     host::ring_through(Region::Main, 0)?;
@@ -117,7 +117,7 @@ pub(super) fn eventfd_tells_that_the_device_goes() -> Result<()> {
     let device = open(Region::Main)?;
     let (bell, closed) = (new()?, new()?);
     set(&device, UP_VECTOR, &bell)?;
-    // Only the driver has that one any more.
+    // Only the driver has this eventfd from here on.
     set(&device, DOWN_VECTOR, &closed)?;
     drop(closed);
     unbind(Region::Main)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Suspend and resume, while processes have files open and memory mapped.
+//! Checks of suspend and resume, while processes have files open and memory mapped.
 
 use std::fs;
 use std::path::Path;
@@ -18,11 +18,12 @@ use crate::host;
 use crate::module;
 use crate::process::{Child, child};
 
-/// Suspends the system to memory (ACPI's S3), until the host wakes it: the machine is reset, and its firmware goes on where the kernel
-/// was. On a q35 once in a VM's life: QEMU's firmware leaves it without ACPI's registers (`docs/driver.md`, section 8).
+/// Suspends the system to memory (ACPI's S3) until the host wakes it. The machine is reset then,
+/// and its firmware returns to the kernel. A q35 can do so once in a VM's life, because QEMU's
+/// firmware loses ACPI's registers (`docs/driver.md`, section 8).
 ///
-/// If there are several processors, no device with 256 vectors may be bound, where each is an interrupt: one cannot take them all,
-/// while the others are off.
+/// If there are several processors, no device with 256 interrupts may be bound: the boot processor
+/// cannot take all of them while the others are off.
 fn suspend() -> Result<()> {
     fs::write("/sys/power/mem_sleep", "deep")?;
     host::wake()?;
@@ -32,8 +33,9 @@ fn suspend() -> Result<()> {
 }
 
 fn rebind_ports() -> Result<()> {
-    // The kernel asks whether the host has the agent's port open when it cannot hear the answer yet (`virtcons_restore`), and takes it
-    // for closed ever after, unless it looks at it anew.
+    // On resume the kernel asks the host whether the agent's port is open (`virtcons_restore`), but
+    // cannot receive the answer yet and takes the port for closed. Binding the driver again makes
+    // it ask once more.
     const PORTS: &str = "/sys/bus/virtio/drivers/virtio_console";
     for entry in fs::read_dir(PORTS)? {
         let name = entry?.file_name();
@@ -53,14 +55,14 @@ pub(super) fn hibernation_is_refused() -> Result<()> {
     rebind_ports()?;
     let error = refused.err().context("it is not")?;
     assert_eq!(Errno::from_io_error(&error), Some(Errno::BUSY));
-    // By the driver, and nothing has changed.
+    // The driver itself has refused (-16 is `EBUSY`), and the device still works.
     ensure!(module::log()?.contains("failed to freeze: error -16"));
     device.info()?;
     Ok(())
 }
 
-/// Suspends the system to idle, until the host presses a key: processes and devices are suspended as by [`suspend`], but the machine
-/// stays on.
+/// Suspends the system to idle until the host presses a key. Processes and devices are suspended as
+/// by [`suspend`], but the machine stays on.
 fn idle() -> Result<()> {
     const KEYBOARD: &str = "/sys/devices/platform/i8042/serio0/power/wakeup";
     fs::write(KEYBOARD, "enabled").context("no key wakes it")?;
@@ -71,14 +73,15 @@ fn idle() -> Result<()> {
     slept.context("the system does not suspend to idle")
 }
 
-/// Maps through this node, touches and calls, and nothing fails. Whenever its parent asks, it answers that it goes on.
+/// Starts a child that maps through this node, and then uses the mapping and calls the driver
+/// without an error. Whenever the parent tells it to go on, it reports that it is ready.
 fn user(node: &Path) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
         let map = device.map(RAW, 16 * PAGE)?;
         parent.tell_ready()?;
         loop {
-            // Not in the first page, in which its parent writes.
+            // Leaves the first page alone, because the parent writes there.
             map.write(8 * PAGE, 1);
             map.read(15 * PAGE);
             device.info()?;
@@ -91,28 +94,29 @@ fn user(node: &Path) -> Result<Child> {
     })
 }
 
-/// Sleeps in `read`, over and over, and tells whenever it begins to.
+/// Starts a child that sleeps in `read` again and again, and reports each time before it does.
 fn sleeper(node: &Path) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
         device.claim(DOWN)?;
         loop {
             parent.tell_ready()?;
-            // Nobody rings this. But of what came during a suspend nothing is known; so it hears of all.
+            // `DOWN_VECTOR` is never rung. After a suspend the driver reports all vectors, because
+            // interrupts may have been lost meanwhile.
             ensure!(device.interrupts()?.contains(&DOWN_VECTOR));
         }
     })
 }
 
-/// Processes that use the device, by two nodes, when the system is suspended: this one, too.
+/// Processes that use the device through two nodes during a suspend. This process is one of them.
 struct Users {
     users: Vec<Child>,
     sleeper: Child,
     device: Device,
     map: Mapping,
-    /// The holder word of what this process has claimed.
+    /// Holder word of the end that this process has claimed: the claim's number and the process ID.
     holder: (u32, u32),
-    /// Suspends so far.
+    /// Number of suspends so far.
     times: u64,
 }
 
@@ -137,9 +141,10 @@ impl Users {
         })
     }
 
-    /// Suspends the system, which resumes, and asserts that all is as before. Gives the epochs before and after.
+    /// Suspends the system, and asserts that everything works after the resume. Returns the epochs
+    /// before and after.
     fn sleep(&mut self, suspend: fn() -> Result<()>) -> Result<[u64; 2]> {
-        // Also from the last time.
+        // Waits until the sleeper sleeps, again if it was woken by an earlier suspend.
         self.sleeper.wait_asleep()?;
         self.times += 1;
         let Self {
@@ -150,19 +155,19 @@ impl Users {
         suspend()?;
         self.users.iter().try_for_each(Child::go_on)?;
         self.users.iter().try_for_each(Child::wait_ready)?;
-        // The memory is there, and is the host's.
+        // The memory is still mapped, and still shared with the host.
         assert_eq!(map.read(0), *times);
         host::set_word(Region::Main, RAW, !*times)?;
         assert_eq!(map.read(0), !*times);
         map.write(8, *times);
         assert_eq!(host::word(Region::Main, RAW + 8)?, *times);
-        // The claim stands, in this epoch or in a new one.
+        // The claim still holds, in the same epoch or in a new one.
         let now = device.info()?.epoch;
         assert_eq!(host::epoch(Region::Main)?, now);
         ensure!(now % 2 == 1 && now >= before, "epoch {now} after {before}");
         assert_eq!(host::holder(Region::Main, UP)?, self.holder);
         fails(open(Region::Main)?.claim(UP), Errno::BUSY);
-        // Doorbells and interrupts come through.
+        // Doorbells and interrupts arrive.
         let host_peer = Region::Main.host();
         host::rings(Region::Main, host_peer, SPARE_VECTOR)?;
         device.ring(host_peer, SPARE_VECTOR)?;
@@ -177,7 +182,7 @@ impl Users {
     }
 }
 
-/// Suspends so often, and judges the epochs before and after.
+/// Suspends for the rounds of this tier, and judges the epochs before and after each suspend.
 fn suspend_many_times(
     told: &str,
     suspend: fn() -> Result<()>,
@@ -196,7 +201,7 @@ fn suspend_many_times(
 }
 
 pub(super) fn system_suspends_to_idle_under_its_users() -> Result<()> {
-    // The machine stays on: of the devices those of virtio alone are reset, by their driver.
+    // The machine stays on. Only virtio devices are reset, by their driver.
     let is_reset = is_virtio(Region::Main)?;
     suspend_many_times("suspend to idle", idle, |before, now| {
         ensure!(is_reset == (now > before), "epoch {now} after {before}");
@@ -215,7 +220,8 @@ pub(super) fn suspend_leaves_files_and_mappings_as_they_are() -> Result<()> {
     host::show(format!("suspended: epoch {epoch}, then {now}"))
 }
 
-/// Of virtio, whose driver lets go of a device that is reset by its PCI function. It is the driver's still, which has nothing to restore.
+/// Suspends with a virtio device that was reset by its PCI function. The driver has released such a
+/// device but is still bound to it, and has nothing to restore on resume.
 pub(super) fn device_that_was_reset_is_gone_after_a_suspend_and_comes_back() -> Result<()> {
     if !is_virtio(Region::Main)? {
         return Ok(());

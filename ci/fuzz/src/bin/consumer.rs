@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A consumer whose producer writes what it likes, when it likes.
+//! Fuzzes a consumer whose producer writes any words at any time.
 #![no_main]
 
 use std::fs::File;
@@ -15,7 +15,7 @@ use barlink_fuzz::memory::Memory;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
-/// Looks at the memory that any one call may take.
+/// Limit of looks at the memory in one call.
 const LOOKS: u64 = 16;
 
 #[derive(Arbitrary, Debug)]
@@ -66,11 +66,11 @@ fuzz_target!(|input: Input| {
                 });
                 let header = end.record().map(|record| *record.header());
                 assert!(found.is_none() || found == header, "a record changed");
-                // An app that goes on after an error is no worse off for it.
+                // An app that goes on after an error must come to no harm.
                 assert_eq!(polled.unwrap_or(false), header.is_some());
                 found = header;
                 if let Some(record) = end.record() {
-                    // All of it is there.
+                    // All bytes of the record can be copied.
                     let mut bytes = vec![0; record.length()];
                     memory.within(LOOKS, || record.copy_to(0, &mut bytes));
                 }
@@ -118,14 +118,14 @@ fuzz_target!(|input: Input| {
     check_outside(&memory);
 });
 
-/// A record that was shown can have been one.
+/// Checks that a record that was shown is possible.
 fn check(header: Header) {
     let max = Capacity::of(&LAYOUT.channels()[0]).max_record();
     assert!(header.length <= max);
     assert!(header.kind != Kind(0) && header.kind != Kind(u16::MAX));
 }
 
-/// Where a consumer stands that has just released a record, which is further than before.
+/// Returns the cursor of a consumer that has just released a record. Checks that it has advanced.
 fn advanced(memory: &Memory, before: Option<u64>) -> u64 {
     let now = memory
         .words()

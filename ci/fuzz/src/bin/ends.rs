@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Ends that wait, while the other side writes what it likes: to the channel, and to the words that tell who is there.
-//! Whatever it does, a wait is over at its time.
+//! Fuzzes ends that wait, while the other side writes any words to the channel and to the presence
+//! pages. Each wait must end within its time.
 #![no_main]
 
 use std::fs::File;
@@ -18,15 +18,15 @@ use barlink_fuzz::memory::{Memory, Words};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
-/// Longest timeout, in microseconds, which is at most so many looks at the clock.
+/// Longest timeout in microseconds, and so the largest number of reads of the clock in one wait.
 const LONGEST: u64 = 1000;
-/// Looks at the memory that one call may take: some for each look at the clock.
+/// Limit of looks at the memory in one call: some for each read of the clock.
 const LOOKS: u64 = 40 * LONGEST;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
     drops: bool,
-    /// How often the other end changes, with each of our looks: more often than any call may look.
+    /// Whether the other end changes before each look: more often than any call may look.
     flaps: bool,
     sender: Plan,
     receiver: Plan,
@@ -89,7 +89,8 @@ fuzz_target!(|input: Input| {
                 check(&memory.within(LOOKS, || receiver.release()));
                 assert!(receiver.record().is_none());
             }
-            // A stream has no time of its own, so only where the other end comes to rest.
+            // A stream has no time limit, so it runs only if the other end does not change all the
+            // time.
             (Step::Receive, (_, Some(receiver))) if !input.flaps => {
                 match stream::receive(receiver, NOWHERE.as_raw_fd(), &mut ()) {
                     Ok(_) | Err(StreamError::Incomplete(_)) => (),
@@ -103,7 +104,7 @@ fuzz_target!(|input: Input| {
     check_outside(&memory);
 });
 
-/// The other end of either end is another one each time.
+/// Changes the epoch in both presence pages, so that each end has a new other end each time.
 fn flap(words: Words) {
     for page in [LAYOUT.presence_page(0), LAYOUT.presence_page(1)] {
         words.store(page, words.load(page).wrapping_add(1));
@@ -116,7 +117,7 @@ fn time(microseconds: u16) -> Option<Duration> {
     ))
 }
 
-/// An app that goes on after an error is no worse off for it; but the error is one that can be.
+/// Checks that an error is possible. An app that goes on after an error must come to no harm.
 fn check<T>(result: &Result<T, ChannelError<Over>>) {
     if let Err(ChannelError::Unknown(_)) = result {
         panic!("the channel is there");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the ivshmem server makes of a client: of what it sends, descriptors included, and of when it leaves.
+//! Fuzzes the ivshmem server with a client: with the bytes and descriptors that the client sends,
+//! and with the time at which it leaves.
 #![no_main]
 
 use std::fs::File;
@@ -16,22 +17,23 @@ use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Most packets of bytes that a client sends: what its socket takes without being read.
+/// Most packets that a client sends: as many as its socket takes without a reader.
 const PARTS: usize = 8;
 const MAX_PART: usize = 1024;
 
-/// What it sends a descriptor of.
+/// The file whose descriptors the client sends.
 static GIFT: LazyLock<File> = LazyLock::new(|| File::open("/dev/null").expect("/dev/null"));
 
 #[derive(Arbitrary, Debug)]
 struct Input {
-    /// What it sends, with how many descriptors, before it has heard anything.
+    /// Packets that the client sends before it has received anything, each with a number of
+    /// descriptors.
     early: Vec<(Vec<u8>, u8)>,
-    /// Whether it leaves before the handshake.
+    /// Whether the client leaves before the handshake.
     leaves_at_once: bool,
-    /// Messages that it reads before it goes on.
+    /// Number of messages that the client reads before it goes on.
     reads: u8,
-    /// What it sends after that.
+    /// Packets that the client sends after that.
     late: Vec<(Vec<u8>, u8)>,
     leaves: Leaving,
 }
@@ -75,7 +77,8 @@ fuzz_target!(|input: Input| {
             }
         };
         let departure = Ivshmem.serve(&vm, &slot).expect("to leave is no failure");
-        // A client that leaves with messages unread is reset, and what it sent is lost.
+        // The socket of a client that leaves with unread messages is reset, and the packets that it
+        // sent are lost.
         let lost = rest.is_none() && reads < expected.len();
         match departure {
             Departure::Misbehaved(_) => assert!(sent),
@@ -91,7 +94,7 @@ fuzz_target!(|input: Input| {
     assert_eq!(next_descriptor(), before, "a descriptor is left open");
 });
 
-/// Sends bytes with descriptors, as far as the socket takes them. Whether there were any.
+/// Sends bytes with descriptors, and returns whether there were any bytes.
 fn send(client: &UnixStream, parts: &[(Vec<u8>, u8)]) -> bool {
     let mut sent = false;
     for (bytes, descriptors) in parts.iter().take(PARTS) {
@@ -107,7 +110,7 @@ fn send(client: &UnixStream, parts: &[(Vec<u8>, u8)]) -> bool {
     sent
 }
 
-/// Lists the numbers of a handshake, and whether each has a descriptor.
+/// Returns the numbers of a handshake, and whether a descriptor comes with each.
 fn handshake(slot: &Slot) -> Vec<(i64, bool)> {
     let mut numbers = vec![(0, false), (slot.id().into(), false), (-1, true)];
     let region = slot.region();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The superblock and its channel table: what is accepted is sound, and what is written is what is read.
+//! Fuzzes the superblock and its channel table: each accepted layout is sound, and encoding and
+//! decoding are inverse.
 #![no_main]
 
 use barlink::protocol::wire::layout::{Layout, PAGE_WORDS};
@@ -11,11 +12,11 @@ use libfuzzer_sys::fuzz_target;
 #[derive(Arbitrary, Debug)]
 struct Input {
     draft: Draft,
-    /// The region's size as its reader knows it, where that is not what the layout says.
+    /// The region's size as its reader knows it, if it differs from the layout's.
     size: Option<u64>,
     /// Words that are written over the page.
     patches: Vec<(u16, u64)>,
-    /// Bytes that are written over the page, from its beginning on.
+    /// Bytes that are written over the beginning of the page.
     bytes: Vec<u8>,
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A producer whose consumer writes what it likes, when it likes.
+//! Fuzzes a producer whose consumer writes any words at any time.
 #![no_main]
 
 use barlink::protocol::cursor::Kind;
@@ -11,7 +11,7 @@ use barlink_fuzz::memory::Memory;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
-/// Looks at the memory that any one call may take.
+/// Limit of looks at the memory in one call.
 const LOOKS: u64 = 24;
 
 #[derive(Arbitrary, Debug)]
@@ -27,7 +27,7 @@ enum Step {
     Scribble(Scribble),
     Stand(Stand),
     Wish(u16),
-    /// Makes room, fills some of it, and commits some of it.
+    /// Reserves space, fills a part of it, and commits a part of it.
     Send {
         room: u16,
         filled: u16,
@@ -56,7 +56,7 @@ fuzz_target!(|input: Input| {
                 match memory.within(LOOKS, || end.wish_for_room(length.into())) {
                     Ok(_) => (),
                     Err(ReserveError::TooLarge { max, .. }) => assert!(u32::from(length) > max),
-                    // An app that goes on after that is no worse off for it.
+                    // An app that goes on after this error must come to no harm.
                     Err(ReserveError::Corrupt(_)) => (),
                     Err(ReserveError::Full) => panic!("to wish is not to reserve"),
                 }
@@ -105,7 +105,7 @@ fuzz_target!(|input: Input| {
     check_outside(&memory);
 });
 
-/// Where a producer stands that has just committed a record, which is further than before.
+/// Returns the cursor of a producer that has just committed a record. Checks that it has advanced.
 fn advanced(memory: &Memory, before: Option<u64>) -> u64 {
     let now = memory
         .words()

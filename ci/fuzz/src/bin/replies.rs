@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a host app makes of a packet at the place where it expects a broker.
+//! Fuzzes a host app's parser of replies with a packet from a process in the broker's place.
 #![no_main]
 
 use barlink::control::message::{Answer, RegionInfo, Reply, VERSION};
@@ -21,7 +21,7 @@ fuzz_target!(|packet: &[u8]| {
     if let Answer::Refused(refusal) = &answer {
         assert!(!refusal.to_string().is_empty());
     }
-    // What a broker could have said is the same once it is said again.
+    // A reply that a broker could have sent stays the same when it is sent again.
     let reply = Reply {
         version: VERSION,
         answer,

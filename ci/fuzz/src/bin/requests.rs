@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a broker makes of the packets of host apps. Each line of an input is a packet, behind the digit of the host app
-//! that sends it, or `g` and what a hostile driver writes to its page of the region.
+//! Fuzzes a broker with packets of host apps. Each line of an input is a packet after the digit of
+//! the host app that sends it, or `g` and the bytes that a hostile driver writes to its page of the
+//! region.
 #![no_main]
 
 use barlink::Access;
@@ -11,7 +12,7 @@ use barlink::protocol::wire::layout::End;
 use barlink_fuzz::broker::{IVSHMEM, PEER};
 use libfuzzer_sys::fuzz_target;
 
-/// Characters of what a client said that may come back in a refusal.
+/// Most characters of a client's text that a refusal may quote.
 const MAX_QUOTE: usize = 300;
 
 fuzz_target!(|input: &[u8]| {
@@ -25,13 +26,13 @@ fuzz_target!(|input: &[u8]| {
             _ => (),
         }
     }
-    // As it was, for the next input.
+    // Restores the state for the next input.
     (1..=10).for_each(|client| drop(state.roster.release_all(client)));
     assert!(state.roster.claims().is_empty());
     scribble(state, &[]);
 });
 
-/// Handles a packet as the broker does, without a socket.
+/// Handles a packet like the broker, but without a socket.
 fn receive(state: &BrokerState, client: u64, packet: &[u8]) {
     let ask = match Request::parse(packet) {
         Ok(ask) => ask,
@@ -76,7 +77,7 @@ fn receive(state: &BrokerState, client: u64, packet: &[u8]) {
 
 fn claim(state: &BrokerState, client: u64, channel: usize, end: End) -> Result<Answer, Refusal> {
     let before = holder(state, channel, end);
-    // The process ID is as good a number as any to tell clients apart by.
+    // The number of the client stands in for its process ID, so that clients can be told apart.
     let claimed = state.roster.claim(client, client as u32, channel, end);
     match claimed {
         Ok(()) => assert!(before.is_none() && holder(state, channel, end) == Some(client as u32)),
@@ -95,7 +96,7 @@ fn holder(state: &BrokerState, channel: usize, end: End) -> Option<u32> {
     first
 }
 
-/// An answer fits into a packet.
+/// Checks that an answer fits into a packet.
 fn tell(answer: Answer) {
     let reply = Reply {
         version: VERSION,
@@ -105,7 +106,8 @@ fn tell(answer: Answer) {
     assert!(packet.len() <= MAX_PACKET);
 }
 
-/// What a driver writes: its epoch, and then the holders of the channels' ends; zeros where there is nothing more.
+/// Writes the words of a driver: its epoch, and then the holders of the channels' ends. The rest of
+/// the page is zero.
 fn scribble(state: &BrokerState, bytes: &[u8]) {
     let mut page = [0; 512];
     let length = bytes.len().min(page.len());

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a guest app makes of a driver's word for its region: whatever [`Info`] says, and whatever stands in the part of
-//! the region that it lets a process map, the app gets an error, or a layout all of which it can reach.
+//! Fuzzes a guest app with a driver's description of its region. For any [`Info`], and any content
+//! of the part of the region that a process can map, the app gets an error or a layout that lies
+//! completely in the mapping.
 #![no_main]
 
 use barlink::protocol::region::Region;
@@ -17,12 +18,12 @@ use libfuzzer_sys::fuzz_target;
 #[derive(Arbitrary, Debug)]
 struct Input {
     draft: Draft,
-    /// By how much the driver's word differs from the layout, as a number and a shift.
+    /// The differences of the driver's numbers from the layout's, each as a number and a shift.
     region_size: (i8, u8),
     mappable_size: (i8, u8),
     granted: u32,
     patches: Vec<(u16, u64)>,
-    /// What is written there after the layout was read, by its offset.
+    /// Words that are written after the layout was read, by their offsets.
     late: Vec<(u16, u64)>,
 }
 
@@ -43,11 +44,11 @@ fuzz_target!(|input: Input| {
     if let Some(mode) = CacheMode::from_number(info.granted) {
         assert_eq!(mode as u32, info.granted);
     }
-    // What a claim's `end` means to the driver.
+    // The driver takes a claim's `end` as this number.
     if let Some(end) = End::from_number(input.granted) {
         assert_eq!(end as u32, input.granted);
     }
-    // As `Device::open` does it; `mmap` would refuse what is too large.
+    // `Device::open` does the same, and `mmap` would refuse a size that is too large.
     let size = usize::try_from(info.mappable_size).unwrap_or(usize::MAX);
     if size > MAX_SIZE {
         return;

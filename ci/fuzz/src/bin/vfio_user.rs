@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the vfio-user server makes of a client: of its messages, sound or mangled, of the descriptors that come with them,
-//! and of when it leaves. Sound messages get one reply each, in order. A successor then takes the session over, and answers
-//! host apps that want bytes of what is mapped.
+//! Fuzzes the vfio-user server with a client: with its messages, correct or mangled, with their
+//! descriptors, and with the time at which it leaves. Correct messages get one reply each, in
+//! order. A successor then takes the session over, and answers host apps that read guest memory.
 #![no_main]
 
 use std::fs::File;
@@ -23,15 +23,15 @@ use rustix::event::EventfdFlags;
 use rustix::fs::{MemfdFlags, SealFlags};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Most messages that a client sends: the socket takes them, and the replies, without anybody reading.
+/// Most messages that a client sends. The socket takes them and the replies without a reader.
 const MESSAGES: usize = 16;
 const MAX_DATA: usize = 5000;
 const MAX_REST: usize = 1000;
 
-/// The server, which takes the guest's memory, too.
+/// The server, which also accepts the guest's memory.
 const USER: VfioUser = VfioUser { guest_memory: true };
 
-/// What it sends descriptors of.
+/// The files whose descriptors the client sends.
 static GIFTS: LazyLock<[OwnedFd; 3]> = LazyLock::new(|| {
     let null = File::open("/dev/null").expect("/dev/null");
     let eventfd = rustix::event::eventfd(0, EventfdFlags::NONBLOCK);
@@ -44,13 +44,14 @@ static GIFTS: LazyLock<[OwnedFd; 3]> = LazyLock::new(|| {
 
 #[derive(Arbitrary, Debug)]
 struct Input {
-    /// Whether it begins as it should.
+    /// Whether the client begins with a correct version message.
     agrees: bool,
     messages: Vec<Message>,
-    /// What it sends at last, which may be the begin of a message.
+    /// Bytes that the client sends last, which may be the beginning of a message.
     rest: Vec<u8>,
     closes: bool,
-    /// The requests of host apps at the end: addresses, or offsets in the DMA buffer, and lengths.
+    /// Addresses, or offsets in the DMA buffer, and lengths that host apps read last. `true` means
+    /// the buffer.
     requests: Vec<(u32, u16, bool)>,
 }
 
@@ -58,11 +59,11 @@ struct Input {
 struct Message {
     command: Command,
     wants_no_reply: bool,
-    /// Behind what the command has.
+    /// Bytes after the payload of the command.
     more: Vec<u8>,
     descriptors: u8,
     gift: u8,
-    /// A byte of it that is something else.
+    /// The place of a byte that is changed, and its new value.
     mangled: Option<(u16, u8)>,
 }
 
@@ -71,7 +72,7 @@ enum Command {
     Version(u16, u16, Vec<u8>),
     DmaMap([u32; 8]),
     DmaUnmap([u32; 6]),
-    /// Pages: offset, address, size.
+    /// Offset, address and size in pages.
     Map(u8, u8, u8),
     Unmap(u8, u8),
     Info(u32),
@@ -83,7 +84,8 @@ enum Command {
     Write(u8, u32, Vec<u8>),
     ReadFar([u32; 4]),
     Doorbell(u16, u16),
-    /// The registers of the DMA buffer: page of its address, upper half, pages, and what is done.
+    /// The registers of the DMA buffer: the page of its address, the upper half of the address, the
+    /// number of pages, and the control word.
     Buffer(u8, u32, u16, u8),
     Reset,
     Other(u16),
@@ -220,7 +222,7 @@ fuzz_target!(|input: Input| {
     assert_eq!(next_descriptor(), before, "a descriptor is left open");
 });
 
-/// Continues the session as a successor does, and answers every request.
+/// Lets a successor take the session over, and checks that every read request is answered.
 fn succeed(slot: &Arc<Slot>, requests: &[(u32, u16, bool)]) {
     let requests = &requests[..requests.len().min(4)];
     let (reply, replies) = channel();
@@ -254,11 +256,12 @@ fn send(client: &UnixStream, bytes: &[u8], descriptors: &[RawFd]) {
     assert_eq!(sent.expect("the socket takes it"), bytes.len());
 }
 
-/// Reads all replies, which must be whole, and of sound messages exactly those that were asked for.
+/// Reads all replies, which must be whole. For correct messages they must be exactly the expected
+/// ones.
 fn hear(mut client: UnixStream, expected: Option<&Vec<(u16, u16)>>) {
     let mut heard = Vec::new();
     let end = client.read_to_end(&mut heard);
-    // Who is let go with bytes unread is reset.
+    // A socket that the server closes with unread bytes is reset.
     assert!(end.is_ok() || expected.is_none(), "{end:?}");
     let mut replies = Vec::new();
     let mut rest = &heard[..];

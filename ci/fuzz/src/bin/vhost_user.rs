@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the vhost-user server makes of a client: of its messages, sound or mangled, of the descriptors that come with them,
-//! of when it leaves, and of a guest whose queues hold anything. The server has threads of its own, so how far they get is
-//! not the same each time; a panic of one, a descriptor that is left, and a session that does not end are failures.
+//! Fuzzes the vhost-user server with a client: with its messages, correct or mangled, with their
+//! descriptors, with the time at which it leaves, and with a guest whose queues hold any bytes. The
+//! server has threads of its own, so their progress differs from run to run. Failures are a panic
+//! of a thread, a descriptor that is left open, and a session that does not end.
 #![no_main]
 
 use std::fs::File;
@@ -19,16 +20,16 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::fs::{MemfdFlags, SealFlags};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Most messages that a client sends: the socket takes them, and the replies, without anybody reading.
+/// Most messages that a client sends. The socket takes them and the replies without a reader.
 const MESSAGES: usize = 32;
 const MAX_DATA: usize = 5000;
-/// The guest's memory, of which the queues have a part each.
+/// Bytes of the guest's memory, and of each queue's part of it.
 const MEMORY: u64 = 1 << 18;
 const PART: u64 = 1 << 16;
-/// Where the VMM says that it has it.
+/// Address of the guest's memory in the VMM, as the client reports it.
 const VMM: u64 = 0x7000_0000_0000;
 
-/// What it sends descriptors of.
+/// The files whose descriptors the client sends.
 struct Gifts {
     null: OwnedFd,
     kick: OwnedFd,
@@ -57,9 +58,9 @@ static GIFTS: LazyLock<Gifts> = LazyLock::new(|| {
 
 #[derive(Arbitrary, Debug)]
 struct Input {
-    /// What a guest has in its queues: descriptors, available ring, used ring.
+    /// The content of the guest's queues: descriptors, available ring, used ring.
     queues: [Queue; 2],
-    /// Whether it begins as it should, and starts the device.
+    /// Whether the client begins with correct messages, and starts the device.
     starts: bool,
     messages: Vec<Message>,
     rest: Vec<u8>,
@@ -82,7 +83,7 @@ struct Message {
     flags: u8,
     body: Vec<u8>,
     gifts: Vec<u8>,
-    /// A byte of it that is something else.
+    /// The place of a byte that is changed, and its new value.
     mangled: Option<(u16, u8)>,
 }
 
@@ -95,7 +96,7 @@ impl Queue {
         for (offset, (address, length, flags, next)) in
             (0..).step_by(16).zip(&self.descriptors).take(64)
         {
-            // Mostly where there is memory.
+            // Most addresses lie in the memory.
             let address = if address % 8 == 7 {
                 *address
             } else {
@@ -125,7 +126,7 @@ fn words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// Sets the device up, and starts it.
+/// Sends the messages that set the device up and start it.
 fn start(client: &UnixStream, queues: &[Queue; 2]) {
     let gifts = &*GIFTS;
     let ask = |request, body: &[u8], gift: Option<&OwnedFd>| {
@@ -190,7 +191,7 @@ fuzz_target!(|input: Input| {
     }
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            // The queues' thread gets a moment.
+            // The queues' thread gets a moment to run.
             let moment = rustix::time::Timespec {
                 tv_sec: 0,
                 tv_nsec: if input.starts { 500_000 } else { 0 },
@@ -202,10 +203,10 @@ fuzz_target!(|input: Input| {
             } else {
                 Shutdown::Write
             };
-            // The server may have been quicker.
+            // The server may have closed the socket first.
             let _ = client.shutdown(how);
         });
-        // That the daemon fails is the client's fault.
+        // An error of the daemon is the client's fault.
         let _ = VhostUser.serve(&vm, &slot);
     });
     drop((vm, client));

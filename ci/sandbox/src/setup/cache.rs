@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The folder that holds finished sandboxes, and how one gets there: built under another name, then renamed.
+//! The folder of finished sandboxes. A sandbox is built under another name, and then renamed.
 
 use std::cmp::Reverse;
 use std::ffi::OsString;
@@ -17,24 +17,24 @@ use tempfile::TempDir;
 use crate::recipe::{HASH_DIGITS, Kind, Recipe};
 use crate::sandbox::{Manifest, Sandbox};
 
-/// What the names of unfinished sandboxes begin with.
+/// Prefix of the names of unfinished sandboxes.
 const UNFINISHED: &str = ".unfinished-";
 const MANIFEST: &str = "sandbox.json";
 
-/// The folder, by default `~/.cache/barlink`.
+/// The cache folder, by default `~/.cache/barlink`.
 #[derive(Debug)]
 pub(super) struct Cache {
     folder: PathBuf,
 }
 
-/// The right to change the cache; given back when dropped.
+/// The exclusive right to change the cache. Dropping it releases the right.
 #[derive(Debug)]
 pub(super) struct Lock {
     _file: File,
 }
 
 impl Cache {
-    /// Finds the folder by `XDG_CACHE_HOME` or `HOME`, and makes it where it is missing.
+    /// Finds the folder by `XDG_CACHE_HOME` or `HOME`, and creates it if needed.
     pub(super) fn open() -> Result<Self> {
         let absolute = |name| {
             std::env::var_os(name)
@@ -45,7 +45,8 @@ impl Cache {
             .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
             .context("there is no place for the sandbox: set HOME or XDG_CACHE_HOME")?;
         let folder = parent.join("barlink");
-        // For its owner alone: a sandbox built by root holds programs with the set-user-ID bit.
+        // Only the owner has access, because a sandbox built by root has programs with the
+        // set-user-ID bit.
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -54,12 +55,12 @@ impl Cache {
         Ok(Self { folder })
     }
 
-    /// The folder itself.
+    /// Returns the path of the folder.
     pub(super) fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Whether a sandbox has room on the disk, which is better said before it is full.
+    /// Checks that the disk has `needed` bytes free, so that a set-up fails early.
     pub(super) fn check_room(&self, needed: u64) -> Result<()> {
         let disk = rustix::fs::statvfs(&self.folder)?;
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
@@ -74,17 +75,17 @@ impl Cache {
         Ok(())
     }
 
-    /// The log of the latest set-up.
+    /// Returns the path of the log of the latest set-up.
     pub(super) fn log(&self) -> PathBuf {
         self.folder.join("setup.log")
     }
 
-    /// Where programs are that are in no sandbox.
+    /// Returns the folder of the programs that are in no sandbox.
     pub(super) fn programs(&self) -> PathBuf {
         self.folder.join("programs")
     }
 
-    /// The finished sandboxes of this recipe and kind, the one to prefer first.
+    /// Lists the finished sandboxes of this recipe and kind, the preferred one first.
     pub(super) fn sandboxes(&self, recipe: &Recipe, kind: Kind) -> Result<Vec<Sandbox>> {
         let mut found = Vec::new();
         for folder in self.finished()? {
@@ -101,7 +102,7 @@ impl Cache {
         Ok(found.into_iter().map(|(_, _, sandbox)| sandbox).collect())
     }
 
-    /// The finished sandboxes of other recipes, which this program has no use for.
+    /// Lists the finished sandboxes of other recipes, which this program does not use.
     pub(super) fn strangers(&self, recipe: &Recipe) -> Result<Vec<PathBuf>> {
         let mut folders = self.finished()?;
         folders.retain(|folder| {
@@ -111,8 +112,8 @@ impl Cache {
         Ok(folders)
     }
 
-    /// Removes the strangers but for those in use, and what interrupted set-ups left. Gives what it removed and what it
-    /// left.
+    /// Removes the sandboxes of other recipes, except for those in use, and the remains of
+    /// interrupted set-ups. Returns the removed sandboxes and the ones left in use.
     pub(super) fn clean(
         &self,
         recipe: &Recipe,
@@ -130,7 +131,8 @@ impl Cache {
                 }
                 Err(error) => return Err(error.into()),
             }
-            // Under a name that says what it will be if this is interrupted.
+            // Marks the sandbox as unfinished first, so that the next set-up removes it if this is
+            // interrupted.
             let mut name = OsString::from(UNFINISHED);
             name.push(folder.file_name().unwrap_or_default());
             fs::rename(&folder, self.folder.join(name))?;
@@ -152,7 +154,7 @@ impl Cache {
         Ok(folders)
     }
 
-    /// Waits until no other set-up runs, calling `waiting` first where that takes a while.
+    /// Waits until no other set-up runs. Calls `waiting` first if the lock is taken.
     pub(super) fn lock(&self, waiting: impl FnOnce()) -> Result<Lock> {
         let path = self.folder.join("lock");
         let file =
@@ -167,7 +169,7 @@ impl Cache {
         Ok(Lock { _file: file })
     }
 
-    /// Removes what interrupted set-ups left.
+    /// Removes the remains of interrupted set-ups.
     fn remove_unfinished(&self, _lock: &Lock) -> Result<()> {
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
@@ -180,17 +182,18 @@ impl Cache {
         Ok(())
     }
 
-    /// Removes what interrupted set-ups left, and begins a new sandbox, which is removed again unless it is finished.
+    /// Removes the remains of interrupted set-ups, and creates the folder of a new sandbox. The
+    /// folder is removed again unless the sandbox is finished.
     pub(super) fn begin(&self, lock: &Lock) -> Result<TempDir> {
         self.remove_unfinished(lock)?;
         Ok(tempfile::Builder::new()
             .prefix(UNFINISHED)
-            // Programs that give up their rights, such as apt's downloads, must get through.
+            // Programs that drop their rights, such as apt's downloads, need access.
             .permissions(PermissionsExt::from_mode(0o755))
             .tempdir_in(&self.folder)?)
     }
 
-    /// Makes a finished sandbox of `unfinished`.
+    /// Turns `unfinished` into a finished sandbox with its final name.
     pub(super) fn finish(
         &self,
         unfinished: TempDir,
@@ -200,7 +203,8 @@ impl Cache {
     ) -> Result<Sandbox> {
         let file = File::create(unfinished.path().join(MANIFEST))?;
         serde_json::to_writer_pretty(&file, manifest)?;
-        // On the disk before it has its name, or a loss of power could leave empty files under that.
+        // Written to disk before the rename, because a power failure could else leave empty files
+        // under the final name.
         rustix::fs::syncfs(&file)?;
         let name = format!("{}{}", manifest.release, ending(recipe, kind));
         let folder = self.folder.join(name);
@@ -210,13 +214,13 @@ impl Cache {
                 folder.display()
             )
         })?;
-        // It has gone from where it was, so there is nothing to remove.
+        // The folder was renamed, so there is nothing to remove.
         let _ = unfinished.keep();
         read(&folder)
     }
 }
 
-/// What the names of a recipe's sandboxes end with.
+/// Returns the suffix of the names of a recipe's sandboxes.
 fn ending(recipe: &Recipe, kind: Kind) -> String {
     format!("-{}", recipe.hash(kind))
 }
@@ -226,7 +230,8 @@ fn is_of(folder: &Path, recipe: &Recipe, kind: Kind) -> bool {
     name.to_string_lossy().ends_with(&ending(recipe, kind))
 }
 
-/// Whether a finished sandbox has the name that [`Cache::finish`] gives, and so is nothing that somebody else put there.
+/// Returns whether a finished sandbox has a name in the form of [`Cache::finish`]. Other folders
+/// may be the user's.
 fn is_named_as_ours(folder: &Path) -> bool {
     let is_folder = fs::symlink_metadata(folder).is_ok_and(|metadata| metadata.is_dir());
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
@@ -238,7 +243,7 @@ fn is_named_as_ours(folder: &Path) -> bool {
     is_folder && hash.is_some_and(|hash| hash.len() == HASH_DIGITS && hash.bytes().all(digit))
 }
 
-/// Marks a sandbox as in use until the file is closed, so that it is not removed.
+/// Marks a sandbox as in use, so that it is not removed, until the returned file is closed.
 pub(super) fn hold(sandbox: &Sandbox) -> Result<File> {
     let path = sandbox.folder.join(MANIFEST);
     let file = File::open(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
@@ -266,7 +271,8 @@ fn read(folder: &Path) -> Result<Sandbox> {
 mod tests {
     use super::*;
 
-    /// A cache in a folder of its own, with what looks like a finished sandbox for each name.
+    /// Makes a cache in a new folder, with a folder that looks like a finished sandbox for each
+    /// name.
     fn cache(names: &[&str]) -> (TempDir, Cache) {
         let folder = tempfile::tempdir().unwrap();
         for name in names {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! An ordinary Debian, installed into a folder, that knows nothing of barlink: what its packages are tried on.
+//! An ordinary Debian system, installed into a folder without any part of barlink, to try packages
+//! on.
 
 use std::fs;
 use std::path::Path;
@@ -12,12 +13,13 @@ use crate::recipe::Recipe;
 use crate::sandbox::{Enter, Manifest};
 use crate::steps::Steps;
 
-/// What any Debian has, and what barlink-dkms needs of Debian: the last takes minutes to install.
+/// Packages of any Debian, and the packages that barlink-dkms needs, whose installation takes
+/// minutes.
 const PACKAGES: &str = "systemd-sysv,udev,kmod,e2fsprogs,initramfs-tools,dkms,bc,bindgen,bison,dwarves,flex,gcc,libc6-dev,\
                         libelf-dev,libssl-dev,make,python3,rust-src,rustc,xz-utils";
 
-/// Makes the system in `folder`/root: with the kernel, and without its headers and source, which are downloaded and no more,
-/// so that they can be installed without the network.
+/// Makes the system in `folder`/root with the kernel. The kernel's headers and source are
+/// downloaded but not installed, so that they can be installed later without the network.
 ///
 /// Scripts of packages run, so this process must be root's.
 pub(super) fn build(
@@ -54,11 +56,12 @@ pub(super) fn build(
     );
     let root = folder.join("root");
     steps.run(
-        // All of mmdebstrap's processes must end with this one, or they would go on writing to what is removed.
+        // All processes of mmdebstrap must end with this one, because they would otherwise write to
+        // a folder that is being removed.
         Enter::host()
             .run("mmdebstrap")
             .args(["--mode=root", "--variant=apt", "--architectures=amd64"])
-            // What apt knows is to stay.
+            // Keeps apt's package lists.
             .arg("--skip=cleanup/apt,cleanup/reproducible")
             .arg(format!("--include={PACKAGES}"))
             .arg(format!("--aptopt={}", apt_settings.display()))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the set-up needs of the host: two programs and Debian's keys.
+//! The set-up's needs on the host: two programs and Debian's keys.
 
 use std::path::Path;
 
@@ -9,10 +9,10 @@ use anyhow::Result;
 use crate::host::{install, on_path};
 use crate::steps::Steps;
 
-/// The keys that the packages' signatures are checked with.
+/// Path of the keys that sign Debian's packages.
 pub(super) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Makes sure of them.
+/// Installs the programs and the keys, if needed.
 pub(super) fn prepare(steps: &Steps) -> Result<()> {
     let needs = [
         ("mmdebstrap", on_path("mmdebstrap")),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Which kernels a mirror has, and which of them the sandbox gets.
+//! The kernels that a mirror has, and the choice of the sandbox's kernel.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -13,22 +13,24 @@ use super::host::KEYRING;
 use super::mirror::output;
 use crate::recipe::{KernelVersion, Recipe};
 
-/// A kernel all of whose packages are there, in one version.
+/// A kernel with all its packages in one version.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Kernel {
-    /// Its upstream version.
+    /// Upstream version.
     pub(super) version: KernelVersion,
-    /// What `uname -r` will say.
+    /// Release, as `uname -r` prints it.
     pub(super) release: String,
-    /// The version of its Debian packages.
+    /// Version of the Debian packages.
     pub(super) package_version: String,
-    /// The packages, without versions.
+    /// Names of the packages, without versions.
     pub(super) packages: Vec<String>,
 }
 
-/// Fetches a mirror's index of backports into `work`, an empty folder, and finds the kernels in it.
+/// Downloads a mirror's index of backports into `work`, an empty folder, and finds the kernels in
+/// it.
 ///
-/// apt runs with a configuration of its own, so that this needs no rights and leaves the host's package lists alone.
+/// apt runs with a configuration of its own, so that it needs no rights and does not change the
+/// host's package lists.
 pub(super) fn available(
     mirror: &str,
     recipe: &Recipe,
@@ -70,7 +72,7 @@ pub(super) fn available(
     Ok(find(&apt("apt-cache", "dumpavail")?, &recipe.flavour))
 }
 
-/// Finds the complete kernels in an index, newest first.
+/// Finds the complete kernels in an index, the newest first.
 fn find(index: &str, flavour: &str) -> Vec<Kernel> {
     let mut versions: HashMap<&str, HashSet<&str>> = HashMap::new();
     for stanza in index.split("\n\n") {
@@ -85,7 +87,8 @@ fn find(index: &str, flavour: &str) -> Vec<Kernel> {
         }
     }
     let mut kernels = Vec::new();
-    // The unsigned one is asked for second: the two hold the same kernel, and the signed one goes on being there.
+    // Unsigned packages come second. Both kinds hold the same kernel, and the signed one stays on
+    // the mirror.
     for prefix in ["linux-binary-", "linux-binary-unsigned-"] {
         for (package, package_versions) in &versions {
             let release = package.strip_prefix(prefix);
@@ -130,25 +133,26 @@ fn find(index: &str, flavour: &str) -> Vec<Kernel> {
     kernels
 }
 
-/// The numbers in a package version, which is enough to order the revisions of one upstream version.
+/// Returns the numbers in a package version. They suffice to order the revisions of one upstream
+/// version.
 fn numbers(version: &str) -> Vec<u64> {
     let digits = version.split(|c: char| !c.is_ascii_digit());
     digits.filter_map(|number| number.parse().ok()).collect()
 }
 
-/// A mirror has no kernel of the series that is wanted, which another day it may have.
+/// The mirror has no kernel of the wanted series. It may have one on another day.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct NoKernel(String);
 
-/// Picks the newest kernel of the most preferred series, or of those that begin with `wanted`.
+/// Picks the newest kernel of the preferred series, among those whose version starts with `wanted`.
 pub(super) fn choose(kernels: &[Kernel], recipe: &Recipe, wanted: Option<&str>) -> Result<Kernel> {
     let supported = kernels
         .iter()
         .filter_map(|kernel| Some((recipe.rank(&kernel.version)?, kernel)));
     supported
         .filter(|(_, kernel)| wanted.is_none_or(|wanted| kernel.version.is_of(wanted)))
-        // The newest is the first, and of equals the first is taken.
+        // Kernels are sorted from the newest, and `min_by_key` takes the first of equal ones.
         .min_by_key(|(rank, _)| *rank)
         .map_or_else(
             || Err(nothing_suitable(kernels, recipe, wanted)),
@@ -177,13 +181,13 @@ fn nothing_suitable(kernels: &[Kernel], recipe: &Recipe, wanted: Option<&str>) -
         "the mirror has no suitable kernel: wanted {wanted}, found {found}; choose one with --kernel, or another mirror with --mirror"
     );
     if is_there {
-        // It has it, and barlink does not support it.
+        // The mirror has the wanted kernel, but barlink does not support it.
         return Error::msg(why);
     }
     NoKernel(why).into()
 }
 
-/// Finds a mirror that has the backports, and its kernels.
+/// Finds the first mirror that has the backports. Returns the mirror and its kernels.
 pub(super) fn first_available(
     mirrors: &[String],
     recipe: &Recipe,
@@ -215,7 +219,8 @@ pub(super) fn first_available(
 mod tests {
     use super::*;
 
-    /// An index as a mirror gives it: 7.3.4 only unsigned, 7.2.12 both, 7.2.9 without source, 7.1.3 unsupported.
+    /// Returns an index as a mirror has it: 7.3.4 only unsigned, 7.2.12 in both forms, 7.2.9
+    /// without source, 7.1.3 unsupported.
     fn index() -> String {
         let mut index = String::new();
         let mut add = |package: &str, version: &str| {
@@ -301,7 +306,7 @@ mod tests {
             error.is::<NoKernel>()
         };
         assert!(is_missing("9.9") && is_missing("7.2.9"));
-        // On the mirror, but not supported.
+        // The mirror has this kernel, but barlink does not support it.
         assert!(!is_missing("7.1"));
     }
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The Rust metadata that Debian's header packages lack, made again from the kernel's own source.
+//! The Rust metadata that Debian's header packages lack, made from the kernel's own source.
 //!
-//! Without it no Rust module can be built. The same source, configuration and compiler give the same crate hashes as
-//! Debian's build gave, so that what is built against the result fits the kernel as it was shipped; a trial shows it.
+//! No Rust module can be built without that metadata. The same source, configuration and compiler
+//! give the same crate hashes as Debian's build. So modules that are built against the result fit
+//! Debian's kernel, as the build of a trial module shows.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,16 +18,18 @@ use crate::sandbox::{Enter, Manifest, Sandbox, Writable};
 use crate::steps::Steps;
 use crate::tools::Headers;
 
-/// Makes the metadata, and checks that it fits the kernel: the same program that users have in the package barlink-dkms.
+/// Script that makes the metadata and checks that it fits the kernel. Users have the same script in
+/// the package barlink-dkms.
 ///
-/// It works in `/build`, which is in memory: a kernel's source is so many files that some disks take minutes to remove them.
+/// It works in `/build`, which is in memory, because a kernel's source has so many files that some
+/// disks take minutes to remove them.
 const MAKE: &str = include_str!("../../../../images/packaging/barlink-kernel-rust-headers");
 
-/// The sandbox while it is being built.
+/// A sandbox that is being built.
 pub(super) struct Unfinished<'a> {
-    /// Runs the programs.
+    /// Runs the programs, and logs their output.
     pub(super) steps: &'a Steps,
-    /// The kernel whose headers are completed.
+    /// The kernel whose headers get the metadata.
     pub(super) kernel: &'a Kernel,
     /// The folder that holds `root/`.
     pub(super) folder: &'a Path,
@@ -48,15 +51,15 @@ impl Unfinished<'_> {
         )
     }
 
-    /// Tries what the sandbox is for, a module build above all, removes what was needed for the set-up alone, and
-    /// describes the finished sandbox.
+    /// Checks the sandbox by the build of a trial module and the start of its programs. Removes the
+    /// trial's files, and returns the description of the finished sandbox.
     pub(super) fn check(&self) -> Result<Manifest> {
         let Kernel {
             release,
             package_version,
             ..
         } = self.kernel;
-        // Debian's signed and unsigned packages call the image differently.
+        // The image has different names in Debian's signed and unsigned packages.
         let images = ["vmlinuz", "vmlinuz.unsigned"]
             .map(|name| PathBuf::from(format!("usr/lib/modules/{release}/{name}")));
         let image = images

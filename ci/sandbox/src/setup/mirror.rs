@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Where packages come from: the host's own apt configuration, or what the user names.
+//! The Debian archive that packages come from: the one in the host's apt configuration.
 
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-/// Settings of the host's apt that decide whether and how a mirror is reached; the others are left behind.
+/// Prefixes of the settings of the host's apt that decide whether and how a mirror is reached.
+/// Other settings are not used.
 const NETWORK_SETTINGS: [&str; 4] = [
     "Acquire::http",
     "Acquire::https",
@@ -14,11 +15,11 @@ const NETWORK_SETTINGS: [&str; 4] = [
     "Acquire::Retries",
 ];
 
-/// Archives that may be Debian's, the likeliest first. Whether one really is, and has the suites that are needed, shows
-/// when its signed index is fetched.
+/// Lists the archives that may be Debian's, the likeliest first. The download of its signed index
+/// shows whether an archive is Debian's, and has the needed suites.
 pub(super) fn candidates() -> Result<Vec<String>> {
-    // What apt knows of an archive it knows from a downloaded index; with `--no-release-info` it also lists those that
-    // it never fetched.
+    // apt knows the origin of an archive from its downloaded index. With `--no-release-info` it
+    // also lists archives that were never downloaded.
     let known = index_targets(&[])?;
     let unknown = index_targets(&["--no-release-info"])?;
     Ok(rank(&known, &unknown))
@@ -36,7 +37,7 @@ fn rank(known: &str, unknown: &str) -> Vec<String> {
     }
     let mut guesses: Vec<&str> = fields(unknown).map(|(uri, ..)| uri).collect();
     guesses.retain(|uri| !foreign.contains(uri));
-    // By habit a mirror of Debian's main archive is in a folder of that name.
+    // A mirror of Debian's main archive is usually in a folder of that name.
     guesses.sort_by_key(|uri| !uri.trim_end_matches('/').ends_with("/debian"));
     let mut all: Vec<String> = Vec::new();
     for uri in debian.into_iter().chain(guesses) {
@@ -47,7 +48,7 @@ fn rank(known: &str, unknown: &str) -> Vec<String> {
     all
 }
 
-/// The lines that have all fields: address, origin, label. Only entries with the component `main` are of interest.
+/// Returns address, origin and label of the entries that have the component `main`.
 fn fields(listing: &str) -> impl Iterator<Item = (&str, &str, &str)> {
     listing.lines().filter_map(|line| {
         let mut fields = line.split('|');
@@ -67,7 +68,7 @@ fn index_targets(flags: &[&str]) -> Result<String> {
     )
 }
 
-/// The host's settings for proxies and the like, as lines of an apt configuration file.
+/// Reads the host's settings for proxies and the like, as lines of an apt configuration file.
 pub(super) fn network_settings() -> Result<String> {
     let dump = output(Command::new("apt-config").args(["dump", "Acquire"]))?;
     Ok(dump
@@ -77,7 +78,7 @@ pub(super) fn network_settings() -> Result<String> {
         .collect())
 }
 
-/// The standard output of a program that must succeed.
+/// Runs a program and returns its standard output. An error, with apt's error lines, if it fails.
 pub(super) fn output(command: &mut Command) -> Result<String> {
     let program = command.get_program().display().to_string();
     let output = command

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Makes the sandbox that everything else runs in, unless it is there already.
+//! The set-up of the sandbox in which everything else runs. An existing one is used again.
 
 mod cache;
 mod debian;
@@ -25,24 +25,25 @@ use crate::sandbox::Sandbox;
 use crate::steps::Steps;
 use crate::tools::{ToolArgs, Tools};
 
-/// Removes the sandboxes of other versions of barlink, but for those in use. Gives what it removed and what it left.
+/// Removes the sandboxes of other versions of barlink, except for those in use. Returns the removed
+/// ones and the ones left in use.
 pub fn clean() -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     let cache = Cache::open()?;
     let lock = lock(&cache)?;
     cache.clean(&Recipe::load()?, &lock)
 }
 
-/// The sandboxes of other versions of barlink.
+/// Lists the sandboxes of other versions of barlink.
 pub fn strangers() -> Result<Vec<PathBuf>> {
     Cache::open()?.strangers(&Recipe::load()?)
 }
 
-/// The folder that holds what is made once and used again, by default `~/.cache/barlink`.
+/// Returns the folder of files that are made once and used again, by default `~/.cache/barlink`.
 pub fn cache_folder() -> Result<PathBuf> {
     Ok(Cache::open()?.folder().to_owned())
 }
 
-/// Marks a sandbox as in use until the file is closed.
+/// Marks a sandbox as in use until the returned file is closed.
 pub fn hold(sandbox: &Sandbox) -> Result<File> {
     cache::hold(sandbox)
 }
@@ -51,12 +52,12 @@ fn lock(cache: &Cache) -> Result<Lock> {
     cache.lock(|| eprintln!("another set-up is at work: waiting for it to end"))
 }
 
-/// The tools that `args` names, set up if need be.
+/// Returns the tools that `args` names, and sets up a sandbox for them if needed.
 pub fn ensure(args: &ToolArgs) -> Result<Tools> {
     if let Some(tools) = Tools::own(args)? {
         return Ok(tools);
     }
-    // Before what takes long.
+    // Checks the arguments before the long work.
     Tools::check(args)?;
     let sandbox = match finished(args)?.into_iter().next() {
         Some(sandbox) => sandbox,
@@ -65,7 +66,7 @@ pub fn ensure(args: &ToolArgs) -> Result<Tools> {
     Tools::with_sandbox(args, sandbox)
 }
 
-/// The finished sandboxes that `args` allows, the one to prefer first.
+/// Lists the finished sandboxes that `args` permits, the preferred one first.
 pub fn finished(args: &ToolArgs) -> Result<Vec<Sandbox>> {
     finished_of(args, Kind::Sandbox)
 }
@@ -82,8 +83,8 @@ fn finished_of(args: &ToolArgs, kind: Kind) -> Result<Vec<Sandbox>> {
     Ok(sandboxes)
 }
 
-/// A Debian that has been installed and knows nothing of barlink, made if need be, which only root can; held until the file
-/// is closed.
+/// Returns an installed Debian system without any part of barlink, in use until the file is closed.
+/// It is made if needed, for which this process must be root's.
 pub fn debian(args: &ToolArgs) -> Result<(Sandbox, File)> {
     let debian = match finished_of(args, Kind::Debian)?.into_iter().next() {
         Some(debian) => debian,
@@ -93,10 +94,10 @@ pub fn debian(args: &ToolArgs) -> Result<(Sandbox, File)> {
     Ok((debian, hold))
 }
 
-/// Bytes of disk that a sandbox takes while it is made.
+/// Disk space that a sandbox needs while it is made, in bytes.
 const ROOM: u64 = 3 << 30;
 
-/// Makes a sandbox, or waits until another process has made a fitting one.
+/// Makes a sandbox, or waits until another process has made a suitable one.
 fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
     let recipe = Recipe::load()?;
     let cache = Cache::open()?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Published programs that something needs besides the sandbox: built once from crates.io, and kept in the cache.
+//! Published programs that are needed besides the sandbox. They are built once from crates.io, and
+//! stored in the cache.
 
 use std::path::PathBuf;
 
@@ -11,12 +12,12 @@ use super::lock;
 use crate::builds::cargo;
 use crate::steps::Steps;
 
-/// The program of this crate, in this version.
+/// Returns the path of the program of this crate in this version. Builds it if needed.
 pub fn program(name: &str, version: &str) -> Result<PathBuf> {
     let cache = Cache::open()?;
     let root = cache.programs().join(format!("{name}-{version}"));
     let program = root.join("bin").join(name);
-    // Cargo puts it there last, and complete.
+    // Cargo installs the program at the end of a build, as a whole.
     if program.exists() {
         return Ok(program);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The sandbox's system: Debian packages, unpacked into a folder.
+//! The sandbox's system: Debian packages that are unpacked into a folder.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,9 +15,9 @@ use crate::steps::Steps;
 
 /// Makes the system in `folder`/root from the packages of the recipe and the kernel.
 ///
-/// The packages are unpacked and not installed: no script of theirs runs, no file changes its owner, and so root and an
-/// ordinary user go the same way, without user namespaces that map more than the user. What the scripts would have done
-/// and somebody misses is in [`Recipe::links`].
+/// The packages are unpacked but not installed: none of their scripts runs, and no file changes its
+/// owner. So root and an ordinary user do the same, and no user namespace has to map further users.
+/// [`Recipe::links`] has the links that those scripts would make and that programs need.
 pub(super) fn build(
     steps: &Steps,
     recipe: &Recipe,
@@ -50,10 +50,12 @@ pub(super) fn build(
         ..
     } = recipe;
     steps.run(
-        // All of mmdebstrap's processes must end with this one, or they would go on writing to what is removed.
+        // All processes of mmdebstrap must end with this one, because they would otherwise write to
+        // a folder that is being removed.
         Enter::host()
             .run("mmdebstrap")
-            // Safe for root's system too: this mode endangers it only by package scripts, and none is run.
+            // Safe for root's system as well, because only package scripts endanger it in this mode
+            // and none runs.
             .args([
                 "--mode=chrootless",
                 "--variant=extract",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The consumer's end: checks each record and notes what it finds.
+//! The consumer's end: checks each record and notes the result.
 
 use std::ops::Deref;
 
@@ -12,11 +12,11 @@ use barlink_protocol::{AtomicU64, Events, Receiver, Record, Wakeup};
 use crate::journal::Verdict;
 use crate::{Journal, KIND, Note, Notes, Pace, Point, Trap, record};
 
-/// How many wrong records of a channel are told of, each in a line.
+/// Number of wrong records of a channel that are reported, each in a line.
 const TOLD: u64 = 20;
 
-/// Receives until a record of [`Kind::END`] comes. It sets no time limit: as long as rings come
-/// through, nothing else wakes it.
+/// Receives until a record of [`Kind::END`] comes. It waits without a time limit: once rings come
+/// through, only a ring wakes it.
 pub fn consume<M, E>(
     mut receiver: Receiver<M, E>,
     channel: &Channel,
@@ -44,7 +44,8 @@ where
         let number = record.header().sequence;
         note_verdict(notes, number, journal.judge(number));
         if let Err(what) = check(&record, seed, max) {
-            // Nobody reads what it says before it has ended.
+            // The harness reads standard error only after the process has ended. The limit keeps
+            // the pipe from filling up.
             if notes.read(Note::Torn) < TOLD {
                 eprintln!("record {number}: {what}");
             }
@@ -79,7 +80,7 @@ where
     }
 }
 
-/// Whether a record is the one with its number.
+/// Checks the kind and the payload of a record by its number. The error describes the difference.
 fn check<M>(record: &Record<'_, M>, seed: u64, max: usize) -> Result<(), String>
 where
     M: Deref<Target = [AtomicU64]>,

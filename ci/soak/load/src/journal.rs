@@ -1,31 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Which record may come next, and what it means if another one does.
+//! Judges a record by its number: which record may come next, and the fault that another number
+//! shows.
 
-/// What a consumer knows of the records before the next one.
+/// The records that a consumer has had before the next one, as two numbers.
 ///
-/// It notes a number before it releases a record, and again afterwards. So of one that died it is known that all below
-/// `released` were released, and that none from `delivered` on was; the one between the two, if there is one, can have
-/// been either.
+/// A consumer notes a number before it releases a record, and again afterwards. After its death all
+/// records below `released` are known to be released, and all from `delivered` on are known not to
+/// be. A record between the two, if there is one, may or may not be released.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Journal {
     released: u64,
     delivered: u64,
 }
 
-/// What the number of a record says.
+/// The verdict on the number of a record.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Verdict {
-    /// So many records before it never came.
+    /// Number of records before it that never came.
     pub lost: u64,
-    /// It, and so many after it, came after they were released.
+    /// Number of records, from this one on, that were released before and come again.
     pub twice: u64,
-    /// It came before, and was not released, as far as is known.
+    /// Whether the record came before and was not released, as far as is known.
     pub again: bool,
 }
 
 impl Journal {
-    /// What the last consumer noted; all 0 for the first one.
+    /// Creates a journal from the notes of the last consumer; both numbers are 0 for the first
+    /// consumer.
     pub fn new(released: u64, delivered: u64) -> Self {
         Self {
             released,
@@ -33,7 +35,8 @@ impl Journal {
         }
     }
 
-    /// Judges the next record by its number, and takes it for released: of the one behind it nothing is in doubt.
+    /// Judges the next record by its number, and counts it as released, because the next record is
+    /// then known exactly.
     pub fn judge(&mut self, number: u64) -> Verdict {
         let verdict = Verdict {
             lost: number.saturating_sub(self.delivered),
@@ -61,7 +64,7 @@ mod tests {
         assert_eq!(judge(5, 5, 5), fine);
         assert_eq!(judge(5, 5, 7), Verdict { lost: 2, ..fine });
         assert_eq!(judge(5, 5, 2), Verdict { twice: 3, ..fine });
-        // Delivered, and perhaps released.
+        // The record was delivered, and perhaps released.
         let again = Verdict {
             again: true,
             ..fine

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The ends of channels that `cargo xtask soak crash` kills, on the host and in the guest: they send and receive
-//! numbered records, and take notes that outlive them. The program `barlink-crash-load` is one such end; the harness
-//! (`ci/soak/src/crash/`) reads the notes, and so knows what was lost and what came twice.
+//! The ends of channels that `cargo xtask soak crash` kills, on the host and in the guest: they
+//! send and receive numbered records, and write notes that outlive them. The program
+//! `barlink-crash-load` is one such end. The harness (`ci/soak/src/crash/`) reads the notes to find
+//! lost and repeated records.
 //!
 //! | file | its one job |
 //! |---|---|
 //! | `notes.rs` | the notes, in the region's raw window |
-//! | `record.rs` | what is in a record, by its number |
-//! | `journal.rs` | which records may come next, from what was noted |
+//! | `record.rs` | the content of a record, by its number |
+//! | `journal.rs` | the verdict on a record's number, from the notes |
 //! | `random.rs` | numbers from a seed |
-//! | `pace.rs` | resting now and then |
-//! | `trap.rs` | dying at a chosen point |
+//! | `pace.rs` | random pauses |
+//! | `trap.rs` | death at a chosen point |
 //! | `produce.rs`, `consume.rs` | the two ends |
 
 mod consume;

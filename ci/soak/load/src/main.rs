@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The program `barlink-crash-load`: one end of a channel, on the host or in the guest; or a process that rings the other
-//! end without a pause.
+//! The program `barlink-crash-load`: one end of a channel, on the host or in the guest, or a
+//! process that rings the other end without a pause.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
 use clap::{Args, Parser, ValueEnum};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-/// How long to wait before asking once more for what somebody who died still has.
+/// Time before another attempt to claim an end or open a device that a dead process still holds.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// One end of a channel that `cargo xtask soak crash` kills, or a process that rings meanwhile
@@ -28,14 +28,14 @@ const PAUSE: Duration = Duration::from_millis(1);
 struct Cli {
     #[command(flatten)]
     place: Place,
-    /// In the guest: go by a further node of the device, which is made here, as a container has one
+    /// In the guest: use a second node of the device, which the program creates, as in a container
     #[arg(long, value_name = "NODE", requires = "device")]
     second_node: Option<PathBuf>,
     /// The end
     end: Role,
     /// The channel
     channel: String,
-    /// What the records follow from, if it sends or checks any
+    /// Seed of the records that it sends or checks
     #[arg(default_value_t)]
     seed: u64,
 }
@@ -60,7 +60,7 @@ enum Role {
 }
 
 fn main() -> Result<()> {
-    // Not to outlive the harness, or the agent.
+    // The kernel kills this process when the harness or the agent ends.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let cli = Cli::parse();
     let end = match cli.end {
@@ -97,7 +97,8 @@ fn main() -> Result<()> {
     }
 }
 
-/// Opens the device by its node, or by a second one, made now: the device that had its number before may be gone.
+/// Opens the device by its node, or by a second node. Creates the second node each time, because
+/// the device that had its number before may be gone.
 fn open(first: &Path, second: Option<&Path>) -> Result<Device, DeviceError> {
     let Some(second) = second else {
         return Device::open(first);
@@ -116,7 +117,7 @@ fn open(first: &Path, second: Option<&Path>) -> Result<Device, DeviceError> {
     }
 }
 
-/// Does something again and again while it fails for a reason that passes.
+/// Repeats an attempt while `passes` holds for its error.
 fn insist<T, X>(attempt: impl Fn() -> Result<T, X>, passes: impl Fn(&X) -> bool) -> Result<T, X> {
     loop {
         match attempt() {
@@ -126,7 +127,7 @@ fn insist<T, X>(attempt: impl Fn() -> Result<T, X>, passes: impl Fn(&X) -> bool)
     }
 }
 
-/// Is the end of a channel that was claimed.
+/// Does the work of a role with the end that was claimed.
 fn work<M, E>(
     region: region::Region<M>,
     layout: &Layout,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Notes that outlive a process, its guest and its QEMU: words in the region's raw window, one set for each channel.
-//! Each word is written by one process at a time.
+//! Notes that outlive a process, its guest and its QEMU: words in the region's raw window, one set
+//! for each channel. One process at a time writes each word.
 
 use std::ops::Deref;
 
@@ -15,31 +15,31 @@ const STRIDE: u64 = 256;
 /// One of the words. Numbers of records count from 0.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Note {
-    /// The producer is to end in good order, if not 0.
+    /// Not 0 if the producer must end in good order.
     Stop,
-    /// Records that the producer has committed; written after that.
+    /// Number of records that the producer has committed; written after the commit.
     Sent,
-    /// Number of the record behind the one that was delivered last; written before that one is released.
+    /// Number after that of the last delivered record; written before the release of that record.
     Delivered,
-    /// Number of the record behind the one that was released last; written after that.
+    /// Number after that of the last released record; written after the release.
     Released,
-    /// Records that never came.
+    /// Number of records that never came.
     Lost,
-    /// Records that came again after they were released.
+    /// Number of records that came again after their release.
     Twice,
-    /// Records that came again since they had not been released, as is right.
+    /// Number of records that came again before their release, which is correct.
     Again,
-    /// Records whose content is not what was sent.
+    /// Number of records with a wrong content.
     Torn,
-    /// Where the producer is to die: a [`Point`](crate::Point), or 0.
+    /// The [`Point`](crate::Point) at which the producer must die, or 0.
     ProducerTrap,
-    /// Where the consumer is to die.
+    /// The [`Point`](crate::Point) at which the consumer must die, or 0.
     ConsumerTrap,
-    /// Sleeps of the producer that a ring ended, and not the clock.
+    /// Number of the producer's sleeps that ended by a ring and not by a timer.
     ProducerWoken,
-    /// Sleeps of the consumer that a ring ended.
+    /// Number of the consumer's sleeps that ended by a ring.
     ConsumerWoken,
-    /// Rings of a process that does nothing else.
+    /// Number of rings of the process that only rings.
     Rung,
 }
 
@@ -51,7 +51,7 @@ pub struct Notes<M> {
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Notes<M> {
-    /// Those of the channel with this index.
+    /// Returns the notes of the channel with this index.
     pub fn new(region: Region<M>, layout: &Layout, channel: usize) -> Self {
         Self {
             region,
@@ -59,19 +59,19 @@ impl<M: Deref<Target = [AtomicU64]>> Notes<M> {
         }
     }
 
-    /// Reads one.
+    /// Reads a note.
     pub fn read(&self, note: Note) -> u64 {
-        // SYNC: noted; pairs with the Release store in `write`.
+        // SYNC: pairs with the Release store in `write`.
         self.word(note).load(Ordering::Acquire)
     }
 
-    /// Writes one.
+    /// Writes a note.
     pub fn write(&self, note: Note, value: u64) {
-        // SYNC: noted; pairs with the Acquire load in `read`.
+        // SYNC: pairs with the Acquire load in `read`.
         self.word(note).store(value, Ordering::Release);
     }
 
-    /// Adds to one, which nobody else writes.
+    /// Adds to a note, which no other process may write meanwhile.
     pub fn add(&self, note: Note, count: u64) {
         self.write(note, self.read(note) + count);
     }

@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Resting now and then, so that each end at times waits for the other, and sleeps.
+//! Random pauses, so that each end at times waits for the other, and sleeps.
 
 use std::time::Duration;
 
 use crate::Random;
 
-/// One record in so many is followed by a rest.
+/// On average one record in this many is followed by a pause.
 const RARITY: u64 = 64;
-/// Longest rest in microseconds; one in [`LONG`] is up to [`LONG`] times as long.
+/// Longest pause in microseconds. One pause in [`LONG`] is up to [`LONG`] times as long.
 const REST: u64 = 8_000;
 const LONG: u64 = 8;
 
-/// When to rest, different in every process.
+/// The times of the pauses, different in every process.
 #[derive(Debug)]
 pub struct Pace(Random);
 
 impl Pace {
-    /// The pace of this process.
+    /// Creates the pace of this process, from its process ID.
     pub fn new() -> Self {
         Self(Random::new(std::process::id().into()))
     }
 
-    /// Rests, or not.
+    /// Pauses at random, or returns at once.
     pub fn rest(&mut self) {
         if self.0.below(RARITY) == 0 {
             let times = if self.0.below(LONG) == 0 { LONG } else { 1 };

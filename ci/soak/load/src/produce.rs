@@ -10,7 +10,7 @@ use barlink_protocol::{AtomicU64, Events, Sender, stream};
 
 use crate::{KIND, Note, Notes, Pace, Point, Trap, record};
 
-/// Sends until it is to stop, and then a record of [`Kind::END`].
+/// Sends until [`Note::Stop`] is set, and then a record of [`Kind::END`].
 pub fn produce<M, E>(
     mut sender: Sender<M, E>,
     notes: &Notes<M>,
@@ -23,7 +23,7 @@ where
 {
     let mut number = sender.sequence();
     let noted = notes.read(Note::Sent);
-    // The last one may have died between its commit and its note.
+    // The last producer may have died between its commit and its note.
     ensure!(
         (noted..=noted + 1).contains(&number),
         "{noted} records were committed, or one more, and the next is to be number {number}"

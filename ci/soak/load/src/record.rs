@@ -1,27 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What is in a record: a checksum over the rest, its number, and bytes whose count and values follow from the seed and
-//! the number.
+//! The content of a record: a checksum of the rest, the record's number, and bytes whose count and
+//! values follow from the seed and the number.
 
 use crate::Random;
 
-/// Bytes in front of the content: checksum and number, 8 each.
+/// Bytes before the content: checksum and number, 8 each.
 const HEAD: usize = 16;
-/// Most bytes of content in most records.
+/// Largest content of most records, in bytes.
 const USUAL: u64 = 500;
-/// One record in so many is of any size that the channel carries.
+/// On average one record in this many has any size that the channel carries.
 const LARGE: u64 = 32;
 
-/// Why a record is not what was sent.
+/// The fault of a received record.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Fault {
-    /// Its checksum does not fit: it was changed, or only a part of it is there.
+    /// The checksum is wrong: the record was changed, or only a part of it is there.
     Torn,
-    /// It is whole, and not the one with this number.
+    /// The record is whole, but is not the one with this number.
     Other,
 }
 
-/// The payload of a record, in a channel that carries `max` bytes.
+/// Returns the payload of a record, in a channel that carries `max` bytes. `max` must be at least
+/// 16.
 pub fn payload(seed: u64, number: u64, max: usize) -> Vec<u8> {
     let mut random = Random::of(seed, number);
     let most = max - HEAD;
@@ -53,7 +54,7 @@ pub fn check(bytes: &[u8], seed: u64, number: u64, max: usize) -> Result<(), Fau
     }
 }
 
-/// FNV-1a.
+/// Returns the FNV-1a hash of some bytes.
 fn checksum(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
         (sum ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Dying exactly where it is hardest to survive: an end asks at each of these points whether it is to die there, and does
-//! so by SIGKILL, as if somebody had killed it just then.
+//! Death at the points that are hardest to survive. At each point an end checks whether it must die
+//! there, and then kills itself with SIGKILL, as another process might at that moment.
 
 use std::cell::Cell;
 use std::ops::Deref;
@@ -14,16 +14,17 @@ use rustix::process::{Signal, getpid, kill_process};
 
 use crate::{Note, Notes};
 
-/// Where an end can die. Its number is what the note of a trap holds.
+/// A point at which an end can die. The note of a trap holds its number.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Point {
-    /// Producer: the record is written, and not committed.
+    /// Producer: the record is written, but not committed.
     BeforeCommit = 1,
-    /// Producer: committed, and the consumer, which sleeps, not rung. Consumer: released, and the producer not rung.
+    /// Producer: the record is committed, but the sleeping consumer is not rung. Consumer: the
+    /// record is released, but the producer is not rung.
     BeforeRing = 2,
-    /// Consumer: the record is found, and not looked at.
+    /// Consumer: the record is found, but not read.
     BeforeDelivery = 3,
-    /// Consumer: it is delivered, and not released.
+    /// Consumer: the record is delivered, but not released.
     BeforeRelease = 4,
 }
 
@@ -31,13 +32,14 @@ pub enum Point {
 pub struct Trap<M> {
     notes: Notes<M>,
     end: End,
-    /// How many records are committed or released, if a ring now follows from that, and not from the other end's coming
-    /// or going.
+    /// The number of committed or released records during a commit or release. A ring in this time
+    /// follows from it, and not from the other end's arrival or departure.
     moved: Cell<Option<u64>>,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Trap<M> {
-    /// The trap of this end, and those notes of its channel that it takes itself.
+    /// Creates the trap of this end. It writes the end's notes about commits, releases and wake-ups
+    /// into `notes`.
     pub fn new(notes: Notes<M>, end: End) -> Rc<Self> {
         Rc::new(Self {
             notes,
@@ -46,14 +48,15 @@ impl<M: Deref<Target = [AtomicU64]>> Trap<M> {
         })
     }
 
-    /// Dies, if it is to die here. That the note is 0 again tells when.
+    /// Kills this process if its note holds this point. The note is 0 again just before its death.
     pub fn pass(&self, point: Point) {
         let note = match self.end {
             End::Producer => Note::ProducerTrap,
             End::Consumer => Note::ConsumerTrap,
         };
         if self.notes.read(note) == point as u64 {
-            // What is done is done, and is to be told so: the successor must go on behind it.
+            // The commit or release is already done, so it must be noted: the successor goes on
+            // after it.
             if let Some(count) = self.moved.get() {
                 self.note_done(count);
             }
@@ -63,7 +66,8 @@ impl<M: Deref<Target = [AtomicU64]>> Trap<M> {
         }
     }
 
-    /// Does a commit or a release, which rings if the other end asked for that, and notes that there are now `count`.
+    /// Runs a commit or a release, which rings if the other end has armed a wake-up. Notes the new
+    /// count.
     pub fn moving<T, X>(&self, count: u64, work: impl FnOnce() -> Result<T, X>) -> Result<T, X> {
         self.moved.set(Some(count));
         let done = work();
@@ -91,14 +95,14 @@ impl<M: Deref<Target = [AtomicU64]>> Trap<M> {
     }
 }
 
-/// Events of an end that can die before it rings, and that notes what wakes it.
+/// The events of an end that can die before it rings. They also count the sleeps that rings end.
 pub struct Trapped<E, M> {
     events: E,
     trap: Rc<Trap<M>>,
 }
 
 impl<E, M> Trapped<E, M> {
-    /// These events, with this trap.
+    /// Creates events with this trap.
     pub fn new(events: E, trap: Rc<Trap<M>>) -> Self {
         Self { events, trap }
     }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The kinds of fault, and over which transport each is done.
+//! The kinds of fault, and the transports over which each is done.
 //!
-//! A broker that is killed and that nobody starts again is none: no host app can attach any more. What becomes of the
-//! VM is shown by tests of its own: `broker_that_dies_leaves_the_stream_running` over ivshmem, and over vfio-user
-//! `vm_outlives_its_broker_until_it_reboots`.
+//! A broker that is killed and never started again is not among them, because host apps can then no
+//! longer attach. Tests of their own show its effect on a VM:
+//! `broker_that_dies_leaves_the_stream_running` over ivshmem, and
+//! `vm_outlives_its_broker_until_it_reboots` over vfio-user.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -14,7 +15,7 @@ use barlink_protocol::wire::layout::End;
 
 use barlink_vm::broker::Transport;
 
-/// Where an end is.
+/// The side on which an end is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Side {
     /// On the host.
@@ -26,14 +27,14 @@ pub enum Side {
 /// One of the four ends.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Role {
-    /// Where it is.
+    /// The side on which it is.
     pub side: Side,
-    /// What it is.
+    /// Producer or consumer.
     pub end: End,
 }
 
 impl Role {
-    /// All of them.
+    /// All four ends.
     pub const ALL: [Self; 4] = [
         Self::new(Side::Host, End::Producer),
         Self::new(Side::Host, End::Consumer),
@@ -45,14 +46,14 @@ impl Role {
         Self { side, end }
     }
 
-    /// The other end of its channel.
+    /// Returns the other end of its channel.
     pub fn other(self) -> Self {
         let other = Self::ALL.into_iter();
         let mut other = other.filter(|role| *role != self && role.channel() == self.channel());
         other.next().unwrap_or(self)
     }
 
-    /// The name of its channel.
+    /// Returns the name of its channel.
     pub fn channel(self) -> &'static str {
         match (self.side, self.end) {
             (Side::Host, End::Producer) | (Side::Guest, End::Consumer) => "down",
@@ -74,53 +75,54 @@ impl fmt::Display for Role {
 /// One kind of fault.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Fault {
-    /// An end is killed, wherever it is.
+    /// An end is killed at any moment.
     Killed(Role),
-    /// An end is killed exactly there.
+    /// An end is killed exactly at a point.
     KilledAt(Role, Point),
-    /// Both ends of the channel of this one, which is on the host, are killed, this one first.
+    /// Both ends of a channel are killed, this one first, which is on the host.
     BothKilled(Role),
     /// The ends in the guest are killed, and the driver is unloaded and loaded.
     DriverReloaded,
-    /// The device is taken from the driver and given back.
+    /// The device is unbound from the driver and bound again.
     DeviceUnbound,
-    /// The device is pulled out and plugged in.
+    /// The device is unplugged and plugged in.
     DeviceUnplugged,
     /// The guest is suspended to memory, and resumes.
     GuestSuspended,
     /// The guest is reset.
     GuestReset,
-    /// QEMU is killed, and another one booted.
+    /// QEMU is killed, and another QEMU is booted.
     QemuKilled,
     /// The broker is killed, and started again by its service manager.
     BrokerKilled,
-    /// The same, and meanwhile this end is killed, which is on the host.
+    /// The broker is killed, then this end, which is on the host, and the service manager starts
+    /// the broker again.
     BrokerAndEndKilled(Role),
     /// Another broker takes over.
     BrokerReplaced,
-    /// The broker is killed, and started again by its service manager, while the guest rings without a pause: a message
-    /// can be half answered.
+    /// The broker is killed, and started again by its service manager, while the guest rings
+    /// without a pause, so that a message can be half answered.
     BrokerKilledAmidRings,
     /// Another broker takes over while the guest rings without a pause.
     BrokerReplacedAmidRings,
 }
 
 impl Fault {
-    /// Those that are done over this transport: all that records survive.
+    /// Returns the faults that are done over this transport: those that records survive.
     pub fn all(transport: Transport) -> Vec<Self> {
         let mut all = Self::any();
         all.retain(|fault| fault.why_not(transport).is_none());
         all
     }
 
-    /// Those that are not, each with the reason.
+    /// Returns the faults that are not done over this transport, each with the reason.
     pub fn left_out(transport: Transport) -> Vec<(Self, &'static str)> {
         let any = Self::any().into_iter();
         any.filter_map(|fault| Some((fault, fault.why_not(transport)?)))
             .collect()
     }
 
-    /// Why a fault is not done over this transport, if it is not.
+    /// Returns the reason why a fault is not done over this transport, if there is one.
     fn why_not(self, transport: Transport) -> Option<&'static str> {
         match (self, transport) {
             // `device_of_vfio_user_is_plugged_in_and_not_out`
@@ -143,7 +145,7 @@ impl Fault {
         }
     }
 
-    /// All of them.
+    /// Returns all faults.
     fn any() -> Vec<Self> {
         let mut all = Vec::new();
         for role in Role::ALL {
@@ -178,8 +180,8 @@ impl Fault {
         all
     }
 
-    /// Whether the broker must be a managed service for it, or must not be; `None` if it does not matter. A service
-    /// manager would start a broker again that another one replaced.
+    /// Returns whether the broker must be a managed service for this fault, or must not be; `None`
+    /// if both work. A service manager would start a broker again that another one has replaced.
     pub fn needs_manager(self) -> Option<bool> {
         match self {
             _ if self.kills_broker() => Some(true),
@@ -188,13 +190,14 @@ impl Fault {
         }
     }
 
-    /// Whether the guest must not have been suspended since it booted: QEMU's firmware loses ACPI's registers then, by which Linux
-    /// is suspended and hears of devices that are pulled out (`docs/driver.md`, section 8).
+    /// Returns whether this fault is possible only in a guest that has not been suspended since it
+    /// booted. After a suspend QEMU's firmware has lost ACPI's registers, which Linux uses to
+    /// suspend and to detect an unplug (`docs/driver.md`, section 8).
     pub fn needs_acpi(self) -> bool {
         matches!(self, Self::GuestSuspended | Self::DeviceUnplugged)
     }
 
-    /// Whether it kills the broker, at whatever instruction.
+    /// Returns whether the fault kills the broker, at any instruction.
     pub fn kills_broker(self) -> bool {
         matches!(
             self,
@@ -202,7 +205,8 @@ impl Fault {
         )
     }
 
-    /// How many records come again because they were delivered and not released, as is right.
+    /// Returns how many records may come again because they were delivered and not released, which
+    /// is correct.
     pub fn again(self) -> RangeInclusive<u64> {
         match self {
             Self::KilledAt(_, Point::BeforeRelease) => 1..=1,
@@ -216,7 +220,7 @@ impl Fault {
                 End::Producer => 0..=0,
                 End::Consumer => 0..=1,
             },
-            // Consumers are killed, or lose the memory under their hands, at any moment.
+            // Consumers are killed, or lose their memory, at any moment.
             _ => 0..=1,
         }
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Doing a fault, and what an operator would do after it: start again what has ended.
+//! Causes a fault, and does the work of an operator after it: starts again all that has ended.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,14 +17,14 @@ use super::watch::CHANNELS;
 use barlink_vm::COMMAND_TIMEOUT;
 use barlink_vm::broker::{Broker, Transport};
 
-/// How often the broker is killed, or replaced, while the guest rings, and the longest time before each. A kill within a message
-/// takes five seconds.
+/// Number of kills and of replacements of the broker while the guest rings, and the longest time
+/// before each. There are fewer kills, because a kill within a message takes five seconds.
 const KILLS: usize = 3;
 const REPLACEMENTS: usize = 10;
 const MOMENT: Duration = Duration::from_millis(50);
 
 impl Scene<'_> {
-    /// Does what has to be done before a fault can be, which is none by itself.
+    /// Does the steps that a fault needs before it. They are not part of the fault.
     pub fn prepare(&mut self, fault: Fault) -> Result<()> {
         if fault.needs_acpi() && self.has_slept {
             self.interrupt(Self::reset)?;
@@ -32,8 +32,9 @@ impl Scene<'_> {
         Ok(())
     }
 
-    /// Does a fault, and gives the time from there until a record came through that was committed later, in each
-    /// direction that the fault was in; after one of the broker, until it also told a host app who is there.
+    /// Causes a fault, and returns the time of the recovery: until a record that was committed
+    /// later has come through, in each direction that the fault affects. After a fault of the
+    /// broker it is the time until the broker also answers a host app.
     pub fn inflict(&mut self, fault: Fault) -> Result<Duration> {
         match fault {
             Fault::Killed(role) => {
@@ -57,7 +58,7 @@ impl Scene<'_> {
                 Ok(start.elapsed())
             }
             Fault::DriverReloaded => self.interrupt(|scene| {
-                // While it is in use it cannot be unloaded.
+                // The driver cannot be unloaded while it is in use.
                 Self::guest().try_for_each(|role| scene.worker(role)?.kill())?;
                 scene.vm()?.run(["rmmod", "barlink"])?.require_success()?;
                 scene.load_driver()
@@ -87,7 +88,8 @@ impl Scene<'_> {
                 let roll = self.roll()?;
                 let start = Instant::now();
                 self.broker.kill()?;
-                // What flows over ivshmem needs no broker. Over vfio-user a guest that rings waits for the next one.
+                // Streams over ivshmem need no broker. Over vfio-user a guest that rings waits for
+                // the next broker.
                 if self.transport == Transport::Ivshmem {
                     self.wait_until_all_flow()?;
                 }
@@ -117,8 +119,9 @@ impl Scene<'_> {
         }
     }
 
-    /// Changes the broker so many times while a process in the guest rings without a pause, so that mostly a message is under
-    /// way, and gives the longest time until rings went on.
+    /// Changes the broker this many times while a process in the guest rings without a pause, so
+    /// that usually a message is under way. Returns the longest time until rings were answered
+    /// again.
     fn amid_rings(
         &mut self,
         times: usize,
@@ -149,7 +152,8 @@ impl Scene<'_> {
         Ok(start.elapsed())
     }
 
-    /// Does something that ends the guest's part, starts that again, and waits for records in both directions.
+    /// Runs a fault that ends the guest's ends, starts these again, and waits for records in both
+    /// directions.
     fn interrupt(&mut self, fault: impl FnOnce(&mut Self) -> Result<()>) -> Result<Duration> {
         let start = Instant::now();
         fault(self)?;
@@ -159,7 +163,7 @@ impl Scene<'_> {
         Ok(start.elapsed())
     }
 
-    /// Has an end die at a point, and gives the time when it did.
+    /// Makes an end die at a point, and returns the time of its death.
     fn spring(&mut self, role: Role, point: Point) -> Result<Instant> {
         let note = match role.end {
             End::Producer => Note::ProducerTrap,
@@ -179,7 +183,7 @@ impl Scene<'_> {
         Ok(Instant::now())
     }
 
-    /// Runs a shell command in the guest.
+    /// Runs a shell command in the guest, and returns its output.
     fn shell(&self, command: &str) -> Result<String> {
         let output = self.vm()?.run(["sh", "-c", command])?;
         Ok(output.success()?.trim_end().to_owned())
@@ -192,7 +196,8 @@ impl Scene<'_> {
         self.vm()?.unplug(id)?;
         Self::guest().try_for_each(|role| self.worker(role)?.wait_gone())?;
         let vm = self.vm()?;
-        // QEMU's connection has told all that it will ever tell: with the old one, a new device waits for ever.
+        // The old connection has already delivered its handshake, so a new device on it would wait
+        // for ever.
         vm.qmp("chardev-remove", &json!({ "id": chardev }))?;
         let address = json!({ "type": "unix", "data": { "path": self.broker.socket(0) } });
         let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
@@ -200,7 +205,8 @@ impl Scene<'_> {
         vm.plug(&device)
     }
 
-    /// The device, as `device_add` takes it: what `barlink qemu-args` prints as QEMU's argument.
+    /// Returns the device as `device_add` takes it, from the argument that `barlink qemu-args`
+    /// prints.
     fn device(&self) -> Result<Value> {
         let arguments = self.broker.arguments(0)?;
         let device = arguments.iter().rfind(|word| !word.starts_with('-'));
@@ -219,7 +225,8 @@ impl Scene<'_> {
         Ok(object.into())
     }
 
-    /// Who is there, by the broker's own knowledge, as a host app is told that comes now.
+    /// Returns the slots and claims as the broker reports them to a new host app. Checks that the
+    /// VM and both ends on the host are there.
     fn roll(&self) -> Result<Value> {
         let status = self.broker.inspect()?["broker"].take();
         let roll = json!({ "slots": status["slots"], "claims": status["claims"] });
@@ -229,7 +236,8 @@ impl Scene<'_> {
         Ok(roll)
     }
 
-    /// An error unless the broker knows all that its predecessor knew, and the streams flow.
+    /// Returns an error unless the broker knows all that its predecessor knew, and the streams
+    /// flow.
     fn is_as_before(&mut self, roll: &Value) -> Result<()> {
         let now = self.roll()?;
         ensure!(now == *roll, "who is there changed: {roll} and {now}");

@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The parts `crash-…`: while numbered records flow both ways between a guest and the host, does one fault a round, in
-//! turn of every kind, and counts what is lost or comes twice.
+//! The parts `crash-…`: numbered records flow both ways between a guest and the host. Each round
+//! does one fault, all kinds in turn, and counts lost and repeated records.
 //!
-//! The ends are `barlink-crash-load`, which notes in the region's raw window how far it got; the notes outlive processes,
-//! guest and QEMU, and are what loss is judged by. They also tell what woke each end. An end that comes looks by the clock
-//! until the first ring has reached it, which would hide that rings do not; so a round is over once rings have woken
-//! every end. From then on nothing else does, and a ring that is lost shows as a stream that stands still.
+//! The ends are `barlink-crash-load`. They note their progress in the region's raw window. The
+//! notes outlive processes, guest and QEMU, and the harness finds losses from them. The notes also
+//! tell what woke each end. A new end wakes up by a timer until the first ring has reached it,
+//! which would hide missing rings. So a round is over only once rings have woken every end. From
+//! then on only rings wake an end, and a lost ring shows as a stream that stands still.
 //!
-//! Over vfio-user the broker forwards every ring, so there it is also killed and replaced while the guest rings without a
-//! pause. Only one that was killed may leave QEMU without an answer.
+//! Over vfio-user the broker forwards every ring. So over vfio-user the broker is also killed and
+//! replaced while the guest rings without a pause. QEMU may wait for an answer in vain only if the
+//! broker was killed.
 //!
 //! | file | its one job |
 //! |---|---|
 //! | `fault.rs` | the kinds of fault |
 //! | `scene.rs` | the broker, the VM and the four ends, and waiting for them |
-//! | `inflict.rs` | doing a fault, and what it takes to go on after it |
+//! | `inflict.rs` | causing a fault, and the recovery after it |
 //! | `worker.rs` | one end: a process on the host or in the guest |
-//! | `watch.rs` | the notes and counters, as the host sees them |
-//! | `report.rs` | the table |
+//! | `watch.rs` | the notes and counters, as the host reads them |
+//! | `report.rs` | the table of results |
 
 mod fault;
 mod inflict;
@@ -39,10 +41,11 @@ use self::scene::Scene;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::Transport;
 
-/// Longest time for which the streams are left alone before a fault.
+/// Longest time for which the streams flow undisturbed before a fault.
 const CALM: Duration = Duration::from_millis(400);
 
-/// The kinds of fault over a transport that have this in their names, or all.
+/// Returns the kinds of fault over a transport whose names contain a text, or all kinds without a
+/// text. An error if there is none.
 pub fn chosen(transport: Transport, only: Option<&str>) -> Result<Vec<Fault>> {
     let mut faults = Fault::all(transport);
     let Some(only) = only else {
@@ -68,7 +71,7 @@ pub fn chosen(transport: Transport, only: Option<&str>) -> Result<Vec<Fault>> {
     Ok(faults)
 }
 
-/// Does so many rounds, with progress on standard error. What goes wrong in them is in the report.
+/// Runs this many rounds, with progress on standard error. The report contains the failures.
 pub fn crash(
     artifacts: &Artifacts,
     transport: Transport,
@@ -98,7 +101,8 @@ pub fn crash(
     Ok(report)
 }
 
-/// The faults of all rounds: those with a managed broker, and those with one that is not.
+/// Assigns faults to rounds: those with a managed broker, and those with a broker that is not
+/// managed.
 fn plan(faults: &[Fault], rounds: usize, random: &mut Random) -> [(bool, Vec<Fault>); 2] {
     let mut plan = [(true, Vec::new()), (false, Vec::new())];
     let mut next = Vec::new();
@@ -150,7 +154,7 @@ fn play(
     scene.finish().context("at the end")
 }
 
-/// These kinds, each once, in some order.
+/// Returns these kinds, each once, in a random order.
 fn shuffled(faults: &[Fault], random: &mut Random) -> Vec<Fault> {
     let mut faults = faults.to_vec();
     for last in (1..faults.len()).rev() {
@@ -171,7 +175,7 @@ mod tests {
         let broker = chosen(Transport::Ivshmem, "broker killed").unwrap();
         assert!(broker.contains(&Fault::BrokerKilled) && broker.len() < all);
         let unknown = chosen(Transport::Ivshmem, "wrong").unwrap_err().to_string();
-        // One line that says so, and one for each that there is.
+        // The error is one line, and one line for each kind.
         assert_eq!(unknown.lines().count(), 1 + all, "{unknown}");
         assert!(unknown.lines().all(|line| line.len() < 100), "{unknown}");
         let left_out = chosen(Transport::VfioUser, "unplugged").unwrap_err();

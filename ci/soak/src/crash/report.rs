@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What came of the rounds, as a table.
+//! The results of the rounds, as a table.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::fault::Fault;
 use super::watch::Counts;
 use barlink_vm::broker::Transport;
 
-/// See the module.
+/// The results of one run: see the module.
 #[derive(Debug)]
 pub struct Report {
     transport: Transport,
@@ -20,11 +20,11 @@ pub struct Report {
     rows: Vec<Row>,
     total: Counts,
     time: Duration,
-    /// What ended the run early.
+    /// The error that ended the run early.
     failure: Option<String>,
 }
 
-/// What came of the faults of one kind.
+/// The results of the faults of one kind.
 #[derive(Debug)]
 struct Row {
     fault: Fault,
@@ -34,7 +34,7 @@ struct Row {
 }
 
 impl Report {
-    /// An empty one.
+    /// Creates a report without results.
     pub(super) fn new(transport: Transport, seed: u64, rounds: usize, faults: &[Fault]) -> Self {
         let row = |fault| Row {
             fault,
@@ -53,8 +53,8 @@ impl Report {
         }
     }
 
-    /// Adds a round: how long it took until records flowed again, if they did, and what happened to them. Gives its
-    /// number, and that of the last one.
+    /// Adds a round: the time until records flowed again, if they did, and the counts of records.
+    /// Returns the round's number and the number of all rounds, as text.
     pub(super) fn add(
         &mut self,
         fault: Fault,
@@ -70,7 +70,7 @@ impl Report {
         format!("{}/{}", self.faults(), self.rounds)
     }
 
-    /// Adds how a part of the rounds ended, and what happened in all of it.
+    /// Adds the outcome of a part of the rounds, and the counts of the whole part.
     pub(super) fn end(&mut self, outcome: Result<()>, total: Counts, time: Duration) {
         self.failure = outcome.err().map(|error| format!("{error:#}"));
         self.total += total;
@@ -81,7 +81,7 @@ impl Report {
         self.rows.iter().map(|row| row.faults).sum()
     }
 
-    /// Whether all rounds were done, and no record was lost, came twice, or was torn.
+    /// Returns whether all rounds were done, and no record was lost, repeated or torn.
     pub fn is_good(&self) -> bool {
         self.failure.is_none() && self.total.are_good()
     }

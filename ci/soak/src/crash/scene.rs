@@ -17,7 +17,7 @@ use barlink_sandbox::builds::{Artifacts, CRASH_LOAD};
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
 
-/// Small channels, so that they are often full and often wrap; and one that is only rung.
+/// Small channels, so that they are often full and often wrap, and a channel that is only rung.
 const ARGUMENTS: [&str; 6] = [
     "--channel",
     "down=down,16K",
@@ -27,22 +27,22 @@ const ARGUMENTS: [&str; 6] = [
     "bell=up,4K",
 ];
 
-/// Rings that show that they go on: the one that was under way, and some that began later.
+/// Number of rings that show that rings are answered: the ring that was under way, and later ones.
 const RINGS: u64 = 3;
 
-/// How often the notes are looked at.
+/// Time between two reads of the notes.
 pub(super) const LOOK: Duration = Duration::from_micros(500);
 
-/// Looks at the notes for each look at the processes.
+/// Reads of the notes for each check of the processes.
 const LOOKS: u32 = 50;
 
-/// How long a stream may stand still while everything is there that it needs.
+/// Time limit for a stream that stands still although nothing that it needs is missing.
 pub(super) const PATIENCE: Duration = COMMAND_TIMEOUT;
 
-/// What QEMU prints when the server of a vfio-user device does not answer.
+/// Text that QEMU prints when the server of a vfio-user device does not answer.
 const UNANSWERED: &str = "timed out";
 
-/// See the module. The fields are dropped in this order.
+/// The broker, the VM and the ends: see the module. The fields are dropped in this order.
 pub struct Scene<'a> {
     workers: Vec<Worker>,
     pub(super) vm: Option<Vm>,
@@ -52,14 +52,14 @@ pub struct Scene<'a> {
     pub(super) transport: Transport,
     seed: u64,
     pub(super) random: Random,
-    /// How often this VM's QEMU has waited in vain for an answer.
+    /// Number of times that this VM's QEMU has waited in vain for an answer.
     unanswered: usize,
     /// Whether the guest was suspended since it booted.
     pub(super) has_slept: bool,
 }
 
 impl<'a> Scene<'a> {
-    /// Starts all of it, the broker as a service if it is to be managed.
+    /// Starts the broker, as a service if it is `managed`, the VM, and the ends.
     pub fn set(
         artifacts: &'a Artifacts,
         transport: Transport,
@@ -90,17 +90,17 @@ impl<'a> Scene<'a> {
         Ok(scene)
     }
 
-    /// The notes and counters.
+    /// Returns the notes and counters.
     pub fn watch(&self) -> &Watch {
         &self.watch
     }
 
-    /// The VM.
+    /// Returns the VM.
     pub fn vm(&self) -> Result<&Vm> {
         self.vm.as_ref().context("there is no VM")
     }
 
-    /// One of the ends.
+    /// Returns one of the ends.
     pub fn worker(&mut self, role: Role) -> Result<&mut Worker> {
         let worker = self.workers.iter_mut().find(|worker| worker.role == role);
         worker.with_context(|| format!("there is no {role}"))
@@ -121,7 +121,7 @@ impl<'a> Scene<'a> {
         self.load_driver()
     }
 
-    /// Has the guest suspend itself, and wakes it.
+    /// Suspends the guest to memory, and wakes it.
     pub fn suspend(&mut self) -> Result<()> {
         self.has_slept = true;
         self.vm()?.suspend()
@@ -133,7 +133,7 @@ impl<'a> Scene<'a> {
         loaded.require_success()
     }
 
-    /// Starts an end, in place of the one before.
+    /// Starts an end, and drops the worker that had this role before.
     pub fn start(&mut self, role: Role) -> Result<()> {
         self.workers.retain(|worker| worker.role != role);
         let vm = self.vm.as_ref();
@@ -162,7 +162,7 @@ impl<'a> Scene<'a> {
         Self::guest().try_for_each(|role| self.start(role))
     }
 
-    /// The ends in the guest.
+    /// Returns the ends in the guest.
     pub fn guest() -> impl Iterator<Item = Role> {
         let all = Role::ALL.into_iter();
         all.filter(|role| role.side == Side::Guest)
@@ -188,7 +188,7 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// Waits for something while all ends live.
+    /// Waits until a condition holds. An error if an end ends meanwhile, or after [`PATIENCE`].
     pub fn wait_until(
         &mut self,
         otherwise: &str,
@@ -210,7 +210,7 @@ impl<'a> Scene<'a> {
         bail!("{otherwise}; {}", self.watch.told())
     }
 
-    /// An error if an end has ended, which none does by itself.
+    /// Returns an error if an end has ended, because no end does so by itself.
     fn check_workers(&mut self) -> Result<()> {
         for worker in &mut self.workers {
             if worker.has_ended()? {
@@ -221,7 +221,7 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// An error if the guest's kernel has complained of anything, before a reset or after it.
+    /// Returns an error if the guest's kernel has logged a complaint, before or after a reset.
     pub fn check_kernel(&self) -> Result<()> {
         let complaint = complaint(&self.vm()?.console_log());
         ensure!(
@@ -231,8 +231,8 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// An error if QEMU has waited in vain for an answer since this was asked last, unless the broker was killed, which may
-    /// have been within a message.
+    /// Returns an error if QEMU has waited in vain for an answer since the last call. That is
+    /// allowed after a kill of the broker, which may have been within a message.
     pub fn check_answers(&mut self, fault: Fault) -> Result<()> {
         let errors = self.vm()?.errors();
         let unanswered = errors.matches(UNANSWERED).count();
@@ -244,14 +244,14 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// What broker, QEMU and guest have told, for who looks for the cause of a failure.
+    /// Returns the logs of broker, QEMU and guest, which help to find the cause of a failure.
     pub fn evidence(&self) -> String {
         let broker = self.broker.log().unwrap_or_default();
         let vm = self.vm().map(Vm::last_words).unwrap_or_default();
         format!("the broker's log:\n{broker}{vm}")
     }
 
-    /// Ends the streams in good order, and compares what was counted.
+    /// Ends the streams in good order, and compares the counts.
     pub fn finish(&mut self) -> Result<()> {
         self.wait_until_all_flow()?;
         for channel in CHANNELS {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The channels' counters and the ends' notes, through one mapping that is made at the start: if a broker came back with
-//! another region, nothing would move here any more.
+//! The channels' counters and the ends' notes, read through one mapping from the start of the run.
+//! If a broker came back with another region, the numbers here would no longer change.
 
 use std::ops::{AddAssign, Sub};
 
@@ -14,29 +14,29 @@ use barlink_protocol::wire::layout::Channel;
 
 use barlink_vm::broker::Broker;
 
-/// The names of the channels.
+/// The names of the channels with records.
 pub const CHANNELS: [&str; 2] = ["down", "up"];
 
-/// The name of the channel that carries nothing, and is rung.
+/// The name of the channel that is only rung.
 pub const BELL: &str = "bell";
 
-/// What has happened to records so far, in both directions.
+/// Counts of records so far, in both directions.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Counts {
-    /// Committed.
+    /// Committed records.
     pub sent: u64,
-    /// Never delivered.
+    /// Records that were never delivered.
     pub lost: u64,
-    /// Delivered again after their release.
+    /// Records that were delivered again after their release.
     pub twice: u64,
-    /// Delivered again before their release, as is right.
+    /// Records that were delivered again before their release, which is correct.
     pub again: u64,
-    /// Delivered as something else than what was sent.
+    /// Records that were delivered with a wrong content.
     pub torn: u64,
 }
 
 impl Counts {
-    /// Whether nothing happened that must not.
+    /// Returns whether no record was lost, repeated or torn.
     pub fn are_good(&self) -> bool {
         self.lost == 0 && self.twice == 0 && self.torn == 0
     }
@@ -66,7 +66,7 @@ impl Sub for Counts {
     }
 }
 
-/// See the module.
+/// The counters and notes: see the module.
 #[derive(Debug)]
 pub struct Watch {
     attachment: Attachment,
@@ -74,7 +74,7 @@ pub struct Watch {
     bell: Notes<Mapping>,
 }
 
-/// One channel.
+/// The counters and notes of one channel.
 #[derive(Debug)]
 struct Watched {
     name: &'static str,
@@ -82,16 +82,16 @@ struct Watched {
     notes: Notes<Mapping>,
 }
 
-/// How many records there were in each channel at some moment.
+/// The number of records in each channel at a moment.
 #[derive(Clone, Debug)]
 pub struct Mark(Vec<(&'static str, u64)>);
 
-/// How often a ring had ended a sleep of each end at some moment.
+/// The number of sleeps of each end that a ring had ended, at a moment.
 #[derive(Clone, Debug)]
 pub struct Woken(Vec<u64>);
 
 impl Watch {
-    /// Begins to watch.
+    /// Attaches to the broker's region.
     pub fn new(broker: &Broker) -> Result<Self> {
         let attachment = Attachment::connect(&broker.control(), Access::ReadWrite)?;
         let layout = attachment.layout();
@@ -110,13 +110,13 @@ impl Watch {
         })
     }
 
-    /// The notes of a channel.
+    /// Returns the notes of a channel.
     pub fn notes(&self, channel: &str) -> Result<&Notes<Mapping>> {
         let watched = self.channels.iter().find(|known| known.name == channel);
         Ok(&watched.context("no such channel")?.notes)
     }
 
-    /// What has happened so far.
+    /// Returns the counts so far.
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::default();
         for channel in &self.channels {
@@ -131,7 +131,7 @@ impl Watch {
         counts
     }
 
-    /// Remembers how many records there are now in these channels.
+    /// Returns the number of records in these channels now.
     pub fn mark(&self, channels: &[&str]) -> Mark {
         let meant = self.channels.iter();
         let meant = meant.filter(|channel| channels.contains(&channel.name));
@@ -142,7 +142,7 @@ impl Watch {
         )
     }
 
-    /// Whether in each channel a record was delivered that was committed after the mark was made.
+    /// Returns whether each channel has delivered a record that was committed after the mark.
     pub fn is_beyond(&self, mark: &Mark) -> bool {
         mark.0.iter().all(|(channel, records)| {
             let notes = self.notes(channel);
@@ -150,20 +150,21 @@ impl Watch {
         })
     }
 
-    /// How often a ring has ended a sleep of each end.
+    /// Returns how many sleeps of each end a ring has ended so far.
     pub fn woken(&self) -> Woken {
         let notes = [Note::ProducerWoken, Note::ConsumerWoken];
         let of = |channel: &Watched| notes.map(|note| channel.notes.read(note));
         Woken(self.channels.iter().flat_map(of).collect())
     }
 
-    /// How many rings of the guest's ringing process were answered.
+    /// Returns how many rings of the guest's ringing process were answered.
     pub fn rung(&self) -> u64 {
         self.bell.read(Note::Rung)
     }
 
-    /// Whether since then rings have ended two sleeps of every end: the second one at least was asked for by that end,
-    /// and not owed to the other one's coming.
+    /// Returns whether rings have ended two sleeps of every end since then. The first ring may be
+    /// due to the other end's arrival, so at least the second is due to a wake-up that the end
+    /// armed.
     pub fn all_were_woken(&self, since: &Woken) -> bool {
         let now = self.woken();
         now.0
@@ -172,7 +173,8 @@ impl Watch {
             .all(|(now, then)| now - then >= 2)
     }
 
-    /// An error unless all that was ever sent was delivered and released, by the channels' own counters.
+    /// Returns an error unless all records that were ever sent are delivered and released, by the
+    /// channels' own counters.
     pub fn check_totals(&self) -> Result<()> {
         for channel in &self.channels {
             let state = self.state(channel);
@@ -187,7 +189,7 @@ impl Watch {
         Ok(())
     }
 
-    /// How things stand.
+    /// Describes the state of the channels.
     pub fn told(&self) -> String {
         let channels = self.channels.iter().map(|channel| {
             let noted = |note| channel.notes.read(note);

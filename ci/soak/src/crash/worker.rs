@@ -18,16 +18,17 @@ use barlink_sandbox::builds::{Artifacts, CRASH_LOAD};
 use barlink_vm::broker::{Broker, host_program};
 use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
 
-/// How often a process on the host is looked at.
+/// Time between two checks of a process on the host.
 const LOOK: Duration = Duration::from_micros(200);
 
-/// The node of the device that the guest's consumer goes by.
+/// The node of the device that the guest's consumer uses.
 const SECOND_NODE: &str = "/tmp/barlink-again";
 
-/// See the module. Killed when dropped.
+/// The process of one end: see the module. Dropping this kills a process on the host. A process in
+/// the guest goes on.
 #[derive(Debug)]
 pub struct Worker {
-    /// Which end.
+    /// The end that it is.
     pub role: Role,
     process: Running,
 }
@@ -38,17 +39,17 @@ enum Running {
     Guest(Process),
 }
 
-/// How a worker ended.
+/// The result of a worker.
 #[derive(Debug)]
 pub struct Ended {
     /// Its exit code or signal.
     pub status: Status,
-    /// What it wrote to standard error.
+    /// Its standard error.
     pub errors: String,
 }
 
 impl Worker {
-    /// Starts one.
+    /// Starts the process of an end.
     pub fn start(
         role: Role,
         artifacts: &Artifacts,
@@ -73,7 +74,7 @@ impl Worker {
             }
             Side::Guest => {
                 let program = [CRASH_LOAD, "--device", "/dev/barlink0"];
-                // The device has two nodes when something happens to it.
+                // Faults must work on a device that has two nodes in use.
                 let node: &[_] = match role.end {
                     End::Producer => &[],
                     End::Consumer => &["--second-node", SECOND_NODE],
@@ -86,7 +87,7 @@ impl Worker {
         Ok(Self { role, process })
     }
 
-    /// Whether it has ended.
+    /// Returns whether the process has ended.
     pub fn has_ended(&mut self) -> Result<bool> {
         Ok(match &mut self.process {
             Running::Host(child) => child.try_wait()?.is_some(),
@@ -94,7 +95,7 @@ impl Worker {
         })
     }
 
-    /// Kills it.
+    /// Kills the process, and waits for its end.
     pub fn kill(&mut self) -> Result<()> {
         match &mut self.process {
             Running::Host(child) => child.kill()?,
@@ -103,7 +104,7 @@ impl Worker {
         self.wait_killed()
     }
 
-    /// Waits until somebody has killed it.
+    /// Waits until the process has ended by SIGKILL.
     pub fn wait_killed(&mut self) -> Result<()> {
         let ended = self.wait()?;
         let killed = Status::Signal(Signal::KILL.as_raw());
@@ -114,7 +115,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for its end.
+    /// Waits until the process has ended.
     pub fn wait(&mut self) -> Result<Ended> {
         let role = self.role;
         match &mut self.process {
@@ -149,7 +150,8 @@ impl Worker {
         }
     }
 
-    /// Waits until it has ended because its device is gone: a call said so, or touching the memory was SIGBUS.
+    /// Waits until the process has ended because its device is gone: a call returned that error, or
+    /// an access to the memory raised SIGBUS.
     pub fn wait_gone(&mut self) -> Result<()> {
         let ended = self.wait()?;
         let told = ended.status == Status::Code(1) && ended.errors.contains("the device is gone");
@@ -158,14 +160,14 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits until it has ended well.
+    /// Waits until the process has ended with success.
     pub fn wait_done(&mut self) -> Result<()> {
         let ended = self.wait()?;
         ensure!(ended.status.success(), "{}", self.told(&ended));
         Ok(())
     }
 
-    /// Tells how it ended.
+    /// Describes the end of the process.
     pub fn told(&self, ended: &Ended) -> String {
         let Ended { status, errors } = ended;
         format!(
@@ -179,7 +181,7 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         if let Running::Host(child) = &mut self.process {
-            // It may have ended already.
+            // The process may have ended already.
             let _ = child.kill();
             let _ = child.wait();
         }

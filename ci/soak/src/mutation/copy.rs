@@ -1,28 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The copy of the tree that faults are written into. It stays, so that cargo builds only files
-//! that have changed.
+//! The copy of the tree into which faults are written. It is kept between runs, so that cargo
+//! builds only files that have changed.
 
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use barlink_sandbox::builds::{TreeCopy, repository, target_folder};
+use rustix::fs::{FlockOperation, flock};
 use walkdir::WalkDir;
 
 /// A copy of the tree.
 pub struct Copied {
     folder: PathBuf,
     tree: TreeCopy,
+    /// Locked, so that no other process changes the copy.
+    _lock: File,
 }
 
 impl Copied {
-    /// Brings the copy up to date: afterwards it has no fault.
+    /// Brings the copy up to date, so that it has no fault. Waits while another process uses it.
     pub fn new() -> Result<Self> {
         let folder = target_folder()?.join("mutations");
         let root = folder.join("tree");
         fs::create_dir_all(&root)?;
+        let lock = lock(&folder.join("lock"))?;
         let wanted = files(&repository())?;
         for file in files(&root)?.difference(&wanted) {
             fs::remove_file(root.join(file))?;
@@ -39,6 +43,7 @@ impl Copied {
                 target: folder.join("build"),
             },
             folder,
+            _lock: lock,
         })
     }
 
@@ -48,22 +53,33 @@ impl Copied {
         write(&self.tree.root.join(file), content.as_bytes())
     }
 
-    /// The copy.
+    /// Returns the copy.
     pub fn tree(&self) -> &TreeCopy {
         &self.tree
     }
 
-    /// The folder for all that mutations need.
+    /// Returns the folder for all files that mutations need.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 }
 
-/// A file of the tree with a fault.
+/// Locks a file, and creates it if it is missing. Waits while another process has the lock.
+fn lock(path: &Path) -> Result<File> {
+    let file = File::create(path)?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        println!("waiting for another `cargo xtask soak` that tests mutations ...");
+        flock(&file, FlockOperation::LockExclusive)
+            .with_context(|| format!("{} cannot be locked", path.display()))?;
+    }
+    Ok(file)
+}
+
+/// Returns the content of a file of the tree with a fault.
 ///
 /// # Errors
 ///
-/// The code to replace is not there exactly once.
+/// The code to replace does not occur exactly once.
 pub fn changed(file: &str, from: &str, to: &str) -> Result<String> {
     let path = repository().join(file);
     let content = fs::read_to_string(&path)
@@ -77,7 +93,7 @@ pub fn changed(file: &str, from: &str, to: &str) -> Result<String> {
     Ok(content.replace(from, to))
 }
 
-/// Writes a file unless it has that content already, so that cargo sees only real changes.
+/// Writes a file unless it has this content already, so that cargo sees only real changes.
 fn write(path: &Path, content: &[u8]) -> Result<()> {
     if fs::read(path).is_ok_and(|old| old == content) {
         return Ok(());
@@ -86,7 +102,7 @@ fn write(path: &Path, content: &[u8]) -> Result<()> {
     fs::write(path, content).with_context(|| format!("{} cannot be written", path.display()))
 }
 
-/// The paths of all files below the root of a tree, without those of git and those that were built.
+/// Returns the paths of all files below the root of a tree, without those of git and build results.
 fn files(root: &Path) -> Result<HashSet<PathBuf>> {
     let target = target_folder()?;
     let entries = WalkDir::new(root).into_iter().filter_entry(|entry| {
@@ -112,7 +128,7 @@ mod tests {
     fn refuses_code_that_does_not_occur_once() {
         const LICENSE: &str = "// SPDX-License-Identifier";
         let file = "ci/soak/src/mutation/copy.rs";
-        // Here, and in its own line.
+        // The text occurs in this test and in the first line of the file.
         assert!(changed(file, LICENSE, "").is_err());
         assert!(changed(file, concat!("not ", "in this file"), "").is_err());
         assert!(changed("no/such/file", "a", "b").is_err());

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The rules for prose that a program can check: openings of sentences that hide their subject, and
+//! the width of comments. `CONTRIBUTING.md` has all rules.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use walkdir::WalkDir;
+
+/// Openings of sentences that have no noun as their subject.
+const OPENINGS: [&str; 5] = ["Who ", "Whoever ", "Nobody ", "What is ", "What was "];
+
+/// Most columns of a comment, with its indentation.
+const COLUMNS: usize = 100;
+
+/// Where a file has prose.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Kind {
+    /// In its comments.
+    Code,
+    /// Everywhere but in blocks of code.
+    Document,
+}
+
+impl Kind {
+    fn of(path: &Path) -> Option<Self> {
+        match path.extension()?.to_str()? {
+            "rs" | "c" | "h" => Some(Self::Code),
+            "md" => Some(Self::Document),
+            _ => None,
+        }
+    }
+}
+
+/// Finds the faults of all source files and documents below a folder: for each a line with file,
+/// line number and fault.
+pub fn faults(root: &Path) -> Result<Vec<String>> {
+    let entries = WalkDir::new(root).sort_by_file_name().into_iter();
+    let entries = entries.filter_entry(|entry| {
+        let name = entry.file_name().to_string_lossy();
+        entry.depth() == 0 || !(name.starts_with('.') || name == "target")
+    });
+    let mut faults = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        let path = entry.path();
+        let Some(kind) = Kind::of(path) else {
+            continue;
+        };
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("{} cannot be read", path.display()))?;
+        let name = path.strip_prefix(root)?.display();
+        let found = faults_of(&text, kind).into_iter();
+        faults.extend(found.map(|(line, fault)| format!("{name}:{line}: {fault}")));
+    }
+    Ok(faults)
+}
+
+/// Finds the faults of a text: line numbers, from 1, and what is wrong.
+fn faults_of(text: &str, kind: Kind) -> Vec<(usize, String)> {
+    let mut faults = Vec::new();
+    // Whether a sentence begins with the next word of prose.
+    let mut begins = true;
+    let mut in_code = false;
+    for (line, number) in text.lines().zip(1..) {
+        let prose = match kind {
+            Kind::Code => comment(line),
+            Kind::Document => Some(line.trim_start()),
+        };
+        let is_fence = prose.is_some_and(|prose| prose.starts_with("```"));
+        in_code ^= is_fence;
+        let is_prose = |prose: &&str| !(prose.is_empty() || in_code || is_fence);
+        let Some(prose) = prose.filter(is_prose) else {
+            begins = true;
+            continue;
+        };
+        // A row of a table cannot be broken.
+        let can_wrap = kind == Kind::Code && !prose.starts_with('|');
+        if can_wrap && line.chars().count() > COLUMNS {
+            faults.push((number, format!("a comment is wider than {COLUMNS} columns")));
+        }
+        // An item of a list.
+        let prose = prose.strip_prefix("* ").unwrap_or(prose);
+        let sentences = prose.split_inclusive(['.', '!', '?', ':']);
+        for sentence in sentences {
+            let words = sentence.trim_start();
+            let opening = OPENINGS.iter().find(|opening| words.starts_with(**opening));
+            if let Some(opening) = opening.filter(|_| begins) {
+                let opening = opening.trim_end();
+                faults.push((
+                    number,
+                    format!("a sentence opens with `{opening}`: name its subject"),
+                ));
+            }
+            begins = words.ends_with(['.', '!', '?', ':']);
+        }
+    }
+    faults
+}
+
+/// The text of a line's comment, if the line is or ends with one.
+fn comment(line: &str) -> Option<&str> {
+    let (before, text) = line.split_once("//")?;
+    // A URL or a string is no comment.
+    let is_comment = before.is_empty() || before.ends_with(char::is_whitespace);
+    let text = text.trim_start_matches(['/', '!']);
+    is_comment.then(|| text.trim_start())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(text: &str, kind: Kind) -> Vec<usize> {
+        faults_of(text, kind)
+            .into_iter()
+            .map(|(line, _)| line)
+            .collect()
+    }
+
+    #[test]
+    fn finds_sentences_without_a_noun() {
+        let text = concat!(
+            "/// Who",
+            " asks is told.\n",
+            "let a = 1; // What",
+            " is lost is gone.\n",
+            "// A reader is admitted. Nobody",
+            " else is.\n",
+            "// A peer, and\n// Who",
+            " is no sentence's opening here.\n",
+            "let text = \"// Whoever",
+            "\";\n",
+        );
+        assert_eq!(lines(text, Kind::Code), [1, 2, 3]);
+        let text = concat!(
+            "Text.\n\n* Whoever",
+            " comes\n```\nNobody",
+            " knows\n```\nNobody",
+            " did\n"
+        );
+        assert_eq!(lines(text, Kind::Document), [3, 7]);
+    }
+
+    #[test]
+    fn finds_wide_comments() {
+        let wide = format!(
+            "    // {}\n    let x = \"{}\";\n",
+            "x".repeat(94),
+            "x".repeat(94)
+        );
+        assert_eq!(lines(&wide, Kind::Code), [1]);
+        assert_eq!(
+            lines(&wide.replace("xx\n", "x\n"), Kind::Code),
+            Vec::<usize>::new()
+        );
+    }
+}
