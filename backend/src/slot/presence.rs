@@ -58,7 +58,7 @@ impl SharedRegion {
     /// Rings vector 0 of a peer. A VM without its driver is not rung: the ring has no receiver, and
     /// a QEMU without KVM dies of a ring for a device that was unplugged.
     fn ring_control(&self, peer: u32) {
-        // SYNC: told-then-epoch; a driver stores its epoch before its guest reads what is
+        // SYNC: publish-then-epoch; a driver stores its epoch before its guest reads what is
         // published.
         fence(Ordering::SeqCst);
         if peer < self.layout().slots && !self.has_driver(peer) {
