@@ -32,6 +32,10 @@ pub mod broker;
 pub mod control;
 pub mod events;
 pub mod memory;
+pub mod persistence;
+mod rate_limit;
+pub mod slot;
+pub mod socket;
 pub mod transport;
 
 pub use attachment::{AttachError, Attachment, Receiver, Sender};

@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Gives up the rights that a broker does not need once it listens. A kernel without one of the two, or with an older one,
-//! takes what it can.
+//! Gives up the rights that a broker does not need once it listens, as far as the kernel supports
+//! it.
 //!
-//! * Landlock (`landlock(7)`): files cannot be opened, made, removed or run; no TCP; no signals to other processes, and
-//!   no connecting to abstract sockets.
-//! * A filter of system calls (`seccomp(2)`), since Landlock knows no right to look at files, to change their modes and
-//!   owners, to make and connect sockets, or to use the rest of the kernel. It is a list of what may be called, and what is
-//!   not on it is answered as by a kernel that has no such call: a C library or a crate that begins to use a new one
-//!   is written for that answer, so the broker goes on, where another answer would end it.
+//! * Landlock (`landlock(7)`): the broker cannot open, create, remove or execute files, use TCP,
+//!   send signals to other processes, or connect to abstract sockets.
+//! * A filter of system calls (`seccomp(2)`), because Landlock has no right to examine files, to
+//!   change their modes and owners, to create and connect sockets, or to use the rest of the
+//!   kernel. The filter is a list of permitted calls. All others return ENOSYS: a C library or a
+//!   crate that begins to use a new call expects this error from an older kernel, so the broker
+//!   continues.
 //!
-//! The broker makes no socket later: even the one to the service manager is there by then (`manager.rs`). Where it serves a VM
-//! by vhost-user it makes the ways into its own daemons (`transport/vhost_user/inlet.rs`), and may do just that: bind to
-//! a name that the kernel chooses, and connect to a name as short as such a one. Landlock keeps it from those of others.
+//! The broker creates no socket later; the one to the service manager exists by then
+//! (`persistence/manager.rs`). A broker with a slot for vhost-user creates loopback socket pairs to
+//! its own daemons (`transport/vhost_user/loopback.rs`). So it may bind to a name that the kernel
+//! chooses, and connect to a name as short as that. Landlock denies connections to sockets of other
+//! processes.
 
 use std::collections::BTreeMap;
 
@@ -25,19 +28,20 @@ use seccompiler::{
     SeccompFilter, SeccompRule,
 };
 
-/// The rights that are known here; what a kernel does not know of them it does not take away.
+/// The version of Landlock whose rights are given up. An older kernel ignores those that it does
+/// not have.
 const KNOWN: ABI = ABI::V6;
 
-/// Calls that the broker, and what it is made of, may make with any arguments.
+/// Calls that the broker and its libraries may make with any arguments.
 const CALLS: &[libc::c_long] = &[
-    // Descriptors that are there.
+    // Open descriptors.
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_readv,
     libc::SYS_writev,
     libc::SYS_preadv2,
     libc::SYS_lseek,
-    // Ringing.
+    // Rings of eventfds.
     libc::SYS_io_submit,
     libc::SYS_io_getevents,
     libc::SYS_close,
@@ -64,12 +68,12 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_epoll_wait,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
-    // Memory, but what could be run.
+    // Memory that is not executable.
     libc::SYS_brk,
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
-    // Threads, time and signals of its own.
+    // Threads, time, and signals within the process.
     libc::SYS_futex,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
@@ -95,24 +99,25 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// What of a confinement is in force.
+/// The parts of a confinement that are in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Confined {
-    /// Landlock's part, or what of it this kernel has.
+    /// Landlock, as far as this kernel has it.
     pub landlock: bool,
     /// The filter of system calls.
     pub filter: bool,
 }
 
-/// Confines the calling thread and those that it starts, and says what it cannot. `inlets` are ways into daemons of its own.
-pub fn confine(inlets: bool) -> Confined {
+/// Confines the calling thread and the threads that it starts, and logs what fails. With `loopback`
+/// the broker may create loopback socket pairs.
+pub fn confine(loopback: bool) -> Confined {
     let landlock = restrict();
     match &landlock {
         Ok(true) => (),
         Ok(false) => info!("this kernel has no Landlock: the broker keeps its rights to files"),
         Err(error) => warn!("the broker keeps its rights to files: {error}"),
     }
-    let filter = filter(inlets);
+    let filter = filter(loopback);
     if let Err(error) = &filter {
         warn!("the broker keeps its rights to system calls: {error}");
     }
@@ -131,34 +136,35 @@ fn restrict() -> Result<bool, RulesetError> {
     Ok(rules.restrict_self()?.ruleset != RulesetStatus::NotEnforced)
 }
 
-/// Bytes of the address with which a socket asks the kernel for a name, and of the address that it gets (`unix(7)`,
-/// "Autobind feature").
+/// Bytes of an address with which a socket asks the kernel for a name, and bytes of the address
+/// that it gets (`unix(7)`, "Autobind feature").
 const NO_ADDRESS: u64 = 2;
 const OWN_ADDRESS: u64 = 8;
 
-fn filter(inlets: bool) -> Result<(), seccompiler::Error> {
+fn filter(loopback: bool) -> Result<(), seccompiler::Error> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         CALLS.iter().map(|&call| (call, Vec::new())).collect();
     let exec = u64::from(libc::PROT_EXEC.unsigned_abs());
     let thread = u64::from(libc::CLONE_THREAD.unsigned_abs());
     let own = u64::from(std::process::id());
     let name = u64::from(libc::PR_SET_NAME.unsigned_abs());
-    // Each call, and what one of its arguments must be.
+    // Calls with a condition on one argument.
     let conditions = [
         (libc::SYS_mmap, 2, Compare::MaskedEq(exec), 0),
         (libc::SYS_mprotect, 2, Compare::MaskedEq(exec), 0),
-        // `clone3` hides its flags in memory, and is not on the list: then it is this one.
+        // `clone3` has its flags in memory, where the filter cannot see them. It is not on the
+        // list, so the C library falls back to this call.
         (libc::SYS_clone, 0, Compare::MaskedEq(thread), thread),
         (libc::SYS_tgkill, 0, Compare::Eq, own),
         (libc::SYS_prctl, 0, Compare::Eq, name),
-        // Blocking or not: the standard library's way of saying it.
+        // How the standard library makes a descriptor blocking or non-blocking.
         (libc::SYS_ioctl, 1, Compare::Eq, libc::FIONBIO),
     ];
     for (call, argument, compare, value) in conditions {
         let condition = SeccompCondition::new(argument, Size::Dword, compare, value)?;
         rules.insert(call, vec![SeccompRule::new(vec![condition])?]);
     }
-    if inlets {
+    if loopback {
         let unix = u64::from(libc::AF_UNIX.unsigned_abs());
         let stream = u64::from((libc::SOCK_STREAM | libc::SOCK_CLOEXEC).unsigned_abs());
         let is = |argument, value| SeccompCondition::new(argument, Size::Dword, Compare::Eq, value);
@@ -190,7 +196,7 @@ mod tests {
 
     use super::*;
 
-    /// Runs this on a thread that is confined so; the rest of this process keeps its rights.
+    /// Runs a check on a confined thread. The rest of this process keeps its rights.
     fn on_a_thread(
         confine: impl FnOnce() -> bool + Send + 'static,
         check: impl FnOnce(&std::path::Path) + Send + 'static,
@@ -207,13 +213,13 @@ mod tests {
             done
         });
         if !confined.join().unwrap() {
-            eprintln!("this kernel cannot do it: what a thread gives up is not looked at");
+            eprintln!("this kernel cannot do it: the check is skipped");
         }
         std::fs::read(folder.path().join("file")).unwrap();
     }
 
     #[test]
-    fn landlock_leaves_no_file_to_open_or_remove() {
+    fn landlock_denies_files() {
         on_a_thread(
             || restrict().unwrap(),
             |folder| {
@@ -232,12 +238,12 @@ mod tests {
     }
 
     #[test]
-    fn filter_with_inlets_leaves_these_and_no_other_socket() {
+    fn filter_permits_loopback_and_no_other_socket() {
         on_a_thread(
             || filter(true).is_ok(),
             |folder| {
                 for _ in 0..3 {
-                    let (listener, mut ours) = crate::transport::open_inlet().unwrap();
+                    let (listener, mut ours) = crate::transport::open_loopback().unwrap();
                     let (mut accepted, _) = listener.accept().unwrap();
                     ours.write_all(b"ours").unwrap();
                     let mut bytes = [0; 4];
@@ -268,14 +274,14 @@ mod tests {
     }
 
     #[test]
-    fn landlock_leaves_inlets_and_no_abstract_socket_of_others() {
-        let (others, _) = crate::transport::open_inlet().unwrap();
+    fn landlock_permits_loopback_and_no_other_socket() {
+        let (others, _) = crate::transport::open_loopback().unwrap();
         let name = rustix::net::getsockname(&others).unwrap();
         let _ = others.accept().unwrap();
         on_a_thread(
             || restrict().unwrap(),
             move |_| {
-                drop(crate::transport::open_inlet().unwrap());
+                drop(crate::transport::open_loopback().unwrap());
                 let (unix, stream) = (AddressFamily::UNIX, SocketType::STREAM);
                 let ours = rustix::net::socket_with(unix, stream, SocketFlags::CLOEXEC, None);
                 let connected = rustix::net::connect(ours.unwrap(), &name);
@@ -284,7 +290,7 @@ mod tests {
         );
     }
 
-    /// Since version 6 of Landlock, which is Linux 6.12.
+    /// Tells whether Landlock limits signals: since its version 6, which is in Linux 6.12.
     fn scopes_signals() -> bool {
         let release = rustix::system::uname();
         let release = release.release().to_str().unwrap();
@@ -295,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn filter_leaves_no_socket_no_program_and_no_mode_to_change() {
+    fn filter_denies_sockets_programs_and_modes() {
         on_a_thread(
             || filter(false).is_ok(),
             |folder| {
@@ -319,10 +325,10 @@ mod tests {
                     .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
                     .build();
                 assert!(memory.is_err(), "{memory:?}");
-                // Not even those of a broker's own daemons.
-                let own = crate::transport::open_inlet().map(drop);
+                // Nor loopback socket pairs.
+                let own = crate::transport::open_loopback().map(drop);
                 assert_eq!(own, Err(Errno::NOSYS));
-                // And a thread can still be started.
+                // A thread can still start.
                 std::thread::spawn(|| vec![0; 1 << 20]).join().unwrap();
             },
         );

@@ -1,56 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The broker: owns one region, its sockets and its eventfds, and does no data work.
+//! The broker: it owns one region, its sockets and its eventfds, and does no data work.
 //!
-//! One thread listens at each slot's socket, one more serves each VM that is connected, and the main thread
-//! answers host apps. One more tells a service manager what it does not take at once. What they share is [`Shared`].
+//! Each slot has a thread that accepts connections, and one more that serves a connected VM. The
+//! main thread answers host apps. One more thread sends a service manager the messages that its
+//! socket does not take at once. The threads share the [`BrokerState`].
 //!
-//! It can be replaced while VMs and host apps go on (`docs/architecture.md`, "A broker's successor"): its descriptors
-//! are kept under names ([`store`]), and what it must remember is in memory of its own (`ledger.rs`).
+//! A broker can be replaced while VMs and host apps continue (`docs/architecture.md`, "A broker's
+//! successor"): its descriptors and its state outlive it (`persistence`).
 
-mod budget;
+mod accept;
 mod confine;
 mod control;
-mod door;
-pub mod handover;
-mod ledger;
-pub(crate) mod limit;
-mod mailbox;
-mod manager;
-mod parts;
+mod error;
 mod plan;
 mod policy;
-mod rights;
-mod shared;
-mod slot;
-mod socket;
-pub mod store;
+mod reply;
+mod state;
+mod takeover;
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
-pub use control::End;
-pub use door::hang_up;
-pub use mailbox::{Place, Wish};
-pub use plan::{ChannelPlan, Direction, Party, PlanError, plan};
-pub use policy::{Peer, Policy};
-pub use shared::Shared;
-pub use slot::{Connection, Slot};
-pub use socket::{Listener, SocketError};
+use parking_lot::RwLock;
 
-use self::door::Door;
-use self::parts::{Parts, Sockets};
-use self::shared::ClientId;
-use self::store::Inheritance;
-use crate::memory::MemoryError;
+pub use self::accept::{Listener, SocketError};
+pub use self::control::{Answered, Exit, answer};
+pub use self::error::BrokerError;
+pub use self::plan::{ChannelPlan, Direction, Party, PlanError, plan};
+pub use self::policy::Policy;
+pub use self::state::{BrokerState, Claim, Roster};
+pub use self::takeover::Predecessor;
+
+use self::accept::Acceptor;
+use self::confine::confine;
+use self::takeover::{Parts, SlotPlan};
+use crate::persistence::{ClientId, Inheritance, is_managed};
+use crate::slot::{Slot, SlotConfig};
+use crate::socket::disconnect;
 use crate::transport::Transport;
 
-/// How long to wait when the kernel has no descriptor for a connection.
-const PAUSE: Duration = Duration::from_millis(100);
-
-/// What a broker is to serve.
+/// The operator's choices for a broker.
 pub struct Config {
     /// Bytes in the region.
     pub size: u64,
@@ -58,164 +50,155 @@ pub struct Config {
     pub vectors: u32,
     /// The channels; none for an `up` and a `down` for each slot.
     pub channels: Vec<ChannelPlan>,
-    /// The slots: how each reaches its VM, and at which socket.
+    /// The transport and the socket of each slot.
     pub slots: Vec<(Arc<dyn Transport>, PathBuf)>,
     /// The control socket.
     pub control: PathBuf,
-    /// Who may connect, besides the broker's own user and root.
+    /// The clients that may connect, besides the broker's own user and root.
     pub policy: Policy,
 }
 
-/// Why a broker cannot serve.
-#[derive(Debug, thiserror::Error)]
-pub enum BrokerError {
-    /// The region cannot be laid out so.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// There is no memory for it.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// A socket cannot be listened at.
-    #[error(transparent)]
-    Socket(#[from] SocketError),
-    /// The running broker's region has another layout.
-    #[error(
-        "the running broker's region has another size or other channels: give it the same arguments, or stop it first"
-    )]
-    OtherRegion,
-    /// Not all was handed over.
-    #[error("the running broker did not hand over `{0}`: stop it, and start anew")]
-    Incomplete(String),
-    /// A slot's VM is reached in another way.
-    #[error("slot {0} of the running broker has another transport: give it the same sockets")]
-    OtherTransport(u32),
-    /// Something that the kernel should have given.
-    #[error("cannot {what}")]
-    System {
-        /// What.
-        what: &'static str,
-        /// Why not.
-        source: std::io::Error,
-    },
-}
-
-/// A broker that listens.
+/// A broker that listens at its sockets.
 pub struct Broker {
-    shared: Arc<Shared>,
+    state: Arc<BrokerState>,
     control: Arc<Listener>,
-    doors: Vec<Door>,
+    acceptors: Vec<Acceptor>,
+    /// A predecessor's VMs, by slot.
     vms: Vec<Option<OwnedFd>>,
+    /// A predecessor's host apps.
     clients: Vec<(ClientId, OwnedFd)>,
 }
 
 impl Broker {
-    /// Makes the region and all eventfds, and listens at all sockets; or takes all of that over, if there is an
-    /// inheritance.
+    /// Creates the region and all eventfds, and listens at all sockets; or takes all of that over,
+    /// if there is an inheritance.
     pub fn new(config: Config, inheritance: Inheritance) -> Result<Self, BrokerError> {
         let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
         let layout = plan(config.size, count, config.vectors, &config.channels)?;
-        let (transports, paths): (Vec<_>, Vec<_>) = config.slots.into_iter().unzip();
-        let sessions: Vec<_> = transports
-            .iter()
-            .map(|transport| transport.session_memory())
-            .collect();
-        let sockets = Sockets {
-            control: &config.control,
-            doors: &paths,
-            sessions: &sessions,
-        };
-        sockets.check()?;
-        let mut parts = if inheritance.is_empty() {
-            Parts::create(layout, &sockets, &config.policy)?
+        let (transports, slots): (Vec<_>, Vec<_>) = config
+            .slots
+            .into_iter()
+            .map(|(transport, path)| {
+                let session_memory = transport.session_memory();
+                let plan = SlotPlan {
+                    path,
+                    session_memory,
+                };
+                (transport, plan)
+            })
+            .unzip();
+        let paths = slots.iter().map(|slot| slot.path.as_path());
+        takeover::check_paths(&config.control, paths)?;
+        let (control, policy) = (&config.control, &config.policy);
+        let parts = if inheritance.is_empty() {
+            Parts::create(layout, control, &slots, policy)?
         } else {
-            Parts::inherit(inheritance, layout, &sockets, &config.policy)?
+            Parts::inherit(inheritance, layout, control, &slots, policy)?
         };
-        let control = Arc::clone(&parts.control);
-        let listeners = std::mem::take(&mut parts.doors);
-        let vms = std::mem::take(&mut parts.vms);
-        let clients = std::mem::take(&mut parts.clients);
-        let entries = transports.iter().zip(&listeners);
-        let entries = entries
-            .map(|(transport, listener)| (Arc::clone(transport), listener.path().to_owned()))
-            .collect();
-        let shared = Arc::new(Shared::new(parts, entries, config.policy));
-        let doors = (0..).zip(transports).zip(listeners);
-        let doors = doors.map(|((id, transport), listener)| {
-            Door::new(id, transport, listener, Arc::clone(&shared))
+        Self::assemble(parts, transports, config.policy)
+            .map_err(BrokerError::system("make an eventfd"))
+    }
+
+    fn assemble(
+        parts: Parts,
+        transports: Vec<Arc<dyn Transport>>,
+        policy: Policy,
+    ) -> std::io::Result<Self> {
+        let region = Arc::new(parts.region);
+        let descriptors = Arc::new(parts.descriptors);
+        let (mut slots, mut listeners, mut vms) = (Vec::new(), Vec::new(), Vec::new());
+        for ((id, part), transport) in (0..).zip(parts.slots).zip(&transports) {
+            let config = SlotConfig {
+                transport: transport.name(),
+                socket: part.listener.path().to_owned(),
+                survives_broker: transport.survives_broker(),
+                session_memory: part.session_memory,
+            };
+            let words = parts.persisted.slot(id);
+            let (region, descriptors) = (Arc::clone(&region), Arc::clone(&descriptors));
+            slots.push(Arc::new(Slot::new(id, config, region, descriptors, words)?));
+            listeners.push(part.listener);
+            vms.push(part.vm);
+        }
+        let state = Arc::new(BrokerState {
+            roster: Roster::new(Arc::clone(&region), parts.persisted.roster()),
+            region,
+            slots,
+            descriptors,
+            policy,
+            start: Instant::now(),
+            hand_over_lock: RwLock::new(()),
         });
-        let doors = doors.collect::<Result<_, _>>();
-        let doors = doors.map_err(|source| BrokerError::System {
-            what: "make an eventfd",
-            source,
-        })?;
+        let acceptors = state.slots.iter().zip(transports).zip(listeners);
+        let acceptors = acceptors.map(|((slot, transport), listener)| {
+            Acceptor::new(Arc::clone(slot), transport, listener, Arc::clone(&state))
+        });
         Ok(Broker {
-            control,
-            doors,
-            shared,
+            acceptors: acceptors.collect::<Result<_, _>>()?,
+            control: parts.control,
+            state,
             vms,
-            clients,
+            clients: parts.clients,
         })
     }
 
-    /// What the broker's threads share.
-    pub fn shared(&self) -> &Arc<Shared> {
-        &self.shared
+    /// Returns the state that the broker's threads share.
+    pub fn state(&self) -> &Arc<BrokerState> {
+        &self.state
     }
 
-    /// Where host apps attach.
-    pub fn control_path(&self) -> &std::path::Path {
+    /// Returns the path of the control socket.
+    pub fn control_path(&self) -> &Path {
         self.control.path()
     }
 
     /// Serves until `stop` can be read, or another broker takes over.
     ///
-    /// When it is stopped for good it says in the region that the host is gone; VMs that are connected keep the memory.
-    /// If a service manager has its descriptors it leaves all as it is, for its successor. The files of its sockets stay:
-    /// whoever could remove them when they are taken over could remove their neighbours. The next broker clears them.
-    pub fn run(self, stop: &OwnedFd) -> Result<End, BrokerError> {
-        let no_thread = |source| BrokerError::System {
-            what: "start a thread",
-            source,
-        };
-        let listeners: Vec<_> = self
-            .doors
+    /// A broker that is stopped for good publishes in the region that the host is gone; connected
+    /// VMs keep the memory. A broker whose descriptors a service manager stores leaves all as it is
+    /// for its successor. The files of the sockets stay: a broker that may remove them could remove
+    /// other files of their folders. The next broker removes them.
+    pub fn run(self, stop: &OwnedFd) -> Result<Exit, BrokerError> {
+        let state = &self.state;
+        let listeners = self.acceptors.iter().map(|acceptor| &acceptor.listener);
+        // Before the first thread starts, because threads inherit the rights of their creator.
+        let needs_loopback = self
+            .acceptors
             .iter()
-            .map(|door| door.listener.clone())
-            .collect();
-        let listeners = || listeners.iter().chain([&self.control]);
-        // First of all, since threads have the rights of those that start them.
-        confine::confine(self.doors.iter().any(|door| door.transport.needs_inlets()));
-        listeners().for_each(|listener| listener.leave());
-        self.shared.store().start().map_err(no_thread)?;
-        let (clients, vms) = (self.clients, self.vms);
-        let resumed = self.doors.iter().zip(vms);
-        for (door, vm) in resumed.filter_map(|(door, vm)| Some((door, vm?))) {
-            door.resume(vm.into());
+            .any(|acceptor| acceptor.transport.needs_loopback());
+        confine(needs_loopback);
+        for listener in listeners.chain([&self.control]) {
+            listener.keep_file();
         }
-        self.shared
-            .bury(|client| clients.iter().any(|(id, _)| *id == client));
-        for door in self.doors {
-            door.open().map_err(no_thread)?;
-        }
-        let end = control::serve(&self.control, &self.shared, clients, stop).map_err(|source| {
-            BrokerError::System {
-                what: "wait for host apps",
-                source,
+        let no_thread = || BrokerError::system("start a thread");
+        state.descriptors.start().map_err(no_thread())?;
+        for (acceptor, vm) in self.acceptors.iter().zip(self.vms) {
+            if let Some(vm) = vm {
+                acceptor.resume(vm.into());
             }
-        })?;
-        if end == End::Stopped {
-            if store::is_managed() {
-                handover::rest(&self.shared);
-                self.shared.store().wait(None);
+        }
+        for slot in &state.slots {
+            slot.reap();
+        }
+        let clients = self.clients;
+        state
+            .roster
+            .reap(|client| clients.iter().any(|(id, _)| *id == client));
+        for acceptor in self.acceptors {
+            acceptor.start().map_err(no_thread())?;
+        }
+        let exit = control::serve(&self.control, state, clients, stop)
+            .map_err(BrokerError::system("wait for host apps"))?;
+        if exit == Exit::Stopped {
+            if is_managed() {
+                takeover::rest(state);
+                state.descriptors.wait(None);
             } else {
-                self.shared.leave();
-                for slot in 0..self.shared.layout().slots {
-                    if let Some(vm) = self.shared.store().find(&store::name::vm(slot)) {
-                        door::hang_up(&*vm);
-                    }
-                }
+                state.roster.leave();
+                let vms = state.slots.iter().filter_map(|slot| slot.stored_vm());
+                vms.for_each(|vm| disconnect(&*vm));
             }
         }
-        Ok(end)
+        Ok(exit)
     }
 }

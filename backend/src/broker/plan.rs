@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Laying out a region: from what the operator wants to offsets.
+//! Lays out a region: turns the operator's choices into offsets.
 
 use std::str::FromStr;
 
@@ -10,7 +10,7 @@ use barlink_protocol::wire::layout::{
 };
 use indicatif::BinaryBytes;
 
-/// Bytes that the raw window has at least, unless the channels are chosen by hand.
+/// Least bytes in the raw window, unless the operator chooses the channels.
 const RAW_WINDOW: u64 = 64 << 10;
 
 /// Why a region cannot be laid out.
@@ -21,10 +21,10 @@ pub enum PlanError {
     NotAPowerOfTwo {
         /// Bytes asked for.
         size: u64,
-        /// Those around it that are possible.
+        /// The possible sizes around it.
         candidates: Vec<u64>,
     },
-    /// The region does not hold what is to be in it.
+    /// The region is too small for its channels.
     #[error("region size {} is too small for its channels: take --size {} or more", BinaryBytes(*size), show_size(*needed))]
     TooSmall {
         /// Bytes asked for.
@@ -32,7 +32,7 @@ pub enum PlanError {
         /// Smallest size that is enough.
         needed: u64,
     },
-    /// The machine does not have what would hold it.
+    /// The machine does not have enough memory for the channels.
     #[error(
         "the channels need a region of {}, and this machine's memory is {}: take channels that fit into --size {}",
         BinaryBytes(*needed), BinaryBytes(*memory), show_size(1 << memory.ilog2())
@@ -40,10 +40,10 @@ pub enum PlanError {
     ChannelsTooLarge {
         /// Smallest size that is enough.
         needed: u64,
-        /// Bytes of memory.
+        /// Bytes of the machine's memory.
         memory: u64,
     },
-    /// The machine does not have it.
+    /// The machine does not have enough memory for the region.
     #[error(
         "region size {} is more than this machine's memory, {}: take --size {} or less",
         BinaryBytes(*size), BinaryBytes(*memory), show_size(1 << memory.ilog2())
@@ -51,7 +51,7 @@ pub enum PlanError {
     TooLarge {
         /// Bytes asked for.
         size: u64,
-        /// Bytes of memory.
+        /// Bytes of the machine's memory.
         memory: u64,
     },
     /// More VMs than a region serves.
@@ -60,20 +60,20 @@ pub enum PlanError {
     /// Two channels have one name.
     #[error("two channels are named `{0}`: name them apart")]
     SameName(String),
-    /// A channel names a VM that there is no slot for.
+    /// A channel names a slot that does not exist.
     #[error(
         "channel `{name}` is for slot {slot}, and the last one is {}: add a socket for each VM, or choose another slot",
         slots - 1
     )]
     NoSlot {
-        /// The channel.
+        /// Name of the channel.
         name: String,
         /// The slot.
         slot: u32,
-        /// How many there are.
+        /// Number of slots.
         slots: u32,
     },
-    /// Anything else.
+    /// The layout is invalid for another reason.
     #[error(transparent)]
     Layout(#[from] LayoutError),
 }
@@ -83,7 +83,7 @@ fn either(sizes: &[u64]) -> String {
     sizes.join(" or ")
 }
 
-/// One side of a channel.
+/// The party at one end of a channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Party {
     /// The host.
@@ -92,12 +92,12 @@ pub enum Party {
     Slot(u32),
 }
 
-/// Where a channel's records go.
+/// The direction of a channel's records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Direction {
-    /// Who produces.
+    /// The producer.
     pub from: Party,
-    /// Who consumes.
+    /// The consumer.
     pub to: Party,
 }
 
@@ -123,16 +123,16 @@ impl FromStr for Direction {
     }
 }
 
-/// A channel that the operator wants.
+/// The operator's choice of a channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChannelPlan {
     /// Its name.
     pub name: Name,
-    /// Where its records go.
+    /// The direction of its records.
     pub direction: Direction,
     /// Bytes in its data area.
     pub capacity: u64,
-    /// Whether its producer drops records that find it full.
+    /// Whether its producer drops records while it is full.
     pub drop_when_full: bool,
 }
 
@@ -182,8 +182,8 @@ impl FromStr for ChannelPlan {
     }
 }
 
-/// Lays out a region for so many slots. `vectors` is 0 for one vector a channel and one for control; no channels
-/// stand for an `up` and a `down` for each slot, as large as fits.
+/// Lays out a region for so many slots. `vectors` is 0 for one vector a channel and one for
+/// control. Without channels, each slot has an `up` and a `down`, as large as fits.
 pub fn plan(
     size: u64,
     slots: u32,
@@ -198,7 +198,7 @@ pub fn plan(
         let possible = |size: &u64| *size > 0 && plan(*size, slots, vectors, channels).is_ok();
         let candidates: Vec<_> = [above / 2, above].into_iter().filter(possible).collect();
         if candidates.is_empty() {
-            // Then its being no power of two is the lesser fault.
+            // No size around it is possible, so that error comes first.
             plan(above, slots, vectors, channels).map_err(|error| match error {
                 PlanError::TooSmall { needed, .. } => PlanError::TooSmall { size, needed },
                 PlanError::TooLarge { memory, .. } => PlanError::TooLarge { size, memory },
@@ -252,7 +252,7 @@ pub fn plan(
             name: channel.name,
             producer: peer(channel.direction.from)?,
             consumer: peer(channel.direction.to)?,
-            // Vector 0 is control; the others are shared out, and if there is no other, all share it.
+            // Vector 0 is control. The channels share the others, or vector 0 if there is no other.
             vector: if vectors > 1 {
                 1 + index % (vectors - 1)
             } else {
@@ -281,7 +281,8 @@ pub fn plan(
     )?)
 }
 
-/// An `up` and a `down` for each slot (`up1`, `down1` for slot 1), of the largest size that leaves a raw window.
+/// Plans an `up` and a `down` for each slot (`up1`, `down1` for slot 1), of the largest size that
+/// leaves a raw window.
 fn default_channels(size: u64, slots: u32) -> Result<Vec<ChannelPlan>, PlanError> {
     let reserved = FIRST_FREE + RAW_WINDOW + u64::from(slots) * PAGE_SIZE;
     let share = size.saturating_sub(reserved) / (2 * u64::from(slots));
@@ -322,7 +323,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn default_channels_fill_the_region_and_leave_a_raw_window() {
+    fn default_channels_leave_a_raw_window() {
         for (size, slots) in [
             (128 << 10, 1),
             (1 << 20, 1),
@@ -351,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn vectors_are_shared_when_there_are_few() {
+    fn channels_share_few_vectors() {
         let vectors = |vectors| -> Vec<u32> {
             plan(1 << 20, 2, vectors, &[])
                 .unwrap()
@@ -366,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_no_bar_has_are_refused_with_their_cure() {
+    fn rejects_sizes_of_no_bar() {
         assert_eq!(
             plan(100 << 20, 1, 0, &[]).unwrap_err().to_string(),
             "region size 100.00 MiB is not a power of two: take --size 64M or 128M"
@@ -381,7 +382,7 @@ mod tests {
                 needed: 128 << 10
             })
         );
-        // Powers of two and others: what was asked for is named, and what there is.
+        // Powers of two and others: the error names the size and the machine's memory.
         for size in [1 << 62, 100 << 40, 3 << 61, u64::MAX] {
             let Err(PlanError::TooLarge { size: told, memory }) = plan(size, 1, 0, &[]) else {
                 panic!("{size}");
@@ -392,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn channels_that_do_not_fit_are_refused_with_the_size_that_would_do_or_that_there_is() {
+    fn rejects_channels_that_do_not_fit() {
         let plan = |size, channel: &str| plan(size, 1, 0, &[channel.parse().unwrap()]);
         let error = plan(64 << 20, "a=up,64M").unwrap_err();
         assert_eq!(
@@ -408,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn channels_are_parsed_or_refused() {
+    fn parses_or_rejects_channels() {
         let plan: ChannelPlan = "camera=up,4M,drop".parse().unwrap();
         assert_eq!((plan.capacity, plan.drop_when_full), (4 << 20, true));
         assert_eq!(
@@ -434,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_channel_for_a_slot_that_is_not_there_is_refused() {
+    fn rejects_channel_of_missing_slot() {
         let error = plan(1 << 20, 1, 0, &["x=1-host,4K".parse().unwrap()]).unwrap_err();
         assert_eq!(
             error.to_string(),

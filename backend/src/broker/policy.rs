@@ -1,52 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Who may connect: by `SO_PEERCRED`, the broker's own user, root, and whom the operator names.
+//! The policy that admits clients: the broker's own user, root, and those that the operator names.
 
-use std::os::fd::AsFd;
+use crate::socket::Peer;
 
-use nix::sys::socket::getsockopt;
-use nix::sys::socket::sockopt::PeerCredentials;
-
-use super::limit::Account;
-
-/// Who is at the other end of a socket, by the kernel's word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer {
-    /// Process ID, at the time of its `connect`; 0 for one that this process's PID namespace does not have.
-    pub pid: i32,
-    /// User ID.
-    pub uid: u32,
-    /// Primary group ID.
-    pub gid: u32,
-}
-
-impl Peer {
-    /// Asks the kernel.
-    pub fn of(socket: impl AsFd) -> std::io::Result<Self> {
-        // Not by rustix, whose process IDs are never 0.
-        let credentials = getsockopt(&socket.as_fd(), PeerCredentials)?;
-        Ok(Peer {
-            pid: credentials.pid(),
-            uid: credentials.uid(),
-            gid: credentials.gid(),
-        })
-    }
-}
-
-impl Peer {
-    /// On whose account is logged what it does as a host app.
-    pub fn account(self) -> Account {
-        Account::User(self.uid)
-    }
-}
-
-impl std::fmt::Display for Peer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "process {} of user {}", self.pid, self.uid)
-    }
-}
-
-/// Who may connect.
+/// The users and groups that may connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
     own: u32,
@@ -55,7 +13,7 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// This process's user, root, and the users and primary groups named.
+    /// Creates a policy that admits this process's user, root, and these users and primary groups.
     pub fn new(users: Vec<u32>, groups: Vec<u32>) -> Self {
         Policy {
             own: rustix::process::geteuid().as_raw(),
@@ -64,18 +22,18 @@ impl Policy {
         }
     }
 
-    /// Whether a peer may connect.
+    /// Tells whether a peer may connect.
     pub fn admits(&self, peer: Peer) -> bool {
         self.is_owner(peer) || self.users.contains(&peer.uid) || self.groups.contains(&peer.gid)
     }
 
-    /// Whether a peer may do what only the broker's own user may.
+    /// Tells whether a peer has the rights of the broker's own user.
     pub fn is_owner(&self, peer: Peer) -> bool {
         peer.uid == 0 || peer.uid == self.own
     }
 
-    /// The mode of the sockets: closed to others, unless the operator named some. Then the file lets everyone knock,
-    /// and `SO_PEERCRED` says who comes in.
+    /// Returns the mode of the sockets: closed to other users, unless the operator named some. Then
+    /// every user can connect, and the acceptor rejects those that are not admitted.
     pub fn socket_mode(&self) -> u32 {
         if self.users.is_empty() && self.groups.is_empty() {
             0o600
@@ -94,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn admits_own_user_and_root_and_nobody_else() {
+    fn admits_own_user_and_root_only() {
         let policy = Policy {
             own: 1000,
             users: vec![],
@@ -106,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn admits_users_and_groups_that_are_named() {
+    fn admits_named_users_and_groups() {
         let policy = Policy {
             own: 1000,
             users: vec![64055],

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use barlink::broker::handover::Predecessor;
-use barlink::broker::{Broker, Config, End, Policy, store};
+use barlink::broker::{Broker, Config, Exit, Policy, Predecessor};
+use barlink::persistence;
 use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use indicatif::BinaryBytes;
 use log::{info, warn};
@@ -19,7 +19,8 @@ use super::Misuse;
 use crate::args::{Serve, Way};
 
 pub fn serve(args: Serve) -> Result<()> {
-    let inherited = store::inherited().context("cannot take what the service manager kept")?;
+    let inherited =
+        persistence::inherited().context("cannot take what the service manager kept")?;
     let control = super::control_socket(&args.which)?;
     if args.which.control.is_none()
         && let Some(folder) = control.parent()
@@ -87,25 +88,22 @@ pub fn serve(args: Serve) -> Result<()> {
     if let Some(predecessor) = predecessor {
         predecessor.retire()?;
     }
-    let layout = broker.shared().layout();
-    for (id, slot) in broker.shared().status().slots.iter().enumerate() {
+    let state = broker.state();
+    for slot in &state.slots {
         info!(
-            "slot {id}: waiting for a VM at {} ({})",
-            slot.socket.display(),
-            slot.transport
+            "slot {}: waiting for a VM at {} ({})",
+            slot.id(),
+            slot.socket().display(),
+            slot.transport()
         );
     }
-    if broker
-        .shared()
-        .status()
-        .slots
-        .iter()
-        .any(|slot| slot.transport == VhostUser::NAME)
-    {
+    let mut slots = state.slots.iter();
+    if slots.any(|slot| slot.transport() == VhostUser::NAME) {
         warn!(
             "vhost-user is experimental, as is QEMU's side of it: QEMU ends with this broker where no driver runs the device, and else when the guest looks at the device after that"
         );
     }
+    let layout = state.region.layout();
     let names: Vec<_> = layout
         .channels()
         .iter()
@@ -117,10 +115,10 @@ pub fn serve(args: Serve) -> Result<()> {
         names.join(", "),
         broker.control_path().display(),
     );
-    broker.shared().store().ready();
+    state.descriptors.ready();
     match broker.run(&stop.into())? {
-        End::Stopped => info!("stopped"),
-        End::HandedOver => info!("its successor serves now"),
+        Exit::Stopped => info!("stopped"),
+        Exit::HandedOver => info!("its successor serves now"),
     }
     Ok(())
 }

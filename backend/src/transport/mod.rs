@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! How a region reaches a VM: one file a transport, all of one shape, behind one trait.
+//! How a region reaches a VM: one file or folder for each transport, all of one shape, behind one
+//! trait.
 
 mod ivshmem;
 mod shared_memory;
@@ -8,83 +9,87 @@ mod vfio_user;
 mod vhost_user;
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
-pub use ivshmem::Ivshmem;
-pub use vfio_user::{MAX_FILES, VfioUser};
-pub use vhost_user::VhostUser;
+pub use self::ivshmem::Ivshmem;
+pub use self::vfio_user::{MAX_FILES, VfioUser};
+pub use self::vhost_user::VhostUser;
 #[cfg(test)]
-pub(crate) use vhost_user::open_inlet;
+pub(crate) use self::vhost_user::open_loopback;
+use crate::slot::Slot;
 
-use crate::broker::Slot;
-
-/// A way of giving the region to a VMM that connects to a slot's socket.
+/// A way to give the region to a VMM that connects to a slot's socket.
 pub trait Transport: Send + Sync {
-    /// Its name, as in `barlink serve --NAME SOCKET`.
+    /// Returns its name, as in `barlink serve --NAME SOCKET`.
     fn name(&self) -> &'static str;
 
-    /// Bytes of memory in which it keeps what a session must know to go on under the broker's successor.
+    /// Returns the bytes of memory in which it stores the state of a session for the broker's
+    /// successor; 0 for none.
     fn session_memory(&self) -> u64 {
         0
     }
 
-    /// Whether the broker's successor can go on with a session. If not, the session ends with the broker.
-    fn outlives_the_broker(&self) -> bool {
+    /// Tells whether the broker's successor can continue a session. If not, the session ends with
+    /// the broker.
+    fn survives_broker(&self) -> bool {
         true
     }
 
-    /// Whether a session makes sockets between its own threads.
-    fn needs_inlets(&self) -> bool {
+    /// Tells whether a session creates sockets between its own threads.
+    fn needs_loopback(&self) -> bool {
         false
     }
 
-    /// Whether a VM that was let in sends descriptors. Before it has had an answer it cannot.
-    fn takes_descriptors(&self) -> bool {
+    /// Tells whether an admitted VM sends descriptors. Before its first answer it cannot.
+    fn receives_descriptors(&self) -> bool {
         false
     }
 
-    /// Tells a VM what it must know first, by [`Slot::tell`] from [`Slot::told`] on, since a predecessor may have begun. It
-    /// is called again for a VM that was greeted, and has nothing to tell it then.
-    fn greet(&self, vm: &UnixStream, slot: &Slot) -> Result<(), TransportError>;
+    /// Sends a VM its first messages, by [`Slot::send_handshake`], from the message number [`Slot::handshake_sent`] on,
+    /// because a predecessor may have begun. It is called again after a complete handshake, and
+    /// sends nothing then.
+    fn handshake(&self, vm: &UnixStream, slot: &Arc<Slot>) -> Result<(), TransportError>;
 
-    /// Serves a VM that was greeted, by this broker or by its predecessor, on a thread of its own, until it leaves.
-    fn serve(&self, vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError>;
+    /// Serves a VM after its handshake, by this broker or by its predecessor, on a thread of its
+    /// own, until it leaves.
+    fn serve(&self, vm: &UnixStream, slot: &Arc<Slot>) -> Result<Departure, TransportError>;
 
-    /// Turns a VMM away that was told nothing yet, in the way that ends it with an error and does not wedge it. The
-    /// connection stays open until the VMM closes it. This does not wait.
-    fn refuse(&self, vm: &UnixStream) -> Refusal;
+    /// Rejects a VMM that has received no message, so that it ends with an error and does not hang.
+    /// The connection stays open until the VMM closes it. This does not wait.
+    fn reject(&self, vm: &UnixStream) -> Rejection;
 
-    /// The same for one that was told something, at whatever point.
+    /// Rejects a VMM that has received a part of the handshake.
     fn abort(&self, vm: &UnixStream);
 }
 
-/// How far turning a VMM away has come.
+/// The progress of a rejection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// It has been told.
-    Told,
-    /// It can be told once it has said something.
-    NotYet,
+pub enum Rejection {
+    /// The VMM has received the error.
+    Sent,
+    /// The VMM receives the error once it has sent a message.
+    Pending,
 }
 
 /// How a VM's session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Departure {
-    /// It closed the connection.
+    /// The VM closed the connection.
     Left,
-    /// It broke the protocol, and was let go.
+    /// The VM violated the protocol, and was disconnected.
     Misbehaved(&'static str),
 }
 
-/// Why a session could not go on.
+/// Why a session could not continue.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// It left.
+    /// The VM left.
     #[error("the VM has left")]
     Gone,
-    /// A broker died while it sent a message, and nobody knows whether the VM has it.
+    /// A broker was killed while it sent a message, so the VM may have the message or not.
     #[error("the broker was killed while it greeted the VM, which must be started again")]
     Interrupted,
-    /// A predecessor's session, of which nobody here knows what it noted.
+    /// The predecessor stored the session in another format.
     #[error(
         "its session was begun by another version of barlink, and cannot be gone on with: start the VM again"
     )]
@@ -92,15 +97,15 @@ pub enum TransportError {
     /// A message could not be sent.
     #[error("cannot send {what} to the VM")]
     Send {
-        /// What.
+        /// The message.
         what: &'static str,
-        /// Why not.
+        /// The error of the system call.
         source: std::io::Error,
     },
-    /// The library that serves it gave up.
+    /// The library that serves the VM failed.
     #[error("the daemon fails: {0}")]
     Daemon(String),
-    /// Waiting for the VM failed.
+    /// A wait for the VM failed.
     #[error("cannot hear the VM")]
     Receive(#[source] std::io::Error),
 }

@@ -5,9 +5,9 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use barlink::broker::store;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
+use barlink::persistence::name;
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::{BROKER_PAGE, presence};
 use barlink::{Access, Attachment};
@@ -257,16 +257,16 @@ fn service_that_was_killed_while_it_was_made_is_made_anew() {
     let mut broker = Broker::start_as(&manager, folder, &[]);
     let notify = UnixDatagram::unbound().unwrap();
     notify.connect(broker.path("notify.sock")).unwrap();
-    let forget = format!("FDSTOREREMOVE=1\nFDNAME={}\n", store::name::LEDGER);
+    let forget = format!("FDSTOREREMOVE=1\nFDNAME={}\n", name::STATE);
     notify.send(forget.as_bytes()).unwrap();
     wait_until("it is forgotten", || {
-        !manager.kept().contains(&store::name::LEDGER.to_owned())
+        !manager.kept().contains(&name::STATE.to_owned())
     });
     broker.start_again(&manager, &[]);
     drop(handshake(connect(&broker, "vm.sock"), 6));
     // The persisted state is now the new region's.
     wait_until("it is kept", || {
-        manager.kept().contains(&store::name::LEDGER.to_owned())
+        manager.kept().contains(&name::STATE.to_owned())
     });
     broker.start_again(&manager, &[]);
     let sender = broker.attach().sender("down").unwrap();

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use barlink::broker::{Broker, Config, End, Policy, Slot};
-use barlink::transport::{Departure, Ivshmem, Refusal, Transport, TransportError};
+use barlink::broker::{Broker, Config, Exit, Policy};
+use barlink::slot::Slot;
+use barlink::transport::{Departure, Ivshmem, Rejection, Transport, TransportError};
 use barlink::{Access, Attachment};
 
 use crate::support::*;
@@ -17,7 +18,7 @@ use crate::vmm::{connect_to, handshake, has_nothing};
 #[derive(Default)]
 struct Faulty {
     /// Whether the next handshake panics.
-    in_greeting: AtomicBool,
+    in_handshake: AtomicBool,
 }
 
 impl Transport for Faulty {
@@ -25,12 +26,12 @@ impl Transport for Faulty {
         "faulty"
     }
 
-    fn greet(&self, _vm: &UnixStream, _slot: &Slot) -> Result<(), TransportError> {
-        assert!(!self.in_greeting.swap(false, Ordering::SeqCst), "likewise");
+    fn handshake(&self, _vm: &UnixStream, _slot: &Arc<Slot>) -> Result<(), TransportError> {
+        assert!(!self.in_handshake.swap(false, Ordering::SeqCst), "likewise");
         Ok(())
     }
 
-    fn serve(&self, mut vm: &UnixStream, _slot: &Slot) -> Result<Departure, TransportError> {
+    fn serve(&self, mut vm: &UnixStream, _slot: &Arc<Slot>) -> Result<Departure, TransportError> {
         let mut byte = [0];
         while vm.read(&mut byte).map_err(TransportError::Receive)? == 1 {
             assert_ne!(byte, *b"p", "as it was told to");
@@ -39,8 +40,8 @@ impl Transport for Faulty {
         Ok(Departure::Left)
     }
 
-    fn refuse(&self, _vm: &UnixStream) -> Refusal {
-        Refusal::Told
+    fn reject(&self, _vm: &UnixStream) -> Rejection {
+        Rejection::Sent
     }
 
     fn abort(&self, mut vm: &UnixStream) {
@@ -89,7 +90,7 @@ fn panic_ends_its_own_session_and_nothing_else() {
         handshake(connect_to(&path("vm.sock")), 4);
         // A VM whose handshake fails receives an error and stays connected, because QEMU over
         // ivshmem would not survive a closed connection.
-        faults.in_greeting.store(true, Ordering::SeqCst);
+        faults.in_handshake.store(true, Ordering::SeqCst);
         let mut first = connect_to(&path("first.sock"));
         let mut told = [0];
         assert!(matches!(first.read(&mut told), Ok(1)), "it is told nothing");
@@ -100,5 +101,5 @@ fn panic_ends_its_own_session_and_nothing_else() {
         assert!(speaks(&mut second), "another session has ended");
     }
     (&stopper).write_all(b"x").unwrap();
-    assert_eq!(join("the broker ends", running), End::Stopped);
+    assert_eq!(join("the broker ends", running), Exit::Stopped);
 }

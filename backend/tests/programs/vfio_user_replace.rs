@@ -8,9 +8,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use barlink::broker::handover::Predecessor;
+use barlink::broker::Predecessor;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask, Side};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::process::Signal;
@@ -358,6 +359,61 @@ fn session_that_never_ends_its_message_is_left_out_and_the_others_are_handed_ove
     let vms = broker.attach().status().unwrap().slots;
     assert!(vms[1].vm.is_none() && vms[2].vm.is_some());
     Client::greet(&broker);
+}
+
+/// Tells whether the main thread of a process waits for a lock, or the process has ended.
+fn waits_for_lock(pid: u32) -> bool {
+    let call = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/syscall"));
+    let futex = libc::SYS_futex.to_string();
+    call.is_ok_and(|call| call.split(' ').next() == Some(&futex))
+        || !std::path::Path::new(&format!("/proc/{pid}/task/{pid}/fd")).exists()
+}
+
+/// The first session stays within a message until its timeout. The hand-over takes the lock of the second
+/// session meanwhile, so that it does not receive the message that its client begins then.
+#[test]
+fn session_within_message_costs_no_other_session() {
+    let folder = tempfile::tempdir().unwrap();
+    let [stuck, other] = ["user.sock", "other.sock"].map(|name| folder.path().join(name));
+    let [stuck, other] = [&stuck, &other].map(|path| path.to_str().unwrap());
+    let arguments = ["--vfio-user", stuck, "--vfio-user", other];
+    let mut broker = Broker::start_in(folder, &arguments);
+    let mut client = Client::greet(&broker);
+    let mut neighbour = Client::connect_to(&broker, "other.sock");
+    assert_eq!(neighbour.version().errno, 0);
+    neighbour.write(CONFIG, 4, &[6, 4]);
+    let read = message(9, READ, 0, &words(&[0x10, 0, 0, 4]));
+    client.socket.write_all(&read[..20]).unwrap();
+    let mut successor = broker.command(&[&arguments[..], &["--replace"]].concat());
+    let successor = successor.start();
+    let predecessor = broker.child.id();
+    wait_until("the hand-over waits", || waits_for_lock(predecessor));
+    // Its messages are answered until its lock is taken: soon, and not only when the first session ends.
+    let mut pending = 0;
+    let start = Instant::now();
+    while pending == 0 && start.elapsed() < Duration::from_secs(1) {
+        neighbour.socket.write_all(&read).unwrap();
+        match is_readable_within(&neighbour, Duration::from_millis(500)) {
+            true => assert_eq!(neighbour.hear().unwrap().errno, 0),
+            false => pending += 1,
+        }
+    }
+    neighbour.socket.write_all(&read[..20]).unwrap();
+    let mut predecessor = std::mem::replace(&mut broker.child, successor);
+    assert_eq!(wait(&mut predecessor).code(), Some(0), "{}", broker.log());
+    neighbour.socket.write_all(&read[20..]).unwrap();
+    for _ in 0..=pending {
+        let reply = neighbour.hear().expect("the second session is lost");
+        assert_eq!(reply.errno, 0);
+    }
+    assert_eq!(neighbour.read(CONFIG, 4, 2), [6, 4]);
+    assert!(client.is_let_go());
+}
+
+fn is_readable_within(client: &Client, time: Duration) -> bool {
+    let mut readable = [PollFd::new(&client.socket, PollFlags::IN)];
+    let time = Timespec::try_from(time).unwrap();
+    rustix::event::poll(&mut readable, Some(&time)).unwrap() > 0
 }
 
 #[test]

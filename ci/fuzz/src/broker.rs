@@ -4,7 +4,8 @@
 
 use std::sync::{Arc, LazyLock};
 
-use barlink::broker::{Broker, Config, Peer, Policy, Shared};
+use barlink::broker::{Broker, BrokerState, Config, Policy};
+use barlink::socket::Peer;
 use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use rustix::fs::{Mode, OFlags};
 
@@ -16,16 +17,16 @@ pub const PEER: Peer = Peer {
 };
 
 /// The state of a broker with one slot over ivshmem, created once.
-pub static SHARED: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(Ivshmem)));
+pub static IVSHMEM: LazyLock<Arc<BrokerState>> = LazyLock::new(|| broker(Arc::new(Ivshmem)));
 
 /// The state of a broker with one slot over vfio-user, created once.
-pub static VFIO_USER: LazyLock<Arc<Shared>> =
+pub static VFIO_USER: LazyLock<Arc<BrokerState>> =
     LazyLock::new(|| broker(Arc::new(VfioUser::default())));
 
 /// The state of a broker with one slot over vhost-user, created once.
-pub static VHOST_USER: LazyLock<Arc<Shared>> = LazyLock::new(|| broker(Arc::new(VhostUser)));
+pub static VHOST_USER: LazyLock<Arc<BrokerState>> = LazyLock::new(|| broker(Arc::new(VhostUser)));
 
-fn broker(transport: Arc<dyn Transport>) -> Arc<Shared> {
+fn broker(transport: Arc<dyn Transport>) -> Arc<BrokerState> {
     let folder = std::env::temp_dir().join(format!("barlink-fuzz-{}", std::process::id()));
     std::fs::create_dir(&folder).expect("a folder for sockets");
     let config = Config {
@@ -37,12 +38,12 @@ fn broker(transport: Arc<dyn Transport>) -> Arc<Shared> {
         policy: Policy::new(Vec::new(), Vec::new()),
     };
     let broker = Broker::new(config, Default::default()).expect("a broker");
-    let shared = Arc::clone(broker.shared());
+    let state = Arc::clone(broker.state());
     // The broker is never dropped, because no client connects and the process can be ended at any
     // time.
     std::mem::forget(broker);
     std::fs::remove_dir_all(&folder).expect("the folder is there");
-    shared
+    state
 }
 
 /// Returns the number that the next descriptor gets. It stays the same if no descriptor is left

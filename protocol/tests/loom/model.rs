@@ -224,7 +224,7 @@ impl Driver {
     }
 }
 
-/// The broker. It stores and rings in the order of `backend/src/broker/shared/presence.rs`.
+/// The broker. It stores and rings in the order of `backend/src/slot/presence.rs`.
 pub struct Broker {
     region: Words,
     /// The end that the host has.

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The device's PCI configuration space (PCI 3.0 §6.1): what ivshmem's is, so that its drivers take the device.
+//! The device's PCI configuration space (PCI 3.0 §6.1). It equals ivshmem's, so that drivers for
+//! ivshmem bind to the device.
 
 use barlink_protocol::wire::uapi::{BAR_REGION, BAR_REGISTERS, PCI_DEVICE, PCI_VENDOR};
 
-use super::memory::PENDING;
+use super::msix::PENDING;
 
-/// Bytes in it.
+/// Bytes in configuration space.
 pub const SIZE: usize = 256;
-/// Bytes in BAR0: ivshmem's.
+/// Bytes in BAR0, as in ivshmem.
 pub const REGISTER_BAR: u64 = 256;
-/// Bytes in BAR1: the MSI-X table, and behind it the vectors that wait.
+/// Bytes in BAR1: the MSI-X table, and the pending bits behind it.
 pub const INTERRUPT_BAR: u64 = 2 * PENDING;
-/// The BAR with the MSI-X table. It has nothing else, so that the VMM can keep the table to itself.
+/// The BAR with the MSI-X table. It has nothing else, so that the VMM can emulate the table itself.
 pub const BAR_INTERRUPTS: u32 = 1;
 
 const SUBSYSTEM: u16 = 0x1100;
@@ -31,31 +32,32 @@ const BARS: usize = 0x10;
 const BAR_WIDE: u32 = 0xc;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
-// The interrupt pin, behind it, stays 0: with INTx, QEMU would switch the mapping of BAR2 off at every interrupt.
+// The interrupt pin, behind it, stays 0: with INTx, QEMU would disable the mapping of BAR2 at each
+// interrupt.
 
 const MSIX: usize = 0x40;
 const MSIX_ID: u8 = 0x11;
 const MSIX_CONTROL: usize = MSIX + 2;
-/// Enable, and the mask of all vectors.
+/// The enable bit, and the mask bit of all vectors.
 const MSIX_CONTROL_MASK: u16 = 0xc000;
 
 /// Configuration space.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigSpace([u8; SIZE]);
 
-/// What of it can be written, by bits.
+/// The bits of configuration space that can be written.
 #[derive(Clone, Debug)]
 pub struct WriteMask([u8; SIZE]);
 
 impl WriteMask {
-    /// That of a device with a region of this size, a power of two.
+    /// Returns the mask of a device with a region of this size, a power of two.
     pub fn new(region: u64) -> Self {
         let mut mask = [0; SIZE];
         put16(&mut mask, COMMAND, COMMAND_MASK);
         mask[CACHE_LINE] = 0xff;
         mask[INTERRUPT_LINE] = 0xff;
         put16(&mut mask, MSIX_CONTROL, MSIX_CONTROL_MASK);
-        // The size of a BAR is which bits of its address are not fixed.
+        // The size of a BAR determines the bits of its address that can be written.
         for (bar, size) in [
             (BAR_REGISTERS, REGISTER_BAR),
             (BAR_INTERRUPTS, INTERRUPT_BAR),
@@ -70,7 +72,7 @@ impl WriteMask {
 }
 
 impl Default for ConfigSpace {
-    /// As it is after power-on.
+    /// Returns configuration space after power-on.
     fn default() -> Self {
         let mut bytes = [0; SIZE];
         put16(&mut bytes, 0x00, PCI_VENDOR);
@@ -90,17 +92,18 @@ impl Default for ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// One that was kept.
+    /// Restores stored bytes.
     pub fn from_bytes(bytes: [u8; SIZE]) -> Self {
         ConfigSpace(bytes)
     }
 
-    /// Its bytes.
+    /// Returns the bytes, to be stored.
     pub fn bytes(&self) -> &[u8; SIZE] {
         &self.0
     }
 
-    /// Reads bytes of it, if they are there. The device has so many vectors, at least one.
+    /// Reads bytes of configuration space, if it has these bytes. The device has so many vectors,
+    /// at least one.
     pub fn read(&self, offset: u64, vectors: u32, bytes: &mut [u8]) -> Option<()> {
         let mut all = self.0;
         // CAST: there are at most 256.
@@ -111,7 +114,7 @@ impl ConfigSpace {
         Some(())
     }
 
-    /// Writes bytes of it, as far as they can be written, if they are there.
+    /// Writes the bits that can be written, if configuration space has these bytes.
     pub fn write(&mut self, offset: u64, mask: &WriteMask, bytes: &[u8]) -> Option<()> {
         let start = usize::try_from(offset).ok()?;
         let range = start..start.checked_add(bytes.len())?;
@@ -146,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn device_is_ivshmem_to_whoever_looks() {
+    fn device_looks_like_ivshmem() {
         let config = ConfigSpace::default();
         for (offset, expected) in [
             (0x00, 0x1110_1af4),
@@ -168,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn bars_tell_their_sizes_and_nothing_else_can_be_written() {
+    fn bars_report_sizes_and_fixed_bits_stay() {
         for (region, low, high) in [
             (1 << 20, 0xfff0_000c, 0xffff_ffff),
             (1 << 32, 0xc, 0xffff_ffff),
@@ -201,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn what_reaches_outside_is_neither_read_nor_written() {
+    fn rejects_access_outside_of_configuration_space() {
         let mut config = ConfigSpace::default();
         let mask = WriteMask::new(1 << 20);
         for (offset, length) in [

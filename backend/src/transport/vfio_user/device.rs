@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The device: what each command does to it, and what is answered.
+//! The device: the effect of each command, and its answer.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -17,58 +17,58 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use super::config::{self, BAR_INTERRUPTS, INTERRUPT_BAR, REGISTER_BAR, WriteMask};
-use super::guest_memory::{GuestMemory, MAX_RANGES, Range};
+use super::guest_memory::GuestMemory;
 use super::interrupts::Interrupts;
-use super::memory::{Memory, TABLE_ENTRY};
-use super::registers::{Draft, Order, Registers, orders};
+use super::msix::TABLE_ENTRY;
+use super::range::{MAX_RANGES, Range};
+use super::registers::{BufferRegisters, RegisterWrite, Registers, register_writes};
 use super::request::{Fault, Request, Signal};
+use super::session_state::SessionState;
 use super::stream::Message;
 use super::version;
 use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply, command};
-use crate::broker::limit::{Account, REFUSED, limited};
-use crate::broker::{Place, Slot, Wish};
-use crate::control::message::{Answer, BufferStatus, Refusal};
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
+use crate::memory::Access;
+use crate::rate_limit::REJECTED;
+use crate::slot::{DmaBuffer, ReadError, ReadResult, Slot, Source};
 
-/// `VFIO_DMA_UNMAP` replies with the structure that it came with.
+/// Bytes in the structure of `VFIO_DMA_UNMAP`, which its reply repeats.
 const DMA_UNMAP: u32 = 24;
 
-/// See the module.
+/// The device of a session.
 pub struct Device<'a> {
     slot: &'a Slot,
-    memory: &'a Memory<'a>,
+    state: &'a SessionState<'a>,
     interrupts: Interrupts<'a>,
     mask: WriteMask,
-    /// Where it is asked for.
+    /// With `--guest-memory`.
     guest: Option<GuestMemory<'a>>,
-    /// It was said that what the guest tells is no buffer.
-    said_no_buffer: bool,
+    /// Whether the log has the line about an invalid DMA buffer.
+    logged_no_buffer: bool,
 }
 
-/// A descriptor that goes with a reply, if one does.
-type Along<'a> = Option<BorrowedFd<'a>>;
+/// A descriptor that is sent with a reply, if there is one.
+type ReplyDescriptor<'a> = Option<BorrowedFd<'a>>;
 
 impl<'a> Device<'a> {
-    /// The device of a session, as the session's memory has it.
-    pub fn new(slot: &'a Slot, memory: &'a Memory<'a>, guest_memory: bool) -> Self {
+    /// Restores the device from the session's state.
+    pub fn new(slot: &'a Slot, state: &'a SessionState<'a>, guest_memory: bool) -> Self {
         let guest = match guest_memory {
-            true => Some(GuestMemory::new(slot, memory)),
+            true => Some(GuestMemory::new(slot, state)),
             false => {
-                GuestMemory::let_go(slot, memory);
-                // Nobody keeps it up to date either.
-                memory.set_buffer(None);
+                GuestMemory::remove_all(slot, state);
+                // This broker does not maintain the buffer either.
+                state.set_buffer(None);
                 None
             }
         };
-        slot.tell_buffer(memory.buffer());
+        slot.set_buffer(state.buffer());
         Device {
             slot,
-            memory,
-            interrupts: Interrupts::new(slot, memory),
-            mask: WriteMask::new(slot.region_size()),
+            state,
+            interrupts: Interrupts::new(slot, state),
+            mask: WriteMask::new(slot.region().size()),
             guest,
-            said_no_buffer: false,
+            logged_no_buffer: false,
         }
     }
 
@@ -77,48 +77,38 @@ impl<'a> Device<'a> {
         self.interrupts.fire(vector);
     }
 
-    /// Gives a host app what it wants.
-    pub fn grant(&self, wish: Wish) {
-        let answer = match self.copy(wish.place, wish.length) {
-            Ok(bytes) => Answer::Bytes(BASE64_STANDARD.encode(bytes)),
-            Err(refusal) => Answer::Refused(refusal),
-        };
-        wish.answer(answer);
-    }
-
-    /// Copies so many bytes of the guest's own memory.
-    fn copy(&self, place: Place, length: usize) -> Result<Vec<u8>, Refusal> {
-        let id = self.slot.id();
-        let guest = self.guest.as_ref().ok_or(Refusal::NoGuestMemory(id))?;
-        let address = match place {
-            Place::Address(address) => address,
-            Place::Buffer(offset) => {
-                let buffer = self.memory.buffer().ok_or(Refusal::NoBuffer(id))?;
+    /// Reads so many bytes of the guest's own memory.
+    pub fn read_guest(&self, source: Source, length: usize) -> ReadResult {
+        let guest = self.guest.as_ref().ok_or(ReadError::NoGuestMemory)?;
+        let address = match source {
+            Source::Address(address) => address,
+            Source::Buffer(offset) => {
+                let buffer = self.state.buffer().ok_or(ReadError::NoBuffer)?;
                 let end = offset.checked_add(length as u64);
                 if end.is_none_or(|end| end > buffer.size) {
-                    return Err(Refusal::OutsideBuffer {
+                    return Err(ReadError::OutsideBuffer {
                         offset,
                         length,
                         size: buffer.size,
                     });
                 }
-                // It does not overflow: the end of the buffer was checked.
+                // This does not overflow, because the end of the buffer was checked.
                 buffer.address + offset
             }
         };
         let mut bytes = vec![0; length];
         let read = guest.read(address, &mut bytes);
-        read.map_err(|_| Refusal::NotThere { address, length })?;
+        read.map_err(|_| ReadError::NotShared { address, length })?;
         Ok(bytes)
     }
 
-    /// Whether a version has been agreed upon.
-    pub fn has_agreed(&self) -> bool {
-        self.memory.has_agreed()
+    /// Tells whether a version was negotiated.
+    pub fn is_negotiated(&self) -> bool {
+        self.state.is_negotiated()
     }
 
-    /// Whether descriptors are taken with a command.
-    pub fn takes_descriptors(&self, command: u16) -> bool {
+    /// Tells whether a command may have descriptors.
+    pub fn receives_descriptors(&self, command: u16) -> bool {
         match command {
             command::DEVICE_SET_IRQS => true,
             command::DMA_MAP => self.guest.is_some(),
@@ -126,9 +116,10 @@ impl<'a> Device<'a> {
         }
     }
 
-    /// Does what a message asks for, takes those of its descriptors that are of use, and puts the answer into `reply`: an error,
-    /// if it is none that makes sense.
-    pub fn answer(&mut self, message: &mut Message<'_>, reply: &mut Reply) -> Along<'a> {
+    /// Executes the command of a message, takes the descriptors that it needs, and writes the
+    /// answer into `reply`: an error, if the command is not valid. Returns the descriptor of the
+    /// answer.
+    pub fn answer(&mut self, message: &mut Message<'_>, reply: &mut Reply) -> ReplyDescriptor<'a> {
         let header = message.header;
         let size = header.payload();
         reply.begin(&header);
@@ -138,10 +129,10 @@ impl<'a> Device<'a> {
             .and_then(|request| {
                 check_descriptors(header.command, &request, message.descriptors.len())?;
                 let is_version = matches!(request, Request::Version { .. });
-                if is_version == self.memory.has_agreed() {
+                if is_version == self.state.is_negotiated() {
                     return Err(Fault::OutOfTurn(header.command));
                 }
-                self.serve(request, message.descriptors, size, reply)
+                self.execute(request, message.descriptors, size, reply)
             });
         done.unwrap_or_else(|fault| {
             debug!("slot {}: {fault}", self.slot.id());
@@ -150,13 +141,13 @@ impl<'a> Device<'a> {
         })
     }
 
-    fn serve(
+    fn execute(
         &mut self,
         request: Request<'_>,
         descriptors: &mut Vec<OwnedFd>,
         size: usize,
         reply: &mut Reply,
-    ) -> Result<Along<'a>, Fault> {
+    ) -> Result<ReplyDescriptor<'a>, Fault> {
         match request {
             Request::Version {
                 major,
@@ -164,10 +155,10 @@ impl<'a> Device<'a> {
                 capabilities,
             } => {
                 let ranges = self.guest.as_ref().map(|_| MAX_RANGES);
-                version::agree((major, minor), capabilities, size, ranges, reply)?;
-                self.memory.set_agreed();
+                version::negotiate((major, minor), capabilities, size, ranges, reply)?;
+                self.state.set_negotiated();
             }
-            // Without `--guest-memory` none is refused, and no descriptor taken.
+            // Without `--guest-memory` no range is an error, and no descriptor is taken.
             Request::DmaMap {
                 flags,
                 offset,
@@ -189,7 +180,7 @@ impl<'a> Device<'a> {
                 address,
                 size,
             } => {
-                // `vfio.h`: all is a flag, and then there is no range. No other is empty.
+                // `vfio.h`: a flag means all, and then there is no range. No other range is empty.
                 let all = flags & VFIO_DMA_UNMAP_FLAG_ALL != 0;
                 if (size == 0) != all || (all && address != 0) {
                     return Err(outside(0, address, 0));
@@ -250,7 +241,12 @@ impl<'a> Device<'a> {
         Ok(None)
     }
 
-    fn region_info(&self, index: u32, room: u32, reply: &mut Reply) -> Result<Along<'a>, Fault> {
+    fn region_info(
+        &self,
+        index: u32,
+        room: u32,
+        reply: &mut Reply,
+    ) -> Result<ReplyDescriptor<'a>, Fault> {
         if index >= VFIO_PCI_NUM_REGIONS {
             return Err(outside(index, 0, 0));
         }
@@ -270,7 +266,8 @@ impl<'a> Device<'a> {
         }
         info.flags |= VFIO_REGION_INFO_FLAG_MMAP;
         info.argsz = REGION_INFO_MAPPABLE as u32;
-        // Some clients take the descriptor only with a list of what it is for. QEMU first asks without room for it.
+        // Some clients take the descriptor only with the list of areas that can be mapped. QEMU
+        // first asks without room for the list.
         let fits = room >= info.argsz;
         if fits {
             info.flags |= VFIO_REGION_INFO_FLAG_CAPS;
@@ -280,21 +277,23 @@ impl<'a> Device<'a> {
         if fits {
             reply.put_mappable_area(&vfio_region_sparse_mmap_area { offset: 0, size });
         }
-        Ok(fits.then(|| self.slot.memory().as_fd()))
+        let memory = self.slot.region().memory(Access::ReadWrite);
+        Ok(fits.then(|| memory.as_fd()))
     }
 
     fn region_size(&self, index: u32) -> u64 {
         match index {
             BAR_REGISTERS => REGISTER_BAR,
             BAR_INTERRUPTS => INTERRUPT_BAR,
-            BAR_REGION => self.slot.region_size(),
+            BAR_REGION => self.slot.region().size(),
             VFIO_PCI_CONFIG_REGION_INDEX => config::SIZE as u64,
             _ => 0,
         }
     }
 
     fn irq_info(&self, index: u32) -> Result<vfio_irq_info, Fault> {
-        // As the kernel does for a device without PCI Express; QEMU would complain of a count of 0.
+        // As the kernel does for a device without PCI Express. QEMU prints an error for a count of
+        // 0.
         if index >= VFIO_PCI_NUM_IRQS || index == VFIO_PCI_ERR_IRQ_INDEX {
             return Err(outside(index, 0, 0));
         }
@@ -323,14 +322,15 @@ impl<'a> Device<'a> {
             return Err(outside(index, start.into(), count));
         }
         match signal {
-            // So QEMU says that a kind is not used any more; kinds that are not there as well.
+            // QEMU sends this for each kind that it does not use any more, including kinds that the
+            // device does not have.
             Signal::All if count == 0 && there > 0 => self.interrupts.clear_all(),
             Signal::All => vectors.for_each(|vector| self.interrupts.fire(vector)),
             Signal::Some(wanted) => vectors
                 .zip(wanted)
                 .filter(|(_, wanted)| **wanted != 0)
                 .for_each(|(vector, _)| self.interrupts.fire(vector)),
-            // So QEMU says that vectors are to have none.
+            // QEMU sends this to clear the eventfds of vectors.
             Signal::Descriptors if descriptors.is_empty() => {
                 self.interrupts.clear(start, vectors.end - start);
             }
@@ -347,7 +347,7 @@ impl<'a> Device<'a> {
         Ok(())
     }
 
-    /// Reads a region, if it has such a place.
+    /// Reads a region, if it has these bytes.
     fn read(&self, region: u32, offset: u64, bytes: &mut [u8]) -> Option<()> {
         let end = offset.checked_add(bytes.len() as u64)?;
         if end > self.region_size(region) {
@@ -356,28 +356,28 @@ impl<'a> Device<'a> {
         match region {
             BAR_REGISTERS => {
                 let registers = Registers {
-                    interrupt_mask: self.memory.interrupt_mask(),
+                    interrupt_mask: self.state.interrupt_mask(),
                     id: self.slot.id(),
                     features: match self.guest {
                         Some(_) => FEATURE_RESET | FEATURE_GUEST_MEMORY | FEATURE_BUFFER,
                         None => FEATURE_RESET,
                     },
                     connection: self.slot.connection() as u32,
-                    peers: self.slot.peers(),
-                    vectors: self.slot.vectors(),
-                    draft: self.memory.draft(),
-                    has_buffer: self.memory.buffer().is_some(),
+                    peers: self.slot.region().peers(),
+                    vectors: self.slot.region().vectors(),
+                    buffer: self.state.buffer_registers(),
+                    has_buffer: self.state.buffer().is_some(),
                 };
                 registers.read(offset, bytes)
             }
             BAR_INTERRUPTS => {
-                self.memory.read_interrupt_bar(offset, bytes);
+                self.state.read_interrupt_bar(offset, bytes);
                 Some(())
             }
-            // Whoever does not map it gets at it, too.
-            BAR_REGION => self.slot.region().peek(offset, bytes).ok(),
+            // For a client that does not map the region.
+            BAR_REGION => self.slot.region().words().peek(offset, bytes).ok(),
             VFIO_PCI_CONFIG_REGION_INDEX => {
-                self.memory
+                self.state
                     .config()
                     .read(offset, self.interrupts.count(), bytes)
             }
@@ -385,90 +385,91 @@ impl<'a> Device<'a> {
         }
     }
 
-    /// Writes a region, if it has such a place.
+    /// Writes a region, if it has these bytes.
     fn write(&mut self, region: u32, offset: u64, bytes: &[u8]) -> Option<()> {
         let end = offset.checked_add(bytes.len() as u64)?;
         if end > self.region_size(region) {
             return None;
         }
         match region {
-            BAR_REGISTERS => orders(offset, bytes)?.for_each(|order| self.obey(order)),
+            BAR_REGISTERS => register_writes(offset, bytes)?.for_each(|write| self.handle(write)),
             BAR_INTERRUPTS => {
-                // Of the rest nothing can be written.
+                // The rest of the BAR is read-only.
                 if end <= u64::from(self.interrupts.count()) * TABLE_ENTRY {
-                    self.memory.write_interrupt_bar(offset, bytes);
+                    self.state.write_interrupt_bar(offset, bytes);
                 }
             }
-            BAR_REGION => self.slot.region().poke(offset, bytes).ok()?,
+            BAR_REGION => self.slot.region().words().poke(offset, bytes).ok()?,
             VFIO_PCI_CONFIG_REGION_INDEX => {
-                let mut config = self.memory.config();
+                let mut config = self.state.config();
                 config.write(offset, &self.mask, bytes)?;
-                self.memory.set_config(&config);
+                self.state.set_config(&config);
             }
             _ => return None,
         }
         Some(())
     }
 
-    fn obey(&mut self, order: Order) {
-        match order {
-            Order::BufferLow(_)
-            | Order::BufferHigh(_)
-            | Order::BufferSize(_)
-            | Order::Buffer(_)
+    fn handle(&mut self, write: RegisterWrite) {
+        let registers = self.state.buffer_registers();
+        match write {
+            RegisterWrite::BufferLow(_)
+            | RegisterWrite::BufferHigh(_)
+            | RegisterWrite::BufferSize(_)
+            | RegisterWrite::Buffer(_)
                 if self.guest.is_none() => {}
-            Order::BufferLow(low) => self.memory.set_draft(self.memory.draft().with_low(low)),
-            Order::BufferHigh(high) => self.memory.set_draft(self.memory.draft().with_high(high)),
-            Order::BufferSize(size) => {
-                let draft = self.memory.draft();
-                self.memory.set_draft(Draft { size, ..draft });
+            RegisterWrite::BufferLow(low) => {
+                self.state.set_buffer_registers(registers.with_low(low));
             }
-            Order::Buffer(0) => self.set_buffer(None),
-            Order::Buffer(there) => match self.memory.draft().check() {
-                Some(buffer) if there == 1 => self.set_buffer(Some(buffer)),
-                _ => self.say_no_buffer(),
+            RegisterWrite::BufferHigh(high) => {
+                self.state.set_buffer_registers(registers.with_high(high));
+            }
+            RegisterWrite::BufferSize(size) => {
+                let registers = BufferRegisters { size, ..registers };
+                self.state.set_buffer_registers(registers);
+            }
+            RegisterWrite::Buffer(0) => self.set_buffer(None),
+            RegisterWrite::Buffer(value) => match registers.check() {
+                Some(buffer) if value == 1 => self.set_buffer(Some(buffer)),
+                _ => self.log_no_buffer(registers),
             },
-            Order::Mask(mask) => self.memory.set_interrupt_mask(mask),
-            Order::Ring { peer, vector } => {
-                // One that is not there is nobody's, as with ivshmem.
-                let bell = self.slot.bells(peer).get(vector as usize);
-                if let Some(Err(error)) = bell.map(|bell| bell.ring()) {
+            RegisterWrite::Mask(mask) => self.state.set_interrupt_mask(mask),
+            RegisterWrite::Ring { peer, vector } => {
+                // A ring for a vector that does not exist has no effect, as with ivshmem.
+                let eventfd = self.slot.region().eventfds(peer).get(vector as usize);
+                if let Some(Err(error)) = eventfd.map(|eventfd| eventfd.ring()) {
                     debug!("peer {peer} is not rung: {error}");
                 }
             }
         }
     }
 
-    /// There is another DMA buffer from now on, or none.
-    fn set_buffer(&self, buffer: Option<BufferStatus>) {
-        self.memory.set_buffer(buffer);
-        self.slot.tell_buffer(buffer);
+    /// Sets the guest's DMA buffer.
+    fn set_buffer(&self, buffer: Option<DmaBuffer>) {
+        self.state.set_buffer(buffer);
+        self.slot.set_buffer(buffer);
     }
 
-    /// Says once that the guest tells of a DMA buffer that can be none.
-    fn say_no_buffer(&mut self) {
-        if !std::mem::replace(&mut self.said_no_buffer, true) {
-            let id = self.slot.id();
-            let Draft { address, size } = self.memory.draft();
-            limited!(
-                REFUSED,
-                Account::Slot(id),
-                Level::Warn,
-                "slot {id}: the guest tells of a DMA buffer of {size} bytes at {address:#x}, which can be none, and is ignored"
+    /// Logs the first DMA buffer that is not valid.
+    fn log_no_buffer(&mut self, BufferRegisters { address, size }: BufferRegisters) {
+        if !std::mem::replace(&mut self.logged_no_buffer, true) {
+            let message = format_args!(
+                "the guest tells of a DMA buffer of {size} bytes at {address:#x}, which can be none, and is ignored"
             );
+            self.slot.log(&REJECTED, Level::Warn, message);
         }
     }
 
-    /// Puts the device back, and tells the host: whoever was there is gone.
+    /// Resets the device, and tells the host that the guest is gone.
     fn reset(&mut self) {
         self.interrupts.clear_all();
-        self.memory.reset();
-        self.slot.tell_buffer(None);
+        self.state.reset();
+        self.slot.set_buffer(None);
         self.slot.restart();
     }
 }
 
-/// Descriptors are for interrupts, and at most one for memory.
+/// Checks the number of descriptors: any number for interrupts, at most one for guest memory.
 fn check_descriptors(command: u16, request: &Request<'_>, count: usize) -> Result<(), Fault> {
     let most = match request {
         Request::SetIrqs {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The device's MSI-X vectors: eventfds of the client, each written when its vector fires.
+//! The device's MSI-X vectors: eventfds of the client, each rung when its vector fires.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -8,115 +8,112 @@ use std::sync::Arc;
 
 use log::debug;
 
-use super::memory::Memory;
+use super::msix::{MAX_VECTORS, MIN_VECTORS};
 use super::request::Fault;
+use super::session_state::SessionState;
 use crate::bell::Bell;
-use crate::broker::Slot;
-use crate::broker::store::Kept;
+use crate::slot::Slot;
 
-/// Fewest vectors that the device has, however few the region's channels need, and most.
-pub const MIN_VECTORS: u32 = 16;
-/// As many as a region can have.
-pub const MAX_VECTORS: u32 = 256;
-
-/// See the module.
+/// The interrupts of a session.
 pub struct Interrupts<'a> {
     slot: &'a Slot,
-    memory: &'a Memory<'a>,
-    bells: Vec<Option<Arc<Bell>>>,
+    state: &'a SessionState<'a>,
+    eventfds: Vec<Option<Arc<Bell>>>,
 }
 
 impl<'a> Interrupts<'a> {
-    /// Those of a session, with the eventfds that a predecessor kept.
-    pub fn new(slot: &'a Slot, memory: &'a Memory<'a>) -> Self {
-        let count = slot.vectors().clamp(MIN_VECTORS, MAX_VECTORS);
-        let kept: BTreeMap<_, _> = slot.kept().into_iter().collect();
-        let bell = |vector| {
-            let [name, other] = names(memory, vector);
-            // Killed in between, a predecessor may have kept it under both.
-            slot.forget(&other);
-            let bell = kept.get(&name)?.as_fd().try_clone_to_owned();
-            bell.map(|bell| Arc::new(Bell::from(bell)))
+    /// Restores the interrupts of a session, with the eventfds that a predecessor stored.
+    pub fn new(slot: &'a Slot, state: &'a SessionState<'a>) -> Self {
+        let count = slot.region().vectors().clamp(MIN_VECTORS, MAX_VECTORS);
+        let stored: BTreeMap<_, _> = slot.stored_descriptors().into_iter().collect();
+        let eventfd = |vector| {
+            let [name, other] = names(state, vector);
+            // A predecessor that was killed may have stored an eventfd under both names.
+            slot.remove_descriptor(&other);
+            let eventfd = stored.get(&name)?.as_fd().try_clone_to_owned();
+            eventfd
+                .map(|eventfd| Arc::new(Bell::from(eventfd)))
                 .inspect_err(|error| debug!("slot {}: {name} is lost: {error}", slot.id()))
                 .ok()
         };
-        let bells = (0..count).map(bell).collect();
+        let eventfds = (0..count).map(eventfd).collect();
         Interrupts {
             slot,
-            memory,
-            bells,
+            state,
+            eventfds,
         }
     }
 
-    /// How many there are.
+    /// Returns the number of vectors.
     pub fn count(&self) -> u32 {
         // CAST: there are at most 256.
-        self.bells.len() as u32
+        self.eventfds.len() as u32
     }
 
-    /// Fires a vector. One that has no eventfd fires once it gets one.
+    /// Fires a vector. A vector without an eventfd fires once it gets one.
     pub fn fire(&self, vector: u32) {
-        let Some(bell) = self.bells.get(vector as usize) else {
+        let Some(eventfd) = self.eventfds.get(vector as usize) else {
             return;
         };
-        match bell {
-            Some(bell) => {
-                if let Err(error) = bell.ring() {
+        match eventfd {
+            Some(eventfd) => {
+                if let Err(error) = eventfd.ring() {
                     debug!("vector {vector} does not fire: {error}");
                 }
             }
-            None => self.memory.set_pending(vector, true),
+            None => self.state.set_pending(vector, true),
         }
     }
 
-    /// Gives vectors from `start` on these eventfds, and takes them: all or, where something is wrong with one, none.
+    /// Sets the eventfds of vectors from `start` on, and takes them out of `descriptors`. If one of
+    /// them is not an eventfd, none is set.
     pub fn set(&mut self, start: u32, descriptors: &mut Vec<OwnedFd>) -> Result<(), Fault> {
         if !descriptors.iter().all(Bell::is_eventfd) {
             return Err(Fault::NotAnEventfd);
         }
         for (vector, descriptor) in (start..).zip(descriptors.drain(..)) {
-            let bell = Arc::new(Bell::from(descriptor));
-            self.keep(vector, &bell);
-            self.bells[vector as usize] = Some(bell);
-            if self.memory.is_pending(vector) {
-                self.memory.set_pending(vector, false);
+            let eventfd = Arc::new(Bell::from(descriptor));
+            self.store(vector, &eventfd);
+            self.eventfds[vector as usize] = Some(eventfd);
+            if self.state.is_pending(vector) {
+                self.state.set_pending(vector, false);
                 self.fire(vector);
             }
         }
         Ok(())
     }
 
-    /// Keeps a vector's eventfd for a successor: under its other name, and only then is the one before it forgotten, so that a
-    /// broker that is killed in between leaves one of the two.
-    fn keep(&self, vector: u32, bell: &Arc<Bell>) {
-        let [old, new] = names(self.memory, vector);
-        self.slot.keep(&new, Arc::clone(bell) as Kept);
-        self.memory.change_kept_name(vector);
-        if self.bells[vector as usize].is_some() {
-            self.slot.forget(&old);
-            // If it is the same as before, it was not kept a second time.
-            self.slot.keep(&new, Arc::clone(bell) as Kept);
+    /// Stores a vector's eventfd for a successor. It is stored under the other name before the last
+    /// one is removed, so that a broker that is killed meanwhile leaves one of the two.
+    fn store(&self, vector: u32, eventfd: &Arc<Bell>) {
+        let [old, new] = names(self.state, vector);
+        self.slot.store_descriptor(&new, eventfd.clone());
+        self.state.change_stored_name(vector);
+        if self.eventfds[vector as usize].is_some() {
+            self.slot.remove_descriptor(&old);
+            // If both are the same file, the service manager did not store it a second time.
+            self.slot.store_descriptor(&new, eventfd.clone());
         }
     }
 
-    /// Takes their eventfds from so many vectors.
+    /// Clears the eventfds of so many vectors.
     pub fn clear(&mut self, start: u32, count: u32) {
         for vector in start..start + count {
-            if self.bells[vector as usize].take().is_some() {
-                let [name, _] = names(self.memory, vector);
-                self.slot.forget(&name);
+            if self.eventfds[vector as usize].take().is_some() {
+                let [name, _] = names(self.state, vector);
+                self.slot.remove_descriptor(&name);
             }
         }
     }
 
-    /// Takes all.
+    /// Clears all eventfds.
     pub fn clear_all(&mut self) {
         self.clear(0, self.count());
     }
 }
 
-/// What a vector's eventfd is called where a successor finds it, and what the next one will be.
-fn names(memory: &Memory<'_>, vector: u32) -> [String; 2] {
-    let now = memory.kept_name(vector);
+/// Returns the name under which a vector's eventfd is stored, and the name of its next one.
+fn names(state: &SessionState<'_>, vector: u32) -> [String; 2] {
+    let now = state.stored_name(vector);
     [now, 1 - now].map(|name| format!("interrupt-{vector}-{name}"))
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! BAR0: ivshmem's registers (ivshmem-spec, "Device Specification"), and barlink's own from 0x10 on, where ivshmem reads 0.
+//! BAR0: ivshmem's registers (ivshmem-spec, "Device Specification"), and barlink's own from 0x10
+//! on, where ivshmem reads 0.
 
 use barlink_protocol::wire::layout::PAGE_SIZE;
 use barlink_protocol::wire::uapi::{
@@ -10,7 +11,7 @@ use barlink_protocol::wire::uapi::{
 };
 
 use super::config::REGISTER_BAR;
-use crate::control::message::BufferStatus;
+use crate::slot::DmaBuffer;
 
 const INTERRUPT_MASK: usize = 0;
 /// Version of barlink's registers.
@@ -19,97 +20,97 @@ const CONNECTION: usize = 0x1c;
 const PEERS: usize = 0x20;
 const VECTORS: usize = 0x24;
 
-/// What the registers show.
+/// The values of the registers.
 #[derive(Clone, Copy, Debug)]
 pub struct Registers {
-    /// The interrupt mask, which does nothing.
+    /// The interrupt mask, which has no effect.
     pub interrupt_mask: u32,
     /// The device's own ID.
     pub id: u32,
     /// Bits of `FEATURE_`.
     pub features: u32,
-    /// Lower half of the connection's number, which every reset changes.
+    /// Lower half of the connection's number, which each reset changes.
     pub connection: u32,
-    /// Peers that can be rung, the host included: their IDs are below.
+    /// Number of peers that can be rung, the host included.
     pub peers: u32,
-    /// Vectors of each peer that can be rung.
+    /// Number of vectors of each peer.
     pub vectors: u32,
-    /// What was last written of a DMA buffer.
-    pub draft: Draft,
-    /// Whether there is one.
+    /// The registers of the DMA buffer.
+    pub buffer: BufferRegisters,
+    /// Whether the device knows of a DMA buffer.
     pub has_buffer: bool,
 }
 
-/// What the guest has written of its DMA buffer, whatever that is.
+/// The registers of the DMA buffer, with whatever the guest has written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Draft {
+pub struct BufferRegisters {
     /// DMA address.
     pub address: u64,
     /// Bytes.
     pub size: u32,
 }
 
-impl Draft {
-    /// The buffer, if there can be such a one: whole pages, not too many, that do not end beyond all addresses. Whether there is any memory
-    /// is for each copy to find out.
-    pub fn check(self) -> Option<BufferStatus> {
+impl BufferRegisters {
+    /// Returns the buffer, if it is whole pages, not too many, whose end does not overflow. Each
+    /// copy checks whether there is memory at these addresses.
+    pub fn check(self) -> Option<DmaBuffer> {
         let size = u64::from(self.size);
         let is_one =
             size > 0 && size <= MAX_BUFFER && (self.address | size).is_multiple_of(PAGE_SIZE);
         self.address.checked_add(size)?;
-        is_one.then_some(BufferStatus {
+        is_one.then_some(DmaBuffer {
             address: self.address,
             size,
         })
     }
 
     fn halves(self) -> [u32; 2] {
-        // CAST: the halves of it.
+        // CAST: the halves of the address.
         [self.address as u32, (self.address >> 32) as u32]
     }
 
-    /// The same, with another lower half of the address.
+    /// Replaces the lower half of the address.
     pub fn with_low(self, low: u32) -> Self {
         let [_, high] = self.halves();
         let address = u64::from(high) << 32 | u64::from(low);
-        Draft { address, ..self }
+        BufferRegisters { address, ..self }
     }
 
-    /// The same, with another upper half of the address.
+    /// Replaces the upper half of the address.
     pub fn with_high(self, high: u32) -> Self {
         let [low, _] = self.halves();
         let address = u64::from(high) << 32 | u64::from(low);
-        Draft { address, ..self }
+        BufferRegisters { address, ..self }
     }
 }
 
-/// What a write to them asks for.
+/// A write to a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// A new interrupt mask.
+pub enum RegisterWrite {
+    /// Sets the interrupt mask.
     Mask(u32),
-    /// To ring a vector of a peer.
+    /// Rings a vector of a peer.
     Ring {
         /// The peer.
         peer: u32,
         /// The vector.
         vector: u32,
     },
-    /// Another lower half of the DMA buffer's address.
+    /// Sets the lower half of the DMA buffer's address.
     BufferLow(u32),
-    /// Another upper half.
+    /// Sets the upper half of the DMA buffer's address.
     BufferHigh(u32),
-    /// Another size.
+    /// Sets the DMA buffer's size.
     BufferSize(u32),
-    /// That there is a DMA buffer, as was written, for 1; that there is none, for 0.
+    /// Announces the DMA buffer in these registers, for 1, or the end of the last one, for 0.
     Buffer(u32),
 }
 
 impl Registers {
-    /// Reads bytes of them, if they are there. No read changes anything.
+    /// Reads bytes of the registers, if BAR0 has these bytes. A read has no effect.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Option<()> {
         let mut all = [0; REGISTER_BAR as usize];
-        let [low, high] = self.draft.halves();
+        let [low, high] = self.buffer.halves();
         for (place, value) in [
             (INTERRUPT_MASK, self.interrupt_mask),
             (REGISTER_ID, self.id),
@@ -121,7 +122,7 @@ impl Registers {
             (VECTORS, self.vectors),
             (REGISTER_BUFFER_LOW, low),
             (REGISTER_BUFFER_HIGH, high),
-            (REGISTER_BUFFER_SIZE, self.draft.size),
+            (REGISTER_BUFFER_SIZE, self.buffer.size),
             (REGISTER_BUFFER_CONTROL, self.has_buffer.into()),
         ] {
             all[place..place + 4].copy_from_slice(&value.to_le_bytes());
@@ -132,8 +133,9 @@ impl Registers {
     }
 }
 
-/// What a write of these bytes asks for, if there are such registers. Only whole registers can be written, as with ivshmem.
-pub fn orders(offset: u64, bytes: &[u8]) -> Option<impl Iterator<Item = Order>> {
+/// Splits a write to BAR0 into writes to registers, if BAR0 has these bytes. Only whole registers
+/// can be written, as with ivshmem.
+pub fn register_writes(offset: u64, bytes: &[u8]) -> Option<impl Iterator<Item = RegisterWrite>> {
     let start = usize::try_from(offset).ok()?;
     if start.checked_add(bytes.len())? > REGISTER_BAR as usize {
         return None;
@@ -145,15 +147,15 @@ pub fn orders(offset: u64, bytes: &[u8]) -> Option<impl Iterator<Item = Order>> 
     Some(words.filter_map(|(place, word)| {
         let value = u32::from_le_bytes(*word);
         match place {
-            INTERRUPT_MASK => Some(Order::Mask(value)),
-            REGISTER_DOORBELL => Some(Order::Ring {
+            INTERRUPT_MASK => Some(RegisterWrite::Mask(value)),
+            REGISTER_DOORBELL => Some(RegisterWrite::Ring {
                 peer: value >> 16,
                 vector: value & 0xffff,
             }),
-            REGISTER_BUFFER_LOW => Some(Order::BufferLow(value)),
-            REGISTER_BUFFER_HIGH => Some(Order::BufferHigh(value)),
-            REGISTER_BUFFER_SIZE => Some(Order::BufferSize(value)),
-            REGISTER_BUFFER_CONTROL => Some(Order::Buffer(value)),
+            REGISTER_BUFFER_LOW => Some(RegisterWrite::BufferLow(value)),
+            REGISTER_BUFFER_HIGH => Some(RegisterWrite::BufferHigh(value)),
+            REGISTER_BUFFER_SIZE => Some(RegisterWrite::BufferSize(value)),
+            REGISTER_BUFFER_CONTROL => Some(RegisterWrite::Buffer(value)),
             _ => None,
         }
     }))
@@ -171,7 +173,7 @@ mod tests {
         connection: 9,
         peers: 5,
         vectors: 16,
-        draft: Draft {
+        buffer: BufferRegisters {
             address: 0x1234_5678_9abc_d000,
             size: 0x2000,
         },
@@ -185,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn registers_are_ivshmems_and_then_our_own() {
+    fn registers_extend_those_of_ivshmem() {
         let words: Vec<_> = (0..0x3c).step_by(4).map(word).collect();
         let magic = u32::from_le_bytes(*b"barl");
         let buffer = [0x9abc_d000, 0x1234_5678, 0x2000, 1, 0];
@@ -193,33 +195,37 @@ mod tests {
         assert_eq!(words[10..], buffer);
         for (offset, length) in [(256, 1), (253, 4), (u64::MAX, 1), (0, 257)] {
             assert!(REGISTERS.read(offset, &mut vec![0; length]).is_none());
-            assert!(orders(offset, &vec![0; length]).is_none());
+            assert!(register_writes(offset, &vec![0; length]).is_none());
         }
     }
 
     #[test]
-    fn only_whole_registers_are_written() {
-        let ask = |offset, bytes: &[u8]| orders(offset, bytes).unwrap().collect::<Vec<_>>();
-        let ring = |peer, vector| Order::Ring { peer, vector };
+    fn writes_whole_registers_only() {
+        let ask =
+            |offset, bytes: &[u8]| register_writes(offset, bytes).unwrap().collect::<Vec<_>>();
+        let ring = |peer, vector| RegisterWrite::Ring { peer, vector };
         assert_eq!(ask(12, &[2, 1, 4, 3]), [ring(0x304, 0x102)]);
-        assert_eq!(ask(0, &[1, 0, 0, 0]), [Order::Mask(1)]);
+        assert_eq!(ask(0, &[1, 0, 0, 0]), [RegisterWrite::Mask(1)]);
         assert_eq!(ask(8, &[0, 0, 0, 0, 1, 0, 2, 0]), [ring(2, 1)]);
         for (offset, length) in [(12, 1), (12, 2), (13, 4), (10, 4), (12, 3), (16, 4), (4, 8)] {
             assert_eq!(ask(offset, &[1; 8][..length]), [], "{length} at {offset}");
         }
         assert_eq!(ask(256, &[]), []);
         let three = [[1; 4], [2; 4], [3; 4], [1, 0, 0, 0]].concat();
-        let low = Order::BufferLow(0x0101_0101);
-        let high = Order::BufferHigh(0x0202_0202);
-        let size = Order::BufferSize(0x0303_0303);
-        assert_eq!(ask(0x28, &three), [low, high, size, Order::Buffer(1)]);
+        let low = RegisterWrite::BufferLow(0x0101_0101);
+        let high = RegisterWrite::BufferHigh(0x0202_0202);
+        let size = RegisterWrite::BufferSize(0x0303_0303);
+        assert_eq!(
+            ask(0x28, &three),
+            [low, high, size, RegisterWrite::Buffer(1)]
+        );
     }
 
     #[test]
-    fn a_buffer_is_whole_pages_and_not_too_many() {
-        let draft = |address, size| Draft { address, size }.check();
+    fn buffer_is_some_whole_pages() {
+        let check = |address, size| BufferRegisters { address, size }.check();
         let is = |address, size| {
-            let buffer = draft(address, size).unwrap();
+            let buffer = check(address, size).unwrap();
             assert_eq!((buffer.address, buffer.size), (address, size.into()));
         };
         is(0, 4096);
@@ -237,7 +243,7 @@ mod tests {
             (u64::MAX - 4095, 8192),
             (u64::MAX, 4096),
         ] {
-            assert_eq!(draft(address, size), None, "{size} at {address:#x}");
+            assert_eq!(check(address, size), None, "{size} at {address:#x}");
         }
     }
 }

@@ -1,50 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a client asks: its bytes, read once and checked once, as types. What the numbers mean for the device is not known
-//! here.
+//! The commands of a client: bytes that are read once and checked once, as types. The device gives
+//! the numbers their meaning.
 
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK, VFIO_IRQ_SET_DATA_BOOL,
     VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_IRQ_SET_DATA_TYPE_MASK,
 };
 
-use super::wire::{ACCESS, Header, MAX_DATA, MAX_DESCRIPTORS, command};
+use super::wire::{ACCESS, Header, MAX_DATA, command};
+use crate::socket::descriptors::MAX_DESCRIPTORS;
 
-/// Why a command is answered by an error. The stream goes on.
+/// Why a command is answered by an error. The stream continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// No such command, or one that this device has no use for.
+    /// The command is not known, or this device has no use for it.
     #[error("command {0} is not known here")]
     Unknown(u16),
-    /// Longer than any message that this device needs.
+    /// The message is longer than any that this device needs.
     #[error("a message of {0} bytes is too long")]
     Long(u32),
-    /// It ends before its structure does, or says of itself that it does.
+    /// The message is shorter than its structure, by its bytes or by its own size field.
     #[error("a message of command {0} is too short")]
     Short(u16),
-    /// Its parts contradict each other.
+    /// The parts of the message contradict each other.
     #[error("a message of command {0} has a length that does not fit its content")]
     Length(u16),
-    /// More descriptors than the kernel passes at once, or with the first part of a header.
+    /// The message has more descriptors than the kernel passes at once, or some with the first part
+    /// of its header.
     #[error(
         "a message comes with more than {MAX_DESCRIPTORS} descriptors, or with some before its header is here"
     )]
     ManyDescriptors,
-    /// Descriptors where none belong, or another number of them than the message says.
+    /// The message has a wrong number of descriptors.
     #[error("a message of command {command} comes with {count} descriptors")]
     Descriptors {
-        /// Which command.
+        /// The command.
         command: u16,
-        /// How many.
+        /// The number of descriptors.
         count: usize,
     },
-    /// A descriptor is not what it should be.
+    /// A descriptor is of the wrong kind.
     #[error("an interrupt's descriptor is no eventfd")]
     NotAnEventfd,
-    /// A predecessor noted guest memory of which it did not keep the file.
+    /// A predecessor stored a range of guest memory without its file.
     #[error("the file of the guest's memory was not kept")]
-    NotKept,
-    /// The version is not ours.
+    NotStored,
+    /// The version is not supported.
     #[error("version {major}.{minor} of vfio-user is not spoken here")]
     Version {
         /// Major number.
@@ -52,16 +54,16 @@ pub enum Fault {
         /// Minor number.
         minor: u16,
     },
-    /// The capabilities are no JSON text that ends in a zero.
+    /// The capabilities are not JSON text that ends in a zero.
     #[error("the client's capabilities cannot be read")]
     Capabilities,
-    /// The version is agreed upon first, and once.
+    /// The version was not negotiated first, or twice.
     #[error("command {0} comes out of turn")]
     OutOfTurn(u16),
-    /// More data than was agreed.
+    /// The access has more data than was negotiated.
     #[error("a region access has {0} bytes, and {MAX_DATA} are the most")]
     MuchData(u32),
-    /// A region, interrupt or range of them that the device does not have.
+    /// The device does not have such a region, interrupt or range of them.
     #[error("the device has nothing at index {index}, from {start}, for {count}")]
     OutOfRange {
         /// Region or kind of interrupt.
@@ -71,13 +73,13 @@ pub enum Fault {
         /// Bytes or vectors.
         count: u64,
     },
-    /// An action on interrupts that makes no sense, or none that MSI-X has.
+    /// The action on interrupts is not valid, or not one of MSI-X.
     #[error("interrupts cannot be set with flags {0:#x}")]
     Action(u32),
 }
 
 impl Fault {
-    /// The error number that a client is told.
+    /// Returns the error number of the answer.
     pub fn errno(self) -> u32 {
         let errno = match self {
             Fault::Unknown(_) => libc::EOPNOTSUPP,
@@ -89,21 +91,21 @@ impl Fault {
     }
 }
 
-/// What interrupts are to be set to.
+/// An action on interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal<'a> {
-    /// The descriptors that come with the message, or none any more.
+    /// Sets the descriptors of the message, or clears them.
     Descriptors,
-    /// Fire now, all of them; without any, switch all off.
+    /// Fires all of them; with no vectors, clears all.
     All,
-    /// Fire now those whose byte is not zero.
+    /// Fires those whose byte is not zero.
     Some(&'a [u8]),
 }
 
-/// A command, as far as its own bytes say that it makes sense.
+/// A command that is consistent in itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request<'a> {
-    /// Agrees on a version.
+    /// Negotiates the version.
     Version {
         /// Major number.
         major: u16,
@@ -112,18 +114,18 @@ pub enum Request<'a> {
         /// JSON text and a zero, or nothing.
         capabilities: &'a [u8],
     },
-    /// A range of guest memory is there.
+    /// Announces a range of guest memory.
     DmaMap {
-        /// `VFIO_DMA_MAP_FLAG_` bits, and others that are not known here.
+        /// `VFIO_DMA_MAP_FLAG_` bits, and unknown ones.
         flags: u32,
-        /// Offset in the descriptor that may come along.
+        /// Offset in the file of the descriptor, if there is one.
         offset: u64,
         /// Guest-physical address.
         address: u64,
         /// Bytes.
         size: u64,
     },
-    /// It is gone.
+    /// Removes a range of guest memory.
     DmaUnmap {
         /// `VFIO_DMA_UNMAP_FLAG_` bits.
         flags: u32,
@@ -132,47 +134,47 @@ pub enum Request<'a> {
         /// Bytes.
         size: u64,
     },
-    /// What kind of device this is.
+    /// Asks for the kind of the device.
     DeviceInfo,
-    /// What kind of region one is.
+    /// Asks for the kind of a region.
     RegionInfo {
         /// Bytes that the client has room for.
         room: u32,
-        /// Which.
+        /// The region.
         index: u32,
     },
-    /// What kind of interrupt one is.
+    /// Asks for the number of interrupts of a kind.
     IrqInfo {
-        /// Which.
+        /// The kind.
         index: u32,
     },
-    /// Which descriptors stand for interrupts.
+    /// Sets or fires interrupts.
     SetIrqs {
-        /// Which kind.
+        /// The kind.
         index: u32,
-        /// First vector.
+        /// The first vector.
         start: u32,
-        /// Vectors.
+        /// Number of vectors.
         count: u32,
-        /// To what.
+        /// The action.
         signal: Signal<'a>,
     },
     /// Reads a region.
     Read {
-        /// Which.
+        /// The region.
         region: u32,
-        /// Where.
+        /// The offset in bytes.
         offset: u64,
         /// Bytes, at most [`MAX_DATA`].
         count: usize,
     },
     /// Writes a region.
     Write {
-        /// Which.
+        /// The region.
         region: u32,
-        /// Where.
+        /// The offset in bytes.
         offset: u64,
-        /// What.
+        /// The bytes.
         data: &'a [u8],
     },
     /// Resets the device.
@@ -180,7 +182,7 @@ pub enum Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// Reads a command from its header and all that follows it.
+    /// Parses a command from its header and its payload.
     pub fn parse(header: &Header, payload: &'a [u8]) -> Result<Self, Fault> {
         let command = header.command;
         let mut fields = Fields {
@@ -276,7 +278,7 @@ fn set_irqs<'a>(fields: &mut Fields<'a>) -> Result<Request<'a>, Fault> {
     let index = fields.take32()?;
     let start = fields.take32()?;
     let count = fields.take32()?;
-    // Masking is for INTx, which the device has not.
+    // Masking is for INTx, which the device does not have.
     let known = VFIO_IRQ_SET_ACTION_TYPE_MASK | VFIO_IRQ_SET_DATA_TYPE_MASK;
     if flags & VFIO_IRQ_SET_ACTION_TYPE_MASK != VFIO_IRQ_SET_ACTION_TRIGGER || flags & !known != 0 {
         return Err(Fault::Action(flags));
@@ -298,7 +300,7 @@ fn set_irqs<'a>(fields: &mut Fields<'a>) -> Result<Request<'a>, Fault> {
     })
 }
 
-/// What is not read yet of a payload.
+/// The unread rest of a payload.
 struct Fields<'a> {
     command: u16,
     bytes: &'a [u8],
@@ -335,7 +337,7 @@ impl<'a> Fields<'a> {
         std::mem::take(&mut self.bytes)
     }
 
-    /// The first field of most structures: how long the client says that it is, or how much room it has for the answer.
+    /// Reads the first field of most structures: its length, or the client's room for the answer.
     fn argument_size(&mut self, least: usize) -> Result<u32, Fault> {
         let size = self.take32()?;
         if (size as usize) < least {
@@ -365,7 +367,7 @@ mod tests {
         words.iter().flat_map(|word| word.to_ne_bytes()).collect()
     }
 
-    /// A message of each command, as QEMU sends it.
+    /// Returns a message of each command, as QEMU sends it.
     fn whole() -> Vec<(u16, Vec<u8>)> {
         vec![
             (command::VERSION, b"\0\0\x01\0{}\0".to_vec()),
@@ -385,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn commands_are_read_as_qemu_sends_them() {
+    fn parses_commands_of_qemu() {
         let expected = [
             Request::Version {
                 major: 0,
@@ -430,9 +432,9 @@ mod tests {
     }
 
     #[test]
-    fn commands_that_are_cut_short_are_refused() {
+    fn rejects_commands_that_are_cut_short() {
         for (command, payload) in whole() {
-            // The text of a version can be left out.
+            // The capabilities of a version are optional.
             let least = if command == command::VERSION {
                 4
             } else {
@@ -450,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn commands_that_contradict_themselves_are_refused() {
+    fn rejects_commands_that_contradict_themselves() {
         for (command, argument_size) in [(2, 31), (3, 23), (4, 15), (5, 31), (7, 15), (8, 19)] {
             let mut payload = whole()[usize::from(command) - 1 - usize::from(command > 6)]
                 .1
@@ -472,10 +474,10 @@ mod tests {
     }
 
     #[test]
-    fn interrupts_are_set_in_ways_that_make_sense() {
+    fn rejects_invalid_actions_on_interrupts() {
         let set =
             |flags, count, data: &[u8]| [&words(&[20, flags, 2, 0, count])[..], data].concat();
-        // No data or all kinds of it; no action, all of them, masking; bits that mean nothing.
+        // No kind of data, or several; no action, all actions, masking; unknown bits.
         for flags in [
             0x20,
             0x23,
@@ -504,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn commands_that_are_not_known_are_told_apart_from_wrong_ones() {
+    fn distinguishes_unknown_commands_from_invalid_ones() {
         for command in [0, 6, 11, 12, 14, 15, 16, 0xffff] {
             let fault = parse(command, &[0; 64]).unwrap_err();
             assert_eq!(fault, Fault::Unknown(command));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A client's session, on a thread of its own: it answers messages, and forwards what is rung for the VM to the eventfds
-//! that the client last set.
+//! A client's session, on a thread of its own: it answers messages, forwards rings for the VM to
+//! the client's eventfds, and answers requests for guest memory.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,87 +11,93 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::device::Device;
-use super::memory::Memory;
+use super::session_state::SessionState;
 use super::stream::{Stream, StreamError};
 use super::wire::Reply;
-use crate::broker::{Slot, hang_up};
 use crate::memory::Region;
+use crate::slot::Slot;
+use crate::socket::disconnect;
 use crate::transport::{Departure, TransportError};
 
-/// How long a client may take for its first message, which QEMU sends at once. After that it may say nothing for ever.
-const SILENCE: Duration = Duration::from_secs(10);
+/// The time within which a client must send its first message. QEMU sends it at once. After that a
+/// client may be idle forever.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Vectors have small numbers.
 const SOCKET: u64 = u64::MAX;
-const WISHES: u64 = u64::MAX - 1;
-/// Wishes that are granted before the next message is looked for: a vCPU may wait for the answer to that.
-const WISHES_A_TURN: usize = 4;
-/// Events that are taken at once.
+const REQUESTS: u64 = u64::MAX - 1;
+/// Read requests that are answered before the next message, for whose answer a vCPU may wait.
+const REQUESTS_A_ROUND: usize = 4;
+/// Events that are received at once.
 const EVENTS: usize = 16;
 
-/// Serves a client until it leaves, from the begin or from wherever the session's memory says that it is.
+/// Serves a client until it leaves, from the progress on that is in the session's state.
 pub fn run(
     vm: &UnixStream,
     slot: &Slot,
     region: &Region,
     guest_memory: bool,
 ) -> Result<Departure, TransportError> {
-    let memory = Memory::new(region);
-    if !memory.is_known() {
+    let state = SessionState::new(region);
+    if !state.is_known() {
         return Err(TransportError::OtherVersion);
     }
-    let mut device = Device::new(slot, &memory, guest_memory);
+    let mut device = Device::new(slot, &state, guest_memory);
     let mut stream = Stream::new(vm);
     let mut reply = Reply::default();
     let epoll = watch(vm, slot).map_err(TransportError::Receive)?;
     let mut events = [EpollEvent::default(); EVENTS];
     let start = Instant::now();
-    // Wishes may be left, of which their bell tells no more.
+    // Whether requests may be left whose ring was received.
     let mut more = false;
     loop {
-        let mut patience = (!device.has_agreed()).then(|| SILENCE.saturating_sub(start.elapsed()));
-        if patience == Some(Duration::ZERO) {
+        let mut timeout =
+            (!device.is_negotiated()).then(|| IDLE_TIMEOUT.saturating_sub(start.elapsed()));
+        if timeout == Some(Duration::ZERO) {
             return Ok(Departure::Misbehaved("it does not say its version"));
         }
         if more {
-            patience = Some(Duration::ZERO);
+            timeout = Some(Duration::ZERO);
         }
-        let ready = match epoll.wait(milliseconds(patience), &mut events) {
+        let ready = match epoll.wait(milliseconds(timeout), &mut events) {
             Ok(ready) => ready,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(TransportError::Receive(error)),
         };
-        let (mut heard, mut wished) = (false, more);
+        let (mut has_message, mut has_request) = (false, more);
         for event in &events[..ready] {
             match event.data() {
-                SOCKET => heard = true,
-                WISHES => wished = true,
-                // CAST: it is one of those that were registered.
+                SOCKET => has_message = true,
+                REQUESTS => has_request = true,
+                // CAST: one of the vectors that were registered.
                 vector => device.fire(vector as u32),
             }
         }
-        if !heard && !wished {
+        if !has_message && !has_request {
             continue;
         }
-        // From here to the reply no successor takes over: it would find half a message.
-        let within = slot.within_a_message();
-        if wished {
-            let wishes = (0..WISHES_A_TURN).map_while(|_| slot.next_wish());
-            let granted = wishes.map(|wish| device.grant(wish)).count();
-            more = granted == WISHES_A_TURN;
+        // Held until the reply is sent: a successor must not find half a message.
+        let lock = slot.lock_session();
+        if has_request {
+            let requests = (0..REQUESTS_A_ROUND).map_while(|_| slot.requests().take());
+            let answered = requests.map(|request| {
+                let bytes = device.read_guest(request.source, request.length);
+                request.answer(bytes);
+            });
+            more = answered.count() == REQUESTS_A_ROUND;
         }
-        if !heard {
+        if !has_message {
             continue;
         }
-        let answered = match stream.receive(|command| device.takes_descriptors(command)) {
+        let answered = match stream.receive(|command| device.receives_descriptors(command)) {
             Ok(None) => return Ok(Departure::Left),
             Ok(Some(mut message)) => {
                 let wants_reply = message.header.wants_reply;
-                let along = device.answer(&mut message, &mut reply);
-                // What was answered is not lost with this broker.
-                slot.wait_until_kept();
+                let descriptor = device.answer(&mut message, &mut reply);
+                // The effect of an answered command must outlive this broker.
+                slot.wait_until_stored();
                 if wants_reply {
-                    stream.send(reply.finish(), along)
+                    stream.send(reply.finish(), descriptor)
                 } else {
                     Ok(())
                 }
@@ -99,13 +105,14 @@ pub fn run(
             Err(error) => Err(error),
         };
         if answered.is_err() {
-            // A successor that takes over before this session has ended finds that the client has left, and not half a message.
-            hang_up(vm);
+            // Before the lock is released, so that a successor finds a client that has left, and
+            // not half a message.
+            disconnect(vm);
         }
-        drop(within);
-        // This can wait, and so does this session alone.
+        drop(lock);
+        // A descriptor can be slow to close, which delays this session alone.
         stream.close_descriptors();
-        std::thread::sleep(slot.owed());
+        std::thread::sleep(slot.delay());
         match answered {
             Ok(()) => (),
             Err(StreamError::Gone) => return Ok(Departure::Left),
@@ -122,24 +129,24 @@ pub fn run(
     }
 }
 
-/// Waits for messages, and for the edges of what is rung for the VM: nobody on the host reads an eventfd.
+/// Creates an epoll that waits for messages, and for edges of eventfds, because no process on the
+/// host reads an eventfd.
 fn watch(vm: &UnixStream, slot: &Slot) -> io::Result<Epoll> {
     let epoll = Epoll::new()?;
     let add = |descriptor: RawFd, event| epoll.ctl(ControlOperation::Add, descriptor, event);
     add(vm.as_raw_fd(), EpollEvent::new(EventSet::IN, SOCKET))?;
     let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-    if let Some(bell) = slot.wishes_bell() {
-        add(bell.as_raw_fd(), EpollEvent::new(edge, WISHES))?;
-    }
-    for (vector, bell) in (0..).zip(slot.bells(slot.id())) {
-        add(bell.as_raw_fd(), EpollEvent::new(edge, vector))?;
+    let requests = slot.requests().eventfd().as_raw_fd();
+    add(requests, EpollEvent::new(edge, REQUESTS))?;
+    for (vector, eventfd) in (0..).zip(slot.region().eventfds(slot.id())) {
+        add(eventfd.as_raw_fd(), EpollEvent::new(edge, vector))?;
     }
     Ok(epoll)
 }
 
-/// As `epoll_wait` takes it, rounded up.
-fn milliseconds(patience: Option<Duration>) -> i32 {
-    patience.map_or(-1, |time| {
+/// Converts a timeout for `epoll_wait`, rounded up.
+fn milliseconds(timeout: Option<Duration>) -> i32 {
+    timeout.map_or(-1, |time| {
         let milliseconds = i32::try_from(time.as_millis()).unwrap_or(i32::MAX);
         milliseconds.saturating_add(1)
     })

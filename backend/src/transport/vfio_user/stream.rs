@@ -1,46 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Whole messages over a socket, with the descriptors that come along. What does not fit is thrown away as it comes, so
-//! the next message begins where it should.
+//! Whole messages over a socket, with their descriptors. A message that is too long is discarded
+//! while it is received, so that the next message begins where it should.
 //!
-//! Descriptors are taken with those commands alone that have a use for them, and owned from the moment that they are here. To
-//! close one can wait for as long as its sender likes: for whoever serves the file system of its file, if that is a FUSE, or for
-//! the peer of a network connection. So what is left of a message's is closed when the session says so. What is not taken the
-//! kernel throws away.
+//! Descriptors are received with those commands alone that use them. A descriptor can be slow to
+//! close: the close can wait for the server of a FUSE, or for the peer of a network connection. So
+//! the session chooses when the unused descriptors of a message are closed. The kernel discards all
+//! others.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{self, IoSliceMut};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
-};
+use rustix::net::{RecvFlags, SendFlags};
 
 use super::request::Fault;
-use super::wire::{HEADER, Header, HeaderError, MAX_DESCRIPTORS, MAX_MESSAGE};
+use super::wire::{HEADER, Header, HeaderError, MAX_MESSAGE};
+use crate::socket::descriptors::MAX_DESCRIPTORS;
+use crate::socket::{self, descriptors};
 
-/// How long a message may take from its first byte to its last, and a reply until the client takes it. A client sends a
-/// message at once, so one that takes longer has stopped.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+/// Longest time from the first byte of a message to its last, and until the client takes a reply. A
+/// client sends a message at once, so one that takes longer has stopped.
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a stream has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// The other side has closed it.
+    /// The client has closed it.
     #[error("the client has left")]
     Gone,
-    /// It cannot be told where the next message begins.
+    /// The begin of the next message is unknown.
     #[error(transparent)]
     Header(#[from] HeaderError),
-    /// The rest of a message does not come, or nobody takes a reply.
+    /// The rest of a message is missing, or the client does not take a reply.
     #[error("the client has stopped in the middle of a message")]
     Stalled,
-    /// The kernel says no.
+    /// A system call failed.
     #[error("the socket fails")]
     Socket(#[source] io::Error),
 }
@@ -55,14 +53,14 @@ impl From<Errno> for StreamError {
     }
 }
 
-/// A message: its payload, or why that cannot be used, and its descriptors.
+/// A message: its payload, or why it has none that can be used, and its descriptors.
 #[derive(Debug)]
 pub struct Message<'a> {
-    /// Its begin.
+    /// The header.
     pub header: Header,
-    /// What follows.
+    /// The bytes behind the header.
     pub payload: Result<&'a [u8], Fault>,
-    /// What came along. What is left here is closed by [`Stream::close_descriptors`].
+    /// The descriptors. Those that are left here are closed by [`Stream::close_descriptors`].
     pub descriptors: &'a mut Vec<OwnedFd>,
 }
 
@@ -71,22 +69,22 @@ pub struct Message<'a> {
 pub struct Stream<'a> {
     socket: &'a UnixStream,
     buffer: Box<[u8; MAX_MESSAGE]>,
-    /// Those of the message that was received last.
+    /// The descriptors of the last message.
     descriptors: Vec<OwnedFd>,
 }
 
-/// What of a message is here besides its bytes.
+/// The reception of one message.
 struct Arrival<'a> {
     deadline: Instant,
     descriptors: &'a mut Vec<OwnedFd>,
-    /// Whether descriptors are taken.
-    takes: bool,
-    /// Some came that were not.
+    /// Most descriptors.
+    most: usize,
+    /// Whether there were more descriptors.
     some_lost: bool,
 }
 
 impl<'a> Stream<'a> {
-    /// The stream over a connected socket.
+    /// Creates the stream of a connected socket.
     pub fn new(socket: &'a UnixStream) -> Self {
         Stream {
             socket,
@@ -95,13 +93,14 @@ impl<'a> Stream<'a> {
         }
     }
 
-    /// Closes what nobody took of the descriptors that came, which can wait.
+    /// Closes the unused descriptors of the last message, which can be slow.
     pub fn close_descriptors(&mut self) {
         self.descriptors.clear();
     }
 
-    /// Receives a message, of which a part is there already. A client that leaves between two messages is `None`. `takes` says
-    /// with which commands descriptors are taken, if their header is here whole.
+    /// Receives a message, of which a part has arrived. Returns `None` if the client has left
+    /// between two messages. `takes` tells whether a command may have descriptors. They are
+    /// received once the whole header has arrived.
     pub fn receive(
         &mut self,
         takes: impl Fn(u16) -> bool,
@@ -111,9 +110,12 @@ impl<'a> Stream<'a> {
         let ahead = next.map_or(0, |next| next.payload());
         self.close_descriptors();
         let mut arrival = Arrival {
-            deadline: Instant::now() + PATIENCE,
+            deadline: Instant::now() + TIMEOUT,
             descriptors: &mut self.descriptors,
-            takes: next.is_some_and(|next| takes(next.command)),
+            most: match next {
+                Some(next) if takes(next.command) => MAX_DESCRIPTORS,
+                _ => 0,
+            },
             some_lost: false,
         };
         let (start, payload) = (&mut header[..], &mut self.buffer[..ahead]);
@@ -145,8 +147,9 @@ impl<'a> Stream<'a> {
         }))
     }
 
-    /// The next header, where that is here already and its payload fits into the buffer. So such a message is taken by one
-    /// system call: a broker that is killed leaves its successor all of it, or nothing.
+    /// Returns the next header, if it has arrived and its payload fits into the buffer. Such a
+    /// message is received by one system call, so a broker that is killed leaves its successor all
+    /// of it or nothing.
     fn look_ahead(&self) -> Option<Header> {
         let mut header = [0; HEADER];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -164,19 +167,13 @@ impl<'a> Stream<'a> {
         bytes: &[u8],
         descriptor: Option<BorrowedFd<'_>>,
     ) -> Result<(), StreamError> {
-        let deadline = Instant::now() + PATIENCE;
-        let descriptors: &[_] = descriptor.as_slice();
+        let deadline = Instant::now() + TIMEOUT;
         let mut sent = 0;
         while sent < bytes.len() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut ancillary = SendAncillaryBuffer::new(&mut space);
             // With the first byte, and not again with the rest.
-            if sent == 0 && !descriptors.is_empty() {
-                ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-            }
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            let part = [IoSlice::new(&bytes[sent..])];
-            match rustix::net::sendmsg(self.socket, &part, &mut ancillary, flags) {
+            let descriptor = descriptor.filter(|_| sent == 0);
+            let (part, flags) = (&bytes[sent..], SendFlags::DONTWAIT);
+            match descriptors::send(self.socket, part, descriptor.as_slice(), flags) {
                 Ok(length) => sent += length,
                 Err(Errno::INTR) => (),
                 Err(Errno::AGAIN) => wait(self.socket, PollFlags::OUT, deadline)?,
@@ -188,21 +185,18 @@ impl<'a> Stream<'a> {
 }
 
 impl Arrival<'_> {
-    /// Receives some bytes and the descriptors that come with them; 0 at the end.
+    /// Receives some bytes with their descriptors. Returns 0 at the end.
     fn receive(
         &mut self,
         socket: &UnixStream,
         parts: &mut [IoSliceMut<'_>],
     ) -> Result<usize, StreamError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-        let space = if self.takes { &mut space[..] } else { &mut [] };
         loop {
-            let mut ancillary = RecvAncillaryBuffer::new(space);
-            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            match rustix::net::recvmsg(socket, parts, &mut ancillary, flags) {
+            let most = self.most.saturating_sub(self.descriptors.len());
+            let flags = RecvFlags::DONTWAIT;
+            match descriptors::receive(socket, parts, flags, most, self.descriptors) {
                 Ok(received) => {
-                    self.keep(&mut ancillary);
-                    self.some_lost |= received.flags.contains(ReturnFlags::CTRUNC);
+                    self.some_lost |= received.lost_descriptors;
                     return Ok(received.bytes);
                 }
                 Err(Errno::INTR) => (),
@@ -211,24 +205,10 @@ impl Arrival<'_> {
             }
         }
     }
-
-    fn keep(&mut self, ancillary: &mut RecvAncillaryBuffer<'_>) {
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                for descriptor in rights {
-                    if self.descriptors.len() < MAX_DESCRIPTORS {
-                        self.descriptors.push(descriptor);
-                    } else {
-                        self.some_lost = true;
-                    }
-                }
-            }
-        }
-    }
 }
 
-/// Receives a whole payload, of which so much is in the buffer: its length if all of it is there then, a fault if it does
-/// not fit.
+/// Receives the rest of a payload, of which so many bytes are in the buffer. Returns its length, or
+/// a fault if it does not fit.
 fn receive_payload(
     socket: &UnixStream,
     buffer: &mut [u8; MAX_MESSAGE],
@@ -255,22 +235,15 @@ fn receive_payload(
     })
 }
 
-/// Whether a payload of so many bytes fits into the buffer.
+/// Tells whether a payload of so many bytes fits into the buffer.
 fn fits(payload: usize) -> bool {
     payload <= MAX_MESSAGE - HEADER
 }
 
-fn wait(socket: &UnixStream, what: PollFlags, deadline: Instant) -> Result<(), StreamError> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    let left = rustix::time::Timespec {
-        tv_sec: left.as_secs().cast_signed(),
-        tv_nsec: left.subsec_nanos().into(),
-    };
-    let socket = socket.as_fd();
-    match rustix::event::poll(&mut [PollFd::new(&socket, what)], Some(&left)) {
-        Ok(0) => Err(StreamError::Stalled),
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(error) => Err(error.into()),
+fn wait(socket: &UnixStream, event: PollFlags, deadline: Instant) -> Result<(), StreamError> {
+    match socket::wait(socket, event, deadline)? {
+        true => Ok(()),
+        false => Err(StreamError::Stalled),
     }
 }
 
@@ -279,6 +252,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::fd::AsRawFd;
 
+    use rustix::event::PollFd;
     use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
     use super::*;
@@ -294,17 +268,17 @@ mod tests {
         bytes
     }
 
-    /// No command comes with descriptors.
+    /// Accepts descriptors with no command.
     fn none(_: u16) -> bool {
         false
     }
 
-    /// The command of [`message`] does.
+    /// Accepts descriptors with the command of [`message`].
     fn some(command: u16) -> bool {
         command == command::DEVICE_SET_IRQS
     }
 
-    /// A pipe tells whether copies of its writing end are left open anywhere.
+    /// Tells whether all copies of a pipe's writing end are closed.
     fn is_closed(reader: &std::io::PipeReader) -> bool {
         let mut pipe = [PollFd::new(reader, PollFlags::IN)];
         let now = rustix::time::Timespec::default();
@@ -313,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn message_that_does_not_fit_is_thrown_away_and_the_next_is_whole() {
+    fn message_after_a_long_one_is_whole() {
         let (server, mut client) = UnixStream::pair().unwrap();
         let mut stream = Stream::new(&server);
         for length in [MAX_MESSAGE - HEADER, MAX_MESSAGE - HEADER + 1, 100_000] {
@@ -341,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn message_is_taken_whole_with_no_byte_of_the_next() {
+    fn receives_no_byte_of_next_message() {
         let (server, mut client) = UnixStream::pair().unwrap();
         let mut stream = Stream::new(&server);
         client
@@ -365,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn message_may_come_byte_by_byte_but_not_for_ever() {
+    fn message_may_arrive_slowly_until_timeout() {
         let (server, mut client) = UnixStream::pair().unwrap();
         let mut stream = Stream::new(&server);
         let sender = std::thread::spawn(move || {
@@ -383,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn client_that_leaves_within_a_message_is_gone() {
+    fn client_that_leaves_within_message_is_gone() {
         for length in 1..20 {
             let (server, mut client) = UnixStream::pair().unwrap();
             client
@@ -396,11 +370,12 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_come_with_a_message_and_are_closed_when_the_session_says_so() {
+    fn session_closes_unused_descriptors() {
         let (server, client) = UnixStream::pair().unwrap();
         let mut stream = Stream::new(&server);
         let whole = message(1, 20, b"data");
-        // Number of descriptors with each part of the message, how many of them are taken, and whether the message can be used.
+        // Number of descriptors with each part of the message, how many of them are received, and
+        // whether the message can be used.
         for (parts, taken, usable) in [
             (vec![(0..20, 1)], 1, true),
             (vec![(0..16, 2), (16..18, 1), (18..20, 3)], 6, true),
@@ -423,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_that_come_before_their_header_is_here_are_a_fault() {
+    fn descriptors_before_whole_header_are_a_fault() {
         let (server, client) = UnixStream::pair().unwrap();
         let mut stream = Stream::new(&server);
         let whole = message(1, 20, b"data");
@@ -444,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_that_have_no_use_are_not_taken() {
+    fn receives_no_descriptors_without_use() {
         let (server, client) = UnixStream::pair().unwrap();
         let mut stream = Stream::new(&server);
         let whole = message(1, 20, b"data");
@@ -466,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn reply_that_nobody_takes_ends_the_stream() {
+    fn reply_that_is_not_taken_ends_stream() {
         let (server, mut client) = UnixStream::pair().unwrap();
         let stream = Stream::new(&server);
         let end = (0..100_000).find_map(|_| stream.send(&[0; 512], None).err());

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Agreeing on a version: the first message, whose payload is JSON text.
+//! The negotiation of a version: the first message, whose payload is JSON text.
 
 use serde::{Deserialize, Serialize};
 
 use super::request::Fault;
 use super::wire::{ANNOUNCED_DESCRIPTORS, MAX_DATA, Reply};
 
-/// The version of the protocol that is spoken. Minor versions differ in nothing that is used here; QEMU says 0.0, and takes
-/// none that is higher than its own.
+/// The supported version of the protocol. Minor versions differ in nothing that is used here. QEMU
+/// sends 0.0, and accepts no higher version.
 const MAJOR: u16 = 0;
 const MINOR: u16 = 1;
 
-/// What a client says that it can do, as far as it must be text that makes sense; nothing of it changes what we do.
+/// The capabilities of a client. They must be valid, and have no effect.
 #[derive(Deserialize)]
 struct Theirs {
     #[serde(default)]
-    #[expect(dead_code, reason = "it is there to be checked")]
+    #[expect(dead_code, reason = "the parser checks it")]
     capabilities: Capabilities,
 }
 
 #[derive(Default, Deserialize)]
-#[expect(dead_code, reason = "it is there to be checked")]
+#[expect(dead_code, reason = "the parser checks it")]
 struct Capabilities {
     max_msg_fds: Option<u64>,
     max_data_xfer_size: Option<u64>,
@@ -40,9 +40,9 @@ struct Limits {
     max_dma_maps: Option<u32>,
 }
 
-/// Answers a client that speaks this version and has these capabilities, `payload` bytes of it. Where its guest's memory is of
-/// interest, so many `ranges` of it are.
-pub fn agree(
+/// Answers a client with this version and these capabilities, in a payload of so many bytes. The
+/// server accepts so many `ranges` of guest memory; `None` means any number.
+pub fn negotiate(
     (major, minor): (u16, u16),
     capabilities: &[u8],
     payload: usize,
@@ -52,7 +52,7 @@ pub fn agree(
     if major != MAJOR {
         return Err(Fault::Version { major, minor });
     }
-    // To leave them out is legal.
+    // Capabilities are optional.
     if let Some((last, text)) = capabilities.split_last() {
         if *last != 0 {
             return Err(Fault::Capabilities);
@@ -69,8 +69,8 @@ pub fn agree(
         },
     };
     let text = serde_json::to_vec(&ours).map_err(|_| Fault::Capabilities)?;
-    // QEMU has room for as much as it said itself, and no more. A client that gets no text takes the protocol's own limits,
-    // and is told when it goes beyond ours.
+    // QEMU has room for an answer of the size of its own message. A client that receives no text
+    // uses the limits of the protocol, and receives an error when it exceeds the server's.
     if text.len() + 1 + 4 <= payload {
         reply.put(&text);
         reply.put(&[0]);
@@ -81,10 +81,10 @@ pub fn agree(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::vfio_user::guest_memory::MAX_RANGES;
+    use crate::transport::vfio_user::range::MAX_RANGES;
     use crate::transport::vfio_user::wire::{HEADER, Header};
 
-    /// What QEMU 11.1 sends.
+    /// The capabilities of QEMU 11.1.
     const QEMU: &[u8] = b"{\"capabilities\": {\"pgsizes\": 4096, \"max_msg_fds\": 16, \"max_dma_maps\": 65535, \
         \"max_data_xfer_size\": 1048576, \"migration\": {\"pgsize\": 4096, \"max_bitmap_size\": 268435456}, \
         \"write_multiple\": true}}\0";
@@ -98,12 +98,12 @@ mod tests {
             wants_reply: true,
         };
         reply.begin(&header);
-        agree(version, text, 4 + text.len(), Some(MAX_RANGES), &mut reply)?;
+        negotiate(version, text, 4 + text.len(), Some(MAX_RANGES), &mut reply)?;
         Ok(reply.finish()[HEADER..].to_vec())
     }
 
     #[test]
-    fn answer_is_never_longer_than_the_question_and_ends_in_a_zero() {
+    fn answer_fits_and_ends_in_zero() {
         let whole = answer((0, 1), QEMU).unwrap();
         assert_eq!(whole[..4], [0, 0, 1, 0]);
         let (last, text) = whole[4..].split_last().unwrap();
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn other_versions_and_texts_are_refused() {
+    fn rejects_other_versions_and_texts() {
         for (major, minor) in [(1, 0), (1, 1), (0xffff, 0xffff)] {
             let fault = answer((major, minor), QEMU).unwrap_err();
             assert_eq!(fault, Fault::Version { major, minor });

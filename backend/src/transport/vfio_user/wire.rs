@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The bytes of a vfio-user message (QEMU's `docs/interop/vfio-user.rst`): a header, and for most commands a structure of
-//! the kernel's `vfio.h`. All numbers are the host's own, as in memory that two processes share.
+//! The bytes of a vfio-user message (QEMU's `docs/interop/vfio-user.rst`): a header, and for most
+//! commands a structure of the kernel's `vfio.h`. All numbers have the byte order of the host.
 
 use vfio_bindings::bindings::vfio::{
     vfio_device_info, vfio_irq_info, vfio_region_info, vfio_region_sparse_mmap_area,
@@ -9,18 +9,16 @@ use vfio_bindings::bindings::vfio::{
 
 /// Bytes in a header.
 pub const HEADER: usize = 16;
-/// Most bytes of data in one region access, as we announce it: far more than a guest's access has, or configuration space.
+/// Most bytes of data in one region access, as announced to the client: far more than in an access
+/// of a guest, or in configuration space.
 pub const MAX_DATA: usize = 4096;
 /// Bytes before the data of a region access.
 pub const ACCESS: usize = 16;
-/// Longest message that is looked at; a longer one is thrown away as it comes.
+/// Bytes of the longest message that is parsed. A longer one is discarded.
 pub const MAX_MESSAGE: usize = HEADER + ACCESS + MAX_DATA;
-/// Most descriptors that we ask for in one message. QEMU fails at start if a server wants more.
+/// Most descriptors in one message, as announced to the client. QEMU fails at start if a server
+/// announces more.
 pub const ANNOUNCED_DESCRIPTORS: u32 = 16;
-/// Most descriptors that are taken with one message: what the kernel passes at once (`SCM_MAX_FD`), since not every client
-/// splits.
-pub const MAX_DESCRIPTORS: usize = 253;
-
 /// Bytes in the structures that follow a header.
 pub const DEVICE_INFO: usize = 16;
 /// `vfio_region_info`.
@@ -35,21 +33,21 @@ pub const REGION_INFO_MAPPABLE: usize =
 /// Capability header, number of areas, and padding.
 const SPARSE_HEADER: usize = 16;
 
-/// What a client asks for, by number.
+/// The numbers of the commands.
 pub mod command {
-    /// Agrees on version and limits; the first message.
+    /// Negotiates version and limits; the first message.
     pub const VERSION: u16 = 1;
-    /// A range of guest memory is there.
+    /// Announces a range of guest memory.
     pub const DMA_MAP: u16 = 2;
-    /// It is gone.
+    /// Removes a range of guest memory.
     pub const DMA_UNMAP: u16 = 3;
-    /// What kind of device this is.
+    /// Asks for the kind of the device.
     pub const DEVICE_GET_INFO: u16 = 4;
-    /// What kind of region one is.
+    /// Asks for the kind of a region.
     pub const DEVICE_GET_REGION_INFO: u16 = 5;
-    /// What kind of interrupt one is.
+    /// Asks for the number of interrupts of a kind.
     pub const DEVICE_GET_IRQ_INFO: u16 = 7;
-    /// Which descriptors stand for interrupts.
+    /// Sets or fires interrupts.
     pub const DEVICE_SET_IRQS: u16 = 8;
     /// Reads a region.
     pub const REGION_READ: u16 = 9;
@@ -60,7 +58,7 @@ pub mod command {
 }
 
 mod flag {
-    /// Which bits say what kind of message it is.
+    /// The bits with the kind of a message.
     pub const KIND: u32 = 0xf;
     pub const COMMAND: u32 = 0;
     pub const REPLY: u32 = 1;
@@ -69,18 +67,18 @@ mod flag {
     pub const ERROR: u32 = 1 << 5;
 }
 
-/// What a stream cannot go on after: nobody knows where the next message would begin, or whose turn it is.
+/// An error after which a stream cannot continue, because the begin of the next message is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
-    /// The size does not even count the header.
+    /// The size is smaller than a header.
     #[error("a message of {0} bytes is shorter than its header")]
     Short(u32),
-    /// It is no command, and we have asked for nothing.
+    /// The message is not a command. The server sends none, so it is not a reply either.
     #[error("a message with flags {0:#x} is no command")]
     NotACommand(u32),
 }
 
-/// The begin of a command.
+/// The header of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// Number that the reply repeats.
@@ -94,7 +92,7 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads a client's header.
+    /// Parses a client's header.
     pub fn decode(bytes: &[u8; HEADER]) -> Result<Self, HeaderError> {
         let [i0, i1, c0, c1, s0, s1, s2, s3, f0, f1, f2, f3, ..] = *bytes;
         let size = u32::from_ne_bytes([s0, s1, s2, s3]);
@@ -113,13 +111,13 @@ impl Header {
         })
     }
 
-    /// Bytes behind the header.
+    /// Returns the bytes behind the header.
     pub fn payload(&self) -> usize {
         self.size as usize - HEADER
     }
 }
 
-/// A reply in the making, in memory that is kept from one to the next.
+/// A reply that is being written, in memory that is reused.
 #[derive(Debug, Default)]
 pub struct Reply(Vec<u8>);
 
@@ -134,14 +132,14 @@ impl Reply {
         self.put32(0);
     }
 
-    /// Throws away what was put, and makes it an error instead: a header alone.
+    /// Replaces the reply by an error: a header alone.
     pub fn fail(&mut self, header: &Header, errno: u32) {
         self.begin(header);
         self.0[8..12].copy_from_slice(&(flag::REPLY | flag::ERROR).to_ne_bytes());
         self.0[12..16].copy_from_slice(&errno.to_ne_bytes());
     }
 
-    /// The bytes, once all is put.
+    /// Returns the bytes of the complete reply.
     pub fn finish(&mut self) -> &[u8] {
         // CAST: a reply is at most as long as the longest message.
         let size = self.0.len() as u32;
@@ -169,7 +167,7 @@ impl Reply {
         self.0.extend_from_slice(bytes);
     }
 
-    /// Appends zeros, at most [`MAX_DATA`], and gives them to be filled.
+    /// Appends zeros, at most [`MAX_DATA`], and returns them to be overwritten.
     pub fn room(&mut self, bytes: usize) -> &mut [u8] {
         assert!(bytes <= MAX_DATA);
         let start = self.0.len();
@@ -177,14 +175,14 @@ impl Reply {
         &mut self.0[start..]
     }
 
-    /// Appends what follows the header of [`command::DEVICE_GET_INFO`].
+    /// Appends the payload of [`command::DEVICE_GET_INFO`].
     pub fn put_device_info(&mut self, info: &vfio_device_info) {
         for number in [info.argsz, info.flags, info.num_regions, info.num_irqs] {
             self.put32(number);
         }
     }
 
-    /// Appends what follows the header of [`command::DEVICE_GET_REGION_INFO`], without capabilities.
+    /// Appends the payload of [`command::DEVICE_GET_REGION_INFO`], without capabilities.
     pub fn put_region_info(&mut self, info: &vfio_region_info) {
         for number in [info.argsz, info.flags, info.index, info.cap_offset] {
             self.put32(number);
@@ -207,7 +205,7 @@ impl Reply {
         self.put64(area.size);
     }
 
-    /// Appends what follows the header of [`command::DEVICE_GET_IRQ_INFO`].
+    /// Appends the payload of [`command::DEVICE_GET_IRQ_INFO`].
     pub fn put_irq_info(&mut self, info: &vfio_irq_info) {
         for number in [info.argsz, info.flags, info.index, info.count] {
             self.put32(number);
@@ -229,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_lead_nowhere_are_refused() {
+    fn rejects_invalid_headers() {
         for size in [0, 1, 15] {
             let short = Header::decode(&header(1, 1, size, 0));
             assert_eq!(short, Err(HeaderError::Short(size)));
@@ -245,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn error_is_a_header_alone_whatever_was_put_before() {
+    fn error_replaces_reply() {
         let asked = Header::decode(&header(9, 4, 32, 0)).unwrap();
         let mut reply = Reply::default();
         reply.begin(&asked);
@@ -258,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn structures_are_as_long_as_the_kernel_has_them() {
+    fn structures_have_lengths_of_kernel() {
         let asked = Header::decode(&header(0, 5, 48, 0)).unwrap();
         let mut reply = Reply::default();
         let length = |reply: &mut Reply| reply.finish().len() - HEADER;

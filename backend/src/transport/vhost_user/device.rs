@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The device: what the daemon asks of it, on two threads. One answers messages, the other ("the worker") serves the queues,
-//! forwards what is rung for the VM, and has the VMM map the region, since it has to wait for the answer.
+//! The device, as the daemon calls it, on two threads. One thread answers messages. The other one,
+//! the worker, serves the queues, forwards rings for the VM, and makes the VMM map the region,
+//! because it can wait for the answer.
 //!
-//! QEMU 11.1 crashes if it is asked to map the region while the device is stopped, and forgets the mapping when the guest
-//! resets the device. So it is asked when a queue has started, and again after each stop, unless the queues go on where they
-//! were: then the VM was only paused. Queues that were not used yet do not tell; then QEMU refuses, since it has the
-//! mapping still.
+//! QEMU 11.1 crashes if it is asked to map the region while the device is stopped, and drops the
+//! mapping when the guest resets the device. So it is asked when a queue has started, and again
+//! after each stop, unless the queues continue where they were, because then the VM was only
+//! paused. For queues that were not used yet this is unknown. QEMU then rejects the request if it
+//! still has the mapping.
 
-use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use barlink_protocol::wire::layout::MAX_VECTORS;
 use barlink_protocol::wire::virtio::{
@@ -19,6 +20,7 @@ use barlink_protocol::wire::virtio::{
     SHARED_MEMORY, VERSION, config,
 };
 use log::{Level, debug};
+use parking_lot::Mutex;
 use vhost::vhost_user::message::{
     VhostUserMMap, VhostUserMMapFlags, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserVirtioFeatures,
@@ -28,38 +30,32 @@ use vhost_user_backend::VhostUserBackend;
 use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
 
-use super::life::watch_this_thread;
+use super::drop_guard::guard_this_thread;
 use super::queue::{Memory, Queue, Served};
 use crate::bell::Bell;
-use crate::broker::limit::{Account, REFUSED, limited};
-use crate::broker::{Connection, Slot};
+use crate::memory::Access;
+use crate::rate_limit::REJECTED;
+use crate::slot::Slot;
 
 /// Feature bit of VirtIO 1.
 const VERSION_1: u64 = 1 << 32;
 
-/// Events beyond the queues' own, of which `vhost-user-backend` has one more than queues: the worker is called...
-pub const NUDGE: u16 = QUEUES as u16 + 1;
-/// ...or a vector of the VM was rung: this, and its number.
-pub const VECTOR: u16 = NUDGE + 1;
+/// The event that calls the worker. `vhost-user-backend` has an event for each queue and one more.
+const NUDGE: u16 = QUEUES as u16 + 1;
+/// The event of the VM's vector 0; the other vectors follow.
+const VECTOR: u16 = NUDGE + 1;
 
-/// See the module.
+/// The device of a session.
 pub struct Device {
-    id: u32,
-    connection: Connection,
-    peers: u32,
-    vectors: u32,
-    region_size: u64,
-    memory: File,
-    /// All eventfds, by peer and vector.
-    bells: Vec<Vec<Arc<Bell>>>,
+    slot: Arc<Slot>,
     /// A bit for each vector that was rung and not delivered.
     pending: [AtomicU64; MAX_VECTORS as usize / 64],
-    /// To the VMM.
-    way_back: Mutex<Option<Backend>>,
-    state: Mutex<State>,
+    /// The back-end channel to the VMM.
+    channel: Mutex<Option<Backend>>,
+    run: Mutex<Run>,
     /// Calls the worker.
     nudge: Bell,
-    /// Rung when one of the daemon's threads ends.
+    /// Rings when one of the daemon's threads ends.
     over: Arc<Bell>,
     ending: AtomicBool,
     /// Why the worker has ended.
@@ -67,31 +63,23 @@ pub struct Device {
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// A queue has started, and none has stopped since.
+struct Run {
+    /// Whether a queue has started, and none has stopped since.
     running: bool,
-    /// Number of the start.
+    /// Number of starts.
     start: u64,
-    /// It was stopped, and nobody knows whether the guest has reset it.
+    /// Whether the device was stopped, so that the guest may have reset it.
     stopped: bool,
 }
 
 impl Device {
-    /// That of a slot. `over` rings when a thread that has worked for it ends.
-    pub fn new(slot: &Slot, over: &Arc<Bell>) -> io::Result<Self> {
+    /// Creates the device of a slot. `over` rings when a thread of the daemon ends.
+    pub fn new(slot: Arc<Slot>, over: &Arc<Bell>) -> io::Result<Self> {
         Ok(Device {
-            id: slot.id(),
-            connection: slot.connection_of_its_own(),
-            peers: slot.peers(),
-            vectors: slot.vectors(),
-            region_size: slot.region_size(),
-            memory: slot.memory().try_clone()?,
-            bells: (0..slot.peers())
-                .map(|peer| slot.bells(peer).to_vec())
-                .collect(),
+            slot,
             pending: Default::default(),
-            way_back: Mutex::default(),
-            state: Mutex::default(),
+            channel: Mutex::default(),
+            run: Mutex::default(),
             nudge: Bell::new()?,
             over: Arc::clone(over),
             ending: AtomicBool::new(false),
@@ -99,117 +87,109 @@ impl Device {
         })
     }
 
-    /// What the worker is to listen to, besides the queues: eventfds, and what their edges are called.
+    /// Lists the eventfds that the worker waits on, besides those of the queues, with their events.
     pub fn events(&self) -> impl Iterator<Item = (&Bell, u16)> {
-        let own = self.bells.get(self.id as usize).into_iter().flatten();
-        let vectors = (VECTOR..).zip(own).map(|(event, bell)| (&**bell, event));
-        // First what ends the worker, should there be no room for all.
+        let own = self.slot.region().eventfds(self.slot.id());
+        let vectors = (VECTOR..).zip(own);
+        let vectors = vectors.map(|(event, eventfd)| (&**eventfd, event));
+        // The event that ends the worker first, in case there is no room for all.
         std::iter::once((&self.nudge, NUDGE)).chain(vectors)
     }
 
     /// Ends the worker.
     pub fn end(&self) {
         self.ending.store(true, Ordering::Release);
-        // Full or not, it is rung.
+        // A full eventfd rings, too.
         let _ = self.nudge.ring();
     }
 
-    /// Why the worker has ended, if it was not told to.
+    /// Returns why the worker has ended by itself.
     pub fn failure(&self) -> Option<String> {
-        let failure = self.failure.lock();
-        failure.unwrap_or_else(PoisonError::into_inner).take()
+        self.failure.lock().take()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Notes that a queue has started, and has the region mapped if it is the first. The worker alone does this.
+    /// Handles the start of a queue: the first one makes the VMM map the region. Only the worker
+    /// calls this.
     fn start(&self, queues: &[Queue]) -> io::Result<()> {
         let start = {
-            let mut state = self.state();
-            // A queue that has been stopped meanwhile has not started: to ask now would be QEMU's end.
-            if state.running || !queues.iter().any(Queue::is_running) {
+            let mut run = self.run.lock();
+            // If the queue was stopped meanwhile, a request now would end QEMU.
+            if run.running || !queues.iter().any(Queue::is_running) {
                 return Ok(());
             }
-            state.running = true;
-            state.start += 1;
-            if state.start > 1 && queues.iter().any(Queue::goes_on) {
-                state.stopped = false;
+            run.running = true;
+            run.start += 1;
+            if run.start > 1 && queues.iter().any(Queue::continues) {
+                run.stopped = false;
                 return Ok(());
             }
-            state.start
+            run.start
         };
-        let Some(way_back) = self.way_back().clone() else {
+        let Some(channel) = self.channel.lock().clone() else {
             self.warn("its VMM cannot map the region: QEMU 11.1 can");
             return Ok(());
         };
         let region = VhostUserMMap {
             shmid: SHARED_MEMORY,
-            len: self.region_size,
+            len: self.slot.region().size(),
             flags: VhostUserMMapFlags::WRITABLE.bits(),
             ..VhostUserMMap::default()
         };
-        // No lock is held while this waits.
-        let mapped = way_back.shmem_map(&region, &self.memory);
-        let mut state = self.state();
-        // What was noted of a stop before this start, if it was not stopped again.
-        let was_stopped =
-            state.start == start && state.running && std::mem::take(&mut state.stopped);
-        drop(state);
-        // Without a session QEMU would be worse off than without the region.
+        // This waits, and holds no lock.
+        let memory = self.slot.region().memory(Access::ReadWrite);
+        let mapped = channel.shmem_map(&region, &**memory);
+        let mut run = self.run.lock();
+        // Whether there was a stop before this start, and none after it.
+        let was_stopped = run.start == start && run.running && std::mem::take(&mut run.stopped);
+        drop(run);
+        // A missing region does not end the session, because QEMU would end, too.
         match mapped.map_err(|error| error.downcast::<Error>()) {
             Ok(_) => {
                 if was_stopped {
                     self.reset();
                 }
             }
-            // Not seen to be reset: it has the region still.
+            // The device was not reset, so QEMU still has the mapping.
             Err(Ok(Error::FrontendInternalError)) if start > 1 && was_stopped => {
-                debug!("slot {}: the region is mapped still", self.id);
+                debug!("slot {}: the region is mapped still", self.slot.id());
             }
             Err(Ok(Error::FrontendInternalError)) => {
                 self.warn("its VMM does not map the region");
             }
             Err(Ok(error)) => return Err(error.into()),
-            // Not the VMM's, so it was not asked: it had not said that it can.
+            // Not an answer of the VMM: it has not negotiated the feature.
             Err(Err(_)) => self.warn("its VMM cannot map the region: QEMU 11.1 can"),
         }
         Ok(())
     }
 
     fn warn(&self, what: &str) {
-        let id = self.id;
-        limited!(REFUSED, Account::Slot(id), Level::Warn, "slot {id}: {what}");
-    }
-
-    fn way_back(&self) -> MutexGuard<'_, Option<Backend>> {
-        self.way_back.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slot
+            .log(&REJECTED, Level::Warn, format_args!("{what}"));
     }
 
     fn fail(&self, what: &str, error: &io::Error) {
-        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-        *failure = Some(format!("{what}: {error}"));
+        *self.failure.lock() = Some(format!("{what}: {error}"));
     }
 
-    /// The guest that was there is gone.
+    /// Handles a reset by the guest: the guest that was there is gone.
     fn reset(&self) {
         for pending in &self.pending {
             pending.store(0, Ordering::Relaxed);
         }
-        self.connection.restart();
+        self.slot.restart();
     }
 
-    /// Rings what the driver asks for. There may be more than was looked at.
-    fn obey(&self, queue: &Queue) -> io::Result<()> {
+    /// Handles the doorbells in a queue.
+    fn handle_doorbells(&self, queue: &Queue) -> io::Result<()> {
         let served = queue.serve(
             || true,
             |memory, buffer| {
-                let order = buffer
+                let doorbell = buffer
                     .filter(|buffer| !buffer.is_write_only() && buffer.len() as usize >= BUFFER)
                     .and_then(|buffer| memory.read_obj::<u32>(buffer.addr()).ok());
-                if let Some(order) = order {
-                    self.ring(u32::from_le(order));
+                if let Some(doorbell) = doorbell {
+                    self.ring(u32::from_le(doorbell));
                 }
                 0
             },
@@ -220,17 +200,16 @@ impl Device {
         }
     }
 
-    fn ring(&self, order: u32) {
-        let (peer, vector) = (order >> 16, order & 0xffff);
-        // One that is not there is nobody's, as with ivshmem.
-        let bells = self.bells.get(peer as usize);
-        let bell = bells.and_then(|bells| bells.get(vector as usize));
-        if let Some(Err(error)) = bell.map(|bell| bell.ring()) {
+    fn ring(&self, doorbell: u32) {
+        let (peer, vector) = (doorbell >> 16, doorbell & 0xffff);
+        // A ring for a vector that does not exist has no effect, as with ivshmem.
+        let eventfd = self.slot.region().eventfds(peer).get(vector as usize);
+        if let Some(Err(error)) = eventfd.map(|eventfd| eventfd.ring()) {
             debug!("peer {peer} is not rung: {error}");
         }
     }
 
-    /// Fills the driver's buffers with the vectors that were rung, as far as they reach.
+    /// Fills the driver's buffers with the vectors that were rung, as long as there are buffers.
     fn deliver(&self, queue: &Queue) {
         queue.serve(
             || self.first_pending().is_some(),
@@ -262,20 +241,21 @@ impl Device {
     }
 
     fn config(&self) -> [u8; config::SIZE] {
+        let region = self.slot.region();
         let mut bytes = [0; config::SIZE];
         for (place, value) in [
             (config::MAGIC, MAGIC),
             (config::VERSION, VERSION),
-            (config::ID, self.id),
-            (config::PEERS, self.peers),
-            (config::VECTORS, self.vectors),
+            (config::ID, self.slot.id()),
+            (config::PEERS, region.peers()),
+            (config::VECTORS, region.vectors()),
             (config::FEATURES, FEATURE_RESET),
-            // CAST: its lower half.
-            (config::CONNECTION, self.connection.number() as u32),
+            // CAST: the lower half.
+            (config::CONNECTION, self.slot.connection() as u32),
         ] {
             bytes[place..][..4].copy_from_slice(&value.to_le_bytes());
         }
-        bytes[config::REGION_SIZE..][..8].copy_from_slice(&self.region_size.to_le_bytes());
+        bytes[config::REGION_SIZE..][..8].copy_from_slice(&region.size().to_le_bytes());
         bytes
     }
 }
@@ -293,8 +273,8 @@ impl VhostUserBackend for Device {
     }
 
     fn features(&self) -> u64 {
-        // What every client asks first, so on the thread that answers messages.
-        watch_this_thread(&self.over);
+        // The first request of each client, so this is the thread that answers messages.
+        guard_this_thread(&self.over);
         VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
@@ -309,11 +289,12 @@ impl VhostUserBackend for Device {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        // A driver that looks at it while the device is stopped is a new one: the guest has reset the device.
-        let mut state = self.state();
-        if state.stopped && !state.running {
-            state.stopped = false;
-            drop(state);
+        // A driver that reads this while the device is stopped is new: the guest has reset the
+        // device.
+        let mut run = self.run.lock();
+        if run.stopped && !run.running {
+            run.stopped = false;
+            drop(run);
             self.reset();
         }
         let all = self.config();
@@ -323,23 +304,23 @@ impl VhostUserBackend for Device {
     }
 
     fn get_shmem_config(&self) -> io::Result<VhostUserShMemConfig> {
-        Ok(VhostUserShMemConfig::new(1, &[self.region_size]))
+        Ok(VhostUserShMemConfig::new(1, &[self.slot.region().size()]))
     }
 
-    fn set_backend_req_fd(&self, way_back: Backend) {
-        *self.way_back() = Some(way_back);
+    fn set_backend_req_fd(&self, channel: Backend) {
+        *self.channel.lock() = Some(channel);
     }
 
-    /// The guard has seen that it is safe to map.
+    /// Accepts all memory, because the guard has checked that it is safe to map.
     fn update_memory(&self, _memory: Memory) -> io::Result<()> {
         Ok(())
     }
 
     fn stop_vring(&self, _queue: u32) -> io::Result<()> {
-        let mut state = self.state();
-        if state.running {
-            state.running = false;
-            state.stopped = true;
+        let mut run = self.run.lock();
+        if run.running {
+            run.running = false;
+            run.stopped = true;
         }
         Ok(())
     }
@@ -351,8 +332,8 @@ impl VhostUserBackend for Device {
         queues: &[Queue],
         _thread: usize,
     ) -> io::Result<()> {
-        watch_this_thread(&self.over);
-        // An error is the worker's end, and so the session's.
+        guard_this_thread(&self.over);
+        // An error ends the worker, and so the session.
         if self.ending.load(Ordering::Acquire) {
             return Err(io::Error::other("the session ends"));
         }
@@ -364,7 +345,7 @@ impl VhostUserBackend for Device {
                 .inspect_err(|error| self.fail("cannot have the region mapped", error))?;
         }
         if event == NUDGE || usize::from(event) == QUEUE_DOORBELLS {
-            self.obey(&queues[QUEUE_DOORBELLS])
+            self.handle_doorbells(&queues[QUEUE_DOORBELLS])
                 .inspect_err(|error| self.fail("cannot call its own thread", error))?;
         }
         self.deliver(&queues[QUEUE_INTERRUPTS]);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Which pages of a guest's memory a queue has had the broker touch. A page that nobody has used before comes into being by
-//! that, at the broker's cost; so there are only so many. A page is known by its file, since a VMM can put ever new files at the
-//! same addresses.
+//! The pages of a guest's memory that a queue makes the broker access. An access to an unused page
+//! allocates it, at the broker's cost, so their number is limited. A page is identified by its
+//! file, because a VMM can map ever new files at the same addresses.
 
 use std::collections::BTreeSet;
 
@@ -10,19 +10,20 @@ use virtio_queue::Error;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 const PAGE: u64 = 4096;
-/// Most pages of a queue in a session: 16 MiB. A driver's queue has some ten each time that it is loaded, mostly the same.
+/// Most pages of a queue in a session: 16 MiB. A driver that is loaded uses about ten, mostly the
+/// same ones each time.
 const MOST: usize = 4096;
 
-/// A file's system and number, and the page in it.
+/// The numbers of a file system, a file in it, and a page of the file.
 type Page = (u64, u64, u64);
 
-/// See the module.
+/// The pages of one queue.
 #[derive(Debug, Default)]
 pub struct Footprint(BTreeSet<Page>);
 
 impl Footprint {
-    /// Notes that so many bytes are about to be touched, which are few. Fails if there would be too many pages. Where there is no
-    /// memory, nothing can be touched.
+    /// Adds the pages of a few bytes before an access. Fails if there would be too many pages.
+    /// Addresses without memory have no pages.
     pub fn grow(
         &mut self,
         memory: &GuestMemoryMmap,
@@ -46,7 +47,7 @@ impl Footprint {
     }
 }
 
-/// The page at an address, if there is one.
+/// Returns the page at an address, if there is one.
 fn page(memory: &GuestMemoryMmap, place: GuestAddress) -> Result<Option<Page>, Error> {
     let Some((region, offset)) = memory.to_region_addr(place) else {
         return Ok(None);
@@ -54,7 +55,7 @@ fn page(memory: &GuestMemoryMmap, place: GuestAddress) -> Result<Option<Page>, E
     let Some(file) = region.file_offset() else {
         return Ok(None);
     };
-    // The guard has seen that it is a memfd, so nobody is asked who could wait.
+    // This does not wait, because the guard has checked that the file is a memfd.
     let stat = rustix::fs::fstat(file.file()).map_err(|_| Error::QueueNotReady)?;
     let offset = file.start().checked_add(offset.0);
     let page = offset.ok_or(Error::AddressOverflow)? / PAGE;
@@ -85,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_counted_once_and_there_is_an_end_to_them() {
+    fn counts_pages_once_up_to_limit() {
         let memory = memory(&file());
         let mut footprint = Footprint::default();
         let mut grow = |place| footprint.grow(&memory, GuestAddress(place), 4);
@@ -93,7 +94,7 @@ mod tests {
         for page in 2..MOST as u64 {
             grow(page * PAGE).unwrap();
         }
-        // All of them again, and none besides.
+        // All of them again, and no others.
         for page in 0..MOST as u64 {
             grow(page * PAGE + 8).unwrap();
         }
@@ -101,12 +102,12 @@ mod tests {
         grow(beyond).unwrap_err();
         grow(beyond - 2).unwrap_err();
         grow(u64::MAX).unwrap_err();
-        // Where nothing is, nothing comes into being.
+        // Addresses without memory.
         grow(2 * SIZE).unwrap();
     }
 
     #[test]
-    fn other_files_at_the_same_place_have_other_pages() {
+    fn other_files_have_other_pages() {
         let files = [file(), file()];
         let mut footprint = Footprint::default();
         for file in &files {
@@ -118,7 +119,7 @@ mod tests {
         }
         let place = GuestAddress(SIZE / 2);
         footprint.grow(&memory(&files[0]), place, 4).unwrap_err();
-        // What is known already is so in whatever mapping.
+        // A known page is known in any mapping.
         footprint
             .grow(&memory(&files[0]), GuestAddress(0), 4)
             .unwrap();

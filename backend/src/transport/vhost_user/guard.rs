@@ -1,44 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Between a VMM and the daemon: passes messages on, whole, both ways, once their descriptors are known to be harmless.
+//! The guard between a VMM and the daemon. It forwards whole messages in both directions, after it
+//! has checked that their descriptors are harmless.
 //!
-//! The daemon would map any file, and a file that its owner then truncates ends the broker, with all its VMs, by SIGBUS; and it
-//! would wait for ever in a descriptor that is no eventfd. Doorbells, interrupts and data do not come by here.
+//! The daemon would map any file, and a file that its owner then truncates would end the broker,
+//! with all its VMs, by SIGBUS. It would also wait forever for a descriptor that is no eventfd.
+//! Doorbells, interrupts and data do not pass the guard.
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use barlink_protocol::wire::layout::PAGE_SIZE;
 use log::Level;
+use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{Shutdown, SocketType, sockopt};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::message::{Message, MessageError, limit_waiting};
 use crate::bell::Bell;
-use crate::broker::limit::{Account, REFUSED, limited};
+use crate::rate_limit::REJECTED;
+use crate::slot::Slot;
 use crate::transport::shared_memory::is_safe;
 use crate::transport::{Departure, TransportError};
 
-/// What descriptors a message brings.
+/// The descriptors of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Brings {
     Nothing,
     Memory,
     Kick,
     Eventfd,
-    WayBack,
+    Channel,
 }
 
-/// Most bytes of a guest's memory. The daemon maps it, the next before it gives up the last, and all VMs of a broker share its
-/// 2^47 bytes of addresses.
+/// Most bytes of a guest's memory. The daemon maps the next memory before it unmaps the last, and
+/// all VMs of a broker share its 2^47 bytes of addresses.
 const MOST_MEMORY: u64 = 1 << 41;
-/// What of a kick's or a call's number is the queue's.
+/// The bits of a kick's or a call's number that are the queue's.
 const QUEUE_INDEX: u64 = 0xff;
 
-/// What a client may ask for, as QEMU does for what the daemon offers.
+/// The requests that QEMU makes of the daemon's features. A client may make no others.
 const REQUESTS: &[(FrontendReq, Brings)] = &[
     (FrontendReq::GET_FEATURES, Brings::Nothing),
     (FrontendReq::SET_FEATURES, Brings::Nothing),
@@ -55,40 +59,46 @@ const REQUESTS: &[(FrontendReq, Brings)] = &[
     (FrontendReq::SET_VRING_CALL, Brings::Eventfd),
     (FrontendReq::SET_VRING_ERR, Brings::Eventfd),
     (FrontendReq::SET_VRING_ENABLE, Brings::Nothing),
-    (FrontendReq::SET_BACKEND_REQ_FD, Brings::WayBack),
+    (FrontendReq::SET_BACKEND_REQ_FD, Brings::Channel),
     (FrontendReq::GET_CONFIG, Brings::Nothing),
     (FrontendReq::SET_CONFIG, Brings::Nothing),
     (FrontendReq::GET_SHMEM_CONFIG, Brings::Nothing),
 ];
 
-/// See the module.
+/// The guard of one session.
 pub struct Guard<'a> {
-    slot: u32,
+    slot: &'a Slot,
     vm: &'a UnixStream,
     daemon: &'a UnixStream,
-    /// The socket on which the daemon asks the VMM, and waits for its answers.
-    way_back: Mutex<Option<OwnedFd>>,
-    /// A bit for each queue whose kick is set, and which was not stopped since. Of one that is set again the daemon goes on to
-    /// listen to the old one, whose rings nobody would take.
+    /// The back-end channel: the socket on which the daemon asks the VMM, and waits for its
+    /// answers.
+    channel: Mutex<Option<OwnedFd>>,
+    /// A bit for each queue whose kick was set since its last stop. If a kick were set twice, the
+    /// daemon would still wait on the first eventfd, and drain the second one only.
     kicked: Cell<u64>,
 }
 
 impl<'a> Guard<'a> {
-    /// Between these two.
-    pub fn new(slot: u32, vm: &'a UnixStream, daemon: &'a UnixStream) -> std::io::Result<Self> {
+    /// Creates the guard between a VMM and its daemon.
+    pub fn new(
+        slot: &'a Slot,
+        vm: &'a UnixStream,
+        daemon: &'a UnixStream,
+    ) -> std::io::Result<Self> {
         limit_waiting(vm)?;
         limit_waiting(daemon)?;
         Ok(Guard {
             slot,
             vm,
             daemon,
-            way_back: Mutex::default(),
+            channel: Mutex::default(),
             kicked: Cell::new(0),
         })
     }
 
-    /// Passes messages on until the VMM leaves, or is let go. It may say nothing for as long as it likes: QEMU connects before it
-    /// allocates the guest's memory. `None` if the daemon has ended, of which `over` rings.
+    /// Forwards messages until the VMM leaves, or is disconnected. The VMM has no idle timeout,
+    /// because QEMU connects before it allocates the guest's memory. Returns `None` if the daemon
+    /// has ended, which `over` signals.
     pub fn run(&self, over: &Arc<Bell>) -> Result<Option<Departure>, TransportError> {
         let misbehaved = |how| Ok(Some(Departure::Misbehaved(how)));
         loop {
@@ -102,39 +112,39 @@ impl<'a> Guard<'a> {
                 Err(error) => return Err(TransportError::Receive(error.into())),
             }
             let [from_vm, from_daemon, ended] = all.map(|one| !one.revents().is_empty());
-            // What the daemon has answered is passed on before its end is noticed.
-            let passed = if from_daemon {
-                pass(self.daemon, self.vm, |_| Ok(()))
+            // The daemon's last answer is forwarded before its end is noticed.
+            let forwarded = if from_daemon {
+                forward(self.daemon, self.vm, |_| Ok(()))
             } else if ended {
                 return Ok(None);
             } else if from_vm {
-                pass(self.vm, self.daemon, |message| self.check(message))
+                forward(self.vm, self.daemon, |message| self.check(message))
             } else {
                 continue;
             };
-            match passed {
-                Ok(true) | Err(Refused::Answered) => (),
+            match forwarded {
+                Ok(true) | Err(Rejected::Answered) => (),
                 Ok(false) if from_daemon => return Ok(None),
                 Ok(false) => return Ok(Some(Departure::Left)),
-                Err(Refused::Message(how)) => return misbehaved(how),
-                Err(Refused::Stream(MessageError::Gone)) => return Ok(Some(Departure::Left)),
-                Err(Refused::Stream(MessageError::Malformed)) => {
+                Err(Rejected::Message(how)) => return misbehaved(how),
+                Err(Rejected::Stream(MessageError::Gone)) => return Ok(Some(Departure::Left)),
+                Err(Rejected::Stream(MessageError::Malformed)) => {
                     return misbehaved("it sent something else than messages");
                 }
-                Err(Refused::Stream(MessageError::Stalled)) => {
+                Err(Rejected::Stream(MessageError::Stalled)) => {
                     return misbehaved("it stopped within a message");
                 }
-                Err(Refused::Stream(MessageError::Socket(error))) => {
+                Err(Rejected::Stream(MessageError::Socket(error))) => {
                     return Err(TransportError::Receive(error));
                 }
             }
         }
     }
 
-    /// Whether a message may reach the daemon.
-    fn check(&self, message: &Message) -> Result<(), Refused> {
+    /// Checks that a message may reach the daemon.
+    fn check(&self, message: &Message) -> Result<(), Rejected> {
         let asks = |(request, _): &&(FrontendReq, Brings)| *request as u32 == message.request();
-        let (_, brings) = REQUESTS.iter().find(asks).ok_or(Refused::Message(
+        let (_, brings) = REQUESTS.iter().find(asks).ok_or(Rejected::Message(
             "it asks for something that the device does not have",
         ))?;
         if message.request() == FrontendReq::GET_VRING_BASE as u32 {
@@ -144,26 +154,26 @@ impl<'a> Guard<'a> {
         let descriptors = &message.descriptors;
         match brings {
             Brings::Nothing if !descriptors.is_empty() => {
-                Err(Refused::Message("it sent a descriptor where none belongs"))
+                Err(Rejected::Message("it sent a descriptor where none belongs"))
             }
             Brings::Memory if !descriptors.iter().all(is_safe) => {
                 let unsealed = "its guest memory is no memfd that is sealed against shrinking: give QEMU \
                     -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram";
-                self.refuse(message, unsealed)
+                self.reject(message, unsealed)
             }
             Brings::Memory => ranges_are_there(message),
             Brings::Kick => self.check_kick(message),
-            Brings::Eventfd if !descriptors.iter().all(Bell::is_eventfd) => Err(Refused::Message(
+            Brings::Eventfd if !descriptors.iter().all(Bell::is_eventfd) => Err(Rejected::Message(
                 "it sent something else than an eventfd for a queue",
             )),
-            Brings::WayBack => self.keep(descriptors),
+            Brings::Channel => self.set_channel(descriptors),
             _ => Ok(()),
         }
     }
 
-    /// Whether a queue can be kicked so.
-    fn check_kick(&self, message: &Message) -> Result<(), Refused> {
-        let wrong = |how| Err(Refused::Message(how));
+    /// Checks the kick of a queue.
+    fn check_kick(&self, message: &Message) -> Result<(), Rejected> {
+        let wrong = |how| Err(Rejected::Message(how));
         let [kick] = message.descriptors.as_slice() else {
             return wrong("it sent a queue's kick without its eventfd");
         };
@@ -180,70 +190,65 @@ impl<'a> Guard<'a> {
         Ok(())
     }
 
-    /// Answers that it cannot be done: QEMU complains, and does without the device, where it would end if it were let go.
-    fn refuse(&self, message: &Message, why: &'static str) -> Result<(), Refused> {
-        let Some(refusal) = message.refusal() else {
-            return Err(Refused::Message(why));
+    /// Answers a message by an error. QEMU prints it and does without the device, where it would
+    /// end if it were disconnected.
+    fn reject(&self, message: &Message, why: &'static str) -> Result<(), Rejected> {
+        let Some(answer) = message.error() else {
+            return Err(Rejected::Message(why));
         };
-        limited!(
-            REFUSED,
-            Account::Slot(self.slot),
-            Level::Warn,
-            "slot {}: {why}",
-            self.slot
-        );
-        refusal.send(self.vm)?;
-        Err(Refused::Answered)
+        self.slot.log(&REJECTED, Level::Warn, format_args!("{why}"));
+        answer.send(self.vm)?;
+        Err(Rejected::Answered)
     }
 
-    /// Remembers the socket on which the daemon will ask, so that it does not wait for an answer for ever.
-    fn keep(&self, descriptors: &[OwnedFd]) -> Result<(), Refused> {
-        let wrong = Refused::Message("it sent no socket for the daemon's requests");
+    /// Copies the socket of the back-end channel, so that the daemon does not wait on it forever.
+    fn set_channel(&self, descriptors: &[OwnedFd]) -> Result<(), Rejected> {
+        let wrong = Rejected::Message("it sent no socket for the daemon's requests");
         let [socket] = descriptors else {
             return Err(wrong);
         };
-        // To ask what kind of file it is could ask whoever serves its file system, and wait.
+        // Another call could wait for the server of the file's file system.
         let is_socket = sockopt::socket_type(socket) == Ok(SocketType::STREAM);
-        let mut way_back = self.way_back.lock().unwrap_or_else(PoisonError::into_inner);
-        if !is_socket || way_back.is_some() {
+        let mut channel = self.channel.lock();
+        if !is_socket || channel.is_some() {
             return Err(wrong);
         }
-        *way_back = Some(socket.try_clone().map_err(MessageError::Socket)?);
+        *channel = Some(socket.try_clone().map_err(MessageError::Socket)?);
         Ok(())
     }
 }
 
 impl Drop for Guard<'_> {
-    /// Whoever in the daemon waits for the VMM waits no more.
+    /// Ends the waits of the daemon's threads for the VMM.
     fn drop(&mut self) {
-        let way_back = self.way_back.get_mut();
-        if let Some(socket) = way_back.unwrap_or_else(PoisonError::into_inner) {
+        if let Some(socket) = self.channel.get_mut() {
             let _ = rustix::net::shutdown(socket, Shutdown::Both);
         }
         let _ = self.daemon.shutdown(std::net::Shutdown::Both);
     }
 }
 
-/// Why a message does not pass.
-enum Refused {
-    /// It has been answered.
+/// Why a message is not forwarded.
+enum Rejected {
+    /// The guard has answered it.
     Answered,
+    /// The client is disconnected.
     Message(&'static str),
     Stream(MessageError),
 }
 
-impl From<MessageError> for Refused {
+impl From<MessageError> for Rejected {
     fn from(error: MessageError) -> Self {
-        Refused::Stream(error)
+        Rejected::Stream(error)
     }
 }
 
-/// Passes one message on. `false` if there is none any more.
-fn pass(
+/// Forwards one message. Returns `false` at the end of the connection.
+fn forward(
     from: &UnixStream,
     to: &UnixStream,
-    check: impl FnOnce(&Message) -> Result<(), Refused>,
-) -> Result<bool, Refused> {
+    check: impl FnOnce(&Message) -> Result<(), Rejected>,
+) -> Result<bool, Rejected> {
     let Some(message) = Message::receive(from)? else {
         return Ok(false);
     };
@@ -252,12 +257,12 @@ fn pass(
     Ok(true)
 }
 
-/// Whether each range of a table of memory is within the file that came along for it, whole pages of which are pages of the
-/// guest, and all of them can be mapped. To touch what is not there would be SIGBUS, and the daemon does not look. The table
-/// has the number of ranges, in eight bytes, and four numbers for each: guest-physical address, length, address in the VMM,
-/// offset in the file.
-fn ranges_are_there(message: &Message) -> Result<(), Refused> {
-    let absent = Err(Refused::Message(
+/// Checks that each range of a memory table is within its file, that pages of the file are pages of
+/// the guest, and that all ranges together can be mapped. An access outside of a file would be
+/// SIGBUS, and the daemon does not check. The table has the number of ranges, in eight bytes, and
+/// four numbers for each: guest-physical address, length, address in the VMM, offset in the file.
+fn ranges_are_there(message: &Message) -> Result<(), Rejected> {
+    let absent = Err(Rejected::Message(
         "it shares ranges of memory that its files do not have",
     ));
     let (numbers, _) = message.body().as_chunks();
@@ -266,7 +271,7 @@ fn ranges_are_there(message: &Message) -> Result<(), Refused> {
         return absent;
     };
     let files = &message.descriptors;
-    // The upper half means nothing.
+    // The upper half is padding.
     let matches = usize::try_from(count & 0xffff_ffff) == Ok(files.len());
     if !matches || ranges.len() != 4 * files.len() {
         return absent;
@@ -278,21 +283,23 @@ fn ranges_are_there(message: &Message) -> Result<(), Refused> {
         if !end.is_some_and(|end| u64::try_from(there).is_ok_and(|there| end <= there)) {
             return absent;
         }
-        // Else what lies in one page of the guest is in two of the file, and `footprint.rs` counts one.
+        // Otherwise one page of the guest would be in two pages of the file, and `footprint.rs`
+        // would count one.
         if !(address | offset).is_multiple_of(PAGE_SIZE) {
-            return Err(Refused::Message(
+            return Err(Rejected::Message(
                 "it shares memory that does not begin with a page",
             ));
         }
         total = total.saturating_add(*length);
     }
     if total > MOST_MEMORY {
-        return Err(Refused::Message("it shares more than 2 TiB of memory"));
+        return Err(Rejected::Message("it shares more than 2 TiB of memory"));
     }
     Ok(())
 }
 
-/// The bit of the queue that a message is about, whose number is in some bits of its first eight bytes; none for one that cannot be.
+/// Returns the bit of a message's queue, whose number is in these bits of the first eight bytes, or
+/// 0 for a number that no queue has.
 fn queue_bit(message: &Message, mask: u64) -> u64 {
     let number = message.body().first_chunk();
     let queue = number.map(|bytes| u64::from_le_bytes(*bytes) & mask);

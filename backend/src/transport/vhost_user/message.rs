@@ -1,46 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Whole messages of vhost-user, with their descriptors, as they pass the guard: a header of three 32-bit words (request,
-//! flags, length), and so many bytes (QEMU's `docs/interop/vhost-user.rst`, "Message Specification").
+//! Whole messages of vhost-user, with their descriptors, as the guard forwards them: a header of
+//! three 32-bit words (request, flags, length), and so many bytes (QEMU's
+//! `docs/interop/vhost-user.rst`, "Message Specification").
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, sockopt,
-};
+use rustix::net::{RecvFlags, SendFlags, sockopt};
+
+use crate::socket::descriptors;
 
 const HEADER: usize = 12;
-/// Of the flags.
+/// The flags.
 const VERSION: u32 = 1;
 const REPLY: u32 = 4;
 const NEED_REPLY: u32 = 8;
-/// Most bytes behind a header, as the daemon has it.
+/// Most bytes behind a header, as in the daemon.
 const MAX_PAYLOAD: usize = 4096;
-/// Most descriptors in a message, as the daemon has it.
+/// Most descriptors in a message, as in the daemon.
 const MAX_DESCRIPTORS: usize = 32;
-/// How long a message may take from its first byte to its last, and until it is taken. QEMU sends a message at once, and
-/// waits for its answer.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Longest time from the first byte of a message to its last, and until it is taken. QEMU sends a
+/// message at once, and waits for its answer.
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why messages have ended.
 #[derive(Debug, thiserror::Error)]
 pub enum MessageError {
-    /// The other side has closed its socket.
+    /// The peer has closed its socket.
     #[error("the socket is closed")]
     Gone,
-    /// It cannot be told where the next message begins, or what came along.
+    /// The begin of the next message is unknown, or descriptors were lost.
     #[error("it sent no message")]
     Malformed,
-    /// The rest of a message does not come, or nobody takes one.
+    /// The rest of a message is missing, or the peer does not take one.
     #[error("it stopped within a message")]
     Stalled,
-    /// The kernel says no.
+    /// A system call failed.
     #[error("the socket fails")]
     Socket(#[source] io::Error),
 }
@@ -58,24 +57,25 @@ impl From<Errno> for MessageError {
 /// A message.
 #[derive(Debug)]
 pub struct Message {
-    /// Header and what follows.
+    /// The header and the bytes behind it.
     bytes: Vec<u8>,
-    /// What came along.
+    /// The descriptors.
     pub descriptors: Vec<OwnedFd>,
 }
 
-/// Has sending and receiving wait no longer than a message may take.
+/// Limits the time that sending and receiving may take.
 pub fn limit_waiting(socket: &UnixStream) -> io::Result<()> {
     for direction in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
-        sockopt::set_socket_timeout(socket, direction, Some(PATIENCE))?;
+        sockopt::set_socket_timeout(socket, direction, Some(TIMEOUT))?;
     }
     Ok(())
 }
 
 impl Message {
-    /// Receives a message, of which a part is there already. `None` if the other side has left between two messages.
+    /// Receives a message, of which a part has arrived. Returns `None` if the peer has left between
+    /// two messages.
     pub fn receive(socket: &UnixStream) -> Result<Option<Self>, MessageError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let mut message = Message {
             bytes: vec![0; HEADER],
             descriptors: Vec::new(),
@@ -94,7 +94,8 @@ impl Message {
         Ok(Some(message))
     }
 
-    /// Receives the bytes from `start` on. `false` if the other side has left before the first of them.
+    /// Receives the bytes from `start` on. Returns `false` if the peer has left before the first of
+    /// them.
     fn fill(
         &mut self,
         socket: &UnixStream,
@@ -106,22 +107,13 @@ impl Message {
             if Instant::now() > deadline {
                 return Err(MessageError::Stalled);
             }
-            let mut space =
-                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let parts = &mut [IoSliceMut::new(&mut self.bytes[filled..])];
-            let flags = RecvFlags::CMSG_CLOEXEC;
+            let most = MAX_DESCRIPTORS - self.descriptors.len();
             let received = rustix::io::retry_on_intr(|| {
-                rustix::net::recvmsg(socket, parts, &mut ancillary, flags)
+                let (flags, descriptors) = (RecvFlags::empty(), &mut self.descriptors);
+                descriptors::receive(socket, parts, flags, most, descriptors)
             })?;
-            for message in ancillary.drain() {
-                if let RecvAncillaryMessage::ScmRights(rights) = message {
-                    self.descriptors.extend(rights);
-                }
-            }
-            if received.flags.contains(ReturnFlags::CTRUNC)
-                || self.descriptors.len() > MAX_DESCRIPTORS
-            {
+            if received.lost_descriptors {
                 return Err(MessageError::Malformed);
             }
             match received.bytes {
@@ -133,32 +125,26 @@ impl Message {
         Ok(true)
     }
 
-    /// Sends it, its descriptors with its first byte.
+    /// Sends the message, the descriptors with its first byte.
     pub fn send(&self, socket: &UnixStream) -> Result<(), MessageError> {
         let descriptors: Vec<BorrowedFd<'_>> = self.descriptors.iter().map(AsFd::as_fd).collect();
         let mut sent = 0;
         while sent < self.bytes.len() {
-            let mut space =
-                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-            let mut ancillary = SendAncillaryBuffer::new(&mut space);
-            if sent == 0 && !descriptors.is_empty() {
-                ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
-            }
-            let part = [IoSlice::new(&self.bytes[sent..])];
-            sent += rustix::io::retry_on_intr(|| {
-                rustix::net::sendmsg(socket, &part, &mut ancillary, SendFlags::NOSIGNAL)
-            })?;
+            let descriptors = if sent == 0 { &descriptors[..] } else { &[] };
+            let (part, flags) = (&self.bytes[sent..], SendFlags::empty());
+            sent +=
+                rustix::io::retry_on_intr(|| descriptors::send(socket, part, descriptors, flags))?;
         }
         Ok(())
     }
 
-    /// What it asks for.
+    /// Returns the number of the request.
     pub fn request(&self) -> u32 {
         self.word(0)
     }
 
-    /// The answer that it cannot be done, if one is wanted.
-    pub fn refusal(&self) -> Option<Self> {
+    /// Returns the answer of an error, if the client wants an answer.
+    pub fn error(&self) -> Option<Self> {
         (self.word(1) & NEED_REPLY != 0).then(|| {
             let words = [self.request(), VERSION | REPLY, 8, 1, 0];
             Message {
@@ -168,7 +154,7 @@ impl Message {
         })
     }
 
-    /// What follows the header.
+    /// Returns the bytes behind the header.
     pub fn body(&self) -> &[u8] {
         &self.bytes[HEADER..]
     }

@@ -1,28 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! vhost-user: a virtio device whose shared memory is the region (QEMU's `docs/interop/vhost-user.rst`; `docs/protocol.md`,
-//! section 10), on `vhost-user-backend`. It is experimental, because the VMM's side of it is.
+//! vhost-user: a virtio device whose shared memory is the region (QEMU's
+//! `docs/interop/vhost-user.rst`; `docs/protocol.md`, section 10), on `vhost-user-backend`. It is
+//! experimental, as is the VMM's part.
 //!
-//! Each session has a daemon of its own, behind a guard (`docs/decisions/0009-vhost-user.md`). Doorbells and interrupts are entries of two
-//! queues, which the daemon's worker makes writes to eventfds, and the other way round; bytes take neither way, since the
-//! VMM maps the region.
+//! Each session has a daemon of its own, behind a guard (`docs/decisions/0009-vhost-user.md`).
+//! Doorbells and interrupts are entries of two queues. The daemon's worker turns the former into
+//! writes to eventfds, and rings of eventfds into the latter. Data does not pass the session,
+//! because the VMM maps the region.
 
 mod device;
+mod drop_guard;
 mod footprint;
 mod guard;
-mod inlet;
-mod life;
+mod loopback;
 mod message;
 mod queue;
 mod session;
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 #[cfg(test)]
-pub use self::inlet::open as open_inlet;
-use super::{Departure, Refusal, Transport, TransportError};
-use crate::broker::Slot;
+pub use self::loopback::open as open_loopback;
+use super::{Departure, Rejection, Transport, TransportError};
+use crate::slot::Slot;
 
 /// The transport of `barlink serve --vhost-user`.
 #[derive(Debug)]
@@ -38,34 +41,34 @@ impl Transport for VhostUser {
         Self::NAME
     }
 
-    /// What a session must know is in its daemon, which dies with the broker.
-    fn outlives_the_broker(&self) -> bool {
+    /// The state of a session is in its daemon, which ends with the broker.
+    fn survives_broker(&self) -> bool {
         false
     }
 
-    fn needs_inlets(&self) -> bool {
+    fn needs_loopback(&self) -> bool {
         true
     }
 
-    /// Of its queues, and guest memory.
-    fn takes_descriptors(&self) -> bool {
+    /// Descriptors of queues and of guest memory.
+    fn receives_descriptors(&self) -> bool {
         true
     }
 
-    /// The client speaks first.
-    fn greet(&self, _vm: &UnixStream, _slot: &Slot) -> Result<(), TransportError> {
+    /// Does nothing: the client sends the first message.
+    fn handshake(&self, _vm: &UnixStream, _slot: &Arc<Slot>) -> Result<(), TransportError> {
         Ok(())
     }
 
-    fn serve(&self, vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
+    fn serve(&self, vm: &UnixStream, slot: &Arc<Slot>) -> Result<Departure, TransportError> {
         session::run(vm, slot)
     }
 
-    /// Hangs up: QEMU, which waits for its first answer, then ends with an error.
-    fn refuse(&self, vm: &UnixStream) -> Refusal {
-        // It may be gone already; then there is nothing to do.
+    /// Disconnects: QEMU, which waits for its first answer, then ends with an error.
+    fn reject(&self, vm: &UnixStream) -> Rejection {
+        // A VMM that is gone is disconnected.
         let _ = vm.shutdown(Shutdown::Both);
-        Refusal::Told
+        Rejection::Sent
     }
 
     fn abort(&self, vm: &UnixStream) {

@@ -1,22 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A virtqueue whose memory and eventfds are a stranger's: reading and ringing these never waits, a queue that makes no
-//! sense is left alone until the device starts anew, and one that would have all of a guest's memory touched, for ever. All
-//! else is as in `vhost-user-backend`.
+//! A virtqueue whose memory and eventfds belong to an untrusted client. Draining and ringing the
+//! eventfds never waits. A queue with invalid indices or addresses is disabled until the device
+//! starts again, and a queue with too large a footprint for ever. All else is as in
+//! `vhost-user-backend`.
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use barlink_protocol::wire::virtio::{BUFFER, QUEUE_SIZE};
 use log::debug;
+use parking_lot::Mutex;
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Error, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::footprint::Footprint;
+use crate::bell::Bell;
 
 /// The guest's memory.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -24,51 +28,53 @@ pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 /// The driver wants no interrupt (`VIRTQ_AVAIL_F_NO_INTERRUPT`, VirtIO 1.3, 2.7.6).
 const NO_INTERRUPT: u16 = 1;
 
-/// See the module.
+/// A queue of the device.
 #[derive(Clone)]
 pub struct Queue {
     inner: VringMutex,
     memory: Memory,
-    bells: Arc<Mutex<Bells>>,
-    /// Its indices or addresses make no sense.
+    eventfds: Arc<Mutex<Eventfds>>,
+    /// Whether its indices or addresses are invalid.
     broken: Arc<AtomicBool>,
-    /// It goes on where it was stopped, behind its first buffer.
-    goes_on: Arc<AtomicBool>,
-    /// What of the memory it has had us touch, in all of the session.
+    /// Whether it was stopped behind its first buffer, and continues there.
+    continues: Arc<AtomicBool>,
+    /// The pages that it has made the broker access in this session.
     footprint: Arc<Mutex<Footprint>>,
 }
 
 #[derive(Default)]
-struct Bells {
-    kick: Option<crate::bell::Bell>,
-    call: Option<crate::bell::Bell>,
+struct Eventfds {
+    kick: Option<Bell>,
+    call: Option<Bell>,
 }
 
-/// What [`Queue::serve`] came upon.
+/// The result of [`Queue::serve`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
     /// No buffer is left.
     All,
-    /// Whoever uses the buffers wanted no more, or has had as many as the queue can hold: there may be more.
+    /// Buffers may be left: the caller wanted no more, or has used as many as the queue can hold.
     Some,
 }
 
 impl Queue {
-    /// Whether the device may use it.
+    /// Tells whether the device may use the queue.
     pub fn is_running(&self) -> bool {
         let state = self.inner.get_ref();
         state.is_enabled() && state.get_queue().ready()
     }
 
-    /// Whether it was stopped and goes on, with the same driver. If that had used no buffer yet, nobody can tell.
-    pub fn goes_on(&self) -> bool {
-        self.goes_on.load(Ordering::Relaxed)
+    /// Tells whether the queue was stopped and continues, with the same driver. It cannot be known
+    /// of a driver that has used no buffer.
+    pub fn continues(&self) -> bool {
+        self.continues.load(Ordering::Relaxed)
     }
 
-    /// Gives the first part of each buffer that the driver has made available to `fill`, until that wants none, and returns
-    /// it to the driver with the number of bytes that `fill` says that it wrote. Then rings, if the driver wants to know.
+    /// Passes the first part of each available buffer to `fill`, and returns the buffer to the
+    /// driver with the number of bytes that `fill` has written. Then rings, if the driver wants an
+    /// interrupt.
     ///
-    /// `wants` is asked before a buffer is taken.
+    /// Before each buffer, `wants` tells whether another one is wanted.
     pub fn serve(
         &self,
         mut wants: impl FnMut() -> bool,
@@ -81,21 +87,21 @@ impl Queue {
         }
         let memory = self.memory.memory();
         let queue = state.get_queue_mut();
-        let mut footprint = self.footprint();
+        let mut footprint = self.footprint.lock();
         let mut returned = false;
         let mut serve = || {
             if !queue.is_valid(&*memory) {
                 return Err(Error::QueueNotReady);
             }
-            // The memory may be another than when the queue was set up.
+            // The memory may differ from that at the queue's setup.
             let places = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
             grow_by_rings(&mut footprint, &memory, places)?;
             for _ in 0..queue.size() {
                 if !wants() {
                     return Ok(Served::Some);
                 }
-                // An index that is too far ahead is an error here. `pop_descriptor_chain` hides it, and would be asked again
-                // and again.
+                // An index that is too far ahead is an error here. `pop_descriptor_chain` would
+                // hide it, and would be called again and again.
                 let Some(chain) = queue.iter(memory.clone())?.next() else {
                     return Ok(Served::All);
                 };
@@ -112,11 +118,12 @@ impl Queue {
             Ok(Served::Some)
         };
         let served = serve().unwrap_or_else(|error| {
-            debug!("a queue is left alone until the device starts anew: {error}");
+            debug!("a queue is disabled until the device starts again: {error}");
             self.broken.store(true, Ordering::Relaxed);
             Served::All
         });
-        // SYNC: used-then-flags; a driver that enables interrupts stores its flags, fences, and looks at what is used once more.
+        // SYNC: used-then-flags; a driver that enables interrupts stores its flags, fences, and
+        // loads the used index once more.
         fence(Ordering::SeqCst);
         let flags = GuestAddress(queue.avail_ring());
         if returned && memory.read_obj::<u16>(flags).is_ok_and(wants_interrupt) {
@@ -126,22 +133,14 @@ impl Queue {
     }
 
     fn ring(&self) {
-        if let Some(Err(error)) = self.bells().call.as_ref().map(crate::bell::Bell::ring) {
+        if let Some(Err(error)) = self.eventfds.lock().call.as_ref().map(Bell::ring) {
             debug!("a queue's interrupt does not fire: {error}");
         }
     }
-
-    fn footprint(&self) -> MutexGuard<'_, Footprint> {
-        let footprint = self.footprint.lock();
-        footprint.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn bells(&self) -> MutexGuard<'_, Bells> {
-        self.bells.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
-/// Notes that a queue's rings are about to be touched: the table of descriptors, the ring of available buffers, and that of used ones.
+/// Adds the pages of a queue's structures before an access: the descriptor table, the available
+/// ring, and the used ring.
 fn grow_by_rings(
     footprint: &mut Footprint,
     memory: &GuestMemoryMmap,
@@ -155,7 +154,8 @@ fn grow_by_rings(
     Ok(())
 }
 
-/// The first buffer of a chain; none if that is a table of further ones, which the device does not offer to read.
+/// Returns the first buffer of a chain, unless it is an indirect table, a feature that the device
+/// does not offer.
 fn first_buffer(
     memory: &GuestMemoryMmap,
     queue: &virtio_queue::Queue,
@@ -175,14 +175,13 @@ fn wants_interrupt(flags: u16) -> bool {
     u16::from_le(flags) & NO_INTERRUPT == 0
 }
 
-/// A second descriptor of an eventfd, by which to use it without waiting. The guard has seen that it is one.
-fn bell(file: Option<&File>) -> Option<crate::bell::Bell> {
+/// Copies a descriptor of an eventfd, for uses that do not wait. The guard has checked that it is
+/// one.
+fn eventfd(file: Option<&File>) -> Option<Bell> {
     let copy = file?.try_clone().inspect_err(|error| {
         debug!("a queue has no eventfd: {error}");
     });
-    Some(crate::bell::Bell::from(std::os::fd::OwnedFd::from(
-        copy.ok()?,
-    )))
+    Some(Bell::from(OwnedFd::from(copy.ok()?)))
 }
 
 impl<'a> VringStateGuard<'a, Memory> for Queue {
@@ -198,9 +197,9 @@ impl VringT<Memory> for Queue {
         Ok(Queue {
             inner: VringMutex::new(memory.clone(), max_queue_size)?,
             memory,
-            bells: Arc::default(),
+            eventfds: Arc::default(),
             broken: Arc::default(),
-            goes_on: Arc::default(),
+            continues: Arc::default(),
             footprint: Arc::default(),
         })
     }
@@ -241,7 +240,7 @@ impl VringT<Memory> for Queue {
     fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), Error> {
         self.broken.store(true, Ordering::Relaxed);
         let places = [descriptors, available, used];
-        grow_by_rings(&mut self.footprint(), &self.memory.memory(), places)?;
+        grow_by_rings(&mut self.footprint.lock(), &self.memory.memory(), places)?;
         self.inner.set_queue_info(descriptors, available, used)?;
         self.broken.store(false, Ordering::Relaxed);
         Ok(())
@@ -252,7 +251,7 @@ impl VringT<Memory> for Queue {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
-        self.goes_on.store(base != 0, Ordering::Relaxed);
+        self.continues.store(base != 0, Ordering::Relaxed);
         self.inner.set_queue_next_avail(base);
     }
 
@@ -277,20 +276,21 @@ impl VringT<Memory> for Queue {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        self.bells().kick = bell(file.as_ref());
+        self.eventfds.lock().kick = eventfd(file.as_ref());
         self.inner.set_kick(file);
     }
 
-    /// What is read is no matter: the daemon would end over an eventfd that somebody else has read meanwhile.
+    /// Drains the kick and ignores its count: the daemon would end over an eventfd that another
+    /// process has read.
     fn read_kick(&self) -> io::Result<bool> {
-        if let Some(kick) = &self.bells().kick {
+        if let Some(kick) = &self.eventfds.lock().kick {
             kick.drain();
         }
         Ok(self.get_ref().is_enabled())
     }
 
     fn set_call(&self, file: Option<File>) {
-        self.bells().call = bell(file.as_ref());
+        self.eventfds.lock().call = eventfd(file.as_ref());
         self.inner.set_call(file);
     }
 

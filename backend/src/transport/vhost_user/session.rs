@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A client's session: a daemon of `vhost-user-backend`, made for it, and the guard before it, on the slot's own thread. When
-//! that ends nothing of the daemon is left.
+//! A client's session: a daemon of `vhost-user-backend` of its own, and the guard in front of it,
+//! on the slot's thread. All threads of the daemon end before the session does.
 
 use std::io;
 use std::net::Shutdown;
@@ -11,7 +11,6 @@ use std::panic::resume_unwind;
 use std::sync::Arc;
 
 use log::debug;
-use rustix::event::{PollFd, PollFlags};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::{Error, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -19,12 +18,13 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::device::Device;
 use super::guard::Guard;
-use super::inlet;
+use super::loopback;
 use crate::bell::Bell;
-use crate::broker::Slot;
+use crate::slot::Slot;
+use crate::socket::has_hung_up;
 use crate::transport::{Departure, TransportError};
 
-/// Ends the worker, without which the daemon would wait for it for ever.
+/// Ends the worker, for which the daemon would otherwise wait forever.
 struct Ending<'a>(&'a Device);
 
 impl Drop for Ending<'_> {
@@ -34,17 +34,17 @@ impl Drop for Ending<'_> {
 }
 
 /// Serves a client until it leaves.
-pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
+pub fn run(vm: &UnixStream, slot: &Arc<Slot>) -> Result<Departure, TransportError> {
     if !Bell::can_tell() {
-        // To use what the client sends as eventfds could wait.
+        // Without it, a use of the client's eventfds could wait.
         let cure = "the kernel has no asynchronous I/O to spare: raise fs.aio-max-nr, and start the broker again";
         return Err(TransportError::Daemon(cure.into()));
     }
     let over = Arc::new(Bell::new().map_err(TransportError::Receive)?);
-    let device = Device::new(slot, &over).map_err(TransportError::Receive)?;
+    let device = Device::new(Arc::clone(slot), &over).map_err(TransportError::Receive)?;
     let device = Arc::new(device);
-    let inlet = inlet::open().map_err(io::Error::from);
-    let (listener, client) = inlet.map_err(TransportError::Receive)?;
+    let loopback = loopback::open().map_err(io::Error::from);
+    let (listener, client) = loopback.map_err(TransportError::Receive)?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let name = format!("slot {}: vhost", slot.id());
     let mut daemon = VhostUserDaemon::new(name, Arc::clone(&device), memory)
@@ -52,21 +52,21 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
     let ending = Ending(&device);
     for worker in daemon.get_epoll_handlers() {
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        for (bell, event) in device.events() {
-            let listened = worker.register_listener(bell.as_raw_fd(), edge, event.into());
+        for (eventfd, event) in device.events() {
+            let listened = worker.register_listener(eventfd.as_raw_fd(), edge, event.into());
             listened.map_err(TransportError::Receive)?;
         }
     }
-    // It is closed again once the one connection is accepted.
+    // The daemon closes the listener after it has accepted the one connection.
     let started = daemon.start(&mut Listener::from(listener));
     started.map_err(|error| daemon_fails(&error))?;
-    let guard = Guard::new(slot.id(), vm, &client).map_err(TransportError::Receive);
+    let guard = Guard::new(slot, vm, &client).map_err(TransportError::Receive);
     let departure = guard.and_then(|guard| guard.run(&over));
     if departure.is_err() {
-        // There may have been no guard to do so.
+        // Without a guard the client is still connected.
         let _ = client.shutdown(Shutdown::Both);
     }
-    // Whatever has happened, nothing of the daemon works on when the slot is another VM's.
+    // In any case the daemon ends before the slot is another VM's.
     drop(ending);
     let ended = daemon.wait();
     match (departure?, ended) {
@@ -77,8 +77,8 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
             Ok(departure)
         }
         (None, Err(Error::WaitDaemon(panic))) => resume_unwind(panic),
-        // Of a VMM that leaves, some thread can learn before the guard does.
-        (None, _) if has_left(vm) => Ok(Departure::Left),
+        // A thread of the daemon can notice the end of a VMM before the guard does.
+        (None, _) if has_hung_up(vm) => Ok(Departure::Left),
         (None, ended) => Err(match device.failure() {
             Some(failure) => TransportError::Daemon(failure),
             None => ended.map_or_else(
@@ -87,12 +87,6 @@ pub fn run(vm: &UnixStream, slot: &Slot) -> Result<Departure, TransportError> {
             ),
         }),
     }
-}
-
-fn has_left(vm: &UnixStream) -> bool {
-    let mut hung_up = [PollFd::new(vm, PollFlags::empty())];
-    let now = rustix::time::Timespec::default();
-    rustix::event::poll(&mut hung_up, Some(&now)) != Ok(0)
 }
 
 fn daemon_fails(error: &Error) -> TransportError {

@@ -10,9 +10,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 
-use barlink::broker::Slot;
+use barlink::slot::Slot;
 use barlink::transport::{Departure, Ivshmem, Transport, TransportError};
-use barlink_fuzz::broker::{PEER, SHARED, next_descriptor};
+use barlink_fuzz::broker::{IVSHMEM, PEER, next_descriptor};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -45,24 +45,24 @@ enum Leaving {
 }
 
 fuzz_target!(|input: Input| {
-    let shared = &*SHARED;
+    let place = &IVSHMEM.slots[0];
     LazyLock::force(&GIFT);
     let before = next_descriptor();
     let (vm, client) = UnixStream::pair().expect("sockets");
-    let slot = shared.occupy(0, PEER).expect("the slot is free");
-    assert!(shared.occupy(0, PEER).is_none(), "a slot has two VMs");
+    let slot = place.occupy(PEER).expect("the slot is free");
+    assert!(place.occupy(PEER).is_none(), "a slot has two VMs");
     let mut sent = send(&client, &input.early);
     if input.leaves_at_once {
         drop(client);
-        match Ivshmem.greet(&vm, &slot) {
+        match Ivshmem.handshake(&vm, &slot) {
             Err(TransportError::Gone) => drop(vm),
             other => panic!("{other:?} to nobody"),
         }
     } else {
         Ivshmem
-            .greet(&vm, &slot)
-            .expect("the socket takes the greeting");
-        let expected = greeting(&slot);
+            .handshake(&vm, &slot)
+            .expect("the socket takes the handshake");
+        let expected = handshake(&slot);
         let reads = usize::from(input.reads).min(expected.len());
         hear(&client, &expected[..reads]);
         sent |= send(&client, &input.late);
@@ -90,7 +90,7 @@ fuzz_target!(|input: Input| {
         }
     }
     drop(slot);
-    assert!(shared.status().slots[0].vm.is_none());
+    assert!(place.vm().is_none());
     assert_eq!(next_descriptor(), before, "a descriptor is left open");
 });
 
@@ -111,13 +111,13 @@ fn send(client: &UnixStream, parts: &[(Vec<u8>, u8)]) -> bool {
 }
 
 /// Returns the numbers of a handshake, and whether a descriptor comes with each.
-fn greeting(slot: &Slot) -> Vec<(i64, bool)> {
+fn handshake(slot: &Slot) -> Vec<(i64, bool)> {
     let mut numbers = vec![(0, false), (slot.id().into(), false), (-1, true)];
-    for peer in (0..slot.peers())
-        .filter(|peer| *peer != slot.id())
-        .chain([slot.id()])
-    {
-        numbers.extend(slot.bells(peer).iter().map(|_| (i64::from(peer), true)));
+    let region = slot.region();
+    let others = (0..region.peers()).filter(|peer| *peer != slot.id());
+    for peer in others.chain([slot.id()]) {
+        let eventfds = region.eventfds(peer).iter();
+        numbers.extend(eventfds.map(|_| (i64::from(peer), true)));
     }
     numbers
 }

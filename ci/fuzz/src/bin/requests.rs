@@ -6,36 +6,34 @@
 #![no_main]
 
 use barlink::Access;
-use barlink::broker::Shared;
-use barlink::control::message::{
-    Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
-};
+use barlink::broker::{BrokerState, answer};
+use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use barlink::protocol::wire::layout::End;
-use barlink_fuzz::broker::SHARED;
+use barlink_fuzz::broker::{IVSHMEM, PEER};
 use libfuzzer_sys::fuzz_target;
 
 /// Most characters of a client's text that a refusal may quote.
 const MAX_QUOTE: usize = 300;
 
 fuzz_target!(|input: &[u8]| {
-    let shared = &**SHARED;
+    let state = &**IVSHMEM;
     for line in input.split(|byte| *byte == b'\n') {
         match line.split_first() {
             Some((digit @ b'0'..=b'9', packet)) => {
-                hear(shared, u64::from(digit - b'0') + 1, packet);
+                receive(state, u64::from(digit - b'0') + 1, packet);
             }
-            Some((b'g', bytes)) => scribble(shared, bytes),
+            Some((b'g', bytes)) => scribble(state, bytes),
             _ => (),
         }
     }
     // Restores the state for the next input.
-    (1..=10).for_each(|client| drop(shared.release_all(client)));
-    assert!(shared.status().claims.is_empty());
-    scribble(shared, &[]);
+    (1..=10).for_each(|client| drop(state.roster.release_all(client)));
+    assert!(state.roster.claims().is_empty());
+    scribble(state, &[]);
 });
 
 /// Handles a packet like the broker, but without a socket.
-fn hear(shared: &Shared, client: u64, packet: &[u8]) {
+fn receive(state: &BrokerState, client: u64, packet: &[u8]) {
     let ask = match Request::parse(packet) {
         Ok(ask) => ask,
         Err(refusal) => {
@@ -53,50 +51,46 @@ fn hear(shared: &Shared, client: u64, packet: &[u8]) {
     };
     let again = serde_json::to_vec(&request).expect("it can be asked");
     assert_eq!(Request::parse(&again).as_ref(), Ok(&request.ask));
-    let answer = match request.ask {
-        Ask::Attach { .. } => Ok(Answer::Region(RegionInfo::from(shared.layout()))),
-        Ask::Claim { channel, end } => claim(shared, client, channel, end.into()),
+    let answered = match request.ask {
+        Ask::Claim { channel, end } => claim(state, client, channel, end.into()),
         Ask::Release { channel, end } => {
-            let holder = holder(shared, channel, end.into());
-            let released = shared.release(client, channel, end.into());
+            let holder = holder(state, channel, end.into());
+            let released = state.roster.release(client, channel, end.into());
             assert!(released.is_err() || holder == Some(client as u32));
             released.map(|()| Answer::Done)
-        }
-        Ask::Status => Ok(Answer::Status(shared.status())),
-        Ask::HandOver | Ask::ReadGuest { .. } | Ask::ReadBuffer { .. } | Ask::Retire => {
-            Err(Refusal::Busy)
         }
         Ask::Reset { channel } => {
             let held = [End::Producer, End::Consumer]
                 .iter()
-                .any(|end| holder(shared, channel, *end).is_some());
-            let reset = shared.reset(channel);
+                .any(|end| holder(state, channel, *end).is_some());
+            let reset = state.roster.reset(channel);
             assert!(
                 reset.is_err() || !held,
                 "a channel was reset under its holder"
             );
             reset.map(|generation| Answer::Reset { generation })
         }
+        ask => answer(&ask, PEER, client, state).map(|(answer, _)| answer),
     };
-    tell(answer.unwrap_or_else(Answer::Refused));
+    tell(answered.unwrap_or_else(Answer::Refused));
 }
 
-fn claim(shared: &Shared, client: u64, channel: usize, end: End) -> Result<Answer, Refusal> {
-    let before = holder(shared, channel, end);
+fn claim(state: &BrokerState, client: u64, channel: usize, end: End) -> Result<Answer, Refusal> {
+    let before = holder(state, channel, end);
     // The number of the client stands in for its process ID, so that clients can be told apart.
-    let claimed = shared.claim(client, client as u32, channel, end);
+    let claimed = state.roster.claim(client, client as u32, channel, end);
     match claimed {
-        Ok(()) => assert!(before.is_none() && holder(shared, channel, end) == Some(client as u32)),
-        Err(_) => assert_eq!(holder(shared, channel, end), before),
+        Ok(()) => assert!(before.is_none() && holder(state, channel, end) == Some(client as u32)),
+        Err(_) => assert_eq!(holder(state, channel, end), before),
     }
     claimed.map(|()| Answer::Claimed)
 }
 
-fn holder(shared: &Shared, channel: usize, end: End) -> Option<u32> {
-    let claims = shared.status().claims;
+fn holder(state: &BrokerState, channel: usize, end: End) -> Option<u32> {
+    let claims = state.roster.claims();
     let mut claims = claims
         .iter()
-        .filter(|claim| claim.channel == channel && End::from(claim.end) == end);
+        .filter(|claim| claim.channel == channel && claim.end == end);
     let first = claims.next().map(|claim| claim.pid);
     assert!(claims.next().is_none(), "an end has two holders");
     first
@@ -114,11 +108,11 @@ fn tell(answer: Answer) {
 
 /// Writes the words of a driver: its epoch, and then the holders of the channels' ends. The rest of
 /// the page is zero.
-fn scribble(shared: &Shared, bytes: &[u8]) {
+fn scribble(state: &BrokerState, bytes: &[u8]) {
     let mut page = [0; 512];
     let length = bytes.len().min(page.len());
     page[..length].copy_from_slice(&bytes[..length]);
-    let start = shared.layout().presence_page(0);
-    rustix::io::pwrite(shared.memory(Access::ReadWrite), &page, start)
+    let start = state.region.layout().presence_page(0);
+    rustix::io::pwrite(state.region.memory(Access::ReadWrite), &page, start)
         .expect("memory can be written");
 }

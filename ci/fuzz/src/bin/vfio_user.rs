@@ -10,18 +10,17 @@ use std::io::Read;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, LazyLock};
 
-use barlink::broker::{Place, Slot, Wish};
-use barlink::control::message::{Answer, MAX_COPY, MAX_PACKET, Refusal, Reply};
-use barlink::control::packet::PacketSocket;
+use barlink::control::message::MAX_COPY;
+use barlink::slot::{ReadError, ReadRequest, Slot, Source};
 use barlink::transport::{Departure, Transport, VfioUser};
 use barlink_fuzz::broker::{PEER, VFIO_USER, next_descriptor};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use rustix::event::EventfdFlags;
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Most messages that a client sends. The socket takes them and the replies without a reader.
@@ -53,7 +52,7 @@ struct Input {
     closes: bool,
     /// Addresses, or offsets in the DMA buffer, and lengths that host apps read last. `true` means
     /// the buffer.
-    wishes: Vec<(u32, u16, bool)>,
+    requests: Vec<(u32, u16, bool)>,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -167,12 +166,12 @@ fn bytes(id: u16, command: u16, flags: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 fuzz_target!(|input: Input| {
-    let shared = &*VFIO_USER;
+    let place = &VFIO_USER.slots[0];
     let gifts = &*GIFTS;
     let before = next_descriptor();
     let (vm, client) = UnixStream::pair().expect("sockets");
-    let slot = shared.occupy(0, PEER).expect("the slot is free");
-    USER.greet(&vm, &slot).expect("there is memory");
+    let slot = place.occupy(PEER).expect("the slot is free");
+    USER.handshake(&vm, &slot).expect("there is memory");
     let mut expected = Vec::new();
     let mut sound = true;
     if input.agrees {
@@ -217,45 +216,37 @@ fuzz_target!(|input: Input| {
     if let Some(client) = client {
         hear(client, sound.then_some(&expected));
     }
-    succeed(&slot, &input.wishes);
+    succeed(&slot, &input.requests);
     drop(slot);
-    assert!(shared.status().slots[0].vm.is_none());
+    assert!(place.vm().is_none());
     assert_eq!(next_descriptor(), before, "a descriptor is left open");
 });
 
 /// Lets a successor take the session over, and checks that every read request is answered.
-fn succeed(slot: &Slot, wishes: &[(u32, u16, bool)]) {
-    let (app, broker) = rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .expect("sockets");
-    let app = PacketSocket::from_connected(app);
-    let broker = Arc::new(PacketSocket::from_connected(broker));
-    let wishes = &wishes[..wishes.len().min(4)];
-    for (place, length, in_buffer) in wishes {
+fn succeed(slot: &Arc<Slot>, requests: &[(u32, u16, bool)]) {
+    let requests = &requests[..requests.len().min(4)];
+    let (reply, replies) = channel();
+    for (place, length, in_buffer) in requests {
         let length = usize::from(*length) % (MAX_COPY + 1);
-        let place = match in_buffer {
-            true => Place::Buffer((*place).into()),
-            false => Place::Address((*place).into()),
+        let source = match in_buffer {
+            true => Source::Buffer((*place).into()),
+            false => Source::Address((*place).into()),
         };
-        let wish = Wish::new(Arc::clone(&broker), place, length);
-        VFIO_USER.post(slot.id(), wish).expect("a VM is there");
+        let reply = reply.clone();
+        let request = ReadRequest::new(source, length, move |result| {
+            reply.send(result).expect("the test waits for it");
+        });
+        slot.request(request).expect("a VM is there");
     }
     let (vm, client) = UnixStream::pair().expect("sockets");
     drop(client);
     USER.serve(&vm, slot).expect("to leave is no failure");
-    let mut buffer = Box::new([0; MAX_PACKET]);
-    for (_, length, in_buffer) in wishes {
-        let packet = app.receive(&mut buffer).expect("an answer");
-        match Reply::parse(packet.expect("an answer")).expect("it can be read") {
-            Answer::Bytes(text) => assert!(text.len() >= usize::from(*length) % (MAX_COPY + 1)),
-            Answer::Refused(Refusal::NotThere { .. }) => (),
-            Answer::Refused(Refusal::NoBuffer(_)) if *in_buffer => (),
-            Answer::Refused(Refusal::OutsideBuffer { .. }) if *in_buffer => (),
-            other => panic!("{other:?}"),
+    for (_, length, in_buffer) in requests {
+        match replies.try_recv().expect("an answer") {
+            Ok(bytes) => assert_eq!(bytes.len(), usize::from(*length) % (MAX_COPY + 1)),
+            Err(ReadError::NotShared { .. }) => (),
+            Err(ReadError::NoBuffer | ReadError::OutsideBuffer { .. }) if *in_buffer => (),
+            Err(other) => panic!("{other:?}"),
         }
     }
 }

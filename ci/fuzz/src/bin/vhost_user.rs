@@ -151,17 +151,17 @@ fn start(client: &UnixStream, queues: &[Queue; 2]) {
 }
 
 fuzz_target!(|input: Input| {
-    let (shared, gifts) = (&*VHOST_USER, &*GIFTS);
+    let (place, gifts) = (&VHOST_USER.slots[0], &*GIFTS);
     let before = next_descriptor();
     let (vm, client) = UnixStream::pair().expect("sockets");
-    let slot = shared.occupy(0, PEER).expect("the slot is free");
+    let slot = place.occupy(PEER).expect("the slot is free");
     for (index, queue) in (0..).zip(&input.queues) {
         queue.write(&gifts.memory, index * PART);
     }
     let _ = rustix::io::read(&gifts.call, &mut [0; 8]);
     rustix::io::write(&gifts.kick, &1u64.to_ne_bytes()).expect("it has room");
-    for bell in slot.bells(0) {
-        let _ = bell.ring();
+    for eventfd in slot.region().eventfds(0) {
+        let _ = eventfd.ring();
     }
     if input.starts {
         start(&client, &input.queues);
@@ -211,7 +211,7 @@ fuzz_target!(|input: Input| {
     });
     drop((vm, client));
     drop(slot);
-    assert!(shared.status().slots[0].vm.is_none());
+    assert!(place.vm().is_none());
     assert_eq!(next_descriptor(), before, "a descriptor is left open");
 });
 

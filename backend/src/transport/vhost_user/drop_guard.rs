@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Notices when a thread ends that somebody else has started, be it by a panic.
+//! A drop guard for a thread that a library has started, which rings at its end, also at a panic.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -10,24 +10,24 @@ use log::debug;
 use crate::bell::Bell;
 
 thread_local! {
-    static LIFE: RefCell<Option<Life>> = const { RefCell::new(None) };
+    static GUARD: RefCell<Option<DropGuard>> = const { RefCell::new(None) };
 }
 
 /// Dropped with the thread.
-struct Life(Arc<Bell>);
+struct DropGuard(Arc<Bell>);
 
-impl Drop for Life {
+impl Drop for DropGuard {
     fn drop(&mut self) {
         if let Err(error) = self.0.ring() {
-            debug!("nobody learns that a thread ends: {error}");
+            debug!("the end of a thread is not noticed: {error}");
         }
     }
 }
 
-/// Has `over` rung when the calling thread ends.
-pub fn watch_this_thread(over: &Arc<Bell>) {
-    LIFE.with_borrow_mut(|life| {
-        life.get_or_insert_with(|| Life(Arc::clone(over)));
+/// Makes the end of the calling thread ring an eventfd.
+pub fn guard_this_thread(over: &Arc<Bell>) {
+    GUARD.with_borrow_mut(|guard| {
+        guard.get_or_insert_with(|| DropGuard(Arc::clone(over)));
     });
 }
 
@@ -45,13 +45,13 @@ mod tests {
     }
 
     #[test]
-    fn thread_that_panics_is_noticed() {
+    fn notices_end_of_thread() {
         for panics in [false, true] {
             let over = Arc::new(Bell::new().unwrap());
             let bell = Arc::clone(&over);
             let thread = thread::spawn(move || {
-                watch_this_thread(&bell);
-                watch_this_thread(&bell);
+                guard_this_thread(&bell);
+                guard_this_thread(&bell);
                 assert!(!is_rung(&bell));
                 assert!(!panics, "as the test wants it");
             });

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Listening at a path: private from the first moment, taken from nobody who lives, and cleared of who is dead.
+//! Binds a Unix socket at a path. The socket has its final mode from the start, never replaces a
+//! live one, and removes a stale one.
 
 use std::ffi::OsString;
 use std::fs::{File, Metadata, OpenOptions};
@@ -17,14 +18,15 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::{Policy, rights};
+use crate::broker::policy::Policy;
+use crate::socket::descriptors;
 
 /// Longest path of a Unix socket, in bytes (`unix(7)`).
 const MAX_PATH: usize = 107;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// Why a socket cannot be listened at.
+/// Why the broker cannot listen at a socket.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// The path does not fit into a socket address.
@@ -37,7 +39,7 @@ pub enum SocketError {
         /// Its length in bytes.
         length: usize,
     },
-    /// Its folder is not there.
+    /// Its folder does not exist.
     #[error("no folder for socket {path}: create {folder}")]
     NoFolder {
         /// The path.
@@ -45,19 +47,19 @@ pub enum SocketError {
         /// The folder.
         folder: PathBuf,
     },
-    /// Its folder is closed to us.
+    /// The broker may not write to its folder.
     #[error("no permission to make socket {path}: choose a folder that you can write to")]
     Permission {
         /// The path.
         path: PathBuf,
     },
-    /// Something that is no socket has that name.
+    /// A file that is no socket has that name.
     #[error("{path} exists and is no socket: choose another path, or remove it")]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
-    /// The broker that listens there has the same control socket.
+    /// A broker with the same control socket listens there.
     #[error(
         "socket {path} is in use by another broker: take its place with --replace, or give this one a --name and sockets \
          of its own"
@@ -66,7 +68,7 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
-    /// It has another one.
+    /// A broker with another control socket listens there.
     #[error(
         "socket {path} is in use by the broker at {control}: choose another path, or take that broker's place with \
          --replace --control {control} (and no --name) and its other arguments"
@@ -77,7 +79,7 @@ pub enum SocketError {
         /// The control socket of that broker.
         control: PathBuf,
     },
-    /// A broker of another user was there, or is.
+    /// The lock belongs to a broker of another user, which may have ended.
     #[error(
         "{lock} belongs to another user's broker: choose another path, or have that user stop it and remove the file"
     )]
@@ -93,7 +95,7 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
-    /// One path for two sockets.
+    /// Two sockets have one path.
     #[error(
         "socket {path} is named twice: each VM, and the control socket, needs a path of its own"
     )]
@@ -101,35 +103,36 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
-    /// The predecessor's socket is another one.
+    /// The predecessor's socket has another path.
     #[error("the running broker's socket is {theirs} and not {path}: give it the same sockets")]
     Elsewhere {
         /// The path.
         path: PathBuf,
-        /// The predecessor's.
+        /// The path of the predecessor's socket.
         theirs: PathBuf,
     },
-    /// Something else.
+    /// A system call failed.
     #[error("cannot listen at socket {path}")]
     Other {
         /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The error of the system call.
         source: io::Error,
     },
 }
 
-/// A listening socket. Its file is removed when it is dropped before the broker serves: later, no broker may.
+/// A listening socket. Its file is removed if it is dropped before the broker serves; later the
+/// broker has no right to do so.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
     lock: Lock,
-    stays: AtomicBool,
+    keeps_file: AtomicBool,
 }
 
-/// The file `PATH.lock`, which says, while it is locked, that a broker lives at this path, without anybody knocking
-/// there. It is removed when this is dropped, unless the lock is kept.
+/// The file `PATH.lock`. While it is locked, a broker listens at this path, which another broker
+/// can see without a connection. It is removed when this is dropped, unless the lock is kept.
 #[derive(Debug)]
 struct Lock {
     path: PathBuf,
@@ -138,7 +141,7 @@ struct Lock {
 }
 
 impl Listener {
-    /// Takes over a predecessor's socket and its lock. It must be at that path.
+    /// Takes over a predecessor's socket, which must be at that path, and its lock.
     pub fn inherit(socket: OwnedFd, lock_file: OwnedFd, path: &Path) -> Result<Self, SocketError> {
         let path = std::path::absolute(path).map_err(|source| failed(path, source))?;
         let address = rustix::net::getsockname(&socket);
@@ -152,8 +155,8 @@ impl Listener {
             let theirs = theirs.unwrap_or_default();
             return Err(SocketError::Elsewhere { path, theirs });
         }
-        // A predecessor of another version may not have.
-        rights::refuse(&socket);
+        // A predecessor of another version may not have done so.
+        descriptors::forbid(&socket);
         Ok(Listener {
             socket,
             lock: Lock {
@@ -162,16 +165,16 @@ impl Listener {
                 kept: true,
             },
             path,
-            stays: AtomicBool::new(true),
+            keeps_file: AtomicBool::new(true),
         })
     }
 
-    /// Gives its file the mode that goes with a policy, which may be another than the predecessor's.
-    pub fn follow(&self, policy: &Policy) {
+    /// Gives the file the mode of a policy, which can differ from the predecessor's.
+    pub fn apply(&self, policy: &Policy) {
         let mode = policy.socket_mode();
         match self.set_mode(mode) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                // No reason not to serve those who can come.
+                // The broker still serves the clients that can connect.
                 let path = self.path.display();
                 warn!(
                     "socket {path} keeps the mode that it had: set it by `chmod {mode:o} {path}` ({error})"
@@ -181,7 +184,7 @@ impl Listener {
         }
     }
 
-    /// Leaves alone what is no socket, such as a link that somebody else put there.
+    /// Sets the mode of the file, unless the file is no socket, such as a link of another process.
     fn set_mode(&self, mode: u32) -> io::Result<()> {
         let mut options = OpenOptions::new();
         options.read(true);
@@ -191,17 +194,17 @@ impl Listener {
         if !metadata.file_type().is_socket() || metadata.permissions().mode() & 0o777 == mode {
             return Ok(());
         }
-        // What was looked at, whatever has its name by now.
+        // The file that was examined, even if its name is another file's by now.
         let same = format!("/proc/self/fd/{}", file.as_raw_fd());
         std::fs::set_permissions(same, std::fs::Permissions::from_mode(mode))
     }
 
-    /// Listens for byte streams, of the VM of the broker with that control socket.
+    /// Listens for byte streams of VMs, for the broker with that control socket.
     pub fn stream(path: &Path, control: &Path, policy: &Policy) -> Result<Self, SocketError> {
         Self::listen(path, control, policy, SocketType::STREAM)
     }
 
-    /// Listens for packets, at that control socket.
+    /// Listens for packets at a control socket.
     pub fn packets(control: &Path, policy: &Policy) -> Result<Self, SocketError> {
         Self::listen(control, control, policy, SocketType::SEQPACKET)
     }
@@ -212,7 +215,7 @@ impl Listener {
         policy: &Policy,
         kind: SocketType,
     ) -> Result<Self, SocketError> {
-        // Absolute, since it is told to QEMU and to a successor, which may be started elsewhere.
+        // Absolute, because QEMU and a successor use the path, and may run in other folders.
         let path = &std::path::absolute(path).map_err(|source| failed(path, source))?;
         let too_long = || SocketError::TooLong {
             path: path.clone(),
@@ -222,7 +225,7 @@ impl Listener {
             return Err(too_long());
         }
         let address = SocketAddrUnix::new(path).map_err(|_| too_long())?;
-        // Looked at first, so that nothing is made beside somebody's file.
+        // Checked first, so that no lock is created beside another program's file.
         is_taken_by_a_socket(path)?;
         let control = std::path::absolute(control).map_err(|source| failed(path, source))?;
         let lock = Lock::take(path, &control)?;
@@ -230,38 +233,38 @@ impl Listener {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
         let socket = socket.map_err(|error| failed(path, error.into()))?;
-        // On the socket itself, before it has a name: so its file never has a wider mode.
+        // On the socket, before it has a name, so that its file never has a wider mode.
         rustix::fs::fchmod(&socket, policy.socket_mode().into())
             .map_err(|error| failed(path, error.into()))?;
         rustix::net::bind(&socket, &address).map_err(|error| failed(path, error.into()))?;
         let listener = Listener {
             socket,
             path: path.clone(),
-            stays: AtomicBool::new(false),
+            keeps_file: AtomicBool::new(false),
             lock: lock.keep(),
         };
         let mode = std::fs::Permissions::from_mode(policy.socket_mode());
         std::fs::set_permissions(path, mode).map_err(|source| failed(path, source))?;
-        // Connections have it from the socket that they are made to.
-        rights::refuse(&listener.socket);
+        // Connections inherit it from the listening socket.
+        descriptors::forbid(&listener.socket);
         rustix::net::listen(&listener.socket, BACKLOG)
             .map_err(|error| failed(path, error.into()))?;
         Ok(listener)
     }
 
-    /// Where it listens.
+    /// Returns the path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What says that a broker lives at this path.
+    /// Returns the locked file that shows that a broker listens at this path.
     pub fn lock(&self) -> Arc<File> {
         Arc::clone(&self.lock.file)
     }
 
-    /// Leaves its file when it is dropped.
-    pub fn leave(&self) {
-        self.stays.store(true, Ordering::Relaxed);
+    /// Keeps the file when this is dropped.
+    pub fn keep_file(&self) {
+        self.keeps_file.store(true, Ordering::Relaxed);
     }
 
     /// Accepts a connection, if one is there.
@@ -281,8 +284,8 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if !self.stays.load(Ordering::Relaxed) {
-            // Whoever removed them before us did our work.
+        if !self.keeps_file.load(Ordering::Relaxed) {
+            // A file that another process has removed needs no removal.
             let _ = std::fs::remove_file(&self.path);
             let _ = std::fs::remove_file(&self.lock.path);
         }
@@ -290,7 +293,8 @@ impl Drop for Listener {
 }
 
 impl Lock {
-    /// Takes the lock, and notes in its file whose it is: for who is refused to be told.
+    /// Takes the lock, and writes into its file which broker has it, for the error of another
+    /// broker.
     fn take(path: &Path, control: &Path) -> Result<Self, SocketError> {
         let lock = lock_path(path);
         loop {
@@ -303,7 +307,7 @@ impl Lock {
                 .mode(0o600);
             let mut file = match options.open(&lock) {
                 Ok(file) => file,
-                // Not even root opens what another user has in a folder such as /tmp (`fs.protected_regular`).
+                // Root itself cannot open another user's file in /tmp (`fs.protected_regular`).
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied && lock.exists() => {
                     return Err(SocketError::OfAnotherUser { lock });
                 }
@@ -314,11 +318,12 @@ impl Lock {
                 Err(Errno::WOULDBLOCK) => return Err(served(path, control, &file)),
                 Err(error) => return Err(failed(path, error.into())),
             }
-            // Its last owner removes it while it holds the lock, so ours may be a file that has no name any more.
+            // The last owner removes the file while it holds the lock, so this file may have no
+            // name any more.
             let ours = file.metadata().map_err(|source| failed(path, source))?;
             match std::fs::metadata(&lock) {
                 Ok(named) if is_same(&named, &ours) => {
-                    // A full disk is no reason not to serve.
+                    // The broker serves even if the disk is full.
                     let _ = file.set_len(0);
                     let _ = file.write_all(control.as_os_str().as_bytes());
                     return Ok(Lock {
@@ -332,7 +337,7 @@ impl Lock {
         }
     }
 
-    /// Its file stays until whoever has the lock removes it.
+    /// Keeps the file when this is dropped; the owner of the lock removes it.
     fn keep(mut self) -> Self {
         self.kept = true;
         self
@@ -351,10 +356,10 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-/// Says whose socket it is, by what is noted in its lock.
+/// Returns the error that names the owner of a socket, as written in its lock.
 fn served(path: &Path, control: &Path, mut lock: &File) -> SocketError {
     let mut noted = Vec::new();
-    // What cannot be read says nothing.
+    // A lock that cannot be read names no owner.
     let _ = lock.read_to_end(&mut noted);
     let holder = PathBuf::from(OsString::from_vec(noted));
     let path = path.to_owned();
@@ -376,7 +381,7 @@ fn lock_path(path: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Whether there is a socket with that name; anything else is an error.
+/// Tells whether a socket has that name. Another kind of file is an error.
 fn is_taken_by_a_socket(path: &Path) -> Result<bool, SocketError> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -393,7 +398,7 @@ fn clear(path: &Path, address: &SocketAddrUnix, kind: SocketType) -> Result<(), 
     if !is_taken_by_a_socket(path)? {
         return Ok(());
     }
-    // Another program's socket has no lock of ours: see whether somebody listens.
+    // Another program's socket has no lock, so a connection shows whether a process listens.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let probe = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
     let probe = probe.map_err(|error| failed(path, error.into()))?;

@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A way into a daemon that takes connections from a listening socket alone: a private one, which takes one connection, and that
-//! connection.
+//! A loopback socket pair, for a daemon that accepts connections from a listening socket alone: a
+//! private listening socket for one connection, and that connection.
 //!
-//! The broker is confined when it makes them (`broker/confine.rs`): it may bind a socket to no name but one that the kernel
-//! chooses, outside the file system, and connect to none that is not as short as these.
+//! The broker is confined when it creates the pair (`broker/confine.rs`). It may bind a socket only
+//! to a name that the kernel chooses, outside the file system, and connect only to a name as short
+//! as that.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// How often another name is tried.
+/// Number of names that are tried.
 const ATTEMPTS: usize = 8;
 
-/// The listening socket, and the one connection that it gives.
+/// Opens the listening socket and its connection.
 ///
-/// Others in the same network namespace can see its name. There is room for one connection, so if ours gets in, it is the
-/// one that is accepted; if another was first, ours does not get in.
+/// Other processes in the network namespace can see the name of the socket. It has room for one
+/// connection, so the connection that is accepted is this one. If another process connects first,
+/// this connection fails.
 pub fn open() -> rustix::io::Result<(UnixListener, UnixStream)> {
     let mut failure = rustix::io::Errno::AGAIN;
     for _ in 0..ATTEMPTS {
@@ -51,14 +53,14 @@ fn socket() -> rustix::io::Result<OwnedFd> {
 mod tests {
     use super::*;
 
-    /// Others can see the name of a socket, so somebody might come to know it in time.
+    /// Another process can see the name of the socket, and connect to it.
     #[test]
-    fn who_comes_first_to_an_inlet_keeps_us_out_and_whoever_comes_later_stays_out() {
-        let (listener, _ours) = open().unwrap();
+    fn loopback_accepts_first_connection_only() {
+        let (listener, _connection) = open().unwrap();
         let name = rustix::net::getsockname(&listener).unwrap();
-        let stranger = socket().unwrap();
-        rustix::io::ioctl_fionbio(&stranger, true).unwrap();
-        let came = rustix::net::connect(&stranger, &name);
-        assert_eq!(came, Err(rustix::io::Errno::AGAIN));
+        let second = socket().unwrap();
+        rustix::io::ioctl_fionbio(&second, true).unwrap();
+        let connected = rustix::net::connect(&second, &name);
+        assert_eq!(connected, Err(rustix::io::Errno::AGAIN));
     }
 }

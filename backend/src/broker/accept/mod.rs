@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Accepting: the listening sockets, and for each slot a thread that admits one VM at a time.
+
+mod acceptor;
+mod listener;
+mod rejected;
+
+pub(super) use self::acceptor::Acceptor;
+pub use self::listener::{Listener, SocketError};

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The connections of clients that were rejected and have not hung up.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags};
+
+use super::listener::Listener;
+use crate::bell::Bell;
+use crate::socket::has_hung_up;
+use crate::transport::{Rejection, Transport};
+
+/// Most rejected clients that stay connected. A further one disconnects the oldest.
+const MAX_REJECTED: usize = 8;
+
+/// The rejected clients of one slot.
+pub struct RejectedClients {
+    clients: Mutex<VecDeque<(Arc<UnixStream>, Rejection)>>,
+    /// Rings when a client is added.
+    more: Bell,
+}
+
+impl RejectedClients {
+    /// Creates an empty list.
+    pub fn new() -> io::Result<Self> {
+        Ok(RejectedClients {
+            clients: Mutex::default(),
+            more: Bell::new()?,
+        })
+    }
+
+    /// Adds a client.
+    pub fn add(&self, client: Arc<UnixStream>, rejection: Rejection) {
+        let mut clients = self.clients.lock();
+        if clients.len() == MAX_REJECTED {
+            clients.pop_front();
+        }
+        clients.push_back((client, rejection));
+        // A full eventfd rings, too.
+        let _ = self.more.ring();
+    }
+
+    /// Waits for a connection at a listener. Meanwhile it sends a pending rejection once the client
+    /// has sent a message, and disconnects clients that hang up.
+    pub fn wait(&self, listener: &Listener, transport: &dyn Transport) -> io::Result<()> {
+        loop {
+            let clients = self.clients.lock().clone();
+            let mut all = vec![
+                PollFd::new(listener, PollFlags::IN),
+                PollFd::new(&self.more, PollFlags::IN),
+            ];
+            let events = |rejection| match rejection {
+                Rejection::Sent => PollFlags::empty(),
+                Rejection::Pending => PollFlags::IN,
+            };
+            let polled = clients.iter();
+            all.extend(polled.map(|(client, rejection)| PollFd::new(client, events(*rejection))));
+            rustix::io::retry_on_intr(|| rustix::event::poll(&mut all, None))?;
+            let is_connected = !all[0].revents().is_empty();
+            drop(all);
+            self.more.drain();
+            self.clients.lock().retain_mut(|(client, rejection)| {
+                if *rejection == Rejection::Pending {
+                    *rejection = transport.reject(client);
+                }
+                !has_hung_up(client)
+            });
+            if is_connected {
+                return Ok(());
+            }
+        }
+    }
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The answers to host apps' requests, in the types of the control protocol.
+
+use std::fmt::Arguments;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use barlink_protocol::wire::layout;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use log::Level;
+
+use crate::broker::state::BrokerState;
+use crate::control::message::{
+    Answer, Ask, BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, RegionInfo, SlotStatus,
+    Status, VmStatus,
+};
+use crate::persistence::ClientId;
+use crate::rate_limit::CONNECTIONS;
+use crate::slot::{ReadError, ReadResult, Vm};
+use crate::socket::Peer;
+
+/// An answer, and the descriptors that are sent with it.
+pub type Answered = (Answer, Vec<Box<dyn AsRawFd>>);
+
+/// Answers a request that needs no other thread.
+pub fn answer(
+    ask: &Ask,
+    peer: Peer,
+    client: ClientId,
+    state: &BrokerState,
+) -> Result<Answered, Refusal> {
+    let log = |message: Arguments<'_>| peer.log(&CONNECTIONS, Level::Info, message);
+    let (region, roster) = (&*state.region, &state.roster);
+    let name = |channel| region.channel(channel).map(|entry| entry.name);
+    let name = |channel| name(channel).ok_or(Refusal::NoChannel(channel));
+    match *ask {
+        Ask::Attach { access } => {
+            let memory = Arc::clone(region.memory(access));
+            log(format_args!("{peer} attaches"));
+            let info = RegionInfo::from(region.layout());
+            Ok((Answer::Region(info), vec![Box::new(memory)]))
+        }
+        Ask::Claim { channel, end } => {
+            let end = layout::End::from(end);
+            roster.claim(client, peer.pid.unsigned_abs(), channel, end)?;
+            let eventfds = claimed_eventfds(state, channel, end)?;
+            log(format_args!(
+                "{peer} holds the {end} of `{}`",
+                name(channel)?
+            ));
+            Ok((Answer::Claimed, eventfds))
+        }
+        Ask::Release { channel, end } => {
+            roster.release(client, channel, end.into())?;
+            Ok((Answer::Done, Vec::new()))
+        }
+        Ask::Status => Ok((Answer::Status(status(state)), Vec::new())),
+        Ask::Reset { channel } => {
+            let generation = roster.reset(channel)?;
+            log(format_args!(
+                "{peer} resets `{}`: generation {generation}",
+                name(channel)?
+            ));
+            Ok((Answer::Reset { generation }, Vec::new()))
+        }
+        // The server handles the first three. A broker that hands over handles the last one.
+        Ask::HandOver | Ask::ReadGuest { .. } | Ask::ReadBuffer { .. } | Ask::Retire => {
+            Err(Refusal::Busy)
+        }
+    }
+}
+
+/// Returns the eventfds of an end: those that its holder waits on, of control and channel vector,
+/// and those of the other end, which it rings.
+fn claimed_eventfds(
+    state: &BrokerState,
+    channel: usize,
+    end: layout::End,
+) -> Result<Vec<Box<dyn AsRawFd>>, Refusal> {
+    let entry = state.region.channel(channel);
+    let entry = entry.ok_or(Refusal::NoChannel(channel))?;
+    let mut all: Vec<Box<dyn AsRawFd>> = Vec::new();
+    for peer in [end, end.other()].map(|end| entry.peer(end)) {
+        let eventfds = state.region.eventfds(peer);
+        for eventfd in [eventfds.first(), eventfds.get(entry.vector as usize)] {
+            let eventfd = eventfd.ok_or_else(|| Refusal::Failed("no such vector".to_owned()))?;
+            all.push(Box::new(Arc::clone(eventfd)));
+        }
+    }
+    Ok(all)
+}
+
+/// Describes the broker, its VMs and its host apps.
+fn status(state: &BrokerState) -> Status {
+    let slots = state.slots.iter().map(|slot| SlotStatus {
+        transport: slot.transport().to_owned(),
+        socket: slot.socket().to_owned(),
+        vm: slot.vm().as_ref().map(vm_status),
+    });
+    let claims = state.roster.claims().into_iter();
+    Status {
+        broker: std::process::id(),
+        epoch: state.roster.epoch(),
+        uptime: state.start.elapsed().as_secs_f64(),
+        slots: slots.collect(),
+        claims: claims
+            .map(|claim| ClaimStatus {
+                channel: claim.channel,
+                end: claim.end.into(),
+                pid: claim.pid,
+            })
+            .collect(),
+    }
+}
+
+fn vm_status(vm: &Vm) -> VmStatus {
+    let mut status = VmStatus::new(vm.vmm.pid, vm.vmm.uid, vm.connection);
+    status.guest_memory = vm.guest_memory.map(|size| GuestMemoryStatus {
+        readable: size.readable,
+        unreadable: size.unreadable,
+    });
+    status.buffer = vm.buffer.map(|buffer| BufferStatus {
+        address: buffer.address,
+        size: buffer.size,
+    });
+    status
+}
+
+/// Answers a request for bytes of the guest's memory in a slot.
+pub fn bytes(slot: u32, result: ReadResult) -> Answer {
+    match result {
+        Ok(bytes) => Answer::Bytes(BASE64_STANDARD.encode(bytes)),
+        Err(error) => Answer::Refused(refusal(slot, error)),
+    }
+}
+
+/// Tells a host app why bytes of the guest's memory in a slot cannot be read.
+pub fn refusal(slot: u32, error: ReadError) -> Refusal {
+    match error {
+        ReadError::NoVm => Refusal::NoVm(slot),
+        ReadError::NoGuestMemory => Refusal::NoGuestMemory(slot),
+        ReadError::NoBuffer => Refusal::NoBuffer(slot),
+        ReadError::OutsideBuffer {
+            offset,
+            length,
+            size,
+        } => Refusal::OutsideBuffer {
+            offset,
+            length,
+            size,
+        },
+        ReadError::NotShared { address, length } => Refusal::NotThere { address, length },
+        ReadError::Busy => Refusal::Busy,
+    }
+}

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The main thread's loop over the control socket and the host apps.
+//!
+//! The loop never waits for one host app, or for a service manager. All sockets are non-blocking. A
+//! host app whose socket does not take its answer is disconnected, and one that sends no request
+//! costs a descriptor until its idle timeout.
+
+use std::collections::HashMap;
+use std::fmt::Arguments;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::{Level, debug, warn};
+use rustix::net::SocketFlags;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::answers;
+use crate::broker::accept::Listener;
+use crate::broker::reply;
+use crate::broker::state::BrokerState;
+use crate::broker::takeover;
+use crate::control::message::{Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, Request};
+use crate::control::packet::PacketSocket;
+use crate::persistence::{ClientId, name};
+use crate::rate_limit::{Account, CONNECTIONS, NOT_ADMITTED, REJECTED, UNRELEASED_CLAIMS};
+use crate::slot::{ReadRequest, Source};
+use crate::socket::Peer;
+
+/// Most host apps at a time.
+const MAX_CLIENTS: usize = 64;
+/// The time within which a host app must send its first request.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after a connection for which the kernel has no descriptor.
+const PAUSE: Duration = Duration::from_millis(100);
+// Clients have small numbers.
+const STOP: u64 = u64::MAX;
+const LISTENER: u64 = u64::MAX - 1;
+
+/// Why serving has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The broker was stopped.
+    Stopped,
+    /// A successor serves now.
+    HandedOver,
+}
+
+struct Client {
+    socket: Arc<PacketSocket>,
+    peer: Peer,
+    since: Instant,
+    /// Whether it has sent a valid request.
+    active: bool,
+}
+
+impl Client {
+    fn new(socket: OwnedFd, peer: Peer, active: bool) -> Self {
+        Client {
+            socket: Arc::new(PacketSocket::from_connected(socket)),
+            peer,
+            since: Instant::now(),
+            active,
+        }
+    }
+}
+
+/// Serves new host apps and those of a predecessor, until `stop` can be read or a successor serves.
+pub fn serve(
+    listener: &Listener,
+    state: &Arc<BrokerState>,
+    inherited: Vec<(ClientId, OwnedFd)>,
+    stop: &OwnedFd,
+) -> io::Result<Exit> {
+    let epoll = Epoll::new()?;
+    let watch =
+        |fd: RawFd, id| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id));
+    watch(stop.as_raw_fd(), STOP)?;
+    watch(listener.as_fd().as_raw_fd(), LISTENER)?;
+    let mut clients = HashMap::new();
+    for (id, socket) in inherited {
+        let Ok(peer) = Peer::of(&socket) else {
+            continue;
+        };
+        let client = Client::new(socket, peer, true);
+        watch(client.socket.as_fd().as_raw_fd(), id)?;
+        let stored = client.socket.clone();
+        state.descriptors.store(name::client(id), stored);
+        clients.insert(id, client);
+    }
+    let mut events = vec![EpollEvent::default(); MAX_CLIENTS + 2];
+    let mut buffer = Box::new([0; MAX_PACKET]);
+    loop {
+        let ready = match epoll.wait(timeout(&clients), &mut events) {
+            Ok(ready) => ready,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        for event in &events[..ready] {
+            match event.data() {
+                STOP => return Ok(Exit::Stopped),
+                LISTENER => {
+                    if let Some(client) = admit(listener, state, clients.len()) {
+                        let id = state.roster.next_client();
+                        match watch(client.socket.as_fd().as_raw_fd(), id) {
+                            Ok(()) => drop(clients.insert(id, client)),
+                            Err(error) => warn!("{} is let go: {error}", client.peer),
+                        }
+                    }
+                }
+                id => {
+                    let Some(client) = clients.get_mut(&id) else {
+                        continue;
+                    };
+                    match handle(client, id, state, &mut buffer) {
+                        Next::Stays => (),
+                        Next::Leaves(error) => {
+                            let peer = client.peer;
+                            clients.remove(&id);
+                            log_departure(peer, &state.roster.release_all(id), error.as_ref());
+                            state.descriptors.remove(&name::client(id));
+                        }
+                        Next::TakesOver => return Ok(Exit::HandedOver),
+                    }
+                }
+            }
+        }
+        // The sockets of idle clients are not stored.
+        clients.retain(|_, client| {
+            let stays = client.active || client.since.elapsed() < IDLE_TIMEOUT;
+            if !stays {
+                let peer = client.peer;
+                let message = format_args!(
+                    "{peer} is let go: it said nothing for {} seconds",
+                    IDLE_TIMEOUT.as_secs()
+                );
+                peer.log(&NOT_ADMITTED, Level::Warn, message);
+            }
+            stays
+        });
+    }
+}
+
+/// Returns the milliseconds until the first idle timeout; −1 if there is none.
+fn timeout(clients: &HashMap<ClientId, Client>) -> i32 {
+    let idle = clients.values().filter(|client| !client.active);
+    let first = idle
+        .map(|client| IDLE_TIMEOUT.saturating_sub(client.since.elapsed()))
+        .min();
+    first.map_or(-1, |time| {
+        i32::try_from(time.as_millis())
+            .unwrap_or(i32::MAX)
+            .saturating_add(1)
+    })
+}
+
+/// Accepts a host app, unless it is rejected.
+fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Client> {
+    let failed = |message: Arguments<'_>| NOT_ADMITTED.log(Account::Others, Level::Warn, message);
+    let socket = match listener.accept(SocketFlags::NONBLOCK) {
+        Ok(socket) => socket,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+        Err(error) => {
+            failed(format_args!(
+                "cannot accept a host app: {error} (ulimit -n)"
+            ));
+            // The connection still waits, and would end the next wait at once.
+            std::thread::sleep(PAUSE);
+            return None;
+        }
+    };
+    let peer = Peer::of(&socket)
+        .inspect_err(|error| failed(format_args!("a host app is refused: {error}")))
+        .ok()?;
+    let reject = |message: Arguments<'_>| peer.log(&NOT_ADMITTED, Level::Warn, message);
+    if !state.policy.admits(peer) {
+        reject(format_args!(
+            "{peer} is refused: not the broker's user, nor allowed (--allow-user)"
+        ));
+        return None;
+    }
+    if clients >= MAX_CLIENTS {
+        reject(format_args!(
+            "{peer} is refused: {MAX_CLIENTS} host apps are here"
+        ));
+        return None;
+    }
+    Some(Client::new(socket, peer, false))
+}
+
+/// The result of a request for its client.
+enum Next {
+    Stays,
+    /// It has hung up, or is disconnected because of an error.
+    Leaves(Option<io::Error>),
+    TakesOver,
+}
+
+/// Logs that a host app is gone, and the ends that it held. A host app that exits cleanly releases
+/// them first, so one that did not was killed or has failed.
+fn log_departure(peer: Peer, held: &[String], error: Option<&io::Error>) {
+    let verb = if error.is_some() {
+        "is let go"
+    } else {
+        "has left"
+    };
+    let error = error.map(|error| format!(": {error}")).unwrap_or_default();
+    if held.is_empty() {
+        let message = format_args!("{peer} {verb}{error}");
+        peer.log(&CONNECTIONS, Level::Info, message);
+    } else {
+        let held = held.join(", ");
+        let message = format_args!("{peer} {verb} without giving back {held}{error}");
+        peer.log(&UNRELEASED_CLAIMS, Level::Info, message);
+    }
+}
+
+/// Receives one request of a client and answers it.
+fn handle(
+    client: &mut Client,
+    id: ClientId,
+    state: &BrokerState,
+    buffer: &mut [u8; MAX_PACKET],
+) -> Next {
+    let request = match client.socket.receive(buffer) {
+        Ok(Some(bytes)) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Next::Stays,
+        Ok(None) => return Next::Leaves(None),
+        Err(error) => return Next::Leaves(Some(error)),
+    };
+    let peer = client.peer;
+    let ask = Request::parse(request);
+    if ask == Ok(Ask::HandOver) {
+        return match takeover::hand_over(&client.socket, peer, state) {
+            Ok(true) => Next::TakesOver,
+            Ok(false) => Next::Stays,
+            Err(error) => Next::Leaves(Some(io::Error::other(error))),
+        };
+    }
+    if ask.is_ok() && !std::mem::replace(&mut client.active, true) {
+        // From here on it can hold an end.
+        let stored = client.socket.clone();
+        state.descriptors.store(name::client(id), stored);
+    }
+    let answered = match ask {
+        Ok(Ask::ReadGuest {
+            slot,
+            address,
+            length,
+        }) => read(client, state, slot, Source::Address(address), length),
+        Ok(Ask::ReadBuffer {
+            slot,
+            offset,
+            length,
+        }) => read(client, state, slot, Source::Buffer(offset), length),
+        ask => ask
+            .and_then(|ask| answers::answer(&ask, peer, id, state))
+            .map(Some),
+    };
+    let (answer, descriptors) = match answered {
+        Ok(Some(answered)) => answered,
+        // The VM's thread answers it.
+        Ok(None) => return Next::Stays,
+        Err(refusal) => {
+            let message = format_args!("{peer} is refused: {refusal}");
+            peer.log(&REJECTED, Level::Info, message);
+            (Answer::Refused(refusal), Vec::new())
+        }
+    };
+    let raw: Vec<RawFd> = descriptors
+        .iter()
+        .map(|descriptor| descriptor.as_raw_fd())
+        .collect();
+    match reply::send(&client.socket, answer, &raw) {
+        Ok(()) => Next::Stays,
+        Err(error) => Next::Leaves(Some(error)),
+    }
+}
+
+/// Adds a request for guest memory to the queue of a slot, whose thread will answer it.
+fn read(
+    client: &Client,
+    state: &BrokerState,
+    slot: u32,
+    source: Source,
+    length: usize,
+) -> Result<Option<answers::Answered>, Refusal> {
+    if !state.policy.is_owner(client.peer) {
+        return Err(Refusal::NotYours);
+    }
+    if length > MAX_COPY {
+        return Err(Refusal::MuchData(length));
+    }
+    let queue = state.slots.get(slot as usize);
+    let queue = queue.ok_or(Refusal::NoSlot(slot))?;
+    let socket = Arc::clone(&client.socket);
+    let request = ReadRequest::new(source, length, move |result| {
+        if let Err(error) = reply::send(&socket, answers::bytes(slot, result), &[]) {
+            // It does not read its answer. Its connection ends elsewhere.
+            debug!("a host app is not answered: {error}");
+        }
+    });
+    let added = queue.request(request);
+    added.map_err(|error| answers::refusal(slot, error))?;
+    Ok(None)
+}

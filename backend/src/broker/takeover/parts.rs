@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The parts of a broker: memory, eventfds, persisted state and listening sockets, created from
+//! nothing or taken over from a predecessor.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use barlink_protocol::state;
+use barlink_protocol::wire::layout::Layout;
+use log::warn;
+
+use crate::bell::Bell;
+use crate::broker::accept::{Listener, SocketError};
+use crate::broker::error::BrokerError;
+use crate::broker::policy::Policy;
+use crate::memory::{self, Access, Mapping, Region};
+use crate::persistence::state::PersistedState;
+use crate::persistence::{ClientId, DescriptorStore, Inheritance, name};
+use crate::slot::SharedRegion;
+
+/// The parts of a broker, all of them stored.
+pub struct Parts {
+    /// The region.
+    pub region: SharedRegion,
+    /// The persisted state.
+    pub persisted: PersistedState,
+    /// The descriptors that outlive the broker.
+    pub descriptors: DescriptorStore,
+    /// The listening socket for host apps.
+    pub control: Arc<Listener>,
+    /// The slots.
+    pub slots: Vec<SlotParts>,
+    /// A predecessor's host apps.
+    pub clients: Vec<(ClientId, OwnedFd)>,
+}
+
+/// The parts of a slot.
+pub struct SlotParts {
+    /// The listening socket for VMs.
+    pub listener: Arc<Listener>,
+    /// The memory of a session, if its transport needs any.
+    pub session_memory: Option<Region>,
+    /// A predecessor's VM.
+    pub vm: Option<OwnedFd>,
+}
+
+/// The operator's choice for a slot.
+pub struct SlotPlan {
+    /// The path of the socket.
+    pub path: PathBuf,
+    /// Bytes in the memory of a session; 0 for none.
+    pub session_memory: u64,
+}
+
+/// Checks that each socket has a path of its own, however the path is written.
+pub fn check_paths<'a>(
+    control: &Path,
+    slots: impl IntoIterator<Item = &'a Path>,
+) -> Result<(), SocketError> {
+    // A path that cannot be made absolute, such as an empty one, is an error of its listener.
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut seen = vec![absolute(control)];
+    for path in slots {
+        let place = absolute(path);
+        if seen.contains(&place) {
+            let path = path.to_owned();
+            return Err(SocketError::Twice { path });
+        }
+        seen.push(place);
+    }
+    Ok(())
+}
+
+impl Parts {
+    /// Creates all parts, and writes the superblock.
+    pub fn create(
+        layout: Layout,
+        control: &Path,
+        slots: &[SlotPlan],
+        policy: &Policy,
+    ) -> Result<Self, BrokerError> {
+        let listener = Listener::packets(control, policy)?;
+        let listeners = slots.iter();
+        let listeners: Vec<_> = listeners
+            .map(|slot| Listener::stream(&slot.path, control, policy))
+            .collect::<Result<_, _>>()?;
+        let memory = memory::create(layout.region_size)?;
+        let eventfds = (0..=layout.host())
+            .map(|_| {
+                (0..layout.vectors)
+                    .map(|_| Bell::new().map(Arc::new))
+                    .collect()
+            })
+            .collect::<io::Result<_>>()
+            .map_err(BrokerError::system(
+                "make the eventfds: each peer needs one a vector (ulimit -n)",
+            ))?;
+        let descriptors = DescriptorStore::connect(&Inheritance::new());
+        let mut parts = Vec::new();
+        for ((id, slot), listener) in (0..).zip(slots).zip(listeners) {
+            let size = slot.session_memory;
+            let memory = (size > 0).then(|| memory::create(size)).transpose()?;
+            parts.push(SlotParts {
+                listener: Arc::new(listener),
+                session_memory: store_session(&descriptors, id, size, memory)?,
+                vm: None,
+            });
+        }
+        let persisted = PersistedState::create(&layout)?;
+        persisted.roster().set_epoch(1);
+        let region = shared_region(layout, memory, eventfds)?;
+        state::publish(region.words(), region.layout());
+        Self {
+            region,
+            persisted,
+            descriptors,
+            control: Arc::new(listener),
+            slots: parts,
+            clients: Vec::new(),
+        }
+        .store()
+    }
+
+    /// Takes over the parts of a predecessor, if it has this layout and these sockets.
+    pub fn inherit(
+        mut inheritance: Inheritance,
+        layout: Layout,
+        control: &Path,
+        slots: &[SlotPlan],
+        policy: &Policy,
+    ) -> Result<Self, BrokerError> {
+        let descriptors = DescriptorStore::connect(&inheritance);
+        let mut take = |name: &str| {
+            inheritance
+                .remove(name)
+                .ok_or_else(|| BrokerError::Incomplete(name.to_owned()))
+        };
+        let (persisted, theirs) = PersistedState::open(take(name::STATE)?.into())?;
+        if theirs.as_ref() != Ok(&layout) {
+            return Err(BrokerError::OtherRegion);
+        }
+        let memory = File::from(take(name::MEMORY)?);
+        let mut eventfds = Vec::new();
+        for peer in 0..=layout.host() {
+            let vectors = 0..layout.vectors;
+            let of_peer = vectors.map(|vector| {
+                let descriptor = take(&name::eventfd(peer, vector))?;
+                Ok(Arc::new(Bell::from(descriptor)))
+            });
+            eventfds.push(of_peer.collect::<Result<_, BrokerError>>()?);
+        }
+        let mut listener = |called: &str, path: &Path| {
+            let listener = Listener::inherit(take(called)?, take(&name::lock(called))?, path)?;
+            Ok::<_, BrokerError>(Arc::new(listener))
+        };
+        let control = listener(name::CONTROL, control)?;
+        let listeners: Vec<_> = (0..)
+            .zip(slots)
+            .map(|(id, slot)| listener(&name::slot(id), &slot.path))
+            .collect::<Result<_, _>>()?;
+        let mut parts = Vec::new();
+        for ((id, slot), listener) in (0..).zip(slots).zip(listeners) {
+            let size = slot.session_memory;
+            let mut vm = inheritance.remove(&name::vm(id));
+            let memory = inheritance.remove(&name::session(id));
+            if memory.is_some() != (size > 0) {
+                return Err(BrokerError::OtherTransport(id));
+            }
+            let mut memory = memory.map(File::from);
+            if let Some(theirs) = memory.take_if(|theirs| has_other_size(theirs, size)) {
+                warn!(
+                    "slot {id}: another version of barlink noted what its VM is told, and it is let go: start it again"
+                );
+                let vm = vm.take().map(|vm| (name::vm(id), vm));
+                let theirs = (name::session(id), theirs.into());
+                for (called, descriptor) in vm.into_iter().chain([theirs]) {
+                    // Only a stored descriptor can be removed.
+                    descriptors.store(called.clone(), Arc::new(descriptor));
+                    descriptors.remove(&called);
+                }
+                memory = Some(memory::create(size)?);
+            }
+            parts.push(SlotParts {
+                listener,
+                session_memory: store_session(&descriptors, id, size, memory)?,
+                vm,
+            });
+        }
+        let mut clients = Vec::new();
+        for (called, descriptor) in inheritance {
+            if let Some(client) = name::parse_client(&called) {
+                clients.push((client, descriptor));
+            } else if name::is_part(&called) {
+                descriptors.store(called, Arc::new(descriptor));
+            }
+        }
+        let region = shared_region(layout, memory, eventfds)?;
+        // Last, because a predecessor continues if its successor fails.
+        for listener in parts.iter().map(|slot| &slot.listener).chain([&control]) {
+            listener.apply(policy);
+        }
+        Self {
+            region,
+            persisted,
+            descriptors,
+            control,
+            slots: parts,
+            clients,
+        }
+        .store()
+    }
+
+    /// Stores the parts that outlive this broker. The persisted state is stored last, because a
+    /// successor takes over nothing without it.
+    fn store(self) -> Result<Self, BrokerError> {
+        let descriptors = &self.descriptors;
+        let memory = Arc::clone(self.region.memory(Access::ReadWrite));
+        descriptors.store(name::MEMORY.to_owned(), memory);
+        for (peer, vector, eventfd) in self.region.all_eventfds() {
+            descriptors.store(name::eventfd(peer, vector), eventfd.clone());
+        }
+        let slots = (0..).zip(&self.slots);
+        let listeners = slots.map(|(id, slot)| (name::slot(id), &slot.listener));
+        for (called, listener) in listeners.chain([(name::CONTROL.to_owned(), &self.control)]) {
+            descriptors.store(name::lock(&called), listener.lock());
+            descriptors.store(called, listener.clone());
+        }
+        let persisted = copy(self.persisted.memory())?;
+        descriptors.store(name::STATE.to_owned(), Arc::new(persisted));
+        Ok(self)
+    }
+}
+
+fn has_other_size(file: &File, size: u64) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.len() != size)
+}
+
+/// Maps the memory of a region.
+fn shared_region(
+    layout: Layout,
+    memory: File,
+    eventfds: Vec<Vec<Arc<Bell>>>,
+) -> Result<SharedRegion, BrokerError> {
+    let words = map(&memory, layout.region_size)?;
+    let read_only = memory::read_only(&memory)
+        .map_err(BrokerError::system("open the region's memory for reading"))?;
+    let (memory, read_only) = (Arc::new(memory), Arc::new(read_only));
+    Ok(SharedRegion::new(
+        layout, memory, read_only, words, eventfds,
+    ))
+}
+
+/// Maps the memory of a slot's session, if there is any, and stores it for the next broker.
+fn store_session(
+    descriptors: &DescriptorStore,
+    slot: u32,
+    size: u64,
+    memory: Option<File>,
+) -> Result<Option<Region>, BrokerError> {
+    let Some(memory) = memory else {
+        return Ok(None);
+    };
+    let region = map(&memory, size)?;
+    descriptors.store(name::session(slot), Arc::new(memory));
+    Ok(Some(region))
+}
+
+fn map(memory: &File, size: u64) -> Result<Region, BrokerError> {
+    Ok(Mapping::new(copy(memory)?, size, Access::ReadWrite)?.region())
+}
+
+fn copy(file: &File) -> Result<File, BrokerError> {
+    file.try_clone()
+        .map_err(BrokerError::system("copy a descriptor"))
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The successor's end of a hand-over: it asks the running broker for all descriptors, and tells it
+//! to retire once it is ready to serve.
+
+use std::path::Path;
+
+use crate::control::client::{Control, ControlError};
+use crate::control::message::{Answer, Ask};
+use crate::persistence::Inheritance;
+
+/// A running broker that hands over.
+pub struct Predecessor {
+    control: Control,
+    /// Its descriptors.
+    pub inheritance: Inheritance,
+}
+
+impl Predecessor {
+    /// Asks the broker at a control socket for its descriptors.
+    pub fn ask(path: &Path) -> Result<Self, ControlError> {
+        let control = Control::connect(path).map_err(|error| match error {
+            ControlError::NoBroker { path } => ControlError::NobodyToReplace { path },
+            error => error,
+        })?;
+        let mut inheritance = Inheritance::new();
+        loop {
+            let (answer, descriptors) = control.ask(Ask::HandOver)?;
+            match answer {
+                Answer::Inheritance { names, last } if names.len() == descriptors.len() => {
+                    inheritance.extend(names.into_iter().zip(descriptors));
+                    if last {
+                        return Ok(Predecessor {
+                            control,
+                            inheritance,
+                        });
+                    }
+                }
+                _ => return Err(control.not_a_broker("it hands over something else")),
+            }
+        }
+    }
+
+    /// Ends the predecessor. From here on its successor serves.
+    pub fn retire(self) -> Result<(), ControlError> {
+        match self.control.ask(Ask::Retire)? {
+            (Answer::Done, _) => Ok(()),
+            _ => Err(self.control.not_a_broker("it does not retire")),
+        }
+    }
+}

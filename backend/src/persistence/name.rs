@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The names of stored descriptors. Brokers of different versions exchange them, so they stay.
+
+/// The number of a host app's connection, by which its claims are known.
+pub type ClientId = u64;
+
+/// The region's memory.
+pub const MEMORY: &str = "memory";
+/// The memory of the [persisted state](super::state).
+pub const STATE: &str = "ledger";
+/// The control socket that the broker listens at.
+pub const CONTROL: &str = "control";
+
+/// Names the socket that the broker listens at for a slot's VM.
+pub fn slot(slot: u32) -> String {
+    format!("slot-{slot}")
+}
+
+/// Names the lock of a listening socket.
+pub fn lock(listener: &str) -> String {
+    format!("{listener}-lock")
+}
+
+/// Names an eventfd.
+pub fn eventfd(peer: u32, vector: u32) -> String {
+    format!("bell-{peer}-{vector}")
+}
+
+/// Names the connection of a slot's VM.
+pub fn vm(slot: u32) -> String {
+    format!("vm-{slot}")
+}
+
+/// Names the session memory of a slot whose transport has one.
+pub fn session(slot: u32) -> String {
+    format!("session-{slot}")
+}
+
+/// Names a descriptor of a slot's session, by the name that the transport gives it.
+pub fn part(slot: u32, what: &str) -> String {
+    format!("part-{slot}-{what}")
+}
+
+/// Tells whether a name is one of a session's descriptors.
+pub fn is_part(name: &str) -> bool {
+    name.starts_with("part-")
+}
+
+/// Returns the slot whose VM a descriptor belongs to, if it belongs to one.
+pub fn parse_slot(name: &str) -> Option<u32> {
+    let rest = name
+        .strip_prefix("part-")
+        .or_else(|| name.strip_prefix("vm-"))?;
+    rest.split('-').next()?.parse().ok()
+}
+
+/// Names the connection of a host app.
+pub fn client(client: ClientId) -> String {
+    format!("client-{client}")
+}
+
+/// Returns the host app whose connection has a name, if it is one.
+pub fn parse_client(name: &str) -> Option<ClientId> {
+    name.strip_prefix("client-")?.parse().ok()
+}

@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The persisted state: all that a broker must know to continue where a predecessor was killed, at
+//! whatever instruction. It is in memory of its own, which no VM and no host app sees, as words
+//! that are each stored whole.
+//!
+//! The first page is the superblock, as the region has it. The second page has the broker's own
+//! words, of which each slot and the roster see their own part.
+
+use std::fs::File;
+
+use barlink_protocol::wire::layout::{
+    End, Layout, LayoutError, MAX_CHANNELS, MAX_SLOTS, PAGE_SIZE, presence,
+};
+use barlink_protocol::{Ordering, state};
+
+use super::name::ClientId;
+use crate::memory::{self, Access, Mapping, MemoryError, Region};
+
+const SIZE: u64 = 2 * PAGE_SIZE;
+
+const EPOCH: u64 = PAGE_SIZE;
+/// Claims so far.
+const CLAIMS: u64 = PAGE_SIZE + 8;
+/// Host apps so far.
+const CLIENTS: u64 = PAGE_SIZE + 16;
+/// By slot: VMs so far.
+const VMS: u64 = PAGE_SIZE + 64;
+/// By slot: the number of the connected VM, 0 for none.
+const CONNECTIONS: u64 = VMS + 8 * MAX_SLOTS as u64;
+/// By slot: the progress of the connected VM's handshake; see [`Handshake`].
+const HANDSHAKES: u64 = CONNECTIONS + 8 * MAX_SLOTS as u64;
+/// By channel and end: the holder word.
+const HOLDERS: u64 = PAGE_SIZE + 512;
+/// By channel and end: the host app that holds it, 0 for none.
+const OWNERS: u64 = PAGE_SIZE + 2048;
+
+/// The progress of a VM's handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handshake {
+    /// No message was sent.
+    New,
+    /// The number of messages that are pending; 0 when the handshake is complete.
+    Pending(u64),
+    /// The number of pending messages, or one more than that: the broker was killed while it sent
+    /// one.
+    Torn(u64),
+}
+
+impl Handshake {
+    fn encode(self) -> u64 {
+        match self {
+            Handshake::New => u64::MAX,
+            Handshake::Pending(pending) => pending << 1,
+            Handshake::Torn(pending) => pending << 1 | 1,
+        }
+    }
+
+    fn decode(word: u64) -> Self {
+        match word {
+            u64::MAX => Handshake::New,
+            word if word.is_multiple_of(2) => Handshake::Pending(word >> 1),
+            word => Handshake::Torn(word >> 1),
+        }
+    }
+}
+
+/// The memory of the persisted state.
+pub struct PersistedState {
+    memory: File,
+    words: Words,
+}
+
+impl PersistedState {
+    /// Creates the state of a new broker, for a region of this layout.
+    pub fn create(layout: &Layout) -> Result<Self, MemoryError> {
+        let persisted = Self::over(memory::create(SIZE)?)?;
+        state::publish(&persisted.words.0, layout);
+        Ok(persisted)
+    }
+
+    /// Opens a predecessor's state, and reads the layout of its region.
+    pub fn open(memory: File) -> Result<(Self, Result<Layout, LayoutError>), MemoryError> {
+        let persisted = Self::over(memory)?;
+        let page = persisted.words.0.page(0);
+        // The layout itself is the only source of the size: there is no region to compare it with.
+        let layout = Layout::decode(&page, page[2]);
+        Ok((persisted, layout))
+    }
+
+    fn over(memory: File) -> Result<Self, MemoryError> {
+        let copy = memory.try_clone().map_err(|source| MemoryError::File {
+            what: "copy the descriptor of",
+            size: SIZE,
+            source,
+        })?;
+        let words = Words(Mapping::new(copy, SIZE, Access::ReadWrite)?.region());
+        Ok(PersistedState { memory, words })
+    }
+
+    /// Returns the memory, for the next broker.
+    pub fn memory(&self) -> &File {
+        &self.memory
+    }
+
+    /// Returns the words of the roster. There is one owner.
+    pub fn roster(&self) -> RosterWords {
+        RosterWords(self.words.clone())
+    }
+
+    /// Returns the words of a slot. There is one owner.
+    pub fn slot(&self, slot: u32) -> SlotWords {
+        SlotWords {
+            words: self.words.clone(),
+            slot,
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Words(Region);
+
+impl Words {
+    fn load(&self, offset: u64) -> u64 {
+        self.0.load(offset)
+    }
+
+    /// Stores a word in program order, which is all that a successor can observe.
+    fn store(&self, offset: u64, word: u64) {
+        self.0.word(offset).store(word, Ordering::Release);
+    }
+
+    fn next(&self, offset: u64) -> u64 {
+        let next = self.load(offset) + 1;
+        self.store(offset, next);
+        next
+    }
+}
+
+/// The persisted words of one slot. Their owner has a lock for them.
+pub struct SlotWords {
+    words: Words,
+    slot: u32,
+}
+
+impl SlotWords {
+    fn offset(&self, first: u64) -> u64 {
+        first + 8 * u64::from(self.slot)
+    }
+
+    /// Assigns a number to a new VM of the slot.
+    pub fn next_connection(&self) -> u64 {
+        self.words.next(self.offset(VMS))
+    }
+
+    /// Returns the number of the connected VM, 0 for none.
+    pub fn connection(&self) -> u64 {
+        self.words.load(self.offset(CONNECTIONS))
+    }
+
+    /// Sets the number of the connected VM.
+    pub fn set_connection(&self, connection: u64) {
+        self.words.store(self.offset(CONNECTIONS), connection);
+    }
+
+    /// Returns the progress of the connected VM's handshake.
+    pub fn handshake(&self) -> Handshake {
+        Handshake::decode(self.words.load(self.offset(HANDSHAKES)))
+    }
+
+    /// Sets the progress of the connected VM's handshake.
+    pub fn set_handshake(&self, handshake: Handshake) {
+        self.words
+            .store(self.offset(HANDSHAKES), handshake.encode());
+    }
+}
+
+/// The persisted words of the roster. Its lock is theirs.
+pub struct RosterWords(Words);
+
+impl RosterWords {
+    /// Returns the broker's epoch.
+    pub fn epoch(&self) -> u64 {
+        self.0.load(EPOCH)
+    }
+
+    /// Sets the broker's epoch.
+    pub fn set_epoch(&self, epoch: u64) {
+        self.0.store(EPOCH, epoch);
+    }
+
+    /// Assigns a number to a claim: never 0, and of 32 bits.
+    pub fn next_claim(&self) -> u64 {
+        self.0.next(CLAIMS) % u64::from(u32::MAX) + 1
+    }
+
+    /// Assigns a number to a host app.
+    pub fn next_client(&self) -> ClientId {
+        self.0.next(CLIENTS)
+    }
+
+    /// Returns the host app that holds an end, and its holder word.
+    pub fn holder(&self, channel: usize, end: End) -> Option<(ClientId, u64)> {
+        let place = presence::holder(channel, end);
+        let owner = self.0.load(OWNERS + place);
+        (owner != 0).then(|| (owner, self.0.load(HOLDERS + place)))
+    }
+
+    /// Sets the holder of an end. The owner is stored last, because it makes the entry valid.
+    pub fn set_holder(&self, channel: usize, end: End, owner: ClientId, word: u64) {
+        let place = presence::holder(channel, end);
+        self.0.store(HOLDERS + place, word);
+        self.0.store(OWNERS + place, owner);
+    }
+
+    /// Clears the holder of an end.
+    pub fn clear_holder(&self, channel: usize, end: End) {
+        self.0.store(OWNERS + presence::holder(channel, end), 0);
+    }
+}
+
+const _: () = assert!(HANDSHAKES + 8 * MAX_SLOTS as u64 <= HOLDERS);
+const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= OWNERS);
+const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= SIZE);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHANNELS: usize = 3;
+
+    /// Reads the broker's own words.
+    fn words(state: &PersistedState) -> Vec<u64> {
+        state.words.0.page(PAGE_SIZE).into()
+    }
+
+    /// Creates the state of a successor that finds these words.
+    fn successor(words: &[u64]) -> PersistedState {
+        let state = PersistedState::over(memory::create(SIZE).unwrap()).unwrap();
+        for (offset, word) in (PAGE_SIZE..).step_by(8).zip(words) {
+            state.words.store(offset, *word);
+        }
+        state
+    }
+
+    type Facts = (u64, Vec<u64>, Vec<Option<(ClientId, u64)>>);
+
+    /// Reads all facts: the epoch, the connections, the holders.
+    fn facts(state: &PersistedState) -> Facts {
+        let roster = state.roster();
+        let ends = (0..CHANNELS).flat_map(|channel| {
+            [End::Producer, End::Consumer].map(|end| roster.holder(channel, end))
+        });
+        let ends = ends.collect();
+        let slots = 0..MAX_SLOTS;
+        let connections = slots.map(|slot| state.slot(slot).connection());
+        (roster.epoch(), connections.collect(), ends)
+    }
+
+    /// A call is one store, which is done or not. A new holder is two stores, in the order that
+    /// [`RosterWords::set_holder`] gives them: the first alone changes no fact, over whatever an
+    /// earlier holder left there.
+    #[test]
+    fn kill_at_any_store_leaves_whole_calls() {
+        let state = successor(&[]);
+        let (roster, slot) = (state.roster(), state.slot(3));
+        let channel = CHANNELS - 1;
+        let calls: [(&str, &dyn Fn()); 9] = [
+            ("epoch", &|| roster.set_epoch(1)),
+            ("number of a VM", &|| assert_eq!(slot.next_connection(), 1)),
+            ("connection", &|| slot.set_connection(1)),
+            ("number of an app", &|| assert_eq!(roster.next_client(), 1)),
+            ("number of a claim", &|| assert_eq!(roster.next_claim(), 2)),
+            ("holder", &|| {
+                roster.set_holder(channel, End::Consumer, 1, 2 << 32 | 7);
+            }),
+            ("no holder", &|| roster.clear_holder(channel, End::Consumer)),
+            ("another holder", &|| {
+                roster.set_holder(channel, End::Consumer, 2, 3 << 32 | 8);
+            }),
+            ("no connection", &|| slot.set_connection(0)),
+        ];
+        for (name, call) in calls {
+            let (before, facts_before) = (words(&state), facts(&state));
+            call();
+            let (after, facts_after) = (words(&state), facts(&state));
+            let changed: Vec<_> = (0..after.len())
+                .filter(|&index| before[index] != after[index])
+                .collect();
+            assert_eq!(facts(&successor(&before)), facts_before, "{name}");
+            assert_eq!(facts(&successor(&after)), facts_after, "{name}");
+            match changed[..] {
+                [_] => (),
+                // The owner, which is stored last, is behind the holder words.
+                [holder, owner] if name.ends_with("holder") => {
+                    let place = |word: u64| ((word - PAGE_SIZE) / 8) as usize;
+                    assert!(holder < place(OWNERS) && owner >= place(OWNERS));
+                    let mut half = before.clone();
+                    half[holder] = after[holder];
+                    assert_eq!(facts(&successor(&half)), facts_before, "{name}");
+                }
+                _ => panic!("{name} changed {changed:?}"),
+            }
+        }
+    }
+}

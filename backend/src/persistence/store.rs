@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The descriptors that outlive a broker. Each is stored under a name, here and with the service
+//! manager, if one stores descriptors for the broker (`FDSTORE` of `sd_notify(3)`). A successor
+//! receives them by these names.
+#![expect(
+    unsafe_code,
+    reason = "takes ownership of descriptors that the service manager passed"
+)]
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::warn;
+use parking_lot::Mutex;
+use rustix::fs::FlockOperation;
+use rustix::net::Shutdown;
+
+use super::manager::{Manager, Notice};
+use super::token_bucket::TokenBucket;
+use super::{Inheritance, Stored, name};
+
+/// The stored descriptors of this broker.
+pub struct DescriptorStore {
+    stored: Mutex<BTreeMap<String, Stored>>,
+    manager: Option<Arc<Manager>>,
+    /// The messages to the service manager that the VM of each slot has caused.
+    buckets: Mutex<BTreeMap<u32, TokenBucket>>,
+}
+
+impl DescriptorStore {
+    /// Creates an empty store, and connects to the service manager, if there is one. The manager
+    /// has the descriptors of an inheritance.
+    pub fn connect(inheritance: &Inheritance) -> Self {
+        let present = inheritance.keys().cloned().collect();
+        DescriptorStore {
+            stored: Mutex::default(),
+            manager: Manager::connect(present).map(Arc::new),
+            buckets: Mutex::default(),
+        }
+    }
+
+    /// Starts the thread that sends the service manager, if there is one, the messages that its
+    /// socket does not take at once.
+    pub fn start(&self) -> io::Result<()> {
+        self.manager.as_ref().map_or(Ok(()), Manager::start)
+    }
+
+    /// Tells the service manager that the broker serves, after all that it is to store.
+    pub fn ready(&self) {
+        if let Some(manager) = &self.manager {
+            manager.notify(Notice::Ready);
+        }
+    }
+
+    /// Waits until the service manager has been sent all that it is to store of a slot's VM, or of
+    /// all parties: a second at most.
+    pub fn wait(&self, slot: Option<u32>) {
+        if let Some(manager) = &self.manager {
+            manager.wait(slot);
+        }
+    }
+
+    /// Sends the service manager a change of a name, if it stores descriptors.
+    fn notify(&self, name: &str, notice: Notice) {
+        let Some(manager) = self.manager.as_ref().filter(|manager| manager.stores) else {
+            return;
+        };
+        if let Some(slot) = name::parse_slot(name) {
+            let now = Instant::now();
+            let mut buckets = self.buckets.lock();
+            let bucket = buckets.entry(slot);
+            bucket.or_insert_with(|| TokenBucket::new(now)).take(now);
+        }
+        manager.notify(notice);
+    }
+
+    /// Returns how long the threads that serve a slot's VM must wait before they cause another
+    /// message to the service manager.
+    pub fn delay(&self, slot: u32) -> Duration {
+        let buckets = self.buckets.lock();
+        let bucket = buckets.get(&slot);
+        bucket.map_or(Duration::ZERO, |bucket| bucket.delay(Instant::now()))
+    }
+
+    /// Stores a descriptor until it is removed. Does not wait for the service manager.
+    pub fn store(&self, name: String, descriptor: Stored) {
+        let notice = Notice::Store(name.clone(), Arc::clone(&descriptor));
+        self.notify(&name, notice);
+        let before = self.stored.lock().insert(name, descriptor);
+        // Dropped without the lock: a descriptor can be slow to close.
+        drop(before);
+    }
+
+    /// Removes a descriptor. Does not wait for the service manager.
+    pub fn remove(&self, name: &str) {
+        // Dropped at the end, without the lock.
+        let removed = self.stored.lock().remove(name);
+        if removed.is_some() {
+            self.remove_of_predecessor(name);
+        }
+    }
+
+    /// Removes a descriptor that a predecessor stored and this broker has not.
+    pub fn remove_of_predecessor(&self, name: &str) {
+        self.notify(name, Notice::Remove(name.to_owned()));
+    }
+
+    /// Finds a stored descriptor.
+    pub fn find(&self, name: &str) -> Option<Stored> {
+        self.stored.lock().get(name).cloned()
+    }
+
+    /// Lists all stored descriptors.
+    pub fn all(&self) -> Vec<(String, Stored)> {
+        let stored = self.stored.lock();
+        stored
+            .iter()
+            .map(|(name, descriptor)| (name.clone(), Arc::clone(descriptor)))
+            .collect()
+    }
+}
+
+/// Takes the descriptors that the service manager stored. There are none after a first start, or
+/// after a broker that was killed before it served.
+///
+/// The program calls this once, before it opens any descriptor.
+pub fn inherited() -> io::Result<Inheritance> {
+    let mut inheritance = Inheritance::new();
+    for (descriptor, name) in sd_notify::listen_fds_with_names()? {
+        // SAFETY: the service manager passed this descriptor to this process (`LISTEN_PID`) for it
+        // to own, each under a number of its own, and no other code took it, since this is called
+        // once and first.
+        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        // The newest of a name comes first, and is the valid one.
+        inheritance.entry(name).or_insert(descriptor);
+    }
+    if !inheritance.is_empty() && !inheritance.contains_key(name::STATE) {
+        // The persisted state is stored last, so no VM or host app has any of these.
+        warn!("the service manager kept less than a broker is made of: beginning anew");
+        discard(std::mem::take(&mut inheritance));
+    }
+    Ok(inheritance)
+}
+
+/// Makes the service manager remove these descriptors. It may do so later, so they are made useless
+/// first: the sockets and locks at their paths then look as a dead process leaves them.
+fn discard(inheritance: Inheritance) {
+    let manager = Manager::connect(inheritance.keys().cloned().collect());
+    for (name, descriptor) in inheritance {
+        // Each call fails for the kinds of descriptors that it is not for.
+        let _ = rustix::fs::flock(&descriptor, FlockOperation::NonBlockingUnlock);
+        let _ = rustix::net::shutdown(&descriptor, Shutdown::Both);
+        if let Some(manager) = &manager {
+            manager.notify(Notice::Remove(name));
+        }
+    }
+    // The broker serves no client yet, so it can wait.
+    if let Some(manager) = manager {
+        manager.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, BorrowedFd};
+    use std::sync::Weak;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    /// A descriptor whose close is counted, if the store is not locked meanwhile.
+    struct Watched {
+        descriptor: OwnedFd,
+        store: Weak<DescriptorStore>,
+        closed: Arc<AtomicU32>,
+    }
+
+    impl AsFd for Watched {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.descriptor.as_fd()
+        }
+    }
+
+    impl Drop for Watched {
+        fn drop(&mut self) {
+            let store = self.store.upgrade();
+            if store.is_some_and(|store| store.stored.try_lock().is_some()) {
+                self.closed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    #[test]
+    fn store_closes_descriptors_without_its_lock() {
+        let store = Arc::new(DescriptorStore::connect(&Inheritance::new()));
+        let closed = Arc::new(AtomicU32::new(0));
+        let replace = || {
+            let watched = Watched {
+                descriptor: std::io::pipe().unwrap().0.into(),
+                store: Arc::downgrade(&store),
+                closed: Arc::clone(&closed),
+            };
+            store.store("one".to_owned(), Arc::new(watched));
+        };
+        replace();
+        replace();
+        assert_eq!(closed.load(Ordering::Relaxed), 1, "replaced");
+        store.remove("one");
+        assert_eq!(closed.load(Ordering::Relaxed), 2, "removed");
+    }
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A limit on the log lines that other processes can cause: a few a second are written, the rest
+//! are counted.
+
+use std::collections::BTreeMap;
+use std::fmt::Arguments;
+use std::time::{Duration, Instant};
+
+use log::Level;
+use parking_lot::Mutex;
+
+/// The origin of the lines in the log.
+const TARGET: &str = "barlink::broker";
+/// Lines that each account may write in an [`INTERVAL`].
+const LINES: u32 = 5;
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Most accounts that are counted at a time. Further users share one.
+const ACCOUNTS: usize = 64;
+
+/// Log limit for host apps that are not admitted, and for failures to accept.
+pub static NOT_ADMITTED: RateLimit = RateLimit::new();
+/// Log limit for rejected VMs and rejected requests.
+pub static REJECTED: RateLimit = RateLimit::new();
+/// Log limit for clients that connect and disconnect.
+pub static CONNECTIONS: RateLimit = RateLimit::new();
+/// Log limit for descriptors that the service manager does not store.
+pub static NOT_STORED: RateLimit = RateLimit::new();
+/// Log limit for host apps that leave without releasing their claims.
+pub static UNRELEASED_CLAIMS: RateLimit = RateLimit::new();
+
+/// The party that causes a log line. Each has a limit of its own, so that none hides the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Account {
+    /// The VMs of a slot.
+    Slot(u32),
+    /// A user.
+    User(u32),
+    /// All other parties together.
+    Others,
+}
+
+/// One kind of log line, with a count for each account.
+#[derive(Debug)]
+pub struct RateLimit(Mutex<BTreeMap<Account, Window>>);
+
+#[derive(Debug)]
+struct Window {
+    start: Instant,
+    lines: u32,
+}
+
+impl Window {
+    fn is_over(&self, now: Instant) -> bool {
+        now.duration_since(self.start) >= INTERVAL
+    }
+}
+
+impl RateLimit {
+    const fn new() -> Self {
+        RateLimit(Mutex::new(BTreeMap::new()))
+    }
+
+    /// Logs a message, unless the account has used up its lines.
+    pub fn log(&self, account: Account, level: Level, message: Arguments<'_>) {
+        if let Some(left_out) = self.count(account, Instant::now()) {
+            if left_out > 0 {
+                log::log!(target: TARGET, level, "{left_out} more like the following were not logged");
+            }
+            log::log!(target: TARGET, level, "{message}");
+        }
+    }
+
+    /// Counts a line. Returns how many lines were left out before it, or `None` if this one is left
+    /// out, too.
+    fn count(&self, account: Account, now: Instant) -> Option<u32> {
+        let mut windows = self.0.lock();
+        if windows.len() >= ACCOUNTS {
+            windows.retain(|_, window| !window.is_over(now));
+        }
+        let is_full = windows.len() >= ACCOUNTS && !windows.contains_key(&account);
+        let account = if is_full { Account::Others } else { account };
+        let fresh = || Window {
+            start: now,
+            lines: 0,
+        };
+        let window = windows.entry(account).or_insert_with(fresh);
+        let mut left_out = 0;
+        if window.is_over(now) {
+            left_out = window.lines.saturating_sub(LINES);
+            *window = fresh();
+        }
+        window.lines = window.lines.saturating_add(1);
+        (window.lines <= LINES).then_some(left_out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logged(limit: &RateLimit, account: Account, times: usize, now: Instant) -> Vec<u32> {
+        (0..times)
+            .filter_map(|_| limit.count(account, now))
+            .collect()
+    }
+
+    #[test]
+    fn flood_is_a_few_lines_and_a_count() {
+        let limit = RateLimit::new();
+        let start = Instant::now();
+        let first = logged(&limit, Account::User(7), 1000, start);
+        assert_eq!(first, [0; LINES as usize]);
+        let next = logged(&limit, Account::User(7), 2, start + INTERVAL);
+        assert_eq!(next, [1000 - LINES, 0]);
+    }
+
+    #[test]
+    fn flood_hides_no_other_account() {
+        let limit = RateLimit::new();
+        let now = Instant::now();
+        logged(&limit, Account::Slot(0), 1000, now);
+        assert_eq!(logged(&limit, Account::Slot(1), 1, now), [0]);
+        assert_eq!(logged(&limit, Account::User(0), 1, now), [0]);
+    }
+
+    #[test]
+    fn many_accounts_take_bounded_memory() {
+        let limit = RateLimit::new();
+        let now = Instant::now();
+        let lines = (0..1000).map(|user| logged(&limit, Account::User(user), 1, now).len());
+        assert_eq!(lines.sum::<usize>(), ACCOUNTS + LINES as usize);
+        assert_eq!(limit.0.lock().len(), ACCOUNTS + 1);
+        let later = now + INTERVAL;
+        assert_eq!(logged(&limit, Account::User(1000), 1, later), [0]);
+        assert_eq!(limit.0.lock().len(), 1);
+    }
+}

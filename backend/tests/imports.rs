@@ -1,0 +1,284 @@
+//! The direction of imports between the parts of `backend/src`, which docs/architecture.md shows.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// The parts, from the lowest to the highest, and the parts that each imports. A part is a module
+/// or a folder. The files of a folder that are in no other part belong to the folder's part.
+const PARTS: &[(&str, &[&str])] = &[
+    ("memory", &[]),
+    ("bell", &[]),
+    ("rate_limit", &[]),
+    ("control", &["memory"]),
+    ("attachment", &["control", "memory", "events"]),
+    ("events", &["bell", "attachment"]),
+    ("socket", &["rate_limit"]),
+    ("persistence", &["memory", "rate_limit", "socket"]),
+    (
+        "slot",
+        &["memory", "bell", "rate_limit", "socket", "persistence"],
+    ),
+    (
+        "transport",
+        &[
+            "memory",
+            "bell",
+            "rate_limit",
+            "socket",
+            "persistence",
+            "slot",
+        ],
+    ),
+    ("broker/plan", &[]),
+    ("broker/confine", &[]),
+    ("broker/policy", &["socket"]),
+    ("broker/reply", &["control"]),
+    (
+        "broker/state",
+        &["control", "persistence", "slot", "broker/policy"],
+    ),
+    (
+        "broker/accept",
+        &[
+            "bell",
+            "rate_limit",
+            "socket",
+            "slot",
+            "transport",
+            "broker/policy",
+            "broker/state",
+        ],
+    ),
+    ("broker/error", &["memory", "broker/plan", "broker/accept"]),
+    (
+        "broker/takeover",
+        &[
+            "memory",
+            "bell",
+            "rate_limit",
+            "control",
+            "socket",
+            "persistence",
+            "slot",
+            "broker/policy",
+            "broker/reply",
+            "broker/state",
+            "broker/accept",
+            "broker/error",
+        ],
+    ),
+    (
+        "broker/control",
+        &[
+            "rate_limit",
+            "control",
+            "socket",
+            "persistence",
+            "slot",
+            "broker/reply",
+            "broker/state",
+            "broker/accept",
+            "broker/takeover",
+        ],
+    ),
+    (
+        "broker",
+        &[
+            "socket",
+            "persistence",
+            "slot",
+            "transport",
+            "broker/plan",
+            "broker/confine",
+            "broker/policy",
+            "broker/state",
+            "broker/accept",
+            "broker/error",
+            "broker/takeover",
+            "broker/control",
+        ],
+    ),
+    // The program, whose modules import the library by its name.
+    ("args", &[]),
+    ("commands", &["args"]),
+];
+
+/// The circles that remain, by part and import.
+const CIRCLES: &[(&str, &str)] = &[("attachment", "events")];
+
+/// Finds the part of a module.
+fn part_of(module: &[String]) -> Option<&'static str> {
+    let path = module.join("/");
+    let is_in = |part: &str| path == part || path.starts_with(&format!("{part}/"));
+    let parts = PARTS.iter().map(|(part, _)| *part);
+    parts
+        .filter(|part| is_in(part))
+        .max_by_key(|part| part.len())
+}
+
+/// Collects the modules of a folder: each one's path and its source.
+fn collect(folder: &Path, module: &[String], found: &mut Vec<(Vec<String>, String)>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        if path.is_dir() {
+            collect(&path, &[module, &[name]].concat(), found);
+            continue;
+        }
+        let own = match name.as_str() {
+            "lib" | "main" => continue,
+            "mod" => module.to_vec(),
+            _ => [module, &[name]].concat(),
+        };
+        found.push((own, std::fs::read_to_string(path).unwrap()));
+    }
+}
+
+/// Returns the code of a module, without comments and unit tests.
+fn code(source: &str) -> String {
+    let (code, _) = source
+        .split_once("#[cfg(test)]\nmod tests")
+        .unwrap_or((source, ""));
+    let lines = code.lines().map(str::trim);
+    let lines = lines.filter(|line| !line.starts_with("//"));
+    lines.map(|line| format!("{line}\n")).collect()
+}
+
+/// Expands the braces of an import: `a::{b, c::d}` is `a::b` and `a::c::d`.
+fn expand(import: &str) -> Vec<String> {
+    let Some((start, rest)) = import.split_once('{') else {
+        return vec![import.trim().to_owned()];
+    };
+    let (inner, _) = rest.rsplit_once('}').unwrap();
+    let (mut depth, mut items) = (0, vec![String::new()]);
+    for character in inner.chars() {
+        match character {
+            ',' if depth == 0 => items.push(String::new()),
+            _ => {
+                depth += i32::from(character == '{') - i32::from(character == '}');
+                items.last_mut().unwrap().push(character);
+            }
+        }
+    }
+    let items = items.iter().map(|item| item.trim());
+    let items = items.filter(|item| !item.is_empty());
+    items
+        .flat_map(|item| expand(&format!("{}{item}", start.trim())))
+        .collect()
+}
+
+/// Resolves a path to the module or item of this crate that it names. Returns `None` for other
+/// crates.
+fn resolve(path: &str, module: &[String]) -> Option<Vec<String>> {
+    let mut segments = path.split("::").map(str::trim).peekable();
+    let mut resolved = match segments.next()? {
+        "crate" => Vec::new(),
+        "self" => module.to_vec(),
+        "super" => module[..module.len() - 1].to_vec(),
+        _ => return None,
+    };
+    while segments.next_if_eq(&"super").is_some() {
+        resolved.pop();
+    }
+    let names = segments.map(|segment| {
+        let name = segment.split(|c: char| !c.is_alphanumeric() && c != '_');
+        name.clone().next().unwrap_or_default().to_owned()
+    });
+    resolved.extend(names.filter(|name| !name.is_empty()));
+    Some(resolved)
+}
+
+/// Lists the paths that a module's code uses: imports, and paths within the code.
+fn paths(code: &str) -> Vec<String> {
+    let mut paths = Vec::new();
+    for (start, _) in code.match_indices("use ") {
+        let line = code[..start].rsplit('\n').next().unwrap_or_default();
+        let is_import = line.is_empty() || (line.starts_with("pub") && line.ends_with([' ', ')']));
+        if is_import && let Some((import, _)) = code[start + 4..].split_once(';') {
+            paths.extend(expand(import));
+        }
+    }
+    for (start, _) in code.match_indices("crate::") {
+        let path = &code[start..];
+        let end = path.find(|c: char| !c.is_alphanumeric() && c != '_' && c != ':');
+        paths.push(path[..end.unwrap_or(path.len())].to_owned());
+    }
+    paths
+}
+
+#[test]
+fn imports_point_one_way() {
+    let mut modules = Vec::new();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    collect(&source, &[], &mut modules);
+    let (mut wrong, mut used) = (Vec::new(), BTreeSet::new());
+    for (module, source) in &modules {
+        let part = part_of(module).unwrap_or_else(|| panic!("{module:?} is in no part"));
+        let (_, allowed) = PARTS.iter().find(|(name, _)| *name == part).unwrap();
+        for path in paths(&code(source)) {
+            let imported = resolve(&path, module).and_then(|resolved| part_of(&resolved));
+            let Some(imported) = imported.filter(|imported| *imported != part) else {
+                continue;
+            };
+            used.insert((part, imported));
+            if !allowed.contains(&imported) {
+                wrong.push(format!("{} imports {path}", module.join("/")));
+            }
+        }
+    }
+    for (part, allowed) in PARTS {
+        let unused = allowed
+            .iter()
+            .filter(|import| !used.contains(&(*part, **import)));
+        wrong.extend(unused.map(|import| format!("{part} does not import {import}")));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn parts_import_lower_parts_only() {
+    for (index, (part, allowed)) in PARTS.iter().enumerate() {
+        for import in *allowed {
+            let is_lower = PARTS[..index].iter().any(|(lower, _)| lower == import);
+            let is_named = CIRCLES.contains(&(*part, *import));
+            assert!(is_lower || is_named, "{part} may import {import}");
+        }
+    }
+}
+
+#[test]
+fn architecture_shows_parts() {
+    let document = include_str!("../../docs/architecture.md");
+    for (part, allowed) in PARTS {
+        let names: Vec<_> = allowed.iter().map(|name| format!("`{name}`")).collect();
+        let row = format!("| `{part}` | {} |", names.join(", "));
+        let row = row.replace("|  |", "| |");
+        assert!(
+            document.contains(&row),
+            "docs/architecture.md has no row:\n{row}"
+        );
+    }
+}
+
+#[test]
+fn paths_are_found_and_resolved() {
+    let code = "pub use self::a::{B, c::{D, E}};\nfn f() { crate::g::h(); }\n";
+    let found = [
+        "self::a::B",
+        "self::a::c::D",
+        "self::a::c::E",
+        "crate::g::h",
+    ];
+    assert_eq!(paths(code), found);
+    let module = ["a", "b", "c"].map(str::to_owned);
+    for (path, expected) in [
+        ("crate::g::h", Some("g/h")),
+        ("self::d", Some("a/b/c/d")),
+        ("super::d as e", Some("a/b/d")),
+        ("super::super::d", Some("a/d")),
+        ("std::io", None),
+    ] {
+        let resolved = resolve(path, &module).map(|path| path.join("/"));
+        assert_eq!(resolved.as_deref(), expected, "{path}");
+    }
+}
