@@ -8,12 +8,12 @@ mod commands;
 use std::process::ExitCode;
 
 use args::{Cli, Command};
-use barlink::AttachError;
-use barlink::broker::{BrokerError, SocketError};
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
-use barlink::events::EventError;
+use barlink::host::AttachError;
+use barlink::host::EventError;
 use barlink::protocol::stream::StreamError;
+use barlink_broker::broker::{BrokerError, SocketError};
 use commands::Misuse;
 use log::LevelFilter;
 

@@ -10,8 +10,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use args::Cli;
-use barlink_guest::protocol::stream::StreamError;
-use barlink_guest::{DeviceError, EventError};
+use barlink::guest::{DeviceError, EventError};
+use barlink::protocol::stream::StreamError;
 
 fn main() -> ExitCode {
     let cli: Cli = barlink_cli::parse();

@@ -18,10 +18,10 @@ use super::limit::{Account, COMING_AND_GOING, LOST, REFUSED, TURNED_AWAY, limite
 use super::shared::ClientId;
 use super::store::name;
 use super::{Listener, PAUSE, Peer, Place, Shared, Wish, handover};
-use crate::control::message::{
+use barlink::control::message::{
     Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
-use crate::control::packet::PacketSocket;
+use barlink::control::packet::PacketSocket;
 
 /// Host apps at once.
 const MAX_CLIENTS: usize = 64;

@@ -25,8 +25,8 @@ use super::limit::{Account, COMING_AND_GOING, REFUSED, TURNED_AWAY, limited};
 use super::slot::Slot;
 use super::store::name;
 use super::{Listener, PAUSE, Peer, Shared, rights};
-use crate::bell::Bell;
 use crate::transport::{Departure, Refusal, Transport, TransportError};
+use barlink::bell::Bell;
 
 /// How long a VM that has hung up may take to be noticed, and how often that is looked at.
 const NOTICE: Duration = Duration::from_secs(1);

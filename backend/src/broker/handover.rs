@@ -19,9 +19,9 @@ use rustix::event::{PollFd, PollFlags};
 use super::limit::{REFUSED, limited};
 use super::store::{self, Inheritance, Kept, name};
 use super::{BrokerError, Peer, Shared};
-use crate::control::client::{Control, ControlError};
-use crate::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
-use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
+use barlink::control::client::{Control, ControlError};
+use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
+use barlink::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 
 /// How long a VM may take to come in, or to come to the end of a message: longer than a session waits for the rest of one.
 const SETTLING: Duration = Duration::from_millis(2500);

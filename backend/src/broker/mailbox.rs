@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use log::debug;
 
-use crate::bell::Bell;
-use crate::control::message::{Answer, Refusal, Reply, VERSION};
-use crate::control::packet::PacketSocket;
+use barlink::bell::Bell;
+use barlink::control::message::{Answer, Refusal, Reply, VERSION};
+use barlink::control::packet::PacketSocket;
 
 /// Most requests that wait for one VM: more than there are host apps, of which each waits for its answer.
 const MAX_WAITING: usize = 128;

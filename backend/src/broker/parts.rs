@@ -18,8 +18,8 @@ use super::shared::ClientId;
 use super::socket::{Listener, SocketError};
 use super::store::{DescriptorStore, Inheritance, name};
 use super::{BrokerError, Policy};
-use crate::bell::Bell;
 use crate::memory::{self, Access, Mapping, Region};
+use barlink::bell::Bell;
 
 /// See the module. All of it is in the store.
 pub struct Parts {

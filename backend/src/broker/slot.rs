@@ -12,9 +12,9 @@ use super::Shared;
 use super::ledger::Greeting;
 use super::mailbox::{Mailbox, Wish};
 use super::store::{Kept, name};
-use crate::bell::Bell;
-use crate::control::message::{BufferStatus, GuestMemoryStatus, Refusal};
 use crate::memory::{Access, Region};
+use barlink::bell::Bell;
+use barlink::control::message::{BufferStatus, GuestMemoryStatus, Refusal};
 
 /// The connection of a slot's VM, for the threads of a library that serves it.
 pub struct Connection {

@@ -14,8 +14,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use barlink::Access;
 use barlink::control::client::ControlError;
-use barlink::{Access, AttachError, Attachment};
+use barlink::host::{AttachError, Attachment};
 
 use crate::args::{Command, Which};
 

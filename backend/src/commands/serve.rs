@@ -8,9 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use barlink::broker::handover::Predecessor;
-use barlink::broker::{Broker, Config, End, Policy, store};
-use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
+use barlink_broker::broker::handover::Predecessor;
+use barlink_broker::broker::{Broker, Config, End, Policy, store};
+use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use indicatif::BinaryBytes;
 use log::{info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};

@@ -4,12 +4,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::Stdio;
 
+use barlink::Access;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Answer, Ask, Refusal, Side};
+use barlink::host::{AttachError, Attachment};
 use barlink::protocol::ChannelError;
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::channel;
-use barlink::{Access, AttachError, Attachment};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect,
@@ -491,11 +492,8 @@ fn looking_gives_no_right_to_write() {
         .unwrap();
     assert!(matches!(answer, Answer::Region(_)));
     assert!(rustix::io::pwrite(&memory[0], b"x", 0).is_err());
-    let mapped = barlink::memory::Mapping::new(
-        memory[0].try_clone().unwrap().into(),
-        64 << 20,
-        Access::ReadWrite,
-    );
+    let mapped =
+        barlink::memory::Mapping::new(memory[0].try_clone().unwrap(), 64 << 20, Access::ReadWrite);
     assert!(mapped.is_err());
 }
 
@@ -522,7 +520,7 @@ fn who_only_looks_holds_no_end() {
 fn memory_that_is_not_sealed_is_not_mapped() {
     let file = rustix::fs::memfd_create("unsealed", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
     rustix::fs::ftruncate(&file, 4096).unwrap();
-    let error = barlink::memory::Mapping::new(file.into(), 4096, Access::ReadOnly).unwrap_err();
+    let error = barlink::memory::Mapping::new(file, 4096, Access::ReadOnly).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the region's memory is not safe to use: its file can still be shortened"

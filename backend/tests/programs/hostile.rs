@@ -2,13 +2,14 @@
 
 use std::os::fd::AsRawFd;
 
+use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask, MAX_PACKET, Side};
 use barlink::control::packet::PacketSocket;
+use barlink::host::{Receiver, Sender};
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::channel;
 use barlink::protocol::{ChannelError, Sent, Wakeup};
-use barlink::{Access, Receiver, Sender};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;

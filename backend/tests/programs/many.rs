@@ -100,7 +100,7 @@ impl Vms {
 /// Where the raw window begins.
 fn raw_window(brokers: &Brokers, name: &str) -> u64 {
     let control: &Path = &brokers.path(&format!("barlink/{name}.sock"));
-    let attachment = barlink::Attachment::connect(control, barlink::Access::ReadOnly);
+    let attachment = barlink::host::Attachment::connect(control, barlink::Access::ReadOnly);
     attachment.unwrap().layout().raw_offset
 }
 

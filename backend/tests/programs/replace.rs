@@ -5,12 +5,13 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use barlink::broker::store;
+use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
+use barlink::host::Attachment;
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::{BROKER_PAGE, presence};
-use barlink::{Access, Attachment};
+use barlink_broker::broker::store;
 use rustix::process::Signal;
 
 use crate::service::ServiceManager;

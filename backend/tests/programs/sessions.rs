@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use barlink::broker::{Broker, Config, End, Policy, Slot};
-use barlink::transport::{Departure, Ivshmem, Refusal, Transport, TransportError};
-use barlink::{Access, Attachment};
+use barlink::Access;
+use barlink::host::Attachment;
+use barlink_broker::broker::{Broker, Config, End, Policy, Slot};
+use barlink_broker::transport::{Departure, Ivshmem, Refusal, Transport, TransportError};
 
 use crate::support::*;
 use crate::vmm::{connect_to, handshake, has_nothing};

@@ -4,7 +4,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use barlink::{Access, Attachment};
+use barlink::Access;
+use barlink::host::Attachment;
 use rustix::process::Signal;
 
 pub use crate::process::*;

@@ -2,9 +2,9 @@
 
 use std::os::unix::fs::FileExt;
 
-use barlink::AttachError;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Ask, BufferStatus, MAX_COPY, Refusal};
+use barlink::host::AttachError;
 use rustix::fs::SealFlags;
 
 use crate::service::ServiceManager;

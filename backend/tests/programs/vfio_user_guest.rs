@@ -4,9 +4,9 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use barlink::AttachError;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Ask, GuestMemoryStatus, MAX_COPY, Refusal};
+use barlink::host::AttachError;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 

@@ -8,9 +8,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use barlink::broker::handover::Predecessor;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask, Side};
+use barlink_broker::broker::handover::Predecessor;
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::process::Signal;

@@ -4,8 +4,8 @@
 
 use std::sync::{Arc, LazyLock};
 
-use barlink::broker::{Broker, Config, Peer, Policy, Shared};
-use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
+use barlink_broker::broker::{Broker, Config, Peer, Policy, Shared};
+use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use rustix::fs::{Mode, OFlags};
 
 /// VMs connect from here.

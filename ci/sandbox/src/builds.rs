@@ -32,9 +32,9 @@ pub const NATIVE_TARGET: &str = "x86_64-unknown-linux-gnu";
 pub struct Programs {
     /// What the initramfs with them is called.
     name: &'static str,
-    /// The host's.
+    /// The packages of the host's programs.
     host: &'static [&'static str],
-    /// The guest's.
+    /// The packages of the guest's programs.
     guest: &'static [&'static str],
 }
 
@@ -42,35 +42,37 @@ impl Programs {
     /// What packages are made of.
     pub const PACKAGED: Self = Self {
         name: "package",
-        host: &["barlink"],
+        host: &[BROKER],
         guest: &["barlink-guest"],
     };
     /// What the demo shows.
     pub const DEMO: Self = Self {
         name: "demo",
-        host: &["barlink"],
+        host: &[BROKER],
         guest: &["barlink-guest", AGENT],
     };
     /// The programs that the parts `crash-…` of `cargo xtask soak` kill.
     pub const CRASH: Self = Self {
         name: "crash",
-        host: &["barlink", CRASH_LOAD],
+        host: &[BROKER, CRASH_LOAD],
         guest: &["barlink-guest", AGENT, CRASH_LOAD],
     };
     /// What `cargo xtask bench` measures.
     pub const BENCH: Self = Self {
         name: "bench",
-        host: &["barlink", BENCH_LOAD, ICEORYX2_LOAD],
+        host: &[BROKER, BENCH_LOAD, ICEORYX2_LOAD],
         guest: &["barlink-guest", AGENT, BENCH_LOAD],
     };
     /// What the tests need.
     pub const TEST: Self = Self {
         name: "test",
-        host: &["barlink", BENCH_LOAD],
+        host: &[BROKER, BENCH_LOAD],
         guest: &["barlink-guest", AGENT, "barlink-driver-checks"],
     };
 }
 
+/// The package of the program `barlink`.
+const BROKER: &str = "barlink-broker";
 /// What runs commands in the guest.
 const AGENT: &str = "barlink-agent";
 /// What `cargo xtask bench` measures.

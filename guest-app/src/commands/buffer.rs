@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{Read, Write, stdin, stdout};
 
 use anyhow::{Context, Result, ensure};
-use barlink_guest::{Device, EventError};
+use barlink::guest::{Device, EventError};
 
 use crate::args;
 

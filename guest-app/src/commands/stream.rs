@@ -6,11 +6,11 @@ use std::error::Error;
 use std::io;
 
 use anyhow::{Context, Result};
+use barlink::guest::{Device, EventError};
+use barlink::protocol::Wakeup;
+use barlink::protocol::cursor::Kind;
+use barlink::protocol::stream::mark;
 use barlink_cli::stream;
-use barlink_guest::protocol::Wakeup;
-use barlink_guest::protocol::cursor::Kind;
-use barlink_guest::protocol::stream::mark;
-use barlink_guest::{Device, EventError};
 use rustix::io::Errno;
 
 use crate::args::{Echo, Recv, Send};

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use barlink_guest::Device;
-use barlink_guest::protocol::Sent;
-use barlink_guest::protocol::cursor::Kind;
-use barlink_guest::protocol::stream::mark;
+use barlink::guest::Device;
+use barlink::protocol::Sent;
+use barlink::protocol::cursor::Kind;
+use barlink::protocol::stream::mark;
 use procfs::{Current, CurrentSI, KernelStats, Meminfo};
 use serde::Serialize;
 

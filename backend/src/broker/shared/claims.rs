@@ -6,7 +6,7 @@ use barlink_protocol::wire::layout::End;
 use barlink_protocol::{PresenceWords, state};
 
 use super::{ClientId, Shared};
-use crate::control::message::Refusal;
+use barlink::control::message::Refusal;
 
 impl Shared {
     /// Gives one end of a channel to a host app.

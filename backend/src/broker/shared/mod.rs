@@ -20,12 +20,12 @@ use super::parts::Parts;
 use super::slot::Slot;
 use super::store::{DescriptorStore, name};
 use super::{Peer, Policy};
-use crate::bell::Bell;
-use crate::control::message::{
-    BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
-};
 use crate::memory::{Access, Region};
 use crate::transport::Transport;
+use barlink::bell::Bell;
+use barlink::control::message::{
+    BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
+};
 
 /// A host app's connection, as the claims know it.
 pub type ClientId = u64;
@@ -223,7 +223,7 @@ impl Shared {
         let connection = ledger.next_vm(slot);
         ledger.set_greeting(slot, Greeting::New);
         ledger.set_connection(slot, connection);
-        status.vm = Some(VmStatus::new(vm, connection));
+        status.vm = Some(VmStatus::new(vm.pid, vm.uid, connection));
         // What was rung for its predecessor is not for this VM, and what that one's driver told is not of it.
         self.bells(slot).iter().for_each(|bell| bell.drain());
         self.end_driver(slot);
@@ -239,7 +239,7 @@ impl Shared {
         if connection == 0 {
             return None;
         }
-        status.vm = Some(VmStatus::new(vm, connection));
+        status.vm = Some(VmStatus::new(vm.pid, vm.uid, connection));
         Some(Slot::new(Arc::clone(self), slot))
     }
 

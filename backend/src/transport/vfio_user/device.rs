@@ -27,7 +27,7 @@ use super::version;
 use super::wire::{DEVICE_INFO, IRQ_INFO, REGION_INFO, REGION_INFO_MAPPABLE, Reply, command};
 use crate::broker::limit::{Account, REFUSED, limited};
 use crate::broker::{Place, Slot, Wish};
-use crate::control::message::{Answer, BufferStatus, Refusal};
+use barlink::control::message::{Answer, BufferStatus, Refusal};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 

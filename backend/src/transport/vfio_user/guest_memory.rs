@@ -29,7 +29,7 @@ use super::request::Fault;
 use crate::broker::Slot;
 use crate::broker::limit::{Account, REFUSED, limited};
 use crate::broker::store::Kept;
-use crate::control::message::GuestMemoryStatus;
+use barlink::control::message::GuestMemoryStatus;
 
 /// Most ranges of one guest that are noted. QEMU has about ten; of a guest with an IOMMU it tells what that maps, which for a DMA buffer
 /// can be one range a page.

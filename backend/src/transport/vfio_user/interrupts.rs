@@ -10,9 +10,9 @@ use log::debug;
 
 use super::memory::Memory;
 use super::request::Fault;
-use crate::bell::Bell;
 use crate::broker::Slot;
 use crate::broker::store::Kept;
+use barlink::bell::Bell;
 
 /// Fewest vectors that the device has, however few the region's channels need, and most.
 pub const MIN_VECTORS: u32 = 16;

@@ -10,8 +10,8 @@ use super::config::{self, ConfigSpace};
 use super::guest_memory::{FileId, MAX_RANGES, Range};
 use super::interrupts::MAX_VECTORS;
 use super::registers::Draft;
-use crate::control::message::BufferStatus;
 use crate::memory::Region;
+use barlink::control::message::BufferStatus;
 
 /// Bytes that a session takes.
 pub const SIZE: u64 = RANGES + (MAX_RANGES as u64 * RANGE).next_multiple_of(PAGE_SIZE);

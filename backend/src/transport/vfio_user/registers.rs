@@ -10,7 +10,7 @@ use barlink_protocol::wire::uapi::{
 };
 
 use super::config::REGISTER_BAR;
-use crate::control::message::BufferStatus;
+use barlink::control::message::BufferStatus;
 
 const INTERRUPT_MASK: usize = 0;
 /// Version of barlink's registers.

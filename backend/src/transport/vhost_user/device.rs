@@ -30,9 +30,9 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::life::watch_this_thread;
 use super::queue::{Memory, Queue, Served};
-use crate::bell::Bell;
 use crate::broker::limit::{Account, REFUSED, limited};
 use crate::broker::{Connection, Slot};
+use barlink::bell::Bell;
 
 /// Feature bit of VirtIO 1.
 const VERSION_1: u64 = 1 << 32;

@@ -17,10 +17,10 @@ use rustix::net::{Shutdown, SocketType, sockopt};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::message::{Message, MessageError, limit_waiting};
-use crate::bell::Bell;
 use crate::broker::limit::{Account, REFUSED, limited};
 use crate::transport::shared_memory::is_safe;
 use crate::transport::{Departure, TransportError};
+use barlink::bell::Bell;
 
 /// What descriptors a message brings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use log::debug;
 
-use crate::bell::Bell;
+use barlink::bell::Bell;
 
 thread_local! {
     static LIFE: RefCell<Option<Life>> = const { RefCell::new(None) };

@@ -40,8 +40,8 @@ pub struct Queue {
 
 #[derive(Default)]
 struct Bells {
-    kick: Option<crate::bell::Bell>,
-    call: Option<crate::bell::Bell>,
+    kick: Option<barlink::bell::Bell>,
+    call: Option<barlink::bell::Bell>,
 }
 
 /// What [`Queue::serve`] came upon.
@@ -126,7 +126,7 @@ impl Queue {
     }
 
     fn ring(&self) {
-        if let Some(Err(error)) = self.bells().call.as_ref().map(crate::bell::Bell::ring) {
+        if let Some(Err(error)) = self.bells().call.as_ref().map(barlink::bell::Bell::ring) {
             debug!("a queue's interrupt does not fire: {error}");
         }
     }
@@ -176,11 +176,11 @@ fn wants_interrupt(flags: u16) -> bool {
 }
 
 /// A second descriptor of an eventfd, by which to use it without waiting. The guard has seen that it is one.
-fn bell(file: Option<&File>) -> Option<crate::bell::Bell> {
+fn bell(file: Option<&File>) -> Option<barlink::bell::Bell> {
     let copy = file?.try_clone().inspect_err(|error| {
         debug!("a queue has no eventfd: {error}");
     });
-    Some(crate::bell::Bell::from(std::os::fd::OwnedFd::from(
+    Some(barlink::bell::Bell::from(std::os::fd::OwnedFd::from(
         copy.ok()?,
     )))
 }

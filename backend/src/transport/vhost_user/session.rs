@@ -20,9 +20,9 @@ use vmm_sys_util::epoll::EventSet;
 use super::device::Device;
 use super::guard::Guard;
 use super::inlet;
-use crate::bell::Bell;
 use crate::broker::Slot;
 use crate::transport::{Departure, TransportError};
+use barlink::bell::Bell;
 
 /// Ends the worker, without which the daemon would wait for it for ever.
 struct Ending<'a>(&'a Device);

@@ -5,12 +5,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use barlink::{Access, AttachError, Attachment};
+use barlink::Access;
+use barlink::guest::{Device, DeviceError};
+use barlink::host::{AttachError, Attachment};
 use barlink_bench_load::{
     Answer, Ask, Build, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawMode, RawReceive, RawSend,
     Receive, Ring, Send, Wait, Watch, idle,
 };
-use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::End::{Consumer, Producer};
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};

@@ -5,11 +5,11 @@
 #![no_main]
 
 use barlink::Access;
-use barlink::broker::Shared;
 use barlink::control::message::{
     Answer, Ask, MAX_PACKET, Refusal, RegionInfo, Reply, Request, VERSION,
 };
 use barlink::protocol::wire::layout::End;
+use barlink_broker::broker::Shared;
 use barlink_fuzz::broker::SHARED;
 use libfuzzer_sys::fuzz_target;
 

@@ -12,10 +12,10 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
 
-use barlink::broker::{Place, Slot, Wish};
 use barlink::control::message::{Answer, MAX_COPY, MAX_PACKET, Refusal, Reply};
 use barlink::control::packet::PacketSocket;
-use barlink::transport::{Departure, Transport, VfioUser};
+use barlink_broker::broker::{Place, Slot, Wish};
+use barlink_broker::transport::{Departure, Transport, VfioUser};
 use barlink_fuzz::broker::{PEER, VFIO_USER, next_descriptor};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;

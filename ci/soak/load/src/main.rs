@@ -9,12 +9,13 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
+use barlink::Access;
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
-use barlink::{Access, AttachError, Attachment};
+use barlink::guest::{Device, DeviceError};
+use barlink::host::{AttachError, Attachment};
 use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, produce};
 use barlink_driver_checks::make_second_node;
-use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::{End, Layout};
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
 use clap::{Args, Parser, ValueEnum};

@@ -8,24 +8,24 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::uapi::{CacheMode, Info};
-use clap::ValueEnum;
 use rustix::io::Errno;
 
-use crate::mapping::Mapping;
+use crate::guest::device::{map_in, region};
+use crate::memory::Mapping;
 
 /// In which cache mode a region is to be mapped. While a mapping of it lives, all are in one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cache {
-    /// As the region's mappings that live, whosever they are; noncached if there are none
+    /// The mode of the region's live mappings, whichever process has them; noncached if there are none.
     #[default]
     Same,
-    /// Noncached: each access is one of the bus's; shown as uncached-minus
+    /// Noncached: each access is one of the bus's. It is reported as uncached-minus.
     Noncached,
-    /// Write-combining: stores are gathered, loads are as noncached ones; shown so
+    /// Write-combining: stores are gathered, and loads are as noncached ones.
     WriteCombining,
-    /// Write-back, as the guest's own memory; needs a device above 4 GiB, else uncached-minus is shown
+    /// Write-back, as the guest's own memory. It needs a device above 4 GiB, or uncached-minus is granted.
     WriteBack,
-    /// The fastest that the guest's kernel grants, by a short measurement; `same` if the region is mapped
+    /// The fastest mode that the guest's kernel grants, by a short measurement; [`Cache::Same`] if the region is mapped.
     Auto,
 }
 
@@ -102,7 +102,7 @@ impl Choice {
                 return Ok(Choice::SAME);
             }
             let size = before.mappable_size.min(WINDOW) as usize;
-            let mapping = match Mapping::new(&file, size, cache.mode()) {
+            let mapping = match map_in(&file, size, cache.mode()) {
                 Err(Errno::BUSY) => return Ok(Choice::SAME),
                 mapping => mapping.map_err(&failed)?,
             };
@@ -122,7 +122,7 @@ impl Choice {
 /// Bytes a second of the fastest of many copies, since what held up the others was somebody else. Nothing is written: all of
 /// the region can be in use.
 fn read_speed(mapping: &Mapping, granted: u32) -> f64 {
-    let region = mapping.region(granted);
+    let region = region(mapping, granted);
     let mut bytes = [0; PART];
     let parts = (region.size() as usize / PART).max(1);
     let length = PART.min(region.size() as usize);
@@ -201,14 +201,10 @@ mod tests {
     }
 
     #[test]
-    fn names_are_those_of_the_option() {
-        for cache in Cache::value_variants() {
-            let value = cache
-                .to_possible_value()
-                .map(|value| value.get_name().to_owned());
-            assert_eq!(value.as_deref(), Some(cache.name()));
-            let number = cache.mode().map(|mode| mode as u32);
-            assert!(number.is_none_or(|number| Cache::from_number(number) == Some(*cache)));
+    fn modes_are_found_by_their_numbers() {
+        for cache in Cache::MODES {
+            let number = cache.mode().map(|mode| mode as u32).unwrap();
+            assert_eq!(Cache::from_number(number), Some(cache));
         }
     }
 

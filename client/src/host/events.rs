@@ -12,8 +12,8 @@ use std::time::Duration;
 use barlink_protocol::Events;
 use rustix::event::epoll;
 
-use crate::attachment::Claim;
 use crate::bell::Bell;
+use crate::host::attachment::Claim;
 
 /// Ringing or sleeping failed.
 #[derive(Debug, thiserror::Error)]

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Shared memory as a PCI device, seen from the guest: what `/dev/barlinkN` gives a program.
+//! The guest's side: what `/dev/barlinkN` gives a program.
 //!
 //! ```no_run
-//! use barlink_guest::Device;
-//! use barlink_guest::protocol::cursor::Kind;
+//! use barlink::guest::Device;
+//! use barlink::protocol::cursor::Kind;
 //!
 //! let device = Device::open("/dev/barlink0".as_ref())?;
 //! let mut sender = device.sender("up")?;
@@ -21,11 +21,8 @@ mod buffer;
 mod cache;
 mod device;
 mod events;
-mod mapping;
 
-pub use barlink_protocol as protocol;
 pub use buffer::Buffer;
 pub use cache::{Cache, Choice};
 pub use device::{Device, DeviceError, Receiver, Sender};
 pub use events::{EventError, Interrupts};
-pub use mapping::{Mapping, Region};

@@ -76,7 +76,7 @@ impl Events for Interrupts {
     type Error = EventError;
 
     fn ring(&mut self) -> Result<(), EventError> {
-        crate::device::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
+        crate::guest::device::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
     }
 
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {

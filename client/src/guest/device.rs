@@ -9,17 +9,17 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use barlink_protocol::wire::layout::{End, Layout, LayoutError, PAGE_SIZE};
-use barlink_protocol::wire::uapi::{self, Info};
+use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use barlink_protocol::{ChannelError, state};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl};
 
-use crate::buffer::Buffer;
-use crate::cache::{Cache, Choice};
-use crate::events::{EventError, Interrupts};
-use crate::mapping::{Mapping, Region};
+use crate::guest::buffer::Buffer;
+use crate::guest::cache::{Cache, Choice};
+use crate::guest::events::{EventError, Interrupts};
+use crate::memory::{Access, Mapping, Region};
 
 /// The producer's end of a channel, in the guest.
 pub type Sender = barlink_protocol::Sender<Mapping, Interrupts>;
@@ -194,7 +194,7 @@ impl Device {
         let mapping = map(&file, path, size, cache)?;
         // It is known once something is mapped.
         let granted = info(&file, path)?.granted;
-        let layout = state::read_layout(&mapping.region(granted), before.region_size);
+        let layout = state::read_layout(&region(&mapping, granted), before.region_size);
         let layout = layout.map_err(|source| DeviceError::Layout {
             path: path.to_owned(),
             source,
@@ -226,7 +226,7 @@ impl Device {
 
     /// The region's words, without the drivers' pages at its end.
     pub fn region(&self) -> Region {
-        self.mapping.region(self.granted)
+        region(&self.mapping, self.granted)
     }
 
     /// Waits until the device is gone, unbound or unplugged: its mappings have lost their memory then.
@@ -346,17 +346,38 @@ fn open(path: &Path) -> Result<File, DeviceError> {
     })
 }
 
+/// Maps the first bytes of a device's region, in a cache mode, or without one in that of the region's mappings that live.
+pub(super) fn map_in(file: &File, size: usize, mode: Option<CacheMode>) -> Result<Mapping, Errno> {
+    let map = uapi::Map {
+        cache: mode.map_or(0, |mode| mode as u32),
+        flags: 0,
+    };
+    // SAFETY: `MAP` takes a `Map`, and reads it during the call.
+    unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }?;
+    Mapping::map(file, size, Access::ReadWrite)
+}
+
+/// Returns a mapping as the words of a region that was granted this cache mode, a [`CacheMode`]. Where it is write-combining,
+/// or unknown, the region orders its accesses itself.
+pub(super) fn region(mapping: &Mapping, granted: u32) -> Region {
+    let region = mapping.region();
+    match CacheMode::from_number(granted) {
+        None | Some(CacheMode::WriteCombining) => region.over_write_combining(),
+        Some(_) => region,
+    }
+}
+
 /// Times that a mapping is tried whose mode is that of others, which can come and go between two looks of the driver.
 const TRIES: u32 = 10;
 
 fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, DeviceError> {
     let busy = |error: &Errno| *error == Errno::BUSY;
-    let mut result = Mapping::new(file, size, cache.mode());
+    let mut result = map_in(file, size, cache.mode());
     for _ in 1..TRIES {
         if cache != Cache::Same || !result.as_ref().is_err_and(busy) {
             break;
         }
-        result = Mapping::new(file, size, None);
+        result = map_in(file, size, None);
     }
     match result {
         Err(error) if busy(&error) => {

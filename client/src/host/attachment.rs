@@ -2,7 +2,6 @@
 
 //! A host app's place at a broker: the region, and the ends of channels that it claims.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +13,7 @@ use base64::prelude::BASE64_STANDARD;
 
 use crate::control::client::{Control, ControlError};
 use crate::control::message::{Answer, Ask, MAX_COPY, Refusal, Status};
-use crate::events::{Bells, EventError};
+use crate::host::events::{Bells, EventError};
 use crate::memory::{Access, Mapping, MemoryError, Region};
 
 /// Largest channel all of whose pages are made present at its claim: the first lap through it takes a tenth of the time
@@ -101,7 +100,7 @@ impl Attachment {
             source,
         })?;
         let [memory] = take(&control, descriptors)?;
-        let mapping = Mapping::new(File::from(memory), layout.region_size, access)?;
+        let mapping = Mapping::new(memory, layout.region_size, access)?;
         Ok(Attachment {
             control: Arc::new(control),
             layout,

@@ -6,12 +6,11 @@
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 
-use barlink_protocol::region::Region as Words;
 use barlink_protocol::wire::uapi;
 use rustix::io::Errno;
 use rustix::ioctl::{Updater, ioctl};
 
-use crate::mapping::{Mapping, Region};
+use crate::memory::{Access, Mapping, Region};
 
 /// A buffer, mapped. It ends when it is dropped, with all clones of its [`region`](Buffer::region).
 #[derive(Clone, Debug)]
@@ -22,7 +21,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// As [`crate::Device::buffer`].
+    /// As [`super::Device::buffer`].
     pub(crate) fn new(file: &File, size: u64) -> Result<Self, Errno> {
         let mut told = uapi::Buffer {
             size,
@@ -34,7 +33,7 @@ impl Buffer {
             OwnedFd::from_raw_fd(told.descriptor)
         };
         let size = usize::try_from(size).map_err(|_| Errno::INVAL)?;
-        let region = Words::new(Mapping::plain(&descriptor, size)?);
+        let region = Mapping::map(&descriptor, size, Access::ReadWrite)?.region();
         Ok(Buffer { region, told })
     }
 

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Side;
-use crate::broker::Peer;
 
 /// Who is there, by the broker's own knowledge.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -71,11 +70,11 @@ pub struct GuestMemoryStatus {
 }
 
 impl VmStatus {
-    /// The VM of this VMM.
-    pub fn new(vmm: Peer, connection: u64) -> Self {
+    /// Describes the VM of a VMM, by the VMM's process ID and user ID.
+    pub fn new(pid: i32, uid: u32, connection: u64) -> Self {
         VmStatus {
-            pid: vmm.pid,
-            uid: vmm.uid,
+            pid,
+            uid,
             connection,
             guest_memory: None,
             buffer: None,
