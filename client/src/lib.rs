@@ -2,37 +2,48 @@
 
 //! Shared memory as a PCI device, for programs on both of its sides.
 //!
-//! [`host`] attaches to a broker's region, and [`guest`] opens the device that a guest sees. On both sides a program claims
-//! an end of a channel, and sends or receives records in the shared memory itself.
+//! A broker on the host owns a region of memory. A VM sees it as a device, and host apps attach to the broker. Both sides send and
+//! receive records in the shared memory itself, over channels that have one [`Sender`] and one [`Receiver`].
+//!
+//! | for | see |
+//! |---|---|
+//! | a program on the host | [`host::connect`] |
+//! | a program in the guest | [`guest::open`] |
+//! | options of a channel's end | [`ChannelOptions`] |
+//! | byte streams and files | [`Sender::stream`], [`Receiver::stream`], [`stream`] |
+//! | several channels at once | the descriptors of [`Sender`] and [`Receiver`] |
+//! | a look at a channel that another program receives | [`host::Tap`] |
+//! | errors | [`Error::kind`] |
 //!
 //! ```no_run
-//! use barlink::host::Attachment;
-//! use barlink::protocol::{Wakeup, cursor::Kind};
-//! use barlink::Access;
+//! use barlink::host;
 //!
-//! let broker = Attachment::connect("/run/barlink/default.sock".as_ref(), Access::ReadWrite)?;
-//! // A record, copied into the channel to the guest. `draft` instead makes room to fill in place.
-//! let _ = broker.sender("down")?.send(Kind::USER, b"a command", None)?;
-//! // Records from the guest, where they stand.
-//! let mut receiver = broker.receiver("up")?;
-//! loop {
-//!     if receiver.wait(None)? == Wakeup::Ready
-//!         && let Some(record) = receiver.record()
-//!     {
-//!         let mut bytes = vec![0; record.length()];
-//!         record.copy_to(0, &mut bytes);
-//!         println!("record {}: {bytes:?}", record.header().sequence);
-//!         receiver.release()?;
-//!     }
+//! let broker = host::connect("default")?;
+//! for record in broker.receiver("up")?.iter() {
+//!     println!("{:?}", record?.bytes);
 //! }
-//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # Ok::<(), barlink::Error>(())
 //! ```
 
 pub mod bell;
 pub mod control;
+mod doorbell;
+mod error;
 pub mod guest;
 pub mod host;
 pub mod memory;
+mod options;
+mod readiness;
+mod receiver;
+mod sender;
+pub mod stream;
 
 pub use barlink_protocol as protocol;
+pub use barlink_protocol::Strategy;
+pub use barlink_protocol::cursor::Kind;
+pub use doorbell::Doorbells;
+pub use error::{ChannelError, Error, ErrorKind, EventError};
 pub use memory::Access;
+pub use options::{ChannelOptions, Side};
+pub use receiver::{Iter, OwnedRecord, Receiver, Record, RingReceiver};
+pub use sender::{Reservation, RingSender, Sender, Sent};

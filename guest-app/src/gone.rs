@@ -9,7 +9,7 @@
 
 use std::io;
 
-use barlink::guest::EventError;
+use barlink::EventError;
 use signal_hook::consts::SIGBUS;
 use signal_hook::low_level::{exit, register};
 

@@ -237,7 +237,7 @@ pub struct Record<'a, M> {
     payload: u64,
 }
 
-impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
+impl<'a, M: Deref<Target = [AtomicU64]>> Record<'a, M> {
     /// Its header.
     pub fn header(&self) -> &Header {
         &self.header
@@ -250,6 +250,11 @@ impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
 
     /// The payload, as words that can still change; the last one is padded with zeros by an honest producer.
     pub fn words(&self) -> &[AtomicU64] {
+        self.region.words(self.payload, self.length())
+    }
+
+    /// Returns the same words for as long as the consumer is borrowed.
+    pub fn into_words(self) -> &'a [AtomicU64] {
         self.region.words(self.payload, self.length())
     }
 

@@ -136,9 +136,9 @@ impl Capacity {
     }
 }
 
-/// What a record is. Numbers below 256 are barlink's; 256 to 65534 are the user's own.
+/// The type of a record's content. Numbers below 256 are barlink's; 256 to 65534 are the user's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kind(pub u16);
+pub struct Kind(u16);
 
 impl Kind {
     /// Bytes of a stream.
@@ -149,6 +149,19 @@ impl Kind {
     pub const BEGIN: Kind = Kind(3);
     /// First kind that is the user's own.
     pub const USER: Kind = Kind(256);
+    /// Returns the kind with this number: `None` for 0 and 65535, which no record has.
+    pub const fn new(number: u16) -> Option<Self> {
+        match number {
+            0 | u16::MAX => None,
+            number => Some(Kind(number)),
+        }
+    }
+
+    /// Returns the number.
+    pub const fn number(self) -> u16 {
+        self.0
+    }
+
     /// No record: the rest of the data area is skipped.
     pub(crate) const PAD: Kind = Kind(u16::MAX);
 }
@@ -177,7 +190,7 @@ impl Header {
     }
 
     /// The header that these words say, of which [`Header::check_words`] tells whether they are one.
-    pub(crate) const fn from_words(words: [u64; 3]) -> Self {
+    pub const fn from_words(words: [u64; 3]) -> Self {
         Header {
             length: words[0] as u32,
             kind: Kind((words[0] >> 32) as u16),
@@ -187,7 +200,7 @@ impl Header {
     }
 
     /// Whether these words say no more than a header.
-    pub(crate) const fn check_words(words: [u64; 3]) -> Result<(), Corrupt> {
+    pub const fn check_words(words: [u64; 3]) -> Result<(), Corrupt> {
         if words[0] >> 48 != 0 {
             return Err(Corrupt("a record's header has bits that mean nothing"));
         }

@@ -288,6 +288,22 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         self.padded = offset + bytes.len() as u32;
     }
 
+    /// Returns the word of the payload with this index, as it was written before.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such word.
+    pub fn word(&self, index: u32) -> u64 {
+        assert!(
+            index < self.length.div_ceil(8),
+            "word {index} of a reservation of {} bytes",
+            self.length
+        );
+        self.producer
+            .region
+            .load(self.payload() + 8 * u64::from(index))
+    }
+
     /// Lets the kernel fill the payload from a file descriptor. Gives the bytes read, 0 at the end, or the `errno`.
     #[cfg(not(loom))]
     pub fn read_from(&mut self, fd: libc::c_int) -> Result<u32, libc::c_int> {
@@ -317,7 +333,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// If `length` is more than was reserved, or `kind` is 0 or 65535.
     #[inline]
     pub fn stage(self, kind: Kind, length: u32, time: u64) -> &'a mut Producer<M> {
-        assert!(length <= self.length && kind.0 != 0 && kind != Kind::PAD);
+        assert!(length <= self.length && kind.number() != 0 && kind != Kind::PAD);
         if !length.is_multiple_of(8) && length != self.padded {
             self.pad(length);
         }

@@ -337,7 +337,6 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
             ))
         }
         Ask::Claim { channel, end } => {
-            let end = layout::End::from(end);
             shared.claim(id, peer.pid.unsigned_abs(), channel, end)?;
             let bells = claimed_bells(shared, channel, end)?;
             limited!(
@@ -350,7 +349,7 @@ fn answer(ask: &Ask, peer: Peer, id: ClientId, shared: &Shared) -> Result<Answer
             Ok((Answer::Claimed, bells))
         }
         Ask::Release { channel, end } => {
-            shared.release(id, channel, end.into())?;
+            shared.release(id, channel, end)?;
             Ok((Answer::Done, Vec::new()))
         }
         // These are heard elsewhere, and the last only by a broker that hands over.

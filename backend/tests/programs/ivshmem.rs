@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use barlink::Side;
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::{End, MAGIC, channel, presence};
 use barlink::protocol::{Events, state};
@@ -111,7 +112,7 @@ fn vm_without_its_driver_is_not_rung() {
     };
     let attach = || {
         let mut sender = attachment.sender("down").unwrap();
-        let _ = sender.send(Kind::DATA, b"x", None).unwrap();
+        let _ = sender.send(Kind::DATA, b"x").unwrap();
     };
     // The guest's consumer slept when the device was unplugged; its driver had the time to say that it goes.
     let wish = layout.channels()[1].offset + channel::CONSUMER_WISH;
@@ -319,9 +320,10 @@ fn superblock_is_what_the_broker_tells() {
         (64 << 10, true, layout.host())
     );
     let mut sender = attachment.sender("b").unwrap();
-    assert!(sender.events().can_spin() || std::thread::available_parallelism().unwrap().get() == 1);
     assert_eq!(sender.max_record(), (512 << 10) - 24);
-    let _ = sender.send(Kind::DATA, b"x", None).unwrap();
+    let _ = sender.send(Kind::DATA, b"x").unwrap();
+    let sender = sender.into_ring();
+    assert!(sender.events().can_spin() || std::thread::available_parallelism().unwrap().get() == 1);
 }
 
 #[test]

@@ -2,9 +2,9 @@
 
 use std::os::unix::fs::FileExt;
 
+use barlink::Error;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Ask, BufferStatus, MAX_COPY, Refusal};
-use barlink::host::AttachError;
 use rustix::fs::SealFlags;
 
 use crate::service::ServiceManager;
@@ -37,7 +37,7 @@ fn refusal_at(broker: &Broker, slot: u32, offset: u64, length: usize) -> Refusal
         .attach()
         .read_buffer(slot, offset, &mut vec![0; length]);
     match read {
-        Err(AttachError::Control(ControlError::Refused(refusal))) => refusal,
+        Err(Error::Control(ControlError::Refused(refusal))) => refusal,
         other => panic!("{other:?}"),
     }
 }

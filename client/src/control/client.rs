@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use super::packet::PacketSocket;
+use crate::error::ErrorKind;
 
 /// How long a broker may take to answer. It answers at once; what does not is no broker.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -20,6 +21,7 @@ const SILENT: &str = "it does not answer (continue its process if that is stoppe
 
 /// Why a broker could not be asked.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ControlError {
     /// Nothing listens there.
     #[error(
@@ -71,6 +73,21 @@ pub enum ControlError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl ControlError {
+    /// Returns the class of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            ControlError::NoBroker { .. } | ControlError::NobodyToReplace { .. } => {
+                ErrorKind::NotFound
+            }
+            ControlError::Permission { .. } => ErrorKind::PermissionDenied,
+            ControlError::NotABroker { .. } => ErrorKind::Incompatible,
+            ControlError::TurnedAway { .. } | ControlError::Lost { .. } => ErrorKind::Disconnected,
+            ControlError::Refused(refusal) => refusal.kind(),
+        }
+    }
 }
 
 /// A connection to a broker. One request at a time; threads take turns.

@@ -8,26 +8,27 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use barlink_protocol::state;
 use barlink_protocol::wire::layout::{End, Layout, LayoutError, PAGE_SIZE};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
-use barlink_protocol::{ChannelError, state};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl};
 
+use crate::doorbell::Doorbells;
+use crate::error::{Error, ErrorKind};
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
-use crate::guest::events::{EventError, Interrupts};
+use crate::guest::events::DeviceEvents;
 use crate::memory::{Access, Mapping, Region};
+use crate::options::{ChannelOptions, Side, find, sealed};
+use crate::receiver::Receiver;
+use crate::sender::Sender;
 
-/// The producer's end of a channel, in the guest.
-pub type Sender = barlink_protocol::Sender<Mapping, Interrupts>;
-/// The consumer's end of a channel, in the guest.
-pub type Receiver = barlink_protocol::Receiver<Mapping, Interrupts>;
-
-/// Why a device, or an end of one of its channels, cannot be used.
+/// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DeviceError {
     /// There is no such device.
     #[error(
@@ -115,44 +116,22 @@ pub enum DeviceError {
         /// Why not.
         source: io::Error,
     },
-    /// There is no channel of that name.
-    #[error("no channel `{name}` in this region; there are: {known}")]
-    NoChannel {
-        /// The name.
-        name: String,
-        /// The names that there are.
-        known: String,
-    },
-    /// Another process holds the end.
-    #[error("channel `{name}` already has a {end}: stop that process first")]
-    Held {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-    },
-    /// The end is not this VM's.
-    #[error(
-        "the {end} of channel `{name}` is not in this VM: choose another channel (`barlink-guest info` lists them)"
-    )]
-    NotHere {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-    },
-    /// The end was claimed, and cannot be taken up.
-    #[error(
-        "cannot take up the {end} of channel `{name}` (on the host, `barlink reset-channel {name}` empties it)"
-    )]
-    Channel {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-        /// Why not.
-        source: ChannelError<EventError>,
-    },
+}
+
+impl DeviceError {
+    /// Returns the class of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
+            DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
+            DeviceError::Version { .. }
+            | DeviceError::Layout { .. }
+            | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
+            DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
+            DeviceError::BufferSize { .. } => ErrorKind::InvalidInput,
+            DeviceError::System { .. } => ErrorKind::Other,
+        }
+    }
 }
 
 /// A device, open and mapped.
@@ -167,14 +146,8 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens a device, `/dev/barlink0` mostly, and maps all of its region that can be mapped, as it is mapped already.
-    pub fn open(path: &Path) -> Result<Self, DeviceError> {
-        Self::open_as(path, Cache::Same)
-    }
-
-    /// Opens a device, and maps all of its region that can be mapped. The guest's kernel may grant another cache mode than is
-    /// asked for: [`Device::info`] tells.
-    pub fn open_as(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
+    /// Opens a device, and maps all of its region that can be mapped.
+    pub(super) fn open(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
         let choice = (cache == Cache::Auto).then(|| choose(path)).transpose()?;
         let wish = choice.as_ref().map_or(cache, |choice| choice.cache);
         match Self::map(path, wish) {
@@ -215,8 +188,8 @@ impl Device {
     }
 
     /// What the driver says of the device.
-    pub fn info(&self) -> Result<Info, DeviceError> {
-        info(&self.file, &self.path)
+    pub fn info(&self) -> Result<Info, Error> {
+        Ok(info(&self.file, &self.path)?)
     }
 
     /// The region's layout.
@@ -230,59 +203,66 @@ impl Device {
     }
 
     /// Waits until the device is gone, unbound or unplugged: its mappings have lost their memory then.
-    pub fn wait_until_gone(&self) -> Result<(), DeviceError> {
+    pub fn wait_until_gone(&self) -> Result<(), Error> {
         // Of all events these two alone come unasked.
         let mut files = [PollFd::new(&self.file, PollFlags::empty())];
         loop {
             match rustix::event::poll(&mut files, None) {
                 Ok(0) | Err(Errno::INTR) => (),
                 Ok(_) => return Ok(()),
-                Err(error) => return Err(system("wait for", &self.path, error)),
+                Err(error) => return Err(system("wait for", &self.path, error).into()),
             }
         }
     }
 
     /// Has the driver allocate memory that the device can reach by DMA: whole pages, [`uapi::MAX_BUFFER`] bytes at the most. A device has one such
     /// buffer at a time.
-    pub fn buffer(&self, size: u64) -> Result<Buffer, DeviceError> {
+    pub fn buffer(&self, size: u64) -> Result<Buffer, Error> {
         let path = || self.path.clone();
-        Buffer::new(&self.file, size).map_err(|error| match error {
+        let buffer = Buffer::new(&self.file, size).map_err(|error| match error {
             Errno::INVAL => DeviceError::BufferSize { size },
             Errno::BUSY => DeviceError::BufferTaken { path: path() },
             Errno::NOTTY => DeviceError::NoBuffers { path: path() },
             error => system("make a DMA buffer of", &self.path, error),
-        })
+        });
+        Ok(buffer?)
     }
 
-    /// Claims the producer's end of a channel, for as long as the sender lives.
-    pub fn sender(&self, name: &str) -> Result<Sender, DeviceError> {
-        let (index, interrupts) = self.claim(name, End::Producer)?;
-        Sender::attach(self.region(), &self.layout, index, interrupts)
-            .map_err(|source| refused(name, End::Producer, source))
+    /// Claims the sending end of a channel, with the default [`ChannelOptions`].
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state is not valid.
+    pub fn sender(&self, name: &str) -> Result<Sender, Error> {
+        ChannelOptions::new().sender(self, name)
     }
 
-    /// Claims the consumer's end of a channel, for as long as the receiver lives.
-    pub fn receiver(&self, name: &str) -> Result<Receiver, DeviceError> {
-        let (index, interrupts) = self.claim(name, End::Consumer)?;
-        Receiver::attach(self.region(), &self.layout, index, interrupts)
-            .map_err(|source| refused(name, End::Consumer, source))
+    /// Claims the receiving end of a channel, with the default [`ChannelOptions`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Device::sender`].
+    pub fn receiver(&self, name: &str) -> Result<Receiver, Error> {
+        ChannelOptions::new().receiver(self, name)
+    }
+}
+
+impl sealed::Side for Device {
+    const PLACE: &'static str = "on the host, ";
+}
+
+impl Side for Device {
+    fn layout(&self) -> &Layout {
+        &self.layout
     }
 
-    /// Claims an end of a channel for as long as its interrupts live, and gives the channel's index: for a program that
-    /// waits or rings in a way of its own, and attaches a [`Sender`](barlink_protocol::Sender) or
-    /// [`Receiver`](barlink_protocol::Receiver) with that.
-    pub fn claim(&self, name: &str, end: End) -> Result<(usize, Interrupts), DeviceError> {
-        let (index, channel) = self.layout.find(name).ok_or_else(|| {
-            let names = self
-                .layout
-                .channels()
-                .iter()
-                .map(|channel| channel.name.to_string());
-            DeviceError::NoChannel {
-                name: name.to_owned(),
-                known: names.collect::<Vec<_>>().join(", "),
-            }
-        })?;
+    fn region(&self) -> Region {
+        region(&self.mapping, self.granted)
+    }
+
+    fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
+        let index = find(&self.layout, name)?;
+        let channel = &self.layout.channels()[index];
         // A file of its own: the claim ends with it, and it is woken for this channel alone.
         let file = open(&self.path)?;
         let info = info(&file, &self.path)?;
@@ -291,29 +271,25 @@ impl Device {
             end: end as u32,
         };
         // SAFETY: `CLAIM` takes a `Claim`, and reads it during the call.
-        match unsafe { ioctl(&file, Setter::<{ uapi::CLAIM }, _>::new(claim)) } {
-            Ok(()) => (),
-            Err(Errno::BUSY) => {
-                return Err(DeviceError::Held {
-                    name: name.to_owned(),
-                    end,
-                });
-            }
-            Err(Errno::ACCESS) => {
-                return Err(DeviceError::NotHere {
-                    name: name.to_owned(),
-                    end,
-                });
-            }
-            Err(error) => return Err(system("claim an end of a channel of", &self.path, error)),
-        }
+        let claimed = unsafe { ioctl(&file, Setter::<{ uapi::CLAIM }, _>::new(claim)) };
+        claimed.map_err(|error| match error {
+            Errno::BUSY => Error::Held {
+                name: name.to_owned(),
+                end,
+            },
+            Errno::ACCESS => Error::NotHere {
+                name: name.to_owned(),
+                end,
+            },
+            error => system("claim an end of a channel of", &self.path, error).into(),
+        })?;
         let bell = uapi::Doorbell {
             peer: channel.peer(end.other()),
             vector: channel.vector,
         };
         // The driver may have got fewer vectors than the channels have.
         let wakes = channel.vector < info.vectors;
-        Ok((index, Interrupts::new(file, bell, wakes)))
+        Ok((index, DeviceEvents::new(file, bell, wakes).into()))
     }
 }
 
@@ -433,13 +409,5 @@ fn system(what: &'static str, path: &Path, error: Errno) -> DeviceError {
         what,
         path: path.to_owned(),
         source: error.into(),
-    }
-}
-
-fn refused(name: &str, end: End, source: ChannelError<EventError>) -> DeviceError {
-    DeviceError::Channel {
-        name: name.to_owned(),
-        end,
-        source,
     }
 }

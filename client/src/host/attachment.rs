@@ -1,83 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A host app's place at a broker: the region, and the ends of channels that it claims.
+//! A host app's connection to a broker: the region, and the ends of channels that it claims.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use barlink_protocol::ChannelError;
-use barlink_protocol::wire::layout::{End, Layout, LayoutError};
+use barlink_protocol::wire::layout::{End, Layout};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
 use crate::control::client::{Control, ControlError};
 use crate::control::message::{Answer, Ask, MAX_COPY, Refusal, Status};
-use crate::host::events::{Bells, EventError};
-use crate::memory::{Access, Mapping, MemoryError, Region};
+use crate::doorbell::Doorbells;
+use crate::error::Error;
+use crate::host::events::Eventfds;
+use crate::memory::{Access, Mapping, Region};
+use crate::options::{ChannelOptions, Side, find, sealed};
+use crate::receiver::Receiver;
+use crate::sender::Sender;
 
-/// Largest channel all of whose pages are made present at its claim: the first lap through it takes a tenth of the time
-/// then. A larger one would hold up an end for long, and have all of its memory for perhaps one record.
+/// Largest channel whose pages are all made present at its claim: then the first lap through it takes a tenth of the time. A
+/// larger channel would delay its end for long, and use all of its memory for perhaps one record.
 const MAX_POPULATED: u64 = 64 << 20;
 
-/// The producer's end of a channel, on the host.
-pub type Sender = barlink_protocol::Sender<Mapping, Bells>;
-/// The consumer's end of a channel, on the host.
-pub type Receiver = barlink_protocol::Receiver<Mapping, Bells>;
-
-/// Why a host app cannot attach, or cannot have an end of a channel.
-#[derive(Debug, thiserror::Error)]
-pub enum AttachError {
-    /// The broker cannot be asked, or says no.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// The memory that it handed over cannot be used.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The layout that it told cannot be.
-    #[error("the broker at {path} tells a layout that cannot be")]
-    Layout {
-        /// The socket.
-        path: std::path::PathBuf,
-        /// What is wrong.
-        source: LayoutError,
-    },
-    /// There is no channel of that name.
-    #[error("no channel `{name}` in this region; there are: {known}")]
-    NoChannel {
-        /// The name.
-        name: String,
-        /// The names that there are.
-        known: String,
-    },
-    /// Whoever only looks can hold no end: its words could not be written.
-    #[error(
-        "the {end} of channel `{name}` cannot be held by who attached for looking only: attach with `Access::ReadWrite`"
-    )]
-    ReadOnly {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-    },
-    /// Waiting for doorbells cannot be set up.
-    #[error(transparent)]
-    Events(#[from] EventError),
-    /// The end was claimed, and cannot be taken up.
-    #[error(
-        "cannot take up the {end} of channel `{name}` (`barlink reset-channel {name}` empties it)"
-    )]
-    Channel {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-        /// Why not.
-        source: ChannelError<EventError>,
-    },
-}
-
-/// See the module.
+/// A host app's connection to a broker. Ends of channels outlive it.
 #[derive(Debug)]
 pub struct Attachment {
     control: Arc<Control>,
@@ -88,14 +35,18 @@ pub struct Attachment {
 
 impl Attachment {
     /// Attaches to the broker whose control socket is at `path`.
-    pub fn connect(path: &Path, access: Access) -> Result<Self, AttachError> {
+    ///
+    /// # Errors
+    ///
+    /// There is no broker, it refuses, or its region cannot be mapped.
+    pub fn connect(path: &Path, access: Access) -> Result<Self, Error> {
         let control = Control::connect(path)?;
         let (answer, descriptors) = control.ask(Ask::Attach { access })?;
         let Answer::Region(info) = answer else {
             return Err(control.not_a_broker("it answers another question").into());
         };
         // The layout is taken from the broker and not from the region, where a guest can write.
-        let layout = Layout::try_from(&info).map_err(|source| AttachError::Layout {
+        let layout = Layout::try_from(&info).map_err(|source| Error::Layout {
             path: path.to_owned(),
             source,
         })?;
@@ -109,33 +60,36 @@ impl Attachment {
         })
     }
 
-    /// The region's layout.
+    /// Claims the sending end of a channel, with the default [`ChannelOptions`].
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state is not valid.
+    pub fn sender(&self, name: &str) -> Result<Sender, Error> {
+        ChannelOptions::new().sender(self, name)
+    }
+
+    /// Claims the receiving end of a channel, with the default [`ChannelOptions`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attachment::sender`].
+    pub fn receiver(&self, name: &str) -> Result<Receiver, Error> {
+        ChannelOptions::new().receiver(self, name)
+    }
+
+    /// Returns the region's layout.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// The region's words. They are mapped as was asked for: with [`Access::ReadOnly`] a store to them ends the process,
-    /// by SIGSEGV.
+    /// Returns the region's words. With [`Access::ReadOnly`] a store to them ends the process by SIGSEGV.
     pub fn region(&self) -> Region {
         self.mapping.region()
     }
 
-    /// Claims the producer's end of a channel, for as long as the sender lives.
-    pub fn sender(&self, name: &str) -> Result<Sender, AttachError> {
-        let (index, bells) = self.claim(name, End::Producer)?;
-        Sender::attach(self.region(), &self.layout, index, bells)
-            .map_err(|source| refused(name, End::Producer, source))
-    }
-
-    /// Claims the consumer's end of a channel, for as long as the receiver lives.
-    pub fn receiver(&self, name: &str) -> Result<Receiver, AttachError> {
-        let (index, bells) = self.claim(name, End::Consumer)?;
-        Receiver::attach(self.region(), &self.layout, index, bells)
-            .map_err(|source| refused(name, End::Consumer, source))
-    }
-
-    /// Asks the broker who is there.
-    pub fn status(&self) -> Result<Status, AttachError> {
+    /// Asks the broker for its slots and claims.
+    pub fn status(&self) -> Result<Status, Error> {
         match self.control.ask(Ask::Status)? {
             (Answer::Status(status), _) => Ok(status),
             _ => Err(self
@@ -145,9 +99,9 @@ impl Attachment {
         }
     }
 
-    /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on; where the guest has an IOMMU, from one of
-    /// the device's. The guest can change them meanwhile.
-    pub fn read_guest(&self, slot: u32, address: u64, bytes: &mut [u8]) -> Result<(), AttachError> {
+    /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on. Where the guest has an IOMMU, the
+    /// address is one of the device's. The guest can change the bytes meanwhile.
+    pub fn read_guest(&self, slot: u32, address: u64, bytes: &mut [u8]) -> Result<(), Error> {
         self.copy(bytes, |start, length| Ask::ReadGuest {
             slot,
             address: address.saturating_add(start),
@@ -155,8 +109,8 @@ impl Attachment {
         })
     }
 
-    /// Copies bytes out of the DMA buffer of a slot's guest, from an offset on, likewise.
-    pub fn read_buffer(&self, slot: u32, offset: u64, bytes: &mut [u8]) -> Result<(), AttachError> {
+    /// Copies bytes out of the DMA buffer of a slot's guest, from an offset on. The guest can change them meanwhile.
+    pub fn read_buffer(&self, slot: u32, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
         self.copy(bytes, |start, length| Ask::ReadBuffer {
             slot,
             offset: offset.saturating_add(start),
@@ -165,7 +119,7 @@ impl Attachment {
     }
 
     /// Copies bytes, as many as fit into an answer at a time.
-    fn copy(&self, bytes: &mut [u8], ask: impl Fn(u64, usize) -> Ask) -> Result<(), AttachError> {
+    fn copy(&self, bytes: &mut [u8], ask: impl Fn(u64, usize) -> Ask) -> Result<(), Error> {
         let mut start = 0;
         for part in bytes.chunks_mut(MAX_COPY) {
             match self.control.ask(ask(start, part.len()))? {
@@ -188,9 +142,9 @@ impl Attachment {
         Ok(())
     }
 
-    /// Empties a channel that nobody uses. Gives the number of its new generation.
-    pub fn reset(&self, name: &str) -> Result<u64, AttachError> {
-        let channel = self.find(name)?;
+    /// Empties a channel whose ends are free. Returns the number of its new generation.
+    pub fn reset(&self, name: &str) -> Result<u64, Error> {
+        let channel = find(&self.layout, name)?;
         match self.control.ask(Ask::Reset { channel })? {
             (Answer::Reset { generation }, _) => Ok(generation),
             _ => Err(self
@@ -199,37 +153,28 @@ impl Attachment {
                 .into()),
         }
     }
+}
 
-    fn find(&self, name: &str) -> Result<usize, AttachError> {
-        self.layout
-            .find(name)
-            .map(|(index, _)| index)
-            .ok_or_else(|| {
-                let names = self
-                    .layout
-                    .channels()
-                    .iter()
-                    .map(|channel| channel.name.to_string());
-                AttachError::NoChannel {
-                    name: name.to_owned(),
-                    known: names.collect::<Vec<_>>().join(", "),
-                }
-            })
+impl sealed::Side for Attachment {
+    const PLACE: &'static str = "";
+}
+
+impl Side for Attachment {
+    fn layout(&self) -> &Layout {
+        &self.layout
     }
 
-    /// Claims an end of a channel for as long as its doorbells live, and gives the channel's index: for a program that
-    /// waits or rings in a way of its own, and attaches a [`Sender`](barlink_protocol::Sender) or
-    /// [`Receiver`](barlink_protocol::Receiver) with that.
-    pub fn claim(&self, name: &str, end: End) -> Result<(usize, Bells), AttachError> {
-        let channel = self.find(name)?;
+    fn region(&self) -> Region {
+        self.mapping.region()
+    }
+
+    fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
+        let channel = find(&self.layout, name)?;
         if self.access == Access::ReadOnly {
             let name = name.to_owned();
-            return Err(AttachError::ReadOnly { name, end });
+            return Err(Error::ReadOnly { name, end });
         }
-        let (answer, descriptors) = self.control.ask(Ask::Claim {
-            channel,
-            end: end.into(),
-        })?;
+        let (answer, descriptors) = self.control.ask(Ask::Claim { channel, end })?;
         let Answer::Claimed = answer else {
             return Err(self
                 .control
@@ -250,19 +195,12 @@ impl Attachment {
             };
             self.mapping.populate(entry.offset..entry.end(), access);
         }
-        Ok((channel, Bells::new(control, own, other, claim)?))
+        let eventfds = Eventfds::new(control, own, other, claim)?;
+        Ok((channel, eventfds.into()))
     }
 }
 
-fn refused(name: &str, end: End, source: ChannelError<EventError>) -> AttachError {
-    AttachError::Channel {
-        name: name.to_owned(),
-        end,
-        source,
-    }
-}
-
-/// The descriptors that came with an answer, which are so many and no more.
+/// Returns the descriptors that came with an answer, if their number is right.
 fn take<const N: usize>(
     control: &Control,
     descriptors: Vec<OwnedFd>,
@@ -273,7 +211,7 @@ fn take<const N: usize>(
         .map_err(|_| control.not_a_broker(&format!("it sent {count} descriptors, and not {N}")))
 }
 
-/// A claim; dropping it gives the end back.
+/// A claim of an end. Dropping it returns the end to the broker.
 #[derive(Debug)]
 pub struct Claim {
     control: Arc<Control>,
@@ -283,10 +221,10 @@ pub struct Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // A broker that is gone, or that already saw us go, has nothing to release.
+        // A broker that is gone, or that has closed the connection, has nothing to release.
         match self.control.ask(Ask::Release {
             channel: self.channel,
-            end: self.end.into(),
+            end: self.end,
         }) {
             Ok(_)
             | Err(ControlError::Refused(Refusal::NotHeld) | ControlError::TurnedAway { .. }) => (),

@@ -65,7 +65,7 @@ fn a_header_that_changes_is_read_once() {
         sequence: 0,
         time: 5,
     };
-    let kind = u64::from(Kind::USER.0) << 32;
+    let kind = u64::from(Kind::USER.number()) << 32;
     // Shorter; longer than what was committed; longer than the channel; no record.
     for (value, valid) in [
         (8 | kind, true),

@@ -23,7 +23,7 @@ impl Shared {
             let peer = format!("slot {}'s VM", entry.peer(end));
             return Err(Refusal::NotHost {
                 channel: name(),
-                end: end.into(),
+                end,
                 peer,
             });
         }
@@ -31,7 +31,7 @@ impl Shared {
         if let Some((_, word)) = state.ledger.holder(channel, end) {
             return Err(Refusal::Held {
                 channel: name(),
-                end: end.into(),
+                end,
                 pid: word as u32,
             });
         }

@@ -354,7 +354,7 @@ impl Shared {
                 let holder = state.ledger.holder(channel, end);
                 claims.extend(holder.map(|(_, word)| ClaimStatus {
                     channel,
-                    end: end.into(),
+                    end,
                     pid: word as u32,
                 }));
             }

@@ -54,10 +54,10 @@ fn hear(shared: &Shared, client: u64, packet: &[u8]) {
     assert_eq!(Request::parse(&again).as_ref(), Ok(&request.ask));
     let answer = match request.ask {
         Ask::Attach { .. } => Ok(Answer::Region(RegionInfo::from(shared.layout()))),
-        Ask::Claim { channel, end } => claim(shared, client, channel, end.into()),
+        Ask::Claim { channel, end } => claim(shared, client, channel, end),
         Ask::Release { channel, end } => {
-            let holder = holder(shared, channel, end.into());
-            let released = shared.release(client, channel, end.into());
+            let holder = holder(shared, channel, end);
+            let released = shared.release(client, channel, end);
             assert!(released.is_err() || holder == Some(client as u32));
             released.map(|()| Answer::Done)
         }
@@ -95,7 +95,7 @@ fn holder(shared: &Shared, channel: usize, end: End) -> Option<u32> {
     let claims = shared.status().claims;
     let mut claims = claims
         .iter()
-        .filter(|claim| claim.channel == channel && End::from(claim.end) == end);
+        .filter(|claim| claim.channel == channel && claim.end == end);
     let first = claims.next().map(|claim| claim.pid);
     assert!(claims.next().is_none(), "an end has two holders");
     first

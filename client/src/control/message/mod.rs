@@ -6,10 +6,12 @@ mod refusal;
 mod region;
 mod status;
 
+use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
 pub use self::refusal::Refusal;
-pub use self::region::{ChannelInfo, RegionInfo, Side};
+use self::region::EndName;
+pub use self::region::{ChannelInfo, RegionInfo};
 pub use self::status::{
     BufferStatus, ClaimStatus, GuestMemoryStatus, SlotStatus, Status, VmStatus,
 };
@@ -75,14 +77,16 @@ pub enum Ask {
         /// Index of the channel.
         channel: usize,
         /// The end.
-        end: Side,
+        #[serde(with = "EndName")]
+        end: End,
     },
     /// The end of a claim: answered by [`Answer::Done`].
     Release {
         /// Index of the channel.
         channel: usize,
         /// The end.
-        end: Side,
+        #[serde(with = "EndName")]
+        end: End,
     },
     /// Who is there: answered by [`Answer::Status`].
     Status,

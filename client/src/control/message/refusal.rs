@@ -2,9 +2,11 @@
 
 //! Why a broker does not do what it was asked.
 
+use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
-use super::{MAX_COPY, Side, VERSION};
+use super::{EndName, MAX_COPY, VERSION};
+use crate::error::ErrorKind;
 
 /// Why a broker refuses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -33,7 +35,8 @@ pub enum Refusal {
         /// Name of the channel.
         channel: String,
         /// The end.
-        end: Side,
+        #[serde(with = "EndName")]
+        end: End,
         /// Process ID of its holder, on the host.
         pid: u32,
     },
@@ -46,7 +49,8 @@ pub enum Refusal {
         /// Name of the channel.
         channel: String,
         /// The end.
-        end: Side,
+        #[serde(with = "EndName")]
+        end: End,
         /// Whose it is.
         peer: String,
     },
@@ -130,4 +134,26 @@ pub enum Refusal {
     /// The broker could not do it.
     #[error("the broker failed: {0}")]
     Failed(String),
+}
+
+impl Refusal {
+    /// Returns the class of the refusal.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Refusal::Version { .. } | Refusal::Malformed(_) => ErrorKind::Incompatible,
+            Refusal::NoChannel(_)
+            | Refusal::NoSlot(_)
+            | Refusal::NoVm(_)
+            | Refusal::NoGuestMemory(_)
+            | Refusal::NotThere { .. }
+            | Refusal::NoBuffer(_) => ErrorKind::NotFound,
+            Refusal::Held { .. } | Refusal::InUse { .. } | Refusal::Busy => ErrorKind::InUse,
+            Refusal::NotHost { .. }
+            | Refusal::NotHeld
+            | Refusal::OutsideBuffer { .. }
+            | Refusal::MuchData(_) => ErrorKind::InvalidInput,
+            Refusal::NotYours | Refusal::NotOwner => ErrorKind::PermissionDenied,
+            Refusal::Managed | Refusal::Stays { .. } | Refusal::Failed(_) => ErrorKind::Other,
+        }
+    }
 }

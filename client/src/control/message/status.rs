@@ -4,9 +4,10 @@
 
 use std::path::PathBuf;
 
+use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
-use super::Side;
+use super::EndName;
 
 /// Who is there, by the broker's own knowledge.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,7 +89,8 @@ pub struct ClaimStatus {
     /// Index of the channel.
     pub channel: usize,
     /// The end.
-    pub end: Side,
+    #[serde(with = "EndName")]
+    pub end: End,
     /// The holder's process ID.
     pub pid: u32,
 }
