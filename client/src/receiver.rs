@@ -10,7 +10,7 @@ use barlink_protocol::cursor::{Corrupt, Header, Kind};
 use barlink_protocol::{AtomicU64, PresenceWords, Strategy, Wakeup};
 
 use crate::doorbell::Doorbells;
-use crate::error::Error;
+use crate::error::{ChannelError, Error};
 use crate::memory::{Mapping, Region};
 use crate::readiness::Readiness;
 use crate::sender::is_present;
@@ -56,6 +56,9 @@ pub struct Receiver {
     readiness: Readiness,
     region: Region,
     peer: Option<PresenceWords>,
+    /// The header of the last record, and the records that were dropped before it.
+    header: Header,
+    gap: u64,
     /// The sequence number behind the last record.
     next: Option<u64>,
     missed: u64,
@@ -74,6 +77,8 @@ impl Receiver {
             ring,
             region,
             peer,
+            header: Header::from_words([0; 3]),
+            gap: 0,
             next: None,
             missed: 0,
             failed: None,
@@ -206,25 +211,34 @@ impl Receiver {
     /// Reports a release that failed when a record was dropped.
     #[inline]
     fn check(&mut self) -> Result<(), Error> {
-        match self.failed.take() {
+        match &self.failed {
             None => Ok(()),
-            Some(error) => Err(error),
+            Some(_) => self.fail(),
         }
+    }
+
+    #[cold]
+    fn fail(&mut self) -> Result<(), Error> {
+        self.failed.take().map_or(Ok(()), Err)
+    }
+
+    /// Notes that a release failed when a record was dropped.
+    #[cold]
+    fn defer(&mut self, error: ChannelError) {
+        self.failed = Some(error.into());
     }
 
     #[inline]
     fn found(&mut self) -> Option<Record<'_>> {
         self.readiness.busy();
-        let header = *self.ring.record()?.header();
-        let missed = self
-            .next
-            .map_or(0, |next| header.sequence.saturating_sub(next));
-        self.missed = self.missed.saturating_add(missed);
-        self.next = Some(header.sequence.saturating_add(1));
+        self.header = *self.ring.record()?.header();
+        let sequence = self.header.sequence;
+        let gap = sequence.saturating_sub(self.next.unwrap_or(sequence));
+        self.gap = gap;
+        self.missed = self.missed.saturating_add(gap);
+        self.next = Some(sequence.saturating_add(1));
         Some(Record {
             receiver: self,
-            header,
-            missed,
             position: 0,
             at_end: AtEnd::Release,
         })
@@ -319,8 +333,6 @@ enum AtEnd {
 #[derive(Debug)]
 pub struct Record<'a> {
     receiver: &'a mut Receiver,
-    header: Header,
-    missed: u64,
     /// The offset of the next byte for [`Read`].
     position: usize,
     at_end: AtEnd,
@@ -329,32 +341,32 @@ pub struct Record<'a> {
 impl Record<'_> {
     /// Returns the type of the content.
     pub fn kind(&self) -> Kind {
-        self.header.kind
+        self.receiver.header.kind
     }
 
     /// Returns the number of the record in the channel, from 0.
     pub fn sequence(&self) -> u64 {
-        self.header.sequence
+        self.receiver.header.sequence
     }
 
     /// Returns the sender's monotonic clock when it committed the record, in nanoseconds.
     pub fn time(&self) -> u64 {
-        self.header.time
+        self.receiver.header.time
     }
 
     /// Returns the number of records that the sender dropped before this one and after the last that was received.
     pub fn missed(&self) -> u64 {
-        self.missed
+        self.receiver.gap
     }
 
     /// Returns the bytes of content.
     pub fn len(&self) -> usize {
-        self.header.length as usize
+        self.receiver.header.length as usize
     }
 
     /// Whether the content is empty.
     pub fn is_empty(&self) -> bool {
-        self.header.length == 0
+        self.receiver.header.length == 0
     }
 
     /// Copies the start of the content, as much as fits. Returns the bytes copied.
@@ -473,7 +485,7 @@ impl Drop for Record<'_> {
             AtEnd::Release if std::thread::panicking() => (),
             AtEnd::Release => {
                 if let Err(error) = self.receiver.ring.release() {
-                    self.receiver.failed = Some(error.into());
+                    self.receiver.defer(error);
                 }
             }
         }
