@@ -3,7 +3,7 @@
 //! The end of a channel that receives, and the records that it gives.
 
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::cursor::{Corrupt, Header, Kind};
@@ -61,7 +61,7 @@ pub struct Receiver {
     gap: u64,
     /// The sequence number behind the last record.
     next: Option<u64>,
-    missed: u64,
+    all_missed: u64,
     /// The error of a release when a record was dropped, for the next call.
     failed: Option<Error>,
 }
@@ -80,7 +80,7 @@ impl Receiver {
             header: Header::from_words([0; 3]),
             gap: 0,
             next: None,
-            missed: 0,
+            all_missed: 0,
             failed: None,
         })
     }
@@ -186,7 +186,7 @@ impl Receiver {
 
     /// Returns the number of records that the sender dropped between those that this receiver got.
     pub fn missed(&self) -> u64 {
-        self.missed
+        self.all_missed
     }
 
     /// Whether a process holds the other end, now. Between two VMs it is not visible, and counts as present.
@@ -235,7 +235,7 @@ impl Receiver {
         let sequence = self.header.sequence;
         let gap = sequence.saturating_sub(self.next.unwrap_or(sequence));
         self.gap = gap;
-        self.missed = self.missed.saturating_add(gap);
+        self.all_missed = self.all_missed.saturating_add(gap);
         self.next = Some(sequence.saturating_add(1));
         Some(Record {
             receiver: self,
@@ -253,6 +253,12 @@ impl Receiver {
 impl AsFd for Receiver {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.readiness.as_fd()
+    }
+}
+
+impl AsRawFd for Receiver {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }
 

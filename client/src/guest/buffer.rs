@@ -12,47 +12,49 @@ use rustix::ioctl::{Updater, ioctl};
 
 use crate::memory::{Access, Mapping, Region};
 
-/// A buffer, mapped. It ends when it is dropped, with all clones of its [`region`](Buffer::region).
+/// A DMA buffer, mapped: see [`Device::buffer`](super::Device::buffer). The driver frees it when it is dropped, with all clones of
+/// its [`region`](Buffer::region).
 #[derive(Clone, Debug)]
 pub struct Buffer {
     // The mapping holds the buffer's file; the descriptor is not needed.
     region: Region,
-    told: uapi::Buffer,
+    reported: uapi::Buffer,
 }
 
 impl Buffer {
-    /// As [`super::Device::buffer`].
+    /// Allocates a buffer of so many bytes, and maps it.
     pub(crate) fn new(file: &File, size: u64) -> Result<Self, Errno> {
-        let mut told = uapi::Buffer {
+        let mut reported = uapi::Buffer {
             size,
             ..uapi::Buffer::default()
         };
-        // SAFETY: `BUFFER` reads and writes a `Buffer`, and gives a descriptor that is nobody's yet.
+        // SAFETY: `BUFFER` reads and writes a `Buffer`, and returns a new descriptor, which has no other owner.
         let descriptor = unsafe {
-            ioctl(file, Updater::<{ uapi::BUFFER }, _>::new(&mut told))?;
-            OwnedFd::from_raw_fd(told.descriptor)
+            ioctl(file, Updater::<{ uapi::BUFFER }, _>::new(&mut reported))?;
+            OwnedFd::from_raw_fd(reported.descriptor)
         };
         let size = usize::try_from(size).map_err(|_| Errno::INVAL)?;
         let region = Mapping::map(&descriptor, size, Access::ReadWrite)?.region();
-        Ok(Buffer { region, told })
+        Ok(Buffer { region, reported })
     }
 
-    /// Bytes in it.
+    /// Returns the size in bytes.
     pub fn size(&self) -> u64 {
-        self.told.size
+        self.reported.size
     }
 
-    /// Where the device finds it: its guest-physical address, unless the guest has an IOMMU.
+    /// Returns the address that the device uses: the guest-physical one, unless the guest has an IOMMU.
     pub fn address(&self) -> u64 {
-        self.told.address
+        self.reported.address
     }
 
-    /// Whether the device was told of it, so that the host can read it: only barlink's own can be, by vfio-user with `--guest-memory`.
+    /// Whether the driver has reported the buffer to the device, so that the host can read it. Only barlink's own device takes such
+    /// a report, over vfio-user with `--guest-memory`.
     pub fn is_told(&self) -> bool {
-        self.told.told == 1
+        self.reported.told == 1
     }
 
-    /// Its bytes: [`peek`](Region::peek) and [`poke`](Region::poke). The host can read them at any time.
+    /// Returns the bytes, for [`peek`](Region::peek) and [`poke`](Region::poke). The host can read them at any time.
     pub fn region(&self) -> &Region {
         &self.region
     }

@@ -30,7 +30,7 @@ use crate::sender::Sender;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// There is no such device.
+    /// The device does not exist.
     #[error(
         "no barlink device at {path}: is the device in the VM (lspci -d 1af4:), and the driver loaded \
          (insmod barlink.ko)?"
@@ -39,19 +39,19 @@ pub enum DeviceError {
         /// The path.
         path: PathBuf,
     },
-    /// It is closed to this user.
+    /// This user may not open the device.
     #[error("no permission to open {path}: run as root, or let a udev rule give you the device")]
     Permission {
         /// The path.
         path: PathBuf,
     },
-    /// Something else is there.
+    /// The file is not a barlink device.
     #[error("{path} is no barlink device")]
     NotADevice {
         /// The path.
         path: PathBuf,
     },
-    /// The driver speaks another version of its interface.
+    /// The driver has another version of its interface.
     #[error(
         "the driver of {path} speaks version {found} of its interface, this program version {known}: use \
          driver and program of one release",
@@ -63,30 +63,30 @@ pub enum DeviceError {
         /// The driver's version.
         found: u32,
     },
-    /// The region is not what it should be.
+    /// The region's layout is not valid.
     #[error("the region of {path} cannot be used")]
     Layout {
         /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The fault in the layout.
         source: LayoutError,
     },
-    /// It is mapped in another cache mode.
+    /// Another process has the region mapped in another cache mode.
     #[error(
-        "cannot map {path} {wish}: process {process} has it mapped {mode}, and a region has one cache mode at a time; end that \
-         process, or map as it does (`--cache same`)", wish = wish.name()
+        "cannot map {path} {requested}: process {process} has it mapped {mode}, and a region has one cache mode at a time; end that \
+         process, or map as it does (`--cache same`)", requested = requested.name()
     )]
     OtherCache {
         /// The path.
         path: PathBuf,
-        /// The mode that was wanted.
-        wish: Cache,
+        /// The mode that was requested.
+        requested: Cache,
         /// Number and name of the process.
         process: String,
-        /// The mode that it has.
+        /// The mode of that process.
         mode: &'static str,
     },
-    /// No DMA buffer is of that size.
+    /// A DMA buffer cannot have that size.
     #[error("{size} bytes are no DMA buffer: take whole pages of {page} bytes, {most} bytes at the most", page = PAGE_SIZE, most = uapi::MAX_BUFFER)]
     BufferSize {
         /// The size.
@@ -100,7 +100,7 @@ pub enum DeviceError {
         /// The path.
         path: PathBuf,
     },
-    /// The driver is older than that.
+    /// The driver is too old for DMA buffers.
     #[error("the driver of {path} knows no DMA buffers: load that of this release")]
     NoBuffers {
         /// The path.
@@ -109,11 +109,11 @@ pub enum DeviceError {
     /// A system call failed.
     #[error("cannot {what} {path}")]
     System {
-        /// What.
+        /// The operation, as a verb.
         what: &'static str,
         /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The error of the system call.
         source: io::Error,
     },
 }
@@ -134,7 +134,7 @@ impl DeviceError {
     }
 }
 
-/// A device, open and mapped.
+/// A device, open and mapped. Ends of channels outlive it.
 #[derive(Debug)]
 pub struct Device {
     path: PathBuf,
@@ -151,7 +151,7 @@ impl Device {
         let choice = (cache == Cache::Auto).then(|| choose(path)).transpose()?;
         let wish = choice.as_ref().map_or(cache, |choice| choice.cache);
         match Self::map(path, wish) {
-            // Somebody has mapped it since.
+            // Another process has mapped the region since.
             Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => Ok(Device {
                 choice: Some(Choice::SAME),
                 ..Self::map(path, Cache::Same)?
@@ -165,7 +165,7 @@ impl Device {
         let before = info(&file, path)?;
         let size = usize::try_from(before.mappable_size).unwrap_or(usize::MAX);
         let mapping = map(&file, path, size, cache)?;
-        // It is known once something is mapped.
+        // The granted mode is known once something is mapped.
         let granted = info(&file, path)?.granted;
         let layout = state::read_layout(&region(&mapping, granted), before.region_size);
         let layout = layout.map_err(|source| DeviceError::Layout {
@@ -182,29 +182,37 @@ impl Device {
         })
     }
 
-    /// What [`Cache::Auto`] has come to, if that was asked for.
+    /// Returns the result of [`Cache::Auto`], if that was requested.
     pub fn choice(&self) -> Option<&Choice> {
         self.choice.as_ref()
     }
 
-    /// What the driver says of the device.
+    /// Returns the driver's information about the device.
+    ///
+    /// # Errors
+    ///
+    /// The device is gone.
     pub fn info(&self) -> Result<Info, Error> {
         Ok(info(&self.file, &self.path)?)
     }
 
-    /// The region's layout.
+    /// Returns the region's layout.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// The region's words, without the drivers' pages at its end.
+    /// Returns the region's words, without the drivers' pages at its end.
     pub fn region(&self) -> Region {
         region(&self.mapping, self.granted)
     }
 
-    /// Waits until the device is gone, unbound or unplugged: its mappings have lost their memory then.
+    /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their memory.
+    ///
+    /// # Errors
+    ///
+    /// `poll(2)` failed.
     pub fn wait_until_gone(&self) -> Result<(), Error> {
-        // Of all events these two alone come unasked.
+        // These two events come without being requested.
         let mut files = [PollFd::new(&self.file, PollFlags::empty())];
         loop {
             match rustix::event::poll(&mut files, None) {
@@ -215,8 +223,20 @@ impl Device {
         }
     }
 
-    /// Has the driver allocate memory that the device can reach by DMA: whole pages, [`uapi::MAX_BUFFER`] bytes at the most. A device has one such
-    /// buffer at a time.
+    /// Has the driver allocate memory that the device can reach by DMA: whole pages, [`uapi::MAX_BUFFER`] bytes at the most. A device has
+    /// one such buffer at a time.
+    ///
+    /// ```no_run
+    /// let device = barlink::guest::open("/dev/barlink0")?;
+    /// let buffer = device.buffer(64 << 10)?;
+    /// buffer.region().poke(0, b"for the host")?;
+    /// println!("at {:#x}", buffer.address());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The size is not valid, the device has a buffer already, or there is no memory.
     pub fn buffer(&self, size: u64) -> Result<Buffer, Error> {
         let path = || self.path.clone();
         let buffer = Buffer::new(&self.file, size).map_err(|error| match error {
@@ -343,7 +363,7 @@ pub(super) fn region(mapping: &Mapping, granted: u32) -> Region {
     }
 }
 
-/// Times that a mapping is tried whose mode is that of others, which can come and go between two looks of the driver.
+/// Tries to map in the mode of other mappings, which can come and go between two checks of the driver.
 const TRIES: u32 = 10;
 
 fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, DeviceError> {
@@ -359,12 +379,12 @@ fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, D
         Err(error) if busy(&error) => {
             let info = info(file, path)?;
             let process = info.mapper;
-            // It may be in another PID namespace, or have ended and left the mapping to its children.
+            // The process may be in another PID namespace, or have ended and left the mapping to its children.
             let name = std::fs::read_to_string(format!("/proc/{process}/comm"));
             let name = name.map_or(String::new(), |name| format!(" ({})", name.trim_end()));
             Err(DeviceError::OtherCache {
                 path: path.to_owned(),
-                wish: cache,
+                requested: cache,
                 process: format!("{process}{name}"),
                 mode: Cache::from_number(info.asked).map_or("another way", Cache::name),
             })

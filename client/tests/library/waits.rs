@@ -1,9 +1,10 @@
 //! Waiting by the descriptors of ends.
 
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use barlink::{ErrorKind, Kind};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
 use crate::broker::*;
 
@@ -77,6 +78,44 @@ fn waiter_is_woken_by_each_record() {
             next += 1;
         }
     }
+    sending.join().unwrap();
+}
+
+/// As tokio and mio wait.
+#[test]
+fn edge_triggered_waiter_is_woken_by_each_record() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    const RECORDS: u32 = 2000;
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    epoll::add(&epoll, &receiver, epoll::EventData::new_u64(0), flags).unwrap();
+    let (next, expected) = mpsc::channel();
+    let sending = std::thread::spawn(move || {
+        for number in 0..RECORDS {
+            let _ = sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
+            // Mostly one record is under way, and the waiter sleeps.
+            if number % 10 != 0 {
+                expected.recv().unwrap();
+            }
+        }
+        expected.iter().for_each(drop);
+    });
+    let mut received = 0;
+    while received < RECORDS {
+        let mut events = Vec::with_capacity(1);
+        let space = rustix::buffer::spare_capacity(&mut events);
+        let time = Timespec::try_from(PATIENCE).unwrap();
+        let woken = epoll::wait(&epoll, space, Some(&time)).unwrap();
+        assert_eq!(woken, 1, "record {received} is not told");
+        while let Some(record) = receiver.try_recv().unwrap() {
+            assert_eq!(record.to_vec(), received.to_le_bytes());
+            drop(record);
+            received += 1;
+            next.send(()).unwrap();
+        }
+    }
+    drop(next);
     sending.join().unwrap();
 }
 

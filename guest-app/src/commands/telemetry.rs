@@ -54,7 +54,7 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let mut line = serde_json::to_vec(&sample(sequence, start)?)?;
         line.push(b'\n');
-        // What became of it is in the channel's counters. What is not begun would be taken for more of what another sender left.
+        // The channel's counters have the outcome. Data before a begin would be taken for the rest of another sender's stream.
         begun = begun || sender.send(Kind::BEGIN, &[])? == Sent::Committed;
         if begun {
             let _ = sender.send(Kind::DATA, &line)?;
