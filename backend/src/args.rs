@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use barlink::broker::ChannelPlan;
+use barlink_broker::broker::ChannelPlan;
 use barlink_cli::size::parse_size;
 use barlink_cli::{place, stream};
 use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
@@ -310,7 +310,7 @@ mod tests {
     #[test]
     fn unit_starts_a_broker_and_has_room_for_what_it_keeps() {
         use barlink::protocol::wire::layout::{MAX_SLOTS, MAX_VECTORS};
-        use barlink::transport::MAX_FILES;
+        use barlink_broker::transport::MAX_FILES;
         let unit = unit();
         let value = |key| {
             let mut found = unit.iter().filter(|(name, _)| *name == key);

@@ -8,12 +8,11 @@ mod commands;
 use std::process::ExitCode;
 
 use args::{Cli, Command};
-use barlink::AttachError;
-use barlink::broker::{BrokerError, SocketError};
+use barlink::Error;
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
-use barlink::events::EventError;
-use barlink::protocol::stream::StreamError;
+use barlink::stream::StreamError;
+use barlink_broker::broker::{BrokerError, SocketError};
 use commands::Misuse;
 use log::LevelFilter;
 
@@ -37,7 +36,7 @@ fn main() -> ExitCode {
 fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         let control = match cause.downcast_ref() {
-            Some(AttachError::Control(control)) => Some(control),
+            Some(Error::Control(control)) => Some(control),
             _ => cause.downcast_ref::<ControlError>(),
         };
         match control {
@@ -56,7 +55,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         if cause.is::<Misuse>() {
             return 2;
         }
-        if let Some(StreamError::<EventError>::Incomplete(_)) = cause.downcast_ref() {
+        if let Some(StreamError::Incomplete(_)) = cause.downcast_ref() {
             return 5;
         }
     }

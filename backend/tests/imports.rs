@@ -7,22 +7,17 @@ use std::path::Path;
 /// or a folder. The files of a folder that are in no other part belong to the folder's part.
 const PARTS: &[(&str, &[&str])] = &[
     ("memory", &[]),
-    ("bell", &[]),
     ("rate_limit", &[]),
-    ("control", &["memory"]),
-    ("attachment", &["control", "memory", "events"]),
-    ("events", &["bell", "attachment"]),
     ("socket", &["rate_limit"]),
     ("persistence", &["memory", "rate_limit", "socket"]),
     (
         "slot",
-        &["memory", "bell", "rate_limit", "socket", "persistence"],
+        &["memory", "rate_limit", "socket", "persistence"],
     ),
     (
         "transport",
         &[
             "memory",
-            "bell",
             "rate_limit",
             "socket",
             "persistence",
@@ -32,15 +27,14 @@ const PARTS: &[(&str, &[&str])] = &[
     ("broker/plan", &[]),
     ("broker/confine", &[]),
     ("broker/policy", &["socket"]),
-    ("broker/reply", &["control"]),
+    ("broker/reply", &[]),
     (
         "broker/state",
-        &["control", "persistence", "slot", "broker/policy"],
+        &["persistence", "slot", "broker/policy"],
     ),
     (
         "broker/accept",
         &[
-            "bell",
             "rate_limit",
             "socket",
             "slot",
@@ -54,9 +48,7 @@ const PARTS: &[(&str, &[&str])] = &[
         "broker/takeover",
         &[
             "memory",
-            "bell",
             "rate_limit",
-            "control",
             "socket",
             "persistence",
             "slot",
@@ -71,7 +63,6 @@ const PARTS: &[(&str, &[&str])] = &[
         "broker/control",
         &[
             "rate_limit",
-            "control",
             "socket",
             "persistence",
             "slot",
@@ -102,9 +93,6 @@ const PARTS: &[(&str, &[&str])] = &[
     ("args", &[]),
     ("commands", &["args"]),
 ];
-
-/// The circles that remain, by part and import.
-const CIRCLES: &[(&str, &str)] = &[("attachment", "events")];
 
 /// Finds the part of a module.
 fn part_of(module: &[String]) -> Option<&'static str> {
@@ -240,8 +228,7 @@ fn parts_import_lower_parts_only() {
     for (index, (part, allowed)) in PARTS.iter().enumerate() {
         for import in *allowed {
             let is_lower = PARTS[..index].iter().any(|(lower, _)| lower == import);
-            let is_named = CIRCLES.contains(&(*part, *import));
-            assert!(is_lower || is_named, "{part} may import {import}");
+            assert!(is_lower, "{part} may import {import}");
         }
     }
 }

@@ -6,8 +6,7 @@ use std::path::PathBuf;
 
 use barlink_cli::size::parse_size;
 use barlink_cli::{place, stream};
-use barlink_guest::Cache;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Shared memory as a PCI device of a QEMU guest: the guest's side.
 #[derive(Debug, Parser)]
@@ -34,6 +33,34 @@ pub struct Cli {
         default_value_t
     )]
     pub cache: Cache,
+}
+
+/// The cache modes, as the command line names them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    /// As the region's mappings that live, whosever they are; noncached if there are none
+    #[default]
+    Same,
+    /// Noncached: each access is one of the bus's; shown as uncached-minus
+    Noncached,
+    /// Write-combining: stores are gathered, loads are as noncached ones; shown so
+    WriteCombining,
+    /// Write-back, as the guest's own memory; needs a device above 4 GiB, else uncached-minus is shown
+    WriteBack,
+    /// The fastest that the guest's kernel grants, by a short measurement; `same` if the region is mapped
+    Auto,
+}
+
+impl From<Cache> for barlink::guest::Cache {
+    fn from(cache: Cache) -> Self {
+        match cache {
+            Cache::Same => Self::Same,
+            Cache::Noncached => Self::Noncached,
+            Cache::WriteCombining => Self::WriteCombining,
+            Cache::WriteBack => Self::WriteBack,
+            Cache::Auto => Self::Auto,
+        }
+    }
 }
 
 const AFTER_HELP: &str = "\
@@ -166,6 +193,14 @@ mod tests {
     fn command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn cache_modes_have_the_names_of_the_library() {
+        for cache in Cache::value_variants() {
+            let value = cache.to_possible_value().unwrap();
+            assert_eq!(value.get_name(), barlink::guest::Cache::from(*cache).name());
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@
 
 use std::io;
 
-use barlink_guest::EventError;
+use barlink::EventError;
 use signal_hook::consts::SIGBUS;
 use signal_hook::low_level::{exit, register};
 
@@ -20,11 +20,11 @@ pub const CODE: u8 = 3;
 pub fn handle() -> io::Result<()> {
     let words = format!("barlink-guest: {}\n", EventError::Gone);
     let end = move || {
-        // Who cannot hear it has the code.
+        // A failed write leaves the exit code.
         let _ = rustix::io::write(rustix::stdio::stderr(), words.as_bytes());
         exit(CODE.into());
     };
     // SAFETY: the handler calls write(2) and _exit(2), which are async-signal-safe (signal-safety(7)), and reads bytes that
-    // nobody changes.
+    // do not change.
     unsafe { register(SIGBUS, end) }.map(drop)
 }

@@ -10,8 +10,9 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use args::Cli;
-use barlink_guest::protocol::stream::StreamError;
-use barlink_guest::{DeviceError, EventError};
+use barlink::guest::DeviceError;
+use barlink::stream::StreamError;
+use barlink::{Error, ErrorKind, EventError};
 
 fn main() -> ExitCode {
     let cli: Cli = barlink_cli::parse();
@@ -23,21 +24,18 @@ fn main() -> ExitCode {
 /// The exit codes that `barlink-guest --help` documents.
 fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
-        match cause.downcast_ref::<DeviceError>() {
-            Some(DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. }) => {
+        match cause.downcast_ref() {
+            Some(Error::Device(DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. })) => {
                 return gone::CODE;
             }
-            Some(
-                DeviceError::Held { .. }
-                | DeviceError::OtherCache { .. }
-                | DeviceError::BufferTaken { .. },
-            ) => return 4,
+            Some(error) if error.kind() == ErrorKind::InUse => return 4,
+            Some(error) if error.kind() == ErrorKind::Gone => return gone::CODE,
             _ => (),
         }
         if let Some(EventError::Gone) = cause.downcast_ref() {
             return gone::CODE;
         }
-        if let Some(StreamError::<EventError>::Incomplete(_)) = cause.downcast_ref() {
+        if let Some(StreamError::Incomplete(_)) = cause.downcast_ref() {
             return 5;
         }
     }

@@ -121,9 +121,19 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.link.set_strategy(strategy);
     }
 
-    /// Whether this channel drops records that find it full.
+    /// Whether this end drops records that find the channel full.
     pub fn drops(&self) -> bool {
         self.drops
+    }
+
+    /// Sets whether this end drops records that find the channel full, otherwise than the channel's entry says.
+    pub fn set_drops(&mut self, drops: bool) {
+        self.drops = drops;
+    }
+
+    /// Returns how many records were dropped since the channel began.
+    pub fn dropped(&self) -> u64 {
+        self.producer.dropped()
     }
 
     /// Makes room for a record with `length` bytes of payload, to be filled in place. Waits for room, over any coming
@@ -200,7 +210,10 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         time: Option<u64>,
     ) -> Result<Sent, ChannelError<E::Error>> {
         // First, so that it is the same whether there is room or not.
-        assert!(kind.0 != 0 && kind != Kind::PAD, "records of no kind");
+        assert!(
+            kind.number() != 0 && kind != Kind::PAD,
+            "records of no kind"
+        );
         let drops = self.drops;
         let wait = if drops { None } else { Some(timeout) };
         let Some(place) = self.find_room(bytes.len(), wait)? else {
@@ -290,6 +303,15 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Draft<'_, M, E> {
     /// If they do not fit.
     pub fn write(&mut self, offset: u32, bytes: &[u8]) {
         self.reservation.write(offset, bytes);
+    }
+
+    /// Returns the word of the payload with this index, as it was written before.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such word.
+    pub fn word(&self, index: u32) -> u64 {
+        self.reservation.word(index)
     }
 
     /// Lets the kernel fill the payload from a file descriptor. Gives the bytes read, 0 at the end, or the `errno`.

@@ -244,7 +244,7 @@ pub struct Record<'a, M> {
     payload: u64,
 }
 
-impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
+impl<'a, M: Deref<Target = [AtomicU64]>> Record<'a, M> {
     /// Returns the record's header.
     pub fn header(&self) -> &Header {
         &self.header
@@ -258,6 +258,11 @@ impl<M: Deref<Target = [AtomicU64]>> Record<'_, M> {
     /// Returns the payload as words that can still change. An honest producer pads the last word
     /// with zeros.
     pub fn words(&self) -> &[AtomicU64] {
+        self.region.words(self.payload, self.length())
+    }
+
+    /// Returns the same words for as long as the consumer is borrowed.
+    pub fn into_words(self) -> &'a [AtomicU64] {
         self.region.words(self.payload, self.length())
     }
 

@@ -143,7 +143,7 @@ impl Capacity {
 
 /// Kind of a record. Numbers below 256 belong to barlink, 256 to 65534 to the user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kind(pub u16);
+pub struct Kind(u16);
 
 impl Kind {
     /// Data: bytes of a stream.
@@ -154,6 +154,19 @@ impl Kind {
     pub const BEGIN: Kind = Kind(3);
     /// First kind that belongs to the user.
     pub const USER: Kind = Kind(256);
+    /// Returns the kind with this number: `None` for 0 and 65535, which no record has.
+    pub const fn new(number: u16) -> Option<Self> {
+        match number {
+            0 | u16::MAX => None,
+            number => Some(Kind(number)),
+        }
+    }
+
+    /// Returns the number.
+    pub const fn number(self) -> u16 {
+        self.0
+    }
+
     /// Padding, not a record: the rest of the data area is skipped.
     pub(crate) const PAD: Kind = Kind(u16::MAX);
 }
@@ -183,7 +196,7 @@ impl Header {
     }
 
     /// Decodes a header without checking it. [`Header::check_words`] checks the words.
-    pub(crate) const fn from_words(words: [u64; 3]) -> Self {
+    pub const fn from_words(words: [u64; 3]) -> Self {
         Header {
             length: words[0] as u32,
             kind: Kind((words[0] >> 32) as u16),
@@ -193,7 +206,7 @@ impl Header {
     }
 
     /// Checks that no bits are set outside of the header's fields.
-    pub(crate) const fn check_words(words: [u64; 3]) -> Result<(), Corrupt> {
+    pub const fn check_words(words: [u64; 3]) -> Result<(), Corrupt> {
         if words[0] >> 48 != 0 {
             return Err(Corrupt("a record's header has bits that mean nothing"));
         }

@@ -297,6 +297,22 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         self.padded = offset + bytes.len() as u32;
     }
 
+    /// Returns the word of the payload with this index, as it was written before.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such word.
+    pub fn word(&self, index: u32) -> u64 {
+        assert!(
+            index < self.length.div_ceil(8),
+            "word {index} of a reservation of {} bytes",
+            self.length
+        );
+        self.producer
+            .region
+            .load(self.payload() + 8 * u64::from(index))
+    }
+
     /// Fills the payload from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
     /// of the file, or the `errno`.
     #[cfg(not(loom))]
@@ -329,7 +345,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// Panics if `length` is more than was reserved, or if `kind` is 0 or 65535.
     #[inline]
     pub fn stage(self, kind: Kind, length: u32, time: u64) -> &'a mut Producer<M> {
-        assert!(length <= self.length && kind.0 != 0 && kind != Kind::PAD);
+        assert!(length <= self.length && kind.number() != 0 && kind != Kind::PAD);
         if !length.is_multiple_of(8) && length != self.padded {
             self.pad(length);
         }

@@ -5,8 +5,8 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use crate::control::message::{Answer, MAX_PACKET, Reply, VERSION};
-use crate::control::packet::PacketSocket;
+use barlink::control::message::{Answer, MAX_PACKET, Reply, VERSION};
+use barlink::control::packet::PacketSocket;
 
 /// Sends an answer with its descriptors, as one packet.
 pub fn send(socket: &PacketSocket, answer: Answer, descriptors: &[RawFd]) -> io::Result<()> {

@@ -10,12 +10,11 @@ mod stream;
 
 use std::io::{Write, stdout};
 use std::path::PathBuf;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use barlink::control::client::ControlError;
-use barlink::{Access, AttachError, Attachment};
+use barlink::Access;
+use barlink::host::{self, AttachOptions, Attachment};
 
 use crate::args::{Command, Which};
 
@@ -45,35 +44,20 @@ pub fn run(command: Command) -> Result<()> {
     }
 }
 
-/// How long a broker may take to listen that is started at the same time, as by `barlink serve ... & barlink qemu-args`.
+/// Time for a broker to listen that is started at the same time, as by `barlink serve ... & barlink qemu-args`.
 const START: Duration = Duration::from_secs(1);
-/// How often it is looked whether it does.
-const LOOK: Duration = Duration::from_millis(10);
-
 /// Attaches to the broker that the command line names, also if it is just starting.
 fn attach(which: &Which, access: Access) -> Result<Attachment> {
-    let socket = control_socket(which)?;
-    let start = Instant::now();
-    loop {
-        match Attachment::connect(&socket, access) {
-            Err(AttachError::Control(ControlError::NoBroker { .. })) if start.elapsed() < START => {
-                thread::sleep(LOOK);
-            }
-            attached => return Ok(attached?),
-        }
-    }
+    let options = AttachOptions::new().access(access).start_timeout(START);
+    Ok(options.connect_path(control_socket(which)?)?)
 }
 
 /// The control socket that the command line names: in the user's run folder, unless a path is given.
 fn control_socket(which: &Which) -> Result<PathBuf> {
-    if let Some(path) = &which.control {
-        return Ok(path.clone());
+    match &which.control {
+        Some(path) => Ok(path.clone()),
+        None => host::socket_path(&which.name).context(
+            "cannot tell the user's run folder: set XDG_RUNTIME_DIR, or name a socket with --control",
+        ),
     }
-    let folder = match std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty()) {
-        Some(folder) => PathBuf::from(folder),
-        None if rustix::process::geteuid().is_root() => PathBuf::from("/run"),
-        None => return Err(anyhow::anyhow!("XDG_RUNTIME_DIR is not set"))
-            .context("cannot tell the user's run folder: set XDG_RUNTIME_DIR, or name a socket with --control"),
-    };
-    Ok(folder.join("barlink").join(format!("{}.sock", which.name)))
 }

@@ -8,9 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use barlink::broker::{Broker, Config, Exit, Policy, Predecessor};
-use barlink::persistence;
-use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
+use barlink_broker::broker::{Broker, Config, Exit, Policy, Predecessor};
+use barlink_broker::persistence;
+use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use indicatif::BinaryBytes;
 use log::{info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use barlink_protocol::wire::layout::{Channel, Layout};
 
-use crate::bell::Bell;
+use barlink::bell::Bell;
 use crate::memory::{Access, Region};
 
 /// The region of a broker. Everything here is created at start and stays.

@@ -10,7 +10,7 @@ use std::io;
 use log::debug;
 use parking_lot::Mutex;
 
-use crate::bell::Bell;
+use barlink::bell::Bell;
 
 /// Most requests that wait for one VM: more than there are host apps, each of which waits for its
 /// answer.

@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use barlink::Attachment;
+use barlink::host::Attachment;
 use barlink::protocol::Producer;
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::{Channel, End, presence};

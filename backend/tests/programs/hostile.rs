@@ -3,12 +3,12 @@
 use std::os::fd::AsRawFd;
 
 use barlink::control::client::Control;
-use barlink::control::message::{Answer, Ask, MAX_PACKET, Side};
+use barlink::control::message::{Answer, Ask, MAX_PACKET};
 use barlink::control::packet::PacketSocket;
 use barlink::protocol::cursor::Kind;
+use barlink::protocol::wire::layout::End;
 use barlink::protocol::wire::layout::channel;
-use barlink::protocol::{ChannelError, Sent, Wakeup};
-use barlink::{Access, Receiver, Sender};
+use barlink::{Access, ErrorKind, Receiver, Sender, Sent};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;
@@ -17,12 +17,12 @@ use crate::vmm::*;
 /// Sends a record and receives it. It must be the next one.
 fn exchange(sender: &mut Sender, receiver: &mut Receiver) {
     let number = sender.sequence();
-    let sent = sender.send(Kind::USER, &number.to_le_bytes(), Some(PATIENCE));
+    let sent = sender.send_timeout(Kind::USER, &number.to_le_bytes(), PATIENCE);
     assert_eq!(sent.unwrap(), Sent::Committed);
-    while receiver.wait(Some(PATIENCE)).unwrap() != Wakeup::Ready {}
-    let record = receiver.record().unwrap();
-    assert_eq!((record.header().sequence, record.word(0)), (number, number));
-    receiver.release().unwrap();
+    let record = receiver.recv_timeout(PATIENCE).unwrap().unwrap();
+    assert_eq!(record.sequence(), number);
+    assert_eq!(record.to_vec(), number.to_le_bytes());
+    record.release().unwrap();
 }
 
 #[test]
@@ -48,15 +48,16 @@ fn app_that_meets_a_corrupt_channel_goes_on_with_the_others() {
     scribble(channel::WRITTEN, 1 << 40);
     scribble(channel::READ, 1 << 50);
     for _ in 0..3 {
-        assert!(matches!(
-            sick.1.wait(Some(PATIENCE)),
-            Err(ChannelError::Corrupt(_))
-        ));
+        let error = sick.1.recv_timeout(PATIENCE).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
         exchange(&mut sound.0, &mut sound.1);
     }
-    let record = vec![0; sick.0.max_record() as usize];
-    let failed = (0..3).find_map(|_| sick.0.send(Kind::USER, &record, Some(PATIENCE)).err());
-    assert!(matches!(failed, Some(ChannelError::Corrupt(_))));
+    let record = vec![0; sick.0.max_record()];
+    let failed = (0..3).find_map(|_| {
+        let sent = sick.0.send_timeout(Kind::USER, &record, PATIENCE);
+        sent.err()
+    });
+    assert_eq!(failed.map(|error| error.kind()), Some(ErrorKind::Corrupt));
     exchange(&mut sound.0, &mut sound.1);
     drop(sick);
     for _ in 0..50 {
@@ -169,7 +170,7 @@ fn asking_again_and_again_leaves_nothing_open() {
     let control = Control::connect(&broker.control()).unwrap();
     control.ask(Ask::Status).unwrap();
     let before = broker.descriptors();
-    let (channel, end) = (0, Side::Consumer);
+    let (channel, end) = (0, End::Consumer);
     for _ in 0..300 {
         for access in [Access::ReadOnly, Access::ReadWrite] {
             let (answer, memory) = control.ask(Ask::Attach { access }).unwrap();

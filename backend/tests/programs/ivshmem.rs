@@ -3,6 +3,7 @@
 
 use std::io::Write;
 
+use barlink::Side;
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::{End, MAGIC, channel, presence};
 use barlink::protocol::{Events, state};
@@ -113,7 +114,7 @@ fn vm_without_its_driver_is_not_rung() {
     };
     let attach = || {
         let mut sender = attachment.sender("down").unwrap();
-        let _ = sender.send(Kind::DATA, b"x", None).unwrap();
+        let _ = sender.send(Kind::DATA, b"x").unwrap();
     };
     // The guest's consumer slept when the device was unplugged. The driver had time to withdraw its
     // presence.
@@ -324,9 +325,10 @@ fn superblock_is_what_the_broker_tells() {
         (64 << 10, true, layout.host())
     );
     let mut sender = attachment.sender("b").unwrap();
-    assert!(sender.events().can_spin() || std::thread::available_parallelism().unwrap().get() == 1);
     assert_eq!(sender.max_record(), (512 << 10) - 24);
-    let _ = sender.send(Kind::DATA, b"x", None).unwrap();
+    let _ = sender.send(Kind::DATA, b"x").unwrap();
+    let sender = sender.into_ring();
+    assert!(sender.events().can_spin() || std::thread::available_parallelism().unwrap().get() == 1);
 }
 
 #[test]

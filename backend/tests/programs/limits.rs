@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use barlink::Access;
 use barlink::control::client::Control;
-use barlink::control::message::{Ask, Side};
+use barlink::control::message::Ask;
+use barlink::protocol::wire::layout::End;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
@@ -70,7 +71,7 @@ fn a_flood_of_nonsense_is_a_few_lines_in_the_log() {
 
 #[test]
 fn no_request_floods_the_log() {
-    let (channel, end) = (0, Side::Consumer);
+    let (channel, end) = (0, End::Consumer);
     let asks = [
         Ask::Attach {
             access: Access::ReadOnly,

@@ -27,7 +27,7 @@ fn live_view_shows_channels_at_work_and_bytes() {
     terminal.wait_for("no VM, no driver");
     terminal.wait_for(&format!("host, {}", std::process::id()));
     for _ in 0..20 {
-        let _ = sender.send(Kind::DATA, &[0x5a; 1000], None).unwrap();
+        let _ = sender.send(Kind::DATA, &[0x5a; 1000]).unwrap();
     }
     terminal.wait_for("31.2 %");
     // Shows the superblock first, then the first records.
@@ -55,7 +55,7 @@ fn live_view_shows_all_that_matters_in_a_usual_terminal() {
     ]);
     let attachment = broker.attach();
     let mut sender = attachment.sender(long).unwrap();
-    let _ = sender.send(Kind::DATA, &[0x5a; 50_000], None).unwrap();
+    let _ = sender.send(Kind::DATA, &[0x5a; 50_000]).unwrap();
     works(&mut broker.app(&["poke", "0123456789abcdef"]));
     let mut terminal = Terminal::start(broker.app(&["inspect"]), USUAL);
     for shown in [

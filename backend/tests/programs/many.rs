@@ -101,7 +101,7 @@ impl Vms {
 /// Returns the offset of the raw window, in bytes.
 fn raw_window(brokers: &Brokers, name: &str) -> u64 {
     let control: &Path = &brokers.path(&format!("barlink/{name}.sock"));
-    let attachment = barlink::Attachment::connect(control, barlink::Access::ReadOnly);
+    let attachment = barlink::host::Attachment::connect(control, barlink::Access::ReadOnly);
     attachment.unwrap().layout().raw_offset
 }
 

@@ -5,12 +5,14 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
-use barlink::persistence::name;
+use barlink::host::Attachment;
+use barlink_broker::persistence::name;
 use barlink::protocol::cursor::Kind;
 use barlink::protocol::wire::layout::{BROKER_PAGE, presence};
-use barlink::{Access, Attachment};
+use barlink_broker::broker::store;
 use rustix::process::Signal;
 
 use crate::service::ServiceManager;
@@ -25,7 +27,7 @@ fn successor_knows_vms_and_host_apps() {
     let vm = handshake(connect(&broker, "vm.sock"), 200);
     let before = broker.attach();
     let mut sender = before.sender("down").unwrap();
-    let _ = sender.send(Kind::DATA, b"first", None).unwrap();
+    let _ = sender.send(Kind::DATA, b"first").unwrap();
     let status = before.status().unwrap();
 
     succeed(&mut broker, &arguments);
@@ -47,7 +49,7 @@ fn successor_knows_vms_and_host_apps() {
         4,
         &["`down` already has a producer"],
     );
-    let _ = sender.send(Kind::DATA, b"second", None).unwrap();
+    let _ = sender.send(Kind::DATA, b"second").unwrap();
     drop(sender);
     let sender = broker.attach().sender("down").unwrap();
     assert_eq!(sender.sequence(), 2, "a record was lost");

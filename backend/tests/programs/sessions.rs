@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use barlink::broker::{Broker, Config, Exit, Policy};
-use barlink::slot::Slot;
-use barlink::transport::{Departure, Ivshmem, Rejection, Transport, TransportError};
-use barlink::{Access, Attachment};
+use barlink::Access;
+use barlink::host::Attachment;
+use barlink_broker::broker::{Broker, Config, Exit, Policy};
+use barlink_broker::slot::Slot;
+use barlink_broker::transport::{Departure, Ivshmem, Rejection, Transport, TransportError};
 
 use crate::support::*;
 use crate::vmm::{connect_to, handshake, has_nothing};

@@ -6,7 +6,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use barlink::{Access, Attachment};
+use barlink::Access;
+use barlink::host::Attachment;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
 

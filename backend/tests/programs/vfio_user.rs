@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 
 use barlink::control::client::Control;
-use barlink::control::message::Side;
+use barlink::protocol::wire::layout::End;
 use rustix::fs::SealFlags;
 
 use crate::support::*;
@@ -96,8 +96,8 @@ fn doorbells_and_interrupts_go_to_whoever_holds_the_other_end() {
     let mut client = Client::greet(&broker);
     let app = Control::connect(&broker.control()).unwrap();
     // Own vector 0, own channel vector, the other end's vector 0, the other end's channel vector.
-    let up = claim(&app, 0, Side::Consumer);
-    let down = claim(&app, 1, Side::Producer);
+    let up = claim(&app, 0, End::Consumer);
+    let down = claim(&app, 1, End::Producer);
     for bell in &up {
         rings(bell);
     }
@@ -129,7 +129,7 @@ fn interrupts_are_set_as_qemu_sets_them() {
     let broker = serve_both(&["--channel", "up=1-host,64K", "--vectors", "2"]);
     let mut client = Client::greet(&broker);
     let app = Control::connect(&broker.control()).unwrap();
-    let [_, _, _, bell] = &claim(&app, 0, Side::Consumer)[..] else {
+    let [_, _, _, bell] = &claim(&app, 0, End::Consumer)[..] else {
         panic!("no bells");
     };
     // QEMU enables MSI-X by setting no eventfd, so vector 0 has none.
@@ -176,7 +176,7 @@ fn reset_puts_the_device_back_and_tells_the_host() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
     let mut client = Client::greet(&broker);
     let app = Control::connect(&broker.control()).unwrap();
-    let bells = claim(&app, 0, Side::Consumer);
+    let bells = claim(&app, 0, End::Consumer);
     let fresh = client.read(CONFIG, 0, 256);
     let table = client.read(1, 0, 4096);
     for (region, bytes) in [(CONFIG, 256), (1, 256), (0, 4)] {
@@ -270,7 +270,7 @@ fn published_client() {
     let irqs = client.get_irq_info(2).unwrap();
     assert_eq!((irqs.index, irqs.count), (2, 16));
     let app = Control::connect(&broker.control()).unwrap();
-    let bells = claim(&app, 0, Side::Consumer);
+    let bells = claim(&app, 0, End::Consumer);
     rings(&bells[1]);
     client
         .region_write(0, 12, &(HOST << 16 | 1).to_le_bytes())

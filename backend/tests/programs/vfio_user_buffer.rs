@@ -3,7 +3,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use barlink::AttachError;
+use barlink::Error;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Ask, BufferStatus, MAX_COPY, Refusal};
 use rustix::fs::SealFlags;
@@ -38,7 +38,7 @@ fn refusal_at(broker: &Broker, slot: u32, offset: u64, length: usize) -> Refusal
         .attach()
         .read_buffer(slot, offset, &mut vec![0; length]);
     match read {
-        Err(AttachError::Control(ControlError::Refused(refusal))) => refusal,
+        Err(Error::Control(ControlError::Refused(refusal))) => refusal,
         other => panic!("{other:?}"),
     }
 }

@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use barlink::control::client::Control;
-use barlink::control::message::{Ask, Side};
+use barlink::control::message::Ask;
+use barlink::protocol::wire::layout::End;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -207,7 +208,7 @@ impl Client {
 
 /// Claims an end for a host app. Returns its eventfds: its own for vector 0 and for the channel,
 /// and those that ring the other end.
-pub fn claim(control: &Control, channel: usize, end: Side) -> Vec<OwnedFd> {
+pub fn claim(control: &Control, channel: usize, end: End) -> Vec<OwnedFd> {
     let (_, bells) = control.ask(Ask::Claim { channel, end }).unwrap();
     assert_eq!(bells.len(), 4);
     bells

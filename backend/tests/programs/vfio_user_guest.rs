@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use barlink::AttachError;
+use barlink::Error;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Ask, GuestMemoryStatus, MAX_COPY, Refusal};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -46,7 +46,7 @@ fn refusal(broker: &Broker, slot: u32, address: u64, length: usize) -> Refusal {
         .attach()
         .read_guest(slot, address, &mut vec![0; length]);
     match read {
-        Err(AttachError::Control(ControlError::Refused(refusal))) => refusal,
+        Err(Error::Control(ControlError::Refused(refusal))) => refusal,
         other => panic!("{other:?}"),
     }
 }

@@ -8,9 +8,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use barlink::broker::Predecessor;
 use barlink::control::client::Control;
-use barlink::control::message::{Answer, Ask, Side};
+use barlink::control::message::{Answer, Ask};
+use barlink::protocol::wire::layout::End;
+use barlink_broker::broker::Predecessor;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
@@ -76,7 +77,7 @@ fn successor_has_the_device_as_it_was() {
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::greet(&broker);
     let app = Control::connect(&broker.control()).unwrap();
-    let bells = claim(&app, 0, Side::Consumer);
+    let bells = claim(&app, 0, End::Consumer);
     client.write(CONFIG, 4, &[6, 4]);
     client.write(1, 16, &[1, 2, 3, 4]);
     client.write(0, 0, &[9, 0, 0, 0]);
@@ -173,7 +174,7 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
         broker.start_again(&manager, &arguments);
         assert_eq!(client.read(CONFIG, 4, 2), [6, 4]);
         let app = Control::connect(&broker.control()).unwrap();
-        let bells = claim(&app, 0, Side::Consumer);
+        let bells = claim(&app, 0, End::Consumer);
         count(&irq);
         ring(&bells[3]);
         wait_until("vector 1 fires", || count(&irq) >= 1);

@@ -63,7 +63,7 @@ fn both_ends_say_how_many_records_were_dropped() {
 #[test]
 fn nap_of_microseconds_is_not_rounded_up_to_a_millisecond() {
     let broker = Broker::start(&["--channel", "loop=host-host,64K"]);
-    let mut receiver = broker.attach().receiver("loop").unwrap();
+    let mut receiver = broker.attach().receiver("loop").unwrap().into_ring();
     receiver.set_strategy(Strategy {
         most_spin: Duration::ZERO,
         ..Strategy::STREAM

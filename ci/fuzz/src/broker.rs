@@ -4,9 +4,9 @@
 
 use std::sync::{Arc, LazyLock};
 
-use barlink::broker::{Broker, BrokerState, Config, Policy};
-use barlink::socket::Peer;
-use barlink::transport::{Ivshmem, Transport, VfioUser, VhostUser};
+use barlink_broker::broker::{Broker, BrokerState, Config, Policy};
+use barlink_broker::socket::Peer;
+use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use rustix::fs::{Mode, OFlags};
 
 /// The process that VMs connect from.

@@ -32,9 +32,9 @@ pub const NATIVE_TARGET: &str = "x86_64-unknown-linux-gnu";
 pub struct Programs {
     /// Name of the task in the name of its initramfs.
     name: &'static str,
-    /// Programs of the host.
+    /// The packages of the host's programs.
     host: &'static [&'static str],
-    /// Programs of the guest.
+    /// The packages of the guest's programs.
     guest: &'static [&'static str],
 }
 
@@ -42,35 +42,37 @@ impl Programs {
     /// Programs that go into the Debian packages.
     pub const PACKAGED: Self = Self {
         name: "package",
-        host: &["barlink"],
+        host: &[BROKER],
         guest: &["barlink-guest"],
     };
     /// Programs that the demo runs.
     pub const DEMO: Self = Self {
         name: "demo",
-        host: &["barlink"],
+        host: &[BROKER],
         guest: &["barlink-guest", AGENT],
     };
     /// Programs that the parts `crash-…` of `cargo xtask soak` kill.
     pub const CRASH: Self = Self {
         name: "crash",
-        host: &["barlink", CRASH_LOAD],
+        host: &[BROKER, CRASH_LOAD],
         guest: &["barlink-guest", AGENT, CRASH_LOAD],
     };
     /// Programs that `cargo xtask bench` measures.
     pub const BENCH: Self = Self {
         name: "bench",
-        host: &["barlink", BENCH_LOAD, ICEORYX2_LOAD],
+        host: &[BROKER, BENCH_LOAD, ICEORYX2_LOAD],
         guest: &["barlink-guest", AGENT, BENCH_LOAD],
     };
     /// Programs that the tests run.
     pub const TEST: Self = Self {
         name: "test",
-        host: &["barlink", BENCH_LOAD],
+        host: &[BROKER, BENCH_LOAD],
         guest: &["barlink-guest", AGENT, "barlink-driver-checks"],
     };
 }
 
+/// The package of the program `barlink`.
+const BROKER: &str = "barlink-broker";
 /// Name of the agent, which runs commands in the guest.
 const AGENT: &str = "barlink-agent";
 /// Name of the program that `cargo xtask bench` measures.

@@ -64,7 +64,7 @@ pub const ALL: [Mutation; 7] = [
         name: "host-does-not-ring",
         about: "a host app does not ring the guest",
         seconds: 240,
-        file: "backend/src/events.rs",
+        file: "client/src/host/events.rs",
         from: "self.other.ring().map_err(",
         to: "self.other.try_clone().map(drop).map_err(",
         part: Changed::Host,
@@ -78,8 +78,8 @@ pub const ALL: [Mutation; 7] = [
         name: "guest-does-not-ring",
         about: "a guest app does not ring the host",
         seconds: 150,
-        file: "guest-app/src/events.rs",
-        from: "crate::device::ring(&self.file, self.other).map_err(",
+        file: "client/src/guest/events.rs",
+        from: "crate::guest::device::ring(&self.file, self.other).map_err(",
         to: "Ok(()).map_err(",
         part: Changed::Guest,
         found_by: &[(TRANSPORTS, "ivshmem::idle::idle_ends_sleep_until_rung")],
@@ -187,7 +187,7 @@ fn test(
     let filter = filter(mutation);
     eprintln!("building with the fault in {} ...", mutation.file);
     let part = match mutation.part {
-        Changed::Host => Part::Host(copy.host_program("barlink")?),
+        Changed::Host => Part::Host(copy.host_program("barlink-broker")?),
         Changed::Guest => Part::Guest(copy.guest_program("barlink-guest")?),
         Changed::Driver => Part::Driver(copy.driver(&artifacts.tools)?),
         Changed::Protocol => return nextest.run_in(copy, "barlink-protocol", &filter, PROFILE),

@@ -144,7 +144,7 @@ pub fn all() -> Result<Vec<Part>> {
             "host",
             "the tests of the ring, the broker and the programs in full depth: 10,000 host apps attach, every interleaving",
             420,
-            "package(barlink) | package(barlink-protocol)",
+            "package(barlink) | package(barlink-broker) | package(barlink-protocol)",
         ),
         (
             "packages",

@@ -6,7 +6,8 @@ use std::fs::File;
 use std::io::{Read, Write, stdin, stdout};
 
 use anyhow::{Context, Result, ensure};
-use barlink_guest::{Device, EventError};
+use barlink::EventError;
+use barlink::guest::Device;
 
 use crate::args;
 

@@ -5,9 +5,9 @@
 use std::io::{Write, stdout};
 
 use anyhow::{Context, Result};
+use barlink::guest::Device;
+use barlink::protocol::CacheState;
 use barlink_cli::cache::Cache;
-use barlink_guest::Device;
-use barlink_guest::protocol::CacheState;
 use serde::Serialize;
 
 use crate::args;

@@ -10,13 +10,15 @@ mod telemetry;
 use std::io::{Write, stderr};
 
 use anyhow::Result;
+use barlink::guest::OpenOptions;
 use barlink_cli::place;
-use barlink_guest::Device;
 
 use crate::args::{Cli, Command};
 
 pub fn run(cli: &Cli) -> Result<()> {
-    let device = Device::open_as(&cli.device, cli.cache)?;
+    let device = OpenOptions::new()
+        .cache(cli.cache.into())
+        .open(&cli.device)?;
     if let Some(choice) = device.choice() {
         // `eprintln` would panic where standard error is closed.
         let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");

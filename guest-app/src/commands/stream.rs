@@ -6,11 +6,9 @@ use std::error::Error;
 use std::io;
 
 use anyhow::{Context, Result};
+use barlink::guest::Device;
+use barlink::{EventError, Kind};
 use barlink_cli::stream;
-use barlink_guest::protocol::Wakeup;
-use barlink_guest::protocol::cursor::Kind;
-use barlink_guest::protocol::stream::mark;
-use barlink_guest::{Device, EventError};
 use rustix::io::Errno;
 
 use crate::args::{Echo, Recv, Send};
@@ -48,24 +46,21 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
     let mut sender = device.sender(&args.to)?;
     let mut bytes = Vec::new();
     loop {
-        if receiver.wait(None)? != Wakeup::Ready {
-            continue;
-        }
-        let Some(record) = receiver.record() else {
-            continue;
-        };
-        let kind = record.header().kind;
-        // Not as much as whoever sends says, but as the other channel carries; what is longer is refused there.
-        let length = record.length().min(sender.max_record() as usize + 1);
-        bytes.resize(length, 0);
-        record.copy_to(0, &mut bytes);
-        // Begin and end are told even in a channel that drops.
+        let record = receiver.recv()?;
+        let kind = record.kind();
+        // The record's length is the sender's choice. Here it is limited to what the other channel refuses.
+        bytes.resize(record.len().min(sender.max_record() + 1), 0);
+        record.copy_to(&mut bytes);
         let sent = match kind {
-            Kind::BEGIN | Kind::END => mark(&mut sender, kind),
-            _ => sender.send(kind, &bytes, None).map(drop),
+            // Begin and end are not dropped, also in a channel that drops.
+            Kind::BEGIN | Kind::END => sender.reserve(0).and_then(|mark| mark.commit(kind)),
+            _ => sender.send(kind, &bytes).map(drop),
         };
-        sent.with_context(|| format!("sending to channel `{}`", args.to))?;
-        receiver.release()?;
+        if let Err(error) = sent {
+            record.keep();
+            return Err(error).with_context(|| format!("sending to channel `{}`", args.to));
+        }
+        record.release()?;
         if kind == Kind::END {
             return Ok(());
         }

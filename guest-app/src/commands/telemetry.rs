@@ -6,10 +6,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use barlink_guest::Device;
-use barlink_guest::protocol::Sent;
-use barlink_guest::protocol::cursor::Kind;
-use barlink_guest::protocol::stream::mark;
+use barlink::guest::Device;
+use barlink::{Kind, Sent};
 use procfs::{Current, CurrentSI, KernelStats, Meminfo};
 use serde::Serialize;
 
@@ -56,16 +54,16 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let mut line = serde_json::to_vec(&sample(sequence, start)?)?;
         line.push(b'\n');
-        // What became of it is in the channel's counters. What is not begun would be taken for more of what another sender left.
-        begun = begun || sender.send(Kind::BEGIN, &[], None)? == Sent::Committed;
+        // The channel's counters have the outcome. Data before a begin would be taken for the rest of another sender's stream.
+        begun = begun || sender.send(Kind::BEGIN, &[])? == Sent::Committed;
         if begun {
-            let _ = sender.send(Kind::DATA, &line, None)?;
+            let _ = sender.send(Kind::DATA, &line)?;
         }
     }
     if !begun {
-        mark(&mut sender, Kind::BEGIN)?;
+        sender.reserve(0)?.commit(Kind::BEGIN)?;
     }
-    Ok(mark(&mut sender, Kind::END)?)
+    Ok(sender.reserve(0)?.commit(Kind::END)?)
 }
 
 /// Whether an interrupt of this name is that of a barlink device on the virtio bus, which the kernel names.

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Command, Parser};
 
-/// Reads the command line. One that is wrong ends the program, with one line that says so.
+/// Parses the command line. An error in it ends the program, with one line that describes it.
 pub fn parse<Cli: Parser>() -> Cli {
     Cli::try_parse().unwrap_or_else(|error| {
         let shows_help = [
@@ -39,7 +39,7 @@ pub fn parse<Cli: Parser>() -> Cli {
     })
 }
 
-/// Whose help tells more: the subcommand's, if there is one among these words.
+/// Returns the command whose help tells more: the subcommand, if there is one among these words.
 fn meant(command: &Command, mut words: impl Iterator<Item = OsString>) -> String {
     let program = command.get_name();
     match words.find_map(|word| command.find_subcommand(word)) {
@@ -48,7 +48,7 @@ fn meant(command: &Command, mut words: impl Iterator<Item = OsString>) -> String
     }
 }
 
-/// What clap says of an error, without the usage and the pointer to the help.
+/// Returns clap's description of an error, without the usage and the reference to the help.
 fn one_line(error: &str) -> String {
     let told = error.lines().map(str::trim);
     let told = told.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
@@ -57,7 +57,7 @@ fn one_line(error: &str) -> String {
     told.strip_prefix("error: ").unwrap_or(&told).to_owned()
 }
 
-/// Tells how a program ended, and gives its exit code: that of `exit_code` for an error, which is shown in one line.
+/// Reports how a program ended, and returns its exit code: that of `exit_code` for an error, which is shown in one line.
 pub fn end(
     program: &str,
     outcome: anyhow::Result<()>,
@@ -74,7 +74,7 @@ pub fn end(
     }
 }
 
-/// Whoever read our output has had enough, which is no failure of ours.
+/// Whether the reader of this program's output closed the pipe, which is not a failure of this program.
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause

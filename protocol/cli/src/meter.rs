@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Shows how far a stream is, on a terminal, whom it waits for, and how it went.
+//! The progress of a stream on a terminal: bytes, the end that it waits for, and a summary.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -8,23 +8,23 @@ use std::time::{Duration, Instant};
 use barlink_protocol::stream::{Progress, Watch};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
-/// Looking at the clock and the terminal at each record would be felt.
+/// The time between two updates. Updating at each record would slow the stream down.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long the other end is waited for without a word.
+/// The time to wait for the other end before a message.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Says once, on a terminal, that the other end is waited for.
+/// Reports once, on a terminal, that the stream waits for the other end.
 pub struct Wait {
-    /// What to say where nobody holds the other end, and where somebody does.
+    /// The messages for an end that is free, and for one that is held.
     away: String,
     held: String,
-    /// There is nobody to tell, or he was told.
+    /// Standard error is no terminal, or the message was shown.
     is_over: bool,
 }
 
 impl Wait {
-    /// Of a receiver.
+    /// Returns the messages of a receiver.
     pub fn for_sender(channel: &str) -> Self {
         Self::new(
             format!("waiting for a sender on channel `{channel}`"),
@@ -32,7 +32,7 @@ impl Wait {
         )
     }
 
-    /// Of a sender.
+    /// Returns the messages of a sender.
     pub fn for_receiver(channel: &str) -> Self {
         Self::new(
             format!("channel `{channel}` is full: waiting for a receiver on it"),
@@ -49,20 +49,20 @@ impl Wait {
     }
 }
 
-/// See the module.
+/// Shows the progress of one stream.
 pub struct Meter<'a> {
     bar: ProgressBar,
     wait: &'a mut Wait,
-    /// Whether it shows how far the stream is.
+    /// Whether the progress is shown.
     visible: bool,
     shown: Instant,
-    /// When the first record was there.
+    /// The time of the first record.
     start: Option<Instant>,
 }
 
 impl<'a> Meter<'a> {
-    /// For a stream between a channel and `file`, of so many bytes if that is known. Where the file is a terminal, what
-    /// it shows or is typed there is not drawn over.
+    /// Returns the meter of a stream between a channel and `file`, of so many bytes if that is known. Where the file is a terminal,
+    /// the meter does not draw over its text.
     pub fn new(file: &impl IsTerminal, size: Option<u64>, wait: &'a mut Wait) -> Self {
         let visible = io::stderr().is_terminal() && !file.is_terminal();
         let bar = if visible {
@@ -89,13 +89,13 @@ impl<'a> Meter<'a> {
         }
     }
 
-    /// At the end.
+    /// Shows the summary.
     pub fn finish(self, done: &str, total: &Progress, json: bool) {
         self.bar.finish_and_clear();
         let seconds = self
             .start
             .map_or(0.0, |start| start.elapsed().as_secs_f64());
-        // Nobody may be there to be told.
+        // Standard error may be closed.
         let mut told = io::stderr();
         if json {
             let summary = serde_json::json!({
@@ -142,7 +142,7 @@ impl Watch for Meter<'_> {
             false => &self.wait.held,
         };
         self.bar.suspend(|| {
-            // Nobody may be there to be told.
+            // Standard error may be closed.
             let _ = writeln!(io::stderr(), "{what} (Ctrl-C ends this)");
         });
     }

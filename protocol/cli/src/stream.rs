@@ -4,27 +4,20 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use barlink_protocol::cursor::Corrupt;
-use barlink_protocol::stream::{self, StreamError};
-use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Sender};
+use barlink::stream::{self, StreamError};
+use barlink::{ChannelError, Receiver, Sender};
 use clap::Args;
 use rustix::fs::SeekFrom;
-use rustix::io::Errno;
 
 use crate::meter::{Meter, Wait};
 use crate::size::parse_size;
 
 /// Most bytes in a record, if the user does not say: more than this is no faster.
 const RECORD_SIZE: u64 = 1 << 20;
-
-/// Of a source that is a folder, and of a target on a full disk.
-const IS_FOLDER: i32 = Errno::ISDIR.raw_os_error();
-const IS_FULL: i32 = Errno::NOSPC.raw_os_error();
 
 /// What `send` is told.
 #[derive(Debug, Args)]
@@ -63,15 +56,7 @@ fn parse_record_size(text: &str) -> Result<u64, String> {
 }
 
 /// Sends a file or standard input, through the sender that `attach` gives.
-pub fn send<M, E>(
-    args: &Send,
-    channel: &str,
-    attach: impl FnOnce() -> Result<Sender<M, E>>,
-) -> Result<()>
-where
-    M: Deref<Target = [AtomicU64]> + Clone,
-    E: Events<Error: std::error::Error + std::marker::Send + Sync + 'static>,
-{
+pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>) -> Result<()> {
     let source: OwnedFd = match &args.file {
         Some(path) => File::open(path)
             .with_context(|| {
@@ -91,17 +76,17 @@ where
         .filter(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file())
         .and_then(|stat| u64::try_from(stat.st_size).ok());
     let mut sender = attach()?;
-    let max = u64::from(sender.max_record());
+    let max = sender.max_record() as u64;
     let record = args.record_size.unwrap_or(RECORD_SIZE.min(max));
     ensure!(
         record <= max,
         "a record of {record} bytes is larger than channel `{channel}` carries: take --record-size {max} or less, or \
          serve a larger channel"
     );
-    let mut record = vec![0; usize::try_from(record)?];
+    let record = usize::try_from(record)?;
     let mut wait = Wait::for_receiver(channel);
     let mut meter = Meter::new(&source, size, &mut wait);
-    let outcome = stream::send(&mut sender, source.as_raw_fd(), &mut record, &mut meter);
+    let outcome = stream::send(&mut sender, &source, record, &mut meter);
     let total = outcome.map_err(|error| describe(error, channel, args.file.as_deref()));
     let total = total.with_context(|| format!("sending to channel `{channel}`"))?;
     meter.finish("sent", &total, args.json);
@@ -109,15 +94,11 @@ where
 }
 
 /// Receives a stream, or one after the other, to a file or standard output, through the receiver that `attach` gives.
-pub fn receive<M, E>(
+pub fn receive(
     args: &Recv,
     channel: &str,
-    attach: impl FnOnce() -> Result<Receiver<M, E>>,
-) -> Result<()>
-where
-    M: Deref<Target = [AtomicU64]> + Clone,
-    E: Events<Error: std::error::Error + std::marker::Send + Sync + 'static>,
-{
+    attach: impl FnOnce() -> Result<Receiver>,
+) -> Result<()> {
     // First, so that a file is not emptied for nothing.
     let mut receiver = attach()?;
     let target: OwnedFd = match &args.output {
@@ -135,7 +116,7 @@ where
     let mut wait = Wait::for_sender(channel);
     loop {
         let mut meter = Meter::new(&target, None, &mut wait);
-        let outcome = stream::receive(&mut receiver, target.as_raw_fd(), &mut meter);
+        let outcome = stream::receive(&mut receiver, &target, &mut meter);
         let total = outcome.map_err(|error| {
             let error = take_back(error, &target);
             describe(error, channel, args.output.as_deref())
@@ -149,8 +130,8 @@ where
 }
 
 /// Takes the part of a record that comes again from the end of a file, where the target is one and is written at its end.
-fn take_back<X>(error: StreamError<X>, target: &OwnedFd) -> StreamError<X> {
-    let StreamError::Write { errno, partial } = error else {
+fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
+    let StreamError::Write { source, partial } = error else {
         return error;
     };
     let cut = || {
@@ -161,47 +142,44 @@ fn take_back<X>(error: StreamError<X>, target: &OwnedFd) -> StreamError<X> {
     };
     let is_cut = partial > 0 && cut().is_some();
     StreamError::Write {
-        errno,
+        source,
         partial: if is_cut { 0 } else { partial },
     }
 }
 
-/// Gives an `errno` its text and the file's name, and what has one its cure.
-fn describe<X>(error: StreamError<X>, channel: &str, file: Option<&Path>) -> anyhow::Error
-where
-    X: std::error::Error + std::marker::Send + Sync + 'static,
-{
+/// Names the file in an error of the operating system, and the cure where there is one.
+fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::Error {
     let name = |standard: &str| file.map_or(standard.to_owned(), |file| file.display().to_string());
-    let (errno, what) = match error {
-        StreamError::Read(errno @ IS_FOLDER) => (
-            errno,
-            format!("cannot read {}: name a file", name("standard input")),
-        ),
-        StreamError::Read(errno) => (errno, format!("cannot read {}", name("standard input"))),
-        StreamError::Write { errno, partial } => {
+    let (source, what) = match error {
+        StreamError::Read(source) => {
+            let cure = match source.kind() {
+                io::ErrorKind::IsADirectory => ": name a file",
+                _ => "",
+            };
+            let what = format!("cannot read {}{cure}", name("standard input"));
+            (source, what)
+        }
+        StreamError::Write { source, partial } => {
             let again = match partial {
                 0 => String::new(),
                 partial => format!(" (its last {partial} bytes come again with that)"),
             };
-            let cure = if errno == IS_FULL {
-                "make room, and "
-            } else {
-                ""
+            let cure = match source.kind() {
+                io::ErrorKind::StorageFull => "make room, and ",
+                _ => "",
             };
             let file = name("standard output");
-            (
-                errno,
-                format!(
-                    "cannot write {file}: {cure}receive the rest to another file, since it is still in the channel{again}"
-                ),
-            )
+            let what = format!(
+                "cannot write {file}: {cure}receive the rest to another file, since it is still in the channel{again}"
+            );
+            (source, what)
         }
-        StreamError::Channel(ChannelError::Corrupt(Corrupt(_))) => {
+        StreamError::Channel(ChannelError::Corrupt(_)) => {
             return anyhow::anyhow!(
                 "{error}: end both programs that use it, and empty it by `barlink reset-channel {channel}` on the host"
             );
         }
         error => return error.into(),
     };
-    anyhow::Error::new(io::Error::from_raw_os_error(errno)).context(what)
+    anyhow::Error::new(source).context(what)
 }

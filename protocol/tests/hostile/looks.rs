@@ -66,7 +66,7 @@ fn a_header_that_changes_is_read_once() {
         sequence: 0,
         time: 5,
     };
-    let kind = u64::from(Kind::USER.0) << 32;
+    let kind = u64::from(Kind::USER.number()) << 32;
     // The new words are the header of a shorter record, of a record longer than the committed
     // bytes, and of a record longer than the channel, and two words that are no header of a record.
     for (value, valid) in [

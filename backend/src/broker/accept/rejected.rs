@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags};
 
 use super::listener::Listener;
-use crate::bell::Bell;
+use barlink::bell::Bell;
 use crate::socket::has_hung_up;
 use crate::transport::{Rejection, Transport};
 

@@ -12,7 +12,7 @@ use base64::prelude::BASE64_STANDARD;
 use log::Level;
 
 use crate::broker::state::BrokerState;
-use crate::control::message::{
+use barlink::control::message::{
     Answer, Ask, BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, RegionInfo, SlotStatus,
     Status, VmStatus,
 };
@@ -43,7 +43,6 @@ pub fn answer(
             Ok((Answer::Region(info), vec![Box::new(memory)]))
         }
         Ask::Claim { channel, end } => {
-            let end = layout::End::from(end);
             roster.claim(client, peer.pid.unsigned_abs(), channel, end)?;
             let eventfds = claimed_eventfds(state, channel, end)?;
             log(format_args!(
@@ -53,7 +52,7 @@ pub fn answer(
             Ok((Answer::Claimed, eventfds))
         }
         Ask::Release { channel, end } => {
-            roster.release(client, channel, end.into())?;
+            roster.release(client, channel, end)?;
             Ok((Answer::Done, Vec::new()))
         }
         Ask::Status => Ok((Answer::Status(status(state)), Vec::new())),
@@ -108,7 +107,7 @@ fn status(state: &BrokerState) -> Status {
         claims: claims
             .map(|claim| ClaimStatus {
                 channel: claim.channel,
-                end: claim.end.into(),
+                end: claim.end,
                 pid: claim.pid,
             })
             .collect(),

@@ -9,7 +9,7 @@ use barlink_protocol::wire::layout::{Channel, End};
 use barlink_protocol::{PresenceWords, state};
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::control::message::Refusal;
+use barlink::control::message::Refusal;
 use crate::persistence::ClientId;
 use crate::persistence::state::RosterWords;
 use crate::slot::SharedRegion;
@@ -95,7 +95,7 @@ impl Roster {
         if entry.peer(end) != self.region.layout().host() {
             return Err(Refusal::NotHost {
                 channel: name(),
-                end: end.into(),
+                end,
                 peer: format!("slot {}'s VM", entry.peer(end)),
             });
         }
@@ -103,7 +103,7 @@ impl Roster {
         if let Some((_, word)) = words.holder(channel, end) {
             return Err(Refusal::Held {
                 channel: name(),
-                end: end.into(),
+                end,
                 pid: pid_of(word),
             });
         }

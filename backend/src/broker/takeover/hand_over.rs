@@ -18,8 +18,8 @@ use rustix::event::PollFlags;
 use crate::broker::error::BrokerError;
 use crate::broker::reply;
 use crate::broker::state::BrokerState;
-use crate::control::message::{Answer, Ask, MAX_PACKET, Refusal, Request};
-use crate::control::packet::{MAX_DESCRIPTORS, PacketSocket};
+use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Request};
+use barlink::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 use crate::persistence::{Stored, is_a_service, name};
 use crate::rate_limit::REJECTED;
 use crate::slot::ReadError;
@@ -200,7 +200,7 @@ mod tests {
 
     use super::*;
     use crate::broker::{Broker, Config, Policy};
-    use crate::control::message::VERSION;
+    use barlink::control::message::VERSION;
     use crate::persistence::Inheritance;
     use crate::transport::Ivshmem;
 

@@ -13,7 +13,7 @@ use barlink_protocol::state;
 use barlink_protocol::wire::layout::Layout;
 use log::warn;
 
-use crate::bell::Bell;
+use barlink::bell::Bell;
 use crate::broker::accept::{Listener, SocketError};
 use crate::broker::error::BrokerError;
 use crate::broker::policy::Policy;

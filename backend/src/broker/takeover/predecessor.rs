@@ -5,8 +5,8 @@
 
 use std::path::Path;
 
-use crate::control::client::{Control, ControlError};
-use crate::control::message::{Answer, Ask};
+use barlink::control::client::{Control, ControlError};
+use barlink::control::message::{Answer, Ask};
 use crate::persistence::Inheritance;
 
 /// A running broker that hands over.

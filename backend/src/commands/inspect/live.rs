@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use barlink::Attachment;
+use barlink::host::Attachment;
 use barlink::protocol::wire::layout::{BROKER_PAGE, PAGE_SIZE, channel};
 use crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::Frame;

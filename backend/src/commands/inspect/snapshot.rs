@@ -3,8 +3,8 @@
 //! A region at one moment.
 
 use anyhow::Result;
-use barlink::Attachment;
 use barlink::control::message::{RegionInfo, Status};
+use barlink::host::Attachment;
 use barlink::protocol::state::ChannelState;
 use barlink::protocol::wire::layout::{End, Layout, presence};
 use barlink::protocol::{CacheState, PresenceWords};

@@ -11,7 +11,7 @@ use log::debug;
 use super::msix::{MAX_VECTORS, MIN_VECTORS};
 use super::request::Fault;
 use super::session_state::SessionState;
-use crate::bell::Bell;
+use barlink::bell::Bell;
 use crate::slot::Slot;
 
 /// The interrupts of a session.

@@ -32,7 +32,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::drop_guard::guard_this_thread;
 use super::queue::{Memory, Queue, Served};
-use crate::bell::Bell;
+use barlink::bell::Bell;
 use crate::memory::Access;
 use crate::rate_limit::REJECTED;
 use crate::slot::Slot;

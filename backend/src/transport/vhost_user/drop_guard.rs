@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use log::debug;
 
-use crate::bell::Bell;
+use barlink::bell::Bell;
 
 thread_local! {
     static GUARD: RefCell<Option<DropGuard>> = const { RefCell::new(None) };

@@ -20,7 +20,7 @@ use rustix::net::{Shutdown, SocketType, sockopt};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::message::{Message, MessageError, limit_waiting};
-use crate::bell::Bell;
+use barlink::bell::Bell;
 use crate::rate_limit::REJECTED;
 use crate::slot::Slot;
 use crate::transport::shared_memory::is_safe;

@@ -20,7 +20,7 @@ use virtio_queue::{Error, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::footprint::Footprint;
-use crate::bell::Bell;
+use barlink::bell::Bell;
 
 /// The guest's memory.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;

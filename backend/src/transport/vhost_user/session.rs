@@ -19,7 +19,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::device::Device;
 use super::guard::Guard;
 use super::loopback;
-use crate::bell::Bell;
+use barlink::bell::Bell;
 use crate::slot::Slot;
 use crate::socket::has_hung_up;
 use crate::transport::{Departure, TransportError};

@@ -5,12 +5,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use barlink::{Access, AttachError, Attachment};
+use barlink::guest::{Cache, Device, OpenOptions};
+use barlink::host::{self, Attachment};
+use barlink::{Error, Side};
 use barlink_bench_load::{
     Answer, Ask, Build, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawMode, RawReceive, RawSend,
     Receive, Ring, Send, Wait, Watch, idle,
 };
-use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::End::{Consumer, Producer};
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
@@ -197,51 +198,77 @@ fn main() -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     match Cli::parse().work {
         Work::Send { end, send } => match &end.place.control {
-            Some(path) => tell(&send.run(attach(path)?.sender(&end.channel)?)?),
-            None => tell(&send.run(end.place.open()?.sender(&end.channel)?)?),
+            Some(path) => tell(&send.run(attach(path)?.sender(&end.channel)?.into_ring())?),
+            None => tell(&send.run(end.place.open()?.sender(&end.channel)?.into_ring())?),
         },
         Work::Receive { end } => match &end.place.control {
-            Some(path) => tell(&Receive {}.run(attach(path)?.receiver(&end.channel)?)?),
-            None => tell(&Receive {}.run(end.place.open()?.receiver(&end.channel)?)?),
+            Some(path) => tell(&Receive {}.run(attach(path)?.receiver(&end.channel)?.into_ring())?),
+            None => tell(&Receive {}.run(end.place.open()?.receiver(&end.channel)?.into_ring())?),
         },
         Work::Ask { pair, ask } => tell(&if let Some(path) = &pair.place.control {
             let host = attach(path)?;
-            let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+            let (out, back) = (
+                host.sender(&pair.out)?.into_ring(),
+                host.receiver(&pair.back)?.into_ring(),
+            );
             ask.channels(out, back, pair.wait)?
         } else {
             let guest = pair.place.open()?;
-            let (out, back) = (guest.sender(&pair.out)?, guest.receiver(&pair.back)?);
+            let (out, back) = (
+                guest.sender(&pair.out)?.into_ring(),
+                guest.receiver(&pair.back)?.into_ring(),
+            );
             ask.channels(out, back, pair.wait)?
         }),
         Work::Answer { pair, answer } => tell(&if let Some(path) = &pair.place.control {
             let host = attach(path)?;
-            let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+            let (out, back) = (
+                host.sender(&pair.out)?.into_ring(),
+                host.receiver(&pair.back)?.into_ring(),
+            );
             answer.channels(out, back, pair.wait)?
         } else {
             let guest = pair.place.open()?;
-            let (out, back) = (guest.sender(&pair.out)?, guest.receiver(&pair.back)?);
+            let (out, back) = (
+                guest.sender(&pair.out)?.into_ring(),
+                guest.receiver(&pair.back)?.into_ring(),
+            );
             answer.channels(out, back, pair.wait)?
         }),
         Work::Build { end, build } => {
-            tell(&build.run(attach(&end.control)?.sender(&end.channel)?)?)
+            tell(&build.run(attach(&end.control)?.sender(&end.channel)?.into_ring())?)
         }
         Work::AskInPlace { pair, ask } => {
             let host = attach(&pair.control)?;
-            let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+            let (out, back) = (
+                host.sender(&pair.out)?.into_ring(),
+                host.receiver(&pair.back)?.into_ring(),
+            );
             tell(&ask.in_place(out, back, pair.wait)?)
         }
         Work::AnswerInPlace { pair, answer } => {
             let host = attach(&pair.control)?;
-            let (out, back) = (host.sender(&pair.out)?, host.receiver(&pair.back)?);
+            let (out, back) = (
+                host.sender(&pair.out)?.into_ring(),
+                host.receiver(&pair.back)?.into_ring(),
+            );
             tell(&answer.in_place(out, back, pair.wait)?)
         }
         Work::Idle { pair, first } => {
             if let Some(path) = &pair.place.control {
                 let host = attach(path)?;
-                idle(host.sender(&pair.out)?, host.receiver(&pair.back)?, first)
+                idle(
+                    host.sender(&pair.out)?.into_ring(),
+                    host.receiver(&pair.back)?.into_ring(),
+                    first,
+                )
             } else {
                 let guest = pair.place.open()?;
-                idle(guest.sender(&pair.out)?, guest.receiver(&pair.back)?, first)
+                idle(
+                    guest.sender(&pair.out)?.into_ring(),
+                    guest.receiver(&pair.back)?.into_ring(),
+                    first,
+                )
             }
         }
         Work::Watch(watch) => tell(&watch.run()?),
@@ -276,12 +303,13 @@ fn tell(measured: &impl Serialize) -> Result<()> {
     Ok(())
 }
 
-fn attach(path: &Path) -> Result<Attachment, AttachError> {
-    Attachment::connect(path, Access::ReadWrite)
+fn attach(path: &Path) -> Result<Attachment, Error> {
+    host::connect_path(path)
 }
 
 impl Place {
-    fn open(&self) -> Result<Device, DeviceError> {
-        Device::open(self.device.as_deref().unwrap_or(Path::new("")))
+    fn open(&self) -> Result<Device, Error> {
+        let options = OpenOptions::new().cache(Cache::Same);
+        options.open(self.device.as_deref().unwrap_or(Path::new("")))
     }
 }

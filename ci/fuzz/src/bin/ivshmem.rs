@@ -10,8 +10,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 
-use barlink::slot::Slot;
-use barlink::transport::{Departure, Ivshmem, Transport, TransportError};
+use barlink_broker::slot::Slot;
+use barlink_broker::transport::{Departure, Ivshmem, Transport, TransportError};
 use barlink_fuzz::broker::{IVSHMEM, PEER, next_descriptor};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;

@@ -6,7 +6,7 @@
 #![no_main]
 
 use barlink::Access;
-use barlink::broker::{BrokerState, answer};
+use barlink_broker::broker::{BrokerState, answer};
 use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use barlink::protocol::wire::layout::End;
 use barlink_fuzz::broker::{IVSHMEM, PEER};
@@ -52,10 +52,10 @@ fn receive(state: &BrokerState, client: u64, packet: &[u8]) {
     let again = serde_json::to_vec(&request).expect("it can be asked");
     assert_eq!(Request::parse(&again).as_ref(), Ok(&request.ask));
     let answered = match request.ask {
-        Ask::Claim { channel, end } => claim(state, client, channel, end.into()),
+        Ask::Claim { channel, end } => claim(state, client, channel, end),
         Ask::Release { channel, end } => {
-            let holder = holder(state, channel, end.into());
-            let released = state.roster.release(client, channel, end.into());
+            let holder = holder(state, channel, end);
+            let released = state.roster.release(client, channel, end);
             assert!(released.is_err() || holder == Some(client as u32));
             released.map(|()| Answer::Done)
         }

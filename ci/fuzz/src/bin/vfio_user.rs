@@ -14,8 +14,8 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, LazyLock};
 
 use barlink::control::message::MAX_COPY;
-use barlink::slot::{ReadError, ReadRequest, Slot, Source};
-use barlink::transport::{Departure, Transport, VfioUser};
+use barlink_broker::slot::{ReadError, ReadRequest, Slot, Source};
+use barlink_broker::transport::{Departure, Transport, VfioUser};
 use barlink_fuzz::broker::{PEER, VFIO_USER, next_descriptor};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;

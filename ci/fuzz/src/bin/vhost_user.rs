@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 
-use barlink::transport::{Transport, VhostUser};
+use barlink_broker::transport::{Transport, VhostUser};
 use barlink_fuzz::broker::{PEER, VHOST_USER, next_descriptor};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;

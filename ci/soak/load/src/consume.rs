@@ -92,6 +92,6 @@ where
         Kind::END if bytes.is_empty() => Ok(()),
         KIND => record::check(&bytes, seed, header.sequence, max)
             .map_err(|fault| format!("{fault:?}, {} bytes", bytes.len())),
-        kind => Err(format!("of kind {}", kind.0)),
+        kind => Err(format!("of kind {}", kind.number())),
     }
 }

@@ -9,12 +9,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
-use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
-use barlink::{Access, AttachError, Attachment};
+use barlink::guest::{Cache, Device, DeviceError, OpenOptions};
+use barlink::host::Attachment;
+use barlink::{Access, Error, Side};
 use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, produce};
 use barlink_driver_checks::make_second_node;
-use barlink_guest::{Device, DeviceError};
 use barlink_protocol::wire::layout::{End, Layout};
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
 use clap::{Args, Parser, ValueEnum};
@@ -71,10 +71,7 @@ fn main() -> Result<()> {
         let attachment = Attachment::connect(path, Access::ReadWrite)?;
         let claimed = insist(
             || attachment.claim(&cli.channel, end),
-            |error| {
-                let refused = |refusal: &Refusal| matches!(refusal, Refusal::Held { .. });
-                matches!(error, AttachError::Control(ControlError::Refused(refusal)) if refused(refusal))
-            },
+            |error| matches!(error.refusal(), Some(Refusal::Held { .. })),
         )?;
         work(
             attachment.region(),
@@ -87,11 +84,11 @@ fn main() -> Result<()> {
         let path = cli.place.device.unwrap_or_default();
         let device = insist(
             || open(&path, cli.second_node.as_deref()),
-            |error| matches!(error, DeviceError::NoDevice { .. }),
+            |error| matches!(error, Error::Device(DeviceError::NoDevice { .. })),
         )?;
         let claimed = insist(
             || device.claim(&cli.channel, end),
-            |error| matches!(error, DeviceError::Held { .. }),
+            |error| matches!(error, Error::Held { .. }),
         )?;
         work(device.region(), device.layout(), cli.end, claimed, cli.seed)
     }
@@ -99,21 +96,21 @@ fn main() -> Result<()> {
 
 /// Opens the device by its node, or by a second node. Creates the second node each time, because
 /// the device that had its number before may be gone.
-fn open(first: &Path, second: Option<&Path>) -> Result<Device, DeviceError> {
+fn open(first: &Path, second: Option<&Path>) -> Result<Device, Error> {
+    let options = OpenOptions::new().cache(Cache::Same);
     let Some(second) = second else {
-        return Device::open(first);
+        return options.open(first);
     };
     let path = second.to_owned();
     match make_second_node(first, second) {
-        Ok(()) => Device::open(second),
+        Ok(()) => options.open(second),
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
-            Err(DeviceError::NoDevice { path })
+            Err(DeviceError::NoDevice { path }.into())
         }
-        Err(source) => Err(DeviceError::System {
-            what: "make",
-            path,
-            source,
-        }),
+        Err(source) => {
+            let what = "make";
+            Err(DeviceError::System { what, path, source }.into())
+        }
     }
 }
 

@@ -6,8 +6,9 @@
 use std::ops::{AddAssign, Sub};
 
 use anyhow::{Context, Result, ensure};
+use barlink::Access;
+use barlink::host::Attachment;
 use barlink::memory::Mapping;
-use barlink::{Access, Attachment};
 use barlink_crash_load::{Note, Notes};
 use barlink_protocol::state::ChannelState;
 use barlink_protocol::wire::layout::Channel;

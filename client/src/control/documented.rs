@@ -43,7 +43,7 @@ fn name(message: &Value) -> String {
     called.unwrap().to_owned()
 }
 
-/// The names that a kind of message has, as its parser tells them to who sends another.
+/// Returns the names that a kind of message has, as its parser lists them in its error for another name.
 fn known<T: DeserializeOwned + Debug>() -> Names {
     let error = serde_json::from_str::<T>(r#""another""#).unwrap_err();
     let names: Names = quoted(&error.to_string()).skip(1).map(Into::into).collect();

@@ -24,8 +24,8 @@ pub const MAX_DESCRIPTORS: usize = 128;
 pub struct PacketSocket(OwnedFd);
 
 impl PacketSocket {
-    /// Connects to a control socket. That waits no longer than `patience`, nor do sending and receiving after it.
-    pub fn connect(path: &Path, patience: Duration) -> io::Result<Self> {
+    /// Connects to a control socket. Connecting, sending and receiving wait no longer than `timeout` each.
+    pub fn connect(path: &Path, timeout: Duration) -> io::Result<Self> {
         let address = SocketAddrUnix::new(path)?;
         let socket = rustix::net::socket_with(
             AddressFamily::UNIX,
@@ -33,9 +33,9 @@ impl PacketSocket {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        // First, since who connects waits as one who sends does where too many wait to be accepted.
+        // The timeouts come first, because `connect` obeys that of sending while the queue of the listener is full.
         for direction in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
-            sockopt::set_socket_timeout(&socket, direction, Some(patience))?;
+            sockopt::set_socket_timeout(&socket, direction, Some(timeout))?;
         }
         rustix::net::connect(&socket, &address)?;
         Ok(PacketSocket(socket))
@@ -46,9 +46,9 @@ impl PacketSocket {
         PacketSocket(socket)
     }
 
-    /// Ends the connection, for both sides: nothing is sent or received any more.
+    /// Ends the connection for both sides.
     pub fn shut_down(&self) {
-        // What fails has ended already.
+        // A failure means that the connection has ended already.
         let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
     }
 
@@ -59,13 +59,13 @@ impl PacketSocket {
         Ok(())
     }
 
-    /// Receives a packet, and throws descriptors away that came with it. Gives `None` at the end.
+    /// Receives a packet, and closes descriptors that came with it. Returns `None` at the end.
     pub fn receive<'a>(&self, buffer: &'a mut [u8; MAX_PACKET]) -> io::Result<Option<&'a [u8]>> {
         let (_, length) = rustix::net::recv(&self.0, &mut buffer[..], RecvFlags::empty())?;
         Ok((length > 0).then(|| &buffer[..length]))
     }
 
-    /// Receives a packet and the descriptors that came with it. Gives `None` at the end.
+    /// Receives a packet and the descriptors that came with it. Returns `None` at the end.
     pub fn receive_with_descriptors<'a>(
         &self,
         buffer: &'a mut [u8; MAX_PACKET],

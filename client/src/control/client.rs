@@ -10,18 +10,20 @@ use std::time::Duration;
 
 use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use super::packet::PacketSocket;
+use crate::error::ErrorKind;
 
-/// How long a broker may take to answer. It answers at once; what does not is no broker.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The time that a broker may take to answer. A broker answers at once, so a later answer is not a broker's.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is said of one that does not.
+/// The description of a socket that does not answer.
 const SILENT: &str = "it does not answer (continue its process if that is stopped, or start the service whose manager keeps \
                       the socket)";
 
-/// Why a broker could not be asked.
+/// A broker could not be asked, or refused.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ControlError {
-    /// Nothing listens there.
+    /// No process listens there.
     #[error(
         "no broker at {path}: start one with `barlink serve --ivshmem /tmp/vm.sock` (and the same --name or --control, if \
          any), or name another"
@@ -30,7 +32,7 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
-    /// Nobody is there whose place could be taken.
+    /// There is no broker that could be replaced.
     #[error(
         "no broker at {path} whose place could be taken: leave --replace out, or name the one that runs by --name or --control"
     )]
@@ -38,7 +40,7 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
-    /// The socket is closed to this user.
+    /// This user may not connect.
     #[error(
         "no permission to attach at {path}: run as the broker's user, or start it with --allow-user and a --control socket whose folder you can enter"
     )]
@@ -46,34 +48,49 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
-    /// Something else is there.
+    /// The socket belongs to another program.
     #[error("{path} is not the control socket of a broker: {why}")]
     NotABroker {
         /// The socket.
         path: PathBuf,
-        /// What was seen.
+        /// The observation that shows it.
         why: String,
     },
-    /// The broker closed the connection without a word: it does so to users who are not allowed.
+    /// The broker closed the connection without an answer, as it does for users who are not allowed.
     #[error("the broker at {path} turned this process away: see its log")]
     TurnedAway {
         /// The socket.
         path: PathBuf,
     },
-    /// The broker said no.
+    /// The broker refused.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The connection broke.
+    /// The connection failed.
     #[error("the broker at {path} cannot be reached")]
     Lost {
         /// The socket.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
 }
 
-/// A connection to a broker. One request at a time; threads take turns.
+impl ControlError {
+    /// Returns the class of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            ControlError::NoBroker { .. } | ControlError::NobodyToReplace { .. } => {
+                ErrorKind::NotFound
+            }
+            ControlError::Permission { .. } => ErrorKind::PermissionDenied,
+            ControlError::NotABroker { .. } => ErrorKind::Incompatible,
+            ControlError::TurnedAway { .. } | ControlError::Lost { .. } => ErrorKind::Disconnected,
+            ControlError::Refused(refusal) => refusal.kind(),
+        }
+    }
+}
+
+/// A connection to a broker. It carries one request at a time, so threads wait for each other.
 #[derive(Debug)]
 pub struct Control {
     path: PathBuf,
@@ -83,11 +100,11 @@ pub struct Control {
 #[derive(Debug)]
 struct Connection {
     socket: PacketSocket,
-    /// The broker has answered something: so this is no connection that it never accepted.
+    /// The broker has answered a request, so it has accepted the connection.
     answered: bool,
-    /// A request has had no answer that makes sense: whatever comes now would be taken for the answer to another one.
+    /// A request has had no valid answer. A later packet would be taken for the answer to another request.
     out_of_step: bool,
-    /// Ends of channels that the broker has given out over this connection, and that were not given back.
+    /// Ends of channels that were claimed over this connection and not released.
     held: usize,
 }
 
@@ -101,8 +118,8 @@ impl Connection {
         }
     }
 
-    /// Ends a connection that is of no use any more, so that the broker takes back what it granted without our hearing of
-    /// it. While an end is held here it stays: the broker would give that to others, and whoever holds it does not look.
+    /// Ends a connection that cannot be used any more, so that the broker releases claims whose answers were lost. The connection
+    /// stays while an end is held here: its holder does not check the connection, and the broker would give the end to others.
     fn give_up(&self) {
         if self.out_of_step && self.held == 0 {
             self.socket.shut_down();
@@ -113,7 +130,7 @@ impl Connection {
 impl Control {
     /// Connects to a broker's control socket.
     pub fn connect(path: &Path) -> Result<Self, ControlError> {
-        let socket = PacketSocket::connect(path, PATIENCE).map_err(|source| {
+        let socket = PacketSocket::connect(path, TIMEOUT).map_err(|source| {
             let path = path.to_owned();
             match source
                 .raw_os_error()
@@ -153,8 +170,8 @@ impl Control {
         &self.path
     }
 
-    /// Asks, and waits for the answer and the descriptors that come with it. Once there was none, or one that makes no sense, nothing
-    /// can be asked any more over this connection.
+    /// Sends a request, and waits for the answer and its descriptors. After a missing or invalid answer the connection takes no more
+    /// requests.
     pub fn ask(&self, ask: Ask) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         let releases = matches!(ask, Ask::Release { .. });
         let request = Request {
@@ -177,18 +194,18 @@ impl Control {
         }
         let mut outcome = self.exchange(&connection.socket, &request);
         if matches!(outcome, Err(ControlError::TurnedAway { .. })) && !connection.answered {
-            // So a broker leaves those whom it has not heard when another one takes its place, which is there by now.
+            // A broker that is replaced closes connections that it has not served. Its successor listens by now.
             connection.socket = Self::connect(&self.path)?.into_socket();
             outcome = self.exchange(&connection.socket, &request);
         }
         connection.answered = true;
-        // What is refused was not held.
+        // A refused release was of an end that was not held.
         if releases && !matches!(outcome, Err(ControlError::Refused(_))) {
             connection.held = connection.held.saturating_sub(1);
         }
         match &outcome {
             Ok((Answer::Claimed, _)) => connection.held += 1,
-            // Whoever was turned away has no connection any more.
+            // A connection that the broker closed needs no further care.
             Ok(_) | Err(ControlError::Refused(_) | ControlError::TurnedAway { .. }) => (),
             Err(_) => {
                 connection.out_of_step = true;
@@ -234,7 +251,7 @@ impl Control {
         }
     }
 
-    /// The error for an answer that no broker gives.
+    /// Returns the error for an answer that no broker gives.
     pub fn not_a_broker(&self, why: &str) -> ControlError {
         ControlError::NotABroker {
             path: self.path.clone(),

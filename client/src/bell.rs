@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! An eventfd that neither ringing nor draining blocks on, whatever others do to it.
+//! An eventfd that neither ringing nor draining blocks on, whatever other processes do to it.
 //!
-//! It is made non-blocking, but that is a property of the open file, which all copies share: QEMU makes every
-//! descriptor that it receives blocking (`tcp_chr_recv` in `chardev/char-socket.c`). A write to it could then wait as long
-//! as whoever else has it keeps it full, so the kernel is asked to ring it, which never waits
+//! The eventfd is created non-blocking, but that is a property of the open file, which all copies share. QEMU makes every
+//! descriptor that it receives blocking (`tcp_chr_recv` in `chardev/char-socket.c`). A write could then wait as long as another
+//! holder keeps the eventfd full. So the kernel is asked to ring it, which never waits
 //! (`docs/decisions/0006-ringing-cannot-block.md`).
 #![expect(
     unsafe_code,
@@ -23,23 +23,23 @@ use rustix::io::ReadWriteFlags;
 use vmm_sys_util::aio::{IOCB_CMD_PREAD, IOCB_FLAG_RESFD, IoContext, IoControlBlock, IoEvent};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// A doorbell: one vector of one peer.
+/// An eventfd for one vector of one peer.
 #[derive(Debug)]
 pub struct Bell(EventFd);
 
 impl Bell {
-    /// Makes one that was not rung.
+    /// Creates an eventfd that was not rung.
     pub fn new() -> std::io::Result<Self> {
         LazyLock::force(&RINGER);
         EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Bell)
     }
 
-    /// A second descriptor of the same doorbell.
+    /// Duplicates the descriptor.
     pub fn try_clone(&self) -> std::io::Result<Self> {
         self.0.try_clone().map(Bell)
     }
 
-    /// Rings. Who waits for an edge gets one even if it is full.
+    /// Rings. A process that waits for an edge gets one even if the eventfd is full.
     pub fn ring(&self) -> io::Result<()> {
         match &*RINGER {
             Some(ringer) if ringer.ring(self).is_ok() => Ok(()),
@@ -47,7 +47,7 @@ impl Bell {
         }
     }
 
-    /// Rings without the kernel's help: if it is blocking, and filled by another between look and write, this waits.
+    /// Rings by a write. If the eventfd is blocking, and another process fills it between the poll and the write, this waits.
     fn write(&self) -> io::Result<()> {
         let mut ready = [PollFd::new(self, PollFlags::OUT)];
         let now = rustix::time::Timespec {
@@ -60,8 +60,8 @@ impl Bell {
         Ok(())
     }
 
-    /// Whether a descriptor that another process sent is an eventfd: to write to something else could wait, or worse. It is
-    /// not rung by that. Where the kernel does not ring for us, nobody can tell, and none is.
+    /// Whether a descriptor that another process sent is an eventfd. A write to another kind of file could wait, or worse. The
+    /// check does not ring. Where the kernel does not ring for this process, the check is not possible and returns `false`.
     pub fn is_eventfd(descriptor: &OwnedFd) -> bool {
         let ringer = RINGER.as_ref();
         ringer.is_some_and(|ringer| ringer.takes(descriptor))
@@ -72,7 +72,7 @@ impl Bell {
         RINGER.is_some()
     }
 
-    /// Whether an eventfd that another process sent counts down by one for each read (`EFD_SEMAPHORE`), so that to drain it can take
+    /// Whether an eventfd that another process sent counts down by one for each read (`EFD_SEMAPHORE`), so that draining it can take
     /// for ever. Its rings stay.
     pub fn is_semaphore(descriptor: &OwnedFd) -> io::Result<bool> {
         let bell = Bell::from(descriptor.try_clone()?);
@@ -85,12 +85,12 @@ impl Bell {
         Ok(count < 2)
     }
 
-    /// Forgets all rings so far.
+    /// Removes all rings so far.
     pub fn drain(&self) {
         self.take();
     }
 
-    /// Forgets all rings so far, and says how many there were.
+    /// Removes all rings so far, and returns their number.
     fn take(&self) -> u64 {
         let mut count = [0; 8];
         let read = rustix::io::preadv2(
@@ -99,31 +99,33 @@ impl Bell {
             u64::MAX,
             ReadWriteFlags::NOWAIT,
         );
-        // Without a ring it is EAGAIN.
+        // Without a ring the error is EAGAIN.
         read.map_or(0, |_| u64::from_ne_bytes(count))
     }
 }
 
-/// This process's way of ringing. It is made before the first ring, since later the broker may not.
+/// This process's context for ringing. It is created before the first ring, because the broker gives up that right later.
 static RINGER: LazyLock<Option<Ringer>> = LazyLock::new(|| {
     Ringer::new()
         .inspect_err(|error| {
-            log::info!("whoever shares a doorbell can hold up ringing it (fs.aio-max-nr): {error}");
+            log::info!(
+                "a process that shares an eventfd can delay ringing it (fs.aio-max-nr): {error}"
+            );
         })
         .ok()
 });
 
-/// Reads nothing from an empty file by asynchronous input and output (`io_submit(2)`), whose completion the kernel tells an
-/// eventfd. It tells it at once, since there is nothing to wait for, and in a way that never waits.
+/// Reads from an empty file by asynchronous input and output (`io_submit(2)`). The kernel signals the completion to an eventfd: at
+/// once, because there is nothing to wait for, and in a way that never waits.
 struct Ringer {
     context: IoContext,
     empty: File,
-    /// Cannot be read.
+    /// A file that cannot be read.
     unreadable: PipeWriter,
 }
 
 impl Ringer {
-    /// Completions that the kernel keeps at least.
+    /// The least number of completions that the kernel stores.
     const COMPLETIONS: u32 = 32;
 
     fn new() -> io::Result<Self> {
@@ -138,14 +140,14 @@ impl Ringer {
         self.read(self.empty.as_raw_fd(), bell.as_raw_fd())
     }
 
-    /// Whether a descriptor can be told of completions, which only eventfds can: the kernel looks at that first (EINVAL), and then
-    /// finds that there is nothing to read (EBADF), so that nothing is told.
+    /// Whether a descriptor can be signalled, as only eventfds can. The kernel checks that first (EINVAL), and then finds that the file
+    /// cannot be read (EBADF), so that it signals nothing.
     fn takes(&self, descriptor: &OwnedFd) -> bool {
         let read = self.read(self.unreadable.as_raw_fd(), descriptor.as_raw_fd());
         read.is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
     }
 
-    /// Reads nothing from one, and has the other told.
+    /// Reads from one file, and has the other signalled.
     fn read(&self, from: RawFd, told: RawFd) -> io::Result<()> {
         let number = |descriptor: RawFd| descriptor.unsigned_abs();
         let mut block = IoControlBlock {
@@ -157,7 +159,7 @@ impl Ringer {
         };
         match self.context.submit(&[&mut block]) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                // Nobody has asked yet what was completed, and there is no room for more.
+                // The list of completions is full: remove some of them.
                 self.context
                     .get_events(0, &mut [IoEvent::default(); 256], None)?;
                 self.context.submit(&[&mut block])?;
@@ -169,7 +171,7 @@ impl Ringer {
 }
 
 impl From<OwnedFd> for Bell {
-    /// Takes over an eventfd that another broker made.
+    /// Takes over an eventfd that another process created.
     fn from(descriptor: OwnedFd) -> Self {
         LazyLock::force(&RINGER);
         // SAFETY: the descriptor is ours, and is given up here.
@@ -179,7 +181,7 @@ impl From<OwnedFd> for Bell {
 
 impl AsFd for Bell {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the eventfd owns the descriptor, and is borrowed as long as it is lent.
+        // SAFETY: the eventfd owns the descriptor, and stays borrowed as long as the result lives.
         unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
     }
 }
@@ -211,14 +213,14 @@ mod tests {
         read.ok().map(|_| u64::from_ne_bytes(bytes))
     }
 
-    /// What QEMU does to it.
+    /// Makes the eventfd blocking, as QEMU does.
     fn make_blocking(bell: &Bell) {
         let flags = rustix::fs::fcntl_getfl(bell).unwrap() - rustix::fs::OFlags::NONBLOCK;
         rustix::fs::fcntl_setfl(bell, flags).unwrap();
     }
 
     #[test]
-    fn draining_does_not_block_on_a_doorbell_that_was_not_rung() {
+    fn draining_does_not_block_without_a_ring() {
         let bell = Bell::new().unwrap();
         make_blocking(&bell);
         bell.drain();
@@ -231,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn ringing_does_not_block_on_a_doorbell_that_is_full() {
+    fn ringing_does_not_block_when_full() {
         let bell = Bell::new().unwrap();
         make_blocking(&bell);
         bell.0.write(FULL).unwrap();
@@ -257,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn eventfds_are_told_from_other_descriptors_and_not_rung_by_that() {
+    fn check_of_eventfds_rings_none() {
         let bell = Bell::new().unwrap();
         fill(&bell);
         let copy = bell.as_fd().try_clone_to_owned().unwrap();
@@ -291,41 +293,41 @@ mod tests {
     /// Most that an eventfd counts by writes.
     const FULL: u64 = u64::MAX - 1;
 
-    /// Fills it, whatever others do meanwhile, and leaves it blocking.
+    /// Fills the eventfd, whatever other threads do meanwhile, and leaves it blocking.
     fn fill(bell: &Bell) {
         let flags = rustix::fs::fcntl_getfl(bell).unwrap() | rustix::fs::OFlags::NONBLOCK;
         rustix::fs::fcntl_setfl(bell, flags).unwrap();
         for bit in (0..64).rev() {
-            // What does not fit any more is EAGAIN.
+            // A count that does not fit any more is EAGAIN.
             let _ = bell.0.write(1 << bit);
         }
         make_blocking(bell);
     }
 
     #[test]
-    fn ringing_does_not_wait_for_whoever_fills_the_doorbell_meanwhile() {
+    fn ringing_never_waits_for_a_filling_peer() {
         const LIMIT: Duration = Duration::from_secs(60);
         let bell = Arc::new(Bell::new().unwrap());
         let rings = Arc::new(AtomicU64::new(0));
         fill(&bell);
         let (holder, counted) = (Arc::clone(&bell), Arc::clone(&rings));
-        // Whether rings go on, however often it is filled.
+        // Whether rings go on, however often the eventfd is filled.
         let holder = std::thread::spawn(move || {
             let go_on = (0..30).all(|_| {
-                // Room for others only for as long as it takes to fill it again.
+                // There is room for a ring only for as long as it takes to fill the eventfd again.
                 holder.drain();
                 for _ in 0..100 {
                     holder.drain();
                     fill(&holder);
                 }
-                // It is full until two more rings have come to their end.
+                // The eventfd is full until two more rings have ended.
                 let (start, before) = (Instant::now(), counted.load(Ordering::Relaxed));
                 while counted.load(Ordering::Relaxed) < before + 2 && start.elapsed() < LIMIT {
                     std::thread::yield_now();
                 }
                 counted.load(Ordering::Relaxed) >= before + 2
             });
-            // A ring that waits comes to its end.
+            // A ring that waits ends now.
             holder.drain();
             go_on
         });
@@ -337,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_doorbell_counts_all_rings() {
+    fn eventfd_counts_all_rings() {
         let bell = Bell::new().unwrap();
         for _ in 0..10_000 {
             bell.ring().unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Which cache mode a region is mapped in, and which is the fastest.
+//! The cache mode that a region is mapped in, and the choice of the fastest.
 
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
@@ -8,32 +8,32 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::uapi::{CacheMode, Info};
-use clap::ValueEnum;
 use rustix::io::Errno;
 
-use crate::mapping::Mapping;
+use crate::guest::device::{map_in, region};
+use crate::memory::Mapping;
 
-/// In which cache mode a region is to be mapped. While a mapping of it lives, all are in one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+/// The cache mode to request for a mapping. All live mappings of a region have the same mode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cache {
-    /// As the region's mappings that live, whosever they are; noncached if there are none
+    /// The mode of the region's live mappings, whichever process has them; noncached if there are none.
     #[default]
     Same,
-    /// Noncached: each access is one of the bus's; shown as uncached-minus
+    /// Noncached: each access is one of the bus's. It is reported as uncached-minus.
     Noncached,
-    /// Write-combining: stores are gathered, loads are as noncached ones; shown so
+    /// Write-combining: stores are gathered, and loads are as noncached ones.
     WriteCombining,
-    /// Write-back, as the guest's own memory; needs a device above 4 GiB, else uncached-minus is shown
+    /// Write-back, as the guest's own memory. It needs a device above 4 GiB, or uncached-minus is granted.
     WriteBack,
-    /// The fastest that the guest's kernel grants, by a short measurement; `same` if the region is mapped
+    /// The fastest mode that the guest's kernel grants, by a short measurement; [`Cache::Same`] if the region is mapped.
     Auto,
 }
 
 impl Cache {
-    /// Those that a driver is asked for, the preferred ones first.
+    /// The modes that a driver can be asked for, the preferred ones first.
     const MODES: [Cache; 3] = [Cache::WriteBack, Cache::WriteCombining, Cache::Noncached];
 
-    /// Which mode the driver is to be asked for, if any.
+    /// Returns the mode to ask the driver for, if any.
     pub(crate) fn mode(self) -> Option<CacheMode> {
         match self {
             Cache::Same | Cache::Auto => None,
@@ -43,7 +43,7 @@ impl Cache {
         }
     }
 
-    /// Its name, as an option of the program has it.
+    /// Returns the name, as the option `--cache` of `barlink-guest` has it.
     pub fn name(self) -> &'static str {
         match self {
             Cache::Same => "same",
@@ -54,7 +54,7 @@ impl Cache {
         }
     }
 
-    /// The one that asks for a mode by this number.
+    /// Returns the request for the mode with this number.
     pub(crate) fn from_number(number: u32) -> Option<Self> {
         let mode = CacheMode::from_number(number)?;
         let mut all = Cache::MODES.into_iter();
@@ -62,32 +62,32 @@ impl Cache {
     }
 }
 
-/// Bytes that are mapped to be read, less than a second-level cache has, and how many are read in one go.
+/// Bytes that are mapped for the measurement, fewer than a second-level cache has, and bytes in one copy.
 const WINDOW: u64 = 256 << 10;
 const PART: usize = 16 << 10;
-/// How often each mode is tried, in turn, so that what the first one pays for is not held against it; and for how long.
+/// Rounds over all modes, so that costs of the first touch do not count against one mode, and the time of each measurement.
 const ROUNDS: usize = 3;
 const TIME: Duration = Duration::from_millis(1);
-/// A mode is preferred to others that are faster by less than this.
+/// The factor by which a less preferred mode must be faster to be chosen.
 const MARGIN: f64 = 1.1;
 
-/// What [`Cache::Auto`] has come to. Shown, it says why.
+/// The result of [`Cache::Auto`]. Its text has the reason.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Choice {
     /// The mode to ask for; [`Cache::Same`] if the region was mapped already.
     pub cache: Cache,
-    /// Bytes a second that were read in each mode, which is `None` where the kernel granted another.
+    /// Bytes a second that were read in each mode, or `None` where the kernel granted another mode.
     pub speeds: Vec<(Cache, Option<f64>)>,
 }
 
 impl Choice {
-    /// That of a region that is mapped.
+    /// The choice for a region that is mapped already.
     pub(crate) const SAME: Choice = Choice {
         cache: Cache::Same,
         speeds: Vec::new(),
     };
 
-    /// Tries what there is. `open` gives a file of the device and what the driver says, `info` the latter again.
+    /// Measures all modes. `open` returns a file of the device and the driver's information, and `info` that information again.
     pub(crate) fn find<E>(
         open: impl Fn() -> Result<(File, Info), E>,
         info: impl Fn(&File) -> Result<Info, E>,
@@ -96,13 +96,13 @@ impl Choice {
         let mut speeds = Cache::MODES.map(|cache| (cache, None));
         for turn in 0..ROUNDS * speeds.len() {
             let (cache, best) = &mut speeds[turn % Cache::MODES.len()];
-            // A file of its own, since a file keeps its mode.
+            // Each try has a file of its own, because a file keeps its mode.
             let (file, before) = open()?;
             if before.asked != 0 {
                 return Ok(Choice::SAME);
             }
             let size = before.mappable_size.min(WINDOW) as usize;
-            let mapping = match Mapping::new(&file, size, cache.mode()) {
+            let mapping = match map_in(&file, size, cache.mode()) {
                 Err(Errno::BUSY) => return Ok(Choice::SAME),
                 mapping => mapping.map_err(&failed)?,
             };
@@ -119,10 +119,10 @@ impl Choice {
     }
 }
 
-/// Bytes a second of the fastest of many copies, since what held up the others was somebody else. Nothing is written: all of
+/// Measures bytes a second of the fastest of many copies, because other processes delay the rest. Nothing is written, because all of
 /// the region can be in use.
 fn read_speed(mapping: &Mapping, granted: u32) -> f64 {
-    let region = mapping.region(granted);
+    let region = region(mapping, granted);
     let mut bytes = [0; PART];
     let parts = (region.size() as usize / PART).max(1);
     let length = PART.min(region.size() as usize);
@@ -133,7 +133,7 @@ fn read_speed(mapping: &Mapping, granted: u32) -> f64 {
         region.copy_out((part * PART) as u64, &mut bytes[..length]);
         black_box(&mut bytes);
         best = best.min(before.elapsed());
-        // All of it once, however long this process was kept from running.
+        // The whole window is read once, however long this process did not run.
         if count >= parts && start.elapsed() >= TIME {
             break;
         }
@@ -141,7 +141,7 @@ fn read_speed(mapping: &Mapping, granted: u32) -> f64 {
     length as f64 / best.as_secs_f64().max(1e-9)
 }
 
-/// The first of these that no other one surpasses by more than the margin; noncached if none was granted.
+/// Returns the first mode that no other mode exceeds by more than the margin, or noncached if none was granted.
 fn fastest(speeds: &[(Cache, Option<f64>)]) -> Cache {
     let granted = || {
         speeds
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_modes_that_are_about_as_fast_the_most_cached_is_chosen() {
+    fn chooses_most_cached_of_equally_fast_modes() {
         let choose = |speeds: [Option<f64>; 3]| {
             let speeds: Vec<_> = Cache::MODES.into_iter().zip(speeds).collect();
             fastest(&speeds)
@@ -201,19 +201,15 @@ mod tests {
     }
 
     #[test]
-    fn names_are_those_of_the_option() {
-        for cache in Cache::value_variants() {
-            let value = cache
-                .to_possible_value()
-                .map(|value| value.get_name().to_owned());
-            assert_eq!(value.as_deref(), Some(cache.name()));
-            let number = cache.mode().map(|mode| mode as u32);
-            assert!(number.is_none_or(|number| Cache::from_number(number) == Some(*cache)));
+    fn modes_are_found_by_their_numbers() {
+        for cache in Cache::MODES {
+            let number = cache.mode().map(|mode| mode as u32).unwrap();
+            assert_eq!(Cache::from_number(number), Some(cache));
         }
     }
 
     #[test]
-    fn a_choice_says_why() {
+    fn choice_has_its_reason_in_words() {
         let choice = Choice {
             cache: Cache::WriteCombining,
             speeds: vec![

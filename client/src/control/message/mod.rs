@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What is said over a control socket.
+//! The messages of a control socket.
 
 mod refusal;
 mod region;
 mod status;
 
+use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
 pub use self::refusal::Refusal;
-pub use self::region::{ChannelInfo, RegionInfo, Side};
+use self::region::EndName;
+pub use self::region::{ChannelInfo, RegionInfo};
 pub use self::status::{
     BufferStatus, ClaimStatus, GuestMemoryStatus, SlotStatus, Status, VmStatus,
 };
@@ -22,24 +24,24 @@ pub const MAX_COPY: usize = 32 << 10;
 /// Largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
 
-/// What a message of any version has.
+/// The part that a message of any version has.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct AnyVersion {
     /// Its version.
     pub version: u32,
 }
 
-/// A request, with the version of whoever asks.
+/// A request, with the version of its sender.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
     /// [`VERSION`].
     pub version: u32,
-    /// What is asked.
+    /// The request.
     pub ask: Ask,
 }
 
 impl Request {
-    /// What a packet asks. The version is looked at first: whoever has another one gets told so, whatever it asks.
+    /// Parses a packet. The version is checked first, so that a client of another version learns of that, whatever it asks.
     pub fn parse(packet: &[u8]) -> Result<Ask, Refusal> {
         let AnyVersion { version } = serde_json::from_slice(packet).map_err(|e| malformed(&e))?;
         if version != VERSION {
@@ -50,24 +52,24 @@ impl Request {
     }
 }
 
-/// Most characters that are told of what is wrong with a packet.
+/// Most characters in the description of a malformed packet.
 const MAX_COMPLAINT: usize = 200;
 
-/// What is wrong with a packet. The parser quotes from it, and this goes to a log and to a terminal: so it is short, and
-/// has no character that either would take for more than text.
+/// Describes the fault of a packet. The parser quotes from the packet, and the text goes to a log and to a terminal. So it is short, and
+/// control characters are escaped.
 fn malformed(error: &serde_json::Error) -> Refusal {
     let complaint = error.to_string();
     let plain = complaint.chars().flat_map(char::escape_debug);
     Refusal::Malformed(plain.take(MAX_COMPLAINT).collect())
 }
 
-/// What a host app can ask of a broker.
+/// The requests of a host app.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Ask {
     /// The region: answered by [`Answer::Region`], with the descriptor of its memory.
     Attach {
-        /// What the descriptor shall permit.
+        /// The access that the descriptor permits.
         access: Access,
     },
     /// One end of a channel, until it is released or the connection ends: answered by [`Answer::Claimed`].
@@ -75,22 +77,24 @@ pub enum Ask {
         /// Index of the channel.
         channel: usize,
         /// The end.
-        end: Side,
+        #[serde(with = "EndName")]
+        end: End,
     },
     /// The end of a claim: answered by [`Answer::Done`].
     Release {
         /// Index of the channel.
         channel: usize,
         /// The end.
-        end: Side,
+        #[serde(with = "EndName")]
+        end: End,
     },
-    /// Who is there: answered by [`Answer::Status`].
+    /// The slots and claims: answered by [`Answer::Status`].
     Status,
     /// A copy of the own memory of a slot's guest: answered by [`Answer::Bytes`].
     ReadGuest {
         /// The slot.
         slot: u32,
-        /// Where the device would find it: guest-physical, unless the guest has an IOMMU.
+        /// The address that the device would use: guest-physical, unless the guest has an IOMMU.
         address: u64,
         /// Bytes, at most [`MAX_COPY`].
         length: usize,
@@ -104,10 +108,9 @@ pub enum Ask {
         /// Bytes, at most [`MAX_COPY`].
         length: usize,
     },
-    /// All that the broker is made of, for another broker of the same user: answered by [`Answer::Inheritance`], until
-    /// one is the last.
+    /// The broker's descriptors, for another broker of the same user: answered by [`Answer::Inheritance`], until one is the last.
     HandOver,
-    /// The end of the broker that has handed over: answered by [`Answer::Done`], its last word.
+    /// The end of the broker that has handed over: answered by [`Answer::Done`].
     Retire,
     /// A fresh generation of a channel whose ends are both free: answered by [`Answer::Reset`].
     Reset {
@@ -121,12 +124,12 @@ pub enum Ask {
 pub struct Reply {
     /// [`VERSION`].
     pub version: u32,
-    /// What it answers.
+    /// The answer.
     pub answer: Answer,
 }
 
 impl Reply {
-    /// What a packet answers. The version is looked at first, as above: another one may have other answers.
+    /// Parses a packet. The version is checked first, because another version may have other answers.
     pub fn parse(packet: &[u8]) -> serde_json::Result<Answer> {
         let AnyVersion { version } = serde_json::from_slice(packet)?;
         if version != VERSION {
@@ -137,16 +140,16 @@ impl Reply {
     }
 }
 
-/// What a broker answers.
+/// The answers of a broker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
     /// The layout; one descriptor comes with it, the memory.
     Region(RegionInfo),
-    /// The end is the asker's; four eventfds come with it: the control vector and the channel's vector that it
-    /// waits on, and the same of the other end, to ring.
+    /// The end belongs to the client. Four eventfds come with it: the control vector and the channel's vector to wait on, and the same
+    /// two of the other end, to ring.
     Claimed,
-    /// Who is there.
+    /// The slots and claims.
     Status(Status),
     /// The channel is empty, in this generation.
     Reset {
@@ -155,15 +158,15 @@ pub enum Answer {
     },
     /// Bytes, in Base64.
     Bytes(String),
-    /// A part of what the broker is made of; a descriptor comes with each name.
+    /// Some of the broker's descriptors, one for each name.
     Inheritance {
         /// Their names.
         names: Vec<String>,
-        /// Whether this is all.
+        /// Whether no more follow.
         last: bool,
     },
-    /// It is done.
+    /// The request was carried out.
     Done,
-    /// It is not done.
+    /// The request was refused.
     Refused(Refusal),
 }

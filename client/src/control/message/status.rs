@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Who is there, as messages write it.
+//! The status of a broker, as messages write it.
 
 use std::path::PathBuf;
 
+use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
-use super::Side;
+use super::EndName;
 
-/// Who is there, by the broker's own knowledge.
+/// The slots and claims, by the broker's own records.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The broker's process ID.
@@ -43,15 +44,15 @@ pub struct VmStatus {
     pub uid: u32,
     /// How many VMs this slot has had, this one included.
     pub connection: u64,
-    /// What there is of the guest's own memory, with `--guest-memory`.
+    /// The guest's own memory, as far as the VMM shares it, with `--guest-memory`.
     #[serde(default)]
     pub guest_memory: Option<GuestMemoryStatus>,
-    /// The guest's DMA buffer, if the device knows of one.
+    /// The guest's DMA buffer, if the driver has reported one.
     #[serde(default)]
     pub buffer: Option<BufferStatus>,
 }
 
-/// A DMA buffer in a guest's own memory, as its driver tells of it: whole pages that end somewhere, of which nothing else is known.
+/// A DMA buffer in a guest's own memory, as the driver reports it: whole pages, and not checked further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BufferStatus {
     /// DMA address: guest-physical, unless the guest has an IOMMU.
@@ -60,12 +61,12 @@ pub struct BufferStatus {
     pub size: u64,
 }
 
-/// What a VMM has told of its guest's own memory.
+/// The memory of a guest, as its VMM has reported it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestMemoryStatus {
-    /// Bytes that host apps can have copies of.
+    /// Bytes that host apps can copy.
     pub readable: u64,
-    /// Bytes of files that they cannot, since these are no shared memory.
+    /// Bytes of files that host apps cannot copy, because these are not shared memory.
     pub unreadable: u64,
 }
 
@@ -88,7 +89,8 @@ pub struct ClaimStatus {
     /// Index of the channel.
     pub channel: usize,
     /// The end.
-    pub end: Side,
+    #[serde(with = "EndName")]
+    pub end: End,
     /// The holder's process ID.
     pub pid: u32,
 }

@@ -5,38 +5,12 @@
 use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
 use serde::{Deserialize, Serialize};
 
-/// An end of a channel, as messages write it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Side {
-    /// The end that writes.
+/// The names that messages have for the ends of a channel.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "End", rename_all = "kebab-case")]
+pub(super) enum EndName {
     Producer,
-    /// The end that reads.
     Consumer,
-}
-
-impl From<End> for Side {
-    fn from(end: End) -> Self {
-        match end {
-            End::Producer => Side::Producer,
-            End::Consumer => Side::Consumer,
-        }
-    }
-}
-
-impl From<Side> for End {
-    fn from(side: Side) -> Self {
-        match side {
-            Side::Producer => End::Producer,
-            Side::Consumer => End::Consumer,
-        }
-    }
-}
-
-impl std::fmt::Display for Side {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        End::from(*self).fmt(f)
-    }
 }
 
 /// A region's layout, as messages write it.

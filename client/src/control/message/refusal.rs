@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Why a broker does not do what it was asked.
+//! The reasons for which a broker refuses a request.
 
+use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
-use super::{MAX_COPY, Side, VERSION};
+use super::{EndName, MAX_COPY, VERSION};
+use crate::error::ErrorKind;
 
-/// Why a broker refuses.
+/// The reason of a refusal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(rename_all = "kebab-case")]
 pub enum Refusal {
@@ -33,11 +35,12 @@ pub enum Refusal {
         /// Name of the channel.
         channel: String,
         /// The end.
-        end: Side,
+        #[serde(with = "EndName")]
+        end: End,
         /// Process ID of its holder, on the host.
         pid: u32,
     },
-    /// That end is not the host's.
+    /// The end is not the host's.
     #[error(
         "the {end} of channel `{channel}` is {peer}, not the host: use it there with barlink-guest, or choose another \
          channel (`barlink inspect` shows from where to where each goes)"
@@ -46,46 +49,47 @@ pub enum Refusal {
         /// Name of the channel.
         channel: String,
         /// The end.
-        end: Side,
-        /// Whose it is.
+        #[serde(with = "EndName")]
+        end: End,
+        /// The peer that the end belongs to.
         peer: String,
     },
-    /// The asker does not hold what it releases.
+    /// The client does not hold the end that it releases.
     #[error("the end is not held by this process")]
     NotHeld,
-    /// A channel cannot be reset while somebody holds one of its ends.
+    /// A channel cannot be reset while one of its ends is held.
     #[error("channel `{channel}` is in use by {holder}: stop that process first")]
     InUse {
         /// Name of the channel.
         channel: String,
-        /// Who.
+        /// The holder of the end.
         holder: String,
     },
     /// There is no such slot.
     #[error("the broker has no slot {0}: `barlink inspect` shows which it has")]
     NoSlot(u32),
-    /// Nobody is in the slot.
+    /// The slot has no VM.
     #[error("no VM is in slot {0}: start it with what `barlink qemu-args --slot {0}` prints")]
     NoVm(u32),
-    /// The guest's memory is not for host apps.
+    /// Host apps have no access to the guest's memory.
     #[error(
         "the broker has no access to the memory of slot {0}'s guest: it needs `barlink serve --vfio-user SOCKET --guest-memory`"
     )]
     NoGuestMemory(u32),
-    /// Not all of it is memory that the VMM has shared.
+    /// The range is not all memory that the VMM has shared.
     #[error(
         "{length} bytes at {address:#x} are not in memory that the guest shares: QEMU needs -object memory-backend-memfd,share=on, and behind an IOMMU only what the guest maps for the device is there"
     )]
     NotThere {
-        /// Where the device would find it: guest-physical, unless the guest has an IOMMU.
+        /// The address that the device would use: guest-physical, unless the guest has an IOMMU.
         address: u64,
         /// Bytes.
         length: usize,
     },
-    /// The guest has no DMA buffer that its device knows of.
+    /// The guest has no DMA buffer that its device has learned of.
     #[error("slot {0}'s guest has no DMA buffer: `barlink-guest buffer` makes one there")]
     NoBuffer(u32),
-    /// It is not as large as that.
+    /// The DMA buffer is smaller.
     #[error(
         "{length} bytes at {offset:#x} leave the guest's DMA buffer, which has {size} bytes: take no more, or a smaller --at"
     )]
@@ -97,13 +101,13 @@ pub enum Refusal {
         /// Bytes in the buffer.
         size: u64,
     },
-    /// Only the broker's own user sees what is in a guest's memory.
+    /// Only the broker's own user reads a guest's memory.
     #[error("only the broker's own user reads a guest's memory")]
     NotYours,
-    /// More at once than an answer carries.
+    /// The length is more than one answer carries.
     #[error("{0} bytes are more than are copied at once, {MAX_COPY}")]
     MuchData(usize),
-    /// Only the broker's own user replaces it.
+    /// Only the broker's own user can replace the broker.
     #[error("only the broker's own user can replace it: run this as that user")]
     NotOwner,
     /// A service manager would start the broker again, beside its successor.
@@ -124,10 +128,32 @@ pub enum Refusal {
         /// Process ID of its VMM.
         pid: i32,
     },
-    /// A VM is being let in.
+    /// A VM is connecting.
     #[error("a VM is just connecting to the broker: try again")]
     Busy,
-    /// The broker could not do it.
+    /// The broker failed.
     #[error("the broker failed: {0}")]
     Failed(String),
+}
+
+impl Refusal {
+    /// Returns the class of the refusal.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Refusal::Version { .. } | Refusal::Malformed(_) => ErrorKind::Incompatible,
+            Refusal::NoChannel(_)
+            | Refusal::NoSlot(_)
+            | Refusal::NoVm(_)
+            | Refusal::NoGuestMemory(_)
+            | Refusal::NotThere { .. }
+            | Refusal::NoBuffer(_) => ErrorKind::NotFound,
+            Refusal::Held { .. } | Refusal::InUse { .. } | Refusal::Busy => ErrorKind::InUse,
+            Refusal::NotHost { .. }
+            | Refusal::NotHeld
+            | Refusal::OutsideBuffer { .. }
+            | Refusal::MuchData(_) => ErrorKind::InvalidInput,
+            Refusal::NotYours | Refusal::NotOwner => ErrorKind::PermissionDenied,
+            Refusal::Managed | Refusal::Stays { .. } | Refusal::Failed(_) => ErrorKind::Other,
+        }
+    }
 }

@@ -8,28 +8,29 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use barlink_protocol::state;
 use barlink_protocol::wire::layout::{End, Layout, LayoutError, PAGE_SIZE};
-use barlink_protocol::wire::uapi::{self, Info};
-use barlink_protocol::{ChannelError, state};
+use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl};
 
-use crate::buffer::Buffer;
-use crate::cache::{Cache, Choice};
-use crate::events::{EventError, Interrupts};
-use crate::mapping::{Mapping, Region};
+use crate::doorbell::Doorbells;
+use crate::error::{Error, ErrorKind};
+use crate::guest::buffer::Buffer;
+use crate::guest::cache::{Cache, Choice};
+use crate::guest::events::DeviceEvents;
+use crate::memory::{Access, Mapping, Region};
+use crate::options::{ChannelOptions, Side, find, sealed};
+use crate::receiver::Receiver;
+use crate::sender::Sender;
 
-/// The producer's end of a channel, in the guest.
-pub type Sender = barlink_protocol::Sender<Mapping, Interrupts>;
-/// The consumer's end of a channel, in the guest.
-pub type Receiver = barlink_protocol::Receiver<Mapping, Interrupts>;
-
-/// Why a device, or an end of one of its channels, cannot be used.
+/// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DeviceError {
-    /// There is no such device.
+    /// The device does not exist.
     #[error(
         "no barlink device at {path}: is the device in the VM (lspci -d 1af4:), and the driver loaded \
          (insmod barlink.ko)?"
@@ -38,19 +39,19 @@ pub enum DeviceError {
         /// The path.
         path: PathBuf,
     },
-    /// It is closed to this user.
+    /// This user may not open the device.
     #[error("no permission to open {path}: run as root, or let a udev rule give you the device")]
     Permission {
         /// The path.
         path: PathBuf,
     },
-    /// Something else is there.
+    /// The file is not a barlink device.
     #[error("{path} is no barlink device")]
     NotADevice {
         /// The path.
         path: PathBuf,
     },
-    /// The driver speaks another version of its interface.
+    /// The driver has another version of its interface.
     #[error(
         "the driver of {path} speaks version {found} of its interface, this program version {known}: use \
          driver and program of one release",
@@ -62,30 +63,30 @@ pub enum DeviceError {
         /// The driver's version.
         found: u32,
     },
-    /// The region is not what it should be.
+    /// The region's layout is not valid.
     #[error("the region of {path} cannot be used")]
     Layout {
         /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The fault in the layout.
         source: LayoutError,
     },
-    /// It is mapped in another cache mode.
+    /// Another process has the region mapped in another cache mode.
     #[error(
-        "cannot map {path} {wish}: process {process} has it mapped {mode}, and a region has one cache mode at a time; end that \
-         process, or map as it does (`--cache same`)", wish = wish.name()
+        "cannot map {path} {requested}: process {process} has it mapped {mode}, and a region has one cache mode at a time; end that \
+         process, or map as it does (`--cache same`)", requested = requested.name()
     )]
     OtherCache {
         /// The path.
         path: PathBuf,
-        /// The mode that was wanted.
-        wish: Cache,
+        /// The mode that was requested.
+        requested: Cache,
         /// Number and name of the process.
         process: String,
-        /// The mode that it has.
+        /// The mode of that process.
         mode: &'static str,
     },
-    /// No DMA buffer is of that size.
+    /// A DMA buffer cannot have that size.
     #[error("{size} bytes are no DMA buffer: take whole pages of {page} bytes, {most} bytes at the most", page = PAGE_SIZE, most = uapi::MAX_BUFFER)]
     BufferSize {
         /// The size.
@@ -99,7 +100,7 @@ pub enum DeviceError {
         /// The path.
         path: PathBuf,
     },
-    /// The driver is older than that.
+    /// The driver is too old for DMA buffers.
     #[error("the driver of {path} knows no DMA buffers: load that of this release")]
     NoBuffers {
         /// The path.
@@ -108,54 +109,32 @@ pub enum DeviceError {
     /// A system call failed.
     #[error("cannot {what} {path}")]
     System {
-        /// What.
+        /// The operation, as a verb.
         what: &'static str,
         /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The error of the system call.
         source: io::Error,
-    },
-    /// There is no channel of that name.
-    #[error("no channel `{name}` in this region; there are: {known}")]
-    NoChannel {
-        /// The name.
-        name: String,
-        /// The names that there are.
-        known: String,
-    },
-    /// Another process holds the end.
-    #[error("channel `{name}` already has a {end}: stop that process first")]
-    Held {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-    },
-    /// The end is not this VM's.
-    #[error(
-        "the {end} of channel `{name}` is not in this VM: choose another channel (`barlink-guest info` lists them)"
-    )]
-    NotHere {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-    },
-    /// The end was claimed, and cannot be taken up.
-    #[error(
-        "cannot take up the {end} of channel `{name}` (on the host, `barlink reset-channel {name}` empties it)"
-    )]
-    Channel {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-        /// Why not.
-        source: ChannelError<EventError>,
     },
 }
 
-/// A device, open and mapped.
+impl DeviceError {
+    /// Returns the class of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
+            DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
+            DeviceError::Version { .. }
+            | DeviceError::Layout { .. }
+            | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
+            DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
+            DeviceError::BufferSize { .. } => ErrorKind::InvalidInput,
+            DeviceError::System { .. } => ErrorKind::Other,
+        }
+    }
+}
+
+/// A device, open and mapped. Ends of channels outlive it.
 #[derive(Debug)]
 pub struct Device {
     path: PathBuf,
@@ -167,18 +146,12 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens a device, `/dev/barlink0` mostly, and maps all of its region that can be mapped, as it is mapped already.
-    pub fn open(path: &Path) -> Result<Self, DeviceError> {
-        Self::open_as(path, Cache::Same)
-    }
-
-    /// Opens a device, and maps all of its region that can be mapped. The guest's kernel may grant another cache mode than is
-    /// asked for: [`Device::info`] tells.
-    pub fn open_as(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
+    /// Opens a device, and maps all of its region that can be mapped.
+    pub(super) fn open(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
         let choice = (cache == Cache::Auto).then(|| choose(path)).transpose()?;
         let wish = choice.as_ref().map_or(cache, |choice| choice.cache);
         match Self::map(path, wish) {
-            // Somebody has mapped it since.
+            // Another process has mapped the region since.
             Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => Ok(Device {
                 choice: Some(Choice::SAME),
                 ..Self::map(path, Cache::Same)?
@@ -192,9 +165,9 @@ impl Device {
         let before = info(&file, path)?;
         let size = usize::try_from(before.mappable_size).unwrap_or(usize::MAX);
         let mapping = map(&file, path, size, cache)?;
-        // It is known once something is mapped.
+        // The granted mode is known once something is mapped.
         let granted = info(&file, path)?.granted;
-        let layout = state::read_layout(&mapping.region(granted), before.region_size);
+        let layout = state::read_layout(&region(&mapping, granted), before.region_size);
         let layout = layout.map_err(|source| DeviceError::Layout {
             path: path.to_owned(),
             source,
@@ -209,80 +182,107 @@ impl Device {
         })
     }
 
-    /// What [`Cache::Auto`] has come to, if that was asked for.
+    /// Returns the result of [`Cache::Auto`], if that was requested.
     pub fn choice(&self) -> Option<&Choice> {
         self.choice.as_ref()
     }
 
-    /// What the driver says of the device.
-    pub fn info(&self) -> Result<Info, DeviceError> {
-        info(&self.file, &self.path)
+    /// Returns the driver's information about the device.
+    ///
+    /// # Errors
+    ///
+    /// The device is gone.
+    pub fn info(&self) -> Result<Info, Error> {
+        Ok(info(&self.file, &self.path)?)
     }
 
-    /// The region's layout.
+    /// Returns the region's layout.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// The region's words, without the drivers' pages at its end.
+    /// Returns the region's words, without the drivers' pages at its end.
     pub fn region(&self) -> Region {
-        self.mapping.region(self.granted)
+        region(&self.mapping, self.granted)
     }
 
-    /// Waits until the device is gone, unbound or unplugged: its mappings have lost their memory then.
-    pub fn wait_until_gone(&self) -> Result<(), DeviceError> {
-        // Of all events these two alone come unasked.
+    /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their memory.
+    ///
+    /// # Errors
+    ///
+    /// `poll(2)` failed.
+    pub fn wait_until_gone(&self) -> Result<(), Error> {
+        // These two events come without being requested.
         let mut files = [PollFd::new(&self.file, PollFlags::empty())];
         loop {
             match rustix::event::poll(&mut files, None) {
                 Ok(0) | Err(Errno::INTR) => (),
                 Ok(_) => return Ok(()),
-                Err(error) => return Err(system("wait for", &self.path, error)),
+                Err(error) => return Err(system("wait for", &self.path, error).into()),
             }
         }
     }
 
-    /// Has the driver allocate memory that the device can reach by DMA: whole pages, [`uapi::MAX_BUFFER`] bytes at the most. A device has one such
-    /// buffer at a time.
-    pub fn buffer(&self, size: u64) -> Result<Buffer, DeviceError> {
+    /// Has the driver allocate memory that the device can reach by DMA: whole pages, [`uapi::MAX_BUFFER`] bytes at the most. A device has
+    /// one such buffer at a time.
+    ///
+    /// ```no_run
+    /// let device = barlink::guest::open("/dev/barlink0")?;
+    /// let buffer = device.buffer(64 << 10)?;
+    /// buffer.region().poke(0, b"for the host")?;
+    /// println!("at {:#x}", buffer.address());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The size is not valid, the device has a buffer already, or there is no memory.
+    pub fn buffer(&self, size: u64) -> Result<Buffer, Error> {
         let path = || self.path.clone();
-        Buffer::new(&self.file, size).map_err(|error| match error {
+        let buffer = Buffer::new(&self.file, size).map_err(|error| match error {
             Errno::INVAL => DeviceError::BufferSize { size },
             Errno::BUSY => DeviceError::BufferTaken { path: path() },
             Errno::NOTTY => DeviceError::NoBuffers { path: path() },
             error => system("make a DMA buffer of", &self.path, error),
-        })
+        });
+        Ok(buffer?)
     }
 
-    /// Claims the producer's end of a channel, for as long as the sender lives.
-    pub fn sender(&self, name: &str) -> Result<Sender, DeviceError> {
-        let (index, interrupts) = self.claim(name, End::Producer)?;
-        Sender::attach(self.region(), &self.layout, index, interrupts)
-            .map_err(|source| refused(name, End::Producer, source))
+    /// Claims the sending end of a channel, with the default [`ChannelOptions`].
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state is not valid.
+    pub fn sender(&self, name: &str) -> Result<Sender, Error> {
+        ChannelOptions::new().sender(self, name)
     }
 
-    /// Claims the consumer's end of a channel, for as long as the receiver lives.
-    pub fn receiver(&self, name: &str) -> Result<Receiver, DeviceError> {
-        let (index, interrupts) = self.claim(name, End::Consumer)?;
-        Receiver::attach(self.region(), &self.layout, index, interrupts)
-            .map_err(|source| refused(name, End::Consumer, source))
+    /// Claims the receiving end of a channel, with the default [`ChannelOptions`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Device::sender`].
+    pub fn receiver(&self, name: &str) -> Result<Receiver, Error> {
+        ChannelOptions::new().receiver(self, name)
+    }
+}
+
+impl sealed::Side for Device {
+    const PLACE: &'static str = "on the host, ";
+}
+
+impl Side for Device {
+    fn layout(&self) -> &Layout {
+        &self.layout
     }
 
-    /// Claims an end of a channel for as long as its interrupts live, and gives the channel's index: for a program that
-    /// waits or rings in a way of its own, and attaches a [`Sender`](barlink_protocol::Sender) or
-    /// [`Receiver`](barlink_protocol::Receiver) with that.
-    pub fn claim(&self, name: &str, end: End) -> Result<(usize, Interrupts), DeviceError> {
-        let (index, channel) = self.layout.find(name).ok_or_else(|| {
-            let names = self
-                .layout
-                .channels()
-                .iter()
-                .map(|channel| channel.name.to_string());
-            DeviceError::NoChannel {
-                name: name.to_owned(),
-                known: names.collect::<Vec<_>>().join(", "),
-            }
-        })?;
+    fn region(&self) -> Region {
+        region(&self.mapping, self.granted)
+    }
+
+    fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
+        let index = find(&self.layout, name)?;
+        let channel = &self.layout.channels()[index];
         // A file of its own: the claim ends with it, and it is woken for this channel alone.
         let file = open(&self.path)?;
         let info = info(&file, &self.path)?;
@@ -291,29 +291,25 @@ impl Device {
             end: end as u32,
         };
         // SAFETY: `CLAIM` takes a `Claim`, and reads it during the call.
-        match unsafe { ioctl(&file, Setter::<{ uapi::CLAIM }, _>::new(claim)) } {
-            Ok(()) => (),
-            Err(Errno::BUSY) => {
-                return Err(DeviceError::Held {
-                    name: name.to_owned(),
-                    end,
-                });
-            }
-            Err(Errno::ACCESS) => {
-                return Err(DeviceError::NotHere {
-                    name: name.to_owned(),
-                    end,
-                });
-            }
-            Err(error) => return Err(system("claim an end of a channel of", &self.path, error)),
-        }
+        let claimed = unsafe { ioctl(&file, Setter::<{ uapi::CLAIM }, _>::new(claim)) };
+        claimed.map_err(|error| match error {
+            Errno::BUSY => Error::Held {
+                name: name.to_owned(),
+                end,
+            },
+            Errno::ACCESS => Error::NotHere {
+                name: name.to_owned(),
+                end,
+            },
+            error => system("claim an end of a channel of", &self.path, error).into(),
+        })?;
         let bell = uapi::Doorbell {
             peer: channel.peer(end.other()),
             vector: channel.vector,
         };
         // The driver may have got fewer vectors than the channels have.
         let wakes = channel.vector < info.vectors;
-        Ok((index, Interrupts::new(file, bell, wakes)))
+        Ok((index, DeviceEvents::new(file, bell, wakes).into()))
     }
 }
 
@@ -346,28 +342,49 @@ fn open(path: &Path) -> Result<File, DeviceError> {
     })
 }
 
-/// Times that a mapping is tried whose mode is that of others, which can come and go between two looks of the driver.
+/// Maps the first bytes of a device's region, in a cache mode, or without one in that of the region's mappings that live.
+pub(super) fn map_in(file: &File, size: usize, mode: Option<CacheMode>) -> Result<Mapping, Errno> {
+    let map = uapi::Map {
+        cache: mode.map_or(0, |mode| mode as u32),
+        flags: 0,
+    };
+    // SAFETY: `MAP` takes a `Map`, and reads it during the call.
+    unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }?;
+    Mapping::map(file, size, Access::ReadWrite)
+}
+
+/// Returns a mapping as the words of a region that was granted this cache mode, a [`CacheMode`]. Where it is write-combining,
+/// or unknown, the region orders its accesses itself.
+pub(super) fn region(mapping: &Mapping, granted: u32) -> Region {
+    let region = mapping.region();
+    match CacheMode::from_number(granted) {
+        None | Some(CacheMode::WriteCombining) => region.over_write_combining(),
+        Some(_) => region,
+    }
+}
+
+/// Tries to map in the mode of other mappings, which can come and go between two checks of the driver.
 const TRIES: u32 = 10;
 
 fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, DeviceError> {
     let busy = |error: &Errno| *error == Errno::BUSY;
-    let mut result = Mapping::new(file, size, cache.mode());
+    let mut result = map_in(file, size, cache.mode());
     for _ in 1..TRIES {
         if cache != Cache::Same || !result.as_ref().is_err_and(busy) {
             break;
         }
-        result = Mapping::new(file, size, None);
+        result = map_in(file, size, None);
     }
     match result {
         Err(error) if busy(&error) => {
             let info = info(file, path)?;
             let process = info.mapper;
-            // It may be in another PID namespace, or have ended and left the mapping to its children.
+            // The process may be in another PID namespace, or have ended and left the mapping to its children.
             let name = std::fs::read_to_string(format!("/proc/{process}/comm"));
             let name = name.map_or(String::new(), |name| format!(" ({})", name.trim_end()));
             Err(DeviceError::OtherCache {
                 path: path.to_owned(),
-                wish: cache,
+                requested: cache,
                 process: format!("{process}{name}"),
                 mode: Cache::from_number(info.asked).map_or("another way", Cache::name),
             })
@@ -412,13 +429,5 @@ fn system(what: &'static str, path: &Path, error: Errno) -> DeviceError {
         what,
         path: path.to_owned(),
         source: error.into(),
-    }
-}
-
-fn refused(name: &str, end: End, source: ChannelError<EventError>) -> DeviceError {
-    DeviceError::Channel {
-        name: name.to_owned(),
-        end,
-        source,
     }
 }

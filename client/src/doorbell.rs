@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The doorbells of one end of a channel: eventfds on the host, the driver's file in a guest.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use barlink_protocol::Events;
+
+use crate::error::EventError;
+use crate::guest::DeviceEvents;
+use crate::host::Eventfds;
+
+/// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long as this value.
+#[derive(Debug)]
+pub struct Doorbells {
+    source: Source,
+    can_spin: bool,
+    /// Rings by the channel's own vector that this end has seen.
+    rings: u64,
+}
+
+#[derive(Debug)]
+enum Source {
+    Host(Eventfds),
+    Guest(DeviceEvents),
+}
+
+impl From<Eventfds> for Doorbells {
+    fn from(eventfds: Eventfds) -> Self {
+        Self::new(Source::Host(eventfds))
+    }
+}
+
+impl From<DeviceEvents> for Doorbells {
+    fn from(events: DeviceEvents) -> Self {
+        Self::new(Source::Guest(events))
+    }
+}
+
+impl Doorbells {
+    fn new(source: Source) -> Self {
+        let can_spin = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
+        Doorbells {
+            source,
+            can_spin,
+            rings: 0,
+        }
+    }
+
+    /// Counts the rings by the channel's own vector: they prove that doorbells arrive.
+    pub(crate) fn rings(&self) -> u64 {
+        self.rings
+    }
+
+    /// Whether the channel has a vector that wakes this end.
+    pub(crate) fn wakes(&self) -> bool {
+        match &self.source {
+            Source::Host(_) => true,
+            Source::Guest(events) => events.wakes(),
+        }
+    }
+}
+
+impl Events for Doorbells {
+    type Error = EventError;
+
+    fn ring(&mut self) -> Result<(), EventError> {
+        match &mut self.source {
+            Source::Host(eventfds) => eventfds.ring(),
+            Source::Guest(events) => events.ring(),
+        }
+    }
+
+    fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
+        let rung = match &mut self.source {
+            Source::Host(eventfds) => eventfds.sleep(timeout)?,
+            Source::Guest(events) => events.sleep(timeout)?,
+        };
+        self.rings += u64::from(rung);
+        Ok(rung)
+    }
+
+    #[inline]
+    fn now(&self) -> Duration {
+        // The kernel's clock and not the process's, so that time stamps of one host can be compared.
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        time.try_into().unwrap_or_default()
+    }
+
+    fn can_spin(&self) -> bool {
+        self.can_spin
+    }
+}
+
+impl AsFd for Doorbells {
+    /// Returns the descriptor that becomes readable at a ring. It says nothing of records that are there already: see
+    /// [`Receiver`](crate::Receiver), whose descriptor does.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.source {
+            Source::Host(eventfds) => eventfds.as_fd(),
+            Source::Guest(events) => events.as_fd(),
+        }
+    }
+}

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The errors of this crate, on both sides.
+
+use std::io;
+use std::path::PathBuf;
+
+use barlink_protocol::cursor::Corrupt;
+use barlink_protocol::wire::layout::{End, LayoutError};
+
+use crate::control::client::ControlError;
+use crate::control::message::Refusal;
+use crate::guest::DeviceError;
+use crate::memory::MemoryError;
+
+/// The reason why a channel cannot be used, as the ring has it.
+pub type ChannelError = barlink_protocol::ChannelError<EventError>;
+
+/// A call of this crate failed. Its [`kind`](Error::kind) tells a program what to do; its text tells a person.
+///
+/// ```no_run
+/// use barlink::{ErrorKind, Kind, host};
+///
+/// let broker = host::connect("default")?;
+/// let mut sender = broker.sender("down")?;
+/// match sender.try_send(Kind::USER, b"a command") {
+///     Ok(_) => println!("sent"),
+///     Err(error) if error.kind() == ErrorKind::Full => println!("the guest is slow"),
+///     Err(error) => return Err(error.into()),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The broker cannot be asked, or refuses.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The memory that the broker handed over cannot be used.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The broker sent a layout that is not valid.
+    #[error("the broker at {path} tells a layout that cannot be")]
+    Layout {
+        /// The socket.
+        path: PathBuf,
+        /// The fault in the layout.
+        source: LayoutError,
+    },
+    /// The user's folder for sockets is not known.
+    #[error("XDG_RUNTIME_DIR is not set")]
+    NoRunFolder,
+    /// The region has no channel of that name.
+    #[error("no channel `{name}` in this region; there are: {known}")]
+    NoChannel {
+        /// The name.
+        name: String,
+        /// The names of the channels that the region has.
+        known: String,
+    },
+    /// An end cannot be claimed over a read-only mapping.
+    #[error(
+        "the {end} of channel `{name}` cannot be held by who attached for looking only: attach with `Access::ReadWrite`"
+    )]
+    ReadOnly {
+        /// Name of the channel.
+        name: String,
+        /// The end.
+        end: End,
+    },
+    /// Another process in this guest holds the end. On the host this is [`Refusal::Held`].
+    #[error("channel `{name}` already has a {end}: stop that process first")]
+    Held {
+        /// Name of the channel.
+        name: String,
+        /// The end.
+        end: End,
+    },
+    /// The end is not this VM's. On the host this is [`Refusal::NotHost`].
+    #[error(
+        "the {end} of channel `{name}` is not in this VM: choose another channel (`barlink-guest info` lists them)"
+    )]
+    NotHere {
+        /// Name of the channel.
+        name: String,
+        /// The end.
+        end: End,
+    },
+    /// The end was claimed, and the state of its channel is not valid.
+    #[error(
+        "cannot take up the {end} of channel `{name}` ({place}`barlink reset-channel {name}` empties it)"
+    )]
+    TakeUp {
+        /// Name of the channel.
+        name: String,
+        /// The end.
+        end: End,
+        /// The place to run that command: empty on the host.
+        place: &'static str,
+        /// The fault in the channel.
+        source: ChannelError,
+    },
+    /// Ringing or waiting cannot be set up.
+    #[error(transparent)]
+    Events(#[from] EventError),
+    /// The channel stopped working, or a record is larger than it carries.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// The channel has no room for the record within the given time.
+    #[error("channel is full")]
+    Full,
+}
+
+/// The classes of errors that a program may handle in different ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// There is no broker, device, channel, VM or buffer of that name or number.
+    NotFound,
+    /// The process may not do that.
+    PermissionDenied,
+    /// Another process uses it; it may be free later.
+    InUse,
+    /// The other program, or the driver, is of another release.
+    Incompatible,
+    /// An argument does not fit.
+    InvalidInput,
+    /// The broker closed the connection, or does not answer.
+    Disconnected,
+    /// The device was unplugged, or its driver was unbound.
+    Gone,
+    /// The channel has no room.
+    Full,
+    /// The record is larger than the channel carries.
+    TooLarge,
+    /// The other end wrote something that makes no sense.
+    Corrupt,
+    /// A system call failed, or the broker could not do it.
+    Other,
+}
+
+impl Error {
+    /// Returns the class of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::Control(error) => error.kind(),
+            Error::Device(error) => error.kind(),
+            Error::Memory(_) | Error::NoRunFolder => ErrorKind::Other,
+            Error::Layout { .. } => ErrorKind::Incompatible,
+            Error::NoChannel { .. } => ErrorKind::NotFound,
+            Error::ReadOnly { .. } | Error::NotHere { .. } => ErrorKind::InvalidInput,
+            Error::Held { .. } => ErrorKind::InUse,
+            Error::TakeUp { source, .. } | Error::Channel(source) => channel_kind(source),
+            Error::Events(error) => error.kind(),
+            Error::Full => ErrorKind::Full,
+        }
+    }
+
+    /// Returns the broker's refusal, if the broker refused.
+    pub fn refusal(&self) -> Option<&Refusal> {
+        match self {
+            Error::Control(ControlError::Refused(refusal)) => Some(refusal),
+            _ => None,
+        }
+    }
+}
+
+fn channel_kind(error: &ChannelError) -> ErrorKind {
+    match error {
+        ChannelError::Unknown(_) => ErrorKind::NotFound,
+        ChannelError::Corrupt(_) => ErrorKind::Corrupt,
+        ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
+        ChannelError::Events(error) => error.kind(),
+    }
+}
+
+impl From<Corrupt> for Error {
+    fn from(corrupt: Corrupt) -> Self {
+        Error::Channel(ChannelError::Corrupt(corrupt))
+    }
+}
+
+impl From<Error> for io::Error {
+    /// Wraps the error, for [`io::Read`] and [`io::Write`]. An error of the operating system keeps its kind.
+    fn from(error: Error) -> Self {
+        let kind = match &error {
+            Error::Channel(ChannelError::Events(EventError::System { source, .. }))
+            | Error::Events(EventError::System { source, .. }) => source.kind(),
+            error => match error.kind() {
+                ErrorKind::NotFound => io::ErrorKind::NotFound,
+                ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
+                ErrorKind::InUse => io::ErrorKind::ResourceBusy,
+                ErrorKind::InvalidInput | ErrorKind::TooLarge => io::ErrorKind::InvalidInput,
+                ErrorKind::Disconnected => io::ErrorKind::NotConnected,
+                ErrorKind::Gone => io::ErrorKind::BrokenPipe,
+                ErrorKind::Full => io::ErrorKind::WouldBlock,
+                ErrorKind::Corrupt => io::ErrorKind::InvalidData,
+                ErrorKind::Incompatible => io::ErrorKind::Unsupported,
+                ErrorKind::Other => io::ErrorKind::Other,
+            },
+        };
+        io::Error::new(kind, error)
+    }
+}
+
+/// Ringing the other end, or sleeping until it rings, failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EventError {
+    /// The device was unplugged, or its driver was unbound.
+    #[error("the device is gone: it was unplugged, or its driver unbound")]
+    Gone,
+    /// A system call failed.
+    #[error("cannot {what}")]
+    System {
+        /// The operation, as a verb with its object.
+        what: &'static str,
+        /// The error of the system call.
+        source: io::Error,
+    },
+}
+
+impl EventError {
+    /// Returns the class of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            EventError::Gone => ErrorKind::Gone,
+            EventError::System { .. } => ErrorKind::Other,
+        }
+    }
+
+    /// Returns a function that turns the error of a system call into one of this type.
+    pub(crate) fn of<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Self {
+        move |error| EventError::System {
+            what,
+            source: error.into(),
+        }
+    }
+}

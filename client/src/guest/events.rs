@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Doorbells in the guest: the driver's ioctl rings, and its file wakes.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use barlink_protocol::wire::uapi;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+
+use crate::error::EventError;
+
+/// Longest sleep where the device has no interrupts, so that the ends poll.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
+
+fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
+    move |error| match error {
+        Errno::NODEV => EventError::Gone,
+        error => EventError::of(what)(error),
+    }
+}
+
+/// The device events of one end of a channel. Its claim ends when this is dropped.
+#[derive(Debug)]
+pub struct DeviceEvents {
+    file: File,
+    other: uapi::Doorbell,
+    wakes: bool,
+}
+
+impl DeviceEvents {
+    /// Waits on a file that holds the claim, and is non-blocking. `other` rings the other end; `wakes` says whether the
+    /// channel has a vector here.
+    pub(crate) fn new(file: File, other: uapi::Doorbell, wakes: bool) -> Self {
+        DeviceEvents { file, other, wakes }
+    }
+
+    /// Whether the channel has a vector that wakes this end.
+    pub(crate) fn wakes(&self) -> bool {
+        self.wakes
+    }
+
+    /// Whether the channel's own vector is among those that fired: both its ends have the same.
+    fn has_fired(&self, fired: &[u8; size_of::<uapi::Interrupts>()]) -> bool {
+        let vector = self.other.vector as usize;
+        // Words of bits, little-endian as all that is shared.
+        let byte = fired.get(vector / 8);
+        byte.is_some_and(|byte| byte >> (vector % 8) & 1 == 1)
+    }
+
+    /// Rings the other end.
+    pub(crate) fn ring(&self) -> Result<(), EventError> {
+        crate::guest::device::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
+    }
+
+    /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own vector was rung.
+    pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
+        if !self.wakes {
+            std::thread::sleep(timeout.unwrap_or(POLL_INTERVAL).min(POLL_INTERVAL));
+            return Ok(false);
+        }
+        let timeout = timeout
+            .map(rustix::time::Timespec::try_from)
+            .transpose()
+            .unwrap_or(None);
+        let mut files = [PollFd::new(&self.file, PollFlags::IN)];
+        match rustix::event::poll(&mut files, timeout.as_ref()) {
+            Ok(0) | Err(Errno::INTR) => return Ok(false),
+            Ok(_) => (),
+            Err(error) => return Err(failed("wait for an interrupt")(error)),
+        }
+        let mut fired = [0; size_of::<uapi::Interrupts>()];
+        match rustix::io::read(&self.file, &mut fired) {
+            Ok(_) => Ok(self.has_fired(&fired)),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(error) => Err(failed("wait for an interrupt")(error)),
+        }
+    }
+}
+
+impl AsFd for DeviceEvents {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Shared memory as a PCI device, for programs on both of its sides.
+//!
+//! A broker on the host owns a region of memory. A VM sees it as a device, and host apps attach to the broker. Both sides send and
+//! receive records in the shared memory itself, over channels that have one [`Sender`] and one [`Receiver`].
+//!
+//! | for | see |
+//! |---|---|
+//! | a program on the host | [`host::connect`] |
+//! | a program in the guest | [`guest::open`] |
+//! | options of a channel's end | [`ChannelOptions`] |
+//! | byte streams and files | [`Sender::stream`], [`Receiver::stream`], [`stream`] |
+//! | several channels at once | the descriptors of [`Sender`] and [`Receiver`] |
+//! | a look at a channel that another program receives | [`host::Tap`] |
+//! | errors | [`Error::kind`] |
+//!
+//! ```no_run
+//! use barlink::host;
+//!
+//! let broker = host::connect("default")?;
+//! for record in broker.receiver("up")?.iter() {
+//!     println!("{:?}", record?.bytes);
+//! }
+//! # Ok::<(), barlink::Error>(())
+//! ```
+
+pub mod bell;
+pub mod control;
+mod doorbell;
+mod error;
+pub mod guest;
+pub mod host;
+pub mod memory;
+mod options;
+mod readiness;
+mod receiver;
+mod sender;
+pub mod stream;
+
+pub use barlink_protocol as protocol;
+pub use barlink_protocol::Strategy;
+pub use barlink_protocol::cursor::Kind;
+pub use doorbell::Doorbells;
+pub use error::{ChannelError, Error, ErrorKind, EventError};
+pub use memory::Access;
+pub use options::{ChannelOptions, Side};
+pub use receiver::{Iter, OwnedRecord, Receiver, Record, RingReceiver};
+pub use sender::{Reservation, RingSender, Sender, Sent};

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Mappings of shared memory: a broker's region, a device's region, and a DMA buffer.
+#![expect(
+    unsafe_code,
+    reason = "maps memory, shows it as the words of a region, and makes its pages present"
+)]
+
+use std::ops::{Deref, Range};
+use std::os::fd::{AsFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use barlink_protocol::{AtomicU64, region};
+use rustix::fs::SealFlags;
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
+
+/// A region in this process. Clones share one mapping.
+pub type Region = region::Region<Mapping>;
+
+/// Whether a process may write to the region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Access {
+    /// The process only reads: neither descriptor nor mapping permits more.
+    ReadOnly,
+    /// The process sends, receives or pokes.
+    ReadWrite,
+}
+
+/// Why there is no region memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// A system call on the memory failed.
+    #[error("cannot {what} the region's memory of {size} bytes")]
+    File {
+        /// The operation, as a verb.
+        what: &'static str,
+        /// Bytes in the region.
+        size: u64,
+        /// The error of the system call.
+        source: std::io::Error,
+    },
+    /// A file that was handed over is not a region's.
+    #[error("the region's memory is not safe to use: {0}")]
+    Unsafe(&'static str),
+}
+
+/// Memory that is mapped shared. It derefs to its words; clones share it.
+#[derive(Clone, Debug)]
+pub struct Mapping(Arc<Pages>);
+
+#[derive(Debug)]
+struct Pages {
+    start: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: the address is of memory that belongs to the process and not to a thread, is unmapped once, by `Drop`, and
+// is accessed through atomics or `Region`'s copies only.
+unsafe impl Send for Pages {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Pages {}
+
+impl Mapping {
+    /// Maps the memory of a region, which a broker has created. Its size and seals are checked first, because a file that
+    /// can be shortened would end this process by SIGBUS.
+    pub fn new(memory: impl Into<OwnedFd>, size: u64, access: Access) -> Result<Self, MemoryError> {
+        let memory = memory.into();
+        let failed = |what| {
+            move |error: Errno| MemoryError::File {
+                what,
+                size,
+                source: error.into(),
+            }
+        };
+        let status = rustix::fs::fstat(&memory).map_err(failed("examine"))?;
+        if u64::try_from(status.st_size) != Ok(size) {
+            return Err(MemoryError::Unsafe(
+                "its file has another size than the broker says",
+            ));
+        }
+        let seals = rustix::fs::fcntl_get_seals(&memory).map_err(failed("examine"))?;
+        if !seals.contains(SealFlags::SHRINK | SealFlags::SEAL) {
+            return Err(MemoryError::Unsafe("its file can still be shortened"));
+        }
+        let length = usize::try_from(size)
+            .map_err(|_| MemoryError::Unsafe("it is too large for this machine"))?;
+        Self::map(memory, length, access).map_err(failed("map"))
+    }
+
+    /// Maps the first bytes of a file.
+    pub(crate) fn map(file: impl AsFd, size: usize, access: Access) -> Result<Self, Errno> {
+        let protection = match access {
+            Access::ReadOnly => ProtFlags::READ,
+            Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+        };
+        let shared = MapFlags::SHARED;
+        // SAFETY: the kernel chooses the address, so no memory of this process is replaced.
+        let start =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, protection, shared, file, 0) }?;
+        let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
+        Ok(Mapping(Arc::new(Pages { start, size })))
+    }
+
+    /// Makes the pages of these bytes present in one call, and for [`Access::ReadWrite`] ready to be written. Without it,
+    /// the first touch of each page is slower. Kernels before 5.14 cannot do it.
+    pub(crate) fn populate(&self, bytes: Range<u64>, access: Access) {
+        let page = rustix::param::page_size() as u64;
+        let start = bytes.start / page * page;
+        let inside = bytes.end <= self.0.size as u64 && start < bytes.end;
+        if !inside {
+            return;
+        }
+        let advice = match access {
+            Access::ReadOnly => Advice::LinuxPopulateRead,
+            Access::ReadWrite => Advice::LinuxPopulateWrite,
+        };
+        let length = (bytes.end - start) as usize;
+        let address = self.0.start.as_ptr().wrapping_add(start as usize);
+        // SAFETY: these pages are inside the mapping, which stays while `self` is borrowed; to be present changes nothing
+        // in them.
+        if let Err(error) = unsafe { madvise(address.cast(), length, advice) } {
+            log::debug!("{length} bytes of the region are not made present: {error}");
+        }
+    }
+
+    /// Returns the mapping as the words of a region.
+    pub fn region(&self) -> Region {
+        Region::new(self.clone())
+    }
+}
+
+impl Deref for Mapping {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: `mmap` gave `size` bytes on a page boundary, which stay mapped while `self` is borrowed. A region's file is
+        // sealed at its size; once a device is gone, an access is SIGBUS and not undefined. All access in this process is by
+        // atomics or by `Region`'s copies. A read-only mapping is only loaded from: see `Access`.
+        unsafe { region::words(self.0.start.as_ptr(), self.0.size) }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped with this address and size, and no clone is left to use it. The only error, a wrong
+        // range, is excluded by that.
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.size) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::MetadataExt;
+
+    use rustix::fs::MemfdFlags;
+
+    use super::*;
+
+    /// A region can be huge and sparse: the rest of it stays without memory.
+    #[test]
+    fn only_the_pages_of_a_channel_are_made_present() {
+        const SIZE: u64 = 1 << 30;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memory = File::from(rustix::fs::memfd_create("region", flags).unwrap());
+        memory.set_len(SIZE).unwrap();
+        rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::SEAL).unwrap();
+        let mapping = Mapping::new(memory.try_clone().unwrap(), SIZE, Access::ReadWrite).unwrap();
+        let present = || memory.metadata().unwrap().blocks() * 512;
+        assert_eq!(present(), 0);
+        mapping.populate(1 << 20..(1 << 20) + 0x3000, Access::ReadWrite);
+        assert_eq!(present(), 0x3000);
+        mapping.populate(2 << 20..(2 << 20) + 0x2000, Access::ReadOnly);
+        assert_eq!(present(), 0x5000);
+        // A range that leaves the mapping is left alone.
+        mapping.populate(SIZE - 0x1000..SIZE + 0x1000, Access::ReadWrite);
+        assert_eq!(present(), 0x5000);
+    }
+}

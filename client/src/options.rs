@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The options of a channel's end, and how both sides open one.
+
+use std::time::{Duration, Instant};
+
+use barlink_protocol::wire::layout::{End, Layout};
+use barlink_protocol::{PresenceWords, Strategy};
+
+use crate::doorbell::Doorbells;
+use crate::error::{ChannelError, Error, ErrorKind};
+use crate::memory::Region;
+use crate::receiver::{Receiver, RingReceiver};
+use crate::sender::{RingSender, Sender};
+
+/// Time between two tries to claim an end that another process holds.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// A region in which ends of channels can be claimed: [`host::Attachment`](crate::host::Attachment) and
+/// [`guest::Device`](crate::guest::Device).
+pub trait Side: sealed::Side {
+    /// Returns the region's layout.
+    fn layout(&self) -> &Layout;
+
+    /// Returns the region's words, as far as they are mapped.
+    fn region(&self) -> Region;
+
+    /// Claims an end of a channel for as long as its doorbells live, and returns the channel's index: for a program that waits
+    /// or rings in a way of its own, and attaches a ring's sender or receiver with that.
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel, its end belongs elsewhere, or another process holds it.
+    fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error>;
+}
+
+pub(crate) mod sealed {
+    /// Only this crate has sides.
+    pub trait Side {
+        /// The place of the host's commands: empty on the host.
+        const PLACE: &'static str;
+    }
+}
+
+/// The index of a channel in a layout.
+pub(crate) fn find(layout: &Layout, name: &str) -> Result<usize, Error> {
+    let found = layout.find(name).map(|(index, _)| index);
+    found.ok_or_else(|| {
+        let names = layout
+            .channels()
+            .iter()
+            .map(|channel| channel.name.to_string());
+        Error::NoChannel {
+            name: name.to_owned(),
+            known: names.collect::<Vec<_>>().join(", "),
+        }
+    })
+}
+
+/// Options for opening an end of a channel, as [`std::fs::OpenOptions`] are for files.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use barlink::{ChannelOptions, Strategy, host};
+///
+/// let broker = host::connect("default")?;
+/// let receiver = ChannelOptions::new()
+///     .strategy(Strategy::SLEEP)
+///     .claim_timeout(Duration::from_secs(5))
+///     .receiver(&broker, "up")?;
+/// # Ok::<(), barlink::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct ChannelOptions {
+    strategy: Strategy,
+    drop_when_full: Option<bool>,
+    claim_timeout: Duration,
+}
+
+impl Default for ChannelOptions {
+    fn default() -> Self {
+        ChannelOptions {
+            strategy: Strategy::PROMPT,
+            drop_when_full: None,
+            claim_timeout: Duration::ZERO,
+        }
+    }
+}
+
+impl ChannelOptions {
+    /// Returns the default options: [`Strategy::PROMPT`], dropping as the channel says, and no wait for a claim.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets how the end waits: how long it spins and sleeps before it asks to be rung.
+    pub fn strategy(mut self, strategy: Strategy) -> Self {
+        self.strategy = strategy;
+        self
+    }
+
+    /// Sets whether a sender drops records that find the channel full, otherwise than the channel says.
+    pub fn drop_when_full(mut self, drops: bool) -> Self {
+        self.drop_when_full = Some(drops);
+        self
+    }
+
+    /// Sets how long to wait for the end while another process holds it.
+    pub fn claim_timeout(mut self, timeout: Duration) -> Self {
+        self.claim_timeout = timeout;
+        self
+    }
+
+    /// Claims the sending end of a channel.
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state is not valid.
+    pub fn sender<S: Side>(&self, side: &S, name: &str) -> Result<Sender, Error> {
+        let (index, doorbells) = self.claim(side, name, End::Producer)?;
+        let (region, layout) = (side.region(), side.layout());
+        let ring = RingSender::attach(region.clone(), layout, index, doorbells);
+        let mut ring = ring.map_err(|source| refused::<S>(name, End::Producer, source))?;
+        ring.set_strategy(self.strategy);
+        if let Some(drops) = self.drop_when_full {
+            ring.set_drops(drops);
+        }
+        let peer = PresenceWords::find(layout, index, End::Consumer, region.size());
+        Sender::new(ring, region, peer)
+    }
+
+    /// Claims the receiving end of a channel.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ChannelOptions::sender`].
+    pub fn receiver<S: Side>(&self, side: &S, name: &str) -> Result<Receiver, Error> {
+        let (index, doorbells) = self.claim(side, name, End::Consumer)?;
+        let (region, layout) = (side.region(), side.layout());
+        let ring = RingReceiver::attach(region.clone(), layout, index, doorbells);
+        let mut ring = ring.map_err(|source| refused::<S>(name, End::Consumer, source))?;
+        ring.set_strategy(self.strategy);
+        let peer = PresenceWords::find(layout, index, End::Producer, region.size());
+        Receiver::new(ring, region, peer)
+    }
+
+    fn claim<S: Side>(&self, side: &S, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
+        let start = Instant::now();
+        loop {
+            match side.claim(name, end) {
+                Err(error)
+                    if error.kind() == ErrorKind::InUse && start.elapsed() < self.claim_timeout =>
+                {
+                    std::thread::sleep(RETRY);
+                }
+                claimed => return claimed,
+            }
+        }
+    }
+}
+
+fn refused<S: Side>(name: &str, end: End, source: ChannelError) -> Error {
+    Error::TakeUp {
+        name: name.to_owned(),
+        end,
+        place: S::PLACE,
+        source,
+    }
+}

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Byte streams through a channel, as `barlink send` and `barlink recv` use them.
+//!
+//! A stream is records of [`Kind::DATA`] between one of [`Kind::BEGIN`] and one of [`Kind::END`]. [`StreamWriter`] and
+//! [`StreamReader`] are for programs with bytes in memory. [`send`] and [`receive`] are for files: the kernel copies between the
+//! file and the shared memory.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use barlink_protocol::cursor::Kind;
+pub use barlink_protocol::stream::{Progress, Watch};
+use barlink_protocol::{Sent, Strategy, Wakeup, stream};
+
+use crate::error::{ChannelError, Error, EventError};
+use crate::receiver::{Receiver, copy_from};
+use crate::sender::Sender;
+
+/// Most bytes that a writer puts into one record: larger ones are no faster.
+const RECORD_SIZE: usize = 1 << 20;
+
+/// Why a stream ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StreamError {
+    /// The channel stopped working.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// Reading the source failed.
+    #[error("cannot read the source")]
+    Read(#[source] io::Error),
+    /// Writing the target failed.
+    #[error("cannot write the target")]
+    Write {
+        /// The error of the target.
+        source: io::Error,
+        /// Bytes at the target's end that belong to a record which was not released, and comes again.
+        partial: u64,
+    },
+    /// The sender left in the middle of the stream.
+    #[error("the sender left before the end of the stream, after {0} bytes")]
+    Incomplete(u64),
+}
+
+impl From<stream::StreamError<EventError>> for StreamError {
+    fn from(error: stream::StreamError<EventError>) -> Self {
+        let io = io::Error::from_raw_os_error;
+        match error {
+            stream::StreamError::Channel(error) => StreamError::Channel(error),
+            stream::StreamError::Read(errno) => StreamError::Read(io(errno)),
+            stream::StreamError::Write { errno, partial } => StreamError::Write {
+                source: io(errno),
+                partial,
+            },
+            stream::StreamError::Incomplete(bytes) => StreamError::Incomplete(bytes),
+        }
+    }
+}
+
+/// Sends all bytes of a file as one stream, in records of at most `record_size` bytes.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::{host, stream};
+///
+/// let broker = host::connect("default")?;
+/// let mut sender = broker.sender("down")?;
+/// let sent = stream::send(&mut sender, File::open("photo.jpg")?, 1 << 20, &mut ())?;
+/// println!("{} bytes", sent.bytes);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+///
+/// The source cannot be read, or the channel stopped working.
+pub fn send(
+    sender: &mut Sender,
+    source: impl AsFd,
+    record_size: usize,
+    watch: &mut impl Watch,
+) -> Result<Progress, StreamError> {
+    let mut record = vec![0; record_size.clamp(1, sender.max_record())];
+    let source = source.as_fd().as_raw_fd();
+    Ok(stream::send(sender.ring(), source, &mut record, watch)?)
+}
+
+/// Receives one stream, and writes its bytes to a file.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::{host, stream};
+///
+/// let broker = host::connect("default")?;
+/// let mut receiver = broker.receiver("up")?;
+/// let received = stream::receive(&mut receiver, File::create("photo.jpg")?, &mut ())?;
+/// println!("{} bytes, {} records dropped", received.bytes, received.dropped);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+///
+/// The target cannot be written, the sender left before the end of the stream, or the channel stopped working.
+pub fn receive(
+    receiver: &mut Receiver,
+    target: impl AsFd,
+    watch: &mut impl Watch,
+) -> Result<Progress, StreamError> {
+    let target = target.as_fd().as_raw_fd();
+    Ok(stream::receive(receiver.ring(), target, watch)?)
+}
+
+/// Sends a byte stream. It begins with the first bytes and ends with [`StreamWriter::finish`]; without that, the receiver learns that
+/// the stream is incomplete.
+///
+/// See [`Sender::stream`] for an example.
+#[derive(Debug)]
+pub struct StreamWriter<'a> {
+    sender: &'a mut Sender,
+    begun: bool,
+    dropped: u64,
+}
+
+impl<'a> StreamWriter<'a> {
+    pub(crate) fn new(sender: &'a mut Sender) -> Self {
+        sender.set_strategy(Strategy::STREAM);
+        StreamWriter {
+            sender,
+            begun: false,
+            dropped: 0,
+        }
+    }
+
+    /// Returns the number of records of this stream that were dropped.
+    pub fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// Ends the stream. Waits for room, also if the sender drops.
+    ///
+    /// # Errors
+    ///
+    /// The channel stopped working.
+    pub fn finish(self) -> Result<(), Error> {
+        let ring = self.sender.ring();
+        if !self.begun {
+            stream::mark(ring, Kind::BEGIN)?;
+        }
+        Ok(stream::mark(ring, Kind::END)?)
+    }
+}
+
+impl Write for StreamWriter<'_> {
+    /// Sends bytes as one record. A record that is dropped counts as written.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let length = bytes.len().min(RECORD_SIZE).min(self.sender.max_record());
+        if length == 0 {
+            return Ok(0);
+        }
+        let mut put = |kind, bytes| {
+            let sent = self.sender.ring().send(kind, bytes, None);
+            sent.map(|sent| sent == Sent::Committed)
+                .map_err(Error::from)
+        };
+        // The beginning can be dropped like any other record. Data without one would be taken for another sender's.
+        self.begun = self.begun || put(Kind::BEGIN, &[])?;
+        if !(self.begun && put(Kind::DATA, &bytes[..length])?) {
+            self.dropped += 1;
+        }
+        Ok(length)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Receives one byte stream. Its end is the end of the stream: then another reader can receive the next one. A sender that leaves
+/// before is [`io::ErrorKind::UnexpectedEof`].
+///
+/// See [`Receiver::stream`] for an example.
+#[derive(Debug)]
+pub struct StreamReader<'a> {
+    receiver: &'a mut Receiver,
+    /// Bytes that were read of the current record.
+    done: usize,
+    /// Data of this stream came.
+    begun: bool,
+    ended: bool,
+}
+
+impl<'a> StreamReader<'a> {
+    pub(crate) fn new(receiver: &'a mut Receiver) -> Self {
+        receiver.set_strategy(Strategy::STREAM);
+        StreamReader {
+            receiver,
+            done: 0,
+            begun: false,
+            ended: false,
+        }
+    }
+
+    /// Waits for the next record of the stream.
+    fn wait(&mut self) -> io::Result<()> {
+        loop {
+            // A sender that has left sends no more, but what it committed until then is there.
+            let away = self.begun && !self.receiver.is_peer_present();
+            let timeout = away.then_some(Duration::ZERO);
+            match self.receiver.ring().wait(timeout).map_err(Error::from)? {
+                Wakeup::Ready => return Ok(()),
+                Wakeup::TimedOut if away => return Err(incomplete()),
+                Wakeup::TimedOut | Wakeup::PeerChanged => (),
+            }
+        }
+    }
+}
+
+fn incomplete() -> io::Error {
+    let text = "the sender left before the end of the stream";
+    io::Error::new(io::ErrorKind::UnexpectedEof, text)
+}
+
+impl Read for StreamReader<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        while !self.ended && !bytes.is_empty() {
+            self.wait()?;
+            let Some(record) = self.receiver.ring().record() else {
+                continue;
+            };
+            let kind = record.header().kind;
+            if kind == Kind::DATA && self.done < record.length() {
+                let read = copy_from(&record, self.done, bytes);
+                let is_read = self.done + read == record.length();
+                self.done += read;
+                self.begun = true;
+                if is_read {
+                    self.done = 0;
+                    self.receiver.ring().release().map_err(Error::from)?;
+                }
+                return Ok(read);
+            }
+            if kind == Kind::BEGIN && self.begun {
+                // This is the stream of another sender, and stays for the next reader.
+                return Err(incomplete());
+            }
+            self.ended = kind == Kind::END;
+            self.done = 0;
+            self.receiver.ring().release().map_err(Error::from)?;
+        }
+        Ok(0)
+    }
+}

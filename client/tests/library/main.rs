@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The library and its examples, with a broker that runs in the test's process.
+
+mod broker;
+mod examples;
+mod records;
+mod streams;
+mod taps;
+mod waits;

@@ -1,0 +1,240 @@
+//! Sending and receiving single records.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use barlink::protocol::wire::layout::{End, channel};
+use barlink::{Access, ChannelOptions, ErrorKind, Kind, Sent, Side, host};
+
+use crate::broker::*;
+
+const LOOP: &[&str] = &["loop=host-host,4K"];
+
+#[test]
+fn record_is_released_when_it_is_dropped() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    // Far more than the channel has room for.
+    for number in 0..100_u32 {
+        let bytes = vec![number as u8; 1000];
+        assert_eq!(sender.send(Kind::USER, &bytes).unwrap(), Sent::Committed);
+        let record = receiver.recv().unwrap();
+        assert_eq!(record.to_vec(), bytes);
+        assert_eq!((record.kind(), record.missed()), (Kind::USER, 0));
+        assert_eq!(record.sequence(), u64::from(number));
+    }
+    assert_eq!((sender.sequence(), receiver.missed()), (100, 0));
+    assert!(receiver.try_recv().unwrap().is_none());
+    let short = Duration::from_millis(5);
+    assert!(receiver.recv_timeout(short).unwrap().is_none());
+}
+
+#[test]
+fn kept_record_is_received_again() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    for text in [b"first", b"other"] {
+        let _ = sender.send(Kind::USER, text).unwrap();
+    }
+    receiver.recv().unwrap().keep();
+    let panics = catch_unwind(AssertUnwindSafe(|| {
+        let record = receiver.recv().unwrap();
+        assert_eq!(record.sequence(), 1, "not handled");
+    }));
+    assert!(panics.is_err());
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"first");
+    assert_eq!(receiver.missed(), 0);
+    drop(receiver);
+    let mut receiver = broker.attach().receiver("loop").unwrap();
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"other");
+}
+
+#[test]
+fn passed_records_are_released_together() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let app = broker.attach();
+    let base = app.layout().find("loop").unwrap().1.offset;
+    let released = || app.region().load(base + channel::READ);
+    for _ in 0..3 {
+        let _ = sender.stage(Kind::USER, &[0; 8]).unwrap();
+    }
+    assert!(
+        receiver.try_recv().unwrap().is_none(),
+        "nothing is published"
+    );
+    sender.publish().unwrap();
+    receiver.recv().unwrap().pass();
+    receiver.recv().unwrap().pass();
+    assert_eq!(released(), 0);
+    receiver.recv().unwrap().release().unwrap();
+    assert_eq!(released(), 3 * 32);
+}
+
+#[test]
+fn full_channel_is_an_error_or_a_drop() {
+    let broker = Running::start(&["loop=host-host,4K", "lossy=host-host,4K,drop"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let bytes = vec![7; sender.max_record()];
+    for _ in 0..2 {
+        assert_eq!(
+            sender.try_send(Kind::USER, &bytes).unwrap(),
+            Sent::Committed
+        );
+    }
+    let short = Duration::from_millis(5);
+    let errors = [
+        sender.try_send(Kind::USER, &bytes).unwrap_err(),
+        sender.send_timeout(Kind::USER, &bytes, short).unwrap_err(),
+        sender.try_reserve(8).unwrap_err(),
+        sender.reserve_timeout(8, short).unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(error.kind(), ErrorKind::Full);
+    }
+    let error = sender.send(Kind::USER, &vec![0; bytes.len() + 1]);
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::TooLarge);
+    drop(receiver.recv().unwrap());
+    assert_eq!(
+        sender.try_send(Kind::USER, &bytes).unwrap(),
+        Sent::Committed
+    );
+
+    let (mut sender, mut receiver) = broker.ends("lossy");
+    assert!(sender.drops());
+    for expected in [
+        Sent::Committed,
+        Sent::Committed,
+        Sent::Dropped,
+        Sent::Dropped,
+    ] {
+        assert_eq!(sender.send(Kind::USER, &bytes).unwrap(), expected);
+    }
+    assert_eq!(sender.dropped(), 2);
+    drop(receiver.recv().unwrap());
+    drop(receiver.recv().unwrap());
+    let _ = sender.send(Kind::USER, b"more").unwrap();
+    assert_eq!(receiver.recv().unwrap().missed(), 2);
+    assert_eq!(receiver.missed(), 2);
+}
+
+#[test]
+fn options_change_an_end() {
+    let broker = Running::start(LOOP);
+    let app = broker.attach();
+    let dropping = ChannelOptions::new().drop_when_full(true);
+    let mut sender = dropping.sender(&app, "loop").unwrap();
+    let bytes = vec![7; sender.max_record()];
+    let sent = [(); 3].map(|()| sender.send(Kind::USER, &bytes).unwrap());
+    assert_eq!(sent, [Sent::Committed, Sent::Committed, Sent::Dropped]);
+    let held = app.sender("loop").unwrap_err();
+    assert_eq!(held.kind(), ErrorKind::InUse);
+    assert!(held.refusal().is_some());
+    let waiting = std::thread::spawn(move || {
+        let options = ChannelOptions::new().claim_timeout(PATIENCE);
+        options.sender(&app, "loop").map(drop)
+    });
+    std::thread::sleep(Duration::from_millis(30));
+    drop(sender);
+    waiting.join().unwrap().unwrap();
+    let unknown = broker.attach().sender("nothing").unwrap_err();
+    assert_eq!(unknown.kind(), ErrorKind::NotFound);
+    let reader = host::AttachOptions::new().access(Access::ReadOnly);
+    let reader = reader.connect_path(broker.control()).unwrap();
+    let refused = reader.claim("loop", End::Producer).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+    let absent = host::connect_path(broker.folder.path().join("nothing")).unwrap_err();
+    assert_eq!(absent.kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn presence_of_the_peer_is_never_stale() {
+    let broker = Running::start(LOOP);
+    let app = broker.attach();
+    let sender = app.sender("loop").unwrap();
+    assert!(!sender.is_peer_present());
+    let receiver = app.receiver("loop").unwrap();
+    assert!(sender.is_peer_present() && receiver.is_peer_present());
+    drop(receiver);
+    assert!(!sender.is_peer_present());
+}
+
+#[test]
+fn reservation_takes_bytes_in_any_pieces() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let bytes: Vec<u8> = (0..200).collect();
+    for piece in [1, 3, 7, 8, 9, 13, 64, 200] {
+        for length in [0, 1, 7, 8, 9, 199, 200] {
+            let mut record = sender.reserve(length).unwrap();
+            assert_eq!((record.len(), record.capacity()), (0, length));
+            for part in bytes[..length].chunks(piece) {
+                record.write_all(part).unwrap();
+            }
+            // No more than was reserved.
+            assert_eq!(record.write(b"x").unwrap(), 0);
+            record.commit(Kind::USER).unwrap();
+            let mut record = receiver.recv().unwrap();
+            assert_eq!(record.to_vec(), &bytes[..length]);
+            let mut read = Vec::new();
+            let mut part = vec![0; piece];
+            while let count @ 1.. = record.read(&mut part).unwrap() {
+                read.extend_from_slice(&part[..count]);
+            }
+            assert_eq!(read, &bytes[..length], "in pieces of {piece}");
+        }
+    }
+    let mut record = sender.reserve(100).unwrap();
+    record.write_all(b"less than reserved").unwrap();
+    record.commit(Kind::USER).unwrap();
+    sender
+        .reserve(100)
+        .unwrap()
+        .write_all(b"never sent")
+        .unwrap();
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"less than reserved");
+    assert!(receiver.try_recv().unwrap().is_none());
+}
+
+#[test]
+fn kernel_copies_between_a_record_and_a_file() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let path = broker.folder.path().join("file");
+    std::fs::write(&path, b"from a file").unwrap();
+    let mut record = sender.reserve(100).unwrap();
+    assert_eq!(record.read_from(File::open(&path).unwrap()).unwrap(), 11);
+    assert_eq!(record.read_from(File::open(&path).unwrap()).unwrap(), 0);
+    record.write_all(b", and more").unwrap();
+    record.commit(Kind::USER).unwrap();
+    let mut record = receiver.recv().unwrap();
+    assert_eq!(record.to_vec(), b"from a file, and more");
+    let mut start = [0; 5];
+    record.read_exact(&mut start).unwrap();
+    let mut file = tempfile::tempfile().unwrap();
+    assert_eq!(record.write_to(&file).unwrap(), 16);
+    assert_eq!(record.write_to(&file).unwrap(), 0);
+    file.seek(SeekFrom::Start(0)).unwrap();
+    let mut text = String::new();
+    file.read_to_string(&mut text).unwrap();
+    assert_eq!((&start, text.as_str()), (b"from ", "a file, and more"));
+}
+
+#[test]
+fn iterator_copies_records_and_releases_them() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let sending = std::thread::spawn(move || {
+        for number in 0..1000_u32 {
+            let _ = sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
+        }
+    });
+    for (number, record) in (0..1000_u32).zip(&mut receiver) {
+        let record = record.unwrap();
+        assert_eq!(record.bytes, number.to_le_bytes());
+        assert_eq!(record.sequence, u64::from(number));
+    }
+    sending.join().unwrap();
+}

@@ -1,0 +1,100 @@
+//! Byte streams, by `Read` and `Write`, and between files.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+
+use barlink::{Kind, stream};
+
+use crate::broker::*;
+
+fn noise(length: usize) -> Vec<u8> {
+    let bytes = (0..length as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8);
+    bytes.collect()
+}
+
+#[test]
+fn writer_and_reader_carry_a_stream() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let bytes = noise(100_001);
+    let copy = bytes.clone();
+    let sending = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let mut stream = sender.stream();
+            stream.write_all(&copy).unwrap();
+            stream.finish().unwrap();
+        }
+        sender.stream().finish().unwrap();
+        sender
+    });
+    for expected in [&bytes[..], &bytes[..], &[]] {
+        let mut stream = receiver.stream();
+        let mut received = Vec::new();
+        stream.read_to_end(&mut received).unwrap();
+        assert!(received == expected);
+        assert_eq!(stream.read(&mut [0; 8]).unwrap(), 0, "it has ended");
+    }
+    drop(sending.join().unwrap());
+}
+
+#[test]
+fn reader_says_that_a_stream_is_incomplete() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    sender.stream().write_all(b"half of it").unwrap();
+    drop(sender);
+    let mut received = Vec::new();
+    let error = receiver.stream().read_to_end(&mut received).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
+    assert_eq!(received, b"half of it");
+    let mut sender = broker.attach().sender("loop").unwrap();
+    sender.stream().write_all(b"again").unwrap();
+    sender.stream().finish().unwrap();
+    // What one sender left is not the beginning of another's.
+    let mut stream = receiver.stream();
+    let mut start = [0; 5];
+    stream.read_exact(&mut start).unwrap();
+    let error = stream.read(&mut start).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn files_and_bytes_in_memory_understand_each_other() {
+    let broker = Running::start(&["loop=host-host,16K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let bytes = noise(70_000);
+    let path = |name| broker.folder.path().join(name);
+    std::fs::write(path("in"), &bytes).unwrap();
+    let source = File::open(path("in")).unwrap();
+    let copy = bytes.clone();
+    let sending = std::thread::spawn(move || {
+        let sent = stream::send(&mut sender, source, 1 << 20, &mut ()).unwrap();
+        assert_eq!((sent.bytes, sent.dropped), (70_000, 0));
+        let mut stream = sender.stream();
+        stream.write_all(&copy).unwrap();
+        stream.finish().unwrap();
+        sender
+    });
+    let mut received = Vec::new();
+    receiver.stream().read_to_end(&mut received).unwrap();
+    assert!(received == bytes);
+    let target = File::create(path("out")).unwrap();
+    let total = stream::receive(&mut receiver, target, &mut ()).unwrap();
+    assert_eq!(total.bytes, 70_000);
+    assert!(std::fs::read(path("out")).unwrap() == bytes);
+    drop(sending.join().unwrap());
+}
+
+#[test]
+fn target_that_cannot_be_written_has_an_error_of_the_system() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let _ = sender.send(Kind::DATA, b"x").unwrap();
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    match stream::receive(&mut receiver, full, &mut ()).unwrap_err() {
+        stream::StreamError::Write { source, partial } => {
+            assert_eq!((source.kind(), partial), (ErrorKind::StorageFull, 0));
+        }
+        error => panic!("{error}"),
+    }
+}

@@ -1,0 +1,147 @@
+//! Waiting by the descriptors of ends.
+
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use barlink::{ErrorKind, Kind};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+
+use crate::broker::*;
+
+/// Whether a descriptor becomes readable within a time.
+fn is_readable(file: &impl std::os::fd::AsFd, time: Duration) -> bool {
+    let time = Timespec::try_from(time).unwrap();
+    poll(&mut [PollFd::new(file, PollFlags::IN)], Some(&time)).unwrap() == 1
+}
+
+const SHORT: Duration = Duration::from_millis(20);
+
+#[test]
+fn descriptor_works_without_a_call_before() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    assert!(is_readable(&receiver, PATIENCE), "a first look is worth it");
+    let _ = sender.send(Kind::USER, b"a").unwrap();
+    assert!(is_readable(&receiver, PATIENCE));
+    let _ = sender.send(Kind::USER, b"b").unwrap();
+    // A program that takes one record at a time is told of the next.
+    drop(receiver.try_recv().unwrap().unwrap());
+    assert!(is_readable(&receiver, PATIENCE));
+    drop(receiver.recv().unwrap());
+    assert!(
+        is_readable(&receiver, PATIENCE),
+        "nothing found nothing yet"
+    );
+    assert!(receiver.try_recv().unwrap().is_none());
+}
+
+#[test]
+fn idle_descriptor_is_quiet_once_doorbells_arrive() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let mut wakes = 0;
+    for _ in 0..3 {
+        while receiver.try_recv().unwrap().is_some() {}
+        let _ = sender.send(Kind::USER, b"text").unwrap();
+        assert!(is_readable(&receiver, PATIENCE));
+    }
+    while receiver.try_recv().unwrap().is_some() {}
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(1500) {
+        wakes += u32::from(is_readable(&receiver, SHORT));
+        assert!(receiver.try_recv().unwrap().is_none());
+    }
+    assert!(wakes <= 1, "{wakes} wakes without a record");
+}
+
+#[test]
+fn waiter_is_woken_by_each_record() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    const RECORDS: u32 = 5000;
+    let sending = std::thread::spawn(move || {
+        for number in 0..RECORDS {
+            let _ = sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
+            if number % 100 == 0 {
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        }
+    });
+    let mut next = 0;
+    while next < RECORDS {
+        assert!(
+            is_readable(&receiver, PATIENCE),
+            "record {next} is not told"
+        );
+        while let Some(record) = receiver.try_recv().unwrap() {
+            assert_eq!(record.to_vec(), next.to_le_bytes());
+            next += 1;
+        }
+    }
+    sending.join().unwrap();
+}
+
+/// As tokio and mio wait.
+#[test]
+fn edge_triggered_waiter_is_woken_by_each_record() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    const RECORDS: u32 = 2000;
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    epoll::add(&epoll, &receiver, epoll::EventData::new_u64(0), flags).unwrap();
+    let (next, expected) = mpsc::channel();
+    let sending = std::thread::spawn(move || {
+        for number in 0..RECORDS {
+            let _ = sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
+            // Mostly one record is under way, and the waiter sleeps.
+            if number % 10 != 0 {
+                expected.recv().unwrap();
+            }
+        }
+        expected.iter().for_each(drop);
+    });
+    let mut received = 0;
+    while received < RECORDS {
+        let mut events = Vec::with_capacity(1);
+        let space = rustix::buffer::spare_capacity(&mut events);
+        let time = Timespec::try_from(PATIENCE).unwrap();
+        let woken = epoll::wait(&epoll, space, Some(&time)).unwrap();
+        assert_eq!(woken, 1, "record {received} is not told");
+        while let Some(record) = receiver.try_recv().unwrap() {
+            assert_eq!(record.to_vec(), received.to_le_bytes());
+            drop(record);
+            received += 1;
+            next.send(()).unwrap();
+        }
+    }
+    drop(next);
+    sending.join().unwrap();
+}
+
+#[test]
+fn sender_is_told_of_room() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    const RECORDS: u32 = 500;
+    let receiving = std::thread::spawn(move || {
+        for number in 0..RECORDS {
+            let record = receiver.recv().unwrap();
+            assert_eq!(record.sequence(), u64::from(number));
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    });
+    let (mut sent, mut full) = (0, 0);
+    while sent < RECORDS {
+        match sender.try_send(Kind::USER, &[0; 1000]) {
+            Ok(_) => sent += 1,
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Full);
+                full += 1;
+                assert!(is_readable(&sender, PATIENCE), "room is not told");
+            }
+        }
+    }
+    assert!(full > 0);
+    receiving.join().unwrap();
+}
