@@ -31,6 +31,7 @@ pub enum Access {
 
 /// Why there is no region memory.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MemoryError {
     /// A system call on the memory failed.
     #[error("cannot {what} the region's memory of {size} bytes")]
