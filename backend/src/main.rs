@@ -23,7 +23,8 @@ fn main() -> ExitCode {
         _ => "warn",
     };
     let mut logger = env_logger::Builder::new();
-    // What these crates say of a hostile guest has no limit; so who wants it names them.
+    // These crates log hostile input without a rate limit, so they are silent unless RUST_LOG names
+    // them.
     for chatty in ["vhost", "virtio_queue"] {
         logger.filter_module(chatty, LevelFilter::Off);
     }

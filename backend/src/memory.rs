@@ -8,9 +8,10 @@ use std::os::fd::AsRawFd;
 pub use barlink::memory::{Access, Mapping, MemoryError, Region};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
-/// Creates the memory of a region: `size` zero bytes. It is sealed, before any other process can see it, against shrinking
-/// (a shorter file would be SIGBUS to QEMU and to us), growing, and further seals. Its mode keeps other users from
-/// opening it for writing by way of `/proc`, whatever descriptor of it they have.
+/// Creates the memory of a region: `size` zero bytes. It is sealed, before any other process can
+/// see it, against shrinking (a shorter file would be SIGBUS to QEMU and to us), growing, and
+/// further seals. Its mode keeps other users from opening it for writing by way of `/proc`,
+/// whatever descriptor of it they have.
 pub fn create(size: u64) -> Result<File, MemoryError> {
     let failed = |what| {
         move |error: rustix::io::Errno| MemoryError::File {

@@ -8,7 +8,8 @@
 //! cargo run --example camera -- send camera
 //! ```
 //!
-//! In a guest, `send` opens the device with `barlink::guest::open("/dev/barlink0")` instead: all else is the same.
+//! In a guest, `send` opens the device with `barlink::guest::open("/dev/barlink0")` instead: all
+//! else is the same.
 
 use std::io::Write;
 use std::sync::atomic::Ordering;
@@ -51,7 +52,8 @@ fn send(channel: &str) -> Result<(), Box<dyn std::error::Error>> {
         }
         frame.commit(Kind::USER)?;
     }
-    // The end may not be skipped. A sender that drops would not wait for room, but a reservation does.
+    // The end may not be skipped. A sender that drops would not wait for room, but a reservation
+    // does.
     camera.reserve(0)?.commit(Kind::END)?;
     println!("sent {} frames, skipped {skipped}", FRAMES - skipped);
     Ok(())

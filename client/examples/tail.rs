@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A look at a channel that another program receives. It claims nothing and writes nothing, so it delays neither end.
+//! A look at a channel that another program receives. It claims nothing and writes nothing, so it
+//! delays neither end.
 //!
 //! ```text
 //! cargo run --example tail -- up

@@ -2,9 +2,10 @@
 
 //! An eventfd that neither ringing nor draining blocks on, whatever other processes do to it.
 //!
-//! The eventfd is created non-blocking, but that is a property of the open file, which all copies share. QEMU makes every
-//! descriptor that it receives blocking (`tcp_chr_recv` in `chardev/char-socket.c`). A write could then wait as long as another
-//! holder keeps the eventfd full. So the kernel is asked to ring it, which never waits
+//! The eventfd is created non-blocking, but that is a property of the open file, which all copies
+//! share. QEMU makes every descriptor that it receives blocking (`tcp_chr_recv` in
+//! `chardev/char-socket.c`). A write could then wait as long as another holder keeps the eventfd
+//! full. So the kernel is asked to ring it, which never waits
 //! (`docs/decisions/0006-ringing-cannot-block.md`).
 #![expect(
     unsafe_code,
@@ -47,7 +48,8 @@ impl Bell {
         }
     }
 
-    /// Rings by a write. If the eventfd is blocking, and another process fills it between the poll and the write, this waits.
+    /// Rings by a write. If the eventfd is blocking, and another process fills it between the poll
+    /// and the write, this waits.
     fn write(&self) -> io::Result<()> {
         let mut ready = [PollFd::new(self, PollFlags::OUT)];
         let now = rustix::time::Timespec {
@@ -60,8 +62,9 @@ impl Bell {
         Ok(())
     }
 
-    /// Whether a descriptor that another process sent is an eventfd. A write to another kind of file could wait, or worse. The
-    /// check does not ring. Where the kernel does not ring for this process, the check is not possible and returns `false`.
+    /// Whether a descriptor that another process sent is an eventfd. A write to another kind of
+    /// file could wait, or worse. The check does not ring. Where the kernel does not ring for this
+    /// process, the check is not possible and returns `false`.
     pub fn is_eventfd(descriptor: &OwnedFd) -> bool {
         let ringer = RINGER.as_ref();
         ringer.is_some_and(|ringer| ringer.takes(descriptor))
@@ -72,8 +75,8 @@ impl Bell {
         RINGER.is_some()
     }
 
-    /// Whether an eventfd that another process sent counts down by one for each read (`EFD_SEMAPHORE`), so that draining it can take
-    /// for ever. Its rings stay.
+    /// Whether an eventfd that another process sent counts down by one for each read
+    /// (`EFD_SEMAPHORE`), so that draining it can take for ever. Its rings stay.
     pub fn is_semaphore(descriptor: &OwnedFd) -> io::Result<bool> {
         let bell = Bell::from(descriptor.try_clone()?);
         bell.ring()?;
@@ -104,7 +107,8 @@ impl Bell {
     }
 }
 
-/// This process's context for ringing. It is created before the first ring, because the broker gives up that right later.
+/// This process's context for ringing. It is created before the first ring, because the broker
+/// gives up that right later.
 static RINGER: LazyLock<Option<Ringer>> = LazyLock::new(|| {
     Ringer::new()
         .inspect_err(|error| {
@@ -115,8 +119,9 @@ static RINGER: LazyLock<Option<Ringer>> = LazyLock::new(|| {
         .ok()
 });
 
-/// Reads from an empty file by asynchronous input and output (`io_submit(2)`). The kernel signals the completion to an eventfd: at
-/// once, because there is nothing to wait for, and in a way that never waits.
+/// Reads from an empty file by asynchronous input and output (`io_submit(2)`). The kernel signals
+/// the completion to an eventfd: at once, because there is nothing to wait for, and in a way that
+/// never waits.
 struct Ringer {
     context: IoContext,
     empty: File,
@@ -140,8 +145,8 @@ impl Ringer {
         self.read(self.empty.as_raw_fd(), bell.as_raw_fd())
     }
 
-    /// Whether a descriptor can be signalled, as only eventfds can. The kernel checks that first (EINVAL), and then finds that the file
-    /// cannot be read (EBADF), so that it signals nothing.
+    /// Whether a descriptor can be signalled, as only eventfds can. The kernel checks that first
+    /// (EINVAL), and then finds that the file cannot be read (EBADF), so that it signals nothing.
     fn takes(&self, descriptor: &OwnedFd) -> bool {
         let read = self.read(self.unreadable.as_raw_fd(), descriptor.as_raw_fd());
         read.is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))

@@ -11,7 +11,8 @@ use crate::error::EventError;
 use crate::guest::DeviceEvents;
 use crate::host::Eventfds;
 
-/// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long as this value.
+/// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long
+/// as this value.
 #[derive(Debug)]
 pub struct Doorbells {
     source: Source,
@@ -83,7 +84,8 @@ impl Events for Doorbells {
 
     #[inline]
     fn now(&self) -> Duration {
-        // The kernel's clock and not the process's, so that time stamps of one host can be compared.
+        // The kernel's clock and not the process's, so that time stamps of one host can be
+        // compared.
         let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         time.try_into().unwrap_or_default()
     }
@@ -94,7 +96,8 @@ impl Events for Doorbells {
 }
 
 impl AsFd for Doorbells {
-    /// Returns the descriptor that becomes readable at a ring. It says nothing of records that are there already: see
+    /// Returns the descriptor that becomes readable at a ring. It says nothing of records that are
+    /// there already: see
     /// [`Receiver`](crate::Receiver), whose descriptor does.
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.source {

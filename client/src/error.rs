@@ -16,7 +16,8 @@ use crate::memory::MemoryError;
 /// The reason why a channel cannot be used, as the ring has it.
 pub type ChannelError = barlink_protocol::ChannelError<EventError>;
 
-/// A call of this crate failed. Its [`kind`](Error::kind) tells a program what to do; its text tells a person.
+/// A call of this crate failed. Its [`kind`](Error::kind) tells a program what to do; its text
+/// tells a person.
 ///
 /// ```no_run
 /// use barlink::{ErrorKind, Kind, host};
@@ -184,7 +185,8 @@ impl From<Corrupt> for Error {
 }
 
 impl From<Error> for io::Error {
-    /// Wraps the error, for [`io::Read`] and [`io::Write`]. An error of the operating system keeps its kind.
+    /// Wraps the error, for [`io::Read`] and [`io::Write`]. An error of the operating system keeps
+    /// its kind.
     fn from(error: Error) -> Self {
         let kind = match &error {
             Error::Channel(ChannelError::Events(EventError::System { source, .. }))

@@ -2,8 +2,9 @@
 
 //! Shared memory as a PCI device, for programs on both of its sides.
 //!
-//! A broker on the host owns a region of memory. A VM sees it as a device, and host apps attach to the broker. Both sides send and
-//! receive records in the shared memory itself, over channels that have one [`Sender`] and one [`Receiver`].
+//! A broker on the host owns a region of memory. A VM sees it as a device, and host apps attach to
+//! the broker. Both sides send and receive records in the shared memory itself, over channels that
+//! have one [`Sender`] and one [`Receiver`].
 //!
 //! | for | see |
 //! |---|---|

@@ -31,6 +31,7 @@ pub enum Access {
 
 /// Why there is no region memory.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MemoryError {
     /// A system call on the memory failed.
     #[error("cannot {what} the region's memory of {size} bytes")]
@@ -57,15 +58,15 @@ struct Pages {
     size: usize,
 }
 
-// SAFETY: the address is of memory that belongs to the process and not to a thread, is unmapped once, by `Drop`, and
-// is accessed through atomics or `Region`'s copies only.
+// SAFETY: the address is of memory that belongs to the process and not to a thread, is unmapped
+// once, by `Drop`, and is accessed through atomics or `Region`'s copies only.
 unsafe impl Send for Pages {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Pages {}
 
 impl Mapping {
-    /// Maps the memory of a region, which a broker has created. Its size and seals are checked first, because a file that
-    /// can be shortened would end this process by SIGBUS.
+    /// Maps the memory of a region, which a broker has created. Its size and seals are checked
+    /// first, because a file that can be shortened would end this process by SIGBUS.
     pub fn new(memory: impl Into<OwnedFd>, size: u64, access: Access) -> Result<Self, MemoryError> {
         let memory = memory.into();
         let failed = |what| {
@@ -104,8 +105,9 @@ impl Mapping {
         Ok(Mapping(Arc::new(Pages { start, size })))
     }
 
-    /// Makes the pages of these bytes present in one call, and for [`Access::ReadWrite`] ready to be written. Without it,
-    /// the first touch of each page is slower. Kernels before 5.14 cannot do it.
+    /// Makes the pages of these bytes present in one call, and for [`Access::ReadWrite`] ready to
+    /// be written. Without it, the first touch of each page is slower. Kernels before 5.14 cannot
+    /// do it.
     pub(crate) fn populate(&self, bytes: Range<u64>, access: Access) {
         let page = rustix::param::page_size() as u64;
         let start = bytes.start / page * page;
@@ -119,8 +121,8 @@ impl Mapping {
         };
         let length = (bytes.end - start) as usize;
         let address = self.0.start.as_ptr().wrapping_add(start as usize);
-        // SAFETY: these pages are inside the mapping, which stays while `self` is borrowed; to be present changes nothing
-        // in them.
+        // SAFETY: these pages are inside the mapping, which stays while `self` is borrowed; to be
+        // present changes nothing in them.
         if let Err(error) = unsafe { madvise(address.cast(), length, advice) } {
             log::debug!("{length} bytes of the region are not made present: {error}");
         }
@@ -136,17 +138,18 @@ impl Deref for Mapping {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: `mmap` gave `size` bytes on a page boundary, which stay mapped while `self` is borrowed. A region's file is
-        // sealed at its size; once a device is gone, an access is SIGBUS and not undefined. All access in this process is by
-        // atomics or by `Region`'s copies. A read-only mapping is only loaded from: see `Access`.
+        // SAFETY: `mmap` gave `size` bytes on a page boundary, which stay mapped while `self` is
+        // borrowed. A region's file is sealed at its size; once a device is gone, an access is
+        // SIGBUS and not undefined. All access in this process is by atomics or by `Region`'s
+        // copies. A read-only mapping is only loaded from: see `Access`.
         unsafe { region::words(self.0.start.as_ptr(), self.0.size) }
     }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: it was mapped with this address and size, and no clone is left to use it. The only error, a wrong
-        // range, is excluded by that.
+        // SAFETY: it was mapped with this address and size, and no clone is left to use it. The
+        // only error, a wrong range, is excluded by that.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.size) };
     }
 }
@@ -162,7 +165,7 @@ mod tests {
 
     /// A region can be huge and sparse: the rest of it stays without memory.
     #[test]
-    fn only_the_pages_of_a_channel_are_made_present() {
+    fn populates_only_pages_of_a_channel() {
         const SIZE: u64 = 1 << 30;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let memory = File::from(rustix::fs::memfd_create("region", flags).unwrap());

@@ -16,7 +16,8 @@ use crate::sender::{RingSender, Sender};
 /// Time between two tries to claim an end that another process holds.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// A region in which ends of channels can be claimed: [`host::Attachment`](crate::host::Attachment) and
+/// A region in which ends of channels can be claimed: [`host::Attachment`](crate::host::Attachment)
+/// and
 /// [`guest::Device`](crate::guest::Device).
 pub trait Side: sealed::Side {
     /// Returns the region's layout.
@@ -25,8 +26,9 @@ pub trait Side: sealed::Side {
     /// Returns the region's words, as far as they are mapped.
     fn region(&self) -> Region;
 
-    /// Claims an end of a channel for as long as its doorbells live, and returns the channel's index: for a program that waits
-    /// or rings in a way of its own, and attaches a ring's sender or receiver with that.
+    /// Claims an end of a channel for as long as its doorbells live, and returns the channel's
+    /// index: for a program that waits or rings in a way of its own, and attaches a ring's sender
+    /// or receiver with that.
     ///
     /// # Errors
     ///
@@ -90,7 +92,8 @@ impl Default for ChannelOptions {
 }
 
 impl ChannelOptions {
-    /// Returns the default options: [`Strategy::PROMPT`], dropping as the channel says, and no wait for a claim.
+    /// Returns the default options: [`Strategy::PROMPT`], dropping as the channel says, and no wait
+    /// for a claim.
     pub fn new() -> Self {
         Self::default()
     }
@@ -101,7 +104,8 @@ impl ChannelOptions {
         self
     }
 
-    /// Sets whether a sender drops records that find the channel full, otherwise than the channel says.
+    /// Sets whether a sender drops records that find the channel full, otherwise than the channel
+    /// says.
     pub fn drop_when_full(mut self, drops: bool) -> Self {
         self.drop_when_full = Some(drops);
         self
@@ -117,7 +121,8 @@ impl ChannelOptions {
     ///
     /// # Errors
     ///
-    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state is not valid.
+    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state
+    /// is not valid.
     pub fn sender<S: Side>(&self, side: &S, name: &str) -> Result<Sender, Error> {
         let (index, doorbells) = self.claim(side, name, End::Producer)?;
         let (region, layout) = (side.region(), side.layout());

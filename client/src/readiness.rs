@@ -2,11 +2,12 @@
 
 //! The descriptor of an end that epoll, mio or tokio wait on.
 //!
-//! The descriptor is readable unless the end has found nothing to do and has asked for a ring since. So a program can wait on
-//! it at any time, and calls the end until that finds nothing. An end that always finds something makes no system calls for it.
+//! The descriptor is readable unless the end has found nothing to do and has asked for a ring
+//! since. So a program can wait on it at any time, and calls the end until that finds nothing. An
+//! end that always finds something makes no system calls for it.
 //!
-//! A doorbell can be lost until one has arrived. Until then a timer makes the descriptor readable, after 1 ms and then after
-//! twice as long, up to 1 s.
+//! A doorbell can be lost until one has arrived. Until then a timer makes the descriptor readable,
+//! after 1 ms and then after twice as long, up to 1 s.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -32,7 +33,8 @@ const NOW: Duration = Duration::from_nanos(1);
 pub(crate) struct Readiness {
     epoll: OwnedFd,
     timer: OwnedFd,
-    /// The end has found nothing and asked for a ring: the timer is off, or runs in case a doorbell is lost.
+    /// The end has found nothing and asked for a ring: the timer is off, or runs in case a doorbell
+    /// is lost.
     quiet: bool,
     /// The other end at the last look, and the rings until then.
     peer: Presence,

@@ -33,8 +33,9 @@ pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 /// # Ok::<(), barlink::Error>(())
 /// ```
 ///
-/// The descriptor of a receiver ([`AsFd`]) is readable while a call may find a record. A program that waits with epoll, mio
-/// or tokio calls [`Receiver::try_recv`] until that finds none, and waits again.
+/// The descriptor of a receiver ([`AsFd`]) is readable while a call may find a record. A program
+/// that waits with epoll, mio or tokio calls [`Receiver::try_recv`] until that finds none, and
+/// waits again.
 ///
 /// ```no_run
 /// use barlink::host;
@@ -85,7 +86,8 @@ impl Receiver {
         })
     }
 
-    /// Receives the next record. Waits for it as long as it takes, over any coming and going of the sender.
+    /// Receives the next record. Waits for it as long as it takes, over any coming and going of the
+    /// sender.
     ///
     /// # Errors
     ///
@@ -139,7 +141,8 @@ impl Receiver {
         }
     }
 
-    /// Returns an iterator over copies of the records. It waits for each one, and ends after an error.
+    /// Returns an iterator over copies of the records. It waits for each one, and ends after an
+    /// error.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -158,7 +161,8 @@ impl Receiver {
         }
     }
 
-    /// Releases the records that were passed ([`Record::pass`]), so that the sender can use their room.
+    /// Releases the records that were passed ([`Record::pass`]), so that the sender can use their
+    /// room.
     ///
     /// # Errors
     ///
@@ -189,7 +193,8 @@ impl Receiver {
         self.all_missed
     }
 
-    /// Whether a process holds the other end, now. Between two VMs it is not visible, and counts as present.
+    /// Whether a process holds the other end, now. Between two VMs it is not visible, and counts as
+    /// present.
     pub fn is_peer_present(&self) -> bool {
         is_present(&self.region, self.peer)
     }
@@ -319,11 +324,12 @@ enum AtEnd {
     Keep,
 }
 
-/// A record, in the shared memory itself. When it is dropped, its room is the sender's again, unless the thread panics: then the
-/// record is received again.
+/// A record, in the shared memory itself. When it is dropped, its room is the sender's again,
+/// unless the thread panics: then the record is received again.
 ///
-/// The sender can change the content at any time, so there is no `&[u8]` of it: a program that parses it copies it first. All
-/// methods but [`Record::words`] copy. [`Read`] reads the content once, from its start.
+/// The sender can change the content at any time, so there is no `&[u8]` of it: a program that
+/// parses it copies it first. All methods but [`Record::words`] copy. [`Read`] reads the content
+/// once, from its start.
 ///
 /// ```no_run
 /// use barlink::host;
@@ -360,7 +366,8 @@ impl Record<'_> {
         self.receiver.header.time
     }
 
-    /// Returns the number of records that the sender dropped before this one and after the last that was received.
+    /// Returns the number of records that the sender dropped before this one and after the last
+    /// that was received.
     pub fn missed(&self) -> u64 {
         self.receiver.gap
     }
@@ -399,15 +406,15 @@ impl Record<'_> {
         }
     }
 
-    /// Returns the content in place, as words that the sender can still change. The last word is padded with zeros by an honest
-    /// sender.
+    /// Returns the content in place, as words that the sender can still change. The last word is
+    /// padded with zeros by an honest sender.
     pub fn words(&self) -> &[AtomicU64] {
         let record = self.receiver.ring.record();
         record.map_or(&[], |record| record.into_words())
     }
 
-    /// Lets the kernel write the content, or the rest of what was read, straight to a file. Returns the bytes written, which
-    /// can be fewer than there are.
+    /// Lets the kernel write the content, or the rest of what was read, straight to a file. Returns
+    /// the bytes written, which can be fewer than there are.
     ///
     /// # Errors
     ///
@@ -427,19 +434,21 @@ impl Record<'_> {
     ///
     /// # Errors
     ///
-    /// Ringing the sender failed. Where a record is dropped, the next call of the receiver returns that error.
+    /// Ringing the sender failed. Where a record is dropped, the next call of the receiver returns
+    /// that error.
     pub fn release(mut self) -> Result<(), Error> {
         self.at_end = AtEnd::Pass;
         self.receiver.release()
     }
 
-    /// Passes the record: it is released with the next one that is released, or as soon as there is no further one. Releasing
-    /// many at once costs less than releasing each.
+    /// Passes the record: it is released with the next one that is released, or as soon as there is
+    /// no further one. Releasing many at once costs less than releasing each.
     pub fn pass(mut self) {
         self.at_end = AtEnd::Pass;
     }
 
-    /// Keeps the record in the channel: the next call receives it again, or the next receiver if this process ends.
+    /// Keeps the record in the channel: the next call receives it again, or the next receiver if
+    /// this process ends.
     pub fn keep(mut self) {
         self.at_end = AtEnd::Keep;
     }

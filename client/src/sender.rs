@@ -43,8 +43,8 @@ pub enum Sent {
 /// # Ok::<(), barlink::Error>(())
 /// ```
 ///
-/// The descriptor of a sender ([`AsFd`]) is readable while a call may find room. A program that got [`Error::Full`] waits for
-/// it with epoll, mio or tokio, and tries again.
+/// The descriptor of a sender ([`AsFd`]) is readable while a call may find room. A program that got
+/// [`Error::Full`] waits for it with epoll, mio or tokio, and tries again.
 #[derive(Debug)]
 pub struct Sender {
     ring: RingSender,
@@ -67,11 +67,13 @@ impl Sender {
         })
     }
 
-    /// Copies a record into the channel and commits it. Waits for room as long as it takes. A sender that drops does not wait.
+    /// Copies a record into the channel and commits it. Waits for room as long as it takes. A
+    /// sender that drops does not wait.
     ///
     /// # Errors
     ///
-    /// The record is larger than [`Sender::max_record`], the channel is corrupt, or the device is gone.
+    /// The record is larger than [`Sender::max_record`], the channel is corrupt, or the device is
+    /// gone.
     #[inline]
     pub fn send(&mut self, kind: Kind, bytes: &[u8]) -> Result<Sent, Error> {
         let sent = self.ring.send(kind, bytes, None);
@@ -104,8 +106,9 @@ impl Sender {
         self.outcome(sent)
     }
 
-    /// Copies a record into the channel without committing it. [`Sender::publish`] commits all staged records at once, which
-    /// costs less than committing each. Waits for room as [`Sender::send`] does, and then publishes first.
+    /// Copies a record into the channel without committing it. [`Sender::publish`] commits all
+    /// staged records at once, which costs less than committing each. Waits for room as
+    /// [`Sender::send`] does, and then publishes first.
     ///
     /// ```no_run
     /// use barlink::{Kind, host};
@@ -138,8 +141,8 @@ impl Sender {
         Ok(self.ring.publish()?)
     }
 
-    /// Reserves room for a record of at most `length` bytes in the shared memory itself. Waits for room as long as it takes,
-    /// also if the sender drops.
+    /// Reserves room for a record of at most `length` bytes in the shared memory itself. Waits for
+    /// room as long as it takes, also if the sender drops.
     ///
     /// ```no_run
     /// use std::io::Write;
@@ -228,7 +231,8 @@ impl Sender {
         self.ring.max_record() as usize
     }
 
-    /// Returns the number of the next record. It counts all records that were committed, staged or dropped before.
+    /// Returns the number of the next record. It counts all records that were committed, staged or
+    /// dropped before.
     pub fn sequence(&self) -> u64 {
         self.ring.sequence()
     }
@@ -243,7 +247,8 @@ impl Sender {
         self.ring.drops()
     }
 
-    /// Whether a process holds the other end, now. Between two VMs it is not visible, and counts as present.
+    /// Whether a process holds the other end, now. Between two VMs it is not visible, and counts as
+    /// present.
     pub fn is_peer_present(&self) -> bool {
         is_present(&self.region, self.peer)
     }
@@ -303,8 +308,8 @@ pub(crate) fn is_present(region: &Region, words: Option<PresenceWords>) -> bool 
     words.is_none_or(|words| words.read(region).is_held())
 }
 
-/// Room for a record, in the shared memory itself. [`Write`] appends to the record. A reservation that is dropped leaves the
-/// channel as it was.
+/// Room for a record, in the shared memory itself. [`Write`] appends to the record. A reservation
+/// that is dropped leaves the channel as it was.
 ///
 /// See [`Sender::reserve`] for an example.
 #[derive(Debug)]
@@ -332,8 +337,9 @@ impl Reservation<'_> {
         self.draft.length() as usize
     }
 
-    /// Lets the kernel read from a file straight into an empty reservation, without a copy in between. Returns the bytes read:
-    /// 0 at the end of the file, or if the reservation is not empty.
+    /// Lets the kernel read from a file straight into an empty reservation, without a copy in
+    /// between. Returns the bytes read: 0 at the end of the file, or if the reservation is not
+    /// empty.
     ///
     /// # Errors
     ///
@@ -350,7 +356,8 @@ impl Reservation<'_> {
         Ok(self.length as usize)
     }
 
-    /// Commits the record with the bytes that were written, and rings the receiver if it asked for that.
+    /// Commits the record with the bytes that were written, and rings the receiver if it asked for
+    /// that.
     ///
     /// # Errors
     ///

@@ -2,9 +2,9 @@
 
 //! Byte streams through a channel, as `barlink send` and `barlink recv` use them.
 //!
-//! A stream is records of [`Kind::DATA`] between one of [`Kind::BEGIN`] and one of [`Kind::END`]. [`StreamWriter`] and
-//! [`StreamReader`] are for programs with bytes in memory. [`send`] and [`receive`] are for files: the kernel copies between the
-//! file and the shared memory.
+//! A stream is records of [`Kind::DATA`] between one of [`Kind::BEGIN`] and one of [`Kind::END`].
+//! [`StreamWriter`] and [`StreamReader`] are for programs with bytes in memory. For files there are
+//! [`send`] and [`receive`]: the kernel copies between the file and the shared memory.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -36,7 +36,8 @@ pub enum StreamError {
     Write {
         /// The error of the target.
         source: io::Error,
-        /// Bytes at the target's end that belong to a record which was not released, and comes again.
+        /// Bytes at the target's end that belong to a record which was not released, and comes
+        /// again.
         partial: u64,
     },
     /// The sender left in the middle of the stream.
@@ -103,7 +104,8 @@ pub fn send(
 ///
 /// # Errors
 ///
-/// The target cannot be written, the sender left before the end of the stream, or the channel stopped working.
+/// The target cannot be written, the sender left before the end of the stream, or the channel
+/// stopped working.
 pub fn receive(
     receiver: &mut Receiver,
     target: impl AsFd,
@@ -113,8 +115,8 @@ pub fn receive(
     Ok(stream::receive(receiver.ring(), target, watch)?)
 }
 
-/// Sends a byte stream. It begins with the first bytes and ends with [`StreamWriter::finish`]; without that, the receiver learns that
-/// the stream is incomplete.
+/// Sends a byte stream. It begins with the first bytes and ends with [`StreamWriter::finish`];
+/// without that, the receiver learns that the stream is incomplete.
 ///
 /// See [`Sender::stream`] for an example.
 #[derive(Debug)]
@@ -165,7 +167,8 @@ impl Write for StreamWriter<'_> {
             sent.map(|sent| sent == Sent::Committed)
                 .map_err(Error::from)
         };
-        // The beginning can be dropped like any other record. Data without one would be taken for another sender's.
+        // The beginning can be dropped like any other record. Data without one would be taken for
+        // another sender's.
         self.begun = self.begun || put(Kind::BEGIN, &[])?;
         if !(self.begun && put(Kind::DATA, &bytes[..length])?) {
             self.dropped += 1;
@@ -178,8 +181,8 @@ impl Write for StreamWriter<'_> {
     }
 }
 
-/// Receives one byte stream. Its end is the end of the stream: then another reader can receive the next one. A sender that leaves
-/// before is [`io::ErrorKind::UnexpectedEof`].
+/// Receives one byte stream. Its end is the end of the stream: then another reader can receive the
+/// next one. A sender that leaves before is [`io::ErrorKind::UnexpectedEof`].
 ///
 /// See [`Receiver::stream`] for an example.
 #[derive(Debug)]

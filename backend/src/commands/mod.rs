@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! One file a command.
+//! The commands, a file each.
 
 mod inspect;
 mod peek;
@@ -18,7 +18,7 @@ use barlink::host::{self, AttachOptions, Attachment};
 
 use crate::args::{Command, Which};
 
-/// Arguments that each are right, and together make no sense.
+/// Arguments that are valid each, and contradict each other.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Misuse(&'static str);
@@ -44,15 +44,18 @@ pub fn run(command: Command) -> Result<()> {
     }
 }
 
-/// Time for a broker to listen that is started at the same time, as by `barlink serve ... & barlink qemu-args`.
+/// Time for a broker to listen that is started at the same time, as by `barlink serve ... & barlink
+/// qemu-args`.
 const START: Duration = Duration::from_secs(1);
-/// Attaches to the broker that the command line names, also if it is just starting.
+/// Attaches to the broker that the command line names. Waits a moment for a broker that is just
+/// starting.
 fn attach(which: &Which, access: Access) -> Result<Attachment> {
     let options = AttachOptions::new().access(access).start_timeout(START);
     Ok(options.connect_path(control_socket(which)?)?)
 }
 
-/// The control socket that the command line names: in the user's run folder, unless a path is given.
+/// Returns the control socket that the command line names: in the user's run folder, unless a path
+/// is given.
 fn control_socket(which: &Which) -> Result<PathBuf> {
     match &which.control {
         Some(path) => Ok(path.clone()),

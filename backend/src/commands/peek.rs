@@ -14,7 +14,8 @@ pub fn peek(args: &Peek) -> Result<()> {
     let Some(slot) = args.guest else {
         return place::peek(&attachment.region(), attachment.layout(), &args.peek);
     };
-    // As it comes: where the guest's memory ends is not known here, and any length can be asked for.
+    // The memory grows with the answers, because the size of the guest's memory is not known here,
+    // and the length can be any.
     let length = usize::try_from(args.peek.length)?;
     let mut bytes = Vec::new();
     while bytes.len() < length {

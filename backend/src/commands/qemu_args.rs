@@ -13,8 +13,8 @@ use log::warn;
 
 use crate::args::QemuArgs;
 
-/// Bytes of the window above 4 GiB that the root port asks for: with 64 MiB the firmware still puts it below, where
-/// an MTRR makes it uncachable whatever the driver asks for.
+/// Bytes of the window above 4 GiB that the root port requests. With 64 MiB the firmware still puts
+/// the window below, where an MTRR makes it uncachable in any cache mode.
 const WINDOW: u64 = 8 << 30;
 
 pub fn qemu_args(args: &QemuArgs) -> Result<()> {
@@ -42,14 +42,15 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
         arguments.push(("-device", port));
         arguments.push(("-device", vfio_user(id, &slot.socket)?));
     } else {
-        // QEMU splits its options at commas; a doubled one stands for itself.
+        // QEMU splits its options at commas. A doubled comma is a comma.
         let path = slot.socket.display().to_string().replace(',', ",,");
         let chardev = format!("socket,id={id}-socket,path={path}");
         arguments.push(("-chardev", chardev));
         arguments.push(("-device", port));
         let place = format!("id={id},bus={id}-port,chardev={id}-socket");
         let device = if slot.transport == VhostUser::NAME {
-            // It is not printed: a VM has its memory from somewhere already, and of which size only its user knows.
+            // The arguments for memory are not printed, because only the user knows the size of the
+            // VM's memory.
             warn!(
                 "QEMU must share the guest's memory, as by -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram"
             );
@@ -77,7 +78,7 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
         lines.push("</qemu:commandline>".to_owned());
         lines.join("\n")
     } else if stdout().is_terminal() {
-        // For a person to paste.
+        // The text is for a person to paste.
         let words = arguments
             .iter()
             .flat_map(|(name, value)| [(*name).into(), shell_words::quote(value)]);
@@ -92,7 +93,8 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
     writeln!(stdout(), "{text}").context("cannot write to standard output")
 }
 
-/// A device whose socket QEMU takes as JSON text alone. Without `rombar` it would complain that there is no ROM.
+/// Returns a device whose socket QEMU takes only as JSON text. Without `rombar` QEMU would warn of
+/// a missing ROM.
 fn vfio_user(id: &str, socket: &Path) -> Result<String> {
     let path = socket.to_str();
     let path =
@@ -107,8 +109,9 @@ fn vfio_user(id: &str, socket: &Path) -> Result<String> {
     Ok(device.to_string())
 }
 
-/// Fails if a shell splits or expands the words of `$(barlink qemu-args)` at a character of a socket's path. No quotes keep
-/// it from that: it takes quotes that come out of a command for themselves, as it takes all other characters, braces too.
+/// Fails if a shell splits or expands the words of `$(barlink qemu-args)` at a character of a
+/// socket's path. Quotes do not help, because a shell takes quotes in the output of a command
+/// literally, as all other characters, braces too.
 fn ensure_a_shell_keeps(socket: &Path, is_json: bool) -> Result<()> {
     let path = socket.display().to_string();
     let is_changed = |c: &char| {

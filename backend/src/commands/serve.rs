@@ -68,14 +68,15 @@ pub fn serve(args: Serve) -> Result<()> {
         control,
         policy: Policy::new(users, groups),
     };
-    // Before the sockets are there, so that whoever sees them can already stop us in good order.
+    // The handlers come before the sockets, so that a program that sees a socket can already stop
+    // this broker in good order.
     let (stop, stopper) = pipe().context("cannot make a pipe")?;
     for signal in [SIGINT, SIGTERM] {
         let stopper = stopper.try_clone().context("cannot copy a descriptor")?;
         signal_hook::low_level::pipe::register(signal, stopper).context("cannot handle signals")?;
     }
     let mut predecessor = None;
-    // What a service manager kept comes from a predecessor that is gone.
+    // Descriptors from a service manager belong to a predecessor that has ended.
     let inheritance = if args.replace && inherited.is_empty() {
         let mut asked = Predecessor::ask(&config.control)?;
         let inheritance = std::mem::take(&mut asked.inheritance);
@@ -123,7 +124,8 @@ pub fn serve(args: Serve) -> Result<()> {
     Ok(())
 }
 
-/// Makes the run folder, if it is not there. Other users can enter it only if the broker admits some, and see no names in it.
+/// Creates the run folder, if it does not exist. Other users can enter it only if the broker admits
+/// some, and cannot list it.
 fn prepare(folder: &Path, admits_others: bool) -> Result<()> {
     let failed = || {
         format!(
@@ -142,7 +144,8 @@ fn prepare(folder: &Path, admits_others: bool) -> Result<()> {
     Ok(())
 }
 
-/// The number of a user or group: given as such, or looked up in `/etc/passwd` or `/etc/group`.
+/// Returns the number of a user or group: the given number, or that of a name in `/etc/passwd` or
+/// `/etc/group`.
 fn number(name: &str, database: &str) -> Result<u32> {
     if let Ok(number) = name.parse() {
         return Ok(number);

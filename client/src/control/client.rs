@@ -12,7 +12,8 @@ use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use super::packet::PacketSocket;
 use crate::error::ErrorKind;
 
-/// The time that a broker may take to answer. A broker answers at once, so a later answer is not a broker's.
+/// The time that a broker may take to answer. A broker answers at once, so a later answer is not a
+/// broker's.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The description of a socket that does not answer.
@@ -56,7 +57,8 @@ pub enum ControlError {
         /// The observation that shows it.
         why: String,
     },
-    /// The broker closed the connection without an answer, as it does for users who are not allowed.
+    /// The broker closed the connection without an answer, as it does for users who are not
+    /// allowed.
     #[error("the broker at {path} turned this process away: see its log")]
     TurnedAway {
         /// The socket.
@@ -102,7 +104,8 @@ struct Connection {
     socket: PacketSocket,
     /// The broker has answered a request, so it has accepted the connection.
     answered: bool,
-    /// A request has had no valid answer. A later packet would be taken for the answer to another request.
+    /// A request has had no valid answer. A later packet would be taken for the answer to another
+    /// request.
     out_of_step: bool,
     /// Ends of channels that were claimed over this connection and not released.
     held: usize,
@@ -118,8 +121,9 @@ impl Connection {
         }
     }
 
-    /// Ends a connection that cannot be used any more, so that the broker releases claims whose answers were lost. The connection
-    /// stays while an end is held here: its holder does not check the connection, and the broker would give the end to others.
+    /// Ends a connection that cannot be used any more, so that the broker releases claims whose
+    /// answers were lost. The connection stays while an end is held here: its holder does not check
+    /// the connection, and the broker would give the end to others.
     fn give_up(&self) {
         if self.out_of_step && self.held == 0 {
             self.socket.shut_down();
@@ -170,8 +174,8 @@ impl Control {
         &self.path
     }
 
-    /// Sends a request, and waits for the answer and its descriptors. After a missing or invalid answer the connection takes no more
-    /// requests.
+    /// Sends a request, and waits for the answer and its descriptors. After a missing or invalid
+    /// answer the connection takes no more requests.
     pub fn ask(&self, ask: Ask) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         let releases = matches!(ask, Ask::Release { .. });
         let request = Request {
@@ -194,7 +198,8 @@ impl Control {
         }
         let mut outcome = self.exchange(&connection.socket, &request);
         if matches!(outcome, Err(ControlError::TurnedAway { .. })) && !connection.answered {
-            // A broker that is replaced closes connections that it has not served. Its successor listens by now.
+            // A broker that is replaced closes connections that it has not served. Its successor
+            // listens by now.
             connection.socket = Self::connect(&self.path)?.into_socket();
             outcome = self.exchange(&connection.socket, &request);
         }

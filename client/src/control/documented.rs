@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The messages are those of section 7 of the protocol's document, which a program in another language is written from.
+//! The messages are those of section 7 of the protocol's document, which a program in another
+//! language is written from.
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -43,7 +44,8 @@ fn name(message: &Value) -> String {
     called.unwrap().to_owned()
 }
 
-/// Returns the names that a kind of message has, as its parser lists them in its error for another name.
+/// Returns the names that a kind of message has, as its parser lists them in its error for another
+/// name.
 fn known<T: DeserializeOwned + Debug>() -> Names {
     let error = serde_json::from_str::<T>(r#""another""#).unwrap_err();
     let names: Names = quoted(&error.to_string()).skip(1).map(Into::into).collect();
@@ -51,7 +53,8 @@ fn known<T: DeserializeOwned + Debug>() -> Names {
     names
 }
 
-/// Checks that a message is one, and has neither less nor more than is written there; gives what it is.
+/// Checks that a message is one, and has neither less nor more than is written there; gives what it
+/// is.
 fn parse<T: Serialize + DeserializeOwned>(text: &str) -> (T, Value) {
     let written: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
     let message: T = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));

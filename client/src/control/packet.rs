@@ -24,7 +24,8 @@ pub const MAX_DESCRIPTORS: usize = 128;
 pub struct PacketSocket(OwnedFd);
 
 impl PacketSocket {
-    /// Connects to a control socket. Connecting, sending and receiving wait no longer than `timeout` each.
+    /// Connects to a control socket. Connecting, sending and receiving wait no longer than
+    /// `timeout` each.
     pub fn connect(path: &Path, timeout: Duration) -> io::Result<Self> {
         let address = SocketAddrUnix::new(path)?;
         let socket = rustix::net::socket_with(
@@ -33,7 +34,8 @@ impl PacketSocket {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        // The timeouts come first, because `connect` obeys that of sending while the queue of the listener is full.
+        // The timeouts come first, because `connect` obeys that of sending while the queue of the
+        // listener is full.
         for direction in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
             sockopt::set_socket_timeout(&socket, direction, Some(timeout))?;
         }

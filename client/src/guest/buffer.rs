@@ -12,8 +12,8 @@ use rustix::ioctl::{Updater, ioctl};
 
 use crate::memory::{Access, Mapping, Region};
 
-/// A DMA buffer, mapped: see [`Device::buffer`](super::Device::buffer). The driver frees it when it is dropped, with all clones of
-/// its [`region`](Buffer::region).
+/// A DMA buffer, mapped: see [`Device::buffer`](super::Device::buffer). The driver frees it when it
+/// is dropped, with all clones of its [`region`](Buffer::region).
 #[derive(Clone, Debug)]
 pub struct Buffer {
     // The mapping holds the buffer's file; the descriptor is not needed.
@@ -28,7 +28,8 @@ impl Buffer {
             size,
             ..uapi::Buffer::default()
         };
-        // SAFETY: `BUFFER` reads and writes a `Buffer`, and returns a new descriptor, which has no other owner.
+        // SAFETY: `BUFFER` reads and writes a `Buffer`, and returns a new descriptor, which has no
+        // other owner.
         let descriptor = unsafe {
             ioctl(file, Updater::<{ uapi::BUFFER }, _>::new(&mut reported))?;
             OwnedFd::from_raw_fd(reported.descriptor)
@@ -43,18 +44,20 @@ impl Buffer {
         self.reported.size
     }
 
-    /// Returns the address that the device uses: the guest-physical one, unless the guest has an IOMMU.
+    /// Returns the address that the device uses: the guest-physical one, unless the guest has an
+    /// IOMMU.
     pub fn address(&self) -> u64 {
         self.reported.address
     }
 
-    /// Whether the driver has reported the buffer to the device, so that the host can read it. Only barlink's own device takes such
-    /// a report, over vfio-user with `--guest-memory`.
+    /// Whether the driver has reported the buffer to the device, so that the host can read it. Only
+    /// barlink's own device takes such a report, over vfio-user with `--guest-memory`.
     pub fn is_told(&self) -> bool {
         self.reported.told == 1
     }
 
-    /// Returns the bytes, for [`peek`](Region::peek) and [`poke`](Region::poke). The host can read them at any time.
+    /// Returns the bytes, for [`peek`](Region::peek) and [`poke`](Region::poke). The host can read
+    /// them at any time.
     pub fn region(&self) -> &Region {
         &self.region
     }

@@ -16,16 +16,19 @@ use crate::memory::Mapping;
 /// The cache mode to request for a mapping. All live mappings of a region have the same mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cache {
-    /// The mode of the region's live mappings, whichever process has them; noncached if there are none.
+    /// The mode of the region's live mappings, whichever process has them; noncached if there are
+    /// none.
     #[default]
     Same,
     /// Noncached: each access is one of the bus's. It is reported as uncached-minus.
     Noncached,
     /// Write-combining: stores are gathered, and loads are as noncached ones.
     WriteCombining,
-    /// Write-back, as the guest's own memory. It needs a device above 4 GiB, or uncached-minus is granted.
+    /// Write-back, as the guest's own memory. It needs a device above 4 GiB, or uncached-minus is
+    /// granted.
     WriteBack,
-    /// The fastest mode that the guest's kernel grants, by a short measurement; [`Cache::Same`] if the region is mapped.
+    /// The fastest mode that the guest's kernel grants, by a short measurement; [`Cache::Same`] if
+    /// the region is mapped.
     Auto,
 }
 
@@ -62,10 +65,12 @@ impl Cache {
     }
 }
 
-/// Bytes that are mapped for the measurement, fewer than a second-level cache has, and bytes in one copy.
+/// Bytes that are mapped for the measurement, fewer than a second-level cache has, and bytes in one
+/// copy.
 const WINDOW: u64 = 256 << 10;
 const PART: usize = 16 << 10;
-/// Rounds over all modes, so that costs of the first touch do not count against one mode, and the time of each measurement.
+/// Rounds over all modes, so that costs of the first touch do not count against one mode, and the
+/// time of each measurement.
 const ROUNDS: usize = 3;
 const TIME: Duration = Duration::from_millis(1);
 /// The factor by which a less preferred mode must be faster to be chosen.
@@ -87,7 +92,8 @@ impl Choice {
         speeds: Vec::new(),
     };
 
-    /// Measures all modes. `open` returns a file of the device and the driver's information, and `info` that information again.
+    /// Measures all modes. `open` returns a file of the device and the driver's information, and
+    /// `info` that information again.
     pub(crate) fn find<E>(
         open: impl Fn() -> Result<(File, Info), E>,
         info: impl Fn(&File) -> Result<Info, E>,
@@ -119,8 +125,8 @@ impl Choice {
     }
 }
 
-/// Measures bytes a second of the fastest of many copies, because other processes delay the rest. Nothing is written, because all of
-/// the region can be in use.
+/// Measures bytes a second of the fastest of many copies, because other processes delay the rest.
+/// Nothing is written, because all of the region can be in use.
 fn read_speed(mapping: &Mapping, granted: u32) -> f64 {
     let region = region(mapping, granted);
     let mut bytes = [0; PART];
@@ -141,7 +147,8 @@ fn read_speed(mapping: &Mapping, granted: u32) -> f64 {
     length as f64 / best.as_secs_f64().max(1e-9)
 }
 
-/// Returns the first mode that no other mode exceeds by more than the margin, or noncached if none was granted.
+/// Returns the first mode that no other mode exceeds by more than the margin, or noncached if none
+/// was granted.
 fn fastest(speeds: &[(Cache, Option<f64>)]) -> Cache {
     let granted = || {
         speeds

@@ -206,7 +206,8 @@ impl Device {
         region(&self.mapping, self.granted)
     }
 
-    /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their memory.
+    /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their
+    /// memory.
     ///
     /// # Errors
     ///
@@ -223,8 +224,8 @@ impl Device {
         }
     }
 
-    /// Has the driver allocate memory that the device can reach by DMA: whole pages, [`uapi::MAX_BUFFER`] bytes at the most. A device has
-    /// one such buffer at a time.
+    /// Has the driver allocate memory that the device can reach by DMA: whole pages,
+    /// [`uapi::MAX_BUFFER`] bytes at the most. A device has one such buffer at a time.
     ///
     /// ```no_run
     /// let device = barlink::guest::open("/dev/barlink0")?;
@@ -252,7 +253,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state is not valid.
+    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state
+    /// is not valid.
     pub fn sender(&self, name: &str) -> Result<Sender, Error> {
         ChannelOptions::new().sender(self, name)
     }
@@ -342,7 +344,8 @@ fn open(path: &Path) -> Result<File, DeviceError> {
     })
 }
 
-/// Maps the first bytes of a device's region, in a cache mode, or without one in that of the region's mappings that live.
+/// Maps the first bytes of a device's region, in a cache mode, or without one in that of the
+/// region's mappings that live.
 pub(super) fn map_in(file: &File, size: usize, mode: Option<CacheMode>) -> Result<Mapping, Errno> {
     let map = uapi::Map {
         cache: mode.map_or(0, |mode| mode as u32),
@@ -353,8 +356,8 @@ pub(super) fn map_in(file: &File, size: usize, mode: Option<CacheMode>) -> Resul
     Mapping::map(file, size, Access::ReadWrite)
 }
 
-/// Returns a mapping as the words of a region that was granted this cache mode, a [`CacheMode`]. Where it is write-combining,
-/// or unknown, the region orders its accesses itself.
+/// Returns a mapping as the words of a region that was granted this cache mode, a [`CacheMode`].
+/// Where it is write-combining, or unknown, the region orders its accesses itself.
 pub(super) fn region(mapping: &Mapping, granted: u32) -> Region {
     let region = mapping.region();
     match CacheMode::from_number(granted) {
@@ -363,7 +366,8 @@ pub(super) fn region(mapping: &Mapping, granted: u32) -> Region {
     }
 }
 
-/// Tries to map in the mode of other mappings, which can come and go between two checks of the driver.
+/// Tries to map in the mode of other mappings, which can come and go between two checks of the
+/// driver.
 const TRIES: u32 = 10;
 
 fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, DeviceError> {
@@ -379,7 +383,8 @@ fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, D
         Err(error) if busy(&error) => {
             let info = info(file, path)?;
             let process = info.mapper;
-            // The process may be in another PID namespace, or have ended and left the mapping to its children.
+            // The process may be in another PID namespace, or have ended and left the mapping to
+            // its children.
             let name = std::fs::read_to_string(format!("/proc/{process}/comm"));
             let name = name.map_or(String::new(), |name| format!(" ({})", name.trim_end()));
             Err(DeviceError::OtherCache {

@@ -31,8 +31,8 @@ pub struct DeviceEvents {
 }
 
 impl DeviceEvents {
-    /// Waits on a file that holds the claim, and is non-blocking. `other` rings the other end; `wakes` says whether the
-    /// channel has a vector here.
+    /// Waits on a file that holds the claim, and is non-blocking. `other` rings the other end;
+    /// `wakes` says whether the channel has a vector here.
     pub(crate) fn new(file: File, other: uapi::Doorbell, wakes: bool) -> Self {
         DeviceEvents { file, other, wakes }
     }
@@ -55,7 +55,8 @@ impl DeviceEvents {
         crate::guest::device::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
     }
 
-    /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own vector was rung.
+    /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own
+    /// vector was rung.
     pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
         if !self.wakes {
             std::thread::sleep(timeout.unwrap_or(POLL_INTERVAL).min(POLL_INTERVAL));

@@ -30,7 +30,8 @@ pub(crate) use events::DeviceEvents;
 
 use crate::error::Error;
 
-/// Opens a device, mostly `/dev/barlink0`, in the fastest cache mode that the guest's kernel grants.
+/// Opens a device, mostly `/dev/barlink0`, in the fastest cache mode that the guest's kernel
+/// grants.
 ///
 /// ```no_run
 /// let device = barlink::guest::open("/dev/barlink0")?;
@@ -72,7 +73,8 @@ impl OpenOptions {
         Self::default()
     }
 
-    /// Sets the cache mode that the mapping is requested in. The guest's kernel may grant another one: [`Device::info`] tells.
+    /// Sets the cache mode that the mapping is requested in. The guest's kernel may grant another
+    /// one: [`Device::info`] tells.
     pub fn cache(mut self, cache: Cache) -> Self {
         self.cache = cache;
         self
@@ -82,8 +84,8 @@ impl OpenOptions {
     ///
     /// # Errors
     ///
-    /// There is no such device, its driver or region is of another release, or another process has the region mapped in another
-    /// cache mode.
+    /// There is no such device, its driver or region is of another release, or another process has
+    /// the region mapped in another cache mode.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Device, Error> {
         Ok(Device::open(path.as_ref(), self.cache)?)
     }

@@ -20,8 +20,9 @@ use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::sender::Sender;
 
-/// Largest channel whose pages are all made present at its claim: then the first lap through it takes a tenth of the time. A
-/// larger channel would delay its end for long, and use all of its memory for perhaps one record.
+/// Largest channel whose pages are all made present at its claim: then the first lap through it
+/// takes a tenth of the time. A larger channel would delay its end for long, and use all of its
+/// memory for perhaps one record.
 const MAX_POPULATED: u64 = 64 << 20;
 
 /// A host app's connection to a broker. Ends of channels outlive it.
@@ -64,7 +65,8 @@ impl Attachment {
     ///
     /// # Errors
     ///
-    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state is not valid.
+    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state
+    /// is not valid.
     pub fn sender(&self, name: &str) -> Result<Sender, Error> {
         ChannelOptions::new().sender(self, name)
     }
@@ -83,7 +85,8 @@ impl Attachment {
         &self.layout
     }
 
-    /// Returns the region's words. With [`Access::ReadOnly`] a store to them ends the process by SIGSEGV.
+    /// Returns the region's words. With [`Access::ReadOnly`] a store to them ends the process by
+    /// SIGSEGV.
     pub fn region(&self) -> Region {
         self.mapping.region()
     }
@@ -99,8 +102,9 @@ impl Attachment {
         }
     }
 
-    /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on. Where the guest has an IOMMU, the
-    /// address is one of the device's. The guest can change the bytes meanwhile.
+    /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on.
+    /// Where the guest has an IOMMU, the address is one of the device's. The guest can change the
+    /// bytes meanwhile.
     pub fn read_guest(&self, slot: u32, address: u64, bytes: &mut [u8]) -> Result<(), Error> {
         self.copy(bytes, |start, length| Ask::ReadGuest {
             slot,
@@ -109,7 +113,8 @@ impl Attachment {
         })
     }
 
-    /// Copies bytes out of the DMA buffer of a slot's guest, from an offset on. The guest can change them meanwhile.
+    /// Copies bytes out of the DMA buffer of a slot's guest, from an offset on. The guest can
+    /// change them meanwhile.
     pub fn read_buffer(&self, slot: u32, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
         self.copy(bytes, |start, length| Ask::ReadBuffer {
             slot,

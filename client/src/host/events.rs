@@ -2,8 +2,8 @@
 
 //! Doorbells on the host: eventfds that the broker created and shares.
 //!
-//! Several host apps can hold copies of one eventfd, so none of them reads it. The epoll is edge-triggered, and wakes at
-//! every ring, whatever count the eventfd has.
+//! Several host apps can hold copies of one eventfd, so none of them reads it. The epoll is
+//! edge-triggered, and wakes at every ring, whatever count the eventfd has.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -59,10 +59,11 @@ impl Eventfds {
         self.other.ring().map_err(EventError::of("ring a doorbell"))
     }
 
-    /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own vector was rung.
+    /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own
+    /// vector was rung.
     pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
-        // This needs `epoll_pwait2` (Linux 5.11), which rustix uses with `linux_5_11`: the older call counts in
-        // milliseconds, and a back-off sleep of 100 µs would last for one.
+        // This needs `epoll_pwait2` (Linux 5.11), which rustix uses with `linux_5_11`: the older
+        // call counts in milliseconds, and a back-off sleep of 100 µs would last for one.
         let timeout = timeout
             .map(rustix::time::Timespec::try_from)
             .transpose()

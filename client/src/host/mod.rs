@@ -60,7 +60,8 @@ pub fn connect_path(path: impl AsRef<Path>) -> Result<Attachment, Error> {
     AttachOptions::new().connect_path(path)
 }
 
-/// Returns the control socket of the broker with this name: in the user's run folder, or in `/run` for root.
+/// Returns the control socket of the broker with this name: in the user's run folder, or in `/run`
+/// for root.
 ///
 /// # Errors
 ///
@@ -105,7 +106,8 @@ impl Default for AttachOptions {
 }
 
 impl AttachOptions {
-    /// Returns the default options: [`Access::ReadWrite`], and no wait for a broker that is starting.
+    /// Returns the default options: [`Access::ReadWrite`], and no wait for a broker that is
+    /// starting.
     pub fn new() -> Self {
         Self::default()
     }

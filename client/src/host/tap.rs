@@ -2,9 +2,9 @@
 
 //! A reader that claims nothing, writes nothing and delays neither end of a channel.
 //!
-//! A producer never writes further than one capacity ahead of the consumer's cursor. So a copy of a record is whole if the
-//! consumer has not released the record by the time that the copy is complete. Records that the consumer releases earlier are
-//! missed, and counted.
+//! A producer never writes further than one capacity ahead of the consumer's cursor. So a copy of a
+//! record is whole if the consumer has not released the record by the time that the copy is
+//! complete. Records that the consumer releases earlier are missed, and counted.
 
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -59,7 +59,8 @@ enum Found {
 }
 
 impl Attachment {
-    /// Returns a tap of a channel, which begins at the first record that was not released. It needs no claim, and works with
+    /// Returns a tap of a channel, which begins at the first record that was not released. It needs
+    /// no claim, and works with
     /// [`Access::ReadOnly`](crate::Access::ReadOnly).
     ///
     /// # Errors
@@ -103,7 +104,8 @@ impl Tap {
                 return Ok(None);
             }
             let found = self.look(written - self.cursor);
-            // The producer may have written over the record, or a reset may have emptied the channel: then look again.
+            // The producer may have written over the record, or a reset may have emptied the
+            // channel: then look again.
             if !self.is_whole() {
                 continue;
             }
@@ -122,7 +124,8 @@ impl Tap {
         Ok(None)
     }
 
-    /// Copies the next record. Looks for it again and again, after 50 µs and then after longer times, up to 10 ms.
+    /// Copies the next record. Looks for it again and again, after 50 µs and then after longer
+    /// times, up to 10 ms.
     ///
     /// # Errors
     ///
@@ -187,8 +190,8 @@ impl Tap {
 
     /// Whether the record at the cursor was still there when everything before this call was read.
     fn is_whole(&self) -> bool {
-        // SYNC: released; the producer writes over a record after it has seen the consumer's cursor move. So a copy with any byte
-        // of that is followed by a load that sees the cursor.
+        // SYNC: released; the producer writes over a record after it has seen the consumer's cursor
+        // move. So a copy with any byte of that is followed by a load that sees the cursor.
         fence(Ordering::Acquire);
         self.load(channel::READ) <= self.cursor && self.load(channel::GENERATION) == self.generation
     }

@@ -20,7 +20,7 @@ pub fn buffer(device: &Device, args: &args::Buffer) -> Result<()> {
             (Box::new(file?), path.display().to_string())
         }
     };
-    // One byte more than there is room for shows that it is too much, however much it is.
+    // One byte more than fits is enough to detect an input that is too large.
     let mut bytes = Vec::new();
     let read = input
         .by_ref()

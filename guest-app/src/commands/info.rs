@@ -12,12 +12,12 @@ use serde::Serialize;
 
 use crate::args;
 
-/// What `barlink-guest info --json` prints.
+/// The output of `barlink-guest info --json`.
 #[derive(Serialize)]
 struct Report {
     /// PCI address, as lspci writes it.
     pci_address: String,
-    /// Where the region lies in the guest's physical memory.
+    /// Address of the region in the guest's physical memory.
     region_address: u64,
     /// Bytes in the region.
     region_size: u64,
@@ -31,7 +31,7 @@ struct Report {
     epoch: u64,
     /// Cache mode that the kernel granted to this program's mapping.
     cache_mode: &'static str,
-    /// The same, beside what was asked for.
+    /// The same, beside the requested mode.
     cache: Cache,
     /// The channels.
     channels: Vec<Channel>,

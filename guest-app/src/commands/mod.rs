@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! One file a command, or a pair of them.
+//! The commands, a file for each or for a pair.
 
 mod buffer;
 mod info;

@@ -27,8 +27,9 @@ pub fn recv(device: &Device, args: &Recv) -> Result<()> {
     .map_err(explain)
 }
 
-/// Where a stream is between the device and a file, the kernel copies. If it finds no memory, the device's has been taken
-/// away: what is SIGBUS for this program is EFAULT for the kernel.
+/// Turns EFAULT into the error of a device that is gone. The kernel copies between the device and a
+/// file. If the device's memory is gone, an access of this program is SIGBUS, and one of the kernel
+/// is EFAULT.
 fn explain(error: anyhow::Error) -> anyhow::Error {
     let is_fault = |cause: &(dyn Error + 'static)| {
         let cause = cause.downcast_ref::<io::Error>();
@@ -40,7 +41,8 @@ fn explain(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
-/// Copies each record from the memory of one channel into that of the other, by way of a private buffer.
+/// Copies each record from the memory of one channel into that of the other, by way of a private
+/// buffer.
 pub fn echo(device: &Device, args: &Echo) -> Result<()> {
     let mut receiver = device.receiver(&args.from)?;
     let mut sender = device.sender(&args.to)?;
@@ -48,7 +50,8 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
     loop {
         let record = receiver.recv()?;
         let kind = record.kind();
-        // The record's length is the sender's choice. Here it is limited to what the other channel refuses.
+        // The record's length is the sender's choice. Here it is limited to what the other channel
+        // refuses.
         bytes.resize(record.len().min(sender.max_record() + 1), 0);
         record.copy_to(&mut bytes);
         let sent = match kind {
@@ -72,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_that_the_kernel_does_not_find_is_a_device_that_is_gone() {
+    fn efault_means_device_is_gone() {
         let failed =
             |errno: Errno| anyhow::Error::new(io::Error::from(errno)).context("cannot read");
         assert!(explain(failed(Errno::FAULT)).is::<EventError>());

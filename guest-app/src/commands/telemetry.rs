@@ -32,7 +32,7 @@ struct Sample {
     interrupts: u64,
     /// Interrupts of barlink devices since their drivers were bound.
     barlink_interrupts: u64,
-    /// Bytes of memory that programs could have.
+    /// Bytes of memory that programs can allocate.
     memory_available: u64,
     /// Bytes of memory.
     memory_total: u64,
@@ -49,12 +49,13 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         if end.is_some_and(|end| sequence >= end) {
             break;
         }
-        // By the clock and not by the last record, so that the rate holds.
+        // The time follows from the clock and not from the last record, so that the rate holds.
         let due = start + Duration::try_from_secs_f64(sequence as f64 / args.rate)?;
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let mut line = serde_json::to_vec(&sample(sequence, start)?)?;
         line.push(b'\n');
-        // The channel's counters have the outcome. Data before a begin would be taken for the rest of another sender's stream.
+        // The channel's counters have the outcome. Data before a begin would be taken for the rest
+        // of another sender's stream.
         begun = begun || sender.send(Kind::BEGIN, &[])? == Sent::Committed;
         if begun {
             let _ = sender.send(Kind::DATA, &line)?;
@@ -66,7 +67,8 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
     Ok(sender.reserve(0)?.commit(Kind::END)?)
 }
 
-/// Whether an interrupt of this name is that of a barlink device on the virtio bus, which the kernel names.
+/// Whether an interrupt of this name, which the kernel chooses, belongs to a barlink device on the
+/// virtio bus.
 fn is_virtio(name: &str) -> bool {
     let place = Path::new("/sys/bus/virtio/drivers/barlink");
     name.starts_with("virtio") && place.join(name).exists()

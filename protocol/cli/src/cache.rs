@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! How both programs tell of a cache mode.
+//! Cache modes, as both programs print them.
 
 use barlink_protocol::CacheState;
 use serde::Serialize;
 
-/// Columns of a line: 80 less what stands before it.
+/// Columns of a line: 80 less the label before it.
 const WIDTH: usize = 66;
 
 /// The cache mode of a guest's mappings.
 #[derive(Clone, Debug, Serialize)]
 pub struct Cache {
-    /// Which was asked for; `null` while nothing is mapped.
+    /// The requested mode; `null` while nothing is mapped.
     pub asked: Option<&'static str>,
-    /// Which the guest's kernel granted; `null` while no page is mapped.
+    /// The mode that the guest's kernel granted; `null` while no page is mapped.
     pub granted: Option<&'static str>,
-    /// Why the two differ, if they do.
+    /// The reason for a difference.
     pub cause: Option<String>,
-    /// What to do about it.
+    /// The cure.
     pub cure: Option<&'static str>,
 }
 
@@ -34,7 +34,8 @@ impl From<CacheState> for Cache {
 }
 
 impl Cache {
-    /// What to print, in lines that fit into a terminal of 80 columns; none while nothing is mapped.
+    /// Returns the text, in lines that fit into a terminal of 80 columns. It is empty while nothing
+    /// is mapped.
     pub fn lines(&self) -> Vec<String> {
         if self.asked.is_none() && self.granted.is_none() {
             return Vec::new();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the programs on both sides have in common: how they read their command lines, stream, show bytes, tell of
-//! cache modes, and fail.
+//! What the programs on both sides have in common: how they read their command lines, stream, show
+//! bytes, tell of cache modes, and fail.
 
 pub mod cache;
 mod meter;
@@ -57,7 +57,8 @@ fn one_line(error: &str) -> String {
     told.strip_prefix("error: ").unwrap_or(&told).to_owned()
 }
 
-/// Reports how a program ended, and returns its exit code: that of `exit_code` for an error, which is shown in one line.
+/// Reports how a program ended, and returns its exit code: that of `exit_code` for an error, which
+/// is shown in one line.
 pub fn end(
     program: &str,
     outcome: anyhow::Result<()>,
@@ -74,7 +75,8 @@ pub fn end(
     }
 }
 
-/// Whether the reader of this program's output closed the pipe, which is not a failure of this program.
+/// Whether the reader of this program's output closed the pipe, which is not a failure of this
+/// program.
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause

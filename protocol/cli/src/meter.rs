@@ -61,8 +61,8 @@ pub struct Meter<'a> {
 }
 
 impl<'a> Meter<'a> {
-    /// Returns the meter of a stream between a channel and `file`, of so many bytes if that is known. Where the file is a terminal,
-    /// the meter does not draw over its text.
+    /// Returns the meter of a stream between a channel and `file`, of so many bytes if that is
+    /// known. Where the file is a terminal, the meter does not draw over its text.
     pub fn new(file: &impl IsTerminal, size: Option<u64>, wait: &'a mut Wait) -> Self {
         let visible = io::stderr().is_terminal() && !file.is_terminal();
         let bar = if visible {

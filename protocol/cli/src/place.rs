@@ -54,7 +54,7 @@ pub struct Poke {
 }
 
 impl Place {
-    /// The offset in a region of the place, and how many bytes can follow there.
+    /// Returns the offset of the place in the region, and the bytes that fit there.
     fn find(&self, layout: &Layout, mapped: u64) -> Result<(u64, u64)> {
         let (what, start, size) = match self.region {
             true => ("region", 0, mapped),
@@ -129,7 +129,7 @@ where
     let bytes = match &args.text {
         Some(text) => text.clone().into_bytes(),
         None => {
-            // One byte more than there is room for shows that it is too much, however much it is.
+            // One byte more than fits is enough to detect an input that is too large.
             let mut bytes = Vec::new();
             let input = stdin().take(room.saturating_add(1)).read_to_end(&mut bytes);
             input.context("cannot read standard input")?;

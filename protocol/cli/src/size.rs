@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Sizes and offsets as people write them.
+//! Sizes and offsets, as users write them.
 
 /// Parses a size in bytes, with K, M or G (powers of 1024) if wanted.
 pub fn parse_size(text: &str) -> Result<u64, String> {
@@ -15,7 +15,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         })
 }
 
-/// A size as [`parse_size()`] takes it, in the largest unit of which it is a whole number.
+/// Formats a size as [`parse_size()`] takes it, in the largest unit of which it is a whole number.
 pub fn show_size(size: u64) -> String {
     let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
     let whole = |(shift, _): &(u32, &str)| size != 0 && size.trailing_zeros() >= *shift;

@@ -16,7 +16,7 @@ use rustix::fs::SeekFrom;
 use crate::meter::{Meter, Wait};
 use crate::size::parse_size;
 
-/// Most bytes in a record, if the user does not say: more than this is no faster.
+/// The default for the most bytes in a record: larger records are no faster.
 const RECORD_SIZE: u64 = 1 << 20;
 
 /// What `send` is told.
@@ -25,7 +25,8 @@ const RECORD_SIZE: u64 = 1 << 20;
 pub struct Send {
     /// The file; standard input if not given
     pub file: Option<PathBuf>,
-    /// Most bytes in a record; at most half the channel's size [default: 1M, or what the channel carries]
+    /// Most bytes in a record; at most half the channel's size [default: 1M, or what the channel
+    /// carries]
     #[arg(long, value_name = "SIZE", value_parser = parse_record_size)]
     pub record_size: Option<u64>,
     /// Print a summary as JSON to standard error
@@ -93,13 +94,14 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
     Ok(())
 }
 
-/// Receives a stream, or one after the other, to a file or standard output, through the receiver that `attach` gives.
+/// Receives a stream, or one after the other, to a file or standard output, through the receiver
+/// that `attach` gives.
 pub fn receive(
     args: &Recv,
     channel: &str,
     attach: impl FnOnce() -> Result<Receiver>,
 ) -> Result<()> {
-    // First, so that a file is not emptied for nothing.
+    // The receiver comes first, so that a failure does not empty the file.
     let mut receiver = attach()?;
     let target: OwnedFd = match &args.output {
         Some(path) => File::create(path)
@@ -129,7 +131,8 @@ pub fn receive(
     }
 }
 
-/// Takes the part of a record that comes again from the end of a file, where the target is one and is written at its end.
+/// Removes the part of a record that comes again from the end of the target, if that is a file and
+/// is written at its end.
 fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
     let StreamError::Write { source, partial } = error else {
         return error;

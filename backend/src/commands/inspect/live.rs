@@ -25,7 +25,7 @@ const UNFOLDED: u16 = 120;
 /// Bytes in a line of the hex view.
 const LINE: u64 = 16;
 
-/// Shows the region until the user has seen enough.
+/// Shows the region until the user quits.
 pub fn run(attachment: &Attachment) -> Result<()> {
     let mut screen = Screen::new(attachment)?;
     let mut terminal = ratatui::try_init().context("cannot use the terminal")?;
@@ -48,23 +48,24 @@ pub fn run(attachment: &Attachment) -> Result<()> {
         }
     })();
     if ratatui::try_restore().is_err() {
-        // The terminal was closed. Its `Drop` would complain to standard error, closed as well, and panic over that.
+        // The terminal was closed. Its `Drop` would write to standard error, which is closed as
+        // well, and panic.
         std::mem::forget(terminal);
     }
     outcome
 }
 
-/// What the terminal has for us.
+/// The events of the terminal.
 enum Keyboard {
-    /// Nothing, for the whole time.
+    /// No event before the timeout.
     Silent,
     /// Keys, or another size.
     Ready,
-    /// It was closed.
+    /// The terminal was closed.
     Gone,
 }
 
-/// Waits for keys. Done here and not by crossterm, which spins on a terminal that was closed.
+/// Waits for keys. crossterm would spin on a terminal that was closed.
 fn wait_for_keys(time: Duration) -> std::io::Result<Keyboard> {
     let stdin = std::io::stdin();
     let mut files = [PollFd::new(&stdin, PollFlags::IN)];
@@ -78,7 +79,7 @@ fn wait_for_keys(time: Duration) -> std::io::Result<Keyboard> {
         {
             Ok(Keyboard::Gone)
         }
-        // A signal, which tells of another size.
+        // A signal reports another size.
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(Keyboard::Ready),
         Err(error) => Err(error.into()),
     }
@@ -122,7 +123,7 @@ impl<'a> Screen<'a> {
         Ok(())
     }
 
-    /// Acts on a key; `true` to quit.
+    /// Handles a key. Returns `true` to quit.
     fn press(&mut self, key: KeyEvent) -> bool {
         if key.kind == KeyEventKind::Release {
             return false;
@@ -145,7 +146,7 @@ impl<'a> Screen<'a> {
         false
     }
 
-    /// The parts of the region, in their order: where each begins, and what it is.
+    /// Returns the parts of the region in their order: the offset and the name of each.
     fn parts(&self) -> Vec<(u64, String)> {
         let layout = self.attachment.layout();
         let mut parts = vec![
@@ -206,7 +207,7 @@ impl<'a> Screen<'a> {
         frame.render_widget(Line::from(keys).dim(), foot);
     }
 
-    /// The channels, each in two lines if it folds.
+    /// Returns the channels, each in two lines if it folds.
     fn table(&self, folds: bool) -> Table<'static> {
         let row = |row: [String; 11]| match folds {
             true => Row::new(view::fold(&row).map(Cell::from)).height(2),
@@ -236,7 +237,7 @@ impl<'a> Screen<'a> {
             let start = self.offset + index * LINE;
             let mut bytes = [0; LINE as usize];
             let length = size.saturating_sub(start).min(LINE) as usize;
-            // In range, and a page is never unmapped: nothing to say if it fails.
+            // The range is inside the region, and no page is ever unmapped, so this does not fail.
             let _ = self.attachment.region().peek(start, &mut bytes[..length]);
             Line::from(format!("{start:08x}  {}", hex_line(&bytes[..length])))
         };

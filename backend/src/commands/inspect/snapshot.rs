@@ -11,14 +11,14 @@ use barlink::protocol::{CacheState, PresenceWords};
 use barlink_cli::cache::Cache;
 use serde::Serialize;
 
-/// What `barlink inspect --json` prints.
+/// The output of `barlink inspect --json`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Snapshot {
     /// The region's layout.
     pub region: RegionInfo,
-    /// Who is there, by the broker's knowledge.
+    /// The slots and claims, by the broker's records.
     pub broker: Status,
-    /// The guests' drivers, by slot, as they say of themselves.
+    /// The guests' drivers, by slot, as they report themselves.
     pub guests: Vec<Guest>,
     /// The channels.
     pub channels: Vec<ChannelView>,
@@ -27,11 +27,11 @@ pub struct Snapshot {
 /// A guest's driver.
 #[derive(Clone, Debug, Serialize)]
 pub struct Guest {
-    /// Its epoch: new at every probe, and after some suspends, odd while it is there.
+    /// Its epoch: new at every probe and after some suspends, and odd while the driver is bound.
     pub epoch: u64,
-    /// Whether it is there.
+    /// Whether the driver is bound.
     pub present: bool,
-    /// Cache mode of the mappings of the guest's processes, if it is there.
+    /// Cache mode of the mappings of the guest's processes, if the driver is bound.
     pub cache: Option<Cache>,
 }
 
@@ -40,9 +40,9 @@ pub struct Guest {
 pub struct ChannelView {
     /// Its name.
     pub name: String,
-    /// Who produces: `host` or `slot N`.
+    /// The peer that produces: `host` or `slot N`.
     pub from: String,
-    /// Who consumes.
+    /// The peer that consumes.
     pub to: String,
     /// Process that produces, by the number that it has on its side.
     pub producer: Option<u32>,
@@ -50,17 +50,17 @@ pub struct ChannelView {
     pub consumer: Option<u32>,
     /// Bytes that it holds at most.
     pub capacity: u64,
-    /// Bytes that it holds; `null` if its cursors make no sense.
+    /// Bytes that it holds, or `null` if its cursors are not valid.
     pub fill: Option<u64>,
     /// Bytes that have gone in since it began.
     pub written: u64,
     /// Records that have gone in.
     pub records: u64,
-    /// Records that found it full, and are gone.
+    /// Records that were dropped because the channel was full.
     pub dropped: u64,
     /// Doorbells that its producer rang.
     pub rung: u64,
-    /// Records for which its producer rang none.
+    /// Records for which its producer did not ring.
     pub suppressed: u64,
     /// Doorbells that its consumer rang, for room.
     pub rung_for_room: u64,
@@ -69,7 +69,7 @@ pub struct ChannelView {
 }
 
 impl Snapshot {
-    /// Takes one.
+    /// Takes a snapshot.
     pub fn take(attachment: &Attachment) -> Result<Self> {
         let layout = attachment.layout();
         let broker = attachment.status()?;

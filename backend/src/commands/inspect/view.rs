@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! How a snapshot looks: the same rows as text and in the live view.
+//! The rows of a snapshot, the same as text and in the live view.
 
 use std::fmt::Write;
 use std::iter;
@@ -26,13 +26,13 @@ pub const CHANNEL_COLUMNS: [&str; 11] = [
     "rung",
     "suppressed",
 ];
-/// Widths that hold what is mostly in them, and fit into 120 columns with a border.
+/// Widths that hold the usual content, and fit into 120 columns with a border.
 pub const CHANNEL_WIDTHS: [u16; 11] = [8, 12, 12, 7, 10, 12, 9, 11, 7, 8, 10];
 /// The same for rows that [`fold`] has made: these fit into 80.
 pub const FOLDED_WIDTHS: [u16; 6] = [12, 14, 10, 12, 14, 11];
 
-/// Makes two lines of a row, or of the titles: the name, in the second line too if it is long, and the others in pairs,
-/// one above the other.
+/// Makes two lines of a row, or of the titles: the name, in the second line too if it is long, and
+/// the others in pairs, one above the other.
 pub fn fold(row: &[String; 11]) -> [String; 6] {
     let (name, rest) = row[0].split_at(row[0].len().min(FOLDED_WIDTHS[0].into()));
     std::array::from_fn(|column| match column {
@@ -41,7 +41,7 @@ pub fn fold(row: &[String; 11]) -> [String; 6] {
     })
 }
 
-/// What has changed between two snapshots of a channel.
+/// The changes between two snapshots of a channel.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rate {
     /// Bytes a second.
@@ -108,7 +108,7 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
         } else {
             "no driver".to_owned()
         };
-        // What can be long is last: a terminal may not have room for it.
+        // Long text is last, because a terminal may not have room for it.
         let mut lines = vec![format!(
             "slot {id}: {vm}, {driver} ({}, {})",
             slot.transport,
@@ -130,7 +130,7 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
         .collect()
 }
 
-/// What can be read of a guest's own memory, and what cannot.
+/// Describes the readable and the unreadable part of a guest's own memory.
 fn guest_memory(status: GuestMemoryStatus) -> String {
     let readable = BinaryBytes(status.readable);
     match status.unreadable {

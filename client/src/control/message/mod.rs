@@ -41,7 +41,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// Parses a packet. The version is checked first, so that a client of another version learns of that, whatever it asks.
+    /// Parses a packet. The version is checked first, so that a client of another version learns of
+    /// that, whatever it asks.
     pub fn parse(packet: &[u8]) -> Result<Ask, Refusal> {
         let AnyVersion { version } = serde_json::from_slice(packet).map_err(|e| malformed(&e))?;
         if version != VERSION {
@@ -55,8 +56,8 @@ impl Request {
 /// Most characters in the description of a malformed packet.
 const MAX_COMPLAINT: usize = 200;
 
-/// Describes the fault of a packet. The parser quotes from the packet, and the text goes to a log and to a terminal. So it is short, and
-/// control characters are escaped.
+/// Describes the fault of a packet. The parser quotes from the packet, and the text goes to a log
+/// and to a terminal. So it is short, and control characters are escaped.
 fn malformed(error: &serde_json::Error) -> Refusal {
     let complaint = error.to_string();
     let plain = complaint.chars().flat_map(char::escape_debug);
@@ -72,7 +73,8 @@ pub enum Ask {
         /// The access that the descriptor permits.
         access: Access,
     },
-    /// One end of a channel, until it is released or the connection ends: answered by [`Answer::Claimed`].
+    /// One end of a channel, until it is released or the connection ends: answered by
+    /// [`Answer::Claimed`].
     Claim {
         /// Index of the channel.
         channel: usize,
@@ -108,7 +110,8 @@ pub enum Ask {
         /// Bytes, at most [`MAX_COPY`].
         length: usize,
     },
-    /// The broker's descriptors, for another broker of the same user: answered by [`Answer::Inheritance`], until one is the last.
+    /// The broker's descriptors, for another broker of the same user: answered by
+    /// [`Answer::Inheritance`], until one is the last.
     HandOver,
     /// The end of the broker that has handed over: answered by [`Answer::Done`].
     Retire,
@@ -129,7 +132,8 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// Parses a packet. The version is checked first, because another version may have other answers.
+    /// Parses a packet. The version is checked first, because another version may have other
+    /// answers.
     pub fn parse(packet: &[u8]) -> serde_json::Result<Answer> {
         let AnyVersion { version } = serde_json::from_slice(packet)?;
         if version != VERSION {
@@ -146,8 +150,8 @@ impl Reply {
 pub enum Answer {
     /// The layout; one descriptor comes with it, the memory.
     Region(RegionInfo),
-    /// The end belongs to the client. Four eventfds come with it: the control vector and the channel's vector to wait on, and the same
-    /// two of the other end, to ring.
+    /// The end belongs to the client. Four eventfds come with it: the control vector and the
+    /// channel's vector to wait on, and the same two of the other end, to ring.
     Claimed,
     /// The slots and claims.
     Status(Status),

@@ -11,6 +11,7 @@ use crate::error::ErrorKind;
 /// The reason of a refusal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Refusal {
     /// The request's version is not the broker's.
     #[error(

@@ -52,7 +52,8 @@ pub struct VmStatus {
     pub buffer: Option<BufferStatus>,
 }
 
-/// A DMA buffer in a guest's own memory, as the driver reports it: whole pages, and not checked further.
+/// A DMA buffer in a guest's own memory, as the driver reports it: whole pages, and not checked
+/// further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BufferStatus {
     /// DMA address: guest-physical, unless the guest has an IOMMU.
