@@ -10,28 +10,16 @@ const PARTS: &[(&str, &[&str])] = &[
     ("rate_limit", &[]),
     ("socket", &["rate_limit"]),
     ("persistence", &["memory", "rate_limit", "socket"]),
-    (
-        "slot",
-        &["memory", "rate_limit", "socket", "persistence"],
-    ),
+    ("slot", &["memory", "rate_limit", "socket", "persistence"]),
     (
         "transport",
-        &[
-            "memory",
-            "rate_limit",
-            "socket",
-            "persistence",
-            "slot",
-        ],
+        &["memory", "rate_limit", "socket", "persistence", "slot"],
     ),
     ("broker/plan", &[]),
     ("broker/confine", &[]),
     ("broker/policy", &["socket"]),
     ("broker/reply", &[]),
-    (
-        "broker/state",
-        &["persistence", "slot", "broker/policy"],
-    ),
+    ("broker/state", &["persistence", "slot", "broker/policy"]),
     (
         "broker/accept",
         &[

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use barlink_protocol::wire::layout::{Channel, Layout};
 
-use barlink::bell::Bell;
 use crate::memory::{Access, Region};
+use barlink::bell::Bell;
 
 /// The region of a broker. Everything here is created at start and stays.
 pub struct SharedRegion {

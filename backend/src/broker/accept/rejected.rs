@@ -11,9 +11,9 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags};
 
 use super::listener::Listener;
-use barlink::bell::Bell;
 use crate::socket::has_hung_up;
 use crate::transport::{Rejection, Transport};
+use barlink::bell::Bell;
 
 /// Most rejected clients that stay connected. A further one disconnects the oldest.
 const MAX_REJECTED: usize = 8;

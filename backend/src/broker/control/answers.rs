@@ -12,14 +12,14 @@ use base64::prelude::BASE64_STANDARD;
 use log::Level;
 
 use crate::broker::state::BrokerState;
-use barlink::control::message::{
-    Answer, Ask, BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, RegionInfo, SlotStatus,
-    Status, VmStatus,
-};
 use crate::persistence::ClientId;
 use crate::rate_limit::CONNECTIONS;
 use crate::slot::{ReadError, ReadResult, Vm};
 use crate::socket::Peer;
+use barlink::control::message::{
+    Answer, Ask, BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, RegionInfo, SlotStatus,
+    Status, VmStatus,
+};
 
 /// An answer, and the descriptors that are sent with it.
 pub type Answered = (Answer, Vec<Box<dyn AsRawFd>>);

@@ -22,12 +22,12 @@ use crate::broker::accept::Listener;
 use crate::broker::reply;
 use crate::broker::state::BrokerState;
 use crate::broker::takeover;
-use barlink::control::message::{Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, Request};
-use barlink::control::packet::PacketSocket;
 use crate::persistence::{ClientId, name};
 use crate::rate_limit::{Account, CONNECTIONS, NOT_ADMITTED, REJECTED, UNRELEASED_CLAIMS};
 use crate::slot::{ReadRequest, Source};
 use crate::socket::Peer;
+use barlink::control::message::{Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, Request};
+use barlink::control::packet::PacketSocket;
 
 /// Most host apps at a time.
 const MAX_CLIENTS: usize = 64;

@@ -9,10 +9,10 @@ use barlink_protocol::wire::layout::{Channel, End};
 use barlink_protocol::{PresenceWords, state};
 use parking_lot::{Mutex, MutexGuard};
 
-use barlink::control::message::Refusal;
 use crate::persistence::ClientId;
 use crate::persistence::state::RosterWords;
 use crate::slot::SharedRegion;
+use barlink::control::message::Refusal;
 
 const ENDS: [End; 2] = [End::Producer, End::Consumer];
 

@@ -18,12 +18,12 @@ use rustix::event::PollFlags;
 use crate::broker::error::BrokerError;
 use crate::broker::reply;
 use crate::broker::state::BrokerState;
-use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Request};
-use barlink::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 use crate::persistence::{Stored, is_a_service, name};
 use crate::rate_limit::REJECTED;
 use crate::slot::ReadError;
 use crate::socket::{self, Peer};
+use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Request};
+use barlink::control::packet::{MAX_DESCRIPTORS, PacketSocket};
 
 /// Longest time until a VM is admitted, or its message is complete. It is longer than a session
 /// waits for the rest of a message.
@@ -200,9 +200,9 @@ mod tests {
 
     use super::*;
     use crate::broker::{Broker, Config, Policy};
-    use barlink::control::message::VERSION;
     use crate::persistence::Inheritance;
     use crate::transport::Ivshmem;
+    use barlink::control::message::VERSION;
 
     /// Tells whether a thread that would change a slot waits.
     fn is_quiesced(state: &Arc<BrokerState>) -> bool {

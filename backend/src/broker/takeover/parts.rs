@@ -13,7 +13,6 @@ use barlink_protocol::state;
 use barlink_protocol::wire::layout::Layout;
 use log::warn;
 
-use barlink::bell::Bell;
 use crate::broker::accept::{Listener, SocketError};
 use crate::broker::error::BrokerError;
 use crate::broker::policy::Policy;
@@ -21,6 +20,7 @@ use crate::memory::{self, Access, Mapping, Region};
 use crate::persistence::state::PersistedState;
 use crate::persistence::{ClientId, DescriptorStore, Inheritance, name};
 use crate::slot::SharedRegion;
+use barlink::bell::Bell;
 
 /// The parts of a broker, all of them stored.
 pub struct Parts {

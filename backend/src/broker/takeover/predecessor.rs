@@ -5,9 +5,9 @@
 
 use std::path::Path;
 
+use crate::persistence::Inheritance;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Answer, Ask};
-use crate::persistence::Inheritance;
 
 /// A running broker that hands over.
 pub struct Predecessor {

@@ -11,8 +11,8 @@ use log::debug;
 use super::msix::{MAX_VECTORS, MIN_VECTORS};
 use super::request::Fault;
 use super::session_state::SessionState;
-use barlink::bell::Bell;
 use crate::slot::Slot;
+use barlink::bell::Bell;
 
 /// The interrupts of a session.
 pub struct Interrupts<'a> {

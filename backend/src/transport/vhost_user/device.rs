@@ -32,10 +32,10 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::drop_guard::guard_this_thread;
 use super::queue::{Memory, Queue, Served};
-use barlink::bell::Bell;
 use crate::memory::Access;
 use crate::rate_limit::REJECTED;
 use crate::slot::Slot;
+use barlink::bell::Bell;
 
 /// Feature bit of VirtIO 1.
 const VERSION_1: u64 = 1 << 32;

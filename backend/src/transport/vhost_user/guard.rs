@@ -20,11 +20,11 @@ use rustix::net::{Shutdown, SocketType, sockopt};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::message::{Message, MessageError, limit_waiting};
-use barlink::bell::Bell;
 use crate::rate_limit::REJECTED;
 use crate::slot::Slot;
 use crate::transport::shared_memory::is_safe;
 use crate::transport::{Departure, TransportError};
+use barlink::bell::Bell;
 
 /// The descriptors of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

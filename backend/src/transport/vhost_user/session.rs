@@ -19,10 +19,10 @@ use vmm_sys_util::epoll::EventSet;
 use super::device::Device;
 use super::guard::Guard;
 use super::loopback;
-use barlink::bell::Bell;
 use crate::slot::Slot;
 use crate::socket::has_hung_up;
 use crate::transport::{Departure, TransportError};
+use barlink::bell::Bell;
 
 /// Ends the worker, for which the daemon would otherwise wait forever.
 struct Ending<'a>(&'a Device);
