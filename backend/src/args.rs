@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn unit_starts_a_broker_and_has_room_for_what_it_keeps() {
+    fn systemd_unit_starts_broker_with_enough_descriptors() {
         use barlink::protocol::wire::layout::{MAX_SLOTS, MAX_VECTORS};
         use barlink_broker::transport::MAX_FILES;
         let unit = unit();
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_keep_the_order_of_the_command_line() {
+    fn sockets_keep_command_line_order() {
         let words = "barlink serve --vfio-user a --ivshmem b --size 1M --vhost-user x --ivshmem c --vfio-user d";
         let cli = Cli::try_parse_from(words.split(' ')).unwrap();
         let Command::Serve(serve) = cli.command else {
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_no_paths() {
+    fn rejects_paths_as_broker_names() {
         assert!(parse_name("vm-1.a").is_ok());
         for text in ["", "..", ".x", "a/b", "a b"] {
             assert!(parse_name(text).is_err(), "{text:?}");

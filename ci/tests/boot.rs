@@ -12,7 +12,7 @@ use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 use rustix::process::Signal;
 
 #[test]
-fn a_stock_kernel_boots_and_the_agent_runs_commands() -> Result<()> {
+fn stock_kernel_boots_and_agent_runs_commands() -> Result<()> {
     let start = Instant::now();
     let vm = Vm::boot(&Config::default())?;
     println!("booted in {:?}", start.elapsed());
@@ -37,7 +37,7 @@ fn a_stock_kernel_boots_and_the_agent_runs_commands() -> Result<()> {
 }
 
 #[test]
-fn restored_guest_is_as_one_that_booted() -> Result<()> {
+fn restored_guest_works_like_booted_one() -> Result<()> {
     // The first VM with a configuration boots, and its state is written to a file.
     Vm::restore(&Config::default())?;
     let start = Instant::now();
@@ -57,7 +57,7 @@ fn restored_guest_is_as_one_that_booted() -> Result<()> {
 }
 
 #[test]
-fn processes_run_side_by_side_take_input_and_can_be_killed() -> Result<()> {
+fn agent_runs_and_kills_parallel_processes() -> Result<()> {
     let vm = Vm::restore(&Config::default())?;
 
     let sleeper = vm.spawn(["sh", "-c", "echo started; sleep 1000 & wait"])?;

@@ -96,7 +96,7 @@ fn wait_for_rejection(broker: &Broker) -> Result<()> {
 }
 
 #[test]
-fn qemu_that_is_refused_ends_with_an_error() -> Result<()> {
+fn rejected_qemu_ends_with_error() -> Result<()> {
     let broker = Broker::start(Artifacts::shared()?, &[])?;
     let arguments = broker.arguments(0)?;
     let mut first = Qemu::start(&broker, &arguments)?;
@@ -115,7 +115,7 @@ fn qemu_that_is_refused_ends_with_an_error() -> Result<()> {
 }
 
 #[test]
-fn hot_plug_that_is_refused_fails_alone() -> Result<()> {
+fn rejected_hot_plug_fails_alone() -> Result<()> {
     let broker = Broker::start(Artifacts::shared()?, &[])?;
     let first = Qemu::start(&broker, &broker.arguments(0)?)?;
     wait_for_vm(&broker, true)?;
@@ -154,7 +154,7 @@ fn chardev(broker: &Broker) -> Value {
 }
 
 #[test]
-fn qemu_with_too_few_vectors_fails_alone() -> Result<()> {
+fn broker_survives_qemu_with_few_vectors() -> Result<()> {
     let broker = Broker::start(Artifacts::shared()?, &["--vectors", "8"])?;
     let fewer: Vec<_> = broker
         .arguments(0)?
@@ -174,7 +174,7 @@ fn qemu_with_too_few_vectors_fails_alone() -> Result<()> {
 }
 
 #[test]
-fn qemu_comes_and_goes_without_a_trace() -> Result<()> {
+fn slot_serves_one_qemu_after_another() -> Result<()> {
     let broker = Broker::start(Artifacts::shared()?, &[])?;
     let arguments = broker.arguments(0)?;
     for round in 1..=5 {
@@ -188,7 +188,7 @@ fn qemu_comes_and_goes_without_a_trace() -> Result<()> {
 }
 
 #[test]
-fn arguments_put_the_region_above_4_gib_whatever_its_size() -> Result<()> {
+fn qemu_args_put_regions_above_4_gib() -> Result<()> {
     let sizes = ["1M", "64M", "1G"];
     let mut config = Config::default();
     let mut brokers = Vec::new();

@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn rates_are_numbers_that_have_a_period() {
+    fn rejects_rates_without_period() {
         assert_eq!(parse_rate("0.5"), Ok(0.5));
         for text in ["0", "-1", "1e-30", "inf", "nan", "x"] {
             assert!(parse_rate(text).is_err(), "{text}");

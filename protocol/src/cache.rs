@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn write_back_that_is_not_granted_below_4_gib_has_a_cause_and_a_cure() {
+    fn shortfall_explains_denied_write_back() {
         use CacheMode::{UncachedMinus, WriteBack, WriteCombining};
         let find = Shortfall::find;
         let low = find(WriteBack, UncachedMinus, 0xfd00_0000).unwrap();
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_are_no_modes_are_unknown() {
+    fn invalid_mode_numbers_read_as_unknown() {
         for number in (0..64).map(|bit| 1 << bit).chain([0, 3, 5, 6, 7, u64::MAX]) {
             let memory: Vec<_> = [0, number, number].map(AtomicU64::new).into();
             let state = CacheState::read(&Region::new(memory), 0);

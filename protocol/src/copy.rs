@@ -384,7 +384,7 @@ mod tests {
     /// Copies in every way, from every word to every word, and private memory at every byte. The
     /// copy has the source's bytes, and no byte beside it changes.
     #[test]
-    fn each_way_copies_what_is_meant_and_no_more() {
+    fn each_way_copies_exactly_the_range() {
         let bytes: [u8; SIZE * 8 + 8] = core::array::from_fn(|index| (index * 7 + 1) as u8);
         for (way, is_combining) in ways().flat_map(|way| [(way, false), (way, true)]) {
             let copier = Copier { way, is_combining };
@@ -418,7 +418,7 @@ mod tests {
 
     #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
     #[test]
-    fn what_assembly_copies_is_whole_lines() {
+    fn assembly_copies_whole_cache_lines() {
         let words = [const { AtomicU64::new(0) }; SIZE];
         for start in 0..BLOCK {
             for length in LEAST..SIZE - BLOCK {

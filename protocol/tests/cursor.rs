@@ -21,7 +21,7 @@ fn any_capacity() -> impl Strategy<Value = Capacity> {
 }
 
 #[test]
-fn largest_record_and_its_padding_always_fit_together() {
+fn largest_record_fits_with_its_padding() {
     for shift in 12..45 {
         let capacity = capacity(1 << shift);
         let max = capacity.max_record();
@@ -33,7 +33,7 @@ fn largest_record_and_its_padding_always_fit_together() {
 }
 
 #[test]
-fn refuses_cursors_that_make_no_sense() {
+fn refuses_invalid_cursors() {
     let capacity = capacity(4096);
     assert_eq!(capacity.in_flight(0, 0), Ok(0));
     assert_eq!(capacity.in_flight(8192, 4096), Ok(4096));
@@ -58,7 +58,7 @@ fn kind(number: u16) -> Kind {
 }
 
 #[test]
-fn refuses_padding_where_a_record_could_have_stood() {
+fn refuses_padding_at_ring_start() {
     let header = Header {
         length: 0,
         kind: kind(u16::MAX),
@@ -115,7 +115,7 @@ fn cursors() -> impl Strategy<Value = (Capacity, u64, u64)> {
 proptest! {
     /// Checks rule 4.4.1 word for word, in both directions.
     #[test]
-    fn cursors_are_believed_exactly_if_they_make_sense((capacity, written, read) in cursors()) {
+    fn accepts_exactly_valid_cursors((capacity, written, read) in cursors()) {
         let multiples = written % 8 == 0 && read % 8 == 0;
         let in_range = written < 1 << 63 && read < 1 << 63;
         let behind = read <= written && u128::from(written) <= u128::from(read) + u128::from(capacity.bytes());
@@ -126,7 +126,7 @@ proptest! {
     /// Checks rules 4.4.2 and 4.4.3 in both directions, except for faults that a header cannot
     /// show, and for the bytes after padding.
     #[test]
-    fn headers_are_believed_exactly_if_they_make_sense(
+    fn accepts_exactly_valid_headers(
         capacity in any_capacity(),
         words in any::<u64>(),
         from_end in prop_oneof![0u64..300, any::<u64>()],
@@ -152,7 +152,7 @@ proptest! {
     }
 
     #[test]
-    fn a_place_is_contiguous_and_inside(capacity in any_capacity(), at: u64, length: u32) {
+    fn record_place_is_contiguous_and_inside(capacity in any_capacity(), at: u64, length: u32) {
         let written = (at >> 2) & !7;
         let length = length.min(capacity.max_record());
         let place = capacity.place(written, length);
@@ -162,7 +162,7 @@ proptest! {
     }
 
     #[test]
-    fn a_header_that_passes_stays_inside(
+    fn accepted_header_stays_inside_channel(
         capacity in any_capacity(), at: u64, length: u32, kind: u16, available: u64
     ) {
         let (read, available) = ((at >> 2) & !7, (available % (capacity.bytes() + 1)) & !7);
@@ -173,7 +173,7 @@ proptest! {
     }
 
     #[test]
-    fn a_record_that_was_placed_passes(capacity in any_capacity(), at: u64, length: u32) {
+    fn accepts_header_of_placed_record(capacity in any_capacity(), at: u64, length: u32) {
         let length = length.min(capacity.max_record());
         let place = capacity.place((at >> 2) & !7, length);
         let header = Header { length, kind: Kind::DATA, sequence: 0, time: 0 };

@@ -46,12 +46,12 @@ fn entry(index: usize, word: usize) -> usize {
 }
 
 #[test]
-fn decodes_what_it_encodes() {
+fn decodes_encoded_layout() {
     assert_eq!(Layout::decode(&layout().encode(), SIZE), Ok(layout()));
 }
 
 #[test]
-fn superblock_has_the_bytes_that_the_protocol_names() {
+fn superblock_matches_documented_bytes() {
     let bytes: Vec<u8> = layout()
         .encode()
         .iter()
@@ -88,7 +88,7 @@ fn refuses_another_version() {
 }
 
 #[test]
-fn refuses_a_size_that_is_not_the_regions() {
+fn refuses_size_other_than_regions() {
     let error = Layout::decode(&layout().encode(), SIZE * 2);
     assert_eq!(
         error,
@@ -183,7 +183,7 @@ fn refuses_channels_that_do_not_fit() {
 /// and a superblock that has changed since. A layout is accepted only if it lies completely in the
 /// mapping. (CVE-2018-1059: a range that was mapped in part was used as a whole.)
 #[test]
-fn a_layout_that_reaches_beyond_the_mapping_is_refused() {
+fn refuses_layout_beyond_mapping() {
     let layout = Layout::new(SIZE, 2, 1, SIZE - 3 * PAGE_SIZE, PAGE_SIZE, &[]).unwrap();
     let words: Vec<AtomicU64> = (0..SIZE / 8).map(|_| AtomicU64::new(0)).collect();
     state::publish(&Region::new(&words[..]), &layout);
@@ -201,7 +201,7 @@ fn a_layout_that_reaches_beyond_the_mapping_is_refused() {
 }
 
 #[test]
-fn a_presence_page_that_is_mapped_in_part_is_not_looked_at() {
+fn ignores_partly_mapped_presence_page() {
     let producer = |mapped| PresenceWords::find(&layout(), 0, End::Producer, mapped);
     assert!(producer(SIZE).is_some());
     for mapped in [SIZE - 8, SIZE - PAGE_SIZE + 8, SIZE - PAGE_SIZE] {
@@ -226,7 +226,7 @@ fn names_are_short_and_plain() {
 }
 
 #[test]
-fn presence_pages_are_the_brokers_and_the_last_ones() {
+fn presence_pages_have_documented_offsets() {
     let layout = Layout::new(SIZE, 3, 1, FIRST_FREE, 0, &[]).unwrap();
     assert_eq!(layout.presence_page(layout.host()), BROKER_PAGE);
     assert_eq!(

@@ -59,7 +59,7 @@ fn broker_of_vhost_user_is_confined() {
 }
 
 #[test]
-fn broker_that_replaces_another_is_confined() {
+fn successor_broker_is_confined() {
     let mut broker = Broker::start(&[]);
     let _vm = handshake(connect(&broker, "vm.sock"), 6);
     succeed(&mut broker, &[]);
@@ -67,7 +67,7 @@ fn broker_that_replaces_another_is_confined() {
 }
 
 #[test]
-fn broker_that_is_started_again_is_confined() {
+fn restarted_broker_is_confined() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let mut broker = Broker::start_as(&manager, folder, &[]);

@@ -19,7 +19,7 @@ use rustix::net::{
 use rustix::process::Signal;
 
 use crate::support::*;
-use crate::vfio_user_hostile::client_that_says_nothing_keeps_its_slot_for_a_while_only;
+use crate::vfio_user_hostile::silent_vfio_user_client_loses_its_slot;
 
 /// Creates a socket with a limit for all waits, including those to connect and to accept.
 fn seqpacket() -> OwnedFd {
@@ -58,7 +58,7 @@ fn say(socket: &OwnedFd, packet: &[u8]) -> String {
 }
 
 #[test]
-fn second_producer_is_refused_and_told_who_is_first() {
+fn broker_names_holder_to_second_producer() {
     let broker = Broker::start(&[]);
     let mut first = broker.app(&["send"]).stdin(Stdio::piped()).start();
     let pid = first.id().to_string();
@@ -79,7 +79,7 @@ fn second_producer_is_refused_and_told_who_is_first() {
 }
 
 #[test]
-fn claim_ends_with_its_process_however_that_ends() {
+fn claim_ends_with_its_process() {
     let broker = Broker::start(&[]);
     let attachment = broker.attach();
     for signal in [Signal::KILL, Signal::TERM, Signal::INT] {
@@ -97,7 +97,7 @@ fn claim_ends_with_its_process_however_that_ends() {
 }
 
 #[test]
-fn unknown_channel_is_refused_with_those_that_there_are() {
+fn unknown_channel_error_lists_channels() {
     let broker = Broker::start(&[]);
     fails(
         &mut broker.app(&["recv", "--channel", "camera"]),
@@ -112,7 +112,7 @@ fn unknown_channel_is_refused_with_those_that_there_are() {
 }
 
 #[test]
-fn end_of_a_guest_is_not_the_hosts_to_claim() {
+fn broker_rejects_claim_of_guest_end() {
     let broker = Broker::start(&[]);
     fails(
         &mut broker.app(&["recv", "--channel", "down"]),
@@ -122,7 +122,7 @@ fn end_of_a_guest_is_not_the_hosts_to_claim() {
 }
 
 #[test]
-fn record_that_is_too_large_is_refused_and_the_channel_goes_on() {
+fn sender_rejects_oversized_record_and_continues() {
     let broker = Broker::start(&["--channel", "loop=host-host,64K"]);
     let attachment = broker.attach();
     let mut sender = attachment.sender("loop").unwrap();
@@ -143,7 +143,7 @@ fn record_that_is_too_large_is_refused_and_the_channel_goes_on() {
 }
 
 #[test]
-fn no_broker_is_told_apart_from_no_permission_and_no_control_socket() {
+fn client_distinguishes_missing_broker_from_foreign_socket() {
     let folder = tempfile::tempdir().unwrap();
     let at = |path: &Path| {
         let mut command = barlink(["inspect", "--control"]);
@@ -196,7 +196,7 @@ fn impostor(path: &Path, answer: Option<&'static [u8]>) -> OwnedFd {
 }
 
 #[test]
-fn what_answers_as_no_broker_does_is_not_taken_for_one() {
+fn rejects_reply_from_non_broker() {
     let region = br#"{"version":1,"answer":{"region":{"size":4096,"slots":1,"vectors":1,"raw_offset":0,"raw_size":0,"channels":[]}}}"#;
     let cases: [(&[u8], &str); 6] = [
         (
@@ -229,7 +229,7 @@ fn what_answers_as_no_broker_does_is_not_taken_for_one() {
 
 /// This happens to an app that connects while a broker is replaced.
 #[test]
-fn app_that_was_not_heard_asks_once_more() {
+fn client_repeats_unread_request_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control.sock");
     let socket = seqpacket();
@@ -260,14 +260,14 @@ fn app_that_was_not_heard_asks_once_more() {
 #[test]
 fn client_gives_up_unanswered_request() {
     std::thread::scope(|scope| {
-        scope.spawn(end_that_was_granted_too_late_is_free_and_one_that_is_held_is_not);
-        scope.spawn(what_does_not_answer_is_given_up);
-        scope.spawn(answer_that_comes_late_is_no_answer_to_the_next_question);
-        scope.spawn(broker_that_accepts_nobody_is_given_up);
+        scope.spawn(broker_frees_only_ends_granted_late);
+        scope.spawn(client_times_out_without_reply);
+        scope.spawn(client_disconnects_after_timed_out_request);
+        scope.spawn(client_times_out_while_connecting);
     });
 }
 
-fn what_does_not_answer_is_given_up() {
+fn client_times_out_without_reply() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control.sock");
     let _impostor = impostor(&path, None);
@@ -275,7 +275,7 @@ fn what_does_not_answer_is_given_up() {
     assert!(error.to_string().contains("it does not answer"), "{error}");
 }
 
-fn answer_that_comes_late_is_no_answer_to_the_next_question() {
+fn client_disconnects_after_timed_out_request() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control.sock");
     let socket = seqpacket();
@@ -303,7 +303,7 @@ fn answer_that_comes_late_is_no_answer_to_the_next_question() {
     assert!(matches!(lost, ControlError::Lost { .. }), "{lost}");
 }
 
-fn end_that_was_granted_too_late_is_free_and_one_that_is_held_is_not() {
+fn broker_frees_only_ends_granted_late() {
     let broker = Broker::start(&["--channel", "one=host-host,4K"]);
     let (holder, other) = (broker.attach(), broker.attach());
     let sender = holder.sender("one").unwrap();
@@ -332,7 +332,7 @@ fn end_that_was_granted_too_late_is_free_and_one_that_is_held_is_not() {
 
 /// The kernel makes a client wait in `connect` until the broker accepts. Without a timeout the
 /// client could wait forever.
-fn broker_that_accepts_nobody_is_given_up() {
+fn client_times_out_while_connecting() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control.sock");
     let socket = seqpacket();
@@ -355,7 +355,7 @@ fn broker_that_accepts_nobody_is_given_up() {
 }
 
 #[test]
-fn packets_that_are_no_requests_are_refused_and_the_client_may_go_on() {
+fn broker_rejects_malformed_packets_and_continues() {
     let broker = Broker::start(&[]);
     let socket = knock(&broker);
     for (packet, expected) in [
@@ -390,7 +390,7 @@ fn packets_that_are_no_requests_are_refused_and_the_client_may_go_on() {
 }
 
 #[test]
-fn what_a_client_says_does_not_become_lines_of_the_log() {
+fn broker_escapes_client_text_in_log() {
     let broker = Broker::start(&[]);
     let socket = knock(&broker);
     let forged = "[2026-01-01T00:00:00Z INFO  barlink] stopped";
@@ -408,14 +408,14 @@ fn what_a_client_says_does_not_become_lines_of_the_log() {
 
 /// Each case takes as long as the broker's idle timeout, so both cases run at the same time.
 #[test]
-fn broker_lets_silent_clients_go() {
+fn broker_disconnects_silent_clients() {
     std::thread::scope(|scope| {
-        scope.spawn(host_apps_without_a_request_are_let_go);
-        scope.spawn(client_that_says_nothing_keeps_its_slot_for_a_while_only);
+        scope.spawn(broker_disconnects_host_apps_without_request);
+        scope.spawn(silent_vfio_user_client_loses_its_slot);
     });
 }
 
-fn host_apps_without_a_request_are_let_go() {
+fn broker_disconnects_host_apps_without_request() {
     let broker = Broker::start(&[]);
     let silent: Vec<_> = (0..20).map(|_| knock(&broker)).collect();
     let large = knock(&broker);
@@ -440,7 +440,7 @@ fn host_apps_without_a_request_are_let_go() {
 }
 
 #[test]
-fn client_that_does_not_read_is_let_go() {
+fn broker_disconnects_client_that_reads_nothing() {
     let broker = Broker::start(&[]);
     let deaf = knock(&broker);
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
@@ -454,7 +454,7 @@ fn client_that_does_not_read_is_let_go() {
 }
 
 #[test]
-fn descriptors_that_a_client_sends_are_not_kept() {
+fn broker_closes_descriptors_from_host_app() {
     use std::os::fd::AsRawFd;
     use vmm_sys_util::sock_ctrl_msg::ScmSocket;
     let broker = Broker::start(&[]);
@@ -482,7 +482,7 @@ fn descriptors_that_a_client_sends_are_not_kept() {
 }
 
 #[test]
-fn looking_gives_no_right_to_write() {
+fn read_only_attachment_cannot_write_memory() {
     let broker = Broker::start(&[]);
     let control = Control::connect(&broker.control()).unwrap();
     let (answer, memory) = control
@@ -498,7 +498,7 @@ fn looking_gives_no_right_to_write() {
 }
 
 #[test]
-fn who_only_looks_holds_no_end() {
+fn read_only_attachment_cannot_claim_ends() {
     let broker = Broker::start(&[]);
     let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();
     let errors = [
@@ -517,7 +517,7 @@ fn who_only_looks_holds_no_end() {
 }
 
 #[test]
-fn memory_that_is_not_sealed_is_not_mapped() {
+fn mapping_rejects_unsealed_memory() {
     let file = rustix::fs::memfd_create("unsealed", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
     rustix::fs::ftruncate(&file, 4096).unwrap();
     let error = barlink::memory::Mapping::new(file, 4096, Access::ReadOnly).unwrap_err();
@@ -528,7 +528,7 @@ fn memory_that_is_not_sealed_is_not_mapped() {
 }
 
 #[test]
-fn corrupt_channel_is_reset_when_both_ends_are_free() {
+fn reset_repairs_corrupt_channel_without_holders() {
     let broker = Broker::start(&[
         "--channel",
         "loop=host-host,64K",
@@ -561,7 +561,7 @@ fn corrupt_channel_is_reset_when_both_ends_are_free() {
 }
 
 #[test]
-fn one_app_can_hold_many_ends_and_gives_them_back_one_by_one() {
+fn app_holds_and_releases_ends_separately() {
     let broker = Broker::start(&["--channel", "loop=host-host,64K"]);
     let attachment = broker.attach();
     let sender = attachment.sender("loop").unwrap();

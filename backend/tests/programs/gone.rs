@@ -42,7 +42,7 @@ fn hears_that_the_sender_left(mut receiver: Program) {
 }
 
 #[test]
-fn what_a_guest_held_is_free_when_it_is_reset() {
+fn guest_reset_frees_its_ends() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
     let mut client = Client::greet(&broker);
     let attachment = broker.attach();
@@ -72,7 +72,7 @@ fn what_a_guest_held_is_free_when_it_is_reset() {
 }
 
 #[test]
-fn what_a_killed_vm_held_is_free_when_another_has_its_slot() {
+fn killed_vm_frees_ends_for_next_vm() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();

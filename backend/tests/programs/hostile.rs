@@ -26,7 +26,7 @@ fn exchange(sender: &mut Sender, receiver: &mut Receiver) {
 }
 
 #[test]
-fn app_that_meets_a_corrupt_channel_goes_on_with_the_others() {
+fn corrupt_channel_leaves_other_channels_working() {
     let channels = [
         "--channel",
         "sick=host-host,64K",
@@ -77,7 +77,7 @@ fn app_that_meets_a_corrupt_channel_goes_on_with_the_others() {
 /// CVE-2022-0669 and CVE-2019-14818 (DPDK vhost): unrequested descriptors stayed open until there
 /// were no more.
 #[test]
-fn descriptors_that_a_vm_sends_are_not_kept() {
+fn broker_closes_descriptors_from_vm() {
     let broker = Broker::start(&[]);
     let attachment = broker.attach();
     let free = || attachment.status().unwrap().slots[0].vm.is_none();
@@ -122,7 +122,7 @@ fn refuses_descriptors(socket: &impl ScmSocket) -> bool {
 /// A descriptor that is slow to close would hold up the thread that answers host apps or admits
 /// VMs.
 #[test]
-fn who_was_not_let_in_cannot_send_descriptors() {
+fn unadmitted_client_cannot_send_descriptors() {
     if !kernel_refuses_descriptors() {
         eprintln!("before Linux 6.16 everybody can: this test is not run");
         return;
@@ -165,7 +165,7 @@ fn who_was_not_let_in_cannot_send_descriptors() {
 
 /// CVE-2020-10726 (DPDK vhost): each repeated request for a descriptor left another one open.
 #[test]
-fn asking_again_and_again_leaves_nothing_open() {
+fn repeated_requests_leave_no_descriptors_open() {
     let broker = Broker::start(&[]);
     let control = Control::connect(&broker.control()).unwrap();
     control.ask(Ask::Status).unwrap();

@@ -15,7 +15,7 @@ use crate::terminal::*;
 use crate::vmm::*;
 
 #[test]
-fn handshake_tells_the_whole_table_and_nothing_follows() {
+fn handshake_sends_complete_and_final_peer_table() {
     let folder = tempfile::tempdir().unwrap();
     let second = folder.path().join("second.sock");
     let broker = Broker::start_in(
@@ -42,7 +42,7 @@ fn handshake_tells_the_whole_table_and_nothing_follows() {
 }
 
 #[test]
-fn memory_is_the_region_and_cannot_be_resized() {
+fn vm_receives_region_as_sealed_memory() {
     let broker = Broker::start(&["--size", "1M"]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let file = rustix::fs::fstat(&vm.memory).unwrap();
@@ -68,7 +68,7 @@ fn memory_is_the_region_and_cannot_be_resized() {
 }
 
 #[test]
-fn doorbells_go_straight_between_a_vm_and_a_host_app() {
+fn doorbells_connect_vm_and_host_app_directly() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();
@@ -103,7 +103,7 @@ fn doorbells_go_straight_between_a_vm_and_a_host_app() {
 }
 
 #[test]
-fn vm_without_its_driver_is_not_rung() {
+fn host_app_never_rings_vm_without_driver() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();
@@ -132,7 +132,7 @@ fn vm_without_its_driver_is_not_rung() {
 }
 
 #[test]
-fn taken_slot_refuses_with_an_unknown_version_and_not_with_silence() {
+fn taken_slot_replies_with_unknown_version() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let before = broker.descriptors();
@@ -153,7 +153,7 @@ fn taken_slot_refuses_with_an_unknown_version_and_not_with_silence() {
 }
 
 #[test]
-fn vm_that_comes_back_at_once_is_let_in() {
+fn broker_admits_vm_that_reconnects_immediately() {
     let broker = Broker::start(&[]);
     for _ in 0..rounds(50, 300) {
         // QEMU does the same when its device is unplugged and plugged in again.
@@ -162,7 +162,7 @@ fn vm_that_comes_back_at_once_is_let_in() {
 }
 
 #[test]
-fn slot_is_free_again_with_the_same_id_and_drained_eventfds() {
+fn next_vm_gets_same_drained_eventfds() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();
@@ -198,7 +198,7 @@ fn slot_is_free_again_with_the_same_id_and_drained_eventfds() {
 }
 
 #[test]
-fn slot_is_free_again_after_a_vm_that_made_its_eventfds_blocking() {
+fn slot_survives_vm_with_blocking_eventfds() {
     let broker = Broker::start(&[]);
     for _ in 0..3 {
         let vm = handshake(connect(&broker, "vm.sock"), 6);
@@ -216,7 +216,7 @@ fn slot_is_free_again_after_a_vm_that_made_its_eventfds_blocking() {
 }
 
 #[test]
-fn client_that_sends_bytes_is_let_go_and_nobody_else() {
+fn broker_disconnects_only_client_that_sends_bytes() {
     let broker = Broker::start(&[]);
     let mut vm = handshake(connect(&broker, "vm.sock"), 6);
     vm.socket.write_all(b"hello").unwrap();
@@ -231,7 +231,7 @@ fn client_that_sends_bytes_is_let_go_and_nobody_else() {
 }
 
 #[test]
-fn client_that_sends_bytes_at_once_still_gets_its_handshake() {
+fn client_with_early_bytes_receives_handshake() {
     let broker = Broker::start(&[]);
     let mut socket = connect(&broker, "vm.sock");
     socket.write_all(&[0xff; 4096]).unwrap();
@@ -239,7 +239,7 @@ fn client_that_sends_bytes_at_once_still_gets_its_handshake() {
 }
 
 #[test]
-fn clients_that_leave_in_the_middle_leave_nothing_behind() {
+fn interrupted_handshakes_leave_no_descriptors() {
     let broker = Broker::start(&[]);
     let attachment = broker.attach();
     let free = || attachment.status().unwrap().slots[0].vm.is_none();
@@ -259,7 +259,7 @@ fn clients_that_leave_in_the_middle_leave_nothing_behind() {
 }
 
 #[test]
-fn client_that_does_not_read_harms_nobody() {
+fn stalled_client_leaves_others_unaffected() {
     let folder = tempfile::tempdir().unwrap();
     let second = folder.path().join("second.sock");
     let broker = Broker::start_in(
@@ -272,7 +272,7 @@ fn client_that_does_not_read_harms_nobody() {
 }
 
 #[test]
-fn another_user_is_refused_unless_allowed() {
+fn broker_rejects_other_users_unless_allowed() {
     if !can_become_another_user() {
         return;
     }
@@ -307,7 +307,7 @@ fn another_user_is_refused_unless_allowed() {
 }
 
 #[test]
-fn superblock_is_what_the_broker_tells() {
+fn superblock_matches_layout_from_broker() {
     let broker = Broker::start(&[
         "--size",
         "4M",
@@ -332,7 +332,7 @@ fn superblock_is_what_the_broker_tells() {
 }
 
 #[test]
-fn cache_mode_is_shown_as_the_guest_tells_it_whatever_that_is() {
+fn inspect_shows_cache_mode_reported_by_guest() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();

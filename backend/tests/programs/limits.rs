@@ -55,7 +55,7 @@ fn limit_descriptors(broker: &Broker, most: u64) {
 }
 
 #[test]
-fn a_flood_of_nonsense_is_a_few_lines_in_the_log() {
+fn malformed_requests_cannot_flood_log() {
     let broker = Broker::start(&[]);
     let babbler = knock(&broker);
     let before = broker.log().lines().count();
@@ -126,7 +126,7 @@ fn no_request_floods_the_log() {
 }
 
 #[test]
-fn a_vm_that_comes_and_goes_hides_no_other() {
+fn reconnecting_vm_cannot_hide_others_in_log() {
     let folder = tempfile::tempdir().unwrap();
     let restless = folder.path().join("restless.sock");
     let broker = Broker::start_in(folder, &["--ivshmem", restless.to_str().unwrap()]);
@@ -149,7 +149,7 @@ fn a_vm_that_comes_and_goes_hides_no_other() {
 }
 
 #[test]
-fn log_tells_what_an_app_held_that_was_killed() {
+fn log_names_ends_of_killed_app() {
     let broker = Broker::start(&["--channel", "x=up,4K"]);
     let mut app = broker.app(&["recv", "--channel", "x"]).start();
     let held = |text: &str| broker.log().contains(text);
@@ -187,7 +187,7 @@ fn broker_without_descriptors_waits_and_goes_on() {
 
 /// QEMU would spin forever if its connection were closed before the memory came.
 #[test]
-fn vm_that_cannot_be_given_the_memory_is_told_so_and_not_left_waiting() {
+fn vm_receives_error_if_memory_transfer_fails() {
     if !can_become_another_user() {
         // The test needs an ordinary user, because root may have any number of descriptors in
         // flight.

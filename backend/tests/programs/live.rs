@@ -9,7 +9,7 @@ use crate::support::*;
 use crate::terminal::*;
 
 #[test]
-fn live_view_shows_channels_at_work_and_bytes() {
+fn live_view_shows_channels_and_bytes() {
     let broker = Broker::start(&[
         "--size",
         "1M",
@@ -42,7 +42,7 @@ fn live_view_shows_channels_at_work_and_bytes() {
 }
 
 #[test]
-fn live_view_shows_all_that_matters_in_a_usual_terminal() {
+fn live_view_fits_usual_terminal() {
     // Names and numbers have their maximum length: this name has 24 characters.
     let long = "a-camera-with-a-long-nam";
     let broker = Broker::start(&[
@@ -98,7 +98,7 @@ fn live_view_shows_all_that_matters_in_a_usual_terminal() {
 }
 
 #[test]
-fn live_view_ends_with_each_of_its_keys() {
+fn live_view_ends_on_quit_keys() {
     let broker = Broker::start(&[]);
     for keys in [&b"q"[..], b"\x1b", b"\x03"] {
         let mut terminal = Terminal::start(broker.app(&["inspect"]), LARGE);
@@ -109,7 +109,7 @@ fn live_view_ends_with_each_of_its_keys() {
 }
 
 #[test]
-fn live_view_of_a_broker_that_dies_says_so() {
+fn live_view_reports_death_of_broker() {
     let broker = Broker::start(&[]);
     let mut terminal = Terminal::start(broker.app(&["inspect"]), LARGE);
     terminal.wait_for("raw window");
@@ -120,7 +120,7 @@ fn live_view_of_a_broker_that_dies_says_so() {
 }
 
 #[test]
-fn live_view_ends_when_its_terminal_is_closed() {
+fn live_view_ends_with_its_terminal() {
     let broker = Broker::start(&[]);
     let (master, slave) = terminal(LARGE);
     let end = || Stdio::from(slave.try_clone().unwrap());

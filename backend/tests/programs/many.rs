@@ -107,11 +107,11 @@ fn raw_window(brokers: &Brokers, name: &str) -> u64 {
 
 /// The published client has no timeouts of its own.
 #[test]
-fn brokers_with_names_are_apart_over_both_transports() {
-    within_the_limit("all brokers answer", brokers_with_names_are_apart);
+fn named_brokers_are_independent_over_both_transports() {
+    within_the_limit("all brokers answer", named_brokers_are_independent);
 }
 
-fn brokers_with_names_are_apart() {
+fn named_brokers_are_independent() {
     let mut brokers = Brokers {
         folder: tempfile::tempdir().unwrap(),
         all: HashMap::new(),

@@ -77,7 +77,7 @@ fn manager(folder: &Path) -> PathBuf {
 const MANY: [&str; 2] = ["--vectors", "160"];
 
 #[test]
-fn successor_goes_on_with_a_vm_that_is_being_greeted() {
+fn successor_finishes_handshake_of_predecessor() {
     let mut broker = Broker::start(&MANY);
     let vm = connect(&broker, "vm.sock");
     broker.wait_until_idle();
@@ -91,7 +91,7 @@ fn successor_goes_on_with_a_vm_that_is_being_greeted() {
 }
 
 #[test]
-fn killed_brokers_successor_goes_on_with_a_vm_that_is_being_greeted() {
+fn restarted_broker_finishes_interrupted_handshake() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let mut broker = Broker::start_as(&manager, folder, &MANY);
@@ -104,7 +104,7 @@ fn killed_brokers_successor_goes_on_with_a_vm_that_is_being_greeted() {
 }
 
 #[test]
-fn others_are_refused_while_a_vm_is_being_greeted() {
+fn slot_rejects_others_during_handshake() {
     let broker = Broker::start(&MANY);
     let vm = connect(&broker, "vm.sock");
     broker.wait_until_idle();
@@ -113,7 +113,7 @@ fn others_are_refused_while_a_vm_is_being_greeted() {
 }
 
 #[test]
-fn successor_may_name_the_sockets_from_another_folder() {
+fn successor_accepts_same_sockets_from_another_folder() {
     let folder = tempfile::tempdir().unwrap();
     let inner = folder.path().join("inner");
     std::fs::create_dir(&inner).unwrap();
@@ -153,7 +153,7 @@ fn successor_may_name_the_sockets_from_another_folder() {
 }
 
 #[test]
-fn replacing_nobody_is_refused() {
+fn rejects_replace_without_running_broker() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).into_os_string();
     let mut command = barlink([
@@ -175,7 +175,7 @@ fn replacing_nobody_is_refused() {
 }
 
 #[test]
-fn successor_with_other_arguments_fails_and_the_broker_goes_on() {
+fn broker_survives_successor_with_other_arguments() {
     let mut broker = Broker::start(&["--size", "1M"]);
     let other_socket = broker.path("other.sock");
     let others: [(&[&str], &str); 3] = [
@@ -209,7 +209,7 @@ fn successor_with_other_arguments_fails_and_the_broker_goes_on() {
 /// The service manager would restart the replaced broker, so that two brokers would have one
 /// region.
 #[test]
-fn broker_that_is_a_service_is_not_replaced() {
+fn managed_broker_rejects_replacement() {
     let folder = tempfile::tempdir().unwrap();
     let manager = manager(folder.path());
     let mut broker = Broker::start_by(folder, &[], |command| {
@@ -230,7 +230,7 @@ fn broker_that_is_a_service_is_not_replaced() {
 }
 
 #[test]
-fn service_that_is_stopped_leaves_all_to_its_successor_if_there_can_be_one() {
+fn stopped_service_preserves_epoch_for_successor() {
     let epoch = |attachment: &Attachment| attachment.region().load(BROKER_PAGE + presence::EPOCH);
     let folder = tempfile::tempdir().unwrap();
     let path = manager(folder.path());
@@ -252,7 +252,7 @@ fn service_that_is_stopped_leaves_all_to_its_successor_if_there_can_be_one() {
 }
 
 #[test]
-fn service_that_was_killed_while_it_was_made_is_made_anew() {
+fn restart_without_persisted_state_creates_new_region() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let mut broker = Broker::start_as(&manager, folder, &[]);
@@ -277,7 +277,7 @@ fn service_that_was_killed_while_it_was_made_is_made_anew() {
 
 /// In this way a service takes over a region from an ordinary broker.
 #[test]
-fn service_takes_over_from_a_broker_that_is_none() {
+fn service_takes_over_from_ordinary_broker() {
     let mut broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let manager = manager(broker.folder.path());
@@ -291,7 +291,7 @@ fn service_takes_over_from_a_broker_that_is_none() {
 }
 
 #[test]
-fn successor_that_says_nothing_is_given_up() {
+fn broker_gives_up_silent_successor() {
     let broker = Broker::start(&[]);
     let silent = Control::connect(&broker.control()).unwrap();
     let (answer, descriptors) = silent.ask(Ask::HandOver).unwrap();
@@ -308,7 +308,7 @@ fn successor_that_says_nothing_is_given_up() {
 }
 
 #[test]
-fn sockets_have_the_mode_that_the_successors_arguments_mean() {
+fn successor_sets_socket_modes() {
     let mut broker = Broker::start(&[]);
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
     let nobody = NOBODY.to_string();
@@ -332,7 +332,7 @@ fn sockets_have_the_mode_that_the_successors_arguments_mean() {
 }
 
 #[test]
-fn only_the_brokers_own_user_replaces_it() {
+fn only_own_user_replaces_broker() {
     if !can_become_another_user() {
         return;
     }

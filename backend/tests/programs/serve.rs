@@ -70,7 +70,7 @@ fn refuses_sizes_that_no_bar_can_have() {
 }
 
 #[test]
-fn refuses_what_would_have_no_effect() {
+fn refuses_ineffective_or_invalid_options() {
     let folder = tempfile::tempdir().unwrap();
     fails(
         &mut serve(folder.path(), &["--guest-memory"]),
@@ -116,7 +116,7 @@ fn refuses_channels_that_do_not_fit() {
 }
 
 #[test]
-fn refuses_channels_and_sockets_that_are_named_twice() {
+fn refuses_duplicate_channels_and_sockets() {
     let folder = tempfile::tempdir().unwrap();
     let twice = ["--channel", "a=up,4K", "--channel", "a=down,4K"];
     fails(
@@ -149,7 +149,7 @@ fn refuses_channels_and_sockets_that_are_named_twice() {
 }
 
 #[test]
-fn refuses_a_short_path_that_is_long_from_the_root() {
+fn refuses_relative_path_that_resolves_too_long() {
     let folder = tempfile::tempdir().unwrap();
     let deep = folder.path().join("x".repeat(100));
     std::fs::create_dir(&deep).unwrap();
@@ -162,7 +162,7 @@ fn refuses_a_short_path_that_is_long_from_the_root() {
 }
 
 #[test]
-fn refuses_a_path_that_is_taken_and_leaves_it_alone() {
+fn refuses_existing_file_and_preserves_it() {
     let folder = tempfile::tempdir().unwrap();
     let taken = folder.path().join("taken");
     file_with(&taken, b"mine");
@@ -204,7 +204,7 @@ fn refuses_a_path_in_a_missing_folder() {
 }
 
 #[test]
-fn refuses_a_path_where_it_may_not_write() {
+fn refuses_path_without_write_permission() {
     if can_become_another_user() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -232,7 +232,7 @@ fn refuses_a_path_where_it_may_not_write() {
 }
 
 #[test]
-fn refuses_a_path_that_a_live_broker_holds_and_takes_one_that_a_dead_one_left() {
+fn reuses_sockets_of_dead_broker_only() {
     let broker = Broker::start(&[]);
     let folder = broker.folder.path().to_owned();
     let other = folder.join("other.sock");
@@ -263,7 +263,7 @@ fn refuses_a_path_where_another_program_listens() {
 }
 
 #[test]
-fn sockets_are_private_and_a_stopped_brokers_are_the_next_ones() {
+fn stopped_broker_leaves_private_reusable_sockets() {
     let mut folder = tempfile::tempdir().unwrap();
     for signal in [Signal::TERM, Signal::INT] {
         let broker = Broker::start_in(folder, &[]);
@@ -290,7 +290,7 @@ fn sockets_are_private_and_a_stopped_brokers_are_the_next_ones() {
 }
 
 #[test]
-fn socket_of_a_broker_with_another_control_socket_is_refused_with_a_cure_that_works() {
+fn occupied_socket_error_suggests_working_replacement() {
     let mut broker = Broker::start(&[]);
     let socket = broker.path("vm.sock");
     let other = broker.path("other.sock");
@@ -319,7 +319,7 @@ fn socket_of_a_broker_with_another_control_socket_is_refused_with_a_cure_that_wo
 }
 
 #[test]
-fn host_app_waits_for_a_broker_that_is_just_starting() {
+fn host_app_waits_for_starting_broker() {
     let broker = Broker::start(&[]);
     // The app retries for only one second, and a broker can take longer to start on a busy machine.
     // So the broker runs already, and appears under this path after the app's first attempt.
@@ -347,7 +347,7 @@ fn host_app_waits_for_a_broker_that_is_just_starting() {
 }
 
 #[test]
-fn a_name_stands_for_a_private_socket_in_the_run_folder() {
+fn name_selects_private_socket_in_run_folder() {
     let folder = tempfile::tempdir().unwrap();
     let run_folder = |command: &mut std::process::Command| {
         command.env("XDG_RUNTIME_DIR", folder.path());
@@ -401,7 +401,7 @@ fn a_name_stands_for_a_private_socket_in_the_run_folder() {
 }
 
 #[test]
-fn a_shell_gives_qemu_the_sockets_path_or_the_path_is_refused() {
+fn qemu_args_refuses_unquotable_socket_paths() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (odd, spaced) = (path("it's$HOME;`x`&\"y\".sock"), path("a b.sock"));
@@ -449,7 +449,7 @@ fn takes_little_memory_beside_the_region() {
 }
 
 #[test]
-fn run_folder_can_be_entered_by_others_if_some_are_admitted() {
+fn allowed_users_can_enter_run_folder() {
     let folder = tempfile::tempdir().unwrap();
     let serve = |name: &str, options: &[&str]| {
         let mut broker = barlink(["serve", "--name", name, "--ivshmem"])

@@ -55,7 +55,7 @@ fn speaks(socket: &mut UnixStream) -> bool {
 }
 
 #[test]
-fn panic_ends_its_own_session_and_nothing_else() {
+fn panic_ends_only_its_own_session() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| -> PathBuf { folder.path().join(name) };
     let faults = Arc::new(Faulty::default());

@@ -27,7 +27,7 @@ fn recv(broker: &Broker) -> std::process::Command {
 }
 
 #[test]
-fn file_comes_through_as_it_went_in() {
+fn file_arrives_unchanged() {
     let broker = Broker::start(&LOOP);
     for (length, record) in [
         (0, "256K"),
@@ -54,7 +54,7 @@ fn file_comes_through_as_it_went_in() {
 }
 
 #[test]
-fn works_in_a_pipe_and_summarises_as_json() {
+fn stream_works_in_pipes_with_json_summary() {
     let broker = Broker::start(&LOOP);
     let data = noise(3_000_000);
     let mut sender = send(&broker)
@@ -80,7 +80,7 @@ fn works_in_a_pipe_and_summarises_as_json() {
 }
 
 #[test]
-fn closed_pipe_ends_a_receiver_without_a_word() {
+fn closed_pipe_ends_receiver_silently() {
     let broker = Broker::start(&LOOP);
     let mut receiver = recv(&broker)
         .stdout(Stdio::piped())
@@ -102,7 +102,7 @@ fn closed_pipe_ends_a_receiver_without_a_word() {
 }
 
 #[test]
-fn closed_pipe_ends_every_other_program_without_a_word() {
+fn closed_pipe_ends_other_commands_silently() {
     let broker = Broker::start(&[]);
     for args in [
         &["peek", "--length", "1M"][..],
@@ -125,7 +125,7 @@ fn closed_pipe_ends_every_other_program_without_a_word() {
 }
 
 #[test]
-fn interrupted_ends_leave_a_channel_that_goes_on() {
+fn channel_survives_interrupted_ends() {
     let broker = Broker::start(&LOOP);
     let attachment = broker.attach();
     let mut sender = send(&broker).stdin(Stdio::piped()).start();
@@ -153,7 +153,7 @@ fn interrupted_ends_leave_a_channel_that_goes_on() {
 }
 
 #[test]
-fn stream_whose_sender_is_killed_is_told_to_be_incomplete() {
+fn receiver_reports_incomplete_stream() {
     let broker = Broker::start(&LOOP);
     let mut sender = send(&broker).stdin(Stdio::piped()).start();
     sender.stdin.as_mut().unwrap().write_all(b"half").unwrap();
@@ -190,7 +190,7 @@ fn send_and_be_killed(broker: &Broker, bytes: &[u8]) {
 }
 
 #[test]
-fn two_senders_are_two_streams_though_the_first_was_killed() {
+fn successor_of_killed_sender_starts_new_stream() {
     let broker = Broker::start(&LOOP);
     send_and_be_killed(&broker, b"half a stream");
     file_with(&broker.path("in"), b"a whole one");
@@ -204,7 +204,7 @@ fn two_senders_are_two_streams_though_the_first_was_killed() {
 }
 
 #[test]
-fn receiver_that_comes_after_its_sender_was_killed_does_not_wait_for_it() {
+fn late_receiver_never_waits_for_killed_sender() {
     let broker = Broker::start(&LOOP);
     send_and_be_killed(&broker, b"half a stream");
     let received = run(&mut recv(&broker));
@@ -215,7 +215,7 @@ fn receiver_that_comes_after_its_sender_was_killed_does_not_wait_for_it() {
 }
 
 #[test]
-fn receiver_that_comes_before_its_sender_waits_and_says_so() {
+fn receiver_reports_waiting_for_sender() {
     let broker = Broker::start(&LOOP);
     let mut terminal = Terminal::start(recv(&broker), USUAL);
     terminal.wait_for("waiting for a sender on channel `loop` (Ctrl-C ends this)");
@@ -227,7 +227,7 @@ fn receiver_that_comes_before_its_sender_waits_and_says_so() {
 }
 
 #[test]
-fn receiver_whose_sender_says_nothing_waits_and_says_so_once() {
+fn receiver_reports_waiting_for_data_once() {
     let broker = Broker::start(&LOOP);
     let mut sender = send(&broker).stdin(Stdio::piped()).start();
     wait_until("the sender is there", || {
@@ -253,7 +253,7 @@ fn receiver_whose_sender_says_nothing_waits_and_says_so_once() {
 }
 
 #[test]
-fn sender_to_a_full_channel_says_for_whom_it_waits() {
+fn sender_reports_waiting_on_full_channel() {
     let broker = Broker::start(&LOOP);
     let data = noise(5_000_000);
     file_with(&broker.path("in"), &data);
@@ -273,7 +273,7 @@ fn sender_to_a_full_channel_says_for_whom_it_waits() {
 }
 
 #[test]
-fn receiver_without_a_terminal_waits_without_a_word() {
+fn receiver_without_terminal_waits_silently() {
     let broker = Broker::start(&LOOP);
     let mut receiver = recv(&broker);
     receiver.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -289,7 +289,7 @@ fn receiver_without_a_terminal_waits_without_a_word() {
 }
 
 #[test]
-fn records_that_no_channel_carries_are_refused() {
+fn send_rejects_invalid_record_sizes() {
     let broker = Broker::start(&LOOP);
     fails(
         send(&broker).args(["--record-size", "1M"]),
@@ -308,7 +308,7 @@ fn records_that_no_channel_carries_are_refused() {
 }
 
 #[test]
-fn receiver_that_cannot_begin_leaves_its_file_alone() {
+fn failed_receiver_preserves_existing_file() {
     let broker = Broker::start(&LOOP);
     let file = broker.path("precious");
     file_with(&file, b"precious");
@@ -329,7 +329,7 @@ fn receiver_that_cannot_begin_leaves_its_file_alone() {
 }
 
 #[test]
-fn missing_file_and_full_disk_are_told() {
+fn errors_name_missing_file_and_full_disk() {
     let broker = Broker::start(&LOOP);
     fails(
         send(&broker).arg("/no/such/file"),
@@ -362,7 +362,7 @@ fn missing_file_and_full_disk_are_told() {
 /// The target becomes full within a record. The receiver removes the record's first part from the
 /// target, and the next receiver gets the whole record.
 #[test]
-fn rest_of_a_stream_whose_target_is_full_goes_to_another_file() {
+fn next_receiver_continues_after_full_target() {
     let broker = Broker::start(&LOOP);
     let bytes: Vec<u8> = (0..50_000_u32).flat_map(u32::to_le_bytes).collect();
     let [source, first, rest] = ["source", "first", "rest"].map(|name| broker.path(name));
@@ -392,7 +392,7 @@ fn rest_of_a_stream_whose_target_is_full_goes_to_another_file() {
 }
 
 #[test]
-fn idle_ends_and_an_idle_broker_use_no_processor_time() {
+fn idle_ends_and_broker_use_no_processor() {
     let broker = Broker::start(&LOOP);
     let mut sender = send(&broker).stdin(Stdio::piped()).start();
     let mut receiver = recv(&broker).stdout(Stdio::piped()).start();
@@ -434,7 +434,7 @@ fn idle_ends_and_an_idle_broker_use_no_processor_time() {
 }
 
 #[test]
-fn follow_goes_on_with_the_next_stream() {
+fn follow_option_receives_next_stream() {
     let broker = Broker::start(&LOOP);
     let mut receiver = recv(&broker).arg("--follow").stdout(Stdio::piped()).start();
     for text in ["one", "two", "six"] {
@@ -447,7 +447,7 @@ fn follow_goes_on_with_the_next_stream() {
 }
 
 #[test]
-fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
+fn poke_and_peek_reject_offsets_outside_window() {
     let broker = Broker::start(&["--size", "1M"]);
     works(&mut broker.app(&["poke", "hello", "--at", "3"]));
     assert_eq!(
@@ -489,7 +489,7 @@ fn poke_and_peek_reach_the_raw_window_and_not_beyond() {
 }
 
 #[test]
-fn ends_slots_and_windows_that_are_not_there_are_refused_with_a_cure() {
+fn commands_reject_missing_ends_slots_and_windows() {
     // These channels leave no room for a raw window.
     let channels = ["a=up,64K", "b=down,32K", "c=up,8K"];
     let channels = channels.iter().flat_map(|channel| ["--channel", channel]);
@@ -520,7 +520,7 @@ fn ends_slots_and_windows_that_are_not_there_are_refused_with_a_cure() {
 }
 
 #[test]
-fn nothing_is_lost_when_channels_share_a_vector() {
+fn channels_share_vector_without_loss() {
     let broker = Broker::start(&[
         "--vectors",
         "1",

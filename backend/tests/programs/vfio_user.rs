@@ -16,7 +16,7 @@ use crate::vmm::{handshake, rings};
 const HOST: u32 = 2;
 
 #[test]
-fn device_is_told_as_qemu_asks_for_it() {
+fn broker_describes_device_as_qemu_expects() {
     let broker = serve_both(&["--size", "1M"]);
     let mut client = Client::greet(&broker);
     let info = client.get(GET_INFO, &words(&[16, 0, 0, 0]));
@@ -53,7 +53,7 @@ fn device_is_told_as_qemu_asks_for_it() {
 }
 
 #[test]
-fn region_comes_with_its_descriptor_and_one_area_that_covers_it() {
+fn region_info_carries_descriptor_and_mappable_area() {
     let broker = serve_both(&["--size", "1M"]);
     let mut client = Client::greet(&broker);
     // QEMU asks first without room for the areas, then with the size that the first reply states.
@@ -84,7 +84,7 @@ fn region_comes_with_its_descriptor_and_one_area_that_covers_it() {
 }
 
 #[test]
-fn doorbells_and_interrupts_go_to_whoever_holds_the_other_end() {
+fn doorbells_and_interrupts_reach_other_end() {
     let broker = serve_both(&[
         "--channel",
         "up=1-host,64K",
@@ -125,7 +125,7 @@ fn doorbells_and_interrupts_go_to_whoever_holds_the_other_end() {
 }
 
 #[test]
-fn interrupts_are_set_as_qemu_sets_them() {
+fn broker_sets_interrupts_as_qemu_expects() {
     let broker = serve_both(&["--channel", "up=1-host,64K", "--vectors", "2"]);
     let mut client = Client::greet(&broker);
     let app = Control::connect(&broker.control()).unwrap();
@@ -172,7 +172,7 @@ fn interrupts_are_set_as_qemu_sets_them() {
 }
 
 #[test]
-fn reset_puts_the_device_back_and_tells_the_host() {
+fn reset_restores_device_and_notifies_host() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
     let mut client = Client::greet(&broker);
     let app = Control::connect(&broker.control()).unwrap();
@@ -209,7 +209,7 @@ fn reset_puts_the_device_back_and_tells_the_host() {
 }
 
 #[test]
-fn guest_memory_is_not_kept() {
+fn broker_closes_guest_memory_by_default() {
     let broker = serve_both(&[]);
     let mut client = Client::greet(&broker);
     let before = broker.descriptors();
@@ -225,7 +225,7 @@ fn guest_memory_is_not_kept() {
 }
 
 #[test]
-fn version_is_answered_as_qemu_needs_it() {
+fn version_reply_suits_qemu() {
     let broker = serve_both(&[]);
     let mut client = Client::connect(&broker);
     let reply = client.version();
@@ -242,7 +242,7 @@ fn version_is_answered_as_qemu_needs_it() {
 
 /// The published client has no timeouts of its own.
 #[test]
-fn published_client_maps_the_region_and_is_interrupted() {
+fn published_client_maps_region_and_receives_interrupts() {
     within_the_limit("it is answered", published_client);
 }
 
@@ -315,7 +315,7 @@ fn slots_of_both_transports_ring_each_other() {
 }
 
 #[test]
-fn slot_of_vfio_user_is_free_again_and_as_new() {
+fn next_vfio_user_client_finds_fresh_device() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
     let mut client = Client::greet(&broker);
     let before = broker.descriptors();
@@ -343,7 +343,7 @@ fn slot_of_vfio_user_is_free_again_and_as_new() {
 }
 
 #[test]
-fn taken_slot_of_vfio_user_refuses_with_an_error_and_not_with_silence() {
+fn taken_vfio_user_slot_replies_busy() {
     let broker = serve_both(&[]);
     let mut first = Client::greet(&broker);
     for _ in 0..20 {
@@ -361,7 +361,7 @@ fn taken_slot_of_vfio_user_refuses_with_an_error_and_not_with_silence() {
 }
 
 #[test]
-fn qemu_args_are_words_for_a_shell_that_looks_at_no_quotes() {
+fn qemu_args_print_unquoted_shell_words() {
     let broker = serve_both(&[]);
     let socket = broker.path("user.sock");
     let printed = works(&mut broker.app(&["qemu-args", "--slot", "1", "--id", "two"]));

@@ -63,7 +63,7 @@ fn guest(broker: &Broker) -> (Client, std::fs::File) {
 }
 
 #[test]
-fn buffer_is_read_where_the_guest_tells_that_it_is() {
+fn host_app_reads_announced_dma_buffer() {
     let broker = serve_both(&["--guest-memory"]);
     let (mut client, ram) = guest(&broker);
     let bytes = noise(2 << 20);
@@ -142,7 +142,7 @@ fn buffer_is_read_where_the_guest_tells_that_it_is() {
 }
 
 #[test]
-fn buffers_that_can_be_none_are_ignored_and_told_once() {
+fn broker_ignores_invalid_buffers_and_logs_once() {
     let broker = serve_both(&["--guest-memory"]);
     let (mut client, _ram) = guest(&broker);
     let good = BufferStatus {
@@ -203,7 +203,7 @@ fn buffers_that_can_be_none_are_ignored_and_told_once() {
 }
 
 #[test]
-fn buffer_is_for_whom_it_is_meant() {
+fn broker_rejects_invalid_buffer_reads() {
     let broker = serve_both(&[]);
     assert_eq!(refusal(&broker), Refusal::NoVm(1));
     assert_eq!(refusal_at(&broker, 2, 0, 1), Refusal::NoSlot(2));
@@ -256,7 +256,7 @@ fn buffer_is_for_whom_it_is_meant() {
 }
 
 #[test]
-fn buffer_is_for_the_brokers_own_user() {
+fn only_own_user_reads_dma_buffer() {
     if !can_become_another_user() {
         return;
     }
@@ -270,7 +270,7 @@ fn buffer_is_for_the_brokers_own_user() {
 }
 
 #[test]
-fn buffer_is_handed_over() {
+fn successor_inherits_dma_buffer() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let socket = folder.path().join("user.sock").display().to_string();

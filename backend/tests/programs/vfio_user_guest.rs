@@ -52,7 +52,7 @@ fn refusal(broker: &Broker, slot: u32, address: u64, length: usize) -> Refusal {
 }
 
 #[test]
-fn guest_memory_is_copied_within_what_is_mapped() {
+fn host_app_reads_only_mapped_guest_memory() {
     let broker = serve_both(&["--guest-memory"]);
     let mut client = Client::greet(&broker);
     assert_eq!(client.read_word(0, 0x18), 7, "the feature is not told");
@@ -110,7 +110,7 @@ fn peek(broker: &Broker, address: u64) -> [u8; 16] {
 
 /// QEMU would report an error for each of these ranges, and other clients might end.
 #[test]
-fn memory_that_cannot_be_read_is_acknowledged_and_told() {
+fn broker_accepts_and_reports_unreadable_memory() {
     let broker = serve_both(&["--guest-memory"]);
     let mut client = Client::greet(&broker);
     let before = broker.descriptors();
@@ -159,7 +159,7 @@ fn memory_that_cannot_be_read_is_acknowledged_and_told() {
 }
 
 #[test]
-fn client_that_comes_again_and_again_with_memory_that_cannot_be_read_does_not_fill_the_log() {
+fn clients_with_unreadable_memory_cannot_flood_log() {
     const TIMES: usize = 100;
     let broker = serve_both(&["--guest-memory"]);
     let device = File::open("/dev/zero").unwrap();
@@ -175,7 +175,7 @@ fn client_that_comes_again_and_again_with_memory_that_cannot_be_read_does_not_fi
 }
 
 #[test]
-fn memory_that_is_cut_off_or_lacks_its_pages_is_no_signal() {
+fn truncated_guest_memory_causes_no_signal() {
     let broker = serve_both(&["--guest-memory"]);
     let mut client = Client::greet(&broker);
     let ram = memory(SealFlags::empty());
@@ -213,7 +213,7 @@ fn memory_that_is_cut_off_or_lacks_its_pages_is_no_signal() {
 }
 
 #[test]
-fn copies_of_memory_that_was_never_used_allocate_none() {
+fn reading_unused_guest_memory_allocates_nothing() {
     let broker = serve_both(&["--guest-memory"]);
     let mut client = Client::greet(&broker);
     let ram = File::from(rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
@@ -237,7 +237,7 @@ fn copies_of_memory_that_was_never_used_allocate_none() {
 /// Three file systems can give the same number to a file: that of memfds of 4 KiB pages, that of
 /// memfds of huge pages, and `/dev/shm`.
 #[test]
-fn files_with_the_same_number_are_told_apart() {
+fn broker_distinguishes_files_with_same_inode_number() {
     let broker = serve_both(&["--guest-memory"]);
     let mut client = Client::greet(&broker);
     let (one, other) = same_number();
@@ -273,7 +273,7 @@ fn same_number() -> (File, File) {
 }
 
 #[test]
-fn ranges_that_make_no_sense_are_refused() {
+fn broker_rejects_invalid_memory_ranges() {
     let broker = serve_both(&["--guest-memory"]);
     let mut client = Client::greet(&broker);
     let ram = memory(SealFlags::SHRINK);
@@ -324,7 +324,7 @@ fn ranges_that_make_no_sense_are_refused() {
 }
 
 #[test]
-fn files_of_guest_memory_are_not_without_end() {
+fn broker_limits_files_of_guest_memory() {
     let broker = serve_both(&["--guest-memory"]);
     let mut client = Client::greet(&broker);
     let before = broker.descriptors();
@@ -353,7 +353,7 @@ fn files_of_guest_memory_are_not_without_end() {
 /// If the guest has an IOMMU, each page of a buffer of 4 MiB can be a range of its own, anywhere in
 /// the guest's memory.
 #[test]
-fn each_page_can_be_a_range_and_a_successor_has_them_all() {
+fn successor_inherits_one_range_per_page() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let socket = folder.path().join("user.sock").display().to_string();
@@ -399,7 +399,7 @@ fn each_page_can_be_a_range_and_a_successor_has_them_all() {
 }
 
 #[test]
-fn guest_memory_is_for_whom_it_is_meant() {
+fn broker_rejects_invalid_guest_memory_reads() {
     let broker = serve_both(&[]);
     assert_eq!(refusal(&broker, 1, 0, 1), Refusal::NoVm(1));
     assert_eq!(refusal(&broker, 2, 0, 1), Refusal::NoSlot(2));
@@ -426,7 +426,7 @@ fn guest_memory_is_for_whom_it_is_meant() {
 }
 
 #[test]
-fn guest_memory_is_handed_over() {
+fn successor_inherits_guest_memory() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("user.sock").display().to_string();
     let arguments = ["--vfio-user", &socket, "--guest-memory"];
@@ -447,7 +447,7 @@ fn guest_memory_is_handed_over() {
 }
 
 #[test]
-fn service_manager_keeps_each_file_of_guest_memory_once_and_all_ranges_are_there_again() {
+fn service_manager_stores_each_memory_file_once() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let socket = folder.path().join("user.sock").display().to_string();
@@ -489,7 +489,7 @@ fn service_manager_keeps_each_file_of_guest_memory_once_and_all_ranges_are_there
 }
 
 #[test]
-fn vm_that_leaves_leaves_no_host_app_waiting() {
+fn departing_vm_leaves_no_app_waiting() {
     let broker = serve_both(&["--guest-memory"]);
     for _ in 0..rounds(5, 20) {
         let mut client = Client::greet(&broker);
@@ -510,7 +510,7 @@ fn vm_that_leaves_leaves_no_host_app_waiting() {
 }
 
 #[test]
-fn successor_without_guest_memory_keeps_none_of_it() {
+fn successor_without_option_drops_guest_memory() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let socket = folder.path().join("user.sock").display().to_string();

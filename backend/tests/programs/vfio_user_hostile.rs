@@ -27,7 +27,7 @@ fn number(errno: Errno) -> u32 {
 }
 
 #[test]
-fn commands_that_make_no_sense_are_refused_and_the_stream_goes_on() {
+fn stream_continues_after_invalid_commands() {
     let broker = serve_both(&[]);
     let mut client = Client::greet(&broker);
     let inval = number(Errno::INVAL);
@@ -98,7 +98,7 @@ fn commands_that_make_no_sense_are_refused_and_the_stream_goes_on() {
 }
 
 #[test]
-fn commands_before_the_version_are_out_of_turn() {
+fn session_rejects_commands_before_version() {
     let broker = serve_both(&[]);
     let mut client = Client::connect(&broker);
     for (command, payload) in [
@@ -116,7 +116,7 @@ fn commands_before_the_version_are_out_of_turn() {
 }
 
 #[test]
-fn messages_that_want_no_reply_get_none() {
+fn session_honours_no_reply_flag() {
     let broker = serve_both(&[]);
     let mut client = Client::greet(&broker);
     let info = words(&[16, 0, 0, 0]);
@@ -131,7 +131,7 @@ fn messages_that_want_no_reply_get_none() {
 }
 
 #[test]
-fn messages_may_come_in_any_parts() {
+fn session_accepts_fragmented_messages() {
     let broker = serve_both(&[]);
     let mut client = Client::greet(&broker);
     let reads: Vec<_> = (0..20)
@@ -153,7 +153,7 @@ fn messages_may_come_in_any_parts() {
 }
 
 #[test]
-fn streams_that_nobody_can_follow_end() {
+fn session_ends_on_malformed_header() {
     let broker = serve_both(&[]);
     let before = broker.descriptors();
     for bytes in [
@@ -178,7 +178,7 @@ fn streams_that_nobody_can_follow_end() {
 }
 
 #[test]
-fn noise_harms_nobody() {
+fn random_messages_leave_others_unaffected() {
     let broker = serve_both(&[]);
     let before = broker.descriptors();
     let rounds = rounds(60, 200);
@@ -205,7 +205,7 @@ fn noise_harms_nobody() {
 }
 
 #[test]
-fn client_that_stalls_holds_up_nobody_else() {
+fn stalled_client_delays_only_itself() {
     const LENGTHS: [usize; 4] = [1, 15, 16, 31];
     let folder = tempfile::tempdir().unwrap();
     let sockets = LENGTHS.map(|length| folder.path().join(format!("{length}.sock")));
@@ -247,8 +247,8 @@ fn client_that_stalls_holds_up_nobody_else() {
     quiet.get(GET_INFO, &words(&[16, 0, 0, 0]));
 }
 
-/// Runs as a part of `control::broker_lets_silent_clients_go`.
-pub fn client_that_says_nothing_keeps_its_slot_for_a_while_only() {
+/// Runs as a part of `control::broker_disconnects_silent_clients`.
+pub fn silent_vfio_user_client_loses_its_slot() {
     let broker = serve_both(&[]);
     let mut silent = Client::connect(&broker);
     others_are_served(&broker);
@@ -258,7 +258,7 @@ pub fn client_that_says_nothing_keeps_its_slot_for_a_while_only() {
 }
 
 #[test]
-fn client_that_takes_no_replies_is_let_go() {
+fn broker_disconnects_client_with_unread_replies() {
     let broker = serve_both(&[]);
     let client = Client::greet(&broker);
     let read = message(1, READ, 0, &words(&[0, 0, 2, 4096]));
@@ -274,7 +274,7 @@ fn client_that_takes_no_replies_is_let_go() {
 
 /// CVE-2022-0669 and CVE-2019-14818 (DPDK vhost): unrequested descriptors stayed open.
 #[test]
-fn descriptors_that_come_with_any_command_are_not_kept() {
+fn session_closes_unrequested_descriptors() {
     let broker = serve_both(&[]);
     let mut client = Client::greet(&broker);
     let before = broker.descriptors();
@@ -315,7 +315,7 @@ fn descriptors_that_come_with_any_command_are_not_kept() {
 }
 
 #[test]
-fn interrupt_that_cannot_be_written_blocks_nobody() {
+fn full_interrupt_eventfd_blocks_no_session() {
     let broker = serve_both(&[]);
     let mut client = Client::greet(&broker);
     // The eventfd is full and blocking. All copies of a descriptor share that flag.

@@ -72,7 +72,7 @@ fn ask_while(client: &mut Client, change: impl FnOnce(&dyn Fn())) {
 }
 
 #[test]
-fn successor_has_the_device_as_it_was() {
+fn successor_inherits_device_state() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::greet(&broker);
@@ -126,7 +126,7 @@ fn successor_has_the_device_as_it_was() {
 }
 
 #[test]
-fn every_message_has_one_reply_while_brokers_change() {
+fn every_message_gets_one_reply_during_replacement() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::greet(&broker);
@@ -139,7 +139,7 @@ fn every_message_has_one_reply_while_brokers_change() {
 }
 
 #[test]
-fn every_message_has_one_reply_while_a_service_is_restarted() {
+fn every_message_gets_one_reply_during_restart() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let (mut broker, arguments) = serve_as(&manager, folder);
@@ -157,7 +157,7 @@ fn every_message_has_one_reply_while_a_service_is_restarted() {
 }
 
 #[test]
-fn service_that_is_killed_leaves_the_device_as_it_was() {
+fn killed_service_leaves_device_state_intact() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let (mut broker, arguments) = serve_as(&manager, folder);
@@ -195,7 +195,7 @@ fn service_that_is_killed_leaves_the_device_as_it_was() {
 
 /// At nearly every moment a message has arrived in part.
 #[test]
-fn messages_that_come_slowly_one_after_the_other_keep_no_successor_out() {
+fn slow_messages_do_not_prevent_replacement() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
     let client = Client::greet(&broker);
@@ -220,7 +220,7 @@ fn messages_that_come_slowly_one_after_the_other_keep_no_successor_out() {
 }
 
 #[test]
-fn half_a_message_holds_a_successor_up_for_a_moment_only() {
+fn partial_message_delays_replacement_only_briefly() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::greet(&broker);
@@ -302,7 +302,7 @@ fn give_slow(broker: &Broker, client: &Client, message: &[u8]) -> Slow {
 }
 
 #[test]
-fn descriptor_that_is_refused_and_slow_to_close_holds_up_its_own_session_only() {
+fn slow_rejected_descriptor_delays_only_its_session() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::greet(&broker);
@@ -319,7 +319,7 @@ fn descriptor_that_is_refused_and_slow_to_close_holds_up_its_own_session_only() 
 }
 
 #[test]
-fn half_a_message_with_a_descriptor_that_is_slow_to_close_is_handed_over_to_nobody() {
+fn replacement_drops_partial_message_with_slow_descriptor() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::greet(&broker);
@@ -336,7 +336,7 @@ fn half_a_message_with_a_descriptor_that_is_slow_to_close_is_handed_over_to_nobo
 }
 
 #[test]
-fn session_that_never_ends_its_message_is_left_out_and_the_others_are_handed_over() {
+fn replacement_leaves_out_only_stuck_session() {
     let folder = tempfile::tempdir().unwrap();
     let [stuck, other] = ["user.sock", "other.sock"].map(|name| folder.path().join(name));
     let [stuck, other] = [&stuck, &other].map(|path| path.to_str().unwrap());
@@ -418,7 +418,7 @@ fn is_readable_within(client: &Client, time: Duration) -> bool {
 }
 
 #[test]
-fn successor_that_dawdles_is_called_off_as_a_whole() {
+fn broker_cancels_handover_to_slow_successor() {
     // With 256 vectors there are several thousand descriptors to hand over.
     let broker = serve_both(&["--vectors", "256"]);
     let mut client = Client::greet(&broker);
@@ -470,7 +470,7 @@ fn noted(broker: &Broker) -> File {
 }
 
 #[test]
-fn session_of_another_version_is_not_taken_over() {
+fn successor_rejects_session_of_other_version() {
     for version in [0u64, 1, 3, u64::MAX] {
         let (mut broker, arguments) = serve();
         let arguments = arguments.each_ref().map(String::as_str);

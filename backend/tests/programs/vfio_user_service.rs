@@ -65,7 +65,7 @@ impl Recorder {
 }
 
 #[test]
-fn eventfd_of_an_interrupt_is_kept_before_the_last_one_is_forgotten() {
+fn broker_stores_new_eventfd_before_removing_old() {
     let (broker, manager) = Recorder::serve();
     let mut client = Client::greet(&broker);
     for _ in 0..5 {
@@ -94,7 +94,7 @@ fn eventfd_of_an_interrupt_is_kept_before_the_last_one_is_forgotten() {
 
 /// A service manager does not store the same file twice.
 #[test]
-fn eventfd_that_is_set_again_stays_kept() {
+fn eventfd_set_twice_stays_stored() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let socket = folder.path().join("user.sock").display().to_string();
@@ -114,7 +114,7 @@ fn eventfd_that_is_set_again_stays_kept() {
 }
 
 #[test]
-fn client_that_sets_interrupts_without_end_is_slowed_and_nobody_else() {
+fn interrupt_setting_flood_slows_only_its_client() {
     let (broker, manager) = Recorder::serve();
     let mut client = Client::greet(&broker);
     let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
@@ -150,17 +150,19 @@ fn timed<T>(action: impl FnOnce() -> T) -> (T, Duration) {
 }
 
 #[test]
-fn service_manager_that_does_not_read_costs_one_vm_a_second_and_others_nothing() {
+fn stalled_service_manager_delays_only_one_vm() {
     once_of_some("nobody else waits", || {
         let slow = RefCell::new(Vec::new());
-        costs_one_vm_a_second(&|what, took| slow.borrow_mut().push(format!("{what}: {took:?}")));
+        stall_delays_one_vm_one_second(&|what, took| {
+            slow.borrow_mut().push(format!("{what}: {took:?}"))
+        });
         eprintln!("too slow: {:?}", slow.borrow());
         slow.borrow().is_empty()
     });
 }
 
 /// Reports each step that is too slow. On a busy machine any step can be.
-fn costs_one_vm_a_second(is_slow: &dyn Fn(&str, Duration)) {
+fn stall_delays_one_vm_one_second(is_slow: &dyn Fn(&str, Duration)) {
     const AT_ONCE: Duration = Duration::from_millis(700);
     const IN_TIME: Duration = Duration::from_millis(2500);
     let within = |limit: Duration, what: &str, took: Duration| {
@@ -235,7 +237,7 @@ fn costs_one_vm_a_second(is_slow: &dyn Fn(&str, Duration)) {
 }
 
 #[test]
-fn service_manager_that_is_gone_is_a_few_lines_in_the_log() {
+fn missing_service_manager_cannot_flood_log() {
     let (broker, manager) = Recorder::serve();
     let mut client = Client::greet(&broker);
     manager.socket.shutdown(std::net::Shutdown::Both).unwrap();
@@ -252,7 +254,7 @@ fn service_manager_that_is_gone_is_a_few_lines_in_the_log() {
 }
 
 #[test]
-fn session_whose_memory_is_of_another_size_is_not_taken_over() {
+fn restart_rejects_session_memory_of_other_size() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let user = folder.path().join("user.sock").display().to_string();

@@ -21,7 +21,7 @@ fn fired(call: &EventFd) -> bool {
 }
 
 #[test]
-fn configuration_says_what_the_driver_must_know() {
+fn configuration_describes_device_to_driver() {
     let broker = serve_vhost_user(&["--size", "2M"]);
     let mut client = Client::greet(&broker);
     let bytes = client.config();
@@ -49,7 +49,7 @@ fn configuration_says_what_the_driver_must_know() {
 }
 
 #[test]
-fn region_is_mapped_when_the_device_has_started_and_never_before() {
+fn broker_maps_region_once_after_each_start() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
     let own = &other.bells.iter().find(|(peer, _)| *peer == 1).unwrap().1;
@@ -80,7 +80,7 @@ fn region_is_mapped_when_the_device_has_started_and_never_before() {
 }
 
 #[test]
-fn doorbells_ring_whom_they_name() {
+fn doorbells_ring_only_named_peer() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
     let mut client = Client::greet(&broker);
@@ -127,7 +127,7 @@ fn doorbells_ring_whom_they_name() {
 }
 
 #[test]
-fn vectors_that_are_rung_come_once_each_with_an_interrupt() {
+fn interrupt_queue_delivers_each_rung_vector_once() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
     let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
@@ -174,7 +174,7 @@ fn vectors_that_are_rung_come_once_each_with_an_interrupt() {
 }
 
 #[test]
-fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
+fn reset_but_not_pause_increments_connection() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
     let host = &other.bells.iter().find(|(peer, _)| *peer == 2).unwrap().1;
@@ -228,7 +228,7 @@ fn reset_gives_the_connection_a_new_number_and_a_pause_does_not() {
 }
 
 #[test]
-fn client_that_does_not_map_the_region_goes_on_without() {
+fn session_continues_without_mapped_region() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
     client.start();
@@ -245,7 +245,7 @@ fn client_that_does_not_map_the_region_goes_on_without() {
 }
 
 #[test]
-fn vectors_of_before_a_reset_do_not_come_after_it() {
+fn reset_discards_pending_vectors() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
     let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
@@ -265,7 +265,7 @@ fn vectors_of_before_a_reset_do_not_come_after_it() {
 }
 
 #[test]
-fn slot_of_vhost_user_is_free_again_and_nothing_is_left() {
+fn vhost_user_slot_is_freed_without_leaks() {
     let broker = serve_vhost_user(&[]);
     let attachment = broker.attach();
     let settle = || {
@@ -292,7 +292,7 @@ fn slot_of_vhost_user_is_free_again_and_nothing_is_left() {
 }
 
 #[test]
-fn qemu_args_of_vhost_user_leave_the_memory_to_the_user_and_say_so() {
+fn vhost_user_qemu_args_advise_shared_memory() {
     let broker = serve_vhost_user(&[]);
     let output = run(&mut broker.app(&["qemu-args", "--slot", "1", "--id", "two"]));
     assert!(output.status.success());

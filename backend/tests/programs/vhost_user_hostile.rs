@@ -43,7 +43,7 @@ fn table(address: u64, size: u64, vmm: u64, offset: u64) -> Vec<u8> {
 }
 
 #[test]
-fn messages_that_make_no_sense_end_their_session_alone() {
+fn invalid_message_ends_only_its_session() {
     let ram = memory(SealFlags::SHRINK);
     let huge = memory(SealFlags::SHRINK);
     huge.set_len(1 << 42).unwrap();
@@ -167,7 +167,7 @@ fn messages_that_make_no_sense_end_their_session_alone() {
 }
 
 #[test]
-fn messages_that_make_no_sense_later_end_their_session_alone() {
+fn late_invalid_message_ends_only_its_session() {
     let broker = serve_vhost_user(&[]);
     let (socket, _other) = UnixStream::pair().unwrap();
     let eventfd = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -213,7 +213,7 @@ fn messages_that_make_no_sense_later_end_their_session_alone() {
 }
 
 #[test]
-fn vmm_without_shared_memory_has_a_device_without_a_region_and_is_told_so() {
+fn vmm_without_shmem_gets_device_without_region() {
     let broker = serve_vhost_user(&[]);
     for lacking in [
         VhostUserProtocolFeatures::SHMEM,
@@ -235,7 +235,7 @@ fn vmm_without_shared_memory_has_a_device_without_a_region_and_is_told_so() {
 }
 
 #[test]
-fn bytes_that_are_no_messages_end_their_session_alone() {
+fn non_message_bytes_end_only_their_session() {
     let broker = serve_vhost_user(&[]);
     for bytes in [noise(4096), vec![0xff; 12], vec![0; 5000]] {
         let mut client = connect(&broker);
@@ -252,7 +252,7 @@ fn bytes_that_are_no_messages_end_their_session_alone() {
 }
 
 #[test]
-fn messages_may_come_in_any_parts_and_descriptors_with_any() {
+fn session_accepts_fragments_but_limits_descriptors() {
     let broker = serve_vhost_user(&[]);
     let mut client = connect(&broker);
     for byte in [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0] {
@@ -271,7 +271,7 @@ fn messages_may_come_in_any_parts_and_descriptors_with_any() {
 }
 
 #[test]
-fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
+fn stalled_vhost_user_client_delays_only_itself() {
     let broker = serve_vhost_user(&[]);
     // Stalls within a message.
     once_of_some("others are served while it stalls", || {
@@ -303,7 +303,7 @@ fn client_of_vhost_user_that_stalls_holds_up_nobody_else() {
 }
 
 #[test]
-fn taken_slot_of_vhost_user_hangs_up_on_a_second_client() {
+fn taken_vhost_user_slot_disconnects_second_client() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
     once_of_some("it hangs up at once", || {
@@ -316,7 +316,7 @@ fn taken_slot_of_vhost_user_hangs_up_on_a_second_client() {
 }
 
 #[test]
-fn client_that_never_answers_leaves_its_slot_all_the_same() {
+fn unanswered_mapping_request_leaves_slot_reusable() {
     let broker = serve_vhost_user(&[]);
     for _ in 0..3 {
         let mut client = Client::greet(&broker);

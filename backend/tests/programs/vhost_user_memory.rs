@@ -56,7 +56,7 @@ fn is_read(eventfd: &EventFd) -> bool {
 /// If the broker touches an unused page, the kernel allocates the page and charges it to the
 /// broker.
 #[test]
-fn guest_has_the_broker_touch_no_more_than_some_of_its_memory() {
+fn broker_touches_limited_number_of_guest_pages() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
     client.start();
@@ -78,7 +78,7 @@ fn guest_has_the_broker_touch_no_more_than_some_of_its_memory() {
 
 /// A VMM can map new memory at the same addresses again and again, and keep the old memory.
 #[test]
-fn vmm_that_changes_its_memory_has_the_broker_touch_no_more_of_it() {
+fn memory_changes_do_not_reset_page_limit() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
     let (mut kept, mut touched) = (Vec::new(), 0);
@@ -98,7 +98,7 @@ fn vmm_that_changes_its_memory_has_the_broker_touch_no_more_of_it() {
 
 /// A VMM can also move the memory while queues run, and the rings with it.
 #[test]
-fn rings_that_move_with_their_memory_are_counted() {
+fn page_limit_counts_moved_rings() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
     client.start();
@@ -123,7 +123,7 @@ fn rings_that_move_with_their_memory_are_counted() {
 }
 
 #[test]
-fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
+fn broker_rejects_unsealed_memory_before_mapping() {
     let broker = serve_vhost_user(&[]);
     let on_disk = tempfile::tempfile().unwrap();
     on_disk.set_len(MEMORY).unwrap();
@@ -155,7 +155,7 @@ fn memory_that_can_be_shortened_is_refused_before_it_is_mapped() {
 }
 
 #[test]
-fn queues_that_make_no_sense_are_left_alone() {
+fn session_survives_invalid_queues() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
     let attacks: [(&str, Attack<'_>); 8] = [
@@ -228,7 +228,7 @@ fn queues_that_make_no_sense_are_left_alone() {
 }
 
 #[test]
-fn eventfds_that_block_or_are_read_by_others_hold_up_nothing() {
+fn session_survives_blocking_or_drained_eventfds() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
     // All eventfds are blocking, and the `call` eventfds are full.
@@ -261,7 +261,7 @@ fn eventfds_that_block_or_are_read_by_others_hold_up_nothing() {
 }
 
 #[test]
-fn memory_that_is_taken_away_while_the_queues_run_is_not_touched() {
+fn broker_never_touches_removed_guest_memory() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::greet(&broker);
     client.start();

@@ -13,7 +13,7 @@ fn arguments(folder: &tempfile::TempDir) -> [String; 2] {
 }
 
 #[test]
-fn broker_with_a_vm_over_vhost_user_is_not_replaced() {
+fn broker_with_vhost_user_vm_rejects_replacement() {
     let folder = tempfile::tempdir().unwrap();
     let arguments = arguments(&folder);
     let arguments = arguments.each_ref().map(String::as_str);
@@ -53,7 +53,7 @@ fn broker_with_a_vm_over_vhost_user_is_not_replaced() {
 }
 
 #[test]
-fn service_that_is_restarted_lets_its_vm_over_vhost_user_go() {
+fn restarted_service_disconnects_vhost_user_vm() {
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
     let arguments = arguments(&folder);

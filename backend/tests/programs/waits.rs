@@ -8,7 +8,7 @@ use barlink::protocol::{Strategy, Wakeup};
 use crate::support::*;
 
 #[test]
-fn both_ends_say_how_many_records_were_dropped() {
+fn both_ends_report_dropped_records() {
     let broker = Broker::start(&["--channel", "camera=host-host,64K,drop"]);
     let ends = |word: &'static str| {
         let mut command = broker.app(&[word, "--channel", "camera"]);
@@ -61,7 +61,7 @@ fn both_ends_say_how_many_records_were_dropped() {
 }
 
 #[test]
-fn nap_of_microseconds_is_not_rounded_up_to_a_millisecond() {
+fn short_wait_ends_within_one_millisecond() {
     let broker = Broker::start(&["--channel", "loop=host-host,64K"]);
     let mut receiver = broker.attach().receiver("loop").unwrap().into_ring();
     receiver.set_strategy(Strategy {

@@ -67,7 +67,7 @@ mod tests {
     use super::{Budget, LEAST, MOST};
 
     #[test]
-    fn measurements_share_what_is_left_within_bounds() {
+    fn measurements_share_remaining_time_within_bounds() {
         let now = Instant::now();
         let hour = Duration::from_secs(3600);
         assert_eq!(Budget::new(now + hour, 1, 2).spend(|time| time), MOST);

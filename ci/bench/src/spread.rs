@@ -44,7 +44,7 @@ mod tests {
     use super::Spread;
 
     #[test]
-    fn median_and_quartiles_are_those_of_the_sorted_figures() {
+    fn spread_computes_median_and_quartiles() {
         let mut spread = Spread::default();
         assert_eq!(spread.median(), 0.0);
         for figure in [9.0, 1.0, 5.0, 3.0] {

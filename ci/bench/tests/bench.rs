@@ -16,17 +16,17 @@ fn short_bench_measures_every_way() -> Result<()> {
     let artifacts = Artifacts::build(Tools::find(&args.tools)?, args, Programs::BENCH)?;
     let report = measure(&artifacts, true, &[])?;
     println!("{report}");
-    transports_are_about_as_fast_and_streams_hardly_ring(&report, &artifacts)?;
-    processes_on_the_host_stream_records_of_every_size(&report)?;
-    ends_that_sleep_use_no_processor(&report)?;
-    ends_of_trips_asleep_are_both_asleep(&report)?;
-    raw_ivshmem_is_mapped_as_barlink_is(&report)?;
+    transports_have_similar_speed_and_few_rings(&report, &artifacts)?;
+    host_processes_stream_every_record_size(&report)?;
+    sleeping_ends_use_no_processor(&report)?;
+    both_ends_sleep_in_sleeping_trips(&report)?;
+    raw_ivshmem_has_cache_mode_of_barlink(&report)?;
     charts_show_every_way(&report)
 }
 
 /// Checks that the transports are about as fast as each other, because they share memory and copy
 /// functions. Other programs run beside tests, so absolute rates are not checked.
-fn transports_are_about_as_fast_and_streams_hardly_ring(
+fn transports_have_similar_speed_and_few_rings(
     report: &Report,
     artifacts: &Artifacts,
 ) -> Result<()> {
@@ -51,13 +51,13 @@ fn transports_are_about_as_fast_and_streams_hardly_ring(
         );
     }
     // The limit is twice that of a quiet machine, which
-    // `stream_of_a_gibibyte_is_no_message_but_its_doorbells` checks.
+    // `stream_causes_messages_only_for_doorbells` checks.
     let rings = report.most_rings_per_record();
     ensure!(rings < 2e-3, "{rings} rings for each record");
     Ok(())
 }
 
-fn processes_on_the_host_stream_records_of_every_size(report: &Report) -> Result<()> {
+fn host_processes_stream_every_record_size(report: &Report) -> Result<()> {
     for way in [Way::Within, Way::Iceoryx2, Way::Unix] {
         for size in [64, 64 << 10, 4 << 20] {
             let ways = [way, Way::Copy].map(|way| (way, Direction::Host));
@@ -69,7 +69,7 @@ fn processes_on_the_host_stream_records_of_every_size(report: &Report) -> Result
     Ok(())
 }
 
-fn ends_that_sleep_use_no_processor(report: &Report) -> Result<()> {
+fn sleeping_ends_use_no_processor(report: &Report) -> Result<()> {
     let mut pairs = 0;
     for (name, cpu) in report.idle_cpu() {
         ensure!(cpu == 0, "{name}: {cpu} ns");
@@ -81,7 +81,7 @@ fn ends_that_sleep_use_no_processor(report: &Report) -> Result<()> {
 }
 
 /// Checks that both ends sleep in most trips. A trip with an end awake is shorter by a wake-up.
-fn ends_of_trips_asleep_are_both_asleep(report: &Report) -> Result<()> {
+fn both_ends_sleep_in_sleeping_trips(report: &Report) -> Result<()> {
     let mut pairs = 0;
     for (name, part) in report.asleep() {
         ensure!(part >= 0.9, "{name}: {part:.2} of the trips");
@@ -92,7 +92,7 @@ fn ends_of_trips_asleep_are_both_asleep(report: &Report) -> Result<()> {
 }
 
 /// Checks that both have the same cache mode, because their rates could otherwise not be compared.
-fn raw_ivshmem_is_mapped_as_barlink_is(report: &Report) -> Result<()> {
+fn raw_ivshmem_has_cache_mode_of_barlink(report: &Report) -> Result<()> {
     let folder = tempfile::tempdir()?;
     report.write(folder.path())?;
     let results = fs::read_to_string(folder.path().join("results.json"))?;

@@ -99,7 +99,7 @@ fn cost(options: &[&str]) -> Result<u64> {
 }
 
 #[test]
-fn a_record_is_sent_and_received_without_calls_or_locks_in_few_instructions() -> Result<()> {
+fn record_needs_no_calls_and_few_instructions() -> Result<()> {
     let (single, batch) = (cost(&[])?, cost(&["--batch"])?);
     let in_place = cost(&["--in-place", "--record-size=4096"])?;
     println!(

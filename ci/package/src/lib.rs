@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_c_library_decides() {
+    fn finds_newest_glibc_version() {
         let symbols = "0 DF *UND* 0 (GLIBC_2.9)  a\n0 DF *UND* 0 (GLIBC_2.34) b\n0 DF *UND* 0 (GLIBC_2.2.5) c\n";
         assert_eq!(newest_glibc(symbols).as_deref(), Some("2.34"));
         assert_eq!(newest_glibc("no table"), None);

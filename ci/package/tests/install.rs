@@ -67,7 +67,7 @@ fn disk(debian: &Debian, disk: &Path) -> Result<()> {
 }
 
 #[test]
-fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Result<()> {
+fn packages_install_and_stream_on_clean_debian() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         eprintln!("not run, since only root can install a Debian into a folder");
         return Ok(());
@@ -96,7 +96,7 @@ fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Resu
         told.contains(&format!("the driver is built for {release}")),
         "{told}"
     );
-    refuses_what_it_cannot_complete(&debian)?;
+    header_tool_refuses_unusable_kernels(&debian)?;
     printed(debian.run(&format!("{here}{}", commands("# install on the host\n")?))?)?;
     manuals_are_there(&debian)?;
 
@@ -105,7 +105,7 @@ fn packages_install_on_an_ordinary_debian_and_an_ordinary_user_streams() -> Resu
     boots_and_streams(artifacts, &debian, &image)?;
 
     upgrades_keep_the_driver(&debian)?;
-    headers_that_fail_are_found_again(&debian)?;
+    header_tool_marks_unfinished_headers(&debian)?;
     let removed = printed(debian.run(&format!("{here}{}", commands("# uninstall\n")?))?)?;
     ensure!(removed.contains("removed what was made for"), "{removed}");
     let left = debian.run(&format!(
@@ -135,7 +135,7 @@ fn upgrades_keep_the_driver(debian: &Debian) -> Result<()> {
 /// Leaves the remains of two failed runs for another kernel: one fails while it installs its files,
 /// because a file cannot be copied, and the other was killed. The removal of the packages calls
 /// `--remove`, after which nothing of them may be left.
-fn headers_that_fail_are_found_again(debian: &Debian) -> Result<()> {
+fn header_tool_marks_unfinished_headers(debian: &Debian) -> Result<()> {
     let release = debian.release();
     let series: Vec<_> = release.split('.').take(2).collect();
     let other = format!("{}.99-other", series.join("."));
@@ -170,7 +170,7 @@ END
     Ok(())
 }
 
-fn refuses_what_it_cannot_complete(debian: &Debian) -> Result<()> {
+fn header_tool_refuses_unusable_kernels(debian: &Debian) -> Result<()> {
     let headers = "/usr/src/linux-headers-9.9-other";
     let missing = debian.run("barlink-kernel-rust-headers --no-apt 9.9-other")?;
     let errors = String::from_utf8_lossy(&missing.stderr);

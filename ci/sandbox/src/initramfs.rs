@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_archive_holds_init_folders_and_files() {
+    fn archive_holds_init_folders_and_files() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         fs::write(&file, "content").unwrap();

@@ -147,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_data_files_are_well_formed() {
+    fn data_files_are_well_formed() {
         let recipe = Recipe::load().unwrap();
         for series in &recipe.series {
             let version = KernelVersion::parse(series).unwrap();

@@ -279,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_that_name_nothing_are_named() {
+    fn error_names_option_with_missing_path() {
         let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
         let tools = |qemu: &str, image: &str| ToolArgs {
             qemu: Some(here.join(qemu)),

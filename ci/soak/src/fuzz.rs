@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_are_found_by_their_whole_names() {
+    fn finds_figures_by_full_name() {
         let log = "stat::number_of_executed_units: 2391\nstat::average_exec_per_sec:     12\n";
         assert_eq!(figure(log, "average_exec_per_sec"), Some("12"));
         assert_eq!(figure(log, "number_of_executed_units"), Some("2391"));

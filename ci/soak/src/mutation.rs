@@ -133,10 +133,7 @@ pub const ALL: [Mutation; 7] = [
         to: "let read = region.load(base + channel::WRITTEN);",
         part: Changed::Protocol,
         found_by: &[
-            (
-                CHANNELS,
-                "ring::record_that_was_not_released_is_found_again",
-            ),
+            (CHANNELS, "ring::successor_receives_unreleased_record_again"),
             (CHANNELS, "ring::is_a_queue_over_wraps_and_crashes"),
         ],
         untouched: (
@@ -153,13 +150,10 @@ pub const ALL: [Mutation; 7] = [
         to: "self.region.release(self.base + channel::READ, self.read);",
         part: Changed::Protocol,
         found_by: &[
-            (
-                CHANNELS,
-                "ring::record_that_was_not_released_is_found_again",
-            ),
+            (CHANNELS, "ring::successor_receives_unreleased_record_again"),
             (CHANNELS, "ring::is_a_queue_over_wraps_and_crashes"),
         ],
-        untouched: (CHANNELS, "ring::nothing_old_stands_behind_a_payload"),
+        untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
     },
 ];
 

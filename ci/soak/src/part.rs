@@ -42,19 +42,19 @@ pub enum Work {
 const LOOPS: [(&str, &str, &str, u64); 7] = [
     (
         "comings",
-        "device_comes_and_goes_under_its_users",
+        "device_goes_and_returns_while_used",
         "100 times each way, a device goes and comes back",
         150,
     ),
     (
         "idle-suspends",
-        "system_suspends_to_idle_under_its_users",
+        "system_suspends_to_idle_while_used",
         "100 suspends to idle",
         120,
     ),
     (
         "suspends",
-        "system_suspends_to_memory_under_its_users",
+        "system_suspends_to_memory_while_used",
         "100 suspends to memory",
         150,
     ),
@@ -132,13 +132,13 @@ pub fn all() -> Result<Vec<Part>> {
             "boots",
             "guests that boot with a BAR below 4 GiB, or one processor, over each transport",
             300,
-            "binary(transports) & test(/cache::(each_cure|write_back_below)|guest_with_few_cpus/)",
+            "binary(transports) & test(/cache::(each_cure|low_bar)|guest_with_few_cpus/)",
         ),
         (
             "resets",
             "100 resets of guests under the users of their devices",
             540,
-            "test(guests_are_reset_under_the_users_of_their_devices)",
+            "test(guests_survive_resets_with_devices_in_use)",
         ),
         (
             "host",

@@ -121,7 +121,7 @@ fn modes_are_what_is_granted(broker: &Broker, vm: &Vm, is_above: bool) -> Result
 }
 
 #[test]
-fn modes_above_4_gib_are_granted_and_auto_chooses_write_back() -> Result<()> {
+fn auto_chooses_write_back_above_4_gib() -> Result<()> {
     let broker = broker()?;
     let vm = guest(&broker)?;
     modes_are_what_is_granted(&broker, &vm, true)?;
@@ -152,7 +152,7 @@ fn modes_above_4_gib_are_granted_and_auto_chooses_write_back() -> Result<()> {
 }
 
 #[test]
-fn write_back_below_4_gib_is_not_granted_and_the_cause_is_told() -> Result<()> {
+fn low_bar_denies_write_back_with_cause() -> Result<()> {
     let broker = broker()?;
     let vm = boot_with(&on_the_root_bus(&broker)?)?;
     modes_are_what_is_granted(&broker, &vm, false)?;
@@ -174,7 +174,7 @@ fn write_back_below_4_gib_is_not_granted_and_the_cause_is_told() -> Result<()> {
 }
 
 #[test]
-fn each_cure_has_write_back_granted() -> Result<()> {
+fn each_cure_grants_write_back() -> Result<()> {
     let broker = broker()?;
     let cure = Shortfall::BelowFourGib { address: 0 }.cure();
     let quoted: Vec<_> = cure.split('`').skip(1).step_by(2).collect();
@@ -212,7 +212,7 @@ fn each_cure_has_write_back_granted() -> Result<()> {
 /// Shows that the granted mode holds until the last mapping is gone, even after the process that
 /// asked for it has ended.
 #[test]
-fn mode_stays_until_the_last_mapping_is_gone() -> Result<()> {
+fn cache_mode_lasts_until_last_mapping_ends() -> Result<()> {
     let broker = broker()?;
     let vm = guest(&broker)?;
     let first = vm.spawn(["barlink-guest", "--cache", "write-combining", "recv"])?;

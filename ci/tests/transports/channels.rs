@@ -82,7 +82,7 @@ fn streams_run_in_both_directions_at_once() -> Result<()> {
 }
 
 #[test]
-fn guest_with_few_cpus_takes_as_many_vectors_as_it_gets() -> Result<()> {
+fn guest_with_few_cpus_uses_available_vectors() -> Result<()> {
     let broker = Broker::start_over(Artifacts::shared()?, &[TRANSPORT], &["--vectors", "256"])?;
     let vm = Vm::boot(&Config {
         cpus: 1,
@@ -109,7 +109,7 @@ fn guest_with_few_cpus_takes_as_many_vectors_as_it_gets() -> Result<()> {
 }
 
 #[test]
-fn a_pipe_works_in_the_guest_and_on_the_host() -> Result<()> {
+fn pipes_work_in_guest_and_host() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     let receiver = receive(&broker, "up")?;
     vm.run([
@@ -126,7 +126,7 @@ fn a_pipe_works_in_the_guest_and_on_the_host() -> Result<()> {
 }
 
 #[test]
-fn second_claim_and_unknown_channel_are_refused_in_the_guest() -> Result<()> {
+fn guest_app_rejects_invalid_requests() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     let first = vm.spawn(["barlink-guest", "send"])?;
     wait_for_holder(&broker, "up", "producer", true)?;
@@ -174,7 +174,7 @@ fn second_claim_and_unknown_channel_are_refused_in_the_guest() -> Result<()> {
 }
 
 #[test]
-fn guest_app_without_the_device_says_so() -> Result<()> {
+fn guest_app_reports_missing_device() -> Result<()> {
     let vm = Vm::restore(&Config::default())?;
     for argv in [&["barlink-guest", "info"][..], &["barlink-guest", "recv"]] {
         let output = vm.run(argv.iter().copied())?;
@@ -189,7 +189,7 @@ fn guest_app_without_the_device_says_so() -> Result<()> {
 }
 
 #[test]
-fn closed_pipes_end_guest_programs_without_a_word() -> Result<()> {
+fn closed_pipe_ends_guest_app_silently() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     for command in [
         "info",
@@ -214,7 +214,7 @@ fn closed_pipes_end_guest_programs_without_a_word() -> Result<()> {
 }
 
 #[test]
-fn killed_ends_are_noticed_and_their_successors_go_on() -> Result<()> {
+fn successors_continue_after_killed_ends() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     // The guest's producer is killed in the middle of a stream.
     let producer = vm.spawn(["barlink-guest", "send"])?;
@@ -306,7 +306,7 @@ fn idle_stream_uses_no_processor_time() -> Result<()> {
 }
 
 #[test]
-fn guest_that_is_reset_goes_on_with_a_new_epoch() -> Result<()> {
+fn reset_guest_continues_with_new_epoch() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     let epoch = |broker: &Broker| -> Result<Value> {
         let guest = &broker.inspect()?["guests"][0];
@@ -328,7 +328,7 @@ fn guest_that_is_reset_goes_on_with_a_new_epoch() -> Result<()> {
 }
 
 #[test]
-fn qemu_that_is_killed_is_followed_by_another_on_the_same_broker() -> Result<()> {
+fn next_qemu_continues_after_killed_one() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     let stream = receive(&broker, "up")?;
     let producer = vm.spawn(["barlink-guest", "send"])?;
@@ -365,7 +365,7 @@ fn qemu_that_is_killed_is_followed_by_another_on_the_same_broker() -> Result<()>
 }
 
 #[test]
-fn unbound_device_ends_guest_apps_with_a_word() -> Result<()> {
+fn unbound_device_ends_guest_apps_with_error() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     // The receiver sleeps in a call; the sender mostly writes to the memory.
     let apps = [
@@ -426,7 +426,7 @@ fn two_vms_on_one_region_exchange_records() -> Result<()> {
 }
 
 #[test]
-fn one_vm_with_two_devices_keeps_them_apart() -> Result<()> {
+fn vm_uses_two_devices_independently() -> Result<()> {
     let brokers = [
         Broker::start_over(Artifacts::shared()?, &[TRANSPORT], &["--size", "1M"])?,
         Broker::start(Artifacts::shared()?, &["--size", "2M"])?,
@@ -454,7 +454,7 @@ fn one_vm_with_two_devices_keeps_them_apart() -> Result<()> {
 }
 
 #[test]
-fn channel_that_drops_counts_and_does_not_wait() -> Result<()> {
+fn dropping_channel_counts_drops_without_waiting() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &["--channel", "camera=up,64K,drop"])?;
     vm.put_file("/tmp/file", &noise(1 << 20))?;
     let send = [

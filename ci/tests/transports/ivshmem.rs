@@ -23,7 +23,7 @@ mod restart;
 /// Doorbells do not pass through the broker over ivshmem. They do over vfio-user:
 /// `vm_outlives_its_broker_until_it_reboots`.
 #[test]
-fn broker_that_dies_leaves_the_stream_running() -> Result<()> {
+fn stream_survives_death_of_broker() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     let receiver = receive(&broker, "up")?;
     let producer = vm.spawn(["barlink-guest", "send"])?;

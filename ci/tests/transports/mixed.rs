@@ -66,7 +66,7 @@ fn exchange(vms: [&Vm; 2]) -> Result<()> {
 }
 
 #[test]
-fn vm_that_is_killed_leaves_the_stream_of_one_over_another_transport_alone() -> Result<()> {
+fn stream_survives_killed_vm_on_other_transport() -> Result<()> {
     let broker = serve()?;
     let victim = guest_in(&broker, 0)?;
     let survivor = guest_in(&broker, 1)?;

@@ -123,7 +123,7 @@ fn reset(rounds: u32) -> Result<()> {
 }
 
 #[test]
-fn guests_are_reset_under_the_users_of_their_devices() -> Result<()> {
+fn guests_survive_resets_with_devices_in_use() -> Result<()> {
     let start = Instant::now();
     // Two guests run side by side, because most of a boot keeps one processor busy.
     let guests = rounds(&[1][..], &[50, 50]);

@@ -46,7 +46,7 @@ fn stream_through(
 }
 
 #[test]
-fn killed_broker_costs_no_record_and_host_apps_attach_again() -> Result<()> {
+fn killed_broker_loses_no_record() -> Result<()> {
     let mut broker = Broker::start_managed(Artifacts::shared()?, TRANSPORT, &[])?;
     let vm = guest(&broker)?;
     stream_through(&mut broker, &vm, |broker| {
@@ -62,13 +62,13 @@ fn killed_broker_costs_no_record_and_host_apps_attach_again() -> Result<()> {
 }
 
 #[test]
-fn replaced_broker_costs_no_record() -> Result<()> {
+fn replaced_broker_loses_no_record() -> Result<()> {
     let (mut broker, vm) = start(TRANSPORT, &[])?;
     stream_through(&mut broker, &vm, Broker::replace)
 }
 
 #[test]
-fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
+fn restarted_broker_removes_departed_vm_and_app() -> Result<()> {
     let mut broker = Broker::start_managed(Artifacts::shared()?, TRANSPORT, &[])?;
     let vm = guest(&broker)?;
     let mut app = receive(&broker, "up")?;
@@ -92,7 +92,7 @@ fn who_left_while_no_broker_was_there_is_gone() -> Result<()> {
 }
 
 #[test]
-fn manager_keeps_what_is_there_and_no_more() -> Result<()> {
+fn service_manager_stores_only_current_clients() -> Result<()> {
     let broker = Broker::start_managed(Artifacts::shared()?, TRANSPORT, &[])?;
     let manager = broker.manager().context("no manager")?;
     let clients = || {

@@ -37,7 +37,7 @@ fn line(broker: &Broker, vm: &Vm, text: &str) -> Result<()> {
 }
 
 #[test]
-fn virtio_device_that_is_not_barlinks_is_declined() -> Result<()> {
+fn driver_declines_foreign_virtio_devices() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let broker = Broker::start_over(Artifacts::shared()?, &[TRANSPORT], &[])?;
     let mut config = broker.vm()?;
@@ -67,7 +67,7 @@ fn virtio_device_that_is_not_barlinks_is_declined() -> Result<()> {
 }
 
 #[test]
-fn virtio_device_is_found_where_it_is() -> Result<()> {
+fn driver_locates_and_reserves_virtio_device() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &["--size", "2M"])?;
     let info = vm.run(["barlink-guest", "info", "--json"])?.success()?;
     let info: Value = serde_json::from_str(&info)?;
@@ -89,7 +89,7 @@ fn virtio_device_is_found_where_it_is() -> Result<()> {
 }
 
 #[test]
-fn virtio_device_is_given_back_and_taken_again() -> Result<()> {
+fn driver_rebinds_virtio_device() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     for epoch in [3, 5, 7] {
         line(&broker, &vm, "before")?;
@@ -110,7 +110,7 @@ fn virtio_device_is_given_back_and_taken_again() -> Result<()> {
 
 /// Resets the device with the function level reset of PCI, which takes queues and region away.
 #[test]
-fn virtio_device_that_root_resets_is_gone_until_it_is_bound_anew() -> Result<()> {
+fn reset_virtio_device_returns_after_rebinding() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     let receiver = vm.spawn(["barlink-guest", "recv"])?;
     wait_for_holder(&broker, "down", "consumer", true)?;
@@ -134,7 +134,7 @@ fn virtio_device_that_root_resets_is_gone_until_it_is_bound_anew() -> Result<()>
 }
 
 #[test]
-fn module_with_a_virtio_device_stays_while_it_is_used() -> Result<()> {
+fn module_stays_while_virtio_device_is_used() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     let user = vm.spawn(["barlink-guest", "recv"])?;
     wait_for_holder(&broker, "down", "consumer", true)?;
@@ -153,7 +153,7 @@ fn module_with_a_virtio_device_stays_while_it_is_used() -> Result<()> {
 /// Shows that the memory stays usable, and that no program hangs for good: rings are lost, and a
 /// sleeping program can be killed.
 #[test]
-fn broker_that_dies_leaves_the_memory_and_nobody_hangs() -> Result<()> {
+fn guest_survives_death_of_vhost_user_broker() -> Result<()> {
     let (mut broker, vm) = start(
         TRANSPORT,
         &["--channel", "up=up,1M", "--channel", "down=down,64K"],
@@ -174,7 +174,7 @@ fn broker_that_dies_leaves_the_memory_and_nobody_hangs() -> Result<()> {
 
 /// Shows a limit that `docs/architecture.md` warns users of.
 #[test]
-fn guest_that_reboots_after_its_brokers_death_ends_its_qemu() -> Result<()> {
+fn reboot_after_brokers_death_ends_qemu() -> Result<()> {
     let (mut broker, vm) = start(TRANSPORT, &[])?;
     line(&broker, &vm, "before")?;
     broker.kill()?;

@@ -57,7 +57,7 @@ pub(super) fn wait_for_its_end(broker: &Broker) -> Result<()> {
 }
 
 #[test]
-fn host_reads_the_dma_buffer_of_a_guest() -> Result<()> {
+fn host_reads_dma_buffer_of_guest() -> Result<()> {
     let (broker, vm) = guest(&["--guest-memory"])?;
     let error = format!("{:#}", peek(&broker, 1).expect_err("there is none"));
     assert!(error.contains(NONE), "{error}");
@@ -124,14 +124,14 @@ const SUSPEND: &str = "echo deep >/sys/power/mem_sleep
     for port in virtio*; do echo $port >unbind; echo $port >bind; done";
 
 #[test]
-fn device_is_told_of_the_buffer_again_after_a_suspend() -> Result<()> {
+fn driver_announces_buffer_again_after_suspend() -> Result<()> {
     suspend(false)
 }
 
 /// Checks the same behind an IOMMU. The reset also clears the IOMMU, and the guest's kernel sets it
 /// up again before it resumes any driver.
 #[test]
-fn device_is_told_of_the_buffer_behind_an_iommu_again_after_a_suspend() -> Result<()> {
+fn driver_announces_iommu_buffer_again_after_suspend() -> Result<()> {
     suspend(true)
 }
 
@@ -154,7 +154,7 @@ fn suspend(iommu: bool) -> Result<()> {
 }
 
 #[test]
-fn host_that_may_not_read_a_guests_memory_is_not_told_of_its_buffer() -> Result<()> {
+fn driver_announces_no_buffer_without_guest_memory() -> Result<()> {
     let (broker, vm) = guest(&[])?;
     let process = vm.spawn(["barlink-guest", "buffer"])?;
     process.write(b"seen by nobody")?;

@@ -100,7 +100,7 @@ fn streams(broker: &Broker, vm: &Vm, bytes: &[u8]) -> Result<bool> {
 }
 
 #[test]
-fn host_reads_the_dma_buffer_of_a_guest_behind_an_iommu() -> Result<()> {
+fn host_reads_dma_buffer_behind_iommu() -> Result<()> {
     let (mut broker, vm) = guest_with(&["--guest-memory"], true)?;
     // The device's addresses are translated, and its interrupts are remapped.
     let kind = read(&vm, &format!("{DEVICE}/iommu_group/type"))?;
@@ -204,7 +204,7 @@ fn setting() -> Result<(Setting, Config)> {
 }
 
 #[test]
-fn iommu_that_is_switched_on_hides_all_memory_and_off_shows_it() -> Result<()> {
+fn enabled_iommu_hides_guest_memory() -> Result<()> {
     let (setting, config) = setting()?;
     let config = Config {
         iommu: true,
@@ -232,7 +232,7 @@ fn iommu_that_is_switched_on_hides_all_memory_and_off_shows_it() -> Result<()> {
 }
 
 #[test]
-fn iommu_without_caching_mode_ends_qemu_when_the_guest_switches_it_on() -> Result<()> {
+fn iommu_without_caching_mode_ends_qemu() -> Result<()> {
     let (_setting, mut config) = setting()?;
     let iommu = ["-device", "intel-iommu"].map(str::to_owned);
     config.arguments.splice(0..0, iommu);

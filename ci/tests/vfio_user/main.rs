@@ -163,7 +163,7 @@ fn bar2_is_written_without_a_message() -> Result<()> {
 }
 
 #[test]
-fn doorbell_is_one_message_and_one_ring() -> Result<()> {
+fn doorbell_causes_one_message_and_ring() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
     let doorbell = device.bars[0].0 + 12;
@@ -215,7 +215,7 @@ fn interrupt_comes(setting: &Setting, machine: &mut Bare, vector: u32) -> Result
 }
 
 #[test]
-fn rings_for_the_vm_are_its_interrupts() -> Result<()> {
+fn rings_become_interrupts_of_vm() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
     enable_interrupts(&mut machine, &device)?;
@@ -280,7 +280,7 @@ fn peek(broker: &Broker, address: u64) -> Result<Vec<u8>> {
 }
 
 #[test]
-fn guest_memory_is_copied_if_qemu_shares_it() -> Result<()> {
+fn broker_copies_shared_guest_memory() -> Result<()> {
     let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
     let peek = |address| peek(&setting.broker, address);
     let mut config = setting.config()?;
@@ -317,7 +317,7 @@ fn guest_memory_is_copied_if_qemu_shares_it() -> Result<()> {
 }
 
 #[test]
-fn qemu_plugs_memory_in_whether_it_can_be_read_or_not() -> Result<()> {
+fn qemu_plugs_in_any_kind_of_memory() -> Result<()> {
     let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
     let mut config = setting.config()?;
     config.arguments = setting.broker.arguments(0)?;
@@ -377,7 +377,7 @@ fn qemu_plugs_memory_in_whether_it_can_be_read_or_not() -> Result<()> {
 }
 
 #[test]
-fn qemu_that_is_refused_by_vfio_user_ends_at_once() -> Result<()> {
+fn rejected_vfio_user_qemu_ends_immediately() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (first, _) = setting.machine()?;
     let direct = Config {
@@ -402,7 +402,7 @@ fn qemu_that_is_refused_by_vfio_user_ends_at_once() -> Result<()> {
 /// Shows a limit of QEMU 11.1: it ends when it unplugs a vfio-user device with MSI-X
 /// (`vfio_user_msix_teardown`), with any server.
 #[test]
-fn device_of_vfio_user_is_plugged_in_and_not_out() -> Result<()> {
+fn vfio_user_device_allows_plugging_not_unplugging() -> Result<()> {
     let setting = Setting::new("1M")?;
     let vm = Vm::restore(&Config {
         paths: vec![setting.broker.folder().to_owned()],
@@ -457,7 +457,7 @@ fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
 /// Shows a limit that `README.md` warns users of. No argument makes QEMU 11.1 refuse the migration,
 /// not even `-only-migratable`.
 #[test]
-fn qemu_migrates_the_vm_and_leaves_the_region_behind() -> Result<()> {
+fn migration_leaves_region_behind() -> Result<()> {
     let (setting, other) = (Setting::new("1M")?, Setting::new("1M")?);
     let mut config = setting.config()?;
     config.arguments.push("-only-migratable".to_owned());
@@ -502,7 +502,7 @@ fn qemu_migrates_the_vm_and_leaves_the_region_behind() -> Result<()> {
 }
 
 #[test]
-fn stream_of_a_gibibyte_is_no_message_but_its_doorbells() -> Result<()> {
+fn stream_causes_messages_only_for_doorbells() -> Result<()> {
     let setting = Setting::new("64M")?;
     let config = Config {
         memory_mib: Config::default().memory_mib,

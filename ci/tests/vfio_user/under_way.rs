@@ -86,7 +86,7 @@ impl Drop for Ringing<'_, '_> {
 }
 
 #[test]
-fn no_ring_is_lost_or_doubled_while_brokers_take_over() -> Result<()> {
+fn replacement_delivers_each_ring_once() -> Result<()> {
     const TIMES: u64 = 10;
     let mut setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
@@ -119,7 +119,7 @@ const SENT: &str = "vfio_user_send_write";
 /// Shows a limit of QEMU 11.1: it ends when reading from its server fails (`vfio_user_recv_hdr`
 /// sets an error twice). Reading fails once a broker is killed that had unread bytes.
 #[test]
-fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()> {
+fn broker_killed_with_unread_message_ends_qemu() -> Result<()> {
     let ring = |machine: &mut Bare, device: &PciDevice| machine.write(doorbell(device), RING);
     let reset =
         |machine: &mut Bare, _: &PciDevice| machine.qmp("system_reset", &json!({})).map(drop);
@@ -171,7 +171,7 @@ fn broker_killed_with_a_message_unread_ends_qemu_and_no_host_app() -> Result<()>
 
 /// Kills a broker without a service manager, so that the connection ends with it.
 #[test]
-fn vm_waits_for_the_answer_of_a_broker_that_is_gone_and_goes_on() -> Result<()> {
+fn vm_survives_missing_reply_from_killed_broker() -> Result<()> {
     let mut setting = Setting::new("1M")?;
     let (mut machine, device) = setting.machine()?;
     setting.relay.keep(Half::Answer, WRITE);
@@ -203,7 +203,7 @@ fn vm_waits_for_the_answer_of_a_broker_that_is_gone_and_goes_on() -> Result<()> 
 /// Kills a broker with a service manager. The connection stays open, and only the unanswered
 /// message can be lost.
 #[test]
-fn message_that_a_killed_broker_did_not_answer_costs_five_seconds() -> Result<()> {
+fn unanswered_message_delays_qemu_five_seconds() -> Result<()> {
     let exchanges = [
         (Half::Message, WRITE),
         (Half::Answer, WRITE),
@@ -250,7 +250,7 @@ fn kill_within_a_reset(half: Half, command: u16) -> Result<()> {
 }
 
 #[test]
-fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again() -> Result<()> {
+fn lost_interrupt_setup_works_when_repeated() -> Result<()> {
     let mut setting = Setting::managed()?;
     let (mut machine, device) = setting.machine()?;
     setting.relay.keep(Half::Message, SET_IRQS);
@@ -286,7 +286,7 @@ fn interrupts_that_a_killed_broker_did_not_get_come_once_they_are_set_up_again()
 /// Stops a broker in good order. QEMU then reads the end of its connection and not an error,
 /// because the broker has left no bytes unread.
 #[test]
-fn broker_stopped_amid_rings_leaves_the_vm_running() -> Result<()> {
+fn vm_survives_broker_stopped_amid_rings() -> Result<()> {
     for _ in 0..2 {
         let setting = Setting::new("1M")?;
         let direct = Config {

@@ -82,7 +82,7 @@ fn mapped(machine: &mut Bare, driver: &Driver) -> Result<()> {
 }
 
 #[test]
-fn region_is_there_once_the_driver_is_ready_and_again_after_each_reset() -> Result<()> {
+fn region_appears_after_each_driver_start() -> Result<()> {
     let setting = Setting::new("64M")?;
     let (mut machine, mut driver) = setting.machine()?;
     assert_eq!(machine.read(driver.device.config)?, 0x1046_1af4);
@@ -147,7 +147,7 @@ fn queues_carry_doorbells_and_interrupts() -> Result<()> {
 }
 
 #[test]
-fn reset_of_the_machine_reaches_the_broker_and_a_pause_does_not() -> Result<()> {
+fn broker_sees_machine_reset_but_no_pause() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (mut machine, mut driver) = setting.machine()?;
     driver.prepare(&mut machine)?;
@@ -191,7 +191,7 @@ fn reset_of_the_machine_reaches_the_broker_and_a_pause_does_not() -> Result<()> 
 }
 
 #[test]
-fn qemu_that_is_refused_by_vhost_user_ends_at_once() -> Result<()> {
+fn rejected_vhost_user_qemu_ends_immediately() -> Result<()> {
     let setting = Setting::new("1M")?;
     let (first, _) = setting.machine()?;
     let refused = Bare::start(Artifacts::shared()?, &setting.config()?);
@@ -209,7 +209,7 @@ fn qemu_that_is_refused_by_vhost_user_ends_at_once() -> Result<()> {
 
 /// Shows a limit that `docs/architecture.md` warns users of.
 #[test]
-fn vm_outlives_its_broker_until_it_looks_at_the_device() -> Result<()> {
+fn vm_outlives_broker_until_device_access() -> Result<()> {
     let mut setting = Setting::new("1M")?;
     let (mut machine, mut driver) = setting.machine()?;
     driver.prepare(&mut machine)?;
@@ -237,7 +237,7 @@ fn vm_outlives_its_broker_until_it_looks_at_the_device() -> Result<()> {
 /// Shows a limit that `docs/architecture.md` warns users of. QEMU removes eventfds that it has not
 /// added, and fails an assertion.
 #[test]
-fn vm_without_a_driver_ends_with_its_broker() -> Result<()> {
+fn vm_without_driver_ends_with_broker() -> Result<()> {
     for signal in [Signal::INT, Signal::KILL] {
         let setting = Setting::new("1M")?;
         let (mut machine, _) = setting.machine()?;
@@ -254,7 +254,7 @@ fn vm_without_a_driver_ends_with_its_broker() -> Result<()> {
 }
 
 #[test]
-fn qemu_that_does_not_share_its_memory_has_no_region_and_says_why() -> Result<()> {
+fn qemu_without_shared_memory_has_no_region() -> Result<()> {
     let setting = Setting::new("1M")?;
     let config = Config {
         shared_memory: false,
@@ -278,7 +278,7 @@ fn qemu_that_does_not_share_its_memory_has_no_region_and_says_why() -> Result<()
 /// Checks that the broker refuses a plain file. It would be killed by SIGBUS if another process
 /// shortened the file.
 #[test]
-fn guest_memory_that_is_a_plain_file_is_refused_with_the_cure() -> Result<()> {
+fn broker_rejects_plain_file_as_memory() -> Result<()> {
     let setting = Setting::new("1M")?;
     let mut config = Config {
         shared_memory: false,
@@ -309,7 +309,7 @@ fn guest_memory_that_is_a_plain_file_is_refused_with_the_cure() -> Result<()> {
 /// the IOMMU, and its driver knows that. `ci/tests/driver` shows that it streams and rings in a
 /// guest with an IOMMU.
 #[test]
-fn device_that_is_to_go_through_an_iommu_is_refused_by_qemu() -> Result<()> {
+fn qemu_rejects_iommu_platform_option() -> Result<()> {
     let setting = Setting::new("1M")?;
     for iommu in [false, true] {
         let mut config = Config {
@@ -348,7 +348,7 @@ fn qemu_refuses_to_migrate() -> Result<()> {
 /// its way when the device stops, and QEMU does not check whether the device runs
 /// (`hw/virtio/vhost-user.c`).
 #[test]
-fn guest_that_resets_the_device_while_it_is_mapped_ends_its_own_qemu() -> Result<()> {
+fn device_reset_during_mapping_ends_qemu() -> Result<()> {
     let setting = Setting::new("1M")?;
     // The outcome depends on microseconds. QEMU ends in more than half of the rounds.
     for _ in 0..20 {
@@ -375,7 +375,7 @@ fn guest_that_resets_the_device_while_it_is_mapped_ends_its_own_qemu() -> Result
 /// Shows that the device can be plugged in and out. The guest has no driver for it, and leaves it
 /// alone.
 #[test]
-fn device_of_vhost_user_is_plugged_in_and_out() -> Result<()> {
+fn vhost_user_device_plugs_in_and_out() -> Result<()> {
     let setting = Setting::new("1M")?;
     let socket = setting.broker.socket(0);
     let vm = Vm::restore(&Config {

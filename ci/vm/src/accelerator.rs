@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kvm_that_is_not_there_is_refused_with_its_cure() {
+    fn rejects_missing_kvm_with_cure() {
         for (device, cure) in [
             ("/no/such/file", "is not there: load kvm_intel or kvm_amd"),
             ("/dev/null/kvm", "cannot be used"),

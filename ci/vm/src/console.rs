@@ -175,7 +175,7 @@ mod tests {
     use rustix::process::{Signal, getpid, kill_process};
 
     #[test]
-    fn a_hangup_ends_the_terminal_and_not_the_process() {
+    fn hangup_ends_terminal_but_not_process() {
         let folder = tempfile::tempdir().unwrap();
         let (ours, _qemus) = UnixStream::pair().unwrap();
         let console = Console::new(folder.path(), Some(ours)).unwrap();

@@ -205,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keeps_what_systemd_keeps() {
+    fn stores_descriptors_like_systemd() {
         let mut state = State::default();
         let copy = |descriptor: &OwnedFd| descriptor.try_clone().unwrap();
         let new = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();

@@ -404,7 +404,7 @@ mod tests {
     use barlink_sandbox::tools::ToolArgs;
 
     #[test]
-    fn file_is_looked_at_before_anything_else() {
+    fn demo_checks_file_first() {
         // With tools that do not exist, the demo fails when it looks for them.
         let nothing = || Some(PathBuf::from("/no/such/file"));
         let tools = ToolArgs {

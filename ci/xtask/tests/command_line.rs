@@ -34,7 +34,7 @@ fn refused(arguments: &[&str]) -> Result<String> {
 }
 
 #[test]
-fn demo_refuses_at_once_what_it_cannot_do() -> Result<()> {
+fn demo_refuses_impossible_options_immediately() -> Result<()> {
     let keep = refused(&["--keep"])?;
     assert!(
         keep.contains("--keep puts a shell on this terminal"),
@@ -61,7 +61,7 @@ fn demo_refuses_at_once_what_it_cannot_do() -> Result<()> {
 /// Runs the demo as an ordinary user, to whom the device is closed if it has the kernel's default
 /// mode.
 #[test]
-fn demo_refuses_kvm_that_is_closed_to_its_user() -> Result<()> {
+fn demo_refuses_kvm_without_access() -> Result<()> {
     let closed =
         fs::metadata("/dev/kvm").is_ok_and(|device| device.permissions().mode() & 0o7 == 0);
     if !closed || !rustix::process::geteuid().is_root() {
@@ -102,7 +102,7 @@ impl Drop for Group {
 }
 
 #[test]
-fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
+fn interrupted_demo_leaves_nothing_behind() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
     command.arg("demo").stdin(Stdio::null());
@@ -143,7 +143,7 @@ fn demo_that_is_interrupted_leaves_nothing_behind() -> Result<()> {
 
 /// Checks that the demo needs few crates, because it is the first program that a user builds.
 #[test]
-fn demo_builds_nothing_of_bench_fuzz_or_soak() -> Result<()> {
+fn demo_needs_no_costly_crates() -> Result<()> {
     let mut tree = cargo("tree");
     tree.args(["--package=xtask", "--edges=normal", "--prefix=none"]);
     let tree = String::from_utf8(tree.output()?.stdout)?;

@@ -64,7 +64,7 @@ fn rules(document: &str) -> Vec<(&str, Vec<&str>)> {
 }
 
 #[test]
-fn every_rule_of_the_protocol_has_its_tests() -> Result<()> {
+fn every_protocol_rule_has_tests() -> Result<()> {
     let document = fs::read_to_string(repository().join("docs/protocol.md"))?;
     let known = tests()?;
     let rules = rules(&document);
@@ -82,7 +82,7 @@ fn every_rule_of_the_protocol_has_its_tests() -> Result<()> {
 }
 
 #[test]
-fn tests_that_the_threat_model_names_are_there() -> Result<()> {
+fn threat_model_names_existing_tests() -> Result<()> {
     let document = fs::read_to_string(repository().join("docs/threat-model.md"))?;
     let known = tests()?;
     let named = document.split('`').skip(1).step_by(2);

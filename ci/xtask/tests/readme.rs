@@ -167,7 +167,7 @@ fn config(given: &Path) -> Result<Config> {
 }
 
 #[test]
-fn drivers_makefile_builds_it_or_says_what_it_lacks() -> Result<()> {
+fn driver_makefile_builds_or_names_missing_headers() -> Result<()> {
     let tools = Tools::find(&VmArgs::from_environment()?.tools)?;
     let Some(sandbox) = &tools.sandbox else {
         eprintln!(

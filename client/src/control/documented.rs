@@ -87,7 +87,7 @@ fn fields(value: &Value, path: &str, found: &mut Names) {
 }
 
 #[test]
-fn messages_are_as_the_protocol_says() {
+fn messages_match_protocol_document() {
     let rows = table("ask");
     let asks = rows.iter().filter_map(|row| {
         let ask = quoted(row[0]).next()?;
@@ -106,7 +106,7 @@ fn messages_are_as_the_protocol_says() {
 }
 
 #[test]
-fn refusals_are_as_the_protocol_says() {
+fn refusals_match_protocol_document() {
     let rows = table("refused");
     let refusals = rows.iter().map(|row| {
         let refusal = quoted(row[0]).next().unwrap();
@@ -121,7 +121,7 @@ fn refusals_are_as_the_protocol_says() {
 }
 
 #[test]
-fn fields_are_as_the_protocol_says() {
+fn fields_match_protocol_document() {
     let (_, block) = section().split_once("```json\n").unwrap();
     let block = block.split_once("```").unwrap().0;
     let examples: Vec<Value> = serde_json::Deserializer::from_str(block)
@@ -150,7 +150,7 @@ fn fields_are_as_the_protocol_says() {
 }
 
 #[test]
-fn a_request_with_an_unknown_field_is_malformed() {
+fn rejects_request_with_unknown_field() {
     let asked = |field: &str| {
         let ask = format!(r#"{{"claim":{{"channel":0,"end":"producer"{field}}}}}"#);
         Request::parse(format!(r#"{{"version":{VERSION},"ask":{ask}}}"#).as_bytes())

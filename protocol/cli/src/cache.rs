@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_of_a_cure_is_told_in_short_lines() {
+    fn cure_wraps_into_short_lines() {
         let info = Info {
             asked: 6,
             granted: 1,

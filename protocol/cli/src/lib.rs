@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn help_that_is_pointed_to_is_the_subcommands() {
+    fn error_points_to_subcommand_help() {
         let command = Command::new("program").subcommand(Command::new("serve"));
         let meant = |words: &[&str]| meant(&command, words.iter().map(OsString::from));
         assert_eq!(meant(&["serve", "--size", "x"]), "program serve");
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_of_the_command_line_have_one_line() {
+    fn command_line_errors_take_one_line() {
         let cases = [
             (
                 "error: invalid value 'x' for '--size <SIZE>': `x` is no size\n\nFor more information, try '--help'.\n",

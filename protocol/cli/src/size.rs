@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_shown_as_they_are_written() {
+    fn size_formatting_reverses_parsing() {
         for text in [
             "0", "1", "1023", "1K", "1025", "64M", "3G", "1536M", "8T", "8388608T",
         ] {
@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_is_refused_with_what_is_one() {
+    fn rejects_invalid_size_with_example() {
         for (text, cause) in [
             ("", "no size"),
             ("much", "no size"),

@@ -324,7 +324,7 @@ proptest! {
     /// Kills an end at any store of a commit, release, drop, wake threshold, ring or batch, after
     /// any history with such deaths.
     #[test]
-    fn an_end_killed_at_any_store_has_done_all_of_a_call_or_nothing(steps in steps(40)) {
+    fn killed_end_leaves_whole_call_or_nothing(steps in steps(40)) {
         let mut ends = Ends::new();
         for step in steps {
             ends.step(&step);
@@ -369,7 +369,7 @@ proptest! {
     /// Kills a reset at any store, and a second reset after it, of a channel with any history and
     /// perhaps a wrong word.
     #[test]
-    fn a_reset_killed_at_any_store_keeps_ends_out_until_it_is_done_anew(
+    fn killed_reset_blocks_ends_until_repeated(
         steps in steps(12), wrong in prop::option::of((0u64..8, any::<u64>())), free in 0..=LOOKS
     ) {
         let mut ends = Ends::new();

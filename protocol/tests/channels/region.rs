@@ -9,7 +9,7 @@ const SIZE: usize = 256;
 proptest! {
     /// Compares with a plain array: bytes that are poked are there, and no other bytes change.
     #[test]
-    fn peek_and_poke_are_those_of_an_array(
+    fn peek_and_poke_match_plain_array(
         changes in prop::collection::vec((0usize..300, prop::collection::vec(any::<u8>(), 0..300)), 1..20)
     ) {
         let words: Vec<_> = (0..SIZE / 8).map(|_| AtomicU64::new(0)).collect();
@@ -33,7 +33,7 @@ proptest! {
 }
 
 #[test]
-fn offsets_that_overflow_are_outside() {
+fn peek_rejects_overflowing_offsets() {
     let words = [AtomicU64::new(0)];
     let region = Region::new(&words[..]);
     assert!(region.peek(u64::MAX, &mut [0; 8]).is_err());

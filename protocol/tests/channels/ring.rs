@@ -104,7 +104,7 @@ fn largest_record_goes_through_at_every_offset() {
 }
 
 #[test]
-fn record_that_was_not_released_is_found_again() {
+fn successor_receives_unreleased_record_again() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     send(&mut producer, b"once").unwrap();
@@ -115,7 +115,7 @@ fn record_that_was_not_released_is_found_again() {
 }
 
 #[test]
-fn rings_only_an_end_that_asked() {
+fn rings_only_end_with_armed_wake_up() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     assert_eq!(send(&mut producer, b"awake"), Ok(false));
@@ -133,7 +133,7 @@ fn rings_only_an_end_that_asked() {
 }
 
 #[test]
-fn an_end_that_naps_is_rung_for_half_of_the_channel_or_not_at_all() {
+fn rings_back_off_sleeper_at_half_channel() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     assert!(!consumer.wish_for_half().unwrap());
@@ -153,7 +153,7 @@ fn an_end_that_naps_is_rung_for_half_of_the_channel_or_not_at_all() {
 }
 
 #[test]
-fn what_is_staged_is_not_there_until_it_is_published() {
+fn staged_records_stay_invisible_until_published() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     let stage = |producer: &mut Producer<Memory>, bytes: &[u8]| {
@@ -180,7 +180,7 @@ fn what_is_staged_is_not_there_until_it_is_published() {
 }
 
 #[test]
-fn what_is_passed_is_released_with_the_next() {
+fn next_release_frees_advanced_records() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     while send(&mut producer, &[0; 1000]).is_ok() {}
@@ -201,7 +201,7 @@ fn what_is_passed_is_released_with_the_next() {
 }
 
 #[test]
-fn a_full_channel_is_rung_about_once_half_of_it_is_free() {
+fn consumer_rings_once_half_is_free() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     let mut lap = || {
@@ -223,7 +223,7 @@ fn a_full_channel_is_rung_about_once_half_of_it_is_free() {
 }
 
 #[test]
-fn dropped_records_are_counted_and_leave_a_gap() {
+fn dropped_records_leave_counted_gap() {
     let (region, layout) = region(4096, true);
     let (mut producer, mut consumer) = attach(&region, &layout);
     while send(&mut producer, &[1; 500]).is_ok() {}
@@ -252,7 +252,7 @@ fn reset_starts_an_empty_generation() {
 }
 
 #[test]
-fn nothing_old_stands_behind_a_payload() {
+fn commit_clears_bytes_behind_payload() {
     let (region, layout) = region(4096, false);
     let mut producer = attach(&region, &layout).0;
     for offset in (0..4096).step_by(8) {
@@ -280,7 +280,7 @@ fn nothing_old_stands_behind_a_payload() {
 }
 
 #[test]
-fn a_channel_whose_reset_was_cut_short_is_not_attached() {
+fn attach_rejects_channel_with_interrupted_reset() {
     let (region, layout) = region(4096, false);
     let entry = &layout.channels()[0];
     region.store(entry.offset + channel::GENERATION, 7);
@@ -291,7 +291,7 @@ fn a_channel_whose_reset_was_cut_short_is_not_attached() {
 }
 
 #[test]
-fn a_cursor_that_makes_no_sense_is_corrupt() {
+fn poll_reports_invalid_cursor_as_corrupt() {
     for (word, value) in [
         (channel::WRITTEN, 4),
         (channel::WRITTEN, 8192),
@@ -310,7 +310,7 @@ fn a_cursor_that_makes_no_sense_is_corrupt() {
 }
 
 #[test]
-fn a_consumer_that_goes_back_or_ahead_is_corrupt() {
+fn producer_detects_consumer_cursor_out_of_range() {
     for value in [0, 32, 1 << 20, u64::MAX - 7] {
         let (region, layout) = region(4096, false);
         let (mut producer, mut consumer) = attach(&region, &layout);
@@ -331,7 +331,7 @@ fn a_consumer_that_goes_back_or_ahead_is_corrupt() {
 }
 
 #[test]
-fn headers_that_make_no_sense_are_corrupt() {
+fn poll_reports_invalid_header_as_corrupt() {
     let header = |length: u64, kind: u64| length | kind << 32;
     for word in [
         header(8, 0),
@@ -349,7 +349,7 @@ fn headers_that_make_no_sense_are_corrupt() {
 }
 
 #[test]
-fn payload_is_read_by_words_and_parts() {
+fn record_reads_words_and_parts() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     send(&mut producer, b"12345678abc").unwrap();
@@ -362,7 +362,7 @@ fn payload_is_read_by_words_and_parts() {
 }
 
 #[test]
-fn nothing_is_copied_from_behind_a_payload() {
+fn copy_never_reads_behind_payload() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     send(&mut producer, b"short").unwrap();
@@ -386,7 +386,7 @@ fn before_a_wrap() -> (Heap, Layout, Ends) {
 }
 
 #[test]
-fn of_padding_only_the_first_word_is_meant() {
+fn producer_writes_only_first_padding_word() {
     let (region, layout, (mut producer, mut consumer)) = before_a_wrap();
     let data = layout.channels()[0].offset + channel::DATA;
     for offset in (3 * 1024..4096).step_by(8) {
@@ -399,7 +399,7 @@ fn of_padding_only_the_first_word_is_meant() {
 }
 
 #[test]
-fn padding_with_nothing_behind_it_is_corrupt() {
+fn poll_rejects_padding_without_record() {
     let (region, layout, (_, mut consumer)) = before_a_wrap();
     let base = layout.channels()[0].offset;
     region.store(base + channel::DATA + 3 * 1024, 0xffff << 32);
@@ -410,7 +410,7 @@ fn padding_with_nothing_behind_it_is_corrupt() {
 }
 
 #[test]
-fn two_paddings_in_a_row_are_corrupt() {
+fn poll_rejects_consecutive_paddings() {
     let (region, layout, (_, mut consumer)) = before_a_wrap();
     let base = layout.channels()[0].offset;
     region.store(base + channel::DATA + 3 * 1024, 0xffff << 32);
@@ -422,7 +422,7 @@ fn two_paddings_in_a_row_are_corrupt() {
 proptest! {
     /// Checks rule 5.2 in both directions, for any wake threshold of the other end.
     #[test]
-    fn an_end_rings_exactly_if_it_crosses_the_wish(
+    fn end_rings_exactly_when_crossing_wake_threshold(
         before in 0u64..40, wish in prop_oneof![(0i64..60).prop_map(|words| words as u64 * 8), any::<u64>()], more in 0u64..3
     ) {
         let (region, layout) = region(4096, false);

@@ -7,7 +7,7 @@ use barlink_protocol::cursor::Kind;
 use barlink_protocol::{Events, Sent, Strategy, Wakeup};
 
 #[test]
-fn nothing_is_lost_while_both_ends_sleep_and_wake() {
+fn sleeping_ends_lose_no_record() {
     for (capacity, brief, full) in [(4096, 10_000, 40_000), (65536, 25_000, 100_000)] {
         let count = u64::from(rounds(brief, full));
         let (mut sender, mut receiver) = ends(capacity, false);
@@ -36,7 +36,7 @@ fn nothing_is_lost_while_both_ends_sleep_and_wake() {
 }
 
 #[test]
-fn waiting_ends_with_its_time() {
+fn wait_ends_at_its_timeout() {
     let (mut sender, mut receiver) = ends(4096, false);
     let start = Instant::now();
     assert_eq!(
@@ -57,7 +57,7 @@ fn waiting_ends_with_its_time() {
 }
 
 #[test]
-fn batches_on_both_sides_do_not_wait_for_each_other() {
+fn batches_on_both_ends_never_deadlock() {
     const RECORDS: u64 = 20_000;
     let (mut sender, mut receiver) = ends(4096, false);
     let producer = std::thread::spawn(move || {
@@ -79,7 +79,7 @@ fn batches_on_both_sides_do_not_wait_for_each_other() {
 }
 
 #[test]
-fn an_end_that_spins_heeds_its_time_and_who_leaves() {
+fn spinning_end_notices_timeout_and_departed_peer() {
     let (region, layout) = region(4096, false);
     let (a, b) = bells();
     let (_sender, mut receiver) = ends_with(&region, &layout, a, b);
@@ -93,7 +93,7 @@ fn an_end_that_spins_heeds_its_time_and_who_leaves() {
 }
 
 #[test]
-fn a_record_that_waited_for_room_tells_when_it_was_committed() {
+fn delayed_record_carries_time_of_commit() {
     let (mut sender, mut receiver) = ends(4096, false);
     while sender.send(Kind::DATA, &[0; 900], Some(Duration::ZERO)) == Ok(Sent::Committed) {}
     let sender_sleeps = sender.events().sleeper();
@@ -125,7 +125,7 @@ fn a_record_that_waited_for_room_tells_when_it_was_committed() {
 }
 
 #[test]
-fn a_producer_that_drops_is_not_rung_for_room() {
+fn consumer_never_rings_dropping_producer() {
     let (mut sender, mut receiver) = ends(4096, true);
     let before = receiver.events().rung;
     for _ in 0..10 {
@@ -138,7 +138,7 @@ fn a_producer_that_drops_is_not_rung_for_room() {
 }
 
 #[test]
-fn a_stream_is_rung_for_only_after_silence() {
+fn back_off_sleep_saves_rings_during_stream() {
     const RECORDS: u32 = 200;
     let rings = |strategy| {
         let (mut sender, mut receiver) = ends(4096, false);
@@ -183,7 +183,7 @@ fn a_stream_is_rung_for_only_after_silence() {
 }
 
 #[test]
-fn a_channel_that_drops_does_not_wait() {
+fn dropping_sender_never_waits() {
     let (mut sender, mut receiver) = ends(4096, true);
     let mut outcomes = (0..10).map(|_| sender.send(Kind::DATA, &[0; 900], None).unwrap());
     assert_eq!(
@@ -199,7 +199,7 @@ fn a_channel_that_drops_does_not_wait() {
 }
 
 #[test]
-fn a_record_in_place_is_cut_to_what_was_filled() {
+fn reservation_commits_only_filled_bytes() {
     let (mut sender, mut receiver) = ends(4096, false);
     let mut draft = sender.draft(1000, None).unwrap().unwrap();
     draft.write(0, b"short");
@@ -210,7 +210,7 @@ fn a_record_in_place_is_cut_to_what_was_filled() {
 }
 
 #[test]
-fn an_end_of_a_vm_that_nobody_holds_is_not_rung() {
+fn receiver_never_rings_vm_end_without_holder() {
     let (region, layout) = region(4096, false);
     let (a, b) = bells();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
@@ -237,7 +237,7 @@ fn an_end_of_a_vm_that_nobody_holds_is_not_rung() {
 }
 
 #[test]
-fn a_doorbell_that_is_lost_costs_time_and_no_record() {
+fn lost_doorbell_delays_but_loses_no_record() {
     let (region, layout) = region(4096, false);
     let (mut a, b) = bells();
     a.lost = 3;

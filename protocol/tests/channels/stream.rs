@@ -45,7 +45,7 @@ const FOUR: Outcome = Ok(Progress {
 });
 
 #[test]
-fn a_sender_that_left_before_the_receiver_came_is_not_waited_for() {
+fn receiver_never_waits_for_departed_sender() {
     let (region, layout) = region(4096, false);
     let (a, b) = bells();
     let mut sender = Sender::attach(region.clone(), &layout, 0, a).unwrap();
@@ -63,7 +63,7 @@ fn a_sender_that_left_before_the_receiver_came_is_not_waited_for() {
 }
 
 #[test]
-fn a_sender_that_comes_after_the_receiver_is_waited_for() {
+fn receiver_waits_for_late_sender() {
     let (region, layout) = region(4096, false);
     hold(&region, &layout, 0);
     let (a, b) = bells();
@@ -81,7 +81,7 @@ fn a_sender_that_comes_after_the_receiver_is_waited_for() {
 }
 
 #[test]
-fn a_sender_that_cannot_be_seen_is_waited_for() {
+fn receiver_waits_for_invisible_sender() {
     let (_, layout) = region(4096, false);
     let entry = Channel {
         consumer: 1,
@@ -136,7 +136,7 @@ impl Listener {
 }
 
 #[test]
-fn a_receiver_tells_whom_it_waits_for_while_somebody_listens() {
+fn receiver_reports_wait_to_listener() {
     let (region, layout) = region(4096, false);
     let (a, b) = bells();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
@@ -166,7 +166,7 @@ fn a_receiver_tells_whom_it_waits_for_while_somebody_listens() {
 }
 
 #[test]
-fn a_sender_to_a_full_channel_tells_that_it_waits_while_somebody_listens() {
+fn sender_reports_wait_to_listener() {
     let (mut sender, mut receiver) = ends(4096, false);
     let (tell, told) = std::sync::mpsc::channel();
     let receiving = std::thread::spawn(move || {
@@ -192,7 +192,7 @@ fn a_sender_to_a_full_channel_tells_that_it_waits_while_somebody_listens() {
 /// Checks that the beginning of an empty stream is not dropped. Otherwise the stream's end would be
 /// taken for the end of the first sender's stream.
 #[test]
-fn an_empty_stream_in_a_full_channel_that_drops_is_not_the_end_of_another() {
+fn dropping_channel_keeps_begin_of_empty_stream() {
     let (region, layout) = region(4096, true);
     let (a, b) = bells();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);

@@ -188,7 +188,7 @@ fn waits(count: u32, delay: Duration) -> (u32, Duration) {
 }
 
 #[test]
-fn an_end_finds_out_again_and_again_whether_spinning_pays() {
+fn end_keeps_probing_whether_spinning_pays() {
     // The delay is longer than the first spin, and shorter than the longest.
     let (sleeps, _) = waits(100, 20 * MICROSECOND);
     assert_eq!(sleeps, 7, "it takes one wait of eight to find out");
@@ -203,7 +203,7 @@ fn an_end_finds_out_again_and_again_whether_spinning_pays() {
 const IN_A_NAP: [u32; 3] = [310, 330, 350];
 
 #[test]
-fn an_end_that_naps_is_rung_before_the_other_one_has_to_wait() {
+fn producer_rings_back_off_sleeper_before_waiting() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
     for begins in IN_A_NAP {
         script.goes_on(begins * MICROSECOND, 3 * MICROSECOND);
@@ -222,7 +222,7 @@ fn an_end_that_naps_is_rung_before_the_other_one_has_to_wait() {
 }
 
 #[test]
-fn a_producer_that_naps_is_rung_before_the_consumer_has_to_wait() {
+fn consumer_rings_back_off_sleeper_before_waiting() {
     for begins in IN_A_NAP {
         let (mut sender, script) = sender(Strategy::STREAM);
         script.goes_on(begins * MICROSECOND, 3 * MICROSECOND);
@@ -233,7 +233,7 @@ fn a_producer_that_naps_is_rung_before_the_consumer_has_to_wait() {
 }
 
 #[test]
-fn an_end_that_is_awake_again_is_not_rung_for_its_nap() {
+fn awake_consumer_gets_no_back_off_ring() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
     // Some records come during the first back-off sleep, and then one at each read of the clock.
     script.goes_on(80 * MICROSECOND, MICROSECOND);
@@ -246,7 +246,7 @@ fn an_end_that_is_awake_again_is_not_rung_for_its_nap() {
 }
 
 #[test]
-fn a_producer_that_is_awake_again_is_not_rung_for_its_nap() {
+fn awake_producer_gets_no_back_off_ring() {
     let (mut sender, script) = sender(Strategy::STREAM);
     script.goes_on(80 * MICROSECOND, MICROSECOND);
     for _ in 0..1000 {
@@ -257,7 +257,7 @@ fn a_producer_that_is_awake_again_is_not_rung_for_its_nap() {
 }
 
 #[test]
-fn naps_grow_no_longer_than_the_longest() {
+fn back_off_sleeps_grow_to_a_limit() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
     let waited = receiver.wait(Some(5000 * MICROSECOND));
     assert_eq!(waited, Ok(Wakeup::TimedOut));
@@ -269,7 +269,7 @@ fn naps_grow_no_longer_than_the_longest() {
 /// Shows that a ring during a back-off sleep does not prove that doorbells arrive, because it may
 /// be a ring that this end did not ask for.
 #[test]
-fn a_ring_in_a_nap_proves_nothing() {
+fn back_off_ring_does_not_prove_doorbells() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
     script.goes_on(310 * MICROSECOND, 3 * MICROSECOND);
     assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
@@ -293,7 +293,7 @@ fn a_ring_in_a_nap_proves_nothing() {
 /// of the channel may wait for this very producer, so a ring at half of the channel would never
 /// come.
 #[test]
-fn a_producer_is_rung_once_its_record_fits_though_the_consumer_keeps_more_than_half() {
+fn consumer_rings_producer_once_record_fits() {
     for strategy in [Strategy::SLEEP, Strategy::PROMPT, Strategy::STREAM] {
         let (mut sender, script) = sender(strategy);
         // The consumer starts late, so that the sender sleeps and is rung, and relies on rings from
@@ -313,7 +313,7 @@ fn a_producer_is_rung_once_its_record_fits_though_the_consumer_keeps_more_than_h
 }
 
 #[test]
-fn a_consumer_that_takes_its_time_rings_about_half_of_the_channel() {
+fn slow_consumer_rings_once_per_half_channel() {
     let (mut sender, script) = sender(Strategy::SLEEP);
     // Half of the channel is free before the sender lowers its wake threshold.
     script.goes_on(10 * MICROSECOND, 30 * MICROSECOND);
@@ -327,7 +327,7 @@ fn a_consumer_that_takes_its_time_rings_about_half_of_the_channel() {
 /// Shows that a look without a wait consumes a ring. A program that waits for several sources polls
 /// a descriptor, which stays readable until the ring is consumed.
 #[test]
-fn looking_without_waiting_takes_what_was_rung() {
+fn zero_timeout_wait_consumes_ring() {
     let (mut receiver, script) = receiver(Strategy::PROMPT);
     let looked = receiver.wait(Some(Duration::ZERO));
     assert_eq!(looked, Ok(Wakeup::TimedOut));
@@ -336,7 +336,7 @@ fn looking_without_waiting_takes_what_was_rung() {
 }
 
 #[test]
-fn times_without_end_are_no_fault() {
+fn wait_accepts_endless_durations() {
     let (mut receiver, script) = receiver(Strategy {
         least_spin: Duration::MAX,
         most_spin: Duration::MAX,

@@ -22,7 +22,7 @@ const LONG: Option<Duration> = Some(Duration::from_secs(10));
 /// beside it, and the host wrote beyond the table. Here a commit note that disagrees with its
 /// cursor is not used.
 #[test]
-fn a_commit_note_that_fits_no_cursor_is_corrupt() {
+fn attach_rejects_inconsistent_commit_note() {
     let layout = layout();
     let entry = &layout.channels()[ATTACKED];
     let region = Region::new(words(&layout));
@@ -44,7 +44,7 @@ fn a_commit_note_that_fits_no_cursor_is_corrupt() {
 /// while it ran, and the host allocated without end. Here the properties of a channel are read at
 /// attach, and not again.
 #[test]
-fn a_superblock_that_changes_later_is_not_read_again() {
+fn ends_ignore_later_superblock_changes() {
     let layout = layout();
     let words = words(&layout);
     let region = Region::new(words.clone());
@@ -68,7 +68,7 @@ fn a_superblock_that_changes_later_is_not_read_again() {
 /// openvmm issue 4045: a worker parsed a malformed head of a queue again and again, and nothing
 /// could stop it.
 #[test]
-fn a_malformed_head_is_told_at_once_each_time() {
+fn receiver_reports_malformed_header_without_waiting() {
     let layout = layout();
     let words = words(&layout);
     let entry = &layout.channels()[ATTACKED];
@@ -91,7 +91,7 @@ fn a_malformed_head_is_told_at_once_each_time() {
 /// Checks the same fault at the other end: a producer does not wait for room if the consumer's
 /// cursor is invalid.
 #[test]
-fn a_cursor_that_makes_no_sense_is_told_at_once_each_time() {
+fn sender_reports_invalid_cursor_without_waiting() {
     let layout = layout();
     let region = Region::new(words(&layout));
     let (naps, napped) = Naps::counted();
@@ -110,7 +110,7 @@ fn a_cursor_that_makes_no_sense_is_told_at_once_each_time() {
 /// Shows that an end that keeps changing, as a guest's driver can pretend, does not delay a
 /// deadline. A channel that drops always has a deadline.
 #[test]
-fn an_other_end_that_keeps_changing_does_not_hold_up_a_deadline() {
+fn changing_peer_does_not_delay_deadline() {
     let layout = layout();
     let words = words(&layout);
     let presence = layout.presence_page(1) as usize / 8;
@@ -129,7 +129,7 @@ fn an_other_end_that_keeps_changing_does_not_hold_up_a_deadline() {
 
 /// DSA-5833-1 (DPDK vhost): a guest's packet was copied into a buffer that was too small for it.
 #[test]
-fn a_record_fills_no_more_than_the_buffer_it_is_given() {
+fn record_copy_never_exceeds_buffer() {
     let layout = layout();
     let entry = &layout.channels()[ATTACKED];
     let region = Region::new(words(&layout));
@@ -153,7 +153,7 @@ proptest! {
     /// without end. Here a channel with any words is attached to, used, released and reset within a
     /// limited number of looks.
     #[test]
-    fn any_words_are_used_or_refused_in_bounded_work(
+    fn any_words_cause_bounded_work(
         header in prop::collection::vec((0usize..40, word()), 0..20),
         data in prop::collection::vec((0usize..512, word()), 0..40),
     ) {

@@ -59,7 +59,7 @@ fn consume(offset: u64, value: u64, moment: u64) -> Result<Option<(Header, usize
 /// CVE-2026-93683 (DPDK vhost): a length was read from shared memory once for the check and again
 /// for its use. CVE-2026-86848 (DPDK vhost-crypto): the same with an index.
 #[test]
-fn a_header_that_changes_is_read_once() {
+fn consumer_reads_changing_header_once() {
     let before = Header {
         length: 64,
         kind: Kind::USER,
@@ -100,7 +100,7 @@ fn a_header_that_changes_is_read_once() {
 
 /// Changes both cursors while an end attaches, its own cursor included.
 #[test]
-fn a_cursor_that_changes_is_read_once() {
+fn consumer_reads_changing_cursor_once() {
     for offset in [channel::WRITTEN, channel::READ] {
         for value in [0, 88, 4, 96, 1 << 40, u64::MAX - 7, u64::MAX] {
             for moment in 0..MOMENTS {
@@ -115,7 +115,7 @@ fn a_cursor_that_changes_is_read_once() {
 /// Changes the consumer's cursor under a producer: the room is that of one of the producer's looks,
 /// and lies in the channel.
 #[test]
-fn a_producer_believes_one_look_at_the_consumers_cursor() {
+fn producer_trusts_single_read_of_cursor() {
     let layout = layout();
     let entry = &layout.channels()[ATTACKED];
     for value in [0, 88, 8, 4, 1 << 40, u64::MAX - 7] {
@@ -148,7 +148,7 @@ fn a_producer_believes_one_look_at_the_consumers_cursor() {
 /// Shows that an observer is not misled without an attack, when more bytes than the channel holds
 /// pass through it between two of its looks.
 #[test]
-fn a_channel_that_flows_while_it_is_looked_at_makes_sense() {
+fn snapshot_of_busy_channel_is_consistent() {
     let layout = layout();
     let entry = &layout.channels()[ATTACKED];
     for moment in 0..MOMENTS {

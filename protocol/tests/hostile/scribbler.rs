@@ -342,26 +342,26 @@ fn ends(region: Region<Arc<[AtomicU64]>>, layout: &Layout) -> Box<dyn FnMut(&mut
 }
 
 #[test]
-fn consumer_lives_through_any_words_of_its_producer() {
+fn consumer_survives_any_words_from_producer() {
     attack(PRODUCERS, consumer);
 }
 
 #[test]
-fn producer_lives_through_any_words_of_its_consumer() {
+fn producer_survives_any_words_from_consumer() {
     attack(CONSUMERS, producer);
 }
 
 #[test]
-fn consumer_lives_through_any_words_in_its_channel() {
+fn consumer_survives_any_words_in_channel() {
     attack(Reach::Everything, consumer);
 }
 
 #[test]
-fn producer_lives_through_any_words_in_its_channel() {
+fn producer_survives_any_words_in_channel() {
     attack(Reach::Everything, producer);
 }
 
 #[test]
-fn ends_that_wait_live_through_any_words_in_their_channel() {
+fn waiting_ends_survive_any_words() {
     attack(Reach::Everything, ends);
 }

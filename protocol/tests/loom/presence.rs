@@ -58,7 +58,7 @@ fn wish_and_die(region: &Words, channel: &Channel) {
 /// Checks rule 5.6: an end that was not rung while it was away finds the records when it comes. The
 /// wake threshold of the last consumer is still there, so the host checks whether the end is held.
 #[test]
-fn a_driver_that_comes_while_the_host_sends_misses_no_record() {
+fn arriving_driver_misses_no_record() {
     static RUNG: Counter = Counter::new(0);
     static SPARED: Counter = Counter::new(0);
     model_of(2, || {
@@ -97,7 +97,7 @@ fn a_driver_that_comes_while_the_host_sends_misses_no_record() {
 /// Kills a VM, whose words in the driver's page stay, and starts a second VM in its slot. The
 /// second VM misses no record.
 #[test]
-fn a_vm_that_comes_after_one_that_was_killed_misses_no_record() {
+fn vm_after_killed_vm_misses_no_record() {
     model(|| {
         let (region, channel) = (region(), channel_to_guest());
         let (guest, host) = Bells::pair();
@@ -123,7 +123,7 @@ fn a_vm_that_comes_after_one_that_was_killed_misses_no_record() {
 /// consumer, which receives the record before it detects that the producer left. It never sees the
 /// end held by a guest that is not there.
 #[test]
-fn a_guest_that_is_reset_between_commit_and_ring_leaves_no_consumer_asleep() {
+fn reset_guest_leaves_no_consumer_asleep() {
     model(|| {
         let (region, channel) = (region(), channel());
         let (guest, host) = Bells::pair();
@@ -151,7 +151,7 @@ fn a_guest_that_is_reset_between_commit_and_ring_leaves_no_consumer_asleep() {
 /// Kills a consumer between release and ring. The driver that leaves wakes the producer, which
 /// sleeps for room. The consumer of the next driver goes on where the first one stopped.
 #[test]
-fn a_consumer_that_dies_between_release_and_ring_leaves_no_producer_asleep() {
+fn dying_consumer_leaves_no_producer_asleep() {
     model(|| {
         let (region, channel) = (region(), channel_to_guest());
         let (guest, host) = Bells::pair();
@@ -185,7 +185,7 @@ fn a_consumer_that_dies_between_release_and_ring_leaves_no_producer_asleep() {
 /// place. The consumer receives the records of each producer before it detects that the producer
 /// left.
 #[test]
-fn a_producer_that_dies_between_commit_and_ring_leaves_no_consumer_asleep() {
+fn dying_producer_leaves_no_consumer_asleep() {
     model(|| {
         let (region, channel) = (region(), channel());
         let (guest, host) = Bells::pair();
@@ -228,7 +228,7 @@ fn a_producer_that_dies_between_commit_and_ring_leaves_no_consumer_asleep() {
 /// Kills a host app between commit and ring. The broker rings in its place, unless the driver is
 /// not there yet.
 #[test]
-fn a_host_app_that_dies_between_commit_and_ring_leaves_no_guest_asleep() {
+fn dying_host_app_leaves_no_guest_asleep() {
     model(|| {
         let (region, channel) = (region(), channel_to_guest());
         let (guest, host) = Bells::pair();
@@ -262,7 +262,7 @@ fn a_host_app_that_dies_between_commit_and_ring_leaves_no_guest_asleep() {
 /// Checks rule 5.4 between two VMs, whose ends are invisible to each other: a producer that takes
 /// over rings for its predecessor.
 #[test]
-fn a_producer_that_takes_up_wakes_who_sleeps_since_its_predecessor() {
+fn successor_wakes_consumer_of_killed_producer() {
     model(|| {
         let (region, channel) = (region(), channel());
         let (guest, host) = Bells::pair();
@@ -284,7 +284,7 @@ fn a_producer_that_takes_up_wakes_who_sleeps_since_its_predecessor() {
 /// Checks rule 5.4: an end that attaches is rung, and so learns that doorbells arrive. It then
 /// stops its fallback poll.
 #[test]
-fn an_end_that_comes_is_rung_by_one_that_waits() {
+fn waiting_end_rings_arriving_end() {
     model(|| {
         let (region, channel) = (region(), channel());
         let (guest, host) = Bells::pair();

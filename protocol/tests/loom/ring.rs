@@ -18,7 +18,7 @@ fn ends(region: &Words) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
 }
 
 #[test]
-fn no_wake_up_is_lost_and_no_record_is_torn_or_comes_twice() {
+fn ends_lose_no_wake_up_or_record() {
     const RECORDS: u64 = 4;
     model(|| {
         let (mut sender, mut receiver) = ends(&region());
@@ -76,7 +76,7 @@ fn ring_without_sleep_is_a_queue() {
 }
 
 #[test]
-fn consumer_that_takes_up_sees_each_record_once_or_again() {
+fn successor_of_consumer_misses_no_record() {
     model(|| {
         let region = region();
         let mut producer = Producer::attach(region.clone(), &channel()).unwrap();
@@ -110,7 +110,7 @@ fn consumer_that_takes_up_sees_each_record_once_or_again() {
 }
 
 #[test]
-fn an_end_is_claimed_or_the_channel_is_reset() {
+fn claim_and_reset_exclude_each_other() {
     model(|| {
         let region = region();
         let mut producer = Producer::attach(region.clone(), &channel()).unwrap();

@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn what_came_before_is_not_timed_if_enough_came_after() {
+    fn measurement_excludes_warm_up_if_long_enough() {
         assert_eq!(stream(None, 90), (100, 90));
         assert_eq!(stream(Some(100), 160), (40, 60));
         assert_eq!(stream(Some(100), 110), (100, 110));

@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_count_in_which_the_thread_slept_and_each_ends_with_what_is_thought() -> Result<()> {
+    fn questions_count_sleeps_and_wait_think_time() -> Result<()> {
         const COUNTED: u64 = 10;
         let think = Think { think: 200 };
         let mut questions = think.questions();

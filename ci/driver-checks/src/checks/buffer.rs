@@ -44,7 +44,7 @@ fn is_dead(map: &Mapping, offset: u64) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn buffers_of_other_sizes_and_for_readers_are_refused() -> Result<()> {
+pub(super) fn driver_refuses_invalid_or_read_only_buffers() -> Result<()> {
     for region in Region::TAKEN {
         let device = open(region)?;
         for size in [
@@ -77,7 +77,7 @@ pub(super) fn buffers_of_other_sizes_and_for_readers_are_refused() -> Result<()>
     Ok(())
 }
 
-pub(super) fn buffer_is_one_a_device_and_zeroed() -> Result<()> {
+pub(super) fn device_has_one_zeroed_buffer() -> Result<()> {
     let (first, second) = (open(Region::Main)?, open(Region::Main)?);
     for round in 0..8 {
         let (file, _) = first.buffer(SIZE)?;
@@ -105,7 +105,7 @@ pub(super) fn buffer_is_one_a_device_and_zeroed() -> Result<()> {
     is_free(&first)
 }
 
-pub(super) fn buffer_is_mapped_as_the_region_is() -> Result<()> {
+pub(super) fn buffer_mappings_follow_rules_of_region() -> Result<()> {
     let device = open(Region::Main)?;
     let (file, _) = device.buffer(SIZE)?;
     let (map, last) = (file.map(0, SIZE)?, file.map(SIZE - PAGE, PAGE)?);
@@ -156,7 +156,7 @@ pub(super) fn buffer_is_mapped_as_the_region_is() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn buffer_ends_with_its_last_descriptor_and_mapping() -> Result<()> {
+pub(super) fn buffer_ends_with_its_last_user() -> Result<()> {
     let device = open(Region::Main)?;
     let (file, _) = device.buffer(SIZE)?;
     let (map, other) = (file.map(0, SIZE)?, file.map(0, PAGE)?);
@@ -273,7 +273,7 @@ pub(super) fn unbind_takes_the_buffer_from_every_process() -> Result<()> {
     is_free(&device)
 }
 
-pub(super) fn memory_of_buffers_is_free_after_unbind_whoever_has_them() -> Result<()> {
+pub(super) fn unbind_frees_memory_of_held_buffers() -> Result<()> {
     const ROUNDS: u64 = 16;
     let mut kept = Vec::new();
     let before = free_memory()?;

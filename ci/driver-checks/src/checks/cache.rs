@@ -58,7 +58,7 @@ fn wish(device: &Device, cache: u32, flags: u32) -> rustix::io::Result<()> {
     device.map_as(Map { cache, flags })
 }
 
-pub(super) fn each_cache_mode_is_granted_and_told() -> Result<()> {
+pub(super) fn driver_grants_and_reports_each_cache_mode() -> Result<()> {
     for mode in MODES {
         let device = open(Region::Main)?;
         is_told(&device, 0, 0)?;
@@ -79,7 +79,7 @@ pub(super) fn each_cache_mode_is_granted_and_told() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn one_cache_mode_holds_while_a_mapping_lives() -> Result<()> {
+pub(super) fn mapping_fixes_cache_mode_of_region() -> Result<()> {
     let (first, second) = (open(Region::Main)?, open(Region::Main)?);
     wish(&first, CacheMode::WriteBack as u32, 0)?;
     let map = first.map(RAW, PAGE)?;
@@ -147,7 +147,7 @@ pub(super) fn one_cache_mode_holds_while_a_mapping_lives() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn wishes_that_make_no_sense_are_refused() -> Result<()> {
+pub(super) fn driver_rejects_invalid_map_options() -> Result<()> {
     let device = open(Region::Main)?;
     for (cache, flags) in [
         (CacheMode::Uncached as u32, 0),
@@ -168,7 +168,7 @@ pub(super) fn wishes_that_make_no_sense_are_refused() -> Result<()> {
     is_told(&device, noncached, noncached)
 }
 
-pub(super) fn pages_are_mapped_when_they_are_touched() -> Result<()> {
+pub(super) fn pages_are_mapped_on_fault() -> Result<()> {
     let device = open(Region::Main)?;
     wish(&device, CacheMode::WriteBack as u32, ON_TOUCH)?;
     let map = device.map(RAW, 64 * PAGE)?;
@@ -237,7 +237,7 @@ fn minor_faults() -> Result<u64> {
     Ok(faults.context("no such figure")?.parse()?)
 }
 
-pub(super) fn large_pages_are_mapped_when_they_are_touched() -> Result<()> {
+pub(super) fn large_pages_are_mapped_on_fault() -> Result<()> {
     let device = open(Region::Main)?;
     wish(&device, 0, ON_TOUCH)?;
     let length = 3 * HUGE;
@@ -269,7 +269,7 @@ pub(super) fn large_pages_are_mapped_when_they_are_touched() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn large_page_is_not_mapped_over_a_page_of_another_mode() -> Result<()> {
+pub(super) fn large_page_never_covers_other_cache_mode() -> Result<()> {
     let (whole, touched) = (open(Region::Main)?, open(Region::Main)?);
     wish(&whole, CacheMode::WriteBack as u32, 0)?;
     wish(&touched, 0, ON_TOUCH)?;
@@ -297,7 +297,7 @@ pub(super) fn large_page_is_not_mapped_over_a_page_of_another_mode() -> Result<(
     Ok(())
 }
 
-pub(super) fn pages_that_were_not_touched_yet_are_gone_with_the_device() -> Result<()> {
+pub(super) fn faults_after_unbind_raise_sigbus() -> Result<()> {
     let device = open(Region::Main)?;
     wish(&device, 0, ON_TOUCH)?;
     let map = device.map(RAW, 4 * PAGE)?;

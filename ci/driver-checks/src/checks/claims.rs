@@ -13,7 +13,7 @@ use crate::device::{DOWN, SIDE, UP, UP1, fails};
 use crate::host;
 use crate::process::child;
 
-pub(super) fn claims_are_exclusive_and_end_with_their_file() -> Result<()> {
+pub(super) fn claim_is_exclusive_until_file_closes() -> Result<()> {
     let first = open(Region::Main)?;
     let second = open(Region::Main)?;
     first.claim(UP)?;

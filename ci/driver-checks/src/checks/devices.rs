@@ -126,7 +126,7 @@ pub(super) fn unknown_calls_are_refused() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn smallest_free_number_is_taken() -> Result<()> {
+pub(super) fn device_takes_smallest_free_number() -> Result<()> {
     let rebind = |order: [Region; 2]| -> Result<()> {
         let mut free = [node(Region::Main)?, node(Region::Bus)?];
         free.sort();

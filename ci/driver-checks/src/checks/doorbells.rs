@@ -71,7 +71,7 @@ pub(super) fn all_256_vectors_fire() -> Result<()> {
 
 /// Rings more vectors than a queue has room for while the broker is stopped, and finds all of them
 /// delivered once the broker continues.
-pub(super) fn doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them() -> Result<()> {
+pub(super) fn doorbells_survive_stopped_broker_without_blocking() -> Result<()> {
     let device = ring_all_in_vain()?;
     host::go_on(Region::Bus, 0)?;
     all_were_rung()?;
@@ -81,7 +81,7 @@ pub(super) fn doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them() -> R
 
 /// Unbinds the device while the broker is stopped. The driver waits a while for the broker, and
 /// then QEMU stops the guest until the broker answers. So the host continues the broker by itself.
-pub(super) fn doorbells_are_read_before_the_device_is_given_back() -> Result<()> {
+pub(super) fn unbind_waits_until_doorbells_are_read() -> Result<()> {
     let device = ring_all_in_vain()?;
     host::go_on(Region::Bus, 500)?;
     unbind(Region::Bus)?;
@@ -144,7 +144,7 @@ pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
     host::show(format!("{rounds} round trips by doorbell, {each:?} each"))
 }
 
-pub(super) fn device_without_vectors_says_so() -> Result<()> {
+pub(super) fn device_without_vectors_rejects_reads() -> Result<()> {
     let device = open(Region::Plain)?;
     fails(device.interrupts(), Errno::OPNOTSUPP);
     assert!(!device.is_readable()?);

@@ -32,7 +32,7 @@ fn ring_through(vector: u32) -> Result<()> {
     host::ring_through(Region::Main, vector)
 }
 
-pub(super) fn read_gives_what_fired_once() -> Result<()> {
+pub(super) fn read_reports_each_fired_vector_once() -> Result<()> {
     let device = open_nonblocking(Region::Main)?;
     fails(device.interrupts(), Errno::AGAIN);
     assert!(!device.is_readable()?);
@@ -59,7 +59,7 @@ pub(super) fn read_gives_what_fired_once() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn read_waits_and_a_signal_ends_it() -> Result<()> {
+pub(super) fn read_waits_until_interrupt_or_signal() -> Result<()> {
     let device = open(Region::Main)?;
     let reader = || {
         child(|parent| {
@@ -105,7 +105,7 @@ pub(super) fn read_waits_and_a_signal_ends_it() -> Result<()> {
 }
 
 /// Checks `read`, `poll` and an eventfd at the same time.
-pub(super) fn last_interrupt_of_a_burst_is_always_delivered() -> Result<()> {
+pub(super) fn last_interrupt_of_burst_always_arrives() -> Result<()> {
     let rounds = rounds(40, 200);
     let device = open(Region::Main)?;
     // Starts a child that reports the number of each burst to the parent when it is woken after the
@@ -225,7 +225,7 @@ pub(super) fn interrupts_are_counted_for_each_file() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn claims_narrow_what_a_file_hears() -> Result<()> {
+pub(super) fn claim_limits_vectors_of_its_file() -> Result<()> {
     let (up, down, all) = (
         open_nonblocking(Region::Main)?,
         open_nonblocking(Region::Main)?,
@@ -262,7 +262,7 @@ pub(super) fn claims_narrow_what_a_file_hears() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn epoll_hears_of_vectors_claimed_later() -> Result<()> {
+pub(super) fn epoll_reports_vectors_claimed_later() -> Result<()> {
     let device = open_nonblocking(Region::Main)?;
     device.claim(UP)?;
     let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;

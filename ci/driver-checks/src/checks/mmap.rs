@@ -46,7 +46,7 @@ pub(super) fn stores_cross_both_ways() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn mappings_are_noncached_and_say_so() -> Result<()> {
+pub(super) fn default_mappings_are_noncached() -> Result<()> {
     let device = open(Region::Main)?;
     nothing_is_mapped(&device)?;
     let first = device.map(0, PAGE)?;
@@ -87,7 +87,7 @@ pub(super) fn mmap_refuses_the_drivers_page() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn mmap_refuses_what_is_private_executable_or_outside() -> Result<()> {
+pub(super) fn mmap_refuses_private_executable_or_outside_ranges() -> Result<()> {
     let device = open(Region::Main)?;
     let reader = open_with(Region::Main, OFlags::RDONLY)?;
     for protection in [ProtFlags::empty(), ProtFlags::READ, READ_WRITE] {
@@ -185,7 +185,7 @@ pub(super) fn mappings_survive_fork_split_and_move() -> Result<()> {
     nothing_is_mapped(&device)
 }
 
-pub(super) fn mappings_are_not_taken_for_the_kernels_memory() -> Result<()> {
+pub(super) fn mappings_survive_calls_meant_for_memory() -> Result<()> {
     let device = open(Region::Main)?;
     let map = device.map(RAW, 4 * PAGE)?;
     map.treat_as_memory();

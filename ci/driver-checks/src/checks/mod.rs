@@ -41,34 +41,34 @@ pub const TOPICS: &[Topic] = checks! {
         info_describes_each_device
         devices_are_independent
         unknown_calls_are_refused
-        smallest_free_number_is_taken;
+        device_takes_smallest_free_number;
     "mmap", mmap:
         stores_cross_both_ways
-        mappings_are_noncached_and_say_so
+        default_mappings_are_noncached
         mmap_refuses_the_drivers_page
-        mmap_refuses_what_is_private_executable_or_outside
+        mmap_refuses_private_executable_or_outside_ranges
         read_only_file_gets_read_only_mappings
         mappings_survive_fork_split_and_move
-        mappings_are_not_taken_for_the_kernels_memory;
+        mappings_survive_calls_meant_for_memory;
     "cache", cache:
-        each_cache_mode_is_granted_and_told
-        one_cache_mode_holds_while_a_mapping_lives
-        wishes_that_make_no_sense_are_refused
-        pages_are_mapped_when_they_are_touched
-        large_pages_are_mapped_when_they_are_touched
-        large_page_is_not_mapped_over_a_page_of_another_mode
-        pages_that_were_not_touched_yet_are_gone_with_the_device;
+        driver_grants_and_reports_each_cache_mode
+        mapping_fixes_cache_mode_of_region
+        driver_rejects_invalid_map_options
+        pages_are_mapped_on_fault
+        large_pages_are_mapped_on_fault
+        large_page_never_covers_other_cache_mode
+        faults_after_unbind_raise_sigbus;
     "buffer", buffer:
-        buffers_of_other_sizes_and_for_readers_are_refused
-        buffer_is_one_a_device_and_zeroed
-        buffer_is_mapped_as_the_region_is
-        buffer_ends_with_its_last_descriptor_and_mapping
+        driver_refuses_invalid_or_read_only_buffers
+        device_has_one_zeroed_buffer
+        buffer_mappings_follow_rules_of_region
+        buffer_ends_with_its_last_user
         buffers_leave_nothing_behind
         unbind_takes_the_buffer_from_every_process
-        memory_of_buffers_is_free_after_unbind_whoever_has_them
+        unbind_frees_memory_of_held_buffers
         unbind_races_buffers;
     "claims", claims:
-        claims_are_exclusive_and_end_with_their_file
+        claim_is_exclusive_until_file_closes
         foreign_and_unknown_ends_are_refused
         claim_ends_when_its_process_is_killed;
     "presence", presence:
@@ -78,22 +78,22 @@ pub const TOPICS: &[Topic] = checks! {
     "doorbells", doorbells:
         doorbells_reach_the_host
         all_256_vectors_fire
-        doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them
-        doorbells_are_read_before_the_device_is_given_back
+        doorbells_survive_stopped_broker_without_blocking
+        unbind_waits_until_doorbells_are_read
         interrupts_in_lock_step_are_never_lost
-        device_without_vectors_says_so;
+        device_without_vectors_rejects_reads;
     "interrupts", interrupts:
-        read_gives_what_fired_once
-        read_waits_and_a_signal_ends_it
-        last_interrupt_of_a_burst_is_always_delivered
+        read_reports_each_fired_vector_once
+        read_waits_until_interrupt_or_signal
+        last_interrupt_of_burst_always_arrives
         interrupts_are_counted_under_a_clear_name
         interrupts_are_counted_for_each_file
-        claims_narrow_what_a_file_hears
-        epoll_hears_of_vectors_claimed_later;
+        claim_limits_vectors_of_its_file
+        epoll_reports_vectors_claimed_later;
     "signals", signals:
         eventfds_are_written_for_their_vectors
-        what_is_no_eventfd_is_refused
-        eventfd_tells_that_the_device_goes;
+        driver_refuses_invalid_eventfds
+        eventfd_signals_removal_of_device;
     "hostile", hostile:
         hostile_superblocks_are_declined
         superblock_is_read_once
@@ -101,19 +101,19 @@ pub const TOPICS: &[Topic] = checks! {
     "removal", removal:
         unbind_reaches_every_sleeper_and_mapping
         file_of_a_removed_device_stays_dead
-        removed_and_rescanned
+        device_returns_after_remove_and_rescan
         hot_plugged_device_comes_and_goes;
     "races", races:
         unbind_races_mmap_and_fork
         unbind_races_claims_and_doorbells
         interrupt_storm_races_open_claim_and_close
-        reset_of_a_virtio_device_races_unbind_and_unload;
+        virtio_reset_races_unbind_and_unload;
     "rounds", rounds:
-        device_comes_and_goes_under_its_users;
+        device_goes_and_returns_while_used;
     "sleep", sleep:
-        system_suspends_to_idle_under_its_users
-        device_that_was_reset_is_gone_after_a_suspend_and_comes_back
-        suspend_leaves_files_and_mappings_as_they_are
+        system_suspends_to_idle_while_used
+        reset_device_stays_gone_after_suspend
+        suspend_preserves_files_and_mappings
         hibernation_is_refused;
     "life", life:
         module_stays_while_it_is_used
@@ -124,7 +124,7 @@ pub const TOPICS: &[Topic] = checks! {
         mappings_leave_nothing_behind
         mapping_64_mib_takes_a_moment;
     "sleep_in_s3", sleep:
-        system_suspends_to_memory_under_its_users;
+        system_suspends_to_memory_while_used;
 };
 
 /// Names of the checks whose VM needs the devices of all regions. The VM of other checks has the
@@ -135,23 +135,23 @@ pub const WITH_ALL_DEVICES: &[&str] = &[
     "foreign_memory_is_declined",
     "info_describes_each_device",
     "devices_are_independent",
-    "smallest_free_number_is_taken",
+    "device_takes_smallest_free_number",
     "stores_cross_both_ways",
     "mmap_refuses_the_drivers_page",
-    "one_cache_mode_holds_while_a_mapping_lives",
-    "buffers_of_other_sizes_and_for_readers_are_refused",
-    "buffer_is_one_a_device_and_zeroed",
+    "mapping_fixes_cache_mode_of_region",
+    "driver_refuses_invalid_or_read_only_buffers",
+    "device_has_one_zeroed_buffer",
     "foreign_and_unknown_ends_are_refused",
     "holder_words_follow_the_claims",
     "doorbells_reach_the_host",
     "all_256_vectors_fire",
-    "doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them",
-    "doorbells_are_read_before_the_device_is_given_back",
-    "device_without_vectors_says_so",
-    "what_is_no_eventfd_is_refused",
-    "removed_and_rescanned",
+    "doorbells_survive_stopped_broker_without_blocking",
+    "unbind_waits_until_doorbells_are_read",
+    "device_without_vectors_rejects_reads",
+    "driver_refuses_invalid_eventfds",
+    "device_returns_after_remove_and_rescan",
     "hot_plugged_device_comes_and_goes",
-    "reset_of_a_virtio_device_races_unbind_and_unload",
+    "virtio_reset_races_unbind_and_unload",
     "module_stays_while_it_is_used",
     "module_is_loaded_and_unloaded",
     "memory_of_a_device_is_small",
@@ -159,19 +159,19 @@ pub const WITH_ALL_DEVICES: &[&str] = &[
 
 /// Names of the checks that only unplug a device from the running VM. QEMU 11.1 ends itself when a
 /// vfio-user device with MSI-X is unplugged, whichever server it has, so these checks do not run
-/// over vfio-user. The test `device_of_vfio_user_is_plugged_in_and_not_out` shows that such a
+/// over vfio-user. The test `vfio_user_device_allows_plugging_not_unplugging` shows that such a
 /// device can at least be plugged in.
 pub const UNPLUGGING: &[&str] = &["hot_plugged_device_comes_and_goes"];
 
 /// Names of the checks that need a machine which can suspend to ACPI's S3 any number of times. With
 /// SeaBIOS 1.17 a q35 machine can do so once (`docs/driver.md`, section 8).
-pub const SLEEPING: &[&str] = &["system_suspends_to_memory_under_its_users"];
+pub const SLEEPING: &[&str] = &["system_suspends_to_memory_while_used"];
 
 /// Names of the checks that ring while the broker is stopped. They do not run over vfio-user, where
 /// each doorbell is a message to the broker and QEMU waits 5 s for the reply.
 pub const PAUSING: &[&str] = &[
-    "doorbells_wait_for_a_slow_broker_and_nobody_waits_with_them",
-    "doorbells_are_read_before_the_device_is_given_back",
+    "doorbells_survive_stopped_broker_without_blocking",
+    "unbind_waits_until_doorbells_are_read",
 ];
 
 /// Names of the checks that also run in a VM with an IOMMU. They cover everything that passes
@@ -179,18 +179,18 @@ pub const PAUSING: &[&str] = &[
 /// them.
 pub const BEHIND_AN_IOMMU: &[&str] = &[
     "stores_cross_both_ways",
-    "buffers_of_other_sizes_and_for_readers_are_refused",
-    "buffer_is_one_a_device_and_zeroed",
-    "buffer_is_mapped_as_the_region_is",
-    "buffer_ends_with_its_last_descriptor_and_mapping",
+    "driver_refuses_invalid_or_read_only_buffers",
+    "device_has_one_zeroed_buffer",
+    "buffer_mappings_follow_rules_of_region",
+    "buffer_ends_with_its_last_user",
     "buffers_leave_nothing_behind",
     "unbind_takes_the_buffer_from_every_process",
-    "memory_of_buffers_is_free_after_unbind_whoever_has_them",
+    "unbind_frees_memory_of_held_buffers",
     "unbind_races_buffers",
     "all_256_vectors_fire",
-    "last_interrupt_of_a_burst_is_always_delivered",
-    "removed_and_rescanned",
+    "last_interrupt_of_burst_always_arrives",
+    "device_returns_after_remove_and_rescan",
     "hot_plugged_device_comes_and_goes",
-    "suspend_leaves_files_and_mappings_as_they_are",
+    "suspend_preserves_files_and_mappings",
     "kernel_log_stays_clean",
 ];

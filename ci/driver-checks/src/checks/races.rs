@@ -178,7 +178,7 @@ pub(super) fn interrupt_storm_races_open_claim_and_close() -> Result<()> {
 
 /// Resets a virtio device by its PCI function. The driver releases the device before the reset, and
 /// waits for the broker first if there are unread doorbells.
-pub(super) fn reset_of_a_virtio_device_races_unbind_and_unload() -> Result<()> {
+pub(super) fn virtio_reset_races_unbind_and_unload() -> Result<()> {
     if !is_virtio(Region::Bus)? {
         return Ok(());
     }

@@ -148,7 +148,7 @@ pub(super) fn file_of_a_removed_device_stays_dead() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn removed_and_rescanned() -> Result<()> {
+pub(super) fn device_returns_after_remove_and_rescan() -> Result<()> {
     let device = open(Region::Main)?;
     let map = device.map(RAW, PAGE)?;
     let epoch = device.info()?.epoch;

@@ -116,7 +116,7 @@ fn go_and_come_back(way: Way) -> Result<()> {
     way.come_back()
 }
 
-pub(super) fn device_comes_and_goes_under_its_users() -> Result<()> {
+pub(super) fn device_goes_and_returns_while_used() -> Result<()> {
     let mut ways = vec![Way::Unbound, Way::Removed, Way::Unloaded];
     if host::unplugs()? {
         ways.push(Way::Unplugged);

@@ -79,7 +79,7 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn what_is_no_eventfd_is_refused() -> Result<()> {
+pub(super) fn driver_refuses_invalid_eventfds() -> Result<()> {
     let device = open(Region::Main)?;
     let bell = new()?;
     let vectors = Region::Main.facts().vectors;
@@ -113,7 +113,7 @@ pub(super) fn what_is_no_eventfd_is_refused() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn eventfd_tells_that_the_device_goes() -> Result<()> {
+pub(super) fn eventfd_signals_removal_of_device() -> Result<()> {
     let device = open(Region::Main)?;
     let (bell, closed) = (new()?, new()?);
     set(&device, UP_VECTOR, &bell)?;

@@ -200,7 +200,7 @@ fn suspend_many_times(
     })
 }
 
-pub(super) fn system_suspends_to_idle_under_its_users() -> Result<()> {
+pub(super) fn system_suspends_to_idle_while_used() -> Result<()> {
     // The machine stays on. Only virtio devices are reset, by their driver.
     let is_reset = is_virtio(Region::Main)?;
     suspend_many_times("suspend to idle", idle, |before, now| {
@@ -209,11 +209,11 @@ pub(super) fn system_suspends_to_idle_under_its_users() -> Result<()> {
     })
 }
 
-pub(super) fn system_suspends_to_memory_under_its_users() -> Result<()> {
+pub(super) fn system_suspends_to_memory_while_used() -> Result<()> {
     suspend_many_times("suspend to memory", suspend, |_, _| Ok(()))
 }
 
-pub(super) fn suspend_leaves_files_and_mappings_as_they_are() -> Result<()> {
+pub(super) fn suspend_preserves_files_and_mappings() -> Result<()> {
     let mut users = Users::new()?;
     let [epoch, now] = users.sleep(suspend)?;
     users.sleeper.wait_asleep()?;
@@ -222,7 +222,7 @@ pub(super) fn suspend_leaves_files_and_mappings_as_they_are() -> Result<()> {
 
 /// Suspends with a virtio device that was reset by its PCI function. The driver has released such a
 /// device but is still bound to it, and has nothing to restore on resume.
-pub(super) fn device_that_was_reset_is_gone_after_a_suspend_and_comes_back() -> Result<()> {
+pub(super) fn reset_device_stays_gone_after_suspend() -> Result<()> {
     if !is_virtio(Region::Main)? {
         return Ok(());
     }

@@ -6,9 +6,9 @@
 #![no_main]
 
 use barlink::Access;
-use barlink_broker::broker::{BrokerState, answer};
 use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use barlink::protocol::wire::layout::End;
+use barlink_broker::broker::{BrokerState, answer};
 use barlink_fuzz::broker::{IVSHMEM, PEER};
 use libfuzzer_sys::fuzz_target;
 

@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn disk_that_is_too_full_is_told_before_it_is_full() {
+    fn cache_reports_lack_of_disk_space() {
         let (_folder, cache) = cache(&[]);
         cache.check_room(1).unwrap();
         let error = cache.check_room(u64::MAX).unwrap_err().to_string();
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn clean_removes_sandboxes_of_other_recipes_and_nothing_else() {
+    fn clean_removes_only_sandboxes_of_other_recipes() {
         let recipe = Recipe::load().unwrap();
         let [own, debian] =
             Kind::ALL.map(|kind| format!("7.2.12+deb13-cloud-amd64{}", ending(&recipe, kind)));
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn clean_leaves_a_sandbox_that_is_in_use() {
+    fn clean_leaves_sandbox_in_use() {
         let recipe = Recipe::load().unwrap();
         let old = "7.2.12+deb13-cloud-amd64-0123456789ab";
         let (folder, cache) = cache(&[old]);

@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn only_complete_kernels_are_found_and_signed_ones_preferred() {
+    fn finds_complete_kernels_and_prefers_signed_ones() {
         let found = kernels();
         let versions: Vec<String> = found
             .iter()
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn the_preferred_series_is_chosen_unless_another_is_wanted() {
+    fn chooses_preferred_or_requested_kernel_series() {
         let recipe = Recipe::load().unwrap();
         let chosen =
             |wanted| choose(&kernels(), &recipe, wanted).map(|kernel| kernel.version.to_string());
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_is_not_there_is_named_with_what_is() {
+    fn missing_kernel_error_lists_found_kernels() {
         let recipe = Recipe::load().unwrap();
         let error = choose(&kernels(), &recipe, Some("9.9"))
             .unwrap_err()

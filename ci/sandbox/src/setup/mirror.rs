@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_known_to_be_debians_comes_first_and_what_is_known_not_to_be_is_left_out() {
+    fn ranks_debian_first_and_drops_foreign_archives() {
         let known = "http://tools.test/apt/|Tools|Tools|main\n\
                      http://mirror.test/debian/|Debian|Debian|main\n\
                      http://mirror.test/debian/|Debian|Debian|contrib\n\
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_knows_nothing_of_its_archives_still_yields_some() {
+    fn accepts_archives_of_unknown_origin() {
         let unknown = "http://mirror.test/debian/|$(ORIGIN)|$(LABEL)|main\n";
         assert_eq!(rank("", unknown), ["http://mirror.test/debian/"]);
     }

@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn first_record_of_a_successor_is_judged_by_what_was_noted() {
+    fn journal_judges_first_record_of_successor() {
         let fine = Verdict::default();
         assert_eq!(judge(0, 0, 0), fine);
         assert_eq!(judge(5, 5, 5), fine);
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn each_record_behind_the_first_is_the_next_one() {
+    fn journal_expects_consecutive_records() {
         let mut journal = Journal::new(5, 6);
         let fine = Verdict::default();
         journal.judge(5);

@@ -68,7 +68,7 @@ mod tests {
     const MAX: usize = 8168;
 
     #[test]
-    fn records_are_of_all_sizes_that_a_channel_carries() {
+    fn payloads_cover_all_record_sizes() {
         let lengths: Vec<_> = (0..10_000)
             .map(|number| payload(1, number, MAX).len())
             .collect();
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_the_record_is_found_out() {
+    fn check_detects_torn_and_other_records() {
         let good = payload(1, 7, MAX);
         assert_eq!(check(&good, 1, 7, MAX), Ok(()));
         assert_eq!(check(&good, 1, 8, MAX), Err(Fault::Other));

@@ -4,7 +4,7 @@
 //!
 //! A broker that is killed and never started again is not among them, because host apps can then no
 //! longer attach. Tests of their own show its effect on a VM:
-//! `broker_that_dies_leaves_the_stream_running` over ivshmem, and
+//! `stream_survives_death_of_broker` over ivshmem, and
 //! `vm_outlives_its_broker_until_it_reboots` over vfio-user.
 
 use std::fmt;
@@ -125,14 +125,14 @@ impl Fault {
     /// Returns the reason why a fault is not done over this transport, if there is one.
     fn why_not(self, transport: Transport) -> Option<&'static str> {
         match (self, transport) {
-            // `device_of_vfio_user_is_plugged_in_and_not_out`
+            // `vfio_user_device_allows_plugging_not_unplugging`
             (Self::DeviceUnplugged, Transport::VfioUser) => {
                 Some("QEMU 11.1 ends when a vfio-user device is unplugged")
             }
             (Self::BrokerKilledAmidRings | Self::BrokerReplacedAmidRings, Transport::Ivshmem) => {
                 Some("no ring is a message to the broker")
             }
-            // `service_that_is_restarted_lets_its_vm_over_vhost_user_go`
+            // `restarted_service_disconnects_vhost_user_vm`
             (
                 Self::BrokerKilled
                 | Self::BrokerAndEndKilled(_)
@@ -264,7 +264,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_left_out_is_what_the_transport_cannot_survive_or_does_not_know() {
+    fn left_out_faults_match_transport_limits() {
         let left_out = |transport| {
             let left_out = Fault::left_out(transport).into_iter();
             left_out.map(|(fault, _)| fault).collect::<Vec<_>>()

@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn faults_are_chosen_by_a_part_of_their_names_and_others_are_told() {
+    fn chooses_faults_by_partial_name() {
         let chosen = |transport, only| chosen(transport, Some(only));
         let all = Fault::all(Transport::Ivshmem).len();
         assert_eq!(super::chosen(Transport::Ivshmem, None).unwrap().len(), all);
