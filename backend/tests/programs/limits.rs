@@ -125,6 +125,24 @@ fn no_request_floods_the_log() {
     assert!((1..=most).contains(&lines), "{lines} lines: {log}");
 }
 
+/// The service manager has a descriptor of the connection after the host app has left, here for as
+/// long as the manager reads nothing.
+#[test]
+fn departed_host_app_uses_no_processor_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let broker = Broker::start_as(&manager, folder, &[]);
+    let app = broker.attach();
+    wait_until("the manager has the connection", || {
+        let kept = manager.kept();
+        kept.iter().any(|name| name.starts_with("client-"))
+    });
+    let _paused = manager.pause();
+    drop(app);
+    wait_until("the host app leaves", || broker.log().contains("has left"));
+    broker.wait_until_idle();
+}
+
 #[test]
 fn reconnecting_vm_cannot_hide_others_in_log() {
     let folder = tempfile::tempdir().unwrap();

@@ -77,6 +77,19 @@ pub fn serve(
     let epoll = Epoll::new()?;
     let watch =
         |fd: RawFd, id| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id));
+    // The service manager has descriptors of the socket, too. So the kernel would go on watching a
+    // socket that is only closed here, and its hang-up would end each wait at once.
+    let unwatch = |client: &Client| {
+        let event = EpollEvent::default();
+        let removed = epoll.ctl(
+            ControlOperation::Delete,
+            client.socket.as_fd().as_raw_fd(),
+            event,
+        );
+        if let Err(error) = removed {
+            warn!("{} is still watched: {error}", client.peer);
+        }
+    };
     watch(stop.as_raw_fd(), STOP)?;
     watch(listener.as_fd().as_raw_fd(), LISTENER)?;
     let mut clients = HashMap::new();
@@ -118,6 +131,7 @@ pub fn serve(
                         Next::Stays => (),
                         Next::Leaves(error) => {
                             let peer = client.peer;
+                            unwatch(client);
                             clients.remove(&id);
                             log_departure(peer, &state.roster.release_all(id), error.as_ref());
                             state.descriptors.remove(&name::client(id));
@@ -131,6 +145,7 @@ pub fn serve(
         clients.retain(|_, client| {
             let stays = client.active || client.since.elapsed() < IDLE_TIMEOUT;
             if !stays {
+                unwatch(client);
                 let peer = client.peer;
                 let message = format_args!(
                     "{peer} is let go: it said nothing for {} seconds",
