@@ -172,7 +172,7 @@ fn guest_survives_death_of_vhost_user_broker() -> Result<()> {
     vm.run(["rmmod", "barlink"])?.require_success()
 }
 
-/// Shows a limit that `docs/architecture.md` warns users of.
+/// Shows a limit that `docs/transports.md` warns users of.
 #[test]
 fn reboot_after_brokers_death_ends_qemu() -> Result<()> {
     let (mut broker, vm) = start(TRANSPORT, &[])?;

@@ -432,7 +432,7 @@ fn vfio_user_device_allows_plugging_not_unplugging() -> Result<()> {
     Ok(())
 }
 
-/// Shows a limit that `docs/architecture.md` warns users of.
+/// Shows a limit that `docs/transports.md` warns users of.
 #[test]
 fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
     let setting = Setting::new("1M")?;
@@ -454,8 +454,8 @@ fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
     Ok(())
 }
 
-/// Shows a limit that `README.md` warns users of. No argument makes QEMU 11.1 refuse the migration,
-/// not even `-only-migratable`.
+/// Shows a limit that `docs/transports.md` warns users of. No argument makes QEMU 11.1 refuse the
+/// migration, not even `-only-migratable`.
 #[test]
 fn migration_leaves_region_behind() -> Result<()> {
     let (setting, other) = (Setting::new("1M")?, Setting::new("1M")?);

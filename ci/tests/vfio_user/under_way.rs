@@ -1,5 +1,5 @@
 //! A broker that is replaced or killed while it exchanges messages with the VM.
-//! `docs/architecture.md` describes the consequences to users.
+//! `docs/transports.md` describes the consequences to users.
 
 use std::fs;
 use std::process::Stdio;

@@ -207,7 +207,7 @@ fn rejected_vhost_user_qemu_ends_immediately() -> Result<()> {
     Ok(())
 }
 
-/// Shows a limit that `docs/architecture.md` warns users of.
+/// Shows a limit that `docs/transports.md` warns users of.
 #[test]
 fn vm_outlives_broker_until_device_access() -> Result<()> {
     let mut setting = Setting::new("1M")?;
@@ -234,7 +234,7 @@ fn vm_outlives_broker_until_device_access() -> Result<()> {
     Ok(())
 }
 
-/// Shows a limit that `docs/architecture.md` warns users of. QEMU removes eventfds that it has not
+/// Shows a limit that `docs/transports.md` warns users of. QEMU removes eventfds that it has not
 /// added, and fails an assertion.
 #[test]
 fn vm_without_driver_ends_with_broker() -> Result<()> {
@@ -344,7 +344,7 @@ fn qemu_refuses_to_migrate() -> Result<()> {
     Ok(())
 }
 
-/// Shows a limit that `docs/architecture.md` warns users of. The request to map the region is on
+/// Shows a limit that `docs/transports.md` warns users of. The request to map the region is on
 /// its way when the device stops, and QEMU does not check whether the device runs
 /// (`hw/virtio/vhost-user.c`).
 #[test]
