@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A channel's two ends as a program uses them: [`Sender`] and [`Receiver`] wait and ring.
+//! The two ends of a channel for programs: [`Sender`] and [`Receiver`] move records, wait for the
+//! other end, and ring it.
 
 use core::ops::Deref;
 use core::time::Duration;
@@ -16,7 +17,8 @@ use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, End, Layout};
 
-/// A channel's entry, and where its other end tells of itself.
+/// Returns a channel's entry in the layout, and the presence words of the other end, if they are
+/// mapped.
 fn find<E>(
     layout: &Layout,
     channel: usize,
@@ -30,17 +32,17 @@ fn find<E>(
     ))
 }
 
-/// What became of a record.
+/// Outcome of sending a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Sent {
-    /// It was committed.
+    /// The record was committed.
     Committed,
-    /// It was staged: it is committed by [`Sender::publish`].
+    /// The record was staged. [`Sender::publish`] commits it.
     Staged,
-    /// The channel was full, and is one that drops: it was counted, and is gone.
+    /// The record was dropped and counted, because the channel was full and this end drops.
     Dropped,
-    /// The channel was still full when the time was over: nothing happened.
+    /// The channel was still full at the timeout. The record was not sent.
     TimedOut,
 }
 
@@ -53,8 +55,8 @@ pub struct Sender<M, E> {
 }
 
 impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
-    /// Takes up the producer's end of the channel with this index, which the caller has claimed, where its last
-    /// producer left it.
+    /// Attaches to the producer's end of the channel with this index, where the last producer
+    /// stopped. The caller has claimed the end.
     pub fn attach(
         region: Region<M>,
         layout: &Layout,
@@ -65,7 +67,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         Self::new(region, entry, words, events)
     }
 
-    /// As [`Sender::attach`], in a model's region, whose channel is smaller than a layout permits.
+    /// Attaches as [`Sender::attach`] does, for loom models, whose channels are smaller than a
+    /// layout permits.
     #[cfg(loom)]
     pub fn attach_to(
         region: Region<M>,
@@ -91,53 +94,57 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         })
     }
 
-    /// Most bytes of payload in one record.
+    /// Returns the maximum payload of a record, in bytes.
     pub fn max_record(&self) -> u32 {
         self.producer.max_record()
     }
 
-    /// The number that the next record gets; after a crash, how many records were committed or dropped before it.
+    /// Returns the number of the next record: how many records were committed, staged or dropped
+    /// before it. Records that were staged when a producer crashed do not count.
     pub fn sequence(&self) -> u64 {
         self.producer.sequence()
     }
 
-    /// The other end, as last seen.
+    /// Returns the presence of the other end, as last seen.
     pub fn peer(&self) -> Presence {
         self.link.peer()
     }
 
-    /// Whether nobody holds the other end, as last seen. Between two VMs it cannot be seen, and passes for held.
+    /// Returns whether no process held the other end when this end last looked. It is false between
+    /// two VMs, which cannot see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
     }
 
-    /// The events of this end.
+    /// Returns the events of this end.
     pub fn events(&self) -> &E {
         self.link.events()
     }
 
-    /// Waits otherwise from now on; [`Strategy::PROMPT`] if this is not called.
+    /// Sets the strategy of later waits. The default is [`Strategy::PROMPT`].
     pub fn set_strategy(&mut self, strategy: Strategy) {
         self.link.set_strategy(strategy);
     }
 
-    /// Whether this end drops records that find the channel full.
+    /// Returns whether this end drops records when the channel is full.
     pub fn drops(&self) -> bool {
         self.drops
     }
 
-    /// Sets whether this end drops records that find the channel full, otherwise than the channel's entry says.
+    /// Sets whether this end drops records when the channel is full. This overrides the channel's
+    /// entry in the layout.
     pub fn set_drops(&mut self, drops: bool) {
         self.drops = drops;
     }
 
-    /// Returns how many records were dropped since the channel began.
+    /// Returns the number of records dropped since the channel's reset.
     pub fn dropped(&self) -> u64 {
         self.producer.dropped()
     }
 
-    /// Makes room for a record with `length` bytes of payload, to be filled in place. Waits for room, over any coming
-    /// and going of the other end, also in a channel that drops; `None` if `timeout` is over.
+    /// Reserves space for a record with `length` bytes of payload, to be filled in place. Waits for
+    /// space even if this end drops, and even while the other end leaves and comes back. `None` at
+    /// the timeout; without a `timeout` the wait has no limit.
     pub fn draft(
         &mut self,
         length: usize,
@@ -150,12 +157,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         }))
     }
 
-    /// Copies a record into the channel and commits it. Waits for room until `timeout` is over; in a channel that
-    /// drops it does not wait: a record that finds no room is counted and is gone.
+    /// Copies a record into the channel and commits it. Waits for space until the timeout, or
+    /// without a limit if `timeout` is `None`. If this end drops, it does not wait: when the
+    /// channel is full, it counts the record and drops it.
     ///
     /// # Panics
     ///
-    /// If `kind` is 0 or 65535.
+    /// Panics if `kind` is 0 or 65535.
     pub fn send(
         &mut self,
         kind: Kind,
@@ -170,13 +178,14 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         Ok(Sent::Committed)
     }
 
-    /// As [`Sender::send`], but the consumer sees the record only after [`Sender::publish`], or once no room is left for a
-    /// further one; and if this process ends before that, the record never was. `time` is this side's clock, in
-    /// nanoseconds ([`Sender::time`]): one look at it is enough for many records.
+    /// Copies a record into the channel as [`Sender::send`] does, and stages it. The consumer sees
+    /// it after [`Sender::publish`], or once the channel has no space for a further record. If this
+    /// process ends before that, the record is lost. `time` is the time stamp of the record, in
+    /// nanoseconds; one call of [`Sender::time`] is enough for many records.
     ///
     /// # Panics
     ///
-    /// If `kind` is 0 or 65535.
+    /// Panics if `kind` is 0 or 65535.
     pub fn stage(
         &mut self,
         kind: Kind,
@@ -187,7 +196,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.put(kind, bytes, timeout, Some(time))
     }
 
-    /// Commits all records that were staged, at once, and rings the consumer if it asked for that.
+    /// Commits all staged records at once, and rings the consumer if it waits for them.
     pub fn publish(&mut self) -> Result<(), ChannelError<E::Error>> {
         let notify = self.producer.publish();
         if self.link.notify(notify).map_err(ChannelError::Events)? {
@@ -196,7 +205,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         Ok(())
     }
 
-    /// Time of this side's monotonic clock, in nanoseconds.
+    /// Returns the time of this side's monotonic clock, in nanoseconds.
     pub fn time(&self) -> u64 {
         self.link.time()
     }
@@ -209,7 +218,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         timeout: Option<Duration>,
         time: Option<u64>,
     ) -> Result<Sent, ChannelError<E::Error>> {
-        // First, so that it is the same whether there is room or not.
+        // This check comes first, so that an invalid kind panics in a full channel as well.
         assert!(
             kind.number() != 0 && kind != Kind::PAD,
             "records of no kind"
@@ -231,7 +240,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         Ok(Sent::Staged)
     }
 
-    /// Where a record of `length` bytes has room. Waits for that, if at all, until the timeout is over.
+    /// Finds the place for a record with `length` bytes of payload. `wait` is `None` to return at
+    /// once if there is no space, otherwise the timeout of the wait.
     fn find_room(
         &mut self,
         length: usize,
@@ -250,10 +260,10 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         length: usize,
         wait: Option<Option<Duration>>,
     ) -> Result<Option<Place>, ChannelError<E::Error>> {
-        // What nobody sees makes no room.
+        // The consumer cannot free records that it cannot see.
         self.publish()?;
         let Some(timeout) = wait else {
-            // Nor does a wish: who does not wait has no use for a ring.
+            // A sender that does not wait must not arm a wake-up.
             self.link.look_at_peer().map_err(ChannelError::Events)?;
             return Ok(None);
         };
@@ -283,7 +293,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     }
 }
 
-/// Room for a record, in the region itself. Dropping it leaves the channel as it was.
+/// Space for a record in the region. Dropping it leaves the channel unchanged.
 #[derive(Debug)]
 pub struct Draft<'a, M, E> {
     reservation: Reservation<'a, M>,
@@ -291,16 +301,17 @@ pub struct Draft<'a, M, E> {
 }
 
 impl<M: Deref<Target = [AtomicU64]>, E: Events> Draft<'_, M, E> {
-    /// Bytes of payload that there is room for.
+    /// Returns the bytes of payload that the reservation has space for.
     pub fn length(&self) -> u32 {
         self.reservation.length()
     }
 
-    /// Copies bytes to an offset of the payload, a multiple of 8. Up to 7 bytes behind them become zero.
+    /// Copies bytes to an offset of the payload, a multiple of 8. Up to 7 bytes behind them become
+    /// zero.
     ///
     /// # Panics
     ///
-    /// If they do not fit.
+    /// Panics if the bytes do not fit, or if `offset` is not a multiple of 8.
     pub fn write(&mut self, offset: u32, bytes: &[u8]) {
         self.reservation.write(offset, bytes);
     }
@@ -309,22 +320,24 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Draft<'_, M, E> {
     ///
     /// # Panics
     ///
-    /// If there is no such word.
+    /// Panics if there is no such word.
     pub fn word(&self, index: u32) -> u64 {
         self.reservation.word(index)
     }
 
-    /// Lets the kernel fill the payload from a file descriptor. Gives the bytes read, 0 at the end, or the `errno`.
+    /// Fills the payload from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
+    /// of the file, or the `errno`.
     #[cfg(not(loom))]
     pub fn read_from(&mut self, fd: libc::c_int) -> Result<u32, libc::c_int> {
         self.reservation.read_from(fd)
     }
 
-    /// Commits the record with the first `length` bytes of the payload, and rings the consumer if it asked for that.
+    /// Commits the record with the first `length` bytes of the payload, and rings the consumer if
+    /// it waits for the record.
     ///
     /// # Panics
     ///
-    /// If `length` is more than there is room for, or `kind` is 0 or 65535.
+    /// Panics if `length` is more than the reserved space, or if `kind` is 0 or 65535.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
         let Draft { reservation, link } = self;
         let time = link.time();
@@ -344,8 +357,8 @@ pub struct Receiver<M, E> {
 }
 
 impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
-    /// Takes up the consumer's end of the channel with this index, which the caller has claimed, where its last
-    /// consumer left it: at the first record that was not released.
+    /// Attaches to the consumer's end of the channel with this index, where the last consumer
+    /// stopped: at the first record that was not released. The caller has claimed the end.
     pub fn attach(
         region: Region<M>,
         layout: &Layout,
@@ -356,7 +369,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         Self::new(region, entry, words, events)
     }
 
-    /// As [`Receiver::attach`], in a model's region, whose channel is smaller than a layout permits.
+    /// Attaches as [`Receiver::attach`] does, for loom models, whose channels are smaller than a
+    /// layout permits.
     #[cfg(loom)]
     pub fn attach_to(
         region: Region<M>,
@@ -378,30 +392,31 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         Ok(Receiver { consumer, link })
     }
 
-    /// The other end, as last seen.
+    /// Returns the presence of the other end, as last seen.
     pub fn peer(&self) -> Presence {
         self.link.peer()
     }
 
-    /// Whether nobody holds the other end, as last seen: [`Receiver::wait`] looks, unless it finds a record. Between two
-    /// VMs the other end cannot be seen, and passes for held.
+    /// Returns whether no process held the other end when this end last looked. [`Receiver::wait`]
+    /// looks unless it finds a record at once. The result is false between two VMs, which cannot
+    /// see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
     }
 
-    /// The events of this end.
+    /// Returns the events of this end.
     pub fn events(&self) -> &E {
         self.link.events()
     }
 
-    /// Waits otherwise from now on; [`Strategy::PROMPT`] if this is not called.
+    /// Sets the strategy of later waits. The default is [`Strategy::PROMPT`].
     pub fn set_strategy(&mut self, strategy: Strategy) {
         self.link.set_strategy(strategy);
     }
 
-    /// Waits until there is a record, the other end changes, or `timeout` is over. A record is looked for first: what
-    /// a producer committed before it left is found before its leaving is told. If there is none, what was passed is
-    /// released first.
+    /// Waits until there is a record, the other end changes, or `timeout` is over. Looks for a
+    /// record first, so that the records of a producer that left are received before its departure.
+    /// Before it waits, it releases the records that were passed.
     #[inline(always)]
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
         if self.consumer.poll()? {
@@ -410,13 +425,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.wait_for_record(timeout)
     }
 
-    // Apart, so that the rest is small enough to be put where it is called.
+    // A function of its own, so that `wait` is small enough to be inlined.
     #[inline(never)]
     fn wait_for_record(
         &mut self,
         timeout: Option<Duration>,
     ) -> Result<Wakeup, ChannelError<E::Error>> {
-        // What is kept makes no room for what is waited for.
+        // Passed records can fill the channel, so that the producer has no space for the next one.
         self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
@@ -431,19 +446,21 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         })
     }
 
-    /// The record that [`Receiver::wait`] found, in the region itself.
+    /// Returns the record that [`Receiver::wait`] found.
     pub fn record(&self) -> Option<Record<'_, M>> {
         self.consumer.record()
     }
 
-    /// Passes that record: [`Receiver::wait`] finds the next one, and this one is released with that, or as soon as there
-    /// is none.
+    /// Advances beyond the record that [`Receiver::wait`] found, without releasing it yet. The next
+    /// wait looks behind it. It is released together with the next one, or when a wait finds no
+    /// record.
     pub fn pass(&mut self) {
         self.consumer.pass();
     }
 
-    /// Releases that record and all that were passed: their room is the producer's again, which is rung if it asked for
-    /// that. A record that is not released is found again, after a crash by the next consumer.
+    /// Releases the record that [`Receiver::wait`] found and all records that were passed, so that
+    /// the producer can use their space. Rings the producer if it waits for space. A record that is
+    /// not released is found again, after a crash by the next consumer.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
         let notify = self.consumer.release();
         if self.link.notify(notify).map_err(ChannelError::Events)? {

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What both ends of a barlink BAR agree on: the region's layout, channels of records, sleep and wake, and the
-//! driver's interface. The bytes are described in `docs/protocol.md`.
+//! The protocol of a barlink region: its layout, its channels of records, sleeping and waking, and
+//! the driver's interface to programs. `docs/protocol.md` describes the bytes.
 //!
-//! | for | see |
+//! | task | items |
 //! |---|---|
-//! | using a channel | [`Sender`], [`Receiver`]; [`stream`] for byte streams |
-//! | rings alone, without sleep | [`Producer`], [`Consumer`] |
-//! | a new kind of memory or doorbell | [`region::Region`] over anything that derefs to words, [`Events`] |
-//! | what is in a region | [`wire::layout`], [`state`] |
+//! | use a channel | [`Sender`], [`Receiver`]; [`stream`] for byte streams |
+//! | use a ring without sleeping | [`Producer`], [`Consumer`] |
+//! | add a kind of memory or doorbell | [`region::Region`] over words, [`Events`] |
+//! | inspect a region | [`wire::layout`], [`state`] |
 //!
-//! Nothing here opens, maps or rings: memory and doorbells are given. No number from the other side is believed
-//! unchecked ([`cursor`]), and nothing here panics over one.
+//! The crate opens no files and maps no memory: the caller passes in the memory and the doorbells.
+//! Every number from the other side is checked before use ([`cursor`]), and no such number causes a
+//! panic.
 #![no_std]
 
 mod cache;

@@ -301,7 +301,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     ///
     /// # Panics
     ///
-    /// If there is no such word.
+    /// Panics if there is no such word.
     pub fn word(&self, index: u32) -> u64 {
         assert!(
             index < self.length.div_ceil(8),

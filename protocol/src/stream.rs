@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A byte stream through a channel: from a file descriptor to a file descriptor, by way of the region alone.
+//! Byte streams through a channel, from a file descriptor to a file descriptor.
 //!
-//! The bytes travel in records of [`Kind::DATA`], between one of [`Kind::BEGIN`] and one of [`Kind::END`]. What other
-//! kinds a channel carries is not part of any stream, and is passed over. An end of a stream waits by
-//! [`Strategy::STREAM`], and goes on to do so afterwards.
+//! A stream is a record of [`Kind::BEGIN`], records of [`Kind::DATA`] with the bytes, and a record
+//! of [`Kind::END`]. A receiver skips records of other kinds. [`send`] and [`receive`] set the
+//! strategy of their end to [`Strategy::STREAM`], which remains set afterwards.
 
 use core::ops::Deref;
 use core::time::Duration;
@@ -18,59 +18,62 @@ use crate::link::{Events, Wakeup};
 use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
 
-/// What has gone through so far.
+/// Progress of a stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Bytes.
+    /// Bytes sent or received.
     pub bytes: u64,
-    /// Records.
+    /// Records of [`Kind::DATA`] sent or received.
     pub records: u64,
-    /// Records that found the channel full, and are gone. A receiver knows them as gaps, of whatever kind they were, between the records
-    /// of the stream that came.
+    /// Records that were dropped because the channel was full. A receiver counts the gaps in the
+    /// numbers of the records, which include records of other kinds.
     pub dropped: u64,
 }
 
-/// Told of a stream while it goes on. Nobody is, by `()`.
+/// An observer of a stream. `()` ignores all calls.
 pub trait Watch {
-    /// At each record.
+    /// Handles the progress after a record.
     fn progress(&mut self, _progress: &Progress) {}
 
-    /// After how long a wait for the other end is to be told; `None` if it is not, and then the wait costs nothing.
+    /// Returns the time after which a wait for the other end is reported by [`Watch::waits`].
+    /// `None` for no reports; the wait then needs no timer.
     fn patience(&self) -> Option<Duration> {
         None
     }
 
-    /// A wait has lasted so long, for the first record of a stream or for room for one, and goes on. `is_away`: nobody
+    /// Handles a wait that has reached the timeout of [`Watch::patience`] and goes on: a receiver
+    /// waits for the first data of a stream, or a sender for space. `is_away` is true if no process
     /// holds the other end.
     fn waits(&mut self, _is_away: bool) {}
 }
 
 impl Watch for () {}
 
-/// Why a stream could not go on.
+/// Reason why a stream ended early.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StreamError<X> {
     /// The channel cannot be used.
     #[error(transparent)]
     Channel(#[from] ChannelError<X>),
-    /// Reading the source failed, with this `errno`.
+    /// `read(2)` from the source failed with this `errno`.
     #[error("cannot read the source")]
     Read(c_int),
-    /// Writing the target failed.
+    /// `write(2)` to the target failed.
     #[error("cannot write the target")]
     Write {
         /// The `errno`.
         errno: c_int,
-        /// Bytes at the target's end that are of a record which was not released, and comes again.
+        /// Bytes at the target's end that belong to a record that was not released. The next
+        /// receiver gets the whole record again.
         partial: u64,
     },
-    /// The producer left in the middle of the stream.
+    /// The producer left before the end of the stream. The value is the number of bytes received.
     #[error("the sender left before the end of the stream, after {0} bytes")]
     Incomplete(u64),
 }
 
-/// Sends all that `source` gives, in records filled in place of at most `scratch.len()` bytes, and then the end of the
-/// stream. `scratch` is used only in a channel that drops.
+/// Sends a stream of all bytes that `source` has, in records of at most `scratch.len()` bytes. The
+/// records are filled in place. Only a sender that drops reads into `scratch` first.
 pub fn send<M, E>(
     sender: &mut Sender<M, E>,
     source: c_int,
@@ -83,7 +86,8 @@ where
 {
     sender.set_strategy(Strategy::STREAM);
     let mut total = Progress::default();
-    // A channel that drops could drop this one too, so there it comes with the first data that finds room.
+    // A sender that drops could drop the begin as well, so it sends the begin together with the
+    // first data that find space.
     let mut begun = !sender.drops();
     if begun {
         mark_watched(sender, Kind::BEGIN, watch)?;
@@ -119,14 +123,14 @@ where
         watch.progress(&total);
     }
     if !begun {
-        // Else it would be the end of what another sender left.
+        // Without a begin, the end would belong to the stream of an earlier sender.
         mark_watched(sender, Kind::BEGIN, watch)?;
     }
     mark_watched(sender, Kind::END, watch)?;
     Ok(total)
 }
 
-/// Commits a record without payload, and waits for room also in a channel that drops.
+/// Commits a record without payload. Waits for space even if the sender drops.
 pub fn mark<M, E>(sender: &mut Sender<M, E>, kind: Kind) -> Result<(), ChannelError<E::Error>>
 where
     M: Deref<Target = [AtomicU64]> + Clone,
@@ -152,8 +156,8 @@ where
     }
 }
 
-/// Receives one stream, from where the channel stands to the end of the stream, and writes it to `target` straight
-/// from the region.
+/// Receives a stream, from the channel's next record to the end of the stream, and writes its bytes
+/// from the region to `target`.
 pub fn receive<M, E>(
     receiver: &mut Receiver<M, E>,
     target: c_int,
@@ -165,10 +169,11 @@ where
 {
     receiver.set_strategy(Strategy::STREAM);
     let mut total = Progress::default();
-    // The sequence number behind that of the last record.
+    // The sequence number that is expected next.
     let mut next = None;
     loop {
-        // A sender that has left, before we came or since, sends no more; but what it committed until then is there.
+        // If the sender has left, the channel still has the records that it committed, and no
+        // further ones come.
         let away = total.records > 0 && receiver.peer_is_away();
         let patience = match (away, total.records) {
             (true, _) => Some(Duration::ZERO),
@@ -181,7 +186,8 @@ where
                 watch.waits(receiver.peer_is_away());
                 continue;
             }
-            // Nobody was there at a look after which there was no record either: this is all.
+            // The sender had left before the last look, which found no record, so no more data
+            // come.
             Wakeup::TimedOut if receiver.peer_is_away() => {
                 return Err(StreamError::Incomplete(total.bytes));
             }
@@ -192,7 +198,8 @@ where
         };
         let kind = record.header().kind;
         if kind == Kind::BEGIN && total.records > 0 {
-            // The stream of another sender, which stays for the next receiver.
+            // A stream of another sender begins. Its records stay in the channel for the next
+            // receiver.
             return Err(StreamError::Incomplete(total.bytes));
         }
         let sequence = record.header().sequence;
