@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The command line, as text becomes types. Nothing is opened here.
+//! The command line of `barlink`, parsed into types. This module opens no files and no sockets.
 
 use std::path::PathBuf;
 
@@ -24,13 +24,13 @@ Start here:
   barlink recv > stream        # while the guest runs: barlink-guest send < stream
 
 Exit codes:
-  0    it worked; or the reader of its output has had enough
-  1    it failed: the last line says what, on what, and what to do
-  2    the command line is wrong
-  3    there is no broker, or it turned us away, or is of another release
-  4    somebody else holds that end of the channel, or the broker is busy: try again
-  5    the stream ended early: its sender left before its end
-  130  interrupted by Ctrl-C, which for `serve` is the orderly end, 0";
+  0    success, or the reader closed the pipe
+  1    failure: the last line says what failed and what to do
+  2    invalid command line
+  3    no broker, or a broker of another release, or one that rejected this process
+  4    another process holds the end of the channel, or the broker is busy: try again
+  5    the stream ended early: the sender left before its end
+  130  interrupted by Ctrl-C; `serve` ends with 0 then";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -50,14 +50,14 @@ pub enum Command {
         after_help = "Example:\n  barlink recv | tar x           # in the guest: tar c logs | barlink-guest send"
     )]
     Recv(Recv),
-    /// Look at a region while it is in use: who is there, how full the channels are, and the bytes
+    /// Show a region while it is in use: its VMs and host apps, its channels, and its bytes
     #[command(
         after_help = "Keys:\n  arrows, page up, page down, home, end   move through the bytes\n  \
                             tab                                     next part of the region\n  \
                             q, Esc, Ctrl-C                          quit"
     )]
     Inspect(Inspect),
-    /// Print bytes of the raw window, or of a guest's own memory
+    /// Print bytes of the raw window, or of a guest's memory
     #[command(
         after_help = "Example:\n  barlink peek --length 64\n  barlink peek --raw --length 5\n  \
                             barlink peek --guest 0 --buffer    # in the guest: date | barlink-guest buffer"
@@ -66,10 +66,10 @@ pub enum Command {
     /// Write bytes into the raw window
     #[command(after_help = "Example:\n  barlink poke hello\n  barlink poke --at 4K < image.bin")]
     Poke(Poke),
-    /// Empty a channel that neither end uses, so that it can be used again: records that were not received are lost
+    /// Empty a channel while no process holds its ends; records that were not received are lost
     #[command(after_help = "Example:\n  barlink reset-channel up")]
     ResetChannel(ResetChannel),
-    /// Print what to add to a QEMU command line, or to a libvirt domain, for a VM to get the device
+    /// Print the QEMU arguments, or the libvirt elements, that add the device to a VM
     #[command(
         after_help = "Example:\n  qemu-system-x86_64 -machine q35 -m 2G ... $(barlink qemu-args)\n\n\
                             Do not add reconnect-ms to the chardev: QEMU's ivshmem then hangs at start."
@@ -77,14 +77,15 @@ pub enum Command {
     QemuArgs(QemuArgs),
 }
 
-/// Which broker.
+/// Selection of a broker.
 #[derive(Clone, Debug, Args)]
 #[group(multiple = false)]
 pub struct Which {
-    /// The broker's name; its control socket is barlink/NAME.sock in $XDG_RUNTIME_DIR, or in /run for root without one
+    /// Name of the broker; its control socket is barlink/NAME.sock in $XDG_RUNTIME_DIR, or in /run
+    /// for root if that is not set
     #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
     pub name: String,
-    /// The broker's control socket, in place of a name
+    /// Path of the broker's control socket, instead of a name
     #[arg(long, value_name = "SOCKET")]
     pub control: Option<PathBuf>,
 }
@@ -93,31 +94,32 @@ pub struct Which {
 pub struct Serve {
     #[command(flatten)]
     pub sockets: Sockets,
-    /// Bytes in the region, a power of two; K, M and G are powers of 1024
+    /// Size of the region in bytes, a power of two; K, M and G are powers of 1024
     #[arg(long, default_value = "64M", value_parser = parse_size)]
     pub size: u64,
-    /// A channel: NAME=DIRECTION,SIZE[,drop]. DIRECTION is up (slot 0 to host), down (host to slot 0), or FROM-TO with
-    /// slot numbers or `host`; SIZE is a power of two, 4K or more. Without any, slot 0 has `up` and `down`, slot 1 `up1` and
-    /// `down1`, and so on, as large as fits
+    /// Add a channel: NAME=DIRECTION,SIZE[,drop]. DIRECTION is up (slot 0 to host), down (host to
+    /// slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of two, 4K or more. With
+    /// `drop`, the sender drops records when the channel is full. By default, slot 0 has `up` and
+    /// `down`, slot 1 has `up1` and `down1`, and so on, as large as fits
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
-    /// Interrupt vectors of each peer; one a channel and one more if not given
+    /// Number of interrupt vectors of each peer [default: one for each channel, and one more]
     #[arg(long, value_name = "COUNT", default_value_t = 0, hide_default_value = true,
           value_parser = clap::value_parser!(u32).range(0..=256))]
     pub vectors: u32,
-    /// Let processes of this user connect, besides the broker's own and root; name or number. The sockets can then be
-    /// seen by every user, and whoever is not allowed is turned away
+    /// Admit processes of this user, by name or number, besides the broker's own user and root.
+    /// Every user can then see the sockets, but the broker rejects other users
     #[arg(long, value_name = "USER")]
     pub allow_user: Vec<String>,
-    /// Let processes with this primary group connect, likewise; name or number
+    /// Admit processes with this primary group, by name or number, as --allow-user does for a user
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
-    /// Let host apps read the guests' own memory, in copies, where it is reached by vfio-user. QEMU needs
-    /// -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram
+    /// Let host apps read copies of the memory of guests that use vfio-user. QEMU needs -object
+    /// memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram
     #[arg(long)]
     pub guest_memory: bool,
-    /// Take the place of the broker that runs with the same arguments, unseen by VMs and host apps. One that is a
-    /// service is restarted by its manager instead: `systemctl restart`
+    /// Replace the running broker that has the same arguments, without a break for VMs and host
+    /// apps. If the broker is a systemd service, use `systemctl restart` instead
     #[arg(long)]
     pub replace: bool,
     #[command(flatten)]
@@ -128,21 +130,24 @@ pub struct Serve {
 #[derive(Debug, Args)]
 #[group(id = "sockets", required = true, multiple = true)]
 struct SocketArgs {
-    /// A socket for one VM, by QEMU's ivshmem-doorbell; repeat it for further VMs on the same region. VMs have the slots
-    /// 0, 1 and so on, in the order of the sockets
+    /// Create a socket for one VM that uses QEMU's ivshmem-doorbell. Repeat the option for more VMs
+    /// on the same region. The sockets have the slots 0, 1 and so on, in the order of the command
+    /// line
     #[arg(long, value_name = "SOCKET")]
     ivshmem: Vec<PathBuf>,
-    /// A socket for one VM, by vfio-user (QEMU 10.1 or later); likewise. QEMU lets such a VM migrate, and leaves the
-    /// region behind: do not migrate it. If the broker dies, do not reboot it: QEMU would end
+    /// Create a socket for one VM that uses vfio-user (QEMU 10.1 or later); can be repeated. Do not
+    /// migrate such a VM: QEMU permits it, but leaves the region behind. Do not reboot the VM after
+    /// the broker has died: QEMU would exit
     #[arg(long, value_name = "SOCKET")]
     vfio_user: Vec<PathBuf>,
-    /// A socket for one VM, by vhost-user (QEMU 11.1 or later); likewise. Experimental, because QEMU's side is: if the
-    /// broker dies, or is restarted, QEMU ends as soon as the guest's driver looks at the device's configuration
+    /// Create a socket for one VM that uses vhost-user (QEMU 11.1 or later); can be repeated.
+    /// Experimental, because QEMU's side is: after the broker has ended or restarted, QEMU exits
+    /// when the guest's driver next reads the device's configuration
     #[arg(long, value_name = "SOCKET")]
     vhost_user: Vec<PathBuf>,
 }
 
-/// How a socket's VM is reached.
+/// Transport of a socket for a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     Ivshmem,
@@ -150,7 +155,7 @@ pub enum Way {
     VhostUser,
 }
 
-/// The sockets for VMs, in the order of the command line, whatever their kinds.
+/// The sockets of all transports for VMs, in the order of the command line.
 #[derive(Debug)]
 pub struct Sockets(pub Vec<(Way, PathBuf)>);
 
@@ -189,7 +194,7 @@ impl Args for Sockets {
 
 #[derive(Debug, Args)]
 pub struct Send {
-    /// The channel
+    /// Name of the channel
     #[arg(long, default_value = "down")]
     pub channel: String,
     #[command(flatten)]
@@ -200,7 +205,7 @@ pub struct Send {
 
 #[derive(Debug, Args)]
 pub struct Recv {
-    /// The channel
+    /// Name of the channel
     #[arg(long, default_value = "up")]
     pub channel: String,
     #[command(flatten)]
@@ -211,10 +216,11 @@ pub struct Recv {
 
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// Print one snapshot as JSON, and exit
+    /// Print one snapshot as JSON and exit
     #[arg(long)]
     pub json: bool,
-    /// Print one snapshot as text, and exit; so it does when standard output is no terminal
+    /// Print one snapshot as text and exit; the default if standard input or output is not a
+    /// terminal
     #[arg(long, conflicts_with = "json")]
     pub once: bool,
     #[command(flatten)]
@@ -223,11 +229,12 @@ pub struct Inspect {
 
 #[derive(Debug, Args)]
 pub struct Peek {
-    /// Read the guest's own memory instead, of the VM in this slot; OFFSET is a guest-physical address, or where the guest has
-    /// an IOMMU, one of the device's
+    /// Read the memory of the guest in this slot instead. OFFSET is a guest-physical address, or a
+    /// DMA address of the device if the guest has an IOMMU
     #[arg(long, value_name = "SLOT", conflicts_with = "region")]
     pub guest: Option<u32>,
-    /// Count OFFSET from the begin of that guest's DMA buffer, of which its driver has told the device
+    /// Count OFFSET from the start of that guest's DMA buffer, which its driver has announced to
+    /// the device
     #[arg(long, requires = "guest")]
     pub buffer: bool,
     #[command(flatten)]
@@ -246,7 +253,7 @@ pub struct Poke {
 
 #[derive(Debug, Args)]
 pub struct ResetChannel {
-    /// The channel
+    /// Name of the channel
     pub channel: String,
     #[command(flatten)]
     pub which: Which,
@@ -254,16 +261,16 @@ pub struct ResetChannel {
 
 #[derive(Debug, Args)]
 pub struct QemuArgs {
-    /// The slot
+    /// ID of the VM's slot
     #[arg(long, default_value_t = 0)]
     pub slot: usize,
-    /// Prefix of the IDs that QEMU is to use; change it for a second barlink device in one VM
+    /// Prefix of the IDs in the QEMU arguments; change it for a second barlink device in one VM
     #[arg(long, default_value = "barlink", value_parser = parse_id)]
     pub id: String,
     /// Chassis number of the root port; change it for a second barlink device in one VM
     #[arg(long, default_value_t = 64)]
     pub chassis: u8,
-    /// Print the elements for a libvirt domain
+    /// Print the elements of a libvirt domain instead of QEMU arguments
     #[arg(long)]
     pub libvirt: bool,
     #[command(flatten)]
@@ -274,7 +281,7 @@ fn parse_name(text: &str) -> Result<String, String> {
     let legal = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if text.is_empty() || text.starts_with('.') || !text.chars().all(legal) {
         return Err(format!(
-            "`{text}` is no name: use letters, digits, `-`, `_` and `.`"
+            "invalid name `{text}`: use letters, digits, `-`, `_` and `.`, without a `.` at the start"
         ));
     }
     Ok(text.to_owned())
@@ -284,7 +291,7 @@ fn parse_id(text: &str) -> Result<String, String> {
     let legal = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
     if !text.starts_with(|c: char| c.is_ascii_alphabetic()) || !text.chars().all(legal) {
         return Err(format!(
-            "`{text}` is no QEMU ID: a letter, then letters, digits, `-` and `_`"
+            "invalid QEMU ID `{text}`: use a letter, then letters, digits, `-` and `_`"
         ));
     }
     Ok(text.to_owned())
@@ -300,7 +307,7 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    /// The unit's settings, as systemd takes them apart.
+    /// Returns the keys and values of the systemd unit.
     fn unit() -> Vec<(&'static str, &'static str)> {
         let text = include_str!("../systemd/barlink@.service");
         let lines = text.lines().filter(|line| !line.starts_with('#'));
@@ -342,8 +349,10 @@ mod tests {
             };
             assert_eq!(serve.sockets.0, std::slice::from_ref(expected));
         }
-        // Eventfds; a listener, its lock and a VM for each slot and for host apps; these; memory and ledger. For each
-        // slot of vfio-user its session, an eventfd a vector, and the files of the guest's memory.
+        // The broker stores its eventfds; a listener, its lock and a VM for each slot, and as many
+        // for host apps; 64 host apps; the region's memory and the stored state. A slot of
+        // vfio-user adds its session, an eventfd for each vector, and the files of the guest's
+        // memory.
         let most = (MAX_SLOTS + 1) * MAX_VECTORS + 3 * (MAX_SLOTS + 1) + 64 + 2;
         let most = most + MAX_SLOTS * (1 + MAX_VECTORS + MAX_FILES);
         let number = |key| value(key).parse::<u32>().unwrap();

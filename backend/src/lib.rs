@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The broker of a region: it owns the memory, and gives it to VMs and host apps.
+//! The broker of a region. It owns the memory and hands it out to VMs and host apps.
 //!
-//! [`Broker`](broker::Broker) serves slots over the [`transport`]s. Other programs on the host reach the region by the
-//! crate `barlink`.
+//! [`Broker`](broker::Broker) serves slots over the [`transport`]s. Host apps attach to the region
+//! with the crate `barlink`.
 
 pub mod broker;
 pub mod memory;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The commands, a file each.
+//! The commands of `barlink`, one file or folder for each or for a pair.
 
 mod inspect;
 mod peek;
@@ -18,7 +18,7 @@ use barlink::host::{self, AttachOptions, Attachment};
 
 use crate::args::{Command, Which};
 
-/// Arguments that are valid each, and contradict each other.
+/// Error of arguments that are valid alone, but not together.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Misuse(&'static str);
@@ -44,11 +44,11 @@ pub fn run(command: Command) -> Result<()> {
     }
 }
 
-/// Time for a broker to listen that is started at the same time, as by `barlink serve ... & barlink
+/// Time to wait for a broker that is started at the same moment, as by `barlink serve ... & barlink
 /// qemu-args`.
 const START: Duration = Duration::from_secs(1);
-/// Attaches to the broker that the command line names. Waits a moment for a broker that is just
-/// starting.
+/// Attaches to the broker that the command line names. Waits for up to [`START`] for a broker that
+/// is just starting.
 fn attach(which: &Which, access: Access) -> Result<Attachment> {
     let options = AttachOptions::new().access(access).start_timeout(START);
     Ok(options.connect_path(control_socket(which)?)?)
@@ -60,7 +60,7 @@ fn control_socket(which: &Which) -> Result<PathBuf> {
     match &which.control {
         Some(path) => Ok(path.clone()),
         None => host::socket_path(&which.name).context(
-            "cannot tell the user's run folder: set XDG_RUNTIME_DIR, or name a socket with --control",
+            "cannot determine the run folder: set XDG_RUNTIME_DIR, or name a socket with --control",
         ),
     }
 }

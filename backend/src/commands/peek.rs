@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `barlink peek` and `barlink poke`.
+//! The commands `barlink peek` and `barlink poke`.
 
 use anyhow::Result;
 use barlink::Access;
@@ -14,8 +14,8 @@ pub fn peek(args: &Peek) -> Result<()> {
     let Some(slot) = args.guest else {
         return place::peek(&attachment.region(), attachment.layout(), &args.peek);
     };
-    // The memory grows with the answers, because the size of the guest's memory is not known here,
-    // and the length can be any.
+    // The vector grows with each answer: the length on the command line may exceed the guest's
+    // memory, whose size is not known here.
     let length = usize::try_from(args.peek.length)?;
     let mut bytes = Vec::new();
     while bytes.len() < length {

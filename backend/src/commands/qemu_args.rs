@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `barlink qemu-args`.
+//! The command `barlink qemu-args`.
 
 use std::io::{IsTerminal, Write, stdout};
 use std::path::Path;
@@ -22,7 +22,7 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
     let status = attachment.status()?;
     let slot = status.slots.get(args.slot).with_context(|| {
         format!(
-            "no slot {}: the broker's last one is {}; choose another with --slot, or serve more with further --ivshmem, --vfio-user or --vhost-user",
+            "no slot {}: the broker's last slot is {}; choose another with --slot, or serve more slots with --ivshmem, --vfio-user or --vhost-user",
             args.slot,
             status.slots.len().saturating_sub(1)
         )
@@ -52,7 +52,7 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
             // The arguments for memory are not printed, because only the user knows the size of the
             // VM's memory.
             warn!(
-                "QEMU must share the guest's memory, as by -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram"
+                "QEMU must share the guest's memory: add -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram"
             );
             format!(
                 "vhost-user-test-device-pci,{place},virtio-id={},num_vqs={},vq_size={},config_size={}",
@@ -78,7 +78,7 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
         lines.push("</qemu:commandline>".to_owned());
         lines.join("\n")
     } else if stdout().is_terminal() {
-        // The text is for a person to paste.
+        // A user pastes this text into a shell, so it is quoted.
         let words = arguments
             .iter()
             .flat_map(|(name, value)| [(*name).into(), shell_words::quote(value)]);
@@ -93,12 +93,16 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
     writeln!(stdout(), "{text}").context("cannot write to standard output")
 }
 
-/// Returns a device whose socket QEMU takes only as JSON text. Without `rombar` QEMU would warn of
-/// a missing ROM.
+/// Returns the `-device` argument for vfio-user. It is JSON text because QEMU takes the socket of
+/// this device in no other form. Without `rombar`, QEMU would warn of a missing ROM.
 fn vfio_user(id: &str, socket: &Path) -> Result<String> {
     let path = socket.to_str();
-    let path =
-        path.with_context(|| format!("QEMU cannot be told the path {}", socket.display()))?;
+    let path = path.with_context(|| {
+        format!(
+            "socket path {} is not UTF-8, as QEMU needs it",
+            socket.display()
+        )
+    })?;
     let device = serde_json::json!({
         "driver": "vfio-user-pci",
         "id": id,
@@ -111,19 +115,19 @@ fn vfio_user(id: &str, socket: &Path) -> Result<String> {
 
 /// Fails if a shell splits or expands the words of `$(barlink qemu-args)` at a character of a
 /// socket's path. Quotes do not help, because a shell takes quotes in the output of a command
-/// literally, as all other characters, braces too.
+/// literally. It takes all other characters literally as well, even braces.
 fn ensure_a_shell_keeps(socket: &Path, is_json: bool) -> Result<()> {
     let path = socket.display().to_string();
     let is_changed = |c: &char| {
-        // JSON text would have a backslash for it, which is the next on the list.
+        // JSON text escapes these characters with a backslash, which a shell may change.
         let escaped = is_json && (*c == '"' || c.is_control());
         escaped || c.is_ascii_whitespace() || "*?[\\".contains(*c)
     };
     let changed = path.chars().find(is_changed);
     ensure!(
         changed.is_none(),
-        "socket path {path:?} has a {:?}, which a shell does not leave alone in `$(barlink qemu-args)`: serve at a \
-         path without it (--libvirt can have this one)",
+        "socket path {path:?} has a {:?}, which a shell changes in `$(barlink qemu-args)`: serve at a path without it, \
+         or use --libvirt",
         changed.unwrap_or_default()
     );
     Ok(())

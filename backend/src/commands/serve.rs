@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `barlink serve`.
+//! The command `barlink serve`.
 
 use std::io::pipe;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -19,8 +19,8 @@ use super::Misuse;
 use crate::args::{Serve, Way};
 
 pub fn serve(args: Serve) -> Result<()> {
-    let inherited =
-        persistence::inherited().context("cannot take what the service manager kept")?;
+    let inherited = persistence::inherited()
+        .context("cannot take the descriptors that the service manager stored")?;
     let control = super::control_socket(&args.which)?;
     if args.which.control.is_none()
         && let Some(folder) = control.parent()
@@ -42,7 +42,7 @@ pub fn serve(args: Serve) -> Result<()> {
     ensure!(
         !args.guest_memory || args.sockets.0.iter().any(sees_memory),
         Misuse(
-            "--guest-memory has no effect without a VM over vfio-user, the one transport by which it is read: add --vfio-user SOCKET"
+            "--guest-memory has no effect without vfio-user, the only transport that can read guest memory: add --vfio-user SOCKET"
         )
     );
     let ivshmem: Arc<dyn Transport> = Arc::new(Ivshmem);
@@ -68,11 +68,13 @@ pub fn serve(args: Serve) -> Result<()> {
         control,
         policy: Policy::new(users, groups),
     };
-    // The handlers come before the sockets, so that a program that sees a socket can already stop
-    // this broker in good order.
+    // The signal handlers are registered before the sockets exist, so that a program that sees a
+    // socket can already stop the broker in an orderly way.
     let (stop, stopper) = pipe().context("cannot make a pipe")?;
     for signal in [SIGINT, SIGTERM] {
-        let stopper = stopper.try_clone().context("cannot copy a descriptor")?;
+        let stopper = stopper
+            .try_clone()
+            .context("cannot duplicate a descriptor")?;
         signal_hook::low_level::pipe::register(signal, stopper).context("cannot handle signals")?;
     }
     let mut predecessor = None;
@@ -101,7 +103,7 @@ pub fn serve(args: Serve) -> Result<()> {
     let mut slots = state.slots.iter();
     if slots.any(|slot| slot.transport() == VhostUser::NAME) {
         warn!(
-            "vhost-user is experimental, as is QEMU's side of it: QEMU ends with this broker where no driver runs the device, and else when the guest looks at the device after that"
+            "vhost-user is experimental, as is QEMU's side of it: when this broker ends, QEMU exits at once if no driver runs the device, otherwise when the guest next reads the device's configuration"
         );
     }
     let layout = state.region.layout();
@@ -111,7 +113,7 @@ pub fn serve(args: Serve) -> Result<()> {
         .map(|channel| channel.name.to_string())
         .collect();
     info!(
-        "serving {} with {} to host apps at {}; `barlink qemu-args` tells what QEMU needs",
+        "serving {} with {} to host apps at {}; `barlink qemu-args` prints the arguments for QEMU",
         BinaryBytes(layout.region_size),
         names.join(", "),
         broker.control_path().display(),
@@ -119,17 +121,17 @@ pub fn serve(args: Serve) -> Result<()> {
     state.descriptors.ready();
     match broker.run(&stop.into())? {
         Exit::Stopped => info!("stopped"),
-        Exit::HandedOver => info!("its successor serves now"),
+        Exit::HandedOver => info!("stopped: the successor serves now"),
     }
     Ok(())
 }
 
-/// Creates the run folder, if it does not exist. Other users can enter it only if the broker admits
-/// some, and cannot list it.
+/// Creates the run folder if it does not exist. Other users can never list it, and can enter it
+/// only if the broker admits other users.
 fn prepare(folder: &Path, admits_others: bool) -> Result<()> {
     let failed = || {
         format!(
-            "cannot prepare the run folder {}: name a socket with --control",
+            "cannot prepare the run folder {}: name a socket in another folder with --control",
             folder.display()
         )
     };
@@ -144,8 +146,8 @@ fn prepare(folder: &Path, admits_others: bool) -> Result<()> {
     Ok(())
 }
 
-/// Returns the number of a user or group: the given number, or that of a name in `/etc/passwd` or
-/// `/etc/group`.
+/// Returns the number of a user or group. `name` is the number itself, or a name in `/etc/passwd`
+/// or `/etc/group`.
 fn number(name: &str, database: &str) -> Result<u32> {
     if let Ok(number) = name.parse() {
         return Ok(number);
@@ -155,5 +157,5 @@ fn number(name: &str, database: &str) -> Result<u32> {
     let mut lines = text.lines().map(|line| line.split(':').collect::<Vec<_>>());
     let line = lines.find(|fields| fields.first() == Some(&name));
     line.and_then(|fields| fields.get(2)?.parse().ok())
-        .ok_or_else(|| anyhow!("no `{name}` in {path}: give a name that is there, or a number"))
+        .ok_or_else(|| anyhow!("no `{name}` in {path}: use a name from that file, or a number"))
 }

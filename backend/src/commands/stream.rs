@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `barlink send` and `barlink recv`.
+//! The commands `barlink send` and `barlink recv`.
 
 use anyhow::Result;
 use barlink::Access;

@@ -15,8 +15,8 @@ use rustix::time::Timespec;
 
 pub use self::peer::Peer;
 
-/// Waits until a socket is ready for an event, or the peer has closed its end. Returns `false` if the
-/// deadline has passed before.
+/// Waits until a socket is ready for an event, or the peer has closed its end. Returns `false` at
+/// the deadline.
 pub(crate) fn wait(socket: &dyn AsFd, event: PollFlags, deadline: Instant) -> Result<bool, Errno> {
     let mut ready = [PollFd::new(&socket, event)];
     rustix::io::retry_on_intr(|| {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! How a region reaches a VM: one file or folder for each transport, all of one shape, behind one
-//! trait.
+//! The transports that give a region to a VM. Each has one file or folder and implements
+//! [`Transport`].
 
 mod ivshmem;
 mod shared_memory;
@@ -20,11 +20,11 @@ use crate::slot::Slot;
 
 /// A way to give the region to a VMM that connects to a slot's socket.
 pub trait Transport: Send + Sync {
-    /// Returns its name, as in `barlink serve --NAME SOCKET`.
+    /// Returns the transport's name, as in `barlink serve --NAME SOCKET`.
     fn name(&self) -> &'static str;
 
-    /// Returns the bytes of memory in which it stores the state of a session for the broker's
-    /// successor; 0 for none.
+    /// Returns the size of the memory that stores the state of a session for the broker's
+    /// successor, in bytes; 0 for none.
     fn session_memory(&self) -> u64 {
         0
     }
@@ -40,14 +40,14 @@ pub trait Transport: Send + Sync {
         false
     }
 
-    /// Tells whether an admitted VM sends descriptors. Before its first answer it cannot.
+    /// Tells whether an admitted VM sends descriptors. No VM sends any before its first answer.
     fn receives_descriptors(&self) -> bool {
         false
     }
 
-    /// Sends a VM its first messages, by [`Slot::send_handshake`], from the message number [`Slot::handshake_sent`] on,
-    /// because a predecessor may have begun. It is called again after a complete handshake, and
-    /// sends nothing then.
+    /// Sends the messages of the handshake to a VM by [`Slot::send_handshake`], from the message
+    /// number [`Slot::handshake_sent`] on, because a predecessor may have sent the first ones.
+    /// Sends nothing if it is called again after a complete handshake.
     fn handshake(&self, vm: &UnixStream, slot: &Arc<Slot>) -> Result<(), TransportError>;
 
     /// Serves a VM after its handshake, by this broker or by its predecessor, on a thread of its
@@ -55,7 +55,7 @@ pub trait Transport: Send + Sync {
     fn serve(&self, vm: &UnixStream, slot: &Arc<Slot>) -> Result<Departure, TransportError>;
 
     /// Rejects a VMM that has received no message, so that it ends with an error and does not hang.
-    /// The connection stays open until the VMM closes it. This does not wait.
+    /// The connection stays open until the VMM closes it. The call does not wait for that.
     fn reject(&self, vm: &UnixStream) -> Rejection;
 
     /// Rejects a VMM that has received a part of the handshake.
@@ -71,7 +71,7 @@ pub enum Rejection {
     Pending,
 }
 
-/// How a VM's session ended.
+/// Outcome of a VM's session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Departure {
     /// The VM closed the connection.
@@ -80,7 +80,7 @@ pub enum Departure {
     Misbehaved(&'static str),
 }
 
-/// Why a session could not continue.
+/// Reason why a session cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
     /// The VM left.

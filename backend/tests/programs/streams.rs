@@ -515,7 +515,7 @@ fn commands_reject_missing_ends_slots_and_windows() {
     fails(
         &mut broker.app(&["qemu-args", "--slot", "1"]),
         1,
-        &["no slot 1", "last one is 0", "with --slot"],
+        &["no slot 1", "last slot is 0", "with --slot"],
     );
 }
 

@@ -370,8 +370,9 @@ fn waits_for_lock(pid: u32) -> bool {
         || !std::path::Path::new(&format!("/proc/{pid}/task/{pid}/fd")).exists()
 }
 
-/// The first session stays within a message until its timeout. The hand-over takes the lock of the second
-/// session meanwhile, so that it does not receive the message that its client begins then.
+/// The first session is within a message until its timeout. Meanwhile the hand-over takes the lock
+/// of the second session, so that this session does not receive the message that its client begins
+/// then.
 #[test]
 fn session_within_message_costs_no_other_session() {
     let folder = tempfile::tempdir().unwrap();
@@ -389,7 +390,8 @@ fn session_within_message_costs_no_other_session() {
     let successor = successor.start();
     let predecessor = broker.child.id();
     wait_until("the hand-over waits", || waits_for_lock(predecessor));
-    // Its messages are answered until its lock is taken: soon, and not only when the first session ends.
+    // The second session answers messages until the hand-over takes its lock. That is soon, and
+    // does not depend on the end of the first session.
     let mut pending = 0;
     let start = Instant::now();
     while pending == 0 && start.elapsed() < Duration::from_secs(1) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The live view in a terminal.
+//! The live view of `barlink inspect` in a terminal.
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,8 @@ use super::view::{self, Rate};
 
 /// Time between two snapshots.
 const INTERVAL: Duration = Duration::from_millis(500);
-/// Columns from which on a channel has one line.
+/// Minimum width of the terminal, in columns, for a channel on one line. Narrower terminals have
+/// two lines for each channel.
 const UNFOLDED: u16 = 120;
 /// Bytes in a line of the hex view.
 const LINE: u64 = 16;
@@ -32,7 +33,7 @@ pub fn run(attachment: &Attachment) -> Result<()> {
     let outcome = (|| loop {
         terminal
             .draw(|frame| screen.draw(frame))
-            .context("cannot draw")?;
+            .context("cannot draw on the terminal")?;
         let left = INTERVAL.saturating_sub(screen.taken.elapsed());
         match wait_for_keys(left).context("cannot read the keyboard")? {
             Keyboard::Gone => return Ok(()),
@@ -55,17 +56,17 @@ pub fn run(attachment: &Attachment) -> Result<()> {
     outcome
 }
 
-/// The events of the terminal.
+/// Result of a wait for keys.
 enum Keyboard {
     /// No event before the timeout.
     Silent,
-    /// Keys, or another size.
+    /// Keys were pressed, or the terminal's size changed.
     Ready,
     /// The terminal was closed.
     Gone,
 }
 
-/// Waits for keys. crossterm would spin on a terminal that was closed.
+/// Waits up to `time` for keys. crossterm's own wait would spin on a terminal that was closed.
 fn wait_for_keys(time: Duration) -> std::io::Result<Keyboard> {
     let stdin = std::io::stdin();
     let mut files = [PollFd::new(&stdin, PollFlags::IN)];
@@ -79,7 +80,7 @@ fn wait_for_keys(time: Duration) -> std::io::Result<Keyboard> {
         {
             Ok(Keyboard::Gone)
         }
-        // A signal reports another size.
+        // A signal interrupts the wait when the terminal's size changes.
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(Keyboard::Ready),
         Err(error) => Err(error.into()),
     }
@@ -207,7 +208,7 @@ impl<'a> Screen<'a> {
         frame.render_widget(Line::from(keys).dim(), foot);
     }
 
-    /// Returns the channels, each in two lines if it folds.
+    /// Returns the table of channels. `folds` gives each channel two lines.
     fn table(&self, folds: bool) -> Table<'static> {
         let row = |row: [String; 11]| match folds {
             true => Row::new(view::fold(&row).map(Cell::from)).height(2),

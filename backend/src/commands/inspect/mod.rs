@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `barlink inspect`: one snapshot as JSON or text, or a live view.
+//! The command `barlink inspect`: one snapshot as JSON or text, or a live view.
 
 mod live;
 mod snapshot;

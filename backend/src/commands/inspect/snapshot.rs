@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A region at one moment.
+//! A snapshot of a region: layout, broker, guests and channels.
 
 use anyhow::Result;
 use barlink::control::message::{RegionInfo, Status};
@@ -38,33 +38,33 @@ pub struct Guest {
 /// A channel.
 #[derive(Clone, Debug, Serialize)]
 pub struct ChannelView {
-    /// Its name.
+    /// Name of the channel.
     pub name: String,
     /// The peer that produces: `host` or `slot N`.
     pub from: String,
     /// The peer that consumes.
     pub to: String,
-    /// Process that produces, by the number that it has on its side.
+    /// Process that holds the producer's end, by its process ID on its own side.
     pub producer: Option<u32>,
-    /// Process that consumes.
+    /// Process that holds the consumer's end, by its process ID on its own side.
     pub consumer: Option<u32>,
-    /// Bytes that it holds at most.
+    /// Size of the data area, in bytes.
     pub capacity: u64,
-    /// Bytes that it holds, or `null` if its cursors are not valid.
+    /// Bytes committed and not released; `null` if the cursors contradict each other.
     pub fill: Option<u64>,
-    /// Bytes that have gone in since it began.
+    /// Bytes committed since the channel's reset.
     pub written: u64,
-    /// Records that have gone in.
+    /// Number of records committed since the channel's reset.
     pub records: u64,
-    /// Records that were dropped because the channel was full.
+    /// Number of records dropped because the channel was full.
     pub dropped: u64,
-    /// Doorbells that its producer rang.
+    /// Number of doorbells that the producer rang.
     pub rung: u64,
-    /// Records for which its producer did not ring.
+    /// Number of records for which the producer did not ring.
     pub suppressed: u64,
-    /// Doorbells that its consumer rang, for room.
+    /// Number of doorbells that the consumer rang because it freed space.
     pub rung_for_room: u64,
-    /// Times that it was reset.
+    /// Number of resets.
     pub generation: u64,
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The rows of a snapshot, the same as text and in the live view.
+//! The rows of a snapshot, for the text and for the live view.
 
 use std::fmt::Write;
 use std::iter;
@@ -26,13 +26,14 @@ pub const CHANNEL_COLUMNS: [&str; 11] = [
     "rung",
     "suppressed",
 ];
-/// Widths that hold the usual content, and fit into 120 columns with a border.
+/// Widths of the columns of [`channel_row`]. They hold the usual content, and fit into a terminal
+/// of 120 columns with a border.
 pub const CHANNEL_WIDTHS: [u16; 11] = [8, 12, 12, 7, 10, 12, 9, 11, 7, 8, 10];
-/// The same for rows that [`fold`] has made: these fit into 80.
+/// Widths of the columns of [`fold`]. They fit into a terminal of 80 columns with a border.
 pub const FOLDED_WIDTHS: [u16; 6] = [12, 14, 10, 12, 14, 11];
 
-/// Makes two lines of a row, or of the titles: the name, in the second line too if it is long, and
-/// the others in pairs, one above the other.
+/// Folds a row or the titles into two lines. A long name continues in the second line. The other
+/// columns are in pairs, the first of a pair above the second.
 pub fn fold(row: &[String; 11]) -> [String; 6] {
     let (name, rest) = row[0].split_at(row[0].len().min(FOLDED_WIDTHS[0].into()));
     std::array::from_fn(|column| match column {
@@ -51,7 +52,7 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// The rate of a channel over the time between two snapshots.
+    /// Computes the rate of a channel over the time between two snapshots.
     pub fn between(old: &ChannelView, new: &ChannelView, time: Duration) -> Self {
         let per_second =
             |old: u64, new: u64| new.saturating_sub(old) as f64 / time.as_secs_f64().max(1e-9);
@@ -62,7 +63,7 @@ impl Rate {
     }
 }
 
-/// A line about the region and one about the broker.
+/// Returns a line about the region and one about the broker.
 pub fn header(snapshot: &Snapshot) -> [String; 2] {
     let region = &snapshot.region;
     let broker = &snapshot.broker;
@@ -83,7 +84,7 @@ pub fn header(snapshot: &Snapshot) -> [String; 2] {
     ]
 }
 
-/// A line for each slot, and more where a guest has the region mapped.
+/// Returns a line for each slot, and more lines if its guest has the region mapped.
 pub fn slots(snapshot: &Snapshot) -> Vec<String> {
     let lines = |(id, (slot, guest)): (
         usize,
@@ -142,13 +143,13 @@ fn guest_memory(status: GuestMemoryStatus) -> String {
     }
 }
 
-/// A guest's DMA buffer.
+/// Describes a guest's DMA buffer.
 fn buffer(buffer: BufferStatus) -> String {
     let size = BinaryBytes(buffer.size);
     format!(", DMA buffer of {size} at {:#x}", buffer.address)
 }
 
-/// A row for a channel, under [`CHANNEL_COLUMNS`].
+/// Returns the row of a channel, with the columns of [`CHANNEL_COLUMNS`].
 pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 11] {
     let end = |peer: &str, process: Option<u32>| match process {
         Some(process) => format!("{peer}, {process}"),
@@ -177,7 +178,7 @@ pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 11] {
     ]
 }
 
-/// The whole snapshot as text.
+/// Returns the whole snapshot as text.
 pub fn text(snapshot: &Snapshot) -> String {
     let mut rows = vec![CHANNEL_COLUMNS.map(str::to_owned)];
     rows.extend(
