@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     barlink_cli::end("barlink", commands::run(cli.command), exit_code)
 }
 
-/// The exit codes that `barlink --help` documents.
+/// Returns the exit code of an error, as `barlink --help` documents it.
 fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         let control = match cause.downcast_ref() {

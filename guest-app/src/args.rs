@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The command line, as text becomes types. Nothing is opened here.
+//! The command line of `barlink-guest`, parsed into types. This module opens no files.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
-    /// The device
+    /// Path of the device
     #[arg(
         long,
         global = true,
@@ -23,7 +23,7 @@ pub struct Cli {
         default_value = "/dev/barlink0"
     )]
     pub device: PathBuf,
-    /// Cache mode of its mapping, one for all processes at a time
+    /// Cache mode of the device's mapping; all processes have the same mode at a time
     #[arg(
         long,
         global = true,
@@ -35,19 +35,19 @@ pub struct Cli {
     pub cache: Cache,
 }
 
-/// The cache modes, as the command line names them.
+/// Cache modes of the command line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Cache {
-    /// As the region's mappings that live, whosever they are; noncached if there are none
+    /// Mode of the existing mappings of any process; noncached if there are none
     #[default]
     Same,
-    /// Noncached: each access is one of the bus's; shown as uncached-minus
+    /// Each access goes over the bus; shown as uncached-minus
     Noncached,
-    /// Write-combining: stores are gathered, loads are as noncached ones; shown so
+    /// Stores are combined, loads are noncached; shown as write-combining
     WriteCombining,
-    /// Write-back, as the guest's own memory; needs a device above 4 GiB, else uncached-minus is shown
+    /// As ordinary memory; needs a device above 4 GiB, otherwise uncached-minus is shown
     WriteBack,
-    /// The fastest that the guest's kernel grants, by a short measurement; `same` if the region is mapped
+    /// Fastest mode that the kernel grants, by a short measurement; `same` if the region is mapped
     Auto,
 }
 
@@ -65,20 +65,20 @@ impl From<Cache> for barlink::guest::Cache {
 
 const AFTER_HELP: &str = "\
 Exit codes:
-  0    it worked; or the reader of its output has had enough
-  1    it failed: the last line says what, on what, and what to do
-  2    the command line is wrong
-  3    there is no device, or it is gone
-  4    somebody else holds that end of the channel, or has the device mapped in another cache mode,
-       or has its DMA buffer
-  5    the stream ended early: its sender left before its end
+  0    success, or the reader closed the pipe
+  1    failure: the last line says what failed and what to do
+  2    invalid command line
+  3    no device, or the device is gone
+  4    another process holds the end of the channel or the DMA buffer, or has the device mapped in
+       another cache mode
+  5    the stream ended early: the sender left before its end
   130  interrupted by Ctrl-C";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Tell what the device is, and which cache mode was asked for, and granted
+    /// Describe the device, the requested cache mode and the granted one
     #[command(
-        after_help = "Example:\n  barlink-guest --cache write-back info    # is it granted? if not, why, and what to do"
+        after_help = "Example:\n  barlink-guest --cache write-back info    # shows whether it is granted, and if not, why and what to do"
     )]
     Info(Info),
     /// Send a file or standard input to the host
@@ -91,17 +91,17 @@ pub enum Command {
         after_help = "Example:\n  barlink-guest recv | tar x         # on the host: tar c photos | barlink send"
     )]
     Recv(Recv),
-    /// Send every record of one channel back through another, until its stream ends
+    /// Send every record of one channel back through another, until the stream ends
     #[command(
         after_help = "Example:\n  barlink-guest echo    # on the host: barlink send FILE & barlink recv | cmp - FILE"
     )]
     Echo(Echo),
-    /// Send this guest's own load to the host, as lines of JSON: CPU, memory, interrupts
+    /// Send this guest's load (CPU, memory, interrupts) to the host, as lines of JSON
     #[command(
         after_help = "Example:\n  barlink-guest telemetry --seconds 10    # on the host: barlink recv"
     )]
     Telemetry(Telemetry),
-    /// Fill a DMA buffer, memory of this guest that the device can reach, say where it is, and keep it until interrupted
+    /// Fill a DMA buffer in this guest's memory, print its address, and keep it until interrupted
     #[command(
         after_help = "Example:\n  date | barlink-guest buffer    # on the host: barlink peek --guest 0 --buffer"
     )]
@@ -118,14 +118,14 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct Info {
-    /// Print it as JSON
+    /// Print the description as JSON
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct Send {
-    /// The channel
+    /// Name of the channel
     #[arg(long, default_value = "up")]
     pub channel: String,
     #[command(flatten)]
@@ -134,7 +134,7 @@ pub struct Send {
 
 #[derive(Debug, Args)]
 pub struct Recv {
-    /// The channel
+    /// Name of the channel
     #[arg(long, default_value = "down")]
     pub channel: String,
     #[command(flatten)]
@@ -143,44 +143,46 @@ pub struct Recv {
 
 #[derive(Debug, Args)]
 pub struct Echo {
-    /// The channel to read
+    /// Name of the channel to receive from
     #[arg(long, default_value = "down")]
     pub from: String,
-    /// The channel to write
+    /// Name of the channel to send to
     #[arg(long, default_value = "up")]
     pub to: String,
 }
 
 #[derive(Debug, Args)]
 pub struct Buffer {
-    /// Bytes in the buffer, whole pages; K and M are powers of 1024
+    /// Size of the buffer in bytes, in whole pages; K and M are powers of 1024
     #[arg(long, default_value = "64K", value_parser = parse_size)]
     pub size: u64,
-    /// What to fill it with; standard input if not given
+    /// File with the content of the buffer [default: standard input]
     #[arg(long, value_name = "FILE")]
     pub file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 pub struct Telemetry {
-    /// How long; for ever if not given
+    /// Duration in seconds [default: until interrupted]
     #[arg(long, value_name = "SECONDS")]
     pub seconds: Option<f64>,
-    /// Records a second
+    /// Records per second
     #[arg(long, value_name = "RATE", default_value = "100", value_parser = parse_rate)]
     pub rate: f64,
-    /// The channel
+    /// Name of the channel
     #[arg(long, default_value = "up")]
     pub channel: String,
 }
 
-/// Parses a rate of which one period can be waited for.
+/// Parses a rate in records per second, whose period must be a valid `Duration`.
 fn parse_rate(text: &str) -> Result<f64, String> {
-    let rate: f64 = text.parse().map_err(|_| format!("`{text}` is no number"))?;
+    let rate: f64 = text
+        .parse()
+        .map_err(|_| format!("invalid rate `{text}`: use a number, such as 100"))?;
     match std::time::Duration::try_from_secs_f64(1.0 / rate) {
         Ok(_) if rate.is_finite() => Ok(rate),
         _ => Err(format!(
-            "`{text}` is no rate: take a number above 0, say 100"
+            "invalid rate `{text}`: use a number above 0, such as 100"
         )),
     }
 }

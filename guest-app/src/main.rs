@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     barlink_cli::end("barlink-guest", result, exit_code)
 }
 
-/// The exit codes that `barlink-guest --help` documents.
+/// Returns the exit code of an error, as `barlink-guest --help` documents it.
 fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         match cause.downcast_ref() {

@@ -74,7 +74,7 @@ fn host_reads_dma_buffer_of_guest() -> Result<()> {
     let process = vm.spawn(fill)?;
     let line = process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
     assert!(
-        line.ends_with("131072 are filled; the device is told"),
+        line.ends_with("131072 are filled; announced to the device"),
         "{line}"
     );
     assert!(
@@ -162,7 +162,7 @@ fn driver_announces_no_buffer_without_guest_memory() -> Result<()> {
     let line = process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
     assert!(line.starts_with("65536 bytes at 0x"), "{line}");
     assert!(
-        line.contains("of which 14 are filled; the device is not told"),
+        line.contains("of which 14 are filled; not announced to the device"),
         "{line}"
     );
     let error = format!("{:#}", peek(&broker, 1).expect_err("it is not told"));

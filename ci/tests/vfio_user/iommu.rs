@@ -37,7 +37,7 @@ fn fill(vm: &Vm) -> Result<(Process, u64)> {
     let fill = "barlink-guest buffer --size 3M --file /tmp/pattern";
     let process = vm.spawn(fill.split(' '))?;
     let line = process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
-    ensure!(line.ends_with("the device is told"), "{line}");
+    ensure!(line.ends_with("filled; announced to the device"), "{line}");
     let address = line.split("at 0x").nth(1).context("no address")?;
     let digits = address.split(',').next().unwrap_or_default();
     Ok((process, u64::from_str_radix(digits, 16)?))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `barlink-guest buffer`.
+//! The command `barlink-guest buffer`.
 
 use std::fs::File;
 use std::io::{Read, Write, stdin, stdout};
@@ -34,9 +34,9 @@ pub fn buffer(device: &Device, args: &args::Buffer) -> Result<()> {
     );
     buffer.region().poke(0, &bytes)?;
     let told = match buffer.is_told() {
-        true => "the device is told",
+        true => "announced to the device",
         false => {
-            "the device is not told: only barlink's own can be, by vfio-user with --guest-memory"
+            "not announced to the device: only barlink's own device takes a buffer, over vfio-user with --guest-memory"
         }
     };
     let mut output = stdout();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `barlink-guest info`.
+//! The command `barlink-guest info`.
 
 use std::io::{Write, stdout};
 
@@ -15,25 +15,25 @@ use crate::args;
 /// The output of `barlink-guest info --json`.
 #[derive(Serialize)]
 struct Report {
-    /// PCI address, as lspci writes it.
+    /// PCI address in the form of lspci, `DDDD:BB:DD.F`.
     pci_address: String,
-    /// Address of the region in the guest's physical memory.
+    /// Guest-physical address of the region.
     region_address: u64,
-    /// Bytes in the region.
+    /// Size of the region, in bytes.
     region_size: u64,
-    /// This VM's ID.
+    /// ID of this VM: its slot.
     id: u32,
-    /// The host's ID.
+    /// ID of the host.
     host: u32,
-    /// Interrupt vectors.
+    /// Number of the device's interrupt vectors.
     vectors: u32,
-    /// The driver's epoch.
+    /// Epoch of the driver.
     epoch: u64,
     /// Cache mode that the kernel granted to this program's mapping.
     cache_mode: &'static str,
-    /// The same, beside the requested mode.
+    /// The requested mode, the granted mode, and the reason if they differ.
     cache: Cache,
-    /// The channels.
+    /// The channels of the region.
     channels: Vec<Channel>,
 }
 

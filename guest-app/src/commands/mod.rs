@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The commands, a file for each or for a pair.
+//! The commands of `barlink-guest`, one file for each or for a pair.
 
 mod buffer;
 mod info;

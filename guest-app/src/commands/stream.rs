@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `barlink-guest send`, `recv` and `echo`.
+//! The commands `barlink-guest send`, `recv` and `echo`.
 
 use std::error::Error;
 use std::io;
@@ -27,9 +27,9 @@ pub fn recv(device: &Device, args: &Recv) -> Result<()> {
     .map_err(explain)
 }
 
-/// Turns EFAULT into the error of a device that is gone. The kernel copies between the device and a
-/// file. If the device's memory is gone, an access of this program is SIGBUS, and one of the kernel
-/// is EFAULT.
+/// Converts EFAULT into the error of a device that is gone. The kernel copies between the device
+/// and a file. If the device's memory is gone, an access by this program raises SIGBUS, and an
+/// access by the kernel fails with EFAULT.
 fn explain(error: anyhow::Error) -> anyhow::Error {
     let is_fault = |cause: &(dyn Error + 'static)| {
         let cause = cause.downcast_ref::<io::Error>();
@@ -50,12 +50,12 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
     loop {
         let record = receiver.recv()?;
         let kind = record.kind();
-        // The record's length is the sender's choice. Here it is limited to what the other channel
-        // refuses.
+        // The sender chooses the record's length. One byte more than the other channel carries is
+        // enough for an error, so a longer copy is not needed.
         bytes.resize(record.len().min(sender.max_record() + 1), 0);
         record.copy_to(&mut bytes);
         let sent = match kind {
-            // Begin and end are not dropped, also in a channel that drops.
+            // Begin and end are never dropped, even by a sender that drops.
             Kind::BEGIN | Kind::END => sender.reserve(0).and_then(|mark| mark.commit(kind)),
             _ => sender.send(kind, &bytes).map(drop),
         };

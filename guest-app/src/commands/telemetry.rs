@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `barlink-guest telemetry`: this guest's own load, from /proc.
+//! The command `barlink-guest telemetry`. It sends the guest's load, which it reads from `/proc`.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use crate::args;
 /// One record: a line of JSON.
 #[derive(Serialize)]
 struct Sample {
-    /// Number of the sample.
+    /// Number of the sample, from 0.
     sequence: u64,
     /// Milliseconds since the first sample.
     time_ms: f64,
@@ -30,11 +30,11 @@ struct Sample {
     context_switches: u64,
     /// Interrupts since boot, of any kind.
     interrupts: u64,
-    /// Interrupts of barlink devices since their drivers were bound.
+    /// Interrupts of barlink devices since the driver was bound to each.
     barlink_interrupts: u64,
-    /// Bytes of memory that programs can allocate.
+    /// Memory that programs can allocate, in bytes.
     memory_available: u64,
-    /// Bytes of memory.
+    /// Total memory, in bytes.
     memory_total: u64,
 }
 
@@ -49,13 +49,14 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         if end.is_some_and(|end| sequence >= end) {
             break;
         }
-        // The time follows from the clock and not from the last record, so that the rate holds.
+        // The time of each sample is computed from the start, so that delays do not add up and the
+        // rate holds.
         let due = start + Duration::try_from_secs_f64(sequence as f64 / args.rate)?;
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let mut line = serde_json::to_vec(&sample(sequence, start)?)?;
         line.push(b'\n');
-        // The channel's counters have the outcome. Data before a begin would be taken for the rest
-        // of another sender's stream.
+        // A begin must come first, because a receiver would take data without one for the rest of
+        // another sender's stream. A dropped record is not an error: the channel counts it.
         begun = begun || sender.send(Kind::BEGIN, &[])? == Sent::Committed;
         if begun {
             let _ = sender.send(Kind::DATA, &line)?;
@@ -67,8 +68,8 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
     Ok(sender.reserve(0)?.commit(Kind::END)?)
 }
 
-/// Whether an interrupt of this name, which the kernel chooses, belongs to a barlink device on the
-/// virtio bus.
+/// Returns whether an interrupt belongs to a barlink device on the virtio bus. The kernel chooses
+/// the interrupt's name.
 fn is_virtio(name: &str) -> bool {
     let place = Path::new("/sys/bus/virtio/drivers/barlink");
     name.starts_with("virtio") && place.join(name).exists()
