@@ -61,7 +61,11 @@ fn refuses_sizes_that_no_bar_can_have() {
         ],
     );
     fails(&mut serve("8E"), 2, &["more than this machine's memory"]);
-    fails(&mut serve("much"), 2, &["`much` is no size", "say 64M"]);
+    fails(
+        &mut serve("much"),
+        2,
+        &["invalid size `much`", "use a number of bytes, or 64M"],
+    );
     assert_eq!(
         std::fs::read_dir(folder.path()).unwrap().count(),
         0,

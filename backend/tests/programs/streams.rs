@@ -218,7 +218,7 @@ fn late_receiver_never_waits_for_killed_sender() {
 fn receiver_reports_waiting_for_sender() {
     let broker = Broker::start(&LOOP);
     let mut terminal = Terminal::start(recv(&broker), USUAL);
-    terminal.wait_for("waiting for a sender on channel `loop` (Ctrl-C ends this)");
+    terminal.wait_for("waiting for a sender on channel `loop` (press Ctrl-C to stop)");
     file_with(&broker.path("in"), b"here it is");
     works(send(&broker).arg(broker.path("in")));
     assert_eq!(wait(&mut terminal.child).code(), Some(0));
@@ -260,7 +260,8 @@ fn sender_reports_waiting_on_full_channel() {
     let mut command = send(&broker);
     command.arg(broker.path("in"));
     let mut terminal = Terminal::start(command, USUAL);
-    terminal.wait_for("channel `loop` is full: waiting for a receiver on it (Ctrl-C ends this)");
+    terminal
+        .wait_for("channel `loop` is full: waiting for a receiver on it (press Ctrl-C to stop)");
     // The progress line, drawn before and after the message, does not hide it.
     terminal.wait_for("of 4.77 MiB");
     let received = run(&mut recv(&broker));
@@ -336,7 +337,7 @@ fn errors_name_missing_file_and_full_disk() {
         1,
         &[
             "cannot open /no/such/file",
-            "a file that you can read",
+            "name a readable file",
             "No such file",
         ],
     );
@@ -348,7 +349,7 @@ fn errors_name_missing_file_and_full_disk() {
     fails(
         recv(&broker).args(["-o", "/no/such/file"]),
         1,
-        &["cannot create /no/such/file", "a file that you can write"],
+        &["cannot create /no/such/file", "name a writable file"],
     );
     let mut sender = send(&broker).arg("/bin/sh").start();
     fails(
@@ -381,7 +382,10 @@ fn next_receiver_continues_after_full_target() {
         .args(receiver.get_args())
         .arg("-o")
         .arg(&first);
-    let told = ["receive the rest to another file", "File too large"];
+    let told = [
+        "receive the rest, which is still in the channel, into another file",
+        "File too large",
+    ];
     fails(&mut limited_receiver, 1, &told);
     let output = run(recv(&broker).arg("-o").arg(&rest));
     assert!(output.status.success(), "{output:?}");
@@ -465,13 +469,15 @@ fn poke_and_peek_reject_offsets_outside_window() {
     fails(
         &mut broker.app(&["poke", "x", "--region", "--at", "1M"]),
         1,
-        &["1 bytes at 0x100000 leave the region, where 0 bytes are left: take no more"],
+        &[
+            "1 bytes at 0x100000 do not fit into the region, which has 0 bytes from there on: use no more",
+        ],
     );
     fails(
         &mut broker.app(&["poke", "x", "--region"]),
         1,
         &[
-            "the first 8.00 KiB of a region tell what is in it",
+            "the first 8.00 KiB of a region describe it",
             "--at 8192 or more",
         ],
     );
@@ -483,7 +489,7 @@ fn poke_and_peek_reject_offsets_outside_window() {
     fails(
         broker.app(&["poke"]).stdin(input),
         1,
-        &["leave the raw window"],
+        &["do not fit into the raw window"],
     );
     wait(&mut endless);
 }

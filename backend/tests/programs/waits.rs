@@ -55,7 +55,7 @@ fn both_ends_report_dropped_records() {
     wait(&mut sender);
     let received = String::from_utf8(received.stderr).unwrap();
     assert!(
-        received.contains("records were dropped, since the channel was full"),
+        received.contains("records were dropped because the channel was full"),
         "{received}"
     );
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Cache modes, as both programs print them.
+//! The report of cache modes that both programs print.
 
 use barlink_protocol::CacheState;
 use serde::Serialize;
 
-/// Columns of a line: 80 less the label before it.
+/// Maximum length of a line, in columns: 80 less the label before it.
 const WIDTH: usize = 66;
 
 /// The cache mode of a guest's mappings.
@@ -15,9 +15,9 @@ pub struct Cache {
     pub asked: Option<&'static str>,
     /// The mode that the guest's kernel granted; `null` while no page is mapped.
     pub granted: Option<&'static str>,
-    /// The reason for a difference.
+    /// The reason why the two modes differ; `null` if they do not.
     pub cause: Option<String>,
-    /// The cure.
+    /// The remedy, as a text for the user.
     pub cure: Option<&'static str>,
 }
 
@@ -34,8 +34,8 @@ impl From<CacheState> for Cache {
 }
 
 impl Cache {
-    /// Returns the text, in lines that fit into a terminal of 80 columns. It is empty while nothing
-    /// is mapped.
+    /// Returns the report, in lines that fit into a terminal of 80 columns. It is empty while
+    /// nothing is mapped.
     pub fn lines(&self) -> Vec<String> {
         if self.asked.is_none() && self.granted.is_none() {
             return Vec::new();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the programs on both sides have in common: how they read their command lines, stream, show
-//! bytes, tell of cache modes, and fail.
+//! Command-line code that the programs `barlink` and `barlink-guest` share: parsing, streams,
+//! `peek` and `poke`, cache modes, errors and exit codes.
 
 pub mod cache;
 mod meter;
@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Command, Parser};
 
-/// Parses the command line. An error in it ends the program, with one line that describes it.
+/// Parses the command line. On an error, prints one line that describes it and ends the program.
 pub fn parse<Cli: Parser>() -> Cli {
     Cli::try_parse().unwrap_or_else(|error| {
         let shows_help = [
@@ -39,7 +39,8 @@ pub fn parse<Cli: Parser>() -> Cli {
     })
 }
 
-/// Returns the command whose help tells more: the subcommand, if there is one among these words.
+/// Returns the command whose help the user needs: the first subcommand among `words`, otherwise the
+/// program.
 fn meant(command: &Command, mut words: impl Iterator<Item = OsString>) -> String {
     let program = command.get_name();
     match words.find_map(|word| command.find_subcommand(word)) {
@@ -48,7 +49,8 @@ fn meant(command: &Command, mut words: impl Iterator<Item = OsString>) -> String
     }
 }
 
-/// Returns clap's description of an error, without the usage and the reference to the help.
+/// Returns clap's description of an error as one line, without the usage and the reference to the
+/// help.
 fn one_line(error: &str) -> String {
     let told = error.lines().map(str::trim);
     let told = told.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
@@ -57,8 +59,8 @@ fn one_line(error: &str) -> String {
     told.strip_prefix("error: ").unwrap_or(&told).to_owned()
 }
 
-/// Reports how a program ended, and returns its exit code: that of `exit_code` for an error, which
-/// is shown in one line.
+/// Prints the error of a program, if any, as one line. Returns the program's exit code: 0 for
+/// success or a closed pipe, otherwise the result of `exit_code`.
 pub fn end(
     program: &str,
     outcome: anyhow::Result<()>,
@@ -75,8 +77,8 @@ pub fn end(
     }
 }
 
-/// Whether the reader of this program's output closed the pipe, which is not a failure of this
-/// program.
+/// Returns whether an error means that the reader of this program's output closed the pipe. That is
+/// not a failure of this program.
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause
@@ -102,8 +104,8 @@ mod tests {
     fn command_line_errors_take_one_line() {
         let cases = [
             (
-                "error: invalid value 'x' for '--size <SIZE>': `x` is no size\n\nFor more information, try '--help'.\n",
-                "invalid value 'x' for '--size <SIZE>': `x` is no size",
+                "error: invalid value 'x' for '--size <SIZE>': invalid size `x`\n\nFor more information, try '--help'.\n",
+                "invalid value 'x' for '--size <SIZE>': invalid size `x`",
             ),
             (
                 "error: the following required arguments were not provided:\n  --ivshmem <SOCKET>\n\nUsage: barlink serve\n",

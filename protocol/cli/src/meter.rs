@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The progress of a stream on a terminal: bytes, the end that it waits for, and a summary.
+//! The progress of a stream on a terminal: its bytes, a message while it waits for the other end,
+//! and a summary.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -8,23 +9,24 @@ use std::time::{Duration, Instant};
 use barlink_protocol::stream::{Progress, Watch};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
-/// The time between two updates. Updating at each record would slow the stream down.
+/// Time between two updates. An update at each record would slow the stream down.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// The time to wait for the other end before a message.
+/// Time for which a stream waits for the other end before it shows a message.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Reports once, on a terminal, that the stream waits for the other end.
+/// A message on the terminal that the stream waits for the other end. It is shown at most once.
 pub struct Wait {
-    /// The messages for an end that is free, and for one that is held.
+    /// Message if no process holds the other end.
     away: String,
+    /// Message if a process holds the other end.
     held: String,
-    /// Standard error is no terminal, or the message was shown.
+    /// Whether no message follows: one was shown, or standard error is not a terminal.
     is_over: bool,
 }
 
 impl Wait {
-    /// Returns the messages of a receiver.
+    /// Creates the messages of a receiver, which waits for a sender.
     pub fn for_sender(channel: &str) -> Self {
         Self::new(
             format!("waiting for a sender on channel `{channel}`"),
@@ -32,11 +34,11 @@ impl Wait {
         )
     }
 
-    /// Returns the messages of a sender.
+    /// Creates the messages of a sender, which waits for a receiver.
     pub fn for_receiver(channel: &str) -> Self {
         Self::new(
             format!("channel `{channel}` is full: waiting for a receiver on it"),
-            format!("channel `{channel}` is full: waiting for its receiver to go on"),
+            format!("channel `{channel}` is full: waiting for its receiver to continue"),
         )
     }
 
@@ -49,20 +51,21 @@ impl Wait {
     }
 }
 
-/// Shows the progress of one stream.
+/// The display of one stream's progress.
 pub struct Meter<'a> {
     bar: ProgressBar,
     wait: &'a mut Wait,
     /// Whether the progress is shown.
     visible: bool,
     shown: Instant,
-    /// The time of the first record.
+    /// Time of the first record.
     start: Option<Instant>,
 }
 
 impl<'a> Meter<'a> {
-    /// Returns the meter of a stream between a channel and `file`, of so many bytes if that is
-    /// known. Where the file is a terminal, the meter does not draw over its text.
+    /// Creates the meter of a stream between a channel and `file`. `size` is the number of bytes of
+    /// the stream, if it is known. If the file is a terminal, the meter shows nothing, because it
+    /// would draw over the text of the stream.
     pub fn new(file: &impl IsTerminal, size: Option<u64>, wait: &'a mut Wait) -> Self {
         let visible = io::stderr().is_terminal() && !file.is_terminal();
         let bar = if visible {
@@ -89,13 +92,13 @@ impl<'a> Meter<'a> {
         }
     }
 
-    /// Shows the summary.
+    /// Removes the progress bar and prints the summary to standard error.
     pub fn finish(self, done: &str, total: &Progress, json: bool) {
         self.bar.finish_and_clear();
         let seconds = self
             .start
             .map_or(0.0, |start| start.elapsed().as_secs_f64());
-        // Standard error may be closed.
+        // Errors of these writes are ignored because standard error may be closed.
         let mut told = io::stderr();
         if json {
             let summary = serde_json::json!({
@@ -115,7 +118,7 @@ impl<'a> Meter<'a> {
                 1 => "1 record was".to_owned(),
                 count => format!("{} records were", HumanCount(count)),
             };
-            let _ = writeln!(told, "{records} dropped, since the channel was full");
+            let _ = writeln!(told, "{records} dropped because the channel was full");
         }
     }
 }
@@ -142,8 +145,8 @@ impl Watch for Meter<'_> {
             false => &self.wait.held,
         };
         self.bar.suspend(|| {
-            // Standard error may be closed.
-            let _ = writeln!(io::stderr(), "{what} (Ctrl-C ends this)");
+            // The error is ignored because standard error may be closed.
+            let _ = writeln!(io::stderr(), "{what} (press Ctrl-C to stop)");
         });
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `peek` and `poke`: the bytes at a place.
+//! The commands `peek` and `poke`: they print and write bytes of a region.
 
 use std::io::{Read, Write, stdin, stdout};
 use std::ops::Deref;
@@ -15,11 +15,11 @@ use pretty_hex::{HexConfig, config_hex};
 
 use crate::size::{parse_offset, parse_size};
 
-/// A place in the region.
+/// Arguments that select a place in the region.
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Place {
-    /// Offset in the raw window
+    /// Offset in the raw window, in bytes
     #[arg(long, value_name = "OFFSET", default_value = "0", value_parser = parse_offset)]
     pub at: u64,
     /// Count OFFSET from the region's start instead
@@ -27,34 +27,35 @@ pub struct Place {
     pub region: bool,
 }
 
-/// What `peek` is told.
+/// Arguments of `peek`.
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Peek {
-    /// How many bytes
+    /// Number of bytes
     #[arg(long, default_value = "256", value_parser = parse_size)]
     pub length: u64,
-    /// Print the bytes as they are, rather than a hex dump
+    /// Print the bytes themselves instead of a hex dump
     #[arg(long)]
     pub raw: bool,
-    /// Where.
+    /// Place of the first byte.
     #[command(flatten)]
     pub place: Place,
 }
 
-/// What `poke` is told.
+/// Arguments of `poke`.
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Poke {
-    /// The text; standard input if not given
+    /// Text to write [default: standard input]
     pub text: Option<String>,
-    /// Where.
+    /// Place of the first byte.
     #[command(flatten)]
     pub place: Place,
 }
 
 impl Place {
-    /// Returns the offset of the place in the region, and the bytes that fit there.
+    /// Returns the offset of the place in the region, and the number of bytes from there to the end
+    /// of the raw window or of the mapping.
     fn find(&self, layout: &Layout, mapped: u64) -> Result<(u64, u64)> {
         let (what, start, size) = match self.region {
             true => ("region", 0, mapped),
@@ -79,7 +80,7 @@ impl Place {
         let what = if self.region { "region" } else { "raw window" };
         ensure!(
             length <= room,
-            "{length} bytes at {:#x} leave the {what}, where {room} bytes are left: take no more, or a smaller --at",
+            "{length} bytes at {:#x} do not fit into the {what}, which has {room} bytes from there on: use no more, or a smaller --at",
             self.at
         );
         Ok(())
@@ -98,7 +99,7 @@ where
     show(&bytes, args)
 }
 
-/// Prints bytes of a place.
+/// Prints bytes that were read from a place, as a hex dump or raw.
 pub fn show(bytes: &[u8], args: &Peek) -> Result<()> {
     let written = if args.raw {
         stdout().write_all(bytes)
@@ -123,7 +124,7 @@ where
     let (offset, room) = args.place.find(layout, region.size())?;
     ensure!(
         offset >= FIRST_FREE,
-        "the first {} of a region tell what is in it, and whoever reads them anew would find nothing: choose --at {FIRST_FREE} or more",
+        "the first {} of a region describe it, and no program could attach to it without them: choose --at {FIRST_FREE} or more",
         BinaryBytes(FIRST_FREE)
     );
     let bytes = match &args.text {

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Sizes and offsets, as users write them.
+//! Sizes and offsets on the command line, in bytes.
 
-/// Parses a size in bytes, with K, M or G (powers of 1024) if wanted.
+/// Parses a size in bytes, with an optional unit such as K, M or G (powers of 1024).
 pub fn parse_size(text: &str) -> Result<u64, String> {
     parse_size::Config::new()
         .with_binary()
         .parse_size(text)
         .map_err(|error| match error {
             parse_size::Error::PosOverflow => {
-                format!("`{text}` is more than 64 bits hold: say 64M or 1G")
+                format!("size `{text}` exceeds 64 bits: use a number of bytes, or 64M, 1G")
             }
-            _ => format!("`{text}` is no size: say 64M, 1G or a number of bytes"),
+            _ => format!("invalid size `{text}`: use a number of bytes, or 64M, 1G"),
         })
 }
 
-/// Formats a size as [`parse_size()`] takes it, in the largest unit of which it is a whole number.
+/// Formats a size for [`parse_size()`], in the largest unit that gives a whole number.
 pub fn show_size(size: u64) -> String {
     let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
     let whole = |(shift, _): &(u32, &str)| size != 0 && size.trailing_zeros() >= *shift;
@@ -25,11 +25,11 @@ pub fn show_size(size: u64) -> String {
     }
 }
 
-/// Parses an offset: a size, or a hexadecimal number with 0x.
+/// Parses an offset in bytes: a size, or a hexadecimal number with 0x.
 pub fn parse_offset(text: &str) -> Result<u64, String> {
     match text.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16)
-            .map_err(|error| format!("`{text}` is no offset: {error}")),
+            .map_err(|error| format!("invalid offset `{text}`: {error}")),
         None => parse_size(text),
     }
 }
@@ -50,14 +50,14 @@ mod tests {
     #[test]
     fn rejects_invalid_size_with_example() {
         for (text, cause) in [
-            ("", "no size"),
-            ("much", "no size"),
-            ("-5", "no size"),
+            ("", "invalid size"),
+            ("much", "invalid size"),
+            ("-5", "invalid size"),
             ("16E", "64 bits"),
         ] {
             let error = parse_size(text).unwrap_err();
             assert!(
-                error.contains(cause) && error.contains("say 64M"),
+                error.contains(cause) && error.contains("use a number of bytes, or 64M"),
                 "{error}"
             );
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `send` and `recv`: a file through a channel.
+//! The commands `send` and `recv`: they move a file through a channel.
 
 use std::fs::File;
 use std::io;
@@ -16,17 +16,17 @@ use rustix::fs::SeekFrom;
 use crate::meter::{Meter, Wait};
 use crate::size::parse_size;
 
-/// The default for the most bytes in a record: larger records are no faster.
+/// Default of the maximum payload of a record, in bytes. Larger records are no faster.
 const RECORD_SIZE: u64 = 1 << 20;
 
-/// What `send` is told.
+/// Arguments of `send`.
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Send {
-    /// The file; standard input if not given
+    /// File to send [default: standard input]
     pub file: Option<PathBuf>,
-    /// Most bytes in a record; at most half the channel's size [default: 1M, or what the channel
-    /// carries]
+    /// Maximum size of a record in bytes, at most half of the channel's size [default: 1M, or the
+    /// channel's maximum if that is less]
     #[arg(long, value_name = "SIZE", value_parser = parse_record_size)]
     pub record_size: Option<u64>,
     /// Print a summary as JSON to standard error
@@ -34,14 +34,14 @@ pub struct Send {
     pub json: bool,
 }
 
-/// What `recv` is told.
+/// Arguments of `recv`.
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Recv {
-    /// The file; standard output if not given
+    /// File to write [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Go on with the next stream when one ends
+    /// Continue with the next stream when one ends
     #[arg(long)]
     pub follow: bool,
     /// Print a summary as JSON to standard error
@@ -51,20 +51,18 @@ pub struct Recv {
 
 fn parse_record_size(text: &str) -> Result<u64, String> {
     match parse_size(text)? {
-        0 => Err("a record has at least 1 byte".to_owned()),
+        0 => Err("a record needs at least 1 byte".to_owned()),
         size => Ok(size),
     }
 }
 
-/// Sends a file or standard input, through the sender that `attach` gives.
+/// Sends a file or standard input through the sender that `attach` returns.
 pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>) -> Result<()> {
     let source: OwnedFd = match &args.file {
         Some(path) => File::open(path)
             .with_context(|| {
                 let path = path.display();
-                format!(
-                    "cannot open {path} (name a file that you can read, or none for standard input)"
-                )
+                format!("cannot open {path} (name a readable file, or none for standard input)")
             })?
             .into(),
         None => io::stdin()
@@ -81,7 +79,7 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
     let record = args.record_size.unwrap_or(RECORD_SIZE.min(max));
     ensure!(
         record <= max,
-        "a record of {record} bytes is larger than channel `{channel}` carries: take --record-size {max} or less, or \
+        "a record of {record} bytes is larger than channel `{channel}` carries: use --record-size {max} or less, or \
          serve a larger channel"
     );
     let record = usize::try_from(record)?;
@@ -94,20 +92,20 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
     Ok(())
 }
 
-/// Receives a stream, or one after the other, to a file or standard output, through the receiver
-/// that `attach` gives.
+/// Receives a stream, or all streams one after the other, through the receiver that `attach`
+/// returns. Writes the bytes to a file or to standard output.
 pub fn receive(
     args: &Recv,
     channel: &str,
     attach: impl FnOnce() -> Result<Receiver>,
 ) -> Result<()> {
-    // The receiver comes first, so that a failure does not empty the file.
+    // The receiver attaches before the file is created, so that a failure does not empty the file.
     let mut receiver = attach()?;
     let target: OwnedFd = match &args.output {
         Some(path) => File::create(path)
             .with_context(|| {
                 let path = path.display();
-                format!("cannot create {path} (name a file that you can write, or none for standard output)")
+                format!("cannot create {path} (name a writable file, or none for standard output)")
             })?
             .into(),
         None => io::stdout()
@@ -131,8 +129,9 @@ pub fn receive(
     }
 }
 
-/// Removes the part of a record that comes again from the end of the target, if that is a file and
-/// is written at its end.
+/// Removes the part of a record from the end of the target, because the whole record will be
+/// received again. Does so only if the target is a file that is written at its end. Returns the
+/// error with the bytes that remain.
 fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
     let StreamError::Write { source, partial } = error else {
         return error;
@@ -150,7 +149,8 @@ fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
     }
 }
 
-/// Names the file in an error of the operating system, and the cure where there is one.
+/// Converts the error of a stream for the user: adds the file's name to an error of the operating
+/// system, and a remedy if there is one.
 fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::Error {
     let name = |standard: &str| file.map_or(standard.to_owned(), |file| file.display().to_string());
     let (source, what) = match error {
@@ -165,7 +165,7 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
         StreamError::Write { source, partial } => {
             let again = match partial {
                 0 => String::new(),
-                partial => format!(" (its last {partial} bytes come again with that)"),
+                partial => format!(" (the last {partial} bytes of this file are received again)"),
             };
             let cure = match source.kind() {
                 io::ErrorKind::StorageFull => "make room, and ",
@@ -173,13 +173,13 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             };
             let file = name("standard output");
             let what = format!(
-                "cannot write {file}: {cure}receive the rest to another file, since it is still in the channel{again}"
+                "cannot write {file}: {cure}receive the rest, which is still in the channel, into another file{again}"
             );
             (source, what)
         }
         StreamError::Channel(ChannelError::Corrupt(_)) => {
             return anyhow::anyhow!(
-                "{error}: end both programs that use it, and empty it by `barlink reset-channel {channel}` on the host"
+                "{error}: stop both programs that use it, and empty it with `barlink reset-channel {channel}` on the host"
             );
         }
         error => return error.into(),
