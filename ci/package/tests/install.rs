@@ -107,7 +107,7 @@ fn packages_install_and_stream_on_clean_debian() -> Result<()> {
     upgrades_keep_the_driver(&debian)?;
     header_tool_marks_unfinished_headers(&debian)?;
     let removed = printed(debian.run(&format!("{here}{}", commands("# uninstall\n")?))?)?;
-    ensure!(removed.contains("removed what was made for"), "{removed}");
+    ensure!(removed.contains("removed the metadata in"), "{removed}");
     let left = debian.run(&format!(
         "ls -d /usr/src/barlink-* /usr/src/linux-headers-*/rust /lib/modules/{release}/updates/dkms/barlink* \
          /var/tmp/barlink-* || true"
@@ -161,7 +161,7 @@ END
     let told = printed(debian.run(&script)?)?;
     for part in [
         "lost.so",
-        "that did not work, as is said above",
+        "failed for the reason above",
         "core.rmeta",
         "unfinished",
     ] {
