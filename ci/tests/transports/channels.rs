@@ -285,8 +285,8 @@ fn idle_stream_uses_no_processor_time() -> Result<()> {
     let receiver = receive(&broker, "up")?;
     let producer = vm.spawn(["barlink-guest", "send"])?;
     let mut count = 0_usize;
-    // The receiver sleeps without a limit once a doorbell has woken it (docs/protocol.md, 5.5). On a
-    // busy host it may find several records by its clock first.
+    // Once a doorbell has woken the receiver, it sleeps without a limit (docs/protocol.md, 5.5).
+    // Before that, a receiver on a busy host may find several records by fallback polls.
     wait_until("the receiver sleeps for two seconds", || {
         count += 1;
         producer.write(b"tick")?;
