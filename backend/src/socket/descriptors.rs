@@ -41,7 +41,7 @@ pub fn send(
     rustix::net::sendmsg(socket, &bytes, &mut ancillary, flags | SendFlags::NOSIGNAL)
 }
 
-/// What one call received.
+/// The bytes and descriptors that one call received.
 pub struct Received {
     /// Bytes; 0 at the end of the connection.
     pub bytes: usize,

@@ -87,11 +87,11 @@ pub enum TransportError {
     #[error("the VM has left")]
     Gone,
     /// A broker was killed while it sent a message, so the VM may have the message or not.
-    #[error("the broker was killed while it greeted the VM, which must be started again")]
+    #[error("the broker was killed within the VM's handshake: start the VM again")]
     Interrupted,
     /// The predecessor stored the session in another format.
     #[error(
-        "its session was begun by another version of barlink, and cannot be gone on with: start the VM again"
+        "another version of barlink began its session, and this version cannot continue it: start the VM again"
     )]
     OtherVersion,
     /// A message could not be sent.
@@ -106,6 +106,6 @@ pub enum TransportError {
     #[error("the daemon fails: {0}")]
     Daemon(String),
     /// A wait for the VM failed.
-    #[error("cannot hear the VM")]
+    #[error("cannot receive from the VM")]
     Receive(#[source] std::io::Error),
 }

@@ -252,7 +252,7 @@ fn client_repeats_unread_request_once() {
     let (answer, _) = control.ask(Ask::Status).unwrap();
     assert_eq!(answer, Answer::Done);
     let lost = control.ask(Ask::Status).unwrap_err();
-    assert!(matches!(lost, ControlError::TurnedAway { .. }), "{lost}");
+    assert!(matches!(lost, ControlError::Rejected { .. }), "{lost}");
     drop(join("all is answered", broker));
 }
 

@@ -168,7 +168,7 @@ fn rejects_replace_without_running_broker() {
         &mut command,
         3,
         &[
-            "no broker at",
+            "no broker to replace at",
             "leave --replace out, or name the one that runs",
         ],
     );

@@ -314,10 +314,7 @@ fn occupied_socket_error_suggests_working_replacement() {
     fails(
         second.arg("--replace"),
         3,
-        &[
-            "other.sock whose place could be taken",
-            "leave --replace out",
-        ],
+        &["no broker to replace at", "other.sock: leave --replace out"],
     );
     succeed(&mut broker, &[]);
 }

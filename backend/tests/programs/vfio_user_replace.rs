@@ -485,7 +485,10 @@ fn successor_rejects_session_of_other_version() {
         succeed(&mut broker, &arguments);
         assert!(client.is_let_go());
         let log = broker.log();
-        assert!(log.contains("begun by another version of barlink"), "{log}");
+        assert!(
+            log.contains("another version of barlink began its session"),
+            "{log}"
+        );
         Client::greet(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
     }
 }

@@ -35,9 +35,9 @@ pub enum ControlError {
     },
     /// There is no broker that could be replaced.
     #[error(
-        "no broker at {path} whose place could be taken: leave --replace out, or name the one that runs by --name or --control"
+        "no broker to replace at {path}: leave --replace out, or name the one that runs by --name or --control"
     )]
-    NobodyToReplace {
+    NoBrokerToReplace {
         /// The socket.
         path: PathBuf,
     },
@@ -60,7 +60,7 @@ pub enum ControlError {
     /// The broker closed the connection without an answer, as it does for users who are not
     /// allowed.
     #[error("the broker at {path} turned this process away: see its log")]
-    TurnedAway {
+    Rejected {
         /// The socket.
         path: PathBuf,
     },
@@ -81,12 +81,12 @@ impl ControlError {
     /// Returns the class of the error.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            ControlError::NoBroker { .. } | ControlError::NobodyToReplace { .. } => {
+            ControlError::NoBroker { .. } | ControlError::NoBrokerToReplace { .. } => {
                 ErrorKind::NotFound
             }
             ControlError::Permission { .. } => ErrorKind::PermissionDenied,
             ControlError::NotABroker { .. } => ErrorKind::Incompatible,
-            ControlError::TurnedAway { .. } | ControlError::Lost { .. } => ErrorKind::Disconnected,
+            ControlError::Rejected { .. } | ControlError::Lost { .. } => ErrorKind::Disconnected,
             ControlError::Refused(refusal) => refusal.kind(),
         }
     }
@@ -197,7 +197,7 @@ impl Control {
             });
         }
         let mut outcome = self.exchange(&connection.socket, &request);
-        if matches!(outcome, Err(ControlError::TurnedAway { .. })) && !connection.answered {
+        if matches!(outcome, Err(ControlError::Rejected { .. })) && !connection.answered {
             // A broker that is replaced closes connections that it has not served. Its successor
             // listens by now.
             connection.socket = Self::connect(&self.path)?.into_socket();
@@ -211,7 +211,7 @@ impl Control {
         match &outcome {
             Ok((Answer::Claimed, _)) => connection.held += 1,
             // A connection that the broker closed needs no further care.
-            Ok(_) | Err(ControlError::Refused(_) | ControlError::TurnedAway { .. }) => (),
+            Ok(_) | Err(ControlError::Refused(_) | ControlError::Rejected { .. }) => (),
             Err(_) => {
                 connection.out_of_step = true;
                 connection.give_up();
@@ -232,11 +232,9 @@ impl Control {
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         let lost = |source: io::Error| match source.kind() {
             io::ErrorKind::WouldBlock => self.not_a_broker(SILENT),
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
-                ControlError::TurnedAway {
-                    path: self.path.clone(),
-                }
-            }
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ControlError::Rejected {
+                path: self.path.clone(),
+            },
             _ => ControlError::Lost {
                 path: self.path.clone(),
                 source,
@@ -245,7 +243,7 @@ impl Control {
         socket.send(request, &[]).map_err(lost)?;
         let mut buffer = Box::new([0; MAX_PACKET]);
         let received = socket.receive_with_descriptors(&mut buffer).map_err(lost)?;
-        let (bytes, descriptors) = received.ok_or(ControlError::TurnedAway {
+        let (bytes, descriptors) = received.ok_or(ControlError::Rejected {
             path: self.path.clone(),
         })?;
         let answer = Reply::parse(bytes)

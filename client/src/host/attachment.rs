@@ -232,7 +232,7 @@ impl Drop for Claim {
             end: self.end,
         }) {
             Ok(_)
-            | Err(ControlError::Refused(Refusal::NotHeld) | ControlError::TurnedAway { .. }) => (),
+            | Err(ControlError::Refused(Refusal::NotHeld) | ControlError::Rejected { .. }) => (),
             Err(error) => log::debug!("a claim is not given back: {error}"),
         }
     }

@@ -20,7 +20,7 @@ impl Predecessor {
     /// Asks the broker at a control socket for its descriptors.
     pub fn ask(path: &Path) -> Result<Self, ControlError> {
         let control = Control::connect(path).map_err(|error| match error {
-            ControlError::NoBroker { path } => ControlError::NobodyToReplace { path },
+            ControlError::NoBroker { path } => ControlError::NoBrokerToReplace { path },
             error => error,
         })?;
         let mut inheritance = Inheritance::new();
