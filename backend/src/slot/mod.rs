@@ -171,10 +171,10 @@ impl Slot {
         // can be slow to close.
         self.remove_all();
         let occupancy = self.occupancy.lock();
-        if occupancy.words.connection() != 0 {
-            occupancy.words.set_connection(0);
-            self.region.publish_connection(self.id, 0);
-        }
+        occupancy.words.set_connection(0);
+        // Also if the word was 0: the VM may have left after `new` had read its number, and before
+        // `new` published it.
+        self.region.publish_connection(self.id, 0);
     }
 
     /// Empties the slot.

@@ -58,24 +58,34 @@ impl DeviceEvents {
     /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own
     /// vector was rung.
     pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
-        if !self.wakes {
+        let may_have_fired = if self.wakes {
+            self.becomes_readable(timeout)?
+        } else {
+            // Vector 0 fires even so. Unread, it would keep the file readable.
             std::thread::sleep(timeout.unwrap_or(POLL_INTERVAL).min(POLL_INTERVAL));
+            true
+        };
+        if !may_have_fired {
             return Ok(false);
         }
+        let mut fired = [0; size_of::<uapi::Interrupts>()];
+        match rustix::io::read(&self.file, &mut fired) {
+            Ok(_) => Ok(self.wakes && self.has_fired(&fired)),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(error) => Err(failed("wait for an interrupt")(error)),
+        }
+    }
+
+    /// Waits until the file is readable or the timeout is over. Returns whether it is.
+    fn becomes_readable(&self, timeout: Option<Duration>) -> Result<bool, EventError> {
         let timeout = timeout
             .map(rustix::time::Timespec::try_from)
             .transpose()
             .unwrap_or(None);
         let mut files = [PollFd::new(&self.file, PollFlags::IN)];
         match rustix::event::poll(&mut files, timeout.as_ref()) {
-            Ok(0) | Err(Errno::INTR) => return Ok(false),
-            Ok(_) => (),
-            Err(error) => return Err(failed("wait for an interrupt")(error)),
-        }
-        let mut fired = [0; size_of::<uapi::Interrupts>()];
-        match rustix::io::read(&self.file, &mut fired) {
-            Ok(_) => Ok(self.has_fired(&fired)),
-            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Ok(0) | Err(Errno::INTR) => Ok(false),
+            Ok(_) => Ok(true),
             Err(error) => Err(failed("wait for an interrupt")(error)),
         }
     }

@@ -94,14 +94,23 @@ pub fn serve(
     watch(listener.as_fd().as_raw_fd(), LISTENER)?;
     let mut clients = HashMap::new();
     for (id, socket) in inherited {
-        let Ok(peer) = Peer::of(&socket) else {
-            continue;
-        };
-        let client = Client::new(socket, peer, true);
-        watch(client.socket.as_fd().as_raw_fd(), id)?;
-        let stored = client.socket.clone();
-        state.descriptors.store(name::client(id), stored);
-        clients.insert(id, client);
+        let client = Peer::of(&socket).and_then(|peer| {
+            let client = Client::new(socket, peer, true);
+            watch(client.socket.as_fd().as_raw_fd(), id)?;
+            Ok(client)
+        });
+        match client {
+            Ok(client) => {
+                let stored = client.socket.clone();
+                state.descriptors.store(name::client(id), stored);
+                clients.insert(id, client);
+            }
+            Err(error) => {
+                warn!("a host app of the predecessor is disconnected: {error}");
+                state.roster.release_all(id);
+                state.descriptors.remove(&name::client(id));
+            }
+        }
     }
     let mut events = vec![EpollEvent::default(); MAX_CLIENTS + 2];
     let mut buffer = Box::new([0; MAX_PACKET]);
