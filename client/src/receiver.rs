@@ -162,13 +162,13 @@ impl Receiver {
     }
 
     /// Releases the records that were passed ([`Record::pass`]), so that the sender can use their
-    /// room.
+    /// room. A record that was kept ([`Record::keep`]) remains in the channel.
     ///
     /// # Errors
     ///
     /// Ringing failed.
     pub fn release(&mut self) -> Result<(), Error> {
-        Ok(self.ring.release()?)
+        Ok(self.ring.release_passed()?)
     }
 
     /// Returns a reader of one byte stream, as `barlink recv` is.
@@ -209,7 +209,10 @@ impl Receiver {
         self.ring
     }
 
+    /// Returns the ring for calls that can sleep. Such a sleep takes rings and disarms the wake-up,
+    /// so the descriptor must be readable until the end finds nothing again.
     pub(crate) fn ring(&mut self) -> &mut RingReceiver {
+        self.readiness.busy();
         &mut self.ring
     }
 
@@ -438,7 +441,7 @@ impl Record<'_> {
     /// that error.
     pub fn release(mut self) -> Result<(), Error> {
         self.at_end = AtEnd::Pass;
-        self.receiver.release()
+        Ok(self.receiver.ring.release()?)
     }
 
     /// Passes the record: it is released with the next one that is released, or as soon as there is

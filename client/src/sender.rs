@@ -263,7 +263,10 @@ impl Sender {
         self.ring
     }
 
+    /// Returns the ring for calls that can sleep. Such a sleep takes rings and disarms the wake-up,
+    /// so the descriptor must be readable until the end finds no room again.
     pub(crate) fn ring(&mut self) -> &mut RingSender {
+        self.readiness.busy();
         &mut self.ring
     }
 

@@ -11,7 +11,7 @@ use crate::cursor::{Kind, Place};
 use crate::error::ChannelError;
 use crate::link::{Events, Link, Wakeup, Wish};
 use crate::presence::{Presence, PresenceWords};
-use crate::producer::{Producer, Reservation, ReserveError};
+use crate::producer::{Notify, Producer, Reservation, ReserveError};
 use crate::region::Region;
 use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
@@ -463,6 +463,18 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// not released is found again, after a crash by the next consumer.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
         let notify = self.consumer.release();
+        self.notify(notify)
+    }
+
+    /// Releases the records that were passed, as [`Receiver::release`] does. The record that
+    /// [`Receiver::wait`] found remains in the channel.
+    pub fn release_passed(&mut self) -> Result<(), ChannelError<E::Error>> {
+        let notify = self.consumer.release_passed();
+        self.notify(notify)
+    }
+
+    #[inline(always)]
+    fn notify(&mut self, notify: Notify) -> Result<(), ChannelError<E::Error>> {
         if self.link.notify(notify).map_err(ChannelError::Events)? {
             self.consumer.count_ring();
         }

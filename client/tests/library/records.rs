@@ -74,6 +74,21 @@ fn passed_records_are_released_together() {
 }
 
 #[test]
+fn release_leaves_a_kept_record() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    for text in [b"passed", b"kept.."] {
+        let _ = sender.send(Kind::USER, text).unwrap();
+    }
+    receiver.recv().unwrap().pass();
+    receiver.recv().unwrap().keep();
+    receiver.release().unwrap();
+    drop(receiver);
+    let mut receiver = broker.attach().receiver("loop").unwrap();
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"kept..");
+}
+
+#[test]
 fn full_channel_is_an_error_or_a_drop() {
     let broker = Running::start(&["loop=host-host,4K", "lossy=host-host,4K,drop"]);
     let (mut sender, mut receiver) = broker.ends("loop");

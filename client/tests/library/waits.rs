@@ -1,5 +1,6 @@
 //! Waiting by the descriptors of ends.
 
+use std::io::{Read, Write};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -52,6 +53,34 @@ fn idle_descriptor_is_quiet_once_doorbells_arrive() {
         assert!(receiver.try_recv().unwrap().is_none());
     }
     assert!(wakes <= 1, "{wakes} wakes without a record");
+}
+
+#[test]
+fn descriptor_is_readable_behind_a_stream() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    // Once doorbells have arrived, no timer makes the descriptor readable.
+    for _ in 0..3 {
+        while receiver.try_recv().unwrap().is_some() {}
+        let _ = sender.send(Kind::USER, b"text").unwrap();
+        assert!(is_readable(&receiver, PATIENCE));
+    }
+    while receiver.try_recv().unwrap().is_some() {}
+    let sending = std::thread::spawn(move || {
+        // The reader sleeps by now.
+        std::thread::sleep(SHORT);
+        let mut stream = sender.stream();
+        stream.write_all(b"a stream").unwrap();
+        stream.finish().unwrap();
+        sender
+    });
+    let mut received = Vec::new();
+    receiver.stream().read_to_end(&mut received).unwrap();
+    assert_eq!(received, b"a stream");
+    let mut sender = sending.join().unwrap();
+    let _ = sender.send(Kind::USER, b"behind").unwrap();
+    assert!(is_readable(&receiver, PATIENCE), "the record is not told");
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"behind");
 }
 
 #[test]
