@@ -14,7 +14,7 @@ use crate::error::{ChannelError, Error};
 use crate::memory::{Mapping, Region};
 use crate::readiness::Readiness;
 use crate::sender::is_present;
-use crate::stream::StreamReader;
+use crate::stream::{Position, StreamReader};
 
 /// The receiver that the ring itself has, for programs that need its parts.
 pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
@@ -57,14 +57,39 @@ pub struct Receiver {
     readiness: Readiness,
     region: Region,
     peer: Option<PresenceWords>,
-    /// The header of the last record, and the records that were dropped before it.
+    /// The header of the last record.
     header: Header,
+    numbers: Numbers,
+    position: Position,
+    /// The error of a release when a record was dropped, for the next call.
+    failed: Option<Error>,
+}
+
+/// The numbers of the records that a receiver found.
+#[derive(Debug, Default)]
+pub(crate) struct Numbers {
+    /// Records that were dropped before the last one.
     gap: u64,
     /// The sequence number behind the last record.
     next: Option<u64>,
     all_missed: u64,
-    /// The error of a release when a record was dropped, for the next call.
-    failed: Option<Error>,
+}
+
+impl Numbers {
+    /// Notes that a record was found. Returns the number of records that were dropped before it.
+    #[inline(always)]
+    pub(crate) fn note(&mut self, sequence: u64) -> u64 {
+        let gap = sequence.saturating_sub(self.next.unwrap_or(sequence));
+        self.gap = gap;
+        self.all_missed = self.all_missed.saturating_add(gap);
+        self.next = Some(sequence.saturating_add(1));
+        gap
+    }
+
+    /// Returns the sequence number behind the last record.
+    pub(crate) fn next(&self) -> Option<u64> {
+        self.next
+    }
 }
 
 impl Receiver {
@@ -79,9 +104,8 @@ impl Receiver {
             region,
             peer,
             header: Header::from_words([0; 3]),
-            gap: 0,
-            next: None,
-            all_missed: 0,
+            numbers: Numbers::default(),
+            position: Position::default(),
             failed: None,
         })
     }
@@ -171,7 +195,8 @@ impl Receiver {
         Ok(self.ring.release_passed()?)
     }
 
-    /// Returns a reader of one byte stream, as `barlink recv` is.
+    /// Returns a reader of one byte stream, as `barlink recv` is. A reader that is dropped within a
+    /// stream leaves the rest to the next reader.
     ///
     /// ```no_run
     /// use std::io::Read;
@@ -190,7 +215,7 @@ impl Receiver {
 
     /// Returns the number of records that the sender dropped between those that this receiver got.
     pub fn missed(&self) -> u64 {
-        self.all_missed
+        self.numbers.all_missed
     }
 
     /// Whether a process holds the other end, now. Between two VMs it is not visible, and counts as
@@ -214,6 +239,22 @@ impl Receiver {
     pub(crate) fn ring(&mut self) -> &mut RingReceiver {
         self.readiness.busy();
         &mut self.ring
+    }
+
+    /// Returns the ring as [`Receiver::ring`] does, and the numbers of its records.
+    pub(crate) fn numbered(&mut self) -> (&mut RingReceiver, &mut Numbers) {
+        self.readiness.busy();
+        (&mut self.ring, &mut self.numbers)
+    }
+
+    /// Returns the position in a byte stream, to change it.
+    pub(crate) fn position(&mut self) -> &mut Position {
+        &mut self.position
+    }
+
+    /// Returns the position in a byte stream.
+    pub(crate) fn stream_position(&self) -> Position {
+        self.position
     }
 
     /// Reports a release that failed when a record was dropped.
@@ -240,11 +281,7 @@ impl Receiver {
     fn found(&mut self) -> Option<Record<'_>> {
         self.readiness.busy();
         self.header = *self.ring.record()?.header();
-        let sequence = self.header.sequence;
-        let gap = sequence.saturating_sub(self.next.unwrap_or(sequence));
-        self.gap = gap;
-        self.all_missed = self.all_missed.saturating_add(gap);
-        self.next = Some(sequence.saturating_add(1));
+        self.numbers.note(self.header.sequence);
         Some(Record {
             receiver: self,
             position: 0,
@@ -372,7 +409,7 @@ impl Record<'_> {
     /// Returns the number of records that the sender dropped before this one and after the last
     /// that was received.
     pub fn missed(&self) -> u64 {
-        self.receiver.gap
+        self.receiver.numbers.gap
     }
 
     /// Returns the bytes of content.

@@ -15,7 +15,7 @@ pub use barlink_protocol::stream::{Progress, Watch};
 use barlink_protocol::{Sent, Strategy, Wakeup, stream};
 
 use crate::error::{ChannelError, Error, EventError};
-use crate::receiver::{Receiver, copy_from};
+use crate::receiver::{Numbers, Receiver, copy_from};
 use crate::sender::Sender;
 
 /// Most bytes that a writer puts into one record: larger ones are no faster.
@@ -112,7 +112,34 @@ pub fn receive(
     watch: &mut impl Watch,
 ) -> Result<Progress, StreamError> {
     let target = target.as_fd().as_raw_fd();
-    Ok(stream::receive(receiver.ring(), target, watch)?)
+    let (ring, numbers) = receiver.numbered();
+    let mut watch = Noting { watch, numbers };
+    Ok(stream::receive(ring, target, &mut watch)?)
+}
+
+/// A watch that notes the numbers of the records as well.
+struct Noting<'a, W> {
+    watch: &'a mut W,
+    numbers: &'a mut Numbers,
+}
+
+impl<W: Watch> Watch for Noting<'_, W> {
+    fn progress(&mut self, progress: &Progress) {
+        self.watch.progress(progress);
+    }
+
+    fn record(&mut self, sequence: u64) {
+        self.numbers.note(sequence);
+        self.watch.record(sequence);
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        self.watch.patience()
+    }
+
+    fn waits(&mut self, is_away: bool) {
+        self.watch.waits(is_away);
+    }
 }
 
 /// Sends a byte stream. It begins with the first bytes and ends with [`StreamWriter::finish`];
@@ -181,78 +208,129 @@ impl Write for StreamWriter<'_> {
     }
 }
 
+/// Position of a receiver in a byte stream. It outlives a reader that is dropped within a stream.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Position {
+    /// Bytes that were read of the current record, if that is the last one of `next`.
+    done: usize,
+    /// Data of this stream came.
+    begun: bool,
+    /// Records that were dropped within this stream.
+    dropped: u64,
+    /// The sequence number behind the last record of a reader. Another one of the receiver means
+    /// that the program has received records in another way, so this position is no longer valid.
+    next: Option<u64>,
+}
+
 /// Receives one byte stream. Its end is the end of the stream: then another reader can receive the
 /// next one. A sender that leaves before is [`io::ErrorKind::UnexpectedEof`].
+///
+/// A gap in the numbers of the records stands for dropped records, and is counted
+/// ([`StreamReader::dropped`]). A reader that has found one returns the bytes that came, and then
+/// [`io::ErrorKind::InvalidData`] instead of the end. A gap before the stream's beginning counts
+/// as well, because the reader cannot tell whether the dropped records belong to the stream.
 ///
 /// See [`Receiver::stream`] for an example.
 #[derive(Debug)]
 pub struct StreamReader<'a> {
     receiver: &'a mut Receiver,
-    /// Bytes that were read of the current record.
-    done: usize,
-    /// Data of this stream came.
-    begun: bool,
-    ended: bool,
+    /// The stream has ended, after so many dropped records.
+    ended: Option<u64>,
 }
 
 impl<'a> StreamReader<'a> {
     pub(crate) fn new(receiver: &'a mut Receiver) -> Self {
         receiver.set_strategy(Strategy::STREAM);
+        let (_, numbers) = receiver.numbered();
+        let next = numbers.next();
+        let position = receiver.position();
+        if position.next != next {
+            *position = Position::default();
+        }
         StreamReader {
             receiver,
-            done: 0,
-            begun: false,
-            ended: false,
+            ended: None,
         }
+    }
+
+    /// Returns the number of records that the sender dropped within this stream, as far as it was
+    /// read.
+    pub fn dropped(&self) -> u64 {
+        self.ended
+            .unwrap_or(self.receiver.stream_position().dropped)
     }
 
     /// Waits for the next record of the stream.
     fn wait(&mut self) -> io::Result<()> {
         loop {
             // A sender that has left sends no more, but what it committed until then is there.
-            let away = self.begun && !self.receiver.is_peer_present();
+            let away = self.receiver.position().begun && !self.receiver.is_peer_present();
             let timeout = away.then_some(Duration::ZERO);
             match self.receiver.ring().wait(timeout).map_err(Error::from)? {
                 Wakeup::Ready => return Ok(()),
-                Wakeup::TimedOut if away => return Err(incomplete()),
+                Wakeup::TimedOut if away => return Err(self.incomplete()),
                 Wakeup::TimedOut | Wakeup::PeerChanged => (),
             }
         }
     }
-}
 
-fn incomplete() -> io::Error {
-    let text = "the sender left before the end of the stream";
-    io::Error::new(io::ErrorKind::UnexpectedEof, text)
+    /// Returns the error of a stream whose sender left. The next record begins another stream.
+    fn incomplete(&mut self) -> io::Error {
+        *self.receiver.position() = Position::default();
+        let text = "the sender left before the end of the stream";
+        io::Error::new(io::ErrorKind::UnexpectedEof, text)
+    }
+
+    /// Releases the current record.
+    fn release(&mut self) -> io::Result<()> {
+        self.receiver.position().done = 0;
+        Ok(self.receiver.ring().release().map_err(Error::from)?)
+    }
 }
 
 impl Read for StreamReader<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        while !self.ended && !bytes.is_empty() {
+        while self.ended.is_none() && !bytes.is_empty() {
             self.wait()?;
-            let Some(record) = self.receiver.ring().record() else {
+            let mut position = *self.receiver.position();
+            let (ring, numbers) = self.receiver.numbered();
+            let Some(record) = ring.record() else {
                 continue;
             };
-            let kind = record.header().kind;
-            if kind == Kind::DATA && self.done < record.length() {
-                let read = copy_from(&record, self.done, bytes);
-                let is_read = self.done + read == record.length();
-                self.done += read;
-                self.begun = true;
+            let (kind, sequence) = (record.header().kind, record.header().sequence);
+            if kind == Kind::BEGIN && position.begun {
+                // This is the stream of another sender, and stays for the next reader.
+                return Err(self.incomplete());
+            }
+            if numbers.next().is_none_or(|next| sequence >= next) {
+                position.done = 0;
+                position.dropped = position.dropped.saturating_add(numbers.note(sequence));
+            }
+            position.next = numbers.next();
+            if kind == Kind::DATA && position.done < record.length() {
+                let read = copy_from(&record, position.done, bytes);
+                position.done += read;
+                position.begun = true;
+                let is_read = position.done == record.length();
+                *self.receiver.position() = position;
                 if is_read {
-                    self.done = 0;
-                    self.receiver.ring().release().map_err(Error::from)?;
+                    self.release()?;
                 }
                 return Ok(read);
             }
-            if kind == Kind::BEGIN && self.begun {
-                // This is the stream of another sender, and stays for the next reader.
-                return Err(incomplete());
+            *self.receiver.position() = position;
+            if kind == Kind::END {
+                self.ended = Some(position.dropped);
+                *self.receiver.position() = Position::default();
             }
-            self.ended = kind == Kind::END;
-            self.done = 0;
-            self.receiver.ring().release().map_err(Error::from)?;
+            self.release()?;
         }
-        Ok(0)
+        match self.ended {
+            Some(dropped @ 1..) if !bytes.is_empty() => {
+                let text = format!("{dropped} records were dropped before the end of the stream");
+                Err(io::Error::new(io::ErrorKind::InvalidData, text))
+            }
+            _ => Ok(0),
+        }
     }
 }

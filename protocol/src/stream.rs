@@ -35,6 +35,9 @@ pub trait Watch {
     /// Handles the progress after a record.
     fn progress(&mut self, _progress: &Progress) {}
 
+    /// Handles the number of each record that [`receive`] finds, before the record is released.
+    fn record(&mut self, _sequence: u64) {}
+
     /// Returns the time after which a wait for the other end is reported by [`Watch::waits`].
     /// `None` for no reports; the wait then needs no timer.
     fn patience(&self) -> Option<Duration> {
@@ -206,6 +209,7 @@ where
         let gap = next.map_or(0, |next| sequence.saturating_sub(next));
         total.dropped = total.dropped.saturating_add(gap);
         next = Some(sequence.saturating_add(1));
+        watch.record(sequence);
         if kind == Kind::DATA {
             let mut done = 0;
             while done < record.length() {

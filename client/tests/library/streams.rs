@@ -98,3 +98,73 @@ fn target_that_cannot_be_written_has_an_error_of_the_system() {
         error => panic!("{error}"),
     }
 }
+
+#[test]
+fn reader_reports_dropped_records() {
+    let broker = Running::start(&["lossy=host-host,4K,drop"]);
+    let (mut sender, mut receiver) = broker.ends("lossy");
+    let mut stream = sender.stream();
+    // The channel has room for a part of it.
+    for _ in 0..6 {
+        stream.write_all(&[7; 1000]).unwrap();
+    }
+    let dropped = stream.dropped();
+    assert!(dropped > 0);
+    let receiving = std::thread::spawn(move || {
+        let mut received = Vec::new();
+        let mut stream = receiver.stream();
+        let error = stream.read_to_end(&mut received).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidData);
+        assert_eq!(received.len() as u64, (6 - dropped) * 1000);
+        assert_eq!(stream.dropped(), dropped);
+        assert!(stream.read(&mut [0; 8]).is_err(), "the end stays an error");
+        drop(stream);
+        assert_eq!(receiver.missed(), dropped);
+        receiver
+    });
+    stream.finish().unwrap();
+    let mut receiver = receiving.join().unwrap();
+    let mut stream = sender.stream();
+    stream.write_all(b"whole").unwrap();
+    stream.finish().unwrap();
+    let mut received = Vec::new();
+    receiver.stream().read_to_end(&mut received).unwrap();
+    assert_eq!(received, b"whole");
+}
+
+#[test]
+fn streams_leave_no_gap_behind() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    for reads_file in [false, true] {
+        let _ = sender.send(Kind::USER, b"before").unwrap();
+        assert_eq!(receiver.recv().unwrap().missed(), 0);
+        let mut stream = sender.stream();
+        stream.write_all(b"text").unwrap();
+        stream.finish().unwrap();
+        if reads_file {
+            let file = tempfile::tempfile().unwrap();
+            stream::receive(&mut receiver, file, &mut ()).unwrap();
+        } else {
+            receiver.stream().read_to_end(&mut Vec::new()).unwrap();
+        }
+        let _ = sender.send(Kind::USER, b"behind").unwrap();
+        assert_eq!(receiver.recv().unwrap().missed(), 0);
+    }
+    assert_eq!(receiver.missed(), 0);
+}
+
+#[test]
+fn next_reader_continues_the_stream() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let mut stream = sender.stream();
+    stream.write_all(b"0123456789abcde").unwrap();
+    stream.finish().unwrap();
+    let mut bytes = [0; 10];
+    receiver.stream().read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"0123456789");
+    let mut rest = Vec::new();
+    receiver.stream().read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"abcde");
+}
