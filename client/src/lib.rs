@@ -34,6 +34,7 @@ pub mod guest;
 pub mod host;
 pub mod memory;
 mod options;
+mod owned;
 mod readiness;
 mod receiver;
 mod sender;

@@ -12,6 +12,7 @@ use barlink_protocol::{AtomicU64, PresenceWords, Strategy, Wakeup};
 use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
 use crate::memory::{Mapping, Region};
+use crate::owned::Owned;
 use crate::readiness::Readiness;
 use crate::sender::is_present;
 use crate::stream::{Position, StreamReader};
@@ -20,6 +21,8 @@ use crate::stream::{Position, StreamReader};
 pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 
 /// The end of a channel that receives records. The claim of the end lasts as long as this value.
+/// When it is dropped, it releases the records that were passed, unless the thread panics: then the
+/// next receiver gets them again.
 ///
 /// ```no_run
 /// use barlink::host;
@@ -53,7 +56,7 @@ pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 /// ```
 #[derive(Debug)]
 pub struct Receiver {
-    ring: RingReceiver,
+    ring: Owned<RingReceiver>,
     readiness: Readiness,
     region: Region,
     peer: Option<PresenceWords>,
@@ -100,7 +103,7 @@ impl Receiver {
     ) -> Result<Self, Error> {
         Ok(Receiver {
             readiness: Readiness::new(ring.events())?,
-            ring,
+            ring: Owned::new(ring),
             region,
             peer,
             header: Header::from_words([0; 3]),
@@ -230,8 +233,8 @@ impl Receiver {
     }
 
     /// Returns the ring's own receiver, for a program that needs its parts. The claim goes with it.
-    pub fn into_ring(self) -> RingReceiver {
-        self.ring
+    pub fn into_ring(mut self) -> RingReceiver {
+        self.ring.take()
     }
 
     /// Returns the ring for calls that can sleep. Such a sleep takes rings and disarms the wake-up,
@@ -292,6 +295,16 @@ impl Receiver {
     #[cold]
     fn found_nothing(&mut self) {
         self.readiness.quiet(self.ring.events(), self.ring.peer());
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        let ring = self.ring.get().filter(|_| !std::thread::panicking());
+        if let Some(ring) = ring {
+            // A failed ring delays the sender until it looks by itself; there is no later call.
+            let _ = ring.release_passed();
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use barlink_protocol::{Draft, PresenceWords, Strategy};
 use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
 use crate::memory::{Mapping, Region};
+use crate::owned::Owned;
 use crate::readiness::Readiness;
 use crate::stream::StreamWriter;
 
@@ -30,7 +31,9 @@ pub enum Sent {
     Dropped,
 }
 
-/// The end of a channel that sends records. The claim of the end lasts as long as this value.
+/// The end of a channel that sends records. The claim of the end lasts as long as this value. When
+/// it is dropped, it publishes the staged records, and an error of that is lost:
+/// [`Sender::publish`] returns it.
 ///
 /// ```no_run
 /// use barlink::{Kind, Sent, host};
@@ -47,7 +50,7 @@ pub enum Sent {
 /// [`Error::Full`] waits for it with epoll, mio or tokio, and tries again.
 #[derive(Debug)]
 pub struct Sender {
-    ring: RingSender,
+    ring: Owned<RingSender>,
     readiness: Readiness,
     region: Region,
     peer: Option<PresenceWords>,
@@ -61,7 +64,7 @@ impl Sender {
     ) -> Result<Self, Error> {
         Ok(Sender {
             readiness: Readiness::new(ring.events())?,
-            ring,
+            ring: Owned::new(ring),
             region,
             peer,
         })
@@ -259,8 +262,8 @@ impl Sender {
     }
 
     /// Returns the ring's own sender, for a program that needs its parts. The claim goes with it.
-    pub fn into_ring(self) -> RingSender {
-        self.ring
+    pub fn into_ring(mut self) -> RingSender {
+        self.ring.take()
     }
 
     /// Returns the ring for calls that can sleep. Such a sleep takes rings and disarms the wake-up,
@@ -291,6 +294,15 @@ impl Sender {
     #[cold]
     fn found_no_room(&mut self) {
         self.readiness.quiet(self.ring.events(), self.ring.peer());
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        if let Some(ring) = self.ring.get() {
+            // The records are committed even if ringing fails.
+            let _ = ring.publish();
+        }
     }
 }
 

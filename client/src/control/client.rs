@@ -16,10 +16,6 @@ use crate::error::ErrorKind;
 /// broker's.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The description of a socket that does not answer.
-const SILENT: &str = "it does not answer (continue its process if that is stopped, or start the service whose manager keeps \
-                      the socket)";
-
 /// A broker could not be asked, or refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -57,6 +53,15 @@ pub enum ControlError {
         /// The observation that shows it.
         why: String,
     },
+    /// The broker does not answer.
+    #[error(
+        "{path} is not the control socket of a broker: it does not answer (continue its process if that is stopped, or \
+         start the service whose manager keeps the socket)"
+    )]
+    NoAnswer {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The broker closed the connection without an answer, as it does for users who are not
     /// allowed.
     #[error("the broker at {path} turned this process away: see its log")]
@@ -86,7 +91,9 @@ impl ControlError {
             }
             ControlError::Permission { .. } => ErrorKind::PermissionDenied,
             ControlError::NotABroker { .. } => ErrorKind::Incompatible,
-            ControlError::Rejected { .. } | ControlError::Lost { .. } => ErrorKind::Disconnected,
+            ControlError::NoAnswer { .. }
+            | ControlError::Rejected { .. }
+            | ControlError::Lost { .. } => ErrorKind::Disconnected,
             ControlError::Refused(refusal) => refusal.kind(),
         }
     }
@@ -152,10 +159,7 @@ impl Control {
                     path,
                     why: "it is a socket of another kind".to_owned(),
                 },
-                Some(rustix::io::Errno::AGAIN) => ControlError::NotABroker {
-                    path,
-                    why: SILENT.to_owned(),
-                },
+                Some(rustix::io::Errno::AGAIN) => ControlError::NoAnswer { path },
                 Some(rustix::io::Errno::NAMETOOLONG) => ControlError::NotABroker {
                     path,
                     why: "its path is too long for a socket".to_owned(),
@@ -231,7 +235,9 @@ impl Control {
         request: &[u8],
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         let lost = |source: io::Error| match source.kind() {
-            io::ErrorKind::WouldBlock => self.not_a_broker(SILENT),
+            io::ErrorKind::WouldBlock => ControlError::NoAnswer {
+                path: self.path.clone(),
+            },
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ControlError::Rejected {
                 path: self.path.clone(),
             },

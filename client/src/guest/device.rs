@@ -129,7 +129,10 @@ impl DeviceError {
             | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
             DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
             DeviceError::BufferSize { .. } => ErrorKind::InvalidInput,
-            DeviceError::System { .. } => ErrorKind::Other,
+            DeviceError::System { source, .. } => match source.raw_os_error() {
+                Some(libc::ENODEV) => ErrorKind::Gone,
+                _ => ErrorKind::Other,
+            },
         }
     }
 }

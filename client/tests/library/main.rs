@@ -3,6 +3,7 @@
 //! The library and its examples, with a broker that runs in the test's process.
 
 mod broker;
+mod errors;
 mod examples;
 mod records;
 mod streams;

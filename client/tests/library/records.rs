@@ -74,6 +74,21 @@ fn passed_records_are_released_together() {
 }
 
 #[test]
+fn dropped_ends_publish_and_release() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    for text in [b"first", b"other"] {
+        let _ = sender.stage(Kind::USER, text).unwrap();
+    }
+    drop(sender);
+    let passed = receiver.try_recv().unwrap();
+    passed.expect("staged records are lost").pass();
+    drop(receiver);
+    let mut receiver = broker.attach().receiver("loop").unwrap();
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"other");
+}
+
+#[test]
 fn release_leaves_a_kept_record() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");

@@ -1,0 +1,44 @@
+//! Kinds of errors.
+
+use std::io;
+use std::path::PathBuf;
+
+use barlink::control::client::{Control, ControlError};
+use barlink::control::message::Ask;
+use barlink::guest::DeviceError;
+use barlink::{Error, ErrorKind};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+#[test]
+fn unplugged_device_is_gone() {
+    let source = io::Error::from_raw_os_error(libc::ENODEV);
+    let error = DeviceError::System {
+        what: "examine",
+        path: PathBuf::from("/dev/barlink0"),
+        source,
+    };
+    assert_eq!(Error::from(error).kind(), ErrorKind::Gone);
+}
+
+/// Listens as a broker does.
+fn listen(path: &std::path::Path) -> std::os::fd::OwnedFd {
+    let flags = SocketFlags::CLOEXEC;
+    let (unix, packets) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+    let listener = rustix::net::socket_with(unix, packets, flags, None).unwrap();
+    rustix::net::bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    rustix::net::listen(&listener, 1).unwrap();
+    listener
+}
+
+#[test]
+fn silent_broker_is_disconnected() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control");
+    let _listener = listen(&path);
+    let error = Control::connect(&path)
+        .unwrap()
+        .ask(Ask::Status)
+        .unwrap_err();
+    assert!(matches!(error, ControlError::NoAnswer { .. }), "{error}");
+    assert_eq!(error.kind(), ErrorKind::Disconnected);
+}
