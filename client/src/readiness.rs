@@ -16,7 +16,7 @@ use barlink_protocol::Presence;
 use rustix::event::epoll;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
+    timerfd_gettime, timerfd_settime,
 };
 
 use crate::doorbell::Doorbells;
@@ -77,7 +77,8 @@ impl Readiness {
     /// Notes that the end found nothing, and asked for a ring.
     pub(crate) fn quiet(&mut self, doorbells: &Doorbells, peer: Presence) {
         let was_quiet = std::mem::replace(&mut self.quiet, true);
-        if peer != self.peer {
+        let is_new = peer != self.peer;
+        if is_new {
             self.peer = peer;
             self.rings = doorbells.rings();
             self.next = FIRST;
@@ -87,12 +88,23 @@ impl Readiness {
         if !doorbells.wakes() {
             self.set(FIRST);
         } else if !is_proven {
+            if was_quiet && !is_new {
+                // Calls before the timer has expired do not lengthen it.
+                if !self.has_expired() {
+                    return;
+                }
+                self.next = (self.next * 2).min(LONGEST);
+            }
             self.set(self.next);
-            self.next = (self.next * 2).min(LONGEST);
         } else if !was_quiet || !self.next.is_zero() {
             self.next = Duration::ZERO;
             self.set(Duration::ZERO);
         }
+    }
+
+    fn has_expired(&self) -> bool {
+        let left = timerfd_gettime(&self.timer).map(|timer| timer.it_value);
+        left.is_ok_and(|left| left == Timespec::default())
     }
 
     fn set(&self, time: Duration) {

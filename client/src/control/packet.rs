@@ -6,7 +6,7 @@ use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, Shutdown,
@@ -21,7 +21,11 @@ pub const MAX_DESCRIPTORS: usize = 128;
 
 /// One end of a control connection.
 #[derive(Debug)]
-pub struct PacketSocket(OwnedFd);
+pub struct PacketSocket {
+    socket: OwnedFd,
+    /// The longest wait of a call, if this end connected.
+    timeout: Option<Duration>,
+}
 
 impl PacketSocket {
     /// Connects to a control socket. Connecting, sending and receiving wait no longer than
@@ -39,31 +43,77 @@ impl PacketSocket {
         for direction in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
             sockopt::set_socket_timeout(&socket, direction, Some(timeout))?;
         }
-        rustix::net::connect(&socket, &address)?;
-        Ok(PacketSocket(socket))
+        let socket = PacketSocket {
+            socket,
+            timeout: Some(timeout),
+        };
+        socket.retry(sockopt::Timeout::Send, || {
+            Ok(rustix::net::connect(&socket.socket, &address)?)
+        })?;
+        Ok(socket)
     }
 
     /// Takes over a connected socket.
     pub fn from_connected(socket: OwnedFd) -> Self {
-        PacketSocket(socket)
+        PacketSocket {
+            socket,
+            timeout: None,
+        }
+    }
+
+    /// Repeats a call that a signal interrupted, for the time that is left of the timeout. The
+    /// kernel does not resume a call on a socket with a timeout.
+    fn retry<T>(
+        &self,
+        direction: sockopt::Timeout,
+        mut call: impl FnMut() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let Some(timeout) = self.timeout else {
+            return call();
+        };
+        let start = Instant::now();
+        let mut result = call();
+        let is_interrupted = |result: &io::Result<T>| {
+            let error = result.as_ref().err();
+            error.is_some_and(|error| error.kind() == io::ErrorKind::Interrupted)
+        };
+        if !is_interrupted(&result) {
+            return result;
+        }
+        while is_interrupted(&result) {
+            let left = timeout.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                result = Err(io::ErrorKind::WouldBlock.into());
+            } else {
+                sockopt::set_socket_timeout(&self.socket, direction, Some(left))?;
+                result = call();
+            }
+        }
+        sockopt::set_socket_timeout(&self.socket, direction, Some(timeout))?;
+        result
     }
 
     /// Ends the connection for both sides.
     pub fn shut_down(&self) {
         // A failure means that the connection has ended already.
-        let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
 
     /// Sends a packet with descriptors. A peer that is gone is an error, not a signal.
     pub fn send(&self, bytes: &[u8], descriptors: &[RawFd]) -> io::Result<()> {
-        self.send_with_fds(&[bytes], descriptors)
-            .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        self.retry(sockopt::Timeout::Send, || {
+            self.send_with_fds(&[bytes], descriptors)
+                .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+        })?;
         Ok(())
     }
 
     /// Receives a packet, and closes descriptors that came with it. Returns `None` at the end.
     pub fn receive<'a>(&self, buffer: &'a mut [u8; MAX_PACKET]) -> io::Result<Option<&'a [u8]>> {
-        let (_, length) = rustix::net::recv(&self.0, &mut buffer[..], RecvFlags::empty())?;
+        let (_, length) = self.retry(sockopt::Timeout::Recv, || {
+            let received = rustix::net::recv(&self.socket, &mut buffer[..], RecvFlags::empty());
+            Ok(received?)
+        })?;
         Ok((length > 0).then(|| &buffer[..length]))
     }
 
@@ -75,8 +125,15 @@ impl PacketSocket {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(&mut buffer[..])];
-        let received =
-            rustix::net::recvmsg(&self.0, parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        let received = self.retry(sockopt::Timeout::Recv, || {
+            let flags = RecvFlags::CMSG_CLOEXEC;
+            Ok(rustix::net::recvmsg(
+                &self.socket,
+                parts,
+                &mut ancillary,
+                flags,
+            )?)
+        })?;
         let mut descriptors = Vec::new();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
@@ -97,12 +154,12 @@ impl PacketSocket {
 
 impl AsFd for PacketSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 
 impl ScmSocket for PacketSocket {
     fn socket_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.socket.as_raw_fd()
     }
 }

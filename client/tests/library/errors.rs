@@ -2,12 +2,14 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::Ask;
 use barlink::guest::DeviceError;
 use barlink::{Error, ErrorKind};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use vmm_sys_util::signal::{Killable, register_signal_handler};
 
 #[test]
 fn unplugged_device_is_gone() {
@@ -41,4 +43,26 @@ fn silent_broker_is_disconnected() {
         .unwrap_err();
     assert!(matches!(error, ControlError::NoAnswer { .. }), "{error}");
     assert_eq!(error.kind(), ErrorKind::Disconnected);
+}
+
+extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+#[test]
+fn signal_does_not_end_a_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control");
+    let listener = listen(&path);
+    let signal = libc::SIGRTMIN();
+    register_signal_handler(signal, ignore).unwrap();
+    let asking = std::thread::spawn(move || Control::connect(&path).unwrap().ask(Ask::Status));
+    let broker = rustix::net::accept(&listener).unwrap();
+    for _ in 0..20 {
+        std::thread::sleep(Duration::from_millis(5));
+        if !asking.is_finished() {
+            asking.kill(signal).unwrap();
+        }
+    }
+    rustix::io::write(&broker, b"no answer of a broker").unwrap();
+    let error = asking.join().unwrap().unwrap_err();
+    assert!(matches!(error, ControlError::NotABroker { .. }), "{error}");
 }

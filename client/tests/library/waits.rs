@@ -56,6 +56,17 @@ fn idle_descriptor_is_quiet_once_doorbells_arrive() {
 }
 
 #[test]
+fn many_calls_do_not_slow_the_timer() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (_sender, mut receiver) = broker.ends("loop");
+    // No doorbell has arrived yet.
+    for _ in 0..20 {
+        assert!(receiver.try_recv().unwrap().is_none());
+    }
+    assert!(is_readable(&receiver, Duration::from_millis(500)));
+}
+
+#[test]
 fn descriptor_is_readable_behind_a_stream() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
