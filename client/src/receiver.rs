@@ -199,7 +199,8 @@ impl Receiver {
     }
 
     /// Returns a reader of one byte stream, as `barlink recv` is. A reader that is dropped within a
-    /// stream leaves the rest to the next reader.
+    /// stream leaves the rest to the next reader. It sets [`Strategy::STREAM`], which remains set
+    /// afterwards: [`Receiver::set_strategy`] sets another one.
     ///
     /// ```no_run
     /// use std::io::Read;

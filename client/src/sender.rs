@@ -211,7 +211,9 @@ impl Sender {
         }
     }
 
-    /// Returns a writer that sends a byte stream, as `barlink send` does.
+    /// Returns a writer that sends a byte stream, as `barlink send` does. It sets
+    /// [`Strategy::STREAM`], which remains set afterwards: [`Sender::set_strategy`] sets another
+    /// one.
     ///
     /// ```no_run
     /// use std::io::Write;

@@ -65,7 +65,7 @@ impl Attachment {
     ///
     /// # Errors
     ///
-    /// There is no such channel.
+    /// There is no such channel, or it is corrupt.
     pub fn tap(&self, name: &str) -> Result<Tap, Error> {
         let index = find(self.layout(), name)?;
         let entry = &self.layout().channels()[index];
@@ -73,12 +73,16 @@ impl Attachment {
             region: self.region(),
             base: entry.offset,
             capacity: Capacity::of(entry),
-            generation: 0,
+            // No channel has it, so the first look begins at the consumer's cursor.
+            generation: u64::MAX,
             cursor: 0,
             next: None,
             missed: 0,
         };
-        tap.restart();
+        let generation = tap.load(channel::GENERATION);
+        if generation.is_multiple_of(2) {
+            tap.restart(generation)?;
+        }
         Ok(tap)
     }
 }
@@ -92,10 +96,19 @@ impl Tap {
     pub fn try_recv(&mut self) -> Result<Option<OwnedRecord>, Error> {
         // A consumer that releases all records at once leaves none to copy.
         for _ in 0..TRIES {
-            if self.load(channel::GENERATION) != self.generation {
-                self.restart();
+            let generation = self.load(channel::GENERATION);
+            if generation % 2 == 1 {
+                // A reset is under way, and its cursors need not fit together.
+                return Ok(None);
             }
-            let (read, written) = self.cursors()?;
+            if generation != self.generation {
+                self.restart(generation)?;
+            }
+            let cursors = self.cursors();
+            if cursors.is_err() && self.load(channel::GENERATION) != generation {
+                continue;
+            }
+            let (read, written) = cursors?;
             if self.cursor < read {
                 // The consumer was faster: the records up to here may be overwritten.
                 self.cursor = read;
@@ -163,10 +176,16 @@ impl Tap {
     }
 
     /// Begins at the consumer's cursor, at the start and after a reset of the channel.
-    fn restart(&mut self) {
-        self.generation = self.load(channel::GENERATION);
-        self.cursor = self.load(channel::READ);
+    fn restart(&mut self, generation: u64) -> Result<(), Corrupt> {
+        match self.cursors() {
+            Ok((read, _)) => self.cursor = read,
+            // The next look begins again.
+            Err(_) if self.load(channel::GENERATION) != generation => return Ok(()),
+            Err(corrupt) => return Err(corrupt),
+        }
+        self.generation = generation;
         self.next = None;
+        Ok(())
     }
 
     fn load(&self, offset: u64) -> u64 {

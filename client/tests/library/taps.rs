@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use barlink::host::AttachOptions;
+use barlink::protocol::Ordering;
+use barlink::protocol::wire::layout::channel;
 use barlink::{Access, Kind, Sent};
 
 use crate::broker::*;
@@ -50,6 +52,33 @@ fn tap_goes_on_after_a_reset() {
         assert_eq!(app.reset("loop").unwrap(), generation);
     }
     assert_eq!(tap.missed(), 0);
+}
+
+#[test]
+fn reset_is_no_corruption_for_a_tap() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let app = broker.attach();
+    let base = app.layout().find("loop").unwrap().1.offset;
+    let region = app.region();
+    let mut tap = app.tap("loop").unwrap();
+    // A reset has begun, and has not emptied the channel yet.
+    let cursor = region.word(base + channel::READ);
+    region
+        .word(base + channel::GENERATION)
+        .store(1, Ordering::Release);
+    cursor.store(64, Ordering::Release);
+    assert!(tap.try_recv().unwrap().is_none());
+    assert!(app.tap("loop").unwrap().try_recv().unwrap().is_none());
+    cursor.store(0, Ordering::Release);
+    region
+        .word(base + channel::GENERATION)
+        .store(2, Ordering::Release);
+    let _ = app
+        .sender("loop")
+        .unwrap()
+        .send(Kind::USER, b"text")
+        .unwrap();
+    assert_eq!(tap.recv().unwrap().bytes, b"text");
 }
 
 #[test]
