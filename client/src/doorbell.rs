@@ -54,6 +54,14 @@ impl Doorbells {
         self.rings
     }
 
+    /// Whether the device is gone, so that the region must not be touched any more.
+    pub(crate) fn is_gone(&self) -> bool {
+        match &self.source {
+            Source::Host(_) => false,
+            Source::Guest(events) => events.is_gone(),
+        }
+    }
+
     /// Whether the channel has a vector that wakes this end.
     pub(crate) fn wakes(&self) -> bool {
         match &self.source {

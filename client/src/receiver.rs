@@ -301,8 +301,9 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        let ring = self.ring.get().filter(|_| !std::thread::panicking());
-        if let Some(ring) = ring {
+        let may_release =
+            |ring: &&mut RingReceiver| !(std::thread::panicking() || ring.events().is_gone());
+        if let Some(ring) = self.ring.get().filter(may_release) {
             // A failed ring delays the sender until it looks by itself; there is no later call.
             let _ = ring.release_passed();
         }

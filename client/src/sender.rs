@@ -301,7 +301,8 @@ impl Sender {
 
 impl Drop for Sender {
     fn drop(&mut self) {
-        if let Some(ring) = self.ring.get() {
+        let ring = self.ring.get().filter(|ring| !ring.events().is_gone());
+        if let Some(ring) = ring {
             // The records are committed even if ringing fails.
             let _ = ring.publish();
         }

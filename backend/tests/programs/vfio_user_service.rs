@@ -154,7 +154,7 @@ fn stalled_service_manager_delays_only_one_vm() {
     once_of_some("nobody else waits", || {
         let slow = RefCell::new(Vec::new());
         stall_delays_one_vm_one_second(&|what, took| {
-            slow.borrow_mut().push(format!("{what}: {took:?}"))
+            slow.borrow_mut().push(format!("{what}: {took:?}"));
         });
         eprintln!("too slow: {:?}", slow.borrow());
         slow.borrow().is_empty()

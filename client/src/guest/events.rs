@@ -50,6 +50,13 @@ impl DeviceEvents {
         byte.is_some_and(|byte| byte >> (vector % 8) & 1 == 1)
     }
 
+    /// Whether the device is gone, and an access of its memory is SIGBUS.
+    pub(crate) fn is_gone(&self) -> bool {
+        let mut files = [PollFd::new(&self.file, PollFlags::empty())];
+        let polled = rustix::event::poll(&mut files, Some(&rustix::time::Timespec::default()));
+        polled.is_ok_and(|_| files[0].revents().contains(PollFlags::HUP))
+    }
+
     /// Rings the other end.
     pub(crate) fn ring(&self) -> Result<(), EventError> {
         crate::guest::device::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
