@@ -218,6 +218,8 @@ impl Receiver {
     }
 
     /// Returns the number of records that the sender dropped between those that this receiver got.
+    /// Records that were dropped before the first one are not counted, because a new receiver does
+    /// not know which number comes next.
     pub fn missed(&self) -> u64 {
         self.numbers.all_missed
     }
@@ -380,7 +382,8 @@ enum AtEnd {
 }
 
 /// A record, in the shared memory itself. When it is dropped, its room is the sender's again,
-/// unless the thread panics: then the record is received again.
+/// unless the thread panics: then the record is received again. In a guest whose device was
+/// unplugged, using or dropping a record is an access to memory that is gone (SIGBUS).
 ///
 /// The sender can change the content at any time, so there is no `&[u8]` of it: a program that
 /// parses it copies it first. All methods but [`Record::words`] copy. [`Read`] reads the content

@@ -254,7 +254,7 @@ impl<'a> StreamReader<'a> {
     }
 
     /// Returns the number of records that the sender dropped within this stream, as far as it was
-    /// read.
+    /// read. A receiver's first stream counts from its first record ([`Receiver::missed`]).
     pub fn dropped(&self) -> u64 {
         self.ended
             .unwrap_or(self.receiver.stream_position().dropped)

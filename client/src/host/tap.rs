@@ -138,7 +138,7 @@ impl Tap {
     }
 
     /// Copies the next record. Looks for it again and again, after 50 µs and then after longer
-    /// times, up to 10 ms.
+    /// times, up to 10 ms. Waits for the next reset if a reset of the channel was cut short.
     ///
     /// # Errors
     ///
