@@ -2,7 +2,9 @@
 
 //! The policy that admits clients: the broker's own user, root, and those that the operator names.
 
-use crate::socket::Peer;
+use std::os::fd::AsFd;
+
+use crate::socket::{Peer, peer_groups};
 
 /// The users and groups that may connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,7 +15,7 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Creates a policy that admits this process's user, root, and these users and primary groups.
+    /// Creates a policy that admits this process's user, root, and these users and groups.
     pub fn new(users: Vec<u32>, groups: Vec<u32>) -> Self {
         Policy {
             own: rustix::process::geteuid().as_raw(),
@@ -22,9 +24,18 @@ impl Policy {
         }
     }
 
-    /// Tells whether a peer may connect.
-    pub fn admits(&self, peer: Peer) -> bool {
-        self.is_owner(peer) || self.users.contains(&peer.uid) || self.groups.contains(&peer.gid)
+    /// Tells whether the peer of a socket may connect.
+    pub fn admits(&self, peer: Peer, socket: impl AsFd) -> bool {
+        // A kernel that does not report supplementary groups has the primary one only.
+        self.admits_member(peer, || peer_groups(socket).unwrap_or_default())
+    }
+
+    fn admits_member(&self, peer: Peer, groups: impl FnOnce() -> Vec<u32>) -> bool {
+        let is_named = |group| self.groups.contains(group);
+        self.is_owner(peer)
+            || self.users.contains(&peer.uid)
+            || is_named(&peer.gid)
+            || (!self.groups.is_empty() && groups().iter().any(is_named))
     }
 
     /// Tells whether a peer has the rights of the broker's own user.
@@ -51,6 +62,10 @@ mod tests {
         Peer { pid: 1, uid, gid }
     }
 
+    fn admits(policy: &Policy, peer: Peer, groups: &[u32]) -> bool {
+        policy.admits_member(peer, || groups.to_vec())
+    }
+
     #[test]
     fn admits_own_user_and_root_only() {
         let policy = Policy {
@@ -58,8 +73,9 @@ mod tests {
             users: vec![],
             groups: vec![],
         };
-        assert!(policy.admits(peer(1000, 5)) && policy.admits(peer(0, 0)));
-        assert!(!policy.admits(peer(1001, 1000)) && !policy.admits(peer(65534, 0)));
+        assert!(admits(&policy, peer(1000, 5), &[]) && admits(&policy, peer(0, 0), &[]));
+        assert!(!admits(&policy, peer(1001, 1000), &[0, 1000]));
+        assert!(!admits(&policy, peer(65534, 0), &[0]));
         assert_eq!(policy.socket_mode(), 0o600);
     }
 
@@ -70,8 +86,9 @@ mod tests {
             users: vec![64055],
             groups: vec![104],
         };
-        assert!(policy.admits(peer(64055, 1)) && policy.admits(peer(7, 104)));
-        assert!(!policy.admits(peer(104, 64055)));
+        assert!(admits(&policy, peer(64055, 1), &[]) && admits(&policy, peer(7, 104), &[]));
+        assert!(admits(&policy, peer(7, 100), &[27, 104]));
+        assert!(!admits(&policy, peer(104, 64055), &[27, 64055]));
         assert_eq!(policy.socket_mode(), 0o666);
     }
 }

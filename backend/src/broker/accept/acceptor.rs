@@ -102,8 +102,11 @@ impl Acceptor {
             let rejection = self.reject(&vm, Some(peer), why);
             self.rejected.add(vm, rejection);
         };
-        if !self.state.policy.admits(peer) {
-            return reject(vm, &"not the broker's user, nor allowed (--allow-user)");
+        if !self.state.policy.admits(peer, &*vm) {
+            return reject(
+                vm,
+                &"not the broker's user, nor allowed (--allow-user, --allow-group)",
+            );
         }
         let Some(session) = self.occupy(peer) else {
             return reject(vm, &"the slot is taken");
