@@ -14,15 +14,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::warn;
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::umask;
 
 use crate::broker::policy::Policy;
 use crate::socket::descriptors;
 
 /// Longest path of a Unix socket, in bytes (`unix(7)`).
 const MAX_PATH: usize = 107;
+/// Most bytes that are read from a lock file: the longest path (`PATH_MAX` in `linux/limits.h`).
+const MAX_NOTE: u64 = 4096;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
@@ -86,6 +89,16 @@ pub enum SocketError {
     OfAnotherUser {
         /// The lock.
         lock: PathBuf,
+    },
+    /// The lock's name is taken by a file that no broker of this user made.
+    #[error(
+        "{lock} is {what}, not the lock file of a broker: choose a socket in a folder that only you can write to, or remove it"
+    )]
+    NotALock {
+        /// The lock.
+        lock: PathBuf,
+        /// The kind of file.
+        what: &'static str,
     },
     /// Another program listens there.
     #[error(
@@ -184,14 +197,18 @@ impl Listener {
         }
     }
 
-    /// Sets the mode of the file, unless the file is no socket, such as a link of another process.
+    /// Sets the mode of the file, unless the file is none that this broker can have made, such as a
+    /// link of another process.
     fn set_mode(&self, mode: u32) -> io::Result<()> {
         let mut options = OpenOptions::new();
         options.read(true);
         options.custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
         let file = options.open(&self.path)?;
         let metadata = file.metadata()?;
-        if !metadata.file_type().is_socket() || metadata.permissions().mode() & 0o777 == mode {
+        let is_ours = metadata.file_type().is_socket()
+            && metadata.nlink() == 1
+            && metadata.uid() == rustix::process::geteuid().as_raw();
+        if !is_ours || metadata.permissions().mode() & 0o777 == mode {
             return Ok(());
         }
         // The file that was examined, even if its name is another file's by now.
@@ -233,18 +250,14 @@ impl Listener {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
         let socket = socket.map_err(|error| failed(path, error.into()))?;
-        // On the socket, before it has a name, so that its file never has a wider mode.
-        rustix::fs::fchmod(&socket, policy.socket_mode().into())
+        bind(&socket, &address, policy.socket_mode())
             .map_err(|error| failed(path, error.into()))?;
-        rustix::net::bind(&socket, &address).map_err(|error| failed(path, error.into()))?;
         let listener = Listener {
             socket,
             path: path.clone(),
             keeps_file: AtomicBool::new(false),
             lock: lock.keep(),
         };
-        let mode = std::fs::Permissions::from_mode(policy.socket_mode());
-        std::fs::set_permissions(path, mode).map_err(|source| failed(path, source))?;
         // Connections inherit it from the listening socket.
         descriptors::forbid(&listener.socket);
         rustix::net::listen(&listener.socket, BACKLOG)
@@ -298,21 +311,7 @@ impl Lock {
     fn take(path: &Path, control: &Path) -> Result<Self, SocketError> {
         let lock = lock_path(path);
         loop {
-            let mut options = OpenOptions::new();
-            options
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600);
-            let mut file = match options.open(&lock) {
-                Ok(file) => file,
-                // Root itself cannot open another user's file in /tmp (`fs.protected_regular`).
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied && lock.exists() => {
-                    return Err(SocketError::OfAnotherUser { lock });
-                }
-                Err(error) => return Err(failed(path, error)),
-            };
+            let mut file = open_lock(&lock).map_err(|error| error.of(path, &lock))?;
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => (),
                 Err(Errno::WOULDBLOCK) => return Err(served(path, control, &file)),
@@ -321,7 +320,7 @@ impl Lock {
             // The last owner removes the file while it holds the lock, so this file may have no
             // name any more.
             let ours = file.metadata().map_err(|source| failed(path, source))?;
-            match std::fs::metadata(&lock) {
+            match std::fs::symlink_metadata(&lock) {
                 Ok(named) if is_same(&named, &ours) => {
                     // The broker serves even if the disk is full.
                     let _ = file.set_len(0);
@@ -356,11 +355,67 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
+/// Opens a lock file, or creates it. Other processes may be able to change the folder, so the file
+/// that is opened is the one that was examined: a regular file of this user with one name.
+fn open_lock(lock: &Path) -> Result<File, LockError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    loop {
+        match options.clone().create_new(true).mode(0o600).open(lock) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
+            result => return result.map_err(LockError::System),
+        }
+        let mut examined = OpenOptions::new();
+        // An open with O_PATH has no effect on a device or a pipe.
+        examined
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
+        let examined = match examined.open(lock) {
+            // Its owner has just removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            result => result.map_err(LockError::System)?,
+        };
+        let metadata = examined.metadata().map_err(LockError::System)?;
+        let kind = metadata.file_type();
+        let what = match () {
+            () if kind.is_symlink() => "a symbolic link",
+            () if !kind.is_file() => "no regular file",
+            () if metadata.nlink() > 1 => "a file with further names",
+            () if metadata.uid() != rustix::process::geteuid().as_raw() => {
+                return Err(LockError::OfAnotherUser);
+            }
+            () => {
+                let same = format!("/proc/self/fd/{}", examined.as_raw_fd());
+                return options.open(same).map_err(LockError::System);
+            }
+        };
+        return Err(LockError::NotALock(what));
+    }
+}
+
+/// Why a lock file cannot be opened.
+enum LockError {
+    NotALock(&'static str),
+    OfAnotherUser,
+    System(io::Error),
+}
+
+impl LockError {
+    fn of(self, path: &Path, lock: &Path) -> SocketError {
+        let lock = lock.to_owned();
+        match self {
+            LockError::NotALock(what) => SocketError::NotALock { lock, what },
+            LockError::OfAnotherUser => SocketError::OfAnotherUser { lock },
+            LockError::System(source) => failed(path, source),
+        }
+    }
+}
+
 /// Returns the error that names the owner of a socket, as written in its lock.
-fn served(path: &Path, control: &Path, mut lock: &File) -> SocketError {
+fn served(path: &Path, control: &Path, lock: &File) -> SocketError {
     let mut noted = Vec::new();
     // A lock that cannot be read names no owner.
-    let _ = lock.read_to_end(&mut noted);
+    let _ = lock.take(MAX_NOTE).read_to_end(&mut noted);
     let holder = PathBuf::from(OsString::from_vec(noted));
     let path = path.to_owned();
     if holder == control || (holder.as_os_str().is_empty() && path == control) {
@@ -391,6 +446,17 @@ fn is_taken_by_a_socket(path: &Path) -> Result<bool, SocketError> {
             path: path.to_owned(),
         }),
     }
+}
+
+/// Gives a socket a name. Its file has the mode from the start, so that no later change by name can
+/// meet another file.
+fn bind(socket: &OwnedFd, address: &SocketAddrUnix, mode: u32) -> Result<(), Errno> {
+    // The kernel takes the mode of the file from the socket, less the mask of the process.
+    rustix::fs::fchmod(socket, mode.into())?;
+    let mask = umask(Mode::from_raw_mode(0o777 & !mode));
+    let bound = rustix::net::bind(socket, address);
+    umask(mask);
+    bound
 }
 
 /// Removes a socket that a dead process left behind.
