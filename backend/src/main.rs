@@ -4,9 +4,11 @@
 
 mod args;
 mod commands;
+mod logging;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use args::{Cli, Command};
 use barlink::Error;
 use barlink::control::client::ControlError;
@@ -14,23 +16,24 @@ use barlink::control::message::Refusal;
 use barlink::stream::StreamError;
 use barlink_broker::broker::{BrokerError, SocketError};
 use commands::Misuse;
-use log::LevelFilter;
 
 fn main() -> ExitCode {
     let cli: Cli = barlink_cli::parse();
-    let level = match cli.command {
-        Command::Serve(_) => "info",
-        _ => "warn",
-    };
-    let mut logger = env_logger::Builder::new();
-    // These crates log hostile input without a rate limit, so they are silent unless RUST_LOG names
-    // them.
-    for chatty in ["vhost", "virtio_queue"] {
-        logger.filter_module(chatty, LevelFilter::Off);
+    if matches!(cli.command, Command::Serve(_)) {
+        let log = match logging::start_queued() {
+            Ok(log) => log,
+            Err(error) => return end(Err(error).context("cannot start the thread of the log")),
+        };
+        let outcome = commands::run(cli.command);
+        log.flush();
+        return end(outcome);
     }
-    let filter = env_logger::Env::default().default_filter_or(level);
-    logger.parse_env(filter).init();
-    barlink_cli::end("barlink", commands::run(cli.command), exit_code)
+    logging::start();
+    end(commands::run(cli.command))
+}
+
+fn end(outcome: anyhow::Result<()>) -> ExitCode {
+    barlink_cli::end("barlink", outcome, exit_code)
 }
 
 /// Returns the exit code of an error, as `barlink --help` documents it.

@@ -127,6 +127,13 @@ pub fn confine(loopback: bool) -> Confined {
     }
 }
 
+/// Confines a thread that starts before the broker runs, such as the one that writes the log. What
+/// fails here also fails for the broker, which logs it.
+pub fn confine_early_thread() {
+    let _ = restrict();
+    let _ = filter(false);
+}
+
 fn restrict() -> Result<bool, RulesetError> {
     let rules = Ruleset::default()
         .handle_access(AccessFs::from_all(KNOWN))?

@@ -27,6 +27,7 @@ use std::time::Instant;
 use parking_lot::RwLock;
 
 pub use self::accept::{Listener, SocketError};
+pub use self::confine::confine_early_thread;
 pub use self::control::{Answered, Exit, answer};
 pub use self::error::BrokerError;
 pub use self::plan::{ChannelPlan, Direction, Party, PlanError, plan};

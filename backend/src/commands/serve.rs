@@ -13,7 +13,7 @@ use barlink_broker::persistence;
 use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use indicatif::BinaryBytes;
 use log::{info, warn};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::Misuse;
 use crate::args::{Serve, Way};
@@ -77,6 +77,8 @@ pub fn serve(args: Serve) -> Result<()> {
             .context("cannot duplicate a descriptor")?;
         signal_hook::low_level::pipe::register(signal, stopper).context("cannot handle signals")?;
     }
+    // A VM cannot use another broker, so this one outlives its terminal. The log then has no reader.
+    signal_hook::flag::register(SIGHUP, Arc::default()).context("cannot handle signals")?;
     let mut predecessor = None;
     // Descriptors from a service manager belong to a predecessor that has ended.
     let inheritance = if args.replace && inherited.is_empty() {

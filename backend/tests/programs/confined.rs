@@ -24,8 +24,8 @@ fn check(pid: u32, threads: usize) {
     }
 }
 
-/// Number of threads: the main thread, the slot's, and the VM's.
-const THREADS: usize = 3;
+/// Number of threads: the main thread, the log's, the slot's, and the VM's.
+const THREADS: usize = 4;
 
 #[test]
 fn fresh_broker_is_confined() {

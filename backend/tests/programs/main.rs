@@ -17,6 +17,7 @@ mod service;
 mod sessions;
 mod streams;
 mod support;
+mod surroundings;
 mod terminal;
 mod vfio_user;
 mod vfio_user_buffer;

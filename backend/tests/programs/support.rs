@@ -69,14 +69,15 @@ fn serve(folder: &Path, args: &[&str]) -> Command {
         "--control".into(),
         path("control.sock"),
     ]);
-    command.args(args);
+    // The tests wait for lines about host apps, which are not in the log by default.
+    command.args(args).env("RUST_LOG", "debug");
     command
 }
 
 fn start_service(manager: &ServiceManager, folder: &Path, args: &[&str]) -> Program {
     let program = serve(folder, args);
     let mut command = manager.service(Path::new(program.get_program())).unwrap();
-    command.args(program.get_args()).env_remove("RUST_LOG");
+    command.args(program.get_args()).env("RUST_LOG", "debug");
     let program = command.stdin(Stdio::null()).stderr(log(folder)).start();
     wait_until("the service is ready", || {
         manager.wait_until_ready().is_ok()

@@ -31,24 +31,25 @@ pub fn answer(
     client: ClientId,
     state: &BrokerState,
 ) -> Result<Answered, Refusal> {
-    let log = |message: Arguments<'_>| peer.log(&CONNECTIONS, Level::Info, message);
+    let log = |level, message: Arguments<'_>| peer.log(&CONNECTIONS, level, message);
     let (region, roster) = (&*state.region, &state.roster);
     let name = |channel| region.channel(channel).map(|entry| entry.name);
     let name = |channel| name(channel).ok_or(Refusal::NoChannel(channel));
     match *ask {
         Ask::Attach { access } => {
             let memory = Arc::clone(region.memory(access));
-            log(format_args!("{peer} attaches"));
+            log(Level::Debug, format_args!("{peer} attaches"));
             let info = RegionInfo::from(region.layout());
             Ok((Answer::Region(info), vec![Box::new(memory)]))
         }
         Ask::Claim { channel, end } => {
             roster.claim(client, peer.pid.unsigned_abs(), channel, end)?;
             let eventfds = claimed_eventfds(state, channel, end)?;
-            log(format_args!(
-                "{peer} holds the {end} of `{}`",
-                name(channel)?
-            ));
+            let name = name(channel)?;
+            log(
+                Level::Debug,
+                format_args!("{peer} holds the {end} of `{name}`"),
+            );
             Ok((Answer::Claimed, eventfds))
         }
         Ask::Release { channel, end } => {
@@ -58,10 +59,11 @@ pub fn answer(
         Ask::Status => Ok((Answer::Status(status(state)), Vec::new())),
         Ask::Reset { channel } => {
             let generation = roster.reset(channel)?;
-            log(format_args!(
-                "{peer} resets `{}`: generation {generation}",
-                name(channel)?
-            ));
+            let name = name(channel)?;
+            log(
+                Level::Info,
+                format_args!("{peer} resets `{name}`: generation {generation}"),
+            );
             Ok((Answer::Reset { generation }, Vec::new()))
         }
         // The server handles the first three. A broker that hands over handles the last one.

@@ -199,9 +199,9 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
         .inspect_err(|error| failed(format_args!("a host app is refused: {error}")))
         .ok()?;
     let reject = |message: Arguments<'_>| peer.log(&NOT_ADMITTED, Level::Warn, message);
-    if !state.policy.admits(peer) {
+    if !state.policy.admits(peer, &socket) {
         reject(format_args!(
-            "{peer} is refused: not the broker's user, nor allowed (--allow-user)"
+            "{peer} is refused: not the broker's user, nor allowed (--allow-user, --allow-group)"
         ));
         return None;
     }
@@ -232,8 +232,14 @@ fn log_departure(peer: Peer, held: &[String], error: Option<&io::Error>) {
     };
     let error = error.map(|error| format!(": {error}")).unwrap_or_default();
     if held.is_empty() {
+        // A host app that leaves in good order is of no interest to an operator.
+        let level = if error.is_empty() {
+            Level::Debug
+        } else {
+            Level::Info
+        };
         let message = format_args!("{peer} {verb}{error}");
-        peer.log(&CONNECTIONS, Level::Info, message);
+        peer.log(&CONNECTIONS, level, message);
     } else {
         let held = held.join(", ");
         let message = format_args!("{peer} {verb} without giving back {held}{error}");

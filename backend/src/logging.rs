@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The program's log. The broker's log never blocks a thread that logs: a terminal that is stopped
+//! by Ctrl-S, or a pipe that no process reads, must not stop the broker.
+
+use std::io::{self, IsTerminal, Write, stderr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use barlink_broker::broker::confine_early_thread;
+use env_logger::{Builder, Env, Target, WriteStyle};
+use log::{Level, LevelFilter, error};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::fstat;
+use rustix::io::{Errno, retry_on_intr};
+
+/// Most lines that wait to be written. Further lines are counted and left out.
+const QUEUE: usize = 1024;
+/// The time that the end of the program waits for the lines that are not yet written.
+const FLUSH: Duration = Duration::from_secs(1);
+
+/// Starts the log of a command that is not the broker: lines go to standard error at once.
+pub fn start() {
+    builder(LevelFilter::Warn).init();
+}
+
+/// Starts the log of the broker: a thread writes the lines to standard error, and a panic is a line
+/// of the log.
+pub fn start_queued() -> io::Result<Queue> {
+    let (queue, entries) = sync_channel(QUEUE);
+    let queue = Queue {
+        entries: queue,
+        left_out: Arc::default(),
+    };
+    let left_out = Arc::clone(&queue.left_out);
+    thread::Builder::new()
+        .name("log".to_owned())
+        .spawn(move || {
+            confine_early_thread();
+            write_entries(&entries, &left_out);
+        })?;
+    let mut builder = builder(LevelFilter::Info);
+    // Set by hand because env_logger examines standard error only if it writes to it itself.
+    if stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
+        builder.write_style(WriteStyle::Always);
+    }
+    if is_journal() {
+        // The journal has its own time stamps, and reads the level from the prefix (`sd-daemon(3)`).
+        builder.format(|line, record| {
+            writeln!(line, "<{}>{}", priority(record.level()), record.args())
+        });
+    }
+    builder.parse_default_env();
+    builder.target(Target::Pipe(Box::new(queue.clone()))).init();
+    std::panic::set_hook(Box::new(|panic| error!("{panic}")));
+    Ok(queue)
+}
+
+fn builder(level: LevelFilter) -> Builder {
+    let mut builder = Builder::new();
+    // These crates log hostile input without a rate limit, so they are silent unless RUST_LOG names
+    // them.
+    for chatty in ["vhost", "virtio_queue"] {
+        builder.filter_module(chatty, LevelFilter::Off);
+    }
+    let level = level.as_str();
+    builder.parse_env(Env::default().default_filter_or(level));
+    builder
+}
+
+/// Tells whether standard error is the journal: `JOURNAL_STREAM` then has its device and inode
+/// (`systemd.exec(5)`).
+fn is_journal() -> bool {
+    let Some(stream) = std::env::var("JOURNAL_STREAM").ok() else {
+        return false;
+    };
+    fstat(stderr()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// Returns the priority of a level, as in `syslog(3)`.
+fn priority(level: Level) -> u8 {
+    match level {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
+    }
+}
+
+/// The lines that wait to be written.
+#[derive(Clone)]
+pub struct Queue {
+    entries: SyncSender<Entry>,
+    left_out: Arc<AtomicU64>,
+}
+
+enum Entry {
+    Line(Vec<u8>),
+    /// All earlier entries are written when the sender is dropped.
+    Flush(#[expect(dead_code, reason = "its drop is the answer")] SyncSender<()>),
+}
+
+impl Queue {
+    /// Waits until all lines are written, for at most a second.
+    pub fn flush(&self) {
+        let (done, written) = sync_channel(0);
+        // A full queue cannot be written: standard error takes no bytes.
+        if self.entries.try_send(Entry::Flush(done)).is_ok() {
+            let _ = written.recv_timeout(FLUSH);
+        }
+    }
+}
+
+impl Write for Queue {
+    /// Adds one line: `env_logger` writes each with one call.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if self.entries.try_send(Entry::Line(line.to_vec())).is_err() {
+            self.left_out.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn write_entries(entries: &Receiver<Entry>, left_out: &AtomicU64) {
+    for entry in entries {
+        if let Entry::Line(line) = entry {
+            // Without standard error, there is no place for the lines.
+            let _ = write_all(&line);
+            let count = left_out.swap(0, Ordering::Relaxed);
+            if count > 0 {
+                let line = format!(
+                    "barlink: {count} log lines were left out, because standard error did not take them in time\n"
+                );
+                let _ = write_all(line.as_bytes());
+            }
+        }
+    }
+}
+
+/// Writes bytes to standard error. Waits for it if another process made it non-blocking.
+fn write_all(mut bytes: &[u8]) -> Result<(), Errno> {
+    let stderr = stderr();
+    while !bytes.is_empty() {
+        match retry_on_intr(|| rustix::io::write(&stderr, bytes)) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(Errno::AGAIN) => {
+                let mut writable = [PollFd::new(&stderr, PollFlags::OUT)];
+                retry_on_intr(|| poll(&mut writable, None))?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_queue_counts_lines() {
+        let (entries, _unread) = sync_channel(QUEUE);
+        let left_out = Arc::default();
+        let mut queue = Queue { entries, left_out };
+        for _ in 0..QUEUE + 7 {
+            queue.write_all(b"line\n").unwrap();
+        }
+        assert_eq!(queue.left_out.load(Ordering::Relaxed), 7);
+    }
+}

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Tests of a broker whose files, log, terminal and groups are in the hands of other processes.
+
+use std::io::{PipeReader, Read, Write, pipe};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use barlink::Access;
+use barlink::host::Attachment;
+use rustix::fs::{CWD, FileType, Mode};
+use rustix::process::Signal;
+
+use crate::support::*;
+
+fn serve(folder: &Path) -> Command {
+    let mut command = barlink(["serve", "--size", "1M", "--ivshmem"]);
+    command.arg(folder.join("vm.sock"));
+    command.arg("--control").arg(folder.join("control.sock"));
+    command.env("RUST_LOG", "error");
+    command
+}
+
+fn attach(folder: &Path) -> Attachment {
+    let control = folder.join("control.sock");
+    let start = Instant::now();
+    loop {
+        match Attachment::connect(&control, Access::ReadOnly) {
+            Ok(attachment) => return attachment,
+            Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
+        }
+    }
+}
+
+#[test]
+fn refuses_lock_that_is_no_lock_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (lock, victim) = (
+        folder.path().join("vm.sock.lock"),
+        folder.path().join("victim"),
+    );
+    let refused = |what: &str| {
+        let parts = [
+            "vm.sock.lock is ",
+            what,
+            "a folder that only you can write to",
+        ];
+        fails(&mut serve(folder.path()), 1, &parts);
+        assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+        std::fs::remove_file(&lock).unwrap();
+    };
+    std::fs::write(&victim, b"precious").unwrap();
+    symlink(&victim, &lock).unwrap();
+    refused("a symbolic link");
+    symlink(folder.path().join("new"), &lock).unwrap();
+    refused("a symbolic link");
+    assert!(
+        !folder.path().join("new").exists(),
+        "it made a file through a link"
+    );
+    symlink("/dev/zero", &lock).unwrap();
+    refused("a symbolic link");
+    std::fs::hard_link(&victim, &lock).unwrap();
+    refused("a file with further names");
+    rustix::fs::mknodat(CWD, &lock, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    refused("no regular file");
+    std::fs::create_dir(&lock).unwrap();
+    fails(
+        &mut serve(folder.path()),
+        1,
+        &["vm.sock.lock is no regular file"],
+    );
+}
+
+#[test]
+fn long_lock_file_is_read_in_part() {
+    let folder = tempfile::tempdir().unwrap();
+    let lock = folder.path().join("vm.sock.lock");
+    let file = std::fs::File::create(&lock).unwrap();
+    // As large as no machine's memory: a sparse file.
+    file.set_len(1 << 42).unwrap();
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    fails(&mut serve(folder.path()), 1, &["vm.sock is in use"]);
+}
+
+#[test]
+fn sockets_have_their_mode_despite_umask() {
+    for (mask, user, mode) in [("0777", None, 0o600), ("0077", Some("nobody"), 0o666)] {
+        let folder = tempfile::tempdir().unwrap();
+        let serve = serve(folder.path());
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("umask {mask}; exec \"$@\""), "sh"]);
+        shell.arg(serve.get_program()).args(serve.get_args());
+        shell.args(user.iter().flat_map(|user| ["--allow-user", user]));
+        let mut broker = shell.start();
+        attach(folder.path());
+        for name in ["vm.sock", "control.sock"] {
+            let found = folder.path().join(name).metadata().unwrap();
+            assert_eq!(
+                found.permissions().mode() & 0o777,
+                mode,
+                "{name}, umask {mask}"
+            );
+        }
+        let lock = folder.path().join("vm.sock.lock").metadata().unwrap();
+        assert_eq!(lock.mode() & 0o077, 0);
+        kill(&mut broker);
+    }
+}
+
+#[test]
+fn admits_members_of_supplementary_group() {
+    if !can_become_another_user() {
+        return;
+    }
+    let broker = Broker::start(&["--allow-group", "4242"]);
+    let folder = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(broker.folder.path(), folder).unwrap();
+    let member = |groups: &str| {
+        let mut inspect = broker.app(&["inspect", "--json"]);
+        // With its groups, the command keeps what `as_nobody` makes of it.
+        let inspect = as_nobody(&mut inspect);
+        let mut member = Command::new("setpriv");
+        member.args(["--reuid=65534", "--regid=65534", groups, "--"]);
+        member.arg(inspect.get_program()).args(inspect.get_args());
+        run(&mut member).status.code()
+    };
+    assert_eq!(member("--groups=27,4242"), Some(0));
+    assert_eq!(member("--groups=27"), Some(3));
+    // More groups than fit into the first try.
+    let many: Vec<_> = (5000..5300).map(|group| group.to_string()).collect();
+    assert_eq!(
+        member(&format!("--groups={},4242", many.join(","))),
+        Some(0)
+    );
+    assert_eq!(member("--clear-groups"), Some(3));
+}
+
+/// A terminal that is stopped by Ctrl-S behaves like this pipe.
+#[test]
+fn unread_log_stops_neither_service_nor_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, mut unread) = pipe().unwrap();
+    let size = rustix::pipe::fcntl_setpipe_size(&log, 4096).unwrap();
+    unread.write_all(&vec![b'.'; size]).unwrap();
+    let mut serve = serve(folder.path());
+    let mut broker = serve.env("RUST_LOG", "debug").stderr(unread).start();
+    drop(serve);
+    for _ in 0..100 {
+        attach(folder.path()).status().unwrap();
+    }
+    signal_child(&broker, Signal::TERM);
+    assert_eq!(wait(&mut broker).code(), Some(0));
+    assert_eq!(
+        all(log).trim_start_matches('.'),
+        "",
+        "the pipe was not full"
+    );
+}
+
+/// Another process can make standard error non-blocking, because it may share the open file.
+#[test]
+fn nonblocking_log_loses_no_line_in_silence() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, end) = pipe().unwrap();
+    rustix::pipe::fcntl_setpipe_size(&log, 4096).unwrap();
+    rustix::io::ioctl_fionbio(&end, true).unwrap();
+    let mut serve = serve(folder.path());
+    let mut broker = serve.env("RUST_LOG", "trace").stderr(end).start();
+    drop(serve);
+    for _ in 0..200 {
+        attach(folder.path()).status().unwrap();
+    }
+    let reader = std::thread::spawn(move || all(log));
+    signal_child(&broker, Signal::TERM);
+    assert_eq!(wait(&mut broker).code(), Some(0));
+    let log = reader.join().unwrap();
+    assert!(log.contains("stopped"), "its last line is missing: {log}");
+}
+
+fn all(mut log: PipeReader) -> String {
+    let mut text = String::new();
+    log.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn broker_outlives_its_terminal() {
+    let broker = Broker::start(&[]);
+    broker.signal(Signal::HUP);
+    broker.attach().status().unwrap();
+    let (_, code) = broker.stop(Signal::TERM);
+    assert_eq!(code, Some(0));
+}
+
+#[test]
+fn journal_lines_have_priorities_and_no_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal");
+    let journal = std::fs::File::create(&path).unwrap();
+    let file = journal.metadata().unwrap();
+    let mut serve = serve(folder.path());
+    serve.env("JOURNAL_STREAM", format!("{}:{}", file.dev(), file.ino()));
+    let mut broker = serve.env_remove("RUST_LOG").stderr(journal).start();
+    drop(attach(folder.path()));
+    signal_child(&broker, Signal::TERM);
+    assert_eq!(wait(&mut broker).code(), Some(0));
+    let lines = std::fs::read_to_string(path).unwrap();
+    assert!(
+        lines
+            .lines()
+            .all(|line| line.starts_with("<6>") || line.starts_with("<4>")),
+        "{lines}"
+    );
+    assert!(lines.contains("<6>stopped\n"), "{lines}");
+    // An operator does not want to know of each host app.
+    assert!(!lines.contains("attaches"), "{lines}");
+}
