@@ -13,6 +13,23 @@ use crate::host::Eventfds;
 
 /// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long
 /// as this value.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use barlink::protocol::Events;
+/// use barlink::protocol::wire::layout::End;
+/// use barlink::{Side, host};
+///
+/// // A program that keeps the other end awake, and moves no records itself.
+/// let broker = host::connect("default")?;
+/// let (_, mut doorbells) = broker.claim("down", End::Producer)?;
+/// doorbells.ring()?;
+/// if doorbells.sleep(Some(Duration::from_secs(1)))? {
+///     println!("the other end rang as well");
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Doorbells {
     source: Source,
@@ -104,9 +121,8 @@ impl Events for Doorbells {
 }
 
 impl AsFd for Doorbells {
-    /// Returns the descriptor that becomes readable at a ring. It says nothing of records that are
-    /// there already: see
-    /// [`Receiver`](crate::Receiver), whose descriptor does.
+    /// Returns the descriptor that becomes readable at a ring. It does not show records that are
+    /// there already: the descriptor of a [`Receiver`](crate::Receiver) does.
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.source {
             Source::Host(eventfds) => eventfds.as_fd(),

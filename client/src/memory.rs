@@ -17,9 +17,39 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 
 /// A region in this process. Clones share one mapping.
+///
+/// Offsets are in bytes. `peek` and `poke` take any offset, and return an error for bytes outside
+/// of the mapping. The other methods are for offsets from a layout: these are multiples of 8, and
+/// an offset outside panics. Other programs can change every byte at any time.
+///
+/// ```no_run
+/// use barlink::protocol::Ordering;
+/// use barlink::{host, memory::Region};
+///
+/// let broker = host::connect("default")?;
+/// let region: Region = broker.region();
+/// // A counter at the start of the raw window, which all programs share.
+/// let counter = region.word(broker.layout().raw_offset);
+/// println!("start {}", counter.fetch_add(1, Ordering::Relaxed));
+/// # Ok::<(), barlink::Error>(())
+/// ```
 pub type Region = region::Region<Mapping>;
 
 /// Whether a process may write to the region.
+///
+/// ```no_run
+/// use barlink::host::AttachOptions;
+/// use barlink::{Access, ErrorKind};
+///
+/// let options = AttachOptions::new().access(Access::ReadOnly);
+/// let broker = options.connect("default")?;
+/// let mut magic = [0; 8];
+/// broker.region().copy_out(0, &mut magic);
+/// // Such a process claims no ends, and writes nothing.
+/// let refused = broker.receiver("up").map_err(|error| error.kind());
+/// assert_eq!(refused.err(), Some(ErrorKind::InvalidInput));
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Access {
@@ -29,7 +59,24 @@ pub enum Access {
     ReadWrite,
 }
 
-/// Why there is no region memory.
+/// Why a file cannot be mapped as a region's memory.
+///
+/// ```
+/// use std::fs::File;
+///
+/// use barlink::Access;
+/// use barlink::memory::{Mapping, MemoryError};
+///
+/// let file = File::open("/proc/self/exe")?;
+/// let size = file.metadata()?.len();
+/// // A file that is not sealed can be shortened, which would end this process by SIGBUS.
+/// let refused = Mapping::new(file, size, Access::ReadOnly);
+/// assert!(matches!(
+///     refused,
+///     Err(MemoryError::Unsafe(_) | MemoryError::File { .. })
+/// ));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
@@ -48,7 +95,20 @@ pub enum MemoryError {
     Unsafe(&'static str),
 }
 
-/// Memory that is mapped shared. It derefs to its words; clones share it.
+/// Memory that is mapped shared. It derefs to its words; clones share it. The memory is unmapped
+/// with the last clone.
+///
+/// ```no_run
+/// use barlink::protocol::Ordering;
+/// use barlink::{Access, memory::Mapping};
+///
+/// # fn descriptor() -> std::os::fd::OwnedFd { unimplemented!() }
+/// // The descriptor of a broker's region, from another process.
+/// let mapping = Mapping::new(descriptor(), 1 << 20, Access::ReadOnly)?;
+/// let magic = mapping[0].load(Ordering::Acquire).to_le_bytes();
+/// println!("{}", String::from_utf8_lossy(&magic));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Mapping(Arc<Pages>);
 
@@ -65,8 +125,28 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Mapping {
-    /// Maps the memory of a region, which a broker has created. Its size and seals are checked
-    /// first, because a file that can be shortened would end this process by SIGBUS.
+    /// Maps the memory of a region, which a broker has created, and which is `size` bytes long. Its
+    /// size and seals are checked first, because a file that can be shortened would end this
+    /// process by SIGBUS.
+    ///
+    /// ```
+    /// use std::fs::File;
+    ///
+    /// use barlink::{Access, memory::Mapping};
+    /// use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    ///
+    /// let memory = File::from(memfd_create("region", MemfdFlags::ALLOW_SEALING)?);
+    /// memory.set_len(4096)?;
+    /// fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::SEAL)?;
+    /// let mapping = Mapping::new(memory, 4096, Access::ReadWrite)?;
+    /// assert_eq!(mapping.len(), 512, "words of 8 bytes");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The file has another size, lacks the seal against shrinking or the one against further
+    /// seals, or cannot be mapped.
     pub fn new(memory: impl Into<OwnedFd>, size: u64, access: Access) -> Result<Self, MemoryError> {
         let memory = memory.into();
         let failed = |what| {
@@ -129,6 +209,24 @@ impl Mapping {
     }
 
     /// Returns the mapping as the words of a region.
+    ///
+    /// ```
+    /// # use std::fs::File;
+    /// #
+    /// # use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    /// use barlink::{Access, memory::Mapping};
+    ///
+    /// # let memory = File::from(memfd_create("region", MemfdFlags::ALLOW_SEALING)?);
+    /// # memory.set_len(4096)?;
+    /// # fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::SEAL)?;
+    /// let region = Mapping::new(memory, 4096, Access::ReadWrite)?.region();
+    /// region.poke(100, b"at any offset")?;
+    /// let mut bytes = [0; 13];
+    /// region.peek(100, &mut bytes)?;
+    /// assert_eq!(&bytes, b"at any offset");
+    /// assert!(region.peek(4090, &mut bytes).is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn region(&self) -> Region {
         Region::new(self.clone())
     }
