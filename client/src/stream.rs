@@ -11,7 +11,44 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
-pub use barlink_protocol::stream::{Progress, Watch};
+/// The result of [`send`] and [`receive`], and what a [`Watch`] sees until then.
+///
+/// ```no_run
+/// use std::fs::File;
+/// use std::time::Instant;
+///
+/// use barlink::host;
+/// use barlink::stream::{self, Progress};
+///
+/// let mut sender = host::connect("default")?.sender("down")?;
+/// let start = Instant::now();
+/// let sent: Progress = stream::send(&mut sender, File::open("film.mp4")?, 1 << 20, &mut ())?;
+/// let speed = sent.bytes as f64 / start.elapsed().as_secs_f64();
+/// println!("{} records at {:.0} MB/s", sent.records, speed / 1e6);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub use barlink_protocol::stream::Progress;
+/// An observer of [`send`] or [`receive`]: a progress bar, or a warning that the other end is away.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::host;
+/// use barlink::stream::{self, Progress, Watch};
+///
+/// struct Terminal;
+///
+/// impl Watch for Terminal {
+///     fn progress(&mut self, progress: &Progress) {
+///         eprint!("\r{} bytes", progress.bytes);
+///     }
+/// }
+///
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// stream::receive(&mut receiver, File::create("film.mp4")?, &mut Terminal)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub use barlink_protocol::stream::Watch;
 use barlink_protocol::{Sent, Strategy, Wakeup, stream};
 
 use crate::error::{ChannelError, Error, EventError};
