@@ -11,8 +11,8 @@ use crate::error::EventError;
 use crate::guest::DeviceEvents;
 use crate::host::Eventfds;
 
-/// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long
-/// as this value.
+/// The doorbells of one end of a channel: they ring the other end, and sleep until it rings. The
+/// claim of the end lasts as long as this value.
 ///
 /// ```no_run
 /// use std::time::Duration;

@@ -19,8 +19,9 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 /// A region in this process. Clones share one mapping.
 ///
 /// Offsets are in bytes. `peek` and `poke` take any offset, and return an error for bytes outside
-/// of the mapping. The other methods are for offsets from a layout: these are multiples of 8, and
-/// an offset outside panics. Other programs can change every byte at any time.
+/// of the mapping. The other methods are for offsets from a layout: these are multiples of 8. An
+/// offset within a word stands for the start of that word, and an offset outside panics. Other
+/// programs can change every byte at any time.
 ///
 /// ```no_run
 /// use barlink::protocol::Ordering;

@@ -314,8 +314,8 @@ impl Receiver {
         self.numbers.all_missed
     }
 
-    /// Whether a process holds the other end, now. Between two VMs the other end is not visible,
-    /// and counts as present. Records of a sender that has left are still received.
+    /// Returns whether a process holds the other end now. Between two VMs the other end is not
+    /// visible, and counts as present. Records of a sender that has left are still received.
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -605,7 +605,7 @@ impl Record<'_> {
         self.receiver.header.length as usize
     }
 
-    /// Whether the content is empty.
+    /// Returns whether the content is empty.
     pub fn is_empty(&self) -> bool {
         self.receiver.header.length == 0
     }

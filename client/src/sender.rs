@@ -408,8 +408,8 @@ impl Sender {
         self.ring.dropped()
     }
 
-    /// Whether this sender drops records that find the channel full. The channel's entry in the
-    /// layout decides, unless
+    /// Returns whether this sender drops records that find the channel full. The channel's entry in
+    /// the layout decides, unless
     /// [`ChannelOptions::drop_when_full`](crate::ChannelOptions::drop_when_full) does.
     ///
     /// ```no_run
@@ -425,8 +425,8 @@ impl Sender {
         self.ring.drops()
     }
 
-    /// Whether a process holds the other end, now. Between two VMs the other end is not visible,
-    /// and counts as present.
+    /// Returns whether a process holds the other end now. Between two VMs the other end is not
+    /// visible, and counts as present.
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -570,7 +570,7 @@ impl Reservation<'_> {
         self.length as usize
     }
 
-    /// Whether nothing was written yet.
+    /// Returns whether nothing was written yet.
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
-/// The result of [`send`] and [`receive`], and what a [`Watch`] sees until then.
+/// The counts of a stream: a [`Watch`] sees them, and [`send`] and [`receive`] return the last ones.
 ///
 /// ```no_run
 /// use std::fs::File;
@@ -202,10 +202,10 @@ impl<W: Watch> Watch for Noting<'_, W> {
     }
 }
 
-/// Sends a byte stream. It begins with the first bytes and ends with [`StreamWriter::finish`]. If a
-/// program drops the writer without that, the receiver learns that the stream is incomplete. Each
-/// write sends one record of at most 1 MiB, so a program that writes few bytes at a time puts a
-/// [`BufWriter`](io::BufWriter) around it.
+/// A writer of one byte stream, which begins with the first bytes and ends with
+/// [`StreamWriter::finish`]. If a program drops the writer without that, the receiver learns that
+/// the stream is incomplete. Each write sends one record of at most 1 MiB, so a program that writes
+/// few bytes at a time puts a [`BufWriter`](io::BufWriter) around it.
 ///
 /// ```no_run
 /// use std::io::{BufWriter, Write};
@@ -332,8 +332,8 @@ pub(crate) struct Position {
     next: Option<u64>,
 }
 
-/// Receives one byte stream. Its end is the end of the stream: then another reader can receive the
-/// next one. A sender that leaves before is [`io::ErrorKind::UnexpectedEof`].
+/// A reader of one byte stream. It ends with the stream, and then another reader can receive the
+/// next stream. A sender that leaves before the end is [`io::ErrorKind::UnexpectedEof`].
 ///
 /// A gap in the numbers of the records stands for dropped records, and is counted
 /// ([`StreamReader::dropped`]). A reader that has found one returns the bytes that came, and then

@@ -73,9 +73,10 @@ impl Buffer {
         self.reported.address
     }
 
-    /// Whether the driver has reported the buffer to the device, so that the host can read it by
-    /// [`Attachment::read_buffer`](crate::host::Attachment::read_buffer). Only barlink's own device
-    /// takes such a report, over vfio-user with `--guest-memory` (`docs/protocol.md`, rule 6.17).
+    /// Returns whether the driver has reported the buffer to the device, so that the host can read
+    /// it by [`Attachment::read_buffer`](crate::host::Attachment::read_buffer). Only barlink's own
+    /// device takes such a report, over vfio-user with `--guest-memory` (`docs/protocol.md`, rule
+    /// 6.17).
     pub fn is_told(&self) -> bool {
         self.reported.told == 1
     }

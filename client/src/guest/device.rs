@@ -337,8 +337,8 @@ impl Device {
         }
     }
 
-    /// Has the driver allocate memory that the device can reach by DMA. The size is in bytes: whole
-    /// pages of 4096, and [`uapi::MAX_BUFFER`] (4 MiB) at the most. The memory is zeroed, and
+    /// Allocates a DMA buffer: memory of the guest that the device can reach. The size is in bytes:
+    /// whole pages of 4096, and [`uapi::MAX_BUFFER`] (4 MiB) at the most. The memory is zeroed, and
     /// contiguous for the device. A device has one such buffer at a time.
     ///
     /// ```no_run
