@@ -11,25 +11,8 @@ use crate::error::EventError;
 use crate::guest::DeviceEvents;
 use crate::host::Eventfds;
 
-/// The doorbells of one end of a channel: they ring the other end, and sleep until it rings. The
-/// claim of the end lasts as long as this value.
-///
-/// ```no_run
-/// use std::time::Duration;
-///
-/// use barlink::protocol::Events;
-/// use barlink::protocol::wire::layout::End;
-/// use barlink::{Side, host};
-///
-/// // A program that keeps the other end awake, and moves no records itself.
-/// let broker = host::connect("default")?;
-/// let (_, mut doorbells) = broker.claim("down", End::Producer)?;
-/// doorbells.ring()?;
-/// if doorbells.sleep(Some(Duration::from_secs(1)))? {
-///     println!("the other end rang as well");
-/// }
-/// # Ok::<(), barlink::Error>(())
-/// ```
+/// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long
+/// as this value.
 #[derive(Debug)]
 pub struct Doorbells {
     source: Source,

@@ -16,12 +16,14 @@ use crate::memory::MemoryError;
 /// The reason why a channel cannot be used, as the ring has it.
 ///
 /// ```no_run
-/// use barlink::{ChannelError, Kind, host};
+/// use barlink::{ChannelError, Error, Kind, host};
 ///
-/// let mut ring = host::connect("default")?.sender("down")?.into_ring();
+/// let mut sender = host::connect("default")?.sender("down")?;
 /// let photo = std::fs::read("photo.jpg")?;
-/// match ring.send(Kind::USER, &photo, None) {
-///     Err(ChannelError::TooLarge { max, .. }) => println!("at most {max} bytes"),
+/// match sender.send(Kind::USER, &photo) {
+///     Err(Error::Channel(ChannelError::TooLarge { max, .. })) => {
+///         println!("the photo has more than {max} bytes");
+///     }
 ///     sent => println!("{:?}", sent?),
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -268,17 +270,16 @@ impl From<Error> for io::Error {
 /// Ringing the other end, or sleeping until it rings, failed.
 ///
 /// ```no_run
-/// use barlink::protocol::Events;
-/// use barlink::protocol::wire::layout::End;
-/// use barlink::{EventError, Side, guest};
+/// use barlink::{ChannelError, Error, EventError, guest};
 ///
-/// let device = guest::open("/dev/barlink0")?;
-/// let (_, mut doorbells) = device.claim("up", End::Producer)?;
-/// match doorbells.sleep(None) {
-///     Err(EventError::Gone) => println!("the device was unplugged"),
-///     rung => println!("rung: {}", rung?),
+/// let mut commands = guest::open("/dev/barlink0")?.receiver("down")?;
+/// match commands.recv() {
+///     Err(Error::Channel(ChannelError::Events(EventError::System { what, source }))) => {
+///         println!("cannot {what}: {source}");
+///     }
+///     command => println!("{:?}", command?.to_vec()),
 /// }
-/// # Ok::<(), barlink::Error>(())
+/// # Ok::<(), Error>(())
 /// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -24,11 +24,12 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 /// programs can change every byte at any time.
 ///
 /// ```no_run
-/// use barlink::protocol::Ordering;
-/// use barlink::{host, memory::Region};
+/// use std::sync::atomic::Ordering;
+///
+/// use barlink::host;
 ///
 /// let broker = host::connect("default")?;
-/// let region: Region = broker.region();
+/// let region = broker.region();
 /// // A counter at the start of the raw window, which all programs share.
 /// let counter = region.word(broker.layout().raw_offset);
 /// println!("start {}", counter.fetch_add(1, Ordering::Relaxed));
@@ -60,23 +61,16 @@ pub enum Access {
     ReadWrite,
 }
 
-/// Why a file cannot be mapped as a region's memory.
+/// Why a region's memory cannot be mapped.
 ///
-/// ```
-/// use std::fs::File;
+/// ```no_run
+/// use barlink::{Error, host};
 ///
-/// use barlink::Access;
-/// use barlink::memory::{Mapping, MemoryError};
-///
-/// let file = File::open("/proc/self/exe")?;
-/// let size = file.metadata()?.len();
-/// // A file that is not sealed can be shortened, which would end this process by SIGBUS.
-/// let refused = Mapping::new(file, size, Access::ReadOnly);
-/// assert!(matches!(
-///     refused,
-///     Err(MemoryError::Unsafe(_) | MemoryError::File { .. })
-/// ));
-/// # Ok::<(), std::io::Error>(())
+/// match host::connect("default") {
+///     Err(Error::Memory(error)) => println!("is the broker damaged? {error}"),
+///     broker => println!("{} bytes", broker?.region().size()),
+/// }
+/// # Ok::<(), Error>(())
 /// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -96,20 +90,7 @@ pub enum MemoryError {
     Unsafe(&'static str),
 }
 
-/// Memory that is mapped shared. It derefs to its words; clones share it. The memory is unmapped
-/// with the last clone.
-///
-/// ```no_run
-/// use barlink::protocol::Ordering;
-/// use barlink::{Access, memory::Mapping};
-///
-/// # fn descriptor() -> std::os::fd::OwnedFd { unimplemented!() }
-/// // The descriptor of a broker's region, from another process.
-/// let mapping = Mapping::new(descriptor(), 1 << 20, Access::ReadOnly)?;
-/// let magic = mapping[0].load(Ordering::Acquire).to_le_bytes();
-/// println!("{}", String::from_utf8_lossy(&magic));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
+/// Memory that is mapped shared. It derefs to its words; clones share it.
 #[derive(Clone, Debug)]
 pub struct Mapping(Arc<Pages>);
 
@@ -129,20 +110,6 @@ impl Mapping {
     /// Maps the memory of a region, which a broker has created, and which is `size` bytes long. Its
     /// size and seals are checked first, because a file that can be shortened would end this
     /// process by SIGBUS.
-    ///
-    /// ```
-    /// use std::fs::File;
-    ///
-    /// use barlink::{Access, memory::Mapping};
-    /// use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
-    ///
-    /// let memory = File::from(memfd_create("region", MemfdFlags::ALLOW_SEALING)?);
-    /// memory.set_len(4096)?;
-    /// fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::SEAL)?;
-    /// let mapping = Mapping::new(memory, 4096, Access::ReadWrite)?;
-    /// assert_eq!(mapping.len(), 512, "words of 8 bytes");
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
     ///
     /// # Errors
     ///
@@ -210,24 +177,6 @@ impl Mapping {
     }
 
     /// Returns the mapping as the words of a region.
-    ///
-    /// ```
-    /// # use std::fs::File;
-    /// #
-    /// # use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
-    /// use barlink::{Access, memory::Mapping};
-    ///
-    /// # let memory = File::from(memfd_create("region", MemfdFlags::ALLOW_SEALING)?);
-    /// # memory.set_len(4096)?;
-    /// # fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::SEAL)?;
-    /// let region = Mapping::new(memory, 4096, Access::ReadWrite)?.region();
-    /// region.poke(100, b"at any offset")?;
-    /// let mut bytes = [0; 13];
-    /// region.peek(100, &mut bytes)?;
-    /// assert_eq!(&bytes, b"at any offset");
-    /// assert!(region.peek(4090, &mut bytes).is_err());
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
     pub fn region(&self) -> Region {
         Region::new(self.clone())
     }

@@ -35,14 +35,13 @@ pub trait Side: sealed::Side {
     /// Returns the region's layout.
     ///
     /// ```no_run
-    /// use barlink::protocol::wire::layout::End;
     /// use barlink::{Side, host};
     ///
     /// /// Prints the channels that the host sends into.
     /// fn list(side: &impl Side) {
     ///     let layout = side.layout();
     ///     for channel in layout.channels() {
-    ///         if channel.peer(End::Producer) == layout.host() {
+    ///         if channel.producer == layout.host() {
     ///             println!("{}: {} bytes", channel.name, channel.capacity);
     ///         }
     ///     }
@@ -72,26 +71,12 @@ pub trait Side: sealed::Side {
     fn region(&self) -> Region;
 
     /// Claims an end of a channel for as long as its doorbells live, and returns the channel's
-    /// index in the layout. It is for a program that waits or rings in a way of its own, and
-    /// attaches a ring's sender or receiver with that. Any other program takes
-    /// [`ChannelOptions::sender`] or [`ChannelOptions::receiver`].
-    ///
-    /// ```no_run
-    /// use barlink::protocol::wire::layout::End;
-    /// use barlink::{RingReceiver, Side, host};
-    ///
-    /// let broker = host::connect("default")?;
-    /// let (index, doorbells) = broker.claim("up", End::Consumer)?;
-    /// let mut ring = RingReceiver::attach(broker.region(), broker.layout(), index, doorbells)?;
-    /// println!("{:?}", ring.wait(None)?);
-    /// # Ok::<(), barlink::Error>(())
-    /// ```
+    /// index: for a program that waits or rings in a way of its own, and attaches a ring's sender
+    /// or receiver with that.
     ///
     /// # Errors
     ///
-    /// There is no such channel, its end belongs to another peer, or another process holds it. On
-    /// the host also: the process attached with [`Access::ReadOnly`](crate::Access::ReadOnly), or
-    /// the broker is gone.
+    /// There is no such channel, its end belongs elsewhere, or another process holds it.
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error>;
 }
 

@@ -17,23 +17,7 @@ use crate::readiness::Readiness;
 use crate::sender::is_present;
 use crate::stream::{Position, StreamReader};
 
-/// The ring's own receiver, for programs that need its parts: single words of a record, the
-/// presence of the other end, and changes of it. [`Receiver::into_ring`] returns it.
-///
-/// ```no_run
-/// use barlink::protocol::Wakeup;
-/// use barlink::{RingReceiver, host};
-///
-/// let mut ring: RingReceiver = host::connect("default")?.receiver("up")?.into_ring();
-/// loop {
-///     match ring.wait(None)? {
-///         Wakeup::Ready => ring.release()?,
-///         Wakeup::PeerChanged => println!("the sender is {:?}", ring.peer().process()),
-///         Wakeup::TimedOut => (),
-///     }
-/// }
-/// # Ok::<(), barlink::Error>(())
-/// ```
+/// The receiver that the ring itself has, for programs that need its parts.
 pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 
 /// The end of a channel that receives records. The claim of the end lasts as long as this value. A
@@ -353,19 +337,6 @@ impl Receiver {
     }
 
     /// Returns the ring's own receiver, for a program that needs its parts. The claim goes with it.
-    ///
-    /// ```no_run
-    /// use std::time::Duration;
-    ///
-    /// use barlink::host;
-    ///
-    /// let mut ring = host::connect("default")?.receiver("up")?.into_ring();
-    /// ring.wait(Some(Duration::from_secs(1)))?;
-    /// if let Some(record) = ring.record() {
-    ///     println!("{:?}", record.header());
-    /// }
-    /// # Ok::<(), barlink::Error>(())
-    /// ```
     pub fn into_ring(mut self) -> RingReceiver {
         self.ring.take()
     }
@@ -674,8 +645,9 @@ impl Record<'_> {
     /// last word with zeros.
     ///
     /// ```no_run
+    /// use std::sync::atomic::Ordering;
+    ///
     /// use barlink::host;
-    /// use barlink::protocol::Ordering;
     ///
     /// let mut camera = host::connect("default")?.receiver("camera")?;
     /// let frame = camera.recv()?;

@@ -16,21 +16,7 @@ use crate::owned::Owned;
 use crate::readiness::Readiness;
 use crate::stream::StreamWriter;
 
-/// The ring's own sender, for programs that need its parts: its time stamps, the presence of the
-/// other end, and reservations that are written at any offset. [`Sender::into_ring`] returns it.
-///
-/// ```no_run
-/// use barlink::{Kind, RingSender, host};
-///
-/// let mut ring: RingSender = host::connect("default")?.sender("down")?.into_ring();
-/// // One reading of the clock for a burst of samples.
-/// let time = ring.time();
-/// for sample in 0..1000_u32 {
-///     let _ = ring.stage(Kind::USER, &sample.to_le_bytes(), None, time)?;
-/// }
-/// ring.publish()?;
-/// # Ok::<(), barlink::Error>(())
-/// ```
+/// The sender that the ring itself has, for programs that need its parts.
 pub type RingSender = barlink_protocol::Sender<Mapping, Doorbells>;
 
 /// The outcome of a record that was sent.
@@ -465,17 +451,6 @@ impl Sender {
     }
 
     /// Returns the ring's own sender, for a program that needs its parts. The claim goes with it.
-    ///
-    /// ```no_run
-    /// use barlink::host;
-    ///
-    /// let ring = host::connect("default")?.sender("down")?.into_ring();
-    /// match ring.peer().process() {
-    ///     Some(process) => println!("process {process} receives"),
-    ///     None => println!("no process receives"),
-    /// }
-    /// # Ok::<(), barlink::Error>(())
-    /// ```
     pub fn into_ring(mut self) -> RingSender {
         self.ring.take()
     }

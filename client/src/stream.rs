@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
-/// The counts of a stream: a [`Watch`] sees them, and [`send`] and [`receive`] return the last ones.
+/// The counts of a stream. A [`Watch`] sees them. [`send`] and [`receive`] return the last ones.
 ///
 /// ```no_run
 /// use std::fs::File;

@@ -243,17 +243,15 @@ impl Device {
         self.choice.as_ref()
     }
 
-    /// Returns the driver's information about the device, which is the [`uapi::Info`] of the
-    /// driver's interface (`docs/protocol.md`, section 6).
+    /// Returns the driver's information about the device (`docs/protocol.md`, section 6).
     ///
     /// ```no_run
     /// use barlink::guest;
-    /// use barlink::protocol::wire::uapi::CacheMode;
     ///
     /// let info = guest::open("/dev/barlink0")?.info()?;
-    /// println!("slot {}, {} vectors", info.id, info.vectors);
-    /// if let Some(mode) = CacheMode::from_number(info.granted) {
-    ///     println!("mapped {} at {:#x}", mode.name(), info.region_address);
+    /// println!("slot {}, region at {:#x}", info.id, info.region_address);
+    /// if info.vectors == 0 {
+    ///     println!("without interrupts, receivers poll once a millisecond");
     /// }
     /// # Ok::<(), barlink::Error>(())
     /// ```
@@ -270,12 +268,11 @@ impl Device {
     ///
     /// ```no_run
     /// use barlink::guest;
-    /// use barlink::protocol::wire::layout::End;
     ///
     /// let device = guest::open("/dev/barlink0")?;
     /// let slot = device.info()?.id;
     /// for channel in device.layout().channels() {
-    ///     if channel.peer(End::Consumer) == slot {
+    ///     if channel.consumer == slot {
     ///         println!("this VM receives {}", channel.name);
     ///     }
     /// }
