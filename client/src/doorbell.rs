@@ -104,9 +104,8 @@ impl Events for Doorbells {
 }
 
 impl AsFd for Doorbells {
-    /// Returns the descriptor that becomes readable at a ring. It says nothing of records that are
-    /// there already: see
-    /// [`Receiver`](crate::Receiver), whose descriptor does.
+    /// Returns the descriptor that becomes readable at a ring. It does not show records that are
+    /// there already: the descriptor of a [`Receiver`](crate::Receiver) does.
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.source {
             Source::Host(eventfds) => eventfds.as_fd(),

@@ -14,10 +14,25 @@ use crate::guest::DeviceError;
 use crate::memory::MemoryError;
 
 /// The reason why a channel cannot be used, as the ring has it.
+///
+/// ```no_run
+/// use barlink::{ChannelError, Error, Kind, host};
+///
+/// let mut sender = host::connect("default")?.sender("down")?;
+/// let photo = std::fs::read("photo.jpg")?;
+/// match sender.send(Kind::USER, &photo) {
+///     Err(Error::Channel(ChannelError::TooLarge { max, .. })) => {
+///         println!("the photo has more than {max} bytes");
+///     }
+///     sent => println!("{:?}", sent?),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub type ChannelError = barlink_protocol::ChannelError<EventError>;
 
 /// A call of this crate failed. Its [`kind`](Error::kind) tells a program what to do; its text
-/// tells a person.
+/// tells a person. Its [`source`](std::error::Error::source) is the cause, such as the error of a
+/// system call. As an [`io::Error`] it keeps that cause.
 ///
 /// ```no_run
 /// use barlink::{ErrorKind, Kind, host};
@@ -116,6 +131,23 @@ pub enum Error {
 }
 
 /// The classes of errors that a program may handle in different ways.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use barlink::ErrorKind;
+///
+/// /// The time after which a service tries again, if that can help.
+/// fn retry_after(kind: ErrorKind) -> Option<Duration> {
+///     match kind {
+///         ErrorKind::InUse | ErrorKind::Full => Some(Duration::from_millis(10)),
+///         ErrorKind::NotFound | ErrorKind::Disconnected => Some(Duration::from_secs(1)),
+///         _ => None,
+///     }
+/// }
+///
+/// assert_eq!(retry_after(ErrorKind::Corrupt), None);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -145,6 +177,21 @@ pub enum ErrorKind {
 
 impl Error {
     /// Returns the class of the error.
+    ///
+    /// ```no_run
+    /// use barlink::{ErrorKind, host};
+    ///
+    /// let mut receiver = host::connect("default")?.receiver("up")?;
+    /// loop {
+    ///     match receiver.recv() {
+    ///         Ok(record) => println!("{} bytes", record.len()),
+    ///         // `barlink reset-channel up` empties it; another program may have broken it.
+    ///         Err(error) if error.kind() == ErrorKind::Corrupt => break,
+    ///         Err(error) => return Err(error),
+    ///     }
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Control(error) => error.kind(),
@@ -161,6 +208,18 @@ impl Error {
     }
 
     /// Returns the broker's refusal, if the broker refused.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// if let Err(error) = host::connect("default")?.receiver("up") {
+    ///     match error.refusal() {
+    ///         Some(refusal) => println!("the broker says: {refusal}"),
+    ///         None => println!("{error}"),
+    ///     }
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn refusal(&self) -> Option<&Refusal> {
         match self {
             Error::Control(ControlError::Refused(refusal)) => Some(refusal),
@@ -209,6 +268,19 @@ impl From<Error> for io::Error {
 }
 
 /// Ringing the other end, or sleeping until it rings, failed.
+///
+/// ```no_run
+/// use barlink::{ChannelError, Error, EventError, guest};
+///
+/// let mut commands = guest::open("/dev/barlink0")?.receiver("down")?;
+/// match commands.recv() {
+///     Err(Error::Channel(ChannelError::Events(EventError::System { what, source }))) => {
+///         println!("cannot {what}: {source}");
+///     }
+///     command => println!("{:?}", command?.to_vec()),
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EventError {
@@ -227,6 +299,17 @@ pub enum EventError {
 
 impl EventError {
     /// Returns the class of the error.
+    ///
+    /// ```
+    /// use barlink::{ErrorKind, EventError};
+    ///
+    /// /// Whether the program must not touch the region any more.
+    /// fn has_lost_region(error: &EventError) -> bool {
+    ///     error.kind() == ErrorKind::Gone
+    /// }
+    ///
+    /// assert!(has_lost_region(&EventError::Gone));
+    /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
             EventError::Gone => ErrorKind::Gone,

@@ -41,7 +41,32 @@ mod sender;
 pub mod stream;
 
 pub use barlink_protocol as protocol;
+/// The time that an end looks for itself, before it asks to be rung.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use barlink::{ChannelOptions, Strategy};
+///
+/// // Requests at 1 kHz: spin over the gap between two of them, and then sleep.
+/// let strategy = Strategy {
+///     most_spin: Duration::from_millis(1),
+///     ..Strategy::PROMPT
+/// };
+/// let options = ChannelOptions::new().strategy(strategy);
+/// ```
 pub use barlink_protocol::Strategy;
+/// The type of a record's content.
+///
+/// ```
+/// use barlink::Kind;
+///
+/// const FRAME: Kind = Kind::USER;
+/// const AUDIO: Kind = Kind::new(FRAME.number() + 1).expect("below 65535");
+///
+/// assert_eq!((FRAME.number(), AUDIO.number()), (256, 257));
+/// assert_eq!(Kind::new(0), None, "no record has kind 0");
+/// ```
 pub use barlink_protocol::cursor::Kind;
 pub use doorbell::Doorbells;
 pub use error::{ChannelError, Error, ErrorKind, EventError};

@@ -17,9 +17,41 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 
 /// A region in this process. Clones share one mapping.
+///
+/// Offsets are in bytes. `peek` and `poke` take any offset, and return an error for bytes outside
+/// of the mapping. The other methods are for offsets from a layout: these are multiples of 8. An
+/// offset within a word stands for the start of that word, and an offset outside panics. Other
+/// programs can change every byte at any time.
+///
+/// ```no_run
+/// use std::sync::atomic::Ordering;
+///
+/// use barlink::host;
+///
+/// let broker = host::connect("default")?;
+/// let region = broker.region();
+/// // A counter at the start of the raw window, which all programs share.
+/// let counter = region.word(broker.layout().raw_offset);
+/// println!("start {}", counter.fetch_add(1, Ordering::Relaxed));
+/// # Ok::<(), barlink::Error>(())
+/// ```
 pub type Region = region::Region<Mapping>;
 
 /// Whether a process may write to the region.
+///
+/// ```no_run
+/// use barlink::host::AttachOptions;
+/// use barlink::{Access, ErrorKind};
+///
+/// let options = AttachOptions::new().access(Access::ReadOnly);
+/// let broker = options.connect("default")?;
+/// let mut magic = [0; 8];
+/// broker.region().copy_out(0, &mut magic);
+/// // Such a process claims no ends, and writes nothing.
+/// let refused = broker.receiver("up").map_err(|error| error.kind());
+/// assert_eq!(refused.err(), Some(ErrorKind::InvalidInput));
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Access {
@@ -29,7 +61,17 @@ pub enum Access {
     ReadWrite,
 }
 
-/// Why there is no region memory.
+/// Why a region's memory cannot be mapped.
+///
+/// ```no_run
+/// use barlink::{Error, host};
+///
+/// match host::connect("default") {
+///     Err(Error::Memory(error)) => println!("is the broker damaged? {error}"),
+///     broker => println!("{} bytes", broker?.region().size()),
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
@@ -65,8 +107,14 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Mapping {
-    /// Maps the memory of a region, which a broker has created. Its size and seals are checked
-    /// first, because a file that can be shortened would end this process by SIGBUS.
+    /// Maps the memory of a region, which a broker has created, and which is `size` bytes long. Its
+    /// size and seals are checked first, because a file that can be shortened would end this
+    /// process by SIGBUS.
+    ///
+    /// # Errors
+    ///
+    /// The file has another size, lacks the seal against shrinking or the one against further
+    /// seals, or cannot be mapped.
     pub fn new(memory: impl Into<OwnedFd>, size: u64, access: Access) -> Result<Self, MemoryError> {
         let memory = memory.into();
         let failed = |what| {

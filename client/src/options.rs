@@ -17,13 +17,57 @@ use crate::sender::{RingSender, Sender};
 const RETRY: Duration = Duration::from_millis(10);
 
 /// A region in which ends of channels can be claimed: [`host::Attachment`](crate::host::Attachment)
-/// and
-/// [`guest::Device`](crate::guest::Device).
+/// and [`guest::Device`](crate::guest::Device). A function over it serves programs on both sides.
+///
+/// ```no_run
+/// use barlink::{ChannelOptions, Error, Kind, Side, guest, host};
+///
+/// fn greet(side: &impl Side, channel: &str) -> Result<(), Error> {
+///     let mut sender = ChannelOptions::new().sender(side, channel)?;
+///     sender.send(Kind::USER, b"hello").map(drop)
+/// }
+///
+/// greet(&host::connect("default")?, "down")?;
+/// greet(&guest::open("/dev/barlink0")?, "up")?;
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Side: sealed::Side {
     /// Returns the region's layout.
+    ///
+    /// ```no_run
+    /// use barlink::{Side, host};
+    ///
+    /// /// Prints the channels that the host sends into.
+    /// fn list(side: &impl Side) {
+    ///     let layout = side.layout();
+    ///     for channel in layout.channels() {
+    ///         if channel.producer == layout.host() {
+    ///             println!("{}: {} bytes", channel.name, channel.capacity);
+    ///         }
+    ///     }
+    /// }
+    ///
+    /// list(&host::connect("default")?);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     fn layout(&self) -> &Layout;
 
-    /// Returns the region's words, as far as they are mapped.
+    /// Returns the region's words, as far as they are mapped. Its methods panic at an offset
+    /// outside, except `peek` and `poke`, which return an error.
+    ///
+    /// ```no_run
+    /// use barlink::{Side, guest};
+    ///
+    /// /// Copies the first bytes of the raw window, which belongs to the user.
+    /// fn start_of_window(side: &impl Side) -> [u8; 64] {
+    ///     let mut bytes = [0; 64];
+    ///     side.region().copy_out(side.layout().raw_offset, &mut bytes);
+    ///     bytes
+    /// }
+    ///
+    /// println!("{:?}", start_of_window(&guest::open("/dev/barlink0")?));
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     fn region(&self) -> Region;
 
     /// Claims an end of a channel for as long as its doorbells live, and returns the channel's
@@ -99,19 +143,57 @@ impl ChannelOptions {
     }
 
     /// Sets how the end waits: how long it spins and sleeps before it asks to be rung.
+    ///
+    /// ```no_run
+    /// use barlink::{ChannelOptions, Strategy, guest};
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// // This program has a CPU for the answers alone.
+    /// let options = ChannelOptions::new().strategy(Strategy::SPIN);
+    /// let mut answers = options.receiver(&device, "down")?;
+    /// println!("{:?}", answers.recv()?.to_vec());
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn strategy(mut self, strategy: Strategy) -> Self {
         self.strategy = strategy;
         self
     }
 
-    /// Sets whether a sender drops records that find the channel full, otherwise than the channel
-    /// says.
+    /// Sets whether a sender drops records that find the channel full. Without this call, the
+    /// channel's entry in the layout decides. It has no effect on a receiver.
+    ///
+    /// ```no_run
+    /// use barlink::{ChannelOptions, Kind, Sent, host};
+    ///
+    /// let broker = host::connect("default")?;
+    /// // A camera that waits would show old pictures.
+    /// let options = ChannelOptions::new().drop_when_full(true);
+    /// let mut camera = options.sender(&broker, "camera")?;
+    /// if camera.send(Kind::USER, &[0; 320 * 240])? == Sent::Dropped {
+    ///     println!("frame dropped");
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn drop_when_full(mut self, drops: bool) -> Self {
         self.drop_when_full = Some(drops);
         self
     }
 
-    /// Sets how long to wait for the end while another process holds it.
+    /// Sets how long to wait for the end while another process holds it. The wait tries again every
+    /// 10 ms.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::{ChannelOptions, host};
+    ///
+    /// let broker = host::connect("default")?;
+    /// // The former instance of this service may still be on its way out.
+    /// let options = ChannelOptions::new().claim_timeout(Duration::from_secs(10));
+    /// let mut requests = options.receiver(&broker, "up")?;
+    /// println!("first request: {:?}", requests.recv()?.to_vec());
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn claim_timeout(mut self, timeout: Duration) -> Self {
         self.claim_timeout = timeout;
         self
@@ -119,10 +201,26 @@ impl ChannelOptions {
 
     /// Claims the sending end of a channel.
     ///
+    /// ```no_run
+    /// use barlink::{ChannelOptions, Kind, Strategy, guest};
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let options = ChannelOptions::new().strategy(Strategy::SLEEP);
+    /// // The same options for several channels.
+    /// let mut readings = options.sender(&device, "readings")?;
+    /// let mut alarms = options.sender(&device, "alarms")?;
+    /// let _ = readings.send(Kind::USER, &21.5_f32.to_le_bytes())?;
+    /// let _ = alarms.send(Kind::USER, b"too warm")?;
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state
-    /// is not valid.
+    /// There is no such channel ([`ErrorKind::NotFound`]), its end belongs to another peer or this
+    /// process attached with [`Access::ReadOnly`](crate::Access::ReadOnly)
+    /// ([`ErrorKind::InvalidInput`]), another process holds it ([`ErrorKind::InUse`]), or the
+    /// channel is corrupt ([`ErrorKind::Corrupt`]). A connection to the broker, a file or a
+    /// descriptor can also fail.
     pub fn sender<S: Side>(&self, side: &S, name: &str) -> Result<Sender, Error> {
         let (index, doorbells) = self.claim(side, name, End::Producer)?;
         let (region, layout) = (side.region(), side.layout());
@@ -137,6 +235,19 @@ impl ChannelOptions {
     }
 
     /// Claims the receiving end of a channel.
+    ///
+    /// ```no_run
+    /// use barlink::{ChannelOptions, ErrorKind, Strategy, host};
+    ///
+    /// let broker = host::connect("default")?;
+    /// let options = ChannelOptions::new().strategy(Strategy::STREAM);
+    /// match options.receiver(&broker, "log") {
+    ///     Ok(mut log) => println!("{:?}", log.recv()?.to_vec()),
+    ///     Err(error) if error.kind() == ErrorKind::InUse => println!("already read"),
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///

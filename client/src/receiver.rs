@@ -20,9 +20,9 @@ use crate::stream::{Position, StreamReader};
 /// The receiver that the ring itself has, for programs that need its parts.
 pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 
-/// The end of a channel that receives records. The claim of the end lasts as long as this value.
-/// When it is dropped, it releases the records that were passed, unless the thread panics: then the
-/// next receiver gets them again.
+/// The end of a channel that receives records. The claim of the end lasts as long as this value. A
+/// receiver that is dropped releases the records that were passed. If the thread panics, it does
+/// not, and the next receiver gets them again.
 ///
 /// ```no_run
 /// use barlink::host;
@@ -113,12 +113,29 @@ impl Receiver {
         })
     }
 
-    /// Receives the next record. Waits for it as long as it takes, over any coming and going of the
-    /// sender.
+    /// Receives the next record. Waits for it as long as it takes, even while senders leave and
+    /// come.
+    ///
+    /// ```no_run
+    /// use barlink::{Kind, host};
+    ///
+    /// const SET_SPEED: Kind = Kind::USER;
+    ///
+    /// let mut commands = host::connect("default")?.receiver("up")?;
+    /// loop {
+    ///     let command = commands.recv()?;
+    ///     match command.kind() {
+    ///         SET_SPEED => println!("new speed: {:?}", command.to_vec()),
+    ///         Kind::END => break,
+    ///         other => println!("unknown command {}", other.number()),
+    ///     }
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// The channel is corrupt, or the device is gone.
+    /// The channel is corrupt, ringing or waiting failed, or the device is gone.
     #[inline]
     pub fn recv(&mut self) -> Result<Record<'_>, Error> {
         self.check()?;
@@ -128,6 +145,22 @@ impl Receiver {
     }
 
     /// Receives the next record, if there is one now.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut keys = host::connect("default")?.receiver("up")?;
+    /// loop {
+    ///     // All input since the last frame, and then the next frame.
+    ///     while let Some(key) = keys.try_recv()? {
+    ///         println!("{:?}", key.to_vec());
+    ///     }
+    ///     std::thread::sleep(Duration::from_millis(16));
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -149,6 +182,19 @@ impl Receiver {
 
     /// Receives the next record, or returns `None` if there is none before `timeout` is over.
     ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut sensor = host::connect("default")?.receiver("up")?;
+    /// match sensor.recv_timeout(Duration::from_secs(1))? {
+    ///     Some(reading) => println!("{:?}", reading.to_vec()),
+    ///     None => println!("the sensor is silent"),
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// Those of [`Receiver::recv`].
@@ -168,8 +214,8 @@ impl Receiver {
         }
     }
 
-    /// Returns an iterator over copies of the records. It waits for each one, and ends after an
-    /// error.
+    /// Returns an iterator over copies of the records. It waits for each one, releases it, and ends
+    /// after an error.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -191,9 +237,26 @@ impl Receiver {
     /// Releases the records that were passed ([`Record::pass`]), so that the sender can use their
     /// room. A record that was kept ([`Record::keep`]) remains in the channel.
     ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut samples = host::connect("default")?.receiver("up")?;
+    /// let mut sum = 0;
+    /// while let Some(sample) = samples.try_recv()? {
+    ///     sum += sample.len();
+    ///     sample.pass();
+    ///     if sum > 1 << 20 {
+    ///         break;
+    ///     }
+    /// }
+    /// // Long work follows, so the sender gets the room first.
+    /// samples.release()?;
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// Ringing failed.
+    /// Ringing failed. The records are released all the same.
     pub fn release(&mut self) -> Result<(), Error> {
         Ok(self.ring.release_passed()?)
     }
@@ -220,17 +283,55 @@ impl Receiver {
     /// Returns the number of records that the sender dropped between those that this receiver got.
     /// Records that were dropped before the first one are not counted, because a new receiver does
     /// not know which number comes next.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut camera = host::connect("default")?.receiver("camera")?;
+    /// for frame in camera.iter().take(100) {
+    ///     println!("frame of {} bytes", frame?.bytes.len());
+    /// }
+    /// println!("{} frames were dropped in between", camera.missed());
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn missed(&self) -> u64 {
         self.numbers.all_missed
     }
 
-    /// Whether a process holds the other end, now. Between two VMs it is not visible, and counts as
-    /// present.
+    /// Returns whether a process holds the other end now. Between two VMs the other end is not
+    /// visible, and counts as present. Records of a sender that has left are still received.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut log = host::connect("default")?.receiver("log")?;
+    /// loop {
+    ///     while let Some(line) = log.recv_timeout(Duration::from_secs(1))? {
+    ///         println!("{}", String::from_utf8_lossy(&line.to_vec()));
+    ///     }
+    ///     if !log.is_peer_present() {
+    ///         break;
+    ///     }
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn is_peer_present(&self) -> bool {
         is_present(&self.region, self.peer)
     }
 
     /// Sets how this end waits from now on.
+    ///
+    /// ```no_run
+    /// use barlink::{Strategy, host};
+    ///
+    /// let mut alarms = host::connect("default")?.receiver("up")?;
+    /// // An alarm is rare: do not spend processor time on waiting for it.
+    /// alarms.set_strategy(Strategy::SLEEP);
+    /// println!("alarm: {:?}", alarms.recv()?.to_vec());
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn set_strategy(&mut self, strategy: Strategy) {
         self.ring.set_strategy(strategy);
     }
@@ -333,7 +434,22 @@ impl<'a> IntoIterator for &'a mut Receiver {
     }
 }
 
-/// An iterator over copies of records: see [`Receiver::iter`].
+/// An iterator over copies of records. [`Receiver::iter`] returns it, as does a `for` loop over a
+/// borrowed receiver.
+///
+/// ```no_run
+/// use barlink::{Kind, host};
+///
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// for record in &mut receiver {
+///     let record = record?;
+///     if record.kind == Kind::END {
+///         break;
+///     }
+///     println!("{} bytes", record.bytes.len());
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Iter<'a> {
     receiver: &'a mut Receiver,
@@ -357,16 +473,35 @@ impl Iterator for Iter<'_> {
     }
 }
 
-/// A private copy of a record.
+/// A private copy of a record. [`Iter`] and [`host::Tap`](crate::host::Tap) return it, and
+/// [`Record::to_owned`] makes it.
+///
+/// ```no_run
+/// use std::sync::mpsc;
+///
+/// use barlink::{OwnedRecord, host};
+///
+/// let (worker, records) = mpsc::channel::<OwnedRecord>();
+/// std::thread::spawn(move || {
+///     for record in records {
+///         println!("{} ns: {:?}", record.time, record.bytes);
+///     }
+/// });
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// while worker.send(receiver.recv()?.to_owned()).is_ok() {}
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnedRecord {
-    /// The type of its content.
+    /// The type of the content.
     pub kind: Kind,
-    /// Its number in the channel, from 0. A gap is records that were dropped.
+    /// The number of the record in the channel, from 0 at each reset. A gap is records that were
+    /// dropped.
     pub sequence: u64,
-    /// The sender's monotonic clock when it committed the record, in nanoseconds.
+    /// The sender's `CLOCK_MONOTONIC` when it sent or staged the record, in nanoseconds. A guest
+    /// and its host have different clocks.
     pub time: u64,
-    /// Its content.
+    /// The content.
     pub bytes: Vec<u8>,
 }
 
@@ -381,8 +516,8 @@ enum AtEnd {
     Keep,
 }
 
-/// A record, in the shared memory itself. When it is dropped, its room is the sender's again,
-/// unless the thread panics: then the record is received again. In a guest whose device was
+/// A record, in the shared memory itself. When it is dropped, its room is the sender's again. If
+/// the thread panics, it is not released, and is received again. In a guest whose device was
 /// unplugged, using or dropping a record is an access to memory that is gone (SIGBUS).
 ///
 /// The sender can change the content at any time, so there is no `&[u8]` of it: a program that
@@ -390,15 +525,20 @@ enum AtEnd {
 /// once, from its start.
 ///
 /// ```no_run
+/// use std::io::Read;
+///
 /// use barlink::host;
 ///
-/// let broker = host::connect("default")?;
-/// let mut receiver = broker.receiver("up")?;
-/// let record = receiver.recv()?;
-/// let mut start = [0; 16];
-/// let copied = record.copy_to(&mut start);
-/// println!("{} bytes begin with {:?}", record.len(), &start[..copied]);
-/// # Ok::<(), barlink::Error>(())
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// let mut record = receiver.recv()?;
+/// println!("record {} of {:?}", record.sequence(), record.kind());
+/// println!("at {} ns, {} missed", record.time(), record.missed());
+/// if !record.is_empty() {
+///     let mut text = String::with_capacity(record.len());
+///     record.read_to_string(&mut text)?;
+///     println!("{text}");
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct Record<'a> {
@@ -414,33 +554,48 @@ impl Record<'_> {
         self.receiver.header.kind
     }
 
-    /// Returns the number of the record in the channel, from 0.
+    /// Returns the number of the record in the channel, from 0 at each reset.
     pub fn sequence(&self) -> u64 {
         self.receiver.header.sequence
     }
 
-    /// Returns the sender's monotonic clock when it committed the record, in nanoseconds.
+    /// Returns the sender's `CLOCK_MONOTONIC` when it sent or staged the record, in nanoseconds. A
+    /// guest and its host have different clocks, so their times cannot be compared.
     pub fn time(&self) -> u64 {
         self.receiver.header.time
     }
 
-    /// Returns the number of records that the sender dropped before this one and after the last
-    /// that was received.
+    /// Returns the number of records that the sender dropped between the last one that was received
+    /// and this one.
     pub fn missed(&self) -> u64 {
         self.receiver.numbers.gap
     }
 
-    /// Returns the bytes of content.
+    /// Returns the number of bytes of content.
     pub fn len(&self) -> usize {
         self.receiver.header.length as usize
     }
 
-    /// Whether the content is empty.
+    /// Returns whether the content is empty.
     pub fn is_empty(&self) -> bool {
         self.receiver.header.length == 0
     }
 
-    /// Copies the start of the content, as much as fits. Returns the bytes copied.
+    /// Copies the start of the content, as much as fits. Returns the number of bytes copied.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut camera = host::connect("default")?.receiver("camera")?;
+    /// let frame = camera.recv()?;
+    /// // The header of a frame: width and height.
+    /// let mut header = [0; 8];
+    /// if frame.copy_to(&mut header) == header.len() {
+    ///     let [width, height, ..] = header;
+    ///     println!("{width} × {height} tiles");
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     #[inline]
     pub fn copy_to(&self, bytes: &mut [u8]) -> usize {
         let record = self.receiver.ring.record();
@@ -448,13 +603,34 @@ impl Record<'_> {
     }
 
     /// Copies the content.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut commands = host::connect("default")?.receiver("up")?;
+    /// let text = String::from_utf8(commands.recv()?.to_vec())?;
+    /// println!("{:?}", text.split_whitespace().collect::<Vec<_>>());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len()];
         self.copy_to(&mut bytes);
         bytes
     }
 
-    /// Copies the record.
+    /// Copies the record, with its kind, number and time.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut log = host::connect("default")?.receiver("log")?;
+    /// let mut lines = Vec::new();
+    /// while let Some(line) = log.try_recv()? {
+    ///     lines.push(line.to_owned());
+    /// }
+    /// lines.sort_by_key(|line| line.kind.number());
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn to_owned(&self) -> OwnedRecord {
         OwnedRecord {
             kind: self.kind(),
@@ -464,15 +640,45 @@ impl Record<'_> {
         }
     }
 
-    /// Returns the content in place, as words that the sender can still change. The last word is
-    /// padded with zeros by an honest sender.
+    /// Returns the content in place, as words that the sender can still change. Byte 0 of the
+    /// content is the lowest byte of the first word. A sender that follows the protocol pads the
+    /// last word with zeros.
+    ///
+    /// ```no_run
+    /// use std::sync::atomic::Ordering;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut camera = host::connect("default")?.receiver("camera")?;
+    /// let frame = camera.recv()?;
+    /// // The brightness of every eighth pixel, without a copy of the frame.
+    /// let mut sum = 0;
+    /// for word in frame.words() {
+    ///     sum += word.load(Ordering::Relaxed) & 0xff;
+    /// }
+    /// println!("brightness {sum}");
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn words(&self) -> &[AtomicU64] {
         let record = self.receiver.ring.record();
         record.map_or(&[], |record| record.into_words())
     }
 
     /// Lets the kernel write the content, or the rest of what was read, straight to a file. Returns
-    /// the bytes written, which can be fewer than there are.
+    /// the number of bytes written, which can be fewer than there are. Each call goes on where the
+    /// last one ended, and returns 0 after the last byte.
+    ///
+    /// ```no_run
+    /// use std::fs::File;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut receiver = host::connect("default")?.receiver("up")?;
+    /// let file = File::create("photo.jpg")?;
+    /// let mut photo = receiver.recv()?;
+    /// while photo.write_to(&file)? > 0 {}
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -488,25 +694,63 @@ impl Record<'_> {
         Ok(written)
     }
 
-    /// Releases the record, as dropping it does.
+    /// Releases the record, as dropping it does, and all records that were passed.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut commands = host::connect("default")?.receiver("up")?;
+    /// let command = commands.recv()?;
+    /// println!("done: {:?}", command.to_vec());
+    /// // The sender may be waiting for this room: see here that it was rung.
+    /// command.release()?;
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// Ringing the sender failed. Where a record is dropped, the next call of the receiver returns
-    /// that error.
+    /// Ringing the sender failed. The record is released all the same. If a record is dropped
+    /// instead, the next call of the receiver returns that error.
     pub fn release(mut self) -> Result<(), Error> {
         self.at_end = AtEnd::Pass;
         Ok(self.receiver.ring.release()?)
     }
 
-    /// Passes the record: it is released with the next one that is released, or as soon as there is
-    /// no further one. Releasing many at once costs less than releasing each.
+    /// Passes the record without releasing it. It is released with the next record that is
+    /// released, or by the next call that finds no record at once. Releasing many records at once
+    /// costs less than releasing each.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut samples = host::connect("default")?.receiver("up")?;
+    /// loop {
+    ///     let sample = samples.recv()?;
+    ///     // Every 64th sample is released, and the 63 before with it.
+    ///     if sample.sequence() % 64 != 0 {
+    ///         sample.pass();
+    ///     }
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn pass(mut self) {
         self.at_end = AtEnd::Pass;
     }
 
     /// Keeps the record in the channel: the next call receives it again, or the next receiver if
     /// this process ends.
+    ///
+    /// ```no_run
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut jobs = host::connect("default")?.receiver("up")?;
+    /// let job = jobs.recv()?;
+    /// if job.kind() != Kind::USER {
+    ///     // Another program takes up the channel, and does this job.
+    ///     job.keep();
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn keep(mut self) {
         self.at_end = AtEnd::Keep;
     }

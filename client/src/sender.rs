@@ -20,6 +20,20 @@ use crate::stream::StreamWriter;
 pub type RingSender = barlink_protocol::Sender<Mapping, Doorbells>;
 
 /// The outcome of a record that was sent.
+///
+/// ```no_run
+/// use barlink::{Kind, Sent, host};
+///
+/// let mut sensor = host::connect("default")?.sender("down")?;
+/// let mut lost = 0;
+/// for reading in [21.5_f32, 21.7, 21.6] {
+///     if sensor.send(Kind::USER, &reading.to_le_bytes())? == Sent::Dropped {
+///         lost += 1;
+///     }
+/// }
+/// println!("{lost} of 3 readings found the channel full");
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a record can be dropped"]
 pub enum Sent {
@@ -31,9 +45,9 @@ pub enum Sent {
     Dropped,
 }
 
-/// The end of a channel that sends records. The claim of the end lasts as long as this value. When
-/// it is dropped, it publishes the staged records, and an error of that is lost:
-/// [`Sender::publish`] returns it.
+/// The end of a channel that sends records. The claim of the end lasts as long as this value. A
+/// sender that is dropped publishes its staged records. An error of that is lost, so a program that
+/// wants to see it calls [`Sender::publish`] first.
 ///
 /// ```no_run
 /// use barlink::{Kind, Sent, host};
@@ -48,6 +62,20 @@ pub enum Sent {
 ///
 /// The descriptor of a sender ([`AsFd`]) is readable while a call may find room. A program that got
 /// [`Error::Full`] waits for it with epoll, mio or tokio, and tries again.
+///
+/// ```no_run
+/// use barlink::{ErrorKind, Kind, host};
+/// use rustix::event::{PollFd, PollFlags, poll};
+///
+/// let mut sender = host::connect("default")?.sender("down")?;
+/// while let Err(error) = sender.try_send(Kind::USER, b"a command") {
+///     if error.kind() != ErrorKind::Full {
+///         return Err(error.into());
+///     }
+///     poll(&mut [PollFd::new(&sender, PollFlags::IN)], None)?;
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Sender {
     ring: Owned<RingSender>,
@@ -70,20 +98,44 @@ impl Sender {
         })
     }
 
-    /// Copies a record into the channel and commits it. Waits for room as long as it takes. A
-    /// sender that drops does not wait.
+    /// Copies a record into the channel and commits it, with all records that were staged before.
+    /// Waits for room as long as it takes. A sender that drops does not wait: it returns
+    /// [`Sent::Dropped`].
+    ///
+    /// ```no_run
+    /// use barlink::{Kind, host};
+    ///
+    /// const SET_SPEED: Kind = Kind::USER;
+    ///
+    /// let mut commands = host::connect("default")?.sender("down")?;
+    /// let _ = commands.send(SET_SPEED, &3.5_f32.to_le_bytes())?;
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// The record is larger than [`Sender::max_record`], the channel is corrupt, or the device is
-    /// gone.
+    /// The record is larger than [`Sender::max_record`], the channel is corrupt, ringing or waiting
+    /// failed, or the device is gone.
     #[inline]
     pub fn send(&mut self, kind: Kind, bytes: &[u8]) -> Result<Sent, Error> {
         let sent = self.ring.send(kind, bytes, None);
         self.outcome(sent)
     }
 
-    /// Copies a record into the channel and commits it, if there is room now.
+    /// Copies a record into the channel and commits it, if there is room now. Otherwise a sender
+    /// that drops returns [`Sent::Dropped`], and any other an error.
+    ///
+    /// ```no_run
+    /// use barlink::{ErrorKind, Kind, host};
+    ///
+    /// let mut camera = host::connect("default")?.sender("camera")?;
+    /// let frame = vec![0; 320 * 240];
+    /// match camera.try_send(Kind::USER, &frame) {
+    ///     Err(error) if error.kind() == ErrorKind::Full => println!("frame skipped"),
+    ///     sent => println!("frame {:?}", sent?),
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -93,7 +145,21 @@ impl Sender {
         self.send_timeout(kind, bytes, Duration::ZERO)
     }
 
-    /// Copies a record into the channel and commits it. Waits for room until `timeout` is over.
+    /// Copies a record into the channel and commits it. Waits for room until `timeout` is over. A
+    /// sender that drops does not wait.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::{ErrorKind, Kind, host};
+    ///
+    /// let mut log = host::connect("default")?.sender("log")?;
+    /// let sent = log.send_timeout(Kind::USER, b"started", Duration::from_millis(100));
+    /// if sent.is_err_and(|error| error.kind() == ErrorKind::Full) {
+    ///     eprintln!("the reader of the log does not keep up");
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -137,14 +203,28 @@ impl Sender {
 
     /// Commits all staged records, and rings the receiver if it asked for that.
     ///
+    /// ```no_run
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut log = host::connect("default")?.sender("log")?;
+    /// for line in std::io::stdin().lines() {
+    ///     let _ = log.stage(Kind::USER, line?.as_bytes())?;
+    ///     if log.sequence().is_multiple_of(64) {
+    ///         log.publish()?;
+    ///     }
+    /// }
+    /// log.publish()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// Ringing failed.
+    /// Ringing failed. The records are committed all the same.
     pub fn publish(&mut self) -> Result<(), Error> {
         Ok(self.ring.publish()?)
     }
 
-    /// Reserves room for a record of at most `length` bytes in the shared memory itself. Waits for
+    /// Reserves room for a record of at most `length` bytes, in the shared memory itself. Waits for
     /// room as long as it takes, also if the sender drops.
     ///
     /// ```no_run
@@ -167,16 +247,50 @@ impl Sender {
         self.reserve_until(length, None)
     }
 
-    /// Reserves room for a record, if there is room now.
+    /// Reserves room for a record of at most `length` bytes, if there is room now.
+    ///
+    /// ```no_run
+    /// use std::io::Write;
+    ///
+    /// use barlink::{ErrorKind, Kind, host};
+    ///
+    /// let mut camera = host::connect("default")?.sender("camera")?;
+    /// match camera.try_reserve(320 * 240) {
+    ///     Ok(mut frame) => {
+    ///         frame.write_all(&[0; 320 * 240])?;
+    ///         frame.commit(Kind::USER)?;
+    ///     }
+    ///     Err(error) if error.kind() == ErrorKind::Full => println!("frame skipped"),
+    ///     Err(error) => return Err(error.into()),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`Error::Full`] if there is no room, and those of [`Sender::send`].
+    /// [`Error::Full`] if there is no room, also if the sender drops, and those of
+    /// [`Sender::send`].
     pub fn try_reserve(&mut self, length: usize) -> Result<Reservation<'_>, Error> {
         self.reserve_until(length, Some(Duration::ZERO))
     }
 
-    /// Reserves room for a record. Waits for room until `timeout` is over.
+    /// Reserves room for a record of at most `length` bytes. Waits for room until `timeout` is
+    /// over, also if the sender drops.
+    ///
+    /// ```no_run
+    /// use std::fs::File;
+    /// use std::time::Duration;
+    ///
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut camera = host::connect("default")?.sender("camera")?;
+    /// let video = File::open("/dev/video0")?;
+    /// // Waits for at most one frame time.
+    /// let mut frame = camera.reserve_timeout(640 * 480 * 2, Duration::from_millis(33))?;
+    /// frame.read_from(&video)?;
+    /// frame.commit(Kind::USER)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -231,34 +345,107 @@ impl Sender {
         StreamWriter::new(self)
     }
 
-    /// Returns the most bytes that one record can carry.
+    /// Returns the most bytes that one record can carry: half the channel's capacity less 24, and
+    /// at most 2³² − 8 (`docs/protocol.md`, rule 4.1.2).
+    ///
+    /// ```no_run
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut sender = host::connect("default")?.sender("down")?;
+    /// let photo = std::fs::read("photo.jpg")?;
+    /// for part in photo.chunks(sender.max_record()) {
+    ///     let _ = sender.send(Kind::USER, part)?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn max_record(&self) -> usize {
         self.ring.max_record() as usize
     }
 
-    /// Returns the number of the next record. It counts all records that were committed, staged or
-    /// dropped before.
+    /// Returns the sequence number of the next record. It is the number of records that were
+    /// committed, staged or dropped since the channel's last reset, by this sender and those before
+    /// it.
+    ///
+    /// ```no_run
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut commands = host::connect("default")?.sender("down")?;
+    /// let number = commands.sequence();
+    /// let _ = commands.send(Kind::USER, b"stop")?;
+    /// println!("command {number} waits for its reply");
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn sequence(&self) -> u64 {
         self.ring.sequence()
     }
 
-    /// Returns the number of records that were dropped since the channel began.
+    /// Returns the number of records that were dropped since the channel's last reset, by this
+    /// sender and those before it.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let camera = host::connect("default")?.sender("camera")?;
+    /// let (dropped, all) = (camera.dropped(), camera.sequence());
+    /// println!("{dropped} of {all} frames were dropped");
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn dropped(&self) -> u64 {
         self.ring.dropped()
     }
 
-    /// Whether this sender drops records that find the channel full.
+    /// Returns whether this sender drops records that find the channel full. The channel's entry in
+    /// the layout decides, unless
+    /// [`ChannelOptions::drop_when_full`](crate::ChannelOptions::drop_when_full) does.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let log = host::connect("default")?.sender("log")?;
+    /// if !log.drops() {
+    ///     eprintln!("a slow reader of the log will stop this program");
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn drops(&self) -> bool {
         self.ring.drops()
     }
 
-    /// Whether a process holds the other end, now. Between two VMs it is not visible, and counts as
-    /// present.
+    /// Returns whether a process holds the other end now. Between two VMs the other end is not
+    /// visible, and counts as present.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut camera = host::connect("default")?.sender("camera")?;
+    /// while !camera.is_peer_present() {
+    ///     std::thread::sleep(Duration::from_millis(10));
+    /// }
+    /// let _ = camera.send(Kind::USER, b"the first frame")?;
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn is_peer_present(&self) -> bool {
         is_present(&self.region, self.peer)
     }
 
     /// Sets how this end waits from now on.
+    ///
+    /// ```no_run
+    /// use std::io::Write;
+    ///
+    /// use barlink::{Kind, Strategy, host};
+    ///
+    /// let mut sender = host::connect("default")?.sender("down")?;
+    /// let mut stream = sender.stream();
+    /// stream.write_all(b"the firmware")?;
+    /// stream.finish()?;
+    /// // Back from a stream to commands, which may not be late.
+    /// sender.set_strategy(Strategy::PROMPT);
+    /// let _ = sender.send(Kind::USER, b"restart")?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn set_strategy(&mut self, strategy: Strategy) {
         self.ring.set_strategy(strategy);
     }
@@ -326,10 +513,23 @@ pub(crate) fn is_present(region: &Region, words: Option<PresenceWords>) -> bool 
     words.is_none_or(|words| words.read(region).is_held())
 }
 
-/// Room for a record, in the shared memory itself. [`Write`] appends to the record. A reservation
-/// that is dropped leaves the channel as it was.
+/// Room for a record, in the shared memory itself. [`Write`] appends to the record, and writes 0
+/// bytes once the room is used up. A reservation that is dropped leaves the channel as it was.
 ///
-/// See [`Sender::reserve`] for an example.
+/// ```no_run
+/// use std::io::Write;
+///
+/// use barlink::{Kind, host};
+///
+/// let mut log = host::connect("default")?.sender("log")?;
+/// let mut line = log.reserve(80)?;
+/// line.write_all(&std::fs::read("/proc/loadavg")?)?;
+/// println!("{} of {} bytes", line.len(), line.capacity());
+/// if !line.is_empty() {
+///     line.commit(Kind::USER)?;
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Reservation<'a> {
     draft: Draft<'a, Mapping, Doorbells>,
@@ -340,24 +540,41 @@ pub struct Reservation<'a> {
 }
 
 impl Reservation<'_> {
-    /// Returns the bytes that were written so far.
+    /// Returns the number of bytes that were written so far.
     pub fn len(&self) -> usize {
         self.length as usize
     }
 
-    /// Whether nothing was written yet.
+    /// Returns whether nothing was written yet.
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// Returns the bytes that can be written in all.
+    /// Returns the number of bytes that can be written in all: the length that was reserved.
     pub fn capacity(&self) -> usize {
         self.draft.length() as usize
     }
 
     /// Lets the kernel read from a file straight into an empty reservation, without a copy in
-    /// between. Returns the bytes read: 0 at the end of the file, or if the reservation is not
-    /// empty.
+    /// between. Calls `read(2)` once, so a pipe can give fewer bytes than fit. Returns the bytes
+    /// read: 0 at the end of the file, or if the reservation is not empty.
+    ///
+    /// ```no_run
+    /// use std::fs::File;
+    ///
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut sender = host::connect("default")?.sender("down")?;
+    /// let photo = File::open("photo.jpg")?;
+    /// loop {
+    ///     let mut record = sender.reserve(1 << 16)?;
+    ///     if record.read_from(&photo)? == 0 {
+    ///         break;
+    ///     }
+    ///     record.commit(Kind::USER)?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -375,7 +592,23 @@ impl Reservation<'_> {
     }
 
     /// Commits the record with the bytes that were written, and rings the receiver if it asked for
-    /// that.
+    /// that. Records that were staged before are committed with it.
+    ///
+    /// ```no_run
+    /// use std::io::Write;
+    ///
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut sensor = host::connect("default")?.sender("down")?;
+    /// let mut record = sensor.reserve(16)?;
+    /// let reading = 21.5_f64;
+    /// record.write_all(&reading.to_le_bytes())?;
+    /// // A reading out of range is not sent: the reservation is dropped.
+    /// if reading < 100.0 {
+    ///     record.commit(Kind::USER)?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -390,7 +623,7 @@ impl Reservation<'_> {
 }
 
 impl Write for Reservation<'_> {
-    /// Appends bytes to the record, as many as there is room for.
+    /// Appends bytes to the record, as many as there is room for. Returns their number.
     #[inline]
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let room = self.capacity() - self.len();

@@ -11,7 +11,44 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
-pub use barlink_protocol::stream::{Progress, Watch};
+/// The counts of a stream. A [`Watch`] sees them. [`send`] and [`receive`] return the last ones.
+///
+/// ```no_run
+/// use std::fs::File;
+/// use std::time::Instant;
+///
+/// use barlink::host;
+/// use barlink::stream::{self, Progress};
+///
+/// let mut sender = host::connect("default")?.sender("down")?;
+/// let start = Instant::now();
+/// let sent: Progress = stream::send(&mut sender, File::open("film.mp4")?, 1 << 20, &mut ())?;
+/// let speed = sent.bytes as f64 / start.elapsed().as_secs_f64();
+/// println!("{} records at {:.0} MB/s", sent.records, speed / 1e6);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub use barlink_protocol::stream::Progress;
+/// An observer of [`send`] or [`receive`]: a progress bar, or a warning that the other end is away.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::host;
+/// use barlink::stream::{self, Progress, Watch};
+///
+/// struct Terminal;
+///
+/// impl Watch for Terminal {
+///     fn progress(&mut self, progress: &Progress) {
+///         eprint!("\r{} bytes", progress.bytes);
+///     }
+/// }
+///
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// stream::receive(&mut receiver, File::create("film.mp4")?, &mut Terminal)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub use barlink_protocol::stream::Watch;
 use barlink_protocol::{Sent, Strategy, Wakeup, stream};
 
 use crate::error::{ChannelError, Error, EventError};
@@ -21,7 +58,26 @@ use crate::sender::Sender;
 /// Most bytes that a writer puts into one record: larger ones are no faster.
 const RECORD_SIZE: usize = 1 << 20;
 
-/// Why a stream ended early.
+/// Why [`send`] or [`receive`] ended before the end of the stream.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::host;
+/// use barlink::stream::{self, StreamError};
+///
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// let file = File::create("photo.jpg")?;
+/// match stream::receive(&mut receiver, &file, &mut ()) {
+///     Err(StreamError::Incomplete(bytes)) => println!("only {bytes} bytes came"),
+///     Err(StreamError::Write { partial, .. }) => {
+///         // The whole record comes again, so its first part must not stay in the file.
+///         file.set_len(file.metadata()?.len() - partial)?;
+///     }
+///     received => println!("{} bytes", received?.bytes),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StreamError {
@@ -60,7 +116,9 @@ impl From<stream::StreamError<EventError>> for StreamError {
     }
 }
 
-/// Sends all bytes of a file as one stream, in records of at most `record_size` bytes.
+/// Sends all bytes of a file as one stream, in records of at most `record_size` bytes. A size of 0
+/// counts as 1, and a size above [`Sender::max_record`] as that. `watch` sees the progress;
+/// `&mut ()` ignores it. Sets [`Strategy::STREAM`], which remains set afterwards.
 ///
 /// ```no_run
 /// use std::fs::File;
@@ -88,7 +146,9 @@ pub fn send(
     Ok(stream::send(sender.ring(), source, &mut record, watch)?)
 }
 
-/// Receives one stream, and writes its bytes to a file.
+/// Receives one stream, and writes its bytes to a file. A gap in the numbers of the records is no
+/// error: [`Progress::dropped`] counts it. `watch` sees the progress; `&mut ()` ignores it. Sets
+/// [`Strategy::STREAM`], which remains set afterwards.
 ///
 /// ```no_run
 /// use std::fs::File;
@@ -98,7 +158,7 @@ pub fn send(
 /// let broker = host::connect("default")?;
 /// let mut receiver = broker.receiver("up")?;
 /// let received = stream::receive(&mut receiver, File::create("photo.jpg")?, &mut ())?;
-/// println!("{} bytes, {} records dropped", received.bytes, received.dropped);
+/// println!("{} bytes, {} lost", received.bytes, received.dropped);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
@@ -142,10 +202,27 @@ impl<W: Watch> Watch for Noting<'_, W> {
     }
 }
 
-/// Sends a byte stream. It begins with the first bytes and ends with [`StreamWriter::finish`];
-/// without that, the receiver learns that the stream is incomplete.
+/// A writer of one byte stream, which begins with the first bytes and ends with
+/// [`StreamWriter::finish`]. If a program drops the writer without that, the receiver learns that
+/// the stream is incomplete. Each write sends one record of at most 1 MiB, so a program that writes
+/// few bytes at a time puts a [`BufWriter`](io::BufWriter) around it.
 ///
-/// See [`Sender::stream`] for an example.
+/// ```no_run
+/// use std::io::{BufWriter, Write};
+///
+/// use barlink::host;
+///
+/// let mut sender = host::connect("default")?.sender("down")?;
+/// let mut stream = sender.stream();
+/// let mut table = BufWriter::with_capacity(1 << 16, &mut stream);
+/// for number in 0..1_000_000_u64 {
+///     writeln!(table, "{number} {}", number * number)?;
+/// }
+/// table.flush()?;
+/// drop(table);
+/// stream.finish()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct StreamWriter<'a> {
     sender: &'a mut Sender,
@@ -163,12 +240,45 @@ impl<'a> StreamWriter<'a> {
         }
     }
 
-    /// Returns the number of records of this stream that were dropped.
+    /// Returns the number of records of this stream that were dropped, as far as it was written.
+    ///
+    /// ```no_run
+    /// use std::io::Write;
+    ///
+    /// use barlink::{ChannelOptions, host};
+    ///
+    /// let broker = host::connect("default")?;
+    /// let options = ChannelOptions::new().drop_when_full(true);
+    /// let mut sender = options.sender(&broker, "down")?;
+    /// let mut audio = sender.stream();
+    /// for _ in 0..1000 {
+    ///     audio.write_all(&[0; 1764])?;
+    /// }
+    /// println!("{} of 1000 blocks were dropped", audio.dropped());
+    /// audio.finish()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn dropped(&self) -> u64 {
         self.dropped
     }
 
     /// Ends the stream. Waits for room, also if the sender drops.
+    ///
+    /// ```no_run
+    /// use std::io::copy;
+    /// use std::net::TcpListener;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut sender = host::connect("default")?.sender("down")?;
+    /// for connection in TcpListener::bind("127.0.0.1:7000")?.incoming() {
+    ///     // One stream for each connection.
+    ///     let mut stream = sender.stream();
+    ///     copy(&mut connection?, &mut stream)?;
+    ///     stream.finish()?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -183,7 +293,7 @@ impl<'a> StreamWriter<'a> {
 }
 
 impl Write for StreamWriter<'_> {
-    /// Sends bytes as one record. A record that is dropped counts as written.
+    /// Sends bytes as one record, of at most 1 MiB. A record that is dropped counts as written.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let length = bytes.len().min(RECORD_SIZE).min(self.sender.max_record());
         if length == 0 {
@@ -222,15 +332,28 @@ pub(crate) struct Position {
     next: Option<u64>,
 }
 
-/// Receives one byte stream. Its end is the end of the stream: then another reader can receive the
-/// next one. A sender that leaves before is [`io::ErrorKind::UnexpectedEof`].
+/// A reader of one byte stream. It ends with the stream, and then another reader can receive the
+/// next stream. A sender that leaves before the end is [`io::ErrorKind::UnexpectedEof`].
 ///
 /// A gap in the numbers of the records stands for dropped records, and is counted
 /// ([`StreamReader::dropped`]). A reader that has found one returns the bytes that came, and then
-/// [`io::ErrorKind::InvalidData`] instead of the end. A gap before the stream's beginning counts
-/// as well, because the reader cannot tell whether the dropped records belong to the stream.
+/// [`io::ErrorKind::InvalidData`] instead of the end. A gap before the stream's beginning counts as
+/// well, because the reader cannot tell whether the dropped records belong to the stream.
 ///
-/// See [`Receiver::stream`] for an example.
+/// ```no_run
+/// use std::io::{BufRead, BufReader};
+///
+/// use barlink::host;
+///
+/// let mut receiver = host::connect("default")?.receiver("log")?;
+/// for line in BufReader::new(receiver.stream()).lines() {
+///     let line = line?;
+///     if line.contains("error") {
+///         println!("{line}");
+///     }
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct StreamReader<'a> {
     receiver: &'a mut Receiver,
@@ -255,6 +378,24 @@ impl<'a> StreamReader<'a> {
 
     /// Returns the number of records that the sender dropped within this stream, as far as it was
     /// read. A receiver's first stream counts from its first record ([`Receiver::missed`]).
+    ///
+    /// ```no_run
+    /// use std::io::{ErrorKind, Read};
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut receiver = host::connect("default")?.receiver("up")?;
+    /// let mut stream = receiver.stream();
+    /// let mut audio = Vec::new();
+    /// match stream.read_to_end(&mut audio) {
+    ///     // The bytes that came are there, so play them with a click.
+    ///     Err(error) if error.kind() == ErrorKind::InvalidData => {
+    ///         println!("{} clicks", stream.dropped());
+    ///     }
+    ///     read => println!("{} bytes", read?),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn dropped(&self) -> u64 {
         self.ended
             .unwrap_or(self.receiver.stream_position().dropped)

@@ -12,8 +12,20 @@ use rustix::ioctl::{Updater, ioctl};
 
 use crate::memory::{Access, Mapping, Region};
 
-/// A DMA buffer, mapped: see [`Device::buffer`](super::Device::buffer). The driver frees it when it
-/// is dropped, with all clones of its [`region`](Buffer::region).
+/// A DMA buffer, mapped. [`Device::buffer`](super::Device::buffer) returns it. The driver frees it
+/// when the last clone of it, and of its [`region`](Buffer::region), is dropped. After the device
+/// was unplugged, an access to its bytes is SIGBUS.
+///
+/// ```no_run
+/// use barlink::guest;
+///
+/// let buffer = guest::open("/dev/barlink0")?.buffer(1 << 20)?;
+/// println!("{} bytes at {:#x}", buffer.size(), buffer.address());
+/// if !buffer.is_told() {
+///     println!("the host cannot read it: the broker needs `--guest-memory`");
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Buffer {
     // The mapping holds the buffer's file; the descriptor is not needed.
@@ -46,18 +58,45 @@ impl Buffer {
 
     /// Returns the address that the device uses: the guest-physical one, unless the guest has an
     /// IOMMU.
+    ///
+    /// ```no_run
+    /// use barlink::{Kind, guest};
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let buffer = device.buffer(4096)?;
+    /// // Tells the host where the buffer is, for `Attachment::read_guest`.
+    /// let address = buffer.address().to_le_bytes();
+    /// let _ = device.sender("up")?.send(Kind::USER, &address)?;
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn address(&self) -> u64 {
         self.reported.address
     }
 
-    /// Whether the driver has reported the buffer to the device, so that the host can read it. Only
-    /// barlink's own device takes such a report, over vfio-user with `--guest-memory`.
+    /// Returns whether the driver has reported the buffer to the device, so that the host can read
+    /// it by [`Attachment::read_buffer`](crate::host::Attachment::read_buffer). Only barlink's own
+    /// device takes such a report, over vfio-user with `--guest-memory` (`docs/protocol.md`, rule
+    /// 6.17).
     pub fn is_told(&self) -> bool {
         self.reported.told == 1
     }
 
     /// Returns the bytes, for [`peek`](Region::peek) and [`poke`](Region::poke). The host can read
     /// them at any time.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::guest;
+    ///
+    /// let buffer = guest::open("/dev/barlink0")?.buffer(4096)?;
+    /// // The host reads the uptime of the guest from here, whenever it wants.
+    /// loop {
+    ///     buffer.region().poke(0, &std::fs::read("/proc/uptime")?)?;
+    ///     std::thread::sleep(Duration::from_secs(1));
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn region(&self) -> &Region {
         &self.region
     }

@@ -14,21 +14,35 @@ use crate::guest::device::{map_in, region};
 use crate::memory::Mapping;
 
 /// The cache mode to request for a mapping. All live mappings of a region have the same mode.
+///
+/// ```no_run
+/// use barlink::guest::{Cache, OpenOptions};
+///
+/// let mode = match std::env::var("CACHE").as_deref() {
+///     Ok("write-back") => Cache::WriteBack,
+///     Ok("write-combining") => Cache::WriteCombining,
+///     _ => Cache::Auto,
+/// };
+/// let device = OpenOptions::new().cache(mode).open("/dev/barlink0")?;
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cache {
     /// The mode of the region's live mappings, whichever process has them; noncached if there are
     /// none.
     #[default]
     Same,
-    /// Noncached: each access is one of the bus's. It is reported as uncached-minus.
+    /// Noncached: each access goes over the bus. The driver reports it as uncached-minus, which is
+    /// the kernel's `pgprot_noncached`.
     Noncached,
-    /// Write-combining: stores are gathered, and loads are as noncached ones.
+    /// Write-combining: the processor gathers stores, and loads as in a noncached mapping.
     WriteCombining,
-    /// Write-back, as the guest's own memory. It needs a device above 4 GiB, or uncached-minus is
-    /// granted.
+    /// Write-back, as the guest's own memory. The kernel grants it for a region above 4 GiB, and
+    /// uncached-minus for one below.
     WriteBack,
-    /// The fastest mode that the guest's kernel grants, by a short measurement; [`Cache::Same`] if
-    /// the region is mapped.
+    /// The fastest mode that the guest's kernel grants, by a short measurement of reads. Of modes
+    /// whose speeds differ by less than 10 %, it is the most cached one. [`Cache::Same`] if the
+    /// region is mapped.
     Auto,
 }
 
@@ -47,6 +61,14 @@ impl Cache {
     }
 
     /// Returns the name, as the option `--cache` of `barlink-guest` has it.
+    ///
+    /// ```
+    /// use barlink::guest::Cache;
+    ///
+    /// let modes = [Cache::WriteBack, Cache::WriteCombining, Cache::Noncached];
+    /// let names = modes.map(Cache::name).join(", ");
+    /// assert_eq!(names, "write-back, write-combining, noncached");
+    /// ```
     pub fn name(self) -> &'static str {
         match self {
             Cache::Same => "same",
@@ -77,11 +99,29 @@ const TIME: Duration = Duration::from_millis(1);
 const MARGIN: f64 = 1.1;
 
 /// The result of [`Cache::Auto`]. Its text has the reason.
+///
+/// ```
+/// use barlink::guest::{Cache, Choice};
+///
+/// // `Device::choice` returns such a value.
+/// let choice = Choice {
+///     cache: Cache::WriteCombining,
+///     speeds: vec![
+///         (Cache::WriteBack, None),
+///         (Cache::WriteCombining, Some(2.5e9)),
+///     ],
+/// };
+/// assert_eq!(
+///     choice.to_string(),
+///     "write-combining: reads by write-back not granted, write-combining 2500 MB/s"
+/// );
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Choice {
     /// The mode to ask for; [`Cache::Same`] if the region was mapped already.
     pub cache: Cache,
     /// Bytes a second that were read in each mode, or `None` where the kernel granted another mode.
+    /// Empty if the region was mapped already.
     pub speeds: Vec<(Cache, Option<f64>)>,
 }
 

@@ -27,6 +27,19 @@ use crate::receiver::Receiver;
 use crate::sender::Sender;
 
 /// Why a device cannot be used.
+///
+/// ```no_run
+/// use barlink::Error;
+/// use barlink::guest::{self, DeviceError};
+///
+/// match guest::open("/dev/barlink0") {
+///     Err(Error::Device(DeviceError::NoDevice { path })) => {
+///         println!("this VM has no {}", path.display());
+///     }
+///     device => println!("{} vectors", device?.info()?.vectors),
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
@@ -120,6 +133,23 @@ pub enum DeviceError {
 
 impl DeviceError {
     /// Returns the class of the error.
+    ///
+    /// ```
+    /// use barlink::ErrorKind;
+    /// use barlink::guest::DeviceError;
+    ///
+    /// /// The exit status of a service, for its manager.
+    /// fn status(error: &DeviceError) -> u8 {
+    ///     match error.kind() {
+    ///         ErrorKind::NotFound | ErrorKind::Gone => 2,
+    ///         ErrorKind::PermissionDenied => 3,
+    ///         _ => 1,
+    ///     }
+    /// }
+    ///
+    /// let path = "/dev/barlink0".into();
+    /// assert_eq!(status(&DeviceError::Permission { path }), 3);
+    /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
             DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
@@ -137,7 +167,20 @@ impl DeviceError {
     }
 }
 
-/// A device, open and mapped. Ends of channels outlive it.
+/// A device, open and mapped. Ends of channels outlive it. After the device was unplugged, or its
+/// driver unbound, an access to its region is SIGBUS.
+///
+/// ```no_run
+/// use barlink::Kind;
+/// use barlink::guest::{self, Device};
+///
+/// let device: Device = guest::open("/dev/barlink0")?;
+/// let mut sensor = device.sender("up")?;
+/// for reading in [21.5_f32, 21.7, 21.6] {
+///     let _ = sensor.send(Kind::USER, &reading.to_le_bytes())?;
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Device {
     path: PathBuf,
@@ -186,11 +229,32 @@ impl Device {
     }
 
     /// Returns the result of [`Cache::Auto`], if that was requested.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// if let Some(choice) = device.choice() {
+    ///     eprintln!("cache mode {choice}");
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn choice(&self) -> Option<&Choice> {
         self.choice.as_ref()
     }
 
-    /// Returns the driver's information about the device.
+    /// Returns the driver's information about the device (`docs/protocol.md`, section 6).
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let info = guest::open("/dev/barlink0")?.info()?;
+    /// println!("slot {}, region at {:#x}", info.id, info.region_address);
+    /// if info.vectors == 0 {
+    ///     println!("without interrupts, receivers poll once a millisecond");
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -199,18 +263,61 @@ impl Device {
         Ok(info(&self.file, &self.path)?)
     }
 
-    /// Returns the region's layout.
+    /// Returns the region's layout: its size, channels and raw window. It was read and checked when
+    /// the device was opened.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let slot = device.info()?.id;
+    /// for channel in device.layout().channels() {
+    ///     if channel.consumer == slot {
+    ///         println!("this VM receives {}", channel.name);
+    ///     }
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
     /// Returns the region's words, without the drivers' pages at its end.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let layout = device.layout();
+    /// // The raw window, as a file.
+    /// let mut bytes = vec![0; layout.raw_size as usize];
+    /// device.region().copy_out(layout.raw_offset, &mut bytes);
+    /// std::fs::write("window.bin", bytes)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn region(&self) -> Region {
         region(&self.mapping, self.granted)
     }
 
     /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their
-    /// memory.
+    /// memory, and an access to them is SIGBUS.
+    ///
+    /// ```no_run
+    /// use barlink::{Kind, guest};
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let mut sender = device.sender("up")?;
+    /// std::thread::spawn(move || {
+    ///     if device.wait_until_gone().is_ok() {
+    ///         // Ends the program before it touches the region again.
+    ///         std::process::exit(1);
+    ///     }
+    /// });
+    /// loop {
+    ///     let _ = sender.send(Kind::USER, b"alive")?;
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -227,8 +334,9 @@ impl Device {
         }
     }
 
-    /// Has the driver allocate memory that the device can reach by DMA: whole pages,
-    /// [`uapi::MAX_BUFFER`] bytes at the most. A device has one such buffer at a time.
+    /// Allocates a DMA buffer: memory of the guest that the device can reach. The size is in bytes:
+    /// whole pages of 4096, and [`uapi::MAX_BUFFER`] (4 MiB) at the most. The memory is zeroed, and
+    /// contiguous for the device. A device has one such buffer at a time.
     ///
     /// ```no_run
     /// let device = barlink::guest::open("/dev/barlink0")?;
@@ -240,7 +348,9 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// The size is not valid, the device has a buffer already, or there is no memory.
+    /// The size is not valid ([`ErrorKind::InvalidInput`]), the device has a buffer already
+    /// ([`ErrorKind::InUse`]), the driver is too old for buffers ([`ErrorKind::Incompatible`]), or
+    /// there is no contiguous memory of that size.
     pub fn buffer(&self, size: u64) -> Result<Buffer, Error> {
         let path = || self.path.clone();
         let buffer = Buffer::new(&self.file, size).map_err(|error| match error {
@@ -254,15 +364,38 @@ impl Device {
 
     /// Claims the sending end of a channel, with the default [`ChannelOptions`].
     ///
+    /// ```no_run
+    /// use std::io::Write;
+    ///
+    /// use barlink::{Kind, guest};
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let mut up = device.sender("up")?;
+    /// let mut load = up.reserve(64)?;
+    /// load.write_all(&std::fs::read("/proc/loadavg")?)?;
+    /// load.commit(Kind::USER)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state
-    /// is not valid.
+    /// Those of [`ChannelOptions::sender`], and the device is gone.
     pub fn sender(&self, name: &str) -> Result<Sender, Error> {
         ChannelOptions::new().sender(self, name)
     }
 
     /// Claims the receiving end of a channel, with the default [`ChannelOptions`].
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let mut commands = device.receiver("down")?;
+    /// for command in &mut commands {
+    ///     println!("the host says {:?}", command?.bytes);
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///

@@ -25,7 +25,21 @@ use crate::sender::Sender;
 /// memory for perhaps one record.
 const MAX_POPULATED: u64 = 64 << 20;
 
-/// A host app's connection to a broker. Ends of channels outlive it.
+/// A host app's connection to a broker. Ends of channels outlive it. Threads can share it: each
+/// request waits for the answer to the one before it.
+///
+/// ```no_run
+/// use barlink::Kind;
+/// use barlink::host::{self, Attachment};
+///
+/// let broker: Attachment = host::connect("default")?;
+/// let (mut sender, mut receiver) = (broker.sender("down")?, broker.receiver("up")?);
+/// // The ends work on without it.
+/// drop(broker);
+/// let _ = sender.send(Kind::USER, b"ping")?;
+/// println!("{:?}", receiver.recv()?.to_vec());
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Attachment {
     control: Arc<Control>,
@@ -37,9 +51,21 @@ pub struct Attachment {
 impl Attachment {
     /// Attaches to the broker whose control socket is at `path`.
     ///
+    /// ```no_run
+    /// use std::path::Path;
+    ///
+    /// use barlink::Access;
+    /// use barlink::host::Attachment;
+    ///
+    /// let path = Path::new("/run/barlink/default.sock");
+    /// let broker = Attachment::connect(path, Access::ReadOnly)?;
+    /// println!("{:?}", broker.layout());
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// There is no broker, it refuses, or its region cannot be mapped.
+    /// Those of [`host::connect_path`](crate::host::connect_path()).
     pub fn connect(path: &Path, access: Access) -> Result<Self, Error> {
         let control = Control::connect(path)?;
         let (answer, descriptors) = control.ask(Ask::Attach { access })?;
@@ -63,35 +89,101 @@ impl Attachment {
 
     /// Claims the sending end of a channel, with the default [`ChannelOptions`].
     ///
+    /// ```no_run
+    /// use barlink::{Kind, host};
+    ///
+    /// let broker = host::connect("default")?;
+    /// let mut commands = broker.sender("down")?;
+    /// let _ = commands.send(Kind::USER, b"restart")?;
+    /// // The end is free again for another process.
+    /// drop(commands);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// There is no such channel, its end belongs elsewhere, another process holds it, or its state
-    /// is not valid.
+    /// Those of [`ChannelOptions::sender`].
     pub fn sender(&self, name: &str) -> Result<Sender, Error> {
         ChannelOptions::new().sender(self, name)
     }
 
     /// Claims the receiving end of a channel, with the default [`ChannelOptions`].
     ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// for mut receiver in [broker.receiver("up")?, broker.receiver("camera")?] {
+    ///     std::thread::spawn(move || {
+    ///         while let Ok(record) = receiver.recv() {
+    ///             println!("{} bytes", record.len());
+    ///         }
+    ///     });
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// Those of [`Attachment::sender`].
+    /// Those of [`ChannelOptions::sender`].
     pub fn receiver(&self, name: &str) -> Result<Receiver, Error> {
         ChannelOptions::new().receiver(self, name)
     }
 
-    /// Returns the region's layout.
+    /// Returns the region's layout: its size, channels and raw window. It is the broker's, and does
+    /// not change.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// for channel in host::connect("default")?.layout().channels() {
+    ///     println!(
+    ///         "{}: {} to {}",
+    ///         channel.name, channel.producer, channel.consumer
+    ///     );
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
     /// Returns the region's words. With [`Access::ReadOnly`] a store to them ends the process by
     /// SIGSEGV.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let (layout, region) = (broker.layout(), broker.region());
+    /// // A table that guests read at any time, in the raw window.
+    /// region.poke(layout.raw_offset, &std::fs::read("table.bin")?)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn region(&self) -> Region {
         self.mapping.region()
     }
 
-    /// Asks the broker for its slots and claims.
+    /// Asks the broker for its slots and for the ends that host apps hold.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let status = broker.status()?;
+    /// for vm in status.slots.iter().filter_map(|slot| slot.vm.as_ref()) {
+    ///     println!("VMM {} of user {}", vm.pid, vm.uid);
+    /// }
+    /// for claim in &status.claims {
+    ///     let channel = &broker.layout().channels()[claim.channel];
+    ///     println!("process {} holds an end of {}", claim.pid, channel.name);
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The broker is gone, or does not answer.
     pub fn status(&self) -> Result<Status, Error> {
         match self.control.ask(Ask::Status)? {
             (Answer::Status(status), _) => Ok(status),
@@ -103,8 +195,29 @@ impl Attachment {
     }
 
     /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on.
-    /// Where the guest has an IOMMU, the address is one of the device's. The guest can change the
-    /// bytes meanwhile.
+    /// Where the guest has an IOMMU, the address is one of the device's. The broker must have been
+    /// started with `--guest-memory`.
+    ///
+    /// The broker copies 32 KiB at a time, and the guest can change the bytes meanwhile. After an
+    /// error, `bytes` can have a part of them.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut page = [0; 4096];
+    /// // A guest told this address over a channel.
+    /// host::connect("default")?.read_guest(0, 0x1234_5000, &mut page)?;
+    /// println!("{:x?}", &page[..16]);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// There is no such slot, VM or shared memory at these addresses
+    /// ([`ErrorKind::NotFound`](crate::ErrorKind::NotFound)), this process belongs to another user
+    /// than the broker's own or root
+    /// ([`ErrorKind::PermissionDenied`](crate::ErrorKind::PermissionDenied)), too many reads wait
+    /// for that VM ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is gone.
     pub fn read_guest(&self, slot: u32, address: u64, bytes: &mut [u8]) -> Result<(), Error> {
         self.copy(bytes, |start, length| Ask::ReadGuest {
             slot,
@@ -113,8 +226,28 @@ impl Attachment {
         })
     }
 
-    /// Copies bytes out of the DMA buffer of a slot's guest, from an offset on. The guest can
-    /// change them meanwhile.
+    /// Copies bytes out of the DMA buffer of a slot's guest
+    /// ([`guest::Device::buffer`](crate::guest::Device::buffer)), from an offset in bytes on. The
+    /// broker copies as for [`Attachment::read_guest`].
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let vm = &broker.status()?.slots[0].vm;
+    /// if let Some(buffer) = vm.as_ref().and_then(|vm| vm.buffer) {
+    ///     let mut picture = vec![0; buffer.size as usize];
+    ///     broker.read_buffer(0, 0, &mut picture)?;
+    ///     std::fs::write("picture.raw", picture)?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The guest has no buffer ([`ErrorKind::NotFound`](crate::ErrorKind::NotFound)), the bytes
+    /// reach beyond its end ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), and
+    /// those of [`Attachment::read_guest`].
     pub fn read_buffer(&self, slot: u32, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
         self.copy(bytes, |start, length| Ask::ReadBuffer {
             slot,
@@ -147,7 +280,29 @@ impl Attachment {
         Ok(())
     }
 
-    /// Empties a channel whose ends are free. Returns the number of its new generation.
+    /// Empties a channel whose ends are free, also if it is corrupt. Returns how often the channel
+    /// was reset, this time included.
+    ///
+    /// ```no_run
+    /// use barlink::{ErrorKind, host};
+    ///
+    /// let broker = host::connect("default")?;
+    /// let receiver = match broker.receiver("up") {
+    ///     Err(error) if error.kind() == ErrorKind::Corrupt => {
+    ///         eprintln!("reset {}", broker.reset("up")?);
+    ///         broker.receiver("up")?
+    ///     }
+    ///     receiver => receiver?,
+    /// };
+    /// # drop(receiver);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel ([`ErrorKind::NotFound`](crate::ErrorKind::NotFound)), a process
+    /// holds one of its ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is
+    /// gone.
     pub fn reset(&self, name: &str) -> Result<u64, Error> {
         let channel = find(&self.layout, name)?;
         match self.control.ask(Ask::Reset { channel })? {

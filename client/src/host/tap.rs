@@ -24,7 +24,8 @@ const LONGEST_LOOK: Duration = Duration::from_millis(10);
 /// Tries to read both cursors at one moment, or a record before it is released.
 const TRIES: u32 = 16;
 
-/// A look at a channel that another program receives.
+/// A look at a channel that another program receives. It copies the records that the receiver has
+/// not released, and delays neither end.
 ///
 /// ```no_run
 /// use barlink::Access;
@@ -60,8 +61,20 @@ enum Found {
 
 impl Attachment {
     /// Returns a tap of a channel, which begins at the first record that was not released. It needs
-    /// no claim, and works with
-    /// [`Access::ReadOnly`](crate::Access::ReadOnly).
+    /// no claim, and works with [`Access::ReadOnly`](crate::Access::ReadOnly). A channel can have
+    /// any number of taps.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// // The lines that the receiver of the log has not handled yet.
+    /// let broker = host::connect("default")?;
+    /// let mut lines = broker.tap("log")?;
+    /// while let Some(line) = lines.try_recv()? {
+    ///     println!("{}", String::from_utf8_lossy(&line.bytes));
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -88,7 +101,26 @@ impl Attachment {
 }
 
 impl Tap {
-    /// Copies the next record, if there is one now.
+    /// Copies the next record, if there is one now. Returns `None` also while a reset of the
+    /// channel is under way, and where the receiver releases each record before it is copied.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut tap = host::connect("default")?.tap("camera")?;
+    /// // A preview: one frame each second, the newest that is there.
+    /// loop {
+    ///     let mut newest = None;
+    ///     while let Some(frame) = tap.try_recv()? {
+    ///         newest = Some(frame);
+    ///     }
+    ///     println!("{:?}", newest.map(|frame| frame.sequence));
+    ///     std::thread::sleep(Duration::from_secs(1));
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -140,6 +172,21 @@ impl Tap {
     /// Copies the next record. Looks for it again and again, after 50 µs and then after longer
     /// times, up to 10 ms. Waits for the next reset if a reset of the channel was cut short.
     ///
+    /// ```no_run
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut tap = host::connect("default")?.tap("up")?;
+    /// let mut bytes = 0;
+    /// loop {
+    ///     let record = tap.recv()?;
+    ///     match record.kind {
+    ///         Kind::END => println!("a stream of {bytes} bytes"),
+    ///         _ => bytes += record.bytes.len(),
+    ///     }
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// The channel is corrupt.
@@ -151,7 +198,19 @@ impl Tap {
         }
     }
 
-    /// Copies the next record, or returns `None` if there is none before `timeout` is over.
+    /// Copies the next record, or returns `None` if there is none before `timeout` is over. Looks
+    /// as [`Tap::recv`] does.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut heartbeat = host::connect("default")?.tap("up")?;
+    /// while heartbeat.recv_timeout(Duration::from_secs(5))?.is_some() {}
+    /// println!("no record for 5 seconds: is the guest alive?");
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -170,7 +229,8 @@ impl Tap {
         }
     }
 
-    /// Returns the number of records that were dropped or released before this tap could copy them.
+    /// Returns the number of records that were dropped, or released before this tap could copy
+    /// them. It counts the gaps between the records that the tap returned.
     pub fn missed(&self) -> u64 {
         self.missed
     }
