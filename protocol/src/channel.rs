@@ -9,7 +9,7 @@ use core::time::Duration;
 use crate::consumer::{Consumer, Record};
 use crate::cursor::{Kind, Place};
 use crate::error::ChannelError;
-use crate::link::{Events, Link, Wakeup, Wish};
+use crate::link::{Events, Link, Threshold, Wakeup};
 use crate::presence::{Presence, PresenceWords};
 use crate::producer::{Notify, Producer, Reservation, ReserveError};
 use crate::region::Region;
@@ -270,13 +270,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         let deadline = self.link.deadline(timeout);
         loop {
             let producer = &mut self.producer;
-            let woken = self.link.wait(deadline, Wish::Half, |wish| {
-                let found = match wish {
-                    Wish::Soon => producer.wish_for_room(length),
-                    Wish::Half => producer.wish_for_half(length),
-                    Wish::Kept => producer.has_room(length),
-                    Wish::Withdrawn => {
-                        producer.withdraw_wish();
+            let woken = self.link.wait(deadline, Threshold::Half, |threshold| {
+                let found = match threshold {
+                    Threshold::Soon => producer.arm_for_room(length),
+                    Threshold::Half => producer.arm_for_half(length),
+                    Threshold::Unchanged => producer.has_room(length),
+                    Threshold::Disarmed => {
+                        producer.disarm();
                         producer.has_room(length)
                     }
                 };
@@ -435,12 +435,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
-        self.link.wait(deadline, Wish::Soon, |wish| {
-            match wish {
-                Wish::Kept => (),
-                Wish::Withdrawn => consumer.withdraw_wish(),
-                Wish::Soon => return Ok(consumer.wish_for_record()?),
-                Wish::Half => return Ok(consumer.wish_for_half()?),
+        self.link.wait(deadline, Threshold::Soon, |threshold| {
+            match threshold {
+                Threshold::Unchanged => (),
+                Threshold::Disarmed => consumer.disarm(),
+                Threshold::Soon => return Ok(consumer.arm_for_record()?),
+                Threshold::Half => return Ok(consumer.arm_for_half()?),
             }
             Ok(consumer.poll()?)
         })

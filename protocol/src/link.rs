@@ -47,16 +47,16 @@ pub enum Wakeup {
 
 /// Change of an end's wake threshold before it looks for a record or for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub(crate) enum Threshold {
     /// The threshold stays as it is.
-    Kept,
+    Unchanged,
     /// Wake this end as soon as the record or the room is there.
     Soon,
     /// Wake this end once the other end has moved by half of the channel, before the other end has
     /// to wait.
     Half,
     /// Disarm the wake-up.
-    Withdrawn,
+    Disarmed,
 }
 
 /// Shortest and longest fallback poll. An end polls until a doorbell has come through.
@@ -154,8 +154,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// holds: a process that takes hold of the end looks before it sleeps, and QEMU without KVM
     /// crashes on a ring for a device that was unplugged.
     fn ring(&mut self) -> Result<bool, E::Error> {
-        // SYNC: held-then-wish; the driver stores the holder word before a process of its guest can
-        // store a wake threshold. So an end that has read the threshold sees the holder here.
+        // SYNC: held-then-threshold; the driver stores the holder word before a process of its
+        // guest can store a wake threshold. So an end that has read the threshold sees the holder
+        // here.
         self.region.fence_loads();
         let of_a_vm = self.words.is_some_and(|words| words.are_of_a_vm());
         if of_a_vm && !self.read_peer().is_held() {
@@ -211,10 +212,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     pub(crate) fn wait(
         &mut self,
         deadline: Option<Duration>,
-        first: Wish,
-        mut look: impl FnMut(Wish) -> Result<bool, ChannelError<E::Error>>,
+        first: Threshold,
+        mut look: impl FnMut(Threshold) -> Result<bool, ChannelError<E::Error>>,
     ) -> Result<Wakeup, ChannelError<E::Error>> {
-        if look(Wish::Kept)? {
+        if look(Threshold::Unchanged)? {
             return Ok(Wakeup::Ready);
         }
         if deadline != Some(PAST)
@@ -227,14 +228,14 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             // descriptor to be readable comes here with a deadline that is over.
             self.events.sleep(deadline).map_err(ChannelError::Events)?;
         }
-        let mut wish = first;
+        let mut threshold = first;
         loop {
             let left = deadline.map(|deadline| deadline.saturating_sub(self.events.now()));
             let over = left == Some(Duration::ZERO);
             let peer = self.read_peer();
             if peer != self.peer {
                 // Records or room from before the change come first.
-                if look(Wish::Kept)? {
+                if look(Threshold::Unchanged)? {
                     return Ok(Wakeup::Ready);
                 }
                 self.peer_changed(peer).map_err(ChannelError::Events)?;
@@ -245,21 +246,21 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                 }
             }
             if over {
-                wish = Wish::Soon;
+                threshold = Threshold::Soon;
             }
-            if look(wish)? {
+            if look(threshold)? {
                 return Ok(Wakeup::Ready);
             }
             if over {
                 return Ok(Wakeup::TimedOut);
             }
-            match wish {
-                Wish::Half => self.sleep_for(left.map_or(HALF, |left| left.min(HALF))),
+            match threshold {
+                Threshold::Half => self.sleep_for(left.map_or(HALF, |left| left.min(HALF))),
                 _ => self.sleep(left),
             }
             .map_err(ChannelError::Events)?;
-            wish = Wish::Soon;
-            if look(Wish::Kept)? {
+            threshold = Threshold::Soon;
+            if look(Threshold::Unchanged)? {
                 return Ok(Wakeup::Ready);
             }
         }
@@ -269,7 +270,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     fn spin<X>(
         &mut self,
         deadline: Option<Duration>,
-        look: &mut impl FnMut(Wish) -> Result<bool, X>,
+        look: &mut impl FnMut(Threshold) -> Result<bool, X>,
     ) -> Result<bool, X> {
         let Strategy {
             least_spin,
@@ -286,7 +287,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 spin_loop();
-                if look(Wish::Kept)? {
+                if look(Threshold::Unchanged)? {
                     self.spin = spin.saturating_mul(2).min(most_spin);
                     self.fruitless = 0;
                     return Ok(true);
@@ -305,7 +306,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     fn nap(
         &mut self,
         deadline: Option<Duration>,
-        look: &mut impl FnMut(Wish) -> Result<bool, ChannelError<E::Error>>,
+        look: &mut impl FnMut(Threshold) -> Result<bool, ChannelError<E::Error>>,
     ) -> Result<bool, ChannelError<E::Error>> {
         if self.strategy.nap.is_zero() {
             return Ok(false);
@@ -313,9 +314,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         let end = self.events.now().saturating_add(self.strategy.nap);
         let end = deadline.map_or(end, |deadline| deadline.min(end));
         let mut nap = FIRST_NAP;
-        let mut wish = Wish::Half;
-        while !look(wish)? {
-            wish = Wish::Kept;
+        let mut threshold = Threshold::Half;
+        while !look(threshold)? {
+            threshold = Threshold::Unchanged;
             let left = end.saturating_sub(self.events.now());
             if left.is_zero() {
                 return Ok(false);
@@ -327,7 +328,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             nap = (nap * 2).min(LONGEST_NAP);
         }
         // Disarms the wake-up: otherwise the other end would ring while this end is awake.
-        look(Wish::Withdrawn)
+        look(Threshold::Disarmed)
     }
 
     /// Sleeps for a time whose end tells nothing about doorbells. A ring proves that they arrive.

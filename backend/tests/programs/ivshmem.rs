@@ -118,8 +118,8 @@ fn host_app_never_rings_vm_without_driver() {
     };
     // The guest's consumer slept when the device was unplugged. The driver had time to withdraw its
     // presence.
-    let wish = layout.channels()[1].offset + channel::CONSUMER_WISH;
-    attachment.region().store(wish, 1);
+    let threshold = layout.channels()[1].offset + channel::CONSUMER_THRESHOLD;
+    attachment.region().store(threshold, 1);
     for (epoch, holder) in [(0, 0), (2, 0), (2, 1)] {
         vm.tell(layout, presence::EPOCH, epoch);
         vm.tell(layout, presence::holder(1, End::Consumer), holder);

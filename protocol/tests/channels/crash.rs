@@ -256,11 +256,11 @@ impl Ends {
                 states
             }
             7 => {
-                let (found, states) = memory.record(|| consumer.wish_for_record());
+                let (found, states) = memory.record(|| consumer.arm_for_record());
                 assert_eq!(found, Ok(!content.records.is_empty()));
                 states
             }
-            8 => memory.record(|| producer.wish_for_room(step.length)).1,
+            8 => memory.record(|| producer.arm_for_room(step.length)).1,
             9 => {
                 let (staged, states) = memory.record(|| stage(producer, step.length));
                 for _ in 0..staged {

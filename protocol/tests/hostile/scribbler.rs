@@ -86,7 +86,7 @@ enum Reach {
 
 const PRODUCERS: Reach = Reach::Lines(&[
     channel::WRITTEN,
-    channel::PRODUCER_WISH,
+    channel::PRODUCER_THRESHOLD,
     channel::NOTES[0],
     channel::NOTES[0] + channel::NOTE_RECORDS,
     channel::NOTES[1],
@@ -96,7 +96,7 @@ const PRODUCERS: Reach = Reach::Lines(&[
 ]);
 const CONSUMERS: Reach = Reach::Lines(&[
     channel::READ,
-    channel::CONSUMER_WISH,
+    channel::CONSUMER_THRESHOLD,
     channel::CONSUMER_RUNG,
 ]);
 
@@ -254,8 +254,8 @@ fn consumer(
             return;
         };
         let found = match random.random_range(0..8) {
-            0 => end.wish_for_record(),
-            1 => end.wish_for_half(),
+            0 => end.arm_for_record(),
+            1 => end.arm_for_half(),
             _ => end.poll(),
         };
         let Ok(found) = found else {
@@ -298,7 +298,7 @@ fn producer(
         };
         let length = random.random_range(0..2500);
         if random.random_range(0..4) == 0 {
-            let _ = end.wish_for_room(length);
+            let _ = end.arm_for_room(length);
             end.drop_record();
         }
         if let Ok(mut room) = end.reserve(length) {

@@ -50,9 +50,9 @@ fn receive(receiver: &mut Receiver<Memory, Bells>, number: u64) {
 }
 
 /// Arms a wake-up of a consumer that dies in its sleep.
-fn wish_and_die(region: &Words, channel: &Channel) {
+fn arm_and_die(region: &Words, channel: &Channel) {
     let mut consumer = Consumer::attach(region.clone(), channel).unwrap();
-    assert_eq!(consumer.wish_for_record(), Ok(false));
+    assert_eq!(consumer.arm_for_record(), Ok(false));
 }
 
 /// Checks rule 5.6: an end that was not rung while it was away finds the records when it comes. The
@@ -69,7 +69,7 @@ fn arriving_driver_misses_no_record() {
             Driver::new(&region, &channel, &guest),
         );
         broker.occupy(1);
-        wish_and_die(&region, &channel);
+        arm_and_die(&region, &channel);
         let its_region = region.clone();
         let app = thread::spawn(move || {
             broker.hold(1);
@@ -107,7 +107,7 @@ fn vm_after_killed_vm_misses_no_record() {
         driver.arrive();
         broker.hold(1);
         driver.hold(1);
-        wish_and_die(&region, &channel);
+        arm_and_die(&region, &channel);
         let mut sender = sender(&region, &channel, &host);
         let app = thread::spawn(move || send(&mut sender, 0));
         broker.vacate();

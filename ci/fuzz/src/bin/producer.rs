@@ -26,7 +26,7 @@ enum Step {
     Consume,
     Scribble(Scribble),
     Stand(Stand),
-    Wish(u16),
+    Arm(u16),
     /// Reserves space, fills a part of it, and commits a part of it.
     Send {
         room: u16,
@@ -51,14 +51,14 @@ fuzz_target!(|input: Input| {
                 let attached = memory.within(LOOKS, || Producer::attach(region.clone(), channel));
                 (producer, position) = (attached.ok(), None);
             }
-            Step::Wish(length) => {
+            Step::Arm(length) => {
                 let Some(end) = &mut producer else { continue };
-                match memory.within(LOOKS, || end.wish_for_room(length.into())) {
+                match memory.within(LOOKS, || end.arm_for_room(length.into())) {
                     Ok(_) => (),
                     Err(ReserveError::TooLarge { max, .. }) => assert!(u32::from(length) > max),
                     // An app that goes on after this error must come to no harm.
                     Err(ReserveError::Corrupt(_)) => (),
-                    Err(ReserveError::Full) => panic!("to wish is not to reserve"),
+                    Err(ReserveError::Full) => panic!("arming reserves nothing"),
                 }
             }
             Step::Send {
