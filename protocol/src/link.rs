@@ -60,12 +60,12 @@ pub(crate) enum Threshold {
 }
 
 /// Shortest and longest fallback poll. An end polls until a doorbell has come through.
-const FIRST_DOZE: Duration = Duration::from_millis(1);
-const LONGEST_DOZE: Duration = Duration::from_secs(1);
+const FIRST_FALLBACK_POLL: Duration = Duration::from_millis(1);
+const LONGEST_FALLBACK_POLL: Duration = Duration::from_secs(1);
 /// Shortest and longest back-off sleep. In the longest one, less than half of a channel of 16 MiB
 /// moves, except between two ends on the host, where 10 GB/s and more move.
-const FIRST_NAP: Duration = Duration::from_micros(100);
-const LONGEST_NAP: Duration = Duration::from_micros(800);
+const FIRST_BACK_OFF: Duration = Duration::from_micros(100);
+const LONGEST_BACK_OFF: Duration = Duration::from_micros(800);
 /// Longest sleep with a wake threshold of half of the channel. After it, the end arms a wake-up for
 /// its record or room, because the other end may keep more than half while it waits for this end.
 const HALF: Duration = Duration::from_millis(2);
@@ -86,7 +86,7 @@ pub struct Link<M, E> {
     events: E,
     /// Whether a doorbell has come through since the other end last changed.
     proven: bool,
-    doze: Duration,
+    fallback_poll: Duration,
     strategy: Strategy,
     /// Duration of the next spin.
     spin: Duration,
@@ -108,7 +108,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             region,
             events,
             proven: false,
-            doze: FIRST_DOZE,
+            fallback_poll: FIRST_FALLBACK_POLL,
             strategy: Strategy::PROMPT,
             spin: Strategy::PROMPT.least_spin,
             fruitless: 0,
@@ -179,7 +179,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     fn peer_changed(&mut self, peer: Presence) -> Result<(), E::Error> {
         self.peer = peer;
         self.proven = false;
-        self.doze = FIRST_DOZE;
+        self.fallback_poll = FIRST_FALLBACK_POLL;
         self.ring()?;
         Ok(())
     }
@@ -219,7 +219,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             return Ok(Wakeup::Ready);
         }
         if deadline != Some(PAST)
-            && (self.spin(deadline, &mut look)? || self.nap(deadline, &mut look)?)
+            && (self.spin(deadline, &mut look)? || self.back_off(deadline, &mut look)?)
         {
             return Ok(Wakeup::Ready);
         }
@@ -303,17 +303,17 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
 
     /// Sleeps by the clock, for twice as long each time. The wake threshold is half of the channel,
     /// so that the other end seldom has to wait, and does not ring before it has moved as much.
-    fn nap(
+    fn back_off(
         &mut self,
         deadline: Option<Duration>,
         look: &mut impl FnMut(Threshold) -> Result<bool, ChannelError<E::Error>>,
     ) -> Result<bool, ChannelError<E::Error>> {
-        if self.strategy.nap.is_zero() {
+        if self.strategy.back_off.is_zero() {
             return Ok(false);
         }
-        let end = self.events.now().saturating_add(self.strategy.nap);
+        let end = self.events.now().saturating_add(self.strategy.back_off);
         let end = deadline.map_or(end, |deadline| deadline.min(end));
-        let mut nap = FIRST_NAP;
+        let mut sleep = FIRST_BACK_OFF;
         let mut threshold = Threshold::Half;
         while !look(threshold)? {
             threshold = Threshold::Unchanged;
@@ -323,9 +323,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             }
             // A ring in this sleep proves nothing, because it may answer no wake threshold of this
             // end.
-            let nap_now = Some(nap.min(left));
-            self.events.sleep(nap_now).map_err(ChannelError::Events)?;
-            nap = (nap * 2).min(LONGEST_NAP);
+            let timeout = Some(sleep.min(left));
+            self.events.sleep(timeout).map_err(ChannelError::Events)?;
+            sleep = (sleep * 2).min(LONGEST_BACK_OFF);
         }
         // Disarms the wake-up: otherwise the other end would ring while this end is awake.
         look(Threshold::Disarmed)
@@ -342,15 +342,15 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         // been lost: before QEMU was ready, while the guest had its interrupts masked, or because a
         // producer was killed before it rang. If the other end cannot be seen, the fallback polls
         // never end.
-        let doze = (!self.proven || self.words.is_none()).then_some(self.doze);
-        let timeout = match (left, doze) {
-            (Some(left), Some(doze)) => Some(left.min(doze)),
-            (left, doze) => left.or(doze),
+        let fallback_poll = (!self.proven || self.words.is_none()).then_some(self.fallback_poll);
+        let timeout = match (left, fallback_poll) {
+            (Some(left), Some(fallback_poll)) => Some(left.min(fallback_poll)),
+            (left, fallback_poll) => left.or(fallback_poll),
         };
         if self.events.sleep(timeout)? {
             self.proven = true;
         } else {
-            self.doze = (self.doze * 2).min(LONGEST_DOZE);
+            self.fallback_poll = (self.fallback_poll * 2).min(LONGEST_FALLBACK_POLL);
         }
         Ok(())
     }

@@ -93,7 +93,7 @@ impl Way {
     /// Returns the way in which both ends of a stream wait for each other.
     pub fn wait(self) -> &'static str {
         match self {
-            Way::Channel(_) | Way::Within | Way::Ring => "spin, nap, sleep",
+            Way::Channel(_) | Way::Within | Way::Ring => "spin, back off, sleep",
             Way::Raw | Way::Iceoryx2 | Way::Virtiofs => "poll",
             Way::Copy => "none",
             _ => "sleep in the kernel",

@@ -208,7 +208,7 @@ impl fmt::Display for Report {
                 "## Streams\n\nConditions: {conditions}. The receiver reads every byte, except of `memcpy`, which has no receiver.\n\n\
                  Through channels of {} and as much plain memory. Between guest and host records are copied in by the sender, and \
                  smaller records are committed and released in batches of {}. Within the host records of barlink and \
-                 iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then nap, \
+                 iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then back off, \
                  then sleep. Rates and processor time are those behind the first {} ms, records and wake-ups those of all of a \
                  stream. A record of a socket or a port is one `write`. Wake-ups are the doorbells that the producer rang. \
                  Processor time is that of the processes at the ends; the host's does not include QEMU and the broker.\n",

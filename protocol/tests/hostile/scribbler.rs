@@ -28,12 +28,12 @@ const ENOUGH: u64 = 200;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Events of an end that is never rung. It sleeps for its timeout, at most 100 µs.
-pub struct Naps {
+pub struct Sleeps {
     start: Instant,
     count: Arc<Counter>,
 }
 
-impl Naps {
+impl Sleeps {
     pub fn new() -> Self {
         Self::counted().0
     }
@@ -43,7 +43,7 @@ impl Naps {
         let count = Arc::<Counter>::default();
         let start = Instant::now();
         (
-            Naps {
+            Sleeps {
                 start,
                 count: count.clone(),
             },
@@ -52,7 +52,7 @@ impl Naps {
     }
 }
 
-impl Events for Naps {
+impl Events for Sleeps {
     type Error = Infallible;
 
     fn ring(&mut self) -> Result<(), Infallible> {
@@ -317,10 +317,10 @@ fn ends(region: Region<Arc<[AtomicU64]>>, layout: &Layout) -> Box<dyn FnMut(&mut
     let timeout = Some(Duration::from_micros(200));
     Box::new(move |random| {
         if sender.is_none() {
-            sender = Sender::attach(region.clone(), &layout, ATTACKED, Naps::new()).ok();
+            sender = Sender::attach(region.clone(), &layout, ATTACKED, Sleeps::new()).ok();
         }
         if receiver.is_none() {
-            receiver = Receiver::attach(region.clone(), &layout, ATTACKED, Naps::new()).ok();
+            receiver = Receiver::attach(region.clone(), &layout, ATTACKED, Sleeps::new()).ok();
         }
         if let Some(end) = &mut sender {
             let bytes = vec![0x77; random.random_range(0..2000)];
