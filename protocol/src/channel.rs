@@ -145,13 +145,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Reserves space for a record with `length` bytes of payload, to be filled in place. Waits for
     /// space even if this end drops, and even while the other end leaves and comes back. `None` at
     /// the timeout; without a `timeout` the wait has no limit.
-    pub fn draft(
+    pub fn reserve(
         &mut self,
         length: usize,
         timeout: Option<Duration>,
-    ) -> Result<Option<Draft<'_, M, E>>, ChannelError<E::Error>> {
+    ) -> Result<Option<SenderReservation<'_, M, E>>, ChannelError<E::Error>> {
         let place = self.find_room(length, Some(timeout))?;
-        Ok(place.map(|place| Draft {
+        Ok(place.map(|place| SenderReservation {
             reservation: self.producer.reservation(place, length),
             link: &mut self.link,
         }))
@@ -295,12 +295,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
 
 /// Space for a record in the region. Dropping it leaves the channel unchanged.
 #[derive(Debug)]
-pub struct Draft<'a, M, E> {
+pub struct SenderReservation<'a, M, E> {
     reservation: Reservation<'a, M>,
     link: &'a mut Link<M, E>,
 }
 
-impl<M: Deref<Target = [AtomicU64]>, E: Events> Draft<'_, M, E> {
+impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     /// Returns the bytes of payload that the reservation has space for.
     pub fn length(&self) -> u32 {
         self.reservation.length()
@@ -339,7 +339,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Draft<'_, M, E> {
     ///
     /// Panics if `length` is more than the reserved space, or if `kind` is 0 or 65535.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
-        let Draft { reservation, link } = self;
+        let SenderReservation { reservation, link } = self;
         let time = link.time();
         let (notify, producer) = reservation.commit(kind, length, time);
         if link.notify(notify).map_err(ChannelError::Events)? {

@@ -108,13 +108,13 @@ where
             }
             length
         } else {
-            let Some(mut draft) = sender.draft(scratch.len(), watch.patience())? else {
+            let Some(mut reservation) = sender.reserve(scratch.len(), watch.patience())? else {
                 watch.waits(sender.peer_is_away());
                 continue;
             };
-            let length = retry(|| draft.read_from(source)).map_err(StreamError::Read)?;
+            let length = retry(|| reservation.read_from(source)).map_err(StreamError::Read)?;
             if length > 0 {
-                draft.commit(Kind::DATA, length)?;
+                reservation.commit(Kind::DATA, length)?;
             }
             length as usize
         };
@@ -152,8 +152,8 @@ where
     E: Events,
 {
     loop {
-        if let Some(draft) = sender.draft(0, watch.patience())? {
-            return draft.commit(kind, 0);
+        if let Some(reservation) = sender.reserve(0, watch.patience())? {
+            return reservation.commit(kind, 0);
         }
         watch.waits(sender.peer_is_away());
     }

@@ -201,9 +201,9 @@ fn dropping_sender_never_waits() {
 #[test]
 fn reservation_commits_only_filled_bytes() {
     let (mut sender, mut receiver) = ends(4096, false);
-    let mut draft = sender.draft(1000, None).unwrap().unwrap();
-    draft.write(0, b"short");
-    draft.commit(Kind::USER, 5).unwrap();
+    let mut reservation = sender.reserve(1000, None).unwrap().unwrap();
+    reservation.write(0, b"short");
+    reservation.commit(Kind::USER, 5).unwrap();
     assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
     let record = receiver.record().unwrap();
     assert_eq!((record.length(), record.header().kind), (5, Kind::USER));

@@ -70,14 +70,14 @@ fuzz_target!(|input: Input| {
                 let sequence = end.sequence();
                 let max = end.max_record();
                 match memory.within(LOOKS, || end.reserve(room.into())) {
-                    Ok(mut draft) => {
-                        assert_eq!(draft.length(), u32::from(room));
+                    Ok(mut reservation) => {
+                        assert_eq!(reservation.length(), u32::from(room));
                         let filled = vec![0xa5; filled.min(room).into()];
-                        memory.within(LOOKS, || draft.write(0, &filled));
+                        memory.within(LOOKS, || reservation.write(0, &filled));
                         let Some(length) = commit else { continue };
                         let length = length.min(room).into();
                         let _ = memory.within(LOOKS, || {
-                            memory.quietly(|| draft.commit(Kind::USER, length, 0))
+                            memory.quietly(|| reservation.commit(Kind::USER, length, 0))
                         });
                         position = Some(advanced(&memory, position));
                         assert_eq!(end.sequence(), sequence.wrapping_add(1));
