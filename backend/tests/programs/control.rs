@@ -30,7 +30,7 @@ fn seqpacket() -> OwnedFd {
 
 fn limited(socket: OwnedFd) -> OwnedFd {
     for timeout in [Timeout::Recv, Timeout::Send] {
-        set_socket_timeout(&socket, timeout, Some(PATIENCE)).unwrap();
+        set_socket_timeout(&socket, timeout, Some(TIMEOUT)).unwrap();
     }
     socket
 }
@@ -138,7 +138,7 @@ fn sender_rejects_oversized_record_and_continues() {
     );
     let _ = sender.send(Kind::DATA, &vec![7; max]).unwrap();
     let mut receiver = attachment.receiver("loop").unwrap();
-    let record = receiver.recv_timeout(PATIENCE).unwrap().unwrap();
+    let record = receiver.recv_timeout(TIMEOUT).unwrap().unwrap();
     assert_eq!(record.len(), max);
 }
 
@@ -461,7 +461,7 @@ fn broker_closes_descriptors_from_host_app() {
     broker.attach();
     let before = broker.descriptors();
     let socket =
-        barlink::control::packet::PacketSocket::connect(&broker.control(), PATIENCE).unwrap();
+        barlink::control::packet::PacketSocket::connect(&broker.control(), TIMEOUT).unwrap();
     let gift = std::fs::File::open("/dev/null").unwrap();
     for _ in 0..50 {
         let request: &[u8] = br#"{"version":1,"ask":"status"}"#;

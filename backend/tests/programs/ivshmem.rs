@@ -95,7 +95,7 @@ fn doorbells_connect_vm_and_host_app_directly() {
     drop(receiver);
     let (_, mut events) = attachment.claim("up", End::Consumer).unwrap();
     let sleeper = std::thread::Builder::new().name("sleeper".to_owned());
-    let sleeper = sleeper.spawn(move || events.sleep(Some(PATIENCE)).unwrap());
+    let sleeper = sleeper.spawn(move || events.sleep(Some(TIMEOUT)).unwrap());
     wait_until_asleep(std::process::id(), "sleeper");
     rustix::io::write(host[1], &1u64.to_ne_bytes()).unwrap();
     let is_rung = join("the ring wakes the host app", sleeper.unwrap());

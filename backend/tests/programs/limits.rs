@@ -26,7 +26,7 @@ fn knock(broker: &Broker) -> OwnedFd {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     for timeout in [Timeout::Recv, Timeout::Send] {
-        set_socket_timeout(&socket, timeout, Some(PATIENCE)).unwrap();
+        set_socket_timeout(&socket, timeout, Some(TIMEOUT)).unwrap();
     }
     connect(&socket, &SocketAddrUnix::new(broker.control()).unwrap()).unwrap();
     socket

@@ -83,8 +83,8 @@ impl Terminal {
         let start = std::time::Instant::now();
         while !found() {
             assert!(
-                start.elapsed() < PATIENCE,
-                "no `{text}` on the screen within {PATIENCE:?}:\n{}",
+                start.elapsed() < TIMEOUT,
+                "no `{text}` on the screen within {TIMEOUT:?}:\n{}",
                 self.text()
             );
             std::thread::sleep(std::time::Duration::from_millis(10));

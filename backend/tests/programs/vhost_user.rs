@@ -285,7 +285,7 @@ fn vhost_user_slot_is_freed_without_leaks() {
         if round % 2 == 0 {
             client.map(true);
         } else {
-            client.wishes.recv_timeout(PATIENCE).unwrap();
+            client.wishes.recv_timeout(TIMEOUT).unwrap();
         }
     }
     assert_eq!(settle(), before);

@@ -72,7 +72,7 @@ impl VhostUserFrontendReqHandler for WayBack {
             answer,
         };
         let _ = self.0.lock().unwrap().send(wish);
-        match answered.recv_timeout(PATIENCE) {
+        match answered.recv_timeout(TIMEOUT) {
             Ok(true) => Ok(0),
             _ => Err(std::io::Error::other("no")),
         }
@@ -245,7 +245,7 @@ impl Client {
 
     /// Takes the next request to map memory, and answers it.
     pub fn map(&self, answer: bool) -> Wish {
-        let wish = self.wishes.recv_timeout(PATIENCE).expect("a wish");
+        let wish = self.wishes.recv_timeout(TIMEOUT).expect("a wish");
         wish.answer.send(answer).unwrap();
         // When the thread sleeps, the broker has the answer.
         wait_until_asleep(std::process::id(), HANDLER);

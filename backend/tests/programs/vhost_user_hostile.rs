@@ -321,7 +321,7 @@ fn unanswered_mapping_request_leaves_slot_reusable() {
     for _ in 0..3 {
         let mut client = Client::greet(&broker);
         client.start();
-        let _wish = client.wishes.recv_timeout(PATIENCE).unwrap();
+        let _wish = client.wishes.recv_timeout(TIMEOUT).unwrap();
         // The client sends requests, and the broker answers them, although its own request is open.
         client.config();
         client.frontend.get_protocol_features().unwrap();

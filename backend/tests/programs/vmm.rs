@@ -34,8 +34,8 @@ pub fn connect(broker: &Broker, name: &str) -> UnixStream {
 /// Connects to a broker's socket, with a limit for all reads and writes.
 pub fn connect_to(path: &Path) -> UnixStream {
     let socket = UnixStream::connect(path).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket.set_write_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+    socket.set_write_timeout(Some(TIMEOUT)).unwrap();
     socket
 }
 

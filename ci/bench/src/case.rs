@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::scene::{PATIENCE, Side};
+use super::scene::{Side, TIMEOUT};
 use barlink_vm::broker::Transport;
 
 /// The direction of a stream.
@@ -82,12 +82,8 @@ impl Way {
 
     /// Returns the time limit of a sender. It is shorter for other projects' ways, so that one that
     /// hangs does not hold up the others.
-    pub fn patience(self) -> Duration {
-        if self.is_peer() {
-            PATIENCE / 3
-        } else {
-            PATIENCE
-        }
+    pub fn timeout(self) -> Duration {
+        if self.is_peer() { TIMEOUT / 3 } else { TIMEOUT }
     }
 
     /// Returns the way in which both ends of a stream wait for each other.

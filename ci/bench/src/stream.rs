@@ -260,7 +260,7 @@ fn run(scene: &Scene, way: Way, sender: &Order, receiver: &Order) -> Result<Stre
 /// Waits until both have ended, and compares the records that were sent and received.
 pub(super) fn finish(way: Way, sender: Load, receiver: Load) -> Result<Streamed> {
     let sent: Measured = sender
-        .wait_for(way.patience())
+        .wait_for(way.timeout())
         .context("the sender failed")?;
     let received: Measured = receiver.wait().context("the receiver failed")?;
     ensure!(

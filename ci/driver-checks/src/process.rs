@@ -20,7 +20,7 @@ use crate::calls;
 use crate::device::SOON;
 
 /// Timeout of each step of a child.
-const PATIENCE: Duration = SOON;
+const TIMEOUT: Duration = SOON;
 
 /// How a child ended.
 #[derive(Debug, Eq, PartialEq)]
@@ -48,7 +48,7 @@ pub(crate) struct Parent(UnixStream);
 /// Forks a child that runs `work` and then exits.
 pub(crate) fn child(work: impl FnOnce(&Parent) -> Result<()>) -> Result<Child> {
     let (line, parent) = UnixStream::pair()?;
-    line.set_read_timeout(Some(PATIENCE))?;
+    line.set_read_timeout(Some(TIMEOUT))?;
     if let Some(pid) = calls::fork()? {
         return Ok(Child {
             pid,
@@ -148,7 +148,7 @@ impl Child {
                     None => Ended::Badly,
                 });
             }
-            if start.elapsed() > PATIENCE {
+            if start.elapsed() > TIMEOUT {
                 bail!("child {} does not end", self.id());
             }
             thread::sleep(Duration::from_millis(1));

@@ -25,7 +25,7 @@ const INSTRUMENTATION: [&str; 5] = [
 ];
 /// Time limit of one input, in seconds. A longer run is a finding, because no call may take long,
 /// independent of the other side.
-const PATIENCE: u64 = 10;
+const TIMEOUT: u64 = 10;
 
 /// Returns the names of the targets. Each target is a file.
 pub fn targets() -> Result<Vec<String>> {
@@ -97,7 +97,7 @@ fn run_target(target: &str, folder: &Path, seconds: u64, seed: u64) -> Result<St
     command.arg(format!("-max_total_time={seconds}"));
     // libFuzzer takes the seed 0 for a seed from the clock, and does not accept more than 32 bits.
     command.arg(format!("-seed={}", seed % u64::from(u32::MAX) + 1));
-    command.arg(format!("-timeout={PATIENCE}"));
+    command.arg(format!("-timeout={TIMEOUT}"));
     command.arg(format!("-artifact_prefix={}/", findings.display()));
     command.arg("-print_final_stats=1");
     let file = File::create(&log).with_context(|| format!("{} cannot be made", log.display()))?;

@@ -119,11 +119,11 @@ impl Stage {
                 region,
                 peer,
                 vector,
-                patience,
+                timeout,
             } => {
-                let patience = Duration::from_millis(patience.into());
+                let timeout = Duration::from_millis(timeout.into());
                 let tap = self.devices.tap(region)?;
-                return Ok(Answer::Count(tap.wait(peer, vector, patience)?));
+                return Ok(Answer::Count(tap.wait(peer, vector, timeout)?));
             }
             Request::RingAll { region } => {
                 let (tap, facts) = (self.devices.tap(region)?, region.facts());

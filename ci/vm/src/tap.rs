@@ -17,7 +17,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::broker::Broker;
 
 /// Timeout of each wait for the broker.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The memory of a region, and the eventfds of all its peers.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Tap {
     /// transports. `slots` and `vectors` are the broker's numbers of slots and of vectors per peer.
     pub fn before_the_vm(broker: &Broker, slot: usize, slots: u32, vectors: u32) -> Result<Self> {
         let socket = UnixStream::connect(broker.socket(slot))?;
-        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(TIMEOUT))?;
         let (version, id) = (message(&socket)?.0, message(&socket)?.0);
         ensure!((version, id) == (0, i64::try_from(slot)?), "a strange slot");
         let memory = message(&socket)?.1.context("no memory")?;
@@ -46,7 +46,7 @@ impl Tap {
         drop(socket);
         let start = Instant::now();
         while !broker.inspect()?["broker"]["slots"][slot]["vm"].is_null() {
-            ensure!(start.elapsed() < PATIENCE, "the slot is not free again");
+            ensure!(start.elapsed() < TIMEOUT, "the slot is not free again");
             thread::sleep(Duration::from_millis(5));
         }
         Ok(Self { memory, bells })
@@ -96,9 +96,9 @@ impl Tap {
     }
 
     /// Waits until a vector of a peer is rung, and returns how often. Returns 0 after the timeout.
-    pub fn wait(&self, peer: u32, vector: u32, patience: Duration) -> Result<u64> {
+    pub fn wait(&self, peer: u32, vector: u32, timeout: Duration) -> Result<u64> {
         let bell = self.bell(peer, vector)?;
-        let timeout = Timespec::try_from(patience)?;
+        let timeout = Timespec::try_from(timeout)?;
         rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&timeout))?;
         let mut count = [0; 8];
         match rustix::io::read(bell, &mut count) {

@@ -12,7 +12,7 @@ use barlink_broker::broker::{Broker, Config, Policy};
 use barlink_broker::transport::Ivshmem;
 
 /// Time for anything that takes no time.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A broker that runs until this is dropped.
 pub struct Running {

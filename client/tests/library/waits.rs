@@ -21,18 +21,15 @@ const SHORT: Duration = Duration::from_millis(20);
 fn descriptor_works_without_a_call_before() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
-    assert!(is_readable(&receiver, PATIENCE), "a first look is worth it");
+    assert!(is_readable(&receiver, TIMEOUT), "a first look is worth it");
     let _ = sender.send(Kind::USER, b"a").unwrap();
-    assert!(is_readable(&receiver, PATIENCE));
+    assert!(is_readable(&receiver, TIMEOUT));
     let _ = sender.send(Kind::USER, b"b").unwrap();
     // A program that takes one record at a time is told of the next.
     drop(receiver.try_recv().unwrap().unwrap());
-    assert!(is_readable(&receiver, PATIENCE));
+    assert!(is_readable(&receiver, TIMEOUT));
     drop(receiver.recv().unwrap());
-    assert!(
-        is_readable(&receiver, PATIENCE),
-        "nothing found nothing yet"
-    );
+    assert!(is_readable(&receiver, TIMEOUT), "nothing found nothing yet");
     assert!(receiver.try_recv().unwrap().is_none());
 }
 
@@ -44,7 +41,7 @@ fn idle_descriptor_is_quiet_once_doorbells_arrive() {
     for _ in 0..3 {
         while receiver.try_recv().unwrap().is_some() {}
         let _ = sender.send(Kind::USER, b"text").unwrap();
-        assert!(is_readable(&receiver, PATIENCE));
+        assert!(is_readable(&receiver, TIMEOUT));
     }
     while receiver.try_recv().unwrap().is_some() {}
     let start = Instant::now();
@@ -74,7 +71,7 @@ fn descriptor_is_readable_behind_a_stream() {
     for _ in 0..3 {
         while receiver.try_recv().unwrap().is_some() {}
         let _ = sender.send(Kind::USER, b"text").unwrap();
-        assert!(is_readable(&receiver, PATIENCE));
+        assert!(is_readable(&receiver, TIMEOUT));
     }
     while receiver.try_recv().unwrap().is_some() {}
     let sending = std::thread::spawn(move || {
@@ -90,7 +87,7 @@ fn descriptor_is_readable_behind_a_stream() {
     assert_eq!(received, b"a stream");
     let mut sender = sending.join().unwrap();
     let _ = sender.send(Kind::USER, b"behind").unwrap();
-    assert!(is_readable(&receiver, PATIENCE), "the record is not told");
+    assert!(is_readable(&receiver, TIMEOUT), "the record is not told");
     assert_eq!(receiver.recv().unwrap().to_vec(), b"behind");
 }
 
@@ -109,10 +106,7 @@ fn waiter_is_woken_by_each_record() {
     });
     let mut next = 0;
     while next < RECORDS {
-        assert!(
-            is_readable(&receiver, PATIENCE),
-            "record {next} is not told"
-        );
+        assert!(is_readable(&receiver, TIMEOUT), "record {next} is not told");
         while let Some(record) = receiver.try_recv().unwrap() {
             assert_eq!(record.to_vec(), next.to_le_bytes());
             next += 1;
@@ -145,7 +139,7 @@ fn edge_triggered_waiter_is_woken_by_each_record() {
     while received < RECORDS {
         let mut events = Vec::with_capacity(1);
         let space = rustix::buffer::spare_capacity(&mut events);
-        let time = Timespec::try_from(PATIENCE).unwrap();
+        let time = Timespec::try_from(TIMEOUT).unwrap();
         let woken = epoll::wait(&epoll, space, Some(&time)).unwrap();
         assert_eq!(woken, 1, "record {received} is not told");
         while let Some(record) = receiver.try_recv().unwrap() {
@@ -178,7 +172,7 @@ fn sender_is_told_of_room() {
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::Full);
                 full += 1;
-                assert!(is_readable(&sender, PATIENCE), "room is not told");
+                assert!(is_readable(&sender, TIMEOUT), "room is not told");
             }
         }
     }

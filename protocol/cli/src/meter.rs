@@ -13,7 +13,7 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Time for which a stream waits for the other end before it shows a message.
-const PATIENCE: Duration = Duration::from_secs(1);
+const MESSAGE_AFTER: Duration = Duration::from_secs(1);
 
 /// A message on the terminal that the stream waits for the other end. It is shown at most once.
 pub struct Wait {
@@ -132,8 +132,8 @@ impl Watch for Meter<'_> {
         }
     }
 
-    fn patience(&self) -> Option<Duration> {
-        (!self.wait.is_over).then_some(PATIENCE)
+    fn report_after(&self) -> Option<Duration> {
+        (!self.wait.is_over).then_some(MESSAGE_AFTER)
     }
 
     fn waits(&mut self, is_away: bool) {

@@ -69,7 +69,7 @@ pub struct Bells {
 /// record.
 const SLEEP: Duration = Duration::from_millis(1);
 /// Time limit of every wait: longer than any step takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns the number of rounds of a loop that is repeated for depth: `full` if `BARLINK_TIER` is
 /// `soak`, and otherwise `brief`.
@@ -84,10 +84,7 @@ pub fn rounds(brief: u32, full: u32) -> u32 {
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(
-            start.elapsed() < PATIENCE,
-            "not within {PATIENCE:?}: {what}"
-        );
+        assert!(start.elapsed() < TIMEOUT, "not within {TIMEOUT:?}: {what}");
         std::thread::sleep(Duration::from_micros(50));
     }
 }
@@ -133,9 +130,9 @@ impl Events for Bells {
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
         // This limit also ends the wait for an end that has failed.
         let age = self.start.elapsed();
-        assert!(age < 2 * PATIENCE, "this channel is used for too long");
+        assert!(age < 2 * TIMEOUT, "this channel is used for too long");
         let (state, condvar) = &*self.own.0;
-        let limit = timeout.unwrap_or(PATIENCE);
+        let limit = timeout.unwrap_or(TIMEOUT);
         let mut guard = state.lock().unwrap();
         guard.asleep = limit >= SLEEP;
         let slept = condvar.wait_timeout_while(guard, limit, |state| !state.rung);
@@ -144,7 +141,7 @@ impl Events for Bells {
         let rung = std::mem::take(&mut state.rung);
         drop(state);
         // A lost wake-up must show as a failure and not as a hang.
-        assert!(rung || timeout.is_some(), "not rung within {PATIENCE:?}");
+        assert!(rung || timeout.is_some(), "not rung within {TIMEOUT:?}");
         Ok(rung)
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::heap::{PATIENCE, bells, ends, ends_with, hold, region, rounds, wait_until};
+use crate::heap::{TIMEOUT, bells, ends, ends_with, hold, region, rounds, wait_until};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{Events, Sent, Strategy, Wakeup};
 
@@ -89,7 +89,7 @@ fn spinning_end_notices_timeout_and_departed_peer() {
     assert_eq!(waited, Ok(Wakeup::TimedOut));
     hold(&region, &layout, 0);
     assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
-    assert!(start.elapsed() < PATIENCE);
+    assert!(start.elapsed() < TIMEOUT);
 }
 
 #[test]
@@ -256,12 +256,12 @@ fn lost_doorbell_delays_but_loses_no_record() {
     });
     let start = Instant::now();
     for number in 0..10 {
-        assert_eq!(receiver.wait(Some(PATIENCE)), Ok(Wakeup::Ready));
+        assert_eq!(receiver.wait(Some(TIMEOUT)), Ok(Wakeup::Ready));
         assert_eq!(receiver.record().unwrap().header().sequence, number);
         receiver.release().unwrap();
     }
     // Each lost ring costs a second at most.
     let took = start.elapsed();
-    assert!(took < PATIENCE / 2, "{took:?}");
+    assert!(took < TIMEOUT / 2, "{took:?}");
     producer.join().unwrap();
 }

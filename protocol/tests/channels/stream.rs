@@ -10,9 +10,7 @@ use barlink_protocol::stream::{Progress, StreamError, Watch, receive, send as se
 use barlink_protocol::wire::layout::{Channel, Layout};
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, state};
 
-use crate::heap::{
-    Bells, Heap, Memory, PATIENCE, bells, ends, ends_with, hold, region, wait_until,
-};
+use crate::heap::{Bells, Heap, Memory, TIMEOUT, bells, ends, ends_with, hold, region, wait_until};
 
 /// The outcome of a stream over the heap's events, which cannot fail.
 type Outcome = Result<Progress, StreamError<std::convert::Infallible>>;
@@ -57,7 +55,7 @@ fn receiver_never_waits_for_departed_sender() {
     let (tell, outcome) = std::sync::mpsc::channel();
     std::thread::spawn(move || tell.send(receive_to_nowhere(&mut receiver)));
     assert_eq!(
-        outcome.recv_timeout(PATIENCE),
+        outcome.recv_timeout(TIMEOUT),
         Ok(Err(StreamError::Incomplete(4)))
     );
 }
@@ -104,22 +102,22 @@ fn receiver_waits_for_invisible_sender() {
 
 /// Stores the reports of waits.
 struct Listener {
-    patience: Option<Duration>,
+    report_after: Option<Duration>,
     told: Vec<bool>,
     /// Is called at each report of a wait.
     then: Box<dyn FnMut() + Send>,
 }
 
 impl Watch for Listener {
-    fn patience(&self) -> Option<Duration> {
-        self.patience
+    fn report_after(&self) -> Option<Duration> {
+        self.report_after
     }
 
     fn waits(&mut self, is_away: bool) {
         self.told.push(is_away);
         if self.told.len() == 2 {
             // From here on no wait is reported.
-            self.patience = None;
+            self.report_after = None;
         }
         (self.then)();
     }
@@ -128,7 +126,7 @@ impl Watch for Listener {
 impl Listener {
     fn new(then: impl FnMut() + Send + 'static) -> Self {
         Listener {
-            patience: Some(Duration::from_millis(10)),
+            report_after: Some(Duration::from_millis(10)),
             told: Vec::new(),
             then: Box::new(then),
         }
@@ -146,7 +144,7 @@ fn receiver_reports_wait_to_listener() {
     let sending = std::thread::spawn(move || {
         // The stream begins after two reported waits and one wait that is not reported.
         for _ in 0..2 {
-            told.recv_timeout(PATIENCE).unwrap();
+            told.recv_timeout(TIMEOUT).unwrap();
         }
         // The pause is usually longer than the time after which a wait is reported, but no third
         // wait is reported.
@@ -171,7 +169,7 @@ fn sender_reports_wait_to_listener() {
     let (tell, told) = std::sync::mpsc::channel();
     let receiving = std::thread::spawn(move || {
         for _ in 0..2 {
-            told.recv_timeout(PATIENCE).unwrap();
+            told.recv_timeout(TIMEOUT).unwrap();
         }
         receive_to_nowhere(&mut receiver)
     });

@@ -25,7 +25,7 @@ use crate::region::*;
 const TIME: Duration = Duration::from_millis(700);
 const ENOUGH: u64 = 200;
 /// Time limit of one call on a busy machine. No call waits for longer than a millisecond.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Events of an end that is never rung. It sleeps for its timeout, at most 100 µs.
 pub struct Sleeps {
@@ -212,7 +212,7 @@ fn attack(
             let now = calls.load(Relaxed);
             if now != seen {
                 (seen, since) = (now, Instant::now());
-            } else if since.elapsed() > PATIENCE {
+            } else if since.elapsed() > TIMEOUT {
                 // A thread that does not end cannot be joined, so the whole process aborts.
                 eprintln!("call {now} takes for ever; BARLINK_SEED={}", seed.0);
                 std::process::abort();

@@ -17,7 +17,7 @@ use iceoryx2::service::port_factory::event;
 use iceoryx2::service::port_factory::publish_subscribe;
 
 /// Time to wait for the other end to come or go, and the time between two checks.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(1);
 /// Largest number of samples under way. For large samples it is smaller: as many as a channel
 /// holds.
@@ -112,7 +112,7 @@ impl Outlet {
         // A subscriber is counted before it has connected. Until then samples queue up. Once the
         // queue is full, a send reaches no subscriber and must be repeated.
         while self.put(&word)? == 0 {
-            ensure!(start.elapsed() < PATIENCE, "a sample reached nobody");
+            ensure!(start.elapsed() < TIMEOUT, "a sample reached nobody");
             std::thread::sleep(LOOK);
         }
         if let Some(notifier) = &self.notifier {
@@ -142,7 +142,7 @@ impl Outlet {
         let start = Instant::now();
         while self.stream.dynamic_config().number_of_subscribers() != subscribers {
             ensure!(
-                start.elapsed() < PATIENCE,
+                start.elapsed() < TIMEOUT,
                 "the other end does not come or go"
             );
             std::thread::sleep(LOOK);

@@ -37,7 +37,7 @@ pub(super) const LOOK: Duration = Duration::from_micros(500);
 const LOOKS: u32 = 50;
 
 /// Time limit for a stream that stands still although nothing that it needs is missing.
-pub(super) const PATIENCE: Duration = COMMAND_TIMEOUT;
+pub(super) const TIMEOUT: Duration = COMMAND_TIMEOUT;
 
 /// Text that QEMU prints when the server of a vfio-user device does not answer.
 const UNANSWERED: &str = "timed out";
@@ -188,7 +188,7 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// Waits until a condition holds. An error if an end ends meanwhile, or after [`PATIENCE`].
+    /// Waits until a condition holds. An error if an end ends meanwhile, or after [`TIMEOUT`].
     pub fn wait_until(
         &mut self,
         otherwise: &str,
@@ -202,7 +202,7 @@ impl<'a> Scene<'a> {
             if look.is_multiple_of(LOOKS) {
                 self.check_workers()?;
             }
-            if start.elapsed() > PATIENCE {
+            if start.elapsed() > TIMEOUT {
                 break;
             }
             thread::sleep(LOOK);
