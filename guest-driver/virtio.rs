@@ -16,7 +16,7 @@ use crate::{
     doorbells::Doorbells,
     hardware::{
         read_layout,
-        Bell, //
+        DoorbellPath, //
     },
     interrupts::Interrupts,
     memory::DeviceMemory,
@@ -147,9 +147,9 @@ impl Data {
 
         let layout = read_layout(dev, &region, id)?;
         let vectors = queues.callees.interrupts.open(layout.vectors)?;
-        let bell = Bell::Queue(queues.callees.doorbells.clone());
+        let doorbell = DoorbellPath::Queue(queues.callees.doorbells.clone());
         Ok(Data {
-            _binding: Binding::new(dev, &region, layout, id, bell, vectors)?,
+            _binding: Binding::new(dev, &region, layout, id, doorbell, vectors)?,
             queues,
             region,
         })

@@ -7,7 +7,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 use barlink_protocol::wire::layout::{PAGE_SIZE as PAGE, presence};
-use barlink_protocol::wire::uapi::{CacheMode, MAP, Map, ON_TOUCH};
+use barlink_protocol::wire::uapi::{CacheMode, MAP, Map, ON_FAULT};
 use rustix::io::Errno;
 use rustix::process::Signal;
 
@@ -87,7 +87,7 @@ pub(super) fn mapping_fixes_cache_mode_of_region() -> Result<()> {
     for other in [CacheMode::UncachedMinus, CacheMode::WriteCombining] {
         wish(&second, other as u32, 0)?;
         fails(second.map(RAW + 8 * PAGE, PAGE), Errno::BUSY);
-        wish(&second, other as u32, ON_TOUCH)?;
+        wish(&second, other as u32, ON_FAULT)?;
         fails(second.map(RAW + 8 * PAGE, PAGE), Errno::BUSY);
     }
     fails(open(Region::Main)?.map(RAW, PAGE), Errno::BUSY);
@@ -170,7 +170,7 @@ pub(super) fn driver_rejects_invalid_map_options() -> Result<()> {
 
 pub(super) fn pages_are_mapped_on_fault() -> Result<()> {
     let device = open(Region::Main)?;
-    wish(&device, CacheMode::WriteBack as u32, ON_TOUCH)?;
+    wish(&device, CacheMode::WriteBack as u32, ON_FAULT)?;
     let map = device.map(RAW, 64 * PAGE)?;
     // No page is mapped yet, so no mode is granted.
     is_told(&device, CacheMode::WriteBack as u32, 0)?;
@@ -239,7 +239,7 @@ fn minor_faults() -> Result<u64> {
 
 pub(super) fn large_pages_are_mapped_on_fault() -> Result<()> {
     let device = open(Region::Main)?;
-    wish(&device, 0, ON_TOUCH)?;
+    wish(&device, 0, ON_FAULT)?;
     let length = 3 * HUGE;
     // The mapping's address is aligned to 2 MiB, as its page frames are.
     let map = device.map_aligned(2 * HUGE, length, HUGE)?;
@@ -272,7 +272,7 @@ pub(super) fn large_pages_are_mapped_on_fault() -> Result<()> {
 pub(super) fn large_page_never_covers_other_cache_mode() -> Result<()> {
     let (whole, touched) = (open(Region::Main)?, open(Region::Main)?);
     wish(&whole, CacheMode::WriteBack as u32, 0)?;
-    wish(&touched, 0, ON_TOUCH)?;
+    wish(&touched, 0, ON_FAULT)?;
     let (cached, noncached) = (CacheMode::WriteBack as u32, CacheMode::UncachedMinus as u32);
     // The kernel has a mode registered for this page alone, not for the pages around it.
     let (block, middle) = (2 * HUGE, HUGE / 2);
@@ -299,7 +299,7 @@ pub(super) fn large_page_never_covers_other_cache_mode() -> Result<()> {
 
 pub(super) fn faults_after_unbind_raise_sigbus() -> Result<()> {
     let device = open(Region::Main)?;
-    wish(&device, 0, ON_TOUCH)?;
+    wish(&device, 0, ON_FAULT)?;
     let map = device.map(RAW, 4 * PAGE)?;
     map.write(0, 1);
     unbind(Region::Main)?;
