@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::case::Way;
 use super::host;
-use super::peer::told;
+use super::peer::first_line;
 use super::scene::{Load, Scene, Side};
 use super::spread::Spread;
 use super::stream::endpoints;
@@ -253,7 +253,7 @@ impl Row {
                 }
             }
             Err(error) if self.trip.is_peer() => {
-                self.failure = Some(told(&error));
+                self.failure = Some(first_line(&error));
             }
             Err(error) => return Err(error.context(self.trip.to_string())),
         }

@@ -58,10 +58,10 @@ impl ServiceManager {
         let socket = folder.join("notify.sock");
         let listener = UnixDatagram::bind(&socket)?;
         let state = Arc::<(Mutex<State>, Condvar)>::default();
-        let told = Arc::clone(&state);
+        let shared = Arc::clone(&state);
         thread::spawn(move || {
             while let Ok((message, descriptors)) = receive(&listener) {
-                let (state, changed) = &*told;
+                let (state, changed) = &*shared;
                 let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.take_in(&message, descriptors);
                 changed.notify_all();

@@ -118,7 +118,7 @@ impl Outlet {
         if let Some(notifier) = &self.notifier {
             notifier
                 .notify()
-                .map_err(|error| anyhow!("the event is not told: {error}"))?;
+                .map_err(|error| anyhow!("the event is not notified: {error}"))?;
         }
         Ok(())
     }
@@ -194,7 +194,7 @@ impl Inlet {
                 Some(listener) => {
                     listener
                         .blocking_wait(|_| ())
-                        .map_err(|error| anyhow!("the event is not told: {error}"))?;
+                        .map_err(|error| anyhow!("the event is not notified: {error}"))?;
                 }
             }
         }

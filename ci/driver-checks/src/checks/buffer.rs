@@ -166,7 +166,7 @@ pub(super) fn buffer_ends_with_its_last_user() -> Result<()> {
     fails(device.buffer(PAGE), Errno::BUSY);
     // A forked child has the last mapping. Killing the child ends the buffer.
     let heir = child(|parent| {
-        parent.tell_ready()?;
+        parent.send_ready()?;
         parent.wait()
     })?;
     heir.wait_asleep()?;
@@ -183,7 +183,7 @@ pub(super) fn buffer_ends_with_its_last_user() -> Result<()> {
         let (file, _) = open(Region::Main)?.buffer(MAX_BUFFER)?;
         let map = file.map(0, MAX_BUFFER)?;
         map.write(0, 1);
-        parent.tell_ready()?;
+        parent.send_ready()?;
         parent.wait()
     })?;
     maker.wait_asleep()?;
@@ -241,7 +241,7 @@ pub(super) fn unbind_takes_the_buffer_from_every_process() -> Result<()> {
     last.write(0, 1);
     let heir = child(|parent| {
         map.write(8, 1);
-        parent.tell_ready()?;
+        parent.send_ready()?;
         parent.wait()?;
         map.read(8);
         Ok(())
@@ -317,7 +317,7 @@ pub(super) fn unbind_races_buffers() -> Result<()> {
         thread::sleep(Duration::from_micros(500 + 1400 * (round % 15)));
         unbind(Region::Main)?;
         for child in children {
-            alive += child.hear()?;
+            alive += child.receive()?;
             child.go_on()?;
             child.succeeds()?;
         }
@@ -332,7 +332,7 @@ pub(super) fn unbind_races_buffers() -> Result<()> {
 /// and asserts that each of them is dead.
 fn buffer_until_gone(parent: &Parent, forks: bool) -> Result<()> {
     let device = open(Region::Main)?;
-    parent.tell_ready()?;
+    parent.send_ready()?;
     let mut kept = Vec::new();
     for turn in 0.. {
         // Frees the buffer now and then, so that other processes can create theirs.
@@ -361,7 +361,7 @@ fn buffer_until_gone(parent: &Parent, forks: bool) -> Result<()> {
         }
         kept.push((file, map));
     }
-    parent.tell(kept.len() as u64)?;
+    parent.send(kept.len() as u64)?;
     parent.wait()?;
     for (file, map) in &kept {
         is_dead(map, 0)?;

@@ -19,7 +19,7 @@ fn new() -> Result<OwnedFd> {
 }
 
 /// Waits until an eventfd is written, and returns its count.
-fn heard(bell: &OwnedFd) -> Result<u64> {
+fn wait_for_count(bell: &OwnedFd) -> Result<u64> {
     let soon = Timespec::try_from(SOON)?;
     let count = rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&soon))?;
     ensure!(count > 0, "an eventfd is not written");
@@ -46,10 +46,10 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     set(&device, UP_VECTOR, &up)?;
     set(&device, DOWN_VECTOR, &down)?;
     host::ring_through(Region::Main, UP_VECTOR)?;
-    assert!(heard(&up)? >= 1);
+    assert!(wait_for_count(&up)? >= 1);
     assert!(is_silent(&down)?);
     host::ring_through(Region::Main, DOWN_VECTOR)?;
-    assert!(heard(&down)? >= 1);
+    assert!(wait_for_count(&down)? >= 1);
     host::ring_through(Region::Main, SPARE_VECTOR)?;
     assert!(is_silent(&up)? && is_silent(&down)?);
     // The file itself receives all interrupts, with or without eventfds.
@@ -58,7 +58,7 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     let other = new()?;
     set(&device, UP_VECTOR, &other)?;
     host::ring_through(Region::Main, UP_VECTOR)?;
-    assert!(heard(&other)? >= 1);
+    assert!(wait_for_count(&other)? >= 1);
     assert!(is_silent(&up)?);
     set(&device, SPARE_VECTOR, &other)?;
     device.signal(Eventfd {
@@ -68,11 +68,11 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     host::ring_through(Region::Main, UP_VECTOR)?;
     assert!(is_silent(&other)?);
     host::ring_through(Region::Main, SPARE_VECTOR)?;
-    assert!(heard(&other)? >= 1);
+    assert!(wait_for_count(&other)? >= 1);
     // A claim does not change the eventfds. Closing the file removes them.
     device.claim(UP)?;
     host::ring_through(Region::Main, DOWN_VECTOR)?;
-    assert!(heard(&down)? >= 1);
+    assert!(wait_for_count(&down)? >= 1);
     drop(device);
     host::ring_through(Region::Main, DOWN_VECTOR)?;
     assert!(is_silent(&down)?);
@@ -104,12 +104,12 @@ pub(super) fn driver_refuses_invalid_eventfds() -> Result<()> {
         fails(signal(descriptor), Errno::BADF);
     }
     host::ring(Region::Main, 0)?;
-    assert!(heard(&bell)? >= 1);
+    assert!(wait_for_count(&bell)? >= 1);
     // A count at its maximum stays there.
     rustix::io::write(&bell, &(u64::MAX - 1).to_ne_bytes())?;
     host::ring_times(Region::Main, 0, 3)?;
     host::ring_through(Region::Main, 0)?;
-    assert_eq!(heard(&bell)?, u64::MAX);
+    assert_eq!(wait_for_count(&bell)?, u64::MAX);
     Ok(())
 }
 
@@ -121,7 +121,7 @@ pub(super) fn eventfd_signals_removal_of_device() -> Result<()> {
     set(&device, DOWN_VECTOR, &closed)?;
     drop(closed);
     unbind(Region::Main)?;
-    assert!(heard(&bell)? >= 1);
+    assert!(wait_for_count(&bell)? >= 1);
     fails(set(&device, UP_VECTOR, &bell), Errno::NODEV);
     drop(device);
     bind(Region::Main)

@@ -176,7 +176,7 @@ impl Scene<'_> {
             ensure!(
                 start.elapsed() < TIMEOUT,
                 "the {role} does not come to {point:?}; {}",
-                self.watch().told()
+                self.watch().describe()
             );
             thread::sleep(LOOK);
         }

@@ -207,7 +207,7 @@ impl<'a> Scene<'a> {
             }
             thread::sleep(LOOK);
         }
-        bail!("{otherwise}; {}", self.watch.told())
+        bail!("{otherwise}; {}", self.watch.describe())
     }
 
     /// Returns an error if an end has ended, because no end does so by itself.
@@ -215,7 +215,7 @@ impl<'a> Scene<'a> {
         for worker in &mut self.workers {
             if worker.has_ended()? {
                 let ended = worker.wait()?;
-                bail!("{}; {}", worker.told(&ended), self.watch.told());
+                bail!("{}; {}", worker.describe(&ended), self.watch.describe());
             }
         }
         Ok(())
@@ -260,7 +260,7 @@ impl<'a> Scene<'a> {
         for end in [End::Producer, End::Consumer] {
             for worker in &mut self.workers {
                 if worker.role.end == end {
-                    worker.wait_done().with_context(|| self.watch.told())?;
+                    worker.wait_done().with_context(|| self.watch.describe())?;
                 }
             }
         }
