@@ -2,9 +2,9 @@
 //! transport. Each test runs over each transport, in a module of the transport's name.
 //! `ci/tests/driver/` is the driver's part of the suite.
 
+mod foreign_device;
 mod ivshmem;
 mod resets;
-mod stranger;
 mod support;
 mod vfio_user;
 mod vhost_user;

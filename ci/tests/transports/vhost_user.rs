@@ -13,7 +13,7 @@ use barlink_vm::{COMMAND_TIMEOUT, Vm};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::stranger::{self, Fault};
+use crate::foreign_device::{self, Fault};
 use crate::support::*;
 
 const TRANSPORT: Transport = Transport::VhostUser;
@@ -45,7 +45,7 @@ fn driver_declines_foreign_virtio_devices() -> Result<()> {
     for fault in Fault::ALL {
         config
             .arguments
-            .extend(stranger::start(folder.path(), fault)?);
+            .extend(foreign_device::start(folder.path(), fault)?);
     }
     let vm = Vm::boot(&config)?;
     load(&vm)?;

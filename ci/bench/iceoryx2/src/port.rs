@@ -67,14 +67,14 @@ fn bell(node: &Node<ipc::Service>, service: &str, wait: Wait) -> Result<Option<B
 }
 
 /// The sending end of a service.
-pub struct Outlet {
+pub struct SendPort {
     publisher: Publisher<ipc::Service, [u64], ()>,
     notifier: Option<Notifier<ipc::Service>>,
     stream: Stream,
     words: usize,
 }
 
-impl Outlet {
+impl SendPort {
     /// Opens the sending end, and waits until the receiving end is there.
     pub fn open(
         node: &Node<ipc::Service>,
@@ -96,14 +96,14 @@ impl Outlet {
             .map(|bell| bell.notifier_builder().create())
             .transpose();
         let notifier = notifier.map_err(|error| anyhow!("{service} has no event: {error}"))?;
-        let outlet = Self {
+        let send_port = Self {
             publisher,
             notifier,
             stream,
             words,
         };
-        outlet.wait_for(1)?;
-        Ok(outlet)
+        send_port.wait_for(1)?;
+        Ok(send_port)
     }
 
     /// Sends a record. `word` returns the word at an index.
@@ -152,12 +152,12 @@ impl Outlet {
 }
 
 /// The receiving end of a service.
-pub struct Inlet {
+pub struct ReceivePort {
     subscriber: Subscriber<ipc::Service, [u64], ()>,
     listener: Option<Listener<ipc::Service>>,
 }
 
-impl Inlet {
+impl ReceivePort {
     /// Opens the receiving end.
     pub fn open(
         node: &Node<ipc::Service>,

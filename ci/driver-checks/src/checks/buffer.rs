@@ -165,18 +165,18 @@ pub(super) fn buffer_ends_with_its_last_user() -> Result<()> {
     map.write(0, 5);
     fails(device.buffer(PAGE), Errno::BUSY);
     // A forked child has the last mapping. Killing the child ends the buffer.
-    let heir = child(|parent| {
+    let forked = child(|parent| {
         parent.send_ready()?;
         parent.wait()
     })?;
-    heir.wait_asleep()?;
+    forked.wait_asleep()?;
     let (head, tail) = map.split(PAGE);
     drop(tail);
     assert_eq!(head.read(0), 5);
     drop(head);
     fails(device.buffer(PAGE), Errno::BUSY);
-    heir.kill(Signal::KILL)?;
-    assert_eq!(heir.wait()?, Ended::By(Signal::KILL));
+    forked.kill(Signal::KILL)?;
+    assert_eq!(forked.wait()?, Ended::By(Signal::KILL));
     is_free(&device)?;
     // Killing the process that made a buffer ends the buffer, too.
     let maker = child(|parent| {
@@ -239,17 +239,17 @@ pub(super) fn unbind_takes_the_buffer_from_every_process() -> Result<()> {
     let (map, last) = (file.map(0, SIZE)?, file.map(SIZE - PAGE, PAGE)?);
     map.write(0, 1);
     last.write(0, 1);
-    let heir = child(|parent| {
+    let forked = child(|parent| {
         map.write(8, 1);
         parent.send_ready()?;
         parent.wait()?;
         map.read(8);
         Ok(())
     })?;
-    heir.wait_asleep()?;
+    forked.wait_asleep()?;
     unbind(Region::Main)?;
-    heir.go_on()?;
-    assert_eq!(heir.wait()?, Ended::By(Signal::BUS));
+    forked.go_on()?;
+    assert_eq!(forked.wait()?, Ended::By(Signal::BUS));
     for offset in [0, PAGE, SIZE - 8] {
         is_dead(&map, offset)?;
     }

@@ -102,17 +102,17 @@ pub(super) fn mapping_fixes_cache_mode_of_region() -> Result<()> {
     )?);
     // The mode outlives the first mapping and its file, and holds after a fork.
     drop((map, first));
-    let heir = child(|parent| {
+    let forked = child(|parent| {
         parent.send_ready()?;
         parent.wait()?;
         beside.write(0, 5);
         Ok(())
     })?;
-    heir.wait_asleep()?;
+    forked.wait_asleep()?;
     let other = open(Region::Main)?;
     fails(other.map(RAW, PAGE), Errno::BUSY);
-    heir.go_on()?;
-    heir.succeeds()?;
+    forked.go_on()?;
+    forked.succeeds()?;
     drop((beside, second));
     drop(other.map(RAW, PAGE)?);
     // `INFO` names a process that has a live mapping.
