@@ -153,13 +153,13 @@ impl Ringer {
     }
 
     /// Reads from one file, and has the other signalled.
-    fn read(&self, from: RawFd, told: RawFd) -> io::Result<()> {
+    fn read(&self, from: RawFd, signalled: RawFd) -> io::Result<()> {
         let number = |descriptor: RawFd| descriptor.unsigned_abs();
         let mut block = IoControlBlock {
             aio_lio_opcode: IOCB_CMD_PREAD as u16,
             aio_fildes: number(from),
             aio_flags: IOCB_FLAG_RESFD,
-            aio_resfd: number(told),
+            aio_resfd: number(signalled),
             ..IoControlBlock::default()
         };
         match self.context.submit(&[&mut block]) {

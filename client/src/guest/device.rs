@@ -152,8 +152,8 @@ impl Device {
     /// Opens a device, and maps all of its region that can be mapped.
     pub(super) fn open(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
         let choice = (cache == Cache::Auto).then(|| choose(path)).transpose()?;
-        let wish = choice.as_ref().map_or(cache, |choice| choice.cache);
-        match Self::map(path, wish) {
+        let chosen = choice.as_ref().map_or(cache, |choice| choice.cache);
+        match Self::map(path, chosen) {
             // Another process has mapped the region since.
             Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => Ok(Device {
                 choice: Some(Choice::SAME),

@@ -25,7 +25,7 @@ fn descriptor_works_without_a_call_before() {
     let _ = sender.send(Kind::USER, b"a").unwrap();
     assert!(is_readable(&receiver, TIMEOUT));
     let _ = sender.send(Kind::USER, b"b").unwrap();
-    // A program that takes one record at a time is told of the next.
+    // A program that takes one record at a time is woken for the next.
     drop(receiver.try_recv().unwrap().unwrap());
     assert!(is_readable(&receiver, TIMEOUT));
     drop(receiver.recv().unwrap());
@@ -87,7 +87,7 @@ fn descriptor_is_readable_behind_a_stream() {
     assert_eq!(received, b"a stream");
     let mut sender = sending.join().unwrap();
     let _ = sender.send(Kind::USER, b"behind").unwrap();
-    assert!(is_readable(&receiver, TIMEOUT), "the record is not told");
+    assert!(is_readable(&receiver, TIMEOUT), "the record wakes nobody");
     assert_eq!(receiver.recv().unwrap().to_vec(), b"behind");
 }
 
@@ -106,7 +106,10 @@ fn waiter_is_woken_by_each_record() {
     });
     let mut next = 0;
     while next < RECORDS {
-        assert!(is_readable(&receiver, TIMEOUT), "record {next} is not told");
+        assert!(
+            is_readable(&receiver, TIMEOUT),
+            "record {next} wakes nobody"
+        );
         while let Some(record) = receiver.try_recv().unwrap() {
             assert_eq!(record.to_vec(), next.to_le_bytes());
             next += 1;
@@ -141,7 +144,7 @@ fn edge_triggered_waiter_is_woken_by_each_record() {
         let space = rustix::buffer::spare_capacity(&mut events);
         let time = Timespec::try_from(TIMEOUT).unwrap();
         let woken = epoll::wait(&epoll, space, Some(&time)).unwrap();
-        assert_eq!(woken, 1, "record {received} is not told");
+        assert_eq!(woken, 1, "record {received} wakes nobody");
         while let Some(record) = receiver.try_recv().unwrap() {
             assert_eq!(record.to_vec(), received.to_le_bytes());
             drop(record);
@@ -172,7 +175,7 @@ fn sender_is_told_of_room() {
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::Full);
                 full += 1;
-                assert!(is_readable(&sender, TIMEOUT), "room is not told");
+                assert!(is_readable(&sender, TIMEOUT), "room wakes nobody");
             }
         }
     }

@@ -52,8 +52,8 @@ fn receiver_never_waits_for_departed_sender() {
     hold(&region, &layout, 0);
     let mut receiver = Receiver::attach(region, &layout, 0, b).unwrap();
     // The receiver runs in a thread, so that an endless wait is a failure and not a hang.
-    let (tell, outcome) = std::sync::mpsc::channel();
-    std::thread::spawn(move || tell.send(receive_to_nowhere(&mut receiver)));
+    let (reporter, outcome) = std::sync::mpsc::channel();
+    std::thread::spawn(move || reporter.send(receive_to_nowhere(&mut receiver)));
     assert_eq!(
         outcome.recv_timeout(TIMEOUT),
         Ok(Err(StreamError::Incomplete(4)))
@@ -103,7 +103,7 @@ fn receiver_waits_for_invisible_sender() {
 /// Stores the reports of waits.
 struct Listener {
     report_after: Option<Duration>,
-    told: Vec<bool>,
+    reports: Vec<bool>,
     /// Is called at each report of a wait.
     then: Box<dyn FnMut() + Send>,
 }
@@ -114,8 +114,8 @@ impl Watch for Listener {
     }
 
     fn waits(&mut self, is_away: bool) {
-        self.told.push(is_away);
-        if self.told.len() == 2 {
+        self.reports.push(is_away);
+        if self.reports.len() == 2 {
             // From here on no wait is reported.
             self.report_after = None;
         }
@@ -127,7 +127,7 @@ impl Listener {
     fn new(then: impl FnMut() + Send + 'static) -> Self {
         Listener {
             report_after: Some(Duration::from_millis(10)),
-            told: Vec::new(),
+            reports: Vec::new(),
             then: Box::new(then),
         }
     }
@@ -139,12 +139,12 @@ fn receiver_reports_wait_to_listener() {
     let (a, b) = bells();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     hold(&region, &layout, 0);
-    let (tell, told) = std::sync::mpsc::channel();
+    let (reporter, reported) = std::sync::mpsc::channel();
     let (entry, heap) = (layout.channels()[0], region.clone());
     let sending = std::thread::spawn(move || {
         // The stream begins after two reported waits and one wait that is not reported.
         for _ in 0..2 {
-            told.recv_timeout(TIMEOUT).unwrap();
+            reported.recv_timeout(TIMEOUT).unwrap();
         }
         // The pause is usually longer than the time after which a wait is reported, but no third
         // wait is reported.
@@ -154,26 +154,26 @@ fn receiver_reports_wait_to_listener() {
     let mut listener = Listener::new(move || {
         // A process takes the producer's end.
         hold(&region, &layout, 1);
-        tell.send(()).unwrap();
+        reporter.send(()).unwrap();
     });
     let nowhere = File::options().write(true).open("/dev/null").unwrap();
     let outcome = receive(&mut receiver, nowhere.as_raw_fd(), &mut listener);
     assert_eq!(outcome, FOUR);
-    assert_eq!(listener.told, [true, false]);
+    assert_eq!(listener.reports, [true, false]);
     sending.join().unwrap();
 }
 
 #[test]
 fn sender_reports_wait_to_listener() {
     let (mut sender, mut receiver) = ends(4096, false);
-    let (tell, told) = std::sync::mpsc::channel();
+    let (reporter, reported) = std::sync::mpsc::channel();
     let receiving = std::thread::spawn(move || {
         for _ in 0..2 {
-            told.recv_timeout(TIMEOUT).unwrap();
+            reported.recv_timeout(TIMEOUT).unwrap();
         }
         receive_to_nowhere(&mut receiver)
     });
-    let mut listener = Listener::new(move || tell.send(()).unwrap());
+    let mut listener = Listener::new(move || reporter.send(()).unwrap());
     // The file holds more than the channel.
     let source = File::open("/bin/sh").unwrap();
     let mut scratch = [0; 512];
@@ -183,7 +183,7 @@ fn sender_reports_wait_to_listener() {
         source.metadata().unwrap().len()
     );
     // No process holds the consumer's end in this region.
-    assert_eq!(listener.told, [true, true]);
+    assert_eq!(listener.reports, [true, true]);
     assert_eq!(receiving.join().unwrap(), sent);
 }
 
