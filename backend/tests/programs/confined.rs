@@ -37,7 +37,7 @@ fn fresh_broker_is_confined() {
 #[test]
 fn broker_of_vfio_user_is_confined() {
     let broker = serve_both(&["--guest-memory"]);
-    let _client = Client::greet(&broker);
+    let _client = Client::handshake(&broker);
     // One more slot has a thread. This VM's thread takes the place of the other VM's.
     check(broker.child.id(), THREADS + 1);
 }
@@ -48,7 +48,7 @@ fn broker_of_vhost_user_is_confined() {
     // The second session makes its sockets, threads and mappings when the broker is already
     // confined.
     for _ in 0..2 {
-        let mut client = vhost_user_client::Client::greet(&broker);
+        let mut client = vhost_user_client::Client::handshake(&broker);
         client.start();
         client.map(true);
         client.put(0, 2 << 16, 4, false);

@@ -43,7 +43,7 @@ fn accept(listener: &OwnedFd) -> OwnedFd {
 /// Maximum number of host apps at a time, as in the broker.
 const MOST: usize = 64;
 
-fn knock(broker: &Broker) -> OwnedFd {
+fn connect_app(broker: &Broker) -> OwnedFd {
     let socket = seqpacket();
     connect(&socket, &SocketAddrUnix::new(broker.control()).unwrap()).unwrap();
     socket
@@ -298,7 +298,7 @@ fn client_disconnects_after_timed_out_request() {
     assert!(late.to_string().contains("it does not answer"), "{late}");
     go_on.send(()).unwrap();
     let length = join("the client hangs up", broker);
-    assert_eq!(length, 0, "the broker is not told that nobody waits");
+    assert_eq!(length, 0, "the client does not close its connection");
     let lost = control.ask(Ask::Status).unwrap_err();
     assert!(matches!(lost, ControlError::Lost { .. }), "{lost}");
 }
@@ -313,8 +313,8 @@ fn broker_frees_only_ends_granted_late() {
         holder.status().unwrap_err();
     });
     broker.signal(Signal::CONT);
-    let told = "holds the consumer of `one`";
-    wait_until("the end is granted", || broker.log().contains(told));
+    let line = "holds the consumer of `one`";
+    wait_until("the end is granted", || broker.log().contains(line));
     let looker = broker.attach();
     let held = || {
         let claims = looker.status().unwrap().claims.into_iter();
@@ -348,16 +348,16 @@ fn client_times_out_while_connecting() {
         }
         waiting.push(one);
     }
-    let (told, is_told) = std::sync::mpsc::channel();
-    std::thread::spawn(move || told.send(Control::connect(&path)));
-    let error = take("it is given up", &is_told).unwrap_err();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(Control::connect(&path)));
+    let error = take("it is given up", &receiver).unwrap_err();
     assert!(error.to_string().contains("it does not answer"), "{error}");
 }
 
 #[test]
 fn broker_rejects_malformed_packets_and_continues() {
     let broker = Broker::start(&[]);
-    let socket = knock(&broker);
+    let socket = connect_app(&broker);
     for (packet, expected) in [
         (&b"hello"[..], "malformed"),
         (br#"{"version":1}"#, "malformed"),
@@ -392,7 +392,7 @@ fn broker_rejects_malformed_packets_and_continues() {
 #[test]
 fn broker_escapes_client_text_in_log() {
     let broker = Broker::start(&[]);
-    let socket = knock(&broker);
+    let socket = connect_app(&broker);
     let forged = "[2026-01-01T00:00:00Z INFO  barlink] stopped";
     let long = "x".repeat(60_000);
     for ask in [format!(r"\n{forged}\n"), r"\u001b[2J".to_owned(), long] {
@@ -417,8 +417,8 @@ fn broker_disconnects_silent_clients() {
 
 fn broker_disconnects_host_apps_without_request() {
     let broker = Broker::start(&[]);
-    let silent: Vec<_> = (0..20).map(|_| knock(&broker)).collect();
-    let large = knock(&broker);
+    let silent: Vec<_> = (0..20).map(|_| connect_app(&broker)).collect();
+    let large = connect_app(&broker);
     // The packet is larger than the protocol allows, so the part that the broker reads is no
     // request.
     assert!(say(&large, &vec![b'x'; 100_000]).contains("malformed"));
@@ -426,7 +426,7 @@ fn broker_disconnects_host_apps_without_request() {
     // Clients with malformed requests take the remaining connections, and time out as the silent
     // ones do.
     broker.wait_until_idle();
-    let babblers: Vec<_> = (0..MOST - 21).map(|_| knock(&broker)).collect();
+    let babblers: Vec<_> = (0..MOST - 21).map(|_| connect_app(&broker)).collect();
     for babbler in &babblers {
         assert!(say(babbler, b"nonsense").contains("malformed"));
     }
@@ -442,9 +442,9 @@ fn broker_disconnects_host_apps_without_request() {
 #[test]
 fn broker_disconnects_client_that_reads_nothing() {
     let broker = Broker::start(&[]);
-    let deaf = knock(&broker);
+    let deaf = connect_app(&broker);
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    wait_until("it is let go", || {
+    wait_until("it is disconnected", || {
         for _ in 0..50 {
             let _ = send(&deaf, br#"{"version":1,"ask":"status"}"#, flags);
         }

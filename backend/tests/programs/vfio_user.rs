@@ -18,7 +18,7 @@ const HOST: u32 = 2;
 #[test]
 fn broker_describes_device_as_qemu_expects() {
     let broker = serve_both(&["--size", "1M"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let info = client.get(GET_INFO, &words(&[16, 0, 0, 0]));
     // Flags: reset, PCI. 9 regions and 5 kinds of interrupts.
     assert_eq!(info.payload, words(&[16, 3, 9, 5]));
@@ -55,7 +55,7 @@ fn broker_describes_device_as_qemu_expects() {
 #[test]
 fn region_info_carries_descriptor_and_mappable_area() {
     let broker = serve_both(&["--size", "1M"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     // QEMU asks first without room for the areas, then with the size that the first reply states.
     let first = client.get(GET_REGION_INFO, &words(&[32, 0, 2, 0, 0, 0, 0, 0]));
     assert_eq!(first.payload, words(&[64, 7, 2, 0, 1 << 20, 0, 0, 0]));
@@ -93,7 +93,7 @@ fn doorbells_and_interrupts_reach_other_end() {
         "--vectors",
         "3",
     ]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let app = Control::connect(&broker.control()).unwrap();
     // Own vector 0, own channel vector, the other end's vector 0, the other end's channel vector.
     let up = claim(&app, 0, End::Consumer);
@@ -127,7 +127,7 @@ fn doorbells_and_interrupts_reach_other_end() {
 #[test]
 fn broker_sets_interrupts_as_qemu_expects() {
     let broker = serve_both(&["--channel", "up=1-host,64K", "--vectors", "2"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let app = Control::connect(&broker.control()).unwrap();
     let [_, _, _, bell] = &claim(&app, 0, End::Consumer)[..] else {
         panic!("no bells");
@@ -174,7 +174,7 @@ fn broker_sets_interrupts_as_qemu_expects() {
 #[test]
 fn reset_restores_device_and_notifies_host() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let app = Control::connect(&broker.control()).unwrap();
     let bells = claim(&app, 0, End::Consumer);
     let fresh = client.read(CONFIG, 0, 256);
@@ -203,7 +203,7 @@ fn reset_restores_device_and_notifies_host() {
     assert_eq!(connection().connection, before.connection + 1);
     assert_eq!(connection().pid, before.pid);
     assert_eq!(u64::from(client.read_word(0, 0x1c)), before.connection + 1);
-    assert_eq!(rings(&bells[0]), 1, "the host is not told");
+    assert_eq!(rings(&bells[0]), 1, "the host is not rung");
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 1]));
     assert_eq!(count(&irq), 0, "a vector fires after the reset");
 }
@@ -211,7 +211,7 @@ fn reset_restores_device_and_notifies_host() {
 #[test]
 fn broker_closes_guest_memory_by_default() {
     let broker = serve_both(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let before = broker.descriptors();
     let memory = std::fs::File::open("/dev/null").unwrap();
     for page in 0..100 {
@@ -288,13 +288,13 @@ fn published_client() {
     client.reset().unwrap();
     client.shutdown().unwrap();
     drop(client);
-    Client::greet(&broker);
+    Client::handshake(&broker);
 }
 
 #[test]
 fn slots_of_both_transports_ring_each_other() {
     let broker = serve_both(&["--vectors", "2"]);
-    let mut user = Client::greet(&broker);
+    let mut user = Client::handshake(&broker);
     // Eventfds come for the other slot, then the host, then the VM itself.
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 6);
     let irqs = [eventfd(), eventfd()];
@@ -317,7 +317,7 @@ fn slots_of_both_transports_ring_each_other() {
 #[test]
 fn next_vfio_user_client_finds_fresh_device() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let before = broker.descriptors();
     let fresh = client.read(CONFIG, 0, 256);
     for round in 0..20 {
@@ -334,7 +334,7 @@ fn next_vfio_user_client_finds_fresh_device() {
             client.socket.write_all(&[0; 7]).unwrap();
         }
         drop(client);
-        client = Client::greet(&broker);
+        client = Client::handshake(&broker);
         assert_eq!(client.read(CONFIG, 0, 256), fresh);
         client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
         assert!(irqs.iter().all(|irq| count(irq) == 0));
@@ -345,7 +345,7 @@ fn next_vfio_user_client_finds_fresh_device() {
 #[test]
 fn taken_vfio_user_slot_replies_busy() {
     let broker = serve_both(&[]);
-    let mut first = Client::greet(&broker);
+    let mut first = Client::handshake(&broker);
     for _ in 0..20 {
         let mut second = Client::connect(&broker);
         let reply = second.version();
@@ -357,7 +357,7 @@ fn taken_vfio_user_slot_replies_busy() {
     first.get(GET_INFO, &words(&[16, 0, 0, 0]));
     assert!(broker.log().contains("the slot is taken"));
     drop(first);
-    Client::greet(&broker);
+    Client::handshake(&broker);
 }
 
 #[test]

@@ -85,7 +85,7 @@ impl Client {
     }
 
     /// Waits until the slot is free, connects, and completes the handshake.
-    pub fn greet(broker: &Broker) -> Self {
+    pub fn handshake(broker: &Broker) -> Self {
         let attachment = broker.attach();
         wait_until("the slot is free", || {
             attachment.status().unwrap().slots[1].vm.is_none()
@@ -110,7 +110,7 @@ impl Client {
     }
 
     /// Receives the next reply; `None` at the end of the connection.
-    pub fn hear(&mut self) -> Option<Reply> {
+    pub fn receive(&mut self) -> Option<Reply> {
         let mut header = [0; 16];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -153,7 +153,7 @@ impl Client {
         descriptors: &[&dyn AsRawFd],
     ) -> Reply {
         let id = self.send(command, payload, descriptors);
-        let reply = self.hear().expect("a reply");
+        let reply = self.receive().expect("a reply");
         assert_eq!((reply.id, reply.command), (id, command));
         // Flags of a reply. An error has one flag more, and no payload.
         let expected = if reply.errno == 0 { 1 } else { 0x21 };
@@ -201,8 +201,8 @@ impl Client {
 
     /// Waits for the end of the connection. Returns whether the broker closed it without another
     /// reply.
-    pub fn is_let_go(&mut self) -> bool {
-        self.hear().is_none()
+    pub fn is_disconnected(&mut self) -> bool {
+        self.receive().is_none()
     }
 }
 

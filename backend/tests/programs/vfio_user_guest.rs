@@ -54,8 +54,8 @@ fn refusal(broker: &Broker, slot: u32, address: u64, length: usize) -> Refusal {
 #[test]
 fn host_app_reads_only_mapped_guest_memory() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
-    assert_eq!(client.read_word(0, 0x18), 7, "the feature is not told");
+    let mut client = Client::handshake(&broker);
+    assert_eq!(client.read_word(0, 0x18), 7, "the feature is not reported");
     let ram = memory(SealFlags::SHRINK);
     let bytes = noise(2 << 20);
     // Two adjacent ranges, of which the second is the first MiB of the file; a hole; and a range
@@ -112,7 +112,7 @@ fn peek(broker: &Broker, address: u64) -> [u8; 16] {
 #[test]
 fn broker_accepts_and_reports_unreadable_memory() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let before = broker.descriptors();
     let ordinary = tempfile::tempfile_in("/var/tmp").unwrap();
     ordinary.set_len(MIB).unwrap();
@@ -165,7 +165,7 @@ fn clients_with_unreadable_memory_cannot_flood_log() {
     let device = File::open("/dev/zero").unwrap();
     let start = std::time::Instant::now();
     for _ in 0..TIMES {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         let reply = client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&device]);
         assert_eq!(reply.errno, 0);
     }
@@ -177,7 +177,7 @@ fn clients_with_unreadable_memory_cannot_flood_log() {
 #[test]
 fn truncated_guest_memory_causes_no_signal() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::empty());
     let reply = client.ask_with(DMA_MAP, &map(0, 2 * MIB, 0), &[&ram]);
     assert_eq!(reply.errno, 0);
@@ -215,7 +215,7 @@ fn truncated_guest_memory_causes_no_signal() {
 #[test]
 fn reading_unused_guest_memory_allocates_nothing() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = File::from(rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
     let size = rounds(64, 1024) as u64 * MIB;
     ram.set_len(size).unwrap();
@@ -239,7 +239,7 @@ fn reading_unused_guest_memory_allocates_nothing() {
 #[test]
 fn broker_distinguishes_files_with_same_inode_number() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let (one, other) = same_number();
     one.write_all_at(b"this is the one.", 0).unwrap();
     other.write_all_at(b"this is another.", 0).unwrap();
@@ -275,7 +275,7 @@ fn same_number() -> (File, File) {
 #[test]
 fn broker_rejects_invalid_memory_ranges() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::SHRINK);
     let before = broker.descriptors();
     let inval = Errno::INVAL.raw_os_error().cast_unsigned();
@@ -320,13 +320,13 @@ fn broker_rejects_invalid_memory_ranges() {
     client.get(DMA_UNMAP, &unmap(2, 0, 0));
     assert_eq!(broker.descriptors(), before);
     drop(client);
-    Client::greet(&broker);
+    Client::handshake(&broker);
 }
 
 #[test]
 fn broker_limits_files_of_guest_memory() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let before = broker.descriptors();
     let ram = memory(SealFlags::SHRINK);
     let reply = client.ask_with(DMA_MAP, &map(0, 4096, 0), &[&ram]);
@@ -359,7 +359,7 @@ fn successor_inherits_one_range_per_page() {
     let socket = folder.path().join("user.sock").display().to_string();
     let arguments = ["--vfio-user", &socket, "--guest-memory"];
     let mut broker = Broker::start_as(&manager, folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::SHRINK);
     let place = |page: u64| (511 - page % 512) << 12;
     let base = 0xffc0_0000;
@@ -403,7 +403,7 @@ fn broker_rejects_invalid_guest_memory_reads() {
     let broker = serve_both(&[]);
     assert_eq!(refusal(&broker, 1, 0, 1), Refusal::NoVm(1));
     assert_eq!(refusal(&broker, 2, 0, 1), Refusal::NoSlot(2));
-    let client = Client::greet(&broker);
+    let client = Client::handshake(&broker);
     assert_eq!(refusal(&broker, 1, 0, 1), Refusal::NoGuestMemory(1));
     let _other = crate::vmm::handshake(crate::vmm::connect(&broker, "vm.sock"), 9);
     assert_eq!(refusal(&broker, 0, 0, 1), Refusal::NoGuestMemory(0));
@@ -431,7 +431,7 @@ fn successor_inherits_guest_memory() {
     let socket = folder.path().join("user.sock").display().to_string();
     let arguments = ["--vfio-user", &socket, "--guest-memory"];
     let mut broker = Broker::start_in(folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::SHRINK);
     client.ask_with(DMA_MAP, &map(MIB, MIB, MIB), &[&ram]);
     client.ask_with(DMA_MAP, &map(8 * MIB, MIB, 0), &[&ram]);
@@ -453,7 +453,7 @@ fn service_manager_stores_each_memory_file_once() {
     let socket = folder.path().join("user.sock").display().to_string();
     let arguments = ["--vfio-user", &socket, "--guest-memory"];
     let mut broker = Broker::start_as(&manager, folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let (ram, other) = (memory(SealFlags::SHRINK), memory(SealFlags::SHRINK));
     // QEMU maps the memory below and above 4 GiB in the same way.
     for (address, offset, file) in [(0, 0, &ram), (4 * MIB, MIB, &ram), (8 * MIB, 0, &other)] {
@@ -492,7 +492,7 @@ fn service_manager_stores_each_memory_file_once() {
 fn departing_vm_leaves_no_app_waiting() {
     let broker = serve_both(&["--guest-memory"]);
     for _ in 0..rounds(5, 20) {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         let ram = memory(SealFlags::SHRINK);
         client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&ram]);
         std::thread::scope(|scope| {
@@ -517,7 +517,7 @@ fn successor_without_option_drops_guest_memory() {
     let without = ["--vfio-user", &socket];
     let with = ["--vfio-user", &socket, "--guest-memory"];
     let mut broker = Broker::start_as(&manager, folder, &with);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::SHRINK);
     let reply = client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&ram]);
     assert_eq!(reply.errno, 0);

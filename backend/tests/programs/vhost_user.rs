@@ -23,7 +23,7 @@ fn fired(call: &EventFd) -> bool {
 #[test]
 fn configuration_describes_device_to_driver() {
     let broker = serve_vhost_user(&["--size", "2M"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let bytes = client.config();
     assert_eq!(word(&bytes, config::MAGIC), MAGIC);
     assert_eq!(word(&bytes, config::VERSION), VERSION);
@@ -53,28 +53,35 @@ fn broker_maps_region_once_after_each_start() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
     let own = &other.bells.iter().find(|(peer, _)| *peer == 1).unwrap().1;
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.config();
     for round in 0..3 {
         // Other events do not make the broker map the region.
         rustix::io::write(own, &1u64.to_ne_bytes()).unwrap();
         client.queues[0].kick.write(1).unwrap();
         client.share(&client.memory).unwrap();
-        assert!(client.is_left_alone(&broker), "too early");
+        assert!(client.sees_no_map_request(&broker), "too early");
         client.start();
-        let wish = client.map(true);
-        let (id, offset, at) = (wish.map.shmid, wish.map.fd_offset, wish.map.shm_offset);
+        let request = client.map(true);
+        let (id, offset, at) = (
+            request.map.shmid,
+            request.map.fd_offset,
+            request.map.shm_offset,
+        );
         assert_eq!((id, offset, at), (0, 0, 0));
-        let (length, flags) = (wish.map.len, wish.map.flags);
+        let (length, flags) = (request.map.len, request.map.flags);
         assert_eq!((length, flags), (64 << 20, 1));
         // The file is the region, because it begins with the superblock's magic.
         let mut start = [0; 4];
-        rustix::io::pread(&wish.file, &mut start, 0).unwrap();
+        rustix::io::pread(&request.file, &mut start, 0).unwrap();
         assert_eq!(u32::from_le_bytes(start), MAGIC);
         // The broker asks only once.
         client.put(0, HOST << 16, 4, false);
         client.wait_for(0, 1);
-        assert!(client.is_left_alone(&broker), "twice in round {round}");
+        assert!(
+            client.sees_no_map_request(&broker),
+            "twice in round {round}"
+        );
         client.stop();
     }
 }
@@ -83,7 +90,7 @@ fn broker_maps_region_once_after_each_start() {
 fn doorbells_ring_only_named_peer() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     other.bells.iter().for_each(|(_, bell)| {
@@ -132,7 +139,7 @@ fn interrupt_queue_delivers_each_rung_vector_once() {
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
     let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
     let ring = |vector: usize| rustix::io::write(&own[vector].1, &1u64.to_ne_bytes()).unwrap();
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     let mut count = 0;
@@ -183,7 +190,7 @@ fn reset_but_not_pause_increments_connection() {
         let status = attachment.status().unwrap();
         status.slots[1].vm.as_ref().unwrap().connection
     };
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     assert_eq!(word(&client.config(), config::CONNECTION), 1);
     client.start();
     client.map(true);
@@ -198,13 +205,13 @@ fn reset_but_not_pause_increments_connection() {
     client.put(0, HOST << 16, 4, false);
     client.wait_for(0, 2);
     assert_eq!(connection(), 1);
-    assert!(client.is_left_alone(&broker), "it has the mapping");
+    assert!(client.sees_no_map_request(&broker), "it has the mapping");
     // Reset: a new driver reads the configuration first, and finds the new number.
     client.stop();
     rings(host);
     assert_eq!(word(&client.config(), config::CONNECTION), 2);
     assert_eq!(connection(), 2);
-    assert!(rings(host) >= 1, "the host is not told");
+    assert!(rings(host) >= 1, "the host is not rung");
     assert_eq!(word(&client.config(), config::CONNECTION), 2);
     client.start();
     client.map(true);
@@ -230,7 +237,7 @@ fn reset_but_not_pause_increments_connection() {
 #[test]
 fn session_continues_without_mapped_region() {
     let broker = serve_vhost_user(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(false);
     client.put(0, HOST << 16, 4, false);
@@ -250,7 +257,7 @@ fn reset_discards_pending_vectors() {
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
     let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
     let ring = |vector: usize| rustix::io::write(&own[vector].1, &1u64.to_ne_bytes()).unwrap();
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     ring(3);
@@ -276,16 +283,16 @@ fn vhost_user_slot_is_freed_without_leaks() {
         let threads = std::fs::read_dir(format!("/proc/{}/task", broker.child.id()));
         (threads.unwrap().count(), descriptors)
     };
-    drop(Client::greet(&broker));
+    drop(Client::handshake(&broker));
     let before = settle();
     for round in 0..10 {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         client.start();
         // Some clients leave before they answer the broker's request.
         if round % 2 == 0 {
             client.map(true);
         } else {
-            client.wishes.recv_timeout(TIMEOUT).unwrap();
+            client.map_requests.recv_timeout(TIMEOUT).unwrap();
         }
     }
     assert_eq!(settle(), before);

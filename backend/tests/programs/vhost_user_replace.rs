@@ -19,7 +19,7 @@ fn broker_with_vhost_user_vm_rejects_replacement() {
     let arguments = arguments.each_ref().map(String::as_str);
     let mut broker = Broker::start_in(folder, &arguments);
     let vm = handshake(crate::vmm::connect(&broker, "vm.sock"), 15);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     let replace = [&arguments[..], &["--replace"]].concat();
@@ -45,7 +45,7 @@ fn broker_with_vhost_user_vm_rejects_replacement() {
     // A successor takes over a free slot like any other.
     succeed(&mut broker, &arguments);
     assert!(is_silent(&broker, &vm.socket));
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     client.put(0, 2 << 16, 4, false);
@@ -62,7 +62,7 @@ fn restarted_service_disconnects_vhost_user_vm() {
     let vm = handshake(crate::vmm::connect(&broker, "vm.sock"), 15);
     let kept = |name: &str| manager.kept().contains(&name.to_owned());
     for killed in [false, true] {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         client.start();
         client.map(true);
         wait_until("both are kept", || kept("vm-0") && kept("vm-1"));
@@ -82,7 +82,7 @@ fn restarted_service_disconnects_vhost_user_vm() {
         assert!(is_closed(&client.socket));
         wait_until("it is forgotten", || !kept("vm-1"));
         assert!(is_silent(&broker, &vm.socket));
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         client.start();
         client.map(true);
         client.put(0, 2 << 16, 4, false);

@@ -50,7 +50,7 @@ pub struct Vm {
 
 impl Vm {
     /// Stores a word in the presence page of slot 0's driver, as that driver does.
-    pub fn tell(&self, layout: &Layout, offset: u64, word: u64) {
+    pub fn store_in_driver_page(&self, layout: &Layout, offset: u64, word: u64) {
         let offset = layout.presence_page(0) + offset;
         rustix::io::pwrite(&self.memory, &word.to_ne_bytes(), offset).unwrap();
     }

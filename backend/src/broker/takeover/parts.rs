@@ -173,7 +173,7 @@ impl Parts {
             let mut memory = memory.map(File::from);
             if let Some(theirs) = memory.take_if(|theirs| has_other_size(theirs, size)) {
                 warn!(
-                    "slot {id}: another version of barlink noted what its VM is told, and it is let go: start it again"
+                    "slot {id}: another version of barlink stored the session of its VM in another form, so the VM is disconnected: start it again"
                 );
                 let vm = vm.take().map(|vm| (name::vm(id), vm));
                 let theirs = (name::session(id), theirs.into());
