@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests that every thread of a broker has given up unneeded rights, whether the broker is new, a
 //! successor or a restarted service.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the control socket: claims, refusals, and peers that break the protocol.
 
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of guests that disappear without notice, and of the ends that they held.
 
 use std::process::Stdio;

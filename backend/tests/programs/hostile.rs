@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of hostile peers, and of the peers beside them.
 
 use std::os::fd::AsRawFd;

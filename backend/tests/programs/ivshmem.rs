@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the ivshmem transport, with a client that reads as QEMU does and with clients that do
 //! not.
 

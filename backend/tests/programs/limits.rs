@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a broker that runs out of a resource, and of peers that try to exhaust one.
 
 use std::io::Write;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of several named brokers at once, each with VMs over both transports.
 
 use std::collections::HashMap;

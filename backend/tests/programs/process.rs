@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Programs that tests start, and waits that have a limit.
 
 use std::io::Read;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a broker that replaces another one while VMs and host apps go on.
 
 use std::os::unix::fs::PermissionsExt;

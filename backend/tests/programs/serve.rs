@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of starting and stopping a broker, and of invalid command lines.
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};

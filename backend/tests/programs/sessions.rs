@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a session's thread that panics. The fault of a transport must end only its own session.
 
 use std::io::{Read, Write};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of `barlink send` and `recv` over a channel from host to host: pipes, interruptions,
 //! sleep.
 

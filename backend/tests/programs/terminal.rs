@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A program in a terminal, and the screen that a person sees.
 
 use std::fs::File;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the vfio-user transport, with a client that sends what QEMU sends, and with the
 //! published client.
 

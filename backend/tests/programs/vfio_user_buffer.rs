@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a guest's DMA buffer over vfio-user: its registers, host apps that read it, and hostile
 //! clients.
 

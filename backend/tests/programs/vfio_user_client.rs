@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A vfio-user client that can send what QEMU sends, and any other bytes.
 
 use std::io::{IoSliceMut, Read};

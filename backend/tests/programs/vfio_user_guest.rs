@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the guest's own memory over vfio-user: host apps that read it, and hostile clients.
 
 use std::fs::File;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of vfio-user clients that attack, stall or err, and of the peers beside them.
 
 use std::fs::File;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a broker that replaces another one. A client of vfio-user must not notice.
 
 use std::fs::File;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the messages to the service manager that a client of vfio-user causes.
 
 use std::cell::RefCell;

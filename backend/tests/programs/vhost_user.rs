@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the device over vhost-user, as a VMM and its guest's driver use it.
 
 use barlink::protocol::wire::virtio::{FEATURE_RESET, MAGIC, VERSION, config};

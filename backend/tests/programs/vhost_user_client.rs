@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A VMM that speaks vhost-user as QEMU does, by the `vhost` crate, with its guest's driver; and
 //! functions that send any bytes.
 

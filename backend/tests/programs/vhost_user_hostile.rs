@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of VMMs and guests that attack, stall or err over vhost-user, and of the peers beside
 //! them.
 

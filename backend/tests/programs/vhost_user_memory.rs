@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of guests and VMMs that attack over vhost-user by the memory that they share: it
 //! disappears, it costs the broker memory, or its queues are invalid.
 

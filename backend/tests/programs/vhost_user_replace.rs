@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a VM over vhost-user whose broker is replaced or restarted, and of the VMs beside it.
 
 use std::process::Stdio;

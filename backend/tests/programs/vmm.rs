@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! An ivshmem client that reads its socket as QEMU does.
 
 use std::os::fd::OwnedFd;

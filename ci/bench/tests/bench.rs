@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! `cargo xtask bench` in its short form: it measures every way, and its results meet limits that
 //! hold on any machine.
 

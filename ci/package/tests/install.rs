@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Test of barlink's packages on an ordinary Debian, by the commands of `docs/install.md`. They are
 //! installed, the system is booted, an ordinary user streams data, and the packages are removed.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The VM that the checks run in, and the host's part in the checks.
 
 use std::sync::Arc;

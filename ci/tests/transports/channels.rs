@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Channels between a real guest and host apps: streams both ways, killed ends, and guests that are
 //! reset or replaced.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A vhost-user device that has the virtio type of barlink's device, but is not one.
 
 use std::io;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The conformance suite over vhost-user, without `restart.rs`: a broker over vhost-user has no
 //! successor while a VM is there.
 #![expect(

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A DMA buffer that a guest's driver allocates, as the host reads it.
 
 use anyhow::{Context, Result};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! barlink's own device on stock QEMU: the test accesses the registers itself, without a guest, and
 //! counts messages.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A broker that is replaced or killed while it exchanges messages with the VM.
 //! `docs/transports.md` describes the consequences to users.
 

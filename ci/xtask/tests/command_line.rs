@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of `cargo xtask demo` as a user types it: the crates that it builds, the arguments that it
 //! refuses before it builds anything, and the state after Ctrl-C.
 

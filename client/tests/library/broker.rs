@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A broker in a folder of its own.
 
 use std::io::{PipeWriter, Write, pipe};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Sending and receiving single records.
 
 use std::fs::File;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Waiting by the descriptors of ends.
 
 use std::io::{Read, Write};

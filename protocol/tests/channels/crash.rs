@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Ends and a reset that are killed between any two of their stores. On x86 other processes see the
 //! stores up to some moment, in order. Fresh ends look at each such state: it must be the state
 //! before the call or the state after it.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A region on the heap, and ends whose doorbells are condition variables. Tests use them in place
 //! of a BAR.
 

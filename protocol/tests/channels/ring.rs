@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Producer and consumer on the heap: order, wrapping, flow control, taking over after a crash, and
 //! channels with wrong words.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Sender and receiver in two threads that sleep and wake each other.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Streams whose sender is away or invisible.
 
 use std::fs::File;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The times for which an end spins and sleeps in its back-off. The clock advances only when the
 //! end reads it or sleeps. The other end is a script.
 

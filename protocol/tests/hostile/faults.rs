@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Faults of other projects that a channel could have had as well: `docs/threat-model.md`, "Known
 //! faults of others".
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A thread that writes random words all over a channel, as fast as it can, while an end runs in
 //! another thread.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The parts of the models: a region with one channel, doorbells, and a driver and a broker that
 //! write the presence pages.
 

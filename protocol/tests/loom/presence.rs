@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Ends that attach, die and have successors, while driver and broker write the presence pages and
 //! ring in their real order. No fallback poll wakes a sleeper: each ring here is one that the
 //! protocol promises.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Both ends of one channel, without presence words.
 
 use barlink_protocol::cursor::Kind;
