@@ -193,8 +193,8 @@ fn repeated_requests_leave_no_descriptors_open() {
             let (answer, memory) = control.ask(Ask::Attach { access }).unwrap();
             assert!(matches!(answer, Answer::Region(_)) && memory.len() == 1);
         }
-        let (_, bells) = control.ask(Ask::Claim { channel, end }).unwrap();
-        assert_eq!(bells.len(), 4);
+        let (_, eventfds) = control.ask(Ask::Claim { channel, end }).unwrap();
+        assert_eq!(eventfds.len(), 4);
         assert!(control.ask(Ask::Claim { channel, end }).is_err());
         control.ask(Ask::Release { channel, end }).unwrap();
         assert!(control.ask(Ask::Release { channel, end }).is_err());

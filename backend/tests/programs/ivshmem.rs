@@ -26,7 +26,7 @@ fn handshake_sends_complete_and_final_peer_table() {
     );
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     assert_eq!(vm.id, 0);
-    let peers: Vec<_> = vm.bells.iter().map(|(peer, _)| *peer).collect();
+    let peers: Vec<_> = vm.eventfds.iter().map(|(peer, _)| *peer).collect();
     assert_eq!(
         peers,
         [1, 1, 2, 2, 0, 0],
@@ -79,16 +79,16 @@ fn doorbells_connect_vm_and_host_app_directly() {
     vm.store_in_driver_page(layout, presence::holder(0, End::Producer), 1);
     let receiver = attachment.receiver("up").unwrap();
     let own: Vec<_> = vm
-        .bells
+        .eventfds
         .iter()
         .filter(|(peer, _)| *peer == 0)
-        .map(|(_, bell)| bell)
+        .map(|(_, eventfd)| eventfd)
         .collect();
     let host: Vec<_> = vm
-        .bells
+        .eventfds
         .iter()
         .filter(|(peer, _)| *peer == 1)
-        .map(|(_, bell)| bell)
+        .map(|(_, eventfd)| eventfd)
         .collect();
     // Vector 0 announces the claim. Vector 1 belongs to `up`.
     assert!(rings(own[0]) >= 1, "the claim is not reported");
@@ -111,8 +111,8 @@ fn host_app_never_rings_vm_without_driver() {
     let attachment = broker.attach();
     let layout = attachment.layout();
     let own = || -> u64 {
-        let own = vm.bells.iter().filter(|(peer, _)| *peer == 0);
-        own.map(|(_, bell)| rings(bell)).sum()
+        let own = vm.eventfds.iter().filter(|(peer, _)| *peer == 0);
+        own.map(|(_, eventfd)| rings(eventfd)).sum()
     };
     let attach = || {
         let mut sender = attachment.sender("down").unwrap();
@@ -177,17 +177,17 @@ fn next_vm_gets_same_drained_eventfds() {
     drop(attachment.receiver("up").unwrap());
     let again = handshake(connect(&broker, "vm.sock"), 6);
     assert_eq!(again.id, 0);
-    for (_, bell) in again.bells.iter().filter(|(peer, _)| *peer == 0) {
-        assert_eq!(rings(bell), 0, "a ring for the VM before it");
+    for (_, eventfd) in again.eventfds.iter().filter(|(peer, _)| *peer == 0) {
+        assert_eq!(rings(eventfd), 0, "a ring for the VM before it");
     }
     // The new VM's driver is present from here on.
     again.store_in_driver_page(attachment.layout(), presence::EPOCH, 3);
     drop(attachment.receiver("up").unwrap());
     let first = again
-        .bells
+        .eventfds
         .iter()
         .find(|(peer, _)| *peer == 0)
-        .map(|(_, bell)| rings(bell));
+        .map(|(_, eventfd)| rings(eventfd));
     assert!(first.unwrap() >= 1, "it is the same eventfd");
     assert_eq!(
         attachment.status().unwrap().slots[0]
@@ -204,10 +204,10 @@ fn slot_survives_vm_with_blocking_eventfds() {
     let broker = Broker::start(&[]);
     for _ in 0..3 {
         let vm = handshake(connect(&broker, "vm.sock"), 6);
-        for (_, bell) in &vm.bells {
+        for (_, eventfd) in &vm.eventfds {
             // QEMU makes every descriptor that it receives blocking.
-            let flags = rustix::fs::fcntl_getfl(bell).unwrap() - rustix::fs::OFlags::NONBLOCK;
-            rustix::fs::fcntl_setfl(bell, flags).unwrap();
+            let flags = rustix::fs::fcntl_getfl(eventfd).unwrap() - rustix::fs::OFlags::NONBLOCK;
+            rustix::fs::fcntl_setfl(eventfd, flags).unwrap();
         }
         drop(vm);
         let attachment = broker.attach();

@@ -89,8 +89,10 @@ impl Vms {
 
     /// Counts the rings of all vectors of all peers since the last call.
     fn rings(&self) -> u64 {
-        let bells = self.ivshmem.bells.iter();
-        bells.map(|(_, bell): &(_, OwnedFd)| vmm::rings(bell)).sum()
+        let eventfds = self.ivshmem.eventfds.iter();
+        eventfds
+            .map(|(_, eventfd): &(_, OwnedFd)| vmm::rings(eventfd))
+            .sum()
     }
 
     /// Makes the VM over vfio-user ring the other VM.

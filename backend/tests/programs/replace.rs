@@ -86,7 +86,7 @@ fn successor_finishes_handshake_of_predecessor() {
     succeed(&mut broker, &MANY);
     let vm = handshake(vm, 320);
     assert!(is_silent(&broker, &vm.socket));
-    let peers: Vec<_> = vm.bells.iter().map(|(peer, _)| *peer).collect();
+    let peers: Vec<_> = vm.eventfds.iter().map(|(peer, _)| *peer).collect();
     assert_eq!(peers, [[1; 160], [0; 160]].concat());
     succeed(&mut broker, &MANY);
     assert!(is_silent(&broker, &vm.socket));

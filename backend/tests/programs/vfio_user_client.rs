@@ -211,9 +211,9 @@ impl Client {
 /// Claims an end for a host app. Returns its eventfds: its own for vector 0 and for the channel,
 /// and those that ring the other end.
 pub fn claim(control: &Control, channel: usize, end: End) -> Vec<OwnedFd> {
-    let (_, bells) = control.ask(Ask::Claim { channel, end }).unwrap();
-    assert_eq!(bells.len(), 4);
-    bells
+    let (_, eventfds) = control.ask(Ask::Claim { channel, end }).unwrap();
+    assert_eq!(eventfds.len(), 4);
+    eventfds
 }
 
 pub fn eventfd() -> EventFd {
@@ -226,6 +226,6 @@ pub fn count(eventfd: &EventFd) -> u64 {
 }
 
 /// Rings an eventfd as a host app does.
-pub fn ring(bell: &OwnedFd) {
-    rustix::io::write(bell, &1u64.to_ne_bytes()).unwrap();
+pub fn ring(eventfd: &OwnedFd) {
+    rustix::io::write(eventfd, &1u64.to_ne_bytes()).unwrap();
 }

@@ -233,8 +233,8 @@ fn stalled_client_delays_only_itself() {
             client
         });
         // The six slots and the host have one eventfd for each vector.
-        let bells = 7 * broker.attach().layout().vectors as usize;
-        drop(handshake(crate::vmm::connect(&broker, "vm.sock"), bells));
+        let eventfds = 7 * broker.attach().layout().vectors as usize;
+        drop(handshake(crate::vmm::connect(&broker, "vm.sock"), eventfds));
         let stall = stalled.iter().all(|client| has_nothing(&client.socket));
         assert!(stalled.iter_mut().all(Client::is_disconnected));
         assert!(start.elapsed() > Duration::from_secs(1));

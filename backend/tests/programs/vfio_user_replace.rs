@@ -79,7 +79,7 @@ fn successor_inherits_device_state() {
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::handshake(&broker);
     let app = Control::connect(&broker.control()).unwrap();
-    let bells = claim(&app, 0, End::Consumer);
+    let eventfds = claim(&app, 0, End::Consumer);
     client.write(CONFIG, 4, &[6, 4]);
     client.write(1, 16, &[1, 2, 3, 4]);
     client.write(0, 0, &[9, 0, 0, 0]);
@@ -100,11 +100,11 @@ fn successor_inherits_device_state() {
         for irq in &irqs {
             count(irq);
         }
-        ring(&bells[3]);
+        ring(&eventfds[3]);
         wait_until("vector 1 fires", || count(&irqs[1]) >= 1);
-        rings(&bells[1]);
+        rings(&eventfds[1]);
         client.ring(2, 1);
-        assert_eq!(rings(&bells[1]), 1);
+        assert_eq!(rings(&eventfds[1]), 1);
     }
     // Vector 5 has no eventfd, and stays pending all the time.
     assert_eq!(client.read(1, 4096, 1), [1 << 5]);
@@ -176,9 +176,9 @@ fn killed_service_leaves_device_state_intact() {
         broker.start_again(&manager, &arguments);
         assert_eq!(client.read(CONFIG, 4, 2), [6, 4]);
         let app = Control::connect(&broker.control()).unwrap();
-        let bells = claim(&app, 0, End::Consumer);
+        let eventfds = claim(&app, 0, End::Consumer);
         count(&irq);
-        ring(&bells[3]);
+        ring(&eventfds[3]);
         wait_until("vector 1 fires", || count(&irq) >= 1);
     }
     // The VM leaves while no broker runs. The next VM inherits nothing from it.
@@ -437,7 +437,7 @@ fn broker_cancels_handover_to_slow_successor() {
                 begun.store(true, Ordering::Relaxed);
                 assert!(matches!(answer, Answer::Inheritance { last: false, .. }));
                 // After a hand-over was called off, the next part is the first of a new one.
-                parts = if names(&answer).contains(&"bell-0-0".to_owned()) {
+                parts = if names(&answer).contains(&"eventfd-0-0".to_owned()) {
                     1
                 } else {
                     parts + 1

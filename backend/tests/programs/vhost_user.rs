@@ -54,7 +54,12 @@ fn configuration_describes_device_to_driver() {
 fn broker_maps_region_once_after_each_start() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let own = &other.bells.iter().find(|(peer, _)| *peer == 1).unwrap().1;
+    let own = &other
+        .eventfds
+        .iter()
+        .find(|(peer, _)| *peer == 1)
+        .unwrap()
+        .1;
     let mut client = Client::handshake(&broker);
     client.config();
     for round in 0..3 {
@@ -95,8 +100,8 @@ fn doorbells_ring_only_named_peer() {
     let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
-    other.bells.iter().for_each(|(_, bell)| {
-        rings(bell);
+    other.eventfds.iter().for_each(|(_, eventfd)| {
+        rings(eventfd);
     });
     let mut count = 0;
     for (peer, vector) in [(HOST, 3), (0, 2), (HOST, 0), (1, 4)] {
@@ -104,9 +109,9 @@ fn doorbells_ring_only_named_peer() {
         count += 1;
         assert_eq!(client.wait_for(0, count).0, 0);
         assert!(fired(&client.queues[0].call));
-        for (place, (number, bell)) in other.bells.iter().enumerate() {
+        for (place, (number, eventfd)) in other.eventfds.iter().enumerate() {
             let rung = *number == i64::from(peer) && place % VECTORS == vector as usize;
-            assert_eq!(rings(bell), u64::from(rung), "{peer}, {vector}: {place}");
+            assert_eq!(rings(eventfd), u64::from(rung), "{peer}, {vector}: {place}");
         }
     }
     // Doorbells for unknown peers and vectors ring nothing. Buffers without a doorbell are
@@ -124,7 +129,12 @@ fn doorbells_ring_only_named_peer() {
         count += 1;
         client.wait_for(0, count);
     }
-    assert!(other.bells.iter().all(|(_, bell)| rings(bell) == 0));
+    assert!(
+        other
+            .eventfds
+            .iter()
+            .all(|(_, eventfd)| rings(eventfd) == 0)
+    );
     // A driver that disables interrupts gets none.
     fired(&client.queues[0].call);
     client.wants_interrupts(0, false);
@@ -132,14 +142,18 @@ fn doorbells_ring_only_named_peer() {
     client.wait_for(0, count + 1);
     broker.wait_until_idle();
     assert!(!fired(&client.queues[0].call));
-    assert_eq!(rings(&other.bells[VECTORS + 1].1), 1);
+    assert_eq!(rings(&other.eventfds[VECTORS + 1].1), 1);
 }
 
 #[test]
 fn interrupt_queue_delivers_each_rung_vector_once() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
+    let own: Vec<_> = other
+        .eventfds
+        .iter()
+        .filter(|(peer, _)| *peer == 1)
+        .collect();
     let ring = |vector: usize| rustix::io::write(&own[vector].1, &1u64.to_ne_bytes()).unwrap();
     let mut client = Client::handshake(&broker);
     client.start();
@@ -186,7 +200,12 @@ fn interrupt_queue_delivers_each_rung_vector_once() {
 fn reset_but_not_pause_increments_connection() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let host = &other.bells.iter().find(|(peer, _)| *peer == 2).unwrap().1;
+    let host = &other
+        .eventfds
+        .iter()
+        .find(|(peer, _)| *peer == 2)
+        .unwrap()
+        .1;
     let attachment = broker.attach();
     let connection = || {
         let status = attachment.status().unwrap();
@@ -257,7 +276,11 @@ fn session_continues_without_mapped_region() {
 fn reset_discards_pending_vectors() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
+    let own: Vec<_> = other
+        .eventfds
+        .iter()
+        .filter(|(peer, _)| *peer == 1)
+        .collect();
     let ring = |vector: usize| rustix::io::write(&own[vector].1, &1u64.to_ne_bytes()).unwrap();
     let mut client = Client::handshake(&broker);
     client.start();

@@ -209,7 +209,7 @@ fn session_survives_invalid_queues() {
         client.start();
         client.map(true);
         // The broker now has an interrupt to deliver.
-        rustix::io::write(&other.bells[5].1, &1u64.to_ne_bytes()).unwrap();
+        rustix::io::write(&other.eventfds[5].1, &1u64.to_ne_bytes()).unwrap();
         attack(&mut client);
         // The broker becomes idle: the attack does not keep it busy.
         eprintln!("{name}");

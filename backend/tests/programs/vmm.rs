@@ -47,7 +47,7 @@ pub struct Vm {
     pub id: i64,
     pub memory: OwnedFd,
     /// Peer and eventfd, in the order of their arrival.
-    pub bells: Vec<(i64, OwnedFd)>,
+    pub eventfds: Vec<(i64, OwnedFd)>,
 }
 
 impl Vm {
@@ -58,7 +58,7 @@ impl Vm {
     }
 }
 
-pub fn handshake(socket: UnixStream, bells: usize) -> Vm {
+pub fn handshake(socket: UnixStream, eventfds: usize) -> Vm {
     let number = |expected: &str| match message(&socket) {
         Some((number, None)) => number,
         other => panic!("{other:?} for {expected}"),
@@ -68,23 +68,23 @@ pub fn handshake(socket: UnixStream, bells: usize) -> Vm {
     let Some((-1, Some(memory))) = message(&socket) else {
         panic!("no memory");
     };
-    let bells = (0..bells).map(|_| {
-        let (peer, bell) = message(&socket).expect("an eventfd");
-        (peer, bell.expect("an eventfd"))
+    let eventfds = (0..eventfds).map(|_| {
+        let (peer, eventfd) = message(&socket).expect("an eventfd");
+        (peer, eventfd.expect("an eventfd"))
     });
-    let bells = bells.collect();
+    let eventfds = eventfds.collect();
     Vm {
         socket,
         id,
         memory,
-        bells,
+        eventfds,
     }
 }
 
 /// Reads an eventfd without blocking. Returns how often it was rung since the last read.
-pub fn rings(bell: &OwnedFd) -> u64 {
+pub fn rings(eventfd: &OwnedFd) -> u64 {
     let mut count = [0; 8];
-    match rustix::io::read(bell, &mut count) {
+    match rustix::io::read(eventfd, &mut count) {
         Ok(8) => u64::from_ne_bytes(count),
         Err(Errno::AGAIN) => 0,
         other => panic!("{other:?}"),

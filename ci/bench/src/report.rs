@@ -110,7 +110,7 @@ impl Report {
         });
         let trips = self.trips.iter().map(|row| {
             let cache_mode = match row.trip {
-                Trip::Channels(transport, _) | Trip::Bells(transport) => {
+                Trip::Channels(transport, _) | Trip::Doorbells(transport) => {
                     self.cache_mode(Way::Channel(transport))
                 }
                 _ => None,
@@ -121,7 +121,7 @@ impl Report {
                 "record_size": row.trip.record_size(),
                 "cache_mode": cache_mode,
                 "wait": row.trip.wait(),
-                "consumer_reads_every_byte": !matches!(row.trip, Trip::Bells(_)),
+                "consumer_reads_every_byte": !matches!(row.trip, Trip::Doorbells(_)),
             });
             self.with_conditions(row, more)
         });

@@ -308,20 +308,20 @@ impl Side for Device {
             },
             error => system("claim an end of a channel of", &self.path, error).into(),
         })?;
-        let bell = uapi::Doorbell {
+        let doorbell = uapi::Doorbell {
             peer: channel.peer(end.other()),
             vector: channel.vector,
         };
         // The driver may have got fewer vectors than the channels have.
         let wakes = channel.vector < info.vectors;
-        Ok((index, DeviceEvents::new(file, bell, wakes).into()))
+        Ok((index, DeviceEvents::new(file, doorbell, wakes).into()))
     }
 }
 
 /// Rings a vector of a peer.
-pub(crate) fn ring(file: &File, bell: uapi::Doorbell) -> Result<(), Errno> {
+pub(crate) fn ring(file: &File, doorbell: uapi::Doorbell) -> Result<(), Errno> {
     // SAFETY: `DOORBELL` takes a `Doorbell`, and reads it during the call.
-    unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(bell)) }
+    unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(doorbell)) }
 }
 
 fn open(path: &Path) -> Result<File, DeviceError> {

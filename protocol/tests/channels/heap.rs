@@ -54,12 +54,12 @@ struct State {
 }
 
 #[derive(Clone, Default)]
-struct Bell(Arc<(Mutex<State>, Condvar)>);
+struct Notifier(Arc<(Mutex<State>, Condvar)>);
 
 /// The doorbells of one end.
-pub struct Bells {
-    own: Bell,
-    other: Bell,
+pub struct Notifiers {
+    own: Notifier,
+    other: Notifier,
     start: Instant,
     /// Number of rings so far.
     pub rung: u32,
@@ -91,7 +91,7 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-impl Bells {
+impl Notifiers {
     /// Returns a function that tells whether this end sleeps and has not been rung yet.
     pub fn sleeper(&self) -> impl Fn() -> bool + Send + 'static {
         let own = self.own.clone();
@@ -102,10 +102,10 @@ impl Bells {
     }
 }
 
-pub fn bells() -> (Bells, Bells) {
-    let (a, b) = (Bell::default(), Bell::default());
+pub fn notifiers() -> (Notifiers, Notifiers) {
+    let (a, b) = (Notifier::default(), Notifier::default());
     let start = Instant::now();
-    let one = |own: &Bell, other: &Bell| Bells {
+    let one = |own: &Notifier, other: &Notifier| Notifiers {
         own: own.clone(),
         other: other.clone(),
         start,
@@ -115,7 +115,7 @@ pub fn bells() -> (Bells, Bells) {
     (one(&a, &b), one(&b, &a))
 }
 
-impl Events for Bells {
+impl Events for Notifiers {
     type Error = Infallible;
 
     fn ring(&mut self) -> Result<(), Infallible> {
@@ -160,9 +160,9 @@ impl Events for Bells {
 pub fn ends(
     capacity: u64,
     drop_when_full: bool,
-) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
+) -> (Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>) {
     let (region, layout) = region(capacity, drop_when_full);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     ends_with(&region, &layout, a, b)
 }
 
@@ -170,9 +170,9 @@ pub fn ends(
 pub fn ends_with(
     region: &Heap,
     layout: &Layout,
-    a: Bells,
-    b: Bells,
-) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
+    a: Notifiers,
+    b: Notifiers,
+) -> (Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>) {
     let sender = Sender::attach(region.clone(), layout, 0, a).unwrap();
     (
         sender,

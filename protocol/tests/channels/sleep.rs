@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::heap::{TIMEOUT, bells, ends, ends_with, hold, region, rounds, wait_until};
+use crate::heap::{TIMEOUT, ends, ends_with, hold, notifiers, region, rounds, wait_until};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{Events, Sent, Strategy, Wakeup};
 
@@ -83,7 +83,7 @@ fn batches_on_both_ends_never_deadlock() {
 #[test]
 fn spinning_end_notices_timeout_and_departed_peer() {
     let (region, layout) = region(4096, false);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (_sender, mut receiver) = ends_with(&region, &layout, a, b);
     receiver.set_strategy(Strategy::SPIN);
     let start = Instant::now();
@@ -214,7 +214,7 @@ fn reservation_commits_only_filled_bytes() {
 #[test]
 fn receiver_never_rings_vm_end_without_holder() {
     let (region, layout) = region(4096, false);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     assert_eq!(receiver.events().rung, 1, "it rings when it attaches");
     hold(&region, &layout, 0);
@@ -241,7 +241,7 @@ fn receiver_never_rings_vm_end_without_holder() {
 #[test]
 fn lost_doorbell_delays_but_loses_no_record() {
     let (region, layout) = region(4096, false);
-    let (mut a, b) = bells();
+    let (mut a, b) = notifiers();
     a.lost = 3;
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     let receiver_sleeps = receiver.events().sleeper();

@@ -12,22 +12,24 @@ use barlink_protocol::stream::{Progress, StreamError, Watch, receive, send as se
 use barlink_protocol::wire::layout::{Channel, Layout};
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, state};
 
-use crate::heap::{Bells, Heap, Memory, TIMEOUT, bells, ends, ends_with, hold, region, wait_until};
+use crate::heap::{
+    Heap, Memory, Notifiers, TIMEOUT, ends, ends_with, hold, notifiers, region, wait_until,
+};
 
 /// The outcome of a stream over the heap's events, which cannot fail.
 type Outcome = Result<Progress, StreamError<std::convert::Infallible>>;
 
-fn receive_to_nowhere(receiver: &mut Receiver<Memory, Bells>) -> Outcome {
+fn receive_to_nowhere(receiver: &mut Receiver<Memory, Notifiers>) -> Outcome {
     let nowhere = File::options().write(true).open("/dev/null").unwrap();
     receive(receiver, nowhere.as_raw_fd(), &mut ())
 }
 
-fn send(sender: &mut Sender<Memory, Bells>, kind: Kind, bytes: &[u8]) {
+fn send(sender: &mut Sender<Memory, Notifiers>, kind: Kind, bytes: &[u8]) {
     assert_eq!(sender.send(kind, bytes, None), Ok(Sent::Committed));
 }
 
 /// Sends a stream, and makes its receiver wait for the end of the stream.
-fn send_haltingly(sender: &mut Sender<Memory, Bells>, region: &Heap, channel: &Channel) {
+fn send_haltingly(sender: &mut Sender<Memory, Notifiers>, region: &Heap, channel: &Channel) {
     send(sender, Kind::BEGIN, &[]);
     send(sender, Kind::DATA, b"four");
     wait_until("all is received", || {
@@ -47,7 +49,7 @@ const FOUR: Outcome = Ok(Progress {
 #[test]
 fn receiver_never_waits_for_departed_sender() {
     let (region, layout) = region(4096, false);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let mut sender = Sender::attach(region.clone(), &layout, 0, a).unwrap();
     send(&mut sender, Kind::BEGIN, &[]);
     send(&mut sender, Kind::DATA, b"four");
@@ -66,7 +68,7 @@ fn receiver_never_waits_for_departed_sender() {
 fn receiver_waits_for_late_sender() {
     let (region, layout) = region(4096, false);
     hold(&region, &layout, 0);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     // The receiver has not read the holder since, and need not read it while it has records to
     // receive.
@@ -92,7 +94,7 @@ fn receiver_waits_for_invisible_sender() {
     let layout = Layout::new(layout.region_size, 2, 1, entry.end(), 0, &[entry]).unwrap();
     let mapped = layout.presence_page(1) / 8;
     let region: Heap = Region::new((0..mapped).map(|_| AtomicU64::new(0)).collect());
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     let sending = std::thread::spawn(move || {
         send_haltingly(&mut sender, &region, &entry);
@@ -138,7 +140,7 @@ impl Listener {
 #[test]
 fn receiver_reports_wait_to_listener() {
     let (region, layout) = region(4096, false);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     hold(&region, &layout, 0);
     let (reporter, reported) = std::sync::mpsc::channel();
@@ -194,7 +196,7 @@ fn sender_reports_wait_to_listener() {
 #[test]
 fn dropping_channel_keeps_begin_of_empty_stream() {
     let (region, layout) = region(4096, true);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     send(&mut sender, Kind::BEGIN, &[]);
     send(&mut sender, Kind::DATA, b"four");

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::listener::Listener;
 use crate::socket::has_hung_up;
 use crate::transport::{Rejection, Transport};
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// Most rejected clients that stay connected. A further one disconnects the oldest.
 const MAX_REJECTED: usize = 8;
@@ -22,7 +22,7 @@ const MAX_REJECTED: usize = 8;
 pub struct RejectedClients {
     clients: Mutex<VecDeque<(Arc<UnixStream>, Rejection)>>,
     /// Rings when a client is added.
-    more: Bell,
+    more: Notifier,
 }
 
 impl RejectedClients {
@@ -30,7 +30,7 @@ impl RejectedClients {
     pub fn new() -> io::Result<Self> {
         Ok(RejectedClients {
             clients: Mutex::default(),
-            more: Bell::new()?,
+            more: Notifier::new()?,
         })
     }
 

@@ -24,7 +24,7 @@ const LOOK: Duration = Duration::from_millis(1);
 const MOST_SAMPLES: usize = 1024;
 
 type Stream = publish_subscribe::PortFactory<ipc::Service, [u64], ()>;
-type Bell = event::PortFactory<ipc::Service>;
+type EventService = event::PortFactory<ipc::Service>;
 
 /// Creates the iceoryx2 node of this process.
 pub fn node() -> Result<Node<ipc::Service>> {
@@ -53,11 +53,15 @@ fn stream(node: &Node<ipc::Service>, service: &str, record_size: usize) -> Resul
 }
 
 /// Opens or creates the event for new samples, if the ends sleep.
-fn bell(node: &Node<ipc::Service>, service: &str, wait: Wait) -> Result<Option<Bell>> {
+fn event_service(
+    node: &Node<ipc::Service>,
+    service: &str,
+    wait: Wait,
+) -> Result<Option<EventService>> {
     if wait != Wait::Sleep {
         return Ok(None);
     }
-    let name = ServiceName::new(&format!("{service}/bell"))
+    let name = ServiceName::new(&format!("{service}/event"))
         .map_err(|error| anyhow!("{service}: {error:?}"))?;
     node.service_builder(&name)
         .event()
@@ -91,9 +95,9 @@ impl SendPort {
             .backpressure_strategy(BackpressureStrategy::RetryUntilDelivered)
             .create()
             .map_err(|error| anyhow!("{service} cannot be published to: {error}"))?;
-        let bell = bell(node, service, wait)?;
-        let notifier = bell
-            .map(|bell| bell.notifier_builder().create())
+        let event = event_service(node, service, wait)?;
+        let notifier = event
+            .map(|event| event.notifier_builder().create())
             .transpose();
         let notifier = notifier.map_err(|error| anyhow!("{service} has no event: {error}"))?;
         let send_port = Self {
@@ -166,9 +170,9 @@ impl ReceivePort {
         wait: Wait,
     ) -> Result<Self> {
         let stream = stream(node, service, record_size)?;
-        let bell = bell(node, service, wait)?;
-        let listener = bell
-            .map(|bell| bell.listener_builder().create())
+        let event = event_service(node, service, wait)?;
+        let listener = event
+            .map(|event| event.listener_builder().create())
             .transpose();
         let listener = listener.map_err(|error| anyhow!("{service} has no event: {error}"))?;
         // The subscriber comes last, because the other end takes it for the complete end.

@@ -91,7 +91,7 @@ impl Answer {
     }
 
     /// Rings each time it is rung, until it has not been rung for a second.
-    pub fn bells<E>(&self, mut events: E) -> Result<Sleeps>
+    pub fn doorbells<E>(&self, mut events: E) -> Result<Sleeps>
     where
         E: Events<Error: std::error::Error + Send + Sync + 'static>,
     {

@@ -137,7 +137,7 @@ impl Ask {
     }
 
     /// Rings, and waits to be rung.
-    pub fn bells<E>(&self, mut events: E) -> Result<Trips>
+    pub fn doorbells<E>(&self, mut events: E) -> Result<Trips>
     where
         E: Events<Error: std::error::Error + Send + Sync + 'static>,
     {

@@ -66,11 +66,11 @@ pub(super) fn memory_of_a_device_is_small() -> Result<()> {
         let Some(file) = file.filter(|_| vectors > 0) else {
             continue;
         };
-        let bell = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let notifier = eventfd(0, EventfdFlags::CLOEXEC)?;
         let signalled = allocated(|| {
             Ok(file.signal(Eventfd {
                 vector: 0,
-                descriptor: bell.as_fd().as_raw_fd(),
+                descriptor: notifier.as_fd().as_raw_fd(),
             })?)
         })?;
         ensure!(signalled.unaccounted == 0, "{signalled}");

@@ -113,16 +113,16 @@ pub(super) fn last_interrupt_of_burst_always_arrives() -> Result<()> {
     let listener = |wait: fn(&Device, &OwnedFd) -> Result<()>| {
         child(|parent| {
             let own = open(Region::Main)?;
-            let bell = eventfd(0, EventfdFlags::CLOEXEC)?;
+            let notifier = eventfd(0, EventfdFlags::CLOEXEC)?;
             own.signal(Eventfd {
                 vector: UP_VECTOR,
-                descriptor: bell.as_fd().as_raw_fd(),
+                descriptor: notifier.as_fd().as_raw_fd(),
             })?;
             let map = own.map(RAW, PAGE)?;
             parent.send_ready()?;
             let mut reported = 0;
             while reported < rounds {
-                wait(&own, &bell)?;
+                wait(&own, &notifier)?;
                 // Number of the last burst that has ended.
                 let ended = map.read(0);
                 if ended > reported {
@@ -139,7 +139,7 @@ pub(super) fn last_interrupt_of_burst_always_arrives() -> Result<()> {
             ensure!(device.becomes_readable()?, "poll hears nothing");
             Ok(device.interrupts().map(drop)?)
         })?,
-        listener(|_, bell| Ok(rustix::io::read(bell, &mut [0; 8]).map(drop)?))?,
+        listener(|_, notifier| Ok(rustix::io::read(notifier, &mut [0; 8]).map(drop)?))?,
     ];
     device.map(RAW, PAGE)?.write(0, 0);
     for listener in &listeners {
