@@ -454,8 +454,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Advances beyond the record that [`Receiver::wait`] found, without releasing it yet. The next
     /// wait looks behind it. It is released together with the next one, or when a wait finds no
     /// record.
-    pub fn pass(&mut self) {
-        self.consumer.pass();
+    pub fn advance(&mut self) {
+        self.consumer.advance();
     }
 
     /// Releases the record that [`Receiver::wait`] found and all records that were passed, so that

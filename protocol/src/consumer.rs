@@ -107,7 +107,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
     /// Advances beyond the record that [`Consumer::poll`] found, to release it later. The next poll
     /// looks behind it. Does nothing if no record was found.
-    pub fn pass(&mut self) {
+    pub fn advance(&mut self) {
         if let Some(current) = self.current.take() {
             self.passed = current.end;
         }
@@ -117,7 +117,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     /// the producer can use their space. Returns whether the producer must be rung. Does nothing if
     /// there are no such records.
     pub fn release(&mut self) -> Notify {
-        self.pass();
+        self.advance();
         self.release_passed()
     }
 

@@ -74,8 +74,8 @@ fn restarted_broker_is_confined() {
     let manager = ServiceManager::new(folder.path()).unwrap();
     let mut broker = Broker::start_as(&manager, folder, &[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
-    wait_until("the VM is kept", || {
-        manager.kept().contains(&"vm-0".to_owned())
+    wait_until("the VM is stored", || {
+        manager.stored().contains(&"vm-0".to_owned())
     });
     // If the broker were killed right after its last message, it could not know that the VM
     // received it.

@@ -136,8 +136,8 @@ fn departed_host_app_uses_no_processor_time() {
     let broker = Broker::start_as(&manager, folder, &[]);
     let app = broker.attach();
     wait_until("the manager has the connection", || {
-        let kept = manager.kept();
-        kept.iter().any(|name| name.starts_with("client-"))
+        let stored = manager.stored();
+        stored.iter().any(|name| name.starts_with("client-"))
     });
     let _paused = manager.pause();
     drop(app);

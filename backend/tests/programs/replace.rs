@@ -262,14 +262,14 @@ fn restart_without_persisted_state_creates_new_region() {
     notify.connect(broker.path("notify.sock")).unwrap();
     let forget = format!("FDSTOREREMOVE=1\nFDNAME={}\n", name::STATE);
     notify.send(forget.as_bytes()).unwrap();
-    wait_until("it is forgotten", || {
-        !manager.kept().contains(&name::STATE.to_owned())
+    wait_until("it is removed", || {
+        !manager.stored().contains(&name::STATE.to_owned())
     });
     broker.start_again(&manager, &[]);
     drop(handshake(connect(&broker, "vm.sock"), 6));
     // The persisted state is now the new region's.
-    wait_until("it is kept", || {
-        manager.kept().contains(&name::STATE.to_owned())
+    wait_until("it is stored", || {
+        manager.stored().contains(&name::STATE.to_owned())
     });
     broker.start_again(&manager, &[]);
     let sender = broker.attach().sender("down").unwrap();

@@ -391,8 +391,8 @@ fn successor_inherits_one_range_per_page() {
     assert!(matches!(gone, Refusal::NotThere { .. }));
     assert_eq!(peek(&broker, base + (512 << 12)), expected[..16]);
     client.get(DMA_UNMAP, &unmap(0, 0, 1 << 32));
-    let kept = || manager.kept().iter().any(|name| name.contains("ram"));
-    wait_until("it is forgotten", || !kept());
+    let stored = || manager.stored().iter().any(|name| name.contains("ram"));
+    wait_until("it is removed", || !stored());
     for page in 0..1280 {
         let range = map(page << 12, 4096, place(page));
         assert_eq!(client.ask_with(DMA_MAP, &range, &[&ram]).errno, 0);
@@ -462,11 +462,11 @@ fn service_manager_stores_each_memory_file_once() {
         let reply = client.ask_with(DMA_MAP, &map(address, MIB, offset), &[file]);
         assert_eq!(reply.errno, 0);
     }
-    let kept = || {
-        let names = manager.kept().into_iter();
+    let stored = || {
+        let names = manager.stored().into_iter();
         names.filter(|name| name.contains("ram")).count()
     };
-    wait_until("both files are kept", || kept() == 2);
+    wait_until("both files are stored", || stored() == 2);
     let all = noise(2 << 20);
     let read = |broker: &Broker, address: u64, place: usize| {
         let mut seen = [0; 16];
@@ -480,14 +480,14 @@ fn service_manager_stores_each_memory_file_once() {
     broker.restart(&manager, &arguments);
     assert!(!read(&broker, 0, 0) && read(&broker, 4 * MIB, 1 << 20));
     client.get(DMA_UNMAP, &unmap(0, 4 * MIB, MIB));
-    wait_until("one file is kept", || kept() == 1);
+    wait_until("one file is stored", || stored() == 1);
     broker.start_again(&manager, &arguments);
     assert!(!read(&broker, 0, 0) && !read(&broker, 4 * MIB, 0) && read(&broker, 8 * MIB, 0));
     let reply = client.ask_with(DMA_MAP, &map(0, MIB, MIB), &[&ram]);
     assert_eq!(reply.errno, 0);
-    wait_until("both files are kept", || kept() == 2);
+    wait_until("both files are stored", || stored() == 2);
     drop(client);
-    wait_until("none is kept", || kept() == 0);
+    wait_until("none is stored", || stored() == 0);
 }
 
 #[test]
@@ -523,14 +523,14 @@ fn successor_without_option_drops_guest_memory() {
     let ram = memory(SealFlags::SHRINK);
     let reply = client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&ram]);
     assert_eq!(reply.errno, 0);
-    let kept = || {
-        let names = manager.kept().into_iter();
+    let stored = || {
+        let names = manager.stored().into_iter();
         names.filter(|name| name.contains("ram")).count()
     };
-    wait_until("it is kept", || kept() == 1);
+    wait_until("it is stored", || stored() == 1);
     broker.restart(&manager, &without);
     assert_eq!(refusal(&broker, 1, 0, 1), Refusal::NoGuestMemory(1));
-    wait_until("it is forgotten", || kept() == 0);
+    wait_until("it is removed", || stored() == 0);
     assert!(broker.log().contains("the guest's memory is let go"));
     client.get(DMA_UNMAP, &unmap(0, 0, MIB));
     // A broker with `--guest-memory` then knows only the ranges that the client maps from now on.

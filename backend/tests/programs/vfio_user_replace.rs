@@ -147,8 +147,8 @@ fn every_message_gets_one_reply_during_restart() {
     let (mut broker, arguments) = serve_as(&manager, folder);
     let arguments = arguments.each_ref().map(String::as_str);
     let mut client = Client::handshake(&broker);
-    wait_until("the VM is kept", || {
-        manager.kept().contains(&"vm-1".to_owned())
+    wait_until("the VM is stored", || {
+        manager.stored().contains(&"vm-1".to_owned())
     });
     ask_while(&mut client, |answered| {
         for _ in 0..rounds(5, 20) {
@@ -168,9 +168,9 @@ fn killed_service_leaves_device_state_intact() {
     client.write(CONFIG, 4, &[6, 4]);
     let irq = eventfd();
     assert_eq!(client.set_irqs(1, &[&irq]).errno, 0);
-    let kept = |name: &str| manager.kept().contains(&name.to_owned());
-    wait_until("the VM is kept", || {
-        kept("vm-1") && kept("part-1-interrupt-1-1")
+    let stored = |name: &str| manager.stored().contains(&name.to_owned());
+    wait_until("the VM is stored", || {
+        stored("vm-1") && stored("part-1-interrupt-1-1")
     });
     for _ in 0..2 {
         broker.start_again(&manager, &arguments);
@@ -186,9 +186,15 @@ fn killed_service_leaves_device_state_intact() {
     drop(client);
     broker.start_again(&manager, &arguments);
     let mut client = Client::handshake(&broker);
-    wait_until("it is forgotten", || !kept("part-1-interrupt-1-1"));
-    let connections = || manager.kept().iter().filter(|name| *name == "vm-1").count();
-    wait_until("one connection is kept", || connections() == 1);
+    wait_until("it is removed", || !stored("part-1-interrupt-1-1"));
+    let connections = || {
+        manager
+            .stored()
+            .iter()
+            .filter(|name| *name == "vm-1")
+            .count()
+    };
+    wait_until("one connection is stored", || connections() == 1);
     count(&irq);
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
     assert_eq!(count(&irq), 0, "an eventfd of the VM before it");

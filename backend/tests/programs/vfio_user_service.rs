@@ -77,24 +77,24 @@ fn broker_stores_new_eventfd_before_removing_old() {
         assert_eq!(client.set_irqs(3, &[&eventfd()]).errno, 0);
     }
     let messages = manager.wait_for("part-1-interrupt-3", 1 + 4 * 3);
-    let mut kept = BTreeSet::new();
+    let mut stored = BTreeSet::new();
     for message in &messages {
         let name = message.lines().nth(1).unwrap();
         if message.starts_with("FDSTORE=1") {
-            kept.insert(name);
+            stored.insert(name);
         } else {
-            kept.remove(name);
+            stored.remove(name);
         }
         assert!(
-            !kept.is_empty(),
+            !stored.is_empty(),
             "a broker that is killed here leaves none: {messages:?}"
         );
     }
-    assert_eq!(kept.len(), 1, "{messages:?}");
+    assert_eq!(stored.len(), 1, "{messages:?}");
     client.get(SET_IRQS, &words(&[20, EVENTFDS, MSIX, 3, 1]));
     let last = manager.wait_for("part-1-interrupt-3", 14).pop().unwrap();
     assert!(last.starts_with("FDSTOREREMOVE=1"));
-    assert!(last.contains(kept.first().unwrap()), "another is forgotten");
+    assert!(last.contains(stored.first().unwrap()), "another is removed");
 }
 
 /// A service manager does not store the same file twice.
@@ -113,8 +113,11 @@ fn eventfd_set_twice_stays_stored() {
         count(irq);
         client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 3, 1]));
         assert_eq!(count(irq), 1);
-        let kept = manager.kept().into_iter();
-        assert_eq!(kept.filter(|name| name.contains("interrupt-3")).count(), 1);
+        let stored = manager.stored().into_iter();
+        assert_eq!(
+            stored.filter(|name| name.contains("interrupt-3")).count(),
+            1
+        );
     }
 }
 
@@ -206,7 +209,7 @@ fn stall_delays_one_vm_one_second(is_slow: &dyn Fn(&str, Duration)) {
         assert_eq!(reply.errno, 0);
         within(IN_TIME, "interrupts are set", took);
         let is_patient = took > Duration::from_millis(900);
-        assert!(is_patient, "what is answered may not be kept");
+        assert!(is_patient, "what is answered may not be stored");
     });
     // Only one request waits. New VMs and later requests do not.
     let mut late = Client::connect_to(&broker, "late.sock");
@@ -221,13 +224,13 @@ fn stall_delays_one_vm_one_second(is_slow: &dyn Fn(&str, Duration)) {
     drop(paused);
 
     // After the pause, the manager has the same state as if it had always read.
-    wait_until("all is kept", || {
-        let kept = manager.kept();
+    wait_until("all is stored", || {
+        let stored = manager.stored();
         let of = |slot| {
             let ours = format!("part-{slot}-interrupt");
-            kept.iter().filter(|name| name.starts_with(&ours)).count()
+            stored.iter().filter(|name| name.starts_with(&ours)).count()
         };
-        of(1) == 16 && kept.iter().any(|name| name == "vm-3")
+        of(1) == 16 && stored.iter().any(|name| name == "vm-3")
     });
     broker.start_again(&manager, &arguments);
     irqs.iter().for_each(|irq| {
@@ -267,8 +270,8 @@ fn restart_rejects_session_memory_of_other_size() {
     let mut broker = Broker::start_as(&manager, folder, &arguments);
     let mut client = Client::handshake(&broker);
     let of_session = |name: &String| name.starts_with("session-1") || name == "vm-1";
-    let kept = || manager.kept().into_iter().filter(of_session).count();
-    wait_until("it is kept", || kept() == 2);
+    let stored = || manager.stored().into_iter().filter(of_session).count();
+    wait_until("it is stored", || stored() == 2);
     kill(&mut broker.child);
     // A file as another version of barlink might have stored it.
     let other = rustix::fs::memfd_create("session", MemfdFlags::CLOEXEC).unwrap();
@@ -286,12 +289,12 @@ fn restart_rejects_session_memory_of_other_size() {
     socket
         .send_with_fds(&[&message[..]], &[null.as_raw_fd()])
         .unwrap();
-    let last = || manager.kept().contains(&"last".to_owned());
+    let last = || manager.stored().contains(&"last".to_owned());
     wait_until("the manager has received all", last);
     socket.send(b"FDSTOREREMOVE=1\nFDNAME=last\n").unwrap();
     wait_until("the manager has received all", || !last());
     broker.start_again(&manager, &arguments);
-    wait_until("it is disconnected", || kept() == 1);
+    wait_until("it is disconnected", || stored() == 1);
     assert!(broker.log().contains("slot 1: another version of barlink"));
     // The connection ends with its last copy, which the manager had.
     assert!(client.is_disconnected());

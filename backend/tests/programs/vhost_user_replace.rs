@@ -62,12 +62,12 @@ fn restarted_service_disconnects_vhost_user_vm() {
     let arguments = arguments.each_ref().map(String::as_str);
     let mut broker = Broker::start_as(&manager, folder, &arguments);
     let vm = handshake(crate::vmm::connect(&broker, "vm.sock"), 15);
-    let kept = |name: &str| manager.kept().contains(&name.to_owned());
+    let stored = |name: &str| manager.stored().contains(&name.to_owned());
     for killed in [false, true] {
         let mut client = Client::handshake(&broker);
         client.start();
         client.map(true);
-        wait_until("both are kept", || kept("vm-0") && kept("vm-1"));
+        wait_until("both are stored", || stored("vm-0") && stored("vm-1"));
         let connection = |slot: usize| {
             let status = broker.attach().status().unwrap();
             status.slots[slot].vm.as_ref().map(|vm| vm.connection)
@@ -82,7 +82,7 @@ fn restarted_service_disconnects_vhost_user_vm() {
             broker.restart(&manager, &arguments);
         }
         assert!(is_closed(&client.socket));
-        wait_until("it is forgotten", || !kept("vm-1"));
+        wait_until("it is removed", || !stored("vm-1"));
         assert!(is_silent(&broker, &vm.socket));
         let mut client = Client::handshake(&broker);
         client.start();

@@ -276,7 +276,7 @@ impl Ends {
                 let (passed, states) = memory.record(|| {
                     let mut passed = 0;
                     while passed < BATCH && consumer.poll().unwrap() {
-                        consumer.pass();
+                        consumer.advance();
                         passed += 1;
                     }
                     let _ = consumer.release();

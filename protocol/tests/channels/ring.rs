@@ -189,7 +189,7 @@ fn next_release_frees_advanced_records() {
     assert!(!producer.arm_for_room(1000).unwrap());
     for _ in 0..2 {
         assert!(consumer.poll().unwrap());
-        consumer.pass();
+        consumer.advance();
     }
     assert!(send(&mut producer, &[0; 1000]).is_err());
     // The records were passed but not released, so a successor finds them again.

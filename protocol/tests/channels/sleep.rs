@@ -75,7 +75,7 @@ fn batches_on_both_ends_never_deadlock() {
         while receiver.wait(None).unwrap() != Wakeup::Ready {}
         assert_eq!(receiver.record().unwrap().word(0), number);
         // The receiver releases them when it finds no further record.
-        receiver.pass();
+        receiver.advance();
     }
     producer.join().unwrap();
 }

@@ -38,7 +38,7 @@ impl Other {
                 if !consumer.poll().unwrap() {
                     return None;
                 }
-                consumer.pass();
+                consumer.advance();
                 Some(consumer.release())
             }
         }

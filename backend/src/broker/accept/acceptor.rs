@@ -25,7 +25,7 @@ use super::rejected::RejectedClients;
 use crate::broker::state::BrokerState;
 use crate::rate_limit::{Account, CONNECTIONS, NOT_ADMITTED, REJECTED};
 use crate::slot::{Session, Slot};
-use crate::socket::{Peer, descriptors, disconnect, has_hung_up};
+use crate::socket::{Peer, descriptors, disconnect, is_disconnected};
 use crate::transport::{Departure, Rejection, Transport, TransportError};
 
 /// Longest time until the end of a VM that has hung up is noticed, and the time between two looks.
@@ -144,7 +144,7 @@ impl Acceptor {
                 return session;
             }
             let present = self.slot.stored_vm();
-            let stays = present.is_some_and(|vm| !has_hung_up(&*vm));
+            let stays = present.is_some_and(|vm| !is_disconnected(&*vm));
             if stays || start.elapsed() > NOTICE {
                 return None;
             }
@@ -169,7 +169,7 @@ impl Acceptor {
         // A connection that is not continued is removed when the slots are reaped.
         slot.store_vm(vm.clone());
         match Peer::of(&*vm) {
-            Ok(peer) if !has_hung_up(&*vm) => {
+            Ok(peer) if !is_disconnected(&*vm) => {
                 let attendant = self.attendant(peer).inspect_err(|error| {
                     error!("slot {id}: no thread for {peer}, who is let go: {error}");
                 });

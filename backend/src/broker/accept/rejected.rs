@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags};
 
 use super::listener::Listener;
-use crate::socket::has_hung_up;
+use crate::socket::is_disconnected;
 use crate::transport::{Rejection, Transport};
 use barlink::notifier::Notifier;
 
@@ -68,7 +68,7 @@ impl RejectedClients {
                 if *rejection == Rejection::Pending {
                     *rejection = transport.reject(client);
                 }
-                !has_hung_up(client)
+                !is_disconnected(client)
             });
             if is_connected {
                 return Ok(());

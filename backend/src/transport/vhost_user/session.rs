@@ -20,7 +20,7 @@ use super::device::Device;
 use super::guard::Guard;
 use super::loopback;
 use crate::slot::Slot;
-use crate::socket::has_hung_up;
+use crate::socket::is_disconnected;
 use crate::transport::{Departure, TransportError};
 use barlink::notifier::Notifier;
 
@@ -78,7 +78,7 @@ pub fn run(vm: &UnixStream, slot: &Arc<Slot>) -> Result<Departure, TransportErro
         }
         (None, Err(Error::WaitDaemon(panic))) => resume_unwind(panic),
         // A thread of the daemon can notice the end of a VMM before the guard does.
-        (None, _) if has_hung_up(vm) => Ok(Departure::Left),
+        (None, _) if is_disconnected(vm) => Ok(Departure::Left),
         (None, ended) => Err(match device.failure() {
             Some(failure) => TransportError::Daemon(failure),
             None => ended.map_or_else(

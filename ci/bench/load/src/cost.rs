@@ -50,7 +50,7 @@ impl Cost {
             sender.publish()?;
             for _ in 0..self.records {
                 if receiver.wait(None)? == Wakeup::Ready {
-                    receiver.pass();
+                    receiver.advance();
                 }
             }
             receiver.release()?;
