@@ -87,7 +87,10 @@ fn panic_ends_only_its_own_session() {
         let mut first = connect_to(&path("first.sock"));
         assert!(speaks(&mut first), "the slot is not free again");
         first.write_all(b"p").unwrap();
-        assert!(matches!(first.read(&mut [0; 1]), Ok(0)), "it is not let go");
+        assert!(
+            matches!(first.read(&mut [0; 1]), Ok(0)),
+            "it is not disconnected"
+        );
         assert!(speaks(&mut second), "another session has ended");
         let attachment = Attachment::connect(&path("control.sock"), Access::ReadOnly).unwrap();
         wait_until("the slot is free", || {

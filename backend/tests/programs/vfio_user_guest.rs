@@ -531,7 +531,7 @@ fn successor_without_option_drops_guest_memory() {
     broker.restart(&manager, &without);
     assert_eq!(refusal(&broker, 1, 0, 1), Refusal::NoGuestMemory(1));
     wait_until("it is removed", || stored() == 0);
-    assert!(broker.log().contains("the guest's memory is let go"));
+    assert!(broker.log().contains("the guest's memory is unmapped"));
     client.get(DMA_UNMAP, &unmap(0, 0, MIB));
     // A broker with `--guest-memory` then knows only the ranges that the client maps from now on.
     broker.restart(&manager, &with);

@@ -363,7 +363,7 @@ fn replacement_leaves_out_only_stuck_session() {
     assert!(
         broker
             .log()
-            .contains("slot 1: its VM stays within a message, and is let go")
+            .contains("slot 1: its VM stays within a message and is disconnected")
     );
     let vms = broker.attach().status().unwrap().slots;
     assert!(vms[1].vm.is_none() && vms[2].vm.is_some());

@@ -155,7 +155,7 @@ fn invalid_message_ends_only_its_session() {
         wait_until(reason, || {
             let log = broker.log();
             log.lines()
-                .any(|line| line.contains("let go") && line.contains(reason))
+                .any(|line| line.contains("is disconnected") && line.contains(reason))
         });
         others_are_served(&broker);
     }
@@ -233,7 +233,11 @@ fn vmm_without_shmem_gets_device_without_region() {
             .log()
             .contains("cannot map the region: QEMU 11.1 can")
     );
-    assert!(!broker.log().contains("let go"), "{}", broker.log());
+    assert!(
+        !broker.log().contains("is disconnected"),
+        "{}",
+        broker.log()
+    );
 }
 
 #[test]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The connections of clients that were rejected and have not hung up.
+//! The connections of clients that were rejected and have not disconnected.
 
 use std::collections::VecDeque;
 use std::io;
