@@ -10,48 +10,48 @@
 
 use crate::wire::uapi::{
     CacheMode,
-    ON_TOUCH, //
+    ON_FAULT, //
 };
 use kernel::prelude::*;
 
 /// How a mapping is made: validated options that fit into one word of a file or an area.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Manner {
+pub(crate) struct MapOptions {
     /// Requested cache mode. `None` means the mode of the existing mappings, or noncached if there
     /// are none.
     pub(crate) cache: Option<CacheMode>,
     /// Pages are mapped on fault instead of eagerly.
-    pub(crate) on_touch: bool,
+    pub(crate) on_fault: bool,
 }
 
-impl Manner {
+impl MapOptions {
     /// Options of a file that has not set any: noncached, mapped eagerly.
-    pub(crate) const DEFAULT: Self = Manner {
+    pub(crate) const DEFAULT: Self = MapOptions {
         cache: Some(CacheMode::UncachedMinus),
-        on_touch: false,
+        on_fault: false,
     };
 
     /// Validates the fields of a [`crate::wire::uapi::Map`]. `EINVAL` if a field has no valid
     /// value.
     pub(crate) fn new(cache: u32, flags: u32) -> Result<Self> {
         let mode = CacheMode::from_number(cache).filter(|mode| mode.can_be_asked_for());
-        if (mode.is_none() && cache != 0) || flags & !ON_TOUCH != 0 {
+        if (mode.is_none() && cache != 0) || flags & !ON_FAULT != 0 {
             return Err(EINVAL);
         }
-        Ok(Manner {
+        Ok(MapOptions {
             cache: mode,
-            on_touch: flags & ON_TOUCH != 0,
+            on_fault: flags & ON_FAULT != 0,
         })
     }
 
-    /// Packs the options into a number: the cache mode from bit 8 on, `on_touch` in bit 0.
+    /// Packs the options into a number: the cache mode from bit 8 on, `on_fault` in bit 0.
     pub(crate) fn word(self) -> u32 {
-        self.cache.map_or(0, |mode| mode as u32) << 8 | u32::from(self.on_touch)
+        self.cache.map_or(0, |mode| mode as u32) << 8 | u32::from(self.on_fault)
     }
 
-    /// Unpacks a [`Manner::word`]. An invalid word gives the default.
+    /// Unpacks a [`MapOptions::word`]. An invalid word gives the default.
     pub(crate) fn from_word(word: u32) -> Self {
-        Manner::new(word >> 8, word & 0xff).unwrap_or(Manner::DEFAULT)
+        MapOptions::new(word >> 8, word & 0xff).unwrap_or(MapOptions::DEFAULT)
     }
 }
 
@@ -60,7 +60,7 @@ impl Manner {
 /// copy belongs to.
 #[derive(Clone, Copy)]
 pub(crate) struct Area {
-    pub(crate) manner: Manner,
+    pub(crate) options: MapOptions,
     /// Process that mapped the area: its PID in the initial PID namespace.
     pub(crate) process: u32,
 }
@@ -69,14 +69,14 @@ impl Area {
     /// Packs the area into a number for its private word: the process from bit 32 on, the options
     /// below.
     pub(crate) fn word(self) -> u64 {
-        u64::from(self.process) << 32 | u64::from(self.manner.word())
+        u64::from(self.process) << 32 | u64::from(self.options.word())
     }
 
     /// Unpacks an [`Area::word`].
     pub(crate) fn from_word(word: u64) -> Self {
         Area {
             // CAST: The lower half of the word, then its upper half.
-            manner: Manner::from_word(word as u32),
+            options: MapOptions::from_word(word as u32),
             process: (word >> 32) as u32,
         }
     }
@@ -92,35 +92,35 @@ struct Mapper {
 #[derive(Default)]
 pub(crate) struct Areas {
     /// Number of areas that are mapped eagerly, and number of areas that are mapped on fault.
-    whole: usize,
-    touched: usize,
+    eager: usize,
+    on_fault: usize,
     /// Cache mode that the existing areas were requested with; `None` while there are no areas.
     asked: Option<CacheMode>,
     /// Number of the [`CacheMode`] that the kernel last granted to any area, or 0 for none.
     granted: u32,
     /// Number of the [`CacheMode`] that the kernel last granted to an eagerly mapped area, or 0 for
     /// none. This mode remains when the pages of the other areas are zapped.
-    granted_whole: u32,
+    granted_eagerly: u32,
     /// Processes that have areas, in the order of their first ones.
     mappers: KVec<Mapper>,
 }
 
 impl Areas {
     /// Returns the mode that a new mapping gets. `EBUSY` if the existing mappings have another one.
-    pub(crate) fn mode(&self, wish: Option<CacheMode>) -> Result<CacheMode> {
-        match (self.asked, wish) {
-            (Some(asked), Some(wish)) if asked != wish => Err(EBUSY),
+    pub(crate) fn mode(&self, requested: Option<CacheMode>) -> Result<CacheMode> {
+        match (self.asked, requested) {
+            (Some(asked), Some(requested)) if asked != requested => Err(EBUSY),
             (Some(asked), _) => Ok(asked),
-            (None, wish) => Ok(wish.unwrap_or(CacheMode::UncachedMinus)),
+            (None, requested) => Ok(requested.unwrap_or(CacheMode::UncachedMinus)),
         }
     }
 
     /// Counts a new area. `EBUSY` if [`Areas::mode`] rejects its mode, `ENOMEM`. The caller must
     /// remove the area later, even after an error.
     pub(crate) fn add(&mut self, area: Area) -> Result {
-        let mode = self.mode(area.manner.cache);
+        let mode = self.mode(area.options.cache);
         if self.asked.is_none() {
-            self.asked = area.manner.cache;
+            self.asked = area.options.cache;
         }
         let is_known = self.mapper(area).is_some();
         self.count(area);
@@ -136,17 +136,17 @@ impl Areas {
 
     /// Counts one more area that is a copy of a counted one, made by a split, a move or a fork.
     pub(crate) fn count(&mut self, area: Area) {
-        *self.kind(area.manner) += 1;
+        *self.kind(area.options) += 1;
         if let Some(mapper) = self.mapper(area) {
             mapper.areas += 1;
         }
     }
 
     /// Removes an area. Returns true if the pages that were mapped on fault must be zapped, because
-    /// the kernel may have found their mode only through this area. [`Areas::told`] then ignores
-    /// the modes of these pages.
+    /// the kernel may have found their mode only through this area. [`Areas::reported`] then
+    /// ignores the modes of these pages.
     pub(crate) fn remove(&mut self, area: Area) -> bool {
-        let kind = self.kind(area.manner);
+        let kind = self.kind(area.options);
         // No underflow: `add` or `count` has counted every area.
         *kind = kind.saturating_sub(1);
         // There is no mapper if `add` ran out of memory.
@@ -154,29 +154,29 @@ impl Areas {
             mapper.areas = mapper.areas.saturating_sub(1);
         }
         self.mappers.retain(|mapper| mapper.areas > 0);
-        if self.whole + self.touched == 0 {
+        if self.eager + self.on_fault == 0 {
             *self = Areas::default();
         }
-        if self.whole == 0 {
-            self.granted_whole = 0;
+        if self.eager == 0 {
+            self.granted_eagerly = 0;
         }
-        let anew = !area.manner.on_touch && self.have_touched();
-        if anew || !self.have_touched() {
-            self.granted = self.granted_whole;
+        let anew = !area.options.on_fault && self.have_on_fault();
+        if anew || !self.have_on_fault() {
+            self.granted = self.granted_eagerly;
         }
         anew
     }
 
     /// Tells whether areas exist that are mapped on fault. Their pages may have another mode than
     /// the kernel will grant to a new eager mapping.
-    pub(crate) fn have_touched(&self) -> bool {
-        self.touched > 0
+    pub(crate) fn have_on_fault(&self) -> bool {
+        self.on_fault > 0
     }
 
     /// Tells whether areas exist that are mapped eagerly. The kernel has a mode registered for
     /// their pages, and for no others.
-    pub(crate) fn have_whole(&self) -> bool {
-        self.whole > 0
+    pub(crate) fn have_eager(&self) -> bool {
+        self.eager > 0
     }
 
     /// Records the mode that the kernel granted to a page that was mapped on fault.
@@ -185,14 +185,14 @@ impl Areas {
     }
 
     /// Records the mode that the kernel granted to an area that was mapped eagerly.
-    pub(crate) fn note_granted_whole(&mut self, granted: u32) {
+    pub(crate) fn note_granted_eagerly(&mut self, granted: u32) {
         self.granted = granted;
-        self.granted_whole = granted;
+        self.granted_eagerly = granted;
     }
 
     /// Returns the requested mode, the granted mode and one process that has areas, as numbers of
     /// [`crate::wire::uapi::Info`].
-    pub(crate) fn told(&self) -> (u32, u32, u32) {
+    pub(crate) fn reported(&self) -> (u32, u32, u32) {
         let asked = self.asked.map_or(0, |mode| mode as u32);
         let mapper = self.mappers.first().map_or(0, |mapper| mapper.process);
         (asked, self.granted, mapper)
@@ -203,11 +203,11 @@ impl Areas {
         mappers.find(|mapper| mapper.process == area.process)
     }
 
-    fn kind(&mut self, manner: Manner) -> &mut usize {
-        if manner.on_touch {
-            &mut self.touched
+    fn kind(&mut self, options: MapOptions) -> &mut usize {
+        if options.on_fault {
+            &mut self.on_fault
         } else {
-            &mut self.whole
+            &mut self.eager
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::{
         Facts, //
     },
     hardware::{
-        Bell,
+        DoorbellPath,
         Hardware, //
     },
     memory::DeviceMemory,
@@ -59,11 +59,11 @@ impl Binding {
         region: &DeviceMemory,
         layout: KBox<Layout>,
         id: u32,
-        bell: Bell,
+        doorbell: DoorbellPath,
         vectors: KVec<Arc<WaitQueue>>,
     ) -> Result<Self> {
         let page = region.map(layout.presence_page(id), PAGE_SIZE as usize)?;
-        let hardware = Hardware::arrive(bell, page, &layout, region.address);
+        let hardware = Hardware::arrive(doorbell, page, &layout, region.address);
         let facts = Facts {
             layout,
             id,

@@ -106,13 +106,13 @@ impl Drop for Buffer {
 }
 
 /// Creates a device's buffer of `size` bytes and a file for it in the current process, and passes
-/// both to `tell`. The buffer ends if `tell` fails.
+/// both to `report`. The buffer ends if `report` fails.
 ///
 /// Errors are those of [`uapi::BUFFER`], and `EMFILE`, `ENFILE`, `ENODEV`.
 pub(crate) fn make(
     device: &Arc<Device>,
     size: u64,
-    tell: impl FnOnce(uapi::Buffer) -> Result,
+    report: impl FnOnce(uapi::Buffer) -> Result,
 ) -> Result {
     if size == 0 || size % PAGE_SIZE != 0 || size > MAX_BUFFER {
         return Err(EINVAL);
@@ -120,13 +120,13 @@ pub(crate) fn make(
     let reservation = FileDescriptorReservation::get_unused_fd_flags(file_flags::O_CLOEXEC)?;
     let file = open(device.clone())?;
     // CAST: The size is at most `MAX_BUFFER`.
-    let (address, told) = allocate(device, &file, size as u32)?;
-    tell(uapi::Buffer {
+    let (address, announced) = allocate(device, &file, size as u32)?;
+    report(uapi::Buffer {
         size,
         address,
         // CAST: Descriptors are below 2^31.
         descriptor: reservation.reserved_fd() as i32,
-        told: told.into(),
+        announced: announced.into(),
     })?;
     reservation.fd_install(file);
     Ok(())
@@ -168,7 +168,7 @@ fn allocate(device: &Device, file: &File, size: u32) -> Result<(u64, bool)> {
         memory,
         file: file.as_ptr(),
     });
-    Ok((address, device.tell_buffer(address, size)))
+    Ok((address, device.announce_buffer(address, size)))
 }
 
 /// Borrows the device of a buffer's file.

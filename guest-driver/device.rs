@@ -137,8 +137,8 @@ impl Device {
     /// Ends the device. After the return neither the driver nor a process accesses the hardware.
     ///
     /// Blocked readers and pollers return, access to mappings is SIGBUS, and the DMA buffer is
-    /// freed. Then the host is told and rung. An even epoch therefore means that no process of this
-    /// VM writes to the region any more.
+    /// freed. Then the presence page shows the end, and the host is rung. An even epoch therefore
+    /// means that no process of this VM writes to the region any more.
     pub(crate) fn remove(&self) {
         {
             let mut state = self.state.lock();
@@ -149,7 +149,8 @@ impl Device {
         // Pages are mapped under the lock that was taken above. This zaps all earlier mappings, and
         // later attempts to map fail.
         self.mappings.zap();
-        // Waits for current users of the hardware, and then drops it, which tells the host.
+        // Waits for current users of the hardware, and then drops it. The drop reports the end to
+        // the host.
         self.hardware.revoke();
     }
 
@@ -162,7 +163,7 @@ impl Device {
             hardware.resume();
             if let Some(buffer) = &state.buffer {
                 buffer.resume();
-                hardware.tell_buffer(Some(buffer.place()));
+                hardware.announce_buffer(Some(buffer.place()));
             }
         }
         drop(state);
@@ -187,7 +188,7 @@ impl Device {
         let state = self.state.lock();
         self.check()?;
         let epoch = self.hardware.try_access().ok_or(ENODEV)?.epoch();
-        let (asked, granted, mapper) = state.areas.told();
+        let (asked, granted, mapper) = state.areas.reported();
         Ok(uapi::Info {
             version: uapi::UAPI_VERSION,
             id: *id,
@@ -262,10 +263,10 @@ impl Device {
 
     /// Announces a DMA buffer (its DMA address and its size in bytes) to the device. Returns true
     /// if the device now knows the buffer.
-    pub(crate) fn tell_buffer(&self, address: u64, size: u32) -> bool {
+    pub(crate) fn announce_buffer(&self, address: u64, size: u32) -> bool {
         self.hardware
             .try_access()
-            .is_some_and(|hardware| hardware.tell_buffer(Some((address, size))))
+            .is_some_and(|hardware| hardware.announce_buffer(Some((address, size))))
     }
 
     /// Ends the DMA buffer, if there is one: withdraws it from the device, unmaps it from all
@@ -275,7 +276,7 @@ impl Device {
             return;
         }
         if let Some(hardware) = self.hardware.try_access() {
-            hardware.tell_buffer(None);
+            hardware.announce_buffer(None);
         }
         state.buffer = None;
     }
@@ -283,7 +284,7 @@ impl Device {
     /// Writes the cache mode of the mappings to the driver's page, unless the device is gone.
     pub(crate) fn show_cache(&self, state: &State) {
         if let Some(hardware) = self.hardware.try_access() {
-            let (asked, granted, _) = state.areas.told();
+            let (asked, granted, _) = state.areas.reported();
             hardware.set_cache(asked, granted);
         }
     }

@@ -5,7 +5,7 @@
 //! C header: `include/linux/fs.h`.
 
 use crate::{
-    areas::Manner,
+    areas::MapOptions,
     buffer,
     chardev::CharDevice,
     claims::FileId,
@@ -113,8 +113,8 @@ pub(crate) struct OpenFile {
     /// Eventfds that vectors of the device write.
     #[pin]
     signals: Mutex<Signals>,
-    /// Map options for the file's next mappings, as [`Manner::word`].
-    manner: Atomic<u32>,
+    /// Map options for the file's next mappings, as [`MapOptions::word`].
+    options: Atomic<u32>,
 }
 
 impl OpenFile {
@@ -134,7 +134,7 @@ impl OpenFile {
                 _removal: removal,
                 vectors <- new_mutex!(vectors),
                 signals <- new_mutex!(Signals::new()),
-                manner: Atomic::new(Manner::DEFAULT.word()),
+                options: Atomic::new(MapOptions::DEFAULT.word()),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -183,8 +183,8 @@ impl OpenFile {
     }
 
     /// Returns the options for the file's next mappings.
-    pub(crate) fn manner(&self) -> Manner {
-        Manner::from_word(self.manner.load(Relaxed))
+    pub(crate) fn options(&self) -> MapOptions {
+        MapOptions::from_word(self.options.load(Relaxed))
     }
 
     /// Handles an ioctl. `ENOTTY` if the command is unknown.
@@ -201,13 +201,13 @@ impl OpenFile {
             }
             uapi::DOORBELL => {
                 check_writable(file)?;
-                let bell: Doorbell = user(size_of::<Doorbell>()).reader().read()?;
-                self.device.ring(bell.peer, bell.vector)?;
+                let doorbell: Doorbell = user(size_of::<Doorbell>()).reader().read()?;
+                self.device.ring(doorbell.peer, doorbell.vector)?;
             }
             uapi::MAP => {
                 let map: Map = user(size_of::<Map>()).reader().read()?;
-                let manner = Manner::new(map.cache, map.flags)?;
-                self.manner.store(manner.word(), Relaxed);
+                let options = MapOptions::new(map.cache, map.flags)?;
+                self.options.store(options.word(), Relaxed);
             }
             uapi::EVENTFD => {
                 let eventfd: Eventfd = user(size_of::<Eventfd>()).reader().read()?;
@@ -217,8 +217,8 @@ impl OpenFile {
             uapi::BUFFER => {
                 check_writable(file)?;
                 let (mut reader, mut writer) = user(size_of::<Buffer>()).reader_writer();
-                let wish: Buffer = reader.read()?;
-                buffer::make(&self.device, wish.size, |made| writer.write(&made))?;
+                let request: Buffer = reader.read()?;
+                buffer::make(&self.device, request.size, |made| writer.write(&made))?;
             }
             _ => return Err(ENOTTY),
         }

@@ -87,31 +87,32 @@ fn decode(
     Ok(KBox::write(place, Layout::decode(page, region_size)?))
 }
 
-/// The doorbell of a device. Ringing never sleeps, and loses no doorbell while the broker works.
-pub(crate) enum Bell {
+/// The register or the queue that takes a device's doorbells. Ringing never sleeps, and loses no
+/// doorbell while the broker works.
+pub(crate) enum DoorbellPath {
     /// ivshmem's registers (QEMU's `docs/specs/ivshmem-spec.rst`, "Device Specification").
     Register(IoMem),
     /// A virtqueue.
     Queue(Arc<Doorbells>),
 }
 
-impl Bell {
+impl DoorbellPath {
     /// Rings a vector of a peer. Both are below 65536; higher bits are dropped.
     fn ring(&self, peer: u32, vector: u32) {
         match self {
-            Bell::Register(registers) => registers.write32(
+            DoorbellPath::Register(registers) => registers.write32(
                 uapi::REGISTER_DOORBELL,
                 uapi::doorbell_message(peer, vector),
             ),
-            Bell::Queue(doorbells) => doorbells.ring(peer, vector),
+            DoorbellPath::Queue(doorbells) => doorbells.ring(peer, vector),
         }
     }
 
     /// Announces a DMA buffer (its DMA address and its size in bytes) to the device, or withdraws
     /// it if there is none. Returns true if the device now knows a buffer. A device without
     /// registers for this purpose never does.
-    fn tell_buffer(&self, buffer: Option<(u64, u32)>) -> bool {
-        let Bell::Register(registers) = self else {
+    fn announce_buffer(&self, buffer: Option<(u64, u32)>) -> bool {
+        let DoorbellPath::Register(registers) = self else {
             return false;
         };
         // ivshmem returns 0 in both registers, and an unplugged device returns all ones.
@@ -132,9 +133,10 @@ impl Bell {
     }
 }
 
-/// A device that knows of the driver: the epoch is odd. Dropping the value tells the host the end.
+/// A device that knows of the driver: the epoch is odd. Dropping the value reports the end
+/// to the host.
 pub(crate) struct Hardware {
-    bell: Bell,
+    doorbell: DoorbellPath,
     /// The driver's page of the region.
     page: IoMem,
     host: u32,
@@ -147,16 +149,21 @@ impl Hardware {
     ///
     /// The page has the epoch of the driver before: even after an orderly end, else odd. If the
     /// host has written another value there, only the host suffers.
-    pub(crate) fn arrive(bell: Bell, page: IoMem, layout: &Layout, region: u64) -> Self {
+    pub(crate) fn arrive(
+        doorbell: DoorbellPath,
+        page: IoMem,
+        layout: &Layout,
+        region: u64,
+    ) -> Self {
         let hardware = Hardware {
-            bell,
+            doorbell,
             host: layout.host(),
             epoch: Atomic::new(next_epoch(&page)),
             page,
         };
         // A buffer that the device knows belongs to a kernel that ran before this one (kexec), and
         // its memory has another use by now.
-        hardware.tell_buffer(None);
+        hardware.announce_buffer(None);
         hardware.page.write64(presence::ADDRESS as usize, region);
         hardware.clear();
         hardware.announce(hardware.epoch());
@@ -179,13 +186,13 @@ impl Hardware {
 
     /// Rings a vector of a peer. The caller ensures that both exist.
     pub(crate) fn ring(&self, peer: u32, vector: u32) {
-        self.bell.ring(peer, vector);
+        self.doorbell.ring(peer, vector);
     }
 
     /// Announces or withdraws a DMA buffer (DMA address, size in bytes). Returns true if the device
     /// now knows a buffer.
-    pub(crate) fn tell_buffer(&self, buffer: Option<(u64, u32)>) -> bool {
-        self.bell.tell_buffer(buffer)
+    pub(crate) fn announce_buffer(&self, buffer: Option<(u64, u32)>) -> bool {
+        self.doorbell.announce_buffer(buffer)
     }
 
     /// Writes the holder of one end of a channel: a claim number and a process, or `None`.

@@ -142,13 +142,13 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
         if end > file.device.facts.layout.mappable_size() / PAGE_SIZE {
             return Err(EINVAL);
         }
-        let mut manner = file.manner();
-        let mode = file.device.state.lock().areas.mode(manner.cache)?;
-        manner.cache = Some(mode);
+        let mut options = file.options();
+        let mode = file.device.state.lock().areas.mode(options.cache)?;
+        options.cache = Some(mode);
         // SAFETY: The function has no requirements: it only computes a value.
         area.page_prot = unsafe { shim::barlink_pgprot(mode as u32, area.page_prot) };
         let known = Area {
-            manner,
+            options,
             // The conversion loses nothing, because a PID is positive.
             process: current!().group_leader().pid().unsigned_abs(),
         };
@@ -206,11 +206,11 @@ unsafe extern "C" fn mapped(
         // This comes first, because `close` removes the area whatever the result is.
         state.areas.add(known)?;
         device.check()?;
-        if known.manner.on_touch {
+        if known.options.on_fault {
             device.show_cache(&state);
             return Ok(0);
         }
-        if state.areas.have_touched() {
+        if state.areas.have_on_fault() {
             device.mappings.zap();
         }
         // SAFETY: This is a `mapped` area operation, and the area is not used after it.
@@ -235,7 +235,7 @@ unsafe extern "C" fn mapped(
             // The kernel may have granted another mode than the requested one.
             state
                 .areas
-                .note_granted_whole(shim::barlink_granted_mode(area, start));
+                .note_granted_eagerly(shim::barlink_granted_mode(area, start));
         }
         device.show_cache(&state);
         Ok(0)
@@ -344,7 +344,7 @@ unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -
     if device.is_gone() {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     }
-    if state.areas.have_whole() {
+    if state.areas.have_eager() {
         return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
     }
     let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
@@ -373,7 +373,7 @@ unsafe fn note_granted(
 ) {
     // SAFETY: By this function's contract the area is valid and its `mmap_lock` is held.
     let granted = unsafe { shim::barlink_granted_mode(area, address) };
-    if granted != state.areas.told().1 {
+    if granted != state.areas.reported().1 {
         state.areas.note_granted(granted);
         device.show_cache(state);
     }

@@ -12,7 +12,7 @@ use crate::{
     compat,
     hardware::{
         read_layout,
-        Bell, //
+        DoorbellPath, //
     },
     irq::Handlers,
     memory::DeviceMemory,
@@ -81,7 +81,7 @@ impl pci::Driver for Driver {
             &region_bar,
             layout,
             id,
-            Bell::Register(registers),
+            DoorbellPath::Register(registers),
             handlers.queues()?,
         )?;
         Ok(Data {

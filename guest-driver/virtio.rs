@@ -16,7 +16,7 @@ use crate::{
     doorbells::Doorbells,
     hardware::{
         read_layout,
-        Bell, //
+        DoorbellPath, //
     },
     interrupts::Interrupts,
     memory::DeviceMemory,
@@ -67,9 +67,9 @@ use kernel::{
 };
 
 /// Longest wait until the host maps the region.
-const MAPPING_PATIENCE: Delta = Delta::from_secs(10);
+const MAPPING_TIMEOUT: Delta = Delta::from_secs(10);
 /// Longest wait until the device has read the last doorbells.
-const DOORBELL_PATIENCE: Delta = Delta::from_secs(3);
+const DOORBELL_TIMEOUT: Delta = Delta::from_secs(3);
 
 /// The registered virtio driver. Dropping the value unregisters it.
 pub(crate) struct Registration(());
@@ -147,9 +147,9 @@ impl Data {
 
         let layout = read_layout(dev, &region, id)?;
         let vectors = queues.callees.interrupts.open(layout.vectors)?;
-        let bell = Bell::Queue(queues.callees.doorbells.clone());
+        let doorbell = DoorbellPath::Queue(queues.callees.doorbells.clone());
         Ok(Data {
-            _binding: Binding::new(dev, &region, layout, id, bell, vectors)?,
+            _binding: Binding::new(dev, &region, layout, id, doorbell, vectors)?,
             queues,
             region,
         })
@@ -205,21 +205,21 @@ unsafe fn shared_memory(vdev: NonNull<VirtioDevice>) -> Result<DeviceMemory> {
     DeviceMemory::request(address, size)
 }
 
-/// Waits until the host has mapped the region, at most [`MAPPING_PATIENCE`]. Returns false if it
+/// Waits until the host has mapped the region, at most [`MAPPING_TIMEOUT`]. Returns false if it
 /// has not. `ENOMEM`.
 fn is_mapped_before_long(region: &DeviceMemory) -> Result<bool> {
     let first = region.map(0, 8)?;
     // The first word of the region, which the host writes last, is never 0. Unmapped memory reads
     // as 0.
     let is_there = || first.read64(0) != 0;
-    wait(MAPPING_PATIENCE, is_there);
+    wait(MAPPING_TIMEOUT, is_there);
     Ok(is_there())
 }
 
-/// Waits until a condition holds, at most for `patience`.
-fn wait(patience: Delta, mut holds: impl FnMut() -> bool) {
+/// Waits until a condition holds, at most for `timeout`.
+fn wait(timeout: Delta, mut holds: impl FnMut() -> bool) {
     let start = Instant::<Monotonic>::now();
-    while !holds() && start.elapsed() < patience {
+    while !holds() && start.elapsed() < timeout {
         fsleep(Delta::from_millis(1));
     }
 }
@@ -303,7 +303,7 @@ impl Queues {
         } = &*self.callees;
         // The last doorbell tells the host that the driver is gone, and a reset discards doorbells
         // that the device has not read.
-        wait(DOORBELL_PATIENCE, || doorbells.is_idle());
+        wait(DOORBELL_TIMEOUT, || doorbells.is_idle());
         let mut queues = [doorbells.disconnect(), interrupts.disconnect()];
         // SAFETY: The device is valid. No code uses its queues meanwhile, because they were taken
         // from their users above.

@@ -63,7 +63,7 @@ impl Queue {
     ///
     /// `raw` must be valid and new, and only the returned value may use it. `raw` must stay valid
     /// until the last use of the value other than its drop. The value may be dropped only after a
-    /// reset of the device, or if the device was never told that the driver is ready.
+    /// reset of the device, or if the driver never reported to the device that it is ready.
     pub(crate) unsafe fn new(raw: NonNull<Virtqueue>, writer: From) -> Result<Self> {
         let buffers = KBox::new([const { UnsafeCell::new(0) }; BUFFERS], GFP_KERNEL)?;
         // INVARIANT: By this function's contract `raw` is valid and this value's alone. The device

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The direction of imports between the parts of `backend/src`, which docs/architecture.md shows.
 
 use std::collections::BTreeSet;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Stock QEMU as a client of the broker: the broker admits or rejects it, and QEMU never hangs.
 
 use std::fs::File;

@@ -26,13 +26,13 @@
 //! # Ok::<(), barlink::Error>(())
 //! ```
 
-pub mod bell;
 pub mod control;
 mod doorbell;
 mod error;
 pub mod guest;
 pub mod host;
 pub mod memory;
+pub mod notifier;
 mod options;
 mod owned;
 mod readiness;

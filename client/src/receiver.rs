@@ -797,7 +797,7 @@ impl Drop for Record<'_> {
     fn drop(&mut self) {
         match self.at_end {
             AtEnd::Keep => (),
-            AtEnd::Pass => self.receiver.ring.pass(),
+            AtEnd::Pass => self.receiver.ring.advance(),
             // It was not handled, so it is received again.
             AtEnd::Release if std::thread::panicking() => (),
             AtEnd::Release => {

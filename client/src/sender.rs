@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::{Draft, PresenceWords, Strategy};
+use barlink_protocol::{PresenceWords, SenderReservation, Strategy};
 
 use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
@@ -309,15 +309,15 @@ impl Sender {
         length: usize,
         timeout: Option<Duration>,
     ) -> Result<Reservation<'_>, Error> {
-        if timeout.is_some() && self.ring.draft(length, timeout)?.is_none() {
+        if timeout.is_some() && self.ring.reserve(length, timeout)?.is_none() {
             self.found_no_room();
             return Err(Error::Full);
         }
         self.readiness.busy();
         // Room that was found is still there, so this does not wait for it.
-        match self.ring.draft(length, None)? {
-            Some(draft) => Ok(Reservation {
-                draft,
+        match self.ring.reserve(length, None)? {
+            Some(reservation) => Ok(Reservation {
+                reservation,
                 length: 0,
                 tail: [0; 8],
             }),
@@ -532,7 +532,7 @@ pub(crate) fn is_present(region: &Region, words: Option<PresenceWords>) -> bool 
 /// ```
 #[derive(Debug)]
 pub struct Reservation<'a> {
-    draft: Draft<'a, Mapping, Doorbells>,
+    reservation: SenderReservation<'a, Mapping, Doorbells>,
     /// Bytes that were written.
     length: u32,
     /// The bytes that were written behind the last whole word.
@@ -552,7 +552,7 @@ impl Reservation<'_> {
 
     /// Returns the number of bytes that can be written in all: the length that was reserved.
     pub fn capacity(&self) -> usize {
-        self.draft.length() as usize
+        self.reservation.length() as usize
     }
 
     /// Lets the kernel read from a file straight into an empty reservation, without a copy in
@@ -583,10 +583,10 @@ impl Reservation<'_> {
         if self.length > 0 {
             return Ok(0);
         }
-        let read = self.draft.read_from(file.as_fd().as_raw_fd());
+        let read = self.reservation.read_from(file.as_fd().as_raw_fd());
         self.length = read.map_err(io::Error::from_raw_os_error)?;
         if !self.length.is_multiple_of(8) {
-            self.tail = self.draft.word(self.length / 8).to_le_bytes();
+            self.tail = self.reservation.word(self.length / 8).to_le_bytes();
         }
         Ok(self.length as usize)
     }
@@ -616,9 +616,10 @@ impl Reservation<'_> {
     pub fn commit(mut self, kind: Kind) -> Result<(), Error> {
         let partial = (self.length % 8) as usize;
         if partial > 0 {
-            self.draft.write(self.length / 8 * 8, &self.tail[..partial]);
+            self.reservation
+                .write(self.length / 8 * 8, &self.tail[..partial]);
         }
-        Ok(self.draft.commit(kind, self.length)?)
+        Ok(self.reservation.commit(kind, self.length)?)
     }
 }
 
@@ -639,11 +640,11 @@ impl Write for Reservation<'_> {
             if partial + fits < 8 {
                 return Ok(bytes.len());
             }
-            self.draft.write(self.length - 8, &self.tail);
+            self.reservation.write(self.length - 8, &self.tail);
         }
         let (whole, last) = rest.split_at(rest.len() / 8 * 8);
         if !whole.is_empty() {
-            self.draft.write(self.length, whole);
+            self.reservation.write(self.length, whole);
         }
         self.tail[..last.len()].copy_from_slice(last);
         self.length += rest.len() as u32;

@@ -193,8 +193,8 @@ impl<W: Watch> Watch for Noting<'_, W> {
         self.watch.record(sequence);
     }
 
-    fn patience(&self) -> Option<Duration> {
-        self.watch.patience()
+    fn report_after(&self) -> Option<Duration> {
+        self.watch.report_after()
     }
 
     fn waits(&mut self, is_away: bool) {

@@ -9,7 +9,7 @@ use core::time::Duration;
 use crate::consumer::{Consumer, Record};
 use crate::cursor::{Kind, Place};
 use crate::error::ChannelError;
-use crate::link::{Events, Link, Wakeup, Wish};
+use crate::link::{Events, Link, Threshold, Wakeup};
 use crate::presence::{Presence, PresenceWords};
 use crate::producer::{Notify, Producer, Reservation, ReserveError};
 use crate::region::Region;
@@ -145,13 +145,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Reserves space for a record with `length` bytes of payload, to be filled in place. Waits for
     /// space even if this end drops, and even while the other end leaves and comes back. `None` at
     /// the timeout; without a `timeout` the wait has no limit.
-    pub fn draft(
+    pub fn reserve(
         &mut self,
         length: usize,
         timeout: Option<Duration>,
-    ) -> Result<Option<Draft<'_, M, E>>, ChannelError<E::Error>> {
+    ) -> Result<Option<SenderReservation<'_, M, E>>, ChannelError<E::Error>> {
         let place = self.find_room(length, Some(timeout))?;
-        Ok(place.map(|place| Draft {
+        Ok(place.map(|place| SenderReservation {
             reservation: self.producer.reservation(place, length),
             link: &mut self.link,
         }))
@@ -270,13 +270,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         let deadline = self.link.deadline(timeout);
         loop {
             let producer = &mut self.producer;
-            let woken = self.link.wait(deadline, Wish::Half, |wish| {
-                let found = match wish {
-                    Wish::Soon => producer.wish_for_room(length),
-                    Wish::Half => producer.wish_for_half(length),
-                    Wish::Kept => producer.has_room(length),
-                    Wish::Withdrawn => {
-                        producer.withdraw_wish();
+            let woken = self.link.wait(deadline, Threshold::Half, |threshold| {
+                let found = match threshold {
+                    Threshold::Soon => producer.arm_for_room(length),
+                    Threshold::Half => producer.arm_for_half(length),
+                    Threshold::Unchanged => producer.has_room(length),
+                    Threshold::Disarmed => {
+                        producer.disarm();
                         producer.has_room(length)
                     }
                 };
@@ -295,12 +295,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
 
 /// Space for a record in the region. Dropping it leaves the channel unchanged.
 #[derive(Debug)]
-pub struct Draft<'a, M, E> {
+pub struct SenderReservation<'a, M, E> {
     reservation: Reservation<'a, M>,
     link: &'a mut Link<M, E>,
 }
 
-impl<M: Deref<Target = [AtomicU64]>, E: Events> Draft<'_, M, E> {
+impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     /// Returns the bytes of payload that the reservation has space for.
     pub fn length(&self) -> u32 {
         self.reservation.length()
@@ -339,7 +339,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Draft<'_, M, E> {
     ///
     /// Panics if `length` is more than the reserved space, or if `kind` is 0 or 65535.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
-        let Draft { reservation, link } = self;
+        let SenderReservation { reservation, link } = self;
         let time = link.time();
         let (notify, producer) = reservation.commit(kind, length, time);
         if link.notify(notify).map_err(ChannelError::Events)? {
@@ -435,12 +435,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
-        self.link.wait(deadline, Wish::Soon, |wish| {
-            match wish {
-                Wish::Kept => (),
-                Wish::Withdrawn => consumer.withdraw_wish(),
-                Wish::Soon => return Ok(consumer.wish_for_record()?),
-                Wish::Half => return Ok(consumer.wish_for_half()?),
+        self.link.wait(deadline, Threshold::Soon, |threshold| {
+            match threshold {
+                Threshold::Unchanged => (),
+                Threshold::Disarmed => consumer.disarm(),
+                Threshold::Soon => return Ok(consumer.arm_for_record()?),
+                Threshold::Half => return Ok(consumer.arm_for_half()?),
             }
             Ok(consumer.poll()?)
         })
@@ -454,8 +454,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Advances beyond the record that [`Receiver::wait`] found, without releasing it yet. The next
     /// wait looks behind it. It is released together with the next one, or when a wait finds no
     /// record.
-    pub fn pass(&mut self) {
-        self.consumer.pass();
+    pub fn advance(&mut self) {
+        self.consumer.advance();
     }
 
     /// Releases the record that [`Receiver::wait`] found and all records that were passed, so that

@@ -107,7 +107,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
     /// Advances beyond the record that [`Consumer::poll`] found, to release it later. The next poll
     /// looks behind it. Does nothing if no record was found.
-    pub fn pass(&mut self) {
+    pub fn advance(&mut self) {
         if let Some(current) = self.current.take() {
             self.passed = current.end;
         }
@@ -117,7 +117,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     /// the producer can use their space. Returns whether the producer must be rung. Does nothing if
     /// there are no such records.
     pub fn release(&mut self) -> Notify {
-        self.pass();
+        self.advance();
         self.release_passed()
     }
 
@@ -131,10 +131,10 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         }
         // SYNC: released; pairs with the Acquire load in `Producer::refresh`.
         self.region.release(self.base + channel::READ, self.passed);
-        // SYNC: cursor-then-wish; pairs with the fence in `Producer::wish_for`.
+        // SYNC: cursor-then-threshold; pairs with the fence in `Producer::arm`.
         self.region.fence();
-        let wish = self.region.load(self.base + channel::PRODUCER_WISH);
-        let notify = Notify::crossed(self.read, self.passed, wish);
+        let threshold = self.region.load(self.base + channel::PRODUCER_THRESHOLD);
+        let notify = Notify::crossed(self.read, self.passed, threshold);
         self.read = self.passed;
         notify
     }
@@ -142,30 +142,31 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     /// Arms a wake-up for when a record is committed, then looks once more. `true` if there is a
     /// record, so that no sleep is needed. Release passed records first: they can fill the channel,
     /// so that no further record fits.
-    pub fn wish_for_record(&mut self) -> Result<bool, Corrupt> {
-        self.wish_for(self.passed + 1)
+    pub fn arm_for_record(&mut self) -> Result<bool, Corrupt> {
+        self.arm(self.passed + 1)
     }
 
-    /// Arms a wake-up as [`Consumer::wish_for_record`] does, but for when half of the channel is
+    /// Arms a wake-up as [`Consumer::arm_for_record`] does, but for when half of the channel is
     /// committed. The caller also looks by the clock, and is woken before the producer runs out of
     /// room.
-    pub fn wish_for_half(&mut self) -> Result<bool, Corrupt> {
-        self.wish_for(self.passed + self.capacity.bytes() / 2)
+    pub fn arm_for_half(&mut self) -> Result<bool, Corrupt> {
+        self.arm(self.passed + self.capacity.bytes() / 2)
     }
 
-    fn wish_for(&mut self, cursor: u64) -> Result<bool, Corrupt> {
+    fn arm(&mut self, cursor: u64) -> Result<bool, Corrupt> {
         self.region
-            .store(self.base + channel::CONSUMER_WISH, cursor);
-        // SYNC: wish-then-cursor; pairs with the fence in `Producer::publish`. At least one of the
-        // two ends sees the other's store.
+            .store(self.base + channel::CONSUMER_THRESHOLD, cursor);
+        // SYNC: threshold-then-cursor; pairs with the fence in `Producer::publish`. At least one of
+        // the two ends sees the other's store.
         self.region.fence();
         self.poll()
     }
 
     /// Disarms the wake-up. A ring can still come.
-    pub fn withdraw_wish(&mut self) {
+    pub fn disarm(&mut self) {
         // Threshold 0 means none, because no cursor is ever below it.
-        self.region.store(self.base + channel::CONSUMER_WISH, 0);
+        self.region
+            .store(self.base + channel::CONSUMER_THRESHOLD, 0);
     }
 
     /// Counts a doorbell that this end rang.

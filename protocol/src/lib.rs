@@ -33,7 +33,7 @@ mod sync;
 pub mod wire;
 
 pub use cache::{CacheState, Shortfall};
-pub use channel::{Draft, Receiver, Sender, Sent};
+pub use channel::{Receiver, Sender, SenderReservation, Sent};
 pub use consumer::{Consumer, Record};
 pub use error::ChannelError;
 pub use link::{Events, Link, Wakeup};

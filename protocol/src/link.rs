@@ -47,25 +47,25 @@ pub enum Wakeup {
 
 /// Change of an end's wake threshold before it looks for a record or for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub(crate) enum Threshold {
     /// The threshold stays as it is.
-    Kept,
+    Unchanged,
     /// Wake this end as soon as the record or the room is there.
     Soon,
     /// Wake this end once the other end has moved by half of the channel, before the other end has
     /// to wait.
     Half,
     /// Disarm the wake-up.
-    Withdrawn,
+    Disarmed,
 }
 
 /// Shortest and longest fallback poll. An end polls until a doorbell has come through.
-const FIRST_DOZE: Duration = Duration::from_millis(1);
-const LONGEST_DOZE: Duration = Duration::from_secs(1);
+const FIRST_FALLBACK_POLL: Duration = Duration::from_millis(1);
+const LONGEST_FALLBACK_POLL: Duration = Duration::from_secs(1);
 /// Shortest and longest back-off sleep. In the longest one, less than half of a channel of 16 MiB
 /// moves, except between two ends on the host, where 10 GB/s and more move.
-const FIRST_NAP: Duration = Duration::from_micros(100);
-const LONGEST_NAP: Duration = Duration::from_micros(800);
+const FIRST_BACK_OFF: Duration = Duration::from_micros(100);
+const LONGEST_BACK_OFF: Duration = Duration::from_micros(800);
 /// Longest sleep with a wake threshold of half of the channel. After it, the end arms a wake-up for
 /// its record or room, because the other end may keep more than half while it waits for this end.
 const HALF: Duration = Duration::from_millis(2);
@@ -86,7 +86,7 @@ pub struct Link<M, E> {
     events: E,
     /// Whether a doorbell has come through since the other end last changed.
     proven: bool,
-    doze: Duration,
+    fallback_poll: Duration,
     strategy: Strategy,
     /// Duration of the next spin.
     spin: Duration,
@@ -108,7 +108,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             region,
             events,
             proven: false,
-            doze: FIRST_DOZE,
+            fallback_poll: FIRST_FALLBACK_POLL,
             strategy: Strategy::PROMPT,
             spin: Strategy::PROMPT.least_spin,
             fruitless: 0,
@@ -154,8 +154,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// holds: a process that takes hold of the end looks before it sleeps, and QEMU without KVM
     /// crashes on a ring for a device that was unplugged.
     fn ring(&mut self) -> Result<bool, E::Error> {
-        // SYNC: held-then-wish; the driver stores the holder word before a process of its guest can
-        // store a wake threshold. So an end that has read the threshold sees the holder here.
+        // SYNC: held-then-threshold; the driver stores the holder word before a process of its
+        // guest can store a wake threshold. So an end that has read the threshold sees the holder
+        // here.
         self.region.fence_loads();
         let of_a_vm = self.words.is_some_and(|words| words.are_of_a_vm());
         if of_a_vm && !self.read_peer().is_held() {
@@ -178,7 +179,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     fn peer_changed(&mut self, peer: Presence) -> Result<(), E::Error> {
         self.peer = peer;
         self.proven = false;
-        self.doze = FIRST_DOZE;
+        self.fallback_poll = FIRST_FALLBACK_POLL;
         self.ring()?;
         Ok(())
     }
@@ -211,14 +212,14 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     pub(crate) fn wait(
         &mut self,
         deadline: Option<Duration>,
-        first: Wish,
-        mut look: impl FnMut(Wish) -> Result<bool, ChannelError<E::Error>>,
+        first: Threshold,
+        mut look: impl FnMut(Threshold) -> Result<bool, ChannelError<E::Error>>,
     ) -> Result<Wakeup, ChannelError<E::Error>> {
-        if look(Wish::Kept)? {
+        if look(Threshold::Unchanged)? {
             return Ok(Wakeup::Ready);
         }
         if deadline != Some(PAST)
-            && (self.spin(deadline, &mut look)? || self.nap(deadline, &mut look)?)
+            && (self.spin(deadline, &mut look)? || self.back_off(deadline, &mut look)?)
         {
             return Ok(Wakeup::Ready);
         }
@@ -227,14 +228,14 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             // descriptor to be readable comes here with a deadline that is over.
             self.events.sleep(deadline).map_err(ChannelError::Events)?;
         }
-        let mut wish = first;
+        let mut threshold = first;
         loop {
             let left = deadline.map(|deadline| deadline.saturating_sub(self.events.now()));
             let over = left == Some(Duration::ZERO);
             let peer = self.read_peer();
             if peer != self.peer {
                 // Records or room from before the change come first.
-                if look(Wish::Kept)? {
+                if look(Threshold::Unchanged)? {
                     return Ok(Wakeup::Ready);
                 }
                 self.peer_changed(peer).map_err(ChannelError::Events)?;
@@ -245,21 +246,21 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                 }
             }
             if over {
-                wish = Wish::Soon;
+                threshold = Threshold::Soon;
             }
-            if look(wish)? {
+            if look(threshold)? {
                 return Ok(Wakeup::Ready);
             }
             if over {
                 return Ok(Wakeup::TimedOut);
             }
-            match wish {
-                Wish::Half => self.sleep_for(left.map_or(HALF, |left| left.min(HALF))),
+            match threshold {
+                Threshold::Half => self.sleep_for(left.map_or(HALF, |left| left.min(HALF))),
                 _ => self.sleep(left),
             }
             .map_err(ChannelError::Events)?;
-            wish = Wish::Soon;
-            if look(Wish::Kept)? {
+            threshold = Threshold::Soon;
+            if look(Threshold::Unchanged)? {
                 return Ok(Wakeup::Ready);
             }
         }
@@ -269,7 +270,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     fn spin<X>(
         &mut self,
         deadline: Option<Duration>,
-        look: &mut impl FnMut(Wish) -> Result<bool, X>,
+        look: &mut impl FnMut(Threshold) -> Result<bool, X>,
     ) -> Result<bool, X> {
         let Strategy {
             least_spin,
@@ -286,7 +287,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 spin_loop();
-                if look(Wish::Kept)? {
+                if look(Threshold::Unchanged)? {
                     self.spin = spin.saturating_mul(2).min(most_spin);
                     self.fruitless = 0;
                     return Ok(true);
@@ -302,32 +303,32 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
 
     /// Sleeps by the clock, for twice as long each time. The wake threshold is half of the channel,
     /// so that the other end seldom has to wait, and does not ring before it has moved as much.
-    fn nap(
+    fn back_off(
         &mut self,
         deadline: Option<Duration>,
-        look: &mut impl FnMut(Wish) -> Result<bool, ChannelError<E::Error>>,
+        look: &mut impl FnMut(Threshold) -> Result<bool, ChannelError<E::Error>>,
     ) -> Result<bool, ChannelError<E::Error>> {
-        if self.strategy.nap.is_zero() {
+        if self.strategy.back_off.is_zero() {
             return Ok(false);
         }
-        let end = self.events.now().saturating_add(self.strategy.nap);
+        let end = self.events.now().saturating_add(self.strategy.back_off);
         let end = deadline.map_or(end, |deadline| deadline.min(end));
-        let mut nap = FIRST_NAP;
-        let mut wish = Wish::Half;
-        while !look(wish)? {
-            wish = Wish::Kept;
+        let mut sleep = FIRST_BACK_OFF;
+        let mut threshold = Threshold::Half;
+        while !look(threshold)? {
+            threshold = Threshold::Unchanged;
             let left = end.saturating_sub(self.events.now());
             if left.is_zero() {
                 return Ok(false);
             }
             // A ring in this sleep proves nothing, because it may answer no wake threshold of this
             // end.
-            let nap_now = Some(nap.min(left));
-            self.events.sleep(nap_now).map_err(ChannelError::Events)?;
-            nap = (nap * 2).min(LONGEST_NAP);
+            let timeout = Some(sleep.min(left));
+            self.events.sleep(timeout).map_err(ChannelError::Events)?;
+            sleep = (sleep * 2).min(LONGEST_BACK_OFF);
         }
         // Disarms the wake-up: otherwise the other end would ring while this end is awake.
-        look(Wish::Withdrawn)
+        look(Threshold::Disarmed)
     }
 
     /// Sleeps for a time whose end tells nothing about doorbells. A ring proves that they arrive.
@@ -341,15 +342,15 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         // been lost: before QEMU was ready, while the guest had its interrupts masked, or because a
         // producer was killed before it rang. If the other end cannot be seen, the fallback polls
         // never end.
-        let doze = (!self.proven || self.words.is_none()).then_some(self.doze);
-        let timeout = match (left, doze) {
-            (Some(left), Some(doze)) => Some(left.min(doze)),
-            (left, doze) => left.or(doze),
+        let fallback_poll = (!self.proven || self.words.is_none()).then_some(self.fallback_poll);
+        let timeout = match (left, fallback_poll) {
+            (Some(left), Some(fallback_poll)) => Some(left.min(fallback_poll)),
+            (left, fallback_poll) => left.or(fallback_poll),
         };
         if self.events.sleep(timeout)? {
             self.proven = true;
         } else {
-            self.doze = (self.doze * 2).min(LONGEST_DOZE);
+            self.fallback_poll = (self.fallback_poll * 2).min(LONGEST_FALLBACK_POLL);
         }
         Ok(())
     }

@@ -21,10 +21,10 @@ pub enum Notify {
 }
 
 impl Notify {
-    /// Returns [`Notify::Ring`] if the wake threshold `wish` is above `old` and not above `new`,
-    /// the cursors before and after a publication.
-    pub(crate) const fn crossed(old: u64, new: u64, wish: u64) -> Self {
-        if old < wish && wish <= new {
+    /// Returns [`Notify::Ring`] if the wake threshold is above `old` and not above `new`, the
+    /// cursors before and after a publication.
+    pub(crate) const fn crossed(old: u64, new: u64, threshold: u64) -> Self {
+        if old < threshold && threshold <= new {
             Notify::Ring
         } else {
             Notify::Quiet
@@ -170,10 +170,10 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         // SYNC: committed; pairs with the Acquire load in `Consumer::refresh`. A consumer that sees
         // the cursor sees whole records, and the commit note.
         region.release(*base + channel::WRITTEN, self.staged);
-        // SYNC: cursor-then-wish; pairs with the fence in `Consumer::wish_for`.
+        // SYNC: cursor-then-threshold; pairs with the fence in `Consumer::arm`.
         region.fence();
-        let wish = region.load(*base + channel::CONSUMER_WISH);
-        let notify = Notify::crossed(self.written, self.staged, wish);
+        let threshold = region.load(*base + channel::CONSUMER_THRESHOLD);
+        let notify = Notify::crossed(self.written, self.staged, threshold);
         self.written = self.staged;
         self.older_note = 1 - self.older_note;
         notify
@@ -189,35 +189,37 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     /// Arms a wake-up for when a record of `length` bytes fits, then looks once more. `true` if the
     /// record already fits, so that no sleep is needed. Publish staged records first: the consumer
     /// cannot free records that it cannot see.
-    pub fn wish_for_room(&mut self, length: usize) -> Result<bool, ReserveError> {
-        self.wish_for(length, 0)
+    pub fn arm_for_room(&mut self, length: usize) -> Result<bool, ReserveError> {
+        self.arm(length, 0)
     }
 
-    /// Arms a wake-up as [`Producer::wish_for_room`] does, but for when half of the channel is free
+    /// Arms a wake-up as [`Producer::arm_for_room`] does, but for when half of the channel is free
     /// as well, so that the consumer of a full channel does not ring for every record. The consumer
     /// may keep more than half, so the caller must also look by the clock.
-    pub fn wish_for_half(&mut self, length: usize) -> Result<bool, ReserveError> {
-        self.wish_for(length, self.capacity.bytes() / 2)
+    pub fn arm_for_half(&mut self, length: usize) -> Result<bool, ReserveError> {
+        self.arm(length, self.capacity.bytes() / 2)
     }
 
-    fn wish_for(&mut self, length: usize, least: u64) -> Result<bool, ReserveError> {
+    fn arm(&mut self, length: usize, least: u64) -> Result<bool, ReserveError> {
         let place = self.find_place(length)?;
         let room = (place.pad + place.span).max(least);
         // Before the first lap the difference would be negative. There is room then, and the second
         // look finds it.
-        let wish = (self.staged + room).saturating_sub(self.capacity.bytes());
-        self.region.store(self.base + channel::PRODUCER_WISH, wish);
-        // SYNC: wish-then-cursor; pairs with the fence in `Consumer::release`. At least one of the
-        // two ends sees the other's store.
+        let threshold = (self.staged + room).saturating_sub(self.capacity.bytes());
+        self.region
+            .store(self.base + channel::PRODUCER_THRESHOLD, threshold);
+        // SYNC: threshold-then-cursor; pairs with the fence in `Consumer::release`. At least one of
+        // the two ends sees the other's store.
         self.region.fence();
         self.refresh()?;
         Ok(self.free() >= place.pad + place.span)
     }
 
     /// Disarms the wake-up. A ring can still come.
-    pub fn withdraw_wish(&mut self) {
+    pub fn disarm(&mut self) {
         // Threshold 0 means none, because no cursor is ever below it.
-        self.region.store(self.base + channel::PRODUCER_WISH, 0);
+        self.region
+            .store(self.base + channel::PRODUCER_THRESHOLD, 0);
     }
 
     /// Counts a doorbell that this end rang.

@@ -19,7 +19,7 @@ pub struct Strategy {
     /// each further one for twice as long, up to 800 µs. So a record that comes during a sleep
     /// waits for at most 100 µs longer than the silence before it. The end is rung earlier if half
     /// of the channel has moved.
-    pub nap: Duration,
+    pub back_off: Duration,
 }
 
 impl Strategy {
@@ -27,25 +27,25 @@ impl Strategy {
     pub const PROMPT: Strategy = Strategy {
         least_spin: Duration::from_micros(1),
         most_spin: Duration::from_micros(50),
-        nap: Duration::ZERO,
+        back_off: Duration::ZERO,
     };
     /// For streams, whose records may wait for a few milliseconds. The back-off sleeps last as long
     /// as a scheduler usually keeps the other end from running. The other end rings only after a
     /// longer silence, or before it would have to wait.
     pub const STREAM: Strategy = Strategy {
-        nap: Duration::from_millis(6),
+        back_off: Duration::from_millis(6),
         ..Strategy::PROMPT
     };
     /// Looks once and then sleeps. Costs no processor time.
     pub const SLEEP: Strategy = Strategy {
         least_spin: Duration::ZERO,
         most_spin: Duration::ZERO,
-        nap: Duration::ZERO,
+        back_off: Duration::ZERO,
     };
     /// Spins for a second before it sleeps, for a program that has a CPU for this end alone.
     pub const SPIN: Strategy = Strategy {
         least_spin: Duration::from_secs(1),
         most_spin: Duration::from_secs(1),
-        nap: Duration::ZERO,
+        back_off: Duration::ZERO,
     };
 }

@@ -40,13 +40,13 @@ pub trait Watch {
 
     /// Returns the time after which a wait for the other end is reported by [`Watch::waits`].
     /// `None` for no reports; the wait then needs no timer.
-    fn patience(&self) -> Option<Duration> {
+    fn report_after(&self) -> Option<Duration> {
         None
     }
 
-    /// Handles a wait that has reached the timeout of [`Watch::patience`] and goes on: a receiver
-    /// waits for the first data of a stream, or a sender for space. `is_away` is true if no process
-    /// holds the other end.
+    /// Handles a wait that has lasted for [`Watch::report_after`] and goes on: a receiver waits for
+    /// the first data of a stream, or a sender for space. `is_away` is true if no process holds the
+    /// other end.
     fn waits(&mut self, _is_away: bool) {}
 }
 
@@ -108,13 +108,13 @@ where
             }
             length
         } else {
-            let Some(mut draft) = sender.draft(scratch.len(), watch.patience())? else {
+            let Some(mut reservation) = sender.reserve(scratch.len(), watch.report_after())? else {
                 watch.waits(sender.peer_is_away());
                 continue;
             };
-            let length = retry(|| draft.read_from(source)).map_err(StreamError::Read)?;
+            let length = retry(|| reservation.read_from(source)).map_err(StreamError::Read)?;
             if length > 0 {
-                draft.commit(Kind::DATA, length)?;
+                reservation.commit(Kind::DATA, length)?;
             }
             length as usize
         };
@@ -152,8 +152,8 @@ where
     E: Events,
 {
     loop {
-        if let Some(draft) = sender.draft(0, watch.patience())? {
-            return draft.commit(kind, 0);
+        if let Some(reservation) = sender.reserve(0, watch.report_after())? {
+            return reservation.commit(kind, 0);
         }
         watch.waits(sender.peer_is_away());
     }
@@ -178,12 +178,12 @@ where
         // If the sender has left, the channel still has the records that it committed, and no
         // further ones come.
         let away = total.records > 0 && receiver.peer_is_away();
-        let patience = match (away, total.records) {
+        let timeout = match (away, total.records) {
             (true, _) => Some(Duration::ZERO),
-            (false, 0) => watch.patience(),
+            (false, 0) => watch.report_after(),
             (false, _) => None,
         };
-        match receiver.wait(patience)? {
+        match receiver.wait(timeout)? {
             Wakeup::Ready => (),
             Wakeup::TimedOut if total.records == 0 => {
                 watch.waits(receiver.peer_is_away());

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The arithmetic of cursors, compared with its rules for every kind of input.
 
 use barlink_protocol::cursor::*;

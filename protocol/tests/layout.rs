@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The superblock: decoding returns the layout that was encoded, and the error for each wrong field
 //! names the field.
 

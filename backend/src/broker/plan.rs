@@ -384,10 +384,14 @@ mod tests {
         );
         // Powers of two and others: the error names the size and the machine's memory.
         for size in [1 << 62, 100 << 40, 3 << 61, u64::MAX] {
-            let Err(PlanError::TooLarge { size: told, memory }) = plan(size, 1, 0, &[]) else {
+            let Err(PlanError::TooLarge {
+                size: reported,
+                memory,
+            }) = plan(size, 1, 0, &[])
+            else {
                 panic!("{size}");
             };
-            assert_eq!(told, size);
+            assert_eq!(reported, size);
             plan(1 << memory.ilog2(), 1, 0, &[]).unwrap();
         }
     }

@@ -89,7 +89,7 @@ impl Manager {
         });
         connected
             .inspect_err(|error| {
-                warn!("the service manager cannot be told anything (NOTIFY_SOCKET): {error}");
+                warn!("cannot send to the service manager (NOTIFY_SOCKET): {error}");
             })
             .ok()
     }
@@ -183,7 +183,7 @@ impl Manager {
                         notice.slot().map_or(Account::Others, Account::Slot),
                         Level::Warn,
                         format_args!(
-                            "the service manager is not told of {}: {error}",
+                            "message to the service manager about {} failed: {error}",
                             notice.name()
                         ),
                     );

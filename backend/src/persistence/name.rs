@@ -24,7 +24,7 @@ pub fn lock(listener: &str) -> String {
 
 /// Names an eventfd.
 pub fn eventfd(peer: u32, vector: u32) -> String {
-    format!("bell-{peer}-{vector}")
+    format!("notifier-{peer}-{vector}")
 }
 
 /// Names the connection of a slot's VM.

@@ -140,7 +140,7 @@ pub fn inherited() -> io::Result<Inheritance> {
     }
     if !inheritance.is_empty() && !inheritance.contains_key(name::STATE) {
         // The persisted state is stored last, so no VM or host app has any of these.
-        warn!("the service manager kept less than a broker is made of: beginning anew");
+        warn!("the service manager stored only a part of a broker: starting without it");
         discard(std::mem::take(&mut inheritance));
     }
     Ok(inheritance)

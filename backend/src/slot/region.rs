@@ -8,7 +8,7 @@ use std::sync::Arc;
 use barlink_protocol::wire::layout::{Channel, Layout};
 
 use crate::memory::{Access, Region};
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// The region of a broker. Everything here is created at start and stays.
 pub struct SharedRegion {
@@ -16,7 +16,7 @@ pub struct SharedRegion {
     memory: Arc<File>,
     read_only: Arc<File>,
     words: Region,
-    eventfds: Vec<Vec<Arc<Bell>>>,
+    eventfds: Vec<Vec<Arc<Notifier>>>,
 }
 
 impl SharedRegion {
@@ -27,7 +27,7 @@ impl SharedRegion {
         memory: Arc<File>,
         read_only: Arc<File>,
         words: Region,
-        eventfds: Vec<Vec<Arc<Bell>>>,
+        eventfds: Vec<Vec<Arc<Notifier>>>,
     ) -> Self {
         SharedRegion {
             layout,
@@ -77,12 +77,12 @@ impl SharedRegion {
     }
 
     /// Returns a peer's eventfds, by vector; none for a peer that does not exist.
-    pub fn eventfds(&self, peer: u32) -> &[Arc<Bell>] {
+    pub fn eventfds(&self, peer: u32) -> &[Arc<Notifier>] {
         self.eventfds.get(peer as usize).map_or(&[], Vec::as_slice)
     }
 
     /// Lists the eventfds of all peers, by peer and vector.
-    pub(crate) fn all_eventfds(&self) -> impl Iterator<Item = (u32, u32, &Arc<Bell>)> {
+    pub(crate) fn all_eventfds(&self) -> impl Iterator<Item = (u32, u32, &Arc<Notifier>)> {
         (0..).zip(&self.eventfds).flat_map(|(peer, eventfds)| {
             let vectors = (0..).zip(eventfds);
             vectors.map(move |(vector, eventfd)| (peer, vector, eventfd))

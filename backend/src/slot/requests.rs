@@ -10,7 +10,7 @@ use std::io;
 use log::debug;
 use parking_lot::Mutex;
 
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// Most requests that wait for one VM: more than there are host apps, each of which waits for its
 /// answer.
@@ -96,7 +96,7 @@ impl ReadRequest {
 /// The requests that wait for one VM.
 pub struct RequestQueue {
     waiting: Mutex<VecDeque<ReadRequest>>,
-    eventfd: Bell,
+    eventfd: Notifier,
 }
 
 impl RequestQueue {
@@ -104,12 +104,12 @@ impl RequestQueue {
     pub(crate) fn new() -> io::Result<Self> {
         Ok(RequestQueue {
             waiting: Mutex::default(),
-            eventfd: Bell::new()?,
+            eventfd: Notifier::new()?,
         })
     }
 
     /// Returns the eventfd that rings when a request is added.
-    pub fn eventfd(&self) -> &Bell {
+    pub fn eventfd(&self) -> &Notifier {
         &self.eventfd
     }
 

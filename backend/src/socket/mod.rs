@@ -29,9 +29,9 @@ pub(crate) fn wait(socket: &dyn AsFd, event: PollFlags, deadline: Instant) -> Re
 }
 
 /// Tells whether the peer has closed its end of a socket.
-pub(crate) fn has_hung_up(socket: &dyn AsFd) -> bool {
-    let mut hung_up = [PollFd::new(&socket, PollFlags::empty())];
-    rustix::event::poll(&mut hung_up, Some(&Timespec::default())) != Ok(0)
+pub(crate) fn is_disconnected(socket: &dyn AsFd) -> bool {
+    let mut polled = [PollFd::new(&socket, PollFlags::empty())];
+    rustix::event::poll(&mut polled, Some(&Timespec::default())) != Ok(0)
 }
 
 /// Ends a connection so that the peer reads its end and no error.

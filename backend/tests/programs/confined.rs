@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests that every thread of a broker has given up unneeded rights, whether the broker is new, a
 //! successor or a restarted service.
 
@@ -37,7 +39,7 @@ fn fresh_broker_is_confined() {
 #[test]
 fn broker_of_vfio_user_is_confined() {
     let broker = serve_both(&["--guest-memory"]);
-    let _client = Client::greet(&broker);
+    let _client = Client::handshake(&broker);
     // One more slot has a thread. This VM's thread takes the place of the other VM's.
     check(broker.child.id(), THREADS + 1);
 }
@@ -48,7 +50,7 @@ fn broker_of_vhost_user_is_confined() {
     // The second session makes its sockets, threads and mappings when the broker is already
     // confined.
     for _ in 0..2 {
-        let mut client = vhost_user_client::Client::greet(&broker);
+        let mut client = vhost_user_client::Client::handshake(&broker);
         client.start();
         client.map(true);
         client.put(0, 2 << 16, 4, false);
@@ -72,8 +74,8 @@ fn restarted_broker_is_confined() {
     let manager = ServiceManager::new(folder.path()).unwrap();
     let mut broker = Broker::start_as(&manager, folder, &[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
-    wait_until("the VM is kept", || {
-        manager.kept().contains(&"vm-0".to_owned())
+    wait_until("the VM is stored", || {
+        manager.stored().contains(&"vm-0".to_owned())
     });
     // If the broker were killed right after its last message, it could not know that the VM
     // received it.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the control socket: claims, refusals, and peers that break the protocol.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,7 +32,7 @@ fn seqpacket() -> OwnedFd {
 
 fn limited(socket: OwnedFd) -> OwnedFd {
     for timeout in [Timeout::Recv, Timeout::Send] {
-        set_socket_timeout(&socket, timeout, Some(PATIENCE)).unwrap();
+        set_socket_timeout(&socket, timeout, Some(TIMEOUT)).unwrap();
     }
     socket
 }
@@ -43,7 +45,7 @@ fn accept(listener: &OwnedFd) -> OwnedFd {
 /// Maximum number of host apps at a time, as in the broker.
 const MOST: usize = 64;
 
-fn knock(broker: &Broker) -> OwnedFd {
+fn connect_app(broker: &Broker) -> OwnedFd {
     let socket = seqpacket();
     connect(&socket, &SocketAddrUnix::new(broker.control()).unwrap()).unwrap();
     socket
@@ -138,7 +140,7 @@ fn sender_rejects_oversized_record_and_continues() {
     );
     let _ = sender.send(Kind::DATA, &vec![7; max]).unwrap();
     let mut receiver = attachment.receiver("loop").unwrap();
-    let record = receiver.recv_timeout(PATIENCE).unwrap().unwrap();
+    let record = receiver.recv_timeout(TIMEOUT).unwrap().unwrap();
     assert_eq!(record.len(), max);
 }
 
@@ -272,7 +274,10 @@ fn client_times_out_without_reply() {
     let path = folder.path().join("control.sock");
     let _impostor = impostor(&path, None);
     let error = Attachment::connect(&path, Access::ReadOnly).unwrap_err();
-    assert!(error.to_string().contains("it does not answer"), "{error}");
+    assert!(
+        error.to_string().contains("no broker answers at"),
+        "{error}"
+    );
 }
 
 fn client_disconnects_after_timed_out_request() {
@@ -295,10 +300,10 @@ fn client_disconnects_after_timed_out_request() {
     });
     let control = Control::connect(&path).unwrap();
     let late = control.ask(Ask::Status).unwrap_err();
-    assert!(late.to_string().contains("it does not answer"), "{late}");
+    assert!(late.to_string().contains("no broker answers at"), "{late}");
     go_on.send(()).unwrap();
     let length = join("the client hangs up", broker);
-    assert_eq!(length, 0, "the broker is not told that nobody waits");
+    assert_eq!(length, 0, "the client does not close its connection");
     let lost = control.ask(Ask::Status).unwrap_err();
     assert!(matches!(lost, ControlError::Lost { .. }), "{lost}");
 }
@@ -313,8 +318,8 @@ fn broker_frees_only_ends_granted_late() {
         holder.status().unwrap_err();
     });
     broker.signal(Signal::CONT);
-    let told = "holds the consumer of `one`";
-    wait_until("the end is granted", || broker.log().contains(told));
+    let line = "holds the consumer of `one`";
+    wait_until("the end is granted", || broker.log().contains(line));
     let looker = broker.attach();
     let held = || {
         let claims = looker.status().unwrap().claims.into_iter();
@@ -348,16 +353,19 @@ fn client_times_out_while_connecting() {
         }
         waiting.push(one);
     }
-    let (told, is_told) = std::sync::mpsc::channel();
-    std::thread::spawn(move || told.send(Control::connect(&path)));
-    let error = take("it is given up", &is_told).unwrap_err();
-    assert!(error.to_string().contains("it does not answer"), "{error}");
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(Control::connect(&path)));
+    let error = take("it is given up", &receiver).unwrap_err();
+    assert!(
+        error.to_string().contains("no broker answers at"),
+        "{error}"
+    );
 }
 
 #[test]
 fn broker_rejects_malformed_packets_and_continues() {
     let broker = Broker::start(&[]);
-    let socket = knock(&broker);
+    let socket = connect_app(&broker);
     for (packet, expected) in [
         (&b"hello"[..], "malformed"),
         (br#"{"version":1}"#, "malformed"),
@@ -392,7 +400,7 @@ fn broker_rejects_malformed_packets_and_continues() {
 #[test]
 fn broker_escapes_client_text_in_log() {
     let broker = Broker::start(&[]);
-    let socket = knock(&broker);
+    let socket = connect_app(&broker);
     let forged = "[2026-01-01T00:00:00Z INFO  barlink] stopped";
     let long = "x".repeat(60_000);
     for ask in [format!(r"\n{forged}\n"), r"\u001b[2J".to_owned(), long] {
@@ -417,8 +425,8 @@ fn broker_disconnects_silent_clients() {
 
 fn broker_disconnects_host_apps_without_request() {
     let broker = Broker::start(&[]);
-    let silent: Vec<_> = (0..20).map(|_| knock(&broker)).collect();
-    let large = knock(&broker);
+    let silent: Vec<_> = (0..20).map(|_| connect_app(&broker)).collect();
+    let large = connect_app(&broker);
     // The packet is larger than the protocol allows, so the part that the broker reads is no
     // request.
     assert!(say(&large, &vec![b'x'; 100_000]).contains("malformed"));
@@ -426,7 +434,7 @@ fn broker_disconnects_host_apps_without_request() {
     // Clients with malformed requests take the remaining connections, and time out as the silent
     // ones do.
     broker.wait_until_idle();
-    let babblers: Vec<_> = (0..MOST - 21).map(|_| knock(&broker)).collect();
+    let babblers: Vec<_> = (0..MOST - 21).map(|_| connect_app(&broker)).collect();
     for babbler in &babblers {
         assert!(say(babbler, b"nonsense").contains("malformed"));
     }
@@ -436,19 +444,19 @@ fn broker_disconnects_host_apps_without_request() {
     }
     // Connections are free again.
     broker.attach().status().unwrap();
-    assert!(broker.log().contains("it said nothing for 10 seconds"));
+    assert!(broker.log().contains("it sent nothing for 10 seconds"));
 }
 
 #[test]
 fn broker_disconnects_client_that_reads_nothing() {
     let broker = Broker::start(&[]);
-    let deaf = knock(&broker);
+    let deaf = connect_app(&broker);
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    wait_until("it is let go", || {
+    wait_until("it is disconnected", || {
         for _ in 0..50 {
             let _ = send(&deaf, br#"{"version":1,"ask":"status"}"#, flags);
         }
-        broker.log().contains("is let go")
+        broker.log().contains("is disconnected")
     });
     broker.attach().status().unwrap();
 }
@@ -461,7 +469,7 @@ fn broker_closes_descriptors_from_host_app() {
     broker.attach();
     let before = broker.descriptors();
     let socket =
-        barlink::control::packet::PacketSocket::connect(&broker.control(), PATIENCE).unwrap();
+        barlink::control::packet::PacketSocket::connect(&broker.control(), TIMEOUT).unwrap();
     let gift = std::fs::File::open("/dev/null").unwrap();
     for _ in 0..50 {
         let request: &[u8] = br#"{"version":1,"ask":"status"}"#;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of guests that disappear without notice, and of the ends that they held.
 
 use std::process::Stdio;
@@ -44,16 +46,16 @@ fn hears_that_the_sender_left(mut receiver: Program) {
 #[test]
 fn guest_reset_frees_its_ends() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let attachment = broker.attach();
     let layout = attachment.layout();
     let page = u32::try_from(layout.presence_page(1)).unwrap();
     let holder = page + presence::holder(0, End::Producer) as u32;
-    let tell = |client: &mut Client, offset: u32, word: u64| {
+    let store = |client: &mut Client, offset: u32, word: u64| {
         client.write(2, offset, &word.to_le_bytes());
     };
-    tell(&mut client, page, 5);
-    tell(&mut client, holder, PROCESS);
+    store(&mut client, page, 5);
+    store(&mut client, holder, PROCESS);
     begin_a_stream(&attachment, &layout.channels()[0]);
     let receiver = receiver(&broker, "up");
 
@@ -65,8 +67,8 @@ fn guest_reset_frees_its_ends() {
     // Another reset changes nothing: epochs only grow, and the next driver has a new one.
     client.get(RESET, &[]);
     assert_eq!(client.read(2, page, 8), 6u64.to_le_bytes());
-    tell(&mut client, page, 7);
-    tell(&mut client, holder, PROCESS);
+    store(&mut client, page, 7);
+    store(&mut client, holder, PROCESS);
     let in_use = ["in use by process 42 in slot 1's VM"];
     fails(&mut broker.app(&["reset-channel", "up"]), 4, &in_use);
 }
@@ -77,8 +79,8 @@ fn killed_vm_frees_ends_for_next_vm() {
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();
     let layout = attachment.layout();
-    vm.tell(layout, presence::EPOCH, 1);
-    vm.tell(layout, presence::holder(0, End::Producer), PROCESS);
+    vm.store_in_driver_page(layout, presence::EPOCH, 1);
+    vm.store_in_driver_page(layout, presence::holder(0, End::Producer), PROCESS);
     begin_a_stream(&attachment, &layout.channels()[0]);
     let receiver = receiver(&broker, "up");
     drop(vm);

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of hostile peers, and of the peers beside them.
 
 use std::os::fd::AsRawFd;
@@ -18,9 +20,9 @@ use crate::vmm::*;
 /// Sends a record and receives it. It must be the next one.
 fn exchange(sender: &mut Sender, receiver: &mut Receiver) {
     let number = sender.sequence();
-    let sent = sender.send_timeout(Kind::USER, &number.to_le_bytes(), PATIENCE);
+    let sent = sender.send_timeout(Kind::USER, &number.to_le_bytes(), TIMEOUT);
     assert_eq!(sent.unwrap(), Sent::Committed);
-    let record = receiver.recv_timeout(PATIENCE).unwrap().unwrap();
+    let record = receiver.recv_timeout(TIMEOUT).unwrap().unwrap();
     assert_eq!(record.sequence(), number);
     assert_eq!(record.to_vec(), number.to_le_bytes());
     record.release().unwrap();
@@ -49,13 +51,13 @@ fn corrupt_channel_leaves_other_channels_working() {
     scribble(channel::WRITTEN, 1 << 40);
     scribble(channel::READ, 1 << 50);
     for _ in 0..3 {
-        let error = sick.1.recv_timeout(PATIENCE).unwrap_err();
+        let error = sick.1.recv_timeout(TIMEOUT).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         exchange(&mut sound.0, &mut sound.1);
     }
     let record = vec![0; sick.0.max_record()];
     let failed = (0..3).find_map(|_| {
-        let sent = sick.0.send_timeout(Kind::USER, &record, PATIENCE);
+        let sent = sick.0.send_timeout(Kind::USER, &record, TIMEOUT);
         sent.err()
     });
     assert_eq!(failed.map(|error| error.kind()), Some(ErrorKind::Corrupt));
@@ -135,7 +137,7 @@ fn unadmitted_client_cannot_send_descriptors() {
     let arguments = ["--vfio-user", user, "--vhost-user", host];
     let mut broker = Broker::start_in(folder, &arguments);
     for _ in 0..2 {
-        let app = PacketSocket::connect(&broker.control(), PATIENCE).unwrap();
+        let app = PacketSocket::connect(&broker.control(), TIMEOUT).unwrap();
         assert!(refuses_descriptors(&app), "a host app before it was heard");
         app.send(br#"{"version":1,"ask":"status"}"#, &[]).unwrap();
         let mut buffer = Box::new([0; MAX_PACKET]);
@@ -191,8 +193,8 @@ fn repeated_requests_leave_no_descriptors_open() {
             let (answer, memory) = control.ask(Ask::Attach { access }).unwrap();
             assert!(matches!(answer, Answer::Region(_)) && memory.len() == 1);
         }
-        let (_, bells) = control.ask(Ask::Claim { channel, end }).unwrap();
-        assert_eq!(bells.len(), 4);
+        let (_, eventfds) = control.ask(Ask::Claim { channel, end }).unwrap();
+        assert_eq!(eventfds.len(), 4);
         assert!(control.ask(Ask::Claim { channel, end }).is_err());
         control.ask(Ask::Release { channel, end }).unwrap();
         assert!(control.ask(Ask::Release { channel, end }).is_err());

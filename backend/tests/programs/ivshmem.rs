@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the ivshmem transport, with a client that reads as QEMU does and with clients that do
 //! not.
 
@@ -24,7 +26,7 @@ fn handshake_sends_complete_and_final_peer_table() {
     );
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     assert_eq!(vm.id, 0);
-    let peers: Vec<_> = vm.bells.iter().map(|(peer, _)| *peer).collect();
+    let peers: Vec<_> = vm.eventfds.iter().map(|(peer, _)| *peer).collect();
     assert_eq!(
         peers,
         [1, 1, 2, 2, 0, 0],
@@ -73,29 +75,29 @@ fn doorbells_connect_vm_and_host_app_directly() {
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();
     let layout = attachment.layout();
-    vm.tell(layout, presence::EPOCH, 1);
-    vm.tell(layout, presence::holder(0, End::Producer), 1);
+    vm.store_in_driver_page(layout, presence::EPOCH, 1);
+    vm.store_in_driver_page(layout, presence::holder(0, End::Producer), 1);
     let receiver = attachment.receiver("up").unwrap();
     let own: Vec<_> = vm
-        .bells
+        .eventfds
         .iter()
         .filter(|(peer, _)| *peer == 0)
-        .map(|(_, bell)| bell)
+        .map(|(_, eventfd)| eventfd)
         .collect();
     let host: Vec<_> = vm
-        .bells
+        .eventfds
         .iter()
         .filter(|(peer, _)| *peer == 1)
-        .map(|(_, bell)| bell)
+        .map(|(_, eventfd)| eventfd)
         .collect();
     // Vector 0 announces the claim. Vector 1 belongs to `up`.
-    assert!(rings(own[0]) >= 1, "the claim is told");
+    assert!(rings(own[0]) >= 1, "the claim is not reported");
     assert_eq!(rings(own[1]), 1, "an end that attaches rings once");
     assert_eq!(rings(own[2]), 0);
     drop(receiver);
     let (_, mut events) = attachment.claim("up", End::Consumer).unwrap();
     let sleeper = std::thread::Builder::new().name("sleeper".to_owned());
-    let sleeper = sleeper.spawn(move || events.sleep(Some(PATIENCE)).unwrap());
+    let sleeper = sleeper.spawn(move || events.sleep(Some(TIMEOUT)).unwrap());
     wait_until_asleep(std::process::id(), "sleeper");
     rustix::io::write(host[1], &1u64.to_ne_bytes()).unwrap();
     let is_rung = join("the ring wakes the host app", sleeper.unwrap());
@@ -109,8 +111,8 @@ fn host_app_never_rings_vm_without_driver() {
     let attachment = broker.attach();
     let layout = attachment.layout();
     let own = || -> u64 {
-        let own = vm.bells.iter().filter(|(peer, _)| *peer == 0);
-        own.map(|(_, bell)| rings(bell)).sum()
+        let own = vm.eventfds.iter().filter(|(peer, _)| *peer == 0);
+        own.map(|(_, eventfd)| rings(eventfd)).sum()
     };
     let attach = || {
         let mut sender = attachment.sender("down").unwrap();
@@ -118,15 +120,15 @@ fn host_app_never_rings_vm_without_driver() {
     };
     // The guest's consumer slept when the device was unplugged. The driver had time to withdraw its
     // presence.
-    let wish = layout.channels()[1].offset + channel::CONSUMER_WISH;
-    attachment.region().store(wish, 1);
+    let threshold = layout.channels()[1].offset + channel::CONSUMER_THRESHOLD;
+    attachment.region().store(threshold, 1);
     for (epoch, holder) in [(0, 0), (2, 0), (2, 1)] {
-        vm.tell(layout, presence::EPOCH, epoch);
-        vm.tell(layout, presence::holder(1, End::Consumer), holder);
+        vm.store_in_driver_page(layout, presence::EPOCH, epoch);
+        vm.store_in_driver_page(layout, presence::holder(1, End::Consumer), holder);
         attach();
         assert_eq!(own(), 0, "epoch {epoch}, holder {holder}");
     }
-    vm.tell(layout, presence::EPOCH, 3);
+    vm.store_in_driver_page(layout, presence::EPOCH, 3);
     attach();
     assert!(own() >= 1, "with its driver it is");
 }
@@ -166,7 +168,7 @@ fn next_vm_gets_same_drained_eventfds() {
     let broker = Broker::start(&[]);
     let vm = handshake(connect(&broker, "vm.sock"), 6);
     let attachment = broker.attach();
-    vm.tell(attachment.layout(), presence::EPOCH, 1);
+    vm.store_in_driver_page(attachment.layout(), presence::EPOCH, 1);
     drop(attachment.receiver("up").unwrap());
     drop(vm);
     wait_until("the slot is free", || {
@@ -175,17 +177,17 @@ fn next_vm_gets_same_drained_eventfds() {
     drop(attachment.receiver("up").unwrap());
     let again = handshake(connect(&broker, "vm.sock"), 6);
     assert_eq!(again.id, 0);
-    for (_, bell) in again.bells.iter().filter(|(peer, _)| *peer == 0) {
-        assert_eq!(rings(bell), 0, "a ring for the VM before it");
+    for (_, eventfd) in again.eventfds.iter().filter(|(peer, _)| *peer == 0) {
+        assert_eq!(rings(eventfd), 0, "a ring for the VM before it");
     }
     // The new VM's driver is present from here on.
-    again.tell(attachment.layout(), presence::EPOCH, 3);
+    again.store_in_driver_page(attachment.layout(), presence::EPOCH, 3);
     drop(attachment.receiver("up").unwrap());
     let first = again
-        .bells
+        .eventfds
         .iter()
         .find(|(peer, _)| *peer == 0)
-        .map(|(_, bell)| rings(bell));
+        .map(|(_, eventfd)| rings(eventfd));
     assert!(first.unwrap() >= 1, "it is the same eventfd");
     assert_eq!(
         attachment.status().unwrap().slots[0]
@@ -202,10 +204,10 @@ fn slot_survives_vm_with_blocking_eventfds() {
     let broker = Broker::start(&[]);
     for _ in 0..3 {
         let vm = handshake(connect(&broker, "vm.sock"), 6);
-        for (_, bell) in &vm.bells {
+        for (_, eventfd) in &vm.eventfds {
             // QEMU makes every descriptor that it receives blocking.
-            let flags = rustix::fs::fcntl_getfl(bell).unwrap() - rustix::fs::OFlags::NONBLOCK;
-            rustix::fs::fcntl_setfl(bell, flags).unwrap();
+            let flags = rustix::fs::fcntl_getfl(eventfd).unwrap() - rustix::fs::OFlags::NONBLOCK;
+            rustix::fs::fcntl_setfl(eventfd, flags).unwrap();
         }
         drop(vm);
         let attachment = broker.attach();
@@ -285,11 +287,11 @@ fn broker_rejects_other_users_unless_allowed() {
         // Each thread has its own credentials, so this thread can become nobody while the others do
         // not change.
         let first = std::thread::scope(|scope| {
-            let knock = || {
+            let connect_as_nobody = || {
                 rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(NOBODY)).unwrap();
                 message(&connect(&broker, "vm.sock")).unwrap().0
             };
-            scope.spawn(knock).join().unwrap()
+            scope.spawn(connect_as_nobody).join().unwrap()
         });
         assert_eq!(first, expected, "--allow-user {allowed}");
     }
@@ -341,32 +343,36 @@ fn inspect_shows_cache_mode_reported_by_guest() {
         let snapshot: serde_json::Value = serde_json::from_str(&snapshot).unwrap();
         snapshot["guests"][0]["cache"].clone()
     };
-    let tell = |asked: u64, granted: u64, address: u64| {
+    let report = |asked: u64, granted: u64, address: u64| {
         let layout = attachment.layout();
-        vm.tell(layout, presence::CACHE, asked << 8 | granted);
-        vm.tell(layout, presence::ADDRESS, address);
+        vm.store_in_driver_page(layout, presence::CACHE, asked << 8 | granted);
+        vm.store_in_driver_page(layout, presence::ADDRESS, address);
     };
-    tell(6, 6, 0xfd00_0000);
+    report(6, 6, 0xfd00_0000);
     assert!(cache().is_null(), "there is no driver");
-    vm.tell(attachment.layout(), presence::EPOCH, 1);
+    vm.store_in_driver_page(attachment.layout(), presence::EPOCH, 1);
     let as_text = || works(&mut broker.app(&["inspect", "--once"]));
     let expect = |asked, granted, cause: Option<&str>| {
         let cache = cache();
         assert_eq!((&cache["asked"], &cache["granted"]), (&asked, &granted));
-        let told = cache["cause"].as_str();
-        assert_eq!(told.is_some(), cause.is_some(), "{cache}");
-        assert_eq!(told.is_some(), cache["cure"].is_string());
-        assert!(told.unwrap_or_default().contains(cause.unwrap_or_default()));
+        let reported = cache["cause"].as_str();
+        assert_eq!(reported.is_some(), cause.is_some(), "{cache}");
+        assert_eq!(reported.is_some(), cache["cure"].is_string());
+        assert!(
+            reported
+                .unwrap_or_default()
+                .contains(cause.unwrap_or_default())
+        );
         let shown = as_text();
         assert_eq!(
             shown.contains("cache mode"),
             !(asked.is_null() && granted.is_null())
         );
-        assert!(shown.contains(told.unwrap_or_default()), "{shown}");
+        assert!(shown.contains(reported.unwrap_or_default()), "{shown}");
     };
     use serde_json::json;
     expect(json!("write-back"), json!("write-back"), None);
-    tell(6, 1, 0xfd00_0000);
+    report(6, 1, 0xfd00_0000);
     let low = "BAR at 0xfd000000 lies below 4 GiB";
     expect(json!("write-back"), json!("uncached-minus"), Some(low));
     assert!(as_text().contains("pref64-reserve=8G"));
@@ -380,16 +386,16 @@ fn inspect_shows_cache_mode_reported_by_guest() {
     }
     terminal.press(b"q");
     terminal.ends();
-    tell(6, 1, u64::MAX);
+    report(6, 1, u64::MAX);
     let high = "BAR at 0xffffffffffffffff";
     expect(json!("write-back"), json!("uncached-minus"), Some(high));
-    tell(0, 0, 0);
+    report(0, 0, 0);
     expect(json!(null), json!(null), None);
-    tell(3, 0, 0);
+    report(3, 0, 0);
     expect(json!("write-combining"), json!(null), None);
     // No driver writes these numbers. Mode 2 exists, but cannot be asked for.
     for (asked, granted) in [(2, 7), (7, 255), (0x1_0000_0006, 8), (u64::MAX >> 8, 0x80)] {
-        tell(asked, granted, u64::MAX);
+        report(asked, granted, u64::MAX);
         expect(json!("unknown"), json!("unknown"), None);
     }
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a broker that runs out of a resource, and of peers that try to exhaust one.
 
 use std::io::Write;
@@ -22,11 +24,11 @@ use crate::support::*;
 use crate::vmm;
 
 /// Connects a host app that sends nothing yet.
-fn knock(broker: &Broker) -> OwnedFd {
+fn connect_app(broker: &Broker) -> OwnedFd {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     for timeout in [Timeout::Recv, Timeout::Send] {
-        set_socket_timeout(&socket, timeout, Some(PATIENCE)).unwrap();
+        set_socket_timeout(&socket, timeout, Some(TIMEOUT)).unwrap();
     }
     connect(&socket, &SocketAddrUnix::new(broker.control()).unwrap()).unwrap();
     socket
@@ -57,7 +59,7 @@ fn limit_descriptors(broker: &Broker, most: u64) {
 #[test]
 fn malformed_requests_cannot_flood_log() {
     let broker = Broker::start(&[]);
-    let babbler = knock(&broker);
+    let babbler = connect_app(&broker);
     let before = broker.log().lines().count();
     let start = Instant::now();
     for _ in 0..rounds(1000, 5000) {
@@ -134,8 +136,8 @@ fn departed_host_app_uses_no_processor_time() {
     let broker = Broker::start_as(&manager, folder, &[]);
     let app = broker.attach();
     wait_until("the manager has the connection", || {
-        let kept = manager.kept();
-        kept.iter().any(|name| name.starts_with("client-"))
+        let stored = manager.stored();
+        stored.iter().any(|name| name.starts_with("client-"))
     });
     let _paused = manager.pause();
     drop(app);
@@ -158,8 +160,8 @@ fn reconnecting_vm_cannot_hide_others_in_log() {
     come_and_go();
     drop(vm);
     come_and_go();
-    let told = |line: &str| line.contains("slot 0: process") && line.contains("has left");
-    wait_until("it is told", || broker.log().lines().any(told));
+    let is_report = |line: &str| line.contains("slot 0: process") && line.contains("has left");
+    wait_until("the log reports it", || broker.log().lines().any(is_report));
     let log = broker.log();
     // The log limit is five lines a second for each kind of message, and some kinds occur.
     let most = 20 * (start.elapsed().as_secs() as usize + 2);
@@ -177,12 +179,12 @@ fn log_names_ends_of_killed_app() {
         drop(broker.attach());
     }
     kill(&mut app);
-    let told = format!(
+    let report = format!(
         "process {} of user {} has left without giving back the consumer of `x`",
         app.id(),
         rustix::process::geteuid().as_raw()
     );
-    wait_until("its end is told", || held(&told));
+    wait_until("the log reports its end", || held(&report));
 }
 
 #[test]
@@ -190,7 +192,7 @@ fn broker_without_descriptors_waits_and_goes_on() {
     let broker = Broker::start(&[]);
     let before = broker.attach();
     limit_descriptors(&broker, broker.descriptors() as u64 + 3);
-    let crowd: Vec<_> = (0..12).map(|_| knock(&broker)).collect();
+    let crowd: Vec<_> = (0..12).map(|_| connect_app(&broker)).collect();
     wait_until("it has no descriptors", || {
         broker.log().contains("cannot accept a host app")
     });

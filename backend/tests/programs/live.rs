@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of `barlink inspect` in a terminal: its screen and its keys.
 
 use std::fs::File;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the program `barlink` from outside, with real processes and real sockets, and with
 //! every invalid input.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of several named brokers at once, each with VMs over both transports.
 
 use std::collections::HashMap;
@@ -87,8 +89,10 @@ impl Vms {
 
     /// Counts the rings of all vectors of all peers since the last call.
     fn rings(&self) -> u64 {
-        let bells = self.ivshmem.bells.iter();
-        bells.map(|(_, bell): &(_, OwnedFd)| vmm::rings(bell)).sum()
+        let eventfds = self.ivshmem.eventfds.iter();
+        eventfds
+            .map(|(_, eventfd): &(_, OwnedFd)| vmm::rings(eventfd))
+            .sum()
     }
 
     /// Makes the VM over vfio-user ring the other VM.

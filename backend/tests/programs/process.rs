@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Programs that tests start, and waits that have a limit.
 
 use std::io::Read;
@@ -15,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 /// Limit of every wait. No step takes as long, even on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns the number of rounds of a loop that is repeated for depth: `full` if `BARLINK_TIER` is
 /// `soak`, otherwise `brief`.
@@ -68,7 +70,7 @@ impl Drop for Program {
     fn drop(&mut self) {
         // `kill` does nothing to a program that was waited for.
         let _ = self.0.kill();
-        let ended = ends_within(&mut self.0, PATIENCE);
+        let ended = ends_within(&mut self.0, TIMEOUT);
         assert!(ended.is_some() || std::thread::panicking(), "it stays");
     }
 }
@@ -104,9 +106,9 @@ fn ends_within(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
 
 /// Waits for a program, which must end within the limit.
 pub fn wait(child: &mut Child) -> ExitStatus {
-    ends_within(child, PATIENCE).unwrap_or_else(|| {
+    ends_within(child, TIMEOUT).unwrap_or_else(|| {
         let _ = child.kill();
-        panic!("process {} has not ended within {PATIENCE:?}", child.id())
+        panic!("process {} has not ended within {TIMEOUT:?}", child.id())
     })
 }
 
@@ -130,8 +132,8 @@ fn becomes_readable(from: &impl AsFd, end: Instant) -> bool {
 
 /// Reads from a pipe or a terminal. Bytes or the end must come within the limit; 0 means the end.
 pub fn read_some(from: &mut (impl Read + AsFd), bytes: &mut [u8]) -> usize {
-    let is_readable = becomes_readable(from, Instant::now() + PATIENCE);
-    assert!(is_readable, "nothing to read within {PATIENCE:?}");
+    let is_readable = becomes_readable(from, Instant::now() + TIMEOUT);
+    assert!(is_readable, "nothing to read within {TIMEOUT:?}");
     from.read(bytes).unwrap()
 }
 
@@ -167,10 +169,7 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     let mut pause = Duration::from_micros(50);
     while !done() {
-        assert!(
-            start.elapsed() < PATIENCE,
-            "not within {PATIENCE:?}: {what}"
-        );
+        assert!(start.elapsed() < TIMEOUT, "not within {TIMEOUT:?}: {what}");
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(20));
     }
@@ -198,7 +197,7 @@ impl Drop for Stop<'_> {
 
 /// Receives a message of a thread, which must come within the limit.
 pub fn take<T>(what: &str, from: &std::sync::mpsc::Receiver<T>) -> T {
-    let taken = from.recv_timeout(PATIENCE);
+    let taken = from.recv_timeout(TIMEOUT);
     taken.unwrap_or_else(|error| panic!("{error}: {what}"))
 }
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a broker that replaces another one while VMs and host apps go on.
 
 use std::os::unix::fs::PermissionsExt;
@@ -84,7 +86,7 @@ fn successor_finishes_handshake_of_predecessor() {
     succeed(&mut broker, &MANY);
     let vm = handshake(vm, 320);
     assert!(is_silent(&broker, &vm.socket));
-    let peers: Vec<_> = vm.bells.iter().map(|(peer, _)| *peer).collect();
+    let peers: Vec<_> = vm.eventfds.iter().map(|(peer, _)| *peer).collect();
     assert_eq!(peers, [[1; 160], [0; 160]].concat());
     succeed(&mut broker, &MANY);
     assert!(is_silent(&broker, &vm.socket));
@@ -260,14 +262,14 @@ fn restart_without_persisted_state_creates_new_region() {
     notify.connect(broker.path("notify.sock")).unwrap();
     let forget = format!("FDSTOREREMOVE=1\nFDNAME={}\n", name::STATE);
     notify.send(forget.as_bytes()).unwrap();
-    wait_until("it is forgotten", || {
-        !manager.kept().contains(&name::STATE.to_owned())
+    wait_until("it is removed", || {
+        !manager.stored().contains(&name::STATE.to_owned())
     });
     broker.start_again(&manager, &[]);
     drop(handshake(connect(&broker, "vm.sock"), 6));
     // The persisted state is now the new region's.
-    wait_until("it is kept", || {
-        manager.kept().contains(&name::STATE.to_owned())
+    wait_until("it is stored", || {
+        manager.stored().contains(&name::STATE.to_owned())
     });
     broker.start_again(&manager, &[]);
     let sender = broker.attach().sender("down").unwrap();

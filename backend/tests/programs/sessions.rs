@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a session's thread that panics. The fault of a transport must end only its own session.
 
 use std::io::{Read, Write};
@@ -28,14 +30,17 @@ impl Transport for Faulty {
     }
 
     fn handshake(&self, _vm: &UnixStream, _slot: &Arc<Slot>) -> Result<(), TransportError> {
-        assert!(!self.in_handshake.swap(false, Ordering::SeqCst), "likewise");
+        assert!(
+            !self.in_handshake.swap(false, Ordering::SeqCst),
+            "the test asked for a panic"
+        );
         Ok(())
     }
 
     fn serve(&self, mut vm: &UnixStream, _slot: &Arc<Slot>) -> Result<Departure, TransportError> {
         let mut byte = [0];
         while vm.read(&mut byte).map_err(TransportError::Receive)? == 1 {
-            assert_ne!(byte, *b"p", "as it was told to");
+            assert_ne!(byte, *b"p", "the client asked for a panic");
             vm.write_all(&byte).map_err(TransportError::Receive)?;
         }
         Ok(Departure::Left)
@@ -82,7 +87,10 @@ fn panic_ends_only_its_own_session() {
         let mut first = connect_to(&path("first.sock"));
         assert!(speaks(&mut first), "the slot is not free again");
         first.write_all(b"p").unwrap();
-        assert!(matches!(first.read(&mut [0; 1]), Ok(0)), "it is not let go");
+        assert!(
+            matches!(first.read(&mut [0; 1]), Ok(0)),
+            "it is not disconnected"
+        );
         assert!(speaks(&mut second), "another session has ended");
         let attachment = Attachment::connect(&path("control.sock"), Access::ReadOnly).unwrap();
         wait_until("the slot is free", || {
@@ -93,9 +101,12 @@ fn panic_ends_only_its_own_session() {
         // ivshmem would not survive a closed connection.
         faults.in_handshake.store(true, Ordering::SeqCst);
         let mut first = connect_to(&path("first.sock"));
-        let mut told = [0];
-        assert!(matches!(first.read(&mut told), Ok(1)), "it is told nothing");
-        assert_eq!(&told, b"a");
+        let mut error = [0];
+        assert!(
+            matches!(first.read(&mut error), Ok(1)),
+            "it receives no error"
+        );
+        assert_eq!(&error, b"a");
         // By then, the failed session's thread has ended or sleeps.
         wait_until_asleep(std::process::id(), "slot 0");
         assert!(has_nothing(&first), "it is hung up on");

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of `barlink send` and `recv` over a channel from host to host: pipes, interruptions,
 //! sleep.
 
@@ -14,7 +16,7 @@ use crate::terminal::*;
 
 /// Longer than a program waits before it reports the wait. The report comes before all later
 /// output.
-const UNTOLD: Duration = Duration::from_millis(1100);
+const REPORT_TIME: Duration = Duration::from_millis(1100);
 
 const LOOP: [&str; 2] = ["--channel", "loop=host-host,1M"];
 
@@ -243,7 +245,7 @@ fn receiver_reports_waiting_for_data_once() {
     // The summary appears as usual. The wait for the next stream is not reported, however long it
     // takes.
     terminal.wait_for("received 7 B");
-    std::thread::sleep(UNTOLD);
+    std::thread::sleep(REPORT_TIME);
     file_with(&broker.path("in"), b" and again");
     works(send(&broker).arg(broker.path("in")));
     terminal.wait_for("received 10 B");
@@ -279,7 +281,7 @@ fn receiver_without_terminal_waits_silently() {
     let mut receiver = recv(&broker);
     receiver.stdout(Stdio::piped()).stderr(Stdio::piped());
     let receiver = receiver.start();
-    std::thread::sleep(UNTOLD);
+    std::thread::sleep(REPORT_TIME);
     file_with(&broker.path("in"), b"here it is");
     works(send(&broker).arg(broker.path("in")));
     let received = finish(receiver);
@@ -382,11 +384,11 @@ fn next_receiver_continues_after_full_target() {
         .args(receiver.get_args())
         .arg("-o")
         .arg(&first);
-    let told = [
+    let errors = [
         "receive the rest, which is still in the channel, into another file",
         "File too large",
     ];
-    fails(&mut limited_receiver, 1, &told);
+    fails(&mut limited_receiver, 1, &errors);
     let output = run(recv(&broker).arg("-o").arg(&rest));
     assert!(output.status.success(), "{output:?}");
     assert!(wait(&mut sender).success());

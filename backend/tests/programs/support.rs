@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Support for the tests: a broker in a folder of its own, and commands that run against it.
 
 use std::ffi::{OsStr, OsString};

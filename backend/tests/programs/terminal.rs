@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A program in a terminal, and the screen that a person sees.
 
 use std::fs::File;
@@ -83,8 +85,8 @@ impl Terminal {
         let start = std::time::Instant::now();
         while !found() {
             assert!(
-                start.elapsed() < PATIENCE,
-                "no `{text}` on the screen within {PATIENCE:?}:\n{}",
+                start.elapsed() < TIMEOUT,
+                "no `{text}` on the screen within {TIMEOUT:?}:\n{}",
                 self.text()
             );
             std::thread::sleep(std::time::Duration::from_millis(10));

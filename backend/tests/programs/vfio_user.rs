@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the vfio-user transport, with a client that sends what QEMU sends, and with the
 //! published client.
 
@@ -18,7 +20,7 @@ const HOST: u32 = 2;
 #[test]
 fn broker_describes_device_as_qemu_expects() {
     let broker = serve_both(&["--size", "1M"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let info = client.get(GET_INFO, &words(&[16, 0, 0, 0]));
     // Flags: reset, PCI. 9 regions and 5 kinds of interrupts.
     assert_eq!(info.payload, words(&[16, 3, 9, 5]));
@@ -55,7 +57,7 @@ fn broker_describes_device_as_qemu_expects() {
 #[test]
 fn region_info_carries_descriptor_and_mappable_area() {
     let broker = serve_both(&["--size", "1M"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     // QEMU asks first without room for the areas, then with the size that the first reply states.
     let first = client.get(GET_REGION_INFO, &words(&[32, 0, 2, 0, 0, 0, 0, 0]));
     assert_eq!(first.payload, words(&[64, 7, 2, 0, 1 << 20, 0, 0, 0]));
@@ -93,13 +95,13 @@ fn doorbells_and_interrupts_reach_other_end() {
         "--vectors",
         "3",
     ]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let app = Control::connect(&broker.control()).unwrap();
     // Own vector 0, own channel vector, the other end's vector 0, the other end's channel vector.
     let up = claim(&app, 0, End::Consumer);
     let down = claim(&app, 1, End::Producer);
-    for bell in &up {
-        rings(bell);
+    for eventfd in &up {
+        rings(eventfd);
     }
     client.ring(HOST, 1);
     assert_eq!([&up[0], &up[1], &down[1]].map(rings), [0, 1, 0]);
@@ -127,17 +129,17 @@ fn doorbells_and_interrupts_reach_other_end() {
 #[test]
 fn broker_sets_interrupts_as_qemu_expects() {
     let broker = serve_both(&["--channel", "up=1-host,64K", "--vectors", "2"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let app = Control::connect(&broker.control()).unwrap();
-    let [_, _, _, bell] = &claim(&app, 0, End::Consumer)[..] else {
-        panic!("no bells");
+    let [_, _, _, notifier] = &claim(&app, 0, End::Consumer)[..] else {
+        panic!("no eventfds");
     };
     // QEMU enables MSI-X by setting no eventfd, so vector 0 has none.
     assert_eq!(client.set_irqs(0, &[]).errno, 0);
     let none = words(&[20, EVENTFDS, MSIX, 0, 1]);
     client.get(SET_IRQS, &none);
     // A ring without an eventfd stays pending, and fires once there is an eventfd.
-    ring(bell);
+    ring(notifier);
     wait_until("it waits", || client.read(1, 4096, 1) == [2]);
     let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
     let eight: Vec<_> = irqs[..8].iter().collect();
@@ -149,7 +151,7 @@ fn broker_sets_interrupts_as_qemu_expects() {
     // The eventfd that was set last is used.
     let other = eventfd();
     assert_eq!(client.set_irqs(1, &[&other]).errno, 0);
-    ring(bell);
+    ring(notifier);
     wait_until("it fires", || count(&other) == 1);
     assert_eq!(count(&irqs[1]), 0);
     // A VMM may trigger vectors itself, for example in a test.
@@ -164,7 +166,7 @@ fn broker_sets_interrupts_as_qemu_expects() {
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 7, 3]));
     assert_eq!([7, 8, 9].map(|vector| count(&irqs[vector])), [0, 0, 1]);
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 0]));
-    ring(bell);
+    ring(notifier);
     wait_until("it waits", || client.read(1, 4096, 2) == [0x82, 1]);
     assert_eq!(count(&other), 0);
     // Kinds of interrupts that the device does not have can be disabled.
@@ -174,9 +176,9 @@ fn broker_sets_interrupts_as_qemu_expects() {
 #[test]
 fn reset_restores_device_and_notifies_host() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let app = Control::connect(&broker.control()).unwrap();
-    let bells = claim(&app, 0, End::Consumer);
+    let eventfds = claim(&app, 0, End::Consumer);
     let fresh = client.read(CONFIG, 0, 256);
     let table = client.read(1, 0, 4096);
     for (region, bytes) in [(CONFIG, 256), (1, 256), (0, 4)] {
@@ -187,8 +189,8 @@ fn reset_restores_device_and_notifies_host() {
     assert_eq!(client.read_word(0, 0), u32::MAX);
     let irq = eventfd();
     client.set_irqs(0, &[&irq]);
-    for bell in &bells {
-        rings(bell);
+    for eventfd in &eventfds {
+        rings(eventfd);
     }
     let attachment = broker.attach();
     let connection = || attachment.status().unwrap().slots[1].vm.clone().unwrap();
@@ -203,7 +205,7 @@ fn reset_restores_device_and_notifies_host() {
     assert_eq!(connection().connection, before.connection + 1);
     assert_eq!(connection().pid, before.pid);
     assert_eq!(u64::from(client.read_word(0, 0x1c)), before.connection + 1);
-    assert_eq!(rings(&bells[0]), 1, "the host is not told");
+    assert_eq!(rings(&eventfds[0]), 1, "the host is not rung");
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 1]));
     assert_eq!(count(&irq), 0, "a vector fires after the reset");
 }
@@ -211,7 +213,7 @@ fn reset_restores_device_and_notifies_host() {
 #[test]
 fn broker_closes_guest_memory_by_default() {
     let broker = serve_both(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let before = broker.descriptors();
     let memory = std::fs::File::open("/dev/null").unwrap();
     for page in 0..100 {
@@ -270,17 +272,17 @@ fn published_client() {
     let irqs = client.get_irq_info(2).unwrap();
     assert_eq!((irqs.index, irqs.count), (2, 16));
     let app = Control::connect(&broker.control()).unwrap();
-    let bells = claim(&app, 0, End::Consumer);
-    rings(&bells[1]);
+    let notifiers = claim(&app, 0, End::Consumer);
+    rings(&notifiers[1]);
     client
         .region_write(0, 12, &(HOST << 16 | 1).to_le_bytes())
         .unwrap();
-    assert_eq!(rings(&bells[1]), 1);
+    assert_eq!(rings(&notifiers[1]), 1);
     // This client sends all eventfds at once, even if the handshake allows fewer.
     let eventfds: Vec<_> = (0..16).map(|_| eventfd()).collect();
     let raw: Vec<_> = eventfds.iter().map(AsRawFd::as_raw_fd).collect();
     client.set_irqs(2, EVENTFDS, 0, 16, &raw).unwrap();
-    ring(&bells[3]);
+    ring(&notifiers[3]);
     wait_until("vector 1 fires", || count(&eventfds[1]) == 1);
     let memory = std::fs::File::open("/dev/null").unwrap();
     client.dma_map(0, 0, 4096, memory.as_raw_fd()).unwrap();
@@ -288,25 +290,25 @@ fn published_client() {
     client.reset().unwrap();
     client.shutdown().unwrap();
     drop(client);
-    Client::greet(&broker);
+    Client::handshake(&broker);
 }
 
 #[test]
 fn slots_of_both_transports_ring_each_other() {
     let broker = serve_both(&["--vectors", "2"]);
-    let mut user = Client::greet(&broker);
+    let mut user = Client::handshake(&broker);
     // Eventfds come for the other slot, then the host, then the VM itself.
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 6);
     let irqs = [eventfd(), eventfd()];
     user.set_irqs(0, &irqs.each_ref());
-    let (_, bell) = &other.bells[1];
-    ring(bell);
+    let (_, eventfd) = &other.eventfds[1];
+    ring(eventfd);
     wait_until("vector 1 fires", || count(&irqs[1]) == 1);
-    let (peer, bell) = &other.bells[5];
+    let (peer, eventfd) = &other.eventfds[5];
     assert_eq!(*peer, 0);
-    rings(bell);
+    rings(eventfd);
     user.ring(0, 1);
-    assert_eq!(rings(bell), 1);
+    assert_eq!(rings(eventfd), 1);
     let slots = broker.attach().status().unwrap().slots;
     assert_eq!(
         [&slots[0].transport[..], &slots[1].transport[..]],
@@ -317,7 +319,7 @@ fn slots_of_both_transports_ring_each_other() {
 #[test]
 fn next_vfio_user_client_finds_fresh_device() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let before = broker.descriptors();
     let fresh = client.read(CONFIG, 0, 256);
     for round in 0..20 {
@@ -334,7 +336,7 @@ fn next_vfio_user_client_finds_fresh_device() {
             client.socket.write_all(&[0; 7]).unwrap();
         }
         drop(client);
-        client = Client::greet(&broker);
+        client = Client::handshake(&broker);
         assert_eq!(client.read(CONFIG, 0, 256), fresh);
         client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
         assert!(irqs.iter().all(|irq| count(irq) == 0));
@@ -345,7 +347,7 @@ fn next_vfio_user_client_finds_fresh_device() {
 #[test]
 fn taken_vfio_user_slot_replies_busy() {
     let broker = serve_both(&[]);
-    let mut first = Client::greet(&broker);
+    let mut first = Client::handshake(&broker);
     for _ in 0..20 {
         let mut second = Client::connect(&broker);
         let reply = second.version();
@@ -357,7 +359,7 @@ fn taken_vfio_user_slot_replies_busy() {
     first.get(GET_INFO, &words(&[16, 0, 0, 0]));
     assert!(broker.log().contains("the slot is taken"));
     drop(first);
-    Client::greet(&broker);
+    Client::handshake(&broker);
 }
 
 #[test]

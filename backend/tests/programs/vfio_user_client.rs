@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A vfio-user client that can send what QEMU sends, and any other bytes.
 
 use std::io::{IoSliceMut, Read};
@@ -85,7 +87,7 @@ impl Client {
     }
 
     /// Waits until the slot is free, connects, and completes the handshake.
-    pub fn greet(broker: &Broker) -> Self {
+    pub fn handshake(broker: &Broker) -> Self {
         let attachment = broker.attach();
         wait_until("the slot is free", || {
             attachment.status().unwrap().slots[1].vm.is_none()
@@ -110,7 +112,7 @@ impl Client {
     }
 
     /// Receives the next reply; `None` at the end of the connection.
-    pub fn hear(&mut self) -> Option<Reply> {
+    pub fn receive(&mut self) -> Option<Reply> {
         let mut header = [0; 16];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -153,7 +155,7 @@ impl Client {
         descriptors: &[&dyn AsRawFd],
     ) -> Reply {
         let id = self.send(command, payload, descriptors);
-        let reply = self.hear().expect("a reply");
+        let reply = self.receive().expect("a reply");
         assert_eq!((reply.id, reply.command), (id, command));
         // Flags of a reply. An error has one flag more, and no payload.
         let expected = if reply.errno == 0 { 1 } else { 0x21 };
@@ -201,17 +203,17 @@ impl Client {
 
     /// Waits for the end of the connection. Returns whether the broker closed it without another
     /// reply.
-    pub fn is_let_go(&mut self) -> bool {
-        self.hear().is_none()
+    pub fn is_disconnected(&mut self) -> bool {
+        self.receive().is_none()
     }
 }
 
 /// Claims an end for a host app. Returns its eventfds: its own for vector 0 and for the channel,
 /// and those that ring the other end.
 pub fn claim(control: &Control, channel: usize, end: End) -> Vec<OwnedFd> {
-    let (_, bells) = control.ask(Ask::Claim { channel, end }).unwrap();
-    assert_eq!(bells.len(), 4);
-    bells
+    let (_, eventfds) = control.ask(Ask::Claim { channel, end }).unwrap();
+    assert_eq!(eventfds.len(), 4);
+    eventfds
 }
 
 pub fn eventfd() -> EventFd {
@@ -224,6 +226,6 @@ pub fn count(eventfd: &EventFd) -> u64 {
 }
 
 /// Rings an eventfd as a host app does.
-pub fn ring(bell: &OwnedFd) {
-    rustix::io::write(bell, &1u64.to_ne_bytes()).unwrap();
+pub fn ring(eventfd: &OwnedFd) {
+    rustix::io::write(eventfd, &1u64.to_ne_bytes()).unwrap();
 }

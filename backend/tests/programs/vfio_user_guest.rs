@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the guest's own memory over vfio-user: host apps that read it, and hostile clients.
 
 use std::fs::File;
@@ -54,8 +56,8 @@ fn refusal(broker: &Broker, slot: u32, address: u64, length: usize) -> Refusal {
 #[test]
 fn host_app_reads_only_mapped_guest_memory() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
-    assert_eq!(client.read_word(0, 0x18), 7, "the feature is not told");
+    let mut client = Client::handshake(&broker);
+    assert_eq!(client.read_word(0, 0x18), 7, "the feature is not reported");
     let ram = memory(SealFlags::SHRINK);
     let bytes = noise(2 << 20);
     // Two adjacent ranges, of which the second is the first MiB of the file; a hole; and a range
@@ -112,7 +114,7 @@ fn peek(broker: &Broker, address: u64) -> [u8; 16] {
 #[test]
 fn broker_accepts_and_reports_unreadable_memory() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let before = broker.descriptors();
     let ordinary = tempfile::tempfile_in("/var/tmp").unwrap();
     ordinary.set_len(MIB).unwrap();
@@ -165,7 +167,7 @@ fn clients_with_unreadable_memory_cannot_flood_log() {
     let device = File::open("/dev/zero").unwrap();
     let start = std::time::Instant::now();
     for _ in 0..TIMES {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         let reply = client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&device]);
         assert_eq!(reply.errno, 0);
     }
@@ -177,7 +179,7 @@ fn clients_with_unreadable_memory_cannot_flood_log() {
 #[test]
 fn truncated_guest_memory_causes_no_signal() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::empty());
     let reply = client.ask_with(DMA_MAP, &map(0, 2 * MIB, 0), &[&ram]);
     assert_eq!(reply.errno, 0);
@@ -215,7 +217,7 @@ fn truncated_guest_memory_causes_no_signal() {
 #[test]
 fn reading_unused_guest_memory_allocates_nothing() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = File::from(rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
     let size = rounds(64, 1024) as u64 * MIB;
     ram.set_len(size).unwrap();
@@ -239,7 +241,7 @@ fn reading_unused_guest_memory_allocates_nothing() {
 #[test]
 fn broker_distinguishes_files_with_same_inode_number() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let (one, other) = same_number();
     one.write_all_at(b"this is the one.", 0).unwrap();
     other.write_all_at(b"this is another.", 0).unwrap();
@@ -275,7 +277,7 @@ fn same_number() -> (File, File) {
 #[test]
 fn broker_rejects_invalid_memory_ranges() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::SHRINK);
     let before = broker.descriptors();
     let inval = Errno::INVAL.raw_os_error().cast_unsigned();
@@ -320,13 +322,13 @@ fn broker_rejects_invalid_memory_ranges() {
     client.get(DMA_UNMAP, &unmap(2, 0, 0));
     assert_eq!(broker.descriptors(), before);
     drop(client);
-    Client::greet(&broker);
+    Client::handshake(&broker);
 }
 
 #[test]
 fn broker_limits_files_of_guest_memory() {
     let broker = serve_both(&["--guest-memory"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let before = broker.descriptors();
     let ram = memory(SealFlags::SHRINK);
     let reply = client.ask_with(DMA_MAP, &map(0, 4096, 0), &[&ram]);
@@ -359,7 +361,7 @@ fn successor_inherits_one_range_per_page() {
     let socket = folder.path().join("user.sock").display().to_string();
     let arguments = ["--vfio-user", &socket, "--guest-memory"];
     let mut broker = Broker::start_as(&manager, folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::SHRINK);
     let place = |page: u64| (511 - page % 512) << 12;
     let base = 0xffc0_0000;
@@ -389,8 +391,8 @@ fn successor_inherits_one_range_per_page() {
     assert!(matches!(gone, Refusal::NotThere { .. }));
     assert_eq!(peek(&broker, base + (512 << 12)), expected[..16]);
     client.get(DMA_UNMAP, &unmap(0, 0, 1 << 32));
-    let kept = || manager.kept().iter().any(|name| name.contains("ram"));
-    wait_until("it is forgotten", || !kept());
+    let stored = || manager.stored().iter().any(|name| name.contains("ram"));
+    wait_until("it is removed", || !stored());
     for page in 0..1280 {
         let range = map(page << 12, 4096, place(page));
         assert_eq!(client.ask_with(DMA_MAP, &range, &[&ram]).errno, 0);
@@ -403,7 +405,7 @@ fn broker_rejects_invalid_guest_memory_reads() {
     let broker = serve_both(&[]);
     assert_eq!(refusal(&broker, 1, 0, 1), Refusal::NoVm(1));
     assert_eq!(refusal(&broker, 2, 0, 1), Refusal::NoSlot(2));
-    let client = Client::greet(&broker);
+    let client = Client::handshake(&broker);
     assert_eq!(refusal(&broker, 1, 0, 1), Refusal::NoGuestMemory(1));
     let _other = crate::vmm::handshake(crate::vmm::connect(&broker, "vm.sock"), 9);
     assert_eq!(refusal(&broker, 0, 0, 1), Refusal::NoGuestMemory(0));
@@ -431,7 +433,7 @@ fn successor_inherits_guest_memory() {
     let socket = folder.path().join("user.sock").display().to_string();
     let arguments = ["--vfio-user", &socket, "--guest-memory"];
     let mut broker = Broker::start_in(folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::SHRINK);
     client.ask_with(DMA_MAP, &map(MIB, MIB, MIB), &[&ram]);
     client.ask_with(DMA_MAP, &map(8 * MIB, MIB, 0), &[&ram]);
@@ -453,18 +455,18 @@ fn service_manager_stores_each_memory_file_once() {
     let socket = folder.path().join("user.sock").display().to_string();
     let arguments = ["--vfio-user", &socket, "--guest-memory"];
     let mut broker = Broker::start_as(&manager, folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let (ram, other) = (memory(SealFlags::SHRINK), memory(SealFlags::SHRINK));
     // QEMU maps the memory below and above 4 GiB in the same way.
     for (address, offset, file) in [(0, 0, &ram), (4 * MIB, MIB, &ram), (8 * MIB, 0, &other)] {
         let reply = client.ask_with(DMA_MAP, &map(address, MIB, offset), &[file]);
         assert_eq!(reply.errno, 0);
     }
-    let kept = || {
-        let names = manager.kept().into_iter();
+    let stored = || {
+        let names = manager.stored().into_iter();
         names.filter(|name| name.contains("ram")).count()
     };
-    wait_until("both files are kept", || kept() == 2);
+    wait_until("both files are stored", || stored() == 2);
     let all = noise(2 << 20);
     let read = |broker: &Broker, address: u64, place: usize| {
         let mut seen = [0; 16];
@@ -478,21 +480,21 @@ fn service_manager_stores_each_memory_file_once() {
     broker.restart(&manager, &arguments);
     assert!(!read(&broker, 0, 0) && read(&broker, 4 * MIB, 1 << 20));
     client.get(DMA_UNMAP, &unmap(0, 4 * MIB, MIB));
-    wait_until("one file is kept", || kept() == 1);
+    wait_until("one file is stored", || stored() == 1);
     broker.start_again(&manager, &arguments);
     assert!(!read(&broker, 0, 0) && !read(&broker, 4 * MIB, 0) && read(&broker, 8 * MIB, 0));
     let reply = client.ask_with(DMA_MAP, &map(0, MIB, MIB), &[&ram]);
     assert_eq!(reply.errno, 0);
-    wait_until("both files are kept", || kept() == 2);
+    wait_until("both files are stored", || stored() == 2);
     drop(client);
-    wait_until("none is kept", || kept() == 0);
+    wait_until("none is stored", || stored() == 0);
 }
 
 #[test]
 fn departing_vm_leaves_no_app_waiting() {
     let broker = serve_both(&["--guest-memory"]);
     for _ in 0..rounds(5, 20) {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         let ram = memory(SealFlags::SHRINK);
         client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&ram]);
         std::thread::scope(|scope| {
@@ -517,19 +519,19 @@ fn successor_without_option_drops_guest_memory() {
     let without = ["--vfio-user", &socket];
     let with = ["--vfio-user", &socket, "--guest-memory"];
     let mut broker = Broker::start_as(&manager, folder, &with);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let ram = memory(SealFlags::SHRINK);
     let reply = client.ask_with(DMA_MAP, &map(0, MIB, 0), &[&ram]);
     assert_eq!(reply.errno, 0);
-    let kept = || {
-        let names = manager.kept().into_iter();
+    let stored = || {
+        let names = manager.stored().into_iter();
         names.filter(|name| name.contains("ram")).count()
     };
-    wait_until("it is kept", || kept() == 1);
+    wait_until("it is stored", || stored() == 1);
     broker.restart(&manager, &without);
     assert_eq!(refusal(&broker, 1, 0, 1), Refusal::NoGuestMemory(1));
-    wait_until("it is forgotten", || kept() == 0);
-    assert!(broker.log().contains("the guest's memory is let go"));
+    wait_until("it is removed", || stored() == 0);
+    assert!(broker.log().contains("the guest's memory is unmapped"));
     client.get(DMA_UNMAP, &unmap(0, 0, MIB));
     // A broker with `--guest-memory` then knows only the ranges that the client maps from now on.
     broker.restart(&manager, &with);

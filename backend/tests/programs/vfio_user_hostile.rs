@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of vfio-user clients that attack, stall or err, and of the peers beside them.
 
 use std::fs::File;
@@ -29,7 +31,7 @@ fn number(errno: Errno) -> u32 {
 #[test]
 fn stream_continues_after_invalid_commands() {
     let broker = serve_both(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let inval = number(Errno::INVAL);
     for (command, payload, errno) in [
         // Too short, or with a length that contradicts itself.
@@ -83,7 +85,7 @@ fn stream_continues_after_invalid_commands() {
         let bytes = message(1, command, 0, &payload);
         let reply = std::thread::scope(|scope| {
             scope.spawn(|| sender.write_all(&bytes).unwrap());
-            client.hear().unwrap()
+            client.receive().unwrap()
         });
         let start = &payload[..payload.len().min(32)];
         assert_eq!(reply.errno, errno, "command {command}: {start:?}");
@@ -118,7 +120,7 @@ fn session_rejects_commands_before_version() {
 #[test]
 fn session_honours_no_reply_flag() {
     let broker = serve_both(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let info = words(&[16, 0, 0, 0]);
     let quiet = 0x10;
     let silent = [
@@ -133,14 +135,14 @@ fn session_honours_no_reply_flag() {
 #[test]
 fn session_accepts_fragmented_messages() {
     let broker = serve_both(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let reads: Vec<_> = (0..20)
         .flat_map(|id| message(id, READ, 0, &words(&[0x10, 0, 0, 4])))
         .collect();
     // First all messages at once, then in pieces of 7 bytes.
     client.socket.write_all(&reads).unwrap();
     for id in 0..20 {
-        let reply = client.hear().unwrap();
+        let reply = client.receive().unwrap();
         assert_eq!((reply.id, &reply.payload[16..]), (id, &b"barl"[..]));
     }
     for part in reads.chunks(7) {
@@ -148,7 +150,7 @@ fn session_accepts_fragmented_messages() {
         std::thread::sleep(Duration::from_millis(1));
     }
     for id in 0..20 {
-        assert_eq!(client.hear().unwrap().id, id);
+        assert_eq!(client.receive().unwrap().id, id);
     }
 }
 
@@ -164,9 +166,9 @@ fn session_ends_on_malformed_header() {
         words(&[1 | 4 << 16, 16, 5, 0]),
         vec![0xff; 100],
     ] {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         client.socket.write_all(&bytes).unwrap();
-        assert!(client.is_let_go());
+        assert!(client.is_disconnected());
     }
     assert!(
         broker
@@ -184,7 +186,7 @@ fn random_messages_leave_others_unaffected() {
     let rounds = rounds(60, 200);
     for round in 0..rounds {
         let bytes = noise(64 * rounds)[64 * round..][..64].to_vec();
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         // A valid header comes first, so that the noise reaches the command's parser.
         let command = u16::from(bytes[0] % 17);
         let mut noise = message(1, command, 0, &bytes[1..usize::from(bytes[1] % 63)]);
@@ -195,10 +197,10 @@ fn random_messages_leave_others_unaffected() {
         let gifts = vec![gift.as_raw_fd(); usize::from(bytes[2] % 8)];
         let _ = client.socket.send_with_fds(&[&noise[..]], &gifts);
         if round % 3 == 0 {
-            let _ = client.hear();
+            let _ = client.receive();
         }
     }
-    drop(Client::greet(&broker));
+    drop(Client::handshake(&broker));
     others_are_served(&broker);
     assert!(!broker.log().contains("a fault of barlink"));
     assert_eq!(broker.descriptors(), before);
@@ -214,27 +216,27 @@ fn stalled_client_delays_only_itself() {
     let arguments = sockets.flat_map(|socket| ["--vfio-user", socket.to_str().unwrap()]);
     let arguments = arguments.collect::<Vec<_>>();
     let broker = Broker::start_in(folder, &arguments);
-    let greet = |socket: &str| {
+    let connect_client = |socket: &str| {
         let mut client = Client::connect_to(&broker, socket);
         assert_eq!(client.version().errno, 0);
         client
     };
     // A client may be silent between two messages for any time, so also for longer than the others
     // stall.
-    let mut quiet = greet("quiet.sock");
+    let mut quiet = connect_client("quiet.sock");
     let message = message(9, READ, 0, &words(&[0x10, 0, 0, 4]));
     once_of_some("others are served while they stall", || {
         let start = Instant::now();
         let mut stalled = LENGTHS.map(|length| {
-            let mut client = greet(&format!("{length}.sock"));
+            let mut client = connect_client(&format!("{length}.sock"));
             client.socket.write_all(&message[..length]).unwrap();
             client
         });
         // The six slots and the host have one eventfd for each vector.
-        let bells = 7 * broker.attach().layout().vectors as usize;
-        drop(handshake(crate::vmm::connect(&broker, "vm.sock"), bells));
+        let eventfds = 7 * broker.attach().layout().vectors as usize;
+        drop(handshake(crate::vmm::connect(&broker, "vm.sock"), eventfds));
         let stall = stalled.iter().all(|client| has_nothing(&client.socket));
-        assert!(stalled.iter_mut().all(Client::is_let_go));
+        assert!(stalled.iter_mut().all(Client::is_disconnected));
         assert!(start.elapsed() > Duration::from_secs(1));
         let attachment = broker.attach();
         wait_until("all slots are free again", || {
@@ -252,23 +254,23 @@ pub fn silent_vfio_user_client_loses_its_slot() {
     let broker = serve_both(&[]);
     let mut silent = Client::connect(&broker);
     others_are_served(&broker);
-    assert!(silent.is_let_go());
+    assert!(silent.is_disconnected());
     assert!(broker.log().contains("it does not say its version"));
-    Client::greet(&broker);
+    Client::handshake(&broker);
 }
 
 #[test]
 fn broker_disconnects_client_with_unread_replies() {
     let broker = serve_both(&[]);
-    let client = Client::greet(&broker);
+    let client = Client::handshake(&broker);
     let read = message(1, READ, 0, &words(&[0, 0, 2, 4096]));
     let mut sender = client.socket.try_clone().unwrap();
     let start = Instant::now();
-    sender.set_write_timeout(Some(PATIENCE)).unwrap();
+    sender.set_write_timeout(Some(TIMEOUT)).unwrap();
     while sender.write_all(&read).is_ok() {}
-    assert!(start.elapsed() < PATIENCE, "it is kept");
+    assert!(start.elapsed() < TIMEOUT, "it is kept");
     drop((client, sender));
-    Client::greet(&broker);
+    Client::handshake(&broker);
     others_are_served(&broker);
 }
 
@@ -276,7 +278,7 @@ fn broker_disconnects_client_with_unread_replies() {
 #[test]
 fn session_closes_unrequested_descriptors() {
     let broker = serve_both(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let before = broker.descriptors();
     let gift = File::open("/dev/null").unwrap();
     for _ in 0..30 {
@@ -304,12 +306,12 @@ fn session_closes_unrequested_descriptors() {
     for part in info.chunks(16) {
         client.socket.send_with_fds(&[part], &many).unwrap();
     }
-    assert_eq!(client.hear().unwrap().errno, 0);
+    assert_eq!(client.receive().unwrap().errno, 0);
     let irqs = message(5, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
     for part in irqs.chunks(16) {
         client.socket.send_with_fds(&[part], &many).unwrap();
     }
-    assert_eq!(client.hear().unwrap().errno, number(Errno::INVAL));
+    assert_eq!(client.receive().unwrap().errno, number(Errno::INVAL));
     assert_eq!(broker.descriptors(), before);
     client.get(GET_INFO, &words(&[16, 0, 0, 0]));
 }
@@ -317,7 +319,7 @@ fn session_closes_unrequested_descriptors() {
 #[test]
 fn full_interrupt_eventfd_blocks_no_session() {
     let broker = serve_both(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     // The eventfd is full and blocking. All copies of a descriptor share that flag.
     let full = rustix::event::eventfd(0, EventfdFlags::empty()).unwrap();
     rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a broker that replaces another one. A client of vfio-user must not notice.
 
 use std::fs::File;
@@ -75,9 +77,9 @@ fn ask_while(client: &mut Client, change: impl FnOnce(&dyn Fn())) {
 fn successor_inherits_device_state() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let app = Control::connect(&broker.control()).unwrap();
-    let bells = claim(&app, 0, End::Consumer);
+    let eventfds = claim(&app, 0, End::Consumer);
     client.write(CONFIG, 4, &[6, 4]);
     client.write(1, 16, &[1, 2, 3, 4]);
     client.write(0, 0, &[9, 0, 0, 0]);
@@ -98,11 +100,11 @@ fn successor_inherits_device_state() {
         for irq in &irqs {
             count(irq);
         }
-        ring(&bells[3]);
+        ring(&eventfds[3]);
         wait_until("vector 1 fires", || count(&irqs[1]) >= 1);
-        rings(&bells[1]);
+        rings(&eventfds[1]);
         client.ring(2, 1);
-        assert_eq!(rings(&bells[1]), 1);
+        assert_eq!(rings(&eventfds[1]), 1);
     }
     // Vector 5 has no eventfd, and stays pending all the time.
     assert_eq!(client.read(1, 4096, 1), [1 << 5]);
@@ -120,7 +122,7 @@ fn successor_inherits_device_state() {
         count(irq);
     }
     drop(client);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
     assert_eq!(count(&irqs[1]), 0, "an eventfd of the VM before it");
 }
@@ -129,7 +131,7 @@ fn successor_inherits_device_state() {
 fn every_message_gets_one_reply_during_replacement() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     ask_while(&mut client, |answered| {
         for _ in 0..5 {
             succeed(&mut broker, &arguments);
@@ -144,9 +146,9 @@ fn every_message_gets_one_reply_during_restart() {
     let manager = ServiceManager::new(folder.path()).unwrap();
     let (mut broker, arguments) = serve_as(&manager, folder);
     let arguments = arguments.each_ref().map(String::as_str);
-    let mut client = Client::greet(&broker);
-    wait_until("the VM is kept", || {
-        manager.kept().contains(&"vm-1".to_owned())
+    let mut client = Client::handshake(&broker);
+    wait_until("the VM is stored", || {
+        manager.stored().contains(&"vm-1".to_owned())
     });
     ask_while(&mut client, |answered| {
         for _ in 0..rounds(5, 20) {
@@ -162,31 +164,37 @@ fn killed_service_leaves_device_state_intact() {
     let manager = ServiceManager::new(folder.path()).unwrap();
     let (mut broker, arguments) = serve_as(&manager, folder);
     let arguments = arguments.each_ref().map(String::as_str);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.write(CONFIG, 4, &[6, 4]);
     let irq = eventfd();
     assert_eq!(client.set_irqs(1, &[&irq]).errno, 0);
-    let kept = |name: &str| manager.kept().contains(&name.to_owned());
-    wait_until("the VM is kept", || {
-        kept("vm-1") && kept("part-1-interrupt-1-1")
+    let stored = |name: &str| manager.stored().contains(&name.to_owned());
+    wait_until("the VM is stored", || {
+        stored("vm-1") && stored("part-1-interrupt-1-1")
     });
     for _ in 0..2 {
         broker.start_again(&manager, &arguments);
         assert_eq!(client.read(CONFIG, 4, 2), [6, 4]);
         let app = Control::connect(&broker.control()).unwrap();
-        let bells = claim(&app, 0, End::Consumer);
+        let eventfds = claim(&app, 0, End::Consumer);
         count(&irq);
-        ring(&bells[3]);
+        ring(&eventfds[3]);
         wait_until("vector 1 fires", || count(&irq) >= 1);
     }
     // The VM leaves while no broker runs. The next VM inherits nothing from it.
     broker.child.kill().unwrap();
     drop(client);
     broker.start_again(&manager, &arguments);
-    let mut client = Client::greet(&broker);
-    wait_until("it is forgotten", || !kept("part-1-interrupt-1-1"));
-    let connections = || manager.kept().iter().filter(|name| *name == "vm-1").count();
-    wait_until("one connection is kept", || connections() == 1);
+    let mut client = Client::handshake(&broker);
+    wait_until("it is removed", || !stored("part-1-interrupt-1-1"));
+    let connections = || {
+        manager
+            .stored()
+            .iter()
+            .filter(|name| *name == "vm-1")
+            .count()
+    };
+    wait_until("one connection is stored", || connections() == 1);
     count(&irq);
     client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 0, 16]));
     assert_eq!(count(&irq), 0, "an eventfd of the VM before it");
@@ -198,7 +206,7 @@ fn killed_service_leaves_device_state_intact() {
 fn slow_messages_do_not_prevent_replacement() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
-    let client = Client::greet(&broker);
+    let client = Client::handshake(&broker);
     let mut socket = client.socket.try_clone().unwrap();
     std::thread::spawn(move || {
         for number in 10.. {
@@ -223,12 +231,12 @@ fn slow_messages_do_not_prevent_replacement() {
 fn partial_message_delays_replacement_only_briefly() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let read = message(9, READ, 0, &words(&[0x10, 0, 0, 4]));
     client.socket.write_all(&read[..20]).unwrap();
     succeed(&mut broker, &arguments);
-    assert!(client.is_let_go());
-    Client::greet(&broker);
+    assert!(client.is_disconnected());
+    Client::handshake(&broker);
     // A successor does not take over a slot of another transport.
     let other = broker.path("user.sock").display().to_string();
     let mut command = broker.command(&[
@@ -245,7 +253,7 @@ fn partial_message_delays_replacement_only_briefly() {
         1,
         &["slot 1 of the running broker has another transport"],
     );
-    Client::greet(&broker);
+    Client::handshake(&broker);
 }
 
 /// Longer than any wait of a test: a test that waits for this time fails.
@@ -305,13 +313,13 @@ fn give_slow(broker: &Broker, client: &Client, message: &[u8]) -> Slow {
 fn slow_rejected_descriptor_delays_only_its_session() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.write(CONFIG, 4, &[6, 4]);
     let set = message(9, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
     let _slow = give_slow(&broker, &client, &set);
     // The reply comes before the descriptor is closed.
     let inval = Errno::INVAL.raw_os_error().cast_unsigned();
-    assert_eq!(client.hear().unwrap().errno, inval);
+    assert_eq!(client.receive().unwrap().errno, inval);
     broker.attach().status().unwrap();
     succeed(&mut broker, &arguments);
     // The successor continues the session, and has no descriptor to close.
@@ -322,7 +330,7 @@ fn slow_rejected_descriptor_delays_only_its_session() {
 fn replacement_drops_partial_message_with_slow_descriptor() {
     let (mut broker, arguments) = serve();
     let arguments = arguments.each_ref().map(String::as_str);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let set = message(9, SET_IRQS, 0, &words(&[20, EVENTFDS, MSIX, 0, 1]));
     let (begin, _) = set.split_at(set.len() - 4);
     let slow = give_slow(&broker, &client, begin);
@@ -331,8 +339,8 @@ fn replacement_drops_partial_message_with_slow_descriptor() {
     wait_until("it comes", || slow.is_open(&broker));
     wait_until("it is closed", || !slow.is_open(&broker));
     succeed(&mut broker, &arguments);
-    assert!(client.is_let_go());
-    Client::greet(&broker);
+    assert!(client.is_disconnected());
+    Client::handshake(&broker);
 }
 
 #[test]
@@ -342,7 +350,7 @@ fn replacement_leaves_out_only_stuck_session() {
     let [stuck, other] = [&stuck, &other].map(|path| path.to_str().unwrap());
     let arguments = ["--vfio-user", stuck, "--vfio-user", other];
     let mut broker = Broker::start_in(folder, &arguments);
-    let client = Client::greet(&broker);
+    let client = Client::handshake(&broker);
     let mut neighbour = Client::connect_to(&broker, "other.sock");
     assert_eq!(neighbour.version().errno, 0);
     let info = message(9, GET_INFO, 0, &words(&[16, 0, 0, 0]));
@@ -355,11 +363,11 @@ fn replacement_leaves_out_only_stuck_session() {
     assert!(
         broker
             .log()
-            .contains("slot 1: its VM stays within a message, and is let go")
+            .contains("slot 1: its VM stays within a message and is disconnected")
     );
     let vms = broker.attach().status().unwrap().slots;
     assert!(vms[1].vm.is_none() && vms[2].vm.is_some());
-    Client::greet(&broker);
+    Client::handshake(&broker);
 }
 
 /// Tells whether the main thread of a process waits for a lock, or the process has ended.
@@ -380,7 +388,7 @@ fn session_within_message_costs_no_other_session() {
     let [stuck, other] = [&stuck, &other].map(|path| path.to_str().unwrap());
     let arguments = ["--vfio-user", stuck, "--vfio-user", other];
     let mut broker = Broker::start_in(folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let mut neighbour = Client::connect_to(&broker, "other.sock");
     assert_eq!(neighbour.version().errno, 0);
     neighbour.write(CONFIG, 4, &[6, 4]);
@@ -397,7 +405,7 @@ fn session_within_message_costs_no_other_session() {
     while pending == 0 && start.elapsed() < Duration::from_secs(1) {
         neighbour.socket.write_all(&read).unwrap();
         match is_readable_within(&neighbour, Duration::from_millis(500)) {
-            true => assert_eq!(neighbour.hear().unwrap().errno, 0),
+            true => assert_eq!(neighbour.receive().unwrap().errno, 0),
             false => pending += 1,
         }
     }
@@ -406,11 +414,11 @@ fn session_within_message_costs_no_other_session() {
     assert_eq!(wait(&mut predecessor).code(), Some(0), "{}", broker.log());
     neighbour.socket.write_all(&read[20..]).unwrap();
     for _ in 0..=pending {
-        let reply = neighbour.hear().expect("the second session is lost");
+        let reply = neighbour.receive().expect("the second session is lost");
         assert_eq!(reply.errno, 0);
     }
     assert_eq!(neighbour.read(CONFIG, 4, 2), [6, 4]);
-    assert!(client.is_let_go());
+    assert!(client.is_disconnected());
 }
 
 fn is_readable_within(client: &Client, time: Duration) -> bool {
@@ -423,7 +431,7 @@ fn is_readable_within(client: &Client, time: Duration) -> bool {
 fn broker_cancels_handover_to_slow_successor() {
     // With 256 vectors there are several thousand descriptors to hand over.
     let broker = serve_both(&["--vectors", "256"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let app = Control::connect(&broker.control()).unwrap();
     let (begun, end) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
@@ -435,7 +443,7 @@ fn broker_cancels_handover_to_slow_successor() {
                 begun.store(true, Ordering::Relaxed);
                 assert!(matches!(answer, Answer::Inheritance { last: false, .. }));
                 // After a hand-over was called off, the next part is the first of a new one.
-                parts = if names(&answer).contains(&"bell-0-0".to_owned()) {
+                parts = if names(&answer).contains(&"eventfd-0-0".to_owned()) {
                     1
                 } else {
                     parts + 1
@@ -476,19 +484,19 @@ fn successor_rejects_session_of_other_version() {
     for version in [0u64, 1, 3, u64::MAX] {
         let (mut broker, arguments) = serve();
         let arguments = arguments.each_ref().map(String::as_str);
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         let noted = noted(&broker);
         let mut start = [0; 16];
         noted.read_exact_at(&mut start, 0).unwrap();
         assert_eq!(start, *b"vfiouser\x02\0\0\0\0\0\0\0");
         noted.write_all_at(&version.to_ne_bytes(), 8).unwrap();
         succeed(&mut broker, &arguments);
-        assert!(client.is_let_go());
+        assert!(client.is_disconnected());
         let log = broker.log();
         assert!(
             log.contains("another version of barlink began its session"),
             "{log}"
         );
-        Client::greet(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
+        Client::handshake(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
     }
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the messages to the service manager that a client of vfio-user causes.
 
 use std::cell::RefCell;
@@ -19,7 +21,7 @@ use crate::vmm::handshake;
 /// A service manager that records its messages.
 struct Recorder {
     socket: UnixDatagram,
-    told: Arc<Mutex<Vec<String>>>,
+    messages: Arc<Mutex<Vec<String>>>,
 }
 
 impl Recorder {
@@ -28,12 +30,12 @@ impl Recorder {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("notify.sock");
         let socket = UnixDatagram::bind(&path).unwrap();
-        let told = Arc::<Mutex<Vec<String>>>::default();
-        let (heard, all) = (socket.try_clone().unwrap(), Arc::clone(&told));
+        let messages = Arc::<Mutex<Vec<String>>>::default();
+        let (receiver, all) = (socket.try_clone().unwrap(), Arc::clone(&messages));
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
             // `recv` returns 0 bytes after the socket is shut down.
-            while let Ok(length @ 1..) = heard.recv(&mut bytes) {
+            while let Ok(length @ 1..) = receiver.recv(&mut bytes) {
                 let message = String::from_utf8_lossy(&bytes[..length]).into_owned();
                 all.lock().unwrap().push(message);
             }
@@ -42,14 +44,15 @@ impl Recorder {
         let broker = Broker::start_by(folder, &["--vfio-user", &user], |command| {
             command.env("NOTIFY_SOCKET", path).env("FDSTORE", "16384")
         });
-        (broker, Recorder { socket, told })
+        (broker, Recorder { socket, messages })
     }
 
     /// Returns the messages about names that begin with `name`.
     fn of(&self, name: &str) -> Vec<String> {
-        let told = self.told.lock().unwrap();
+        let messages = self.messages.lock().unwrap();
         let name = format!("FDNAME={name}");
-        told.iter()
+        messages
+            .iter()
             .filter(|one| one.contains(&name))
             .cloned()
             .collect()
@@ -59,7 +62,9 @@ impl Recorder {
 impl Recorder {
     /// Waits until there are so many messages about `name`, and returns them.
     fn wait_for(&self, name: &str, messages: usize) -> Vec<String> {
-        wait_until("the manager is told", || self.of(name).len() >= messages);
+        wait_until("the manager has the messages", || {
+            self.of(name).len() >= messages
+        });
         self.of(name)
     }
 }
@@ -67,29 +72,29 @@ impl Recorder {
 #[test]
 fn broker_stores_new_eventfd_before_removing_old() {
     let (broker, manager) = Recorder::serve();
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     for _ in 0..5 {
         assert_eq!(client.set_irqs(3, &[&eventfd()]).errno, 0);
     }
-    let told = manager.wait_for("part-1-interrupt-3", 1 + 4 * 3);
-    let mut kept = BTreeSet::new();
-    for message in &told {
+    let messages = manager.wait_for("part-1-interrupt-3", 1 + 4 * 3);
+    let mut stored = BTreeSet::new();
+    for message in &messages {
         let name = message.lines().nth(1).unwrap();
         if message.starts_with("FDSTORE=1") {
-            kept.insert(name);
+            stored.insert(name);
         } else {
-            kept.remove(name);
+            stored.remove(name);
         }
         assert!(
-            !kept.is_empty(),
-            "a broker that is killed here leaves none: {told:?}"
+            !stored.is_empty(),
+            "a broker that is killed here leaves none: {messages:?}"
         );
     }
-    assert_eq!(kept.len(), 1, "{told:?}");
+    assert_eq!(stored.len(), 1, "{messages:?}");
     client.get(SET_IRQS, &words(&[20, EVENTFDS, MSIX, 3, 1]));
     let last = manager.wait_for("part-1-interrupt-3", 14).pop().unwrap();
     assert!(last.starts_with("FDSTOREREMOVE=1"));
-    assert!(last.contains(kept.first().unwrap()), "another is forgotten");
+    assert!(last.contains(stored.first().unwrap()), "another is removed");
 }
 
 /// A service manager does not store the same file twice.
@@ -100,7 +105,7 @@ fn eventfd_set_twice_stays_stored() {
     let socket = folder.path().join("user.sock").display().to_string();
     let arguments = ["--vfio-user", &socket];
     let mut broker = Broker::start_as(&manager, folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let (one, other) = (eventfd(), eventfd());
     for irq in [&one, &one, &other, &one, &one] {
         assert_eq!(client.set_irqs(3, &[irq]).errno, 0);
@@ -108,31 +113,34 @@ fn eventfd_set_twice_stays_stored() {
         count(irq);
         client.get(SET_IRQS, &words(&[20, NO_DATA, MSIX, 3, 1]));
         assert_eq!(count(irq), 1);
-        let kept = manager.kept().into_iter();
-        assert_eq!(kept.filter(|name| name.contains("interrupt-3")).count(), 1);
+        let stored = manager.stored().into_iter();
+        assert_eq!(
+            stored.filter(|name| name.contains("interrupt-3")).count(),
+            1
+        );
     }
 }
 
 #[test]
 fn interrupt_setting_flood_slows_only_its_client() {
     let (broker, manager) = Recorder::serve();
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let irqs: Vec<_> = (0..16).map(|_| eventfd()).collect();
     let irqs: Vec<&EventFd> = irqs.iter().collect();
     let start = Instant::now();
     let seconds = Duration::from_secs(rounds(1, 3) as u64);
     let mut asked = 0;
-    let told = || manager.of("part-1").len();
+    let sent = || manager.of("part-1").len();
     // The loop runs until the client has been slowed for a while.
-    while start.elapsed() < seconds || told() <= 2048 {
-        assert!(start.elapsed() < PATIENCE, "nobody is told: {}", told());
+    while start.elapsed() < seconds || sent() <= 2048 {
+        assert!(start.elapsed() < TIMEOUT, "too few messages: {}", sent());
         assert_eq!(client.set_irqs(0, &irqs).errno, 0);
         asked += 1;
     }
-    let told = told();
+    let sent = sent();
     // The limit is a burst of 2048 messages, then 256 a second. A last request may exceed it.
     let most = 2048 + 256 * start.elapsed().as_secs() as usize + 256 + 3 * 16;
-    assert!(told <= most, "{told} for {asked} messages");
+    assert!(sent <= most, "{sent} for {asked} messages");
     once_of_some("others do not wait", || {
         let start = Instant::now();
         drop(handshake(crate::vmm::connect(&broker, "vm.sock"), 9));
@@ -179,7 +187,7 @@ fn stall_delays_one_vm_one_second(is_slow: &dyn Fn(&str, Duration)) {
         .flat_map(|socket| ["--vfio-user", socket])
         .collect();
     let mut broker = Broker::start_as(&manager, folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let mut other = Client::connect_to(&broker, "other.sock");
     other.version();
     let irqs = [(); 16].map(|()| eventfd());
@@ -201,7 +209,7 @@ fn stall_delays_one_vm_one_second(is_slow: &dyn Fn(&str, Duration)) {
         assert_eq!(reply.errno, 0);
         within(IN_TIME, "interrupts are set", took);
         let is_patient = took > Duration::from_millis(900);
-        assert!(is_patient, "what is answered may not be kept");
+        assert!(is_patient, "what is answered may not be stored");
     });
     // Only one request waits. New VMs and later requests do not.
     let mut late = Client::connect_to(&broker, "late.sock");
@@ -216,13 +224,13 @@ fn stall_delays_one_vm_one_second(is_slow: &dyn Fn(&str, Duration)) {
     drop(paused);
 
     // After the pause, the manager has the same state as if it had always read.
-    wait_until("all is kept", || {
-        let kept = manager.kept();
+    wait_until("all is stored", || {
+        let stored = manager.stored();
         let of = |slot| {
             let ours = format!("part-{slot}-interrupt");
-            kept.iter().filter(|name| name.starts_with(&ours)).count()
+            stored.iter().filter(|name| name.starts_with(&ours)).count()
         };
-        of(1) == 16 && kept.iter().any(|name| name == "vm-3")
+        of(1) == 16 && stored.iter().any(|name| name == "vm-3")
     });
     broker.start_again(&manager, &arguments);
     irqs.iter().for_each(|irq| {
@@ -239,7 +247,7 @@ fn stall_delays_one_vm_one_second(is_slow: &dyn Fn(&str, Duration)) {
 #[test]
 fn missing_service_manager_cannot_flood_log() {
     let (broker, manager) = Recorder::serve();
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     manager.socket.shutdown(std::net::Shutdown::Both).unwrap();
     let start = Instant::now();
     for _ in 0..40 {
@@ -247,7 +255,7 @@ fn missing_service_manager_cannot_flood_log() {
     }
     let lines = broker
         .log()
-        .matches("the service manager is not told of")
+        .matches("message to the service manager about")
         .count();
     let most = 5 * (start.elapsed().as_secs() as usize + 2);
     assert!((1..=most).contains(&lines), "{lines} lines");
@@ -260,10 +268,10 @@ fn restart_rejects_session_memory_of_other_size() {
     let user = folder.path().join("user.sock").display().to_string();
     let arguments = ["--vfio-user", &user];
     let mut broker = Broker::start_as(&manager, folder, &arguments);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let of_session = |name: &String| name.starts_with("session-1") || name == "vm-1";
-    let kept = || manager.kept().into_iter().filter(of_session).count();
-    wait_until("it is kept", || kept() == 2);
+    let stored = || manager.stored().into_iter().filter(of_session).count();
+    wait_until("it is stored", || stored() == 2);
     kill(&mut broker.child);
     // A file as another version of barlink might have stored it.
     let other = rustix::fs::memfd_create("session", MemfdFlags::CLOEXEC).unwrap();
@@ -281,14 +289,14 @@ fn restart_rejects_session_memory_of_other_size() {
     socket
         .send_with_fds(&[&message[..]], &[null.as_raw_fd()])
         .unwrap();
-    let last = || manager.kept().contains(&"last".to_owned());
-    wait_until("the manager has heard all", last);
+    let last = || manager.stored().contains(&"last".to_owned());
+    wait_until("the manager has received all", last);
     socket.send(b"FDSTOREREMOVE=1\nFDNAME=last\n").unwrap();
-    wait_until("the manager has heard all", || !last());
+    wait_until("the manager has received all", || !last());
     broker.start_again(&manager, &arguments);
-    wait_until("it is let go", || kept() == 1);
+    wait_until("it is disconnected", || stored() == 1);
     assert!(broker.log().contains("slot 1: another version of barlink"));
     // The connection ends with its last copy, which the manager had.
-    assert!(client.is_let_go());
-    Client::greet(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
+    assert!(client.is_disconnected());
+    Client::handshake(&broker).get(GET_INFO, &words(&[16, 0, 0, 0]));
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the device over vhost-user, as a VMM and its guest's driver use it.
 
 use barlink::protocol::wire::virtio::{FEATURE_RESET, MAGIC, VERSION, config};
@@ -23,7 +25,7 @@ fn fired(call: &EventFd) -> bool {
 #[test]
 fn configuration_describes_device_to_driver() {
     let broker = serve_vhost_user(&["--size", "2M"]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     let bytes = client.config();
     assert_eq!(word(&bytes, config::MAGIC), MAGIC);
     assert_eq!(word(&bytes, config::VERSION), VERSION);
@@ -52,29 +54,41 @@ fn configuration_describes_device_to_driver() {
 fn broker_maps_region_once_after_each_start() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let own = &other.bells.iter().find(|(peer, _)| *peer == 1).unwrap().1;
-    let mut client = Client::greet(&broker);
+    let own = &other
+        .eventfds
+        .iter()
+        .find(|(peer, _)| *peer == 1)
+        .unwrap()
+        .1;
+    let mut client = Client::handshake(&broker);
     client.config();
     for round in 0..3 {
         // Other events do not make the broker map the region.
         rustix::io::write(own, &1u64.to_ne_bytes()).unwrap();
         client.queues[0].kick.write(1).unwrap();
         client.share(&client.memory).unwrap();
-        assert!(client.is_left_alone(&broker), "too early");
+        assert!(client.sees_no_map_request(&broker), "too early");
         client.start();
-        let wish = client.map(true);
-        let (id, offset, at) = (wish.map.shmid, wish.map.fd_offset, wish.map.shm_offset);
+        let request = client.map(true);
+        let (id, offset, at) = (
+            request.map.shmid,
+            request.map.fd_offset,
+            request.map.shm_offset,
+        );
         assert_eq!((id, offset, at), (0, 0, 0));
-        let (length, flags) = (wish.map.len, wish.map.flags);
+        let (length, flags) = (request.map.len, request.map.flags);
         assert_eq!((length, flags), (64 << 20, 1));
         // The file is the region, because it begins with the superblock's magic.
         let mut start = [0; 4];
-        rustix::io::pread(&wish.file, &mut start, 0).unwrap();
+        rustix::io::pread(&request.file, &mut start, 0).unwrap();
         assert_eq!(u32::from_le_bytes(start), MAGIC);
         // The broker asks only once.
         client.put(0, HOST << 16, 4, false);
         client.wait_for(0, 1);
-        assert!(client.is_left_alone(&broker), "twice in round {round}");
+        assert!(
+            client.sees_no_map_request(&broker),
+            "twice in round {round}"
+        );
         client.stop();
     }
 }
@@ -83,11 +97,11 @@ fn broker_maps_region_once_after_each_start() {
 fn doorbells_ring_only_named_peer() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
-    other.bells.iter().for_each(|(_, bell)| {
-        rings(bell);
+    other.eventfds.iter().for_each(|(_, eventfd)| {
+        rings(eventfd);
     });
     let mut count = 0;
     for (peer, vector) in [(HOST, 3), (0, 2), (HOST, 0), (1, 4)] {
@@ -95,9 +109,9 @@ fn doorbells_ring_only_named_peer() {
         count += 1;
         assert_eq!(client.wait_for(0, count).0, 0);
         assert!(fired(&client.queues[0].call));
-        for (place, (number, bell)) in other.bells.iter().enumerate() {
+        for (place, (number, eventfd)) in other.eventfds.iter().enumerate() {
             let rung = *number == i64::from(peer) && place % VECTORS == vector as usize;
-            assert_eq!(rings(bell), u64::from(rung), "{peer}, {vector}: {place}");
+            assert_eq!(rings(eventfd), u64::from(rung), "{peer}, {vector}: {place}");
         }
     }
     // Doorbells for unknown peers and vectors ring nothing. Buffers without a doorbell are
@@ -115,7 +129,12 @@ fn doorbells_ring_only_named_peer() {
         count += 1;
         client.wait_for(0, count);
     }
-    assert!(other.bells.iter().all(|(_, bell)| rings(bell) == 0));
+    assert!(
+        other
+            .eventfds
+            .iter()
+            .all(|(_, eventfd)| rings(eventfd) == 0)
+    );
     // A driver that disables interrupts gets none.
     fired(&client.queues[0].call);
     client.wants_interrupts(0, false);
@@ -123,16 +142,20 @@ fn doorbells_ring_only_named_peer() {
     client.wait_for(0, count + 1);
     broker.wait_until_idle();
     assert!(!fired(&client.queues[0].call));
-    assert_eq!(rings(&other.bells[VECTORS + 1].1), 1);
+    assert_eq!(rings(&other.eventfds[VECTORS + 1].1), 1);
 }
 
 #[test]
 fn interrupt_queue_delivers_each_rung_vector_once() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
+    let own: Vec<_> = other
+        .eventfds
+        .iter()
+        .filter(|(peer, _)| *peer == 1)
+        .collect();
     let ring = |vector: usize| rustix::io::write(&own[vector].1, &1u64.to_ne_bytes()).unwrap();
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     let mut count = 0;
@@ -177,13 +200,18 @@ fn interrupt_queue_delivers_each_rung_vector_once() {
 fn reset_but_not_pause_increments_connection() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let host = &other.bells.iter().find(|(peer, _)| *peer == 2).unwrap().1;
+    let host = &other
+        .eventfds
+        .iter()
+        .find(|(peer, _)| *peer == 2)
+        .unwrap()
+        .1;
     let attachment = broker.attach();
     let connection = || {
         let status = attachment.status().unwrap();
         status.slots[1].vm.as_ref().unwrap().connection
     };
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     assert_eq!(word(&client.config(), config::CONNECTION), 1);
     client.start();
     client.map(true);
@@ -198,13 +226,13 @@ fn reset_but_not_pause_increments_connection() {
     client.put(0, HOST << 16, 4, false);
     client.wait_for(0, 2);
     assert_eq!(connection(), 1);
-    assert!(client.is_left_alone(&broker), "it has the mapping");
+    assert!(client.sees_no_map_request(&broker), "it has the mapping");
     // Reset: a new driver reads the configuration first, and finds the new number.
     client.stop();
     rings(host);
     assert_eq!(word(&client.config(), config::CONNECTION), 2);
     assert_eq!(connection(), 2);
-    assert!(rings(host) >= 1, "the host is not told");
+    assert!(rings(host) >= 1, "the host is not rung");
     assert_eq!(word(&client.config(), config::CONNECTION), 2);
     client.start();
     client.map(true);
@@ -230,7 +258,7 @@ fn reset_but_not_pause_increments_connection() {
 #[test]
 fn session_continues_without_mapped_region() {
     let broker = serve_vhost_user(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(false);
     client.put(0, HOST << 16, 4, false);
@@ -248,9 +276,13 @@ fn session_continues_without_mapped_region() {
 fn reset_discards_pending_vectors() {
     let broker = serve_vhost_user(&[]);
     let other = handshake(crate::vmm::connect(&broker, "vm.sock"), 3 * VECTORS);
-    let own: Vec<_> = other.bells.iter().filter(|(peer, _)| *peer == 1).collect();
+    let own: Vec<_> = other
+        .eventfds
+        .iter()
+        .filter(|(peer, _)| *peer == 1)
+        .collect();
     let ring = |vector: usize| rustix::io::write(&own[vector].1, &1u64.to_ne_bytes()).unwrap();
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     ring(3);
@@ -276,16 +308,16 @@ fn vhost_user_slot_is_freed_without_leaks() {
         let threads = std::fs::read_dir(format!("/proc/{}/task", broker.child.id()));
         (threads.unwrap().count(), descriptors)
     };
-    drop(Client::greet(&broker));
+    drop(Client::handshake(&broker));
     let before = settle();
     for round in 0..10 {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         client.start();
         // Some clients leave before they answer the broker's request.
         if round % 2 == 0 {
             client.map(true);
         } else {
-            client.wishes.recv_timeout(PATIENCE).unwrap();
+            client.map_requests.recv_timeout(TIMEOUT).unwrap();
         }
     }
     assert_eq!(settle(), before);

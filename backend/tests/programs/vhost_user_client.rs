@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A VMM that speaks vhost-user as QEMU does, by the `vhost` crate, with its guest's driver; and
 //! functions that send any bytes.
 
@@ -53,26 +55,26 @@ fn map(memory: &File) -> GuestMemoryMmap {
 }
 
 /// A request of the broker's daemon to map memory, and the channel for the answer.
-pub struct Wish {
+pub struct MapRequest {
     pub map: VhostUserMMap,
     pub file: OwnedFd,
     pub answer: Sender<bool>,
 }
 
-struct WayBack(Mutex<Sender<Wish>>);
+struct BackendChannel(Mutex<Sender<MapRequest>>);
 
-impl VhostUserFrontendReqHandler for WayBack {
+impl VhostUserFrontendReqHandler for BackendChannel {
     fn shmem_map(&self, map: &VhostUserMMap, file: &dyn AsRawFd) -> HandlerResult<u64> {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = File::options().read(true).open(path)?.into();
         let (answer, answered) = channel();
-        let wish = Wish {
+        let request = MapRequest {
             map: *map,
             file,
             answer,
         };
-        let _ = self.0.lock().unwrap().send(wish);
-        match answered.recv_timeout(PATIENCE) {
+        let _ = self.0.lock().unwrap().send(request);
+        match answered.recv_timeout(TIMEOUT) {
             Ok(true) => Ok(0),
             _ => Err(std::io::Error::other("no")),
         }
@@ -80,7 +82,7 @@ impl VhostUserFrontendReqHandler for WayBack {
 }
 
 /// Name of the thread that receives these requests.
-const HANDLER: &str = "wishes";
+const HANDLER: &str = "map-requests";
 
 /// A queue, as the guest's driver has it.
 pub struct DriverQueue {
@@ -97,7 +99,7 @@ pub struct Client {
     pub memory: File,
     pub guest: GuestMemoryMmap,
     pub queues: [DriverQueue; 2],
-    pub wishes: Receiver<Wish>,
+    pub map_requests: Receiver<MapRequest>,
 }
 
 pub fn connect(broker: &Broker) -> UnixStream {
@@ -110,12 +112,12 @@ pub fn connect(broker: &Broker) -> UnixStream {
 
 impl Client {
     /// Waits until the slot is free, connects, and negotiates features.
-    pub fn greet(broker: &Broker) -> Self {
-        Self::greet_without(broker, VhostUserProtocolFeatures::empty())
+    pub fn handshake(broker: &Broker) -> Self {
+        Self::handshake_without(broker, VhostUserProtocolFeatures::empty())
     }
 
-    /// Connects as [`Client::greet`] does, without some of the protocol's features.
-    pub fn greet_without(broker: &Broker, lacking: VhostUserProtocolFeatures) -> Self {
+    /// Connects as [`Client::handshake`] does, without some of the protocol's features.
+    pub fn handshake_without(broker: &Broker, lacking: VhostUserProtocolFeatures) -> Self {
         let socket = connect(broker);
         let mut frontend = Frontend::from_stream(socket.try_clone().unwrap(), QUEUES as u64);
         frontend.set_owner().unwrap();
@@ -132,21 +134,22 @@ impl Client {
             | VhostUserProtocolFeatures::SHMEM;
         assert_eq!(offered, expected);
         frontend.set_protocol_features(offered - lacking).unwrap();
-        let (sender, wishes) = channel();
-        let mut way_back = FrontendReqHandler::new(Arc::new(WayBack(Mutex::new(sender)))).unwrap();
-        way_back.set_reply_ack_flag(true);
+        let (sender, map_requests) = channel();
+        let mut backend_channel =
+            FrontendReqHandler::new(Arc::new(BackendChannel(Mutex::new(sender)))).unwrap();
+        backend_channel.set_reply_ack_flag(true);
         struct Raw(i32);
         impl AsRawFd for Raw {
             fn as_raw_fd(&self) -> i32 {
                 self.0
             }
         }
-        let end = Raw(way_back.get_tx_raw_fd());
+        let end = Raw(backend_channel.get_tx_raw_fd());
         frontend.set_backend_request_fd(&end).unwrap();
         let handler = std::thread::Builder::new().name(HANDLER.to_owned());
         let handler = handler.spawn(move || {
             // A refused request is an error of the handler as well.
-            while let Ok(_) | Err(Error::ReqHandlerError(_)) = way_back.handle_request() {}
+            while let Ok(_) | Err(Error::ReqHandlerError(_)) = backend_channel.handle_request() {}
         });
         handler.unwrap();
         let memory = memory(SealFlags::SHRINK);
@@ -163,7 +166,7 @@ impl Client {
             memory,
             guest,
             queues: [queue(0), queue(1)],
-            wishes,
+            map_requests,
         }
     }
 
@@ -236,20 +239,23 @@ impl Client {
     }
 
     /// Returns whether the broker is idle and has sent no request to map memory.
-    pub fn is_left_alone(&self, broker: &Broker) -> bool {
+    pub fn sees_no_map_request(&self, broker: &Broker) -> bool {
         broker.wait_until_idle();
         // When the thread sleeps again, it has passed on everything that the broker has sent.
         wait_until_asleep(std::process::id(), HANDLER);
-        self.wishes.try_recv().is_err()
+        self.map_requests.try_recv().is_err()
     }
 
     /// Takes the next request to map memory, and answers it.
-    pub fn map(&self, answer: bool) -> Wish {
-        let wish = self.wishes.recv_timeout(PATIENCE).expect("a wish");
-        wish.answer.send(answer).unwrap();
+    pub fn map(&self, answer: bool) -> MapRequest {
+        let request = self
+            .map_requests
+            .recv_timeout(TIMEOUT)
+            .expect("a request to map memory");
+        request.answer.send(answer).unwrap();
         // When the thread sleeps, the broker has the answer.
         wait_until_asleep(std::process::id(), HANDLER);
-        wish
+        request
     }
 
     /// Stops the device as QEMU does. Returns the queues' indices.

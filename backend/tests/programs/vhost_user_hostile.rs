@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of VMMs and guests that attack, stall or err over vhost-user, and of the peers beside
 //! them.
 
@@ -153,7 +155,7 @@ fn invalid_message_ends_only_its_session() {
         wait_until(reason, || {
             let log = broker.log();
             log.lines()
-                .any(|line| line.contains("let go") && line.contains(reason))
+                .any(|line| line.contains("is disconnected") && line.contains(reason))
         });
         others_are_served(&broker);
     }
@@ -163,7 +165,7 @@ fn invalid_message_ends_only_its_session() {
     cases.iter().for_each(|case| attack(&broker, case));
     drop(connect(&broker));
     assert_eq!(broker.descriptors(), before);
-    Client::greet(&broker).config();
+    Client::handshake(&broker).config();
 }
 
 #[test]
@@ -186,20 +188,20 @@ fn late_invalid_message_ends_only_its_session() {
         (SET_BACKEND_REQ_FD, vec![], &[&socket], ""),
     ];
     for (request, body, descriptors, _) in cases {
-        let client = Client::greet(&broker);
+        let client = Client::handshake(&broker);
         client.frontend.set_features(1 << 32 | 1 << 30).unwrap();
         send(&client.socket, *request, body, descriptors);
         assert!(is_closed(&client.socket), "{request}, {body:?}");
     }
     // A second kick for a queue: the broker would have to listen to the first one forever.
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     send(&client.socket, SET_VRING_KICK, &words(&[1]), &[&eventfd]);
     assert!(is_closed(&client.socket));
     others_are_served(&broker);
     // QEMU may repeat these requests.
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     client.share(&client.memory).unwrap();
@@ -219,7 +221,7 @@ fn vmm_without_shmem_gets_device_without_region() {
         VhostUserProtocolFeatures::SHMEM,
         VhostUserProtocolFeatures::SHMEM | VhostUserProtocolFeatures::REPLY_ACK,
     ] {
-        let mut client = Client::greet_without(&broker, lacking);
+        let mut client = Client::handshake_without(&broker, lacking);
         client.start();
         client.put(0, 2 << 16, 4, false);
         client.wait_for(0, 1);
@@ -231,7 +233,11 @@ fn vmm_without_shmem_gets_device_without_region() {
             .log()
             .contains("cannot map the region: QEMU 11.1 can")
     );
-    assert!(!broker.log().contains("let go"), "{}", broker.log());
+    assert!(
+        !broker.log().contains("is disconnected"),
+        "{}",
+        broker.log()
+    );
 }
 
 #[test]
@@ -248,7 +254,7 @@ fn non_message_bytes_end_only_their_session() {
     send(&client, GET_FEATURES, &[0; 4097], &[]);
     assert!(is_closed(&client));
     others_are_served(&broker);
-    Client::greet(&broker).config();
+    Client::handshake(&broker).config();
 }
 
 #[test]
@@ -288,7 +294,7 @@ fn stalled_vhost_user_client_delays_only_itself() {
     client.set_nonblocking(true).unwrap();
     let request = [1u32, 1, 0].map(u32::to_le_bytes).concat();
     let start = Instant::now();
-    wait_until("it is let go", || {
+    wait_until("it is disconnected", || {
         // Sends as many requests as fit into the socket.
         let error = loop {
             if let Err(error) = (&client).write(&request) {
@@ -299,13 +305,13 @@ fn stalled_vhost_user_client_delays_only_itself() {
     });
     assert!(start.elapsed() > Duration::from_secs(1));
     others_are_served(&broker);
-    Client::greet(&broker).config();
+    Client::handshake(&broker).config();
 }
 
 #[test]
 fn taken_vhost_user_slot_disconnects_second_client() {
     let broker = serve_vhost_user(&[]);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     once_of_some("it hangs up at once", || {
         let start = Instant::now();
         let second = crate::vmm::connect(&broker, "user.sock");
@@ -319,9 +325,9 @@ fn taken_vhost_user_slot_disconnects_second_client() {
 fn unanswered_mapping_request_leaves_slot_reusable() {
     let broker = serve_vhost_user(&[]);
     for _ in 0..3 {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         client.start();
-        let _wish = client.wishes.recv_timeout(PATIENCE).unwrap();
+        let _request = client.map_requests.recv_timeout(TIMEOUT).unwrap();
         // The client sends requests, and the broker answers them, although its own request is open.
         client.config();
         client.frontend.get_protocol_features().unwrap();

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of a VM over vhost-user whose broker is replaced or restarted, and of the VMs beside it.
 
 use std::process::Stdio;
@@ -19,7 +21,7 @@ fn broker_with_vhost_user_vm_rejects_replacement() {
     let arguments = arguments.each_ref().map(String::as_str);
     let mut broker = Broker::start_in(folder, &arguments);
     let vm = handshake(crate::vmm::connect(&broker, "vm.sock"), 15);
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     let replace = [&arguments[..], &["--replace"]].concat();
@@ -45,7 +47,7 @@ fn broker_with_vhost_user_vm_rejects_replacement() {
     // A successor takes over a free slot like any other.
     succeed(&mut broker, &arguments);
     assert!(is_silent(&broker, &vm.socket));
-    let mut client = Client::greet(&broker);
+    let mut client = Client::handshake(&broker);
     client.start();
     client.map(true);
     client.put(0, 2 << 16, 4, false);
@@ -60,12 +62,12 @@ fn restarted_service_disconnects_vhost_user_vm() {
     let arguments = arguments.each_ref().map(String::as_str);
     let mut broker = Broker::start_as(&manager, folder, &arguments);
     let vm = handshake(crate::vmm::connect(&broker, "vm.sock"), 15);
-    let kept = |name: &str| manager.kept().contains(&name.to_owned());
+    let stored = |name: &str| manager.stored().contains(&name.to_owned());
     for killed in [false, true] {
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         client.start();
         client.map(true);
-        wait_until("both are kept", || kept("vm-0") && kept("vm-1"));
+        wait_until("both are stored", || stored("vm-0") && stored("vm-1"));
         let connection = |slot: usize| {
             let status = broker.attach().status().unwrap();
             status.slots[slot].vm.as_ref().map(|vm| vm.connection)
@@ -80,9 +82,9 @@ fn restarted_service_disconnects_vhost_user_vm() {
             broker.restart(&manager, &arguments);
         }
         assert!(is_closed(&client.socket));
-        wait_until("it is forgotten", || !kept("vm-1"));
+        wait_until("it is removed", || !stored("vm-1"));
         assert!(is_silent(&broker, &vm.socket));
-        let mut client = Client::greet(&broker);
+        let mut client = Client::handshake(&broker);
         client.start();
         client.map(true);
         client.put(0, 2 << 16, 4, false);

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! An ivshmem client that reads its socket as QEMU does.
 
 use std::os::fd::OwnedFd;
@@ -34,8 +36,8 @@ pub fn connect(broker: &Broker, name: &str) -> UnixStream {
 /// Connects to a broker's socket, with a limit for all reads and writes.
 pub fn connect_to(path: &Path) -> UnixStream {
     let socket = UnixStream::connect(path).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket.set_write_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+    socket.set_write_timeout(Some(TIMEOUT)).unwrap();
     socket
 }
 
@@ -45,18 +47,18 @@ pub struct Vm {
     pub id: i64,
     pub memory: OwnedFd,
     /// Peer and eventfd, in the order of their arrival.
-    pub bells: Vec<(i64, OwnedFd)>,
+    pub eventfds: Vec<(i64, OwnedFd)>,
 }
 
 impl Vm {
     /// Stores a word in the presence page of slot 0's driver, as that driver does.
-    pub fn tell(&self, layout: &Layout, offset: u64, word: u64) {
+    pub fn store_in_driver_page(&self, layout: &Layout, offset: u64, word: u64) {
         let offset = layout.presence_page(0) + offset;
         rustix::io::pwrite(&self.memory, &word.to_ne_bytes(), offset).unwrap();
     }
 }
 
-pub fn handshake(socket: UnixStream, bells: usize) -> Vm {
+pub fn handshake(socket: UnixStream, eventfds: usize) -> Vm {
     let number = |expected: &str| match message(&socket) {
         Some((number, None)) => number,
         other => panic!("{other:?} for {expected}"),
@@ -66,23 +68,23 @@ pub fn handshake(socket: UnixStream, bells: usize) -> Vm {
     let Some((-1, Some(memory))) = message(&socket) else {
         panic!("no memory");
     };
-    let bells = (0..bells).map(|_| {
-        let (peer, bell) = message(&socket).expect("an eventfd");
-        (peer, bell.expect("an eventfd"))
+    let eventfds = (0..eventfds).map(|_| {
+        let (peer, eventfd) = message(&socket).expect("an eventfd");
+        (peer, eventfd.expect("an eventfd"))
     });
-    let bells = bells.collect();
+    let eventfds = eventfds.collect();
     Vm {
         socket,
         id,
         memory,
-        bells,
+        eventfds,
     }
 }
 
 /// Reads an eventfd without blocking. Returns how often it was rung since the last read.
-pub fn rings(bell: &OwnedFd) -> u64 {
+pub fn rings(eventfd: &OwnedFd) -> u64 {
     let mut count = [0; 8];
-    match rustix::io::read(bell, &mut count) {
+    match rustix::io::read(eventfd, &mut count) {
         Ok(8) => u64::from_ne_bytes(count),
         Err(Errno::AGAIN) => 0,
         other => panic!("{other:?}"),

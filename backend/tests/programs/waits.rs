@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of short waits: in a channel that drops, and in back-off sleeps.
 
 use std::process::Stdio;

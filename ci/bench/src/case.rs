@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::scene::{PATIENCE, Side};
+use super::scene::{Side, TIMEOUT};
 use barlink_vm::broker::Transport;
 
 /// The direction of a stream.
@@ -82,18 +82,14 @@ impl Way {
 
     /// Returns the time limit of a sender. It is shorter for other projects' ways, so that one that
     /// hangs does not hold up the others.
-    pub fn patience(self) -> Duration {
-        if self.is_peer() {
-            PATIENCE / 3
-        } else {
-            PATIENCE
-        }
+    pub fn timeout(self) -> Duration {
+        if self.is_peer() { TIMEOUT / 3 } else { TIMEOUT }
     }
 
     /// Returns the way in which both ends of a stream wait for each other.
     pub fn wait(self) -> &'static str {
         match self {
-            Way::Channel(_) | Way::Within | Way::Ring => "spin, nap, sleep",
+            Way::Channel(_) | Way::Within | Way::Ring => "spin, back off, sleep",
             Way::Raw | Way::Iceoryx2 | Way::Virtiofs => "poll",
             Way::Copy => "none",
             _ => "sleep in the kernel",

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 /// Time limit until QEMU can connect, and the time between two checks.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(10);
 
 /// A process of a peer: see the module. Dropping it kills the process. Its command must make the
@@ -48,7 +48,7 @@ impl Daemon {
         let start = Instant::now();
         while !socket.exists() {
             daemon.check()?;
-            ensure!(start.elapsed() < PATIENCE, "{name} makes no socket");
+            ensure!(start.elapsed() < TIMEOUT, "{name} makes no socket");
             thread::sleep(LOOK);
         }
         Ok(daemon)

@@ -103,7 +103,7 @@ impl Peers {
                     arguments.extend(added);
                     peer.daemon = daemon;
                 }
-                Err(error) => peer.failure = Some(told(&error)),
+                Err(error) => peer.failure = Some(first_line(&error)),
             }
             peers.push(peer);
         }
@@ -127,7 +127,7 @@ impl Peers {
                 _ => shell(vm, &format!("mkdir {MOUNT} && mount -t virtiofs {SHARE} {MOUNT}")),
             };
             if let Err(error) = connected {
-                peer.failure = Some(told(&error));
+                peer.failure = Some(first_line(&error));
             }
         }
     }
@@ -181,7 +181,7 @@ impl Peers {
 }
 
 /// Returns the first line of an error, which fits into a cell of a table.
-pub fn told(error: &Error) -> String {
+pub fn first_line(error: &Error) -> String {
     let text = format!("{error:#}");
     text.lines().next().unwrap_or_default().to_owned()
 }

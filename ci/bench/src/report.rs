@@ -110,7 +110,7 @@ impl Report {
         });
         let trips = self.trips.iter().map(|row| {
             let cache_mode = match row.trip {
-                Trip::Channels(transport, _) | Trip::Bells(transport) => {
+                Trip::Channels(transport, _) | Trip::Doorbells(transport) => {
                     self.cache_mode(Way::Channel(transport))
                 }
                 _ => None,
@@ -121,7 +121,7 @@ impl Report {
                 "record_size": row.trip.record_size(),
                 "cache_mode": cache_mode,
                 "wait": row.trip.wait(),
-                "consumer_reads_every_byte": !matches!(row.trip, Trip::Bells(_)),
+                "consumer_reads_every_byte": !matches!(row.trip, Trip::Doorbells(_)),
             });
             self.with_conditions(row, more)
         });
@@ -208,7 +208,7 @@ impl fmt::Display for Report {
                 "## Streams\n\nConditions: {conditions}. The receiver reads every byte, except of `memcpy`, which has no receiver.\n\n\
                  Through channels of {} and as much plain memory. Between guest and host records are copied in by the sender, and \
                  smaller records are committed and released in batches of {}. Within the host records of barlink and \
-                 iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then nap, \
+                 iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then back off, \
                  then sleep. Rates and processor time are those behind the first {} ms, records and wake-ups those of all of a \
                  stream. A record of a socket or a port is one `write`. Wake-ups are the doorbells that the producer rang. \
                  Processor time is that of the processes at the ends; the host's does not include QEMU and the broker.\n",

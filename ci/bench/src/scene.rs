@@ -30,7 +30,7 @@ use barlink_vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 
 /// Time limit of a process, whose measurement takes less than a second, and the time between two
 /// checks.
-pub(super) const PATIENCE: Duration = Duration::from_secs(15);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(2);
 /// Bytes of the region, which has room for seven large channels and two small ones.
 const REGION: &str = "256M";
@@ -268,7 +268,7 @@ impl Load {
                 }
                 Some(line.trim_end().to_owned()).filter(|line| !line.is_empty())
             }
-            Load::Guest(process) => process.next_line(PATIENCE)?,
+            Load::Guest(process) => process.next_line(TIMEOUT)?,
         };
         line.context("a process ended that was to sleep")
     }
@@ -282,7 +282,7 @@ impl Load {
             }
             Load::Guest(process) => {
                 process.kill(Signal::KILL)?;
-                process.wait(PATIENCE)?;
+                process.wait(TIMEOUT)?;
             }
         }
         Ok(())
@@ -290,15 +290,15 @@ impl Load {
 
     /// Waits until the process has ended, and returns its measurements.
     pub fn wait<T: DeserializeOwned>(self) -> Result<T> {
-        self.wait_for(PATIENCE)
+        self.wait_for(TIMEOUT)
     }
 
     /// Waits until the process has ended, within this time, and returns its measurements.
-    pub fn wait_for<T: DeserializeOwned>(self, patience: Duration) -> Result<T> {
-        Ok(serde_json::from_slice(&self.output(patience)?)?)
+    pub fn wait_for<T: DeserializeOwned>(self, timeout: Duration) -> Result<T> {
+        Ok(serde_json::from_slice(&self.output(timeout)?)?)
     }
 
-    fn output(mut self, patience: Duration) -> Result<Vec<u8>> {
+    fn output(mut self, timeout: Duration) -> Result<Vec<u8>> {
         match &mut self {
             Load::Host(child) => {
                 let start = Instant::now();
@@ -307,7 +307,7 @@ impl Load {
                         break status;
                     }
                     ensure!(
-                        start.elapsed() < patience,
+                        start.elapsed() < timeout,
                         "a process on the host does not end"
                     );
                     thread::sleep(LOOK);
@@ -324,7 +324,7 @@ impl Load {
                 Ok(output)
             }
             Load::Guest(process) => {
-                let output = process.wait(patience)?;
+                let output = process.wait(timeout)?;
                 output.require_success()?;
                 Ok(output.stdout)
             }

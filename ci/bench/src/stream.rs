@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::case::{Case, Direction, Way};
 use super::host;
-use super::peer::told;
+use super::peer::first_line;
 use super::scene::{Load, PORT, Scene, Side};
 use super::spread::Spread;
 
@@ -62,7 +62,7 @@ impl Row {
         }
         match stream(scene, &self.case, time) {
             Ok(streamed) => self.add(&streamed),
-            Err(error) if self.case.way.is_peer() => self.failure = Some(told(&error)),
+            Err(error) if self.case.way.is_peer() => self.failure = Some(first_line(&error)),
             Err(error) => return Err(error.context(self.case.to_string())),
         }
         Ok(())
@@ -260,7 +260,7 @@ fn run(scene: &Scene, way: Way, sender: &Order, receiver: &Order) -> Result<Stre
 /// Waits until both have ended, and compares the records that were sent and received.
 pub(super) fn finish(way: Way, sender: Load, receiver: Load) -> Result<Streamed> {
     let sent: Measured = sender
-        .wait_for(way.patience())
+        .wait_for(way.timeout())
         .context("the sender failed")?;
     let received: Measured = receiver.wait().context("the receiver failed")?;
     ensure!(

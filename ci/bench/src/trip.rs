@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::case::Way;
 use super::host;
-use super::peer::told;
+use super::peer::first_line;
 use super::scene::{Load, Scene, Side};
 use super::spread::Spread;
 use super::stream::endpoints;
@@ -32,7 +32,7 @@ pub enum Trip {
     /// Through a pair of channels, whose ends wait this way.
     Channels(Transport, Wait),
     /// A bare ring each way, without a record.
-    Bells(Transport),
+    Doorbells(Transport),
     /// Between two processes on the host, whose ends wait this way, with this many bytes of
     /// payload.
     Host(Way, Wait, u64),
@@ -47,7 +47,7 @@ impl Trip {
         for transport in Transport::ALL {
             let waits = [Wait::Spin, Wait::Prompt, Wait::Sleep];
             all.extend(waits.map(|wait| Trip::Channels(transport, wait)));
-            all.push(Trip::Bells(transport));
+            all.push(Trip::Doorbells(transport));
         }
         let peers = [Way::VirtioSerial, Way::Tcp, Way::Vsock, Way::Virtiofs];
         all.extend(peers.map(Trip::Peer));
@@ -63,7 +63,7 @@ impl Trip {
     /// Returns the way that they go.
     pub fn way(self) -> Way {
         match self {
-            Trip::Channels(transport, _) | Trip::Bells(transport) => Way::Channel(transport),
+            Trip::Channels(transport, _) | Trip::Doorbells(transport) => Way::Channel(transport),
             Trip::Peer(way) | Trip::Host(way, ..) => way,
         }
     }
@@ -72,7 +72,7 @@ impl Trip {
     pub fn record_size(self) -> u64 {
         match self {
             Trip::Host(_, _, size) => size,
-            Trip::Bells(_) => 0,
+            Trip::Doorbells(_) => 0,
             _ => 64,
         }
     }
@@ -133,11 +133,11 @@ impl Trip {
                     words(&["answer", &down, &up, &control, wait]),
                 )
             }
-            Trip::Bells(transport) => {
+            Trip::Doorbells(transport) => {
                 let [up, _, device] = names(transport);
                 (
-                    words(&["bell-ask", &up, &device, &time]),
-                    words(&["bell-answer", &up, &control]),
+                    words(&["doorbell-ask", &up, &device, &time]),
+                    words(&["doorbell-answer", &up, &control]),
                 )
             }
             // `Trip::Host` returns above.
@@ -168,7 +168,7 @@ impl fmt::Display for Trip {
                 };
                 write!(f, "{}, ends {wait}", transport.name())
             }
-            Trip::Bells(transport) => {
+            Trip::Doorbells(transport) => {
                 write!(f, "{}, bare doorbell and interrupt", transport.name())
             }
             Trip::Host(way, wait, size) => {
@@ -253,7 +253,7 @@ impl Row {
                 }
             }
             Err(error) if self.trip.is_peer() => {
-                self.failure = Some(told(&error));
+                self.failure = Some(first_line(&error));
             }
             Err(error) => return Err(error.context(self.trip.to_string())),
         }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! `cargo xtask bench` in its short form: it measures every way, and its results meet limits that
 //! hold on any machine.
 
@@ -38,13 +40,14 @@ fn transports_have_similar_speed_and_few_rings(
         ensure!((0.5..2.0).contains(&ratio), "{direction:?}: {ratio}");
     }
     let is_measured = |outcome: &Result<f64, &str>| outcome.is_ok_and(|rate| rate > 0.0);
-    let is_told = |outcome: &Result<f64, &str>| outcome.is_err_and(|failure| !failure.is_empty());
+    let is_explained =
+        |outcome: &Result<f64, &str>| outcome.is_err_and(|failure| !failure.is_empty());
     for way in [Way::Virtiofs, Way::Vsock] {
         let outcomes: Vec<_> = report.outcomes(way).collect();
         // virtiofsd is part of the sandbox. vhost-device-vsock is built from crates.io, which may
         // not be reachable, and can fail for faults of its own.
         let must = way == Way::Virtiofs && artifacts.tools.sandbox.is_some();
-        let fine = |outcome| is_measured(outcome) || (!must && is_told(outcome));
+        let fine = |outcome| is_measured(outcome) || (!must && is_explained(outcome));
         ensure!(
             outcomes.len() == 6 && outcomes.iter().all(fine),
             "{way:?}: {outcomes:?}"

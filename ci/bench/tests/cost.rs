@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The cost of a record on the host, counted in instructions: no system call, no atomic
 //! read-modify-write, and at most a given number of instructions. The memory is this process's own;
 //! the code is the same as in host apps. Allocations are not counted, because `barlink-protocol`

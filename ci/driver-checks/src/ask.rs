@@ -177,7 +177,7 @@ pub enum Request {
         /// The vector.
         vector: u32,
         /// Timeout of the wait for the first ring, in milliseconds.
-        patience: u16,
+        timeout: u16,
     },
     /// Ring each vector of the VM once.
     RingAll {

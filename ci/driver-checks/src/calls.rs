@@ -31,9 +31,9 @@ pub(crate) fn claim(file: BorrowedFd<'_>, claim: Claim) -> Result<()> {
 }
 
 /// Calls the ioctl [`uapi::DOORBELL`].
-pub(crate) fn ring(file: BorrowedFd<'_>, bell: Doorbell) -> Result<()> {
+pub(crate) fn ring(file: BorrowedFd<'_>, doorbell: Doorbell) -> Result<()> {
     // SAFETY: The ioctl reads a `Doorbell`.
-    unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(bell)) }
+    unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(doorbell)) }
 }
 
 /// Calls the ioctl [`uapi::MAP`].

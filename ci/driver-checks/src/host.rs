@@ -12,7 +12,7 @@ use crate::ask::{Answer, Region, Request};
 use crate::binding::open;
 
 /// Timeout of the wait for a ring that is on its way to the host, in milliseconds.
-const PATIENCE: u16 = 60_000;
+const TIMEOUT: u16 = 60_000;
 
 fn ask(request: &Request) -> Result<Answer> {
     let mut line = serde_json::to_vec(request)?;
@@ -158,7 +158,7 @@ pub(crate) fn wait_for_so_many(region: Region, peer: u32, vector: u32, least: u6
 
 /// Waits until a vector of another peer was rung, and returns how often.
 pub(crate) fn wait_for_rings(region: Region, peer: u32, vector: u32) -> Result<u64> {
-    let count = count_rings(region, peer, vector, PATIENCE)?;
+    let count = count_rings(region, peer, vector, TIMEOUT)?;
     ensure!(
         count > 0,
         "vector {vector} of peer {peer} of {region:?} is not rung"
@@ -166,12 +166,12 @@ pub(crate) fn wait_for_rings(region: Region, peer: u32, vector: u32) -> Result<u
     Ok(count)
 }
 
-fn count_rings(region: Region, peer: u32, vector: u32, patience: u16) -> Result<u64> {
+fn count_rings(region: Region, peer: u32, vector: u32, timeout: u16) -> Result<u64> {
     let asked = Request::Rings {
         region,
         peer,
         vector,
-        patience,
+        timeout,
     };
     match ask(&asked)? {
         Answer::Count(count) => Ok(count),

@@ -61,6 +61,6 @@ pub(crate) fn check_log() -> Result<()> {
 pub fn complaint(log: &str) -> String {
     let holds = |line: &str, words: &[&str]| words.iter().any(|word| line.contains(word));
     let complains = |line: &&str| holds(line, &COMPLAINTS) && !holds(line, &HARMLESS);
-    let told = log.lines().skip_while(|line| !complains(line)).take(40);
-    told.collect::<Vec<_>>().join("\n")
+    let lines = log.lines().skip_while(|line| !complains(line)).take(40);
+    lines.collect::<Vec<_>>().join("\n")
 }

@@ -20,7 +20,7 @@ use crate::calls;
 use crate::device::SOON;
 
 /// Timeout of each step of a child.
-const PATIENCE: Duration = SOON;
+const TIMEOUT: Duration = SOON;
 
 /// How a child ended.
 #[derive(Debug, Eq, PartialEq)]
@@ -48,7 +48,7 @@ pub(crate) struct Parent(UnixStream);
 /// Forks a child that runs `work` and then exits.
 pub(crate) fn child(work: impl FnOnce(&Parent) -> Result<()>) -> Result<Child> {
     let (line, parent) = UnixStream::pair()?;
-    line.set_read_timeout(Some(PATIENCE))?;
+    line.set_read_timeout(Some(TIMEOUT))?;
     if let Some(pid) = calls::fork()? {
         return Ok(Child {
             pid,
@@ -78,25 +78,25 @@ pub(crate) fn ends(work: impl FnOnce()) -> Result<Ended> {
 
 impl Parent {
     /// Sends the parent a number.
-    pub(crate) fn tell(&self, number: u64) -> Result<()> {
+    pub(crate) fn send(&self, number: u64) -> Result<()> {
         Ok((&self.0).write_all(&number.to_ne_bytes())?)
     }
 
     /// Reports to the parent that the child has reached the awaited point.
-    pub(crate) fn tell_ready(&self) -> Result<()> {
-        self.tell(0)
+    pub(crate) fn send_ready(&self) -> Result<()> {
+        self.send(0)
     }
 
-    /// Returns whether the parent has told the child to go on.
-    pub(crate) fn is_told(&self) -> Result<bool> {
+    /// Returns whether the parent has let the child go on.
+    pub(crate) fn may_continue(&self) -> Result<bool> {
         let mut line = [PollFd::new(&self.0, PollFlags::IN)];
         let now = Timespec::default();
         Ok(rustix::event::poll(&mut line, Some(&now))? > 0)
     }
 
-    /// Waits until the parent tells the child to go on.
+    /// Waits until the parent lets the child go on.
     pub(crate) fn wait(&self) -> Result<()> {
-        hear(&self.0).map(drop)
+        receive(&self.0).map(drop)
     }
 }
 
@@ -107,13 +107,13 @@ impl Child {
     }
 
     /// Waits for a number from the child.
-    pub(crate) fn hear(&self) -> Result<u64> {
-        hear(&self.line).context("a child does not get so far")
+    pub(crate) fn receive(&self) -> Result<u64> {
+        receive(&self.line).context("a child does not get so far")
     }
 
     /// Waits until the child reports that it has reached the awaited point.
     pub(crate) fn wait_ready(&self) -> Result<()> {
-        self.hear().map(drop)
+        self.receive().map(drop)
     }
 
     /// Waits until the child reports that it has reached the awaited point, and then sleeps.
@@ -125,7 +125,7 @@ impl Child {
         })
     }
 
-    /// Tells the child to go on.
+    /// Lets the child go on.
     pub(crate) fn go_on(&self) -> Result<()> {
         Ok((&self.line).write_all(&[0; 8])?)
     }
@@ -148,7 +148,7 @@ impl Child {
                     None => Ended::Badly,
                 });
             }
-            if start.elapsed() > PATIENCE {
+            if start.elapsed() > TIMEOUT {
                 bail!("child {} does not end", self.id());
             }
             thread::sleep(Duration::from_millis(1));
@@ -173,7 +173,7 @@ impl Drop for Child {
     }
 }
 
-fn hear(mut line: &UnixStream) -> Result<u64> {
+fn receive(mut line: &UnixStream) -> Result<u64> {
     let mut bytes = [0; 8];
     line.read_exact(&mut bytes)?;
     Ok(u64::from_ne_bytes(bytes))

@@ -58,13 +58,13 @@ pub struct Scribble {
 enum Place {
     Generation,
     Written,
-    ProducerWish,
+    ProducerThreshold,
     Note(bool),
     Records(bool),
     Dropped,
     ProducerRung,
     Read,
-    ConsumerWish,
+    ConsumerThreshold,
     ConsumerRung,
     /// The header at the consumer's cursor, or the word this many words after it.
     Next(u8),
@@ -97,7 +97,7 @@ impl Place {
         match self {
             Place::Generation => BASE + channel::GENERATION,
             Place::Written => BASE + channel::WRITTEN,
-            Place::ProducerWish => BASE + channel::PRODUCER_WISH,
+            Place::ProducerThreshold => BASE + channel::PRODUCER_THRESHOLD,
             Place::Note(which) => BASE + channel::NOTES[usize::from(which)],
             Place::Records(which) => {
                 BASE + channel::NOTES[usize::from(which)] + channel::NOTE_RECORDS
@@ -105,7 +105,7 @@ impl Place {
             Place::Dropped => BASE + channel::DROPPED,
             Place::ProducerRung => BASE + channel::PRODUCER_RUNG,
             Place::Read => BASE + channel::READ,
-            Place::ConsumerWish => BASE + channel::CONSUMER_WISH,
+            Place::ConsumerThreshold => BASE + channel::CONSUMER_THRESHOLD,
             Place::ConsumerRung => BASE + channel::CONSUMER_RUNG,
             Place::Next(further) => data(words.load(BASE + channel::READ) / 8 + u64::from(further)),
             Place::Data(word) => data(word.into()),

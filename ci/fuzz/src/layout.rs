@@ -39,16 +39,16 @@ pub fn check(layout: &Layout) {
 
 /// A layout from the input, which may be invalid.
 #[derive(Arbitrary, Debug)]
-pub struct Draft {
+pub struct LayoutInput {
     shift: u8,
     slots: u8,
     vectors: u8,
     raw: (u8, u8),
-    channels: Vec<ChannelDraft>,
+    channels: Vec<ChannelInput>,
 }
 
 #[derive(Arbitrary, Debug)]
-struct ChannelDraft {
+struct ChannelInput {
     name: u8,
     peers: (u8, u8),
     vector: u8,
@@ -58,21 +58,21 @@ struct ChannelDraft {
     shift: u8,
 }
 
-impl Draft {
+impl LayoutInput {
     /// Returns the layout, if it is valid.
     pub fn build(&self) -> Option<Layout> {
         let mut free = FIRST_FREE;
         let mut channels = Vec::new();
-        for draft in &self.channels {
-            let gap = PAGE_SIZE.wrapping_mul(i64::from(draft.gap) as u64);
+        for input in &self.channels {
+            let gap = PAGE_SIZE.wrapping_mul(i64::from(input.gap) as u64);
             let channel = Channel {
-                name: Name::new(&format!("channel-{}", draft.name))?,
-                producer: draft.peers.0.into(),
-                consumer: draft.peers.1.into(),
-                vector: draft.vector.into(),
-                drop_when_full: draft.drop_when_full,
+                name: Name::new(&format!("channel-{}", input.name))?,
+                producer: input.peers.0.into(),
+                consumer: input.peers.1.into(),
+                vector: input.vector.into(),
+                drop_when_full: input.drop_when_full,
                 offset: free.wrapping_add(gap),
-                capacity: 1 << (draft.shift % 64),
+                capacity: 1 << (input.shift % 64),
             };
             free = (channel.offset.wrapping_add(PAGE_SIZE)).wrapping_add(channel.capacity);
             channels.push(channel);

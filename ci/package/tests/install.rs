@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Test of barlink's packages on an ordinary Debian, by the commands of `docs/install.md`. They are
 //! installed, the system is booted, an ordinary user streams data, and the packages are removed.
 
@@ -90,11 +92,11 @@ fn packages_install_and_stream_on_clean_debian() -> Result<()> {
         "barlink-kernel-rust-headers",
         &format!("barlink-kernel-rust-headers {release}"),
     );
-    let told = printed(debian.run(&install)?)?;
-    ensure!(told.contains("the headers of"), "{told}");
+    let output = printed(debian.run(&install)?)?;
+    ensure!(output.contains("the headers of"), "{output}");
     ensure!(
-        told.contains(&format!("the driver is built for {release}")),
-        "{told}"
+        output.contains(&format!("the driver is built for {release}")),
+        "{output}"
     );
     header_tool_refuses_unusable_kernels(&debian)?;
     printed(debian.run(&format!("{here}{}", commands("# install on the host\n")?))?)?;
@@ -158,14 +160,14 @@ END
          ls $headers/rust
          cat $headers/rust/made-by-barlink"
     );
-    let told = printed(debian.run(&script)?)?;
+    let output = printed(debian.run(&script)?)?;
     for part in [
         "lost.so",
         "failed for the reason above",
         "core.rmeta",
         "unfinished",
     ] {
-        ensure!(told.contains(part), "no `{part}` in {told}");
+        ensure!(output.contains(part), "no `{part}` in {output}");
     }
     Ok(())
 }

@@ -25,7 +25,7 @@ const INSTRUMENTATION: [&str; 5] = [
 ];
 /// Time limit of one input, in seconds. A longer run is a finding, because no call may take long,
 /// independent of the other side.
-const PATIENCE: u64 = 10;
+const TIMEOUT: u64 = 10;
 
 /// Returns the names of the targets. Each target is a file.
 pub fn targets() -> Result<Vec<String>> {
@@ -97,7 +97,7 @@ fn run_target(target: &str, folder: &Path, seconds: u64, seed: u64) -> Result<St
     command.arg(format!("-max_total_time={seconds}"));
     // libFuzzer takes the seed 0 for a seed from the clock, and does not accept more than 32 bits.
     command.arg(format!("-seed={}", seed % u64::from(u32::MAX) + 1));
-    command.arg(format!("-timeout={PATIENCE}"));
+    command.arg(format!("-timeout={TIMEOUT}"));
     command.arg(format!("-artifact_prefix={}/", findings.display()));
     command.arg("-print_final_stats=1");
     let file = File::create(&log).with_context(|| format!("{} cannot be made", log.display()))?;
@@ -134,24 +134,24 @@ fn figure<'a>(log: &'a str, name: &str) -> Option<&'a str> {
 
 /// Describes the finding of a target from its log: the failure, and the command that repeats it.
 fn describe(text: &str, program: &Path, log: &Path) -> String {
-    let mut told = Vec::new();
+    let mut lines = Vec::new();
     // A panic's location, and on the next line its message.
     let panic = text
         .lines()
         .skip_while(|line| !line.contains("panicked at"));
-    told.extend(panic.take(2).map(str::to_owned));
+    lines.extend(panic.take(2).map(str::to_owned));
     let summary = text.lines().find(|line| line.starts_with("SUMMARY: "));
-    told.extend(summary.map(str::to_owned));
-    if told.is_empty() {
-        told.extend(text.lines().last().map(str::to_owned));
+    lines.extend(summary.map(str::to_owned));
+    if lines.is_empty() {
+        lines.extend(text.lines().last().map(str::to_owned));
     }
     let input = text
         .split("Test unit written to ")
         .nth(1)
         .and_then(|rest| rest.lines().next());
-    told.extend(input.map(|input| format!("run it again: {} {input}", program.display())));
-    told.push(format!("all that was said: {}", log.display()));
-    told.join("\n")
+    lines.extend(input.map(|input| format!("run it again: {} {input}", program.display())));
+    lines.push(format!("all that was said: {}", log.display()));
+    lines.join("\n")
 }
 
 #[cfg(test)]
@@ -182,8 +182,8 @@ mod tests {
         let log = "#7 NEW\nthread '<unnamed>' (8) panicked at src/bin/x.rs:1:2:\nno end\nstack backtrace:\n  0: f\n\
                    SUMMARY: libFuzzer: deadly signal\n\
                    artifact_prefix='/f/'; Test unit written to /f/crash-1\nBase64: AA==\n";
-        let told = describe(log, Path::new("/t/x"), Path::new("/t/x.log"));
-        let lines: Vec<&str> = told.lines().collect();
+        let lines = describe(log, Path::new("/t/x"), Path::new("/t/x.log"));
+        let lines: Vec<&str> = lines.lines().collect();
         assert_eq!(
             lines,
             [

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The devices of the VM, and their memory and brokers on the host.
 
 use std::collections::HashMap;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the driver from inside a guest, over each transport. Some checks run once more in a
 //! guest with an IOMMU.
 //!

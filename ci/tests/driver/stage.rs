@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The VM that the checks run in, and the host's part in the checks.
 
 use std::sync::Arc;
@@ -119,11 +121,11 @@ impl Stage {
                 region,
                 peer,
                 vector,
-                patience,
+                timeout,
             } => {
-                let patience = Duration::from_millis(patience.into());
+                let timeout = Duration::from_millis(timeout.into());
                 let tap = self.devices.tap(region)?;
-                return Ok(Answer::Count(tap.wait(peer, vector, patience)?));
+                return Ok(Answer::Count(tap.wait(peer, vector, timeout)?));
             }
             Request::RingAll { region } => {
                 let (tap, facts) = (self.devices.tap(region)?, region.facts());

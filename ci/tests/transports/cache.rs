@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Cache modes: the modes that programs ask for, the modes that a stock kernel grants at the
 //! address of the BAR, and the reports of both sides. TCG does not show the effect of a mode on
 //! speed.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Channels between a real guest and host apps: streams both ways, killed ends, and guests that are
 //! reset or replaced.
 
@@ -344,7 +346,7 @@ fn next_qemu_continues_after_killed_one() -> Result<()> {
     assert_eq!(
         stream.end()?.0,
         Some(5),
-        "the host app is told that its peer is gone"
+        "the host app detects that its peer is gone"
     );
     wait_until("the slot is free", || {
         Ok(broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
@@ -352,7 +354,10 @@ fn next_qemu_continues_after_killed_one() -> Result<()> {
     let vm = guest(&broker)?;
     // Resets increase the number as well where the broker sees them, and a machine begins with a
     // reset.
-    ensure!(connection(&broker)? > before, "it is not told apart");
+    ensure!(
+        connection(&broker)? > before,
+        "the connections have the same number"
+    );
     assert_eq!(
         vm.run(["barlink-guest", "recv"])?.success()?,
         "for whoever comes"

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Idle ends sleep until the other side rings them.
 
 use std::io::Write;

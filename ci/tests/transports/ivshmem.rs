@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The conformance suite over QEMU's ivshmem-doorbell.
 
 use anyhow::Result;

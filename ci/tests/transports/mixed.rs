@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Two VMs of one broker, one over this transport and one over another.
 
 use anyhow::{Context, Result, ensure};

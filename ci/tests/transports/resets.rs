@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Resets of guests with a device over each transport, once or a hundred times, while processes
 //! have the devices open and mapped.
 

@@ -96,11 +96,11 @@ fn service_manager_stores_only_current_clients() -> Result<()> {
     let broker = Broker::start_managed(Artifacts::shared()?, TRANSPORT, &[])?;
     let manager = broker.manager().context("no manager")?;
     let clients = || {
-        let kept = manager.kept().into_iter();
-        kept.filter(|name| name.starts_with("client-")).count()
+        let stored = manager.stored().into_iter();
+        stored.filter(|name| name.starts_with("client-")).count()
     };
-    wait_until("no host app is kept", || Ok(clients() == 0))?;
-    let before = manager.kept();
+    wait_until("no host app is stored", || Ok(clients() == 0))?;
+    let before = manager.stored();
     ensure!(before.contains(&"memory".to_owned()), "{before:?}");
     let mut app = receive(&broker, "up")?.app;
     wait_for_holder(&broker, "up", "consumer", true)?;
@@ -109,8 +109,8 @@ fn service_manager_stores_only_current_clients() -> Result<()> {
     for _ in 0..10 {
         broker.inspect()?;
     }
-    wait_until("no host app is kept", || Ok(clients() == 0))?;
-    ensure!(manager.kept() == before);
+    wait_until("no host app is stored", || Ok(clients() == 0))?;
+    ensure!(manager.stored() == before);
     Ok(())
 }
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A VM with its broker, and host apps that stream.
 
 use std::io::Write;

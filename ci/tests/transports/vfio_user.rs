@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The conformance suite over vfio-user.
 #![expect(
     clippy::duplicate_mod,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The conformance suite over vhost-user, without `restart.rs`: a broker over vhost-user has no
 //! successor while a VM is there.
 #![expect(
@@ -13,7 +15,7 @@ use barlink_vm::{COMMAND_TIMEOUT, Vm};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::stranger::{self, Fault};
+use crate::foreign_device::{self, Fault};
 use crate::support::*;
 
 const TRANSPORT: Transport = Transport::VhostUser;
@@ -45,14 +47,14 @@ fn driver_declines_foreign_virtio_devices() -> Result<()> {
     for fault in Fault::ALL {
         config
             .arguments
-            .extend(stranger::start(folder.path(), fault)?);
+            .extend(foreign_device::start(folder.path(), fault)?);
     }
     let vm = Vm::boot(&config)?;
     load(&vm)?;
     let log = vm.run(["dmesg"])?.success()?;
     for fault in Fault::ALL {
-        let told = log.matches(fault.message()).count();
-        ensure!(told == 1, "{fault:?} is told {told} times: {log}");
+        let count = log.matches(fault.message()).count();
+        ensure!(count == 1, "{fault:?} is reported {count} times: {log}");
     }
     let bound = vm.run([
         "sh",
@@ -116,8 +118,8 @@ fn reset_virtio_device_returns_after_rebinding() -> Result<()> {
     wait_for_holder(&broker, "down", "consumer", true)?;
     let reset = "cd -P /sys/class/misc/barlink0/device && basename $PWD && echo 1 >../reset";
     let name = vm.run(["sh", "-c", reset])?.success()?;
-    let told = receiver.wait(COMMAND_TIMEOUT)?;
-    let error = String::from_utf8_lossy(&told.stderr).into_owned();
+    let ended = receiver.wait(COMMAND_TIMEOUT)?;
+    let error = String::from_utf8_lossy(&ended.stderr).into_owned();
     ensure!(error.contains("gone"), "{error}");
     wait_until("the host learns that the driver is gone", || {
         Ok(broker.inspect()?["guests"][0]["present"] == false)

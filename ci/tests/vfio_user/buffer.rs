@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A DMA buffer that a guest's driver allocates, as the host reads it.
 
 use anyhow::{Context, Result};
@@ -165,7 +167,7 @@ fn driver_announces_no_buffer_without_guest_memory() -> Result<()> {
         line.contains("of which 14 are filled; not announced to the device"),
         "{line}"
     );
-    let error = format!("{:#}", peek(&broker, 1).expect_err("it is not told"));
+    let error = format!("{:#}", peek(&broker, 1).expect_err("it is not announced"));
     assert!(error.contains(FORBIDDEN), "{error}");
     assert!(broker.inspect()?["broker"]["slots"][0]["vm"]["buffer"].is_null());
     Ok(())

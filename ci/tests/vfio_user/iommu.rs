@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! An IOMMU between the device and the guest's memory: the host reads exactly the memory that the
 //! guest maps for the device.
 

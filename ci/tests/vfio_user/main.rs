@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! barlink's own device on stock QEMU: the test accesses the registers itself, without a guest, and
 //! counts messages.
 
@@ -252,13 +254,15 @@ fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
         let resets = messages.iter().filter(|message| message.command == RESET);
         resets.count()
     };
-    let told = resets(&setting.relay.messages());
+    let count = resets(&setting.relay.messages());
     setting.tap.rings(HOST, 0)?;
     machine.qmp("system_reset", &json!({}))?;
     wait_until("the reset comes", || {
-        Ok(resets(&setting.relay.messages()) > told)
+        Ok(resets(&setting.relay.messages()) > count)
     })?;
-    wait_until("the host is told", || Ok(setting.connection()? > before))?;
+    wait_until("the host detects the reset", || {
+        Ok(setting.connection()? > before)
+    })?;
     assert!(setting.tap.rings(HOST, 0)? >= 1);
     // The firmware sets the device up again, and interrupts work as before.
     machine.wait_for_firmware(2)?;

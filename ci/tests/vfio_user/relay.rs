@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A relay between a VMM and the broker. It forwards everything and counts the VMM's messages. It
 //! can withhold one message or answer, as if the broker had ended in between.
 

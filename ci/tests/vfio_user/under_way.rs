@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A broker that is replaced or killed while it exchanges messages with the VM.
 //! `docs/transports.md` describes the consequences to users.
 
@@ -15,7 +17,7 @@ const VECTOR: u32 = 3;
 const RING: u32 = HOST << 16 | VECTOR;
 
 /// Time for which QEMU waits for an answer (`x-msg-timeout`).
-const PATIENCE_OF_QEMU: Duration = Duration::from_secs(5);
+const QEMU_TIMEOUT: Duration = Duration::from_secs(5);
 
 fn doorbell(device: &PciDevice) -> u64 {
     device.bars[0].0 + 12
@@ -184,7 +186,7 @@ fn vm_survives_missing_reply_from_killed_broker() -> Result<()> {
         ended(ringing)
     })?;
     let waited = start.elapsed();
-    assert!(waited > PATIENCE_OF_QEMU.mul_f64(0.9), "only {waited:?}");
+    assert!(waited > QEMU_TIMEOUT.mul_f64(0.9), "only {waited:?}");
     // QEMU waits for no more answers. With a wait for each of these rings it would take several
     // times as long.
     const MORE: u32 = 10;
@@ -194,7 +196,7 @@ fn vm_survives_missing_reply_from_killed_broker() -> Result<()> {
         machine.write(doorbell(&device), RING)?;
         assert_eq!(machine.read(registers + 8)?, u32::MAX);
     }
-    assert!(start.elapsed() < MORE * PATIENCE_OF_QEMU);
+    assert!(start.elapsed() < MORE * QEMU_TIMEOUT);
     machine.write(region + 4096, 0x600d_600d)?;
     assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
     Ok(())
@@ -236,7 +238,7 @@ fn kill_within_a_reset(half: Half, command: u16) -> Result<()> {
     setting.broker.start_again()?;
     ensure!(machine.qmp("query-status", &json!({}))?["running"] == true);
     let waited = start.elapsed();
-    ensure!(waited > PATIENCE_OF_QEMU.mul_f64(0.9), "only {waited:?}");
+    ensure!(waited > QEMU_TIMEOUT.mul_f64(0.9), "only {waited:?}");
     ensure!(machine.errors()?.contains("timed out"));
     // The firmware sets the device up again, and rings work both ways as before.
     machine.wait_for_firmware(2)?;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A minimal virtio driver inside the test: it finds the device's structures, sets the device up,
 //! resets it, and uses its queues (VirtIO 1.3, 4.1.4).
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The device over vhost-user on stock QEMU, without a guest: the test's own driver shows how QEMU
 //! presents the device, and the events that end QEMU.
 

@@ -34,7 +34,7 @@ impl Qmp {
             reader: BufReader::new(stream),
             events: VecDeque::new(),
         };
-        connection.receive().context("QEMU does not greet")?;
+        connection.receive().context("QEMU sends no greeting")?;
         let qmp = Self {
             connection: Mutex::new(connection),
             timeout,

@@ -36,13 +36,13 @@ pub struct ServiceManager {
 #[derive(Debug, Default)]
 struct State {
     /// Stored descriptors, the newest first. Several can have the same name.
-    kept: Vec<Kept>,
+    stored: Vec<StoredDescriptor>,
     ready: bool,
 }
 
 /// A stored descriptor with its name.
 #[derive(Debug)]
-struct Kept {
+struct StoredDescriptor {
     name: String,
     descriptor: OwnedFd,
     /// See [`identity`].
@@ -58,10 +58,10 @@ impl ServiceManager {
         let socket = folder.join("notify.sock");
         let listener = UnixDatagram::bind(&socket)?;
         let state = Arc::<(Mutex<State>, Condvar)>::default();
-        let told = Arc::clone(&state);
+        let shared = Arc::clone(&state);
         thread::spawn(move || {
             while let Ok((message, descriptors)) = receive(&listener) {
-                let (state, changed) = &*told;
+                let (state, changed) = &*shared;
                 let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.take_in(&message, descriptors);
                 changed.notify_all();
@@ -76,10 +76,10 @@ impl ServiceManager {
         state.ready = false;
         let mut mappings = Vec::new();
         let mut names = Vec::new();
-        for (number, kept) in (FIRST..).zip(&state.kept) {
-            names.push(kept.name.as_str());
+        for (number, stored) in (FIRST..).zip(&state.stored) {
+            names.push(stored.name.as_str());
             mappings.push(FdMapping {
-                parent_fd: kept.descriptor.try_clone()?,
+                parent_fd: stored.descriptor.try_clone()?,
                 child_fd: number,
             });
         }
@@ -111,12 +111,12 @@ impl ServiceManager {
     }
 
     /// Returns the names of the stored descriptors, sorted.
-    pub fn kept(&self) -> Vec<String> {
+    pub fn stored(&self) -> Vec<String> {
         let mut names: Vec<_> = self
             .lock()
-            .kept
+            .stored
             .iter()
-            .map(|kept| kept.name.clone())
+            .map(|stored| stored.name.clone())
             .collect();
         names.sort();
         names
@@ -144,20 +144,20 @@ impl State {
             for descriptor in descriptors {
                 // Does not store a file twice, even under another name.
                 let identity = identity(&descriptor);
-                let is_new = self.kept.iter().all(|kept| kept.identity != identity);
-                if self.kept.len() < ROOM && is_new {
+                let is_new = self.stored.iter().all(|stored| stored.identity != identity);
+                if self.stored.len() < ROOM && is_new {
                     let name = name.to_owned();
-                    let kept = Kept {
+                    let stored = StoredDescriptor {
                         name,
                         descriptor,
                         identity,
                     };
-                    self.kept.insert(0, kept);
+                    self.stored.insert(0, stored);
                 }
             }
         }
         if value("FDSTOREREMOVE") == Some("1") {
-            self.kept.retain(|kept| kept.name != name);
+            self.stored.retain(|stored| stored.name != name);
         }
         if value("READY") == Some("1") {
             self.ready = true;
@@ -213,7 +213,7 @@ mod tests {
         state.take_in("FDSTORE=1\nFDNAME=a\n", vec![copy(&first)]);
         state.take_in("FDSTORE=1\nFDNAME=a\n", vec![copy(&second)]);
         let names = |state: &State| -> String {
-            let names = state.kept.iter().map(|kept| kept.name.as_str());
+            let names = state.stored.iter().map(|stored| stored.name.as_str());
             names.collect()
         };
         assert_eq!(names(&state), "aa", "both of one name");

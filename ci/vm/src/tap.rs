@@ -17,14 +17,14 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::broker::Broker;
 
 /// Timeout of each wait for the broker.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The memory of a region, and the eventfds of all its peers.
 #[derive(Debug)]
 pub struct Tap {
     memory: File,
     /// Eventfds by peer and vector. Empty if the memory has no broker.
-    bells: Vec<Vec<OwnedFd>>,
+    eventfds: Vec<Vec<OwnedFd>>,
 }
 
 impl Tap {
@@ -33,29 +33,31 @@ impl Tap {
     /// transports. `slots` and `vectors` are the broker's numbers of slots and of vectors per peer.
     pub fn before_the_vm(broker: &Broker, slot: usize, slots: u32, vectors: u32) -> Result<Self> {
         let socket = UnixStream::connect(broker.socket(slot))?;
-        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(TIMEOUT))?;
         let (version, id) = (message(&socket)?.0, message(&socket)?.0);
         ensure!((version, id) == (0, i64::try_from(slot)?), "a strange slot");
         let memory = message(&socket)?.1.context("no memory")?;
-        let mut bells: Vec<_> = (0..=slots).map(|_| Vec::new()).collect();
+        let mut eventfds: Vec<_> = (0..=slots).map(|_| Vec::new()).collect();
         for _ in 0..(slots + 1) * vectors {
-            let (peer, bell) = message(&socket)?;
-            let bells = bells.get_mut(usize::try_from(peer)?).context("no peer")?;
-            bells.push(bell.context("no eventfd")?.into());
+            let (peer, eventfd) = message(&socket)?;
+            let eventfds = eventfds
+                .get_mut(usize::try_from(peer)?)
+                .context("no peer")?;
+            eventfds.push(eventfd.context("no eventfd")?.into());
         }
         drop(socket);
         let start = Instant::now();
         while !broker.inspect()?["broker"]["slots"][slot]["vm"].is_null() {
-            ensure!(start.elapsed() < PATIENCE, "the slot is not free again");
+            ensure!(start.elapsed() < TIMEOUT, "the slot is not free again");
             thread::sleep(Duration::from_millis(5));
         }
-        Ok(Self { memory, bells })
+        Ok(Self { memory, eventfds })
     }
 
     /// Makes a tap of memory alone, without eventfds.
     pub fn of_memory(memory: File) -> Self {
-        let bells = Vec::new();
-        Self { memory, bells }
+        let eventfds = Vec::new();
+        Self { memory, eventfds }
     }
 
     /// Reads `count` words from a byte offset.
@@ -74,7 +76,7 @@ impl Tap {
 
     /// Rings a vector of a peer `times` times, by one write.
     pub fn ring(&self, peer: u32, vector: u32, times: u64) -> Result<()> {
-        rustix::io::write(self.bell(peer, vector)?, &times.to_ne_bytes())?;
+        rustix::io::write(self.eventfd(peer, vector)?, &times.to_ne_bytes())?;
         Ok(())
     }
 
@@ -86,8 +88,8 @@ impl Tap {
     /// Returns peer, vector and number of rings of each vector that was rung since the last call.
     pub fn all_rings(&self) -> Result<Vec<(u32, u32, u64)>> {
         let mut all = Vec::new();
-        for (peer, bells) in (0..).zip(&self.bells) {
-            for (vector, _) in (0..).zip(bells) {
+        for (peer, eventfds) in (0..).zip(&self.eventfds) {
+            for (vector, _) in (0..).zip(eventfds) {
                 let times = self.rings(peer, vector)?;
                 all.extend((times != 0).then_some((peer, vector, times)));
             }
@@ -96,22 +98,22 @@ impl Tap {
     }
 
     /// Waits until a vector of a peer is rung, and returns how often. Returns 0 after the timeout.
-    pub fn wait(&self, peer: u32, vector: u32, patience: Duration) -> Result<u64> {
-        let bell = self.bell(peer, vector)?;
-        let timeout = Timespec::try_from(patience)?;
-        rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&timeout))?;
+    pub fn wait(&self, peer: u32, vector: u32, timeout: Duration) -> Result<u64> {
+        let eventfd = self.eventfd(peer, vector)?;
+        let timeout = Timespec::try_from(timeout)?;
+        rustix::event::poll(&mut [PollFd::new(eventfd, PollFlags::IN)], Some(&timeout))?;
         let mut count = [0; 8];
-        match rustix::io::read(bell, &mut count) {
+        match rustix::io::read(eventfd, &mut count) {
             Ok(_) => Ok(u64::from_ne_bytes(count)),
             Err(Errno::AGAIN) => Ok(0),
             Err(error) => Err(error.into()),
         }
     }
 
-    fn bell(&self, peer: u32, vector: u32) -> Result<&OwnedFd> {
-        let bells = self.bells.get(peer as usize);
-        let bell = bells.and_then(|bells| bells.get(vector as usize));
-        bell.with_context(|| format!("peer {peer} has no vector {vector}"))
+    fn eventfd(&self, peer: u32, vector: u32) -> Result<&OwnedFd> {
+        let eventfds = self.eventfds.get(peer as usize);
+        let eventfd = eventfds.and_then(|eventfds| eventfds.get(vector as usize));
+        eventfd.with_context(|| format!("peer {peer} has no vector {vector}"))
     }
 }
 

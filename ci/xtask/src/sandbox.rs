@@ -24,7 +24,7 @@ pub fn set_up(args: &ToolArgs) -> Result<ExitCode> {
     }
     if let Some(sandbox) = &tools.sandbox {
         println!("sandbox  {}", sandbox.folder.display());
-        for folder in setup::strangers()? {
+        for folder in setup::outdated()? {
             println!(
                 "unused   {}: another version's; `cargo xtask clean` removes it",
                 folder.display()

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of `cargo xtask demo` as a user types it: the crates that it builds, the arguments that it
 //! refuses before it builds anything, and the state after Ctrl-C.
 
@@ -26,11 +28,11 @@ fn refused(arguments: &[&str]) -> Result<String> {
         .env("CARGO", "/bin/false")
         .env_remove("BARLINK_ACCEL");
     let output = command.output()?;
-    let told = String::from_utf8(output.stderr)?;
-    ensure!(output.status.code() == Some(1), "{told}");
-    ensure!(told.lines().count() == 1, "{told}");
+    let errors = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(1), "{errors}");
+    ensure!(errors.lines().count() == 1, "{errors}");
     ensure!(fs::read_dir(cache.path())?.next().is_none(), "it began");
-    Ok(told)
+    Ok(errors)
 }
 
 #[test]
@@ -80,10 +82,10 @@ fn demo_refuses_kvm_without_access() -> Result<()> {
         .uid(nobody)
         .gid(nobody);
     let output = command.current_dir("/").output()?;
-    let told = String::from_utf8(output.stderr)?;
+    let errors = String::from_utf8(output.stderr)?;
     assert!(
-        told.contains("/dev/kvm is closed to this user: join the group"),
-        "{told}"
+        errors.contains("/dev/kvm is closed to this user: join the group"),
+        "{errors}"
     );
     Ok(())
 }
@@ -118,7 +120,7 @@ fn interrupted_demo_leaves_nothing_behind() -> Result<()> {
         let _ = end.recv_timeout(LIMIT);
         drop(group);
     });
-    let mut told = String::new();
+    let mut errors = String::new();
     for line in BufReader::new(output).lines() {
         let line = line?;
         // At this point the guest has booted, and a program runs on each side.
@@ -126,15 +128,15 @@ fn interrupted_demo_leaves_nothing_behind() -> Result<()> {
             // Sends the signal to the whole group, as a terminal does.
             kill_process_group(Pid::from_child(&demo), Signal::INT)?;
         }
-        told.push_str(&line);
-        told.push('\n');
+        errors.push_str(&line);
+        errors.push('\n');
     }
     let code = demo.wait()?.code();
     drop(ended);
     let _ = limit.join();
     ensure!(
-        code == Some(130) && told.ends_with("interrupted; nothing is left behind\n"),
-        "{code:?}: {told}"
+        code == Some(130) && errors.ends_with("interrupted; nothing is left behind\n"),
+        "{code:?}: {errors}"
     );
     let left: Vec<_> = fs::read_dir(folder.path())?.collect();
     ensure!(left.is_empty(), "{left:?}");

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Tests of the README's commands as a user types them: those for the host in one shell, those for
 //! the guest in a VM.
 //!

@@ -55,8 +55,8 @@ pub enum ControlError {
     },
     /// The broker does not answer.
     #[error(
-        "{path} is not the control socket of a broker: it does not answer (continue its process if that is stopped, or \
-         start the service whose manager keeps the socket)"
+        "no broker answers at {path}: continue its process if it is stopped, or start the service whose manager keeps \
+         the socket"
     )]
     NoAnswer {
         /// The socket.
@@ -64,7 +64,7 @@ pub enum ControlError {
     },
     /// The broker closed the connection without an answer, as it does for users who are not
     /// allowed.
-    #[error("the broker at {path} turned this process away: see its log")]
+    #[error("the broker at {path} rejected this process: see the broker's log")]
     Rejected {
         /// The socket.
         path: PathBuf,

@@ -30,30 +30,30 @@ use crate::memory::{Access, Mapping, Region};
 pub struct Buffer {
     // The mapping holds the buffer's file; the descriptor is not needed.
     region: Region,
-    reported: uapi::Buffer,
+    buffer: uapi::Buffer,
 }
 
 impl Buffer {
     /// Allocates a buffer of so many bytes, and maps it.
     pub(crate) fn new(file: &File, size: u64) -> Result<Self, Errno> {
-        let mut reported = uapi::Buffer {
+        let mut buffer = uapi::Buffer {
             size,
             ..uapi::Buffer::default()
         };
         // SAFETY: `BUFFER` reads and writes a `Buffer`, and returns a new descriptor, which has no
         // other owner.
         let descriptor = unsafe {
-            ioctl(file, Updater::<{ uapi::BUFFER }, _>::new(&mut reported))?;
-            OwnedFd::from_raw_fd(reported.descriptor)
+            ioctl(file, Updater::<{ uapi::BUFFER }, _>::new(&mut buffer))?;
+            OwnedFd::from_raw_fd(buffer.descriptor)
         };
         let size = usize::try_from(size).map_err(|_| Errno::INVAL)?;
         let region = Mapping::map(&descriptor, size, Access::ReadWrite)?.region();
-        Ok(Buffer { region, reported })
+        Ok(Buffer { region, buffer })
     }
 
     /// Returns the size in bytes.
     pub fn size(&self) -> u64 {
-        self.reported.size
+        self.buffer.size
     }
 
     /// Returns the address that the device uses: the guest-physical one, unless the guest has an
@@ -70,15 +70,15 @@ impl Buffer {
     /// # Ok::<(), barlink::Error>(())
     /// ```
     pub fn address(&self) -> u64 {
-        self.reported.address
+        self.buffer.address
     }
 
-    /// Returns whether the driver has reported the buffer to the device, so that the host can read
+    /// Returns whether the driver has announced the buffer to the device, so that the host can read
     /// it by [`Attachment::read_buffer`](crate::host::Attachment::read_buffer). Only barlink's own
     /// device takes such a report, over vfio-user with `--guest-memory` (`docs/protocol.md`, rule
     /// 6.17).
-    pub fn is_told(&self) -> bool {
-        self.reported.told == 1
+    pub fn is_announced(&self) -> bool {
+        self.buffer.announced == 1
     }
 
     /// Returns the bytes, for [`peek`](Region::peek) and [`poke`](Region::poke). The host can read

@@ -195,8 +195,8 @@ impl Device {
     /// Opens a device, and maps all of its region that can be mapped.
     pub(super) fn open(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
         let choice = (cache == Cache::Auto).then(|| choose(path)).transpose()?;
-        let wish = choice.as_ref().map_or(cache, |choice| choice.cache);
-        match Self::map(path, wish) {
+        let chosen = choice.as_ref().map_or(cache, |choice| choice.cache);
+        match Self::map(path, chosen) {
             // Another process has mapped the region since.
             Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => Ok(Device {
                 choice: Some(Choice::SAME),
@@ -441,20 +441,20 @@ impl Side for Device {
             },
             error => system("claim an end of a channel of", &self.path, error).into(),
         })?;
-        let bell = uapi::Doorbell {
+        let doorbell = uapi::Doorbell {
             peer: channel.peer(end.other()),
             vector: channel.vector,
         };
         // The driver may have got fewer vectors than the channels have.
         let wakes = channel.vector < info.vectors;
-        Ok((index, DeviceEvents::new(file, bell, wakes).into()))
+        Ok((index, DeviceEvents::new(file, doorbell, wakes).into()))
     }
 }
 
 /// Rings a vector of a peer.
-pub(crate) fn ring(file: &File, bell: uapi::Doorbell) -> Result<(), Errno> {
+pub(crate) fn ring(file: &File, doorbell: uapi::Doorbell) -> Result<(), Errno> {
     // SAFETY: `DOORBELL` takes a `Doorbell`, and reads it during the call.
-    unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(bell)) }
+    unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(doorbell)) }
 }
 
 fn open(path: &Path) -> Result<File, DeviceError> {

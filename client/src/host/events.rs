@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use rustix::event::epoll;
 
-use crate::bell::Bell;
 use crate::error::EventError;
 use crate::host::attachment::Claim;
+use crate::notifier::Notifier;
 
 /// The two vectors that an end sleeps on.
 const CONTROL: u64 = 0;
@@ -24,7 +24,7 @@ pub struct Eventfds {
     epoll: OwnedFd,
     /// These stay open, because they are in the epoll.
     _own: [OwnedFd; 2],
-    other: Bell,
+    other: Notifier,
     _claim: Claim,
 }
 
@@ -39,14 +39,14 @@ impl Eventfds {
         let epoll =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(EventError::of("make an epoll"))?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        for (bell, data) in [(&control, CONTROL), (&own, OWN)] {
-            epoll::add(&epoll, bell, epoll::EventData::new_u64(data), flags)
+        for (notifier, data) in [(&control, CONTROL), (&own, OWN)] {
+            epoll::add(&epoll, notifier, epoll::EventData::new_u64(data), flags)
                 .map_err(EventError::of("watch an eventfd"))?;
         }
         let mut eventfds = Eventfds {
             epoll,
             _own: [control, own],
-            other: Bell::from(other),
+            other: Notifier::from(other),
             _claim: claim,
         };
         // Earlier rings show as an edge now. They are no news, and no proof that doorbells arrive.

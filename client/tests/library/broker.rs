@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A broker in a folder of its own.
 
 use std::io::{PipeWriter, Write, pipe};
@@ -12,7 +14,7 @@ use barlink_broker::broker::{Broker, Config, Policy};
 use barlink_broker::transport::Ivshmem;
 
 /// Time for anything that takes no time.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A broker that runs until this is dropped.
 pub struct Running {

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The examples, which run against each other.
 
 use std::io::{BufRead, BufReader, Read};

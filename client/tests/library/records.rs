@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Sending and receiving single records.
 
 use std::fs::File;
@@ -164,7 +166,7 @@ fn options_change_an_end() {
     assert_eq!(held.kind(), ErrorKind::InUse);
     assert!(held.refusal().is_some());
     let waiting = std::thread::spawn(move || {
-        let options = ChannelOptions::new().claim_timeout(PATIENCE);
+        let options = ChannelOptions::new().claim_timeout(TIMEOUT);
         options.sender(&app, "loop").map(drop)
     });
     std::thread::sleep(Duration::from_millis(30));

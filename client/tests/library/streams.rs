@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Byte streams, by `Read` and `Write`, and between files.
 
 use std::fs::File;

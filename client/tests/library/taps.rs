@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Taps, which see what other programs exchange.
 
 use std::time::Duration;

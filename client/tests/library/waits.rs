@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Waiting by the descriptors of ends.
 
 use std::io::{Read, Write};
@@ -21,18 +23,15 @@ const SHORT: Duration = Duration::from_millis(20);
 fn descriptor_works_without_a_call_before() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
-    assert!(is_readable(&receiver, PATIENCE), "a first look is worth it");
+    assert!(is_readable(&receiver, TIMEOUT), "a first look is worth it");
     let _ = sender.send(Kind::USER, b"a").unwrap();
-    assert!(is_readable(&receiver, PATIENCE));
+    assert!(is_readable(&receiver, TIMEOUT));
     let _ = sender.send(Kind::USER, b"b").unwrap();
-    // A program that takes one record at a time is told of the next.
+    // A program that takes one record at a time is woken for the next.
     drop(receiver.try_recv().unwrap().unwrap());
-    assert!(is_readable(&receiver, PATIENCE));
+    assert!(is_readable(&receiver, TIMEOUT));
     drop(receiver.recv().unwrap());
-    assert!(
-        is_readable(&receiver, PATIENCE),
-        "nothing found nothing yet"
-    );
+    assert!(is_readable(&receiver, TIMEOUT), "nothing found nothing yet");
     assert!(receiver.try_recv().unwrap().is_none());
 }
 
@@ -44,7 +43,7 @@ fn idle_descriptor_is_quiet_once_doorbells_arrive() {
     for _ in 0..3 {
         while receiver.try_recv().unwrap().is_some() {}
         let _ = sender.send(Kind::USER, b"text").unwrap();
-        assert!(is_readable(&receiver, PATIENCE));
+        assert!(is_readable(&receiver, TIMEOUT));
     }
     while receiver.try_recv().unwrap().is_some() {}
     let start = Instant::now();
@@ -74,7 +73,7 @@ fn descriptor_is_readable_behind_a_stream() {
     for _ in 0..3 {
         while receiver.try_recv().unwrap().is_some() {}
         let _ = sender.send(Kind::USER, b"text").unwrap();
-        assert!(is_readable(&receiver, PATIENCE));
+        assert!(is_readable(&receiver, TIMEOUT));
     }
     while receiver.try_recv().unwrap().is_some() {}
     let sending = std::thread::spawn(move || {
@@ -90,7 +89,7 @@ fn descriptor_is_readable_behind_a_stream() {
     assert_eq!(received, b"a stream");
     let mut sender = sending.join().unwrap();
     let _ = sender.send(Kind::USER, b"behind").unwrap();
-    assert!(is_readable(&receiver, PATIENCE), "the record is not told");
+    assert!(is_readable(&receiver, TIMEOUT), "the record wakes nobody");
     assert_eq!(receiver.recv().unwrap().to_vec(), b"behind");
 }
 
@@ -110,8 +109,8 @@ fn waiter_is_woken_by_each_record() {
     let mut next = 0;
     while next < RECORDS {
         assert!(
-            is_readable(&receiver, PATIENCE),
-            "record {next} is not told"
+            is_readable(&receiver, TIMEOUT),
+            "record {next} wakes nobody"
         );
         while let Some(record) = receiver.try_recv().unwrap() {
             assert_eq!(record.to_vec(), next.to_le_bytes());
@@ -145,9 +144,9 @@ fn edge_triggered_waiter_is_woken_by_each_record() {
     while received < RECORDS {
         let mut events = Vec::with_capacity(1);
         let space = rustix::buffer::spare_capacity(&mut events);
-        let time = Timespec::try_from(PATIENCE).unwrap();
+        let time = Timespec::try_from(TIMEOUT).unwrap();
         let woken = epoll::wait(&epoll, space, Some(&time)).unwrap();
-        assert_eq!(woken, 1, "record {received} is not told");
+        assert_eq!(woken, 1, "record {received} wakes nobody");
         while let Some(record) = receiver.try_recv().unwrap() {
             assert_eq!(record.to_vec(), received.to_le_bytes());
             drop(record);
@@ -178,7 +177,7 @@ fn sender_is_told_of_room() {
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::Full);
                 full += 1;
-                assert!(is_readable(&sender, PATIENCE), "room is not told");
+                assert!(is_readable(&sender, TIMEOUT), "room wakes nobody");
             }
         }
     }

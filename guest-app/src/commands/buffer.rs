@@ -33,7 +33,7 @@ pub fn buffer(device: &Device, args: &args::Buffer) -> Result<()> {
         buffer.size()
     );
     buffer.region().poke(0, &bytes)?;
-    let told = match buffer.is_told() {
+    let report = match buffer.is_announced() {
         true => "announced to the device",
         false => {
             "not announced to the device: only barlink's own device takes a buffer, over vfio-user with --guest-memory"
@@ -42,7 +42,7 @@ pub fn buffer(device: &Device, args: &args::Buffer) -> Result<()> {
     let mut output = stdout();
     writeln!(
         output,
-        "{} bytes at {:#x}, of which {} are filled; {told}",
+        "{} bytes at {:#x}, of which {} are filled; {report}",
         buffer.size(),
         buffer.address(),
         bytes.len()

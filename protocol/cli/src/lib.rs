@@ -52,11 +52,12 @@ fn meant(command: &Command, mut words: impl Iterator<Item = OsString>) -> String
 /// Returns clap's description of an error as one line, without the usage and the reference to the
 /// help.
 fn one_line(error: &str) -> String {
-    let told = error.lines().map(str::trim);
-    let told = told.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
-    let told: Vec<_> = told.filter(|line| !line.is_empty()).collect();
-    let told = told.join("; ").replace(":; ", ": ");
-    told.strip_prefix("error: ").unwrap_or(&told).to_owned()
+    let lines = error.lines().map(str::trim);
+    let lines =
+        lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let lines: Vec<_> = lines.filter(|line| !line.is_empty()).collect();
+    let lines = lines.join("; ").replace(":; ", ": ");
+    lines.strip_prefix("error: ").unwrap_or(&lines).to_owned()
 }
 
 /// Prints the error of a program, if any, as one line. Returns the program's exit code: 0 for

@@ -13,7 +13,7 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Time for which a stream waits for the other end before it shows a message.
-const PATIENCE: Duration = Duration::from_secs(1);
+const MESSAGE_AFTER: Duration = Duration::from_secs(1);
 
 /// A message on the terminal that the stream waits for the other end. It is shown at most once.
 pub struct Wait {
@@ -99,7 +99,7 @@ impl<'a> Meter<'a> {
             .start
             .map_or(0.0, |start| start.elapsed().as_secs_f64());
         // Errors of these writes are ignored because standard error may be closed.
-        let mut told = io::stderr();
+        let mut stderr = io::stderr();
         if json {
             let summary = serde_json::json!({
                 "bytes": total.bytes,
@@ -107,18 +107,18 @@ impl<'a> Meter<'a> {
                 "dropped": total.dropped,
                 "seconds": seconds,
             });
-            let _ = writeln!(told, "{summary}");
+            let _ = writeln!(stderr, "{summary}");
         } else if self.visible {
             let rate = HumanBytes((total.bytes as f64 / seconds.max(1e-9)) as u64);
             let bytes = HumanBytes(total.bytes);
-            let _ = writeln!(told, "{done} {bytes} in {seconds:.2} s, {rate}/s");
+            let _ = writeln!(stderr, "{done} {bytes} in {seconds:.2} s, {rate}/s");
         }
         if total.dropped > 0 && !json {
             let records = match total.dropped {
                 1 => "1 record was".to_owned(),
                 count => format!("{} records were", HumanCount(count)),
             };
-            let _ = writeln!(told, "{records} dropped because the channel was full");
+            let _ = writeln!(stderr, "{records} dropped because the channel was full");
         }
     }
 }
@@ -132,8 +132,8 @@ impl Watch for Meter<'_> {
         }
     }
 
-    fn patience(&self) -> Option<Duration> {
-        (!self.wait.is_over).then_some(PATIENCE)
+    fn report_after(&self) -> Option<Duration> {
+        (!self.wait.is_over).then_some(MESSAGE_AFTER)
     }
 
     fn waits(&mut self, is_away: bool) {

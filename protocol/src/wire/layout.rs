@@ -79,7 +79,7 @@ pub mod channel {
     /// Producer's cursor: bytes committed since the channel began.
     pub const WRITTEN: u64 = 128;
     /// Producer's wake threshold: the value of [`READ`] at which it wants to be woken; 0 for none.
-    pub const PRODUCER_WISH: u64 = 136;
+    pub const PRODUCER_THRESHOLD: u64 = 136;
     /// Two commit notes. Each has a cursor and the number of records that were committed up to it.
     /// A commit overwrites the older note before it stores [`WRITTEN`], so the note whose cursor
     /// equals [`WRITTEN`] is valid.
@@ -94,7 +94,7 @@ pub mod channel {
     pub const READ: u64 = 256;
     /// Consumer's wake threshold: the value of [`WRITTEN`] at which it wants to be woken; 0 for
     /// none.
-    pub const CONSUMER_WISH: u64 = 264;
+    pub const CONSUMER_THRESHOLD: u64 = 264;
     /// Number of doorbells that the consumer rang.
     pub const CONSUMER_RUNG: u64 = 272;
     /// First byte of the data area.

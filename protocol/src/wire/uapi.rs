@@ -162,14 +162,14 @@ pub struct Map {
     /// Cache mode: a [`CacheMode`] that [can be asked for](CacheMode::can_be_asked_for), or 0 for
     /// the mode of the region's live mappings; without live mappings 0 means noncached.
     pub cache: u32,
-    /// Flags: 0 or [`ON_TOUCH`].
+    /// Flags: 0 or [`ON_FAULT`].
     pub flags: u32,
 }
 
 /// Flag of [`Map`]: pages are mapped on fault, 2 MiB at once where size and alignment allow and no
 /// eager mapping of the region lives. The kernel grants the mode of an eager mapping of the same
 /// pages, otherwise noncached.
-pub const ON_TOUCH: u32 = 1;
+pub const ON_FAULT: u32 = 1;
 
 /// Argument of [`EVENTFD`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -214,7 +214,7 @@ pub struct Buffer {
     pub descriptor: i32,
     /// 1 if the driver announced the buffer to the device, otherwise 0. The driver does so only for
     /// barlink's own device ([`FEATURE_BUFFER`]).
-    pub told: u32,
+    pub announced: u32,
 }
 
 /// Result of `read`: a bit for each vector that has fired since this file's last `read`.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Ends and a reset that are killed between any two of their stores. On x86 other processes see the
 //! stores up to some moment, in order. Fresh ends look at each such state: it must be the state
 //! before the call or the state after it.
@@ -256,11 +258,11 @@ impl Ends {
                 states
             }
             7 => {
-                let (found, states) = memory.record(|| consumer.wish_for_record());
+                let (found, states) = memory.record(|| consumer.arm_for_record());
                 assert_eq!(found, Ok(!content.records.is_empty()));
                 states
             }
-            8 => memory.record(|| producer.wish_for_room(step.length)).1,
+            8 => memory.record(|| producer.arm_for_room(step.length)).1,
             9 => {
                 let (staged, states) = memory.record(|| stage(producer, step.length));
                 for _ in 0..staged {
@@ -274,7 +276,7 @@ impl Ends {
                 let (passed, states) = memory.record(|| {
                     let mut passed = 0;
                     while passed < BATCH && consumer.poll().unwrap() {
-                        consumer.pass();
+                        consumer.advance();
                         passed += 1;
                     }
                     let _ = consumer.release();

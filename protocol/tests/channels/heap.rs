@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A region on the heap, and ends whose doorbells are condition variables. Tests use them in place
 //! of a BAR.
 
@@ -52,12 +54,12 @@ struct State {
 }
 
 #[derive(Clone, Default)]
-struct Bell(Arc<(Mutex<State>, Condvar)>);
+struct Notifier(Arc<(Mutex<State>, Condvar)>);
 
 /// The doorbells of one end.
-pub struct Bells {
-    own: Bell,
-    other: Bell,
+pub struct Notifiers {
+    own: Notifier,
+    other: Notifier,
     start: Instant,
     /// Number of rings so far.
     pub rung: u32,
@@ -69,7 +71,7 @@ pub struct Bells {
 /// record.
 const SLEEP: Duration = Duration::from_millis(1);
 /// Time limit of every wait: longer than any step takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns the number of rounds of a loop that is repeated for depth: `full` if `BARLINK_TIER` is
 /// `soak`, and otherwise `brief`.
@@ -84,15 +86,12 @@ pub fn rounds(brief: u32, full: u32) -> u32 {
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(
-            start.elapsed() < PATIENCE,
-            "not within {PATIENCE:?}: {what}"
-        );
+        assert!(start.elapsed() < TIMEOUT, "not within {TIMEOUT:?}: {what}");
         std::thread::sleep(Duration::from_micros(50));
     }
 }
 
-impl Bells {
+impl Notifiers {
     /// Returns a function that tells whether this end sleeps and has not been rung yet.
     pub fn sleeper(&self) -> impl Fn() -> bool + Send + 'static {
         let own = self.own.clone();
@@ -103,10 +102,10 @@ impl Bells {
     }
 }
 
-pub fn bells() -> (Bells, Bells) {
-    let (a, b) = (Bell::default(), Bell::default());
+pub fn notifiers() -> (Notifiers, Notifiers) {
+    let (a, b) = (Notifier::default(), Notifier::default());
     let start = Instant::now();
-    let one = |own: &Bell, other: &Bell| Bells {
+    let one = |own: &Notifier, other: &Notifier| Notifiers {
         own: own.clone(),
         other: other.clone(),
         start,
@@ -116,7 +115,7 @@ pub fn bells() -> (Bells, Bells) {
     (one(&a, &b), one(&b, &a))
 }
 
-impl Events for Bells {
+impl Events for Notifiers {
     type Error = Infallible;
 
     fn ring(&mut self) -> Result<(), Infallible> {
@@ -133,9 +132,9 @@ impl Events for Bells {
     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
         // This limit also ends the wait for an end that has failed.
         let age = self.start.elapsed();
-        assert!(age < 2 * PATIENCE, "this channel is used for too long");
+        assert!(age < 2 * TIMEOUT, "this channel is used for too long");
         let (state, condvar) = &*self.own.0;
-        let limit = timeout.unwrap_or(PATIENCE);
+        let limit = timeout.unwrap_or(TIMEOUT);
         let mut guard = state.lock().unwrap();
         guard.asleep = limit >= SLEEP;
         let slept = condvar.wait_timeout_while(guard, limit, |state| !state.rung);
@@ -144,7 +143,7 @@ impl Events for Bells {
         let rung = std::mem::take(&mut state.rung);
         drop(state);
         // A lost wake-up must show as a failure and not as a hang.
-        assert!(rung || timeout.is_some(), "not rung within {PATIENCE:?}");
+        assert!(rung || timeout.is_some(), "not rung within {TIMEOUT:?}");
         Ok(rung)
     }
 
@@ -161,9 +160,9 @@ impl Events for Bells {
 pub fn ends(
     capacity: u64,
     drop_when_full: bool,
-) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
+) -> (Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>) {
     let (region, layout) = region(capacity, drop_when_full);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     ends_with(&region, &layout, a, b)
 }
 
@@ -171,9 +170,9 @@ pub fn ends(
 pub fn ends_with(
     region: &Heap,
     layout: &Layout,
-    a: Bells,
-    b: Bells,
-) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
+    a: Notifiers,
+    b: Notifiers,
+) -> (Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>) {
     let sender = Sender::attach(region.clone(), layout, 0, a).unwrap();
     (
         sender,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Channels on the heap: the ring itself, ends that sleep and wake each other, and ends that are
 //! killed.
 

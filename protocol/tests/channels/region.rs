@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Reading and writing any bytes of a region.
 
 use barlink_protocol::region::Region;

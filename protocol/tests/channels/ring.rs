@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Producer and consumer on the heap: order, wrapping, flow control, taking over after a crash, and
 //! channels with wrong words.
 
@@ -120,11 +122,11 @@ fn rings_only_end_with_armed_wake_up() {
     let (mut producer, mut consumer) = attach(&region, &layout);
     assert_eq!(send(&mut producer, b"awake"), Ok(false));
     assert!(receive(&mut consumer).is_some());
-    assert!(!consumer.wish_for_record().unwrap());
+    assert!(!consumer.arm_for_record().unwrap());
     assert_eq!(send(&mut producer, b"asleep"), Ok(true));
     assert_eq!(send(&mut producer, b"already rung"), Ok(false));
     while send(&mut producer, &[0; 1000]).is_ok() {}
-    assert!(!producer.wish_for_room(1000).unwrap());
+    assert!(!producer.arm_for_room(1000).unwrap());
     let mut rung = 0;
     while consumer.poll().unwrap() {
         rung += u32::from(consumer.release() == Notify::Ring);
@@ -136,17 +138,17 @@ fn rings_only_end_with_armed_wake_up() {
 fn rings_back_off_sleeper_at_half_channel() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
-    assert!(!consumer.wish_for_half().unwrap());
+    assert!(!consumer.arm_for_half().unwrap());
     // Each record takes 64 bytes with its header.
     let until_rung =
         |producer: &mut Producer<Memory>| (1..=64).find(|_| send(producer, &[0; 40]).unwrap());
     assert_eq!(until_rung(&mut producer), Some(32));
     while receive(&mut consumer).is_some() {}
-    assert!(!consumer.wish_for_half().unwrap());
-    consumer.withdraw_wish();
+    assert!(!consumer.arm_for_half().unwrap());
+    consumer.disarm();
     assert_eq!(until_rung(&mut producer), None);
-    assert!(!producer.wish_for_room(40).unwrap());
-    producer.withdraw_wish();
+    assert!(!producer.arm_for_room(40).unwrap());
+    producer.disarm();
     while consumer.poll().unwrap() {
         assert_eq!(consumer.release(), Notify::Quiet);
     }
@@ -163,7 +165,7 @@ fn staged_records_stay_invisible_until_published() {
     };
     stage(&mut producer, b"never was");
     let mut producer = attach(&region, &layout).0;
-    assert!(!consumer.wish_for_record().unwrap());
+    assert!(!consumer.arm_for_record().unwrap());
     assert_eq!(producer.publish(), Notify::Quiet);
     stage(&mut producer, b"one");
     stage(&mut producer, b"two");
@@ -184,10 +186,10 @@ fn next_release_frees_advanced_records() {
     let (region, layout) = region(4096, false);
     let (mut producer, mut consumer) = attach(&region, &layout);
     while send(&mut producer, &[0; 1000]).is_ok() {}
-    assert!(!producer.wish_for_room(1000).unwrap());
+    assert!(!producer.arm_for_room(1000).unwrap());
     for _ in 0..2 {
         assert!(consumer.poll().unwrap());
-        consumer.pass();
+        consumer.advance();
     }
     assert!(send(&mut producer, &[0; 1000]).is_err());
     // The records were passed but not released, so a successor finds them again.
@@ -209,7 +211,7 @@ fn consumer_rings_once_half_is_free() {
         while send(&mut producer, &[0; 40]).is_ok() {
             sent += 1;
         }
-        assert!(!producer.wish_for_half(40).unwrap());
+        assert!(!producer.arm_for_half(40).unwrap());
         let mut released = 1;
         while consumer.poll().unwrap() && consumer.release() == Notify::Quiet {
             released += 1;
@@ -423,7 +425,7 @@ proptest! {
     /// Checks rule 5.2 in both directions, for any wake threshold of the other end.
     #[test]
     fn end_rings_exactly_when_crossing_wake_threshold(
-        before in 0u64..40, wish in prop_oneof![(0i64..60).prop_map(|words| words as u64 * 8), any::<u64>()], more in 0u64..3
+        before in 0u64..40, threshold in prop_oneof![(0i64..60).prop_map(|words| words as u64 * 8), any::<u64>()], more in 0u64..3
     ) {
         let (region, layout) = region(4096, false);
         let base = layout.channels()[0].offset;
@@ -431,14 +433,14 @@ proptest! {
         for _ in 0..before {
             send(&mut producer, &[]).unwrap();
         }
-        let wish = wish.wrapping_add(more);
-        let crossed = before * 24 < wish && wish <= before * 24 + 24;
-        region.store(base + channel::CONSUMER_WISH, wish);
+        let threshold = threshold.wrapping_add(more);
+        let crossed = before * 24 < threshold && threshold <= before * 24 + 24;
+        region.store(base + channel::CONSUMER_THRESHOLD, threshold);
         prop_assert_eq!(send(&mut producer, &[]), Ok(crossed));
         for _ in 0..before {
             receive(&mut consumer).unwrap();
         }
-        region.store(base + channel::PRODUCER_WISH, wish);
+        region.store(base + channel::PRODUCER_THRESHOLD, threshold);
         prop_assert!(consumer.poll().unwrap());
         prop_assert_eq!(consumer.release() == Notify::Ring, crossed);
     }

@@ -1,8 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Sender and receiver in two threads that sleep and wake each other.
 
 use std::time::{Duration, Instant};
 
-use crate::heap::{PATIENCE, bells, ends, ends_with, hold, region, rounds, wait_until};
+use crate::heap::{TIMEOUT, ends, ends_with, hold, notifiers, region, rounds, wait_until};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{Events, Sent, Strategy, Wakeup};
 
@@ -73,7 +75,7 @@ fn batches_on_both_ends_never_deadlock() {
         while receiver.wait(None).unwrap() != Wakeup::Ready {}
         assert_eq!(receiver.record().unwrap().word(0), number);
         // The receiver releases them when it finds no further record.
-        receiver.pass();
+        receiver.advance();
     }
     producer.join().unwrap();
 }
@@ -81,7 +83,7 @@ fn batches_on_both_ends_never_deadlock() {
 #[test]
 fn spinning_end_notices_timeout_and_departed_peer() {
     let (region, layout) = region(4096, false);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (_sender, mut receiver) = ends_with(&region, &layout, a, b);
     receiver.set_strategy(Strategy::SPIN);
     let start = Instant::now();
@@ -89,7 +91,7 @@ fn spinning_end_notices_timeout_and_departed_peer() {
     assert_eq!(waited, Ok(Wakeup::TimedOut));
     hold(&region, &layout, 0);
     assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
-    assert!(start.elapsed() < PATIENCE);
+    assert!(start.elapsed() < TIMEOUT);
 }
 
 #[test]
@@ -201,9 +203,9 @@ fn dropping_sender_never_waits() {
 #[test]
 fn reservation_commits_only_filled_bytes() {
     let (mut sender, mut receiver) = ends(4096, false);
-    let mut draft = sender.draft(1000, None).unwrap().unwrap();
-    draft.write(0, b"short");
-    draft.commit(Kind::USER, 5).unwrap();
+    let mut reservation = sender.reserve(1000, None).unwrap().unwrap();
+    reservation.write(0, b"short");
+    reservation.commit(Kind::USER, 5).unwrap();
     assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
     let record = receiver.record().unwrap();
     assert_eq!((record.length(), record.header().kind), (5, Kind::USER));
@@ -212,7 +214,7 @@ fn reservation_commits_only_filled_bytes() {
 #[test]
 fn receiver_never_rings_vm_end_without_holder() {
     let (region, layout) = region(4096, false);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     assert_eq!(receiver.events().rung, 1, "it rings when it attaches");
     hold(&region, &layout, 0);
@@ -239,7 +241,7 @@ fn receiver_never_rings_vm_end_without_holder() {
 #[test]
 fn lost_doorbell_delays_but_loses_no_record() {
     let (region, layout) = region(4096, false);
-    let (mut a, b) = bells();
+    let (mut a, b) = notifiers();
     a.lost = 3;
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     let receiver_sleeps = receiver.events().sleeper();
@@ -256,12 +258,12 @@ fn lost_doorbell_delays_but_loses_no_record() {
     });
     let start = Instant::now();
     for number in 0..10 {
-        assert_eq!(receiver.wait(Some(PATIENCE)), Ok(Wakeup::Ready));
+        assert_eq!(receiver.wait(Some(TIMEOUT)), Ok(Wakeup::Ready));
         assert_eq!(receiver.record().unwrap().header().sequence, number);
         receiver.release().unwrap();
     }
     // Each lost ring costs a second at most.
     let took = start.elapsed();
-    assert!(took < PATIENCE / 2, "{took:?}");
+    assert!(took < TIMEOUT / 2, "{took:?}");
     producer.join().unwrap();
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Streams whose sender is away or invisible.
 
 use std::fs::File;
@@ -11,23 +13,23 @@ use barlink_protocol::wire::layout::{Channel, Layout};
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, state};
 
 use crate::heap::{
-    Bells, Heap, Memory, PATIENCE, bells, ends, ends_with, hold, region, wait_until,
+    Heap, Memory, Notifiers, TIMEOUT, ends, ends_with, hold, notifiers, region, wait_until,
 };
 
 /// The outcome of a stream over the heap's events, which cannot fail.
 type Outcome = Result<Progress, StreamError<std::convert::Infallible>>;
 
-fn receive_to_nowhere(receiver: &mut Receiver<Memory, Bells>) -> Outcome {
+fn receive_to_nowhere(receiver: &mut Receiver<Memory, Notifiers>) -> Outcome {
     let nowhere = File::options().write(true).open("/dev/null").unwrap();
     receive(receiver, nowhere.as_raw_fd(), &mut ())
 }
 
-fn send(sender: &mut Sender<Memory, Bells>, kind: Kind, bytes: &[u8]) {
+fn send(sender: &mut Sender<Memory, Notifiers>, kind: Kind, bytes: &[u8]) {
     assert_eq!(sender.send(kind, bytes, None), Ok(Sent::Committed));
 }
 
 /// Sends a stream, and makes its receiver wait for the end of the stream.
-fn send_haltingly(sender: &mut Sender<Memory, Bells>, region: &Heap, channel: &Channel) {
+fn send_haltingly(sender: &mut Sender<Memory, Notifiers>, region: &Heap, channel: &Channel) {
     send(sender, Kind::BEGIN, &[]);
     send(sender, Kind::DATA, b"four");
     wait_until("all is received", || {
@@ -47,17 +49,17 @@ const FOUR: Outcome = Ok(Progress {
 #[test]
 fn receiver_never_waits_for_departed_sender() {
     let (region, layout) = region(4096, false);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let mut sender = Sender::attach(region.clone(), &layout, 0, a).unwrap();
     send(&mut sender, Kind::BEGIN, &[]);
     send(&mut sender, Kind::DATA, b"four");
     hold(&region, &layout, 0);
     let mut receiver = Receiver::attach(region, &layout, 0, b).unwrap();
     // The receiver runs in a thread, so that an endless wait is a failure and not a hang.
-    let (tell, outcome) = std::sync::mpsc::channel();
-    std::thread::spawn(move || tell.send(receive_to_nowhere(&mut receiver)));
+    let (reporter, outcome) = std::sync::mpsc::channel();
+    std::thread::spawn(move || reporter.send(receive_to_nowhere(&mut receiver)));
     assert_eq!(
-        outcome.recv_timeout(PATIENCE),
+        outcome.recv_timeout(TIMEOUT),
         Ok(Err(StreamError::Incomplete(4)))
     );
 }
@@ -66,7 +68,7 @@ fn receiver_never_waits_for_departed_sender() {
 fn receiver_waits_for_late_sender() {
     let (region, layout) = region(4096, false);
     hold(&region, &layout, 0);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     // The receiver has not read the holder since, and need not read it while it has records to
     // receive.
@@ -92,7 +94,7 @@ fn receiver_waits_for_invisible_sender() {
     let layout = Layout::new(layout.region_size, 2, 1, entry.end(), 0, &[entry]).unwrap();
     let mapped = layout.presence_page(1) / 8;
     let region: Heap = Region::new((0..mapped).map(|_| AtomicU64::new(0)).collect());
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     let sending = std::thread::spawn(move || {
         send_haltingly(&mut sender, &region, &entry);
@@ -104,22 +106,22 @@ fn receiver_waits_for_invisible_sender() {
 
 /// Stores the reports of waits.
 struct Listener {
-    patience: Option<Duration>,
-    told: Vec<bool>,
+    report_after: Option<Duration>,
+    reports: Vec<bool>,
     /// Is called at each report of a wait.
     then: Box<dyn FnMut() + Send>,
 }
 
 impl Watch for Listener {
-    fn patience(&self) -> Option<Duration> {
-        self.patience
+    fn report_after(&self) -> Option<Duration> {
+        self.report_after
     }
 
     fn waits(&mut self, is_away: bool) {
-        self.told.push(is_away);
-        if self.told.len() == 2 {
+        self.reports.push(is_away);
+        if self.reports.len() == 2 {
             // From here on no wait is reported.
-            self.patience = None;
+            self.report_after = None;
         }
         (self.then)();
     }
@@ -128,8 +130,8 @@ impl Watch for Listener {
 impl Listener {
     fn new(then: impl FnMut() + Send + 'static) -> Self {
         Listener {
-            patience: Some(Duration::from_millis(10)),
-            told: Vec::new(),
+            report_after: Some(Duration::from_millis(10)),
+            reports: Vec::new(),
             then: Box::new(then),
         }
     }
@@ -138,15 +140,15 @@ impl Listener {
 #[test]
 fn receiver_reports_wait_to_listener() {
     let (region, layout) = region(4096, false);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     hold(&region, &layout, 0);
-    let (tell, told) = std::sync::mpsc::channel();
+    let (reporter, reported) = std::sync::mpsc::channel();
     let (entry, heap) = (layout.channels()[0], region.clone());
     let sending = std::thread::spawn(move || {
         // The stream begins after two reported waits and one wait that is not reported.
         for _ in 0..2 {
-            told.recv_timeout(PATIENCE).unwrap();
+            reported.recv_timeout(TIMEOUT).unwrap();
         }
         // The pause is usually longer than the time after which a wait is reported, but no third
         // wait is reported.
@@ -156,26 +158,26 @@ fn receiver_reports_wait_to_listener() {
     let mut listener = Listener::new(move || {
         // A process takes the producer's end.
         hold(&region, &layout, 1);
-        tell.send(()).unwrap();
+        reporter.send(()).unwrap();
     });
     let nowhere = File::options().write(true).open("/dev/null").unwrap();
     let outcome = receive(&mut receiver, nowhere.as_raw_fd(), &mut listener);
     assert_eq!(outcome, FOUR);
-    assert_eq!(listener.told, [true, false]);
+    assert_eq!(listener.reports, [true, false]);
     sending.join().unwrap();
 }
 
 #[test]
 fn sender_reports_wait_to_listener() {
     let (mut sender, mut receiver) = ends(4096, false);
-    let (tell, told) = std::sync::mpsc::channel();
+    let (reporter, reported) = std::sync::mpsc::channel();
     let receiving = std::thread::spawn(move || {
         for _ in 0..2 {
-            told.recv_timeout(PATIENCE).unwrap();
+            reported.recv_timeout(TIMEOUT).unwrap();
         }
         receive_to_nowhere(&mut receiver)
     });
-    let mut listener = Listener::new(move || tell.send(()).unwrap());
+    let mut listener = Listener::new(move || reporter.send(()).unwrap());
     // The file holds more than the channel.
     let source = File::open("/bin/sh").unwrap();
     let mut scratch = [0; 512];
@@ -185,7 +187,7 @@ fn sender_reports_wait_to_listener() {
         source.metadata().unwrap().len()
     );
     // No process holds the consumer's end in this region.
-    assert_eq!(listener.told, [true, true]);
+    assert_eq!(listener.reports, [true, true]);
     assert_eq!(receiving.join().unwrap(), sent);
 }
 
@@ -194,7 +196,7 @@ fn sender_reports_wait_to_listener() {
 #[test]
 fn dropping_channel_keeps_begin_of_empty_stream() {
     let (region, layout) = region(4096, true);
-    let (a, b) = bells();
+    let (a, b) = notifiers();
     let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
     send(&mut sender, Kind::BEGIN, &[]);
     send(&mut sender, Kind::DATA, b"four");

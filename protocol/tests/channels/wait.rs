@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The times for which an end spins and sleeps in its back-off. The clock advances only when the
 //! end reads it or sleeps. The other end is a script.
 
@@ -36,7 +38,7 @@ impl Other {
                 if !consumer.poll().unwrap() {
                     return None;
                 }
-                consumer.pass();
+                consumer.advance();
                 Some(consumer.release())
             }
         }
@@ -200,12 +202,12 @@ fn end_keeps_probing_whether_spinning_pays() {
 
 /// Start times of the other end, in microseconds, within the third back-off sleep. The whole
 /// channel would fill or drain in less time than this sleep takes.
-const IN_A_NAP: [u32; 3] = [310, 330, 350];
+const IN_A_BACK_OFF: [u32; 3] = [310, 330, 350];
 
 #[test]
 fn producer_rings_back_off_sleeper_before_waiting() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
-    for begins in IN_A_NAP {
+    for begins in IN_A_BACK_OFF {
         script.goes_on(begins * MICROSECOND, 3 * MICROSECOND);
         for _ in 0..32 {
             assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
@@ -223,7 +225,7 @@ fn producer_rings_back_off_sleeper_before_waiting() {
 
 #[test]
 fn consumer_rings_back_off_sleeper_before_waiting() {
-    for begins in IN_A_NAP {
+    for begins in IN_A_BACK_OFF {
         let (mut sender, script) = sender(Strategy::STREAM);
         script.goes_on(begins * MICROSECOND, 3 * MICROSECOND);
         assert_eq!(send(&mut sender), Sent::Committed);
@@ -263,7 +265,7 @@ fn back_off_sleeps_grow_to_a_limit() {
     assert_eq!(waited, Ok(Wakeup::TimedOut));
     let world = script.0.borrow();
     assert_eq!(world.longest, 800 * MICROSECOND);
-    assert!(world.sleeps > 6, "{} naps", world.sleeps);
+    assert!(world.sleeps > 6, "{} sleeps", world.sleeps);
 }
 
 /// Shows that a ring during a back-off sleep does not prove that doorbells arrive, because it may
@@ -340,7 +342,7 @@ fn wait_accepts_endless_durations() {
     let (mut receiver, script) = receiver(Strategy {
         least_spin: Duration::MAX,
         most_spin: Duration::MAX,
-        nap: Duration::MAX,
+        back_off: Duration::MAX,
     });
     for _ in 0..2 {
         script.goes_on(900 * MICROSECOND, Duration::MAX);
@@ -350,7 +352,7 @@ fn wait_accepts_endless_durations() {
     assert_eq!(script.0.borrow().sleeps, 0);
     receiver.set_strategy(Strategy {
         most_spin: Duration::ZERO,
-        nap: Duration::MAX,
+        back_off: Duration::MAX,
         ..Strategy::SPIN
     });
     script.goes_on(10_000 * MICROSECOND, Duration::MAX);

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Faults of other projects that a channel could have had as well: `docs/threat-model.md`, "Known
 //! faults of others".
 
@@ -13,7 +15,7 @@ use barlink_protocol::{
 use proptest::prelude::*;
 
 use crate::region::*;
-use crate::scribbler::Naps;
+use crate::scribbler::Sleeps;
 
 /// A timeout longer than any wait of these tests that reports an error.
 const LONG: Option<Duration> = Some(Duration::from_secs(10));
@@ -48,8 +50,8 @@ fn ends_ignore_later_superblock_changes() {
     let layout = layout();
     let words = words(&layout);
     let region = Region::new(words.clone());
-    let mut sender = Sender::attach(region.clone(), &layout, ATTACKED, Naps::new()).unwrap();
-    let mut receiver = Receiver::attach(region.clone(), &layout, ATTACKED, Naps::new()).unwrap();
+    let mut sender = Sender::attach(region.clone(), &layout, ATTACKED, Sleeps::new()).unwrap();
+    let mut receiver = Receiver::attach(region.clone(), &layout, ATTACKED, Sleeps::new()).unwrap();
     for word in &words[..512] {
         word.store(u64::MAX, Relaxed);
     }
@@ -75,8 +77,8 @@ fn receiver_reports_malformed_header_without_waiting() {
     let memory = Watched::new(&words, |_, _| ());
     let looks = memory.looks();
     let region = Region::new(memory);
-    let (naps, napped) = Naps::counted();
-    let mut receiver = Receiver::attach(region.clone(), &layout, ATTACKED, naps).unwrap();
+    let (sleeps, slept) = Sleeps::counted();
+    let mut receiver = Receiver::attach(region.clone(), &layout, ATTACKED, sleeps).unwrap();
     region.store(entry.offset + channel::DATA, u64::MAX);
     region.store(entry.offset + channel::WRITTEN, 64);
     for _ in 0..1000 {
@@ -85,7 +87,7 @@ fn receiver_reports_malformed_header_without_waiting() {
         assert!(looks.load(Relaxed) - before < 16);
         assert!(receiver.record().is_none());
     }
-    assert_eq!(napped.load(Relaxed), 0, "it slept over an error");
+    assert_eq!(slept.load(Relaxed), 0, "it slept over an error");
 }
 
 /// Checks the same fault at the other end: a producer does not wait for room if the consumer's
@@ -94,17 +96,17 @@ fn receiver_reports_malformed_header_without_waiting() {
 fn sender_reports_invalid_cursor_without_waiting() {
     let layout = layout();
     let region = Region::new(words(&layout));
-    let (naps, napped) = Naps::counted();
-    let mut sender = Sender::attach(region.clone(), &layout, ATTACKED, naps).unwrap();
+    let (sleeps, slept) = Sleeps::counted();
+    let mut sender = Sender::attach(region.clone(), &layout, ATTACKED, sleeps).unwrap();
     let now = Some(Duration::ZERO);
     while sender.send(Kind::USER, &[0; 1000], now).unwrap() == Sent::Committed {}
     region.store(layout.channels()[ATTACKED].offset + channel::READ, 3);
-    let before = napped.load(Relaxed);
+    let before = slept.load(Relaxed);
     for _ in 0..1000 {
         let sent = sender.send(Kind::USER, &[0; 1000], LONG);
         assert!(matches!(sent, Err(ChannelError::Corrupt(_))));
     }
-    assert_eq!(napped.load(Relaxed), before, "it slept over an error");
+    assert_eq!(slept.load(Relaxed), before, "it slept over an error");
 }
 
 /// Shows that an end that keeps changing, as a guest's driver can pretend, does not delay a
@@ -120,7 +122,7 @@ fn changing_peer_does_not_delay_deadline() {
         words[presence].fetch_add(1, Relaxed);
     });
     let region = Region::new(memory);
-    let mut sender = Sender::attach(region, &layout, ATTACKED, Naps::new()).unwrap();
+    let mut sender = Sender::attach(region, &layout, ATTACKED, Sleeps::new()).unwrap();
     let start = Instant::now();
     let timeout = Duration::from_millis(5);
     while sender.send(Kind::USER, &[0; 1000], Some(timeout)).unwrap() == Sent::Committed {}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! One word that changes before one look, for each look in turn. At each moment the outcome must be
 //! that of the old value or that of the new value.
 

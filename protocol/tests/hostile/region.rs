@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A region with three channels, whose middle one is under attack, and memory that calls a function
 //! before each look at it.
 

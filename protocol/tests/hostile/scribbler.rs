@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A thread that writes random words all over a channel, as fast as it can, while an end runs in
 //! another thread.
 
@@ -25,15 +27,15 @@ use crate::region::*;
 const TIME: Duration = Duration::from_millis(700);
 const ENOUGH: u64 = 200;
 /// Time limit of one call on a busy machine. No call waits for longer than a millisecond.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Events of an end that is never rung. It sleeps for its timeout, at most 100 µs.
-pub struct Naps {
+pub struct Sleeps {
     start: Instant,
     count: Arc<Counter>,
 }
 
-impl Naps {
+impl Sleeps {
     pub fn new() -> Self {
         Self::counted().0
     }
@@ -43,7 +45,7 @@ impl Naps {
         let count = Arc::<Counter>::default();
         let start = Instant::now();
         (
-            Naps {
+            Sleeps {
                 start,
                 count: count.clone(),
             },
@@ -52,7 +54,7 @@ impl Naps {
     }
 }
 
-impl Events for Naps {
+impl Events for Sleeps {
     type Error = Infallible;
 
     fn ring(&mut self) -> Result<(), Infallible> {
@@ -86,7 +88,7 @@ enum Reach {
 
 const PRODUCERS: Reach = Reach::Lines(&[
     channel::WRITTEN,
-    channel::PRODUCER_WISH,
+    channel::PRODUCER_THRESHOLD,
     channel::NOTES[0],
     channel::NOTES[0] + channel::NOTE_RECORDS,
     channel::NOTES[1],
@@ -96,7 +98,7 @@ const PRODUCERS: Reach = Reach::Lines(&[
 ]);
 const CONSUMERS: Reach = Reach::Lines(&[
     channel::READ,
-    channel::CONSUMER_WISH,
+    channel::CONSUMER_THRESHOLD,
     channel::CONSUMER_RUNG,
 ]);
 
@@ -212,7 +214,7 @@ fn attack(
             let now = calls.load(Relaxed);
             if now != seen {
                 (seen, since) = (now, Instant::now());
-            } else if since.elapsed() > PATIENCE {
+            } else if since.elapsed() > TIMEOUT {
                 // A thread that does not end cannot be joined, so the whole process aborts.
                 eprintln!("call {now} takes for ever; BARLINK_SEED={}", seed.0);
                 std::process::abort();
@@ -254,8 +256,8 @@ fn consumer(
             return;
         };
         let found = match random.random_range(0..8) {
-            0 => end.wish_for_record(),
-            1 => end.wish_for_half(),
+            0 => end.arm_for_record(),
+            1 => end.arm_for_half(),
             _ => end.poll(),
         };
         let Ok(found) = found else {
@@ -298,7 +300,7 @@ fn producer(
         };
         let length = random.random_range(0..2500);
         if random.random_range(0..4) == 0 {
-            let _ = end.wish_for_room(length);
+            let _ = end.arm_for_room(length);
             end.drop_record();
         }
         if let Ok(mut room) = end.reserve(length) {
@@ -317,10 +319,10 @@ fn ends(region: Region<Arc<[AtomicU64]>>, layout: &Layout) -> Box<dyn FnMut(&mut
     let timeout = Some(Duration::from_micros(200));
     Box::new(move |random| {
         if sender.is_none() {
-            sender = Sender::attach(region.clone(), &layout, ATTACKED, Naps::new()).ok();
+            sender = Sender::attach(region.clone(), &layout, ATTACKED, Sleeps::new()).ok();
         }
         if receiver.is_none() {
-            receiver = Receiver::attach(region.clone(), &layout, ATTACKED, Naps::new()).ok();
+            receiver = Receiver::attach(region.clone(), &layout, ATTACKED, Sleeps::new()).ok();
         }
         if let Some(end) = &mut sender {
             let bytes = vec![0x77; random.random_range(0..2000)];

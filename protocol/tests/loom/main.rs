@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Every interleaving of two ends, up to loom's bound on preemptions. The command is
 //! `RUSTFLAGS="--cfg loom" cargo test --release -p barlink-protocol --test loom`.
 //!

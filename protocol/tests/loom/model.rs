@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! The parts of the models: a region with one channel, doorbells, and a driver and a broker that
 //! write the presence pages.
 
@@ -100,9 +102,9 @@ pub fn model_of(preemptions: usize, test: impl Fn() + Sync + Send + 'static) {
 /// The doorbell on which the ends of one side sleep. It stands for the channel's vector and vector
 /// 0.
 #[derive(Clone)]
-pub struct Bell(Arc<(Mutex<bool>, Condvar)>);
+pub struct Notifier(Arc<(Mutex<bool>, Condvar)>);
 
-impl Bell {
+impl Notifier {
     pub fn ring(&self) {
         *self.0.0.lock().unwrap() = true;
         self.0.1.notify_one();
@@ -124,25 +126,25 @@ impl Bell {
 }
 
 #[derive(Clone)]
-pub struct Bells {
-    pub own: Bell,
-    pub other: Bell,
+pub struct Notifiers {
+    pub own: Notifier,
+    pub other: Notifier,
 }
 
-impl Bells {
+impl Notifiers {
     /// Returns the doorbells of the guest and of the host.
-    pub fn pair() -> (Bells, Bells) {
-        let bell = || Bell(Arc::new((Mutex::new(false), Condvar::new())));
-        let (own, other) = (bell(), bell());
-        let host = Bells {
+    pub fn pair() -> (Notifiers, Notifiers) {
+        let notifier = || Notifier(Arc::new((Mutex::new(false), Condvar::new())));
+        let (own, other) = (notifier(), notifier());
+        let host = Notifiers {
             own: other.clone(),
             other: own.clone(),
         };
-        (Bells { own, other }, host)
+        (Notifiers { own, other }, host)
     }
 }
 
-impl Events for Bells {
+impl Events for Notifiers {
     type Error = Infallible;
 
     fn ring(&mut self) -> Result<(), Infallible> {
@@ -175,12 +177,12 @@ pub struct Driver {
     region: Words,
     /// The end that the guest has.
     end: End,
-    host: Bell,
+    host: Notifier,
     page: u64,
 }
 
 impl Driver {
-    pub fn new(region: &Words, channel: &Channel, bells: &Bells) -> Self {
+    pub fn new(region: &Words, channel: &Channel, notifiers: &Notifiers) -> Self {
         Driver {
             region: region.clone(),
             end: if channel.producer == SLOT {
@@ -188,7 +190,7 @@ impl Driver {
             } else {
                 End::Consumer
             },
-            host: bells.other.clone(),
+            host: notifiers.other.clone(),
             page: layout(channel).presence_page(SLOT),
         }
     }
@@ -229,14 +231,14 @@ pub struct Broker {
     region: Words,
     /// The end that the host has.
     end: End,
-    guest: Bell,
-    host: Bell,
+    guest: Notifier,
+    host: Notifier,
     driver_page: u64,
 }
 
 impl Broker {
     /// Creates a broker that is present.
-    pub fn new(region: &Words, channel: &Channel, bells: &Bells) -> Self {
+    pub fn new(region: &Words, channel: &Channel, notifiers: &Notifiers) -> Self {
         let broker = Broker {
             region: region.clone(),
             end: if channel.producer == HOST {
@@ -244,8 +246,8 @@ impl Broker {
             } else {
                 End::Consumer
             },
-            guest: bells.other.clone(),
-            host: bells.own.clone(),
+            guest: notifiers.other.clone(),
+            host: notifiers.own.clone(),
             driver_page: layout(channel).presence_page(SLOT),
         };
         broker.write(presence::EPOCH, 1);

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Ends that attach, die and have successors, while driver and broker write the presence pages and
 //! ring in their real order. No fallback poll wakes a sleeper: each ring here is one that the
 //! protocol promises.
@@ -10,20 +12,25 @@ use barlink_protocol::{Consumer, Producer, Receiver, Sender, Sent, Wakeup};
 use loom::thread;
 
 use crate::model::{
-    Bells, Broker, Driver, Memory, Words, channel, channel_to_guest, model, model_of, region, words,
+    Broker, Driver, Memory, Notifiers, Words, channel, channel_to_guest, model, model_of, region,
+    words,
 };
 
-fn sender(region: &Words, channel: &Channel, bells: &Bells) -> Sender<Memory, Bells> {
+fn sender(region: &Words, channel: &Channel, notifiers: &Notifiers) -> Sender<Memory, Notifiers> {
     let peer = words(channel, End::Consumer);
-    Sender::attach_to(region.clone(), channel, peer, bells.clone()).unwrap()
+    Sender::attach_to(region.clone(), channel, peer, notifiers.clone()).unwrap()
 }
 
-fn receiver(region: &Words, channel: &Channel, bells: &Bells) -> Receiver<Memory, Bells> {
+fn receiver(
+    region: &Words,
+    channel: &Channel,
+    notifiers: &Notifiers,
+) -> Receiver<Memory, Notifiers> {
     let peer = words(channel, End::Producer);
-    Receiver::attach_to(region.clone(), channel, peer, bells.clone()).unwrap()
+    Receiver::attach_to(region.clone(), channel, peer, notifiers.clone()).unwrap()
 }
 
-fn send(sender: &mut Sender<Memory, Bells>, number: u64) {
+fn send(sender: &mut Sender<Memory, Notifiers>, number: u64) {
     let sent = sender.send(Kind::DATA, &number.to_le_bytes(), None);
     assert_eq!(sent, Ok(Sent::Committed));
 }
@@ -37,22 +44,22 @@ fn commit_and_die(region: &Words, channel: &Channel, number: u64) {
 }
 
 /// Releases the next record, and checks that it has this number and is whole.
-fn take(receiver: &mut Receiver<Memory, Bells>, number: u64) {
+fn take(receiver: &mut Receiver<Memory, Notifiers>, number: u64) {
     let record = receiver.record().unwrap();
     assert_eq!((record.header().sequence, record.word(0)), (number, number));
     receiver.release().unwrap();
 }
 
 /// Waits for a record, through any changes of the other end.
-fn receive(receiver: &mut Receiver<Memory, Bells>, number: u64) {
+fn receive(receiver: &mut Receiver<Memory, Notifiers>, number: u64) {
     while receiver.wait(None).unwrap() != Wakeup::Ready {}
     take(receiver, number);
 }
 
 /// Arms a wake-up of a consumer that dies in its sleep.
-fn wish_and_die(region: &Words, channel: &Channel) {
+fn arm_and_die(region: &Words, channel: &Channel) {
     let mut consumer = Consumer::attach(region.clone(), channel).unwrap();
-    assert_eq!(consumer.wish_for_record(), Ok(false));
+    assert_eq!(consumer.arm_for_record(), Ok(false));
 }
 
 /// Checks rule 5.6: an end that was not rung while it was away finds the records when it comes. The
@@ -63,13 +70,13 @@ fn arriving_driver_misses_no_record() {
     static SPARED: Counter = Counter::new(0);
     model_of(2, || {
         let (region, channel) = (region(), channel_to_guest());
-        let (guest, host) = Bells::pair();
+        let (guest, host) = Notifiers::pair();
         let (broker, driver) = (
             Broker::new(&region, &channel, &host),
             Driver::new(&region, &channel, &guest),
         );
         broker.occupy(1);
-        wish_and_die(&region, &channel);
+        arm_and_die(&region, &channel);
         let its_region = region.clone();
         let app = thread::spawn(move || {
             broker.hold(1);
@@ -100,14 +107,14 @@ fn arriving_driver_misses_no_record() {
 fn vm_after_killed_vm_misses_no_record() {
     model(|| {
         let (region, channel) = (region(), channel_to_guest());
-        let (guest, host) = Bells::pair();
+        let (guest, host) = Notifiers::pair();
         let broker = Broker::new(&region, &channel, &host);
         let driver = Driver::new(&region, &channel, &guest);
         broker.occupy(1);
         driver.arrive();
         broker.hold(1);
         driver.hold(1);
-        wish_and_die(&region, &channel);
+        arm_and_die(&region, &channel);
         let mut sender = sender(&region, &channel, &host);
         let app = thread::spawn(move || send(&mut sender, 0));
         broker.vacate();
@@ -126,7 +133,7 @@ fn vm_after_killed_vm_misses_no_record() {
 fn reset_guest_leaves_no_consumer_asleep() {
     model(|| {
         let (region, channel) = (region(), channel());
-        let (guest, host) = Bells::pair();
+        let (guest, host) = Notifiers::pair();
         let broker = Broker::new(&region, &channel, &host);
         let driver = Driver::new(&region, &channel, &guest);
         broker.occupy(1);
@@ -154,7 +161,7 @@ fn reset_guest_leaves_no_consumer_asleep() {
 fn dying_consumer_leaves_no_producer_asleep() {
     model(|| {
         let (region, channel) = (region(), channel_to_guest());
-        let (guest, host) = Bells::pair();
+        let (guest, host) = Notifiers::pair();
         let broker = Broker::new(&region, &channel, &host);
         let driver = Driver::new(&region, &channel, &guest);
         broker.occupy(1);
@@ -188,7 +195,7 @@ fn dying_consumer_leaves_no_producer_asleep() {
 fn dying_producer_leaves_no_consumer_asleep() {
     model(|| {
         let (region, channel) = (region(), channel());
-        let (guest, host) = Bells::pair();
+        let (guest, host) = Notifiers::pair();
         let broker = Broker::new(&region, &channel, &host);
         let driver = Driver::new(&region, &channel, &guest);
         broker.occupy(1);
@@ -231,7 +238,7 @@ fn dying_producer_leaves_no_consumer_asleep() {
 fn dying_host_app_leaves_no_guest_asleep() {
     model(|| {
         let (region, channel) = (region(), channel_to_guest());
-        let (guest, host) = Bells::pair();
+        let (guest, host) = Notifiers::pair();
         let broker = Broker::new(&region, &channel, &host);
         let driver = Driver::new(&region, &channel, &guest);
         broker.occupy(1);
@@ -265,7 +272,7 @@ fn dying_host_app_leaves_no_guest_asleep() {
 fn successor_wakes_consumer_of_killed_producer() {
     model(|| {
         let (region, channel) = (region(), channel());
-        let (guest, host) = Bells::pair();
+        let (guest, host) = Notifiers::pair();
         let mut receiver =
             Receiver::attach_to(region.clone(), &channel, None, host.clone()).unwrap();
         let its_region = region.clone();
@@ -287,7 +294,7 @@ fn successor_wakes_consumer_of_killed_producer() {
 fn waiting_end_rings_arriving_end() {
     model(|| {
         let (region, channel) = (region(), channel());
-        let (guest, host) = Bells::pair();
+        let (guest, host) = Notifiers::pair();
         let broker = Broker::new(&region, &channel, &host);
         let driver = Driver::new(&region, &channel, &guest);
         broker.occupy(1);

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Both ends of one channel, without presence words.
 
 use barlink_protocol::cursor::Kind;
@@ -7,11 +9,11 @@ use barlink_protocol::{
 use loom::sync::Arc;
 use loom::thread;
 
-use crate::model::{Bells, Memory, Words, channel, model, region};
+use crate::model::{Memory, Notifiers, Words, channel, model, region};
 
 /// Attaches both ends of a channel from the guest to the host.
-fn ends(region: &Words) -> (Sender<Memory, Bells>, Receiver<Memory, Bells>) {
-    let (guest, host) = Bells::pair();
+fn ends(region: &Words) -> (Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>) {
+    let (guest, host) = Notifiers::pair();
     let sender = Sender::attach_to(region.clone(), &channel(), None, guest).unwrap();
     let receiver = Receiver::attach_to(region.clone(), &channel(), None, host).unwrap();
     (sender, receiver)

@@ -25,10 +25,11 @@ use super::rejected::RejectedClients;
 use crate::broker::state::BrokerState;
 use crate::rate_limit::{Account, CONNECTIONS, NOT_ADMITTED, REJECTED};
 use crate::slot::{Session, Slot};
-use crate::socket::{Peer, descriptors, disconnect, has_hung_up};
+use crate::socket::{Peer, descriptors, disconnect, is_disconnected};
 use crate::transport::{Departure, Rejection, Transport, TransportError};
 
-/// Longest time until the end of a VM that has hung up is noticed, and the time between two looks.
+/// Longest time until the end of a VM that has disconnected is noticed, and the time between two
+/// looks.
 const NOTICE: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(1);
 /// Pause after a connection for which the kernel has no descriptor.
@@ -137,8 +138,8 @@ impl Acceptor {
         self.transport.reject(vm)
     }
 
-    /// Takes the slot. A VM that has hung up, and whose end is not noticed yet, does not block it:
-    /// a VM that unplugs its device connects again at once.
+    /// Takes the slot. A VM that has disconnected, and whose end is not noticed yet, does not block
+    /// it: a VM that unplugs its device connects again at once.
     fn occupy(&self, peer: Peer) -> Option<Session> {
         let start = Instant::now();
         loop {
@@ -147,7 +148,7 @@ impl Acceptor {
                 return session;
             }
             let present = self.slot.stored_vm();
-            let stays = present.is_some_and(|vm| !has_hung_up(&*vm));
+            let stays = present.is_some_and(|vm| !is_disconnected(&*vm));
             if stays || start.elapsed() > NOTICE {
                 return None;
             }
@@ -161,7 +162,7 @@ impl Acceptor {
         let (slot, id) = (&self.slot, self.slot.id());
         if !self.transport.survives_broker() {
             warn!(
-                "slot {id}: its VM is let go: its session was in the last broker, and has ended with it"
+                "slot {id}: its VM is disconnected: its session was in the last broker, and has ended with it"
             );
             // A service manager may keep the connection for a while.
             self.transport.abort(&vm);
@@ -172,9 +173,9 @@ impl Acceptor {
         // A connection that is not continued is removed when the slots are reaped.
         slot.store_vm(vm.clone());
         match Peer::of(&*vm) {
-            Ok(peer) if !has_hung_up(&*vm) => {
+            Ok(peer) if !is_disconnected(&*vm) => {
                 let attendant = self.attendant(peer).inspect_err(|error| {
-                    error!("slot {id}: no thread for {peer}, who is let go: {error}");
+                    error!("slot {id}: no thread for {peer}, so it is disconnected: {error}");
                 });
                 if let Ok(attendant) = attendant
                     && let Some(session) = slot.reoccupy(peer)
@@ -233,7 +234,7 @@ fn serve(
     match guarded(slot, peer, || transport.serve(&vm, slot)) {
         Some(Departure::Left) => log_departure(slot, peer),
         Some(Departure::Misbehaved(how)) => {
-            let message = format_args!("{peer} is let go: {how}");
+            let message = format_args!("{peer} is disconnected: {how}");
             slot.log(&CONNECTIONS, Level::Warn, message);
         }
         None => (),
@@ -262,7 +263,7 @@ fn guarded<T>(
         Ok(Err(problem)) => {
             let chain = successors(Some(&problem as &dyn Error), |&error| error.source());
             let problem = chain.map(ToString::to_string).collect::<Vec<_>>();
-            let message = format_args!("{peer} is let go: {}", problem.join(": "));
+            let message = format_args!("{peer} is disconnected: {}", problem.join(": "));
             slot.log(&CONNECTIONS, Level::Warn, message);
             None
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The connections of clients that were rejected and have not hung up.
+//! The connections of clients that were rejected and have not disconnected.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,9 +11,9 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags};
 
 use super::listener::Listener;
-use crate::socket::has_hung_up;
+use crate::socket::is_disconnected;
 use crate::transport::{Rejection, Transport};
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// Most rejected clients that stay connected. A further one disconnects the oldest.
 const MAX_REJECTED: usize = 8;
@@ -22,7 +22,7 @@ const MAX_REJECTED: usize = 8;
 pub struct RejectedClients {
     clients: Mutex<VecDeque<(Arc<UnixStream>, Rejection)>>,
     /// Rings when a client is added.
-    more: Bell,
+    more: Notifier,
 }
 
 impl RejectedClients {
@@ -30,7 +30,7 @@ impl RejectedClients {
     pub fn new() -> io::Result<Self> {
         Ok(RejectedClients {
             clients: Mutex::default(),
-            more: Bell::new()?,
+            more: Notifier::new()?,
         })
     }
 
@@ -68,7 +68,7 @@ impl RejectedClients {
                 if *rejection == Rejection::Pending {
                     *rejection = transport.reject(client);
                 }
-                !has_hung_up(client)
+                !is_disconnected(client)
             });
             if is_connected {
                 return Ok(());

@@ -128,7 +128,7 @@ pub fn serve(
                         let id = state.roster.next_client();
                         match watch(client.socket.as_fd().as_raw_fd(), id) {
                             Ok(()) => drop(clients.insert(id, client)),
-                            Err(error) => warn!("{} is let go: {error}", client.peer),
+                            Err(error) => warn!("{} is disconnected: {error}", client.peer),
                         }
                     }
                 }
@@ -157,7 +157,7 @@ pub fn serve(
                 unwatch(client);
                 let peer = client.peer;
                 let message = format_args!(
-                    "{peer} is let go: it said nothing for {} seconds",
+                    "{peer} is disconnected: it sent nothing for {} seconds",
                     IDLE_TIMEOUT.as_secs()
                 );
                 peer.log(&NOT_ADMITTED, Level::Warn, message);
@@ -217,7 +217,7 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
 /// The result of a request for its client.
 enum Next {
     Stays,
-    /// It has hung up, or is disconnected because of an error.
+    /// It has disconnected, or is disconnected because of an error.
     Leaves(Option<io::Error>),
     TakesOver,
 }
@@ -226,7 +226,7 @@ enum Next {
 /// them first, so one that did not was killed or has failed.
 fn log_departure(peer: Peer, held: &[String], error: Option<&io::Error>) {
     let verb = if error.is_some() {
-        "is let go"
+        "is disconnected"
     } else {
         "has left"
     };

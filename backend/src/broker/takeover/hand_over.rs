@@ -80,7 +80,9 @@ pub fn hand_over(
     match converse(successor, state, &stored, deadline) {
         Ok(true) => {
             for slot in locks.left_out() {
-                warn!("slot {slot}: its VM stays within a message, and is let go: start it again");
+                warn!(
+                    "slot {slot}: its VM stays within a message and is disconnected: start it again"
+                );
             }
             // Until this process ends, all messages are for the successor.
             std::mem::forget(locks);

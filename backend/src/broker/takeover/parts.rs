@@ -20,7 +20,7 @@ use crate::memory::{self, Access, Mapping, Region};
 use crate::persistence::state::PersistedState;
 use crate::persistence::{ClientId, DescriptorStore, Inheritance, name};
 use crate::slot::SharedRegion;
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// The parts of a broker, all of them stored.
 pub struct Parts {
@@ -92,7 +92,7 @@ impl Parts {
         let eventfds = (0..=layout.host())
             .map(|_| {
                 (0..layout.vectors)
-                    .map(|_| Bell::new().map(Arc::new))
+                    .map(|_| Notifier::new().map(Arc::new))
                     .collect()
             })
             .collect::<io::Result<_>>()
@@ -149,7 +149,7 @@ impl Parts {
             let vectors = 0..layout.vectors;
             let of_peer = vectors.map(|vector| {
                 let descriptor = take(&name::eventfd(peer, vector))?;
-                Ok(Arc::new(Bell::from(descriptor)))
+                Ok(Arc::new(Notifier::from(descriptor)))
             });
             eventfds.push(of_peer.collect::<Result<_, BrokerError>>()?);
         }
@@ -173,7 +173,7 @@ impl Parts {
             let mut memory = memory.map(File::from);
             if let Some(theirs) = memory.take_if(|theirs| has_other_size(theirs, size)) {
                 warn!(
-                    "slot {id}: another version of barlink noted what its VM is told, and it is let go: start it again"
+                    "slot {id}: another version of barlink stored the session of its VM in another form, so the VM is disconnected: start it again"
                 );
                 let vm = vm.take().map(|vm| (name::vm(id), vm));
                 let theirs = (name::session(id), theirs.into());
@@ -243,7 +243,7 @@ fn has_other_size(file: &File, size: u64) -> bool {
 fn shared_region(
     layout: Layout,
     memory: File,
-    eventfds: Vec<Vec<Arc<Bell>>>,
+    eventfds: Vec<Vec<Arc<Notifier>>>,
 ) -> Result<SharedRegion, BrokerError> {
     let words = map(&memory, layout.region_size)?;
     let read_only = memory::read_only(&memory)

@@ -117,8 +117,8 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
         )];
         let cache = guest.cache.as_ref().map(Cache::lines).unwrap_or_default();
         let before = iter::once("cache mode").chain(iter::repeat("  "));
-        let told = before.zip(cache);
-        lines.extend(told.map(|(before, line)| format!("  {before} {line}")));
+        let labelled = before.zip(cache);
+        lines.extend(labelled.map(|(before, line)| format!("  {before} {line}")));
         lines
     };
     snapshot

@@ -454,7 +454,7 @@ impl<'a> Device<'a> {
     fn log_no_buffer(&mut self, BufferRegisters { address, size }: BufferRegisters) {
         if !std::mem::replace(&mut self.logged_no_buffer, true) {
             let message = format_args!(
-                "the guest tells of a DMA buffer of {size} bytes at {address:#x}, which can be none, and is ignored"
+                "the guest announces a DMA buffer of {size} bytes at {address:#x}: ignored, because no buffer can be there"
             );
             self.slot.log(&REJECTED, Level::Warn, message);
         }

@@ -159,7 +159,7 @@ impl<'a> GuestMemory<'a> {
         }
         if !files.is_empty() {
             let id = slot.id();
-            info!("slot {id}: the guest's memory is let go, without --guest-memory");
+            info!("slot {id}: the guest's memory is unmapped, because --guest-memory is missing");
         }
     }
 

@@ -12,13 +12,13 @@ use super::msix::{MAX_VECTORS, MIN_VECTORS};
 use super::request::Fault;
 use super::session_state::SessionState;
 use crate::slot::Slot;
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// The interrupts of a session.
 pub struct Interrupts<'a> {
     slot: &'a Slot,
     state: &'a SessionState<'a>,
-    eventfds: Vec<Option<Arc<Bell>>>,
+    eventfds: Vec<Option<Arc<Notifier>>>,
 }
 
 impl<'a> Interrupts<'a> {
@@ -32,7 +32,7 @@ impl<'a> Interrupts<'a> {
             slot.remove_descriptor(&other);
             let eventfd = stored.get(&name)?.as_fd().try_clone_to_owned();
             eventfd
-                .map(|eventfd| Arc::new(Bell::from(eventfd)))
+                .map(|eventfd| Arc::new(Notifier::from(eventfd)))
                 .inspect_err(|error| debug!("slot {}: {name} is lost: {error}", slot.id()))
                 .ok()
         };
@@ -68,11 +68,11 @@ impl<'a> Interrupts<'a> {
     /// Sets the eventfds of vectors from `start` on, and takes them out of `descriptors`. If one of
     /// them is not an eventfd, none is set.
     pub fn set(&mut self, start: u32, descriptors: &mut Vec<OwnedFd>) -> Result<(), Fault> {
-        if !descriptors.iter().all(Bell::is_eventfd) {
+        if !descriptors.iter().all(Notifier::is_eventfd) {
             return Err(Fault::NotAnEventfd);
         }
         for (vector, descriptor) in (start..).zip(descriptors.drain(..)) {
-            let eventfd = Arc::new(Bell::from(descriptor));
+            let eventfd = Arc::new(Notifier::from(descriptor));
             self.store(vector, &eventfd);
             self.eventfds[vector as usize] = Some(eventfd);
             if self.state.is_pending(vector) {
@@ -85,7 +85,7 @@ impl<'a> Interrupts<'a> {
 
     /// Stores a vector's eventfd for a successor. It is stored under the other name before the last
     /// one is removed, so that a broker that is killed meanwhile leaves one of the two.
-    fn store(&self, vector: u32, eventfd: &Arc<Bell>) {
+    fn store(&self, vector: u32, eventfd: &Arc<Notifier>) {
         let [old, new] = names(self.state, vector);
         self.slot.store_descriptor(&new, eventfd.clone());
         self.state.change_stored_name(vector);

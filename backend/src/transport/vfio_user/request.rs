@@ -41,10 +41,10 @@ pub enum Fault {
         count: usize,
     },
     /// A descriptor is of the wrong kind.
-    #[error("an interrupt's descriptor is no eventfd")]
+    #[error("the descriptor of an interrupt is not an eventfd")]
     NotAnEventfd,
     /// A predecessor stored a range of guest memory without its file.
-    #[error("the file of the guest's memory was not kept")]
+    #[error("the file of the guest's memory was not stored")]
     NotStored,
     /// The version is not supported.
     #[error("version {major}.{minor} of vfio-user is not spoken here")]

@@ -35,7 +35,7 @@ use super::queue::{Memory, Queue, Served};
 use crate::memory::Access;
 use crate::rate_limit::REJECTED;
 use crate::slot::Slot;
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// Feature bit of VirtIO 1.
 const VERSION_1: u64 = 1 << 32;
@@ -54,9 +54,9 @@ pub struct Device {
     channel: Mutex<Option<Backend>>,
     run: Mutex<Run>,
     /// Calls the worker.
-    nudge: Bell,
+    nudge: Notifier,
     /// Rings when one of the daemon's threads ends.
-    over: Arc<Bell>,
+    over: Arc<Notifier>,
     ending: AtomicBool,
     /// Why the worker has ended.
     failure: Mutex<Option<String>>,
@@ -74,13 +74,13 @@ struct Run {
 
 impl Device {
     /// Creates the device of a slot. `over` rings when a thread of the daemon ends.
-    pub fn new(slot: Arc<Slot>, over: &Arc<Bell>) -> io::Result<Self> {
+    pub fn new(slot: Arc<Slot>, over: &Arc<Notifier>) -> io::Result<Self> {
         Ok(Device {
             slot,
             pending: Default::default(),
             channel: Mutex::default(),
             run: Mutex::default(),
-            nudge: Bell::new()?,
+            nudge: Notifier::new()?,
             over: Arc::clone(over),
             ending: AtomicBool::new(false),
             failure: Mutex::default(),
@@ -88,7 +88,7 @@ impl Device {
     }
 
     /// Lists the eventfds that the worker waits on, besides those of the queues, with their events.
-    pub fn events(&self) -> impl Iterator<Item = (&Bell, u16)> {
+    pub fn events(&self) -> impl Iterator<Item = (&Notifier, u16)> {
         let own = self.slot.region().eventfds(self.slot.id());
         let vectors = (VECTOR..).zip(own);
         let vectors = vectors.map(|(event, eventfd)| (&**eventfd, event));

@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use log::debug;
 
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 thread_local! {
     static GUARD: RefCell<Option<DropGuard>> = const { RefCell::new(None) };
 }
 
 /// Dropped with the thread.
-struct DropGuard(Arc<Bell>);
+struct DropGuard(Arc<Notifier>);
 
 impl Drop for DropGuard {
     fn drop(&mut self) {
@@ -25,7 +25,7 @@ impl Drop for DropGuard {
 }
 
 /// Makes the end of the calling thread ring an eventfd.
-pub fn guard_this_thread(over: &Arc<Bell>) {
+pub fn guard_this_thread(over: &Arc<Notifier>) {
     GUARD.with_borrow_mut(|guard| {
         guard.get_or_insert_with(|| DropGuard(Arc::clone(over)));
     });
@@ -39,20 +39,20 @@ mod tests {
 
     use super::*;
 
-    fn is_rung(bell: &Bell) -> bool {
+    fn is_rung(notifier: &Notifier) -> bool {
         let now = rustix::time::Timespec::default();
-        rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&now)) == Ok(1)
+        rustix::event::poll(&mut [PollFd::new(notifier, PollFlags::IN)], Some(&now)) == Ok(1)
     }
 
     #[test]
     fn notices_end_of_thread() {
         for panics in [false, true] {
-            let over = Arc::new(Bell::new().unwrap());
-            let bell = Arc::clone(&over);
+            let over = Arc::new(Notifier::new().unwrap());
+            let notifier = Arc::clone(&over);
             let thread = thread::spawn(move || {
-                guard_this_thread(&bell);
-                guard_this_thread(&bell);
-                assert!(!is_rung(&bell));
+                guard_this_thread(&notifier);
+                guard_this_thread(&notifier);
+                assert!(!is_rung(&notifier));
                 assert!(!panics, "as the test wants it");
             });
             assert_eq!(thread.join().is_err(), panics);

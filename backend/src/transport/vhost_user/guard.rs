@@ -24,7 +24,7 @@ use crate::rate_limit::REJECTED;
 use crate::slot::Slot;
 use crate::transport::shared_memory::is_safe;
 use crate::transport::{Departure, TransportError};
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// The descriptors of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,7 +99,7 @@ impl<'a> Guard<'a> {
     /// Forwards messages until the VMM leaves, or is disconnected. The VMM has no idle timeout,
     /// because QEMU connects before it allocates the guest's memory. Returns `None` if the daemon
     /// has ended, which `over` signals.
-    pub fn run(&self, over: &Arc<Bell>) -> Result<Option<Departure>, TransportError> {
+    pub fn run(&self, over: &Arc<Notifier>) -> Result<Option<Departure>, TransportError> {
         let misbehaved = |how| Ok(Some(Departure::Misbehaved(how)));
         loop {
             let mut all = [
@@ -163,9 +163,9 @@ impl<'a> Guard<'a> {
             }
             Brings::Memory => ranges_are_there(message),
             Brings::Kick => self.check_kick(message),
-            Brings::Eventfd if !descriptors.iter().all(Bell::is_eventfd) => Err(Rejected::Message(
-                "it sent something else than an eventfd for a queue",
-            )),
+            Brings::Eventfd if !descriptors.iter().all(Notifier::is_eventfd) => Err(
+                Rejected::Message("it sent something else than an eventfd for a queue"),
+            ),
             Brings::Channel => self.set_channel(descriptors),
             _ => Ok(()),
         }
@@ -177,10 +177,10 @@ impl<'a> Guard<'a> {
         let [kick] = message.descriptors.as_slice() else {
             return wrong("it sent a queue's kick without its eventfd");
         };
-        if !Bell::is_eventfd(kick) {
+        if !Notifier::is_eventfd(kick) {
             return wrong("it sent something else than an eventfd for a queue");
         }
-        if Bell::is_semaphore(kick).map_err(MessageError::Socket)? {
+        if Notifier::is_semaphore(kick).map_err(MessageError::Socket)? {
             return wrong("it sent an eventfd that is a semaphore for a queue's kick");
         }
         let bit = queue_bit(message, QUEUE_INDEX);

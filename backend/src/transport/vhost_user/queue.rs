@@ -20,7 +20,7 @@ use virtio_queue::{Error, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::footprint::Footprint;
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// The guest's memory.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -44,8 +44,8 @@ pub struct Queue {
 
 #[derive(Default)]
 struct Eventfds {
-    kick: Option<Bell>,
-    call: Option<Bell>,
+    kick: Option<Notifier>,
+    call: Option<Notifier>,
 }
 
 /// The result of [`Queue::serve`].
@@ -133,7 +133,7 @@ impl Queue {
     }
 
     fn ring(&self) {
-        if let Some(Err(error)) = self.eventfds.lock().call.as_ref().map(Bell::ring) {
+        if let Some(Err(error)) = self.eventfds.lock().call.as_ref().map(Notifier::ring) {
             debug!("a queue's interrupt does not fire: {error}");
         }
     }
@@ -177,11 +177,11 @@ fn wants_interrupt(flags: u16) -> bool {
 
 /// Copies a descriptor of an eventfd, for uses that do not wait. The guard has checked that it is
 /// one.
-fn eventfd(file: Option<&File>) -> Option<Bell> {
+fn eventfd(file: Option<&File>) -> Option<Notifier> {
     let copy = file?.try_clone().inspect_err(|error| {
         debug!("a queue has no eventfd: {error}");
     });
-    Some(Bell::from(OwnedFd::from(copy.ok()?)))
+    Some(Notifier::from(OwnedFd::from(copy.ok()?)))
 }
 
 impl<'a> VringStateGuard<'a, Memory> for Queue {

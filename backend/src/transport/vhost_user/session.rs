@@ -20,9 +20,9 @@ use super::device::Device;
 use super::guard::Guard;
 use super::loopback;
 use crate::slot::Slot;
-use crate::socket::has_hung_up;
+use crate::socket::is_disconnected;
 use crate::transport::{Departure, TransportError};
-use barlink::bell::Bell;
+use barlink::notifier::Notifier;
 
 /// Ends the worker, for which the daemon would otherwise wait forever.
 struct Ending<'a>(&'a Device);
@@ -35,12 +35,12 @@ impl Drop for Ending<'_> {
 
 /// Serves a client until it leaves.
 pub fn run(vm: &UnixStream, slot: &Arc<Slot>) -> Result<Departure, TransportError> {
-    if !Bell::can_tell() {
+    if !Notifier::can_check() {
         // Without it, a use of the client's eventfds could wait.
         let cure = "the kernel has no asynchronous I/O to spare: raise fs.aio-max-nr, and start the broker again";
         return Err(TransportError::Daemon(cure.into()));
     }
-    let over = Arc::new(Bell::new().map_err(TransportError::Receive)?);
+    let over = Arc::new(Notifier::new().map_err(TransportError::Receive)?);
     let device = Device::new(Arc::clone(slot), &over).map_err(TransportError::Receive)?;
     let device = Arc::new(device);
     let loopback = loopback::open().map_err(io::Error::from);
@@ -78,7 +78,7 @@ pub fn run(vm: &UnixStream, slot: &Arc<Slot>) -> Result<Departure, TransportErro
         }
         (None, Err(Error::WaitDaemon(panic))) => resume_unwind(panic),
         // A thread of the daemon can notice the end of a VMM before the guard does.
-        (None, _) if has_hung_up(vm) => Ok(Departure::Left),
+        (None, _) if is_disconnected(vm) => Ok(Departure::Left),
         (None, ended) => Err(match device.failure() {
             Some(failure) => TransportError::Daemon(failure),
             None => ended.map_or_else(

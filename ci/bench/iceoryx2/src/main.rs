@@ -15,7 +15,7 @@ use clap::{Args, Parser, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::Serialize;
 
-use self::port::{Inlet, Outlet, node};
+use self::port::{ReceivePort, SendPort, node};
 
 /// Runs one end of a measurement of iceoryx2 for `cargo xtask bench`
 #[derive(Parser)]
@@ -91,30 +91,30 @@ fn tell(measured: &impl Serialize) -> Result<()> {
 /// Sends the same record again and again, and last a record that carries a mark.
 fn send(shape: &Shape, time: u64) -> Result<Measured> {
     let node = node()?;
-    let mut outlet = Outlet::open(&node, &shape.service, shape.record_size, Wait::Spin)?;
+    let mut send_port = SendPort::open(&node, &shape.service, shape.record_size, Wait::Spin)?;
     let sum = (0..shape.record_size / 8).fold(0, |sum: u64, place| sum.wrapping_add(word(place)));
     let mut flow = Flow::begin();
     while flow.lasts(time) {
         for _ in 0..STRIDE.div_ceil(shape.record_size as u64) {
-            outlet.send(word)?;
+            send_port.send(word)?;
             flow.add(1, shape.record_size as u64, sum);
         }
     }
-    outlet.send(|_| LAST)?;
+    send_port.send(|_| LAST)?;
     let words = shape.record_size as u64 / 8;
     flow.add(1, shape.record_size as u64, LAST.wrapping_mul(words));
     let measured = flow.end();
-    outlet.wait_until_left()?;
+    send_port.wait_until_left()?;
     Ok(measured)
 }
 
 /// Receives until the marked record, and adds up all words. Timing starts with the first record.
 fn receive(shape: &Shape) -> Result<Measured> {
     let node = node()?;
-    let mut inlet = Inlet::open(&node, &shape.service, shape.record_size, Wait::Spin)?;
+    let mut receive_port = ReceivePort::open(&node, &shape.service, shape.record_size, Wait::Spin)?;
     let mut flow = None;
     loop {
-        let sample = inlet.receive()?;
+        let sample = receive_port.receive()?;
         let words = sample.payload();
         let flow = flow.get_or_insert_with(Flow::begin);
         let sum = words.iter().copied().fold(0, u64::wrapping_add);
@@ -135,23 +135,23 @@ fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<Trips> {
     let node = node()?;
     let [there, back] = there_and_back(service);
     let size = ask.record_size();
-    let mut inlet = Inlet::open(&node, &back, size, wait)?;
-    let mut outlet = Outlet::open(&node, &there, size, wait)?;
+    let mut receive_port = ReceivePort::open(&node, &back, size, wait)?;
+    let mut send_port = SendPort::open(&node, &there, size, wait)?;
     let others = (1..size / 8).fold(0, |sum: u64, place| sum.wrapping_add(word(place)));
     let trips = ask.trips(|bytes| {
         let (number, _) = bytes
             .split_first_chunk_mut()
             .context("a record has at least a word")?;
         let asked = u64::from_le_bytes(*number);
-        outlet.send(|place| if place == 0 { asked } else { word(place) })?;
-        let answer = inlet.receive()?;
+        send_port.send(|place| if place == 0 { asked } else { word(place) })?;
+        let answer = receive_port.receive()?;
         let sum = answer.payload().iter().copied().fold(0, u64::wrapping_add);
         // The remainder is the number, if every other word is unchanged.
         *number = sum.wrapping_sub(others).to_le_bytes();
         Ok(())
     })?;
-    outlet.send(|_| LAST)?;
-    inlet.receive()?;
+    send_port.send(|_| LAST)?;
+    receive_port.receive()?;
     Ok(trips)
 }
 
@@ -159,15 +159,15 @@ fn ask(service: &str, wait: Wait, ask: &Ask) -> Result<Trips> {
 fn answer(shape: &Shape, wait: Wait, think: Think) -> Result<Sleeps> {
     let node = node()?;
     let [there, back] = there_and_back(&shape.service);
-    let mut inlet = Inlet::open(&node, &there, shape.record_size, wait)?;
-    let mut outlet = Outlet::open(&node, &back, shape.record_size, wait)?;
+    let mut receive_port = ReceivePort::open(&node, &there, shape.record_size, wait)?;
+    let mut send_port = SendPort::open(&node, &back, shape.record_size, wait)?;
     let mut questions = think.questions();
     loop {
-        let question = questions.wait(|| inlet.receive())?;
+        let question = questions.wait(|| receive_port.receive())?;
         let words = question.payload();
-        outlet.send(|place| words.get(place).copied().unwrap_or_default())?;
+        send_port.send(|place| words.get(place).copied().unwrap_or_default())?;
         if words.first() == Some(&LAST) {
-            outlet.wait_until_left()?;
+            send_port.wait_until_left()?;
             return Ok(questions.sleeps());
         }
     }

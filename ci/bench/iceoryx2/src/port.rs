@@ -17,14 +17,14 @@ use iceoryx2::service::port_factory::event;
 use iceoryx2::service::port_factory::publish_subscribe;
 
 /// Time to wait for the other end to come or go, and the time between two checks.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(1);
 /// Largest number of samples under way. For large samples it is smaller: as many as a channel
 /// holds.
 const MOST_SAMPLES: usize = 1024;
 
 type Stream = publish_subscribe::PortFactory<ipc::Service, [u64], ()>;
-type Bell = event::PortFactory<ipc::Service>;
+type EventService = event::PortFactory<ipc::Service>;
 
 /// Creates the iceoryx2 node of this process.
 pub fn node() -> Result<Node<ipc::Service>> {
@@ -53,11 +53,15 @@ fn stream(node: &Node<ipc::Service>, service: &str, record_size: usize) -> Resul
 }
 
 /// Opens or creates the event for new samples, if the ends sleep.
-fn bell(node: &Node<ipc::Service>, service: &str, wait: Wait) -> Result<Option<Bell>> {
+fn event_service(
+    node: &Node<ipc::Service>,
+    service: &str,
+    wait: Wait,
+) -> Result<Option<EventService>> {
     if wait != Wait::Sleep {
         return Ok(None);
     }
-    let name = ServiceName::new(&format!("{service}/bell"))
+    let name = ServiceName::new(&format!("{service}/event"))
         .map_err(|error| anyhow!("{service}: {error:?}"))?;
     node.service_builder(&name)
         .event()
@@ -67,14 +71,14 @@ fn bell(node: &Node<ipc::Service>, service: &str, wait: Wait) -> Result<Option<B
 }
 
 /// The sending end of a service.
-pub struct Outlet {
+pub struct SendPort {
     publisher: Publisher<ipc::Service, [u64], ()>,
     notifier: Option<Notifier<ipc::Service>>,
     stream: Stream,
     words: usize,
 }
 
-impl Outlet {
+impl SendPort {
     /// Opens the sending end, and waits until the receiving end is there.
     pub fn open(
         node: &Node<ipc::Service>,
@@ -91,19 +95,19 @@ impl Outlet {
             .backpressure_strategy(BackpressureStrategy::RetryUntilDelivered)
             .create()
             .map_err(|error| anyhow!("{service} cannot be published to: {error}"))?;
-        let bell = bell(node, service, wait)?;
-        let notifier = bell
-            .map(|bell| bell.notifier_builder().create())
+        let event = event_service(node, service, wait)?;
+        let notifier = event
+            .map(|event| event.notifier_builder().create())
             .transpose();
         let notifier = notifier.map_err(|error| anyhow!("{service} has no event: {error}"))?;
-        let outlet = Self {
+        let send_port = Self {
             publisher,
             notifier,
             stream,
             words,
         };
-        outlet.wait_for(1)?;
-        Ok(outlet)
+        send_port.wait_for(1)?;
+        Ok(send_port)
     }
 
     /// Sends a record. `word` returns the word at an index.
@@ -112,13 +116,13 @@ impl Outlet {
         // A subscriber is counted before it has connected. Until then samples queue up. Once the
         // queue is full, a send reaches no subscriber and must be repeated.
         while self.put(&word)? == 0 {
-            ensure!(start.elapsed() < PATIENCE, "a sample reached nobody");
+            ensure!(start.elapsed() < TIMEOUT, "a sample reached nobody");
             std::thread::sleep(LOOK);
         }
         if let Some(notifier) = &self.notifier {
             notifier
                 .notify()
-                .map_err(|error| anyhow!("the event is not told: {error}"))?;
+                .map_err(|error| anyhow!("the event is not notified: {error}"))?;
         }
         Ok(())
     }
@@ -142,7 +146,7 @@ impl Outlet {
         let start = Instant::now();
         while self.stream.dynamic_config().number_of_subscribers() != subscribers {
             ensure!(
-                start.elapsed() < PATIENCE,
+                start.elapsed() < TIMEOUT,
                 "the other end does not come or go"
             );
             std::thread::sleep(LOOK);
@@ -152,12 +156,12 @@ impl Outlet {
 }
 
 /// The receiving end of a service.
-pub struct Inlet {
+pub struct ReceivePort {
     subscriber: Subscriber<ipc::Service, [u64], ()>,
     listener: Option<Listener<ipc::Service>>,
 }
 
-impl Inlet {
+impl ReceivePort {
     /// Opens the receiving end.
     pub fn open(
         node: &Node<ipc::Service>,
@@ -166,9 +170,9 @@ impl Inlet {
         wait: Wait,
     ) -> Result<Self> {
         let stream = stream(node, service, record_size)?;
-        let bell = bell(node, service, wait)?;
-        let listener = bell
-            .map(|bell| bell.listener_builder().create())
+        let event = event_service(node, service, wait)?;
+        let listener = event
+            .map(|event| event.listener_builder().create())
             .transpose();
         let listener = listener.map_err(|error| anyhow!("{service} has no event: {error}"))?;
         // The subscriber comes last, because the other end takes it for the complete end.
@@ -194,7 +198,7 @@ impl Inlet {
                 Some(listener) => {
                     listener
                         .blocking_wait(|_| ())
-                        .map_err(|error| anyhow!("the event is not told: {error}"))?;
+                        .map_err(|error| anyhow!("the event is not notified: {error}"))?;
                 }
             }
         }

@@ -12,7 +12,7 @@ use clap::Args;
 
 use crate::pipe::{Endpoint, LAST};
 use crate::rest::{Sleeps, Think};
-use crate::trip::{SILENCE, Wait};
+use crate::trip::{IDLE_TIMEOUT, Wait};
 
 /// Answers questions.
 #[derive(Args, Debug)]
@@ -91,27 +91,27 @@ impl Answer {
     }
 
     /// Rings each time it is rung, until it has not been rung for a second.
-    pub fn bells<E>(&self, mut events: E) -> Result<Sleeps>
+    pub fn doorbells<E>(&self, mut events: E) -> Result<Sleeps>
     where
         E: Events<Error: std::error::Error + Send + Sync + 'static>,
     {
         let mut questions = self.think.questions();
         // The other end may take a while to come.
-        let mut patience = 10 * SILENCE;
-        while questions.wait(|| sleep(&mut events, patience))? {
+        let mut timeout = 10 * IDLE_TIMEOUT;
+        while questions.wait(|| sleep(&mut events, timeout))? {
             events.ring()?;
-            patience = SILENCE;
+            timeout = IDLE_TIMEOUT;
         }
         Ok(questions.sleeps())
     }
 }
 
 /// Sleeps until a ring or the timeout. Returns `true` if it was rung.
-pub(crate) fn sleep<E>(events: &mut E, patience: Duration) -> Result<bool>
+pub(crate) fn sleep<E>(events: &mut E, timeout: Duration) -> Result<bool>
 where
     E: Events<Error: std::error::Error + Send + Sync + 'static>,
 {
-    let end = Instant::now() + patience;
+    let end = Instant::now() + timeout;
     loop {
         let left = end.saturating_duration_since(Instant::now());
         // Other rings end a sleep, too.

@@ -50,16 +50,16 @@ impl Cost {
             sender.publish()?;
             for _ in 0..self.records {
                 if receiver.wait(None)? == Wakeup::Ready {
-                    receiver.pass();
+                    receiver.advance();
                 }
             }
             receiver.release()?;
         } else if self.in_place {
             for _ in 0..self.records {
-                let mut draft = sender.draft(record.len(), None)?.context("no room")?;
-                draft.write(0, &record);
-                let length = draft.length();
-                draft.commit(Kind::DATA, length)?;
+                let mut reservation = sender.reserve(record.len(), None)?.context("no room")?;
+                reservation.write(0, &record);
+                let length = reservation.length();
+                reservation.commit(Kind::DATA, length)?;
             }
             for _ in 0..self.records {
                 receiver.wait(None)?;

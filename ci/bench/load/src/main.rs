@@ -103,14 +103,14 @@ enum Work {
         answer: Answer,
     },
     /// Ring as the producer of a channel, and wait to be rung
-    BellAsk {
+    DoorbellAsk {
         #[command(flatten)]
         end: End,
         #[command(flatten)]
         ask: Ask,
     },
     /// Wait to be rung as the consumer of a channel, and ring
-    BellAnswer {
+    DoorbellAnswer {
         #[command(flatten)]
         end: End,
         #[command(flatten)]
@@ -278,13 +278,13 @@ fn main() -> Result<()> {
             record_size,
             answer,
         } => tell(&answer.pipe(&endpoint, record_size)?),
-        Work::BellAsk { end, ask } => tell(&match &end.place.control {
-            Some(path) => ask.bells(attach(path)?.claim(&end.channel, Producer)?.1)?,
-            None => ask.bells(end.place.open()?.claim(&end.channel, Producer)?.1)?,
+        Work::DoorbellAsk { end, ask } => tell(&match &end.place.control {
+            Some(path) => ask.doorbells(attach(path)?.claim(&end.channel, Producer)?.1)?,
+            None => ask.doorbells(end.place.open()?.claim(&end.channel, Producer)?.1)?,
         }),
-        Work::BellAnswer { end, answer } => tell(&match &end.place.control {
-            Some(path) => answer.bells(attach(path)?.claim(&end.channel, Consumer)?.1)?,
-            None => answer.bells(end.place.open()?.claim(&end.channel, Consumer)?.1)?,
+        Work::DoorbellAnswer { end, answer } => tell(&match &end.place.control {
+            Some(path) => answer.doorbells(attach(path)?.claim(&end.channel, Consumer)?.1)?,
+            None => answer.doorbells(end.place.open()?.claim(&end.channel, Consumer)?.1)?,
         }),
         Work::PipeSend(send) => tell(&send.run()?),
         Work::PipeReceive(receive) => tell(&receive.run()?),

@@ -23,7 +23,7 @@ use crate::{Flow, Measured};
 /// First word of the last record.
 pub const LAST: u64 = u64::MAX;
 /// Time to wait for the other end.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The address of a pipe.
 #[derive(Clone, Debug)]
@@ -100,12 +100,12 @@ impl Endpoint {
     }
 }
 
-/// Connects, and repeats that for up to [`PATIENCE`] while it fails.
+/// Connects, and repeats that for up to [`TIMEOUT`] while it fails.
 fn insist<T>(connect: impl Fn() -> io::Result<T>) -> Result<T> {
     let start = Instant::now();
     loop {
         match connect() {
-            Err(_) if start.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(1)),
+            Err(_) if start.elapsed() < TIMEOUT => std::thread::sleep(Duration::from_millis(1)),
             connected => return Ok(connected?),
         }
     }

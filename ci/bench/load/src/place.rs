@@ -78,17 +78,17 @@ where
     M: Deref<Target = [AtomicU64]> + Clone,
     E: Events<Error: std::error::Error + Send + Sync + 'static>,
 {
-    let draft = sender.draft(8 * words, None)?;
+    let reservation = sender.reserve(8 * words, None)?;
     // Without a time limit the call waits until there is room.
-    let mut draft = draft.context("there is no room")?;
+    let mut reservation = reservation.context("there is no room")?;
     for first in (0..words).step_by(block.len()) {
         let count = block.len().min(words - first);
         let block = &mut block[..count];
         fill(first, block);
-        draft.write(8 * first as u32, block.as_flattened());
+        reservation.write(8 * first as u32, block.as_flattened());
     }
-    let length = draft.length();
-    Ok(draft.commit(Kind::USER, length)?)
+    let length = reservation.length();
+    Ok(reservation.commit(Kind::USER, length)?)
 }
 
 /// Computes the words of a block from their indices.

@@ -40,7 +40,7 @@ impl Ring {
 type Memory = Arc<[AtomicU64]>;
 
 /// Creates both ends of a channel in this process's memory.
-pub(crate) fn ends() -> Result<(Sender<Memory, Bells>, Receiver<Memory, Bells>)> {
+pub(crate) fn ends() -> Result<(Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>)> {
     let channel = Channel {
         name: Name::new("ring").context("a name that cannot be")?,
         producer: 0,
@@ -60,27 +60,27 @@ pub(crate) fn ends() -> Result<(Sender<Memory, Bells>, Receiver<Memory, Bells>)>
     let page = layout.presence_page(0);
     region.store(page + presence::EPOCH, 1);
     region.store(page + presence::holder(0, End::Producer), 1);
-    let (one, other) = Bells::pair();
+    let (one, other) = Notifiers::pair();
     let sender = Sender::attach(region.clone(), &layout, 0, one)?;
     let receiver = Receiver::attach(region, &layout, 0, other)?;
     Ok((sender, receiver))
 }
 
 #[derive(Clone, Default)]
-struct Bell(Arc<(Mutex<bool>, Condvar)>);
+struct Notifier(Arc<(Mutex<bool>, Condvar)>);
 
 /// The doorbells of one end.
-pub(crate) struct Bells {
-    own: Bell,
-    other: Bell,
+pub(crate) struct Notifiers {
+    own: Notifier,
+    other: Notifier,
     start: Instant,
 }
 
-impl Bells {
+impl Notifiers {
     fn pair() -> (Self, Self) {
-        let (own, other) = (Bell::default(), Bell::default());
+        let (own, other) = (Notifier::default(), Notifier::default());
         let start = Instant::now();
-        let one = |own: &Bell, other: &Bell| Bells {
+        let one = |own: &Notifier, other: &Notifier| Notifiers {
             own: own.clone(),
             other: other.clone(),
             start,
@@ -89,7 +89,7 @@ impl Bells {
     }
 }
 
-impl Events for Bells {
+impl Events for Notifiers {
     type Error = Infallible;
 
     fn ring(&mut self) -> Result<(), Infallible> {

@@ -80,7 +80,7 @@ impl Receive {
             }
             let flow = flow.get_or_insert_with(Flow::begin);
             flow.add(1, record.length() as u64, sum_of(record.words()));
-            receiver.pass();
+            receiver.advance();
             if flow.bytes() - released >= STRIDE {
                 released = flow.bytes();
                 receiver.release()?;

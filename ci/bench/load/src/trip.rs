@@ -18,7 +18,7 @@ use crate::pipe::{Endpoint, LAST};
 use crate::rest::{Sleeps, Think, WARM_UP};
 
 /// Time without a ring after which the other end of a bare doorbell is taken to have left.
-pub(crate) const SILENCE: Duration = Duration::from_secs(1);
+pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The way in which an end waits.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
@@ -137,13 +137,13 @@ impl Ask {
     }
 
     /// Rings, and waits to be rung.
-    pub fn bells<E>(&self, mut events: E) -> Result<Trips>
+    pub fn doorbells<E>(&self, mut events: E) -> Result<Trips>
     where
         E: Events<Error: std::error::Error + Send + Sync + 'static>,
     {
         self.trips(|_| {
             events.ring()?;
-            while !sleep(&mut events, SILENCE)? {
+            while !sleep(&mut events, IDLE_TIMEOUT)? {
                 // The first ring is lost if the other end was not there yet.
                 events.ring()?;
             }

@@ -165,25 +165,25 @@ pub(super) fn buffer_ends_with_its_last_user() -> Result<()> {
     map.write(0, 5);
     fails(device.buffer(PAGE), Errno::BUSY);
     // A forked child has the last mapping. Killing the child ends the buffer.
-    let heir = child(|parent| {
-        parent.tell_ready()?;
+    let forked = child(|parent| {
+        parent.send_ready()?;
         parent.wait()
     })?;
-    heir.wait_asleep()?;
+    forked.wait_asleep()?;
     let (head, tail) = map.split(PAGE);
     drop(tail);
     assert_eq!(head.read(0), 5);
     drop(head);
     fails(device.buffer(PAGE), Errno::BUSY);
-    heir.kill(Signal::KILL)?;
-    assert_eq!(heir.wait()?, Ended::By(Signal::KILL));
+    forked.kill(Signal::KILL)?;
+    assert_eq!(forked.wait()?, Ended::By(Signal::KILL));
     is_free(&device)?;
     // Killing the process that made a buffer ends the buffer, too.
     let maker = child(|parent| {
         let (file, _) = open(Region::Main)?.buffer(MAX_BUFFER)?;
         let map = file.map(0, MAX_BUFFER)?;
         map.write(0, 1);
-        parent.tell_ready()?;
+        parent.send_ready()?;
         parent.wait()
     })?;
     maker.wait_asleep()?;
@@ -239,17 +239,17 @@ pub(super) fn unbind_takes_the_buffer_from_every_process() -> Result<()> {
     let (map, last) = (file.map(0, SIZE)?, file.map(SIZE - PAGE, PAGE)?);
     map.write(0, 1);
     last.write(0, 1);
-    let heir = child(|parent| {
+    let forked = child(|parent| {
         map.write(8, 1);
-        parent.tell_ready()?;
+        parent.send_ready()?;
         parent.wait()?;
         map.read(8);
         Ok(())
     })?;
-    heir.wait_asleep()?;
+    forked.wait_asleep()?;
     unbind(Region::Main)?;
-    heir.go_on()?;
-    assert_eq!(heir.wait()?, Ended::By(Signal::BUS));
+    forked.go_on()?;
+    assert_eq!(forked.wait()?, Ended::By(Signal::BUS));
     for offset in [0, PAGE, SIZE - 8] {
         is_dead(&map, offset)?;
     }
@@ -317,7 +317,7 @@ pub(super) fn unbind_races_buffers() -> Result<()> {
         thread::sleep(Duration::from_micros(500 + 1400 * (round % 15)));
         unbind(Region::Main)?;
         for child in children {
-            alive += child.hear()?;
+            alive += child.receive()?;
             child.go_on()?;
             child.succeeds()?;
         }
@@ -332,7 +332,7 @@ pub(super) fn unbind_races_buffers() -> Result<()> {
 /// and asserts that each of them is dead.
 fn buffer_until_gone(parent: &Parent, forks: bool) -> Result<()> {
     let device = open(Region::Main)?;
-    parent.tell_ready()?;
+    parent.send_ready()?;
     let mut kept = Vec::new();
     for turn in 0.. {
         // Frees the buffer now and then, so that other processes can create theirs.
@@ -361,7 +361,7 @@ fn buffer_until_gone(parent: &Parent, forks: bool) -> Result<()> {
         }
         kept.push((file, map));
     }
-    parent.tell(kept.len() as u64)?;
+    parent.send(kept.len() as u64)?;
     parent.wait()?;
     for (file, map) in &kept {
         is_dead(map, 0)?;

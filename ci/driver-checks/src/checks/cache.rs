@@ -7,7 +7,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 use barlink_protocol::wire::layout::{PAGE_SIZE as PAGE, presence};
-use barlink_protocol::wire::uapi::{CacheMode, MAP, Map, ON_TOUCH};
+use barlink_protocol::wire::uapi::{CacheMode, MAP, Map, ON_FAULT};
 use rustix::io::Errno;
 use rustix::process::Signal;
 
@@ -28,7 +28,7 @@ const HUGE: u64 = 2 << 20;
 /// Asserts the modes that the driver reports for the live mappings, to programs and to the host. 0
 /// stands for none.
 #[track_caller]
-fn is_told(device: &Device, asked: u32, granted: u32) -> Result<()> {
+fn assert_reported(device: &Device, asked: u32, granted: u32) -> Result<()> {
     let info = device.info()?;
     assert_eq!((info.asked, info.granted), (asked, granted));
     assert_eq!(info.mapper != 0, asked != 0);
@@ -54,17 +54,17 @@ fn is_listed(device: &Device, offset: u64, length: u64, mode: CacheMode) -> Resu
     Ok(list.contains(&entry))
 }
 
-fn wish(device: &Device, cache: u32, flags: u32) -> rustix::io::Result<()> {
+fn set_options(device: &Device, cache: u32, flags: u32) -> rustix::io::Result<()> {
     device.map_as(Map { cache, flags })
 }
 
 pub(super) fn driver_grants_and_reports_each_cache_mode() -> Result<()> {
     for mode in MODES {
         let device = open(Region::Main)?;
-        is_told(&device, 0, 0)?;
-        wish(&device, mode as u32, 0)?;
+        assert_reported(&device, 0, 0)?;
+        set_options(&device, mode as u32, 0)?;
         let map = device.map(RAW, 4 * PAGE)?;
-        is_told(&device, mode as u32, mode as u32)?;
+        assert_reported(&device, mode as u32, mode as u32)?;
         assert_eq!(device.info()?.mapper, std::process::id());
         assert!(is_listed(&device, RAW, 4 * PAGE, mode)?, "{mode:?}");
         map.write(0, mode as u64);
@@ -74,25 +74,25 @@ pub(super) fn driver_grants_and_reports_each_cache_mode() -> Result<()> {
         host::set_word(Region::Main, RAW + 8, 17)?;
         assert_eq!(map.read(8), 17);
         drop(map);
-        is_told(&device, 0, 0)?;
+        assert_reported(&device, 0, 0)?;
     }
     Ok(())
 }
 
 pub(super) fn mapping_fixes_cache_mode_of_region() -> Result<()> {
     let (first, second) = (open(Region::Main)?, open(Region::Main)?);
-    wish(&first, CacheMode::WriteBack as u32, 0)?;
+    set_options(&first, CacheMode::WriteBack as u32, 0)?;
     let map = first.map(RAW, PAGE)?;
     // The mode holds for the whole region, so other modes are refused for another page and file.
     for other in [CacheMode::UncachedMinus, CacheMode::WriteCombining] {
-        wish(&second, other as u32, 0)?;
+        set_options(&second, other as u32, 0)?;
         fails(second.map(RAW + 8 * PAGE, PAGE), Errno::BUSY);
-        wish(&second, other as u32, ON_TOUCH)?;
+        set_options(&second, other as u32, ON_FAULT)?;
         fails(second.map(RAW + 8 * PAGE, PAGE), Errno::BUSY);
     }
     fails(open(Region::Main)?.map(RAW, PAGE), Errno::BUSY);
     // A file that asks for no mode gets the mode of the live mappings.
-    wish(&second, 0, 0)?;
+    set_options(&second, 0, 0)?;
     let beside = second.map(RAW + 8 * PAGE, PAGE)?;
     assert!(is_listed(
         &second,
@@ -102,17 +102,17 @@ pub(super) fn mapping_fixes_cache_mode_of_region() -> Result<()> {
     )?);
     // The mode outlives the first mapping and its file, and holds after a fork.
     drop((map, first));
-    let heir = child(|parent| {
-        parent.tell_ready()?;
+    let forked = child(|parent| {
+        parent.send_ready()?;
         parent.wait()?;
         beside.write(0, 5);
         Ok(())
     })?;
-    heir.wait_asleep()?;
+    forked.wait_asleep()?;
     let other = open(Region::Main)?;
     fails(other.map(RAW, PAGE), Errno::BUSY);
-    heir.go_on()?;
-    heir.succeeds()?;
+    forked.go_on()?;
+    forked.succeeds()?;
     drop((beside, second));
     drop(other.map(RAW, PAGE)?);
     // `INFO` names a process that has a live mapping.
@@ -120,7 +120,7 @@ pub(super) fn mapping_fixes_cache_mode_of_region() -> Result<()> {
         child(|parent| {
             let device = open(Region::Main)?;
             let _map = device.map(RAW, PAGE)?;
-            parent.tell_ready()?;
+            parent.send_ready()?;
             parent.wait()
         })
     };
@@ -141,7 +141,7 @@ pub(super) fn mapping_fixes_cache_mode_of_region() -> Result<()> {
     drop(map);
     assert_eq!(mapper()?, 0);
     // Another region has its own mode.
-    wish(&other, CacheMode::WriteCombining as u32, 0)?;
+    set_options(&other, CacheMode::WriteCombining as u32, 0)?;
     let _combining = other.map(RAW, PAGE)?;
     let _noncached = open(Region::Bus)?.map(RAW, PAGE)?;
     Ok(())
@@ -159,65 +159,65 @@ pub(super) fn driver_rejects_invalid_map_options() -> Result<()> {
         (0, 2),
         (0, u32::MAX),
     ] {
-        fails(wish(&device, cache, flags), Errno::INVAL);
+        fails(set_options(&device, cache, flags), Errno::INVAL);
     }
     fails(device.ioctl_on_null(MAP), Errno::FAULT);
     // The setting from before the refused calls still holds.
     let _map = device.map(RAW, PAGE)?;
     let noncached = CacheMode::UncachedMinus as u32;
-    is_told(&device, noncached, noncached)
+    assert_reported(&device, noncached, noncached)
 }
 
 pub(super) fn pages_are_mapped_on_fault() -> Result<()> {
     let device = open(Region::Main)?;
-    wish(&device, CacheMode::WriteBack as u32, ON_TOUCH)?;
+    set_options(&device, CacheMode::WriteBack as u32, ON_FAULT)?;
     let map = device.map(RAW, 64 * PAGE)?;
     // No page is mapped yet, so no mode is granted.
-    is_told(&device, CacheMode::WriteBack as u32, 0)?;
+    assert_reported(&device, CacheMode::WriteBack as u32, 0)?;
     map.write(PAGE, 1);
     assert_eq!(host::word(Region::Main, RAW + PAGE)?, 1);
     // The kernel has no mode registered for that page, so it grants noncached.
     let noncached = CacheMode::UncachedMinus as u32;
-    is_told(&device, CacheMode::WriteBack as u32, noncached)?;
+    assert_reported(&device, CacheMode::WriteBack as u32, noncached)?;
     // Mapping the same pages eagerly registers their mode. Pages that are mapped on fault get it
     // then.
     let whole = open(Region::Main)?;
-    wish(&whole, 0, 0)?;
+    set_options(&whole, 0, 0)?;
     let all = whole.map(RAW, 64 * PAGE)?;
     let cached = CacheMode::WriteBack as u32;
-    is_told(&device, cached, cached)?;
+    assert_reported(&device, cached, cached)?;
     map.write(2 * PAGE, 2);
     assert_eq!(map.read(PAGE), 1);
     assert_eq!(all.read(2 * PAGE), 2);
-    is_told(&device, cached, cached)?;
+    assert_reported(&device, cached, cached)?;
     // An eager mapping of other pages changes nothing. When only that one is left, the pages of
     // `map` have no registered mode any more. The driver reports the mode of the page that was
     // mapped last.
     let other = whole.map(RAW + 64 * PAGE, 64 * PAGE)?;
     assert_eq!(map.read(PAGE), 1);
-    is_told(&device, cached, cached)?;
+    assert_reported(&device, cached, cached)?;
     drop(all);
-    is_told(&device, cached, cached)?;
+    assert_reported(&device, cached, cached)?;
     assert_eq!(map.read(2 * PAGE), 2);
-    is_told(&device, cached, noncached)?;
+    assert_reported(&device, cached, noncached)?;
     assert_eq!(other.read(0), host::word(Region::Main, RAW + 64 * PAGE)?);
-    is_told(&device, cached, cached)?;
+    assert_reported(&device, cached, cached)?;
     drop(other);
     // No page is mapped now, because the last eager mapping is gone and took all entries with it.
-    is_told(&device, cached, 0)?;
+    assert_reported(&device, cached, 0)?;
     assert_eq!(map.read(2 * PAGE), 2);
-    is_told(&device, cached, noncached)?;
+    assert_reported(&device, cached, noncached)?;
     // When one of two kinds of mappings goes, the driver reports the mode of the kind that is left.
     let other = whole.map(RAW + 64 * PAGE, 64 * PAGE)?;
     assert_eq!(map.read(2 * PAGE), 2);
-    is_told(&device, cached, noncached)?;
+    assert_reported(&device, cached, noncached)?;
     drop(map);
-    is_told(&device, cached, cached)?;
+    assert_reported(&device, cached, cached)?;
     let map = device.map(RAW, 64 * PAGE)?;
     assert_eq!(map.read(2 * PAGE), 2);
-    is_told(&device, cached, noncached)?;
+    assert_reported(&device, cached, noncached)?;
     drop(other);
-    is_told(&device, cached, 0)?;
+    assert_reported(&device, cached, 0)?;
     // All entries are gone at this point, so the child inherits none and maps its own on fault.
     child(|_| {
         map.write(3 * PAGE, 3);
@@ -226,7 +226,7 @@ pub(super) fn pages_are_mapped_on_fault() -> Result<()> {
     .succeeds()?;
     assert_eq!(map.read(3 * PAGE), 3);
     drop(map);
-    is_told(&device, 0, 0)
+    assert_reported(&device, 0, 0)
 }
 
 /// Returns the number of page faults without I/O that this process has had so far.
@@ -239,7 +239,7 @@ fn minor_faults() -> Result<u64> {
 
 pub(super) fn large_pages_are_mapped_on_fault() -> Result<()> {
     let device = open(Region::Main)?;
-    wish(&device, 0, ON_TOUCH)?;
+    set_options(&device, 0, ON_FAULT)?;
     let length = 3 * HUGE;
     // The mapping's address is aligned to 2 MiB, as its page frames are.
     let map = device.map_aligned(2 * HUGE, length, HUGE)?;
@@ -250,7 +250,7 @@ pub(super) fn large_pages_are_mapped_on_fault() -> Result<()> {
         assert_eq!(host::word(Region::Main, 2 * HUGE + place)?, place + 2);
     }
     let noncached = CacheMode::UncachedMinus as u32;
-    is_told(&device, noncached, noncached)?;
+    assert_reported(&device, noncached, noncached)?;
     // The three large pages are mapped, so reading the 1536 small pages in them causes no faults.
     // Up to 15 are allowed for the kernel's own needs.
     let faults = minor_faults()?;
@@ -270,23 +270,23 @@ pub(super) fn large_pages_are_mapped_on_fault() -> Result<()> {
 }
 
 pub(super) fn large_page_never_covers_other_cache_mode() -> Result<()> {
-    let (whole, touched) = (open(Region::Main)?, open(Region::Main)?);
-    wish(&whole, CacheMode::WriteBack as u32, 0)?;
-    wish(&touched, 0, ON_TOUCH)?;
+    let (eager, on_fault) = (open(Region::Main)?, open(Region::Main)?);
+    set_options(&eager, CacheMode::WriteBack as u32, 0)?;
+    set_options(&on_fault, 0, ON_FAULT)?;
     let (cached, noncached) = (CacheMode::WriteBack as u32, CacheMode::UncachedMinus as u32);
     // The kernel has a mode registered for this page alone, not for the pages around it.
     let (block, middle) = (2 * HUGE, HUGE / 2);
-    let page = whole.map(block + middle, PAGE)?;
+    let page = eager.map(block + middle, PAGE)?;
     // The order in which pages of the block are touched does not matter.
     for places in [[0, middle], [middle, 0]] {
-        let map = touched.map_aligned(block, HUGE, HUGE)?;
+        let map = on_fault.map_aligned(block, HUGE, HUGE)?;
         for place in places {
             map.write(place, place + 1);
             let granted = if place == middle { cached } else { noncached };
-            is_told(&touched, cached, granted)?;
+            assert_reported(&on_fault, cached, granted)?;
         }
         assert!(is_listed(
-            &touched,
+            &on_fault,
             block + middle,
             PAGE,
             CacheMode::WriteBack
@@ -299,7 +299,7 @@ pub(super) fn large_page_never_covers_other_cache_mode() -> Result<()> {
 
 pub(super) fn faults_after_unbind_raise_sigbus() -> Result<()> {
     let device = open(Region::Main)?;
-    wish(&device, 0, ON_TOUCH)?;
+    set_options(&device, 0, ON_FAULT)?;
     let map = device.map(RAW, 4 * PAGE)?;
     map.write(0, 1);
     unbind(Region::Main)?;
@@ -310,6 +310,6 @@ pub(super) fn faults_after_unbind_raise_sigbus() -> Result<()> {
         assert_eq!(touched, Ended::By(Signal::BUS), "page {page}");
     }
     fails(device.map(RAW, PAGE), Errno::NODEV);
-    fails(wish(&device, 0, 0), Errno::NODEV);
+    fails(set_options(&device, 0, 0), Errno::NODEV);
     bind(Region::Main)
 }

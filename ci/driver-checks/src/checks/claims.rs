@@ -26,7 +26,7 @@ pub(super) fn claim_is_exclusive_until_file_closes() -> Result<()> {
     second.claim(UP)?;
     // The claim belongs to the open file, so a child with a copy of the descriptor keeps it.
     let keeper = child(|parent| {
-        parent.tell_ready()?;
+        parent.send_ready()?;
         parent.wait()
     })?;
     keeper.wait_ready()?;
@@ -74,7 +74,7 @@ pub(super) fn claim_ends_when_its_process_is_killed() -> Result<()> {
         let device = open(Region::Main)?;
         device.claim(UP)?;
         device.claim(DOWN)?;
-        parent.tell_ready()?;
+        parent.send_ready()?;
         parent.wait()
     })?;
     process.wait_ready()?;
@@ -93,11 +93,11 @@ pub(super) fn claim_ends_when_its_process_is_killed() -> Result<()> {
                 && host::holder(Region::Main, DOWN)? == (0, 0),
         )
     })?;
-    let mut told = 0;
+    let mut rings = 0;
     eventually("the host is rung for each", || {
-        told += host::rings(Region::Main, host_peer, 0)?;
-        Ok(told >= 2)
+        rings += host::rings(Region::Main, host_peer, 0)?;
+        Ok(rings >= 2)
     })?;
-    assert_eq!(told, 2);
+    assert_eq!(rings, 2);
     Ok(open(Region::Main)?.claim(UP)?)
 }

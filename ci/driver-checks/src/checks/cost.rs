@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
-use barlink_protocol::wire::uapi::{Eventfd, Map, ON_TOUCH};
+use barlink_protocol::wire::uapi::{Eventfd, Map, ON_FAULT};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::ask::{RAW, Region};
@@ -66,11 +66,11 @@ pub(super) fn memory_of_a_device_is_small() -> Result<()> {
         let Some(file) = file.filter(|_| vectors > 0) else {
             continue;
         };
-        let bell = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let notifier = eventfd(0, EventfdFlags::CLOEXEC)?;
         let signalled = allocated(|| {
             Ok(file.signal(Eventfd {
                 vector: 0,
-                descriptor: bell.as_fd().as_raw_fd(),
+                descriptor: notifier.as_fd().as_raw_fd(),
             })?)
         })?;
         ensure!(signalled.unaccounted == 0, "{signalled}");
@@ -82,10 +82,10 @@ pub(super) fn mappings_leave_nothing_behind() -> Result<()> {
     let cycles = |count| -> Result<()> {
         for round in 0..count {
             let device = open(Region::Main)?;
-            // Alternates between mappings whose pages are mapped at once and on touch.
+            // Alternates between mappings whose pages are mapped eagerly and on fault.
             device.map_as(Map {
                 cache: 0,
-                flags: round % 2 * ON_TOUCH,
+                flags: round % 2 * ON_FAULT,
             })?;
             let map = device.map(RAW, 16 * PAGE)?;
             map.write(0, round.into());

@@ -35,17 +35,17 @@ pub(super) fn nodes_are_numbered_and_private_to_root() -> Result<()> {
 }
 
 pub(super) fn foreign_memory_is_declined() -> Result<()> {
-    let told = || -> Result<usize> {
+    let declined = || -> Result<usize> {
         let line = |line: &&str| {
             line.contains(Region::Foreign.facts().pci)
                 && line.contains("declined: no barlink region")
         };
         Ok(module::log()?.lines().filter(line).count())
     };
-    let before = told()?;
+    let before = declined()?;
     module::unload()?;
     module::load()?;
-    assert_eq!(told()?, before + 1);
+    assert_eq!(declined()?, before + 1);
     assert!(attribute(Region::Foreign, "vendor").exists());
     assert!(!attribute(Region::Foreign, "driver").exists());
     Ok(())

@@ -154,7 +154,7 @@ pub(super) fn device_without_vectors_rejects_reads() -> Result<()> {
     fails(device.interrupts(), Errno::OPNOTSUPP);
     // A process that polls a device without vectors is woken when the device is removed.
     let poller = child(|parent| {
-        parent.tell_ready()?;
+        parent.send_ready()?;
         let hung_up = PollFlags::HUP | PollFlags::ERR;
         ensure!(device.poll(SOON)? == hung_up);
         Ok(())

@@ -63,7 +63,7 @@ pub(super) fn read_waits_until_interrupt_or_signal() -> Result<()> {
     let device = open(Region::Main)?;
     let reader = || {
         child(|parent| {
-            parent.tell_ready()?;
+            parent.send_ready()?;
             assert_eq!(device.interrupts()?, [DOWN_VECTOR]);
             Ok(())
         })
@@ -73,7 +73,7 @@ pub(super) fn read_waits_until_interrupt_or_signal() -> Result<()> {
     ring(DOWN_VECTOR)?;
     waiting.succeeds()?;
     let polling = child(|parent| {
-        parent.tell_ready()?;
+        parent.send_ready()?;
         assert!(device.becomes_readable()?);
         Ok(())
     })?;
@@ -95,7 +95,7 @@ pub(super) fn read_waits_until_interrupt_or_signal() -> Result<()> {
     stopped.succeeds()?;
     let interrupted = child(|parent| {
         let_interrupt(Signal::USR1)?;
-        parent.tell_ready()?;
+        parent.send_ready()?;
         fails(device.interrupts(), Errno::INTR);
         Ok(())
     })?;
@@ -113,21 +113,21 @@ pub(super) fn last_interrupt_of_burst_always_arrives() -> Result<()> {
     let listener = |wait: fn(&Device, &OwnedFd) -> Result<()>| {
         child(|parent| {
             let own = open(Region::Main)?;
-            let bell = eventfd(0, EventfdFlags::CLOEXEC)?;
+            let notifier = eventfd(0, EventfdFlags::CLOEXEC)?;
             own.signal(Eventfd {
                 vector: UP_VECTOR,
-                descriptor: bell.as_fd().as_raw_fd(),
+                descriptor: notifier.as_fd().as_raw_fd(),
             })?;
             let map = own.map(RAW, PAGE)?;
-            parent.tell_ready()?;
-            let mut told = 0;
-            while told < rounds {
-                wait(&own, &bell)?;
+            parent.send_ready()?;
+            let mut reported = 0;
+            while reported < rounds {
+                wait(&own, &notifier)?;
                 // Number of the last burst that has ended.
                 let ended = map.read(0);
-                if ended > told {
-                    told = ended;
-                    parent.tell(told)?;
+                if ended > reported {
+                    reported = ended;
+                    parent.send(reported)?;
                 }
             }
             Ok(())
@@ -139,7 +139,7 @@ pub(super) fn last_interrupt_of_burst_always_arrives() -> Result<()> {
             ensure!(device.becomes_readable()?, "poll hears nothing");
             Ok(device.interrupts().map(drop)?)
         })?,
-        listener(|_, bell| Ok(rustix::io::read(bell, &mut [0; 8]).map(drop)?))?,
+        listener(|_, notifier| Ok(rustix::io::read(notifier, &mut [0; 8]).map(drop)?))?,
     ];
     device.map(RAW, PAGE)?.write(0, 0);
     for listener in &listeners {
@@ -151,7 +151,7 @@ pub(super) fn last_interrupt_of_burst_always_arrives() -> Result<()> {
         thread::sleep(Duration::from_micros(round * 104_729 % 2000));
         host::burst(Region::Main, UP_VECTOR, times, RAW, round)?;
         for listener in &listeners {
-            assert_eq!(listener.hear()?, round, "the last of {times} is lost");
+            assert_eq!(listener.receive()?, round, "the last of {times} is lost");
         }
     }
     for listener in listeners {
@@ -279,7 +279,7 @@ pub(super) fn epoll_reports_vectors_claimed_later() -> Result<()> {
     ring_through(DOWN_VECTOR)?;
     assert_eq!(count(now)?, 0);
     let sleeper = child(|parent| {
-        parent.tell_ready()?;
+        parent.send_ready()?;
         assert_eq!(count(SOON)?, 1);
         Ok(())
     })?;

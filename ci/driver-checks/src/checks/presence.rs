@@ -55,18 +55,18 @@ pub(super) fn epoch_is_new_at_every_probe() -> Result<()> {
 
 /// Asserts that vector 0 of a peer was rung `times` times. Waits for the rings, because vhost-user
 /// forwards doorbells.
-fn is_told(region: Region, peer: u32, times: u64) -> Result<()> {
-    let told = match times {
+fn assert_rung(region: Region, peer: u32, times: u64) -> Result<()> {
+    let rung = match times {
         0 => host::rings(region, peer, 0)?,
         _ => host::wait_for_so_many(region, peer, 0, times)?,
     };
-    assert_eq!(told, times, "peer {peer} of {region:?}");
+    assert_eq!(rung, times, "peer {peer} of {region:?}");
     Ok(())
 }
 
 pub(super) fn holder_words_follow_the_claims() -> Result<()> {
     let holder = || host::holder(Region::Main, UP);
-    let told = |times| is_told(Region::Main, HOST, times);
+    let rung = |times| assert_rung(Region::Main, HOST, times);
     let device = open(Region::Main)?;
     host::rings(Region::Main, HOST, 0)?;
     assert_eq!(holder()?, (0, 0));
@@ -75,14 +75,14 @@ pub(super) fn holder_words_follow_the_claims() -> Result<()> {
     assert_ne!(first.0, 0);
     assert_eq!(first.1, std::process::id());
     assert_eq!(host::holder(Region::Main, DOWN)?, (0, 0));
-    told(1)?;
+    rung(1)?;
     // Claiming the same end again changes nothing.
     device.claim(UP)?;
     assert_eq!(holder()?, first);
-    told(0)?;
+    rung(0)?;
     drop(device);
     assert_eq!(holder()?, (0, 0));
-    told(1)?;
+    rung(1)?;
     // Every claim has a new number.
     open(Region::Main)?.claim(UP)?;
     let device = open(Region::Main)?;
@@ -93,21 +93,21 @@ pub(super) fn holder_words_follow_the_claims() -> Result<()> {
     assert_eq!(host::holder(Region::Main, DOWN)?.1, std::process::id());
     // The driver rings the peer that has the other end. For `side` that is slot 0.
     let (slot, host) = (0, Region::Bus.host());
-    let told = |peer, times| is_told(Region::Bus, peer, times);
+    let rung = |peer, times| assert_rung(Region::Bus, peer, times);
     let bus = open(Region::Bus)?;
     for peer in [slot, host] {
         host::rings(Region::Bus, peer, 0)?;
     }
     bus.claim(SIDE)?;
     assert_eq!(host::holder(Region::Bus, SIDE)?.1, std::process::id());
-    told(slot, 1)?;
-    told(host, 0)?;
+    rung(slot, 1)?;
+    rung(host, 0)?;
     bus.claim(UP1)?;
-    told(host, 1)?;
-    told(slot, 0)?;
+    rung(host, 1)?;
+    rung(slot, 0)?;
     drop(bus);
-    told(slot, 1)?;
-    told(host, 1)
+    rung(slot, 1)?;
+    rung(host, 1)
 }
 
 pub(super) fn unbind_clears_the_driver_page() -> Result<()> {

@@ -46,7 +46,7 @@ pub(super) fn unbind_races_mmap_and_fork() -> Result<()> {
             .collect::<Result<Vec<_>>>()?;
         unbind_from(&children, Duration::from_micros(500 + 700 * (round % 30)))?;
         for child in children {
-            alive += child.hear()?;
+            alive += child.receive()?;
             child.go_on()?;
             child.succeeds()?;
         }
@@ -59,7 +59,7 @@ pub(super) fn unbind_races_mmap_and_fork() -> Result<()> {
 /// asserts that each of them is dead.
 fn map_until_gone(parent: &Parent, forks: bool) -> Result<()> {
     let device = open(Region::Main)?;
-    parent.tell_ready()?;
+    parent.send_ready()?;
     // Keeps every eighth mapping and the last one, which was made closest to the unbind.
     let mut kept = Vec::new();
     for turn in 0.. {
@@ -79,7 +79,7 @@ fn map_until_gone(parent: &Parent, forks: bool) -> Result<()> {
         }
         kept.push(map);
     }
-    parent.tell(kept.len() as u64)?;
+    parent.send(kept.len() as u64)?;
     parent.wait()?;
     for map in &kept {
         assert_eq!(
@@ -108,7 +108,7 @@ pub(super) fn unbind_races_claims_and_doorbells() -> Result<()> {
             .iter()
             .map(|call| {
                 child(|parent| {
-                    parent.tell_ready()?;
+                    parent.send_ready()?;
                     while let Ok(device) = Device::open(&node) {
                         match call(&device) {
                             Ok(()) | Err(Errno::NODEV) => {}
@@ -152,7 +152,7 @@ pub(super) fn interrupt_storm_races_open_claim_and_close() -> Result<()> {
                             match device.interrupts() {
                                 Ok(vectors) => {
                                     if heard == 0 {
-                                        parent.tell_ready()?;
+                                        parent.send_ready()?;
                                     }
                                     heard += vectors.len();
                                 }

@@ -36,7 +36,7 @@ fn is_dead(device: &Device) -> Result<()> {
 fn reader(node: &Path) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
-        parent.tell_ready()?;
+        parent.send_ready()?;
         fails(device.interrupts(), Errno::NODEV);
         Ok(())
     })
@@ -46,7 +46,7 @@ fn reader(node: &Path) -> Result<Child> {
 fn poller(node: &Path) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
-        parent.tell_ready()?;
+        parent.send_ready()?;
         assert_eq!(device.poll(SOON)?, PollFlags::HUP | PollFlags::ERR);
         Ok(())
     })
@@ -62,27 +62,27 @@ fn epoller(node: &Path) -> Result<Child> {
         epoll::add(&set, &device, data, wanted)?;
         let timeout = Timespec::try_from(SOON)?;
         let mut events = Vec::with_capacity(1);
-        parent.tell_ready()?;
+        parent.send_ready()?;
         epoll::wait(
             &set,
             rustix::buffer::spare_capacity(&mut events),
             Some(&timeout),
         )?;
-        let told: Vec<_> = events.iter().map(|event| event.flags).collect();
-        assert_eq!(told, [epoll::EventFlags::HUP | epoll::EventFlags::ERR]);
+        let flags: Vec<_> = events.iter().map(|event| event.flags).collect();
+        assert_eq!(flags, [epoll::EventFlags::HUP | epoll::EventFlags::ERR]);
         Ok(())
     })
 }
 
-/// Starts a child that maps, closes the file, and calls `touch` once the device is gone.
-fn toucher(node: &Path, touch: fn(&crate::calls::Mapping)) -> Result<Child> {
+/// Starts a child that maps, closes the file, and calls `access` once the device is gone.
+fn accessor(node: &Path, access: fn(&crate::calls::Mapping)) -> Result<Child> {
     child(|parent| {
         let map = Device::open(node)?.map(RAW, 16 * PAGE)?;
         map.write(0, 1);
         map.write(15 * PAGE, 1);
-        parent.tell_ready()?;
+        parent.send_ready()?;
         parent.wait()?;
-        touch(&map);
+        access(&map);
         Ok(())
     })
 }
@@ -95,33 +95,33 @@ pub(super) fn unbind_reaches_every_sleeper_and_mapping() -> Result<()> {
     device.claim(UP)?;
     let inherited = device.map(RAW, PAGE)?;
     let mut sleepers = Vec::new();
-    let mut touchers = vec![child(|parent| {
+    let mut accessors = vec![child(|parent| {
         inherited.write(0, 1);
-        parent.tell_ready()?;
+        parent.send_ready()?;
         parent.wait()?;
         inherited.read(0);
         Ok(())
     })?];
     for node in [&first, second] {
         sleepers.extend([reader(node)?, poller(node)?, epoller(node)?]);
-        touchers.extend([
-            toucher(node, |map| map.write(8 * PAGE, 1))?,
-            toucher(node, |map| {
+        accessors.extend([
+            accessor(node, |map| map.write(8 * PAGE, 1))?,
+            accessor(node, |map| {
                 map.read(0);
             })?,
-            toucher(node, |map| {
+            accessor(node, |map| {
                 map.read(15 * PAGE);
             })?,
         ]);
     }
-    for child in sleepers.iter().chain(&touchers) {
+    for child in sleepers.iter().chain(&accessors) {
         child.wait_asleep()?;
     }
     unbind(Region::Main)?;
     for child in sleepers {
         child.succeeds()?;
     }
-    for child in touchers {
+    for child in accessors {
         child.go_on()?;
         assert_eq!(child.wait()?, Ended::By(Signal::BUS));
     }

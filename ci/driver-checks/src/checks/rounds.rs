@@ -74,7 +74,7 @@ fn user(node: &Path, calls: bool) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
         let map = device.map(RAW, 16 * PAGE)?;
-        parent.tell_ready()?;
+        parent.send_ready()?;
         loop {
             map.write(8 * PAGE, 1);
             if calls && let Err(error) = device.info() {

@@ -19,24 +19,24 @@ fn new() -> Result<OwnedFd> {
 }
 
 /// Waits until an eventfd is written, and returns its count.
-fn heard(bell: &OwnedFd) -> Result<u64> {
+fn wait_for_count(eventfd: &OwnedFd) -> Result<u64> {
     let soon = Timespec::try_from(SOON)?;
-    let count = rustix::event::poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&soon))?;
+    let count = rustix::event::poll(&mut [PollFd::new(eventfd, PollFlags::IN)], Some(&soon))?;
     ensure!(count > 0, "an eventfd is not written");
     let mut count = [0; 8];
-    rustix::io::read(bell, &mut count)?;
+    rustix::io::read(eventfd, &mut count)?;
     Ok(u64::from_ne_bytes(count))
 }
 
 /// Returns whether an eventfd was not written since the last read.
-fn is_silent(bell: &OwnedFd) -> Result<bool> {
-    Ok(rustix::io::read(bell, &mut [0; 8]) == Err(Errno::AGAIN))
+fn is_silent(eventfd: &OwnedFd) -> Result<bool> {
+    Ok(rustix::io::read(eventfd, &mut [0; 8]) == Err(Errno::AGAIN))
 }
 
-fn set(device: &Device, vector: u32, bell: &OwnedFd) -> rustix::io::Result<()> {
+fn set(device: &Device, vector: u32, eventfd: &OwnedFd) -> rustix::io::Result<()> {
     device.signal(Eventfd {
         vector,
-        descriptor: bell.as_fd().as_raw_fd(),
+        descriptor: eventfd.as_fd().as_raw_fd(),
     })
 }
 
@@ -46,10 +46,10 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     set(&device, UP_VECTOR, &up)?;
     set(&device, DOWN_VECTOR, &down)?;
     host::ring_through(Region::Main, UP_VECTOR)?;
-    assert!(heard(&up)? >= 1);
+    assert!(wait_for_count(&up)? >= 1);
     assert!(is_silent(&down)?);
     host::ring_through(Region::Main, DOWN_VECTOR)?;
-    assert!(heard(&down)? >= 1);
+    assert!(wait_for_count(&down)? >= 1);
     host::ring_through(Region::Main, SPARE_VECTOR)?;
     assert!(is_silent(&up)? && is_silent(&down)?);
     // The file itself receives all interrupts, with or without eventfds.
@@ -58,7 +58,7 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     let other = new()?;
     set(&device, UP_VECTOR, &other)?;
     host::ring_through(Region::Main, UP_VECTOR)?;
-    assert!(heard(&other)? >= 1);
+    assert!(wait_for_count(&other)? >= 1);
     assert!(is_silent(&up)?);
     set(&device, SPARE_VECTOR, &other)?;
     device.signal(Eventfd {
@@ -68,11 +68,11 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
     host::ring_through(Region::Main, UP_VECTOR)?;
     assert!(is_silent(&other)?);
     host::ring_through(Region::Main, SPARE_VECTOR)?;
-    assert!(heard(&other)? >= 1);
+    assert!(wait_for_count(&other)? >= 1);
     // A claim does not change the eventfds. Closing the file removes them.
     device.claim(UP)?;
     host::ring_through(Region::Main, DOWN_VECTOR)?;
-    assert!(heard(&down)? >= 1);
+    assert!(wait_for_count(&down)? >= 1);
     drop(device);
     host::ring_through(Region::Main, DOWN_VECTOR)?;
     assert!(is_silent(&down)?);
@@ -81,10 +81,10 @@ pub(super) fn eventfds_are_written_for_their_vectors() -> Result<()> {
 
 pub(super) fn driver_refuses_invalid_eventfds() -> Result<()> {
     let device = open(Region::Main)?;
-    let bell = new()?;
+    let eventfd = new()?;
     let vectors = Region::Main.facts().vectors;
-    fails(set(&device, vectors, &bell), Errno::INVAL);
-    fails(set(&device, u32::MAX, &bell), Errno::INVAL);
+    fails(set(&device, vectors, &eventfd), Errno::INVAL);
+    fails(set(&device, u32::MAX, &eventfd), Errno::INVAL);
     let signal = |descriptor| {
         device.signal(Eventfd {
             vector: 0,
@@ -95,34 +95,34 @@ pub(super) fn driver_refuses_invalid_eventfds() -> Result<()> {
     fails(signal(device.as_fd().as_raw_fd()), Errno::INVAL);
     fails(signal(0), Errno::INVAL);
     fails(device.ioctl_on_null(EVENTFD), Errno::FAULT);
-    fails(set(&open(Region::Plain)?, 0, &bell), Errno::INVAL);
+    fails(set(&open(Region::Plain)?, 0, &eventfd), Errno::INVAL);
     // Refused calls have changed nothing.
-    set(&device, 0, &bell)?;
+    set(&device, 0, &eventfd)?;
     fails(signal(9999), Errno::BADF);
     // Of the negative numbers only -1 removes the eventfd.
     for descriptor in [-2, i32::MIN] {
         fails(signal(descriptor), Errno::BADF);
     }
     host::ring(Region::Main, 0)?;
-    assert!(heard(&bell)? >= 1);
+    assert!(wait_for_count(&eventfd)? >= 1);
     // A count at its maximum stays there.
-    rustix::io::write(&bell, &(u64::MAX - 1).to_ne_bytes())?;
+    rustix::io::write(&eventfd, &(u64::MAX - 1).to_ne_bytes())?;
     host::ring_times(Region::Main, 0, 3)?;
     host::ring_through(Region::Main, 0)?;
-    assert_eq!(heard(&bell)?, u64::MAX);
+    assert_eq!(wait_for_count(&eventfd)?, u64::MAX);
     Ok(())
 }
 
 pub(super) fn eventfd_signals_removal_of_device() -> Result<()> {
     let device = open(Region::Main)?;
-    let (bell, closed) = (new()?, new()?);
-    set(&device, UP_VECTOR, &bell)?;
+    let (eventfd, closed) = (new()?, new()?);
+    set(&device, UP_VECTOR, &eventfd)?;
     // Only the driver has this eventfd from here on.
     set(&device, DOWN_VECTOR, &closed)?;
     drop(closed);
     unbind(Region::Main)?;
-    assert!(heard(&bell)? >= 1);
-    fails(set(&device, UP_VECTOR, &bell), Errno::NODEV);
+    assert!(wait_for_count(&eventfd)? >= 1);
+    fails(set(&device, UP_VECTOR, &eventfd), Errno::NODEV);
     drop(device);
     bind(Region::Main)
 }

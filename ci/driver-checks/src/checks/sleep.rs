@@ -79,16 +79,16 @@ fn user(node: &Path) -> Result<Child> {
     child(|parent| {
         let device = Device::open(node)?;
         let map = device.map(RAW, 16 * PAGE)?;
-        parent.tell_ready()?;
+        parent.send_ready()?;
         loop {
             // Leaves the first page alone, because the parent writes there.
             map.write(8 * PAGE, 1);
             map.read(15 * PAGE);
             device.info()?;
             device.ring(Region::Main.facts().slot, SPARE_VECTOR)?;
-            if parent.is_told()? {
+            if parent.may_continue()? {
                 parent.wait()?;
-                parent.tell_ready()?;
+                parent.send_ready()?;
             }
         }
     })
@@ -100,7 +100,7 @@ fn sleeper(node: &Path) -> Result<Child> {
         let device = Device::open(node)?;
         device.claim(DOWN)?;
         loop {
-            parent.tell_ready()?;
+            parent.send_ready()?;
             // `DOWN_VECTOR` is never rung. After a suspend the driver reports all vectors, because
             // interrupts may have been lost meanwhile.
             ensure!(device.interrupts()?.contains(&DOWN_VECTOR));
@@ -184,12 +184,12 @@ impl Users {
 
 /// Suspends for the rounds of this tier, and judges the epochs before and after each suspend.
 fn suspend_many_times(
-    told: &str,
+    about: &str,
     suspend: fn() -> Result<()>,
     judge: impl Fn(u64, u64) -> Result<()>,
 ) -> Result<()> {
     let mut living = None;
-    many_times(told, 1, |round| {
+    many_times(about, 1, |round| {
         let mut users = match living.take() {
             Some(users) => users,
             None => Users::new()?,

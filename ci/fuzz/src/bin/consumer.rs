@@ -31,7 +31,7 @@ enum Step {
     Scribble(Scribble),
     Stand(Stand),
     Poll,
-    Wish,
+    Arm,
     Copy { words: u16, buffer: u16 },
     Word(u16),
     Write { offset: u16 },
@@ -58,11 +58,11 @@ fuzz_target!(|input: Input| {
                     .ok();
                 (found, position) = (None, None);
             }
-            Step::Poll | Step::Wish => {
+            Step::Poll | Step::Arm => {
                 let Some(end) = &mut consumer else { continue };
                 let polled = memory.within(LOOKS, || match step {
                     Step::Poll => end.poll(),
-                    _ => end.wish_for_record(),
+                    _ => end.arm_for_record(),
                 });
                 let header = end.record().map(|record| *record.header());
                 assert!(found.is_none() || found == header, "a record changed");

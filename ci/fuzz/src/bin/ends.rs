@@ -41,7 +41,7 @@ enum Step {
     Produce(u16),
     Consume,
     Send { length: u16, timeout: u16 },
-    Draft { length: u16, timeout: u16 },
+    Reserve { length: u16, timeout: u16 },
     Wait { timeout: u16 },
     Release,
     Receive,
@@ -73,12 +73,14 @@ fuzz_target!(|input: Input| {
                 let sent = memory.within(LOOKS, || sender.send(Kind::USER, &bytes, time(timeout)));
                 check(&sent);
             }
-            (Step::Draft { length, timeout }, (Some(sender), _)) => {
-                let drafted = memory.within(LOOKS, || {
-                    let draft = sender.draft(length.into(), time(timeout))?;
-                    draft.map_or(Ok(()), |draft| draft.commit(Kind::DATA, length.into()))
+            (Step::Reserve { length, timeout }, (Some(sender), _)) => {
+                let committed = memory.within(LOOKS, || {
+                    let reservation = sender.reserve(length.into(), time(timeout))?;
+                    reservation.map_or(Ok(()), |reserved| {
+                        reserved.commit(Kind::DATA, length.into())
+                    })
                 });
-                check(&drafted);
+                check(&committed);
             }
             (Step::Wait { timeout }, (_, Some(receiver))) => {
                 let woken = memory.within(LOOKS, || receiver.wait(time(timeout)));

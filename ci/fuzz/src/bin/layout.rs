@@ -5,13 +5,13 @@
 #![no_main]
 
 use barlink::protocol::wire::layout::{Layout, PAGE_WORDS};
-use barlink_fuzz::layout::{Draft, check};
+use barlink_fuzz::layout::{LayoutInput, check};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
-    draft: Draft,
+    layout: LayoutInput,
     /// The region's size as its reader knows it, if it differs from the layout's.
     size: Option<u64>,
     /// Words that are written over the page.
@@ -23,7 +23,7 @@ struct Input {
 fuzz_target!(|input: Input| {
     let mut page = [0; PAGE_WORDS];
     let mut size = 0;
-    if let Some(layout) = input.draft.build() {
+    if let Some(layout) = input.layout.build() {
         check(&layout);
         page = layout.encode();
         size = layout.region_size;

@@ -26,7 +26,7 @@ enum Step {
     Consume,
     Scribble(Scribble),
     Stand(Stand),
-    Wish(u16),
+    Arm(u16),
     /// Reserves space, fills a part of it, and commits a part of it.
     Send {
         room: u16,
@@ -51,14 +51,14 @@ fuzz_target!(|input: Input| {
                 let attached = memory.within(LOOKS, || Producer::attach(region.clone(), channel));
                 (producer, position) = (attached.ok(), None);
             }
-            Step::Wish(length) => {
+            Step::Arm(length) => {
                 let Some(end) = &mut producer else { continue };
-                match memory.within(LOOKS, || end.wish_for_room(length.into())) {
+                match memory.within(LOOKS, || end.arm_for_room(length.into())) {
                     Ok(_) => (),
                     Err(ReserveError::TooLarge { max, .. }) => assert!(u32::from(length) > max),
                     // An app that goes on after this error must come to no harm.
                     Err(ReserveError::Corrupt(_)) => (),
-                    Err(ReserveError::Full) => panic!("to wish is not to reserve"),
+                    Err(ReserveError::Full) => panic!("arming reserves nothing"),
                 }
             }
             Step::Send {
@@ -70,14 +70,14 @@ fuzz_target!(|input: Input| {
                 let sequence = end.sequence();
                 let max = end.max_record();
                 match memory.within(LOOKS, || end.reserve(room.into())) {
-                    Ok(mut draft) => {
-                        assert_eq!(draft.length(), u32::from(room));
+                    Ok(mut reservation) => {
+                        assert_eq!(reservation.length(), u32::from(room));
                         let filled = vec![0xa5; filled.min(room).into()];
-                        memory.within(LOOKS, || draft.write(0, &filled));
+                        memory.within(LOOKS, || reservation.write(0, &filled));
                         let Some(length) = commit else { continue };
                         let length = length.min(room).into();
                         let _ = memory.within(LOOKS, || {
-                            memory.quietly(|| draft.commit(Kind::USER, length, 0))
+                            memory.quietly(|| reservation.commit(Kind::USER, length, 0))
                         });
                         position = Some(advanced(&memory, position));
                         assert_eq!(end.sequence(), sequence.wrapping_add(1));

@@ -10,14 +10,14 @@ use barlink::protocol::state::{self, ChannelState};
 use barlink::protocol::wire::layout::{End, PAGE_WORDS};
 use barlink::protocol::wire::uapi::{CacheMode, Info};
 use barlink::protocol::{Consumer, PresenceWords, Producer};
-use barlink_fuzz::layout::{Draft, check};
+use barlink_fuzz::layout::{LayoutInput, check};
 use barlink_fuzz::memory::{MAX_SIZE, Memory};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
-    draft: Draft,
+    layout: LayoutInput,
     /// The differences of the driver's numbers from the layout's, each as a number and a shift.
     region_size: (i8, u8),
     mappable_size: (i8, u8),
@@ -28,7 +28,7 @@ struct Input {
 }
 
 fuzz_target!(|input: Input| {
-    let Some(layout) = input.draft.build() else {
+    let Some(layout) = input.layout.build() else {
         return;
     };
     let info = Info {
@@ -86,8 +86,8 @@ fuzz_target!(|input: Input| {
         }
         if let Ok(mut producer) = Producer::attach(region.clone(), channel) {
             let largest = producer.max_record();
-            if let Ok(mut draft) = producer.reserve(largest as usize) {
-                draft.write(0, &vec![1; largest as usize]);
+            if let Ok(mut reservation) = producer.reserve(largest as usize) {
+                reservation.write(0, &vec![1; largest as usize]);
             }
         }
         if let Ok(mut consumer) = Consumer::attach(region.clone(), channel)

@@ -103,7 +103,7 @@ impl Cache {
     }
 
     /// Lists the finished sandboxes of other recipes, which this program does not use.
-    pub(super) fn strangers(&self, recipe: &Recipe) -> Result<Vec<PathBuf>> {
+    pub(super) fn of_other_recipes(&self, recipe: &Recipe) -> Result<Vec<PathBuf>> {
         let mut folders = self.finished()?;
         folders.retain(|folder| {
             let ours = Kind::ALL.iter().any(|kind| is_of(folder, recipe, *kind));
@@ -121,7 +121,7 @@ impl Cache {
     ) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
         self.remove_unfinished(lock)?;
         let (mut removed, mut left) = (Vec::new(), Vec::new());
-        for folder in self.strangers(recipe)? {
+        for folder in self.of_other_recipes(recipe)? {
             let manifest = File::open(folder.join(MANIFEST))?;
             match flock(&manifest, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => (),

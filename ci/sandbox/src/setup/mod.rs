@@ -34,8 +34,8 @@ pub fn clean() -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
 }
 
 /// Lists the sandboxes of other versions of barlink.
-pub fn strangers() -> Result<Vec<PathBuf>> {
-    Cache::open()?.strangers(&Recipe::load()?)
+pub fn outdated() -> Result<Vec<PathBuf>> {
+    Cache::open()?.of_other_recipes(&Recipe::load()?)
 }
 
 /// Returns the folder of files that are made once and used again, by default `~/.cache/barlink`.

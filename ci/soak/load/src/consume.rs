@@ -13,7 +13,7 @@ use crate::journal::Verdict;
 use crate::{Journal, KIND, Note, Notes, Pace, Point, Trap, record};
 
 /// Number of wrong records of a channel that are reported, each in a line.
-const TOLD: u64 = 20;
+const MAX_REPORTS: u64 = 20;
 
 /// Receives until a record of [`Kind::END`] comes. It waits without a time limit: once rings come
 /// through, only a ring wakes it.
@@ -46,7 +46,7 @@ where
         if let Err(what) = check(&record, seed, max) {
             // The harness reads standard error only after the process has ended. The limit keeps
             // the pipe from filling up.
-            if notes.read(Note::Torn) < TOLD {
+            if notes.read(Note::Torn) < MAX_REPORTS {
                 eprintln!("record {number}: {what}");
             }
             notes.add(Note::Torn, 1);
@@ -66,7 +66,7 @@ where
 {
     let Verdict { lost, twice, again } = verdict;
     let wrong = lost > 0 || twice > 0;
-    if wrong && notes.read(Note::Lost) + notes.read(Note::Twice) < TOLD {
+    if wrong && notes.read(Note::Lost) + notes.read(Note::Twice) < MAX_REPORTS {
         eprintln!("record {number}: {lost} before it are lost, {twice} from it on come twice");
     }
     for (note, count) in [

@@ -34,15 +34,15 @@ where
     while notes.read(Note::Stop) == 0 {
         pace.rest();
         let payload = record::payload(seed, number, max);
-        let Some(mut draft) = sender.draft(payload.len(), None)? else {
+        let Some(mut reservation) = sender.reserve(payload.len(), None)? else {
             continue;
         };
         let (first, second) = payload.split_at(payload.len() / 16 * 8);
-        draft.write(0, first);
-        draft.write(first.len() as u32, second);
+        reservation.write(0, first);
+        reservation.write(first.len() as u32, second);
         trap.pass(Point::BeforeCommit);
         number += 1;
-        trap.moving(number, || draft.commit(KIND, payload.len() as u32))?;
+        trap.moving(number, || reservation.commit(KIND, payload.len() as u32))?;
     }
     stream::mark(&mut sender, Kind::END)?;
     notes.write(Note::Sent, number + 1);

@@ -228,7 +228,7 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let told = match self {
+        let description = match self {
             Self::Killed(role) => return write!(f, "{role} killed"),
             Self::KilledAt(role, point) => {
                 let place = match (point, role.end) {
@@ -255,7 +255,7 @@ impl fmt::Display for Fault {
             Self::BrokerKilledAmidRings => "broker killed and started amid rings",
             Self::BrokerReplacedAmidRings => "broker replaced amid rings",
         };
-        f.write_str(told)
+        f.write_str(description)
     }
 }
 

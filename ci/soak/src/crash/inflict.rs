@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use serde_json::{Map, Value, json};
 
 use super::fault::{Fault, Role};
-use super::scene::{LOOK, PATIENCE, Scene};
+use super::scene::{LOOK, Scene, TIMEOUT};
 use super::watch::CHANNELS;
 use barlink_vm::COMMAND_TIMEOUT;
 use barlink_vm::broker::{Broker, Transport};
@@ -174,9 +174,9 @@ impl Scene<'_> {
         let start = Instant::now();
         while notes.read(note) != 0 {
             ensure!(
-                start.elapsed() < PATIENCE,
+                start.elapsed() < TIMEOUT,
                 "the {role} does not come to {point:?}; {}",
-                self.watch().told()
+                self.watch().describe()
             );
             thread::sleep(LOOK);
         }

@@ -37,7 +37,7 @@ pub(super) const LOOK: Duration = Duration::from_micros(500);
 const LOOKS: u32 = 50;
 
 /// Time limit for a stream that stands still although nothing that it needs is missing.
-pub(super) const PATIENCE: Duration = COMMAND_TIMEOUT;
+pub(super) const TIMEOUT: Duration = COMMAND_TIMEOUT;
 
 /// Text that QEMU prints when the server of a vfio-user device does not answer.
 const UNANSWERED: &str = "timed out";
@@ -188,7 +188,7 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// Waits until a condition holds. An error if an end ends meanwhile, or after [`PATIENCE`].
+    /// Waits until a condition holds. An error if an end ends meanwhile, or after [`TIMEOUT`].
     pub fn wait_until(
         &mut self,
         otherwise: &str,
@@ -202,12 +202,12 @@ impl<'a> Scene<'a> {
             if look.is_multiple_of(LOOKS) {
                 self.check_workers()?;
             }
-            if start.elapsed() > PATIENCE {
+            if start.elapsed() > TIMEOUT {
                 break;
             }
             thread::sleep(LOOK);
         }
-        bail!("{otherwise}; {}", self.watch.told())
+        bail!("{otherwise}; {}", self.watch.describe())
     }
 
     /// Returns an error if an end has ended, because no end does so by itself.
@@ -215,7 +215,7 @@ impl<'a> Scene<'a> {
         for worker in &mut self.workers {
             if worker.has_ended()? {
                 let ended = worker.wait()?;
-                bail!("{}; {}", worker.told(&ended), self.watch.told());
+                bail!("{}; {}", worker.describe(&ended), self.watch.describe());
             }
         }
         Ok(())
@@ -260,7 +260,7 @@ impl<'a> Scene<'a> {
         for end in [End::Producer, End::Consumer] {
             for worker in &mut self.workers {
                 if worker.role.end == end {
-                    worker.wait_done().with_context(|| self.watch.told())?;
+                    worker.wait_done().with_context(|| self.watch.describe())?;
                 }
             }
         }

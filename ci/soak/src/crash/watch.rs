@@ -184,14 +184,14 @@ impl Watch {
             ensure!(
                 noted == [state.records; 3] && state.written == state.read && state.dropped == 0,
                 "the totals do not agree: {}",
-                self.told()
+                self.describe()
             );
         }
         Ok(())
     }
 
     /// Describes the state of the channels.
-    pub fn told(&self) -> String {
+    pub fn describe(&self) -> String {
         let channels = self.channels.iter().map(|channel| {
             let noted = |note| channel.notes.read(note);
             format!(

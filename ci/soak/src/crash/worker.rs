@@ -108,7 +108,7 @@ impl Worker {
     pub fn wait_killed(&mut self) -> Result<()> {
         let ended = self.wait()?;
         let killed = Status::Signal(Signal::KILL.as_raw());
-        ensure!(ended.status == killed, "{}", self.told(&ended));
+        ensure!(ended.status == killed, "{}", self.describe(&ended));
         if !ended.errors.is_empty() {
             eprintln!("{}: {}", self.role, ended.errors);
         }
@@ -154,21 +154,22 @@ impl Worker {
     /// an access to the memory raised SIGBUS.
     pub fn wait_gone(&mut self) -> Result<()> {
         let ended = self.wait()?;
-        let told = ended.status == Status::Code(1) && ended.errors.contains("the device is gone");
-        let touched = ended.status == Status::Signal(Signal::BUS.as_raw());
-        ensure!(told || touched, "{}", self.told(&ended));
+        let reported =
+            ended.status == Status::Code(1) && ended.errors.contains("the device is gone");
+        let killed = ended.status == Status::Signal(Signal::BUS.as_raw());
+        ensure!(reported || killed, "{}", self.describe(&ended));
         Ok(())
     }
 
     /// Waits until the process has ended with success.
     pub fn wait_done(&mut self) -> Result<()> {
         let ended = self.wait()?;
-        ensure!(ended.status.success(), "{}", self.told(&ended));
+        ensure!(ended.status.success(), "{}", self.describe(&ended));
         Ok(())
     }
 
     /// Describes the end of the process.
-    pub fn told(&self, ended: &Ended) -> String {
+    pub fn describe(&self, ended: &Ended) -> String {
         let Ended { status, errors } = ended;
         format!(
             "the {} ended with {status}: {}",

@@ -26,18 +26,18 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// An eventfd for one vector of one peer.
 #[derive(Debug)]
-pub struct Bell(EventFd);
+pub struct Notifier(EventFd);
 
-impl Bell {
+impl Notifier {
     /// Creates an eventfd that was not rung.
     pub fn new() -> std::io::Result<Self> {
         LazyLock::force(&RINGER);
-        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Bell)
+        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Notifier)
     }
 
     /// Duplicates the descriptor.
     pub fn try_clone(&self) -> std::io::Result<Self> {
-        self.0.try_clone().map(Bell)
+        self.0.try_clone().map(Notifier)
     }
 
     /// Rings. A process that waits for an edge gets one even if the eventfd is full.
@@ -70,20 +70,20 @@ impl Bell {
         ringer.is_some_and(|ringer| ringer.takes(descriptor))
     }
 
-    /// Whether [`Bell::is_eventfd`] and [`Bell::is_semaphore`] can tell.
-    pub fn can_tell() -> bool {
+    /// Whether [`Notifier::is_eventfd`] and [`Notifier::is_semaphore`] can check.
+    pub fn can_check() -> bool {
         RINGER.is_some()
     }
 
     /// Whether an eventfd that another process sent counts down by one for each read
     /// (`EFD_SEMAPHORE`), so that draining it can take for ever. Its rings stay.
     pub fn is_semaphore(descriptor: &OwnedFd) -> io::Result<bool> {
-        let bell = Bell::from(descriptor.try_clone()?);
-        bell.ring()?;
-        bell.ring()?;
-        let count = bell.take();
+        let notifier = Notifier::from(descriptor.try_clone()?);
+        notifier.ring()?;
+        notifier.ring()?;
+        let count = notifier.take();
         if count > 2 {
-            bell.ring()?;
+            notifier.ring()?;
         }
         Ok(count < 2)
     }
@@ -141,8 +141,8 @@ impl Ringer {
         })
     }
 
-    fn ring(&self, bell: &Bell) -> io::Result<()> {
-        self.read(self.empty.as_raw_fd(), bell.as_raw_fd())
+    fn ring(&self, notifier: &Notifier) -> io::Result<()> {
+        self.read(self.empty.as_raw_fd(), notifier.as_raw_fd())
     }
 
     /// Whether a descriptor can be signalled, as only eventfds can. The kernel checks that first
@@ -153,13 +153,13 @@ impl Ringer {
     }
 
     /// Reads from one file, and has the other signalled.
-    fn read(&self, from: RawFd, told: RawFd) -> io::Result<()> {
+    fn read(&self, from: RawFd, signalled: RawFd) -> io::Result<()> {
         let number = |descriptor: RawFd| descriptor.unsigned_abs();
         let mut block = IoControlBlock {
             aio_lio_opcode: IOCB_CMD_PREAD as u16,
             aio_fildes: number(from),
             aio_flags: IOCB_FLAG_RESFD,
-            aio_resfd: number(told),
+            aio_resfd: number(signalled),
             ..IoControlBlock::default()
         };
         match self.context.submit(&[&mut block]) {
@@ -175,23 +175,23 @@ impl Ringer {
     }
 }
 
-impl From<OwnedFd> for Bell {
+impl From<OwnedFd> for Notifier {
     /// Takes over an eventfd that another process created.
     fn from(descriptor: OwnedFd) -> Self {
         LazyLock::force(&RINGER);
         // SAFETY: the descriptor is ours, and is given up here.
-        Bell(unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) })
+        Notifier(unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) })
     }
 }
 
-impl AsFd for Bell {
+impl AsFd for Notifier {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the eventfd owns the descriptor, and stays borrowed as long as the result lives.
         unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
     }
 }
 
-impl AsRawFd for Bell {
+impl AsRawFd for Notifier {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
@@ -207,10 +207,10 @@ mod tests {
 
     use super::*;
 
-    fn count(bell: &Bell) -> Option<u64> {
+    fn count(notifier: &Notifier) -> Option<u64> {
         let mut bytes = [0; 8];
         let read = rustix::io::preadv2(
-            bell,
+            notifier,
             &mut [IoSliceMut::new(&mut bytes)],
             u64::MAX,
             ReadWriteFlags::NOWAIT,
@@ -219,32 +219,32 @@ mod tests {
     }
 
     /// Makes the eventfd blocking, as QEMU does.
-    fn make_blocking(bell: &Bell) {
-        let flags = rustix::fs::fcntl_getfl(bell).unwrap() - rustix::fs::OFlags::NONBLOCK;
-        rustix::fs::fcntl_setfl(bell, flags).unwrap();
+    fn make_blocking(notifier: &Notifier) {
+        let flags = rustix::fs::fcntl_getfl(notifier).unwrap() - rustix::fs::OFlags::NONBLOCK;
+        rustix::fs::fcntl_setfl(notifier, flags).unwrap();
     }
 
     #[test]
     fn draining_does_not_block_without_a_ring() {
-        let bell = Bell::new().unwrap();
-        make_blocking(&bell);
-        bell.drain();
-        bell.ring().unwrap();
-        bell.ring().unwrap();
-        assert_eq!(count(&bell), Some(2));
-        bell.ring().unwrap();
-        bell.drain();
-        assert_eq!(count(&bell), None);
+        let notifier = Notifier::new().unwrap();
+        make_blocking(&notifier);
+        notifier.drain();
+        notifier.ring().unwrap();
+        notifier.ring().unwrap();
+        assert_eq!(count(&notifier), Some(2));
+        notifier.ring().unwrap();
+        notifier.drain();
+        assert_eq!(count(&notifier), None);
     }
 
     #[test]
     fn ringing_does_not_block_when_full() {
-        let bell = Bell::new().unwrap();
-        make_blocking(&bell);
-        bell.0.write(FULL).unwrap();
+        let notifier = Notifier::new().unwrap();
+        make_blocking(&notifier);
+        notifier.0.write(FULL).unwrap();
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
-        epoll::add(&epoll, &bell, epoll::EventData::new_u64(0), flags).unwrap();
+        epoll::add(&epoll, &notifier, epoll::EventData::new_u64(0), flags).unwrap();
         let wakes = || {
             let mut events = Vec::with_capacity(1);
             let now = rustix::time::Timespec::default();
@@ -256,24 +256,24 @@ mod tests {
             .unwrap()
         };
         assert_eq!((wakes(), wakes()), (1, 0));
-        bell.ring().unwrap();
+        notifier.ring().unwrap();
         assert_eq!(wakes(), 1, "a ring was not heard");
-        bell.drain();
-        bell.ring().unwrap();
-        assert_eq!(count(&bell), Some(1));
+        notifier.drain();
+        notifier.ring().unwrap();
+        assert_eq!(count(&notifier), Some(1));
     }
 
     #[test]
     fn check_of_eventfds_rings_none() {
-        let bell = Bell::new().unwrap();
-        fill(&bell);
-        let copy = bell.as_fd().try_clone_to_owned().unwrap();
-        assert!(Bell::is_eventfd(&copy));
-        let full = Bell::from(copy);
-        bell.drain();
+        let notifier = Notifier::new().unwrap();
+        fill(&notifier);
+        let copy = notifier.as_fd().try_clone_to_owned().unwrap();
+        assert!(Notifier::is_eventfd(&copy));
+        let full = Notifier::from(copy);
+        notifier.drain();
         assert_eq!(count(&full), None, "it was rung");
         full.ring().unwrap();
-        assert_eq!(count(&bell), Some(1));
+        assert_eq!(count(&notifier), Some(1));
         let (reader, writer) = pipe().unwrap();
         let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
         let others: [OwnedFd; 8] = [
@@ -291,7 +291,7 @@ mod tests {
             .unwrap(),
         ];
         for other in others {
-            assert!(!Bell::is_eventfd(&other));
+            assert!(!Notifier::is_eventfd(&other));
         }
     }
 
@@ -299,23 +299,23 @@ mod tests {
     const FULL: u64 = u64::MAX - 1;
 
     /// Fills the eventfd, whatever other threads do meanwhile, and leaves it blocking.
-    fn fill(bell: &Bell) {
-        let flags = rustix::fs::fcntl_getfl(bell).unwrap() | rustix::fs::OFlags::NONBLOCK;
-        rustix::fs::fcntl_setfl(bell, flags).unwrap();
+    fn fill(notifier: &Notifier) {
+        let flags = rustix::fs::fcntl_getfl(notifier).unwrap() | rustix::fs::OFlags::NONBLOCK;
+        rustix::fs::fcntl_setfl(notifier, flags).unwrap();
         for bit in (0..64).rev() {
             // A count that does not fit any more is EAGAIN.
-            let _ = bell.0.write(1 << bit);
+            let _ = notifier.0.write(1 << bit);
         }
-        make_blocking(bell);
+        make_blocking(notifier);
     }
 
     #[test]
     fn ringing_never_waits_for_a_filling_peer() {
         const LIMIT: Duration = Duration::from_secs(60);
-        let bell = Arc::new(Bell::new().unwrap());
+        let notifier = Arc::new(Notifier::new().unwrap());
         let rings = Arc::new(AtomicU64::new(0));
-        fill(&bell);
-        let (holder, counted) = (Arc::clone(&bell), Arc::clone(&rings));
+        fill(&notifier);
+        let (holder, counted) = (Arc::clone(&notifier), Arc::clone(&rings));
         // Whether rings go on, however often the eventfd is filled.
         let holder = std::thread::spawn(move || {
             let go_on = (0..30).all(|_| {
@@ -337,7 +337,7 @@ mod tests {
             go_on
         });
         while !holder.is_finished() {
-            bell.ring().unwrap();
+            notifier.ring().unwrap();
             rings.fetch_add(1, Ordering::Relaxed);
         }
         assert!(holder.join().unwrap(), "a ring waits for room");
@@ -345,10 +345,10 @@ mod tests {
 
     #[test]
     fn eventfd_counts_all_rings() {
-        let bell = Bell::new().unwrap();
+        let notifier = Notifier::new().unwrap();
         for _ in 0..10_000 {
-            bell.ring().unwrap();
+            notifier.ring().unwrap();
         }
-        assert_eq!(count(&bell), Some(10_000));
+        assert_eq!(count(&notifier), Some(10_000));
     }
 }

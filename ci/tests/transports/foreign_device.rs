@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! A vhost-user device that has the virtio type of barlink's device, but is not one.
 
 use std::io;
@@ -57,7 +59,7 @@ pub fn start(folder: &Path, fault: Fault) -> Result<Vec<String>> {
     let mut listener = Listener::new(&path, true)?;
     thread::spawn(move || {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let device = Arc::new(Stranger(fault));
+        let device = Arc::new(ForeignDevice(fault));
         let mut daemon = VhostUserDaemon::new(format!("{fault:?}"), device, memory)
             .map_err(|error| io::Error::other(error.to_string()))?;
         let served = daemon.start(&mut listener).and_then(|()| daemon.wait());
@@ -80,9 +82,9 @@ fn socket(folder: &Path, fault: Fault) -> PathBuf {
     folder.join(format!("{fault:?}.sock"))
 }
 
-struct Stranger(Fault);
+struct ForeignDevice(Fault);
 
-impl VhostUserBackend for Stranger {
+impl VhostUserBackend for ForeignDevice {
     type Bitmap = ();
     type Vring = VringRwLock;
 
