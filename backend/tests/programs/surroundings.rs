@@ -29,7 +29,7 @@ fn attach(folder: &Path) -> Attachment {
     loop {
         match Attachment::connect(&control, Access::ReadOnly) {
             Ok(attachment) => return attachment,
-            Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
+            Err(error) => assert!(start.elapsed() < TIMEOUT, "{error}"),
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::memory::{Access, Mapping, Region};
 ///
 /// let buffer = guest::open("/dev/barlink0")?.buffer(1 << 20)?;
 /// println!("{} bytes at {:#x}", buffer.size(), buffer.address());
-/// if !buffer.is_told() {
+/// if !buffer.is_announced() {
 ///     println!("the host cannot read it: the broker needs `--guest-memory`");
 /// }
 /// # Ok::<(), barlink::Error>(())
