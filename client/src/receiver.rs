@@ -106,7 +106,12 @@ impl Receiver {
             ring: Owned::new(ring),
             region,
             peer,
-            header: Header::from_words([0; 3]),
+            header: Header {
+                length: 0,
+                kind: Kind::DATA,
+                sequence: 0,
+                time: 0,
+            },
             numbers: Numbers::default(),
             position: Position::default(),
             failed: None,

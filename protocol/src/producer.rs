@@ -5,7 +5,7 @@
 
 use core::ops::Deref;
 
-use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind, Place};
+use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind, PADDING_WORD, Place};
 use crate::region::Region;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, channel};
@@ -342,10 +342,10 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     ///
     /// # Panics
     ///
-    /// Panics if `length` is more than was reserved, or if `kind` is 0 or 65535.
+    /// Panics if `length` is more than was reserved.
     #[inline]
     pub fn stage(self, kind: Kind, length: u32, time: u64) -> &'a mut Producer<M> {
-        assert!(length <= self.length && kind.number() != 0 && kind != Kind::PAD);
+        assert!(length <= self.length);
         if !length.is_multiple_of(8) && length != self.padded {
             self.pad(length);
         }
@@ -362,13 +362,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         };
         let region = &producer.region;
         if place.pad > 0 {
-            let pad = Header {
-                length: 0,
-                kind: Kind::PAD,
-                sequence: 0,
-                time: 0,
-            };
-            region.store(producer.data(producer.staged), pad.to_words()[0]);
+            region.store(producer.data(producer.staged), PADDING_WORD);
         }
         let at = producer.data(place.start);
         for (index, word) in header.to_words().into_iter().enumerate() {
