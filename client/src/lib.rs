@@ -26,12 +26,18 @@
 //! # Ok::<(), barlink::Error>(())
 //! ```
 
+// The broker rings the same eventfds.
+#[doc(hidden)]
 pub mod bell;
+// The broker answers the same messages, and its tests send them.
+#[doc(hidden)]
 pub mod control;
 mod doorbell;
 mod error;
 pub mod guest;
 pub mod host;
+// The broker maps the same memory.
+#[doc(hidden)]
 pub mod memory;
 mod options;
 mod owned;
@@ -40,12 +46,18 @@ mod receiver;
 mod sender;
 pub mod stream;
 
-pub use barlink_protocol as protocol;
 pub use barlink_protocol::Strategy;
-pub use barlink_protocol::cursor::Kind;
+pub use barlink_protocol::cursor::{Corrupt, Kind};
+pub use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
+// The bench and tests of the broker measure and drive the ring without the library around it.
+#[doc(hidden)]
 pub use doorbell::Doorbells;
 pub use error::{ChannelError, Error, ErrorKind, EventError};
-pub use memory::Access;
+pub use memory::{Access, MemoryError, Region};
 pub use options::{ChannelOptions, Side};
-pub use receiver::{Iter, OwnedRecord, Receiver, Record, RingReceiver};
-pub use sender::{Reservation, RingSender, Sender, Sent};
+#[doc(hidden)]
+pub use receiver::RingReceiver;
+pub use receiver::{Iter, OwnedRecord, Receiver, Record};
+#[doc(hidden)]
+pub use sender::RingSender;
+pub use sender::{Reservation, Sender, Sent};

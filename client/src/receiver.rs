@@ -17,7 +17,7 @@ use crate::readiness::Readiness;
 use crate::sender::is_present;
 use crate::stream::{Position, StreamReader};
 
-/// The receiver that the ring itself has, for programs that need its parts.
+/// The receiver that the ring itself has.
 pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 
 /// The end of a channel that receives records. The claim of the end lasts as long as this value.
@@ -240,7 +240,8 @@ impl Receiver {
         self.ring.set_strategy(strategy);
     }
 
-    /// Returns the ring's own receiver, for a program that needs its parts. The claim goes with it.
+    /// Returns the ring's own receiver, which the bench measures. The claim goes with it.
+    #[doc(hidden)]
     pub fn into_ring(mut self) -> RingReceiver {
         self.ring.take()
     }

@@ -16,7 +16,7 @@ use crate::owned::Owned;
 use crate::readiness::Readiness;
 use crate::stream::StreamWriter;
 
-/// The sender that the ring itself has, for programs that need its parts.
+/// The sender that the ring itself has.
 pub type RingSender = barlink_protocol::Sender<Mapping, Doorbells>;
 
 /// The outcome of a record that was sent.
@@ -263,7 +263,8 @@ impl Sender {
         self.ring.set_strategy(strategy);
     }
 
-    /// Returns the ring's own sender, for a program that needs its parts. The claim goes with it.
+    /// Returns the ring's own sender, which the bench measures. The claim goes with it.
+    #[doc(hidden)]
     pub fn into_ring(mut self) -> RingSender {
         self.ring.take()
     }

@@ -7,10 +7,10 @@ use std::process::Stdio;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Answer, Ask, Refusal};
 use barlink::host::Attachment;
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::wire::layout::End;
-use barlink::protocol::wire::layout::channel;
 use barlink::{Access, Error, ErrorKind};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::End;
+use barlink_protocol::wire::layout::channel;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect,

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask, MAX_PACKET};
 use barlink::control::packet::PacketSocket;
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::wire::layout::End;
-use barlink::protocol::wire::layout::channel;
 use barlink::{Access, ErrorKind, Receiver, Sender, Sent};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::End;
+use barlink_protocol::wire::layout::channel;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;

@@ -228,7 +228,7 @@ impl Device {
     }
 
     /// Has the driver allocate memory that the device can reach by DMA: whole pages,
-    /// [`uapi::MAX_BUFFER`] bytes at the most. A device has one such buffer at a time.
+    /// [`MAX_BUFFER`](uapi::MAX_BUFFER) bytes at the most. A device has one such buffer at a time.
     ///
     /// ```no_run
     /// let device = barlink::guest::open("/dev/barlink0")?;

@@ -5,8 +5,8 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use barlink::protocol::wire::layout::{End, channel};
 use barlink::{Access, ChannelOptions, ErrorKind, Kind, Sent, Side, host};
+use barlink_protocol::wire::layout::{End, channel};
 
 use crate::broker::*;
 

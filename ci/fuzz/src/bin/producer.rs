@@ -3,11 +3,11 @@
 //! Fuzzes a producer whose consumer writes any words at any time.
 #![no_main]
 
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::wire::layout::channel;
-use barlink::protocol::{Producer, ReserveError};
 use barlink_fuzz::channel::*;
 use barlink_fuzz::memory::Memory;
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::channel;
+use barlink_protocol::{Producer, ReserveError};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
