@@ -175,6 +175,8 @@ fn channel_kind(error: &ChannelError) -> ErrorKind {
         ChannelError::Corrupt(_) => ErrorKind::Corrupt,
         ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
         ChannelError::Events(error) => error.kind(),
+        // There is no other error of a channel.
+        _ => ErrorKind::Other,
     }
 }
 

@@ -487,9 +487,7 @@ impl Record<'_> {
         let Some(record) = self.receiver.ring.record() else {
             return Ok(0);
         };
-        let written = record
-            .write_to(file.as_fd().as_raw_fd(), self.position)
-            .map_err(io::Error::from_raw_os_error)?;
+        let written = record.write_to(file.as_fd().as_raw_fd(), self.position)?;
         self.position += written;
         Ok(written)
     }

@@ -367,8 +367,7 @@ impl Reservation<'_> {
         if self.length > 0 {
             return Ok(0);
         }
-        let read = self.draft.read_from(file.as_fd().as_raw_fd());
-        self.length = read.map_err(io::Error::from_raw_os_error)?;
+        self.length = self.draft.read_from(file.as_fd().as_raw_fd())?;
         if !self.length.is_multiple_of(8) {
             self.tail = self.draft.word(self.length / 8).to_le_bytes();
         }

@@ -313,9 +313,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Draft<'_, M, E> {
     }
 
     /// Fills the payload from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
-    /// of the file, or the `errno`.
+    /// of the file.
     #[cfg(not(loom))]
-    pub fn read_from(&mut self, fd: libc::c_int) -> Result<u32, libc::c_int> {
+    pub fn read_from(&mut self, fd: libc::c_int) -> crate::io::Result<u32> {
         self.reservation.read_from(fd)
     }
 

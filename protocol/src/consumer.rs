@@ -309,13 +309,13 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Record<'a, M> {
     }
 
     /// Writes the payload, from an offset on, to a file descriptor by `write(2)`. Returns the bytes
-    /// written, which can be fewer than requested, or the `errno`.
+    /// written, which can be fewer than requested.
     ///
     /// # Panics
     ///
     /// Panics if `offset` is behind the payload.
     #[cfg(not(loom))]
-    pub fn write_to(&self, fd: libc::c_int, offset: usize) -> Result<usize, libc::c_int> {
+    pub fn write_to(&self, fd: libc::c_int, offset: usize) -> crate::io::Result<usize> {
         let length = self
             .length()
             .checked_sub(offset)

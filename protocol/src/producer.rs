@@ -34,6 +34,7 @@ impl Notify {
 
 /// Reason why a record cannot be written now, or at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReserveError {
     /// The channel has no room now.
     #[error("channel is full")]
@@ -314,9 +315,9 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     }
 
     /// Fills the payload from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
-    /// of the file, or the `errno`.
+    /// of the file.
     #[cfg(not(loom))]
-    pub fn read_from(&mut self, fd: libc::c_int) -> Result<u32, libc::c_int> {
+    pub fn read_from(&mut self, fd: libc::c_int) -> crate::io::Result<u32> {
         let read = self
             .producer
             .region
