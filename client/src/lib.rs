@@ -29,6 +29,7 @@
 // The broker rings the same eventfds.
 #[doc(hidden)]
 pub mod bell;
+mod claim;
 // The broker answers the same messages, and its tests send them.
 #[doc(hidden)]
 pub mod control;
@@ -50,6 +51,7 @@ pub use barlink_protocol::Strategy;
 pub use barlink_protocol::cursor::{Corrupt, Kind};
 pub use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
 // The bench and tests of the broker measure and drive the ring without the library around it.
+pub use claim::{Held, NotHere};
 #[doc(hidden)]
 pub use doorbell::Doorbells;
 pub use error::{ChannelError, Error, ErrorKind, EventError};

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::Stdio;
 
 use barlink::control::client::{Control, ControlError};
-use barlink::control::message::{Answer, Ask, Refusal};
+use barlink::control::message::{Answer, Ask};
 use barlink::host::Attachment;
-use barlink::{Access, Error, ErrorKind};
+use barlink::{Access, Error, ErrorKind, Held};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::wire::layout::End;
 use barlink_protocol::wire::layout::channel;
@@ -570,10 +570,11 @@ fn app_holds_and_releases_ends_separately() {
     let error = attachment.sender("loop").unwrap_err();
     assert!(matches!(
         error,
-        Error::Control(ControlError::Refused(Refusal::Held {
+        Error::Held(Held {
             end: End::Producer,
+            pid: Some(_),
             ..
-        }))
+        })
     ));
     drop(sender);
     assert_eq!(attachment.status().unwrap().claims.len(), 1);

@@ -16,6 +16,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl};
 
+use crate::claim::{Held, NotHere};
 use crate::doorbell::Doorbells;
 use crate::error::{Error, ErrorKind};
 use crate::guest::buffer::Buffer;
@@ -298,14 +299,14 @@ impl Side for Device {
         // SAFETY: `CLAIM` takes a `Claim`, and reads it during the call.
         let claimed = unsafe { ioctl(&file, Setter::<{ uapi::CLAIM }, _>::new(claim)) };
         claimed.map_err(|error| match error {
-            Errno::BUSY => Error::Held {
-                name: name.to_owned(),
-                end,
-            },
-            Errno::ACCESS => Error::NotHere {
-                name: name.to_owned(),
-                end,
-            },
+            Errno::BUSY => {
+                let (channel, pid) = (name.to_owned(), None);
+                Error::Held(Held { channel, end, pid })
+            }
+            Errno::ACCESS => {
+                let (channel, peer) = (name.to_owned(), None);
+                Error::NotHere(NotHere { channel, end, peer })
+            }
             error => system("claim an end of a channel of", &self.path, error).into(),
         })?;
         let bell = uapi::Doorbell {

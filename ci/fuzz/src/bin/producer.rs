@@ -58,7 +58,7 @@ fuzz_target!(|input: Input| {
                     Err(ReserveError::TooLarge { max, .. }) => assert!(u32::from(length) > max),
                     // An app that goes on after this error must come to no harm.
                     Err(ReserveError::Corrupt(_)) => (),
-                    Err(ReserveError::Full) => panic!("to wish is not to reserve"),
+                    Err(error) => panic!("to wish is not to reserve: {error}"),
                 }
             }
             Step::Send {
@@ -86,6 +86,7 @@ fuzz_target!(|input: Input| {
                         assert_eq!(end.sequence(), sequence);
                     }
                     Err(ReserveError::TooLarge { .. }) => assert!(u32::from(room) > max),
+                    Err(error) => panic!("{error}"),
                 }
             }
             Step::Drop => {

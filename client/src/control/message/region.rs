@@ -2,16 +2,8 @@
 
 //! A region, as messages write it.
 
-use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
+use barlink_protocol::wire::layout::{Channel, Layout, LayoutError, Name};
 use serde::{Deserialize, Serialize};
-
-/// The names that messages have for the ends of a channel.
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "End", rename_all = "kebab-case")]
-pub(super) enum EndName {
-    Producer,
-    Consumer,
-}
 
 /// A region's layout, as messages write it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
