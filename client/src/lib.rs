@@ -33,6 +33,9 @@ mod claim;
 // The broker answers the same messages, and its tests send them.
 #[doc(hidden)]
 pub mod control;
+// The broker passes descriptors to VMs by the same calls.
+#[doc(hidden)]
+pub mod descriptors;
 mod doorbell;
 mod error;
 pub mod guest;

@@ -455,8 +455,6 @@ fn broker_disconnects_client_that_reads_nothing() {
 
 #[test]
 fn broker_closes_descriptors_from_host_app() {
-    use std::os::fd::AsRawFd;
-    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
     let broker = Broker::start(&[]);
     broker.attach();
     let before = broker.descriptors();
@@ -466,14 +464,15 @@ fn broker_closes_descriptors_from_host_app() {
     for _ in 0..50 {
         let request: &[u8] = br#"{"version":1,"ask":"status"}"#;
         // From Linux 6.16 on, the client cannot send descriptors.
-        if let Err(error) = socket.send_with_fds(&[request], &[gift.as_raw_fd(); 8]) {
-            assert_eq!(error.errno(), libc::EPERM);
+        let flags = SendFlags::empty();
+        let sent = barlink::descriptors::send(&socket, request, &[gift.as_fd(); 8], flags);
+        if let Err(error) = sent {
+            assert_eq!(error, rustix::io::Errno::PERM);
             socket.send(request, &[]).unwrap();
         }
         let mut buffer = Box::new([0; barlink::control::message::MAX_PACKET]);
         socket.receive(&mut buffer).unwrap().unwrap();
     }
-    assert!(socket.as_fd().as_raw_fd() >= 0);
     assert_eq!(
         broker.descriptors(),
         before + 1,
