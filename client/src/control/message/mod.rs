@@ -10,7 +10,7 @@ use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
 pub use self::refusal::Refusal;
-pub use self::region::{ChannelInfo, RegionInfo};
+pub use self::region::{Entry, RegionInfo};
 pub use self::status::{
     BufferStatus, ClaimStatus, GuestMemoryStatus, SlotStatus, Status, VmStatus,
 };
