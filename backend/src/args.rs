@@ -317,8 +317,8 @@ mod tests {
 
     #[test]
     fn systemd_unit_starts_broker_with_enough_descriptors() {
-        use barlink::protocol::wire::layout::{MAX_SLOTS, MAX_VECTORS};
         use barlink_broker::transport::MAX_FILES;
+        use barlink_protocol::wire::layout::{MAX_SLOTS, MAX_VECTORS};
         let unit = unit();
         let value = |key| {
             let mut found = unit.iter().filter(|(name, _)| *name == key);

@@ -40,13 +40,12 @@ fn end(outcome: anyhow::Result<()>) -> ExitCode {
 fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         let control = match cause.downcast_ref() {
+            Some(Error::Held(_)) => return 4,
             Some(Error::Control(control)) => Some(control),
             _ => cause.downcast_ref::<ControlError>(),
         };
         match control {
-            Some(ControlError::Refused(
-                Refusal::Held { .. } | Refusal::InUse { .. } | Refusal::Busy,
-            )) => return 4,
+            Some(ControlError::Refused(Refusal::InUse { .. } | Refusal::Busy)) => return 4,
             Some(ControlError::Refused(Refusal::Version { .. })) => return 3,
             Some(ControlError::Refused(_)) | None => (),
             Some(_) => return 3,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use barlink_protocol::cursor::Corrupt;
 use barlink_protocol::wire::layout::{End, LayoutError};
 
+use crate::claim::{Held, NotHere};
 use crate::control::client::ControlError;
 use crate::control::message::Refusal;
 use crate::guest::DeviceError;
@@ -87,24 +88,12 @@ pub enum Error {
         /// The end.
         end: End,
     },
-    /// Another process in this guest holds the end. On the host this is [`Refusal::Held`].
-    #[error("channel `{name}` already has a {end}: stop that process first")]
-    Held {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-    },
-    /// The end is not this VM's. On the host this is [`Refusal::NotHost`].
-    #[error(
-        "the {end} of channel `{name}` is not in this VM: choose another channel (`barlink-guest info` lists them)"
-    )]
-    NotHere {
-        /// Name of the channel.
-        name: String,
-        /// The end.
-        end: End,
-    },
+    /// Another process holds the end.
+    #[error(transparent)]
+    Held(#[from] Held),
+    /// The end belongs to another peer.
+    #[error(transparent)]
+    NotHere(#[from] NotHere),
     /// The end was claimed, and the state of its channel is not valid.
     #[error(
         "cannot take up the {end} of channel `{name}` ({place}`barlink reset-channel {name}` empties it)"
@@ -199,15 +188,16 @@ impl Error {
             Error::Memory(_) | Error::NoRunFolder => ErrorKind::Other,
             Error::Layout { .. } => ErrorKind::Incompatible,
             Error::NoChannel { .. } => ErrorKind::NotFound,
-            Error::ReadOnly { .. } | Error::NotHere { .. } => ErrorKind::InvalidInput,
-            Error::Held { .. } => ErrorKind::InUse,
+            Error::ReadOnly { .. } | Error::NotHere(_) => ErrorKind::InvalidInput,
+            Error::Held(_) => ErrorKind::InUse,
             Error::TakeUp { source, .. } | Error::Channel(source) => channel_kind(source),
             Error::Events(error) => error.kind(),
             Error::Full => ErrorKind::Full,
         }
     }
 
-    /// Returns the broker's refusal, if the broker refused.
+    /// Returns the broker's refusal, if the broker refused. A refused claim is [`Error::Held`] or
+    /// [`Error::NotHere`], as in a guest.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -234,6 +224,8 @@ fn channel_kind(error: &ChannelError) -> ErrorKind {
         ChannelError::Corrupt(_) => ErrorKind::Corrupt,
         ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
         ChannelError::Events(error) => error.kind(),
+        // There is no other error of a channel.
+        _ => ErrorKind::Other,
     }
 }
 

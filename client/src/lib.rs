@@ -26,12 +26,22 @@
 //! # Ok::<(), barlink::Error>(())
 //! ```
 
+mod claim;
+// The broker answers the same messages, and its tests send them.
+#[doc(hidden)]
 pub mod control;
+// The broker passes descriptors to VMs by the same calls.
+#[doc(hidden)]
+pub mod descriptors;
 mod doorbell;
 mod error;
 pub mod guest;
 pub mod host;
+// The broker maps the same memory.
+#[doc(hidden)]
 pub mod memory;
+// The broker rings the same eventfds.
+#[doc(hidden)]
 pub mod notifier;
 mod options;
 mod owned;
@@ -40,7 +50,6 @@ mod receiver;
 mod sender;
 pub mod stream;
 
-pub use barlink_protocol as protocol;
 /// The time that an end looks for itself, before it asks to be rung.
 ///
 /// ```
@@ -56,6 +65,7 @@ pub use barlink_protocol as protocol;
 /// let options = ChannelOptions::new().strategy(strategy);
 /// ```
 pub use barlink_protocol::Strategy;
+pub use barlink_protocol::cursor::Corrupt;
 /// The type of a record's content.
 ///
 /// ```
@@ -68,9 +78,17 @@ pub use barlink_protocol::Strategy;
 /// assert_eq!(Kind::new(0), None, "no record has kind 0");
 /// ```
 pub use barlink_protocol::cursor::Kind;
+pub use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
+// The bench and tests of the broker measure and drive the ring without the library around it.
+pub use claim::{Held, NotHere};
+#[doc(hidden)]
 pub use doorbell::Doorbells;
 pub use error::{ChannelError, Error, ErrorKind, EventError};
-pub use memory::Access;
+pub use memory::{Access, MemoryError, Region};
 pub use options::{ChannelOptions, Side};
-pub use receiver::{Iter, OwnedRecord, Receiver, Record, RingReceiver};
-pub use sender::{Reservation, RingSender, Sender, Sent};
+#[doc(hidden)]
+pub use receiver::RingReceiver;
+pub use receiver::{Iter, OwnedRecord, Receiver, Record};
+#[doc(hidden)]
+pub use sender::RingSender;
+pub use sender::{Reservation, Sender, Sent};

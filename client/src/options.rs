@@ -71,12 +71,13 @@ pub trait Side: sealed::Side {
     fn region(&self) -> Region;
 
     /// Claims an end of a channel for as long as its doorbells live, and returns the channel's
-    /// index: for a program that waits or rings in a way of its own, and attaches a ring's sender
-    /// or receiver with that.
+    /// index. [`ChannelOptions`] does so for programs; the bench and tests of the workspace attach
+    /// the ring's own ends.
     ///
     /// # Errors
     ///
     /// There is no such channel, its end belongs elsewhere, or another process holds it.
+    #[doc(hidden)]
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error>;
 }
 

@@ -17,7 +17,7 @@ use crate::readiness::Readiness;
 use crate::sender::is_present;
 use crate::stream::{Position, StreamReader};
 
-/// The receiver that the ring itself has, for programs that need its parts.
+/// The receiver that the ring itself has.
 pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 
 /// The end of a channel that receives records. The claim of the end lasts as long as this value. A
@@ -106,7 +106,12 @@ impl Receiver {
             ring: Owned::new(ring),
             region,
             peer,
-            header: Header::from_words([0; 3]),
+            header: Header {
+                length: 0,
+                kind: Kind::DATA,
+                sequence: 0,
+                time: 0,
+            },
             numbers: Numbers::default(),
             position: Position::default(),
             failed: None,
@@ -336,7 +341,8 @@ impl Receiver {
         self.ring.set_strategy(strategy);
     }
 
-    /// Returns the ring's own receiver, for a program that needs its parts. The claim goes with it.
+    /// Returns the ring's own receiver, which the bench measures. The claim goes with it.
+    #[doc(hidden)]
     pub fn into_ring(mut self) -> RingReceiver {
         self.ring.take()
     }
@@ -687,9 +693,7 @@ impl Record<'_> {
         let Some(record) = self.receiver.ring.record() else {
             return Ok(0);
         };
-        let written = record
-            .write_to(file.as_fd().as_raw_fd(), self.position)
-            .map_err(io::Error::from_raw_os_error)?;
+        let written = record.write_to(file.as_fd().as_raw_fd(), self.position)?;
         self.position += written;
         Ok(written)
     }

@@ -16,7 +16,7 @@ use crate::owned::Owned;
 use crate::readiness::Readiness;
 use crate::stream::StreamWriter;
 
-/// The sender that the ring itself has, for programs that need its parts.
+/// The sender that the ring itself has.
 pub type RingSender = barlink_protocol::Sender<Mapping, Doorbells>;
 
 /// The outcome of a record that was sent.
@@ -450,7 +450,8 @@ impl Sender {
         self.ring.set_strategy(strategy);
     }
 
-    /// Returns the ring's own sender, for a program that needs its parts. The claim goes with it.
+    /// Returns the ring's own sender, which the bench measures. The claim goes with it.
+    #[doc(hidden)]
     pub fn into_ring(mut self) -> RingSender {
         self.ring.take()
     }
@@ -583,8 +584,7 @@ impl Reservation<'_> {
         if self.length > 0 {
             return Ok(0);
         }
-        let read = self.reservation.read_from(file.as_fd().as_raw_fd());
-        self.length = read.map_err(io::Error::from_raw_os_error)?;
+        self.length = self.reservation.read_from(file.as_fd().as_raw_fd())?;
         if !self.length.is_multiple_of(8) {
             self.tail = self.reservation.word(self.length / 8).to_le_bytes();
         }

@@ -51,14 +51,15 @@ pub use barlink_protocol::stream::Progress;
 pub use barlink_protocol::stream::Watch;
 use barlink_protocol::{Sent, Strategy, Wakeup, stream};
 
-use crate::error::{ChannelError, Error, EventError};
+use crate::error::{Error, EventError};
 use crate::receiver::{Numbers, Receiver, copy_from};
 use crate::sender::Sender;
 
 /// Most bytes that a writer puts into one record: larger ones are no faster.
 const RECORD_SIZE: usize = 1 << 20;
 
-/// Why [`send`] or [`receive`] ended before the end of the stream.
+/// The reason why a stream ended early. The errors of its source and its target are
+/// [`io::Error`]s; [`StreamError::Incomplete`] is a stream whose sender left.
 ///
 /// ```no_run
 /// use std::fs::File;
@@ -78,43 +79,9 @@ const RECORD_SIZE: usize = 1 << 20;
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StreamError {
-    /// The channel stopped working.
-    #[error(transparent)]
-    Channel(#[from] ChannelError),
-    /// Reading the source failed.
-    #[error("cannot read the source")]
-    Read(#[source] io::Error),
-    /// Writing the target failed.
-    #[error("cannot write the target")]
-    Write {
-        /// The error of the target.
-        source: io::Error,
-        /// Bytes at the target's end that belong to a record which was not released, and comes
-        /// again.
-        partial: u64,
-    },
-    /// The sender left in the middle of the stream.
-    #[error("the sender left before the end of the stream, after {0} bytes")]
-    Incomplete(u64),
-}
-
-impl From<stream::StreamError<EventError>> for StreamError {
-    fn from(error: stream::StreamError<EventError>) -> Self {
-        let io = io::Error::from_raw_os_error;
-        match error {
-            stream::StreamError::Channel(error) => StreamError::Channel(error),
-            stream::StreamError::Read(errno) => StreamError::Read(io(errno)),
-            stream::StreamError::Write { errno, partial } => StreamError::Write {
-                source: io(errno),
-                partial,
-            },
-            stream::StreamError::Incomplete(bytes) => StreamError::Incomplete(bytes),
-        }
-    }
-}
+///
+/// [`StreamError::Incomplete`]: stream::StreamError::Incomplete
+pub type StreamError = stream::StreamError<EventError>;
 
 /// Sends all bytes of a file as one stream, in records of at most `record_size` bytes. A size of 0
 /// counts as 1, and a size above [`Sender::max_record`] as that. `watch` sees the progress;
@@ -143,7 +110,7 @@ pub fn send(
 ) -> Result<Progress, StreamError> {
     let mut record = vec![0; record_size.clamp(1, sender.max_record())];
     let source = source.as_fd().as_raw_fd();
-    Ok(stream::send(sender.ring(), source, &mut record, watch)?)
+    stream::send(sender.ring(), source, &mut record, watch)
 }
 
 /// Receives one stream, and writes its bytes to a file. A gap in the numbers of the records is no
@@ -174,7 +141,7 @@ pub fn receive(
     let target = target.as_fd().as_raw_fd();
     let (ring, numbers) = receiver.numbered();
     let mut watch = Noting { watch, numbers };
-    Ok(stream::receive(ring, target, &mut watch)?)
+    stream::receive(ring, target, &mut watch)
 }
 
 /// A watch that notes the numbers of the records as well.

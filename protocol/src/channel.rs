@@ -160,10 +160,6 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Copies a record into the channel and commits it. Waits for space until the timeout, or
     /// without a limit if `timeout` is `None`. If this end drops, it does not wait: when the
     /// channel is full, it counts the record and drops it.
-    ///
-    /// # Panics
-    ///
-    /// Panics if `kind` is 0 or 65535.
     pub fn send(
         &mut self,
         kind: Kind,
@@ -182,10 +178,6 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// it after [`Sender::publish`], or once the channel has no space for a further record. If this
     /// process ends before that, the record is lost. `time` is the time stamp of the record, in
     /// nanoseconds; one call of [`Sender::time`] is enough for many records.
-    ///
-    /// # Panics
-    ///
-    /// Panics if `kind` is 0 or 65535.
     pub fn stage(
         &mut self,
         kind: Kind,
@@ -218,11 +210,6 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         timeout: Option<Duration>,
         time: Option<u64>,
     ) -> Result<Sent, ChannelError<E::Error>> {
-        // This check comes first, so that an invalid kind panics in a full channel as well.
-        assert!(
-            kind.number() != 0 && kind != Kind::PAD,
-            "records of no kind"
-        );
         let drops = self.drops;
         let wait = if drops { None } else { Some(timeout) };
         let Some(place) = self.find_room(bytes.len(), wait)? else {
@@ -326,9 +313,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     }
 
     /// Fills the payload from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
-    /// of the file, or the `errno`.
+    /// of the file.
     #[cfg(not(loom))]
-    pub fn read_from(&mut self, fd: libc::c_int) -> Result<u32, libc::c_int> {
+    pub fn read_from(&mut self, fd: libc::c_int) -> crate::io::Result<u32> {
         self.reservation.read_from(fd)
     }
 
@@ -337,7 +324,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ///
     /// # Panics
     ///
-    /// Panics if `length` is more than the reserved space, or if `kind` is 0 or 65535.
+    /// Panics if `length` is more than the reserved space.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
         let SenderReservation { reservation, link } = self;
         let time = link.time();

@@ -5,7 +5,7 @@
 
 use core::ops::Deref;
 
-use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind};
+use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, is_padding};
 use crate::producer::Notify;
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
@@ -100,7 +100,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         let current = self.current?;
         Some(Record {
             region: &self.region,
-            header: Header::from_words(current.header),
+            header: Header::from_checked(current.header),
             payload: current.payload,
         })
     }
@@ -209,11 +209,9 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     fn look_at(&self, start: u64) -> Result<Found, Corrupt> {
         let at = self.data(start);
         let words = self.header(start, at);
-        let header = Header::from_words(words);
-        Header::check_words(words)?;
-        let span = self.capacity.check(header, start, self.written - start)?;
+        let span = self.capacity.check(words[0], start, self.written - start)?;
         let end = start + span;
-        if header.kind == Kind::PAD {
+        if is_padding(words) {
             return Ok(Found::Padding(end));
         }
         Ok(Found::Record(Current {
@@ -312,13 +310,13 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Record<'a, M> {
     }
 
     /// Writes the payload, from an offset on, to a file descriptor by `write(2)`. Returns the bytes
-    /// written, which can be fewer than requested, or the `errno`.
+    /// written, which can be fewer than requested.
     ///
     /// # Panics
     ///
     /// Panics if `offset` is behind the payload.
     #[cfg(not(loom))]
-    pub fn write_to(&self, fd: libc::c_int, offset: usize) -> Result<usize, libc::c_int> {
+    pub fn write_to(&self, fd: libc::c_int, offset: usize) -> crate::io::Result<usize> {
         let length = self
             .length()
             .checked_sub(offset)

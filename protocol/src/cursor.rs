@@ -117,21 +117,27 @@ impl Capacity {
         }
     }
 
-    /// Checks the header at cursor `read`, with `available` bytes committed from there on. Returns
-    /// the bytes that the record or the padding takes.
-    pub const fn check(self, header: Header, read: u64, available: u64) -> Result<u64, Corrupt> {
-        let to_end = self.to_end(read);
-        let span = match header.kind {
-            Kind::PAD => {
+    /// Checks the first word of a header at cursor `read`, with `available` bytes committed from
+    /// there on. Returns the bytes that the record or the padding takes. The other words can have
+    /// any value.
+    // Inlined as `Consumer::poll` is.
+    #[inline(always)]
+    pub const fn check(self, first: u64, read: u64, available: u64) -> Result<u64, Corrupt> {
+        if first >> 48 != 0 {
+            return Err(Corrupt("a record's header has bits that mean nothing"));
+        }
+        let (length, to_end) = (first as u32, self.to_end(read));
+        let span = match (first >> 32) as u16 {
+            PADDING => {
                 if to_end == self.bytes {
                     return Err(Corrupt("padding where no record can have missed its place"));
                 }
                 to_end
             }
-            Kind(0) => return Err(Corrupt("a record has no kind")),
-            _ => span(header.length),
+            0 => return Err(Corrupt("a record has no kind")),
+            _ => span(length),
         };
-        if header.length > self.max_record() || span > to_end {
+        if length > self.max_record() || span > to_end {
             return Err(Corrupt("a record is longer than its place"));
         }
         if span > available {
@@ -141,7 +147,13 @@ impl Capacity {
     }
 }
 
-/// Kind of a record. Numbers below 256 belong to barlink, 256 to 65534 to the user.
+/// Number that padding has in the place of a kind.
+const PADDING: u16 = u16::MAX;
+
+/// First word of padding.
+pub(crate) const PADDING_WORD: u64 = (PADDING as u64) << 32;
+
+/// Kind of a record, 1 to 65534. Numbers below 256 belong to barlink, the others to the user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind(u16);
 
@@ -154,10 +166,11 @@ impl Kind {
     pub const BEGIN: Kind = Kind(3);
     /// First kind that belongs to the user.
     pub const USER: Kind = Kind(256);
+
     /// Returns the kind with this number: `None` for 0 and 65535, which no record has.
     pub const fn new(number: u16) -> Option<Self> {
         match number {
-            0 | u16::MAX => None,
+            0 | PADDING => None,
             number => Some(Kind(number)),
         }
     }
@@ -166,9 +179,6 @@ impl Kind {
     pub const fn number(self) -> u16 {
         self.0
     }
-
-    /// Padding, not a record: the rest of the data area is skipped.
-    pub(crate) const PAD: Kind = Kind(u16::MAX);
 }
 
 /// A record's header (`docs/protocol.md`, section 4.1).
@@ -195,8 +205,17 @@ impl Header {
         ]
     }
 
-    /// Decodes a header without checking it. [`Header::check_words`] checks the words.
-    pub const fn from_words(words: [u64; 3]) -> Self {
+    /// Decodes a header. `None` for padding, and for a number that is no kind. The other fields
+    /// are not checked: [`Capacity::check`] does that.
+    pub const fn from_words(words: [u64; 3]) -> Option<Self> {
+        match Kind::new((words[0] >> 32) as u16) {
+            None => None,
+            Some(_) => Some(Header::from_checked(words)),
+        }
+    }
+
+    /// Decodes the header of a record that [`Capacity::check`] has accepted.
+    pub(crate) const fn from_checked(words: [u64; 3]) -> Self {
         Header {
             length: words[0] as u32,
             kind: Kind((words[0] >> 32) as u16),
@@ -204,12 +223,9 @@ impl Header {
             time: words[2],
         }
     }
+}
 
-    /// Checks that no bits are set outside of the header's fields.
-    pub const fn check_words(words: [u64; 3]) -> Result<(), Corrupt> {
-        if words[0] >> 48 != 0 {
-            return Err(Corrupt("a record's header has bits that mean nothing"));
-        }
-        Ok(())
-    }
+/// Returns whether words that [`Capacity::check`] has accepted are padding, and not a record.
+pub(crate) const fn is_padding(words: [u64; 3]) -> bool {
+    (words[0] >> 32) as u16 == PADDING
 }

@@ -7,6 +7,7 @@ use crate::producer::ReserveError;
 
 /// Reason why a channel cannot be used. `X` is the error of its [`Events`](crate::Events).
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ChannelError<X> {
     /// The region has no channel with this index.
     #[error("no channel {0} in this region")]

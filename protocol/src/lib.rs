@@ -21,6 +21,8 @@ mod consumer;
 mod copy;
 pub mod cursor;
 mod error;
+#[cfg(not(loom))]
+mod io;
 mod link;
 mod presence;
 mod producer;

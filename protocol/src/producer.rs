@@ -5,7 +5,7 @@
 
 use core::ops::Deref;
 
-use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind, Place};
+use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind, PADDING_WORD, Place};
 use crate::region::Region;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, channel};
@@ -34,6 +34,7 @@ impl Notify {
 
 /// Reason why a record cannot be written now, or at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReserveError {
     /// The channel has no room now.
     #[error("channel is full")]
@@ -316,9 +317,9 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     }
 
     /// Fills the payload from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
-    /// of the file, or the `errno`.
+    /// of the file.
     #[cfg(not(loom))]
-    pub fn read_from(&mut self, fd: libc::c_int) -> Result<u32, libc::c_int> {
+    pub fn read_from(&mut self, fd: libc::c_int) -> crate::io::Result<u32> {
         let read = self
             .producer
             .region
@@ -344,10 +345,10 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     ///
     /// # Panics
     ///
-    /// Panics if `length` is more than was reserved, or if `kind` is 0 or 65535.
+    /// Panics if `length` is more than was reserved.
     #[inline]
     pub fn stage(self, kind: Kind, length: u32, time: u64) -> &'a mut Producer<M> {
-        assert!(length <= self.length && kind.number() != 0 && kind != Kind::PAD);
+        assert!(length <= self.length);
         if !length.is_multiple_of(8) && length != self.padded {
             self.pad(length);
         }
@@ -364,13 +365,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         };
         let region = &producer.region;
         if place.pad > 0 {
-            let pad = Header {
-                length: 0,
-                kind: Kind::PAD,
-                sequence: 0,
-                time: 0,
-            };
-            region.store(producer.data(producer.staged), pad.to_words()[0]);
+            region.store(producer.data(producer.staged), PADDING_WORD);
         }
         let at = producer.data(place.start);
         for (index, word) in header.to_words().into_iter().enumerate() {

@@ -19,6 +19,8 @@
 use core::ops::{Deref, Range};
 
 use crate::copy::Copier;
+#[cfg(not(loom))]
+use crate::io;
 use crate::sync::{AtomicU64, Ordering, fence};
 use crate::wire::layout::PAGE_WORDS;
 
@@ -210,14 +212,9 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
 
     /// Writes `length` bytes of the region, from any `offset` on, to a file descriptor by
     /// `write(2)`. The bytes are not copied in user space, and no reference to them is made.
-    /// Returns the bytes written, or the `errno`.
+    /// Returns the bytes written.
     #[cfg(not(loom))]
-    pub fn write_to(
-        &self,
-        fd: libc::c_int,
-        offset: u64,
-        length: usize,
-    ) -> Result<usize, libc::c_int> {
+    pub fn write_to(&self, fd: libc::c_int, offset: u64, length: usize) -> io::Result<usize> {
         let source = self.bytes(offset, length);
         // SAFETY: The range was bounds-checked and stays mapped while `self` is borrowed. `write`
         // only reads it.
@@ -225,14 +222,9 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     }
 
     /// Fills up to `length` bytes of the region, from `offset` on, from a file descriptor by
-    /// `read(2)`. Returns the bytes read, 0 at the end of the file, or the `errno`.
+    /// `read(2)`. Returns the bytes read, 0 at the end of the file.
     #[cfg(not(loom))]
-    pub fn read_from(
-        &self,
-        fd: libc::c_int,
-        offset: u64,
-        length: usize,
-    ) -> Result<usize, libc::c_int> {
+    pub fn read_from(&self, fd: libc::c_int, offset: u64, length: usize) -> io::Result<usize> {
         let target = self.bytes(offset, length);
         // SAFETY: The range was bounds-checked and stays mapped while `self` is borrowed. It is
         // shared memory under `AtomicU64`, so the compiler expects writes by others, here by the
@@ -283,15 +275,14 @@ fn index(offset: u64) -> usize {
 }
 
 /// Fills private memory from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
-/// of the file, or the `errno`.
+/// of the file.
 #[cfg(not(loom))]
-pub(crate) fn read(fd: libc::c_int, bytes: &mut [u8]) -> Result<usize, libc::c_int> {
+pub(crate) fn read(fd: libc::c_int, bytes: &mut [u8]) -> io::Result<usize> {
     // SAFETY: The memory is borrowed exclusively, and `read` writes at most its length.
     result(unsafe { libc::read(fd, bytes.as_mut_ptr().cast(), bytes.len()) })
 }
 
 #[cfg(not(loom))]
-fn result(returned: libc::ssize_t) -> Result<usize, libc::c_int> {
-    // SAFETY: The address of errno belongs to this thread and is always valid.
-    usize::try_from(returned).map_err(|_| unsafe { *libc::__errno_location() })
+fn result(returned: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(returned).map_err(|_| io::Error::last_os_error())
 }

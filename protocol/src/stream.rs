@@ -14,6 +14,7 @@ use libc::c_int;
 use crate::channel::{Receiver, Sender, Sent};
 use crate::cursor::Kind;
 use crate::error::ChannelError;
+use crate::io;
 use crate::link::{Events, Wakeup};
 use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
@@ -53,19 +54,20 @@ pub trait Watch {
 impl Watch for () {}
 
 /// Reason why a stream ended early.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum StreamError<X> {
     /// The channel cannot be used.
     #[error(transparent)]
     Channel(#[from] ChannelError<X>),
-    /// `read(2)` from the source failed with this `errno`.
+    /// `read(2)` from the source failed.
     #[error("cannot read the source")]
-    Read(c_int),
+    Read(#[source] io::Error),
     /// `write(2)` to the target failed.
     #[error("cannot write the target")]
     Write {
-        /// The `errno`.
-        errno: c_int,
+        /// The error of the system call.
+        source: io::Error,
         /// Bytes at the target's end that belong to a record that was not released. The next
         /// receiver gets the whole record again.
         partial: u64,
@@ -214,8 +216,8 @@ where
             let mut done = 0;
             while done < record.length() {
                 let written = retry(|| record.write_to(target, done));
-                done += written.map_err(|errno| StreamError::Write {
-                    errno,
+                done += written.map_err(|source| StreamError::Write {
+                    source,
                     partial: done as u64,
                 })?;
             }
@@ -231,10 +233,10 @@ where
 }
 
 /// Repeats a call that a signal interrupted.
-fn retry<T>(mut call: impl FnMut() -> Result<T, c_int>) -> Result<T, c_int> {
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
-            Err(libc::EINTR) => (),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
             result => return result,
         }
     }

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use barlink::Access;
-use barlink::protocol::wire::virtio;
 use barlink_broker::transport::{VfioUser, VhostUser};
+use barlink_protocol::wire::virtio;
 use log::warn;
 
 use crate::args::QemuArgs;

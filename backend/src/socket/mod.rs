@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Connected Unix sockets: their peers, the descriptors that pass over them, and their end.
+//! Connected Unix sockets: their peers, the right to send descriptors over them, and their end.
 
 pub(crate) mod descriptors;
 mod groups;

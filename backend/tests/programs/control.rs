@@ -7,12 +7,12 @@ use std::path::Path;
 use std::process::Stdio;
 
 use barlink::control::client::{Control, ControlError};
-use barlink::control::message::{Answer, Ask, Refusal};
+use barlink::control::message::{Answer, Ask};
 use barlink::host::Attachment;
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::wire::layout::End;
-use barlink::protocol::wire::layout::channel;
-use barlink::{Access, Error, ErrorKind};
+use barlink::{Access, Error, ErrorKind, Held};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::End;
+use barlink_protocol::wire::layout::channel;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect,
@@ -463,8 +463,6 @@ fn broker_disconnects_client_that_reads_nothing() {
 
 #[test]
 fn broker_closes_descriptors_from_host_app() {
-    use std::os::fd::AsRawFd;
-    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
     let broker = Broker::start(&[]);
     broker.attach();
     let before = broker.descriptors();
@@ -474,14 +472,15 @@ fn broker_closes_descriptors_from_host_app() {
     for _ in 0..50 {
         let request: &[u8] = br#"{"version":1,"ask":"status"}"#;
         // From Linux 6.16 on, the client cannot send descriptors.
-        if let Err(error) = socket.send_with_fds(&[request], &[gift.as_raw_fd(); 8]) {
-            assert_eq!(error.errno(), libc::EPERM);
+        let flags = SendFlags::empty();
+        let sent = barlink::descriptors::send(&socket, request, &[gift.as_fd(); 8], flags);
+        if let Err(error) = sent {
+            assert_eq!(error, rustix::io::Errno::PERM);
             socket.send(request, &[]).unwrap();
         }
         let mut buffer = Box::new([0; barlink::control::message::MAX_PACKET]);
         socket.receive(&mut buffer).unwrap().unwrap();
     }
-    assert!(socket.as_fd().as_raw_fd() >= 0);
     assert_eq!(
         broker.descriptors(),
         before + 1,
@@ -578,10 +577,11 @@ fn app_holds_and_releases_ends_separately() {
     let error = attachment.sender("loop").unwrap_err();
     assert!(matches!(
         error,
-        Error::Control(ControlError::Refused(Refusal::Held {
+        Error::Held(Held {
             end: End::Producer,
+            pid: Some(_),
             ..
-        }))
+        })
     ));
     drop(sender);
     assert_eq!(attachment.status().unwrap().claims.len(), 1);

@@ -5,9 +5,9 @@
 use std::process::Stdio;
 
 use barlink::host::Attachment;
-use barlink::protocol::Producer;
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::wire::layout::{Channel, End, presence};
+use barlink_protocol::Producer;
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::{Channel, End, presence};
 
 use crate::support::*;
 use crate::vfio_user_client::*;

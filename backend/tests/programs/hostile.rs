@@ -2,16 +2,18 @@
 
 //! Tests of hostile peers, and of the peers beside them.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask, MAX_PACKET};
 use barlink::control::packet::PacketSocket;
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::wire::layout::End;
-use barlink::protocol::wire::layout::channel;
 use barlink::{Access, ErrorKind, Receiver, Sender, Sent};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::End;
+use barlink_protocol::wire::layout::channel;
+use rustix::io::Errno;
+use rustix::net::SendFlags;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;
@@ -116,10 +118,10 @@ fn kernel_refuses_descriptors() -> bool {
 
 /// Sends a descriptor. Returns whether the send fails because descriptors are not allowed, or
 /// because the connection is closed.
-fn refuses_descriptors(socket: &impl ScmSocket) -> bool {
+fn refuses_descriptors(socket: &impl AsFd) -> bool {
     let gift = std::fs::File::open("/dev/null").unwrap();
-    let sent = socket.send_with_fds(&[&b"?"[..]], &[gift.as_raw_fd()]);
-    sent.is_err_and(|error| [libc::EPERM, libc::EPIPE].contains(&error.errno()))
+    let sent = barlink::descriptors::send(socket, b"?", &[gift.as_fd()], SendFlags::empty());
+    sent.is_err_and(|error| [Errno::PERM, Errno::PIPE].contains(&error))
 }
 
 /// A descriptor that is slow to close would hold up the thread that answers host apps or admits

@@ -6,9 +6,9 @@
 use std::io::Write;
 
 use barlink::Side;
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::wire::layout::{End, MAGIC, channel, presence};
-use barlink::protocol::{Events, state};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::{End, MAGIC, channel, presence};
+use barlink_protocol::{Events, state};
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 

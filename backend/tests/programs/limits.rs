@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::Ask;
-use barlink::protocol::wire::layout::End;
+use barlink_protocol::wire::layout::End;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv,

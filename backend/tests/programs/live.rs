@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::process::Stdio;
 
-use barlink::protocol::cursor::Kind;
+use barlink_protocol::cursor::Kind;
 
 use crate::support::*;
 use crate::terminal::*;

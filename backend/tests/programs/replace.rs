@@ -11,9 +11,9 @@ use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
 use barlink::host::Attachment;
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::wire::layout::{BROKER_PAGE, presence};
 use barlink_broker::persistence::name;
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
 use rustix::process::Signal;
 
 use crate::service::ServiceManager;

@@ -5,7 +5,7 @@
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
-use barlink::protocol::wire::layout::{BROKER_PAGE, presence};
+use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
 use rustix::process::Signal;
 
 use crate::support::*;

@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::Duration;
 
-use barlink::protocol::state;
+use barlink_protocol::state;
 use rustix::process::Signal;
 
 use crate::support::*;

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 
 use barlink::control::client::Control;
-use barlink::protocol::wire::layout::End;
+use barlink_protocol::wire::layout::End;
 use rustix::fs::SealFlags;
 
 use crate::support::*;

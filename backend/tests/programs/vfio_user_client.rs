@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 
 use barlink::control::client::Control;
 use barlink::control::message::Ask;
-use barlink::protocol::wire::layout::End;
+use barlink_protocol::wire::layout::End;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};

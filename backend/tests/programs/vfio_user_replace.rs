@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
-use barlink::protocol::wire::layout::End;
 use barlink_broker::broker::Predecessor;
+use barlink_protocol::wire::layout::End;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;

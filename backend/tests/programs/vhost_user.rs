@@ -2,7 +2,7 @@
 
 //! Tests of the device over vhost-user, as a VMM and its guest's driver use it.
 
-use barlink::protocol::wire::virtio::{FEATURE_RESET, MAGIC, VERSION, config};
+use barlink_protocol::wire::virtio::{FEATURE_RESET, MAGIC, VERSION, config};
 use vhost::vhost_user::VhostUserFrontend;
 use vmm_sys_util::eventfd::EventFd;
 

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
-use barlink::protocol::wire::virtio::{QUEUE_SIZE, QUEUES, config};
+use barlink_protocol::wire::virtio::{QUEUE_SIZE, QUEUES, config};
 use rustix::fs::{MemfdFlags, SealFlags};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserMMap, VhostUserProtocolFeatures, VhostUserVirtioFeatures,

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use barlink::protocol::wire::layout::Layout;
+use barlink_protocol::wire::layout::Layout;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;

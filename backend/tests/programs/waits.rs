@@ -5,7 +5,7 @@
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use barlink::protocol::{Strategy, Wakeup};
+use barlink_protocol::{Strategy, Wakeup};
 
 use crate::support::*;
 

@@ -5,12 +5,12 @@
 use std::collections::VecDeque;
 use std::sync::LazyLock;
 
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::region::Region;
-use barlink::protocol::wire::layout::{
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::region::Region;
+use barlink_protocol::wire::layout::{
     BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, PAGE_SIZE, channel, presence,
 };
-use barlink::protocol::{Consumer, Producer};
+use barlink_protocol::{Consumer, Producer};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 
 use crate::memory::{Memory, Words};

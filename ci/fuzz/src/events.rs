@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use barlink::protocol::Events;
+use barlink_protocol::Events;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 
 /// Time that one read of the clock takes.

@@ -2,7 +2,7 @@
 
 //! The checks of every layout that was accepted.
 
-use barlink::protocol::wire::layout::{
+use barlink_protocol::wire::layout::{
     Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS, MAX_VECTORS,
     MIN_CAPACITY, Name, PAGE_SIZE,
 };

@@ -12,8 +12,8 @@ use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::OnceLock;
 
-use barlink::protocol::region::words;
-use barlink::protocol::{AtomicU64, Ordering};
+use barlink_protocol::region::words;
+use barlink_protocol::{AtomicU64, Ordering};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 
 /// Most bytes of a [`Memory`].

@@ -3,18 +3,16 @@
 //! Packets with descriptors, over a connected `SOCK_SEQPACKET` socket.
 
 use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, Shutdown,
-    SocketAddrUnix, SocketFlags, SocketType, sockopt,
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::message::MAX_PACKET;
+use crate::descriptors;
 
 /// Most descriptors in one packet; the kernel's own limit is 253 (`SCM_MAX_FD`).
 pub const MAX_DESCRIPTORS: usize = 128;
@@ -100,10 +98,10 @@ impl PacketSocket {
     }
 
     /// Sends a packet with descriptors. A peer that is gone is an error, not a signal.
-    pub fn send(&self, bytes: &[u8], descriptors: &[RawFd]) -> io::Result<()> {
+    pub fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.retry(sockopt::Timeout::Send, || {
-            self.send_with_fds(&[bytes], descriptors)
-                .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+            let flags = SendFlags::empty();
+            Ok(descriptors::send(&self.socket, bytes, descriptors, flags)?)
         })?;
         Ok(())
     }
@@ -122,28 +120,20 @@ impl PacketSocket {
         &self,
         buffer: &'a mut [u8; MAX_PACKET],
     ) -> io::Result<Option<(&'a [u8], Vec<OwnedFd>)>> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(&mut buffer[..])];
+        let mut descriptors = Vec::new();
         let received = self.retry(sockopt::Timeout::Recv, || {
-            let flags = RecvFlags::CMSG_CLOEXEC;
-            Ok(rustix::net::recvmsg(
-                &self.socket,
+            let (socket, flags) = (&self.socket, RecvFlags::empty());
+            let into = &mut descriptors;
+            Ok(descriptors::receive(
+                socket,
                 parts,
-                &mut ancillary,
                 flags,
+                MAX_DESCRIPTORS,
+                into,
             )?)
         })?;
-        let mut descriptors = Vec::new();
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                descriptors.extend(rights);
-            }
-        }
-        if received
-            .flags
-            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-        {
+        if received.lost_bytes || received.lost_descriptors {
             return Err(io::Error::other(
                 "packet is larger than any that a broker sends",
             ));
@@ -155,11 +145,5 @@ impl PacketSocket {
 impl AsFd for PacketSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-impl ScmSocket for PacketSocket {
-    fn socket_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
     }
 }

@@ -16,6 +16,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl};
 
+use crate::claim::{Held, NotHere};
 use crate::doorbell::Doorbells;
 use crate::error::{Error, ErrorKind};
 use crate::guest::buffer::Buffer;
@@ -335,7 +336,7 @@ impl Device {
     }
 
     /// Allocates a DMA buffer: memory of the guest that the device can reach. The size is in bytes:
-    /// whole pages of 4096, and [`uapi::MAX_BUFFER`] (4 MiB) at the most. The memory is zeroed, and
+    /// whole pages of 4096, and [`MAX_BUFFER`](uapi::MAX_BUFFER) (4 MiB) at the most. The memory is zeroed, and
     /// contiguous for the device. A device has one such buffer at a time.
     ///
     /// ```no_run
@@ -431,14 +432,14 @@ impl Side for Device {
         // SAFETY: `CLAIM` takes a `Claim`, and reads it during the call.
         let claimed = unsafe { ioctl(&file, Setter::<{ uapi::CLAIM }, _>::new(claim)) };
         claimed.map_err(|error| match error {
-            Errno::BUSY => Error::Held {
-                name: name.to_owned(),
-                end,
-            },
-            Errno::ACCESS => Error::NotHere {
-                name: name.to_owned(),
-                end,
-            },
+            Errno::BUSY => {
+                let (channel, pid) = (name.to_owned(), None);
+                Error::Held(Held { channel, end, pid })
+            }
+            Errno::ACCESS => {
+                let (channel, peer) = (name.to_owned(), None);
+                Error::NotHere(NotHere { channel, end, peer })
+            }
             error => system("claim an end of a channel of", &self.path, error).into(),
         })?;
         let doorbell = uapi::Doorbell {

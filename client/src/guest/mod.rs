@@ -23,6 +23,7 @@ mod events;
 
 use std::path::Path;
 
+pub use barlink_protocol::wire::uapi::{Info, MAX_BUFFER};
 pub use buffer::Buffer;
 pub use cache::{Cache, Choice};
 pub use device::{Device, DeviceError};

@@ -334,7 +334,12 @@ impl Side for Attachment {
             let name = name.to_owned();
             return Err(Error::ReadOnly { name, end });
         }
-        let (answer, descriptors) = self.control.ask(Ask::Claim { channel, end })?;
+        let asked = self.control.ask(Ask::Claim { channel, end });
+        let (answer, descriptors) = asked.map_err(|error| match error {
+            ControlError::Refused(Refusal::Held(held)) => Error::Held(held),
+            ControlError::Refused(Refusal::NotHost(not_here)) => Error::NotHere(not_here),
+            error => Error::Control(error),
+        })?;
         let Answer::Claimed = answer else {
             return Err(self
                 .control

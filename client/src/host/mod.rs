@@ -24,7 +24,11 @@ pub use attachment::Attachment;
 pub(crate) use events::Eventfds;
 pub use tap::Tap;
 
-use crate::control::client::ControlError;
+pub use crate::control::client::ControlError;
+pub use crate::control::message::{
+    BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
+};
+
 use crate::error::Error;
 use crate::memory::Access;
 

@@ -9,7 +9,7 @@
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
-use barlink_protocol::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind};
+use barlink_protocol::cursor::{Capacity, Corrupt, HEADER_BYTES, Header};
 use barlink_protocol::wire::layout::channel;
 
 use super::Attachment;
@@ -283,13 +283,11 @@ impl Tap {
             true => self.region.load(start + offset),
             false => 0,
         });
-        Header::check_words(words)?;
-        let header = Header::from_words(words);
-        let span = self.capacity.check(header, self.cursor, available)?;
+        let span = self.capacity.check(words[0], self.cursor, available)?;
         let end = self.cursor + span;
-        if Kind::new(header.kind.number()).is_none() {
+        let Some(header) = Header::from_words(words) else {
             return Ok(Found::Padding(end));
-        }
+        };
         let mut bytes = vec![0; header.length as usize];
         self.region.copy_out(start + HEADER_BYTES, &mut bytes);
         let record = OwnedRecord {

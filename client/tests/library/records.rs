@@ -7,8 +7,8 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use barlink::protocol::wire::layout::{End, channel};
-use barlink::{Access, ChannelOptions, ErrorKind, Kind, Sent, Side, host};
+use barlink::{Access, ChannelOptions, Error, ErrorKind, Kind, Sent, Side, host};
+use barlink_protocol::wire::layout::{End, channel};
 
 use crate::broker::*;
 
@@ -164,7 +164,7 @@ fn options_change_an_end() {
     assert_eq!(sent, [Sent::Committed, Sent::Committed, Sent::Dropped]);
     let held = app.sender("loop").unwrap_err();
     assert_eq!(held.kind(), ErrorKind::InUse);
-    assert!(held.refusal().is_some());
+    assert!(matches!(held, Error::Held(_)), "{held}");
     let waiting = std::thread::spawn(move || {
         let options = ChannelOptions::new().claim_timeout(TIMEOUT);
         options.sender(&app, "loop").map(drop)

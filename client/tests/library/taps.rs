@@ -5,9 +5,9 @@
 use std::time::Duration;
 
 use barlink::host::AttachOptions;
-use barlink::protocol::Ordering;
-use barlink::protocol::wire::layout::channel;
 use barlink::{Access, Kind, Sent};
+use barlink_protocol::Ordering;
+use barlink_protocol::wire::layout::channel;
 
 use crate::broker::*;
 

@@ -6,8 +6,8 @@ use std::io::{Write, stdout};
 
 use anyhow::{Context, Result};
 use barlink::guest::Device;
-use barlink::protocol::CacheState;
 use barlink_cli::cache::Cache;
+use barlink_protocol::CacheState;
 use serde::Serialize;
 
 use crate::args;

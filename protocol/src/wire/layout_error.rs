@@ -8,6 +8,7 @@ use super::layout::{MAGIC, MAX_CHANNELS, MAX_SLOTS, MAX_VECTORS, VERSION};
 
 /// Reason why a page is no superblock, or why a layout is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LayoutError {
     /// The first word is not [`MAGIC`].
     Magic {

@@ -3,7 +3,7 @@
 //! The answers to host apps' requests, in the types of the control protocol.
 
 use std::fmt::Arguments;
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use barlink_protocol::wire::layout;
@@ -22,7 +22,7 @@ use barlink::control::message::{
 };
 
 /// An answer, and the descriptors that are sent with it.
-pub type Answered = (Answer, Vec<Box<dyn AsRawFd>>);
+pub type Answered = (Answer, Vec<Box<dyn AsFd>>);
 
 /// Answers a request that needs no other thread.
 pub fn answer(
@@ -79,10 +79,10 @@ fn claimed_eventfds(
     state: &BrokerState,
     channel: usize,
     end: layout::End,
-) -> Result<Vec<Box<dyn AsRawFd>>, Refusal> {
+) -> Result<Vec<Box<dyn AsFd>>, Refusal> {
     let entry = state.region.channel(channel);
     let entry = entry.ok_or(Refusal::NoChannel(channel))?;
-    let mut all: Vec<Box<dyn AsRawFd>> = Vec::new();
+    let mut all: Vec<Box<dyn AsFd>> = Vec::new();
     for peer in [end, end.other()].map(|end| entry.peer(end)) {
         let eventfds = state.region.eventfds(peer);
         for eventfd in [eventfds.first(), eventfds.get(entry.vector as usize)] {

@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::fmt::Arguments;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -299,11 +299,11 @@ fn handle(
             (Answer::Refused(refusal), Vec::new())
         }
     };
-    let raw: Vec<RawFd> = descriptors
+    let borrowed: Vec<BorrowedFd<'_>> = descriptors
         .iter()
-        .map(|descriptor| descriptor.as_raw_fd())
+        .map(|descriptor| descriptor.as_fd())
         .collect();
-    match reply::send(&client.socket, answer, &raw) {
+    match reply::send(&client.socket, answer, &borrowed) {
         Ok(()) => Next::Stays,
         Err(error) => Next::Leaves(Some(error)),
     }

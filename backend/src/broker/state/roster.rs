@@ -13,6 +13,7 @@ use crate::persistence::ClientId;
 use crate::persistence::state::RosterWords;
 use crate::slot::SharedRegion;
 use barlink::control::message::Refusal;
+use barlink::{Held, NotHere};
 
 const ENDS: [End; 2] = [End::Producer, End::Consumer];
 
@@ -93,19 +94,19 @@ impl Roster {
         let entry = self.channel(channel)?;
         let name = || entry.name.to_string();
         if entry.peer(end) != self.region.layout().host() {
-            return Err(Refusal::NotHost {
+            return Err(Refusal::NotHost(NotHere {
                 channel: name(),
                 end,
-                peer: format!("slot {}'s VM", entry.peer(end)),
-            });
+                peer: Some(format!("slot {}'s VM", entry.peer(end))),
+            }));
         }
         let words = self.words.lock();
         if let Some((_, word)) = words.holder(channel, end) {
-            return Err(Refusal::Held {
+            return Err(Refusal::Held(Held {
                 channel: name(),
                 end,
-                pid: pid_of(word),
-            });
+                pid: Some(pid_of(word)),
+            }));
         }
         let word = words.next_claim() << 32 | u64::from(pid);
         words.set_holder(channel, end, client, word);

@@ -8,7 +8,7 @@
 //! message is not handed over, and delays no other VM.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use log::{Level, info, warn};
@@ -162,12 +162,12 @@ fn converse(
     let mut parts = stored.chunks(MAX_DESCRIPTORS).peekable();
     while let Some(part) = parts.next() {
         let names = part.iter().map(|(name, _)| name.clone()).collect();
-        let raw: Vec<RawFd> = part
+        let borrowed: Vec<BorrowedFd<'_>> = part
             .iter()
-            .map(|(_, descriptor)| descriptor.as_fd().as_raw_fd())
+            .map(|(_, descriptor)| descriptor.as_fd())
             .collect();
         let last = parts.peek().is_none();
-        reply::send(successor, Answer::Inheritance { names, last }, &raw)?;
+        reply::send(successor, Answer::Inheritance { names, last }, &borrowed)?;
         match (receive(successor, deadline)?, last) {
             (Ask::HandOver, false) => (),
             (Ask::Retire, true) => {

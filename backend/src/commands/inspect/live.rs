@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use barlink::host::Attachment;
-use barlink::protocol::wire::layout::{BROKER_PAGE, PAGE_SIZE, channel};
+use barlink_protocol::wire::layout::{BROKER_PAGE, PAGE_SIZE, channel};
 use crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout};

@@ -5,10 +5,10 @@
 use anyhow::Result;
 use barlink::control::message::{RegionInfo, Status};
 use barlink::host::Attachment;
-use barlink::protocol::state::ChannelState;
-use barlink::protocol::wire::layout::{End, Layout, presence};
-use barlink::protocol::{CacheState, PresenceWords};
 use barlink_cli::cache::Cache;
+use barlink_protocol::state::ChannelState;
+use barlink_protocol::wire::layout::{End, Layout, presence};
+use barlink_protocol::{CacheState, PresenceWords};
 use serde::Serialize;
 
 /// The output of `barlink inspect --json`.

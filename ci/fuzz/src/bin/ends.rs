@@ -9,12 +9,12 @@ use std::os::fd::AsRawFd;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::stream::{self, StreamError};
-use barlink::protocol::{ChannelError, Receiver, Sender, Wakeup};
 use barlink_fuzz::channel::*;
 use barlink_fuzz::events::{Over, Plan, Played};
 use barlink_fuzz::memory::{Memory, Words};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::stream::{self, StreamError};
+use barlink_protocol::{ChannelError, Receiver, Sender, Wakeup};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 

@@ -4,8 +4,8 @@
 //! decoding are inverse.
 #![no_main]
 
-use barlink::protocol::wire::layout::{Layout, PAGE_WORDS};
 use barlink_fuzz::layout::{LayoutInput, check};
+use barlink_protocol::wire::layout::{Layout, PAGE_WORDS};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 

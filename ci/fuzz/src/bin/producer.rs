@@ -3,11 +3,11 @@
 //! Fuzzes a producer whose consumer writes any words at any time.
 #![no_main]
 
-use barlink::protocol::cursor::Kind;
-use barlink::protocol::wire::layout::channel;
-use barlink::protocol::{Producer, ReserveError};
 use barlink_fuzz::channel::*;
 use barlink_fuzz::memory::Memory;
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::channel;
+use barlink_protocol::{Producer, ReserveError};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
@@ -58,7 +58,7 @@ fuzz_target!(|input: Input| {
                     Err(ReserveError::TooLarge { max, .. }) => assert!(u32::from(length) > max),
                     // An app that goes on after this error must come to no harm.
                     Err(ReserveError::Corrupt(_)) => (),
-                    Err(ReserveError::Full) => panic!("arming reserves nothing"),
+                    Err(error) => panic!("arming reserves nothing: {error}"),
                 }
             }
             Step::Send {
@@ -86,6 +86,7 @@ fuzz_target!(|input: Input| {
                         assert_eq!(end.sequence(), sequence);
                     }
                     Err(ReserveError::TooLarge { .. }) => assert!(u32::from(room) > max),
+                    Err(error) => panic!("{error}"),
                 }
             }
             Step::Drop => {

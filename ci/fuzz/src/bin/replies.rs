@@ -4,8 +4,8 @@
 #![no_main]
 
 use barlink::control::message::{Answer, RegionInfo, Reply, VERSION};
-use barlink::protocol::wire::layout::Layout;
 use barlink_fuzz::layout::check;
+use barlink_protocol::wire::layout::Layout;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|packet: &[u8]| {

@@ -7,9 +7,9 @@
 
 use barlink::Access;
 use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
-use barlink::protocol::wire::layout::End;
 use barlink_broker::broker::{BrokerState, answer};
 use barlink_fuzz::broker::{IVSHMEM, PEER};
+use barlink_protocol::wire::layout::End;
 use libfuzzer_sys::fuzz_target;
 
 /// Most characters of a client's text that a refusal may quote.

@@ -5,13 +5,13 @@
 //! completely in the mapping.
 #![no_main]
 
-use barlink::protocol::region::Region;
-use barlink::protocol::state::{self, ChannelState};
-use barlink::protocol::wire::layout::{End, PAGE_WORDS};
-use barlink::protocol::wire::uapi::{CacheMode, Info};
-use barlink::protocol::{Consumer, PresenceWords, Producer};
 use barlink_fuzz::layout::{LayoutInput, check};
 use barlink_fuzz::memory::{MAX_SIZE, Memory};
+use barlink_protocol::region::Region;
+use barlink_protocol::state::{self, ChannelState};
+use barlink_protocol::wire::layout::{End, PAGE_WORDS};
+use barlink_protocol::wire::uapi::{CacheMode, Info};
+use barlink_protocol::{Consumer, PresenceWords, Producer};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 

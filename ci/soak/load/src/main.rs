@@ -9,7 +9,6 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
-use barlink::control::message::Refusal;
 use barlink::guest::{Cache, Device, DeviceError, OpenOptions};
 use barlink::host::Attachment;
 use barlink::{Access, Error, Side};
@@ -71,7 +70,7 @@ fn main() -> Result<()> {
         let attachment = Attachment::connect(path, Access::ReadWrite)?;
         let claimed = insist(
             || attachment.claim(&cli.channel, end),
-            |error| matches!(error.refusal(), Some(Refusal::Held { .. })),
+            |error| matches!(error, Error::Held(_)),
         )?;
         work(
             attachment.region(),
@@ -88,7 +87,7 @@ fn main() -> Result<()> {
         )?;
         let claimed = insist(
             || device.claim(&cli.channel, end),
-            |error| matches!(error, Error::Held { .. }),
+            |error| matches!(error, Error::Held(_)),
         )?;
         work(device.region(), device.layout(), cli.end, claimed, cli.seed)
     }

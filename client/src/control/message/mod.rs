@@ -10,11 +10,11 @@ use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
 pub use self::refusal::Refusal;
-use self::region::EndName;
-pub use self::region::{ChannelInfo, RegionInfo};
+pub use self::region::{Entry, RegionInfo};
 pub use self::status::{
     BufferStatus, ClaimStatus, GuestMemoryStatus, SlotStatus, Status, VmStatus,
 };
+use crate::claim::EndName;
 use crate::memory::Access;
 
 /// Version of these messages.

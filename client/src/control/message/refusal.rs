@@ -2,10 +2,10 @@
 
 //! The reasons for which a broker refuses a request.
 
-use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
-use super::{EndName, MAX_COPY, VERSION};
+use super::{MAX_COPY, VERSION};
+use crate::claim::{Held, NotHere};
 use crate::error::ErrorKind;
 
 /// The reason of a refusal.
@@ -29,32 +29,11 @@ pub enum Refusal {
     #[error("the region has no channel {0}")]
     NoChannel(usize),
     /// Another process holds that end.
-    #[error(
-        "channel `{channel}` already has a {end}, process {pid} on the host: stop that process first"
-    )]
-    Held {
-        /// Name of the channel.
-        channel: String,
-        /// The end.
-        #[serde(with = "EndName")]
-        end: End,
-        /// Process ID of its holder, on the host.
-        pid: u32,
-    },
+    #[error(transparent)]
+    Held(Held),
     /// The end is not the host's.
-    #[error(
-        "the {end} of channel `{channel}` is {peer}, not the host: use it there with barlink-guest, or choose another \
-         channel (`barlink inspect` shows from where to where each goes)"
-    )]
-    NotHost {
-        /// Name of the channel.
-        channel: String,
-        /// The end.
-        #[serde(with = "EndName")]
-        end: End,
-        /// The peer that the end belongs to.
-        peer: String,
-    },
+    #[error(transparent)]
+    NotHost(NotHere),
     /// The client does not hold the end that it releases.
     #[error("the end is not held by this process")]
     NotHeld,
@@ -148,8 +127,8 @@ impl Refusal {
             | Refusal::NoGuestMemory(_)
             | Refusal::NotThere { .. }
             | Refusal::NoBuffer(_) => ErrorKind::NotFound,
-            Refusal::Held { .. } | Refusal::InUse { .. } | Refusal::Busy => ErrorKind::InUse,
-            Refusal::NotHost { .. }
+            Refusal::Held(_) | Refusal::InUse { .. } | Refusal::Busy => ErrorKind::InUse,
+            Refusal::NotHost(_)
             | Refusal::NotHeld
             | Refusal::OutsideBuffer { .. }
             | Refusal::MuchData(_) => ErrorKind::InvalidInput,

@@ -2,16 +2,8 @@
 
 //! A region, as messages write it.
 
-use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
+use barlink_protocol::wire::layout::{Channel, Layout, LayoutError, Name};
 use serde::{Deserialize, Serialize};
-
-/// The names that messages have for the ends of a channel.
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "End", rename_all = "kebab-case")]
-pub(super) enum EndName {
-    Producer,
-    Consumer,
-}
 
 /// A region's layout, as messages write it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,46 +19,54 @@ pub struct RegionInfo {
     /// Bytes in the raw window.
     pub raw_size: u64,
     /// The channels, in the order of their indexes.
-    pub channels: Vec<ChannelInfo>,
+    pub channels: Vec<Entry>,
 }
 
-/// A channel, as messages write it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ChannelInfo {
-    /// Its name.
-    pub name: String,
-    /// ID of the peer that produces.
-    pub producer: u32,
-    /// ID of the peer that consumes.
-    pub consumer: u32,
-    /// Vector that wakes either end.
-    pub vector: u32,
-    /// Whether the producer drops records that find it full.
-    pub drop_when_full: bool,
-    /// Offset of its header page, in bytes.
-    pub offset: u64,
-    /// Bytes in its data area.
-    pub capacity: u64,
+/// A channel of the layout, as messages write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry(#[serde(with = "ChannelFields")] pub Channel);
+
+/// The names that messages have for the fields of a channel.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Channel")]
+struct ChannelFields {
+    #[serde(with = "name")]
+    name: Name,
+    producer: u32,
+    consumer: u32,
+    vector: u32,
+    drop_when_full: bool,
+    offset: u64,
+    capacity: u64,
+}
+
+/// A name, as messages write it.
+mod name {
+    use std::borrow::Cow;
+
+    use barlink_protocol::wire::layout::Name;
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(super) fn serialize<S: Serializer>(name: &Name, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(name.as_str())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Name, D::Error> {
+        let text = Cow::<str>::deserialize(from)?;
+        Name::new(&text).ok_or_else(|| Error::custom("a channel has a wrong name"))
+    }
 }
 
 impl From<&Layout> for RegionInfo {
     fn from(layout: &Layout) -> Self {
-        let channel = |channel: &Channel| ChannelInfo {
-            name: channel.name.to_string(),
-            producer: channel.producer,
-            consumer: channel.consumer,
-            vector: channel.vector,
-            drop_when_full: channel.drop_when_full,
-            offset: channel.offset,
-            capacity: channel.capacity,
-        };
         RegionInfo {
             size: layout.region_size,
             slots: layout.slots,
             vectors: layout.vectors,
             raw_offset: layout.raw_offset,
             raw_size: layout.raw_size,
-            channels: layout.channels().iter().map(channel).collect(),
+            channels: layout.channels().iter().copied().map(Entry).collect(),
         }
     }
 }
@@ -75,26 +75,7 @@ impl TryFrom<&RegionInfo> for Layout {
     type Error = LayoutError;
 
     fn try_from(info: &RegionInfo) -> Result<Self, LayoutError> {
-        let channel = |(index, channel): (usize, &ChannelInfo)| {
-            Ok(Channel {
-                name: Name::new(&channel.name).ok_or(LayoutError::Channel {
-                    index,
-                    fault: "name",
-                })?,
-                producer: channel.producer,
-                consumer: channel.consumer,
-                vector: channel.vector,
-                drop_when_full: channel.drop_when_full,
-                offset: channel.offset,
-                capacity: channel.capacity,
-            })
-        };
-        let channels = info
-            .channels
-            .iter()
-            .enumerate()
-            .map(channel)
-            .collect::<Result<Vec<_>, _>>()?;
+        let channels: Vec<_> = info.channels.iter().map(|entry| entry.0).collect();
         Layout::new(
             info.size,
             info.slots,

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use barlink_protocol::wire::layout::End;
 use serde::{Deserialize, Serialize};
 
-use super::EndName;
+use crate::claim::EndName;
 
 /// The slots and claims, by the broker's own records.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

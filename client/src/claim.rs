@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The reasons for which an end of a channel cannot be claimed, on both sides. The broker sends
+//! them as parts of its refusals.
+
+use std::fmt::{self, Display, Formatter};
+
+use barlink_protocol::wire::layout::End;
+use serde::{Deserialize, Serialize};
+
+/// The names that messages have for the ends of a channel.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "End", rename_all = "kebab-case")]
+pub(crate) enum EndName {
+    Producer,
+    Consumer,
+}
+
+/// Another process holds the end of a channel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Name of the channel.
+    pub channel: String,
+    /// The end.
+    #[serde(with = "EndName")]
+    pub end: End,
+    /// Process ID of the holder on the host. A guest's driver does not name the holder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+}
+
+/// The end of a channel belongs to another peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotHere {
+    /// Name of the channel.
+    pub channel: String,
+    /// The end.
+    #[serde(with = "EndName")]
+    pub end: End,
+    /// The peer that the end belongs to. A guest's driver does not name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+}
+
+impl Display for Held {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Held { channel, end, pid } = self;
+        write!(f, "channel `{channel}` already has a {end}")?;
+        if let Some(pid) = pid {
+            write!(f, ", process {pid} on the host")?;
+        }
+        write!(f, ": stop that process first")
+    }
+}
+
+impl Display for NotHere {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let NotHere { channel, end, peer } = self;
+        match peer {
+            Some(peer) => write!(
+                f,
+                "the {end} of channel `{channel}` is {peer}, not the host: use it there with barlink-guest, or choose \
+                 another channel (`barlink inspect` shows from where to where each goes)"
+            ),
+            None => write!(
+                f,
+                "the {end} of channel `{channel}` is not in this VM: choose another channel (`barlink-guest info` \
+                 lists them)"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Held {}
+
+impl std::error::Error for NotHere {}
