@@ -24,23 +24,25 @@ pub enum Checked {
 }
 
 /// Checks whether a broker could serve with a configuration, or take over from the broker that
-/// serves at the same control socket. Changes nothing.
+/// serves at the same control socket. Changes nothing. With `makes_run_folder` the program creates
+/// the folder of the control socket before it serves.
 ///
 /// # Errors
 ///
 /// The same as those of [`Broker::new`](super::Broker::new), as far as they can be found without
 /// making anything, and the error of a broker that does not answer or rejects this process.
-pub fn check(config: &Config) -> Result<Checked, CheckError> {
+pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckError> {
     let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
     let layout =
         plan(config.size, count, config.vectors, &config.channels).map_err(BrokerError::from)?;
     let slots = || config.slots.iter().map(|(_, path)| path.as_path());
     takeover::check_paths(&config.control, slots()).map_err(BrokerError::from)?;
+    let control = (!makes_run_folder).then_some(config.control.as_path());
+    for path in slots().chain(control) {
+        Listener::check(path).map_err(BrokerError::from)?;
+    }
     let running = match Attachment::connect(&config.control, Access::ReadOnly) {
         Err(Error::Control(barlink::host::ControlError::NoBroker { .. })) => {
-            for path in slots().chain([config.control.as_path()]) {
-                Listener::check(path).map_err(BrokerError::from)?;
-            }
             return Ok(Checked::NotServed);
         }
         running => running.map_err(Box::new)?,

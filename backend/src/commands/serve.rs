@@ -108,9 +108,10 @@ pub fn serve(args: Serve) -> Result<()> {
 
 /// Checks the arguments, and whether they fit the broker that runs.
 fn check(args: Serve) -> Result<()> {
+    let makes_run_folder = args.which.control.is_none();
     let config = config(args)?;
     let control = config.control.display();
-    let found = broker::check(&config).map_err(|error| match error {
+    let found = broker::check(&config, makes_run_folder).map_err(|error| match error {
         CheckError::Broker(error) => anyhow::Error::new(error),
         CheckError::Running(error) => anyhow::Error::new(*error),
     })?;
