@@ -33,6 +33,15 @@ pub enum Cache {
 }
 
 impl Cache {
+    /// All requests, in the order in which programs list them.
+    pub const ALL: [Cache; 5] = [
+        Cache::Same,
+        Cache::Noncached,
+        Cache::WriteCombining,
+        Cache::WriteBack,
+        Cache::Auto,
+    ];
+
     /// The modes that a driver can be asked for, the preferred ones first.
     const MODES: [Cache; 3] = [Cache::WriteBack, Cache::WriteCombining, Cache::Noncached];
 
