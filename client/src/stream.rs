@@ -14,7 +14,8 @@ use barlink_protocol::cursor::Kind;
 pub use barlink_protocol::stream::{Progress, Watch};
 use barlink_protocol::{Sent, Strategy, Wakeup, stream};
 
-use crate::error::{Error, EventError};
+use crate::error::Error;
+use crate::event_error::EventError;
 use crate::receiver::{Numbers, Receiver, copy_from};
 use crate::sender::Sender;
 

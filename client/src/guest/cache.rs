@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use barlink_protocol::wire::uapi::{CacheMode, Info};
 use rustix::io::Errno;
 
-use crate::guest::device::{map_in, region};
+use crate::guest::calls::{map_in, region};
 use crate::memory::Mapping;
 
 /// The cache mode to request for a mapping. All live mappings of a region have the same mode.

@@ -11,8 +11,8 @@ use std::time::Duration;
 use rustix::event::epoll;
 
 use crate::bell::Bell;
-use crate::error::EventError;
-use crate::host::attachment::Claim;
+use crate::event_error::EventError;
+use crate::host::claim::Claim;
 
 /// The two vectors that an end sleeps on.
 const CONTROL: u64 = 0;
