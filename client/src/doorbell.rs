@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use barlink_protocol::Events;
 
-use crate::error::EventError;
-use crate::guest::DeviceEvents;
-use crate::host::Eventfds;
+use crate::event_error::EventError;
+use crate::guest::events::DeviceEvents;
+use crate::host::events::Eventfds;
 
 /// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long
 /// as this value.

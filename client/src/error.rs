@@ -11,7 +11,9 @@ use barlink_protocol::wire::layout::{End, LayoutError};
 use crate::claim::{Held, NotHere};
 use crate::control::client::ControlError;
 use crate::control::message::Refusal;
-use crate::guest::DeviceError;
+use crate::error_kind::ErrorKind;
+use crate::event_error::EventError;
+use crate::guest::error::DeviceError;
 use crate::memory::MemoryError;
 
 /// The reason why a channel cannot be used, as the ring has it.
@@ -119,51 +121,6 @@ pub enum Error {
     Full,
 }
 
-/// The classes of errors that a program may handle in different ways.
-///
-/// ```
-/// use std::time::Duration;
-///
-/// use barlink::ErrorKind;
-///
-/// /// The time after which a service tries again, if that can help.
-/// fn retry_after(kind: ErrorKind) -> Option<Duration> {
-///     match kind {
-///         ErrorKind::InUse | ErrorKind::Full => Some(Duration::from_millis(10)),
-///         ErrorKind::NotFound | ErrorKind::Disconnected => Some(Duration::from_secs(1)),
-///         _ => None,
-///     }
-/// }
-///
-/// assert_eq!(retry_after(ErrorKind::Corrupt), None);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ErrorKind {
-    /// There is no broker, device, channel, VM or buffer of that name or number.
-    NotFound,
-    /// The process may not do that.
-    PermissionDenied,
-    /// Another process uses it; it may be free later.
-    InUse,
-    /// The other program, or the driver, is of another release.
-    Incompatible,
-    /// An argument does not fit.
-    InvalidInput,
-    /// The broker closed the connection, or does not answer.
-    Disconnected,
-    /// The device was unplugged, or its driver was unbound.
-    Gone,
-    /// The channel has no room.
-    Full,
-    /// The record is larger than the channel carries.
-    TooLarge,
-    /// The other end wrote something that makes no sense.
-    Corrupt,
-    /// A system call failed, or the broker could not do it.
-    Other,
-}
-
 impl Error {
     /// Returns the class of the error.
     ///
@@ -256,64 +213,5 @@ impl From<Error> for io::Error {
             },
         };
         io::Error::new(kind, error)
-    }
-}
-
-/// Ringing the other end, or sleeping until it rings, failed.
-///
-/// ```no_run
-/// use barlink::{ChannelError, Error, EventError, guest};
-///
-/// let mut commands = guest::open("/dev/barlink0")?.receiver("down")?;
-/// match commands.recv() {
-///     Err(Error::Channel(ChannelError::Events(EventError::System { what, source }))) => {
-///         println!("cannot {what}: {source}");
-///     }
-///     command => println!("{:?}", command?.to_vec()),
-/// }
-/// # Ok::<(), Error>(())
-/// ```
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum EventError {
-    /// The device was unplugged, or its driver was unbound.
-    #[error("the device is gone: it was unplugged, or its driver unbound")]
-    Gone,
-    /// A system call failed.
-    #[error("cannot {what}")]
-    System {
-        /// The operation, as a verb with its object.
-        what: &'static str,
-        /// The error of the system call.
-        source: io::Error,
-    },
-}
-
-impl EventError {
-    /// Returns the class of the error.
-    ///
-    /// ```
-    /// use barlink::{ErrorKind, EventError};
-    ///
-    /// /// Whether the program must not touch the region any more.
-    /// fn has_lost_region(error: &EventError) -> bool {
-    ///     error.kind() == ErrorKind::Gone
-    /// }
-    ///
-    /// assert!(has_lost_region(&EventError::Gone));
-    /// ```
-    pub fn kind(&self) -> ErrorKind {
-        match self {
-            EventError::Gone => ErrorKind::Gone,
-            EventError::System { .. } => ErrorKind::Other,
-        }
-    }
-
-    /// Returns a function that turns the error of a system call into one of this type.
-    pub(crate) fn of<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Self {
-        move |error| EventError::System {
-            what,
-            source: error.into(),
-        }
     }
 }

@@ -35,6 +35,8 @@ pub mod control;
 pub mod descriptors;
 mod doorbell;
 mod error;
+mod error_kind;
+mod event_error;
 pub mod guest;
 pub mod host;
 // The broker maps the same memory.
@@ -83,7 +85,9 @@ pub use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name
 pub use claim::{Held, NotHere};
 #[doc(hidden)]
 pub use doorbell::Doorbells;
-pub use error::{ChannelError, Error, ErrorKind, EventError};
+pub use error::{ChannelError, Error};
+pub use error_kind::ErrorKind;
+pub use event_error::EventError;
 pub use memory::{Access, MemoryError, Region};
 pub use options::{ChannelOptions, Side};
 #[doc(hidden)]

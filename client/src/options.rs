@@ -8,7 +8,8 @@ use barlink_protocol::wire::layout::{End, Layout};
 use barlink_protocol::{PresenceWords, Strategy};
 
 use crate::doorbell::Doorbells;
-use crate::error::{ChannelError, Error, ErrorKind};
+use crate::error::{ChannelError, Error};
+use crate::error_kind::ErrorKind;
 use crate::memory::Region;
 use crate::receiver::{Receiver, RingReceiver};
 use crate::sender::{RingSender, Sender};

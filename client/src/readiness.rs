@@ -20,7 +20,7 @@ use rustix::time::{
 };
 
 use crate::doorbell::Doorbells;
-use crate::error::EventError;
+use crate::event_error::EventError;
 
 /// First and longest time of the timer, while no doorbell has proven that doorbells arrive.
 const FIRST: Duration = Duration::from_millis(1);

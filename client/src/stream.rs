@@ -51,7 +51,8 @@ pub use barlink_protocol::stream::Progress;
 pub use barlink_protocol::stream::Watch;
 use barlink_protocol::{Sent, Strategy, Wakeup, stream};
 
-use crate::error::{Error, EventError};
+use crate::error::Error;
+use crate::event_error::EventError;
 use crate::receiver::{Numbers, Receiver, copy_from};
 use crate::sender::Sender;
 

@@ -222,8 +222,8 @@ fn detect() -> Way {
     Way::Words
 }
 
-/// Detects the fastest way. Under TCG that is [`Way::Words`], because TCG keeps general registers
-/// in the host's registers and vector registers in memory.
+/// Detects the fastest way. Under TCG, which CPUID names, that is [`Way::Words`], because TCG keeps
+/// general registers in the host's registers and vector registers in memory.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 fn detect() -> Way {
     use core::arch::x86_64::__cpuid;

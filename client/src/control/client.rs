@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use super::packet::PacketSocket;
-use crate::error::ErrorKind;
+use crate::error_kind::ErrorKind;
 
 /// The time that a broker may take to answer. A broker answers at once, so a later answer is not a
 /// broker's.

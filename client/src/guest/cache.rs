@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use barlink_protocol::wire::uapi::{CacheMode, Info};
 use rustix::io::Errno;
 
-use crate::guest::device::{map_in, region};
+use crate::guest::calls::{map_in, region};
 use crate::memory::Mapping;
 
 /// The cache mode to request for a mapping. All live mappings of a region have the same mode.
@@ -47,6 +47,15 @@ pub enum Cache {
 }
 
 impl Cache {
+    /// All requests, in the order in which programs list them.
+    pub const ALL: [Cache; 5] = [
+        Cache::Same,
+        Cache::Noncached,
+        Cache::WriteCombining,
+        Cache::WriteBack,
+        Cache::Auto,
+    ];
+
     /// The modes that a driver can be asked for, the preferred ones first.
     const MODES: [Cache; 3] = [Cache::WriteBack, Cache::WriteCombining, Cache::Noncached];
 

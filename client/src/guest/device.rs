@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! A barlink device: its file, and the ends of channels that it claims.
-#![expect(unsafe_code, reason = "calls the driver")]
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -9,164 +8,24 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use barlink_protocol::state;
-use barlink_protocol::wire::layout::{End, Layout, LayoutError, PAGE_SIZE};
-use barlink_protocol::wire::uapi::{self, CacheMode, Info};
+use barlink_protocol::wire::layout::{End, Layout};
+use barlink_protocol::wire::uapi::{self, Info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::ioctl::{Getter, Setter, ioctl};
 
 use crate::claim::{Held, NotHere};
 use crate::doorbell::Doorbells;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
+use crate::guest::calls::{self, map_in, region};
+use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
-use crate::memory::{Access, Mapping, Region};
+use crate::memory::{Mapping, Region};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::sender::Sender;
-
-/// Why a device cannot be used.
-///
-/// ```no_run
-/// use barlink::Error;
-/// use barlink::guest::{self, DeviceError};
-///
-/// match guest::open("/dev/barlink0") {
-///     Err(Error::Device(DeviceError::NoDevice { path })) => {
-///         println!("this VM has no {}", path.display());
-///     }
-///     device => println!("{} vectors", device?.info()?.vectors),
-/// }
-/// # Ok::<(), Error>(())
-/// ```
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DeviceError {
-    /// The device does not exist.
-    #[error(
-        "no barlink device at {path}: is the device in the VM (lspci -d 1af4:), and the driver loaded \
-         (insmod barlink.ko)?"
-    )]
-    NoDevice {
-        /// The path.
-        path: PathBuf,
-    },
-    /// This user may not open the device.
-    #[error("no permission to open {path}: run as root, or let a udev rule give you the device")]
-    Permission {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The file is not a barlink device.
-    #[error("{path} is no barlink device")]
-    NotADevice {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The driver has another version of its interface.
-    #[error(
-        "the driver of {path} speaks version {found} of its interface, this program version {known}: use \
-         driver and program of one release",
-        known = uapi::UAPI_VERSION
-    )]
-    Version {
-        /// The path.
-        path: PathBuf,
-        /// The driver's version.
-        found: u32,
-    },
-    /// The region's layout is not valid.
-    #[error("the region of {path} cannot be used")]
-    Layout {
-        /// The path.
-        path: PathBuf,
-        /// The fault in the layout.
-        source: LayoutError,
-    },
-    /// Another process has the region mapped in another cache mode.
-    #[error(
-        "cannot map {path} {requested}: process {process} has it mapped {mode}, and a region has one cache mode at a time; end that \
-         process, or map as it does (`--cache same`)", requested = requested.name()
-    )]
-    OtherCache {
-        /// The path.
-        path: PathBuf,
-        /// The mode that was requested.
-        requested: Cache,
-        /// Number and name of the process.
-        process: String,
-        /// The mode of that process.
-        mode: &'static str,
-    },
-    /// A DMA buffer cannot have that size.
-    #[error("{size} bytes are no DMA buffer: take whole pages of {page} bytes, {most} bytes at the most", page = PAGE_SIZE, most = uapi::MAX_BUFFER)]
-    BufferSize {
-        /// The size.
-        size: u64,
-    },
-    /// The device has a DMA buffer already.
-    #[error(
-        "{path} has a DMA buffer already, and can have one at a time: end the process that made it"
-    )]
-    BufferTaken {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The driver is too old for DMA buffers.
-    #[error("the driver of {path} knows no DMA buffers: load that of this release")]
-    NoBuffers {
-        /// The path.
-        path: PathBuf,
-    },
-    /// A system call failed.
-    #[error("cannot {what} {path}")]
-    System {
-        /// The operation, as a verb.
-        what: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// The error of the system call.
-        source: io::Error,
-    },
-}
-
-impl DeviceError {
-    /// Returns the class of the error.
-    ///
-    /// ```
-    /// use barlink::ErrorKind;
-    /// use barlink::guest::DeviceError;
-    ///
-    /// /// The exit status of a service, for its manager.
-    /// fn status(error: &DeviceError) -> u8 {
-    ///     match error.kind() {
-    ///         ErrorKind::NotFound | ErrorKind::Gone => 2,
-    ///         ErrorKind::PermissionDenied => 3,
-    ///         _ => 1,
-    ///     }
-    /// }
-    ///
-    /// let path = "/dev/barlink0".into();
-    /// assert_eq!(status(&DeviceError::Permission { path }), 3);
-    /// ```
-    pub fn kind(&self) -> ErrorKind {
-        match self {
-            DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
-            DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
-            DeviceError::Version { .. }
-            | DeviceError::Layout { .. }
-            | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
-            DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
-            DeviceError::BufferSize { .. } => ErrorKind::InvalidInput,
-            DeviceError::System { source, .. } => match source.raw_os_error() {
-                Some(libc::ENODEV) => ErrorKind::Gone,
-                _ => ErrorKind::Other,
-            },
-        }
-    }
-}
 
 /// A device, open and mapped. Ends of channels outlive it. After the device was unplugged, or its
 /// driver unbound, an access to its region is SIGBUS.
@@ -429,9 +288,7 @@ impl Side for Device {
             channel: index as u32,
             end: end as u32,
         };
-        // SAFETY: `CLAIM` takes a `Claim`, and reads it during the call.
-        let claimed = unsafe { ioctl(&file, Setter::<{ uapi::CLAIM }, _>::new(claim)) };
-        claimed.map_err(|error| match error {
+        calls::claim(&file, claim).map_err(|error| match error {
             Errno::BUSY => {
                 let (channel, pid) = (name.to_owned(), None);
                 Error::Held(Held { channel, end, pid })
@@ -450,12 +307,6 @@ impl Side for Device {
         let wakes = channel.vector < info.vectors;
         Ok((index, DeviceEvents::new(file, doorbell, wakes).into()))
     }
-}
-
-/// Rings a vector of a peer.
-pub(crate) fn ring(file: &File, doorbell: uapi::Doorbell) -> Result<(), Errno> {
-    // SAFETY: `DOORBELL` takes a `Doorbell`, and reads it during the call.
-    unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(doorbell)) }
 }
 
 fn open(path: &Path) -> Result<File, DeviceError> {
@@ -479,28 +330,6 @@ fn open(path: &Path) -> Result<File, DeviceError> {
             },
         }
     })
-}
-
-/// Maps the first bytes of a device's region, in a cache mode, or without one in that of the
-/// region's mappings that live.
-pub(super) fn map_in(file: &File, size: usize, mode: Option<CacheMode>) -> Result<Mapping, Errno> {
-    let map = uapi::Map {
-        cache: mode.map_or(0, |mode| mode as u32),
-        flags: 0,
-    };
-    // SAFETY: `MAP` takes a `Map`, and reads it during the call.
-    unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }?;
-    Mapping::map(file, size, Access::ReadWrite)
-}
-
-/// Returns a mapping as the words of a region that was granted this cache mode, a [`CacheMode`].
-/// Where it is write-combining, or unknown, the region orders its accesses itself.
-pub(super) fn region(mapping: &Mapping, granted: u32) -> Region {
-    let region = mapping.region();
-    match CacheMode::from_number(granted) {
-        None | Some(CacheMode::WriteCombining) => region.over_write_combining(),
-        Some(_) => region,
-    }
 }
 
 /// Tries to map in the mode of other mappings, which can come and go between two checks of the
@@ -549,9 +378,7 @@ fn choose(path: &Path) -> Result<Choice, DeviceError> {
 }
 
 fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
-    // SAFETY: `INFO` fills an `Info`, which any bits are valid for.
-    let info = unsafe { ioctl(file, Getter::<{ uapi::INFO }, Info>::new()) };
-    let info = info.map_err(|error| match error {
+    let info = calls::info(file).map_err(|error| match error {
         Errno::NOTTY | Errno::INVAL => DeviceError::NotADevice {
             path: path.to_owned(),
         },

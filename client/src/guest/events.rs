@@ -10,7 +10,8 @@ use barlink_protocol::wire::uapi;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
-use crate::error::EventError;
+use crate::event_error::EventError;
+use crate::guest::calls;
 
 /// Longest sleep where the device has no interrupts, so that the ends poll.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
@@ -59,7 +60,7 @@ impl DeviceEvents {
 
     /// Rings the other end.
     pub(crate) fn ring(&self) -> Result<(), EventError> {
-        crate::guest::device::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
+        calls::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
     }
 
     /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own

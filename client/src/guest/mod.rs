@@ -18,16 +18,18 @@
 
 mod buffer;
 mod cache;
+mod calls;
 mod device;
-mod events;
+pub(crate) mod error;
+pub(crate) mod events;
 
 use std::path::Path;
 
 pub use barlink_protocol::wire::uapi::{Info, MAX_BUFFER};
 pub use buffer::Buffer;
 pub use cache::{Cache, Choice};
-pub use device::{Device, DeviceError};
-pub(crate) use events::DeviceEvents;
+pub use device::Device;
+pub use error::DeviceError;
 
 use crate::error::Error;
 

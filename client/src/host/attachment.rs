@@ -14,6 +14,7 @@ use crate::control::client::{Control, ControlError};
 use crate::control::message::{Answer, Ask, MAX_COPY, Refusal, Status};
 use crate::doorbell::Doorbells;
 use crate::error::Error;
+use crate::host::claim::Claim;
 use crate::host::events::Eventfds;
 use crate::memory::{Access, Mapping, Region};
 use crate::options::{ChannelOptions, Side, find, sealed};
@@ -346,11 +347,7 @@ impl Side for Attachment {
                 .not_a_broker("it answers another question")
                 .into());
         };
-        let claim = Claim {
-            control: Arc::clone(&self.control),
-            channel,
-            end,
-        };
+        let claim = Claim::new(Arc::clone(&self.control), channel, end);
         let [control, own, _, other] = take(&self.control, descriptors)?;
         let entry = &self.layout.channels()[channel];
         if entry.capacity <= MAX_POPULATED {
@@ -374,26 +371,4 @@ fn take<const N: usize>(
     descriptors
         .try_into()
         .map_err(|_| control.not_a_broker(&format!("it sent {count} descriptors, and not {N}")))
-}
-
-/// A claim of an end. Dropping it returns the end to the broker.
-#[derive(Debug)]
-pub struct Claim {
-    control: Arc<Control>,
-    channel: usize,
-    end: End,
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        // A broker that is gone, or that has closed the connection, has nothing to release.
-        match self.control.ask(Ask::Release {
-            channel: self.channel,
-            end: self.end,
-        }) {
-            Ok(_)
-            | Err(ControlError::Refused(Refusal::NotHeld) | ControlError::Rejected { .. }) => (),
-            Err(error) => log::debug!("a claim is not given back: {error}"),
-        }
-    }
 }

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use rustix::event::epoll;
 
-use crate::error::EventError;
-use crate::host::attachment::Claim;
+use crate::event_error::EventError;
+use crate::host::claim::Claim;
 use crate::notifier::Notifier;
 
 /// The two vectors that an end sleeps on.

@@ -14,14 +14,14 @@
 //! ```
 
 mod attachment;
-mod events;
+mod claim;
+pub(crate) mod events;
 mod tap;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub use attachment::Attachment;
-pub(crate) use events::Eventfds;
 pub use tap::Tap;
 
 pub use crate::control::client::ControlError;

@@ -16,9 +16,7 @@ use barlink_cli::place;
 use crate::args::{Cli, Command};
 
 pub fn run(cli: &Cli) -> Result<()> {
-    let device = OpenOptions::new()
-        .cache(cli.cache.into())
-        .open(&cli.device)?;
+    let device = OpenOptions::new().cache(cli.cache.0).open(&cli.device)?;
     if let Some(choice) = device.choice() {
         // `eprintln` would panic where standard error is closed.
         let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");

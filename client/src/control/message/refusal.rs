@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{MAX_COPY, VERSION};
 use crate::claim::{Held, NotHere};
-use crate::error::ErrorKind;
+use crate::error_kind::ErrorKind;
 
 /// The reason of a refusal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The error of doorbells, on both sides.
+
+use std::io;
+
+use crate::error_kind::ErrorKind;
+
+/// Ringing the other end, or sleeping until it rings, failed.
+///
+/// ```no_run
+/// use barlink::{ChannelError, Error, EventError, guest};
+///
+/// let mut commands = guest::open("/dev/barlink0")?.receiver("down")?;
+/// match commands.recv() {
+///     Err(Error::Channel(ChannelError::Events(EventError::System { what, source }))) => {
+///         println!("cannot {what}: {source}");
+///     }
+///     command => println!("{:?}", command?.to_vec()),
+/// }
+/// # Ok::<(), Error>(())
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EventError {
+    /// The device was unplugged, or its driver was unbound.
+    #[error("the device is gone: it was unplugged, or its driver unbound")]
+    Gone,
+    /// A system call failed.
+    #[error("cannot {what}")]
+    System {
+        /// The operation, as a verb with its object.
+        what: &'static str,
+        /// The error of the system call.
+        source: io::Error,
+    },
+}
+
+impl EventError {
+    /// Returns the class of the error.
+    ///
+    /// ```
+    /// use barlink::{ErrorKind, EventError};
+    ///
+    /// /// Whether the program must not touch the region any more.
+    /// fn has_lost_region(error: &EventError) -> bool {
+    ///     error.kind() == ErrorKind::Gone
+    /// }
+    ///
+    /// assert!(has_lost_region(&EventError::Gone));
+    /// ```
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            EventError::Gone => ErrorKind::Gone,
+            EventError::System { .. } => ErrorKind::Other,
+        }
+    }
+
+    /// Returns a function that turns the error of a system call into one of this type.
+    pub(crate) fn of<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Self {
+        move |error| EventError::System {
+            what,
+            source: error.into(),
+        }
+    }
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The error of a device.
+
+use std::io;
+use std::path::PathBuf;
+
+use barlink_protocol::wire::layout::{LayoutError, PAGE_SIZE};
+use barlink_protocol::wire::uapi;
+
+use crate::error_kind::ErrorKind;
+use crate::guest::cache::Cache;
+
+/// Why a device cannot be used.
+///
+/// ```no_run
+/// use barlink::Error;
+/// use barlink::guest::{self, DeviceError};
+///
+/// match guest::open("/dev/barlink0") {
+///     Err(Error::Device(DeviceError::NoDevice { path })) => {
+///         println!("this VM has no {}", path.display());
+///     }
+///     device => println!("{} vectors", device?.info()?.vectors),
+/// }
+/// # Ok::<(), Error>(())
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The device does not exist.
+    #[error(
+        "no barlink device at {path}: is the device in the VM (lspci -d 1af4:), and the driver loaded \
+         (insmod barlink.ko)?"
+    )]
+    NoDevice {
+        /// The path.
+        path: PathBuf,
+    },
+    /// This user may not open the device.
+    #[error("no permission to open {path}: run as root, or let a udev rule give you the device")]
+    Permission {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The file is not a barlink device.
+    #[error("{path} is no barlink device")]
+    NotADevice {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The driver has another version of its interface.
+    #[error(
+        "the driver of {path} speaks version {found} of its interface, this program version {known}: use \
+         driver and program of one release",
+        known = uapi::UAPI_VERSION
+    )]
+    Version {
+        /// The path.
+        path: PathBuf,
+        /// The driver's version.
+        found: u32,
+    },
+    /// The region's layout is not valid.
+    #[error("the region of {path} cannot be used")]
+    Layout {
+        /// The path.
+        path: PathBuf,
+        /// The fault in the layout.
+        source: LayoutError,
+    },
+    /// Another process has the region mapped in another cache mode.
+    #[error(
+        "cannot map {path} {requested}: process {process} has it mapped {mode}, and a region has one cache mode at a time; end that \
+         process, or map as it does (`--cache same`)", requested = requested.name()
+    )]
+    OtherCache {
+        /// The path.
+        path: PathBuf,
+        /// The mode that was requested.
+        requested: Cache,
+        /// Number and name of the process.
+        process: String,
+        /// The mode of that process.
+        mode: &'static str,
+    },
+    /// A DMA buffer cannot have that size.
+    #[error("{size} bytes are no DMA buffer: take whole pages of {page} bytes, {most} bytes at the most", page = PAGE_SIZE, most = uapi::MAX_BUFFER)]
+    BufferSize {
+        /// The size.
+        size: u64,
+    },
+    /// The device has a DMA buffer already.
+    #[error(
+        "{path} has a DMA buffer already, and can have one at a time: end the process that made it"
+    )]
+    BufferTaken {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The driver is too old for DMA buffers.
+    #[error("the driver of {path} knows no DMA buffers: load that of this release")]
+    NoBuffers {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A system call failed.
+    #[error("cannot {what} {path}")]
+    System {
+        /// The operation, as a verb.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The error of the system call.
+        source: io::Error,
+    },
+}
+
+impl DeviceError {
+    /// Returns the class of the error.
+    ///
+    /// ```
+    /// use barlink::ErrorKind;
+    /// use barlink::guest::DeviceError;
+    ///
+    /// /// The exit status of a service, for its manager.
+    /// fn status(error: &DeviceError) -> u8 {
+    ///     match error.kind() {
+    ///         ErrorKind::NotFound | ErrorKind::Gone => 2,
+    ///         ErrorKind::PermissionDenied => 3,
+    ///         _ => 1,
+    ///     }
+    /// }
+    ///
+    /// let path = "/dev/barlink0".into();
+    /// assert_eq!(status(&DeviceError::Permission { path }), 3);
+    /// ```
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
+            DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
+            DeviceError::Version { .. }
+            | DeviceError::Layout { .. }
+            | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
+            DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
+            DeviceError::BufferSize { .. } => ErrorKind::InvalidInput,
+            DeviceError::System { source, .. } => match source.raw_os_error() {
+                Some(libc::ENODEV) => ErrorKind::Gone,
+                _ => ErrorKind::Other,
+            },
+        }
+    }
+}
