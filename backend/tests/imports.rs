@@ -107,6 +107,7 @@ const BACKEND: Parts = &[
     ),
     // The program, whose modules import the library by its name.
     ("args", &[]),
+    ("logging", &[]),
     ("commands", &["args"]),
 ];
 
