@@ -13,6 +13,7 @@ use std::time::Duration;
 use barlink_broker::broker::confine_early_thread;
 use env_logger::{Builder, Env, Target, WriteStyle};
 use log::{Level, LevelFilter, error};
+use nix::sys::signal::SigSet;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::fstat;
 use rustix::io::{Errno, retry_on_intr};
@@ -40,6 +41,9 @@ pub fn start_queued() -> io::Result<Queue> {
     thread::Builder::new()
         .name("log".to_owned())
         .spawn(move || {
+            // Signals are for other threads. A background job whose thread does not block SIGTTOU
+            // would be stopped by a write to a terminal with `tostop` (`termios(3)`).
+            let _ = SigSet::all().thread_block();
             confine_early_thread();
             drop::<SyncSender<()>>(confined);
             write_entries(&entries, &left_out);

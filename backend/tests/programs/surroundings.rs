@@ -11,9 +11,10 @@ use std::time::Instant;
 use barlink::Access;
 use barlink::host::Attachment;
 use rustix::fs::{CWD, FileType, Mode};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::*;
+use crate::terminal::{USUAL, terminal};
 
 fn serve(folder: &Path) -> Command {
     let mut command = barlink(["serve", "--size", "1M", "--ivshmem"]);
@@ -217,4 +218,25 @@ fn journal_lines_have_priorities_and_no_time() {
     assert!(lines.contains("<6>stopped\n"), "{lines}");
     // An operator does not want to know of each host app.
     assert!(!lines.contains("attaches"), "{lines}");
+}
+
+/// A shell with job control starts the broker in the background of a terminal that stops the
+/// background jobs that write to it.
+#[test]
+fn background_broker_logs_without_being_stopped() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_master, terminal) = terminal(USUAL);
+    let serve = serve(folder.path());
+    let mut shell = Command::new("setsid");
+    // `wait` would also end when the job is stopped.
+    let script = "stty tostop; \"$@\" & while kill -0 $! 2>/dev/null; do sleep 0.1; done";
+    shell.args(["--ctty", "sh", "-mc", script, "sh"]);
+    shell.arg(serve.get_program()).args(serve.get_args());
+    let end = || terminal.try_clone().unwrap();
+    let mut shell = shell.stdin(end()).stdout(end()).stderr(end()).start();
+    let broker = attach(folder.path()).status().unwrap().broker;
+    let broker = Pid::from_raw(broker.cast_signed()).unwrap();
+    // Its last line is written before it ends.
+    kill_process(broker, Signal::TERM).unwrap();
+    assert!(wait(&mut shell).success());
 }
