@@ -36,6 +36,8 @@ pub struct Programs {
     host: &'static [&'static str],
     /// The packages of the guest's programs.
     guest: &'static [&'static str],
+    /// Examples of these packages that the guest runs, too.
+    examples: &'static [&'static str],
 }
 
 impl Programs {
@@ -44,30 +46,35 @@ impl Programs {
         name: "package",
         host: &[BROKER],
         guest: &["barlink-guest"],
+        examples: &[],
     };
     /// Programs that the demo runs.
     pub const DEMO: Self = Self {
         name: "demo",
         host: &[BROKER],
         guest: &["barlink-guest", AGENT],
+        examples: &[],
     };
     /// Programs that the parts `crash-…` of `cargo xtask soak` kill.
     pub const CRASH: Self = Self {
         name: "crash",
         host: &[BROKER, CRASH_LOAD],
         guest: &["barlink-guest", AGENT, CRASH_LOAD],
+        examples: &[],
     };
     /// Programs that `cargo xtask bench` measures.
     pub const BENCH: Self = Self {
         name: "bench",
         host: &[BROKER, BENCH_LOAD, ICEORYX2_LOAD],
         guest: &["barlink-guest", AGENT, BENCH_LOAD],
+        examples: &[],
     };
     /// Programs that the tests run.
     pub const TEST: Self = Self {
         name: "test",
         host: &[BROKER, BENCH_LOAD],
         guest: &["barlink-guest", AGENT, "barlink-driver-checks"],
+        examples: &["guest_sensor"],
     };
 }
 
@@ -277,12 +284,12 @@ pub struct TreeCopy {
 impl TreeCopy {
     /// Builds a program of the host.
     pub fn host_program(&self, name: &str) -> Result<Built> {
-        cargo_build(self.cargo(), &[name], Linkage::Default)
+        cargo_build(self.cargo(), &[name], &[], Linkage::Default)
     }
 
     /// Builds a program of the guest.
     pub fn guest_program(&self, name: &str) -> Result<Built> {
-        cargo_build(self.cargo(), &[name], Linkage::Static)
+        cargo_build(self.cargo(), &[name], &[], Linkage::Static)
     }
 
     /// Builds the driver as [`driver`] does, and returns the path of the module.
@@ -312,12 +319,17 @@ fn pack(tools: &Tools, driver: &Path, guest: &Built, archive: &Path) -> Result<S
 
 /// Builds the programs that run on the host.
 pub fn host_programs(programs: Programs) -> Result<Built> {
-    cargo_build(cargo("build"), programs.host, Linkage::Default)
+    cargo_build(cargo("build"), programs.host, &[], Linkage::Default)
 }
 
 /// Builds the programs that run in the guest.
 pub fn guest_programs(programs: Programs) -> Result<Built> {
-    cargo_build(cargo("build"), programs.guest, Linkage::Static)
+    cargo_build(
+        cargo("build"),
+        programs.guest,
+        programs.examples,
+        Linkage::Static,
+    )
 }
 
 /// Builds the driver and returns the path of the module.
@@ -417,14 +429,21 @@ impl Built {
     }
 }
 
-/// Builds the programs of these packages with optimisation, by extending a cargo command.
-fn cargo_build(mut build: Command, packages: &[&str], linkage: Linkage) -> Result<Built> {
+/// Builds the programs and these examples of these packages with optimisation, by extending a cargo
+/// command.
+fn cargo_build(
+    mut build: Command,
+    packages: &[&str],
+    examples: &[&str],
+    linkage: Linkage,
+) -> Result<Built> {
     build.args([
         "--release",
         "--bins",
         "--message-format=json-render-diagnostics",
     ]);
     build.args(packages.iter().flat_map(|package| ["--package", package]));
+    build.args(examples.iter().flat_map(|example| ["--example", example]));
     if linkage == Linkage::Static {
         build.arg(format!("--target={NATIVE_TARGET}"));
         // This variable outranks all other ways to set flags, so no setting of the user undoes it.

@@ -84,6 +84,22 @@ fn streams_run_in_both_directions_at_once() -> Result<()> {
 }
 
 #[test]
+fn example_of_a_sensor_sends_lines() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &[])?;
+    let receiver = receive(&broker, "up")?;
+    let sensor = vm.run(["guest_sensor", "/dev/barlink0", "5"])?;
+    sensor.require_success()?;
+    let lines = String::from_utf8(receiver.bytes()?)?;
+    ensure!(lines.lines().count() == 5, "{lines}");
+    for line in lines.lines() {
+        // `proc(5)`: three averages, counts of processes, the last process ID.
+        let average = line.split(' ').next().context("an empty line")?;
+        average.parse::<f64>().with_context(|| line.to_owned())?;
+    }
+    Ok(())
+}
+
+#[test]
 fn guest_with_few_cpus_uses_available_vectors() -> Result<()> {
     let broker = Broker::start_over(Artifacts::shared()?, &[TRANSPORT], &["--vectors", "256"])?;
     let vm = Vm::boot(&Config {
