@@ -24,7 +24,7 @@ pub fn lock(listener: &str) -> String {
 
 /// Names an eventfd.
 pub fn eventfd(peer: u32, vector: u32) -> String {
-    format!("notifier-{peer}-{vector}")
+    format!("bell-{peer}-{vector}")
 }
 
 /// Names the connection of a slot's VM.
@@ -63,4 +63,27 @@ pub fn client(client: ClientId) -> String {
 /// Returns the host app whose connection has a name, if it is one.
 pub fn parse_client(name: &str) -> Option<ClientId> {
     name.strip_prefix("client-")?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_running_brokers() {
+        let names = [
+            MEMORY.to_owned(),
+            STATE.to_owned(),
+            lock(CONTROL),
+            slot(2),
+            eventfd(3, 4),
+            vm(5),
+            session(6),
+            part(7, "irq"),
+            client(8),
+        ];
+        let stored =
+            "memory ledger control-lock slot-2 bell-3-4 vm-5 session-6 part-7-irq client-8";
+        assert_eq!(names.join(" "), stored);
+    }
 }
