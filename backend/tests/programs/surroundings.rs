@@ -240,3 +240,28 @@ fn background_broker_logs_without_being_stopped() {
     kill_process(broker, Signal::TERM).unwrap();
     assert!(wait(&mut shell).success());
 }
+
+/// A user's run folder is removed at logout.
+#[test]
+fn removed_sockets_permit_no_second_broker() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = serve(folder.path()).start();
+    let attached = attach(folder.path());
+    for name in ["vm.sock", "control.sock"] {
+        std::fs::remove_file(folder.path().join(name)).unwrap();
+        std::fs::remove_file(folder.path().join(format!("{name}.lock"))).unwrap();
+    }
+    let process = format!("process {} listens at socket", first.id());
+    let parts = [process.as_str(), "control.sock, whose file was removed"];
+    fails(&mut serve(folder.path()), 1, &parts);
+    fails(
+        serve(folder.path()).arg("--check"),
+        1,
+        &["whose file was removed"],
+    );
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    attached.status().unwrap();
+    kill(&mut first);
+    let _second = serve(folder.path()).start();
+    attach(folder.path());
+}

@@ -20,6 +20,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::umask;
 
 use super::hidden::hiding_setting;
+use super::unreachable::listener_without_file;
 use crate::broker::policy::Policy;
 use crate::socket::descriptors;
 
@@ -66,6 +67,17 @@ pub enum SocketError {
         path: PathBuf,
         /// The setting of the service.
         setting: &'static str,
+    },
+    /// A process listens there, and the file of its socket was removed.
+    #[error(
+        "process {pid} listens at socket {path}, whose file was removed, perhaps with a run folder at logout: its VMs \
+         still use its region, so end them and it before you start another broker there"
+    )]
+    Unreachable {
+        /// The path.
+        path: PathBuf,
+        /// The process.
+        pid: i32,
     },
     /// A file that is no socket has that name.
     #[error("{path} exists and is no socket: choose another path, or remove it")]
@@ -464,7 +476,11 @@ fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
         return Err(SocketError::Hidden { path, setting });
     }
     // Checked first, so that no lock is created beside another program's file.
-    is_taken_by_a_socket(&path)?;
+    if !is_taken_by_a_socket(&path)?
+        && let Some(pid) = listener_without_file(&path)
+    {
+        return Err(SocketError::Unreachable { path, pid });
+    }
     Ok((path, address))
 }
 

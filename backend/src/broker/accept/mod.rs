@@ -6,6 +6,7 @@ mod acceptor;
 mod hidden;
 mod listener;
 mod rejected;
+mod unreachable;
 
 pub(super) use self::acceptor::Acceptor;
 pub use self::listener::{Listener, SocketError};
