@@ -164,6 +164,11 @@ impl Mapping {
         Ok(Mapping { start, length })
     }
 
+    /// Returns the address of the first byte.
+    pub(crate) fn address(&self) -> u64 {
+        self.start.addr() as u64
+    }
+
     fn word(&self, offset: u64) -> *mut u64 {
         let offset = offset as usize;
         assert!(offset.is_multiple_of(8) && offset + 8 <= self.length);
