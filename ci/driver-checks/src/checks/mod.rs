@@ -18,6 +18,7 @@ mod removal;
 mod rounds;
 mod signals;
 mod sleep;
+mod system_calls;
 
 use anyhow::Result;
 
@@ -52,6 +53,8 @@ pub const TOPICS: &[Topic] = checks! {
         mappings_survive_calls_meant_for_memory
         debuggers_read_and_write_mappings
         unbind_races_debuggers;
+    "system_calls", system_calls:
+        system_calls_use_region_as_documented;
     "cache", cache:
         driver_grants_and_reports_each_cache_mode
         mapping_fixes_cache_mode_of_region
