@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use barlink_protocol::wire::uapi::{CacheMode, Info};
 use rustix::io::Errno;
 
-use crate::guest::device::{map_in, region};
+use crate::guest::device::region;
 use crate::memory::Mapping;
 
 /// The cache mode to request for a mapping. All live mappings of a region have the same mode.
@@ -132,10 +132,11 @@ impl Choice {
         speeds: Vec::new(),
     };
 
-    /// Measures all modes. `open` returns a file of the device and the driver's information, and
-    /// `info` that information again.
+    /// Measures all modes. `open` returns a file of the device and the driver's information, `map`
+    /// maps the first bytes of a file, and `info` returns the information again.
     pub(crate) fn find<E>(
         open: impl Fn() -> Result<(File, Info), E>,
+        map: impl Fn(&File, usize, Option<CacheMode>) -> Result<Mapping, Errno>,
         info: impl Fn(&File) -> Result<Info, E>,
         failed: impl Fn(Errno) -> E,
     ) -> Result<Self, E> {
@@ -148,7 +149,7 @@ impl Choice {
                 return Ok(Choice::SAME);
             }
             let size = before.mappable_size.min(WINDOW) as usize;
-            let mapping = match map_in(&file, size, cache.mode()) {
+            let mapping = match map(&file, size, cache.mode()) {
                 Err(Errno::BUSY) => return Ok(Choice::SAME),
                 mapping => mapping.map_err(&failed)?,
             };

@@ -54,8 +54,19 @@ pub enum DeviceError {
         path: PathBuf,
     },
     /// This user may not open the device.
-    #[error("no permission to open {path}: run as root, or let a udev rule give you the device")]
+    #[error(
+        "no permission to open {path}{purpose}: run as root, or as a member of the group barlink (usermod -aG barlink USER)",
+        purpose = if *access == Access::ReadWrite { " for writing" } else { "" }
+    )]
     Permission {
+        /// The path.
+        path: PathBuf,
+        /// The access that the program asked for.
+        access: Access,
+    },
+    /// The device was opened for reading only.
+    #[error("{path} is open for reading only: open it with `Access::ReadWrite`")]
+    ReadOnly {
         /// The path.
         path: PathBuf,
     },
@@ -136,8 +147,8 @@ impl DeviceError {
     /// Returns the class of the error.
     ///
     /// ```
-    /// use barlink::ErrorKind;
     /// use barlink::guest::DeviceError;
+    /// use barlink::{Access, ErrorKind};
     ///
     /// /// The exit status of a service, for its manager.
     /// fn status(error: &DeviceError) -> u8 {
@@ -148,8 +159,8 @@ impl DeviceError {
     ///     }
     /// }
     ///
-    /// let path = "/dev/barlink0".into();
-    /// assert_eq!(status(&DeviceError::Permission { path }), 3);
+    /// let (path, access) = ("/dev/barlink0".into(), Access::ReadWrite);
+    /// assert_eq!(status(&DeviceError::Permission { path, access }), 3);
     /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -159,7 +170,9 @@ impl DeviceError {
             | DeviceError::Layout { .. }
             | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
             DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
-            DeviceError::BufferSize { .. } => ErrorKind::InvalidInput,
+            DeviceError::BufferSize { .. } | DeviceError::ReadOnly { .. } => {
+                ErrorKind::InvalidInput
+            }
             DeviceError::System { source, .. } => match source.raw_os_error() {
                 Some(libc::ENODEV) => ErrorKind::Gone,
                 _ => ErrorKind::Other,
@@ -186,6 +199,7 @@ impl DeviceError {
 pub struct Device {
     path: PathBuf,
     file: File,
+    access: Access,
     mapping: Mapping,
     granted: u32,
     layout: Layout,
@@ -194,24 +208,25 @@ pub struct Device {
 
 impl Device {
     /// Opens a device, and maps all of its region that can be mapped.
-    pub(super) fn open(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
-        let choice = (cache == Cache::Auto).then(|| choose(path)).transpose()?;
+    pub(super) fn open(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
+        let choice = (cache == Cache::Auto).then(|| choose(path, access));
+        let choice = choice.transpose()?;
         let chosen = choice.as_ref().map_or(cache, |choice| choice.cache);
-        match Self::map(path, chosen) {
+        match Self::map(path, chosen, access) {
             // Another process has mapped the region since.
             Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => Ok(Device {
                 choice: Some(Choice::SAME),
-                ..Self::map(path, Cache::Same)?
+                ..Self::map(path, Cache::Same, access)?
             }),
             device => Ok(Device { choice, ..device? }),
         }
     }
 
-    fn map(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
-        let file = open(path)?;
+    fn map(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
+        let file = open(path, access)?;
         let before = info(&file, path)?;
         let size = usize::try_from(before.mappable_size).unwrap_or(usize::MAX);
-        let mapping = map(&file, path, size, cache)?;
+        let mapping = map(&file, path, size, cache, access)?;
         // The granted mode is known once something is mapped.
         let granted = info(&file, path)?.granted;
         let layout = state::read_layout(&region(&mapping, granted), before.region_size);
@@ -222,6 +237,7 @@ impl Device {
         Ok(Device {
             path: path.to_owned(),
             file,
+            access,
             mapping,
             granted,
             layout,
@@ -283,7 +299,8 @@ impl Device {
         &self.layout
     }
 
-    /// Returns the region's words, without the drivers' pages at its end.
+    /// Returns the region's words, without the drivers' pages at its end. With [`Access::ReadOnly`] a
+    /// store to them ends the process by SIGSEGV.
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -350,12 +367,14 @@ impl Device {
     /// # Errors
     ///
     /// The size is not valid ([`ErrorKind::InvalidInput`]), the device has a buffer already
-    /// ([`ErrorKind::InUse`]), the driver is too old for buffers ([`ErrorKind::Incompatible`]), or
-    /// there is no contiguous memory of that size.
+    /// ([`ErrorKind::InUse`]), the driver is too old for buffers ([`ErrorKind::Incompatible`]), the
+    /// device was opened with [`Access::ReadOnly`] ([`ErrorKind::InvalidInput`]), or there is no
+    /// contiguous memory of that size.
     pub fn buffer(&self, size: u64) -> Result<Buffer, Error> {
         let path = || self.path.clone();
         let buffer = Buffer::new(&self.file, size).map_err(|error| match error {
             Errno::INVAL => DeviceError::BufferSize { size },
+            Errno::BADF => DeviceError::ReadOnly { path: path() },
             Errno::BUSY => DeviceError::BufferTaken { path: path() },
             Errno::NOTTY => DeviceError::NoBuffers { path: path() },
             error => system("make a DMA buffer of", &self.path, error),
@@ -421,9 +440,13 @@ impl Side for Device {
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
         let index = find(&self.layout, name)?;
+        if self.access == Access::ReadOnly {
+            let name = name.to_owned();
+            return Err(Error::ReadOnly { name, end });
+        }
         let channel = &self.layout.channels()[index];
         // A file of its own: the claim ends with it, and it is woken for this channel alone.
-        let file = open(&self.path)?;
+        let file = open(&self.path, self.access)?;
         let info = info(&file, &self.path)?;
         let claim = uapi::Claim {
             channel: index as u32,
@@ -458,17 +481,17 @@ pub(crate) fn ring(file: &File, doorbell: uapi::Doorbell) -> Result<(), Errno> {
     unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(doorbell)) }
 }
 
-fn open(path: &Path) -> Result<File, DeviceError> {
+fn open(path: &Path, access: Access) -> Result<File, DeviceError> {
     let mut options = OpenOptions::new();
     options
         .read(true)
-        .write(true)
+        .write(access == Access::ReadWrite)
         .custom_flags(OFlags::NONBLOCK.bits().cast_signed());
     options.open(path).map_err(|source| {
         let path = path.to_owned();
         match source.kind() {
             io::ErrorKind::NotFound => DeviceError::NoDevice { path },
-            io::ErrorKind::PermissionDenied => DeviceError::Permission { path },
+            io::ErrorKind::PermissionDenied => DeviceError::Permission { path, access },
             _ if source.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => {
                 DeviceError::NoDevice { path }
             }
@@ -483,14 +506,19 @@ fn open(path: &Path) -> Result<File, DeviceError> {
 
 /// Maps the first bytes of a device's region, in a cache mode, or without one in that of the
 /// region's mappings that live.
-pub(super) fn map_in(file: &File, size: usize, mode: Option<CacheMode>) -> Result<Mapping, Errno> {
+pub(super) fn map_in(
+    file: &File,
+    size: usize,
+    mode: Option<CacheMode>,
+    access: Access,
+) -> Result<Mapping, Errno> {
     let map = uapi::Map {
         cache: mode.map_or(0, |mode| mode as u32),
         flags: 0,
     };
     // SAFETY: `MAP` takes a `Map`, and reads it during the call.
     unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }?;
-    Mapping::map(file, size, Access::ReadWrite)
+    Mapping::map(file, size, access)
 }
 
 /// Returns a mapping as the words of a region that was granted this cache mode, a [`CacheMode`].
@@ -507,14 +535,20 @@ pub(super) fn region(mapping: &Mapping, granted: u32) -> Region {
 /// driver.
 const TRIES: u32 = 10;
 
-fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, DeviceError> {
+fn map(
+    file: &File,
+    path: &Path,
+    size: usize,
+    cache: Cache,
+    access: Access,
+) -> Result<Mapping, DeviceError> {
     let busy = |error: &Errno| *error == Errno::BUSY;
-    let mut result = map_in(file, size, cache.mode());
+    let mut result = map_in(file, size, cache.mode(), access);
     for _ in 1..TRIES {
         if cache != Cache::Same || !result.as_ref().is_err_and(busy) {
             break;
         }
-        result = map_in(file, size, None);
+        result = map_in(file, size, None, access);
     }
     match result {
         Err(error) if busy(&error) => {
@@ -535,14 +569,15 @@ fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, D
     }
 }
 
-fn choose(path: &Path) -> Result<Choice, DeviceError> {
+fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
     let open = || {
-        let file = open(path)?;
+        let file = open(path, access)?;
         let info = info(&file, path)?;
         Ok((file, info))
     };
     Choice::find(
         open,
+        |file, size, mode| map_in(file, size, mode, access),
         |file| info(file, path),
         |error| system("map", path, error),
     )
