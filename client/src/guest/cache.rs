@@ -113,7 +113,7 @@ const MARGIN: f64 = 1.1;
 /// };
 /// assert_eq!(
 ///     choice.to_string(),
-///     "write-combining: reads by write-back not granted, write-combining 2500 MB/s"
+///     "write-combining: reads by write-back not granted, write-combining 2384 MiB/s"
 /// );
 /// ```
 #[derive(Clone, Debug, PartialEq)]
@@ -211,7 +211,7 @@ impl Display for Choice {
             let before = if index == 0 { ": reads by" } else { "," };
             write!(f, "{before} {} ", cache.name())?;
             match speed {
-                Some(speed) => write!(f, "{:.0} MB/s", speed / 1e6)?,
+                Some(speed) => write!(f, "{:.0} MiB/s", speed / f64::from(1 << 20))?,
                 None => write!(f, "not granted")?,
             }
         }
@@ -267,7 +267,7 @@ mod tests {
         };
         assert_eq!(
             choice.to_string(),
-            "write-combining: reads by write-back not granted, write-combining 2500 MB/s"
+            "write-combining: reads by write-back not granted, write-combining 2384 MiB/s"
         );
     }
 }
