@@ -25,9 +25,9 @@ pub(crate) struct MapOptions {
 }
 
 impl MapOptions {
-    /// Options of a file that has not set any: noncached, mapped eagerly.
+    /// Options of a file that has not set any: the mode of the existing mappings, mapped eagerly.
     pub(crate) const DEFAULT: Self = MapOptions {
-        cache: Some(CacheMode::UncachedMinus),
+        cache: None,
         on_fault: false,
     };
 

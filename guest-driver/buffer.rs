@@ -40,7 +40,8 @@ use kernel::{
     },
     mm::virt::{
         flags,
-        vm_flags_t, //
+        vm_flags_t,
+        VmaRef, //
     },
     prelude::*,
     sync::{
@@ -67,6 +68,7 @@ const OPERATIONS: bindings::file_operations = bindings::file_operations {
 const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_struct {
     mapped: Some(mapped),
     fault: Some(fault),
+    access: Some(access),
     ..pin_init::zeroed()
 };
 
@@ -275,4 +277,39 @@ unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault
         Some(buffer) => unsafe { buffer.memory.insert(fault) },
         None => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
     }
+}
+
+/// Implements the `access` area operation: copies bytes between the buffer and a buffer of the
+/// kernel, for a debugger. Returns the number of bytes.
+///
+/// `EACCES` if the area is not writable, `ENODEV`. The debugger sees `EIO` instead.
+///
+/// # Safety
+///
+/// Only for [`AREA_OPERATIONS`].
+unsafe extern "C" fn access(
+    area: *mut bindings::vm_area_struct,
+    address: c_ulong,
+    bytes: *mut c_void,
+    length: c_int,
+    write: c_int,
+) -> c_int {
+    // SAFETY: The kernel holds the `mmap_lock` during this operation, and the area keeps its file
+    // open.
+    let (place, page, device) = unsafe {
+        let place = VmaRef::from_raw(area);
+        (place, (*area).vm_pgoff, device_of((*area).vm_file))
+    };
+    from_result(|| {
+        mapping::check_access(place, write)?;
+        let state = device.state.lock();
+        // The buffer is this file's, for the reason given in `mapped`.
+        let buffer = state.buffer.as_ref().ok_or(ENODEV)?;
+        // CAST: The kernel passes a positive length, and the result is at most that.
+        let length = (length as usize).min(place.end() - address);
+        let offset = page * PAGE_SIZE as usize + (address - place.start());
+        // SAFETY: `bytes` has room for `length` bytes, and no other thread uses them.
+        unsafe { buffer.memory.copy(offset, bytes, length, write != 0)? };
+        Ok(length as c_int)
+    })
 }

@@ -128,6 +128,33 @@ impl Coherent {
     }
 }
 
+impl Coherent {
+    /// Copies bytes from an offset of the memory, or if `write` to it. `EINVAL` if they are not all
+    /// in the memory.
+    ///
+    /// # Safety
+    ///
+    /// `bytes` must be memory of the kernel, valid for `length` bytes, that no other code uses.
+    pub(crate) unsafe fn copy(
+        &self,
+        offset: usize,
+        bytes: *mut c_void,
+        length: usize,
+        write: bool,
+    ) -> Result {
+        if offset.checked_add(length).is_none_or(|end| end > self.size) {
+            return Err(EINVAL);
+        }
+        let memory = self.memory.as_ptr().wrapping_byte_add(offset);
+        let (to, from) = if write { (memory, bytes) } else { (bytes, memory) };
+        // SAFETY: The range of the memory was checked, and by this function's contract that of
+        // `bytes` is valid. Processes and the device may change the memory meanwhile. Therefore the
+        // kernel's C function copies it.
+        unsafe { bindings::memcpy(to, from, length) };
+        Ok(())
+    }
+}
+
 impl Drop for Coherent {
     fn drop(&mut self) {
         // SAFETY: By the invariant this was allocated so, and the device is still bound;

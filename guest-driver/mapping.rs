@@ -38,7 +38,8 @@ use kernel::{
     },
     mm::virt::{
         flags,
-        vm_flags_t, //
+        vm_flags_t,
+        VmaRef, //
     },
     prelude::*, //
 };
@@ -61,6 +62,7 @@ const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_
     close: Some(close),
     mapped: Some(mapped),
     fault: Some(fault),
+    access: Some(access),
     huge_fault: Some(huge_fault),
     ..pin_init::zeroed()
 };
@@ -288,17 +290,94 @@ unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     }
     let place = &fault.__bindgen_anon_1;
-    let frame = device.facts.region / PAGE_SIZE + place.pgoff as u64;
-    // SAFETY: The area is valid, consists of frames only, and lies in this device's region, as
-    // `prepare` has ensured. The kernel holds the `mmap_lock`, because these operations have no
-    // `map_pages`.
+    // SAFETY: `prepare` has described the area. The kernel holds the `mmap_lock`, because these
+    // operations have no `map_pages`.
+    unsafe { insert(&mut state, device, area, place.address, place.pgoff as u64) }
+}
+
+/// Creates the page table entry of one page, at an address of an area and with an index in the
+/// region. Returns `NOPAGE` on success, else the reason of a fault's failure.
+///
+/// # Safety
+///
+/// The area must be one that [`prepare`] has described for this device, the address and the index
+/// must belong together, and the `mmap_lock` must be held.
+unsafe fn insert(
+    state: &mut State,
+    device: &Device,
+    area: *mut bindings::vm_area_struct,
+    address: c_ulong,
+    page: u64,
+) -> bindings::vm_fault_t {
+    let frame = device.facts.region / PAGE_SIZE + page;
+    // SAFETY: By this function's contract the area is valid, consists of frames only, and lies in
+    // this device's region, and the `mmap_lock` is held.
     unsafe {
-        let result = bindings::vmf_insert_pfn(area, place.address, frame as c_ulong);
+        let result = bindings::vmf_insert_pfn(area, address, frame as c_ulong);
         if result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
-            note_granted(&mut state, device, area, place.address);
+            note_granted(state, device, area, address);
         }
         result
     }
+}
+
+/// Implements the `access` area operation: copies bytes between an area and a buffer of the kernel.
+/// The kernel calls it for a debugger (`ptrace`, `/proc/PID/mem`), because it cannot find the
+/// memory of such an area by itself. Returns the number of bytes, which all belong to one page.
+///
+/// `EACCES` if the area is not writable, `ENOMEM`, `ENODEV`. The debugger sees `EIO` instead.
+///
+/// # Safety
+///
+/// Only for [`AREA_OPERATIONS`].
+unsafe extern "C" fn access(
+    area: *mut bindings::vm_area_struct,
+    address: c_ulong,
+    bytes: *mut c_void,
+    length: c_int,
+    write: c_int,
+) -> c_int {
+    // SAFETY: The kernel holds the `mmap_lock` during this operation, and the area keeps its file
+    // open.
+    let (place, page, file) = unsafe {
+        let place = VmaRef::from_raw(area);
+        (place, (*area).vm_pgoff as u64, OpenFile::of((*area).vm_file))
+    };
+    let device: &Device = &file.device;
+    from_result(|| {
+        check_access(place, write)?;
+        // The lock keeps the device until the bytes are copied, because a removal takes it first.
+        let mut state = device.state.lock();
+        device.check()?;
+        let offset = (address - place.start()) as u64;
+        let in_page = address as u64 % PAGE_SIZE;
+        // The next page can have another mode, or be outside of the area.
+        let length = length.min((PAGE_SIZE - in_page) as c_int);
+        // SAFETY: The area is valid and consists of frames of this device's region, and the device
+        // is not gone. `bytes` has room for `length` bytes.
+        let copy = || unsafe { bindings::generic_access_phys(area, address, bytes, length, write) };
+        let copied = copy();
+        if copied != EINVAL.to_errno() {
+            return to_result(copied).map(|()| copied);
+        }
+        // The page has no entry: it is mapped on fault, and was not touched yet.
+        // SAFETY: `prepare` has described the area, in which the address is, and the kernel holds
+        // the `mmap_lock`.
+        unsafe {
+            let start = address - in_page as c_ulong;
+            insert(&mut state, device, area, start, page + offset / PAGE_SIZE);
+        }
+        let copied = copy();
+        to_result(copied).map(|()| copied)
+    })
+}
+
+/// Returns `EACCES` if a debugger's access is a write, and the area is not writable.
+pub(crate) fn check_access(area: &VmaRef, write: c_int) -> Result {
+    if write != 0 && area.flags() & flags::WRITE == 0 {
+        return Err(EACCES);
+    }
+    Ok(())
 }
 
 /// Implements the `huge_fault` area operation: maps 2 MiB around an access if possible. Otherwise

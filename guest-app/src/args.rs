@@ -16,7 +16,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
-    /// Path of the device
+    /// Path of the device; /dev/barlink/by-path/pci-... stays with a device when numbers change
     #[arg(
         long,
         global = true,

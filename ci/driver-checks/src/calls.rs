@@ -7,7 +7,7 @@
     reason = "a check does what programs should not do, too, to see what comes of it"
 )]
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::{mem, ptr};
 
@@ -75,6 +75,34 @@ pub(crate) fn read_to_nowhere(file: BorrowedFd<'_>, length: usize) -> Result<()>
     let nowhere = ptr::without_provenance_mut(8);
     // SAFETY: The program has no memory in the first page.
     succeeded(unsafe { libc::read(file.as_raw_fd(), nowhere, length) } >= 0)
+}
+
+/// Moves bytes of a file into a pipe without a copy (`splice`).
+pub(crate) fn splice(file: BorrowedFd<'_>, pipe: BorrowedFd<'_>) -> Result<()> {
+    let (file, pipe, start) = (file.as_raw_fd(), pipe.as_raw_fd(), ptr::null_mut());
+    // SAFETY: The kernel uses the positions of both files.
+    succeeded(unsafe { libc::splice(file, start, pipe, start, PAGE_SIZE as usize, 0) } > 0)
+}
+
+/// Mounts a FUSE file system whose root is a file, over a file. `server` is an open `/dev/fuse`.
+pub(crate) fn mount_fuse_file(server: BorrowedFd<'_>, place: &CStr) -> Result<()> {
+    let options = format!(
+        "fd={},rootmode=100000,user_id=0,group_id=0",
+        server.as_raw_fd()
+    );
+    let options = CString::new(options).map_err(|_| Errno::INVAL)?;
+    let kind = c"fuse".as_ptr();
+    let flags = libc::MS_NOSUID | libc::MS_NODEV;
+    // SAFETY: All strings end with a zero byte, and the kernel only reads them.
+    succeeded(
+        unsafe { libc::mount(kind, place.as_ptr(), kind, flags, options.as_ptr().cast()) } == 0,
+    )
+}
+
+/// Unmounts what is mounted over a file.
+pub(crate) fn unmount(place: &CStr) -> Result<()> {
+    // SAFETY: The string ends with a zero byte, and the kernel only reads it.
+    succeeded(unsafe { libc::umount2(place.as_ptr(), libc::MNT_DETACH) } == 0)
 }
 
 /// Forks the process. Returns the child's process ID in the parent, and `None` in the child.
@@ -162,6 +190,11 @@ impl Mapping {
         let start =
             unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), length, protection, flags)? };
         Ok(Mapping { start, length })
+    }
+
+    /// Returns the address of the first byte.
+    pub(crate) fn address(&self) -> u64 {
+        self.start.addr() as u64
     }
 
     fn word(&self, offset: u64) -> *mut u64 {
@@ -253,6 +286,129 @@ impl Mapping {
             let _ = rustix::mm::msync(start, length, MsyncFlags::SYNC);
             let _ = rustix::mm::mlock(start, length);
             libc::mincore(start, length, resident.as_mut_ptr());
+        }
+    }
+}
+
+/// System calls with a mapping as their memory, for the table of `docs/driver.md`.
+impl Mapping {
+    /// Reads one page of a file into the mapping.
+    pub(crate) fn read_from(&self, file: BorrowedFd<'_>) -> Result<()> {
+        let length = PAGE_SIZE as usize;
+        assert!(length <= self.length);
+        // SAFETY: The page is in the mapping, to which no reference is ever made.
+        succeeded(unsafe { libc::read(file.as_raw_fd(), self.start, length) } > 0)
+    }
+
+    /// Writes one page of the mapping to a file.
+    pub(crate) fn write_to(&self, file: BorrowedFd<'_>) -> Result<()> {
+        let length = PAGE_SIZE as usize;
+        assert!(length <= self.length);
+        // SAFETY: The page is in the mapping, to which no reference is ever made.
+        succeeded(unsafe { libc::write(file.as_raw_fd(), self.start, length) } > 0)
+    }
+
+    /// Receives up to one page from a socket into the mapping.
+    pub(crate) fn receive_from(&self, socket: BorrowedFd<'_>) -> Result<()> {
+        let length = PAGE_SIZE as usize;
+        assert!(length <= self.length);
+        // SAFETY: The page is in the mapping, to which no reference is ever made.
+        succeeded(unsafe { libc::recv(socket.as_raw_fd(), self.start, length, 0) } > 0)
+    }
+
+    /// Sends one page of the mapping over a socket.
+    pub(crate) fn send_to(&self, socket: BorrowedFd<'_>) -> Result<()> {
+        let length = PAGE_SIZE as usize;
+        assert!(length <= self.length);
+        // SAFETY: The page is in the mapping, to which no reference is ever made.
+        succeeded(unsafe { libc::send(socket.as_raw_fd(), self.start, length, 0) } > 0)
+    }
+
+    /// Puts one page of the mapping into a pipe without a copy (`vmsplice`).
+    pub(crate) fn splice_to(&self, pipe: BorrowedFd<'_>) -> Result<()> {
+        let part = self.page();
+        // SAFETY: The page is in the mapping, to which no reference is ever made.
+        succeeded(unsafe { libc::vmsplice(pipe.as_raw_fd(), &raw const part, 1, 0) } > 0)
+    }
+
+    /// Registers one page of the mapping as a buffer of a new io_uring, which then ends.
+    pub(crate) fn register_with_io_uring(&self) -> Result<()> {
+        /// `IORING_REGISTER_BUFFERS` (`include/uapi/linux/io_uring.h`).
+        const REGISTER_BUFFERS: c_int = 0;
+        /// Size of `struct io_uring_params`, in words.
+        const PARAMETERS: usize = 15;
+        let (mut parameters, part) = ([0_u64; PARAMETERS], self.page());
+        // SAFETY: The kernel fills the parameters, and returns a descriptor that has no owner yet.
+        let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, parameters.as_mut_ptr()) };
+        succeeded(ring >= 0)?;
+        // SAFETY: As above.
+        let ring = unsafe { OwnedFd::from_raw_fd(ring as c_int) };
+        // SAFETY: The kernel reads the description of one buffer, and the ring never uses it.
+        succeeded(unsafe {
+            libc::syscall(
+                libc::SYS_io_uring_register,
+                ring.as_raw_fd(),
+                REGISTER_BUFFERS,
+                &raw const part,
+                1,
+            ) >= 0
+        })
+    }
+
+    /// Reads one page of the mapping as another process does (`process_vm_readv`).
+    pub(crate) fn read_by_another(&self) -> Result<()> {
+        let mut bytes = vec![0_u8; PAGE_SIZE as usize];
+        let own = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
+        let other = self.page();
+        // SAFETY: The kernel fills `bytes`.
+        succeeded(unsafe {
+            libc::process_vm_readv(libc::getpid(), &raw const own, 1, &raw const other, 1, 0) > 0
+        })
+    }
+
+    /// Waits at the first word of the mapping for a value that it does not have (`FUTEX_WAIT`).
+    pub(crate) fn wait_at(&self, private: bool) -> Result<()> {
+        let flag = if private { libc::FUTEX_PRIVATE_FLAG } else { 0 };
+        let other = !self.read(0) as u32;
+        let nothing = ptr::null::<libc::timespec>();
+        // SAFETY: The kernel reads the word, and returns at once because its value is another one.
+        let done = succeeded(unsafe {
+            let operation = libc::FUTEX_WAIT | flag;
+            libc::syscall(libc::SYS_futex, self.start, operation, other, nothing) == 0
+        });
+        match done {
+            Err(Errno::AGAIN) => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Advises the kernel about the mapping.
+    pub(crate) fn advise(&self, advice: Advice) -> Result<()> {
+        // SAFETY: The pages belong to this mapping alone, and the program relies on no content.
+        unsafe { rustix::mm::madvise(self.start, self.length, advice) }
+    }
+
+    /// Locks the mapping into memory.
+    pub(crate) fn lock(&self) -> Result<()> {
+        // SAFETY: The call changes no content.
+        unsafe { rustix::mm::mlock(self.start, self.length) }
+    }
+
+    /// Writes the mapping back to its file.
+    pub(crate) fn sync(&self) -> Result<()> {
+        // SAFETY: The call changes no content.
+        unsafe { rustix::mm::msync(self.start, self.length, MsyncFlags::SYNC) }
+    }
+
+    fn page(&self) -> libc::iovec {
+        let length = PAGE_SIZE as usize;
+        assert!(length <= self.length);
+        libc::iovec {
+            iov_base: self.start,
+            iov_len: length,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 //! Child processes, which inherit files and mappings, sleep in the driver, and are killed.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -65,6 +65,12 @@ pub(crate) fn child(work: impl FnOnce(&Parent) -> Result<()>) -> Result<Child> {
         eprintln!("in a child: {error:#}");
     }
     std::process::exit(i32::from(!matches!(outcome, Ok(Ok(())))))
+}
+
+/// Opens the memory of a process, as a debugger does.
+pub(crate) fn memory_of(process: u32) -> Result<File> {
+    let path = format!("/proc/{process}/mem");
+    Ok(File::options().read(true).write(true).open(path)?)
 }
 
 /// Runs `work` in a child, and returns how the child ended, by a signal perhaps.

@@ -252,10 +252,32 @@ fn boots_and_streams(artifacts: &Artifacts, debian: &Debian, image: &Path) -> Re
     ensure!(as_member("barlink-guest info")?.contains("cache mode"));
     let refused = run("! runuser -u somebody -- barlink-guest info 2>&1")?;
     ensure!(refused.contains("no permission to open"), "{refused}");
+    let refused = run("chmod o+r /dev/barlink0; ! runuser -u somebody -- barlink-guest send 2>&1")?;
+    ensure!(refused.contains("for writing"), "{refused}");
+    run("runuser -u somebody -- barlink-guest info; chmod o-r /dev/barlink0")?;
+    by_path(&run)?;
     streams(&vm, &broker)?;
 
     foreign_device_is_left_alone(&vm, &foreign)?;
     the_unit_runs(&vm)
+}
+
+/// Uses the device by the link that names its PCI address, before and after the driver has released
+/// it.
+fn by_path(run: &impl Fn(&str) -> Result<String>) -> Result<()> {
+    let info = run("barlink-guest info --json")?;
+    let info: serde_json::Value = serde_json::from_str(&info)?;
+    let address = info["pci_address"].as_str().context("no address")?;
+    let link = format!("/dev/barlink/by-path/pci-{address}");
+    eventually(|| run(&format!("test \"$(readlink -f {link})\" = /dev/barlink0")))?;
+    let by_link = run(&format!("barlink-guest --device {link} info"))?;
+    ensure!(by_link.contains(address), "{by_link}");
+    let drivers = "/sys/bus/pci/drivers/barlink";
+    run(&format!("echo {address} >{drivers}/unbind"))?;
+    eventually(|| run(&format!("test ! -e {link}")))?;
+    run(&format!("echo {address} >{drivers}/bind"))?;
+    eventually(|| run(&format!("barlink-guest --device {link} info")))?;
+    Ok(())
 }
 
 /// Streams in both directions, as an ordinary user in the guest.

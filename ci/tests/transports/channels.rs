@@ -192,6 +192,44 @@ fn guest_app_rejects_invalid_requests() -> Result<()> {
 }
 
 #[test]
+fn reader_of_device_describes_and_peeks() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &[])?;
+    vm.run(["barlink-guest", "poke", "bytes"])?
+        .require_success()?;
+    // A user who may read the device, and not write to it.
+    let user = "echo reader:x:1000:1000::/:/bin/sh >>/etc/passwd && chmod 644 /dev/barlink0";
+    vm.run(["sh", "-c", user])?.require_success()?;
+    let as_reader = |command: &str| vm.run(["su", "reader", "-c", command]);
+    ensure!(as_reader("barlink-guest info")?.success()?.contains("slot"));
+    let auto = as_reader("barlink-guest --cache auto info 2>&1")?.success()?;
+    ensure!(auto.contains("cache mode"), "{auto}");
+    let peek = as_reader("barlink-guest peek --raw --length 5")?;
+    assert_eq!(peek.success()?, "bytes");
+    for command in ["send", "recv", "poke other", "buffer"] {
+        let refused = as_reader(&format!("barlink-guest {command}"))?;
+        let error = String::from_utf8(refused.stderr)?;
+        assert_eq!(refused.status, Status::Code(1), "{command}: {error}");
+        ensure!(
+            error.contains("no permission to open /dev/barlink0 for writing")
+                && error.contains("group barlink")
+                && error.lines().count() == 1,
+            "{command}: {error}"
+        );
+    }
+    assert_eq!(broker.run(["peek", "--raw", "--length", "5"])?, b"bytes");
+    // Without permission to read, the error names the same cure.
+    vm.run(["chmod", "600", "/dev/barlink0"])?
+        .require_success()?;
+    let refused = as_reader("barlink-guest info")?;
+    let error = String::from_utf8(refused.stderr)?;
+    ensure!(
+        error.contains("no permission to open /dev/barlink0:") && error.contains("group barlink"),
+        "{error}"
+    );
+    Ok(())
+}
+
+#[test]
 fn guest_app_reports_missing_device() -> Result<()> {
     let vm = Vm::restore(&Config::default())?;
     for argv in [&["barlink-guest", "info"][..], &["barlink-guest", "recv"]] {

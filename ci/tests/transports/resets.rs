@@ -32,7 +32,7 @@ const USE: &str = "\
 for node in /dev/barlink*; do
     again=/tmp/${node##*/}
     mknod $again c $(tr : ' ' </sys/class/misc/${node##*/}/dev)
-    id=$(barlink-guest --device $node info --json | sed -n 's/^  \"id\": \\(.*\\),/\\1/p')
+    id=$(barlink-guest --device $node info --json | sed -n 's/^  \"slot\": \\(.*\\),/\\1/p')
     echo \"$0 over $id\" | barlink-guest --device $node send --channel up$id || exit
     barlink-guest --device $node recv --channel down$id -o /dev/null &
     barlink-guest --device $again send --channel up$id /dev/zero &

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use barlink_protocol::wire::uapi::{CacheMode, Info};
 use rustix::io::Errno;
 
-use crate::guest::calls::{map_in, region};
+use crate::guest::calls::region;
 use crate::memory::Mapping;
 
 /// The cache mode to request for a mapping. All live mappings of a region have the same mode.
@@ -122,7 +122,7 @@ const MARGIN: f64 = 1.1;
 /// };
 /// assert_eq!(
 ///     choice.to_string(),
-///     "write-combining: reads by write-back not granted, write-combining 2500 MB/s"
+///     "write-combining: reads by write-back not granted, write-combining 2384 MiB/s"
 /// );
 /// ```
 #[derive(Clone, Debug, PartialEq)]
@@ -141,10 +141,11 @@ impl Choice {
         speeds: Vec::new(),
     };
 
-    /// Measures all modes. `open` returns a file of the device and the driver's information, and
-    /// `info` that information again.
+    /// Measures all modes. `open` returns a file of the device and the driver's information, `map`
+    /// maps the first bytes of a file, and `info` returns the information again.
     pub(crate) fn find<E>(
         open: impl Fn() -> Result<(File, Info), E>,
+        map: impl Fn(&File, usize, Option<CacheMode>) -> Result<Mapping, Errno>,
         info: impl Fn(&File) -> Result<Info, E>,
         failed: impl Fn(Errno) -> E,
     ) -> Result<Self, E> {
@@ -157,7 +158,7 @@ impl Choice {
                 return Ok(Choice::SAME);
             }
             let size = before.mappable_size.min(WINDOW) as usize;
-            let mapping = match map_in(&file, size, cache.mode()) {
+            let mapping = match map(&file, size, cache.mode()) {
                 Err(Errno::BUSY) => return Ok(Choice::SAME),
                 mapping => mapping.map_err(&failed)?,
             };
@@ -219,7 +220,7 @@ impl Display for Choice {
             let before = if index == 0 { ": reads by" } else { "," };
             write!(f, "{before} {} ", cache.name())?;
             match speed {
-                Some(speed) => write!(f, "{:.0} MB/s", speed / 1e6)?,
+                Some(speed) => write!(f, "{:.0} MiB/s", speed / f64::from(1 << 20))?,
                 None => write!(f, "not granted")?,
             }
         }
@@ -275,7 +276,7 @@ mod tests {
         };
         assert_eq!(
             choice.to_string(),
-            "write-combining: reads by write-back not granted, write-combining 2500 MB/s"
+            "write-combining: reads by write-back not granted, write-combining 2384 MiB/s"
         );
     }
 }

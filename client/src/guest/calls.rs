@@ -24,21 +24,26 @@ pub(crate) fn claim(file: &File, claim: uapi::Claim) -> Result<(), Errno> {
 }
 
 /// Rings a vector of a peer.
-pub(crate) fn ring(file: &File, bell: uapi::Doorbell) -> Result<(), Errno> {
+pub(crate) fn ring(file: &File, doorbell: uapi::Doorbell) -> Result<(), Errno> {
     // SAFETY: `DOORBELL` takes a `Doorbell`, and reads it during the call.
-    unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(bell)) }
+    unsafe { ioctl(file, Setter::<{ uapi::DOORBELL }, _>::new(doorbell)) }
 }
 
 /// Maps the first bytes of a device's region, in a cache mode, or without one in that of the
 /// region's mappings that live.
-pub(crate) fn map_in(file: &File, size: usize, mode: Option<CacheMode>) -> Result<Mapping, Errno> {
+pub(crate) fn map_in(
+    file: &File,
+    size: usize,
+    mode: Option<CacheMode>,
+    access: Access,
+) -> Result<Mapping, Errno> {
     let map = uapi::Map {
         cache: mode.map_or(0, |mode| mode as u32),
         flags: 0,
     };
     // SAFETY: `MAP` takes a `Map`, and reads it during the call.
     unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }?;
-    Mapping::map(file, size, Access::ReadWrite)
+    Mapping::map(file, size, access)
 }
 
 /// Returns a mapping as the words of a region that was granted this cache mode, a [`CacheMode`].

@@ -22,7 +22,7 @@ use crate::guest::cache::{Cache, Choice};
 use crate::guest::calls::{self, map_in, region};
 use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
-use crate::memory::{Mapping, Region};
+use crate::memory::{Access, Mapping, Region};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::sender::Sender;
@@ -45,6 +45,7 @@ use crate::sender::Sender;
 pub struct Device {
     path: PathBuf,
     file: File,
+    access: Access,
     mapping: Mapping,
     granted: u32,
     layout: Layout,
@@ -53,24 +54,25 @@ pub struct Device {
 
 impl Device {
     /// Opens a device, and maps all of its region that can be mapped.
-    pub(super) fn open(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
-        let choice = (cache == Cache::Auto).then(|| choose(path)).transpose()?;
+    pub(super) fn open(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
+        let choice = (cache == Cache::Auto).then(|| choose(path, access));
+        let choice = choice.transpose()?;
         let chosen = choice.as_ref().map_or(cache, |choice| choice.cache);
-        match Self::map(path, chosen) {
+        match Self::map(path, chosen, access) {
             // Another process has mapped the region since.
             Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => Ok(Device {
                 choice: Some(Choice::SAME),
-                ..Self::map(path, Cache::Same)?
+                ..Self::map(path, Cache::Same, access)?
             }),
             device => Ok(Device { choice, ..device? }),
         }
     }
 
-    fn map(path: &Path, cache: Cache) -> Result<Self, DeviceError> {
-        let file = open(path)?;
+    fn map(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
+        let file = open(path, access)?;
         let before = info(&file, path)?;
         let size = usize::try_from(before.mappable_size).unwrap_or(usize::MAX);
-        let mapping = map(&file, path, size, cache)?;
+        let mapping = map(&file, path, size, cache, access)?;
         // The granted mode is known once something is mapped.
         let granted = info(&file, path)?.granted;
         let layout = state::read_layout(&region(&mapping, granted), before.region_size);
@@ -81,6 +83,7 @@ impl Device {
         Ok(Device {
             path: path.to_owned(),
             file,
+            access,
             mapping,
             granted,
             layout,
@@ -142,7 +145,8 @@ impl Device {
         &self.layout
     }
 
-    /// Returns the region's words, without the drivers' pages at its end.
+    /// Returns the region's words, without the drivers' pages at its end. With [`Access::ReadOnly`] a
+    /// store to them ends the process by SIGSEGV.
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -209,12 +213,14 @@ impl Device {
     /// # Errors
     ///
     /// The size is not valid ([`ErrorKind::InvalidInput`]), the device has a buffer already
-    /// ([`ErrorKind::InUse`]), the driver is too old for buffers ([`ErrorKind::Incompatible`]), or
-    /// there is no contiguous memory of that size.
+    /// ([`ErrorKind::InUse`]), the driver is too old for buffers ([`ErrorKind::Incompatible`]), the
+    /// device was opened with [`Access::ReadOnly`] ([`ErrorKind::InvalidInput`]), or there is no
+    /// contiguous memory of that size.
     pub fn buffer(&self, size: u64) -> Result<Buffer, Error> {
         let path = || self.path.clone();
         let buffer = Buffer::new(&self.file, size).map_err(|error| match error {
             Errno::INVAL => DeviceError::BufferSize { size },
+            Errno::BADF => DeviceError::ReadOnly { path: path() },
             Errno::BUSY => DeviceError::BufferTaken { path: path() },
             Errno::NOTTY => DeviceError::NoBuffers { path: path() },
             error => system("make a DMA buffer of", &self.path, error),
@@ -280,9 +286,13 @@ impl Side for Device {
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
         let index = find(&self.layout, name)?;
+        if self.access == Access::ReadOnly {
+            let name = name.to_owned();
+            return Err(Error::ReadOnly { name, end });
+        }
         let channel = &self.layout.channels()[index];
         // A file of its own: the claim ends with it, and it is woken for this channel alone.
-        let file = open(&self.path)?;
+        let file = open(&self.path, self.access)?;
         let info = info(&file, &self.path)?;
         let claim = uapi::Claim {
             channel: index as u32,
@@ -309,17 +319,17 @@ impl Side for Device {
     }
 }
 
-fn open(path: &Path) -> Result<File, DeviceError> {
+fn open(path: &Path, access: Access) -> Result<File, DeviceError> {
     let mut options = OpenOptions::new();
     options
         .read(true)
-        .write(true)
+        .write(access == Access::ReadWrite)
         .custom_flags(OFlags::NONBLOCK.bits().cast_signed());
     options.open(path).map_err(|source| {
         let path = path.to_owned();
         match source.kind() {
             io::ErrorKind::NotFound => DeviceError::NoDevice { path },
-            io::ErrorKind::PermissionDenied => DeviceError::Permission { path },
+            io::ErrorKind::PermissionDenied => DeviceError::Permission { path, access },
             _ if source.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => {
                 DeviceError::NoDevice { path }
             }
@@ -336,14 +346,20 @@ fn open(path: &Path) -> Result<File, DeviceError> {
 /// driver.
 const TRIES: u32 = 10;
 
-fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, DeviceError> {
+fn map(
+    file: &File,
+    path: &Path,
+    size: usize,
+    cache: Cache,
+    access: Access,
+) -> Result<Mapping, DeviceError> {
     let busy = |error: &Errno| *error == Errno::BUSY;
-    let mut result = map_in(file, size, cache.mode());
+    let mut result = map_in(file, size, cache.mode(), access);
     for _ in 1..TRIES {
         if cache != Cache::Same || !result.as_ref().is_err_and(busy) {
             break;
         }
-        result = map_in(file, size, None);
+        result = map_in(file, size, None, access);
     }
     match result {
         Err(error) if busy(&error) => {
@@ -364,14 +380,15 @@ fn map(file: &File, path: &Path, size: usize, cache: Cache) -> Result<Mapping, D
     }
 }
 
-fn choose(path: &Path) -> Result<Choice, DeviceError> {
+fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
     let open = || {
-        let file = open(path)?;
+        let file = open(path, access)?;
         let info = info(&file, path)?;
         Ok((file, info))
     };
     Choice::find(
         open,
+        |file, size, mode| map_in(file, size, mode, access),
         |file| info(file, path),
         |error| system("map", path, error),
     )

@@ -10,6 +10,7 @@ use barlink_protocol::wire::uapi;
 
 use crate::error_kind::ErrorKind;
 use crate::guest::cache::Cache;
+use crate::memory::Access;
 
 /// Why a device cannot be used.
 ///
@@ -38,8 +39,19 @@ pub enum DeviceError {
         path: PathBuf,
     },
     /// This user may not open the device.
-    #[error("no permission to open {path}: run as root, or let a udev rule give you the device")]
+    #[error(
+        "no permission to open {path}{purpose}: run as root, or as a member of the group barlink (usermod -aG barlink USER)",
+        purpose = if *access == Access::ReadWrite { " for writing" } else { "" }
+    )]
     Permission {
+        /// The path.
+        path: PathBuf,
+        /// The access that the program asked for.
+        access: Access,
+    },
+    /// The device was opened for reading only.
+    #[error("{path} is open for reading only: open it with `Access::ReadWrite`")]
+    ReadOnly {
         /// The path.
         path: PathBuf,
     },
@@ -120,8 +132,8 @@ impl DeviceError {
     /// Returns the class of the error.
     ///
     /// ```
-    /// use barlink::ErrorKind;
     /// use barlink::guest::DeviceError;
+    /// use barlink::{Access, ErrorKind};
     ///
     /// /// The exit status of a service, for its manager.
     /// fn status(error: &DeviceError) -> u8 {
@@ -132,8 +144,8 @@ impl DeviceError {
     ///     }
     /// }
     ///
-    /// let path = "/dev/barlink0".into();
-    /// assert_eq!(status(&DeviceError::Permission { path }), 3);
+    /// let (path, access) = ("/dev/barlink0".into(), Access::ReadWrite);
+    /// assert_eq!(status(&DeviceError::Permission { path, access }), 3);
     /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -143,7 +155,9 @@ impl DeviceError {
             | DeviceError::Layout { .. }
             | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
             DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
-            DeviceError::BufferSize { .. } => ErrorKind::InvalidInput,
+            DeviceError::BufferSize { .. } | DeviceError::ReadOnly { .. } => {
+                ErrorKind::InvalidInput
+            }
             DeviceError::System { source, .. } => match source.raw_os_error() {
                 Some(libc::ENODEV) => ErrorKind::Gone,
                 _ => ErrorKind::Other,

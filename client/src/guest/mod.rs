@@ -32,6 +32,7 @@ pub use device::Device;
 pub use error::DeviceError;
 
 use crate::error::Error;
+use crate::memory::Access;
 
 /// Opens a device, mostly `/dev/barlink0`, in the fastest cache mode that the guest's kernel
 /// grants. To find it takes at least 9 ms, for three measurements in each of three modes. If the
@@ -69,16 +70,20 @@ pub fn open(path: impl AsRef<Path>) -> Result<Device, Error> {
 #[must_use]
 pub struct OpenOptions {
     cache: Cache,
+    access: Access,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        OpenOptions { cache: Cache::Auto }
+        OpenOptions {
+            cache: Cache::Auto,
+            access: Access::ReadWrite,
+        }
     }
 }
 
 impl OpenOptions {
-    /// Returns the default options: [`Cache::Auto`].
+    /// Returns the default options: [`Cache::Auto`] and [`Access::ReadWrite`].
     pub fn new() -> Self {
         Self::default()
     }
@@ -99,6 +104,25 @@ impl OpenOptions {
     /// ```
     pub fn cache(mut self, cache: Cache) -> Self {
         self.cache = cache;
+        self
+    }
+
+    /// Sets whether the program may write to the region. A program that only reads needs no
+    /// permission to write to the device. It can claim no ends.
+    ///
+    /// ```no_run
+    /// use barlink::Access;
+    /// use barlink::guest::OpenOptions;
+    ///
+    /// let options = OpenOptions::new().access(Access::ReadOnly);
+    /// let device = options.open("/dev/barlink0")?;
+    /// let mut window = [0; 64];
+    /// let start = device.layout().raw_offset;
+    /// device.region().copy_out(start, &mut window);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn access(mut self, access: Access) -> Self {
+        self.access = access;
         self
     }
 
@@ -128,6 +152,6 @@ impl OpenOptions {
     /// ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), and those of
     /// [`guest::open`](crate::guest::open()).
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Device, Error> {
-        Ok(Device::open(path.as_ref(), self.cache)?)
+        Ok(Device::open(path.as_ref(), self.cache, self.access)?)
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use barlink::guest::Device;
 use barlink_cli::cache::Cache;
 use barlink_protocol::CacheState;
+use indicatif::BinaryBytes;
 use serde::Serialize;
 
 use crate::args;
@@ -21,9 +22,9 @@ struct Report {
     region_address: u64,
     /// Size of the region, in bytes.
     region_size: u64,
-    /// ID of this VM: its slot.
-    id: u32,
-    /// ID of the host.
+    /// Slot of this VM.
+    slot: u32,
+    /// Number of the host, which follows those of the slots.
     host: u32,
     /// Number of the device's interrupt vectors.
     vectors: u32,
@@ -67,7 +68,7 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
         ),
         region_address: info.region_address,
         region_size: info.region_size,
-        id: info.id,
+        slot: info.id,
         host: device.layout().host(),
         vectors: info.vectors,
         epoch: info.epoch,
@@ -84,14 +85,13 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
 }
 
 fn describe(report: &Report) -> String {
-    let mib = |bytes: u64| format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20));
     let mut text = format!(
-        "PCI address  {}\nregion       {} at {:#x}\nID           {} (the host is {})\nvectors      {}\n\
+        "PCI address  {}\nregion       {} at {:#x}\nslot         {} (the host is number {})\nvectors      {}\n\
          epoch        {}\ncache mode   {}",
         report.pci_address,
-        mib(report.region_size),
+        BinaryBytes(report.region_size),
         report.region_address,
-        report.id,
+        report.slot,
         report.host,
         report.vectors,
         report.epoch,
@@ -115,7 +115,7 @@ fn describe(report: &Report) -> String {
             channel.name,
             peer(channel.producer),
             peer(channel.consumer),
-            mib(channel.capacity),
+            BinaryBytes(channel.capacity),
         ));
     }
     text

@@ -10,13 +10,22 @@ mod telemetry;
 use std::io::{Write, stderr};
 
 use anyhow::Result;
+use barlink::Access;
 use barlink::guest::OpenOptions;
 use barlink_cli::place;
 
 use crate::args::{Cli, Command};
 
 pub fn run(cli: &Cli) -> Result<()> {
-    let device = OpenOptions::new().cache(cli.cache.0).open(&cli.device)?;
+    // A user who may only read the device can use these commands.
+    let access = match &cli.command {
+        Command::Info(_) | Command::Peek(_) => Access::ReadOnly,
+        _ => Access::ReadWrite,
+    };
+    let device = OpenOptions::new()
+        .cache(cli.cache.0)
+        .access(access)
+        .open(&cli.device)?;
     if let Some(choice) = device.choice() {
         // `eprintln` would panic where standard error is closed.
         let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");

@@ -15,10 +15,11 @@
 //! receives all vectors. `read` fails with `EOPNOTSUPP` if the device has no vectors.
 //!
 //! `mmap` can map all pages except the drivers' pages at the region's end. Without an earlier
-//! [`MAP`], mappings are noncached and eager. `mmap` fails with
+//! [`MAP`], mappings are eager and have the cache mode of the region's live mappings, or are noncached
+//! if there are none. `mmap` fails with
 //! * `EINVAL` if the mapping is private, executable or out of range;
-//! * `EBUSY` if the region's live mappings have another cache mode, and for a moment after such
-//!   mappings have ended;
+//! * `EBUSY` if the region's live mappings have another cache mode than the file asked for, and for
+//!   a moment after mappings of another mode have ended;
 //! * `EOVERFLOW` if the mapping ends beyond the largest file offset; the driver is not called then.
 //!
 //! Once the device is unbound or unplugged, `mmap`, `ioctl` and `read` fail with `ENODEV`, and an

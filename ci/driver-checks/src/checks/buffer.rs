@@ -3,6 +3,7 @@
 //! Checks of the DMA buffer: its sizes, its mappings, and its end.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use crate::binding::{bind, eventually, open, open_with, unbind};
 use crate::calls::Mapping;
 use crate::device::{Device, fails};
 use crate::host;
-use crate::process::{Child, Ended, Parent, child, ends};
+use crate::process::{Child, Ended, Parent, child, ends, memory_of};
 use crate::tier::rounds;
 
 /// Size in bytes of a buffer whose size does not matter.
@@ -103,6 +104,37 @@ pub(super) fn device_has_one_zeroed_buffer() -> Result<()> {
     fails(rustix::io::write(&file, &[0; 8]), Errno::INVAL);
     drop(file);
     is_free(&first)
+}
+
+pub(super) fn debuggers_read_and_write_buffers() -> Result<()> {
+    let device = open(Region::Main)?;
+    let (file, _) = device.buffer(SIZE)?;
+    let map = file.map(0, SIZE)?;
+    let end = file.map_aligned(SIZE - PAGE, PAGE, PAGE)?;
+    map.write(PAGE - 8, 0x1111);
+    map.write(PAGE, 0x2222);
+    map.write(SIZE - 8, 0x3333);
+    let memory = memory_of(std::process::id())?;
+    let mut words = [0; 16];
+    memory.read_exact_at(&mut words, map.address() + PAGE - 8)?;
+    assert_eq!(words[..8], 0x1111_u64.to_ne_bytes());
+    assert_eq!(words[8..], 0x2222_u64.to_ne_bytes());
+    memory.write_all_at(&0x4444_u64.to_ne_bytes(), map.address() + 2 * PAGE)?;
+    assert_eq!(map.read(2 * PAGE), 0x4444);
+    // The access ends with the mapping.
+    assert_eq!(memory.read_at(&mut words, end.address() + PAGE - 8)?, 8);
+    assert_eq!(words[..8], 0x3333_u64.to_ne_bytes());
+    // A mapping that is not writable can be read only.
+    end.protect(MprotectFlags::READ)?;
+    memory.read_exact_at(&mut words, end.address())?;
+    let is_refused = |result: std::io::Result<usize>| {
+        let error = result.expect_err("the access is refused").raw_os_error();
+        assert_eq!(error, Some(Errno::IO.raw_os_error()));
+    };
+    is_refused(memory.write_at(&words, end.address()));
+    unbind(Region::Main)?;
+    is_refused(memory.read_at(&mut words, map.address()));
+    bind(Region::Main)
 }
 
 pub(super) fn buffer_mappings_follow_rules_of_region() -> Result<()> {

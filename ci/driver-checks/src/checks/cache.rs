@@ -90,16 +90,16 @@ pub(super) fn mapping_fixes_cache_mode_of_region() -> Result<()> {
         set_options(&second, other as u32, ON_FAULT)?;
         fails(second.map(RAW + 8 * PAGE, PAGE), Errno::BUSY);
     }
-    fails(open(Region::Main)?.map(RAW, PAGE), Errno::BUSY);
-    // A file that asks for no mode gets the mode of the live mappings.
+    // A file that asks for no mode gets the mode of the live mappings, whether it has set its
+    // options or not.
+    let plain = open(Region::Main)?;
     set_options(&second, 0, 0)?;
-    let beside = second.map(RAW + 8 * PAGE, PAGE)?;
-    assert!(is_listed(
-        &second,
-        RAW + 8 * PAGE,
-        PAGE,
-        CacheMode::WriteBack
-    )?);
+    let mut beside = second.map(RAW + 8 * PAGE, PAGE)?;
+    for file in [&plain, &second] {
+        drop(beside);
+        beside = file.map(RAW + 8 * PAGE, PAGE)?;
+        assert!(is_listed(file, RAW + 8 * PAGE, PAGE, CacheMode::WriteBack)?);
+    }
     // The mode outlives the first mapping and its file, and holds after a fork.
     drop((map, first));
     let forked = child(|parent| {
@@ -110,6 +110,7 @@ pub(super) fn mapping_fixes_cache_mode_of_region() -> Result<()> {
     })?;
     forked.wait_asleep()?;
     let other = open(Region::Main)?;
+    set_options(&other, CacheMode::UncachedMinus as u32, 0)?;
     fails(other.map(RAW, PAGE), Errno::BUSY);
     forked.go_on()?;
     forked.succeeds()?;
@@ -162,10 +163,17 @@ pub(super) fn driver_rejects_invalid_map_options() -> Result<()> {
         fails(set_options(&device, cache, flags), Errno::INVAL);
     }
     fails(device.ioctl_on_null(MAP), Errno::FAULT);
-    // The setting from before the refused calls still holds.
-    let _map = device.map(RAW, PAGE)?;
+    // Without a setting the first mapping is noncached.
+    let map = device.map(RAW, PAGE)?;
     let noncached = CacheMode::UncachedMinus as u32;
-    assert_reported(&device, noncached, noncached)
+    assert_reported(&device, noncached, noncached)?;
+    drop(map);
+    // A refused call leaves the setting from before.
+    let combining = CacheMode::WriteCombining as u32;
+    set_options(&device, combining, 0)?;
+    fails(set_options(&device, 7, 0), Errno::INVAL);
+    let _map = device.map(RAW, PAGE)?;
+    assert_reported(&device, combining, combining)
 }
 
 pub(super) fn pages_are_mapped_on_fault() -> Result<()> {

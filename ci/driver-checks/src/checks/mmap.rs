@@ -3,21 +3,23 @@
 //! Checks of mappings of the region: permitted ranges and protections, and the life of a mapping.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 
 use anyhow::Result;
 use barlink_protocol::wire::layout::{MAGIC, PAGE_SIZE as PAGE};
-use barlink_protocol::wire::uapi::CacheMode;
+use barlink_protocol::wire::uapi::{CacheMode, Map, ON_FAULT};
 use rustix::fs::{Advice, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use rustix::process::Signal;
 
 use crate::ask::{RAW, Region};
-use crate::binding::{open, open_with};
+use crate::binding::{bind, open, open_with, unbind};
 use crate::calls::Mapping;
 use crate::device::{Device, UP, fails};
 use crate::host;
-use crate::process::{Ended, child, ends};
+use crate::process::{Ended, child, ends, memory_of};
+use crate::tier::rounds;
 
 const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
@@ -205,4 +207,134 @@ pub(super) fn mappings_survive_calls_meant_for_memory() -> Result<()> {
     assert_eq!(host::word(Region::Main, RAW)?, 5);
     drop(map);
     nothing_is_mapped(&device)
+}
+
+/// Returns bytes that the host has written at an offset of the main region.
+fn written_by_host(offset: u64, words: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for word in 0..words {
+        let value = (offset + word * 8).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        host::set_word(Region::Main, offset + word * 8, value)?;
+        bytes.extend(value.to_ne_bytes());
+    }
+    Ok(bytes)
+}
+
+pub(super) fn debuggers_read_and_write_mappings() -> Result<()> {
+    let device = open(Region::Main)?;
+    let modes = [
+        CacheMode::UncachedMinus,
+        CacheMode::WriteCombining,
+        CacheMode::WriteBack,
+    ];
+    let options = modes.map(|mode| [(mode, 0), (mode, ON_FAULT)]);
+    for (mode, flags) in options.into_iter().flatten() {
+        let cache = mode as u32;
+        device.map_as(Map { cache, flags })?;
+        let map = device.map(RAW, 4 * PAGE)?;
+        // The child has the mapping, and does not touch it: a page that is mapped on fault has no
+        // entry when the debugger comes.
+        let process = child(|parent| {
+            parent.send_ready()?;
+            parent.wait()?;
+            assert_eq!(map.read(3 * PAGE), 4711);
+            Ok(())
+        })?;
+        process.wait_ready()?;
+        let memory = memory_of(process.id())?;
+        // The bytes are on two pages.
+        let (start, written) = (PAGE - 16, written_by_host(RAW + PAGE - 16, 4)?);
+        let mut read = vec![0; written.len()];
+        memory.read_exact_at(&mut read, map.address() + start)?;
+        assert_eq!(read, written, "{mode:?} {flags}");
+        memory.write_all_at(&4711_u64.to_ne_bytes(), map.address() + 3 * PAGE)?;
+        assert_eq!(host::word(Region::Main, RAW + 3 * PAGE)?, 4711);
+        // Bytes at any address, and fewer than a word.
+        memory.write_all_at(b"abc", map.address() + 3 * PAGE + 9)?;
+        let word = host::word(Region::Main, RAW + 3 * PAGE + 8)?.to_ne_bytes();
+        assert_eq!(&word[1..4], b"abc");
+        process.go_on()?;
+        process.succeeds()?;
+    }
+    device.map_as(Map::default())?;
+
+    // A large page that is mapped on fault.
+    device.map_as(Map {
+        cache: 0,
+        flags: ON_FAULT,
+    })?;
+    let large = device.map_aligned(4 << 20, 2 << 20, 2 << 20)?;
+    large.write(0, 5);
+    let memory = memory_of(std::process::id())?;
+    let mut word = [0; 8];
+    memory.read_exact_at(&mut word, large.address())?;
+    assert_eq!(u64::from_ne_bytes(word), 5);
+    drop(large);
+    device.map_as(Map::default())?;
+
+    // The access ends with the mapping. The driver's page follows it in the region, and nothing in
+    // the process.
+    let (end, epoch) = (Region::Main.mappable(), Region::Main.driver_page());
+    let last = device.map_aligned(end - PAGE, PAGE, PAGE)?;
+    let before = host::word(Region::Main, epoch)?;
+    assert_eq!(memory.read_at(&mut [0; 16], last.address() + PAGE - 8)?, 8);
+    assert_eq!(memory.write_at(&[0; 16], last.address() + PAGE - 8)?, 8);
+    assert_eq!(host::word(Region::Main, epoch)?, before);
+    drop(last);
+
+    // A mapping that is not writable can be read only.
+    let reader = open_with(Region::Main, OFlags::RDONLY)?;
+    let read_only = reader.map_with(RAW, PAGE, ProtFlags::READ, MapFlags::SHARED)?;
+    let protected = device.map(RAW, PAGE)?;
+    protected.protect(MprotectFlags::READ)?;
+    let written = written_by_host(RAW, 1)?;
+    for map in [&read_only, &protected] {
+        memory.read_exact_at(&mut word, map.address())?;
+        assert_eq!(word, *written);
+        fails_with_io_error(memory.write_at(&[0; 8], map.address()));
+    }
+    protected.protect(MprotectFlags::READ | MprotectFlags::WRITE)?;
+    memory.write_all_at(&[7; 8], protected.address())?;
+    assert_eq!(host::word(Region::Main, RAW)?.to_ne_bytes(), [7; 8]);
+
+    unbind(Region::Main)?;
+    for map in [&read_only, &protected] {
+        fails_with_io_error(memory.read_at(&mut word, map.address()));
+    }
+    drop((read_only, protected));
+    bind(Region::Main)
+}
+
+/// Asserts that an access to another process's memory failed.
+#[track_caller]
+fn fails_with_io_error(result: std::io::Result<usize>) {
+    let error = result.expect_err("the access is refused").raw_os_error();
+    assert_eq!(error, Some(Errno::IO.raw_os_error()));
+}
+
+pub(super) fn unbind_races_debuggers() -> Result<()> {
+    for round in 0..rounds(5, 100) {
+        let device = open(Region::Main)?;
+        let flags = if round % 2 == 0 { 0 } else { ON_FAULT };
+        device.map_as(Map { cache: 0, flags })?;
+        let map = device.map(RAW, 4 * PAGE)?;
+        let process = child(|parent| {
+            let memory = memory_of(std::process::id())?;
+            let mut word = [0; 8];
+            parent.send_ready()?;
+            for place in 0.. {
+                let address = map.address() + place % 4 * PAGE;
+                if let Err(error) = memory.read_exact_at(&mut word, address) {
+                    assert_eq!(error.raw_os_error(), Some(Errno::IO.raw_os_error()));
+                    break;
+                }
+            }
+            Ok(())
+        })?;
+        process.wait_ready()?;
+        unbind(Region::Main)?;
+        process.succeeds()?;
+        bind(Region::Main)?;
+    }
+    Ok(())
 }

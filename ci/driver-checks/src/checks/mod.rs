@@ -18,6 +18,7 @@ mod removal;
 mod rounds;
 mod signals;
 mod sleep;
+mod system_calls;
 
 use anyhow::Result;
 
@@ -49,7 +50,11 @@ pub const TOPICS: &[Topic] = checks! {
         mmap_refuses_private_executable_or_outside_ranges
         read_only_file_gets_read_only_mappings
         mappings_survive_fork_split_and_move
-        mappings_survive_calls_meant_for_memory;
+        mappings_survive_calls_meant_for_memory
+        debuggers_read_and_write_mappings
+        unbind_races_debuggers;
+    "system_calls", system_calls:
+        system_calls_use_region_as_documented;
     "cache", cache:
         driver_grants_and_reports_each_cache_mode
         mapping_fixes_cache_mode_of_region
@@ -62,6 +67,7 @@ pub const TOPICS: &[Topic] = checks! {
         driver_refuses_invalid_or_read_only_buffers
         device_has_one_zeroed_buffer
         buffer_mappings_follow_rules_of_region
+        debuggers_read_and_write_buffers
         buffer_ends_with_its_last_user
         buffers_leave_nothing_behind
         unbind_takes_the_buffer_from_every_process
@@ -182,6 +188,7 @@ pub const BEHIND_AN_IOMMU: &[&str] = &[
     "driver_refuses_invalid_or_read_only_buffers",
     "device_has_one_zeroed_buffer",
     "buffer_mappings_follow_rules_of_region",
+    "debuggers_read_and_write_buffers",
     "buffer_ends_with_its_last_user",
     "buffers_leave_nothing_behind",
     "unbind_takes_the_buffer_from_every_process",
