@@ -27,7 +27,7 @@ Exit codes:
   0    success, or the reader closed the pipe
   1    failure: the last line says what failed and what to do
   2    invalid command line
-  3    no broker, or a broker of another release, or one that rejected this process
+  3    no broker, or one that has ended, is of another release, or rejected this process
   4    another process holds the end of the channel, or the broker is busy: try again
   5    the stream ended early: the sender left before its end
   130  interrupted by Ctrl-C; `serve` ends with 0 then";

@@ -209,7 +209,7 @@ impl From<Error> for io::Error {
                 ErrorKind::Full => io::ErrorKind::WouldBlock,
                 ErrorKind::Corrupt => io::ErrorKind::InvalidData,
                 ErrorKind::Incompatible => io::ErrorKind::Unsupported,
-                ErrorKind::Other => io::ErrorKind::Other,
+                ErrorKind::Inherited | ErrorKind::Other => io::ErrorKind::Other,
             },
         };
         io::Error::new(kind, error)
