@@ -32,7 +32,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Peek(args) => peek::peek(&args),
         Command::Poke(args) => peek::poke(&args),
         Command::ResetChannel(args) => {
-            let generation = attach(&args.which, Access::ReadOnly)?.reset(&args.channel)?;
+            let generation = attach(&args.which, Access::ReadWrite)?.reset(&args.channel)?;
             writeln!(
                 stdout(),
                 "channel `{}` is empty, generation {generation}",

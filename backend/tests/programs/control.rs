@@ -527,6 +527,29 @@ fn read_only_attachment_cannot_write_memory() {
 }
 
 #[test]
+fn read_only_attachment_cannot_reset_channels() {
+    let broker = Broker::start(&[]);
+    let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();
+    let error = attachment.reset("up").unwrap_err();
+    assert!(matches!(error, Error::ReadOnlyReset { .. }), "{error}");
+    // A program that is not of this library.
+    let socket = connect_app(&broker);
+    let attach = |access| {
+        let packet = format!(r#"{{"version":1,"ask":{{"attach":{{"access":"{access}"}}}}}}"#);
+        assert!(say(&socket, packet.as_bytes()).contains("region"));
+    };
+    let reset = br#"{"version":1,"ask":{"reset":{"channel":0}}}"#;
+    let claim = br#"{"version":1,"ask":{"claim":{"channel":0,"end":"consumer"}}}"#;
+    attach("read-only");
+    for packet in [&reset[..], claim] {
+        let answer = say(&socket, packet);
+        assert!(answer.contains(r#"{"refused":"read-only"}"#), "{answer}");
+    }
+    attach("read-write");
+    assert!(say(&socket, reset).contains(r#""generation":1"#));
+}
+
+#[test]
 fn read_only_attachment_cannot_claim_ends() {
     let broker = Broker::start(&[]);
     let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();

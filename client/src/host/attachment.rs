@@ -306,11 +306,16 @@ impl Attachment {
     ///
     /// # Errors
     ///
-    /// There is no such channel ([`ErrorKind::NotFound`](crate::ErrorKind::NotFound)), a process
-    /// holds one of its ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is
+    /// There is no such channel ([`ErrorKind::NotFound`](crate::ErrorKind::NotFound)), this process
+    /// attached with [`Access::ReadOnly`]
+    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), a process holds one of its ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is
     /// gone.
     pub fn reset(&self, name: &str) -> Result<u64, Error> {
         let channel = find(&self.layout, name)?;
+        if self.access == Access::ReadOnly {
+            let name = name.to_owned();
+            return Err(Error::ReadOnlyReset { name });
+        }
         match self.control.ask(Ask::Reset { channel })? {
             (Answer::Reset { generation }, _) => Ok(generation),
             _ => Err(self

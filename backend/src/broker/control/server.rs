@@ -26,6 +26,7 @@ use crate::persistence::{ClientId, name};
 use crate::rate_limit::{Account, CONNECTIONS, NOT_ADMITTED, REJECTED, UNRELEASED_CLAIMS};
 use crate::slot::{ReadRequest, Source};
 use crate::socket::Peer;
+use barlink::Access;
 use barlink::control::message::{Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, Request};
 use barlink::control::packet::PacketSocket;
 
@@ -62,6 +63,8 @@ struct Client {
     since: Instant,
     /// Whether it has sent a valid request.
     active: bool,
+    /// The access that it last attached with, as far as this broker has served it.
+    access: Option<Access>,
 }
 
 impl Client {
@@ -72,6 +75,7 @@ impl Client {
             peer,
             since: Instant::now(),
             active,
+            access: None,
         })
     }
 
@@ -307,7 +311,13 @@ fn handle(
         let stored = client.socket.clone();
         state.descriptors.store(name::client(id), stored);
     }
+    if let Ok(Ask::Attach { access }) = ask {
+        client.access = Some(access);
+    }
     let answered = match ask {
+        Ok(Ask::Claim { .. } | Ask::Reset { .. }) if client.access == Some(Access::ReadOnly) => {
+            Err(Refusal::ReadOnly)
+        }
         Ok(Ask::ReadGuest {
             slot,
             address,
