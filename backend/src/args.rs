@@ -75,6 +75,9 @@ pub enum Command {
                             Do not add reconnect-ms to the chardev: QEMU's ivshmem then hangs at start."
     )]
     QemuArgs(QemuArgs),
+    /// Remove the files of a broker's sockets; `serve` starts it
+    #[command(hide = true)]
+    RemoveSockets { files: Vec<PathBuf> },
 }
 
 /// Selection of a broker.
@@ -119,6 +122,9 @@ pub struct Serve {
     /// memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram
     #[arg(long)]
     pub guest_memory: bool,
+    /// Check the arguments, and whether they fit the running broker, then exit. Changes nothing
+    #[arg(long, conflicts_with = "replace")]
+    pub check: bool,
     /// Replace the running broker that has the same arguments, without a break for VMs and host
     /// apps. If the broker is a systemd service, use `systemctl restart` instead
     #[arg(long)]

@@ -36,12 +36,16 @@ pub fn start_queued() -> io::Result<Queue> {
         left_out: Arc::default(),
     };
     let left_out = Arc::clone(&queue.left_out);
+    let (confined, is_confined) = sync_channel(0);
     thread::Builder::new()
         .name("log".to_owned())
         .spawn(move || {
             confine_early_thread();
+            drop::<SyncSender<()>>(confined);
             write_entries(&entries, &left_out);
         })?;
+    // The thread sends nothing: it drops its end.
+    let _ = is_confined.recv();
     let mut builder = builder(LevelFilter::Info);
     // Set by hand because env_logger examines standard error only if it writes to it itself.
     if stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {

@@ -108,6 +108,7 @@ const BACKEND: Parts = &[
     // The program, whose modules import the library by its name.
     ("logging", &[]),
     ("args", &[]),
+    ("logging", &[]),
     ("commands", &["args"]),
 ];
 

@@ -22,7 +22,7 @@ pub enum BrokerError {
     Socket(#[from] SocketError),
     /// The running broker's region has another layout.
     #[error(
-        "the running broker's region has another size or other channels: give it the same arguments, or stop it first"
+        "the running broker's region has another size or other channels: give it the same arguments, or first stop it (and run systemctl clean --what=fdstore for its service)"
     )]
     OtherRegion,
     /// A descriptor is missing from the hand-over.

@@ -10,6 +10,7 @@
 //! successor"): its descriptors and its state outlive it (`persistence`).
 
 mod accept;
+mod check;
 mod confine;
 mod control;
 mod error;
@@ -27,6 +28,7 @@ use std::time::Instant;
 use parking_lot::RwLock;
 
 pub use self::accept::{Listener, SocketError};
+pub use self::check::{CheckError, Checked, check};
 pub use self::confine::confine_early_thread;
 pub use self::control::{Answered, Exit, answer};
 pub use self::error::BrokerError;
@@ -153,12 +155,19 @@ impl Broker {
         self.control.path()
     }
 
+    /// Returns the paths of all sockets and of their locks.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let slots = self.acceptors.iter().map(|acceptor| &acceptor.listener);
+        let listeners = slots.chain([&self.control]);
+        listeners.flat_map(|listener| listener.files()).collect()
+    }
+
     /// Serves until `stop` can be read, or another broker takes over.
     ///
     /// A broker that is stopped for good publishes in the region that the host is gone; connected
     /// VMs keep the memory. A broker whose descriptors a service manager stores leaves all as it is
     /// for its successor. The files of the sockets stay: a broker that may remove them could remove
-    /// other files of their folders. The next broker removes them.
+    /// other files of their folders. Another process or the next broker removes them.
     pub fn run(self, stop: &OwnedFd) -> Result<Exit, BrokerError> {
         let state = &self.state;
         let listeners = self.acceptors.iter().map(|acceptor| &acceptor.listener);

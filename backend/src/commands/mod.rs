@@ -7,6 +7,7 @@ mod peek;
 mod qemu_args;
 mod serve;
 mod stream;
+mod sweeper;
 
 use std::io::{Write, stdout};
 use std::path::PathBuf;
@@ -41,6 +42,7 @@ pub fn run(command: Command) -> Result<()> {
             .context("cannot write to standard output")
         }
         Command::QemuArgs(args) => qemu_args::qemu_args(&args),
+        Command::RemoveSockets { files } => sweeper::run(&files),
     }
 }
 

@@ -2,13 +2,15 @@
 
 //! The command `barlink serve`.
 
-use std::io::pipe;
+use std::io::{Write, pipe, stdout};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use barlink_broker::broker::{Broker, Config, Exit, Policy, Predecessor};
+use barlink_broker::broker::{
+    self, Broker, CheckError, Checked, Config, Exit, Policy, Predecessor,
+};
 use barlink_broker::persistence;
 use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use indicatif::BinaryBytes;
@@ -16,58 +18,22 @@ use log::{info, warn};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::Misuse;
+use super::sweeper::Sweeper;
 use crate::args::{Serve, Way};
 
 pub fn serve(args: Serve) -> Result<()> {
+    if args.check {
+        return check(args);
+    }
     let inherited = persistence::inherited()
         .context("cannot take the descriptors that the service manager stored")?;
-    let control = super::control_socket(&args.which)?;
-    if args.which.control.is_none()
-        && let Some(folder) = control.parent()
-    {
-        let admits_others = !(args.allow_user.is_empty() && args.allow_group.is_empty());
+    let replace = args.replace;
+    let admits_others = !(args.allow_user.is_empty() && args.allow_group.is_empty());
+    let has_run_folder = args.which.control.is_none();
+    let config = config(args)?;
+    if has_run_folder && let Some(folder) = config.control.parent() {
         prepare(folder, admits_others)?;
     }
-    let users = args
-        .allow_user
-        .iter()
-        .map(|user| number(user, "passwd"))
-        .collect::<Result<_>>()?;
-    let groups = args
-        .allow_group
-        .iter()
-        .map(|group| number(group, "group"))
-        .collect::<Result<_>>()?;
-    let sees_memory = |(way, _): &(Way, _)| *way == Way::VfioUser;
-    ensure!(
-        !args.guest_memory || args.sockets.0.iter().any(sees_memory),
-        Misuse(
-            "--guest-memory has no effect without vfio-user, the only transport that can read guest memory: add --vfio-user SOCKET"
-        )
-    );
-    let ivshmem: Arc<dyn Transport> = Arc::new(Ivshmem);
-    let vfio_user: Arc<dyn Transport> = Arc::new(VfioUser {
-        guest_memory: args.guest_memory,
-    });
-    let vhost_user: Arc<dyn Transport> = Arc::new(VhostUser);
-    let transport = |way| match way {
-        Way::Ivshmem => Arc::clone(&ivshmem),
-        Way::VfioUser => Arc::clone(&vfio_user),
-        Way::VhostUser => Arc::clone(&vhost_user),
-    };
-    let config = Config {
-        size: args.size,
-        vectors: args.vectors,
-        channels: args.channel,
-        slots: args
-            .sockets
-            .0
-            .into_iter()
-            .map(|(way, path)| (transport(way), path))
-            .collect(),
-        control,
-        policy: Policy::new(users, groups),
-    };
     // The signal handlers are registered before the sockets exist, so that a program that sees a
     // socket can already stop the broker in an orderly way.
     let (stop, stopper) = pipe().context("cannot make a pipe")?;
@@ -81,7 +47,7 @@ pub fn serve(args: Serve) -> Result<()> {
     signal_hook::flag::register(SIGHUP, Arc::default()).context("cannot handle signals")?;
     let mut predecessor = None;
     // Descriptors from a service manager belong to a predecessor that has ended.
-    let inheritance = if args.replace && inherited.is_empty() {
+    let inheritance = if replace && inherited.is_empty() {
         let mut asked = Predecessor::ask(&config.control)?;
         let inheritance = std::mem::take(&mut asked.inheritance);
         predecessor = Some(asked);
@@ -121,11 +87,86 @@ pub fn serve(args: Serve) -> Result<()> {
         broker.control_path().display(),
     );
     state.descriptors.ready();
+    // A service's successor listens at the same sockets.
+    let sweeper = match persistence::is_managed() {
+        true => None,
+        false => Sweeper::start(&broker.files())
+            .inspect_err(|error| warn!("the files of the sockets will stay: {error}"))
+            .ok(),
+    };
     match broker.run(&stop.into())? {
-        Exit::Stopped => info!("stopped"),
+        Exit::Stopped => {
+            info!("stopped");
+            if let Some(sweeper) = sweeper {
+                sweeper.sweep();
+            }
+        }
         Exit::HandedOver => info!("stopped: the successor serves now"),
     }
     Ok(())
+}
+
+/// Checks the arguments, and whether they fit the broker that runs.
+fn check(args: Serve) -> Result<()> {
+    let makes_run_folder = args.which.control.is_none();
+    let config = config(args)?;
+    let control = config.control.display();
+    let found = broker::check(&config, makes_run_folder).map_err(|error| match error {
+        CheckError::Broker(error) => anyhow::Error::new(error),
+        CheckError::Running(error) => anyhow::Error::new(*error),
+    })?;
+    let found = match found {
+        Checked::Fits(pid) => format!(
+            "fit the running broker at {control} (process {pid}): its successor keeps the region"
+        ),
+        Checked::NotServed => format!("are valid; no broker runs at {control}"),
+    };
+    writeln!(stdout(), "the arguments {found}").context("cannot write to standard output")
+}
+
+/// Returns the configuration that the arguments describe.
+fn config(args: Serve) -> Result<Config> {
+    let control = super::control_socket(&args.which)?;
+    let users = args
+        .allow_user
+        .iter()
+        .map(|user| number(user, "passwd"))
+        .collect::<Result<_>>()?;
+    let groups = args
+        .allow_group
+        .iter()
+        .map(|group| number(group, "group"))
+        .collect::<Result<_>>()?;
+    let sees_memory = |(way, _): &(Way, _)| *way == Way::VfioUser;
+    ensure!(
+        !args.guest_memory || args.sockets.0.iter().any(sees_memory),
+        Misuse(
+            "--guest-memory has no effect without vfio-user, the only transport that can read guest memory: add --vfio-user SOCKET"
+        )
+    );
+    let ivshmem: Arc<dyn Transport> = Arc::new(Ivshmem);
+    let vfio_user: Arc<dyn Transport> = Arc::new(VfioUser {
+        guest_memory: args.guest_memory,
+    });
+    let vhost_user: Arc<dyn Transport> = Arc::new(VhostUser);
+    let transport = |way| match way {
+        Way::Ivshmem => Arc::clone(&ivshmem),
+        Way::VfioUser => Arc::clone(&vfio_user),
+        Way::VhostUser => Arc::clone(&vhost_user),
+    };
+    Ok(Config {
+        size: args.size,
+        vectors: args.vectors,
+        channels: args.channel,
+        slots: args
+            .sockets
+            .0
+            .into_iter()
+            .map(|(way, path)| (transport(way), path))
+            .collect(),
+        control,
+        policy: Policy::new(users, groups),
+    })
 }
 
 /// Creates the run folder if it does not exist. Other users can never list it, and can enter it

@@ -269,7 +269,7 @@ fn refuses_a_path_where_another_program_listens() {
 }
 
 #[test]
-fn stopped_broker_leaves_private_reusable_sockets() {
+fn stopped_broker_removes_its_private_sockets() {
     let mut folder = tempfile::tempdir().unwrap();
     for signal in [Signal::TERM, Signal::INT] {
         let broker = Broker::start_in(folder, &[]);
@@ -285,6 +285,9 @@ fn stopped_broker_leaves_private_reusable_sockets() {
         }
         let (left, code) = broker.stop(signal);
         assert_eq!((code, epoch()), (Some(0), 2));
+        let files = std::fs::read_dir(left.path()).unwrap();
+        let files: Vec<_> = files.map(|file| file.unwrap().file_name()).collect();
+        assert_eq!(files, ["log"], "after {signal:?}");
         let socket = left.path().join("control.sock");
         fails(
             barlink(["inspect", "--control"]).arg(&socket),
@@ -468,4 +471,121 @@ fn allowed_users_can_enter_run_folder() {
     };
     assert_eq!(serve("one", &[]), 0o700);
     assert_eq!(serve("two", &["--allow-user", "12345"]), 0o711);
+}
+
+#[test]
+fn stopped_broker_removes_only_own_files() {
+    let broker = Broker::start(&[]);
+    let (socket, lock) = (broker.path("vm.sock"), broker.path("vm.sock.lock"));
+    for file in [&socket, &lock] {
+        std::fs::remove_file(file).unwrap();
+        file_with(file, b"mine");
+    }
+    let (_folder, code) = broker.stop(Signal::TERM);
+    assert_eq!(code, Some(0));
+    for file in [&socket, &lock] {
+        assert_eq!(std::fs::read(file).unwrap(), b"mine");
+    }
+}
+
+/// Returns the standard output of a check that succeeds.
+fn checks(folder: &Path, args: &[&str]) -> String {
+    works(&mut serve(folder, &[&["--check"], args].concat()))
+}
+
+#[test]
+fn check_without_broker_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = checks(folder.path(), &[]);
+    assert!(text.contains("are valid; no broker runs at"), "{text}");
+    let missing = folder.path().join("no/vm.sock");
+    for (args, code, part) in [
+        (["--size", "3M"], 2, "not a power of two"),
+        (
+            ["--ivshmem", missing.to_str().unwrap()],
+            1,
+            "no folder for socket",
+        ),
+        (
+            ["--allow-user", "no such user"],
+            1,
+            "no `no such user` in /etc/passwd",
+        ),
+        (["--channel", "a=up,1G"], 2, "too small"),
+    ] {
+        let mut check = serve(folder.path(), &[&["--check"], &args[..]].concat());
+        fails(&mut check, code, &[part]);
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn check_compares_arguments_with_running_broker() {
+    let broker = Broker::start(&["--size", "1M"]);
+    let folder = broker.folder.path();
+    let text = checks(folder, &["--size", "1M"]);
+    let fits = format!(
+        "(process {}): its successor keeps the region",
+        broker.child.id()
+    );
+    assert!(text.contains(&fits), "{text}");
+    let (socket, other) = (broker.path("vm.sock"), broker.path("other.sock"));
+    let (socket, other) = (socket.to_str().unwrap(), other.to_str().unwrap());
+    let size = ["--check", "--size", "1M"];
+    for (args, parts) in [
+        (
+            vec!["--size", "2M"],
+            ["has another size", "clean --what=fdstore"],
+        ),
+        (vec!["--ivshmem", other], ["vm.sock and not", "other.sock"]),
+    ] {
+        let args = [
+            &size[..1],
+            &args,
+            if args[0] == "--size" { &[] } else { &size[1..] },
+        ]
+        .concat();
+        fails(&mut serve(folder, &args), 1, &parts);
+    }
+    let mut other_transport = barlink(["serve", "--vfio-user", socket, "--size", "1M", "--check"]);
+    let control = broker.control();
+    let other_transport = other_transport.arg("--control").arg(control);
+    fails(
+        other_transport,
+        1,
+        &["slot 0 of the running broker has another transport"],
+    );
+    broker.attach().status().unwrap();
+}
+
+/// A service has a `/tmp` of its own by PrivateTmp=, so no VM would find the socket.
+#[test]
+fn refuses_socket_in_private_folder() {
+    if !can_become_another_user() {
+        return;
+    }
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    let private = folder
+        .path()
+        .join("systemd-private-0f-barlink@vm1.service-x");
+    std::fs::create_dir(&private).unwrap();
+    let serve = barlink(["serve", "--ivshmem", "/tmp/vm.sock"]);
+    let mut shell = std::process::Command::new("unshare");
+    let script = format!("mount --bind '{}' /tmp && exec \"$@\"", private.display());
+    shell.args(["--mount", "sh", "-c", &script, "sh"]);
+    // The program may be below /tmp, so it is run by a descriptor.
+    let program = std::fs::File::open(serve.get_program()).unwrap();
+    shell
+        .arg("/proc/self/fd/0")
+        .args(serve.get_args())
+        .arg("--control=/tmp/control.sock");
+    let shell = shell.stdin(program);
+    fails(
+        shell,
+        1,
+        &[
+            "would be hidden from VMs by PrivateTmp=",
+            "below /run/barlink",
+        ],
+    );
 }

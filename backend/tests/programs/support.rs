@@ -172,7 +172,11 @@ impl Broker {
         Attachment::connect(&self.control(), Access::ReadWrite).unwrap()
     }
 
+    /// Returns the log, after the broker's thread for it has written all lines.
     pub fn log(&self) -> String {
+        if Path::new(&format!("/proc/{}/task", self.child.id())).exists() {
+            wait_until_asleep(self.child.id(), "log");
+        }
         std::fs::read_to_string(self.path("log")).unwrap()
     }
 

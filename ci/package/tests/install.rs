@@ -321,6 +321,37 @@ fn the_unit_runs(vm: &Vm) -> Result<()> {
     run("echo kept | barlink poke --control /run/barlink/vm1.sock; systemctl restart barlink@vm1")?;
     let kept = run("barlink peek --control /run/barlink/vm1.sock --raw --length 4")?;
     ensure!(kept == "kept", "{kept}");
+    mistakes_in_the_configuration_lose_no_region(&run)
+}
+
+/// Checks that a mistake is found before the running broker ends, and that the region outlives
+/// failed starts and a stopped service.
+fn mistakes_in_the_configuration_lose_no_region(
+    run: &dyn Fn(&str) -> Result<String>,
+) -> Result<()> {
+    let peek = || run("barlink peek --control /run/barlink/vm1.sock --raw --length 4");
+    run("echo 'BARLINK_ARGS=--size 5M' >/etc/barlink/vm1.conf; ! systemctl reload barlink@vm1")?;
+    let found = run("journalctl --unit barlink@vm1 --output cat")?;
+    ensure!(found.contains("is not a power of two"), "{found}");
+    ensure!(peek()? == "kept", "a check changed the region");
+    run("! systemctl restart barlink@vm1")?;
+    // systemd gives a service up after five failed starts in ten seconds, by default.
+    run("for try in 1 2 3 4 5 6; do sleep 1; done")?;
+    run("echo 'BARLINK_ARGS=--size 4M' >/etc/barlink/vm1.conf; systemctl restart barlink@vm1")?;
+    ensure!(peek()? == "kept", "failed starts lost the region");
+    run("systemctl reload barlink@vm1")?;
+    run("systemctl stop barlink@vm1; systemctl start barlink@vm1")?;
+    ensure!(peek()? == "kept", "a stopped service lost the region");
+    run(
+        "echo 'BARLINK_SLOTS=--ivshmem /tmp/vm.sock' >>/etc/barlink/vm1.conf; ! systemctl reload barlink@vm1",
+    )?;
+    let found = run("journalctl --unit barlink@vm1 --output cat")?;
+    ensure!(found.contains("hidden from VMs by PrivateTmp="), "{found}");
+    run(
+        "echo 'BARLINK_ARGS=--size 8M' >/etc/barlink/vm1.conf
+         systemctl stop barlink@vm1; systemctl clean --what=fdstore barlink@vm1; systemctl start barlink@vm1",
+    )?;
+    ensure!(peek()? == "\0\0\0\0", "the region was not given up");
     Ok(())
 }
 

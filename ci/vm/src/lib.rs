@@ -45,7 +45,7 @@ pub use self::snapshot::remove_snapshots;
 use barlink_sandbox::builds::Artifacts;
 
 /// Timeout of a boot, until the agent reports. A boot takes 4 s under TCG on an idle machine.
-pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Default timeout of a command in the guest.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);

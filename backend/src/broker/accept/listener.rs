@@ -14,11 +14,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::warn;
-use rustix::fs::{FlockOperation, Mode};
+use rustix::fs::{Access, FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::umask;
 
+use super::hidden::hiding_setting;
 use crate::broker::policy::Policy;
 use crate::socket::descriptors;
 
@@ -55,6 +56,16 @@ pub enum SocketError {
     Permission {
         /// The path.
         path: PathBuf,
+    },
+    /// Other processes cannot see its folder.
+    #[error(
+        "socket {path} would be hidden from VMs by {setting} of this service: choose a path below /run/barlink"
+    )]
+    Hidden {
+        /// The path.
+        path: PathBuf,
+        /// The setting of the service.
+        setting: &'static str,
     },
     /// A file that is no socket has that name.
     #[error("{path} exists and is no socket: choose another path, or remove it")]
@@ -226,32 +237,28 @@ impl Listener {
         Self::listen(control, control, policy, SocketType::SEQPACKET)
     }
 
+    /// Checks whether a broker could listen at a path, as far as that can be seen without listening.
+    pub fn check(path: &Path) -> Result<(), SocketError> {
+        let (path, _) = address_of(path)?;
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let needed = Access::WRITE_OK | Access::EXEC_OK;
+        rustix::fs::access(folder, needed).map_err(|error| failed(&path, error.into()))
+    }
+
     fn listen(
         path: &Path,
         control: &Path,
         policy: &Policy,
         kind: SocketType,
     ) -> Result<Self, SocketError> {
-        // Absolute, because QEMU and a successor use the path, and may run in other folders.
-        let path = &std::path::absolute(path).map_err(|source| failed(path, source))?;
-        let too_long = || SocketError::TooLong {
-            path: path.clone(),
-            length: path.as_os_str().len(),
-        };
-        if path.as_os_str().len() > MAX_PATH {
-            return Err(too_long());
-        }
-        let address = SocketAddrUnix::new(path).map_err(|_| too_long())?;
-        // Checked first, so that no lock is created beside another program's file.
-        is_taken_by_a_socket(path)?;
+        let (path, address) = &address_of(path)?;
         let control = std::path::absolute(control).map_err(|source| failed(path, source))?;
         let lock = Lock::take(path, &control)?;
-        clear(path, &address, kind)?;
+        clear(path, address, kind)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
         let socket = socket.map_err(|error| failed(path, error.into()))?;
-        bind(&socket, &address, policy.socket_mode())
-            .map_err(|error| failed(path, error.into()))?;
+        bind(&socket, address, policy.socket_mode()).map_err(|error| failed(path, error.into()))?;
         let listener = Listener {
             socket,
             path: path.clone(),
@@ -268,6 +275,11 @@ impl Listener {
     /// Returns the path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Returns the paths of the socket and of its lock.
+    pub fn files(&self) -> [PathBuf; 2] {
+        [self.path.clone(), self.lock.path.clone()]
     }
 
     /// Returns the locked file that shows that a broker listens at this path.
@@ -434,6 +446,26 @@ fn lock_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
     PathBuf::from(name)
+}
+
+/// Returns the absolute path and the address of a socket, unless a broker cannot have a socket there.
+/// The path is absolute because QEMU and a successor use it, and may run in other folders.
+fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
+    let path = std::path::absolute(path).map_err(|source| failed(path, source))?;
+    let too_long = |path: &PathBuf| SocketError::TooLong {
+        path: path.clone(),
+        length: path.as_os_str().len(),
+    };
+    if path.as_os_str().len() > MAX_PATH {
+        return Err(too_long(&path));
+    }
+    let address = SocketAddrUnix::new(&path).map_err(|_| too_long(&path))?;
+    if let Some(setting) = hiding_setting(&path) {
+        return Err(SocketError::Hidden { path, setting });
+    }
+    // Checked first, so that no lock is created beside another program's file.
+    is_taken_by_a_socket(&path)?;
+    Ok((path, address))
 }
 
 /// Tells whether a socket has that name. Another kind of file is an error.

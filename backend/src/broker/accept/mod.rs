@@ -3,6 +3,7 @@
 //! Accepting: the listening sockets, and for each slot a thread that admits one VM at a time.
 
 mod acceptor;
+mod hidden;
 mod listener;
 mod rejected;
 

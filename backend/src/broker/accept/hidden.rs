@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Folders that a service manager hides from a service, or hides the service's files in: a socket
+//! there could not be reached by a VM.
+
+use std::path::Path;
+
+/// Where the kernel lists the mounts of a process (`proc(5)`, "/proc/PID/mountinfo").
+const MOUNTS: &str = "/proc/self/mountinfo";
+
+/// Returns the setting of the unit that hides a path (`systemd.exec(5)`), if one does.
+pub fn hiding_setting(path: &Path) -> Option<&'static str> {
+    // Without the list, no mount is known to hide the path.
+    setting_in(&std::fs::read_to_string(MOUNTS).ok()?, path)
+}
+
+fn setting_in(mounts: &str, path: &Path) -> Option<&'static str> {
+    let mounts = mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ').skip(3);
+        Some((fields.next()?, Path::new(fields.next()?)))
+    });
+    // The last of the deepest mounts is the one that is seen.
+    let (root, _) = mounts
+        .filter(|(_, point)| path.starts_with(point))
+        .max_by_key(|(_, point)| point.components().count())?;
+    match root {
+        _ if root.contains("/systemd-private-") => Some("PrivateTmp="),
+        _ if root.ends_with("/systemd/inaccessible/dir") => Some("ProtectHome="),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_setting_that_hides_path() {
+        let mounts = "\
+25 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw
+61 25 0:25 / /run rw,nosuid - tmpfs tmpfs rw
+80 25 254:1 / /tmp rw - ext4 /dev/vda1 rw
+90 25 0:25 /systemd/inaccessible/dir /home ro,nosuid - tmpfs tmpfs rw
+91 25 0:25 /systemd/inaccessible/dir /run/user ro,nosuid - tmpfs tmpfs rw
+92 25 254:1 /tmp/systemd-private-0f-barlink@vm1.service-XyZ/tmp /tmp rw - ext4 /dev/vda1 rw
+";
+        let setting = |path| setting_in(mounts, Path::new(path));
+        assert_eq!(setting("/tmp/vm.sock"), Some("PrivateTmp="));
+        assert_eq!(setting("/home/me/vm.sock"), Some("ProtectHome="));
+        assert_eq!(setting("/run/user/1000/vm.sock"), Some("ProtectHome="));
+        assert_eq!(setting("/run/barlink/vm.sock"), None);
+        assert_eq!(setting("/tmpfs/vm.sock"), None);
+    }
+}

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Checks a configuration without serving it, so that a mistake is found while the broker with the
+//! earlier configuration still serves.
+
+use std::path::Path;
+
+use barlink::host::Attachment;
+use barlink::{Access, Error};
+
+use super::accept::{Listener, SocketError};
+use super::error::BrokerError;
+use super::plan::plan;
+use super::{Config, takeover};
+
+/// The state in which a check found the control socket.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Checked {
+    /// A broker serves there that has the same region and sockets, so that its successor can take
+    /// over its region. The value is its process ID.
+    Fits(u32),
+    /// No broker serves there.
+    NotServed,
+}
+
+/// Checks whether a broker could serve with a configuration, or take over from the broker that
+/// serves at the same control socket. Changes nothing. With `makes_run_folder` the program creates
+/// the folder of the control socket before it serves.
+///
+/// # Errors
+///
+/// The same as those of [`Broker::new`](super::Broker::new), as far as they can be found without
+/// making anything, and the error of a broker that does not answer or rejects this process.
+pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckError> {
+    let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
+    let layout =
+        plan(config.size, count, config.vectors, &config.channels).map_err(BrokerError::from)?;
+    let slots = || config.slots.iter().map(|(_, path)| path.as_path());
+    takeover::check_paths(&config.control, slots()).map_err(BrokerError::from)?;
+    let control = (!makes_run_folder).then_some(config.control.as_path());
+    for path in slots().chain(control) {
+        Listener::check(path).map_err(BrokerError::from)?;
+    }
+    let running = match Attachment::connect(&config.control, Access::ReadOnly) {
+        Err(Error::Control(barlink::host::ControlError::NoBroker { .. })) => {
+            return Ok(Checked::NotServed);
+        }
+        running => running.map_err(Box::new)?,
+    };
+    if running.layout() != &layout {
+        return Err(BrokerError::OtherRegion.into());
+    }
+    let status = running.status().map_err(Box::new)?;
+    for ((id, theirs), (transport, path)) in (0..).zip(&status.slots).zip(&config.slots) {
+        if theirs.transport != transport.name() {
+            return Err(BrokerError::OtherTransport(id).into());
+        }
+        let path = absolute(path);
+        if theirs.socket != path {
+            let theirs = theirs.socket.clone();
+            return Err(BrokerError::from(SocketError::Elsewhere { path, theirs }).into());
+        }
+    }
+    Ok(Checked::Fits(status.broker))
+}
+
+/// Why a configuration is not valid.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// A broker could not serve with it.
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+    /// The running broker cannot be asked.
+    #[error(transparent)]
+    Running(#[from] Box<Error>),
+}
+
+fn absolute(path: &Path) -> std::path::PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
