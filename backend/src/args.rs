@@ -57,6 +57,12 @@ pub enum Command {
                             q, Esc, Ctrl-C                          quit"
     )]
     Inspect(Inspect),
+    /// List the brokers that this user can reach by their names
+    #[command(
+        after_help = "The list has the brokers whose control sockets are in barlink/ in $XDG_RUNTIME_DIR,\n\
+                            /run/user/UID and /run, and leaves out those with another --control socket."
+    )]
+    List(List),
     /// Print bytes of the raw window, or of a guest's memory
     #[command(
         after_help = "Example:\n  barlink peek --length 64\n  barlink peek --raw --length 5\n  \
@@ -84,8 +90,9 @@ pub enum Command {
 #[derive(Clone, Debug, Args)]
 #[group(multiple = false)]
 pub struct Which {
-    /// Name of the broker; its control socket is barlink/NAME.sock in $XDG_RUNTIME_DIR, or in /run
-    /// for root if that is not set
+    /// Name of the broker. `serve` makes its control socket barlink/NAME.sock in $XDG_RUNTIME_DIR,
+    /// or in /run for root if that is not set; the other commands look there, in /run/user/UID and
+    /// in /run
     #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
     pub name: String,
     /// Path of the broker's control socket, instead of a name
@@ -232,6 +239,13 @@ pub struct Inspect {
     pub once: bool,
     #[command(flatten)]
     pub which: Which,
+}
+
+#[derive(Debug, Args)]
+pub struct List {
+    /// Print the list as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

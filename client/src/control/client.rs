@@ -32,6 +32,17 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
+    /// No process listens at a socket of that name.
+    #[error(
+        "no broker `{name}` in {folders}: start one with `barlink serve --ivshmem /tmp/vm.sock` (and the same --name, if \
+         any), or name another (`barlink list`)"
+    )]
+    NoBrokerOfName {
+        /// The name.
+        name: String,
+        /// The folders in which its control socket can be.
+        folders: String,
+    },
     /// There is no broker that could be replaced.
     #[error(
         "no broker to replace at {path}: leave --replace out, or name the one that runs by --name or --control"
@@ -116,9 +127,9 @@ impl ControlError {
     /// Returns the class of the error.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            ControlError::NoBroker { .. } | ControlError::NoBrokerToReplace { .. } => {
-                ErrorKind::NotFound
-            }
+            ControlError::NoBroker { .. }
+            | ControlError::NoBrokerOfName { .. }
+            | ControlError::NoBrokerToReplace { .. } => ErrorKind::NotFound,
             ControlError::Permission { .. } => ErrorKind::PermissionDenied,
             ControlError::NotABroker { .. } => ErrorKind::Incompatible,
             ControlError::NoAnswer { .. }
