@@ -52,7 +52,9 @@ pub enum Command {
     Recv(Recv),
     /// Show a region while it is in use: its VMs and host apps, its channels, and its bytes
     #[command(
-        after_help = "Keys:\n  arrows, page up, page down, home, end   move through the bytes\n  \
+        after_help = "The records of a channel include the marks at the begin and end of each stream: a stream of \n\
+                            one line is 3 records. They count from the channel's last reset.\n\n\
+                            Keys:\n  arrows, page up, page down, home, end   move through the bytes\n  \
                             tab                                     next part of the region\n  \
                             q, Esc, Ctrl-C                          quit"
     )]
@@ -110,7 +112,10 @@ pub struct Serve {
     /// Add a channel: NAME=DIRECTION,SIZE[,drop]. DIRECTION is up (slot 0 to host), down (host to
     /// slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of two, 4K or more. With
     /// `drop`, the sender drops records when the channel is full. By default, slot 0 has `up` and
-    /// `down`, slot 1 has `up1` and `down1`, and so on, as large as fits
+    /// `down`, slot 1 has `up1` and `down1`, and so on, as large as fits. Sizes are powers of two, so
+    /// about half of the region then belongs to no channel: it is the raw window, for `peek` and
+    /// `poke`. Channels of different sizes use more of it: --channel up=up,32M --channel down=down,16M
+    /// for 64M
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
     /// Number of interrupt vectors of each peer [default: one for each channel, and one more]
