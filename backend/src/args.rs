@@ -27,7 +27,7 @@ Exit codes:
   0    success, or the reader closed the pipe
   1    failure: the last line says what failed and what to do
   2    invalid command line
-  3    no broker, or a broker of another release, or one that rejected this process
+  3    no broker, or one that has ended, is of another release, or rejected this process
   4    another process holds the end of the channel, or the broker is busy: try again
   5    the stream ended early: the sender left before its end
   130  interrupted by Ctrl-C; `serve` ends with 0 then";
@@ -52,11 +52,19 @@ pub enum Command {
     Recv(Recv),
     /// Show a region while it is in use: its VMs and host apps, its channels, and its bytes
     #[command(
-        after_help = "Keys:\n  arrows, page up, page down, home, end   move through the bytes\n  \
+        after_help = "The records of a channel include the marks at the begin and end of each stream: a stream of \n\
+                            one line is 3 records. They count from the channel's last reset.\n\n\
+                            Keys:\n  arrows, page up, page down, home, end   move through the bytes\n  \
                             tab                                     next part of the region\n  \
                             q, Esc, Ctrl-C                          quit"
     )]
     Inspect(Inspect),
+    /// List the brokers that this user can reach by their names
+    #[command(
+        after_help = "The list has the brokers whose control sockets are in barlink/ in $XDG_RUNTIME_DIR,\n\
+                            /run/user/UID and /run, and leaves out those with another --control socket."
+    )]
+    List(List),
     /// Print bytes of the raw window, or of a guest's memory
     #[command(
         after_help = "Example:\n  barlink peek --length 64\n  barlink peek --raw --length 5\n  \
@@ -84,8 +92,9 @@ pub enum Command {
 #[derive(Clone, Debug, Args)]
 #[group(multiple = false)]
 pub struct Which {
-    /// Name of the broker; its control socket is barlink/NAME.sock in $XDG_RUNTIME_DIR, or in /run
-    /// for root if that is not set
+    /// Name of the broker. `serve` makes its control socket barlink/NAME.sock in $XDG_RUNTIME_DIR,
+    /// or in /run for root if that is not set; the other commands look there, in /run/user/UID and
+    /// in /run
     #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
     pub name: String,
     /// Path of the broker's control socket, instead of a name
@@ -103,7 +112,10 @@ pub struct Serve {
     /// Add a channel: NAME=DIRECTION,SIZE[,drop]. DIRECTION is up (slot 0 to host), down (host to
     /// slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of two, 4K or more. With
     /// `drop`, the sender drops records when the channel is full. By default, slot 0 has `up` and
-    /// `down`, slot 1 has `up1` and `down1`, and so on, as large as fits
+    /// `down`, slot 1 has `up1` and `down1`, and so on, as large as fits. Sizes are powers of two, so
+    /// about half of the region then belongs to no channel: it is the raw window, for `peek` and
+    /// `poke`. Channels of different sizes use more of it: --channel up=up,32M --channel down=down,16M
+    /// for 64M
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
     /// Number of interrupt vectors of each peer [default: one for each channel, and one more]
@@ -232,6 +244,13 @@ pub struct Inspect {
     pub once: bool,
     #[command(flatten)]
     pub which: Which,
+}
+
+#[derive(Debug, Args)]
+pub struct List {
+    /// Print the list as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

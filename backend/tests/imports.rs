@@ -106,6 +106,7 @@ const BACKEND: Parts = &[
         ],
     ),
     // The program, whose modules import the library by its name.
+    ("logging", &[]),
     ("args", &[]),
     ("logging", &[]),
     ("commands", &["args"]),
@@ -118,8 +119,12 @@ const CLIENT: Parts = &[
     ("error_kind", &[]),
     ("memory", &[]),
     ("owned", &[]),
+    ("process", &[]),
     ("event_error", &["error_kind"]),
-    ("control", &["claim", "descriptors", "error_kind", "memory"]),
+    (
+        "control",
+        &["claim", "descriptors", "error_kind", "memory", "process"],
+    ),
     ("guest/calls", &["memory"]),
     ("guest/buffer", &["memory"]),
     ("guest/cache", &["memory", "guest/calls"]),
@@ -127,7 +132,10 @@ const CLIENT: Parts = &[
     ("guest/events", &["event_error", "guest/calls"]),
     ("host/claim", &["control"]),
     ("host/events", &["notifier", "event_error", "host/claim"]),
-    ("doorbell", &["event_error", "guest/events", "host/events"]),
+    (
+        "doorbell",
+        &["process", "event_error", "guest/events", "host/events"],
+    ),
     (
         "error",
         &[
@@ -196,6 +204,8 @@ const CLIENT: Parts = &[
         "host",
         &[
             "memory",
+            "process",
+            "event_error",
             "control",
             "host/claim",
             "host/events",

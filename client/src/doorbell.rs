@@ -10,6 +10,7 @@ use barlink_protocol::Events;
 use crate::event_error::EventError;
 use crate::guest::events::DeviceEvents;
 use crate::host::events::Eventfds;
+use crate::process::Process;
 
 /// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long
 /// as this value.
@@ -19,6 +20,8 @@ pub struct Doorbells {
     can_spin: bool,
     /// Rings by the channel's own vector that this end has seen.
     rings: u64,
+    /// The process that claimed the end.
+    process: Process,
 }
 
 #[derive(Debug)]
@@ -46,6 +49,7 @@ impl Doorbells {
             source,
             can_spin,
             rings: 0,
+            process: Process::current(),
         }
     }
 
@@ -73,6 +77,12 @@ impl Doorbells {
 
 impl Events for Doorbells {
     type Error = EventError;
+
+    #[inline(always)]
+    fn check(&self) -> Result<(), EventError> {
+        let checked = self.process.check();
+        checked.map_err(|process| EventError::Inherited { process })
+    }
 
     fn ring(&mut self) -> Result<(), EventError> {
         match &mut self.source {

@@ -82,13 +82,21 @@ pub enum Error {
     },
     /// An end cannot be claimed over a read-only mapping.
     #[error(
-        "the {end} of channel `{name}` cannot be held by who attached for looking only: attach with `Access::ReadWrite`"
+        "a read-only attachment cannot claim the {end} of channel `{name}`: attach with `Access::ReadWrite`"
     )]
     ReadOnly {
         /// Name of the channel.
         name: String,
         /// The end.
         end: End,
+    },
+    /// A channel cannot be reset over a read-only mapping.
+    #[error(
+        "a read-only attachment cannot reset channel `{name}`: attach with `Access::ReadWrite`"
+    )]
+    ReadOnlyReset {
+        /// Name of the channel.
+        name: String,
     },
     /// Another process holds the end.
     #[error(transparent)]
@@ -145,7 +153,9 @@ impl Error {
             Error::Memory(_) | Error::NoRunFolder => ErrorKind::Other,
             Error::Layout { .. } => ErrorKind::Incompatible,
             Error::NoChannel { .. } => ErrorKind::NotFound,
-            Error::ReadOnly { .. } | Error::NotHere(_) => ErrorKind::InvalidInput,
+            Error::ReadOnly { .. } | Error::ReadOnlyReset { .. } | Error::NotHere(_) => {
+                ErrorKind::InvalidInput
+            }
             Error::Held(_) => ErrorKind::InUse,
             Error::TakeUp { source, .. } | Error::Channel(source) => channel_kind(source),
             Error::Events(error) => error.kind(),
@@ -209,7 +219,7 @@ impl From<Error> for io::Error {
                 ErrorKind::Full => io::ErrorKind::WouldBlock,
                 ErrorKind::Corrupt => io::ErrorKind::InvalidData,
                 ErrorKind::Incompatible => io::ErrorKind::Unsupported,
-                ErrorKind::Other => io::ErrorKind::Other,
+                ErrorKind::Inherited | ErrorKind::Other => io::ErrorKind::Other,
             },
         };
         io::Error::new(kind, error)

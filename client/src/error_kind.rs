@@ -43,6 +43,8 @@ pub enum ErrorKind {
     TooLarge,
     /// The other end wrote something that makes no sense.
     Corrupt,
+    /// The process that this one was forked from made the value. This process opens its own.
+    Inherited,
     /// A system call failed, or the broker could not do it.
     Other,
 }

@@ -26,6 +26,12 @@ pub enum EventError {
     /// The device was unplugged, or its driver was unbound.
     #[error("the device is gone: it was unplugged, or its driver unbound")]
     Gone,
+    /// The process that this one was forked from holds the end.
+    #[error("the end belongs to process {process}, which forked this one: open it in this process")]
+    Inherited {
+        /// ID of the process that holds the end.
+        process: u32,
+    },
     /// A system call failed.
     #[error("cannot {what}")]
     System {
@@ -52,6 +58,7 @@ impl EventError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             EventError::Gone => ErrorKind::Gone,
+            EventError::Inherited { .. } => ErrorKind::Inherited,
             EventError::System { .. } => ErrorKind::Other,
         }
     }

@@ -47,6 +47,7 @@ pub mod memory;
 pub mod notifier;
 mod options;
 mod owned;
+mod process;
 mod readiness;
 mod receiver;
 mod sender;

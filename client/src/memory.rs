@@ -149,6 +149,12 @@ impl Mapping {
         // SAFETY: the kernel chooses the address, so no memory of this process is replaced.
         let start =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, protection, shared, file, 0) }?;
+        // A core dump of each process with the region would take its time and space, and have data
+        // of others.
+        // SAFETY: the pages were just mapped, and their content and protection stay.
+        if let Err(error) = unsafe { madvise(start, size, Advice::LinuxDontDump) } {
+            log::debug!("a core dump of this process would have the region: {error}");
+        }
         let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
         Ok(Mapping(Arc::new(Pages { start, size })))
     }
@@ -211,14 +217,34 @@ mod tests {
 
     use super::*;
 
+    fn sealed_memory(size: u64) -> File {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memory = File::from(rustix::fs::memfd_create("region", flags).unwrap());
+        memory.set_len(size).unwrap();
+        rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::SEAL).unwrap();
+        memory
+    }
+
+    #[test]
+    fn core_dumps_leave_region_out() {
+        let memory = sealed_memory(1 << 20);
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let mapping = Mapping::new(memory.try_clone().unwrap(), 1 << 20, access).unwrap();
+            let first = format!("{:x}-", mapping.0.start.as_ptr() as usize);
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mut lines = maps.lines().skip_while(|line| !line.starts_with(&first));
+            let flags = lines
+                .find_map(|line| line.strip_prefix("VmFlags:"))
+                .unwrap();
+            assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+        }
+    }
+
     /// A region can be huge and sparse: the rest of it stays without memory.
     #[test]
     fn populates_only_pages_of_a_channel() {
         const SIZE: u64 = 1 << 30;
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memory = File::from(rustix::fs::memfd_create("region", flags).unwrap());
-        memory.set_len(SIZE).unwrap();
-        rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::SEAL).unwrap();
+        let memory = sealed_memory(SIZE);
         let mapping = Mapping::new(memory.try_clone().unwrap(), SIZE, Access::ReadWrite).unwrap();
         let present = || memory.metadata().unwrap().blocks() * 512;
         assert_eq!(present(), 0);

@@ -20,7 +20,9 @@ use crate::stream::{Position, StreamReader};
 /// The receiver that the ring itself has.
 pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 
-/// The end of a channel that receives records. The claim of the end lasts as long as this value. A
+/// The end of a channel that receives records. The claim of the end lasts as long as this value, in
+/// the process that made it: a copy in a forked process does nothing
+/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). A
 /// receiver that is dropped releases the records that were passed. If the thread panics, it does
 /// not, and the next receiver gets them again.
 ///

@@ -45,7 +45,9 @@ pub enum Sent {
     Dropped,
 }
 
-/// The end of a channel that sends records. The claim of the end lasts as long as this value. A
+/// The end of a channel that sends records. The claim of the end lasts as long as this value, in
+/// the process that made it: a copy in a forked process does nothing
+/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). A
 /// sender that is dropped publishes its staged records. An error of that is lost, so a program that
 /// wants to see it calls [`Sender::publish`] first.
 ///

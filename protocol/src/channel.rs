@@ -190,6 +190,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
 
     /// Commits all staged records at once, and rings the consumer if it waits for them.
     pub fn publish(&mut self) -> Result<(), ChannelError<E::Error>> {
+        self.link.check()?;
         let notify = self.producer.publish();
         if self.link.notify(notify).map_err(ChannelError::Events)? {
             self.producer.count_ring();
@@ -234,6 +235,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         length: usize,
         wait: Option<Option<Duration>>,
     ) -> Result<Option<Place>, ChannelError<E::Error>> {
+        self.link.check()?;
         match self.producer.find_room(length) {
             Ok(place) => Ok(Some(place)),
             Err(ReserveError::Full) => self.wait_for_room(length, wait),
@@ -327,6 +329,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     /// Panics if `length` is more than the reserved space.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
         let SenderReservation { reservation, link } = self;
+        link.check()?;
         let time = link.time();
         let (notify, producer) = reservation.commit(kind, length, time);
         if link.notify(notify).map_err(ChannelError::Events)? {
@@ -406,6 +409,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Before it waits, it releases the records that were passed.
     #[inline(always)]
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
+        self.link.check()?;
         if self.consumer.poll()? {
             return Ok(Wakeup::Ready);
         }
@@ -449,6 +453,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// the producer can use their space. Rings the producer if it waits for space. A record that is
     /// not released is found again, after a crash by the next consumer.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
+        self.link.check()?;
         let notify = self.consumer.release();
         self.notify(notify)
     }
@@ -456,6 +461,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Releases the records that were passed, as [`Receiver::release`] does. The record that
     /// [`Receiver::wait`] found remains in the channel.
     pub fn release_passed(&mut self) -> Result<(), ChannelError<E::Error>> {
+        self.link.check()?;
         let notify = self.consumer.release_passed();
         self.notify(notify)
     }

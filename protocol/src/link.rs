@@ -19,6 +19,13 @@ pub trait Events {
     /// Error of a ring or a sleep.
     type Error;
 
+    /// Returns an error if this process must not act as this end, because it inherited a copy of
+    /// the end from the process that holds it.
+    #[inline(always)]
+    fn check(&self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
     /// Rings the other end of this channel. Succeeds even if the other end is absent.
     fn ring(&mut self) -> Result<(), Self::Error>;
 
@@ -128,6 +135,12 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// which cannot see each other.
     pub(crate) fn peer_is_away(&self) -> bool {
         self.words.is_some() && !self.peer.is_held()
+    }
+
+    /// Returns an error if this process must not act as this end.
+    #[inline(always)]
+    pub(crate) fn check(&self) -> Result<(), ChannelError<E::Error>> {
+        self.events.check().map_err(ChannelError::Events)
     }
 
     /// Returns the events of this end, for a program that waits for several things at once.

@@ -58,6 +58,8 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     libc::SYS_getsockopt,
+    // The processes of host apps, before Linux 6.5.
+    libc::SYS_pidfd_open,
     libc::SYS_setsockopt,
     libc::SYS_eventfd2,
     libc::SYS_epoll_create1,

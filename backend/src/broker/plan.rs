@@ -162,7 +162,7 @@ impl FromStr for ChannelPlan {
                 "channel size {} is not a power of two from {} on: take {}",
                 BinaryBytes(capacity),
                 BinaryBytes(MIN_CAPACITY),
-                show_size(1 << capacity.max(MIN_CAPACITY).ilog2())
+                show_size(nearest_capacity(capacity))
             ));
         }
         let drop_when_full = match parts.next() {
@@ -281,6 +281,16 @@ pub fn plan(
     )?)
 }
 
+/// Returns the capacity of a channel that is nearest to a size.
+fn nearest_capacity(size: u64) -> u64 {
+    let below = 1_u64 << size.max(MIN_CAPACITY).ilog2();
+    let above = below.checked_mul(2).unwrap_or(below);
+    match size.saturating_sub(below) <= above.saturating_sub(size) {
+        true => below,
+        false => above,
+    }
+}
+
 /// Plans an `up` and a `down` for each slot (`up1`, `down1` for slot 1), of the largest size that
 /// leaves a raw window.
 fn default_channels(size: u64, slots: u32) -> Result<Vec<ChannelPlan>, PlanError> {
@@ -393,6 +403,21 @@ mod tests {
             };
             assert_eq!(reported, size);
             plan(1 << memory.ilog2(), 1, 0, &[]).unwrap();
+        }
+    }
+
+    #[test]
+    fn rejected_channel_size_names_nearest() {
+        for (size, nearest) in [
+            ("15M", "16M"),
+            ("9M", "8M"),
+            ("12M", "8M"),
+            ("1K", "4K"),
+            ("5000", "4K"),
+            ("0", "4K"),
+        ] {
+            let error = format!("a=up,{size}").parse::<ChannelPlan>().unwrap_err();
+            assert!(error.ends_with(&format!("take {nearest}")), "{error}");
         }
     }
 

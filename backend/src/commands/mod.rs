@@ -3,6 +3,7 @@
 //! The commands of `barlink`, one file or folder for each or for a pair.
 
 mod inspect;
+mod list;
 mod peek;
 mod qemu_args;
 mod serve;
@@ -30,10 +31,11 @@ pub fn run(command: Command) -> Result<()> {
         Command::Send(args) => stream::send(&args),
         Command::Recv(args) => stream::recv(&args),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::List(args) => list::list(&args),
         Command::Peek(args) => peek::peek(&args),
         Command::Poke(args) => peek::poke(&args),
         Command::ResetChannel(args) => {
-            let generation = attach(&args.which, Access::ReadOnly)?.reset(&args.channel)?;
+            let generation = attach(&args.which, Access::ReadWrite)?.reset(&args.channel)?;
             writeln!(
                 stdout(),
                 "channel `{}` is empty, generation {generation}",
@@ -53,11 +55,14 @@ const START: Duration = Duration::from_secs(1);
 /// is just starting.
 fn attach(which: &Which, access: Access) -> Result<Attachment> {
     let options = AttachOptions::new().access(access).start_timeout(START);
-    Ok(options.connect_path(control_socket(which)?)?)
+    Ok(match &which.control {
+        Some(path) => options.connect_path(path),
+        None => options.connect(&which.name),
+    }?)
 }
 
-/// Returns the control socket that the command line names: in the user's run folder, unless a path
-/// is given.
+/// Returns the control socket where `serve` makes it: in the user's run folder, unless a path is
+/// given.
 fn control_socket(which: &Which) -> Result<PathBuf> {
     match &which.control {
         Some(path) => Ok(path.clone()),

@@ -3,7 +3,7 @@
 //! Connected Unix sockets: their peers, the right to send descriptors over them, and their end.
 
 pub(crate) mod descriptors;
-mod groups;
+mod options;
 mod peer;
 
 use std::os::fd::AsFd;
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown};
 use rustix::time::Timespec;
 
-pub use self::groups::peer_groups;
+pub use self::options::peer_groups;
 pub use self::peer::Peer;
 
 /// Waits until a socket is ready for an event, or the peer has closed its end. Returns `false` at

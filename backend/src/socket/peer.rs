@@ -4,12 +4,14 @@
 
 use std::fmt::{Arguments, Display, Formatter};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use log::Level;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
+use rustix::process::PidfdFlags;
 
+use super::options::peer_process;
 use crate::rate_limit::{Account, RateLimit};
 
 /// A process that connected to a socket.
@@ -33,6 +35,25 @@ impl Peer {
             uid: credentials.uid(),
             gid: credentials.gid(),
         })
+    }
+
+    /// Returns a descriptor of the process that connected a socket, which is readable once the
+    /// process has ended. `None` for a process outside this PID namespace, if the kernel cannot
+    /// find it by the socket.
+    ///
+    /// # Errors
+    ///
+    /// The process has ended, or this process has no descriptor left.
+    pub(crate) fn process(self, socket: impl AsFd) -> io::Result<Option<OwnedFd>> {
+        match peer_process(socket) {
+            // Linux before 6.5. The process ID is that of the peer, unless it has ended meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+                let pid = rustix::process::Pid::from_raw(self.pid);
+                let open = |pid| rustix::process::pidfd_open(pid, PidfdFlags::empty());
+                Ok(pid.map(open).transpose()?)
+            }
+            found => found.map(Some),
+        }
     }
 
     /// Logs a line that the peer caused, within the limit of its user.

@@ -254,7 +254,7 @@ fn client_repeats_unread_request_once() {
     let (answer, _) = control.ask(Ask::Status).unwrap();
     assert_eq!(answer, Answer::Done);
     let lost = control.ask(Ask::Status).unwrap_err();
-    assert!(matches!(lost, ControlError::Rejected { .. }), "{lost}");
+    assert!(matches!(lost, ControlError::Ended { .. }), "{lost}");
     drop(join("all is answered", broker));
 }
 
@@ -309,17 +309,25 @@ fn client_disconnects_after_timed_out_request() {
 }
 
 fn broker_frees_only_ends_granted_late() {
-    let broker = Broker::start(&["--channel", "one=host-host,4K"]);
+    let channels = [
+        "--channel",
+        "one=host-host,4K",
+        "--channel",
+        "two=host-host,4K",
+    ];
+    let broker = Broker::start(&channels);
     let (holder, other) = (broker.attach(), broker.attach());
     let sender = holder.sender("one").unwrap();
     broker.signal(Signal::STOP);
     std::thread::scope(|scope| {
         scope.spawn(|| other.receiver("one").unwrap_err());
-        holder.status().unwrap_err();
+        // The answer is late, and `holder` does not know of the claim.
+        holder.receiver("two").unwrap_err();
     });
     broker.signal(Signal::CONT);
-    let line = "holds the consumer of `one`";
-    wait_until("the end is granted", || broker.log().contains(line));
+    for line in ["holds the consumer of `one`", "holds the consumer of `two`"] {
+        wait_until("the end is granted", || broker.log().contains(line));
+    }
     let looker = broker.attach();
     let held = || {
         let claims = looker.status().unwrap().claims.into_iter();
@@ -327,8 +335,10 @@ fn broker_frees_only_ends_granted_late() {
     };
     wait_until("it is taken back", || held() == [End::Producer]);
     // `sender` does not ask the broker whether it still holds its end, so no other app may get the
-    // end meanwhile.
-    assert!(holder.status().is_err() && other.status().is_err());
+    // end meanwhile, and its connection goes on.
+    assert!(other.status().is_err());
+    assert_eq!(holder.status().unwrap().claims.len(), 1);
+    drop(holder.receiver("two").unwrap());
     assert_eq!(held(), [End::Producer]);
     drop(sender);
     wait_until("it is given back", || held().is_empty());
@@ -395,6 +405,18 @@ fn broker_rejects_malformed_packets_and_continues() {
             String::from_utf8_lossy(packet)
         );
     }
+}
+
+#[test]
+fn log_names_version_of_client() {
+    let broker = Broker::start(&[]);
+    let answer = say(&connect_app(&broker), br#"{"version":2,"ask":"status"}"#);
+    assert!(answer.contains(r#"{"version":{"broker":1}}"#), "{answer}");
+    let line =
+        "is refused: it speaks version 2 of the control protocol, this broker version 1: use";
+    wait_until("the log names the client's version", || {
+        broker.log().contains(line)
+    });
 }
 
 #[test]
@@ -483,8 +505,8 @@ fn broker_closes_descriptors_from_host_app() {
     }
     assert_eq!(
         broker.descriptors(),
-        before + 1,
-        "the connection, and no gift"
+        before + 2,
+        "the connection and its process, and no gift"
     );
 }
 
@@ -502,6 +524,29 @@ fn read_only_attachment_cannot_write_memory() {
     let mapped =
         barlink::memory::Mapping::new(memory[0].try_clone().unwrap(), 64 << 20, Access::ReadWrite);
     assert!(mapped.is_err());
+}
+
+#[test]
+fn read_only_attachment_cannot_reset_channels() {
+    let broker = Broker::start(&[]);
+    let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();
+    let error = attachment.reset("up").unwrap_err();
+    assert!(matches!(error, Error::ReadOnlyReset { .. }), "{error}");
+    // A program that is not of this library.
+    let socket = connect_app(&broker);
+    let attach = |access| {
+        let packet = format!(r#"{{"version":1,"ask":{{"attach":{{"access":"{access}"}}}}}}"#);
+        assert!(say(&socket, packet.as_bytes()).contains("region"));
+    };
+    let reset = br#"{"version":1,"ask":{"reset":{"channel":0}}}"#;
+    let claim = br#"{"version":1,"ask":{"claim":{"channel":0,"end":"consumer"}}}"#;
+    attach("read-only");
+    for packet in [&reset[..], claim] {
+        let answer = say(&socket, packet);
+        assert!(answer.contains(r#"{"refused":"read-only"}"#), "{answer}");
+    }
+    attach("read-write");
+    assert!(say(&socket, reset).contains(r#""generation":1"#));
 }
 
 #[test]

@@ -35,7 +35,7 @@ fn connect_app(broker: &Broker) -> OwnedFd {
 }
 
 /// Changes a command so that the program `by` runs it.
-fn wrap<'a>(command: &'a mut Command, by: &str, args: &[&str]) -> &'a mut Command {
+pub fn wrap<'a>(command: &'a mut Command, by: &str, args: &[&str]) -> &'a mut Command {
     let mut wrapped = Command::new(by);
     wrapped.args(args).arg(command.get_program());
     wrapped.args(command.get_args());

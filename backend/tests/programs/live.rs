@@ -111,14 +111,17 @@ fn live_view_ends_on_quit_keys() {
 }
 
 #[test]
-fn live_view_reports_death_of_broker() {
-    let broker = Broker::start(&[]);
-    let mut terminal = Terminal::start(broker.app(&["inspect"]), LARGE);
-    terminal.wait_for("raw window");
-    let (_folder, _) = broker.stop(rustix::process::Signal::KILL);
-    assert_eq!(wait(&mut terminal.child).code(), Some(3));
-    terminal.wait_for("barlink: the broker at");
-    terminal.is_given_back();
+fn live_view_reports_end_of_broker() {
+    for signal in [rustix::process::Signal::KILL, rustix::process::Signal::TERM] {
+        let broker = Broker::start(&[]);
+        let mut terminal = Terminal::start(broker.app(&["inspect"]), LARGE);
+        terminal.wait_for("raw window");
+        let (_folder, _) = broker.stop(signal);
+        assert_eq!(wait(&mut terminal.child).code(), Some(3));
+        terminal.wait_for("barlink: the broker at");
+        terminal.wait_for("has ended: start it again");
+        terminal.is_given_back();
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::path::Path;
 use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
 use rustix::process::Signal;
 
+use crate::limits::wrap;
 use crate::support::*;
 
 /// Returns a command that runs `barlink serve` in a folder with these further arguments.
@@ -352,6 +353,47 @@ fn host_app_waits_for_starting_broker() {
     }
 }
 
+/// A broker that a service runs has its socket in `/run`, and a login shell has a run folder.
+#[test]
+fn name_is_found_in_folder_of_services() {
+    if !can_become_another_user() {
+        // The test needs the right to create a mount namespace.
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    std::fs::create_dir(&run).unwrap();
+    let script = "mount --bind \"$0\" /run && exec \"$@\"";
+    let within = |arguments: &[&str], run_folder: Option<&Path>| {
+        let mut command = barlink(arguments);
+        let mount = ["--mount", "sh", "-c", script, run.to_str().unwrap()];
+        wrap(&mut command, "unshare", &mount);
+        match run_folder {
+            Some(folder) => command.env("XDG_RUNTIME_DIR", folder),
+            None => command.env_remove("XDG_RUNTIME_DIR"),
+        };
+        command
+    };
+    let serve = ["serve", "--name", "red", "--ivshmem", "/run/vm.sock"];
+    let mut serve = within(&serve, None);
+    let mut broker = serve.stderr(std::process::Stdio::null()).start();
+    wait_until("the broker listens", || {
+        run.join("barlink/red.sock").exists()
+    });
+    let login = Some(folder.path());
+    let inspect = |name| ["inspect", "--once", "--name", name];
+    let text = works(&mut within(&inspect("red"), login));
+    assert!(text.contains("region 64.00 MiB"), "{text}");
+    let listed = works(&mut within(&["list"], login));
+    assert!(listed.contains("/run/barlink/red.sock"), "{listed}");
+    fails(
+        &mut within(&inspect("blue"), login),
+        3,
+        &["no broker `blue` in", "or /run/barlink:", "`barlink list`"],
+    );
+    kill(&mut broker);
+}
+
 #[test]
 fn name_selects_private_socket_in_run_folder() {
     let folder = tempfile::tempdir().unwrap();
@@ -391,14 +433,31 @@ fn name_selects_private_socket_in_run_folder() {
         vm.display()
     );
     assert_eq!(arguments, expected);
+    let mut command = barlink(["list"]);
+    run_folder(&mut command);
+    let listed = works(&mut command);
+    let control = folder.path().join("barlink/red.sock");
+    let line = listed.lines().find(|line| line.starts_with("red "));
+    let line = line.unwrap_or_else(|| panic!("{listed}"));
+    let pid = broker.id().to_string();
+    for shown in ["64.00 MiB", "0 of 1", &pid, control.to_str().unwrap()] {
+        assert!(line.contains(shown), "{shown} is not in {listed}");
+    }
+    let mut command = barlink(["list", "--json"]);
+    run_folder(&mut command);
+    let listed: serde_json::Value = serde_json::from_str(&works(&mut command)).unwrap();
+    let is_red = |entry: &&serde_json::Value| entry["name"] == "red";
+    let red = listed.as_array().unwrap().iter().find(is_red).unwrap();
+    assert_eq!((&red["size"], &red["vms"]), (&(64 << 20).into(), &0.into()));
+    assert_eq!(red["pid"], broker.id());
     let mut command = barlink(["qemu-args", "--name", "blue"]);
     run_folder(&mut command);
     fails(
         &mut command,
         3,
         &[
-            "no broker",
-            "blue.sock",
+            "no broker `blue` in",
+            folder.path().to_str().unwrap(),
             "`barlink serve --ivshmem /tmp/vm.sock`",
         ],
     );

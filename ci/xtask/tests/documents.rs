@@ -43,34 +43,46 @@ fn tests() -> Result<HashSet<String>> {
     Ok(names)
 }
 
-/// Returns the numbered rules of a document: number, and the names of tests in the parentheses at
-/// the end.
-fn rules(document: &str) -> Vec<(&str, Vec<&str>)> {
-    let mut rules = Vec::new();
-    for rule in document.split("\n* **").skip(1) {
-        let rule = rule.split("\n\n").next().unwrap_or(rule);
-        let number = rule.split("**").next().unwrap_or(rule);
-        let tests = rule
-            .trim_end()
-            .strip_suffix(')')
-            .and_then(|rule| rule.rsplit_once('('))
-            .map_or(Vec::new(), |(_, tests)| {
-                let names = tests.split(',');
-                names.map(|name| name.trim().trim_matches('`')).collect()
-            });
-        rules.push((number, tests));
-    }
-    rules
+/// The heading in front of the table of rules and their tests.
+const TABLE: &str = "\n## 11. Tests of the rules\n";
+
+/// Returns the numbers of the rules of a document.
+fn rules(text: &str) -> Vec<&str> {
+    let rules = text.split("\n* **").skip(1);
+    rules.filter_map(|rule| rule.split("**").next()).collect()
+}
+
+/// Returns the rows of the table of rules: number, and the names of tests.
+fn rows(table: &str) -> Vec<(&str, Vec<&str>)> {
+    let rows = table.lines().filter_map(|line| {
+        let (number, tests) = line.strip_prefix("| ")?.split_once(" | ")?;
+        let is_number = number.starts_with(|c: char| c.is_ascii_digit());
+        is_number.then(|| (number, tests.split('`').skip(1).step_by(2).collect()))
+    });
+    rows.collect()
 }
 
 #[test]
 fn every_protocol_rule_has_tests() -> Result<()> {
     let document = fs::read_to_string(repository().join("docs/protocol.md"))?;
     let known = tests()?;
-    let rules = rules(&document);
+    let (text, table) = document.split_once(TABLE).context("no table of tests")?;
+    let (rules, rows) = (rules(text), rows(table));
     assert!(rules.len() > 40, "only {} rules are found", rules.len());
     let mut missing = Vec::new();
-    for (number, tests) in rules {
+    for rule in &rules {
+        match rows.iter().filter(|(number, _)| number == rule).count() {
+            1 => (),
+            rows => missing.push(format!("{rule}: {rows} rows in section 11")),
+        }
+        if rules.iter().filter(|other| *other == rule).count() > 1 {
+            missing.push(format!("{rule}: several rules of this number"));
+        }
+    }
+    for (number, tests) in &rows {
+        if !rules.contains(number) {
+            missing.push(format!("{number}: a row in section 11, and no rule"));
+        }
         if tests.is_empty() {
             missing.push(format!("{number}: names no test"));
         }

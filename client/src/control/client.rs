@@ -6,15 +6,18 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use super::packet::PacketSocket;
 use crate::error_kind::ErrorKind;
+use crate::process::Process;
 
-/// The time that a broker may take to answer. A broker answers at once, so a later answer is not a
-/// broker's.
+/// The time that a broker may take to answer a request. A broker answers at once, unless its
+/// process is stopped.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// The time that a broker may take to show that it lives, after it has closed a connection.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 /// A broker could not be asked, or refused.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +31,17 @@ pub enum ControlError {
     NoBroker {
         /// The socket.
         path: PathBuf,
+    },
+    /// No process listens at a socket of that name.
+    #[error(
+        "no broker `{name}` in {folders}: start one with `barlink serve --ivshmem /tmp/vm.sock` (and the same --name, if \
+         any), or name another (`barlink list`)"
+    )]
+    NoBrokerOfName {
+        /// The name.
+        name: String,
+        /// The folders in which its control socket can be.
+        folders: String,
     },
     /// There is no broker that could be replaced.
     #[error(
@@ -69,6 +83,33 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
+    /// The broker closed a connection over which it had answered, and nothing answers at its
+    /// socket.
+    #[error("the broker at {path} has ended: start it again, and attach anew")]
+    Ended {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The broker closed a connection over which it had answered, and a broker answers at its
+    /// socket.
+    #[error(
+        "the broker at {path} closed the connection: attach anew if it was restarted, else see the broker's log"
+    )]
+    Closed {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The process that this one was forked from has connected to the broker.
+    #[error(
+        "the connection to the broker at {path} belongs to process {process}, which forked this one: attach in this \
+         process"
+    )]
+    Inherited {
+        /// The socket.
+        path: PathBuf,
+        /// ID of the process that connected.
+        process: u32,
+    },
     /// The broker refused.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -86,14 +127,17 @@ impl ControlError {
     /// Returns the class of the error.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            ControlError::NoBroker { .. } | ControlError::NoBrokerToReplace { .. } => {
-                ErrorKind::NotFound
-            }
+            ControlError::NoBroker { .. }
+            | ControlError::NoBrokerOfName { .. }
+            | ControlError::NoBrokerToReplace { .. } => ErrorKind::NotFound,
             ControlError::Permission { .. } => ErrorKind::PermissionDenied,
             ControlError::NotABroker { .. } => ErrorKind::Incompatible,
             ControlError::NoAnswer { .. }
             | ControlError::Rejected { .. }
+            | ControlError::Ended { .. }
+            | ControlError::Closed { .. }
             | ControlError::Lost { .. } => ErrorKind::Disconnected,
+            ControlError::Inherited { .. } => ErrorKind::Inherited,
             ControlError::Refused(refusal) => refusal.kind(),
         }
     }
@@ -103,6 +147,8 @@ impl ControlError {
 #[derive(Debug)]
 pub struct Control {
     path: PathBuf,
+    /// The process that connected.
+    process: Process,
     connection: Mutex<Connection>,
 }
 
@@ -114,6 +160,8 @@ struct Connection {
     /// A request has had no valid answer. A later packet would be taken for the answer to another
     /// request.
     out_of_step: bool,
+    /// Answers that came too late, or did not come yet. They come before that of the next request.
+    late: usize,
     /// Ends of channels that were claimed over this connection and not released.
     held: usize,
 }
@@ -124,6 +172,7 @@ impl Connection {
             socket,
             answered: false,
             out_of_step: false,
+            late: 0,
             held: 0,
         }
     }
@@ -136,12 +185,52 @@ impl Connection {
             self.socket.shut_down();
         }
     }
+
+    /// Notes that the answer to a request will come late. A claim of which the caller does not
+    /// learn is returned.
+    fn expect_late(&mut self, ask: &Ask) {
+        self.late += 1;
+        let &Ask::Claim { channel, end } = ask else {
+            return;
+        };
+        let sent = encode(Ask::Release { channel, end })
+            .and_then(|release| self.socket.send_until(&release, &[], Some(Instant::now())));
+        match sent {
+            Ok(()) => self.late += 1,
+            Err(error) => log::debug!("a claim is not given back: {error}"),
+        }
+    }
+}
+
+/// Encodes a request.
+fn encode(ask: Ask) -> io::Result<Vec<u8>> {
+    let request = Request {
+        version: VERSION,
+        ask,
+    };
+    Ok(serde_json::to_vec(&request)?)
 }
 
 impl Control {
     /// Connects to a broker's control socket.
     pub fn connect(path: &Path) -> Result<Self, ControlError> {
-        let socket = PacketSocket::connect(path, TIMEOUT).map_err(|source| {
+        Self::connect_until(path, Instant::now() + TIMEOUT)
+    }
+
+    /// Connects to a broker's control socket, and asks the first request. Both together wait no
+    /// longer than for another request.
+    pub(crate) fn open(
+        path: &Path,
+        ask: Ask,
+    ) -> Result<(Self, Answer, Vec<OwnedFd>), ControlError> {
+        let deadline = Instant::now() + TIMEOUT;
+        let control = Self::connect_until(path, deadline)?;
+        let (answer, descriptors) = control.ask_until(ask, Some(deadline))?;
+        Ok((control, answer, descriptors))
+    }
+
+    fn connect_until(path: &Path, deadline: Instant) -> Result<Self, ControlError> {
+        let socket = PacketSocket::connect_until(path, deadline).map_err(|source| {
             let path = path.to_owned();
             match source
                 .raw_os_error()
@@ -169,6 +258,7 @@ impl Control {
         })?;
         Ok(Control {
             path: path.to_owned(),
+            process: Process::current(),
             connection: Mutex::new(Connection::new(socket)),
         })
     }
@@ -178,34 +268,49 @@ impl Control {
         &self.path
     }
 
-    /// Sends a request, and waits for the answer and its descriptors. After a missing or invalid
-    /// answer the connection takes no more requests.
+    /// Sends a request, and waits for the answer and its descriptors. If the answer does not come
+    /// in time, the next request waits for it first; a claim is returned meanwhile, because the
+    /// caller does not know of it. After an invalid answer, or if no end is held, the connection
+    /// takes no more requests.
     pub fn ask(&self, ask: Ask) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
-        let releases = matches!(ask, Ask::Release { .. });
-        let request = Request {
-            version: VERSION,
-            ask,
-        };
-        let request = serde_json::to_vec(&request).map_err(|error| ControlError::Lost {
+        self.ask_until(ask, None)
+    }
+
+    /// Asks as [`Control::ask`] does, until a deadline if there is one.
+    fn ask_until(
+        &self,
+        ask: Ask,
+        deadline: Option<Instant>,
+    ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
+        // The lock may be one that another thread of the forking process held.
+        let inherited = |process| ControlError::Inherited {
             path: self.path.clone(),
-            source: error.into(),
-        })?;
+            process,
+        };
+        self.process.check().map_err(inherited)?;
+        let releases = matches!(ask, Ask::Release { .. });
+        let request = encode(ask.clone()).map_err(|error| self.lost(error))?;
         let connection = self.connection.lock();
         let mut connection = connection.unwrap_or_else(PoisonError::into_inner);
+        let deadline = deadline.unwrap_or_else(|| Instant::now() + TIMEOUT);
         if connection.out_of_step {
             connection.held = connection.held.saturating_sub(usize::from(releases));
             connection.give_up();
-            return Err(ControlError::Lost {
-                path: self.path.clone(),
-                source: io::Error::other("it did not answer before: attach again"),
-            });
+            let text = "it did not answer before: attach again";
+            return Err(self.lost(io::Error::other(text)));
         }
-        let mut outcome = self.exchange(&connection.socket, &request);
-        if matches!(outcome, Err(ControlError::Rejected { .. })) && !connection.answered {
-            // A broker that is replaced closes connections that it has not served. Its successor
-            // listens by now.
-            connection.socket = Self::connect(&self.path)?.into_socket();
-            outcome = self.exchange(&connection.socket, &request);
+        let is_first = !connection.answered;
+        let mut outcome = self.exchange(&mut connection, &ask, &request, deadline);
+        if matches!(outcome, Err(ControlError::Rejected { .. })) {
+            if is_first {
+                // A broker that is replaced closes connections that it has not served. Its
+                // successor listens by now.
+                let control = Self::connect_until(&self.path, deadline)?;
+                connection.socket = control.into_socket();
+                outcome = self.exchange(&mut connection, &ask, &request, deadline);
+            } else {
+                outcome = Err(self.disconnected(releases));
+            }
         }
         connection.answered = true;
         // A refused release was of an end that was not held.
@@ -215,7 +320,14 @@ impl Control {
         match &outcome {
             Ok((Answer::Claimed, _)) => connection.held += 1,
             // A connection that the broker closed needs no further care.
-            Ok(_) | Err(ControlError::Refused(_) | ControlError::Rejected { .. }) => (),
+            Ok(_)
+            | Err(
+                ControlError::Refused(_)
+                | ControlError::Rejected { .. }
+                | ControlError::Ended { .. }
+                | ControlError::Closed { .. },
+            ) => (),
+            Err(ControlError::NoAnswer { .. }) if connection.held > 0 => (),
             Err(_) => {
                 connection.out_of_step = true;
                 connection.give_up();
@@ -229,26 +341,74 @@ impl Control {
         connection.unwrap_or_else(PoisonError::into_inner).socket
     }
 
+    fn lost(&self, source: io::Error) -> ControlError {
+        let path = self.path.clone();
+        match source.kind() {
+            io::ErrorKind::WouldBlock => ControlError::NoAnswer { path },
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                ControlError::Rejected { path }
+            }
+            _ => ControlError::Lost { path, source },
+        }
+    }
+
+    /// Returns the error for a broker that has answered before, and then closed the connection. A
+    /// process that returns an end does not wait to learn whether the broker lives.
+    fn disconnected(&self, releases: bool) -> ControlError {
+        let path = self.path.clone();
+        let lives = || {
+            let deadline = Instant::now() + SIGN_OF_LIFE;
+            let control = Self::connect_until(&path, deadline)?;
+            control.ask_until(Ask::Status, Some(deadline))
+        };
+        match !releases && lives().is_ok() {
+            true => ControlError::Closed { path },
+            false => ControlError::Ended { path },
+        }
+    }
+
+    /// Sends a request and receives its answer, after those that are late.
     fn exchange(
         &self,
-        socket: &PacketSocket,
+        connection: &mut Connection,
+        ask: &Ask,
         request: &[u8],
+        deadline: Instant,
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
-        let lost = |source: io::Error| match source.kind() {
-            io::ErrorKind::WouldBlock => ControlError::NoAnswer {
+        // A process that returns an end does not wait for answers that it does not need.
+        let releases = matches!(ask, Ask::Release { .. });
+        let is_late = releases && connection.late > 0;
+        let deadline = if is_late { Instant::now() } else { deadline };
+        while connection.late > 0 {
+            match self.receive(connection, deadline) {
+                Err(ControlError::NoAnswer { .. }) if is_late => break,
+                Ok(_) | Err(ControlError::Refused(_)) => connection.late -= 1,
+                Err(error) => return Err(error),
+            }
+        }
+        let sent = connection.socket.send_until(request, &[], Some(deadline));
+        sent.map_err(|error| self.lost(error))?;
+        let received = match connection.late {
+            0 => self.receive(connection, deadline),
+            _ => Err(ControlError::NoAnswer {
                 path: self.path.clone(),
-            },
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ControlError::Rejected {
-                path: self.path.clone(),
-            },
-            _ => ControlError::Lost {
-                path: self.path.clone(),
-                source,
-            },
+            }),
         };
-        socket.send(request, &[]).map_err(lost)?;
+        if matches!(received, Err(ControlError::NoAnswer { .. })) {
+            connection.expect_late(ask);
+        }
+        received
+    }
+
+    /// Receives an answer.
+    fn receive(
+        &self,
+        connection: &Connection,
+        deadline: Instant,
+    ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         let mut buffer = Box::new([0; MAX_PACKET]);
-        let received = socket.receive_with_descriptors(&mut buffer).map_err(lost)?;
+        let received = connection.socket.receive_until(&mut buffer, Some(deadline));
+        let received = received.map_err(|error| self.lost(error))?;
         let (bytes, descriptors) = received.ok_or(ControlError::Rejected {
             path: self.path.clone(),
         })?;

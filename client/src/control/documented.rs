@@ -11,7 +11,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::message::{Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, Request, VERSION};
+use super::message::{
+    Answer, Ask, InvalidRequest, MAX_COPY, MAX_PACKET, Refusal, Request, VERSION,
+};
 
 type Names = BTreeSet<String>;
 
@@ -157,5 +159,5 @@ fn rejects_request_with_unknown_field() {
     };
     assert!(asked("").is_ok());
     let refusal = asked(r#","wait":true"#).unwrap_err();
-    assert!(matches!(refusal, Refusal::Malformed(_)), "{refusal}");
+    assert!(matches!(refusal, InvalidRequest::Malformed(_)), "{refusal}");
 }

@@ -7,9 +7,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
+use rustix::time::Timespec;
 
 use super::message::MAX_PACKET;
 use crate::descriptors;
@@ -29,6 +32,13 @@ impl PacketSocket {
     /// Connects to a control socket. Connecting, sending and receiving wait no longer than
     /// `timeout` each.
     pub fn connect(path: &Path, timeout: Duration) -> io::Result<Self> {
+        let mut socket = Self::connect_until(path, Instant::now() + timeout)?;
+        socket.timeout = Some(timeout);
+        Ok(socket)
+    }
+
+    /// Connects to a control socket, until a deadline.
+    pub(super) fn connect_until(path: &Path, deadline: Instant) -> io::Result<Self> {
         let address = SocketAddrUnix::new(path)?;
         let socket = rustix::net::socket_with(
             AddressFamily::UNIX,
@@ -36,19 +46,25 @@ impl PacketSocket {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        // The timeouts come first, because `connect` obeys that of sending while the queue of the
-        // listener is full.
-        for direction in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
-            sockopt::set_socket_timeout(&socket, direction, Some(timeout))?;
+        loop {
+            // `connect` obeys the timeout of sending while the queue of the listener is full. A
+            // timeout of 0 would be none.
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = left.max(Duration::from_millis(1));
+            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(left))?;
+            match rustix::net::connect(&socket, &address) {
+                Err(Errno::INTR) if Instant::now() < deadline => (),
+                Err(Errno::INTR) => return Err(io::ErrorKind::WouldBlock.into()),
+                connected => {
+                    connected?;
+                    break;
+                }
+            }
         }
-        let socket = PacketSocket {
+        Ok(PacketSocket {
             socket,
-            timeout: Some(timeout),
-        };
-        socket.retry(sockopt::Timeout::Send, || {
-            Ok(rustix::net::connect(&socket.socket, &address)?)
-        })?;
-        Ok(socket)
+            timeout: None,
+        })
     }
 
     /// Takes over a connected socket.
@@ -59,36 +75,36 @@ impl PacketSocket {
         }
     }
 
-    /// Repeats a call that a signal interrupted, for the time that is left of the timeout. The
-    /// kernel does not resume a call on a socket with a timeout.
+    /// Makes a call that does not wait, and repeats it until a deadline while the socket is not
+    /// ready for it. Tries once more after the deadline: if this process was stopped meanwhile, the
+    /// peer may have done its part long ago.
     fn retry<T>(
         &self,
-        direction: sockopt::Timeout,
-        mut call: impl FnMut() -> io::Result<T>,
+        event: PollFlags,
+        deadline: Instant,
+        mut call: impl FnMut() -> Result<T, Errno>,
     ) -> io::Result<T> {
-        let Some(timeout) = self.timeout else {
-            return call();
-        };
-        let start = Instant::now();
-        let mut result = call();
-        let is_interrupted = |result: &io::Result<T>| {
-            let error = result.as_ref().err();
-            error.is_some_and(|error| error.kind() == io::ErrorKind::Interrupted)
-        };
-        if !is_interrupted(&result) {
-            return result;
-        }
-        while is_interrupted(&result) {
-            let left = timeout.saturating_sub(start.elapsed());
-            if left.is_zero() {
-                result = Err(io::ErrorKind::WouldBlock.into());
-            } else {
-                sockopt::set_socket_timeout(&self.socket, direction, Some(left))?;
-                result = call();
+        loop {
+            let is_last = Instant::now() >= deadline;
+            match call() {
+                Err(Errno::AGAIN) if !is_last => (),
+                Err(Errno::INTR) => continue,
+                result => return Ok(result?),
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
+            let mut polled = [PollFd::new(&self.socket, event)];
+            match rustix::event::poll(&mut polled, Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => (),
+                Err(error) => return Err(error.into()),
             }
         }
-        sockopt::set_socket_timeout(&self.socket, direction, Some(timeout))?;
-        result
+    }
+
+    /// Returns the deadline of a call that begins now. `None` for a socket that was connected by
+    /// the other side, and is used as it is.
+    fn deadline(&self) -> Option<Instant> {
+        self.timeout.map(|timeout| Instant::now() + timeout)
     }
 
     /// Ends the connection for both sides.
@@ -99,19 +115,33 @@ impl PacketSocket {
 
     /// Sends a packet with descriptors. A peer that is gone is an error, not a signal.
     pub fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.retry(sockopt::Timeout::Send, || {
-            let flags = SendFlags::empty();
-            Ok(descriptors::send(&self.socket, bytes, descriptors, flags)?)
-        })?;
+        self.send_until(bytes, descriptors, self.deadline())
+    }
+
+    /// Sends a packet as [`PacketSocket::send`] does, until a deadline.
+    pub(super) fn send_until(
+        &self,
+        bytes: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+        deadline: Option<Instant>,
+    ) -> io::Result<()> {
+        let send = |flags| descriptors::send(&self.socket, bytes, descriptors, flags);
+        match deadline {
+            None => send(SendFlags::empty())?,
+            Some(deadline) => self.retry(PollFlags::OUT, deadline, || send(SendFlags::DONTWAIT))?,
+        };
         Ok(())
     }
 
     /// Receives a packet, and closes descriptors that came with it. Returns `None` at the end.
     pub fn receive<'a>(&self, buffer: &'a mut [u8; MAX_PACKET]) -> io::Result<Option<&'a [u8]>> {
-        let (_, length) = self.retry(sockopt::Timeout::Recv, || {
-            let received = rustix::net::recv(&self.socket, &mut buffer[..], RecvFlags::empty());
-            Ok(received?)
-        })?;
+        let mut receive = |flags| rustix::net::recv(&self.socket, &mut buffer[..], flags);
+        let (_, length) = match self.deadline() {
+            None => receive(RecvFlags::empty())?,
+            Some(deadline) => {
+                self.retry(PollFlags::IN, deadline, || receive(RecvFlags::DONTWAIT))?
+            }
+        };
         Ok((length > 0).then(|| &buffer[..length]))
     }
 
@@ -120,19 +150,27 @@ impl PacketSocket {
         &self,
         buffer: &'a mut [u8; MAX_PACKET],
     ) -> io::Result<Option<(&'a [u8], Vec<OwnedFd>)>> {
+        self.receive_until(buffer, self.deadline())
+    }
+
+    /// Receives a packet as [`PacketSocket::receive_with_descriptors`] does, until a deadline.
+    pub(super) fn receive_until<'a>(
+        &self,
+        buffer: &'a mut [u8; MAX_PACKET],
+        deadline: Option<Instant>,
+    ) -> io::Result<Option<(&'a [u8], Vec<OwnedFd>)>> {
         let parts = &mut [IoSliceMut::new(&mut buffer[..])];
         let mut descriptors = Vec::new();
-        let received = self.retry(sockopt::Timeout::Recv, || {
-            let (socket, flags) = (&self.socket, RecvFlags::empty());
+        let mut receive = |flags| {
             let into = &mut descriptors;
-            Ok(descriptors::receive(
-                socket,
-                parts,
-                flags,
-                MAX_DESCRIPTORS,
-                into,
-            )?)
-        })?;
+            descriptors::receive(&self.socket, parts, flags, MAX_DESCRIPTORS, into)
+        };
+        let received = match deadline {
+            None => receive(RecvFlags::empty())?,
+            Some(deadline) => {
+                self.retry(PollFlags::IN, deadline, || receive(RecvFlags::DONTWAIT))?
+            }
+        };
         if received.lost_bytes || received.lost_descriptors {
             return Err(io::Error::other(
                 "packet is larger than any that a broker sends",

@@ -29,6 +29,12 @@ const MAX_POPULATED: u64 = 64 << 20;
 /// A host app's connection to a broker. Ends of channels outlive it. Threads can share it: each
 /// request waits for the answer to the one before it.
 ///
+/// After `fork(2)`, the connection, its ends and its taps belong to the process that made them. The
+/// copies in the forked process hold nothing: their calls fail with
+/// [`ErrorKind::Inherited`](crate::ErrorKind::Inherited), and dropping them changes nothing. The
+/// forked process attaches for itself. A claim ends with the process that made it, even if a forked
+/// process goes on.
+///
 /// ```no_run
 /// use barlink::Kind;
 /// use barlink::host::{self, Attachment};
@@ -68,8 +74,7 @@ impl Attachment {
     ///
     /// Those of [`host::connect_path`](crate::host::connect_path()).
     pub fn connect(path: &Path, access: Access) -> Result<Self, Error> {
-        let control = Control::connect(path)?;
-        let (answer, descriptors) = control.ask(Ask::Attach { access })?;
+        let (control, answer, descriptors) = Control::open(path, Ask::Attach { access })?;
         let Answer::Region(info) = answer else {
             return Err(control.not_a_broker("it answers another question").into());
         };
@@ -301,11 +306,16 @@ impl Attachment {
     ///
     /// # Errors
     ///
-    /// There is no such channel ([`ErrorKind::NotFound`](crate::ErrorKind::NotFound)), a process
-    /// holds one of its ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is
+    /// There is no such channel ([`ErrorKind::NotFound`](crate::ErrorKind::NotFound)), this process
+    /// attached with [`Access::ReadOnly`]
+    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), a process holds one of its ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is
     /// gone.
     pub fn reset(&self, name: &str) -> Result<u64, Error> {
         let channel = find(&self.layout, name)?;
+        if self.access == Access::ReadOnly {
+            let name = name.to_owned();
+            return Err(Error::ReadOnlyReset { name });
+        }
         match self.control.ask(Ask::Reset { channel })? {
             (Answer::Reset { generation }, _) => Ok(generation),
             _ => Err(self

@@ -36,7 +36,13 @@ impl Drop for Claim {
             end: self.end,
         }) {
             Ok(_)
-            | Err(ControlError::Refused(Refusal::NotHeld) | ControlError::Rejected { .. }) => (),
+            | Err(
+                ControlError::Refused(Refusal::NotHeld)
+                | ControlError::Rejected { .. }
+                | ControlError::Ended { .. },
+            ) => (),
+            // A forked process has a copy of the claim, and the claim is the other process's.
+            Err(ControlError::Inherited { .. }) => (),
             Err(error) => log::debug!("a claim is not given back: {error}"),
         }
     }

@@ -18,6 +18,7 @@ mod claim;
 pub(crate) mod events;
 mod tap;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -54,7 +55,7 @@ const RETRY: Duration = Duration::from_millis(10);
 ///   user, or does not answer within 5 seconds.
 /// * [`ErrorKind::Incompatible`](crate::ErrorKind::Incompatible): the broker is of another release,
 ///   or another program has the socket.
-/// * [`Error::NoRunFolder`], or a system call that failed.
+/// * A system call failed.
 pub fn connect(name: &str) -> Result<Attachment, Error> {
     AttachOptions::new().connect(name)
 }
@@ -74,9 +75,10 @@ pub fn connect_path(path: impl AsRef<Path>) -> Result<Attachment, Error> {
     AttachOptions::new().connect_path(path)
 }
 
-/// Returns the control socket of the broker with this name: `barlink/NAME.sock` in
-/// `$XDG_RUNTIME_DIR`, or in `/run` for root if that variable is not set (`docs/protocol.md`,
-/// section 7). The socket need not exist.
+/// Returns the control socket that a broker with this name makes if this user starts it:
+/// `barlink/NAME.sock` in `$XDG_RUNTIME_DIR`, or in `/run` for root if that variable is not set
+/// (`docs/protocol.md`, section 7). The socket need not exist. [`connect`] also finds brokers that
+/// other users have started.
 ///
 /// ```no_run
 /// use barlink::host;
@@ -98,6 +100,35 @@ pub fn socket_path(name: &str) -> Result<PathBuf, Error> {
         None => return Err(Error::NoRunFolder),
     };
     Ok(folder.join("barlink").join(format!("{name}.sock")))
+}
+
+/// Returns the folders in which control sockets of brokers can be: `barlink` in `$XDG_RUNTIME_DIR`,
+/// in `/run/user/UID`, and in `/run`, where services have theirs. [`connect`] looks in them in this
+/// order. The folders need not exist.
+///
+/// ```no_run
+/// for folder in barlink::host::socket_folders() {
+///     println!("{}", folder.display());
+/// }
+/// ```
+pub fn socket_folders() -> Vec<PathBuf> {
+    let user = rustix::process::geteuid().as_raw();
+    folders_of(std::env::var_os("XDG_RUNTIME_DIR"), user)
+}
+
+fn folders_of(run_folder: Option<OsString>, user: u32) -> Vec<PathBuf> {
+    let own = run_folder.filter(|folder| !folder.is_empty());
+    let of_user = PathBuf::from(format!("/run/user/{user}"));
+    let mut folders: Vec<_> = own.map(PathBuf::from).into_iter().collect();
+    for folder in [of_user, PathBuf::from("/run")] {
+        if !folders.contains(&folder) {
+            folders.push(folder);
+        }
+    }
+    folders
+        .iter()
+        .map(|folder| folder.join("barlink"))
+        .collect()
 }
 
 /// Options for attaching to a broker, as [`std::fs::OpenOptions`] are for files.
@@ -196,7 +227,20 @@ impl AttachOptions {
     ///
     /// Those of [`connect`](crate::host::connect()).
     pub fn connect(&self, name: &str) -> Result<Attachment, Error> {
-        self.connect_path(socket_path(name)?)
+        let folders = socket_folders();
+        let paths: Vec<_> = folders
+            .iter()
+            .map(|folder| folder.join(format!("{name}.sock")))
+            .collect();
+        self.connect_any(&paths, || {
+            let folders: Vec<_> = folders
+                .iter()
+                .map(|folder| folder.display().to_string())
+                .collect();
+            let name = name.to_owned();
+            let folders = folders.join(" or ");
+            ControlError::NoBrokerOfName { name, folders }
+        })
     }
 
     /// Attaches to the broker with this control socket.
@@ -219,16 +263,55 @@ impl AttachOptions {
     ///
     /// Those of [`connect`](crate::host::connect()), except that of a name.
     pub fn connect_path(&self, path: impl AsRef<Path>) -> Result<Attachment, Error> {
+        let path = path.as_ref().to_owned();
+        self.connect_any(std::slice::from_ref(&path), || ControlError::NoBroker {
+            path: path.clone(),
+        })
+    }
+
+    /// Attaches to the first of these sockets where a process listens.
+    fn connect_any(
+        &self,
+        paths: &[PathBuf],
+        nobody: impl Fn() -> ControlError,
+    ) -> Result<Attachment, Error> {
         let start = Instant::now();
         loop {
-            match Attachment::connect(path.as_ref(), self.access) {
-                Err(Error::Control(ControlError::NoBroker { .. }))
-                    if start.elapsed() < self.start_timeout =>
-                {
-                    std::thread::sleep(RETRY);
+            for path in paths {
+                match Attachment::connect(path, self.access) {
+                    Err(Error::Control(ControlError::NoBroker { .. })) => (),
+                    attached => return attached,
                 }
-                attached => return attached,
             }
+            if start.elapsed() >= self.start_timeout {
+                return Err(nobody().into());
+            }
+            std::thread::sleep(RETRY);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_are_looked_for_in_every_place() {
+        let folders = |variable: Option<&str>, user| {
+            let folders = folders_of(variable.map(OsString::from), user);
+            let folders = folders.iter().map(|folder| folder.display().to_string());
+            folders.collect::<Vec<_>>().join(" ")
+        };
+        let services = "/run/barlink";
+        let root = format!("/run/user/0/barlink {services}");
+        assert_eq!(folders(Some("/run/user/0"), 0), root);
+        assert_eq!(folders(None, 0), root);
+        assert_eq!(folders(Some(""), 0), root);
+        assert_eq!(
+            folders(Some("/run"), 0),
+            format!("{services} /run/user/0/barlink")
+        );
+        let user = format!("/tmp/x/barlink /run/user/1000/barlink {services}");
+        assert_eq!(folders(Some("/tmp/x"), 1000), user);
     }
 }

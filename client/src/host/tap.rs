@@ -14,8 +14,10 @@ use barlink_protocol::wire::layout::channel;
 
 use super::Attachment;
 use crate::error::Error;
+use crate::event_error::EventError;
 use crate::memory::Region;
 use crate::options::find;
+use crate::process::Process;
 use crate::receiver::OwnedRecord;
 
 /// First and longest time between two looks.
@@ -51,6 +53,8 @@ pub struct Tap {
     /// The sequence number of the next record, if one was received.
     next: Option<u64>,
     missed: u64,
+    /// The process that made the tap.
+    process: Process,
 }
 
 /// The result of one look at the next record.
@@ -91,6 +95,7 @@ impl Attachment {
             cursor: 0,
             next: None,
             missed: 0,
+            process: Process::current(),
         };
         let generation = tap.load(channel::GENERATION);
         if generation.is_multiple_of(2) {
@@ -126,6 +131,8 @@ impl Tap {
     ///
     /// The channel is corrupt.
     pub fn try_recv(&mut self) -> Result<Option<OwnedRecord>, Error> {
+        let checked = self.process.check();
+        checked.map_err(|process| EventError::Inherited { process })?;
         // A consumer that releases all records at once leaves none to copy.
         for _ in 0..TRIES {
             let generation = self.load(channel::GENERATION);

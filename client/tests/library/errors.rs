@@ -25,7 +25,7 @@ fn unplugged_device_is_gone() {
 }
 
 /// Listens as a broker does.
-fn listen(path: &std::path::Path) -> std::os::fd::OwnedFd {
+pub fn listen(path: &std::path::Path) -> std::os::fd::OwnedFd {
     let flags = SocketFlags::CLOEXEC;
     let (unix, packets) = (AddressFamily::UNIX, SocketType::SEQPACKET);
     let listener = rustix::net::socket_with(unix, packets, flags, None).unwrap();

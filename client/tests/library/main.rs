@@ -5,6 +5,7 @@
 mod broker;
 mod errors;
 mod examples;
+mod fork;
 mod records;
 mod streams;
 mod taps;

@@ -271,3 +271,14 @@ fn iterator_copies_records_and_releases_them() {
     }
     sending.join().unwrap();
 }
+
+#[test]
+fn ends_outlive_their_broker() {
+    let broker = Running::start(&["one=host-host,64K"]);
+    let app = broker.attach();
+    let (mut sender, mut receiver) = (app.sender("one").unwrap(), app.receiver("one").unwrap());
+    drop(broker);
+    let _ = sender.send(Kind::USER, b"alone").unwrap();
+    let record = receiver.recv_timeout(TIMEOUT).unwrap().unwrap();
+    assert_eq!(record.to_vec(), b"alone");
+}

@@ -26,6 +26,7 @@ use crate::persistence::{ClientId, name};
 use crate::rate_limit::{Account, CONNECTIONS, NOT_ADMITTED, REJECTED, UNRELEASED_CLAIMS};
 use crate::slot::{ReadRequest, Source};
 use crate::socket::Peer;
+use barlink::Access;
 use barlink::control::message::{Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, Request};
 use barlink::control::packet::PacketSocket;
 
@@ -38,6 +39,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 // Clients have small numbers.
 const STOP: u64 = u64::MAX;
 const LISTENER: u64 = u64::MAX - 1;
+/// With the number of a client: its process has ended.
+const ENDED: u64 = 1 << 62;
+/// Packets that are received of a client whose process has ended. It may have sent one request, and
+/// closed its socket.
+const LAST_PACKETS: usize = 2;
 
 /// Why serving has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,19 +57,33 @@ pub enum Exit {
 struct Client {
     socket: Arc<PacketSocket>,
     peer: Peer,
+    /// The process that connected: readable once it has ended. A process that it forked may have a
+    /// copy of the connection.
+    process: Option<OwnedFd>,
     since: Instant,
     /// Whether it has sent a valid request.
     active: bool,
+    /// The access that it last attached with, as far as this broker has served it.
+    access: Option<Access>,
 }
 
 impl Client {
-    fn new(socket: OwnedFd, peer: Peer, active: bool) -> Self {
-        Client {
+    fn new(socket: OwnedFd, peer: Peer, active: bool) -> io::Result<Self> {
+        Ok(Client {
+            process: peer.process(&socket)?,
             socket: Arc::new(PacketSocket::from_connected(socket)),
             peer,
             since: Instant::now(),
             active,
-        }
+            access: None,
+        })
+    }
+
+    /// Returns the descriptors that the loop watches, and what each event of them is called.
+    fn watched(&self, id: ClientId) -> impl Iterator<Item = (RawFd, u64)> {
+        let process = self.process.as_ref();
+        let process = process.map(|process| (process.as_raw_fd(), id | ENDED));
+        std::iter::once((self.socket.as_fd().as_raw_fd(), id)).chain(process)
     }
 }
 
@@ -80,23 +100,24 @@ pub fn serve(
     // The service manager has descriptors of the socket, too. So the kernel would go on watching a
     // socket that is only closed here, and its hang-up would end each wait at once.
     let unwatch = |client: &Client| {
-        let event = EpollEvent::default();
-        let removed = epoll.ctl(
-            ControlOperation::Delete,
-            client.socket.as_fd().as_raw_fd(),
-            event,
-        );
-        if let Err(error) = removed {
-            warn!("{} is still watched: {error}", client.peer);
+        for (fd, _) in client.watched(0) {
+            let event = EpollEvent::default();
+            if let Err(error) = epoll.ctl(ControlOperation::Delete, fd, event) {
+                warn!("{} is still watched: {error}", client.peer);
+            }
         }
+    };
+    let watch_client = |client: &Client, id| {
+        let mut watched = client.watched(id);
+        watched.try_for_each(|(fd, event)| watch(fd, event))
     };
     watch(stop.as_raw_fd(), STOP)?;
     watch(listener.as_fd().as_raw_fd(), LISTENER)?;
     let mut clients = HashMap::new();
     for (id, socket) in inherited {
         let client = Peer::of(&socket).and_then(|peer| {
-            let client = Client::new(socket, peer, true);
-            watch(client.socket.as_fd().as_raw_fd(), id)?;
+            let client = Client::new(socket, peer, true)?;
+            watch_client(&client, id)?;
             Ok(client)
         });
         match client {
@@ -126,17 +147,28 @@ pub fn serve(
                 LISTENER => {
                     if let Some(client) = admit(listener, state, clients.len()) {
                         let id = state.roster.next_client();
-                        match watch(client.socket.as_fd().as_raw_fd(), id) {
+                        match watch_client(&client, id) {
                             Ok(()) => drop(clients.insert(id, client)),
                             Err(error) => warn!("{} is disconnected: {error}", client.peer),
                         }
                     }
                 }
-                id => {
+                event => {
+                    let (id, has_ended) = (event & !ENDED, event & ENDED != 0);
                     let Some(client) = clients.get_mut(&id) else {
                         continue;
                     };
-                    match handle(client, id, state, &mut buffer) {
+                    let mut next = handle(client, id, state, &mut buffer);
+                    for _ in 1..LAST_PACKETS {
+                        if has_ended && matches!(next, Next::Stays) {
+                            next = handle(client, id, state, &mut buffer);
+                        }
+                    }
+                    if has_ended && matches!(next, Next::Stays) {
+                        // Only processes that it forked have the connection.
+                        next = Next::Leaves(None);
+                    }
+                    match next {
                         Next::Stays => (),
                         Next::Leaves(error) => {
                             let peer = client.peer;
@@ -211,7 +243,10 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
         ));
         return None;
     }
-    Some(Client::new(socket, peer, false))
+    let client = Client::new(socket, peer, false);
+    client
+        .inspect_err(|error| reject(format_args!("{peer} is refused: {error}")))
+        .ok()
 }
 
 /// The result of a request for its client.
@@ -261,7 +296,9 @@ fn handle(
         Err(error) => return Next::Leaves(Some(error)),
     };
     let peer = client.peer;
-    let ask = Request::parse(request);
+    let parsed = Request::parse(request);
+    let fault = parsed.as_ref().err().map(ToString::to_string);
+    let ask = parsed.map_err(Refusal::from);
     if ask == Ok(Ask::HandOver) {
         return match takeover::hand_over(&client.socket, peer, state) {
             Ok(true) => Next::TakesOver,
@@ -274,7 +311,13 @@ fn handle(
         let stored = client.socket.clone();
         state.descriptors.store(name::client(id), stored);
     }
+    if let Ok(Ask::Attach { access }) = ask {
+        client.access = Some(access);
+    }
     let answered = match ask {
+        Ok(Ask::Claim { .. } | Ask::Reset { .. }) if client.access == Some(Access::ReadOnly) => {
+            Err(Refusal::ReadOnly)
+        }
         Ok(Ask::ReadGuest {
             slot,
             address,
@@ -294,7 +337,8 @@ fn handle(
         // The VM's thread answers it.
         Ok(None) => return Next::Stays,
         Err(refusal) => {
-            let message = format_args!("{peer} is refused: {refusal}");
+            let reason = fault.unwrap_or_else(|| refusal.to_string());
+            let message = format_args!("{peer} is refused: {reason}");
             peer.log(&REJECTED, Level::Info, message);
             (Answer::Refused(refusal), Vec::new())
         }

@@ -54,13 +54,14 @@ pub struct ChannelView {
     pub fill: Option<u64>,
     /// Bytes committed since the channel's reset.
     pub written: u64,
-    /// Number of records committed since the channel's reset.
+    /// Number of records committed since the channel's reset, with the marks at the begin and end of
+    /// each stream.
     pub records: u64,
     /// Number of records dropped because the channel was full.
     pub dropped: u64,
     /// Number of doorbells that the producer rang.
     pub rung: u64,
-    /// Number of records for which the producer did not ring.
+    /// Number of records, marks included, for which the producer did not ring.
     pub suppressed: u64,
     /// Number of doorbells that the consumer rang because it freed space.
     pub rung_for_room: u64,

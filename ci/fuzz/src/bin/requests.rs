@@ -36,12 +36,14 @@ fuzz_target!(|input: &[u8]| {
 fn receive(state: &BrokerState, client: u64, packet: &[u8]) {
     let ask = match Request::parse(packet) {
         Ok(ask) => ask,
-        Err(refusal) => {
-            let text = refusal.to_string();
-            assert!(
-                text.chars().count() <= MAX_QUOTE && !text.contains(char::is_control),
-                "{text}"
-            );
+        Err(invalid) => {
+            let refusal = Refusal::from(invalid.clone());
+            for text in [invalid.to_string(), refusal.to_string()] {
+                assert!(
+                    text.chars().count() <= MAX_QUOTE && !text.contains(char::is_control),
+                    "{text}"
+                );
+            }
             return tell(Answer::Refused(refusal));
         }
     };

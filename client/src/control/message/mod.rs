@@ -43,13 +43,40 @@ pub struct Request {
 impl Request {
     /// Parses a packet. The version is checked first, so that a client of another version learns of
     /// that, whatever it asks.
-    pub fn parse(packet: &[u8]) -> Result<Ask, Refusal> {
+    pub fn parse(packet: &[u8]) -> Result<Ask, InvalidRequest> {
         let AnyVersion { version } = serde_json::from_slice(packet).map_err(|e| malformed(&e))?;
         if version != VERSION {
-            return Err(Refusal::Version { broker: VERSION });
+            return Err(InvalidRequest::Version { client: version });
         }
         let request: Request = serde_json::from_slice(packet).map_err(|e| malformed(&e))?;
         Ok(request.ask)
+    }
+}
+
+/// The reason why a packet is not a request that a broker can answer. Its text is for the broker's
+/// log; the client receives a [`Refusal`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidRequest {
+    /// The request's version is not the broker's.
+    #[error(
+        "it speaks version {client} of the control protocol, this broker version {VERSION}: use the programs of one \
+         release"
+    )]
+    Version {
+        /// The client's.
+        client: u32,
+    },
+    /// The packet is no request.
+    #[error("its packet is no request: {0}")]
+    Malformed(String),
+}
+
+impl From<InvalidRequest> for Refusal {
+    fn from(invalid: InvalidRequest) -> Self {
+        match invalid {
+            InvalidRequest::Version { .. } => Refusal::Version { broker: VERSION },
+            InvalidRequest::Malformed(complaint) => Refusal::Malformed(complaint),
+        }
     }
 }
 
@@ -58,10 +85,10 @@ const MAX_COMPLAINT: usize = 200;
 
 /// Describes the fault of a packet. The parser quotes from the packet, and the text goes to a log
 /// and to a terminal. So it is short, and control characters are escaped.
-fn malformed(error: &serde_json::Error) -> Refusal {
+fn malformed(error: &serde_json::Error) -> InvalidRequest {
     let complaint = error.to_string();
     let plain = complaint.chars().flat_map(char::escape_debug);
-    Refusal::Malformed(plain.take(MAX_COMPLAINT).collect())
+    InvalidRequest::Malformed(plain.take(MAX_COMPLAINT).collect())
 }
 
 /// The requests of a host app.

@@ -37,6 +37,9 @@ pub enum Refusal {
     /// The client does not hold the end that it releases.
     #[error("the end is not held by this process")]
     NotHeld,
+    /// The client has attached for reading.
+    #[error("the connection is read-only: attach with read and write access to claim or reset")]
+    ReadOnly,
     /// A channel cannot be reset while one of its ends is held.
     #[error("channel `{channel}` is in use by {holder}: stop that process first")]
     InUse {
@@ -130,6 +133,7 @@ impl Refusal {
             Refusal::Held(_) | Refusal::InUse { .. } | Refusal::Busy => ErrorKind::InUse,
             Refusal::NotHost(_)
             | Refusal::NotHeld
+            | Refusal::ReadOnly
             | Refusal::OutsideBuffer { .. }
             | Refusal::MuchData(_) => ErrorKind::InvalidInput,
             Refusal::NotYours | Refusal::NotOwner => ErrorKind::PermissionDenied,

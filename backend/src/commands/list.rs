@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The command `barlink list`.
+
+use std::fs;
+use std::io::{ErrorKind, Write, stdout};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use barlink::host::{self, AttachOptions, ControlError};
+use barlink::{Access, Error};
+use indicatif::BinaryBytes;
+use log::warn;
+use serde::Serialize;
+
+use crate::args::List;
+
+/// A broker, as its control socket shows it.
+#[derive(Debug, Serialize)]
+struct Entry {
+    /// Its name.
+    name: String,
+    /// Its control socket.
+    control: PathBuf,
+    #[serde(flatten)]
+    state: State,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum State {
+    Serves {
+        /// Process ID of the broker.
+        pid: u32,
+        /// Bytes in the region.
+        size: u64,
+        /// Slots for VMs.
+        slots: usize,
+        /// VMs that are connected.
+        vms: usize,
+    },
+    Fails {
+        /// The reason why the broker cannot be asked.
+        error: String,
+    },
+}
+
+pub fn list(args: &List) -> Result<()> {
+    let folders = host::socket_folders();
+    let mut entries = Vec::new();
+    for folder in &folders {
+        for (name, control) in sockets(folder) {
+            entries.extend(entry(name, control));
+        }
+    }
+    let text = if args.json {
+        serde_json::to_string_pretty(&entries)?
+    } else if entries.is_empty() {
+        let folders: Vec<_> = folders.iter().map(|folder| folder.display()).collect();
+        format!(
+            "no broker in {}: start one with `barlink serve`",
+            join(&folders)
+        )
+    } else {
+        table(&entries)
+    };
+    writeln!(stdout(), "{text}").context("cannot write to standard output")
+}
+
+fn join(parts: &[impl ToString]) -> String {
+    parts
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(" or ")
+}
+
+/// Returns the names and paths of what may be control sockets in a folder, sorted.
+fn sockets(folder: &Path) -> Vec<(String, PathBuf)> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Vec::new(),
+        Err(error) => {
+            let folder = folder.display();
+            warn!(
+                "cannot list {folder}: {error}; `barlink inspect --name NAME` finds a broker there"
+            );
+            return Vec::new();
+        }
+    };
+    let mut sockets: Vec<_> = entries
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            let name = path.file_name()?.to_str()?.strip_suffix(".sock")?;
+            Some((name.to_owned(), path))
+        })
+        .collect();
+    sockets.sort();
+    sockets
+}
+
+/// Asks the broker at a socket. Returns `None` for a socket that is not the control socket of a
+/// running broker.
+fn entry(name: String, control: PathBuf) -> Option<Entry> {
+    let options = AttachOptions::new().access(Access::ReadOnly);
+    let asked = options.connect_path(&control).and_then(|broker| {
+        let status = broker.status()?;
+        Ok(State::Serves {
+            pid: status.broker,
+            size: broker.layout().region_size,
+            slots: status.slots.len(),
+            vms: status.slots.iter().filter(|slot| slot.vm.is_some()).count(),
+        })
+    });
+    let state = match asked {
+        Ok(state) => state,
+        Err(Error::Control(ControlError::NoBroker { .. } | ControlError::NotABroker { .. })) => {
+            return None;
+        }
+        Err(error) => State::Fails {
+            error: error.to_string(),
+        },
+    };
+    Some(Entry {
+        name,
+        control,
+        state,
+    })
+}
+
+fn table(entries: &[Entry]) -> String {
+    let mut rows = vec![["name", "region", "VMs", "process", "control socket"].map(str::to_owned)];
+    for entry in entries {
+        let control = entry.control.display().to_string();
+        rows.push(match &entry.state {
+            State::Serves {
+                pid,
+                size,
+                slots,
+                vms,
+            } => [
+                entry.name.clone(),
+                BinaryBytes(*size).to_string(),
+                format!("{vms} of {slots}"),
+                pid.to_string(),
+                control,
+            ],
+            State::Fails { error } => {
+                let none = || "-".to_owned();
+                [entry.name.clone(), none(), none(), none(), error.clone()]
+            }
+        });
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: [usize; 5] = std::array::from_fn(width);
+    let lines = rows.iter().map(|row| {
+        let cells = row.iter().zip(widths);
+        let line: String = cells
+            .map(|(cell, width)| format!("{cell:width$}  "))
+            .collect();
+        line.trim_end().to_owned()
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}

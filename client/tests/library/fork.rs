@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Processes that fork while they hold ends of channels.
+
+#![expect(unsafe_code, reason = "the tests fork, as programs do")]
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use barlink::control::client::Control;
+use barlink::control::message::{Answer, Ask};
+use barlink::{Error, ErrorKind, Kind};
+
+use crate::broker::{Running, TIMEOUT};
+use crate::errors::listen;
+
+/// A forked process, which is killed and reaped when this is dropped.
+struct Child(libc::pid_t);
+
+impl Child {
+    /// Forks, and runs a check in the new process, which ends with it.
+    fn start(check: impl FnOnce()) -> Self {
+        // SAFETY: the forked process only runs the check, whose calls take no lock that another
+        // thread of this test may hold, and ends without running destructors of the test.
+        match unsafe { libc::fork() } {
+            0 => {
+                let passed = catch_unwind(AssertUnwindSafe(check)).is_ok();
+                // SAFETY: it ends the process.
+                unsafe { libc::_exit(i32::from(!passed)) }
+            }
+            child => {
+                assert!(child > 0, "cannot fork");
+                Child(child)
+            }
+        }
+    }
+
+    /// Waits until the process has ended. Returns its status.
+    fn wait(&mut self) -> i32 {
+        let mut status = 0;
+        // SAFETY: `status` is written before the call returns.
+        let reaped = unsafe { libc::waitpid(self.0, &raw mut status, 0) };
+        assert_eq!(reaped, self.0);
+        self.0 = 0;
+        status
+    }
+
+    fn passes(mut self) {
+        assert_eq!(self.wait(), 0, "a check in the forked process failed");
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        // SAFETY: it is a child of this process that was not reaped, so the number is not reused.
+        let sent = unsafe { libc::kill(self.0, signal) };
+        assert_eq!(sent, 0);
+    }
+
+    fn kill(&mut self) {
+        self.signal(libc::SIGKILL);
+        self.wait();
+    }
+
+    /// Stops the process, until `SIGCONT`.
+    fn stop(&self) {
+        self.signal(libc::SIGSTOP);
+        let mut status = 0;
+        // SAFETY: `status` is written before the call returns.
+        let stopped = unsafe { libc::waitpid(self.0, &raw mut status, libc::WUNTRACED) };
+        assert!(stopped == self.0 && libc::WIFSTOPPED(status));
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.0 > 0 {
+            self.kill();
+        }
+    }
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < TIMEOUT, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn is_inherited<T>(result: Result<T, Error>) {
+    let error = result.err().expect("the copy works");
+    assert_eq!(error.kind(), ErrorKind::Inherited, "{error}");
+}
+
+#[test]
+fn copies_in_forked_process_do_nothing() {
+    let broker = Running::start(&["one=host-host,64K"]);
+    let app = broker.attach();
+    let (mut sender, mut receiver) = (app.sender("one").unwrap(), app.receiver("one").unwrap());
+    let mut tap = app.tap("one").unwrap();
+    let _ = sender.send(Kind::USER, b"first").unwrap();
+    let _ = sender.stage(Kind::USER, b"staged").unwrap();
+    receiver.recv().unwrap().pass();
+    let child = Child::start(|| {
+        let bytes = *b"child";
+        is_inherited(app.status());
+        is_inherited(app.sender("one"));
+        is_inherited(app.reset("one"));
+        is_inherited(sender.send(Kind::USER, &bytes));
+        is_inherited(sender.try_send(Kind::USER, &bytes));
+        is_inherited(sender.stage(Kind::USER, &bytes));
+        is_inherited(sender.publish());
+        is_inherited(sender.reserve(8));
+        std::io::Write::write(&mut sender.stream(), &bytes).unwrap_err();
+        is_inherited(sender.stream().finish());
+        is_inherited(receiver.recv());
+        is_inherited(receiver.try_recv());
+        is_inherited(receiver.recv_timeout(Duration::from_millis(1)));
+        is_inherited(receiver.release());
+        std::io::Read::read(&mut receiver.stream(), &mut [0; 8]).unwrap_err();
+        is_inherited(tap.try_recv());
+        // SAFETY: the values are this process's copies, and are not used afterwards.
+        unsafe {
+            drop((
+                std::ptr::read(&raw const sender),
+                std::ptr::read(&raw const receiver),
+            ));
+            drop((
+                std::ptr::read(&raw const app),
+                std::ptr::read(&raw const tap),
+            ));
+        }
+    });
+    child.passes();
+    // The ends are still held, the staged record is not published, the passed one not released.
+    let claims = app.status().unwrap().claims;
+    assert_eq!(claims.len(), 2, "{claims:?}");
+    let other = broker.attach();
+    assert_eq!(other.sender("one").unwrap_err().kind(), ErrorKind::InUse);
+    assert_eq!(tap.try_recv().unwrap().unwrap().bytes, b"first");
+    assert_eq!(tap.try_recv().unwrap(), None);
+    sender.publish().unwrap();
+    let record = receiver.recv().unwrap();
+    assert_eq!(
+        (record.to_vec(), record.sequence()),
+        (b"staged".to_vec(), 1)
+    );
+}
+
+#[test]
+fn reservation_and_record_in_forked_process_do_nothing() {
+    let broker = Running::start(&["one=host-host,64K"]);
+    let (mut sender, mut receiver) = broker.ends("one");
+    let _ = sender.send(Kind::USER, b"first").unwrap();
+    let reservation = sender.reserve(8).unwrap();
+    let record = receiver.recv().unwrap();
+    let child = Child::start(|| {
+        // SAFETY: the values are this process's copies, and are not used afterwards.
+        let (reservation, record) = unsafe {
+            (
+                std::ptr::read(&raw const reservation),
+                std::ptr::read(&raw const record),
+            )
+        };
+        is_inherited(reservation.commit(Kind::USER));
+        is_inherited(record.release());
+    });
+    child.passes();
+    assert_eq!(record.to_vec(), b"first");
+    record.keep();
+    drop(reservation);
+    let _ = sender.send(Kind::USER, b"second").unwrap();
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"first");
+    let second = receiver.recv().unwrap();
+    assert_eq!(
+        (second.to_vec(), second.sequence()),
+        (b"second".to_vec(), 1)
+    );
+}
+
+#[test]
+fn forked_process_attaches_for_itself() {
+    let broker = Running::start(&["one=host-host,64K"]);
+    let (_, mut receiver) = broker.ends("one");
+    let child = Child::start(|| {
+        let mut sender = broker.attach().sender("one").unwrap();
+        let _ = sender.send(Kind::USER, b"from the child").unwrap();
+        // What this process made is inherited by the next one.
+        Child::start(|| is_inherited(sender.publish())).passes();
+        sender.publish().unwrap();
+    });
+    child.passes();
+    let record = receiver.recv_timeout(TIMEOUT).unwrap();
+    assert_eq!(record.unwrap().to_vec(), b"from the child");
+}
+
+/// A child of a killed process has copies of its connection and of its ends.
+#[test]
+fn claim_ends_with_process_despite_its_child() {
+    let broker = Running::start(&["one=host-host,64K"]);
+    let (ready, is_ready) = std::io::pipe().map(|(read, write)| (write, read)).unwrap();
+    let control = broker.control();
+    let mut holder = Child::start(move || {
+        let app = barlink::host::connect_path(control).unwrap();
+        let _sender = app.sender("one").unwrap();
+        let orphan = Child::start(|| {
+            loop {
+                std::thread::sleep(TIMEOUT);
+            }
+        });
+        std::io::Write::write_all(&mut &ready, &orphan.0.to_ne_bytes()).unwrap();
+        loop {
+            std::thread::sleep(TIMEOUT);
+        }
+    });
+    let mut orphan = [0; 4];
+    std::io::Read::read_exact(&mut &is_ready, &mut orphan).unwrap();
+    let app = broker.attach();
+    let held = app.sender("one").unwrap_err();
+    assert!(
+        held.to_string().contains(&format!("process {} ", holder.0)),
+        "{held}"
+    );
+    holder.kill();
+    wait_until("the end is free", || app.sender("one").is_ok());
+    // SAFETY: the process sleeps until it is killed here, so the number is its own.
+    let killed = unsafe { libc::kill(i32::from_ne_bytes(orphan), libc::SIGKILL) };
+    assert_eq!(killed, 0);
+}
+
+#[test]
+fn stopped_app_receives_answer_after_timeout() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control");
+    let listener = listen(&path);
+    let asking = Child::start(|| {
+        let (answer, _) = Control::connect(&path).unwrap().ask(Ask::Status).unwrap();
+        assert_eq!(answer, Answer::Done);
+    });
+    let broker = rustix::net::accept(&listener).unwrap();
+    rustix::io::read(&broker, &mut [0; 4096]).unwrap();
+    asking.stop();
+    rustix::io::write(&broker, br#"{"version":1,"answer":"done"}"#).unwrap();
+    // Longer than the timeout of a request.
+    std::thread::sleep(Duration::from_millis(5100));
+    asking.signal(libc::SIGCONT);
+    asking.passes();
+}
