@@ -98,6 +98,13 @@ impl Events for Doorbells {
         time.try_into().unwrap_or_default()
     }
 
+    fn check(&self) -> Result<(), EventError> {
+        match self.is_gone() {
+            true => Err(EventError::Gone),
+            false => Ok(()),
+        }
+    }
+
     fn can_spin(&self) -> bool {
         self.can_spin
     }

@@ -110,8 +110,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.link.peer()
     }
 
-    /// Returns whether no process held the other end when this end last looked. It is false between
-    /// two VMs, which cannot see each other.
+    /// Returns whether no process holds the other end now. It is false between two VMs, which cannot
+    /// see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
     }
@@ -140,6 +140,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Returns the number of records dropped since the channel's reset.
     pub fn dropped(&self) -> u64 {
         self.producer.dropped()
+    }
+
+    /// Counts a record that was dropped because the channel was full.
+    pub(crate) fn drop_record(&mut self) {
+        self.producer.drop_record();
     }
 
     /// Reserves space for a record with `length` bytes of payload, to be filled in place. Waits for
@@ -288,6 +293,11 @@ pub struct SenderReservation<'a, M, E> {
 }
 
 impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
+    /// Returns the events of this end.
+    pub fn events(&self) -> &E {
+        self.link.events()
+    }
+
     /// Returns the bytes of payload that the reservation has space for.
     pub fn length(&self) -> u32 {
         self.reservation.length()
@@ -384,9 +394,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.link.peer()
     }
 
-    /// Returns whether no process held the other end when this end last looked. [`Receiver::wait`]
-    /// looks unless it finds a record at once. The result is false between two VMs, which cannot
-    /// see each other.
+    /// Returns whether no process holds the other end now. Records that it committed before it left
+    /// are still there. The result is false between two VMs, which cannot see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
     }

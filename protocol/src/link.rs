@@ -29,6 +29,11 @@ pub trait Events {
     /// Returns the time of this side's monotonic clock.
     fn now(&self) -> Duration;
 
+    /// Returns an error if the region's memory is gone with its device, so that an access fails.
+    fn check(&self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
     /// Returns whether it can pay to wait for the other end without sleeping. It cannot if both
     /// ends share one CPU.
     fn can_spin(&self) -> bool;
@@ -124,10 +129,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         self.peer
     }
 
-    /// Returns whether no process holds the other end, as last seen. It is false between two VMs,
-    /// which cannot see each other.
+    /// Looks whether no process holds the other end. It is false between two VMs, which cannot see
+    /// each other.
     pub(crate) fn peer_is_away(&self) -> bool {
-        self.words.is_some() && !self.peer.is_held()
+        self.words.is_some() && !self.read_peer().is_held()
     }
 
     /// Returns the events of this end, for a program that waits for several things at once.
