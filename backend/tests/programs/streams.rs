@@ -5,15 +5,21 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::Duration;
 
+use barlink::stream;
 use barlink_protocol::state;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::Signal;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
 
 use crate::support::*;
 use crate::terminal::*;
@@ -685,6 +691,60 @@ fn commands_wait_for_nonblocking_pipes() {
         assert!(seen.len() >= bytes.len(), "{args:?}");
         assert!(args.len() == 3 || seen == bytes);
     }
+}
+
+/// Makes `read(2)` and `write(2)` of this thread fail with EFAULT if their buffer is in this range,
+/// as for files that need the memory pinned, in a guest.
+fn refuse_buffers_in(range: Range<u64>) {
+    let within = |compare, address| {
+        SeccompCondition::new(1, SeccompCmpArgLen::Qword, compare, address).unwrap()
+    };
+    let conditions = vec![
+        within(SeccompCmpOp::Ge, range.start),
+        within(SeccompCmpOp::Lt, range.end),
+    ];
+    let rules = vec![SeccompRule::new(conditions).unwrap()];
+    let calls = [libc::SYS_read, libc::SYS_write];
+    let filter = SeccompFilter::new(
+        calls.map(|call| (call, rules.clone())).into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EFAULT.unsigned_abs()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
+}
+
+#[test]
+fn stream_goes_around_memory_without_pinning() {
+    let broker = Broker::start(&LOOP);
+    let bytes = noise(300_001);
+    let [source, target] = ["in", "out"].map(|name| broker.path(name));
+    file_with(&source, &bytes);
+    let attachment = broker.attach();
+    let mut sender = attachment.sender("loop").unwrap();
+    let mut receiver = attachment.receiver("loop").unwrap();
+    let _ = sender.send(barlink::Kind::USER, b"probe").unwrap();
+    let payload = receiver.recv().unwrap().words().as_ptr() as u64;
+    let layout = attachment.layout();
+    let start = payload - layout.find("loop").unwrap().1.offset - 4096 - 24;
+    let range = start..start + layout.region_size;
+    // A thread of its own, because the filter remains.
+    let streaming = std::thread::spawn(move || {
+        refuse_buffers_in(range);
+        let sent = stream::send(&mut sender, File::open(&source).unwrap(), 100_000, &mut ());
+        assert_eq!(sent.unwrap().records, 4);
+        let received = stream::receive(&mut receiver, File::create(&target).unwrap(), &mut ());
+        assert_eq!(received.unwrap().bytes, 300_001);
+        assert!(std::fs::read(&target).unwrap() == bytes);
+        let mut reservation = sender.reserve(1000).unwrap();
+        let source = File::open(&source).unwrap();
+        assert_eq!(reservation.read_from(source).unwrap(), 1000);
+        reservation.commit(barlink::Kind::USER).unwrap();
+        let file = File::create(&target).unwrap();
+        assert_eq!(receiver.recv().unwrap().write_to(file).unwrap(), 1000);
+        assert!(std::fs::read(target).unwrap() == bytes[..1000]);
+    });
+    join("all is received", streaming);
 }
 
 #[test]
