@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -693,22 +692,14 @@ fn commands_wait_for_nonblocking_pipes() {
     }
 }
 
-/// Makes `read(2)` and `write(2)` of this thread fail with EFAULT if their buffer is in this range,
-/// as for files that need the memory pinned, in a guest.
-fn refuse_buffers_in(range: Range<u64>) {
-    let within = |compare, address| {
-        SeccompCondition::new(1, SeccompCmpArgLen::Qword, compare, address).unwrap()
-    };
-    let conditions = vec![
-        within(SeccompCmpOp::Ge, range.start),
-        within(SeccompCmpOp::Lt, range.end),
-    ];
+/// Makes some system calls of this thread, and of programs that it starts, fail with this error if
+/// their arguments match the conditions.
+fn refuse(calls: &[libc::c_long], conditions: Vec<SeccompCondition>, error: i32) {
     let rules = vec![SeccompRule::new(conditions).unwrap()];
-    let calls = [libc::SYS_read, libc::SYS_write];
     let filter = SeccompFilter::new(
-        calls.map(|call| (call, rules.clone())).into(),
+        calls.iter().map(|call| (*call, rules.clone())).collect(),
         SeccompAction::Allow,
-        SeccompAction::Errno(libc::EFAULT.unsigned_abs()),
+        SeccompAction::Errno(error.unsigned_abs()),
         std::env::consts::ARCH.try_into().unwrap(),
     );
     seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
@@ -730,7 +721,15 @@ fn stream_goes_around_memory_without_pinning() {
     let range = start..start + layout.region_size;
     // A thread of its own, because the filter remains.
     let streaming = std::thread::spawn(move || {
-        refuse_buffers_in(range);
+        // The kernel refuses as for files that need the memory pinned, in a guest.
+        let within = |compare, address| {
+            SeccompCondition::new(1, SeccompCmpArgLen::Qword, compare, address).unwrap()
+        };
+        let conditions = vec![
+            within(SeccompCmpOp::Ge, range.start),
+            within(SeccompCmpOp::Lt, range.end),
+        ];
+        refuse(&[libc::SYS_read, libc::SYS_write], conditions, libc::EFAULT);
         let sent = stream::send(&mut sender, File::open(&source).unwrap(), 100_000, &mut ());
         assert_eq!(sent.unwrap().records, 4);
         let received = stream::receive(&mut receiver, File::create(&target).unwrap(), &mut ());
@@ -745,6 +744,41 @@ fn stream_goes_around_memory_without_pinning() {
         assert!(std::fs::read(target).unwrap() == bytes[..1000]);
     });
     join("all is received", streaming);
+}
+
+/// A quota or a file server reports its error when the file is closed.
+#[test]
+fn receiver_reports_error_of_closing_file() {
+    let broker = Broker::start(&LOOP);
+    file_with(&broker.path("in"), b"some text");
+    works(send(&broker).arg(broker.path("in")));
+    let (out, errors) = (broker.path("out"), broker.path("errors"));
+    let stderr = File::create(&errors).unwrap();
+    let mut receiver = recv(&broker);
+    receiver
+        .arg("-o")
+        .arg(&out)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr);
+    // A thread of its own, because the filter remains. The program inherits it.
+    let starting = std::thread::spawn(move || {
+        // The loader of programs closes descriptor 3, and does not go on after an error.
+        let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
+        refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
+        receiver.spawn().unwrap()
+    });
+    let status = join("it is started", starting).wait().unwrap();
+    let errors = std::fs::read_to_string(errors).unwrap();
+    assert_eq!(status.code(), Some(1), "{errors}");
+    let text = format!(
+        "cannot write {}: the stream is no longer in the channel",
+        out.display()
+    );
+    assert!(
+        errors.contains(&text) && errors.contains("quota"),
+        "{errors}"
+    );
 }
 
 #[test]

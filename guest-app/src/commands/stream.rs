@@ -5,7 +5,6 @@
 use anyhow::{Context, Result};
 use barlink::Kind;
 use barlink::guest::Device;
-use barlink::stream::mark;
 use barlink_cli::stream;
 
 use crate::args::{Echo, Recv, Send};
@@ -37,8 +36,8 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
         record.copy_to(&mut bytes);
         let sent = match kind {
             // A sender that drops waits a moment before it drops the begin or the end.
-            Kind::BEGIN | Kind::END => mark(&mut sender, kind),
-            _ => sender.send(kind, &bytes).map(drop),
+            Kind::BEGIN | Kind::END => stream::mark(&mut sender, kind),
+            _ => sender.send(kind, &bytes).map(drop).map_err(Into::into),
         };
         if let Err(error) = sent {
             record.keep();

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use barlink::guest::Device;
-use barlink::stream::mark;
 use barlink::{Kind, Sent};
+use barlink_cli::stream::mark;
 use procfs::{Current, CurrentSI, KernelStats, Meminfo};
 use serde::Serialize;
 
@@ -66,7 +66,7 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
     if !begun {
         mark(&mut sender, Kind::BEGIN)?;
     }
-    Ok(mark(&mut sender, Kind::END)?)
+    mark(&mut sender, Kind::END)
 }
 
 /// Returns whether an interrupt belongs to a barlink device on the virtio bus. The kernel chooses

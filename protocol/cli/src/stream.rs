@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use barlink::stream::{self, Accept, Misplaced, StreamError};
-use barlink::{ChannelError, Receiver, Sender};
+use barlink::{ChannelError, Error, Kind, Receiver, Sender};
 use clap::Args;
 use rustix::fs::SeekFrom;
 
@@ -177,6 +177,17 @@ fn flush(file: &OwnedFd) -> io::Result<()> {
     match nix::unistd::close(file.try_clone()?) {
         Err(nix::errno::Errno::EINTR) => Ok(()),
         closed => Ok(closed?),
+    }
+}
+
+/// Sends the beginning or the end of a stream for a program that sends its data itself.
+pub fn mark(sender: &mut Sender, kind: Kind) -> Result<()> {
+    match stream::mark(sender, kind) {
+        Err(Error::Full) => {
+            let text = "the end of the stream was dropped because the channel was full".to_owned();
+            Err(Failure { text, code: 6 }.into())
+        }
+        marked => Ok(marked?),
     }
 }
 
