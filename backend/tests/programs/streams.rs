@@ -337,7 +337,26 @@ fn failed_receiver_preserves_existing_file() {
         3,
         &["no broker"],
     );
+    fails(
+        recv(&broker).args(["-o", file, "--timeout", "10ms"]),
+        7,
+        &["nothing moved"],
+    );
+    let mut sender = take_the_beginning(&broker);
+    drop(sender.stdin.take());
+    assert!(wait(&mut sender).success());
+    fails(
+        recv(&broker).args(["-o", file]),
+        6,
+        &["the beginning of the stream is missing"],
+    );
     assert_eq!(std::fs::read(file).unwrap(), b"precious");
+    // A stream that is taken up replaces the whole file.
+    assert_eq!(works(recv(&broker).arg("--partial")), "");
+    file_with(&broker.path("in"), b"new");
+    works(send(&broker).arg(broker.path("in")));
+    works(recv(&broker).args(["-o", file]));
+    assert_eq!(std::fs::read(file).unwrap(), b"new");
 }
 
 #[test]
@@ -497,7 +516,7 @@ fn receiver_reports_missing_beginning() {
             for part in [
                 "\"complete\":false",
                 "the beginning of the stream is missing",
-                "receive the rest with --partial",
+                "receive the rest into another file with --partial",
             ] {
                 assert!(errors.contains(part), "no `{part}` in {errors}");
             }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use barlink::stream::{self, Accept, Misplaced, StreamError};
+use barlink::stream::{self, Accept, Misplaced, Progress, StreamError, Watch};
 use barlink::{ChannelError, Error, Kind, Receiver, Sender};
 use clap::Args;
 use rustix::fs::SeekFrom;
@@ -123,10 +123,15 @@ pub fn receive(
     channel: &str,
     attach: impl FnOnce() -> Result<Receiver>,
 ) -> Result<()> {
-    // The receiver attaches before the file is created, so that a failure does not empty the file.
+    // A failure must not empty the file. So the receiver attaches before the file is created, and
+    // the file is emptied when a stream is taken up.
     let mut receiver = attach()?;
     let target: OwnedFd = match &args.output {
-        Some(path) => File::create(path)
+        Some(path) => File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
             .with_context(|| {
                 let path = path.display();
                 format!("cannot create {path} (name a writable file, or none for standard output)")
@@ -139,9 +144,20 @@ pub fn receive(
     };
     let accept = Accept::default().partial(args.partial).raw(args.raw);
     let mut wait = Wait::for_sender(channel);
+    let mut old = args.output.as_ref().map(|_| &target).filter(|target| {
+        let stat = rustix::fs::fstat(target);
+        stat.is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file())
+    });
     loop {
         let mut meter = Meter::new(&target, None, args.timeout, &mut wait);
-        let outcome = stream::receive_with(&mut receiver, &target, accept, &mut meter);
+        let mut watch = Emptying {
+            meter: &mut meter,
+            old: &mut old,
+            emptied: Ok(()),
+        };
+        let outcome = stream::receive_with(&mut receiver, &target, accept, &mut watch);
+        let emptied = watch.emptied;
+        emptied.context("cannot empty the file of --output")?;
         // A disk's quota or a file server can report its error as late as this.
         let flushed = args.output.as_ref().map_or(Ok(()), |_| flush(&target));
         if let (Ok(_), Some(path), Err(error)) = (&outcome, &args.output, flushed) {
@@ -169,6 +185,38 @@ pub fn receive(
         if !args.follow {
             return Ok(());
         }
+    }
+}
+
+/// A watch that empties the target of a stream before its first record, if it is an old file.
+struct Emptying<'a, 'b, 'c> {
+    meter: &'a mut Meter<'b>,
+    old: &'a mut Option<&'c OwnedFd>,
+    emptied: io::Result<()>,
+}
+
+impl Watch for Emptying<'_, '_, '_> {
+    fn record(&mut self, sequence: u64) {
+        if let Some(file) = self.old.take() {
+            self.emptied = rustix::fs::ftruncate(file, 0).map_err(Into::into);
+        }
+        self.meter.record(sequence);
+    }
+
+    fn progress(&mut self, progress: &Progress) {
+        self.meter.progress(progress);
+    }
+
+    fn report_after(&self) -> Option<Duration> {
+        self.meter.report_after()
+    }
+
+    fn waits(&mut self, is_away: bool) {
+        self.meter.waits(is_away);
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        self.meter.timeout()
     }
 }
 
@@ -252,7 +300,9 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
                 ": receive it by the program that expects it, or with `recv --raw`",
             );
         }
-        StreamError::Misplaced(_) => return failure(6, ": receive the rest with --partial"),
+        StreamError::Misplaced(_) => {
+            return failure(6, ": receive the rest into another file with --partial");
+        }
         StreamError::TimedOut { .. } => return failure(7, ""),
         StreamError::Read(source) => {
             let cure = match source.kind() {
