@@ -476,8 +476,11 @@ impl<'a> StreamReader<'a> {
     fn wait(&mut self) -> io::Result<()> {
         loop {
             // A sender that has left sends no more, but what it committed until then is there.
+            // Its presence is looked at only while there is no record, because each look goes over
+            // the bus in a guest.
             let begun = self.receiver.stream_position().begun;
-            let away = begun && !self.receiver.is_peer_present();
+            let is_idle = begun && !self.receiver.ring().poll().map_err(Error::from)?;
+            let away = is_idle && !self.receiver.is_peer_present();
             let timeout = away.then_some(Duration::ZERO);
             match self.receiver.ring().wait(timeout).map_err(Error::from)? {
                 Wakeup::Ready => return Ok(()),

@@ -110,8 +110,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.link.peer()
     }
 
-    /// Returns whether no process holds the other end now. It is false between two VMs, which cannot
-    /// see each other.
+    /// Returns whether no process holds the other end now. It is false between two VMs, which
+    /// cannot see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
     }
@@ -409,6 +409,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Sets the strategy of later waits. The default is [`Strategy::PROMPT`].
     pub fn set_strategy(&mut self, strategy: Strategy) {
         self.link.set_strategy(strategy);
+    }
+
+    /// Looks for a record without waiting. Returns whether [`Receiver::record`] now has one.
+    #[inline(always)]
+    pub fn poll(&mut self) -> Result<bool, ChannelError<E::Error>> {
+        Ok(self.consumer.poll()?)
     }
 
     /// Waits until there is a record, the other end changes, or `timeout` is over. Looks for a
