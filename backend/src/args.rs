@@ -24,12 +24,14 @@ Start here:
   barlink recv > stream        # while the guest runs: barlink-guest send < stream
 
 Exit codes:
-  0    success, or the reader closed the pipe
+  0    success, or the reader of standard output closed it
   1    failure: the last line says what failed and what to do
   2    invalid command line
   3    no broker, or one that has ended, is of another release, or rejected this process
   4    another process holds the end of the channel, or the broker is busy: try again
   5    the stream ended early: the sender left before its end
+  6    the stream is not whole: records were dropped, or its beginning is missing (--partial)
+  7    no record came, or there was no room for one, within --timeout
   130  interrupted by Ctrl-C; `serve` ends with 0 then";
 
 #[derive(Debug, Subcommand)]

@@ -13,7 +13,6 @@ use args::{Cli, Command};
 use barlink::Error;
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
-use barlink::stream::StreamError;
 use barlink_broker::broker::{BrokerError, SocketError};
 use commands::Misuse;
 
@@ -38,6 +37,9 @@ fn end(outcome: anyhow::Result<()>) -> ExitCode {
 
 /// Returns the exit code of an error, as `barlink --help` documents it.
 fn exit_code(error: &anyhow::Error) -> u8 {
+    if let Some(code) = barlink_cli::stream::exit_code(error) {
+        return code;
+    }
     for cause in error.chain() {
         let control = match cause.downcast_ref() {
             Some(Error::Held(_)) => return 4,
@@ -57,9 +59,6 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         }
         if cause.is::<Misuse>() {
             return 2;
-        }
-        if let Some(StreamError::Incomplete(_)) = cause.downcast_ref() {
-            return 5;
         }
     }
     1

@@ -79,7 +79,7 @@ impl Events for Doorbells {
     type Error = EventError;
 
     #[inline(always)]
-    fn check(&self) -> Result<(), EventError> {
+    fn check_process(&self) -> Result<(), EventError> {
         let checked = self.process.check();
         checked.map_err(|process| EventError::Inherited { process })
     }
@@ -106,6 +106,13 @@ impl Events for Doorbells {
         // compared.
         let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         time.try_into().unwrap_or_default()
+    }
+
+    fn check_device(&self) -> Result<(), EventError> {
+        match self.is_gone() {
+            true => Err(EventError::Gone),
+            false => Ok(()),
+        }
     }
 
     fn can_spin(&self) -> bool {

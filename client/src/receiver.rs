@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::cursor::{Corrupt, Header, Kind};
-use barlink_protocol::{AtomicU64, PresenceWords, Strategy, Wakeup};
+use barlink_protocol::stream::Position;
+use barlink_protocol::{AtomicU64, Events, PresenceWords, Strategy, Wakeup};
 
 use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
@@ -15,7 +16,12 @@ use crate::memory::{Mapping, Region};
 use crate::owned::Owned;
 use crate::readiness::Readiness;
 use crate::sender::is_present;
-use crate::stream::{Position, StreamReader};
+use crate::stream::StreamReader;
+
+/// Size of the private buffer for files to which the kernel cannot write from the region, and its
+/// alignment.
+const COPY_SIZE: usize = 256 << 10;
+const PAGE: usize = 4096;
 
 /// The receiver that the ring itself has.
 pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
@@ -89,11 +95,6 @@ impl Numbers {
         self.all_missed = self.all_missed.saturating_add(gap);
         self.next = Some(sequence.saturating_add(1));
         gap
-    }
-
-    /// Returns the sequence number behind the last record.
-    pub(crate) fn next(&self) -> Option<u64> {
-        self.next
     }
 }
 
@@ -356,15 +357,15 @@ impl Receiver {
         &mut self.ring
     }
 
-    /// Returns the ring as [`Receiver::ring`] does, and the numbers of its records.
-    pub(crate) fn numbered(&mut self) -> (&mut RingReceiver, &mut Numbers) {
+    /// Returns the ring as [`Receiver::ring`] does, the numbers of its records, and the position in
+    /// a byte stream. The position is a new one if the program has received records in another way
+    /// meanwhile.
+    pub(crate) fn streaming(&mut self) -> (&mut RingReceiver, &mut Numbers, &mut Position) {
         self.readiness.busy();
-        (&mut self.ring, &mut self.numbers)
-    }
-
-    /// Returns the position in a byte stream, to change it.
-    pub(crate) fn position(&mut self) -> &mut Position {
-        &mut self.position
+        if self.position.next() != self.numbers.next {
+            self.position = Position::new(self.numbers.next);
+        }
+        (&mut self.ring, &mut self.numbers, &mut self.position)
     }
 
     /// Returns the position in a byte stream.
@@ -674,7 +675,9 @@ impl Record<'_> {
 
     /// Lets the kernel write the content, or the rest of what was read, straight to a file. Returns
     /// the number of bytes written, which can be fewer than there are. Each call goes on where the
-    /// last one ended, and returns 0 after the last byte.
+    /// last one ended, and returns 0 after the last byte. If the kernel cannot write to the file
+    /// from the memory of a device, as with `O_DIRECT` in a guest, the bytes go by way of a private
+    /// buffer.
     ///
     /// ```no_run
     /// use std::fs::File;
@@ -690,12 +693,28 @@ impl Record<'_> {
     ///
     /// # Errors
     ///
-    /// `write(2)` failed.
+    /// `write(2)` failed; [`io::ErrorKind::WouldBlock`] is a file that is non-blocking and not
+    /// ready. Or the device is gone.
     pub fn write_to(&mut self, file: impl AsFd) -> io::Result<usize> {
         let Some(record) = self.receiver.ring.record() else {
             return Ok(0);
         };
-        let written = record.write_to(file.as_fd().as_raw_fd(), self.position)?;
+        let file = file.as_fd().as_raw_fd();
+        let written = match record.write_to(file, self.position) {
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+                self.receiver
+                    .ring
+                    .events()
+                    .check_device()
+                    .map_err(Error::from)?;
+                // A file with O_DIRECT needs an aligned buffer.
+                let mut buffer = vec![0; COPY_SIZE + PAGE];
+                let start = buffer.as_ptr().align_offset(PAGE).min(PAGE);
+                let buffer = &mut buffer[start..start + COPY_SIZE];
+                record.write_copy(file, self.position, buffer)?
+            }
+            written => written?,
+        };
         self.position += written;
         Ok(written)
     }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::{PresenceWords, SenderReservation, Strategy};
+use barlink_protocol::{Events, PresenceWords, SenderReservation, Strategy};
 
 use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
@@ -560,7 +560,9 @@ impl Reservation<'_> {
 
     /// Lets the kernel read from a file straight into an empty reservation, without a copy in
     /// between. Calls `read(2)` once, so a pipe can give fewer bytes than fit. Returns the bytes
-    /// read: 0 at the end of the file, or if the reservation is not empty.
+    /// read: 0 at the end of the file, or if the reservation is not empty. If the kernel cannot
+    /// read the file into the memory of a device, as with `O_DIRECT` in a guest, the bytes go by
+    /// way of a private buffer.
     ///
     /// ```no_run
     /// use std::fs::File;
@@ -581,16 +583,43 @@ impl Reservation<'_> {
     ///
     /// # Errors
     ///
-    /// `read(2)` failed.
+    /// `read(2)` failed; [`io::ErrorKind::WouldBlock`] is a file that is non-blocking and not
+    /// ready. Or the device is gone.
     pub fn read_from(&mut self, file: impl AsFd) -> io::Result<usize> {
         if self.length > 0 {
             return Ok(0);
         }
-        self.length = self.reservation.read_from(file.as_fd().as_raw_fd())?;
+        let file = file.as_fd();
+        self.length = match self.reservation.read_from(file.as_raw_fd()) {
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+                self.reservation
+                    .events()
+                    .check_device()
+                    .map_err(Error::from)?;
+                self.copy_from(file)?
+            }
+            length => length?,
+        };
         if !self.length.is_multiple_of(8) {
             self.tail = self.reservation.word(self.length / 8).to_le_bytes();
         }
         Ok(self.length as usize)
+    }
+
+    /// Reads from a file by way of a private buffer. Returns the bytes read.
+    #[cold]
+    fn copy_from(&mut self, file: BorrowedFd<'_>) -> io::Result<u32> {
+        // A file with O_DIRECT is read in whole blocks, into an aligned buffer.
+        const PAGE: usize = 4096;
+        let length = match self.capacity() {
+            length @ ..PAGE => length,
+            length => (length / PAGE * PAGE).min(256 << 10),
+        };
+        let mut buffer = vec![0; length + PAGE];
+        let start = buffer.as_ptr().align_offset(PAGE).min(PAGE);
+        let length = rustix::io::read(file, &mut buffer[start..start + length])?;
+        self.reservation.write(0, &buffer[start..start + length]);
+        Ok(length as u32)
     }
 
     /// Commits the record with the bytes that were written, and rings the receiver if it asked for

@@ -4,13 +4,54 @@
 //!
 //! A stream is records of [`Kind::DATA`] between one of [`Kind::BEGIN`] and one of [`Kind::END`].
 //! [`StreamWriter`] and [`StreamReader`] are for programs with bytes in memory. For files there are
-//! [`send`] and [`receive`]: the kernel copies between the file and the shared memory.
+//! [`send`] and [`receive`]: the kernel copies between the file and the shared memory. The files
+//! can be non-blocking.
+//!
+//! A receiver takes up a stream at its beginning only. A record that is not of the stream stays in
+//! the channel, and is an error. Dropped records are an error too, at the stream's end. A program
+//! that wants such a stream asks for it by [`Accept`].
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
+/// Streams that [`receive_with`] accepts although they are not whole.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::host;
+/// use barlink::stream::{self, Accept};
+///
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// // The program that received the first part of the stream was killed.
+/// let rest = File::options().append(true).open("film.mp4")?;
+/// let accept = Accept::default().partial(true);
+/// let received = stream::receive_with(&mut receiver, rest, accept, &mut ())?;
+/// println!("{} more bytes, {} records lost", received.bytes, received.dropped);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub use barlink_protocol::stream::Accept;
+/// The reason why the next record belongs to no stream that a receiver can take up.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::host;
+/// use barlink::stream::{self, Misplaced, StreamError};
+///
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// match stream::receive(&mut receiver, File::create("photo.jpg")?, &mut ()) {
+///     Err(StreamError::Misplaced(Misplaced::OtherKind { kind, .. })) => {
+///         println!("a command of kind {kind}: {:?}", receiver.recv()?.to_vec());
+///     }
+///     received => println!("{} bytes", received?.bytes),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub use barlink_protocol::stream::Misplaced;
+use barlink_protocol::stream::Part;
 /// The counts of a stream. A [`Watch`] sees them. [`send`] and [`receive`] return the last ones.
 ///
 /// ```no_run
@@ -56,6 +97,8 @@ use crate::event_error::EventError;
 use crate::receiver::{Numbers, Receiver, copy_from};
 use crate::sender::Sender;
 
+/// Alignment of a buffer that the kernel reads a file into.
+const PAGE: usize = 4096;
 /// Most bytes that a writer puts into one record: larger ones are no faster.
 const RECORD_SIZE: usize = 1 << 20;
 
@@ -102,21 +145,31 @@ pub type StreamError = stream::StreamError<EventError>;
 ///
 /// # Errors
 ///
-/// The source cannot be read, or the channel stopped working.
+/// The source cannot be read, or the channel stopped working. [`StreamError::EndDropped`]: the
+/// sender drops, and the channel had no room for the end of the stream for a second.
+///
+/// [`StreamError::EndDropped`]: stream::StreamError::EndDropped
 pub fn send(
     sender: &mut Sender,
     source: impl AsFd,
     record_size: usize,
     watch: &mut impl Watch,
 ) -> Result<Progress, StreamError> {
-    let mut record = vec![0; record_size.clamp(1, sender.max_record())];
+    let size = record_size.clamp(1, sender.max_record());
+    // A file with O_DIRECT needs an aligned buffer.
+    let mut record = vec![0; size + PAGE];
+    let start = record.as_ptr().align_offset(PAGE).min(PAGE);
     let source = source.as_fd().as_raw_fd();
-    stream::send(sender.ring(), source, &mut record, watch)
+    stream::send(
+        sender.ring(),
+        source,
+        &mut record[start..start + size],
+        watch,
+    )
 }
 
-/// Receives one stream, and writes its bytes to a file. A gap in the numbers of the records is no
-/// error: [`Progress::dropped`] counts it. `watch` sees the progress; `&mut ()` ignores it. Sets
-/// [`Strategy::STREAM`], which remains set afterwards.
+/// Receives one stream, and writes its bytes to a file. `watch` sees the progress; `&mut ()`
+/// ignores it. Sets [`Strategy::STREAM`], which remains set afterwards.
 ///
 /// ```no_run
 /// use std::fs::File;
@@ -126,23 +179,55 @@ pub fn send(
 /// let broker = host::connect("default")?;
 /// let mut receiver = broker.receiver("up")?;
 /// let received = stream::receive(&mut receiver, File::create("photo.jpg")?, &mut ())?;
-/// println!("{} bytes, {} lost", received.bytes, received.dropped);
+/// println!("{} bytes", received.bytes);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
 /// # Errors
 ///
 /// The target cannot be written, the sender left before the end of the stream, or the channel
-/// stopped working.
+/// stopped working. [`StreamError::Misplaced`]: the next record is not of a stream, or not its
+/// beginning. It stays in the channel. [`StreamError::Missing`]: the stream was received to its
+/// end, and records were dropped, which leave gaps in the numbers of the others.
+///
+/// [`StreamError::Misplaced`]: stream::StreamError::Misplaced
+/// [`StreamError::Missing`]: stream::StreamError::Missing
 pub fn receive(
     receiver: &mut Receiver,
     target: impl AsFd,
     watch: &mut impl Watch,
 ) -> Result<Progress, StreamError> {
+    receive_with(receiver, target, Accept::default(), watch)
+}
+
+/// Receives one stream as [`receive`] does, also one that is not whole, if `accept` permits that.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::host;
+/// use barlink::stream::{self, Accept};
+///
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// // All records, of whatever kind, one behind the other.
+/// let dump = File::create("records.bin")?;
+/// stream::receive_with(&mut receiver, dump, Accept::default().raw(true), &mut ())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+///
+/// As for [`receive`], but for the faults that are accepted.
+pub fn receive_with(
+    receiver: &mut Receiver,
+    target: impl AsFd,
+    accept: Accept,
+    watch: &mut impl Watch,
+) -> Result<Progress, StreamError> {
     let target = target.as_fd().as_raw_fd();
-    let (ring, numbers) = receiver.numbered();
+    let (ring, numbers, position) = receiver.streaming();
     let mut watch = Noting { watch, numbers };
-    stream::receive(ring, target, &mut watch)
+    stream::receive(ring, target, accept, position, &mut watch)
 }
 
 /// A watch that notes the numbers of the records as well.
@@ -167,6 +252,10 @@ impl<W: Watch> Watch for Noting<'_, W> {
 
     fn waits(&mut self, is_away: bool) {
         self.watch.waits(is_away);
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        self.watch.timeout()
     }
 }
 
@@ -230,7 +319,7 @@ impl<'a> StreamWriter<'a> {
         self.dropped
     }
 
-    /// Ends the stream. Waits for room, also if the sender drops.
+    /// Ends the stream. Waits for room; a sender that drops waits for a second at most.
     ///
     /// ```no_run
     /// use std::io::copy;
@@ -250,13 +339,23 @@ impl<'a> StreamWriter<'a> {
     ///
     /// # Errors
     ///
-    /// The channel stopped working.
+    /// The channel stopped working. [`Error::Full`]: the sender drops, and the channel had no room
+    /// for the end of the stream. The receiver finds the stream incomplete.
     pub fn finish(self) -> Result<(), Error> {
-        let ring = self.sender.ring();
         if !self.begun {
-            stream::mark(ring, Kind::BEGIN)?;
+            mark(self.sender, Kind::BEGIN)?;
         }
-        Ok(stream::mark(ring, Kind::END)?)
+        mark(self.sender, Kind::END)
+    }
+}
+
+/// Sends the beginning or the end of a stream, as [`StreamWriter::finish`] does, for programs that
+/// send its data themselves.
+#[doc(hidden)]
+pub fn mark(sender: &mut Sender, kind: Kind) -> Result<(), Error> {
+    match stream::mark(sender.ring(), kind)? {
+        Sent::Committed => Ok(()),
+        _ => Err(Error::Full),
     }
 }
 
@@ -286,20 +385,6 @@ impl Write for StreamWriter<'_> {
     }
 }
 
-/// Position of a receiver in a byte stream. It outlives a reader that is dropped within a stream.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Position {
-    /// Bytes that were read of the current record, if that is the last one of `next`.
-    done: usize,
-    /// Data of this stream came.
-    begun: bool,
-    /// Records that were dropped within this stream.
-    dropped: u64,
-    /// The sequence number behind the last record of a reader. Another one of the receiver means
-    /// that the program has received records in another way, so this position is no longer valid.
-    next: Option<u64>,
-}
-
 /// A reader of one byte stream. It ends with the stream, and then another reader can receive the
 /// next stream. A sender that leaves before the end is [`io::ErrorKind::UnexpectedEof`].
 ///
@@ -307,6 +392,9 @@ pub(crate) struct Position {
 /// ([`StreamReader::dropped`]). A reader that has found one returns the bytes that came, and then
 /// [`io::ErrorKind::InvalidData`] instead of the end. A gap before the stream's beginning counts as
 /// well, because the reader cannot tell whether the dropped records belong to the stream.
+///
+/// A record that is not of the stream, or a stream without its beginning, is
+/// [`io::ErrorKind::InvalidData`] as well. The record stays in the channel.
 ///
 /// ```no_run
 /// use std::io::{BufRead, BufReader};
@@ -325,6 +413,7 @@ pub(crate) struct Position {
 #[derive(Debug)]
 pub struct StreamReader<'a> {
     receiver: &'a mut Receiver,
+    accept: Accept,
     /// The stream has ended, after so many dropped records.
     ended: Option<u64>,
 }
@@ -332,16 +421,31 @@ pub struct StreamReader<'a> {
 impl<'a> StreamReader<'a> {
     pub(crate) fn new(receiver: &'a mut Receiver) -> Self {
         receiver.set_strategy(Strategy::STREAM);
-        let (_, numbers) = receiver.numbered();
-        let next = numbers.next();
-        let position = receiver.position();
-        if position.next != next {
-            *position = Position::default();
-        }
+        receiver.streaming();
         StreamReader {
             receiver,
+            accept: Accept::default(),
             ended: None,
         }
+    }
+
+    /// Sets whether the reader accepts a stream whose beginning is missing, or whose records have
+    /// gaps in their numbers. Such a stream then ends without an error. The default is `false`.
+    ///
+    /// ```no_run
+    /// use std::io::Read;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut receiver = host::connect("default")?.receiver("log")?;
+    /// let mut rest = String::new();
+    /// receiver.stream().partial(true).read_to_string(&mut rest)?;
+    /// println!("{rest}");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn partial(mut self, accepts: bool) -> Self {
+        self.accept = self.accept.partial(accepts);
+        self
     }
 
     /// Returns the number of records that the sender dropped within this stream, as far as it was
@@ -373,7 +477,11 @@ impl<'a> StreamReader<'a> {
     fn wait(&mut self) -> io::Result<()> {
         loop {
             // A sender that has left sends no more, but what it committed until then is there.
-            let away = self.receiver.position().begun && !self.receiver.is_peer_present();
+            // Its presence is looked at only while there is no record, because each look goes over
+            // the bus in a guest.
+            let begun = self.receiver.stream_position().begun;
+            let is_idle = begun && !self.receiver.ring().poll().map_err(Error::from)?;
+            let away = is_idle && !self.receiver.is_peer_present();
             let timeout = away.then_some(Duration::ZERO);
             match self.receiver.ring().wait(timeout).map_err(Error::from)? {
                 Wakeup::Ready => return Ok(()),
@@ -385,15 +493,9 @@ impl<'a> StreamReader<'a> {
 
     /// Returns the error of a stream whose sender left. The next record begins another stream.
     fn incomplete(&mut self) -> io::Error {
-        *self.receiver.position() = Position::default();
+        self.receiver.streaming().2.end();
         let text = "the sender left before the end of the stream";
         io::Error::new(io::ErrorKind::UnexpectedEof, text)
-    }
-
-    /// Releases the current record.
-    fn release(&mut self) -> io::Result<()> {
-        self.receiver.position().done = 0;
-        Ok(self.receiver.ring().release().map_err(Error::from)?)
     }
 }
 
@@ -401,41 +503,41 @@ impl Read for StreamReader<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         while self.ended.is_none() && !bytes.is_empty() {
             self.wait()?;
-            let mut position = *self.receiver.position();
-            let (ring, numbers) = self.receiver.numbered();
+            let accept = self.accept;
+            let (ring, numbers, position) = self.receiver.streaming();
             let Some(record) = ring.record() else {
                 continue;
             };
-            let (kind, sequence) = (record.header().kind, record.header().sequence);
-            if kind == Kind::BEGIN && position.begun {
+            let header = *record.header();
+            let before = position.next();
+            let part = position
+                .take_up(&header, accept)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            if part == Part::NextBegin {
                 // This is the stream of another sender, and stays for the next reader.
                 return Err(self.incomplete());
             }
-            if numbers.next().is_none_or(|next| sequence >= next) {
-                position.done = 0;
-                position.dropped = position.dropped.saturating_add(numbers.note(sequence));
+            if position.next() != before {
+                numbers.note(header.sequence);
             }
-            position.next = numbers.next();
-            if kind == Kind::DATA && position.done < record.length() {
+            if part == Part::Data && position.done < record.length() {
                 let read = copy_from(&record, position.done, bytes);
                 position.done += read;
-                position.begun = true;
-                let is_read = position.done == record.length();
-                *self.receiver.position() = position;
-                if is_read {
-                    self.release()?;
+                if position.done == record.length() {
+                    position.release();
+                    ring.release().map_err(Error::from)?;
                 }
                 return Ok(read);
             }
-            *self.receiver.position() = position;
-            if kind == Kind::END {
+            position.release();
+            if part == Part::End {
                 self.ended = Some(position.dropped);
-                *self.receiver.position() = Position::default();
+                position.end();
             }
-            self.release()?;
+            ring.release().map_err(Error::from)?;
         }
         match self.ended {
-            Some(dropped @ 1..) if !bytes.is_empty() => {
+            Some(dropped @ 1..) if !bytes.is_empty() && !self.accept.is_partial() => {
                 let text = format!("{dropped} records were dropped before the end of the stream");
                 Err(io::Error::new(io::ErrorKind::InvalidData, text))
             }

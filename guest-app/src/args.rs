@@ -83,13 +83,15 @@ impl ValueEnum for Cache {
 
 const AFTER_HELP: &str = "\
 Exit codes:
-  0    success, or the reader closed the pipe
+  0    success, or the reader of standard output closed it
   1    failure: the last line says what failed and what to do
   2    invalid command line
   3    no device, or the device is gone
   4    another process holds the end of the channel or the DMA buffer, or has the device mapped in
        another cache mode
   5    the stream ended early: the sender left before its end
+  6    the stream is not whole: records were dropped, or its beginning is missing (--partial)
+  7    no record came, or there was no room for one, within --timeout
   130  interrupted by Ctrl-C";
 
 #[derive(Debug, Subcommand)]

@@ -11,7 +11,6 @@ use std::process::ExitCode;
 use anyhow::Context;
 use args::Cli;
 use barlink::guest::DeviceError;
-use barlink::stream::StreamError;
 use barlink::{Error, ErrorKind, EventError};
 
 fn main() -> ExitCode {
@@ -23,6 +22,9 @@ fn main() -> ExitCode {
 
 /// Returns the exit code of an error, as `barlink-guest --help` documents it.
 fn exit_code(error: &anyhow::Error) -> u8 {
+    if let Some(code) = barlink_cli::stream::exit_code(error) {
+        return code;
+    }
     for cause in error.chain() {
         match cause.downcast_ref() {
             Some(Error::Device(DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. })) => {
@@ -34,9 +36,6 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         }
         if let Some(EventError::Gone) = cause.downcast_ref() {
             return gone::CODE;
-        }
-        if let Some(StreamError::Incomplete(_)) = cause.downcast_ref() {
-            return 5;
         }
     }
     1

@@ -110,8 +110,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.link.peer()
     }
 
-    /// Returns whether no process held the other end when this end last looked. It is false between
-    /// two VMs, which cannot see each other.
+    /// Returns whether no process holds the other end now. It is false between two VMs, which
+    /// cannot see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
     }
@@ -140,6 +140,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Returns the number of records dropped since the channel's reset.
     pub fn dropped(&self) -> u64 {
         self.producer.dropped()
+    }
+
+    /// Counts a record that was dropped because the channel was full.
+    #[cfg(not(loom))]
+    pub(crate) fn drop_record(&mut self) {
+        self.producer.drop_record();
     }
 
     /// Reserves space for a record with `length` bytes of payload, to be filled in place. Waits for
@@ -290,6 +296,11 @@ pub struct SenderReservation<'a, M, E> {
 }
 
 impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
+    /// Returns the events of this end.
+    pub fn events(&self) -> &E {
+        self.link.events()
+    }
+
     /// Returns the bytes of payload that the reservation has space for.
     pub fn length(&self) -> u32 {
         self.reservation.length()
@@ -387,9 +398,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.link.peer()
     }
 
-    /// Returns whether no process held the other end when this end last looked. [`Receiver::wait`]
-    /// looks unless it finds a record at once. The result is false between two VMs, which cannot
-    /// see each other.
+    /// Returns whether no process holds the other end now. Records that it committed before it left
+    /// are still there. The result is false between two VMs, which cannot see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
     }
@@ -402,6 +412,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Sets the strategy of later waits. The default is [`Strategy::PROMPT`].
     pub fn set_strategy(&mut self, strategy: Strategy) {
         self.link.set_strategy(strategy);
+    }
+
+    /// Looks for a record without waiting. Returns whether [`Receiver::record`] now has one.
+    #[inline(always)]
+    pub fn poll(&mut self) -> Result<bool, ChannelError<E::Error>> {
+        Ok(self.consumer.poll()?)
     }
 
     /// Waits until there is a record, the other end changes, or `timeout` is over. Looks for a

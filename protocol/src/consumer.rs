@@ -324,4 +324,24 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Record<'a, M> {
         self.region
             .write_to(fd, self.payload + offset as u64, length)
     }
+
+    /// Writes the payload, from a byte on, to a file descriptor by `write(2)` as
+    /// [`Record::write_to`] does, by way of `buffer`: as much as it holds. Returns the bytes
+    /// written.
+    ///
+    /// # Panics
+    ///
+    /// Panics if `offset` is behind the payload.
+    #[cfg(not(loom))]
+    pub fn write_copy(
+        &self,
+        fd: libc::c_int,
+        offset: usize,
+        buffer: &mut [u8],
+    ) -> crate::io::Result<usize> {
+        assert!(offset <= self.length(), "offset is behind the payload");
+        let within = offset % 8;
+        let copied = self.copy_to(offset - within, buffer);
+        crate::region::write(fd, buffer.get(within..copied).unwrap_or_default())
+    }
 }

@@ -22,7 +22,7 @@ pub trait Events {
     /// Returns an error if this process must not act as this end, because it inherited a copy of
     /// the end from the process that holds it.
     #[inline(always)]
-    fn check(&self) -> Result<(), Self::Error> {
+    fn check_process(&self) -> Result<(), Self::Error> {
         Ok(())
     }
 
@@ -35,6 +35,11 @@ pub trait Events {
 
     /// Returns the time of this side's monotonic clock.
     fn now(&self) -> Duration;
+
+    /// Returns an error if the region's memory is gone with its device, so that an access fails.
+    fn check_device(&self) -> Result<(), Self::Error> {
+        Ok(())
+    }
 
     /// Returns whether it can pay to wait for the other end without sleeping. It cannot if both
     /// ends share one CPU.
@@ -131,16 +136,16 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         self.peer
     }
 
-    /// Returns whether no process holds the other end, as last seen. It is false between two VMs,
-    /// which cannot see each other.
+    /// Looks whether no process holds the other end. It is false between two VMs, which cannot see
+    /// each other.
     pub(crate) fn peer_is_away(&self) -> bool {
-        self.words.is_some() && !self.peer.is_held()
+        self.words.is_some() && !self.read_peer().is_held()
     }
 
     /// Returns an error if this process must not act as this end.
     #[inline(always)]
     pub(crate) fn check(&self) -> Result<(), ChannelError<E::Error>> {
-        self.events.check().map_err(ChannelError::Events)
+        self.events.check_process().map_err(ChannelError::Events)
     }
 
     /// Returns the events of this end, for a program that waits for several things at once.

@@ -282,6 +282,29 @@ pub(crate) fn read(fd: libc::c_int, bytes: &mut [u8]) -> io::Result<usize> {
     result(unsafe { libc::read(fd, bytes.as_mut_ptr().cast(), bytes.len()) })
 }
 
+/// Writes private memory to a file descriptor by `write(2)`. Returns the bytes written.
+#[cfg(not(loom))]
+pub(crate) fn write(fd: libc::c_int, bytes: &[u8]) -> io::Result<usize> {
+    // SAFETY: `write` only reads the memory, which is borrowed.
+    result(unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) })
+}
+
+/// Waits until a file descriptor is ready for these events of `poll(2)`, or has an error. A signal
+/// ends the wait as well.
+#[cfg(not(loom))]
+pub(crate) fn poll(fd: libc::c_int, events: libc::c_short) -> io::Result<()> {
+    let mut poll = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
+    // SAFETY: The kernel writes one `pollfd`, which is borrowed exclusively.
+    match result(unsafe { libc::poll(&mut poll, 1, -1) } as libc::ssize_t) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(not(loom))]
 fn result(returned: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(returned).map_err(|_| io::Error::last_os_error())

@@ -3,12 +3,13 @@
 //! The command `barlink list`.
 
 use std::fs;
-use std::io::{ErrorKind, Write, stdout};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use barlink::host::{self, AttachOptions, ControlError};
 use barlink::{Access, Error};
+use barlink_cli::standard::print;
 use indicatif::BinaryBytes;
 use log::warn;
 use serde::Serialize;
@@ -64,7 +65,7 @@ pub fn list(args: &List) -> Result<()> {
     } else {
         table(&entries)
     };
-    writeln!(stdout(), "{text}").context("cannot write to standard output")
+    print(format!("{text}\n"))
 }
 
 fn join(parts: &[impl ToString]) -> String {

@@ -10,13 +10,13 @@ mod serve;
 mod stream;
 mod sweeper;
 
-use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use barlink::Access;
 use barlink::host::{self, AttachOptions, Attachment};
+use barlink_cli::standard::print;
 
 use crate::args::{Command, Which};
 
@@ -36,12 +36,10 @@ pub fn run(command: Command) -> Result<()> {
         Command::Poke(args) => peek::poke(&args),
         Command::ResetChannel(args) => {
             let generation = attach(&args.which, Access::ReadWrite)?.reset(&args.channel)?;
-            writeln!(
-                stdout(),
-                "channel `{}` is empty, generation {generation}",
+            print(format!(
+                "channel `{}` is empty, generation {generation}\n",
                 args.channel
-            )
-            .context("cannot write to standard output")
+            ))
         }
         Command::QemuArgs(args) => qemu_args::qemu_args(&args),
         Command::RemoveSockets { files } => sweeper::run(&files),

@@ -2,12 +2,13 @@
 
 //! The command `barlink qemu-args`.
 
-use std::io::{IsTerminal, Write, stdout};
+use std::io::{IsTerminal, stdout};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use barlink::Access;
 use barlink_broker::transport::{VfioUser, VhostUser};
+use barlink_cli::standard::print;
 use barlink_protocol::wire::virtio;
 use log::warn;
 
@@ -90,7 +91,7 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
             .map(|(name, value)| format!("{name} {value}"));
         words.collect::<Vec<_>>().join(" ")
     };
-    writeln!(stdout(), "{text}").context("cannot write to standard output")
+    print(format!("{text}\n"))
 }
 
 /// Returns the `-device` argument for vfio-user. It is JSON text because QEMU takes the socket of

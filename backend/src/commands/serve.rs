@@ -2,7 +2,7 @@
 
 //! The command `barlink serve`.
 
-use std::io::{Write, pipe, stdout};
+use std::io::pipe;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use barlink_broker::broker::{
 };
 use barlink_broker::persistence;
 use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
+use barlink_cli::standard::print;
 use indicatif::BinaryBytes;
 use log::{info, warn};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -121,7 +122,7 @@ fn check(args: Serve) -> Result<()> {
         ),
         Checked::NotServed => format!("are valid; no broker runs at {control}"),
     };
-    writeln!(stdout(), "the arguments {found}").context("cannot write to standard output")
+    print(format!("the arguments {found}\n"))
 }
 
 /// Returns the configuration that the arguments describe.

@@ -3,9 +3,13 @@
 //! Tests of `barlink inspect` in a terminal: its screen and its keys.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::process::Stdio;
+use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::termios::{Action, tcflow};
 
 use crate::support::*;
 use crate::terminal::*;
@@ -41,6 +45,37 @@ fn live_view_shows_channels_and_bytes() {
     terminal.wait_for("5a 5a 5a 5a");
     terminal.press(b"q");
     terminal.ends();
+}
+
+/// The person has stopped the output, and another process has made the terminal non-blocking.
+#[test]
+fn live_view_waits_for_stopped_terminal() {
+    let broker = Broker::start(&[]);
+    let (master, slave) = terminal(LARGE);
+    let flags = fcntl_getfl(&slave).unwrap();
+    fcntl_setfl(&slave, flags | OFlags::NONBLOCK).unwrap();
+    tcflow(&slave, Action::OOff).unwrap();
+    let end = || Stdio::from(slave.try_clone().unwrap());
+    let mut view = broker
+        .app(&["inspect"])
+        .env("TERM", "xterm")
+        .stdin(end())
+        .stdout(end())
+        .stderr(end())
+        .start();
+    // The program usually draws by then.
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(view.try_wait().unwrap().is_none(), "it has ended");
+    tcflow(&slave, Action::OOn).unwrap();
+    let mut output = File::from(master);
+    let mut shown = Vec::new();
+    while !shown.windows(6).any(|text| text == b"region") {
+        let mut part = [0; 4096];
+        let length = output.read(&mut part).unwrap();
+        shown.extend_from_slice(&part[..length]);
+    }
+    output.write_all(b"q").unwrap();
+    assert_eq!(wait(&mut view).code(), Some(0));
 }
 
 #[test]

@@ -3,13 +3,22 @@
 //! Tests of `barlink send` and `recv` over a channel from host to host: pipes, interruptions,
 //! sleep.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::Duration;
 
+use barlink::stream;
 use barlink_protocol::state;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::Signal;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
 
 use crate::support::*;
 use crate::terminal::*;
@@ -263,7 +272,7 @@ fn sender_reports_waiting_on_full_channel() {
     command.arg(broker.path("in"));
     let mut terminal = Terminal::start(command, USUAL);
     terminal
-        .wait_for("channel `loop` is full: waiting for a receiver on it (press Ctrl-C to stop)");
+        .wait_for("channel `loop` has no room for a record: waiting for a receiver on it (press Ctrl-C to stop)");
     // The progress line, drawn before and after the message, does not hide it.
     terminal.wait_for("of 4.77 MiB");
     let received = run(&mut recv(&broker));
@@ -328,7 +337,26 @@ fn failed_receiver_preserves_existing_file() {
         3,
         &["no broker"],
     );
+    fails(
+        recv(&broker).args(["-o", file, "--timeout", "10ms"]),
+        7,
+        &["nothing moved"],
+    );
+    let mut sender = take_the_beginning(&broker);
+    drop(sender.stdin.take());
+    assert!(wait(&mut sender).success());
+    fails(
+        recv(&broker).args(["-o", file]),
+        6,
+        &["the beginning of the stream is missing"],
+    );
     assert_eq!(std::fs::read(file).unwrap(), b"precious");
+    // A stream that is taken up replaces the whole file.
+    assert_eq!(works(recv(&broker).arg("--partial")), "");
+    file_with(&broker.path("in"), b"new");
+    works(send(&broker).arg(broker.path("in")));
+    works(recv(&broker).args(["-o", file]));
+    assert_eq!(std::fs::read(file).unwrap(), b"new");
 }
 
 #[test]
@@ -385,11 +413,11 @@ fn next_receiver_continues_after_full_target() {
         .arg("-o")
         .arg(&first);
     let errors = [
-        "receive the rest, which is still in the channel, into another file",
+        "receive the rest, which is still in the channel, into another file with --partial",
         "File too large",
     ];
     fails(&mut limited_receiver, 1, &errors);
-    let output = run(recv(&broker).arg("-o").arg(&rest));
+    let output = run(recv(&broker).arg("--partial").arg("-o").arg(&rest));
     assert!(output.status.success(), "{output:?}");
     assert!(wait(&mut sender).success());
     let first = std::fs::read(first).unwrap();
@@ -450,6 +478,354 @@ fn follow_option_receives_next_stream() {
         assert_eq!(&seen, text.as_bytes());
     }
     kill(&mut receiver);
+}
+
+/// Kills a receiver that has received the first part of a stream. Returns the sender.
+fn take_the_beginning(broker: &Broker) -> Program {
+    let mut receiver = recv(broker).stdout(Stdio::piped()).start();
+    let mut sender = send(broker).stdin(Stdio::piped()).start();
+    sender.stdin.as_mut().unwrap().write_all(b"first").unwrap();
+    let first = read_exactly(receiver.stdout.as_mut().unwrap());
+    assert_eq!(&first, b"first");
+    let attachment = broker.attach();
+    let entry = *attachment.layout().find("loop").unwrap().1;
+    wait_until("the record is released", || {
+        state::ChannelState::read(&attachment.region(), &entry).fill(&entry) == Some(0)
+    });
+    kill(&mut receiver);
+    wait_until("its claim has ended", || {
+        attachment.status().unwrap().claims.len() == 1
+    });
+    sender
+}
+
+#[test]
+fn receiver_reports_missing_beginning() {
+    for rest in [&b" rest"[..], b""] {
+        let broker = Broker::start(&LOOP);
+        let mut sender = take_the_beginning(&broker);
+        sender.stdin.take().unwrap().write_all(rest).unwrap();
+        assert!(wait(&mut sender).success());
+        for _ in 0..2 {
+            let output = run(recv(&broker).arg("--json"));
+            let errors = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(
+                (output.status.code(), &output.stdout[..]),
+                (Some(6), &b""[..])
+            );
+            for part in [
+                "\"complete\":false",
+                "the beginning of the stream is missing",
+                "receive the rest into another file with --partial",
+            ] {
+                assert!(errors.contains(part), "no `{part}` in {errors}");
+            }
+        }
+        let output = run(recv(&broker).args(["--partial", "--json"]));
+        assert_eq!((output.status.code(), &output.stdout[..]), (Some(0), rest));
+        let summary: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
+        assert_eq!(
+            (&summary["beginning"], &summary["complete"]),
+            (&false.into(), &false.into())
+        );
+    }
+}
+
+#[test]
+fn receiver_leaves_records_of_other_kinds() {
+    let broker = Broker::start(&LOOP);
+    let mut sender = broker.attach().sender("loop").unwrap();
+    for text in ["one ", "two ", "three "] {
+        let _ = sender.send(barlink::Kind::USER, text.as_bytes()).unwrap();
+    }
+    for _ in 0..2 {
+        fails(
+            recv(&broker).stdout(Stdio::null()),
+            1,
+            &["the next record, of 4 bytes, is of kind 256", "recv --raw"],
+        );
+    }
+    drop(sender);
+    // The sender has left, so there are no further records.
+    assert_eq!(works(recv(&broker).arg("--raw")), "one two three ");
+}
+
+#[test]
+fn sender_without_data_leaves_no_record() {
+    let broker = Broker::start(&LOOP);
+    fails(send(&broker).arg("/"), 1, &["Is a directory"]);
+    let mut idle = send(&broker).stdin(Stdio::piped()).start();
+    wait_until("the sender is there", || {
+        !broker.attach().status().unwrap().claims.is_empty()
+    });
+    kill(&mut idle);
+    wait_until("its claim has ended", || {
+        broker.attach().status().unwrap().claims.is_empty()
+    });
+    file_with(&broker.path("in"), b"whole");
+    works(send(&broker).arg(broker.path("in")));
+    assert_eq!(works(&mut recv(&broker)), "whole");
+}
+
+#[test]
+fn follow_option_survives_killed_sender() {
+    let broker = Broker::start(&LOOP);
+    let mut receiver = recv(&broker)
+        .arg("--follow")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .start();
+    let mut sender = send(&broker).stdin(Stdio::piped()).start();
+    sender.stdin.as_mut().unwrap().write_all(b"half").unwrap();
+    let half = read_exactly(receiver.stdout.as_mut().unwrap());
+    assert_eq!(&half, b"half");
+    kill(&mut sender);
+    file_with(&broker.path("in"), b"whole");
+    wait_until("the end is free", || {
+        broker.attach().status().unwrap().claims.len() == 1
+    });
+    works(send(&broker).arg(broker.path("in")));
+    let whole = read_exactly(receiver.stdout.as_mut().unwrap());
+    assert_eq!(&whole, b"whole");
+    kill(&mut receiver);
+    let errors = errors_of(&mut receiver);
+    assert_eq!(
+        errors,
+        "receiving from channel `loop`: the sender left before the end of the stream, after 4 bytes; the next stream follows\n"
+    );
+}
+
+#[test]
+fn stream_commands_end_at_timeout() {
+    let broker = Broker::start(&LOOP);
+    let nothing = ["nothing moved through the channel for 0.05 s"];
+    fails(recv(&broker).args(["--timeout", "50ms"]), 7, &nothing);
+    file_with(&broker.path("in"), &noise(3_000_000));
+    let mut sender = send(&broker);
+    fails(
+        sender.args(["--timeout", "0.05"]).arg(broker.path("in")),
+        7,
+        &nothing,
+    );
+    fails(
+        recv(&broker).args(["--timeout", "x"]),
+        2,
+        &["invalid time `x`"],
+    );
+}
+
+/// Makes a descriptor non-blocking, as another process that shares it can do.
+fn nonblocking(file: impl AsFd) {
+    let flags = fcntl_getfl(&file).unwrap();
+    fcntl_setfl(&file, flags | OFlags::NONBLOCK).unwrap();
+}
+
+/// Checks that a stream goes through two pairs of non-blocking files whose other ends are slow:
+/// from `input` to `source`, and from `target` to `output`.
+fn flows_slowly(mut input: File, source: OwnedFd, target: OwnedFd, mut output: File) {
+    let broker = Broker::start(&LOOP);
+    let bytes = b"0123456789abcde\n".repeat(30_000);
+    nonblocking(&source);
+    nonblocking(&target);
+    let mut sender = send(&broker).stdin(source).start();
+    let mut receiver = recv(&broker).stdout(target).start();
+    let copy = bytes.clone();
+    let writing = std::thread::spawn(move || {
+        for part in copy.chunks(copy.len() / 3) {
+            // The program usually waits by then. It passes either way.
+            std::thread::sleep(Duration::from_millis(50));
+            input.write_all(part).unwrap();
+        }
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    let mut received = vec![0; bytes.len()];
+    let reading = std::thread::spawn(move || {
+        output.read_exact(&mut received).unwrap();
+        received
+    });
+    assert!(join("all is read", reading) == bytes);
+    join("all is written", writing);
+    assert!(wait(&mut sender).success());
+    assert!(wait(&mut receiver).success());
+}
+
+#[test]
+fn stream_waits_for_nonblocking_pipes() {
+    let (source, input) = std::io::pipe().unwrap();
+    let (output, target) = std::io::pipe().unwrap();
+    let file = |fd: OwnedFd| File::from(fd);
+    flows_slowly(
+        file(input.into()),
+        source.into(),
+        target.into(),
+        file(output.into()),
+    );
+}
+
+#[test]
+fn stream_waits_for_nonblocking_sockets_and_terminals() {
+    let (source, input) = UnixStream::pair().unwrap();
+    let (output, target) = terminal(USUAL);
+    let mut modes = rustix::termios::tcgetattr(&target).unwrap();
+    modes.make_raw();
+    let now = rustix::termios::OptionalActions::Now;
+    rustix::termios::tcsetattr(&target, now, &modes).unwrap();
+    // A terminal that a program holds open reports no hang-up.
+    let _held = target.try_clone().unwrap();
+    let file = |fd: OwnedFd| File::from(fd);
+    flows_slowly(
+        file(input.into()),
+        source.into(),
+        target.into(),
+        file(output),
+    );
+}
+
+#[test]
+fn commands_wait_for_nonblocking_pipes() {
+    let broker = Broker::start(&[]);
+    let bytes = noise(1 << 20);
+    // The input comes late, and in parts.
+    let (source, mut input) = std::io::pipe().unwrap();
+    nonblocking(&source);
+    let mut poke = broker.app(&["poke"]).stdin(source).start();
+    for part in bytes.chunks(bytes.len() / 3) {
+        std::thread::sleep(Duration::from_millis(50));
+        input.write_all(part).unwrap();
+    }
+    drop(input);
+    assert!(wait(&mut poke).success());
+    for args in [
+        &["peek", "--raw", "--length", "1M"][..],
+        &["peek", "--length", "1M"],
+    ] {
+        let (mut output, target) = std::io::pipe().unwrap();
+        nonblocking(&target);
+        let mut peek = broker.app(args).stdout(target).start();
+        std::thread::sleep(Duration::from_millis(100));
+        let mut seen = Vec::new();
+        output.read_to_end(&mut seen).unwrap();
+        assert!(wait(&mut peek).success(), "{args:?}");
+        assert!(seen.len() >= bytes.len(), "{args:?}");
+        assert!(args.len() == 3 || seen == bytes);
+    }
+}
+
+/// Makes some system calls of this thread, and of programs that it starts, fail with this error if
+/// their arguments match the conditions.
+fn refuse(calls: &[libc::c_long], conditions: Vec<SeccompCondition>, error: i32) {
+    let rules = vec![SeccompRule::new(conditions).unwrap()];
+    let filter = SeccompFilter::new(
+        calls.iter().map(|call| (*call, rules.clone())).collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(error.unsigned_abs()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
+}
+
+#[test]
+fn stream_goes_around_memory_without_pinning() {
+    let broker = Broker::start(&LOOP);
+    let bytes = noise(300_001);
+    let [source, target] = ["in", "out"].map(|name| broker.path(name));
+    file_with(&source, &bytes);
+    let attachment = broker.attach();
+    let mut sender = attachment.sender("loop").unwrap();
+    let mut receiver = attachment.receiver("loop").unwrap();
+    let _ = sender.send(barlink::Kind::USER, b"probe").unwrap();
+    let payload = receiver.recv().unwrap().words().as_ptr() as u64;
+    let layout = attachment.layout();
+    let start = payload - layout.find("loop").unwrap().1.offset - 4096 - 24;
+    let range = start..start + layout.region_size;
+    // A thread of its own, because the filter remains.
+    let streaming = std::thread::spawn(move || {
+        // The kernel refuses as for files that need the memory pinned, in a guest.
+        let within = |compare, address| {
+            SeccompCondition::new(1, SeccompCmpArgLen::Qword, compare, address).unwrap()
+        };
+        let conditions = vec![
+            within(SeccompCmpOp::Ge, range.start),
+            within(SeccompCmpOp::Lt, range.end),
+        ];
+        refuse(&[libc::SYS_read, libc::SYS_write], conditions, libc::EFAULT);
+        let sent = stream::send(&mut sender, File::open(&source).unwrap(), 100_000, &mut ());
+        assert_eq!(sent.unwrap().records, 4);
+        let received = stream::receive(&mut receiver, File::create(&target).unwrap(), &mut ());
+        assert_eq!(received.unwrap().bytes, 300_001);
+        assert!(std::fs::read(&target).unwrap() == bytes);
+        let mut reservation = sender.reserve(1000).unwrap();
+        let source = File::open(&source).unwrap();
+        assert_eq!(reservation.read_from(source).unwrap(), 1000);
+        reservation.commit(barlink::Kind::USER).unwrap();
+        let file = File::create(&target).unwrap();
+        assert_eq!(receiver.recv().unwrap().write_to(file).unwrap(), 1000);
+        assert!(std::fs::read(target).unwrap() == bytes[..1000]);
+    });
+    join("all is received", streaming);
+}
+
+/// A quota or a file server reports its error when the file is closed.
+#[test]
+fn receiver_reports_error_of_closing_file() {
+    let broker = Broker::start(&LOOP);
+    file_with(&broker.path("in"), b"some text");
+    works(send(&broker).arg(broker.path("in")));
+    let (out, errors) = (broker.path("out"), broker.path("errors"));
+    let stderr = File::create(&errors).unwrap();
+    let mut receiver = recv(&broker);
+    receiver
+        .arg("-o")
+        .arg(&out)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr);
+    // A thread of its own, because the filter remains. The program inherits it.
+    let starting = std::thread::spawn(move || {
+        // The loader of programs closes descriptor 3, and does not go on after an error.
+        let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
+        refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
+        receiver.spawn().unwrap()
+    });
+    let status = join("it is started", starting).wait().unwrap();
+    let errors = std::fs::read_to_string(errors).unwrap();
+    assert_eq!(status.code(), Some(1), "{errors}");
+    let text = format!(
+        "cannot write {}: the stream is no longer in the channel",
+        out.display()
+    );
+    assert!(
+        errors.contains(&text) && errors.contains("quota"),
+        "{errors}"
+    );
+}
+
+#[test]
+fn closed_fifo_is_an_error() {
+    let broker = Broker::start(&LOOP);
+    let fifo = broker.path("fifo");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        0,
+    )
+    .unwrap();
+    let mut receiver = recv(&broker)
+        .arg("-o")
+        .arg(&fifo)
+        .stderr(Stdio::piped())
+        .start();
+    drop(File::open(&fifo).unwrap());
+    file_with(&broker.path("in"), b"lost");
+    works(send(&broker).arg(broker.path("in")));
+    assert_eq!(wait(&mut receiver).code(), Some(1));
+    let errors = errors_of(&mut receiver);
+    assert!(
+        errors.contains("cannot write") && errors.contains("Broken pipe"),
+        "{errors}"
+    );
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 //! Tests of short waits: in a channel that drops, and in back-off sleeps.
 
+use std::io::Write;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -17,49 +18,93 @@ fn both_ends_report_dropped_records() {
         command.stderr(Stdio::piped());
         command
     };
-    let count = |text: &str, name: &str| {
-        let json: serde_json::Value = serde_json::from_str(text).unwrap();
-        json[name].as_u64().unwrap()
+    let summary = |text: &str| -> serde_json::Value {
+        serde_json::from_str(text.lines().next().unwrap()).unwrap()
     };
     file_with(&broker.path("in"), &[7; 1 << 20]);
-    // There is no receiver yet. The sender drops the records that find no room, but waits to send
-    // the end of the stream.
-    let mut sender = ends("send")
-        .args(["--json", "--record-size", "1000"])
-        .arg(broker.path("in"))
-        .start();
     let state = || {
         let state = works(&mut broker.app(&["inspect", "--json"]));
         let state: serde_json::Value = serde_json::from_str(&state).unwrap();
         state["channels"][0].clone()
     };
+    // There is no receiver yet. The sender drops the records that find no room.
+    let mut first = ends("send")
+        .args(["--json", "--record-size", "1000"])
+        .stdin(Stdio::piped())
+        .start();
+    let mut input = first.stdin.take().unwrap();
+    input.write_all(&[7; 1 << 20]).unwrap();
     wait_until("records are dropped", || {
         state()["dropped"].as_u64() > Some(900)
     });
-    // The receiver finds a gap between the first records and the end.
-    let received = run(ends("recv").args(["--json", "-o"]).arg(broker.path("out")));
-    let received = String::from_utf8(received.stderr).unwrap();
-    wait(&mut sender);
-    let sent = errors_of(&mut sender);
-    for name in ["bytes", "records", "dropped"] {
-        assert_eq!(count(&received, name), count(&sent, name), "{name}");
+    // The receiver makes room for the end, and finds a gap before it.
+    let mut receiver = ends("recv")
+        .args(["--json", "-o"])
+        .arg(broker.path("out"))
+        .start();
+    wait_until("there is room", || state()["fill"] == 0);
+    drop(input);
+    assert_eq!(wait(&mut first).code(), Some(0));
+    assert_eq!(wait(&mut receiver).code(), Some(6));
+    let (sent, received) = (errors_of(&mut first), errors_of(&mut receiver));
+    for name in ["bytes", "records", "dropped", "complete"] {
+        assert_eq!(summary(&received)[name], summary(&sent)[name], "{name}");
     }
-    assert!(count(&sent, "dropped") > 900, "{sent}");
-    // The summary as text tells it too, without a terminal.
-    let mut sender = ends("send")
-        .args(["--record-size", "1000"])
+    assert!(summary(&sent)["dropped"].as_u64() > Some(900), "{sent}");
+    assert_eq!(summary(&sent)["complete"], false);
+    let text = "records were dropped because the channel was full; the others were received";
+    assert!(received.contains(text), "{received}");
+    // A receiver that asks for what there is gets it without an error.
+    let before = state()["dropped"].as_u64();
+    let mut second = ends("send")
+        .args(["--record-size", "1000", "--timeout", "60"])
         .arg(broker.path("in"))
         .start();
     wait_until("more are dropped", || {
-        state()["dropped"].as_u64() > Some(1800)
+        state()["dropped"].as_u64() > before.map(|before| before + 900)
     });
-    let received = run(ends("recv").stdout(Stdio::null()));
-    wait(&mut sender);
+    let received = run(ends("recv").arg("--partial").stdout(Stdio::null()));
+    assert_eq!(wait(&mut second).code(), Some(0));
+    assert_eq!(received.status.code(), Some(0));
     let received = String::from_utf8(received.stderr).unwrap();
     assert!(
-        received.contains("records were dropped because the channel was full"),
+        received.ends_with("records were dropped because the channel was full\n"),
         "{received}"
     );
+}
+
+#[test]
+fn dropping_sender_ends_without_receiver() {
+    let broker = Broker::start(&["--channel", "camera=host-host,64K,drop"]);
+    file_with(&broker.path("in"), &[7; 128 << 10]);
+    // Records of 32 bytes leave no room for the end, because the begin has 24 bytes.
+    let send = || {
+        let mut command = broker.app(&["send", "--channel", "camera", "--record-size", "8"]);
+        command.arg(broker.path("in"));
+        command
+    };
+    fails_after(
+        &mut send(),
+        6,
+        &["records were dropped", "the end of the stream was dropped"],
+    );
+    // Of the second stream nothing found room, so it left no record in the first one.
+    fails_after(&mut send(), 6, &["the end of the stream was dropped"]);
+    let received = run(broker
+        .app(&["recv", "--channel", "camera"])
+        .arg("-o")
+        .arg(broker.path("out")));
+    assert_eq!(received.status.code(), Some(5), "{received:?}");
+}
+
+/// Checks that a program fails with this code, and that its messages contain these parts.
+fn fails_after(command: &mut std::process::Command, code: i32, parts: &[&str]) {
+    let output = run(command);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{errors}");
+    for part in parts {
+        assert!(errors.contains(part), "no `{part}` in {errors}");
+    }
 }
 
 #[test]

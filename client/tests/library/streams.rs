@@ -91,7 +91,9 @@ fn files_and_bytes_in_memory_understand_each_other() {
 fn target_that_cannot_be_written_has_an_error_of_the_system() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
-    let _ = sender.send(Kind::DATA, b"x").unwrap();
+    for (kind, bytes) in [(Kind::BEGIN, &b""[..]), (Kind::DATA, b"x")] {
+        let _ = sender.send(kind, bytes).unwrap();
+    }
     let full = File::options().write(true).open("/dev/full").unwrap();
     match stream::receive(&mut receiver, full, &mut ()).unwrap_err() {
         stream::StreamError::Write { source, partial } => {
@@ -168,4 +170,92 @@ fn next_reader_continues_the_stream() {
     let mut rest = Vec::new();
     receiver.stream().read_to_end(&mut rest).unwrap();
     assert_eq!(rest, b"abcde");
+}
+
+#[test]
+fn reader_leaves_headless_stream_in_channel() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, receiver) = broker.ends("loop");
+    let mut stream = sender.stream();
+    stream.write_all(b"taken").unwrap();
+    stream.write_all(b"rest").unwrap();
+    stream.finish().unwrap();
+    let mut first = receiver;
+    first.stream().read_exact(&mut [0; 5]).unwrap();
+    drop(first);
+    let mut receiver = broker.attach().receiver("loop").unwrap();
+    for _ in 0..2 {
+        let error = receiver.stream().read(&mut [0; 8]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidData);
+        assert!(
+            error
+                .to_string()
+                .contains("the beginning of the stream is missing")
+        );
+    }
+    let target = tempfile::tempfile().unwrap();
+    let error = stream::receive(&mut receiver, target, &mut ()).unwrap_err();
+    assert!(matches!(
+        error,
+        stream::StreamError::Misplaced(stream::Misplaced::NoBeginning)
+    ));
+    let mut rest = Vec::new();
+    receiver
+        .stream()
+        .partial(true)
+        .read_to_end(&mut rest)
+        .unwrap();
+    assert_eq!(rest, b"rest");
+}
+
+#[test]
+fn reader_leaves_records_of_other_kinds() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    for (kind, bytes) in [
+        (Kind::BEGIN, &b""[..]),
+        (Kind::DATA, b"text"),
+        (Kind::USER, b"command"),
+        (Kind::END, b""),
+    ] {
+        let _ = sender.send(kind, bytes).unwrap();
+    }
+    let mut received = Vec::new();
+    let error = receiver.stream().read_to_end(&mut received).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidData);
+    assert!(error.to_string().contains("is of kind 256"), "{error}");
+    assert_eq!(received, b"text");
+    let command = receiver.recv().unwrap();
+    assert_eq!(
+        (command.kind(), command.to_vec()),
+        (Kind::USER, b"command".to_vec())
+    );
+}
+
+#[test]
+fn file_receiver_continues_partly_read_record() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let mut stream = sender.stream();
+    stream.write_all(b"0123456789abcde").unwrap();
+    stream.finish().unwrap();
+    receiver.stream().read_exact(&mut [0; 10]).unwrap();
+    let path = broker.folder.path().join("rest");
+    let target = File::create(&path).unwrap();
+    let total = stream::receive(&mut receiver, target, &mut ()).unwrap();
+    assert_eq!((total.bytes, total.records), (5, 1));
+    assert_eq!(std::fs::read(path).unwrap(), b"abcde");
+}
+
+#[test]
+fn dropping_writer_reports_lost_end() {
+    let broker = Running::start(&["lossy=host-host,4K,drop"]);
+    let (mut sender, receiver) = broker.ends("lossy");
+    drop(receiver);
+    let mut stream = sender.stream();
+    stream.write_all(&[7; 1000]).unwrap();
+    while stream.dropped() == 0 {
+        stream.write_all(&[7; 1]).unwrap();
+    }
+    assert!(matches!(stream.finish(), Err(barlink::Error::Full)));
 }

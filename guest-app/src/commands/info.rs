@@ -2,11 +2,10 @@
 
 //! The command `barlink-guest info`.
 
-use std::io::{Write, stdout};
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 use barlink::guest::Device;
 use barlink_cli::cache::Cache;
+use barlink_cli::standard::print;
 use barlink_protocol::CacheState;
 use indicatif::BinaryBytes;
 use serde::Serialize;
@@ -81,7 +80,7 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
     } else {
         describe(&report)
     };
-    writeln!(stdout(), "{text}").context("cannot write to standard output")
+    print(format!("{text}\n"))
 }
 
 fn describe(report: &Report) -> String {

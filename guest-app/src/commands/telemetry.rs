@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use barlink::guest::Device;
 use barlink::{Kind, Sent};
+use barlink_cli::stream::mark;
 use procfs::{Current, CurrentSI, KernelStats, Meminfo};
 use serde::Serialize;
 
@@ -63,9 +64,9 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         }
     }
     if !begun {
-        sender.reserve(0)?.commit(Kind::BEGIN)?;
+        mark(&mut sender, Kind::BEGIN)?;
     }
-    Ok(sender.reserve(0)?.commit(Kind::END)?)
+    mark(&mut sender, Kind::END)
 }
 
 /// Returns whether an interrupt belongs to a barlink device on the virtio bus. The kernel chooses

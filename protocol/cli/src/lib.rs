@@ -7,6 +7,7 @@ pub mod cache;
 mod meter;
 pub mod place;
 pub mod size;
+pub mod standard;
 pub mod stream;
 
 use std::ffi::OsString;
@@ -15,6 +16,8 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Command, Parser};
+
+use crate::standard::OutputClosed;
 
 /// Parses the command line. On an error, prints one line that describes it and ends the program.
 pub fn parse<Cli: Parser>() -> Cli {
@@ -61,7 +64,7 @@ fn one_line(error: &str) -> String {
 }
 
 /// Prints the error of a program, if any, as one line. Returns the program's exit code: 0 for
-/// success or a closed pipe, otherwise the result of `exit_code`.
+/// success or a standard output without a reader, otherwise the result of `exit_code`.
 pub fn end(
     program: &str,
     outcome: anyhow::Result<()>,
@@ -69,23 +72,13 @@ pub fn end(
 ) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if error.is::<OutputClosed>() => ExitCode::SUCCESS,
         Err(error) => {
             // `eprintln` would panic where standard error is closed.
             let _ = writeln!(std::io::stderr(), "{program}: {error:#}");
             ExitCode::from(exit_code(&error))
         }
     }
-}
-
-/// Returns whether an error means that the reader of this program's output closed the pipe. That is
-/// not a failure of this program.
-fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
-    })
 }
 
 #[cfg(test)]

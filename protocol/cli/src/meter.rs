@@ -6,8 +6,9 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use barlink::stream::StreamError;
 use barlink_protocol::stream::{Progress, Watch};
-use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
+use indicatif::{BinaryBytes, HumanCount, ProgressBar, ProgressStyle};
 
 /// Time between two updates. An update at each record would slow the stream down.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -37,8 +38,8 @@ impl Wait {
     /// Creates the messages of a sender, which waits for a receiver.
     pub fn for_receiver(channel: &str) -> Self {
         Self::new(
-            format!("channel `{channel}` is full: waiting for a receiver on it"),
-            format!("channel `{channel}` is full: waiting for its receiver to continue"),
+            format!("channel `{channel}` has no room for a record: waiting for a receiver on it"),
+            format!("channel `{channel}` has no room for a record: waiting for its receiver"),
         )
     }
 
@@ -60,13 +61,21 @@ pub struct Meter<'a> {
     shown: Instant,
     /// Time of the first record.
     start: Option<Instant>,
+    timeout: Option<Duration>,
+    /// The progress as last seen.
+    progress: Progress,
 }
 
 impl<'a> Meter<'a> {
     /// Creates the meter of a stream between a channel and `file`. `size` is the number of bytes of
     /// the stream, if it is known. If the file is a terminal, the meter shows nothing, because it
-    /// would draw over the text of the stream.
-    pub fn new(file: &impl IsTerminal, size: Option<u64>, wait: &'a mut Wait) -> Self {
+    /// would draw over the text of the stream. The stream ends after a `timeout` without a record.
+    pub fn new(
+        file: &impl IsTerminal,
+        size: Option<u64>,
+        timeout: Option<Duration>,
+        wait: &'a mut Wait,
+    ) -> Self {
         let visible = io::stderr().is_terminal() && !file.is_terminal();
         let bar = if visible {
             ProgressBar::new_spinner()
@@ -74,8 +83,8 @@ impl<'a> Meter<'a> {
             ProgressBar::hidden()
         };
         let template = match size {
-            Some(_) => "{bytes} of {total_bytes} {wide_bar} {binary_bytes_per_sec}",
-            None => "{bytes} {binary_bytes_per_sec}",
+            Some(_) => "{binary_bytes} of {binary_total_bytes} {wide_bar} {binary_bytes_per_sec}",
+            None => "{binary_bytes} {binary_bytes_per_sec}",
         };
         if let Some(size) = size {
             bar.set_length(size);
@@ -89,42 +98,85 @@ impl<'a> Meter<'a> {
             visible,
             shown: Instant::now(),
             start: None,
+            timeout,
+            progress: Progress::default(),
         }
     }
 
     /// Removes the progress bar and prints the summary to standard error.
     pub fn finish(self, done: &str, total: &Progress, json: bool) {
         self.bar.finish_and_clear();
-        let seconds = self
-            .start
-            .map_or(0.0, |start| start.elapsed().as_secs_f64());
         // Errors of these writes are ignored because standard error may be closed.
         let mut stderr = io::stderr();
         if json {
-            let summary = serde_json::json!({
-                "bytes": total.bytes,
-                "records": total.records,
-                "dropped": total.dropped,
-                "seconds": seconds,
-            });
-            let _ = writeln!(stderr, "{summary}");
-        } else if self.visible {
-            let rate = HumanBytes((total.bytes as f64 / seconds.max(1e-9)) as u64);
-            let bytes = HumanBytes(total.bytes);
+            let is_whole = total.dropped == 0 && !total.headless;
+            return self.print_json(total, is_whole);
+        }
+        if self.visible {
+            let seconds = self.seconds();
+            let rate = BinaryBytes((total.bytes as f64 / seconds.max(1e-9)) as u64);
+            let bytes = BinaryBytes(total.bytes);
             let _ = writeln!(stderr, "{done} {bytes} in {seconds:.2} s, {rate}/s");
         }
-        if total.dropped > 0 && !json {
-            let records = match total.dropped {
-                1 => "1 record was".to_owned(),
-                count => format!("{} records were", HumanCount(count)),
-            };
-            let _ = writeln!(stderr, "{records} dropped because the channel was full");
+        if total.headless {
+            let _ = writeln!(stderr, "the beginning of the stream is missing");
+        }
+        print_dropped(total);
+    }
+
+    /// Removes the progress bar. If the stream ended without being whole, prints the summary to
+    /// standard error.
+    pub fn fail(self, error: &StreamError, json: bool) {
+        self.bar.finish_and_clear();
+        let total = match error {
+            StreamError::Missing(total) | StreamError::EndDropped(total) => *total,
+            StreamError::Incomplete(_)
+            | StreamError::Misplaced(_)
+            | StreamError::TimedOut { .. } => self.progress,
+            _ => return,
+        };
+        if json {
+            self.print_json(&total, false);
+        } else if !matches!(error, StreamError::Missing(_)) {
+            print_dropped(&total);
         }
     }
+
+    /// Returns the time since the first record.
+    fn seconds(&self) -> f64 {
+        self.start
+            .map_or(0.0, |start| start.elapsed().as_secs_f64())
+    }
+
+    fn print_json(&self, total: &Progress, is_whole: bool) {
+        let summary = serde_json::json!({
+            "bytes": total.bytes,
+            "records": total.records,
+            "dropped": total.dropped,
+            "seconds": self.seconds(),
+            "beginning": !total.headless,
+            "complete": is_whole,
+        });
+        let _ = writeln!(io::stderr(), "{summary}");
+    }
+}
+
+/// Prints the number of dropped records to standard error, if there are any.
+fn print_dropped(total: &Progress) {
+    let records = match total.dropped {
+        0 => return,
+        1 => "1 record was".to_owned(),
+        count => format!("{} records were", HumanCount(count)),
+    };
+    let _ = writeln!(
+        io::stderr(),
+        "{records} dropped because the channel was full"
+    );
 }
 
 impl Watch for Meter<'_> {
     fn progress(&mut self, progress: &Progress) {
+        self.progress = *progress;
         let start = *self.start.get_or_insert_with(Instant::now);
         if !self.bar.is_hidden() && (self.shown.elapsed() >= INTERVAL || start > self.shown) {
             self.shown = Instant::now();
@@ -134,6 +186,10 @@ impl Watch for Meter<'_> {
 
     fn report_after(&self) -> Option<Duration> {
         (!self.wait.is_over).then_some(MESSAGE_AFTER)
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        self.timeout
     }
 
     fn waits(&mut self, is_away: bool) {

@@ -2,7 +2,6 @@
 
 //! The commands `peek` and `poke`: they print and write bytes of a region.
 
-use std::io::{Read, Write, stdin, stdout};
 use std::ops::Deref;
 
 use anyhow::{Context, Result, ensure};
@@ -12,8 +11,10 @@ use barlink_protocol::wire::layout::{FIRST_FREE, Layout};
 use clap::Args;
 use indicatif::BinaryBytes;
 use pretty_hex::{HexConfig, config_hex};
+use rustix::stdio::stdin;
 
 use crate::size::{parse_offset, parse_size};
+use crate::standard::{print, read_all};
 
 /// Arguments that select a place in the region.
 #[derive(Debug, Args)]
@@ -101,19 +102,15 @@ where
 
 /// Prints bytes that were read from a place, as a hex dump or raw.
 pub fn show(bytes: &[u8], args: &Peek) -> Result<()> {
-    let written = if args.raw {
-        stdout().write_all(bytes)
-    } else {
-        let config = HexConfig {
-            title: false,
-            display_offset: usize::try_from(args.place.at)?,
-            ..HexConfig::default()
-        };
-        writeln!(stdout(), "{}", config_hex(&bytes, config))
+    if args.raw {
+        return print(bytes);
+    }
+    let config = HexConfig {
+        title: false,
+        display_offset: usize::try_from(args.place.at)?,
+        ..HexConfig::default()
     };
-    written
-        .and_then(|()| stdout().flush())
-        .context("cannot write to standard output")
+    print(format!("{}\n", config_hex(&bytes, config)))
 }
 
 /// Writes bytes into a region.
@@ -131,10 +128,8 @@ where
         Some(text) => text.clone().into_bytes(),
         None => {
             // One byte more than fits is enough to detect an input that is too large.
-            let mut bytes = Vec::new();
-            let input = stdin().take(room.saturating_add(1)).read_to_end(&mut bytes);
-            input.context("cannot read standard input")?;
-            bytes
+            let input = read_all(stdin(), room.saturating_add(1));
+            input.context("cannot read standard input")?
         }
     };
     args.place.fits(bytes.len() as u64, room)?;

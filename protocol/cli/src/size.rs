@@ -2,6 +2,8 @@
 
 //! Sizes and offsets on the command line, in bytes.
 
+use std::time::Duration;
+
 /// Parses a size in bytes, with an optional unit such as K, M or G (powers of 1024).
 pub fn parse_size(text: &str) -> Result<u64, String> {
     parse_size::Config::new()
@@ -34,9 +36,37 @@ pub fn parse_offset(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Parses a time: a number of seconds, or a number with the unit `ms`, `s`, `m` or `h`.
+pub fn parse_time(text: &str) -> Result<Duration, String> {
+    let units = [("ms", 1e-3), ("s", 1.0), ("m", 60.0), ("h", 3600.0)];
+    let mut units = units.iter();
+    let (number, unit) = units
+        .find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit)))
+        .unwrap_or((text, 1.0));
+    let digits = number.starts_with(|c: char| c.is_ascii_digit());
+    let seconds = number.parse::<f64>().ok().filter(|_| digits);
+    seconds
+        .and_then(|number| Duration::try_from_secs_f64(number * unit).ok())
+        .ok_or_else(|| format!("invalid time `{text}`: use a number of seconds, or 500ms, 5m, 1h"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parses_times_with_units() {
+        for (text, milliseconds) in [("5", 5000), ("0.5", 500), ("20ms", 20), ("2m", 120_000)] {
+            assert_eq!(
+                parse_time(text),
+                Ok(Duration::from_millis(milliseconds)),
+                "{text}"
+            );
+        }
+        for text in ["", "s", "-1", "+1", "inf", "nan", "1e30", "5 x", "1d"] {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn size_formatting_reverses_parsing() {

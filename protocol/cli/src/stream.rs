@@ -2,19 +2,22 @@
 
 //! The commands `send` and `recv`: they move a file through a channel.
 
+use std::fmt::{Display, Formatter};
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use barlink::stream::{self, StreamError};
-use barlink::{ChannelError, Receiver, Sender};
+use barlink::stream::{self, Accept, Misplaced, Progress, StreamError, Watch};
+use barlink::{ChannelError, Error, Kind, Receiver, Sender};
 use clap::Args;
 use rustix::fs::SeekFrom;
 
 use crate::meter::{Meter, Wait};
-use crate::size::parse_size;
+use crate::size::{parse_size, parse_time};
+use crate::standard::OutputClosed;
 
 /// Default of the maximum payload of a record, in bytes. Larger records are no faster.
 const RECORD_SIZE: u64 = 1 << 20;
@@ -29,6 +32,10 @@ pub struct Send {
     /// channel's maximum if that is less]
     #[arg(long, value_name = "SIZE", value_parser = parse_record_size)]
     pub record_size: Option<u64>,
+    /// End if the channel has no room for a record for so long: seconds, or a number with the unit
+    /// ms, s, m or h [default: no limit]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub timeout: Option<Duration>,
     /// Print a summary as JSON to standard error
     #[arg(long)]
     pub json: bool,
@@ -41,9 +48,20 @@ pub struct Recv {
     /// File to write [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Continue with the next stream when one ends
+    /// Continue with the next stream when one ends, also when its sender leaves before its end
     #[arg(long)]
     pub follow: bool,
+    /// Accept a stream whose beginning or records are missing
+    #[arg(long)]
+    pub partial: bool,
+    /// Write the content of every record, also of those that are not of a stream, until a stream
+    /// ends or the sender has left
+    #[arg(long)]
+    pub raw: bool,
+    /// End if no record comes for so long: seconds, or a number with the unit ms, s, m or h
+    /// [default: no limit]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub timeout: Option<Duration>,
     /// Print a summary as JSON to standard error
     #[arg(long)]
     pub json: bool,
@@ -84,12 +102,18 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
     );
     let record = usize::try_from(record)?;
     let mut wait = Wait::for_receiver(channel);
-    let mut meter = Meter::new(&source, size, &mut wait);
-    let outcome = stream::send(&mut sender, &source, record, &mut meter);
-    let total = outcome.map_err(|error| describe(error, channel, args.file.as_deref()));
-    let total = total.with_context(|| format!("sending to channel `{channel}`"))?;
-    meter.finish("sent", &total, args.json);
-    Ok(())
+    let mut meter = Meter::new(&source, size, args.timeout, &mut wait);
+    match stream::send(&mut sender, &source, record, &mut meter) {
+        Ok(total) => {
+            meter.finish("sent", &total, args.json);
+            Ok(())
+        }
+        Err(error) => {
+            meter.fail(&error, args.json);
+            let error = describe(error, channel, args.file.as_deref());
+            Err(error.context(format!("sending to channel `{channel}`")))
+        }
+    }
 }
 
 /// Receives a stream, or all streams one after the other, through the receiver that `attach`
@@ -99,10 +123,15 @@ pub fn receive(
     channel: &str,
     attach: impl FnOnce() -> Result<Receiver>,
 ) -> Result<()> {
-    // The receiver attaches before the file is created, so that a failure does not empty the file.
+    // A failure must not empty the file. So the receiver attaches before the file is created, and
+    // the file is emptied when a stream is taken up.
     let mut receiver = attach()?;
     let target: OwnedFd = match &args.output {
-        Some(path) => File::create(path)
+        Some(path) => File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
             .with_context(|| {
                 let path = path.display();
                 format!("cannot create {path} (name a writable file, or none for standard output)")
@@ -113,19 +142,100 @@ pub fn receive(
             .try_clone_to_owned()
             .context("cannot use standard output")?,
     };
+    let accept = Accept::default().partial(args.partial).raw(args.raw);
     let mut wait = Wait::for_sender(channel);
+    let mut old = args.output.as_ref().map(|_| &target).filter(|target| {
+        let stat = rustix::fs::fstat(target);
+        stat.is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file())
+    });
     loop {
-        let mut meter = Meter::new(&target, None, &mut wait);
-        let outcome = stream::receive(&mut receiver, &target, &mut meter);
-        let total = outcome.map_err(|error| {
-            let error = take_back(error, &target);
-            describe(error, channel, args.output.as_deref())
-        });
-        let total = total.with_context(|| format!("receiving from channel `{channel}`"))?;
-        meter.finish("received", &total, args.json);
+        let mut meter = Meter::new(&target, None, args.timeout, &mut wait);
+        let mut watch = Emptying {
+            meter: &mut meter,
+            old: &mut old,
+            emptied: Ok(()),
+        };
+        let outcome = stream::receive_with(&mut receiver, &target, accept, &mut watch);
+        let emptied = watch.emptied;
+        emptied.context("cannot empty the file of --output")?;
+        // A disk's quota or a file server can report its error as late as this.
+        let flushed = args.output.as_ref().map_or(Ok(()), |_| flush(&target));
+        if let (Ok(_), Some(path), Err(error)) = (&outcome, &args.output, flushed) {
+            let what = "the stream is no longer in the channel, and the file is not whole";
+            let path = path.display();
+            return Err(anyhow::Error::new(error).context(format!("cannot write {path}: {what}")));
+        }
+        match outcome {
+            Ok(total) => meter.finish("received", &total, args.json),
+            Err(error) => {
+                meter.fail(&error, args.json);
+                let goes_on = args.follow
+                    && matches!(error, StreamError::Incomplete(_) | StreamError::Missing(_));
+                let error = describe(take_back(error, &target), channel, args.output.as_deref())
+                    .context(format!("receiving from channel `{channel}`"));
+                if !goes_on {
+                    return Err(error);
+                }
+                if !args.json {
+                    // The error is ignored because standard error may be closed.
+                    let _ = writeln!(io::stderr(), "{error:#}; the next stream follows");
+                }
+            }
+        }
         if !args.follow {
             return Ok(());
         }
+    }
+}
+
+/// A watch that empties the target of a stream before its first record, if it is an old file.
+struct Emptying<'a, 'b, 'c> {
+    meter: &'a mut Meter<'b>,
+    old: &'a mut Option<&'c OwnedFd>,
+    emptied: io::Result<()>,
+}
+
+impl Watch for Emptying<'_, '_, '_> {
+    fn record(&mut self, sequence: u64) {
+        if let Some(file) = self.old.take() {
+            self.emptied = rustix::fs::ftruncate(file, 0).map_err(Into::into);
+        }
+        self.meter.record(sequence);
+    }
+
+    fn progress(&mut self, progress: &Progress) {
+        self.meter.progress(progress);
+    }
+
+    fn report_after(&self) -> Option<Duration> {
+        self.meter.report_after()
+    }
+
+    fn waits(&mut self, is_away: bool) {
+        self.meter.waits(is_away);
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        self.meter.timeout()
+    }
+}
+
+/// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor.
+fn flush(file: &OwnedFd) -> io::Result<()> {
+    match nix::unistd::close(file.try_clone()?) {
+        Err(nix::errno::Errno::EINTR) => Ok(()),
+        closed => Ok(closed?),
+    }
+}
+
+/// Sends the beginning or the end of a stream for a program that sends its data itself.
+pub fn mark(sender: &mut Sender, kind: Kind) -> Result<()> {
+    match stream::mark(sender, kind) {
+        Err(Error::Full) => {
+            let text = "the end of the stream was dropped because the channel was full".to_owned();
+            Err(Failure { text, code: 6 }.into())
+        }
+        marked => Ok(marked?),
     }
 }
 
@@ -149,11 +259,51 @@ fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
     }
 }
 
+/// Error of a stream that has an exit code of its own.
+#[derive(Debug)]
+struct Failure {
+    text: String,
+    code: u8,
+}
+
+impl Display for Failure {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Returns the exit code of a stream's error, as the help of both programs documents it. `None` for
+/// an error of another kind.
+pub fn exit_code(error: &anyhow::Error) -> Option<u8> {
+    error.downcast_ref::<Failure>().map(|failure| failure.code)
+}
+
 /// Converts the error of a stream for the user: adds the file's name to an error of the operating
 /// system, and a remedy if there is one.
 fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::Error {
     let name = |standard: &str| file.map_or(standard.to_owned(), |file| file.display().to_string());
+    let failure = |code, advice: &str| {
+        let text = format!("{error}{advice}");
+        Failure { text, code }.into()
+    };
     let (source, what) = match error {
+        StreamError::Incomplete(_) => return failure(5, ""),
+        StreamError::Missing(_) => return failure(6, ""),
+        StreamError::EndDropped(_) => {
+            return failure(6, ": start the receiver first, or serve a larger channel");
+        }
+        StreamError::Misplaced(Misplaced::OtherKind { .. }) => {
+            return failure(
+                1,
+                ": receive it by the program that expects it, or with `recv --raw`",
+            );
+        }
+        StreamError::Misplaced(_) => {
+            return failure(6, ": receive the rest into another file with --partial");
+        }
+        StreamError::TimedOut { .. } => return failure(7, ""),
         StreamError::Read(source) => {
             let cure = match source.kind() {
                 io::ErrorKind::IsADirectory => ": name a file",
@@ -161,6 +311,11 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             };
             let what = format!("cannot read {}{cure}", name("standard input"));
             (source, what)
+        }
+        StreamError::Write { source, .. }
+            if file.is_none() && source.kind() == io::ErrorKind::BrokenPipe =>
+        {
+            return OutputClosed.into();
         }
         StreamError::Write { source, partial } => {
             let again = match partial {
@@ -173,7 +328,7 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             };
             let file = name("standard output");
             let what = format!(
-                "cannot write {file}: {cure}receive the rest, which is still in the channel, into another file{again}"
+                "cannot write {file}: {cure}receive the rest, which is still in the channel, into another file with --partial{again}"
             );
             (source, what)
         }

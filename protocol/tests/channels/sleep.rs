@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::heap::{TIMEOUT, ends, ends_with, hold, notifiers, region, rounds, wait_until};
 use barlink_protocol::cursor::Kind;
+use barlink_protocol::wire::layout::{End, presence};
 use barlink_protocol::{Events, Sent, Strategy, Wakeup};
 
 #[test]
@@ -198,6 +199,25 @@ fn dropping_sender_never_waits() {
     );
     assert!(outcomes.all(|sent| sent == Sent::Dropped));
     assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+}
+
+#[test]
+fn ends_see_peer_without_waiting() {
+    let (region, layout) = region(4096, true);
+    let (a, b) = notifiers();
+    let (mut sender, receiver) = ends_with(&region, &layout, a, b);
+    assert!(sender.peer_is_away() && !receiver.peer_is_away());
+    // The other ends come and go. No call of this end waits.
+    let page = layout.presence_page(1);
+    region.store(page + presence::EPOCH, 1);
+    region.store(page + presence::holder(0, End::Consumer), 1);
+    hold(&region, &layout, 0);
+    let sent = sender.send(Kind::DATA, b"x", None);
+    assert_eq!(sent, Ok(Sent::Committed));
+    assert!(!sender.peer_is_away() && receiver.peer_is_away());
+    region.store(page + presence::holder(0, End::Consumer), 0);
+    hold(&region, &layout, 2);
+    assert!(sender.peer_is_away() && !receiver.peer_is_away());
 }
 
 #[test]

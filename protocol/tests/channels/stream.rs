@@ -3,12 +3,16 @@
 //! Streams whose sender is away or invisible.
 
 use std::fs::File;
+use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
-use barlink_protocol::stream::{Progress, StreamError, Watch, receive, send as send_all};
+use barlink_protocol::stream::{
+    Accept, Misplaced, Position, Progress, StreamError, Watch, receive, send as send_all,
+};
 use barlink_protocol::wire::layout::{Channel, Layout};
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, state};
 
@@ -27,9 +31,18 @@ fn outcome(result: Result<Progress, StreamError<std::convert::Infallible>>) -> O
     })
 }
 
+fn nowhere() -> File {
+    File::options().write(true).open("/dev/null").unwrap()
+}
+
 fn receive_to_nowhere(receiver: &mut Receiver<Memory, Notifiers>) -> Outcome {
-    let nowhere = File::options().write(true).open("/dev/null").unwrap();
-    outcome(receive(receiver, nowhere.as_raw_fd(), &mut ()))
+    outcome(receive(
+        receiver,
+        nowhere().as_raw_fd(),
+        Accept::default(),
+        &mut Position::default(),
+        &mut (),
+    ))
 }
 
 fn send(sender: &mut Sender<Memory, Notifiers>, kind: Kind, bytes: &[u8]) {
@@ -52,6 +65,7 @@ const FOUR: Outcome = Ok(Progress {
     bytes: 4,
     records: 1,
     dropped: 0,
+    headless: false,
 });
 
 #[test]
@@ -165,8 +179,13 @@ fn receiver_reports_wait_to_listener() {
         hold(&region, &layout, 1);
         reporter.send(()).unwrap();
     });
-    let nowhere = File::options().write(true).open("/dev/null").unwrap();
-    let received = receive(&mut receiver, nowhere.as_raw_fd(), &mut listener);
+    let received = receive(
+        &mut receiver,
+        nowhere().as_raw_fd(),
+        Accept::default(),
+        &mut Position::default(),
+        &mut listener,
+    );
     assert_eq!(outcome(received), FOUR);
     assert_eq!(listener.reports, [true, false]);
     sending.join().unwrap();
@@ -197,17 +216,28 @@ fn sender_reports_wait_to_listener() {
     assert_eq!(receiving.join().unwrap(), sent);
 }
 
-/// Checks that the beginning of an empty stream is not dropped. Otherwise the stream's end would be
-/// taken for the end of the first sender's stream.
-#[test]
-fn dropping_channel_keeps_begin_of_empty_stream() {
+/// Fills a channel that drops behind the first data of a stream. Returns its sender and receiver.
+fn full_channel() -> (
+    Sender<Memory, Notifiers>,
+    Receiver<Memory, Notifiers>,
+    impl Fn() -> u64,
+) {
     let (region, layout) = region(4096, true);
     let (a, b) = notifiers();
-    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let (mut sender, receiver) = ends_with(&region, &layout, a, b);
     send(&mut sender, Kind::BEGIN, &[]);
     send(&mut sender, Kind::DATA, b"four");
-    while sender.send(Kind::USER, &[], None) == Ok(Sent::Committed) {}
-    let dropped = state::ChannelState::read(&region, &layout.channels()[0]).dropped;
+    while sender.send(Kind::DATA, &[], None) == Ok(Sent::Committed) {}
+    let dropped = move || state::ChannelState::read(&region, &layout.channels()[0]).dropped;
+    (sender, receiver, dropped)
+}
+
+/// Checks that the beginning of an empty stream is not dropped while its receiver goes on.
+/// Otherwise the stream's end would be taken for the end of the first sender's stream.
+#[test]
+fn dropping_channel_keeps_begin_of_empty_stream() {
+    let (mut sender, mut receiver, dropped) = full_channel();
+    let before = dropped();
     let next = std::thread::spawn(move || {
         let nothing = File::open("/dev/null").unwrap();
         let sent = send_all(&mut sender, nothing.as_raw_fd(), &mut [0; 64], &mut ());
@@ -217,6 +247,262 @@ fn dropping_channel_keeps_begin_of_empty_stream() {
     let empty = Ok(Progress::default());
     assert_eq!(receive_to_nowhere(&mut receiver), empty);
     assert_eq!(next.join().unwrap().0, empty);
-    let state = state::ChannelState::read(&region, &layout.channels()[0]);
-    assert_eq!(state.dropped, dropped);
+    assert_eq!(dropped(), before);
+}
+
+#[test]
+fn sender_drops_end_without_receiver() {
+    let (mut sender, _receiver, dropped) = full_channel();
+    let before = dropped();
+    let nothing = File::open("/dev/null").unwrap();
+    // The sender runs in a thread, so that an endless wait is a failure and not a hang.
+    let (reporter, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let sent = send_all(&mut sender, nothing.as_raw_fd(), &mut [0; 64], &mut ());
+        let outcome = match sent {
+            Err(StreamError::EndDropped(total)) => Ok(total),
+            sent => Err(format!("{sent:?}")),
+        };
+        reporter.send(outcome)
+    });
+    let outcome = ended.recv_timeout(TIMEOUT).expect("the sender ends");
+    assert_eq!(outcome, Ok(Progress::default()));
+    assert_eq!(dropped(), before + 1, "the end is counted");
+}
+
+type StreamResult = Result<Progress, StreamError<std::convert::Infallible>>;
+
+/// Receives a stream into a file. Returns the result, the position, and the bytes.
+fn receive_bytes(
+    receiver: &mut Receiver<Memory, Notifiers>,
+    accept: Accept,
+    position: &mut Position,
+) -> (StreamResult, Vec<u8>) {
+    let path = std::env::temp_dir().join(format!(
+        "barlink-stream-{}-{:?}",
+        std::process::id(),
+        std::thread::current().id()
+    ));
+    let mut options = File::options();
+    let options = options.read(true).write(true).create(true).truncate(true);
+    let mut file = options.open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    let received = receive(receiver, file.as_raw_fd(), accept, position, &mut ());
+    let mut bytes = Vec::new();
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    (received, bytes)
+}
+
+fn accept(partial: bool, raw: bool) -> Accept {
+    Accept::default().partial(partial).raw(raw)
+}
+
+#[test]
+fn receiver_leaves_headless_stream_in_channel() {
+    for begun_with in [&[Kind::DATA, Kind::END][..], &[Kind::END]] {
+        let (mut sender, mut receiver) = ends(4096, false);
+        for kind in begun_with {
+            send(
+                &mut sender,
+                *kind,
+                &b"four"[..4 * usize::from(*kind == Kind::DATA)],
+            );
+        }
+        for _ in 0..2 {
+            let (received, bytes) =
+                receive_bytes(&mut receiver, Accept::default(), &mut Position::default());
+            let missing = Err(StreamError::Misplaced(Misplaced::NoBeginning));
+            assert_eq!(
+                format!("{received:?}"),
+                format!("{:?}", missing as StreamResult)
+            );
+            assert_eq!(bytes, b"");
+        }
+        let (received, bytes) =
+            receive_bytes(&mut receiver, accept(true, false), &mut Position::default());
+        assert!(received.unwrap().headless);
+        assert_eq!(bytes, &b"four"[..4 * (begun_with.len() - 1)]);
+    }
+}
+
+#[test]
+fn receiver_leaves_records_of_other_kinds() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    send(&mut sender, Kind::BEGIN, &[]);
+    send(&mut sender, Kind::DATA, b"four");
+    send(&mut sender, Kind::USER, b"mine");
+    send(&mut sender, Kind::END, &[]);
+    let mut position = Position::default();
+    let (received, bytes) = receive_bytes(&mut receiver, Accept::default(), &mut position);
+    let expected = Misplaced::OtherKind {
+        kind: 256,
+        length: 4,
+    };
+    match received {
+        Err(StreamError::Misplaced(found)) => assert_eq!(found, expected),
+        received => panic!("{received:?}"),
+    }
+    assert_eq!(bytes, b"four");
+    // It is still there for a program that knows this kind.
+    let (received, bytes) = receive_bytes(&mut receiver, accept(false, true), &mut position);
+    assert_eq!(received.unwrap().records, 1);
+    assert_eq!(bytes, b"mine");
+}
+
+#[test]
+fn begun_stream_without_data_is_incomplete() {
+    // The sender leaves, or another one begins its own stream.
+    for begins_again in [false, true] {
+        let (region, layout) = region(4096, false);
+        let (a, b) = notifiers();
+        let mut sender = Sender::attach(region.clone(), &layout, 0, a).unwrap();
+        send(&mut sender, Kind::BEGIN, &[]);
+        match begins_again {
+            true => send(&mut sender, Kind::BEGIN, &[]),
+            false => hold(&region, &layout, 0),
+        }
+        let mut receiver = Receiver::attach(region, &layout, 0, b).unwrap();
+        let (reporter, outcome) = std::sync::mpsc::channel();
+        std::thread::spawn(move || reporter.send(receive_to_nowhere(&mut receiver)));
+        assert_eq!(outcome.recv_timeout(TIMEOUT), Ok(Err(0)));
+    }
+}
+
+#[test]
+fn receiver_reports_missing_records() {
+    let (mut sender, mut receiver) = ends(4096, true);
+    send(&mut sender, Kind::BEGIN, &[]);
+    // The numbers of dropped records are a gap.
+    while sender.send(Kind::DATA, &[7; 1000], None) == Ok(Sent::Committed) {}
+    let mut position = Position::default();
+    assert!(receiver.wait(None).is_ok());
+    for _ in 0..2 {
+        position
+            .take_up(receiver.record().unwrap().header(), Accept::default())
+            .unwrap();
+        position.release();
+        receiver.release().unwrap();
+        assert!(receiver.wait(None).is_ok());
+    }
+    send(&mut sender, Kind::END, &[]);
+    let (received, bytes) = receive_bytes(&mut receiver, Accept::default(), &mut position);
+    match received {
+        Err(StreamError::Missing(total)) => {
+            assert_eq!((total.dropped, total.bytes), (1, bytes.len() as u64));
+        }
+        received => panic!("{received:?}"),
+    }
+    // A gap between two streams is not lost.
+    while sender.send(Kind::BEGIN, &[], None) == Ok(Sent::Committed) {}
+    assert!(receiver.wait(None).is_ok());
+    while receiver.wait(Some(Duration::ZERO)) == Ok(barlink_protocol::Wakeup::Ready) {
+        let header = *receiver.record().unwrap().header();
+        position = Position::new(Some(header.sequence + 1));
+        receiver.release().unwrap();
+    }
+    for kind in [Kind::BEGIN, Kind::END] {
+        send(&mut sender, kind, &[]);
+    }
+    let (received, _) = receive_bytes(&mut receiver, Accept::default(), &mut position);
+    assert!(
+        matches!(
+            received,
+            Err(StreamError::Missing(Progress { dropped: 1, .. }))
+        ),
+        "{received:?}"
+    );
+}
+
+#[test]
+fn receiver_refuses_numbers_that_go_back() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    for kind in [Kind::BEGIN, Kind::END] {
+        send(&mut sender, kind, &[]);
+    }
+    let mut position = Position::new(Some(7));
+    let (received, _) = receive_bytes(&mut receiver, Accept::default(), &mut position);
+    let back = Misplaced::WentBack { found: 0, last: 6 };
+    assert!(
+        matches!(received, Err(StreamError::Misplaced(found)) if found == back),
+        "{received:?}"
+    );
+    let (received, _) = receive_bytes(&mut receiver, accept(true, false), &mut position);
+    assert_eq!(received.unwrap(), Progress::default());
+}
+
+/// A watch with a timeout.
+struct Hurried;
+
+impl Watch for Hurried {
+    fn timeout(&self) -> Option<Duration> {
+        Some(Duration::from_millis(20))
+    }
+}
+
+#[test]
+fn stream_ends_at_timeout_without_peer() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    let received = receive(
+        &mut receiver,
+        nowhere().as_raw_fd(),
+        Accept::default(),
+        &mut Position::default(),
+        &mut Hurried,
+    );
+    assert!(
+        matches!(received, Err(StreamError::TimedOut { .. })),
+        "{received:?}"
+    );
+    let source = File::open("/bin/sh").unwrap();
+    let sent = send_all(&mut sender, source.as_raw_fd(), &mut [0; 512], &mut Hurried);
+    match sent {
+        Err(StreamError::TimedOut { progress, .. }) => assert!(progress.bytes > 0),
+        sent => panic!("{sent:?}"),
+    }
+}
+
+/// Checks that a stream goes on over non-blocking sockets, whose other ends are slow.
+#[test]
+fn stream_waits_for_nonblocking_descriptors() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    let bytes: Vec<u8> = (0..400_000_u32).map(|i| (i / 7) as u8).collect();
+    let (source, mut input) = UnixStream::pair().unwrap();
+    let (mut output, target) = UnixStream::pair().unwrap();
+    for end in [&source, &target] {
+        end.set_nonblocking(true).unwrap();
+    }
+    let copy = bytes.clone();
+    let writing = std::thread::spawn(move || {
+        for part in copy.chunks(100_000) {
+            std::thread::sleep(Duration::from_millis(20));
+            input.write_all(part).unwrap();
+        }
+    });
+    let sending = std::thread::spawn(move || {
+        outcome(send_all(
+            &mut sender,
+            source.as_raw_fd(),
+            &mut [0; 1024],
+            &mut (),
+        ))
+    });
+    let receiving = std::thread::spawn(move || {
+        let mut position = Position::default();
+        outcome(receive(
+            &mut receiver,
+            target.as_raw_fd(),
+            Accept::default(),
+            &mut position,
+            &mut (),
+        ))
+    });
+    // Usually the socket is full by then.
+    std::thread::sleep(Duration::from_millis(50));
+    let mut received = Vec::new();
+    output.read_to_end(&mut received).unwrap();
+    assert!(received == bytes);
+    writing.join().unwrap();
+    assert_eq!(sending.join().unwrap().unwrap().bytes, 400_000);
+    assert_eq!(receiving.join().unwrap().unwrap().bytes, 400_000);
 }

@@ -14,6 +14,8 @@ use ratatui::style::{Style, Stylize};
 use ratatui::text::Line;
 use ratatui::widgets::{Block, Cell, Paragraph, Row, Table};
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{Mode, OFlags, fcntl_getfl};
+use rustix::stdio::{dup2_stdout, stdout};
 
 use super::snapshot::Snapshot;
 use super::view::{self, Rate};
@@ -29,6 +31,7 @@ const LINE: u64 = 16;
 /// Shows the region until the user quits.
 pub fn run(attachment: &Attachment) -> Result<()> {
     let mut screen = Screen::new(attachment)?;
+    reopen_nonblocking_terminal();
     let mut terminal = ratatui::try_init().context("cannot use the terminal")?;
     let outcome = (|| loop {
         terminal
@@ -54,6 +57,19 @@ pub fn run(attachment: &Attachment) -> Result<()> {
         std::mem::forget(terminal);
     }
     outcome
+}
+
+/// Opens the terminal anew as standard output if another process made it non-blocking, because the
+/// library that draws does not wait for such a terminal. Without the permission to open it, all
+/// stays as it is.
+fn reopen_nonblocking_terminal() {
+    let is_nonblocking = fcntl_getfl(stdout()).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    if is_nonblocking
+        && let Ok(terminal) = rustix::fs::open("/proc/self/fd/1", flags, Mode::empty())
+    {
+        let _ = dup2_stdout(terminal);
+    }
 }
 
 /// Result of a wait for keys.

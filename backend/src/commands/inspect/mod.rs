@@ -6,10 +6,11 @@ mod live;
 mod snapshot;
 mod view;
 
-use std::io::{IsTerminal, Write, stdin, stdout};
+use std::io::{IsTerminal, stdin, stdout};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use barlink::Access;
+use barlink_cli::standard::print;
 
 use crate::args::Inspect;
 use snapshot::Snapshot;
@@ -23,5 +24,5 @@ pub fn inspect(args: &Inspect) -> Result<()> {
     } else {
         return live::run(&attachment);
     };
-    writeln!(stdout(), "{}", text.trim_end()).context("cannot write to standard output")
+    print(format!("{}\n", text.trim_end()))
 }

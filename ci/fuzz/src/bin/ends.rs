@@ -13,7 +13,7 @@ use barlink_fuzz::channel::*;
 use barlink_fuzz::events::{Over, Plan, Played};
 use barlink_fuzz::memory::{Memory, Words};
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::stream::{self, StreamError};
+use barlink_protocol::stream::{self, Accept, Position, StreamError};
 use barlink_protocol::{ChannelError, Receiver, Sender, Wakeup};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
@@ -94,8 +94,15 @@ fuzz_target!(|input: Input| {
             // A stream has no time limit, so it runs only if the other end does not change all the
             // time.
             (Step::Receive, (_, Some(receiver))) if !input.flaps => {
-                match stream::receive(receiver, NOWHERE.as_raw_fd(), &mut ()) {
-                    Ok(_) | Err(StreamError::Incomplete(_)) => (),
+                let (accept, position) = (Accept::default(), &mut Position::default());
+                let fd = NOWHERE.as_raw_fd();
+                match stream::receive(receiver, fd, accept, position, &mut ()) {
+                    Ok(_)
+                    | Err(
+                        StreamError::Incomplete(_)
+                        | StreamError::Misplaced(_)
+                        | StreamError::Missing(_),
+                    ) => (),
                     Err(StreamError::Channel(error)) => check::<()>(&Err(error)),
                     Err(error) => panic!("{error}"),
                 }

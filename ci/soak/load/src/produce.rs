@@ -44,7 +44,7 @@ where
         number += 1;
         trap.moving(number, || reservation.commit(KIND, payload.len() as u32))?;
     }
-    stream::mark(&mut sender, Kind::END)?;
+    let _ = stream::mark(&mut sender, Kind::END)?;
     notes.write(Note::Sent, number + 1);
     Ok(())
 }
