@@ -245,12 +245,35 @@ impl Device {
         let channel = channel as usize;
         let mut state = self.state.lock();
         self.check()?;
-        if let Some(number) = state.claims.claim(channel, end, file)? {
-            // The conversion loses nothing, because a PID is positive.
-            let process = current!().group_leader().pid().unsigned_abs();
+        let process = own_process();
+        if let Some(number) = state.claims.claim(channel, end, file, process)? {
             self.show_holder(channel, end, Some((number, process)));
         }
         Ok(())
+    }
+
+    /// Lets the claims of a file that name the current process, which has closed a descriptor of the
+    /// file, name a process that still has it open: a child that was forked after the claim.
+    ///
+    /// `other` returns the PID of a process that has the file open, or 0 if there is none. Then the
+    /// claims are about to end, unless a message or a mapping keeps the file.
+    pub(crate) fn pass_on(&self, file: FileId, other: impl FnOnce() -> u32) {
+        let mut state = self.state.lock();
+        let process = own_process();
+        if !state.claims.name(file, process) {
+            return;
+        }
+        // If the other process closes the file meanwhile, it waits for the lock, and then passes the
+        // claims on itself.
+        match other() {
+            0 => (),
+            other if other == process => (),
+            other => state
+                .claims
+                .rename(file, process, other, |channel, end, number| {
+                    self.show_holder(channel, end, Some((number, other)))
+                }),
+        }
     }
 
     /// Ends all claims of a file.
@@ -300,4 +323,10 @@ impl Device {
             hardware.ring(channel.peer(end.other()), 0);
         }
     }
+}
+
+/// Returns the PID of the current process in the initial PID namespace.
+fn own_process() -> u32 {
+    // The conversion loses nothing, because a PID is positive.
+    current!().group_leader().pid().unsigned_abs()
 }

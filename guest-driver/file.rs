@@ -18,6 +18,7 @@ use crate::{
         Vectors, //
     },
     mapping,
+    shim,
     signals::Signals,
     wire::uapi::{
         self,
@@ -70,6 +71,7 @@ const EOPNOTSUPP: c_int = 95;
 pub(crate) const OPERATIONS: bindings::file_operations = bindings::file_operations {
     owner: compat::THIS_MODULE,
     open: Some(open),
+    flush: Some(flush),
     release: Some(release),
     read: Some(read),
     poll: Some(poll),
@@ -257,6 +259,21 @@ unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file
         // it only makes the file one without a position.
         Ok(unsafe { bindings::stream_open(inode, file) })
     })
+}
+
+/// Implements the `flush` file operation, which the kernel calls when a process closes a descriptor
+/// or ends: lets the file's claims name a process that still has the file.
+///
+/// # Safety
+///
+/// Only for [`OPERATIONS`].
+unsafe extern "C" fn flush(file: *mut bindings::file, _owner: bindings::fl_owner_t) -> c_int {
+    // SAFETY: The file is open until this returns.
+    let opened = unsafe { OpenFile::of(file) };
+    // SAFETY: As above, and the function only compares the pointer.
+    let other = || unsafe { shim::barlink_process_with(file) };
+    opened.device.pass_on(opened.id, other);
+    0
 }
 
 /// Implements the `release` file operation: ends the file's claims and subscriptions.

@@ -5,6 +5,7 @@
  */
 #include <linux/anon_inodes.h>
 #include <linux/eventfd.h>
+#include <linux/fdtable.h>
 #include <linux/fs.h>
 #include <linux/idr.h>
 #include <linux/iommu.h>
@@ -15,6 +16,8 @@
 #include <linux/pm.h>
 #include <linux/pm_domain.h>
 #include <linux/scatterlist.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
 #include <linux/spinlock.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
@@ -34,6 +37,7 @@ void barlink_init_event_queue(struct wait_queue_head *queue);
 void barlink_init_sleeper_queue(struct wait_queue_head *queue);
 struct file *barlink_anon_file(void);
 struct file *barlink_buffer_file(const struct file_operations *operations, void *private);
+u32 barlink_process_with(struct file *file);
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot);
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address);
 
@@ -166,6 +170,30 @@ struct file *barlink_anon_file(void)
 struct file *barlink_buffer_file(const struct file_operations *operations, void *private)
 {
 	return anon_inode_create_getfile("barlink-buffer", operations, private, O_RDWR, NULL);
+}
+
+static int is_file(const void *wanted, struct file *file, unsigned int descriptor)
+{
+	return file == wanted;
+}
+
+u32 barlink_process_with(struct file *file)
+{
+	struct task_struct *process, *thread;
+	u32 pid = 0;
+
+	rcu_read_lock();
+	for_each_process_thread(process, thread) {
+		/* A task that ends gives its table up under this lock, before its files are closed. */
+		task_lock(thread);
+		if (thread->files && iterate_fd(thread->files, 0, is_file, file))
+			pid = task_tgid_nr(thread);
+		task_unlock(thread);
+		if (pid)
+			break;
+	}
+	rcu_read_unlock();
+	return pid;
 }
 
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot)

@@ -2,13 +2,14 @@
 
 //! Checks of claims: the ends that a file can claim, and the lifetime of a claim.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use barlink_protocol::wire::uapi::Claim;
 use rustix::io::Errno;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::ask::Region;
 use crate::binding::{eventually, open};
+use crate::calls;
 use crate::device::{DOWN, SIDE, UP, UP1, fails};
 use crate::host;
 use crate::process::child;
@@ -100,4 +101,65 @@ pub(super) fn claim_ends_when_its_process_is_killed() -> Result<()> {
     })?;
     assert_eq!(rings, 2);
     Ok(open(Region::Main)?.claim(UP)?)
+}
+
+/// A process that is not a child of this one, killed on drop.
+struct Killed(Pid);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Ignores errors, because `drop` cannot report them.
+        let _ = kill_process(self.0, Signal::KILL);
+    }
+}
+
+pub(super) fn claim_outlives_child_and_names_living_holder() -> Result<()> {
+    let device = open(Region::Main)?;
+    device.claim(UP)?;
+    let held = host::holder(Region::Main, UP)?;
+    assert_eq!(held.1, std::process::id());
+    // The end of a child with a copy of the descriptor changes nothing, and neither does the end of
+    // another descriptor of this process.
+    child(|_| Ok(()))?.succeeds()?;
+    drop(rustix::io::dup(&device)?);
+    assert_eq!(host::holder(Region::Main, UP)?, held);
+    fails(open(Region::Main)?.claim(UP), Errno::BUSY);
+    drop(device);
+    assert_eq!(host::holder(Region::Main, UP)?, (0, 0));
+
+    // The owner is killed, and its child has the file.
+    let owner = child(|parent| {
+        let device = open(Region::Main)?;
+        device.claim(UP)?;
+        device.claim(DOWN)?;
+        match calls::fork()? {
+            Some(keeper) => {
+                parent.send(keeper.as_raw_pid().unsigned_abs().into())?;
+                parent.wait()
+            }
+            // The check kills this process.
+            None => loop {
+                std::thread::park();
+            },
+        }
+    })?;
+    let keeper = u32::try_from(owner.receive()?)?;
+    let process = Killed(Pid::from_raw(keeper.cast_signed()).context("no process")?);
+    let before = [UP, DOWN].map(|end| host::holder(Region::Main, end));
+    owner.kill(Signal::KILL)?;
+    owner.wait()?;
+    for (end, before) in [UP, DOWN].into_iter().zip(before) {
+        let (number, _) = before?;
+        eventually("the claim names the child", || {
+            Ok(host::holder(Region::Main, end)? == (number, keeper))
+        })?;
+        fails(open(Region::Main)?.claim(end), Errno::BUSY);
+    }
+    drop(process);
+    eventually("both ends are free", || {
+        Ok([UP, DOWN].map(|end| host::holder(Region::Main, end).ok()) == [Some((0, 0)); 2])
+    })?;
+    let again = open(Region::Main)?;
+    again.claim(UP)?;
+    Ok(again.claim(DOWN)?)
 }

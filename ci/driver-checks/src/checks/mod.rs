@@ -76,7 +76,8 @@ pub const TOPICS: &[Topic] = checks! {
     "claims", claims:
         claim_is_exclusive_until_file_closes
         foreign_and_unknown_ends_are_refused
-        claim_ends_when_its_process_is_killed;
+        claim_ends_when_its_process_is_killed
+        claim_outlives_child_and_names_living_holder;
     "presence", presence:
         epoch_is_new_at_every_probe
         holder_words_follow_the_claims
