@@ -121,12 +121,13 @@ const CLIENT: Parts = &[
     ("owned", &[]),
     ("process", &[]),
     ("event_error", &["error_kind"]),
+    ("region", &["error_kind", "memory"]),
     (
         "control",
         &["claim", "descriptors", "error_kind", "memory", "process"],
     ),
     ("guest/calls", &["memory"]),
-    ("guest/buffer", &["memory"]),
+    ("guest/buffer", &["memory", "region"]),
     ("guest/cache", &["memory", "guest/calls"]),
     ("guest/error", &["error_kind", "guest/cache"]),
     ("guest/events", &["event_error", "guest/calls"]),
@@ -143,6 +144,7 @@ const CLIENT: Parts = &[
             "error_kind",
             "memory",
             "event_error",
+            "region",
             "control",
             "guest/error",
         ],
@@ -176,7 +178,7 @@ const CLIENT: Parts = &[
         "options",
         &[
             "error_kind",
-            "memory",
+            "region",
             "doorbell",
             "error",
             "sender",
@@ -188,6 +190,7 @@ const CLIENT: Parts = &[
         &[
             "claim",
             "memory",
+            "region",
             "guest/calls",
             "guest/buffer",
             "guest/cache",
@@ -205,6 +208,7 @@ const CLIENT: Parts = &[
         &[
             "memory",
             "process",
+            "region",
             "event_error",
             "control",
             "host/claim",

@@ -15,6 +15,7 @@ use crate::error_kind::ErrorKind;
 use crate::event_error::EventError;
 use crate::guest::error::DeviceError;
 use crate::memory::MemoryError;
+use crate::region::RegionError;
 
 /// The reason why a channel cannot be used, as the ring has it.
 ///
@@ -69,6 +70,9 @@ pub enum Error {
         /// The fault in the layout.
         source: LayoutError,
     },
+    /// Bytes of the region cannot be read or written.
+    #[error(transparent)]
+    Region(#[from] RegionError),
     /// The user's folder for sockets is not known.
     #[error("XDG_RUNTIME_DIR is not set")]
     NoRunFolder,
@@ -152,6 +156,7 @@ impl Error {
             Error::Device(error) => error.kind(),
             Error::Memory(_) | Error::NoRunFolder => ErrorKind::Other,
             Error::Layout { .. } => ErrorKind::Incompatible,
+            Error::Region(error) => error.kind(),
             Error::NoChannel { .. } => ErrorKind::NotFound,
             Error::ReadOnly { .. } | Error::ReadOnlyReset { .. } | Error::NotHere(_) => {
                 ErrorKind::InvalidInput

@@ -50,6 +50,7 @@ mod owned;
 mod process;
 mod readiness;
 mod receiver;
+mod region;
 mod sender;
 pub mod stream;
 
@@ -89,11 +90,12 @@ pub use doorbell::Doorbells;
 pub use error::{ChannelError, Error};
 pub use error_kind::ErrorKind;
 pub use event_error::EventError;
-pub use memory::{Access, MemoryError, Region};
+pub use memory::{Access, MemoryError};
 pub use options::{ChannelOptions, Side};
 #[doc(hidden)]
 pub use receiver::RingReceiver;
 pub use receiver::{Iter, OwnedRecord, Receiver, Record};
+pub use region::{Region, RegionError};
 #[doc(hidden)]
 pub use sender::RingSender;
 pub use sender::{Reservation, Sender, Sent};

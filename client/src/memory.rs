@@ -16,25 +16,7 @@ use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 
-/// A region in this process. Clones share one mapping.
-///
-/// Offsets are in bytes. `peek` and `poke` take any offset, and return an error for bytes outside
-/// of the mapping. The other methods are for offsets from a layout: these are multiples of 8. An
-/// offset within a word stands for the start of that word, and an offset outside panics. Other
-/// programs can change every byte at any time.
-///
-/// ```no_run
-/// use std::sync::atomic::Ordering;
-///
-/// use barlink::host;
-///
-/// let broker = host::connect("default")?;
-/// let region = broker.region();
-/// // A counter at the start of the raw window, which all programs share.
-/// let counter = region.word(broker.layout().raw_offset);
-/// println!("start {}", counter.fetch_add(1, Ordering::Relaxed));
-/// # Ok::<(), barlink::Error>(())
-/// ```
+/// The region of the ring: clones share one mapping.
 pub type Region = region::Region<Mapping>;
 
 /// Whether a process may write to the region.
@@ -46,7 +28,7 @@ pub type Region = region::Region<Mapping>;
 /// let options = AttachOptions::new().access(Access::ReadOnly);
 /// let broker = options.connect("default")?;
 /// let mut magic = [0; 8];
-/// broker.region().copy_out(0, &mut magic);
+/// broker.region().peek(0, &mut magic)?;
 /// // Such a process claims no ends, and writes nothing.
 /// let refused = broker.receiver("up").map_err(|error| error.kind());
 /// assert_eq!(refused.err(), Some(ErrorKind::InvalidInput));
@@ -98,6 +80,7 @@ pub struct Mapping(Arc<Pages>);
 struct Pages {
     start: NonNull<u8>,
     size: usize,
+    access: Access,
 }
 
 // SAFETY: the address is of memory that belongs to the process and not to a thread, is unmapped
@@ -156,7 +139,12 @@ impl Mapping {
             log::debug!("a core dump of this process would have the region: {error}");
         }
         let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
-        Ok(Mapping(Arc::new(Pages { start, size })))
+        let pages = Pages {
+            start,
+            size,
+            access,
+        };
+        Ok(Mapping(Arc::new(pages)))
     }
 
     /// Makes the pages of these bytes present in one call, and for [`Access::ReadWrite`] ready to
@@ -180,6 +168,11 @@ impl Mapping {
         if let Err(error) = unsafe { madvise(address.cast(), length, advice) } {
             log::debug!("{length} bytes of the region are not made present: {error}");
         }
+    }
+
+    /// Returns the access that the mapping permits.
+    pub(crate) fn access(&self) -> Access {
+        self.0.access
     }
 
     /// Returns the mapping as the words of a region.

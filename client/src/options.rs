@@ -10,8 +10,8 @@ use barlink_protocol::{PresenceWords, Strategy};
 use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
 use crate::error_kind::ErrorKind;
-use crate::memory::Region;
 use crate::receiver::{Receiver, RingReceiver};
+use crate::region::Region;
 use crate::sender::{RingSender, Sender};
 
 /// Time between two tries to claim an end that another process holds.
@@ -53,20 +53,19 @@ pub trait Side: sealed::Side {
     /// ```
     fn layout(&self) -> &Layout;
 
-    /// Returns the region's words, as far as they are mapped. Its methods panic at an offset
-    /// outside, except `peek` and `poke`, which return an error.
+    /// Returns the region, as far as it is mapped.
     ///
     /// ```no_run
-    /// use barlink::{Side, guest};
+    /// use barlink::{RegionError, Side, guest};
     ///
     /// /// Copies the first bytes of the raw window, which belongs to the user.
-    /// fn start_of_window(side: &impl Side) -> [u8; 64] {
+    /// fn start_of_window(side: &impl Side) -> Result<[u8; 64], RegionError> {
     ///     let mut bytes = [0; 64];
-    ///     side.region().copy_out(side.layout().raw_offset, &mut bytes);
-    ///     bytes
+    ///     side.region().copy_out(side.layout().raw_offset, &mut bytes)?;
+    ///     Ok(bytes)
     /// }
     ///
-    /// println!("{:?}", start_of_window(&guest::open("/dev/barlink0")?));
+    /// println!("{:?}", start_of_window(&guest::open("/dev/barlink0")?)?);
     /// # Ok::<(), barlink::Error>(())
     /// ```
     fn region(&self) -> Region;
@@ -225,7 +224,7 @@ impl ChannelOptions {
     /// descriptor can also fail.
     pub fn sender<S: Side>(&self, side: &S, name: &str) -> Result<Sender, Error> {
         let (index, doorbells) = self.claim(side, name, End::Producer)?;
-        let (region, layout) = (side.region(), side.layout());
+        let (region, layout) = (side.region().ring().clone(), side.layout());
         let ring = RingSender::attach(region.clone(), layout, index, doorbells);
         let mut ring = ring.map_err(|source| refused::<S>(name, End::Producer, source))?;
         ring.set_strategy(self.strategy);
@@ -256,7 +255,7 @@ impl ChannelOptions {
     /// Those of [`ChannelOptions::sender`].
     pub fn receiver<S: Side>(&self, side: &S, name: &str) -> Result<Receiver, Error> {
         let (index, doorbells) = self.claim(side, name, End::Consumer)?;
-        let (region, layout) = (side.region(), side.layout());
+        let (region, layout) = (side.region().ring().clone(), side.layout());
         let ring = RingReceiver::attach(region.clone(), layout, index, doorbells);
         let mut ring = ring.map_err(|source| refused::<S>(name, End::Consumer, source))?;
         ring.set_strategy(self.strategy);

@@ -161,6 +161,19 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         }
     }
 
+    /// Returns an error if bytes from an offset on are not all in the mapping.
+    pub fn check(&self, offset: u64, length: usize) -> Result<(), OutOfRegion> {
+        let end = offset.checked_add(length as u64);
+        match end.is_some_and(|end| end <= self.size()) {
+            true => Ok(()),
+            false => Err(OutOfRegion {
+                offset,
+                length,
+                size: self.size(),
+            }),
+        }
+    }
+
     /// Copies bytes out of any place in the mapping, for inspection by a person.
     pub fn peek(&self, offset: u64, bytes: &mut [u8]) -> Result<(), OutOfRegion> {
         for (word, within, part) in self.cut(offset, bytes.len())? {
@@ -189,15 +202,8 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         offset: u64,
         length: usize,
     ) -> Result<impl Iterator<Item = (&AtomicU64, usize, Range<usize>)>, OutOfRegion> {
-        let outside = OutOfRegion {
-            offset,
-            length,
-            size: self.size(),
-        };
-        let end = offset
-            .checked_add(length as u64)
-            .filter(|&end| end <= self.size())
-            .ok_or(outside)?;
+        self.check(offset, length)?;
+        let end = offset + length as u64;
         let words = (offset / 8..end.div_ceil(8)).filter(move |_| length > 0);
         Ok(words.map(move |index| {
             let (start, stop) = ((index * 8).max(offset), (index * 8 + 8).min(end));

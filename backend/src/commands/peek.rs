@@ -12,7 +12,7 @@ use crate::args::{Peek, Poke};
 pub fn peek(args: &Peek) -> Result<()> {
     let attachment = super::attach(&args.which, Access::ReadOnly)?;
     let Some(slot) = args.guest else {
-        return place::peek(&attachment.region(), attachment.layout(), &args.peek);
+        return place::peek(attachment.region().ring(), attachment.layout(), &args.peek);
     };
     // The vector grows with each answer: the length on the command line may exceed the guest's
     // memory, whose size is not known here.
@@ -33,5 +33,5 @@ pub fn peek(args: &Peek) -> Result<()> {
 
 pub fn poke(args: &Poke) -> Result<()> {
     let attachment = super::attach(&args.which, Access::ReadWrite)?;
-    place::poke(&attachment.region(), attachment.layout(), &args.poke)
+    place::poke(attachment.region().ring(), attachment.layout(), &args.poke)
 }

@@ -591,6 +591,7 @@ fn reset_repairs_corrupt_channel_without_holders() {
     let (_, entry) = attachment.layout().find("loop").unwrap();
     attachment
         .region()
+        .ring()
         .store(entry.offset + channel::WRITTEN, 3);
     fails(
         &mut broker.app(&["recv", "--channel", "loop"]),

@@ -18,7 +18,7 @@ const PROCESS: u64 = 1 << 32 | 42;
 
 /// Begins a stream as a sender in a guest does: commits the first records, and does not ring.
 fn begin_a_stream(attachment: &Attachment, channel: &Channel) {
-    let mut producer = Producer::attach(attachment.region(), channel).unwrap();
+    let mut producer = Producer::attach(attachment.region().ring().clone(), channel).unwrap();
     for (kind, bytes) in [(Kind::BEGIN, &b""[..]), (Kind::DATA, b"half")] {
         let mut room = producer.reserve(bytes.len()).unwrap();
         room.write(0, bytes);

@@ -49,7 +49,7 @@ fn corrupt_channel_leaves_other_channels_working() {
     // A peer that can write to the region can do this at any time.
     let attacker = broker.attach();
     let (_, entry) = attacker.layout().find("sick").unwrap();
-    let scribble = |word, value| attacker.region().store(entry.offset + word, value);
+    let scribble = |word, value| attacker.region().ring().store(entry.offset + word, value);
     scribble(channel::WRITTEN, 1 << 40);
     scribble(channel::READ, 1 << 50);
     for _ in 0..3 {

@@ -121,7 +121,7 @@ fn host_app_never_rings_vm_without_driver() {
     // The guest's consumer slept when the device was unplugged. The driver had time to withdraw its
     // presence.
     let threshold = layout.channels()[1].offset + channel::CONSUMER_THRESHOLD;
-    attachment.region().store(threshold, 1);
+    attachment.region().ring().store(threshold, 1);
     for (epoch, holder) in [(0, 0), (2, 0), (2, 1)] {
         vm.store_in_driver_page(layout, presence::EPOCH, epoch);
         vm.store_in_driver_page(layout, presence::holder(1, End::Consumer), holder);
@@ -319,7 +319,7 @@ fn superblock_matches_layout_from_broker() {
         "b=host-0,1M",
     ]);
     let attachment = broker.attach();
-    let layout = state::read_layout(&attachment.region(), 4 << 20).unwrap();
+    let layout = state::read_layout(attachment.region().ring(), 4 << 20).unwrap();
     assert_eq!(&layout, attachment.layout());
     let (_, a) = layout.find("a").unwrap();
     assert_eq!(

@@ -233,7 +233,12 @@ fn managed_broker_rejects_replacement() {
 
 #[test]
 fn stopped_service_preserves_epoch_for_successor() {
-    let epoch = |attachment: &Attachment| attachment.region().load(BROKER_PAGE + presence::EPOCH);
+    let epoch = |attachment: &Attachment| {
+        attachment
+            .region()
+            .ring()
+            .load(BROKER_PAGE + presence::EPOCH)
+    };
     let folder = tempfile::tempdir().unwrap();
     let path = manager(folder.path());
     let broker = Broker::start_by(folder, &[], |command| {

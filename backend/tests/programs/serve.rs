@@ -275,7 +275,12 @@ fn stopped_broker_removes_its_private_sockets() {
     for signal in [Signal::TERM, Signal::INT] {
         let broker = Broker::start_in(folder, &[]);
         let attachment = broker.attach();
-        let epoch = || attachment.region().load(BROKER_PAGE + presence::EPOCH);
+        let epoch = || {
+            attachment
+                .region()
+                .ring()
+                .load(BROKER_PAGE + presence::EPOCH)
+        };
         assert_eq!(epoch(), 1);
         for name in ["vm.sock", "control.sock"] {
             assert_eq!(

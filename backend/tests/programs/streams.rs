@@ -191,7 +191,7 @@ fn send_and_be_killed(broker: &Broker, bytes: &[u8]) {
     let (_, entry) = attachment.layout().find("loop").unwrap();
     let entry = *entry;
     wait_until("all is committed", || {
-        let state = state::ChannelState::read(&attachment.region(), &entry);
+        let state = state::ChannelState::read(attachment.region().ring(), &entry);
         state.written > bytes.len() as u64
     });
     kill(&mut sender);

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use barlink_protocol::wire::layout::End;
+
 use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
 use super::packet::PacketSocket;
 use crate::error_kind::ErrorKind;
@@ -188,13 +190,14 @@ impl Connection {
 
     /// Notes that the answer to a request will come late. A claim of which the caller does not
     /// learn is returned.
-    fn expect_late(&mut self, ask: &Ask) {
+    fn expect_late(&mut self, request: &Packet) {
         self.late += 1;
-        let &Ask::Claim { channel, end } = ask else {
+        let Some((channel, end)) = request.claims else {
             return;
         };
-        let sent = encode(Ask::Release { channel, end })
-            .and_then(|release| self.socket.send_until(&release, &[], Some(Instant::now())));
+        let release = Packet::new(Ask::Release { channel, end });
+        let now = Some(Instant::now());
+        let sent = release.and_then(|release| self.socket.send_until(&release.bytes, &[], now));
         match sent {
             Ok(()) => self.late += 1,
             Err(error) => log::debug!("a claim is not given back: {error}"),
@@ -202,13 +205,32 @@ impl Connection {
     }
 }
 
-/// Encodes a request.
-fn encode(ask: Ask) -> io::Result<Vec<u8>> {
-    let request = Request {
-        version: VERSION,
-        ask,
-    };
-    Ok(serde_json::to_vec(&request)?)
+/// An encoded request.
+struct Packet {
+    bytes: Vec<u8>,
+    /// It is a release.
+    releases: bool,
+    /// The channel and end that it claims.
+    claims: Option<(usize, End)>,
+}
+
+impl Packet {
+    fn new(ask: Ask) -> io::Result<Self> {
+        let releases = matches!(ask, Ask::Release { .. });
+        let claims = match ask {
+            Ask::Claim { channel, end } => Some((channel, end)),
+            _ => None,
+        };
+        let request = Request {
+            version: VERSION,
+            ask,
+        };
+        Ok(Packet {
+            bytes: serde_json::to_vec(&request)?,
+            releases,
+            claims,
+        })
+    }
 }
 
 impl Control {
@@ -288,8 +310,8 @@ impl Control {
             process,
         };
         self.process.check().map_err(inherited)?;
-        let releases = matches!(ask, Ask::Release { .. });
-        let request = encode(ask.clone()).map_err(|error| self.lost(error))?;
+        let request = Packet::new(ask).map_err(|error| self.lost(error))?;
+        let releases = request.releases;
         let connection = self.connection.lock();
         let mut connection = connection.unwrap_or_else(PoisonError::into_inner);
         let deadline = deadline.unwrap_or_else(|| Instant::now() + TIMEOUT);
@@ -300,14 +322,14 @@ impl Control {
             return Err(self.lost(io::Error::other(text)));
         }
         let is_first = !connection.answered;
-        let mut outcome = self.exchange(&mut connection, &ask, &request, deadline);
+        let mut outcome = self.exchange(&mut connection, &request, deadline);
         if matches!(outcome, Err(ControlError::Rejected { .. })) {
             if is_first {
                 // A broker that is replaced closes connections that it has not served. Its
                 // successor listens by now.
                 let control = Self::connect_until(&self.path, deadline)?;
                 connection.socket = control.into_socket();
-                outcome = self.exchange(&mut connection, &ask, &request, deadline);
+                outcome = self.exchange(&mut connection, &request, deadline);
             } else {
                 outcome = Err(self.disconnected(releases));
             }
@@ -371,13 +393,11 @@ impl Control {
     fn exchange(
         &self,
         connection: &mut Connection,
-        ask: &Ask,
-        request: &[u8],
+        request: &Packet,
         deadline: Instant,
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         // A process that returns an end does not wait for answers that it does not need.
-        let releases = matches!(ask, Ask::Release { .. });
-        let is_late = releases && connection.late > 0;
+        let is_late = request.releases && connection.late > 0;
         let deadline = if is_late { Instant::now() } else { deadline };
         while connection.late > 0 {
             match self.receive(connection, deadline) {
@@ -386,7 +406,9 @@ impl Control {
                 Err(error) => return Err(error),
             }
         }
-        let sent = connection.socket.send_until(request, &[], Some(deadline));
+        let sent = connection
+            .socket
+            .send_until(&request.bytes, &[], Some(deadline));
         sent.map_err(|error| self.lost(error))?;
         let received = match connection.late {
             0 => self.receive(connection, deadline),
@@ -395,7 +417,7 @@ impl Control {
             }),
         };
         if matches!(received, Err(ControlError::NoAnswer { .. })) {
-            connection.expect_late(ask);
+            connection.expect_late(request);
         }
         received
     }

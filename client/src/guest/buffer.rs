@@ -10,7 +10,8 @@ use barlink_protocol::wire::uapi;
 use rustix::io::Errno;
 use rustix::ioctl::{Updater, ioctl};
 
-use crate::memory::{Access, Mapping, Region};
+use crate::memory::{Access, Mapping};
+use crate::region::Region;
 
 /// A DMA buffer, mapped. [`Device::buffer`](super::Device::buffer) returns it. The driver frees it
 /// when the last clone of it, and of its [`region`](Buffer::region), is dropped. After the device
@@ -48,6 +49,7 @@ impl Buffer {
         };
         let size = usize::try_from(size).map_err(|_| Errno::INVAL)?;
         let region = Mapping::map(&descriptor, size, Access::ReadWrite)?.region();
+        let region = Region::new(region, Access::ReadWrite);
         Ok(Buffer { region, buffer })
     }
 

@@ -22,9 +22,10 @@ use crate::guest::cache::{Cache, Choice};
 use crate::guest::calls::{self, map_in, region};
 use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
-use crate::memory::{Access, Mapping, Region};
+use crate::memory::{Access, Mapping};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
+use crate::region::Region;
 use crate::sender::Sender;
 
 /// A device, open and mapped. Ends of channels outlive it. After the device was unplugged, or its
@@ -155,12 +156,12 @@ impl Device {
     /// let layout = device.layout();
     /// // The raw window, as a file.
     /// let mut bytes = vec![0; layout.raw_size as usize];
-    /// device.region().copy_out(layout.raw_offset, &mut bytes);
+    /// device.region().copy_out(layout.raw_offset, &mut bytes)?;
     /// std::fs::write("window.bin", bytes)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn region(&self) -> Region {
-        region(&self.mapping, self.granted)
+        Region::new(region(&self.mapping, self.granted), self.mapping.access())
     }
 
     /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their
@@ -281,7 +282,7 @@ impl Side for Device {
     }
 
     fn region(&self) -> Region {
-        region(&self.mapping, self.granted)
+        Region::new(region(&self.mapping, self.granted), self.mapping.access())
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {

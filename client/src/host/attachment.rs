@@ -16,9 +16,10 @@ use crate::doorbell::Doorbells;
 use crate::error::Error;
 use crate::host::claim::Claim;
 use crate::host::events::Eventfds;
-use crate::memory::{Access, Mapping, Region};
+use crate::memory::{Access, Mapping};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
+use crate::region::Region;
 use crate::sender::Sender;
 
 /// Largest channel whose pages are all made present at its claim: then the first lap through it
@@ -154,8 +155,7 @@ impl Attachment {
         &self.layout
     }
 
-    /// Returns the region's words. With [`Access::ReadOnly`] a store to them ends the process by
-    /// SIGSEGV.
+    /// Returns the region. With [`Access::ReadOnly`] its methods that write return an error.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -167,7 +167,7 @@ impl Attachment {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn region(&self) -> Region {
-        self.mapping.region()
+        Region::new(self.mapping.region(), self.mapping.access())
     }
 
     /// Asks the broker for its slots and for the ends that host apps hold.
@@ -336,7 +336,7 @@ impl Side for Attachment {
     }
 
     fn region(&self) -> Region {
-        self.mapping.region()
+        Region::new(self.mapping.region(), self.mapping.access())
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {

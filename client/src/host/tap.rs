@@ -87,7 +87,7 @@ impl Attachment {
         let index = find(self.layout(), name)?;
         let entry = &self.layout().channels()[index];
         let mut tap = Tap {
-            region: self.region(),
+            region: self.region().ring().clone(),
             base: entry.offset,
             capacity: Capacity::of(entry),
             // No channel has it, so the first look begins at the consumer's cursor.

@@ -167,7 +167,6 @@ fn reservation_and_record_in_forked_process_do_nothing() {
     child.passes();
     assert_eq!(record.to_vec(), b"first");
     record.keep();
-    drop(reservation);
     let _ = sender.send(Kind::USER, b"second").unwrap();
     assert_eq!(receiver.recv().unwrap().to_vec(), b"first");
     let second = receiver.recv().unwrap();

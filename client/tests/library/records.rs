@@ -7,7 +7,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use barlink::{Access, ChannelOptions, Error, ErrorKind, Kind, Sent, Side, host};
+use barlink::{Access, ChannelOptions, Error, ErrorKind, Kind, RegionError, Sent, Side, host};
 use barlink_protocol::wire::layout::{End, channel};
 
 use crate::broker::*;
@@ -59,7 +59,7 @@ fn passed_records_are_released_together() {
     let (mut sender, mut receiver) = broker.ends("loop");
     let app = broker.attach();
     let base = app.layout().find("loop").unwrap().1.offset;
-    let released = || app.region().load(base + channel::READ);
+    let released = || app.region().ring().load(base + channel::READ);
     for _ in 0..3 {
         let _ = sender.stage(Kind::USER, &[0; 8]).unwrap();
     }
@@ -281,4 +281,42 @@ fn ends_outlive_their_broker() {
     let _ = sender.send(Kind::USER, b"alone").unwrap();
     let record = receiver.recv_timeout(TIMEOUT).unwrap().unwrap();
     assert_eq!(record.to_vec(), b"alone");
+}
+
+#[test]
+fn region_refuses_what_would_fault() {
+    let broker = Running::start(LOOP);
+    let writable = broker.attach();
+    let options = host::AttachOptions::new().access(Access::ReadOnly);
+    let read_only = options.connect_path(broker.control()).unwrap();
+    let (raw, mut bytes) = (writable.layout().raw_offset, [0; 16]);
+    let region = read_only.region();
+    let refused = [
+        region.poke(raw, b"x").err(),
+        region.copy_in(raw, &bytes).err(),
+        region.store(raw, 1).err(),
+        region.word(raw).err(),
+    ];
+    assert_eq!(refused, [Some(RegionError::ReadOnly); 4]);
+    region.copy_out(raw, &mut bytes).unwrap();
+    assert_eq!(region.load(raw), Ok(0));
+    let region = writable.region();
+    region.store(raw, 7).unwrap();
+    assert_eq!(read_only.region().load(raw), Ok(7));
+    for offset in [region.size(), region.size() - 4, u64::MAX - 7, u64::MAX] {
+        let mut bytes = [0; 16];
+        let refused = [
+            region.peek(offset, &mut bytes).err(),
+            region.poke(offset, &bytes).err(),
+            region.copy_out(offset, &mut bytes).err(),
+            region.copy_in(offset, &bytes).err(),
+            region.load(offset).err(),
+            region.store(offset, 1).err(),
+            region.word(offset).err(),
+        ];
+        assert!(refused.iter().all(Option::is_some), "{offset}: {refused:?}");
+    }
+    let unaligned = RegionError::Unaligned { offset: raw + 4 };
+    assert_eq!(region.load(raw + 4), Err(unaligned));
+    assert_eq!(Error::from(unaligned).kind(), ErrorKind::InvalidInput);
 }

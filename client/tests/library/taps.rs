@@ -62,6 +62,7 @@ fn reset_is_no_corruption_for_a_tap() {
     let app = broker.attach();
     let base = app.layout().find("loop").unwrap().1.offset;
     let region = app.region();
+    let region = region.ring();
     let mut tap = app.tap("loop").unwrap();
     // A reset has begun, and has not emptied the channel yet.
     let cursor = region.word(base + channel::READ);

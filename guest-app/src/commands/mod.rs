@@ -37,7 +37,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Echo(args) => stream::echo(&device, args),
         Command::Telemetry(args) => telemetry::telemetry(&device, args),
         Command::Buffer(args) => buffer::buffer(&device, args),
-        Command::Peek(args) => place::peek(&device.region(), device.layout(), args),
-        Command::Poke(args) => place::poke(&device.region(), device.layout(), args),
+        Command::Peek(args) => place::peek(device.region().ring(), device.layout(), args),
+        Command::Poke(args) => place::poke(device.region().ring(), device.layout(), args),
     }
 }

@@ -75,7 +75,8 @@ impl Snapshot {
         let layout = attachment.layout();
         let broker = attachment.status()?;
         let guest = |slot| {
-            let (region, page) = (attachment.region(), layout.presence_page(slot));
+            let region = attachment.region();
+            let (region, page) = (region.ring(), layout.presence_page(slot));
             let epoch = region.load(page + presence::EPOCH);
             let connected = broker
                 .slots
@@ -85,7 +86,7 @@ impl Snapshot {
             Guest {
                 epoch,
                 present,
-                cache: present.then(|| CacheState::read(&region, page).into()),
+                cache: present.then(|| CacheState::read(region, page).into()),
             }
         };
         Ok(Snapshot {
@@ -101,11 +102,12 @@ impl Snapshot {
 
 fn channel(attachment: &Attachment, index: usize) -> ChannelView {
     let (layout, region) = (attachment.layout(), attachment.region());
+    let region = region.ring();
     let entry = &layout.channels()[index];
-    let state = ChannelState::read(&region, entry);
+    let state = ChannelState::read(region, entry);
     let process = |end| {
         let words = PresenceWords::find(layout, index, end, layout.region_size);
-        words.and_then(|words| words.read(&region).process())
+        words.and_then(|words| words.read(region).process())
     };
     ChannelView {
         name: entry.name.to_string(),

@@ -73,7 +73,7 @@ fn main() -> Result<()> {
             |error| matches!(error, Error::Held(_)),
         )?;
         work(
-            attachment.region(),
+            attachment.region().ring().clone(),
             attachment.layout(),
             cli.end,
             claimed,
@@ -89,7 +89,13 @@ fn main() -> Result<()> {
             || device.claim(&cli.channel, end),
             |error| matches!(error, Error::Held(_)),
         )?;
-        work(device.region(), device.layout(), cli.end, claimed, cli.seed)
+        work(
+            device.region().ring().clone(),
+            device.layout(),
+            cli.end,
+            claimed,
+            cli.seed,
+        )
     }
 }
 

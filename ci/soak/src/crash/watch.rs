@@ -101,7 +101,7 @@ impl Watch {
             anyhow::Ok(Watched {
                 name,
                 entry: *entry,
-                notes: Notes::new(attachment.region(), layout, index),
+                notes: Notes::new(attachment.region().ring().clone(), layout, index),
             })
         };
         Ok(Self {
@@ -209,6 +209,6 @@ impl Watch {
     }
 
     fn state(&self, channel: &Watched) -> ChannelState {
-        ChannelState::read(&self.attachment.region(), &channel.entry)
+        ChannelState::read(self.attachment.region().ring(), &channel.entry)
     }
 }
