@@ -379,14 +379,6 @@ where
             }
             length
         } else {
-            if !begun {
-                first = read_private(source, scratch).map_err(StreamError::Read)?;
-                if first == 0 {
-                    break;
-                }
-                let _ = mark_watched(sender, Kind::BEGIN, watch, &total)?;
-                begun = true;
-            }
             let now = || sender.events().now();
             let time = wait.next(watch.report_after(), watch.timeout(), now);
             let Some(mut reservation) = sender.reserve(scratch.len(), time)? else {
@@ -395,6 +387,16 @@ where
                 continue;
             };
             wait = Wait::default();
+            // A sender that finds no room takes nothing from its source.
+            if !begun {
+                first = read_private(source, scratch).map_err(StreamError::Read)?;
+                if first == 0 {
+                    break;
+                }
+                let _ = mark_watched(sender, Kind::BEGIN, watch, &total)?;
+                begun = true;
+                continue;
+            }
             let is_read = core::mem::take(&mut first);
             let read = match is_read {
                 0 if in_place => retry(source, libc::POLLIN, || reservation.read_from(source))

@@ -462,6 +462,19 @@ fn stream_ends_at_timeout_without_peer() {
     }
 }
 
+#[test]
+fn sender_without_room_reads_nothing() {
+    let (mut sender, _receiver) = ends(4096, false);
+    while sender.send(Kind::DATA, &[0; 900], Some(Duration::ZERO)) == Ok(Sent::Committed) {}
+    let mut source = File::open("/bin/sh").unwrap();
+    let sent = send_all(&mut sender, source.as_raw_fd(), &mut [0; 900], &mut Hurried);
+    assert!(
+        matches!(sent, Err(StreamError::TimedOut { .. })),
+        "{sent:?}"
+    );
+    assert_eq!(source.stream_position().unwrap(), 0);
+}
+
 /// Checks that a stream goes on over non-blocking sockets, whose other ends are slow.
 #[test]
 fn stream_waits_for_nonblocking_descriptors() {
