@@ -129,7 +129,7 @@ const CLIENT: Parts = &[
     ("guest/calls", &["memory"]),
     ("guest/buffer", &["memory", "region"]),
     ("guest/cache", &["memory", "guest/calls"]),
-    ("guest/error", &["error_kind", "guest/cache"]),
+    ("guest/error", &["error_kind", "memory", "guest/cache"]),
     ("guest/events", &["event_error", "guest/calls"]),
     ("host/claim", &["control"]),
     ("host/events", &["notifier", "event_error", "host/claim"]),

@@ -147,7 +147,11 @@ fn named_brokers_are_independent() {
     let mut red = brokers.all.remove("red").unwrap();
     signal_child(&red, Signal::KILL);
     wait(&mut red);
-    fails(&mut brokers.app("red", &["peek"]), 3, &["no broker at"]);
+    fails(
+        &mut brokers.app("red", &["peek"]),
+        3,
+        &["no broker `red` in", "barlink list"],
+    );
     vms.remove("red");
     for (name, vms) in &mut vms {
         vms.ring();

@@ -490,7 +490,7 @@ fn take_the_beginning(broker: &Broker) -> Program {
     let attachment = broker.attach();
     let entry = *attachment.layout().find("loop").unwrap().1;
     wait_until("the record is released", || {
-        state::ChannelState::read(&attachment.region(), &entry).fill(&entry) == Some(0)
+        state::ChannelState::read(attachment.region().ring(), &entry).fill(&entry) == Some(0)
     });
     kill(&mut receiver);
     wait_until("its claim has ended", || {
