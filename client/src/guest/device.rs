@@ -217,6 +217,10 @@ impl Device {
     /// ([`ErrorKind::InUse`]), the driver is too old for buffers ([`ErrorKind::Incompatible`]), the
     /// device was opened with [`Access::ReadOnly`] ([`ErrorKind::InvalidInput`]), or there is no
     /// contiguous memory of that size.
+    ///
+    /// [`ErrorKind::InvalidInput`]: crate::ErrorKind::InvalidInput
+    /// [`ErrorKind::InUse`]: crate::ErrorKind::InUse
+    /// [`ErrorKind::Incompatible`]: crate::ErrorKind::Incompatible
     pub fn buffer(&self, size: u64) -> Result<Buffer, Error> {
         let path = || self.path.clone();
         let buffer = Buffer::new(&self.file, size).map_err(|error| match error {
