@@ -14,7 +14,7 @@ use crate::wire::uapi::{
 };
 use kernel::prelude::*;
 
-/// How a mapping is made: validated options that fit into one word of a file or an area.
+/// Validated options of a mapping, which fit into one word of a file or an area.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MapOptions {
     /// Requested cache mode. `None` means the mode of the existing mappings, or noncached if there

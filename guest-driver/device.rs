@@ -252,8 +252,9 @@ impl Device {
         Ok(())
     }
 
-    /// Lets the claims of a file that name the current process, which has closed a descriptor of the
-    /// file, name a process that still has it open: a child that was forked after the claim.
+    /// Renames the holder of a file's claims after the current process has closed a descriptor of
+    /// the file. Claims that name this process then name another one that has the file open, such
+    /// as a child that was forked after the claim.
     ///
     /// `other` returns the PID of a process that has the file open, or 0 if there is none. Then the
     /// claims are about to end, unless a message or a mapping keeps the file.
@@ -263,8 +264,8 @@ impl Device {
         if !state.claims.name(file, process) {
             return;
         }
-        // If the other process closes the file meanwhile, it waits for the lock, and then passes the
-        // claims on itself.
+        // If the other process closes the file meanwhile, it waits for the lock, and then renames
+        // the holder itself.
         match other() {
             0 => (),
             other if other == process => (),

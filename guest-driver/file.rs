@@ -270,7 +270,7 @@ unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file
 unsafe extern "C" fn flush(file: *mut bindings::file, _owner: bindings::fl_owner_t) -> c_int {
     // SAFETY: The file is open until this returns.
     let opened = unsafe { OpenFile::of(file) };
-    // SAFETY: As above, and the function only compares the pointer.
+    // SAFETY: The file is open until this returns, and the function only compares the pointer.
     let other = || unsafe { shim::barlink_process_with(file) };
     opened.device.pass_on(opened.id, other);
     0

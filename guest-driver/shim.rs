@@ -126,9 +126,9 @@ extern "C" {
         private: *mut c_void,
     ) -> *mut bindings::file;
 
-    /// Returns the PID, in the initial PID namespace, of a process that has a file open, or 0 if there
-    /// is none (`for_each_process_thread`, `iterate_fd`). A file in a message or of a mapping alone
-    /// has none. Does not sleep.
+    /// Returns the PID, in the initial PID namespace, of a process that has a file open, or 0 if
+    /// there is none (`for_each_process_thread`, `iterate_fd`). A file in a message or of a mapping
+    /// alone has none. Does not sleep.
     pub(crate) fn barlink_process_with(file: *mut bindings::file) -> u32;
 
     /// Returns a protection with a cache mode, given as the number of a requestable

@@ -114,10 +114,10 @@ pub struct Serve {
     /// Add a channel: NAME=DIRECTION,SIZE[,drop]. DIRECTION is up (slot 0 to host), down (host to
     /// slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of two, 4K or more. With
     /// `drop`, the sender drops records when the channel is full. By default, slot 0 has `up` and
-    /// `down`, slot 1 has `up1` and `down1`, and so on, as large as fits. Sizes are powers of two, so
-    /// about half of the region then belongs to no channel: it is the raw window, for `peek` and
-    /// `poke`. Channels of different sizes use more of it: --channel up=up,32M --channel down=down,16M
-    /// for 64M
+    /// `down`, slot 1 has `up1` and `down1`, and so on, as large as fits. Sizes are powers of two,
+    /// so about half of the region then belongs to no channel: it is the raw window, for `peek` and
+    /// `poke`. Channels of different sizes use more of it: --channel up=up,32M --channel
+    /// down=down,16M for 64M
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
     /// Number of interrupt vectors of each peer [default: one for each channel, and one more]

@@ -56,7 +56,8 @@ pub fn start_queued() -> io::Result<Queue> {
         builder.write_style(WriteStyle::Always);
     }
     if is_journal() {
-        // The journal has its own time stamps, and reads the level from the prefix (`sd-daemon(3)`).
+        // The journal has its own time stamps, and reads the level from the prefix
+        // (`sd-daemon(3)`).
         builder.format(|line, record| {
             writeln!(line, "<{}>{}", priority(record.level()), record.args())
         });

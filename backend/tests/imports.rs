@@ -108,7 +108,6 @@ const BACKEND: Parts = &[
     // The program, whose modules import the library by its name.
     ("logging", &[]),
     ("args", &[]),
-    ("logging", &[]),
     ("commands", &["args"]),
 ];
 

@@ -46,7 +46,7 @@ pub struct Received {
     pub lost_descriptors: bool,
 }
 
-/// Receives bytes, and at most so many descriptors with them, which are appended to `descriptors`.
+/// Receives bytes, and at most `most` descriptors with them, which are appended to `descriptors`.
 pub fn receive(
     socket: impl AsFd,
     parts: &mut [IoSliceMut<'_>],

@@ -53,7 +53,7 @@ pub type ChannelError = barlink_protocol::ChannelError<EventError>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The broker cannot be asked, or refuses.
+    /// A request to the broker failed, or the broker refused it.
     #[error(transparent)]
     Control(#[from] ControlError),
     /// The device cannot be used.

@@ -25,13 +25,13 @@
 pub enum ErrorKind {
     /// There is no broker, device, channel, VM or buffer of that name or number.
     NotFound,
-    /// The process may not do that.
+    /// The process lacks a permission for the call.
     PermissionDenied,
-    /// Another process uses it; it may be free later.
+    /// Another process uses the end, channel, device or buffer, which may be free later.
     InUse,
     /// The other program, or the driver, is of another release.
     Incompatible,
-    /// An argument does not fit.
+    /// An argument is not valid.
     InvalidInput,
     /// The broker closed the connection, or does not answer.
     Disconnected,
@@ -41,10 +41,10 @@ pub enum ErrorKind {
     Full,
     /// The record is larger than the channel carries.
     TooLarge,
-    /// The other end wrote something that makes no sense.
+    /// The other end wrote invalid words to the channel.
     Corrupt,
     /// The process that this one was forked from made the value. This process opens its own.
     Inherited,
-    /// A system call failed, or the broker could not do it.
+    /// A system call failed, or the broker failed to handle the request.
     Other,
 }

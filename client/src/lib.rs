@@ -54,7 +54,7 @@ mod region;
 mod sender;
 pub mod stream;
 
-/// The time that an end looks for itself, before it asks to be rung.
+/// The time that an end polls before it arms a wake-up and sleeps.
 ///
 /// ```
 /// use std::time::Duration;

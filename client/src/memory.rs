@@ -43,7 +43,7 @@ pub enum Access {
     ReadWrite,
 }
 
-/// Why a region's memory cannot be mapped.
+/// The reason why a region's memory cannot be mapped.
 ///
 /// ```no_run
 /// use barlink::{Error, host};

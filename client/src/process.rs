@@ -2,9 +2,9 @@
 
 //! The process that a value belongs to.
 //!
-//! `fork(2)` copies every value of a process. A copy of an end would write to the channel beside the
-//! end that it is a copy of, and a copy of a claim would return a claim that is still in use. So
-//! such a value keeps the process that made it, and does nothing in another one.
+//! `fork(2)` copies every value of a process. A copied end would write to the channel beside the
+//! original, and a copied claim would return a claim that is still in use. So such a value stores
+//! the process that made it, and does nothing in another process.
 
 #![expect(unsafe_code, reason = "the kernel marks a forked process in a page")]
 
@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-/// The number that the next process takes: 1, and in a forked process more than any value in it
-/// has.
+/// Number of the next process. It is 1 at first, and in a forked process greater than the number of
+/// every value in it.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// A process, for values that it made.

@@ -673,11 +673,11 @@ impl Record<'_> {
         record.map_or(&[], |record| record.into_words())
     }
 
-    /// Lets the kernel write the content, or the rest of what was read, straight to a file. Returns
-    /// the number of bytes written, which can be fewer than there are. Each call goes on where the
-    /// last one ended, and returns 0 after the last byte. If the kernel cannot write to the file
-    /// from the memory of a device, as with `O_DIRECT` in a guest, the bytes go by way of a private
-    /// buffer.
+    /// Lets the kernel write the content straight to a file, without the bytes that were already
+    /// read. Returns the number of bytes written, which can be fewer than there are. Each call goes
+    /// on where the last one ended, and returns 0 after the last byte. If the kernel cannot write
+    /// to the file from the memory of a device, as with `O_DIRECT` in a guest, the bytes go by way
+    /// of a private buffer.
     ///
     /// ```no_run
     /// use std::fs::File;
@@ -806,7 +806,7 @@ pub(crate) fn copy_from(
     if within == 0 {
         return record.copy_to(offset, bytes);
     }
-    // The rest of a word first: what follows is copied in whole words.
+    // Copies the rest of a word first, so that all other bytes are copied in whole words.
     let word = record.word(offset / 8).to_le_bytes();
     let count = left.min(8 - within).min(bytes.len());
     let (first, rest) = bytes.split_at_mut(count);

@@ -32,7 +32,7 @@ pub struct Region {
     access: Access,
 }
 
-/// Why bytes of a region cannot be read or written.
+/// The reason why bytes of a region cannot be read or written.
 ///
 /// ```no_run
 /// use barlink::{RegionError, host};
@@ -121,8 +121,8 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The bytes are not all in the mapping, it is for reading only, or the offset is not a multiple
-    /// of 8.
+    /// The bytes are not all in the mapping, it is for reading only, or the offset is not a
+    /// multiple of 8.
     pub fn copy_in(&self, offset: u64, bytes: &[u8]) -> Result<(), RegionError> {
         self.check_writable()?;
         self.check(offset, bytes.len())?;
@@ -144,7 +144,8 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The word is not in the mapping, it is for reading only, or the offset is not a multiple of 8.
+    /// The word is not in the mapping, it is for reading only, or the offset is not a multiple of
+    /// 8.
     pub fn store(&self, offset: u64, value: u64) -> Result<(), RegionError> {
         self.check_writable()?;
         self.check(offset, 8)?;

@@ -476,9 +476,9 @@ impl<'a> StreamReader<'a> {
     /// Waits for the next record of the stream.
     fn wait(&mut self) -> io::Result<()> {
         loop {
-            // A sender that has left sends no more, but what it committed until then is there.
-            // Its presence is looked at only while there is no record, because each look goes over
-            // the bus in a guest.
+            // A sender that has left sends no more, but its committed records are still there. Its
+            // presence is looked at only while there is no record, because each look goes over the
+            // bus in a guest.
             let begun = self.receiver.stream_position().begun;
             let is_idle = begun && !self.receiver.ring().poll().map_err(Error::from)?;
             let away = is_idle && !self.receiver.is_peer_present();

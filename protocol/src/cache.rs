@@ -79,7 +79,7 @@ pub enum Shortfall {
         /// Guest-physical address of the region.
         address: u64,
     },
-    /// Another cause, which the guest's kernel can tell.
+    /// Another cause, which files of the guest's kernel show ([`Shortfall::cure`]).
     Elsewhere {
         /// Guest-physical address of the region.
         address: u64,

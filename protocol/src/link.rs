@@ -136,8 +136,8 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         self.peer
     }
 
-    /// Looks whether no process holds the other end. It is false between two VMs, which cannot see
-    /// each other.
+    /// Returns whether no process holds the other end. The result is false between two VMs, which
+    /// cannot see each other.
     pub(crate) fn peer_is_away(&self) -> bool {
         self.words.is_some() && !self.read_peer().is_held()
     }
@@ -349,7 +349,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         look(Threshold::Disarmed)
     }
 
-    /// Sleeps for a time whose end tells nothing about doorbells. A ring proves that they arrive.
+    /// Sleeps for a fixed time. A ring before its end proves that doorbells arrive.
     fn sleep_for(&mut self, time: Duration) -> Result<(), E::Error> {
         self.proven |= self.events.sleep(Some(time))?;
         Ok(())

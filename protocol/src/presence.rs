@@ -10,7 +10,7 @@ use crate::region::Region;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{BROKER_PAGE, End, Layout, PAGE_SIZE, presence};
 
-/// Offsets of the words that tell the presence of one end of a channel.
+/// Offsets of the words that show the presence of one end of a channel.
 #[derive(Clone, Copy, Debug)]
 pub struct PresenceWords {
     epoch: u64,

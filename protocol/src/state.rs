@@ -42,8 +42,8 @@ pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
     Ok(layout)
 }
 
-/// Resets a channel to empty, and returns how often it has been reset. `None` if `are_free` tells
-/// that an end is held.
+/// Resets a channel to empty, and returns how often it has been reset. Returns `None` if `are_free`
+/// returns false, because an end is held.
 ///
 /// A process claims an end before it attaches to the channel, and attaching fails during a reset.
 /// So either the reset sees the claim, or the attaching end sees the reset.

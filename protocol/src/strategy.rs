@@ -4,9 +4,9 @@
 
 use core::time::Duration;
 
-/// How long an end looks for itself before it arms a wake-up and sleeps. A ring costs its sender as
-/// much time as many records, and costs the sleeping end a wake-up. Spinning costs processor time.
-/// A back-off sleep delays a record that comes during it.
+/// The time that an end polls before it arms a wake-up and sleeps. A ring costs its sender as much
+/// time as many records, and costs the sleeping end a wake-up. Spinning costs processor time. A
+/// back-off sleep delays a record that comes during it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Strategy {
     /// Shortest time to spin. An end spins for longer while spinning succeeds, and for less while
@@ -17,8 +17,8 @@ pub struct Strategy {
     pub most_spin: Duration,
     /// Time of all back-off sleeps after the spin; zero for none. The first lasts for 100 µs, and
     /// each further one for twice as long, up to 800 µs. So a record that comes during a sleep
-    /// waits for at most 100 µs longer than the silence before it. The end is rung earlier if half
-    /// of the channel has moved.
+    /// waits for at most 100 µs longer than the end had waited for it. The end is rung earlier if
+    /// half of the channel has moved.
     pub back_off: Duration,
 }
 
@@ -31,7 +31,7 @@ impl Strategy {
     };
     /// For streams, whose records may wait for a few milliseconds. The back-off sleeps last as long
     /// as a scheduler usually keeps the other end from running. The other end rings only after a
-    /// longer silence, or before it would have to wait.
+    /// longer pause, or before it would have to wait.
     pub const STREAM: Strategy = Strategy {
         back_off: Duration::from_millis(6),
         ..Strategy::PROMPT

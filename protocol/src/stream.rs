@@ -160,7 +160,7 @@ pub struct Position {
     pub dropped: u64,
     /// Whether the stream was taken up without its beginning.
     pub headless: bool,
-    /// Whether the next record that is found can be the last one that was taken up.
+    /// Whether the next record can be the last one again, because that was not released.
     seen: bool,
     next: Option<u64>,
 }
@@ -611,7 +611,7 @@ fn failed<X>(source: io::Error, done: usize) -> StreamError<X> {
     }
 }
 
-/// Returns the aligned part of a buffer that is longer than that by [`ALIGNMENT`].
+/// Returns the aligned part of a buffer, which is shorter than the buffer by [`ALIGNMENT`].
 fn aligned(buffer: &mut [u8]) -> &mut [u8] {
     let start = buffer.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
     let length = buffer.len().saturating_sub(ALIGNMENT);

@@ -64,13 +64,13 @@ pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckEr
     Ok(Checked::Fits(status.broker))
 }
 
-/// Why a configuration is not valid.
+/// Reason why a configuration is not valid.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
     /// A broker could not serve with it.
     #[error(transparent)]
     Broker(#[from] BrokerError),
-    /// The running broker cannot be asked.
+    /// A request to the running broker failed.
     #[error(transparent)]
     Running(#[from] Box<Error>),
 }

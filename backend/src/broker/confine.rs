@@ -110,7 +110,7 @@ pub struct Confined {
     pub filter: bool,
 }
 
-/// Confines the calling thread and the threads that it starts, and logs what fails. With `loopback`
+/// Confines the calling thread and the threads that it starts, and logs failures. With `loopback`
 /// the broker may create loopback socket pairs.
 pub fn confine(loopback: bool) -> Confined {
     let landlock = restrict();
@@ -129,8 +129,8 @@ pub fn confine(loopback: bool) -> Confined {
     }
 }
 
-/// Confines a thread that starts before the broker runs, such as the one that writes the log. What
-/// fails here also fails for the broker, which logs it.
+/// Confines a thread that starts before the broker runs, such as the one that writes the log.
+/// Ignores errors, because the same calls fail for the broker, which logs them.
 pub fn confine_early_thread() {
     let _ = restrict();
     let _ = filter(false);
@@ -166,7 +166,7 @@ fn filter(loopback: bool) -> Result<(), seccompiler::Error> {
         (libc::SYS_clone, 0, Compare::MaskedEq(thread), thread),
         (libc::SYS_tgkill, 0, Compare::Eq, own),
         (libc::SYS_prctl, 0, Compare::Eq, name),
-        // How the standard library makes a descriptor blocking or non-blocking.
+        // The standard library makes a descriptor blocking or non-blocking by this call.
         (libc::SYS_ioctl, 1, Compare::Eq, libc::FIONBIO),
     ];
     for (call, argument, compare, value) in conditions {
@@ -334,7 +334,7 @@ mod tests {
                     .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
                     .build();
                 assert!(memory.is_err(), "{memory:?}");
-                // Nor loopback socket pairs.
+                // The broker may not create loopback socket pairs, either.
                 let own = crate::transport::open_loopback().map(drop);
                 assert_eq!(own, Err(Errno::NOSYS));
                 // A thread can still start.

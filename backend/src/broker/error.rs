@@ -8,7 +8,7 @@ use super::accept::SocketError;
 use super::plan::PlanError;
 use crate::memory::MemoryError;
 
-/// Why a broker cannot serve.
+/// Reason why a broker cannot serve.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
     /// The region cannot be laid out so.

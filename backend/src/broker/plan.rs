@@ -13,7 +13,7 @@ use indicatif::BinaryBytes;
 /// Least bytes in the raw window, unless the operator chooses the channels.
 const RAW_WINDOW: u64 = 64 << 10;
 
-/// Why a region cannot be laid out.
+/// Reason why a region cannot be laid out.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// A BAR's size is a power of two.
@@ -182,7 +182,7 @@ impl FromStr for ChannelPlan {
     }
 }
 
-/// Lays out a region for so many slots. `vectors` is 0 for one vector a channel and one for
+/// Lays out a region for `slots` slots. `vectors` is 0 for one vector a channel and one for
 /// control. Without channels, each slot has an `up` and a `down`, as large as fits.
 pub fn plan(
     size: u64,

@@ -41,7 +41,7 @@ enum State {
         vms: usize,
     },
     Fails {
-        /// The reason why the broker cannot be asked.
+        /// The reason why a request to the broker failed.
         error: String,
     },
 }
@@ -76,7 +76,7 @@ fn join(parts: &[impl ToString]) -> String {
         .join(" or ")
 }
 
-/// Returns the names and paths of what may be control sockets in a folder, sorted.
+/// Returns the files of a folder that may be control sockets: their names and paths, sorted.
 fn sockets(folder: &Path) -> Vec<(String, PathBuf)> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,

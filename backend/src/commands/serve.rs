@@ -44,7 +44,8 @@ pub fn serve(args: Serve) -> Result<()> {
             .context("cannot duplicate a descriptor")?;
         signal_hook::low_level::pipe::register(signal, stopper).context("cannot handle signals")?;
     }
-    // A VM cannot use another broker, so this one outlives its terminal. The log then has no reader.
+    // A VM cannot use another broker, so this one outlives its terminal. The log then has no
+    // reader.
     signal_hook::flag::register(SIGHUP, Arc::default()).context("cannot handle signals")?;
     let mut predecessor = None;
     // Descriptors from a service manager belong to a predecessor that has ended.

@@ -46,7 +46,7 @@ impl Sweeper {
         Ok(Sweeper { order, end })
     }
 
-    /// Has the files removed, and waits for it.
+    /// Orders the removal of the files, and waits until the process has ended.
     pub fn sweep(mut self) {
         // A process that has died removes nothing, and the next broker at these paths does.
         if self.order.write_all(b"r").is_err() {
@@ -59,8 +59,8 @@ impl Sweeper {
     }
 }
 
-/// Removes the files as soon as the broker says so, if they are still the ones that are there now.
-/// Ends when the broker has ended.
+/// Waits for the broker's order, and then removes the files. Leaves a file that another process has
+/// replaced since the start. Ends when the broker has ended.
 pub fn run(files: &[PathBuf]) -> Result<()> {
     // A signal to the broker's process group is the broker's to handle.
     for signal in [SIGHUP, SIGINT, SIGTERM] {
@@ -84,8 +84,8 @@ pub fn run(files: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// Returns what tells a file from one that another process has put in its place. The number of the
-/// inode alone can be used again.
+/// Returns the properties that distinguish a file from one that another process has put in its
+/// place. The number of the inode alone can be used again.
 fn identity(file: &Path) -> Option<impl PartialEq + use<>> {
     let identity = |metadata: Metadata| {
         let kind = metadata.mode() & libc::S_IFMT;

@@ -27,8 +27,9 @@ use super::{Stored, name};
 use crate::rate_limit::{Account, NOT_STORED};
 use crate::socket::descriptors;
 
-/// How long a VM waits until the manager has its descriptors: much less than the five seconds that
-/// QEMU waits for an answer. After a timeout no VM waits until the manager has read all.
+/// Longest time that a VM waits until the manager has its descriptors. It is much shorter than the
+/// five seconds for which QEMU waits for an answer. After a timeout no VM waits until the manager
+/// has read all.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A message to the manager.
@@ -191,7 +192,8 @@ impl Manager {
                 Ok(()) => (),
             }
             match queue.waiting.pop_front() {
-                // Also after an error: to remove a name that the manager does not have is harmless.
+                // The name is removed after an error, too, because to remove a name that the
+                // manager does not have is harmless.
                 Some(Notice::Store(name, _)) => drop(queue.present.insert(name)),
                 Some(Notice::Remove(name)) => drop(queue.present.remove(&name)),
                 Some(Notice::Ready) | None => (),

@@ -161,19 +161,20 @@ impl Slot {
         Some(Session(Arc::clone(self)))
     }
 
-    /// Clears what a predecessor's VM has left in a slot that this broker did not take for it.
+    /// Removes the descriptors and the connection of a predecessor's VM that this broker has not
+    /// taken over.
     pub(crate) fn reap(&self) {
         // No VM is admitted yet, so an empty slot stays empty without the lock.
         if self.vm().is_some() {
             return;
         }
-        // Also those of a VM that left during the hand-over. Without the lock, because a descriptor
-        // can be slow to close.
+        // A VM that left during the hand-over may have descriptors here, too. They are removed
+        // without the lock, because a descriptor can be slow to close.
         self.remove_all();
         let occupancy = self.occupancy.lock();
         occupancy.words.set_connection(0);
-        // Also if the word was 0: the VM may have left after `new` had read its number, and before
-        // `new` published it.
+        // The 0 is published even if the word was 0 before: the VM may have left after `new` had
+        // read its number, and before `new` published it.
         self.region.publish_connection(self.id, 0);
     }
 
@@ -221,8 +222,8 @@ impl Slot {
         self.occupancy.lock().words.connection()
     }
 
-    /// Gives the connection a new number, and tells the host: the VM was reset, and its guest is
-    /// gone.
+    /// Gives the connection a new number, and notifies the host that the VM was reset and its guest
+    /// is gone.
     pub fn restart(&self) {
         let mut occupancy = self.occupancy.lock();
         let Occupancy { words, vm } = &mut *occupancy;
@@ -252,8 +253,8 @@ impl Slot {
 
 /// Messages to the VM.
 impl Slot {
-    /// Returns how many of its handshake's messages, of so many, this broker or a predecessor has
-    /// sent. `None` means that one of them may have been sent or not.
+    /// Returns how many of the `all` messages of the VM's handshake this broker or a predecessor
+    /// has sent. `None` means that one of them may have been sent or not.
     pub fn handshake_sent(&self, all: u64) -> Option<u64> {
         match self.occupancy.lock().words.handshake() {
             Handshake::New => Some(0),
@@ -262,8 +263,8 @@ impl Slot {
         }
     }
 
-    /// Sends one message of the handshake when so many are pending, this one included. `send` must
-    /// not wait, and must have sent nothing if it fails.
+    /// Sends one message of the handshake. `pending` is the number of messages that are pending,
+    /// this one included. `send` must not wait, and must have sent nothing if it fails.
     pub fn send_handshake<E>(
         &self,
         pending: u64,

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The broker's page of the region, which tells the peers of the broker's epoch, of connected VMs
-//! and of the host's claims (`docs/protocol.md`, section 3). Each change rings the peers that it
-//! concerns.
+//! The broker's page of the region, which shows the peers the broker's epoch, the connected VMs and
+//! the host's claims (`docs/protocol.md`, section 3). Each change rings the peers that it concerns.
 
 use std::sync::atomic::fence;
 

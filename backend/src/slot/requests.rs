@@ -25,7 +25,7 @@ pub enum Source {
     Buffer(u64),
 }
 
-/// Why bytes of a guest's memory cannot be read.
+/// Reason why bytes of a guest's memory cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
     /// The slot has no VM.

@@ -30,7 +30,7 @@ const REJECTION: i64 = 1;
 /// A number that QEMU accepts nowhere after the version: while it starts it exits with an error,
 /// later it prints an error and continues (`process_msg`).
 const ABORT: i64 = -2;
-/// Announces the region's memory.
+/// The number that announces the region's memory.
 const MEMORY: i64 = -1;
 /// Longest time until QEMU reads the eventfds. It reads the first three messages at once, and the
 /// others in its main loop, after it has created all devices; meanwhile 278 fit into the socket.

@@ -47,7 +47,7 @@ fn live_view_shows_channels_and_bytes() {
     terminal.ends();
 }
 
-/// The person has stopped the output, and another process has made the terminal non-blocking.
+/// The output of the terminal is stopped, and another process has made it non-blocking.
 #[test]
 fn live_view_waits_for_stopped_terminal() {
     let broker = Broker::start(&[]);

@@ -16,7 +16,7 @@ use rustix::process::Signal;
 pub use crate::process::*;
 use crate::service::ServiceManager;
 
-/// Where the program `barlink` is.
+/// Path of the program `barlink`.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_barlink");
 
 /// Makes a command that runs `barlink` with these arguments.

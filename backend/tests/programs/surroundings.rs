@@ -80,7 +80,7 @@ fn long_lock_file_is_read_in_part() {
     let folder = tempfile::tempdir().unwrap();
     let lock = folder.path().join("vm.sock.lock");
     let file = std::fs::File::create(&lock).unwrap();
-    // As large as no machine's memory: a sparse file.
+    // The sparse file is larger than the memory of any machine.
     file.set_len(1 << 42).unwrap();
     rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
     fails(&mut serve(folder.path()), 1, &["vm.sock is in use"]);
@@ -121,7 +121,7 @@ fn admits_members_of_supplementary_group() {
     std::fs::set_permissions(broker.folder.path(), folder).unwrap();
     let member = |groups: &str| {
         let mut inspect = broker.app(&["inspect", "--json"]);
-        // With its groups, the command keeps what `as_nobody` makes of it.
+        // The command runs with these groups, and otherwise as `as_nobody` makes it run.
         let inspect = as_nobody(&mut inspect);
         let mut member = Command::new("setpriv");
         member.args(["--reuid=65534", "--regid=65534", groups, "--"]);

@@ -47,8 +47,9 @@ fn serve_as(manager: &ServiceManager, folder: tempfile::TempDir) -> (Broker, [St
     (broker, arguments)
 }
 
-/// Sends one request after the other while `change` replaces brokers. The argument of `change`
-/// waits for some replies. A missing or additional reply would be out of order.
+/// Writes a number to a register and reads it back, again and again, while `change` replaces
+/// brokers. `change` calls its argument to wait for some further rounds. A lost or doubled reply
+/// would return another number.
 fn ask_while(client: &mut Client, change: impl FnOnce(&dyn Fn())) {
     let (end, asked) = (AtomicBool::new(false), AtomicU32::new(0));
     std::thread::scope(|scope| {

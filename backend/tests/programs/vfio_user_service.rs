@@ -60,7 +60,7 @@ impl Recorder {
 }
 
 impl Recorder {
-    /// Waits until there are so many messages about `name`, and returns them.
+    /// Waits until there are at least `messages` messages about `name`, and returns them.
     fn wait_for(&self, name: &str, messages: usize) -> Vec<String> {
         wait_until("the manager has the messages", || {
             self.of(name).len() >= messages

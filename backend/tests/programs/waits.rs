@@ -54,7 +54,7 @@ fn both_ends_report_dropped_records() {
     assert_eq!(summary(&sent)["complete"], false);
     let text = "records were dropped because the channel was full; the others were received";
     assert!(received.contains(text), "{received}");
-    // A receiver that asks for what there is gets it without an error.
+    // With `--partial`, a receiver accepts the incomplete stream without an error.
     let before = state()["dropped"].as_u64();
     let mut second = ends("send")
         .args(["--record-size", "1000", "--timeout", "60"])
@@ -88,7 +88,7 @@ fn dropping_sender_ends_without_receiver() {
         6,
         &["records were dropped", "the end of the stream was dropped"],
     );
-    // Of the second stream nothing found room, so it left no record in the first one.
+    // No record of the second stream found room, so the channel has only records of the first one.
     fails_after(&mut send(), 6, &["the end of the stream was dropped"]);
     let received = run(broker
         .app(&["recv", "--channel", "camera"])

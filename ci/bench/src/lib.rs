@@ -155,8 +155,8 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
         }
         report.took.1 = round;
         bar.set_message(format!("{round} of {rounds}"));
-        // The sizes come one after the other, so that figures to compare are measured close
-        // together.
+        // Measures all ways with one size before the next size, so that figures that readers
+        // compare are measured shortly after each other.
         for &size in sizes {
             let rows = report.streams.iter_mut();
             for row in rows.filter(|row| row.case.record_size == size) {

@@ -341,7 +341,7 @@ impl Mapping {
         // SAFETY: The kernel fills the parameters, and returns a descriptor that has no owner yet.
         let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, parameters.as_mut_ptr()) };
         succeeded(ring >= 0)?;
-        // SAFETY: As above.
+        // SAFETY: The kernel has just returned this descriptor, which has no owner yet.
         let ring = unsafe { OwnedFd::from_raw_fd(ring as c_int) };
         // SAFETY: The kernel reads the description of one buffer, and the ring never uses it.
         succeeded(unsafe {

@@ -22,7 +22,7 @@ use crate::device::SOON;
 /// Timeout of each step of a child.
 const TIMEOUT: Duration = SOON;
 
-/// How a child ended.
+/// The end of a child.
 #[derive(Debug, Eq, PartialEq)]
 pub(crate) enum Ended {
     /// The child returned `Ok`.

@@ -15,7 +15,7 @@ const OPENINGS: [&str; 5] = ["Who ", "Whoever ", "Nobody ", "What is ", "What wa
 /// Most columns of a comment, with its indentation.
 const COLUMNS: usize = 100;
 
-/// Where a file has prose.
+/// The places of prose in a file.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Kind {
     /// In its comments.
@@ -58,7 +58,7 @@ pub fn faults(root: &Path) -> Result<Vec<String>> {
     Ok(faults)
 }
 
-/// Finds the faults of a text: line numbers, from 1, and what is wrong.
+/// Finds the faults of a text. Returns the line number, from 1, and the description of each.
 fn faults_of(text: &str, kind: Kind) -> Vec<(usize, String)> {
     let mut faults = Vec::new();
     // Whether a sentence begins with the next word of prose.

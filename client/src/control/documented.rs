@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The messages are those of section 7 of the protocol's document, which a program in another
-//! language is written from.
+//! Tests that the messages are those of section 7 of the protocol's document. Programs in other
+//! languages are written from that section.
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -23,7 +23,7 @@ fn section() -> &'static str {
     rest.split_once("\n## ").unwrap().0
 }
 
-/// The rows of the table whose first column has this heading: each one's cells.
+/// Returns the rows of the table whose first column has this heading, each as its cells.
 fn table(heading: &str) -> Vec<Vec<&'static str>> {
     let start = format!("| {heading} |");
     let lines = section()
@@ -34,12 +34,12 @@ fn table(heading: &str) -> Vec<Vec<&'static str>> {
         .collect()
 }
 
-/// What stands between backticks.
+/// Returns the texts between backticks.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
 
-/// What a message is called.
+/// Returns the name of a message.
 fn name(message: &Value) -> String {
     let called = message.as_object().and_then(|fields| fields.keys().next());
     let called = called.map(String::as_str).or(message.as_str());
@@ -55,8 +55,8 @@ fn known<T: DeserializeOwned + Debug>() -> Names {
     names
 }
 
-/// Checks that a message is one, and has neither less nor more than is written there; gives what it
-/// is.
+/// Parses a message, and checks that it has exactly the fields of the text. Returns the message and
+/// its JSON.
 fn parse<T: Serialize + DeserializeOwned>(text: &str) -> (T, Value) {
     let written: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
     let message: T = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
@@ -64,7 +64,7 @@ fn parse<T: Serialize + DeserializeOwned>(text: &str) -> (T, Value) {
     (message, written)
 }
 
-/// The fields of a value, by their paths.
+/// Collects the paths of a value's fields.
 fn fields(value: &Value, path: &str, found: &mut Names) {
     match value {
         Value::Object(inner) => {
@@ -74,7 +74,7 @@ fn fields(value: &Value, path: &str, found: &mut Names) {
                     path => format!("{path}.{key}"),
                 };
                 fields(value, &path, found);
-                // What can be null has a row of its own; what holds others alone has none.
+                // An array has no row of its own. An object has one, because it can be null.
                 if !value.is_array() {
                     found.insert(path);
                 }

@@ -35,7 +35,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Allocates a buffer of so many bytes, and maps it.
+    /// Allocates a buffer of `size` bytes, and maps it.
     pub(crate) fn new(file: &File, size: u64) -> Result<Self, Errno> {
         let mut buffer = uapi::Buffer {
             size,

@@ -46,8 +46,8 @@ pub(crate) fn map_in(
     Mapping::map(file, size, access)
 }
 
-/// Returns a mapping as the words of a region that was granted this cache mode, a [`CacheMode`].
-/// Where it is write-combining, or unknown, the region orders its accesses itself.
+/// Returns the region of a mapping. `granted` is the number of its [`CacheMode`]. If the mode is
+/// write-combining or unknown, the region itself orders its accesses.
 pub(crate) fn region(mapping: &Mapping, granted: u32) -> Region {
     let region = mapping.region();
     match CacheMode::from_number(granted) {

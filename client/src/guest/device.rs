@@ -146,8 +146,8 @@ impl Device {
         &self.layout
     }
 
-    /// Returns the region's words, without the drivers' pages at its end. With [`Access::ReadOnly`] a
-    /// store to them ends the process by SIGSEGV.
+    /// Returns the region's words, without the drivers' pages at its end. With [`Access::ReadOnly`]
+    /// a store to them ends the process by SIGSEGV.
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -200,8 +200,8 @@ impl Device {
     }
 
     /// Allocates a DMA buffer: memory of the guest that the device can reach. The size is in bytes:
-    /// whole pages of 4096, and [`MAX_BUFFER`](uapi::MAX_BUFFER) (4 MiB) at the most. The memory is zeroed, and
-    /// contiguous for the device. A device has one such buffer at a time.
+    /// whole pages of 4096, and [`MAX_BUFFER`](uapi::MAX_BUFFER) (4 MiB) at the most. The memory is
+    /// zeroed, and contiguous for the device. A device has one such buffer at a time.
     ///
     /// ```no_run
     /// let device = barlink::guest::open("/dev/barlink0")?;

@@ -12,7 +12,7 @@ use crate::error_kind::ErrorKind;
 use crate::guest::cache::Cache;
 use crate::memory::Access;
 
-/// Why a device cannot be used.
+/// The reason why a device cannot be used.
 ///
 /// ```no_run
 /// use barlink::Error;

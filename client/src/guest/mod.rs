@@ -89,7 +89,7 @@ impl OpenOptions {
     }
 
     /// Sets the cache mode that the mapping is requested in. The guest's kernel may grant another
-    /// one: [`Device::info`] tells.
+    /// one, which [`Device::info`] returns.
     ///
     /// ```no_run
     /// use barlink::guest::{Cache, OpenOptions};

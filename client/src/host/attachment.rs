@@ -200,8 +200,8 @@ impl Attachment {
         }
     }
 
-    /// Copies bytes out of the own memory of a slot's guest, from a guest-physical address on.
-    /// Where the guest has an IOMMU, the address is one of the device's. The broker must have been
+    /// Copies bytes of the memory of the guest in a slot, from a guest-physical address on. If the
+    /// guest has an IOMMU, the address is a DMA address of the device. The broker must have been
     /// started with `--guest-memory`.
     ///
     /// The broker copies 32 KiB at a time, and the guest can change the bytes meanwhile. After an
@@ -211,7 +211,7 @@ impl Attachment {
     /// use barlink::host;
     ///
     /// let mut page = [0; 4096];
-    /// // A guest told this address over a channel.
+    /// // A guest sent this address over a channel.
     /// host::connect("default")?.read_guest(0, 0x1234_5000, &mut page)?;
     /// println!("{:x?}", &page[..16]);
     /// # Ok::<(), barlink::Error>(())
@@ -308,8 +308,8 @@ impl Attachment {
     ///
     /// There is no such channel ([`ErrorKind::NotFound`](crate::ErrorKind::NotFound)), this process
     /// attached with [`Access::ReadOnly`]
-    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), a process holds one of its ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is
-    /// gone.
+    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), a process holds one of its
+    /// ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is gone.
     pub fn reset(&self, name: &str) -> Result<u64, Error> {
         let channel = find(&self.layout, name)?;
         if self.access == Access::ReadOnly {

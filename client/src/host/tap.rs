@@ -20,7 +20,7 @@ use crate::options::find;
 use crate::process::Process;
 use crate::receiver::OwnedRecord;
 
-/// First and longest time between two looks.
+/// First and longest time between two polls.
 const FIRST_LOOK: Duration = Duration::from_micros(50);
 const LONGEST_LOOK: Duration = Duration::from_millis(10);
 /// Tries to read both cursors at one moment, or a record before it is released.
@@ -205,7 +205,7 @@ impl Tap {
         }
     }
 
-    /// Copies the next record, or returns `None` if there is none before `timeout` is over. Looks
+    /// Copies the next record, or returns `None` if there is none before `timeout` is over. Polls
     /// as [`Tap::recv`] does.
     ///
     /// ```no_run
@@ -282,7 +282,8 @@ impl Tap {
         self.load(channel::READ) <= self.cursor && self.load(channel::GENERATION) == self.generation
     }
 
-    /// Copies the record at the cursor, behind which so many bytes are committed.
+    /// Copies the record at the cursor. `available` is the number of bytes that are committed
+    /// behind the cursor.
     fn look(&self, available: u64) -> Result<Found, Corrupt> {
         let start = self.base + channel::DATA + self.capacity.offset(self.cursor);
         let has_header = self.capacity.to_end(self.cursor) >= HEADER_BYTES;

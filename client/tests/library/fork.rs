@@ -183,7 +183,7 @@ fn forked_process_attaches_for_itself() {
     let child = Child::start(|| {
         let mut sender = broker.attach().sender("one").unwrap();
         let _ = sender.send(Kind::USER, b"from the child").unwrap();
-        // What this process made is inherited by the next one.
+        // A process that this one forks inherits the sender.
         Child::start(|| is_inherited(sender.publish())).passes();
         sender.publish().unwrap();
     });

@@ -52,7 +52,7 @@ fn reader_says_that_a_stream_is_incomplete() {
     let mut sender = broker.attach().sender("loop").unwrap();
     sender.stream().write_all(b"again").unwrap();
     sender.stream().finish().unwrap();
-    // What one sender left is not the beginning of another's.
+    // The stream that the first sender left is not the beginning of the second one.
     let mut stream = receiver.stream();
     let mut start = [0; 5];
     stream.read_exact(&mut start).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Taps, which see what other programs exchange.
+//! Tests of taps, which copy records that other programs exchange.
 
 use std::time::Duration;
 

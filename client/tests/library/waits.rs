@@ -120,7 +120,7 @@ fn waiter_is_woken_by_each_record() {
     sending.join().unwrap();
 }
 
-/// As tokio and mio wait.
+/// The receiver waits as in a program that uses tokio or mio.
 #[test]
 fn edge_triggered_waiter_is_woken_by_each_record() {
     let broker = Running::start(&["loop=host-host,4K"]);

@@ -15,8 +15,8 @@
 //! receives all vectors. `read` fails with `EOPNOTSUPP` if the device has no vectors.
 //!
 //! `mmap` can map all pages except the drivers' pages at the region's end. Without an earlier
-//! [`MAP`], mappings are eager and have the cache mode of the region's live mappings, or are noncached
-//! if there are none. `mmap` fails with
+//! [`MAP`], mappings are eager and have the cache mode of the region's live mappings, or are
+//! noncached if there are none. `mmap` fails with
 //! * `EINVAL` if the mapping is private, executable or out of range;
 //! * `EBUSY` if the region's live mappings have another cache mode than the file asked for, and for
 //!   a moment after mappings of another mode have ended;

@@ -23,7 +23,8 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 
 use crate::region::*;
 
-/// Duration of each attack, and the least number of calls that it meets, even on a busy machine.
+/// Duration of each attack, and the least number of calls that are made during it, even on a busy
+/// machine.
 const TIME: Duration = Duration::from_millis(700);
 const ENOUGH: u64 = 200;
 /// Time limit of one call on a busy machine. No call waits for longer than a millisecond.

@@ -69,8 +69,8 @@ pub fn channel_to_guest() -> Channel {
     }
 }
 
-/// Returns the layout around such a channel. The layout has a larger capacity, because a valid
-/// layout needs one.
+/// Returns a layout that contains a channel. The channel in the layout has a larger capacity,
+/// because a valid layout needs one.
 fn layout(channel: &Channel) -> Layout {
     let channel = Channel {
         capacity: 4096,
@@ -79,7 +79,7 @@ fn layout(channel: &Channel) -> Layout {
     Layout::new(1 << 15, 1, 1, FIRST_FREE + 8192, 0, &[channel]).unwrap()
 }
 
-/// Returns the words that show the presence of one end of such a channel.
+/// Returns the words that show the presence of one end of a channel.
 pub fn words(channel: &Channel, end: End) -> Option<PresenceWords> {
     let layout = layout(channel);
     PresenceWords::find(&layout, 0, end, layout.region_size)

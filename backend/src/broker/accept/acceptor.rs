@@ -28,8 +28,8 @@ use crate::slot::{Session, Slot};
 use crate::socket::{Peer, descriptors, disconnect, is_disconnected};
 use crate::transport::{Departure, Rejection, Transport, TransportError};
 
-/// Longest time until the end of a VM that has disconnected is noticed, and the time between two
-/// looks.
+/// Longest wait for the end of a session whose VM has disconnected, and the time between two
+/// checks.
 const NOTICE: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(1);
 /// Pause after a connection for which the kernel has no descriptor.

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Folders that a service manager hides from a service, or hides the service's files in: a socket
-//! there could not be reached by a VM.
+//! Folders that a service manager hides from a service, and folders whose files only the service
+//! sees. A VM could not reach a socket in either of them.
 
 use std::path::Path;
 
-/// Where the kernel lists the mounts of a process (`proc(5)`, "/proc/PID/mountinfo").
+/// File in which the kernel lists the mounts of a process (`proc(5)`, "/proc/PID/mountinfo").
 const MOUNTS: &str = "/proc/self/mountinfo";
 
 /// Returns the setting of the unit that hides a path (`systemd.exec(5)`), if one does.
@@ -19,7 +19,7 @@ fn setting_in(mounts: &str, path: &Path) -> Option<&'static str> {
         let mut fields = line.split(' ').skip(3);
         Some((fields.next()?, Path::new(fields.next()?)))
     });
-    // The last of the deepest mounts is the one that is seen.
+    // The deepest mount hides the others. Of several at one place, the last one hides the others.
     let (root, _) = mounts
         .filter(|(_, point)| path.starts_with(point))
         .max_by_key(|(_, point)| point.components().count())?;

@@ -31,7 +31,7 @@ const MAX_NOTE: u64 = 4096;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// Why the broker cannot listen at a socket.
+/// Reason why the broker cannot listen at a socket.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// The path does not fit into a socket address.
@@ -249,7 +249,8 @@ impl Listener {
         Self::listen(control, control, policy, SocketType::SEQPACKET)
     }
 
-    /// Checks whether a broker could listen at a path, as far as that can be seen without listening.
+    /// Checks whether a broker could listen at a path, as far as that can be seen without
+    /// listening.
     pub fn check(path: &Path) -> Result<(), SocketError> {
         let (path, _) = address_of(path)?;
         let folder = path.parent().unwrap_or(Path::new("/"));
@@ -417,7 +418,7 @@ fn open_lock(lock: &Path) -> Result<File, LockError> {
     }
 }
 
-/// Why a lock file cannot be opened.
+/// Reason why a lock file cannot be opened.
 enum LockError {
     NotALock(&'static str),
     OfAnotherUser,
@@ -460,8 +461,8 @@ fn lock_path(path: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Returns the absolute path and the address of a socket, unless a broker cannot have a socket there.
-/// The path is absolute because QEMU and a successor use it, and may run in other folders.
+/// Returns the absolute path and the address of a socket, unless a broker cannot have a socket
+/// there. The path is absolute because QEMU and a successor use it, and may run in other folders.
 fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
     let path = std::path::absolute(path).map_err(|source| failed(path, source))?;
     let too_long = |path: &PathBuf| SocketError::TooLong {

@@ -45,8 +45,8 @@ impl RejectedClients {
         let _ = self.more.ring();
     }
 
-    /// Waits for a connection at a listener. Meanwhile it sends a pending rejection once the client
-    /// has sent a message, and disconnects clients that hang up.
+    /// Waits for a connection at a listener. Meanwhile sends each pending rejection once its client
+    /// has sent a message, and removes clients that have disconnected.
     pub fn wait(&self, listener: &Listener, transport: &dyn Transport) -> io::Result<()> {
         loop {
             let clients = self.clients.lock().clone();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Brokers whose sockets lost their files, for example because systemd removed the user's run folder
-//! at logout. Such a broker and its VMs run on, and no program can connect.
+//! Brokers whose sockets lost their files, for example because systemd removed the user's run
+//! folder at logout. Such a broker and its VMs run on, and no program can connect.
 
 use std::fs::read_link;
 use std::path::Path;

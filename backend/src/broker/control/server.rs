@@ -39,13 +39,13 @@ const PAUSE: Duration = Duration::from_millis(100);
 // Clients have small numbers.
 const STOP: u64 = u64::MAX;
 const LISTENER: u64 = u64::MAX - 1;
-/// With the number of a client: its process has ended.
+/// Flag beside the number of a client: the client's process has ended.
 const ENDED: u64 = 1 << 62;
 /// Packets that are received of a client whose process has ended. It may have sent one request, and
 /// closed its socket.
 const LAST_PACKETS: usize = 2;
 
-/// Why serving has ended.
+/// Reason why serving has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// The broker was stopped.
@@ -79,7 +79,7 @@ impl Client {
         })
     }
 
-    /// Returns the descriptors that the loop watches, and what each event of them is called.
+    /// Returns the descriptors that the loop watches, and the data of their events.
     fn watched(&self, id: ClientId) -> impl Iterator<Item = (RawFd, u64)> {
         let process = self.process.as_ref();
         let process = process.map(|process| (process.as_raw_fd(), id | ENDED));

@@ -71,7 +71,7 @@ pub fn hand_over(
         });
     }
     info!("{peer} takes over");
-    // Their answers would have to come from this broker.
+    // The answers to pending reads would have to come from this broker.
     state.reject_requests(ReadError::Busy);
     let mut stored = state.descriptors.all();
     for slot in locks.left_out() {

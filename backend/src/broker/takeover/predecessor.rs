@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The successor's end of a hand-over: it asks the running broker for all descriptors, and tells it
-//! to retire once it is ready to serve.
+//! The successor's end of a hand-over: it asks the running broker for all descriptors, and asks it
+//! to retire once the successor is ready to serve.
 
 use std::path::Path;
 

@@ -54,8 +54,8 @@ pub struct ChannelView {
     pub fill: Option<u64>,
     /// Bytes committed since the channel's reset.
     pub written: u64,
-    /// Number of records committed since the channel's reset, with the marks at the begin and end of
-    /// each stream.
+    /// Number of records committed since the channel's reset. The records at the begin and end of
+    /// each stream count, too.
     pub records: u64,
     /// Number of records dropped because the channel was full.
     pub dropped: u64,

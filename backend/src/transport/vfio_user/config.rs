@@ -102,8 +102,8 @@ impl ConfigSpace {
         &self.0
     }
 
-    /// Reads bytes of configuration space, if it has these bytes. The device has so many vectors,
-    /// at least one.
+    /// Reads bytes of configuration space, if it has these bytes. `vectors` is the number of the
+    /// device's vectors, at least one.
     pub fn read(&self, offset: u64, vectors: u32, bytes: &mut [u8]) -> Option<()> {
         let mut all = self.0;
         // CAST: there are at most 256.

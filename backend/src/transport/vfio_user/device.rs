@@ -77,7 +77,7 @@ impl<'a> Device<'a> {
         self.interrupts.fire(vector);
     }
 
-    /// Reads so many bytes of the guest's own memory.
+    /// Reads `length` bytes of the guest's own memory.
     pub fn read_guest(&self, source: Source, length: usize) -> ReadResult {
         let guest = self.guest.as_ref().ok_or(ReadError::NoGuestMemory)?;
         let address = match source {
@@ -292,8 +292,8 @@ impl<'a> Device<'a> {
     }
 
     fn irq_info(&self, index: u32) -> Result<vfio_irq_info, Fault> {
-        // As the kernel does for a device without PCI Express. QEMU prints an error for a count of
-        // 0.
+        // The kernel rejects this index for a device without PCI Express, too. QEMU prints an error
+        // for a count of 0.
         if index >= VFIO_PCI_NUM_IRQS || index == VFIO_PCI_ERR_IRQ_INDEX {
             return Err(outside(index, 0, 0));
         }
@@ -374,7 +374,7 @@ impl<'a> Device<'a> {
                 self.state.read_interrupt_bar(offset, bytes);
                 Some(())
             }
-            // For a client that does not map the region.
+            // A client that does not map the region reads it by messages.
             BAR_REGION => self.slot.region().words().peek(offset, bytes).ok(),
             VFIO_PCI_CONFIG_REGION_INDEX => {
                 self.state
@@ -460,7 +460,7 @@ impl<'a> Device<'a> {
         }
     }
 
-    /// Resets the device, and tells the host that the guest is gone.
+    /// Resets the device, and notifies the host that the guest is gone.
     fn reset(&mut self) {
         self.interrupts.clear_all();
         self.state.reset();

@@ -96,7 +96,7 @@ impl<'a> Interrupts<'a> {
         }
     }
 
-    /// Clears the eventfds of so many vectors.
+    /// Clears the eventfds of `count` vectors.
     pub fn clear(&mut self, start: u32, count: u32) {
         for vector in start..start + count {
             if self.eventfds[vector as usize].take().is_some() {

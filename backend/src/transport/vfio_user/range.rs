@@ -7,8 +7,8 @@ use barlink_protocol::wire::uapi::MAX_BUFFER;
 
 use super::request::Fault;
 
-/// Most ranges of one guest. QEMU has about ten; of a guest with an IOMMU it announces what the
-/// IOMMU maps, which can be one range for each page of a DMA buffer.
+/// Most ranges of one guest. QEMU has about ten. For a guest with an IOMMU, QEMU announces the
+/// mappings of the IOMMU, which can be one range for each page of a DMA buffer.
 // CAST: about a thousand.
 pub const MAX_RANGES: u32 = 256 + (MAX_BUFFER / PAGE_SIZE) as u32;
 /// Most files of one guest's ranges.

@@ -11,7 +11,7 @@ use vfio_bindings::bindings::vfio::{
 use super::wire::{ACCESS, Header, MAX_DATA, command};
 use crate::socket::descriptors::MAX_DESCRIPTORS;
 
-/// Why a command is answered by an error. The stream continues.
+/// Reason why the answer to a command is an error. The stream continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// The command is not known, or this device has no use for it.

@@ -26,7 +26,7 @@ use crate::socket::{self, descriptors};
 /// client sends a message at once, so one that takes longer has stopped.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Why a stream has ended.
+/// Reason why a stream has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// The client has closed it.
@@ -98,9 +98,9 @@ impl<'a> Stream<'a> {
         self.descriptors.clear();
     }
 
-    /// Receives a message, of which a part has arrived. Returns `None` if the client has left
-    /// between two messages. `takes` tells whether a command may have descriptors. They are
-    /// received once the whole header has arrived.
+    /// Receives a message, of which a part has arrived. Returns `None` if the client has
+    /// disconnected between two messages. `takes` returns whether a command may have descriptors.
+    /// The descriptors are received once the whole header has arrived.
     pub fn receive(
         &mut self,
         takes: impl Fn(u16) -> bool,
@@ -170,7 +170,7 @@ impl<'a> Stream<'a> {
         let deadline = Instant::now() + TIMEOUT;
         let mut sent = 0;
         while sent < bytes.len() {
-            // With the first byte, and not again with the rest.
+            // The descriptor goes with the first byte, and not again with the rest.
             let descriptor = descriptor.filter(|_| sent == 0);
             let (part, flags) = (&bytes[sent..], SendFlags::DONTWAIT);
             match descriptors::send(self.socket, part, descriptor.as_slice(), flags) {
@@ -207,8 +207,8 @@ impl Arrival<'_> {
     }
 }
 
-/// Receives the rest of a payload, of which so many bytes are in the buffer. Returns its length, or
-/// a fault if it does not fit.
+/// Receives the rest of a payload, whose first `early` bytes are in the buffer. Returns its length,
+/// or a fault if it does not fit.
 fn receive_payload(
     socket: &UnixStream,
     buffer: &mut [u8; MAX_MESSAGE],
@@ -235,7 +235,7 @@ fn receive_payload(
     })
 }
 
-/// Tells whether a payload of so many bytes fits into the buffer.
+/// Returns whether a payload of `payload` bytes fits into the buffer.
 fn fits(payload: usize) -> bool {
     payload <= MAX_MESSAGE - HEADER
 }

@@ -40,8 +40,9 @@ struct Limits {
     max_dma_maps: Option<u32>,
 }
 
-/// Answers a client with this version and these capabilities, in a payload of so many bytes. The
-/// server accepts so many `ranges` of guest memory; `None` means any number.
+/// Answers a client with this version and these capabilities, in a payload of `payload` bytes.
+/// `ranges` is the number of ranges of guest memory that the server accepts; `None` means any
+/// number.
 pub fn negotiate(
     (major, minor): (u16, u16),
     capabilities: &[u8],

@@ -147,17 +147,17 @@ impl Reply {
         &self.0
     }
 
-    /// Appends a number.
+    /// Appends 16 bits.
     pub fn put16(&mut self, number: u16) {
         self.put(&number.to_ne_bytes());
     }
 
-    /// Appends a number.
+    /// Appends 32 bits.
     pub fn put32(&mut self, number: u32) {
         self.put(&number.to_ne_bytes());
     }
 
-    /// Appends a number.
+    /// Appends 64 bits.
     pub fn put64(&mut self, number: u64) {
         self.put(&number.to_ne_bytes());
     }

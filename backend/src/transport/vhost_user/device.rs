@@ -58,7 +58,7 @@ pub struct Device {
     /// Rings when one of the daemon's threads ends.
     over: Arc<Notifier>,
     ending: AtomicBool,
-    /// Why the worker has ended.
+    /// Reason why the worker has ended.
     failure: Mutex<Option<String>>,
 }
 

@@ -228,7 +228,7 @@ impl Drop for Guard<'_> {
     }
 }
 
-/// Why a message is not forwarded.
+/// Reason why a message is not forwarded.
 enum Rejected {
     /// The guard has answered it.
     Answered,

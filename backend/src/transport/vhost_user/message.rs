@@ -27,7 +27,7 @@ const MAX_DESCRIPTORS: usize = 32;
 /// message at once, and waits for its answer.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Why messages have ended.
+/// Reason why no further message follows.
 #[derive(Debug, thiserror::Error)]
 pub enum MessageError {
     /// The peer has closed its socket.

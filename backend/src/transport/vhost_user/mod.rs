@@ -5,8 +5,8 @@
 //! experimental, as is the VMM's part.
 //!
 //! Each session has a daemon of its own, behind a guard (`docs/decisions/0009-vhost-user.md`).
-//! Doorbells and interrupts are entries of two queues. The daemon's worker turns the former into
-//! writes to eventfds, and rings of eventfds into the latter. Data does not pass the session,
+//! Doorbells and interrupts are entries of two queues. The daemon's worker turns doorbells into
+//! writes to eventfds, and rings of eventfds into interrupts. Data does not pass the session,
 //! because the VMM maps the region.
 
 mod device;

@@ -74,7 +74,7 @@ impl Queue {
     /// driver with the number of bytes that `fill` has written. Then rings, if the driver wants an
     /// interrupt.
     ///
-    /// Before each buffer, `wants` tells whether another one is wanted.
+    /// Before each buffer, calls `wants`, and stops if the result is false.
     pub fn serve(
         &self,
         mut wants: impl FnMut() -> bool,

@@ -33,10 +33,10 @@ impl Drop for Ending<'_> {
     }
 }
 
-/// Serves a client until it leaves.
+/// Serves a client until it disconnects.
 pub fn run(vm: &UnixStream, slot: &Arc<Slot>) -> Result<Departure, TransportError> {
     if !Notifier::can_check() {
-        // Without it, a use of the client's eventfds could wait.
+        // Without this check, a use of the client's eventfds could wait.
         let cure = "the kernel has no asynchronous I/O to spare: raise fs.aio-max-nr, and start the broker again";
         return Err(TransportError::Daemon(cure.into()));
     }

@@ -18,9 +18,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::nanoseconds;
 
-/// Records that each end receives and answers before it sleeps, and the time before each answer.
-/// The time is long enough for the other end to sleep and to learn that doorbells come through.
-/// Until then an end also wakes up by a timer.
+/// Number of records that each end receives and answers before it sleeps, and the time before each
+/// answer. That time is long enough for the other end to sleep and to learn that doorbells come
+/// through. Until then an end also wakes up by a timer.
 const TURNS: u32 = 4;
 const TURN: Duration = Duration::from_millis(100);
 

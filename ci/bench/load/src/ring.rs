@@ -55,7 +55,7 @@ pub(crate) fn ends() -> Result<(Sender<Memory, Notifiers>, Receiver<Memory, Noti
     let memory: Memory = (0..size / 8).map(|_| AtomicU64::new(0)).collect();
     let region = Region::new(memory);
     state::publish(&region, &layout);
-    // These words tell that the VM and both ends are present, as the driver would write them.
+    // These words show that the VM and both ends are present, as the driver would write them.
     region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
     let page = layout.presence_page(0);
     region.store(page + presence::EPOCH, 1);

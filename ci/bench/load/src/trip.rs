@@ -56,7 +56,7 @@ pub struct Trips {
     pub p999: u64,
     /// Longest.
     pub max: u64,
-    /// In how many of the trips this end slept.
+    /// Number of trips in which this end slept.
     pub sleeps: Sleeps,
 }
 

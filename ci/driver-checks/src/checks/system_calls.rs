@@ -268,7 +268,7 @@ pub(super) fn system_calls_use_region_as_documented() -> Result<()> {
         )?,
     ];
     for map in &maps {
-        // The child has the mapping, and what it writes is there for all.
+        // The child has the mapping, and all processes see its writes.
         child(|_| {
             map.write(8, 4711);
             Ok(())

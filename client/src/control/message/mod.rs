@@ -63,7 +63,7 @@ pub enum InvalidRequest {
          release"
     )]
     Version {
-        /// The client's.
+        /// Version of the client's request.
         client: u32,
     },
     /// The packet is no request.
@@ -140,7 +140,7 @@ pub enum Ask {
     /// The broker's descriptors, for another broker of the same user: answered by
     /// [`Answer::Inheritance`], until one is the last.
     HandOver,
-    /// The end of the broker that has handed over: answered by [`Answer::Done`].
+    /// The exit of the broker that has handed over: answered by [`Answer::Done`].
     Retire,
     /// A fresh generation of a channel whose ends are both free: answered by [`Answer::Reset`].
     Reset {
@@ -191,7 +191,7 @@ pub enum Answer {
     Bytes(String),
     /// Some of the broker's descriptors, one for each name.
     Inheritance {
-        /// Their names.
+        /// Names of the descriptors.
         names: Vec<String>,
         /// Whether no more follow.
         last: bool,

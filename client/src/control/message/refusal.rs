@@ -19,7 +19,7 @@ pub enum Refusal {
          of one release"
     )]
     Version {
-        /// The broker's.
+        /// Version that the broker uses.
         broker: u32,
     },
     /// The packet is no request.

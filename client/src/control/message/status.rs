@@ -42,7 +42,8 @@ pub struct VmStatus {
     pub pid: i32,
     /// User ID of its VMM.
     pub uid: u32,
-    /// How many VMs this slot has had, this one included.
+    /// Number of the connection. Each VM of the slot, and each reset that the broker sees, has a
+    /// greater one.
     pub connection: u64,
     /// The guest's own memory, as far as the VMM shares it, with `--guest-memory`.
     #[serde(default)]
