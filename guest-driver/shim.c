@@ -182,6 +182,13 @@ u32 barlink_process_with(struct file *file)
 	struct task_struct *process, *thread;
 	u32 pid = 0;
 
+	/* A process that still has the file after a close of its copy keeps the claim. */
+	task_lock(current);
+	if (current->files && iterate_fd(current->files, 0, is_file, file))
+		pid = task_tgid_nr(current);
+	task_unlock(current);
+	if (pid)
+		return pid;
 	rcu_read_lock();
 	for_each_process_thread(process, thread) {
 		/* A task that ends gives its table up under this lock, before its files are closed. */
@@ -189,9 +196,11 @@ u32 barlink_process_with(struct file *file)
 		if (thread->files && iterate_fd(thread->files, 0, is_file, file))
 			pid = task_tgid_nr(thread);
 		task_unlock(thread);
+		/* A break would end the loop over the threads of one process. */
 		if (pid)
-			break;
+			goto found;
 	}
+found:
 	rcu_read_unlock();
 	return pid;
 }

@@ -64,7 +64,14 @@ pub fn start_queued() -> io::Result<Queue> {
     }
     builder.parse_default_env();
     builder.target(Target::Pipe(Box::new(queue.clone()))).init();
-    std::panic::set_hook(Box::new(|panic| error!("{panic}")));
+    let panics = queue.clone();
+    std::panic::set_hook(Box::new(move |panic| {
+        error!("{panic}");
+        // The process may end with this thread.
+        if thread::current().name() != Some("log") {
+            panics.flush();
+        }
+    }));
     Ok(queue)
 }
 

@@ -63,6 +63,10 @@ impl RateLimit {
 
     /// Logs a message, unless the account has used up its lines.
     pub fn log(&self, account: Account, level: Level, message: Arguments<'_>) {
+        // A line that is not logged uses up nothing.
+        if !log::log_enabled!(target: TARGET, level) {
+            return;
+        }
         if let Some(left_out) = self.count(account, Instant::now()) {
             if left_out > 0 {
                 log::log!(target: TARGET, level, "{left_out} more like the following were not logged");

@@ -53,6 +53,7 @@ const BACKEND: Parts = &[
         &[
             "rate_limit",
             "socket",
+            "persistence",
             "slot",
             "transport",
             "broker/policy",
@@ -148,7 +149,7 @@ const CLIENT: Parts = &[
             "guest/error",
         ],
     ),
-    ("readiness", &["event_error", "doorbell"]),
+    ("readiness", &["event_error", "process", "doorbell"]),
     (
         "sender",
         &[

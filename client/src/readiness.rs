@@ -21,6 +21,7 @@ use rustix::time::{
 
 use crate::doorbell::Doorbells;
 use crate::event_error::EventError;
+use crate::process::Process;
 
 /// First and longest time of the timer, while no doorbell has proven that doorbells arrive.
 const FIRST: Duration = Duration::from_millis(1);
@@ -40,6 +41,8 @@ pub(crate) struct Readiness {
     peer: Presence,
     rings: u64,
     next: Duration,
+    /// The process whose waits depend on the timer. A forked process shares the timer.
+    process: Process,
 }
 
 impl Readiness {
@@ -60,6 +63,7 @@ impl Readiness {
             peer: Presence::default(),
             rings: doorbells.rings(),
             next: FIRST,
+            process: Process::current(),
         };
         readiness.set(NOW);
         Ok(readiness)
@@ -108,6 +112,9 @@ impl Readiness {
     }
 
     fn set(&self, time: Duration) {
+        if self.process.check().is_err() {
+            return;
+        }
         let time = Itimerspec {
             it_interval: Timespec::default(),
             it_value: Timespec::try_from(time).unwrap_or_default(),

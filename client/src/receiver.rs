@@ -701,7 +701,7 @@ impl Record<'_> {
         };
         let file = file.as_fd().as_raw_fd();
         let written = match record.write_to(file, self.position) {
-            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EINVAL)) => {
                 self.receiver
                     .ring
                     .events()

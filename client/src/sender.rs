@@ -586,12 +586,14 @@ impl Reservation<'_> {
     /// `read(2)` failed; [`io::ErrorKind::WouldBlock`] is a file that is non-blocking and not
     /// ready. Or the device is gone.
     pub fn read_from(&mut self, file: impl AsFd) -> io::Result<usize> {
+        let events = self.reservation.events();
+        events.check_process().map_err(Error::from)?;
         if self.length > 0 {
             return Ok(0);
         }
         let file = file.as_fd();
         self.length = match self.reservation.read_from(file.as_raw_fd()) {
-            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EINVAL)) => {
                 self.reservation
                     .events()
                     .check_device()
@@ -658,6 +660,8 @@ impl Write for Reservation<'_> {
     /// Appends bytes to the record, as many as there is room for. Returns their number.
     #[inline]
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let events = self.reservation.events();
+        events.check_process().map_err(Error::from)?;
         let room = self.capacity() - self.len();
         let bytes = &bytes[..bytes.len().min(room)];
         let mut rest = bytes;

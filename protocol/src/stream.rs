@@ -19,7 +19,7 @@ use std::vec::Vec;
 
 use crate::channel::{Receiver, Sender, Sent};
 use crate::consumer::Record;
-use crate::cursor::{Header, Kind};
+use crate::cursor::{HEADER_BYTES, Header, Kind};
 use crate::error::ChannelError;
 use crate::io;
 use crate::link::{Events, Wakeup};
@@ -160,6 +160,8 @@ pub struct Position {
     pub dropped: u64,
     /// Whether the stream was taken up without its beginning.
     pub headless: bool,
+    /// Whether the last record was taken up as one of any kind.
+    raw: bool,
     /// Whether the next record can be the last one again, because that was not released.
     seen: bool,
     next: Option<u64>,
@@ -184,8 +186,10 @@ impl Position {
     /// Takes up the record with this header, or finds again the one that was taken up last. Returns
     /// the part of the stream that the record is. An error leaves the position unchanged.
     pub fn take_up(&mut self, header: &Header, accept: Accept) -> Result<Part, Misplaced> {
+        // Records of any kind begin no stream.
+        let begun = self.begun && self.raw == accept.raw;
         let part = match header.kind {
-            Kind::BEGIN if self.begun && !self.is_last(header) && !accept.raw => {
+            Kind::BEGIN if begun && !self.is_last(header) && !accept.raw => {
                 return Ok(Part::NextBegin);
             }
             Kind::BEGIN => Part::Begin,
@@ -199,7 +203,7 @@ impl Position {
                 });
             }
         };
-        let is_headless = !self.begun && part != Part::Begin && !accept.raw;
+        let is_headless = !begun && part != Part::Begin && !accept.raw;
         if is_headless && !accept.partial {
             return Err(Misplaced::NoBeginning);
         }
@@ -217,7 +221,8 @@ impl Position {
             self.seen = true;
             self.done = 0;
         }
-        self.headless |= is_headless;
+        self.headless = is_headless || (begun && self.headless);
+        self.raw = accept.raw;
         self.begun = true;
         Ok(part)
     }
@@ -365,6 +370,7 @@ where
     let mut wait = Wait::default();
     // Bytes of the first record, which is read before the begin is sent.
     let mut first = 0;
+    let max_record = sender.max_record() as usize;
     // The kernel cannot copy between the region and every file (`docs/driver.md`).
     let mut in_place = true;
     loop {
@@ -381,13 +387,19 @@ where
         } else {
             let now = || sender.events().now();
             let time = wait.next(watch.report_after(), watch.timeout(), now);
-            let Some(mut reservation) = sender.reserve(scratch.len(), time)? else {
+            // A sender that finds no room takes nothing from its source: the first record goes behind
+            // the mark of the beginning.
+            let length = match (begun, first) {
+                (false, _) => (scratch.len() + HEADER_BYTES as usize).min(max_record),
+                (true, 0) => scratch.len(),
+                (true, length) => length,
+            };
+            let Some(mut reservation) = sender.reserve(length, time)? else {
                 wait.check(watch.timeout(), || sender.events().now(), &total)?;
                 watch.waits(sender.peer_is_away());
                 continue;
             };
             wait = Wait::default();
-            // A sender that finds no room takes nothing from its source.
             if !begun {
                 first = read_private(source, scratch).map_err(StreamError::Read)?;
                 if first == 0 {
@@ -464,7 +476,7 @@ where
 {
     let mut wait = Wait::default();
     let timeout = match sender.drops() {
-        true => Some(watch.timeout().unwrap_or(MARK_TIMEOUT)),
+        true => Some(watch.timeout().unwrap_or(MARK_TIMEOUT).min(MARK_TIMEOUT)),
         false => watch.timeout(),
     };
     loop {
@@ -591,7 +603,7 @@ impl Buffer {
                 false => record.write_copy(target, done, aligned(&mut self.0)),
             });
             done += match written {
-                Err(error) if self.0.is_empty() && is_fault(&error) => {
+                Err(error) if self.0.is_empty() && (is_fault(&error) || is_invalid(&error)) => {
                     check(receiver.events())?;
                     self.0 = std::vec![0; BUFFER_BYTES + ALIGNMENT];
                     0

@@ -37,9 +37,9 @@ pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckEr
         plan(config.size, count, config.vectors, &config.channels).map_err(BrokerError::from)?;
     let slots = || config.slots.iter().map(|(_, path)| path.as_path());
     takeover::check_paths(&config.control, slots()).map_err(BrokerError::from)?;
-    let control = (!makes_run_folder).then_some(config.control.as_path());
-    for path in slots().chain(control) {
-        Listener::check(path).map_err(BrokerError::from)?;
+    let run_folder = config.control.parent().filter(|_| makes_run_folder);
+    for path in slots().chain([config.control.as_path()]) {
+        Listener::check(path, run_folder).map_err(BrokerError::from)?;
     }
     let running = match Attachment::connect(&config.control, Access::ReadOnly) {
         Err(Error::Control(barlink::host::ControlError::NoBroker { .. })) => {

@@ -115,7 +115,12 @@ fn entry(name: String, control: PathBuf) -> Option<Entry> {
     });
     let state = match asked {
         Ok(state) => state,
-        Err(Error::Control(ControlError::NoBroker { .. } | ControlError::NotABroker { .. })) => {
+        // The kernel checks the permission before the type, so such a file can be any socket.
+        Err(Error::Control(
+            ControlError::NoBroker { .. }
+            | ControlError::NotABroker { .. }
+            | ControlError::Permission { .. },
+        )) => {
             return None;
         }
         Err(error) => State::Fails {

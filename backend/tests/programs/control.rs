@@ -318,9 +318,13 @@ fn broker_frees_only_ends_granted_late() {
     let broker = Broker::start(&channels);
     let (holder, other) = (broker.attach(), broker.attach());
     let sender = holder.sender("one").unwrap();
+    let twice = broker.attach();
+    let kept = twice.sender("two").unwrap();
     broker.signal(Signal::STOP);
     std::thread::scope(|scope| {
         scope.spawn(|| other.receiver("one").unwrap_err());
+        // The broker refuses this end late, because its holder is the one that asks.
+        scope.spawn(|| twice.sender("two").unwrap_err());
         // The answer is late, and `holder` does not know of the claim.
         holder.receiver("two").unwrap_err();
     });
@@ -333,14 +337,16 @@ fn broker_frees_only_ends_granted_late() {
         let claims = looker.status().unwrap().claims.into_iter();
         claims.map(|claim| claim.end).collect::<Vec<_>>()
     };
-    wait_until("it is taken back", || held() == [End::Producer]);
+    let producers = [End::Producer, End::Producer];
+    wait_until("it is taken back", || held() == producers);
     // `sender` does not ask the broker whether it still holds its end, so no other app may get the
     // end meanwhile, and its connection goes on.
     assert!(other.status().is_err());
-    assert_eq!(holder.status().unwrap().claims.len(), 1);
+    assert_eq!(holder.status().unwrap().claims.len(), 2);
     drop(holder.receiver("two").unwrap());
-    assert_eq!(held(), [End::Producer]);
-    drop(sender);
+    assert_eq!(twice.status().unwrap().claims.len(), 2);
+    assert_eq!(held(), producers);
+    drop((sender, kept));
     wait_until("it is given back", || held().is_empty());
     drop((holder, other));
 }

@@ -636,6 +636,8 @@ fn refuses_socket_in_private_folder() {
     let serve = barlink(["serve", "--ivshmem", "/tmp/vm.sock"]);
     let mut shell = std::process::Command::new("unshare");
     let script = format!("mount --bind '{}' /tmp && exec \"$@\"", private.display());
+    // As a control process of a service, such as the check before a reload.
+    shell.env("MAINPID", "1");
     shell.args(["--mount", "sh", "-c", &script, "sh"]);
     // The program may be below /tmp, so it is run by a descriptor.
     let program = std::fs::File::open(serve.get_program()).unwrap();

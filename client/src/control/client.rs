@@ -165,7 +165,7 @@ struct Connection {
     /// Answers that came too late, or did not come yet. They come before that of the next request.
     late: usize,
     /// Ends of channels that were claimed over this connection and not released.
-    held: usize,
+    held: Vec<(usize, End)>,
 }
 
 impl Connection {
@@ -175,7 +175,7 @@ impl Connection {
             answered: false,
             out_of_step: false,
             late: 0,
-            held: 0,
+            held: Vec::new(),
         }
     }
 
@@ -183,7 +183,7 @@ impl Connection {
     /// answers were lost. The connection stays while an end is held here: its holder does not check
     /// the connection, and the broker would give the end to others.
     fn give_up(&self) {
-        if self.out_of_step && self.held == 0 {
+        if self.out_of_step && self.held.is_empty() {
             self.socket.shut_down();
         }
     }
@@ -195,6 +195,10 @@ impl Connection {
         let Some((channel, end)) = request.claims else {
             return;
         };
+        // The broker refuses an end that is held, and would take a release for that of its holder.
+        if self.held.contains(&(channel, end)) {
+            return;
+        }
         let release = Packet::new(Ask::Release { channel, end });
         let now = Some(Instant::now());
         let sent = release.and_then(|release| self.socket.send_until(&release.bytes, &[], now));
@@ -208,18 +212,18 @@ impl Connection {
 /// An encoded request.
 struct Packet {
     bytes: Vec<u8>,
-    /// It is a release.
-    releases: bool,
+    /// The channel and end that it releases.
+    releases: Option<(usize, End)>,
     /// The channel and end that it claims.
     claims: Option<(usize, End)>,
 }
 
 impl Packet {
     fn new(ask: Ask) -> io::Result<Self> {
-        let releases = matches!(ask, Ask::Release { .. });
-        let claims = match ask {
-            Ask::Claim { channel, end } => Some((channel, end)),
-            _ => None,
+        let (claims, releases) = match ask {
+            Ask::Claim { channel, end } => (Some((channel, end)), None),
+            Ask::Release { channel, end } => (None, Some((channel, end))),
+            _ => (None, None),
         };
         let request = Request {
             version: VERSION,
@@ -316,7 +320,7 @@ impl Control {
         let mut connection = connection.unwrap_or_else(PoisonError::into_inner);
         let deadline = deadline.unwrap_or_else(|| Instant::now() + TIMEOUT);
         if connection.out_of_step {
-            connection.held = connection.held.saturating_sub(usize::from(releases));
+            connection.held.retain(|end| Some(*end) != releases);
             connection.give_up();
             let text = "it did not answer before: attach again";
             return Err(self.lost(io::Error::other(text)));
@@ -331,16 +335,16 @@ impl Control {
                 connection.socket = control.into_socket();
                 outcome = self.exchange(&mut connection, &request, deadline);
             } else {
-                outcome = Err(self.disconnected(releases));
+                outcome = Err(self.disconnected(releases.is_some()));
             }
         }
         connection.answered = true;
         // A refused release was of an end that was not held.
-        if releases && !matches!(outcome, Err(ControlError::Refused(_))) {
-            connection.held = connection.held.saturating_sub(1);
+        if !matches!(outcome, Err(ControlError::Refused(_))) {
+            connection.held.retain(|end| Some(*end) != releases);
         }
         match &outcome {
-            Ok((Answer::Claimed, _)) => connection.held += 1,
+            Ok((Answer::Claimed, _)) => connection.held.extend(request.claims),
             // A connection that the broker closed needs no further care.
             Ok(_)
             | Err(
@@ -349,7 +353,7 @@ impl Control {
                 | ControlError::Ended { .. }
                 | ControlError::Closed { .. },
             ) => (),
-            Err(ControlError::NoAnswer { .. }) if connection.held > 0 => (),
+            Err(ControlError::NoAnswer { .. }) if !connection.held.is_empty() => (),
             Err(_) => {
                 connection.out_of_step = true;
                 connection.give_up();
@@ -397,7 +401,7 @@ impl Control {
         deadline: Instant,
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         // A process that returns an end does not wait for answers that it does not need.
-        let is_late = request.releases && connection.late > 0;
+        let is_late = request.releases.is_some() && connection.late > 0;
         let deadline = if is_late { Instant::now() } else { deadline };
         while connection.late > 0 {
             match self.receive(connection, deadline) {

@@ -4,6 +4,7 @@
 
 #![expect(unsafe_code, reason = "the tests fork, as programs do")]
 
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
@@ -155,12 +156,14 @@ fn reservation_and_record_in_forked_process_do_nothing() {
     let record = receiver.recv().unwrap();
     let child = Child::start(|| {
         // SAFETY: the values are this process's copies, and are not used afterwards.
-        let (reservation, record) = unsafe {
+        let (mut reservation, record) = unsafe {
             (
                 std::ptr::read(&raw const reservation),
                 std::ptr::read(&raw const record),
             )
         };
+        let error = reservation.write_all(b"by the child").unwrap_err();
+        assert!(error.to_string().contains("forked"), "{error}");
         is_inherited(reservation.commit(Kind::USER));
         is_inherited(record.release());
     });

@@ -475,6 +475,27 @@ fn sender_without_room_reads_nothing() {
     assert_eq!(source.stream_position().unwrap(), 0);
 }
 
+/// The first record needs room behind the mark of the beginning.
+#[test]
+fn sender_with_scarce_room_reads_nothing() {
+    let (mut sender, _receiver) = ends(4096, false);
+    let room = 4096 - 3 * (24 + 600) - 24 - 1400;
+    for length in [600, 600, 600, 1400] {
+        assert_eq!(
+            sender.send(Kind::DATA, &vec![0; length], Some(Duration::ZERO)),
+            Ok(Sent::Committed)
+        );
+    }
+    let mut source = File::open("/bin/sh").unwrap();
+    let mut scratch = vec![0; room - 24];
+    let sent = send_all(&mut sender, source.as_raw_fd(), &mut scratch, &mut Hurried);
+    assert!(
+        matches!(sent, Err(StreamError::TimedOut { .. })),
+        "{sent:?}"
+    );
+    assert_eq!(source.stream_position().unwrap(), 0);
+}
+
 /// Checks that a stream goes on over non-blocking sockets, whose other ends are slow.
 #[test]
 fn stream_waits_for_nonblocking_descriptors() {

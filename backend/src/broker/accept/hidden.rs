@@ -5,8 +5,18 @@
 
 use std::path::Path;
 
+use crate::persistence;
+
 /// File in which the kernel lists the mounts of a process (`proc(5)`, "/proc/PID/mountinfo").
 const MOUNTS: &str = "/proc/self/mountinfo";
+
+/// Tells whether this process is a service, or a control process of one, such as a check before a
+/// reload. A program that another service has started, such as a shell, is none: its VMs may see
+/// the same folders.
+pub fn is_service() -> bool {
+    // The manager sets `MAINPID` for control processes only (`systemd.exec(5)`).
+    persistence::is_a_service() || std::env::var_os("MAINPID").is_some()
+}
 
 /// Returns the setting of the unit that hides a path (`systemd.exec(5)`), if one does.
 pub fn hiding_setting(path: &Path) -> Option<&'static str> {

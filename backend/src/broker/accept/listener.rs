@@ -12,6 +12,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use log::warn;
 use rustix::fs::{Access, FlockOperation, Mode};
@@ -19,7 +20,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::umask;
 
-use super::hidden::hiding_setting;
+use super::hidden::{hiding_setting, is_service};
 use super::unreachable::listener_without_file;
 use crate::broker::policy::Policy;
 use crate::socket::descriptors;
@@ -28,6 +29,8 @@ use crate::socket::descriptors;
 const MAX_PATH: usize = 107;
 /// Most bytes that are read from a lock file: the longest path (`PATH_MAX` in `linux/limits.h`).
 const MAX_NOTE: u64 = 4096;
+/// Longest time between the removal of a broker's files and the broker's end.
+const END_TIME: Duration = Duration::from_secs(2);
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
@@ -251,9 +254,13 @@ impl Listener {
 
     /// Checks whether a broker could listen at a path, as far as that can be seen without
     /// listening.
-    pub fn check(path: &Path) -> Result<(), SocketError> {
+    /// `made` is a folder that is created if it is missing.
+    pub fn check(path: &Path, made: Option<&Path>) -> Result<(), SocketError> {
         let (path, _) = address_of(path)?;
         let folder = path.parent().unwrap_or(Path::new("/"));
+        if made == Some(folder) && !folder.exists() {
+            return Ok(());
+        }
         let needed = Access::WRITE_OK | Access::EXEC_OK;
         rustix::fs::access(folder, needed).map_err(|error| failed(&path, error.into()))
     }
@@ -473,14 +480,21 @@ fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
         return Err(too_long(&path));
     }
     let address = SocketAddrUnix::new(&path).map_err(|_| too_long(&path))?;
-    if let Some(setting) = hiding_setting(&path) {
+    if is_service()
+        && let Some(setting) = hiding_setting(&path)
+    {
         return Err(SocketError::Hidden { path, setting });
     }
     // Checked first, so that no lock is created beside another program's file.
-    if !is_taken_by_a_socket(&path)?
+    let start = Instant::now();
+    while !is_taken_by_a_socket(&path)?
         && let Some(pid) = listener_without_file(&path)
     {
-        return Err(SocketError::Unreachable { path, pid });
+        // A broker that ends in good order removes its files shortly before its end.
+        if start.elapsed() > END_TIME {
+            return Err(SocketError::Unreachable { path, pid });
+        }
+        std::thread::sleep(END_TIME / 20);
     }
     Ok((path, address))
 }
