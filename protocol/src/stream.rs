@@ -387,8 +387,8 @@ where
         } else {
             let now = || sender.events().now();
             let time = wait.next(watch.report_after(), watch.timeout(), now);
-            // A sender that finds no room takes nothing from its source: the first record goes behind
-            // the mark of the beginning.
+            // A sender that finds no room takes nothing from its source. The first record goes
+            // behind the mark of the beginning.
             let length = match (begun, first) {
                 (false, _) => (scratch.len() + HEADER_BYTES as usize).min(max_record),
                 (true, 0) => scratch.len(),
