@@ -367,12 +367,10 @@ fn mistakes_in_the_configuration_lose_no_region(
     )?;
     let found = run("journalctl --unit barlink@vm1 --output cat")?;
     ensure!(found.contains("hidden from VMs by PrivateTmp="), "{found}");
-    run(
-        "echo 'BARLINK_ARGS=--size 8M' >/etc/barlink/vm1.conf
+    run("echo 'BARLINK_ARGS=--size 8M' >/etc/barlink/vm1.conf
          systemctl stop barlink@vm1
          systemctl clean --what=fdstore barlink@vm1 || true
-         systemctl start barlink@vm1",
-    )?;
+         systemctl start barlink@vm1")?;
     ensure!(peek()? == "\0\0\0\0", "the region was not given up");
     Ok(())
 }
