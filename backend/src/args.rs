@@ -305,7 +305,8 @@ pub struct QemuArgs {
     pub which: Which,
 }
 
-fn parse_name(text: &str) -> Result<String, String> {
+/// Parses the name of a broker.
+pub fn parse_name(text: &str) -> Result<String, String> {
     let legal = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if text.is_empty() || text.starts_with('.') || !text.chars().all(legal) {
         return Err(format!(

@@ -25,7 +25,7 @@ const FLUSH: Duration = Duration::from_secs(1);
 
 /// Starts the log of a command that is not the broker: lines go to standard error at once.
 pub fn start() {
-    builder(LevelFilter::Warn).init();
+    builder(LevelFilter::Warn, WriteStyle::Auto).init();
 }
 
 /// Starts the log of the broker: a thread writes the lines to standard error, and a panic is a line
@@ -50,11 +50,7 @@ pub fn start_queued() -> io::Result<Queue> {
         })?;
     // The thread sends nothing: it drops its end.
     let _ = is_confined.recv();
-    let mut builder = builder(LevelFilter::Info);
-    // Set by hand because env_logger examines standard error only if it writes to it itself.
-    if stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
-        builder.write_style(WriteStyle::Always);
-    }
+    let mut builder = builder(LevelFilter::Info, style());
     if is_journal() {
         // The journal has its own time stamps, and reads the level from the prefix
         // (`sd-daemon(3)`).
@@ -62,21 +58,36 @@ pub fn start_queued() -> io::Result<Queue> {
             writeln!(line, "<{}>{}", priority(record.level()), record.args())
         });
     }
-    builder.parse_default_env();
     builder.target(Target::Pipe(Box::new(queue.clone()))).init();
     let panics = queue.clone();
     std::panic::set_hook(Box::new(move |panic| {
         error!("{panic}");
-        // The process may end with this thread.
-        if thread::current().name() != Some("log") {
+        // The process ends with this thread. Other threads must not wait.
+        if thread::current().name() == Some("main") {
             panics.flush();
         }
     }));
     Ok(queue)
 }
 
-fn builder(level: LevelFilter) -> Builder {
+/// Returns the style of lines for standard error. `env_logger` examines standard error only if it
+/// writes to it itself.
+fn style() -> WriteStyle {
+    let is_set = |name, value: Option<&str>| match std::env::var_os(name) {
+        Some(found) => value.is_none_or(|value| found == value),
+        None => false,
+    };
+    let is_plain = is_set("NO_COLOR", None) || is_set("TERM", Some("dumb"));
+    match stderr().is_terminal() && !is_plain {
+        true => WriteStyle::Always,
+        false => WriteStyle::Never,
+    }
+}
+
+/// Returns a builder with this level and style, unless the environment has others.
+fn builder(level: LevelFilter, style: WriteStyle) -> Builder {
     let mut builder = Builder::new();
+    builder.write_style(style);
     // These crates log hostile input without a rate limit, so they are silent unless RUST_LOG names
     // them.
     for chatty in ["vhost", "virtio_queue"] {

@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
+use barlink_protocol::aligned::AlignedBuffer;
 use barlink_protocol::cursor::{Corrupt, Header, Kind};
 use barlink_protocol::stream::Position;
 use barlink_protocol::{AtomicU64, Events, PresenceWords, Strategy, Wakeup};
@@ -18,10 +19,8 @@ use crate::readiness::Readiness;
 use crate::sender::is_present;
 use crate::stream::StreamReader;
 
-/// Size of the private buffer for files to which the kernel cannot write from the region, and its
-/// alignment.
+/// Size of the private buffer for files to which the kernel cannot write from the region.
 const COPY_SIZE: usize = 256 << 10;
-const PAGE: usize = 4096;
 
 /// The receiver that the ring itself has.
 pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
@@ -707,11 +706,8 @@ impl Record<'_> {
                     .events()
                     .check_device()
                     .map_err(Error::from)?;
-                // A file with O_DIRECT needs an aligned buffer.
-                let mut buffer = vec![0; COPY_SIZE + PAGE];
-                let start = buffer.as_ptr().align_offset(PAGE).min(PAGE);
-                let buffer = &mut buffer[start..start + COPY_SIZE];
-                record.write_copy(file, self.position, buffer)?
+                let mut buffer = AlignedBuffer::new(COPY_SIZE);
+                record.write_copy(file, self.position, buffer.bytes())?
             }
             written => written?,
         };

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
+use barlink_protocol::aligned::{ALIGNMENT, AlignedBuffer};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{Events, PresenceWords, SenderReservation, Strategy};
 
@@ -611,16 +612,14 @@ impl Reservation<'_> {
     /// Reads from a file by way of a private buffer. Returns the bytes read.
     #[cold]
     fn copy_from(&mut self, file: BorrowedFd<'_>) -> io::Result<u32> {
-        // A file with O_DIRECT is read in whole blocks, into an aligned buffer.
-        const PAGE: usize = 4096;
+        // A file with O_DIRECT is read in whole blocks.
         let length = match self.capacity() {
-            length @ ..PAGE => length,
-            length => (length / PAGE * PAGE).min(256 << 10),
+            length @ ..ALIGNMENT => length,
+            length => (length / ALIGNMENT * ALIGNMENT).min(256 << 10),
         };
-        let mut buffer = vec![0; length + PAGE];
-        let start = buffer.as_ptr().align_offset(PAGE).min(PAGE);
-        let length = rustix::io::read(file, &mut buffer[start..start + length])?;
-        self.reservation.write(0, &buffer[start..start + length]);
+        let mut buffer = AlignedBuffer::new(length);
+        let length = rustix::io::read(file, buffer.bytes())?;
+        self.reservation.write(0, &buffer.bytes()[..length]);
         Ok(length as u32)
     }
 

@@ -15,6 +15,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
+use barlink_protocol::aligned::AlignedBuffer;
 use barlink_protocol::cursor::Kind;
 /// Streams that [`receive_with`] accepts although they are not whole.
 ///
@@ -97,8 +98,6 @@ use crate::event_error::EventError;
 use crate::receiver::{Numbers, Receiver, copy_from};
 use crate::sender::Sender;
 
-/// Alignment of a buffer that the kernel reads a file into.
-const PAGE: usize = 4096;
 /// Most bytes that a writer puts into one record: larger ones are no faster.
 const RECORD_SIZE: usize = 1 << 20;
 
@@ -156,16 +155,9 @@ pub fn send(
     watch: &mut impl Watch,
 ) -> Result<Progress, StreamError> {
     let size = record_size.clamp(1, sender.max_record());
-    // A file with O_DIRECT needs an aligned buffer.
-    let mut record = vec![0; size + PAGE];
-    let start = record.as_ptr().align_offset(PAGE).min(PAGE);
+    let mut record = AlignedBuffer::new(size);
     let source = source.as_fd().as_raw_fd();
-    stream::send(
-        sender.ring(),
-        source,
-        &mut record[start..start + size],
-        watch,
-    )
+    stream::send(sender.ring(), source, record.bytes(), watch)
 }
 
 /// Receives one stream, and writes its bytes to a file. `watch` sees the progress; `&mut ()`

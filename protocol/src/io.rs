@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The errors of system calls. They are all that this crate takes from `std`.
+//! The errors of system calls. Besides them this crate takes only vectors from `std`.
 
 extern crate std;
 

@@ -15,6 +15,8 @@
 //! panic.
 #![no_std]
 
+#[cfg(not(loom))]
+pub mod aligned;
 mod cache;
 mod channel;
 mod consumer;

@@ -15,8 +15,8 @@ use core::ops::Deref;
 use core::time::Duration;
 
 use libc::c_int;
-use std::vec::Vec;
 
+use crate::aligned::{ALIGNMENT, AlignedBuffer};
 use crate::channel::{Receiver, Sender, Sent};
 use crate::consumer::Record;
 use crate::cursor::{HEADER_BYTES, Header, Kind};
@@ -29,10 +29,8 @@ use crate::sync::AtomicU64;
 
 /// Time for which a sender that drops waits for space for the beginning or the end of a stream.
 const MARK_TIMEOUT: Duration = Duration::from_secs(1);
-/// Size of the private buffer of a receiver, in bytes, and its alignment, which files with O_DIRECT
-/// need.
+/// Size of the private buffer of a receiver, in bytes.
 const BUFFER_BYTES: usize = 256 << 10;
-const ALIGNMENT: usize = 4096;
 
 /// Progress of a stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -581,7 +579,7 @@ fn finish<X>(total: Progress, accept: Accept) -> Result<Progress, StreamError<X>
 /// A private buffer between the region and files to which the kernel cannot write from the region.
 /// It is empty until such a file is met.
 #[derive(Default)]
-struct Buffer(Vec<u8>);
+struct Buffer(AlignedBuffer);
 
 impl Buffer {
     /// Writes the payload of a record, from byte `done` on.
@@ -600,12 +598,12 @@ impl Buffer {
         while done < record.length() {
             let written = retry(target, libc::POLLOUT, || match self.0.is_empty() {
                 true => record.write_to(target, done),
-                false => record.write_copy(target, done, aligned(&mut self.0)),
+                false => record.write_copy(target, done, self.0.bytes()),
             });
             done += match written {
                 Err(error) if self.0.is_empty() && (is_fault(&error) || is_invalid(&error)) => {
                     check(receiver.events())?;
-                    self.0 = std::vec![0; BUFFER_BYTES + ALIGNMENT];
+                    self.0 = AlignedBuffer::new(BUFFER_BYTES);
                     0
                 }
                 Ok(0) => return Err(failed(io::ErrorKind::WriteZero.into(), done - first)),
@@ -621,13 +619,6 @@ fn failed<X>(source: io::Error, done: usize) -> StreamError<X> {
         source,
         partial: done as u64,
     }
-}
-
-/// Returns the aligned part of a buffer, which is shorter than the buffer by [`ALIGNMENT`].
-fn aligned(buffer: &mut [u8]) -> &mut [u8] {
-    let start = buffer.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
-    let length = buffer.len().saturating_sub(ALIGNMENT);
-    &mut buffer[start..start + length]
 }
 
 /// Reads into private memory. A file with O_DIRECT is read in whole blocks, if it refuses other

@@ -3,8 +3,6 @@
 //! Checks a configuration without serving it, so that a mistake is found while the broker with the
 //! earlier configuration still serves.
 
-use std::path::Path;
-
 use barlink::host::Attachment;
 use barlink::{Access, Error};
 
@@ -55,7 +53,7 @@ pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckEr
         if theirs.transport != transport.name() {
             return Err(BrokerError::OtherTransport(id).into());
         }
-        let path = absolute(path);
+        let path = takeover::absolute(path);
         if theirs.socket != path {
             let theirs = theirs.socket.clone();
             return Err(BrokerError::from(SocketError::Elsewhere { path, theirs }).into());
@@ -73,8 +71,4 @@ pub enum CheckError {
     /// A request to the running broker failed.
     #[error(transparent)]
     Running(#[from] Box<Error>),
-}
-
-fn absolute(path: &Path) -> std::path::PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }

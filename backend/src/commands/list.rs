@@ -14,7 +14,7 @@ use indicatif::BinaryBytes;
 use log::warn;
 use serde::Serialize;
 
-use crate::args::List;
+use crate::args::{List, parse_name};
 
 /// A broker, as its control socket shows it.
 #[derive(Debug, Serialize)]
@@ -93,7 +93,8 @@ fn sockets(folder: &Path) -> Vec<(String, PathBuf)> {
         .filter_map(|entry| {
             let path = entry.ok()?.path();
             let name = path.file_name()?.to_str()?.strip_suffix(".sock")?;
-            Some((name.to_owned(), path))
+            // A file with another name is no broker's, and the name may spoil the terminal.
+            Some((parse_name(name).ok()?, path))
         })
         .collect();
     sockets.sort();

@@ -99,8 +99,10 @@ pub fn serve(args: Serve) -> Result<()> {
     match broker.run(&stop.into())? {
         Exit::Stopped => {
             info!("stopped");
-            if let Some(sweeper) = sweeper {
-                sweeper.sweep();
+            if sweeper.is_some_and(|sweeper| !sweeper.sweep()) {
+                warn!(
+                    "the files of the sockets could not be removed: the next broker removes them"
+                );
             }
         }
         Exit::HandedOver => info!("stopped: the successor serves now"),

@@ -21,14 +21,16 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 /// The subcommand that a broker starts this process with.
 pub const COMMAND: &str = "remove-sockets";
-/// The time that a broker waits for the removal.
+/// An order or an answer: one byte, whose value has no meaning.
+const ANSWER: &[u8] = b".";
+/// The time that a broker waits for each answer of the process.
 const LIMIT: Duration = Duration::from_secs(2);
 
 /// The process, while the broker serves.
 pub struct Sweeper {
     order: ChildStdin,
-    /// The process writes one byte when it has seen the files, and closes it when it ends.
-    end: ChildStdout,
+    /// The process writes a byte when it has seen the files, and one when it has removed them.
+    answers: ChildStdout,
 }
 
 impl Sweeper {
@@ -40,23 +42,32 @@ impl Sweeper {
         let mut child = command.stderr(Stdio::null()).spawn()?;
         let missing = || io::Error::other("a pipe is missing");
         let order = child.stdin.take().ok_or_else(missing)?;
-        let mut end = child.stdout.take().ok_or_else(missing)?;
+        let mut answers_from = child.stdout.take().ok_or_else(missing)?;
         // The process has seen the files before another process can exchange them.
-        end.read_exact(&mut [0])?;
-        Ok(Sweeper { order, end })
+        match answers(&mut answers_from) {
+            true => Ok(Sweeper {
+                order,
+                answers: answers_from,
+            }),
+            false => Err(io::Error::other("its process does not answer")),
+        }
     }
 
-    /// Orders the removal of the files, and waits until the process has ended.
-    pub fn sweep(mut self) {
-        // A process that has died removes nothing, and the next broker at these paths does.
-        if self.order.write_all(b"r").is_err() {
-            return;
-        }
-        drop(self.order);
-        let mut ended = [PollFd::new(&self.end, PollFlags::IN)];
-        let limit = Timespec::try_from(LIMIT).ok();
-        let _ = rustix::io::retry_on_intr(|| poll(&mut ended, limit.as_ref()));
+    /// Has the files removed. Returns whether that is done. Files that stay are removed by the next
+    /// broker at their paths.
+    pub fn sweep(mut self) -> bool {
+        // A process that has died does not answer.
+        let _ = self.order.write_all(ANSWER);
+        answers(&mut self.answers)
     }
+}
+
+/// Waits for an answer of the process, for [`LIMIT`] at most.
+fn answers(from: &mut ChildStdout) -> bool {
+    let limit = Timespec::try_from(LIMIT).ok();
+    let mut ready = [PollFd::new(from, PollFlags::IN)];
+    let ready = rustix::io::retry_on_intr(|| poll(&mut ready, limit.as_ref()));
+    ready.is_ok_and(|count| count > 0) && from.read_exact(&mut [0]).is_ok()
 }
 
 /// Waits for the broker's order, and then removes the files. Leaves a file that another process has
@@ -67,21 +78,24 @@ pub fn run(files: &[PathBuf]) -> Result<()> {
         signal_hook::flag::register(signal, Arc::default()).context("cannot handle signals")?;
     }
     let found: Vec<_> = files.iter().map(|file| identity(file)).collect();
-    let mut order = [0];
-    stdout()
-        .write_all(b"s")
-        .and_then(|()| stdout().flush())
-        .context("cannot answer the broker")?;
-    if stdin().read_exact(&mut order).is_err() {
+    let answer = || {
+        let written = stdout().write_all(ANSWER);
+        written.and_then(|()| stdout().flush())
+    };
+    answer().context("cannot answer the broker")?;
+    if stdin().read_exact(&mut [0]).is_err() {
         return Ok(());
     }
+    let mut outcome = Ok(());
     for (file, found) in files.iter().zip(found) {
         if found.is_some() && identity(file) == found {
-            std::fs::remove_file(file)
-                .with_context(|| format!("cannot remove {}", file.display()))?;
+            let removed = std::fs::remove_file(file);
+            outcome =
+                outcome.and(removed.with_context(|| format!("cannot remove {}", file.display())));
         }
     }
-    Ok(())
+    outcome?;
+    answer().context("cannot answer the broker")
 }
 
 /// Returns the properties that distinguish a file from one that another process has put in its

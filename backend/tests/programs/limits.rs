@@ -168,6 +168,20 @@ fn reconnecting_vm_cannot_hide_others_in_log() {
     assert!(log.lines().count() < most, "{log}");
 }
 
+/// Lines of host apps that come and go are not logged by default, and use up no limit.
+#[test]
+fn hidden_lines_use_up_no_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let args = ["--channel", "x=up,4K"];
+    let broker = Broker::start_by(folder, &args, |command| command.env("RUST_LOG", "info"));
+    for _ in 0..20 {
+        drop(broker.attach());
+    }
+    broker.attach().reset("x").unwrap();
+    assert!(broker.log().contains("resets `x`"), "{}", broker.log());
+    assert!(!broker.log().contains("not logged"), "{}", broker.log());
+}
+
 #[test]
 fn log_names_ends_of_killed_app() {
     let broker = Broker::start(&["--channel", "x=up,4K"]);

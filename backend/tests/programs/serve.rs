@@ -391,6 +391,21 @@ fn name_is_found_in_folder_of_services() {
     assert!(text.contains("region 64.00 MiB"), "{text}");
     let listed = works(&mut within(&["list"], login));
     assert!(listed.contains("/run/barlink/red.sock"), "{listed}");
+    // Another user may not connect, and cannot know what the socket is. A file with such a name is
+    // no broker's.
+    let odd = run.join("barlink/\x1b[2J.sock");
+    std::fs::hard_link(run.join("barlink/red.sock"), odd).unwrap();
+    assert_eq!(works(&mut within(&["list"], login)), listed);
+    let open = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(run.join("barlink"), open).unwrap();
+    let mut list = barlink(["list"]);
+    let list = as_nobody(&mut list);
+    let script = "mount --bind \"$0\" /run && exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
+    let mut other = std::process::Command::new("unshare");
+    other.args(["--mount", "sh", "-c", script]).arg(&run);
+    other.arg(list.get_program()).args(list.get_args());
+    let listed = works(other.env_remove("XDG_RUNTIME_DIR"));
+    assert!(listed.contains("no broker in"), "{listed}");
     fails(
         &mut within(&inspect("blue"), login),
         3,

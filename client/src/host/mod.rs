@@ -273,7 +273,7 @@ impl AttachOptions {
     fn connect_any(
         &self,
         paths: &[PathBuf],
-        nobody: impl Fn() -> ControlError,
+        none: impl Fn() -> ControlError,
     ) -> Result<Attachment, Error> {
         let start = Instant::now();
         loop {
@@ -284,7 +284,7 @@ impl AttachOptions {
                 }
             }
             if start.elapsed() >= self.start_timeout {
-                return Err(nobody().into());
+                return Err(none().into());
             }
             std::thread::sleep(RETRY);
         }

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
-use barlink::{Error, ErrorKind, Kind};
+use barlink::{Error, ErrorKind, Kind, Receiver};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::broker::{Running, TIMEOUT};
 use crate::errors::listen;
@@ -177,6 +178,35 @@ fn reservation_and_record_in_forked_process_do_nothing() {
         (second.to_vec(), second.sequence()),
         (b"second".to_vec(), 1)
     );
+}
+
+/// The descriptor that a program waits on is shared by the processes.
+#[test]
+fn forked_process_wakes_no_waiting_parent() {
+    let broker = Running::start(&["one=host-host,64K"]);
+    let (mut sender, mut receiver) = broker.ends("one");
+    let is_ready = |receiver: &Receiver, limit: Duration| {
+        let limit = Timespec::try_from(limit).unwrap();
+        poll(&mut [PollFd::new(receiver, PollFlags::IN)], Some(&limit)).unwrap() > 0
+    };
+    // Rings wake the receiver, so it sets no timer when it finds nothing.
+    for _ in 0..5 {
+        assert!(receiver.try_recv().unwrap().is_none());
+        let sending = std::thread::scope(|scope| {
+            let sending = scope.spawn(|| sender.send(Kind::USER, b"awake"));
+            assert!(is_ready(&receiver, TIMEOUT), "no ring came");
+            sending.join().unwrap()
+        });
+        let _ = sending.unwrap();
+        wait_until("the record is received", || {
+            receiver.try_recv().unwrap().is_some()
+        });
+    }
+    assert!(receiver.try_recv().unwrap().is_none());
+    let child = Child::start(|| drop(receiver.stream()));
+    child.passes();
+    assert!(receiver.try_recv().unwrap().is_none());
+    assert!(!is_ready(&receiver, Duration::ZERO), "the child woke it");
 }
 
 #[test]

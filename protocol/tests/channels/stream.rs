@@ -475,6 +475,48 @@ fn sender_without_room_reads_nothing() {
     assert_eq!(source.stream_position().unwrap(), 0);
 }
 
+#[test]
+fn next_stream_is_whole_after_raw_record() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    let mut position = Position::default();
+    send(&mut sender, Kind::USER, b"raw");
+    let raw = receive(
+        &mut receiver,
+        nowhere().as_raw_fd(),
+        Accept::default().raw(true),
+        &mut position,
+        &mut Hurried,
+    );
+    assert!(matches!(raw, Err(StreamError::TimedOut { .. })), "{raw:?}");
+    for (kind, bytes) in [
+        (Kind::BEGIN, &b""[..]),
+        (Kind::DATA, b"four"),
+        (Kind::END, b""),
+    ] {
+        send(&mut sender, kind, bytes);
+    }
+    let mut next = || {
+        receive(
+            &mut receiver,
+            nowhere().as_raw_fd(),
+            Accept::default(),
+            &mut position,
+            &mut Hurried,
+        )
+    };
+    assert_eq!(outcome(next()), FOUR);
+    // Data without a beginning are no stream, either.
+    send(&mut sender, Kind::DATA, b"lost");
+    let headless = next();
+    assert!(
+        matches!(
+            headless,
+            Err(StreamError::Misplaced(Misplaced::NoBeginning))
+        ),
+        "{headless:?}"
+    );
+}
+
 /// The first record needs room behind the mark of the beginning.
 #[test]
 fn sender_with_scarce_room_reads_nothing() {

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use log::warn;
+use parking_lot::Mutex;
 use rustix::fs::{Access, FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -253,8 +254,7 @@ impl Listener {
     }
 
     /// Checks whether a broker could listen at a path, as far as that can be seen without
-    /// listening.
-    /// `made` is a folder that is created if it is missing.
+    /// listening. `made` is a folder that is created if it is missing.
     pub fn check(path: &Path, made: Option<&Path>) -> Result<(), SocketError> {
         let (path, _) = address_of(path)?;
         let folder = path.parent().unwrap_or(Path::new("/"));
@@ -514,8 +514,11 @@ fn is_taken_by_a_socket(path: &Path) -> Result<bool, SocketError> {
 /// Gives a socket a name. Its file has the mode from the start, so that no later change by name can
 /// meet another file.
 fn bind(socket: &OwnedFd, address: &SocketAddrUnix, mode: u32) -> Result<(), Errno> {
-    // The kernel takes the mode of the file from the socket, less the mask of the process.
+    // The kernel takes the mode of the file from the socket, less the mask of the process, which
+    // all its threads share.
+    static MASK: Mutex<()> = Mutex::new(());
     rustix::fs::fchmod(socket, mode.into())?;
+    let _alone = MASK.lock();
     let mask = umask(Mode::from_raw_mode(0o777 & !mode));
     let bound = rustix::net::bind(socket, address);
     umask(mask);

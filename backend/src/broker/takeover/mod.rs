@@ -8,5 +8,5 @@ mod parts;
 mod predecessor;
 
 pub use self::hand_over::{hand_over, rest};
-pub use self::parts::{Parts, SlotPlan, check_paths};
+pub use self::parts::{Parts, SlotPlan, absolute, check_paths};
 pub use self::predecessor::Predecessor;

@@ -56,13 +56,17 @@ pub struct SlotPlan {
     pub session_memory: u64,
 }
 
+/// Returns the absolute form of a path. A path that has none, such as an empty one, stays, and is an
+/// error of its listener.
+pub fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// Checks that each socket has a path of its own, however the path is written.
 pub fn check_paths<'a>(
     control: &Path,
     slots: impl IntoIterator<Item = &'a Path>,
 ) -> Result<(), SocketError> {
-    // A path that cannot be made absolute, such as an empty one, is an error of its listener.
-    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let mut seen = vec![absolute(control)];
     for path in slots {
         let place = absolute(path);

@@ -123,6 +123,13 @@ pub(super) fn claim_outlives_child_and_names_living_holder() -> Result<()> {
     child(|_| Ok(()))?.succeeds()?;
     drop(rustix::io::dup(&device)?);
     assert_eq!(host::holder(Region::Main, UP)?, held);
+    // Neither does the end of another descriptor while a child has the file, too.
+    let copy = rustix::io::dup(&device)?;
+    let keeper = child(|parent| parent.wait())?;
+    drop(copy);
+    assert_eq!(host::holder(Region::Main, UP)?, held);
+    keeper.kill(Signal::KILL)?;
+    keeper.wait()?;
     fails(open(Region::Main)?.claim(UP), Errno::BUSY);
     drop(device);
     assert_eq!(host::holder(Region::Main, UP)?, (0, 0));
