@@ -96,11 +96,9 @@ pub(crate) struct Areas {
     on_fault: usize,
     /// Cache mode that the existing areas were requested with; `None` while there are no areas.
     asked: Option<CacheMode>,
-    /// Number of the [`CacheMode`] that the kernel last granted to any area, or 0 for none.
+    /// Number of the [`CacheMode`] that the kernel granted to a page of an existing area, or 0 while
+    /// no page was mapped.
     granted: u32,
-    /// Number of the [`CacheMode`] that the kernel last granted to an eagerly mapped area, or 0 for
-    /// none. This mode remains when the pages of the other areas are zapped.
-    granted_eagerly: u32,
     /// Processes that have areas, in the order of their first ones.
     mappers: KVec<Mapper>,
 }
@@ -142,10 +140,8 @@ impl Areas {
         }
     }
 
-    /// Removes an area. Returns true if the pages that were mapped on fault must be zapped, because
-    /// the kernel may have found their mode only through this area. [`Areas::reported`] then
-    /// ignores the modes of these pages.
-    pub(crate) fn remove(&mut self, area: Area) -> bool {
+    /// Removes an area.
+    pub(crate) fn remove(&mut self, area: Area) {
         let kind = self.kind(area.options);
         // No underflow: `add` or `count` has counted every area.
         *kind = kind.saturating_sub(1);
@@ -157,37 +153,16 @@ impl Areas {
         if self.eager + self.on_fault == 0 {
             *self = Areas::default();
         }
-        if self.eager == 0 {
-            self.granted_eagerly = 0;
-        }
-        let anew = !area.options.on_fault && self.have_on_fault();
-        if anew || !self.have_on_fault() {
-            self.granted = self.granted_eagerly;
-        }
-        anew
     }
 
-    /// Tells whether areas exist that are mapped on fault. Their pages may have another mode than
-    /// the kernel will grant to a new eager mapping.
+    /// Tells whether areas exist that are mapped on fault. Their mode must be registered.
     pub(crate) fn have_on_fault(&self) -> bool {
         self.on_fault > 0
     }
 
-    /// Tells whether areas exist that are mapped eagerly. The kernel has a mode registered for
-    /// their pages, and for no others.
-    pub(crate) fn have_eager(&self) -> bool {
-        self.eager > 0
-    }
-
-    /// Records the mode that the kernel granted to a page that was mapped on fault.
+    /// Records the mode that the kernel granted to a page.
     pub(crate) fn note_granted(&mut self, granted: u32) {
         self.granted = granted;
-    }
-
-    /// Records the mode that the kernel granted to an area that was mapped eagerly.
-    pub(crate) fn note_granted_eagerly(&mut self, granted: u32) {
-        self.granted = granted;
-        self.granted_eagerly = granted;
     }
 
     /// Returns the requested mode, the granted mode and one process that has areas, as numbers of

@@ -28,6 +28,7 @@
 //! | `chardev.rs`, `file.rs` | `/dev/barlinkN`, and the operations of an open file |
 //! | `mapping.rs` | `mmap`, and the removal of mappings |
 //! | `areas.rs` | the mapped areas and their cache mode |
+//! | `registration.rs` | the kernel's record of the region's cache mode |
 //! | `coherent.rs`, `buffer.rs` | DMA memory, and the file through which programs map it |
 //! | `shim.rs`, `shim.c` | C macros and functions that the `kernel` crate lacks |
 //! | `compat.rs` | differences between kernel series |
@@ -54,6 +55,7 @@ mod lock;
 mod mapping;
 mod memory;
 mod pci;
+mod registration;
 mod shim;
 mod signals;
 mod virtio;

@@ -17,6 +17,7 @@ use crate::{
     },
     hardware::Hardware,
     mapping::Mappings,
+    registration::Registration,
     wait::WaitQueue,
     wire::{
         layout::{
@@ -62,6 +63,9 @@ pub(crate) struct State {
     claims: Claims,
     /// Memory areas into which processes have mapped the region.
     pub(crate) areas: Areas,
+    /// The registered cache mode of all pages that can be mapped, while areas exist that are mapped
+    /// on fault. Always `None` once the device is gone.
+    pub(crate) registration: Option<Registration>,
     /// The DMA buffer. Always `None` once the device is gone.
     pub(crate) buffer: Option<Buffer>,
 }
@@ -113,6 +117,7 @@ impl Device {
                 state <- new_mutex!(State {
                     claims: Claims::new(),
                     areas: Areas::default(),
+                    registration: None,
                     buffer: None,
                 }),
             }),
@@ -149,6 +154,8 @@ impl Device {
         // Pages are mapped under the lock that was taken above. This zaps all earlier mappings, and
         // later attempts to map fail.
         self.mappings.zap();
+        // Another device can get the addresses, so the region's mode must not stay with them.
+        self.state.lock().registration = None;
         // Waits for current users of the hardware, and then drops it. The drop reports the end to
         // the host.
         self.hardware.revoke();

@@ -80,6 +80,9 @@ pub(crate) const OPERATIONS: bindings::file_operations = bindings::file_operatio
     #[cfg(CONFIG_COMPAT)]
     compat_ioctl: bindings::compat_ptr_ioctl,
     mmap_prepare: Some(mapping::prepare),
+    // Chooses addresses at which large pages are possible.
+    #[cfg(CONFIG_TRANSPARENT_HUGEPAGE)]
+    get_unmapped_area: Some(bindings::thp_get_unmapped_area),
     ..pin_init::zeroed()
 };
 

@@ -10,11 +10,11 @@
 //! the kernel links the area to the file only when the operation has returned, and a zap before
 //! that would miss the area.
 //!
-//! [`fault`] maps single pages on access: all pages of an area that asked for it, and the pages of
-//! other areas after a zap. The kernel gives such a page the mode that an eagerly mapped area has
-//! registered for it, or noncached if there is none. Therefore the driver zaps all entries whenever
-//! an eagerly mapped area comes or goes while areas exist that are mapped on fault. All pages then
-//! return with the same mode.
+//! [`huge_fault`] maps 2 MiB on access where that is possible, and [`fault`] a single page, in an
+//! area that asked for it. The kernel gives such pages the mode that it has registered for them.
+//! Therefore the driver registers the mode for the whole region while such areas exist
+//! ([`crate::registration`]), so that all pages have the mode that was requested, and those of a
+//! large page the same one.
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/mm_types.h`, `include/linux/huge_mm.h`.
 
@@ -25,6 +25,7 @@ use crate::{
         State, //
     },
     file::OpenFile,
+    registration::Registration,
     shim,
     wire::layout::PAGE_SIZE, //
 };
@@ -209,11 +210,9 @@ unsafe extern "C" fn mapped(
         state.areas.add(known)?;
         device.check()?;
         if known.options.on_fault {
+            register(&mut state, device)?;
             device.show_cache(&state);
             return Ok(0);
-        }
-        if state.areas.have_on_fault() {
-            device.mappings.zap();
         }
         // SAFETY: This is a `mapped` area operation, and the area is not used after it.
         let area = unsafe { mapped_area(start)? };
@@ -237,11 +236,26 @@ unsafe extern "C" fn mapped(
             // The kernel may have granted another mode than the requested one.
             state
                 .areas
-                .note_granted_eagerly(shim::barlink_granted_mode(area, start));
+                .note_granted(shim::barlink_granted_mode(area, start));
         }
         device.show_cache(&state);
         Ok(0)
     })
+}
+
+/// Registers the mode of the areas for all pages that can be mapped, unless that was done before.
+/// `EBUSY` if pages are registered with another mode, as for a moment after the end of eager
+/// mappings.
+fn register(state: &mut State, device: &Device) -> Result {
+    let mode = state.areas.mode(None)?;
+    if state.registration.is_none() {
+        let size = device.facts.layout.mappable_size();
+        // SAFETY: The device is not gone, because the caller holds its state and has checked it.
+        // Therefore the region is device memory. Its address and this size are in whole pages.
+        let made = unsafe { Registration::new(mode, device.facts.region, size)? };
+        state.registration = Some(made);
+    }
+    Ok(())
 }
 
 /// Implements the `open` area operation: counts an area that a split, a move or a fork has created.
@@ -265,8 +279,10 @@ unsafe extern "C" fn close(area: *mut bindings::vm_area_struct) {
     let (file, known) = unsafe { (OpenFile::of((*area).vm_file), known((*area).vm_private_data)) };
     let device: &Device = &file.device;
     let mut state = device.state.lock();
-    if state.areas.remove(known) {
-        device.mappings.zap();
+    state.areas.remove(known);
+    if !state.areas.have_on_fault() {
+        // The kernel has zapped the area already, so no page has an entry by this mode.
+        state.registration = None;
     }
     device.show_cache(&state);
 }
@@ -383,9 +399,9 @@ pub(crate) fn check_access(area: &VmaRef, write: c_int) -> Result {
 /// Implements the `huge_fault` area operation: maps 2 MiB around an access if possible. Otherwise
 /// the kernel calls [`fault`].
 ///
-/// While an eagerly mapped area exists, nothing is mapped in this way: the kernel gives all of the
-/// 2 MiB the mode of their first page, and the mode of the others may differ. Where single pages
-/// were mapped, they stay single afterwards, because the kernel keeps their table.
+/// The kernel gives all of the 2 MiB the mode of their first page. The others have the same mode,
+/// because the whole region is registered with one. Where single pages were mapped, they stay
+/// single afterwards, because the kernel keeps their table.
 ///
 /// # Safety
 ///
@@ -422,9 +438,6 @@ unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -
     let mut state = device.state.lock();
     if device.is_gone() {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
-    }
-    if state.areas.have_eager() {
-        return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
     }
     let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
     // SAFETY: The area is valid, consists of frames only, and lies in this device's region, as

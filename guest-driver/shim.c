@@ -8,6 +8,7 @@
 #include <linux/fdtable.h>
 #include <linux/fs.h>
 #include <linux/idr.h>
+#include <linux/io.h>
 #include <linux/iommu.h>
 #include <linux/mm.h>
 #include <linux/miscdevice.h>
@@ -39,6 +40,7 @@ struct file *barlink_anon_file(void);
 struct file *barlink_buffer_file(const struct file_operations *operations, void *private);
 u32 barlink_process_with(struct file *file);
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot);
+void __iomem *barlink_map_in_mode(u32 mode, u64 address, u64 size);
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address);
 
 int barlink_virtio_register(void);
@@ -215,6 +217,21 @@ pgprot_t barlink_pgprot(u32 mode, pgprot_t prot)
 		return prot;
 	default:
 		return pgprot_noncached(prot);
+	}
+}
+
+void __iomem *barlink_map_in_mode(u32 mode, u64 address, u64 size)
+{
+	/* As in barlink_pgprot. */
+	switch (mode) {
+	case 3:
+		return ioremap_wc(address, size);
+#ifdef CONFIG_X86
+	case 6:
+		return ioremap_cache(address, size);
+#endif
+	default:
+		return ioremap(address, size);
 	}
 }
 

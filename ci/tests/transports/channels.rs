@@ -65,6 +65,28 @@ fn connection(broker: &Broker) -> Result<u64> {
     vm["connection"].as_u64().context("no VM")
 }
 
+/// Shows that a program in a small guest pays for the memory that it uses, and not for the size of
+/// the region: entries of 4 KiB for 2 GiB take 4 MiB.
+#[test]
+fn large_region_takes_few_page_tables() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &["--size", "2G"])?;
+    let trip = RoundTrip::start(&broker, &vm)?;
+    wait_until("the channel has 8 MiB of records behind it", || {
+        let channels = broker.inspect()?["channels"].clone();
+        let up = channels.as_array().context("no channels")?;
+        let up = up.iter().find(|channel| channel["name"] == "up");
+        Ok(up.context("no such channel")?["written"].as_u64() >= Some(8 << 20))
+    })?;
+    let status = "cat /proc/$(pidof barlink-guest)/status";
+    let status = vm.run(["sh", "-c", status])?.success()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPTE:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    let kib: u64 = kib.context("no such figure")?.parse()?;
+    println!("page tables of a program with 2 GiB: {kib} KiB");
+    ensure!(kib <= 256, "{kib} KiB of page tables");
+    trip.finish()
+}
+
 #[test]
 fn streams_run_in_both_directions_at_once() -> Result<()> {
     let (broker, vm) = start(

@@ -4,6 +4,8 @@
 #![expect(unsafe_code, reason = "calls the driver")]
 
 use std::fs::File;
+use std::hint::black_box;
+use std::sync::atomic::Ordering;
 
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::io::Errno;
@@ -31,6 +33,10 @@ pub(crate) fn ring(file: &File, doorbell: uapi::Doorbell) -> Result<(), Errno> {
 
 /// Maps the first bytes of a device's region, in a cache mode, or without one in that of the
 /// region's mappings that live.
+///
+/// Only the first page is mapped when this returns, so that the driver knows the granted mode. The
+/// others are mapped on the first access to them, 2 MiB at once, and so a large region takes only
+/// as much of the guest's memory for page tables as is used.
 pub(crate) fn map_in(
     file: &File,
     size: usize,
@@ -39,11 +45,15 @@ pub(crate) fn map_in(
 ) -> Result<Mapping, Errno> {
     let map = uapi::Map {
         cache: mode.map_or(0, |mode| mode as u32),
-        flags: 0,
+        flags: uapi::ON_FAULT,
     };
     // SAFETY: `MAP` takes a `Map`, and reads it during the call.
     unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }?;
-    Mapping::map(file, size, access)
+    let mapping = Mapping::map(file, size, access)?;
+    if let Some(word) = mapping.first() {
+        black_box(word.load(Ordering::Relaxed));
+    }
+    Ok(mapping)
 }
 
 /// Returns the region of a mapping. `granted` is the number of its [`CacheMode`]. If the mode is

@@ -177,64 +177,59 @@ pub(super) fn driver_rejects_invalid_map_options() -> Result<()> {
 }
 
 pub(super) fn pages_are_mapped_on_fault() -> Result<()> {
-    let device = open(Region::Main)?;
-    set_options(&device, CacheMode::WriteBack as u32, ON_FAULT)?;
-    let map = device.map(RAW, 64 * PAGE)?;
-    // No page is mapped yet, so no mode is granted.
-    assert_reported(&device, CacheMode::WriteBack as u32, 0)?;
-    map.write(PAGE, 1);
-    assert_eq!(host::word(Region::Main, RAW + PAGE)?, 1);
-    // The kernel has no mode registered for that page, so it grants noncached.
-    let noncached = CacheMode::UncachedMinus as u32;
-    assert_reported(&device, CacheMode::WriteBack as u32, noncached)?;
-    // Mapping the same pages eagerly registers their mode. Pages that are mapped on fault get it
-    // then.
-    let whole = open(Region::Main)?;
-    set_options(&whole, 0, 0)?;
-    let all = whole.map(RAW, 64 * PAGE)?;
-    let cached = CacheMode::WriteBack as u32;
-    assert_reported(&device, cached, cached)?;
-    map.write(2 * PAGE, 2);
-    assert_eq!(map.read(PAGE), 1);
-    assert_eq!(all.read(2 * PAGE), 2);
-    assert_reported(&device, cached, cached)?;
-    // An eager mapping of other pages changes nothing. When only that one is left, the pages of
-    // `map` have no registered mode any more. The driver reports the mode of the page that was
-    // mapped last.
-    let other = whole.map(RAW + 64 * PAGE, 64 * PAGE)?;
-    assert_eq!(map.read(PAGE), 1);
-    assert_reported(&device, cached, cached)?;
-    drop(all);
-    assert_reported(&device, cached, cached)?;
-    assert_eq!(map.read(2 * PAGE), 2);
-    assert_reported(&device, cached, noncached)?;
-    assert_eq!(other.read(0), host::word(Region::Main, RAW + 64 * PAGE)?);
-    assert_reported(&device, cached, cached)?;
-    drop(other);
-    // No page is mapped now, because the last eager mapping is gone and took all entries with it.
-    assert_reported(&device, cached, 0)?;
-    assert_eq!(map.read(2 * PAGE), 2);
-    assert_reported(&device, cached, noncached)?;
-    // When one of two kinds of mappings goes, the driver reports the mode of the kind that is left.
-    let other = whole.map(RAW + 64 * PAGE, 64 * PAGE)?;
-    assert_eq!(map.read(2 * PAGE), 2);
-    assert_reported(&device, cached, noncached)?;
-    drop(map);
-    assert_reported(&device, cached, cached)?;
-    let map = device.map(RAW, 64 * PAGE)?;
-    assert_eq!(map.read(2 * PAGE), 2);
-    assert_reported(&device, cached, noncached)?;
-    drop(other);
-    assert_reported(&device, cached, 0)?;
-    // All entries are gone at this point, so the child inherits none and maps its own on fault.
-    child(|_| {
+    let whole = Region::Main.mappable();
+    for mode in MODES {
+        let number = mode as u32;
+        let (device, plain) = (open(Region::Main)?, open(Region::Main)?);
+        set_options(&device, number, ON_FAULT)?;
+        let map = device.map(RAW, 64 * PAGE)?;
+        // The mode is registered for the whole region. No page is mapped yet, so none is granted.
+        assert_reported(&device, number, 0)?;
+        assert!(is_listed(&device, 0, whole, mode)?, "{mode:?}");
+        map.write(PAGE, u64::from(number));
+        assert_eq!(host::word(Region::Main, RAW + PAGE)?, u64::from(number));
+        assert_reported(&device, number, number)?;
+        // Eager mappings of the same pages and of others get this mode, and change nothing when
+        // they come and go.
+        let (same, others) = (
+            plain.map(RAW, 64 * PAGE)?,
+            plain.map(RAW + 64 * PAGE, 64 * PAGE)?,
+        );
+        map.write(2 * PAGE, 2);
+        assert_eq!(same.read(2 * PAGE), 2);
+        assert_eq!(others.read(0), host::word(Region::Main, RAW + 64 * PAGE)?);
+        assert_reported(&device, number, number)?;
+        drop((same, others));
+        let faults = minor_faults()?;
+        assert_eq!(map.read(2 * PAGE), 2);
+        assert!(minor_faults()? < faults + 16);
         map.write(3 * PAGE, 3);
-        Ok(())
-    })?
-    .succeeds()?;
-    assert_eq!(map.read(3 * PAGE), 3);
-    drop(map);
-    assert_reported(&device, 0, 0)
+        assert_reported(&device, number, number)?;
+        // A child inherits the mapping, and maps its own pages.
+        child(|_| {
+            map.write(4 * PAGE, 4);
+            Ok(())
+        })?
+        .succeeds()?;
+        assert_eq!(map.read(4 * PAGE), 4);
+        // The registration ends with the last mapping of this kind. An eager mapping has its own.
+        let page = plain.map(RAW, PAGE)?;
+        drop(map);
+        assert!(!is_listed(&device, 0, whole, mode)?, "{mode:?}");
+        assert!(is_listed(&device, RAW, PAGE, mode)?, "{mode:?}");
+        assert_reported(&device, number, number)?;
+        // It returns with the next one, which joins the mode of the eager mapping.
+        set_options(&device, 0, ON_FAULT)?;
+        let map = device.map(RAW, 64 * PAGE)?;
+        assert!(is_listed(&device, 0, whole, mode)?, "{mode:?}");
+        map.write(5 * PAGE, 5);
+        drop(page);
+        assert_reported(&device, number, number)?;
+        drop(map);
+        assert!(!is_listed(&device, 0, whole, mode)?, "{mode:?}");
+        assert_reported(&device, 0, 0)?;
+    }
+    Ok(())
 }
 
 /// Returns the number of page faults without I/O that this process has had so far.
@@ -245,60 +240,78 @@ fn minor_faults() -> Result<u64> {
     Ok(faults.context("no such figure")?.parse()?)
 }
 
+/// Returns the size of this process's page tables, in KiB.
+fn page_tables() -> Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let mut lines = status.lines();
+    let line = lines.find_map(|line| line.strip_prefix("VmPTE:"));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    Ok(number.context("no such figure")?.parse()?)
+}
+
 pub(super) fn large_pages_are_mapped_on_fault() -> Result<()> {
-    let device = open(Region::Main)?;
-    set_options(&device, 0, ON_FAULT)?;
-    let length = 3 * HUGE;
-    // The mapping's address is aligned to 2 MiB, as its page frames are.
-    let map = device.map_aligned(2 * HUGE, length, HUGE)?;
-    for place in [0, HUGE + 8 * PAGE, 2 * HUGE - 8, length - 8] {
-        host::set_word(Region::Main, 2 * HUGE + place, place + 1)?;
-        assert_eq!(map.read(place), place + 1);
-        map.write(place, place + 2);
-        assert_eq!(host::word(Region::Main, 2 * HUGE + place)?, place + 2);
+    for mode in MODES {
+        let device = open(Region::Main)?;
+        set_options(&device, mode as u32, ON_FAULT)?;
+        let length = 60 * HUGE;
+        let tables = page_tables()?;
+        // The driver chooses an address that is aligned to 2 MiB, as the page frames are.
+        let map = device.map(2 * HUGE, length)?;
+        for place in [0, HUGE + 8 * PAGE, 2 * HUGE - 8, length - 8] {
+            host::set_word(Region::Main, 2 * HUGE + place, place + 1)?;
+            assert_eq!(map.read(place), place + 1);
+            map.write(place, place + 2);
+            assert_eq!(host::word(Region::Main, 2 * HUGE + place)?, place + 2);
+        }
+        assert_reported(&device, mode as u32, mode as u32)?;
+        for large in (0..length).step_by(HUGE as usize) {
+            map.read(large);
+        }
+        // All large pages are mapped, so reading the small pages in them causes no faults. Up to 15
+        // are allowed for the kernel's own needs.
+        let faults = minor_faults()?;
+        for place in (0..length).step_by(PAGE as usize) {
+            map.read(place);
+        }
+        let faults = minor_faults()? - faults;
+        assert!(faults < 16, "{faults} faults");
+        // The entries are in at most two new pages, and below one or two more. Entries of small
+        // pages would take 240 KiB.
+        let grown = page_tables()?.saturating_sub(tables);
+        assert!(grown <= 16, "{grown} KiB of page tables, {mode:?}");
+        // Unmapping a small page breaks up its large page.
+        let (first, rest) = map.split(HUGE / 2);
+        let (second, third) = rest.split(PAGE);
+        drop(second);
+        assert_eq!(first.read(0), 2);
+        third.write(0, 9);
+        assert_eq!(host::word(Region::Main, 2 * HUGE + HUGE / 2 + PAGE)?, 9);
     }
-    let noncached = CacheMode::UncachedMinus as u32;
-    assert_reported(&device, noncached, noncached)?;
-    // The three large pages are mapped, so reading the 1536 small pages in them causes no faults.
-    // Up to 15 are allowed for the kernel's own needs.
-    let faults = minor_faults()?;
-    for place in (0..length).step_by(PAGE as usize) {
-        map.read(place);
-    }
-    let faults = minor_faults()? - faults;
-    assert!(faults < 16, "{faults} faults");
-    // Unmapping a small page breaks up its large page.
-    let (first, rest) = map.split(HUGE / 2);
-    let (second, third) = rest.split(PAGE);
-    drop(second);
-    assert_eq!(first.read(0), 2);
-    third.write(0, 9);
-    assert_eq!(host::word(Region::Main, 2 * HUGE + HUGE / 2 + PAGE)?, 9);
     Ok(())
 }
 
-pub(super) fn large_page_never_covers_other_cache_mode() -> Result<()> {
+pub(super) fn large_pages_keep_mode_beside_eager_mappings() -> Result<()> {
     let (eager, on_fault) = (open(Region::Main)?, open(Region::Main)?);
     set_options(&eager, CacheMode::WriteBack as u32, 0)?;
     set_options(&on_fault, 0, ON_FAULT)?;
-    let (cached, noncached) = (CacheMode::WriteBack as u32, CacheMode::UncachedMinus as u32);
-    // The kernel has a mode registered for this page alone, not for the pages around it.
+    let cached = CacheMode::WriteBack as u32;
+    // Without the registration the kernel would have a mode for this page alone, and give the pages
+    // around it another one.
     let (block, middle) = (2 * HUGE, HUGE / 2);
     let page = eager.map(block + middle, PAGE)?;
     // The order in which pages of the block are touched does not matter.
     for places in [[0, middle], [middle, 0]] {
-        let map = on_fault.map_aligned(block, HUGE, HUGE)?;
+        let map = on_fault.map(block, HUGE)?;
         for place in places {
             map.write(place, place + 1);
-            let granted = if place == middle { cached } else { noncached };
-            assert_reported(&on_fault, cached, granted)?;
+            assert_reported(&on_fault, cached, cached)?;
         }
-        assert!(is_listed(
-            &on_fault,
-            block + middle,
-            PAGE,
-            CacheMode::WriteBack
-        )?);
+        let faults = minor_faults()?;
+        for place in (0..HUGE).step_by(PAGE as usize) {
+            map.read(place);
+        }
+        let faults = minor_faults()? - faults;
+        assert!(faults < 16, "{faults} faults");
         assert_eq!(page.read(0), middle + 1);
         drop(map);
     }

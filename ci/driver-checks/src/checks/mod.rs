@@ -61,7 +61,7 @@ pub const TOPICS: &[Topic] = checks! {
         driver_rejects_invalid_map_options
         pages_are_mapped_on_fault
         large_pages_are_mapped_on_fault
-        large_page_never_covers_other_cache_mode
+        large_pages_keep_mode_beside_eager_mappings
         faults_after_unbind_raise_sigbus;
     "buffer", buffer:
         driver_refuses_invalid_or_read_only_buffers
