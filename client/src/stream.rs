@@ -66,7 +66,7 @@ use barlink_protocol::stream::Part;
 /// let start = Instant::now();
 /// let sent: Progress = stream::send(&mut sender, File::open("film.mp4")?, 1 << 20, &mut ())?;
 /// let speed = sent.bytes as f64 / start.elapsed().as_secs_f64();
-/// println!("{} records at {:.0} MB/s", sent.records, speed / 1e6);
+/// println!("{} records at {:.0} MiB/s", sent.records, speed / f64::from(1 << 20));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub use barlink_protocol::stream::Progress;
@@ -233,9 +233,10 @@ impl<W: Watch> Watch for Noting<'_, W> {
         self.watch.progress(progress);
     }
 
-    fn record(&mut self, sequence: u64) {
+    fn record(&mut self, sequence: u64) -> io::Result<()> {
+        self.watch.record(sequence)?;
         self.numbers.note(sequence);
-        self.watch.record(sequence);
+        Ok(())
     }
 
     fn report_after(&self) -> Option<Duration> {

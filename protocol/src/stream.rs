@@ -52,8 +52,11 @@ pub trait Watch {
     /// Handles the progress after a record.
     fn progress(&mut self, _progress: &Progress) {}
 
-    /// Handles the number of each record that [`receive`] finds, before the record is released.
-    fn record(&mut self, _sequence: u64) {}
+    /// Handles the number of each record that [`receive`] finds, before the record is written. An
+    /// error ends the stream with [`StreamError::Write`], and the record stays in the channel.
+    fn record(&mut self, _sequence: u64) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Returns the time after which a wait for the other end is reported by [`Watch::waits`].
     /// `None` for no reports; the wait then needs no timer.
@@ -551,7 +554,8 @@ where
             return Err(StreamError::Incomplete(total.bytes));
         }
         (total.dropped, total.headless) = (position.dropped, position.headless);
-        watch.record(header.sequence);
+        let watched = watch.record(header.sequence);
+        watched.map_err(|source| failed(source, 0))?;
         if part == Part::Data || accept.raw {
             let first = position.done;
             buffer.write_all(receiver, &record, target, first)?;

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use barlink::stream;
 use barlink_protocol::state;
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{
+    MemfdFlags, OFlags, SealFlags, fcntl_add_seals, fcntl_getfl, fcntl_setfl, memfd_create,
+};
 use rustix::process::Signal;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -357,6 +359,28 @@ fn failed_receiver_preserves_existing_file() {
     works(send(&broker).arg(broker.path("in")));
     works(recv(&broker).args(["-o", file]));
     assert_eq!(std::fs::read(file).unwrap(), b"new");
+}
+
+#[test]
+fn stream_stays_if_file_cannot_be_emptied() {
+    let broker = Broker::start(&LOOP);
+    let mut old = File::from(memfd_create("old", MemfdFlags::ALLOW_SEALING).unwrap());
+    old.write_all(b"old content").unwrap();
+    fcntl_add_seals(&old, SealFlags::SHRINK).unwrap();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), old.as_raw_fd());
+    file_with(&broker.path("in"), b"new");
+    works(send(&broker).arg(broker.path("in")));
+    fails(
+        recv(&broker).args(["-o", &path]),
+        1,
+        &[
+            "cannot empty /proc/",
+            "still in the channel",
+            "not permitted",
+        ],
+    );
+    assert_eq!(std::fs::read(&path).unwrap(), b"old content");
+    assert_eq!(works(&mut recv(&broker)), "new");
 }
 
 #[test]

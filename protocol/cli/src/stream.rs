@@ -153,11 +153,18 @@ pub fn receive(
         let mut watch = Emptying {
             meter: &mut meter,
             old: &mut old,
-            emptied: Ok(()),
+            failed: false,
         };
         let outcome = stream::receive_with(&mut receiver, &target, accept, &mut watch);
-        let emptied = watch.emptied;
-        emptied.context("cannot empty the file of --output")?;
+        let outcome = match (outcome, &args.output) {
+            (Err(StreamError::Write { source, .. }), Some(path)) if watch.failed => {
+                let path = path.display();
+                let cure = "the stream is still in the channel: receive it into another file";
+                let error = anyhow::Error::new(source);
+                return Err(error.context(format!("cannot empty {path}, and {cure}")));
+            }
+            (outcome, _) => outcome,
+        };
         // A disk's quota or a file server can report its error as late as this.
         let flushed = args.output.as_ref().map_or(Ok(()), |_| flush(&target));
         if let (Ok(_), Some(path), Err(error)) = (&outcome, &args.output, flushed) {
@@ -188,19 +195,20 @@ pub fn receive(
     }
 }
 
-/// A watch that empties the target of a stream before its first record, if it is an old file.
+/// A watch that empties the target of a stream before its first record, if it is an old file. If
+/// that fails, the stream stays in the channel.
 struct Emptying<'a, 'b, 'c> {
     meter: &'a mut Meter<'b>,
     old: &'a mut Option<&'c OwnedFd>,
-    emptied: io::Result<()>,
+    failed: bool,
 }
 
 impl Watch for Emptying<'_, '_, '_> {
-    fn record(&mut self, sequence: u64) {
+    fn record(&mut self, sequence: u64) -> io::Result<()> {
         if let Some(file) = self.old.take() {
-            self.emptied = rustix::fs::ftruncate(file, 0).map_err(Into::into);
+            rustix::fs::ftruncate(file, 0).inspect_err(|_| self.failed = true)?;
         }
-        self.meter.record(sequence);
+        self.meter.record(sequence)
     }
 
     fn progress(&mut self, progress: &Progress) {
