@@ -342,6 +342,15 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Record<'a, M> {
         assert!(offset <= self.length(), "offset is behind the payload");
         let within = offset % 8;
         let copied = self.copy_to(offset - within, buffer);
-        crate::region::write(fd, buffer.get(within..copied).unwrap_or_default())
+        // A file with O_DIRECT takes bytes only from the buffer's start, which is aligned, and in
+        // whole blocks, so that the rest of the payload goes behind them.
+        let mut count = copied.saturating_sub(within);
+        if offset + count < self.length() && count >= crate::aligned::ALIGNMENT {
+            count -= count % crate::aligned::ALIGNMENT;
+        }
+        if within > 0 {
+            buffer.copy_within(within.min(copied)..copied, 0);
+        }
+        crate::region::write(fd, &buffer[..count])
     }
 }

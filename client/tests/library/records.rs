@@ -4,11 +4,13 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use barlink::{Access, ChannelOptions, Error, ErrorKind, Kind, RegionError, Sent, Side, host};
 use barlink_protocol::wire::layout::{End, channel};
+use rustix::fs::OFlags;
 
 use crate::broker::*;
 
@@ -253,6 +255,38 @@ fn kernel_copies_between_a_record_and_a_file() {
     let mut text = String::new();
     file.read_to_string(&mut text).unwrap();
     assert_eq!((&start, text.as_str()), (b"from ", "a file, and more"));
+}
+
+/// Shows that the rest of a record, from any byte on, goes to a file that takes only aligned memory
+/// and whole blocks. File systems without this restriction take it as well.
+#[test]
+fn rest_of_record_goes_to_direct_file() {
+    let broker = Running::start(&["loop=host-host,64K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    for (read, rest) in [(1, 4096), (3, 8192), (8, 4096), (13, 16384)] {
+        let bytes: Vec<_> = (0..read + rest).map(|byte| (byte % 251) as u8).collect();
+        let _ = sender.send(Kind::USER, &bytes).unwrap();
+        let mut record = receiver.recv().unwrap();
+        record.read_exact(&mut vec![0; read]).unwrap();
+        // Beside the program, because a folder for temporary files can be in memory.
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let path = folder.path().join("direct");
+        let mut options = File::options();
+        options.write(true).create_new(true);
+        let direct = OFlags::DIRECT.bits().cast_signed();
+        let file = match options.clone().custom_flags(direct).open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+                std::fs::remove_file(&path).unwrap();
+                options.open(&path).unwrap()
+            }
+            file => file.unwrap(),
+        };
+        while record.write_to(&file).unwrap() > 0 {}
+        assert!(
+            std::fs::read(&path).unwrap() == bytes[read..],
+            "from byte {read}"
+        );
+    }
 }
 
 #[test]

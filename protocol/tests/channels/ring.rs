@@ -3,6 +3,9 @@
 //! Producer and consumer on the heap: order, wrapping, flow control, taking over after a crash, and
 //! channels with wrong words.
 
+use std::io::Read;
+use std::os::fd::AsRawFd;
+
 use crate::heap::{Heap, Memory, region};
 use barlink_protocol::cursor::{Corrupt, Kind};
 use barlink_protocol::wire::layout::{Layout, channel};
@@ -361,6 +364,30 @@ fn record_reads_words_and_parts() {
     let mut part = [0; 16];
     assert_eq!(record.copy_to(8, &mut part), 3);
     assert_eq!(&part[..3], b"abc");
+}
+
+#[test]
+fn copy_to_file_ends_with_whole_block() {
+    let (region, layout) = region(64 << 10, false);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    let bytes = pattern(1, 20_000);
+    send(&mut producer, &bytes).unwrap();
+    assert!(consumer.poll().unwrap());
+    let record = consumer.record().unwrap();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let mut buffer = vec![0; 2 * 4096];
+    let mut done = 13;
+    // The first copies do not reach the payload's end. The last one does.
+    for expected in [4096, 4096, 4096, 20_000 - 13 - 3 * 4096] {
+        let written = record.write_copy(writer.as_raw_fd(), done, &mut buffer);
+        assert_eq!(written.unwrap(), expected);
+        let mut read = vec![0; expected];
+        reader.read_exact(&mut read).unwrap();
+        assert!(read == bytes[done..done + expected]);
+        // The bytes begin where an aligned buffer does.
+        assert!(buffer[..expected] == read);
+        done += expected;
+    }
 }
 
 #[test]
