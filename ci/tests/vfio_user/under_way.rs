@@ -312,3 +312,77 @@ fn vm_survives_broker_stopped_amid_rings() -> Result<()> {
     }
     Ok(())
 }
+
+/// Time for which a broker is stopped: longer than QEMU waits.
+const STOP: Duration = Duration::from_secs(7);
+
+/// Rings while the broker is stopped with SIGSTOP for [`STOP`].
+fn ring_stopped_broker(setting: &Setting, machine: &mut Bare, device: &PciDevice) -> Result<()> {
+    setting.broker.signal(Signal::STOP)?;
+    thread::scope(|scope| {
+        let ringing = scope.spawn(|| machine.write(doorbell(device), RING));
+        thread::sleep(STOP);
+        setting.broker.signal(Signal::CONT)?;
+        ended(ringing)
+    })
+}
+
+/// Shows a limit of QEMU 11.1: an answer that comes after its timeout is no longer expected. QEMU
+/// reads the answer's first half, takes the second half for a message, and reads no more.
+#[test]
+fn late_answer_of_stopped_broker_ends_connection() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let direct = Config {
+        arguments: setting.broker.arguments(0)?,
+        ..setting.config()?
+    };
+    let (mut machine, device) = started(&direct)?;
+    ring_stopped_broker(&setting, &mut machine, &device)?;
+    // The VM runs on with its memory, and without registers and rings. The broker learns of the end
+    // by its answer to the first of these, for which QEMU waits once more.
+    let (registers, region) = (device.bars[0].0, device.bars[2].0);
+    for _ in 0..5 {
+        assert_eq!(machine.read(registers + 0x10)?, u32::MAX);
+        machine.write(doorbell(&device), RING)?;
+    }
+    wait_until("the broker sees the VM leave", || {
+        Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+    })?;
+    let errors = machine.errors()?;
+    for error in ["timed out waiting for reply", "unexpected reply"] {
+        assert!(errors.contains(error), "no `{error}` in {errors}");
+    }
+    machine.write(region + 4096, 0x600d_600d)?;
+    assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
+    drop(machine);
+    // The broker serves the next VM.
+    let (mut next, device) = started(&direct)?;
+    let magic = next.read(device.bars[0].0 + 0x10)?;
+    assert_eq!(magic, u32::from_le_bytes(*b"barl"));
+    Ok(())
+}
+
+/// Shows the cure that `docs/transports.md` names.
+#[test]
+fn longer_timeout_survives_stopped_broker() -> Result<()> {
+    let setting = Setting::new("1M")?;
+    let mut patient = Config {
+        arguments: setting.broker.arguments(0)?,
+        ..setting.config()?
+    };
+    let mut words = patient.arguments.iter_mut();
+    let device = words.find(|word| word.contains("vfio-user-pci"));
+    let device = device.context("no device")?;
+    *device = device.replacen('{', "{\"x-msg-timeout\":60000,", 1);
+    let (mut machine, device) = started(&patient)?;
+    setting.tap.rings(HOST, VECTOR)?;
+    ring_stopped_broker(&setting, &mut machine, &device)?;
+    for _ in 0..5 {
+        let magic = machine.read(device.bars[0].0 + 0x10)?;
+        assert_eq!(magic, u32::from_le_bytes(*b"barl"));
+        machine.write(doorbell(&device), RING)?;
+    }
+    assert_eq!(setting.tap.rings(HOST, VECTOR)?, 6);
+    assert_eq!(machine.errors()?, "");
+    Ok(())
+}
