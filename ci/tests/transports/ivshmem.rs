@@ -21,6 +21,8 @@ mod idle;
 mod mixed;
 #[path = "restart.rs"]
 mod restart;
+#[path = "snapshots.rs"]
+mod snapshots;
 
 /// Doorbells do not pass through the broker over ivshmem. They do over vfio-user:
 /// `vm_outlives_its_broker_until_it_reboots`.

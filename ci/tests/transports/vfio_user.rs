@@ -20,3 +20,5 @@ mod idle;
 mod mixed;
 #[path = "restart.rs"]
 mod restart;
+#[path = "snapshots.rs"]
+mod snapshots;
