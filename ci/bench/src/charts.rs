@@ -12,6 +12,8 @@ use plotters::prelude::*;
 
 use super::case::Direction;
 use super::report::Report;
+use super::spread::{Spread, range_name};
+use super::stream::mib;
 
 /// A chart that was drawn.
 pub struct Chart {
@@ -40,67 +42,131 @@ const SIZE: (u32, u32) = (1000, 560);
 const LEGEND: i32 = 210;
 const LINE: i32 = 22;
 const HEADER: i32 = 56;
+/// Greatest number of characters of a failure's reason. `results.md` has all of it.
+const REASON: usize = 110;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Draws each chart for which there are results.
 pub fn draw(report: &Report, conditions: &str, folder: &Path) -> Result<Vec<Chart>> {
     let mut charts = Vec::new();
+    let range = range_name(report.took.1);
     for (direction, file) in [
         (Direction::Up, "guest-to-host.svg"),
         (Direction::Down, "host-to-guest.svg"),
         (Direction::Host, "host-to-host.svg"),
     ] {
         let lines = lines(report, direction);
-        if lines.is_empty() {
+        if lines.iter().all(|line| line.points.is_empty()) {
             continue;
         }
         let title = format!("Throughput {}", direction.name());
+        let text = format!("{title}: medians, with bars for {range}; both axes logarithmic");
         let path = folder.join(file);
-        let area = SVGBackend::new(&path, SIZE).into_drawing_area();
-        draw_streams(&area, &title, conditions, &lines)
+        let failures: usize = lines.iter().map(|line| line.failed.len()).sum();
+        let height = SIZE.1.cast_signed() + LINE * i32::try_from(failures)?;
+        let area = SVGBackend::new(&path, (SIZE.0, height.unsigned_abs())).into_drawing_area();
+        draw_streams(&area, &text, conditions, &lines)
             .map_err(|error| anyhow!("{} cannot be drawn: {error}", path.display()))?;
         charts.push(Chart { title, file });
     }
-    let trips: Vec<_> = report
-        .trips
-        .iter()
-        .filter(|row| row.is_measured())
-        .collect();
-    if !trips.is_empty() {
-        let trips = trips.iter().map(|row| {
-            let [median, p99, p999, _] = row.times.each_ref().map(|times| times.median() / 1e3);
-            (row.trip.to_string(), [median, p99, p999])
-        });
-        let trips: Vec<_> = trips.collect();
+    let trips = trips(report);
+    if trips.iter().any(|(_, result)| result.is_ok()) {
         let (title, file) = ("Round-trip time".to_owned(), "round-trips.svg");
+        let text = format!("{title}: medians of the rounds, with bars for {range}; logarithmic");
         let path = folder.join(file);
         let height = 3 * HEADER + LINE * i32::try_from(trips.len())?;
         let area = SVGBackend::new(&path, (SIZE.0, height.unsigned_abs())).into_drawing_area();
-        draw_trips(&area, &title, conditions, &trips)
+        draw_trips(&area, &text, conditions, &trips)
             .map_err(|error| anyhow!("{} cannot be drawn: {error}", path.display()))?;
         charts.push(Chart { title, file });
     }
     Ok(charts)
 }
 
-/// The name of a way, and its rate in MB/s at each size.
-type Line = (&'static str, Vec<(f64, f64)>);
+/// The results of one way in one direction.
+struct Line {
+    name: &'static str,
+    points: Vec<Point>,
+    /// The sizes of records that failed, with the reasons.
+    failed: Vec<(f64, String)>,
+}
+
+/// The result for one size of records: the median rate and its range, in MiB/s.
+struct Point {
+    size: f64,
+    rate: f64,
+    range: [f64; 2],
+}
 
 fn lines(report: &Report, direction: Direction) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     for row in &report.streams {
-        if row.case.direction != direction || !row.is_measured() {
+        if row.case.direction != direction {
             continue;
         }
-        let point = (row.case.record_size as f64, row.rate.median() / 1e6);
         let name = row.case.way.name();
-        match lines.iter_mut().find(|(other, _)| *other == name) {
-            Some((_, points)) => points.push(point),
-            None => lines.push((name, vec![point])),
+        let line = match lines.iter().position(|line| line.name == name) {
+            Some(place) => &mut lines[place],
+            None => {
+                lines.push(Line {
+                    name,
+                    points: Vec::new(),
+                    failed: Vec::new(),
+                });
+                lines.last_mut().expect("a line was just pushed")
+            }
+        };
+        let size = row.case.record_size as f64;
+        if let Some(failure) = &row.failure {
+            line.failed.push((size, reason(failure)));
+        } else if row.is_measured() {
+            line.points.push(Point {
+                size,
+                rate: mib(row.rate.median()),
+                range: row.rate.range().map(mib),
+            });
         }
     }
+    lines.retain(|line| !line.points.is_empty() || !line.failed.is_empty());
     lines
+}
+
+/// The times of one kind of round trip, in microseconds.
+struct Times {
+    /// The median, and the quantiles of the tail that enough trips bear.
+    figures: [Option<f64>; 3],
+    /// The range of the median.
+    range: [f64; 2],
+}
+
+/// Returns each kind of round trip with its times, or with the reason why it failed.
+fn trips(report: &Report) -> Vec<(String, Result<Times, String>)> {
+    let rows = report.trips.iter();
+    let rows = rows.filter(|row| row.is_measured() || row.failure.is_some());
+    let rows = rows.map(|row| {
+        let result = match &row.failure {
+            Some(failure) => Err(reason(failure)),
+            None => {
+                let [median, p99, p999, _] = row.medians();
+                let range = Spread::range(&row.times[0]).map(|time| time / 1e3);
+                Ok(Times {
+                    figures: [median, p99, p999],
+                    range,
+                })
+            }
+        };
+        (row.trip.to_string(), result)
+    });
+    rows.collect()
+}
+
+/// Shortens the reason of a failure to a length that fits into a chart.
+fn reason(failure: &str) -> String {
+    match failure.char_indices().nth(REASON) {
+        Some((end, _)) => format!("{}…", &failure[..end]),
+        None => failure.to_owned(),
+    }
 }
 
 /// Returns the range from the least to the greatest number, widened by a factor at both ends.
@@ -133,15 +199,17 @@ fn draw_streams<'a>(
     conditions: &str,
     lines: &[Line],
 ) -> Result<(), Failure<'a>> {
-    let title = format!("{title}: medians, both axes logarithmic");
-    let body = head(area, &title, conditions)?;
+    let body = head(area, title, conditions)?;
+    let (body, notes) = body.split_vertically(SIZE.1.cast_signed() - HEADER);
     let (plot, legend) = body.split_horizontally(SIZE.0.cast_signed() - LEGEND);
-    let points = || lines.iter().flat_map(|(_, points)| points);
-    let rates = range(points().map(|point| point.1), 1.3);
-    let mut sizes: Vec<_> = points().map(|point| point.0).collect();
+    let points = || lines.iter().flat_map(|line| &line.points);
+    let rates = range(points().flat_map(|point| point.range), 1.3);
+    let failed = lines.iter().flat_map(|line| &line.failed);
+    let mut sizes: Vec<_> = points().map(|point| point.size).collect();
+    sizes.extend(failed.map(|(size, _)| size));
     sizes.sort_by(f64::total_cmp);
     sizes.dedup();
-    let ticks = decades(&rates);
+    let (ticks, lowest) = (decades(&rates), rates.start);
     let mut chart = ChartBuilder::on(&plot)
         .margin(8)
         .x_label_area_size(48)
@@ -159,25 +227,44 @@ fn draw_streams<'a>(
         .y_labels(40)
         .x_desc("payload of a record")
         .y_label_formatter(&|rate| figure(*rate))
-        .y_desc("MB/s (10⁶ bytes of payload a second)")
+        .y_desc("MiB of payload a second")
         .x_label_formatter(&|size| bytes(*size))
         .label_style((FONT, 13))
         .axis_desc_style((FONT, 14))
         .draw()?;
-    for (number, (name, points)) in lines.iter().enumerate() {
-        let colour = COLOURS[number % COLOURS.len()];
+    let mut failures = 0;
+    for (number, line) in lines.iter().enumerate() {
+        let (name, colour) = (line.name, COLOURS[number % COLOURS.len()]);
         chart.draw_series(LineSeries::new(
-            points.iter().copied(),
+            line.points.iter().map(|point| (point.size, point.rate)),
             colour.stroke_width(2),
         ))?;
-        for &point in points {
-            let place = chart.plotting_area().map_coordinate(&point);
+        for point in &line.points {
+            let bar = point.range.map(|rate| (point.size, rate));
+            chart.draw_series(LineSeries::new(bar, colour.stroke_width(1)))?;
+            let place = (point.size, point.rate);
+            let place = chart.plotting_area().map_coordinate(&place);
             area.draw(&mark(number, place, colour))?;
+        }
+        for (size, reason) in &line.failed {
+            // Above the axis, each in a line of its own, and once more with its reason below.
+            let (x, y) = chart.plotting_area().map_coordinate(&(*size, lowest));
+            let style = TextStyle::from((FONT, 11)).color(&colour);
+            let place = (x - 14, y - 14 - 12 * failures);
+            area.draw(&Text::new("failed", place, style.clone()))?;
+            let text = format!("failed: {name}, {}: {reason}", bytes(*size));
+            let place = (16, LINE * failures);
+            notes.draw(&Text::new(
+                text,
+                place,
+                (FONT, 13).into_text_style(&notes).color(&colour),
+            ))?;
+            failures += 1;
         }
         let y = 20 + LINE * i32::try_from(number).unwrap_or_default();
         legend.draw(&PathElement::new([(6, y), (34, y)], colour.stroke_width(2)))?;
         legend.draw(&mark(number, (20, y), colour))?;
-        legend.draw(&Text::new((*name).to_owned(), (42, y - 7), (FONT, 14)))?;
+        legend.draw(&Text::new(name.to_owned(), (42, y - 7), (FONT, 14)))?;
     }
     area.present()
 }
@@ -201,17 +288,18 @@ fn draw_trips<'a>(
     area: &Area<'a>,
     title: &str,
     conditions: &str,
-    trips: &[(String, [f64; 3])],
+    trips: &[(String, Result<Times, String>)],
 ) -> Result<(), Failure<'a>> {
     const NAMES: [&str; 3] = ["median", "99 %", "99.9 %"];
-    let title = format!("{title}: medians of the rounds, logarithmic");
-    let body = head(area, &title, conditions)?;
+    let body = head(area, title, conditions)?;
     let (legend, plot) = body.split_vertically(LINE + 8);
-    let times = range(
-        trips.iter().flat_map(|(_, times)| times.iter().copied()),
-        1.3,
-    );
-    let ticks = decades(&times);
+    let measured = trips.iter().filter_map(|(_, times)| times.as_ref().ok());
+    let figures = measured.flat_map(|times| {
+        let figures = times.figures.iter().copied().flatten();
+        figures.chain(times.range)
+    });
+    let times = range(figures, 1.3);
+    let (ticks, shortest) = (decades(&times), times.start);
     let last = trips.len() as f64;
     let mut chart = ChartBuilder::on(&plot)
         .margin(8)
@@ -231,17 +319,37 @@ fn draw_trips<'a>(
         .draw()?;
     for (number, (name, times)) in trips.iter().enumerate() {
         let y = number as f64 + 0.5;
+        let (left, top) = chart.plotting_area().map_coordinate(&(shortest, y));
+        area.draw(&Text::new(name.clone(), (16, top - 7), (FONT, 13)))?;
+        let times = match times {
+            Ok(times) => times,
+            Err(reason) => {
+                let text = format!("failed: {reason}");
+                area.draw(&Text::new(text, (left + 8, top - 7), (FONT, 13)))?;
+                continue;
+            }
+        };
         let grey = RGBColor(190, 190, 190);
         chart.draw_series(LineSeries::new(
-            times.iter().map(|&time| (time, y)),
+            times.figures.iter().flatten().map(|&time| (time, y)),
             grey.stroke_width(2),
         ))?;
-        for (which, &time) in times.iter().enumerate() {
+        let bar = times.range.map(|time| (time, y));
+        chart.draw_series(LineSeries::new(bar, COLOURS[0].mix(0.4).stroke_width(7)))?;
+        for (which, time) in times.figures.iter().enumerate() {
+            let Some(time) = *time else {
+                continue;
+            };
             let place = chart.plotting_area().map_coordinate(&(time, y));
             area.draw(&mark(which, place, COLOURS[which]))?;
         }
-        let (_, y) = chart.plotting_area().map_coordinate(&(times[0], y));
-        area.draw(&Text::new(name.clone(), (16, y - 7), (FONT, 13)))?;
+        if let Some(longest) = times.figures.iter().flatten().copied().reduce(f64::max)
+            && times.figures.contains(&None)
+        {
+            let (x, y) = chart.plotting_area().map_coordinate(&(longest, y));
+            let text = "n too small for the rest";
+            area.draw(&Text::new(text, (x + 12, y - 6), (FONT, 11)))?;
+        }
     }
     for (which, name) in NAMES.iter().enumerate() {
         let x = 400 + 180 * i32::try_from(which).unwrap_or_default();
@@ -265,4 +373,99 @@ fn figure(figure: f64) -> String {
 fn bytes(size: f64) -> String {
     let size = BinaryBytes(size as u64).to_string();
     size.replace(".00", "")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use barlink_bench_load::Wait;
+    use barlink_vm::broker::Transport;
+
+    use super::super::case::Way;
+    use super::super::plan::Plan;
+    use super::super::scene::Conditions;
+    use super::super::trip::Trip;
+    use super::*;
+
+    /// Returns a report of three rounds of two ways, one of which failed at 64 KiB, and in its
+    /// round trip.
+    fn report() -> Result<Report> {
+        let conditions = Conditions {
+            accelerator: "tcg",
+            kernel: String::new(),
+            cache_modes: Vec::new(),
+            raw_cache_mode: String::new(),
+            guest_cpus: 1,
+            host_cpus: 1,
+        };
+        let sizes = [64, 64 << 10];
+        let mut report = Report::new(conditions, Plan::new(&sizes, &[64], &[])?);
+        report.took.1 = 3;
+        let ways = [Way::Channel(Transport::Ivshmem), Way::Vsock];
+        let up = |row: &super::super::stream::Row| row.case.direction == Direction::Up;
+        report
+            .streams
+            .retain(|row| up(row) && ways.contains(&row.case.way));
+        for row in &mut report.streams {
+            row.records = 1;
+            for rate in [100, 200, 400] {
+                row.rate.add(f64::from(rate << 20));
+            }
+            let hangs = row.case.way == Way::Vsock && row.case.record_size > 64;
+            row.failure = hangs.then(|| "the sender does not end".to_owned());
+        }
+        let trips = [
+            Trip::Channels(Transport::Ivshmem, Wait::Sleep),
+            Trip::Peer(Way::Vsock),
+        ];
+        report.trips.retain(|row| trips.contains(&row.trip));
+        for row in &mut report.trips {
+            // Of a few trips each: the median and the longest.
+            for (which, time) in [(0, 150e3), (3, 900e3)] {
+                row.times[which].add(time);
+            }
+            let fails = row.trip == Trip::Peer(Way::Vsock);
+            row.failure = fails.then(|| "the device has ended".to_owned());
+        }
+        Ok(report)
+    }
+
+    #[test]
+    fn failures_and_small_counts_are_told() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let report = report()?;
+        report.write(folder.path())?;
+        let read = |name| fs::read_to_string(folder.path().join(name));
+        let text = read("results.md")?;
+        for cell in [
+            "| 64.00 KiB | failed: the sender does not end |",
+            "| MiB/s | all rounds |",
+            "| 200 | 100 to 400 |",
+            "| 150.0 | 150.0 to 150.0 | n too small | n too small | 900.0 |",
+            "| vhost-device-vsock | failed: the device has ended |",
+        ] {
+            assert!(text.contains(cell), "no {cell} in {text}");
+        }
+        let streams = read("guest-to-host.svg")?;
+        for note in [
+            "failed: vhost-device-vsock, 64 KiB: the sender does not end",
+            "with bars for all rounds",
+        ] {
+            assert!(streams.contains(note), "no {note} in {streams}");
+        }
+        let trips = read("round-trips.svg")?;
+        for note in ["failed: the device has ended", "n too small for the rest"] {
+            assert!(trips.contains(note), "no {note} in {trips}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn long_reasons_are_cut() {
+        assert_eq!(reason("short"), "short");
+        let long = reason(&"é".repeat(REASON + 1));
+        assert_eq!(long.chars().count(), REASON + 1);
+        assert!(long.ends_with('…'));
+    }
 }

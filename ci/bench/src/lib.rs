@@ -5,7 +5,8 @@
 //!
 //! The VM has a device of each transport. One broker serves all devices from one region, and also
 //! two processes on the host. Rounds are interleaved, so that other work of the machine affects all
-//! measurements alike. The results are the medians and quartiles of the rounds.
+//! measurements alike. The results are the medians of the rounds, with their quartiles, or with their
+//! least and greatest figure if there are fewer than four rounds.
 //!
 //! | file | its one job |
 //! |---|---|
@@ -18,7 +19,7 @@
 //! | `host.rs` | streams and round trips between two processes on the host |
 //! | `idle.rs` | the cost of ends that sleep |
 //! | `budget.rs` | the time that each measurement may take |
-//! | `spread.rs` | the median and the quartiles of some numbers |
+//! | `spread.rs` | the median and the range of some numbers |
 //! | `report.rs` | the results as JSON and as tables |
 //! | `charts.rs` | the results as charts |
 

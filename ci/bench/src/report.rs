@@ -18,6 +18,7 @@ use super::host::TRIP_CAPACITY;
 use super::idle;
 use super::plan::Plan;
 use super::scene::{Conditions, Side};
+use super::spread::range_name;
 use super::stream;
 use super::trip::{self, Trip};
 use barlink_vm::broker::Transport;
@@ -102,8 +103,8 @@ impl Report {
                 "cache_mode": self.cache_mode(row.case.way),
                 "wait": row.case.way.wait(),
                 "consumer_reads_every_byte": row.case.way.is_read(),
-                "host_cpu_seconds_per_gb": row.cpu(Side::Host),
-                "guest_cpu_seconds_per_gb": row.cpu(Side::Guest),
+                "host_cpu_seconds_per_gib": row.cpu(Side::Host),
+                "guest_cpu_seconds_per_gib": row.cpu(Side::Guest),
                 "wakeups_per_1000_records": row.wakeups(),
             });
             self.with_conditions(row, more)
@@ -201,6 +202,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let conditions = &self.conditions;
         let (seconds, rounds) = self.took;
+        let range = range_name(rounds);
         writeln!(f, "Rounds: {rounds}. Time: {seconds:.0} s.\n")?;
         if !self.streams.is_empty() {
             writeln!(
@@ -218,8 +220,8 @@ impl fmt::Display for Report {
             )?;
             writeln!(
                 f,
-                "| from where to where | how | record | MB/s | half of the rounds | records/s | wake-ups in 1,000 records \
-                 | CPU s/GB, host | guest | ends wait by |"
+                "| from where to where | how | record | MiB/s | {range} | records/s | wake-ups in 1,000 records \
+                 | CPU s/GiB, host | guest | ends wait by |"
             )?;
             writeln!(f, "|---|---|---:|---:|---:|---:|---:|---:|---:|---|")?;
             for row in &self.streams {
@@ -231,12 +233,13 @@ impl fmt::Display for Report {
                 f,
                 "\n## Round trips\n\nConditions: {conditions}. Of 64 bytes, if nothing else is said: the guest asks, the host answers, and \
                  both read every byte; a bare doorbell bears none. Ends that sleep are both asleep when they are woken, in this part of the \
-                 trips at least; what one thinks before it answers is taken off. Channels within the host are of {}. Times in µs, medians of the rounds.\n",
+                 trips at least; what one thinks before it answers is taken off. Channels within the host are of {}. Times in µs, medians of the rounds. \
+                 A quantile of a round needs ten trips above it; with fewer, n is too small.\n",
                 BinaryBytes(TRIP_CAPACITY)
             )?;
             writeln!(
                 f,
-                "| how | median | half of the rounds | 99 % | 99.9 % | longest | trips | both slept | ends wait by |"
+                "| how | median | {range} | 99 % | 99.9 % | longest | trips | both slept | ends wait by |"
             )?;
             writeln!(f, "|---|---:|---:|---:|---:|---:|---:|---:|---|")?;
             for row in &self.trips {

@@ -1,8 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The median and the quartiles of some numbers.
+//! The median and the range of some numbers.
 
 use serde::Serialize;
+
+/// Least number of rounds that have quartiles: one round for each quarter.
+const QUARTERS: usize = 4;
+
+/// Returns the rounds whose figures [`Spread::range`] contains, in words.
+pub fn range_name(rounds: u32) -> &'static str {
+    match rounds as usize >= QUARTERS {
+        true => "half of the rounds",
+        false => "all rounds",
+    }
+}
 
 /// Numbers of one kind, one for each round, in ascending order.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -22,9 +33,19 @@ impl Spread {
         self.quantile(0.5)
     }
 
-    /// Returns the first and the third quartile.
-    pub fn quartiles(&self) -> [f64; 2] {
-        [self.quantile(0.25), self.quantile(0.75)]
+    /// Returns the first and the third quartile, or the least and the greatest of fewer than four
+    /// numbers.
+    pub fn range(&self) -> [f64; 2] {
+        let parts = match self.figures.len() >= QUARTERS {
+            true => [0.25, 0.75],
+            false => [0.0, 1.0],
+        };
+        parts.map(|part| self.quantile(part))
+    }
+
+    /// Returns how many numbers there are.
+    pub fn count(&self) -> usize {
+        self.figures.len()
     }
 
     /// Returns a quantile, interpolated between two numbers.
@@ -41,7 +62,7 @@ impl Spread {
 
 #[cfg(test)]
 mod tests {
-    use super::Spread;
+    use super::{Spread, range_name};
 
     #[test]
     fn spread_computes_median_and_quartiles() {
@@ -51,8 +72,19 @@ mod tests {
             spread.add(figure);
         }
         assert_eq!(spread.median(), 4.0);
-        assert_eq!(spread.quartiles(), [2.5, 6.0]);
+        assert_eq!(spread.range(), [2.5, 6.0]);
         spread.add(100.0);
-        assert_eq!((spread.median(), spread.quartiles()), (5.0, [3.0, 9.0]));
+        assert_eq!((spread.median(), spread.range()), (5.0, [3.0, 9.0]));
+        assert_eq!(range_name(4), "half of the rounds");
+    }
+
+    #[test]
+    fn few_rounds_show_their_extremes() {
+        let mut spread = Spread::default();
+        for figure in [9.0, 1.0, 5.0] {
+            spread.add(figure);
+        }
+        assert_eq!((spread.median(), spread.range()), (5.0, [1.0, 9.0]));
+        assert_eq!(range_name(3), "all rounds");
     }
 }

@@ -31,14 +31,14 @@ pub struct Row {
     pub(super) case: Case,
     /// Rates of the rounds, in bytes of payload a second.
     pub(super) rate: Spread,
-    /// Processor seconds for 10⁹ bytes, of the sender and of the receiver.
-    cpu_seconds_per_gb_of_sender_and_receiver: [Spread; 2],
+    /// Processor seconds for a GiB, of the sender and of the receiver.
+    cpu_seconds_per_gib_of_sender_and_receiver: [Spread; 2],
     /// Records in all rounds.
     pub(super) records: u64,
     /// Rings of the producer in all rounds, if they are counted.
     pub(super) rung: Option<u64>,
     /// The error that ended the measurements of this case.
-    failure: Option<String>,
+    pub(super) failure: Option<String>,
 }
 
 impl Row {
@@ -47,7 +47,7 @@ impl Row {
         Row {
             case,
             rate: Spread::default(),
-            cpu_seconds_per_gb_of_sender_and_receiver: Default::default(),
+            cpu_seconds_per_gib_of_sender_and_receiver: Default::default(),
             records: 0,
             rung: None,
             failure: None,
@@ -81,12 +81,12 @@ impl Row {
         self.failure.is_none() && self.records > 0
     }
 
-    /// Returns the processor seconds for 10⁹ bytes of all ends on this side, if there are any.
+    /// Returns the processor seconds for a GiB of all ends on this side, if there are any.
     pub(super) fn cpu(&self, side: Side) -> Option<f64> {
         let sides = self.case.direction.sides();
         let ends = sides
             .iter()
-            .zip(&self.cpu_seconds_per_gb_of_sender_and_receiver);
+            .zip(&self.cpu_seconds_per_gib_of_sender_and_receiver);
         let here = ends.filter(|(end, _)| **end == side);
         let cpu = here.map(|(_, spread)| spread.median());
         if matches!(self.case.way, Way::Copy | Way::Ring) {
@@ -109,11 +109,12 @@ impl Row {
         } = streamed;
         self.rate.add(received.rate());
         for (spread, end) in self
-            .cpu_seconds_per_gb_of_sender_and_receiver
+            .cpu_seconds_per_gib_of_sender_and_receiver
             .iter_mut()
             .zip([sent, received])
         {
-            spread.add(end.cpu as f64 / end.bytes as f64);
+            let seconds = end.cpu as f64 / 1e9;
+            spread.add(seconds * f64::from(1 << 30) / end.bytes as f64);
         }
         self.records += sent.records;
         if let Some(rung) = rung {
@@ -133,10 +134,10 @@ impl fmt::Display for Row {
         let (direction, way, way_waits) = (direction.name(), way.name(), way.wait());
         write!(f, "| {direction} | {way} | {} |", BinaryBytes(*record_size))?;
         if let Some(failure) = &self.failure {
-            return writeln!(f, " {failure} | | | | | | |");
+            return writeln!(f, " failed: {failure} | | | | | | |");
         }
         let rate = self.rate.median();
-        let [low, high] = self.rate.quartiles().map(|rate| rate / 1e6);
+        let [low, high] = self.rate.range().map(mib);
         let cell =
             |figure: Option<f64>| figure.map_or(String::new(), |figure| format!("{figure:.2}"));
         let [host, guest] = [Side::Host, Side::Guest].map(|side| cell(self.cpu(side)));
@@ -144,10 +145,15 @@ impl fmt::Display for Row {
         writeln!(
             f,
             " {:.0} | {low:.0} to {high:.0} | {:.0} | {wakeups} | {host} | {guest} | {wait} |",
-            rate / 1e6,
+            mib(rate),
             rate / *record_size as f64,
         )
     }
+}
+
+/// Converts a rate from bytes a second to MiB a second.
+pub(super) fn mib(rate: f64) -> f64 {
+    rate / f64::from(1 << 20)
 }
 
 /// The side and the arguments of a process.

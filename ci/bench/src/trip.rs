@@ -192,14 +192,15 @@ impl fmt::Display for Trip {
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     pub(super) trip: Trip,
-    /// Median, 99 %, 99.9 % and longest of each round, in nanoseconds.
+    /// Median, 99 %, 99.9 % and longest of each round, in nanoseconds. A round with too few trips
+    /// lacks the two in the middle.
     pub(super) times: [Spread; 4],
     /// Trips in all rounds.
     count: u64,
     /// Waits and sleeps of the asking end and of the answering end, if the ends should sleep.
     slept_of_who_asks_and_who_answers: [Sleeps; 2],
     /// The error that ended the measurements of this kind.
-    failure: Option<String>,
+    pub(super) failure: Option<String>,
 }
 
 impl Row {
@@ -217,6 +218,14 @@ impl Row {
     /// Returns whether there are results.
     pub(super) fn is_measured(&self) -> bool {
         self.failure.is_none() && self.times[0].median() > 0.0
+    }
+
+    /// Returns the medians of the rounds' figures, in microseconds, in the order of
+    /// [`Row::times`]. A figure is missing if a round had too few trips for it.
+    pub(super) fn medians(&self) -> [Option<f64>; 4] {
+        let rounds = self.times[0].count();
+        let median = |time: &Spread| (time.count() == rounds).then(|| time.median() / 1e3);
+        self.times.each_ref().map(median)
     }
 
     /// Returns the least part of the trips in which both ends slept. Each end counts its own
@@ -247,9 +256,9 @@ impl Row {
                     sum.waits += end.waits;
                     sum.slept += end.slept;
                 }
-                let times = [trips.median, trips.p99, trips.p999, trips.max];
+                let times = [Some(trips.median), trips.p99, trips.p999, Some(trips.max)];
                 for (spread, time) in self.times.iter_mut().zip(times) {
-                    spread.add(time as f64);
+                    time.iter().for_each(|&time| spread.add(time as f64));
                 }
             }
             Err(error) if self.trip.is_peer() => {
@@ -266,15 +275,18 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "| {} |", self.trip)?;
         if let Some(failure) = &self.failure {
-            return writeln!(f, " {failure} | | | | | | | |");
+            return writeln!(f, " failed: {failure} | | | | | | | |");
         }
-        let [low, high] = self.times[0].quartiles().map(|time| time / 1e3);
-        let [median, p99, p999, max] = self.times.each_ref().map(|time| time.median() / 1e3);
+        let [low, high] = self.times[0].range().map(|time| time / 1e3);
+        let [median, p99, p999, max] = self.medians().map(|time| match time {
+            Some(time) => format!("{time:.1}"),
+            None => "n too small".to_owned(),
+        });
         let asleep = self.asleep();
         let asleep = asleep.map_or_else(String::new, |part| format!("{:.0} %", 100.0 * part));
         writeln!(
             f,
-            " {median:.1} | {low:.1} to {high:.1} | {p99:.1} | {p999:.1} | {max:.1} | {} | {asleep} | {} |",
+            " {median} | {low:.1} to {high:.1} | {p99} | {p999} | {max} | {} | {asleep} | {} |",
             self.count,
             self.trip.wait()
         )

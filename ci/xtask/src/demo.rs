@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use indicatif::HumanBytes;
+use indicatif::{BinaryBytes, HumanCount};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use signal_hook::consts::SIGINT;
@@ -132,10 +132,10 @@ fn show(args: &DemoArgs, artifacts: &Artifacts, file: &Path) -> Result<()> {
         ),
         ("PCI address", text(&info["pci_address"])),
         ("cache mode", text(&info["cache_mode"])),
-        ("bytes each way", trip.bytes.to_string()),
+        ("each way", size(trip.bytes)),
         ("SHA-256", trip.sum.clone()),
-        ("host to guest", format!("{:.0} MB/s", trip.down)),
-        ("guest to host", format!("{:.0} MB/s", trip.up)),
+        ("host to guest", format!("{:.0} MiB/s", trip.down)),
+        ("guest to host", format!("{:.0} MiB/s", trip.up)),
         ("round trip", format!("{:.2} s", trip.seconds())),
         ("doorbells down", channel("down")),
         ("doorbells up", channel("up")),
@@ -164,24 +164,24 @@ fn shown(broker: &Broker, command: &str) -> String {
 struct Trip {
     bytes: u64,
     sum: String,
-    /// Throughput from host to guest in MB/s (10⁶ bytes), by the guest's clock.
+    /// Throughput from host to guest in MiB/s, by the guest's clock.
     down: f64,
-    /// Throughput from guest to host in MB/s (10⁶ bytes), by the host's clock.
+    /// Throughput from guest to host in MiB/s, by the host's clock.
     up: f64,
 }
 
 impl Trip {
     /// Returns the time of both transfers in seconds, without the hashing in between.
     fn seconds(&self) -> f64 {
-        let megabytes = self.bytes as f64 / 1e6;
-        megabytes / self.down + megabytes / self.up
+        let size = mib(self.bytes);
+        size / self.down + size / self.up
     }
 }
 
 /// Sends a file to the guest and back, and compares its SHA-256.
 fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
     let bytes = file.metadata()?.len();
-    println!("file     {}, {}", file.display(), HumanBytes(bytes));
+    println!("file     {}, {}", file.display(), size(bytes));
     let sum =
         sha256(&mut File::open(file).with_context(|| format!("cannot open {}", file.display()))?)?;
 
@@ -199,7 +199,7 @@ fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
         guest_sum.starts_with(&sum),
         "the guest received something else: {guest_sum}, not {sum}"
     );
-    println!("to guest {down:.0} MB/s, SHA-256 is the same");
+    println!("to guest {down:.0} MiB/s, SHA-256 is the same");
 
     // Receives into memory that is already allocated, as the guest's is, so that neither a disk nor
     // page faults on the host count.
@@ -220,7 +220,7 @@ fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
         back_sum == sum,
         "the host received something else: {back_sum}, not {sum}"
     );
-    println!("to host  {up:.0} MB/s, SHA-256 is the same");
+    println!("to host  {up:.0} MiB/s, SHA-256 is the same");
     vm.run(["rm", GUEST_FILE])?.require_success()?;
     Ok(Trip {
         bytes,
@@ -265,7 +265,7 @@ impl Drop for Receiver {
     }
 }
 
-/// Returns the throughput in MB/s (10⁶ bytes) from the summary that a receiver prints. An error
+/// Returns the throughput in MiB/s from the summary that a receiver prints. An error
 /// unless it received all `bytes`.
 fn rate(summary: &[u8], bytes: u64) -> Result<f64> {
     let summary: Value =
@@ -278,7 +278,16 @@ fn rate(summary: &[u8], bytes: u64) -> Result<f64> {
     let seconds = summary["seconds"]
         .as_f64()
         .context("a summary has no time")?;
-    Ok(bytes as f64 / 1e6 / seconds)
+    Ok(mib(bytes) / seconds)
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// Formats a size as MiB, and as bytes for a comparison with other programs.
+fn size(bytes: u64) -> String {
+    format!("{} ({} bytes)", BinaryBytes(bytes), HumanCount(bytes))
 }
 
 /// Streams the guest's load to the host for two seconds, and checks the samples.

@@ -50,10 +50,10 @@ pub struct Trips {
     pub count: u64,
     /// Median.
     pub median: u64,
-    /// 99th percentile.
-    pub p99: u64,
-    /// 99.9th percentile.
-    pub p999: u64,
+    /// 99th percentile, unless there are too few trips.
+    pub p99: Option<u64>,
+    /// 99.9th percentile, unless there are too few trips.
+    pub p999: Option<u64>,
     /// Longest.
     pub max: u64,
     /// Number of trips in which this end slept.
@@ -187,20 +187,57 @@ impl Ask {
             number += 1;
         }
         times.sort_unstable();
-        let quantile = |part: f64| {
-            let last = times.len().saturating_sub(1);
-            times
-                .get((part * last as f64).ceil() as usize)
-                .copied()
-                .unwrap_or_default()
-        };
         Ok(Trips {
             count: times.len() as u64,
-            median: quantile(0.5),
-            p99: quantile(0.99),
-            p999: quantile(0.999),
-            max: quantile(1.0),
+            median: quantile(&times, 500),
+            p99: tail(&times, 10),
+            p999: tail(&times, 1),
+            max: quantile(&times, 0),
             sleeps,
         })
+    }
+}
+
+/// Number of times above a quantile of the tail, at least. With fewer it would be the accident of a
+/// few trips: of 74 trips the 99.9th percentile is the longest one.
+const ABOVE: usize = 10;
+
+/// Returns the quantile of ascending times that this many of 1,000 exceed, or `None` if fewer than
+/// [`ABOVE`] do.
+fn tail(times: &[u64], above_per_mille: usize) -> Option<u64> {
+    let bears = times.len() * above_per_mille >= ABOVE * 1000;
+    bears.then(|| quantile(times, above_per_mille))
+}
+
+/// Returns the quantile of ascending times that this many of 1,000 exceed; 0 without times.
+fn quantile(times: &[u64], above_per_mille: usize) -> u64 {
+    let last = times.len().saturating_sub(1);
+    let place = (last * (1000 - above_per_mille)).div_ceil(1000);
+    times.get(place).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{quantile, tail};
+
+    #[test]
+    fn quantiles_are_those_of_all_times() {
+        let times: Vec<_> = (1..=10_001).collect();
+        assert_eq!(quantile(&times, 500), 5_001);
+        assert_eq!(tail(&times, 10), Some(9_901));
+        assert_eq!(tail(&times, 1), Some(9_991));
+        assert_eq!(quantile(&times, 0), 10_001);
+        assert_eq!(quantile(&[], 500), 0);
+    }
+
+    #[test]
+    fn quantiles_need_ten_times_above_them() {
+        let times: Vec<_> = (0..10_000).collect();
+        for (above_per_mille, least) in [(10, 1_000), (1, 10_000)] {
+            assert!(tail(&times[..least], above_per_mille).is_some());
+            assert_eq!(tail(&times[..least - 1], above_per_mille), None);
+        }
+        assert_eq!(tail(&times[..74], 10), None);
+        assert_eq!(tail(&[], 1), None);
     }
 }
