@@ -289,7 +289,7 @@ pub struct ResetChannel {
 
 #[derive(Debug, Args)]
 pub struct QemuArgs {
-    /// ID of the VM's slot
+    /// Number of the VM's slot
     #[arg(long, default_value_t = 0)]
     pub slot: usize,
     /// Prefix of the IDs in the QEMU arguments; change it for a second barlink device in one VM

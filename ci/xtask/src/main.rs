@@ -42,7 +42,7 @@ enum Task {
         after_help = "The exit code is 3 if the mirror has no kernel of the series that is wanted."
     )]
     Setup(ToolArgs),
-    /// Remove unused sandboxes of other versions of barlink, about 2 GB each, and all snapshots of
+    /// Remove unused sandboxes of other versions of barlink, about 2 GiB each, and all snapshots of
     /// guests
     Clean,
     /// Build the driver for the kernel that is set up, and print where it is
