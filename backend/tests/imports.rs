@@ -173,7 +173,7 @@ const CLIENT: Parts = &[
             "stream",
         ],
     ),
-    ("stream", &["event_error", "error", "sender", "receiver"]),
+    ("stream", &["error", "sender", "receiver"]),
     (
         "options",
         &[

@@ -34,6 +34,31 @@ use crate::region::RegionError;
 /// ```
 pub type ChannelError = barlink_protocol::ChannelError<EventError>;
 
+/// The reason why a stream ended early. The errors of its source and its target are
+/// [`io::Error`]s; [`StreamError::Incomplete`] is a stream whose sender left.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::host;
+/// use barlink::stream::{self, StreamError};
+///
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// let file = File::create("photo.jpg")?;
+/// match stream::receive(&mut receiver, &file, &mut ()) {
+///     Err(StreamError::Incomplete(bytes)) => println!("only {bytes} bytes came"),
+///     Err(StreamError::Write { partial, .. }) => {
+///         // The whole record comes again, so its first part must not stay in the file.
+///         file.set_len(file.metadata()?.len() - partial)?;
+///     }
+///     received => println!("{} bytes", received?.bytes),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// [`StreamError::Incomplete`]: barlink_protocol::stream::StreamError::Incomplete
+pub type StreamError = barlink_protocol::stream::StreamError<EventError>;
+
 /// A call of this crate failed. Its [`kind`](Error::kind) tells a program what to do; its text
 /// tells a person. Its [`source`](std::error::Error::source) is the cause, such as the error of a
 /// system call. As an [`io::Error`] it keeps that cause.
@@ -131,6 +156,9 @@ pub enum Error {
     /// The channel has no room for the record within the given time.
     #[error("channel is full")]
     Full,
+    /// A stream ended early, or is not whole.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
 }
 
 impl Error {
@@ -165,6 +193,7 @@ impl Error {
             Error::TakeUp { source, .. } | Error::Channel(source) => channel_kind(source),
             Error::Events(error) => error.kind(),
             Error::Full => ErrorKind::Full,
+            Error::Stream(error) => stream_kind(error),
         }
     }
 
@@ -201,6 +230,19 @@ fn channel_kind(error: &ChannelError) -> ErrorKind {
     }
 }
 
+fn stream_kind(error: &StreamError) -> ErrorKind {
+    match error {
+        StreamError::Channel(error) => channel_kind(error),
+        StreamError::Incomplete(_)
+        | StreamError::Missing(_)
+        | StreamError::EndDropped(_)
+        | StreamError::Misplaced(_) => ErrorKind::Incomplete,
+        StreamError::TimedOut { .. } => ErrorKind::TimedOut,
+        // The source or the target failed. There is no other error of a stream.
+        _ => ErrorKind::Other,
+    }
+}
+
 impl From<Corrupt> for Error {
     fn from(corrupt: Corrupt) -> Self {
         Error::Channel(ChannelError::Corrupt(corrupt))
@@ -213,7 +255,12 @@ impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match &error {
             Error::Channel(ChannelError::Events(EventError::System { source, .. }))
-            | Error::Events(EventError::System { source, .. }) => source.kind(),
+            | Error::Events(EventError::System { source, .. })
+            | Error::Stream(
+                StreamError::Channel(ChannelError::Events(EventError::System { source, .. }))
+                | StreamError::Read(source)
+                | StreamError::Write { source, .. },
+            ) => source.kind(),
             error => match error.kind() {
                 ErrorKind::NotFound => io::ErrorKind::NotFound,
                 ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
@@ -224,6 +271,8 @@ impl From<Error> for io::Error {
                 ErrorKind::Full => io::ErrorKind::WouldBlock,
                 ErrorKind::Corrupt => io::ErrorKind::InvalidData,
                 ErrorKind::Incompatible => io::ErrorKind::Unsupported,
+                ErrorKind::Incomplete => io::ErrorKind::UnexpectedEof,
+                ErrorKind::TimedOut => io::ErrorKind::TimedOut,
                 ErrorKind::Inherited | ErrorKind::Other => io::ErrorKind::Other,
             },
         };

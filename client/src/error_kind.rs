@@ -43,6 +43,10 @@ pub enum ErrorKind {
     TooLarge,
     /// The other end wrote invalid words to the channel.
     Corrupt,
+    /// Parts of a stream are missing, or the next record is not of the stream.
+    Incomplete,
+    /// No record moved through the channel in the time that the program gave.
+    TimedOut,
     /// The process that this one was forked from made the value. This process opens its own.
     Inherited,
     /// A system call failed, or the broker failed to handle the request.

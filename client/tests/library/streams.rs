@@ -199,6 +199,8 @@ fn reader_leaves_headless_stream_in_channel() {
         error,
         stream::StreamError::Misplaced(stream::Misplaced::NoBeginning)
     ));
+    let error = barlink::Error::from(error);
+    assert_eq!(error.kind(), barlink::ErrorKind::Incomplete);
     let mut rest = Vec::new();
     receiver
         .stream()
