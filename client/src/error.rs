@@ -251,31 +251,33 @@ impl From<Corrupt> for Error {
 
 impl From<Error> for io::Error {
     /// Wraps the error, for [`io::Read`] and [`io::Write`]. An error of the operating system keeps
-    /// its kind.
+    /// its kind, except that of a device that is gone, which is [`io::ErrorKind::BrokenPipe`].
     fn from(error: Error) -> Self {
-        let kind = match &error {
-            Error::Channel(ChannelError::Events(EventError::System { source, .. }))
-            | Error::Events(EventError::System { source, .. })
-            | Error::Stream(
-                StreamError::Channel(ChannelError::Events(EventError::System { source, .. }))
-                | StreamError::Read(source)
-                | StreamError::Write { source, .. },
-            ) => source.kind(),
-            error => match error.kind() {
-                ErrorKind::NotFound => io::ErrorKind::NotFound,
-                ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
-                ErrorKind::InUse => io::ErrorKind::ResourceBusy,
-                ErrorKind::InvalidInput | ErrorKind::TooLarge => io::ErrorKind::InvalidInput,
-                ErrorKind::Disconnected => io::ErrorKind::NotConnected,
-                ErrorKind::Gone => io::ErrorKind::BrokenPipe,
-                ErrorKind::Full => io::ErrorKind::WouldBlock,
-                ErrorKind::Corrupt => io::ErrorKind::InvalidData,
-                ErrorKind::Incompatible => io::ErrorKind::Unsupported,
-                ErrorKind::Incomplete => io::ErrorKind::UnexpectedEof,
-                ErrorKind::TimedOut => io::ErrorKind::TimedOut,
-                ErrorKind::Inherited | ErrorKind::Other => io::ErrorKind::Other,
-            },
+        let of_system = system_kind(&error);
+        let kind = match error.kind() {
+            ErrorKind::Gone => io::ErrorKind::BrokenPipe,
+            _ if let Some(kind) = of_system => kind,
+            ErrorKind::NotFound => io::ErrorKind::NotFound,
+            ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
+            ErrorKind::InUse => io::ErrorKind::ResourceBusy,
+            ErrorKind::InvalidInput | ErrorKind::TooLarge => io::ErrorKind::InvalidInput,
+            ErrorKind::Disconnected => io::ErrorKind::NotConnected,
+            ErrorKind::Full => io::ErrorKind::WouldBlock,
+            ErrorKind::Corrupt => io::ErrorKind::InvalidData,
+            ErrorKind::Incompatible => io::ErrorKind::Unsupported,
+            ErrorKind::Incomplete => io::ErrorKind::UnexpectedEof,
+            ErrorKind::TimedOut => io::ErrorKind::TimedOut,
+            ErrorKind::Inherited | ErrorKind::Other => io::ErrorKind::Other,
         };
         io::Error::new(kind, error)
     }
+}
+
+/// Returns the kind of the error of the operating system that caused an error, if one did.
+fn system_kind(error: &Error) -> Option<io::ErrorKind> {
+    let first = std::error::Error::source(error);
+    let mut causes = std::iter::successors(first, |cause| cause.source());
+    let system = causes.find_map(|cause| cause.downcast_ref::<io::Error>())?;
+    // The library's own texts have no kind of their own.
+    (system.kind() != io::ErrorKind::Other).then(|| system.kind())
 }
