@@ -459,6 +459,7 @@ impl<'a> IntoIterator for &'a mut Receiver {
 /// # Ok::<(), barlink::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "an iterator receives nothing before it is asked for a record"]
 pub struct Iter<'a> {
     receiver: &'a mut Receiver,
     failed: bool,
@@ -549,6 +550,7 @@ enum AtEnd {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a record that is dropped is released, and is not received again"]
 pub struct Record<'a> {
     receiver: &'a mut Receiver,
     /// The offset of the next byte for [`Read`].

@@ -239,7 +239,6 @@ fn kernel_copies_between_a_record_and_a_file() {
     std::fs::write(&path, b"from a file").unwrap();
     let mut record = sender.reserve(100).unwrap();
     assert_eq!(record.read_from(File::open(&path).unwrap()).unwrap(), 11);
-    assert_eq!(record.read_from(File::open(&path).unwrap()).unwrap(), 0);
     record.write_all(b", and more").unwrap();
     record.commit(Kind::USER).unwrap();
     let mut record = receiver.recv().unwrap();
@@ -253,6 +252,40 @@ fn kernel_copies_between_a_record_and_a_file() {
     let mut text = String::new();
     file.read_to_string(&mut text).unwrap();
     assert_eq!((&start, text.as_str()), (b"from ", "a file, and more"));
+}
+
+#[test]
+fn reservation_appends_parts_of_a_file() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let text: Vec<u8> = (0..=255).collect();
+    for parts in [
+        vec![8, 16, 76],
+        vec![1, 2, 3, 94],
+        vec![99, 1],
+        vec![50, 50],
+    ] {
+        let (pipe, mut source) = std::io::pipe().unwrap();
+        let mut record = sender.reserve(100).unwrap();
+        let mut start = 0;
+        for length in parts {
+            source.write_all(&text[start..start + length]).unwrap();
+            assert_eq!(record.read_from(&pipe).unwrap(), length);
+            start += length;
+        }
+        // Bytes for which there is no room stay in the file.
+        source.write_all(b"more").unwrap();
+        assert_eq!(record.read_from(&pipe).unwrap(), 0);
+        record.commit(Kind::USER).unwrap();
+        assert_eq!(receiver.recv().unwrap().to_vec(), text[..100]);
+        drop(source);
+        let mut record = sender.reserve(100).unwrap();
+        record.write_all(b"even ").unwrap();
+        assert_eq!(record.read_from(&pipe).unwrap(), 4);
+        assert_eq!(record.read_from(&pipe).unwrap(), 0, "the file ended");
+        record.commit(Kind::USER).unwrap();
+        assert_eq!(receiver.recv().unwrap().to_vec(), b"even more");
+    }
 }
 
 #[test]
