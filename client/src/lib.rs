@@ -82,6 +82,21 @@ pub use barlink_protocol::cursor::Corrupt;
 /// assert_eq!(Kind::new(0), None, "no record has kind 0");
 /// ```
 pub use barlink_protocol::cursor::Kind;
+/// A range that is not in the mapping ([`RegionError::Outside`]).
+///
+/// ```no_run
+/// use barlink::{OutOfRegion, RegionError, host};
+///
+/// let region = host::connect("default")?.region();
+/// let mut bytes = vec![0; 1 << 20];
+/// if let Err(RegionError::Outside(range)) = region.peek(region.size() - 4096, &mut bytes) {
+///     let range: OutOfRegion = range;
+///     bytes.truncate((range.size() - range.offset()) as usize);
+///     region.peek(range.offset(), &mut bytes)?;
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub use barlink_protocol::region::OutOfRegion;
 pub use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
 // The bench and tests of the broker measure and drive the ring without the library around it.
 pub use claim::{Held, NotHere};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A region, for programs. No method faults or panics, whatever offset and mapping it is called
-//! with: the ends of channels use the ring's own region instead, which does.
+//! A region, for programs. A method that is called with a wrong offset, or with a mapping for
+//! reading, returns an error: the ends of channels use the ring's own region instead, which panics.
 
 use barlink_protocol::AtomicU64;
 use barlink_protocol::region::OutOfRegion;
@@ -13,6 +13,10 @@ use crate::memory::{self, Access};
 ///
 /// Offsets are in bytes. [`peek`](Region::peek) and [`poke`](Region::poke) take any offset; the
 /// other methods take multiples of 8. Other programs can change every byte at any time.
+///
+/// In a guest, the memory is gone once the device was unplugged or its driver unbound. An access by
+/// any of these methods is then SIGBUS, which ends the process unless it handles that signal:
+/// [`Device::wait_until_gone`](crate::guest::Device::wait_until_gone) tells it before.
 ///
 /// ```no_run
 /// use std::sync::atomic::Ordering;
@@ -39,7 +43,7 @@ pub struct Region {
 ///
 /// let region = host::connect("default")?.region();
 /// match region.poke(region.size(), b"behind the end") {
-///     Err(RegionError::Outside(error)) => println!("{error}"),
+///     Err(RegionError::Outside(range)) => println!("only {} bytes are mapped", range.size()),
 ///     poked => poked?,
 /// }
 /// # Ok::<(), barlink::Error>(())

@@ -47,6 +47,23 @@ pub struct OutOfRegion {
     size: u64,
 }
 
+impl OutOfRegion {
+    /// Returns the offset of the first byte of the range.
+    pub const fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Returns the number of bytes in the range.
+    pub const fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Returns the size of the mapping, in bytes.
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+}
+
 /// A region, or its mapped part, from its first byte on.
 ///
 /// Offsets are in bytes, are multiples of 8, and lie in the mapping. They come from a checked

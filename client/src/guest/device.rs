@@ -146,8 +146,8 @@ impl Device {
         &self.layout
     }
 
-    /// Returns the region's words, without the drivers' pages at its end. With [`Access::ReadOnly`]
-    /// a store to them ends the process by SIGSEGV.
+    /// Returns the region, without the drivers' pages at its end. With [`Access::ReadOnly`] its
+    /// methods that write return an error.
     ///
     /// ```no_run
     /// use barlink::guest;
