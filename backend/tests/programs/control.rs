@@ -8,7 +8,7 @@ use std::process::Stdio;
 
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Answer, Ask};
-use barlink::host::Attachment;
+use barlink::host::AttachOptions;
 use barlink::{Access, Error, ErrorKind, Held};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::wire::layout::End;
@@ -224,7 +224,10 @@ fn rejects_reply_from_non_broker() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control.sock");
         let _impostor = impostor(&path, Some(answer));
-        let error = Attachment::connect(&path, Access::ReadOnly).unwrap_err();
+        let error = AttachOptions::new()
+            .access(Access::ReadOnly)
+            .connect_path(&path)
+            .unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
     }
 }
@@ -273,7 +276,10 @@ fn client_times_out_without_reply() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control.sock");
     let _impostor = impostor(&path, None);
-    let error = Attachment::connect(&path, Access::ReadOnly).unwrap_err();
+    let error = AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(&path)
+        .unwrap_err();
     assert!(
         error.to_string().contains("no broker answers at"),
         "{error}"
@@ -535,7 +541,10 @@ fn read_only_attachment_cannot_write_memory() {
 #[test]
 fn read_only_attachment_cannot_reset_channels() {
     let broker = Broker::start(&[]);
-    let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();
+    let attachment = AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(&broker.control())
+        .unwrap();
     let error = attachment.reset("up").unwrap_err();
     assert!(matches!(error, Error::ReadOnlyReset { .. }), "{error}");
     // A program that is not of this library.
@@ -558,7 +567,10 @@ fn read_only_attachment_cannot_reset_channels() {
 #[test]
 fn read_only_attachment_cannot_claim_ends() {
     let broker = Broker::start(&[]);
-    let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();
+    let attachment = AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(&broker.control())
+        .unwrap();
     let errors = [
         attachment.sender("down").unwrap_err(),
         attachment.receiver("up").unwrap_err(),

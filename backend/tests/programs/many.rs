@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use barlink::Access;
+use barlink::host::AttachOptions;
 use rustix::process::Signal;
 
 use crate::support::*;
@@ -105,7 +107,9 @@ impl Vms {
 /// Returns the offset of the raw window, in bytes.
 fn raw_window(brokers: &Brokers, name: &str) -> u64 {
     let control: &Path = &brokers.path(&format!("barlink/{name}.sock"));
-    let attachment = barlink::host::Attachment::connect(control, barlink::Access::ReadOnly);
+    let attachment = AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(control);
     attachment.unwrap().layout().raw_offset
 }
 

@@ -10,7 +10,7 @@ use std::process::Stdio;
 use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
-use barlink::host::Attachment;
+use barlink::host::{AttachOptions, Attachment};
 use barlink_broker::persistence::name;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
@@ -131,7 +131,10 @@ fn successor_accepts_same_sockets_from_another_folder() {
     let mut first = serve(folder.path(), relative, &[]).start();
     let control = folder.path().join("control.sock");
     let broker = || {
-        let attachment = Attachment::connect(&control, Access::ReadOnly).ok()?;
+        let attachment = AttachOptions::new()
+            .access(Access::ReadOnly)
+            .connect_path(&control)
+            .ok()?;
         Some(attachment.status().ok()?.broker)
     };
     wait_until("the broker listens", || broker().is_some());

@@ -58,23 +58,7 @@ pub struct Attachment {
 
 impl Attachment {
     /// Attaches to the broker whose control socket is at `path`.
-    ///
-    /// ```no_run
-    /// use std::path::Path;
-    ///
-    /// use barlink::Access;
-    /// use barlink::host::Attachment;
-    ///
-    /// let path = Path::new("/run/barlink/default.sock");
-    /// let broker = Attachment::connect(path, Access::ReadOnly)?;
-    /// println!("{:?}", broker.layout());
-    /// # Ok::<(), barlink::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// Those of [`host::connect_path`](crate::host::connect_path()).
-    pub fn connect(path: &Path, access: Access) -> Result<Self, Error> {
+    pub(super) fn connect(path: &Path, access: Access) -> Result<Self, Error> {
         let (control, answer, descriptors) = Control::open(path, Ask::Attach { access })?;
         let Answer::Region(info) = answer else {
             return Err(control.not_a_broker("it answers another question").into());

@@ -6,8 +6,7 @@
 use std::ops::{AddAssign, Sub};
 
 use anyhow::{Context, Result, ensure};
-use barlink::Access;
-use barlink::host::Attachment;
+use barlink::host::{self, Attachment};
 use barlink::memory::Mapping;
 use barlink_crash_load::{Note, Notes};
 use barlink_protocol::state::ChannelState;
@@ -94,7 +93,7 @@ pub struct Woken(Vec<u64>);
 impl Watch {
     /// Attaches to the broker's region.
     pub fn new(broker: &Broker) -> Result<Self> {
-        let attachment = Attachment::connect(&broker.control(), Access::ReadWrite)?;
+        let attachment = host::connect_path(&broker.control())?;
         let layout = attachment.layout();
         let watched = |name: &'static str| {
             let (index, entry) = layout.find(name).context("a channel is not there")?;
