@@ -117,7 +117,7 @@ const CLIENT: Parts = &[
     ("claim", &[]),
     ("descriptors", &[]),
     ("error_kind", &[]),
-    ("memory", &[]),
+    ("memory", &["error_kind"]),
     ("owned", &[]),
     ("process", &[]),
     ("event_error", &["error_kind"]),

@@ -182,18 +182,19 @@ impl Error {
         match self {
             Error::Control(error) => error.kind(),
             Error::Device(error) => error.kind(),
-            Error::Memory(_) | Error::NoRunFolder => ErrorKind::Other,
-            Error::Layout { .. } => ErrorKind::Incompatible,
+            Error::Memory(error) => error.kind(),
+            Error::Layout { source, .. } => source.kind(),
+            Error::NoRunFolder => ErrorKind::Other,
             Error::Region(error) => error.kind(),
             Error::NoChannel { .. } => ErrorKind::NotFound,
             Error::ReadOnly { .. } | Error::ReadOnlyReset { .. } | Error::NotHere(_) => {
                 ErrorKind::InvalidInput
             }
             Error::Held(_) => ErrorKind::InUse,
-            Error::TakeUp { source, .. } | Error::Channel(source) => channel_kind(source),
+            Error::TakeUp { source, .. } | Error::Channel(source) => source.kind(),
             Error::Events(error) => error.kind(),
             Error::Full => ErrorKind::Full,
-            Error::Stream(error) => stream_kind(error),
+            Error::Stream(error) => error.kind(),
         }
     }
 
@@ -219,30 +220,6 @@ impl Error {
     }
 }
 
-fn channel_kind(error: &ChannelError) -> ErrorKind {
-    match error {
-        ChannelError::Unknown(_) => ErrorKind::NotFound,
-        ChannelError::Corrupt(_) => ErrorKind::Corrupt,
-        ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
-        ChannelError::Events(error) => error.kind(),
-        // There is no other error of a channel.
-        _ => ErrorKind::Other,
-    }
-}
-
-fn stream_kind(error: &StreamError) -> ErrorKind {
-    match error {
-        StreamError::Channel(error) => channel_kind(error),
-        StreamError::Incomplete(_)
-        | StreamError::Missing(_)
-        | StreamError::EndDropped(_)
-        | StreamError::Misplaced(_) => ErrorKind::Incomplete,
-        StreamError::TimedOut { .. } => ErrorKind::TimedOut,
-        // The source or the target failed. There is no other error of a stream.
-        _ => ErrorKind::Other,
-    }
-}
-
 impl From<Corrupt> for Error {
     fn from(corrupt: Corrupt) -> Self {
         Error::Channel(ChannelError::Corrupt(corrupt))
@@ -253,22 +230,11 @@ impl From<Error> for io::Error {
     /// Wraps the error, for [`io::Read`] and [`io::Write`]. An error of the operating system keeps
     /// its kind, except that of a device that is gone, which is [`io::ErrorKind::BrokenPipe`].
     fn from(error: Error) -> Self {
-        let of_system = system_kind(&error);
         let kind = match error.kind() {
-            ErrorKind::Gone => io::ErrorKind::BrokenPipe,
-            _ if let Some(kind) = of_system => kind,
-            ErrorKind::NotFound => io::ErrorKind::NotFound,
-            ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
-            ErrorKind::InUse => io::ErrorKind::ResourceBusy,
-            ErrorKind::InvalidInput | ErrorKind::TooLarge => io::ErrorKind::InvalidInput,
-            ErrorKind::Disconnected => io::ErrorKind::NotConnected,
-            ErrorKind::Full => io::ErrorKind::WouldBlock,
-            ErrorKind::Corrupt => io::ErrorKind::InvalidData,
-            ErrorKind::Incompatible => io::ErrorKind::Unsupported,
-            ErrorKind::Incomplete => io::ErrorKind::UnexpectedEof,
-            ErrorKind::TimedOut => io::ErrorKind::TimedOut,
-            ErrorKind::Inherited | ErrorKind::Other => io::ErrorKind::Other,
+            ErrorKind::Gone => None,
+            _ => system_kind(&error),
         };
+        let kind = kind.unwrap_or_else(|| error.kind().into());
         io::Error::new(kind, error)
     }
 }
