@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use barlink::host::Attachment;
 use barlink::{ErrorKind, Kind};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
@@ -183,4 +184,21 @@ fn sender_is_told_of_room() {
     }
     assert!(full > 0);
     receiving.join().unwrap();
+}
+
+#[test]
+fn attachment_reports_end_of_broker() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let app = broker.attach();
+    let events = |app: &Attachment| {
+        let mut files = [PollFd::new(app, PollFlags::empty())];
+        let timeout = Timespec::try_from(TIMEOUT).unwrap();
+        let now = Timespec::default();
+        let wait = if app.status().is_ok() { now } else { timeout };
+        poll(&mut files, Some(&wait)).unwrap();
+        files[0].revents()
+    };
+    assert_eq!(events(&app), PollFlags::empty());
+    drop(broker);
+    assert_eq!(events(&app), PollFlags::HUP);
 }
