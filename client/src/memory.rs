@@ -36,7 +36,7 @@ pub type Region = region::Region<Mapping>;
 /// assert_eq!(refused.err(), Some(ErrorKind::InvalidInput));
 /// # Ok::<(), barlink::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Access {
     /// The process only reads: neither descriptor nor mapping permits more.

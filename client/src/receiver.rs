@@ -500,7 +500,8 @@ impl Iterator for Iter<'_> {
 /// while worker.send(receiver.recv()?.to_owned()).is_ok() {}
 /// # Ok::<(), barlink::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct OwnedRecord {
     /// The type of the content.
     pub kind: Kind,

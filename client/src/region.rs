@@ -48,7 +48,7 @@ pub struct Region {
 /// }
 /// # Ok::<(), barlink::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegionError {
     /// The bytes are not all in the mapping.
@@ -91,6 +91,16 @@ impl Region {
 
     /// Copies bytes out of any place in the mapping.
     ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let region = host::connect("default")?.region();
+    /// let mut magic = [0; 8];
+    /// region.peek(0, &mut magic)?;
+    /// assert_eq!(&magic, b"barlink\0");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// The bytes are not all in the mapping.
@@ -101,6 +111,15 @@ impl Region {
     /// Copies bytes to any place in the mapping. A word that the bytes fill in part is loaded,
     /// changed and stored, so no other program may change the rest of that word meanwhile.
     ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let window = broker.layout().raw_offset;
+    /// broker.region().poke(window + 3, b"any offset")?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// The bytes are not all in the mapping, or it is for reading only.
@@ -110,6 +129,16 @@ impl Region {
     }
 
     /// Copies many bytes out of the region, in the way that is fast for its cache mode.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let mut picture = vec![0; 1 << 20];
+    /// device.region().copy_out(device.layout().raw_offset, &mut picture)?;
+    /// std::fs::write("picture.raw", picture)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -122,6 +151,15 @@ impl Region {
 
     /// Copies many bytes into the region, in the way that is fast for its cache mode. If the bytes
     /// end within a word, the rest of that word becomes zero.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let picture = std::fs::read("picture.raw")?;
+    /// device.region().copy_in(device.layout().raw_offset, &picture)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -136,6 +174,15 @@ impl Region {
 
     /// Loads a word that no other words depend on.
     ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let temperature = broker.region().load(broker.layout().raw_offset)?;
+    /// println!("{} °C", f64::from_bits(temperature));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// The word is not in the mapping, or the offset is not a multiple of 8.
@@ -145,6 +192,15 @@ impl Region {
     }
 
     /// Stores a word that no other words depend on.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let window = device.layout().raw_offset;
+    /// device.region().store(window, 21.5_f64.to_bits())?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -158,6 +214,21 @@ impl Region {
     }
 
     /// Returns the word at an offset, for atomic accesses.
+    ///
+    /// ```no_run
+    /// use std::sync::atomic::Ordering;
+    ///
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let region = broker.region();
+    /// // One program puts data behind the word, and sets the word when the data is there.
+    /// let is_ready = region.word(broker.layout().raw_offset)?;
+    /// while is_ready.load(Ordering::Acquire) == 0 {
+    ///     std::thread::sleep(std::time::Duration::from_millis(1));
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///

@@ -35,7 +35,7 @@ pub type RingSender = barlink_protocol::Sender<Mapping, Doorbells>;
 /// println!("{lost} of 3 readings found the channel full");
 /// # Ok::<(), barlink::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[must_use = "a record can be dropped"]
 pub enum Sent {
     /// The record was committed: the receiver sees it.

@@ -39,7 +39,7 @@ pub unsafe fn words<'a>(start: *mut u8, length: usize) -> &'a [AtomicU64] {
 }
 
 /// Error of a range that is not in the mapping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("{length} bytes at {offset:#x} are not in the mapping, which has {size}")]
 pub struct OutOfRegion {
     offset: u64,

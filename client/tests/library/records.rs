@@ -288,6 +288,15 @@ fn reservation_appends_parts_of_a_file() {
     }
 }
 
+/// A program can receive in one thread and send in another.
+const fn is_send<T: Send>() {}
+const _: () = {
+    is_send::<barlink::Sender>();
+    is_send::<barlink::Receiver>();
+    is_send::<host::Attachment>();
+    is_send::<barlink::guest::Device>();
+};
+
 #[test]
 fn iterator_copies_records_and_releases_them() {
     let broker = Running::start(LOOP);
