@@ -88,7 +88,7 @@ pub enum Error {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The broker sent a layout that is not valid.
-    #[error("the broker at {path} tells a layout that cannot be")]
+    #[error("the broker at {path} sent an invalid layout")]
     Layout {
         /// The socket.
         path: PathBuf,

@@ -348,8 +348,8 @@ impl Sender {
         StreamWriter::new(self)
     }
 
-    /// Returns the most bytes that one record can carry: half the channel's capacity less 24, and
-    /// at most 2³² − 8 (`docs/protocol.md`, rule 4.1.2).
+    /// Returns the most bytes that one record can carry: capacity / 2 − 24, and at most 2³² − 8
+    /// (`docs/protocol.md`, rule 4.1.2).
     ///
     /// ```no_run
     /// use barlink::{Kind, host};

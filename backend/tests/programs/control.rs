@@ -39,7 +39,7 @@ fn limited(socket: OwnedFd) -> OwnedFd {
 
 /// Accepts the next connection, with a limit for its waits.
 fn accept(listener: &OwnedFd) -> OwnedFd {
-    limited(rustix::net::accept(listener).expect("nobody connects"))
+    limited(rustix::net::accept(listener).expect("no client connects"))
 }
 
 /// Maximum number of host apps at a time, as in the broker.
@@ -210,7 +210,7 @@ fn rejects_reply_from_non_broker() {
             br#"{"version":1,"answer":"done"}"#,
             "it answers another question",
         ),
-        (region, "tells a layout that cannot be"),
+        (region, "sent an invalid layout"),
         (
             br#"{"version":1,"answer":{"refused":{"version":{"broker":2}}}}"#,
             "the broker speaks version 2 of the control protocol",
@@ -308,7 +308,7 @@ fn client_disconnects_after_timed_out_request() {
     let late = control.ask(Ask::Status).unwrap_err();
     assert!(late.to_string().contains("no broker answers at"), "{late}");
     go_on.send(()).unwrap();
-    let length = join("the client hangs up", broker);
+    let length = join("the client disconnects", broker);
     assert_eq!(length, 0, "the client does not close its connection");
     let lost = control.ask(Ask::Status).unwrap_err();
     assert!(matches!(lost, ControlError::Lost { .. }), "{lost}");
@@ -329,7 +329,7 @@ fn broker_frees_only_ends_granted_late() {
     broker.signal(Signal::STOP);
     std::thread::scope(|scope| {
         scope.spawn(|| other.receiver("one").unwrap_err());
-        // The broker refuses this end late, because its holder is the one that asks.
+        // The broker refuses this claim, because the same app holds the end. The refusal is late.
         scope.spawn(|| twice.sender("two").unwrap_err());
         // The answer is late, and `holder` does not know of the claim.
         holder.receiver("two").unwrap_err();

@@ -17,7 +17,7 @@ use crate::vmm::{self, handshake};
 const NAMES: [&str; 6] = ["red", "green", "blue", "vm-1", "vm_2", "a.b"];
 /// Number of eventfds: 5 for each of two slots and the host. Each peer has a vector for control and
 /// one for each channel, of which each slot has two.
-const BELLS: usize = 3 * 5;
+const EVENTFDS: usize = 3 * 5;
 
 /// Brokers of one user. Dropping this value kills them.
 struct Brokers {
@@ -70,7 +70,7 @@ impl Vms {
         let path = |which: &str| brokers.path(&format!("{name}-{which}.sock"));
         let socket = vmm::connect_to(&path("vm"));
         Vms {
-            ivshmem: handshake(socket, BELLS),
+            ivshmem: handshake(socket, EVENTFDS),
             vfio_user: vfio_user::Client::new(&path("user")).unwrap(),
         }
     }

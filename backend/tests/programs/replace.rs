@@ -249,7 +249,11 @@ fn stopped_service_preserves_epoch_for_successor() {
     });
     let attachment = broker.attach();
     let (_folder, code) = broker.stop(Signal::TERM);
-    assert_eq!((code, epoch(&attachment)), (Some(0), 2), "nobody keeps it");
+    assert_eq!(
+        (code, epoch(&attachment)),
+        (Some(0), 2),
+        "no successor keeps it"
+    );
 
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
@@ -321,8 +325,8 @@ fn broker_gives_up_silent_successor() {
 fn successor_sets_socket_modes() {
     let mut broker = Broker::start(&[]);
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
-    let nobody = NOBODY.to_string();
-    let allow = ["--allow-user", &nobody];
+    let user = NOBODY.to_string();
+    let allow = ["--allow-user", &user];
     for (arguments, expected) in [(&allow[..], 0o666), (&[], 0o600)] {
         succeed(&mut broker, arguments);
         for name in ["vm.sock", "control.sock"] {

@@ -112,7 +112,7 @@ fn panic_ends_only_its_own_session() {
         assert_eq!(&error, b"a");
         // By then, the failed session's thread has ended or sleeps.
         wait_until_asleep(std::process::id(), "slot 0");
-        assert!(has_nothing(&first), "it is hung up on");
+        assert!(has_nothing(&first), "it was disconnected");
         assert!(speaks(&mut second), "another session has ended");
     }
     (&stopper).write_all(b"x").unwrap();

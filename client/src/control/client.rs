@@ -194,9 +194,9 @@ impl Connection {
         }
     }
 
-    /// Ends a connection that cannot be used any more, so that the broker releases claims whose
-    /// answers were lost. The connection stays while an end is held here: its holder does not check
-    /// the connection, and the broker would give the end to others.
+    /// Shuts down a connection that takes no more requests, so that the broker releases claims whose
+    /// answers were lost. Does nothing while this process holds an end over the connection: the
+    /// broker would release that end too, and give it to another process while this one uses it.
     fn give_up(&self) {
         if self.out_of_step && self.held.is_empty() {
             self.socket.shut_down();

@@ -43,7 +43,8 @@ impl DeviceEvents {
         self.wakes
     }
 
-    /// Whether the channel's own vector is among those that fired: both its ends have the same.
+    /// Returns whether the vector of this channel has fired. Both ends of a channel have the same
+    /// vector.
     fn has_fired(&self, fired: &[u8; size_of::<uapi::Interrupts>()]) -> bool {
         let vector = self.other.vector as usize;
         // Words of bits, little-endian as all that is shared.

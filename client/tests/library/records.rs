@@ -54,7 +54,7 @@ fn kept_record_is_received_again() {
 }
 
 #[test]
-fn passed_records_are_released_together() {
+fn advanced_records_are_released_together() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");
     let app = broker.attach();
@@ -68,8 +68,8 @@ fn passed_records_are_released_together() {
         "nothing is published"
     );
     sender.publish().unwrap();
-    receiver.recv().unwrap().pass();
-    receiver.recv().unwrap().pass();
+    receiver.recv().unwrap().advance();
+    receiver.recv().unwrap().advance();
     assert_eq!(released(), 0);
     receiver.recv().unwrap().release().unwrap();
     assert_eq!(released(), 3 * 32);
@@ -83,8 +83,8 @@ fn dropped_ends_publish_and_release() {
         let _ = sender.stage(Kind::USER, text).unwrap();
     }
     drop(sender);
-    let passed = receiver.try_recv().unwrap();
-    passed.expect("staged records are lost").pass();
+    let record = receiver.try_recv().unwrap();
+    record.expect("staged records are lost").advance();
     drop(receiver);
     let mut receiver = broker.attach().receiver("loop").unwrap();
     assert_eq!(receiver.recv().unwrap().to_vec(), b"other");
@@ -94,20 +94,20 @@ fn dropped_ends_publish_and_release() {
 fn release_leaves_a_kept_record() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");
-    for text in [b"passed", b"kept.."] {
+    for text in [b"first.", b"second"] {
         let _ = sender.send(Kind::USER, text).unwrap();
     }
-    receiver.recv().unwrap().pass();
+    receiver.recv().unwrap().advance();
     receiver.recv().unwrap().keep();
     receiver.release().unwrap();
     drop(receiver);
     let mut receiver = broker.attach().receiver("loop").unwrap();
     let kept = receiver.try_recv().unwrap().map(|record| record.to_vec());
-    assert_eq!(kept.as_deref(), Some(&b"kept.."[..]));
+    assert_eq!(kept.as_deref(), Some(&b"second"[..]));
 }
 
 #[test]
-fn full_channel_is_an_error_or_a_drop() {
+fn full_channel_fails_or_drops_record() {
     let broker = Running::start(&["loop=host-host,4K", "lossy=host-host,4K,drop"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     let bytes = vec![7; sender.max_record()];
@@ -232,7 +232,7 @@ fn reservation_takes_bytes_in_any_pieces() {
 }
 
 #[test]
-fn kernel_copies_between_a_record_and_a_file() {
+fn kernel_copies_between_record_and_file() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");
     let path = broker.folder.path().join("file");

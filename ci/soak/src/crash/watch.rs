@@ -18,7 +18,7 @@ use barlink_vm::broker::Broker;
 pub const CHANNELS: [&str; 2] = ["down", "up"];
 
 /// The name of the channel that is only rung.
-pub const BELL: &str = "bell";
+pub const DOORBELLS: &str = "doorbells";
 
 /// Counts of records so far, in both directions.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -71,7 +71,7 @@ impl Sub for Counts {
 pub struct Watch {
     attachment: Attachment,
     channels: Vec<Watched>,
-    bell: Notes<Mapping>,
+    doorbells: Notes<Mapping>,
 }
 
 /// The counters and notes of one channel.
@@ -105,7 +105,7 @@ impl Watch {
         };
         Ok(Self {
             channels: CHANNELS.into_iter().map(watched).collect::<Result<_>>()?,
-            bell: watched(BELL)?.notes,
+            doorbells: watched(DOORBELLS)?.notes,
             attachment,
         })
     }
@@ -159,7 +159,7 @@ impl Watch {
 
     /// Returns how many rings of the guest's ringing process were answered.
     pub fn rung(&self) -> u64 {
-        self.bell.read(Note::Rung)
+        self.doorbells.read(Note::Rung)
     }
 
     /// Returns whether rings have ended two sleeps of every end since then. The first ring may be
