@@ -42,7 +42,7 @@ pub use channel::{Receiver, Sender, SenderReservation, Sent};
 pub use consumer::{Consumer, Record};
 pub use error::ChannelError;
 pub use error_kind::{Classified, ErrorKind};
-pub use link::{Events, Link, Wakeup};
+pub use link::{Events, FIRST_FALLBACK_POLL, LONGEST_FALLBACK_POLL, Link, Wakeup};
 pub use presence::{Presence, PresenceWords};
 pub use producer::{Notify, Producer, Reservation, ReserveError};
 pub use strategy::Strategy;

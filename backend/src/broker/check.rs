@@ -7,9 +7,10 @@ use barlink::host::AttachOptions;
 use barlink::{Access, Error};
 
 use super::accept::{Listener, SocketError};
+use super::config::Config;
 use super::error::BrokerError;
 use super::plan::plan;
-use super::{Config, takeover};
+use super::takeover;
 
 /// The state in which a check found the control socket.
 #[derive(Debug, PartialEq, Eq)]

@@ -6,15 +6,13 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use barlink_protocol::FIRST_FALLBACK_POLL;
 use barlink_protocol::wire::uapi;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::event_error::EventError;
 use crate::guest::calls;
-
-/// Longest sleep where the device has no interrupts, so that the ends poll.
-const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
     move |error| match error {
@@ -70,8 +68,10 @@ impl DeviceEvents {
         let may_have_fired = if self.wakes {
             self.becomes_readable(timeout)?
         } else {
-            // Vector 0 fires even so. Unread, it would keep the file readable.
-            std::thread::sleep(timeout.unwrap_or(POLL_INTERVAL).min(POLL_INTERVAL));
+            // No doorbell ends this sleep, so the end polls. Vector 0 fires even so. Unread, it
+            // would keep the file readable.
+            let interval = FIRST_FALLBACK_POLL;
+            std::thread::sleep(timeout.unwrap_or(interval).min(interval));
             true
         };
         if !may_have_fired {

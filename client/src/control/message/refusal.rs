@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{MAX_COPY, VERSION};
+use super::limits::{MAX_COPY, VERSION};
 use crate::claim::{Held, NotHere};
 use crate::error_kind::ErrorKind;
 
