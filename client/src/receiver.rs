@@ -27,9 +27,9 @@ pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 
 /// The end of a channel that receives records. The claim of the end lasts as long as this value, in
 /// the process that made it: a copy in a forked process does nothing
-/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). A
-/// receiver that is dropped releases the records that it advanced over ([`Record::advance`]). If the thread panics, it does
-/// not, and the next receiver gets them again.
+/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). A receiver that is dropped releases the
+/// records that it advanced over ([`Record::advance`]). If the thread panics, it does not, and the
+/// next receiver gets them again.
 ///
 /// ```no_run
 /// use barlink::host;
@@ -241,8 +241,8 @@ impl Receiver {
         }
     }
 
-    /// Releases the records that the receiver advanced over ([`Record::advance`]), so that the sender
-    /// can use their room. A record that was kept ([`Record::keep`]) remains in the channel.
+    /// Releases the records that the receiver advanced over ([`Record::advance`]), so that the
+    /// sender can use their room. A record that was kept ([`Record::keep`]) remains in the channel.
     ///
     /// ```no_run
     /// use barlink::host;

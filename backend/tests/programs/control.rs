@@ -543,7 +543,7 @@ fn read_only_attachment_cannot_reset_channels() {
     let broker = Broker::start(&[]);
     let attachment = AttachOptions::new()
         .access(Access::ReadOnly)
-        .connect_path(&broker.control())
+        .connect_path(broker.control())
         .unwrap();
     let error = attachment.reset("up").unwrap_err();
     assert!(matches!(error, Error::ReadOnlyReset { .. }), "{error}");
@@ -569,7 +569,7 @@ fn read_only_attachment_cannot_claim_ends() {
     let broker = Broker::start(&[]);
     let attachment = AttachOptions::new()
         .access(Access::ReadOnly)
-        .connect_path(&broker.control())
+        .connect_path(broker.control())
         .unwrap();
     let errors = [
         attachment.sender("down").unwrap_err(),

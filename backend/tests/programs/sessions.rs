@@ -94,7 +94,7 @@ fn panic_ends_only_its_own_session() {
         assert!(speaks(&mut second), "another session has ended");
         let attachment = AttachOptions::new()
             .access(Access::ReadOnly)
-            .connect_path(&path("control.sock"))
+            .connect_path(path("control.sock"))
             .unwrap();
         wait_until("the slot is free", || {
             attachment.status().unwrap().slots[0].vm.is_none()

@@ -123,7 +123,7 @@ impl Broker {
         wait_until("the broker listens", || {
             AttachOptions::new()
                 .access(Access::ReadOnly)
-                .connect_path(&broker.control())
+                .connect_path(broker.control())
                 .is_ok()
         });
         broker
@@ -172,7 +172,7 @@ impl Broker {
     }
 
     pub fn attach(&self) -> Attachment {
-        host::connect_path(&self.control()).unwrap()
+        host::connect_path(self.control()).unwrap()
     }
 
     /// Returns the log, after the broker's thread for it has written all lines.

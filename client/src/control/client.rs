@@ -194,9 +194,10 @@ impl Connection {
         }
     }
 
-    /// Shuts down a connection that takes no more requests, so that the broker releases claims whose
-    /// answers were lost. Does nothing while this process holds an end over the connection: the
-    /// broker would release that end too, and give it to another process while this one uses it.
+    /// Shuts down a connection that takes no more requests, so that the broker releases claims
+    /// whose answers were lost. Does nothing while this process holds an end over the connection:
+    /// the broker would release that end too, and give it to another process while this one uses
+    /// it.
     fn give_up(&self) {
         if self.out_of_step && self.held.is_empty() {
             self.socket.shut_down();

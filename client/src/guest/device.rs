@@ -108,7 +108,7 @@ impl Device {
         self.choice.as_ref()
     }
 
-    /// Returns the cache mode that the guest's kernel granted to the mapping, or `None` if the driver
+    /// Returns the cache mode that the guest's kernel granted to the mapping. `None` if the driver
     /// reports a mode that this release does not know.
     ///
     /// ```no_run

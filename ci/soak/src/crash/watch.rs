@@ -93,7 +93,7 @@ pub struct Woken(Vec<u64>);
 impl Watch {
     /// Attaches to the broker's region.
     pub fn new(broker: &Broker) -> Result<Self> {
-        let attachment = host::connect_path(&broker.control())?;
+        let attachment = host::connect_path(broker.control())?;
         let layout = attachment.layout();
         let watched = |name: &'static str| {
             let (index, entry) = layout.find(name).context("a channel is not there")?;
