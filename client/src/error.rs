@@ -40,8 +40,8 @@ pub type ChannelError = barlink_protocol::ChannelError<EventError>;
 /// ```no_run
 /// use std::fs::File;
 ///
-/// use barlink::host;
 /// use barlink::stream::{self, StreamError};
+/// use barlink::{ErrorKind, host};
 ///
 /// let mut receiver = host::connect("default")?.receiver("up")?;
 /// let file = File::create("photo.jpg")?;
@@ -51,6 +51,7 @@ pub type ChannelError = barlink_protocol::ChannelError<EventError>;
 ///         // The whole record comes again, so its first part must not stay in the file.
 ///         file.set_len(file.metadata()?.len() - partial)?;
 ///     }
+///     Err(error) if error.kind() == ErrorKind::Incomplete => println!("not whole: {error}"),
 ///     received => println!("{} bytes", received?.bytes),
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -97,6 +97,17 @@ pub struct VmStatus {
 
 /// A DMA buffer in a guest's own memory, as the driver reports it: whole pages, and not checked
 /// further.
+///
+/// ```no_run
+/// use barlink::host::{self, BufferStatus};
+///
+/// for slot in host::connect("default")?.status()?.slots {
+///     if let Some(BufferStatus { address, size, .. }) = slot.vm.and_then(|vm| vm.buffer) {
+///         println!("slot {} offers {size} bytes at {address:#x}", slot.id);
+///     }
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct BufferStatus {
