@@ -40,8 +40,8 @@ pub type ChannelError = barlink_protocol::ChannelError<EventError>;
 /// ```no_run
 /// use std::fs::File;
 ///
-/// use barlink::host;
 /// use barlink::stream::{self, StreamError};
+/// use barlink::{ErrorKind, host};
 ///
 /// let mut receiver = host::connect("default")?.receiver("up")?;
 /// let file = File::create("photo.jpg")?;
@@ -51,6 +51,7 @@ pub type ChannelError = barlink_protocol::ChannelError<EventError>;
 ///         // The whole record comes again, so its first part must not stay in the file.
 ///         file.set_len(file.metadata()?.len() - partial)?;
 ///     }
+///     Err(error) if error.kind() == ErrorKind::Incomplete => println!("not whole: {error}"),
 ///     received => println!("{} bytes", received?.bytes),
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -88,7 +89,7 @@ pub enum Error {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The broker sent a layout that is not valid.
-    #[error("the broker at {path} tells a layout that cannot be")]
+    #[error("the broker at {path} sent an invalid layout")]
     Layout {
         /// The socket.
         path: PathBuf,
@@ -182,18 +183,19 @@ impl Error {
         match self {
             Error::Control(error) => error.kind(),
             Error::Device(error) => error.kind(),
-            Error::Memory(_) | Error::NoRunFolder => ErrorKind::Other,
-            Error::Layout { .. } => ErrorKind::Incompatible,
+            Error::Memory(error) => error.kind(),
+            Error::Layout { source, .. } => source.kind(),
+            Error::NoRunFolder => ErrorKind::Other,
             Error::Region(error) => error.kind(),
             Error::NoChannel { .. } => ErrorKind::NotFound,
             Error::ReadOnly { .. } | Error::ReadOnlyReset { .. } | Error::NotHere(_) => {
                 ErrorKind::InvalidInput
             }
             Error::Held(_) => ErrorKind::InUse,
-            Error::TakeUp { source, .. } | Error::Channel(source) => channel_kind(source),
+            Error::TakeUp { source, .. } | Error::Channel(source) => source.kind(),
             Error::Events(error) => error.kind(),
             Error::Full => ErrorKind::Full,
-            Error::Stream(error) => stream_kind(error),
+            Error::Stream(error) => error.kind(),
         }
     }
 
@@ -219,30 +221,6 @@ impl Error {
     }
 }
 
-fn channel_kind(error: &ChannelError) -> ErrorKind {
-    match error {
-        ChannelError::Unknown(_) => ErrorKind::NotFound,
-        ChannelError::Corrupt(_) => ErrorKind::Corrupt,
-        ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
-        ChannelError::Events(error) => error.kind(),
-        // There is no other error of a channel.
-        _ => ErrorKind::Other,
-    }
-}
-
-fn stream_kind(error: &StreamError) -> ErrorKind {
-    match error {
-        StreamError::Channel(error) => channel_kind(error),
-        StreamError::Incomplete(_)
-        | StreamError::Missing(_)
-        | StreamError::EndDropped(_)
-        | StreamError::Misplaced(_) => ErrorKind::Incomplete,
-        StreamError::TimedOut { .. } => ErrorKind::TimedOut,
-        // The source or the target failed. There is no other error of a stream.
-        _ => ErrorKind::Other,
-    }
-}
-
 impl From<Corrupt> for Error {
     fn from(corrupt: Corrupt) -> Self {
         Error::Channel(ChannelError::Corrupt(corrupt))
@@ -251,31 +229,22 @@ impl From<Corrupt> for Error {
 
 impl From<Error> for io::Error {
     /// Wraps the error, for [`io::Read`] and [`io::Write`]. An error of the operating system keeps
-    /// its kind.
+    /// its kind, except that of a device that is gone, which is [`io::ErrorKind::BrokenPipe`].
     fn from(error: Error) -> Self {
-        let kind = match &error {
-            Error::Channel(ChannelError::Events(EventError::System { source, .. }))
-            | Error::Events(EventError::System { source, .. })
-            | Error::Stream(
-                StreamError::Channel(ChannelError::Events(EventError::System { source, .. }))
-                | StreamError::Read(source)
-                | StreamError::Write { source, .. },
-            ) => source.kind(),
-            error => match error.kind() {
-                ErrorKind::NotFound => io::ErrorKind::NotFound,
-                ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
-                ErrorKind::InUse => io::ErrorKind::ResourceBusy,
-                ErrorKind::InvalidInput | ErrorKind::TooLarge => io::ErrorKind::InvalidInput,
-                ErrorKind::Disconnected => io::ErrorKind::NotConnected,
-                ErrorKind::Gone => io::ErrorKind::BrokenPipe,
-                ErrorKind::Full => io::ErrorKind::WouldBlock,
-                ErrorKind::Corrupt => io::ErrorKind::InvalidData,
-                ErrorKind::Incompatible => io::ErrorKind::Unsupported,
-                ErrorKind::Incomplete => io::ErrorKind::UnexpectedEof,
-                ErrorKind::TimedOut => io::ErrorKind::TimedOut,
-                ErrorKind::Inherited | ErrorKind::Other => io::ErrorKind::Other,
-            },
+        let kind = match error.kind() {
+            ErrorKind::Gone => None,
+            _ => system_kind(&error),
         };
+        let kind = kind.unwrap_or_else(|| error.kind().into());
         io::Error::new(kind, error)
     }
+}
+
+/// Returns the kind of the error of the operating system that caused an error, if one did.
+fn system_kind(error: &Error) -> Option<io::ErrorKind> {
+    let first = std::error::Error::source(error);
+    let mut causes = std::iter::successors(first, |cause| cause.source());
+    let system = causes.find_map(|cause| cause.downcast_ref::<io::Error>())?;
+    // The library's own texts have no kind of their own.
+    (system.kind() != io::ErrorKind::Other).then(|| system.kind())
 }

@@ -248,6 +248,7 @@ impl<W: Watch> Watch for Noting<'_, W> {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a stream that is not finished is incomplete"]
 pub struct StreamWriter<'a> {
     sender: &'a mut Sender,
     begun: bool,

@@ -7,7 +7,7 @@
 //! to [`Layout::decode`], which checks it once. After that the reader uses the [`Layout`] and never
 //! reads the page again.
 
-pub use super::channel::{Channel, End, NAME_BYTES, Name};
+pub use super::channel::{Channel, End, InvalidName, NAME_BYTES, Name};
 pub use super::layout_error::LayoutError;
 
 #[cfg(target_endian = "big")]
@@ -105,7 +105,7 @@ const _: () = assert!(presence::holder(MAX_CHANNELS, End::Producer) <= PAGE_SIZE
 const _: () = assert!(presence::CONNECTIONS + 8 * MAX_SLOTS as u64 <= presence::HOLDERS);
 
 /// The content of a superblock, checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
     /// Bytes in the region; a power of two.
     pub region_size: u64,
@@ -123,6 +123,12 @@ pub struct Layout {
 
 impl Layout {
     /// Creates a layout and checks it. All fields of `channels` are set, including the offsets.
+    ///
+    /// # Errors
+    ///
+    /// A size or a number is out of its range, a channel or the raw window does not consist of free
+    /// pages of its own, two channels have one name, or an entry names a peer or a vector that the
+    /// region does not have.
     pub fn new(
         region_size: u64,
         slots: u32,

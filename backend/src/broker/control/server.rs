@@ -87,7 +87,8 @@ impl Client {
     }
 }
 
-/// Serves new host apps and those of a predecessor, until `stop` can be read or a successor serves.
+/// Serves the host apps that connect to the listener, and those that a predecessor handed over.
+/// Returns once `stop` is readable or a successor serves.
 pub fn serve(
     listener: &Listener,
     state: &Arc<BrokerState>,
