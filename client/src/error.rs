@@ -194,6 +194,7 @@ fn channel_kind(error: &ChannelError) -> ErrorKind {
     match error {
         ChannelError::Unknown(_) => ErrorKind::NotFound,
         ChannelError::Corrupt(_) => ErrorKind::Corrupt,
+        ChannelError::Reset(_) => ErrorKind::Reset,
         ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
         ChannelError::Events(error) => error.kind(),
         // There is no other error of a channel.
@@ -223,6 +224,7 @@ impl From<Error> for io::Error {
                 ErrorKind::Gone => io::ErrorKind::BrokenPipe,
                 ErrorKind::Full => io::ErrorKind::WouldBlock,
                 ErrorKind::Corrupt => io::ErrorKind::InvalidData,
+                ErrorKind::Reset => io::ErrorKind::ConnectionReset,
                 ErrorKind::Incompatible => io::ErrorKind::Unsupported,
                 ErrorKind::Inherited | ErrorKind::Other => io::ErrorKind::Other,
             },

@@ -43,6 +43,8 @@ pub enum ErrorKind {
     TooLarge,
     /// The other end wrote invalid words to the channel.
     Corrupt,
+    /// The channel was reset while the end was in use. The program can claim the end anew.
+    Reset,
     /// The process that this one was forked from made the value. This process opens its own.
     Inherited,
     /// A system call failed, or the broker failed to handle the request.

@@ -69,7 +69,6 @@ pub mod stream;
 /// let options = ChannelOptions::new().strategy(strategy);
 /// ```
 pub use barlink_protocol::Strategy;
-pub use barlink_protocol::cursor::Corrupt;
 /// The type of a record's content.
 ///
 /// ```
@@ -82,6 +81,7 @@ pub use barlink_protocol::cursor::Corrupt;
 /// assert_eq!(Kind::new(0), None, "no record has kind 0");
 /// ```
 pub use barlink_protocol::cursor::Kind;
+pub use barlink_protocol::cursor::{Corrupt, Reset};
 pub use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
 // The bench and tests of the broker measure and drive the ring without the library around it.
 pub use claim::{Held, NotHere};

@@ -203,7 +203,9 @@ fn forked_process_wakes_no_waiting_parent() {
         });
     }
     assert!(receiver.try_recv().unwrap().is_none());
-    let child = Child::start(|| drop(receiver.stream()));
+    let child = Child::start(|| {
+        let _ = receiver.stream();
+    });
     child.passes();
     assert!(receiver.try_recv().unwrap().is_none());
     assert!(!is_ready(&receiver, Duration::ZERO), "the child woke it");
