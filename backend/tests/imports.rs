@@ -46,6 +46,10 @@ const BACKEND: Parts = &[
     ("broker/plan", &[]),
     ("broker/confine", &[]),
     ("broker/policy", &["socket"]),
+    (
+        "broker/config",
+        &["transport", "broker/plan", "broker/policy"],
+    ),
     ("broker/reply", &[]),
     ("broker/state", &["persistence", "slot", "broker/policy"]),
     (
@@ -77,6 +81,16 @@ const BACKEND: Parts = &[
         ],
     ),
     (
+        "broker/check",
+        &[
+            "broker/plan",
+            "broker/config",
+            "broker/accept",
+            "broker/error",
+            "broker/takeover",
+        ],
+    ),
+    (
         "broker/control",
         &[
             "rate_limit",
@@ -99,10 +113,12 @@ const BACKEND: Parts = &[
             "broker/plan",
             "broker/confine",
             "broker/policy",
+            "broker/config",
             "broker/state",
             "broker/accept",
             "broker/error",
             "broker/takeover",
+            "broker/check",
             "broker/control",
         ],
     ),
@@ -117,7 +133,7 @@ const CLIENT: Parts = &[
     ("claim", &[]),
     ("descriptors", &[]),
     ("error_kind", &[]),
-    ("memory", &[]),
+    ("memory", &["error_kind"]),
     ("owned", &[]),
     ("process", &[]),
     ("event_error", &["error_kind"]),
@@ -173,7 +189,7 @@ const CLIENT: Parts = &[
             "stream",
         ],
     ),
-    ("stream", &["event_error", "error", "sender", "receiver"]),
+    ("stream", &["error", "sender", "receiver"]),
     (
         "options",
         &[

@@ -10,10 +10,10 @@ use std::process::Stdio;
 use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
-use barlink::host::Attachment;
+use barlink::host::{AttachOptions, Attachment};
 use barlink_broker::persistence::name;
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
+use barlink_protocol::wire::layout::{BROKER_PAGE, channel, presence};
 use rustix::process::Signal;
 
 use crate::service::ServiceManager;
@@ -65,6 +65,30 @@ fn successor_knows_vms_and_host_apps() {
     assert_eq!(code, Some(0));
     let stopped = UnixStream::connect(folder.path().join("vm.sock")).unwrap_err();
     assert_eq!(stopped.kind(), std::io::ErrorKind::NotFound);
+}
+
+#[test]
+fn successor_keeps_base_of_reset() {
+    let arguments = ["--channel", "loop=host-host,64K"];
+    let mut broker = Broker::start(&arguments);
+    let app = broker.attach();
+    let offset = app.layout().find("loop").unwrap().1.offset;
+    let (region, cursors) = (
+        app.region(),
+        [channel::WRITTEN, channel::LIMIT, channel::READ],
+    );
+    let reset = |generation| {
+        assert_eq!(app.reset("loop").unwrap(), generation);
+        region.ring().load(offset + channel::WRITTEN)
+    };
+    let bases = [1, 2, 3].map(reset);
+    assert!(bases.is_sorted() && bases[0] >= 64 << 10);
+    succeed(&mut broker, &arguments);
+    // A guest that breaks all cursors does not make them go back.
+    for cursor in cursors {
+        region.ring().store(offset + cursor, 3);
+    }
+    assert!(reset(4) > bases[2]);
 }
 
 /// Creates the socket of a service manager that reads all messages and ignores them.
@@ -131,7 +155,10 @@ fn successor_accepts_same_sockets_from_another_folder() {
     let mut first = serve(folder.path(), relative, &[]).start();
     let control = folder.path().join("control.sock");
     let broker = || {
-        let attachment = Attachment::connect(&control, Access::ReadOnly).ok()?;
+        let attachment = AttachOptions::new()
+            .access(Access::ReadOnly)
+            .connect_path(&control)
+            .ok()?;
         Some(attachment.status().ok()?.broker)
     };
     wait_until("the broker listens", || broker().is_some());
@@ -246,7 +273,11 @@ fn stopped_service_preserves_epoch_for_successor() {
     });
     let attachment = broker.attach();
     let (_folder, code) = broker.stop(Signal::TERM);
-    assert_eq!((code, epoch(&attachment)), (Some(0), 2), "nobody keeps it");
+    assert_eq!(
+        (code, epoch(&attachment)),
+        (Some(0), 2),
+        "no successor keeps it"
+    );
 
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
@@ -318,8 +349,8 @@ fn broker_gives_up_silent_successor() {
 fn successor_sets_socket_modes() {
     let mut broker = Broker::start(&[]);
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
-    let nobody = NOBODY.to_string();
-    let allow = ["--allow-user", &nobody];
+    let user = NOBODY.to_string();
+    let allow = ["--allow-user", &user];
     for (arguments, expected) in [(&allow[..], 0o666), (&[], 0o600)] {
         succeed(&mut broker, arguments);
         for name in ["vm.sock", "control.sock"] {

@@ -151,9 +151,8 @@ impl DeviceError {
         match self {
             DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
             DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
-            DeviceError::Version { .. }
-            | DeviceError::Layout { .. }
-            | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
+            DeviceError::Version { .. } | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
+            DeviceError::Layout { source, .. } => source.kind(),
             DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
             DeviceError::BufferSize { .. } | DeviceError::ReadOnly { .. } => {
                 ErrorKind::InvalidInput

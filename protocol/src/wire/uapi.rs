@@ -25,6 +25,8 @@
 //! Once the device is unbound or unplugged, `mmap`, `ioctl` and `read` fail with `ENODEV`, and an
 //! access to a mapping raises `SIGBUS`.
 
+use core::fmt;
+
 /// PCI vendor ID of the device: Red Hat's, the same as that of QEMU's ivshmem.
 pub const PCI_VENDOR: u16 = 0x1af4;
 /// PCI device ID: the same as that of QEMU's ivshmem.
@@ -228,7 +230,7 @@ pub struct Interrupts {
 }
 
 /// A cache mode of an x86 mapping (Intel SDM volume 3, "Memory cache control").
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum CacheMode {
     /// Noncached, as `pgprot_noncached` makes it (UC-). An MTRR of type write-combining overrides
@@ -279,6 +281,12 @@ impl CacheMode {
             CacheMode::WriteProtected => "write-protected",
             CacheMode::WriteBack => "write-back",
         }
+    }
+}
+
+impl fmt::Display for CacheMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
     }
 }
 

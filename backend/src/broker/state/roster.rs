@@ -94,19 +94,13 @@ impl Roster {
         let entry = self.channel(channel)?;
         let name = || entry.name.to_string();
         if entry.peer(end) != self.region.layout().host() {
-            return Err(Refusal::NotHost(NotHere {
-                channel: name(),
-                end,
-                peer: Some(format!("slot {}'s VM", entry.peer(end))),
-            }));
+            let peer = format!("slot {}'s VM", entry.peer(end));
+            return Err(Refusal::NotHost(NotHere::new(name(), end, Some(peer))));
         }
         let words = self.words.lock();
         if let Some((_, word)) = words.holder(channel, end) {
-            return Err(Refusal::Held(Held {
-                channel: name(),
-                end,
-                pid: Some(pid_of(word)),
-            }));
+            let held = Held::new(name(), end, Some(pid_of(word)));
+            return Err(Refusal::Held(held));
         }
         let word = words.next_claim() << 32 | u64::from(pid);
         words.set_holder(channel, end, client, word);
@@ -180,14 +174,16 @@ impl Roster {
         }
         let (layout, region) = (self.region.layout(), self.region.words());
         let mut guest = None;
-        let generation = state::reset(region, entry, || {
+        let are_free = || {
             guest = ENDS.into_iter().find_map(|end| {
                 let words = PresenceWords::find(layout, channel, end, layout.region_size);
                 let process = words?.read(region).process()?;
                 (entry.peer(end) != layout.host()).then_some((process, entry.peer(end)))
             });
             guest.is_none()
-        });
+        };
+        let keep = |base| words.set_base(channel, base);
+        let generation = state::reset(region, entry, words.base(channel), are_free, keep);
         generation.ok_or_else(|| {
             let (process, slot) = guest.unwrap_or_default();
             in_use(format!("process {process} in slot {slot}'s VM"))
