@@ -58,7 +58,7 @@ fn refusal() -> Option<&'static str> {
 /// `docs/operations.md` describe. QEMU refuses to save a VM, which goes on. Over vfio-user it saves
 /// the VM without its device.
 #[test]
-fn saved_vm_is_refused_or_loses_its_device() -> Result<()> {
+fn saving_vm_fails_or_loses_device() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     add_disk(&broker, &vm)?;
     let Some(reason) = refusal() else {
