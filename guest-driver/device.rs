@@ -203,6 +203,8 @@ impl Device {
             asked,
             mapper,
             reserved: 0,
+            instance: layout.identity.instance.words(),
+            name: layout.identity.name.words(),
         })
     }
 

@@ -19,6 +19,7 @@
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/spinlock.h>
+#include <linux/sysfs.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_ids.h>
@@ -30,6 +31,7 @@ u32 barlink_pci_address(struct device *dev);
 struct device *barlink_dma_device(struct device *dev);
 void barlink_flush_iommu(struct device *dev);
 void barlink_follow_sleep(struct miscdevice *misc, bool follow);
+const struct attribute_group **barlink_identity_attributes(void);
 void barlink_lock_init(spinlock_t *lock);
 unsigned long barlink_lock(spinlock_t *lock);
 void barlink_unlock(spinlock_t *lock, unsigned long flags);
@@ -53,6 +55,7 @@ int barlink_queue_add(struct virtqueue *queue, void *buffer, u32 size, bool writ
 
 /* In chardev.rs. */
 void barlink_resumed(struct miscdevice *misc);
+void barlink_identity(struct miscdevice *misc, char *name, u8 *instance);
 /* In virtio.rs. */
 int barlink_virtio_freeze(struct virtio_device *vdev);
 int barlink_virtio_restore(struct virtio_device *vdev);
@@ -128,6 +131,39 @@ void barlink_follow_sleep(struct miscdevice *misc, bool follow)
 	device_lock(dev);
 	dev_pm_domain_set(dev, follow ? &sleep : NULL);
 	device_unlock(dev);
+}
+
+static ssize_t name_show(struct device *dev, struct device_attribute *attribute, char *text)
+{
+	/* The lengths are those of protocol/src/wire/identity.rs. */
+	char name[64];
+	u8 instance[16];
+
+	barlink_identity(dev_get_drvdata(dev), name, instance);
+	return sysfs_emit(text, "%.64s\n", name);
+}
+static DEVICE_ATTR_RO(name);
+
+static ssize_t instance_show(struct device *dev, struct device_attribute *attribute, char *text)
+{
+	char name[64];
+	u8 instance[16];
+
+	barlink_identity(dev_get_drvdata(dev), name, instance);
+	return sysfs_emit(text, "%16phN\n", instance);
+}
+static DEVICE_ATTR_RO(instance);
+
+static struct attribute *identity_attrs[] = {
+	&dev_attr_name.attr,
+	&dev_attr_instance.attr,
+	NULL,
+};
+ATTRIBUTE_GROUPS(identity);
+
+const struct attribute_group **barlink_identity_attributes(void)
+{
+	return identity_groups;
 }
 
 void barlink_lock_init(spinlock_t *lock)

@@ -92,6 +92,10 @@ extern "C" {
     /// call runs. May sleep. `misc` must be registered, and be the `miscdevice` of a `CharDevice`.
     pub(crate) fn barlink_follow_sleep(misc: *mut bindings::miscdevice, follow: bool);
 
+    /// Returns the attributes of a device node, `name` and `instance`, for `miscdevice::groups`. They
+    /// are constant. To read one calls [`crate::chardev`] while the node is registered.
+    pub(crate) fn barlink_identity_attributes() -> *mut *const bindings::attribute_group;
+
     /// Initialises a lock (`spin_lock_init`, `include/linux/spinlock.h`). `lock` must be writable,
     /// and must not move afterwards.
     pub(crate) fn barlink_lock_init(lock: *mut bindings::spinlock_t);

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use barlink_broker::broker::ChannelPlan;
+use barlink_broker::broker::{BROKER_NAME_BYTES, ChannelPlan};
 use barlink_cli::size::parse_size;
 use barlink_cli::{place, stream};
 use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
@@ -311,6 +311,11 @@ pub fn parse_name(text: &str) -> Result<String, String> {
     if text.is_empty() || text.starts_with('.') || !text.chars().all(legal) {
         return Err(format!(
             "invalid name `{text}`: use letters, digits, `-`, `_` and `.`, without a `.` at the start"
+        ));
+    }
+    if text.len() > BROKER_NAME_BYTES {
+        return Err(format!(
+            "invalid name `{text}`: use {BROKER_NAME_BYTES} characters at the most"
         ));
     }
     Ok(text.to_owned())

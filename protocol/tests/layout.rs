@@ -33,7 +33,13 @@ fn layout() -> Layout {
         vector: 2,
         ..channel("down", raw + (64 << 10), 128 << 10)
     };
-    Layout::new(SIZE, 1, 3, raw, 64 << 10, &[up, down]).unwrap()
+    let identity = Identity {
+        name: BrokerName::new("vm1").unwrap(),
+        instance: Instance::parse("000102030405060708090a0b0c0d0eff").unwrap(),
+    };
+    Layout::new(SIZE, 1, 3, raw, 64 << 10, &[up, down])
+        .unwrap()
+        .with_identity(identity)
 }
 
 fn with(change: impl FnOnce(&mut [u64; PAGE_WORDS])) -> Result<Layout, LayoutError> {
@@ -64,6 +70,13 @@ fn superblock_matches_documented_bytes() {
     assert_eq!(bytes[16..24], SIZE.to_le_bytes());
     assert_eq!(bytes[24..32], [1, 0, 0, 0, 3, 0, 0, 0]);
     assert_eq!(bytes[32..40], 2u64.to_le_bytes());
+    assert_eq!(bytes[56..72], [0; 16], "no features");
+    assert_eq!(
+        bytes[72..88],
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 255]
+    );
+    assert_eq!(&bytes[88..92], b"vm1\0");
+    assert_eq!(bytes[92..256], [0; 164]);
     assert_eq!(&bytes[256..260], b"up\0\0");
     assert_eq!(&bytes[320..325], b"down\0");
     assert_eq!(
@@ -87,6 +100,60 @@ fn refuses_another_version() {
         with(|page| page[1] = 2),
         Err(LayoutError::Version { found: 2 })
     );
+}
+
+#[test]
+fn reader_names_unknown_incompatible_features() {
+    let unknown = 1 << 63 | 1 << 5;
+    let error = with(|page| page[7] = unknown).unwrap_err();
+    assert_eq!(error, LayoutError::Features { unknown });
+    assert_eq!(
+        error.to_string(),
+        "this program does not know the region's incompatible features, bits 5, 63: use programs and driver of one \
+         release"
+    );
+}
+
+#[test]
+fn reader_ignores_compatible_features() {
+    assert_eq!(with(|page| page[8] = u64::MAX), Ok(layout()));
+}
+
+#[test]
+fn refuses_broker_names_with_wrong_bytes() {
+    for text in [
+        *b"vm/1\0\0\0\0",
+        *b".vm\0\0\0\0\0",
+        *b"vm\0\0\0\0\0x",
+        *b"v\xfcm\0\0\0\0\0",
+    ] {
+        assert_eq!(
+            with(|page| page[11] = u64::from_le_bytes(text)),
+            Err(LayoutError::BrokerName),
+            "{text:?}"
+        );
+    }
+    let unnamed = with(|page| page[11] = 0).unwrap();
+    assert_eq!(unnamed.identity.name, BrokerName::EMPTY);
+    let longest = "a".repeat(BROKER_NAME_BYTES);
+    assert_eq!(BrokerName::new(&longest).unwrap().as_str(), longest);
+    assert_eq!(BrokerName::new(&(longest + "a")), None);
+}
+
+#[test]
+fn instance_text_has_32_digits() {
+    let text = layout().identity.instance.to_string();
+    assert_eq!(text, "000102030405060708090a0b0c0d0eff");
+    assert_eq!(Instance::parse(&text), Some(layout().identity.instance));
+    for text in [
+        "",
+        "0",
+        &text[1..],
+        &text.to_uppercase(),
+        &format!("{text}0"),
+    ] {
+        assert_eq!(Instance::parse(text), None, "{text}");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use barlink::{Access, Error};
 
 use super::accept::{Listener, SocketError};
 use super::error::BrokerError;
-use super::plan::plan;
+use super::plan::{fits, plan};
 use super::{Config, takeover};
 
 /// The state in which a check found the control socket.
@@ -45,7 +45,7 @@ pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckEr
         }
         running => running.map_err(Box::new)?,
     };
-    if running.layout() != &layout {
+    if !fits(&layout, running.layout()) {
         return Err(BrokerError::OtherRegion.into());
     }
     let status = running.status().map_err(Box::new)?;

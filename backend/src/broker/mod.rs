@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use barlink_protocol::wire::layout::BROKER_NAME_BYTES;
 use parking_lot::RwLock;
 
 pub use self::accept::{Listener, SocketError};
@@ -96,7 +97,7 @@ impl Broker {
         let parts = if inheritance.is_empty() {
             Parts::create(layout, control, &slots, policy)?
         } else {
-            Parts::inherit(inheritance, layout, control, &slots, policy)?
+            Parts::inherit(inheritance, &layout, control, &slots, policy)?
         };
         Self::assemble(parts, transports, config.policy)
             .map_err(BrokerError::system("make an eventfd"))

@@ -2,11 +2,13 @@
 
 //! Lays out a region: turns the operator's choices into offsets.
 
+use std::path::Path;
 use std::str::FromStr;
 
 use barlink_cli::size::{parse_size, show_size};
 use barlink_protocol::wire::layout::{
-    self, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, Name, PAGE_SIZE,
+    self, BrokerName, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, Name,
+    PAGE_SIZE,
 };
 use indicatif::BinaryBytes;
 
@@ -281,6 +283,19 @@ pub fn plan(
     )?)
 }
 
+/// Returns the name of a broker: that of its control socket's file without `.sock`, as
+/// `barlink list` shows it. The broker has none if that is no name.
+pub fn broker_name(control: &Path) -> BrokerName {
+    let file = control.file_name().and_then(|file| file.to_str());
+    let name = file.and_then(|file| file.strip_suffix(".sock"));
+    name.and_then(BrokerName::new).unwrap_or_default()
+}
+
+/// Tells whether a running region is the one that a plan describes, whatever its identity is.
+pub fn fits(planned: &Layout, running: &Layout) -> bool {
+    planned.clone().with_identity(running.identity) == *running
+}
+
 /// Returns the capacity of a channel that is nearest to a size.
 fn nearest_capacity(size: u64) -> u64 {
     let below = 1_u64 << size.max(MIN_CAPACITY).ilog2();
@@ -359,6 +374,19 @@ mod tests {
                 .collect::<Vec<_>>(),
             ["up", "down", "up1", "down1"]
         );
+    }
+
+    #[test]
+    fn control_socket_names_broker() {
+        for (path, name) in [
+            ("/run/user/1000/barlink/vm1.sock", "vm1"),
+            ("My_VM-2.sock", "My_VM-2"),
+            ("/tmp/vm1", ""),
+            ("/tmp/vm 1.sock", ""),
+            ("/tmp/.sock", ""),
+        ] {
+            assert_eq!(broker_name(Path::new(path)).as_str(), name, "{path}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The checks of every layout that was accepted.
 
 use barlink_protocol::wire::layout::{
-    Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS, MAX_VECTORS,
+    BrokerName, Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS, MAX_VECTORS,
     MIN_CAPACITY, Name, PAGE_SIZE,
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
@@ -13,6 +13,8 @@ pub fn check(layout: &Layout) {
     assert!(layout.region_size.is_power_of_two() && layout.region_size <= MAX_REGION_SIZE);
     assert!((1..=MAX_SLOTS).contains(&layout.slots) && (1..=MAX_VECTORS).contains(&layout.vectors));
     assert!(layout.channels().len() <= MAX_CHANNELS);
+    let name = layout.identity.name;
+    assert_eq!(BrokerName::new(name.as_str()), Some(name));
     let mut ranges = vec![(layout.raw_offset, layout.raw_size)];
     for (index, channel) in layout.channels().iter().enumerate() {
         assert!(channel.capacity.is_power_of_two() && channel.capacity >= MIN_CAPACITY);

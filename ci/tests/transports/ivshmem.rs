@@ -19,6 +19,8 @@ mod channels;
 mod idle;
 #[path = "mixed.rs"]
 mod mixed;
+#[path = "names.rs"]
+mod names;
 #[path = "restart.rs"]
 mod restart;
 

@@ -28,6 +28,8 @@ mod channels;
 mod idle;
 #[path = "mixed.rs"]
 mod mixed;
+#[path = "names.rs"]
+mod names;
 
 /// Sends a line from the guest through a channel, and checks that the host receives it.
 fn line(broker: &Broker, vm: &Vm, text: &str) -> Result<()> {

@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use barlink_protocol::state;
-use barlink_protocol::wire::layout::{End, Layout};
+use barlink_protocol::wire::layout::{End, Identity, Layout};
 use barlink_protocol::wire::uapi::{self, Info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
@@ -22,6 +22,7 @@ use crate::guest::cache::{Cache, Choice};
 use crate::guest::calls::{self, map_in, region};
 use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
+use crate::guest::find;
 use crate::memory::{Access, Mapping};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
@@ -49,13 +50,40 @@ pub struct Device {
     access: Access,
     mapping: Mapping,
     granted: u32,
+    identity: Identity,
+    slot: u32,
     layout: Layout,
     choice: Option<Choice>,
 }
 
 impl Device {
-    /// Opens a device, and maps all of its region that can be mapped.
-    pub(super) fn open(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
+    /// Opens a device by its path, or by the name of its region's broker, and maps all of its region
+    /// that can be mapped.
+    pub(super) fn open(device: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
+        let Some(name) = find::name(device) else {
+            return Self::open_path(device, cache, access);
+        };
+        let ask = |node: &Path| {
+            let info = info(&open(node, Access::ReadOnly)?, node)?;
+            Ok(info.identity().name)
+        };
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let opened = Self::open_path(&find::find(name, ask)?, cache, access);
+            let is_other = match &opened {
+                Ok(opened) => opened.identity.name.as_str() != name,
+                Err(DeviceError::NoDevice { .. }) => true,
+                Err(_) => false,
+            };
+            // The numbers of the nodes can change between the two steps.
+            if !is_other || tries == TRIES {
+                return opened;
+            }
+        }
+    }
+
+    fn open_path(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
         let choice = (cache == Cache::Auto).then(|| choose(path, access));
         let choice = choice.transpose()?;
         let chosen = choice.as_ref().map_or(cache, |choice| choice.cache);
@@ -87,6 +115,8 @@ impl Device {
             access,
             mapping,
             granted,
+            identity: before.identity(),
+            slot: before.id,
             layout,
             choice: None,
         })
@@ -105,6 +135,23 @@ impl Device {
     /// ```
     pub fn choice(&self) -> Option<&Choice> {
         self.choice.as_ref()
+    }
+
+    /// Returns the name of the region's broker and the number of the region, which the driver read
+    /// when it was bound. A broker that is started anew with another region has another number,
+    /// whatever its name is; a successor that took the region over has the same.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// // The device of the broker that `barlink serve --name camera` started.
+    /// let device = guest::open("camera")?;
+    /// let identity = device.identity();
+    /// println!("{}, instance {}", identity.name, identity.instance);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// Returns the driver's information about the device (`docs/protocol.md`, section 6).
@@ -299,6 +346,10 @@ impl Side for Device {
         // A file of its own: the claim ends with it, and it is woken for this channel alone.
         let file = open(&self.path, self.access)?;
         let info = info(&file, &self.path)?;
+        if (info.id, info.identity()) != (self.slot, self.identity) {
+            let path = self.path.clone();
+            return Err(DeviceError::Replaced { path }.into());
+        }
         let claim = uapi::Claim {
             channel: index as u32,
             end: end as u32,
@@ -348,7 +399,7 @@ fn open(path: &Path, access: Access) -> Result<File, DeviceError> {
 }
 
 /// Tries to map in the mode of other mappings, which can come and go between two checks of the
-/// driver.
+/// driver, and to open a device whose number changes.
 const TRIES: u32 = 10;
 
 fn map(

@@ -8,6 +8,7 @@
 //! reads the page again.
 
 pub use super::channel::{Channel, End, NAME_BYTES, Name};
+pub use super::identity::{BROKER_NAME_BYTES, BrokerName, INSTANCE_BYTES, Identity, Instance};
 pub use super::layout_error::LayoutError;
 
 #[cfg(target_endian = "big")]
@@ -25,6 +26,10 @@ pub const PAGE_WORDS: usize = 512;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"barlink\0");
 /// Version of the layout, in the superblock's second word.
 pub const VERSION: u32 = 1;
+
+/// Incompatible features that this program knows, as bits. It refuses a region that has any other,
+/// because another feature changes the meaning of bytes that the program uses.
+pub const INCOMPATIBLE_FEATURES: u64 = 0;
 
 /// Offset of the broker's presence page in the region, in bytes.
 pub const BROKER_PAGE: u64 = PAGE_SIZE;
@@ -117,12 +122,15 @@ pub struct Layout {
     pub raw_offset: u64,
     /// Bytes in the raw window.
     pub raw_size: u64,
+    /// Name of the broker, and number of the region.
+    pub identity: Identity,
     pub(super) count: usize,
     pub(super) table: [Channel; MAX_CHANNELS],
 }
 
 impl Layout {
-    /// Creates a layout and checks it. All fields of `channels` are set, including the offsets.
+    /// Creates a layout and checks it. All fields of `channels` are set, including the offsets. The
+    /// identity is empty.
     pub fn new(
         region_size: u64,
         slots: u32,
@@ -144,11 +152,17 @@ impl Layout {
             vectors,
             raw_offset,
             raw_size,
+            identity: Identity::default(),
             count: channels.len(),
             table,
         };
         layout.check()?;
         Ok(layout)
+    }
+
+    /// Returns the layout with another identity.
+    pub fn with_identity(self, identity: Identity) -> Self {
+        Layout { identity, ..self }
     }
 
     /// Returns the channels in the order of the table.

@@ -20,6 +20,13 @@ pub enum LayoutError {
         /// Version in the superblock.
         found: u32,
     },
+    /// The region has incompatible features that this program does not know.
+    Features {
+        /// The unknown features, as bits.
+        unknown: u64,
+    },
+    /// The broker's name has other characters than a name may have.
+    BrokerName,
     /// The superblock states another size than the region has.
     Size {
         /// Bytes that the superblock states.
@@ -77,6 +84,16 @@ impl fmt::Display for LayoutError {
                 f,
                 "layout version {found}, where this program knows {VERSION}"
             ),
+            LayoutError::Features { unknown } => {
+                f.write_str("this program does not know the region's incompatible features, bits")?;
+                let bits = (0..u64::BITS).filter(|bit| unknown >> bit & 1 == 1);
+                for (index, bit) in bits.enumerate() {
+                    let before = if index == 0 { " " } else { ", " };
+                    write!(f, "{before}{bit}")?;
+                }
+                f.write_str(": use programs and driver of one release")
+            }
+            LayoutError::BrokerName => f.write_str("broker's name has a wrong character"),
             LayoutError::Size { said, actual } => {
                 write!(f, "superblock says {said} bytes, the region has {actual}")
             }

@@ -4,7 +4,10 @@
 //! (`docs/protocol.md`, section 2).
 
 use super::channel::{Channel, NAME_BYTES, Name};
-use super::layout::{Layout, LayoutError, MAGIC, MAX_CHANNELS, PAGE_WORDS, VERSION};
+use super::identity::{BROKER_NAME_WORDS, BrokerName, Identity, Instance};
+use super::layout::{
+    INCOMPATIBLE_FEATURES, Layout, LayoutError, MAGIC, MAX_CHANNELS, PAGE_WORDS, VERSION,
+};
 
 /// Indexes of words in the page.
 const MAGIC_WORD: usize = 0;
@@ -14,6 +17,11 @@ const SLOTS_VECTORS: usize = 3;
 const CHANNELS: usize = 4;
 const RAW_OFFSET: usize = 5;
 const RAW_SIZE: usize = 6;
+const INCOMPATIBLE: usize = 7;
+/// Compatible features. A reader ignores bits that it does not know, and this one knows none.
+const COMPATIBLE: usize = 8;
+const INSTANCE: usize = 9;
+const BROKER_NAME: usize = 11;
 /// First word of the channel table.
 const TABLE: usize = 32;
 /// Number of words in an entry of the channel table.
@@ -21,6 +29,7 @@ const ENTRY_WORDS: usize = 8;
 /// Flag of an entry: the producer drops a record if the channel is full.
 const FLAG_DROP: u64 = 1;
 
+const _: () = assert!(BROKER_NAME + BROKER_NAME_WORDS <= TABLE);
 const _: () = assert!(TABLE + ENTRY_WORDS * MAX_CHANNELS <= PAGE_WORDS);
 
 impl Layout {
@@ -36,6 +45,10 @@ impl Layout {
         let version = low(page[VERSION_WORD]);
         if version != VERSION {
             return Err(LayoutError::Version { found: version });
+        }
+        let unknown = page[INCOMPATIBLE] & !INCOMPATIBLE_FEATURES;
+        if unknown != 0 {
+            return Err(LayoutError::Features { unknown });
         }
         if page[REGION_SIZE] != region_size {
             return Err(LayoutError::Size {
@@ -72,12 +85,18 @@ impl Layout {
                 capacity: words[6],
             };
         }
+        let identity = Identity {
+            name: BrokerName::from_words(core::array::from_fn(|word| page[BROKER_NAME + word]))
+                .ok_or(LayoutError::BrokerName)?,
+            instance: Instance::from_words([page[INSTANCE], page[INSTANCE + 1]]),
+        };
         let layout = Layout {
             region_size,
             slots: low(page[SLOTS_VECTORS]),
             vectors: high(page[SLOTS_VECTORS]),
             raw_offset: page[RAW_OFFSET],
             raw_size: page[RAW_SIZE],
+            identity,
             count: count as usize,
             table,
         };
@@ -96,6 +115,11 @@ impl Layout {
         page[CHANNELS] = self.channels().len() as u64;
         page[RAW_OFFSET] = self.raw_offset;
         page[RAW_SIZE] = self.raw_size;
+        page[INCOMPATIBLE] = 0;
+        page[COMPATIBLE] = 0;
+        page[INSTANCE..INSTANCE + 2].copy_from_slice(&self.identity.instance.words());
+        page[BROKER_NAME..BROKER_NAME + BROKER_NAME_WORDS]
+            .copy_from_slice(&self.identity.name.words());
         let entries = page[TABLE..].chunks_exact_mut(ENTRY_WORDS);
         for (channel, words) in self.channels().iter().zip(entries) {
             for (word, bytes) in words.iter_mut().zip(channel.name.bytes().chunks_exact(8)) {

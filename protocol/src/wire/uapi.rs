@@ -25,6 +25,8 @@
 //! Once the device is unbound or unplugged, `mmap`, `ioctl` and `read` fail with `ENODEV`, and an
 //! access to a mapping raises `SIGBUS`.
 
+use super::identity::{BROKER_NAME_WORDS, BrokerName, Identity, Instance};
+
 /// PCI vendor ID of the device: Red Hat's, the same as that of QEMU's ivshmem.
 pub const PCI_VENDOR: u16 = 0x1af4;
 /// PCI device ID: the same as that of QEMU's ivshmem.
@@ -72,7 +74,7 @@ pub const fn doorbell_message(peer: u32, vector: u32) -> u32 {
 }
 
 /// Version of this interface, in [`Info::version`].
-pub const UAPI_VERSION: u32 = 2;
+pub const UAPI_VERSION: u32 = 3;
 /// Type letter of the ioctls (free in the kernel's `ioctl-number.rst`).
 pub const IOCTL_TYPE: u32 = 0xbb;
 
@@ -154,6 +156,22 @@ pub struct Info {
     pub mapper: u32,
     /// Always 0.
     pub reserved: u32,
+    /// Number of the region, as the superblock had it at probe: the words of an [`Instance`].
+    pub instance: [u64; 2],
+    /// Name of the region's broker, as the superblock had it at probe: the words of a
+    /// [`BrokerName`].
+    pub name: [u64; BROKER_NAME_WORDS],
+}
+
+impl Info {
+    /// Returns the identity of the region. The name is empty if the driver has given an invalid
+    /// one.
+    pub fn identity(&self) -> Identity {
+        Identity {
+            name: BrokerName::from_words(self.name).unwrap_or_default(),
+            instance: Instance::from_words(self.instance),
+        }
+    }
 }
 
 /// Argument of [`MAP`].
@@ -283,9 +301,11 @@ impl CacheMode {
     }
 }
 
-const _: () = assert!(size_of::<Info>() == 64);
+const _: () = assert!(size_of::<Info>() == 144);
 const _: () = assert!(core::mem::offset_of!(Info, region_size) == 16);
 const _: () = assert!(core::mem::offset_of!(Info, epoch) == 40);
+const _: () = assert!(core::mem::offset_of!(Info, instance) == 64);
+const _: () = assert!(core::mem::offset_of!(Info, name) == 80);
 const _: () = assert!(size_of::<Claim>() == 8);
 const _: () = assert!(size_of::<Map>() == 8);
 const _: () = assert!(size_of::<Eventfd>() == 8);
