@@ -26,7 +26,10 @@ use crate::{
     },
     file::OpenFile,
     shim,
-    wire::layout::PAGE_SIZE, //
+    wire::layout::{
+        FIRST_FREE,
+        PAGE_SIZE, //
+    },
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -123,7 +126,7 @@ impl Drop for Mappings {
 /// effect.
 ///
 /// `EINVAL` if the mapping is private, executable, or not inside of the mappable part of the
-/// region; `EBUSY` if the region's mappings have another cache mode than this file requests;
+/// region; `EACCES` if it is writable and has the superblock or the broker's page; `EBUSY` if the region's mappings have another cache mode than this file requests;
 /// `ENODEV`.
 ///
 /// # Safety
@@ -143,6 +146,9 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
         let end = (area.pgoff as u64).checked_add(pages).ok_or(EINVAL)?;
         if end > file.device.facts.layout.mappable_size() / PAGE_SIZE {
             return Err(EINVAL);
+        }
+        if (area.pgoff as u64) < FIRST_FREE / PAGE_SIZE {
+            protect(flags)?;
         }
         let mut options = file.options();
         let mode = file.device.state.lock().areas.mode(options.cache)?;
@@ -167,6 +173,15 @@ pub(crate) fn restrict(flags: &mut vm_flags_t, more: vm_flags_t) -> Result {
         return Err(EINVAL);
     }
     *flags = (*flags | more) & !flags::MAYEXEC;
+    Ok(())
+}
+
+/// Prevents that a mapping that is being prepared ever becomes writable. `EACCES` if it already is.
+fn protect(flags: &mut vm_flags_t) -> Result {
+    if *flags & flags::WRITE != 0 {
+        return Err(EACCES);
+    }
+    *flags &= !flags::MAYWRITE;
     Ok(())
 }
 

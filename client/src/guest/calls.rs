@@ -5,6 +5,7 @@
 
 use std::fs::File;
 
+use barlink_protocol::wire::layout::FIRST_FREE;
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl};
@@ -43,7 +44,11 @@ pub(crate) fn map_in(
     };
     // SAFETY: `MAP` takes a `Map`, and reads it during the call.
     unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }?;
-    Mapping::map(file, size, access)
+    match access {
+        Access::ReadOnly => Mapping::map(file, size, access),
+        // The driver lets a process only read the pages before.
+        Access::ReadWrite => Mapping::map_behind(file, size, FIRST_FREE as usize),
+    }
 }
 
 /// Returns the region of a mapping. `granted` is the number of its [`CacheMode`]. If the mode is

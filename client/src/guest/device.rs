@@ -193,8 +193,9 @@ impl Device {
         &self.layout
     }
 
-    /// Returns the region's words, without the drivers' pages at its end. With [`Access::ReadOnly`]
-    /// a store to them ends the process by SIGSEGV.
+    /// Returns the region, without the drivers' pages at its end. With [`Access::ReadOnly`] its
+    /// methods that write return an error, and for the first two pages they always do: these
+    /// describe the region to all programs of the VM.
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -208,7 +209,7 @@ impl Device {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn region(&self) -> Region {
-        Region::new(region(&self.mapping, self.granted), self.mapping.access())
+        Region::new(region(&self.mapping, self.granted), self.mapping.writable())
     }
 
     /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their
@@ -333,7 +334,7 @@ impl Side for Device {
     }
 
     fn region(&self) -> Region {
-        Region::new(region(&self.mapping, self.granted), self.mapping.access())
+        Region::new(region(&self.mapping, self.granted), self.mapping.writable())
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
@@ -444,7 +445,7 @@ fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
     };
     Choice::find(
         open,
-        |file, size, mode| map_in(file, size, mode, access),
+        |file, size, mode| map_in(file, size, mode, Access::ReadOnly),
         |file| info(file, path),
         |error| system("map", path, error),
     )

@@ -167,7 +167,7 @@ impl Attachment {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn region(&self) -> Region {
-        Region::new(self.mapping.region(), self.mapping.access())
+        Region::new(self.mapping.region(), self.mapping.writable())
     }
 
     /// Asks the broker for its slots and for the ends that host apps hold.
@@ -336,7 +336,7 @@ impl Side for Attachment {
     }
 
     fn region(&self) -> Region {
-        Region::new(self.mapping.region(), self.mapping.access())
+        Region::new(self.mapping.region(), self.mapping.writable())
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {

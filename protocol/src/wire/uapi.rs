@@ -14,10 +14,12 @@
 //! A file with claims receives vector 0 and the vectors of its channels; a file without claims
 //! receives all vectors. `read` fails with `EOPNOTSUPP` if the device has no vectors.
 //!
-//! `mmap` can map all pages except the drivers' pages at the region's end. Without an earlier
+//! `mmap` can map all pages except the drivers' pages at the region's end. A mapping that has the
+//! superblock or the broker's page, the first two, cannot be made writable. Without an earlier
 //! [`MAP`], mappings are eager and have the cache mode of the region's live mappings, or are
 //! noncached if there are none. `mmap` fails with
 //! * `EINVAL` if the mapping is private, executable or out of range;
+//! * `EACCES` if the mapping is writable, and has one of the first two pages;
 //! * `EBUSY` if the region's live mappings have another cache mode than the file asked for, and for
 //!   a moment after mappings of another mode have ended;
 //! * `EOVERFLOW` if the mapping ends beyond the largest file offset; the driver is not called then.

@@ -46,6 +46,7 @@ pub const TOPICS: &[Topic] = checks! {
     "mmap", mmap:
         stores_cross_both_ways
         default_mappings_are_noncached
+        first_pages_cannot_be_written
         mmap_refuses_the_drivers_page
         mmap_refuses_private_executable_or_outside_ranges
         read_only_file_gets_read_only_mappings
