@@ -179,6 +179,12 @@ impl Areas {
         self.eager > 0
     }
 
+    /// Returns the mode in which the kernel may map a page beside the mappings of processes: the
+    /// number of the [`CacheMode`] of the areas that are mapped eagerly, or 0 for noncached.
+    pub(crate) fn kernel_mode(&self) -> u32 {
+        self.granted_eagerly
+    }
+
     /// Records the mode that the kernel granted to a page that was mapped on fault.
     pub(crate) fn note_granted(&mut self, granted: u32) {
         self.granted = granted;

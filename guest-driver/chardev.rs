@@ -156,7 +156,7 @@ unsafe extern "C" fn barlink_identity(
     // SAFETY: By this function's contract `misc` is a field of a `CharDevice` that exists until
     // this call returns.
     let device = unsafe { CharDevice::of(misc) };
-    let identity = &device.facts.layout.identity;
+    let identity = &device.facts.identity;
     let (from, number) = (identity.name.bytes(), identity.instance.bytes());
     // SAFETY: By this function's contract there is room for as many bytes as the two arrays have.
     unsafe {

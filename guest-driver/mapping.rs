@@ -126,8 +126,8 @@ impl Drop for Mappings {
 /// effect.
 ///
 /// `EINVAL` if the mapping is private, executable, or not inside of the mappable part of the
-/// region; `EACCES` if it is writable and has the superblock or the broker's page; `EBUSY` if the region's mappings have another cache mode than this file requests;
-/// `ENODEV`.
+/// region; `EACCES` if it is writable and has the superblock or the broker's page; `EBUSY` if the
+/// region's mappings have another cache mode than this file requests; `ENODEV`.
 ///
 /// # Safety
 ///
@@ -144,7 +144,7 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
         restrict(flags, FLAGS)?;
         let pages = (area.end - area.start) as u64 / PAGE_SIZE;
         let end = (area.pgoff as u64).checked_add(pages).ok_or(EINVAL)?;
-        if end > file.device.facts.layout.mappable_size() / PAGE_SIZE {
+        if end > file.device.facts.mappable_size / PAGE_SIZE {
             return Err(EINVAL);
         }
         if (area.pgoff as u64) < FIRST_FREE / PAGE_SIZE {

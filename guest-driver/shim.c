@@ -8,6 +8,7 @@
 #include <linux/fdtable.h>
 #include <linux/fs.h>
 #include <linux/idr.h>
+#include <linux/io.h>
 #include <linux/iommu.h>
 #include <linux/mm.h>
 #include <linux/miscdevice.h>
@@ -42,6 +43,7 @@ struct file *barlink_buffer_file(const struct file_operations *operations, void 
 u32 barlink_process_with(struct file *file);
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot);
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address);
+void *barlink_map(u64 address, size_t size, u32 mode);
 
 int barlink_virtio_register(void);
 void barlink_virtio_unregister(void);
@@ -279,6 +281,24 @@ u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address)
 			return i + 1;
 #endif
 	return 0;
+}
+
+void *barlink_map(u64 address, size_t size, u32 mode)
+{
+	void __iomem *base;
+
+	/* The numbers are those of CacheMode in protocol/src/wire/uapi.rs. */
+	switch (mode) {
+	case 3:
+		base = ioremap_wc(address, size);
+		break;
+	case 6:
+		base = ioremap_cache(address, size);
+		break;
+	default:
+		base = ioremap(address, size);
+	}
+	return (void __force *)base;
 }
 
 static const struct virtio_device_id virtio_devices[] = {

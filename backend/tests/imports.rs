@@ -47,7 +47,10 @@ const BACKEND: Parts = &[
     ("broker/confine", &[]),
     ("broker/policy", &["socket"]),
     ("broker/reply", &[]),
-    ("broker/state", &["persistence", "slot", "broker/policy"]),
+    (
+        "broker/state",
+        &["persistence", "slot", "broker/plan", "broker/policy"],
+    ),
     (
         "broker/accept",
         &[
@@ -118,6 +121,7 @@ const CLIENT: Parts = &[
     ("claim", &[]),
     ("descriptors", &[]),
     ("error_kind", &[]),
+    ("layouts", &[]),
     ("memory", &[]),
     ("owned", &[]),
     ("process", &[]),
@@ -199,6 +203,7 @@ const CLIENT: Parts = &[
             "guest/error",
             "guest/find",
             "guest/events",
+            "layouts",
             "doorbell",
             "error",
             "sender",
@@ -216,6 +221,7 @@ const CLIENT: Parts = &[
             "control",
             "host/claim",
             "host/events",
+            "layouts",
             "doorbell",
             "error",
             "sender",

@@ -39,6 +39,9 @@ mod error_kind;
 mod event_error;
 pub mod guest;
 pub mod host;
+// The broker keeps the layout of its region in the same way.
+#[doc(hidden)]
+pub mod layouts;
 // The broker maps the same memory.
 #[doc(hidden)]
 pub mod memory;

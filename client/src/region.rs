@@ -133,8 +133,8 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The bytes are not all in the mapping, they or all of it are for reading only, or the offset is
-    /// not a multiple of 8.
+    /// The bytes are not all in the mapping, they or all of it are for reading only, or the offset
+    /// is not a multiple of 8.
     pub fn copy_in(&self, offset: u64, bytes: &[u8]) -> Result<(), RegionError> {
         self.check_writable(offset)?;
         self.check(offset, bytes.len())?;
@@ -169,8 +169,8 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The word is not in the mapping, it or the mapping is for reading only, or the offset is not a
-    /// multiple of 8.
+    /// The word is not in the mapping, it or the mapping is for reading only, or the offset is not
+    /// a multiple of 8.
     pub fn word(&self, offset: u64) -> Result<&AtomicU64, RegionError> {
         self.check_writable(offset)?;
         self.check(offset, 8)?;

@@ -31,8 +31,9 @@ pub enum Checked {
 /// making anything, and the error of a broker that does not answer or rejects this process.
 pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckError> {
     let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
-    let layout =
-        plan(config.size, count, config.vectors, &config.channels).map_err(BrokerError::from)?;
+    let (vectors, channels) = (config.vectors, &config.channels);
+    let layout = plan(config.size, count, vectors, channels, config.reserve);
+    let layout = layout.map_err(BrokerError::from)?;
     let slots = || config.slots.iter().map(|(_, path)| path.as_path());
     takeover::check_paths(&config.control, slots()).map_err(BrokerError::from)?;
     let run_folder = config.control.parent().filter(|_| makes_run_folder);

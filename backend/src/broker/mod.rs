@@ -33,7 +33,7 @@ pub use self::check::{CheckError, Checked, check};
 pub use self::confine::confine_early_thread;
 pub use self::control::{Answered, Exit, answer};
 pub use self::error::BrokerError;
-pub use self::plan::{ChannelPlan, Direction, Party, PlanError, plan};
+pub use self::plan::{ChannelPlan, Direction, Party, PlanError, Reserve, plan};
 pub use self::policy::Policy;
 pub use self::state::{BrokerState, Claim, Roster};
 pub use self::takeover::Predecessor;
@@ -54,6 +54,8 @@ pub struct Config {
     pub vectors: u32,
     /// The channels; none for an `up` and a `down` for each slot.
     pub channels: Vec<ChannelPlan>,
+    /// The room for channels that are added while the region is in use.
+    pub reserve: Reserve,
     /// The transport and the socket of each slot.
     pub slots: Vec<(Arc<dyn Transport>, PathBuf)>,
     /// The control socket.
@@ -78,7 +80,8 @@ impl Broker {
     /// if there is an inheritance.
     pub fn new(config: Config, inheritance: Inheritance) -> Result<Self, BrokerError> {
         let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
-        let layout = plan(config.size, count, config.vectors, &config.channels)?;
+        let (vectors, channels) = (config.vectors, &config.channels);
+        let layout = plan(config.size, count, vectors, channels, config.reserve)?;
         let (transports, slots): (Vec<_>, Vec<_>) = config
             .slots
             .into_iter()

@@ -3,8 +3,8 @@
 //! The checks of every layout that was accepted.
 
 use barlink_protocol::wire::layout::{
-    BrokerName, Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS, MAX_VECTORS,
-    MIN_CAPACITY, Name, PAGE_SIZE,
+    BrokerName, Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS,
+    MAX_VECTORS, MIN_CAPACITY, Name, PAGE_SIZE,
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 

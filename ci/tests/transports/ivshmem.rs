@@ -23,6 +23,8 @@ mod mixed;
 mod names;
 #[path = "restart.rs"]
 mod restart;
+#[path = "table.rs"]
+mod table;
 
 /// Doorbells do not pass through the broker over ivshmem. They do over vfio-user:
 /// `vm_outlives_its_broker_until_it_reboots`.

@@ -22,3 +22,5 @@ mod mixed;
 mod names;
 #[path = "restart.rs"]
 mod restart;
+#[path = "table.rs"]
+mod table;

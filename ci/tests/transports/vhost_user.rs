@@ -30,6 +30,8 @@ mod idle;
 mod mixed;
 #[path = "names.rs"]
 mod names;
+#[path = "table.rs"]
+mod table;
 
 /// Sends a line from the guest through a channel, and checks that the host receives it.
 fn line(broker: &Broker, vm: &Vm, text: &str) -> Result<()> {

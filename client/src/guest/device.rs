@@ -7,8 +7,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use barlink_protocol::state;
-use barlink_protocol::wire::layout::{End, Identity, Layout};
+use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError};
 use barlink_protocol::wire::uapi::{self, Info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
@@ -22,7 +21,8 @@ use crate::guest::cache::{Cache, Choice};
 use crate::guest::calls::{self, map_in, region};
 use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
-use crate::guest::find;
+use crate::guest::find as by_name;
+use crate::layouts::Layouts;
 use crate::memory::{Access, Mapping};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
@@ -52,15 +52,15 @@ pub struct Device {
     granted: u32,
     identity: Identity,
     slot: u32,
-    layout: Layout,
+    layouts: Layouts,
     choice: Option<Choice>,
 }
 
 impl Device {
-    /// Opens a device by its path, or by the name of its region's broker, and maps all of its region
-    /// that can be mapped.
+    /// Opens a device by its path, or by the name of its region's broker, and maps all of its
+    /// region that can be mapped.
     pub(super) fn open(device: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
-        let Some(name) = find::name(device) else {
+        let Some(name) = by_name::name(device) else {
             return Self::open_path(device, cache, access);
         };
         let ask = |node: &Path| {
@@ -70,7 +70,7 @@ impl Device {
         let mut tries = 0;
         loop {
             tries += 1;
-            let opened = Self::open_path(&find::find(name, ask)?, cache, access);
+            let opened = Self::open_path(&by_name::find(name, ask)?, cache, access);
             let is_other = match &opened {
                 Ok(opened) => opened.identity.name.as_str() != name,
                 Err(DeviceError::NoDevice { .. }) => true,
@@ -104,11 +104,21 @@ impl Device {
         let mapping = map(&file, path, size, cache, access)?;
         // The granted mode is known once something is mapped.
         let granted = info(&file, path)?.granted;
-        let layout = state::read_layout(&region(&mapping, granted), before.region_size);
-        let layout = layout.map_err(|source| DeviceError::Layout {
-            path: path.to_owned(),
-            source,
-        })?;
+        // An entry that the driver does not take concerns only a program that needs the channel.
+        match calls::refresh(&file) {
+            Ok(()) | Err(Errno::AGAIN) => (),
+            Err(error) => return Err(system("refresh the channels of", path, error)),
+        }
+        let layout = layout(&file, path)?;
+        // The driver's own superblock can say more than what is mapped only if it is damaged.
+        let needed = layout.mappable_size();
+        let mapped = size as u64;
+        if mapped < needed {
+            return Err(DeviceError::Layout {
+                path: path.to_owned(),
+                source: LayoutError::Mapping { needed, mapped },
+            });
+        }
         Ok(Device {
             path: path.to_owned(),
             file,
@@ -117,7 +127,7 @@ impl Device {
             granted,
             identity: before.identity(),
             slot: before.id,
-            layout,
+            layouts: Layouts::new(layout),
             choice: None,
         })
     }
@@ -174,8 +184,8 @@ impl Device {
         Ok(info(&self.file, &self.path)?)
     }
 
-    /// Returns the region's layout: its size, channels and raw window. It was read and checked when
-    /// the device was opened.
+    /// Returns the region's layout: its size, channels and raw window, as the driver last told. The
+    /// broker can add channels: see [`Device::refresh`].
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -190,7 +200,57 @@ impl Device {
     /// # Ok::<(), barlink::Error>(())
     /// ```
     pub fn layout(&self) -> &Layout {
-        &self.layout
+        self.layouts.latest()
+    }
+
+    /// Asks the driver for the channels that were added since the device was opened, and returns
+    /// the layout with them. To claim an end of a channel that the layout does not have asks as
+    /// well.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// while device.refresh()?.find("lidar").is_none() {
+    ///     std::thread::sleep(std::time::Duration::from_secs(1));
+    /// }
+    /// let mut lidar = device.sender("lidar")?;
+    /// # drop(lidar);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The region's channel table has an entry that the driver does not take
+    /// ([`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt)), or the device is gone.
+    pub fn refresh(&self) -> Result<&Layout, Error> {
+        let path = &self.path;
+        let forged = match calls::refresh(&self.file) {
+            Ok(()) => false,
+            Err(Errno::AGAIN) => true,
+            Err(error) => return Err(system("refresh the channels of", path, error).into()),
+        };
+        let newer = layout(&self.file, path)?;
+        let path = path.to_owned();
+        match self.layouts.extend(newer) {
+            true if forged => Err(DeviceError::Table { path }.into()),
+            true => Ok(self.layouts.latest()),
+            false => Err(DeviceError::Replaced { path }.into()),
+        }
+    }
+
+    /// Finds a channel, also one that was added since the layout was read.
+    fn find(&self, name: &str) -> Result<usize, Error> {
+        let known = find(self.layouts.latest(), name);
+        known.or_else(|unknown| match self.refresh() {
+            Err(Error::Device(DeviceError::Table { path })) => {
+                // The entries before the one that was not taken are there.
+                let table = Error::Device(DeviceError::Table { path });
+                find(self.layouts.latest(), name).map_err(|_| table)
+            }
+            Err(error) => Err(error),
+            Ok(layout) => find(layout, name).map_err(|_| unknown),
+        })
     }
 
     /// Returns the region, without the drivers' pages at its end. With [`Access::ReadOnly`] its
@@ -330,7 +390,7 @@ impl sealed::Side for Device {
 
 impl Side for Device {
     fn layout(&self) -> &Layout {
-        &self.layout
+        self.layouts.latest()
     }
 
     fn region(&self) -> Region {
@@ -338,12 +398,12 @@ impl Side for Device {
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
-        let index = find(&self.layout, name)?;
+        let index = self.find(name)?;
         if self.access == Access::ReadOnly {
             let name = name.to_owned();
             return Err(Error::ReadOnly { name, end });
         }
-        let channel = &self.layout.channels()[index];
+        let channel = &self.layouts.latest().channels()[index];
         // A file of its own: the claim ends with it, and it is woken for this channel alone.
         let file = open(&self.path, self.access)?;
         let info = info(&file, &self.path)?;
@@ -465,6 +525,16 @@ fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
         });
     }
     Ok(info)
+}
+
+/// Asks the driver for the layout that it has.
+fn layout(file: &File, path: &Path) -> Result<Layout, DeviceError> {
+    let region_size = info(file, path)?.region_size;
+    let page = calls::superblock(file).map_err(|error| system("examine", path, error))?;
+    Layout::decode(&page, region_size).map_err(|source| DeviceError::Layout {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn system(what: &'static str, path: &Path, error: Errno) -> DeviceError {

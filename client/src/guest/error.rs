@@ -67,6 +67,14 @@ pub enum DeviceError {
         /// The paths of the devices.
         devices: Vec<PathBuf>,
     },
+    /// The channel table of the region has an entry that the driver does not take.
+    #[error(
+        "the channel table of {path} has a channel that the driver does not take: the host, or another VM of the region, has damaged the table"
+    )]
+    Table {
+        /// The path.
+        path: PathBuf,
+    },
     /// Another device has the path by now.
     #[error(
         "{path} is another device by now, because its driver was bound anew: open the device again"
@@ -190,6 +198,7 @@ impl DeviceError {
             | DeviceError::NoName { .. }
             | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
             DeviceError::Replaced { .. } => ErrorKind::Gone,
+            DeviceError::Table { .. } => ErrorKind::Corrupt,
             DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
             DeviceError::Version { .. }
             | DeviceError::Layout { .. }

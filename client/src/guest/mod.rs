@@ -35,9 +35,10 @@ pub use error::DeviceError;
 use crate::error::Error;
 use crate::memory::Access;
 
-/// Opens a device by its path, mostly `/dev/barlink0`, or by the name of its region's broker. A text
-/// without a `/` is a name. The cache mode is the fastest one that the guest's kernel grants. To find it takes at least 9 ms, for three measurements in each of three modes. If the
-/// region is mapped already, the call takes the mode of that mapping.
+/// Opens a device by its path, mostly `/dev/barlink0`, or by the name of its region's broker. A
+/// text without a `/` is a name. The cache mode is the fastest one that the guest's kernel grants.
+/// To find it takes at least 9 ms, for three measurements in each of three modes. If the region is
+/// mapped already, the call takes the mode of that mapping.
 ///
 /// ```no_run
 /// let device = barlink::guest::open("/dev/barlink0")?;

@@ -23,11 +23,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub use attachment::Attachment;
+pub use barlink_protocol::wire::layout::{Channel, Name as ChannelName};
 pub use tap::Tap;
 
 pub use crate::control::client::ControlError;
 pub use crate::control::message::{
-    BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
+    Added, BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
 };
 
 use crate::error::Error;

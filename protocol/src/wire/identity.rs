@@ -20,6 +20,14 @@ pub struct Identity {
     pub instance: Instance,
 }
 
+impl Identity {
+    /// The identity of a region that has none.
+    pub const EMPTY: Self = Identity {
+        name: BrokerName::EMPTY,
+        instance: Instance([0; INSTANCE_BYTES]),
+    };
+}
+
 /// A broker's name: up to [`BROKER_NAME_BYTES`] bytes of letters, digits, `-`, `_` and `.`, without
 /// a `.` at the start, padded with NUL. The name is empty if the broker has none.
 #[derive(Clone, Copy, PartialEq, Eq)]

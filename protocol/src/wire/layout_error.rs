@@ -64,6 +64,13 @@ pub enum LayoutError {
     },
     /// The raw window does not consist of whole free pages.
     RawWindow,
+    /// The reserve does not consist of whole free pages.
+    Reserve,
+    /// The channel table has fewer channels than before.
+    Fewer {
+        /// Number of channels.
+        count: u64,
+    },
     /// A channel's entry is invalid.
     Channel {
         /// Index of the channel in the table.
@@ -115,6 +122,8 @@ impl fmt::Display for LayoutError {
             LayoutError::RawWindow => {
                 f.write_str("raw window is not made of free pages of the region")
             }
+            LayoutError::Reserve => f.write_str("reserve is not made of free pages of the region"),
+            LayoutError::Fewer { count } => write!(f, "{count} channels, fewer than before"),
             LayoutError::Channel { index, fault } => {
                 write!(f, "channel {index} has a wrong {fault}")
             }

@@ -8,6 +8,7 @@
 //! | `open` | creates a file with its own claims and its own count of interrupts |
 //! | `mmap` | maps pages of the region as the file's last [`MAP`] says; see below |
 //! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`], [`MAP`], [`EVENTFD`], [`BUFFER`] |
+//! | `ioctl` | [`SUPERBLOCK`], [`REFRESH`] |
 //! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`] |
 //! | `poll` | readable if `read` would not wait; `POLLHUP` and `POLLERR` once the device is gone |
 //!
@@ -28,6 +29,7 @@
 //! access to a mapping raises `SIGBUS`.
 
 use super::identity::{BROKER_NAME_WORDS, BrokerName, Identity, Instance};
+use super::layout::PAGE_WORDS;
 
 /// PCI vendor ID of the device: Red Hat's, the same as that of QEMU's ivshmem.
 pub const PCI_VENDOR: u16 = 0x1af4;
@@ -114,6 +116,17 @@ pub const EVENTFD: u32 = ioctl(WRITE, 4, size_of::<Eventfd>());
 /// already has a buffer. `EBADF`: the file is not open for writing. `ENOMEM`: there is no
 /// contiguous memory of that size.
 pub const BUFFER: u32 = ioctl(WRITE | READ, 5, size_of::<Buffer>());
+/// `_IOR(0xbb, 6, Superblock)`: the superblock that the driver has: the one that it read at probe,
+/// with the channels that it has taken since ([`REFRESH`]). Programs take the layout from here,
+/// because others can write to the region.
+pub const SUPERBLOCK: u32 = ioctl(READ, 6, size_of::<Superblock>());
+/// `_IO(0xbb, 7)`: takes the channels that the broker has added since the last call.
+///
+/// The driver takes an entry of the region's channel table that it does not have yet, if the entry
+/// is valid, lies in the reserve that the superblock had at probe, and overlaps no other part. It
+/// never reads an entry again that it has. `EAGAIN`: the table has fewer entries than the driver,
+/// or an entry that it does not take; those before it are taken.
+pub const REFRESH: u32 = ioctl(0, 7, 0);
 /// Maximum size of a [`BUFFER`], in bytes: the largest piece that a kernel can allocate.
 pub const MAX_BUFFER: u64 = 4 << 20;
 
@@ -174,6 +187,14 @@ impl Info {
             instance: Instance::from_words(self.instance),
         }
     }
+}
+
+/// Result of [`SUPERBLOCK`]: the first page of a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Superblock {
+    /// The words of the page.
+    pub words: [u64; PAGE_WORDS],
 }
 
 /// Argument of [`MAP`].
@@ -312,5 +333,6 @@ const _: () = assert!(size_of::<Claim>() == 8);
 const _: () = assert!(size_of::<Map>() == 8);
 const _: () = assert!(size_of::<Eventfd>() == 8);
 const _: () = assert!(size_of::<Buffer>() == 24);
+const _: () = assert!(size_of::<Superblock>() == 4096);
 const _: () = assert!(size_of::<Doorbell>() == 8);
 const _: () = assert!(size_of::<Interrupts>() == 32);

@@ -9,8 +9,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use barlink_protocol::state;
 use barlink_protocol::wire::layout::{INSTANCE_BYTES, Identity, Instance, Layout};
+use barlink_protocol::{state, table};
 use log::warn;
 
 use crate::broker::accept::{Listener, SocketError};
@@ -210,6 +210,8 @@ impl Parts {
             }
         }
         let region = shared_region(layout, memory, eventfds)?;
+        // A predecessor may have been killed after it stored a new channel.
+        table::publish(region.words(), region.layout(), 0);
         // Last, because a predecessor continues if its successor fails.
         for listener in parts.iter().map(|slot| &slot.listener).chain([&control]) {
             listener.apply(policy);

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use barlink_protocol::wire::layout::Layout;
-use barlink_protocol::wire::uapi::{BUFFER, CLAIM, DOORBELL, INFO, UAPI_VERSION};
+use barlink_protocol::wire::uapi::{BUFFER, CLAIM, DOORBELL, INFO, SUPERBLOCK, UAPI_VERSION};
 use rustix::fs::{SealFlags, SeekFrom};
 use rustix::io::Errno;
 
@@ -118,12 +118,22 @@ pub(super) fn devices_are_independent() -> Result<()> {
 
 pub(super) fn unknown_calls_are_refused() -> Result<()> {
     let device = open(Region::Main)?;
-    // Number 0; the number of BUFFER, and the first free number, with INFO's direction and size;
-    // another type; INFO's number with CLAIM's direction and size; a terminal's ioctl (TCGETS).
-    for number in [0, INFO + 5, INFO + 6, INFO + 0x100, CLAIM & !1, 0x5401] {
+    // Number 0; the numbers of other calls, and the first free number, with INFO's direction and
+    // size; another type; INFO's number with CLAIM's direction and size; a terminal's ioctl
+    // (TCGETS).
+    for number in [
+        0,
+        INFO + 5,
+        INFO + 6,
+        INFO + 7,
+        INFO + 8,
+        INFO + 0x100,
+        CLAIM & !1,
+        0x5401,
+    ] {
         fails(device.ioctl_on_null(number), Errno::NOTTY);
     }
-    for number in [INFO, CLAIM, DOORBELL, BUFFER] {
+    for number in [INFO, CLAIM, DOORBELL, BUFFER, SUPERBLOCK] {
         fails(device.ioctl_on_null(number), Errno::FAULT);
     }
     fails(rustix::io::write(&device, &[0; 32]), Errno::INVAL);

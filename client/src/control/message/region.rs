@@ -26,6 +26,10 @@ pub struct RegionInfo {
     pub raw_offset: u64,
     /// Bytes in the raw window.
     pub raw_size: u64,
+    /// Offset of the reserve, in bytes; 0 without one.
+    pub reserve_offset: u64,
+    /// Bytes in the reserve.
+    pub reserve_size: u64,
     /// The channels, in the order of their indexes.
     pub channels: Vec<Entry>,
 }
@@ -112,6 +116,8 @@ impl From<&Layout> for RegionInfo {
             vectors: layout.vectors,
             raw_offset: layout.raw_offset,
             raw_size: layout.raw_size,
+            reserve_offset: layout.reserve_offset,
+            reserve_size: layout.reserve_size,
             channels: layout.channels().iter().copied().map(Entry).collect(),
         }
     }
@@ -134,6 +140,7 @@ impl TryFrom<&RegionInfo> for Layout {
             info.raw_size,
             &channels,
         )?;
+        let layout = layout.with_reserve(info.reserve_offset, info.reserve_size)?;
         Ok(layout.with_identity(identity))
     }
 }
