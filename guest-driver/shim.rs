@@ -179,8 +179,8 @@ extern "C" {
     /// `include/linux/virtio_config.h`). Only in probe and restore. May sleep.
     pub(crate) fn barlink_virtio_config(vdev: *mut VirtioDevice, offset: u32) -> u32;
 
-    /// Returns where a shared memory of the device lies (guest-physical address and size, in bytes;
-    /// `virtio_get_shm_region`). False if the device has no shared memory of this ID.
+    /// Stores the guest-physical address of a shared memory of the device and its size in bytes
+    /// (`virtio_get_shm_region`). Returns false if the device has no shared memory of this ID.
     pub(crate) fn barlink_virtio_memory(
         vdev: *mut VirtioDevice,
         id: u8,

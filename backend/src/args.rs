@@ -135,8 +135,8 @@ pub struct Serve {
     /// Every user can then see the sockets, but the broker rejects other users
     #[arg(long, value_name = "USER")]
     pub allow_user: Vec<String>,
-    /// Admit members of this group, by name or number, as --allow-user does for a user. A process
-    /// has the groups that it had when it connected
+    /// Admit processes of this group, by name or number, as --allow-user does for a user. A process
+    /// belongs to the groups that it had when it connected
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
     /// Let host apps read copies of the memory of guests that use vfio-user. QEMU needs -object

@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn flood_is_a_few_lines_and_a_count() {
+    fn limit_turns_flood_into_few_lines() {
         let limit = RateLimit::new();
         let start = Instant::now();
         let first = logged(&limit, Account::User(7), 1000, start);

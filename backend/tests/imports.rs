@@ -46,6 +46,10 @@ const BACKEND: Parts = &[
     ("broker/plan", &[]),
     ("broker/confine", &[]),
     ("broker/policy", &["socket"]),
+    (
+        "broker/config",
+        &["transport", "broker/plan", "broker/policy"],
+    ),
     ("broker/reply", &[]),
     (
         "broker/state",
@@ -81,6 +85,16 @@ const BACKEND: Parts = &[
         ],
     ),
     (
+        "broker/check",
+        &[
+            "broker/plan",
+            "broker/config",
+            "broker/accept",
+            "broker/error",
+            "broker/takeover",
+        ],
+    ),
+    (
         "broker/control",
         &[
             "rate_limit",
@@ -103,10 +117,12 @@ const BACKEND: Parts = &[
             "broker/plan",
             "broker/confine",
             "broker/policy",
+            "broker/config",
             "broker/state",
             "broker/accept",
             "broker/error",
             "broker/takeover",
+            "broker/check",
             "broker/control",
         ],
     ),
@@ -122,7 +138,7 @@ const CLIENT: Parts = &[
     ("descriptors", &[]),
     ("error_kind", &[]),
     ("layouts", &[]),
-    ("memory", &[]),
+    ("memory", &["error_kind"]),
     ("owned", &[]),
     ("process", &[]),
     ("event_error", &["error_kind"]),
@@ -179,7 +195,7 @@ const CLIENT: Parts = &[
             "stream",
         ],
     ),
-    ("stream", &["event_error", "error", "sender", "receiver"]),
+    ("stream", &["error", "sender", "receiver"]),
     (
         "options",
         &[

@@ -52,8 +52,8 @@ fn send(channel: &str) -> Result<(), Box<dyn std::error::Error>> {
         }
         frame.commit(Kind::USER)?;
     }
-    // The end may not be skipped. A sender that drops would not wait for room, but a reservation
-    // does.
+    // The receiver must get the end, also if the channel is full. A reservation waits for room even
+    // if the sender drops.
     camera.reserve(0)?.commit(Kind::END)?;
     println!("sent {} frames, skipped {skipped}", FRAMES - skipped);
     Ok(())

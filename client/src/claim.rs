@@ -17,7 +17,23 @@ pub(crate) enum EndName {
 }
 
 /// Another process holds the end of a channel.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// ```no_run
+/// use barlink::{Error, Held, host};
+///
+/// let broker = host::connect("default")?;
+/// let receiver = match broker.receiver("up") {
+///     Err(Error::Held(Held { pid: Some(pid), .. })) => {
+///         println!("process {pid} receives already");
+///         return Ok(());
+///     }
+///     receiver => receiver?,
+/// };
+/// # drop(receiver);
+/// # Ok::<(), barlink::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Held {
     /// Name of the channel.
     pub channel: String,
@@ -30,7 +46,18 @@ pub struct Held {
 }
 
 /// The end of a channel belongs to another peer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// ```no_run
+/// use barlink::{Error, NotHere, host};
+///
+/// let broker = host::connect("default")?;
+/// if let Err(Error::NotHere(NotHere { peer, .. })) = broker.sender("up") {
+///     println!("{} sends into `up`", peer.unwrap_or_default());
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct NotHere {
     /// Name of the channel.
     pub channel: String,
@@ -40,6 +67,22 @@ pub struct NotHere {
     /// The peer that the end belongs to. A guest's driver does not name it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<String>,
+}
+
+impl Held {
+    /// Describes a claim that the broker refuses.
+    #[doc(hidden)]
+    pub fn new(channel: String, end: End, pid: Option<u32>) -> Self {
+        Held { channel, end, pid }
+    }
+}
+
+impl NotHere {
+    /// Describes a claim that the broker refuses.
+    #[doc(hidden)]
+    pub fn new(channel: String, end: End, peer: Option<String>) -> Self {
+        NotHere { channel, end, peer }
+    }
 }
 
 impl Display for Held {

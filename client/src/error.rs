@@ -34,6 +34,32 @@ use crate::region::RegionError;
 /// ```
 pub type ChannelError = barlink_protocol::ChannelError<EventError>;
 
+/// The reason why a stream ended early. The errors of its source and its target are
+/// [`io::Error`]s; [`StreamError::Incomplete`] is a stream whose sender left.
+///
+/// ```no_run
+/// use std::fs::File;
+///
+/// use barlink::stream::{self, StreamError};
+/// use barlink::{ErrorKind, host};
+///
+/// let mut receiver = host::connect("default")?.receiver("up")?;
+/// let file = File::create("photo.jpg")?;
+/// match stream::receive(&mut receiver, &file, &mut ()) {
+///     Err(StreamError::Incomplete(bytes)) => println!("only {bytes} bytes came"),
+///     Err(StreamError::Write { partial, .. }) => {
+///         // The whole record comes again, so its first part must not stay in the file.
+///         file.set_len(file.metadata()?.len() - partial)?;
+///     }
+///     Err(error) if error.kind() == ErrorKind::Incomplete => println!("not whole: {error}"),
+///     received => println!("{} bytes", received?.bytes),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// [`StreamError::Incomplete`]: barlink_protocol::stream::StreamError::Incomplete
+pub type StreamError = barlink_protocol::stream::StreamError<EventError>;
+
 /// A call of this crate failed. Its [`kind`](Error::kind) tells a program what to do; its text
 /// tells a person. Its [`source`](std::error::Error::source) is the cause, such as the error of a
 /// system call. As an [`io::Error`] it keeps that cause.
@@ -63,7 +89,7 @@ pub enum Error {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The broker sent a layout that is not valid.
-    #[error("the broker at {path} tells a layout that cannot be")]
+    #[error("the broker at {path} sent an invalid layout")]
     Layout {
         /// The socket.
         path: PathBuf,
@@ -131,6 +157,9 @@ pub enum Error {
     /// The channel has no room for the record within the given time.
     #[error("channel is full")]
     Full,
+    /// A stream ended early, or is not whole.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
 }
 
 impl Error {
@@ -154,17 +183,19 @@ impl Error {
         match self {
             Error::Control(error) => error.kind(),
             Error::Device(error) => error.kind(),
-            Error::Memory(_) | Error::NoRunFolder => ErrorKind::Other,
-            Error::Layout { .. } => ErrorKind::Incompatible,
+            Error::Memory(error) => error.kind(),
+            Error::Layout { source, .. } => source.kind(),
+            Error::NoRunFolder => ErrorKind::Other,
             Error::Region(error) => error.kind(),
             Error::NoChannel { .. } => ErrorKind::NotFound,
             Error::ReadOnly { .. } | Error::ReadOnlyReset { .. } | Error::NotHere(_) => {
                 ErrorKind::InvalidInput
             }
             Error::Held(_) => ErrorKind::InUse,
-            Error::TakeUp { source, .. } | Error::Channel(source) => channel_kind(source),
+            Error::TakeUp { source, .. } | Error::Channel(source) => source.kind(),
             Error::Events(error) => error.kind(),
             Error::Full => ErrorKind::Full,
+            Error::Stream(error) => error.kind(),
         }
     }
 
@@ -190,17 +221,6 @@ impl Error {
     }
 }
 
-fn channel_kind(error: &ChannelError) -> ErrorKind {
-    match error {
-        ChannelError::Unknown(_) => ErrorKind::NotFound,
-        ChannelError::Corrupt(_) => ErrorKind::Corrupt,
-        ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
-        ChannelError::Events(error) => error.kind(),
-        // There is no other error of a channel.
-        _ => ErrorKind::Other,
-    }
-}
-
 impl From<Corrupt> for Error {
     fn from(corrupt: Corrupt) -> Self {
         Error::Channel(ChannelError::Corrupt(corrupt))
@@ -209,24 +229,22 @@ impl From<Corrupt> for Error {
 
 impl From<Error> for io::Error {
     /// Wraps the error, for [`io::Read`] and [`io::Write`]. An error of the operating system keeps
-    /// its kind.
+    /// its kind, except that of a device that is gone, which is [`io::ErrorKind::BrokenPipe`].
     fn from(error: Error) -> Self {
-        let kind = match &error {
-            Error::Channel(ChannelError::Events(EventError::System { source, .. }))
-            | Error::Events(EventError::System { source, .. }) => source.kind(),
-            error => match error.kind() {
-                ErrorKind::NotFound => io::ErrorKind::NotFound,
-                ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
-                ErrorKind::InUse => io::ErrorKind::ResourceBusy,
-                ErrorKind::InvalidInput | ErrorKind::TooLarge => io::ErrorKind::InvalidInput,
-                ErrorKind::Disconnected => io::ErrorKind::NotConnected,
-                ErrorKind::Gone => io::ErrorKind::BrokenPipe,
-                ErrorKind::Full => io::ErrorKind::WouldBlock,
-                ErrorKind::Corrupt => io::ErrorKind::InvalidData,
-                ErrorKind::Incompatible => io::ErrorKind::Unsupported,
-                ErrorKind::Inherited | ErrorKind::Other => io::ErrorKind::Other,
-            },
+        let kind = match error.kind() {
+            ErrorKind::Gone => None,
+            _ => system_kind(&error),
         };
+        let kind = kind.unwrap_or_else(|| error.kind().into());
         io::Error::new(kind, error)
     }
+}
+
+/// Returns the kind of the error of the operating system that caused an error, if one did.
+fn system_kind(error: &Error) -> Option<io::ErrorKind> {
+    let first = std::error::Error::source(error);
+    let mut causes = std::iter::successors(first, |cause| cause.source());
+    let system = causes.find_map(|cause| cause.downcast_ref::<io::Error>())?;
+    // The library's own texts have no kind of their own.
+    (system.kind() != io::ErrorKind::Other).then(|| system.kind())
 }

@@ -20,31 +20,4 @@
 ///
 /// assert_eq!(retry_after(ErrorKind::Corrupt), None);
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ErrorKind {
-    /// There is no broker, device, channel, VM or buffer of that name or number.
-    NotFound,
-    /// The process lacks a permission for the call.
-    PermissionDenied,
-    /// Another process uses the end, channel, device or buffer, which may be free later.
-    InUse,
-    /// The other program, or the driver, is of another release.
-    Incompatible,
-    /// An argument is not valid.
-    InvalidInput,
-    /// The broker closed the connection, or does not answer.
-    Disconnected,
-    /// The device was unplugged, or its driver was unbound.
-    Gone,
-    /// The channel has no room.
-    Full,
-    /// The record is larger than the channel carries.
-    TooLarge,
-    /// The other end wrote invalid words to the channel.
-    Corrupt,
-    /// The process that this one was forked from made the value. This process opens its own.
-    Inherited,
-    /// A system call failed, or the broker failed to handle the request.
-    Other,
-}
+pub use barlink_protocol::ErrorKind;

@@ -4,6 +4,8 @@
 
 use std::io;
 
+use barlink_protocol::Classified;
+
 use crate::error_kind::ErrorKind;
 
 /// Ringing the other end, or sleeping until it rings, failed.
@@ -69,5 +71,11 @@ impl EventError {
             what,
             source: error.into(),
         }
+    }
+}
+
+impl Classified for EventError {
+    fn kind(&self) -> ErrorKind {
+        self.kind()
     }
 }

@@ -83,9 +83,84 @@ pub use barlink_protocol::cursor::Corrupt;
 ///
 /// assert_eq!((FRAME.number(), AUDIO.number()), (256, 257));
 /// assert_eq!(Kind::new(0), None, "no record has kind 0");
+/// assert_eq!(Kind::try_from(65535).unwrap_err().to_string(), "65535 is no kind of a record: kinds are 1 to 65534");
 /// ```
-pub use barlink_protocol::cursor::Kind;
-pub use barlink_protocol::wire::layout::{Channel, End, Layout, LayoutError, Name};
+pub use barlink_protocol::cursor::{InvalidKind, Kind};
+/// A range that is not in the mapping ([`RegionError::Outside`]).
+///
+/// ```no_run
+/// use barlink::{OutOfRegion, RegionError, host};
+///
+/// let region = host::connect("default")?.region();
+/// let mut bytes = vec![0; 1 << 20];
+/// if let Err(RegionError::Outside(range)) = region.peek(region.size() - 4096, &mut bytes) {
+///     let range: OutOfRegion = range;
+///     bytes.truncate((range.size() - range.offset()) as usize);
+///     region.peek(range.offset(), &mut bytes)?;
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub use barlink_protocol::region::OutOfRegion;
+/// A channel of a region, as its [`Layout`] has it.
+///
+/// ```no_run
+/// use barlink::{Channel, End, host};
+///
+/// fn describe(channel: &Channel, host: u32) -> String {
+///     let place = |end| match channel.peer(end) {
+///         peer if peer == host => "the host".to_owned(),
+///         slot => format!("the VM in slot {slot}"),
+///     };
+///     let (from, to) = (place(End::Producer), place(End::Consumer));
+///     format!("{} goes from {from} to {to}", channel.name)
+/// }
+///
+/// let broker = host::connect("default")?;
+/// let layout = broker.layout();
+/// for channel in layout.channels() {
+///     println!("{}", describe(channel, layout.host()));
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
+pub use barlink_protocol::wire::layout::Channel;
+/// An end of a channel.
+///
+/// ```
+/// use barlink::End;
+///
+/// assert_eq!(End::Producer.other(), End::Consumer);
+/// assert_eq!(End::Producer.to_string(), "producer");
+/// ```
+pub use barlink_protocol::wire::layout::End;
+/// The error of a text that is no [`Name`].
+pub use barlink_protocol::wire::layout::InvalidName;
+/// The layout of a region. [`host::Attachment::layout`] and [`guest::Device::layout`] return it.
+///
+/// ```no_run
+/// use barlink::guest;
+///
+/// let device = guest::open("/dev/barlink0")?;
+/// let layout = device.layout();
+/// if let Some((index, camera)) = layout.find("camera") {
+///     println!("channel {index} holds {} bytes", camera.capacity);
+/// }
+/// println!("{} bytes belong to no channel", layout.raw_size);
+/// # Ok::<(), barlink::Error>(())
+/// ```
+pub use barlink_protocol::wire::layout::Layout;
+pub use barlink_protocol::wire::layout::LayoutError;
+/// The name of a channel.
+///
+/// ```
+/// use barlink::Name;
+///
+/// let name: Name = "camera-0".parse()?;
+/// assert_eq!(name.as_str(), "camera-0");
+/// assert!("Camera 0".parse::<Name>().is_err());
+/// # Ok::<(), barlink::InvalidName>(())
+/// ```
+pub use barlink_protocol::wire::layout::Name;
+pub use barlink_protocol::wire::layout::{BrokerName, Identity, Instance};
 // The bench and tests of the broker measure and drive the ring without the library around it.
 pub use claim::{Held, NotHere};
 #[doc(hidden)]

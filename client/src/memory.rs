@@ -16,6 +16,8 @@ use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 
+use crate::error_kind::ErrorKind;
+
 /// The region of the ring: clones share one mapping.
 pub type Region = region::Region<Mapping>;
 
@@ -34,7 +36,7 @@ pub type Region = region::Region<Mapping>;
 /// assert_eq!(refused.err(), Some(ErrorKind::InvalidInput));
 /// # Ok::<(), barlink::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Access {
     /// The process only reads: neither descriptor nor mapping permits more.
@@ -70,6 +72,16 @@ pub enum MemoryError {
     /// A file that was handed over is not a region's.
     #[error("the region's memory is not safe to use: {0}")]
     Unsafe(&'static str),
+}
+
+impl MemoryError {
+    /// Returns the class of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            MemoryError::File { .. } => ErrorKind::Other,
+            MemoryError::Unsafe(_) => ErrorKind::Incompatible,
+        }
+    }
 }
 
 /// Memory that is mapped shared. It derefs to its words; clones share it.

@@ -7,12 +7,12 @@
 //! end that always finds something makes no system calls for it.
 //!
 //! A doorbell can be lost until one has arrived. Until then a timer makes the descriptor readable,
-//! after 1 ms and then after twice as long, up to 1 s.
+//! after 1 ms and then after twice as long, up to 1 s, as the fallback poll of an end that sleeps.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use barlink_protocol::Presence;
+use barlink_protocol::{FIRST_FALLBACK_POLL, LONGEST_FALLBACK_POLL, Presence};
 use rustix::event::epoll;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
@@ -23,9 +23,6 @@ use crate::doorbell::Doorbells;
 use crate::event_error::EventError;
 use crate::process::Process;
 
-/// First and longest time of the timer, while no doorbell has proven that doorbells arrive.
-const FIRST: Duration = Duration::from_millis(1);
-const LONGEST: Duration = Duration::from_secs(1);
 /// A time after which the descriptor is readable at once. Zero would switch the timer off.
 const NOW: Duration = Duration::from_nanos(1);
 
@@ -62,7 +59,7 @@ impl Readiness {
             quiet: false,
             peer: Presence::default(),
             rings: doorbells.rings(),
-            next: FIRST,
+            next: FIRST_FALLBACK_POLL,
             process: Process::current(),
         };
         readiness.set(NOW);
@@ -85,19 +82,19 @@ impl Readiness {
         if is_new {
             self.peer = peer;
             self.rings = doorbells.rings();
-            self.next = FIRST;
+            self.next = FIRST_FALLBACK_POLL;
         }
         // Another VM's end is not visible, so it may have changed.
         let is_proven = doorbells.rings() > self.rings && peer != Presence::default();
         if !doorbells.wakes() {
-            self.set(FIRST);
+            self.set(FIRST_FALLBACK_POLL);
         } else if !is_proven {
             if was_quiet && !is_new {
                 // Calls before the timer has expired do not lengthen it.
                 if !self.has_expired() {
                     return;
                 }
-                self.next = (self.next * 2).min(LONGEST);
+                self.next = (self.next * 2).min(LONGEST_FALLBACK_POLL);
             }
             self.set(self.next);
         } else if !was_quiet || !self.next.is_zero() {

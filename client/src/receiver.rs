@@ -27,9 +27,9 @@ pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 
 /// The end of a channel that receives records. The claim of the end lasts as long as this value, in
 /// the process that made it: a copy in a forked process does nothing
-/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). A
-/// receiver that is dropped releases the records that were passed. If the thread panics, it does
-/// not, and the next receiver gets them again.
+/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). A receiver that is dropped releases the
+/// records that it advanced over ([`Record::advance`]). If the thread panics, it does not, and the
+/// next receiver gets them again.
 ///
 /// ```no_run
 /// use barlink::host;
@@ -241,8 +241,8 @@ impl Receiver {
         }
     }
 
-    /// Releases the records that were passed ([`Record::pass`]), so that the sender can use their
-    /// room. A record that was kept ([`Record::keep`]) remains in the channel.
+    /// Releases the records that the receiver advanced over ([`Record::advance`]), so that the
+    /// sender can use their room. A record that was kept ([`Record::keep`]) remains in the channel.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -251,7 +251,7 @@ impl Receiver {
     /// let mut sum = 0;
     /// while let Some(sample) = samples.try_recv()? {
     ///     sum += sample.len();
-    ///     sample.pass();
+    ///     sample.advance();
     ///     if sum > 1 << 20 {
     ///         break;
     ///     }
@@ -265,7 +265,7 @@ impl Receiver {
     ///
     /// Ringing failed. The records are released all the same.
     pub fn release(&mut self) -> Result<(), Error> {
-        Ok(self.ring.release_passed()?)
+        Ok(self.ring.release_advanced()?)
     }
 
     /// Returns a reader of one byte stream, as `barlink recv` is. A reader that is dropped within a
@@ -416,7 +416,7 @@ impl Drop for Receiver {
             |ring: &&mut RingReceiver| !(std::thread::panicking() || ring.events().is_gone());
         if let Some(ring) = self.ring.get().filter(may_release) {
             // A failed ring delays the sender until it looks by itself; there is no later call.
-            let _ = ring.release_passed();
+            let _ = ring.release_advanced();
         }
     }
 }
@@ -459,6 +459,7 @@ impl<'a> IntoIterator for &'a mut Receiver {
 /// # Ok::<(), barlink::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "an iterator receives nothing before it is asked for a record"]
 pub struct Iter<'a> {
     receiver: &'a mut Receiver,
     failed: bool,
@@ -499,7 +500,8 @@ impl Iterator for Iter<'_> {
 /// while worker.send(receiver.recv()?.to_owned()).is_ok() {}
 /// # Ok::<(), barlink::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct OwnedRecord {
     /// The type of the content.
     pub kind: Kind,
@@ -516,10 +518,10 @@ pub struct OwnedRecord {
 /// The end of a record's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum AtEnd {
-    /// Release it, and all that were passed.
+    /// Release it, and all that the receiver advanced over.
     Release,
     /// Release it later.
-    Pass,
+    Advance,
     /// The next call receives it again.
     Keep,
 }
@@ -549,6 +551,7 @@ enum AtEnd {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a record that is dropped is released, and is not received again"]
 pub struct Record<'a> {
     receiver: &'a mut Receiver,
     /// The offset of the next byte for [`Read`].
@@ -715,7 +718,7 @@ impl Record<'_> {
         Ok(written)
     }
 
-    /// Releases the record, as dropping it does, and all records that were passed.
+    /// Releases the record, as dropping it does, and all records that the receiver advanced over.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -733,11 +736,11 @@ impl Record<'_> {
     /// Ringing the sender failed. The record is released all the same. If a record is dropped
     /// instead, the next call of the receiver returns that error.
     pub fn release(mut self) -> Result<(), Error> {
-        self.at_end = AtEnd::Pass;
+        self.at_end = AtEnd::Advance;
         Ok(self.receiver.ring.release()?)
     }
 
-    /// Passes the record without releasing it. It is released with the next record that is
+    /// Advances over the record without releasing it. It is released with the next record that is
     /// released, or by the next call that finds no record at once. Releasing many records at once
     /// costs less than releasing each.
     ///
@@ -749,13 +752,13 @@ impl Record<'_> {
     ///     let sample = samples.recv()?;
     ///     // Every 64th sample is released, and the 63 before with it.
     ///     if sample.sequence() % 64 != 0 {
-    ///         sample.pass();
+    ///         sample.advance();
     ///     }
     /// }
     /// # Ok::<(), barlink::Error>(())
     /// ```
-    pub fn pass(mut self) {
-        self.at_end = AtEnd::Pass;
+    pub fn advance(mut self) {
+        self.at_end = AtEnd::Advance;
     }
 
     /// Keeps the record in the channel: the next call receives it again, or the next receiver if
@@ -818,7 +821,7 @@ impl Drop for Record<'_> {
     fn drop(&mut self) {
         match self.at_end {
             AtEnd::Keep => (),
-            AtEnd::Pass => self.receiver.ring.advance(),
+            AtEnd::Advance => self.receiver.ring.advance(),
             // It was not handled, so it is received again.
             AtEnd::Release if std::thread::panicking() => (),
             AtEnd::Release => {

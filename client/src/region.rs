@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A region, for programs. No method faults or panics, whatever offset and mapping it is called
-//! with: the ends of channels use the ring's own region instead, which does.
+//! A region, for programs. A method that is called with a wrong offset, or with a mapping for
+//! reading, returns an error: the ends of channels use the ring's own region instead, which panics.
 
 use barlink_protocol::AtomicU64;
 use barlink_protocol::region::OutOfRegion;
@@ -13,6 +13,10 @@ use crate::memory;
 ///
 /// Offsets are in bytes. [`peek`](Region::peek) and [`poke`](Region::poke) take any offset; the
 /// other methods take multiples of 8. Other programs can change every byte at any time.
+///
+/// In a guest, the memory is gone once the device was unplugged or its driver unbound. An access by
+/// any of these methods is then SIGBUS, which ends the process unless it handles that signal:
+/// [`Device::wait_until_gone`](crate::guest::Device::wait_until_gone) tells it before.
 ///
 /// ```no_run
 /// use std::sync::atomic::Ordering;
@@ -40,12 +44,12 @@ pub struct Region {
 ///
 /// let region = host::connect("default")?.region();
 /// match region.poke(region.size(), b"behind the end") {
-///     Err(RegionError::Outside(error)) => println!("{error}"),
+///     Err(RegionError::Outside(range)) => println!("only {} bytes are mapped", range.size()),
 ///     poked => poked?,
 /// }
 /// # Ok::<(), barlink::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegionError {
     /// The bytes are not all in the mapping.
@@ -99,6 +103,16 @@ impl Region {
 
     /// Copies bytes out of any place in the mapping.
     ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let region = host::connect("default")?.region();
+    /// let mut magic = [0; 8];
+    /// region.peek(0, &mut magic)?;
+    /// assert_eq!(&magic, b"barlink\0");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// The bytes are not all in the mapping.
@@ -109,6 +123,15 @@ impl Region {
     /// Copies bytes to any place in the mapping. A word that the bytes fill in part is loaded,
     /// changed and stored, so no other program may change the rest of that word meanwhile.
     ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let window = broker.layout().raw_offset;
+    /// broker.region().poke(window + 3, b"any offset")?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// The bytes are not all in the mapping, or they or all of it are for reading only.
@@ -118,6 +141,16 @@ impl Region {
     }
 
     /// Copies many bytes out of the region, in the way that is fast for its cache mode.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let mut picture = vec![0; 1 << 20];
+    /// device.region().copy_out(device.layout().raw_offset, &mut picture)?;
+    /// std::fs::write("picture.raw", picture)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -130,6 +163,15 @@ impl Region {
 
     /// Copies many bytes into the region, in the way that is fast for its cache mode. If the bytes
     /// end within a word, the rest of that word becomes zero.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let picture = std::fs::read("picture.raw")?;
+    /// device.region().copy_in(device.layout().raw_offset, &picture)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -144,6 +186,15 @@ impl Region {
 
     /// Loads a word that no other words depend on.
     ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let temperature = broker.region().load(broker.layout().raw_offset)?;
+    /// println!("{} °C", f64::from_bits(temperature));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// The word is not in the mapping, or the offset is not a multiple of 8.
@@ -153,6 +204,15 @@ impl Region {
     }
 
     /// Stores a word that no other words depend on.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let window = device.layout().raw_offset;
+    /// device.region().store(window, 21.5_f64.to_bits())?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -166,6 +226,21 @@ impl Region {
     }
 
     /// Returns the word at an offset, for atomic accesses.
+    ///
+    /// ```no_run
+    /// use std::sync::atomic::Ordering;
+    ///
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let region = broker.region();
+    /// // One program puts data behind the word, and sets the word when the data is there.
+    /// let is_ready = region.word(broker.layout().raw_offset)?;
+    /// while is_ready.load(Ordering::Acquire) == 0 {
+    ///     std::thread::sleep(std::time::Duration::from_millis(1));
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///

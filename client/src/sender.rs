@@ -35,7 +35,7 @@ pub type RingSender = barlink_protocol::Sender<Mapping, Doorbells>;
 /// println!("{lost} of 3 readings found the channel full");
 /// # Ok::<(), barlink::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[must_use = "a record can be dropped"]
 pub enum Sent {
     /// The record was committed: the receiver sees it.
@@ -348,8 +348,8 @@ impl Sender {
         StreamWriter::new(self)
     }
 
-    /// Returns the most bytes that one record can carry: half the channel's capacity less 24, and
-    /// at most 2³² − 8 (`docs/protocol.md`, rule 4.1.2).
+    /// Returns the most bytes that one record can carry: capacity / 2 − 24, and at most 2³² − 8
+    /// (`docs/protocol.md`, rule 4.1.2).
     ///
     /// ```no_run
     /// use barlink::{Kind, host};
@@ -535,6 +535,7 @@ pub(crate) fn is_present(region: &Region, words: Option<PresenceWords>) -> bool 
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a reservation that is not committed sends nothing"]
 pub struct Reservation<'a> {
     reservation: SenderReservation<'a, Mapping, Doorbells>,
     /// Bytes that were written.
@@ -559,11 +560,13 @@ impl Reservation<'_> {
         self.reservation.length() as usize
     }
 
-    /// Lets the kernel read from a file straight into an empty reservation, without a copy in
-    /// between. Calls `read(2)` once, so a pipe can give fewer bytes than fit. Returns the bytes
-    /// read: 0 at the end of the file, or if the reservation is not empty. If the kernel cannot
-    /// read the file into the memory of a device, as with `O_DIRECT` in a guest, the bytes go by
-    /// way of a private buffer.
+    /// Appends bytes of a file to the record. Calls `read(2)` once, so a pipe can give fewer bytes
+    /// than fit, and another call appends more. Returns the bytes read: 0 at the end of the file,
+    /// or if the room is used up, as for [`Write::write`].
+    ///
+    /// The kernel reads straight into an empty reservation, without a copy in between. Bytes go by
+    /// way of a private buffer if the reservation has some already, or if the kernel cannot read
+    /// the file into the memory of a device, as with `O_DIRECT` in a guest.
     ///
     /// ```no_run
     /// use std::fs::File;
@@ -589,17 +592,17 @@ impl Reservation<'_> {
     pub fn read_from(&mut self, file: impl AsFd) -> io::Result<usize> {
         let events = self.reservation.events();
         events.check_process().map_err(Error::from)?;
-        if self.length > 0 {
-            return Ok(0);
-        }
         let file = file.as_fd();
+        if self.length > 0 {
+            return self.append_from(file);
+        }
         self.length = match self.reservation.read_from(file.as_raw_fd()) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EINVAL)) => {
                 self.reservation
                     .events()
                     .check_device()
                     .map_err(Error::from)?;
-                self.copy_from(file)?
+                return self.append_from(file);
             }
             length => length?,
         };
@@ -609,18 +612,18 @@ impl Reservation<'_> {
         Ok(self.length as usize)
     }
 
-    /// Reads from a file by way of a private buffer. Returns the bytes read.
+    /// Appends bytes of a file by way of a private buffer. Returns the bytes read.
     #[cold]
-    fn copy_from(&mut self, file: BorrowedFd<'_>) -> io::Result<u32> {
+    fn append_from(&mut self, file: BorrowedFd<'_>) -> io::Result<usize> {
         // A file with O_DIRECT is read in whole blocks.
-        let length = match self.capacity() {
+        let length = match self.capacity() - self.len() {
+            0 => return Ok(0),
             length @ ..ALIGNMENT => length,
             length => (length / ALIGNMENT * ALIGNMENT).min(256 << 10),
         };
         let mut buffer = AlignedBuffer::new(length);
         let length = rustix::io::read(file, buffer.bytes())?;
-        self.reservation.write(0, &buffer.bytes()[..length]);
-        Ok(length as u32)
+        self.write(&buffer.bytes()[..length])
     }
 
     /// Commits the record with the bytes that were written, and rings the receiver if it asked for

@@ -94,37 +94,12 @@ pub use barlink_protocol::stream::Watch;
 use barlink_protocol::{Sent, Strategy, Wakeup, stream};
 
 use crate::error::Error;
-use crate::event_error::EventError;
+pub use crate::error::StreamError;
 use crate::receiver::{Numbers, Receiver, copy_from};
 use crate::sender::Sender;
 
 /// Most bytes that a writer puts into one record: larger ones are no faster.
 const RECORD_SIZE: usize = 1 << 20;
-
-/// The reason why a stream ended early. The errors of its source and its target are
-/// [`io::Error`]s; [`StreamError::Incomplete`] is a stream whose sender left.
-///
-/// ```no_run
-/// use std::fs::File;
-///
-/// use barlink::host;
-/// use barlink::stream::{self, StreamError};
-///
-/// let mut receiver = host::connect("default")?.receiver("up")?;
-/// let file = File::create("photo.jpg")?;
-/// match stream::receive(&mut receiver, &file, &mut ()) {
-///     Err(StreamError::Incomplete(bytes)) => println!("only {bytes} bytes came"),
-///     Err(StreamError::Write { partial, .. }) => {
-///         // The whole record comes again, so its first part must not stay in the file.
-///         file.set_len(file.metadata()?.len() - partial)?;
-///     }
-///     received => println!("{} bytes", received?.bytes),
-/// }
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-///
-/// [`StreamError::Incomplete`]: stream::StreamError::Incomplete
-pub type StreamError = stream::StreamError<EventError>;
 
 /// Sends all bytes of a file as one stream, in records of at most `record_size` bytes. A size of 0
 /// counts as 1, and a size above [`Sender::max_record`] as that. `watch` sees the progress;
@@ -273,6 +248,7 @@ impl<W: Watch> Watch for Noting<'_, W> {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a stream that is not finished is incomplete"]
 pub struct StreamWriter<'a> {
     sender: &'a mut Sender,
     begun: bool,

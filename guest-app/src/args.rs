@@ -69,6 +69,7 @@ impl Cache {
             guest::Cache::Auto => {
                 "Fastest mode that the kernel grants, by a short measurement; `same` if the region is mapped"
             }
+            _ => "Mode that this program does not describe",
         }
     }
 }

@@ -106,7 +106,7 @@ impl Shortfall {
                  `bus=barlink-port` on the device, as `barlink qemu-args` prints it; or with 3 GiB of RAM or more"
             }
             Shortfall::Elsewhere { .. } => {
-                "see /sys/kernel/debug/x86/pat_memtype_list and /proc/mtrr in the guest: who else has it mapped, and how?"
+                "look in the guest's /sys/kernel/debug/x86/pat_memtype_list and /proc/mtrr for other mappings of these addresses, and their modes"
             }
         }
     }

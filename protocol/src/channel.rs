@@ -474,11 +474,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.notify(notify)
     }
 
-    /// Releases the records that were passed, as [`Receiver::release`] does. The record that
+    /// Releases the records that it advanced over, as [`Receiver::release`] does. The record that
     /// [`Receiver::wait`] found remains in the channel.
-    pub fn release_passed(&mut self) -> Result<(), ChannelError<E::Error>> {
+    pub fn release_advanced(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.consumer.release_passed();
+        let notify = self.consumer.release_advanced();
         self.notify(notify)
     }
 

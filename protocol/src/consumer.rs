@@ -118,14 +118,14 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     /// there are no such records.
     pub fn release(&mut self) -> Notify {
         self.advance();
-        self.release_passed()
+        self.release_advanced()
     }
 
-    /// Releases the records that were passed, as [`Consumer::release`] does. The record that
+    /// Releases the records that it advanced over, as [`Consumer::release`] does. The record that
     /// [`Consumer::poll`] found remains in the channel.
     // Inlined so that `release` stays one function.
     #[inline(always)]
-    pub fn release_passed(&mut self) -> Notify {
+    pub fn release_advanced(&mut self) -> Notify {
         if self.passed == self.read {
             return Notify::Quiet;
         }

@@ -180,8 +180,8 @@ fn lines(words: &[AtomicU64]) -> core::ops::Range<usize> {
     start..words.len() - (words.len() - start) % BLOCK
 }
 
-/// Number of words that are loaded before as many are stored, so that processors, and TCG, overlap
-/// the accesses. As many registers need not be saved by a function.
+/// Number of words that are loaded before as many are stored, so that processors overlap the
+/// accesses. As many registers need not be saved by a function.
 const GROUP: usize = 4;
 
 /// Copies word by word.
@@ -223,7 +223,10 @@ fn detect() -> Way {
 }
 
 /// Detects the fastest way. Under TCG, which CPUID names, that is [`Way::Words`], because TCG keeps
-/// general registers in the host's registers and vector registers in memory.
+/// general registers in the host's registers and vector registers in memory. Whole lines are then
+/// copied by assembly as well, with eight loads before eight stores, and with the offsets in the
+/// instructions. A compiler's loop has fewer words at a time and computes addresses, from which TCG
+/// makes slower code.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 fn detect() -> Way {
     use core::arch::x86_64::__cpuid;
@@ -331,8 +334,7 @@ mod assembly {
         };
     }
 
-    // Eight loads come before eight stores, and the instructions contain the offsets. A compiler's
-    // loop has fewer words at a time and computes addresses, from which TCG makes slower code.
+    // For TCG: see `detect`.
     copy!(
         by_words,
         ["r8" "r9" "r10" "r11" "r12" "r13" "r14" "r15"],

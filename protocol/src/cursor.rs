@@ -7,6 +7,8 @@
 //! lasts for almost three years at 100 GB a second. This module computes numbers and accesses no
 //! memory, so that tests reach all of it.
 
+use core::fmt;
+
 use crate::wire::layout::Channel;
 
 /// Size of a record's header, in bytes.
@@ -14,7 +16,7 @@ pub const HEADER_BYTES: u64 = 24;
 
 /// Error of a channel whose words contradict each other. The channel can be used again after a
 /// reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("channel is corrupt: {0}")]
 pub struct Corrupt(pub &'static str);
 
@@ -154,7 +156,7 @@ const PADDING: u16 = u16::MAX;
 pub(crate) const PADDING_WORD: u64 = (PADDING as u64) << 32;
 
 /// Kind of a record, 1 to 65534. Numbers below 256 belong to barlink, the others to the user.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Kind(u16);
 
 impl Kind {
@@ -180,6 +182,26 @@ impl Kind {
         self.0
     }
 }
+
+impl fmt::Display for Kind {
+    /// Writes the number.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl TryFrom<u16> for Kind {
+    type Error = InvalidKind;
+
+    fn try_from(number: u16) -> Result<Self, InvalidKind> {
+        Kind::new(number).ok_or(InvalidKind(number))
+    }
+}
+
+/// Error of a number that is no kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[error("{0} is no kind of a record: kinds are 1 to 65534")]
+pub struct InvalidKind(u16);
 
 /// A record's header (`docs/protocol.md`, section 4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -23,6 +23,7 @@ mod consumer;
 mod copy;
 pub mod cursor;
 mod error;
+mod error_kind;
 #[cfg(not(loom))]
 mod io;
 mod link;
@@ -41,7 +42,8 @@ pub use cache::{CacheState, Shortfall};
 pub use channel::{Receiver, Sender, SenderReservation, Sent};
 pub use consumer::{Consumer, Record};
 pub use error::ChannelError;
-pub use link::{Events, Link, Wakeup};
+pub use error_kind::{Classified, ErrorKind};
+pub use link::{Events, FIRST_FALLBACK_POLL, LONGEST_FALLBACK_POLL, Link, Wakeup};
 pub use presence::{Presence, PresenceWords};
 pub use producer::{Notify, Producer, Reservation, ReserveError};
 pub use strategy::Strategy;

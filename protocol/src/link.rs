@@ -71,9 +71,10 @@ pub(crate) enum Threshold {
     Disarmed,
 }
 
-/// Shortest and longest fallback poll. An end polls until a doorbell has come through.
-const FIRST_FALLBACK_POLL: Duration = Duration::from_millis(1);
-const LONGEST_FALLBACK_POLL: Duration = Duration::from_secs(1);
+/// Shortest fallback poll. An end polls until a doorbell has come through.
+pub const FIRST_FALLBACK_POLL: Duration = Duration::from_millis(1);
+/// Longest fallback poll.
+pub const LONGEST_FALLBACK_POLL: Duration = Duration::from_secs(1);
 /// Shortest and longest back-off sleep. In the longest one, less than half of a channel of 16 MiB
 /// moves, except between two ends on the host, where 10 GB/s and more move.
 const FIRST_BACK_OFF: Duration = Duration::from_micros(100);

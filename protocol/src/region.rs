@@ -39,12 +39,29 @@ pub unsafe fn words<'a>(start: *mut u8, length: usize) -> &'a [AtomicU64] {
 }
 
 /// Error of a range that is not in the mapping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("{length} bytes at {offset:#x} are not in the mapping, which has {size}")]
 pub struct OutOfRegion {
     offset: u64,
     length: usize,
     size: u64,
+}
+
+impl OutOfRegion {
+    /// Returns the offset of the first byte of the range.
+    pub const fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Returns the number of bytes in the range.
+    pub const fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Returns the size of the mapping, in bytes.
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
 }
 
 /// A region, or its mapped part, from its first byte on.

@@ -7,7 +7,7 @@ use core::time::Duration;
 /// The time that an end polls before it arms a wake-up and sleeps. A ring costs its sender as much
 /// time as many records, and costs the sleeping end a wake-up. Spinning costs processor time. A
 /// back-off sleep delays a record that comes during it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Strategy {
     /// Shortest time to spin. An end spins for longer while spinning succeeds, and for less while
     /// it does not; every eighth fruitless spin lasts for the longest time. An end does not spin if

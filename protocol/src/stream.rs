@@ -33,7 +33,8 @@ const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 const BUFFER_BYTES: usize = 256 << 10;
 
 /// Progress of a stream.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct Progress {
     /// Bytes sent or received.
     pub bytes: u64,
@@ -77,7 +78,7 @@ pub trait Watch {
 impl Watch for () {}
 
 /// Records that a receiver accepts beyond those of a whole stream.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Accept {
     partial: bool,
     raw: bool,
@@ -103,11 +104,16 @@ impl Accept {
         self.raw = accepts;
         self
     }
+
+    /// Returns whether records of every kind are accepted.
+    pub fn is_raw(&self) -> bool {
+        self.raw
+    }
 }
 
 /// Reason why a record belongs to no stream that a receiver can take up. The record stays in the
 /// channel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Misplaced {
     /// The stream has no beginning.
@@ -118,8 +124,8 @@ pub enum Misplaced {
     /// The record is of another kind.
     #[error("the next record, of {length} bytes, is of kind {kind}, which is not of a stream")]
     OtherKind {
-        /// Number of the record's kind.
-        kind: u16,
+        /// Kind of the record.
+        kind: Kind,
         /// Bytes of payload.
         length: u32,
     },
@@ -196,7 +202,7 @@ impl Position {
             _ if accept.raw => Part::Data,
             kind => {
                 return Err(Misplaced::OtherKind {
-                    kind: kind.number(),
+                    kind,
                     length: header.length,
                 });
             }

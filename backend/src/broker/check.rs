@@ -3,13 +3,14 @@
 //! Checks a configuration without serving it, so that a mistake is found while the broker with the
 //! earlier configuration still serves.
 
-use barlink::host::Attachment;
+use barlink::host::AttachOptions;
 use barlink::{Access, Error};
 
 use super::accept::{Listener, SocketError};
+use super::config::Config;
 use super::error::BrokerError;
 use super::plan::{fits, plan};
-use super::{Config, takeover};
+use super::takeover;
 
 /// The state in which a check found the control socket.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,7 +41,10 @@ pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckEr
     for path in slots().chain([config.control.as_path()]) {
         Listener::check(path, run_folder).map_err(BrokerError::from)?;
     }
-    let running = match Attachment::connect(&config.control, Access::ReadOnly) {
+    let running = match AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(&config.control)
+    {
         Err(Error::Control(barlink::host::ControlError::NoBroker { .. })) => {
             return Ok(Checked::NotServed);
         }

@@ -11,6 +11,7 @@
 
 mod accept;
 mod check;
+mod config;
 mod confine;
 mod control;
 mod error;
@@ -30,6 +31,7 @@ use parking_lot::RwLock;
 
 pub use self::accept::{Listener, SocketError};
 pub use self::check::{CheckError, Checked, check};
+pub use self::config::Config;
 pub use self::confine::confine_early_thread;
 pub use self::control::{Answered, Exit, answer};
 pub use self::error::BrokerError;
@@ -45,24 +47,6 @@ use crate::persistence::{ClientId, Inheritance, is_managed};
 use crate::slot::{Slot, SlotConfig};
 use crate::socket::disconnect;
 use crate::transport::Transport;
-
-/// The operator's choices for a broker.
-pub struct Config {
-    /// Bytes in the region.
-    pub size: u64,
-    /// Interrupt vectors of each peer; 0 for one a channel and one for control.
-    pub vectors: u32,
-    /// The channels; none for an `up` and a `down` for each slot.
-    pub channels: Vec<ChannelPlan>,
-    /// The room for channels that are added while the region is in use.
-    pub reserve: Reserve,
-    /// The transport and the socket of each slot.
-    pub slots: Vec<(Arc<dyn Transport>, PathBuf)>,
-    /// The control socket.
-    pub control: PathBuf,
-    /// The clients that may connect, besides the broker's own user and root.
-    pub policy: Policy,
-}
 
 /// A broker that listens at its sockets.
 pub struct Broker {

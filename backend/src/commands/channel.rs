@@ -3,8 +3,8 @@
 //! The commands `barlink channel add` and `barlink channel list`.
 
 use anyhow::Result;
-use barlink::Access;
-use barlink::host::{Added, Channel};
+use barlink::host::Added;
+use barlink::{Access, Channel};
 use barlink_cli::standard::print;
 use barlink_protocol::wire::layout::{Layout, MAX_CHANNELS};
 use indicatif::BinaryBytes;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Ask, Entry, Refusal};
-use barlink::host::{Attachment, Channel};
-use barlink::{Access, ErrorKind, Kind};
+use barlink::host::{AttachOptions, Attachment};
+use barlink::{Access, Channel, ErrorKind, Kind};
 use barlink_protocol::state;
 use barlink_protocol::wire::layout::{Layout, Name, PAGE_SIZE, TABLE_COUNT, table_entry};
 use rustix::process::Signal;
@@ -139,7 +139,10 @@ fn broker_refuses_invalid_channels() {
     }
     assert_eq!(other.attach().layout().channels().len(), 2);
     // A reader changes nothing, and a region without a reserve has no room.
-    let reader = Attachment::connect(&other.control(), Access::ReadOnly).unwrap();
+    let reader = AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(other.control())
+        .unwrap();
     let refused = reader.add_channel(Channel { name, ..channel }).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::InvalidInput);
     assert!(refused.to_string().contains("read-only"), "{refused}");

@@ -8,7 +8,7 @@ use std::process::Stdio;
 
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Answer, Ask};
-use barlink::host::Attachment;
+use barlink::host::AttachOptions;
 use barlink::{Access, Error, ErrorKind, Held};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::wire::layout::End;
@@ -39,7 +39,7 @@ fn limited(socket: OwnedFd) -> OwnedFd {
 
 /// Accepts the next connection, with a limit for its waits.
 fn accept(listener: &OwnedFd) -> OwnedFd {
-    limited(rustix::net::accept(listener).expect("nobody connects"))
+    limited(rustix::net::accept(listener).expect("no client connects"))
 }
 
 /// Maximum number of host apps at a time, as in the broker.
@@ -210,7 +210,7 @@ fn rejects_reply_from_non_broker() {
             br#"{"version":1,"answer":"done"}"#,
             "it answers another question",
         ),
-        (region, "tells a layout that cannot be"),
+        (region, "sent an invalid layout"),
         (
             br#"{"version":1,"answer":{"refused":{"version":{"broker":2}}}}"#,
             "the broker speaks version 2 of the control protocol",
@@ -224,7 +224,10 @@ fn rejects_reply_from_non_broker() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control.sock");
         let _impostor = impostor(&path, Some(answer));
-        let error = Attachment::connect(&path, Access::ReadOnly).unwrap_err();
+        let error = AttachOptions::new()
+            .access(Access::ReadOnly)
+            .connect_path(&path)
+            .unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
     }
 }
@@ -273,7 +276,10 @@ fn client_times_out_without_reply() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control.sock");
     let _impostor = impostor(&path, None);
-    let error = Attachment::connect(&path, Access::ReadOnly).unwrap_err();
+    let error = AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(&path)
+        .unwrap_err();
     assert!(
         error.to_string().contains("no broker answers at"),
         "{error}"
@@ -302,7 +308,7 @@ fn client_disconnects_after_timed_out_request() {
     let late = control.ask(Ask::Status).unwrap_err();
     assert!(late.to_string().contains("no broker answers at"), "{late}");
     go_on.send(()).unwrap();
-    let length = join("the client hangs up", broker);
+    let length = join("the client disconnects", broker);
     assert_eq!(length, 0, "the client does not close its connection");
     let lost = control.ask(Ask::Status).unwrap_err();
     assert!(matches!(lost, ControlError::Lost { .. }), "{lost}");
@@ -323,7 +329,7 @@ fn broker_frees_only_ends_granted_late() {
     broker.signal(Signal::STOP);
     std::thread::scope(|scope| {
         scope.spawn(|| other.receiver("one").unwrap_err());
-        // The broker refuses this end late, because its holder is the one that asks.
+        // The broker refuses this claim, because the same app holds the end. The refusal is late.
         scope.spawn(|| twice.sender("two").unwrap_err());
         // The answer is late, and `holder` does not know of the claim.
         holder.receiver("two").unwrap_err();
@@ -535,7 +541,10 @@ fn read_only_attachment_cannot_write_memory() {
 #[test]
 fn read_only_attachment_cannot_reset_channels() {
     let broker = Broker::start(&[]);
-    let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();
+    let attachment = AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(broker.control())
+        .unwrap();
     let error = attachment.reset("up").unwrap_err();
     assert!(matches!(error, Error::ReadOnlyReset { .. }), "{error}");
     // A program that is not of this library.
@@ -558,7 +567,10 @@ fn read_only_attachment_cannot_reset_channels() {
 #[test]
 fn read_only_attachment_cannot_claim_ends() {
     let broker = Broker::start(&[]);
-    let attachment = Attachment::connect(&broker.control(), Access::ReadOnly).unwrap();
+    let attachment = AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(broker.control())
+        .unwrap();
     let errors = [
         attachment.sender("down").unwrap_err(),
         attachment.receiver("up").unwrap_err(),

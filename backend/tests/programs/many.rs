@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use barlink::Access;
+use barlink::host::AttachOptions;
 use rustix::process::Signal;
 
 use crate::support::*;
@@ -15,7 +17,7 @@ use crate::vmm::{self, handshake};
 const NAMES: [&str; 6] = ["red", "green", "blue", "vm-1", "vm_2", "a.b"];
 /// Number of eventfds: 5 for each of two slots and the host. Each peer has a vector for control and
 /// one for each channel, of which each slot has two.
-const BELLS: usize = 3 * 5;
+const EVENTFDS: usize = 3 * 5;
 
 /// Brokers of one user. Dropping this value kills them.
 struct Brokers {
@@ -68,7 +70,7 @@ impl Vms {
         let path = |which: &str| brokers.path(&format!("{name}-{which}.sock"));
         let socket = vmm::connect_to(&path("vm"));
         Vms {
-            ivshmem: handshake(socket, BELLS),
+            ivshmem: handshake(socket, EVENTFDS),
             vfio_user: vfio_user::Client::new(&path("user")).unwrap(),
         }
     }
@@ -105,7 +107,9 @@ impl Vms {
 /// Returns the offset of the raw window, in bytes.
 fn raw_window(brokers: &Brokers, name: &str) -> u64 {
     let control: &Path = &brokers.path(&format!("barlink/{name}.sock"));
-    let attachment = barlink::host::Attachment::connect(control, barlink::Access::ReadOnly);
+    let attachment = AttachOptions::new()
+        .access(Access::ReadOnly)
+        .connect_path(control);
     attachment.unwrap().layout().raw_offset
 }
 

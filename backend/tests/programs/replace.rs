@@ -10,7 +10,7 @@ use std::process::Stdio;
 use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
-use barlink::host::Attachment;
+use barlink::host::{AttachOptions, Attachment};
 use barlink_broker::persistence::name;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
@@ -131,7 +131,10 @@ fn successor_accepts_same_sockets_from_another_folder() {
     let mut first = serve(folder.path(), relative, &[]).start();
     let control = folder.path().join("control.sock");
     let broker = || {
-        let attachment = Attachment::connect(&control, Access::ReadOnly).ok()?;
+        let attachment = AttachOptions::new()
+            .access(Access::ReadOnly)
+            .connect_path(&control)
+            .ok()?;
         Some(attachment.status().ok()?.broker)
     };
     wait_until("the broker listens", || broker().is_some());
@@ -246,7 +249,11 @@ fn stopped_service_preserves_epoch_for_successor() {
     });
     let attachment = broker.attach();
     let (_folder, code) = broker.stop(Signal::TERM);
-    assert_eq!((code, epoch(&attachment)), (Some(0), 2), "nobody keeps it");
+    assert_eq!(
+        (code, epoch(&attachment)),
+        (Some(0), 2),
+        "no successor keeps it"
+    );
 
     let folder = tempfile::tempdir().unwrap();
     let manager = ServiceManager::new(folder.path()).unwrap();
@@ -318,8 +325,8 @@ fn broker_gives_up_silent_successor() {
 fn successor_sets_socket_modes() {
     let mut broker = Broker::start(&[]);
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
-    let nobody = NOBODY.to_string();
-    let allow = ["--allow-user", &nobody];
+    let user = NOBODY.to_string();
+    let allow = ["--allow-user", &user];
     for (arguments, expected) in [(&allow[..], 0o666), (&[], 0o600)] {
         succeed(&mut broker, arguments);
         for name in ["vm.sock", "control.sock"] {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use barlink::Access;
-use barlink::host::Attachment;
+use barlink::host::AttachOptions;
 use barlink_broker::broker::{Broker, Config, Exit, Policy, Reserve};
 use barlink_broker::slot::Slot;
 use barlink_broker::transport::{Departure, Ivshmem, Rejection, Transport, TransportError};
@@ -93,7 +93,10 @@ fn panic_ends_only_its_own_session() {
             "it is not disconnected"
         );
         assert!(speaks(&mut second), "another session has ended");
-        let attachment = Attachment::connect(&path("control.sock"), Access::ReadOnly).unwrap();
+        let attachment = AttachOptions::new()
+            .access(Access::ReadOnly)
+            .connect_path(path("control.sock"))
+            .unwrap();
         wait_until("the slot is free", || {
             attachment.status().unwrap().slots[0].vm.is_none()
         });
@@ -110,7 +113,7 @@ fn panic_ends_only_its_own_session() {
         assert_eq!(&error, b"a");
         // By then, the failed session's thread has ended or sleeps.
         wait_until_asleep(std::process::id(), "slot 0");
-        assert!(has_nothing(&first), "it is hung up on");
+        assert!(has_nothing(&first), "it was disconnected");
         assert!(speaks(&mut second), "another session has ended");
     }
     (&stopper).write_all(b"x").unwrap();

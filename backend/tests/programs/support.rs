@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use barlink::Access;
-use barlink::host::Attachment;
+use barlink::host::{self, AttachOptions, Attachment};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
 
@@ -121,7 +121,10 @@ impl Broker {
         let child = way(&mut command).stderr(log(folder.path())).start();
         let broker = Broker { child, folder };
         wait_until("the broker listens", || {
-            Attachment::connect(&broker.control(), Access::ReadOnly).is_ok()
+            AttachOptions::new()
+                .access(Access::ReadOnly)
+                .connect_path(broker.control())
+                .is_ok()
         });
         broker
     }
@@ -169,7 +172,7 @@ impl Broker {
     }
 
     pub fn attach(&self) -> Attachment {
-        Attachment::connect(&self.control(), Access::ReadWrite).unwrap()
+        host::connect_path(self.control()).unwrap()
     }
 
     /// Returns the log, after the broker's thread for it has written all lines.

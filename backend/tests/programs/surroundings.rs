@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use barlink::Access;
-use barlink::host::Attachment;
+use barlink::host::{AttachOptions, Attachment};
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -28,7 +28,10 @@ fn attach(folder: &Path) -> Attachment {
     let control = folder.join("control.sock");
     let start = Instant::now();
     loop {
-        match Attachment::connect(&control, Access::ReadOnly) {
+        match AttachOptions::new()
+            .access(Access::ReadOnly)
+            .connect_path(&control)
+        {
             Ok(attachment) => return attachment,
             Err(error) => assert!(start.elapsed() < TIMEOUT, "{error}"),
         }

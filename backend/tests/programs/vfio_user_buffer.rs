@@ -76,10 +76,7 @@ fn host_app_reads_announced_dma_buffer() {
     announce(&mut client, address, 0x20000);
     let registers = [LOW, HIGH, SIZE, CONTROL].map(|register| client.read_word(0, register));
     assert_eq!(registers, [address as u32, 0, 0x20000, 1]);
-    let expected = BufferStatus {
-        address,
-        size: 0x20000,
-    };
+    let expected = BufferStatus::new(address, 0x20000);
     assert_eq!(buffer(&broker), Some(expected));
     // An app reads the whole buffer, which takes more than one copy; a part of it; and bytes that
     // the guest has changed.
@@ -147,10 +144,7 @@ fn host_app_reads_announced_dma_buffer() {
 fn broker_ignores_invalid_buffers_and_logs_once() {
     let broker = serve_both(&["--guest-memory"]);
     let (mut client, _ram) = guest(&broker);
-    let good = BufferStatus {
-        address: 16 * MIB,
-        size: 8192,
-    };
+    let good = BufferStatus::new(16 * MIB, 8192);
     announce(&mut client, good.address, 8192);
     for (address, size) in [
         (16 * MIB, 0),

@@ -138,19 +138,11 @@ fn broker_accepts_and_reports_unreadable_memory() {
     assert_eq!(log.matches("memory-backend-memfd,share=on").count(), 1);
     assert!(log.contains("cannot read the guest memory at 0x0, 1048576 bytes"));
     let status = || {
-        broker
-            .attach()
-            .status()
-            .unwrap()
-            .slots
-            .remove(1)
-            .vm
-            .unwrap()
+        let slot = broker.attach().status().unwrap().slots.remove(1);
+        assert_eq!(slot.id, 1);
+        slot.vm.unwrap()
     };
-    let expected = GuestMemoryStatus {
-        readable: MIB,
-        unreadable: 3 * MIB,
-    };
+    let expected = GuestMemoryStatus::new(MIB, 3 * MIB);
     assert_eq!(status().guest_memory, Some(expected));
     let seen = works(&mut broker.app(&["inspect", "--once"]));
     let line = ", 1.00 MiB of guest memory and 3.00 MiB that cannot be read";

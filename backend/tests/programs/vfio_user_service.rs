@@ -159,7 +159,7 @@ fn timed<T>(action: impl FnOnce() -> T) -> (T, Duration) {
 
 #[test]
 fn stalled_service_manager_delays_only_one_vm() {
-    once_of_some("nobody else waits", || {
+    once_of_some("no other VM waits", || {
         let slow = RefCell::new(Vec::new());
         stall_delays_one_vm_one_second(&|what, took| {
             slow.borrow_mut().push(format!("{what}: {took:?}"));

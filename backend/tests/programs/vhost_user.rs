@@ -179,7 +179,7 @@ fn interrupt_queue_delivers_each_rung_vector_once() {
     }
     client.put(1, u32::MAX, 4, true);
     broker.wait_until_idle();
-    assert_eq!(client.returned(1), count, "a vector that nobody rang");
+    assert_eq!(client.returned(1), count, "a vector that did not ring");
     // A buffer that is too short or not writable is returned unused. The vector waits for the next
     // buffer.
     let (short, read_only) = ((2, true), (4, false));

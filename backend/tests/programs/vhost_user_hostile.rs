@@ -312,7 +312,7 @@ fn stalled_vhost_user_client_delays_only_itself() {
 fn taken_vhost_user_slot_disconnects_second_client() {
     let broker = serve_vhost_user(&[]);
     let mut client = Client::handshake(&broker);
-    once_of_some("it hangs up at once", || {
+    once_of_some("it disconnects at once", || {
         let start = Instant::now();
         let second = crate::vmm::connect(&broker, "user.sock");
         assert!(is_closed(&second));

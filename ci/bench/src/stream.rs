@@ -81,7 +81,8 @@ impl Row {
         self.failure.is_none() && self.records > 0
     }
 
-    /// Returns the processor seconds for 10⁹ bytes of all ends on this side, if there are any.
+    /// Returns the processor time, in seconds for 10⁹ bytes, of the ends that run on this side.
+    /// `None` if neither end does.
     pub(super) fn cpu(&self, side: Side) -> Option<f64> {
         let sides = self.case.direction.sides();
         let ends = sides

@@ -94,7 +94,8 @@ fn both_ends_sleep_in_sleeping_trips(report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// Checks that both have the same cache mode, because their rates could otherwise not be compared.
+/// Checks that raw ivshmem is measured in the cache mode of barlink, so that their rates can be
+/// compared.
 fn raw_ivshmem_has_cache_mode_of_barlink(report: &Report) -> Result<()> {
     let folder = tempfile::tempdir()?;
     report.write(folder.path())?;

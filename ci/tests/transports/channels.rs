@@ -394,7 +394,7 @@ fn next_qemu_continues_after_killed_one() -> Result<()> {
         // Two records: the start of the stream, and the bytes.
         Ok(channel["records"] == 2 && channel["fill"] == 0)
     })?;
-    send(&broker, "down", b"for whoever comes")?;
+    send(&broker, "down", b"for the next VM")?;
     let before = connection(&broker)?;
     drop(vm);
     assert_eq!(
@@ -414,7 +414,7 @@ fn next_qemu_continues_after_killed_one() -> Result<()> {
     );
     assert_eq!(
         vm.run(["barlink-guest", "recv"])?.success()?,
-        "for whoever comes"
+        "for the next VM"
     );
     let receiver = receive(&broker, "up")?;
     vm.run(["sh", "-c", "echo again | barlink-guest send"])?

@@ -91,7 +91,7 @@ fn stream_survives_killed_vm_on_other_transport() -> Result<()> {
     stream.finish()?;
     // A VM is not told that another VM is gone (protocol.md, section 3). It detects that by the
     // stream of the next VM.
-    ensure!(!receiver.has_ended(), "it waits for nobody");
+    ensure!(!receiver.has_ended(), "it has ended before the next VM");
     let next = guest_in(&broker, 0)?;
     let first = end(&next, "send", "across", &["/bin/busybox"])?;
     let ended = receiver.wait(COMMAND_TIMEOUT)?;

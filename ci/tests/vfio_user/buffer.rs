@@ -159,7 +159,7 @@ fn suspend(iommu: bool) -> Result<()> {
 fn driver_announces_no_buffer_without_guest_memory() -> Result<()> {
     let (broker, vm) = guest(&[])?;
     let process = vm.spawn(["barlink-guest", "buffer"])?;
-    process.write(b"seen by nobody")?;
+    process.write(b"not seen")?;
     process.close_stdin()?;
     let line = process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
     assert!(line.starts_with("65536 bytes at 0x"), "{line}");

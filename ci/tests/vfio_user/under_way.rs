@@ -158,7 +158,7 @@ fn broker_killed_with_unread_message_ends_qemu() -> Result<()> {
         assert!(!machine.end()?.success());
         assert_eq!(app.try_wait()?, None, "the host app goes on");
         let refused = broker.inspect();
-        let error = format!("{:#}", refused.expect_err("nobody answers"));
+        let error = format!("{:#}", refused.expect_err("a broker answers"));
         assert!(error.contains("no broker"), "{error}");
         // A broker that is started now has a new region, and serves the next VM.
         broker.start_again()?;
@@ -274,11 +274,7 @@ fn lost_interrupt_setup_works_when_repeated() -> Result<()> {
         pass_broker(&mut machine, &device)?;
         machine.qmp("query-status", &json!({}))?;
     }
-    assert_eq!(
-        machine.read(TARGET + 8)?,
-        0,
-        "QEMU has given nobody an eventfd"
-    );
+    assert_eq!(machine.read(TARGET + 8)?, 0, "QEMU has given no eventfd");
     // A driver that is loaded again, or a guest that reboots, does the same.
     machine.write(device.config + 0x40, 0)?;
     enable_interrupts(&mut machine, &device)?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! The rules for prose that a program can check: openings of sentences that hide their subject, and
-//! the width of comments. `CONTRIBUTING.md` has all rules.
+//! the width of comments and documents. `CONTRIBUTING.md` has all rules.
 
 use std::fs;
 use std::path::Path;
@@ -12,22 +12,31 @@ use walkdir::WalkDir;
 /// Openings of sentences that have no noun as their subject.
 const OPENINGS: [&str; 5] = ["Who ", "Whoever ", "Nobody ", "What is ", "What was "];
 
-/// Most columns of a comment, with its indentation.
+/// Most columns of a comment or of a line in a document, with its indentation.
 const COLUMNS: usize = 100;
+
+/// Folders with a dot before their names that are part of the tree.
+const FOLDERS: [&str; 3] = [".cargo", ".ci", ".config"];
 
 /// The places of prose in a file.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Kind {
-    /// In its comments.
+    /// In its comments, after `//`.
     Code,
+    /// In the lines that begin with `#`.
+    Script,
     /// Everywhere but in blocks of code.
     Document,
 }
 
 impl Kind {
     fn of(path: &Path) -> Option<Self> {
+        if path.ends_with(".ci/run") {
+            return Some(Self::Script);
+        }
         match path.extension()?.to_str()? {
             "rs" | "c" | "h" => Some(Self::Code),
+            "sh" | "toml" => Some(Self::Script),
             "md" => Some(Self::Document),
             _ => None,
         }
@@ -40,7 +49,8 @@ pub fn faults(root: &Path) -> Result<Vec<String>> {
     let entries = WalkDir::new(root).sort_by_file_name().into_iter();
     let entries = entries.filter_entry(|entry| {
         let name = entry.file_name().to_string_lossy();
-        entry.depth() == 0 || !(name.starts_with('.') || name == "target")
+        let is_hidden = name.starts_with('.') && !FOLDERS.contains(&&*name);
+        entry.depth() == 0 || !(is_hidden || name == "target")
     });
     let mut faults = Vec::new();
     for entry in entries {
@@ -67,6 +77,7 @@ fn faults_of(text: &str, kind: Kind) -> Vec<(usize, String)> {
     for (line, number) in text.lines().zip(1..) {
         let prose = match kind {
             Kind::Code => comment(line),
+            Kind::Script => script_comment(line),
             Kind::Document => Some(line.trim_start()),
         };
         let is_fence = prose.is_some_and(|prose| prose.starts_with("```"));
@@ -77,9 +88,8 @@ fn faults_of(text: &str, kind: Kind) -> Vec<(usize, String)> {
             continue;
         };
         // A row of a table cannot be broken.
-        let can_wrap = kind == Kind::Code && !prose.starts_with('|');
-        if can_wrap && line.chars().count() > COLUMNS {
-            faults.push((number, format!("a comment is wider than {COLUMNS} columns")));
+        if !prose.starts_with('|') && width(line) > COLUMNS {
+            faults.push((number, format!("the text is wider than {COLUMNS} columns")));
         }
         // An item of a list.
         let prose = prose.strip_prefix("* ").unwrap_or(prose);
@@ -98,6 +108,29 @@ fn faults_of(text: &str, kind: Kind) -> Vec<(usize, String)> {
         }
     }
     faults
+}
+
+/// Returns the columns of a line, without the targets of its links, which cannot be broken.
+fn width(line: &str) -> usize {
+    let mut parts = line.split("](");
+    let first = parts.next().unwrap_or_default().chars().count();
+    let rest = parts.map(|part| {
+        let text = part.split_once(')').map_or("", |(_, text)| text);
+        "]()".len() + text.chars().count()
+    });
+    let is_target = line.contains("]: http");
+    if is_target {
+        0
+    } else {
+        first + rest.sum::<usize>()
+    }
+}
+
+/// Returns the text of a comment in a script or a configuration, if the line is one.
+fn script_comment(line: &str) -> Option<&str> {
+    let text = line.trim_start().strip_prefix('#')?;
+    // The first line names the program that runs the script.
+    (!text.starts_with('!')).then(|| text.trim_start_matches('#').trim_start())
 }
 
 /// The text of a line's comment, if the line is or ends with one.
@@ -156,5 +189,16 @@ mod tests {
             lines(&wide.replace("xx\n", "x\n"), Kind::Code),
             Vec::<usize>::new()
         );
+    }
+
+    #[test]
+    fn finds_wide_text_of_documents_and_scripts() {
+        let wide = "word ".repeat(21);
+        let text = format!("{wide}\n| {wide} |\n```\n{wide}\n```\n* {wide}\n");
+        assert_eq!(lines(&text, Kind::Document), [1, 6]);
+        let link = format!("See [a page]({}), and more.\n", "x".repeat(100));
+        assert_eq!(lines(&link, Kind::Document), Vec::<usize>::new());
+        let text = format!("#!/bin/sh {wide}\n# {wide}\nrun {wide}\n    # {wide}\n");
+        assert_eq!(lines(&text, Kind::Script), [2, 4]);
     }
 }

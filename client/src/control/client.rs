@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::layout::End;
@@ -22,6 +22,21 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 /// A broker could not be asked, or refused.
+///
+/// ```no_run
+/// use barlink::Error;
+/// use barlink::host::{self, ControlError};
+///
+/// let broker = match host::connect("default") {
+///     Err(Error::Control(ControlError::NoBrokerOfName { folders, .. })) => {
+///         println!("no broker has a socket in {folders}");
+///         return Ok(());
+///     }
+///     broker => broker?,
+/// };
+/// # drop(broker);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ControlError {
@@ -156,7 +171,7 @@ pub struct Control {
 
 #[derive(Debug)]
 struct Connection {
-    socket: PacketSocket,
+    socket: Arc<PacketSocket>,
     /// The broker has answered a request, so it has accepted the connection.
     answered: bool,
     /// A request has had no valid answer. A later packet would be taken for the answer to another
@@ -171,7 +186,7 @@ struct Connection {
 impl Connection {
     fn new(socket: PacketSocket) -> Self {
         Connection {
-            socket,
+            socket: Arc::new(socket),
             answered: false,
             out_of_step: false,
             late: 0,
@@ -179,9 +194,10 @@ impl Connection {
         }
     }
 
-    /// Ends a connection that cannot be used any more, so that the broker releases claims whose
-    /// answers were lost. The connection stays while an end is held here: its holder does not check
-    /// the connection, and the broker would give the end to others.
+    /// Shuts down a connection that takes no more requests, so that the broker releases claims
+    /// whose answers were lost. Does nothing while this process holds an end over the connection:
+    /// the broker would release that end too, and give it to another process while this one uses
+    /// it.
     fn give_up(&self) {
         if self.out_of_step && self.held.is_empty() {
             self.socket.shut_down();
@@ -332,7 +348,7 @@ impl Control {
                 // A broker that is replaced closes connections that it has not served. Its
                 // successor listens by now.
                 let control = Self::connect_until(&self.path, deadline)?;
-                connection.socket = control.into_socket();
+                connection.socket = control.socket();
                 outcome = self.exchange(&mut connection, &request, deadline);
             } else {
                 outcome = Err(self.disconnected(releases.is_some()));
@@ -362,9 +378,11 @@ impl Control {
         outcome
     }
 
-    fn into_socket(self) -> PacketSocket {
-        let connection = self.connection.into_inner();
-        connection.unwrap_or_else(PoisonError::into_inner).socket
+    /// Returns the socket of the connection.
+    pub(crate) fn socket(&self) -> Arc<PacketSocket> {
+        let connection = self.connection.lock();
+        let connection = connection.unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&connection.socket)
     }
 
     fn lost(&self, source: io::Error) -> ControlError {

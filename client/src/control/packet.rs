@@ -47,7 +47,7 @@ impl PacketSocket {
             None,
         )?;
         loop {
-            // `connect` obeys the timeout of sending while the queue of the listener is full. A
+            // `connect` applies the timeout of sending while the queue of the listener is full. A
             // timeout of 0 would be none.
             let left = deadline.saturating_duration_since(Instant::now());
             let left = left.max(Duration::from_millis(1));

@@ -5,6 +5,7 @@
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
 use std::hint::black_box;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::uapi::{CacheMode, Info};
@@ -18,15 +19,15 @@ use crate::memory::Mapping;
 /// ```no_run
 /// use barlink::guest::{Cache, OpenOptions};
 ///
-/// let mode = match std::env::var("CACHE").as_deref() {
-///     Ok("write-back") => Cache::WriteBack,
-///     Ok("write-combining") => Cache::WriteCombining,
-///     _ => Cache::Auto,
-/// };
+/// let mode: Cache = std::env::var("CACHE")
+///     .unwrap_or("auto".to_owned())
+///     .parse()?;
 /// let device = OpenOptions::new().cache(mode).open("/dev/barlink0")?;
-/// # Ok::<(), barlink::Error>(())
+/// println!("asked for {mode}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Cache {
     /// The mode of the region's live mappings, whichever process has them; noncached if there are
     /// none.
@@ -48,7 +49,7 @@ pub enum Cache {
 
 impl Cache {
     /// All requests, in the order in which programs list them.
-    pub const ALL: [Cache; 5] = [
+    pub const ALL: &'static [Cache] = &[
         Cache::Same,
         Cache::Noncached,
         Cache::WriteCombining,
@@ -96,6 +97,36 @@ impl Cache {
     }
 }
 
+impl Display for Cache {
+    /// Writes the [`name`](Cache::name).
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Cache {
+    type Err = UnknownCache;
+
+    /// Finds the mode with this [`name`](Cache::name).
+    fn from_str(name: &str) -> Result<Self, UnknownCache> {
+        let mut all = Cache::ALL.iter().copied();
+        let found = all.find(|cache| cache.name() == name);
+        found.ok_or_else(|| UnknownCache(name.to_owned()))
+    }
+}
+
+/// Error of a text that names no cache mode.
+///
+/// ```
+/// use barlink::guest::Cache;
+///
+/// let error = "fast".parse::<Cache>().unwrap_err();
+/// assert!(error.to_string().starts_with("no cache mode `fast`"));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[error("no cache mode `{0}`: same, noncached, write-combining, write-back or auto")]
+pub struct UnknownCache(String);
+
 /// Bytes that are mapped for the measurement, fewer than a second-level cache has, and bytes in one
 /// copy.
 const WINDOW: u64 = 256 << 10;
@@ -107,25 +138,23 @@ const TIME: Duration = Duration::from_millis(1);
 /// The factor by which a less preferred mode must be faster to be chosen.
 const MARGIN: f64 = 1.1;
 
-/// The result of [`Cache::Auto`]. Its text has the reason.
+/// The result of [`Cache::Auto`], which [`Device::choice`](super::Device::choice) returns. Its text
+/// has the reason, such as "write-combining: reads by write-back not granted, write-combining 2384
+/// MiB/s".
 ///
-/// ```
-/// use barlink::guest::{Cache, Choice};
+/// ```no_run
+/// use barlink::guest::{self, Choice};
 ///
-/// // `Device::choice` returns such a value.
-/// let choice = Choice {
-///     cache: Cache::WriteCombining,
-///     speeds: vec![
-///         (Cache::WriteBack, None),
-///         (Cache::WriteCombining, Some(2.5e9)),
-///     ],
-/// };
-/// assert_eq!(
-///     choice.to_string(),
-///     "write-combining: reads by write-back not granted, write-combining 2384 MiB/s"
-/// );
+/// let device = guest::open("/dev/barlink0")?;
+/// if let Some(Choice { speeds, .. }) = device.choice() {
+///     for (cache, speed) in speeds {
+///         println!("{cache}: {:?} bytes a second", speed);
+///     }
+/// }
+/// # Ok::<(), barlink::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Choice {
     /// The mode to ask for; [`Cache::Same`] if the region was mapped already.
     pub cache: Cache,
@@ -255,6 +284,17 @@ mod tests {
             Cache::WriteCombining
         );
         assert_eq!(choose([None; 3]), Cache::Noncached);
+    }
+
+    #[test]
+    fn names_are_parsed() {
+        let names = Cache::ALL.iter().map(|cache| cache.to_string());
+        let error = UnknownCache("WB".to_owned());
+        assert_eq!("WB".parse::<Cache>(), Err(error.clone()));
+        for (cache, name) in Cache::ALL.iter().zip(names) {
+            assert_eq!(name.parse(), Ok(*cache));
+            assert!(error.to_string().contains(&name), "{name}");
+        }
     }
 
     #[test]

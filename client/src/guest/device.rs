@@ -4,11 +4,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError};
-use barlink_protocol::wire::uapi::{self, Info};
+use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -162,6 +163,22 @@ impl Device {
     /// ```
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// Returns the cache mode that the guest's kernel granted to the mapping. `None` if the driver
+    /// reports a mode that this release does not know.
+    ///
+    /// ```no_run
+    /// use barlink::guest::{self, CacheMode};
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// if device.cache_mode() == Some(CacheMode::UncachedMinus) {
+    ///     eprintln!("each access goes over the bus: `barlink-guest info` says why");
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn cache_mode(&self) -> Option<CacheMode> {
+        CacheMode::from_number(self.granted)
     }
 
     /// Returns the driver's information about the device (`docs/protocol.md`, section 6).
@@ -381,6 +398,45 @@ impl Device {
     /// Those of [`Device::sender`].
     pub fn receiver(&self, name: &str) -> Result<Receiver, Error> {
         ChannelOptions::new().receiver(self, name)
+    }
+}
+
+impl AsFd for Device {
+    /// Returns the descriptor of the device's file, for a program that waits for several things.
+    /// `POLLHUP` and `POLLERR` say that the device is gone, as [`Device::wait_until_gone`] does.
+    /// They come without being requested, so the program requests no events. `POLLIN` says nothing:
+    /// each end of a channel has a file of its own.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    /// use rustix::event::{PollFd, PollFlags, poll};
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// let mut receiver = device.receiver("down")?;
+    /// loop {
+    ///     let mut files = [
+    ///         PollFd::new(&device, PollFlags::empty()),
+    ///         PollFd::new(&receiver, PollFlags::IN),
+    ///     ];
+    ///     poll(&mut files, None)?;
+    ///     if !files[0].revents().is_empty() {
+    ///         // Ends the program before it touches the region again.
+    ///         std::process::exit(1);
+    ///     }
+    ///     while let Some(record) = receiver.try_recv()? {
+    ///         println!("{:?}", record.to_vec());
+    ///     }
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl AsRawFd for Device {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
 }
 

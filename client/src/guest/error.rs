@@ -200,9 +200,8 @@ impl DeviceError {
             DeviceError::Replaced { .. } => ErrorKind::Gone,
             DeviceError::Table { .. } => ErrorKind::Corrupt,
             DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
-            DeviceError::Version { .. }
-            | DeviceError::Layout { .. }
-            | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
+            DeviceError::Version { .. } | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
+            DeviceError::Layout { source, .. } => source.kind(),
             DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
             DeviceError::BufferSize { .. }
             | DeviceError::SameName { .. }

@@ -6,15 +6,13 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use barlink_protocol::FIRST_FALLBACK_POLL;
 use barlink_protocol::wire::uapi;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::event_error::EventError;
 use crate::guest::calls;
-
-/// Longest sleep where the device has no interrupts, so that the ends poll.
-const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
     move |error| match error {
@@ -43,7 +41,8 @@ impl DeviceEvents {
         self.wakes
     }
 
-    /// Whether the channel's own vector is among those that fired: both its ends have the same.
+    /// Returns whether the vector of this channel has fired. Both ends of a channel have the same
+    /// vector.
     fn has_fired(&self, fired: &[u8; size_of::<uapi::Interrupts>()]) -> bool {
         let vector = self.other.vector as usize;
         // Words of bits, little-endian as all that is shared.
@@ -69,8 +68,10 @@ impl DeviceEvents {
         let may_have_fired = if self.wakes {
             self.becomes_readable(timeout)?
         } else {
-            // Vector 0 fires even so. Unread, it would keep the file readable.
-            std::thread::sleep(timeout.unwrap_or(POLL_INTERVAL).min(POLL_INTERVAL));
+            // No doorbell ends this sleep, so the end polls. Vector 0 fires even so. Unread, it
+            // would keep the file readable.
+            let interval = FIRST_FALLBACK_POLL;
+            std::thread::sleep(timeout.unwrap_or(interval).min(interval));
             true
         };
         if !may_have_fired {

@@ -26,9 +26,9 @@ pub(crate) mod find;
 
 use std::path::Path;
 
-pub use barlink_protocol::wire::uapi::{Info, MAX_BUFFER};
+pub use barlink_protocol::wire::uapi::{CacheMode, Info, MAX_BUFFER};
 pub use buffer::Buffer;
-pub use cache::{Cache, Choice};
+pub use cache::{Cache, Choice, UnknownCache};
 pub use device::Device;
 pub use error::DeviceError;
 
@@ -66,7 +66,10 @@ pub fn open(path: impl AsRef<Path>) -> Result<Device, Error> {
 ///
 /// let options = OpenOptions::new().cache(Cache::WriteBack);
 /// let device = options.open("/dev/barlink0")?;
-/// println!("granted: mode {}", device.info()?.granted);
+/// match device.cache_mode() {
+///     Some(mode) => println!("the kernel granted {mode}"),
+///     None => println!("the kernel granted a mode without a name"),
+/// }
 /// # Ok::<(), barlink::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -92,7 +95,7 @@ impl OpenOptions {
     }
 
     /// Sets the cache mode that the mapping is requested in. The guest's kernel may grant another
-    /// one, which [`Device::info`] returns.
+    /// one, which [`Device::cache_mode`] returns.
     ///
     /// ```no_run
     /// use barlink::guest::{Cache, OpenOptions};
@@ -121,8 +124,8 @@ impl OpenOptions {
     /// let device = options.open("/dev/barlink0")?;
     /// let mut window = [0; 64];
     /// let start = device.layout().raw_offset;
-    /// device.region().copy_out(start, &mut window);
-    /// # Ok::<(), barlink::Error>(())
+    /// device.region().copy_out(start, &mut window)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn access(mut self, access: Access) -> Self {
         self.access = access;

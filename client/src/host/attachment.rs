@@ -2,7 +2,7 @@
 
 //! A host app's connection to a broker: the region, and the ends of channels that it claims.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use base64::prelude::BASE64_STANDARD;
 
 use crate::control::client::{Control, ControlError};
 use crate::control::message::{Added, Answer, Ask, Entry, MAX_COPY, Refusal, Status};
+use crate::control::packet::PacketSocket;
 use crate::doorbell::Doorbells;
 use crate::error::Error;
 use crate::host::claim::Claim;
@@ -52,6 +53,8 @@ const MAX_POPULATED: u64 = 64 << 20;
 #[derive(Debug)]
 pub struct Attachment {
     control: Arc<Control>,
+    /// The socket of the connection, which stays the same once the broker has answered.
+    socket: Arc<PacketSocket>,
     layouts: Layouts,
     mapping: Mapping,
     access: Access,
@@ -59,23 +62,7 @@ pub struct Attachment {
 
 impl Attachment {
     /// Attaches to the broker whose control socket is at `path`.
-    ///
-    /// ```no_run
-    /// use std::path::Path;
-    ///
-    /// use barlink::Access;
-    /// use barlink::host::Attachment;
-    ///
-    /// let path = Path::new("/run/barlink/default.sock");
-    /// let broker = Attachment::connect(path, Access::ReadOnly)?;
-    /// println!("{:?}", broker.layout());
-    /// # Ok::<(), barlink::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// Those of [`host::connect_path`](crate::host::connect_path()).
-    pub fn connect(path: &Path, access: Access) -> Result<Self, Error> {
+    pub(super) fn connect(path: &Path, access: Access) -> Result<Self, Error> {
         let (control, answer, descriptors) = Control::open(path, Ask::Attach { access })?;
         let Answer::Region(info) = answer else {
             return Err(control.not_a_broker("it answers another question").into());
@@ -88,6 +75,7 @@ impl Attachment {
         let [memory] = take(&control, descriptors)?;
         let mapping = Mapping::new(memory, layout.region_size, access)?;
         Ok(Attachment {
+            socket: control.socket(),
             control: Arc::new(control),
             layouts: Layouts::new(layout),
             mapping,
@@ -193,11 +181,11 @@ impl Attachment {
     /// `channel` have no effect. Programs that are attached, and VMs, go on.
     ///
     /// ```no_run
-    /// use barlink::host::{self, Channel, ChannelName};
+    /// use barlink::{Channel, Name, host};
     ///
     /// let broker = host::connect("default")?;
     /// let added = broker.add_channel(Channel {
-    ///     name: ChannelName::new("lidar").ok_or("no name")?,
+    ///     name: "lidar".parse::<Name>()?,
     ///     producer: 0,
     ///     consumer: broker.layout().host(),
     ///     capacity: 1 << 20,
@@ -405,6 +393,46 @@ impl Attachment {
                 .not_a_broker("it answers another question")
                 .into()),
         }
+    }
+}
+
+impl AsFd for Attachment {
+    /// Returns the descriptor of the connection to the broker, for a program that waits for several
+    /// things. `POLLHUP` says that the connection is closed, because the broker ended or closed it.
+    /// It comes without being requested, so the program requests no events; `POLLIN` is an answer
+    /// that another thread waits for. A broker that is replaced, or that its service manager
+    /// restarts, keeps the connection. Ends of channels work on without a broker.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    /// use rustix::event::{PollFd, PollFlags, poll};
+    ///
+    /// let broker = host::connect("default")?;
+    /// let mut receiver = broker.receiver("up")?;
+    /// loop {
+    ///     let mut files = [
+    ///         PollFd::new(&broker, PollFlags::empty()),
+    ///         PollFd::new(&receiver, PollFlags::IN),
+    ///     ];
+    ///     poll(&mut files, None)?;
+    ///     if files[0].revents().contains(PollFlags::HUP) {
+    ///         println!("the broker has ended, so no further VM can come");
+    ///         break;
+    ///     }
+    ///     while let Some(record) = receiver.try_recv()? {
+    ///         println!("{:?}", record.to_vec());
+    ///     }
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Attachment {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }
 

@@ -23,7 +23,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub use attachment::Attachment;
-pub use barlink_protocol::wire::layout::{Channel, Name as ChannelName};
 pub use tap::Tap;
 
 pub use crate::control::client::ControlError;

@@ -9,7 +9,8 @@ use std::time::Duration;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::Ask;
 use barlink::guest::DeviceError;
-use barlink::{Error, ErrorKind};
+use barlink::stream::StreamError;
+use barlink::{ChannelError, End, Error, ErrorKind, EventError, MemoryError};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
@@ -22,6 +23,69 @@ fn unplugged_device_is_gone() {
         source,
     };
     assert_eq!(Error::from(error).kind(), ErrorKind::Gone);
+}
+
+#[test]
+fn errors_of_the_system_keep_their_kind() {
+    let full_disk = || io::Error::from_raw_os_error(libc::ENOSPC);
+    let events = || EventError::System {
+        what: "ring",
+        source: full_disk(),
+    };
+    let path = || PathBuf::from("/dev/barlink0");
+    let errors: [Error; 9] = [
+        events().into(),
+        ChannelError::Events(events()).into(),
+        StreamError::Channel(ChannelError::Events(events())).into(),
+        StreamError::Read(full_disk()).into(),
+        StreamError::Write {
+            source: full_disk(),
+            partial: 0,
+        }
+        .into(),
+        Error::TakeUp {
+            name: "up".to_owned(),
+            end: End::Producer,
+            place: "",
+            source: ChannelError::Events(events()),
+        },
+        DeviceError::System {
+            what: "map",
+            path: path(),
+            source: full_disk(),
+        }
+        .into(),
+        MemoryError::File {
+            what: "map",
+            size: 4096,
+            source: full_disk(),
+        }
+        .into(),
+        ControlError::Lost {
+            path: path(),
+            source: full_disk(),
+        }
+        .into(),
+    ];
+    for error in errors {
+        let text = error.to_string();
+        let error = io::Error::from(error);
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{text}");
+        assert_eq!(error.to_string(), text);
+    }
+    let gone = DeviceError::System {
+        what: "map",
+        path: path(),
+        source: io::Error::from_raw_os_error(libc::ENODEV),
+    };
+    let gone = io::Error::from(Error::from(gone));
+    assert_eq!(gone.kind(), io::ErrorKind::BrokenPipe);
+    // The library's own text is no error of the system.
+    let silent = Error::from(ControlError::Lost {
+        path: path(),
+        source: io::Error::other("it did not answer before"),
+    });
+    assert_eq!(io::Error::from(silent).kind(), io::ErrorKind::NotConnected);
 }
 
 /// Listens as a broker does.

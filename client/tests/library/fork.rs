@@ -101,7 +101,7 @@ fn copies_in_forked_process_do_nothing() {
     let mut tap = app.tap("one").unwrap();
     let _ = sender.send(Kind::USER, b"first").unwrap();
     let _ = sender.stage(Kind::USER, b"staged").unwrap();
-    receiver.recv().unwrap().pass();
+    receiver.recv().unwrap().advance();
     let child = Child::start(|| {
         let bytes = *b"child";
         is_inherited(app.status());
@@ -133,7 +133,7 @@ fn copies_in_forked_process_do_nothing() {
         }
     });
     child.passes();
-    // The ends are still held, the staged record is not published, the passed one not released.
+    // The ends are still held, the staged record is not published, the one before is not released.
     let claims = app.status().unwrap().claims;
     assert_eq!(claims.len(), 2, "{claims:?}");
     let other = broker.attach();
@@ -149,7 +149,7 @@ fn copies_in_forked_process_do_nothing() {
 }
 
 #[test]
-fn reservation_and_record_in_forked_process_do_nothing() {
+fn inherited_reservation_and_record_do_nothing() {
     let broker = Running::start(&["one=host-host,64K"]);
     let (mut sender, mut receiver) = broker.ends("one");
     let _ = sender.send(Kind::USER, b"first").unwrap();
@@ -203,7 +203,9 @@ fn forked_process_wakes_no_waiting_parent() {
         });
     }
     assert!(receiver.try_recv().unwrap().is_none());
-    let child = Child::start(|| drop(receiver.stream()));
+    let child = Child::start(|| {
+        let _stream = receiver.stream();
+    });
     child.passes();
     assert!(receiver.try_recv().unwrap().is_none());
     assert!(!is_ready(&receiver, Duration::ZERO), "the child woke it");

@@ -54,7 +54,7 @@ fn kept_record_is_received_again() {
 }
 
 #[test]
-fn passed_records_are_released_together() {
+fn advanced_records_are_released_together() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");
     let app = broker.attach();
@@ -68,8 +68,8 @@ fn passed_records_are_released_together() {
         "nothing is published"
     );
     sender.publish().unwrap();
-    receiver.recv().unwrap().pass();
-    receiver.recv().unwrap().pass();
+    receiver.recv().unwrap().advance();
+    receiver.recv().unwrap().advance();
     assert_eq!(released(), 0);
     receiver.recv().unwrap().release().unwrap();
     assert_eq!(released(), 3 * 32);
@@ -83,8 +83,8 @@ fn dropped_ends_publish_and_release() {
         let _ = sender.stage(Kind::USER, text).unwrap();
     }
     drop(sender);
-    let passed = receiver.try_recv().unwrap();
-    passed.expect("staged records are lost").pass();
+    let record = receiver.try_recv().unwrap();
+    record.expect("staged records are lost").advance();
     drop(receiver);
     let mut receiver = broker.attach().receiver("loop").unwrap();
     assert_eq!(receiver.recv().unwrap().to_vec(), b"other");
@@ -94,20 +94,20 @@ fn dropped_ends_publish_and_release() {
 fn release_leaves_a_kept_record() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");
-    for text in [b"passed", b"kept.."] {
+    for text in [b"first.", b"second"] {
         let _ = sender.send(Kind::USER, text).unwrap();
     }
-    receiver.recv().unwrap().pass();
+    receiver.recv().unwrap().advance();
     receiver.recv().unwrap().keep();
     receiver.release().unwrap();
     drop(receiver);
     let mut receiver = broker.attach().receiver("loop").unwrap();
     let kept = receiver.try_recv().unwrap().map(|record| record.to_vec());
-    assert_eq!(kept.as_deref(), Some(&b"kept.."[..]));
+    assert_eq!(kept.as_deref(), Some(&b"second"[..]));
 }
 
 #[test]
-fn full_channel_is_an_error_or_a_drop() {
+fn full_channel_fails_or_drops_record() {
     let broker = Running::start(&["loop=host-host,4K", "lossy=host-host,4K,drop"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     let bytes = vec![7; sender.max_record()];
@@ -232,14 +232,13 @@ fn reservation_takes_bytes_in_any_pieces() {
 }
 
 #[test]
-fn kernel_copies_between_a_record_and_a_file() {
+fn kernel_copies_between_record_and_file() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");
     let path = broker.folder.path().join("file");
     std::fs::write(&path, b"from a file").unwrap();
     let mut record = sender.reserve(100).unwrap();
     assert_eq!(record.read_from(File::open(&path).unwrap()).unwrap(), 11);
-    assert_eq!(record.read_from(File::open(&path).unwrap()).unwrap(), 0);
     record.write_all(b", and more").unwrap();
     record.commit(Kind::USER).unwrap();
     let mut record = receiver.recv().unwrap();
@@ -254,6 +253,49 @@ fn kernel_copies_between_a_record_and_a_file() {
     file.read_to_string(&mut text).unwrap();
     assert_eq!((&start, text.as_str()), (b"from ", "a file, and more"));
 }
+
+#[test]
+fn reservation_appends_parts_of_a_file() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let text: Vec<u8> = (0..=255).collect();
+    for parts in [
+        vec![8, 16, 76],
+        vec![1, 2, 3, 94],
+        vec![99, 1],
+        vec![50, 50],
+    ] {
+        let (pipe, mut source) = std::io::pipe().unwrap();
+        let mut record = sender.reserve(100).unwrap();
+        let mut start = 0;
+        for length in parts {
+            source.write_all(&text[start..start + length]).unwrap();
+            assert_eq!(record.read_from(&pipe).unwrap(), length);
+            start += length;
+        }
+        // Bytes for which there is no room stay in the file.
+        source.write_all(b"more").unwrap();
+        assert_eq!(record.read_from(&pipe).unwrap(), 0);
+        record.commit(Kind::USER).unwrap();
+        assert_eq!(receiver.recv().unwrap().to_vec(), text[..100]);
+        drop(source);
+        let mut record = sender.reserve(100).unwrap();
+        record.write_all(b"even ").unwrap();
+        assert_eq!(record.read_from(&pipe).unwrap(), 4);
+        assert_eq!(record.read_from(&pipe).unwrap(), 0, "the file ended");
+        record.commit(Kind::USER).unwrap();
+        assert_eq!(receiver.recv().unwrap().to_vec(), b"even more");
+    }
+}
+
+/// A program can receive in one thread and send in another.
+const fn is_send<T: Send>() {}
+const _: () = {
+    is_send::<barlink::Sender>();
+    is_send::<barlink::Receiver>();
+    is_send::<host::Attachment>();
+    is_send::<barlink::guest::Device>();
+};
 
 #[test]
 fn iterator_copies_records_and_releases_them() {

@@ -61,7 +61,7 @@ fn reader_says_that_a_stream_is_incomplete() {
 }
 
 #[test]
-fn files_and_bytes_in_memory_understand_each_other() {
+fn file_and_memory_carry_same_stream() {
     let broker = Running::start(&["loop=host-host,16K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     let bytes = noise(70_000);
@@ -88,7 +88,7 @@ fn files_and_bytes_in_memory_understand_each_other() {
 }
 
 #[test]
-fn target_that_cannot_be_written_has_an_error_of_the_system() {
+fn unwritable_target_returns_error_of_system() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     for (kind, bytes) in [(Kind::BEGIN, &b""[..]), (Kind::DATA, b"x")] {
@@ -199,6 +199,8 @@ fn reader_leaves_headless_stream_in_channel() {
         error,
         stream::StreamError::Misplaced(stream::Misplaced::NoBeginning)
     ));
+    let error = barlink::Error::from(error);
+    assert_eq!(error.kind(), barlink::ErrorKind::Incomplete);
     let mut rest = Vec::new();
     receiver
         .stream()

@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use barlink::host::Attachment;
 use barlink::{ErrorKind, Kind};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
@@ -89,7 +90,10 @@ fn descriptor_is_readable_behind_a_stream() {
     assert_eq!(received, b"a stream");
     let mut sender = sending.join().unwrap();
     let _ = sender.send(Kind::USER, b"behind").unwrap();
-    assert!(is_readable(&receiver, TIMEOUT), "the record wakes nobody");
+    assert!(
+        is_readable(&receiver, TIMEOUT),
+        "the record wakes no waiter"
+    );
     assert_eq!(receiver.recv().unwrap().to_vec(), b"behind");
 }
 
@@ -110,7 +114,7 @@ fn waiter_is_woken_by_each_record() {
     while next < RECORDS {
         assert!(
             is_readable(&receiver, TIMEOUT),
-            "record {next} wakes nobody"
+            "record {next} wakes no waiter"
         );
         while let Some(record) = receiver.try_recv().unwrap() {
             assert_eq!(record.to_vec(), next.to_le_bytes());
@@ -122,7 +126,7 @@ fn waiter_is_woken_by_each_record() {
 
 /// The receiver waits as in a program that uses tokio or mio.
 #[test]
-fn edge_triggered_waiter_is_woken_by_each_record() {
+fn record_wakes_edge_triggered_waiter() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     const RECORDS: u32 = 2000;
@@ -146,7 +150,7 @@ fn edge_triggered_waiter_is_woken_by_each_record() {
         let space = rustix::buffer::spare_capacity(&mut events);
         let time = Timespec::try_from(TIMEOUT).unwrap();
         let woken = epoll::wait(&epoll, space, Some(&time)).unwrap();
-        assert_eq!(woken, 1, "record {received} wakes nobody");
+        assert_eq!(woken, 1, "record {received} wakes no waiter");
         while let Some(record) = receiver.try_recv().unwrap() {
             assert_eq!(record.to_vec(), received.to_le_bytes());
             drop(record);
@@ -177,10 +181,27 @@ fn sender_is_told_of_room() {
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::Full);
                 full += 1;
-                assert!(is_readable(&sender, TIMEOUT), "room wakes nobody");
+                assert!(is_readable(&sender, TIMEOUT), "room wakes no sender");
             }
         }
     }
     assert!(full > 0);
     receiving.join().unwrap();
+}
+
+#[test]
+fn attachment_reports_end_of_broker() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let app = broker.attach();
+    let events = |app: &Attachment| {
+        let mut files = [PollFd::new(app, PollFlags::empty())];
+        let timeout = Timespec::try_from(TIMEOUT).unwrap();
+        let now = Timespec::default();
+        let wait = if app.status().is_ok() { now } else { timeout };
+        poll(&mut files, Some(&wait)).unwrap();
+        files[0].revents()
+    };
+    assert_eq!(events(&app), PollFlags::empty());
+    drop(broker);
+    assert_eq!(events(&app), PollFlags::HUP);
 }

@@ -3,6 +3,7 @@
 //! An entry of the superblock's channel table: name, ends, vector, offset and capacity.
 
 use core::fmt;
+use core::str::FromStr;
 
 use super::layout::channel;
 
@@ -10,7 +11,7 @@ use super::layout::channel;
 pub const NAME_BYTES: usize = 24;
 
 /// One end of a channel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum End {
     /// The end that writes records.
@@ -49,7 +50,7 @@ impl fmt::Display for End {
 }
 
 /// A channel's name: 1 to [`NAME_BYTES`] bytes of `a-z`, `0-9`, `-` and `_`, padded with NUL.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Name([u8; NAME_BYTES]);
 
 impl Name {
@@ -84,6 +85,29 @@ impl Name {
     }
 }
 
+impl FromStr for Name {
+    type Err = InvalidName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        Name::new(text).ok_or(InvalidName)
+    }
+}
+
+/// Error of a text that is no name of a channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct InvalidName;
+
+impl fmt::Display for InvalidName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "a channel's name has 1 to {NAME_BYTES} characters of `a-z`, `0-9`, `-` and `_`"
+        )
+    }
+}
+
+impl core::error::Error for InvalidName {}
+
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.as_str())
@@ -97,7 +121,7 @@ impl fmt::Debug for Name {
 }
 
 /// One channel of a region, as its table entry describes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Channel {
     /// Name of the channel, unique in the region.
     pub name: Name,

@@ -12,7 +12,7 @@ pub const BROKER_NAME_WORDS: usize = BROKER_NAME_BYTES / 8;
 pub const INSTANCE_BYTES: usize = 16;
 
 /// The identity of a region.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Identity {
     /// Name of the broker.
     pub name: BrokerName,
@@ -30,7 +30,7 @@ impl Identity {
 
 /// A broker's name: up to [`BROKER_NAME_BYTES`] bytes of letters, digits, `-`, `_` and `.`, without
 /// a `.` at the start, padded with NUL. The name is empty if the broker has none.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BrokerName([u8; BROKER_NAME_BYTES]);
 
 impl BrokerName {
@@ -106,7 +106,7 @@ impl fmt::Debug for BrokerName {
 
 /// The number of a region: 128 random bits that its broker chose when it made the region. A
 /// successor that takes the region over keeps the number. Its text has 32 hexadecimal digits.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Instance([u8; INSTANCE_BYTES]);
 
 impl Instance {

@@ -7,7 +7,7 @@
 //! to [`Layout::decode`], which checks it once. After that the reader uses the [`Layout`] and never
 //! reads the page again.
 
-pub use super::channel::{Channel, End, NAME_BYTES, Name};
+pub use super::channel::{Channel, End, InvalidName, NAME_BYTES, Name};
 pub use super::identity::{BROKER_NAME_BYTES, BrokerName, INSTANCE_BYTES, Identity, Instance};
 pub use super::layout_error::LayoutError;
 pub use super::superblock::{ENTRY_WORDS, TABLE_COUNT, encode_entry, table_entry};
@@ -111,7 +111,7 @@ const _: () = assert!(presence::holder(MAX_CHANNELS, End::Producer) <= PAGE_SIZE
 const _: () = assert!(presence::CONNECTIONS + 8 * MAX_SLOTS as u64 <= presence::HOLDERS);
 
 /// The content of a superblock, checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
     /// Bytes in the region; a power of two.
     pub region_size: u64,
@@ -148,8 +148,14 @@ impl Layout {
         table: [Channel::EMPTY; MAX_CHANNELS],
     };
 
-    /// Creates a layout and checks it. All fields of `channels` are set, including the offsets. The
-    /// identity is empty, and there is no reserve.
+    /// Creates a layout and checks it. All fields of `channels` are set, including the offsets.
+    /// The identity is empty, and there is no reserve.
+    ///
+    /// # Errors
+    ///
+    /// A size or a number is out of its range, a channel or the raw window does not consist of free
+    /// pages of its own, two channels have one name, or an entry names a peer or a vector that the
+    /// region does not have.
     pub fn new(
         region_size: u64,
         slots: u32,

@@ -7,7 +7,7 @@ use core::fmt;
 use super::layout::{MAGIC, MAX_CHANNELS, MAX_SLOTS, MAX_VECTORS, VERSION};
 
 /// Reason why a page is no superblock, or why a layout is invalid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LayoutError {
     /// The first word is not [`MAGIC`].

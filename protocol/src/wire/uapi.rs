@@ -28,6 +28,8 @@
 //! Once the device is unbound or unplugged, `mmap`, `ioctl` and `read` fail with `ENODEV`, and an
 //! access to a mapping raises `SIGBUS`.
 
+use core::fmt;
+
 use super::identity::{BROKER_NAME_WORDS, BrokerName, Identity, Instance};
 use super::layout::PAGE_WORDS;
 
@@ -270,7 +272,7 @@ pub struct Interrupts {
 }
 
 /// A cache mode of an x86 mapping (Intel SDM volume 3, "Memory cache control").
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum CacheMode {
     /// Noncached, as `pgprot_noncached` makes it (UC-). An MTRR of type write-combining overrides
@@ -321,6 +323,12 @@ impl CacheMode {
             CacheMode::WriteProtected => "write-protected",
             CacheMode::WriteBack => "write-back",
         }
+    }
+}
+
+impl fmt::Display for CacheMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
     }
 }
 

@@ -247,7 +247,7 @@ fn receiver_never_rings_vm_end_without_holder() {
     while receiver.wait(Some(Duration::ZERO)).unwrap() == Wakeup::Ready {
         receiver.release().unwrap();
     }
-    assert_eq!(receiver.events().rung, 1, "nobody is there");
+    assert_eq!(receiver.events().rung, 1, "no process is there");
     hold(&region, &layout, 2);
     assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
     assert_eq!(receiver.events().rung, 2, "somebody came");

@@ -403,7 +403,7 @@ fn open_lock(lock: &Path) -> Result<File, LockError> {
             .read(true)
             .custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
         let examined = match examined.open(lock) {
-            // Its owner has just removed it.
+            // The owner of the lock file has just removed the file.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             result => result.map_err(LockError::System)?,
         };

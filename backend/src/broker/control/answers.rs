@@ -103,37 +103,32 @@ fn claimed_eventfds(
 
 /// Describes the broker, its VMs and its host apps.
 fn status(state: &BrokerState) -> Status {
-    let slots = state.slots.iter().map(|slot| SlotStatus {
-        transport: slot.transport().to_owned(),
-        socket: slot.socket().to_owned(),
-        vm: slot.vm().as_ref().map(vm_status),
+    let slots = state.slots.iter().map(|slot| {
+        let (transport, socket) = (slot.transport().to_owned(), slot.socket().to_owned());
+        SlotStatus::new(
+            slot.id(),
+            transport,
+            socket,
+            slot.vm().as_ref().map(vm_status),
+        )
     });
     let claims = state.roster.claims().into_iter();
-    Status {
-        broker: std::process::id(),
-        epoch: state.roster.epoch(),
-        uptime: state.start.elapsed().as_secs_f64(),
-        slots: slots.collect(),
-        claims: claims
-            .map(|claim| ClaimStatus {
-                channel: claim.channel,
-                end: claim.end,
-                pid: claim.pid,
-            })
-            .collect(),
-    }
+    let claims = claims.map(|claim| ClaimStatus::new(claim.channel, claim.end, claim.pid));
+    Status::new(
+        std::process::id(),
+        state.roster.epoch(),
+        state.start.elapsed().as_secs_f64(),
+        slots.collect(),
+        claims.collect(),
+    )
 }
 
 fn vm_status(vm: &Vm) -> VmStatus {
-    let mut status = VmStatus::new(vm.vmm.pid, vm.vmm.uid, vm.connection);
-    status.guest_memory = vm.guest_memory.map(|size| GuestMemoryStatus {
-        readable: size.readable,
-        unreadable: size.unreadable,
-    });
-    status.buffer = vm.buffer.map(|buffer| BufferStatus {
-        address: buffer.address,
-        size: buffer.size,
-    });
+    let mut status = VmStatus::new(vm.vmm.pid.unsigned_abs(), vm.vmm.uid, vm.connection);
+    let memory = vm.guest_memory;
+    status.guest_memory = memory.map(|size| GuestMemoryStatus::new(size.readable, size.unreadable));
+    let buffer = vm.buffer;
+    status.buffer = buffer.map(|buffer| BufferStatus::new(buffer.address, buffer.size));
     status
 }
 

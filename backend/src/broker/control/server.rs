@@ -87,7 +87,8 @@ impl Client {
     }
 }
 
-/// Serves new host apps and those of a predecessor, until `stop` can be read or a successor serves.
+/// Serves the host apps that connect to the listener, and those that a predecessor handed over.
+/// Returns once `stop` is readable or a successor serves.
 pub fn serve(
     listener: &Listener,
     state: &Arc<BrokerState>,
@@ -215,7 +216,11 @@ fn timeout(clients: &HashMap<ClientId, Client>) -> i32 {
 /// Accepts a host app, unless it is rejected.
 fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Client> {
     let failed = |message: Arguments<'_>| NOT_ADMITTED.log(Account::Others, Level::Warn, message);
-    let socket = match listener.accept(SocketFlags::NONBLOCK) {
+    // A host app takes two descriptors, its socket and its process. One that is accepted with the
+    // last descriptor would have to be disconnected, so it is left waiting instead.
+    let spare = listener.as_fd().try_clone_to_owned();
+    let accepted = spare.and_then(|_spare| listener.accept(SocketFlags::NONBLOCK));
+    let socket = match accepted {
         Ok(socket) => socket,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
         Err(error) => {

@@ -95,19 +95,13 @@ impl Roster {
         let entry = self.channel(channel)?;
         let name = || entry.name.to_string();
         if entry.peer(end) != self.region.layout().host() {
-            return Err(Refusal::NotHost(NotHere {
-                channel: name(),
-                end,
-                peer: Some(format!("slot {}'s VM", entry.peer(end))),
-            }));
+            let peer = format!("slot {}'s VM", entry.peer(end));
+            return Err(Refusal::NotHost(NotHere::new(name(), end, Some(peer))));
         }
         let words = self.words.lock();
         if let Some((_, word)) = words.holder(channel, end) {
-            return Err(Refusal::Held(Held {
-                channel: name(),
-                end,
-                pid: Some(pid_of(word)),
-            }));
+            let held = Held::new(name(), end, Some(pid_of(word)));
+            return Err(Refusal::Held(held));
         }
         let word = words.next_claim() << 32 | u64::from(pid);
         words.set_holder(channel, end, client, word);

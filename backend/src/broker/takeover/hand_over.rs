@@ -67,7 +67,7 @@ pub fn hand_over(
         return refuse(Refusal::Stays {
             slot: slot.id(),
             transport: slot.transport().to_owned(),
-            pid: vm.vmm.pid,
+            pid: vm.vmm.pid.unsigned_abs(),
         });
     }
     info!("{peer} takes over");

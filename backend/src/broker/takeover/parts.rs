@@ -57,8 +57,8 @@ pub struct SlotPlan {
     pub session_memory: u64,
 }
 
-/// Returns the absolute form of a path. A path that has none, such as an empty one, stays, and is an
-/// error of its listener.
+/// Returns the absolute form of a path. A path that has none, such as an empty one, stays, and is
+/// an error of its listener.
 pub fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }

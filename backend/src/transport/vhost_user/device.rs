@@ -226,7 +226,7 @@ impl Device {
                 }
                 self.pending[vector as usize / 64]
                     .fetch_and(!(1 << (vector % 64)), Ordering::Relaxed);
-                // CAST: it is four.
+                // CAST: the length of a vector's number is 4.
                 BUFFER as u32
             },
         );

@@ -116,7 +116,7 @@ impl SendPort {
         // A subscriber is counted before it has connected. Until then samples queue up. Once the
         // queue is full, a send reaches no subscriber and must be repeated.
         while self.put(&word)? == 0 {
-            ensure!(start.elapsed() < TIMEOUT, "a sample reached nobody");
+            ensure!(start.elapsed() < TIMEOUT, "a sample reached no subscriber");
             std::thread::sleep(LOOK);
         }
         if let Some(notifier) = &self.notifier {

@@ -176,7 +176,7 @@ impl std::fmt::Display for Allocated {
         } = self;
         write!(
             f,
-            "{own} bytes ({unaccounted} accounted to nobody, {all} with the kernel's own for it)"
+            "{own} bytes ({unaccounted} without an account, {all} with the kernel's own for it)"
         )
     }
 }

@@ -116,18 +116,18 @@ pub(super) fn unbind_clears_the_driver_page() -> Result<()> {
         let first = presence::HOLDERS as usize / 8;
         Ok(page[first..first + 2 * MAX_CHANNELS].to_vec())
     };
-    let nobody = vec![0; 2 * MAX_CHANNELS];
+    let no_holders = vec![0; 2 * MAX_CHANNELS];
     let device = open(Region::Main)?;
     device.claim(UP)?;
     device.claim(DOWN)?;
-    assert_ne!(holder_words()?, nobody);
+    assert_ne!(holder_words()?, no_holders);
     let epoch = host::epoch(Region::Main)?;
     host::rings(Region::Main, HOST, 0)?;
     unbind(Region::Main)?;
     assert_eq!(host::epoch(Region::Main)?, epoch + 1);
-    assert_eq!(holder_words()?, nobody);
+    assert_eq!(holder_words()?, no_holders);
     host::wait_for_rings(Region::Main, HOST, 0)?;
-    // Closing the old file writes nothing and rings nobody.
+    // Closing the old file writes nothing and rings no end.
     drop(device);
     assert_eq!(host::epoch(Region::Main)?, epoch + 1);
     assert_eq!(host::rings(Region::Main, HOST, 0)?, 0);
@@ -141,7 +141,7 @@ pub(super) fn unbind_clears_the_driver_page() -> Result<()> {
     }
     bind(Region::Main)?;
     assert_eq!(host::epoch(Region::Main)?, epoch + 2);
-    assert_eq!(holder_words()?, nobody);
+    assert_eq!(holder_words()?, no_holders);
     host::wait_for_rings(Region::Main, HOST, 0)?;
     Ok(())
 }

@@ -56,7 +56,7 @@ fuzz_target!(|input: Input| {
         drop(client);
         match Ivshmem.handshake(&vm, &slot) {
             Err(TransportError::Gone) => drop(vm),
-            other => panic!("{other:?} to nobody"),
+            other => panic!("{other:?} without a client"),
         }
     } else {
         Ivshmem

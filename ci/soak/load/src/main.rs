@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use barlink::guest::{Cache, Device, DeviceError, OpenOptions};
-use barlink::host::Attachment;
-use barlink::{Access, Error, Side};
+use barlink::host;
+use barlink::{Error, Side};
 use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, produce};
 use barlink_driver_checks::make_second_node;
 use barlink_protocol::wire::layout::{End, Layout};
@@ -67,7 +67,7 @@ fn main() -> Result<()> {
         Role::Consumer => End::Consumer,
     };
     if let Some(path) = &cli.place.control {
-        let attachment = Attachment::connect(path, Access::ReadWrite)?;
+        let attachment = host::connect_path(path)?;
         let claimed = insist(
             || attachment.claim(&cli.channel, end),
             |error| matches!(error, Error::Held(_)),

@@ -11,7 +11,7 @@ use barlink_driver_checks::complaint;
 use barlink_protocol::wire::layout::End;
 
 use super::fault::{Fault, Role, Side};
-use super::watch::{BELL, CHANNELS, Mark, Watch};
+use super::watch::{CHANNELS, DOORBELLS, Mark, Watch};
 use super::worker::Worker;
 use barlink_sandbox::builds::{Artifacts, CRASH_LOAD};
 use barlink_vm::broker::{Broker, Transport};
@@ -24,7 +24,7 @@ const ARGUMENTS: [&str; 6] = [
     "--channel",
     "up=up,16K",
     "--channel",
-    "bell=up,4K",
+    "doorbells=up,4K",
 ];
 
 /// Number of rings that show that rings are answered: the ring that was under way, and later ones.
@@ -145,7 +145,7 @@ impl<'a> Scene<'a> {
     /// Starts a process in the guest that rings the host without a pause, until it is killed.
     pub fn start_ringing(&self) -> Result<Process> {
         let program = [CRASH_LOAD, "--device", "/dev/barlink0"];
-        let argv = program.into_iter().chain(["ringer", BELL]);
+        let argv = program.into_iter().chain(["ringer", DOORBELLS]);
         self.vm()?.spawn(argv)
     }
 

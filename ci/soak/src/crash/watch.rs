@@ -6,8 +6,7 @@
 use std::ops::{AddAssign, Sub};
 
 use anyhow::{Context, Result, ensure};
-use barlink::Access;
-use barlink::host::Attachment;
+use barlink::host::{self, Attachment};
 use barlink::memory::Mapping;
 use barlink_crash_load::{Note, Notes};
 use barlink_protocol::state::ChannelState;
@@ -19,7 +18,7 @@ use barlink_vm::broker::Broker;
 pub const CHANNELS: [&str; 2] = ["down", "up"];
 
 /// The name of the channel that is only rung.
-pub const BELL: &str = "bell";
+pub const DOORBELLS: &str = "doorbells";
 
 /// Counts of records so far, in both directions.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -72,7 +71,7 @@ impl Sub for Counts {
 pub struct Watch {
     attachment: Attachment,
     channels: Vec<Watched>,
-    bell: Notes<Mapping>,
+    doorbells: Notes<Mapping>,
 }
 
 /// The counters and notes of one channel.
@@ -94,7 +93,7 @@ pub struct Woken(Vec<u64>);
 impl Watch {
     /// Attaches to the broker's region.
     pub fn new(broker: &Broker) -> Result<Self> {
-        let attachment = Attachment::connect(&broker.control(), Access::ReadWrite)?;
+        let attachment = host::connect_path(broker.control())?;
         let layout = attachment.layout();
         let watched = |name: &'static str| {
             let (index, entry) = layout.find(name).context("a channel is not there")?;
@@ -106,7 +105,7 @@ impl Watch {
         };
         Ok(Self {
             channels: CHANNELS.into_iter().map(watched).collect::<Result<_>>()?,
-            bell: watched(BELL)?.notes,
+            doorbells: watched(DOORBELLS)?.notes,
             attachment,
         })
     }
@@ -160,7 +159,7 @@ impl Watch {
 
     /// Returns how many rings of the guest's ringing process were answered.
     pub fn rung(&self) -> u64 {
-        self.bell.read(Note::Rung)
+        self.doorbells.read(Note::Rung)
     }
 
     /// Returns whether rings have ended two sleeps of every end since then. The first ring may be

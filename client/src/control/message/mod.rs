@@ -2,6 +2,7 @@
 
 //! The messages of a control socket.
 
+mod limits;
 mod refusal;
 mod region;
 mod status;
@@ -9,6 +10,7 @@ mod status;
 use barlink_protocol::wire::layout::{End, Layout, MAX_CHANNELS};
 use serde::{Deserialize, Serialize};
 
+pub use self::limits::{MAX_COPY, MAX_PACKET, VERSION};
 pub use self::refusal::Refusal;
 pub use self::region::{Entry, RegionInfo};
 pub use self::status::{
@@ -16,13 +18,6 @@ pub use self::status::{
 };
 use crate::claim::EndName;
 use crate::memory::Access;
-
-/// Version of these messages.
-pub const VERSION: u32 = 1;
-/// Most bytes that are copied at once out of a guest's memory.
-pub const MAX_COPY: usize = 32 << 10;
-/// Largest packet, in bytes.
-pub const MAX_PACKET: usize = 64 << 10;
 
 /// The part that a message of any version has.
 #[derive(Clone, Copy, Debug, Deserialize)]

@@ -4,12 +4,25 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{MAX_COPY, VERSION};
+use super::limits::{MAX_COPY, VERSION};
 use crate::claim::{Held, NotHere};
 use crate::error_kind::ErrorKind;
 
-/// The reason of a refusal.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+/// The reason of a refusal. [`Error::refusal`](crate::Error::refusal) returns it.
+///
+/// ```no_run
+/// use barlink::host::{self, Refusal};
+///
+/// let mut page = [0; 4096];
+/// let read = host::connect("default")?.read_guest(0, 0x1234_5000, &mut page);
+/// match read.as_ref().map_err(|error| error.refusal()) {
+///     Err(Some(Refusal::NoVm(slot))) => println!("slot {slot} is empty"),
+///     Err(Some(refusal)) => println!("{:?}: {refusal}", refusal.kind()),
+///     _ => read?,
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Refusal {
@@ -130,7 +143,7 @@ pub enum Refusal {
         /// Its transport.
         transport: String,
         /// Process ID of its VMM.
-        pid: i32,
+        pid: u32,
     },
     /// A VM is connecting.
     #[error("a VM is just connecting to the broker: try again")]
