@@ -2,6 +2,8 @@
 
 //! The checks of every layout that was accepted.
 
+use std::ops::Range;
+
 use barlink_protocol::wire::layout::{
     BrokerName, Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS,
     MAX_VECTORS, MIN_CAPACITY, Name, PAGE_SIZE,
@@ -15,7 +17,12 @@ pub fn check(layout: &Layout) {
     assert!(layout.channels().len() <= MAX_CHANNELS);
     let name = layout.identity.name;
     assert_eq!(BrokerName::new(name.as_str()), Some(name));
-    let mut ranges = vec![(layout.raw_offset, layout.raw_size)];
+    let reserve = layout.reserve_offset..layout.reserve_offset + layout.reserve_size;
+    let mut ranges = vec![
+        (layout.raw_offset, layout.raw_size),
+        (reserve.start, layout.reserve_size),
+    ];
+    let mut reserved = Vec::new();
     for (index, channel) in layout.channels().iter().enumerate() {
         assert!(channel.capacity.is_power_of_two() && channel.capacity >= MIN_CAPACITY);
         assert!(channel.vector < layout.vectors);
@@ -27,16 +34,27 @@ pub fn check(layout: &Layout) {
             assert!(page + PAGE_SIZE <= layout.region_size);
             assert!(page < FIRST_FREE || page >= layout.mappable_size());
         }
-        ranges.push((channel.offset, channel.end() - channel.offset));
+        let parts = match reserve.contains(&channel.offset) {
+            true => &mut reserved,
+            false => &mut ranges,
+        };
+        parts.push((channel.offset, channel.end() - channel.offset));
     }
+    check_apart(ranges, FIRST_FREE..layout.mappable_size());
+    check_apart(reserved, reserve);
+}
+
+/// Fails unless these ranges, each by its start and size, consist of pages between two offsets and
+/// do not overlap.
+fn check_apart(mut ranges: Vec<(u64, u64)>, inside: Range<u64>) {
     ranges.retain(|(_, size)| *size > 0);
     ranges.sort_unstable();
-    let mut free = FIRST_FREE;
+    let mut free = inside.start;
     for (offset, size) in ranges {
         assert!(offset >= free && (offset | size).is_multiple_of(PAGE_SIZE));
         free = offset + size;
+        assert!(free <= inside.end);
     }
-    assert!(free <= layout.mappable_size());
 }
 
 /// A layout from the input, which may be invalid.
