@@ -160,6 +160,16 @@ impl Areas {
         self.on_fault > 0
     }
 
+    /// Returns the mode in which the kernel may map a page beside the mappings of processes, as the
+    /// number of a [`CacheMode`], or 0 for noncached.
+    pub(crate) fn kernel_mode(&self) -> u32 {
+        match self.granted {
+            // No page was mapped on fault yet.
+            0 => self.asked.map_or(0, |mode| mode as u32),
+            granted => granted,
+        }
+    }
+
     /// Records the mode that the kernel granted to a page.
     pub(crate) fn note_granted(&mut self, granted: u32) {
         self.granted = granted;

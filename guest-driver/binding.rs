@@ -65,12 +65,19 @@ impl Binding {
         let page = region.map(layout.presence_page(id), PAGE_SIZE as usize)?;
         let hardware = Hardware::arrive(doorbell, page, &layout, region.address);
         let facts = Facts {
-            layout,
+            host: layout.host(),
+            peer_vectors: layout.vectors,
+            region_size: layout.region_size,
+            mappable_size: layout.mappable_size(),
+            identity: layout.identity,
             id,
             region: region.address,
             pci: shim::pci_address(dev),
         };
-        let removal = Removal(Device::new(facts, hardware, vectors, shim::dma_device(dev))?);
+        let first_page = region.first_page()?;
+        let dma = shim::dma_device(dev);
+        let device = Device::new(facts, layout, first_page, hardware, vectors, dma)?;
+        let removal = Removal(device);
         let chardev = CharDevice::register(dev, removal.0.clone())?;
 
         let info = removal.0.info()?;

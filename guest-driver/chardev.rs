@@ -78,6 +78,8 @@ impl CharDevice {
             name: name.as_char_ptr(),
             fops: &file::OPERATIONS,
             parent: shim::raw(parent),
+            // SAFETY: The function only returns a constant, which is valid as long as the module.
+            groups: unsafe { shim::barlink_identity_attributes() },
             mode: 0o600,
             ..Default::default()
         };
@@ -135,6 +137,32 @@ unsafe extern "C" fn barlink_resumed(misc: *mut bindings::miscdevice) {
     // SAFETY: By this function's contract `misc` is a field of a `CharDevice` that exists until
     // this call returns.
     unsafe { CharDevice::of(misc) }.resume();
+}
+
+/// Copies the name of a region's broker and the number of the region, for the attributes of a node.
+/// `shim.c` calls this.
+///
+/// # Safety
+///
+/// Only for `shim.c`. `misc` must be one that [`CharDevice::register`] registered, and whose `drop`
+/// waits until this call returns. There must be room for 64 bytes at `name`, and for 16 bytes at
+/// `instance`.
+#[no_mangle]
+unsafe extern "C" fn barlink_identity(
+    misc: *mut bindings::miscdevice,
+    name: *mut u8,
+    instance: *mut u8,
+) {
+    // SAFETY: By this function's contract `misc` is a field of a `CharDevice` that exists until
+    // this call returns.
+    let device = unsafe { CharDevice::of(misc) };
+    let identity = &device.facts.identity;
+    let (from, number) = (identity.name.bytes(), identity.instance.bytes());
+    // SAFETY: By this function's contract there is room for as many bytes as the two arrays have.
+    unsafe {
+        name.copy_from_nonoverlapping(from.as_ptr(), from.len());
+        instance.copy_from_nonoverlapping(number.as_ptr(), number.len());
+    }
 }
 
 #[pinned_drop]

@@ -30,18 +30,19 @@ struct Holder {
 
 /// The holders of all channel ends: for each channel its producer, then its consumer.
 pub(crate) struct Claims {
-    holders: [[Option<Holder>; 2]; MAX_CHANNELS],
+    holders: KVec<[Option<Holder>; 2]>,
     /// Number of the latest claim; 0 before the first.
     last: u32,
 }
 
 impl Claims {
-    /// Creates a table without holders.
-    pub(crate) const fn new() -> Self {
-        Claims {
-            holders: [[None; 2]; MAX_CHANNELS],
-            last: 0,
+    /// Creates a table without holders. `ENOMEM`.
+    pub(crate) fn new() -> Result<Self> {
+        let mut holders = KVec::with_capacity(MAX_CHANNELS, GFP_KERNEL)?;
+        for _ in 0..MAX_CHANNELS {
+            holders.push([None; 2], GFP_KERNEL)?;
         }
+        Ok(Claims { holders, last: 0 })
     }
 
     /// Claims one end of a channel for a file of a process.

@@ -17,12 +17,16 @@ use crate::{
     },
     hardware::Hardware,
     mapping::Mappings,
+    memory::FirstPage,
     registration::Registration,
     wait::WaitQueue,
     wire::{
         layout::{
             End,
-            Layout, //
+            Identity,
+            Layout,
+            PAGE_WORDS,
+            TABLE_COUNT, //
         },
         uapi, //
     },
@@ -47,8 +51,16 @@ use kernel::{
 
 /// The constant properties of a device.
 pub(crate) struct Facts {
-    /// Layout of the region, read from the superblock at probe.
-    pub(crate) layout: KBox<Layout>,
+    /// ID of the host, which is the number of slots.
+    pub(crate) host: u32,
+    /// Number of vectors of each peer in the layout.
+    pub(crate) peer_vectors: u32,
+    /// Bytes in the region.
+    pub(crate) region_size: u64,
+    /// Bytes in the region that a process can map.
+    pub(crate) mappable_size: u64,
+    /// Name of the region's broker, and number of the region.
+    pub(crate) identity: Identity,
     /// ID of the device, below the number of slots in the layout.
     pub(crate) id: u32,
     /// Guest-physical address of the region, in bytes; a multiple of the page size.
@@ -59,6 +71,11 @@ pub(crate) struct Facts {
 
 /// The variable state of a device.
 pub(crate) struct State {
+    /// Layout of the region: read from the superblock at probe, and extended by the entries of its
+    /// channel table that [`Device::refresh`] took.
+    layout: KBox<Layout>,
+    /// The superblock. Always `None` once the device is gone.
+    first_page: Option<FirstPage>,
     /// Holders of the channel ends.
     claims: Claims,
     /// Memory areas into which processes have mapped the region.
@@ -98,12 +115,15 @@ impl Device {
     /// Creates the state of a device that is bound. `ENOMEM`.
     pub(crate) fn new(
         facts: Facts,
+        layout: KBox<Layout>,
+        first_page: FirstPage,
         hardware: Hardware,
         vectors: KVec<Arc<WaitQueue>>,
         dma: ARef<device::Device>,
     ) -> Result<Arc<Self>> {
         let removal = Arc::pin_init(WaitQueue::for_events(), GFP_KERNEL)?;
         let mappings = Mappings::new()?;
+        let claims = Claims::new()?;
         Arc::pin_init(
             try_pin_init!(Self {
                 facts,
@@ -115,7 +135,9 @@ impl Device {
                 opened: Atomic::new(0),
                 hardware <- Revocable::new(hardware),
                 state <- new_mutex!(State {
-                    claims: Claims::new(),
+                    layout,
+                    first_page: Some(first_page),
+                    claims,
                     areas: Areas::default(),
                     registration: None,
                     buffer: None,
@@ -148,6 +170,7 @@ impl Device {
         {
             let mut state = self.state.lock();
             self.gone.store(true, Release);
+            state.first_page = None;
             self.end_buffer(&mut state);
         }
         self.removal.wake_all();
@@ -186,38 +209,64 @@ impl Device {
 
     /// Returns the answer to [`uapi::INFO`]. `ENODEV`.
     pub(crate) fn info(&self) -> Result<uapi::Info> {
-        let Facts {
-            layout,
-            id,
-            region,
-            pci,
-        } = &self.facts;
+        let facts = &self.facts;
         let state = self.state.lock();
         self.check()?;
         let epoch = self.hardware.try_access().ok_or(ENODEV)?.epoch();
         let (asked, granted, mapper) = state.areas.reported();
         Ok(uapi::Info {
             version: uapi::UAPI_VERSION,
-            id: *id,
+            id: facts.id,
             // CAST: There are at most `MAX_VECTORS`.
             vectors: self.vectors.len() as u32,
-            pci_address: *pci,
-            region_size: layout.region_size,
-            mappable_size: layout.mappable_size(),
-            region_address: *region,
+            pci_address: facts.pci,
+            region_size: facts.region_size,
+            mappable_size: facts.mappable_size,
+            region_address: facts.region,
             epoch,
             granted,
             asked,
             mapper,
             reserved: 0,
+            instance: facts.identity.instance.words(),
+            name: facts.identity.name.words(),
         })
+    }
+
+    /// Encodes the superblock with all channels that the driver has, into a page of zeros.
+    /// `ENODEV`.
+    pub(crate) fn superblock(&self, page: &mut [u64; PAGE_WORDS]) -> Result {
+        let state = self.state.lock();
+        self.check()?;
+        state.layout.encode_into(page);
+        Ok(())
+    }
+
+    /// Takes the entries of the region's channel table that the driver does not have yet.
+    ///
+    /// `EAGAIN` if the table has fewer entries than the driver, or an entry that is invalid or not
+    /// in the reserve. Entries before that one are taken. `ENODEV`, and `ENOMEM` if the page cannot
+    /// be mapped.
+    pub(crate) fn refresh(&self) -> Result {
+        let mut state = self.state.lock();
+        let State {
+            layout,
+            first_page,
+            areas,
+            ..
+        } = &mut *state;
+        let first_page = first_page.as_ref().ok_or(ENODEV)?;
+        let page = first_page.map(areas.kernel_mode())?;
+        // SYNC: table; pairs with the broker's Release store. The kernel orders these reads.
+        let count = page.read64(TABLE_COUNT as usize);
+        let taken = layout.take_entries(count, |word| page.read64(8 * word));
+        taken.map_err(|_| EAGAIN)
     }
 
     /// Rings a vector of a peer. `EINVAL` if there is no such peer or vector, `ENODEV`.
     pub(crate) fn ring(&self, peer: u32, vector: u32) -> Result {
-        let layout = &self.facts.layout;
         let hardware = self.hardware.try_access().ok_or(ENODEV)?;
-        if peer > layout.host() || vector >= layout.vectors {
+        if peer > self.facts.host || vector >= self.facts.peer_vectors {
             return Err(EINVAL);
         }
         hardware.ring(peer, vector);
@@ -232,12 +281,9 @@ impl Device {
     pub(crate) fn own_end(&self, channel: u32, end: u32) -> Result<(End, u32)> {
         self.check()?;
         let end = End::from_number(end).ok_or(EINVAL)?;
-        let channel = self
-            .facts
-            .layout
-            .channels()
-            .get(channel as usize)
-            .ok_or(EINVAL)?;
+        let state = self.state.lock();
+        let channels = state.layout.channels();
+        let channel = channels.get(channel as usize).ok_or(EINVAL)?;
         if channel.peer(end) != self.facts.id {
             return Err(EACCES);
         }
@@ -254,7 +300,7 @@ impl Device {
         self.check()?;
         let process = own_process();
         if let Some(number) = state.claims.claim(channel, end, file, process)? {
-            self.show_holder(channel, end, Some((number, process)));
+            self.show_holder(&state.layout, channel, end, Some((number, process)));
         }
         Ok(())
     }
@@ -267,8 +313,9 @@ impl Device {
     /// claims are about to end, unless a message or a mapping keeps the file.
     pub(crate) fn pass_on(&self, file: FileId, other: impl FnOnce() -> u32) {
         let mut state = self.state.lock();
+        let State { layout, claims, .. } = &mut *state;
         let process = own_process();
-        if !state.claims.name(file, process) {
+        if !claims.name(file, process) {
             return;
         }
         // If the other process closes the file meanwhile, it waits for the lock, and then renames
@@ -276,20 +323,19 @@ impl Device {
         match other() {
             0 => (),
             other if other == process => (),
-            other => state
-                .claims
-                .rename(file, process, other, |channel, end, number| {
-                    self.show_holder(channel, end, Some((number, other)))
-                }),
+            other => claims.rename(file, process, other, |channel, end, number| {
+                self.show_holder(layout, channel, end, Some((number, other)))
+            }),
         }
     }
 
     /// Ends all claims of a file.
     pub(crate) fn release(&self, file: FileId) {
         let mut state = self.state.lock();
-        state
-            .claims
-            .release(file, |channel, end| self.show_holder(channel, end, None));
+        let State { layout, claims, .. } = &mut *state;
+        claims.release(file, |channel, end| {
+            self.show_holder(layout, channel, end, None)
+        });
     }
 
     /// Announces a DMA buffer (its DMA address and its size in bytes) to the device. Returns true
@@ -322,12 +368,18 @@ impl Device {
 
     /// Writes one holder (claim number and process) to the driver's page, and rings the peer at the
     /// other end, unless the device is gone.
-    fn show_holder(&self, channel: usize, end: End, holder: Option<(u32, u32)>) {
+    fn show_holder(
+        &self,
+        layout: &Layout,
+        channel: usize,
+        end: End,
+        holder: Option<(u32, u32)>,
+    ) {
         let Some(hardware) = self.hardware.try_access() else {
             return;
         };
         hardware.set_holder(channel, end, holder);
-        if let Some(channel) = self.facts.layout.channels().get(channel) {
+        if let Some(channel) = layout.channels().get(channel) {
             hardware.ring(channel.peer(end.other()), 0);
         }
     }

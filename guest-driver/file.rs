@@ -20,15 +20,19 @@ use crate::{
     mapping,
     shim,
     signals::Signals,
-    wire::uapi::{
-        self,
-        Buffer,
-        Claim,
-        Doorbell,
-        Eventfd,
-        Info,
-        Interrupts,
-        Map, //
+    wire::{
+        layout::PAGE_WORDS,
+        uapi::{
+            self,
+            Buffer,
+            Claim,
+            Doorbell,
+            Eventfd,
+            Info,
+            Interrupts,
+            Map,
+            Superblock, //
+        },
     },
 };
 use kernel::{
@@ -225,6 +229,17 @@ impl OpenFile {
                 let request: Buffer = reader.read()?;
                 buffer::make(&self.device, request.size, |made| writer.write(&made))?;
             }
+            uapi::SUPERBLOCK => {
+                let mut words = KVec::with_capacity(PAGE_WORDS, GFP_KERNEL)?;
+                for _ in 0..PAGE_WORDS {
+                    words.push(0, GFP_KERNEL)?;
+                }
+                let page: &mut [u64; PAGE_WORDS] =
+                    words.as_mut_slice().try_into().map_err(|_| EINVAL)?;
+                self.device.superblock(page)?;
+                user(size_of::<Superblock>()).writer().write(&*page)?;
+            }
+            uapi::REFRESH => self.device.refresh()?,
             _ => return Err(ENOTTY),
         }
         Ok(0)

@@ -16,7 +16,6 @@ use crate::{
             presence,
             End,
             Layout,
-            LayoutError,
             MAX_CHANNELS,
             PAGE_SIZE,
             PAGE_WORDS, //
@@ -24,10 +23,7 @@ use crate::{
         uapi, //
     },
 };
-use core::{
-    format_args,
-    mem::MaybeUninit, //
-};
+use core::format_args;
 use kernel::{
     device::{
         self,
@@ -59,8 +55,8 @@ pub(crate) fn read_layout(
     }
     // The driver reads the superblock once. Everything after this uses the copy.
     let copy = words.as_slice().try_into().map_err(|_| EINVAL)?;
-    let place = KBox::<Layout>::new_uninit(GFP_KERNEL)?;
-    let layout = decode(place, copy, region.size).map_err(|fault| {
+    let mut layout = empty_layout()?;
+    layout.decode_into(copy, region.size).map_err(|fault| {
         dev_info!(dev, "declined: {}\n", format_args!("{fault}"));
         ENODEV
     })?;
@@ -76,15 +72,11 @@ pub(crate) fn read_layout(
     Ok(layout)
 }
 
-/// Decodes a superblock into `place`. This is a function of its own so that the compiler's copies
-/// of the layout (2 KiB each) leave the 16 KiB stack before anything else is called.
+/// Returns a place for a layout. `ENOMEM`. This is a function of its own so that the compiler's
+/// copy of the layout (4 KiB) leaves the 16 KiB stack before anything else is called.
 #[inline(never)]
-fn decode(
-    place: KBox<MaybeUninit<Layout>>,
-    page: &[u64; PAGE_WORDS],
-    region_size: u64,
-) -> Result<KBox<Layout>, LayoutError> {
-    Ok(KBox::write(place, Layout::decode(page, region_size)?))
+fn empty_layout() -> Result<KBox<Layout>> {
+    Ok(KBox::new(Layout::EMPTY, GFP_KERNEL)?)
 }
 
 /// The register or the queue that takes a device's doorbells. Ringing never sleeps, and loses no

@@ -7,6 +7,7 @@
 //!
 //! C header: `include/linux/io.h`.
 
+use crate::shim;
 use core::ptr::NonNull;
 use kernel::{
     bindings,
@@ -15,15 +16,15 @@ use kernel::{
     prelude::*, //
 };
 
-/// A noncached mapping of device memory. It is not for bulk data, because each access waits for the
-/// device.
+/// A mapping of device memory, noncached unless it says otherwise. It is not for bulk data, because
+/// each access waits for the device.
 ///
 /// A misaligned access, or one outside of the mapping, behaves like an access that no device
 /// answers: a read returns all ones, and a write is dropped.
 ///
 /// # Invariants
 ///
-/// `base` comes from `ioremap` for `size` bytes, and is 8-aligned.
+/// `base` comes from a function of the `ioremap` family for `size` bytes, and is 8-aligned.
 pub(crate) struct IoMem {
     base: NonNull<c_void>,
     size: usize,
@@ -46,6 +47,23 @@ impl IoMem {
         let base = unsafe { bindings::ioremap(address, size) };
         // INVARIANT: `ioremap` keeps the offset in the page, and therefore the alignment of
         // `address`.
+        Ok(IoMem {
+            base: NonNull::new(base).ok_or(ENOMEM)?,
+            size,
+        })
+    }
+
+    /// Maps `size` bytes as [`IoMem::map`] does, in a cache mode: the number of a
+    /// [`crate::wire::uapi::CacheMode`], or 0 for noncached.
+    ///
+    /// # Safety
+    ///
+    /// The range must be device memory, and 8-aligned at both ends.
+    pub(crate) unsafe fn map_as(address: PhysAddr, size: usize, mode: u32) -> Result<Self> {
+        // SAFETY: By this function's contract the range is device memory, which may be mapped.
+        let base = unsafe { shim::barlink_map(address, size, mode) };
+        // INVARIANT: All ways to map keep the offset in the page, and their mappings end by
+        // `iounmap`.
         Ok(IoMem {
             base: NonNull::new(base).ok_or(ENOMEM)?,
             size,

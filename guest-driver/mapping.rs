@@ -27,7 +27,10 @@ use crate::{
     file::OpenFile,
     registration::Registration,
     shim,
-    wire::layout::PAGE_SIZE, //
+    wire::layout::{
+        FIRST_FREE,
+        PAGE_SIZE, //
+    },
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -124,8 +127,8 @@ impl Drop for Mappings {
 /// effect.
 ///
 /// `EINVAL` if the mapping is private, executable, or not inside of the mappable part of the
-/// region; `EBUSY` if the region's mappings have another cache mode than this file requests;
-/// `ENODEV`.
+/// region; `EACCES` if it is writable and has the superblock or the broker's page; `EBUSY` if the
+/// region's mappings have another cache mode than this file requests; `ENODEV`.
 ///
 /// # Safety
 ///
@@ -142,8 +145,11 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
         restrict(flags, FLAGS)?;
         let pages = (area.end - area.start) as u64 / PAGE_SIZE;
         let end = (area.pgoff as u64).checked_add(pages).ok_or(EINVAL)?;
-        if end > file.device.facts.layout.mappable_size() / PAGE_SIZE {
+        if end > file.device.facts.mappable_size / PAGE_SIZE {
             return Err(EINVAL);
+        }
+        if (area.pgoff as u64) < FIRST_FREE / PAGE_SIZE {
+            protect(flags)?;
         }
         let mut options = file.options();
         let mode = file.device.state.lock().areas.mode(options.cache)?;
@@ -168,6 +174,15 @@ pub(crate) fn restrict(flags: &mut vm_flags_t, more: vm_flags_t) -> Result {
         return Err(EINVAL);
     }
     *flags = (*flags | more) & !flags::MAYEXEC;
+    Ok(())
+}
+
+/// Prevents that a mapping that is being prepared ever becomes writable. `EACCES` if it already is.
+fn protect(flags: &mut vm_flags_t) -> Result {
+    if *flags & flags::WRITE != 0 {
+        return Err(EACCES);
+    }
+    *flags &= !flags::MAYWRITE;
     Ok(())
 }
 
@@ -249,7 +264,7 @@ unsafe extern "C" fn mapped(
 fn register(state: &mut State, device: &Device) -> Result {
     let mode = state.areas.mode(None)?;
     if state.registration.is_none() {
-        let size = device.facts.layout.mappable_size();
+        let size = device.facts.mappable_size;
         // SAFETY: The device is not gone, because the caller holds its state and has checked it.
         // Therefore the region is device memory. Its address and this size are in whole pages.
         let made = unsafe { Registration::new(mode, device.facts.region, size)? };

@@ -4,7 +4,10 @@
 //!
 //! C header: `include/linux/ioport.h`.
 
-use crate::iomem::IoMem;
+use crate::{
+    iomem::IoMem,
+    wire::layout::PAGE_SIZE, //
+};
 use kernel::{
     bindings,
     io::PhysAddr,
@@ -63,6 +66,40 @@ impl DeviceMemory {
         // and so is not memory of the kernel. Both ends are 8-aligned, by the invariant and the
         // check above.
         unsafe { IoMem::map(self.address + offset, size) }
+    }
+}
+
+/// The first page of a device's memory, which is mapped only while it is read. A permanent mapping
+/// would have a cache mode of its own, beside that of the mappings of processes.
+///
+/// # Invariants
+///
+/// The page is device memory that is reserved for this driver, and 8-aligned.
+pub(crate) struct FirstPage {
+    address: PhysAddr,
+}
+
+impl DeviceMemory {
+    /// Returns the first page. The caller drops it before the memory is released. `EINVAL` if the
+    /// memory is smaller.
+    pub(crate) fn first_page(&self) -> Result<FirstPage> {
+        if self.size < PAGE_SIZE {
+            return Err(EINVAL);
+        }
+        // INVARIANT: The page is a part of the requested memory, whose address is 8-aligned.
+        Ok(FirstPage {
+            address: self.address,
+        })
+    }
+}
+
+impl FirstPage {
+    /// Maps the page in a cache mode: the number of a [`crate::wire::uapi::CacheMode`], or 0 for
+    /// noncached. `ENOMEM`, also if the kernel has another mode registered for the page.
+    pub(crate) fn map(&self, mode: u32) -> Result<IoMem> {
+        // SAFETY: By the invariant the range is device memory of this driver, and 8-aligned at both
+        // ends.
+        unsafe { IoMem::map_as(self.address, PAGE_SIZE as usize, mode) }
     }
 }
 

@@ -20,6 +20,7 @@
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/spinlock.h>
+#include <linux/sysfs.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_ids.h>
@@ -31,6 +32,7 @@ u32 barlink_pci_address(struct device *dev);
 struct device *barlink_dma_device(struct device *dev);
 void barlink_flush_iommu(struct device *dev);
 void barlink_follow_sleep(struct miscdevice *misc, bool follow);
+const struct attribute_group **barlink_identity_attributes(void);
 void barlink_lock_init(spinlock_t *lock);
 unsigned long barlink_lock(spinlock_t *lock);
 void barlink_unlock(spinlock_t *lock, unsigned long flags);
@@ -42,6 +44,7 @@ u32 barlink_process_with(struct file *file);
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot);
 void __iomem *barlink_map_in_mode(u32 mode, u64 address, u64 size);
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address);
+void *barlink_map(u64 address, size_t size, u32 mode);
 
 int barlink_virtio_register(void);
 void barlink_virtio_unregister(void);
@@ -55,6 +58,7 @@ int barlink_queue_add(struct virtqueue *queue, void *buffer, u32 size, bool writ
 
 /* In chardev.rs. */
 void barlink_resumed(struct miscdevice *misc);
+void barlink_identity(struct miscdevice *misc, char *name, u8 *instance);
 /* In virtio.rs. */
 int barlink_virtio_freeze(struct virtio_device *vdev);
 int barlink_virtio_restore(struct virtio_device *vdev);
@@ -130,6 +134,39 @@ void barlink_follow_sleep(struct miscdevice *misc, bool follow)
 	device_lock(dev);
 	dev_pm_domain_set(dev, follow ? &sleep : NULL);
 	device_unlock(dev);
+}
+
+static ssize_t name_show(struct device *dev, struct device_attribute *attribute, char *text)
+{
+	/* The lengths are those of protocol/src/wire/identity.rs. */
+	char name[64];
+	u8 instance[16];
+
+	barlink_identity(dev_get_drvdata(dev), name, instance);
+	return sysfs_emit(text, "%.64s\n", name);
+}
+static DEVICE_ATTR_RO(name);
+
+static ssize_t instance_show(struct device *dev, struct device_attribute *attribute, char *text)
+{
+	char name[64];
+	u8 instance[16];
+
+	barlink_identity(dev_get_drvdata(dev), name, instance);
+	return sysfs_emit(text, "%16phN\n", instance);
+}
+static DEVICE_ATTR_RO(instance);
+
+static struct attribute *identity_attrs[] = {
+	&dev_attr_name.attr,
+	&dev_attr_instance.attr,
+	NULL,
+};
+ATTRIBUTE_GROUPS(identity);
+
+const struct attribute_group **barlink_identity_attributes(void)
+{
+	return identity_groups;
 }
 
 void barlink_lock_init(spinlock_t *lock)
@@ -260,6 +297,24 @@ u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address)
 			return i + 1;
 #endif
 	return 0;
+}
+
+void *barlink_map(u64 address, size_t size, u32 mode)
+{
+	void __iomem *base;
+
+	/* The numbers are those of CacheMode in protocol/src/wire/uapi.rs. */
+	switch (mode) {
+	case 3:
+		base = ioremap_wc(address, size);
+		break;
+	case 6:
+		base = ioremap_cache(address, size);
+		break;
+	default:
+		base = ioremap(address, size);
+	}
+	return (void __force *)base;
 }
 
 static const struct virtio_device_id virtio_devices[] = {

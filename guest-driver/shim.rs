@@ -92,6 +92,15 @@ extern "C" {
     /// call runs. May sleep. `misc` must be registered, and be the `miscdevice` of a `CharDevice`.
     pub(crate) fn barlink_follow_sleep(misc: *mut bindings::miscdevice, follow: bool);
 
+    /// Returns the attributes of a device node, `name` and `instance`, for `miscdevice::groups`.
+    /// They are constant. To read one calls [`crate::chardev`] while the node is registered.
+    pub(crate) fn barlink_identity_attributes() -> *mut *const bindings::attribute_group;
+
+    /// Maps device memory into the kernel (`ioremap` and its variants, `include/linux/io.h`) in the
+    /// cache mode with this number, noncached for numbers that cannot be asked for. Returns null if
+    /// that fails. May sleep. `iounmap` ends the mapping. The range must be device memory.
+    pub(crate) fn barlink_map(address: u64, size: usize, mode: u32) -> *mut c_void;
+
     /// Initialises a lock (`spin_lock_init`, `include/linux/spinlock.h`). `lock` must be writable,
     /// and must not move afterwards.
     pub(crate) fn barlink_lock_init(lock: *mut bindings::spinlock_t);

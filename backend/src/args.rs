@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use barlink_broker::broker::ChannelPlan;
+use barlink_broker::broker::{BROKER_NAME_BYTES, ChannelPlan, Reserve};
 use barlink_cli::size::parse_size;
 use barlink_cli::{place, stream};
 use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
@@ -79,6 +79,8 @@ pub enum Command {
     /// Empty a channel while no process holds its ends; records that were not received are lost
     #[command(after_help = "Example:\n  barlink reset-channel up")]
     ResetChannel(ResetChannel),
+    /// Add a channel to a region that is in use, or list its channels
+    Channel(Channel),
     /// Print the QEMU arguments, or the libvirt elements, that add the device to a VM
     #[command(
         after_help = "Example:\n  qemu-system-x86_64 -machine q35 -m 2G ... $(barlink qemu-args)\n\n\
@@ -120,6 +122,11 @@ pub struct Serve {
     /// down=down,16M for 64M
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
+    /// Keep room for channels that `barlink channel add` makes while VMs and host apps go on:
+    /// SIZE,VECTORS. A channel takes its size and 4K more. VECTORS are added to those of each peer,
+    /// so that as many new channels have a vector of their own; without them, they share the others
+    #[arg(long, value_name = "RESERVE")]
+    pub reserve: Option<Reserve>,
     /// Number of interrupt vectors of each peer [default: one for each channel, and one more]
     #[arg(long, value_name = "COUNT", default_value_t = 0, hide_default_value = true,
           value_parser = clap::value_parser!(u32).range(0..=256))]
@@ -288,6 +295,39 @@ pub struct ResetChannel {
 }
 
 #[derive(Debug, Args)]
+pub struct Channel {
+    #[command(subcommand)]
+    pub command: ChannelCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ChannelCommand {
+    /// Add a channel in the room that `barlink serve --reserve` keeps. It stays as long as the
+    /// region
+    #[command(after_help = "Example:\n  barlink channel add lidar=up,8M,drop")]
+    Add(AddChannel),
+    /// List the channels, and the room for more
+    List(ListChannels),
+}
+
+#[derive(Debug, Args)]
+pub struct AddChannel {
+    /// The channel, in the form of `barlink serve --channel`: NAME=DIRECTION,SIZE[,drop]
+    pub channel: ChannelPlan,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+#[derive(Debug, Args)]
+pub struct ListChannels {
+    /// Print the list as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+#[derive(Debug, Args)]
 pub struct QemuArgs {
     /// Number of the VM's slot
     #[arg(long, default_value_t = 0)]
@@ -311,6 +351,11 @@ pub fn parse_name(text: &str) -> Result<String, String> {
     if text.is_empty() || text.starts_with('.') || !text.chars().all(legal) {
         return Err(format!(
             "invalid name `{text}`: use letters, digits, `-`, `_` and `.`, without a `.` at the start"
+        ));
+    }
+    if text.len() > BROKER_NAME_BYTES {
+        return Err(format!(
+            "invalid name `{text}`: use {BROKER_NAME_BYTES} characters at the most"
         ));
     }
     Ok(text.to_owned())

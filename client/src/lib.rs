@@ -39,6 +39,9 @@ mod error_kind;
 mod event_error;
 pub mod guest;
 pub mod host;
+// The broker keeps the layout of its region in the same way.
+#[doc(hidden)]
+pub mod layouts;
 // The broker maps the same memory.
 #[doc(hidden)]
 pub mod memory;
@@ -157,6 +160,7 @@ pub use barlink_protocol::wire::layout::LayoutError;
 /// # Ok::<(), barlink::InvalidName>(())
 /// ```
 pub use barlink_protocol::wire::layout::Name;
+pub use barlink_protocol::wire::layout::{BrokerName, Identity, Instance};
 // The bench and tests of the broker measure and drive the ring without the library around it.
 pub use claim::{Held, NotHere};
 #[doc(hidden)]

@@ -92,7 +92,8 @@ pub struct Mapping(Arc<Pages>);
 struct Pages {
     start: NonNull<u8>,
     size: usize,
-    access: Access,
+    /// First byte that can be written; `None` if none can.
+    writable: Option<u64>,
 }
 
 // SAFETY: the address is of memory that belongs to the process and not to a thread, is unmapped
@@ -136,27 +137,62 @@ impl Mapping {
 
     /// Maps the first bytes of a file.
     pub(crate) fn map(file: impl AsFd, size: usize, access: Access) -> Result<Self, Errno> {
-        let protection = match access {
-            Access::ReadOnly => ProtFlags::READ,
-            Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+        let (protection, writable) = match access {
+            Access::ReadOnly => (ProtFlags::READ, None),
+            Access::ReadWrite => (ProtFlags::READ | ProtFlags::WRITE, Some(0)),
         };
         let shared = MapFlags::SHARED;
         // SAFETY: the kernel chooses the address, so no memory of this process is replaced.
         let start =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, protection, shared, file, 0) }?;
-        // A core dump of each process with the region would take its time and space, and have data
-        // of others.
-        // SAFETY: the pages were just mapped, and their content and protection stay.
-        if let Err(error) = unsafe { madvise(start, size, Advice::LinuxDontDump) } {
-            log::debug!("a core dump of this process would have the region: {error}");
+        Self::finish(start, size, writable)
+    }
+
+    /// Maps the first bytes of a file, of which a process may only read those before `writable`, a
+    /// whole number of pages below `size`.
+    pub(crate) fn map_behind(file: impl AsFd, size: usize, writable: usize) -> Result<Self, Errno> {
+        if size <= writable {
+            return Err(Errno::INVAL);
         }
+        let (read, shared) = (ProtFlags::READ, MapFlags::SHARED);
+        // SAFETY: the kernel chooses the address, so no memory of this process is replaced. It
+        // chooses one at which the file can have large pages.
+        let start =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, read, shared, &file, 0) }?;
+        // From here on a drop unmaps the range.
+        let mapping = Self::finish(start, size, Some(writable as u64))?;
+        let (place, length) = (start.wrapping_byte_add(writable), size - writable);
+        let (protection, flags) = (read | ProtFlags::WRITE, shared | MapFlags::FIXED);
+        // SAFETY: the part is inside the range that was just mapped, which nobody uses yet.
+        unsafe { rustix::mm::mmap(place, length, protection, flags, &file, writable as u64) }?;
+        mapping.leave_out_of_dumps(writable, length);
+        Ok(mapping)
+    }
+
+    fn finish(
+        start: *mut std::ffi::c_void,
+        size: usize,
+        writable: Option<u64>,
+    ) -> Result<Self, Errno> {
         let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
         let pages = Pages {
             start,
             size,
-            access,
+            writable,
         };
-        Ok(Mapping(Arc::new(pages)))
+        let mapping = Mapping(Arc::new(pages));
+        mapping.leave_out_of_dumps(0, size);
+        Ok(mapping)
+    }
+
+    /// Leaves a part of the mapping out of core dumps. A core dump of each process with the
+    /// region would take its time and space, and have data of others.
+    fn leave_out_of_dumps(&self, from: usize, length: usize) {
+        let start = self.0.start.as_ptr().wrapping_add(from).cast();
+        // SAFETY: the pages belong to this mapping, and their content and protection stay.
+        if let Err(error) = unsafe { madvise(start, length, Advice::LinuxDontDump) } {
+            log::debug!("a core dump of this process would have the region: {error}");
+        }
     }
 
     /// Makes the pages of these bytes present in one call, and for [`Access::ReadWrite`] ready to
@@ -182,9 +218,9 @@ impl Mapping {
         }
     }
 
-    /// Returns the access that the mapping permits.
-    pub(crate) fn access(&self) -> Access {
-        self.0.access
+    /// Returns the first byte that can be written; `None` if none can.
+    pub(crate) fn writable(&self) -> Option<u64> {
+        self.0.writable
     }
 
     /// Returns the mapping as the words of a region.
@@ -200,7 +236,7 @@ impl Deref for Mapping {
         // SAFETY: `mmap` gave `size` bytes on a page boundary, which stay mapped while `self` is
         // borrowed. A region's file is sealed at its size; once a device is gone, an access is
         // SIGBUS and not undefined. All access in this process is by atomics or by `Region`'s
-        // copies. A read-only mapping is only loaded from: see `Access`.
+        // copies. From pages that are mapped for reading the process only loads: see `Access`.
         unsafe { region::words(self.0.start.as_ptr(), self.0.size) }
     }
 }
@@ -231,10 +267,40 @@ mod tests {
     }
 
     #[test]
+    fn first_pages_are_mapped_for_reading() {
+        let (memory, size, first) = (sealed_memory(1 << 20), 1 << 20, 8192);
+        let mapping = Mapping::map_behind(&memory, size, first).unwrap();
+        assert_eq!(mapping.writable(), Some(first as u64));
+        let region = mapping.region();
+        region.store(first as u64, 7);
+        region.store(size as u64 - 8, 8);
+        let copy = Mapping::map(&memory, size, Access::ReadOnly)
+            .unwrap()
+            .region();
+        assert_eq!(
+            [first as u64, size as u64 - 8].map(|at| copy.load(at)),
+            [7, 8]
+        );
+        let start = mapping.0.start.as_ptr() as usize;
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let protection = |at: usize| {
+            let mut lines = maps.lines().filter_map(|line| line.split_once('-'));
+            let (_, rest) = lines.find(|(from, _)| *from == format!("{at:x}")).unwrap();
+            rest.split(' ').nth(1).unwrap()
+        };
+        assert_eq!(protection(start), "r--s");
+        assert_eq!(protection(start + first), "rw-s");
+        drop((region, mapping));
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        assert!(!maps.contains(&format!("{start:x}-")));
+    }
+
+    #[test]
     fn core_dumps_leave_region_out() {
         let memory = sealed_memory(1 << 20);
-        for access in [Access::ReadOnly, Access::ReadWrite] {
-            let mapping = Mapping::new(memory.try_clone().unwrap(), 1 << 20, access).unwrap();
+        let map = |access| Mapping::new(memory.try_clone().unwrap(), 1 << 20, access).unwrap();
+        let behind = Mapping::map_behind(&memory, 1 << 20, 8192).unwrap();
+        for mapping in [map(Access::ReadOnly), map(Access::ReadWrite), behind] {
             let first = format!("{:x}-", mapping.0.start.as_ptr() as usize);
             let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
             let mut lines = maps.lines().skip_while(|line| !line.starts_with(&first));

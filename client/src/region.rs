@@ -7,7 +7,7 @@ use barlink_protocol::AtomicU64;
 use barlink_protocol::region::OutOfRegion;
 
 use crate::error_kind::ErrorKind;
-use crate::memory::{self, Access};
+use crate::memory;
 
 /// A region in this process. Clones share one mapping.
 ///
@@ -33,7 +33,8 @@ use crate::memory::{self, Access};
 #[derive(Clone, Debug)]
 pub struct Region {
     ring: memory::Region,
-    access: Access,
+    /// First byte that can be written; `None` if none can.
+    writable: Option<u64>,
 }
 
 /// The reason why bytes of a region cannot be read or written.
@@ -60,6 +61,16 @@ pub enum RegionError {
         /// The offset, in bytes.
         offset: u64,
     },
+    /// The bytes belong to the start of a region, which guest programs may only read.
+    #[error(
+        "offset {offset:#x} is in the first {first} bytes, which describe the region and can only be read in a guest"
+    )]
+    Protected {
+        /// The offset, in bytes.
+        offset: u64,
+        /// Offset of the first byte that can be written.
+        first: u64,
+    },
     /// The region is mapped for reading.
     #[error("the region is mapped for reading only: attach with `Access::ReadWrite`")]
     ReadOnly,
@@ -73,8 +84,9 @@ impl RegionError {
 }
 
 impl Region {
-    pub(crate) fn new(ring: memory::Region, access: Access) -> Self {
-        Region { ring, access }
+    /// Shows a mapping to programs. `writable` is its first byte that can be written.
+    pub(crate) fn new(ring: memory::Region, writable: Option<u64>) -> Self {
+        Region { ring, writable }
     }
 
     /// Returns the region of the ring, for programs of the workspace. Its methods panic at an
@@ -122,9 +134,9 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The bytes are not all in the mapping, or it is for reading only.
+    /// The bytes are not all in the mapping, or they or all of it are for reading only.
     pub fn poke(&self, offset: u64, bytes: &[u8]) -> Result<(), RegionError> {
-        self.check_writable()?;
+        self.check_writable(offset)?;
         Ok(self.ring.poke(offset, bytes)?)
     }
 
@@ -163,10 +175,10 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The bytes are not all in the mapping, it is for reading only, or the offset is not a
-    /// multiple of 8.
+    /// The bytes are not all in the mapping, they or all of it are for reading only, or the offset
+    /// is not a multiple of 8.
     pub fn copy_in(&self, offset: u64, bytes: &[u8]) -> Result<(), RegionError> {
-        self.check_writable()?;
+        self.check_writable(offset)?;
         self.check(offset, bytes.len())?;
         self.ring.copy_in(offset, bytes);
         Ok(())
@@ -204,10 +216,10 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The word is not in the mapping, it is for reading only, or the offset is not a multiple of
-    /// 8.
+    /// The word is not in the mapping, it or all of it is for reading only, or the offset is not a
+    /// multiple of 8.
     pub fn store(&self, offset: u64, value: u64) -> Result<(), RegionError> {
-        self.check_writable()?;
+        self.check_writable(offset)?;
         self.check(offset, 8)?;
         self.ring.store(offset, value);
         Ok(())
@@ -232,18 +244,19 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The word is not in the mapping, the mapping is for reading only, or the offset is not a
-    /// multiple of 8.
+    /// The word is not in the mapping, it or the mapping is for reading only, or the offset is not
+    /// a multiple of 8.
     pub fn word(&self, offset: u64) -> Result<&AtomicU64, RegionError> {
-        self.check_writable()?;
+        self.check_writable(offset)?;
         self.check(offset, 8)?;
         Ok(self.ring.word(offset))
     }
 
-    fn check_writable(&self) -> Result<(), RegionError> {
-        match self.access {
-            Access::ReadWrite => Ok(()),
-            Access::ReadOnly => Err(RegionError::ReadOnly),
+    fn check_writable(&self, offset: u64) -> Result<(), RegionError> {
+        match self.writable {
+            Some(first) if offset >= first => Ok(()),
+            Some(first) => Err(RegionError::Protected { offset, first }),
+            None => Err(RegionError::ReadOnly),
         }
     }
 
@@ -253,5 +266,31 @@ impl Region {
             return Err(RegionError::Unaligned { offset });
         }
         Ok(self.ring.check(offset, length)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Mapping;
+
+    #[test]
+    fn first_pages_of_guest_refuse_writes() {
+        const FIRST: u64 = 8192;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 * FIRST).unwrap();
+        let mapping = Mapping::map_behind(&file, 4 * FIRST as usize, FIRST as usize).unwrap();
+        let region = Region::new(mapping.region(), mapping.writable());
+        let offset = FIRST - 8;
+        let refused = RegionError::Protected {
+            offset,
+            first: FIRST,
+        };
+        assert_eq!(region.poke(offset, &[0; 16]), Err(refused));
+        assert_eq!(region.copy_in(offset, &[0; 16]), Err(refused));
+        assert_eq!(region.store(offset, 1), Err(refused));
+        assert_eq!(region.word(offset).map(drop), Err(refused));
+        region.poke(FIRST, &[1]).unwrap();
+        assert_eq!((region.load(offset), region.load(FIRST)), (Ok(0), Ok(1)));
     }
 }

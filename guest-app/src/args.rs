@@ -16,7 +16,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
-    /// Path of the device; /dev/barlink/by-path/pci-... stays with a device when numbers change
+    /// Name of the broker whose device it is, or path of the device. A text without a `/` is a
+    /// name. Names and the links in /dev/barlink/by-name and by-path stay with a device when
+    /// numbers change
     #[arg(
         long,
         global = true,

@@ -35,6 +35,7 @@ mod strategy;
 #[cfg(not(loom))]
 pub mod stream;
 mod sync;
+pub mod table;
 pub mod wire;
 
 pub use cache::{CacheState, Shortfall};

@@ -5,7 +5,7 @@
 
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::*;
-use barlink_protocol::{AtomicU64, PresenceWords, state};
+use barlink_protocol::{AtomicU64, PresenceWords, state, table};
 use proptest::prelude::*;
 
 const SIZE: u64 = 1 << 20;
@@ -33,7 +33,13 @@ fn layout() -> Layout {
         vector: 2,
         ..channel("down", raw + (64 << 10), 128 << 10)
     };
-    Layout::new(SIZE, 1, 3, raw, 64 << 10, &[up, down]).unwrap()
+    let identity = Identity {
+        name: BrokerName::new("vm1").unwrap(),
+        instance: Instance::parse("000102030405060708090a0b0c0d0eff").unwrap(),
+    };
+    Layout::new(SIZE, 1, 3, raw, 64 << 10, &[up, down])
+        .unwrap()
+        .with_identity(identity)
 }
 
 fn with(change: impl FnOnce(&mut [u64; PAGE_WORDS])) -> Result<Layout, LayoutError> {
@@ -64,6 +70,13 @@ fn superblock_matches_documented_bytes() {
     assert_eq!(bytes[16..24], SIZE.to_le_bytes());
     assert_eq!(bytes[24..32], [1, 0, 0, 0, 3, 0, 0, 0]);
     assert_eq!(bytes[32..40], 2u64.to_le_bytes());
+    assert_eq!(bytes[56..72], [0; 16], "no features");
+    assert_eq!(
+        bytes[72..88],
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 255]
+    );
+    assert_eq!(&bytes[88..92], b"vm1\0");
+    assert_eq!(bytes[92..256], [0; 164]);
     assert_eq!(&bytes[256..260], b"up\0\0");
     assert_eq!(&bytes[320..325], b"down\0");
     assert_eq!(
@@ -87,6 +100,60 @@ fn refuses_another_version() {
         with(|page| page[1] = 1),
         Err(LayoutError::Version { found: 1 })
     );
+}
+
+#[test]
+fn reader_names_unknown_incompatible_features() {
+    let unknown = 1 << 63 | 1 << 5;
+    let error = with(|page| page[7] = unknown).unwrap_err();
+    assert_eq!(error, LayoutError::Features { unknown });
+    assert_eq!(
+        error.to_string(),
+        "this program does not know the region's incompatible features, bits 5, 63: use programs and driver of one \
+         release"
+    );
+}
+
+#[test]
+fn reader_ignores_compatible_features() {
+    assert_eq!(with(|page| page[8] = u64::MAX), Ok(layout()));
+}
+
+#[test]
+fn refuses_broker_names_with_wrong_bytes() {
+    for text in [
+        *b"vm/1\0\0\0\0",
+        *b".vm\0\0\0\0\0",
+        *b"vm\0\0\0\0\0x",
+        *b"v\xfcm\0\0\0\0\0",
+    ] {
+        assert_eq!(
+            with(|page| page[11] = u64::from_le_bytes(text)),
+            Err(LayoutError::BrokerName),
+            "{text:?}"
+        );
+    }
+    let unnamed = with(|page| page[11] = 0).unwrap();
+    assert_eq!(unnamed.identity.name, BrokerName::EMPTY);
+    let longest = "a".repeat(BROKER_NAME_BYTES);
+    assert_eq!(BrokerName::new(&longest).unwrap().as_str(), longest);
+    assert_eq!(BrokerName::new(&(longest + "a")), None);
+}
+
+#[test]
+fn instance_text_has_32_digits() {
+    let text = layout().identity.instance.to_string();
+    assert_eq!(text, "000102030405060708090a0b0c0d0eff");
+    assert_eq!(Instance::parse(&text), Some(layout().identity.instance));
+    for text in [
+        "",
+        "0",
+        &text[1..],
+        &text.to_uppercase(),
+        &format!("{text}0"),
+    ] {
+        assert_eq!(Instance::parse(text), None, "{text}");
+    }
 }
 
 #[test]
@@ -120,8 +187,8 @@ fn refuses_counts_out_of_range() {
         Err(LayoutError::Vectors { count: 257 })
     );
     assert_eq!(
-        with(|page| page[4] = 33),
-        Err(LayoutError::Channels { count: 33 })
+        with(|page| page[4] = 61),
+        Err(LayoutError::Channels { count: 61 })
     );
     assert_eq!(
         with(|page| page[4] = u64::MAX),
@@ -248,6 +315,16 @@ proptest! {
         let decoded = with(|page| for (word, value, shift) in changes { page[word] = value >> shift });
         if let Ok(layout) = decoded {
             let mut ranges = vec![(layout.raw_offset, layout.raw_offset + layout.raw_size)];
+            let reserve = (layout.reserve_offset, layout.reserve_offset + layout.reserve_size);
+            if reserve != (0, 0) {
+                prop_assert!(FIRST_FREE <= reserve.0 && reserve.1 <= layout.mappable_size());
+                prop_assert!(ranges[0].1 <= reserve.0 || reserve.1 <= ranges[0].0);
+                for channel in layout.channels() {
+                    let apart = channel.end() <= reserve.0 || reserve.1 <= channel.offset;
+                    let inside = reserve.0 <= channel.offset && channel.end() <= reserve.1;
+                    prop_assert!(apart || inside);
+                }
+            }
             ranges.extend(layout.channels().iter().map(|channel| (channel.offset, channel.end())));
             for (index, &(start, end)) in ranges.iter().enumerate() {
                 prop_assert!(FIRST_FREE <= start && start <= end && end <= layout.mappable_size());
@@ -255,4 +332,142 @@ proptest! {
             }
         }
     }
+}
+
+/// Returns the layout of [`layout`] with a reserve of four pages behind everything else.
+fn reserving() -> Layout {
+    let end = layout().channels()[1].end();
+    layout().with_reserve(end, 4 * PAGE_SIZE).unwrap()
+}
+
+fn added(name: &str, page: u64) -> Channel {
+    channel(
+        name,
+        reserving().reserve_offset + page * PAGE_SIZE,
+        PAGE_SIZE,
+    )
+}
+
+#[test]
+fn reserve_takes_channels_until_full() {
+    let mut layout = reserving();
+    let start = layout.reserve_offset;
+    assert_eq!(layout.room(), (start, 4 * PAGE_SIZE));
+    layout.append(added("a", 0)).unwrap();
+    assert_eq!(layout.room(), (start + 2 * PAGE_SIZE, 2 * PAGE_SIZE));
+    layout.append(added("b", 2)).unwrap();
+    assert_eq!(layout.room(), (start + 4 * PAGE_SIZE, 0));
+    assert!(layout.extends(&reserving()) && !reserving().extends(&layout));
+    let other = layout.clone().with_identity(Identity::EMPTY);
+    assert!(!other.extends(&reserving()));
+    assert_eq!(Layout::decode(&layout.encode(), SIZE), Ok(layout));
+}
+
+#[test]
+fn appended_channels_must_fit_reserve() {
+    let before = reserving();
+    let place = added("a", 0).offset;
+    for (name, offset, capacity, fault) in [
+        ("up", place, PAGE_SIZE, "name"),
+        ("a", place, 4 * PAGE_SIZE, "place"),
+        ("a", place + 3 * PAGE_SIZE, PAGE_SIZE, "place"),
+        ("a", place - PAGE_SIZE, PAGE_SIZE, "place"),
+        ("a", place + 4 * PAGE_SIZE, PAGE_SIZE, "place"),
+        ("a", before.raw_offset, PAGE_SIZE, "place"),
+        ("a", FIRST_FREE, PAGE_SIZE, "place"),
+        ("a", 0, PAGE_SIZE, "place"),
+        ("a", place + 8, PAGE_SIZE, "place"),
+        ("a", place, 8, "capacity"),
+    ] {
+        let mut layout = before.clone();
+        let refused = layout.append(channel(name, offset, capacity));
+        let index = 2;
+        assert_eq!(
+            refused,
+            Err(LayoutError::Channel { index, fault }),
+            "{offset:#x}"
+        );
+        assert_eq!(layout, before);
+    }
+    let mut layout = before.clone();
+    layout.append(added("a", 0)).unwrap();
+    let (index, fault) = (3, "place");
+    let twice = layout.append(added("b", 0));
+    assert_eq!(twice, Err(LayoutError::Channel { index, fault }));
+    // Without a reserve there is no room.
+    let mut closed = self::layout();
+    assert!(closed.append(added("a", 0)).is_err());
+}
+
+#[test]
+fn table_holds_sixty_channels() {
+    let size = 64 << 20;
+    let layout = Layout::new(size, 1, 1, FIRST_FREE, 0, &[]).unwrap();
+    let mut layout = layout.with_reserve(FIRST_FREE, 32 << 20).unwrap();
+    for number in 0..60 {
+        let channel = Channel {
+            vector: 0,
+            ..channel(&format!("c{number}"), layout.room().0, PAGE_SIZE)
+        };
+        layout.append(channel).unwrap();
+    }
+    let channel = Channel {
+        vector: 0,
+        ..channel("more", layout.room().0, PAGE_SIZE)
+    };
+    let refused = layout.append(channel);
+    assert_eq!(refused, Err(LayoutError::Channels { count: 61 }));
+    assert_eq!(Layout::decode(&layout.encode(), size), Ok(layout));
+}
+
+#[test]
+fn refuses_reserve_over_other_parts() {
+    let end = layout().channels()[1].end();
+    for (offset, size) in [
+        (0, PAGE_SIZE),
+        (PAGE_SIZE, PAGE_SIZE),
+        (layout().raw_offset, PAGE_SIZE),
+        (FIRST_FREE, PAGE_SIZE),
+        (end - PAGE_SIZE, 2 * PAGE_SIZE),
+        (end, SIZE - end),
+        (end + 8, PAGE_SIZE),
+        (end, 8),
+        (end, 0),
+        (u64::MAX << 12, PAGE_SIZE),
+    ] {
+        assert!(layout().with_reserve(offset, size).is_err(), "{offset:#x}");
+    }
+}
+
+#[test]
+fn reader_keeps_entries_over_forged_table() {
+    let words: Vec<AtomicU64> = (0..PAGE_WORDS).map(|_| AtomicU64::new(0)).collect();
+    let page = Region::new(&words[..]);
+    let mut layout = reserving();
+    layout.append(added("a", 0)).unwrap();
+    state::publish(&page, &layout);
+    let entry = |index| table_entry(index);
+    // The entries that the reader has are forged, and it does not look at them.
+    let mut reader = layout.clone();
+    page.store(entry(0), u64::MAX);
+    page.store(entry(2) + 40, FIRST_FREE);
+    layout.append(added("b", 2)).unwrap();
+    table::publish(&page, &layout, 3);
+    table::extend(&page, &mut reader).unwrap();
+    assert_eq!(reader, layout);
+    // A forged count.
+    for count in [0, 3, 61, u64::MAX] {
+        page.store(TABLE_COUNT, count);
+        assert!(table::extend(&page, &mut reader).is_err(), "{count}");
+        assert_eq!(reader, layout);
+    }
+    // A new entry over another channel is not taken.
+    for (offset, word) in (entry(4)..).step_by(8).zip(encode_entry(&added("c", 0))) {
+        page.store(offset, word);
+    }
+    page.store(TABLE_COUNT, 5);
+    let (index, fault) = (4, "place");
+    let refused = table::extend(&page, &mut reader);
+    assert_eq!(refused, Err(LayoutError::Channel { index, fault }));
+    assert_eq!(reader, layout);
 }

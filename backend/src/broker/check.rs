@@ -9,7 +9,7 @@ use barlink::{Access, Error};
 use super::accept::{Listener, SocketError};
 use super::config::Config;
 use super::error::BrokerError;
-use super::plan::plan;
+use super::plan::{fits, plan};
 use super::takeover;
 
 /// The state in which a check found the control socket.
@@ -32,8 +32,9 @@ pub enum Checked {
 /// making anything, and the error of a broker that does not answer or rejects this process.
 pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckError> {
     let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
-    let layout =
-        plan(config.size, count, config.vectors, &config.channels).map_err(BrokerError::from)?;
+    let (vectors, channels) = (config.vectors, &config.channels);
+    let layout = plan(config.size, count, vectors, channels, config.reserve);
+    let layout = layout.map_err(BrokerError::from)?;
     let slots = || config.slots.iter().map(|(_, path)| path.as_path());
     takeover::check_paths(&config.control, slots()).map_err(BrokerError::from)?;
     let run_folder = config.control.parent().filter(|_| makes_run_folder);
@@ -49,7 +50,7 @@ pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckEr
         }
         running => running.map_err(Box::new)?,
     };
-    if running.layout() != &layout {
+    if !fits(&layout, running.layout()) {
         return Err(BrokerError::OtherRegion.into());
     }
     let status = running.status().map_err(Box::new)?;

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::plan::ChannelPlan;
+use super::plan::{ChannelPlan, Reserve};
 use super::policy::Policy;
 use crate::transport::Transport;
 
@@ -17,6 +17,8 @@ pub struct Config {
     pub vectors: u32,
     /// The channels; none for an `up` and a `down` for each slot.
     pub channels: Vec<ChannelPlan>,
+    /// The room for channels that are added while the region is in use.
+    pub reserve: Reserve,
     /// The transport and the socket of each slot.
     pub slots: Vec<(Arc<dyn Transport>, PathBuf)>,
     /// The control socket.

@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use barlink_protocol::wire::layout::BROKER_NAME_BYTES;
 use parking_lot::RwLock;
 
 pub use self::accept::{Listener, SocketError};
@@ -34,7 +35,7 @@ pub use self::config::Config;
 pub use self::confine::confine_early_thread;
 pub use self::control::{Answered, Exit, answer};
 pub use self::error::BrokerError;
-pub use self::plan::{ChannelPlan, Direction, Party, PlanError, plan};
+pub use self::plan::{ChannelPlan, Direction, Party, PlanError, Reserve, plan};
 pub use self::policy::Policy;
 pub use self::state::{BrokerState, Claim, Roster};
 pub use self::takeover::Predecessor;
@@ -63,7 +64,8 @@ impl Broker {
     /// if there is an inheritance.
     pub fn new(config: Config, inheritance: Inheritance) -> Result<Self, BrokerError> {
         let count = u32::try_from(config.slots.len()).unwrap_or(u32::MAX);
-        let layout = plan(config.size, count, config.vectors, &config.channels)?;
+        let (vectors, channels) = (config.vectors, &config.channels);
+        let layout = plan(config.size, count, vectors, channels, config.reserve)?;
         let (transports, slots): (Vec<_>, Vec<_>) = config
             .slots
             .into_iter()
@@ -82,7 +84,7 @@ impl Broker {
         let parts = if inheritance.is_empty() {
             Parts::create(layout, control, &slots, policy)?
         } else {
-            Parts::inherit(inheritance, layout, control, &slots, policy)?
+            Parts::inherit(inheritance, &layout, control, &slots, policy)?
         };
         Self::assemble(parts, transports, config.policy)
             .map_err(BrokerError::system("make an eventfd"))

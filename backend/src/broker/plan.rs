@@ -2,11 +2,13 @@
 
 //! Lays out a region: turns the operator's choices into offsets.
 
+use std::path::Path;
 use std::str::FromStr;
 
 use barlink_cli::size::{parse_size, show_size};
 use barlink_protocol::wire::layout::{
-    self, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, Name, PAGE_SIZE,
+    self, BrokerName, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, Name,
+    PAGE_SIZE,
 };
 use indicatif::BinaryBytes;
 
@@ -136,6 +138,23 @@ pub struct ChannelPlan {
     pub drop_when_full: bool,
 }
 
+impl ChannelPlan {
+    /// Returns the IDs of the producer's and the consumer's peer, in a region with this number of
+    /// slots.
+    pub fn peers(&self, slots: u32) -> Result<[u32; 2], PlanError> {
+        let peer = |party| match party {
+            Party::Host => Ok(slots),
+            Party::Slot(slot) if slot < slots => Ok(slot),
+            Party::Slot(slot) => Err(PlanError::NoSlot {
+                name: self.name.to_string(),
+                slot,
+                slots,
+            }),
+        };
+        Ok([peer(self.direction.from)?, peer(self.direction.to)?])
+    }
+}
+
 impl FromStr for ChannelPlan {
     type Err = String;
 
@@ -182,6 +201,44 @@ impl FromStr for ChannelPlan {
     }
 }
 
+/// The operator's choice of room for channels that are added while the region is in use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reserve {
+    /// Bytes for channels, their headers included.
+    pub bytes: u64,
+    /// Further interrupt vectors of each peer.
+    pub vectors: u32,
+}
+
+impl FromStr for Reserve {
+    type Err = String;
+
+    /// Parses `SIZE,VECTORS` or `SIZE`. A size becomes whole pages.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (bytes, vectors) = text.split_once(',').unwrap_or((text, "0"));
+        let vectors = vectors.parse().map_err(|_| {
+            format!("`{vectors}` is no number of vectors: a reserve is SIZE,VECTORS")
+        })?;
+        let bytes = parse_size(bytes)?;
+        let pages = bytes.checked_next_multiple_of(PAGE_SIZE);
+        let bytes = pages.filter(|bytes| *bytes > PAGE_SIZE).ok_or_else(|| {
+            let least = BinaryBytes(PAGE_SIZE + MIN_CAPACITY);
+            format!("a reserve of {bytes} bytes has no room for a channel: take {least} or more")
+        })?;
+        Ok(Reserve { bytes, vectors })
+    }
+}
+
+/// Returns the vector of a channel. Vector 0 is control. The channels share the others, or vector 0
+/// if there is no other.
+pub fn vector_of(index: usize, vectors: u32) -> u32 {
+    match vectors {
+        0 | 1 => 0,
+        // CAST: a region has at most 60 channels.
+        _ => 1 + index as u32 % (vectors - 1),
+    }
+}
+
 /// Lays out a region for `slots` slots. `vectors` is 0 for one vector a channel and one for
 /// control. Without channels, each slot has an `up` and a `down`, as large as fits.
 pub fn plan(
@@ -189,17 +246,19 @@ pub fn plan(
     slots: u32,
     vectors: u32,
     channels: &[ChannelPlan],
+    reserve: Reserve,
 ) -> Result<Layout, PlanError> {
     if !(1..=MAX_SLOTS).contains(&slots) {
         return Err(PlanError::Slots(slots));
     }
     if !size.is_power_of_two() {
         let above = size.checked_next_power_of_two().unwrap_or(1 << 63);
-        let possible = |size: &u64| *size > 0 && plan(*size, slots, vectors, channels).is_ok();
+        let possible =
+            |size: &u64| *size > 0 && plan(*size, slots, vectors, channels, reserve).is_ok();
         let candidates: Vec<_> = [above / 2, above].into_iter().filter(possible).collect();
         if candidates.is_empty() {
             // No size around it is possible, so that error comes first.
-            plan(above, slots, vectors, channels).map_err(|error| match error {
+            plan(above, slots, vectors, channels, reserve).map_err(|error| match error {
                 PlanError::TooSmall { needed, .. } => PlanError::TooSmall { size, needed },
                 PlanError::TooLarge { memory, .. } => PlanError::TooLarge { size, memory },
                 error => error,
@@ -220,7 +279,7 @@ pub fn plan(
         }
     };
     let chosen = if channels.is_empty() {
-        default_channels(size, slots)?
+        default_channels(size, slots, reserve.bytes)?
     } else {
         channels.to_vec()
     };
@@ -233,31 +292,20 @@ pub fn plan(
         }
     }
     let vectors = match vectors {
-        0 => (chosen.len() as u32 + 1).min(layout::MAX_VECTORS),
-        given => given,
+        0 => (chosen.len() as u32 + 1)
+            .saturating_add(reserve.vectors)
+            .min(layout::MAX_VECTORS),
+        given => given.saturating_add(reserve.vectors),
     };
     let mut next = FIRST_FREE;
     let mut entries = Vec::with_capacity(chosen.len());
-    for (index, channel) in (0u32..).zip(&chosen) {
-        let peer = |party| match party {
-            Party::Host => Ok(slots),
-            Party::Slot(slot) if slot < slots => Ok(slot),
-            Party::Slot(slot) => Err(PlanError::NoSlot {
-                name: channel.name.to_string(),
-                slot,
-                slots,
-            }),
-        };
+    for (index, channel) in chosen.iter().enumerate() {
+        let [producer, consumer] = channel.peers(slots)?;
         let entry = Channel {
             name: channel.name,
-            producer: peer(channel.direction.from)?,
-            consumer: peer(channel.direction.to)?,
-            // Vector 0 is control. The channels share the others, or vector 0 if there is no other.
-            vector: if vectors > 1 {
-                1 + index % (vectors - 1)
-            } else {
-                0
-            },
+            producer,
+            consumer,
+            vector: vector_of(index, vectors),
             drop_when_full: channel.drop_when_full,
             offset: next,
             capacity: channel.capacity,
@@ -267,18 +315,30 @@ pub fn plan(
             .saturating_add(channel.capacity);
         entries.push(entry);
     }
+    let reserve_offset = if reserve.bytes > 0 { next } else { 0 };
+    next = next.saturating_add(reserve.bytes);
     let end = size.saturating_sub(u64::from(slots) * PAGE_SIZE);
     if next > end {
         return Err(too_small(next.saturating_add(u64::from(slots) * PAGE_SIZE)));
     }
-    Ok(Layout::new(
-        size,
-        slots,
-        vectors,
-        next,
-        end - next,
-        &entries,
-    )?)
+    Ok(
+        Layout::new(size, slots, vectors, next, end - next, &entries)?
+            .with_reserve(reserve_offset, reserve.bytes)?,
+    )
+}
+
+/// Returns the name of a broker: that of its control socket's file without `.sock`, as
+/// `barlink list` shows it. The broker has none if that is no name.
+pub fn broker_name(control: &Path) -> BrokerName {
+    let file = control.file_name().and_then(|file| file.to_str());
+    let name = file.and_then(|file| file.strip_suffix(".sock"));
+    name.and_then(BrokerName::new).unwrap_or_default()
+}
+
+/// Tells whether a running region is the one that a plan describes, whatever its identity is, and
+/// whatever channels were added since.
+pub fn fits(planned: &Layout, running: &Layout) -> bool {
+    running.extends(&planned.clone().with_identity(running.identity))
 }
 
 /// Returns the capacity of a channel that is nearest to a size.
@@ -293,15 +353,17 @@ fn nearest_capacity(size: u64) -> u64 {
 
 /// Plans an `up` and a `down` for each slot (`up1`, `down1` for slot 1), of the largest size that
 /// leaves a raw window.
-fn default_channels(size: u64, slots: u32) -> Result<Vec<ChannelPlan>, PlanError> {
-    let reserved = FIRST_FREE + RAW_WINDOW + u64::from(slots) * PAGE_SIZE;
+fn default_channels(size: u64, slots: u32, reserve: u64) -> Result<Vec<ChannelPlan>, PlanError> {
+    let fixed = FIRST_FREE + RAW_WINDOW + u64::from(slots) * PAGE_SIZE;
+    let reserved = fixed.saturating_add(reserve);
     let share = size.saturating_sub(reserved) / (2 * u64::from(slots));
     let room = share.saturating_sub(layout::channel::DATA);
     if room < MIN_CAPACITY {
-        let needed = reserved + 2 * u64::from(slots) * (layout::channel::DATA + MIN_CAPACITY);
+        let channels = 2 * u64::from(slots) * (layout::channel::DATA + MIN_CAPACITY);
+        let needed = reserved.saturating_add(channels);
         return Err(PlanError::TooSmall {
             size,
-            needed: needed.next_power_of_two(),
+            needed: needed.checked_next_power_of_two().unwrap_or(u64::MAX),
         });
     }
     let capacity = (room / 2 + 1).next_power_of_two();
@@ -332,6 +394,50 @@ fn default_channels(size: u64, slots: u32) -> Result<Vec<ChannelPlan>, PlanError
 mod tests {
     use super::*;
 
+    fn plan(
+        size: u64,
+        slots: u32,
+        vectors: u32,
+        channels: &[ChannelPlan],
+    ) -> Result<Layout, PlanError> {
+        super::plan(size, slots, vectors, channels, Reserve::default())
+    }
+
+    #[test]
+    fn reserve_lies_between_channels_and_window() {
+        let reserve = "1M,4".parse().unwrap();
+        let layout = super::plan(4 << 20, 1, 0, &[], reserve).unwrap();
+        let last = layout.channels().last().unwrap();
+        assert_eq!(layout.room(), (last.end(), 1 << 20));
+        assert_eq!(layout.raw_offset, last.end() + (1 << 20));
+        assert_eq!(layout.vectors, 3 + 4);
+        let given = super::plan(4 << 20, 1, 2, &[], reserve).unwrap();
+        assert_eq!(given.vectors, 2 + 4);
+        // A running region fits its plan also with added channels, and no other plan.
+        let mut running = layout.clone();
+        let name = Name::new("added").unwrap();
+        let offset = layout.room().0;
+        running
+            .append(Channel {
+                name,
+                offset,
+                capacity: MIN_CAPACITY,
+                ..*last
+            })
+            .unwrap();
+        assert!(fits(&layout, &running));
+        assert!(!fits(&plan(4 << 20, 1, 7, &[]).unwrap(), &running));
+        for text in ["", "1M,", "1M,x", "4K", "0", ",4", "x,4"] {
+            assert!(text.parse::<Reserve>().is_err(), "{text}");
+        }
+        assert_eq!("8193".parse::<Reserve>().unwrap().bytes, 12 << 10);
+        for reserve in ["4M", "8388608T"] {
+            let reserve = reserve.parse().unwrap();
+            let error = super::plan(4 << 20, 1, 0, &[], reserve).unwrap_err();
+            assert!(error.to_string().contains("too small"), "{error}");
+        }
+    }
+
     #[test]
     fn default_channels_leave_a_raw_window() {
         for (size, slots) in [
@@ -359,6 +465,19 @@ mod tests {
                 .collect::<Vec<_>>(),
             ["up", "down", "up1", "down1"]
         );
+    }
+
+    #[test]
+    fn control_socket_names_broker() {
+        for (path, name) in [
+            ("/run/user/1000/barlink/vm1.sock", "vm1"),
+            ("My_VM-2.sock", "My_VM-2"),
+            ("/tmp/vm1", ""),
+            ("/tmp/vm 1.sock", ""),
+            ("/tmp/.sock", ""),
+        ] {
+            assert_eq!(broker_name(Path::new(path)).as_str(), name, "{path}");
+        }
     }
 
     #[test]

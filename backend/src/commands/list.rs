@@ -33,6 +33,8 @@ enum State {
     Serves {
         /// Process ID of the broker.
         pid: u32,
+        /// Number of the region.
+        instance: String,
         /// Bytes in the region.
         size: u64,
         /// Slots for VMs.
@@ -109,6 +111,7 @@ fn entry(name: String, control: PathBuf) -> Option<Entry> {
         let status = broker.status()?;
         Ok(State::Serves {
             pid: status.broker,
+            instance: broker.layout().identity.instance.to_string(),
             size: broker.layout().region_size,
             slots: status.slots.len(),
             vms: status.slots.iter().filter(|slot| slot.vm.is_some()).count(),
@@ -145,6 +148,7 @@ fn table(entries: &[Entry]) -> String {
                 size,
                 slots,
                 vms,
+                ..
             } => [
                 entry.name.clone(),
                 BinaryBytes(*size).to_string(),

@@ -2,6 +2,7 @@
 
 //! The commands of `barlink`, one file or folder for each or for a pair.
 
+mod channel;
 mod inspect;
 mod list;
 mod peek;
@@ -41,6 +42,7 @@ pub fn run(command: Command) -> Result<()> {
                 args.channel
             ))
         }
+        Command::Channel(args) => channel::channel(&args.command),
         Command::QemuArgs(args) => qemu_args::qemu_args(&args),
         Command::RemoveSockets { files } => sweeper::run(&files),
     }

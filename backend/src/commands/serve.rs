@@ -162,6 +162,7 @@ fn config(args: Serve) -> Result<Config> {
         size: args.size,
         vectors: args.vectors,
         channels: args.channel,
+        reserve: args.reserve.unwrap_or_default(),
         slots: args
             .sockets
             .0

@@ -12,7 +12,7 @@ use std::fs::File;
 use barlink_protocol::wire::layout::{
     End, Layout, LayoutError, MAX_CHANNELS, MAX_SLOTS, PAGE_SIZE, presence,
 };
-use barlink_protocol::{Ordering, state};
+use barlink_protocol::{Ordering, state, table};
 
 use super::name::ClientId;
 use crate::memory::{self, Access, Mapping, MemoryError, Region};
@@ -181,6 +181,12 @@ impl SlotWords {
 pub struct RosterWords(Words);
 
 impl RosterWords {
+    /// Stores the last channel of the region's layout, its count last.
+    pub fn add_channel(&self, layout: &Layout) {
+        let last = layout.channels().len().saturating_sub(1);
+        table::publish(&self.0.0, layout, last);
+    }
+
     /// Returns the broker's epoch.
     pub fn epoch(&self) -> u64 {
         self.0.load(EPOCH)
@@ -269,6 +275,39 @@ mod tests {
         let connections = slots.map(|slot| state.slot(slot).connection());
         let bases = (0..CHANNELS).map(|channel| roster.base(channel));
         (roster.epoch(), connections.collect(), ends, bases.collect())
+    }
+
+    /// A broker that is killed within the call has stored the entry alone, or the count as well.
+    #[test]
+    fn killed_broker_adds_whole_channel_or_none() {
+        use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Name, TABLE_COUNT};
+
+        let before = Layout::new(1 << 20, 1, 1, 1 << 19, 0, &[]).unwrap();
+        let before = before.with_reserve(FIRST_FREE, 1 << 16).unwrap();
+        let mut after = before.clone();
+        let channel = Channel {
+            name: Name::new("added").unwrap(),
+            producer: 0,
+            consumer: 1,
+            vector: 0,
+            drop_when_full: false,
+            offset: FIRST_FREE,
+            capacity: PAGE_SIZE,
+        };
+        after.append(channel).unwrap();
+        let state = PersistedState::create(&before).unwrap();
+        let old = state.words.0.page(0);
+        state.roster().add_channel(&after);
+        let new = state.words.0.page(0);
+        let changed = (0..new.len()).filter(|&word| old[word] != new[word]);
+        let (count, entry): (Vec<_>, Vec<_>) =
+            changed.partition(|&word| word as u64 == TABLE_COUNT / 8);
+        assert!(count.len() == 1 && entry.len() > 3);
+        let read = |page| Layout::decode(&page, before.region_size);
+        let mut killed = new;
+        killed[count[0]] = old[count[0]];
+        assert_eq!(read(killed), Ok(before.clone()));
+        assert_eq!(read(new), Ok(after));
     }
 
     /// A call is one store, which is done or not. A new holder is two stores, in the order that

@@ -5,14 +5,17 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use barlink::layouts::Layouts;
+use barlink_protocol::table;
 use barlink_protocol::wire::layout::{Channel, Layout};
 
 use crate::memory::{Access, Region};
 use barlink::notifier::Notifier;
 
-/// The region of a broker. Everything here is created at start and stays.
+/// The region of a broker. Everything here is created at start and stays, but for channels that are
+/// added.
 pub struct SharedRegion {
-    layout: Layout,
+    layouts: Layouts,
     memory: Arc<File>,
     read_only: Arc<File>,
     words: Region,
@@ -30,7 +33,7 @@ impl SharedRegion {
         eventfds: Vec<Vec<Arc<Notifier>>>,
     ) -> Self {
         SharedRegion {
-            layout,
+            layouts: Layouts::new(layout),
             memory,
             read_only,
             words,
@@ -40,27 +43,35 @@ impl SharedRegion {
 
     /// Returns the layout.
     pub fn layout(&self) -> &Layout {
-        &self.layout
+        self.layouts.latest()
+    }
+
+    /// Makes a layout with one more channel the region's, and publishes the channel in the region.
+    /// The caller has the lock of the roster.
+    pub(crate) fn extend(&self, layout: Layout) {
+        let last = layout.channels().len().saturating_sub(1);
+        table::publish(&self.words, &layout, last);
+        self.layouts.extend(layout);
     }
 
     /// Returns the size in bytes.
     pub fn size(&self) -> u64 {
-        self.layout.region_size
+        self.layout().region_size
     }
 
     /// Returns the number of peers: the slots and the host, whose ID is the last.
     pub fn peers(&self) -> u32 {
-        self.layout.host() + 1
+        self.layout().host() + 1
     }
 
     /// Returns the number of vectors of each peer.
     pub fn vectors(&self) -> u32 {
-        self.layout.vectors
+        self.layout().vectors
     }
 
     /// Finds a channel by its index.
     pub fn channel(&self, index: usize) -> Option<&Channel> {
-        self.layout.channels().get(index)
+        self.layout().channels().get(index)
     }
 
     /// Returns the memory, by a descriptor that permits no more than this access.

@@ -199,7 +199,7 @@ fn impostor(path: &Path, answer: Option<&'static [u8]>) -> OwnedFd {
 
 #[test]
 fn rejects_reply_from_non_broker() {
-    let region = br#"{"version":1,"answer":{"region":{"size":4096,"slots":1,"vectors":1,"raw_offset":0,"raw_size":0,"channels":[]}}}"#;
+    let region = br#"{"version":1,"answer":{"region":{"name":"","instance":"00000000000000000000000000000000","size":4096,"slots":1,"vectors":1,"raw_offset":0,"raw_size":0,"reserve_offset":0,"reserve_size":0,"channels":[]}}}"#;
     let cases: [(&[u8], &str); 6] = [
         (
             br#"{"version":2,"answer":{"something":"new"}}"#,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use barlink::Access;
 use barlink::control::client::Control;
-use barlink::control::message::Ask;
+use barlink::control::message::{Ask, Entry};
 use barlink_protocol::wire::layout::End;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
@@ -74,6 +74,7 @@ fn malformed_requests_cannot_flood_log() {
 #[test]
 fn no_request_floods_the_log() {
     let (channel, end) = (0, End::Consumer);
+    let wanted = Broker::start(&[]).attach().layout().channels()[0];
     let asks = [
         Ask::Attach {
             access: Access::ReadOnly,
@@ -83,6 +84,7 @@ fn no_request_floods_the_log() {
         Ask::Release { channel, end },
         Ask::Release { channel, end },
         Ask::Reset { channel },
+        Ask::AddChannel(Entry(wanted)),
         Ask::ReadGuest {
             slot: 0,
             address: 0,
@@ -103,6 +105,7 @@ fn no_request_floods_the_log() {
             Ask::Attach { .. } | Ask::Claim { .. } | Ask::Release { .. } | Ask::Reset { .. } => (),
             Ask::ReadGuest { .. }
             | Ask::ReadBuffer { .. }
+            | Ask::AddChannel(_)
             | Ask::Status
             | Ask::HandOver
             | Ask::Retire => (),

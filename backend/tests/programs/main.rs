@@ -3,6 +3,7 @@
 //! Tests of the program `barlink` from outside, with real processes and real sockets, and with
 //! every invalid input.
 
+mod channels;
 mod confined;
 mod control;
 mod gone;

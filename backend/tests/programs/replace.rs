@@ -390,3 +390,19 @@ fn only_own_user_replaces_broker() {
     );
     drop(broker.attach());
 }
+
+#[test]
+fn successor_keeps_instance_of_region() {
+    let mut broker = Broker::start(&[]);
+    let identity = broker.attach().layout().identity;
+    let shown: serde_json::Value =
+        serde_json::from_str(&works(&mut broker.app(&["inspect", "--json"]))).unwrap();
+    assert_eq!(shown["region"]["name"], identity.name.as_str());
+    assert_eq!(shown["region"]["instance"], identity.instance.to_string());
+    succeed(&mut broker, &[]);
+    assert_eq!(broker.attach().layout().identity, identity);
+    // A broker that starts anew has another region, under the same name.
+    let other = Broker::start(&[]).attach().layout().identity;
+    assert_eq!(other.name, identity.name);
+    assert_ne!(other.instance, identity.instance);
+}

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use barlink::Access;
 use barlink::host::AttachOptions;
-use barlink_broker::broker::{Broker, Config, Exit, Policy};
+use barlink_broker::broker::{Broker, Config, Exit, Policy, Reserve};
 use barlink_broker::slot::Slot;
 use barlink_broker::transport::{Departure, Ivshmem, Rejection, Transport, TransportError};
 
@@ -69,6 +69,7 @@ fn panic_ends_only_its_own_session() {
         size: 1 << 20,
         vectors: 1,
         channels: Vec::new(),
+        reserve: Reserve::default(),
         slots: vec![
             (Arc::clone(&faulty), path("first.sock")),
             (faulty, path("second.sock")),

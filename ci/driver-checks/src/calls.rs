@@ -12,9 +12,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::{mem, ptr};
 
 use barlink_protocol::wire::layout::PAGE_SIZE;
-use barlink_protocol::wire::uapi::{self, Buffer, Claim, Doorbell, Eventfd, Info, Map};
+use barlink_protocol::wire::uapi::{self, Buffer, Claim, Doorbell, Eventfd, Info, Map, Superblock};
 use rustix::io::{Errno, Result};
-use rustix::ioctl::{Getter, Setter, Updater, ioctl};
+use rustix::ioctl::{Getter, NoArg, Setter, Updater, ioctl};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, MsyncFlags, ProtFlags};
 use rustix::process::{Pid, Signal};
 
@@ -22,6 +22,18 @@ use rustix::process::{Pid, Signal};
 pub(crate) fn info(file: BorrowedFd<'_>) -> Result<Info> {
     // SAFETY: The ioctl writes an `Info`.
     unsafe { ioctl(file, Getter::<{ uapi::INFO }, Info>::new()) }
+}
+
+/// Calls the ioctl [`uapi::SUPERBLOCK`].
+pub(crate) fn superblock(file: BorrowedFd<'_>) -> Result<Superblock> {
+    // SAFETY: The ioctl writes a `Superblock`.
+    unsafe { ioctl(file, Getter::<{ uapi::SUPERBLOCK }, Superblock>::new()) }
+}
+
+/// Calls the ioctl [`uapi::REFRESH`].
+pub(crate) fn refresh(file: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: The ioctl has no argument.
+    unsafe { ioctl(file, NoArg::<{ uapi::REFRESH }>::new()) }
 }
 
 /// Calls the ioctl [`uapi::CLAIM`].

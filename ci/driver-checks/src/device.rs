@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use barlink_protocol::wire::layout::{End, MAX_VECTORS};
+use barlink_protocol::wire::layout::{End, Layout, MAX_VECTORS};
 use barlink_protocol::wire::uapi::{Buffer, Claim, Doorbell, Eventfd, Info, Interrupts, Map};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
@@ -72,6 +72,19 @@ impl Device {
     /// Reads the description of the device.
     pub(crate) fn info(&self) -> Result<Info> {
         calls::info(self.as_fd())
+    }
+
+    /// Reads the layout that the driver has, of a region of this size in bytes.
+    pub(crate) fn layout(&self, size: u64) -> anyhow::Result<Layout> {
+        Ok(Layout::decode(
+            &calls::superblock(self.as_fd())?.words,
+            size,
+        )?)
+    }
+
+    /// Makes the driver take new channels.
+    pub(crate) fn refresh(&self) -> Result<()> {
+        calls::refresh(self.as_fd())
     }
 
     /// Claims an end of a channel.

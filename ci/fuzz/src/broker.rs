@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use barlink_broker::broker::{Broker, BrokerState, Config, Policy};
+use barlink_broker::broker::{Broker, BrokerState, Config, Policy, Reserve};
 use barlink_broker::socket::Peer;
 use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use rustix::fs::{Mode, OFlags};
@@ -33,6 +33,7 @@ fn broker(transport: Arc<dyn Transport>) -> Arc<BrokerState> {
         size: 1 << 20,
         vectors: 0,
         channels: Vec::new(),
+        reserve: Reserve::default(),
         slots: vec![(transport, folder.join("vm.sock"))],
         control: folder.join("control.sock"),
         policy: Policy::new(Vec::new(), Vec::new()),

@@ -2,9 +2,11 @@
 
 //! The checks of every layout that was accepted.
 
+use std::ops::Range;
+
 use barlink_protocol::wire::layout::{
-    Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS, MAX_VECTORS,
-    MIN_CAPACITY, Name, PAGE_SIZE,
+    BrokerName, Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS,
+    MAX_VECTORS, MIN_CAPACITY, Name, PAGE_SIZE,
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 
@@ -13,7 +15,14 @@ pub fn check(layout: &Layout) {
     assert!(layout.region_size.is_power_of_two() && layout.region_size <= MAX_REGION_SIZE);
     assert!((1..=MAX_SLOTS).contains(&layout.slots) && (1..=MAX_VECTORS).contains(&layout.vectors));
     assert!(layout.channels().len() <= MAX_CHANNELS);
-    let mut ranges = vec![(layout.raw_offset, layout.raw_size)];
+    let name = layout.identity.name;
+    assert_eq!(BrokerName::new(name.as_str()), Some(name));
+    let reserve = layout.reserve_offset..layout.reserve_offset + layout.reserve_size;
+    let mut ranges = vec![
+        (layout.raw_offset, layout.raw_size),
+        (reserve.start, layout.reserve_size),
+    ];
+    let mut reserved = Vec::new();
     for (index, channel) in layout.channels().iter().enumerate() {
         assert!(channel.capacity.is_power_of_two() && channel.capacity >= MIN_CAPACITY);
         assert!(channel.vector < layout.vectors);
@@ -25,16 +34,27 @@ pub fn check(layout: &Layout) {
             assert!(page + PAGE_SIZE <= layout.region_size);
             assert!(page < FIRST_FREE || page >= layout.mappable_size());
         }
-        ranges.push((channel.offset, channel.end() - channel.offset));
+        let parts = match reserve.contains(&channel.offset) {
+            true => &mut reserved,
+            false => &mut ranges,
+        };
+        parts.push((channel.offset, channel.end() - channel.offset));
     }
+    check_apart(ranges, FIRST_FREE..layout.mappable_size());
+    check_apart(reserved, reserve);
+}
+
+/// Fails unless these ranges, each by its start and size, consist of pages between two offsets and
+/// do not overlap.
+fn check_apart(mut ranges: Vec<(u64, u64)>, inside: Range<u64>) {
     ranges.retain(|(_, size)| *size > 0);
     ranges.sort_unstable();
-    let mut free = FIRST_FREE;
+    let mut free = inside.start;
     for (offset, size) in ranges {
         assert!(offset >= free && (offset | size).is_multiple_of(PAGE_SIZE));
         free = offset + size;
+        assert!(free <= inside.end);
     }
-    assert!(free <= layout.mappable_size());
 }
 
 /// A layout from the input, which may be invalid.

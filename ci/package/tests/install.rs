@@ -272,6 +272,15 @@ fn by_path(run: &impl Fn(&str) -> Result<String>) -> Result<()> {
     eventually(|| run(&format!("test \"$(readlink -f {link})\" = /dev/barlink0")))?;
     let by_link = run(&format!("barlink-guest --device {link} info"))?;
     ensure!(by_link.contains(address), "{by_link}");
+    // The broker's control socket is `control.sock`.
+    let name = info["name"].as_str().context("no name")?;
+    let link_of_name = format!("/dev/barlink/by-name/{name}");
+    eventually(|| {
+        run(&format!(
+            "test \"$(readlink -f {link_of_name})\" = /dev/barlink0"
+        ))
+    })?;
+    ensure!(run(&format!("barlink-guest --device {name} info"))?.contains(address));
     let drivers = "/sys/bus/pci/drivers/barlink";
     run(&format!("echo {address} >{drivers}/unbind"))?;
     eventually(|| run(&format!("test ! -e {link}")))?;

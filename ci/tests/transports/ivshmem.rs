@@ -19,10 +19,14 @@ mod channels;
 mod idle;
 #[path = "mixed.rs"]
 mod mixed;
+#[path = "names.rs"]
+mod names;
 #[path = "restart.rs"]
 mod restart;
 #[path = "snapshots.rs"]
 mod snapshots;
+#[path = "table.rs"]
+mod table;
 
 /// Doorbells do not pass through the broker over ivshmem. They do over vfio-user:
 /// `vm_outlives_its_broker_until_it_reboots`.

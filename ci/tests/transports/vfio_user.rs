@@ -18,7 +18,11 @@ mod channels;
 mod idle;
 #[path = "mixed.rs"]
 mod mixed;
+#[path = "names.rs"]
+mod names;
 #[path = "restart.rs"]
 mod restart;
 #[path = "snapshots.rs"]
 mod snapshots;
+#[path = "table.rs"]
+mod table;

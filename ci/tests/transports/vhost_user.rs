@@ -28,8 +28,12 @@ mod channels;
 mod idle;
 #[path = "mixed.rs"]
 mod mixed;
+#[path = "names.rs"]
+mod names;
 #[path = "snapshots.rs"]
 mod snapshots;
+#[path = "table.rs"]
+mod table;
 
 /// Sends a line from the guest through a channel, and checks that the host receives it.
 fn line(broker: &Broker, vm: &Vm, text: &str) -> Result<()> {

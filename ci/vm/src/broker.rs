@@ -24,6 +24,8 @@ use barlink_sandbox::builds::Artifacts;
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 const LOG: &str = "broker.log";
+/// The name of a broker, unless the test chooses one.
+const NAME: &str = "control";
 
 /// The transport by which a VM gets its device.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, ValueEnum)]
@@ -84,6 +86,7 @@ pub struct Broker {
     program: PathBuf,
     arguments: Vec<OsString>,
     folder: tempfile::TempDir,
+    name: String,
     slots: Vec<Transport>,
     manager: Option<ServiceManager>,
 }
@@ -100,7 +103,12 @@ impl Broker {
         slots: &[Transport],
         arguments: &[&str],
     ) -> Result<Self> {
-        Self::launch(artifacts, slots, arguments, |_| Ok(None))
+        Self::launch(artifacts, NAME, slots, arguments, |_| Ok(None))
+    }
+
+    /// Starts a broker with this name, and with a slot over this transport.
+    pub fn start_named(artifacts: &Artifacts, name: &str, transport: Transport) -> Result<Self> {
+        Self::launch(artifacts, name, &[transport], &[], |_| Ok(None))
     }
 
     /// Starts a broker with one slot, as the service of a manager that stores its descriptors.
@@ -118,13 +126,14 @@ impl Broker {
         slots: &[Transport],
         arguments: &[&str],
     ) -> Result<Self> {
-        Self::launch(artifacts, slots, arguments, |folder| {
+        Self::launch(artifacts, NAME, slots, arguments, |folder| {
             ServiceManager::new(folder).map(Some)
         })
     }
 
     fn launch(
         artifacts: &Artifacts,
+        name: &str,
         slots: &[Transport],
         arguments: &[&str],
         manager: impl FnOnce(&Path) -> Result<Option<ServiceManager>>,
@@ -133,7 +142,7 @@ impl Broker {
         let path = |name: &str| folder.path().join(name).into_os_string();
         let mut all: Vec<OsString> = vec!["serve".into()];
         all.extend(arguments.iter().map(OsString::from));
-        all.extend(["--control".into(), path("control.sock")]);
+        all.extend(["--control".into(), path(&format!("{name}.sock"))]);
         for (slot, transport) in slots.iter().enumerate() {
             all.extend([
                 transport.option().into(),
@@ -147,6 +156,7 @@ impl Broker {
             program,
             arguments: all,
             folder,
+            name: name.to_owned(),
             slots: slots.to_vec(),
             manager,
         };
@@ -218,7 +228,7 @@ impl Broker {
 
     /// Returns the path of the socket for host apps.
     pub fn control(&self) -> PathBuf {
-        self.folder().join("control.sock")
+        self.folder().join(format!("{}.sock", self.name))
     }
 
     /// Returns the path of the socket for a slot's VM.

@@ -49,7 +49,7 @@ impl Buffer {
         };
         let size = usize::try_from(size).map_err(|_| Errno::INVAL)?;
         let region = Mapping::map(&descriptor, size, Access::ReadWrite)?.region();
-        let region = Region::new(region, Access::ReadWrite);
+        let region = Region::new(region, Some(0));
         Ok(Buffer { region, buffer })
     }
 

@@ -7,9 +7,10 @@ use std::fs::File;
 use std::hint::black_box;
 use std::sync::atomic::Ordering;
 
+use barlink_protocol::wire::layout::{FIRST_FREE, PAGE_WORDS};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::io::Errno;
-use rustix::ioctl::{Getter, Setter, ioctl};
+use rustix::ioctl::{Getter, NoArg, Setter, ioctl};
 
 use crate::memory::{Access, Mapping, Region};
 
@@ -17,6 +18,25 @@ use crate::memory::{Access, Mapping, Region};
 pub(crate) fn info(file: &File) -> Result<Info, Errno> {
     // SAFETY: `INFO` fills an `Info`, which any bits are valid for.
     unsafe { ioctl(file, Getter::<{ uapi::INFO }, Info>::new()) }
+}
+
+/// Asks the driver for the superblock that it has.
+pub(crate) fn superblock(file: &File) -> Result<Box<[u64; PAGE_WORDS]>, Errno> {
+    // SAFETY: `SUPERBLOCK` fills a `Superblock`, which any bits are valid for.
+    let page = unsafe {
+        ioctl(
+            file,
+            Getter::<{ uapi::SUPERBLOCK }, uapi::Superblock>::new(),
+        )
+    }?;
+    Ok(Box::new(page.words))
+}
+
+/// Makes the driver take the channels that were added. `AGAIN` if there is one that it does not
+/// take.
+pub(crate) fn refresh(file: &File) -> Result<(), Errno> {
+    // SAFETY: `REFRESH` has no argument.
+    unsafe { ioctl(file, NoArg::<{ uapi::REFRESH }>::new()) }
 }
 
 /// Claims an end of a channel, for as long as the file is open.
@@ -49,7 +69,11 @@ pub(crate) fn map_in(
     };
     // SAFETY: `MAP` takes a `Map`, and reads it during the call.
     unsafe { ioctl(file, Setter::<{ uapi::MAP }, _>::new(map)) }?;
-    let mapping = Mapping::map(file, size, access)?;
+    let mapping = match access {
+        Access::ReadOnly => Mapping::map(file, size, access),
+        // The driver lets a process only read the pages before.
+        Access::ReadWrite => Mapping::map_behind(file, size, FIRST_FREE as usize),
+    }?;
     if let Some(word) = mapping.first() {
         black_box(word.load(Ordering::Relaxed));
     }

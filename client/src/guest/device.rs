@@ -8,8 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use barlink_protocol::state;
-use barlink_protocol::wire::layout::{End, Layout};
+use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
@@ -23,6 +22,8 @@ use crate::guest::cache::{Cache, Choice};
 use crate::guest::calls::{self, map_in, region};
 use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
+use crate::guest::find as by_name;
+use crate::layouts::Layouts;
 use crate::memory::{Access, Mapping};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
@@ -50,13 +51,40 @@ pub struct Device {
     access: Access,
     mapping: Mapping,
     granted: u32,
-    layout: Layout,
+    identity: Identity,
+    slot: u32,
+    layouts: Layouts,
     choice: Option<Choice>,
 }
 
 impl Device {
-    /// Opens a device, and maps all of its region that can be mapped.
-    pub(super) fn open(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
+    /// Opens a device by its path, or by the name of its region's broker, and maps all of its
+    /// region that can be mapped.
+    pub(super) fn open(device: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
+        let Some(name) = by_name::name(device) else {
+            return Self::open_path(device, cache, access);
+        };
+        let ask = |node: &Path| {
+            let info = info(&open(node, Access::ReadOnly)?, node)?;
+            Ok(info.identity().name)
+        };
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let opened = Self::open_path(&by_name::find(name, ask)?, cache, access);
+            let is_other = match &opened {
+                Ok(opened) => opened.identity.name.as_str() != name,
+                Err(DeviceError::NoDevice { .. }) => true,
+                Err(_) => false,
+            };
+            // The numbers of the nodes can change between the two steps.
+            if !is_other || tries == TRIES {
+                return opened;
+            }
+        }
+    }
+
+    fn open_path(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
         let choice = (cache == Cache::Auto).then(|| choose(path, access));
         let choice = choice.transpose()?;
         let chosen = choice.as_ref().map_or(cache, |choice| choice.cache);
@@ -77,18 +105,30 @@ impl Device {
         let mapping = map(&file, path, size, cache, access)?;
         // The granted mode is known once something is mapped.
         let granted = info(&file, path)?.granted;
-        let layout = state::read_layout(&region(&mapping, granted), before.region_size);
-        let layout = layout.map_err(|source| DeviceError::Layout {
-            path: path.to_owned(),
-            source,
-        })?;
+        // An entry that the driver does not take concerns only a program that needs the channel.
+        match calls::refresh(&file) {
+            Ok(()) | Err(Errno::AGAIN) => (),
+            Err(error) => return Err(system("refresh the channels of", path, error)),
+        }
+        let layout = layout(&file, path)?;
+        // The driver's own superblock can say more than what is mapped only if it is damaged.
+        let needed = layout.mappable_size();
+        let mapped = size as u64;
+        if mapped < needed {
+            return Err(DeviceError::Layout {
+                path: path.to_owned(),
+                source: LayoutError::Mapping { needed, mapped },
+            });
+        }
         Ok(Device {
             path: path.to_owned(),
             file,
             access,
             mapping,
             granted,
-            layout,
+            identity: before.identity(),
+            slot: before.id,
+            layouts: Layouts::new(layout),
             choice: None,
         })
     }
@@ -106,6 +146,23 @@ impl Device {
     /// ```
     pub fn choice(&self) -> Option<&Choice> {
         self.choice.as_ref()
+    }
+
+    /// Returns the name of the region's broker and the number of the region, which the driver read
+    /// when it was bound. A broker that is started anew with another region has another number,
+    /// whatever its name is; a successor that took the region over has the same.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// // The device of the broker that `barlink serve --name camera` started.
+    /// let device = guest::open("camera")?;
+    /// let identity = device.identity();
+    /// println!("{}, instance {}", identity.name, identity.instance);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// Returns the cache mode that the guest's kernel granted to the mapping. `None` if the driver
@@ -144,8 +201,8 @@ impl Device {
         Ok(info(&self.file, &self.path)?)
     }
 
-    /// Returns the region's layout: its size, channels and raw window. It was read and checked when
-    /// the device was opened.
+    /// Returns the region's layout: its size, channels and raw window, as the driver last told. The
+    /// broker can add channels: see [`Device::refresh`].
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -160,11 +217,62 @@ impl Device {
     /// # Ok::<(), barlink::Error>(())
     /// ```
     pub fn layout(&self) -> &Layout {
-        &self.layout
+        self.layouts.latest()
+    }
+
+    /// Asks the driver for the channels that were added since the device was opened, and returns
+    /// the layout with them. To claim an end of a channel that the layout does not have asks as
+    /// well.
+    ///
+    /// ```no_run
+    /// use barlink::guest;
+    ///
+    /// let device = guest::open("/dev/barlink0")?;
+    /// while device.refresh()?.find("lidar").is_none() {
+    ///     std::thread::sleep(std::time::Duration::from_secs(1));
+    /// }
+    /// let mut lidar = device.sender("lidar")?;
+    /// # drop(lidar);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The region's channel table has an entry that the driver does not take
+    /// ([`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt)), or the device is gone.
+    pub fn refresh(&self) -> Result<&Layout, Error> {
+        let path = &self.path;
+        let forged = match calls::refresh(&self.file) {
+            Ok(()) => false,
+            Err(Errno::AGAIN) => true,
+            Err(error) => return Err(system("refresh the channels of", path, error).into()),
+        };
+        let newer = layout(&self.file, path)?;
+        let path = path.to_owned();
+        match self.layouts.extend(newer) {
+            true if forged => Err(DeviceError::Table { path }.into()),
+            true => Ok(self.layouts.latest()),
+            false => Err(DeviceError::Replaced { path }.into()),
+        }
+    }
+
+    /// Finds a channel, also one that was added since the layout was read.
+    fn find(&self, name: &str) -> Result<usize, Error> {
+        let known = find(self.layouts.latest(), name);
+        known.or_else(|unknown| match self.refresh() {
+            Err(Error::Device(DeviceError::Table { path })) => {
+                // The entries before the one that was not taken are there.
+                let table = Error::Device(DeviceError::Table { path });
+                find(self.layouts.latest(), name).map_err(|_| table)
+            }
+            Err(error) => Err(error),
+            Ok(layout) => find(layout, name).map_err(|_| unknown),
+        })
     }
 
     /// Returns the region, without the drivers' pages at its end. With [`Access::ReadOnly`] its
-    /// methods that write return an error.
+    /// methods that write return an error, and for the first two pages they always do: these
+    /// describe the region to all programs of the VM.
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -178,7 +286,7 @@ impl Device {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn region(&self) -> Region {
-        Region::new(region(&self.mapping, self.granted), self.mapping.access())
+        Region::new(region(&self.mapping, self.granted), self.mapping.writable())
     }
 
     /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their
@@ -338,23 +446,27 @@ impl sealed::Side for Device {
 
 impl Side for Device {
     fn layout(&self) -> &Layout {
-        &self.layout
+        self.layouts.latest()
     }
 
     fn region(&self) -> Region {
-        Region::new(region(&self.mapping, self.granted), self.mapping.access())
+        Region::new(region(&self.mapping, self.granted), self.mapping.writable())
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
-        let index = find(&self.layout, name)?;
+        let index = self.find(name)?;
         if self.access == Access::ReadOnly {
             let name = name.to_owned();
             return Err(Error::ReadOnly { name, end });
         }
-        let channel = &self.layout.channels()[index];
+        let channel = &self.layouts.latest().channels()[index];
         // A file of its own: the claim ends with it, and it is woken for this channel alone.
         let file = open(&self.path, self.access)?;
         let info = info(&file, &self.path)?;
+        if (info.id, info.identity()) != (self.slot, self.identity) {
+            let path = self.path.clone();
+            return Err(DeviceError::Replaced { path }.into());
+        }
         let claim = uapi::Claim {
             channel: index as u32,
             end: end as u32,
@@ -404,7 +516,7 @@ fn open(path: &Path, access: Access) -> Result<File, DeviceError> {
 }
 
 /// Tries to map in the mode of other mappings, which can come and go between two checks of the
-/// driver.
+/// driver, and to open a device whose number changes.
 const TRIES: u32 = 10;
 
 fn map(
@@ -449,7 +561,7 @@ fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
     };
     Choice::find(
         open,
-        |file, size, mode| map_in(file, size, mode, access),
+        |file, size, mode| map_in(file, size, mode, Access::ReadOnly),
         |file| info(file, path),
         |error| system("map", path, error),
     )
@@ -469,6 +581,16 @@ fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
         });
     }
     Ok(info)
+}
+
+/// Asks the driver for the layout that it has.
+fn layout(file: &File, path: &Path) -> Result<Layout, DeviceError> {
+    let region_size = info(file, path)?.region_size;
+    let page = calls::superblock(file).map_err(|error| system("examine", path, error))?;
+    Layout::decode(&page, region_size).map_err(|source| DeviceError::Layout {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn system(what: &'static str, path: &Path, error: Errno) -> DeviceError {

@@ -38,6 +38,51 @@ pub enum DeviceError {
         /// The path.
         path: PathBuf,
     },
+    /// No device belongs to a broker of this name.
+    #[error(
+        "no barlink device of a broker named `{name}`: {there}",
+        there = match others.as_slice() {
+            [] => "this VM has no barlink device, or its driver is not loaded".to_owned(),
+            others => format!("there are those of `{}`", others.join("`, `")),
+        }
+    )]
+    NoName {
+        /// The name.
+        name: String,
+        /// The names of the brokers whose devices are there.
+        others: Vec<String>,
+    },
+    /// Several devices belong to brokers of this name.
+    #[error(
+        "the broker of {devices} is named `{name}`: name the device by its path",
+        devices = devices
+            .iter()
+            .map(|device| device.display().to_string())
+            .collect::<Vec<_>>()
+            .join(" and of ")
+    )]
+    SameName {
+        /// The name.
+        name: String,
+        /// The paths of the devices.
+        devices: Vec<PathBuf>,
+    },
+    /// The channel table of the region has an entry that the driver does not take.
+    #[error(
+        "the channel table of {path} has a channel that the driver does not take: the host, or another VM of the region, has damaged the table"
+    )]
+    Table {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Another device has the path by now.
+    #[error(
+        "{path} is another device by now, because its driver was bound anew: open the device again"
+    )]
+    Replaced {
+        /// The path.
+        path: PathBuf,
+    },
     /// This user may not open the device.
     #[error(
         "no permission to open {path}{purpose}: run as root, or as a member of the group barlink (usermod -aG barlink USER)",
@@ -149,14 +194,18 @@ impl DeviceError {
     /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
-            DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
+            DeviceError::NoDevice { .. }
+            | DeviceError::NoName { .. }
+            | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
+            DeviceError::Replaced { .. } => ErrorKind::Gone,
+            DeviceError::Table { .. } => ErrorKind::Corrupt,
             DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
             DeviceError::Version { .. } | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
             DeviceError::Layout { source, .. } => source.kind(),
             DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
-            DeviceError::BufferSize { .. } | DeviceError::ReadOnly { .. } => {
-                ErrorKind::InvalidInput
-            }
+            DeviceError::BufferSize { .. }
+            | DeviceError::SameName { .. }
+            | DeviceError::ReadOnly { .. } => ErrorKind::InvalidInput,
             DeviceError::System { source, .. } => match source.raw_os_error() {
                 Some(libc::ENODEV) => ErrorKind::Gone,
                 _ => ErrorKind::Other,

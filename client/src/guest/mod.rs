@@ -22,6 +22,7 @@ mod calls;
 mod device;
 pub(crate) mod error;
 pub(crate) mod events;
+pub(crate) mod find;
 
 use std::path::Path;
 
@@ -34,9 +35,10 @@ pub use error::DeviceError;
 use crate::error::Error;
 use crate::memory::Access;
 
-/// Opens a device, mostly `/dev/barlink0`, in the fastest cache mode that the guest's kernel
-/// grants. To find it takes at least 9 ms, for three measurements in each of three modes. If the
-/// region is mapped already, the call takes the mode of that mapping.
+/// Opens a device by its path, mostly `/dev/barlink0`, or by the name of its region's broker. A
+/// text without a `/` is a name. The cache mode is the fastest one that the guest's kernel grants.
+/// To find it takes at least 9 ms, for three measurements in each of three modes. If the region is
+/// mapped already, the call takes the mode of that mapping.
 ///
 /// ```no_run
 /// let device = barlink::guest::open("/dev/barlink0")?;
@@ -47,6 +49,7 @@ use crate::memory::Access;
 /// # Errors
 ///
 /// * [`ErrorKind::NotFound`](crate::ErrorKind::NotFound): there is no such device.
+/// * [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput): two devices have that name.
 /// * [`ErrorKind::PermissionDenied`](crate::ErrorKind::PermissionDenied): this user may not open
 ///   it.
 /// * [`ErrorKind::Incompatible`](crate::ErrorKind::Incompatible): the driver or the region is of
@@ -129,7 +132,8 @@ impl OpenOptions {
         self
     }
 
-    /// Opens a device, and maps all of its region that can be mapped.
+    /// Opens a device by its path or by the name of its region's broker, and maps all of its region
+    /// that can be mapped.
     ///
     /// ```no_run
     /// use barlink::ErrorKind;

@@ -6,17 +6,18 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use barlink_protocol::wire::layout::{End, Layout};
+use barlink_protocol::wire::layout::{Channel, End, Layout};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
 use crate::control::client::{Control, ControlError};
-use crate::control::message::{Answer, Ask, MAX_COPY, Refusal, Status};
+use crate::control::message::{Added, Answer, Ask, Entry, MAX_COPY, Refusal, Status};
 use crate::control::packet::PacketSocket;
 use crate::doorbell::Doorbells;
 use crate::error::Error;
 use crate::host::claim::Claim;
 use crate::host::events::Eventfds;
+use crate::layouts::Layouts;
 use crate::memory::{Access, Mapping};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
@@ -54,7 +55,7 @@ pub struct Attachment {
     control: Arc<Control>,
     /// The socket of the connection, which stays the same once the broker has answered.
     socket: Arc<PacketSocket>,
-    layout: Layout,
+    layouts: Layouts,
     mapping: Mapping,
     access: Access,
 }
@@ -76,7 +77,7 @@ impl Attachment {
         Ok(Attachment {
             socket: control.socket(),
             control: Arc::new(control),
-            layout,
+            layouts: Layouts::new(layout),
             mapping,
             access,
         })
@@ -125,8 +126,8 @@ impl Attachment {
         ChannelOptions::new().receiver(self, name)
     }
 
-    /// Returns the region's layout: its size, channels and raw window. It is the broker's, and does
-    /// not change.
+    /// Returns the region's layout: its size, channels and raw window, as the broker last told. The
+    /// broker can add channels: see [`Attachment::refresh`].
     ///
     /// ```no_run
     /// use barlink::host;
@@ -140,7 +141,88 @@ impl Attachment {
     /// # Ok::<(), barlink::Error>(())
     /// ```
     pub fn layout(&self) -> &Layout {
-        &self.layout
+        self.layouts.latest()
+    }
+
+    /// Asks the broker for the channels that were added since this process attached, and returns
+    /// the layout with them. To claim an end of a channel that the layout does not have asks as
+    /// well.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// for channel in broker.refresh()?.channels() {
+    ///     println!("{}", channel.name);
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The broker is gone, or answers with another region.
+    pub fn refresh(&self) -> Result<&Layout, Error> {
+        let access = self.access;
+        let (Answer::Region(info), _) = self.control.ask(Ask::Attach { access })? else {
+            return Err(self.other_answer());
+        };
+        let layout = Layout::try_from(&info).map_err(|source| Error::Layout {
+            path: self.control.path().to_owned(),
+            source,
+        })?;
+        if !self.layouts.extend(layout) {
+            return Err(self.control.not_a_broker("it has another region").into());
+        }
+        Ok(self.layouts.latest())
+    }
+
+    /// Adds a channel to the region, in the room that the broker keeps for this purpose (option
+    /// `--reserve` of `barlink serve`). The broker chooses the offset and the vector; those of
+    /// `channel` have no effect. Programs that are attached, and VMs, go on.
+    ///
+    /// ```no_run
+    /// use barlink::{Channel, Name, host};
+    ///
+    /// let broker = host::connect("default")?;
+    /// let added = broker.add_channel(Channel {
+    ///     name: "lidar".parse::<Name>()?,
+    ///     producer: 0,
+    ///     consumer: broker.layout().host(),
+    ///     capacity: 1 << 20,
+    ///     ..broker.layout().channels()[0]
+    /// })?;
+    /// println!("{} bytes are left", added.room);
+    /// let mut lidar = broker.receiver("lidar")?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// There is too little room, the channel is invalid, another channel has the name, or this
+    /// process attached with [`Access::ReadOnly`]
+    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)); or the broker is gone.
+    pub fn add_channel(&self, channel: Channel) -> Result<Added, Error> {
+        match self.control.ask(Ask::AddChannel(Entry(channel)))? {
+            (Answer::Added(added), _) => {
+                self.refresh()?;
+                Ok(added)
+            }
+            _ => Err(self.other_answer()),
+        }
+    }
+
+    fn other_answer(&self) -> Error {
+        self.control
+            .not_a_broker("it answers another question")
+            .into()
+    }
+
+    /// Finds a channel, also one that was added since the layout was read.
+    pub(super) fn find(&self, name: &str) -> Result<usize, Error> {
+        find(self.layouts.latest(), name).or_else(|unknown| match self.refresh() {
+            Ok(layout) => find(layout, name),
+            Err(_) => Err(unknown),
+        })
     }
 
     /// Returns the region. With [`Access::ReadOnly`] its methods that write return an error.
@@ -155,7 +237,7 @@ impl Attachment {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn region(&self) -> Region {
-        Region::new(self.mapping.region(), self.mapping.access())
+        Region::new(self.mapping.region(), self.mapping.writable())
     }
 
     /// Asks the broker for its slots and for the ends that host apps hold.
@@ -299,7 +381,7 @@ impl Attachment {
     /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), a process holds one of its
     /// ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is gone.
     pub fn reset(&self, name: &str) -> Result<u64, Error> {
-        let channel = find(&self.layout, name)?;
+        let channel = self.find(name)?;
         if self.access == Access::ReadOnly {
             let name = name.to_owned();
             return Err(Error::ReadOnlyReset { name });
@@ -360,15 +442,15 @@ impl sealed::Side for Attachment {
 
 impl Side for Attachment {
     fn layout(&self) -> &Layout {
-        &self.layout
+        self.layouts.latest()
     }
 
     fn region(&self) -> Region {
-        Region::new(self.mapping.region(), self.mapping.access())
+        Region::new(self.mapping.region(), self.mapping.writable())
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
-        let channel = find(&self.layout, name)?;
+        let channel = self.find(name)?;
         if self.access == Access::ReadOnly {
             let name = name.to_owned();
             return Err(Error::ReadOnly { name, end });
@@ -387,7 +469,7 @@ impl Side for Attachment {
         };
         let claim = Claim::new(Arc::clone(&self.control), channel, end);
         let [control, own, _, other] = take(&self.control, descriptors)?;
-        let entry = &self.layout.channels()[channel];
+        let entry = &self.layouts.latest().channels()[channel];
         if entry.capacity <= MAX_POPULATED {
             let access = match end {
                 End::Producer => Access::ReadWrite,

@@ -27,7 +27,7 @@ pub use tap::Tap;
 
 pub use crate::control::client::ControlError;
 pub use crate::control::message::{
-    BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
+    Added, BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, SlotStatus, Status, VmStatus,
 };
 
 use crate::error::Error;

@@ -16,7 +16,6 @@ use super::Attachment;
 use crate::error::Error;
 use crate::event_error::EventError;
 use crate::memory::Region;
-use crate::options::find;
 use crate::process::Process;
 use crate::receiver::OwnedRecord;
 
@@ -84,7 +83,7 @@ impl Attachment {
     ///
     /// There is no such channel, or it is corrupt.
     pub fn tap(&self, name: &str) -> Result<Tap, Error> {
-        let index = find(self.layout(), name)?;
+        let index = self.find(name)?;
         let entry = &self.layout().channels()[index];
         let mut tap = Tap {
             region: self.region().ring().clone(),

@@ -35,6 +35,7 @@ impl Running {
                 .iter()
                 .map(|channel| channel.parse().unwrap())
                 .collect(),
+            reserve: Default::default(),
             slots: vec![(Arc::new(Ivshmem), folder.path().join("vm.sock"))],
             control: folder.path().join("barlink/default.sock"),
             policy: Policy::new(Vec::new(), Vec::new()),

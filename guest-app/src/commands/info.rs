@@ -15,6 +15,10 @@ use crate::args;
 /// The output of `barlink-guest info --json`.
 #[derive(Serialize)]
 struct Report {
+    /// Name of the region's broker, empty if it has none.
+    name: String,
+    /// Number of the region.
+    instance: String,
     /// PCI address in the form of lspci, `DDDD:BB:DD.F`.
     pci_address: String,
     /// Guest-physical address of the region.
@@ -57,7 +61,10 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
         capacity: channel.capacity,
         drop_when_full: channel.drop_when_full,
     });
+    let identity = device.identity();
     let report = Report {
+        name: identity.name.to_string(),
+        instance: identity.instance.to_string(),
         pci_address: format!(
             "{:04x}:{:02x}:{:02x}.{}",
             address >> 16,
@@ -85,8 +92,13 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
 
 fn describe(report: &Report) -> String {
     let mut text = format!(
-        "PCI address  {}\nregion       {} at {:#x}\nslot         {} (the host is number {})\nvectors      {}\n\
+        "name         {}\ninstance     {}\nPCI address  {}\nregion       {} at {:#x}\nslot         {} (the host is number {})\nvectors      {}\n\
          epoch        {}\ncache mode   {}",
+        match report.name.as_str() {
+            "" => "-",
+            name => name,
+        },
+        report.instance,
         report.pci_address,
         BinaryBytes(report.region_size),
         report.region_address,

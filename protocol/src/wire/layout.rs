@@ -8,7 +8,9 @@
 //! reads the page again.
 
 pub use super::channel::{Channel, End, InvalidName, NAME_BYTES, Name};
+pub use super::identity::{BROKER_NAME_BYTES, BrokerName, INSTANCE_BYTES, Identity, Instance};
 pub use super::layout_error::LayoutError;
+pub use super::superblock::{ENTRY_WORDS, TABLE_COUNT, encode_entry, table_entry};
 
 #[cfg(target_endian = "big")]
 compile_error!(
@@ -26,6 +28,10 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"barlink\0");
 /// Version of the layout, in the superblock's second word.
 pub const VERSION: u32 = 2;
 
+/// Incompatible features that this program knows, as bits. It refuses a region that has any other,
+/// because another feature changes the meaning of bytes that the program uses.
+pub const INCOMPATIBLE_FEATURES: u64 = 0;
+
 /// Offset of the broker's presence page in the region, in bytes.
 pub const BROKER_PAGE: u64 = PAGE_SIZE;
 /// Offset of the first page that a channel or the raw window can use, in bytes.
@@ -33,8 +39,8 @@ pub const FIRST_FREE: u64 = 2 * PAGE_SIZE;
 
 /// Maximum number of slots in one region.
 pub const MAX_SLOTS: u32 = 16;
-/// Maximum number of channels in one region.
-pub const MAX_CHANNELS: usize = 32;
+/// Maximum number of channels in one region: as many as the channel table has room for.
+pub const MAX_CHANNELS: usize = 60;
 /// Maximum number of interrupt vectors of one peer. QEMU's ivshmem masks a doorbell's vector to 8
 /// bits on some paths.
 pub const MAX_VECTORS: u32 = 256;
@@ -124,12 +130,33 @@ pub struct Layout {
     pub raw_offset: u64,
     /// Bytes in the raw window.
     pub raw_size: u64,
+    /// Offset of the reserve, in bytes; 0 without one.
+    pub reserve_offset: u64,
+    /// Bytes in the reserve, in which the broker makes channels while the region is in use.
+    pub reserve_size: u64,
+    /// Name of the broker, and number of the region.
+    pub identity: Identity,
     pub(super) count: usize,
     pub(super) table: [Channel; MAX_CHANNELS],
 }
 
 impl Layout {
+    /// A layout of nothing, which is not valid: a place for [`Layout::decode_into`].
+    pub const EMPTY: Self = Layout {
+        region_size: 0,
+        slots: 0,
+        vectors: 0,
+        raw_offset: 0,
+        raw_size: 0,
+        reserve_offset: 0,
+        reserve_size: 0,
+        identity: Identity::EMPTY,
+        count: 0,
+        table: [Channel::EMPTY; MAX_CHANNELS],
+    };
+
     /// Creates a layout and checks it. All fields of `channels` are set, including the offsets.
+    /// The identity is empty, and there is no reserve.
     ///
     /// # Errors
     ///
@@ -159,9 +186,65 @@ impl Layout {
             raw_size,
             count: channels.len(),
             table,
+            ..Layout::EMPTY
         };
         layout.check()?;
         Ok(layout)
+    }
+
+    /// Returns the layout with a reserve, and checks it.
+    pub fn with_reserve(self, offset: u64, size: u64) -> Result<Self, LayoutError> {
+        let layout = Layout {
+            reserve_offset: offset,
+            reserve_size: size,
+            ..self
+        };
+        layout.check()?;
+        Ok(layout)
+    }
+
+    /// Adds a channel at the end of the table. It must lie in the reserve, and is checked as all
+    /// others are. After an error the layout is as before.
+    pub fn append(&mut self, channel: Channel) -> Result<(), LayoutError> {
+        let index = self.count;
+        if index == MAX_CHANNELS {
+            let count = index as u64 + 1;
+            return Err(LayoutError::Channels { count });
+        }
+        self.check_channel(index, &channel)?;
+        if !self.is_reserved(channel.offset) {
+            let fault = "place";
+            return Err(LayoutError::Channel { index, fault });
+        }
+        self.table[index] = channel;
+        self.count += 1;
+        Ok(())
+    }
+
+    /// Returns whether this layout is `older`, or is it with more channels.
+    pub fn extends(&self, older: &Self) -> bool {
+        let (more, channels) = (self.channels(), older.channels());
+        let tables_apart = |layout: &Self| Layout {
+            count: 0,
+            table: [Channel::EMPTY; MAX_CHANNELS],
+            ..layout.clone()
+        };
+        more.starts_with(channels) && tables_apart(self) == tables_apart(older)
+    }
+
+    /// Returns the offset of the first byte of the reserve that no channel has, and the number of
+    /// bytes from there to its end. Channels are made one behind the other, and stay.
+    pub fn room(&self) -> (u64, u64) {
+        let reserved = self.channels().iter();
+        let reserved = reserved.filter(|channel| self.is_reserved(channel.offset));
+        let ends = reserved.map(Channel::end);
+        let next = ends.max().unwrap_or(self.reserve_offset);
+        (next, self.reserve_offset + self.reserve_size - next)
+    }
+
+    /// Returns the layout with another identity.
+    pub fn with_identity(self, identity: Identity) -> Self {
+        Layout { identity, ..self }
     }
 
     /// Returns the channels in the order of the table.
@@ -223,6 +306,14 @@ impl Layout {
         if !self.holds(self.raw_offset, self.raw_size) {
             return Err(LayoutError::RawWindow);
         }
+        let reserve = (self.reserve_offset, self.reserve_size);
+        if reserve != (0, 0)
+            && (self.reserve_size == 0
+                || !self.holds(self.reserve_offset, self.reserve_size)
+                || overlap(reserve.0, reserve.1, self.raw_offset, self.raw_size))
+        {
+            return Err(LayoutError::Reserve);
+        }
         for (index, channel) in self.channels().iter().enumerate() {
             self.check_channel(index, channel)?;
         }
@@ -239,6 +330,12 @@ impl Layout {
         let size = channel::DATA + channel.capacity;
         if !self.holds(channel.offset, size)
             || overlap(channel.offset, size, self.raw_offset, self.raw_size)
+        {
+            return fault("place");
+        }
+        let (reserve, reserve_size) = (self.reserve_offset, self.reserve_size);
+        if overlap(channel.offset, size, reserve, reserve_size)
+            && !(self.is_reserved(channel.offset) && channel.end() <= reserve + reserve_size)
         {
             return fault("place");
         }
@@ -262,6 +359,11 @@ impl Layout {
             }
         }
         Ok(())
+    }
+
+    /// Returns whether a byte is in the reserve.
+    const fn is_reserved(&self, offset: u64) -> bool {
+        self.reserve_offset <= offset && offset < self.reserve_offset + self.reserve_size
     }
 
     /// Returns whether a range consists of whole pages between the broker's page and the drivers'

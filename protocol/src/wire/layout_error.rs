@@ -20,6 +20,13 @@ pub enum LayoutError {
         /// Version in the superblock.
         found: u32,
     },
+    /// The region has incompatible features that this program does not know.
+    Features {
+        /// The unknown features, as bits.
+        unknown: u64,
+    },
+    /// The broker's name has other characters than a name may have.
+    BrokerName,
     /// The superblock states another size than the region has.
     Size {
         /// Bytes that the superblock states.
@@ -57,6 +64,13 @@ pub enum LayoutError {
     },
     /// The raw window does not consist of whole free pages.
     RawWindow,
+    /// The reserve does not consist of whole free pages.
+    Reserve,
+    /// The channel table has fewer channels than before.
+    Fewer {
+        /// Number of channels.
+        count: u64,
+    },
     /// A channel's entry is invalid.
     Channel {
         /// Index of the channel in the table.
@@ -77,6 +91,16 @@ impl fmt::Display for LayoutError {
                 f,
                 "layout version {found}, where this program knows {VERSION}"
             ),
+            LayoutError::Features { unknown } => {
+                f.write_str("this program does not know the region's incompatible features, bits")?;
+                let bits = (0..u64::BITS).filter(|bit| unknown >> bit & 1 == 1);
+                for (index, bit) in bits.enumerate() {
+                    let before = if index == 0 { " " } else { ", " };
+                    write!(f, "{before}{bit}")?;
+                }
+                f.write_str(": use programs and driver of one release")
+            }
+            LayoutError::BrokerName => f.write_str("broker's name has a wrong character"),
             LayoutError::Size { said, actual } => {
                 write!(f, "superblock says {said} bytes, the region has {actual}")
             }
@@ -98,6 +122,8 @@ impl fmt::Display for LayoutError {
             LayoutError::RawWindow => {
                 f.write_str("raw window is not made of free pages of the region")
             }
+            LayoutError::Reserve => f.write_str("reserve is not made of free pages of the region"),
+            LayoutError::Fewer { count } => write!(f, "{count} channels, fewer than before"),
             LayoutError::Channel { index, fault } => {
                 write!(f, "channel {index} has a wrong {fault}")
             }

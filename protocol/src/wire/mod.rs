@@ -8,6 +8,7 @@
 //! neighbours by `super::`, and is valid in the 2021 edition that the kernel builds with.
 
 mod channel;
+mod identity;
 pub mod layout;
 mod layout_error;
 mod superblock;

@@ -4,7 +4,10 @@
 //! (`docs/protocol.md`, section 2).
 
 use super::channel::{Channel, NAME_BYTES, Name};
-use super::layout::{Layout, LayoutError, MAGIC, MAX_CHANNELS, PAGE_WORDS, VERSION};
+use super::identity::{BROKER_NAME_WORDS, BrokerName, Identity, Instance};
+use super::layout::{
+    INCOMPATIBLE_FEATURES, Layout, LayoutError, MAGIC, MAX_CHANNELS, PAGE_WORDS, VERSION,
+};
 
 /// Indexes of words in the page.
 const MAGIC_WORD: usize = 0;
@@ -14,13 +17,21 @@ const SLOTS_VECTORS: usize = 3;
 const CHANNELS: usize = 4;
 const RAW_OFFSET: usize = 5;
 const RAW_SIZE: usize = 6;
+const INCOMPATIBLE: usize = 7;
+/// Compatible features. A reader ignores bits that it does not know, and this one knows none.
+const COMPATIBLE: usize = 8;
+const INSTANCE: usize = 9;
+const BROKER_NAME: usize = 11;
+const RESERVE_OFFSET: usize = 19;
+const RESERVE_SIZE: usize = 20;
 /// First word of the channel table.
 const TABLE: usize = 32;
 /// Number of words in an entry of the channel table.
-const ENTRY_WORDS: usize = 8;
+pub const ENTRY_WORDS: usize = 8;
 /// Flag of an entry: the producer drops a record if the channel is full.
 const FLAG_DROP: u64 = 1;
 
+const _: () = assert!(BROKER_NAME + BROKER_NAME_WORDS <= RESERVE_OFFSET);
 const _: () = assert!(TABLE + ENTRY_WORDS * MAX_CHANNELS <= PAGE_WORDS);
 
 impl Layout {
@@ -28,6 +39,19 @@ impl Layout {
     ///
     /// `region_size` is the size of the region's file or BAR, in bytes.
     pub fn decode(page: &[u64; PAGE_WORDS], region_size: u64) -> Result<Self, LayoutError> {
+        let mut layout = Layout::EMPTY;
+        layout.decode_into(page, region_size)?;
+        Ok(layout)
+    }
+
+    /// Decodes as [`Layout::decode`] does, into a place that the caller has. A layout has some KiB,
+    /// of which the stack of a kernel has no room for several copies. After an error the layout is
+    /// not valid.
+    pub fn decode_into(
+        &mut self,
+        page: &[u64; PAGE_WORDS],
+        region_size: u64,
+    ) -> Result<(), LayoutError> {
         if page[MAGIC_WORD] != MAGIC {
             return Err(LayoutError::Magic {
                 found: page[MAGIC_WORD],
@@ -36,6 +60,10 @@ impl Layout {
         let version = low(page[VERSION_WORD]);
         if version != VERSION {
             return Err(LayoutError::Version { found: version });
+        }
+        let unknown = page[INCOMPATIBLE] & !INCOMPATIBLE_FEATURES;
+        if unknown != 0 {
+            return Err(LayoutError::Features { unknown });
         }
         if page[REGION_SIZE] != region_size {
             return Err(LayoutError::Size {
@@ -47,48 +75,62 @@ impl Layout {
         if count > MAX_CHANNELS as u64 {
             return Err(LayoutError::Channels { count });
         }
-        let mut table = [Channel::EMPTY; MAX_CHANNELS];
         let entries = page[TABLE..].chunks_exact(ENTRY_WORDS);
-        for (index, (channel, words)) in table
-            .iter_mut()
-            .zip(entries)
-            .take(count as usize)
-            .enumerate()
-        {
-            let mut name = [0; NAME_BYTES];
-            for (bytes, word) in name.chunks_exact_mut(8).zip(words) {
-                bytes.copy_from_slice(&word.to_le_bytes());
-            }
-            *channel = Channel {
-                name: Name::from_bytes(name).ok_or(LayoutError::Channel {
-                    index,
-                    fault: "name",
-                })?,
-                producer: low(words[3]),
-                consumer: high(words[3]),
-                vector: low(words[4]),
-                drop_when_full: u64::from(high(words[4])) & FLAG_DROP != 0,
-                offset: words[5],
-                capacity: words[6],
-            };
+        let channels = self.table.iter_mut().zip(entries);
+        for (index, (channel, words)) in channels.take(count as usize).enumerate() {
+            *channel = decode_entry(index, words)?;
         }
-        let layout = Layout {
-            region_size,
-            slots: low(page[SLOTS_VECTORS]),
-            vectors: high(page[SLOTS_VECTORS]),
-            raw_offset: page[RAW_OFFSET],
-            raw_size: page[RAW_SIZE],
-            count: count as usize,
-            table,
+        self.identity = Identity {
+            name: BrokerName::from_words(core::array::from_fn(|word| page[BROKER_NAME + word]))
+                .ok_or(LayoutError::BrokerName)?,
+            instance: Instance::from_words([page[INSTANCE], page[INSTANCE + 1]]),
         };
-        layout.check()?;
-        Ok(layout)
+        self.region_size = region_size;
+        self.slots = low(page[SLOTS_VECTORS]);
+        self.vectors = high(page[SLOTS_VECTORS]);
+        self.raw_offset = page[RAW_OFFSET];
+        self.raw_size = page[RAW_SIZE];
+        self.reserve_offset = page[RESERVE_OFFSET];
+        self.reserve_size = page[RESERVE_SIZE];
+        self.count = count as usize;
+        self.check()
+    }
+
+    /// Takes the entries of a region's channel table beyond those that the layout has. `count` is
+    /// the table's count, which the caller loaded with Acquire order, and `load` loads the word at
+    /// an index of the page. Entries that the layout has are not looked at.
+    ///
+    /// An error means that the table was damaged: it has fewer entries than before, or the first
+    /// new entry that the layout does not take is invalid. Entries before that one are taken.
+    pub fn take_entries(
+        &mut self,
+        count: u64,
+        load: impl Fn(usize) -> u64,
+    ) -> Result<(), LayoutError> {
+        if count < self.count as u64 {
+            return Err(LayoutError::Fewer { count });
+        }
+        if count > MAX_CHANNELS as u64 {
+            return Err(LayoutError::Channels { count });
+        }
+        for index in self.count..count as usize {
+            let first = entry_word(index);
+            let words: [u64; ENTRY_WORDS] = core::array::from_fn(|word| load(first + word));
+            self.append(decode_entry(index, &words)?)?;
+        }
+        Ok(())
     }
 
     /// Encodes the superblock's page. The caller stores the first word, the magic, last and with
     /// Release order.
     pub fn encode(&self) -> [u64; PAGE_WORDS] {
         let mut page = [0; PAGE_WORDS];
+        self.encode_into(&mut page);
+        page
+    }
+
+    /// Encodes as [`Layout::encode`] does, into a page of zeros that the caller has.
+    pub fn encode_into(&self, page: &mut [u64; PAGE_WORDS]) {
         page[MAGIC_WORD] = MAGIC;
         page[VERSION_WORD] = u64::from(VERSION);
         page[REGION_SIZE] = self.region_size;
@@ -96,27 +138,73 @@ impl Layout {
         page[CHANNELS] = self.channels().len() as u64;
         page[RAW_OFFSET] = self.raw_offset;
         page[RAW_SIZE] = self.raw_size;
+        page[INCOMPATIBLE] = 0;
+        page[COMPATIBLE] = 0;
+        page[INSTANCE..INSTANCE + 2].copy_from_slice(&self.identity.instance.words());
+        page[BROKER_NAME..BROKER_NAME + BROKER_NAME_WORDS]
+            .copy_from_slice(&self.identity.name.words());
+        page[RESERVE_OFFSET] = self.reserve_offset;
+        page[RESERVE_SIZE] = self.reserve_size;
         let entries = page[TABLE..].chunks_exact_mut(ENTRY_WORDS);
         for (channel, words) in self.channels().iter().zip(entries) {
-            for (word, bytes) in words.iter_mut().zip(channel.name.bytes().chunks_exact(8)) {
-                let mut text = [0; 8];
-                text.copy_from_slice(bytes);
-                *word = u64::from_le_bytes(text);
-            }
-            words[3] = pair(channel.producer, channel.consumer);
-            words[4] = pair(
-                channel.vector,
-                if channel.drop_when_full {
-                    FLAG_DROP as u32
-                } else {
-                    0
-                },
-            );
-            words[5] = channel.offset;
-            words[6] = channel.capacity;
+            words.copy_from_slice(&encode_entry(channel));
         }
-        page
     }
+}
+
+/// Offset of the number of entries of the channel table, in bytes.
+pub const TABLE_COUNT: u64 = 8 * CHANNELS as u64;
+
+/// Returns the offset in the page of an entry of the channel table, in bytes.
+pub const fn table_entry(index: usize) -> u64 {
+    8 * entry_word(index) as u64
+}
+
+/// Returns the index in the page of the first word of an entry.
+const fn entry_word(index: usize) -> usize {
+    TABLE + ENTRY_WORDS * index
+}
+
+/// Decodes an entry of the channel table. The name is checked, the other fields are not.
+fn decode_entry(index: usize, words: &[u64]) -> Result<Channel, LayoutError> {
+    let mut name = [0; NAME_BYTES];
+    for (bytes, word) in name.chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    Ok(Channel {
+        name: Name::from_bytes(name).ok_or(LayoutError::Channel {
+            index,
+            fault: "name",
+        })?,
+        producer: low(words[3]),
+        consumer: high(words[3]),
+        vector: low(words[4]),
+        drop_when_full: u64::from(high(words[4])) & FLAG_DROP != 0,
+        offset: words[5],
+        capacity: words[6],
+    })
+}
+
+/// Encodes an entry of the channel table.
+pub fn encode_entry(channel: &Channel) -> [u64; ENTRY_WORDS] {
+    let mut words = [0; ENTRY_WORDS];
+    for (word, bytes) in words.iter_mut().zip(channel.name.bytes().chunks_exact(8)) {
+        let mut text = [0; 8];
+        text.copy_from_slice(bytes);
+        *word = u64::from_le_bytes(text);
+    }
+    words[3] = pair(channel.producer, channel.consumer);
+    words[4] = pair(
+        channel.vector,
+        if channel.drop_when_full {
+            FLAG_DROP as u32
+        } else {
+            0
+        },
+    );
+    words[5] = channel.offset;
+    words[6] = channel.capacity;
+    words
 }
 
 const fn low(word: u64) -> u32 {

@@ -8,16 +8,19 @@
 //! | `open` | creates a file with its own claims and its own count of interrupts |
 //! | `mmap` | maps pages of the region as the file's last [`MAP`] says; see below |
 //! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`], [`MAP`], [`EVENTFD`], [`BUFFER`] |
+//! | `ioctl` | [`SUPERBLOCK`], [`REFRESH`] |
 //! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`] |
 //! | `poll` | readable if `read` would not wait; `POLLHUP` and `POLLERR` once the device is gone |
 //!
 //! A file with claims receives vector 0 and the vectors of its channels; a file without claims
 //! receives all vectors. `read` fails with `EOPNOTSUPP` if the device has no vectors.
 //!
-//! `mmap` can map all pages except the drivers' pages at the region's end. Without an earlier
+//! `mmap` can map all pages except the drivers' pages at the region's end. A mapping that has the
+//! superblock or the broker's page, the first two, cannot be made writable. Without an earlier
 //! [`MAP`], mappings are eager and have the cache mode of the region's live mappings, or are
 //! noncached if there are none. `mmap` fails with
 //! * `EINVAL` if the mapping is private, executable or out of range;
+//! * `EACCES` if the mapping is writable, and has one of the first two pages;
 //! * `EBUSY` if the region's live mappings have another cache mode than the file asked for, and for
 //!   a moment after mappings of another mode have ended;
 //! * `EOVERFLOW` if the mapping ends beyond the largest file offset; the driver is not called then.
@@ -26,6 +29,9 @@
 //! access to a mapping raises `SIGBUS`.
 
 use core::fmt;
+
+use super::identity::{BROKER_NAME_WORDS, BrokerName, Identity, Instance};
+use super::layout::PAGE_WORDS;
 
 /// PCI vendor ID of the device: Red Hat's, the same as that of QEMU's ivshmem.
 pub const PCI_VENDOR: u16 = 0x1af4;
@@ -74,7 +80,7 @@ pub const fn doorbell_message(peer: u32, vector: u32) -> u32 {
 }
 
 /// Version of this interface, in [`Info::version`].
-pub const UAPI_VERSION: u32 = 2;
+pub const UAPI_VERSION: u32 = 3;
 /// Type letter of the ioctls (free in the kernel's `ioctl-number.rst`).
 pub const IOCTL_TYPE: u32 = 0xbb;
 
@@ -112,6 +118,17 @@ pub const EVENTFD: u32 = ioctl(WRITE, 4, size_of::<Eventfd>());
 /// already has a buffer. `EBADF`: the file is not open for writing. `ENOMEM`: there is no
 /// contiguous memory of that size.
 pub const BUFFER: u32 = ioctl(WRITE | READ, 5, size_of::<Buffer>());
+/// `_IOR(0xbb, 6, Superblock)`: the superblock that the driver has: the one that it read at probe,
+/// with the channels that it has taken since ([`REFRESH`]). Programs take the layout from here,
+/// because others can write to the region.
+pub const SUPERBLOCK: u32 = ioctl(READ, 6, size_of::<Superblock>());
+/// `_IO(0xbb, 7)`: takes the channels that the broker has added since the last call.
+///
+/// The driver takes an entry of the region's channel table that it does not have yet, if the entry
+/// is valid, lies in the reserve that the superblock had at probe, and overlaps no other part. It
+/// never reads an entry again that it has. `EAGAIN`: the table has fewer entries than the driver,
+/// or an entry that it does not take; those before it are taken.
+pub const REFRESH: u32 = ioctl(0, 7, 0);
 /// Maximum size of a [`BUFFER`], in bytes: the largest piece that a kernel can allocate.
 pub const MAX_BUFFER: u64 = 4 << 20;
 
@@ -156,6 +173,30 @@ pub struct Info {
     pub mapper: u32,
     /// Always 0.
     pub reserved: u32,
+    /// Number of the region, as the superblock had it at probe: the words of an [`Instance`].
+    pub instance: [u64; 2],
+    /// Name of the region's broker, as the superblock had it at probe: the words of a
+    /// [`BrokerName`].
+    pub name: [u64; BROKER_NAME_WORDS],
+}
+
+impl Info {
+    /// Returns the identity of the region. The name is empty if the driver has given an invalid
+    /// one.
+    pub fn identity(&self) -> Identity {
+        Identity {
+            name: BrokerName::from_words(self.name).unwrap_or_default(),
+            instance: Instance::from_words(self.instance),
+        }
+    }
+}
+
+/// Result of [`SUPERBLOCK`]: the first page of a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Superblock {
+    /// The words of the page.
+    pub words: [u64; PAGE_WORDS],
 }
 
 /// Argument of [`MAP`].
@@ -290,12 +331,15 @@ impl fmt::Display for CacheMode {
     }
 }
 
-const _: () = assert!(size_of::<Info>() == 64);
+const _: () = assert!(size_of::<Info>() == 144);
 const _: () = assert!(core::mem::offset_of!(Info, region_size) == 16);
 const _: () = assert!(core::mem::offset_of!(Info, epoch) == 40);
+const _: () = assert!(core::mem::offset_of!(Info, instance) == 64);
+const _: () = assert!(core::mem::offset_of!(Info, name) == 80);
 const _: () = assert!(size_of::<Claim>() == 8);
 const _: () = assert!(size_of::<Map>() == 8);
 const _: () = assert!(size_of::<Eventfd>() == 8);
 const _: () = assert!(size_of::<Buffer>() == 24);
+const _: () = assert!(size_of::<Superblock>() == 4096);
 const _: () = assert!(size_of::<Doorbell>() == 8);
 const _: () = assert!(size_of::<Interrupts>() == 32);

@@ -10,3 +10,4 @@
 mod model;
 mod presence;
 mod ring;
+mod table;

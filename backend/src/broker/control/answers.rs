@@ -17,8 +17,8 @@ use crate::rate_limit::CONNECTIONS;
 use crate::slot::{ReadError, ReadResult, Vm};
 use crate::socket::Peer;
 use barlink::control::message::{
-    Answer, Ask, BufferStatus, ClaimStatus, GuestMemoryStatus, Refusal, RegionInfo, SlotStatus,
-    Status, VmStatus,
+    Answer, Ask, BufferStatus, ClaimStatus, Entry, GuestMemoryStatus, Refusal, RegionInfo,
+    SlotStatus, Status, VmStatus,
 };
 
 /// An answer, and the descriptors that are sent with it.
@@ -65,6 +65,14 @@ pub fn answer(
                 format_args!("{peer} resets `{name}`: generation {generation}"),
             );
             Ok((Answer::Reset { generation }, Vec::new()))
+        }
+        Ask::AddChannel(Entry(wanted)) => {
+            let added = roster.add_channel(wanted)?;
+            log(
+                Level::Info,
+                format_args!("{peer} adds the channel `{}`", wanted.name),
+            );
+            Ok((Answer::Added(added), Vec::new()))
         }
         // The server handles the first three. A broker that hands over handles the last one.
         Ask::HandOver | Ask::ReadGuest { .. } | Ask::ReadBuffer { .. } | Ask::Retire => {

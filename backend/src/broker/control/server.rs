@@ -320,7 +320,9 @@ fn handle(
         client.access = Some(access);
     }
     let answered = match ask {
-        Ok(Ask::Claim { .. } | Ask::Reset { .. }) if client.access == Some(Access::ReadOnly) => {
+        Ok(Ask::Claim { .. } | Ask::Reset { .. } | Ask::AddChannel(_))
+            if client.access == Some(Access::ReadOnly) =>
+        {
             Err(Refusal::ReadOnly)
         }
         Ok(Ask::ReadGuest {

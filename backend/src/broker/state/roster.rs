@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! The roster: which host app holds which end of which channel. Its lock is also held while a
-//! channel is reset, so that no host app claims it meanwhile.
+//! channel is reset, so that no host app claims it meanwhile, and while a channel is added.
 
 use std::sync::Arc;
 
-use barlink_protocol::wire::layout::{Channel, End};
-use barlink_protocol::{PresenceWords, state};
+use barlink_protocol::wire::layout::{Channel, End, MAX_CHANNELS, channel};
+use barlink_protocol::{PresenceWords, state, table};
 use parking_lot::{Mutex, MutexGuard};
 
+use crate::broker::plan::vector_of;
 use crate::persistence::ClientId;
 use crate::persistence::state::RosterWords;
 use crate::slot::SharedRegion;
-use barlink::control::message::Refusal;
+use barlink::control::message::{Added, Refusal};
 use barlink::{Held, NotHere};
 
 const ENDS: [End; 2] = [End::Producer, End::Consumer];
@@ -158,6 +159,38 @@ impl Roster {
                 Some(Claim { channel, end, pid })
             })
             .collect()
+    }
+
+    /// Adds a channel in the reserve: by its name, ends, capacity and flags, with a vector and an
+    /// offset of the broker's choice. Programs that are attached go on.
+    pub fn add_channel(&self, wanted: Channel) -> Result<Added, Refusal> {
+        let words = self.words.lock();
+        let mut layout = self.region.layout().clone();
+        let index = layout.channels().len();
+        if index == MAX_CHANNELS {
+            return Err(Refusal::TableFull(index));
+        }
+        if layout.find(wanted.name.as_str()).is_some() {
+            return Err(Refusal::SameName(wanted.name.to_string()));
+        }
+        let (offset, left) = layout.room();
+        let needed = channel::DATA.saturating_add(wanted.capacity);
+        if needed > left {
+            return Err(Refusal::NoRoom { needed, left });
+        }
+        let entry = Channel {
+            vector: vector_of(index, layout.vectors),
+            offset,
+            ..wanted
+        };
+        let added = layout.append(entry);
+        added.map_err(|error| Refusal::InvalidChannel(error.to_string()))?;
+        // A successor finds the channel once it is stored, so its header comes first.
+        table::clear_header(self.region.words(), &entry);
+        words.add_channel(&layout);
+        let added = Added::of(&layout);
+        self.region.extend(layout);
+        Ok(added)
     }
 
     /// Empties a channel whose ends are both free. Returns the number of its new generation.

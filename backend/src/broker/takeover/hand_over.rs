@@ -201,7 +201,7 @@ mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
     use super::*;
-    use crate::broker::{Broker, Config, Policy};
+    use crate::broker::{Broker, Config, Policy, Reserve};
     use crate::persistence::Inheritance;
     use crate::transport::Ivshmem;
     use barlink::control::message::VERSION;
@@ -246,6 +246,7 @@ mod tests {
             size: 1 << 20,
             vectors: 1,
             channels: Vec::new(),
+            reserve: Reserve::default(),
             slots: vec![(Arc::new(Ivshmem), folder.path().join("vm.sock"))],
             control: folder.path().join("control.sock"),
             policy: Policy::new(Vec::new(), Vec::new()),

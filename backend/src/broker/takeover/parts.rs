@@ -9,12 +9,13 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use barlink_protocol::state;
-use barlink_protocol::wire::layout::Layout;
+use barlink_protocol::wire::layout::{INSTANCE_BYTES, Identity, Instance, Layout};
+use barlink_protocol::{state, table};
 use log::warn;
 
 use crate::broker::accept::{Listener, SocketError};
 use crate::broker::error::BrokerError;
+use crate::broker::plan::{broker_name, fits};
 use crate::broker::policy::Policy;
 use crate::memory::{self, Access, Mapping, Region};
 use crate::persistence::state::PersistedState;
@@ -80,7 +81,7 @@ pub fn check_paths<'a>(
 }
 
 impl Parts {
-    /// Creates all parts, and writes the superblock.
+    /// Creates all parts, and writes the superblock, with an identity of its own.
     pub fn create(
         layout: Layout,
         control: &Path,
@@ -92,6 +93,11 @@ impl Parts {
         let listeners: Vec<_> = listeners
             .map(|slot| Listener::stream(&slot.path, control, policy))
             .collect::<Result<_, _>>()?;
+        let identity = Identity {
+            name: broker_name(control),
+            instance: random_instance()?,
+        };
+        let layout = layout.with_identity(identity);
         let memory = memory::create(layout.region_size)?;
         let eventfds = (0..=layout.host())
             .map(|_| {
@@ -132,7 +138,7 @@ impl Parts {
     /// Takes over the parts of a predecessor, if it has this layout and these sockets.
     pub fn inherit(
         mut inheritance: Inheritance,
-        layout: Layout,
+        layout: &Layout,
         control: &Path,
         slots: &[SlotPlan],
         policy: &Policy,
@@ -144,9 +150,10 @@ impl Parts {
                 .ok_or_else(|| BrokerError::Incomplete(name.to_owned()))
         };
         let (persisted, theirs) = PersistedState::open(take(name::STATE)?.into())?;
-        if theirs.as_ref() != Ok(&layout) {
-            return Err(BrokerError::OtherRegion);
-        }
+        let layout = match theirs {
+            Ok(theirs) if fits(layout, &theirs) => theirs,
+            _ => return Err(BrokerError::OtherRegion),
+        };
         let memory = File::from(take(name::MEMORY)?);
         let mut eventfds = Vec::new();
         for peer in 0..=layout.host() {
@@ -203,6 +210,8 @@ impl Parts {
             }
         }
         let region = shared_region(layout, memory, eventfds)?;
+        // A predecessor may have been killed after it stored a new channel.
+        table::publish(region.words(), region.layout(), 0);
         // Last, because a predecessor continues if its successor fails.
         for listener in parts.iter().map(|slot| &slot.listener).chain([&control]) {
             listener.apply(policy);
@@ -237,6 +246,15 @@ impl Parts {
         descriptors.store(name::STATE.to_owned(), Arc::new(persisted));
         Ok(self)
     }
+}
+
+/// Chooses the number of a region.
+fn random_instance() -> Result<Instance, BrokerError> {
+    let mut bytes = [0; INSTANCE_BYTES];
+    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    // Up to 256 bytes come whole.
+    got.map_err(|error| BrokerError::system("get random bytes")(error.into()))?;
+    Ok(Instance::new(bytes))
 }
 
 fn has_other_size(file: &File, size: u64) -> bool {

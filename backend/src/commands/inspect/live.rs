@@ -206,7 +206,7 @@ impl<'a> Screen<'a> {
         let folds = frame.area().width < UNFOLDED;
         let rows = self.snapshot.channels.len() + 1;
         let [head, table, hex, foot] = Layout::vertical([
-            height(slots.len() + 2, 0),
+            height(slots.len() + 3, 0),
             height(if folds { 2 * rows } else { rows }, 2),
             Constraint::Min(3),
             Constraint::Length(1),

@@ -72,7 +72,7 @@ pub struct ChannelView {
 impl Snapshot {
     /// Takes a snapshot.
     pub fn take(attachment: &Attachment) -> Result<Self> {
-        let layout = attachment.layout();
+        let layout = attachment.refresh()?;
         let broker = attachment.status()?;
         let guest = |slot| {
             let region = attachment.region();

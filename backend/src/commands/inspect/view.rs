@@ -67,8 +67,8 @@ impl Rate {
     }
 }
 
-/// Returns a line about the region and one about the broker.
-pub fn header(snapshot: &Snapshot) -> [String; 2] {
+/// Returns a line about the region, one about its identity, and one about the broker.
+pub fn header(snapshot: &Snapshot) -> [String; 3] {
     let region = &snapshot.region;
     let broker = &snapshot.broker;
     [
@@ -78,6 +78,14 @@ pub fn header(snapshot: &Snapshot) -> [String; 2] {
             region.vectors,
             BinaryBytes(region.raw_size),
             region.raw_offset,
+        ),
+        format!(
+            "name {}, instance {}",
+            match region.name.as_str() {
+                "" => "-",
+                name => name,
+            },
+            region.instance
         ),
         format!(
             "broker process {}, epoch {}, up {}",

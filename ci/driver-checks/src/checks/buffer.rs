@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use rustix::process::Signal;
 
-use crate::ask::Region;
+use crate::ask::{RAW, Region};
 use crate::binding::{bind, eventually, open, open_with, unbind};
 use crate::calls::Mapping;
 use crate::device::{Device, fails};
@@ -172,7 +172,7 @@ pub(super) fn buffer_mappings_follow_rules_of_region() -> Result<()> {
     fails(last.grow(2 * PAGE), Errno::FAULT);
     // The buffer survives `madvise` and the like, and changes of the region's mappings.
     map.treat_as_memory();
-    drop(device.map(0, PAGE)?);
+    drop(device.map(RAW, PAGE)?);
     assert_eq!(map.read(SIZE - PAGE), 42);
     // The mapping survives a fork, a split and a move.
     child(|_| {

@@ -7,7 +7,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use barlink_protocol::wire::uapi::{BUFFER, CLAIM, DOORBELL, INFO, UAPI_VERSION};
+use barlink_protocol::wire::layout::Layout;
+use barlink_protocol::wire::uapi::{BUFFER, CLAIM, DOORBELL, INFO, SUPERBLOCK, UAPI_VERSION};
 use rustix::fs::{SealFlags, SeekFrom};
 use rustix::io::Errno;
 
@@ -70,6 +71,18 @@ pub(super) fn info_describes_each_device() -> Result<()> {
         let start = u64::from_str_radix(start.context("no such BAR")?, 16)?;
         assert_eq!(info.region_address, start);
         assert!(start >= 4 << 30, "BAR {bar} is below 4 GiB");
+        // The broker's control socket is `control.sock`.
+        let identity = info.identity();
+        let superblock = Layout::decode(&host::page(region, 0)?, facts.size)?;
+        assert_eq!(identity, superblock.identity);
+        assert_eq!(identity.name.as_str(), "control");
+        let shown = |name: &str| {
+            let node = node(region)?.file_name().context("no name")?.to_owned();
+            let attribute = Path::new("/sys/class/misc").join(node).join(name);
+            Ok::<_, anyhow::Error>(fs::read_to_string(attribute)?)
+        };
+        assert_eq!(shown("name")?, "control\n");
+        assert_eq!(shown("instance")?, format!("{}\n", identity.instance));
         assert_eq!((info.epoch % 2, info.epoch), (1, host::epoch(region)?));
         assert_eq!(
             (info.granted, info.asked, info.mapper, info.reserved),
@@ -105,12 +118,22 @@ pub(super) fn devices_are_independent() -> Result<()> {
 
 pub(super) fn unknown_calls_are_refused() -> Result<()> {
     let device = open(Region::Main)?;
-    // Number 0; the number of BUFFER, and the first free number, with INFO's direction and size;
-    // another type; INFO's number with CLAIM's direction and size; a terminal's ioctl (TCGETS).
-    for number in [0, INFO + 5, INFO + 6, INFO + 0x100, CLAIM & !1, 0x5401] {
+    // Number 0; the numbers of other calls, and the first free number, with INFO's direction and
+    // size; another type; INFO's number with CLAIM's direction and size; a terminal's ioctl
+    // (TCGETS).
+    for number in [
+        0,
+        INFO + 5,
+        INFO + 6,
+        INFO + 7,
+        INFO + 8,
+        INFO + 0x100,
+        CLAIM & !1,
+        0x5401,
+    ] {
         fails(device.ioctl_on_null(number), Errno::NOTTY);
     }
-    for number in [INFO, CLAIM, DOORBELL, BUFFER] {
+    for number in [INFO, CLAIM, DOORBELL, BUFFER, SUPERBLOCK] {
         fails(device.ioctl_on_null(number), Errno::FAULT);
     }
     fails(rustix::io::write(&device, &[0; 32]), Errno::INVAL);

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 
 use anyhow::Result;
-use barlink_protocol::wire::layout::{MAGIC, PAGE_SIZE as PAGE};
+use barlink_protocol::wire::layout::{FIRST_FREE, MAGIC, PAGE_SIZE as PAGE};
 use barlink_protocol::wire::uapi::{CacheMode, Map, ON_FAULT};
 use rustix::fs::{Advice, OFlags};
 use rustix::io::Errno;
@@ -40,18 +40,73 @@ pub(super) fn stores_cross_both_ways() -> Result<()> {
         assert_eq!(map.read(16), 4711);
     }
     // Maps everything that can be mapped, from the first word to the last.
-    let all = open(Region::Main)?.map(0, Region::Main.mappable())?;
+    let (device, end) = (open(Region::Main)?, Region::Main.mappable());
+    let all = device.map_with(0, end, ProtFlags::READ, MapFlags::SHARED)?;
     assert_eq!(all.read(0), MAGIC);
-    let last = Region::Main.mappable() - 8;
-    all.write(last, 7);
-    assert_eq!(host::word(Region::Main, last)?, 7);
+    let writable = device.map(FIRST_FREE, end - FIRST_FREE)?;
+    writable.write(end - 8 - FIRST_FREE, 7);
+    assert_eq!(host::word(Region::Main, end - 8)?, 7);
+    assert_eq!(all.read(end - 8), 7);
     Ok(())
+}
+
+pub(super) fn first_pages_cannot_be_written() -> Result<()> {
+    let device = open(Region::Main)?;
+    let superblock = host::page(Region::Main, 0)?;
+    let make = |options: Map, offset, length, protection| {
+        device.map_as(options)?;
+        device.map_with(offset, length, protection, MapFlags::SHARED)
+    };
+    let on_fault = Map {
+        cache: 0,
+        flags: ON_FAULT,
+    };
+    for options in [Map::default(), on_fault] {
+        for (offset, length) in [
+            (0, PAGE),
+            (PAGE, PAGE),
+            (0, FIRST_FREE),
+            (PAGE, 4 * PAGE),
+            (0, Region::Main.mappable()),
+        ] {
+            for protection in [READ_WRITE, ProtFlags::WRITE] {
+                fails(make(options, offset, length, protection), Errno::ACCESS);
+            }
+            let writable = MprotectFlags::READ | MprotectFlags::WRITE;
+            for protection in [ProtFlags::empty(), ProtFlags::READ] {
+                let map = make(options, offset, length, protection)?;
+                fails(map.protect(writable), Errno::ACCESS);
+            }
+            let map = make(options, offset, length, ProtFlags::READ)?;
+            assert_eq!(map.read(8), host::word(Region::Main, offset + 8)?);
+            assert_eq!(ends(|| map.write(0, 1))?, Ended::By(Signal::SEGV));
+            // A child's copy, and one that was moved, are as the first.
+            child(|_| {
+                fails(map.protect(writable), Errno::ACCESS);
+                Ok(())
+            })?
+            .succeeds()?;
+            // A debugger reads, and does not write.
+            let memory = memory_of(std::process::id())?;
+            let mut word = [0; 8];
+            memory.read_exact_at(&mut word, map.address() + 8)?;
+            assert_eq!(u64::from_ne_bytes(word), map.read(8));
+            fails_with_io_error(memory.write_at(&[1; 8], map.address() + 8));
+            let moved = map.move_to(Mapping::reserve(PAGE)?)?;
+            fails(moved.protect(writable), Errno::ACCESS);
+        }
+        // The page behind them is the first that can be written.
+        make(options, FIRST_FREE, PAGE, READ_WRITE)?;
+    }
+    device.map_as(Map::default())?;
+    assert_eq!(host::page(Region::Main, 0)?, superblock);
+    nothing_is_mapped(&device)
 }
 
 pub(super) fn default_mappings_are_noncached() -> Result<()> {
     let device = open(Region::Main)?;
     nothing_is_mapped(&device)?;
-    let first = device.map(0, PAGE)?;
+    let first = device.map_with(0, PAGE, ProtFlags::READ, MapFlags::SHARED)?;
     assert_eq!(device.info()?.granted, CacheMode::UncachedMinus as u32);
     let second = device.map(RAW, 4 * PAGE)?;
     // The kernel's own list has the mapping with that mode.

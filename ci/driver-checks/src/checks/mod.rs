@@ -19,6 +19,7 @@ mod rounds;
 mod signals;
 mod sleep;
 mod system_calls;
+mod table;
 
 use anyhow::Result;
 
@@ -46,6 +47,7 @@ pub const TOPICS: &[Topic] = checks! {
     "mmap", mmap:
         stores_cross_both_ways
         default_mappings_are_noncached
+        first_pages_cannot_be_written
         mmap_refuses_the_drivers_page
         mmap_refuses_private_executable_or_outside_ranges
         read_only_file_gets_read_only_mappings
@@ -105,6 +107,9 @@ pub const TOPICS: &[Topic] = checks! {
         hostile_superblocks_are_declined
         superblock_is_read_once
         hostile_driver_page_changes_nothing;
+    "table", table:
+        driver_takes_only_valid_new_channels
+        channels_are_taken_in_each_cache_mode;
     "removal", removal:
         unbind_reaches_every_sleeper_and_mapping
         file_of_a_removed_device_stays_dead

@@ -7,7 +7,7 @@ mod refusal;
 mod region;
 mod status;
 
-use barlink_protocol::wire::layout::End;
+use barlink_protocol::wire::layout::{End, Layout, MAX_CHANNELS};
 use serde::{Deserialize, Serialize};
 
 pub use self::limits::{MAX_COPY, MAX_PACKET, VERSION};
@@ -137,11 +137,37 @@ pub enum Ask {
     HandOver,
     /// The exit of the broker that has handed over: answered by [`Answer::Done`].
     Retire,
+    /// A new channel in the reserve: answered by [`Answer::Added`]. The broker chooses vector and
+    /// offset.
+    AddChannel(Entry),
     /// A fresh generation of a channel whose ends are both free: answered by [`Answer::Reset`].
     Reset {
         /// Index of the channel.
         channel: usize,
     },
+}
+
+/// A channel that was added, and what remains for others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Added {
+    /// Index of the channel.
+    pub channel: usize,
+    /// Number of further channels that the table has room for.
+    pub entries: usize,
+    /// Bytes that remain in the reserve. A channel takes a page more than its capacity.
+    pub room: u64,
+}
+
+impl Added {
+    /// Describes the last channel of a layout.
+    pub fn of(layout: &Layout) -> Self {
+        let count = layout.channels().len();
+        Added {
+            channel: count.saturating_sub(1),
+            entries: MAX_CHANNELS - count,
+            room: layout.room().1,
+        }
+    }
 }
 
 /// A broker's answer, with its version.
@@ -182,6 +208,8 @@ pub enum Answer {
         /// Number of the generation.
         generation: u64,
     },
+    /// The channel was added.
+    Added(Added),
     /// Bytes, in Base64.
     Bytes(String),
     /// Some of the broker's descriptors, one for each name.

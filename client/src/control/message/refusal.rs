@@ -51,7 +51,9 @@ pub enum Refusal {
     #[error("the end is not held by this process")]
     NotHeld,
     /// The client has attached for reading.
-    #[error("the connection is read-only: attach with read and write access to claim or reset")]
+    #[error(
+        "the connection is read-only: attach with read and write access to claim, reset or add a channel"
+    )]
     ReadOnly,
     /// A channel cannot be reset while one of its ends is held.
     #[error("channel `{channel}` is in use by {holder}: stop that process first")]
@@ -61,6 +63,25 @@ pub enum Refusal {
         /// The holder of the end.
         holder: String,
     },
+    /// The reserve has too little room for a new channel.
+    #[error(
+        "the channel needs {needed} bytes with its header, and {left} bytes are reserved for new channels: take a smaller one, or serve a region with a larger --reserve"
+    )]
+    NoRoom {
+        /// Bytes that the channel needs.
+        needed: u64,
+        /// Bytes that remain.
+        left: u64,
+    },
+    /// The channel table is full.
+    #[error("the region has {0} channels, and its table has room for no more")]
+    TableFull(usize),
+    /// Another channel has the name of a new one.
+    #[error("the region has a channel `{0}` already: choose another name")]
+    SameName(String),
+    /// A new channel is invalid for another reason.
+    #[error("the region cannot have such a channel: {0}")]
+    InvalidChannel(String),
     /// There is no such slot.
     #[error("the broker has no slot {0}: `barlink inspect` shows which it has")]
     NoSlot(u32),
@@ -148,6 +169,10 @@ impl Refusal {
             | Refusal::NotHeld
             | Refusal::ReadOnly
             | Refusal::OutsideBuffer { .. }
+            | Refusal::NoRoom { .. }
+            | Refusal::TableFull(_)
+            | Refusal::SameName(_)
+            | Refusal::InvalidChannel(_)
             | Refusal::MuchData(_) => ErrorKind::InvalidInput,
             Refusal::NotYours | Refusal::NotOwner => ErrorKind::PermissionDenied,
             Refusal::Managed | Refusal::Stays { .. } | Refusal::Failed(_) => ErrorKind::Other,

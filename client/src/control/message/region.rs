@@ -2,12 +2,20 @@
 
 //! A region, as messages write it.
 
-use barlink_protocol::wire::layout::{Channel, Layout, LayoutError, Name};
+use barlink_protocol::wire::layout::{
+    BrokerName, Channel, Identity, Instance, Layout, LayoutError, Name,
+};
 use serde::{Deserialize, Serialize};
 
 /// A region's layout, as messages write it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionInfo {
+    /// Name of the broker, empty if it has none.
+    #[serde(with = "broker_name")]
+    pub name: BrokerName,
+    /// Number of the region.
+    #[serde(with = "instance")]
+    pub instance: Instance,
     /// Bytes in the region.
     pub size: u64,
     /// VMs that it serves; the host's ID is this number.
@@ -18,6 +26,10 @@ pub struct RegionInfo {
     pub raw_offset: u64,
     /// Bytes in the raw window.
     pub raw_size: u64,
+    /// Offset of the reserve, in bytes; 0 without one.
+    pub reserve_offset: u64,
+    /// Bytes in the reserve.
+    pub reserve_size: u64,
     /// The channels, in the order of their indexes.
     pub channels: Vec<Entry>,
 }
@@ -58,14 +70,54 @@ mod name {
     }
 }
 
+/// A broker's name, as messages write it.
+mod broker_name {
+    use std::borrow::Cow;
+
+    use barlink_protocol::wire::layout::BrokerName;
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(super) fn serialize<S: Serializer>(name: &BrokerName, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(name.as_str())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<BrokerName, D::Error> {
+        let text = Cow::<str>::deserialize(from)?;
+        BrokerName::new(&text).ok_or_else(|| Error::custom("the broker has a wrong name"))
+    }
+}
+
+/// The number of a region, as messages write it.
+mod instance {
+    use std::borrow::Cow;
+
+    use barlink_protocol::wire::layout::Instance;
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(super) fn serialize<S: Serializer>(number: &Instance, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(number)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Instance, D::Error> {
+        let text = Cow::<str>::deserialize(from)?;
+        Instance::parse(&text).ok_or_else(|| Error::custom("an instance is 32 hexadecimal digits"))
+    }
+}
+
 impl From<&Layout> for RegionInfo {
     fn from(layout: &Layout) -> Self {
         RegionInfo {
+            name: layout.identity.name,
+            instance: layout.identity.instance,
             size: layout.region_size,
             slots: layout.slots,
             vectors: layout.vectors,
             raw_offset: layout.raw_offset,
             raw_size: layout.raw_size,
+            reserve_offset: layout.reserve_offset,
+            reserve_size: layout.reserve_size,
             channels: layout.channels().iter().copied().map(Entry).collect(),
         }
     }
@@ -76,13 +128,19 @@ impl TryFrom<&RegionInfo> for Layout {
 
     fn try_from(info: &RegionInfo) -> Result<Self, LayoutError> {
         let channels: Vec<_> = info.channels.iter().map(|entry| entry.0).collect();
-        Layout::new(
+        let identity = Identity {
+            name: info.name,
+            instance: info.instance,
+        };
+        let layout = Layout::new(
             info.size,
             info.slots,
             info.vectors,
             info.raw_offset,
             info.raw_size,
             &channels,
-        )
+        )?;
+        let layout = layout.with_reserve(info.reserve_offset, info.reserve_size)?;
+        Ok(layout.with_identity(identity))
     }
 }

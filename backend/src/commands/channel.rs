@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The commands `barlink channel add` and `barlink channel list`.
+
+use anyhow::Result;
+use barlink::host::Added;
+use barlink::{Access, Channel};
+use barlink_cli::standard::print;
+use barlink_protocol::wire::layout::{Layout, MAX_CHANNELS};
+use indicatif::BinaryBytes;
+use serde::Serialize;
+
+use crate::args::{AddChannel, ChannelCommand, ListChannels};
+
+pub fn channel(command: &ChannelCommand) -> Result<()> {
+    match command {
+        ChannelCommand::Add(args) => add(args),
+        ChannelCommand::List(args) => list(args),
+    }
+}
+
+fn add(args: &AddChannel) -> Result<()> {
+    let attachment = super::attach(&args.which, Access::ReadWrite)?;
+    let plan = &args.channel;
+    let [producer, consumer] = plan.peers(attachment.layout().slots)?;
+    let added = attachment.add_channel(Channel {
+        name: plan.name,
+        producer,
+        consumer,
+        vector: 0,
+        drop_when_full: plan.drop_when_full,
+        offset: 0,
+        capacity: plan.capacity,
+    })?;
+    print(format!(
+        "channel `{}` is added; {}\n",
+        plan.name,
+        left(added)
+    ))
+}
+
+/// Describes what remains for further channels.
+fn left(added: Added) -> String {
+    format!(
+        "room is left for {} more, of {} in all",
+        added.entries,
+        BinaryBytes(added.room)
+    )
+}
+
+/// The output of `barlink channel list --json`.
+#[derive(Serialize)]
+struct List {
+    /// The channels, in the order of their numbers.
+    channels: Vec<Row>,
+    /// Number of further channels that the table has room for.
+    entries: usize,
+    /// Bytes that are left in the reserve.
+    room: u64,
+}
+
+/// A channel.
+#[derive(Serialize)]
+struct Row {
+    /// Its name.
+    name: String,
+    /// The peer that produces: `host` or `slot N`.
+    from: String,
+    /// The peer that consumes.
+    to: String,
+    /// Bytes in its data area.
+    capacity: u64,
+    /// Whether its producer drops records while it is full.
+    drop_when_full: bool,
+    /// The vector that wakes either end.
+    vector: u32,
+}
+
+impl List {
+    fn of(layout: &Layout) -> Self {
+        let peer = |id| match id == layout.host() {
+            true => "host".to_owned(),
+            false => format!("slot {id}"),
+        };
+        let channels = layout.channels().iter();
+        List {
+            channels: channels
+                .map(|channel| Row {
+                    name: channel.name.to_string(),
+                    from: peer(channel.producer),
+                    to: peer(channel.consumer),
+                    capacity: channel.capacity,
+                    drop_when_full: channel.drop_when_full,
+                    vector: channel.vector,
+                })
+                .collect(),
+            entries: MAX_CHANNELS - layout.channels().len(),
+            room: layout.room().1,
+        }
+    }
+}
+
+fn list(args: &ListChannels) -> Result<()> {
+    let attachment = super::attach(&args.which, Access::ReadOnly)?;
+    let list = List::of(attachment.layout());
+    if args.json {
+        return print(format!("{}\n", serde_json::to_string_pretty(&list)?));
+    }
+    let mut text = String::new();
+    for row in &list.channels {
+        let drops = if row.drop_when_full {
+            ", drops when full"
+        } else {
+            ""
+        };
+        text.push_str(&format!(
+            "{}: {} to {}, {}, vector {}{drops}\n",
+            row.name,
+            row.from,
+            row.to,
+            BinaryBytes(row.capacity),
+            row.vector
+        ));
+    }
+    let room = match list.room {
+        0 => "no room is reserved for more channels".to_owned(),
+        room => format!(
+            "room is left for {} more, of {} in all",
+            list.entries,
+            BinaryBytes(room)
+        ),
+    };
+    print(format!("{text}{room}\n"))
+}

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Finding the device of a region by the name of its broker.
+
+use std::path::{Path, PathBuf};
+
+use barlink_protocol::wire::layout::BrokerName;
+
+use crate::guest::error::DeviceError;
+
+/// Returns whether a program means the name of a broker and not the path of a device: a name has no
+/// `/`.
+pub(crate) fn name(device: &Path) -> Option<&str> {
+    device.to_str().filter(|text| !text.contains('/'))
+}
+
+/// Finds the device of the region whose broker has this name. `ask` asks the driver of a device for
+/// the name. Works without udev, whose links in `/dev/barlink/by-name` lead to the same devices.
+pub(crate) fn find(
+    name: &str,
+    ask: impl Fn(&Path) -> Result<BrokerName, DeviceError>,
+) -> Result<PathBuf, DeviceError> {
+    let answers = nodes(Path::new("/dev"))
+        .into_iter()
+        .map(|node| (ask(&node), node));
+    choose(name, answers)
+}
+
+/// Lists the device nodes in a folder, in the order of their numbers.
+fn nodes(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut numbers: Vec<u32> = entries
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            name.to_str()?.strip_prefix("barlink")?.parse().ok()
+        })
+        .collect();
+    numbers.sort_unstable();
+    let nodes = numbers.into_iter();
+    nodes
+        .map(|number| folder.join(format!("barlink{number}")))
+        .collect()
+}
+
+/// Chooses the device whose driver gave this name. If there is none, an error of a device that
+/// could have been it comes first.
+fn choose(
+    name: &str,
+    answers: impl Iterator<Item = (Result<BrokerName, DeviceError>, PathBuf)>,
+) -> Result<PathBuf, DeviceError> {
+    let (mut found, mut others, mut failed) = (Vec::new(), Vec::new(), None);
+    for (answer, node) in answers {
+        match answer {
+            Ok(other) if other.as_str() == name => found.push(node),
+            Ok(other) => others.push(other.to_string()),
+            // A device that goes meanwhile is not the one.
+            Err(DeviceError::NoDevice { .. }) => (),
+            Err(error) => failed = failed.or(Some(error)),
+        }
+    }
+    match (found.len(), failed) {
+        (1, _) => Ok(found.swap_remove(0)),
+        (0, Some(error)) => Err(error),
+        (0, None) => Err(DeviceError::NoName {
+            name: name.to_owned(),
+            others,
+        }),
+        _ => Err(DeviceError::SameName {
+            name: name.to_owned(),
+            devices: found,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Access;
+
+    fn chosen(name: &str, answers: &[(&str, Option<&str>)]) -> Result<PathBuf, String> {
+        let answers = answers.iter().map(|(node, answer)| {
+            let node = PathBuf::from(node);
+            let denied = || DeviceError::Permission {
+                path: node.clone(),
+                access: Access::ReadOnly,
+            };
+            let answer = answer.map(|name| BrokerName::new(name).unwrap());
+            (answer.ok_or_else(denied), node)
+        });
+        choose(name, answers).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn only_text_without_slash_is_name() {
+        assert_eq!(name(Path::new("vm1")), Some("vm1"));
+        for path in ["/dev/barlink0", "./barlink0", "dev/barlink0"] {
+            assert_eq!(name(Path::new(path)), None);
+        }
+    }
+
+    #[test]
+    fn nodes_come_in_order_of_numbers() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["barlink10", "barlink2", "barlink", "barlink-x", "null"] {
+            std::fs::write(folder.path().join(name), "").unwrap();
+        }
+        let expected = ["barlink2", "barlink10"].map(|name| folder.path().join(name));
+        assert_eq!(nodes(folder.path()), expected);
+        assert!(nodes(Path::new("/does/not/exist")).is_empty());
+    }
+
+    #[test]
+    fn name_selects_one_device() {
+        let devices = [("/0", Some("b")), ("/1", None), ("/2", Some("a"))];
+        assert_eq!(chosen("a", &devices), Ok("/2".into()));
+        assert_eq!(chosen("b", &devices), Ok("/0".into()));
+        // The device that could not be asked may be the one.
+        let error = chosen("c", &devices).unwrap_err();
+        assert!(error.contains("no permission to open /1"), "{error}");
+    }
+
+    #[test]
+    fn unknown_name_lists_known_names() {
+        let error = chosen("c", &[("/0", Some("b")), ("/1", Some("a"))]).unwrap_err();
+        assert_eq!(
+            error,
+            "no barlink device of a broker named `c`: there are those of `b`, `a`"
+        );
+        let error = chosen("c", &[]).unwrap_err();
+        assert!(error.contains("this VM has no barlink device"), "{error}");
+    }
+
+    #[test]
+    fn name_of_two_devices_is_refused() {
+        let error = chosen("a", &[("/0", Some("a")), ("/1", Some("a"))]).unwrap_err();
+        assert_eq!(
+            error,
+            "the broker of /0 and of /1 is named `a`: name the device by its path"
+        );
+    }
+}
