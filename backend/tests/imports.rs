@@ -186,6 +186,17 @@ const CLIENT: Parts = &[
         ],
     ),
     (
+        "tap",
+        &[
+            "memory",
+            "process",
+            "event_error",
+            "error",
+            "receiver",
+            "options",
+        ],
+    ),
+    (
         "guest",
         &[
             "claim",
@@ -201,15 +212,14 @@ const CLIENT: Parts = &[
             "sender",
             "receiver",
             "options",
+            "tap",
         ],
     ),
     (
         "host",
         &[
             "memory",
-            "process",
             "region",
-            "event_error",
             "control",
             "host/claim",
             "host/events",
@@ -218,6 +228,7 @@ const CLIENT: Parts = &[
             "sender",
             "receiver",
             "options",
+            "tap",
         ],
     ),
 ];

@@ -481,8 +481,8 @@ impl Iterator for Iter<'_> {
     }
 }
 
-/// A private copy of a record. [`Iter`] and [`host::Tap`](crate::host::Tap) return it, and
-/// [`Record::to_owned`] makes it.
+/// A private copy of a record. [`Iter`] and [`Tap`](crate::Tap) return it, and [`Record::to_owned`]
+/// makes it.
 ///
 /// ```no_run
 /// use std::sync::mpsc;

@@ -27,6 +27,7 @@ use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::region::Region;
 use crate::sender::Sender;
+use crate::tap::Tap;
 
 /// A device, open and mapped. Ends of channels outlive it. After the device was unplugged, or its
 /// driver unbound, an access to its region is SIGBUS.
@@ -273,6 +274,26 @@ impl Device {
     /// Those of [`Device::sender`].
     pub fn receiver(&self, name: &str) -> Result<Receiver, Error> {
         ChannelOptions::new().receiver(self, name)
+    }
+
+    /// Returns a tap of a channel, which begins behind the newest record. It needs no claim, and
+    /// works on a device that was opened with [`Access::ReadOnly`].
+    ///
+    /// ```no_run
+    /// use barlink::Access;
+    /// use barlink::guest::OpenOptions;
+    ///
+    /// let options = OpenOptions::new().access(Access::ReadOnly);
+    /// let mut commands = options.open("/dev/barlink0")?.tap("down")?;
+    /// println!("{:?}", commands.recv()?.bytes);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel.
+    pub fn tap(&self, name: &str) -> Result<Tap, Error> {
+        Tap::new(self, name)
     }
 }
 

@@ -21,6 +21,7 @@ use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::region::Region;
 use crate::sender::Sender;
+use crate::tap::Tap;
 
 /// Largest channel whose pages are all made present at its claim: then the first lap through it
 /// takes a tenth of the time. A larger channel would delay its end for long, and use all of its
@@ -135,6 +136,26 @@ impl Attachment {
     /// Those of [`ChannelOptions::sender`].
     pub fn receiver(&self, name: &str) -> Result<Receiver, Error> {
         ChannelOptions::new().receiver(self, name)
+    }
+
+    /// Returns a tap of a channel, which begins behind the newest record. It needs no claim, and
+    /// works with [`Access::ReadOnly`].
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut camera = host::connect("default")?.tap("camera")?;
+    /// while let Ok(frame) = camera.recv() {
+    ///     println!("{} bytes, {} missed", frame.bytes.len(), camera.missed());
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel.
+    pub fn tap(&self, name: &str) -> Result<Tap, Error> {
+        Tap::new(self, name)
     }
 
     /// Returns the region's layout: its size, channels and raw window. It is the broker's, and does
