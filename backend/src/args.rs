@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use barlink_broker::broker::{BROKER_NAME_BYTES, ChannelPlan, Reserve};
 use barlink_cli::size::parse_size;
-use barlink_cli::{place, stream};
+use barlink_cli::{place, stream, tail};
 use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 
 /// Shared memory as a PCI device of a QEMU guest: the host's side.
@@ -52,6 +52,12 @@ pub enum Command {
         after_help = "Example:\n  barlink recv | tar x           # in the guest: tar c logs | barlink-guest send"
     )]
     Recv(Recv),
+    /// Show the records of a channel as they come, without receiving them: time of the sender's
+    /// clock, kind, number, length and content
+    #[command(
+        after_help = "Example:\n  barlink tail up --latest       # while another program receives from `up`"
+    )]
+    Tail(Tail),
     /// Show a region while it is in use: its VMs and host apps, its channels, and its bytes
     #[command(
         after_help = "The records of a channel include the marks at the begin and end of each stream: a stream of \n\
@@ -238,6 +244,17 @@ pub struct Recv {
     pub channel: String,
     #[command(flatten)]
     pub stream: stream::Recv,
+    #[command(flatten)]
+    pub which: Which,
+}
+
+#[derive(Debug, Args)]
+pub struct Tail {
+    /// Name of the channel
+    #[arg(default_value = "up")]
+    pub channel: String,
+    #[command(flatten)]
+    pub tail: tail::Tail,
     #[command(flatten)]
     pub which: Which,
 }

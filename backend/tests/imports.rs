@@ -208,6 +208,17 @@ const CLIENT: Parts = &[
         ],
     ),
     (
+        "tap",
+        &[
+            "memory",
+            "process",
+            "event_error",
+            "error",
+            "receiver",
+            "options",
+        ],
+    ),
+    (
         "guest",
         &[
             "claim",
@@ -225,15 +236,14 @@ const CLIENT: Parts = &[
             "sender",
             "receiver",
             "options",
+            "tap",
         ],
     ),
     (
         "host",
         &[
             "memory",
-            "process",
             "region",
-            "event_error",
             "control",
             "host/claim",
             "host/events",
@@ -243,6 +253,7 @@ const CLIENT: Parts = &[
             "sender",
             "receiver",
             "options",
+            "tap",
         ],
     ),
 ];

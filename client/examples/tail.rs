@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A look at a channel that another program receives. It claims nothing and writes nothing, so it
-//! delays neither end.
+//! A look at a channel that another program receives, from the newest record on. It claims nothing
+//! and writes nothing, so it delays neither end.
 //!
 //! ```text
 //! cargo run --example tail -- up
@@ -18,8 +18,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let broker = options.connect("default")?;
     let mut tap = broker.tap(channel.as_deref().unwrap_or("up"))?;
     let mut output = std::io::stdout();
+    let mut newest = tap.latest()?;
     loop {
-        let record = tap.recv()?;
+        let record = match newest.take() {
+            Some(record) => record,
+            None => tap.recv()?,
+        };
         if record.kind == Kind::END {
             writeln!(output, "end, {} records missed", tap.missed())?;
             return Ok(());

@@ -13,7 +13,7 @@
 //! | options of a channel's end | [`ChannelOptions`] |
 //! | byte streams and files | [`Sender::stream`], [`Receiver::stream`], [`stream`] |
 //! | several channels at once | the descriptors of [`Sender`] and [`Receiver`] |
-//! | a look at a channel that another program receives | [`host::Tap`] |
+//! | a look at the records that other programs exchange | [`Tap`] |
 //! | errors | [`Error::kind`] |
 //!
 //! ```no_run
@@ -56,6 +56,7 @@ mod receiver;
 mod region;
 mod sender;
 pub mod stream;
+mod tap;
 
 /// The time that an end polls before it arms a wake-up and sleeps.
 ///
@@ -177,3 +178,4 @@ pub use region::{Region, RegionError};
 #[doc(hidden)]
 pub use sender::RingSender;
 pub use sender::{Reservation, Sender, Sent};
+pub use tap::Tap;

@@ -82,10 +82,15 @@ pub trait Side: sealed::Side {
 }
 
 pub(crate) mod sealed {
+    use crate::error::Error;
+
     /// Only this crate has sides.
     pub trait Side {
         /// The place of the host's commands: empty on the host.
         const PLACE: &'static str;
+
+        /// Finds a channel, also one that was added since the layout was read.
+        fn find(&self, name: &str) -> Result<usize, Error>;
     }
 }
 

@@ -482,8 +482,8 @@ impl Iterator for Iter<'_> {
     }
 }
 
-/// A private copy of a record. [`Iter`] and [`host::Tap`](crate::host::Tap) return it, and
-/// [`Record::to_owned`] makes it.
+/// A private copy of a record. [`Iter`] and [`Tap`](crate::Tap) return it, and [`Record::to_owned`]
+/// makes it.
 ///
 /// ```no_run
 /// use std::sync::mpsc;
@@ -501,7 +501,6 @@ impl Iterator for Iter<'_> {
 /// # Ok::<(), barlink::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub struct OwnedRecord {
     /// The type of the content.
     pub kind: Kind,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use barlink::guest;
 use barlink_cli::size::parse_size;
-use barlink_cli::{place, stream};
+use barlink_cli::{place, stream, tail};
 use clap::builder::PossibleValue;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -114,6 +114,12 @@ pub enum Command {
         after_help = "Example:\n  barlink-guest recv | tar x         # on the host: tar c photos | barlink send"
     )]
     Recv(Recv),
+    /// Show the records of a channel as they come, without receiving them: time of the sender's
+    /// clock, kind, number, length and content
+    #[command(
+        after_help = "Example:\n  barlink-guest tail down --latest    # while another program receives from `down`"
+    )]
+    Tail(Tail),
     /// Send every record of one channel back through another, until the stream ends
     #[command(
         after_help = "Example:\n  barlink-guest echo    # on the host: barlink send FILE & barlink recv | cmp - FILE"
@@ -162,6 +168,15 @@ pub struct Recv {
     pub channel: String,
     #[command(flatten)]
     pub stream: stream::Recv,
+}
+
+#[derive(Debug, Args)]
+pub struct Tail {
+    /// Name of the channel
+    #[arg(default_value = "down")]
+    pub channel: String,
+    #[command(flatten)]
+    pub tail: tail::Tail,
 }
 
 #[derive(Debug, Args)]

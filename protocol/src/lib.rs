@@ -7,6 +7,7 @@
 //! |---|---|
 //! | use a channel | [`Sender`], [`Receiver`]; [`stream`] for byte streams |
 //! | use a ring without sleeping | [`Producer`], [`Consumer`] |
+//! | read what others exchange | [`Tap`] |
 //! | add a kind of memory or doorbell | [`region::Region`] over words, [`Events`] |
 //! | inspect a region | [`wire::layout`], [`state`] |
 //!
@@ -36,6 +37,7 @@ mod strategy;
 pub mod stream;
 mod sync;
 pub mod table;
+mod tap;
 pub mod wire;
 
 pub use cache::{CacheState, Shortfall};
@@ -48,3 +50,4 @@ pub use presence::{Presence, PresenceWords};
 pub use producer::{Notify, Producer, Reservation, ReserveError};
 pub use strategy::Strategy;
 pub use sync::{AtomicU64, Ordering};
+pub use tap::{Sight, Tap};

@@ -31,6 +31,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Serve(args) => serve::serve(args),
         Command::Send(args) => stream::send(&args),
         Command::Recv(args) => stream::recv(&args),
+        Command::Tail(args) => stream::tail(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::List(args) => list::list(&args),
         Command::Peek(args) => peek::peek(&args),

@@ -5,9 +5,9 @@
 use std::process::Stdio;
 
 use barlink::host::Attachment;
-use barlink_protocol::Producer;
-use barlink_protocol::cursor::Kind;
+use barlink_protocol::cursor::{Kind, Reset};
 use barlink_protocol::wire::layout::{Channel, End, presence};
+use barlink_protocol::{Producer, ReserveError};
 
 use crate::support::*;
 use crate::vfio_user_client::*;
@@ -87,4 +87,52 @@ fn killed_vm_frees_ends_for_next_vm() {
     let _next = handshake(connect(&broker, "vm.sock"), 6);
     hears_that_the_sender_left(receiver);
     works(&mut broker.app(&["reset-channel", "up"]));
+}
+
+/// Resets a device whose guest process keeps its mapping and goes on sending, as after a suspend to
+/// memory or a reset of the PCI function. The broker cannot know of the process, so it resets the
+/// channel.
+#[test]
+fn sender_that_outlives_reset_repeats_no_record() {
+    let broker = serve_both(&["--channel", "up=1-host,64K"]);
+    let mut client = Client::handshake(&broker);
+    let attachment = broker.attach();
+    let layout = attachment.layout();
+    let page = u32::try_from(layout.presence_page(1)).unwrap();
+    let holder = page + presence::holder(0, End::Producer) as u32;
+    client.write(2, page, &5u64.to_le_bytes());
+    client.write(2, holder, &PROCESS.to_le_bytes());
+    let attach = || Producer::attach(attachment.region().ring().clone(), &layout.channels()[0]);
+    let commit = |producer: &mut Producer<_>, number: u64| -> Result<(), ReserveError> {
+        let mut room = producer.reserve(8)?;
+        room.write(0, &number.to_le_bytes());
+        let _ = room.commit(Kind::USER, 8, 0)?;
+        Ok(())
+    };
+    let mut stale = attach().unwrap();
+    let mut receiver = attachment.receiver("up").unwrap();
+    for number in 0..3000 {
+        commit(&mut stale, number).unwrap();
+        assert_eq!(receiver.recv().unwrap().to_vec(), number.to_le_bytes());
+    }
+    drop(receiver);
+
+    client.get(RESET, &[]);
+    works(&mut broker.app(&["reset-channel", "up"]));
+
+    let mut sender = attach().unwrap();
+    let mut receiver = attachment.receiver("up").unwrap();
+    for _ in 0..1000 {
+        let sent = commit(&mut stale, u64::MAX);
+        assert_eq!(sent, Err(ReserveError::Reset(Reset)));
+    }
+    for number in 0..3000 {
+        commit(&mut sender, number).unwrap();
+        let record = receiver.recv().unwrap();
+        assert_eq!(
+            (record.sequence(), record.to_vec()),
+            (number, number.to_le_bytes().into())
+        );
+    }
+    assert!(receiver.try_recv().unwrap().is_none());
 }

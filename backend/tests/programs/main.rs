@@ -21,6 +21,7 @@ mod sessions;
 mod streams;
 mod support;
 mod surroundings;
+mod taps;
 mod terminal;
 mod vfio_user;
 mod vfio_user_buffer;

@@ -112,3 +112,22 @@ fn record_needs_no_calls_and_few_instructions() -> Result<()> {
     assert!(in_place <= 2620, "{in_place} instructions");
     Ok(())
 }
+
+/// Checks the guest's program for `mfence` and `lfence` in a row, which the ring needs over
+/// write-combining memory. No emulator shows that one of them is missing.
+#[test]
+fn full_fence_orders_write_combining_loads() -> Result<()> {
+    const MFENCE: [u8; 3] = [0x0f, 0xae, 0xf0];
+    const LFENCE: [u8; 3] = [0x0f, 0xae, 0xe8];
+    let program = fs::read(Artifacts::shared()?.guest("barlink-guest")?)?;
+    let both = [MFENCE, LFENCE].concat();
+    let found = |bytes: &[u8]| {
+        program
+            .windows(bytes.len())
+            .filter(|at| *at == bytes)
+            .count()
+    };
+    assert!(found(&both) > 0, "no `mfence` before an `lfence`");
+    assert_eq!(found(&both), found(&MFENCE), "an `mfence` alone");
+    Ok(())
+}

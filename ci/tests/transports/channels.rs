@@ -105,6 +105,37 @@ fn streams_run_in_both_directions_at_once() -> Result<()> {
     Ok(())
 }
 
+/// Shows the records of a channel by taps in the guest, which open the device for reading only,
+/// before a receiver takes the same records.
+#[test]
+fn taps_in_guest_consume_no_record() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &[])?;
+    send(&broker, "down", b"first")?;
+    let tail = || vm.spawn(["barlink-guest", "tail", "down", "--latest", "-n", "4"]);
+    let tails = [tail()?, tail()?];
+    let expect = |ending: &str| -> Result<()> {
+        for tail in &tails {
+            let line = tail.next_line(COMMAND_TIMEOUT)?;
+            let line = line.context("the tap has ended")?;
+            ensure!(line.trim_end().ends_with(ending), "{line}, not {ending}");
+        }
+        Ok(())
+    };
+    expect(" end 2 0")?;
+    send(&broker, "down", b"second")?;
+    expect(" begin 3 0")?;
+    expect(" data 4 6 \"second\"")?;
+    expect(" end 5 0")?;
+    for tail in &tails {
+        tail.wait(COMMAND_TIMEOUT)?.require_success()?;
+    }
+    for text in ["first", "second"] {
+        let received = vm.run(["barlink-guest", "recv"])?.success()?;
+        ensure!(received == text, "{received}, not {text}");
+    }
+    Ok(())
+}
+
 #[test]
 fn example_of_a_sensor_sends_lines() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;

@@ -29,6 +29,7 @@ use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::region::Region;
 use crate::sender::Sender;
+use crate::tap::Tap;
 
 /// A device, open and mapped. Ends of channels outlive it. After the device was unplugged, or its
 /// driver unbound, an access to its region is SIGBUS.
@@ -256,20 +257,6 @@ impl Device {
         }
     }
 
-    /// Finds a channel, also one that was added since the layout was read.
-    fn find(&self, name: &str) -> Result<usize, Error> {
-        let known = find(self.layouts.latest(), name);
-        known.or_else(|unknown| match self.refresh() {
-            Err(Error::Device(DeviceError::Table { path })) => {
-                // The entries before the one that was not taken are there.
-                let table = Error::Device(DeviceError::Table { path });
-                find(self.layouts.latest(), name).map_err(|_| table)
-            }
-            Err(error) => Err(error),
-            Ok(layout) => find(layout, name).map_err(|_| unknown),
-        })
-    }
-
     /// Returns the region, without the drivers' pages at its end. With [`Access::ReadOnly`] its
     /// methods that write return an error, and for the first two pages they always do: these
     /// describe the region to all programs of the VM.
@@ -399,6 +386,26 @@ impl Device {
     pub fn receiver(&self, name: &str) -> Result<Receiver, Error> {
         ChannelOptions::new().receiver(self, name)
     }
+
+    /// Returns a tap of a channel, which begins behind the newest record. It needs no claim, and
+    /// works on a device that was opened with [`Access::ReadOnly`].
+    ///
+    /// ```no_run
+    /// use barlink::Access;
+    /// use barlink::guest::OpenOptions;
+    ///
+    /// let options = OpenOptions::new().access(Access::ReadOnly);
+    /// let mut commands = options.open("/dev/barlink0")?.tap("down")?;
+    /// println!("{:?}", commands.recv()?.bytes);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel.
+    pub fn tap(&self, name: &str) -> Result<Tap, Error> {
+        Tap::new(self, name)
+    }
 }
 
 impl AsFd for Device {
@@ -442,6 +449,19 @@ impl AsRawFd for Device {
 
 impl sealed::Side for Device {
     const PLACE: &'static str = "on the host, ";
+
+    fn find(&self, name: &str) -> Result<usize, Error> {
+        let known = find(self.layouts.latest(), name);
+        known.or_else(|unknown| match self.refresh() {
+            Err(Error::Device(DeviceError::Table { path })) => {
+                // The entries before the one that was not taken are there.
+                let table = Error::Device(DeviceError::Table { path });
+                find(self.layouts.latest(), name).map_err(|_| table)
+            }
+            Err(error) => Err(error),
+            Ok(layout) => find(layout, name).map_err(|_| unknown),
+        })
+    }
 }
 
 impl Side for Device {
@@ -454,7 +474,7 @@ impl Side for Device {
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
-        let index = self.find(name)?;
+        let index = sealed::Side::find(self, name)?;
         if self.access == Access::ReadOnly {
             let name = name.to_owned();
             return Err(Error::ReadOnly { name, end });

@@ -23,6 +23,7 @@ use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::region::Region;
 use crate::sender::Sender;
+use crate::tap::Tap;
 
 /// Largest channel whose pages are all made present at its claim: then the first lap through it
 /// takes a tenth of the time. A larger channel would delay its end for long, and use all of its
@@ -126,6 +127,26 @@ impl Attachment {
         ChannelOptions::new().receiver(self, name)
     }
 
+    /// Returns a tap of a channel, which begins behind the newest record. It needs no claim, and
+    /// works with [`Access::ReadOnly`].
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut camera = host::connect("default")?.tap("camera")?;
+    /// while let Ok(frame) = camera.recv() {
+    ///     println!("{} bytes, {} missed", frame.bytes.len(), camera.missed());
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel.
+    pub fn tap(&self, name: &str) -> Result<Tap, Error> {
+        Tap::new(self, name)
+    }
+
     /// Returns the region's layout: its size, channels and raw window, as the broker last told. The
     /// broker can add channels: see [`Attachment::refresh`].
     ///
@@ -215,14 +236,6 @@ impl Attachment {
         self.control
             .not_a_broker("it answers another question")
             .into()
-    }
-
-    /// Finds a channel, also one that was added since the layout was read.
-    pub(super) fn find(&self, name: &str) -> Result<usize, Error> {
-        find(self.layouts.latest(), name).or_else(|unknown| match self.refresh() {
-            Ok(layout) => find(layout, name),
-            Err(_) => Err(unknown),
-        })
     }
 
     /// Returns the region. With [`Access::ReadOnly`] its methods that write return an error.
@@ -381,7 +394,7 @@ impl Attachment {
     /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), a process holds one of its
     /// ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is gone.
     pub fn reset(&self, name: &str) -> Result<u64, Error> {
-        let channel = self.find(name)?;
+        let channel = sealed::Side::find(self, name)?;
         if self.access == Access::ReadOnly {
             let name = name.to_owned();
             return Err(Error::ReadOnlyReset { name });
@@ -438,6 +451,13 @@ impl AsRawFd for Attachment {
 
 impl sealed::Side for Attachment {
     const PLACE: &'static str = "";
+
+    fn find(&self, name: &str) -> Result<usize, Error> {
+        find(self.layouts.latest(), name).or_else(|unknown| match self.refresh() {
+            Ok(layout) => find(layout, name),
+            Err(_) => Err(unknown),
+        })
+    }
 }
 
 impl Side for Attachment {
@@ -450,7 +470,7 @@ impl Side for Attachment {
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
-        let channel = self.find(name)?;
+        let channel = sealed::Side::find(self, name)?;
         if self.access == Access::ReadOnly {
             let name = name.to_owned();
             return Err(Error::ReadOnly { name, end });

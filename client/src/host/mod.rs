@@ -16,14 +16,12 @@
 mod attachment;
 mod claim;
 pub(crate) mod events;
-mod tap;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub use attachment::Attachment;
-pub use tap::Tap;
 
 pub use crate::control::client::ControlError;
 pub use crate::control::message::{

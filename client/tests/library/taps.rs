@@ -5,53 +5,89 @@
 use std::time::Duration;
 
 use barlink::host::AttachOptions;
-use barlink::{Access, Kind, Sent};
+use barlink::{Access, ErrorKind, Kind, Sent, Tap};
 use barlink_protocol::Ordering;
 use barlink_protocol::wire::layout::channel;
 
 use crate::broker::*;
 
-#[test]
-fn tap_copies_records_that_are_not_released() {
-    let broker = Running::start(&["loop=host-host,4K"]);
-    let (mut sender, mut receiver) = broker.ends("loop");
+/// Returns a tap over a mapping that cannot be written.
+fn tap(broker: &Running, channel: &str) -> Tap {
     let options = AttachOptions::new().access(Access::ReadOnly);
     let app = options.connect_path(broker.control()).unwrap();
-    let mut tap = app.tap("loop").unwrap();
-    assert!(tap.try_recv().unwrap().is_none());
+    app.tap(channel).unwrap()
+}
+
+#[test]
+fn tap_copies_records_that_others_exchange() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let mut taps = [tap(&broker, "loop"), tap(&broker, "loop")];
+    assert!(taps[0].try_recv().unwrap().is_none());
     // Over several laps, with padding, and no record twice.
     for number in 0..50_u64 {
         let bytes = vec![number as u8; 700 + 8 * number as usize];
         let sent = sender.try_send(Kind::USER, &bytes).unwrap();
         assert_eq!(sent, Sent::Committed, "the tap delays the sender");
-        let record = tap.recv().unwrap();
-        assert_eq!((record.sequence, record.bytes), (number, bytes.clone()));
-        assert!(tap.try_recv().unwrap().is_none());
+        // The receiver may be faster than a tap.
         assert_eq!(receiver.recv().unwrap().to_vec(), bytes);
+        for tap in &mut taps {
+            let record = tap.recv().unwrap();
+            assert_eq!((record.sequence, &record.bytes), (number, &bytes));
+            assert!(tap.try_recv().unwrap().is_none());
+            assert_eq!(tap.latest().unwrap(), Some(record));
+            assert_eq!((tap.missed(), tap.dropped()), (0, 0));
+        }
     }
-    assert_eq!(tap.missed(), 0);
-    for _ in 0..3 {
-        let _ = sender.send(Kind::USER, b"released").unwrap();
-        drop(receiver.recv().unwrap());
-    }
-    let _ = sender.send(Kind::USER, b"last").unwrap();
-    assert_eq!(tap.recv().unwrap().bytes, b"last");
-    assert_eq!(tap.missed(), 3);
     let short = Duration::from_millis(5);
-    assert!(tap.recv_timeout(short).unwrap().is_none());
+    assert!(taps[0].recv_timeout(short).unwrap().is_none());
 }
 
 #[test]
-fn tap_goes_on_after_a_reset() {
+fn slow_tap_counts_what_it_misses() {
+    let broker = Running::start(&["loop=host-host,4K,drop"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let mut tap = tap(&broker, "loop");
+    let (mut committed, mut dropped) = (0, 0);
+    for number in 0..200_u64 {
+        match sender.send(Kind::USER, &[number as u8; 500]).unwrap() {
+            Sent::Dropped => dropped += 1,
+            _ => committed += 1,
+        }
+        if number % 3 == 0 {
+            drop(receiver.try_recv().unwrap());
+        }
+    }
+    while receiver.try_recv().unwrap().is_some() {}
+    let _ = sender.send(Kind::USER, b"newest").unwrap();
+    let mut copied = 0;
+    let mut last = None;
+    while let Some(record) = tap.try_recv().unwrap() {
+        copied += 1;
+        last = Some(record);
+    }
+    assert_eq!(last.unwrap().bytes, b"newest");
+    assert!(dropped > 0 && tap.missed() > 0);
+    assert_eq!(
+        (copied + tap.missed(), tap.dropped()),
+        (committed + 1, dropped)
+    );
+}
+
+#[test]
+fn tap_reports_a_reset_and_goes_on() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let app = broker.attach();
-    let mut tap = app.tap("loop").unwrap();
+    let mut tap = tap(&broker, "loop");
     for generation in 1..4 {
         let mut sender = app.sender("loop").unwrap();
         let _ = sender.send(Kind::USER, b"text").unwrap();
         assert_eq!(tap.recv().unwrap().sequence, 0);
         drop(sender);
         assert_eq!(app.reset("loop").unwrap(), generation);
+        let error = tap.try_recv().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Reset);
+        assert_eq!(error.to_string(), "the channel was reset");
     }
     assert_eq!(tap.missed(), 0);
 }
@@ -63,24 +99,20 @@ fn reset_is_no_corruption_for_a_tap() {
     let base = app.layout().find("loop").unwrap().1.offset;
     let region = app.region();
     let region = region.ring();
-    let mut tap = app.tap("loop").unwrap();
-    // A reset has begun, and has not emptied the channel yet.
-    let cursor = region.word(base + channel::READ);
-    region
-        .word(base + channel::GENERATION)
-        .store(1, Ordering::Release);
-    cursor.store(64, Ordering::Release);
+    let mut tap = tap(&broker, "loop");
+    // A reset has begun, and has set a part of the words.
+    let generation = region.word(base + channel::GENERATION);
+    let cursor = region.word(base + channel::WRITTEN);
+    generation.store(1, Ordering::Release);
+    cursor.store(8192, Ordering::Release);
     assert!(tap.try_recv().unwrap().is_none());
     assert!(app.tap("loop").unwrap().try_recv().unwrap().is_none());
     cursor.store(0, Ordering::Release);
-    region
-        .word(base + channel::GENERATION)
-        .store(2, Ordering::Release);
-    let _ = app
-        .sender("loop")
-        .unwrap()
-        .send(Kind::USER, b"text")
-        .unwrap();
+    generation.store(2, Ordering::Release);
+    let error = tap.try_recv().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Reset);
+    let mut sender = app.sender("loop").unwrap();
+    let _ = sender.send(Kind::USER, b"text").unwrap();
     assert_eq!(tap.recv().unwrap().bytes, b"text");
 }
 
@@ -88,8 +120,7 @@ fn reset_is_no_corruption_for_a_tap() {
 fn tap_of_a_fast_channel_copies_no_torn_record() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
-    let app = broker.attach();
-    let mut tap = app.tap("loop").unwrap();
+    let mut tap = tap(&broker, "loop");
     const RECORDS: u64 = 20_000;
     let sending = std::thread::spawn(move || {
         for number in 0..RECORDS {
@@ -102,13 +133,20 @@ fn tap_of_a_fast_channel_copies_no_torn_record() {
             std::hint::spin_loop();
         }
     });
-    let mut last = None;
-    while let Some(record) = tap.recv_timeout(Duration::from_millis(200)).unwrap() {
+    let (mut last, mut copied) = (None, 0);
+    loop {
+        let record = tap.recv_timeout(TIMEOUT).unwrap().unwrap();
         assert!(last < Some(record.sequence));
         last = Some(record.sequence);
+        copied += 1;
+        assert_eq!(copied + tap.missed(), record.sequence + 1);
+        if record.kind == Kind::END {
+            break;
+        }
         let number = record.sequence as u8;
         assert!(record.bytes.iter().all(|byte| *byte == number), "torn");
     }
+    assert_eq!(last, Some(RECORDS));
     sending.join().unwrap();
     receiving.join().unwrap();
 }

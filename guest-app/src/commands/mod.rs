@@ -12,14 +12,15 @@ use std::io::{Write, stderr};
 use anyhow::Result;
 use barlink::Access;
 use barlink::guest::OpenOptions;
-use barlink_cli::place;
+use barlink_cli::{place, tail};
 
 use crate::args::{Cli, Command};
 
 pub fn run(cli: &Cli) -> Result<()> {
     // A user who may only read the device can use these commands.
     let access = match &cli.command {
-        Command::Info(_) | Command::Peek(_) => Access::ReadOnly,
+        Command::Info(_) | Command::Peek(_) | Command::Tail(_) => Access::ReadOnly,
+        Command::Recv(args) if args.stream.tap || args.stream.latest => Access::ReadOnly,
         _ => Access::ReadWrite,
     };
     let device = OpenOptions::new()
@@ -34,6 +35,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Info(args) => info::info(&device, args),
         Command::Send(args) => stream::send(&device, args),
         Command::Recv(args) => stream::recv(&device, args),
+        Command::Tail(args) => tail::tail(&args.tail, device.tap(&args.channel)?),
         Command::Echo(args) => stream::echo(&device, args),
         Command::Telemetry(args) => telemetry::telemetry(&device, args),
         Command::Buffer(args) => buffer::buffer(&device, args),

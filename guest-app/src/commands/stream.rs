@@ -5,7 +5,7 @@
 use anyhow::{Context, Result};
 use barlink::Kind;
 use barlink::guest::Device;
-use barlink_cli::stream;
+use barlink_cli::{stream, tap};
 
 use crate::args::{Echo, Recv, Send};
 
@@ -16,6 +16,10 @@ pub fn send(device: &Device, args: &Send) -> Result<()> {
 }
 
 pub fn recv(device: &Device, args: &Recv) -> Result<()> {
+    if args.stream.tap || args.stream.latest {
+        let tap = device.tap(&args.channel)?;
+        return tap::receive(&args.stream, &args.channel, tap);
+    }
     stream::receive(&args.stream, &args.channel, || {
         Ok(device.receiver(&args.channel)?)
     })

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Command-line code that the programs `barlink` and `barlink-guest` share: parsing, streams,
+//! Command-line code that the programs `barlink` and `barlink-guest` share: parsing, streams, taps,
 //! `peek` and `poke`, cache modes, errors and exit codes.
 
 pub mod cache;
@@ -9,6 +9,8 @@ pub mod place;
 pub mod size;
 pub mod standard;
 pub mod stream;
+pub mod tail;
+pub mod tap;
 
 use std::ffi::OsString;
 use std::io::Write;

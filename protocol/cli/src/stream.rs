@@ -58,6 +58,13 @@ pub struct Recv {
     /// ends or the sender has left
     #[arg(long)]
     pub raw: bool,
+    /// Copy a stream that another program receives, or none. The sender does not wait for this
+    /// command, which misses records that it copies too late
+    #[arg(long, conflicts_with = "follow")]
+    pub tap: bool,
+    /// Write the content of the newest record, and end. No other program notices
+    #[arg(long, conflicts_with_all = ["follow", "partial", "raw", "tap", "json"])]
+    pub latest: bool,
     /// End if no record comes for so long: seconds, or a number with the unit ms, s, m or h
     /// [default: no limit]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
@@ -269,9 +276,9 @@ fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
 
 /// Error of a stream that has an exit code of its own.
 #[derive(Debug)]
-struct Failure {
-    text: String,
-    code: u8,
+pub(crate) struct Failure {
+    pub(crate) text: String,
+    pub(crate) code: u8,
 }
 
 impl Display for Failure {

@@ -10,4 +10,5 @@ mod reset;
 mod ring;
 mod sleep;
 mod stream;
+mod tap;
 mod wait;

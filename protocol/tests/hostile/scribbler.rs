@@ -16,7 +16,7 @@ use barlink_protocol::cursor::{Capacity, Kind};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{BROKER_PAGE, FIRST_FREE, Layout, PAGE_SIZE, channel};
 use barlink_protocol::{
-    AtomicU64, ChannelError, Consumer, Events, Producer, Receiver, Sender, Wakeup,
+    AtomicU64, ChannelError, Consumer, Events, Producer, Receiver, Sender, Sight, Tap, Wakeup,
 };
 use proptest::prelude::RngExt;
 use proptest::test_runner::{RngAlgorithm, TestRng};
@@ -354,6 +354,39 @@ fn ends(region: Region<Arc<[AtomicU64]>>, layout: &Layout) -> Box<dyn FnMut(&mut
             }
         }
     })
+}
+
+/// Returns a function that makes one call of a tap, which attaches again now and then.
+fn tap(region: Region<Arc<[AtomicU64]>>, layout: &Layout) -> Box<dyn FnMut(&mut TestRng) + Send> {
+    let channel = layout.channels()[ATTACKED];
+    let max = Capacity::of(&channel).max_record() as usize;
+    let mut tap = Tap::attach(region.clone(), &channel);
+    Box::new(move |random| {
+        let sight = match random.random_range(0..50) {
+            0 => {
+                tap = Tap::attach(region.clone(), &channel);
+                tap.look()
+            }
+            1..25 => tap.look_at_newest(),
+            _ => tap.look(),
+        };
+        if let Sight::Record(header) = sight {
+            let mut bytes = vec![0; header.length as usize];
+            assert!(bytes.len() <= max);
+            tap.copy(&mut bytes);
+        }
+        let _ = (tap.missed(), tap.dropped());
+    })
+}
+
+#[test]
+fn tap_survives_any_words_in_channel() {
+    attack(Reach::Everything, tap);
+}
+
+#[test]
+fn tap_survives_any_words_from_producer() {
+    attack(PRODUCERS, tap);
 }
 
 #[test]

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A reader that claims nothing, writes nothing and delays neither end of a channel, on both sides.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use barlink_protocol::Sight;
+use barlink_protocol::cursor::{Header, Reset};
+
+use crate::error::Error;
+use crate::event_error::EventError;
+use crate::memory::Mapping;
+use crate::options::Side;
+use crate::process::Process;
+use crate::receiver::OwnedRecord;
+
+/// First time between two looks.
+const FIRST_LOOK: Duration = Duration::from_micros(50);
+/// Longest time between two looks, and the same once no record has come for [`SILENCE`].
+const LONGEST_LOOK: Duration = Duration::from_millis(10);
+const LONGEST_LOOK_IN_SILENCE: Duration = Duration::from_millis(100);
+const SILENCE: Duration = Duration::from_secs(10);
+/// Number of tries of one call to copy a record before it is overwritten.
+const TRIES: u32 = 16;
+
+/// A reader of the records that other programs exchange. It copies them, and neither delays nor
+/// disturbs the ends of the channel, which do not know of it. A channel can have any number of
+/// taps, on both sides.
+///
+/// A tap misses records if the producer writes over them before the tap has copied them. Then it
+/// goes on with the newest record, and [`Tap::missed`] counts exactly.
+///
+/// ```no_run
+/// use barlink::Access;
+/// use barlink::host::AttachOptions;
+///
+/// let options = AttachOptions::new().access(Access::ReadOnly);
+/// let broker = options.connect("default")?;
+/// let mut tap = broker.tap("up")?;
+/// loop {
+///     let record = tap.recv()?;
+///     println!("record {}, {} missed", record.sequence, tap.missed());
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Tap {
+    ring: barlink_protocol::Tap<Mapping>,
+    /// The time of the last record that was copied, or of the tap's beginning.
+    last: Instant,
+    /// The process that made the tap.
+    process: Process,
+}
+
+impl Tap {
+    /// Returns a tap of a channel, which begins behind the newest record. It needs no claim, and
+    /// works with [`Access::ReadOnly`](crate::Access::ReadOnly).
+    ///
+    /// ```no_run
+    /// use barlink::{Error, Side, Tap, guest, host};
+    ///
+    /// fn print(side: &impl Side, channel: &str) -> Result<(), Error> {
+    ///     println!("{:?}", Tap::new(side, channel)?.recv()?);
+    ///     Ok(())
+    /// }
+    ///
+    /// print(&host::connect("default")?, "up")?;
+    /// print(&guest::open("/dev/barlink0")?, "up")?;
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// There is no such channel.
+    pub fn new<S: Side>(side: &S, name: &str) -> Result<Self, Error> {
+        let index = side.find(name)?;
+        let entry = &side.layout().channels()[index];
+        Ok(Tap {
+            ring: barlink_protocol::Tap::attach(side.region().ring().clone(), entry),
+            last: Instant::now(),
+            process: Process::current(),
+        })
+    }
+
+    /// Copies the next record, if there is one now. Returns `None` also while a reset of the
+    /// channel is under way, and if the producer writes over each record before it is copied.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// // The lines that have come since the last look, once a second.
+    /// let mut log = host::connect("default")?.tap("log")?;
+    /// loop {
+    ///     while let Some(line) = log.try_recv()? {
+    ///         println!("{}", String::from_utf8_lossy(&line.bytes));
+    ///     }
+    ///     std::thread::sleep(std::time::Duration::from_secs(1));
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The channel was reset ([`ErrorKind::Reset`](crate::ErrorKind::Reset)). The tap goes on with
+    /// the next call.
+    pub fn try_recv(&mut self) -> Result<Option<OwnedRecord>, Error> {
+        self.copy(barlink_protocol::Tap::look)
+    }
+
+    /// Copies the next record. Looks for it again and again, after 50 µs and then after longer
+    /// times, up to 10 ms, or to 100 ms if no record has come for ten seconds.
+    ///
+    /// ```no_run
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut tap = host::connect("default")?.tap("up")?;
+    /// let mut bytes = 0;
+    /// loop {
+    ///     let record = tap.recv()?;
+    ///     match record.kind {
+    ///         Kind::END => println!("a stream of {bytes} bytes"),
+    ///         _ => bytes += record.bytes.len(),
+    ///     }
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Tap::try_recv`].
+    pub fn recv(&mut self) -> Result<OwnedRecord, Error> {
+        loop {
+            if let Some(record) = self.recv_timeout(Duration::MAX)? {
+                return Ok(record);
+            }
+        }
+    }
+
+    /// Copies the next record, or returns `None` if there is none before `timeout` is over. Polls
+    /// as [`Tap::recv`] does.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut heartbeat = host::connect("default")?.tap("up")?;
+    /// while heartbeat.recv_timeout(Duration::from_secs(5))?.is_some() {}
+    /// println!("no record for 5 seconds: is the guest alive?");
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Tap::try_recv`].
+    pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Option<OwnedRecord>, Error> {
+        let start = Instant::now();
+        let mut sleep = FIRST_LOOK;
+        loop {
+            let record = self.try_recv()?;
+            let left = timeout.saturating_sub(start.elapsed());
+            if record.is_some() || left.is_zero() {
+                return Ok(record);
+            }
+            thread::sleep(sleep.min(left));
+            let longest = match self.last.elapsed() < SILENCE {
+                true => LONGEST_LOOK,
+                false => LONGEST_LOOK_IN_SILENCE,
+            };
+            sleep = (sleep * 2).min(longest);
+        }
+    }
+
+    /// Copies the newest record, whole, even if this tap has copied it before. The next record is
+    /// then the one behind it, and the records before it that this tap has not copied are missed.
+    /// Returns `None` if there is no record, or if the producer writes over each before it is
+    /// copied.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut camera = host::connect("default")?.tap("camera")?;
+    /// // A preview: one frame each second, the newest that is there.
+    /// loop {
+    ///     if let Some(frame) = camera.latest()? {
+    ///         println!("frame {}", frame.sequence);
+    ///     }
+    ///     std::thread::sleep(Duration::from_secs(1));
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Tap::try_recv`].
+    pub fn latest(&mut self) -> Result<Option<OwnedRecord>, Error> {
+        self.copy(barlink_protocol::Tap::look_at_newest)
+    }
+
+    /// Returns the number of records that were committed since this tap began, and that it passed
+    /// over without a copy, up to the record that it copied last. It begins at 0 again after a
+    /// reset.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut tap = host::connect("default")?.tap("up")?;
+    /// tap.recv()?;
+    /// println!("{} missed, {} dropped", tap.missed(), tap.dropped());
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn missed(&self) -> u64 {
+        self.ring.missed()
+    }
+
+    /// Returns the number of records that the producer dropped because the channel was full, since
+    /// this tap began and up to the record that it copied last. It begins at 0 again after a reset.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let mut tap = host::connect("default")?.tap("camera")?;
+    /// while tap.dropped() == 0 {
+    ///     tap.recv()?;
+    /// }
+    /// println!("the receiver of the camera is slow");
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn dropped(&self) -> u64 {
+        self.ring.dropped()
+    }
+
+    /// Copies the record that `look` finds.
+    fn copy(
+        &mut self,
+        look: impl Fn(&mut barlink_protocol::Tap<Mapping>) -> Sight,
+    ) -> Result<Option<OwnedRecord>, Error> {
+        let checked = self.process.check();
+        checked.map_err(|process| EventError::Inherited { process })?;
+        for _ in 0..TRIES {
+            let Header {
+                length,
+                kind,
+                sequence,
+                time,
+            } = match look(&mut self.ring) {
+                Sight::Record(header) => header,
+                Sight::Nothing => return Ok(None),
+                Sight::Reset => return Err(Error::Channel(Reset.into())),
+            };
+            let mut bytes = vec![0; length as usize];
+            if self.ring.copy(&mut bytes) {
+                self.last = Instant::now();
+                return Ok(Some(OwnedRecord {
+                    kind,
+                    sequence,
+                    time,
+                    bytes,
+                }));
+            }
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A reader of a channel that holds no claim, writes nothing and delays neither end.
+//!
+//! A tap copies what it finds, and then looks at the producer's limit: the copy counts only if the
+//! producer was not permitted to write over it meanwhile (`docs/protocol.md`, section 4.6). Nothing
+//! that a tap finds is corrupt. A copy that makes no sense was overwritten while it was made, or is
+//! of a channel that was reset.
+
+use core::ops::Deref;
+
+use crate::cursor::{Capacity, HEADER_BYTES, Header, is_padding};
+use crate::region::Region;
+use crate::sync::AtomicU64;
+use crate::wire::layout::{Channel, channel};
+
+/// Number of tries of one call to find a record that is not overwritten meanwhile.
+const TRIES: u32 = 16;
+
+/// The result of a tap's look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sight {
+    /// A record, with a copy of its header that was checked. [`Tap::copy`] copies its payload.
+    Record(Header),
+    /// No record now.
+    Nothing,
+    /// The channel was reset. The tap goes on in the next generation, and its counts begin anew.
+    Reset,
+}
+
+/// A tap of a channel.
+#[derive(Debug)]
+pub struct Tap<M> {
+    region: Region<M>,
+    base: u64,
+    capacity: Capacity,
+    /// The generation that the other fields belong to. Odd before the first one.
+    generation: u64,
+    /// Cursor at which the next record starts, or padding before it.
+    cursor: u64,
+    /// Number of records that were committed before the record at `cursor`.
+    index: u64,
+    /// Number of records that were committed up to the newest one that this tap has copied.
+    counted: u64,
+    /// The record that was found at `cursor`.
+    found: Option<Header>,
+    missed: u64,
+    /// Number of records that were dropped before this tap began.
+    dropped_before: u64,
+    dropped: u64,
+}
+
+/// The newest commit, as its note has it.
+#[derive(Clone, Copy, Debug)]
+struct Commit {
+    written: u64,
+    records: u64,
+    last: u64,
+    dropped: u64,
+}
+
+impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
+    /// Creates a tap that begins behind the newest record.
+    ///
+    /// `channel` comes from the checked layout of `region`.
+    pub fn attach(region: Region<M>, channel: &Channel) -> Self {
+        let mut tap = Tap {
+            region,
+            base: channel.offset,
+            capacity: Capacity::of(channel),
+            generation: u64::MAX,
+            cursor: 0,
+            index: 0,
+            counted: 0,
+            found: None,
+            missed: 0,
+            dropped_before: 0,
+            dropped: 0,
+        };
+        let _ = tap.begin();
+        tap
+    }
+
+    /// Looks for the next record. If the tap was overrun, the next record is the newest one.
+    pub fn look(&mut self) -> Sight {
+        self.search(false)
+    }
+
+    /// Looks for the newest record, even if this tap has copied it before. Records before it that
+    /// the tap has not copied are missed.
+    pub fn look_at_newest(&mut self) -> Sight {
+        self.search(true)
+    }
+
+    /// Copies the payload of the record that was found. Returns whether the copy is whole. If not,
+    /// `bytes` has no meaning, and the next look finds another record.
+    ///
+    /// # Panics
+    ///
+    /// Panics if no record was found, or if `bytes` is not as long as its payload.
+    pub fn copy(&mut self, bytes: &mut [u8]) -> bool {
+        let header = self.found.take().expect("no record was found");
+        assert_eq!(bytes.len(), header.length as usize);
+        self.region
+            .copy_out(self.data(self.cursor) + HEADER_BYTES, bytes);
+        if !self.is_whole(self.cursor) {
+            return false;
+        }
+        self.cursor += crate::cursor::span(header.length);
+        self.dropped = header
+            .sequence
+            .wrapping_sub(self.index)
+            .saturating_sub(self.dropped_before);
+        // The newest record can have been copied before.
+        let passed = self.index.saturating_sub(self.counted);
+        self.missed = self.missed.saturating_add(passed);
+        self.index = self.index.wrapping_add(1);
+        self.counted = self.counted.max(self.index);
+        true
+    }
+
+    /// Returns the number of records that were committed since this tap began, or since the last
+    /// reset that it found, and that it passed over without a copy, up to the record that was copied
+    /// last.
+    pub fn missed(&self) -> u64 {
+        self.missed
+    }
+
+    /// Returns the number of records that the producer dropped in that time.
+    pub fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    fn search(&mut self, newest: bool) -> Sight {
+        self.found = None;
+        let mut is_behind = newest;
+        for _ in 0..TRIES {
+            // SYNC: emptied; pairs with the Release store in `state::reset`.
+            let generation = self.region.acquire(self.base + channel::GENERATION);
+            if generation != self.generation {
+                return match self.begin() {
+                    true => Sight::Reset,
+                    false => Sight::Nothing,
+                };
+            }
+            if is_behind && !self.go_to_newest() {
+                continue;
+            }
+            // SYNC: committed; pairs with the Release store in `Producer::publish`.
+            let written = self.region.acquire(self.base + channel::WRITTEN);
+            if written == self.cursor {
+                return Sight::Nothing;
+            }
+            match self.find(written) {
+                Some(header) => {
+                    self.found = Some(header);
+                    return Sight::Record(header);
+                }
+                None => is_behind = true,
+            }
+        }
+        Sight::Nothing
+    }
+
+    /// Copies the header of the record at the cursor, or behind padding there. `None` if the copy is
+    /// not whole.
+    fn find(&mut self, written: u64) -> Option<Header> {
+        // Committed bytes have at most one padding before a record.
+        for _ in 0..2 {
+            let available = written.checked_sub(self.cursor)?;
+            let words = self.header(self.cursor);
+            if !self.is_whole(self.cursor) {
+                return None;
+            }
+            let checked = self.capacity.check(words[0], self.cursor, available);
+            let span = checked.ok()?;
+            if !is_padding(words) {
+                return Some(Header::from_checked(words));
+            }
+            self.cursor += span;
+        }
+        None
+    }
+
+    /// Goes to the newest record. Returns whether it found one.
+    fn go_to_newest(&mut self) -> bool {
+        let Some(commit) = self.newest_commit() else {
+            return false;
+        };
+        let Some(index) = commit.records.checked_sub(1) else {
+            // There is no record yet, so none was passed over.
+            self.cursor = commit.written;
+            self.index = 0;
+            return true;
+        };
+        self.index = index;
+        self.cursor = commit.last;
+        true
+    }
+
+    /// Begins in the present generation: behind the newest record at first, and after a reset with
+    /// the newest record. Returns whether there was another generation before.
+    fn begin(&mut self) -> bool {
+        let is_first = self.generation % 2 == 1;
+        // SYNC: emptied; pairs with the Release store in `state::reset`.
+        let generation = self.region.acquire(self.base + channel::GENERATION);
+        if generation % 2 == 1 {
+            return false;
+        }
+        let before = core::mem::replace(&mut self.generation, generation);
+        let Some(commit) = (0..TRIES).find_map(|_| self.newest_commit()) else {
+            self.generation = before;
+            return false;
+        };
+        (self.missed, self.dropped) = (0, 0);
+        (self.cursor, self.index) = (commit.written, commit.records);
+        (self.counted, self.dropped_before) = (commit.records, commit.dropped);
+        if !is_first {
+            (self.counted, self.dropped_before) = (0, 0);
+            if let Some(index) = commit.records.checked_sub(1) {
+                (self.cursor, self.index) = (commit.last, index);
+            }
+        }
+        !is_first
+    }
+
+    /// Reads the newest commit. `None` if another commit or a reset came meanwhile.
+    fn newest_commit(&self) -> Option<Commit> {
+        let load = |offset| self.region.load(self.base + offset);
+        // SYNC: committed; pairs with the Release store in `Producer::publish`.
+        let written = self.region.acquire(self.base + channel::WRITTEN);
+        let notes = channel::NOTES.map(|note| Commit {
+            written: load(note),
+            records: load(note + channel::NOTE_RECORDS),
+            last: load(note + channel::NOTE_LAST),
+            dropped: load(channel::DROPPED),
+        });
+        // SYNC: noted; pairs with the fence in `Producer::publish`. A producer writes over a note
+        // after it has stored the cursor of the commit between.
+        self.region.fence_loads();
+        let is_same = load(channel::WRITTEN) == written && self.is_same_generation();
+        let note = notes.into_iter().find(|note| note.written == written)?;
+        let last = match note.records {
+            0 => written,
+            _ => note.last,
+        };
+        self.capacity.in_flight(written, last).ok()?;
+        is_same.then_some(note)
+    }
+
+    /// Copies the header at a cursor. If the data area ends within the header, only padding can be
+    /// there, and the first word is enough.
+    fn header(&self, cursor: u64) -> [u64; 3] {
+        let at = self.data(cursor);
+        let has_header = self.capacity.to_end(cursor) >= HEADER_BYTES;
+        [0, 8, 16].map(|offset| match offset == 0 || has_header {
+            true => self.region.load(at + offset),
+            false => 0,
+        })
+    }
+
+    /// Returns whether all copies that were made of the record at this cursor are whole.
+    fn is_whole(&self, cursor: u64) -> bool {
+        // SYNC: limit-then-data; pairs with the fence in `Producer::move_limit`. A copy of a byte
+        // that was written over is followed by a load that sees the limit.
+        self.region.fence_loads();
+        let limit = self.region.load(self.base + channel::LIMIT);
+        let end = cursor.saturating_add(self.capacity.bytes());
+        limit <= end && self.is_same_generation()
+    }
+
+    fn is_same_generation(&self) -> bool {
+        self.region.load(self.base + channel::GENERATION) == self.generation
+    }
+
+    fn data(&self, cursor: u64) -> u64 {
+        self.base + channel::DATA + self.capacity.offset(cursor)
+    }
+}
