@@ -72,7 +72,7 @@ pub mod stream;
 /// let options = ChannelOptions::new().strategy(strategy);
 /// ```
 pub use barlink_protocol::Strategy;
-pub use barlink_protocol::cursor::Corrupt;
+pub use barlink_protocol::cursor::{Corrupt, Reset};
 /// The type of a record's content.
 ///
 /// ```

@@ -15,8 +15,8 @@ use crate::memory;
 /// other methods take multiples of 8. Other programs can change every byte at any time.
 ///
 /// In a guest, the memory is gone once the device was unplugged or its driver unbound. An access by
-/// any of these methods is then SIGBUS, which ends the process unless it handles that signal:
-/// [`Device::wait_until_gone`](crate::guest::Device::wait_until_gone) tells it before.
+/// any of these methods is then SIGBUS, which ends a process that does not handle that signal.
+/// [`Device::wait_until_gone`](crate::guest::Device::wait_until_gone) returns when it happens.
 ///
 /// ```no_run
 /// use std::sync::atomic::Ordering;

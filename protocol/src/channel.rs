@@ -197,7 +197,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Commits all staged records at once, and rings the consumer if it waits for them.
     pub fn publish(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.producer.publish();
+        let notify = self.producer.publish()?;
         if self.link.notify(notify).map_err(ChannelError::Events)? {
             self.producer.count_ring();
         }
@@ -342,7 +342,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
         let SenderReservation { reservation, link } = self;
         link.check()?;
         let time = link.time();
-        let (notify, producer) = reservation.commit(kind, length, time);
+        let (notify, producer) = reservation.commit(kind, length, time)?;
         if link.notify(notify).map_err(ChannelError::Events)? {
             producer.count_ring();
         }
@@ -470,7 +470,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// not released is found again, after a crash by the next consumer.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.consumer.release();
+        let notify = self.consumer.release()?;
         self.notify(notify)
     }
 
@@ -478,7 +478,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// [`Receiver::wait`] found remains in the channel.
     pub fn release_advanced(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.consumer.release_advanced();
+        let notify = self.consumer.release_advanced()?;
         self.notify(notify)
     }
 

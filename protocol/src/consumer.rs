@@ -5,7 +5,7 @@
 
 use core::ops::Deref;
 
-use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, is_padding};
+use crate::cursor::{Capacity, Corrupt, Detached, HEADER_BYTES, Header, Reset, is_padding};
 use crate::producer::Notify;
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
@@ -17,6 +17,8 @@ pub struct Consumer<M> {
     region: Region<M>,
     base: u64,
     capacity: Capacity,
+    /// The generation that this end attached to.
+    generation: u64,
     /// Cursor of this end. The word in the region is a copy for the other end and for successors.
     read: u64,
     /// Cursor behind the records that were passed.
@@ -52,7 +54,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     ///
     /// `channel` comes from the checked layout of `region`.
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
-        crate::state::check_generation(&region, channel)?;
+        let generation = crate::state::check_generation(&region, channel)?;
         let base = channel.offset;
         let read = region.load(base + channel::READ);
         let consumer = Consumer {
@@ -63,6 +65,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
             current: None,
             rung: region.load(base + channel::CONSUMER_RUNG),
             capacity: Capacity::of(channel),
+            generation,
             region,
             base,
         };
@@ -76,7 +79,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     // Inlined because it runs for each record: a call and the registers that it saves would be a
     // quarter of all instructions.
     #[inline(always)]
-    pub fn poll(&mut self) -> Result<bool, Corrupt> {
+    pub fn poll(&mut self) -> Result<bool, Detached> {
         if self.current.is_some() {
             return Ok(true);
         }
@@ -86,12 +89,13 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
                 return Ok(false);
             }
         }
-        match self.look_at(self.passed)? {
-            Found::Record(record) => {
+        match self.look_at(self.passed) {
+            Ok(Found::Record(record)) => {
                 self.current = Some(record);
                 Ok(true)
             }
-            Found::Padding(end) => self.poll_behind(end),
+            Ok(Found::Padding(end)) => self.poll_behind(end),
+            Err(corrupt) => Err(self.fault(corrupt)),
         }
     }
 
@@ -115,8 +119,9 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
     /// Releases the record that [`Consumer::poll`] found and all records that were passed, so that
     /// the producer can use their space. Returns whether the producer must be rung. Does nothing if
-    /// there are no such records.
-    pub fn release(&mut self) -> Notify {
+    /// there are no such records. The error says that this end was detached, and that the records
+    /// may have been overwritten while it read them.
+    pub fn release(&mut self) -> Result<Notify, Reset> {
         self.advance();
         self.release_advanced()
     }
@@ -125,35 +130,67 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     /// [`Consumer::poll`] found remains in the channel.
     // Inlined so that `release` stays one function.
     #[inline(always)]
-    pub fn release_advanced(&mut self) -> Notify {
+    pub fn release_advanced(&mut self) -> Result<Notify, Reset> {
         if self.passed == self.read {
-            return Notify::Quiet;
+            return Ok(Notify::Quiet);
         }
         // SYNC: released; pairs with the Acquire load in `Producer::refresh`.
         self.region.release(self.base + channel::READ, self.passed);
         // SYNC: cursor-then-threshold; pairs with the fence in `Producer::arm`.
+        // SYNC: cursor-then-generation; pairs with the fence in `state::reset`. Either this end sees
+        // the reset, or the reset sees the cursor and begins above it.
         self.region.fence();
         let threshold = self.region.load(self.base + channel::PRODUCER_THRESHOLD);
+        if self.was_reset() {
+            return Err(self.detach());
+        }
         let notify = Notify::crossed(self.read, self.passed, threshold);
         self.read = self.passed;
-        notify
+        Ok(notify)
+    }
+
+    fn was_reset(&self) -> bool {
+        self.region.load(self.base + channel::GENERATION) != self.generation
+    }
+
+    /// Detaches this end: it stores nothing from now on, because it has no records, and each look
+    /// for one finds the reset again.
+    #[cold]
+    fn detach(&mut self) -> Reset {
+        self.current = None;
+        self.passed = self.read;
+        self.written = self.read;
+        Reset
+    }
+
+    /// Returns the reason for a fault in the channel. The words of another generation are not
+    /// corrupt.
+    #[cold]
+    fn fault(&mut self, corrupt: Corrupt) -> Detached {
+        // SYNC: reset-then-cursors; pairs with the fence in `state::reset`. An end that has found a
+        // word of the next generation sees the reset.
+        self.region.fence_loads();
+        match self.was_reset() {
+            true => self.detach().into(),
+            false => corrupt.into(),
+        }
     }
 
     /// Arms a wake-up for when a record is committed, then looks once more. `true` if there is a
     /// record, so that no sleep is needed. Release passed records first: they can fill the channel,
     /// so that no further record fits.
-    pub fn arm_for_record(&mut self) -> Result<bool, Corrupt> {
+    pub fn arm_for_record(&mut self) -> Result<bool, Detached> {
         self.arm(self.passed + 1)
     }
 
     /// Arms a wake-up as [`Consumer::arm_for_record`] does, but for when half of the channel is
     /// committed. The caller also looks by the clock, and is woken before the producer runs out of
     /// room.
-    pub fn arm_for_half(&mut self) -> Result<bool, Corrupt> {
+    pub fn arm_for_half(&mut self) -> Result<bool, Detached> {
         self.arm(self.passed + self.capacity.bytes() / 2)
     }
 
-    fn arm(&mut self, cursor: u64) -> Result<bool, Corrupt> {
+    fn arm(&mut self, cursor: u64) -> Result<bool, Detached> {
         self.region
             .store(self.base + channel::CONSUMER_THRESHOLD, cursor);
         // SYNC: threshold-then-cursor; pairs with the fence in `Producer::publish`. At least one of
@@ -178,12 +215,16 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
     /// Loads the producer's cursor once, and checks it.
     #[inline(never)]
-    fn refresh(&mut self) -> Result<(), Corrupt> {
+    fn refresh(&mut self) -> Result<(), Detached> {
         // SYNC: committed; pairs with the Release store in `Producer::publish`.
         let written = self.region.acquire(self.base + channel::WRITTEN);
+        // Compared first: cursors of another generation are not corrupt.
+        if self.was_reset() {
+            return Err(self.detach().into());
+        }
         self.capacity.in_flight(written, self.read)?;
         if written < self.written {
-            return Err(Corrupt("the producer went back"));
+            return Err(Corrupt("the producer went back").into());
         }
         self.written = written;
         Ok(())
@@ -191,15 +232,16 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
     /// Finds the record behind padding. Committed bytes have at most one padding before a record.
     #[cold]
-    fn poll_behind(&mut self, padding: u64) -> Result<bool, Corrupt> {
+    fn poll_behind(&mut self, padding: u64) -> Result<bool, Detached> {
         if padding == self.written {
-            return Err(Corrupt("padding with no record behind it"));
+            return Err(self.fault(Corrupt("padding with no record behind it")));
         }
-        match self.look_at(padding)? {
-            Found::Record(record) => self.current = Some(record),
+        match self.look_at(padding) {
+            Ok(Found::Record(record)) => self.current = Some(record),
             // Not reached: the padding ended at the end of the data area, and `look_at` refuses
             // padding at its start.
-            Found::Padding(_) => return Err(Corrupt("padding behind padding")),
+            Ok(Found::Padding(_)) => return Err(self.fault(Corrupt("padding behind padding"))),
+            Err(corrupt) => return Err(self.fault(corrupt)),
         }
         Ok(true)
     }

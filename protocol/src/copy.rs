@@ -89,6 +89,21 @@ impl Copier {
         }
     }
 
+    /// Orders all accesses before the fence before all accesses behind it, on top of the fence of
+    /// the same kind for ordinary memory. That one can be a locked instruction, and a locked
+    /// instruction does not order loads of write-combining memory (Intel SDM volume 2, `MFENCE` and
+    /// `LFENCE`).
+    pub(crate) fn fence_all(self) {
+        if self.is_combining {
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+            // SAFETY: The instructions order accesses and do nothing else. The compiler keeps the
+            // order as well, because the assembly may access memory.
+            unsafe {
+                core::arch::asm!("mfence", "lfence", options(nostack, preserves_flags));
+            };
+        }
+    }
+
     /// Copies into shared memory. `bytes` is 8 times as long as `words`.
     #[inline]
     pub(crate) fn copy_in(self, words: &[AtomicU64], bytes: &[u8]) {

@@ -3,9 +3,9 @@
 //! Arithmetic of cursors and record lengths, with every check of those that another process could
 //! have written (`docs/protocol.md`, section 4).
 //!
-//! A cursor counts the bytes since the channel's reset. It only grows, and stays below 2^63, which
-//! lasts for almost three years at 100 GB a second. This module computes numbers and accesses no
-//! memory, so that tests reach all of it.
+//! A cursor counts the bytes of a channel. It only grows, over resets too, and stays below 2^63,
+//! which lasts for almost three years at 100 GB a second. This module computes numbers and accesses
+//! no memory, so that tests reach all of it.
 
 use core::fmt;
 
@@ -19,6 +19,28 @@ pub const HEADER_BYTES: u64 = 24;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("channel is corrupt: {0}")]
 pub struct Corrupt(pub &'static str);
+
+/// Error of an end that attached to an earlier generation of its channel: the channel was reset
+/// meanwhile, and the end was detached from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the channel was reset")]
+pub struct Reset;
+
+/// Reason why an end was detached from its channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Detached {
+    /// The channel's words contradict each other.
+    #[error(transparent)]
+    Corrupt(#[from] Corrupt),
+    /// The channel was reset.
+    #[error(transparent)]
+    Reset(#[from] Reset),
+}
+
+/// Cursors from here on are not taken for a former end's when a reset chooses where the channel
+/// begins. They are possible, but only in a channel with wrong words: 2^62 bytes are more than a
+/// year's at 100 GB a second.
+const LAST_BASE: u64 = 1 << 62;
 
 /// The size of a channel's data area, and the limits that follow from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +124,34 @@ impl Capacity {
             Some(_) => Err(Corrupt("cursors are further apart than the capacity")),
             None => Err(Corrupt("the consumer is ahead of the producer")),
         }
+    }
+
+    /// Checks the limit that a producer finds when it takes up a channel at cursor `written`, which
+    /// was checked.
+    pub const fn check_limit(self, written: u64, limit: u64) -> Result<(), Corrupt> {
+        match limit.checked_sub(written) {
+            Some(bytes) if bytes <= self.bytes && limit.is_multiple_of(8) => Ok(()),
+            _ => Err(Corrupt("the producer's limit does not fit its cursor")),
+        }
+    }
+
+    /// Computes the limit of a producer that is about to write up to the cursor `end`, where there
+    /// is room up to the cursor `room`, which is not below `end`. The limit is `end`, rounded up to
+    /// a sixteenth of the capacity, so that it seldom moves.
+    pub const fn limit(self, end: u64, room: u64) -> u64 {
+        // A sixteenth of each capacity that a layout permits is a multiple of 8.
+        let step = self.bytes / 16;
+        let rounded = end.saturating_add(step - 1) & !(step - 1);
+        if rounded < room { rounded } else { room }
+    }
+
+    /// Computes the cursor at which a channel begins after a reset: a multiple of the capacity that
+    /// is more than a capacity above each of the `former` cursors. Cursors that no end can have had
+    /// are ignored.
+    pub fn base_above(self, former: &[u64]) -> u64 {
+        let sane = |cursor: &&u64| cursor.is_multiple_of(8) && **cursor < LAST_BASE;
+        let highest = former.iter().filter(sane).max().copied().unwrap_or(0);
+        (highest / self.bytes + 2) * self.bytes
     }
 
     /// Computes the place of a record with `length` bytes of payload, for a producer at cursor

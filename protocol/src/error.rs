@@ -2,7 +2,7 @@
 
 //! Errors of a channel.
 
-use crate::cursor::Corrupt;
+use crate::cursor::{Corrupt, Detached, Reset};
 use crate::producer::ReserveError;
 
 /// Reason why a channel cannot be used. `X` is the error of its [`Events`](crate::Events).
@@ -15,6 +15,9 @@ pub enum ChannelError<X> {
     /// Words that the other side wrote contradict each other.
     #[error(transparent)]
     Corrupt(#[from] Corrupt),
+    /// The channel was reset while this end was attached to it. The end was detached: attach anew.
+    #[error(transparent)]
+    Reset(#[from] Reset),
     /// The record is larger than the channel carries.
     #[error("a record of {length} bytes is larger than the channel carries, which is {max}")]
     TooLarge {
@@ -36,6 +39,16 @@ impl<X> ChannelError<X> {
             ReserveError::Full => ChannelError::Corrupt(Corrupt("the consumer went back")),
             ReserveError::TooLarge { length, max } => ChannelError::TooLarge { length, max },
             ReserveError::Corrupt(corrupt) => ChannelError::Corrupt(corrupt),
+            ReserveError::Reset(reset) => ChannelError::Reset(reset),
+        }
+    }
+}
+
+impl<X> From<Detached> for ChannelError<X> {
+    fn from(detached: Detached) -> Self {
+        match detached {
+            Detached::Corrupt(corrupt) => ChannelError::Corrupt(corrupt),
+            Detached::Reset(reset) => ChannelError::Reset(reset),
         }
     }
 }

@@ -33,6 +33,8 @@ pub enum ErrorKind {
     TooLarge,
     /// The other end wrote invalid words to the channel.
     Corrupt,
+    /// The channel was reset while the end was in use. The program can claim the end anew.
+    Reset,
     /// Parts of a stream are missing, or the next record is not of the stream.
     Incomplete,
     /// No record moved through the channel in the time that the program gave.
@@ -55,6 +57,7 @@ impl<X: Classified> ChannelError<X> {
         match self {
             ChannelError::Unknown(_) => ErrorKind::NotFound,
             ChannelError::Corrupt(_) => ErrorKind::Corrupt,
+            ChannelError::Reset(_) => ErrorKind::Reset,
             ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
             ChannelError::Events(error) => error.kind(),
         }
@@ -97,6 +100,7 @@ impl From<ErrorKind> for io::ErrorKind {
             ErrorKind::Gone => io::ErrorKind::BrokenPipe,
             ErrorKind::Full => io::ErrorKind::WouldBlock,
             ErrorKind::Corrupt => io::ErrorKind::InvalidData,
+            ErrorKind::Reset => io::ErrorKind::ConnectionReset,
             ErrorKind::Incompatible => io::ErrorKind::Unsupported,
             ErrorKind::Incomplete => io::ErrorKind::UnexpectedEof,
             ErrorKind::TimedOut => io::ErrorKind::TimedOut,

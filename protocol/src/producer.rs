@@ -5,7 +5,9 @@
 
 use core::ops::Deref;
 
-use crate::cursor::{Capacity, Corrupt, HEADER_BYTES, Header, Kind, PADDING_WORD, Place};
+use crate::cursor::{
+    Capacity, Corrupt, Detached, HEADER_BYTES, Header, Kind, PADDING_WORD, Place, Reset,
+};
 use crate::region::Region;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, channel};
@@ -50,6 +52,18 @@ pub enum ReserveError {
     /// The channel cannot be used any more.
     #[error(transparent)]
     Corrupt(#[from] Corrupt),
+    /// The channel was reset, and this end was detached from it.
+    #[error(transparent)]
+    Reset(#[from] Reset),
+}
+
+impl From<Detached> for ReserveError {
+    fn from(detached: Detached) -> Self {
+        match detached {
+            Detached::Corrupt(corrupt) => ReserveError::Corrupt(corrupt),
+            Detached::Reset(reset) => ReserveError::Reset(reset),
+        }
+    }
 }
 
 /// A channel's producer. Its claim ensures that there is only one at a time.
@@ -58,14 +72,23 @@ pub struct Producer<M> {
     region: Region<M>,
     base: u64,
     capacity: Capacity,
+    /// The generation that this end attached to.
+    generation: u64,
     /// Cursor of this end. The word in the region is a copy for the other end and for successors.
     written: u64,
     /// Cursor behind the staged records.
     staged: u64,
-    /// The consumer's cursor, as last seen and checked.
-    read: u64,
+    /// Cursor up to which there is room: a capacity above the consumer's cursor, as last seen and
+    /// checked.
+    room: u64,
+    /// Limit of this end, which is at least `staged`. The word in the region is a copy for taps and
+    /// for successors.
+    limit: u64,
     /// Number of records committed or staged since the channel's reset.
     records: u64,
+    /// Cursor at which the newest of these records starts. It has no meaning before this end has
+    /// staged one.
+    last: u64,
     /// Number of records dropped since the channel's reset.
     dropped: u64,
     /// Index of the older one of the two commit notes.
@@ -78,13 +101,16 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     ///
     /// `channel` comes from the checked layout of `region`.
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
-        crate::state::check_generation(&region, channel)?;
+        let generation = crate::state::check_generation(&region, channel)?;
         let base = channel.offset;
         let capacity = Capacity::of(channel);
         let written = region.load(base + channel::WRITTEN);
         // SYNC: released; as in `refresh`.
         let read = region.acquire(base + channel::READ);
         capacity.in_flight(written, read)?;
+        // A predecessor may have written up to its limit before it was killed.
+        let limit = region.load(base + channel::LIMIT);
+        capacity.check_limit(written, limit)?;
         let current = channel::NOTES
             .iter()
             .position(|note| region.load(base + note) == written);
@@ -97,9 +123,12 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             region,
             base,
             capacity,
+            generation,
             written,
             staged: written,
-            read,
+            room: read + capacity.bytes(),
+            limit,
+            last: written,
         })
     }
 
@@ -129,9 +158,9 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     /// Finds the place for a record with `length` bytes of payload.
     pub(crate) fn find_room(&mut self, length: usize) -> Result<Place, ReserveError> {
         let place = self.find_place(length)?;
-        if self.free() < place.pad + place.span {
+        if self.room < place.end() {
             self.refresh()?;
-            if self.free() < place.pad + place.span {
+            if self.room < place.end() {
                 return Err(ReserveError::Full);
             }
         }
@@ -149,6 +178,9 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
 
     /// Creates a reservation for the place that [`Producer::find_room`] just returned.
     pub(crate) fn reservation(&mut self, place: Place, length: usize) -> Reservation<'_, M> {
+        if self.limit < place.end() {
+            self.move_limit(place.end());
+        }
         Reservation {
             length: length as u32,
             padded: 0,
@@ -157,27 +189,56 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         }
     }
 
+    /// Moves the limit before any byte up to the cursor `end` is written. A tap that has copied a
+    /// byte of this place then sees the limit.
+    // A function of its own, because only one reservation in a sixteenth of the capacity calls it.
+    #[inline(never)]
+    fn move_limit(&mut self, end: u64) {
+        self.limit = self.capacity.limit(end, self.room);
+        self.region.store(self.base + channel::LIMIT, self.limit);
+        // SYNC: limit-then-data; pairs with the Acquire fence of a tap between its copy and its
+        // load of the limit. A Release store of the limit would order the stores before it, and not
+        // those of the data.
+        self.region.fence_limit();
+    }
+
     /// Commits all staged records at once, so that the consumer sees them. Returns whether the
-    /// consumer must be rung.
+    /// consumer must be rung. The error says that this end was detached: the records may not be in
+    /// the channel.
     #[inline]
-    pub fn publish(&mut self) -> Notify {
+    pub fn publish(&mut self) -> Result<Notify, Reset> {
         if self.staged == self.written {
-            return Notify::Quiet;
+            return Ok(Notify::Quiet);
         }
         let Producer { region, base, .. } = self;
         let note = *base + channel::NOTES[self.older_note];
         region.store(note + channel::NOTE_RECORDS, self.records);
+        region.store(note + channel::NOTE_LAST, self.last);
         region.store(note, self.staged);
         // SYNC: committed; pairs with the Acquire load in `Consumer::refresh`. A consumer that sees
         // the cursor sees whole records, and the commit note.
         region.release(*base + channel::WRITTEN, self.staged);
         // SYNC: cursor-then-threshold; pairs with the fence in `Consumer::arm`.
+        // SYNC: cursor-then-generation; pairs with the fence in `state::reset`. Either this end sees
+        // the reset, or the reset sees the cursor and begins above it.
         region.fence();
         let threshold = region.load(*base + channel::CONSUMER_THRESHOLD);
+        if region.load(*base + channel::GENERATION) != self.generation {
+            return Err(self.detach());
+        }
         let notify = Notify::crossed(self.written, self.staged, threshold);
         self.written = self.staged;
         self.older_note = 1 - self.older_note;
-        notify
+        Ok(notify)
+    }
+
+    /// Detaches this end: it stores nothing from now on, because it has neither staged records nor
+    /// room, and each look for room finds the reset again.
+    #[cold]
+    fn detach(&mut self) -> Reset {
+        self.staged = self.written;
+        self.room = self.written;
+        Reset
     }
 
     /// Counts a record that was dropped because the channel was full.
@@ -213,7 +274,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         // the two ends sees the other's store.
         self.region.fence();
         self.refresh()?;
-        Ok(self.free() >= place.pad + place.span)
+        Ok(place.end() <= self.room)
     }
 
     /// Disarms the wake-up. A ring can still come.
@@ -238,21 +299,22 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         }
     }
 
-    fn free(&self) -> u64 {
-        self.capacity.bytes() - (self.staged - self.read)
-    }
-
     /// Loads the consumer's cursor once, and checks it.
     #[inline(never)]
-    fn refresh(&mut self) -> Result<(), Corrupt> {
+    fn refresh(&mut self) -> Result<(), Detached> {
         // SYNC: released; pairs with the Release store in `Consumer::release`. The consumer no
         // longer reads released records.
         let read = self.region.acquire(self.base + channel::READ);
-        self.capacity.in_flight(self.written, read)?;
-        if read < self.read {
-            return Err(Corrupt("the consumer went back"));
+        // Compared first: cursors of another generation are not corrupt.
+        if self.region.load(self.base + channel::GENERATION) != self.generation {
+            return Err(self.detach().into());
         }
-        self.read = read;
+        self.capacity.in_flight(self.written, read)?;
+        let room = read + self.capacity.bytes();
+        if room < self.room {
+            return Err(Corrupt("the consumer went back").into());
+        }
+        self.room = room;
         Ok(())
     }
 
@@ -332,9 +394,15 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// Commits the record with the first `length` bytes of the payload, and all records staged
     /// before it, so that the consumer sees them. [`Reservation::stage`] describes the arguments
     /// and panics.
-    pub fn commit(self, kind: Kind, length: u32, time: u64) -> (Notify, &'a mut Producer<M>) {
+    pub fn commit(
+        self,
+        kind: Kind,
+        length: u32,
+        time: u64,
+    ) -> Result<(Notify, &'a mut Producer<M>), Reset> {
         let producer = self.stage(kind, length, time);
-        (producer.publish(), producer)
+        let notify = producer.publish()?;
+        Ok((notify, producer))
     }
 
     /// Stages the record with the first `length` bytes of the payload, behind the records committed
@@ -372,6 +440,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
             region.store(at + 8 * index as u64, word);
         }
         producer.records = producer.records.wrapping_add(1);
+        producer.last = place.start;
         producer.staged = end;
         producer
     }

@@ -73,13 +73,30 @@ impl OutOfRegion {
 pub struct Region<M> {
     memory: M,
     copier: Copier,
+    /// Whether the fence behind a producer's limit is left out, for a model that shows the need for
+    /// it.
+    #[cfg(loom)]
+    skips_limit_fence: bool,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     /// Creates a region over `memory`, which must always deref to the same words.
     pub fn new(memory: M) -> Self {
-        let copier = Copier::detect();
-        Region { memory, copier }
+        Region {
+            memory,
+            copier: Copier::detect(),
+            #[cfg(loom)]
+            skips_limit_fence: false,
+        }
+    }
+
+    /// Returns the same region, over which a producer leaves out the fence behind its limit.
+    #[cfg(loom)]
+    pub fn without_limit_fence(self) -> Self {
+        Region {
+            skips_limit_fence: true,
+            ..self
+        }
     }
 
     /// Returns the same region for a mapping that is, or may be, write-combining. Without fences,
@@ -122,11 +139,22 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         self.copier.fence_loads();
     }
 
+    /// Orders the store of a producer's limit before all stores behind the fence, streaming stores
+    /// included.
+    pub(crate) fn fence_limit(&self) {
+        #[cfg(loom)]
+        if self.skips_limit_fence {
+            return;
+        }
+        fence(Ordering::Release);
+        self.copier.fence_stores();
+    }
+
     /// Orders all accesses before the fence before all accesses behind it, and makes earlier stores
-    /// visible. Write-combining memory needs no more: on x86 the fence is `mfence` or a locked
-    /// instruction. Both order all accesses and empty the write-combining buffers.
+    /// visible, write-combining buffers included.
     pub(crate) fn fence(&self) {
         fence(Ordering::SeqCst);
+        self.copier.fence_all();
     }
 
     /// Loads a word that no other words depend on.
@@ -281,9 +309,14 @@ fn index(offset: u64) -> usize {
     let within = offset % PAGE_SIZE;
     let word = match (offset / PAGE_SIZE, within) {
         (HEADER, channel::GENERATION) => 8,
-        (HEADER, channel::READ..) => 9 + (within - channel::READ) / 8,
-        (HEADER, _) => 12 + (within - channel::WRITTEN) / 8,
-        (DATA, _) => 20 + within / 8,
+        (HEADER, channel::READ) => 9,
+        (HEADER, channel::CONSUMER_RUNG) => 10,
+        (HEADER, channel::CONSUMER_THRESHOLD) => 11,
+        (HEADER, channel::PRODUCER_THRESHOLD) => 12,
+        (HEADER, channel::DROPPED) => 13,
+        (HEADER, channel::PRODUCER_RUNG) => 14,
+        (HEADER, _) => 15 + (within - channel::WRITTEN) / 8,
+        (DATA, _) => 23 + within / 8,
         (page, _) => {
             let first = if page > DATA { 4 } else { 0 };
             first

@@ -5,7 +5,7 @@
 
 use core::ops::Deref;
 
-use crate::cursor::Corrupt;
+use crate::cursor::{Capacity, Corrupt};
 use crate::region::Region;
 use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, Layout, LayoutError, PAGE_SIZE, channel};
@@ -45,12 +45,22 @@ pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
 /// Resets a channel to empty, and returns how often it has been reset. Returns `None` if `are_free`
 /// returns false, because an end is held.
 ///
+/// The cursors do not go back: the channel begins anew more than a capacity above all cursors of
+/// the former ends. `base` is the cursor at which the channel began at its last reset, or 0. `keep`
+/// gets the cursor at which it begins now, before the reset uses it. The caller keeps that cursor
+/// where no end can write it, for the case that all words of the channel are garbage.
+///
 /// A process claims an end before it attaches to the channel, and attaching fails during a reset.
-/// So either the reset sees the claim, or the attaching end sees the reset.
+/// So either the reset sees the claim, or the attaching end sees the reset. An end that lives on
+/// although it seemed free notices the reset after its next store ([`Reset`](crate::cursor::Reset)).
+/// That store is below the cursor at which the channel begins, so that the new ends do not mistake
+/// it for one of their own.
 pub fn reset<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     entry: &Channel,
+    base: u64,
     mut are_free: impl FnMut() -> bool,
+    keep: impl FnOnce(u64),
 ) -> Option<u64> {
     // Checked before the first store, so that a refused reset changes nothing, even if this process
     // is killed.
@@ -63,14 +73,32 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     region.store(generation, under_way);
     // SYNC: reset-then-claim; pairs with the fence in `check_generation`. At least one of the two
     // sides sees the other's store.
+    // SYNC: reset-then-cursors; pairs with the fences in `Producer::publish` and
+    // `Consumer::release`. An end that does not see the reset has stored a cursor that the loads
+    // below see.
     region.fence();
     if !are_free() {
         region.store(generation, before);
         return None;
     }
-    let words = (channel::WRITTEN..channel::PRODUCER_RUNG + 8)
-        .chain(channel::READ..channel::CONSUMER_RUNG + 8);
-    for offset in words.step_by(8) {
+    let cursors = [channel::WRITTEN, channel::LIMIT, channel::READ];
+    let [written, limit, read] = cursors.map(|offset| region.load(entry.offset + offset));
+    let base = Capacity::of(entry).base_above(&[base, written, limit, read]);
+    keep(base);
+    for offset in cursors.into_iter().chain(channel::NOTES) {
+        region.store(entry.offset + offset, base);
+    }
+    let in_notes = channel::NOTES
+        .into_iter()
+        .flat_map(|note| [note + channel::NOTE_RECORDS, note + channel::NOTE_LAST]);
+    let others = [
+        channel::DROPPED,
+        channel::PRODUCER_RUNG,
+        channel::PRODUCER_THRESHOLD,
+        channel::CONSUMER_RUNG,
+        channel::CONSUMER_THRESHOLD,
+    ];
+    for offset in in_notes.chain(others) {
         region.store(entry.offset + offset, 0);
     }
     let after = under_way.wrapping_add(1);
@@ -80,18 +108,20 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
 }
 
 /// Checks that an end that was just claimed can be attached: no reset is under way, and none was
-/// cut short.
+/// cut short. Returns the generation.
 pub(crate) fn check_generation<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     entry: &Channel,
-) -> Result<(), Corrupt> {
+) -> Result<u64, Corrupt> {
     // SYNC: claim-then-reset; pairs with the fence in `reset`.
     region.fence();
     // SYNC: emptied; pairs with the Release store in `reset`.
-    if region.acquire(entry.offset + channel::GENERATION) % 2 == 1 {
-        return Err(Corrupt("a reset of it is under way, or was cut short"));
+    match region.acquire(entry.offset + channel::GENERATION) {
+        generation if generation % 2 == 1 => {
+            Err(Corrupt("a reset of it is under way, or was cut short"))
+        }
+        generation => Ok(generation),
     }
-    Ok(())
 }
 
 /// Maximum number of looks at a channel's cursors until the consumer's does not move between two.
@@ -103,9 +133,9 @@ const LOOKS: u32 = 16;
 pub struct ChannelState {
     /// Number of times that the channel was reset.
     pub generation: u64,
-    /// The producer's cursor, in bytes.
+    /// The producer's cursor. It grows by each byte that is committed, and jumps at a reset.
     pub written: u64,
-    /// The consumer's cursor, in bytes.
+    /// The consumer's cursor. It grows by each byte that is released, and jumps at a reset.
     pub read: u64,
     /// Number of records committed.
     pub records: u64,
@@ -151,9 +181,7 @@ impl ChannelState {
 
     /// Returns the bytes committed and not released; `None` if the cursors contradict each other.
     pub fn fill(&self, entry: &Channel) -> Option<u64> {
-        crate::cursor::Capacity::of(entry)
-            .in_flight(self.written, self.read)
-            .ok()
+        Capacity::of(entry).in_flight(self.written, self.read).ok()
     }
 
     /// Returns the number of records for which no doorbell was needed.

@@ -66,7 +66,7 @@ fn superblock_matches_documented_bytes() {
         .flat_map(|word| word.to_le_bytes())
         .collect();
     assert_eq!(&bytes[..8], b"barlink\0");
-    assert_eq!(bytes[8..12], 1u32.to_le_bytes());
+    assert_eq!(bytes[8..12], 2u32.to_le_bytes());
     assert_eq!(bytes[16..24], SIZE.to_le_bytes());
     assert_eq!(bytes[24..32], [1, 0, 0, 0, 3, 0, 0, 0]);
     assert_eq!(bytes[32..40], 2u64.to_le_bytes());
@@ -97,8 +97,8 @@ fn refuses_a_wrong_magic() {
 #[test]
 fn refuses_another_version() {
     assert_eq!(
-        with(|page| page[1] = 2),
-        Err(LayoutError::Version { found: 2 })
+        with(|page| page[1] = 1),
+        Err(LayoutError::Version { found: 1 })
     );
 }
 

@@ -32,8 +32,10 @@ const CONNECTIONS: u64 = VMS + 8 * MAX_SLOTS as u64;
 const HANDSHAKES: u64 = CONNECTIONS + 8 * MAX_SLOTS as u64;
 /// By channel and end: the holder word.
 const HOLDERS: u64 = PAGE_SIZE + 512;
+/// By channel: the cursor at which the channel began at its last reset, 0 before the first.
+const BASES: u64 = PAGE_SIZE + 1728;
 /// By channel and end: the host app that holds it, 0 for none.
-const OWNERS: u64 = PAGE_SIZE + 2048;
+const OWNERS: u64 = PAGE_SIZE + 2304;
 
 /// The progress of a VM's handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,6 +221,16 @@ impl RosterWords {
         self.0.store(OWNERS + place, owner);
     }
 
+    /// Returns the cursor at which a channel began at its last reset, 0 before the first.
+    pub fn base(&self, channel: usize) -> u64 {
+        self.0.load(BASES + 8 * channel as u64)
+    }
+
+    /// Sets the cursor at which a channel begins.
+    pub fn set_base(&self, channel: usize, base: u64) {
+        self.0.store(BASES + 8 * channel as u64, base);
+    }
+
     /// Clears the holder of an end.
     pub fn clear_holder(&self, channel: usize, end: End) {
         self.0.store(OWNERS + presence::holder(channel, end), 0);
@@ -226,7 +238,8 @@ impl RosterWords {
 }
 
 const _: () = assert!(HANDSHAKES + 8 * MAX_SLOTS as u64 <= HOLDERS);
-const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= OWNERS);
+const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= BASES);
+const _: () = assert!(BASES + 8 * MAX_CHANNELS as u64 <= OWNERS);
 const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= SIZE);
 
 #[cfg(test)]
@@ -249,9 +262,9 @@ mod tests {
         state
     }
 
-    type Facts = (u64, Vec<u64>, Vec<Option<(ClientId, u64)>>);
+    type Facts = (u64, Vec<u64>, Vec<Option<(ClientId, u64)>>, Vec<u64>);
 
-    /// Reads all facts: the epoch, the connections, the holders.
+    /// Reads all facts: the epoch, the connections, the holders, the bases.
     fn facts(state: &PersistedState) -> Facts {
         let roster = state.roster();
         let ends = (0..CHANNELS).flat_map(|channel| {
@@ -260,7 +273,8 @@ mod tests {
         let ends = ends.collect();
         let slots = 0..MAX_SLOTS;
         let connections = slots.map(|slot| state.slot(slot).connection());
-        (roster.epoch(), connections.collect(), ends)
+        let bases = (0..CHANNELS).map(|channel| roster.base(channel));
+        (roster.epoch(), connections.collect(), ends, bases.collect())
     }
 
     /// A broker that is killed within the call has stored the entry alone, or the count as well.
@@ -304,7 +318,7 @@ mod tests {
         let state = successor(&[]);
         let (roster, slot) = (state.roster(), state.slot(3));
         let channel = CHANNELS - 1;
-        let calls: [(&str, &dyn Fn()); 9] = [
+        let calls: [(&str, &dyn Fn()); 10] = [
             ("epoch", &|| roster.set_epoch(1)),
             ("number of a VM", &|| assert_eq!(slot.next_connection(), 1)),
             ("connection", &|| slot.set_connection(1)),
@@ -318,6 +332,7 @@ mod tests {
                 roster.set_holder(channel, End::Consumer, 2, 3 << 32 | 8);
             }),
             ("no connection", &|| slot.set_connection(0)),
+            ("base", &|| roster.set_base(channel, 1 << 20)),
         ];
         for (name, call) in calls {
             let (before, facts_before) = (words(&state), facts(&state));

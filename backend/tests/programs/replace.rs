@@ -13,7 +13,7 @@ use barlink::control::message::{Answer, Ask};
 use barlink::host::{AttachOptions, Attachment};
 use barlink_broker::persistence::name;
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
+use barlink_protocol::wire::layout::{BROKER_PAGE, channel, presence};
 use rustix::process::Signal;
 
 use crate::service::ServiceManager;
@@ -65,6 +65,30 @@ fn successor_knows_vms_and_host_apps() {
     assert_eq!(code, Some(0));
     let stopped = UnixStream::connect(folder.path().join("vm.sock")).unwrap_err();
     assert_eq!(stopped.kind(), std::io::ErrorKind::NotFound);
+}
+
+#[test]
+fn successor_keeps_base_of_reset() {
+    let arguments = ["--channel", "loop=host-host,64K"];
+    let mut broker = Broker::start(&arguments);
+    let app = broker.attach();
+    let offset = app.layout().find("loop").unwrap().1.offset;
+    let (region, cursors) = (
+        app.region(),
+        [channel::WRITTEN, channel::LIMIT, channel::READ],
+    );
+    let reset = |generation| {
+        assert_eq!(app.reset("loop").unwrap(), generation);
+        region.ring().load(offset + channel::WRITTEN)
+    };
+    let bases = [1, 2, 3].map(reset);
+    assert!(bases.is_sorted() && bases[0] >= 64 << 10);
+    succeed(&mut broker, &arguments);
+    // A guest that breaks all cursors does not make them go back.
+    for cursor in cursors {
+        region.ring().store(offset + cursor, 3);
+    }
+    assert!(reset(4) > bases[2]);
 }
 
 /// Creates the socket of a service manager that reads all messages and ignores them.

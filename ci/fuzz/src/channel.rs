@@ -58,9 +58,11 @@ pub struct Scribble {
 enum Place {
     Generation,
     Written,
+    Limit,
     ProducerThreshold,
     Note(bool),
     Records(bool),
+    Last(bool),
     Dropped,
     ProducerRung,
     Read,
@@ -97,11 +99,13 @@ impl Place {
         match self {
             Place::Generation => BASE + channel::GENERATION,
             Place::Written => BASE + channel::WRITTEN,
+            Place::Limit => BASE + channel::LIMIT,
             Place::ProducerThreshold => BASE + channel::PRODUCER_THRESHOLD,
             Place::Note(which) => BASE + channel::NOTES[usize::from(which)],
             Place::Records(which) => {
                 BASE + channel::NOTES[usize::from(which)] + channel::NOTE_RECORDS
             }
+            Place::Last(which) => BASE + channel::NOTES[usize::from(which)] + channel::NOTE_LAST,
             Place::Dropped => BASE + channel::DROPPED,
             Place::ProducerRung => BASE + channel::PRODUCER_RUNG,
             Place::Read => BASE + channel::READ,
@@ -156,6 +160,7 @@ impl Stand {
         let header = u64::from(self.length % 4096) | u64::from(self.kind) << 32;
         words.store(BASE + channel::READ, read);
         words.store(BASE + channel::WRITTEN, written);
+        words.store(BASE + channel::LIMIT, written);
         words.store(BASE + channel::NOTES[0], written);
         words.store(BASE + channel::DATA + read % CAPACITY, header);
     }

@@ -26,7 +26,7 @@ pub const PAGE_WORDS: usize = 512;
 /// First word of a region that is ready for use. Its bytes in memory are `"barlink\0"`.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"barlink\0");
 /// Version of the layout, in the superblock's second word.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Incompatible features that this program knows, as bits. It refuses a region that has any other,
 /// because another feature changes the meaning of bytes that the program uses.
@@ -76,33 +76,40 @@ pub mod presence {
     }
 }
 
-/// Offsets in a channel's header page, in bytes (`docs/protocol.md`, section 4). Words with
-/// different writers are 128 bytes apart because x86 fetches cache lines in pairs.
+/// Offsets in a channel's header page, in bytes (`docs/protocol.md`, section 4). Each line of words
+/// has one writer and one purpose: a word that changes seldom would otherwise lose its place in the
+/// other end's cache whenever its neighbour changes. The lines are 128 bytes apart because x86
+/// fetches cache lines in pairs.
 pub mod channel {
     /// Generation: twice the number of resets of this channel, plus 1 during a reset. Written by
     /// the broker.
     pub const GENERATION: u64 = 0;
-    /// Producer's cursor: bytes committed since the channel began.
+    /// Producer's cursor: the end of the committed bytes.
     pub const WRITTEN: u64 = 128;
-    /// Producer's wake threshold: the value of [`READ`] at which it wants to be woken; 0 for none.
-    pub const PRODUCER_THRESHOLD: u64 = 136;
-    /// Two commit notes. Each has a cursor and the number of records that were committed up to it.
-    /// A commit overwrites the older note before it stores [`WRITTEN`], so the note whose cursor
-    /// equals [`WRITTEN`] is valid.
-    pub const NOTES: [u64; 2] = [144, 160];
+    /// Producer's limit: it writes a byte only at a cursor below the limit.
+    pub const LIMIT: u64 = 136;
+    /// Two commit notes. Each has a cursor, the number of records that were committed up to it, and
+    /// the start of the newest of them. A commit overwrites the older note before it stores
+    /// [`WRITTEN`], so the note whose cursor equals [`WRITTEN`] is valid.
+    pub const NOTES: [u64; 2] = [144, 168];
     /// Offset of the number of records in a commit note, in bytes.
     pub const NOTE_RECORDS: u64 = 8;
+    /// Offset of the cursor at which the newest record starts in a commit note, in bytes. It has no
+    /// meaning if the number of records is 0.
+    pub const NOTE_LAST: u64 = 16;
     /// Number of records that the producer dropped because the channel was full.
-    pub const DROPPED: u64 = 176;
+    pub const DROPPED: u64 = 256;
     /// Number of doorbells that the producer rang.
-    pub const PRODUCER_RUNG: u64 = 184;
-    /// Consumer's cursor: bytes released since the channel began.
-    pub const READ: u64 = 256;
+    pub const PRODUCER_RUNG: u64 = 264;
+    /// Producer's wake threshold: the value of [`READ`] at which it wants to be woken; 0 for none.
+    pub const PRODUCER_THRESHOLD: u64 = 384;
+    /// Consumer's cursor: the end of the released bytes.
+    pub const READ: u64 = 512;
+    /// Number of doorbells that the consumer rang.
+    pub const CONSUMER_RUNG: u64 = 640;
     /// Consumer's wake threshold: the value of [`WRITTEN`] at which it wants to be woken; 0 for
     /// none.
-    pub const CONSUMER_THRESHOLD: u64 = 264;
-    /// Number of doorbells that the consumer rang.
-    pub const CONSUMER_RUNG: u64 = 272;
+    pub const CONSUMER_THRESHOLD: u64 = 768;
     /// First byte of the data area.
     pub const DATA: u64 = super::PAGE_SIZE;
 }

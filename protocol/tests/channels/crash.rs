@@ -4,13 +4,13 @@
 //! stores up to some moment, in order. Fresh ends look at each such state: it must be the state
 //! before the call or the state after it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use barlink_protocol::cursor::{Corrupt, Kind};
+use barlink_protocol::cursor::{Detached, Kind, span};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{Channel, Name, channel};
 use barlink_protocol::{AtomicU64, Consumer, Ordering, Producer, ReserveError, state};
@@ -123,7 +123,7 @@ struct Content {
 
 impl Content {
     /// Returns the content that fresh ends find, and checks that they can go on from there.
-    fn of(state: &State) -> Result<Content, Corrupt> {
+    fn of(state: &State) -> Result<Content, Detached> {
         let region = Recorded::new(state.iter().copied()).region();
         let mut producer = Producer::attach(region.clone(), &entry())?;
         let mut consumer = Consumer::attach(region, &entry())?;
@@ -139,11 +139,59 @@ impl Content {
     }
 }
 
+fn word(state: &State, offset: u64) -> u64 {
+    state[offset as usize / 8]
+}
+
+/// A record that was once the newest one: where it starts, and its words in the ring.
+#[derive(Clone, Debug)]
+struct Seen {
+    start: u64,
+    words: Vec<u64>,
+}
+
+impl Seen {
+    fn words(state: &State, start: u64, span: u64) -> Vec<u64> {
+        let data = (start..start + span).step_by(8);
+        data.map(|cursor| word(state, channel::DATA + cursor % CAPACITY))
+            .collect()
+    }
+
+    /// Finds the newest record by the commit note, as a tap does.
+    fn newest(state: &State) -> Self {
+        let written = word(state, channel::WRITTEN);
+        let note = channel::NOTES
+            .into_iter()
+            .find(|&note| word(state, note) == written);
+        let note = note.expect("a note for the cursor");
+        assert_ne!(word(state, note + channel::NOTE_RECORDS), 0);
+        let start = word(state, note + channel::NOTE_LAST);
+        let header = word(state, channel::DATA + start % CAPACITY);
+        assert_eq!(header >> 32, u64::from(Kind::USER.number()));
+        let span = span(header as u32);
+        assert_eq!(start + span, written, "the newest record ends there");
+        Seen {
+            start,
+            words: Self::words(state, start, span),
+        }
+    }
+
+    /// Returns whether the rule of the limit says that the record is whole. Checks that it is.
+    fn check(&self, state: &State) -> bool {
+        let is_whole = word(state, channel::LIMIT) <= self.start + CAPACITY;
+        if is_whole {
+            let now = Self::words(state, self.start, 8 * self.words.len() as u64);
+            assert_eq!(now, self.words, "overwritten below the limit");
+        }
+        is_whole
+    }
+}
+
 /// Sends the first `length` of these bytes, and counts a ring.
 fn send(producer: &mut Producer<Recorded>, bytes: &[u8], length: u32) -> Result<(), ReserveError> {
     let mut room = producer.reserve(bytes.len())?;
     room.write(0, bytes);
-    let (_, producer) = room.commit(Kind::USER, length, 7);
+    let (_, producer) = room.commit(Kind::USER, length, 7)?;
     producer.count_ring();
     Ok(())
 }
@@ -166,7 +214,7 @@ fn stage(producer: &mut Producer<Recorded>, length: usize) -> usize {
     staged
 }
 
-fn receive(consumer: &mut Consumer<Recorded>) -> Result<Option<(u64, Vec<u8>)>, Corrupt> {
+fn receive(consumer: &mut Consumer<Recorded>) -> Result<Option<(u64, Vec<u8>)>, Detached> {
     if !consumer.poll()? {
         return Ok(None);
     }
@@ -207,6 +255,8 @@ struct Ends {
     producer: Producer<Recorded>,
     consumer: Consumer<Recorded>,
     content: Content,
+    /// Records of which a tap that stopped while it copied them may still find all bytes.
+    seen: Vec<Seen>,
 }
 
 impl Ends {
@@ -216,6 +266,7 @@ impl Ends {
             producer: Producer::attach(memory.region(), &entry()).unwrap(),
             consumer: Consumer::attach(memory.region(), &entry()).unwrap(),
             content: Content::default(),
+            seen: Vec::new(),
             memory,
         }
     }
@@ -228,6 +279,7 @@ impl Ends {
             producer,
             consumer,
             content,
+            ..
         } = self;
         match step.action {
             0..=3 => {
@@ -304,6 +356,13 @@ impl Ends {
         let turn = turn.unwrap_or(found.len());
         assert!(found[turn..].iter().all(|content| content == behind));
         assert_eq!(found.last(), Some(behind));
+        for state in &states {
+            self.seen.retain(|record| record.check(state));
+        }
+        let last = states.last().unwrap();
+        if word(last, channel::WRITTEN) != word(&states[0], channel::WRITTEN) {
+            self.seen.push(Seen::newest(last));
+        }
         let Some(killed) = &step.killed else {
             return;
         };
@@ -311,6 +370,9 @@ impl Ends {
         let killed = killed.index(states.len());
         self.memory.become_state(&states[killed]);
         self.content = found[killed].clone();
+        // A record that was not committed is none.
+        let written = word(&states[killed], channel::WRITTEN);
+        self.seen.retain(|record| record.start < written);
         match step.action {
             4..=7 | 10 => {
                 self.consumer = Consumer::attach(self.memory.region(), &entry()).unwrap();
@@ -341,16 +403,37 @@ fn is_even(state: &State) -> bool {
 /// Number of times that a reset checks whether the ends are free.
 const LOOKS: usize = 2;
 
-/// Resets a channel whose ends are free for this many checks and then claimed. Returns the result
-/// and the states in between.
-fn reset(memory: &Recorded, mut free: usize) -> (Option<u64>, Vec<State>) {
+/// Resets a channel whose ends are free for this many checks and then claimed. `base` is the cursor
+/// that the broker keeps. Returns the result and the states in between.
+fn reset(memory: &Recorded, mut free: usize, base: &Cell<u64>) -> (Option<u64>, Vec<State>) {
     let is_free = || {
         let is_free = free > 0;
         free = free.saturating_sub(1);
         is_free
     };
-    memory.record(|| state::reset(&memory.region(), &entry(), is_free))
+    memory.record(|| {
+        let keep = |next| base.set(next);
+        state::reset(&memory.region(), &entry(), base.get(), is_free, keep)
+    })
 }
+
+/// Checks the state after a reset: the channel is empty, and begins above all cursors from before.
+fn check_empty(last: &State, before: &State) {
+    assert_eq!(Content::of(last), Ok(Content::default()));
+    let base = word(last, channel::WRITTEN);
+    assert!(base.is_multiple_of(CAPACITY));
+    for offset in CURSORS {
+        assert_eq!(word(last, offset), base);
+        let former = word(before, offset);
+        let is_sane = former.is_multiple_of(8) && former < 1 << 62;
+        assert!(
+            !is_sane || base > former + CAPACITY,
+            "{former}, then {base}"
+        );
+    }
+}
+
+const CURSORS: [u64; 3] = [channel::WRITTEN, channel::LIMIT, channel::READ];
 
 /// Checks a state of a reset with this first and last state: it must equal one of these, or no end
 /// can attach to it. Returns whether no end can attach.
@@ -372,7 +455,7 @@ proptest! {
     /// perhaps a wrong word.
     #[test]
     fn killed_reset_blocks_ends_until_repeated(
-        steps in steps(12), wrong in prop::option::of((0u64..8, any::<u64>())), free in 0..=LOOKS
+        steps in steps(12), wrong in prop::option::of((0usize..9, any::<u64>())), free in 0..=LOOKS
     ) {
         let mut ends = Ends::new();
         for step in &steps {
@@ -380,9 +463,12 @@ proptest! {
         }
         let memory = ends.memory;
         if let Some((word, value)) = wrong {
-            memory.region().store(channel::WRITTEN + 8 * word, value);
+            let producers = (channel::WRITTEN..).step_by(8).take(8);
+            let offset = producers.chain([channel::READ]).nth(word).unwrap();
+            memory.region().store(offset, value);
         }
-        let (result, states) = reset(&memory, free);
+        let base = Cell::new(0);
+        let (result, states) = reset(&memory, free, &base);
         let is_free = free == LOOKS;
         prop_assert_eq!(result, is_free.then_some(1));
         let (first, last) = (&states[0], states.last().unwrap());
@@ -393,15 +479,18 @@ proptest! {
                 continue;
             }
             killed += 1;
-            let (result, again) = reset(&Recorded::new(state.iter().copied()), LOOKS);
+            // The broker keeps the cursor before it uses it.
+            let is_kept = CURSORS.iter().any(|&offset| word(state, offset) == base.get());
+            let base = Cell::new(if is_kept { base.get() } else { 0 });
+            let (result, again) = reset(&Recorded::new(state.iter().copied()), LOOKS, &base);
             prop_assert_eq!(result, Some(1));
             let last = again.last().unwrap();
-            prop_assert_eq!(Content::of(last), Ok(Content::default()));
+            check_empty(last, state);
             for state in &again {
                 if check_reset(state, last, last) {
                     let third = Recorded::new(state.iter().copied());
-                    prop_assert_eq!(reset(&third, LOOKS).0, Some(1));
-                    prop_assert_eq!(&third.now(), last);
+                    prop_assert_eq!(reset(&third, LOOKS, &base).0, Some(1));
+                    check_empty(&third.now(), state);
                 }
             }
         }

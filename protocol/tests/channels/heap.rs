@@ -46,6 +46,11 @@ pub fn hold(region: &Heap, layout: &Layout, holder: u64) {
     region.store(layout.presence_page(0) + word, holder);
 }
 
+/// Resets a channel whose ends are free, or are not.
+pub fn reset(region: &Heap, entry: &Channel, are_free: bool) -> Option<u64> {
+    state::reset(region, entry, 0, || are_free, drop)
+}
+
 #[derive(Default)]
 struct State {
     rung: bool,

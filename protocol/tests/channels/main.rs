@@ -6,6 +6,7 @@
 mod crash;
 mod heap;
 mod region;
+mod reset;
 mod ring;
 mod sleep;
 mod stream;

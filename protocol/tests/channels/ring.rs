@@ -3,10 +3,10 @@
 //! Producer and consumer on the heap: order, wrapping, flow control, taking over after a crash, and
 //! channels with wrong words.
 
-use crate::heap::{Heap, Memory, region};
-use barlink_protocol::cursor::{Corrupt, Kind};
+use crate::heap::{Heap, Memory, region, reset};
+use barlink_protocol::cursor::{Detached, Kind};
 use barlink_protocol::wire::layout::{Layout, channel};
-use barlink_protocol::{Consumer, Notify, Producer, ReserveError, state};
+use barlink_protocol::{Consumer, Notify, Ordering, Producer, ReserveError};
 use proptest::prelude::*;
 
 type Ends = (Producer<Memory>, Consumer<Memory>);
@@ -21,7 +21,8 @@ fn attach(region: &Heap, layout: &Layout) -> Ends {
 fn send(producer: &mut Producer<Memory>, bytes: &[u8]) -> Result<bool, ReserveError> {
     let mut room = producer.reserve(bytes.len())?;
     room.write(0, bytes);
-    Ok(room.commit(Kind::DATA, bytes.len() as u32, 7).0 == Notify::Ring)
+    let (notify, _) = room.commit(Kind::DATA, bytes.len() as u32, 7)?;
+    Ok(notify == Notify::Ring)
 }
 
 /// Releases the next record, if there is one, and returns its number and its bytes.
@@ -129,7 +130,7 @@ fn rings_only_end_with_armed_wake_up() {
     assert!(!producer.arm_for_room(1000).unwrap());
     let mut rung = 0;
     while consumer.poll().unwrap() {
-        rung += u32::from(consumer.release() == Notify::Ring);
+        rung += u32::from(consumer.release() == Ok(Notify::Ring));
     }
     assert_eq!(rung, 1);
 }
@@ -150,7 +151,7 @@ fn rings_back_off_sleeper_at_half_channel() {
     assert!(!producer.arm_for_room(40).unwrap());
     producer.disarm();
     while consumer.poll().unwrap() {
-        assert_eq!(consumer.release(), Notify::Quiet);
+        assert_eq!(consumer.release(), Ok(Notify::Quiet));
     }
 }
 
@@ -166,14 +167,14 @@ fn staged_records_stay_invisible_until_published() {
     stage(&mut producer, b"never was");
     let mut producer = attach(&region, &layout).0;
     assert!(!consumer.arm_for_record().unwrap());
-    assert_eq!(producer.publish(), Notify::Quiet);
+    assert_eq!(producer.publish(), Ok(Notify::Quiet));
     stage(&mut producer, b"one");
     stage(&mut producer, b"two");
     assert_eq!((producer.sequence(), consumer.poll()), (2, Ok(false)));
-    assert_eq!(producer.publish(), Notify::Ring);
+    assert_eq!(producer.publish(), Ok(Notify::Ring));
     assert_eq!(receive(&mut consumer), Some((0, b"one".to_vec())));
     assert_eq!(receive(&mut consumer), Some((1, b"two".to_vec())));
-    assert_eq!(producer.publish(), Notify::Quiet);
+    assert_eq!(producer.publish(), Ok(Notify::Quiet));
     // A commit publishes the staged records as well.
     stage(&mut producer, b"three");
     send(&mut producer, b"four").unwrap();
@@ -196,8 +197,8 @@ fn next_release_frees_advanced_records() {
     assert_eq!(receive(&mut attach(&region, &layout).1).unwrap().0, 0);
     assert!(consumer.poll().unwrap());
     assert_eq!(consumer.record().unwrap().header().sequence, 2);
-    assert_eq!(consumer.release(), Notify::Ring);
-    assert_eq!(consumer.release(), Notify::Quiet);
+    assert_eq!(consumer.release(), Ok(Notify::Ring));
+    assert_eq!(consumer.release(), Ok(Notify::Quiet));
     while send(&mut producer, &[0; 1000]).is_ok() {}
     assert_eq!(producer.sequence(), 7);
 }
@@ -213,7 +214,7 @@ fn consumer_rings_once_half_is_free() {
         }
         assert!(!producer.arm_for_half(40).unwrap());
         let mut released = 1;
-        while consumer.poll().unwrap() && consumer.release() == Notify::Quiet {
+        while consumer.poll().unwrap() && consumer.release() == Ok(Notify::Quiet) {
             released += 1;
         }
         (sent, released)
@@ -245,12 +246,86 @@ fn reset_starts_an_empty_generation() {
     send(&mut attach(&region, &layout).0, b"old").unwrap();
     region.store(entry.offset + channel::READ, 3);
     assert!(Producer::attach(region.clone(), entry).is_err());
-    assert_eq!(state::reset(&region, entry, || false), None);
-    assert_eq!(state::reset(&region, entry, || true), Some(1));
+    assert_eq!(reset(&region, entry, false), None);
+    assert_eq!(reset(&region, entry, true), Some(1));
     let (mut producer, mut consumer) = attach(&region, &layout);
     assert!(receive(&mut consumer).is_none());
     send(&mut producer, b"new").unwrap();
     assert_eq!(receive(&mut consumer), Some((0, b"new".to_vec())));
+}
+
+#[test]
+fn limit_moves_in_steps() {
+    const STEP: u64 = 4096 / 16;
+    let (region, layout) = region(4096, false);
+    let base = layout.channels()[0].offset;
+    let [limit, written] = [channel::LIMIT, channel::WRITTEN].map(|word| region.word(base + word));
+    let limit = || limit.load(Ordering::Relaxed);
+    let (mut producer, mut consumer) = attach(&region, &layout);
+    assert_eq!(limit(), 0);
+    // A look for room does not move it, and a reservation does.
+    assert!(producer.arm_for_room(100).unwrap());
+    assert_eq!(limit(), 0);
+    let _ = producer.reserve(100).unwrap();
+    assert_eq!(limit(), STEP);
+    let mut moves = 0;
+    for _ in 0..3 * 4096 / 64 {
+        let before = limit();
+        send(&mut producer, &[0; 40]).unwrap();
+        receive(&mut consumer).unwrap();
+        let written = written.load(Ordering::Relaxed);
+        assert_eq!(limit(), written.next_multiple_of(STEP));
+        moves += u64::from(limit() != before);
+    }
+    assert_eq!(moves, 3 * 16 - 1);
+    // It stays within the room, and covers padding.
+    let mut producer = attach(&region, &layout).0;
+    for _ in 0..4 {
+        send(&mut producer, &[0; 840]).unwrap();
+    }
+    assert_eq!(limit(), 3 * 4096 + (4 * 864_u64).next_multiple_of(STEP));
+    assert!(producer.reserve(840).is_err());
+    receive(&mut consumer).unwrap();
+    receive(&mut consumer).unwrap();
+    let _ = producer.reserve(864).unwrap();
+    assert_eq!(limit(), 4 * 4096 + 1024);
+    let _ = producer.reserve(1000).unwrap();
+    assert_eq!(limit(), 4 * 4096 + 1024);
+    let _ = producer.reserve(1100).unwrap();
+    assert_eq!(limit(), 4 * 4096 + 1280);
+    let _ = producer.reserve(1700).unwrap();
+    assert_eq!(limit(), 4 * 4096 + 2 * 864, "the end of the room");
+}
+
+#[test]
+fn successor_takes_over_limit() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    let mut first = attach(&region, &layout).0;
+    send(&mut first, &[0; 8]).unwrap();
+    let _ = first.reserve(2000).unwrap();
+    let limit = region.load(entry.offset + channel::LIMIT);
+    assert_eq!(limit, 2048 + 256);
+    let mut second = attach(&region, &layout).0;
+    send(&mut second, &[0; 1000]).unwrap();
+    assert_eq!(region.load(entry.offset + channel::LIMIT), limit);
+    let _ = second.reserve(1000).unwrap();
+    assert_eq!(region.load(entry.offset + channel::LIMIT), limit);
+    let written = region.load(entry.offset + channel::WRITTEN);
+    for (limit, is_valid) in [
+        (written, true),
+        (written + 8, true),
+        (written + 4096, true),
+        (written - 8, false),
+        (written + 4, false),
+        (written + 4104, false),
+        (0, false),
+        (u64::MAX - 7, false),
+    ] {
+        region.store(entry.offset + channel::LIMIT, limit);
+        let attached = Producer::attach(region.clone(), entry);
+        assert_eq!(attached.is_ok(), is_valid, "{limit}");
+    }
 }
 
 #[test]
@@ -288,7 +363,7 @@ fn attach_rejects_channel_with_interrupted_reset() {
     region.store(entry.offset + channel::GENERATION, 7);
     assert!(Producer::attach(region.clone(), entry).is_err());
     assert!(Consumer::attach(region.clone(), entry).is_err());
-    assert_eq!(state::reset(&region, entry, || true), Some(4));
+    assert_eq!(reset(&region, entry, true), Some(4));
     attach(&region, &layout);
 }
 
@@ -346,7 +421,10 @@ fn poll_reports_invalid_header_as_corrupt() {
         let (mut producer, mut consumer) = attach(&region, &layout);
         send(&mut producer, &[0; 8]).unwrap();
         region.store(layout.channels()[0].offset + channel::DATA, word);
-        assert!(matches!(consumer.poll(), Err(Corrupt(_))), "{word:#x}");
+        assert!(
+            matches!(consumer.poll(), Err(Detached::Corrupt(_))),
+            "{word:#x}"
+        );
     }
 }
 
@@ -407,7 +485,10 @@ fn poll_rejects_padding_without_record() {
     region.store(base + channel::DATA + 3 * 1024, 0xffff << 32);
     for written in [4096, 3 * 1024 + 8] {
         region.store(base + channel::WRITTEN, written);
-        assert!(matches!(consumer.poll(), Err(Corrupt(_))), "{written}");
+        assert!(
+            matches!(consumer.poll(), Err(Detached::Corrupt(_))),
+            "{written}"
+        );
     }
 }
 
@@ -418,7 +499,7 @@ fn poll_rejects_consecutive_paddings() {
     region.store(base + channel::DATA + 3 * 1024, 0xffff << 32);
     region.store(base + channel::DATA, 0xffff << 32);
     region.store(base + channel::WRITTEN, 3 * 1024 + 4096);
-    assert!(matches!(consumer.poll(), Err(Corrupt(_))));
+    assert!(matches!(consumer.poll(), Err(Detached::Corrupt(_))));
 }
 
 proptest! {
@@ -442,6 +523,6 @@ proptest! {
         }
         region.store(base + channel::PRODUCER_THRESHOLD, threshold);
         prop_assert!(consumer.poll().unwrap());
-        prop_assert_eq!(consumer.release() == Notify::Ring, crossed);
+        prop_assert_eq!(consumer.release() == Ok(Notify::Ring), crossed);
     }
 }

@@ -32,14 +32,14 @@ impl Other {
             Other::Producer(producer) => {
                 let mut room = producer.reserve(PAYLOAD.len()).ok()?;
                 room.write(0, &PAYLOAD);
-                Some(room.commit(Kind::DATA, PAYLOAD.len() as u32, 0).0)
+                Some(room.commit(Kind::DATA, PAYLOAD.len() as u32, 0).unwrap().0)
             }
             Other::Consumer(consumer) => {
                 if !consumer.poll().unwrap() {
                     return None;
                 }
                 consumer.advance();
-                Some(consumer.release())
+                Some(consumer.release().unwrap())
             }
         }
     }

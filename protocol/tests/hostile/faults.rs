@@ -156,7 +156,7 @@ proptest! {
     /// limited number of looks.
     #[test]
     fn any_words_cause_bounded_work(
-        header in prop::collection::vec((0usize..40, word()), 0..20),
+        header in prop::collection::vec((0usize..100, word()), 0..40),
         data in prop::collection::vec((0usize..512, word()), 0..40),
     ) {
         let layout = layout();
@@ -193,7 +193,7 @@ proptest! {
                 }
             }
         }
-        prop_assert!(state::reset(&region, entry, || true).is_some());
+        prop_assert!(state::reset(&region, entry, 0, || true, drop).is_some());
         prop_assert!(looks.load(Relaxed) < 200 * 16 * 2, "{looks:?} looks");
         prop_assert!(Producer::attach(region.clone(), entry).is_ok());
         prop_assert!(Consumer::attach(region, entry).is_ok());

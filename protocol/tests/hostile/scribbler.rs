@@ -89,11 +89,14 @@ enum Reach {
 
 const PRODUCERS: Reach = Reach::Lines(&[
     channel::WRITTEN,
+    channel::LIMIT,
     channel::PRODUCER_THRESHOLD,
     channel::NOTES[0],
     channel::NOTES[0] + channel::NOTE_RECORDS,
+    channel::NOTES[0] + channel::NOTE_LAST,
     channel::NOTES[1],
     channel::NOTES[1] + channel::NOTE_RECORDS,
+    channel::NOTES[1] + channel::NOTE_LAST,
     channel::DROPPED,
     channel::PRODUCER_RUNG,
 ]);
@@ -117,7 +120,13 @@ impl Scribbler {
             (Reach::Lines(lines), 0..5) => {
                 self.base + lines[self.random.random_range(0..lines.len())]
             }
-            (Reach::Everything, 0..2) => self.base + 8 * self.random.random_range(0..40),
+            (Reach::Everything, 0..2) => {
+                // The whole of the header that is in use.
+                self.base
+                    + 8 * self
+                        .random
+                        .random_range(0..channel::CONSUMER_THRESHOLD / 8 + 1)
+            }
             (Reach::Everything, 2) => {
                 let page = [BROKER_PAGE, driver][self.random.random_range(0..2)];
                 page + 8 * self.random.random_range(0..64)
@@ -329,15 +338,18 @@ fn ends(region: Region<Arc<[AtomicU64]>>, layout: &Layout) -> Box<dyn FnMut(&mut
             let bytes = vec![0x77; random.random_range(0..2000)];
             match end.send(Kind::USER, &bytes, timeout) {
                 Ok(_) => (),
-                Err(ChannelError::Corrupt(_)) => sender = None,
+                Err(ChannelError::Corrupt(_) | ChannelError::Reset(_)) => sender = None,
                 Err(error) => panic!("{error}"),
             }
         }
         if let Some(end) = &mut receiver {
-            match end.wait(timeout) {
-                Ok(Wakeup::Ready) => end.release().unwrap(),
-                Ok(_) => (),
-                Err(ChannelError::Corrupt(_)) => receiver = None,
+            let done = match end.wait(timeout) {
+                Ok(Wakeup::Ready) => end.release(),
+                woken => woken.map(drop),
+            };
+            match done {
+                Ok(()) => (),
+                Err(ChannelError::Corrupt(_) | ChannelError::Reset(_)) => receiver = None,
                 Err(error) => panic!("{error}"),
             }
         }

@@ -41,7 +41,7 @@ pub type Words = Region<Memory>;
 /// Creates a region in which no end is present. `region::index` in loom builds maps its offsets to
 /// words.
 pub fn region() -> Words {
-    let words = 8 + 12 + CAPACITY / 8;
+    let words = 8 + 15 + CAPACITY / 8;
     Region::new(Memory(StdArc::new(
         (0..words).map(|_| AtomicU64::new(0)).collect(),
     )))

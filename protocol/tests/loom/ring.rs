@@ -2,11 +2,15 @@
 
 //! Both ends of one channel, without presence words.
 
-use barlink_protocol::cursor::Kind;
+use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
+
+use barlink_protocol::cursor::{Detached, Kind};
+use barlink_protocol::wire::layout::channel as place;
 use barlink_protocol::{
     AtomicU64, Consumer, Ordering, Producer, Receiver, Sender, Sent, Wakeup, state,
 };
 use loom::sync::Arc;
+use loom::sync::atomic::fence;
 use loom::thread;
 
 use crate::model::{Memory, Notifiers, Words, channel, model, region};
@@ -124,7 +128,10 @@ fn claim_and_reset_exclude_each_other() {
             claimed.store(1, Ordering::Release);
             Producer::attach(its_region, &channel()).map(|producer| producer.sequence())
         });
-        let reset = state::reset(&region, &channel(), || claim.load(Ordering::Acquire) == 0);
+        let reset = {
+            let is_free = || claim.load(Ordering::Acquire) == 0;
+            state::reset(&region, &channel(), 0, is_free, drop)
+        };
         match (guest.join().unwrap(), reset) {
             // An end that attached found the channel as it was before the reset or as it is after
             // it, and it stays so.
@@ -133,4 +140,113 @@ fn claim_and_reset_exclude_each_other() {
             other => panic!("{other:?}"),
         }
     });
+}
+
+/// Bytes of a record of one word, with its header. Two of them fill the channel.
+const SPAN: u64 = 32;
+
+fn commit(producer: &mut Producer<Memory>, number: u64) {
+    let mut room = producer.reserve(8).unwrap();
+    room.write(0, &number.to_le_bytes());
+    let _ = room.commit(Kind::DATA, 8, 0);
+}
+
+/// Lets a producer write over a record while a tap copies it. The tap takes the copy for whole only
+/// if it is.
+fn copy_beside_producer(region: &Words) {
+    let entry = channel();
+    let mut producer = Producer::attach(region.clone(), &entry).unwrap();
+    let mut consumer = Consumer::attach(region.clone(), &entry).unwrap();
+    for number in 1..3 {
+        commit(&mut producer, number);
+        assert!(consumer.poll().unwrap());
+        let _ = consumer.release();
+    }
+    let writer = thread::spawn(move || commit(&mut producer, 3));
+    // The third record takes the place of the first one.
+    let words = (0..SPAN).step_by(8);
+    let load = |offset| region.load(entry.offset + offset);
+    let copy: Vec<_> = words.map(|word| load(place::DATA + word)).collect();
+    fence(Ordering::Acquire);
+    if load(place::LIMIT) <= entry.capacity {
+        assert_eq!((copy[1], copy[3]), (0, 1), "torn");
+    }
+    writer.join().unwrap();
+}
+
+#[test]
+fn limit_precedes_overwriting_bytes() {
+    model(|| copy_beside_producer(&region()));
+}
+
+#[test]
+#[should_panic(expected = "torn")]
+fn limit_needs_its_fence() {
+    model(|| copy_beside_producer(&region().without_limit_fence()));
+}
+
+/// Reads the note of the newest commit beside a producer, as a tap does: what it finds between two
+/// equal cursors belongs to that cursor.
+#[test]
+fn note_between_equal_cursors_is_whole() {
+    model(|| {
+        let (region, entry) = (region(), channel());
+        let mut producer = Producer::attach(region.clone(), &entry).unwrap();
+        commit(&mut producer, 0);
+        let mut consumer = Consumer::attach(region.clone(), &entry).unwrap();
+        assert!(consumer.poll().unwrap());
+        let _ = consumer.release();
+        let writer = thread::spawn(move || {
+            commit(&mut producer, 1);
+            commit(&mut producer, 2);
+        });
+        let written = region.word(entry.offset + place::WRITTEN);
+        let load = |offset| region.load(entry.offset + offset);
+        let before = written.load(Ordering::Acquire);
+        let notes = place::NOTES.map(|note| {
+            let [records, last] = [place::NOTE_RECORDS, place::NOTE_LAST].map(|word| note + word);
+            (load(note), load(records), load(last))
+        });
+        fence(Ordering::Acquire);
+        if written.load(Ordering::Relaxed) == before {
+            let note = notes.iter().find(|(cursor, ..)| *cursor == before);
+            assert_eq!(note, Some(&(before, before / SPAN, before - SPAN)));
+        }
+        writer.join().unwrap();
+    });
+}
+
+/// Resets a channel beside a producer that is about to publish, and that the reset takes for gone.
+/// The new ends find no record of it.
+#[test]
+fn reset_beside_publish_repeats_no_record() {
+    static DONE: Counter = Counter::new(0);
+    static REFUSED: Counter = Counter::new(0);
+    model(|| {
+        let (region, entry) = (region(), channel());
+        let mut stale = Producer::attach(region.clone(), &entry).unwrap();
+        commit(&mut stale, 0);
+        let writer = thread::spawn(move || {
+            let mut room = stale.reserve(8).unwrap();
+            room.write(0, &1u64.to_le_bytes());
+            let sent = room.commit(Kind::DATA, 8, 0).is_ok();
+            (if sent { &DONE } else { &REFUSED }).fetch_add(1, Relaxed);
+        });
+        assert_eq!(state::reset(&region, &entry, 0, || true, drop), Some(1));
+        match Consumer::attach(region.clone(), &entry) {
+            Ok(mut consumer) => match consumer.poll() {
+                Ok(found) => assert!(!found, "a record came again"),
+                Err(error) => assert!(matches!(error, Detached::Corrupt(_))),
+            },
+            // The producer's cursor went back.
+            Err(_) => (),
+        }
+        writer.join().unwrap();
+        // A cursor of the former producer is below the one at which the channel begins.
+        let [written, read] =
+            [place::WRITTEN, place::READ].map(|offset| region.load(entry.offset + offset));
+        assert!(written <= read && read >= 2 * entry.capacity);
+    });
+    let seen = [&DONE, &REFUSED].map(|counter| counter.load(Relaxed));
+    assert!(!seen.contains(&0), "{seen:?}");
 }

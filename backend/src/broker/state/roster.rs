@@ -207,14 +207,16 @@ impl Roster {
         }
         let (layout, region) = (self.region.layout(), self.region.words());
         let mut guest = None;
-        let generation = state::reset(region, entry, || {
+        let are_free = || {
             guest = ENDS.into_iter().find_map(|end| {
                 let words = PresenceWords::find(layout, channel, end, layout.region_size);
                 let process = words?.read(region).process()?;
                 (entry.peer(end) != layout.host()).then_some((process, entry.peer(end)))
             });
             guest.is_none()
-        });
+        };
+        let keep = |base| words.set_base(channel, base);
+        let generation = state::reset(region, entry, words.base(channel), are_free, keep);
         generation.ok_or_else(|| {
             let (process, slot) = guest.unwrap_or_default();
             in_use(format!("process {process} in slot {slot}'s VM"))

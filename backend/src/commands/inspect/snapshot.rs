@@ -52,7 +52,7 @@ pub struct ChannelView {
     pub capacity: u64,
     /// Bytes committed and not released; `null` if the cursors contradict each other.
     pub fill: Option<u64>,
-    /// Bytes committed since the channel's reset.
+    /// The producer's cursor: it grows by each byte that is committed, and jumps at a reset.
     pub written: u64,
     /// Number of records committed since the channel's reset. The records at the begin and end of
     /// each stream count, too.

@@ -52,8 +52,12 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// Computes the rate of a channel over the time between two snapshots.
+    /// Computes the rate of a channel over the time between two snapshots. It is 0 if the channel
+    /// was reset meanwhile, because its cursors jumped.
     pub fn between(old: &ChannelView, new: &ChannelView, time: Duration) -> Self {
+        if old.generation != new.generation {
+            return Rate::default();
+        }
         let per_second =
             |old: u64, new: u64| new.saturating_sub(old) as f64 / time.as_secs_f64().max(1e-9);
         Rate {

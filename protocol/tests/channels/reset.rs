@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Ends that live on through a reset, because a guest's process outlived its driver's epoch. They
+//! neither repeat records nor mislead the ends that attach after the reset.
+
+use std::cell::RefCell;
+use std::ops::Deref;
+use std::rc::Rc;
+use std::time::Duration;
+
+use barlink_protocol::cursor::{Detached, Kind, Reset};
+use barlink_protocol::region::Region;
+use barlink_protocol::wire::layout::{Channel, channel};
+use barlink_protocol::{
+    AtomicU64, ChannelError, Consumer, Notify, Ordering, Producer, ReserveError,
+};
+use proptest::prelude::*;
+
+use crate::heap::{Heap, Memory, ends_with, notifiers, region, reset};
+
+fn attach(region: &Heap, entry: &Channel) -> (Producer<Memory>, Consumer<Memory>) {
+    (
+        Producer::attach(region.clone(), entry).unwrap(),
+        Consumer::attach(region.clone(), entry).unwrap(),
+    )
+}
+
+fn send(producer: &mut Producer<Memory>, bytes: &[u8]) -> Result<(), ReserveError> {
+    let mut room = producer.reserve(bytes.len())?;
+    room.write(0, bytes);
+    let _ = room.commit(Kind::USER, bytes.len() as u32, 0)?;
+    Ok(())
+}
+
+fn receive(consumer: &mut Consumer<Memory>) -> Result<Option<Vec<u8>>, Detached> {
+    if !consumer.poll()? {
+        return Ok(None);
+    }
+    let record = consumer.record().unwrap();
+    let mut bytes = vec![0; record.length()];
+    record.copy_to(0, &mut bytes);
+    let _ = consumer.release()?;
+    Ok(Some(bytes))
+}
+
+/// Returns the header and the data area of a channel.
+fn content(region: &Heap, entry: &Channel) -> Vec<u64> {
+    let words = entry.offset..entry.end();
+    words
+        .step_by(8)
+        .map(|offset| region.word(offset).load(Ordering::Relaxed))
+        .collect()
+}
+
+/// Brings a channel to any state: sends and receives records of these lengths in turn.
+fn use_channel(
+    producer: &mut Producer<Memory>,
+    consumer: &mut Consumer<Memory>,
+    steps: &[(bool, usize)],
+) {
+    for &(sends, length) in steps {
+        match sends {
+            true => drop(send(producer, &vec![b'o'; length])),
+            false => drop(receive(consumer)),
+        }
+    }
+}
+
+fn steps() -> impl Strategy<Value = Vec<(bool, usize)>> {
+    prop::collection::vec((any::<bool>(), 0usize..1500), 0..60)
+}
+
+proptest! {
+    /// Lets a producer live on, with room or without, and with or without staged records. It may
+    /// commit once more, which ends it with the error. The new consumer receives the records of the
+    /// new producer, or finds its channel corrupt, but never a record from before the reset.
+    #[test]
+    fn stale_producer_repeats_no_record(
+        before in steps(), staged in 0usize..3, length in 0usize..1500, looks in any::<bool>()
+    ) {
+        let (region, layout) = region(4096, false);
+        let entry = &layout.channels()[0];
+        let (mut stale, mut consumer) = attach(&region, entry);
+        use_channel(&mut stale, &mut consumer, &before);
+        for _ in 0..staged {
+            if let Ok(mut room) = stale.reserve(length) {
+                room.write(0, &vec![b's'; length]);
+                room.stage(Kind::USER, length as u32, 0);
+            }
+        }
+        prop_assert_eq!(reset(&region, entry, true), Some(1));
+        let (mut producer, mut consumer) = attach(&region, entry);
+        let sent = send(&mut stale, &vec![b's'; length]);
+        prop_assert!(matches!(sent, Err(ReserveError::Reset(Reset))), "{sent:?}");
+        let mut is_corrupt = false;
+        if looks {
+            match receive(&mut consumer) {
+                Ok(found) => prop_assert_eq!(found, None),
+                Err(error) => {
+                    prop_assert!(matches!(error, Detached::Corrupt(_)));
+                    is_corrupt = true;
+                }
+            }
+        }
+        // From now on the stale end stores nothing.
+        let left = content(&region, entry);
+        for _ in 0..3 {
+            let sent = send(&mut stale, b"again");
+            prop_assert!(matches!(sent, Err(ReserveError::Reset(Reset))));
+            prop_assert_eq!(stale.publish(), Ok(Notify::Quiet));
+        }
+        prop_assert_eq!(&content(&region, entry), &left);
+        for number in 0..5_u8 {
+            send(&mut producer, &[number; 100]).unwrap();
+            match receive(&mut consumer) {
+                Ok(found) => prop_assert_eq!(found, Some(vec![number; 100])),
+                Err(error) => prop_assert!(is_corrupt, "{}", error),
+            }
+        }
+    }
+
+    /// Lets a consumer live on, with a record that it has found or without. A further release ends
+    /// it with the error. The new producer finds as much room as there is, or its channel corrupt,
+    /// and the new consumer receives every record once.
+    #[test]
+    fn stale_consumer_frees_no_record(
+        before in steps(), polls in any::<bool>(), advances in 0usize..3
+    ) {
+        let (region, layout) = region(4096, false);
+        let entry = &layout.channels()[0];
+        let (mut producer, mut stale) = attach(&region, entry);
+        use_channel(&mut producer, &mut stale, &before);
+        for _ in 0..advances {
+            if stale.poll() == Ok(true) {
+                stale.advance();
+            }
+        }
+        let found = polls && stale.poll() == Ok(true) || advances > 0;
+        prop_assert_eq!(reset(&region, entry, true), Some(1));
+        let (mut producer, mut consumer) = attach(&region, entry);
+        send(&mut producer, b"new").unwrap();
+        let released = stale.release();
+        prop_assert!(released == Err(Reset) || released == Ok(Notify::Quiet));
+        prop_assert!(released.is_ok() || found);
+        // It may still find a record that it knows from before the reset, and cannot release it.
+        if stale.poll() == Ok(true) {
+            prop_assert_eq!(stale.release(), Err(Reset));
+        }
+        let left = content(&region, entry);
+        for _ in 0..3 {
+            prop_assert_eq!(stale.poll(), Err(Detached::Reset(Reset)));
+            prop_assert_eq!(stale.release(), Ok(Notify::Quiet));
+        }
+        prop_assert_eq!(&content(&region, entry), &left);
+        // The producer fills the channel and takes no room that its own consumer has not freed.
+        let mut sent = 1;
+        let full = loop {
+            match send(&mut producer, &[7; 500]) {
+                Ok(()) => sent += 1,
+                Err(error) => break error,
+            }
+        };
+        prop_assert!(sent <= 8, "{}", sent);
+        prop_assert!(matches!(full, ReserveError::Full | ReserveError::Corrupt(_)));
+        prop_assert_eq!(receive(&mut consumer), Ok(Some(b"new".to_vec())));
+        for _ in 1..sent {
+            prop_assert_eq!(receive(&mut consumer), Ok(Some(vec![7; 500])));
+        }
+        prop_assert_eq!(receive(&mut consumer), Ok(None));
+    }
+}
+
+/// Resets a channel at any look of an end's call. The call succeeds if the reset comes after its
+/// look at the generation. In either case the new ends find none of its records.
+#[test]
+fn reset_within_call_repeats_no_record() {
+    type Step = Rc<dyn Fn()>;
+
+    /// Memory that calls a function at one look.
+    #[derive(Clone)]
+    struct Interrupted {
+        words: Memory,
+        left: Rc<RefCell<Option<(u32, Step)>>>,
+    }
+
+    impl Deref for Interrupted {
+        type Target = [AtomicU64];
+
+        fn deref(&self) -> &[AtomicU64] {
+            let mut left = self.left.borrow_mut();
+            match left.take() {
+                Some((0, step)) => step(),
+                Some((looks, step)) => *left = Some((looks - 1, step)),
+                None => (),
+            }
+            &self.words
+        }
+    }
+
+    let (mut refused, mut done) = (0, 0);
+    for moment in 0..60 {
+        let (_, layout) = region(4096, false);
+        let entry = layout.channels()[0];
+        let words: Memory = (0..layout.region_size / 8)
+            .map(|_| AtomicU64::new(0))
+            .collect();
+        let plain = Heap::new(words.clone());
+        let memory = Interrupted {
+            words,
+            left: Rc::default(),
+        };
+        let over = Region::new(memory.clone());
+        let mut producer = Producer::attach(over.clone(), &entry).unwrap();
+        let mut consumer = Consumer::attach(over, &entry).unwrap();
+        for number in 0..3_u8 {
+            let mut room = producer.reserve(1000).unwrap();
+            room.write(0, &[number; 1000]);
+            let _ = room.commit(Kind::USER, 1000, 0).unwrap();
+            assert_eq!(consumer.poll(), Ok(true));
+            let _ = consumer.release().unwrap();
+        }
+        let new_ends = Rc::new(RefCell::new(None));
+        let (its_ends, its_region) = (new_ends.clone(), plain.clone());
+        let step: Step = Rc::new(move || {
+            assert_eq!(reset(&its_region, &entry, true), Some(1));
+            *its_ends.borrow_mut() = Some(attach(&its_region, &entry));
+        });
+        *memory.left.borrow_mut() = Some((moment, step));
+        // A record of another lap, with padding before it, and then its release.
+        let sent = producer.reserve(1100).and_then(|mut room| {
+            room.write(0, &[9; 1100]);
+            Ok(room.commit(Kind::USER, 1100, 0).map(drop)?)
+        });
+        let received = sent.and_then(|()| {
+            let found = consumer.poll()?;
+            let _ = consumer.release()?;
+            Ok(found)
+        });
+        match received {
+            Ok(found) => {
+                assert!(found);
+                done += 1;
+            }
+            Err(ReserveError::Reset(Reset)) => refused += 1,
+            Err(error) => panic!("at {moment}: {error}"),
+        }
+        let Some((mut producer, mut consumer)) = new_ends.borrow_mut().take() else {
+            continue;
+        };
+        match receive(&mut consumer) {
+            Ok(found) => assert_eq!(found, None, "at {moment}"),
+            Err(error) => assert!(matches!(error, Detached::Corrupt(_))),
+        }
+        match send(&mut producer, b"new") {
+            Ok(()) => (),
+            Err(error) => assert!(matches!(error, ReserveError::Corrupt(_))),
+        }
+    }
+    assert!(refused > 5 && done > 5, "{refused} refused, {done} done");
+}
+
+#[test]
+fn waiting_ends_report_reset() {
+    let (region, layout) = region(4096, false);
+    let (a, b) = notifiers();
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let entry = &layout.channels()[0];
+    assert_eq!(reset(&region, entry, true), Some(1));
+    let timeout = Some(Duration::from_secs(10));
+    let sent = sender.send(Kind::USER, b"text", timeout);
+    assert_eq!(sent, Err(ChannelError::Reset(Reset)));
+    let woken = receiver.wait(timeout);
+    assert_eq!(woken, Err(ChannelError::Reset(Reset)));
+    assert_eq!(woken.unwrap_err().to_string(), "the channel was reset");
+}
+
+#[test]
+fn reset_begins_above_all_cursors() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    let cursors = [channel::WRITTEN, channel::LIMIT, channel::READ];
+    let mut last = 0;
+    // A cursor that no end can have had does not count.
+    for garbage in [3, 1 << 62, u64::MAX - 7] {
+        for offset in cursors {
+            let (mut producer, mut consumer) = attach(&region, entry);
+            send(&mut producer, &[1; 1500]).unwrap();
+            receive(&mut consumer).unwrap();
+            send(&mut producer, &[1; 1500]).unwrap();
+            let limit = region.load(entry.offset + channel::LIMIT);
+            region.store(entry.offset + offset, garbage);
+            assert!(reset(&region, entry, true).is_some());
+            let now = cursors.map(|offset| region.load(entry.offset + offset));
+            let others = [now[0]; 3];
+            assert!(now == others && now[0].is_multiple_of(4096));
+            assert!(last < limit && limit < now[0]);
+            last = now[0];
+        }
+    }
+}
