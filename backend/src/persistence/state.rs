@@ -32,10 +32,10 @@ const CONNECTIONS: u64 = VMS + 8 * MAX_SLOTS as u64;
 const HANDSHAKES: u64 = CONNECTIONS + 8 * MAX_SLOTS as u64;
 /// By channel and end: the holder word.
 const HOLDERS: u64 = PAGE_SIZE + 512;
-/// By channel and end: the host app that holds it, 0 for none.
-const OWNERS: u64 = PAGE_SIZE + 2048;
 /// By channel: the cursor at which the channel began at its last reset, 0 before the first.
-const BASES: u64 = PAGE_SIZE + 3328;
+const BASES: u64 = PAGE_SIZE + 1728;
+/// By channel and end: the host app that holds it, 0 for none.
+const OWNERS: u64 = PAGE_SIZE + 2304;
 
 /// The progress of a VM's handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,9 +238,9 @@ impl RosterWords {
 }
 
 const _: () = assert!(HANDSHAKES + 8 * MAX_SLOTS as u64 <= HOLDERS);
-const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= OWNERS);
-const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= BASES);
-const _: () = assert!(BASES + 8 * MAX_CHANNELS as u64 <= SIZE);
+const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= BASES);
+const _: () = assert!(BASES + 8 * MAX_CHANNELS as u64 <= OWNERS);
+const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= SIZE);
 
 #[cfg(test)]
 mod tests {
