@@ -64,7 +64,7 @@ fuzz_target!(|input: Input| {
             let mut bytes = vec![0; header.length as usize];
             let missed = tap.missed();
             memory.within(LOOKS, || tap.copy(&mut bytes));
-            assert_eq!(tap.missed(), missed);
+            assert!(tap.missed() >= missed, "the count goes back");
         }
     }
     check_outside(&memory);
