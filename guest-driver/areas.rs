@@ -96,8 +96,8 @@ pub(crate) struct Areas {
     on_fault: usize,
     /// Cache mode that the existing areas were requested with; `None` while there are no areas.
     asked: Option<CacheMode>,
-    /// Number of the [`CacheMode`] that the kernel granted to a page of an existing area, or 0 while
-    /// no page was mapped.
+    /// Number of the [`CacheMode`] that the kernel granted to a page of an existing area, or 0
+    /// while no page was mapped.
     granted: u32,
     /// Processes that have areas, in the order of their first ones.
     mappers: KVec<Mapper>,

@@ -137,8 +137,8 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         // SYNC: released; pairs with the Acquire load in `Producer::refresh`.
         self.region.release(self.base + channel::READ, self.passed);
         // SYNC: cursor-then-threshold; pairs with the fence in `Producer::arm`.
-        // SYNC: cursor-then-generation; pairs with the fence in `state::reset`. Either this end sees
-        // the reset, or the reset sees the cursor and begins above it.
+        // SYNC: cursor-then-generation; pairs with the fence in `state::reset`. Either this end
+        // sees the reset, or the reset sees the cursor and begins above it.
         self.region.fence();
         let threshold = self.region.load(self.base + channel::PRODUCER_THRESHOLD);
         if self.was_reset() {

@@ -219,8 +219,8 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         // the cursor sees whole records, and the commit note.
         region.release(*base + channel::WRITTEN, self.staged);
         // SYNC: cursor-then-threshold; pairs with the fence in `Consumer::arm`.
-        // SYNC: cursor-then-generation; pairs with the fence in `state::reset`. Either this end sees
-        // the reset, or the reset sees the cursor and begins above it.
+        // SYNC: cursor-then-generation; pairs with the fence in `state::reset`. Either this end
+        // sees the reset, or the reset sees the cursor and begins above it.
         region.fence();
         let threshold = region.load(*base + channel::CONSUMER_THRESHOLD);
         if region.load(*base + channel::GENERATION) != self.generation {

@@ -120,8 +120,8 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
     }
 
     /// Returns the number of records that were committed since this tap began, or since the last
-    /// reset that it found, and that it passed over without a copy, up to the record that was copied
-    /// last.
+    /// reset that it found, and that it passed over without a copy, up to the record that was
+    /// copied last.
     pub fn missed(&self) -> u64 {
         self.missed
     }
@@ -162,8 +162,8 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         Sight::Nothing
     }
 
-    /// Copies the header of the record at the cursor, or behind padding there. `None` if the copy is
-    /// not whole.
+    /// Copies the header of the record at the cursor, or behind padding there. `None` if the copy
+    /// is not whole.
     fn find(&mut self, written: u64) -> Option<Header> {
         // Committed bytes have at most one padding before a record.
         for _ in 0..2 {

@@ -5,8 +5,8 @@
 //!
 //! The VM has a device of each transport. One broker serves all devices from one region, and also
 //! two processes on the host. Rounds are interleaved, so that other work of the machine affects all
-//! measurements alike. The results are the medians of the rounds, with their quartiles, or with their
-//! least and greatest figure if there are fewer than four rounds.
+//! measurements alike. The results are the medians of the rounds, with their quartiles, or with
+//! their least and greatest figure if there are fewer than four rounds.
 //!
 //! | file | its one job |
 //! |---|---|

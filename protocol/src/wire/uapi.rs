@@ -210,8 +210,8 @@ pub struct Map {
     pub flags: u32,
 }
 
-/// Flag of [`Map`]: pages are mapped on fault, 2 MiB at once where size and alignment allow. Without
-/// this flag `mmap` maps all pages of 4 KiB at once, with 8 bytes of page table each.
+/// Flag of [`Map`]: pages are mapped on fault, 2 MiB at once where size and alignment allow.
+/// Without this flag `mmap` maps all pages of 4 KiB at once, with 8 bytes of page table each.
 pub const ON_FAULT: u32 = 1;
 
 /// Argument of [`EVENTFD`].
