@@ -257,8 +257,9 @@ impl Device {
         } = &mut *state;
         let first_page = first_page.as_ref().ok_or(ENODEV)?;
         let page = first_page.map(areas.kernel_mode())?;
-        // SYNC: table; pairs with the broker's Release store. The kernel orders these reads.
+        // SYNC: table; pairs with the broker's Release store.
         let count = page.read64(TABLE_COUNT as usize);
+        page.order_reads();
         let taken = layout.take_entries(count, |word| page.read64(8 * word));
         taken.map_err(|_| EAGAIN)
     }

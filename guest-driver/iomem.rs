@@ -61,7 +61,7 @@ impl IoMem {
     /// The range must be device memory, and 8-aligned at both ends.
     pub(crate) unsafe fn map_as(address: PhysAddr, size: usize, mode: u32) -> Result<Self> {
         // SAFETY: By this function's contract the range is device memory, which may be mapped.
-        let base = unsafe { shim::barlink_map(address, size, mode) };
+        let base = unsafe { shim::barlink_map_in_mode(mode, address, size as u64) };
         // INVARIANT: All ways to map keep the offset in the page, and their mappings end by
         // `iounmap`.
         Ok(IoMem {
@@ -101,6 +101,13 @@ impl IoMem {
         };
         // SAFETY: `at` returns 8-aligned addresses of 8 bytes inside of the mapping.
         unsafe { bindings::readq(address) }
+    }
+
+    /// Orders all reads before it and all reads behind it. Reads of a write-combining mapping have
+    /// no order otherwise.
+    pub(crate) fn order_reads(&self) {
+        // SAFETY: The function has no requirements.
+        unsafe { shim::barlink_read_barrier() }
     }
 
     /// Writes 64 bits in one access, after all earlier writes.

@@ -299,22 +299,9 @@ u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address)
 	return 0;
 }
 
-void *barlink_map(u64 address, size_t size, u32 mode)
+void barlink_read_barrier(void)
 {
-	void __iomem *base;
-
-	/* The numbers are those of CacheMode in protocol/src/wire/uapi.rs. */
-	switch (mode) {
-	case 3:
-		base = ioremap_wc(address, size);
-		break;
-	case 6:
-		base = ioremap_cache(address, size);
-		break;
-	default:
-		base = ioremap(address, size);
-	}
-	return (void __force *)base;
+	rmb();
 }
 
 static const struct virtio_device_id virtio_devices[] = {

@@ -96,10 +96,9 @@ extern "C" {
     /// They are constant. To read one calls [`crate::chardev`] while the node is registered.
     pub(crate) fn barlink_identity_attributes() -> *mut *const bindings::attribute_group;
 
-    /// Maps device memory into the kernel (`ioremap` and its variants, `include/linux/io.h`) in the
-    /// cache mode with this number, noncached for numbers that cannot be asked for. Returns null if
-    /// that fails. May sleep. `iounmap` ends the mapping. The range must be device memory.
-    pub(crate) fn barlink_map(address: u64, size: usize, mode: u32) -> *mut c_void;
+    /// Orders all reads before it and all reads behind it, of device memory in every cache mode
+    /// (`rmb`, `include/asm-generic/barrier.h`).
+    pub(crate) fn barlink_read_barrier();
 
     /// Initialises a lock (`spin_lock_init`, `include/linux/spinlock.h`). `lock` must be writable,
     /// and must not move afterwards.
@@ -146,8 +145,8 @@ extern "C" {
     /// mode uses the next stricter one.
     pub(crate) fn barlink_pgprot(mode: u32, prot: bindings::pgprot_t) -> bindings::pgprot_t;
 
-    /// Maps device memory into the kernel, in a cache mode as in [`barlink_pgprot`], or returns
-    /// null (`ioremap`, `ioremap_wc`, `ioremap_cache`; `include/linux/io.h`). The range must be
+    /// Maps device memory into the kernel, in a cache mode as in [`barlink_pgprot`], noncached for
+    /// numbers that cannot be asked for, or returns null (`ioremap`, `ioremap_wc`, `ioremap_cache`; `include/linux/io.h`). The range must be
     /// device memory. `iounmap` ends the mapping. May sleep.
     pub(crate) fn barlink_map_in_mode(mode: u32, address: u64, size: u64) -> *mut c_void;
 

@@ -30,7 +30,8 @@ Exit codes:
   3    no broker, or one that has ended, is of another release, or rejected this process
   4    another process holds the end of the channel, or the broker is busy: try again
   5    the stream ended early: the sender left before its end
-  6    the stream is not whole: records were dropped, or its beginning is missing (--partial)
+  6    the stream is not whole: records were dropped, or missed (--tap), or its beginning is
+       missing (--partial)
   7    no record came, or there was no room for one, within --timeout
   130  interrupted by Ctrl-C; `serve` ends with 0 then";
 
@@ -130,7 +131,8 @@ pub struct Serve {
     pub channel: Vec<ChannelPlan>,
     /// Keep room for channels that `barlink channel add` makes while VMs and host apps go on:
     /// SIZE,VECTORS. A channel takes its size and 4K more. VECTORS are added to those of each peer,
-    /// so that as many new channels have a vector of their own; without them, they share the others
+    /// so that as many new channels have a vector of their own; without them, they share the others.
+    /// With --vectors, the channels of --channel may use some of them
     #[arg(long, value_name = "RESERVE")]
     pub reserve: Option<Reserve>,
     /// Number of interrupt vectors of each peer [default: one for each channel, and one more]

@@ -96,6 +96,16 @@ struct Pages {
     writable: Option<u64>,
 }
 
+impl Pages {
+    fn new(start: *mut std::ffi::c_void, size: usize) -> Result<Self, Errno> {
+        Ok(Pages {
+            start: NonNull::new(start.cast()).ok_or(Errno::NOMEM)?,
+            size,
+            writable: None,
+        })
+    }
+}
+
 // SAFETY: the address is of memory that belongs to the process and not to a thread, is unmapped
 // once, by `Drop`, and is accessed through atomics or `Region`'s copies only.
 unsafe impl Send for Pages {}
@@ -145,7 +155,9 @@ impl Mapping {
         // SAFETY: the kernel chooses the address, so no memory of this process is replaced.
         let start =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, protection, shared, file, 0) }?;
-        Self::finish(start, size, writable)
+        let mut pages = Pages::new(start, size)?;
+        pages.writable = writable;
+        Ok(Self::finish(pages))
     }
 
     /// Maps the first bytes of a file, of which a process may only read those before `writable`, a
@@ -159,40 +171,26 @@ impl Mapping {
         // chooses one at which the file can have large pages.
         let start =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, read, shared, &file, 0) }?;
-        // From here on a drop unmaps the range.
-        let mapping = Self::finish(start, size, Some(writable as u64))?;
+        // If the next call fails, the kernel may have unmapped the part behind, and another thread
+        // may have mapped something there. So a drop before its end unmaps the first part alone.
+        let mut pages = Pages::new(start, writable)?;
         let (place, length) = (start.wrapping_byte_add(writable), size - writable);
         let (protection, flags) = (read | ProtFlags::WRITE, shared | MapFlags::FIXED);
         // SAFETY: the part is inside the range that was just mapped, which nobody uses yet.
         unsafe { rustix::mm::mmap(place, length, protection, flags, &file, writable as u64) }?;
-        mapping.leave_out_of_dumps(writable, length);
-        Ok(mapping)
+        (pages.size, pages.writable) = (size, Some(writable as u64));
+        Ok(Self::finish(pages))
     }
 
-    fn finish(
-        start: *mut std::ffi::c_void,
-        size: usize,
-        writable: Option<u64>,
-    ) -> Result<Self, Errno> {
-        let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
-        let pages = Pages {
-            start,
-            size,
-            writable,
-        };
-        let mapping = Mapping(Arc::new(pages));
-        mapping.leave_out_of_dumps(0, size);
-        Ok(mapping)
-    }
-
-    /// Leaves a part of the mapping out of core dumps. A core dump of each process with the
+    /// Completes a mapping, and leaves it out of core dumps. A core dump of each process with the
     /// region would take its time and space, and have data of others.
-    fn leave_out_of_dumps(&self, from: usize, length: usize) {
-        let start = self.0.start.as_ptr().wrapping_add(from).cast();
+    fn finish(pages: Pages) -> Self {
+        let start = pages.start.as_ptr().cast();
         // SAFETY: the pages belong to this mapping, and their content and protection stay.
-        if let Err(error) = unsafe { madvise(start, length, Advice::LinuxDontDump) } {
+        if let Err(error) = unsafe { madvise(start, pages.size, Advice::LinuxDontDump) } {
             log::debug!("a core dump of this process would have the region: {error}");
         }
+        Mapping(Arc::new(pages))
     }
 
     /// Makes the pages of these bytes present in one call, and for [`Access::ReadWrite`] ready to

@@ -93,7 +93,8 @@ Exit codes:
   4    another process holds the end of the channel or the DMA buffer, or has the device mapped in
        another cache mode
   5    the stream ended early: the sender left before its end
-  6    the stream is not whole: records were dropped, or its beginning is missing (--partial)
+  6    the stream is not whole: records were dropped, or missed (--tap), or its beginning is
+       missing (--partial)
   7    no record came, or there was no room for one, within --timeout
   130  interrupted by Ctrl-C";
 

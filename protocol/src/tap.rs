@@ -107,10 +107,12 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
             return false;
         }
         self.cursor += crate::cursor::span(header.length);
-        self.dropped = header
+        let dropped = header
             .sequence
             .wrapping_sub(self.index)
             .saturating_sub(self.dropped_before);
+        // An honest producer's numbers never go back.
+        self.dropped = self.dropped.max(dropped);
         // The newest record can have been copied before.
         let passed = self.index.saturating_sub(self.counted);
         self.missed = self.missed.saturating_add(passed);
@@ -266,7 +268,9 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         self.region.fence_loads();
         let limit = self.region.load(self.base + channel::LIMIT);
         let end = cursor.saturating_add(self.capacity.bytes());
-        limit <= end && self.is_same_generation()
+        // The limit is above each committed record, unless a producer that lives on through a reset
+        // has stored an old one.
+        cursor < limit && limit <= end && self.is_same_generation()
     }
 
     fn is_same_generation(&self) -> bool {

@@ -83,11 +83,11 @@ fn modes_are_what_is_granted(broker: &Broker, vm: &Vm, is_above: bool) -> Result
         let cure = Shortfall::BelowFourGib { address: start }.cure();
         assert_eq!(seen["cure"].as_str(), expected.map(|_| cure));
 
-        // The writable mapping is the region without its first two pages, and without the page of
+        // The driver registers the mode for all that can be mapped: the region without the page of
         // the only slot's driver.
-        let (begin, size) = (start + 8192, info["region_size"].as_u64());
-        let end = start + size.context("no size")? - 4096;
-        let entry = format!("PAT: [mem {begin:#018x}-{end:#018x}] {granted}\n");
+        let size = info["region_size"].as_u64().context("no size")?;
+        let end = start + size - 4096;
+        let entry = format!("PAT: [mem {start:#018x}-{end:#018x}] {granted}\n");
         let list = vm.run(["cat", "/sys/kernel/debug/x86/pat_memtype_list"])?;
         let list = list.success()?;
         ensure!(list.contains(&entry), "{entry} is not in\n{list}");

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError};
+use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError, MAGIC};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
@@ -104,6 +104,14 @@ impl Device {
         let before = info(&file, path)?;
         let size = usize::try_from(before.mappable_size).unwrap_or(usize::MAX);
         let mapping = map(&file, path, size, cache, access)?;
+        // The driver's copy of the superblock outlives a region that the device has lost.
+        let found = mapping.region().load(0);
+        if found != MAGIC {
+            return Err(DeviceError::Layout {
+                path: path.to_owned(),
+                source: LayoutError::Magic { found },
+            });
+        }
         // The granted mode is known once something is mapped.
         let granted = info(&file, path)?.granted;
         // An entry that the driver does not take concerns only a program that needs the channel.

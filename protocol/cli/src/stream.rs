@@ -236,8 +236,8 @@ impl Watch for Emptying<'_, '_, '_> {
 }
 
 /// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor.
-fn flush(file: &OwnedFd) -> io::Result<()> {
-    match nix::unistd::close(file.try_clone()?) {
+pub fn flush(file: impl AsFd) -> io::Result<()> {
+    match nix::unistd::close(file.as_fd().try_clone_to_owned()?) {
         Err(nix::errno::Errno::EINTR) => Ok(()),
         closed => Ok(closed?),
     }

@@ -7,10 +7,10 @@ use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use barlink::{Kind, OwnedRecord, Tap};
+use barlink::{ErrorKind, Kind, OwnedRecord, Tap};
 
 use crate::standard::print;
-use crate::stream::{Failure, Recv};
+use crate::stream::{Failure, Recv, flush};
 
 /// Time between two looks for the first record.
 const RETRY: Duration = Duration::from_millis(10);
@@ -44,6 +44,14 @@ impl<'a> Target<'a> {
                 .set_len(0)
                 .with_context(|| format!("cannot empty {name}")),
             _ => Ok(()),
+        }
+    }
+
+    /// Reports the errors of a file that come late.
+    fn flush(&self) -> Result<()> {
+        match self {
+            Target::Output => Ok(()),
+            Target::File(file, name) => flush(file).with_context(|| format!("cannot write {name}")),
         }
     }
 
@@ -102,7 +110,8 @@ fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
     loop {
         if let Some(record) = tap.latest()? {
             target.empty()?;
-            return target.write(&record.bytes);
+            target.write(&record.bytes)?;
+            return target.flush();
         }
         match args.timeout {
             Some(timeout) if start.elapsed() >= timeout => return Err(timed_out(timeout)),
@@ -120,14 +129,19 @@ fn stream(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
     let mut is_first = true;
     loop {
         let limit = args.timeout.unwrap_or(Duration::MAX);
-        let Some(record) = tap.recv_timeout(limit)? else {
+        let found = match tap.recv_timeout(limit) {
+            // No part of the stream was copied yet.
+            Err(error) if error.kind() == ErrorKind::Reset && begun.is_none() => continue,
+            found => found?,
+        };
+        let Some(record) = found else {
             match args.timeout {
                 Some(timeout) => return Err(timed_out(timeout)),
                 None => continue,
             }
         };
         let OwnedRecord { kind, bytes, .. } = record;
-        if kind == Kind::BEGIN && begun.is_some() && copied.records > 0 && !takes_all {
+        if kind == Kind::BEGIN && begun.is_some() && copied.records > 0 && !args.raw {
             let count = copied.bytes;
             let text = format!("the sender left before the end of the stream, after {count} bytes");
             return Err(Failure { text, code: 5 }.into());
@@ -151,6 +165,7 @@ fn stream(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
             break;
         }
     }
+    target.flush()?;
     let is_whole = (copied.missed, copied.dropped) == (0, 0);
     if args.json {
         copied.print_json(is_whole);

@@ -48,7 +48,7 @@ fuzz_target!(|input: Input| {
     if let Some(end) = End::from_number(input.granted) {
         assert_eq!(end as u32, input.granted);
     }
-    // `Device::open` does the same, and `mmap` would refuse a size that is too large.
+    // `mmap` would refuse a size that is too large.
     let size = usize::try_from(info.mappable_size).unwrap_or(usize::MAX);
     if size > MAX_SIZE {
         return;
