@@ -104,6 +104,35 @@ fn recv_taps_copy_stream_beside_receiver() {
     assert_eq!(std::fs::read(broker.path("three")).unwrap(), data);
 }
 
+/// A stream whose sender was killed and the next one are two streams.
+#[test]
+fn tap_ends_partial_stream_at_next_beginning() {
+    let broker = Broker::start(&LOOP);
+    let mut tap = broker
+        .app(&["recv", "--channel", "loop", "--tap", "--partial"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .start();
+    wait_for_tap(&tap);
+    let mut sender = broker.attach().sender("loop").unwrap();
+    for (kind, bytes) in [
+        (Kind::DATA, "first"),
+        (Kind::BEGIN, ""),
+        (Kind::DATA, "second"),
+        (Kind::END, ""),
+    ] {
+        let _ = sender.send(kind, bytes.as_bytes()).unwrap();
+    }
+    assert_eq!(wait(&mut tap).code(), Some(5));
+    let mut output = String::new();
+    tap.stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut output)
+        .unwrap();
+    assert_eq!(output, "first");
+}
+
 #[test]
 fn recv_latest_writes_newest_record() {
     let broker = Broker::start(&LOOP);

@@ -12,7 +12,7 @@ use barlink_protocol::cursor::{Detached, Kind, Reset};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{Channel, channel};
 use barlink_protocol::{
-    AtomicU64, ChannelError, Consumer, Notify, Ordering, Producer, ReserveError,
+    AtomicU64, ChannelError, Consumer, Notify, Ordering, Producer, ReserveError, Sight, Tap,
 };
 use proptest::prelude::*;
 
@@ -297,4 +297,24 @@ fn reset_begins_above_all_cursors() {
             last = now[0];
         }
     }
+}
+
+/// A producer that lives on stores a limit before it looks at the generation. That limit is below
+/// the records of the new producer, which may be written over without a further step of theirs.
+#[test]
+fn tap_trusts_no_limit_of_stale_producer() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    let (mut stale, _) = attach(&region, entry);
+    send(&mut stale, b"old").unwrap();
+    reset(&region, entry, true).unwrap();
+    let (mut producer, _consumer) = attach(&region, entry);
+    let mut tap = Tap::attach(region.clone(), entry);
+    send(&mut producer, b"new").unwrap();
+    let limit = region.load(entry.offset + channel::LIMIT);
+    drop(stale.reserve(1000).unwrap());
+    assert!(region.load(entry.offset + channel::LIMIT) < limit);
+    assert_eq!(tap.look(), Sight::Nothing);
+    region.store(entry.offset + channel::LIMIT, limit);
+    assert!(matches!(tap.look(), Sight::Record(_)));
 }
