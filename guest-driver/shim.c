@@ -44,7 +44,7 @@ u32 barlink_process_with(struct file *file);
 pgprot_t barlink_pgprot(u32 mode, pgprot_t prot);
 void __iomem *barlink_map_in_mode(u32 mode, u64 address, u64 size);
 u32 barlink_granted_mode(struct vm_area_struct *vma, unsigned long address);
-void *barlink_map(u64 address, size_t size, u32 mode);
+void barlink_read_barrier(void);
 
 int barlink_virtio_register(void);
 void barlink_virtio_unregister(void);
