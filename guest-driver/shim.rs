@@ -146,8 +146,9 @@ extern "C" {
     pub(crate) fn barlink_pgprot(mode: u32, prot: bindings::pgprot_t) -> bindings::pgprot_t;
 
     /// Maps device memory into the kernel, in a cache mode as in [`barlink_pgprot`], noncached for
-    /// numbers that cannot be asked for, or returns null (`ioremap`, `ioremap_wc`, `ioremap_cache`; `include/linux/io.h`). The range must be
-    /// device memory. `iounmap` ends the mapping. May sleep.
+    /// numbers that cannot be asked for, or returns null (`ioremap`, `ioremap_wc`, `ioremap_cache`;
+    /// `include/linux/io.h`). The range must be device memory. `iounmap` ends the mapping. May
+    /// sleep.
     pub(crate) fn barlink_map_in_mode(mode: u32, address: u64, size: u64) -> *mut c_void;
 
     /// Returns a reference to the eventfd behind a descriptor of the current process, or an error

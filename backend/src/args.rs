@@ -131,8 +131,8 @@ pub struct Serve {
     pub channel: Vec<ChannelPlan>,
     /// Keep room for channels that `barlink channel add` makes while VMs and host apps go on:
     /// SIZE,VECTORS. A channel takes its size and 4K more. VECTORS are added to those of each peer,
-    /// so that as many new channels have a vector of their own; without them, they share the others.
-    /// With --vectors, the channels of --channel may use some of them
+    /// so that as many new channels have a vector of their own; without them, they share the
+    /// others. With --vectors, the channels of --channel may use some of them
     #[arg(long, value_name = "RESERVE")]
     pub reserve: Option<Reserve>,
     /// Number of interrupt vectors of each peer [default: one for each channel, and one more]

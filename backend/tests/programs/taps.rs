@@ -148,6 +148,12 @@ fn recv_latest_writes_newest_record() {
     }
     let mut receiver = app.receiver("loop").unwrap();
     assert_eq!(receiver.recv().unwrap().to_vec(), b"21.5");
+    // The mark behind a stream is no content, and empties no file.
+    let file = broker.path("kept");
+    file_with(&file, b"kept");
+    let _ = sender.send(Kind::END, &[]).unwrap();
+    fails(latest().arg("-o").arg(&file), 7, &["nothing moved"]);
+    assert_eq!(std::fs::read(file).unwrap(), b"kept");
 }
 
 #[test]

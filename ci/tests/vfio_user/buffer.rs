@@ -164,7 +164,7 @@ fn driver_announces_no_buffer_without_guest_memory() -> Result<()> {
     let line = process.next_line(COMMAND_TIMEOUT)?.context("no line")?;
     assert!(line.starts_with("65536 bytes at 0x"), "{line}");
     assert!(
-        line.contains("of which 14 are filled; not announced to the device"),
+        line.contains("of which 8 are filled; not announced to the device"),
         "{line}"
     );
     let error = format!("{:#}", peek(&broker, 1).expect_err("it is not announced"));

@@ -58,11 +58,14 @@ pub struct Recv {
     /// ends or the sender has left
     #[arg(long)]
     pub raw: bool,
-    /// Copy a stream that another program receives, or none. The sender does not wait for this
-    /// command, which misses records that it copies too late
+    /// Copy the next stream that begins, which another program receives, or none. The sender does
+    /// not wait for this command, which misses records that it copies too late. Give the sender a
+    /// --record-size far below the channel's: it reserves that much before it has input, and what
+    /// stood there is lost for this command. With a sender that was killed, it ends by --timeout
     #[arg(long, conflicts_with = "follow")]
     pub tap: bool,
-    /// Write the content of the newest record, and end. No other program notices
+    /// Write the content of the newest record, and end. The marks around a stream are no record.
+    /// No other program notices
     #[arg(long, conflicts_with_all = ["follow", "partial", "raw", "tap", "json"])]
     pub latest: bool,
     /// End if no record comes for so long: seconds, or a number with the unit ms, s, m or h

@@ -108,7 +108,8 @@ fn timed_out(timeout: Duration) -> anyhow::Error {
 fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
     let start = Instant::now();
     loop {
-        if let Some(record) = tap.latest()? {
+        let is_content = |record: &OwnedRecord| ![Kind::BEGIN, Kind::END].contains(&record.kind);
+        if let Some(record) = tap.latest()?.filter(is_content) {
             target.empty()?;
             target.write(&record.bytes)?;
             return target.flush();
