@@ -39,7 +39,7 @@ use crate::tap::Tap;
 /// let device: Device = guest::open("/dev/barlink0")?;
 /// let mut sensor = device.sender("up")?;
 /// for reading in [21.5_f32, 21.7, 21.6] {
-///     let _ = sensor.send(Kind::USER, &reading.to_le_bytes())?;
+///     sensor.send(Kind::USER, &reading.to_le_bytes())?;
 /// }
 /// # Ok::<(), barlink::Error>(())
 /// ```
@@ -297,7 +297,7 @@ impl Device {
     ///     }
     /// });
     /// loop {
-    ///     let _ = sender.send(Kind::USER, b"alive")?;
+    ///     sender.send(Kind::USER, b"alive")?;
     /// }
     /// # Ok::<(), barlink::Error>(())
     /// ```

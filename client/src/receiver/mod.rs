@@ -13,7 +13,7 @@ use barlink_protocol::{PresenceWords, Strategy, Wakeup};
 
 use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
-use crate::memory::{Mapping, Region};
+use crate::memory::{Mapping, RingRegion};
 use crate::owned::Owned;
 use crate::readiness::Readiness;
 use crate::sender::is_present;
@@ -65,7 +65,7 @@ pub type RingReceiver = barlink_protocol::Receiver<Mapping, Doorbells>;
 pub struct Receiver {
     ring: Owned<RingReceiver>,
     readiness: Readiness,
-    region: Region,
+    region: RingRegion,
     peer: Option<PresenceWords>,
     /// The header of the last record.
     header: Header,
@@ -100,7 +100,7 @@ impl Numbers {
 impl Receiver {
     pub(crate) fn new(
         ring: RingReceiver,
-        region: Region,
+        region: RingRegion,
         peer: Option<PresenceWords>,
     ) -> Result<Self, Error> {
         Ok(Receiver {

@@ -12,7 +12,7 @@ use barlink_protocol::{PresenceWords, Strategy};
 
 use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
-use crate::memory::{Mapping, Region};
+use crate::memory::{Mapping, RingRegion};
 use crate::owned::Owned;
 use crate::readiness::Readiness;
 use crate::stream::StreamWriter;
@@ -38,7 +38,6 @@ pub type RingSender = barlink_protocol::Sender<Mapping, Doorbells>;
 /// # Ok::<(), barlink::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[must_use = "a record can be dropped"]
 pub enum Sent {
     /// The record was committed: the receiver sees it.
     Committed,
@@ -85,14 +84,14 @@ pub enum Sent {
 pub struct Sender {
     ring: Owned<RingSender>,
     readiness: Readiness,
-    region: Region,
+    region: RingRegion,
     peer: Option<PresenceWords>,
 }
 
 impl Sender {
     pub(crate) fn new(
         ring: RingSender,
-        region: Region,
+        region: RingRegion,
         peer: Option<PresenceWords>,
     ) -> Result<Self, Error> {
         Ok(Sender {
@@ -113,7 +112,7 @@ impl Sender {
     /// const SET_SPEED: Kind = Kind::USER;
     ///
     /// let mut commands = host::connect("default")?.sender("down")?;
-    /// let _ = commands.send(SET_SPEED, &3.5_f32.to_le_bytes())?;
+    /// commands.send(SET_SPEED, &3.5_f32.to_le_bytes())?;
     /// # Ok::<(), barlink::Error>(())
     /// ```
     ///
@@ -190,7 +189,7 @@ impl Sender {
     /// let broker = host::connect("default")?;
     /// let mut sender = broker.sender("down")?;
     /// for number in 0..1000_u32 {
-    ///     let _ = sender.stage(Kind::USER, &number.to_le_bytes())?;
+    ///     sender.stage(Kind::USER, &number.to_le_bytes())?;
     /// }
     /// sender.publish()?;
     /// # Ok::<(), barlink::Error>(())
@@ -213,7 +212,7 @@ impl Sender {
     ///
     /// let mut log = host::connect("default")?.sender("log")?;
     /// for line in std::io::stdin().lines() {
-    ///     let _ = log.stage(Kind::USER, line?.as_bytes())?;
+    ///     log.stage(Kind::USER, line?.as_bytes())?;
     ///     if log.sequence().is_multiple_of(64) {
     ///         log.publish()?;
     ///     }
@@ -355,7 +354,7 @@ impl Sender {
     /// let mut sender = host::connect("default")?.sender("down")?;
     /// let photo = std::fs::read("photo.jpg")?;
     /// for part in photo.chunks(sender.max_record()) {
-    ///     let _ = sender.send(Kind::USER, part)?;
+    ///     sender.send(Kind::USER, part)?;
     /// }
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -372,7 +371,7 @@ impl Sender {
     ///
     /// let mut commands = host::connect("default")?.sender("down")?;
     /// let number = commands.sequence();
-    /// let _ = commands.send(Kind::USER, b"stop")?;
+    /// commands.send(Kind::USER, b"stop")?;
     /// println!("command {number} waits for its reply");
     /// # Ok::<(), barlink::Error>(())
     /// ```
@@ -424,7 +423,7 @@ impl Sender {
     /// while !camera.is_peer_present() {
     ///     std::thread::sleep(Duration::from_millis(10));
     /// }
-    /// let _ = camera.send(Kind::USER, b"the first frame")?;
+    /// camera.send(Kind::USER, b"the first frame")?;
     /// # Ok::<(), barlink::Error>(())
     /// ```
     pub fn is_peer_present(&self) -> bool {
@@ -444,7 +443,7 @@ impl Sender {
     /// stream.finish()?;
     /// // Back from a stream to commands, which may not be late.
     /// sender.set_strategy(Strategy::PROMPT);
-    /// let _ = sender.send(Kind::USER, b"restart")?;
+    /// sender.send(Kind::USER, b"restart")?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn set_strategy(&mut self, strategy: Strategy) {
@@ -511,6 +510,6 @@ impl AsRawFd for Sender {
 }
 
 /// Reads whether a process holds the end whose presence is in these words.
-pub(crate) fn is_present(region: &Region, words: Option<PresenceWords>) -> bool {
+pub(crate) fn is_present(region: &RingRegion, words: Option<PresenceWords>) -> bool {
     words.is_none_or(|words| words.read(region).is_held())
 }
