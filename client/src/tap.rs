@@ -216,8 +216,9 @@ impl Tap {
         self.ring.missed()
     }
 
-    /// Returns the number of records that the producer dropped because the channel was full, since
-    /// this tap began and up to the record that it copied last. It begins at 0 again after a reset.
+    /// Returns the number of records that the producer dropped because the channel was full, and of
+    /// numbers that it skipped, since this tap began and up to the record that it copied last. It
+    /// begins at 0 again after a reset.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -244,6 +245,7 @@ impl Tap {
             let Header {
                 length,
                 kind,
+                clock,
                 sequence,
                 time,
             } = match look(&mut self.ring) {
@@ -258,6 +260,7 @@ impl Tap {
                     kind,
                     sequence,
                     time,
+                    clock,
                     bytes,
                 }));
             }

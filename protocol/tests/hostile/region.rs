@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
 
 use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name};
+use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
 use barlink_protocol::{AtomicU64, state};
 
 /// Index of the channel under attack.
@@ -24,7 +24,7 @@ pub fn layout() -> Layout {
             producer: 0,
             consumer: 1,
             vector: 0,
-            drop_when_full: false,
+            policy: Policy::Wait,
             offset,
             capacity: CAPACITY,
         };
