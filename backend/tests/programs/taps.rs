@@ -6,7 +6,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 
-use barlink::Kind;
+use barlink::{End, Error, ErrorKind, Kind, Side};
 use rustix::process::Signal;
 
 use crate::support::*;
@@ -195,4 +195,84 @@ fn tapped_stream_reports_missed_records() {
         )),
         "{text}"
     );
+}
+
+#[test]
+fn broker_refuses_consumer_of_overwriting_channel() {
+    let broker = Broker::start(&["--channel", "camera=host-taps,64K,overwrite"]);
+    let app = broker.attach();
+    let refused = "channel `camera` has no consumer, because its producer overwrites: read it with a tap \
+                   (`recv --tap`, `tail`, or `Tap` in a program)";
+    fails(
+        &mut broker.app(&["recv", "--channel", "camera"]),
+        1,
+        &[refused],
+    );
+    let error = app.receiver("camera").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(error.to_string(), refused);
+    let (answer, end) = (app.claim("camera", End::Consumer), End::Consumer);
+    assert!(
+        matches!(answer, Err(Error::NoConsumer(_))),
+        "{end}: {answer:?}"
+    );
+    let list = works(&mut broker.app(&["channel", "list"]));
+    assert!(
+        list.contains("camera: host to taps, 64.00 KiB, vector 1, overwrites\n"),
+        "{list}"
+    );
+}
+
+#[test]
+fn taps_read_overwriting_channel() {
+    let broker = Broker::start(&["--channel", "camera=host-taps,64K,overwrite"]);
+    let app = broker.attach();
+    let mut taps = ["tail", "recv"].map(|command| {
+        let args: &[&str] = match command {
+            "tail" => &["tail", "camera", "-n", "1"],
+            _ => &["recv", "--channel", "camera", "--tap"],
+        };
+        let child = broker.app(args).stdout(Stdio::piped()).start();
+        wait_for_tap(&child);
+        child
+    });
+    // It is a quarter of the capacity, and the channel is overwritten several times.
+    let data = noise(16_000);
+    file_with(&broker.path("in"), &data);
+    let mut send = broker.app(&["send", "--channel", "camera"]);
+    works(send.arg(broker.path("in")));
+    for (tap, expected) in taps.iter_mut().zip([None, Some(&data)]) {
+        let mut output = Vec::new();
+        tap.stdout.take().unwrap().read_to_end(&mut output).unwrap();
+        assert!(wait(tap).success());
+        match expected {
+            None => assert!(String::from_utf8(output).unwrap().ends_with(" begin 0 0\n")),
+            Some(data) => assert_eq!(&output, data),
+        }
+    }
+    let mut sender = app.sender("camera").unwrap();
+    for _ in 0..100 {
+        let _ = sender.send(Kind::USER, &data).unwrap();
+    }
+    // A reset asks for the producer alone.
+    fails(
+        &mut broker.app(&["reset-channel", "camera"]),
+        4,
+        &["in use"],
+    );
+    let json = works(&mut broker.app(&["inspect", "--json"]));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let (view, region) = (&json["channels"][0], &json["region"]["channels"][0]);
+    assert_eq!(
+        (&view["policy"], &view["to"]),
+        (&"overwrite".into(), &"taps".into())
+    );
+    assert!(view["fill"].is_null() && view["consumer"].is_null());
+    assert_eq!(
+        (&region["policy"], &region["consumer"]),
+        (&"overwrite".into(), &().into())
+    );
+    drop(sender);
+    works(&mut broker.app(&["reset-channel", "camera"]));
+    assert_eq!(app.sender("camera").unwrap().sequence(), 0);
 }
