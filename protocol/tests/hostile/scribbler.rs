@@ -189,19 +189,19 @@ fn attack(
     reach: Reach,
     make: impl FnOnce(Region<Arc<[AtomicU64]>>, &Layout) -> Box<dyn FnMut(&mut TestRng) + Send>,
 ) {
-    attack_on(layout(), reach, make);
+    attack_on(&layout(), reach, make);
 }
 
 /// Attacks the ends of a channel of this layout as [`attack`] does.
 fn attack_on(
-    layout: Layout,
+    layout: &Layout,
     reach: Reach,
     make: impl FnOnce(Region<Arc<[AtomicU64]>>, &Layout) -> Box<dyn FnMut(&mut TestRng) + Send>,
 ) {
     let seed = Seed::choose();
-    let words = words(&layout);
+    let words = words(layout);
     let untouched: Vec<u64> = words.iter().map(|word| word.load(Relaxed)).collect();
-    let mut call = make(Region::new(words.clone()), &layout);
+    let mut call = make(Region::new(words.clone()), layout);
     let stop = AtomicBool::new(false);
     let calls = Counter::new(0);
     let mut scribbler = Scribbler {
@@ -426,7 +426,7 @@ fn waiting_ends_survive_any_words() {
 
 #[test]
 fn overwriting_producer_survives_any_words() {
-    attack_on(layout_of(Policy::Overwrite), Reach::Everything, producer);
+    attack_on(&layout_of(Policy::Overwrite), Reach::Everything, producer);
 }
 
 /// No consumer can hold up the sender, because there is none: each record is committed, whatever
@@ -443,10 +443,10 @@ fn overwriting_sender_trusts_no_consumer() {
         };
         Box::new(call) as Box<dyn FnMut(&mut TestRng) + Send>
     };
-    attack_on(layout_of(Policy::Overwrite), CONSUMERS, sender);
+    attack_on(&layout_of(Policy::Overwrite), CONSUMERS, sender);
 }
 
 #[test]
 fn tap_survives_any_words_in_overwriting_channel() {
-    attack_on(layout_of(Policy::Overwrite), Reach::Everything, tap);
+    attack_on(&layout_of(Policy::Overwrite), Reach::Everything, tap);
 }
