@@ -127,8 +127,8 @@ pub struct Serve {
     /// receiver but any number of taps (`recv --tap`, `tail`), so that DIRECTION is up, down or
     /// FROM-taps. By default, slot 0 has `up` and `down`, slot 1 has `up1` and `down1`, and so on,
     /// as large as fits. Sizes are powers of two, so about half of the region then belongs to no
-    /// channel: it is the raw window, for `peek` and `poke`. Channels of different sizes use more of
-    /// it: --channel up=up,32M --channel down=down,16M for 64M
+    /// channel: it is the raw window, for `peek` and `poke`. Channels of different sizes use more
+    /// of it: --channel up=up,32M --channel down=down,16M for 64M
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
     /// Keep room for channels that `barlink channel add` makes while VMs and host apps go on:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A sensor whose newest value is read: `set` sends some values, and `get` reads the newest one, also
-//! when `set` has ended. No value waits for a reader.
+//! A sensor whose newest value is read: `set` sends some values, and `get` reads the newest one,
+//! also when `set` has ended. No value waits for a reader.
 //!
 //! ```text
 //! barlink serve --ivshmem /tmp/vm.sock --channel sensor=host-taps,4K,overwrite &

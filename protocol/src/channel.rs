@@ -99,9 +99,9 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.producer.max_record()
     }
 
-    /// Returns the sequence number of the next record: the first number of the channel, and how many
-    /// records were committed, staged or dropped, and numbers skipped, before it. Records that were
-    /// staged when a producer crashed do not count.
+    /// Returns the sequence number of the next record: the first number of the channel, and how
+    /// many records were committed, staged or dropped, and numbers skipped, before it. Records that
+    /// were staged when a producer crashed do not count.
     pub fn sequence(&self) -> u64 {
         self.producer.sequence()
     }
@@ -152,8 +152,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     }
 
     /// Sets the sequence number of the first record, as long as no record was committed, staged or
-    /// dropped and no number skipped since the channel's reset. The numbers below it do not count as
-    /// dropped.
+    /// dropped and no number skipped since the channel's reset. The numbers below it do not count
+    /// as dropped.
     pub fn set_first_sequence(&mut self, number: u64) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
         let set = self.producer.set_first_sequence(number);

@@ -266,7 +266,8 @@ impl Clock {
     pub const MONOTONIC: Clock = Clock(0);
     /// The time of day: nanoseconds since the begin of 1970 in UTC, without leap seconds.
     pub const REALTIME: Clock = Clock(1);
-    /// International atomic time, which has no leap seconds, in nanoseconds since the begin of 1970.
+    /// International atomic time, which has no leap seconds, in nanoseconds since the begin of
+    /// 1970.
     pub const TAI: Clock = Clock(2);
     /// A clock of another machine, from which a program has forwarded the record. Only the times of
     /// one channel can be subtracted.

@@ -20,8 +20,8 @@ pub struct PresenceWords {
 
 impl PresenceWords {
     /// Finds the presence words of `end` of the channel with this index. `None` if there is no such
-    /// channel, if the channel has no such end, or if the page is not within the first `mapped` bytes. No guest mapping has a
-    /// driver's page.
+    /// channel, if the channel has no such end, or if the page is not within the first `mapped`
+    /// bytes. No guest mapping has a driver's page.
     pub fn find(layout: &Layout, channel: usize, end: End, mapped: u64) -> Option<Self> {
         let peer = layout.channels().get(channel)?.peer(end);
         if peer > layout.host() {

@@ -159,9 +159,9 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         })
     }
 
-    /// Returns the sequence number of the next record: the first number of the channel, and how many
-    /// records were committed, staged or dropped, and numbers skipped, before it. Records that were
-    /// staged when a producer crashed do not count.
+    /// Returns the sequence number of the next record: the first number of the channel, and how
+    /// many records were committed, staged or dropped, and numbers skipped, before it. Records that
+    /// were staged when a producer crashed do not count.
     pub fn sequence(&self) -> u64 {
         self.records.wrapping_add(self.unused)
     }
@@ -204,8 +204,8 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     ///
     /// So there are never more than half of the capacity and a sixteenth between `written` and the
     /// limit: a quarter for the record, less than a quarter for its padding, and the rounding. The
-    /// newest committed record starts at most a quarter below `written`, and is whole until the next
-    /// commit.
+    /// newest committed record starts at most a quarter below `written`, and is whole until the
+    /// next commit.
     #[cold]
     fn bound_staged(&mut self, end: u64) -> Result<(), ReserveError> {
         if self.was_reset() {
@@ -308,9 +308,9 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 
     /// Skips sequence numbers: no record has them. They count as dropped, for a producer that knows
-    /// of records that were lost before they reached it. Publishes the staged records first, so that
-    /// the numbers lie between them and the next record. Returns whether the consumer must be rung.
-    /// The error says that this end was detached, and skipped nothing.
+    /// of records that were lost before they reached it. Publishes the staged records first, so
+    /// that the numbers lie between them and the next record. Returns whether the consumer must be
+    /// rung. The error says that this end was detached, and skipped nothing.
     pub fn skip(&mut self, count: u64) -> Result<Notify, Reset> {
         let notify = self.publish()?;
         if self.was_reset() {

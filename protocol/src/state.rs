@@ -52,9 +52,9 @@ pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
 ///
 /// A process claims an end before it attaches to the channel, and attaching fails during a reset.
 /// So either the reset sees the claim, or the attaching end sees the reset. An end that lives on
-/// although it seemed free notices the reset after its next store ([`Reset`](crate::cursor::Reset)).
-/// That store is below the cursor at which the channel begins, so that the new ends do not mistake
-/// it for one of their own.
+/// although it seemed free notices the reset after its next store
+/// ([`Reset`](crate::cursor::Reset)). That store is below the cursor at which the channel begins,
+/// so that the new ends do not mistake it for one of their own.
 pub fn reset<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     entry: &Channel,
@@ -187,8 +187,8 @@ impl ChannelState {
         }
     }
 
-    /// Returns the bytes committed and not released; `None` if the cursors contradict each other, or
-    /// if the channel has no consumer that could release them.
+    /// Returns the bytes committed and not released; `None` if the cursors contradict each other,
+    /// or if the channel has no consumer that could release them.
     pub fn fill(&self, entry: &Channel) -> Option<u64> {
         if !entry.has_consumer() {
             return None;

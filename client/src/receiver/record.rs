@@ -108,14 +108,14 @@ impl<'a> Record<'a> {
         self.receiver.header.kind
     }
 
-    /// Returns the number of the record in the channel, from 0 at each reset unless the sender chose
-    /// another one.
+    /// Returns the number of the record in the channel, from 0 at each reset unless the sender
+    /// chose another one.
     pub fn sequence(&self) -> u64 {
         self.receiver.header.sequence
     }
 
-    /// Returns the time of [`Record::clock`], in nanoseconds: the sender's `CLOCK_MONOTONIC` when it
-    /// sent or staged the record, unless the sender gave another time. A guest and its host have
+    /// Returns the time of [`Record::clock`], in nanoseconds: the sender's `CLOCK_MONOTONIC` when
+    /// it sent or staged the record, unless the sender gave another time. A guest and its host have
     /// different clocks, so their times cannot be compared.
     pub fn time(&self) -> u64 {
         self.receiver.header.time

@@ -205,8 +205,8 @@ impl Sender {
         self.outcome(sent)
     }
 
-    /// Copies a record into the channel and commits it as [`Sender::send`] does, with a time stamp of
-    /// the program's own. A program that forwards records from elsewhere keeps their times so.
+    /// Copies a record into the channel and commits it as [`Sender::send`] does, with a time stamp
+    /// of the program's own. A program that forwards records from elsewhere keeps their times so.
     ///
     /// ```no_run
     /// use std::time::{SystemTime, UNIX_EPOCH};
@@ -254,8 +254,8 @@ impl Sender {
         self.outcome(sent)
     }
 
-    /// Skips sequence numbers, so that no record has them. A program that forwards records tells its
-    /// receiver so that some were lost before they reached it. Skipped numbers count as dropped
+    /// Skips sequence numbers, so that no record has them. A program that forwards records tells
+    /// its receiver so that some were lost before they reached it. Skipped numbers count as dropped
     /// records. Records that were staged are committed first.
     ///
     /// ```no_run

@@ -78,7 +78,8 @@ pub fn tail(args: &Tail, mut tap: Tap) -> Result<()> {
 }
 
 /// Describes a record: the time in seconds, with its clock unless that is the sender's monotonic
-/// one, the kind, the number, the length, and the content as text or, if it is no text, in hexadecimal.
+/// one, the kind, the number, the length, and the content as text or, if it is no text, in
+/// hexadecimal.
 fn line(record: &OwnedRecord, limit: usize) -> String {
     let (seconds, nanoseconds) = (record.time / 1_000_000_000, record.time % 1_000_000_000);
     let kind = match record.kind {

@@ -99,13 +99,13 @@ pub mod channel {
     /// Offset of the cursor at which the newest record starts in a commit note, in bytes. It has no
     /// meaning if the number of records is 0.
     pub const NOTE_LAST: u64 = 16;
-    /// Number of sequence numbers that no record has: of records that found the channel full, and of
-    /// those that the producer skipped.
+    /// Number of sequence numbers that no record has: of records that found the channel full, and
+    /// of those that the producer skipped.
     pub const DROPPED: u64 = 256;
     /// Number of doorbells that the producer rang.
     pub const PRODUCER_RUNG: u64 = 264;
-    /// Sequence number with which the producer began. It changes no more once a record was committed
-    /// or dropped.
+    /// Sequence number with which the producer began. It changes no more once a record was
+    /// committed or dropped.
     pub const FIRST: u64 = 272;
     /// Producer's wake threshold: the value of [`READ`] at which it wants to be woken; 0 for none.
     pub const PRODUCER_THRESHOLD: u64 = 384;

@@ -122,8 +122,8 @@ fn call() -> impl Strategy<Value = Call> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(rounds(24, 96)))]
 
-    /// Kills a producer at any store, lets a successor begin a largest record, and kills that one at
-    /// any store, too. A tap can copy the newest record, whole, in each state.
+    /// Kills a producer at any store, lets a successor begin a largest record, and kills that one
+    /// at any store, too. A tap can copy the newest record, whole, in each state.
     #[test]
     fn newest_record_outlives_killed_producer(
         calls in prop::collection::vec((call(), prop::option::of(any::<prop::sample::Index>())), 1..40)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Memory that records each of its states while an end or a reset makes a call, and the records that
-//! taps find in such a state.
+//! Memory that records each of its states while an end or a reset makes a call, and the records
+//! that taps find in such a state.
 
 use std::cell::RefCell;
 use std::ops::Deref;
