@@ -148,7 +148,9 @@ fn overwrite(broker: &Broker, vm: &Vm) -> Result<()> {
     let text = String::from_utf8_lossy(&refused.stderr);
     ensure!(text.contains("channel `camera` has no consumer"), "{text}");
     let tail = ["tail", "camera", "--latest", "-n", "1"];
-    let in_guest = vm.run(["barlink-guest"].into_iter().chain(tail))?.success()?;
+    let in_guest = vm
+        .run(["barlink-guest"].into_iter().chain(tail))?
+        .success()?;
     let on_host = run(&mut broker.app(tail), "the tap")?;
     let on_host = String::from_utf8(on_host.stdout)?;
     ensure!(in_guest == on_host, "{in_guest}, not {on_host}");

@@ -22,7 +22,7 @@ use crate::guest::events::DeviceEvents;
 use crate::guest::find as by_name;
 use crate::guest::node::{TRIES, choose, info, layout, map, open, system};
 use crate::layouts::Layouts;
-use crate::memory::{Access, Mapping};
+use crate::memory::{Access, Mapping, RingRegion};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::region::Region;
@@ -140,6 +140,15 @@ impl Device {
         })
     }
 
+    /// Returns the region for the ring. The mode of a mapping for reading can change to
+    /// write-combining at any time, so it is always accessed as if it were.
+    fn ring_region(&self) -> RingRegion {
+        match self.access {
+            Access::ReadOnly => region(&self.mapping, CacheMode::WriteCombining as u32),
+            Access::ReadWrite => region(&self.mapping, self.granted),
+        }
+    }
+
     /// Returns the result of [`Cache::Auto`], if that was requested.
     ///
     /// ```no_run
@@ -173,7 +182,9 @@ impl Device {
     }
 
     /// Returns the cache mode that the guest's kernel granted to the mapping. `None` if the driver
-    /// reports a mode that this release does not know.
+    /// reports a mode that this release does not know. The mapping of a device that was opened for
+    /// reading follows the mode of mappings for writing, which come and go, so that its mode can
+    /// have changed since.
     ///
     /// ```no_run
     /// use barlink::guest::{self, CacheMode};
@@ -279,7 +290,7 @@ impl Device {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn region(&self) -> Region {
-        Region::new(region(&self.mapping, self.granted), self.mapping.writable())
+        Region::new(self.ring_region(), self.mapping.writable())
     }
 
     /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their
@@ -476,7 +487,7 @@ impl Side for Device {
     }
 
     fn region(&self) -> Region {
-        Region::new(region(&self.mapping, self.granted), self.mapping.writable())
+        Region::new(self.ring_region(), self.mapping.writable())
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {

@@ -50,6 +50,19 @@ pub struct OwnedRecord {
     pub bytes: Vec<u8>,
 }
 
+impl Default for OwnedRecord {
+    /// Returns an empty record, for [`Tap::recv_into`](crate::Tap::recv_into).
+    fn default() -> Self {
+        OwnedRecord {
+            kind: Kind::DATA,
+            sequence: 0,
+            time: 0,
+            clock: Clock::MONOTONIC,
+            bytes: Vec::new(),
+        }
+    }
+}
+
 /// The end of a record's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum AtEnd {

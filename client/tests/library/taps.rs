@@ -2,19 +2,18 @@
 
 //! Tests of taps, which copy records that other programs exchange.
 
-use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use barlink::host::AttachOptions;
-use barlink::{Access, Clock, ErrorKind, Kind, Sent, Stamp, Tap};
+use barlink::{Access, ErrorKind, Kind, OwnedRecord, Sent, Tap};
 use barlink_protocol::Ordering;
 use barlink_protocol::wire::layout::channel;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::broker::*;
 
 /// Returns a tap over a mapping that cannot be written.
-fn tap(broker: &Running, channel: &str) -> Tap {
+pub fn tap(broker: &Running, channel: &str) -> Tap {
     let options = AttachOptions::new().access(Access::ReadOnly);
     let app = options.connect_path(broker.control()).unwrap();
     app.tap(channel).unwrap()
@@ -154,119 +153,52 @@ fn tap_of_a_fast_channel_copies_no_torn_record() {
 }
 
 #[test]
-fn latest_returns_newest_record_that_stays() {
-    let broker = Running::start(&["sensor=host-taps,4K,overwrite"]);
-    let mut sender = broker.attach().sender("sensor").unwrap();
-    assert_eq!(sender.max_record(), 1000);
-    let mut tap = tap(&broker, "sensor");
-    assert_eq!(tap.latest().unwrap(), None);
-    for number in 0..100_u64 {
-        let _ = sender.send(Kind::USER, &[number as u8; 900]).unwrap();
-        if number % 5 == 0 {
-            let record = tap.latest().unwrap().unwrap();
-            assert_eq!(
-                (record.sequence, record.bytes),
-                (number, vec![number as u8; 900])
-            );
-        }
-    }
-    assert_eq!((tap.missed(), tap.dropped()), (96 - 20, 0));
-    // The sender is gone, and the record stays.
-    let reservation = sender.reserve(1000).unwrap();
-    drop(reservation);
-    drop(sender);
-    assert_eq!(tap.latest().unwrap().unwrap().sequence, 99);
-}
-
-#[test]
-fn forwarded_records_keep_numbers_and_times() {
-    let broker = Running::start(&["loop=host-host,4K"]);
+fn tap_reuses_memory_of_record() {
+    let broker = Running::start(&["loop=host-host,64K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     let mut tap = tap(&broker, "loop");
-    sender.set_first_sequence(1_000).unwrap();
-    let stamps = [Stamp::new(5, Clock::REALTIME), Stamp::new(6, Clock::REMOTE)];
-    let _ = sender.send_at(Kind::USER, b"a", stamps[0]).unwrap();
-    sender.skip(7).unwrap();
-    let _ = sender.stage_at(Kind::USER, b"b", stamps[1]).unwrap();
-    sender.publish().unwrap();
-    let mut reservation = sender.reserve(3).unwrap();
-    reservation.write_all(b"own").unwrap();
-    reservation
-        .commit_at(Kind::USER, Stamp::new(7, Clock::USER))
-        .unwrap();
-    let error = sender.set_first_sequence(0).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InvalidInput);
-    assert_eq!(
-        error.to_string(),
-        "the channel has had records since its last reset, so its first number is fixed"
-    );
-    let expected = [
-        (1_000, 5, Clock::REALTIME),
-        (1_008, 6, Clock::REMOTE),
-        (1_009, 7, Clock::USER),
-    ];
-    for (index, (sequence, time, clock)) in expected.into_iter().enumerate() {
-        let record = receiver.recv().unwrap();
-        assert_eq!(
-            (record.sequence(), record.time(), record.clock()),
-            (sequence, time, clock)
-        );
-        assert_eq!(record.missed(), if index == 1 { 7 } else { 0 });
-        assert_eq!(tap.recv().unwrap(), record.to_owned());
-        assert_eq!(
-            (tap.missed(), tap.dropped()),
-            (0, if index == 0 { 0 } else { 7 })
-        );
+    let mut record = OwnedRecord::default();
+    let at_once = Duration::ZERO;
+    assert!(!tap.recv_into(&mut record, at_once).unwrap());
+    let mut memory = None;
+    for (number, length) in [9000, 5, 0, 8999].into_iter().enumerate() {
+        let bytes = vec![number as u8 + 1; length];
+        sender.send(Kind::USER, &bytes).unwrap();
+        assert!(tap.recv_into(&mut record, at_once).unwrap());
+        assert_eq!(record.bytes, bytes);
+        let place = record.bytes.as_ptr();
+        assert_eq!(*memory.get_or_insert(place), place, "{length} bytes");
+        drop(receiver.recv().unwrap());
     }
-}
-
-/// Takes the newest record again and again from a sender that never pauses, whose records are as
-/// large as the channel permits. Returns how many calls found it whole. No copy is torn.
-fn whole_of(calls: u32, capacity: &str) -> u32 {
-    let broker = Running::start(&[&format!("camera=host-taps,{capacity},overwrite")]);
-    let mut sender = broker.attach().sender("camera").unwrap();
-    let mut tap = tap(&broker, "camera");
-    let patterns: Vec<_> = (0..=u8::MAX)
-        .map(|number| vec![number; sender.max_record()])
-        .collect();
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(Relaxed) {
-                let pattern = &patterns[usize::from(sender.sequence() as u8)];
-                let _ = sender.send(Kind::USER, pattern).unwrap();
-            }
-        });
-        while tap.latest().unwrap().is_none() {
-            std::hint::spin_loop();
-        }
-        let (mut whole, mut last) = (0, 0);
-        for _ in 0..calls {
-            let Some(record) = tap.latest().unwrap() else {
-                continue;
-            };
-            let number = record.sequence;
-            assert_eq!(record.bytes, patterns[usize::from(number as u8)], "torn");
-            assert!(last <= number, "an older record");
-            last = number;
-            whole += 1;
-        }
-        stop.store(true, Relaxed);
-        whole
-    })
 }
 
 #[test]
-fn latest_is_whole_under_fast_sender() {
-    let is_soak = std::env::var("BARLINK_TIER").is_ok_and(|tier| tier == "soak");
-    let calls = match is_soak {
-        true => [(10_000_000, "4K"), (1_000_000, "256K")],
-        false => [(20_000, "4K"), (2_000, "256K")],
+fn taps_descriptor_is_readable_when_due() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, _receiver) = broker.ends("loop");
+    let mut tap = tap(&broker, "loop");
+    let is_due = |tap: &Tap, milliseconds: i64| {
+        let timeout = Timespec {
+            tv_sec: 0,
+            tv_nsec: milliseconds * 1_000_000,
+        };
+        poll(&mut [PollFd::new(tap, PollFlags::IN)], Some(&timeout)).unwrap() == 1
     };
-    for (calls, capacity) in calls {
-        let whole = whole_of(calls, capacity);
-        let share = f64::from(whole) / f64::from(calls);
-        println!("channel of {capacity}: {whole} of {calls} whole, {share:.6}");
-        assert!(share >= 0.999, "channel of {capacity}: {whole} of {calls}");
+    // A new tap has not looked yet.
+    assert!(is_due(&tap, 0));
+    // Each look that comes in time and finds nothing doubles the pause, up to 10 ms.
+    let mut longest = Duration::ZERO;
+    for _ in 0..10 {
+        assert!(tap.try_recv().unwrap().is_none());
+        let start = Instant::now();
+        assert!(is_due(&tap, 999));
+        longest = longest.max(start.elapsed());
     }
+    assert!(longest >= Duration::from_millis(9), "{longest:?}");
+    assert!(tap.try_recv().unwrap().is_none());
+    sender.send(Kind::USER, b"text").unwrap();
+    assert!(is_due(&tap, 999));
+    assert_eq!(tap.try_recv().unwrap().unwrap().bytes, b"text");
+    // Another record may be there.
+    assert!(is_due(&tap, 0));
 }
