@@ -225,8 +225,9 @@ fn broker_refuses_consumer_of_overwriting_channel() {
 
 #[test]
 fn taps_read_overwriting_channel() {
-    let broker = Broker::start(&["--channel", "camera=host-taps,64K,overwrite"]);
+    let broker = Broker::start(&["--channel", "up=up,64K", "--reserve", "128K"]);
     let app = broker.attach();
+    works(&mut broker.app(&["channel", "add", "camera=host-taps,64K,overwrite"]));
     let mut taps = ["tail", "recv"].map(|command| {
         let args: &[&str] = match command {
             "tail" => &["tail", "camera", "-n", "1"],
@@ -262,7 +263,7 @@ fn taps_read_overwriting_channel() {
     );
     let json = works(&mut broker.app(&["inspect", "--json"]));
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-    let (view, region) = (&json["channels"][0], &json["region"]["channels"][0]);
+    let (view, region) = (&json["channels"][1], &json["region"]["channels"][1]);
     assert_eq!(
         (&view["policy"], &view["to"]),
         (&"overwrite".into(), &"taps".into())
