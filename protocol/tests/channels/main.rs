@@ -4,6 +4,7 @@
 //! killed.
 
 mod crash;
+mod example;
 mod heap;
 mod region;
 mod reset;
