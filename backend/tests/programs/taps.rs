@@ -104,8 +104,8 @@ fn recv_taps_copy_stream_beside_receiver() {
     assert_eq!(std::fs::read(broker.path("three")).unwrap(), data);
 }
 
-/// Sends one line as a stream. Sender, receiver and tap count its data. The channel has the marks of
-/// the stream as well, and `inspect` says so.
+/// Sends one line as a stream. Sender, receiver and tap count its data. The channel has the marks
+/// of the stream as well, and `inspect` says so.
 #[test]
 fn summaries_count_data_and_no_marks() {
     let broker = Broker::start(&LOOP);

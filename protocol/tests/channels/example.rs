@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The example of `docs/protocol.md`, section 4.7: the bytes that real ends write into a region.
+//! The example of `docs/protocol.md`, section 4.8: the bytes that real ends write into a region.
 //!
 //! The section is this file's output. `BARLINK_RENEW=1 cargo test -p barlink-protocol example`
 //! writes it anew after a change of the layout.
@@ -15,16 +15,15 @@ use std::time::Duration;
 use barlink_protocol::cursor::{Capacity, Header, Kind, span};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{
-    BrokerName, Channel, FIRST_FREE, Identity, Instance, Layout, Name, PAGE_SIZE, channel,
-    table_entry,
+    BrokerName, Channel, Identity, Instance, Layout, Name, PAGE_SIZE, channel, table_entry,
 };
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Sent, Wakeup, state};
 
-use crate::heap::{Heap, Memory};
+use crate::heap::{Heap, Memory, region};
 
 const DOCUMENT: &str = include_str!("../../../docs/protocol.md");
 /// The heading of the section, and the heading behind it.
-const HEADING: &str = "\n### 4.7 An example in bytes\n\n";
+const HEADING: &str = "\n### 4.8 An example in bytes\n\n";
 const NEXT: &str = "\n## 5. ";
 
 /// An end's clock, which the example sets, and doorbells without effect.
@@ -52,23 +51,19 @@ impl Events for Clock {
 
 /// Returns the layout of a region with two channels and no unused page.
 fn layout() -> Layout {
+    let (waits, drops) = (region(4096, false).1, region(4096, true).1);
     let up = Channel {
         name: Name::new("up").unwrap(),
-        producer: 0,
-        consumer: 1,
         vector: 1,
-        drop_when_full: false,
-        offset: FIRST_FREE,
-        capacity: 4096,
+        ..waits.channels()[0]
     };
     let down = Channel {
         name: Name::new("down").unwrap(),
-        producer: 1,
-        consumer: 0,
+        producer: up.consumer,
+        consumer: up.producer,
         vector: 2,
-        drop_when_full: true,
         offset: up.end(),
-        ..up
+        ..drops.channels()[0]
     };
     let raw = down.end();
     let identity = Identity {
