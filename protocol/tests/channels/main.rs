@@ -3,7 +3,9 @@
 //! Channels on the heap: the ring itself, ends that sleep and wake each other, ends that are
 //! killed, and channels without a consumer.
 
+mod counts;
 mod crash;
+mod example;
 mod heap;
 mod numbers;
 mod overwrite;
