@@ -18,6 +18,7 @@ mod serve;
 #[path = "../../../ci/vm/src/service.rs"]
 mod service;
 mod sessions;
+mod stream_ends;
 mod streams;
 mod support;
 mod surroundings;
