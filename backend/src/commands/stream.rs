@@ -29,5 +29,5 @@ pub fn recv(args: &Recv) -> Result<()> {
 
 pub fn tail(args: &Tail) -> Result<()> {
     let attachment = super::attach(&args.which, Access::ReadOnly)?;
-    tail::tail(&args.tail, attachment.tap(&args.channel)?)
+    tail::tail(&args.tail, &args.channel, attachment.tap(&args.channel)?)
 }

@@ -4,6 +4,7 @@
 //! `peek` and `poke`, cache modes, errors and exit codes.
 
 pub mod cache;
+pub mod failure;
 mod meter;
 pub mod place;
 pub mod size;

@@ -124,21 +124,27 @@ impl<'a> Meter<'a> {
         print_dropped(total);
     }
 
-    /// Removes the progress bar. If the stream ended without being whole, prints the summary to
-    /// standard error.
+    /// Removes the progress bar, and prints the summary of a stream that ended early or is not
+    /// whole to standard error.
     pub fn fail(self, error: &StreamError, json: bool) {
-        self.bar.finish_and_clear();
         let total = match error {
             StreamError::Missing(total) | StreamError::EndDropped(total) => *total,
-            StreamError::Incomplete(_)
-            | StreamError::Misplaced(_)
-            | StreamError::TimedOut { .. } => self.progress,
-            _ => return,
+            _ => self.progress,
         };
+        self.bar.finish_and_clear();
         if json {
             self.print_json(&total, false);
         } else if !matches!(error, StreamError::Missing(_)) {
             print_dropped(&total);
+        }
+    }
+
+    /// Removes the progress bar, and prints the summary of a stream that was moved, and whose file
+    /// could not be written to its end.
+    pub fn spoil(self, total: &Progress, json: bool) {
+        self.bar.finish_and_clear();
+        if json {
+            self.print_json(total, false);
         }
     }
 

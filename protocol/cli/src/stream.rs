@@ -2,7 +2,6 @@
 
 //! The commands `send` and `recv`: they move a file through a channel.
 
-use std::fmt::{Display, Formatter};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,6 +14,7 @@ use barlink::{ChannelError, Error, Kind, Receiver, Sender};
 use clap::Args;
 use rustix::fs::SeekFrom;
 
+use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
 use crate::meter::{Meter, Wait};
 use crate::size::{parse_size, parse_time};
 use crate::standard::OutputClosed;
@@ -61,7 +61,7 @@ pub struct Recv {
     /// Copy the next stream that begins, which another program receives, or none. The sender does
     /// not wait for this command, which misses records that it copies too late. Give the sender a
     /// --record-size far below the channel's: it reserves that much before it has input, and what
-    /// stood there is lost for this command. With a sender that was killed, it ends by --timeout
+    /// stood there is lost for this command
     #[arg(long, conflicts_with = "follow")]
     pub tap: bool,
     /// Write the content of the newest record, and end. The marks around a stream are no record.
@@ -168,6 +168,7 @@ pub fn receive(
         let outcome = stream::receive_with(&mut receiver, &target, accept, &mut watch);
         let outcome = match (outcome, &args.output) {
             (Err(StreamError::Write { source, .. }), Some(path)) if watch.failed => {
+                meter.spoil(&Progress::default(), args.json);
                 let path = path.display();
                 let cure = "the stream is still in the channel: receive it into another file";
                 let error = anyhow::Error::new(source);
@@ -176,9 +177,13 @@ pub fn receive(
             (outcome, _) => outcome,
         };
         // A disk's quota or a file server can report its error as late as this.
-        let flushed = args.output.as_ref().map_or(Ok(()), |_| flush(&target));
-        if let (Ok(_), Some(path), Err(error)) = (&outcome, &args.output, flushed) {
+        if let (Ok(total), Err(error)) = (&outcome, flush(&target)) {
+            meter.spoil(total, args.json);
             let what = "the stream is no longer in the channel, and the file is not whole";
+            let path = args
+                .output
+                .as_deref()
+                .unwrap_or(Path::new("standard output"));
             let path = path.display();
             return Err(anyhow::Error::new(error).context(format!("cannot write {path}: {what}")));
         }
@@ -251,7 +256,11 @@ pub fn mark(sender: &mut Sender, kind: Kind) -> Result<()> {
     match stream::mark(sender, kind) {
         Err(Error::Full) => {
             let text = "the end of the stream was dropped because the channel was full".to_owned();
-            Err(Failure { text, code: 6 }.into())
+            Err(Failure {
+                text,
+                code: MISSING,
+            }
+            .into())
         }
         marked => Ok(marked?),
     }
@@ -277,27 +286,6 @@ fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
     }
 }
 
-/// Error of a stream that has an exit code of its own.
-#[derive(Debug)]
-pub(crate) struct Failure {
-    pub(crate) text: String,
-    pub(crate) code: u8,
-}
-
-impl Display for Failure {
-    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-impl std::error::Error for Failure {}
-
-/// Returns the exit code of a stream's error, as the help of both programs documents it. `None` for
-/// an error of another kind.
-pub fn exit_code(error: &anyhow::Error) -> Option<u8> {
-    error.downcast_ref::<Failure>().map(|failure| failure.code)
-}
-
 /// Converts the error of a stream for the user: adds the file's name to an error of the operating
 /// system, and a remedy if there is one.
 fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::Error {
@@ -307,10 +295,13 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
         Failure { text, code }.into()
     };
     let (source, what) = match error {
-        StreamError::Incomplete(_) => return failure(5, ""),
-        StreamError::Missing(_) => return failure(6, ""),
+        StreamError::Incomplete(_) => return failure(INCOMPLETE, ""),
+        StreamError::Missing(_) => return failure(MISSING, ""),
         StreamError::EndDropped(_) => {
-            return failure(6, ": start the receiver first, or serve a larger channel");
+            return failure(
+                MISSING,
+                ": start the receiver first, or serve a larger channel",
+            );
         }
         StreamError::Misplaced(Misplaced::OtherKind { .. }) => {
             return failure(
@@ -319,9 +310,12 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             );
         }
         StreamError::Misplaced(_) => {
-            return failure(6, ": receive the rest into another file with --partial");
+            return failure(
+                MISSING,
+                ": receive the rest into another file with --partial",
+            );
         }
-        StreamError::TimedOut { .. } => return failure(7, ""),
+        StreamError::TimedOut { after, .. } => return timed_out(after),
         StreamError::Read(source) => {
             let cure = match source.kind() {
                 io::ErrorKind::IsADirectory => ": name a file",
@@ -354,6 +348,9 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             return anyhow::anyhow!(
                 "{error}: stop both programs that use it, and empty it with `barlink reset-channel {channel}` on the host"
             );
+        }
+        StreamError::Channel(ChannelError::Reset(_)) => {
+            return anyhow::anyhow!("{error}, {RESET_CURE}");
         }
         error => return error.into(),
     };
