@@ -4,8 +4,10 @@
 //! every invalid input.
 
 mod channels;
+mod commands;
 mod confined;
 mod control;
+mod descriptors;
 mod gone;
 mod hostile;
 mod ivshmem;
@@ -13,6 +15,7 @@ mod limits;
 mod live;
 mod many;
 mod process;
+mod refused_calls;
 mod replace;
 mod serve;
 #[path = "../../../ci/vm/src/service.rs"]

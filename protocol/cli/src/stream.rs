@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use rustix::fs::SeekFrom;
 use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
 use crate::meter::{Meter, Wait};
 use crate::size::{parse_size, parse_time};
-use crate::standard::OutputClosed;
+use crate::standard::{OutputClosed, flush, input, output};
 
 /// Default of the maximum payload of a record, in bytes. Larger records are no faster.
 const RECORD_SIZE: u64 = 1 << 20;
@@ -93,10 +93,7 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
                 format!("cannot open {path} (name a readable file, or none for standard input)")
             })?
             .into(),
-        None => io::stdin()
-            .as_fd()
-            .try_clone_to_owned()
-            .context("cannot use standard input")?,
+        None => input()?,
     };
     let size = rustix::fs::fstat(&source)
         .ok()
@@ -147,10 +144,7 @@ pub fn receive(
                 format!("cannot create {path} (name a writable file, or none for standard output)")
             })?
             .into(),
-        None => io::stdout()
-            .as_fd()
-            .try_clone_to_owned()
-            .context("cannot use standard output")?,
+        None => output()?,
     };
     let accept = Accept::default().partial(args.partial).raw(args.raw);
     let mut wait = Wait::for_sender(channel);
@@ -176,7 +170,6 @@ pub fn receive(
             }
             (outcome, _) => outcome,
         };
-        // A disk's quota or a file server can report its error as late as this.
         if let (Ok(total), Err(error)) = (&outcome, flush(&target)) {
             meter.spoil(total, args.json);
             let what = "the stream is no longer in the channel, and the file is not whole";
@@ -240,14 +233,6 @@ impl Watch for Emptying<'_, '_, '_> {
 
     fn timeout(&self) -> Option<Duration> {
         self.meter.timeout()
-    }
-}
-
-/// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor.
-pub fn flush(file: impl AsFd) -> io::Result<()> {
-    match nix::unistd::close(file.as_fd().try_clone_to_owned()?) {
-        Err(nix::errno::Errno::EINTR) => Ok(()),
-        closed => Ok(closed?),
     }
 }
 

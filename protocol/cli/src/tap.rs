@@ -10,8 +10,8 @@ use anyhow::{Context, Result, bail};
 use barlink::{ErrorKind, Kind, OwnedRecord, Tap};
 
 use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
-use crate::standard::print;
-use crate::stream::{Recv, flush};
+use crate::standard::{flush, flush_output, output, print};
+use crate::stream::Recv;
 
 /// Time between two looks for the first record.
 const RETRY: Duration = Duration::from_millis(10);
@@ -29,6 +29,8 @@ impl<'a> Target<'a> {
     /// Opens the file of `--output`. A failure before the first record does not empty it.
     fn open(args: &'a Recv) -> Result<Self> {
         let Some(path) = &args.output else {
+            // It must be open.
+            output()?;
             return Ok(Target::Output);
         };
         let mut options = File::options();
@@ -53,7 +55,7 @@ impl<'a> Target<'a> {
     /// Reports the errors of a file that come late.
     fn flush(&self) -> Result<()> {
         match self {
-            Target::Output => Ok(()),
+            Target::Output => flush_output(),
             Target::File(file, name) => flush(file).with_context(|| format!("cannot write {name}")),
         }
     }
