@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
 
 use barlink::Kind;
+use barlink_protocol::wire::layout::channel;
 use rustix::process::Signal;
 
 use crate::support::*;
@@ -312,4 +313,38 @@ fn tap_that_ends_early_prints_summary() {
                 .all(|line| line.contains(r#""complete":false"#)),
         "{errors}"
     );
+}
+
+/// A sender reserves no more than its source has, so its limit is near what it has committed. A tap
+/// then reads all of the channel but a sixteenth, however long the source is silent.
+#[test]
+fn sender_of_slow_source_keeps_old_records_readable() {
+    let broker = Broker::start(&["--channel", "loop=host-host,1M"]);
+    let app = broker.attach();
+    let entry = *app.layout().find("loop").unwrap().1;
+    let load = |word| app.region().ring().load(entry.offset + word);
+    let ahead = || {
+        let written = load(channel::WRITTEN);
+        (written > 0).then(|| load(channel::LIMIT) - written)
+    };
+    let mut slow = sender(&broker);
+    for _ in 0..3 {
+        let written = load(channel::WRITTEN);
+        slow.stdin.as_mut().unwrap().write_all(b"tick").unwrap();
+        wait_until("it is sent", || load(channel::WRITTEN) > written);
+        wait_until_fast_asleep(slow.id());
+        assert!(ahead().unwrap() <= 64 << 10, "{:?}", ahead());
+    }
+    drop(slow.stdin.take());
+    assert!(wait(&mut slow).success());
+    // The end of a file needs no room for a record.
+    file_with(&broker.path("in"), &noise(100_000));
+    works(
+        broker
+            .app(&["send", "--channel", "loop"])
+            .arg(broker.path("in")),
+    );
+    assert!(ahead().unwrap() <= 64 << 10, "{:?}", ahead());
+    let mut latest = broker.app(&["tail", "loop", "--latest", "-n", "1"]);
+    assert!(works(&mut latest).contains(" end "));
 }
