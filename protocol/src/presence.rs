@@ -73,6 +73,11 @@ impl Presence {
         is_there && self.holder != 0
     }
 
+    /// Returns whether the end belongs to the host, and its broker has ended in good order.
+    pub(crate) fn is_without_broker(&self) -> bool {
+        !self.is_of_a_vm && self.epoch != 0 && self.epoch.is_multiple_of(2)
+    }
+
     /// Returns the holder's process ID on its own side, if there is a holder.
     pub fn process(&self) -> Option<u32> {
         self.is_held().then_some(self.holder as u32)

@@ -44,29 +44,42 @@ impl Stream {
         assert_eq!(&received, bytes);
     }
 
-    /// Ends the stream, which must be whole.
-    fn end(mut self) {
+    /// Ends the stream, which must be whole. Returns the messages of sender and receiver.
+    fn end(mut self) -> [String; 2] {
         drop(self.sender.stdin.take());
-        assert!(wait(&mut self.sender).success());
-        let output = finish(self.receiver);
-        let errors = String::from_utf8(output.stderr).unwrap();
-        assert!(output.status.success(), "{errors}");
-        assert_eq!(output.stdout, b"");
+        [self.sender, self.receiver].map(|program| {
+            let output = finish(program);
+            let errors = String::from_utf8(output.stderr).unwrap();
+            assert!(output.status.success(), "{errors}");
+            assert_eq!(output.stdout, b"");
+            errors
+        })
     }
 }
 
 #[test]
 fn stream_outlives_stopped_broker() {
+    let said = "the broker has ended: programs that are attached go on, and no other can attach\n";
     for signal in [Signal::TERM, Signal::INT, Signal::KILL] {
         let broker = Broker::start(&LOOP);
         let mut stream = Stream::start(&broker);
+        let mut tap = broker.app(&["tail", "loop", "-n", "1"]);
+        let mut tap = tap.stdout(Stdio::null()).stderr(Stdio::piped()).start();
+        wait_until("it is attached", || {
+            std::fs::read_dir(format!("/proc/{}/task", tap.id()))
+                .unwrap()
+                .count()
+                == 2
+        });
         let (_folder, _) = broker.stop(signal);
         stream.send(b"after");
         for pid in [stream.receiver.id(), stream.sender.id()] {
             wait_until_fast_asleep(pid);
         }
         stream.send(b"later");
-        stream.end();
+        assert_eq!(stream.end(), [said, said], "after {signal:?}");
+        assert!(wait(&mut tap).success());
+        assert_eq!(errors_of(&mut tap), said);
     }
 }
 
@@ -82,6 +95,9 @@ fn stream_outlives_stopped_and_started_service() {
     assert_eq!(broker.attach().status().unwrap().claims.len(), 2);
     kill(&mut stream.sender);
     assert_eq!(wait(&mut stream.receiver).code(), Some(5));
+    // It keeps the connections, so nothing is said.
+    let errors = errors_of(&mut stream.receiver);
+    assert!(errors.contains("the sender left") && errors.lines().count() == 1);
 }
 
 /// A VM over ivshmem lives on, and its guest goes on with its stream.

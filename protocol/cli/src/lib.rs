@@ -8,6 +8,7 @@ mod command_line;
 mod early;
 pub mod failure;
 mod meter;
+pub mod notice;
 pub mod place;
 pub mod size;
 pub mod standard;

@@ -109,14 +109,14 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
     );
     let record = usize::try_from(record)?;
     let mut wait = Wait::for_receiver(channel);
-    let mut meter = Meter::new(&source, size, args.timeout, &mut wait);
+    let mut meter = Meter::new(&source, size, args.timeout, args.json, &mut wait);
     match stream::send(&mut sender, &source, record, &mut meter) {
         Ok(total) => {
-            meter.finish("sent", &total, args.json);
+            meter.finish("sent", &total);
             Ok(())
         }
         Err(error) => {
-            meter.fail(&error, args.json);
+            meter.fail(&error);
             let error = describe(error, channel, args.file.as_deref());
             Err(error.context(format!("sending to channel `{channel}`")))
         }
@@ -153,7 +153,7 @@ pub fn receive(
         stat.is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file())
     });
     loop {
-        let mut meter = Meter::new(&target, None, args.timeout, &mut wait);
+        let mut meter = Meter::new(&target, None, args.timeout, args.json, &mut wait);
         let mut watch = Emptying {
             meter: &mut meter,
             old: &mut old,
@@ -162,7 +162,7 @@ pub fn receive(
         let outcome = stream::receive_with(&mut receiver, &target, accept, &mut watch);
         let outcome = match (outcome, &args.output) {
             (Err(StreamError::Write { source, .. }), Some(path)) if watch.failed => {
-                meter.spoil(&Progress::default(), args.json);
+                meter.spoil(&Progress::default());
                 let path = path.display();
                 let cure = "the stream is still in the channel: receive it into another file";
                 let error = anyhow::Error::new(source);
@@ -171,7 +171,7 @@ pub fn receive(
             (outcome, _) => outcome,
         };
         if let (Ok(total), Err(error)) = (&outcome, flush(&target)) {
-            meter.spoil(total, args.json);
+            meter.spoil(total);
             let what = "the stream is no longer in the channel, and the file is not whole";
             let path = args
                 .output
@@ -181,9 +181,9 @@ pub fn receive(
             return Err(anyhow::Error::new(error).context(format!("cannot write {path}: {what}")));
         }
         match outcome {
-            Ok(total) => meter.finish("received", &total, args.json),
+            Ok(total) => meter.finish("received", &total),
             Err(error) => {
-                meter.fail(&error, args.json);
+                meter.fail(&error);
                 let goes_on = args.follow
                     && matches!(error, StreamError::Incomplete(_) | StreamError::Missing(_));
                 let error = describe(take_back(error, &target), channel, args.output.as_deref())
@@ -229,6 +229,10 @@ impl Watch for Emptying<'_, '_, '_> {
 
     fn waits(&mut self, is_away: bool) {
         self.meter.waits(is_away);
+    }
+
+    fn broker_ended(&mut self) {
+        self.meter.broker_ended();
     }
 
     fn timeout(&self) -> Option<Duration> {

@@ -70,6 +70,10 @@ pub trait Watch {
     /// other end.
     fn waits(&mut self, _is_away: bool) {}
 
+    /// Handles the end of the broker, while a receiver waits for a sender on the host. The stream
+    /// goes on, because both ends outlive the broker. A broker that was killed causes no call.
+    fn broker_ended(&mut self) {}
+
     /// Returns the time without a record, or without space for one, after which the stream ends
     /// with [`StreamError::TimedOut`]. `None` for no limit. The time that a descriptor takes does
     /// not count.

@@ -38,6 +38,9 @@ where
     E: Events,
 {
     receiver.set_strategy(Strategy::STREAM);
+    if receiver.peer().is_without_broker() {
+        watch.broker_ended();
+    }
     let mut total = Progress::default();
     let mut buffer = Buffer::default();
     let mut wait = Wait::default();
@@ -67,7 +70,12 @@ where
                 }
                 continue;
             }
-            Wakeup::PeerChanged => continue,
+            Wakeup::PeerChanged => {
+                if receiver.peer().is_without_broker() {
+                    watch.broker_ended();
+                }
+                continue;
+            }
         }
         let Some(record) = receiver.record() else {
             continue;
