@@ -23,6 +23,7 @@ mod device;
 pub(crate) mod error;
 pub(crate) mod events;
 pub(crate) mod find;
+mod node;
 
 use std::path::Path;
 
