@@ -153,9 +153,10 @@ impl Broker {
     /// Serves until `stop` can be read, or another broker takes over.
     ///
     /// A broker that is stopped for good publishes in the region that it has ended. Connected VMs
-    /// and host apps keep the memory and their ends. A broker whose descriptors a service manager stores leaves all as it is
-    /// for its successor. The files of the sockets stay: a broker that may remove them could remove
-    /// other files of their folders. Another process or the next broker removes them.
+    /// and host apps keep the memory and their ends. A broker whose descriptors a service manager
+    /// stores leaves all as it is for its successor. The files of the sockets stay: a broker that
+    /// may remove them could remove other files of their folders. Another process or the next
+    /// broker removes them.
     pub fn run(self, stop: &OwnedFd) -> Result<Exit, BrokerError> {
         let state = &self.state;
         let listeners = self.acceptors.iter().map(|acceptor| &acceptor.listener);

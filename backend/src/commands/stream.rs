@@ -33,8 +33,8 @@ pub fn tail(args: &Tail) -> Result<()> {
     tail::tail(&args.tail, &args.channel, attachment.tap(&args.channel)?)
 }
 
-/// Attaches for a stream, which goes on when the broker ends. Unless standard error is for JSON, the
-/// end of the broker is then said there.
+/// Attaches for a stream, which goes on when the broker ends. Unless standard error is for JSON,
+/// the end of the broker is then said there.
 fn attach(which: &Which, access: Access, json: bool) -> Result<Attachment> {
     let attachment = super::attach(which, access)?;
     if !json {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Tests of `barlink send` and `recv` over a channel from host to host: streams that go through, and
-//! what the programs say meanwhile.
+//! Tests of `barlink send` and `recv` over a channel from host to host: streams that go through,
+//! and what the programs say meanwhile.
 
 use std::io::Write;
 use std::process::Stdio;

@@ -30,8 +30,8 @@ pub fn show_size(size: u64) -> String {
     }
 }
 
-/// A size for an error. It is shown in a larger unit if two decimals of that are exact, otherwise in
-/// bytes.
+/// A size for an error. It is shown in a larger unit if two decimals of that are exact, otherwise
+/// in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Exact(pub u64);
 

@@ -59,9 +59,9 @@ pub struct Recv {
     #[arg(long)]
     pub raw: bool,
     /// Copy the next stream that begins, which another program receives, or none. The sender does
-    /// not wait for this command, which misses records that it copies too late. A sender writes over
-    /// up to --record-size bytes at once, as soon as its input has them, so give it a value far
-    /// below the channel's size. Ends if the sender leaves
+    /// not wait for this command, which misses records that it copies too late. A sender writes
+    /// over up to --record-size bytes at once, as soon as its input has them, so give it a value
+    /// far below the channel's size. Ends if the sender leaves
     #[arg(long, conflicts_with = "follow")]
     pub tap: bool,
     /// Write the content of the newest record, and end. The marks around a stream are no record.

@@ -38,8 +38,8 @@ use crate::io;
 pub struct Progress {
     /// Bytes sent or received.
     pub bytes: u64,
-    /// Records of [`Kind::DATA`](crate::cursor::Kind::DATA) sent or received. With [`Accept::raw`], a receiver counts records
-    /// of other kinds too.
+    /// Records of [`Kind::DATA`](crate::cursor::Kind::DATA) sent or received. With
+    /// [`Accept::raw`], a receiver counts records of other kinds too.
     pub records: u64,
     /// Records that were dropped because the channel was full. A receiver counts the gaps in the
     /// numbers of the records, which include records of other kinds.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The records that belong to a stream: the position of a receiver among them, and the reasons why a
-//! record is not taken up.
+//! The records that belong to a stream: the position of a receiver among them, and the reasons why
+//! a record is not taken up.
 
 use crate::cursor::{Header, Kind};
 
