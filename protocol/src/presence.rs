@@ -74,6 +74,7 @@ impl Presence {
     }
 
     /// Returns whether the end belongs to the host, and its broker has ended in good order.
+    #[cfg(not(loom))]
     pub(crate) fn is_without_broker(&self) -> bool {
         !self.is_of_a_vm && self.epoch != 0 && self.epoch.is_multiple_of(2)
     }
