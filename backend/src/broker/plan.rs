@@ -5,12 +5,11 @@
 use std::path::Path;
 use std::str::FromStr;
 
-use barlink_cli::size::{parse_size, show_size};
+use barlink_cli::size::{Exact, parse_size, show_size};
 use barlink_protocol::wire::layout::{
     self, BrokerName, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, NO_PEER,
     Name, PAGE_SIZE, Policy,
 };
-use indicatif::BinaryBytes;
 
 /// Least bytes in the raw window, unless the operator chooses the channels.
 const RAW_WINDOW: u64 = 64 << 10;
@@ -19,7 +18,7 @@ const RAW_WINDOW: u64 = 64 << 10;
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// A BAR's size is a power of two.
-    #[error("region size {} is not a power of two: take --size {}", BinaryBytes(*size), either(candidates))]
+    #[error("region size {} is not a power of two: take --size {}", Exact(*size), either(candidates))]
     NotAPowerOfTwo {
         /// Bytes asked for.
         size: u64,
@@ -27,7 +26,7 @@ pub enum PlanError {
         candidates: Vec<u64>,
     },
     /// The region is too small for its channels.
-    #[error("region size {} is too small for its channels: take --size {} or more", BinaryBytes(*size), show_size(*needed))]
+    #[error("region size {} is too small for its channels: take --size {} or more", Exact(*size), show_size(*needed))]
     TooSmall {
         /// Bytes asked for.
         size: u64,
@@ -37,7 +36,7 @@ pub enum PlanError {
     /// The machine does not have enough memory for the channels.
     #[error(
         "the channels need a region of {}, and this machine's memory is {}: take channels that fit into --size {}",
-        BinaryBytes(*needed), BinaryBytes(*memory), show_size(1 << memory.ilog2())
+        Exact(*needed), Exact(*memory), show_size(1 << memory.ilog2())
     )]
     ChannelsTooLarge {
         /// Smallest size that is enough.
@@ -48,7 +47,7 @@ pub enum PlanError {
     /// The machine does not have enough memory for the region.
     #[error(
         "region size {} is more than this machine's memory, {}: take --size {} or less",
-        BinaryBytes(*size), BinaryBytes(*memory), show_size(1 << memory.ilog2())
+        Exact(*size), Exact(*memory), show_size(1 << memory.ilog2())
     )]
     TooLarge {
         /// Bytes asked for.
@@ -188,8 +187,8 @@ impl FromStr for ChannelPlan {
         if !capacity.is_power_of_two() || capacity < MIN_CAPACITY {
             return Err(format!(
                 "channel size {} is not a power of two from {} on: take {}",
-                BinaryBytes(capacity),
-                BinaryBytes(MIN_CAPACITY),
+                Exact(capacity),
+                Exact(MIN_CAPACITY),
                 show_size(nearest_capacity(capacity))
             ));
         }
@@ -249,7 +248,7 @@ impl FromStr for Reserve {
         let bytes = parse_size(bytes)?;
         let pages = bytes.checked_next_multiple_of(PAGE_SIZE);
         let bytes = pages.filter(|bytes| *bytes > PAGE_SIZE).ok_or_else(|| {
-            let least = BinaryBytes(PAGE_SIZE + MIN_CAPACITY);
+            let least = Exact(PAGE_SIZE + MIN_CAPACITY);
             format!("a reserve of {bytes} bytes has no room for a channel: take {least} or more")
         })?;
         Ok(Reserve { bytes, vectors })

@@ -58,6 +58,8 @@ pub struct Slot {
 struct Occupancy {
     words: SlotWords,
     vm: Option<Vm>,
+    /// Whether the broker has ended, so that the number of the connection stays.
+    is_final: bool,
 }
 
 /// A slot that is quiesced: every change of its VM waits until this is dropped.
@@ -81,7 +83,11 @@ impl Slot {
             region,
             descriptors,
             requests: RequestQueue::new()?,
-            occupancy: Mutex::new(Occupancy { words, vm: None }),
+            occupancy: Mutex::new(Occupancy {
+                words,
+                vm: None,
+                is_final: false,
+            }),
             session_lock: RwLock::new(()),
         })
     }
@@ -178,12 +184,27 @@ impl Slot {
         self.region.publish_connection(self.id, 0);
     }
 
-    /// Empties the slot.
+    /// Empties the slot. After the end of the broker, its VM counts as connected all the same.
     pub(crate) fn vacate(&self) {
         let mut occupancy = self.occupancy.lock();
-        occupancy.words.set_connection(0);
         occupancy.vm = None;
-        self.region.publish_connection(self.id, 0);
+        if !occupancy.is_final {
+            occupancy.words.set_connection(0);
+            self.region.publish_connection(self.id, 0);
+        }
+    }
+
+    /// Leaves the slot as it is when the broker ends, because its VM lives on with the region. The
+    /// connection gets a last number, so that the host's ends begin their fallback polls: over most
+    /// transports no broker forwards the guest's doorbells any more.
+    pub(crate) fn leave(&self) {
+        let mut occupancy = self.occupancy.lock();
+        occupancy.is_final = true;
+        if occupancy.vm.is_some() {
+            let connection = occupancy.words.next_connection();
+            occupancy.words.set_connection(connection);
+            self.region.publish_connection(self.id, connection);
+        }
     }
 
     /// Makes every change of the slot's VM wait until the result is dropped.
@@ -226,7 +247,7 @@ impl Slot {
     /// is gone.
     pub fn restart(&self) {
         let mut occupancy = self.occupancy.lock();
-        let Occupancy { words, vm } = &mut *occupancy;
+        let Occupancy { words, vm, .. } = &mut *occupancy;
         if let Some(vm) = vm {
             // First, so that no reader sees the new number with the holders of the old guest.
             self.region.end_driver(self.id);

@@ -4,8 +4,10 @@
 //! every invalid input.
 
 mod channels;
+mod commands;
 mod confined;
 mod control;
+mod descriptors;
 mod gone;
 mod hostile;
 mod ivshmem;
@@ -13,11 +15,13 @@ mod limits;
 mod live;
 mod many;
 mod process;
+mod refused_calls;
 mod replace;
 mod serve;
 #[path = "../../../ci/vm/src/service.rs"]
 mod service;
 mod sessions;
+mod stream_ends;
 mod streams;
 mod support;
 mod surroundings;
