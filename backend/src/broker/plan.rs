@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use barlink_cli::size::{Exact, parse_size, show_size};
 use barlink_protocol::wire::layout::{
-    self, BrokerName, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, Name,
-    PAGE_SIZE,
+    self, BrokerName, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, NO_PEER,
+    Name, PAGE_SIZE, Policy,
 };
 
 /// Least bytes in the raw window, unless the operator chooses the channels.
@@ -91,6 +91,8 @@ pub enum Party {
     Host,
     /// The VM in a slot.
     Slot(u32),
+    /// Any number of taps, which are no end: the place of the consumer in a channel that has none.
+    Taps,
 }
 
 /// The direction of a channel's records.
@@ -108,6 +110,7 @@ impl FromStr for Direction {
     fn from_str(text: &str) -> Result<Self, String> {
         let party = |text: &str| match text {
             "host" => Some(Party::Host),
+            "taps" => Some(Party::Taps),
             _ => text.parse().ok().map(Party::Slot),
         };
         let direction = |from, to| Direction { from, to };
@@ -116,10 +119,13 @@ impl FromStr for Direction {
             "down" => Some(direction(Party::Host, Party::Slot(0))),
             _ => text
                 .split_once('-')
-                .and_then(|(from, to)| Some(direction(party(from)?, party(to)?))),
+                .and_then(|(from, to)| Some(direction(party(from)?, party(to)?)))
+                .filter(|direction| direction.from != Party::Taps),
         }
         .ok_or_else(|| {
-            format!("direction `{text}` is not up, down, or FROM-TO with slot numbers or `host`")
+            format!(
+                "direction `{text}` is not up, down, or FROM-TO with slot numbers or `host`; TO can be `taps`"
+            )
         })
     }
 }
@@ -133,16 +139,17 @@ pub struct ChannelPlan {
     pub direction: Direction,
     /// Bytes in its data area.
     pub capacity: u64,
-    /// Whether its producer drops records while it is full.
-    pub drop_when_full: bool,
+    /// The treatment of records that find no room.
+    pub policy: Policy,
 }
 
 impl ChannelPlan {
     /// Returns the IDs of the producer's and the consumer's peer, in a region with this number of
-    /// slots.
+    /// slots. The consumer's is [`NO_PEER`] if there is no consumer.
     pub fn peers(&self, slots: u32) -> Result<[u32; 2], PlanError> {
         let peer = |party| match party {
             Party::Host => Ok(slots),
+            Party::Taps => Ok(NO_PEER),
             Party::Slot(slot) if slot < slots => Ok(slot),
             Party::Slot(slot) => Err(PlanError::NoSlot {
                 name: self.name.to_string(),
@@ -157,11 +164,11 @@ impl ChannelPlan {
 impl FromStr for ChannelPlan {
     type Err = String;
 
-    /// Parses `NAME=DIRECTION,SIZE[,drop]`.
+    /// Parses `NAME=DIRECTION,SIZE[,POLICY]`.
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, rest) = text
             .split_once('=')
-            .ok_or("a channel is NAME=DIRECTION,SIZE[,drop]")?;
+            .ok_or("a channel is NAME=DIRECTION,SIZE[,POLICY]")?;
         let name = Name::new(name).ok_or_else(|| {
             format!(
                 "channel name `{name}` is not 1 to {} of a-z, 0-9, - and _",
@@ -169,11 +176,13 @@ impl FromStr for ChannelPlan {
             )
         })?;
         let mut parts = rest.split(',');
-        let direction = parts.next().unwrap_or_default().parse()?;
+        let direction = parts.next().unwrap_or_default();
+        let is_short = matches!(direction, "up" | "down");
+        let mut direction: Direction = direction.parse()?;
         let capacity = parse_size(
             parts
                 .next()
-                .ok_or("a channel needs a size: NAME=DIRECTION,SIZE[,drop]")?,
+                .ok_or("a channel needs a size: NAME=DIRECTION,SIZE[,POLICY]")?,
         )?;
         if !capacity.is_power_of_two() || capacity < MIN_CAPACITY {
             return Err(format!(
@@ -183,17 +192,35 @@ impl FromStr for ChannelPlan {
                 show_size(nearest_capacity(capacity))
             ));
         }
-        let drop_when_full = match parts.next() {
-            None => false,
-            Some("drop") => true,
-            Some(other) => return Err(format!("`{other}` is not `drop`")),
+        let policy = match parts.next() {
+            None => Policy::Wait,
+            Some(text) => text
+                .parse()
+                .map_err(|_| format!("`{text}` is not `wait`, `drop` or `overwrite`"))?,
         };
+        if policy == Policy::Overwrite && is_short {
+            direction.to = Party::Taps;
+        }
+        match (policy, direction.to) {
+            (Policy::Overwrite, Party::Taps) => (),
+            (Policy::Overwrite, _) => {
+                return Err(format!(
+                    "channel `{name}` has no receiver, because its sender overwrites: take FROM-taps as its direction"
+                ));
+            }
+            (_, Party::Taps) => {
+                return Err(format!(
+                    "channel `{name}` has no receiver, so its sender cannot wait for one: add `,overwrite`"
+                ));
+            }
+            _ => (),
+        }
         match parts.next() {
             None => Ok(ChannelPlan {
                 name,
                 direction,
                 capacity,
-                drop_when_full,
+                policy,
             }),
             Some(extra) => Err(format!("`{extra}` is one part too many")),
         }
@@ -305,7 +332,7 @@ pub fn plan(
             producer,
             consumer,
             vector: vector_of(index, vectors),
-            drop_when_full: channel.drop_when_full,
+            policy: channel.policy,
             offset: next,
             capacity: channel.capacity,
         };
@@ -377,7 +404,7 @@ fn default_channels(size: u64, slots: u32, reserve: u64) -> Result<Vec<ChannelPl
             name,
             direction: Direction { from, to },
             capacity,
-            drop_when_full: false,
+            policy: Policy::Wait,
         }
     };
     let pair = |slot| {
@@ -558,7 +585,13 @@ mod tests {
     #[test]
     fn parses_or_rejects_channels() {
         let plan: ChannelPlan = "camera=up,4M,drop".parse().unwrap();
-        assert_eq!((plan.capacity, plan.drop_when_full), (4 << 20, true));
+        assert_eq!((plan.capacity, plan.policy), (4 << 20, Policy::Drop));
+        for text in ["camera=down,4M,overwrite", "camera=host-taps,4M,overwrite"] {
+            let plan: ChannelPlan = text.parse().unwrap();
+            assert_eq!(plan.policy, Policy::Overwrite);
+            assert_eq!(plan.peers(1), Ok([1, NO_PEER]), "{text}");
+        }
+        assert_eq!("c=up,4M,wait".parse(), "c=up,4M".parse::<ChannelPlan>());
         assert_eq!(
             "1-0".parse(),
             Ok(Direction {
@@ -576,6 +609,11 @@ mod tests {
             "c=up,1K",
             "c=up,x",
             "c=up,4M,no",
+            "c=0-host,4M,overwrite",
+            "c=0-taps,4M",
+            "c=0-taps,4M,drop",
+            "c=taps-host,4M",
+            "c=taps-taps,4M,overwrite",
         ] {
             assert!(text.parse::<ChannelPlan>().is_err(), "{text}");
         }

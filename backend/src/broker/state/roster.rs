@@ -14,7 +14,7 @@ use crate::persistence::ClientId;
 use crate::persistence::state::RosterWords;
 use crate::slot::SharedRegion;
 use barlink::control::message::{Added, Refusal};
-use barlink::{Held, NotHere};
+use barlink::{Held, NoConsumer, NotHere};
 
 const ENDS: [End; 2] = [End::Producer, End::Consumer];
 
@@ -95,6 +95,9 @@ impl Roster {
     ) -> Result<(), Refusal> {
         let entry = self.channel(channel)?;
         let name = || entry.name.to_string();
+        if end == End::Consumer && !entry.has_consumer() {
+            return Err(Refusal::NoConsumer(NoConsumer::new(name())));
+        }
         if entry.peer(end) != self.region.layout().host() {
             let peer = format!("slot {}'s VM", entry.peer(end));
             return Err(Refusal::NotHost(NotHere::new(name(), end, Some(peer))));
