@@ -47,7 +47,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             _ => cause.downcast_ref::<ControlError>(),
         };
         match control {
-            Some(ControlError::Refused(Refusal::InUse { .. } | Refusal::Busy)) => return 4,
+            Some(ControlError::Refused(
+                Refusal::InUse { .. } | Refusal::VmmLives { .. } | Refusal::Busy,
+            )) => return 4,
             Some(ControlError::Refused(Refusal::Version { .. })) => return 3,
             Some(ControlError::Refused(_)) | None => (),
             Some(_) => return 3,

@@ -158,6 +158,10 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     /// Finds the place for a record with `length` bytes of payload.
     pub(crate) fn find_room(&mut self, length: usize) -> Result<Place, ReserveError> {
         let place = self.find_place(length)?;
+        // Before the limit moves: that store would damage the channel for the next producer.
+        if self.limit < place.end() && self.was_reset() {
+            return Err(self.detach().into());
+        }
         if self.room < place.end() {
             self.refresh()?;
             if self.room < place.end() {
@@ -210,6 +214,11 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         if self.staged == self.written {
             return Ok(Notify::Quiet);
         }
+        // A reset by force can have come long ago. Stores into the next generation would detach its
+        // ends. The check behind the store is the one that misses no reset.
+        if self.was_reset() {
+            return Err(self.detach());
+        }
         let Producer { region, base, .. } = self;
         let note = *base + channel::NOTES[self.older_note];
         region.store(note + channel::NOTE_RECORDS, self.records);
@@ -223,13 +232,17 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         // sees the reset, or the reset sees the cursor and begins above it.
         region.fence();
         let threshold = region.load(*base + channel::CONSUMER_THRESHOLD);
-        if region.load(*base + channel::GENERATION) != self.generation {
+        if self.was_reset() {
             return Err(self.detach());
         }
         let notify = Notify::crossed(self.written, self.staged, threshold);
         self.written = self.staged;
         self.older_note = 1 - self.older_note;
         Ok(notify)
+    }
+
+    fn was_reset(&self) -> bool {
+        self.region.load(self.base + channel::GENERATION) != self.generation
     }
 
     /// Detaches this end: it stores nothing from now on, because it has neither staged records nor
@@ -306,7 +319,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         // longer reads released records.
         let read = self.region.acquire(self.base + channel::READ);
         // Compared first: cursors of another generation are not corrupt.
-        if self.region.load(self.base + channel::GENERATION) != self.generation {
+        if self.was_reset() {
             return Err(self.detach().into());
         }
         self.capacity.in_flight(self.written, read)?;

@@ -43,7 +43,7 @@ pub use self::takeover::Predecessor;
 use self::accept::Acceptor;
 use self::confine::confine;
 use self::takeover::{Parts, SlotPlan};
-use crate::persistence::{ClientId, Inheritance, is_managed};
+use crate::persistence::{ClientId, Inheritance, Stored, is_managed};
 use crate::slot::{Slot, SlotConfig};
 use crate::socket::disconnect;
 use crate::transport::Transport;
@@ -104,6 +104,8 @@ impl Broker {
                 socket: part.listener.path().to_owned(),
                 survives_broker: transport.survives_broker(),
                 session_memory: part.session_memory,
+                shares_eventfds: transport.shares_eventfds(),
+                vmm: part.vmm.map(|process| Arc::new(process) as Stored),
             };
             let words = parts.persisted.slot(id);
             let (region, descriptors) = (Arc::clone(&region), Arc::clone(&descriptors));

@@ -83,7 +83,10 @@ fn no_request_floods_the_log() {
         Ask::Claim { channel, end },
         Ask::Release { channel, end },
         Ask::Release { channel, end },
-        Ask::Reset { channel },
+        Ask::Reset {
+            channel,
+            force: false,
+        },
         Ask::AddChannel(Entry(wanted)),
         Ask::ReadGuest {
             slot: 0,

@@ -36,4 +36,5 @@ mod vhost_user_hostile;
 mod vhost_user_memory;
 mod vhost_user_replace;
 mod vmm;
+mod vmm_process;
 mod waits;

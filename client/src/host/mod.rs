@@ -21,7 +21,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub use attachment::Attachment;
+pub use attachment::{Attachment, ForcedReset};
 
 pub use crate::control::client::ControlError;
 pub use crate::control::message::{
