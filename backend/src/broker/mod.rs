@@ -17,6 +17,7 @@ mod control;
 mod error;
 mod plan;
 mod policy;
+mod questions;
 mod reply;
 mod state;
 mod takeover;
@@ -42,6 +43,7 @@ pub use self::takeover::Predecessor;
 
 use self::accept::Acceptor;
 use self::confine::confine;
+use self::questions::answer_questions;
 use self::takeover::{Parts, SlotPlan};
 use crate::persistence::{ClientId, Inheritance, Stored, is_managed};
 use crate::slot::{Slot, SlotConfig};
@@ -187,6 +189,7 @@ impl Broker {
         for acceptor in self.acceptors {
             acceptor.start().map_err(no_thread())?;
         }
+        answer_questions(&state.region).map_err(no_thread())?;
         let exit = control::serve(&self.control, state, clients, stop)
             .map_err(BrokerError::system("wait for host apps"))?;
         if exit == Exit::Stopped {

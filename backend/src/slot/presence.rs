@@ -59,6 +59,21 @@ impl SharedRegion {
             .load(Ordering::Acquire)
     }
 
+    /// Answers the questions of all drivers whether the broker is alive. `answered` has the answers
+    /// so far, by slot; it is empty at first.
+    pub(crate) fn answer_drivers(&self, answered: &mut Vec<u64>) {
+        let is_first = answered.is_empty();
+        answered.resize(self.layout().slots as usize, 0);
+        for (slot, answered) in (0..).zip(answered) {
+            let asked = self.layout().presence_page(slot) + presence::ASKED;
+            let count = self.words().load(asked);
+            if is_first || count != *answered {
+                *answered = count;
+                self.publish(presence::ANSWERS + 8 * u64::from(slot), count);
+            }
+        }
+    }
+
     fn publish(&self, offset: u64, word: u64) {
         // SYNC: present; pairs with the Acquire load in `PresenceWords::read`.
         self.words()

@@ -13,6 +13,7 @@ mod limits;
 mod live;
 mod many;
 mod process;
+mod questions;
 mod replace;
 mod serve;
 #[path = "../../../ci/vm/src/service.rs"]
