@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use barlink_cli::size::{parse_size, show_size};
 use barlink_protocol::wire::layout::{
-    self, BrokerName, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, Name,
-    PAGE_SIZE,
+    self, BrokerName, Channel, FIRST_FREE, Layout, LayoutError, MAX_CHANNELS, MAX_SLOTS,
+    MAX_VECTORS, MIN_CAPACITY, Name, PAGE_SIZE,
 };
 use indicatif::BinaryBytes;
 
@@ -59,6 +59,22 @@ pub enum PlanError {
     /// More VMs than a region serves.
     #[error("{0} slots: a region serves 1 to {MAX_SLOTS} VMs, one a socket option")]
     Slots(u32),
+    /// More channels than the channel table has room for.
+    #[error(
+        "{0} channels: a region has at most {MAX_CHANNELS}: leave some out, or serve another region for them (another `barlink serve` with --name)"
+    )]
+    Channels(usize),
+    /// More vectors than a peer can have.
+    #[error(
+        "{} vectors for each peer, of which --reserve asks for {reserved}: a peer has at most {MAX_VECTORS}; {}",
+        u64::from(*wanted) + u64::from(*reserved), fewer(*wanted, *reserved)
+    )]
+    Vectors {
+        /// The vectors without the reserved ones.
+        wanted: u32,
+        /// The reserved ones.
+        reserved: u32,
+    },
     /// Two channels have one name.
     #[error("two channels are named `{0}`: name them apart")]
     SameName(String),
@@ -78,6 +94,17 @@ pub enum PlanError {
     /// The layout is invalid for another reason.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+}
+
+/// Says how fewer vectors are asked for.
+fn fewer(wanted: u32, reserved: u32) -> String {
+    match MAX_VECTORS.checked_sub(wanted) {
+        Some(0) | None => format!(
+            "take --vectors {} or fewer with this reserve",
+            MAX_VECTORS.saturating_sub(reserved)
+        ),
+        Some(left) => format!("take --reserve SIZE,{left} or fewer"),
+    }
 }
 
 fn either(sizes: &[u64]) -> String {
@@ -291,12 +318,18 @@ pub fn plan(
             return Err(PlanError::SameName(channel.name.to_string()));
         }
     }
-    let vectors = match vectors {
-        0 => (chosen.len() as u32 + 1)
-            .saturating_add(reserve.vectors)
-            .min(layout::MAX_VECTORS),
-        given => given.saturating_add(reserve.vectors),
+    if chosen.len() > MAX_CHANNELS {
+        return Err(PlanError::Channels(chosen.len()));
+    }
+    let wanted = match vectors {
+        0 => chosen.len() as u32 + 1,
+        given => given,
     };
+    let reserved = reserve.vectors;
+    let vectors = wanted.saturating_add(reserved);
+    if vectors > MAX_VECTORS {
+        return Err(PlanError::Vectors { wanted, reserved });
+    }
     let mut next = FIRST_FREE;
     let mut entries = Vec::with_capacity(chosen.len());
     for (index, channel) in chosen.iter().enumerate() {

@@ -80,7 +80,7 @@ fn control_socket(which: &Which) -> Result<PathBuf> {
     match &which.control {
         Some(path) => Ok(path.clone()),
         None => host::socket_path(&which.name).context(
-            "cannot determine the run folder: set XDG_RUNTIME_DIR, or name a socket with --control",
+            "cannot determine the run folder: set XDG_RUNTIME_DIR to a folder that exists, or name a socket with --control",
         ),
     }
 }

@@ -6,6 +6,7 @@
 mod channels;
 mod confined;
 mod control;
+mod cures;
 mod gone;
 mod hostile;
 mod ivshmem;

@@ -90,7 +90,9 @@ pub enum Refusal {
         left: u64,
     },
     /// The channel table is full.
-    #[error("the region has {0} channels, and its table has room for no more")]
+    #[error(
+        "the region has {0} channels, and its table has room for no more: serve another region for further ones (another `barlink serve` with --name)"
+    )]
     TableFull(usize),
     /// Another channel has the name of a new one.
     #[error("the region has a channel `{0}` already: choose another name")]
@@ -161,6 +163,11 @@ pub enum Refusal {
         /// Process ID of its VMM.
         pid: u32,
     },
+    /// As many host apps are there as the broker serves. This answer comes before any request.
+    #[error(
+        "the broker is busy: {0} host apps are attached, taps and idle ones included, and it serves no more at a time: end one of them, or serve another region for some (another `barlink serve` with --name)"
+    )]
+    Full(usize),
     /// A VM is connecting.
     #[error("a VM is just connecting to the broker: try again")]
     Busy,
@@ -201,9 +208,11 @@ impl Refusal {
             | Refusal::NoGuestMemory(_)
             | Refusal::NotThere { .. }
             | Refusal::NoBuffer(_) => ErrorKind::NotFound,
-            Refusal::Held(_) | Refusal::InUse { .. } | Refusal::VmmLives { .. } | Refusal::Busy => {
-                ErrorKind::InUse
-            }
+            Refusal::Held(_)
+            | Refusal::InUse { .. }
+            | Refusal::VmmLives { .. }
+            | Refusal::Full(_)
+            | Refusal::Busy => ErrorKind::InUse,
             Refusal::NotHost(_)
             | Refusal::NotHeld
             | Refusal::ReadOnly
