@@ -255,7 +255,7 @@ impl OpenFile {
 }
 
 /// Returns `EBADF` if a file is not open for writing.
-fn check_writable(file: &LocalFile) -> Result {
+pub(crate) fn check_writable(file: &LocalFile) -> Result {
     match file.flags() & flags::O_ACCMODE {
         flags::O_WRONLY | flags::O_RDWR => Ok(()),
         _ => Err(EBADF),

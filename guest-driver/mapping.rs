@@ -14,7 +14,8 @@
 //! area that asked for it. The kernel gives such pages the mode that it has registered for them.
 //! Therefore the driver registers the mode for the whole region while such areas exist
 //! ([`crate::registration`]), so that all pages have the mode that was requested, and those of a
-//! large page the same one.
+//! large page the same one. Areas of read-only files are always of this kind, so that they can
+//! follow a change of the mode: the driver unmaps them, and the next access finds the new mode.
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/mm_types.h`, `include/linux/huge_mm.h`.
 
@@ -24,7 +25,10 @@ use crate::{
         Device,
         State, //
     },
-    file::OpenFile,
+    file::{
+        check_writable,
+        OpenFile, //
+    },
     registration::Registration,
     shim,
     wire::layout::{
@@ -40,6 +44,7 @@ use kernel::{
         from_result,
         to_result, //
     },
+    fs::file::LocalFile,
     mm::virt::{
         flags,
         vm_flags_t,
@@ -128,7 +133,8 @@ impl Drop for Mappings {
 ///
 /// `EINVAL` if the mapping is private, executable, or not inside of the mappable part of the
 /// region; `EACCES` if it is writable and has the superblock or the broker's page; `EBUSY` if the
-/// region's mappings have another cache mode than this file requests; `ENODEV`.
+/// region's mappings have another cache mode than this file requests, unless the file is read-only;
+/// `ENODEV`.
 ///
 /// # Safety
 ///
@@ -151,13 +157,22 @@ pub(crate) unsafe extern "C" fn prepare(area: *mut bindings::vm_area_desc) -> c_
         if (area.pgoff as u64) < FIRST_FREE / PAGE_SIZE {
             protect(flags)?;
         }
+        // SAFETY: The file is open while it is being mapped. As in an ioctl, another thread's
+        // `fdget_pos` without the lock does no harm, because the file has no position.
+        let follows = check_writable(unsafe { LocalFile::from_raw_file(area.file) }).is_err();
         let mut options = file.options();
-        let mode = file.device.state.lock().areas.mode(options.cache)?;
-        options.cache = Some(mode);
-        // SAFETY: The function has no requirements: it only computes a value.
-        area.page_prot = unsafe { shim::barlink_pgprot(mode as u32, area.page_prot) };
+        if follows {
+            // A fault finds the mode that is in force at that moment.
+            options.on_fault = true;
+        } else {
+            let mode = file.device.state.lock().areas.mode(options.cache)?;
+            options.cache = Some(mode);
+            // SAFETY: The function has no requirements: it only computes a value.
+            area.page_prot = unsafe { shim::barlink_pgprot(mode as u32, area.page_prot) };
+        }
         let known = Area {
             options,
+            follows,
             // The conversion loses nothing, because a PID is positive.
             process: current!().group_leader().pid().unsigned_abs(),
         };
@@ -222,10 +237,15 @@ unsafe extern "C" fn mapped(
     from_result(|| {
         let mut state = device.state.lock();
         // This comes first, because `close` removes the area whatever the result is.
-        state.areas.add(known)?;
+        let is_new_mode = state.areas.add(known)?;
         device.check()?;
-        if known.options.on_fault {
+        if is_new_mode {
+            unmap_followers(&mut state, device);
+        }
+        if state.areas.have_on_fault() {
             register(&mut state, device)?;
+        }
+        if known.options.on_fault {
             device.show_cache(&state);
             return Ok(0);
         }
@@ -258,11 +278,21 @@ unsafe extern "C" fn mapped(
     })
 }
 
+/// Unmaps all areas while all of them follow, or are not mapped yet, and removes the registration
+/// of their mode. The next access to a page maps it in the mode that is in force then.
+fn unmap_followers(state: &mut State, device: &Device) {
+    // The caller holds the lock under which pages are mapped, so that no entry of the old mode
+    // follows.
+    device.mappings.zap();
+    state.registration = None;
+    state.areas.note_granted(0);
+}
+
 /// Registers the mode of the areas for all pages that can be mapped, unless that was done before.
 /// `EBUSY` if pages are registered with another mode, as for a moment after the end of eager
 /// mappings.
 fn register(state: &mut State, device: &Device) -> Result {
-    let mode = state.areas.mode(None)?;
+    let mode = state.areas.common_mode();
     if state.registration.is_none() {
         let size = device.facts.mappable_size;
         // SAFETY: The device is not gone, because the caller holds its state and has checked it.
@@ -294,10 +324,12 @@ unsafe extern "C" fn close(area: *mut bindings::vm_area_struct) {
     let (file, known) = unsafe { (OpenFile::of((*area).vm_file), known((*area).vm_private_data)) };
     let device: &Device = &file.device;
     let mut state = device.state.lock();
-    state.areas.remove(known);
+    let is_new_mode = state.areas.remove(known);
     if !state.areas.have_on_fault() {
         // The kernel has zapped the area already, so no page has an entry by this mode.
         state.registration = None;
+    } else if is_new_mode && !device.is_gone() {
+        unmap_followers(&mut state, device);
     }
     device.show_cache(&state);
 }
@@ -326,6 +358,16 @@ unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault
     unsafe { insert(&mut state, device, area, place.address, place.pgoff as u64) }
 }
 
+/// Registers the mode again, if the areas that determined it have ended while others follow.
+///
+/// This fails for a moment after the end of eager mappings, whose mode the kernel still has. A page
+/// that is mapped meanwhile gets that mode, or uncached-minus.
+fn register_again(state: &mut State, device: &Device) {
+    if state.registration.is_none() {
+        let _ = register(state, device);
+    }
+}
+
 /// Creates the page table entry of one page, at an address of an area and with an index in the
 /// region. Returns `NOPAGE` on success, else the reason of a fault's failure.
 ///
@@ -340,6 +382,7 @@ unsafe fn insert(
     address: c_ulong,
     page: u64,
 ) -> bindings::vm_fault_t {
+    register_again(state, device);
     let frame = device.facts.region / PAGE_SIZE + page;
     // SAFETY: By this function's contract the area is valid, consists of frames only, and lies in
     // this device's region, and the `mmap_lock` is held.
@@ -454,6 +497,7 @@ unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -
     if device.is_gone() {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     }
+    register_again(&mut state, device);
     let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
     // SAFETY: The area is valid, consists of frames only, and lies in this device's region, as
     // `prepare` has ensured. It contains all of the 2 MiB, and the frame is aligned to them. The

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
-pub use barlink::memory::{Access, Mapping, MemoryError, Region};
+pub use barlink::memory::{Access, Mapping, MemoryError, RingRegion as Region};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
 /// Creates the memory of a region: `size` zero bytes. It is sealed, before any other process can

@@ -177,7 +177,8 @@ const CLIENT: Parts = &[
             "guest/error",
         ],
     ),
-    ("readiness", &["event_error", "process", "doorbell"]),
+    ("timer", &["event_error", "process"]),
+    ("readiness", &["event_error", "doorbell", "timer"]),
     (
         "sender",
         &[
@@ -220,6 +221,7 @@ const CLIENT: Parts = &[
             "process",
             "event_error",
             "error",
+            "timer",
             "receiver",
             "options",
         ],

@@ -25,7 +25,7 @@ fn answers(ask: &str, answer: &str) -> Result<(), Box<dyn std::error::Error>> {
     let (mut receiver, mut sender) = (broker.receiver(ask)?, broker.sender(answer)?);
     loop {
         let question = receiver.recv()?;
-        let _ = sender.send(question.kind(), &question.to_vec())?;
+        sender.send(question.kind(), &question.to_vec())?;
         if question.is_empty() {
             return Ok(());
         }
@@ -43,7 +43,7 @@ fn asks(ask: &str, answer: &str, words: &[String]) -> Result<(), Box<dyn std::er
             Err(error) => return Err(error.into()),
         }
     }
-    let _ = sender.send(Kind::USER, &[])?;
+    sender.send(Kind::USER, &[])?;
     receiver.recv()?.release()?;
     Ok(())
 }

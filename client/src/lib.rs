@@ -57,6 +57,7 @@ mod region;
 mod sender;
 pub mod stream;
 mod tap;
+mod timer;
 
 /// The time that an end polls before it arms a wake-up and sleeps.
 ///

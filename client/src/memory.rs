@@ -19,7 +19,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 use crate::error_kind::ErrorKind;
 
 /// The region of the ring: clones share one mapping.
-pub type Region = region::Region<Mapping>;
+pub type RingRegion = region::Region<Mapping>;
 
 /// Whether a process may write to the region.
 ///
@@ -107,7 +107,7 @@ impl Pages {
 }
 
 // SAFETY: the address is of memory that belongs to the process and not to a thread, is unmapped
-// once, by `Drop`, and is accessed through atomics or `Region`'s copies only.
+// once, by `Drop`, and is accessed through atomics or `RingRegion`'s copies only.
 unsafe impl Send for Pages {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Pages {}
@@ -222,8 +222,8 @@ impl Mapping {
     }
 
     /// Returns the mapping as the words of a region.
-    pub fn region(&self) -> Region {
-        Region::new(self.clone())
+    pub fn region(&self) -> RingRegion {
+        RingRegion::new(self.clone())
     }
 }
 
@@ -233,7 +233,7 @@ impl Deref for Mapping {
     fn deref(&self) -> &[AtomicU64] {
         // SAFETY: `mmap` gave `size` bytes on a page boundary, which stay mapped while `self` is
         // borrowed. A region's file is sealed at its size; once a device is gone, an access is
-        // SIGBUS and not undefined. All access in this process is by atomics or by `Region`'s
+        // SIGBUS and not undefined. All access in this process is by atomics or by `RingRegion`'s
         // copies. From pages that are mapped for reading the process only loads: see `Access`.
         unsafe { region::words(self.0.start.as_ptr(), self.0.size) }
     }

@@ -215,8 +215,8 @@ impl ChannelOptions {
     /// // The same options for several channels.
     /// let mut readings = options.sender(&device, "readings")?;
     /// let mut alarms = options.sender(&device, "alarms")?;
-    /// let _ = readings.send(Kind::USER, &21.5_f32.to_le_bytes())?;
-    /// let _ = alarms.send(Kind::USER, b"too warm")?;
+    /// readings.send(Kind::USER, &21.5_f32.to_le_bytes())?;
+    /// alarms.send(Kind::USER, b"too warm")?;
     /// # Ok::<(), barlink::Error>(())
     /// ```
     ///

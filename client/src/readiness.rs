@@ -14,23 +14,16 @@ use std::time::Duration;
 
 use barlink_protocol::{FIRST_FALLBACK_POLL, LONGEST_FALLBACK_POLL, Presence};
 use rustix::event::epoll;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_gettime, timerfd_settime,
-};
 
 use crate::doorbell::Doorbells;
 use crate::event_error::EventError;
-use crate::process::Process;
-
-/// A time after which the descriptor is readable at once. Zero would switch the timer off.
-const NOW: Duration = Duration::from_nanos(1);
+use crate::timer::{NOW, Timer};
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Readiness {
     epoll: OwnedFd,
-    timer: OwnedFd,
+    timer: Timer,
     /// The end has found nothing and asked for a ring: the timer is off, or runs in case a doorbell
     /// is lost.
     quiet: bool,
@@ -38,32 +31,26 @@ pub(crate) struct Readiness {
     peer: Presence,
     rings: u64,
     next: Duration,
-    /// The process whose waits depend on the timer. A forked process shares the timer.
-    process: Process,
 }
 
 impl Readiness {
     /// Creates the descriptor, which is readable.
     pub(crate) fn new(doorbells: &Doorbells) -> Result<Self, EventError> {
         let failed = EventError::of("make a descriptor to wait on");
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags).map_err(&failed)?;
+        let timer = Timer::new()?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(&failed)?;
         for file in [timer.as_fd(), doorbells.as_fd()] {
             let data = epoll::EventData::new_u64(0);
             epoll::add(&epoll, file, data, epoll::EventFlags::IN).map_err(&failed)?;
         }
-        let readiness = Readiness {
+        Ok(Readiness {
             epoll,
             timer,
             quiet: false,
             peer: Presence::default(),
             rings: doorbells.rings(),
             next: FIRST_FALLBACK_POLL,
-            process: Process::current(),
-        };
-        readiness.set(NOW);
-        Ok(readiness)
+        })
     }
 
     /// Notes that the end found something: the descriptor is readable until the end finds nothing.
@@ -71,7 +58,7 @@ impl Readiness {
     pub(crate) fn busy(&mut self) {
         if self.quiet {
             self.quiet = false;
-            self.set(NOW);
+            self.timer.set(NOW);
         }
     }
 
@@ -87,38 +74,20 @@ impl Readiness {
         // Another VM's end is not visible, so it may have changed.
         let is_proven = doorbells.rings() > self.rings && peer != Presence::default();
         if !doorbells.wakes() {
-            self.set(FIRST_FALLBACK_POLL);
+            self.timer.set(FIRST_FALLBACK_POLL);
         } else if !is_proven {
             if was_quiet && !is_new {
                 // Calls before the timer has expired do not lengthen it.
-                if !self.has_expired() {
+                if !self.timer.left().is_zero() {
                     return;
                 }
                 self.next = (self.next * 2).min(LONGEST_FALLBACK_POLL);
             }
-            self.set(self.next);
+            self.timer.set(self.next);
         } else if !was_quiet || !self.next.is_zero() {
             self.next = Duration::ZERO;
-            self.set(Duration::ZERO);
+            self.timer.set(Duration::ZERO);
         }
-    }
-
-    fn has_expired(&self) -> bool {
-        let left = timerfd_gettime(&self.timer).map(|timer| timer.it_value);
-        left.is_ok_and(|left| left == Timespec::default())
-    }
-
-    fn set(&self, time: Duration) {
-        if self.process.check().is_err() {
-            return;
-        }
-        let time = Itimerspec {
-            it_interval: Timespec::default(),
-            it_value: Timespec::try_from(time).unwrap_or_default(),
-        };
-        let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &time);
-        // Neither a bad descriptor nor a bad time can occur here.
-        debug_assert!(set.is_ok());
     }
 }
 

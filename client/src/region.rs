@@ -32,7 +32,7 @@ use crate::memory;
 /// ```
 #[derive(Clone, Debug)]
 pub struct Region {
-    ring: memory::Region,
+    ring: memory::RingRegion,
     /// First byte that can be written; `None` if none can.
     writable: Option<u64>,
 }
@@ -85,14 +85,14 @@ impl RegionError {
 
 impl Region {
     /// Shows a mapping to programs. `writable` is its first byte that can be written.
-    pub(crate) fn new(ring: memory::Region, writable: Option<u64>) -> Self {
+    pub(crate) fn new(ring: memory::RingRegion, writable: Option<u64>) -> Self {
         Region { ring, writable }
     }
 
     /// Returns the region of the ring, for programs of the workspace. Its methods panic at an
     /// offset outside, and a store to a mapping for reading ends the process by SIGSEGV.
     #[doc(hidden)]
-    pub fn ring(&self) -> &memory::Region {
+    pub fn ring(&self) -> &memory::RingRegion {
         &self.ring
     }
 

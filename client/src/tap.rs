@@ -2,6 +2,7 @@
 
 //! A reader that claims nothing, writes nothing and delays neither end of a channel, on both sides.
 
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use crate::memory::Mapping;
 use crate::options::Side;
 use crate::process::Process;
 use crate::receiver::OwnedRecord;
+use crate::timer::{NOW, Timer};
 
 /// First time between two looks.
 const FIRST_LOOK: Duration = Duration::from_micros(50);
@@ -44,11 +46,28 @@ const TRIES: u32 = 16;
 /// }
 /// # Ok::<(), barlink::Error>(())
 /// ```
+///
+/// The descriptor of a tap ([`AsFd`]) is readable when it is time to look again. A program that
+/// waits with epoll, mio or tokio calls [`Tap::try_recv`] until that finds nothing, and waits
+/// again.
+///
+/// ```no_run
+/// use barlink::host;
+/// use rustix::event::{PollFd, PollFlags, poll};
+///
+/// let mut tap = host::connect("default")?.tap("up")?;
+/// loop {
+///     poll(&mut [PollFd::new(&tap, PollFlags::IN)], None)?;
+///     while let Some(record) = tap.try_recv()? {
+///         println!("{:?}", record.bytes);
+///     }
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Tap {
     ring: barlink_protocol::Tap<Mapping>,
-    /// The time of the last record that was copied, or of the tap's beginning.
-    last: Instant,
+    looks: Looks,
     /// The process that made the tap.
     process: Process,
 }
@@ -78,7 +97,7 @@ impl Tap {
         let entry = &side.layout().channels()[index];
         Ok(Tap {
             ring: barlink_protocol::Tap::attach(side.region().ring().clone(), entry),
-            last: Instant::now(),
+            looks: Looks::new()?,
             process: Process::current(),
         })
     }
@@ -105,7 +124,9 @@ impl Tap {
     /// The channel was reset ([`ErrorKind::Reset`](crate::ErrorKind::Reset)). The tap goes on with
     /// the next call.
     pub fn try_recv(&mut self) -> Result<Option<OwnedRecord>, Error> {
-        self.copy(barlink_protocol::Tap::look)
+        let mut bytes = Vec::new();
+        let found = self.copy(barlink_protocol::Tap::look, &mut bytes)?;
+        Ok(found.map(|header| owned(header, bytes)))
     }
 
     /// Copies the next record. Looks for it again and again, after 50 µs and then after longer
@@ -155,20 +176,57 @@ impl Tap {
     ///
     /// Those of [`Tap::try_recv`].
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Option<OwnedRecord>, Error> {
+        let mut bytes = Vec::new();
+        let found = self.copy_until(timeout, &mut bytes)?;
+        Ok(found.map(|header| owned(header, bytes)))
+    }
+
+    /// Copies the next record into one that the program has, in place of its content, as
+    /// [`Tap::recv_timeout`] does. Returns false if there is none before `timeout` is over, and then
+    /// the content has no meaning. Large records cost less this way, because the memory of the
+    /// last one is used again.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::{OwnedRecord, host};
+    ///
+    /// let mut camera = host::connect("default")?.tap("camera")?;
+    /// let mut frame = OwnedRecord::default();
+    /// while camera.recv_into(&mut frame, Duration::from_secs(1))? {
+    ///     println!("frame {} of {} bytes", frame.sequence, frame.bytes.len());
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Tap::try_recv`].
+    pub fn recv_into(
+        &mut self,
+        record: &mut OwnedRecord,
+        timeout: Duration,
+    ) -> Result<bool, Error> {
+        let Some(header) = self.copy_until(timeout, &mut record.bytes)? else {
+            return Ok(false);
+        };
+        *record = owned(header, std::mem::take(&mut record.bytes));
+        Ok(true)
+    }
+
+    fn copy_until(
+        &mut self,
+        timeout: Duration,
+        bytes: &mut Vec<u8>,
+    ) -> Result<Option<Header>, Error> {
         let start = Instant::now();
-        let mut sleep = FIRST_LOOK;
         loop {
-            let record = self.try_recv()?;
+            let found = self.copy(barlink_protocol::Tap::look, bytes)?;
             let left = timeout.saturating_sub(start.elapsed());
-            if record.is_some() || left.is_zero() {
-                return Ok(record);
+            if found.is_some() || left.is_zero() {
+                return Ok(found);
             }
-            thread::sleep(sleep.min(left));
-            let longest = match self.last.elapsed() < SILENCE {
-                true => LONGEST_LOOK,
-                false => LONGEST_LOOK_IN_SILENCE,
-            };
-            sleep = (sleep * 2).min(longest);
+            thread::sleep(self.looks.left().min(left));
         }
     }
 
@@ -197,7 +255,9 @@ impl Tap {
     ///
     /// Those of [`Tap::try_recv`].
     pub fn latest(&mut self) -> Result<Option<OwnedRecord>, Error> {
-        self.copy(barlink_protocol::Tap::look_at_newest)
+        let mut bytes = Vec::new();
+        let found = self.copy(barlink_protocol::Tap::look_at_newest, &mut bytes)?;
+        Ok(found.map(|header| owned(header, bytes)))
     }
 
     /// Returns the number of records that were committed since this tap began, and that it passed
@@ -233,35 +293,101 @@ impl Tap {
         self.ring.dropped()
     }
 
-    /// Copies the record that `look` finds.
+    /// Copies the content of the record that `look` finds. Returns its header.
     fn copy(
         &mut self,
         look: impl Fn(&mut barlink_protocol::Tap<Mapping>) -> Sight,
-    ) -> Result<Option<OwnedRecord>, Error> {
+        bytes: &mut Vec<u8>,
+    ) -> Result<Option<Header>, Error> {
         let checked = self.process.check();
         checked.map_err(|process| EventError::Inherited { process })?;
         for _ in 0..TRIES {
-            let Header {
-                length,
-                kind,
-                sequence,
-                time,
-            } = match look(&mut self.ring) {
+            let header = match look(&mut self.ring) {
                 Sight::Record(header) => header,
-                Sight::Nothing => return Ok(None),
+                Sight::Nothing => break,
                 Sight::Reset => return Err(Error::Channel(Reset.into())),
             };
-            let mut bytes = vec![0; length as usize];
-            if self.ring.copy(&mut bytes) {
-                self.last = Instant::now();
-                return Ok(Some(OwnedRecord {
-                    kind,
-                    sequence,
-                    time,
-                    bytes,
-                }));
+            bytes.resize(header.length as usize, 0);
+            if self.ring.copy(bytes) {
+                self.looks.found_record();
+                return Ok(Some(header));
             }
         }
+        self.looks.found_nothing();
         Ok(None)
+    }
+}
+
+/// Returns the record with this header and content.
+fn owned(header: Header, bytes: Vec<u8>) -> OwnedRecord {
+    OwnedRecord {
+        kind: header.kind,
+        sequence: header.sequence,
+        time: header.time,
+        bytes,
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.looks.timer.as_fd()
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+/// The times of a tap's looks at its channel.
+#[derive(Debug)]
+struct Looks {
+    /// Expires when it is time to look.
+    timer: Timer,
+    /// The time between the last two looks that found nothing; `None` if the last one found a
+    /// record.
+    pause: Option<Duration>,
+    /// The time of the last record that was copied, or of the tap's beginning.
+    last: Instant,
+}
+
+impl Looks {
+    fn new() -> Result<Self, EventError> {
+        Ok(Looks {
+            timer: Timer::new()?,
+            pause: None,
+            last: Instant::now(),
+        })
+    }
+
+    /// Returns the time until the next look.
+    fn left(&self) -> Duration {
+        self.timer.left()
+    }
+
+    /// Notes that a look found a record, so that another one may be there.
+    #[inline]
+    fn found_record(&mut self) {
+        self.last = Instant::now();
+        if self.pause.take().is_some() {
+            self.timer.set(NOW);
+        }
+    }
+
+    /// Notes that a look found nothing, and sets the time of the next one.
+    fn found_nothing(&mut self) {
+        let longest = match self.last.elapsed() < SILENCE {
+            true => LONGEST_LOOK,
+            false => LONGEST_LOOK_IN_SILENCE,
+        };
+        let pause = match self.pause {
+            None => FIRST_LOOK,
+            // A look before its time does not lengthen the pause.
+            Some(_) if !self.timer.left().is_zero() => return,
+            Some(pause) => (2 * pause).min(longest),
+        };
+        self.pause = Some(pause);
+        self.timer.set(pause);
     }
 }

@@ -15,7 +15,7 @@ use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
 use rustix::io::Errno;
 
 use crate::guest::calls;
-use crate::memory::Region;
+use crate::memory::RingRegion;
 
 /// Length of a sleep before the end asks.
 const SLEEP: Duration = Duration::from_secs(1);
@@ -77,7 +77,7 @@ impl Course {
 #[derive(Clone, Debug)]
 pub(crate) struct Asker {
     file: Arc<File>,
-    region: Region,
+    region: RingRegion,
     /// Offset of the answer word.
     answer: u64,
     silence: Arc<Silence>,
@@ -103,7 +103,7 @@ impl Silence {
 
 impl Asker {
     /// Creates the means to ask by a file that is open for writing, for the device of a slot.
-    pub(crate) fn new(file: Arc<File>, region: Region, slot: u32) -> Self {
+    pub(crate) fn new(file: Arc<File>, region: RingRegion, slot: u32) -> Self {
         Asker {
             file,
             region,

@@ -68,7 +68,7 @@ impl Buffer {
     /// let buffer = device.buffer(4096)?;
     /// // Tells the host where the buffer is, for `Attachment::read_guest`.
     /// let address = buffer.address().to_le_bytes();
-    /// let _ = device.sender("up")?.send(Kind::USER, &address)?;
+    /// device.sender("up")?.send(Kind::USER, &address)?;
     /// # Ok::<(), barlink::Error>(())
     /// ```
     pub fn address(&self) -> u64 {

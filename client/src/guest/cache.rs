@@ -14,7 +14,9 @@ use rustix::io::Errno;
 use crate::guest::calls::region;
 use crate::memory::Mapping;
 
-/// The cache mode to request for a mapping. All live mappings of a region have the same mode.
+/// The cache mode to request for a mapping. All live mappings of a region have the same mode. A
+/// mapping for writing determines it; a mapping for reading gets the mode that it requested while
+/// there is none for writing, and otherwise follows.
 ///
 /// ```no_run
 /// use barlink::guest::{Cache, OpenOptions};
@@ -29,8 +31,8 @@ use crate::memory::Mapping;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Cache {
-    /// The mode of the region's live mappings, whichever process has them; noncached if there are
-    /// none.
+    /// The mode of the region's live mappings for writing, whichever process has them; noncached if
+    /// there are none.
     #[default]
     Same,
     /// Noncached: each access goes over the bus. The driver reports it as uncached-minus, which is

@@ -12,7 +12,7 @@ use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, NoArg, Setter, ioctl};
 
-use crate::memory::{Access, Mapping, Region};
+use crate::memory::{Access, Mapping, RingRegion};
 
 /// Asks the driver for its information about the device.
 pub(crate) fn info(file: &File) -> Result<Info, Errno> {
@@ -89,7 +89,7 @@ pub(crate) fn map_in(
 
 /// Returns the region of a mapping. `granted` is the number of its [`CacheMode`]. If the mode is
 /// write-combining or unknown, the region itself orders its accesses.
-pub(crate) fn region(mapping: &Mapping, granted: u32) -> Region {
+pub(crate) fn region(mapping: &Mapping, granted: u32) -> RingRegion {
     let region = mapping.region();
     match CacheMode::from_number(granted) {
         None | Some(CacheMode::WriteCombining) => region.over_write_combining(),

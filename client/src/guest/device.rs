@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A barlink device: its file, and the ends of channels that it claims.
+//! A barlink device, and the ends of channels that it claims.
 
-use std::fs::{File, OpenOptions};
-use std::io;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError, MAGIC};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::claim::{Held, NotHere};
@@ -21,13 +18,14 @@ use crate::error::Error;
 use crate::guest::broker::{Asker, SleepQuestions};
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
-use crate::guest::calls::{self, map_in, region};
+use crate::guest::calls::{self, region};
 use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
 use crate::guest::find as by_name;
+use crate::guest::node::{TRIES, choose, info, layout, map, open, system};
 use crate::guest::watch::BrokerWatch;
 use crate::layouts::Layouts;
-use crate::memory::{Access, Mapping};
+use crate::memory::{Access, Mapping, RingRegion};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::region::Region;
@@ -44,7 +42,7 @@ use crate::tap::Tap;
 /// let device: Device = guest::open("/dev/barlink0")?;
 /// let mut sensor = device.sender("up")?;
 /// for reading in [21.5_f32, 21.7, 21.6] {
-///     let _ = sensor.send(Kind::USER, &reading.to_le_bytes())?;
+///     sensor.send(Kind::USER, &reading.to_le_bytes())?;
 /// }
 /// # Ok::<(), barlink::Error>(())
 /// ```
@@ -153,6 +151,15 @@ impl Device {
         })
     }
 
+    /// Returns the region for the ring. The mode of a mapping for reading can change to
+    /// write-combining at any time, so it is always accessed as if it were.
+    fn ring_region(&self) -> RingRegion {
+        match self.access {
+            Access::ReadOnly => region(&self.mapping, CacheMode::WriteCombining as u32),
+            Access::ReadWrite => region(&self.mapping, self.granted),
+        }
+    }
+
     /// Returns the result of [`Cache::Auto`], if that was requested.
     ///
     /// ```no_run
@@ -186,7 +193,9 @@ impl Device {
     }
 
     /// Returns the cache mode that the guest's kernel granted to the mapping. `None` if the driver
-    /// reports a mode that this release does not know.
+    /// reports a mode that this release does not know. The mapping of a device that was opened for
+    /// reading follows the mode of mappings for writing, which come and go, so that its mode can
+    /// have changed since.
     ///
     /// ```no_run
     /// use barlink::guest::{self, CacheMode};
@@ -292,7 +301,7 @@ impl Device {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn region(&self) -> Region {
-        Region::new(region(&self.mapping, self.granted), self.mapping.writable())
+        Region::new(self.ring_region(), self.mapping.writable())
     }
 
     /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their
@@ -310,7 +319,7 @@ impl Device {
     ///     }
     /// });
     /// loop {
-    ///     let _ = sender.send(Kind::USER, b"alive")?;
+    ///     sender.send(Kind::USER, b"alive")?;
     /// }
     /// # Ok::<(), barlink::Error>(())
     /// ```
@@ -513,7 +522,7 @@ impl Side for Device {
     }
 
     fn region(&self) -> Region {
-        Region::new(region(&self.mapping, self.granted), self.mapping.writable())
+        Region::new(self.ring_region(), self.mapping.writable())
     }
 
     fn claim(&self, name: &str, end: End) -> Result<(usize, Doorbells), Error> {
@@ -554,114 +563,5 @@ impl Side for Device {
         let questions = self.asker.clone().map(SleepQuestions::new);
         let events = DeviceEvents::new(file, doorbell, wakes, questions);
         Ok((index, events.into()))
-    }
-}
-
-fn open(path: &Path, access: Access) -> Result<File, DeviceError> {
-    let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .write(access == Access::ReadWrite)
-        .custom_flags(OFlags::NONBLOCK.bits().cast_signed());
-    options.open(path).map_err(|source| {
-        let path = path.to_owned();
-        match source.kind() {
-            io::ErrorKind::NotFound => DeviceError::NoDevice { path },
-            io::ErrorKind::PermissionDenied => DeviceError::Permission { path, access },
-            _ if source.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => {
-                DeviceError::NoDevice { path }
-            }
-            _ => DeviceError::System {
-                what: "open",
-                path,
-                source,
-            },
-        }
-    })
-}
-
-/// Tries to map in the mode of other mappings, which can come and go between two checks of the
-/// driver, and to open a device whose number changes.
-const TRIES: u32 = 10;
-
-fn map(
-    file: &File,
-    path: &Path,
-    size: usize,
-    cache: Cache,
-    access: Access,
-) -> Result<Mapping, DeviceError> {
-    let busy = |error: &Errno| *error == Errno::BUSY;
-    let mut result = map_in(file, size, cache.mode(), access);
-    for _ in 1..TRIES {
-        if cache != Cache::Same || !result.as_ref().is_err_and(busy) {
-            break;
-        }
-        result = map_in(file, size, None, access);
-    }
-    match result {
-        Err(error) if busy(&error) => {
-            let info = info(file, path)?;
-            let process = info.mapper;
-            // The process may be in another PID namespace, or have ended and left the mapping to
-            // its children.
-            let name = std::fs::read_to_string(format!("/proc/{process}/comm"));
-            let name = name.map_or(String::new(), |name| format!(" ({})", name.trim_end()));
-            Err(DeviceError::OtherCache {
-                path: path.to_owned(),
-                requested: cache,
-                process: format!("{process}{name}"),
-                mode: Cache::from_number(info.asked).map_or("another way", Cache::name),
-            })
-        }
-        result => result.map_err(|error| system("map", path, error)),
-    }
-}
-
-fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
-    let open = || {
-        let file = open(path, access)?;
-        let info = info(&file, path)?;
-        Ok((file, info))
-    };
-    Choice::find(
-        open,
-        |file, size, mode| map_in(file, size, mode, Access::ReadOnly),
-        |file| info(file, path),
-        |error| system("map", path, error),
-    )
-}
-
-fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
-    let info = calls::info(file).map_err(|error| match error {
-        Errno::NOTTY | Errno::INVAL => DeviceError::NotADevice {
-            path: path.to_owned(),
-        },
-        error => system("examine", path, error),
-    })?;
-    if info.version != uapi::UAPI_VERSION {
-        return Err(DeviceError::Version {
-            path: path.to_owned(),
-            found: info.version,
-        });
-    }
-    Ok(info)
-}
-
-/// Asks the driver for the layout that it has.
-fn layout(file: &File, path: &Path) -> Result<Layout, DeviceError> {
-    let region_size = info(file, path)?.region_size;
-    let page = calls::superblock(file).map_err(|error| system("examine", path, error))?;
-    Layout::decode(&page, region_size).map_err(|source| DeviceError::Layout {
-        path: path.to_owned(),
-        source,
-    })
-}
-
-fn system(what: &'static str, path: &Path, error: Errno) -> DeviceError {
-    DeviceError::System {
-        what,
-        path: path.to_owned(),
-        source: error.into(),
     }
 }

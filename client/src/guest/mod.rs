@@ -24,6 +24,7 @@ mod device;
 pub(crate) mod error;
 pub(crate) mod events;
 pub(crate) mod find;
+mod node;
 mod watch;
 
 use std::path::Path;

@@ -48,7 +48,7 @@ const MAX_POPULATED: u64 = 64 << 20;
 /// let (mut sender, mut receiver) = (broker.sender("down")?, broker.receiver("up")?);
 /// // The ends work on without it.
 /// drop(broker);
-/// let _ = sender.send(Kind::USER, b"ping")?;
+/// sender.send(Kind::USER, b"ping")?;
 /// println!("{:?}", receiver.recv()?.to_vec());
 /// # Ok::<(), barlink::Error>(())
 /// ```
@@ -92,7 +92,7 @@ impl Attachment {
     ///
     /// let broker = host::connect("default")?;
     /// let mut commands = broker.sender("down")?;
-    /// let _ = commands.send(Kind::USER, b"restart")?;
+    /// commands.send(Kind::USER, b"restart")?;
     /// // The end is free again for another process.
     /// drop(commands);
     /// # Ok::<(), barlink::Error>(())

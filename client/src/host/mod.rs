@@ -6,7 +6,7 @@
 //! use barlink::{Kind, host};
 //!
 //! let broker = host::connect("default")?;
-//! let _ = broker.sender("down")?.send(Kind::USER, b"a command")?;
+//! broker.sender("down")?.send(Kind::USER, b"a command")?;
 //! let mut receiver = broker.receiver("up")?;
 //! let answer = receiver.recv()?.to_vec();
 //! println!("{answer:?}");

@@ -2,12 +2,13 @@
 
 //! Tests of taps, which copy records that other programs exchange.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use barlink::host::AttachOptions;
-use barlink::{Access, ErrorKind, Kind, Sent, Tap};
+use barlink::{Access, ErrorKind, Kind, OwnedRecord, Sent, Tap};
 use barlink_protocol::Ordering;
 use barlink_protocol::wire::layout::channel;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::broker::*;
 
@@ -149,4 +150,55 @@ fn tap_of_a_fast_channel_copies_no_torn_record() {
     assert_eq!(last, Some(RECORDS));
     sending.join().unwrap();
     receiving.join().unwrap();
+}
+
+#[test]
+fn tap_reuses_memory_of_record() {
+    let broker = Running::start(&["loop=host-host,64K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let mut tap = tap(&broker, "loop");
+    let mut record = OwnedRecord::default();
+    let at_once = Duration::ZERO;
+    assert!(!tap.recv_into(&mut record, at_once).unwrap());
+    let mut memory = None;
+    for (number, length) in [9000, 5, 0, 8999].into_iter().enumerate() {
+        let bytes = vec![number as u8 + 1; length];
+        sender.send(Kind::USER, &bytes).unwrap();
+        assert!(tap.recv_into(&mut record, at_once).unwrap());
+        assert_eq!(record.bytes, bytes);
+        let place = record.bytes.as_ptr();
+        assert_eq!(*memory.get_or_insert(place), place, "{length} bytes");
+        drop(receiver.recv().unwrap());
+    }
+}
+
+#[test]
+fn taps_descriptor_is_readable_when_due() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, _receiver) = broker.ends("loop");
+    let mut tap = tap(&broker, "loop");
+    let is_due = |tap: &Tap, milliseconds: i64| {
+        let timeout = Timespec {
+            tv_sec: 0,
+            tv_nsec: milliseconds * 1_000_000,
+        };
+        poll(&mut [PollFd::new(tap, PollFlags::IN)], Some(&timeout)).unwrap() == 1
+    };
+    // A new tap has not looked yet.
+    assert!(is_due(&tap, 0));
+    // Each look that comes in time and finds nothing doubles the pause, up to 10 ms.
+    let mut longest = Duration::ZERO;
+    for _ in 0..10 {
+        assert!(tap.try_recv().unwrap().is_none());
+        let start = Instant::now();
+        assert!(is_due(&tap, 999));
+        longest = longest.max(start.elapsed());
+    }
+    assert!(longest >= Duration::from_millis(9), "{longest:?}");
+    assert!(tap.try_recv().unwrap().is_none());
+    sender.send(Kind::USER, b"text").unwrap();
+    assert!(is_due(&tap, 999));
+    assert_eq!(tap.try_recv().unwrap().unwrap().bytes, b"text");
+    // Another record may be there.
+    assert!(is_due(&tap, 0));
 }

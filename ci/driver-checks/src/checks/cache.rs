@@ -8,11 +8,14 @@ use std::fs;
 use anyhow::{Context, Result};
 use barlink_protocol::wire::layout::{PAGE_SIZE as PAGE, presence};
 use barlink_protocol::wire::uapi::{CacheMode, MAP, Map, ON_FAULT};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::Signal;
 
 use crate::ask::{RAW, Region};
-use crate::binding::{bind, open, unbind};
+use crate::binding::{bind, open, open_with, unbind};
+use crate::calls::Mapping;
 use crate::device::{Device, fails};
 use crate::host;
 use crate::process::{Ended, child, ends};
@@ -316,6 +319,69 @@ pub(super) fn large_pages_keep_mode_beside_eager_mappings() -> Result<()> {
         drop(map);
     }
     Ok(())
+}
+
+pub(super) fn read_only_mappings_follow_cache_mode_of_writers() -> Result<()> {
+    let whole = Region::Main.mappable();
+    let [noncached, combining, cached] = MODES.map(|mode| mode as u32);
+    let watch = |mode, flags| {
+        let file = open_with(Region::Main, OFlags::RDONLY)?;
+        set_options(&file, mode, flags)?;
+        let map = file.map_with(RAW, 64 * PAGE, ProtFlags::READ, MapFlags::SHARED)?;
+        anyhow::Ok((file, map))
+    };
+    // Without a writer, the mode is that of the first reader, which the driver reports as granted,
+    // but not as requested.
+    let (_first, reader) = watch(cached, 0)?;
+    let (second, other) = watch(combining, ON_FAULT)?;
+    let alone = |map: &Mapping| {
+        map.read(0);
+        let info = second.info()?;
+        assert_eq!((info.asked, info.mapper), (0, 0));
+        anyhow::Ok(info.granted)
+    };
+    assert_eq!(alone(&reader)?, cached);
+    assert_eq!(alone(&other)?, cached);
+    assert!(is_listed(&second, 0, whole, CacheMode::WriteBack)?);
+    for mode in MODES {
+        for flags in [0, ON_FAULT] {
+            let number = mode as u32;
+            let writer = open(Region::Main)?;
+            set_options(&writer, number, flags)?;
+            let map = writer.map(RAW, 4 * PAGE)?;
+            for place in [0, 3 * PAGE] {
+                map.write(place, u64::from(number) + place);
+                for reader in [&reader, &other] {
+                    assert_eq!(reader.read(place), u64::from(number) + place);
+                    reader.read(place + 40 * PAGE);
+                }
+            }
+            assert_reported(&writer, number, number)?;
+            assert!(is_listed(&writer, 0, whole, mode)?, "{mode:?}");
+            // A second writer cannot have another mode, but a reader can come and go.
+            for different in [noncached, combining, cached] {
+                let late = open(Region::Main)?;
+                set_options(&late, different, flags)?;
+                if different != number {
+                    fails(late.map(RAW, PAGE), Errno::BUSY);
+                }
+                let (_late, map) = watch(different, flags)?;
+                assert_eq!(map.read(3 * PAGE), u64::from(number) + 3 * PAGE);
+            }
+            assert_reported(&writer, number, number)?;
+            drop(map);
+            assert_eq!(alone(&reader)?, cached);
+        }
+    }
+    // A writer without a request is noncached, whatever the readers prefer.
+    let writer = open(Region::Main)?;
+    let map = writer.map(RAW, PAGE)?;
+    assert_reported(&writer, noncached, noncached)?;
+    drop((reader, other));
+    map.write(0, 1);
+    assert_reported(&writer, noncached, noncached)?;
+    drop(map);
+    assert_reported(&writer, 0, 0)
 }
 
 pub(super) fn faults_after_unbind_raise_sigbus() -> Result<()> {

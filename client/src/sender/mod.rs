@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The end of a channel that sends, and the reservation that a record is written into.
+//! The end of a channel that sends.
 
-use std::io::{self, Write};
+mod reservation;
+
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
-use barlink_protocol::aligned::{ALIGNMENT, AlignedBuffer};
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::{Events, PresenceWords, SenderReservation, Strategy};
+use barlink_protocol::{PresenceWords, Strategy};
 
 use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
-use crate::memory::{Mapping, Region};
+use crate::memory::{Mapping, RingRegion};
 use crate::owned::Owned;
 use crate::readiness::Readiness;
 use crate::stream::StreamWriter;
+
+pub use reservation::Reservation;
 
 /// The sender that the ring itself has.
 pub type RingSender = barlink_protocol::Sender<Mapping, Doorbells>;
@@ -36,7 +38,6 @@ pub type RingSender = barlink_protocol::Sender<Mapping, Doorbells>;
 /// # Ok::<(), barlink::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[must_use = "a record can be dropped"]
 pub enum Sent {
     /// The record was committed: the receiver sees it.
     Committed,
@@ -83,14 +84,14 @@ pub enum Sent {
 pub struct Sender {
     ring: Owned<RingSender>,
     readiness: Readiness,
-    region: Region,
+    region: RingRegion,
     peer: Option<PresenceWords>,
 }
 
 impl Sender {
     pub(crate) fn new(
         ring: RingSender,
-        region: Region,
+        region: RingRegion,
         peer: Option<PresenceWords>,
     ) -> Result<Self, Error> {
         Ok(Sender {
@@ -111,7 +112,7 @@ impl Sender {
     /// const SET_SPEED: Kind = Kind::USER;
     ///
     /// let mut commands = host::connect("default")?.sender("down")?;
-    /// let _ = commands.send(SET_SPEED, &3.5_f32.to_le_bytes())?;
+    /// commands.send(SET_SPEED, &3.5_f32.to_le_bytes())?;
     /// # Ok::<(), barlink::Error>(())
     /// ```
     ///
@@ -188,7 +189,7 @@ impl Sender {
     /// let broker = host::connect("default")?;
     /// let mut sender = broker.sender("down")?;
     /// for number in 0..1000_u32 {
-    ///     let _ = sender.stage(Kind::USER, &number.to_le_bytes())?;
+    ///     sender.stage(Kind::USER, &number.to_le_bytes())?;
     /// }
     /// sender.publish()?;
     /// # Ok::<(), barlink::Error>(())
@@ -211,7 +212,7 @@ impl Sender {
     ///
     /// let mut log = host::connect("default")?.sender("log")?;
     /// for line in std::io::stdin().lines() {
-    ///     let _ = log.stage(Kind::USER, line?.as_bytes())?;
+    ///     log.stage(Kind::USER, line?.as_bytes())?;
     ///     if log.sequence().is_multiple_of(64) {
     ///         log.publish()?;
     ///     }
@@ -319,11 +320,7 @@ impl Sender {
         self.readiness.busy();
         // Room that was found is still there, so this does not wait for it.
         match self.ring.reserve(length, None)? {
-            Some(reservation) => Ok(Reservation {
-                reservation,
-                length: 0,
-                tail: [0; 8],
-            }),
+            Some(reservation) => Ok(Reservation::new(reservation)),
             None => Err(Error::Full),
         }
     }
@@ -357,7 +354,7 @@ impl Sender {
     /// let mut sender = host::connect("default")?.sender("down")?;
     /// let photo = std::fs::read("photo.jpg")?;
     /// for part in photo.chunks(sender.max_record()) {
-    ///     let _ = sender.send(Kind::USER, part)?;
+    ///     sender.send(Kind::USER, part)?;
     /// }
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -374,7 +371,7 @@ impl Sender {
     ///
     /// let mut commands = host::connect("default")?.sender("down")?;
     /// let number = commands.sequence();
-    /// let _ = commands.send(Kind::USER, b"stop")?;
+    /// commands.send(Kind::USER, b"stop")?;
     /// println!("command {number} waits for its reply");
     /// # Ok::<(), barlink::Error>(())
     /// ```
@@ -426,7 +423,7 @@ impl Sender {
     /// while !camera.is_peer_present() {
     ///     std::thread::sleep(Duration::from_millis(10));
     /// }
-    /// let _ = camera.send(Kind::USER, b"the first frame")?;
+    /// camera.send(Kind::USER, b"the first frame")?;
     /// # Ok::<(), barlink::Error>(())
     /// ```
     pub fn is_peer_present(&self) -> bool {
@@ -446,7 +443,7 @@ impl Sender {
     /// stream.finish()?;
     /// // Back from a stream to commands, which may not be late.
     /// sender.set_strategy(Strategy::PROMPT);
-    /// let _ = sender.send(Kind::USER, b"restart")?;
+    /// sender.send(Kind::USER, b"restart")?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn set_strategy(&mut self, strategy: Strategy) {
@@ -513,182 +510,6 @@ impl AsRawFd for Sender {
 }
 
 /// Reads whether a process holds the end whose presence is in these words.
-pub(crate) fn is_present(region: &Region, words: Option<PresenceWords>) -> bool {
+pub(crate) fn is_present(region: &RingRegion, words: Option<PresenceWords>) -> bool {
     words.is_none_or(|words| words.read(region).is_held())
-}
-
-/// Room for a record, in the shared memory itself. [`Write`] appends to the record, and writes 0
-/// bytes once the room is used up. A reservation that is dropped leaves the channel as it was.
-///
-/// ```no_run
-/// use std::io::Write;
-///
-/// use barlink::{Kind, host};
-///
-/// let mut log = host::connect("default")?.sender("log")?;
-/// let mut line = log.reserve(80)?;
-/// line.write_all(&std::fs::read("/proc/loadavg")?)?;
-/// println!("{} of {} bytes", line.len(), line.capacity());
-/// if !line.is_empty() {
-///     line.commit(Kind::USER)?;
-/// }
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Debug)]
-#[must_use = "a reservation that is not committed sends nothing"]
-pub struct Reservation<'a> {
-    reservation: SenderReservation<'a, Mapping, Doorbells>,
-    /// Bytes that were written.
-    length: u32,
-    /// The bytes that were written behind the last whole word.
-    tail: [u8; 8],
-}
-
-impl Reservation<'_> {
-    /// Returns the number of bytes that were written so far.
-    pub fn len(&self) -> usize {
-        self.length as usize
-    }
-
-    /// Returns whether nothing was written yet.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
-    /// Returns the number of bytes that can be written in all: the length that was reserved.
-    pub fn capacity(&self) -> usize {
-        self.reservation.length() as usize
-    }
-
-    /// Appends bytes of a file to the record. Calls `read(2)` once, so a pipe can give fewer bytes
-    /// than fit, and another call appends more. Returns the bytes read: 0 at the end of the file,
-    /// or if the room is used up, as for [`Write::write`].
-    ///
-    /// The kernel reads straight into an empty reservation, without a copy in between. Bytes go by
-    /// way of a private buffer if the reservation has some already, or if the kernel cannot read
-    /// the file into the memory of a device, as with `O_DIRECT` in a guest.
-    ///
-    /// ```no_run
-    /// use std::fs::File;
-    ///
-    /// use barlink::{Kind, host};
-    ///
-    /// let mut sender = host::connect("default")?.sender("down")?;
-    /// let photo = File::open("photo.jpg")?;
-    /// loop {
-    ///     let mut record = sender.reserve(1 << 16)?;
-    ///     if record.read_from(&photo)? == 0 {
-    ///         break;
-    ///     }
-    ///     record.commit(Kind::USER)?;
-    /// }
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// `read(2)` failed; [`io::ErrorKind::WouldBlock`] is a file that is non-blocking and not
-    /// ready. Or the device is gone.
-    pub fn read_from(&mut self, file: impl AsFd) -> io::Result<usize> {
-        let events = self.reservation.events();
-        events.check_process().map_err(Error::from)?;
-        let file = file.as_fd();
-        if self.length > 0 {
-            return self.append_from(file);
-        }
-        self.length = match self.reservation.read_from(file.as_raw_fd()) {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EINVAL)) => {
-                self.reservation
-                    .events()
-                    .check_device()
-                    .map_err(Error::from)?;
-                return self.append_from(file);
-            }
-            length => length?,
-        };
-        if !self.length.is_multiple_of(8) {
-            self.tail = self.reservation.word(self.length / 8).to_le_bytes();
-        }
-        Ok(self.length as usize)
-    }
-
-    /// Appends bytes of a file by way of a private buffer. Returns the bytes read.
-    #[cold]
-    fn append_from(&mut self, file: BorrowedFd<'_>) -> io::Result<usize> {
-        // A file with O_DIRECT is read in whole blocks.
-        let length = match self.capacity() - self.len() {
-            0 => return Ok(0),
-            length @ ..ALIGNMENT => length,
-            length => (length / ALIGNMENT * ALIGNMENT).min(256 << 10),
-        };
-        let mut buffer = AlignedBuffer::new(length);
-        let length = rustix::io::read(file, buffer.bytes())?;
-        self.write(&buffer.bytes()[..length])
-    }
-
-    /// Commits the record with the bytes that were written, and rings the receiver if it asked for
-    /// that. Records that were staged before are committed with it.
-    ///
-    /// ```no_run
-    /// use std::io::Write;
-    ///
-    /// use barlink::{Kind, host};
-    ///
-    /// let mut sensor = host::connect("default")?.sender("down")?;
-    /// let mut record = sensor.reserve(16)?;
-    /// let reading = 21.5_f64;
-    /// record.write_all(&reading.to_le_bytes())?;
-    /// // A reading out of range is not sent: the reservation is dropped.
-    /// if reading < 100.0 {
-    ///     record.commit(Kind::USER)?;
-    /// }
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// Ringing failed. The record is committed all the same.
-    pub fn commit(mut self, kind: Kind) -> Result<(), Error> {
-        let partial = (self.length % 8) as usize;
-        if partial > 0 {
-            self.reservation
-                .write(self.length / 8 * 8, &self.tail[..partial]);
-        }
-        Ok(self.reservation.commit(kind, self.length)?)
-    }
-}
-
-impl Write for Reservation<'_> {
-    /// Appends bytes to the record, as many as there is room for. Returns their number.
-    #[inline]
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let events = self.reservation.events();
-        events.check_process().map_err(Error::from)?;
-        let room = self.capacity() - self.len();
-        let bytes = &bytes[..bytes.len().min(room)];
-        let mut rest = bytes;
-        let partial = (self.length % 8) as usize;
-        if partial > 0 {
-            let fits = rest.len().min(8 - partial);
-            let (now, later) = rest.split_at(fits);
-            self.tail[partial..partial + fits].copy_from_slice(now);
-            self.length += fits as u32;
-            rest = later;
-            if partial + fits < 8 {
-                return Ok(bytes.len());
-            }
-            self.reservation.write(self.length - 8, &self.tail);
-        }
-        let (whole, last) = rest.split_at(rest.len() / 8 * 8);
-        if !whole.is_empty() {
-            self.reservation.write(self.length, whole);
-        }
-        self.tail[..last.len()].copy_from_slice(last);
-        self.length += rest.len() as u32;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

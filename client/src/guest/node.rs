@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The file of a device: opening it, mapping it, and asking the driver through it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use barlink_protocol::wire::layout::Layout;
+use barlink_protocol::wire::uapi::{self, Info};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use crate::guest::cache::{Cache, Choice};
+use crate::guest::calls::{self, map_in};
+use crate::guest::error::DeviceError;
+use crate::memory::{Access, Mapping};
+
+/// Opens the file of a device.
+pub(super) fn open(path: &Path, access: Access) -> Result<File, DeviceError> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(access == Access::ReadWrite)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+    options.open(path).map_err(|source| {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::NotFound => DeviceError::NoDevice { path },
+            io::ErrorKind::PermissionDenied => DeviceError::Permission { path, access },
+            _ if source.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => {
+                DeviceError::NoDevice { path }
+            }
+            _ => DeviceError::System {
+                what: "open",
+                path,
+                source,
+            },
+        }
+    })
+}
+
+/// Tries to map in the mode of other mappings, which can come and go between two checks of the
+/// driver, and to open a device whose number changes.
+pub(super) const TRIES: u32 = 10;
+
+/// Maps the start of a device's region, as many bytes as it is told, in the requested cache mode.
+pub(super) fn map(
+    file: &File,
+    path: &Path,
+    size: usize,
+    cache: Cache,
+    access: Access,
+) -> Result<Mapping, DeviceError> {
+    let busy = |error: &Errno| *error == Errno::BUSY;
+    let mut result = map_in(file, size, cache.mode(), access);
+    for _ in 1..TRIES {
+        if cache != Cache::Same || !result.as_ref().is_err_and(busy) {
+            break;
+        }
+        result = map_in(file, size, None, access);
+    }
+    match result {
+        Err(error) if busy(&error) => {
+            let info = info(file, path)?;
+            let process = info.mapper;
+            // The process may be in another PID namespace, or have ended and left the mapping to
+            // its children.
+            let name = std::fs::read_to_string(format!("/proc/{process}/comm"));
+            let name = name.map_or(String::new(), |name| format!(" ({})", name.trim_end()));
+            Err(DeviceError::OtherCache {
+                path: path.to_owned(),
+                requested: cache,
+                process: format!("{process}{name}"),
+                mode: Cache::from_number(info.asked).map_or("another way", Cache::name),
+            })
+        }
+        result => result.map_err(|error| system("map", path, error)),
+    }
+}
+
+/// Finds the fastest cache mode that the guest's kernel grants.
+pub(super) fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
+    let open = || {
+        let file = open(path, access)?;
+        let info = info(&file, path)?;
+        Ok((file, info))
+    };
+    Choice::find(
+        open,
+        |file, size, mode| map_in(file, size, mode, Access::ReadOnly),
+        |file| info(file, path),
+        |error| system("map", path, error),
+    )
+}
+
+/// Asks the driver for what it says of the device, and checks its version.
+pub(super) fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
+    let info = calls::info(file).map_err(|error| match error {
+        Errno::NOTTY | Errno::INVAL => DeviceError::NotADevice {
+            path: path.to_owned(),
+        },
+        error => system("examine", path, error),
+    })?;
+    if info.version != uapi::UAPI_VERSION {
+        return Err(DeviceError::Version {
+            path: path.to_owned(),
+            found: info.version,
+        });
+    }
+    Ok(info)
+}
+
+/// Asks the driver for the layout that it has.
+pub(super) fn layout(file: &File, path: &Path) -> Result<Layout, DeviceError> {
+    let region_size = info(file, path)?.region_size;
+    let page = calls::superblock(file).map_err(|error| system("examine", path, error))?;
+    Layout::decode(&page, region_size).map_err(|source| DeviceError::Layout {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Returns the error of a system call.
+pub(super) fn system(what: &'static str, path: &Path, error: Errno) -> DeviceError {
+    DeviceError::System {
+        what,
+        path: path.to_owned(),
+        source: error.into(),
+    }
+}
