@@ -224,7 +224,7 @@ impl Slot {
     fn left_in_order(&self, occupancy: &Occupancy) -> bool {
         let epoch = self.region.driver_epoch(self.id);
         let came = occupancy.first_epoch.is_some_and(|first| first != epoch);
-        came && epoch % 2 == 0 && epoch != occupancy.words.ended_epoch()
+        came && epoch.is_multiple_of(2) && epoch != occupancy.words.ended_epoch()
     }
 
     /// Tells whether the kernel consumes the rings of a vector of the slot. The kernel does so
@@ -303,7 +303,7 @@ impl Slot {
         if let Some(process) = seen.process() {
             return Some(Hold::Process(process));
         }
-        let driver_ended = seen.epoch % 2 == 0 && seen.epoch != occupancy.words.ended_epoch();
+        let driver_ended = seen.epoch.is_multiple_of(2) && seen.epoch != occupancy.words.ended_epoch();
         if seen.holder == 0 || driver_ended {
             return None;
         }
