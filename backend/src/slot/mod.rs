@@ -303,7 +303,8 @@ impl Slot {
         if let Some(process) = seen.process() {
             return Some(Hold::Process(process));
         }
-        let driver_ended = seen.epoch.is_multiple_of(2) && seen.epoch != occupancy.words.ended_epoch();
+        let driver_ended =
+            seen.epoch.is_multiple_of(2) && seen.epoch != occupancy.words.ended_epoch();
         if seen.holder == 0 || driver_ended {
             return None;
         }

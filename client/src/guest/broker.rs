@@ -30,8 +30,10 @@ const SILENT: Duration = Duration::from_secs(10);
 /// First and longest pause between two looks for an answer.
 const LOOK: Duration = Duration::from_millis(1);
 const LONGEST_LOOK: Duration = Duration::from_millis(100);
-/// Two sleeps with less time between them are parts of one wait.
+/// Two sleeps with less time between them are parts of one wait, unless the second is shorter.
 const GAP: Duration = Duration::from_millis(50);
+/// Time after which an end that polls asks again. Its waits cannot be told apart.
+const POLLING: Duration = Duration::from_secs(60);
 
 /// The next step of a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,12 +162,32 @@ impl Asker {
 #[derive(Debug)]
 pub(crate) struct SleepQuestions {
     asker: Asker,
-    /// The begin of the wait that the next sleep is a part of, and the end of the last sleep.
-    wait: Option<(Instant, Instant)>,
+    /// The wait that the next sleep can be a part of.
+    wait: Option<Wait>,
     course: Course,
     question: Option<u64>,
     /// Whether this wait needs no further question.
     is_done: bool,
+}
+
+/// Sleeps that follow each other.
+#[derive(Clone, Copy, Debug)]
+struct Wait {
+    begin: Instant,
+    /// The end of the last sleep.
+    end: Instant,
+    /// The longest time of the last sleep.
+    timeout: Duration,
+}
+
+impl Wait {
+    /// Returns whether a sleep with this timeout is a part of the wait. An end sleeps for longer each
+    /// time while it finds nothing, and begins with a short sleep when it has found something.
+    fn goes_on(&self, now: Instant, timeout: Duration) -> bool {
+        now.saturating_duration_since(self.end) < GAP
+            && timeout >= self.timeout
+            && now.saturating_duration_since(self.begin) < POLLING
+    }
 }
 
 impl SleepQuestions {
@@ -179,21 +201,28 @@ impl SleepQuestions {
         }
     }
 
-    /// Notes that a sleep begins or goes on. Does what is to be done now, and returns the time until
-    /// the next such call, `None` if there is nothing more to do in this wait.
+    /// Notes that a sleep of at most this time begins, `None` for one without a limit.
+    pub(crate) fn begin(&mut self, now: Instant, timeout: Option<Duration>) {
+        let timeout = timeout.unwrap_or(Duration::MAX);
+        if let Some(wait) = self.wait.as_mut().filter(|it| it.goes_on(now, timeout)) {
+            wait.timeout = timeout;
+            return;
+        }
+        self.end();
+        self.wait = Some(Wait {
+            begin: now,
+            end: now,
+            timeout,
+        });
+    }
+
+    /// Does what is to be done now within a sleep. Returns the time until the next such call, `None`
+    /// if there is nothing more to do in this wait.
     pub(crate) fn step(&mut self, now: Instant) -> Option<Duration> {
-        let begin = match self.wait {
-            Some((begin, last)) if now.saturating_duration_since(last) < GAP => begin,
-            _ => {
-                self.end();
-                now
-            }
-        };
-        self.wait = Some((begin, now));
         if self.is_done {
             return None;
         }
-        let slept = now.saturating_duration_since(begin);
+        let slept = now.saturating_duration_since(self.wait?.begin);
         if slept < SLEEP {
             return Some(SLEEP - slept);
         }
@@ -228,7 +257,7 @@ impl SleepQuestions {
     /// Notes the end of a sleep. A ring ends the wait.
     pub(crate) fn slept(&mut self, now: Instant, was_rung: bool) {
         match &mut self.wait {
-            Some((_, last)) if !was_rung => *last = now,
+            Some(wait) if !was_rung => wait.end = now,
             _ => self.end(),
         }
     }
@@ -269,6 +298,23 @@ mod tests {
     fn question_is_repeated_until_ten_seconds() {
         assert_eq!(follow(0), (vec![0, 1, 3, 7], 10));
         assert_eq!(follow(5), (vec![5, 6, 8, 12], 15));
+    }
+
+    #[test]
+    fn waits_are_told_apart_by_their_sleeps() {
+        let begin = Instant::now();
+        let at = |milliseconds| begin + Duration::from_millis(milliseconds);
+        let second = Duration::from_secs(1);
+        let wait = Wait {
+            begin,
+            end: at(5000),
+            timeout: second,
+        };
+        assert!(wait.goes_on(at(5001), second));
+        assert!(wait.goes_on(at(5001), Duration::MAX));
+        assert!(!wait.goes_on(at(5001), second / 2), "a new wait is short");
+        assert!(!wait.goes_on(at(5060), second), "the end was busy");
+        assert!(!wait.goes_on(at(60_000), second));
     }
 
     #[test]

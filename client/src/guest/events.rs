@@ -83,6 +83,7 @@ impl DeviceEvents {
             // No doorbell ends this sleep, so the end polls. Vector 0 fires even so. Unread, it
             // would keep the file readable.
             let interval = FIRST_FALLBACK_POLL;
+            self.begin(timeout);
             self.ask();
             std::thread::sleep(timeout.unwrap_or(interval).min(interval));
             self.slept(false);
@@ -106,6 +107,7 @@ impl DeviceEvents {
             return self.becomes_readable(timeout);
         }
         let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        self.begin(timeout);
         loop {
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let until_step = self.ask();
@@ -115,6 +117,12 @@ impl DeviceEvents {
             if is_readable || part == left {
                 return Ok(is_readable);
             }
+        }
+    }
+
+    fn begin(&mut self, timeout: Option<Duration>) {
+        if let Some(questions) = &mut self.questions {
+            questions.begin(Instant::now(), timeout);
         }
     }
 
