@@ -48,6 +48,8 @@ pub struct RateLimit(Mutex<BTreeMap<Account, Window>>);
 struct Window {
     start: Instant,
     lines: u32,
+    /// Number of lines that were left out since a line last said so.
+    left_out: u64,
 }
 
 impl Window {
@@ -76,26 +78,34 @@ impl RateLimit {
     }
 
     /// Counts a line. Returns how many lines were left out before it, or `None` if this one is left
-    /// out, too.
-    fn count(&self, account: Account, now: Instant) -> Option<u32> {
+    /// out, too. The lines that were left out of an account that is removed are added to this one.
+    fn count(&self, account: Account, now: Instant) -> Option<u64> {
         let mut windows = self.0.lock();
+        let mut removed = 0;
         if windows.len() >= ACCOUNTS {
-            windows.retain(|_, window| !window.is_over(now));
+            windows.retain(|_, window| {
+                let is_over = window.is_over(now);
+                removed += if is_over { window.left_out } else { 0 };
+                !is_over
+            });
         }
         let is_full = windows.len() >= ACCOUNTS && !windows.contains_key(&account);
         let account = if is_full { Account::Others } else { account };
-        let fresh = || Window {
+        let window = windows.entry(account).or_insert(Window {
             start: now,
             lines: 0,
-        };
-        let window = windows.entry(account).or_insert_with(fresh);
-        let mut left_out = 0;
+            left_out: 0,
+        });
+        window.left_out += removed;
         if window.is_over(now) {
-            left_out = window.lines.saturating_sub(LINES);
-            *window = fresh();
+            (window.start, window.lines) = (now, 0);
         }
         window.lines = window.lines.saturating_add(1);
-        (window.lines <= LINES).then_some(left_out)
+        if window.lines > LINES {
+            window.left_out += 1;
+            return None;
+        }
+        Some(std::mem::take(&mut window.left_out))
     }
 }
 
@@ -103,7 +113,7 @@ impl RateLimit {
 mod tests {
     use super::*;
 
-    fn logged(limit: &RateLimit, account: Account, times: usize, now: Instant) -> Vec<u32> {
+    fn logged(limit: &RateLimit, account: Account, times: usize, now: Instant) -> Vec<u64> {
         (0..times)
             .filter_map(|_| limit.count(account, now))
             .collect()
@@ -116,7 +126,7 @@ mod tests {
         let first = logged(&limit, Account::User(7), 1000, start);
         assert_eq!(first, [0; LINES as usize]);
         let next = logged(&limit, Account::User(7), 2, start + INTERVAL);
-        assert_eq!(next, [1000 - LINES, 0]);
+        assert_eq!(next, [1000 - u64::from(LINES), 0]);
     }
 
     #[test]
@@ -129,6 +139,31 @@ mod tests {
     }
 
     #[test]
+    fn removed_accounts_lose_no_count() {
+        let limit = RateLimit::new();
+        let mut now = Instant::now();
+        let (mut caused, mut told) = (0, 0);
+        for round in 0..10 {
+            // More accounts than are counted at a time, each with another number of lines.
+            for user in 0..100 {
+                let times = (user * 7 + round) % 23;
+                let lines = logged(&limit, Account::User(user as u32), times, now);
+                caused += times as u64;
+                told += lines.len() as u64 + lines.iter().sum::<u64>();
+            }
+            now += INTERVAL;
+        }
+        // The next line of each account tells of those before it.
+        let waiting: Vec<_> = limit.0.lock().keys().copied().collect();
+        for account in waiting {
+            let lines = logged(&limit, account, 1, now);
+            caused += 1;
+            told += lines.len() as u64 + lines.iter().sum::<u64>();
+        }
+        assert_eq!(told, caused);
+    }
+
+    #[test]
     fn many_accounts_take_bounded_memory() {
         let limit = RateLimit::new();
         let now = Instant::now();
@@ -136,7 +171,8 @@ mod tests {
         assert_eq!(lines.sum::<usize>(), ACCOUNTS + LINES as usize);
         assert_eq!(limit.0.lock().len(), ACCOUNTS + 1);
         let later = now + INTERVAL;
-        assert_eq!(logged(&limit, Account::User(1000), 1, later), [0]);
+        let left_out = 1000 - ACCOUNTS as u64 - u64::from(LINES);
+        assert_eq!(logged(&limit, Account::User(1000), 1, later), [left_out]);
         assert_eq!(limit.0.lock().len(), 1);
     }
 }

@@ -104,6 +104,40 @@ fn recv_taps_copy_stream_beside_receiver() {
     assert_eq!(std::fs::read(broker.path("three")).unwrap(), data);
 }
 
+/// Sends one line as a stream. Sender, receiver and tap count its data. The channel has the marks
+/// of the stream as well, and `inspect` says so.
+#[test]
+fn summaries_count_data_and_no_marks() {
+    let broker = Broker::start(&LOOP);
+    let summary = |text: &str| -> serde_json::Value {
+        serde_json::from_str(text.lines().next().unwrap()).unwrap()
+    };
+    let mut tap = broker
+        .app(&["recv", "--channel", "loop", "--tap", "--json"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .start();
+    wait_for_tap(&tap);
+    file_with(&broker.path("in"), b"one line\n");
+    let send = ["send", "--channel", "loop", "--json"];
+    let sent = run(broker.app(&send).arg(broker.path("in")));
+    let received = run(&mut broker.app(&["recv", "--channel", "loop", "--json"]));
+    assert_eq!(received.stdout, b"one line\n");
+    assert!(wait(&mut tap).success());
+    for errors in [sent.stderr, received.stderr, errors_of(&mut tap).into()] {
+        let counts = summary(std::str::from_utf8(&errors).unwrap());
+        assert_eq!(
+            (&counts["records"], &counts["bytes"]),
+            (&1.into(), &9.into())
+        );
+    }
+    let state = summary(&works(&mut broker.app(&["inspect", "--json"])).replace('\n', ""));
+    assert_eq!(state["channels"][0]["records"], 3);
+    let text = works(&mut broker.app(&["inspect", "--once"]));
+    let marks = "records: with the marks at the begin and end of each stream";
+    assert!(text.contains(marks), "{text}");
+}
+
 /// A stream whose sender was killed and the next one are two streams.
 #[test]
 fn tap_ends_partial_stream_at_next_beginning() {

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 
-use barlink_protocol::wire::layout::Layout;
+use barlink_protocol::wire::layout::{self, Layout};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -160,4 +160,20 @@ fn rejects_request_with_unknown_field() {
     assert!(asked("").is_ok());
     let refusal = asked(r#","wait":true"#).unwrap_err();
     assert!(matches!(refusal, InvalidRequest::Malformed(_)), "{refusal}");
+}
+
+#[test]
+fn app_ignores_unknown_field_of_answer() {
+    let text = r#"{"added":{"channel":2,"entries":57,"room":0}}"#;
+    let newer = text.replace("}}", r#","colour":{"of":"the channel"}}}"#);
+    let answers = [text, &newer].map(|text| serde_json::from_str::<Answer>(text).unwrap());
+    assert_eq!(answers[0], answers[1]);
+}
+
+/// A host app does not read the superblock. So another layout, or a feature that an older program
+/// must not ignore, needs another version of the requests.
+#[test]
+fn requests_stand_for_layout_version() {
+    let layouts = (layout::VERSION, layout::INCOMPATIBLE_FEATURES);
+    assert_eq!((VERSION, layouts), (1, (2, 0)));
 }

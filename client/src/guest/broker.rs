@@ -3,8 +3,8 @@
 //! The question whether the broker is alive (`docs/protocol.md`, section 3). A guest whose broker
 //! was killed, and started anew with another region, streams into memory that nobody else has.
 //!
-//! A program asks when it begins to watch, and an end asks once for each sleep that is longer than a
-//! second. A question or its ring can be lost, and a busy host is slow, so each is repeated, and
+//! A program asks when it begins to watch, and an end asks once for each sleep that is longer than
+//! a second. A question or its ring can be lost, and a busy host is slow, so each is repeated, and
 //! only a broker that has not answered for ten seconds is silent.
 
 use std::fs::File;
@@ -181,8 +181,8 @@ struct Wait {
 }
 
 impl Wait {
-    /// Returns whether a sleep with this timeout is a part of the wait. An end sleeps for longer each
-    /// time while it finds nothing, and begins with a short sleep when it has found something.
+    /// Returns whether a sleep with this timeout is a part of the wait. An end sleeps for longer
+    /// each time while it finds nothing, and begins with a short sleep when it has found something.
     fn goes_on(&self, now: Instant, timeout: Duration) -> bool {
         now.saturating_duration_since(self.end) < GAP
             && timeout >= self.timeout
@@ -216,8 +216,8 @@ impl SleepQuestions {
         });
     }
 
-    /// Does what is to be done now within a sleep. Returns the time until the next such call, `None`
-    /// if there is nothing more to do in this wait.
+    /// Does what is to be done now within a sleep. Returns the time until the next such call,
+    /// `None` if there is nothing more to do in this wait.
     pub(crate) fn step(&mut self, now: Instant) -> Option<Duration> {
         if self.is_done {
             return None;
@@ -274,7 +274,8 @@ impl SleepQuestions {
 mod tests {
     use super::*;
 
-    /// Follows a course second by second. Returns the seconds of its questions, and that of its end.
+    /// Follows a course second by second. Returns the seconds of its questions, and that of its
+    /// end.
     fn follow(from: u64) -> (Vec<u64>, u64) {
         let mut course = Course::default();
         let mut asked = Vec::new();

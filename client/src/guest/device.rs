@@ -349,8 +349,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// The device was opened with [`Access::ReadOnly`], and this process may not open it for writing
-    /// ([`ErrorKind::PermissionDenied`](crate::ErrorKind::PermissionDenied)).
+    /// The device was opened with [`Access::ReadOnly`], and this process may not open it for
+    /// writing ([`ErrorKind::PermissionDenied`](crate::ErrorKind::PermissionDenied)).
     pub fn watch_broker(&self) -> Result<BrokerWatch, Error> {
         let asker = match &self.asker {
             Some(asker) => asker.clone(),

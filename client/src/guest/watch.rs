@@ -35,9 +35,9 @@ impl BrokerWatch {
         BrokerWatch { asker, path }
     }
 
-    /// Asks whether the broker is alive, and returns whether it answers within ten seconds. A broker
-    /// that was killed does not, nor does one that was started anew with another region, or one
-    /// that is stopped. Streams can go on without a broker, so this is no error.
+    /// Asks whether the broker is alive, and returns whether it answers within ten seconds. A
+    /// broker that was killed does not, nor does one that was started anew with another region, or
+    /// one that is stopped. Streams can go on without a broker, so this is no error.
     ///
     /// ```no_run
     /// let device = barlink::guest::open("/dev/barlink0")?;
@@ -60,8 +60,8 @@ impl BrokerWatch {
     }
 
     /// Returns once the broker has not answered a question for ten seconds: a question that this
-    /// call asks at once, or one that an end of this device asked because it slept for longer than a
-    /// second. Waits without a limit and without looking.
+    /// call asks at once, or one that an end of this device asked because it slept for longer than
+    /// a second. Waits without a limit and without looking.
     ///
     /// ```no_run
     /// let device = barlink::guest::open("/dev/barlink0")?;

@@ -56,6 +56,17 @@ fn idle_descriptor_is_quiet_once_doorbells_arrive() {
 }
 
 #[test]
+fn old_ring_wakes_no_new_end() {
+    let broker = Running::start(&["loop=host-host,4K", "down=host-0,4K"]);
+    // Each claim of `loop` rings the host's vector 0, on which the sender of `down` sleeps as well.
+    let ends = broker.ends("loop");
+    let sender = broker.attach().sender("down").unwrap().into_ring();
+    assert!(!is_readable(sender.events(), Duration::ZERO));
+    drop(ends);
+    assert!(is_readable(sender.events(), TIMEOUT));
+}
+
+#[test]
 fn many_calls_do_not_slow_the_timer() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (_sender, mut receiver) = broker.ends("loop");

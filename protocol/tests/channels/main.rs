@@ -3,7 +3,9 @@
 //! Channels on the heap: the ring itself, ends that sleep and wake each other, and ends that are
 //! killed.
 
+mod counts;
 mod crash;
+mod example;
 mod heap;
 mod region;
 mod reset;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::heap::{TIMEOUT, ends, ends_with, hold, notifiers, region, rounds, wait_until};
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::wire::layout::{End, presence};
+use barlink_protocol::wire::layout::{End, channel, presence};
 use barlink_protocol::{Events, Sent, Strategy, Wakeup};
 
 #[test]
@@ -57,6 +57,25 @@ fn wait_ends_at_its_timeout() {
         sender.send(Kind::DATA, &[0; 900], Some(Duration::from_millis(1))),
         Ok(Sent::TimedOut)
     );
+}
+
+/// Checks that only a back-off sleep disarms the wake-up. The threshold of another wait stays, so
+/// the record that reaches it rings, and no later one does.
+#[test]
+fn ended_wait_leaves_wake_up_armed() {
+    let (region, layout) = region(4096, false);
+    let (a, b) = notifiers();
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let word = layout.channels()[0].offset + channel::CONSUMER_THRESHOLD;
+    let before = sender.events().rung;
+    assert_eq!(receiver.wait(Some(Duration::ZERO)), Ok(Wakeup::TimedOut));
+    for _ in 0..3 {
+        assert_eq!(region.load(word), 1);
+        assert_eq!(sender.send(Kind::DATA, b"x", None), Ok(Sent::Committed));
+        assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+        receiver.release().unwrap();
+    }
+    assert_eq!(sender.events().rung, before + 1);
 }
 
 #[test]

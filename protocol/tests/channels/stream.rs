@@ -14,11 +14,12 @@ use barlink_protocol::stream::{
     Accept, Misplaced, Position, Progress, StreamError, Watch, receive, send as send_all,
 };
 use barlink_protocol::wire::layout::{Channel, Layout};
-use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, state};
+use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, Wakeup, state};
 
 use crate::heap::{
     Heap, Memory, Notifiers, TIMEOUT, ends, ends_with, hold, notifiers, region, wait_until,
 };
+use crate::tap::Interrupted;
 
 /// The outcome of a stream over the heap's events, which cannot fail. Only the bytes of an
 /// incomplete stream can be compared.
@@ -81,6 +82,38 @@ fn receiver_never_waits_for_departed_sender() {
     let (reporter, outcome) = std::sync::mpsc::channel();
     std::thread::spawn(move || reporter.send(receive_to_nowhere(&mut receiver)));
     assert_eq!(outcome.recv_timeout(TIMEOUT), Ok(Err(4)));
+}
+
+/// Lets a sender end its stream and leave before any look of the receiver, in particular between
+/// the look for a record and the look at the sender's presence.
+#[test]
+fn receiver_takes_all_of_departed_sender() {
+    for moment in 0..80 {
+        let (plain, layout) = region(4096, false);
+        let words: Memory = (0..plain.size() / 8)
+            .map(|index| AtomicU64::new(plain.load(8 * index)))
+            .collect();
+        let (a, b) = notifiers();
+        let region: Heap = Region::new(words.clone());
+        let mut sender = Sender::attach(region.clone(), &layout, 0, a).unwrap();
+        send(&mut sender, Kind::BEGIN, &[]);
+        let memory = Interrupted::new(words);
+        let mut receiver = Receiver::attach(Region::new(memory.clone()), &layout, 0, b).unwrap();
+        let departed = layout.clone();
+        memory.interrupt(moment, move || {
+            send(&mut sender, Kind::DATA, b"four");
+            send(&mut sender, Kind::END, &[]);
+            hold(&region, &departed, 0);
+        });
+        let received = receive(
+            &mut receiver,
+            nowhere().as_raw_fd(),
+            Accept::default(),
+            &mut Position::default(),
+            &mut (),
+        );
+        assert_eq!(outcome(received), four(), "before look {moment}");
+    }
 }
 
 #[test]
@@ -270,6 +303,43 @@ fn sender_drops_end_without_receiver() {
     assert_eq!(dropped(), before + 1, "the end is counted");
 }
 
+/// Checks that a sender that drops sends no data before its begin, and counts each begin that finds
+/// no room instead of the data.
+#[test]
+fn dropped_begin_takes_its_data_along() {
+    let (mut sender, mut receiver, dropped) = full_channel();
+    let before = dropped();
+    let (source, mut input) = UnixStream::pair().unwrap();
+    let sending = std::thread::spawn(move || {
+        outcome(send_all(
+            &mut sender,
+            source.as_raw_fd(),
+            &mut [0; 64],
+            &mut (),
+        ))
+    });
+    for number in 1..=3 {
+        input.write_all(b"lost").unwrap();
+        wait_until("a begin is dropped", || dropped() == before + number);
+    }
+    while receiver.wait(Some(Duration::ZERO)) == Ok(Wakeup::Ready) {
+        receiver.release().unwrap();
+    }
+    input.write_all(b"four").unwrap();
+    drop(input);
+    let mut kinds = Vec::new();
+    for _ in 0..3 {
+        while receiver.wait(None) != Ok(Wakeup::Ready) {}
+        let record = receiver.record().unwrap();
+        kinds.push((record.header().kind, record.length()));
+        receiver.release().unwrap();
+    }
+    assert_eq!(kinds, [(Kind::BEGIN, 0), (Kind::DATA, 4), (Kind::END, 0)]);
+    assert_eq!(dropped(), before + 3);
+    let sent = sending.join().unwrap().unwrap();
+    assert_eq!((sent.bytes, sent.records, sent.dropped), (4, 1, 3));
+}
+
 type StreamResult = Result<Progress, StreamError<std::convert::Infallible>>;
 
 /// Receives a stream into a file. Returns the result, the position, and the bytes.
@@ -396,7 +466,7 @@ fn receiver_reports_missing_records() {
     // A gap between two streams is not lost.
     while sender.send(Kind::BEGIN, &[], None) == Ok(Sent::Committed) {}
     assert!(receiver.wait(None).is_ok());
-    while receiver.wait(Some(Duration::ZERO)) == Ok(barlink_protocol::Wakeup::Ready) {
+    while receiver.wait(Some(Duration::ZERO)) == Ok(Wakeup::Ready) {
         let header = *receiver.record().unwrap().header();
         position = Position::new(Some(header.sequence + 1));
         receiver.release().unwrap();

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use crate::heap::{Heap, Memory, region, reset, rounds};
 
 /// Returns the payload of the record that was committed as this number.
-fn payload(number: u64, length: usize) -> Vec<u8> {
+pub fn payload(number: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![number as u8; length + 8];
     bytes[..8].copy_from_slice(&number.to_le_bytes());
     bytes
@@ -182,11 +182,30 @@ proptest! {
 /// The number of looks before a function is called, and the function.
 type Plan = Option<(u32, Box<dyn FnMut()>)>;
 
-/// Memory that calls a function before one look.
+/// Memory that calls a function before one look. Clones share the memory and the plan.
 #[derive(Clone)]
-struct Interrupted {
+pub struct Interrupted {
     words: Memory,
     left: Rc<RefCell<Plan>>,
+}
+
+impl Interrupted {
+    pub fn new(words: Memory) -> Self {
+        Interrupted {
+            words,
+            left: Rc::default(),
+        }
+    }
+
+    /// Calls a function before the look that comes after so many others.
+    pub fn interrupt(&self, looks: u32, step: impl FnMut() + 'static) {
+        *self.left.borrow_mut() = Some((looks, Box::new(step)));
+    }
+
+    /// Removes a plan that has not come to pass.
+    pub fn go_on(&self) {
+        self.left.take();
+    }
 }
 
 impl Deref for Interrupted {
@@ -218,10 +237,7 @@ fn stopped_tap_copies_no_torn_record() {
                 .map(|_| AtomicU64::new(0))
                 .collect();
             let plain = Heap::new(words.clone());
-            let memory = Interrupted {
-                words,
-                left: Rc::default(),
-            };
+            let memory = Interrupted::new(words);
             let mut tap = Tap::attach(Region::new(memory.clone()), &entry);
             let mut producer = Producer::attach(plain.clone(), &entry).unwrap();
             let mut consumer = Consumer::attach(plain, &entry).unwrap();
@@ -240,7 +256,7 @@ fn stopped_tap_copies_no_torn_record() {
                 let sight = tap.look_at_newest();
                 last = copy(&mut tap, sight).map(|(number, _)| number);
             }
-            *memory.left.borrow_mut() = Some((moment, Box::new(move || exchange(records))));
+            memory.interrupt(moment, move || exchange(records));
             let mut copied = u64::from(again);
             for round in 0..4 + records {
                 let sight = match again && round < 2 {
