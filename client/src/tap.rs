@@ -190,8 +190,8 @@ impl Tap {
     }
 
     /// Copies the next record into one that the program has, in place of its content, as
-    /// [`Tap::recv_timeout`] does. Returns false if there is none before `timeout` is over, and then
-    /// the content has no meaning. Large records cost less this way, because the memory of the
+    /// [`Tap::recv_timeout`] does. Returns false if there is none before `timeout` is over, and
+    /// then the content has no meaning. Large records cost less this way, because the memory of the
     /// last one is used again.
     ///
     /// ```no_run

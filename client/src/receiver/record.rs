@@ -16,8 +16,8 @@ use crate::receiver::Receiver;
 /// Size of the private buffer for files to which the kernel cannot write from the region.
 const COPY_SIZE: usize = 256 << 10;
 
-/// A private copy of a record. [`Iter`] and [`Tap`](crate::Tap) return it, and [`Record::to_owned`]
-/// makes it.
+/// A private copy of a record. [`Iter`](crate::Iter) and [`Tap`](crate::Tap) return it, and
+/// [`Record::to_owned`] makes it.
 ///
 /// ```no_run
 /// use std::sync::mpsc;
