@@ -274,6 +274,13 @@ impl Device {
         Ok(())
     }
 
+    /// Asks whether the broker is alive. Returns the number of the question. `ENODEV`.
+    pub(crate) fn ask(&self) -> Result<u64> {
+        let _state = self.state.lock();
+        let hardware = self.hardware.try_access().ok_or(ENODEV)?;
+        Ok(hardware.ask())
+    }
+
     /// Checks that one end of a channel belongs to this device. Returns the end and the channel's
     /// vector.
     ///

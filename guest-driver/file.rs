@@ -24,6 +24,7 @@ use crate::{
         layout::PAGE_WORDS,
         uapi::{
             self,
+            Asked,
             Buffer,
             Claim,
             Doorbell,
@@ -95,6 +96,8 @@ pub(crate) const OPERATIONS: bindings::file_operations = bindings::file_operatio
 unsafe impl AsBytes for Info {}
 // SAFETY: The struct is an array of integers.
 unsafe impl AsBytes for Interrupts {}
+// SAFETY: The struct is an integer.
+unsafe impl AsBytes for Asked {}
 // SAFETY: The struct consists of four integers without padding, 24 bytes in all.
 unsafe impl AsBytes for Buffer {}
 // SAFETY: The struct consists of integers, for which any bytes are valid.
@@ -240,6 +243,11 @@ impl OpenFile {
                 user(size_of::<Superblock>()).writer().write(&*page)?;
             }
             uapi::REFRESH => self.device.refresh()?,
+            uapi::ASK => {
+                check_writable(file)?;
+                let count = self.device.ask()?;
+                user(size_of::<Asked>()).writer().write(&Asked { count })?;
+            }
             _ => return Err(ENOTTY),
         }
         Ok(0)

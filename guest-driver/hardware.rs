@@ -133,6 +133,8 @@ pub(crate) struct Hardware {
     page: IoMem,
     host: u32,
     epoch: Atomic<u64>,
+    /// Number of questions to the broker.
+    asked: Atomic<u64>,
 }
 
 impl Hardware {
@@ -151,6 +153,8 @@ impl Hardware {
             doorbell,
             host: layout.host(),
             epoch: Atomic::new(next_epoch(&page)),
+            // Goes on from the driver before, whose questions the broker may have answered.
+            asked: Atomic::new(page.read64(presence::ASKED as usize)),
             page,
         };
         // A buffer that the device knows belongs to a kernel that ran before this one (kexec), and
@@ -179,6 +183,16 @@ impl Hardware {
     /// Rings a vector of a peer. The caller ensures that both exist.
     pub(crate) fn ring(&self, peer: u32, vector: u32) {
         self.doorbell.ring(peer, vector);
+    }
+
+    /// Asks whether the broker is alive, and rings the host. Returns the number of the question.
+    /// The caller holds a lock, so that the page has the newest question.
+    pub(crate) fn ask(&self) -> u64 {
+        let count = self.asked.load(Relaxed).wrapping_add(1);
+        self.asked.store(count, Relaxed);
+        self.page.write64(presence::ASKED as usize, count);
+        self.ring(self.host, 0);
+        count
     }
 
     /// Announces or withdraws a DMA buffer (DMA address, size in bytes). Returns true if the device

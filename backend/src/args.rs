@@ -84,7 +84,11 @@ pub enum Command {
     #[command(after_help = "Example:\n  barlink poke hello\n  barlink poke --at 4K < image.bin")]
     Poke(Poke),
     /// Empty a channel while no process holds its ends; records that were not received are lost
-    #[command(after_help = "Example:\n  barlink reset-channel up")]
+    #[command(
+        after_help = "A guest whose VMM lost its connection, or whose device was reset, holds its ends until its driver\n\
+                            is there again, or the process of the VMM has ended.\n\n\
+                            Example:\n  barlink reset-channel up"
+    )]
     ResetChannel(ResetChannel),
     /// Add a channel to a region that is in use, or list its channels
     Channel(Channel),
@@ -311,6 +315,10 @@ pub struct Poke {
 pub struct ResetChannel {
     /// Name of the channel
     pub channel: String,
+    /// Empty the channel even if its ends are in use. This breaks the streams of the programs that
+    /// hold them: each gets an error, and must be started again
+    #[arg(long)]
+    pub force: bool,
     #[command(flatten)]
     pub which: Which,
 }

@@ -10,9 +10,9 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use args::{Cli, Command};
-use barlink::Error;
 use barlink::control::client::ControlError;
 use barlink::control::message::Refusal;
+use barlink::{Error, ErrorKind};
 use barlink_broker::broker::{BrokerError, SocketError};
 use commands::Misuse;
 
@@ -47,7 +47,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             _ => cause.downcast_ref::<ControlError>(),
         };
         match control {
-            Some(ControlError::Refused(Refusal::InUse { .. } | Refusal::Busy)) => return 4,
+            Some(ControlError::Refused(refusal)) if refusal.kind() == ErrorKind::InUse => return 4,
             Some(ControlError::Refused(Refusal::Version { .. })) => return 3,
             Some(ControlError::Refused(_)) | None => (),
             Some(_) => return 3,

@@ -50,6 +50,7 @@ const BACKEND: Parts = &[
         "broker/config",
         &["transport", "broker/plan", "broker/policy"],
     ),
+    ("broker/questions", &["slot"]),
     ("broker/reply", &[]),
     (
         "broker/state",
@@ -118,6 +119,7 @@ const BACKEND: Parts = &[
             "broker/confine",
             "broker/policy",
             "broker/config",
+            "broker/questions",
             "broker/state",
             "broker/accept",
             "broker/error",
@@ -152,7 +154,11 @@ const CLIENT: Parts = &[
     ("guest/cache", &["memory", "guest/calls"]),
     ("guest/error", &["error_kind", "memory", "guest/cache"]),
     ("guest/find", &["guest/error"]),
-    ("guest/events", &["event_error", "guest/calls"]),
+    ("guest/broker", &["memory", "guest/calls"]),
+    (
+        "guest/events",
+        &["event_error", "guest/calls", "guest/broker"],
+    ),
     ("host/claim", &["control"]),
     ("host/events", &["notifier", "event_error", "host/claim"]),
     (
@@ -227,6 +233,7 @@ const CLIENT: Parts = &[
             "memory",
             "region",
             "guest/calls",
+            "guest/broker",
             "guest/buffer",
             "guest/cache",
             "guest/error",

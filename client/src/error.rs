@@ -102,6 +102,14 @@ pub enum Error {
     /// The user's folder for sockets is not known.
     #[error("XDG_RUNTIME_DIR is not set")]
     NoRunFolder,
+    /// `XDG_RUNTIME_DIR` is not an absolute path.
+    #[error(
+        "XDG_RUNTIME_DIR is `{folder}`, which is no absolute path: set it to one that exists, such as /run/user/UID, or name a socket by its path"
+    )]
+    RelativeRunFolder {
+        /// Its value.
+        folder: PathBuf,
+    },
     /// The region has no channel of that name.
     #[error("no channel `{name}` in this region; there are: {known}")]
     NoChannel {
@@ -189,6 +197,7 @@ impl Error {
             Error::Memory(error) => error.kind(),
             Error::Layout { source, .. } => source.kind(),
             Error::NoRunFolder => ErrorKind::Other,
+            Error::RelativeRunFolder { .. } => ErrorKind::InvalidInput,
             Error::Region(error) => error.kind(),
             Error::NoChannel { .. } => ErrorKind::NotFound,
             Error::ReadOnly { .. }

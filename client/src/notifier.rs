@@ -81,20 +81,15 @@ impl Notifier {
         let notifier = Notifier::from(descriptor.try_clone()?);
         notifier.ring()?;
         notifier.ring()?;
-        let count = notifier.take();
+        let count = notifier.drain();
         if count > 2 {
             notifier.ring()?;
         }
         Ok(count < 2)
     }
 
-    /// Removes all rings so far.
-    pub fn drain(&self) {
-        self.take();
-    }
-
     /// Removes all rings so far, and returns their number.
-    fn take(&self) -> u64 {
+    pub fn drain(&self) -> u64 {
         let mut count = [0; 8];
         let read = rustix::io::preadv2(
             self,

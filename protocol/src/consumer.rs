@@ -137,6 +137,11 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         if self.passed == self.read {
             return Ok(Notify::Quiet);
         }
+        // A reset by force can have come long ago. A store into the next generation would detach
+        // its ends. The check behind the store is the one that misses no reset.
+        if self.was_reset() {
+            return Err(self.detach());
+        }
         // SYNC: released; pairs with the Acquire load in `Producer::refresh`.
         self.region.release(self.base + channel::READ, self.passed);
         // SYNC: cursor-then-threshold; pairs with the fence in `Producer::arm`.

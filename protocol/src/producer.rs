@@ -186,6 +186,10 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     /// Finds the place for a record with `length` bytes of payload.
     pub(crate) fn find_room(&mut self, length: usize) -> Result<Place, ReserveError> {
         let place = self.find_place(length)?;
+        // Before the limit moves: that store would damage the channel for the next producer.
+        if self.limit < place.end() && self.was_reset() {
+            return Err(self.detach().into());
+        }
         if self.room < place.end() {
             if !self.has_consumer {
                 self.bound_staged(place.end())?;
@@ -266,6 +270,11 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     pub fn publish(&mut self) -> Result<Notify, Reset> {
         if self.staged == self.written {
             return Ok(Notify::Quiet);
+        }
+        // A reset by force can have come long ago. Stores into the next generation would detach its
+        // ends. The check behind the store is the one that misses no reset.
+        if self.was_reset() {
+            return Err(self.detach());
         }
         let Producer { region, base, .. } = self;
         let note = *base + channel::NOTES[self.older_note];

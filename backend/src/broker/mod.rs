@@ -17,6 +17,7 @@ mod control;
 mod error;
 mod plan;
 mod policy;
+mod questions;
 mod reply;
 mod state;
 mod takeover;
@@ -42,8 +43,9 @@ pub use self::takeover::Predecessor;
 
 use self::accept::Acceptor;
 use self::confine::confine;
+use self::questions::answer_questions;
 use self::takeover::{Parts, SlotPlan};
-use crate::persistence::{ClientId, Inheritance, is_managed};
+use crate::persistence::{ClientId, Inheritance, Stored, is_managed};
 use crate::slot::{Slot, SlotConfig};
 use crate::socket::disconnect;
 use crate::transport::Transport;
@@ -104,6 +106,8 @@ impl Broker {
                 socket: part.listener.path().to_owned(),
                 survives_broker: transport.survives_broker(),
                 session_memory: part.session_memory,
+                shares_eventfds: transport.shares_eventfds(),
+                vmm: part.vmm.map(|process| Arc::new(process) as Stored),
             };
             let words = parts.persisted.slot(id);
             let (region, descriptors) = (Arc::clone(&region), Arc::clone(&descriptors));
@@ -186,6 +190,7 @@ impl Broker {
         for acceptor in self.acceptors {
             acceptor.start().map_err(no_thread())?;
         }
+        answer_questions(&state.region).map_err(no_thread())?;
         let exit = control::serve(&self.control, state, clients, stop)
             .map_err(BrokerError::system("wait for host apps"))?;
         if exit == Exit::Stopped {

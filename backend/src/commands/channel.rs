@@ -2,7 +2,7 @@
 
 //! The commands `barlink channel add` and `barlink channel list`.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use barlink::host::Added;
 use barlink::{Access, Channel};
 use barlink_cli::channel::{peer_name, policy_note};
@@ -33,11 +33,14 @@ fn add(args: &AddChannel) -> Result<()> {
         offset: 0,
         capacity: plan.capacity,
     })?;
-    print(format!(
-        "channel `{}` is added; {}\n",
-        plan.name,
-        left(added)
-    ))
+    let text = format!("channel `{}` is added; {}\n", plan.name, left(added));
+    // The exit code 1 alone would say that the channel was not added.
+    print(text).with_context(|| {
+        format!(
+            "channel `{}` is added, and only this report failed: do not add it again",
+            plan.name
+        )
+    })
 }
 
 /// Describes what remains for further channels.

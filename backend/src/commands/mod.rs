@@ -19,7 +19,7 @@ use barlink::Access;
 use barlink::host::{self, AttachOptions, Attachment};
 use barlink_cli::standard::print;
 
-use crate::args::{Command, Which};
+use crate::args::{Command, ResetChannel, Which};
 
 /// Error of arguments that are valid alone, but not together.
 #[derive(Debug, thiserror::Error)]
@@ -36,17 +36,29 @@ pub fn run(command: Command) -> Result<()> {
         Command::List(args) => list::list(&args),
         Command::Peek(args) => peek::peek(&args),
         Command::Poke(args) => peek::poke(&args),
-        Command::ResetChannel(args) => {
-            let generation = attach(&args.which, Access::ReadWrite)?.reset(&args.channel)?;
-            print(format!(
-                "channel `{}` is empty, generation {generation}\n",
-                args.channel
-            ))
-        }
+        Command::ResetChannel(args) => reset_channel(&args),
         Command::Channel(args) => channel::channel(&args.command),
         Command::QemuArgs(args) => qemu_args::qemu_args(&args),
         Command::RemoveSockets { files } => sweeper::run(&files),
     }
+}
+
+/// Empties a channel, and says which ends that broke.
+fn reset_channel(args: &ResetChannel) -> Result<()> {
+    let broker = attach(&args.which, Access::ReadWrite)?;
+    let channel = &args.channel;
+    let (generation, broken) = match args.force {
+        true => {
+            let reset = broker.force_reset(channel)?;
+            (reset.generation, reset.broken)
+        }
+        false => (broker.reset(channel)?, Vec::new()),
+    };
+    let mut text = format!("channel `{channel}` is empty, generation {generation}\n");
+    for end in broken {
+        text += &format!("broke {end}: it gets an error, and must be started again\n");
+    }
+    print(text)
 }
 
 /// Time to wait for a broker that is started at the same moment, as by `barlink serve ... & barlink
@@ -68,7 +80,7 @@ fn control_socket(which: &Which) -> Result<PathBuf> {
     match &which.control {
         Some(path) => Ok(path.clone()),
         None => host::socket_path(&which.name).context(
-            "cannot determine the run folder: set XDG_RUNTIME_DIR, or name a socket with --control",
+            "cannot determine the run folder: set XDG_RUNTIME_DIR to a folder that exists, or name a socket with --control",
         ),
     }
 }

@@ -2,12 +2,12 @@
 
 //! The command `barlink serve`.
 
-use std::io::pipe;
+use std::io::{self, ErrorKind, pipe};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use barlink_broker::broker::{
     self, Broker, CheckError, Checked, Config, Exit, Policy, Predecessor,
 };
@@ -16,6 +16,7 @@ use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use barlink_cli::standard::print;
 use indicatif::BinaryBytes;
 use log::{info, warn};
+use rustix::process::Resource;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::Misuse;
@@ -26,6 +27,52 @@ pub fn serve(args: Serve) -> Result<()> {
     if args.check {
         return check(args);
     }
+    let needed = descriptors(&args);
+    run(args).map_err(|error| with_cure(error, needed))
+}
+
+/// Descriptors of a broker beside its eventfds: its own, and those of host apps and sessions.
+const OTHER_DESCRIPTORS: u64 = 512;
+
+/// Returns how many descriptors a broker with these arguments needs.
+fn descriptors(args: &Serve) -> u64 {
+    let slots = args.sockets.0.len() as u64;
+    let reserve = args.reserve.unwrap_or_default();
+    let channels = match args.channel.len() as u64 {
+        0 => 2 * slots,
+        channels => channels,
+    };
+    let vectors = match u64::from(args.vectors) {
+        0 => channels + 1,
+        vectors => vectors,
+    };
+    (slots + 1) * (vectors + u64::from(reserve.vectors)) + OTHER_DESCRIPTORS
+}
+
+/// Adds to an error what to do about a limit of the process.
+fn with_cure(error: anyhow::Error, needed: u64) -> anyhow::Error {
+    let system = error.chain().find_map(|cause| {
+        let error: &io::Error = cause.downcast_ref()?;
+        error.raw_os_error()
+    });
+    let limit = |resource| {
+        let limit = rustix::process::getrlimit(resource).current;
+        limit.map_or("no limit".to_owned(), |limit| limit.to_string())
+    };
+    match system {
+        Some(libc::EMFILE) => error.context(format!(
+            "the limit on open files, {}, is too low: raise it to {needed} (`ulimit -n {needed}`; LimitNOFILE= in a unit)",
+            limit(Resource::Nofile)
+        )),
+        Some(libc::ENOMEM) => error.context(format!(
+            "the memory does not suffice, or the limit on address space, {}, is too low: take a smaller --size, or raise the limit (`ulimit -v`; LimitAS= in a unit)",
+            limit(Resource::As)
+        )),
+        _ => error,
+    }
+}
+
+fn run(args: Serve) -> Result<()> {
     let inherited = persistence::inherited()
         .context("cannot take the descriptors that the service manager stored")?;
     let replace = args.replace;
@@ -183,9 +230,16 @@ fn prepare(folder: &Path, admits_others: bool) -> Result<()> {
             folder.display()
         )
     };
-    let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true).mode(0o700);
-    builder.create(folder).with_context(failed)?;
+    if let Some(parent) = folder.parent().filter(|parent| !parent.exists()) {
+        bail!(
+            "XDG_RUNTIME_DIR is {}, which does not exist: log in so that the system makes it (as root, `loginctl enable-linger USER` keeps it), set the variable to a folder that exists, or name a socket with --control",
+            parent.display()
+        );
+    }
+    match std::fs::DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && folder.is_dir() => (),
+        made => made.with_context(failed)?,
+    }
     if admits_others {
         let mut permissions = folder.metadata().with_context(failed)?.permissions();
         permissions.set_mode(permissions.mode() | 0o011);

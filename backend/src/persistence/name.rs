@@ -32,6 +32,11 @@ pub fn vm(slot: u32) -> String {
     format!("vm-{slot}")
 }
 
+/// Names the process of a slot's VMM.
+pub fn vmm(slot: u32) -> String {
+    format!("vmm-{slot}")
+}
+
 /// Names the session memory of a slot whose transport has one.
 pub fn session(slot: u32) -> String {
     format!("session-{slot}")
@@ -51,7 +56,8 @@ pub fn is_part(name: &str) -> bool {
 pub fn parse_slot(name: &str) -> Option<u32> {
     let rest = name
         .strip_prefix("part-")
-        .or_else(|| name.strip_prefix("vm-"))?;
+        .or_else(|| name.strip_prefix("vm-"))
+        .or_else(|| name.strip_prefix("vmm-"))?;
     rest.split('-').next()?.parse().ok()
 }
 

@@ -30,7 +30,11 @@ const VMS: u64 = PAGE_SIZE + 64;
 const CONNECTIONS: u64 = VMS + 8 * MAX_SLOTS as u64;
 /// By slot: the progress of the connected VM's handshake; see [`Handshake`].
 const HANDSHAKES: u64 = CONNECTIONS + 8 * MAX_SLOTS as u64;
-/// By channel and end: the holder word.
+/// By slot: the even epoch that the broker gave the driver of a guest that may live, 0 for none.
+const ENDED_EPOCHS: u64 = PAGE_SIZE + 512;
+/// By slot: the process ID of the VMM that is here, or was here last.
+const VMMS: u64 = ENDED_EPOCHS + 8 * MAX_SLOTS as u64;
+/// By channel and end: the holder word, from the offset that its place has in a presence page.
 const HOLDERS: u64 = PAGE_SIZE + 512;
 /// By channel: the cursor at which the channel began at its last reset, 0 before the first.
 const BASES: u64 = PAGE_SIZE + 1728;
@@ -165,6 +169,28 @@ impl SlotWords {
         self.words.store(self.offset(CONNECTIONS), connection);
     }
 
+    /// Returns the even epoch that the broker gave the driver of a guest that may live, 0 for none.
+    pub fn ended_epoch(&self) -> u64 {
+        self.words.load(self.offset(ENDED_EPOCHS))
+    }
+
+    /// Sets that epoch.
+    pub fn set_ended_epoch(&self, epoch: u64) {
+        self.words.store(self.offset(ENDED_EPOCHS), epoch);
+    }
+
+    /// Returns the process ID of the VMM that is here, or was here last.
+    pub fn vmm(&self) -> i32 {
+        // CAST: the word was made from an ID.
+        self.words.load(self.offset(VMMS)) as i32
+    }
+
+    /// Sets that process ID.
+    pub fn set_vmm(&self, pid: i32) {
+        self.words
+            .store(self.offset(VMMS), u64::from(pid.unsigned_abs()));
+    }
+
     /// Returns the progress of the connected VM's handshake.
     pub fn handshake(&self) -> Handshake {
         Handshake::decode(self.words.load(self.offset(HANDSHAKES)))
@@ -237,7 +263,8 @@ impl RosterWords {
     }
 }
 
-const _: () = assert!(HANDSHAKES + 8 * MAX_SLOTS as u64 <= HOLDERS);
+const _: () = assert!(HANDSHAKES + 8 * MAX_SLOTS as u64 <= ENDED_EPOCHS);
+const _: () = assert!(VMMS + 8 * MAX_SLOTS as u64 <= HOLDERS + presence::holder(0, End::Producer));
 const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= BASES);
 const _: () = assert!(BASES + 8 * MAX_CHANNELS as u64 <= OWNERS);
 const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= SIZE);
@@ -262,9 +289,10 @@ mod tests {
         state
     }
 
-    type Facts = (u64, Vec<u64>, Vec<Option<(ClientId, u64)>>, Vec<u64>);
+    type Facts = (u64, Vec<[u64; 3]>, Vec<Option<(ClientId, u64)>>, Vec<u64>);
 
-    /// Reads all facts: the epoch, the connections, the holders, the bases.
+    /// Reads all facts: the epoch, the connections with their VMMs and ended epochs, the holders,
+    /// the bases.
     fn facts(state: &PersistedState) -> Facts {
         let roster = state.roster();
         let ends = (0..CHANNELS).flat_map(|channel| {
@@ -272,7 +300,11 @@ mod tests {
         });
         let ends = ends.collect();
         let slots = 0..MAX_SLOTS;
-        let connections = slots.map(|slot| state.slot(slot).connection());
+        let connections = slots.map(|slot| {
+            let slot = state.slot(slot);
+            let vmm = u64::from(slot.vmm().unsigned_abs());
+            [slot.connection(), vmm, slot.ended_epoch()]
+        });
         let bases = (0..CHANNELS).map(|channel| roster.base(channel));
         (roster.epoch(), connections.collect(), ends, bases.collect())
     }
@@ -318,10 +350,12 @@ mod tests {
         let state = successor(&[]);
         let (roster, slot) = (state.roster(), state.slot(3));
         let channel = CHANNELS - 1;
-        let calls: [(&str, &dyn Fn()); 10] = [
+        let calls: [(&str, &dyn Fn()); 12] = [
             ("epoch", &|| roster.set_epoch(1)),
             ("number of a VM", &|| assert_eq!(slot.next_connection(), 1)),
             ("connection", &|| slot.set_connection(1)),
+            ("VMM", &|| slot.set_vmm(7)),
+            ("ended epoch", &|| slot.set_ended_epoch(6)),
             ("number of an app", &|| assert_eq!(roster.next_client(), 1)),
             ("number of a claim", &|| assert_eq!(roster.next_claim(), 2)),
             ("holder", &|| {

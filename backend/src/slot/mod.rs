@@ -7,6 +7,7 @@ mod presence;
 mod region;
 mod requests;
 mod vm;
+mod vmm;
 
 use std::fmt::Arguments;
 use std::ops::Deref;
@@ -14,12 +15,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use barlink_protocol::PresenceWords;
+use barlink_protocol::wire::layout::End;
 use log::Level;
 use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 pub use self::region::SharedRegion;
 pub use self::requests::{ReadError, ReadRequest, ReadResult, RequestQueue, Source};
 pub use self::vm::{DmaBuffer, GuestMemorySize, Vm};
+pub use self::vmm::{Taken, Vmm};
 use crate::memory::Region;
 use crate::persistence::state::{Handshake, SlotWords};
 use crate::persistence::{DescriptorStore, Stored, name};
@@ -36,6 +40,10 @@ pub(crate) struct SlotConfig {
     pub survives_broker: bool,
     /// The memory of a session that its transport needs for that, if it needs any.
     pub session_memory: Option<Region>,
+    /// Whether a VMM gives the slot's eventfds to its kernel, which may keep them.
+    pub shares_eventfds: bool,
+    /// The process of a predecessor's VMM, which is here or has left.
+    pub vmm: Option<Stored>,
 }
 
 /// A slot of a broker, which exists as long as the broker.
@@ -60,6 +68,19 @@ struct Occupancy {
     vm: Option<Vm>,
     /// Whether the broker has ended, so that the number of the connection stays.
     is_final: bool,
+    /// The VMM of this VM, or of the former one until its process has ended.
+    vmm: Option<Vmm>,
+    /// The epoch of the driver when the VM connected, as far as this broker admitted it.
+    first_epoch: Option<u64>,
+}
+
+/// The reason why an end that belongs to a VM is not free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hold {
+    /// This process of the guest holds it.
+    Process(u32),
+    /// A process of the guest held it, and this process, the VMM, may still run that guest.
+    Vmm(u32),
 }
 
 /// A slot that is quiesced: every change of its VM waits until this is dropped.
@@ -77,6 +98,12 @@ impl Slot {
         words: SlotWords,
     ) -> std::io::Result<Self> {
         region.publish_connection(id, words.connection());
+        let mut config = config;
+        let former = config.vmm.take();
+        if let Some(process) = &former {
+            descriptors.store(name::vmm(id), Arc::clone(process));
+        }
+        let vmm = former.map(|process| Vmm::new(words.vmm(), Some(process)));
         Ok(Slot {
             id,
             config,
@@ -87,6 +114,8 @@ impl Slot {
                 words,
                 vm: None,
                 is_final: false,
+                vmm,
+                first_epoch: None,
             }),
             session_lock: RwLock::new(()),
         })
@@ -136,34 +165,91 @@ impl Slot {
 
 /// The slot's VM.
 impl Slot {
-    /// Takes the slot for a new VM. Returns `None` if it has one.
-    pub fn occupy(self: &Arc<Self>, vmm: Peer) -> Option<Session> {
+    /// Takes the slot for a new VM. The slot stays taken by a VM that has left until the process of
+    /// its VMM has ended. The same process can have it again at once, unless the kernel consumes
+    /// rings for the slot.
+    pub fn occupy(self: &Arc<Self>, peer: Peer, vmm: Vmm) -> Result<Session, Taken> {
         let mut occupancy = self.occupancy.lock();
         if occupancy.vm.is_some() {
-            return None;
+            return Err(Taken::Connected);
         }
-        let connection = occupancy.words.next_connection();
-        occupancy.words.set_handshake(Handshake::New);
-        occupancy.words.set_connection(connection);
-        occupancy.vm = Some(Vm::new(vmm, connection));
+        let former = occupancy.vmm.as_ref();
+        let may_live = former.is_some_and(|former| former.lives() != Some(false));
+        if let Some(former) = former.filter(|former| former.lives() == Some(true)) {
+            let pid = former.pid();
+            if !former.is_same(&vmm) {
+                return Err(Taken::Former { pid });
+            }
+            if self.config.shares_eventfds && !self.left_in_order(&occupancy) && self.is_consumed()
+            {
+                return Err(Taken::Consumed { pid });
+            }
+        }
+        if let Some(process) = vmm.process() {
+            self.descriptors
+                .store(name::vmm(self.id), Arc::clone(process));
+        } else {
+            self.descriptors.remove(&name::vmm(self.id));
+        }
+        let words = &occupancy.words;
+        let connection = words.next_connection();
+        words.set_handshake(Handshake::New);
+        words.set_vmm(vmm.pid);
         // Rings for the last VM are not for this one, nor are the words of its driver.
         for eventfd in self.region.eventfds(self.id) {
             eventfd.drain();
         }
-        self.region.end_driver(self.id);
+        self.end_driver(words, may_live);
+        words.set_connection(connection);
+        occupancy.vm = Some(Vm::new(peer, connection));
+        occupancy.vmm = Some(vmm);
+        occupancy.first_epoch = Some(self.region.driver_epoch(self.id));
         self.region.publish_connection(self.id, connection);
-        Some(Session(Arc::clone(self)))
+        Ok(Session(Arc::clone(self)))
+    }
+
+    /// Makes the epoch of the slot's driver even, if the driver has not. `guest_may_live` tells
+    /// that processes of the guest may still use the ends that they hold.
+    fn end_driver(&self, words: &SlotWords, guest_may_live: bool) {
+        if !guest_may_live {
+            words.set_ended_epoch(0);
+        }
+        self.region.end_driver(self.id, |epoch| {
+            if guest_may_live {
+                words.set_ended_epoch(epoch);
+            }
+        });
+    }
+
+    /// Tells whether a driver came and went in order in the VM that has left, so that it disabled
+    /// its interrupts. A ring then finds no one, and can only do harm: QEMU without KVM goes on
+    /// watching eventfds that it has closed.
+    fn left_in_order(&self, occupancy: &Occupancy) -> bool {
+        let epoch = self.region.driver_epoch(self.id);
+        let came = occupancy.first_epoch.is_some_and(|first| first != epoch);
+        came && epoch.is_multiple_of(2) && epoch != occupancy.words.ended_epoch()
+    }
+
+    /// Tells whether the kernel consumes the rings of a vector of the slot. The kernel does so
+    /// before the ring returns.
+    fn is_consumed(&self) -> bool {
+        let mut eventfds = self.region.eventfds(self.id).iter();
+        eventfds.any(|eventfd| {
+            eventfd.drain();
+            // A ring that fails leaves nothing to read, either.
+            eventfd.ring().is_ok() && eventfd.drain() == 0
+        })
     }
 
     /// Takes the slot for the VM that it had under the broker's predecessor. Returns `None` if it
     /// had none.
-    pub(crate) fn reoccupy(self: &Arc<Self>, vmm: Peer) -> Option<Session> {
+    pub(crate) fn reoccupy(self: &Arc<Self>, peer: Peer) -> Option<Session> {
         let mut occupancy = self.occupancy.lock();
         let connection = occupancy.words.connection();
         if connection == 0 {
             return None;
         }
-        occupancy.vm = Some(Vm::new(vmm, connection));
+        occupancy.vm = Some(Vm::new(peer, connection));
         Some(Session(Arc::clone(self)))
     }
 
@@ -188,6 +274,10 @@ impl Slot {
     pub(crate) fn vacate(&self) {
         let mut occupancy = self.occupancy.lock();
         occupancy.vm = None;
+        let has_ended = occupancy.vmm.take_if(|vmm| vmm.lives() == Some(false));
+        if has_ended.is_some() {
+            self.descriptors.remove(&name::vmm(self.id));
+        }
         if !occupancy.is_final {
             occupancy.words.set_connection(0);
             self.region.publish_connection(self.id, 0);
@@ -205,6 +295,37 @@ impl Slot {
             occupancy.words.set_connection(connection);
             self.region.publish_connection(self.id, connection);
         }
+    }
+
+    /// Returns the VMM of the VM that has left, if its process lives.
+    pub fn former_vmm(&self) -> Option<Vmm> {
+        let occupancy = self.occupancy.lock();
+        let vmm = occupancy.vmm.as_ref();
+        vmm.filter(|vmm| occupancy.vm.is_none() && vmm.lives() == Some(true))
+            .cloned()
+    }
+
+    /// Returns what keeps an end of a channel, which belongs to the slot's VM, from being free.
+    ///
+    /// The words of the region alone do not tell: a guest whose device was reset, or whose VMM the
+    /// broker has disconnected, may still write to the channel. So an end that was held stays held
+    /// until its driver has ended its own epoch, or another epoch has begun, or the VMM has ended.
+    pub(crate) fn hold(&self, channel: usize, end: End) -> Option<Hold> {
+        let occupancy = self.occupancy.lock();
+        let (layout, words) = (self.region.layout(), self.region.words());
+        let end = PresenceWords::find(layout, channel, end, layout.region_size)?;
+        let seen = end.read(words);
+        if let Some(process) = seen.process() {
+            return Some(Hold::Process(process));
+        }
+        let driver_ended =
+            seen.epoch.is_multiple_of(2) && seen.epoch != occupancy.words.ended_epoch();
+        if seen.holder == 0 || driver_ended {
+            return None;
+        }
+        let vmm = occupancy.vmm.as_ref()?;
+        let may_live = occupancy.vm.is_some() || vmm.lives() != Some(false);
+        may_live.then(|| Hold::Vmm(vmm.pid()))
     }
 
     /// Makes every change of the slot's VM wait until the result is dropped.
@@ -250,7 +371,7 @@ impl Slot {
         let Occupancy { words, vm, .. } = &mut *occupancy;
         if let Some(vm) = vm {
             // First, so that no reader sees the new number with the holders of the old guest.
-            self.region.end_driver(self.id);
+            self.end_driver(words, true);
             vm.connection = words.next_connection();
             words.set_connection(vm.connection);
             self.region.publish_connection(self.id, vm.connection);

@@ -38,13 +38,40 @@ impl SharedRegion {
     /// Makes the epoch of a slot's driver even, because its guest is gone and did not do so. The
     /// driver's holder words mean nothing then, and the next driver continues from this epoch. A
     /// guest that still writes there harms only itself.
-    pub(super) fn end_driver(&self, slot: u32) {
+    ///
+    /// Before that, `keep` gets the even epoch.
+    pub(super) fn end_driver(&self, slot: u32, keep: impl FnOnce(u64)) {
         let page = self.layout().presence_page(slot);
         let epoch = self.words().word(page + presence::EPOCH);
         // SYNC: present; as the driver itself does it. `publish_connection` rings the host for it.
         let old = epoch.load(Ordering::Acquire);
         if old % 2 == 1 {
-            epoch.store(old.wrapping_add(1), Ordering::Release);
+            let ended = old.wrapping_add(1);
+            keep(ended);
+            epoch.store(ended, Ordering::Release);
+        }
+    }
+
+    /// Returns the epoch of a slot's driver.
+    pub(super) fn driver_epoch(&self, slot: u32) -> u64 {
+        let page = self.layout().presence_page(slot);
+        self.words()
+            .word(page + presence::EPOCH)
+            .load(Ordering::Acquire)
+    }
+
+    /// Answers the questions of all drivers whether the broker is alive. `answered` has the answers
+    /// so far, by slot; it is empty at first.
+    pub(crate) fn answer_drivers(&self, answered: &mut Vec<u64>) {
+        let is_first = answered.is_empty();
+        answered.resize(self.layout().slots as usize, 0);
+        for (slot, answered) in (0..).zip(answered) {
+            let asked = self.layout().presence_page(slot) + presence::ASKED;
+            let count = self.words().load(asked);
+            if is_first || count != *answered {
+                *answered = count;
+                self.publish(presence::ANSWERS + 8 * u64::from(slot), count);
+            }
         }
     }
 
@@ -57,7 +84,7 @@ impl SharedRegion {
 
     /// Rings vector 0 of a peer. A VM without its driver is not rung: the ring has no receiver, and
     /// a QEMU without KVM dies of a ring for a device that was unplugged.
-    fn ring_control(&self, peer: u32) {
+    pub(crate) fn ring_control(&self, peer: u32) {
         // SYNC: publish-then-epoch; a driver stores its epoch before its guest reads what is
         // published.
         fence(Ordering::SeqCst);

@@ -45,6 +45,10 @@ impl Transport for Ivshmem {
         "ivshmem"
     }
 
+    fn shares_eventfds(&self) -> bool {
+        true
+    }
+
     fn handshake(&self, vm: &UnixStream, slot: &Arc<Slot>) -> Result<(), TransportError> {
         let (own, region) = (slot.id(), slot.region());
         let mut messages = vec![

@@ -35,6 +35,12 @@ pub trait Transport: Send + Sync {
         true
     }
 
+    /// Tells whether a VMM receives the slot's own eventfds, and gives them to its kernel as the
+    /// sources of interrupts.
+    fn shares_eventfds(&self) -> bool {
+        false
+    }
+
     /// Tells whether a session creates sockets between its own threads.
     fn needs_loopback(&self) -> bool {
         false

@@ -26,8 +26,9 @@ fn check(pid: u32, threads: usize) {
     }
 }
 
-/// Number of threads: the main thread, the log's, the slot's, and the VM's.
-const THREADS: usize = 4;
+/// Number of threads: the main thread, the log's, that of the answers to drivers, the slot's, and
+/// the VM's.
+const THREADS: usize = 5;
 
 #[test]
 fn fresh_broker_is_confined() {

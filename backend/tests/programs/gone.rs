@@ -62,12 +62,17 @@ fn guest_reset_frees_its_ends() {
     client.get(RESET, &[]);
 
     hears_that_the_sender_left(receiver);
-    // The system that boots now has no driver yet.
-    works(&mut broker.app(&["reset-channel", "up"]));
+    // The system that boots now has no driver yet, and its VMM lives: perhaps only the device was
+    // reset, and the process that held the end goes on.
+    let held = ["slot 1's VM held an end", "lives"];
+    fails(&mut broker.app(&["reset-channel", "up"]), 4, &held);
     // Another reset changes nothing: epochs only grow, and the next driver has a new one.
     client.get(RESET, &[]);
     assert_eq!(client.read(2, page, 8), 6u64.to_le_bytes());
+    fails(&mut broker.app(&["reset-channel", "up"]), 4, &held);
+    store(&mut client, holder, 0);
     store(&mut client, page, 7);
+    works(&mut broker.app(&["reset-channel", "up"]));
     store(&mut client, holder, PROCESS);
     let in_use = ["in use by process 42 in slot 1's VM"];
     fails(&mut broker.app(&["reset-channel", "up"]), 4, &in_use);
@@ -84,14 +89,18 @@ fn killed_vm_frees_ends_for_next_vm() {
     begin_a_stream(&attachment, &layout.channels()[0]);
     let receiver = receiver(&broker, "up");
     drop(vm);
-    let _next = handshake(connect(&broker, "vm.sock"), 6);
+    let next = handshake(connect(&broker, "vm.sock"), 6);
     hears_that_the_sender_left(receiver);
+    // Both VMs have one process in this test. A driver frees the ends of the one before.
+    let held = ["slot 0's VM held an end", "lives"];
+    fails(&mut broker.app(&["reset-channel", "up"]), 4, &held);
+    next.store_in_driver_page(layout, presence::holder(0, End::Producer), 0);
+    next.store_in_driver_page(layout, presence::EPOCH, 3);
     works(&mut broker.app(&["reset-channel", "up"]));
 }
 
 /// Resets a device whose guest process keeps its mapping and goes on sending, as after a suspend to
-/// memory or a reset of the PCI function. The broker cannot know of the process, so it resets the
-/// channel.
+/// memory or a reset of the PCI function. The operator resets the channel by force.
 #[test]
 fn sender_that_outlives_reset_repeats_no_record() {
     let broker = serve_both(&["--channel", "up=1-host,64K"]);
@@ -118,7 +127,7 @@ fn sender_that_outlives_reset_repeats_no_record() {
     drop(receiver);
 
     client.get(RESET, &[]);
-    works(&mut broker.app(&["reset-channel", "up"]));
+    works(&mut broker.app(&["reset-channel", "up", "--force"]));
 
     let mut sender = attach().unwrap();
     let mut receiver = attachment.receiver("up").unwrap();

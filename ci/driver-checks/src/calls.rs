@@ -12,7 +12,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::{mem, ptr};
 
 use barlink_protocol::wire::layout::PAGE_SIZE;
-use barlink_protocol::wire::uapi::{self, Buffer, Claim, Doorbell, Eventfd, Info, Map, Superblock};
+use barlink_protocol::wire::uapi::{
+    self, Asked, Buffer, Claim, Doorbell, Eventfd, Info, Map, Superblock,
+};
 use rustix::io::{Errno, Result};
 use rustix::ioctl::{Getter, NoArg, Setter, Updater, ioctl};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, MsyncFlags, ProtFlags};
@@ -34,6 +36,12 @@ pub(crate) fn superblock(file: BorrowedFd<'_>) -> Result<Superblock> {
 pub(crate) fn refresh(file: BorrowedFd<'_>) -> Result<()> {
     // SAFETY: The ioctl has no argument.
     unsafe { ioctl(file, NoArg::<{ uapi::REFRESH }>::new()) }
+}
+
+/// Calls the ioctl [`uapi::ASK`]. Returns the number of the question.
+pub(crate) fn ask(file: BorrowedFd<'_>) -> Result<u64> {
+    // SAFETY: The ioctl writes an `Asked`.
+    unsafe { ioctl(file, Getter::<{ uapi::ASK }, Asked>::new()) }.map(|asked| asked.count)
 }
 
 /// Calls the ioctl [`uapi::CLAIM`].

@@ -90,6 +90,11 @@ impl Device {
         calls::refresh(self.as_fd())
     }
 
+    /// Asks whether the broker is alive. Returns the number of the question.
+    pub(crate) fn ask(&self) -> Result<u64> {
+        calls::ask(self.as_fd())
+    }
+
     /// Claims an end of a channel.
     pub(crate) fn claim(&self, end: Claim) -> Result<()> {
         calls::claim(self.as_fd(), end)

@@ -23,6 +23,8 @@ mod mixed;
 mod names;
 #[path = "restart.rs"]
 mod restart;
+#[path = "silence.rs"]
+mod silence;
 #[path = "snapshots.rs"]
 mod snapshots;
 #[path = "table.rs"]

@@ -22,6 +22,8 @@ mod mixed;
 mod names;
 #[path = "restart.rs"]
 mod restart;
+#[path = "silence.rs"]
+mod silence;
 #[path = "snapshots.rs"]
 mod snapshots;
 #[path = "table.rs"]

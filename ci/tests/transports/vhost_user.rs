@@ -30,6 +30,8 @@ mod idle;
 mod mixed;
 #[path = "names.rs"]
 mod names;
+#[path = "silence.rs"]
+mod silence;
 #[path = "snapshots.rs"]
 mod snapshots;
 #[path = "table.rs"]

@@ -2,10 +2,13 @@
 
 //! The region's memory and eventfds as a VM gets them from its broker, for tests on the host.
 
+#![expect(unsafe_code, reason = "a process of its own connects to a slot")]
+
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,10 +32,11 @@ pub struct Tap {
 
 impl Tap {
     /// Connects to an ivshmem slot before its VM does, takes the memory and the eventfds, and
-    /// disconnects. All VMs of the region have the same memory and eventfds, also over other
+    /// disconnects. A process that has ended makes the connection, because a slot stays taken until
+    /// the process of its former VMM has ended. All VMs of the region have the same memory and eventfds, also over other
     /// transports. `slots` and `vectors` are the broker's numbers of slots and of vectors per peer.
     pub fn before_the_vm(broker: &Broker, slot: usize, slots: u32, vectors: u32) -> Result<Self> {
-        let socket = UnixStream::connect(broker.socket(slot))?;
+        let socket = connect(&broker.socket(slot))?;
         socket.set_read_timeout(Some(TIMEOUT))?;
         let (version, id) = (message(&socket)?.0, message(&socket)?.0);
         ensure!((version, id) == (0, i64::try_from(slot)?), "a strange slot");
@@ -115,6 +119,33 @@ impl Tap {
         let eventfd = eventfds.and_then(|eventfds| eventfds.get(vector as usize));
         eventfd.with_context(|| format!("peer {peer} has no vector {vector}"))
     }
+}
+
+/// Returns a connection to a socket that a process of its own has made, which has ended.
+fn connect(path: &Path) -> Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    // SAFETY: the forked process connects, sends and ends. These calls take no lock that another
+    // thread of this process may hold, and no destructor runs.
+    let process = match unsafe { libc::fork() } {
+        0 => {
+            let sent = UnixStream::connect(path)
+                .is_ok_and(|socket| theirs.send_with_fd(&b"c"[..], socket.as_raw_fd()).is_ok());
+            // SAFETY: it ends the process.
+            unsafe { libc::_exit(i32::from(!sent)) }
+        }
+        process => process,
+    };
+    ensure!(process > 0, "cannot fork");
+    let mut status = 0;
+    // SAFETY: `status` is written before the call returns.
+    let reaped = unsafe { libc::waitpid(process, &raw mut status, 0) };
+    ensure!(
+        reaped == process && status == 0,
+        "cannot connect to {}",
+        path.display()
+    );
+    let (_, socket) = ours.recv_with_fd(&mut [0])?;
+    Ok(OwnedFd::from(socket.context("no connection")?).into())
 }
 
 /// Receives a message of ivshmem's protocol: a number, and a descriptor with some messages.

@@ -431,7 +431,13 @@ impl Control {
         let sent = connection
             .socket
             .send_until(&request.bytes, &[], Some(deadline));
-        sent.map_err(|error| self.lost(error))?;
+        match sent {
+            // A broker that serves no more host apps says so before it is asked, and disconnects.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe && !connection.answered => {
+                return self.receive(connection, deadline);
+            }
+            sent => sent.map_err(|error| self.lost(error))?,
+        }
         let received = match connection.late {
             0 => self.receive(connection, deadline),
             _ => Err(ControlError::NoAnswer {
@@ -451,12 +457,21 @@ impl Control {
         deadline: Instant,
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         let mut buffer = Box::new([0; MAX_PACKET]);
-        let received = connection.socket.receive_until(&mut buffer, Some(deadline));
+        let mut receive = || {
+            let received = connection.socket.receive_until(&mut buffer, Some(deadline));
+            received.map(|received| received.map(|(bytes, with)| (bytes.to_vec(), with)))
+        };
+        let received = match receive() {
+            // The kernel reports first that the broker closed its end with a request unread, and
+            // then gives what the broker sent before.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => receive(),
+            received => received,
+        };
         let received = received.map_err(|error| self.lost(error))?;
         let (bytes, descriptors) = received.ok_or(ControlError::Rejected {
             path: self.path.clone(),
         })?;
-        let answer = Reply::parse(bytes)
+        let answer = Reply::parse(&bytes)
             .map_err(|error| self.not_a_broker(&format!("its answer is {error}")))?;
         match answer {
             Answer::Refused(refusal) => Err(refusal.into()),

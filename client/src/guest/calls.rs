@@ -39,6 +39,13 @@ pub(crate) fn refresh(file: &File) -> Result<(), Errno> {
     unsafe { ioctl(file, NoArg::<{ uapi::REFRESH }>::new()) }
 }
 
+/// Asks whether the broker is alive. Returns the number of the question.
+pub(crate) fn ask(file: &File) -> Result<u64, Errno> {
+    // SAFETY: `ASK` fills an `Asked`, which any bits are valid for.
+    let asked = unsafe { ioctl(file, Getter::<{ uapi::ASK }, uapi::Asked>::new()) }?;
+    Ok(asked.count)
+}
+
 /// Claims an end of a channel, for as long as the file is open.
 pub(crate) fn claim(file: &File, claim: uapi::Claim) -> Result<(), Errno> {
     // SAFETY: `CLAIM` takes a `Claim`, and reads it during the call.

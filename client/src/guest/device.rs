@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError, MAGIC};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
@@ -14,6 +15,7 @@ use rustix::io::Errno;
 use crate::claim::{Held, NoConsumer, NotHere};
 use crate::doorbell::Doorbells;
 use crate::error::Error;
+use crate::guest::broker::{Asker, SleepQuestions};
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
 use crate::guest::calls::{self, region};
@@ -21,6 +23,7 @@ use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
 use crate::guest::find as by_name;
 use crate::guest::node::{TRIES, choose, info, layout, map, open, system};
+use crate::guest::watch::BrokerWatch;
 use crate::layouts::Layouts;
 use crate::memory::{Access, Mapping, RingRegion};
 use crate::options::{ChannelOptions, Side, find, sealed};
@@ -46,7 +49,7 @@ use crate::tap::Tap;
 #[derive(Debug)]
 pub struct Device {
     path: PathBuf,
-    file: File,
+    file: Arc<File>,
     access: Access,
     mapping: Mapping,
     granted: u32,
@@ -54,6 +57,8 @@ pub struct Device {
     slot: u32,
     layouts: Layouts,
     choice: Option<Choice>,
+    /// The means to ask for the broker, with a file that is open for writing.
+    asker: Option<Asker>,
 }
 
 impl Device {
@@ -127,10 +132,16 @@ impl Device {
                 source: LayoutError::Mapping { needed, mapped },
             });
         }
+        let file = Arc::new(file);
+        let asker = (access == Access::ReadWrite).then(|| {
+            let region = region(&mapping, granted);
+            Asker::new(Arc::clone(&file), region, before.id)
+        });
         Ok(Device {
             path: path.to_owned(),
             file,
             access,
+            asker,
             mapping,
             granted,
             identity: before.identity(),
@@ -326,6 +337,30 @@ impl Device {
                 Err(error) => return Err(system("wait for", &self.path, error).into()),
             }
         }
+    }
+
+    /// Returns a watch over the broker. A user who may only read the device cannot ask.
+    ///
+    /// ```no_run
+    /// let device = barlink::guest::open("/dev/barlink0")?;
+    /// println!("{}", device.watch_broker()?.is_answered()?);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The device was opened with [`Access::ReadOnly`], and this process may not open it for
+    /// writing ([`ErrorKind::PermissionDenied`](crate::ErrorKind::PermissionDenied)).
+    pub fn watch_broker(&self) -> Result<BrokerWatch, Error> {
+        let asker = match &self.asker {
+            Some(asker) => asker.clone(),
+            None => {
+                let file = open(&self.path, Access::ReadWrite)?;
+                let region = region(&self.mapping, self.granted);
+                Asker::new(Arc::new(file), region, self.slot)
+            }
+        };
+        Ok(BrokerWatch::new(asker, self.path.clone()))
     }
 
     /// Allocates a DMA buffer: memory of the guest that the device can reach. The size is in bytes:
@@ -529,6 +564,8 @@ impl Side for Device {
         };
         // The driver may have got fewer vectors than the channels have.
         let wakes = channel.vector < info.vectors;
-        Ok((index, DeviceEvents::new(file, doorbell, wakes).into()))
+        let questions = self.asker.clone().map(SleepQuestions::new);
+        let events = DeviceEvents::new(file, doorbell, wakes, questions);
+        Ok((index, events.into()))
     }
 }

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use barlink_protocol::FIRST_FALLBACK_POLL;
 use barlink_protocol::wire::uapi;
@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::event_error::EventError;
+use crate::guest::broker::SleepQuestions;
 use crate::guest::calls;
 
 fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
@@ -27,13 +28,24 @@ pub struct DeviceEvents {
     file: File,
     other: uapi::Doorbell,
     wakes: bool,
+    questions: Option<SleepQuestions>,
 }
 
 impl DeviceEvents {
     /// Waits on a file that holds the claim, and is non-blocking. `other` rings the other end;
-    /// `wakes` says whether the channel has a vector here.
-    pub(crate) fn new(file: File, other: uapi::Doorbell, wakes: bool) -> Self {
-        DeviceEvents { file, other, wakes }
+    /// `wakes` says whether the channel has a vector here, and `questions` asks for the broker.
+    pub(crate) fn new(
+        file: File,
+        other: uapi::Doorbell,
+        wakes: bool,
+        questions: Option<SleepQuestions>,
+    ) -> Self {
+        DeviceEvents {
+            file,
+            other,
+            wakes,
+            questions,
+        }
     }
 
     /// Whether the channel has a vector that wakes this end.
@@ -66,12 +78,15 @@ impl DeviceEvents {
     /// vector was rung.
     pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
         let may_have_fired = if self.wakes {
-            self.becomes_readable(timeout)?
+            self.becomes_readable_or_asks(timeout)?
         } else {
             // No doorbell ends this sleep, so the end polls. Vector 0 fires even so. Unread, it
             // would keep the file readable.
             let interval = FIRST_FALLBACK_POLL;
+            self.begin(timeout);
+            self.ask();
             std::thread::sleep(timeout.unwrap_or(interval).min(interval));
+            self.slept(false);
             true
         };
         if !may_have_fired {
@@ -82,6 +97,43 @@ impl DeviceEvents {
             Ok(_) => Ok(self.wakes && self.has_fired(&fired)),
             Err(Errno::AGAIN | Errno::INTR) => Ok(false),
             Err(error) => Err(failed("wait for an interrupt")(error)),
+        }
+    }
+
+    /// Waits until the file is readable or the timeout is over, and asks for the broker if that
+    /// takes long. Returns whether it is readable.
+    fn becomes_readable_or_asks(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
+        if timeout == Some(Duration::ZERO) {
+            return self.becomes_readable(timeout);
+        }
+        let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        self.begin(timeout);
+        loop {
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            let until_step = self.ask();
+            let part = [left, until_step].into_iter().flatten().min();
+            let is_readable = self.becomes_readable(part)?;
+            self.slept(is_readable);
+            if is_readable || part == left {
+                return Ok(is_readable);
+            }
+        }
+    }
+
+    fn begin(&mut self, timeout: Option<Duration>) {
+        if let Some(questions) = &mut self.questions {
+            questions.begin(Instant::now(), timeout);
+        }
+    }
+
+    /// Asks for the broker if it is time. Returns the time of the next such call.
+    fn ask(&mut self) -> Option<Duration> {
+        self.questions.as_mut()?.step(Instant::now())
+    }
+
+    fn slept(&mut self, was_rung: bool) {
+        if let Some(questions) = &mut self.questions {
+            questions.slept(Instant::now(), was_rung);
         }
     }
 

@@ -16,6 +16,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub(crate) mod broker;
 mod buffer;
 mod cache;
 mod calls;
@@ -24,6 +25,7 @@ pub(crate) mod error;
 pub(crate) mod events;
 pub(crate) mod find;
 mod node;
+mod watch;
 
 use std::path::Path;
 
@@ -32,6 +34,7 @@ pub use buffer::Buffer;
 pub use cache::{Cache, Choice, UnknownCache};
 pub use device::Device;
 pub use error::DeviceError;
+pub use watch::BrokerWatch;
 
 use crate::error::Error;
 use crate::memory::Access;

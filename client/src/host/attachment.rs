@@ -5,6 +5,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use barlink_protocol::wire::layout::{Channel, End, Layout};
 use base64::Engine;
@@ -392,21 +393,89 @@ impl Attachment {
     /// There is no such channel ([`ErrorKind::NotFound`](crate::ErrorKind::NotFound)), this process
     /// attached with [`Access::ReadOnly`]
     /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), a process holds one of its
-    /// ends ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is gone.
+    /// ends, or the VMM of a guest that held one and did not give it back lives
+    /// ([`ErrorKind::InUse`](crate::ErrorKind::InUse)), or the broker is gone.
     pub fn reset(&self, name: &str) -> Result<u64, Error> {
+        let channel = self.resettable(name)?;
+        let mut pauses = VMM_ENDS.into_iter();
+        loop {
+            match (self.ask_reset(channel, false), pauses.next()) {
+                // A VMM that was killed ends a moment after its connection.
+                (Err(ControlError::Refused(Refusal::VmmLives { .. })), Some(pause)) => {
+                    std::thread::sleep(pause);
+                }
+                (Err(ControlError::Refused(refusal)), _) => {
+                    return Err(ControlError::Refused(refusal.with_process_name()).into());
+                }
+                (reset, _) => return Ok(reset?.generation),
+            }
+        }
+    }
+
+    /// Empties a channel, whoever holds its ends. Programs that hold one get an error at their next
+    /// call ([`ErrorKind::Reset`](crate::ErrorKind::Reset)), and hold the end until they release
+    /// it. A producer that is stopped while it fills a record can write the rest of it into the
+    /// next records.
+    ///
+    /// ```no_run
+    /// use barlink::host::{self, ForcedReset};
+    ///
+    /// let ForcedReset { broken, .. } = host::connect("default")?.force_reset("up")?;
+    /// for end in broken {
+    ///     println!("broke {end}");
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attachment::reset`], except that the ends need not be free.
+    pub fn force_reset(&self, name: &str) -> Result<ForcedReset, Error> {
+        let channel = self.resettable(name)?;
+        Ok(self.ask_reset(channel, true)?)
+    }
+
+    /// Finds a channel that this attachment can reset.
+    fn resettable(&self, name: &str) -> Result<usize, Error> {
         let channel = sealed::Side::find(self, name)?;
         if self.access == Access::ReadOnly {
             let name = name.to_owned();
             return Err(Error::ReadOnlyReset { name });
         }
-        match self.control.ask(Ask::Reset { channel })? {
-            (Answer::Reset { generation }, _) => Ok(generation),
-            _ => Err(self
-                .control
-                .not_a_broker("it answers another question")
-                .into()),
+        Ok(channel)
+    }
+
+    fn ask_reset(&self, channel: usize, force: bool) -> Result<ForcedReset, ControlError> {
+        match self.control.ask(Ask::Reset { channel, force })? {
+            (Answer::Reset { generation, broken }, _) => Ok(ForcedReset { generation, broken }),
+            _ => Err(self.control.not_a_broker("it answers another question")),
         }
     }
+}
+
+/// The pauses between the tries of a reset while a VMM lives.
+const VMM_ENDS: [Duration; 3] = [
+    Duration::from_millis(20),
+    Duration::from_millis(100),
+    Duration::from_millis(400),
+];
+
+/// The result of [`Attachment::force_reset`].
+///
+/// ```no_run
+/// use barlink::host::{self, ForcedReset};
+///
+/// let reset: ForcedReset = host::connect("default")?.force_reset("up")?;
+/// println!("reset {} broke {} ends", reset.generation, reset.broken.len());
+/// # Ok::<(), barlink::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ForcedReset {
+    /// How often the channel was reset, this time included.
+    pub generation: u64,
+    /// The ends that were not free, with the processes that hold or held them, as texts.
+    pub broken: Vec<String>,
 }
 
 impl AsFd for Attachment {

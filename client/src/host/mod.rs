@@ -21,7 +21,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub use attachment::Attachment;
+pub use attachment::{Attachment, ForcedReset};
 
 pub use crate::control::client::ControlError;
 pub use crate::control::message::{
@@ -90,9 +90,13 @@ pub fn connect_path(path: impl AsRef<Path>) -> Result<Attachment, Error> {
 ///
 /// # Errors
 ///
-/// The user is not root, and `XDG_RUNTIME_DIR` is not set.
+/// The user is not root, and `XDG_RUNTIME_DIR` is not set, or it is no absolute path.
 pub fn socket_path(name: &str) -> Result<PathBuf, Error> {
     let folder = match std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty()) {
+        Some(folder) if Path::new(&folder).is_relative() => {
+            let folder = PathBuf::from(folder);
+            return Err(Error::RelativeRunFolder { folder });
+        }
         Some(folder) => PathBuf::from(folder),
         None if rustix::process::geteuid().is_root() => PathBuf::from("/run"),
         None => return Err(Error::NoRunFolder),
@@ -115,7 +119,8 @@ pub fn socket_folders() -> Vec<PathBuf> {
 }
 
 fn folders_of(run_folder: Option<OsString>, user: u32) -> Vec<PathBuf> {
-    let own = run_folder.filter(|folder| !folder.is_empty());
+    // A relative path means another folder for each program.
+    let own = run_folder.filter(|folder| Path::new(folder).is_absolute());
     let of_user = PathBuf::from(format!("/run/user/{user}"));
     let mut folders: Vec<_> = own.map(PathBuf::from).into_iter().collect();
     for folder in [of_user, PathBuf::from("/run")] {

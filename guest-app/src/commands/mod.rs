@@ -2,6 +2,7 @@
 
 //! The commands of `barlink-guest`, one file for each or for a pair.
 
+mod broker;
 mod buffer;
 mod info;
 mod stream;
@@ -31,8 +32,15 @@ pub fn run(cli: &Cli) -> Result<()> {
         // `eprintln` would panic where standard error is closed.
         let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");
     }
+    if matches!(cli.command, Command::Send(_) | Command::Recv(_)) {
+        broker::watch(&device);
+    }
     match &cli.command {
-        Command::Info(args) => info::info(&device, args),
+        Command::Info(args) => {
+            info::info(&device, args)?;
+            broker::check(&device);
+            Ok(())
+        }
         Command::Send(args) => stream::send(&device, args),
         Command::Recv(args) => stream::recv(&device, args),
         Command::Tail(args) => tail::tail(&args.tail, &args.channel, device.tap(&args.channel)?),

@@ -65,12 +65,19 @@ pub mod presence {
     /// Guest-physical address of the region. The granted cache mode can depend on it. Only in a
     /// driver's page.
     pub const ADDRESS: u64 = 16;
+    /// Number of times that the driver has asked whether the broker is alive. Only in a driver's
+    /// page.
+    pub const ASKED: u64 = 24;
     /// First connection word; there is one word for each slot. It is 0 without a VM; otherwise a
     /// number that grows with every VM and with every reset that the broker sees. Only in the
     /// broker's page.
     pub const CONNECTIONS: u64 = 64;
     /// First holder word; there are two words for each channel: producer, then consumer.
     pub const HOLDERS: u64 = 256;
+
+    /// First answer word; there is one word for each slot: [`ASKED`] of its driver's page, as the
+    /// broker has last seen it. Only in the broker's page.
+    pub const ANSWERS: u64 = 1280;
 
     /// Returns the offset in the page of the holder word of one end of a channel, in bytes.
     pub const fn holder(channel: usize, end: super::End) -> u64 {
@@ -120,7 +127,8 @@ pub mod channel {
     pub const DATA: u64 = super::PAGE_SIZE;
 }
 
-const _: () = assert!(presence::holder(MAX_CHANNELS, End::Producer) <= PAGE_SIZE);
+const _: () = assert!(presence::holder(MAX_CHANNELS, End::Producer) <= presence::ANSWERS);
+const _: () = assert!(presence::ANSWERS + 8 * MAX_SLOTS as u64 <= PAGE_SIZE);
 const _: () = assert!(presence::CONNECTIONS + 8 * MAX_SLOTS as u64 <= presence::HOLDERS);
 
 /// The content of a superblock, checked.

@@ -8,7 +8,7 @@
 //! | `open` | creates a file with its own claims and its own count of interrupts |
 //! | `mmap` | maps pages of the region as the file's last [`MAP`] says; see below |
 //! | `ioctl` | [`INFO`], [`CLAIM`], [`DOORBELL`], [`MAP`], [`EVENTFD`], [`BUFFER`] |
-//! | `ioctl` | [`SUPERBLOCK`], [`REFRESH`] |
+//! | `ioctl` | [`SUPERBLOCK`], [`REFRESH`], [`ASK`] |
 //! | `read` | waits for an interrupt on one of the file's vectors, fills an [`Interrupts`] |
 //! | `poll` | readable if `read` would not wait; `POLLHUP` and `POLLERR` once the device is gone |
 //!
@@ -129,6 +129,12 @@ pub const SUPERBLOCK: u32 = ioctl(READ, 6, size_of::<Superblock>());
 /// never reads an entry again that it has. `EAGAIN`: the table has fewer entries than the driver,
 /// or an entry that it does not take; those before it are taken.
 pub const REFRESH: u32 = ioctl(0, 7, 0);
+/// `_IOR(0xbb, 8, Asked)`: asks whether the broker is alive: counts the question in the driver's
+/// page, and rings the host. The broker is alive once the answer word of this device's slot, in the
+/// broker's page, is the returned count or a later one. A question can be lost, so ask again.
+///
+/// `EBADF`: the file is not open for writing.
+pub const ASK: u32 = ioctl(READ, 8, size_of::<Asked>());
 /// Maximum size of a [`BUFFER`], in bytes: the largest piece that a kernel can allocate.
 pub const MAX_BUFFER: u64 = 4 << 20;
 
@@ -197,6 +203,14 @@ impl Info {
 pub struct Superblock {
     /// The words of the page.
     pub words: [u64; PAGE_WORDS],
+}
+
+/// Result of [`ASK`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Asked {
+    /// Number of the question.
+    pub count: u64,
 }
 
 /// Argument of [`MAP`].
@@ -342,4 +356,5 @@ const _: () = assert!(size_of::<Eventfd>() == 8);
 const _: () = assert!(size_of::<Buffer>() == 24);
 const _: () = assert!(size_of::<Superblock>() == 4096);
 const _: () = assert!(size_of::<Doorbell>() == 8);
+const _: () = assert!(size_of::<Asked>() == 8);
 const _: () = assert!(size_of::<Interrupts>() == 32);

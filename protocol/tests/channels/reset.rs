@@ -299,21 +299,28 @@ fn reset_begins_above_all_cursors() {
     }
 }
 
-/// A producer that lives on stores a limit before it looks at the generation. That limit is below
-/// the records of the new producer, which may be written over without a further step of theirs.
+/// A producer that lives on looks at the generation before it stores a limit, and a reset can come
+/// between the two. That limit is below the records of the new producer, which may be written over
+/// without a further step of theirs.
 #[test]
 fn tap_trusts_no_limit_of_stale_producer() {
     let (region, layout) = region(4096, false);
     let entry = &layout.channels()[0];
     let (mut stale, _) = attach(&region, entry);
     send(&mut stale, b"old").unwrap();
+    let stale_limit = region.load(entry.offset + channel::LIMIT);
     reset(&region, entry, true).unwrap();
     let (mut producer, _consumer) = attach(&region, entry);
     let mut tap = Tap::attach(region.clone(), entry);
     send(&mut producer, b"new").unwrap();
     let limit = region.load(entry.offset + channel::LIMIT);
-    let _ = stale.reserve(1000).unwrap();
-    assert!(region.load(entry.offset + channel::LIMIT) < limit);
+    assert_eq!(
+        stale.reserve(1000).map(drop),
+        Err(ReserveError::Reset(Reset))
+    );
+    assert_eq!(region.load(entry.offset + channel::LIMIT), limit);
+    assert!(stale_limit < limit);
+    region.store(entry.offset + channel::LIMIT, stale_limit);
     assert_eq!(tap.look(), Sight::Nothing);
     region.store(entry.offset + channel::LIMIT, limit);
     assert!(matches!(tap.look(), Sight::Record(_)));

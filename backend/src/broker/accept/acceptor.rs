@@ -23,13 +23,14 @@ use rustix::net::SocketFlags;
 use super::listener::Listener;
 use super::rejected::RejectedClients;
 use crate::broker::state::BrokerState;
+use crate::persistence::Stored;
 use crate::rate_limit::{Account, CONNECTIONS, NOT_ADMITTED, REJECTED};
-use crate::slot::{Session, Slot};
+use crate::slot::{Session, Slot, Taken, Vmm};
 use crate::socket::{Peer, descriptors, disconnect, is_disconnected};
 use crate::transport::{Departure, Rejection, Transport, TransportError};
 
-/// Longest wait for the end of a session whose VM has disconnected, and the time between two
-/// checks.
+/// Longest wait for the end of a session whose VM has disconnected, or of its VMM's process, and
+/// the time between two checks.
 const NOTICE: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(1);
 /// Pause after a connection for which the kernel has no descriptor.
@@ -109,8 +110,13 @@ impl Acceptor {
                 &"not the broker's user, nor allowed (--allow-user, --allow-group)",
             );
         }
-        let Some(session) = self.occupy(peer) else {
-            return reject(vm, &"the slot is taken");
+        let vmm = match vmm(peer, &vm) {
+            Ok(vmm) => vmm,
+            Err(error) => return reject(vm, &error),
+        };
+        let session = match self.occupy(peer, &vmm) {
+            Ok(session) => session,
+            Err(taken) => return reject(vm, &taken),
         };
         let attendant = match self.attendant(peer) {
             Ok(attendant) => attendant,
@@ -139,18 +145,25 @@ impl Acceptor {
     }
 
     /// Takes the slot. A VM that has disconnected, and whose end is not noticed yet, does not block
-    /// it: a VM that unplugs its device connects again at once.
-    fn occupy(&self, peer: Peer) -> Option<Session> {
+    /// it: a VM that unplugs its device connects again at once. Nor does a process that ends just
+    /// now: that of a killed VMM ends a moment after its connection.
+    fn occupy(&self, peer: Peer, vmm: &Vmm) -> Result<Session, Taken> {
         let start = Instant::now();
         loop {
-            let session = self.slot.occupy(peer);
-            if session.is_some() {
-                return session;
-            }
-            let present = self.slot.stored_vm();
-            let stays = present.is_some_and(|vm| !is_disconnected(&*vm));
+            let taken = match self.slot.occupy(peer, vmm.clone()) {
+                Err(taken) => taken,
+                session => return session,
+            };
+            let stays = match taken {
+                Taken::Connected => {
+                    let present = self.slot.stored_vm();
+                    present.is_some_and(|vm| !is_disconnected(&*vm))
+                }
+                Taken::Former { .. } => false,
+                Taken::Consumed { .. } => true,
+            };
             if stays || start.elapsed() > NOTICE {
-                return None;
+                return Err(taken);
             }
             thread::sleep(LOOK);
         }
@@ -202,6 +215,19 @@ impl Acceptor {
         })?;
         Ok(attendant)
     }
+}
+
+/// Finds the process of a VMM. A process that has ended, and has left its connection to another
+/// one, cannot be named.
+fn vmm(peer: Peer, vm: &UnixStream) -> io::Result<Vmm> {
+    let process = match peer.process(vm) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)) => None,
+        found => found?,
+    };
+    Ok(Vmm::new(
+        peer.pid,
+        process.map(|process| Arc::new(process) as Stored),
+    ))
 }
 
 /// The way to a thread that serves one VM.

@@ -11,7 +11,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use log::Level;
 
-use crate::broker::state::BrokerState;
+use crate::broker::state::{BrokerState, Emptied};
 use crate::persistence::ClientId;
 use crate::rate_limit::CONNECTIONS;
 use crate::slot::{ReadError, ReadResult, Vm};
@@ -57,14 +57,18 @@ pub fn answer(
             Ok((Answer::Done, Vec::new()))
         }
         Ask::Status => Ok((Answer::Status(status(state)), Vec::new())),
-        Ask::Reset { channel } => {
-            let generation = roster.reset(channel)?;
+        Ask::Reset { channel, force } => {
+            let Emptied { generation, broken } = roster.reset(&state.slots, channel, force)?;
             let name = name(channel)?;
+            let breaks = match &broken[..] {
+                [] => String::new(),
+                broken => format!(" by force, which breaks {}", broken.join(" and ")),
+            };
             log(
                 Level::Info,
-                format_args!("{peer} resets `{name}`: generation {generation}"),
+                format_args!("{peer} resets `{name}`{breaks}: generation {generation}"),
             );
-            Ok((Answer::Reset { generation }, Vec::new()))
+            Ok((Answer::Reset { generation, broken }, Vec::new()))
         }
         Ask::AddChannel(Entry(wanted)) => {
             let added = roster.add_channel(wanted)?;
@@ -111,12 +115,10 @@ fn claimed_eventfds(
 fn status(state: &BrokerState) -> Status {
     let slots = state.slots.iter().map(|slot| {
         let (transport, socket) = (slot.transport().to_owned(), slot.socket().to_owned());
-        SlotStatus::new(
-            slot.id(),
-            transport,
-            socket,
-            slot.vm().as_ref().map(vm_status),
-        )
+        let vm = slot.vm();
+        let mut status = SlotStatus::new(slot.id(), transport, socket, vm.as_ref().map(vm_status));
+        status.former = slot.former_vmm().map(|vmm| vmm.pid());
+        status
     });
     let claims = state.roster.claims().into_iter();
     let claims = claims.map(|claim| ClaimStatus::new(claim.channel, claim.end, claim.pid));

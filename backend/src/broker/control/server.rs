@@ -246,6 +246,10 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
         reject(format_args!(
             "{peer} is refused: {MAX_CLIENTS} host apps are here"
         ));
+        // A client that does not receive the reason learns only that it is rejected.
+        let socket = PacketSocket::from_connected(socket);
+        let full = Answer::Refused(Refusal::Full(MAX_CLIENTS));
+        let _ = reply::send(&socket, full, &[]);
         return None;
     }
     let client = Client::new(socket, peer, false);

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use parking_lot::RwLock;
 
-pub use self::roster::{Claim, QuiescedRoster, Roster};
+pub use self::roster::{Claim, Emptied, QuiescedRoster, Roster};
 use super::policy::Policy;
 use crate::persistence::DescriptorStore;
 use crate::slot::{QuiescedSlot, ReadError, SharedRegion, Slot};

@@ -3,16 +3,17 @@
 //! The roster: which host app holds which end of which channel. Its lock is also held while a
 //! channel is reset, so that no host app claims it meanwhile, and while a channel is added.
 
+use std::fmt::{self, Display, Formatter};
 use std::sync::Arc;
 
 use barlink_protocol::wire::layout::{Channel, End, MAX_CHANNELS, channel};
-use barlink_protocol::{PresenceWords, state, table};
+use barlink_protocol::{state, table};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::broker::plan::vector_of;
 use crate::persistence::ClientId;
 use crate::persistence::state::RosterWords;
-use crate::slot::SharedRegion;
+use crate::slot::{Hold, SharedRegion, Slot};
 use barlink::control::message::{Added, Refusal};
 use barlink::{Held, NoConsumer, NotHere};
 
@@ -197,34 +198,79 @@ impl Roster {
         Ok(added)
     }
 
-    /// Empties a channel whose ends are both free. Returns the number of its new generation.
-    pub fn reset(&self, channel: usize) -> Result<u64, Refusal> {
+    /// Empties a channel. Unless `force` is set, both of its ends must be free: see [`Slot::hold`].
+    pub fn reset(
+        &self,
+        slots: &[Arc<Slot>],
+        channel: usize,
+        force: bool,
+    ) -> Result<Emptied, Refusal> {
         let entry = self.channel(channel)?;
-        let in_use = |holder| Refusal::InUse {
-            channel: entry.name.to_string(),
-            holder,
-        };
         let words = self.words.lock();
-        let held = ENDS.iter().find_map(|&end| words.holder(channel, end));
-        if let Some((_, word)) = held {
-            return Err(in_use(format!("process {} on the host", pid_of(word))));
-        }
-        let (layout, region) = (self.region.layout(), self.region.words());
-        let mut guest = None;
-        let are_free = || {
-            guest = ENDS.into_iter().find_map(|end| {
-                let words = PresenceWords::find(layout, channel, end, layout.region_size);
-                let process = words?.read(region).process()?;
-                (entry.peer(end) != layout.host()).then_some((process, entry.peer(end)))
-            });
-            guest.is_none()
+        let hold = |end| -> Option<Holder> {
+            if let Some((_, word)) = words.holder(channel, end) {
+                return Some(Holder::HostApp(pid_of(word)));
+            }
+            let slot = slots.get(entry.peer(end) as usize)?;
+            Some(match slot.hold(channel, end)? {
+                Hold::Process(process) => Holder::Guest(process, slot.id()),
+                Hold::Vmm(pid) => Holder::Vmm(pid, slot.id()),
+            })
         };
-        let keep = |base| words.set_base(channel, base);
+        let held = || ENDS.map(|end| hold(end).map(|holder| (end, holder)));
+        let mut found = held();
+        let are_free = || {
+            found = held();
+            force || found.iter().all(Option::is_none)
+        };
+        let (region, keep) = (self.region.words(), |base| words.set_base(channel, base));
         let generation = state::reset(region, entry, words.base(channel), are_free, keep);
-        generation.ok_or_else(|| {
-            let (process, slot) = guest.unwrap_or_default();
-            in_use(format!("process {process} in slot {slot}'s VM"))
-        })
+        let mut found = found.into_iter().flatten();
+        let Some(generation) = generation else {
+            let channel = entry.name.to_string();
+            return Err(match found.next().map(|(_, holder)| holder) {
+                Some(Holder::Vmm(pid, slot)) => Refusal::vmm_lives(channel, slot, pid),
+                holder => {
+                    let holder = holder.map_or_else(String::new, |holder| holder.to_string());
+                    Refusal::InUse { channel, holder }
+                }
+            });
+        };
+        let broken: Vec<_> = found
+            .map(|(end, holder)| format!("the {end}, {holder}"))
+            .collect();
+        if !broken.is_empty() {
+            // An end that sleeps notices the reset when it wakes.
+            for end in ENDS {
+                self.region.ring_control(entry.peer(end));
+            }
+        }
+        Ok(Emptied { generation, broken })
+    }
+}
+
+/// The result of a reset.
+pub struct Emptied {
+    /// How often the channel has been reset.
+    pub generation: u64,
+    /// The ends that were not free, with their holders.
+    pub broken: Vec<String>,
+}
+
+/// The holder of an end that is not free, by a process ID, and the slot of its VM.
+enum Holder {
+    HostApp(u32),
+    Guest(u32, u32),
+    Vmm(u32, u32),
+}
+
+impl Display for Holder {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Holder::HostApp(pid) => write!(f, "process {pid} on the host"),
+            Holder::Guest(process, slot) => write!(f, "process {process} in slot {slot}'s VM"),
+            Holder::Vmm(pid, slot) => write!(f, "slot {slot}'s VM, process {pid} on the host"),
+        }
     }
 }
 

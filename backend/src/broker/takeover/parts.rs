@@ -47,6 +47,8 @@ pub struct SlotParts {
     pub session_memory: Option<Region>,
     /// A predecessor's VM.
     pub vm: Option<OwnedFd>,
+    /// The process of a predecessor's VMM, which is here or has left.
+    pub vmm: Option<OwnedFd>,
 }
 
 /// The operator's choice for a slot.
@@ -118,6 +120,7 @@ impl Parts {
                 listener: Arc::new(listener),
                 session_memory: store_session(&descriptors, id, size, memory)?,
                 vm: None,
+                vmm: None,
             });
         }
         let persisted = PersistedState::create(&layout)?;
@@ -177,6 +180,7 @@ impl Parts {
         for ((id, slot), listener) in (0..).zip(slots).zip(listeners) {
             let size = slot.session_memory;
             let mut vm = inheritance.remove(&name::vm(id));
+            let vmm = inheritance.remove(&name::vmm(id));
             let memory = inheritance.remove(&name::session(id));
             if memory.is_some() != (size > 0) {
                 return Err(BrokerError::OtherTransport(id));
@@ -199,6 +203,7 @@ impl Parts {
                 listener,
                 session_memory: store_session(&descriptors, id, size, memory)?,
                 vm,
+                vmm,
             });
         }
         let mut clients = Vec::new();

@@ -107,7 +107,9 @@ pub fn slots(snapshot: &Snapshot) -> Vec<String> {
         ),
     )| {
         let vm = match &slot.vm {
-            None => "no VM".to_owned(),
+            None => slot.former.map_or("no VM".to_owned(), |pid| {
+                format!("no VM (taken until process {pid} of the former one ends)")
+            }),
             Some(vm) => format!(
                 "VM process {} of user {}, connection {}{}{}",
                 vm.pid,

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use barlink_protocol::wire::layout::Layout;
-use barlink_protocol::wire::uapi::{BUFFER, CLAIM, DOORBELL, INFO, SUPERBLOCK, UAPI_VERSION};
+use barlink_protocol::wire::uapi::{ASK, BUFFER, CLAIM, DOORBELL, INFO, SUPERBLOCK, UAPI_VERSION};
 use rustix::fs::{SealFlags, SeekFrom};
 use rustix::io::Errno;
 
@@ -127,13 +127,14 @@ pub(super) fn unknown_calls_are_refused() -> Result<()> {
         INFO + 6,
         INFO + 7,
         INFO + 8,
+        INFO + 9,
         INFO + 0x100,
         CLAIM & !1,
         0x5401,
     ] {
         fails(device.ioctl_on_null(number), Errno::NOTTY);
     }
-    for number in [INFO, CLAIM, DOORBELL, BUFFER, SUPERBLOCK] {
+    for number in [INFO, CLAIM, DOORBELL, BUFFER, SUPERBLOCK, ASK] {
         fails(device.ioctl_on_null(number), Errno::FAULT);
     }
     fails(rustix::io::write(&device, &[0; 32]), Errno::INVAL);

@@ -84,7 +84,8 @@ pub const TOPICS: &[Topic] = checks! {
     "presence", presence:
         epoch_is_new_at_every_probe
         holder_words_follow_the_claims
-        unbind_clears_the_driver_page;
+        unbind_clears_the_driver_page
+        questions_are_counted_and_need_writing;
     "doorbells", doorbells:
         doorbells_reach_the_host
         all_256_vectors_fire

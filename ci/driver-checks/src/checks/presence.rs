@@ -8,10 +8,12 @@ use std::thread;
 use anyhow::Result;
 use barlink_protocol::wire::layout::{End, MAX_CHANNELS, presence};
 use barlink_protocol::wire::uapi::Claim;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use crate::ask::Region;
-use crate::binding::{bind, open, unbind};
-use crate::device::{DOWN, FRAMES, SIDE, UP, UP1};
+use crate::binding::{bind, open, open_with, unbind};
+use crate::device::{DOWN, FRAMES, SIDE, UP, UP1, fails};
 use crate::{host, module};
 
 /// Peer that is rung when a claim changes.
@@ -148,5 +150,31 @@ pub(super) fn unbind_clears_the_driver_page() -> Result<()> {
     assert_eq!(host::epoch(Region::Main)?, epoch + 2);
     assert_eq!(holder_words()?, no_holders);
     host::wait_for_rings(Region::Main, HOST, 0)?;
+    Ok(())
+}
+
+pub(super) fn questions_are_counted_and_need_writing() -> Result<()> {
+    let asked = || {
+        let place = Region::Main.driver_page() + presence::ASKED;
+        host::word(Region::Main, place)
+    };
+    let device = open(Region::Main)?;
+    host::rings(Region::Main, HOST, 0)?;
+    let before = asked()?;
+    for question in before + 1..before + 4 {
+        assert_eq!(device.ask()?, question);
+        assert_eq!(asked()?, question);
+        assert_rung(Region::Main, HOST, 1)?;
+    }
+    // Two files of a device have one count.
+    assert_eq!(open(Region::Main)?.ask()?, before + 4);
+    let reader = open_with(Region::Main, OFlags::RDONLY)?;
+    fails(reader.ask(), Errno::BADF);
+    assert_eq!(asked()?, before + 4);
+    drop((device, reader));
+    // The next driver goes on.
+    unbind(Region::Main)?;
+    bind(Region::Main)?;
+    assert_eq!(open(Region::Main)?.ask()?, before + 5);
     Ok(())
 }

@@ -61,16 +61,22 @@ fn receive(state: &BrokerState, client: u64, packet: &[u8]) {
             assert!(released.is_err() || holder == Some(client as u32));
             released.map(|()| Answer::Done)
         }
-        Ask::Reset { channel } => {
+        Ask::Reset { channel, force } => {
             let held = [End::Producer, End::Consumer]
                 .iter()
                 .any(|end| holder(state, channel, *end).is_some());
-            let reset = state.roster.reset(channel);
+            let reset = state.roster.reset(&state.slots, channel, force);
             assert!(
-                reset.is_err() || !held,
+                reset.is_err() || force || !held,
                 "a channel was reset under its holder"
             );
-            reset.map(|generation| Answer::Reset { generation })
+            reset.map(|emptied| {
+                assert!(!held || !emptied.broken.is_empty());
+                Answer::Reset {
+                    generation: emptied.generation,
+                    broken: emptied.broken,
+                }
+            })
         }
         ask => answer(&ask, PEER, client, state).map(|(answer, _)| answer),
     };

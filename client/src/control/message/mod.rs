@@ -140,10 +140,14 @@ pub enum Ask {
     /// A new channel in the reserve: answered by [`Answer::Added`]. The broker chooses vector and
     /// offset.
     AddChannel(Entry),
-    /// A fresh generation of a channel whose ends are both free: answered by [`Answer::Reset`].
+    /// A fresh generation of a channel whose ends are both free, or, with `force`, of any channel:
+    /// answered by [`Answer::Reset`].
     Reset {
         /// Index of the channel.
         channel: usize,
+        /// Whether ends that are not free are broken.
+        #[serde(default)]
+        force: bool,
     },
 }
 
@@ -207,6 +211,9 @@ pub enum Answer {
     Reset {
         /// Number of the generation.
         generation: u64,
+        /// The ends that were not free, with their holders.
+        #[serde(default)]
+        broken: Vec<String>,
     },
     /// The channel was added.
     Added(Added),

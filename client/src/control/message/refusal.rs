@@ -66,6 +66,22 @@ pub enum Refusal {
         /// The holder of the end.
         holder: String,
     },
+    /// A channel cannot be reset while the VMM lives whose guest held one of its ends and did not
+    /// give it back.
+    #[error(
+        "channel `{channel}` may still be in use: slot {slot}'s VM held an end of it when its device or its connection was lost, and process {pid}{name} of that VM lives: load its driver again, or end that process (kill {pid}), or reset the channel all the same with --force"
+    )]
+    VmmLives {
+        /// Name of the channel.
+        channel: String,
+        /// The slot of the VM.
+        slot: u32,
+        /// Process ID of the VMM.
+        pid: u32,
+        /// Name of that process, in parentheses and after a space, if this process can read it.
+        #[serde(skip)]
+        name: String,
+    },
     /// The reserve has too little room for a new channel.
     #[error(
         "the channel needs {needed} bytes with its header, and {left} bytes are reserved for new channels: take a smaller one, or serve a region with a larger --reserve"
@@ -77,7 +93,9 @@ pub enum Refusal {
         left: u64,
     },
     /// The channel table is full.
-    #[error("the region has {0} channels, and its table has room for no more")]
+    #[error(
+        "the region has {0} channels, and its table has room for no more: serve another region for further ones (another `barlink serve` with --name)"
+    )]
     TableFull(usize),
     /// Another channel has the name of a new one.
     #[error("the region has a channel `{0}` already: choose another name")]
@@ -148,6 +166,11 @@ pub enum Refusal {
         /// Process ID of its VMM.
         pid: u32,
     },
+    /// As many host apps are there as the broker serves. This answer comes before any request.
+    #[error(
+        "the broker is busy: {0} host apps are attached, taps and idle ones included, and it serves no more at a time: end one of them, or serve another region for some (another `barlink serve` with --name)"
+    )]
+    Full(usize),
     /// A VM is connecting.
     #[error("a VM is just connecting to the broker: try again")]
     Busy,
@@ -157,6 +180,27 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// Describes a reset that the broker refuses because a VMM lives.
+    #[doc(hidden)]
+    pub fn vmm_lives(channel: String, slot: u32, pid: u32) -> Self {
+        Refusal::VmmLives {
+            channel,
+            slot,
+            pid,
+            name: String::new(),
+        }
+    }
+
+    /// Adds the name of the VMM's process, which the broker cannot read.
+    pub(crate) fn with_process_name(mut self) -> Self {
+        if let Refusal::VmmLives { pid, name, .. } = &mut self
+            && let Ok(found) = std::fs::read_to_string(format!("/proc/{pid}/comm"))
+        {
+            *name = format!(" ({})", found.trim_end());
+        }
+        self
+    }
+
     /// Returns the class of the refusal.
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -167,7 +211,11 @@ impl Refusal {
             | Refusal::NoGuestMemory(_)
             | Refusal::NotThere { .. }
             | Refusal::NoBuffer(_) => ErrorKind::NotFound,
-            Refusal::Held(_) | Refusal::InUse { .. } | Refusal::Busy => ErrorKind::InUse,
+            Refusal::Held(_)
+            | Refusal::InUse { .. }
+            | Refusal::VmmLives { .. }
+            | Refusal::Full(_)
+            | Refusal::Busy => ErrorKind::InUse,
             Refusal::NotHost(_)
             | Refusal::NoConsumer(_)
             | Refusal::NotHeld

@@ -58,6 +58,10 @@ pub struct SlotStatus {
     pub socket: PathBuf,
     /// The VM that is connected.
     pub vm: Option<VmStatus>,
+    /// Process ID of the former VMM, which has left and lives, so that the slot stays taken; 0 for
+    /// a process outside the broker's PID namespace.
+    #[serde(default)]
+    pub former: Option<u32>,
 }
 
 /// A connected VM.
@@ -179,6 +183,7 @@ impl SlotStatus {
             transport,
             socket,
             vm,
+            former: None,
         }
     }
 }

@@ -2,258 +2,21 @@
 
 //! Lays out a region: turns the operator's choices into offsets.
 
-use std::path::Path;
-use std::str::FromStr;
+mod choices;
+mod error;
 
-use barlink_cli::size::{Exact, parse_size, show_size};
+use std::path::Path;
+
 use barlink_protocol::wire::layout::{
-    self, BrokerName, Channel, FIRST_FREE, Layout, LayoutError, MAX_SLOTS, MIN_CAPACITY, NO_PEER,
-    Name, PAGE_SIZE, Policy,
+    self, BrokerName, Channel, FIRST_FREE, Layout, MAX_CHANNELS, MAX_SLOTS, MAX_VECTORS,
+    MIN_CAPACITY, Name, PAGE_SIZE, Policy,
 };
+
+pub use self::choices::{ChannelPlan, Direction, Party, Reserve};
+pub use self::error::PlanError;
 
 /// Least bytes in the raw window, unless the operator chooses the channels.
 const RAW_WINDOW: u64 = 64 << 10;
-
-/// Reason why a region cannot be laid out.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PlanError {
-    /// A BAR's size is a power of two.
-    #[error("region size {} is not a power of two: take --size {}", Exact(*size), either(candidates))]
-    NotAPowerOfTwo {
-        /// Bytes asked for.
-        size: u64,
-        /// The possible sizes around it.
-        candidates: Vec<u64>,
-    },
-    /// The region is too small for its channels.
-    #[error("region size {} is too small for its channels: take --size {} or more", Exact(*size), show_size(*needed))]
-    TooSmall {
-        /// Bytes asked for.
-        size: u64,
-        /// Smallest size that is enough.
-        needed: u64,
-    },
-    /// The machine does not have enough memory for the channels.
-    #[error(
-        "the channels need a region of {}, and this machine's memory is {}: take channels that fit into --size {}",
-        Exact(*needed), Exact(*memory), show_size(1 << memory.ilog2())
-    )]
-    ChannelsTooLarge {
-        /// Smallest size that is enough.
-        needed: u64,
-        /// Bytes of the machine's memory.
-        memory: u64,
-    },
-    /// The machine does not have enough memory for the region.
-    #[error(
-        "region size {} is more than this machine's memory, {}: take --size {} or less",
-        Exact(*size), Exact(*memory), show_size(1 << memory.ilog2())
-    )]
-    TooLarge {
-        /// Bytes asked for.
-        size: u64,
-        /// Bytes of the machine's memory.
-        memory: u64,
-    },
-    /// More VMs than a region serves.
-    #[error("{0} slots: a region serves 1 to {MAX_SLOTS} VMs, one a socket option")]
-    Slots(u32),
-    /// Two channels have one name.
-    #[error("two channels are named `{0}`: name them apart")]
-    SameName(String),
-    /// A channel names a slot that does not exist.
-    #[error(
-        "channel `{name}` is for slot {slot}, and the last one is {}: add a socket for each VM, or choose another slot",
-        slots - 1
-    )]
-    NoSlot {
-        /// Name of the channel.
-        name: String,
-        /// The slot.
-        slot: u32,
-        /// Number of slots.
-        slots: u32,
-    },
-    /// The layout is invalid for another reason.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-}
-
-fn either(sizes: &[u64]) -> String {
-    let sizes: Vec<_> = sizes.iter().map(|size| show_size(*size)).collect();
-    sizes.join(" or ")
-}
-
-/// The party at one end of a channel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Party {
-    /// The host.
-    Host,
-    /// The VM in a slot.
-    Slot(u32),
-    /// Any number of taps, which are no end: the place of the consumer in a channel that has none.
-    Taps,
-}
-
-/// The direction of a channel's records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Direction {
-    /// The producer.
-    pub from: Party,
-    /// The consumer.
-    pub to: Party,
-}
-
-impl FromStr for Direction {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let party = |text: &str| match text {
-            "host" => Some(Party::Host),
-            "taps" => Some(Party::Taps),
-            _ => text.parse().ok().map(Party::Slot),
-        };
-        let direction = |from, to| Direction { from, to };
-        match text {
-            "up" => Some(direction(Party::Slot(0), Party::Host)),
-            "down" => Some(direction(Party::Host, Party::Slot(0))),
-            _ => text
-                .split_once('-')
-                .and_then(|(from, to)| Some(direction(party(from)?, party(to)?)))
-                .filter(|direction| direction.from != Party::Taps),
-        }
-        .ok_or_else(|| {
-            format!(
-                "direction `{text}` is not up, down, or FROM-TO with slot numbers or `host`; TO can be `taps`"
-            )
-        })
-    }
-}
-
-/// The operator's choice of a channel.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ChannelPlan {
-    /// Its name.
-    pub name: Name,
-    /// The direction of its records.
-    pub direction: Direction,
-    /// Bytes in its data area.
-    pub capacity: u64,
-    /// The treatment of records that find no room.
-    pub policy: Policy,
-}
-
-impl ChannelPlan {
-    /// Returns the IDs of the producer's and the consumer's peer, in a region with this number of
-    /// slots. The consumer's is [`NO_PEER`] if there is no consumer.
-    pub fn peers(&self, slots: u32) -> Result<[u32; 2], PlanError> {
-        let peer = |party| match party {
-            Party::Host => Ok(slots),
-            Party::Taps => Ok(NO_PEER),
-            Party::Slot(slot) if slot < slots => Ok(slot),
-            Party::Slot(slot) => Err(PlanError::NoSlot {
-                name: self.name.to_string(),
-                slot,
-                slots,
-            }),
-        };
-        Ok([peer(self.direction.from)?, peer(self.direction.to)?])
-    }
-}
-
-impl FromStr for ChannelPlan {
-    type Err = String;
-
-    /// Parses `NAME=DIRECTION,SIZE[,POLICY]`.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (name, rest) = text
-            .split_once('=')
-            .ok_or("a channel is NAME=DIRECTION,SIZE[,POLICY]")?;
-        let name = Name::new(name).ok_or_else(|| {
-            format!(
-                "channel name `{name}` is not 1 to {} of a-z, 0-9, - and _",
-                layout::NAME_BYTES
-            )
-        })?;
-        let mut parts = rest.split(',');
-        let direction = parts.next().unwrap_or_default();
-        let is_short = matches!(direction, "up" | "down");
-        let mut direction: Direction = direction.parse()?;
-        let capacity = parse_size(
-            parts
-                .next()
-                .ok_or("a channel needs a size: NAME=DIRECTION,SIZE[,POLICY]")?,
-        )?;
-        if !capacity.is_power_of_two() || capacity < MIN_CAPACITY {
-            return Err(format!(
-                "channel size {} is not a power of two from {} on: take {}",
-                Exact(capacity),
-                Exact(MIN_CAPACITY),
-                show_size(nearest_capacity(capacity))
-            ));
-        }
-        let policy = match parts.next() {
-            None => Policy::Wait,
-            Some(text) => text
-                .parse()
-                .map_err(|_| format!("`{text}` is not `wait`, `drop` or `overwrite`"))?,
-        };
-        if policy == Policy::Overwrite && is_short {
-            direction.to = Party::Taps;
-        }
-        match (policy, direction.to) {
-            (Policy::Overwrite, Party::Taps) => (),
-            (Policy::Overwrite, _) => {
-                return Err(format!(
-                    "channel `{name}` has no receiver, because its sender overwrites: take FROM-taps as its direction"
-                ));
-            }
-            (_, Party::Taps) => {
-                return Err(format!(
-                    "channel `{name}` has no receiver, so its sender cannot wait for one: add `,overwrite`"
-                ));
-            }
-            _ => (),
-        }
-        match parts.next() {
-            None => Ok(ChannelPlan {
-                name,
-                direction,
-                capacity,
-                policy,
-            }),
-            Some(extra) => Err(format!("`{extra}` is one part too many")),
-        }
-    }
-}
-
-/// The operator's choice of room for channels that are added while the region is in use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Reserve {
-    /// Bytes for channels, their headers included.
-    pub bytes: u64,
-    /// Further interrupt vectors of each peer.
-    pub vectors: u32,
-}
-
-impl FromStr for Reserve {
-    type Err = String;
-
-    /// Parses `SIZE,VECTORS` or `SIZE`. A size becomes whole pages.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (bytes, vectors) = text.split_once(',').unwrap_or((text, "0"));
-        let vectors = vectors.parse().map_err(|_| {
-            format!("`{vectors}` is no number of vectors: a reserve is SIZE,VECTORS")
-        })?;
-        let bytes = parse_size(bytes)?;
-        let pages = bytes.checked_next_multiple_of(PAGE_SIZE);
-        let bytes = pages.filter(|bytes| *bytes > PAGE_SIZE).ok_or_else(|| {
-            let least = Exact(PAGE_SIZE + MIN_CAPACITY);
-            format!("a reserve of {bytes} bytes has no room for a channel: take {least} or more")
-        })?;
-        Ok(Reserve { bytes, vectors })
-    }
-}
 
 /// Returns the vector of a channel. Vector 0 is control. The channels share the others, or vector 0
 /// if there is no other.
@@ -317,12 +80,18 @@ pub fn plan(
             return Err(PlanError::SameName(channel.name.to_string()));
         }
     }
-    let vectors = match vectors {
-        0 => (chosen.len() as u32 + 1)
-            .saturating_add(reserve.vectors)
-            .min(layout::MAX_VECTORS),
-        given => given.saturating_add(reserve.vectors),
+    if chosen.len() > MAX_CHANNELS {
+        return Err(PlanError::Channels(chosen.len()));
+    }
+    let wanted = match vectors {
+        0 => chosen.len() as u32 + 1,
+        given => given,
     };
+    let reserved = reserve.vectors;
+    let vectors = wanted.saturating_add(reserved);
+    if vectors > MAX_VECTORS {
+        return Err(PlanError::Vectors { wanted, reserved });
+    }
     let mut next = FIRST_FREE;
     let mut entries = Vec::with_capacity(chosen.len());
     for (index, channel) in chosen.iter().enumerate() {
@@ -367,16 +136,6 @@ pub fn fits(planned: &Layout, running: &Layout) -> bool {
     running.extends(&planned.clone().with_identity(running.identity))
 }
 
-/// Returns the capacity of a channel that is nearest to a size.
-fn nearest_capacity(size: u64) -> u64 {
-    let below = 1_u64 << size.max(MIN_CAPACITY).ilog2();
-    let above = below.checked_mul(2).unwrap_or(below);
-    match size.saturating_sub(below) <= above.saturating_sub(size) {
-        true => below,
-        false => above,
-    }
-}
-
 /// Plans an `up` and a `down` for each slot (`up1`, `down1` for slot 1), of the largest size that
 /// leaves a raw window.
 fn default_channels(size: u64, slots: u32, reserve: u64) -> Result<Vec<ChannelPlan>, PlanError> {
@@ -418,6 +177,8 @@ fn default_channels(size: u64, slots: u32, reserve: u64) -> Result<Vec<ChannelPl
 
 #[cfg(test)]
 mod tests {
+    use barlink_protocol::wire::layout::NO_PEER;
+
     use super::*;
 
     fn plan(

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The process of a slot's VMM, which can live on after its connection has ended. Then its guest
+//! may still write to the region, and its kernel may still take the slot's interrupts.
+
+use std::fmt::{self, Display, Formatter};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::time::Timespec;
+
+use crate::persistence::Stored;
+
+/// The process that connected a VM to a slot.
+#[derive(Clone)]
+pub struct Vmm {
+    pub(super) pid: i32,
+    process: Option<Stored>,
+}
+
+impl Vmm {
+    /// Describes a process by its ID, 0 for one outside this PID namespace, and by a descriptor
+    /// that is readable once it has ended. No descriptor means that the kernel cannot name the
+    /// process.
+    pub fn new(pid: i32, process: Option<Stored>) -> Self {
+        Vmm { pid, process }
+    }
+
+    /// Returns its process ID, 0 for a process outside this PID namespace.
+    pub fn pid(&self) -> u32 {
+        self.pid.unsigned_abs()
+    }
+
+    /// Returns the descriptor of the process.
+    pub(super) fn process(&self) -> Option<&Stored> {
+        self.process.as_ref()
+    }
+
+    /// Tells whether the process lives. The result is `None` if the kernel cannot name it.
+    pub fn lives(&self) -> Option<bool> {
+        let process = self.process.as_ref()?;
+        let mut polled = [PollFd::new(process, PollFlags::IN)];
+        let now = Timespec::default();
+        let ready = rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, Some(&now)));
+        Some(ready == Ok(0))
+    }
+
+    /// Tells whether `other` is this process, which lives. So no other process has its ID.
+    pub(super) fn is_same(&self, other: &Vmm) -> bool {
+        self.pid != 0 && self.pid == other.pid
+    }
+}
+
+/// The reason why a VM cannot have a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// A VM has it.
+    Connected,
+    /// The process of the former VM lives.
+    Former {
+        /// Its process ID.
+        pid: u32,
+    },
+    /// The kernel consumes the rings for the slot: an earlier device of the same process left its
+    /// interrupts there.
+    Consumed {
+        /// The process ID.
+        pid: u32,
+    },
+}
+
+impl Display for Taken {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Taken::Connected => f.write_str("the slot is taken"),
+            Taken::Former { pid } => write!(
+                f,
+                "the slot is taken: its former VM has left, but process {pid} of that VM lives, and can still write to the region and take the slot's interrupts: end that process (kill {pid})"
+            ),
+            Taken::Consumed { pid } => write!(
+                f,
+                "the slot is taken: the device that process {pid} had here went with its interrupts enabled, so the kernel (KVM) still consumes the slot's interrupts: end that process (kill {pid}), and start its VM again"
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+    use std::sync::Arc;
+
+    use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+
+    use super::*;
+
+    #[test]
+    fn process_lives_until_it_ends() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+        let vmm = Vmm::new(pid.as_raw_nonzero().get(), Some(Arc::new(process)));
+        assert_eq!(vmm.lives(), Some(true));
+        kill_process(pid, Signal::STOP).unwrap();
+        assert_eq!(vmm.lives(), Some(true), "a stopped process lives");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(vmm.lives(), Some(false));
+        assert_eq!(Vmm::new(7, None).lives(), None);
+    }
+
+    #[test]
+    fn foreign_process_is_never_same() {
+        let vmm = |pid| Vmm::new(pid, None);
+        assert!(vmm(7).is_same(&vmm(7)));
+        assert!(!vmm(7).is_same(&vmm(8)));
+        assert!(!vmm(0).is_same(&vmm(0)), "the ID 0 names no process");
+    }
+}

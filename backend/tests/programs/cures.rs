@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Tests of errors that say what to do: limits of a region, of a broker and of a process, and the
+//! run folder.
+
+use std::process::{Command, Stdio};
+
+use crate::support::*;
+
+/// Returns a command that serves with one slot in a folder, and these further arguments.
+fn serve(folder: &std::path::Path, args: &[&str]) -> Command {
+    let mut command = barlink(["serve", "--ivshmem"]);
+    command.arg(folder.join("vm.sock")).args(args);
+    command
+}
+
+#[test]
+fn refuses_vectors_that_do_not_fit() {
+    let folder = tempfile::tempdir().unwrap();
+    for (args, parts) in [
+        (
+            &["--vectors", "250", "--reserve", "4M,10"][..],
+            ["260 vectors", "take --reserve SIZE,6 or fewer"],
+        ),
+        (
+            &["--vectors", "256", "--reserve", "4M,1"],
+            ["257 vectors", "take --vectors 255 or fewer"],
+        ),
+        (
+            &["--reserve", "4M,300"],
+            ["303 vectors", "take --reserve SIZE,253 or fewer"],
+        ),
+    ] {
+        let mut command = serve(folder.path(), args);
+        command.arg("--control").arg(folder.path().join("c.sock"));
+        fails(&mut command, 2, &parts);
+    }
+    let mut command = serve(folder.path(), &["--reserve", "4M,253", "--check"]);
+    works(command.arg("--control").arg(folder.path().join("c.sock")));
+}
+
+#[test]
+fn refuses_more_channels_than_the_table_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let channels = |count: u32| {
+        let mut command = serve(folder.path(), &["--check"]);
+        command.arg("--control").arg(folder.path().join("c.sock"));
+        for number in 0..count {
+            command.arg("--channel").arg(format!("c{number}=up,4K"));
+        }
+        command
+    };
+    works(&mut channels(60));
+    let parts = ["61 channels", "at most 60", "another `barlink serve`"];
+    fails(&mut channels(61), 2, &parts);
+}
+
+#[test]
+fn full_table_names_another_region() {
+    let channels = (0..60).map(|number| format!("--channel=c{number}=up,4K"));
+    let mut args: Vec<_> = channels.collect();
+    args.push("--reserve=1M".to_owned());
+    let args: Vec<_> = args.iter().map(String::as_str).collect();
+    let broker = Broker::start(&args);
+    let parts = ["has 60 channels", "another `barlink serve`"];
+    let mut add = barlink(["channel", "add", "more=up,4K", "--control"]);
+    fails(add.arg(broker.control()), 1, &parts);
+}
+
+#[test]
+fn low_limits_are_named_with_their_cures() {
+    let folder = tempfile::tempdir().unwrap();
+    for (limit, parts) in [
+        ("-n 20", ["on open files, 20,", "ulimit -n 518"]),
+        // The program has room until it serves. A debug build is larger than a release build.
+        (
+            "-v 200000",
+            ["on address space, 204800000,", "smaller --size"],
+        ),
+    ] {
+        let mut command = serve(folder.path(), &["--size", "256M"]);
+        command.arg("--control").arg(folder.path().join("c.sock"));
+        command.env("RUST_LOG", "error");
+        let program = command.get_program().to_owned();
+        let args: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+        let mut limited = Command::new("sh");
+        limited
+            .arg("-c")
+            .arg(format!("ulimit {limit} && exec \"$0\" \"$@\""))
+            .arg(program)
+            .args(args)
+            .env("RUST_LOG", "error")
+            .stdin(Stdio::null());
+        fails(&mut limited, 1, &parts);
+    }
+}
+
+#[test]
+fn lost_report_says_that_channel_was_added() {
+    let broker = Broker::start(&["--reserve", "1M"]);
+    let mut add = barlink(["channel", "add", "more=up,4K", "--control"]);
+    add.arg(broker.control());
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    let program = add.stdout(full.unwrap()).stderr(Stdio::piped()).start();
+    let output = finish(program);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    let told = "channel `more` is added, and only this report failed";
+    assert!(text.contains(told) && text.contains("No space"), "{text}");
+    let mut list = barlink(["channel", "list", "--control"]);
+    assert!(works(list.arg(broker.control())).contains("more: "));
+}
+
+#[test]
+fn app_beyond_limit_learns_that_broker_is_busy() {
+    let broker = Broker::start(&[]);
+    let mut attached: Vec<_> = (0..64).map(|_| broker.attach()).collect();
+    let parts = ["64 host apps are attached", "end one of them"];
+    for _ in 0..20 {
+        fails(&mut broker.app(&["inspect", "--once"]), 4, &parts);
+    }
+    fails(&mut broker.app(&["recv"]), 4, &parts);
+    attached.pop();
+    wait_until("the broker serves again", || {
+        run(&mut broker.app(&["inspect", "--once"]))
+            .status
+            .success()
+    });
+}
+
+#[test]
+fn refuses_run_folders_that_do_not_exist() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("run/user");
+    let mut command = serve(folder.path(), &[]);
+    command.env("XDG_RUNTIME_DIR", &missing);
+    let parts = ["run/user, which does not exist", "loginctl", "--control"];
+    fails(&mut command, 1, &parts);
+    assert!(!folder.path().join("run").exists());
+
+    let mut command = serve(folder.path(), &[]);
+    command.env("XDG_RUNTIME_DIR", "run").current_dir(&folder);
+    let parts = ["XDG_RUNTIME_DIR is `run`", "no absolute path", "--control"];
+    fails(&mut command, 1, &parts);
+    assert!(!folder.path().join("run").exists());
+    // Other commands look in no such folder, either.
+    std::fs::create_dir_all(folder.path().join("run/barlink")).unwrap();
+    let mut command = barlink(["inspect", "--once", "--name", "no-such-name"]);
+    command.env("XDG_RUNTIME_DIR", "run").current_dir(&folder);
+    let output = run(&mut command);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(!text.contains(" run/barlink"), "{text}");
+}

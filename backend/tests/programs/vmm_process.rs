@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Tests of VMMs whose processes live on after their connections: the ends that their guests held,
+//! and their slots, stay taken.
+
+#![expect(
+    unsafe_code,
+    reason = "a VMM is a process of its own, which a test forks"
+)]
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use barlink::host::Attachment;
+use barlink::{ErrorKind, Kind};
+use barlink_protocol::wire::layout::{End, presence};
+
+use crate::service::ServiceManager;
+use crate::support::*;
+use crate::vmm::{connect, handshake, message, rings};
+
+/// Holder word of the guest's process: claim 1, process ID 42.
+const PROCESS: u64 = 1 << 32 | 42;
+
+/// A process that connects to a slot as a VMM does. It is killed when this is dropped.
+struct Vmm {
+    pid: libc::pid_t,
+    control: UnixStream,
+}
+
+impl Vmm {
+    /// Starts a process that connects to the broker's slot, and waits until it is admitted.
+    fn start(broker: &Broker) -> Self {
+        let (control, mut theirs) = UnixStream::pair().unwrap();
+        let path = broker.path("vm.sock");
+        // SAFETY: the forked process only makes system calls, connects and sleeps, which takes no
+        // lock that another thread of this test may hold, and ends without running destructors.
+        let pid = match unsafe { libc::fork() } {
+            0 => {
+                let vm = UnixStream::connect(path);
+                let _ = theirs.read(&mut [0]);
+                drop(vm);
+                let _ = theirs.read(&mut [0]);
+                // SAFETY: it ends the process.
+                unsafe { libc::_exit(0) }
+            }
+            pid => pid,
+        };
+        assert!(pid > 0, "cannot fork");
+        let vmm = Vmm { pid, control };
+        let attachment = broker.attach();
+        wait_until("the VMM is admitted", || {
+            let vm = &attachment.status().unwrap().slots[0].vm;
+            vm.as_ref().is_some_and(|vm| vm.pid == pid.unsigned_abs())
+        });
+        vmm
+    }
+
+    /// Makes the process lose its connection, and live on.
+    fn disconnect(&mut self, broker: &Broker) {
+        self.control.write_all(&[0]).unwrap();
+        let attachment = broker.attach();
+        wait_until("the VM has left", || {
+            attachment.status().unwrap().slots[0].vm.is_none()
+        });
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        // SAFETY: it is a child of this process that was not reaped, so the number is not reused.
+        let sent = unsafe { libc::kill(self.pid, signal) };
+        assert_eq!(sent, 0);
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.signal(libc::SIGKILL);
+        // SAFETY: no status is asked for.
+        let reaped = unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
+        assert_eq!(reaped, self.pid);
+    }
+}
+
+/// Stores a word in the page of slot 0's driver, as that driver does.
+fn store(attachment: &Attachment, offset: u64, word: u64) {
+    let place = attachment.layout().presence_page(0) + offset;
+    attachment.region().ring().store(place, word);
+}
+
+/// Begins an epoch of slot 0's driver in which a process holds the producer of the first channel.
+fn hold_up(attachment: &Attachment, epoch: u64) {
+    store(attachment, presence::EPOCH, epoch);
+    store(attachment, presence::holder(0, End::Producer), PROCESS);
+}
+
+#[test]
+fn stopped_vmm_keeps_its_ends() {
+    let mut broker = Broker::start(&[]);
+    let attachment = broker.attach();
+    let mut vmm = Vmm::start(&broker);
+    hold_up(&attachment, 1);
+    vmm.disconnect(&broker);
+    vmm.signal(libc::SIGSTOP);
+    let process = format!("process {} (", vmm.pid);
+    let told = [&process, "slot 0's VM held an end", "kill", "--force"];
+    fails(&mut broker.app(&["reset-channel", "up"]), 4, &told);
+    // No process holds the other channel.
+    works(&mut broker.app(&["reset-channel", "down"]));
+    // A successor knows the process, too.
+    succeed(&mut broker, &[]);
+    fails(&mut broker.app(&["reset-channel", "up"]), 4, &told);
+    drop(vmm);
+    works(&mut broker.app(&["reset-channel", "up"]));
+}
+
+#[test]
+fn restarted_service_knows_stopped_vmm() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut broker = Broker::start_as(&manager, folder, &[]);
+    let attachment = broker.attach();
+    let mut vmm = Vmm::start(&broker);
+    hold_up(&attachment, 1);
+    vmm.disconnect(&broker);
+    vmm.signal(libc::SIGSTOP);
+    broker.start_again(&manager, &[]);
+    let process = format!("process {} (", vmm.pid);
+    fails(&mut broker.app(&["reset-channel", "up"]), 4, &[&process]);
+    drop(vmm);
+    works(&mut broker.app(&["reset-channel", "up"]));
+}
+
+#[test]
+fn killed_vmm_frees_its_ends() {
+    let broker = Broker::start(&[]);
+    let attachment = broker.attach();
+    for epoch in [1, 3, 5] {
+        let vmm = Vmm::start(&broker);
+        hold_up(&attachment, epoch);
+        let in_use = ["in use by process 42 in slot 0's VM"];
+        fails(&mut broker.app(&["reset-channel", "up"]), 4, &in_use);
+        drop(vmm);
+        works(&mut broker.app(&["reset-channel", "up"]));
+    }
+}
+
+#[test]
+fn driver_that_ended_frees_its_ends() {
+    let broker = Broker::start(&[]);
+    let attachment = broker.attach();
+    let mut vmm = Vmm::start(&broker);
+    hold_up(&attachment, 1);
+    vmm.disconnect(&broker);
+    store(&attachment, presence::EPOCH, 2);
+    works(&mut broker.app(&["reset-channel", "up"]));
+}
+
+#[test]
+fn forced_reset_breaks_living_ends() {
+    let broker = Broker::start(&["--channel", "loop=host-host,64K"]);
+    let attachment = broker.attach();
+    let mut sender = attachment.sender("loop").unwrap();
+    for number in 0..10 {
+        let _ = sender.send(Kind::USER, &[number; 100]).unwrap();
+    }
+    let mut receiver = broker.app(&["recv", "--channel", "loop", "--raw", "--partial"]);
+    let mut receiver = receiver
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .start();
+    let first: [u8; 1000] = read_exactly(receiver.stdout.as_mut().unwrap());
+    assert_eq!(first[999], 9);
+    // It sleeps until a record comes.
+    wait_until_fast_asleep(receiver.id());
+    let own = format!("process {} on the host", std::process::id());
+    fails(
+        &mut broker.app(&["reset-channel", "loop"]),
+        4,
+        &["in use by", &own],
+    );
+    let said = works(&mut broker.app(&["reset-channel", "loop", "--force"]));
+    let theirs = format!("process {} on the host", receiver.id());
+    for part in [
+        "`loop` is empty, generation 1",
+        &format!("broke the producer, {own}"),
+        &format!("broke the consumer, {theirs}"),
+    ] {
+        assert!(said.contains(part), "no `{part}` in {said}");
+    }
+    assert_ne!(wait(&mut receiver).code(), Some(0));
+    let error = errors_of(&mut receiver);
+    assert!(error.contains("was reset"), "{error}");
+    let error = sender.send(Kind::USER, b"late").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Reset, "{error}");
+    drop(sender);
+    // New ends find none of the old records.
+    let mut sender = attachment.sender("loop").unwrap();
+    let mut receiver = attachment.receiver("loop").unwrap();
+    let _ = sender.send(Kind::USER, b"new").unwrap();
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"new");
+}
+
+#[test]
+fn forced_reset_names_stopped_vmm() {
+    let broker = Broker::start(&[]);
+    let attachment = broker.attach();
+    let mut vmm = Vmm::start(&broker);
+    hold_up(&attachment, 1);
+    vmm.disconnect(&broker);
+    vmm.signal(libc::SIGSTOP);
+    let said = works(&mut broker.app(&["reset-channel", "up", "--force"]));
+    let broken = format!(
+        "broke the producer, slot 0's VM, process {} on the host",
+        vmm.pid
+    );
+    assert!(said.contains(&broken), "{said}");
+}
+
+#[test]
+fn slot_stays_taken_until_vmm_ends() {
+    let mut broker = Broker::start(&[]);
+    let mut vmm = Vmm::start(&broker);
+    vmm.disconnect(&broker);
+    let shown = works(&mut broker.app(&["inspect", "--once"]));
+    let told = format!("taken until process {} of the former one ends", vmm.pid);
+    assert!(shown.contains(&told), "{shown}");
+    for _ in 0..2 {
+        let refused = connect(&broker, "vm.sock");
+        assert_eq!(message(&refused).map(|(number, _)| number), Some(1));
+        let told = format!("process {} of that VM lives", vmm.pid);
+        assert!(broker.log().contains(&told), "{}", broker.log());
+        // A successor refuses it as well.
+        succeed(&mut broker, &[]);
+    }
+    drop(vmm);
+    handshake(connect(&broker, "vm.sock"), 6);
+}
+
+#[test]
+fn same_process_has_its_slot_again() {
+    let broker = Broker::start(&[]);
+    for _ in 0..5 {
+        drop(handshake(connect(&broker, "vm.sock"), 6));
+    }
+}
+
+/// The reader of the slot's eventfds stands for a kernel that consumes them (KVM's irqfd).
+#[test]
+fn slot_with_consumed_rings_stays_taken() {
+    let broker = Broker::start(&[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    let (stop, own) = (AtomicBool::new(false), vm.id);
+    let mut eventfds = vm.eventfds;
+    eventfds.retain(|(peer, _)| *peer == own);
+    drop(vm.socket);
+    std::thread::scope(|scope| {
+        let reader = |index: usize| {
+            let (stop, eventfd) = (&stop, &eventfds[index].1);
+            move || {
+                while !stop.load(Ordering::Relaxed) {
+                    rings(eventfd);
+                }
+            }
+        };
+        let _stop = Stop(&stop);
+        (0..eventfds.len()).for_each(|index| drop(scope.spawn(reader(index))));
+        // The reader is another process's thread, and not always as fast as a kernel.
+        wait_until("the slot is refused", || {
+            let next = connect(&broker, "vm.sock");
+            message(&next).map(|(number, _)| number) == Some(1)
+        });
+    });
+    let told = format!(
+        "the device that process {} had here went with its interrupts enabled",
+        std::process::id()
+    );
+    assert!(broker.log().contains(&told), "{}", broker.log());
+    handshake(connect(&broker, "vm.sock"), 6);
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Programs in a guest ask whether the broker is alive, and warn if it does not answer.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use barlink_vm::COMMAND_TIMEOUT;
+use barlink_vm::broker::Transport;
+use rustix::process::Signal;
+
+use super::TRANSPORT;
+use crate::support::*;
+
+/// A part of the warning.
+const SILENT: &str = "the broker has not answered for 10 s";
+
+/// The time for which the broker is stopped, as by a busy host. Over vfio-user a guest that rings
+/// waits for the broker, and QEMU gives the device up after five seconds.
+const STOPPED: Duration = match TRANSPORT {
+    Transport::VfioUser => Duration::from_secs(3),
+    _ => Duration::from_secs(5),
+};
+
+#[test]
+fn programs_warn_only_of_silent_broker() -> Result<()> {
+    let (mut broker, vm) = start(TRANSPORT, &[])?;
+    let warns = |stderr: Vec<u8>| String::from_utf8_lossy(&stderr).matches(SILENT).count();
+    let start = Instant::now();
+    let info = vm.run(["barlink-guest", "info"])?;
+    info.require_success()?;
+    ensure!(warns(info.stderr) == 0 && start.elapsed() < Duration::from_secs(8));
+
+    // A busy host is no reason for a warning.
+    broker.signal(Signal::STOP)?;
+    let info = vm.spawn(["barlink-guest", "info"])?;
+    thread::sleep(STOPPED);
+    broker.signal(Signal::CONT)?;
+    let info = info.wait(COMMAND_TIMEOUT)?;
+    info.require_success()?;
+    ensure!(warns(info.stderr) == 0, "a warning of a slow broker");
+
+    // Sleeps since before the broker is killed, and so asks for the first time after it.
+    let sleeper = vm.spawn(["barlink-guest", "recv"])?;
+    wait_for_holder(&broker, "down", "consumer", true)?;
+    // Its first question has been answered by then.
+    thread::sleep(Duration::from_millis(200));
+    broker.kill()?;
+    let start = Instant::now();
+    let killed = vm.spawn(["barlink-guest", "info"])?;
+    let sender = vm.spawn(["barlink-guest", "send"])?;
+    thread::sleep(Duration::from_secs(2));
+    // The new broker has another region.
+    broker.start_again()?;
+    let replaced = vm.spawn(["barlink-guest", "info"])?;
+    for info in [killed, replaced] {
+        let info = info.wait(COMMAND_TIMEOUT)?;
+        info.require_success()?;
+        ensure!(warns(info.stderr) == 1, "no warning");
+        ensure!(
+            start.elapsed() > Duration::from_secs(10),
+            "an early warning"
+        );
+    }
+    sender.close_stdin()?;
+    sender.wait(COMMAND_TIMEOUT)?.require_success()?;
+    // The stream is not ended by the warning.
+    ensure!(!sleeper.has_ended());
+    sleeper.kill(Signal::KILL)?;
+    ensure!(warns(sleeper.wait(COMMAND_TIMEOUT)?.stderr) == 1);
+    Ok(())
+}

@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The question whether the broker is alive (`docs/protocol.md`, section 3). A guest whose broker
+//! was killed, and started anew with another region, streams into memory that nobody else has.
+//!
+//! A program asks when it begins to watch, and an end asks once for each sleep that is longer than
+//! a second. A question or its ring can be lost, and a busy host is slow, so each is repeated, and
+//! only a broker that has not answered for ten seconds is silent.
+
+use std::fs::File;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
+use rustix::io::Errno;
+
+use crate::guest::calls;
+use crate::memory::RingRegion;
+
+/// Length of a sleep before the end asks.
+const SLEEP: Duration = Duration::from_secs(1);
+/// Times after the first question at which it is repeated: after one, two and four seconds.
+const REPEATED: [Duration; 3] = [
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+    Duration::from_secs(7),
+];
+/// Time without an answer after which the broker is silent.
+const SILENT: Duration = Duration::from_secs(10);
+/// First and longest pause between two looks for an answer.
+const LOOK: Duration = Duration::from_millis(1);
+const LONGEST_LOOK: Duration = Duration::from_millis(100);
+/// Two sleeps with less time between them are parts of one wait, unless the second is shorter.
+const GAP: Duration = Duration::from_millis(50);
+/// Time after which an end that polls asks again. Its waits cannot be told apart.
+const POLLING: Duration = Duration::from_secs(60);
+
+/// The next step of a question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// Ask.
+    Ask,
+    /// Look again after this time at the latest.
+    Wait(Duration),
+    /// The broker is silent.
+    Silent,
+}
+
+/// The course of one question, by a clock that the caller reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Course {
+    /// Time of the first question.
+    first: Option<Duration>,
+    /// Number of repetitions.
+    repeated: usize,
+}
+
+impl Course {
+    /// Returns what is to be done at the time `now`, if there is no answer.
+    fn step(&mut self, now: Duration) -> Step {
+        let Some(first) = self.first else {
+            self.first = Some(now);
+            return Step::Ask;
+        };
+        let passed = now.saturating_sub(first);
+        match REPEATED.get(self.repeated) {
+            Some(at) if passed >= *at => {
+                self.repeated += 1;
+                Step::Ask
+            }
+            _ if passed >= SILENT => Step::Silent,
+            Some(at) => Step::Wait(*at - passed),
+            None => Step::Wait(SILENT - passed),
+        }
+    }
+}
+
+/// The means to ask, which a device and its ends share.
+#[derive(Clone, Debug)]
+pub(crate) struct Asker {
+    file: Arc<File>,
+    region: RingRegion,
+    /// Offset of the answer word.
+    answer: u64,
+    silence: Arc<Silence>,
+}
+
+/// Whether the last question had no answer.
+#[derive(Debug, Default)]
+struct Silence {
+    is_silent: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Silence {
+    fn set(&self, is_silent: bool) {
+        let mut state = self
+            .is_silent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *state = is_silent;
+        self.changed.notify_all();
+    }
+}
+
+impl Asker {
+    /// Creates the means to ask by a file that is open for writing, for the device of a slot.
+    pub(crate) fn new(file: Arc<File>, region: RingRegion, slot: u32) -> Self {
+        Asker {
+            file,
+            region,
+            answer: BROKER_PAGE + presence::ANSWERS + 8 * u64::from(slot),
+            silence: Arc::default(),
+        }
+    }
+
+    /// Asks once. Returns the number of the question.
+    fn ask(&self) -> Result<u64, Errno> {
+        calls::ask(&self.file)
+    }
+
+    /// Returns whether a question was answered: by its own number, or by that of a later one.
+    fn is_answered(&self, question: u64) -> bool {
+        let answer = self.region.load(self.answer);
+        answer.wrapping_sub(question) < 1 << 63
+    }
+
+    /// Asks until there is an answer, or the broker is silent. Returns whether there is one.
+    pub(crate) fn wait_for_answer(&self) -> Result<bool, Errno> {
+        let start = Instant::now();
+        let (mut course, mut question) = (Course::default(), None);
+        let mut pause = LOOK;
+        loop {
+            if question.is_some_and(|question| self.is_answered(question)) {
+                self.silence.set(false);
+                return Ok(true);
+            }
+            match course.step(start.elapsed()) {
+                Step::Ask => question = Some(self.ask()?),
+                Step::Wait(longest) => {
+                    std::thread::sleep(pause.min(longest));
+                    pause = (pause * 2).min(LONGEST_LOOK);
+                }
+                Step::Silent => {
+                    self.silence.set(true);
+                    return Ok(false);
+                }
+            }
+        }
+    }
+
+    /// Waits until an end has found that the broker is silent.
+    pub(crate) fn wait_for_silence(&self) {
+        let is_silent = &self.silence.is_silent;
+        let guard = is_silent.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = self.silence.changed.wait_while(guard, |silent| !*silent);
+        drop(changed.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// The questions of one end, which it asks while it sleeps.
+#[derive(Debug)]
+pub(crate) struct SleepQuestions {
+    asker: Asker,
+    /// The wait that the next sleep can be a part of.
+    wait: Option<Wait>,
+    course: Course,
+    question: Option<u64>,
+    /// Whether this wait needs no further question.
+    is_done: bool,
+}
+
+/// Sleeps that follow each other.
+#[derive(Clone, Copy, Debug)]
+struct Wait {
+    begin: Instant,
+    /// The end of the last sleep.
+    end: Instant,
+    /// The longest time of the last sleep.
+    timeout: Duration,
+}
+
+impl Wait {
+    /// Returns whether a sleep with this timeout is a part of the wait. An end sleeps for longer
+    /// each time while it finds nothing, and begins with a short sleep when it has found something.
+    fn goes_on(&self, now: Instant, timeout: Duration) -> bool {
+        now.saturating_duration_since(self.end) < GAP
+            && timeout >= self.timeout
+            && now.saturating_duration_since(self.begin) < POLLING
+    }
+}
+
+impl SleepQuestions {
+    pub(crate) fn new(asker: Asker) -> Self {
+        SleepQuestions {
+            asker,
+            wait: None,
+            course: Course::default(),
+            question: None,
+            is_done: false,
+        }
+    }
+
+    /// Notes that a sleep of at most this time begins, `None` for one without a limit.
+    pub(crate) fn begin(&mut self, now: Instant, timeout: Option<Duration>) {
+        let timeout = timeout.unwrap_or(Duration::MAX);
+        if let Some(wait) = self.wait.as_mut().filter(|it| it.goes_on(now, timeout)) {
+            wait.timeout = timeout;
+            return;
+        }
+        self.end();
+        self.wait = Some(Wait {
+            begin: now,
+            end: now,
+            timeout,
+        });
+    }
+
+    /// Does what is to be done now within a sleep. Returns the time until the next such call,
+    /// `None` if there is nothing more to do in this wait.
+    pub(crate) fn step(&mut self, now: Instant) -> Option<Duration> {
+        if self.is_done {
+            return None;
+        }
+        let slept = now.saturating_duration_since(self.wait?.begin);
+        if slept < SLEEP {
+            return Some(SLEEP - slept);
+        }
+        loop {
+            let answered = self.question.is_some_and(|it| self.asker.is_answered(it));
+            let step = match answered {
+                true => None,
+                false => Some(self.course.step(slept)),
+            };
+            match step {
+                Some(Step::Wait(time)) => return Some(time),
+                Some(Step::Ask) => match self.asker.ask() {
+                    Ok(question) => self.question = Some(question),
+                    // The driver does not know the call, or the end learns elsewhere that its
+                    // device is gone.
+                    Err(_) => break,
+                },
+                Some(Step::Silent) => {
+                    self.asker.silence.set(true);
+                    break;
+                }
+                None => {
+                    self.asker.silence.set(false);
+                    break;
+                }
+            }
+        }
+        self.is_done = true;
+        None
+    }
+
+    /// Notes the end of a sleep. A ring ends the wait.
+    pub(crate) fn slept(&mut self, now: Instant, was_rung: bool) {
+        match &mut self.wait {
+            Some(wait) if !was_rung => wait.end = now,
+            _ => self.end(),
+        }
+    }
+
+    fn end(&mut self) {
+        self.wait = None;
+        self.course = Course::default();
+        self.question = None;
+        self.is_done = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Follows a course second by second. Returns the seconds of its questions, and that of its
+    /// end.
+    fn follow(from: u64) -> (Vec<u64>, u64) {
+        let mut course = Course::default();
+        let mut asked = Vec::new();
+        for second in from.. {
+            let now = Duration::from_secs(second);
+            loop {
+                match course.step(now) {
+                    Step::Ask => asked.push(second),
+                    Step::Wait(time) => {
+                        assert!(time > Duration::ZERO);
+                        break;
+                    }
+                    Step::Silent => return (asked, second),
+                }
+            }
+        }
+        unreachable!("a course ends");
+    }
+
+    #[test]
+    fn question_is_repeated_until_ten_seconds() {
+        assert_eq!(follow(0), (vec![0, 1, 3, 7], 10));
+        assert_eq!(follow(5), (vec![5, 6, 8, 12], 15));
+    }
+
+    #[test]
+    fn waits_are_told_apart_by_their_sleeps() {
+        let begin = Instant::now();
+        let at = |milliseconds| begin + Duration::from_millis(milliseconds);
+        let second = Duration::from_secs(1);
+        let wait = Wait {
+            begin,
+            end: at(5000),
+            timeout: second,
+        };
+        assert!(wait.goes_on(at(5001), second));
+        assert!(wait.goes_on(at(5001), Duration::MAX));
+        assert!(!wait.goes_on(at(5001), second / 2), "a new wait is short");
+        assert!(!wait.goes_on(at(5060), second), "the end was busy");
+        assert!(!wait.goes_on(at(60_000), second));
+    }
+
+    #[test]
+    fn delayed_program_still_asks_before_silence() {
+        let mut course = Course::default();
+        assert_eq!(course.step(Duration::ZERO), Step::Ask);
+        // The program was stopped for a minute. Its questions come first.
+        let late = Duration::from_secs(60);
+        for _ in REPEATED {
+            assert_eq!(course.step(late), Step::Ask);
+        }
+        assert_eq!(course.step(late), Step::Silent);
+    }
+}
