@@ -222,6 +222,10 @@ impl<W: Watch> Watch for Noting<'_, W> {
         self.watch.waits(is_away);
     }
 
+    fn broker_ended(&mut self) {
+        self.watch.broker_ended();
+    }
+
     fn timeout(&self) -> Option<Duration> {
         self.watch.timeout()
     }

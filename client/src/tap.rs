@@ -6,12 +6,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use barlink_protocol::Sight;
 use barlink_protocol::cursor::{Header, Reset};
+use barlink_protocol::wire::layout::End;
+use barlink_protocol::{PresenceWords, Sight};
 
 use crate::error::Error;
 use crate::event_error::EventError;
-use crate::memory::Mapping;
+use crate::memory::{Mapping, RingRegion};
 use crate::options::Side;
 use crate::process::Process;
 use crate::receiver::OwnedRecord;
@@ -67,6 +68,10 @@ const TRIES: u32 = 16;
 #[derive(Debug)]
 pub struct Tap {
     ring: barlink_protocol::Tap<Mapping>,
+    /// The mapping of the presence words.
+    region: RingRegion,
+    /// Presence of the producer, if it is visible.
+    sender: Option<PresenceWords>,
     looks: Looks,
     /// The process that made the tap.
     process: Process,
@@ -94,9 +99,12 @@ impl Tap {
     /// There is no such channel.
     pub fn new<S: Side>(side: &S, name: &str) -> Result<Self, Error> {
         let index = side.find(name)?;
-        let entry = &side.layout().channels()[index];
+        let (layout, region) = (side.layout(), side.region());
+        let entry = &layout.channels()[index];
         Ok(Tap {
-            ring: barlink_protocol::Tap::attach(side.region().ring().clone(), entry),
+            ring: barlink_protocol::Tap::attach(region.ring().clone(), entry),
+            sender: PresenceWords::find(layout, index, End::Producer, region.size()),
+            region: region.ring().clone(),
             looks: Looks::new()?,
             process: Process::current(),
         })
@@ -258,6 +266,30 @@ impl Tap {
         let mut bytes = Vec::new();
         let found = self.copy(barlink_protocol::Tap::look_at_newest, &mut bytes)?;
         Ok(found.map(|header| owned(header, bytes)))
+    }
+
+    /// Returns whether a process holds the sending end now. A tap of a VM does not see the senders
+    /// of VMs, and they count as present. Records of a sender that has left are still copied.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::host;
+    ///
+    /// let mut log = host::connect("default")?.tap("log")?;
+    /// loop {
+    ///     while let Some(line) = log.recv_timeout(Duration::from_secs(1))? {
+    ///         println!("{}", String::from_utf8_lossy(&line.bytes));
+    ///     }
+    ///     if !log.is_sender_present() {
+    ///         break;
+    ///     }
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn is_sender_present(&self) -> bool {
+        let region = &self.region;
+        self.sender.is_none_or(|words| words.read(region).is_held())
     }
 
     /// Returns the number of records that were committed since this tap began, and that it passed

@@ -22,7 +22,7 @@ fn main() -> ExitCode {
 
 /// Returns the exit code of an error, as `barlink-guest --help` documents it.
 fn exit_code(error: &anyhow::Error) -> u8 {
-    if let Some(code) = barlink_cli::stream::exit_code(error) {
+    if let Some(code) = barlink_cli::failure::exit_code(error) {
         return code;
     }
     for cause in error.chain() {

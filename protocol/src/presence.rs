@@ -47,6 +47,7 @@ impl PresenceWords {
             connection: self.connection.map_or(1, read),
             epoch: read(self.epoch),
             holder: read(self.holder),
+            is_of_a_vm: self.are_of_a_vm(),
         }
     }
 }
@@ -61,12 +62,21 @@ pub struct Presence {
     /// Holder word: 0, or the claim's number in the upper half and the process ID in the lower
     /// half.
     pub holder: u64,
+    is_of_a_vm: bool,
 }
 
 impl Presence {
-    /// Returns whether a process holds the end.
+    /// Returns whether a process holds the end. The ends of host apps outlive the broker, so its
+    /// epoch tells nothing about them.
     pub fn is_held(&self) -> bool {
-        self.connection != 0 && self.epoch % 2 == 1 && self.holder != 0
+        let is_there = !self.is_of_a_vm || self.connection != 0 && self.epoch % 2 == 1;
+        is_there && self.holder != 0
+    }
+
+    /// Returns whether the end belongs to the host, and its broker has ended in good order.
+    #[cfg(not(loom))]
+    pub(crate) fn is_without_broker(&self) -> bool {
+        !self.is_of_a_vm && self.epoch != 0 && self.epoch.is_multiple_of(2)
     }
 
     /// Returns the holder's process ID on its own side, if there is a holder.

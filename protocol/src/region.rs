@@ -361,6 +361,36 @@ pub(crate) fn poll(fd: libc::c_int, events: libc::c_short) -> io::Result<()> {
     }
 }
 
+/// Returns how many bytes a regular file has from its position on. `None` for other files, and for
+/// a position beyond the end.
+#[cfg(not(loom))]
+pub(crate) fn bytes_left(fd: libc::c_int) -> Option<u64> {
+    let mut stat = core::mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: `fstat` writes one `stat`, which is borrowed exclusively.
+    if unsafe { libc::fstat(fd, stat.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: `fstat` has succeeded, so it has written the value.
+    let stat = unsafe { stat.assume_init() };
+    if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
+        return None;
+    }
+    // SAFETY: `lseek` accesses no memory, and here does not move the position.
+    let position = unsafe { libc::lseek(fd, 0, libc::SEEK_CUR) };
+    let position = u64::try_from(position).ok()?;
+    u64::try_from(stat.st_size).ok()?.checked_sub(position)
+}
+
+/// Returns how many bytes a pipe, a socket or a terminal has to read. `None` for files that do not
+/// tell.
+#[cfg(not(loom))]
+pub(crate) fn bytes_ready(fd: libc::c_int) -> Option<u64> {
+    let mut ready: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one `int`, which is borrowed exclusively.
+    let told = unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut ready) };
+    u64::try_from(ready).ok().filter(|_| told == 0)
+}
+
 #[cfg(not(loom))]
 fn result(returned: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(returned).map_err(|_| io::Error::last_os_error())

@@ -156,10 +156,11 @@ impl Broker {
 
     /// Serves until `stop` can be read, or another broker takes over.
     ///
-    /// A broker that is stopped for good publishes in the region that the host is gone; connected
-    /// VMs keep the memory. A broker whose descriptors a service manager stores leaves all as it is
-    /// for its successor. The files of the sockets stay: a broker that may remove them could remove
-    /// other files of their folders. Another process or the next broker removes them.
+    /// A broker that is stopped for good publishes in the region that it has ended. Connected VMs
+    /// and host apps keep the memory and their ends. A broker whose descriptors a service manager
+    /// stores leaves all as it is for its successor. The files of the sockets stay: a broker that
+    /// may remove them could remove other files of their folders. Another process or the next
+    /// broker removes them.
     pub fn run(self, stop: &OwnedFd) -> Result<Exit, BrokerError> {
         let state = &self.state;
         let listeners = self.acceptors.iter().map(|acceptor| &acceptor.listener);
@@ -197,6 +198,7 @@ impl Broker {
                 takeover::rest(state);
                 state.descriptors.wait(None);
             } else {
+                state.slots.iter().for_each(|slot| slot.leave());
                 state.roster.leave();
                 let vms = state.slots.iter().filter_map(|slot| slot.stored_vm());
                 vms.for_each(|vm| disconnect(&*vm));

@@ -4,30 +4,41 @@
 
 use anyhow::Result;
 use barlink::Access;
-use barlink_cli::{stream, tail, tap};
+use barlink::host::Attachment;
+use barlink_cli::{notice, stream, tail, tap};
 
-use crate::args::{Recv, Send, Tail};
+use crate::args::{Recv, Send, Tail, Which};
 
 pub fn send(args: &Send) -> Result<()> {
     stream::send(&args.stream, &args.channel, || {
-        let attachment = super::attach(&args.which, Access::ReadWrite)?;
+        let attachment = attach(&args.which, Access::ReadWrite, args.stream.json)?;
         Ok(attachment.sender(&args.channel)?)
     })
 }
 
 pub fn recv(args: &Recv) -> Result<()> {
     if args.stream.tap || args.stream.latest {
-        let attachment = super::attach(&args.which, Access::ReadOnly)?;
+        let attachment = attach(&args.which, Access::ReadOnly, args.stream.json)?;
         let tap = attachment.tap(&args.channel)?;
         return tap::receive(&args.stream, &args.channel, tap);
     }
     stream::receive(&args.stream, &args.channel, || {
-        let attachment = super::attach(&args.which, Access::ReadWrite)?;
+        let attachment = attach(&args.which, Access::ReadWrite, args.stream.json)?;
         Ok(attachment.receiver(&args.channel)?)
     })
 }
 
 pub fn tail(args: &Tail) -> Result<()> {
-    let attachment = super::attach(&args.which, Access::ReadOnly)?;
-    tail::tail(&args.tail, attachment.tap(&args.channel)?)
+    let attachment = attach(&args.which, Access::ReadOnly, false)?;
+    tail::tail(&args.tail, &args.channel, attachment.tap(&args.channel)?)
+}
+
+/// Attaches for a stream, which goes on when the broker ends. Unless standard error is for JSON,
+/// the end of the broker is then said there.
+fn attach(which: &Which, access: Access, json: bool) -> Result<Attachment> {
+    let attachment = super::attach(which, access)?;
+    if !json {
+        notice::watch_broker(&attachment);
+    }
+    Ok(attachment)
 }

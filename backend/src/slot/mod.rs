@@ -70,6 +70,8 @@ struct Occupancy {
     vmm: Option<Vmm>,
     /// The epoch of the driver when the VM connected, as far as this broker admitted it.
     first_epoch: Option<u64>,
+    /// Whether the broker has ended, so that the number of the connection stays.
+    is_final: bool,
 }
 
 /// The reason why an end that belongs to a VM is not free.
@@ -113,6 +115,7 @@ impl Slot {
                 vm: None,
                 vmm,
                 first_epoch: None,
+                is_final: false,
             }),
             session_lock: RwLock::new(()),
         })
@@ -267,10 +270,9 @@ impl Slot {
         self.region.publish_connection(self.id, 0);
     }
 
-    /// Empties the slot.
+    /// Empties the slot. After the end of the broker, its VM counts as connected all the same.
     pub(crate) fn vacate(&self) {
         let mut occupancy = self.occupancy.lock();
-        occupancy.words.set_connection(0);
         occupancy.vm = None;
         if occupancy
             .vmm
@@ -279,7 +281,23 @@ impl Slot {
         {
             self.descriptors.remove(&name::vmm(self.id));
         }
-        self.region.publish_connection(self.id, 0);
+        if !occupancy.is_final {
+            occupancy.words.set_connection(0);
+            self.region.publish_connection(self.id, 0);
+        }
+    }
+
+    /// Leaves the slot as it is when the broker ends, because its VM lives on with the region. The
+    /// connection gets a last number, so that the host's ends begin their fallback polls: over most
+    /// transports no broker forwards the guest's doorbells any more.
+    pub(crate) fn leave(&self) {
+        let mut occupancy = self.occupancy.lock();
+        occupancy.is_final = true;
+        if occupancy.vm.is_some() {
+            let connection = occupancy.words.next_connection();
+            occupancy.words.set_connection(connection);
+            self.region.publish_connection(self.id, connection);
+        }
     }
 
     /// Returns the VMM of the VM that has left, if its process lives.

@@ -12,11 +12,12 @@ use log::warn;
 use super::region::SharedRegion;
 
 impl SharedRegion {
-    /// Publishes the broker's epoch to all VMs. An even epoch means that the host is gone.
+    /// Publishes the broker's epoch to all peers. An even epoch means that the broker has ended,
+    /// and not that the ends of host apps have.
     pub(crate) fn publish_epoch(&self, epoch: u64) {
         self.publish(presence::EPOCH, epoch);
-        for slot in 0..self.layout().slots {
-            self.ring_control(slot);
+        for peer in 0..=self.layout().host() {
+            self.ring_control(peer);
         }
     }
 

@@ -4,9 +4,11 @@
 //! every invalid input.
 
 mod channels;
+mod commands;
 mod confined;
 mod control;
 mod cures;
+mod descriptors;
 mod gone;
 mod hostile;
 mod ivshmem;
@@ -15,11 +17,13 @@ mod live;
 mod many;
 mod process;
 mod questions;
+mod refused_calls;
 mod replace;
 mod serve;
 #[path = "../../../ci/vm/src/service.rs"]
 mod service;
 mod sessions;
+mod stream_ends;
 mod streams;
 mod support;
 mod surroundings;

@@ -34,6 +34,12 @@ fn refuses_sizes_that_no_bar_can_have() {
             "take --size 64M or 128M",
         ],
     );
+    // A rounded size can be a power of two.
+    fails(
+        &mut serve("1048577"),
+        2,
+        &["region size 1048577 bytes is not a power of two"],
+    );
     fails(
         &mut serve("2K"),
         2,

@@ -3,10 +3,11 @@
 //! Tests of `barlink tail` and of `barlink recv` with `--tap` and `--latest`: they copy what other
 //! programs exchange.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
 
 use barlink::Kind;
+use barlink_protocol::wire::layout::channel;
 use rustix::process::Signal;
 
 use crate::support::*;
@@ -56,10 +57,11 @@ fn tail_shows_records_and_consumes_none() {
     let _ = sender.send(Kind::END, &[]).unwrap();
     assert!(line().ends_with(" end 0 0"));
     assert!(wait(&mut tail).success());
-    assert_eq!(
-        works(&mut broker.app(&["tail", "loop", "--timeout", "10ms"])),
-        "",
-        "it begins behind the newest record"
+    // It begins behind the newest record.
+    fails(
+        &mut broker.app(&["tail", "loop", "--timeout", "10ms"]),
+        7,
+        &["copying from channel `loop`: nothing moved through the channel for 0.01 s"],
     );
 }
 
@@ -229,4 +231,154 @@ fn tapped_stream_reports_missed_records() {
         )),
         "{text}"
     );
+}
+
+fn tap(broker: &Broker, options: &[&str]) -> Program {
+    let mut tap = broker.app(&["recv", "--channel", "loop", "--tap"]);
+    tap.args(options)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let tap = tap.start();
+    wait_for_tap(&tap);
+    tap
+}
+
+fn sender(broker: &Broker) -> Program {
+    broker
+        .app(&["send", "--channel", "loop"])
+        .stdin(Stdio::piped())
+        .start()
+}
+
+/// Sends the beginning of a stream to a tap, and then kills the sender. Returns the outcome of the
+/// tap.
+fn tap_of_killed_sender(options: &[&str]) -> (Option<i32>, String) {
+    let broker = Broker::start(&LOOP);
+    let mut tap = tap(&broker, options);
+    let mut sender = sender(&broker);
+    sender.stdin.as_mut().unwrap().write_all(b"half").unwrap();
+    let half = read_exactly(tap.stdout.as_mut().unwrap());
+    assert_eq!(&half, b"half");
+    kill(&mut sender);
+    let output = finish(tap);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    (output.status.code(), errors)
+}
+
+#[test]
+fn tap_reports_sender_that_left() {
+    let left = "barlink: copying from channel `loop`: the sender left before the end of the stream, after 4 bytes\n";
+    let (code, errors) = tap_of_killed_sender(&[]);
+    assert_eq!((code, errors.as_str()), (Some(5), left));
+    let (code, errors) = tap_of_killed_sender(&["--partial", "--json"]);
+    let (summary, error) = errors.split_once('\n').unwrap();
+    assert_eq!((code, error), (Some(5), left));
+    let summary: serde_json::Value = serde_json::from_str(summary).unwrap();
+    assert_eq!(
+        (&summary["bytes"], &summary["complete"]),
+        (&4.into(), &false.into())
+    );
+    // Records of any kind need no end.
+    assert_eq!(tap_of_killed_sender(&["--raw"]), (Some(0), String::new()));
+}
+
+#[test]
+fn late_tap_waits_for_next_stream() {
+    let broker = Broker::start(&LOOP);
+    let mut first = sender(&broker);
+    first.stdin.as_mut().unwrap().write_all(b"first").unwrap();
+    wait_until("it is sent", || {
+        let mut latest = broker.app(&["recv", "--channel", "loop", "--latest"]);
+        works(&mut latest) == "first"
+    });
+    let mut tap = tap(&broker, &[]);
+    let mut errors = BufReader::new(tap.stderr.take().unwrap());
+    let mut line = String::new();
+    errors.read_line(&mut line).unwrap();
+    assert_eq!(
+        line,
+        "channel `loop` is in the middle of a stream: waiting for the beginning of the next one\n"
+    );
+    drop(first.stdin.take());
+    assert!(wait(&mut first).success());
+    let mut second = sender(&broker);
+    second.stdin.take().unwrap().write_all(b"second").unwrap();
+    assert!(wait(&mut second).success());
+    let output = finish(tap);
+    assert!(output.status.success());
+    assert_eq!(output.stdout, b"second");
+    assert_eq!(errors.lines().count(), 0);
+}
+
+#[test]
+fn tap_that_ends_early_prints_summary() {
+    let broker = Broker::start(&LOOP);
+    let mut silent = tap(&broker, &["--json", "--timeout", "300ms"]);
+    assert_eq!(wait(&mut silent).code(), Some(7));
+    let mut errors = errors_of(&mut silent);
+    assert!(errors.contains("nothing moved through the channel for 0.3 s"));
+    let app = broker.attach();
+    let mut reset = tap(&broker, &["--json"]);
+    let mut sender = app.sender("loop").unwrap();
+    let _ = sender.send(Kind::BEGIN, &[]).unwrap();
+    let _ = sender.send(Kind::DATA, b"start").unwrap();
+    let start = read_exactly(reset.stdout.as_mut().unwrap());
+    assert_eq!(&start, b"start");
+    // The sender is there, so the broker would refuse.
+    let entry = *app.layout().find("loop").unwrap().1;
+    let done = barlink_protocol::state::reset(app.region().ring(), &entry, 0, || true, |_| ());
+    done.unwrap();
+    assert_eq!(wait(&mut reset).code(), Some(1));
+    errors += &errors_of(&mut reset);
+    assert!(
+        errors.contains(
+            "the channel was reset, and the rest of the stream is lost: end the programs at both ends, and send it again"
+        ),
+        "{errors}"
+    );
+    let summaries: Vec<_> = errors
+        .lines()
+        .filter(|line| line.starts_with('{'))
+        .collect();
+    assert!(
+        summaries.len() == 2
+            && summaries
+                .iter()
+                .all(|line| line.contains(r#""complete":false"#)),
+        "{errors}"
+    );
+}
+
+/// A sender reserves no more than its source has, so its limit is near what it has committed. A tap
+/// then reads all of the channel but a sixteenth, however long the source is silent.
+#[test]
+fn sender_of_slow_source_keeps_old_records_readable() {
+    let broker = Broker::start(&["--channel", "loop=host-host,1M"]);
+    let app = broker.attach();
+    let entry = *app.layout().find("loop").unwrap().1;
+    let load = |word| app.region().ring().load(entry.offset + word);
+    let ahead = || {
+        let written = load(channel::WRITTEN);
+        (written > 0).then(|| load(channel::LIMIT) - written)
+    };
+    let mut slow = sender(&broker);
+    for _ in 0..3 {
+        let written = load(channel::WRITTEN);
+        slow.stdin.as_mut().unwrap().write_all(b"tick").unwrap();
+        wait_until("it is sent", || load(channel::WRITTEN) > written);
+        wait_until_fast_asleep(slow.id());
+        assert!(ahead().unwrap() <= 64 << 10, "{:?}", ahead());
+    }
+    drop(slow.stdin.take());
+    assert!(wait(&mut slow).success());
+    // The end of a file needs no room for a record.
+    file_with(&broker.path("in"), &noise(100_000));
+    works(
+        broker
+            .app(&["send", "--channel", "loop"])
+            .arg(broker.path("in")),
+    );
+    assert!(ahead().unwrap() <= 64 << 10, "{:?}", ahead());
+    let mut latest = broker.app(&["tail", "loop", "--latest", "-n", "1"]);
+    assert!(works(&mut latest).contains(" end "));
 }

@@ -7,6 +7,7 @@ use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::Broker;
 use barlink_vm::{COMMAND_TIMEOUT, Vm};
 use barlink_vm_tests::kill;
+use rustix::process::Signal;
 use serde_json::Value;
 
 use super::TRANSPORT;
@@ -121,6 +122,28 @@ fn service_manager_stores_only_current_clients() -> Result<()> {
 /// Counts the brokers so far that have logged that they found their VM.
 fn kept(broker: &Broker) -> Result<usize> {
     Ok(broker.log()?.matches("is still here").count())
+}
+
+/// Over vfio-user no doorbell reaches the other end from then on, so both ends poll.
+#[test]
+fn stream_with_guest_outlives_stopped_broker() -> Result<()> {
+    let (broker, vm) = start(TRANSPORT, &[])?;
+    let receiver = receive(&broker, "up")?;
+    let producer = vm.spawn(["barlink-guest", "send"])?;
+    wait_for_holder(&broker, "up", "producer", true)?;
+    wait_for_holder(&broker, "up", "consumer", true)?;
+    producer.write(&noise(1000))?;
+    wait_until("the stream has begun", || Ok(records(&broker)? > 0))?;
+    broker.signal(Signal::TERM)?;
+    wait_until("the broker has ended", || Ok(!broker.control().exists()))?;
+    for part in noise(1_000_000)[1000..].chunks(333_000) {
+        producer.write(part)?;
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    producer.close_stdin()?;
+    producer.wait(COMMAND_TIMEOUT)?.require_success()?;
+    ensure!(receiver.bytes()? == noise(1_000_000));
+    vm.run(["true"])?.require_success()
 }
 
 /// Returns the number of records that the guest has sent to the host.

@@ -7,8 +7,7 @@ use std::fs::File;
 use anyhow::{Context, Result, ensure};
 use barlink::EventError;
 use barlink::guest::Device;
-use barlink_cli::standard::{print, read_all};
-use rustix::stdio::stdin;
+use barlink_cli::standard::{input, print, read_all};
 
 use crate::args;
 
@@ -17,7 +16,7 @@ pub fn buffer(device: &Device, args: &args::Buffer) -> Result<()> {
     // One byte more than fits is enough to detect an input that is too large.
     let limit = buffer.size() + 1;
     let (read, name) = match &args.file {
-        None => (read_all(stdin(), limit), "standard input".to_owned()),
+        None => (read_all(input()?, limit), "standard input".to_owned()),
         Some(path) => {
             let file = File::open(path).with_context(|| format!("cannot open {}", path.display()));
             (read_all(file?, limit), path.display().to_string())

@@ -43,7 +43,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         Command::Send(args) => stream::send(&device, args),
         Command::Recv(args) => stream::recv(&device, args),
-        Command::Tail(args) => tail::tail(&args.tail, device.tap(&args.channel)?),
+        Command::Tail(args) => tail::tail(&args.tail, &args.channel, device.tap(&args.channel)?),
         Command::Echo(args) => stream::echo(&device, args),
         Command::Telemetry(args) => telemetry::telemetry(&device, args),
         Command::Buffer(args) => buffer::buffer(&device, args),

@@ -4,7 +4,11 @@
 //! `peek` and `poke`, cache modes, errors and exit codes.
 
 pub mod cache;
+mod command_line;
+mod early;
+pub mod failure;
 mod meter;
+pub mod notice;
 pub mod place;
 pub mod size;
 pub mod standard;
@@ -12,58 +16,12 @@ pub mod stream;
 pub mod tail;
 pub mod tap;
 
-use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
-use clap::{Command, Parser};
+pub use command_line::parse;
 
 use crate::standard::OutputClosed;
-
-/// Parses the command line. On an error, prints one line that describes it and ends the program.
-pub fn parse<Cli: Parser>() -> Cli {
-    Cli::try_parse().unwrap_or_else(|error| {
-        let shows_help = [
-            ErrorKind::DisplayHelp,
-            ErrorKind::DisplayVersion,
-            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand,
-        ];
-        if shows_help.contains(&error.kind()) {
-            error.exit();
-        }
-        let command = Cli::command();
-        let program = command.get_name();
-        let _ = writeln!(
-            std::io::stderr(),
-            "{program}: {} (see {} --help)",
-            one_line(&error.to_string()),
-            meant(&command, std::env::args_os().skip(1))
-        );
-        std::process::exit(error.exit_code());
-    })
-}
-
-/// Returns the command whose help the user needs: the first subcommand among `words`, otherwise the
-/// program.
-fn meant(command: &Command, mut words: impl Iterator<Item = OsString>) -> String {
-    let program = command.get_name();
-    match words.find_map(|word| command.find_subcommand(word)) {
-        Some(subcommand) => format!("{program} {}", subcommand.get_name()),
-        None => program.to_owned(),
-    }
-}
-
-/// Returns clap's description of an error as one line, without the usage and the reference to the
-/// help.
-fn one_line(error: &str) -> String {
-    let lines = error.lines().map(str::trim);
-    let lines =
-        lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
-    let lines: Vec<_> = lines.filter(|line| !line.is_empty()).collect();
-    let lines = lines.join("; ").replace(":; ", ": ");
-    lines.strip_prefix("error: ").unwrap_or(&lines).to_owned()
-}
 
 /// Prints the error of a program, if any, as one line. Returns the program's exit code: 0 for
 /// success or a standard output without a reader, otherwise the result of `exit_code`.
@@ -72,15 +30,40 @@ pub fn end(
     outcome: anyhow::Result<()>,
     exit_code: impl FnOnce(&anyhow::Error) -> u8,
 ) -> ExitCode {
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.is::<OutputClosed>() => ExitCode::SUCCESS,
+    report(program, outcome, exit_code).into()
+}
+
+fn report(
+    program: &str,
+    outcome: anyhow::Result<()>,
+    exit_code: impl FnOnce(&anyhow::Error) -> u8,
+) -> u8 {
+    match outcome.and_then(|()| standard::flush_output()) {
+        Ok(()) => 0,
+        Err(error) if error.is::<OutputClosed>() => 0,
         Err(error) => {
             // `eprintln` would panic where standard error is closed.
-            let _ = writeln!(std::io::stderr(), "{program}: {error:#}");
-            ExitCode::from(exit_code(&error))
+            let _ = writeln!(
+                std::io::stderr(),
+                "{program}: {}",
+                visible(&format!("{error:#}"))
+            );
+            exit_code(&error)
         }
     }
+}
+
+/// Returns a text with its control characters escaped. A name from the command line can have line
+/// feeds, or control the terminal.
+fn visible(text: &str) -> String {
+    let mut visible = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() {
+            true => visible.extend(c.escape_default()),
+            false => visible.push(c),
+        }
+    }
+    visible
 }
 
 #[cfg(test)]
@@ -88,32 +71,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn error_points_to_subcommand_help() {
-        let command = Command::new("program").subcommand(Command::new("serve"));
-        let meant = |words: &[&str]| meant(&command, words.iter().map(OsString::from));
-        assert_eq!(meant(&["serve", "--size", "x"]), "program serve");
-        assert_eq!(meant(&["--what", "serve"]), "program serve");
-        assert_eq!(meant(&["sreve"]), "program");
-    }
-
-    #[test]
-    fn command_line_errors_take_one_line() {
-        let cases = [
-            (
-                "error: invalid value 'x' for '--size <SIZE>': invalid size `x`\n\nFor more information, try '--help'.\n",
-                "invalid value 'x' for '--size <SIZE>': invalid size `x`",
-            ),
-            (
-                "error: the following required arguments were not provided:\n  --ivshmem <SOCKET>\n\nUsage: barlink serve\n",
-                "the following required arguments were not provided: --ivshmem <SOCKET>",
-            ),
-            (
-                "error: unexpected argument '--siz' found\n\n  tip: a similar argument exists: '--size'\n\nUsage: x\n",
-                "unexpected argument '--siz' found; tip: a similar argument exists: '--size'",
-            ),
-        ];
-        for (error, line) in cases {
-            assert_eq!(one_line(error), line);
-        }
+    fn errors_take_one_line() {
+        assert_eq!(visible("no channel `a\nb`"), "no channel `a\\nb`");
+        assert_eq!(visible("\x1b[2J caf\u{e9}"), "\\u{1b}[2J caf\u{e9}");
     }
 }

@@ -10,6 +10,8 @@ use barlink::stream::StreamError;
 use barlink_protocol::stream::{Progress, Watch};
 use indicatif::{BinaryBytes, HumanCount, ProgressBar, ProgressStyle};
 
+use crate::notice::broker_ended;
+
 /// Time between two updates. An update at each record would slow the stream down.
 const INTERVAL: Duration = Duration::from_millis(100);
 
@@ -62,6 +64,8 @@ pub struct Meter<'a> {
     /// Time of the first record.
     start: Option<Instant>,
     timeout: Option<Duration>,
+    /// Whether the summary is printed as JSON, and nothing else.
+    json: bool,
     /// The progress as last seen.
     progress: Progress,
 }
@@ -74,6 +78,7 @@ impl<'a> Meter<'a> {
         file: &impl IsTerminal,
         size: Option<u64>,
         timeout: Option<Duration>,
+        json: bool,
         wait: &'a mut Wait,
     ) -> Self {
         let visible = io::stderr().is_terminal() && !file.is_terminal();
@@ -99,16 +104,17 @@ impl<'a> Meter<'a> {
             shown: Instant::now(),
             start: None,
             timeout,
+            json,
             progress: Progress::default(),
         }
     }
 
     /// Removes the progress bar and prints the summary to standard error.
-    pub fn finish(self, done: &str, total: &Progress, json: bool) {
+    pub fn finish(self, done: &str, total: &Progress) {
         self.bar.finish_and_clear();
         // Errors of these writes are ignored because standard error may be closed.
         let mut stderr = io::stderr();
-        if json {
+        if self.json {
             let is_whole = total.dropped == 0 && !total.headless;
             return self.print_json(total, is_whole);
         }
@@ -124,21 +130,27 @@ impl<'a> Meter<'a> {
         print_dropped(total);
     }
 
-    /// Removes the progress bar. If the stream ended without being whole, prints the summary to
-    /// standard error.
-    pub fn fail(self, error: &StreamError, json: bool) {
-        self.bar.finish_and_clear();
+    /// Removes the progress bar, and prints the summary of a stream that ended early or is not
+    /// whole to standard error.
+    pub fn fail(self, error: &StreamError) {
         let total = match error {
             StreamError::Missing(total) | StreamError::EndDropped(total) => *total,
-            StreamError::Incomplete(_)
-            | StreamError::Misplaced(_)
-            | StreamError::TimedOut { .. } => self.progress,
-            _ => return,
+            _ => self.progress,
         };
-        if json {
+        self.bar.finish_and_clear();
+        if self.json {
             self.print_json(&total, false);
         } else if !matches!(error, StreamError::Missing(_)) {
             print_dropped(&total);
+        }
+    }
+
+    /// Removes the progress bar, and prints the summary of a stream that was moved, and whose file
+    /// could not be written to its end.
+    pub fn spoil(self, total: &Progress) {
+        self.bar.finish_and_clear();
+        if self.json {
+            self.print_json(total, false);
         }
     }
 
@@ -190,6 +202,12 @@ impl Watch for Meter<'_> {
 
     fn timeout(&self) -> Option<Duration> {
         self.timeout
+    }
+
+    fn broker_ended(&mut self) {
+        if !self.json {
+            broker_ended();
+        }
     }
 
     fn waits(&mut self, is_away: bool) {

@@ -11,10 +11,9 @@ use barlink_protocol::wire::layout::{FIRST_FREE, Layout};
 use clap::Args;
 use indicatif::BinaryBytes;
 use pretty_hex::{HexConfig, config_hex};
-use rustix::stdio::stdin;
 
 use crate::size::{parse_offset, parse_size};
-use crate::standard::{print, read_all};
+use crate::standard::{input, print, read_all};
 
 /// Arguments that select a place in the region.
 #[derive(Debug, Args)]
@@ -128,8 +127,8 @@ where
         Some(text) => text.clone().into_bytes(),
         None => {
             // One byte more than fits is enough to detect an input that is too large.
-            let input = read_all(stdin(), room.saturating_add(1));
-            input.context("cannot read standard input")?
+            let bytes = read_all(input()?, room.saturating_add(1));
+            bytes.context("cannot read standard input")?
         }
     };
     args.place.fits(bytes.len() as u64, room)?;

@@ -2,7 +2,10 @@
 
 //! Sizes and offsets on the command line, in bytes.
 
+use std::fmt::{Display, Formatter};
 use std::time::Duration;
+
+use indicatif::BinaryBytes;
 
 /// Parses a size in bytes, with an optional unit such as K, M or G (powers of 1024).
 pub fn parse_size(text: &str) -> Result<u64, String> {
@@ -24,6 +27,23 @@ pub fn show_size(size: u64) -> String {
     match units.into_iter().find(whole) {
         Some((shift, unit)) => format!("{}{unit}", size >> shift),
         None => size.to_string(),
+    }
+}
+
+/// A size for an error. It is shown in a larger unit if two decimals of that are exact, otherwise
+/// in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Exact(pub u64);
+
+impl Display for Exact {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        // BinaryBytes takes the largest unit that is not above the size.
+        let shift = self.0.checked_ilog2().map_or(0, |log| log / 10 * 10);
+        let hundredths = u128::from(self.0) * 100;
+        match hundredths % (1 << shift) {
+            0 => BinaryBytes(self.0).fmt(f),
+            _ => write!(f, "{} bytes", self.0),
+        }
     }
 }
 
@@ -74,6 +94,22 @@ mod tests {
             "0", "1", "1023", "1K", "1025", "64M", "3G", "1536M", "8T", "8388608T",
         ] {
             assert_eq!(show_size(parse_size(text).unwrap()), text);
+        }
+    }
+
+    #[test]
+    fn inexact_sizes_of_errors_are_bytes() {
+        for (size, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (4096, "4.00 KiB"),
+            (4097, "4097 bytes"),
+            (1536, "1.50 KiB"),
+            (100 << 20, "100.00 MiB"),
+            ((100 << 20) + 1, "104857601 bytes"),
+            (u64::MAX, "18446744073709551615 bytes"),
+        ] {
+            assert_eq!(Exact(size).to_string(), text);
         }
     }
 

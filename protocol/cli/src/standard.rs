@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Standard input and output, which another process may have made non-blocking. Reads and writes
-//! then wait until they are ready.
+//! Standard input and output. Another process may have made them non-blocking: reads and writes
+//! then wait until they are ready. A descriptor that was closed at the start is an error.
 
 use std::fmt::{Display, Formatter};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, read, write};
-use rustix::stdio::stdout;
+use rustix::stdio::{stdin, stdout};
+
+use crate::early::was_closed;
 
 /// Error of a program whose standard output has lost its reader. It is no failure of the program,
 /// which ends without a message.
@@ -24,11 +26,49 @@ impl Display for OutputClosed {
 
 impl std::error::Error for OutputClosed {}
 
+/// Returns a copy of the descriptor of standard input.
+pub fn input() -> Result<OwnedFd> {
+    let copied = copy(0, stdin());
+    copied.context("cannot use standard input")
+}
+
+/// Returns a copy of the descriptor of standard output.
+pub fn output() -> Result<OwnedFd> {
+    let copied = copy(1, stdout());
+    copied.context("cannot use standard output")
+}
+
+fn copy(number: u8, file: BorrowedFd<'_>) -> Result<OwnedFd> {
+    ensure!(!was_closed(number), "it is closed: open it, or name a file");
+    Ok(file.try_clone_to_owned()?)
+}
+
 /// Writes to standard output.
 pub fn print(bytes: impl AsRef<[u8]>) -> Result<()> {
+    ensure!(
+        !was_closed(1),
+        "cannot write to standard output: it is closed: open it"
+    );
     match write_all(stdout(), bytes.as_ref()) {
         Err(Errno::PIPE) => Err(OutputClosed.into()),
         written => written.context("cannot write to standard output"),
+    }
+}
+
+/// Reports the errors of standard output that come when it is closed.
+pub fn flush_output() -> Result<()> {
+    match was_closed(1) {
+        true => Ok(()),
+        false => flush(stdout()).context("cannot write to standard output"),
+    }
+}
+
+/// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor. A
+/// disk's quota or a file server can report its error as late as this.
+pub fn flush(file: impl AsFd) -> std::io::Result<()> {
+    match nix::unistd::close(file.as_fd().try_clone_to_owned()?) {
+        Err(nix::errno::Errno::EINTR) => Ok(()),
+        closed => Ok(closed?),
     }
 }
 

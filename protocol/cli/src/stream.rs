@@ -2,10 +2,9 @@
 
 //! The commands `send` and `recv`: they move a file through a channel.
 
-use std::fmt::{Display, Formatter};
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,9 +14,10 @@ use barlink::{ChannelError, Error, Kind, Receiver, Sender};
 use clap::Args;
 use rustix::fs::SeekFrom;
 
+use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
 use crate::meter::{Meter, Wait};
 use crate::size::{parse_size, parse_time};
-use crate::standard::OutputClosed;
+use crate::standard::{OutputClosed, flush, input, output};
 
 /// Default of the maximum payload of a record, in bytes. Larger records are no faster.
 const RECORD_SIZE: u64 = 1 << 20;
@@ -59,9 +59,9 @@ pub struct Recv {
     #[arg(long)]
     pub raw: bool,
     /// Copy the next stream that begins, which another program receives, or none. The sender does
-    /// not wait for this command, which misses records that it copies too late. Give the sender a
-    /// --record-size far below the channel's: it reserves that much before it has input, and what
-    /// stood there is lost for this command. With a sender that was killed, it ends by --timeout
+    /// not wait for this command, which misses records that it copies too late. A sender writes
+    /// over up to --record-size bytes at once, as soon as its input has them, so give it a value
+    /// far below the channel's size. Ends if the sender leaves
     #[arg(long, conflicts_with = "follow")]
     pub tap: bool,
     /// Write the content of the newest record, and end. The marks around a stream are no record.
@@ -93,10 +93,7 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
                 format!("cannot open {path} (name a readable file, or none for standard input)")
             })?
             .into(),
-        None => io::stdin()
-            .as_fd()
-            .try_clone_to_owned()
-            .context("cannot use standard input")?,
+        None => input()?,
     };
     let size = rustix::fs::fstat(&source)
         .ok()
@@ -112,14 +109,14 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
     );
     let record = usize::try_from(record)?;
     let mut wait = Wait::for_receiver(channel);
-    let mut meter = Meter::new(&source, size, args.timeout, &mut wait);
+    let mut meter = Meter::new(&source, size, args.timeout, args.json, &mut wait);
     match stream::send(&mut sender, &source, record, &mut meter) {
         Ok(total) => {
-            meter.finish("sent", &total, args.json);
+            meter.finish("sent", &total);
             Ok(())
         }
         Err(error) => {
-            meter.fail(&error, args.json);
+            meter.fail(&error);
             let error = describe(error, channel, args.file.as_deref());
             Err(error.context(format!("sending to channel `{channel}`")))
         }
@@ -147,10 +144,7 @@ pub fn receive(
                 format!("cannot create {path} (name a writable file, or none for standard output)")
             })?
             .into(),
-        None => io::stdout()
-            .as_fd()
-            .try_clone_to_owned()
-            .context("cannot use standard output")?,
+        None => output()?,
     };
     let accept = Accept::default().partial(args.partial).raw(args.raw);
     let mut wait = Wait::for_sender(channel);
@@ -159,7 +153,7 @@ pub fn receive(
         stat.is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file())
     });
     loop {
-        let mut meter = Meter::new(&target, None, args.timeout, &mut wait);
+        let mut meter = Meter::new(&target, None, args.timeout, args.json, &mut wait);
         let mut watch = Emptying {
             meter: &mut meter,
             old: &mut old,
@@ -168,6 +162,7 @@ pub fn receive(
         let outcome = stream::receive_with(&mut receiver, &target, accept, &mut watch);
         let outcome = match (outcome, &args.output) {
             (Err(StreamError::Write { source, .. }), Some(path)) if watch.failed => {
+                meter.spoil(&Progress::default());
                 let path = path.display();
                 let cure = "the stream is still in the channel: receive it into another file";
                 let error = anyhow::Error::new(source);
@@ -175,17 +170,20 @@ pub fn receive(
             }
             (outcome, _) => outcome,
         };
-        // A disk's quota or a file server can report its error as late as this.
-        let flushed = args.output.as_ref().map_or(Ok(()), |_| flush(&target));
-        if let (Ok(_), Some(path), Err(error)) = (&outcome, &args.output, flushed) {
+        if let (Ok(total), Err(error)) = (&outcome, flush(&target)) {
+            meter.spoil(total);
             let what = "the stream is no longer in the channel, and the file is not whole";
+            let path = args
+                .output
+                .as_deref()
+                .unwrap_or(Path::new("standard output"));
             let path = path.display();
             return Err(anyhow::Error::new(error).context(format!("cannot write {path}: {what}")));
         }
         match outcome {
-            Ok(total) => meter.finish("received", &total, args.json),
+            Ok(total) => meter.finish("received", &total),
             Err(error) => {
-                meter.fail(&error, args.json);
+                meter.fail(&error);
                 let goes_on = args.follow
                     && matches!(error, StreamError::Incomplete(_) | StreamError::Missing(_));
                 let error = describe(take_back(error, &target), channel, args.output.as_deref())
@@ -233,16 +231,12 @@ impl Watch for Emptying<'_, '_, '_> {
         self.meter.waits(is_away);
     }
 
+    fn broker_ended(&mut self) {
+        self.meter.broker_ended();
+    }
+
     fn timeout(&self) -> Option<Duration> {
         self.meter.timeout()
-    }
-}
-
-/// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor.
-pub fn flush(file: impl AsFd) -> io::Result<()> {
-    match nix::unistd::close(file.as_fd().try_clone_to_owned()?) {
-        Err(nix::errno::Errno::EINTR) => Ok(()),
-        closed => Ok(closed?),
     }
 }
 
@@ -251,7 +245,11 @@ pub fn mark(sender: &mut Sender, kind: Kind) -> Result<()> {
     match stream::mark(sender, kind) {
         Err(Error::Full) => {
             let text = "the end of the stream was dropped because the channel was full".to_owned();
-            Err(Failure { text, code: 6 }.into())
+            Err(Failure {
+                text,
+                code: MISSING,
+            }
+            .into())
         }
         marked => Ok(marked?),
     }
@@ -277,27 +275,6 @@ fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
     }
 }
 
-/// Error of a stream that has an exit code of its own.
-#[derive(Debug)]
-pub(crate) struct Failure {
-    pub(crate) text: String,
-    pub(crate) code: u8,
-}
-
-impl Display for Failure {
-    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-impl std::error::Error for Failure {}
-
-/// Returns the exit code of a stream's error, as the help of both programs documents it. `None` for
-/// an error of another kind.
-pub fn exit_code(error: &anyhow::Error) -> Option<u8> {
-    error.downcast_ref::<Failure>().map(|failure| failure.code)
-}
-
 /// Converts the error of a stream for the user: adds the file's name to an error of the operating
 /// system, and a remedy if there is one.
 fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::Error {
@@ -307,10 +284,13 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
         Failure { text, code }.into()
     };
     let (source, what) = match error {
-        StreamError::Incomplete(_) => return failure(5, ""),
-        StreamError::Missing(_) => return failure(6, ""),
+        StreamError::Incomplete(_) => return failure(INCOMPLETE, ""),
+        StreamError::Missing(_) => return failure(MISSING, ""),
         StreamError::EndDropped(_) => {
-            return failure(6, ": start the receiver first, or serve a larger channel");
+            return failure(
+                MISSING,
+                ": start the receiver first, or serve a larger channel",
+            );
         }
         StreamError::Misplaced(Misplaced::OtherKind { .. }) => {
             return failure(
@@ -319,9 +299,12 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             );
         }
         StreamError::Misplaced(_) => {
-            return failure(6, ": receive the rest into another file with --partial");
+            return failure(
+                MISSING,
+                ": receive the rest into another file with --partial",
+            );
         }
-        StreamError::TimedOut { .. } => return failure(7, ""),
+        StreamError::TimedOut { after, .. } => return timed_out(after),
         StreamError::Read(source) => {
             let cure = match source.kind() {
                 io::ErrorKind::IsADirectory => ": name a file",
@@ -354,6 +337,9 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             return anyhow::anyhow!(
                 "{error}: stop both programs that use it, and empty it with `barlink reset-channel {channel}` on the host"
             );
+        }
+        StreamError::Channel(ChannelError::Reset(_)) => {
+            return anyhow::anyhow!("{error}, {RESET_CURE}");
         }
         error => return error.into(),
     };

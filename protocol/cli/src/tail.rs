@@ -5,10 +5,11 @@
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use barlink::{ErrorKind, Kind, OwnedRecord, Tap};
 use clap::Args;
 
+use crate::failure::timed_out;
 use crate::size::parse_time;
 use crate::standard::print;
 
@@ -32,7 +33,11 @@ pub struct Tail {
 }
 
 /// Prints a line for each record that comes, and for records that were missed or dropped.
-pub fn tail(args: &Tail, mut tap: Tap) -> Result<()> {
+pub fn tail(args: &Tail, channel: &str, tap: Tap) -> Result<()> {
+    show(args, tap).with_context(|| format!("copying from channel `{channel}`"))
+}
+
+fn show(args: &Tail, mut tap: Tap) -> Result<()> {
     let mut lost = (0, 0);
     let mut newest = match args.latest {
         true => tap.latest()?,
@@ -52,8 +57,10 @@ pub fn tail(args: &Tail, mut tap: Tap) -> Result<()> {
         };
         let record = match found {
             Ok(Some(record)) => record,
-            Ok(None) if args.timeout.is_some_and(|time| since.elapsed() >= time) => return Ok(()),
-            Ok(None) => continue,
+            Ok(None) => match args.timeout {
+                Some(timeout) if since.elapsed() >= timeout => return Err(timed_out(timeout)),
+                _ => continue,
+            },
             Err(error) if error.kind() == ErrorKind::Reset => {
                 print("the channel was reset\n")?;
                 lost = (0, 0);

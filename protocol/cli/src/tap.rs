@@ -6,14 +6,17 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use barlink::{ErrorKind, Kind, OwnedRecord, Tap};
 
-use crate::standard::print;
-use crate::stream::{Failure, Recv, flush};
+use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
+use crate::standard::{flush, flush_output, output, print};
+use crate::stream::Recv;
 
 /// Time between two looks for the first record.
 const RETRY: Duration = Duration::from_millis(10);
+/// Time between two looks for the sender of a stream that no record comes from.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// The place of the received bytes.
 enum Target<'a> {
@@ -26,6 +29,8 @@ impl<'a> Target<'a> {
     /// Opens the file of `--output`. A failure before the first record does not empty it.
     fn open(args: &'a Recv) -> Result<Self> {
         let Some(path) = &args.output else {
+            // It must be open.
+            output()?;
             return Ok(Target::Output);
         };
         let mut options = File::options();
@@ -50,7 +55,7 @@ impl<'a> Target<'a> {
     /// Reports the errors of a file that come late.
     fn flush(&self) -> Result<()> {
         match self {
-            Target::Output => Ok(()),
+            Target::Output => flush_output(),
             Target::File(file, name) => flush(file).with_context(|| format!("cannot write {name}")),
         }
     }
@@ -75,6 +80,74 @@ struct Copied {
 }
 
 impl Copied {
+    /// Copies the records of one stream. Records before its beginning are passed over.
+    fn copy(
+        &mut self,
+        args: &Recv,
+        channel: &str,
+        tap: &mut Tap,
+        target: &mut Target<'_>,
+    ) -> Result<()> {
+        let takes_all = args.partial || args.raw;
+        // The counts of the tap at the beginning.
+        let mut begun = takes_all.then_some((0, 0));
+        // Whether a record of the stream was found.
+        let mut is_inside = false;
+        let mut is_silent = takes_all || args.json;
+        if !is_silent && tap.is_sender_present() {
+            let newest = tap.latest().ok().flatten();
+            if newest.is_some_and(|record| record.kind == Kind::DATA) {
+                is_silent = true;
+                print_waiting(channel);
+            }
+        }
+        let mut since = Instant::now();
+        loop {
+            let found = match next(tap, args.timeout, since, is_inside) {
+                // No part of the stream was copied yet.
+                Err(error) if is_reset(&error) && !is_inside => continue,
+                Err(error) if is_reset(&error) => bail!("{error}, {RESET_CURE}"),
+                found => found?,
+            };
+            let Some(OwnedRecord { kind, bytes, .. }) = found else {
+                // The sender has left.
+                return if args.raw { Ok(()) } else { self.incomplete() };
+            };
+            since = Instant::now();
+            if kind == Kind::BEGIN && is_inside && !args.raw {
+                return self.incomplete();
+            }
+            if kind == Kind::BEGIN && !takes_all {
+                begun = Some((tap.missed(), tap.dropped()));
+            }
+            let Some((missed, dropped)) = begun else {
+                if kind == Kind::DATA && !std::mem::replace(&mut is_silent, true) {
+                    print_waiting(channel);
+                }
+                continue;
+            };
+            if !std::mem::replace(&mut is_inside, true) {
+                target.empty()?;
+            }
+            (self.missed, self.dropped) = (tap.missed() - missed, tap.dropped() - dropped);
+            if kind == Kind::DATA || args.raw && ![Kind::BEGIN, Kind::END].contains(&kind) {
+                target.write(&bytes)?;
+                self.bytes += bytes.len();
+                self.records += 1;
+            }
+            if kind == Kind::END {
+                return Ok(());
+            }
+        }
+    }
+
+    fn incomplete(&self) -> Result<()> {
+        let count = self.bytes;
+        let text = format!("the sender left before the end of the stream, after {count} bytes");
+        let code = INCOMPLETE;
+        Err(Failure { text, code }.into())
+    }
+
     fn print_json(&self, is_whole: bool) {
         let summary = serde_json::json!({
             "bytes": self.bytes,
@@ -88,21 +161,57 @@ impl Copied {
     }
 }
 
+/// Says that a tap began within a stream.
+fn print_waiting(channel: &str) {
+    // The error is ignored because standard error may be closed.
+    let _ = writeln!(
+        io::stderr(),
+        "channel `{channel}` is in the middle of a stream: waiting for the beginning of the next one"
+    );
+}
+
+/// Copies the next record. Within a stream, the result is `None` once the sender has left.
+fn next(
+    tap: &mut Tap,
+    timeout: Option<Duration>,
+    since: Instant,
+    is_inside: bool,
+) -> Result<Option<OwnedRecord>> {
+    loop {
+        let left = timeout.map_or(LOOK, |timeout| timeout.saturating_sub(since.elapsed()));
+        // A sender that has left can have committed records since the tap looked.
+        let is_away = is_inside && !tap.is_sender_present();
+        let limit = if is_away {
+            Duration::ZERO
+        } else {
+            left.min(LOOK)
+        };
+        let found = tap.recv_timeout(limit)?;
+        if found.is_some() || is_away {
+            return Ok(found);
+        }
+        if let Some(timeout) = timeout
+            && since.elapsed() >= timeout
+        {
+            return Err(timed_out(timeout));
+        }
+    }
+}
+
+fn is_reset(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<barlink::Error>();
+    error.is_some_and(|error| error.kind() == ErrorKind::Reset)
+}
+
 /// Copies the newest record, or one stream, to a file or to standard output. The ends of the
 /// channel do not notice.
 pub fn receive(args: &Recv, channel: &str, mut tap: Tap) -> Result<()> {
     let mut target = Target::open(args)?;
     let copied = match args.latest {
         true => latest(args, &mut tap, &mut target),
-        false => stream(args, &mut tap, &mut target),
+        false => stream(args, channel, &mut tap, &mut target),
     };
     copied.with_context(|| format!("copying from channel `{channel}`"))
-}
-
-fn timed_out(timeout: Duration) -> anyhow::Error {
-    let seconds = timeout.as_secs_f64();
-    let text = format!("nothing moved through the channel for {seconds} s");
-    Failure { text, code: 7 }.into()
 }
 
 fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
@@ -121,56 +230,17 @@ fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
     }
 }
 
-/// Copies a stream from its beginning to its end. Records before the beginning are passed over.
-fn stream(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
-    let takes_all = args.partial || args.raw;
+/// Copies a stream from its beginning to its end, and prints the summary.
+fn stream(args: &Recv, channel: &str, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
     let mut copied = Copied::default();
-    // The counts of the tap at the beginning.
-    let mut begun = takes_all.then_some((0, 0));
-    let mut is_first = true;
-    loop {
-        let limit = args.timeout.unwrap_or(Duration::MAX);
-        let found = match tap.recv_timeout(limit) {
-            // No part of the stream was copied yet.
-            Err(error) if error.kind() == ErrorKind::Reset && begun.is_none() => continue,
-            found => found?,
-        };
-        let Some(record) = found else {
-            match args.timeout {
-                Some(timeout) => return Err(timed_out(timeout)),
-                None => continue,
-            }
-        };
-        let OwnedRecord { kind, bytes, .. } = record;
-        if kind == Kind::BEGIN && begun.is_some() && copied.records > 0 && !args.raw {
-            let count = copied.bytes;
-            let text = format!("the sender left before the end of the stream, after {count} bytes");
-            return Err(Failure { text, code: 5 }.into());
-        }
-        if kind == Kind::BEGIN && !takes_all {
-            begun = Some((tap.missed(), tap.dropped()));
-        }
-        let Some((missed, dropped)) = begun else {
-            continue;
-        };
-        if std::mem::take(&mut is_first) {
-            target.empty()?;
-        }
-        (copied.missed, copied.dropped) = (tap.missed() - missed, tap.dropped() - dropped);
-        if kind == Kind::DATA || args.raw && ![Kind::BEGIN, Kind::END].contains(&kind) {
-            target.write(&bytes)?;
-            copied.bytes += bytes.len();
-            copied.records += 1;
-        }
-        if kind == Kind::END {
-            break;
-        }
-    }
-    target.flush()?;
+    let outcome = copied
+        .copy(args, channel, tap, target)
+        .and_then(|()| target.flush());
     let is_whole = (copied.missed, copied.dropped) == (0, 0);
     if args.json {
-        copied.print_json(is_whole);
+        copied.print_json(is_whole && outcome.is_ok());
     }
+    outcome?;
     if is_whole || args.partial {
         return Ok(());
     }
@@ -180,5 +250,6 @@ fn stream(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
     let text = format!(
         "{missed} records of the stream were missed and {dropped} dropped; the others were received"
     );
-    Err(Failure { text, code: 6 }.into())
+    let code = MISSING;
+    Err(Failure { text, code }.into())
 }

@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
@@ -13,7 +15,9 @@ use barlink_protocol::region::Region;
 use barlink_protocol::stream::{
     Accept, Misplaced, Position, Progress, StreamError, Watch, receive, send as send_all,
 };
-use barlink_protocol::wire::layout::{Channel, Layout};
+use barlink_protocol::wire::layout::{
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, presence,
+};
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, Wakeup, state};
 
 use crate::heap::{
@@ -651,4 +655,54 @@ fn stream_waits_for_nonblocking_descriptors() {
     writing.join().unwrap();
     assert_eq!(sending.join().unwrap().unwrap().bytes, 400_000);
     assert_eq!(receiving.join().unwrap().unwrap().bytes, 400_000);
+}
+
+/// A receiver in a guest, whose sender is a host app. The broker of the host ends in good order.
+#[test]
+fn receiver_reports_end_of_broker() {
+    #[derive(Clone, Default)]
+    struct Told(Arc<AtomicU32>);
+    impl Watch for Told {
+        fn broker_ended(&mut self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    let (region, _) = region(4096, false);
+    let entry = Channel {
+        name: Name::new("down").unwrap(),
+        producer: 1,
+        consumer: 0,
+        vector: 0,
+        drop_when_full: false,
+        offset: FIRST_FREE,
+        capacity: 4096,
+    };
+    let layout = Layout::new(region.size(), 1, 1, entry.end(), 0, &[entry]).unwrap();
+    let page = BROKER_PAGE;
+    region.store(page + presence::EPOCH, 1);
+    region.store(page + presence::holder(0, End::Producer), 1 << 32 | 7);
+    let (a, b) = notifiers();
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let told = Told::default();
+    let mut watch = told.clone();
+    let receiving = std::thread::spawn(move || {
+        let (accept, mut position) = (Accept::default(), Position::default());
+        let target = nowhere();
+        let received = receive(
+            &mut receiver,
+            target.as_raw_fd(),
+            accept,
+            &mut position,
+            &mut watch,
+        );
+        outcome(received)
+    });
+    send(&mut sender, Kind::BEGIN, &[]);
+    region.store(page + presence::EPOCH, 2);
+    send(&mut sender, Kind::DATA, b"four");
+    wait_until("the end of the broker is told", || {
+        told.0.load(Ordering::Relaxed) == 1
+    });
+    send(&mut sender, Kind::END, &[]);
+    assert_eq!(receiving.join().unwrap(), four());
 }

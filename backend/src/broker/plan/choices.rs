@@ -4,9 +4,8 @@
 
 use std::str::FromStr;
 
-use barlink_cli::size::{parse_size, show_size};
+use barlink_cli::size::{Exact, parse_size, show_size};
 use barlink_protocol::wire::layout::{self, MIN_CAPACITY, Name, PAGE_SIZE};
-use indicatif::BinaryBytes;
 
 use super::error::PlanError;
 
@@ -104,8 +103,8 @@ impl FromStr for ChannelPlan {
         if !capacity.is_power_of_two() || capacity < MIN_CAPACITY {
             return Err(format!(
                 "channel size {} is not a power of two from {} on: take {}",
-                BinaryBytes(capacity),
-                BinaryBytes(MIN_CAPACITY),
+                Exact(capacity),
+                Exact(MIN_CAPACITY),
                 show_size(nearest_capacity(capacity))
             ));
         }
@@ -147,7 +146,7 @@ impl FromStr for Reserve {
         let bytes = parse_size(bytes)?;
         let pages = bytes.checked_next_multiple_of(PAGE_SIZE);
         let bytes = pages.filter(|bytes| *bytes > PAGE_SIZE).ok_or_else(|| {
-            let least = BinaryBytes(PAGE_SIZE + MIN_CAPACITY);
+            let least = Exact(PAGE_SIZE + MIN_CAPACITY);
             format!("a reserve of {bytes} bytes has no room for a channel: take {least} or more")
         })?;
         Ok(Reserve { bytes, vectors })

@@ -2,15 +2,14 @@
 
 //! The reasons why a region cannot be laid out, with their cures.
 
-use barlink_cli::size::show_size;
+use barlink_cli::size::{Exact, show_size};
 use barlink_protocol::wire::layout::{LayoutError, MAX_CHANNELS, MAX_SLOTS, MAX_VECTORS};
-use indicatif::BinaryBytes;
 
 /// Reason why a region cannot be laid out.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// A BAR's size is a power of two.
-    #[error("region size {} is not a power of two: take --size {}", BinaryBytes(*size), either(candidates))]
+    #[error("region size {} is not a power of two: take --size {}", Exact(*size), either(candidates))]
     NotAPowerOfTwo {
         /// Bytes asked for.
         size: u64,
@@ -18,7 +17,7 @@ pub enum PlanError {
         candidates: Vec<u64>,
     },
     /// The region is too small for its channels.
-    #[error("region size {} is too small for its channels: take --size {} or more", BinaryBytes(*size), show_size(*needed))]
+    #[error("region size {} is too small for its channels: take --size {} or more", Exact(*size), show_size(*needed))]
     TooSmall {
         /// Bytes asked for.
         size: u64,
@@ -28,7 +27,7 @@ pub enum PlanError {
     /// The machine does not have enough memory for the channels.
     #[error(
         "the channels need a region of {}, and this machine's memory is {}: take channels that fit into --size {}",
-        BinaryBytes(*needed), BinaryBytes(*memory), show_size(1 << memory.ilog2())
+        Exact(*needed), Exact(*memory), show_size(1 << memory.ilog2())
     )]
     ChannelsTooLarge {
         /// Smallest size that is enough.
@@ -39,7 +38,7 @@ pub enum PlanError {
     /// The machine does not have enough memory for the region.
     #[error(
         "region size {} is more than this machine's memory, {}: take --size {} or less",
-        BinaryBytes(*size), BinaryBytes(*memory), show_size(1 << memory.ilog2())
+        Exact(*size), Exact(*memory), show_size(1 << memory.ilog2())
     )]
     TooLarge {
         /// Bytes asked for.

@@ -71,7 +71,8 @@ impl Roster {
         self.words.lock().epoch()
     }
 
-    /// Publishes in the region that the host is gone.
+    /// Publishes in the region that the broker has ended. The claims stay, because their ends live
+    /// on.
     pub(crate) fn leave(&self) {
         let words = self.words.lock();
         words.set_epoch(words.epoch().wrapping_add(1));

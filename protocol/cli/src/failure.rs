@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Errors that have an exit code of their own, as the help of both programs documents it.
+
+use std::fmt::{Display, Formatter};
+use std::time::Duration;
+
+/// The stream ended early, because its sender left.
+pub(crate) const INCOMPLETE: u8 = 5;
+/// The stream is not whole.
+pub(crate) const MISSING: u8 = 6;
+/// Nothing moved within `--timeout`.
+pub(crate) const TIMED_OUT: u8 = 7;
+
+/// The remedy for a stream whose channel was reset.
+pub(crate) const RESET_CURE: &str =
+    "and the rest of the stream is lost: end the programs at both ends, and send it again";
+
+/// Error of a stream that has an exit code of its own.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) text: String,
+    pub(crate) code: u8,
+}
+
+impl Display for Failure {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Returns the error of a command whose `--timeout` is over.
+pub(crate) fn timed_out(timeout: Duration) -> anyhow::Error {
+    let seconds = timeout.as_secs_f64();
+    let text = format!("nothing moved through the channel for {seconds} s");
+    let code = TIMED_OUT;
+    Failure { text, code }.into()
+}
+
+/// Returns the exit code of an error, if the error has one of its own.
+pub fn exit_code(error: &anyhow::Error) -> Option<u8> {
+    error.downcast_ref::<Failure>().map(|failure| failure.code)
+}

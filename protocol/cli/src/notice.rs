@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A message about the broker of a stream that goes on.
+
+use std::io::{IsTerminal, Write, stderr};
+use std::os::fd::AsFd;
+use std::sync::Once;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+/// Says on standard error, once, that the broker has ended.
+pub(crate) fn broker_ended() {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| {
+        // A progress bar may stand in this line.
+        let clear = if stderr().is_terminal() {
+            "\r\x1b[2K"
+        } else {
+            ""
+        };
+        // The error is ignored because standard error may be closed.
+        let _ = writeln!(
+            stderr(),
+            "{clear}the broker has ended: programs that are attached go on, and no other can attach"
+        );
+    });
+}
+
+/// Says so when the connection to the broker ends. A thread waits for that, and does so without a
+/// timer. A broker's successor keeps the connection. Without a thread there is no message.
+pub fn watch_broker(connection: &impl AsFd) {
+    let Ok(connection) = connection.as_fd().try_clone_to_owned() else {
+        return;
+    };
+    let thread = std::thread::Builder::new().name("broker".to_owned());
+    let _ = thread.spawn(move || {
+        loop {
+            let mut files = [PollFd::new(&connection, PollFlags::empty())];
+            match poll(&mut files, None) {
+                Err(Errno::INTR) => (),
+                Err(_) => return,
+                Ok(_) => return broker_ended(),
+            }
+        }
+    });
+}

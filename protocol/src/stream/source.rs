@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The source of a stream: a file descriptor, and how much can be read from it now.
+
+use libc::c_int;
+
+use super::files::{is_invalid, retry};
+use crate::aligned::ALIGNMENT;
+use crate::{io, region};
+
+/// The source of a stream.
+#[derive(Debug)]
+pub(super) struct Source {
+    fd: c_int,
+    known: Known,
+}
+
+/// Knowledge of the bytes that a source has.
+#[derive(Debug)]
+enum Known {
+    /// A regular file had so many bytes from its position on that were not read since. It can have
+    /// more by now.
+    Left(u64),
+    /// A pipe, a socket or a terminal tells how many bytes it has.
+    Told,
+    /// A device does not tell. It is ready to be read or not.
+    Nothing,
+}
+
+impl Source {
+    pub(super) fn new(fd: c_int) -> Self {
+        let known = match (region::bytes_left(fd), region::bytes_ready(fd)) {
+            (Some(left), _) => Known::Left(left),
+            (None, Some(_)) => Known::Told,
+            (None, None) => Known::Nothing,
+        };
+        Source { fd, known }
+    }
+
+    /// Waits until the source has bytes or is at its end. Returns how many bytes it has, `most` at
+    /// most. The result is 0 at the end, and for a file that has grown.
+    pub(super) fn wait(&self, most: usize) -> io::Result<usize> {
+        let ready = || region::bytes_ready(self.fd).unwrap_or(0);
+        let has = match self.known {
+            Known::Left(left) => left,
+            Known::Told => match ready() {
+                0 => {
+                    region::poll(self.fd, libc::POLLIN)?;
+                    ready()
+                }
+                has => has,
+            },
+            Known::Nothing => {
+                region::poll(self.fd, libc::POLLIN)?;
+                u64::MAX
+            }
+        };
+        Ok(usize::try_from(has).map_or(most, |has| has.min(most)))
+    }
+
+    /// Calls a function that reads the source, until the source is ready for it.
+    pub(super) fn read_by(
+        &mut self,
+        mut read: impl FnMut(c_int) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let length = retry(self.fd, libc::POLLIN, || read(self.fd))?;
+        if let Known::Left(left) = &mut self.known {
+            *left = left.saturating_sub(length as u64);
+        }
+        Ok(length)
+    }
+
+    /// Reads into private memory. A file with O_DIRECT is read in whole blocks, if it refuses other
+    /// lengths.
+    pub(super) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let blocks = buffer.len() / ALIGNMENT * ALIGNMENT;
+        match self.read_by(|fd| region::read(fd, buffer)) {
+            Err(error) if is_invalid(&error) && blocks > 0 => {
+                self.read_by(|fd| region::read(fd, &mut buffer[..blocks]))
+            }
+            read => read,
+        }
+    }
+}
