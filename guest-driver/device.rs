@@ -375,7 +375,7 @@ impl Device {
     }
 
     /// Writes one holder (claim number and process) to the driver's page, and rings the peer at the
-    /// other end, unless the device is gone.
+    /// other end, if there is one, unless the device is gone.
     fn show_holder(
         &self,
         layout: &Layout,
@@ -387,7 +387,9 @@ impl Device {
             return;
         };
         hardware.set_holder(channel, end, holder);
-        if let Some(channel) = layout.channels().get(channel) {
+        let channel = layout.channels().get(channel);
+        // Without a consumer there is no other end.
+        if let Some(channel) = channel.filter(|channel| channel.has_consumer()) {
             hardware.ring(channel.peer(end.other()), 0);
         }
     }

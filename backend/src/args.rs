@@ -124,13 +124,15 @@ pub struct Serve {
     /// Size of the region in bytes, a power of two; K, M and G are powers of 1024
     #[arg(long, default_value = "64M", value_parser = parse_size)]
     pub size: u64,
-    /// Add a channel: NAME=DIRECTION,SIZE[,drop]. DIRECTION is up (slot 0 to host), down (host to
-    /// slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of two, 4K or more. With
-    /// `drop`, the sender drops records when the channel is full. By default, slot 0 has `up` and
-    /// `down`, slot 1 has `up1` and `down1`, and so on, as large as fits. Sizes are powers of two,
-    /// so about half of the region then belongs to no channel: it is the raw window, for `peek` and
-    /// `poke`. Channels of different sizes use more of it: --channel up=up,32M --channel
-    /// down=down,16M for 64M
+    /// Add a channel: NAME=DIRECTION,SIZE[,POLICY]. DIRECTION is up (slot 0 to host), down (host to
+    /// slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of two, 4K or more. POLICY
+    /// is for a channel that is full: with `wait`, the default, the sender waits; with `drop` it
+    /// drops its record; with `overwrite` it writes over the oldest records, and the channel has no
+    /// receiver but any number of taps (`recv --tap`, `tail`), so that DIRECTION is up, down or
+    /// FROM-taps. By default, slot 0 has `up` and `down`, slot 1 has `up1` and `down1`, and so on,
+    /// as large as fits. Sizes are powers of two, so about half of the region then belongs to no
+    /// channel: it is the raw window, for `peek` and `poke`. Channels of different sizes use more
+    /// of it: --channel up=up,32M --channel down=down,16M for 64M
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
     /// Keep room for channels that `barlink channel add` makes while VMs and host apps go on:
@@ -339,7 +341,7 @@ pub enum ChannelCommand {
 
 #[derive(Debug, Args)]
 pub struct AddChannel {
-    /// The channel, in the form of `barlink serve --channel`: NAME=DIRECTION,SIZE[,drop]
+    /// The channel, in the form of `barlink serve --channel`: NAME=DIRECTION,SIZE[,POLICY]
     pub channel: ChannelPlan,
     #[command(flatten)]
     pub which: Which,

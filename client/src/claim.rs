@@ -69,6 +69,34 @@ pub struct NotHere {
     pub peer: Option<String>,
 }
 
+/// The channel has no receiver, because its sender overwrites the oldest records. Each reader is a
+/// [`Tap`](crate::Tap).
+///
+/// ```no_run
+/// use barlink::{Error, NoConsumer, host};
+///
+/// let broker = host::connect("default")?;
+/// if let Err(Error::NoConsumer(NoConsumer { channel, .. })) = broker.receiver("camera") {
+///     let mut tap = broker.tap(&channel)?;
+///     println!("{:?}", tap.latest()?);
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct NoConsumer {
+    /// Name of the channel.
+    pub channel: String,
+}
+
+impl NoConsumer {
+    /// Describes a claim that the broker refuses.
+    #[doc(hidden)]
+    pub fn new(channel: String) -> Self {
+        NoConsumer { channel }
+    }
+}
+
 impl Held {
     /// Describes a claim that the broker refuses.
     #[doc(hidden)]
@@ -113,6 +141,19 @@ impl Display for NotHere {
         }
     }
 }
+
+impl Display for NoConsumer {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let NoConsumer { channel } = self;
+        write!(
+            f,
+            "channel `{channel}` has no consumer, because its producer overwrites: read it with a tap (`recv --tap`, \
+             `tail`, or `Tap` in a program)"
+        )
+    }
+}
+
+impl std::error::Error for NoConsumer {}
 
 impl std::error::Error for Held {}
 

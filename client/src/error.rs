@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use barlink_protocol::cursor::Corrupt;
 use barlink_protocol::wire::layout::{End, LayoutError};
 
-use crate::claim::{Held, NotHere};
+use crate::claim::{Held, NoConsumer, NotHere};
 use crate::control::client::ControlError;
 use crate::control::message::Refusal;
 use crate::error_kind::ErrorKind;
@@ -142,6 +142,9 @@ pub enum Error {
     /// The end belongs to another peer.
     #[error(transparent)]
     NotHere(#[from] NotHere),
+    /// The channel has no receiver.
+    #[error(transparent)]
+    NoConsumer(#[from] NoConsumer),
     /// The end was claimed, and the state of its channel is not valid.
     #[error(
         "cannot take up the {end} of channel `{name}` ({place}`barlink reset-channel {name}` empties it)"
@@ -197,9 +200,10 @@ impl Error {
             Error::RelativeRunFolder { .. } => ErrorKind::InvalidInput,
             Error::Region(error) => error.kind(),
             Error::NoChannel { .. } => ErrorKind::NotFound,
-            Error::ReadOnly { .. } | Error::ReadOnlyReset { .. } | Error::NotHere(_) => {
-                ErrorKind::InvalidInput
-            }
+            Error::ReadOnly { .. }
+            | Error::ReadOnlyReset { .. }
+            | Error::NotHere(_)
+            | Error::NoConsumer(_) => ErrorKind::InvalidInput,
             Error::Held(_) => ErrorKind::InUse,
             Error::TakeUp { source, .. } | Error::Channel(source) => source.kind(),
             Error::Events(error) => error.kind(),
@@ -208,8 +212,8 @@ impl Error {
         }
     }
 
-    /// Returns the broker's refusal, if the broker refused. A refused claim is [`Error::Held`] or
-    /// [`Error::NotHere`], as in a guest.
+    /// Returns the broker's refusal, if the broker refused. A refused claim is [`Error::Held`],
+    /// [`Error::NotHere`] or [`Error::NoConsumer`], as in a guest.
     ///
     /// ```no_run
     /// use barlink::host;

@@ -59,7 +59,7 @@ impl Layouts {
 
 #[cfg(test)]
 mod tests {
-    use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Identity, Instance, Name};
+    use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Identity, Instance, Name, Policy};
 
     use super::*;
 
@@ -72,7 +72,7 @@ mod tests {
                 producer: 0,
                 consumer: 1,
                 vector: 0,
-                drop_when_full: false,
+                policy: Policy::Wait,
                 offset: layout.room().0,
                 capacity: 4096,
             };

@@ -74,6 +74,17 @@ mod timer;
 /// let options = ChannelOptions::new().strategy(strategy);
 /// ```
 pub use barlink_protocol::Strategy;
+/// A time stamp that a program gives a record, and the clock that it is from.
+///
+/// ```
+/// use barlink::{Clock, Stamp};
+///
+/// let stamp = Stamp::new(1_764_633_600_000_000_000, Clock::REALTIME);
+/// assert_eq!((stamp.clock.to_string().as_str(), stamp.clock.number()), ("realtime", 1));
+/// // Numbers from 128 on are the user's own.
+/// assert_eq!(Clock::new(128), Clock::USER);
+/// ```
+pub use barlink_protocol::cursor::{Clock, Stamp};
 pub use barlink_protocol::cursor::{Corrupt, Reset};
 /// The type of a record's content.
 ///
@@ -110,6 +121,7 @@ pub use barlink_protocol::region::OutOfRegion;
 ///
 /// fn describe(channel: &Channel, host: u32) -> String {
 ///     let place = |end| match channel.peer(end) {
+///         _ if end == End::Consumer && !channel.has_consumer() => "the taps".to_owned(),
 ///         peer if peer == host => "the host".to_owned(),
 ///         slot => format!("the VM in slot {slot}"),
 ///     };
@@ -162,9 +174,24 @@ pub use barlink_protocol::wire::layout::LayoutError;
 /// # Ok::<(), barlink::InvalidName>(())
 /// ```
 pub use barlink_protocol::wire::layout::Name;
+/// The treatment of records that find a channel full.
+///
+/// ```no_run
+/// use barlink::{Policy, host};
+///
+/// let broker = host::connect("default")?;
+/// for channel in broker.layout().channels() {
+///     match channel.policy {
+///         Policy::Overwrite => println!("{}: use a tap", channel.name),
+///         policy => println!("{}: {policy}", channel.name),
+///     }
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
+pub use barlink_protocol::wire::layout::Policy;
 pub use barlink_protocol::wire::layout::{BrokerName, Identity, Instance};
 // The bench and tests of the broker measure and drive the ring without the library around it.
-pub use claim::{Held, NotHere};
+pub use claim::{Held, NoConsumer, NotHere};
 #[doc(hidden)]
 pub use doorbell::Doorbells;
 pub use error::{ChannelError, Error};

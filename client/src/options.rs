@@ -166,7 +166,8 @@ impl ChannelOptions {
     }
 
     /// Sets whether a sender drops records that find the channel full. Without this call, the
-    /// channel's entry in the layout decides. It has no effect on a receiver.
+    /// channel's entry in the layout decides. It has no effect on a receiver, and none on a channel
+    /// that overwrites, which is never full.
     ///
     /// ```no_run
     /// use barlink::{ChannelOptions, Kind, Sent, host};

@@ -190,9 +190,9 @@ impl Tap {
     }
 
     /// Copies the next record into one that the program has, in place of its content, as
-    /// [`Tap::recv_timeout`] does. Returns false if there is none before `timeout` is over, and then
-    /// the content has no meaning. Large records cost less this way, because the memory of the
-    /// last one is used again.
+    /// [`Tap::recv_timeout`] does. Returns false if there is none before `timeout` is over, and
+    /// then the content has no meaning. Large records cost less this way, because the memory of
+    /// the last one is used again.
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -308,8 +308,9 @@ impl Tap {
         self.ring.missed()
     }
 
-    /// Returns the number of records that the producer dropped because the channel was full, since
-    /// this tap began and up to the record that it copied last. It begins at 0 again after a reset.
+    /// Returns the number of records that the producer dropped because the channel was full, and of
+    /// numbers that it skipped, since this tap began and up to the record that it copied last. It
+    /// begins at 0 again after a reset.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -356,6 +357,7 @@ fn owned(header: Header, bytes: Vec<u8>) -> OwnedRecord {
         kind: header.kind,
         sequence: header.sequence,
         time: header.time,
+        clock: header.clock,
         bytes,
     }
 }

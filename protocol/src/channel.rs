@@ -7,15 +7,15 @@ use core::ops::Deref;
 use core::time::Duration;
 
 use crate::consumer::{Consumer, Record};
-use crate::cursor::{Kind, Place};
+use crate::cursor::{Kind, Place, Stamp};
 use crate::error::ChannelError;
 use crate::link::{Events, Link, Threshold, Wakeup};
 use crate::presence::{Presence, PresenceWords};
-use crate::producer::{Notify, Producer, Reservation, ReserveError};
+use crate::producer::{FirstSequenceError, Notify, Producer, Reservation, ReserveError};
 use crate::region::Region;
 use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
-use crate::wire::layout::{Channel, End, Layout};
+use crate::wire::layout::{Channel, End, Layout, Policy};
 
 /// Returns a channel's entry in the layout, and the presence words of the other end, if they are
 /// mapped.
@@ -86,11 +86,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
         let producer = Producer::attach(region.clone(), entry)?;
-        let link = Link::attach(region, words, events).map_err(ChannelError::Events)?;
+        let link = Link::attach(region, words, events, entry.has_consumer());
         Ok(Sender {
             producer,
-            link,
-            drops: entry.drop_when_full,
+            link: link.map_err(ChannelError::Events)?,
+            drops: entry.policy == Policy::Drop,
         })
     }
 
@@ -99,8 +99,9 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.producer.max_record()
     }
 
-    /// Returns the number of the next record: how many records were committed, staged or dropped
-    /// before it. Records that were staged when a producer crashed do not count.
+    /// Returns the sequence number of the next record: the first number of the channel, and how
+    /// many records were committed, staged or dropped, and numbers skipped, before it. Records that
+    /// were staged when a producer crashed do not count.
     pub fn sequence(&self) -> u64 {
         self.producer.sequence()
     }
@@ -137,9 +138,29 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.drops = drops;
     }
 
-    /// Returns the number of records dropped since the channel's reset.
+    /// Returns the number of records dropped, and of numbers skipped, since the channel's reset.
     pub fn dropped(&self) -> u64 {
         self.producer.dropped()
+    }
+
+    /// Skips sequence numbers: no record has them, and they count as dropped. Publishes the staged
+    /// records first.
+    pub fn skip(&mut self, count: u64) -> Result<(), ChannelError<E::Error>> {
+        self.link.check()?;
+        let notify = self.producer.skip(count)?;
+        self.notify(notify)
+    }
+
+    /// Sets the sequence number of the first record, as long as no record was committed, staged or
+    /// dropped and no number skipped since the channel's reset. The numbers below it do not count
+    /// as dropped.
+    pub fn set_first_sequence(&mut self, number: u64) -> Result<(), ChannelError<E::Error>> {
+        self.link.check()?;
+        let set = self.producer.set_first_sequence(number);
+        set.map_err(|error| match error {
+            FirstSequenceError::NotEmpty => ChannelError::NotEmpty,
+            FirstSequenceError::Reset(reset) => reset.into(),
+        })
     }
 
     /// Counts a record that was dropped because the channel was full.
@@ -180,24 +201,48 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         Ok(Sent::Committed)
     }
 
+    /// Copies a record into the channel and commits it as [`Sender::send`] does, with this time
+    /// stamp.
+    pub fn send_at(
+        &mut self,
+        kind: Kind,
+        bytes: &[u8],
+        timeout: Option<Duration>,
+        stamp: Stamp,
+    ) -> Result<Sent, ChannelError<E::Error>> {
+        let sent = self.put(kind, bytes, timeout, Some(stamp))?;
+        if sent != Sent::Staged {
+            return Ok(sent);
+        }
+        self.publish()?;
+        Ok(Sent::Committed)
+    }
+
     /// Copies a record into the channel as [`Sender::send`] does, and stages it. The consumer sees
-    /// it after [`Sender::publish`], or once the channel has no space for a further record. If this
-    /// process ends before that, the record is lost. `time` is the time stamp of the record, in
-    /// nanoseconds; one call of [`Sender::time`] is enough for many records.
+    /// it after [`Sender::publish`], or once the channel has no space for a further record; in an
+    /// `overwrite` channel once the staged records and a further one would take more than a quarter
+    /// of the capacity. If this process ends before that, the record is lost. `stamp` is the time
+    /// stamp of the record: nanoseconds of this side's monotonic clock, or a [`Stamp`]. One call of
+    /// [`Sender::time`] is enough for many records.
     pub fn stage(
         &mut self,
         kind: Kind,
         bytes: &[u8],
         timeout: Option<Duration>,
-        time: u64,
+        stamp: impl Into<Stamp>,
     ) -> Result<Sent, ChannelError<E::Error>> {
-        self.put(kind, bytes, timeout, Some(time))
+        self.put(kind, bytes, timeout, Some(stamp.into()))
     }
 
     /// Commits all staged records at once, and rings the consumer if it waits for them.
     pub fn publish(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
         let notify = self.producer.publish()?;
+        self.notify(notify)
+    }
+
+    #[inline(always)]
+    fn notify(&mut self, notify: Notify) -> Result<(), ChannelError<E::Error>> {
         if self.link.notify(notify).map_err(ChannelError::Events)? {
             self.producer.count_ring();
         }
@@ -215,7 +260,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         kind: Kind,
         bytes: &[u8],
         timeout: Option<Duration>,
-        time: Option<u64>,
+        stamp: Option<Stamp>,
     ) -> Result<Sent, ChannelError<E::Error>> {
         let drops = self.drops;
         let wait = if drops { None } else { Some(timeout) };
@@ -226,11 +271,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
             self.producer.drop_record();
             return Ok(Sent::Dropped);
         };
-        let time = time.unwrap_or_else(|| self.link.time());
+        let stamp = stamp.unwrap_or_else(|| self.link.time().into());
         let mut reservation = self.producer.reservation(place, bytes.len());
         reservation.write(0, bytes);
         let length = reservation.length();
-        reservation.stage(kind, length, time);
+        reservation.stage(kind, length, stamp);
         Ok(Sent::Staged)
     }
 
@@ -339,10 +384,24 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ///
     /// Panics if `length` is more than the reserved space.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
+        let time = self.link.time();
+        self.commit_at(kind, length, time.into())
+    }
+
+    /// Commits the record as [`SenderReservation::commit`] does, with this time stamp.
+    ///
+    /// # Panics
+    ///
+    /// Panics if `length` is more than the reserved space.
+    pub fn commit_at(
+        self,
+        kind: Kind,
+        length: u32,
+        stamp: Stamp,
+    ) -> Result<(), ChannelError<E::Error>> {
         let SenderReservation { reservation, link } = self;
         link.check()?;
-        let time = link.time();
-        let (notify, producer) = reservation.commit(kind, length, time)?;
+        let (notify, producer) = reservation.commit(kind, length, stamp)?;
         if link.notify(notify).map_err(ChannelError::Events)? {
             producer.count_ring();
         }
@@ -389,7 +448,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
         let consumer = Consumer::attach(region.clone(), entry)?;
-        let link = Link::attach(region, words, events).map_err(ChannelError::Events)?;
+        let link = Link::attach(region, words, events, true).map_err(ChannelError::Events)?;
         Ok(Receiver { consumer, link })
     }
 

@@ -54,6 +54,9 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     ///
     /// `channel` comes from the checked layout of `region`.
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
+        if !channel.has_consumer() {
+            return Err(Corrupt("an `overwrite` channel has no consumer"));
+        }
         let generation = crate::state::check_generation(&region, channel)?;
         let base = channel.offset;
         let read = region.load(base + channel::READ);

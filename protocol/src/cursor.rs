@@ -79,11 +79,14 @@ impl Capacity {
     /// Computes the capacity of a channel from a checked layout.
     pub const fn of(channel: &Channel) -> Self {
         let bytes = channel.capacity;
-        let half = bytes / 2 - HEADER_BYTES;
-        let max_record = if half > u32::MAX as u64 {
+        // The newest record of an `overwrite` channel must stay while the next one is written, with
+        // padding before it.
+        let parts = if channel.has_consumer() { 2 } else { 4 };
+        let most = bytes / parts - HEADER_BYTES;
+        let max_record = if most > u32::MAX as u64 {
             !7
         } else {
-            half as u32
+            most as u32
         };
         Capacity { bytes, max_record }
     }
@@ -95,7 +98,7 @@ impl Capacity {
 
     /// Returns the maximum payload of a record, in bytes: half the capacity less a header, so that
     /// a record and the padding before it always fit together, and at most what 32 bits can
-    /// express.
+    /// express. In an `overwrite` channel a record takes at most a quarter of the capacity.
     pub const fn max_record(self) -> u32 {
         self.max_record
     }
@@ -175,7 +178,7 @@ impl Capacity {
     // Inlined as `Consumer::poll` is.
     #[inline(always)]
     pub const fn check(self, first: u64, read: u64, available: u64) -> Result<u64, Corrupt> {
-        if first >> 48 != 0 {
+        if first >> 56 != 0 {
             return Err(Corrupt("a record's header has bits that mean nothing"));
         }
         let (length, to_end) = (first as u32, self.to_end(read));
@@ -253,6 +256,73 @@ impl TryFrom<u16> for Kind {
 #[error("{0} is no kind of a record: kinds are 1 to 65534")]
 pub struct InvalidKind(u16);
 
+/// The clock of a record's time stamp. Numbers from 128 on belong to the user, and those below are
+/// barlink's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Clock(u8);
+
+impl Clock {
+    /// The monotonic clock of the producer's side. Times of two sides cannot be subtracted.
+    pub const MONOTONIC: Clock = Clock(0);
+    /// The time of day: nanoseconds since the begin of 1970 in UTC, without leap seconds.
+    pub const REALTIME: Clock = Clock(1);
+    /// International atomic time, which has no leap seconds, in nanoseconds since the begin of
+    /// 1970.
+    pub const TAI: Clock = Clock(2);
+    /// A clock of another machine, from which a program has forwarded the record. Only the times of
+    /// one channel can be subtracted.
+    pub const REMOTE: Clock = Clock(3);
+    /// First clock that belongs to the user.
+    pub const USER: Clock = Clock(128);
+
+    /// Returns the clock with this number.
+    pub const fn new(number: u8) -> Self {
+        Clock(number)
+    }
+
+    /// Returns the number.
+    pub const fn number(self) -> u8 {
+        self.0
+    }
+}
+
+impl fmt::Display for Clock {
+    /// Writes the name, or the number of a clock that has no name.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Clock::MONOTONIC => f.pad("monotonic"),
+            Clock::REALTIME => f.pad("realtime"),
+            Clock::TAI => f.pad("tai"),
+            Clock::REMOTE => f.pad("remote"),
+            Clock(number) => fmt::Display::fmt(&number, f),
+        }
+    }
+}
+
+/// A record's time stamp.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Stamp {
+    /// Nanoseconds of the clock.
+    pub time: u64,
+    /// The clock.
+    pub clock: Clock,
+}
+
+impl Stamp {
+    /// Creates a time stamp from nanoseconds of a clock.
+    pub const fn new(time: u64, clock: Clock) -> Self {
+        Stamp { time, clock }
+    }
+}
+
+impl From<u64> for Stamp {
+    /// Converts nanoseconds of the monotonic clock of the producer's side.
+    #[inline(always)]
+    fn from(time: u64) -> Self {
+        Stamp::new(time, Clock::MONOTONIC)
+    }
+}
+
 /// A record's header (`docs/protocol.md`, section 4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -260,10 +330,13 @@ pub struct Header {
     pub length: u32,
     /// Kind of the record.
     pub kind: Kind,
-    /// Number of the record in the channel, from 0. A gap in the numbers stands for dropped
-    /// records.
+    /// Clock of the time stamp.
+    pub clock: Clock,
+    /// Number of the record in the channel. A gap in the numbers stands for records that were
+    /// dropped, and for numbers that were skipped.
     pub sequence: u64,
-    /// Time of the commit by the producer's monotonic clock, in nanoseconds.
+    /// Time stamp in nanoseconds of `clock`: by the producer's monotonic clock the time of the
+    /// commit.
     pub time: u64,
 }
 
@@ -271,7 +344,7 @@ impl Header {
     /// Encodes the header as the words in the region.
     pub(crate) const fn to_words(self) -> [u64; 3] {
         [
-            self.length as u64 | (self.kind.0 as u64) << 32,
+            self.length as u64 | (self.kind.0 as u64) << 32 | (self.clock.0 as u64) << 48,
             self.sequence,
             self.time,
         ]
@@ -291,6 +364,7 @@ impl Header {
         Header {
             length: words[0] as u32,
             kind: Kind((words[0] >> 32) as u16),
+            clock: Clock((words[0] >> 48) as u8),
             sequence: words[1],
             time: words[2],
         }

@@ -26,6 +26,9 @@ pub enum ChannelError<X> {
         /// Maximum payload of a record in this channel, in bytes.
         max: u32,
     },
+    /// A record has a number already, or a number was skipped.
+    #[error("the channel has had records since its last reset, so its first number is fixed")]
+    NotEmpty,
     /// Ringing or sleeping failed.
     #[error("ringing or waiting for the other end failed")]
     Events(#[source] X),

@@ -59,6 +59,7 @@ impl<X: Classified> ChannelError<X> {
             ChannelError::Corrupt(_) => ErrorKind::Corrupt,
             ChannelError::Reset(_) => ErrorKind::Reset,
             ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
+            ChannelError::NotEmpty => ErrorKind::InvalidInput,
             ChannelError::Events(error) => error.kind(),
         }
     }

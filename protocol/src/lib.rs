@@ -47,7 +47,7 @@ pub use error::ChannelError;
 pub use error_kind::{Classified, ErrorKind};
 pub use link::{Events, FIRST_FALLBACK_POLL, LONGEST_FALLBACK_POLL, Link, Wakeup};
 pub use presence::{Presence, PresenceWords};
-pub use producer::{Notify, Producer, Reservation, ReserveError};
+pub use producer::{FirstSequenceError, Notify, Producer, Reservation, ReserveError};
 pub use strategy::Strategy;
 pub use sync::{AtomicU64, Ordering};
 pub use tap::{Sight, Tap};

@@ -95,6 +95,8 @@ const LOOKS_PER_CLOCK: u32 = 16;
 pub struct Link<M, E> {
     region: Region<M>,
     words: Option<PresenceWords>,
+    /// Whether there is another end, which can be rung.
+    has_peer: bool,
     peer: Presence,
     events: E,
     /// Whether a doorbell has come through since the other end last changed.
@@ -109,15 +111,18 @@ pub struct Link<M, E> {
 
 impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// Creates the link of an end, whose other end shows its presence in `words` if it can be seen.
-    /// Rings the other end once, because it may have gone to sleep before this end came.
+    /// Rings the other end once, because it may have gone to sleep before this end came. Without
+    /// another end (`has_peer` is false) it never rings.
     pub(crate) fn attach(
         region: Region<M>,
         words: Option<PresenceWords>,
         events: E,
+        has_peer: bool,
     ) -> Result<Self, E::Error> {
         let mut link = Link {
             peer: Presence::default(),
             words,
+            has_peer,
             region,
             events,
             proven: false,
@@ -173,6 +178,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// holds: a process that takes hold of the end looks before it sleeps, and QEMU without KVM
     /// crashes on a ring for a device that was unplugged.
     fn ring(&mut self) -> Result<bool, E::Error> {
+        if !self.has_peer {
+            return Ok(false);
+        }
         // SYNC: held-then-threshold; the driver stores the holder word before a process of its
         // guest can store a wake threshold. So an end that has read the threshold sees the holder
         // here.

@@ -20,10 +20,13 @@ pub struct PresenceWords {
 
 impl PresenceWords {
     /// Finds the presence words of `end` of the channel with this index. `None` if there is no such
-    /// channel, or if the page is not within the first `mapped` bytes. No guest mapping has a
-    /// driver's page.
+    /// channel, if the channel has no such end, or if the page is not within the first `mapped`
+    /// bytes. No guest mapping has a driver's page.
     pub fn find(layout: &Layout, channel: usize, end: End, mapped: u64) -> Option<Self> {
         let peer = layout.channels().get(channel)?.peer(end);
+        if peer > layout.host() {
+            return None;
+        }
         let page = layout.presence_page(peer);
         let connection = presence::CONNECTIONS + 8 * u64::from(peer);
         (page + PAGE_SIZE <= mapped).then_some(PresenceWords {

@@ -6,7 +6,7 @@
 use core::ops::Deref;
 
 use crate::cursor::{
-    Capacity, Corrupt, Detached, HEADER_BYTES, Header, Kind, PADDING_WORD, Place, Reset,
+    Capacity, Corrupt, Detached, HEADER_BYTES, Header, Kind, PADDING_WORD, Place, Reset, Stamp,
 };
 use crate::region::Region;
 use crate::sync::AtomicU64;
@@ -57,6 +57,18 @@ pub enum ReserveError {
     Reset(#[from] Reset),
 }
 
+/// Reason why the first sequence number of a channel cannot be set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FirstSequenceError {
+    /// A record has a number already, or a number was skipped.
+    #[error("the channel has had records since its last reset, so its first number is fixed")]
+    NotEmpty,
+    /// The channel was reset, and this end was detached from it.
+    #[error(transparent)]
+    Reset(#[from] Reset),
+}
+
 impl From<Detached> for ReserveError {
     fn from(detached: Detached) -> Self {
         match detached {
@@ -79,8 +91,10 @@ pub struct Producer<M> {
     /// Cursor behind the staged records.
     staged: u64,
     /// Cursor up to which there is room: a capacity above the consumer's cursor, as last seen and
-    /// checked.
+    /// checked. Without a consumer there is always room, and this is the cursor up to which records
+    /// can be staged without a further look.
     room: u64,
+    has_consumer: bool,
     /// Limit of this end, which is at least `staged`. The word in the region is a copy for taps and
     /// for successors.
     limit: u64,
@@ -89,8 +103,11 @@ pub struct Producer<M> {
     /// Cursor at which the newest of these records starts. It has no meaning before this end has
     /// staged one.
     last: u64,
-    /// Number of records dropped since the channel's reset.
-    dropped: u64,
+    /// Sequence number with which the channel began at its reset.
+    first: u64,
+    /// Number with which the channel began, and how many numbers no record has since then. The
+    /// number of records is what the next sequence number has beyond it.
+    unused: u64,
     /// Index of the older one of the two commit notes.
     older_note: usize,
     rung: u64,
@@ -104,9 +121,13 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         let generation = crate::state::check_generation(&region, channel)?;
         let base = channel.offset;
         let capacity = Capacity::of(channel);
+        let has_consumer = channel.has_consumer();
         let written = region.load(base + channel::WRITTEN);
-        // SYNC: released; as in `refresh`.
-        let read = region.acquire(base + channel::READ);
+        let read = match has_consumer {
+            // SYNC: released; as in `refresh`.
+            true => region.acquire(base + channel::READ),
+            false => written,
+        };
         capacity.in_flight(written, read)?;
         // A predecessor may have written up to its limit before it was killed.
         let limit = region.load(base + channel::LIMIT);
@@ -115,9 +136,11 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             .iter()
             .position(|note| region.load(base + note) == written);
         let current = current.ok_or(Corrupt("no commit note fits the producer's cursor"))?;
+        let first = region.load(base + channel::FIRST);
         Ok(Producer {
             records: region.load(base + channel::NOTES[current] + channel::NOTE_RECORDS),
-            dropped: region.load(base + channel::DROPPED),
+            unused: first.wrapping_add(region.load(base + channel::DROPPED)),
+            first,
             rung: region.load(base + channel::PRODUCER_RUNG),
             older_note: 1 - current,
             region,
@@ -126,16 +149,21 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             generation,
             written,
             staged: written,
-            room: read + capacity.bytes(),
+            room: match has_consumer {
+                true => read + capacity.bytes(),
+                false => written,
+            },
+            has_consumer,
             limit,
             last: written,
         })
     }
 
-    /// Returns the number of the next record: how many records were committed, staged or dropped
-    /// before it. Records that were staged when a producer crashed do not count.
+    /// Returns the sequence number of the next record: the first number of the channel, and how
+    /// many records were committed, staged or dropped, and numbers skipped, before it. Records that
+    /// were staged when a producer crashed do not count.
     pub fn sequence(&self) -> u64 {
-        self.records.wrapping_add(self.dropped)
+        self.records.wrapping_add(self.unused)
     }
 
     /// Returns the maximum payload of a record, in bytes.
@@ -143,9 +171,9 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         self.capacity.max_record()
     }
 
-    /// Returns the number of records dropped since the channel's reset.
+    /// Returns the number of records dropped, and of numbers skipped, since the channel's reset.
     pub fn dropped(&self) -> u64 {
-        self.dropped
+        self.unused.wrapping_sub(self.first)
     }
 
     /// Reserves space for a record with `length` bytes of payload. The caller fills it in place,
@@ -163,12 +191,37 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             return Err(self.detach().into());
         }
         if self.room < place.end() {
+            if !self.has_consumer {
+                self.bound_staged(place.end())?;
+                return Ok(place);
+            }
             self.refresh()?;
             if self.room < place.end() {
                 return Err(ReserveError::Full);
             }
         }
         Ok(place)
+    }
+
+    /// Publishes the staged records of a channel without a consumer if they and a further record,
+    /// which ends at the cursor `end`, would take more than a quarter of the capacity.
+    ///
+    /// So there are never more than half of the capacity and a sixteenth between `written` and the
+    /// limit: a quarter for the record, less than a quarter for its padding, and the rounding. The
+    /// newest committed record starts at most a quarter below `written`, and is whole until the
+    /// next commit.
+    #[cold]
+    fn bound_staged(&mut self, end: u64) -> Result<(), ReserveError> {
+        if self.was_reset() {
+            return Err(self.detach().into());
+        }
+        let quarter = self.capacity.bytes() / 4;
+        if end - self.written > quarter {
+            // No consumer waits for it.
+            let _ = self.publish()?;
+        }
+        self.room = self.written + quarter;
+        Ok(())
     }
 
     /// Returns whether a record with `length` bytes of payload fits now.
@@ -198,7 +251,11 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     // A function of its own, because only one reservation in a sixteenth of the capacity calls it.
     #[inline(never)]
     fn move_limit(&mut self, end: u64) {
-        self.limit = self.capacity.limit(end, self.room);
+        let room = match self.has_consumer {
+            true => self.room,
+            false => u64::MAX,
+        };
+        self.limit = self.capacity.limit(end, room);
         self.region.store(self.base + channel::LIMIT, self.limit);
         // SYNC: limit-then-data; pairs with the Acquire fence of a tap between its copy and its
         // load of the limit. A Release store of the limit would order the stores before it, and not
@@ -256,9 +313,41 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
 
     /// Counts a record that was dropped because the channel was full.
     pub fn drop_record(&mut self) {
-        self.dropped = self.dropped.wrapping_add(1);
+        self.leave_unused(1);
+    }
+
+    /// Skips sequence numbers: no record has them. They count as dropped, for a producer that knows
+    /// of records that were lost before they reached it. Publishes the staged records first, so
+    /// that the numbers lie between them and the next record. Returns whether the consumer must be
+    /// rung. The error says that this end was detached, and skipped nothing.
+    pub fn skip(&mut self, count: u64) -> Result<Notify, Reset> {
+        let notify = self.publish()?;
+        if self.was_reset() {
+            return Err(self.detach());
+        }
+        self.leave_unused(count);
+        Ok(notify)
+    }
+
+    fn leave_unused(&mut self, count: u64) {
+        self.unused = self.unused.wrapping_add(count);
         self.region
-            .store(self.base + channel::DROPPED, self.dropped);
+            .store(self.base + channel::DROPPED, self.dropped());
+    }
+
+    /// Sets the sequence number of the first record. The numbers below it count neither as records
+    /// nor as dropped.
+    pub fn set_first_sequence(&mut self, number: u64) -> Result<(), FirstSequenceError> {
+        if self.was_reset() {
+            return Err(self.detach().into());
+        }
+        if self.records != 0 || self.dropped() != 0 {
+            return Err(FirstSequenceError::NotEmpty);
+        }
+        (self.first, self.unused) = (number, number);
+        // A tap that sees a record sees this number, because the commit is a Release store.
+        self.region.store(self.base + channel::FIRST, number);
+        Ok(())
     }
 
     /// Arms a wake-up for when a record of `length` bytes fits, then looks once more. `true` if the
@@ -411,9 +500,9 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         self,
         kind: Kind,
         length: u32,
-        time: u64,
+        stamp: impl Into<Stamp>,
     ) -> Result<(Notify, &'a mut Producer<M>), Reset> {
-        let producer = self.stage(kind, length, time);
+        let producer = self.stage(kind, length, stamp);
         let notify = producer.publish()?;
         Ok((notify, producer))
     }
@@ -422,14 +511,16 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
     /// and staged before it. The consumer sees the record after [`Producer::publish`]. A crash
     /// before that loses the record.
     ///
-    /// `time` is the time of this side's monotonic clock, in nanoseconds. Returns the producer.
+    /// `stamp` is a time of this side's monotonic clock, in nanoseconds, or a [`Stamp`] of another
+    /// clock. Returns the producer.
     ///
     /// # Panics
     ///
     /// Panics if `length` is more than was reserved.
     #[inline]
-    pub fn stage(self, kind: Kind, length: u32, time: u64) -> &'a mut Producer<M> {
+    pub fn stage(self, kind: Kind, length: u32, stamp: impl Into<Stamp>) -> &'a mut Producer<M> {
         assert!(length <= self.length);
+        let Stamp { time, clock } = stamp.into();
         if !length.is_multiple_of(8) && length != self.padded {
             self.pad(length);
         }
@@ -441,6 +532,7 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         let header = Header {
             length,
             kind,
+            clock,
             sequence: producer.sequence(),
             time,
         };

@@ -52,9 +52,9 @@ pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
 ///
 /// A process claims an end before it attaches to the channel, and attaching fails during a reset.
 /// So either the reset sees the claim, or the attaching end sees the reset. An end that lives on
-/// although it seemed free notices the reset after its next store ([`Reset`](crate::cursor::Reset)).
-/// That store is below the cursor at which the channel begins, so that the new ends do not mistake
-/// it for one of their own.
+/// although it seemed free notices the reset after its next store
+/// ([`Reset`](crate::cursor::Reset)). That store is below the cursor at which the channel begins,
+/// so that the new ends do not mistake it for one of their own.
 pub fn reset<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     entry: &Channel,
@@ -82,17 +82,24 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
         return None;
     }
     let cursors = [channel::WRITTEN, channel::LIMIT, channel::READ];
-    let [written, limit, read] = cursors.map(|offset| region.load(entry.offset + offset));
+    let mut former = cursors.map(|offset| region.load(entry.offset + offset));
+    if !entry.has_consumer() {
+        // No honest program has written the consumer's cursor.
+        former[2] = 0;
+    }
+    let [written, limit, read] = former;
     let base = Capacity::of(entry).base_above(&[base, written, limit, read]);
     keep(base);
     for offset in cursors.into_iter().chain(channel::NOTES) {
-        region.store(entry.offset + offset, base);
+        let is_unused = offset == channel::READ && !entry.has_consumer();
+        region.store(entry.offset + offset, if is_unused { 0 } else { base });
     }
     let in_notes = channel::NOTES
         .into_iter()
         .flat_map(|note| [note + channel::NOTE_RECORDS, note + channel::NOTE_LAST]);
     let others = [
         channel::DROPPED,
+        channel::FIRST,
         channel::PRODUCER_RUNG,
         channel::PRODUCER_THRESHOLD,
         channel::CONSUMER_RUNG,
@@ -139,7 +146,8 @@ pub struct ChannelState {
     pub read: u64,
     /// Number of records committed.
     pub records: u64,
-    /// Number of records dropped because the channel was full.
+    /// Number of records dropped because the channel was full, and of numbers that the producer
+    /// skipped.
     pub dropped: u64,
     /// Number of doorbells that the producer rang.
     pub producer_rung: u64,
@@ -179,8 +187,12 @@ impl ChannelState {
         }
     }
 
-    /// Returns the bytes committed and not released; `None` if the cursors contradict each other.
+    /// Returns the bytes committed and not released; `None` if the cursors contradict each other,
+    /// or if the channel has no consumer that could release them.
     pub fn fill(&self, entry: &Channel) -> Option<u64> {
+        if !entry.has_consumer() {
+            return None;
+        }
         Capacity::of(entry).in_flight(self.written, self.read).ok()
     }
 

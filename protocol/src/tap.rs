@@ -103,6 +103,8 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         assert_eq!(bytes.len(), header.length as usize);
         self.region
             .copy_out(self.data(self.cursor) + HEADER_BYTES, bytes);
+        // It does not change behind a record of the same generation.
+        let first = self.region.load(self.base + channel::FIRST);
         if !self.is_whole(self.cursor) {
             return false;
         }
@@ -110,6 +112,7 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         let dropped = header
             .sequence
             .wrapping_sub(self.index)
+            .wrapping_sub(first)
             .saturating_sub(self.dropped_before);
         // An honest producer's numbers never go back.
         self.dropped = self.dropped.max(dropped);
@@ -128,7 +131,8 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         self.missed
     }
 
-    /// Returns the number of records that the producer dropped in that time.
+    /// Returns the number of records that the producer dropped, and of numbers that it skipped, in
+    /// that time.
     pub fn dropped(&self) -> u64 {
         self.dropped
     }

@@ -3,7 +3,7 @@
 //! The arithmetic of cursors, compared with its rules for every kind of input.
 
 use barlink_protocol::cursor::*;
-use barlink_protocol::wire::layout::{Channel, Name};
+use barlink_protocol::wire::layout::{Channel, Name, Policy};
 use proptest::prelude::*;
 
 fn capacity(bytes: u64) -> Capacity {
@@ -12,7 +12,7 @@ fn capacity(bytes: u64) -> Capacity {
         producer: 0,
         consumer: 1,
         vector: 0,
-        drop_when_full: false,
+        policy: Policy::Wait,
         offset: 8192,
         capacity: bytes,
     })
@@ -83,9 +83,23 @@ fn only_numbers_of_kinds_make_headers() {
 
 #[test]
 fn refuses_bits_outside_the_fields() {
-    for bit in 48..64 {
+    for bit in 56..64 {
         let first = words(8, 1)[0] | 1 << bit;
         assert!(capacity(4096).check(first, 0, 4096).is_err(), "bit {bit}");
+    }
+}
+
+#[test]
+fn accepts_any_clock() {
+    for number in 0..=u8::MAX {
+        let mut words = words(8, 1);
+        words[0] |= u64::from(number) << 48;
+        assert_eq!(capacity(4096).check(words[0], 0, 4096), Ok(32));
+        let header = Header::from_words(words).unwrap();
+        assert_eq!(
+            (header.clock, header.kind),
+            (Clock::new(number), Kind::DATA)
+        );
     }
 }
 

@@ -16,7 +16,7 @@ fn channel(name: &str, offset: u64, capacity: u64) -> Channel {
         producer: 0,
         consumer: 1,
         vector: 1,
-        drop_when_full: false,
+        policy: Policy::Wait,
         offset,
         capacity,
     }
@@ -84,6 +84,53 @@ fn superblock_matches_documented_bytes() {
         [1, 0, 0, 0, 0, 0, 0, 0],
         "the host, ID 1, produces for slot 0"
     );
+}
+
+#[test]
+fn refuses_entries_with_unknown_policy() {
+    for (number, policy) in [(0, Some(Policy::Wait)), (1, Some(Policy::Drop)), (3, None)] {
+        let found = with(|page| page[entry(1, 4)] |= number << 32);
+        match policy {
+            Some(policy) => assert_eq!(found.unwrap().channels()[1].policy, policy),
+            None => assert_eq!(
+                found,
+                Err(LayoutError::Channel {
+                    index: 1,
+                    fault: "policy"
+                })
+            ),
+        }
+    }
+    for policy in [Policy::Wait, Policy::Drop, Policy::Overwrite] {
+        assert_eq!(Policy::from_number(policy as u32), Some(policy));
+        assert_eq!(policy.to_string().parse(), Ok(policy));
+    }
+}
+
+#[test]
+fn only_overwriting_channels_lack_consumer() {
+    for (policy, consumer, is_valid) in [
+        (Policy::Wait, 1, true),
+        (Policy::Wait, NO_PEER, false),
+        (Policy::Drop, NO_PEER, false),
+        (Policy::Overwrite, NO_PEER, true),
+        (Policy::Overwrite, 1, false),
+    ] {
+        let channel = Channel {
+            policy,
+            consumer,
+            ..channel("up", FIRST_FREE, 4096)
+        };
+        let layout = Layout::new(SIZE, 1, 3, channel.end(), 0, &[channel]);
+        assert_eq!(layout.is_ok(), is_valid, "{channel:?}: {layout:?}");
+        let Ok(layout) = layout else {
+            continue;
+        };
+        assert_eq!(Layout::decode(&layout.encode(), SIZE), Ok(layout.clone()));
+        let words = PresenceWords::find(&layout, 0, End::Consumer, SIZE);
+        assert_eq!(words.is_some(), channel.has_consumer());
+        assert!(PresenceWords::find(&layout, 0, End::Producer, SIZE).is_some());
+    }
 }
 
 #[test]

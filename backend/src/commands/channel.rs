@@ -5,6 +5,7 @@
 use anyhow::{Context, Result};
 use barlink::host::Added;
 use barlink::{Access, Channel};
+use barlink_cli::channel::{peer_name, policy_note};
 use barlink_cli::standard::print;
 use barlink_protocol::wire::layout::{Layout, MAX_CHANNELS};
 use indicatif::BinaryBytes;
@@ -28,7 +29,7 @@ fn add(args: &AddChannel) -> Result<()> {
         producer,
         consumer,
         vector: 0,
-        drop_when_full: plan.drop_when_full,
+        policy: plan.policy,
         offset: 0,
         capacity: plan.capacity,
     })?;
@@ -69,31 +70,30 @@ struct Row {
     name: String,
     /// The peer that produces: `host` or `slot N`.
     from: String,
-    /// The peer that consumes.
+    /// The peer that consumes, or `taps` if the channel has no consumer.
     to: String,
     /// Bytes in its data area.
     capacity: u64,
-    /// Whether its producer drops records while it is full.
-    drop_when_full: bool,
+    /// The treatment of records that find no room: `wait`, `drop` or `overwrite`.
+    policy: &'static str,
+    #[serde(skip)]
+    note: &'static str,
     /// The vector that wakes either end.
     vector: u32,
 }
 
 impl List {
     fn of(layout: &Layout) -> Self {
-        let peer = |id| match id == layout.host() {
-            true => "host".to_owned(),
-            false => format!("slot {id}"),
-        };
         let channels = layout.channels().iter();
         List {
             channels: channels
                 .map(|channel| Row {
                     name: channel.name.to_string(),
-                    from: peer(channel.producer),
-                    to: peer(channel.consumer),
+                    from: peer_name(channel.producer, layout.host()),
+                    to: peer_name(channel.consumer, layout.host()),
                     capacity: channel.capacity,
-                    drop_when_full: channel.drop_when_full,
+                    policy: channel.policy.as_str(),
+                    note: policy_note(channel.policy),
                     vector: channel.vector,
                 })
                 .collect(),
@@ -111,18 +111,14 @@ fn list(args: &ListChannels) -> Result<()> {
     }
     let mut text = String::new();
     for row in &list.channels {
-        let drops = if row.drop_when_full {
-            ", drops when full"
-        } else {
-            ""
-        };
         text.push_str(&format!(
-            "{}: {} to {}, {}, vector {}{drops}\n",
+            "{}: {} to {}, {}, vector {}{}\n",
             row.name,
             row.from,
             row.to,
             BinaryBytes(row.capacity),
-            row.vector
+            row.vector,
+            row.note
         ));
     }
     let room = match list.room {

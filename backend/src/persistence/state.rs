@@ -312,7 +312,7 @@ mod tests {
     /// A broker that is killed within the call has stored the entry alone, or the count as well.
     #[test]
     fn killed_broker_adds_whole_channel_or_none() {
-        use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Name, TABLE_COUNT};
+        use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Name, Policy, TABLE_COUNT};
 
         let before = Layout::new(1 << 20, 1, 1, 1 << 19, 0, &[]).unwrap();
         let before = before.with_reserve(FIRST_FREE, 1 << 16).unwrap();
@@ -322,7 +322,7 @@ mod tests {
             producer: 0,
             consumer: 1,
             vector: 0,
-            drop_when_full: false,
+            policy: Policy::Wait,
             offset: FIRST_FREE,
             capacity: PAGE_SIZE,
         };

@@ -66,6 +66,8 @@ pub struct Slot {
 struct Occupancy {
     words: SlotWords,
     vm: Option<Vm>,
+    /// Whether the broker has ended, so that the number of the connection stays.
+    is_final: bool,
     /// The VMM of this VM, or of the former one until its process has ended.
     vmm: Option<Vmm>,
     /// The epoch of the driver when the VM connected, as far as this broker admitted it.
@@ -113,9 +115,9 @@ impl Slot {
             occupancy: Mutex::new(Occupancy {
                 words,
                 vm: None,
+                is_final: false,
                 vmm,
                 first_epoch: None,
-                is_final: false,
             }),
             session_lock: RwLock::new(()),
         })
@@ -274,11 +276,8 @@ impl Slot {
     pub(crate) fn vacate(&self) {
         let mut occupancy = self.occupancy.lock();
         occupancy.vm = None;
-        if occupancy
-            .vmm
-            .take_if(|vmm| vmm.lives() == Some(false))
-            .is_some()
-        {
+        let has_ended = occupancy.vmm.take_if(|vmm| vmm.lives() == Some(false));
+        if has_ended.is_some() {
             self.descriptors.remove(&name::vmm(self.id));
         }
         if !occupancy.is_final {

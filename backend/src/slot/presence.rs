@@ -27,10 +27,10 @@ impl SharedRegion {
         self.ring_control(self.layout().host());
     }
 
-    /// Publishes the holder of an end, 0 for none, to the peer of the other end.
+    /// Publishes the holder of an end, 0 for none, to the peer of the other end, if there is one.
     pub(crate) fn publish_holder(&self, channel: usize, end: End, word: u64) {
         self.publish(presence::holder(channel, end), word);
-        if let Some(entry) = self.channel(channel) {
+        if let Some(entry) = self.channel(channel).filter(|entry| entry.has_consumer()) {
             self.ring_control(entry.peer(end.other()));
         }
     }

@@ -9,7 +9,7 @@ use barlink::control::message::{Ask, Entry, Refusal};
 use barlink::host::{AttachOptions, Attachment};
 use barlink::{Access, Channel, ErrorKind, Kind};
 use barlink_protocol::state;
-use barlink_protocol::wire::layout::{Layout, Name, PAGE_SIZE, TABLE_COUNT, table_entry};
+use barlink_protocol::wire::layout::{Layout, Name, PAGE_SIZE, Policy, TABLE_COUNT, table_entry};
 use rustix::process::Signal;
 
 use crate::service::ServiceManager;
@@ -64,7 +64,7 @@ fn added_channel_serves_attached_apps() {
     let layout = apps[0].layout();
     assert!(layout.extends(&before));
     let added = &layout.channels()[2];
-    assert_eq!((added.vector, added.drop_when_full), (3, true));
+    assert_eq!((added.vector, added.policy), (3, Policy::Drop));
     // It has a part of every tool.
     let list: serde_json::Value =
         serde_json::from_str(&works(&mut broker.app(&["channel", "list", "--json"]))).unwrap();

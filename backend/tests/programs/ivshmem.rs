@@ -7,7 +7,7 @@ use std::io::Write;
 
 use barlink::Side;
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::wire::layout::{End, MAGIC, channel, presence};
+use barlink_protocol::wire::layout::{End, MAGIC, Policy, channel, presence};
 use barlink_protocol::{Events, state};
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
@@ -324,8 +324,8 @@ fn superblock_matches_layout_from_broker() {
     assert_eq!(&layout, attachment.layout());
     let (_, a) = layout.find("a").unwrap();
     assert_eq!(
-        (a.capacity, a.drop_when_full, a.peer(End::Consumer)),
-        (64 << 10, true, layout.host())
+        (a.capacity, a.policy, a.peer(End::Consumer)),
+        (64 << 10, Policy::Drop, layout.host())
     );
     let mut sender = attachment.sender("b").unwrap();
     assert_eq!(sender.max_record(), (512 << 10) - 24);

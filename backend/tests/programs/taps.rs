@@ -6,7 +6,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
 
-use barlink::Kind;
+use barlink::{End, Error, ErrorKind, Kind, Side};
 use barlink_protocol::wire::layout::channel;
 use rustix::process::Signal;
 
@@ -381,4 +381,85 @@ fn sender_of_slow_source_keeps_old_records_readable() {
     assert!(ahead().unwrap() <= 64 << 10, "{:?}", ahead());
     let mut latest = broker.app(&["tail", "loop", "--latest", "-n", "1"]);
     assert!(works(&mut latest).contains(" end "));
+}
+
+#[test]
+fn broker_refuses_consumer_of_overwriting_channel() {
+    let broker = Broker::start(&["--channel", "camera=host-taps,64K,overwrite"]);
+    let app = broker.attach();
+    let refused = "channel `camera` has no consumer, because its producer overwrites: read it with a tap \
+                   (`recv --tap`, `tail`, or `Tap` in a program)";
+    fails(
+        &mut broker.app(&["recv", "--channel", "camera"]),
+        1,
+        &[refused],
+    );
+    let error = app.receiver("camera").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(error.to_string(), refused);
+    let (answer, end) = (app.claim("camera", End::Consumer), End::Consumer);
+    assert!(
+        matches!(answer, Err(Error::NoConsumer(_))),
+        "{end}: {answer:?}"
+    );
+    let list = works(&mut broker.app(&["channel", "list"]));
+    assert!(
+        list.contains("camera: host to taps, 64.00 KiB, vector 1, overwrites\n"),
+        "{list}"
+    );
+}
+
+#[test]
+fn taps_read_overwriting_channel() {
+    let broker = Broker::start(&["--channel", "up=up,64K", "--reserve", "128K"]);
+    let app = broker.attach();
+    works(&mut broker.app(&["channel", "add", "camera=host-taps,64K,overwrite"]));
+    let mut taps = ["tail", "recv"].map(|command| {
+        let args: &[&str] = match command {
+            "tail" => &["tail", "camera", "-n", "1"],
+            _ => &["recv", "--channel", "camera", "--tap"],
+        };
+        let child = broker.app(args).stdout(Stdio::piped()).start();
+        wait_for_tap(&child);
+        child
+    });
+    // It is a quarter of the capacity, and the channel is overwritten several times.
+    let data = noise(16_000);
+    file_with(&broker.path("in"), &data);
+    let mut send = broker.app(&["send", "--channel", "camera"]);
+    works(send.arg(broker.path("in")));
+    for (tap, expected) in taps.iter_mut().zip([None, Some(&data)]) {
+        let mut output = Vec::new();
+        tap.stdout.take().unwrap().read_to_end(&mut output).unwrap();
+        assert!(wait(tap).success());
+        match expected {
+            None => assert!(String::from_utf8(output).unwrap().ends_with(" begin 0 0\n")),
+            Some(data) => assert_eq!(&output, data),
+        }
+    }
+    let mut sender = app.sender("camera").unwrap();
+    for _ in 0..100 {
+        let _ = sender.send(Kind::USER, &data).unwrap();
+    }
+    // A reset asks for the producer alone.
+    fails(
+        &mut broker.app(&["reset-channel", "camera"]),
+        4,
+        &["in use"],
+    );
+    let json = works(&mut broker.app(&["inspect", "--json"]));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let (view, region) = (&json["channels"][1], &json["region"]["channels"][1]);
+    assert_eq!(
+        (&view["policy"], &view["to"]),
+        (&"overwrite".into(), &"taps".into())
+    );
+    assert!(view["fill"].is_null() && view["consumer"].is_null());
+    assert_eq!(
+        (&region["policy"], &region["consumer"]),
+        (&"overwrite".into(), &().into())
+    );
+    drop(sender);
+    works(&mut broker.app(&["reset-channel", "camera"]));
+    assert_eq!(app.sender("camera").unwrap().sequence(), 0);
 }

@@ -22,6 +22,8 @@ const STREAM_INDEX: usize = 2 * Transport::ALL.len();
 /// returned last, at any address.
 pub const TRIP: [&str; 2] = ["there", "back"];
 pub const TRIP_CAPACITY: u64 = 256 << 10;
+/// The channel without a receiver, for several readers.
+pub const READERS: &str = "readers";
 
 /// Streams for some time. Records of a channel and of iceoryx2 are built in place, one by one.
 pub fn stream(scene: &Scene, way: Way, record_size: u64, time: Duration) -> Result<Streamed> {
@@ -104,7 +106,7 @@ pub fn start(scene: &Scene, arguments: &[&str]) -> Result<Load> {
 
 /// Returns the name of a service that no other process uses: it contains the name of the broker's
 /// folder.
-fn service(scene: &Scene, what: &str) -> String {
+pub fn service(scene: &Scene, what: &str) -> String {
     let folder = scene.control();
     let folder = folder.parent().and_then(|folder| folder.file_name());
     let folder = folder.unwrap_or_default().to_string_lossy();

@@ -15,6 +15,7 @@
 //! | `scene.rs` | the broker, the VM with all its connections, and processes on both sides |
 //! | `peer.rs`, `daemon.rs` | the setup of other projects' ways, and their processes on the host |
 //! | `stream.rs` | one stream of records over any way |
+//! | `readers.rs` | streams to several readers on the host |
 //! | `trip.rs` | round trips |
 //! | `host.rs` | streams and round trips between two processes on the host |
 //! | `idle.rs` | the cost of ends that sleep |
@@ -31,6 +32,7 @@ mod host;
 mod idle;
 mod peer;
 mod plan;
+mod readers;
 mod report;
 mod scene;
 mod spread;
@@ -145,7 +147,8 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
     let sleepers = plan.sleepers.clone();
     let mut report = Report::new(scene.conditions()?, plan);
     let style = "{bar:30} round {msg}, {eta} left";
-    let round = u32::try_from(report.streams.len() + report.trips.len())?;
+    let round = report.streams.len() + report.readers.len() + report.trips.len();
+    let round = u32::try_from(round)?;
     let idle = (idle_time + IDLE_COST) * u32::try_from(sleepers.len())?;
     let mut budget = Budget::new(start + time - idle, rounds, round);
     let length = u64::from(rounds * round);
@@ -164,6 +167,10 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
                 budget.spend(|time| row.measure(&scene, time))?;
                 bar.inc(1);
             }
+        }
+        for row in &mut report.readers {
+            budget.spend(|time| row.measure(&scene, time))?;
+            bar.inc(1);
         }
         for row in &mut report.trips {
             budget.spend(|time| row.measure(&scene, time))?;

@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 
 use super::case::{Case, Way};
 use super::idle;
+use super::readers::Readers;
 use super::trip::Trip;
 use barlink_vm::broker::Transport;
 
@@ -14,6 +15,8 @@ use barlink_vm::broker::Transport;
 pub struct Plan {
     /// Streams.
     pub streams: Vec<Case>,
+    /// Streams to several readers.
+    pub readers: Vec<Readers>,
     /// Round trips.
     pub trips: Vec<Trip>,
     /// Pairs of ends that sleep; none for the pair on the host.
@@ -27,16 +30,22 @@ impl Plan {
     pub fn new(sizes: &[u64], trip_sizes: &[u64], only: &[String]) -> Result<Self> {
         let wanted = |name: String| only.is_empty() || only.iter().any(|text| name.contains(text));
         let (mut streams, mut trips) = (Case::all(sizes), Trip::all(trip_sizes));
+        let mut readers = Readers::all(sizes);
+        readers.retain(|readers| wanted(readers.to_string()));
         streams.retain(|case| wanted(case.to_string()));
         trips.retain(|trip| wanted(trip.to_string()));
         let sleepers = idle::all().filter(|transport| wanted(idle::name(*transport)));
         let plan = Self {
             streams,
+            readers,
             trips,
             sleepers: sleepers.collect(),
         };
         ensure!(
-            !plan.streams.is_empty() || !plan.trips.is_empty() || !plan.sleepers.is_empty(),
+            !plan.streams.is_empty()
+                || !plan.readers.is_empty()
+                || !plan.trips.is_empty()
+                || !plan.sleepers.is_empty(),
             "nothing has {} in its name (--only)",
             only.join(" or ")
         );
@@ -46,6 +55,7 @@ impl Plan {
     /// Returns the ways of all cases, each once.
     pub fn ways(&self) -> Vec<Way> {
         let streams = self.streams.iter().map(|case| case.way);
+        let streams = streams.chain(self.readers.iter().map(|case| case.way));
         let mut ways = Vec::new();
         for way in streams.chain(self.trips.iter().map(|trip| trip.way())) {
             if !ways.contains(&way) {

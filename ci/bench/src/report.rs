@@ -17,6 +17,7 @@ use super::charts;
 use super::host::TRIP_CAPACITY;
 use super::idle;
 use super::plan::Plan;
+use super::readers;
 use super::scene::{Conditions, Side};
 use super::spread::range_name;
 use super::stream;
@@ -30,6 +31,7 @@ pub struct Report {
     /// Length of all measurements in seconds, from the start of the VM, and the number of rounds.
     pub(super) took: (f64, u32),
     pub(super) streams: Vec<stream::Row>,
+    pub(super) readers: Vec<readers::Row>,
     pub(super) trips: Vec<trip::Row>,
     pub(super) idle: Vec<idle::Row>,
 }
@@ -41,6 +43,7 @@ impl Report {
             conditions,
             took: Default::default(),
             streams: plan.streams.into_iter().map(stream::Row::new).collect(),
+            readers: plan.readers.into_iter().map(readers::Row::new).collect(),
             trips: plan.trips.into_iter().map(trip::Row::new).collect(),
             idle: Vec::new(),
         }
@@ -109,6 +112,9 @@ impl Report {
             });
             self.with_conditions(row, more)
         });
+        let readers = self.readers.iter();
+        let readers =
+            readers.map(|row| self.with_conditions(row, json!({ "wait": readers::WAIT })));
         let trips = self.trips.iter().map(|row| {
             let cache_mode = match row.trip {
                 Trip::Channels(transport, _) | Trip::Doorbells(transport) => {
@@ -138,6 +144,7 @@ impl Report {
             "seconds": self.took.0,
             "rounds": self.took.1,
             "streams": streams.collect::<Result<Vec<_>>>()?,
+            "readers": readers.collect::<Result<Vec<_>>>()?,
             "trips": trips.collect::<Result<Vec<_>>>()?,
             "idle": idle.collect::<Result<Vec<_>>>()?,
         }))
@@ -225,6 +232,26 @@ impl fmt::Display for Report {
             )?;
             writeln!(f, "|---|---|---:|---:|---:|---:|---:|---:|---:|---|")?;
             for row in &self.streams {
+                write!(f, "{row}")?;
+            }
+        }
+        if !self.readers.is_empty() {
+            writeln!(
+                f,
+                "\n## Several readers\n\nConditions: {conditions}. Between processes on the host. The sender never waits: the channel, of {}, \
+                 and the queues of iceoryx2, as long, lose their oldest records. Each reader copies each record out (barlink), or reads it \
+                 in place (iceoryx2), and adds up all words. A reader that finds no record looks again after {}. Rates are those behind the \
+                 first {} ms. Missed records are counted by the reader, and are the rest of all that were sent.\n",
+                BinaryBytes(CAPACITY),
+                readers::WAIT,
+                WARM_UP.as_millis()
+            )?;
+            writeln!(
+                f,
+                "| how | readers | record | sender | sender, MiB/s | readers together, MiB/s | {range} | missed |"
+            )?;
+            writeln!(f, "|---|---|---:|---|---:|---:|---:|---:|")?;
+            for row in &self.readers {
                 write!(f, "{row}")?;
             }
         }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use barlink_bench_load::{CAPACITY, RAW_SIZE};
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -32,7 +32,7 @@ use barlink_vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 /// checks.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(2);
-/// Bytes of the region, which has room for seven large channels and two small ones.
+/// Bytes of the region, which has room for eight large channels and two small ones.
 const REGION: &str = "256M";
 /// The name of the port of virtio-serial, and the file name of its socket on the host.
 pub const PORT: &str = "barlink.bench";
@@ -113,6 +113,7 @@ impl<'a> Scene<'a> {
         for name in host::TRIP {
             channels.push(format!("{name}=host-host,{}", host::TRIP_CAPACITY));
         }
+        channels.push(format!("{}=host-taps,{CAPACITY},overwrite", host::READERS));
         let options = channels.iter().flat_map(|channel| ["--channel", channel]);
         let arguments: Vec<_> = options.chain(["--size", REGION]).collect();
         let broker = Broker::start_over(artifacts, &Transport::ALL, &arguments)?;
@@ -271,6 +272,14 @@ impl Load {
             Load::Guest(process) => process.next_line(TIMEOUT)?,
         };
         line.context("a process ended that was to sleep")
+    }
+
+    /// Stops a process on the host.
+    pub fn stop(&self) -> Result<()> {
+        if let Load::Host(child) = self {
+            kill_process(Pid::from_child(child), Signal::STOP)?;
+        }
+        Ok(())
     }
 
     /// Kills the process, and waits until it has ended.

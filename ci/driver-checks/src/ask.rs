@@ -82,6 +82,7 @@ impl Region {
                     "down=host-0,64K",
                     "side=0-1,64K",
                     "up1=1-host,64K",
+                    "frames=1-taps,64K,overwrite",
                 ],
                 ..main
             },

@@ -24,6 +24,9 @@ pub(crate) const SIDE: Claim = end(2, End::Consumer);
 /// The producer's end of the bus's channel `up1`. The host has the consumer's end.
 pub(crate) const UP1: Claim = end(3, End::Producer);
 
+/// The producer's end of the bus's channel `frames`, which has no consumer.
+pub(crate) const FRAMES: Claim = end(4, End::Producer);
+
 const fn end(channel: u32, end: End) -> Claim {
     Claim {
         channel,

@@ -8,7 +8,8 @@ use std::sync::LazyLock;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{
-    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, PAGE_SIZE, channel, presence,
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, NO_PEER, Name, PAGE_SIZE, Policy, channel,
+    presence,
 };
 use barlink_protocol::{Consumer, Producer};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
@@ -27,17 +28,23 @@ pub const MAPPABLE: u64 = SIZE - PAGE_SIZE;
 const BASE: u64 = MAPPABLE - CAPACITY - channel::DATA;
 
 /// The region's layout: one channel, from slot 0 to the host.
-pub static LAYOUT: LazyLock<Layout> = LazyLock::new(|| layout(false));
+pub static LAYOUT: LazyLock<Layout> = LazyLock::new(|| layout(Policy::Wait));
 /// The same layout with a channel that drops.
-pub static DROPPING: LazyLock<Layout> = LazyLock::new(|| layout(true));
+pub static DROPPING: LazyLock<Layout> = LazyLock::new(|| layout(Policy::Drop));
+/// The same layout with a channel that overwrites, and has no consumer.
+pub static OVERWRITING: LazyLock<Layout> = LazyLock::new(|| layout(Policy::Overwrite));
 
-fn layout(drop_when_full: bool) -> Layout {
+fn layout(policy: Policy) -> Layout {
+    let consumer = match policy {
+        Policy::Overwrite => NO_PEER,
+        Policy::Wait | Policy::Drop => 1,
+    };
     let channel = Channel {
         name: Name::new("fuzz").expect("a name"),
         producer: 0,
-        consumer: 1,
+        consumer,
         vector: 0,
-        drop_when_full,
+        policy,
         offset: BASE,
         capacity: CAPACITY,
     };
@@ -68,6 +75,7 @@ enum Place {
     Read,
     ConsumerThreshold,
     ConsumerRung,
+    First,
     /// The header at the consumer's cursor, or the word this many words after it.
     Next(u8),
     Data(u16),
@@ -111,6 +119,7 @@ impl Place {
             Place::Read => BASE + channel::READ,
             Place::ConsumerThreshold => BASE + channel::CONSUMER_THRESHOLD,
             Place::ConsumerRung => BASE + channel::CONSUMER_RUNG,
+            Place::First => BASE + channel::FIRST,
             Place::Next(further) => data(words.load(BASE + channel::READ) / 8 + u64::from(further)),
             Place::Data(word) => data(word.into()),
             Place::BrokerEpoch => BROKER_PAGE + presence::EPOCH,
@@ -187,9 +196,10 @@ pub fn region(size: u64, scribbles: Vec<Scribble>, always: fn(Words)) -> (Memory
     (memory.clone(), Region::new(memory))
 }
 
-/// Sends a record like an honest producer, if the channel is not corrupt and has room.
-pub fn produce(region: &Region<Memory>, length: u16) {
-    if let Ok(mut producer) = Producer::attach(region.clone(), &LAYOUT.channels()[0])
+/// Sends a record like an honest producer of the channel of a layout, if the channel is not corrupt
+/// and has room.
+pub fn produce(region: &Region<Memory>, layout: &Layout, length: u16) {
+    if let Ok(mut producer) = Producer::attach(region.clone(), &layout.channels()[0])
         && let Ok(room) = producer.reserve(length.into())
     {
         let length = room.length();

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use barlink_protocol::wire::layout::{
     BrokerName, Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS,
-    MAX_VECTORS, MIN_CAPACITY, Name, PAGE_SIZE,
+    MAX_VECTORS, MIN_CAPACITY, NO_PEER, Name, PAGE_SIZE, Policy,
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 
@@ -26,10 +26,18 @@ pub fn check(layout: &Layout) {
     for (index, channel) in layout.channels().iter().enumerate() {
         assert!(channel.capacity.is_power_of_two() && channel.capacity >= MIN_CAPACITY);
         assert!(channel.vector < layout.vectors);
-        assert!(channel.producer <= layout.host() && channel.consumer <= layout.host());
+        assert!(channel.producer <= layout.host());
+        assert_eq!(
+            channel.consumer > layout.host(),
+            channel.policy == Policy::Overwrite
+        );
         assert_eq!(Name::new(channel.name.as_str()), Some(channel.name));
         assert_eq!(layout.find(channel.name.as_str()), Some((index, channel)));
         for end in [End::Producer, End::Consumer] {
+            if end == End::Consumer && !channel.has_consumer() {
+                assert_eq!(channel.peer(end), NO_PEER);
+                continue;
+            }
             let page = layout.presence_page(channel.peer(end));
             assert!(page + PAGE_SIZE <= layout.region_size);
             assert!(page < FIRST_FREE || page >= layout.mappable_size());
@@ -72,7 +80,7 @@ struct ChannelInput {
     name: u8,
     peers: (u8, u8),
     vector: u8,
-    drop_when_full: bool,
+    policy: u8,
     /// Pages left out before the channel.
     gap: i8,
     shift: u8,
@@ -88,9 +96,12 @@ impl LayoutInput {
             let channel = Channel {
                 name: Name::new(&format!("channel-{}", input.name))?,
                 producer: input.peers.0.into(),
-                consumer: input.peers.1.into(),
+                consumer: match input.peers.1 {
+                    u8::MAX => NO_PEER,
+                    peer => peer.into(),
+                },
                 vector: input.vector.into(),
-                drop_when_full: input.drop_when_full,
+                policy: Policy::from_number((input.policy % 3).into())?,
                 offset: free.wrapping_add(gap),
                 capacity: 1 << (input.shift % 64),
             };

@@ -144,7 +144,13 @@ pub fn all() -> Result<Vec<Part>> {
             "host",
             "the tests of the ring, the broker and the programs in full depth: 10,000 host apps attach, every interleaving",
             420,
-            "package(barlink) | package(barlink-broker) | package(barlink-protocol)",
+            "(package(barlink) | package(barlink-broker) | package(barlink-protocol)) & not test(latest_is_whole_under_fast_sender)",
+        ),
+        (
+            "newest",
+            "11 million times the newest record of a sender that never pauses: 99.9 % whole, none torn",
+            240,
+            "test(latest_is_whole_under_fast_sender)",
         ),
         (
             "packages",

@@ -109,7 +109,9 @@ fn streams_run_in_both_directions_at_once() -> Result<()> {
 /// before a receiver takes the same records.
 #[test]
 fn taps_in_guest_consume_no_record() -> Result<()> {
-    let (broker, vm) = start(TRANSPORT, &[])?;
+    let channels = ["up=up,64K", "down=down,64K", "camera=up,64K,overwrite"];
+    let args = channels.map(|channel| format!("--channel={channel}"));
+    let (broker, vm) = start(TRANSPORT, &args.each_ref().map(String::as_str))?;
     send(&broker, "down", b"first")?;
     let tail = || vm.spawn(["barlink-guest", "tail", "down", "--latest", "-n", "4"]);
     let tails = [tail()?, tail()?];
@@ -133,6 +135,27 @@ fn taps_in_guest_consume_no_record() -> Result<()> {
         let received = vm.run(["barlink-guest", "recv"])?.success()?;
         ensure!(received == text, "{received}, not {text}");
     }
+    overwrite(&broker, &vm)
+}
+
+/// Overwrites the channel `camera` from the guest, without a receiver. Taps on both sides find the
+/// newest record.
+fn overwrite(broker: &Broker, vm: &Vm) -> Result<()> {
+    vm.put_file("/tmp/file", &noise(300_000))?;
+    vm.run(["barlink-guest", "send", "--channel", "camera", "/tmp/file"])?
+        .require_success()?;
+    let refused = vm.run(["barlink-guest", "recv", "--channel", "camera"])?;
+    let text = String::from_utf8_lossy(&refused.stderr);
+    ensure!(text.contains("channel `camera` has no consumer"), "{text}");
+    let tail = ["tail", "camera", "--latest", "-n", "1"];
+    let in_guest = vm
+        .run(["barlink-guest"].into_iter().chain(tail))?
+        .success()?;
+    let on_host = run(&mut broker.app(tail), "the tap")?;
+    let on_host = String::from_utf8(on_host.stdout)?;
+    ensure!(in_guest == on_host, "{in_guest}, not {on_host}");
+    let newest = in_guest.split(' ').skip(1).collect::<Vec<_>>();
+    ensure!(newest.first() == Some(&"end"), "{in_guest}");
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
-use crate::claim::{Held, NotHere};
+use crate::claim::{Held, NoConsumer, NotHere};
 use crate::doorbell::Doorbells;
 use crate::error::Error;
 use crate::guest::broker::{Asker, SleepQuestions};
@@ -532,6 +532,9 @@ impl Side for Device {
             return Err(Error::ReadOnly { name, end });
         }
         let channel = &self.layouts.latest().channels()[index];
+        if end == End::Consumer && !channel.has_consumer() {
+            return Err(NoConsumer::new(name.to_owned()).into());
+        }
         // A file of its own: the claim ends with it, and it is woken for this channel alone.
         let file = open(&self.path, self.access)?;
         let info = info(&file, &self.path)?;
@@ -555,6 +558,7 @@ impl Side for Device {
             error => system("claim an end of a channel of", &self.path, error).into(),
         })?;
         let doorbell = uapi::Doorbell {
+            // It is not rung if there is no other end.
             peer: channel.peer(end.other()),
             vector: channel.vector,
         };

@@ -548,6 +548,7 @@ impl Side for Attachment {
         let (answer, descriptors) = asked.map_err(|error| match error {
             ControlError::Refused(Refusal::Held(held)) => Error::Held(held),
             ControlError::Refused(Refusal::NotHost(not_here)) => Error::NotHere(not_here),
+            ControlError::Refused(Refusal::NoConsumer(none)) => Error::NoConsumer(none),
             error => Error::Control(error),
         })?;
         let Answer::Claimed = answer else {

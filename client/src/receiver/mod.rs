@@ -7,7 +7,7 @@ mod record;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
-use barlink_protocol::cursor::{Corrupt, Header, Kind};
+use barlink_protocol::cursor::{Clock, Corrupt, Header, Kind};
 use barlink_protocol::stream::Position;
 use barlink_protocol::{PresenceWords, Strategy, Wakeup};
 
@@ -111,6 +111,7 @@ impl Receiver {
             header: Header {
                 length: 0,
                 kind: Kind::DATA,
+                clock: Clock::MONOTONIC,
                 sequence: 0,
                 time: 0,
             },

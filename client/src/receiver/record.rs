@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
 
 use barlink_protocol::aligned::AlignedBuffer;
-use barlink_protocol::cursor::Kind;
+use barlink_protocol::cursor::{Clock, Kind};
 use barlink_protocol::{AtomicU64, Events};
 
 use crate::error::Error;
@@ -16,8 +16,8 @@ use crate::receiver::Receiver;
 /// Size of the private buffer for files to which the kernel cannot write from the region.
 const COPY_SIZE: usize = 256 << 10;
 
-/// A private copy of a record. [`Iter`] and [`Tap`](crate::Tap) return it, and [`Record::to_owned`]
-/// makes it.
+/// A private copy of a record. [`Iter`](crate::Iter) and [`Tap`](crate::Tap) return it, and
+/// [`Record::to_owned`] makes it.
 ///
 /// ```no_run
 /// use std::sync::mpsc;
@@ -38,12 +38,14 @@ const COPY_SIZE: usize = 256 << 10;
 pub struct OwnedRecord {
     /// The type of the content.
     pub kind: Kind,
-    /// The number of the record in the channel, from 0 at each reset. A gap is records that were
-    /// dropped.
+    /// The number of the record in the channel, from 0 at each reset unless the sender chose
+    /// another one. A gap is records that were dropped, or numbers that the sender skipped.
     pub sequence: u64,
-    /// The sender's `CLOCK_MONOTONIC` when it sent or staged the record, in nanoseconds. A guest
-    /// and its host have different clocks.
+    /// The time of `clock`, in nanoseconds: the sender's `CLOCK_MONOTONIC` when it sent or staged
+    /// the record, unless the sender gave another time. A guest and its host have different clocks.
     pub time: u64,
+    /// The clock of the time.
+    pub clock: Clock,
     /// The content.
     pub bytes: Vec<u8>,
 }
@@ -55,6 +57,7 @@ impl Default for OwnedRecord {
             kind: Kind::DATA,
             sequence: 0,
             time: 0,
+            clock: Clock::MONOTONIC,
             bytes: Vec::new(),
         }
     }
@@ -118,19 +121,26 @@ impl<'a> Record<'a> {
         self.receiver.header.kind
     }
 
-    /// Returns the number of the record in the channel, from 0 at each reset.
+    /// Returns the number of the record in the channel, from 0 at each reset unless the sender
+    /// chose another one.
     pub fn sequence(&self) -> u64 {
         self.receiver.header.sequence
     }
 
-    /// Returns the sender's `CLOCK_MONOTONIC` when it sent or staged the record, in nanoseconds. A
-    /// guest and its host have different clocks, so their times cannot be compared.
+    /// Returns the time of [`Record::clock`], in nanoseconds: the sender's `CLOCK_MONOTONIC` when
+    /// it sent or staged the record, unless the sender gave another time. A guest and its host have
+    /// different clocks, so their times cannot be compared.
     pub fn time(&self) -> u64 {
         self.receiver.header.time
     }
 
-    /// Returns the number of records that the sender dropped between the last one that was received
-    /// and this one.
+    /// Returns the clock of the time.
+    pub fn clock(&self) -> Clock {
+        self.receiver.header.clock
+    }
+
+    /// Returns the number of records that the sender dropped, and of numbers that it skipped,
+    /// between the last one that was received and this one.
     pub fn missed(&self) -> u64 {
         self.receiver.numbers.gap
     }
@@ -200,6 +210,7 @@ impl<'a> Record<'a> {
             kind: self.kind(),
             sequence: self.sequence(),
             time: self.time(),
+            clock: self.clock(),
             bytes: self.to_vec(),
         }
     }

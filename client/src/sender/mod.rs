@@ -7,7 +7,7 @@ mod reservation;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
-use barlink_protocol::cursor::Kind;
+use barlink_protocol::cursor::{Kind, Stamp};
 use barlink_protocol::{PresenceWords, Strategy};
 
 use crate::doorbell::Doorbells;
@@ -205,6 +205,106 @@ impl Sender {
         self.outcome(sent)
     }
 
+    /// Copies a record into the channel and commits it as [`Sender::send`] does, with a time stamp
+    /// of the program's own. A program that forwards records from elsewhere keeps their times so.
+    ///
+    /// ```no_run
+    /// use std::time::{SystemTime, UNIX_EPOCH};
+    ///
+    /// use barlink::{Clock, Kind, Stamp, host};
+    ///
+    /// let mut log = host::connect("default")?.sender("log")?;
+    /// let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    /// let stamp = Stamp::new(now.as_nanos() as u64, Clock::REALTIME);
+    /// let _ = log.send_at(Kind::USER, b"started", stamp)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Sender::send`].
+    pub fn send_at(&mut self, kind: Kind, bytes: &[u8], stamp: Stamp) -> Result<Sent, Error> {
+        let sent = self.ring.send_at(kind, bytes, None, stamp);
+        self.outcome(sent)
+    }
+
+    /// Copies a record into the channel without committing it, as [`Sender::stage`] does, with a
+    /// time stamp of the program's own.
+    ///
+    /// ```no_run
+    /// use barlink::{Clock, Kind, Stamp, host};
+    ///
+    /// let broker = host::connect("default")?;
+    /// let mut copy = broker.sender("copy")?;
+    /// // Times by the guest's clock mean nothing to a reader that expects the host's.
+    /// for record in broker.receiver("up")?.iter() {
+    ///     let record = record?;
+    ///     let stamp = Stamp::new(record.time, Clock::REMOTE);
+    ///     let _ = copy.stage_at(record.kind, &record.bytes, stamp)?;
+    ///     copy.publish()?;
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Sender::send`].
+    pub fn stage_at(&mut self, kind: Kind, bytes: &[u8], stamp: Stamp) -> Result<Sent, Error> {
+        let sent = self.ring.stage(kind, bytes, None, stamp);
+        self.outcome(sent)
+    }
+
+    /// Skips sequence numbers, so that no record has them. A program that forwards records tells
+    /// its receiver so that some were lost before they reached it. Skipped numbers count as dropped
+    /// records. Records that were staged are committed first.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let (mut tap, mut copy) = (broker.tap("camera")?, broker.sender("copy")?);
+    /// let mut lost = 0;
+    /// loop {
+    ///     let frame = tap.recv()?;
+    ///     let all = tap.missed() + tap.dropped();
+    ///     copy.skip(all - lost)?;
+    ///     lost = all;
+    ///     let _ = copy.send(frame.kind, &frame.bytes)?;
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The channel was reset, or ringing failed. In the second case the numbers are skipped all the
+    /// same.
+    pub fn skip(&mut self, count: u64) -> Result<(), Error> {
+        Ok(self.ring.skip(count)?)
+    }
+
+    /// Sets the sequence number of the channel's first record. The numbers below it do not count as
+    /// dropped.
+    ///
+    /// ```no_run
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let (mut source, mut copy) = (broker.receiver("up")?, broker.sender("copy")?);
+    /// let first = source.recv()?.to_owned();
+    /// // The copies have the numbers of their originals.
+    /// copy.set_first_sequence(first.sequence)?;
+    /// let _ = copy.send(first.kind, &first.bytes)?;
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// A record was sent, staged or dropped, or a number skipped, since the channel's last reset
+    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), or the channel was reset.
+    pub fn set_first_sequence(&mut self, number: u64) -> Result<(), Error> {
+        Ok(self.ring.set_first_sequence(number)?)
+    }
+
     /// Commits all staged records, and rings the receiver if it asked for that.
     ///
     /// ```no_run
@@ -345,8 +445,8 @@ impl Sender {
         StreamWriter::new(self)
     }
 
-    /// Returns the most bytes that one record can carry: capacity / 2 − 24, and at most 2³² − 8
-    /// (`docs/protocol.md`, rule 4.1.2).
+    /// Returns the most bytes that one record can carry: capacity / 2 − 24, in a channel that
+    /// overwrites capacity / 4 − 24, and at most 2³² − 8 (`docs/protocol.md`, rule 4.1.2).
     ///
     /// ```no_run
     /// use barlink::{Kind, host};
@@ -362,9 +462,10 @@ impl Sender {
         self.ring.max_record() as usize
     }
 
-    /// Returns the sequence number of the next record. It is the number of records that were
-    /// committed, staged or dropped since the channel's last reset, by this sender and those before
-    /// it.
+    /// Returns the sequence number of the next record. It is the channel's first number, 0 unless
+    /// [`Sender::set_first_sequence`] has set it, and the number of records that were committed,
+    /// staged or dropped, and of numbers that were skipped, since the channel's last reset, by this
+    /// sender and those before it.
     ///
     /// ```no_run
     /// use barlink::{Kind, host};
@@ -379,8 +480,8 @@ impl Sender {
         self.ring.sequence()
     }
 
-    /// Returns the number of records that were dropped since the channel's last reset, by this
-    /// sender and those before it.
+    /// Returns the number of records that were dropped, and of numbers that were skipped, since the
+    /// channel's last reset, by this sender and those before it.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -412,7 +513,8 @@ impl Sender {
     }
 
     /// Returns whether a process holds the other end now. Between two VMs the other end is not
-    /// visible, and counts as present.
+    /// visible, and counts as present. A channel that overwrites has no other end, which counts as
+    /// present, too.
     ///
     /// ```no_run
     /// use std::time::Duration;

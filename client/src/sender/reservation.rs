@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use barlink_protocol::aligned::{ALIGNMENT, AlignedBuffer};
-use barlink_protocol::cursor::Kind;
+use barlink_protocol::cursor::{Kind, Stamp};
 use barlink_protocol::{Events, SenderReservation};
 
 use crate::doorbell::Doorbells;
@@ -153,12 +153,42 @@ impl<'a> Reservation<'a> {
     ///
     /// Ringing failed. The record is committed all the same.
     pub fn commit(mut self, kind: Kind) -> Result<(), Error> {
+        self.complete();
+        Ok(self.reservation.commit(kind, self.length)?)
+    }
+
+    /// Commits the record as [`Reservation::commit`] does, with a time stamp of the program's own.
+    ///
+    /// ```no_run
+    /// use std::io::Write;
+    ///
+    /// use barlink::{Clock, Kind, Stamp, host};
+    ///
+    /// // A clock that the camera has, and that its frames carry.
+    /// const SENSOR: Clock = Clock::USER;
+    ///
+    /// let mut camera = host::connect("default")?.sender("camera")?;
+    /// let mut frame = camera.reserve(320 * 240)?;
+    /// frame.write_all(&[0; 320 * 240])?;
+    /// frame.commit_at(Kind::USER, Stamp::new(1_000_000, SENSOR))?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Reservation::commit`].
+    pub fn commit_at(mut self, kind: Kind, stamp: Stamp) -> Result<(), Error> {
+        self.complete();
+        Ok(self.reservation.commit_at(kind, self.length, stamp)?)
+    }
+
+    /// Writes the bytes behind the last whole word.
+    fn complete(&mut self) {
         let partial = (self.length % 8) as usize;
         if partial > 0 {
             self.reservation
                 .write(self.length / 8 * 8, &self.tail[..partial]);
         }
-        Ok(self.reservation.commit(kind, self.length)?)
     }
 }
 

@@ -29,7 +29,7 @@ impl Running {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join("barlink")).unwrap();
         let config = Config {
-            size: 1 << 20,
+            size: 4 << 20,
             vectors: 2 + channels.len() as u32,
             channels: channels
                 .iter()

@@ -90,3 +90,48 @@ fn tail_sees_records_before_their_receiver() {
     assert_eq!(lines.next().unwrap().unwrap(), "end, 0 records missed");
     assert!(tail.wait().unwrap().success());
 }
+
+#[test]
+fn newest_frame_serves_recorder_and_display() {
+    let broker = Running::start(&["camera=host-taps,2M,overwrite"]);
+    let mut taps = ["record", "display"].map(|role| start(&broker, "newest_frame", &[role]));
+    let mut outputs = taps
+        .each_mut()
+        .map(|tap| BufReader::new(tap.stdout.take().unwrap()));
+    for output in &mut outputs {
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        assert_eq!(line, "begins\n");
+    }
+    assert_eq!(
+        output(start(&broker, "newest_frame", &["send"])),
+        "sent 60 frames\n"
+    );
+    let texts = outputs.map(|mut output| {
+        let mut text = String::new();
+        output.read_to_string(&mut text).unwrap();
+        text
+    });
+    for mut tap in taps {
+        assert!(tap.wait().unwrap().success());
+    }
+    // A busy machine can keep a tap from running, so that it misses frames, and it counts them.
+    let numbers = |text: &str| -> Vec<u32> {
+        let words = text.split([' ', ',', '\n']);
+        words.filter_map(|word| word.parse().ok()).collect()
+    };
+    assert_eq!(numbers(&texts[0]).iter().sum::<u32>(), 60, "{texts:?}");
+    assert!((1..=60).contains(&numbers(&texts[1])[0]), "{texts:?}");
+}
+
+#[test]
+fn sensor_keeps_its_newest_value() {
+    let broker = Running::start(&["sensor=host-taps,4K,overwrite"]);
+    let get = || output(start(&broker, "sensor", &["get"]));
+    assert_eq!(get(), "no value yet\n");
+    output(start(&broker, "sensor", &["set", "20", "21.5"]));
+    for _ in 0..2 {
+        let text = get();
+        assert!(text.starts_with("21.5 °C, "), "{text}");
+    }
+}

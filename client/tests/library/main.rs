@@ -6,6 +6,7 @@ mod broker;
 mod errors;
 mod examples;
 mod fork;
+mod overwrite;
 mod records;
 mod streams;
 mod taps;

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::broker::*;
 
 /// Returns a tap over a mapping that cannot be written.
-fn tap(broker: &Running, channel: &str) -> Tap {
+pub fn tap(broker: &Running, channel: &str) -> Tap {
     let options = AttachOptions::new().access(Access::ReadOnly);
     let app = options.connect_path(broker.control()).unwrap();
     app.tap(channel).unwrap()

@@ -5,8 +5,10 @@
 use anyhow::Result;
 use barlink::guest::Device;
 use barlink_cli::cache::Cache;
+use barlink_cli::channel::{peer_name, policy_note};
 use barlink_cli::standard::print;
 use barlink_protocol::CacheState;
+use barlink_protocol::wire::layout::NO_PEER;
 use indicatif::BinaryBytes;
 use serde::Serialize;
 
@@ -45,9 +47,13 @@ struct Report {
 struct Channel {
     name: String,
     producer: u32,
-    consumer: u32,
+    /// `null` if the channel has no consumer.
+    consumer: Option<u32>,
     capacity: u64,
-    drop_when_full: bool,
+    /// The treatment of records that find no room: `wait`, `drop` or `overwrite`.
+    policy: &'static str,
+    #[serde(skip)]
+    note: &'static str,
 }
 
 pub fn info(device: &Device, args: &args::Info) -> Result<()> {
@@ -57,9 +63,10 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
     let channels = device.layout().channels().iter().map(|channel| Channel {
         name: channel.name.to_string(),
         producer: channel.producer,
-        consumer: channel.consumer,
+        consumer: channel.has_consumer().then_some(channel.consumer),
         capacity: channel.capacity,
-        drop_when_full: channel.drop_when_full,
+        policy: channel.policy.as_str(),
+        note: policy_note(channel.policy),
     });
     let identity = device.identity();
     let report = Report {
@@ -108,25 +115,15 @@ fn describe(report: &Report) -> String {
         report.epoch,
         report.cache.lines().join("\n             "),
     );
-    let peer = |id| {
-        if id == report.host {
-            "host".to_owned()
-        } else {
-            format!("slot {id}")
-        }
-    };
+    let peer = |id| peer_name(id, report.host);
     for channel in &report.channels {
-        let drops = if channel.drop_when_full {
-            ", drops when full"
-        } else {
-            ""
-        };
         text.push_str(&format!(
-            "\nchannel      {}: {} to {}, {}{drops}",
+            "\nchannel      {}: {} to {}, {}{}",
             channel.name,
             peer(channel.producer),
-            peer(channel.consumer),
+            peer(channel.consumer.unwrap_or(NO_PEER)),
             BinaryBytes(channel.capacity),
+            channel.note,
         ));
     }
     text

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! Command-line code that the programs `barlink` and `barlink-guest` share: parsing, streams, taps,
-//! `peek` and `poke`, cache modes, errors and exit codes.
+//! `peek` and `poke`, cache modes, descriptions of channels, errors and exit codes.
 
 pub mod cache;
+pub mod channel;
 mod command_line;
 mod early;
 pub mod failure;

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use barlink::{ErrorKind, Kind, OwnedRecord, Tap};
+use barlink::{Clock, ErrorKind, Kind, OwnedRecord, Tap};
 use clap::Args;
 
 use crate::failure::timed_out;
@@ -84,8 +84,9 @@ fn show(args: &Tail, mut tap: Tap) -> Result<()> {
     Ok(())
 }
 
-/// Describes a record: the time of the sender's clock in seconds, the kind, the number, the length,
-/// and the content as text or, if it is no text, in hexadecimal.
+/// Describes a record: the time in seconds, with its clock unless that is the sender's monotonic
+/// one, the kind, the number, the length, and the content as text or, if it is no text, in
+/// hexadecimal.
 fn line(record: &OwnedRecord, limit: usize) -> String {
     let (seconds, nanoseconds) = (record.time / 1_000_000_000, record.time % 1_000_000_000);
     let kind = match record.kind {
@@ -94,8 +95,12 @@ fn line(record: &OwnedRecord, limit: usize) -> String {
         Kind::END => "end".to_owned(),
         kind => kind.number().to_string(),
     };
+    let clock = match record.clock {
+        Clock::MONOTONIC => String::new(),
+        clock => format!("({clock}) "),
+    };
     let mut line = format!(
-        "{seconds}.{nanoseconds:09} {kind} {} {}",
+        "{seconds}.{nanoseconds:09} {clock}{kind} {} {}",
         record.sequence,
         record.bytes.len()
     );
@@ -153,6 +158,7 @@ mod tests {
             kind: Kind::USER,
             sequence: 7,
             time: 12_000_000_034,
+            clock: Clock::MONOTONIC,
             bytes: b"x".to_vec(),
         };
         assert_eq!(line(&record, 64), "12.000000034 256 7 1 \"x\"\n");
@@ -162,5 +168,11 @@ mod tests {
             ..record
         };
         assert_eq!(line(&end, 64), "12.000000034 end 7 0\n");
+        let [realtime, own] = [Clock::REALTIME, Clock::USER].map(|clock| OwnedRecord {
+            clock,
+            ..end.clone()
+        });
+        assert_eq!(line(&realtime, 64), "12.000000034 (realtime) end 7 0\n");
+        assert_eq!(line(&own, 64), "12.000000034 (128) end 7 0\n");
     }
 }

@@ -120,6 +120,74 @@ impl fmt::Debug for Name {
     }
 }
 
+/// The policy of a channel: its producer's treatment of a record that finds no room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Policy {
+    /// The producer waits until the consumer has released records.
+    #[default]
+    Wait = 0,
+    /// The producer drops the record, and counts it.
+    Drop = 1,
+    /// The producer writes over the oldest records. The channel has no consumer: every reader is a
+    /// tap.
+    Overwrite = 2,
+}
+
+impl Policy {
+    /// Converts the number of a policy, as an entry of the channel table has it. `None` if there is
+    /// no such policy.
+    pub const fn from_number(number: u32) -> Option<Self> {
+        match number {
+            0 => Some(Policy::Wait),
+            1 => Some(Policy::Drop),
+            2 => Some(Policy::Overwrite),
+            _ => None,
+        }
+    }
+
+    /// Returns the name of the policy: `wait`, `drop` or `overwrite`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Policy::Wait => "wait",
+            Policy::Drop => "drop",
+            Policy::Overwrite => "overwrite",
+        }
+    }
+}
+
+impl fmt::Display for Policy {
+    /// Writes the name.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for Policy {
+    type Err = InvalidPolicy;
+
+    fn from_str(name: &str) -> Result<Self, InvalidPolicy> {
+        let all = [Policy::Wait, Policy::Drop, Policy::Overwrite];
+        let found = all.into_iter().find(|policy| policy.as_str() == name);
+        found.ok_or(InvalidPolicy)
+    }
+}
+
+/// Error of a text that is no policy of a channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct InvalidPolicy;
+
+impl fmt::Display for InvalidPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a channel's policy is `wait`, `drop` or `overwrite`")
+    }
+}
+
+impl core::error::Error for InvalidPolicy {}
+
+/// ID in the place of the consumer's peer in a channel that has no consumer. No peer has this ID.
+pub const NO_PEER: u32 = u32::MAX;
+
 /// One channel of a region, as its table entry describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Channel {
@@ -127,12 +195,13 @@ pub struct Channel {
     pub name: Name,
     /// ID of the producer's peer: a slot, or the host.
     pub producer: u32,
-    /// ID of the consumer's peer: a slot, or the host.
+    /// ID of the consumer's peer: a slot, or the host. [`NO_PEER`] if, and only if, the policy is
+    /// [`Policy::Overwrite`].
     pub consumer: u32,
     /// Vector that wakes either end, below [`Layout::vectors`](super::layout::Layout::vectors).
     pub vector: u32,
-    /// Whether the producer drops a record if the channel is full, instead of waiting.
-    pub drop_when_full: bool,
+    /// The producer's treatment of a record that finds no room.
+    pub policy: Policy,
     /// Offset of the header page in the region, in bytes.
     pub offset: u64,
     /// Bytes in the data area behind the header page: a power of two.
@@ -145,12 +214,18 @@ impl Channel {
         producer: 0,
         consumer: 0,
         vector: 0,
-        drop_when_full: false,
+        policy: Policy::Wait,
         offset: 0,
         capacity: 0,
     };
 
-    /// Returns the ID of the peer at this end.
+    /// Returns whether the channel has a consumer. Without one, all its readers are taps.
+    pub const fn has_consumer(&self) -> bool {
+        !matches!(self.policy, Policy::Overwrite)
+    }
+
+    /// Returns the ID of the peer at this end. [`NO_PEER`] for the consumer of a channel that has
+    /// none.
     pub const fn peer(&self, end: End) -> u32 {
         match end {
             End::Producer => self.producer,

@@ -7,7 +7,9 @@
 //! to [`Layout::decode`], which checks it once. After that the reader uses the [`Layout`] and never
 //! reads the page again.
 
-pub use super::channel::{Channel, End, InvalidName, NAME_BYTES, Name};
+pub use super::channel::{
+    Channel, End, InvalidName, InvalidPolicy, NAME_BYTES, NO_PEER, Name, Policy,
+};
 pub use super::identity::{BROKER_NAME_BYTES, BrokerName, INSTANCE_BYTES, Identity, Instance};
 pub use super::layout_error::LayoutError;
 pub use super::superblock::{ENTRY_WORDS, TABLE_COUNT, encode_entry, table_entry};
@@ -104,10 +106,14 @@ pub mod channel {
     /// Offset of the cursor at which the newest record starts in a commit note, in bytes. It has no
     /// meaning if the number of records is 0.
     pub const NOTE_LAST: u64 = 16;
-    /// Number of records that the producer dropped because the channel was full.
+    /// Number of sequence numbers that no record has: of records that found the channel full, and
+    /// of those that the producer skipped.
     pub const DROPPED: u64 = 256;
     /// Number of doorbells that the producer rang.
     pub const PRODUCER_RUNG: u64 = 264;
+    /// Sequence number with which the producer began. It changes no more once a record was
+    /// committed or dropped.
+    pub const FIRST: u64 = 272;
     /// Producer's wake threshold: the value of [`READ`] at which it wants to be woken; 0 for none.
     pub const PRODUCER_THRESHOLD: u64 = 384;
     /// Consumer's cursor: the end of the released bytes.
@@ -347,7 +353,11 @@ impl Layout {
         {
             return fault("place");
         }
-        if channel.producer > self.host() || channel.consumer > self.host() {
+        let is_consumer = match channel.has_consumer() {
+            true => channel.consumer <= self.host(),
+            false => channel.consumer == NO_PEER,
+        };
+        if channel.producer > self.host() || !is_consumer {
             return fault("peer");
         }
         if channel.vector >= self.vectors {

@@ -3,7 +3,7 @@
 //! Conversion of a [`Layout`] to and from the words of the superblock, a region's first page
 //! (`docs/protocol.md`, section 2).
 
-use super::channel::{Channel, NAME_BYTES, Name};
+use super::channel::{Channel, NAME_BYTES, Name, Policy};
 use super::identity::{BROKER_NAME_WORDS, BrokerName, Identity, Instance};
 use super::layout::{
     INCOMPATIBLE_FEATURES, Layout, LayoutError, MAGIC, MAX_CHANNELS, PAGE_WORDS, VERSION,
@@ -28,8 +28,6 @@ const RESERVE_SIZE: usize = 20;
 const TABLE: usize = 32;
 /// Number of words in an entry of the channel table.
 pub const ENTRY_WORDS: usize = 8;
-/// Flag of an entry: the producer drops a record if the channel is full.
-const FLAG_DROP: u64 = 1;
 
 const _: () = assert!(BROKER_NAME + BROKER_NAME_WORDS <= RESERVE_OFFSET);
 const _: () = assert!(TABLE + ENTRY_WORDS * MAX_CHANNELS <= PAGE_WORDS);
@@ -165,21 +163,20 @@ const fn entry_word(index: usize) -> usize {
     TABLE + ENTRY_WORDS * index
 }
 
-/// Decodes an entry of the channel table. The name is checked, the other fields are not.
+/// Decodes an entry of the channel table. The name and the policy are checked, the other fields are
+/// not.
 fn decode_entry(index: usize, words: &[u64]) -> Result<Channel, LayoutError> {
+    let fault = |fault| LayoutError::Channel { index, fault };
     let mut name = [0; NAME_BYTES];
     for (bytes, word) in name.chunks_exact_mut(8).zip(words) {
         bytes.copy_from_slice(&word.to_le_bytes());
     }
     Ok(Channel {
-        name: Name::from_bytes(name).ok_or(LayoutError::Channel {
-            index,
-            fault: "name",
-        })?,
+        name: Name::from_bytes(name).ok_or(fault("name"))?,
         producer: low(words[3]),
         consumer: high(words[3]),
         vector: low(words[4]),
-        drop_when_full: u64::from(high(words[4])) & FLAG_DROP != 0,
+        policy: Policy::from_number(high(words[4])).ok_or(fault("policy"))?,
         offset: words[5],
         capacity: words[6],
     })
@@ -194,14 +191,7 @@ pub fn encode_entry(channel: &Channel) -> [u64; ENTRY_WORDS] {
         *word = u64::from_le_bytes(text);
     }
     words[3] = pair(channel.producer, channel.consumer);
-    words[4] = pair(
-        channel.vector,
-        if channel.drop_when_full {
-            FLAG_DROP as u32
-        } else {
-            0
-        },
-    );
+    words[4] = pair(channel.vector, channel.policy as u32);
     words[5] = channel.offset;
     words[6] = channel.capacity;
     words

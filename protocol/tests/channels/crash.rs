@@ -4,21 +4,16 @@
 //! stores up to some moment, in order. Fresh ends look at each such state: it must be the state
 //! before the call or the state after it.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::collections::VecDeque;
-use std::ops::Deref;
-use std::rc::Rc;
-use std::sync::Arc;
 
-use barlink_protocol::cursor::{Detached, Kind, span};
-use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::{Channel, Name, channel};
-use barlink_protocol::{AtomicU64, Consumer, Ordering, Producer, ReserveError, state};
+use barlink_protocol::cursor::{Detached, Kind};
+use barlink_protocol::wire::layout::{Channel, Name, Policy, channel};
+use barlink_protocol::{Consumer, Producer, ReserveError, state};
 use proptest::prelude::*;
 
 use crate::heap::rounds;
-
-const CAPACITY: u64 = 4096;
+use crate::recorded::{CAPACITY, Recorded, Seen, State, word};
 
 /// Returns a channel that has the memory for itself.
 fn entry() -> Channel {
@@ -27,89 +22,9 @@ fn entry() -> Channel {
         producer: 0,
         consumer: 1,
         vector: 0,
-        drop_when_full: true,
+        policy: Policy::Drop,
         offset: 0,
         capacity: CAPACITY,
-    }
-}
-
-type State = Vec<u64>;
-
-/// Memory that records its content before each look while recording is on. Clones share the memory.
-#[derive(Clone)]
-struct Recorded {
-    words: Arc<[AtomicU64]>,
-    states: Rc<RefCell<Option<Vec<State>>>>,
-}
-
-impl Recorded {
-    fn new(state: impl IntoIterator<Item = u64>) -> Self {
-        Recorded {
-            words: state.into_iter().map(AtomicU64::new).collect(),
-            states: Rc::default(),
-        }
-    }
-
-    fn empty() -> Self {
-        Self::new((0..entry().end() / 8).map(|_| 0))
-    }
-
-    fn region(&self) -> Region<Self> {
-        Region::new(self.clone())
-    }
-
-    fn now(&self) -> State {
-        let words = self.words.iter();
-        words.map(|word| word.load(Ordering::Relaxed)).collect()
-    }
-
-    fn become_state(&self, state: &State) {
-        for (word, value) in self.words.iter().zip(state) {
-            word.store(*value, Ordering::Relaxed);
-        }
-    }
-
-    /// Runs a call, and returns its result and all states from before it to after it, without
-    /// repetitions.
-    fn record<T>(&self, call: impl FnOnce() -> T) -> (T, Vec<State>) {
-        *self.states.borrow_mut() = Some(Vec::new());
-        let result = call();
-        let mut states = self.states.take().unwrap();
-        states.push(self.now());
-        states.dedup();
-        // A copy of several words is one look. A process that is killed in the middle of it has
-        // copied half of them.
-        let halves = |pair: &[State]| {
-            let (before, after) = (&pair[0], &pair[1]);
-            let changed: Vec<_> = (0..before.len())
-                .filter(|&index| before[index] != after[index])
-                .collect();
-            let copied = |&index: &usize| index >= channel::DATA as usize / 8;
-            assert!(changed.len() == 1 || changed.iter().all(copied));
-            let mut half = before.clone();
-            for &index in &changed[..changed.len() / 2] {
-                half[index] = after[index];
-            }
-            [half, after.clone()]
-        };
-        let mut all = vec![states[0].clone()];
-        all.extend(states.windows(2).flat_map(halves));
-        all.dedup();
-        (result, all)
-    }
-}
-
-impl Deref for Recorded {
-    type Target = [AtomicU64];
-
-    fn deref(&self) -> &[AtomicU64] {
-        if let Some(states) = &mut *self.states.borrow_mut() {
-            let now = self.now();
-            if states.last() != Some(&now) {
-                states.push(now);
-            }
-        }
-        &self.words
     }
 }
 
@@ -136,54 +51,6 @@ impl Content {
         assert_eq!(receive(&mut consumer)?, Some((next, b"goes on".to_vec())));
         assert_eq!(receive(&mut consumer)?, None);
         Ok(Content { next, records })
-    }
-}
-
-fn word(state: &State, offset: u64) -> u64 {
-    state[offset as usize / 8]
-}
-
-/// A record that was once the newest one: where it starts, and its words in the ring.
-#[derive(Clone, Debug)]
-struct Seen {
-    start: u64,
-    words: Vec<u64>,
-}
-
-impl Seen {
-    fn words(state: &State, start: u64, span: u64) -> Vec<u64> {
-        let data = (start..start + span).step_by(8);
-        data.map(|cursor| word(state, channel::DATA + cursor % CAPACITY))
-            .collect()
-    }
-
-    /// Finds the newest record by the commit note, as a tap does.
-    fn newest(state: &State) -> Self {
-        let written = word(state, channel::WRITTEN);
-        let note = channel::NOTES
-            .into_iter()
-            .find(|&note| word(state, note) == written);
-        let note = note.expect("a note for the cursor");
-        assert_ne!(word(state, note + channel::NOTE_RECORDS), 0);
-        let start = word(state, note + channel::NOTE_LAST);
-        let header = word(state, channel::DATA + start % CAPACITY);
-        assert_eq!(header >> 32, u64::from(Kind::USER.number()));
-        let span = span(header as u32);
-        assert_eq!(start + span, written, "the newest record ends there");
-        Seen {
-            start,
-            words: Self::words(state, start, span),
-        }
-    }
-
-    /// Returns whether the rule of the limit says that the record is whole. Checks that it is.
-    fn check(&self, state: &State) -> bool {
-        let is_whole = word(state, channel::LIMIT) <= self.start + CAPACITY;
-        if is_whole {
-            let now = Self::words(state, self.start, 8 * self.words.len() as u64);
-            assert_eq!(now, self.words, "overwritten below the limit");
-        }
-        is_whole
     }
 }
 
@@ -261,7 +128,7 @@ struct Ends {
 
 impl Ends {
     fn new() -> Self {
-        let memory = Recorded::empty();
+        let memory = Recorded::empty(&entry());
         Ends {
             producer: Producer::attach(memory.region(), &entry()).unwrap(),
             consumer: Consumer::attach(memory.region(), &entry()).unwrap(),

@@ -214,7 +214,7 @@ impl Example {
                     format!("its consumer: {}, {}", entry.consumer, peer(entry.consumer)),
                 ),
                 row(at + 32, 4, format!("its vector: {}", entry.vector)),
-                row(at + 36, 4, format!("its flags: {}", word(32))),
+                row(at + 36, 4, format!("its policy: {}", word(32))),
                 row(at + 40, 8, format!("its offset: {}", entry.offset)),
                 row(at + 48, 8, format!("its capacity: {}", entry.capacity)),
             ]);

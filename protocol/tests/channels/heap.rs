@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{
-    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, presence,
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, NO_PEER, Name, Policy, presence,
 };
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, state};
 
@@ -18,13 +18,23 @@ pub type Heap = Region<Memory>;
 
 /// Creates a region with one channel, `test`, from slot 0 to the host. A process holds its end in
 /// slot 0.
-pub fn region(capacity: u64, drop_when_full: bool) -> (Heap, Layout) {
+pub fn region(capacity: u64, drops: bool) -> (Heap, Layout) {
+    let policy = if drops { Policy::Drop } else { Policy::Wait };
+    region_of(capacity, policy)
+}
+
+/// Creates a region as [`region`] does, whose channel has this policy.
+pub fn region_of(capacity: u64, policy: Policy) -> (Heap, Layout) {
+    let consumer = match policy {
+        Policy::Overwrite => NO_PEER,
+        Policy::Wait | Policy::Drop => 1,
+    };
     let channel = Channel {
         name: Name::new("test").unwrap(),
         producer: 0,
-        consumer: 1,
+        consumer,
         vector: 0,
-        drop_when_full,
+        policy,
         offset: FIRST_FREE,
         capacity,
     };
@@ -164,9 +174,9 @@ impl Events for Notifiers {
 /// Creates a channel and both its ends.
 pub fn ends(
     capacity: u64,
-    drop_when_full: bool,
+    drops: bool,
 ) -> (Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>) {
-    let (region, layout) = region(capacity, drop_when_full);
+    let (region, layout) = region(capacity, drops);
     let (a, b) = notifiers();
     ends_with(&region, &layout, a, b)
 }

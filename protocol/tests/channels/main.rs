@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Channels on the heap: the ring itself, ends that sleep and wake each other, and ends that are
-//! killed.
+//! Channels on the heap: the ring itself, ends that sleep and wake each other, ends that are
+//! killed, and channels without a consumer.
 
 mod counts;
 mod crash;
 mod example;
 mod heap;
+mod numbers;
+mod overwrite;
+mod recorded;
 mod region;
 mod reset;
 mod ring;

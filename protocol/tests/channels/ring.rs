@@ -418,7 +418,7 @@ fn poll_reports_invalid_header_as_corrupt() {
         header(8, 0xffff),
         header(5000, 1),
         header(100, 1),
-        header(8, 1) | 1 << 48,
+        header(8, 1) | 1 << 56,
     ] {
         let (region, layout) = region(4096, false);
         let (mut producer, mut consumer) = attach(&region, &layout);

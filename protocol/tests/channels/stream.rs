@@ -16,7 +16,7 @@ use barlink_protocol::stream::{
     Accept, Misplaced, Position, Progress, StreamError, Watch, receive, send as send_all,
 };
 use barlink_protocol::wire::layout::{
-    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, presence,
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, Policy, presence,
 };
 use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, Wakeup, state};
 
@@ -673,7 +673,7 @@ fn receiver_reports_end_of_broker() {
         producer: 1,
         consumer: 0,
         vector: 0,
-        drop_when_full: false,
+        policy: Policy::Wait,
         offset: FIRST_FREE,
         capacity: 4096,
     };

@@ -58,10 +58,17 @@ struct Stage {
 
 impl Stage {
     fn new() -> Self {
+        Self::beginning_with(0)
+    }
+
+    /// Creates a channel whose first record has this sequence number.
+    fn beginning_with(first: u64) -> Self {
         let (region, layout) = region(4096, true);
         let entry = layout.channels()[0];
+        let mut producer = Producer::attach(region.clone(), &entry).unwrap();
+        producer.set_first_sequence(first).unwrap();
         Stage {
-            producer: Producer::attach(region.clone(), &entry).unwrap(),
+            producer,
             consumer: Consumer::attach(region.clone(), &entry).unwrap(),
             region,
             entry,
@@ -90,6 +97,11 @@ impl Stage {
         }
     }
 
+    fn skip(&mut self, count: u64) {
+        let _ = self.producer.skip(count).unwrap();
+        self.dropped += count;
+    }
+
     fn release(&mut self) {
         if self.consumer.poll().unwrap() {
             let _ = self.consumer.release().unwrap();
@@ -111,6 +123,7 @@ impl Stage {
 #[derive(Clone, Debug)]
 enum Step {
     Send(usize),
+    Skip(u64),
     Release,
     Kill(usize, bool),
     Look,
@@ -121,6 +134,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => (0usize..900).prop_map(Step::Send),
         6 => Just(Step::Release),
+        1 => (0u64..9).prop_map(Step::Skip),
         1 => (0usize..1500, any::<bool>()).prop_map(|(length, stages)| Step::Kill(length, stages)),
         2 => Just(Step::Look),
         1 => Just(Step::Latest),
@@ -130,13 +144,15 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(rounds(1000, 4000)))]
 
-    /// Lets a tap look now and then while records are sent, dropped and released, and producers are
-    /// killed. Its counts are exact at each record that it copies.
+    /// Lets a tap look now and then while records are sent, dropped and released, numbers are
+    /// skipped, and producers are killed. Its counts are exact at each record that it copies,
+    /// whatever the first number is.
     #[test]
     fn tap_counts_exactly(
+        first in prop_oneof![Just(0), any::<u64>()],
         before in prop::collection::vec(step(), 0..30), steps in prop::collection::vec(step(), 0..150)
     ) {
-        let mut stage = Stage::new();
+        let mut stage = Stage::beginning_with(first);
         let mut tap = stage.tap();
         let (mut begun, mut copied, mut last) = ((0, 0), 0, None);
         for (index, step) in before.iter().chain(&steps).chain(&[Step::Look]).enumerate() {
@@ -146,6 +162,7 @@ proptest! {
             }
             match *step {
                 Step::Send(length) => stage.send(length),
+                Step::Skip(count) => stage.skip(count),
                 Step::Release => stage.release(),
                 Step::Kill(length, stages) => stage.kill(length, stages),
                 Step::Look | Step::Latest => {
@@ -169,7 +186,8 @@ proptest! {
                     last = Some(number);
                     copied += 1;
                     prop_assert_eq!(copied + tap.missed(), number + 1 - begun.0);
-                    prop_assert_eq!(tap.dropped(), (sequence - number).saturating_sub(begun.1));
+                    let dropped = sequence.wrapping_sub(first) - number;
+                    prop_assert_eq!(tap.dropped(), dropped.saturating_sub(begun.1));
                     if number + 1 == stage.committed {
                         prop_assert_eq!(tap.dropped(), stage.dropped_before.saturating_sub(begun.1));
                     }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use barlink_protocol::cursor::{Header, Kind};
+use barlink_protocol::cursor::{Clock, Header, Kind};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::channel;
 use barlink_protocol::{AtomicU64, Consumer, Producer, state};
@@ -65,6 +65,7 @@ fn consumer_reads_changing_header_once() {
     let before = Header {
         length: 64,
         kind: Kind::USER,
+        clock: Clock::MONOTONIC,
         sequence: 0,
         time: 5,
     };

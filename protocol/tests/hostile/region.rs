@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
 
 use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name};
+use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, NO_PEER, Name, Policy};
 use barlink_protocol::{AtomicU64, state};
 
 /// Index of the channel under attack.
@@ -17,14 +17,23 @@ pub const CAPACITY: u64 = 4096;
 
 /// Returns a layout with three channels from slot 0 to the host, without gaps.
 pub fn layout() -> Layout {
+    layout_of(Policy::Wait)
+}
+
+/// Returns such a layout, whose channels have this policy.
+pub fn layout_of(policy: Policy) -> Layout {
+    let consumer = match policy {
+        Policy::Overwrite => NO_PEER,
+        Policy::Wait | Policy::Drop => 1,
+    };
     let mut offset = FIRST_FREE;
     let channels = ["before", "attacked", "after"].map(|name| {
         let channel = Channel {
             name: Name::new(name).unwrap(),
             producer: 0,
-            consumer: 1,
+            consumer,
             vector: 0,
-            drop_when_full: false,
+            policy,
             offset,
             capacity: CAPACITY,
         };

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use barlink_protocol::cursor::{Capacity, Kind};
 use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::{BROKER_PAGE, FIRST_FREE, Layout, PAGE_SIZE, channel};
+use barlink_protocol::wire::layout::{BROKER_PAGE, FIRST_FREE, Layout, PAGE_SIZE, Policy, channel};
 use barlink_protocol::{
-    AtomicU64, ChannelError, Consumer, Events, Producer, Receiver, Sender, Sight, Tap, Wakeup,
+    AtomicU64, ChannelError, Consumer, Events, Producer, Receiver, Sender, Sent, Sight, Tap, Wakeup,
 };
 use proptest::prelude::RngExt;
 use proptest::test_runner::{RngAlgorithm, TestRng};
@@ -99,6 +99,7 @@ const PRODUCERS: Reach = Reach::Lines(&[
     channel::NOTES[1] + channel::NOTE_LAST,
     channel::DROPPED,
     channel::PRODUCER_RUNG,
+    channel::FIRST,
 ]);
 const CONSUMERS: Reach = Reach::Lines(&[
     channel::READ,
@@ -188,11 +189,19 @@ fn attack(
     reach: Reach,
     make: impl FnOnce(Region<Arc<[AtomicU64]>>, &Layout) -> Box<dyn FnMut(&mut TestRng) + Send>,
 ) {
+    attack_on(&layout(), reach, make);
+}
+
+/// Attacks the ends of a channel of this layout as [`attack`] does.
+fn attack_on(
+    layout: &Layout,
+    reach: Reach,
+    make: impl FnOnce(Region<Arc<[AtomicU64]>>, &Layout) -> Box<dyn FnMut(&mut TestRng) + Send>,
+) {
     let seed = Seed::choose();
-    let layout = layout();
-    let words = words(&layout);
+    let words = words(layout);
     let untouched: Vec<u64> = words.iter().map(|word| word.load(Relaxed)).collect();
-    let mut call = make(Region::new(words.clone()), &layout);
+    let mut call = make(Region::new(words.clone()), layout);
     let stop = AtomicBool::new(false);
     let calls = Counter::new(0);
     let mut scribbler = Scribbler {
@@ -312,6 +321,7 @@ fn producer(
         if random.random_range(0..4) == 0 {
             let _ = end.arm_for_room(length);
             end.drop_record();
+            let _ = (end.skip(3), end.set_first_sequence(7));
         }
         if let Ok(mut room) = end.reserve(length) {
             room.write(0, &vec![0x77; length]);
@@ -412,4 +422,31 @@ fn producer_survives_any_words_in_channel() {
 #[test]
 fn waiting_ends_survive_any_words() {
     attack(Reach::Everything, ends);
+}
+
+#[test]
+fn overwriting_producer_survives_any_words() {
+    attack_on(&layout_of(Policy::Overwrite), Reach::Everything, producer);
+}
+
+/// No consumer can hold up the sender, because there is none: each record is committed, whatever
+/// another program writes to the words that a consumer would have.
+#[test]
+fn overwriting_sender_trusts_no_consumer() {
+    let sender = |region: Region<Arc<[AtomicU64]>>, layout: &Layout| {
+        let (events, sleeps) = Sleeps::counted();
+        let mut sender = Sender::attach(region, layout, ATTACKED, events).unwrap();
+        let call = move |random: &mut TestRng| {
+            let bytes = vec![0x77; random.random_range(0..=sender.max_record() as usize)];
+            assert_eq!(sender.send(Kind::USER, &bytes, None), Ok(Sent::Committed));
+            assert_eq!(sleeps.load(Relaxed), 0);
+        };
+        Box::new(call) as Box<dyn FnMut(&mut TestRng) + Send>
+    };
+    attack_on(&layout_of(Policy::Overwrite), CONSUMERS, sender);
+}
+
+#[test]
+fn tap_survives_any_words_in_overwriting_channel() {
+    attack_on(&layout_of(Policy::Overwrite), Reach::Everything, tap);
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{
-    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, presence,
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, NO_PEER, Name, Policy, presence,
 };
 use barlink_protocol::{AtomicU64, Events, Ordering, PresenceWords};
 use loom::sync::atomic::fence;
@@ -41,7 +41,12 @@ pub type Words = Region<Memory>;
 /// Creates a region in which no end is present. `region::index` in loom builds maps its offsets to
 /// words.
 pub fn region() -> Words {
-    let words = 8 + 15 + CAPACITY / 8;
+    region_for(CAPACITY)
+}
+
+/// Creates a region for a channel of this capacity.
+pub fn region_for(capacity: u64) -> Words {
+    let words = 8 + 16 + capacity / 8;
     Region::new(Memory(StdArc::new(
         (0..words).map(|_| AtomicU64::new(0)).collect(),
     )))
@@ -54,9 +59,19 @@ pub fn channel() -> Channel {
         producer: SLOT,
         consumer: HOST,
         vector: 0,
-        drop_when_full: false,
+        policy: Policy::Wait,
         offset: FIRST_FREE,
         capacity: CAPACITY,
+    }
+}
+
+/// Returns a channel without a consumer. A record of one word takes a quarter of its capacity.
+pub fn overwriting() -> Channel {
+    Channel {
+        consumer: NO_PEER,
+        policy: Policy::Overwrite,
+        capacity: 2 * CAPACITY,
+        ..channel()
     }
 }
 

@@ -13,7 +13,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::fence;
 use loom::thread;
 
-use crate::model::{Memory, Notifiers, Words, channel, model, region};
+use crate::model::{Memory, Notifiers, Words, channel, model, overwriting, region, region_for};
 
 /// Attaches both ends of a channel from the guest to the host.
 fn ends(region: &Words) -> (Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>) {
@@ -275,4 +275,70 @@ fn newest_record_is_whole_beside_producer() {
         writer.join().unwrap();
     });
     assert!(FOUND.load(Relaxed) > 0);
+}
+
+/// Copies the newest record while the producer of a channel without a consumer writes the next one,
+/// is killed, and its successor does so, too. The record stays whole until the next commit.
+#[test]
+fn newest_record_stays_until_next_commit() {
+    model(|| {
+        let entry = overwriting();
+        let region = region_for(entry.capacity);
+        let mut producer = Producer::attach(region.clone(), &entry).unwrap();
+        // Three records of the four that there is room for, so that the next ones overwrite.
+        for number in 0..3 {
+            commit(&mut producer, number);
+        }
+        let mut tap = Tap::attach(region.clone(), &entry);
+        let its_region = region.clone();
+        let writer = thread::spawn(move || {
+            let write = |producer: &mut Producer<Memory>| {
+                let mut room = producer.reserve(8).unwrap();
+                room.write(0, &9u64.to_le_bytes());
+                room.stage(Kind::DATA, 8, 0);
+            };
+            write(&mut producer);
+            drop(producer);
+            write(&mut Producer::attach(its_region, &entry).unwrap());
+        });
+        let Sight::Record(header) = tap.look_at_newest() else {
+            panic!("the newest record was not found");
+        };
+        let mut bytes = [0; 8];
+        assert!(tap.copy(&mut bytes), "the newest record was not whole");
+        assert_eq!((header.sequence, u64::from_le_bytes(bytes)), (2, 2));
+        writer.join().unwrap();
+    });
+}
+
+/// Copies the newest record beside a producer that never waits. It stays whole while the producer
+/// commits the next one, so the first copy counts.
+#[test]
+fn newest_record_is_whole_beside_overwriting_producer() {
+    static FOUND: [Counter; 2] = [const { Counter::new(0) }; 2];
+    model(|| {
+        let entry = overwriting();
+        let region = region_for(entry.capacity);
+        let mut producer = Producer::attach(region.clone(), &entry).unwrap();
+        for number in 0..3 {
+            commit(&mut producer, number);
+        }
+        let mut tap = Tap::attach(region.clone(), &entry);
+        // The fifth record takes the place of the first one.
+        let writer = thread::spawn(move || {
+            commit(&mut producer, 3);
+            producer.reserve(8).unwrap().write(0, &9u64.to_le_bytes());
+        });
+        let Sight::Record(header) = tap.look_at_newest() else {
+            panic!("the newest record was not found");
+        };
+        let mut bytes = [0; 8];
+        assert!(tap.copy(&mut bytes), "the newest record was not whole");
+        let number = u64::from_le_bytes(bytes);
+        assert_eq!(header.sequence, number, "torn");
+        FOUND[number as usize - 2].fetch_add(1, Relaxed);
+        writer.join().unwrap();
+    });
+    let found = FOUND.each_ref().map(|counter| counter.load(Relaxed));
+    assert!(!found.contains(&0), "{found:?}");
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use barlink_protocol::wire::layout::{
-    Channel, ENTRY_WORDS, FIRST_FREE, Layout, Name, PAGE_SIZE, TABLE_COUNT, table_entry,
+    Channel, ENTRY_WORDS, FIRST_FREE, Layout, Name, PAGE_SIZE, Policy, TABLE_COUNT, table_entry,
 };
 use barlink_protocol::{AtomicU64, Ordering, table};
 use loom::thread;
@@ -46,7 +46,7 @@ fn channel(number: u64) -> Channel {
         producer: 0,
         consumer: 1,
         vector: 0,
-        drop_when_full: false,
+        policy: Policy::Wait,
         offset: FIRST_FREE + number * 2 * PAGE_SIZE,
         capacity: PAGE_SIZE,
     }

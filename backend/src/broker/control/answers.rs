@@ -95,7 +95,13 @@ fn claimed_eventfds(
     let entry = state.region.channel(channel);
     let entry = entry.ok_or(Refusal::NoChannel(channel))?;
     let mut all: Vec<Box<dyn AsFd>> = Vec::new();
-    for peer in [end, end.other()].map(|end| entry.peer(end)) {
+    let own = entry.peer(end);
+    // A producer without a consumer never rings: it gets its own eventfds once more.
+    let other = match entry.has_consumer() {
+        true => entry.peer(end.other()),
+        false => own,
+    };
+    for peer in [own, other] {
         let eventfds = state.region.eventfds(peer);
         for eventfd in [eventfds.first(), eventfds.get(entry.vector as usize)] {
             let eventfd = eventfd.ok_or_else(|| Refusal::Failed("no such vector".to_owned()))?;

@@ -5,7 +5,7 @@
 use std::str::FromStr;
 
 use barlink_cli::size::{Exact, parse_size, show_size};
-use barlink_protocol::wire::layout::{self, MIN_CAPACITY, Name, PAGE_SIZE};
+use barlink_protocol::wire::layout::{self, MIN_CAPACITY, NO_PEER, Name, PAGE_SIZE, Policy};
 
 use super::error::PlanError;
 
@@ -16,6 +16,8 @@ pub enum Party {
     Host,
     /// The VM in a slot.
     Slot(u32),
+    /// Any number of taps, which are no end: the place of the consumer in a channel that has none.
+    Taps,
 }
 
 /// The direction of a channel's records.
@@ -33,6 +35,7 @@ impl FromStr for Direction {
     fn from_str(text: &str) -> Result<Self, String> {
         let party = |text: &str| match text {
             "host" => Some(Party::Host),
+            "taps" => Some(Party::Taps),
             _ => text.parse().ok().map(Party::Slot),
         };
         let direction = |from, to| Direction { from, to };
@@ -41,10 +44,13 @@ impl FromStr for Direction {
             "down" => Some(direction(Party::Host, Party::Slot(0))),
             _ => text
                 .split_once('-')
-                .and_then(|(from, to)| Some(direction(party(from)?, party(to)?))),
+                .and_then(|(from, to)| Some(direction(party(from)?, party(to)?)))
+                .filter(|direction| direction.from != Party::Taps),
         }
         .ok_or_else(|| {
-            format!("direction `{text}` is not up, down, or FROM-TO with slot numbers or `host`")
+            format!(
+                "direction `{text}` is not up, down, or FROM-TO with slot numbers or `host`; TO can be `taps`"
+            )
         })
     }
 }
@@ -58,16 +64,17 @@ pub struct ChannelPlan {
     pub direction: Direction,
     /// Bytes in its data area.
     pub capacity: u64,
-    /// Whether its producer drops records while it is full.
-    pub drop_when_full: bool,
+    /// The treatment of records that find no room.
+    pub policy: Policy,
 }
 
 impl ChannelPlan {
     /// Returns the IDs of the producer's and the consumer's peer, in a region with this number of
-    /// slots.
+    /// slots. The consumer's is [`NO_PEER`] if there is no consumer.
     pub fn peers(&self, slots: u32) -> Result<[u32; 2], PlanError> {
         let peer = |party| match party {
             Party::Host => Ok(slots),
+            Party::Taps => Ok(NO_PEER),
             Party::Slot(slot) if slot < slots => Ok(slot),
             Party::Slot(slot) => Err(PlanError::NoSlot {
                 name: self.name.to_string(),
@@ -82,11 +89,11 @@ impl ChannelPlan {
 impl FromStr for ChannelPlan {
     type Err = String;
 
-    /// Parses `NAME=DIRECTION,SIZE[,drop]`.
+    /// Parses `NAME=DIRECTION,SIZE[,POLICY]`.
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, rest) = text
             .split_once('=')
-            .ok_or("a channel is NAME=DIRECTION,SIZE[,drop]")?;
+            .ok_or("a channel is NAME=DIRECTION,SIZE[,POLICY]")?;
         let name = Name::new(name).ok_or_else(|| {
             format!(
                 "channel name `{name}` is not 1 to {} of a-z, 0-9, - and _",
@@ -94,11 +101,13 @@ impl FromStr for ChannelPlan {
             )
         })?;
         let mut parts = rest.split(',');
-        let direction = parts.next().unwrap_or_default().parse()?;
+        let direction = parts.next().unwrap_or_default();
+        let is_short = matches!(direction, "up" | "down");
+        let mut direction: Direction = direction.parse()?;
         let capacity = parse_size(
             parts
                 .next()
-                .ok_or("a channel needs a size: NAME=DIRECTION,SIZE[,drop]")?,
+                .ok_or("a channel needs a size: NAME=DIRECTION,SIZE[,POLICY]")?,
         )?;
         if !capacity.is_power_of_two() || capacity < MIN_CAPACITY {
             return Err(format!(
@@ -108,17 +117,35 @@ impl FromStr for ChannelPlan {
                 show_size(nearest_capacity(capacity))
             ));
         }
-        let drop_when_full = match parts.next() {
-            None => false,
-            Some("drop") => true,
-            Some(other) => return Err(format!("`{other}` is not `drop`")),
+        let policy = match parts.next() {
+            None => Policy::Wait,
+            Some(text) => text
+                .parse()
+                .map_err(|_| format!("`{text}` is not `wait`, `drop` or `overwrite`"))?,
         };
+        if policy == Policy::Overwrite && is_short {
+            direction.to = Party::Taps;
+        }
+        match (policy, direction.to) {
+            (Policy::Overwrite, Party::Taps) => (),
+            (Policy::Overwrite, _) => {
+                return Err(format!(
+                    "channel `{name}` has no receiver, because its sender overwrites: take FROM-taps as its direction"
+                ));
+            }
+            (_, Party::Taps) => {
+                return Err(format!(
+                    "channel `{name}` has no receiver, so its sender cannot wait for one: add `,overwrite`"
+                ));
+            }
+            _ => (),
+        }
         match parts.next() {
             None => Ok(ChannelPlan {
                 name,
                 direction,
                 capacity,
-                drop_when_full,
+                policy,
             }),
             Some(extra) => Err(format!("`{extra}` is one part too many")),
         }

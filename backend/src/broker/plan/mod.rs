@@ -9,7 +9,7 @@ use std::path::Path;
 
 use barlink_protocol::wire::layout::{
     self, BrokerName, Channel, FIRST_FREE, Layout, MAX_CHANNELS, MAX_SLOTS, MAX_VECTORS,
-    MIN_CAPACITY, Name, PAGE_SIZE,
+    MIN_CAPACITY, Name, PAGE_SIZE, Policy,
 };
 
 pub use self::choices::{ChannelPlan, Direction, Party, Reserve};
@@ -101,7 +101,7 @@ pub fn plan(
             producer,
             consumer,
             vector: vector_of(index, vectors),
-            drop_when_full: channel.drop_when_full,
+            policy: channel.policy,
             offset: next,
             capacity: channel.capacity,
         };
@@ -163,7 +163,7 @@ fn default_channels(size: u64, slots: u32, reserve: u64) -> Result<Vec<ChannelPl
             name,
             direction: Direction { from, to },
             capacity,
-            drop_when_full: false,
+            policy: Policy::Wait,
         }
     };
     let pair = |slot| {
@@ -177,6 +177,8 @@ fn default_channels(size: u64, slots: u32, reserve: u64) -> Result<Vec<ChannelPl
 
 #[cfg(test)]
 mod tests {
+    use barlink_protocol::wire::layout::NO_PEER;
+
     use super::*;
 
     fn plan(
@@ -344,7 +346,13 @@ mod tests {
     #[test]
     fn parses_or_rejects_channels() {
         let plan: ChannelPlan = "camera=up,4M,drop".parse().unwrap();
-        assert_eq!((plan.capacity, plan.drop_when_full), (4 << 20, true));
+        assert_eq!((plan.capacity, plan.policy), (4 << 20, Policy::Drop));
+        for text in ["camera=down,4M,overwrite", "camera=host-taps,4M,overwrite"] {
+            let plan: ChannelPlan = text.parse().unwrap();
+            assert_eq!(plan.policy, Policy::Overwrite);
+            assert_eq!(plan.peers(1), Ok([1, NO_PEER]), "{text}");
+        }
+        assert_eq!("c=up,4M,wait".parse(), "c=up,4M".parse::<ChannelPlan>());
         assert_eq!(
             "1-0".parse(),
             Ok(Direction {
@@ -362,6 +370,11 @@ mod tests {
             "c=up,1K",
             "c=up,x",
             "c=up,4M,no",
+            "c=0-host,4M,overwrite",
+            "c=0-taps,4M",
+            "c=0-taps,4M,drop",
+            "c=taps-host,4M",
+            "c=taps-taps,4M,overwrite",
         ] {
             assert!(text.parse::<ChannelPlan>().is_err(), "{text}");
         }

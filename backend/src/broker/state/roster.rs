@@ -15,7 +15,7 @@ use crate::persistence::ClientId;
 use crate::persistence::state::RosterWords;
 use crate::slot::{Hold, SharedRegion, Slot};
 use barlink::control::message::{Added, Refusal};
-use barlink::{Held, NotHere};
+use barlink::{Held, NoConsumer, NotHere};
 
 const ENDS: [End; 2] = [End::Producer, End::Consumer];
 
@@ -96,6 +96,9 @@ impl Roster {
     ) -> Result<(), Refusal> {
         let entry = self.channel(channel)?;
         let name = || entry.name.to_string();
+        if end == End::Consumer && !entry.has_consumer() {
+            return Err(Refusal::NoConsumer(NoConsumer::new(name())));
+        }
         if entry.peer(end) != self.region.layout().host() {
             let peer = format!("slot {}'s VM", entry.peer(end));
             return Err(Refusal::NotHost(NotHere::new(name(), end, Some(peer))));

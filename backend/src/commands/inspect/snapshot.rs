@@ -6,10 +6,11 @@ use anyhow::Result;
 use barlink::control::message::{RegionInfo, Status};
 use barlink::host::Attachment;
 use barlink_cli::cache::Cache;
+use barlink_cli::channel::peer_name;
 use barlink_protocol::state::ChannelState;
-use barlink_protocol::wire::layout::{End, Layout, presence};
+use barlink_protocol::wire::layout::{End, Policy, presence};
 use barlink_protocol::{CacheState, PresenceWords};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 /// The output of `barlink inspect --json`.
 #[derive(Clone, Debug, Serialize)]
@@ -42,22 +43,26 @@ pub struct ChannelView {
     pub name: String,
     /// The peer that produces: `host` or `slot N`.
     pub from: String,
-    /// The peer that consumes.
+    /// The peer that consumes, or `taps` if the channel has no consumer.
     pub to: String,
     /// Process that holds the producer's end, by its process ID on its own side.
     pub producer: Option<u32>,
     /// Process that holds the consumer's end, by its process ID on its own side.
     pub consumer: Option<u32>,
+    /// The treatment of records that find no room: `wait`, `drop` or `overwrite`.
+    #[serde(serialize_with = "policy_name")]
+    pub policy: Policy,
     /// Size of the data area, in bytes.
     pub capacity: u64,
-    /// Bytes committed and not released; `null` if the cursors contradict each other.
+    /// Bytes committed and not released; `null` if the cursors contradict each other, or if the
+    /// channel has no consumer that could release them.
     pub fill: Option<u64>,
     /// The producer's cursor: it grows by each byte that is committed, and jumps at a reset.
     pub written: u64,
     /// Number of records committed since the channel's reset. The records at the begin and end of
     /// each stream count, too.
     pub records: u64,
-    /// Number of records dropped because the channel was full.
+    /// Number of records dropped because the channel was full, and of sequence numbers skipped.
     pub dropped: u64,
     /// Number of doorbells that the producer rang.
     pub rung: u64,
@@ -111,10 +116,11 @@ fn channel(attachment: &Attachment, index: usize) -> ChannelView {
     };
     ChannelView {
         name: entry.name.to_string(),
-        from: peer_name(layout, entry.producer),
-        to: peer_name(layout, entry.consumer),
+        from: peer_name(entry.producer, layout.host()),
+        to: peer_name(entry.consumer, layout.host()),
         producer: process(End::Producer),
         consumer: process(End::Consumer),
+        policy: entry.policy,
         capacity: entry.capacity,
         fill: state.fill(entry),
         written: state.written,
@@ -127,10 +133,6 @@ fn channel(attachment: &Attachment, index: usize) -> ChannelView {
     }
 }
 
-fn peer_name(layout: &Layout, peer: u32) -> String {
-    if peer == layout.host() {
-        "host".to_owned()
-    } else {
-        format!("slot {peer}")
-    }
+fn policy_name<S: Serializer>(policy: &Policy, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(policy.as_str())
 }

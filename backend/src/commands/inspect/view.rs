@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use barlink::control::message::{BufferStatus, GuestMemoryStatus};
 use barlink_cli::cache::Cache;
+use barlink_protocol::wire::layout::Policy;
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 
 use super::snapshot::{ChannelView, Snapshot};
@@ -170,6 +171,11 @@ pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 11] {
         None => format!("{peer}, -"),
     };
     let share = |fill| format!("{:.1} %", fill as f64 * 100.0 / channel.capacity as f64);
+    let fill = match channel.policy {
+        // Nothing is released, so the channel is neither full nor empty.
+        Policy::Overwrite => "-".to_owned(),
+        _ => channel.fill.map_or("corrupt".to_owned(), share),
+    };
     let (bytes, records) = match rate {
         Some(rate) => (
             BinaryBytes(rate.bytes as u64).to_string(),
@@ -180,8 +186,11 @@ pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 11] {
     [
         channel.name.clone(),
         end(&channel.from, channel.producer),
-        end(&channel.to, channel.consumer),
-        channel.fill.map_or("corrupt".to_owned(), share),
+        match channel.policy {
+            Policy::Overwrite => channel.to.clone(),
+            _ => end(&channel.to, channel.consumer),
+        },
+        fill,
         BinaryBytes(channel.capacity).to_string(),
         bytes,
         records,

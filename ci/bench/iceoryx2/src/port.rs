@@ -36,20 +36,43 @@ pub fn node() -> Result<Node<ipc::Service>> {
         .map_err(|error| anyhow!("iceoryx2 gives no node: {error}"))
 }
 
+/// The number of receiving ends that a service is for.
+#[derive(Clone, Copy, Debug)]
+pub enum Readers {
+    /// One, for which a sender waits.
+    One,
+    /// This number, which lose their oldest samples while their queues are full.
+    Many(usize),
+}
+
 /// Opens or creates a service for samples of `record_size` bytes.
-fn stream(node: &Node<ipc::Service>, service: &str, record_size: usize) -> Result<Stream> {
+fn stream(
+    node: &Node<ipc::Service>,
+    service: &str,
+    record_size: usize,
+    readers: Readers,
+) -> Result<Stream> {
     let samples = (CAPACITY as usize / record_size).clamp(2, MOST_SAMPLES);
     let name = ServiceName::new(service).map_err(|error| anyhow!("{service}: {error:?}"))?;
     node.service_builder(&name)
         .publish_subscribe::<[u64]>()
-        .enable_safe_overflow(false)
+        .enable_safe_overflow(matches!(readers, Readers::Many(_)))
         .history_size(0)
         .max_publishers(1)
-        .max_subscribers(1)
+        .max_subscribers(readers.count().max(1))
         .subscriber_max_buffer_size(samples)
         .subscriber_max_borrowed_samples(1)
         .open_or_create()
         .map_err(|error| anyhow!("{service} cannot be opened: {error}"))
+}
+
+impl Readers {
+    fn count(self) -> usize {
+        match self {
+            Readers::One => 1,
+            Readers::Many(count) => count,
+        }
+    }
 }
 
 /// Opens or creates the event for new samples, if the ends sleep.
@@ -84,9 +107,10 @@ impl SendPort {
         node: &Node<ipc::Service>,
         service: &str,
         record_size: usize,
+        readers: Readers,
         wait: Wait,
     ) -> Result<Self> {
-        let stream = stream(node, service, record_size)?;
+        let stream = stream(node, service, record_size, readers)?;
         let words = record_size / 8;
         let publisher = stream
             .publisher_builder()
@@ -106,7 +130,7 @@ impl SendPort {
             stream,
             words,
         };
-        send_port.wait_for(1)?;
+        send_port.wait_for(readers.count())?;
         Ok(send_port)
     }
 
@@ -127,6 +151,11 @@ impl SendPort {
         Ok(())
     }
 
+    /// Sends a record to all receiving ends, even if there is none.
+    pub fn publish(&mut self, word: impl Fn(usize) -> u64) -> Result<()> {
+        self.put(word).map(drop)
+    }
+
     /// Sends a record, and returns the number of subscribers that it reached.
     fn put(&mut self, word: impl Fn(usize) -> u64) -> Result<usize> {
         let sample = self
@@ -137,9 +166,9 @@ impl SendPort {
         sent.map_err(|error| anyhow!("a sample is not sent: {error}"))
     }
 
-    /// Waits until the other end has left. The samples must exist until then.
-    pub fn wait_until_left(&self) -> Result<()> {
-        self.wait_for(0)
+    /// Waits until all receiving ends but this number have left. The samples must exist until then.
+    pub fn wait_until_left(&self, but: usize) -> Result<()> {
+        self.wait_for(but)
     }
 
     fn wait_for(&self, subscribers: usize) -> Result<()> {
@@ -167,9 +196,10 @@ impl ReceivePort {
         node: &Node<ipc::Service>,
         service: &str,
         record_size: usize,
+        readers: Readers,
         wait: Wait,
     ) -> Result<Self> {
-        let stream = stream(node, service, record_size)?;
+        let stream = stream(node, service, record_size, readers)?;
         let event = event_service(node, service, wait)?;
         let listener = event
             .map(|event| event.listener_builder().create())
@@ -186,11 +216,16 @@ impl ReceivePort {
         })
     }
 
+    /// Looks for a record.
+    pub fn look(&mut self) -> Result<Option<Sample<ipc::Service, [u64], ()>>> {
+        let sample = self.subscriber.receive();
+        sample.map_err(|error| anyhow!("no sample comes: {error}"))
+    }
+
     /// Waits for a record: sleeps for its event, or polls.
     pub fn receive(&mut self) -> Result<Sample<ipc::Service, [u64], ()>> {
         loop {
-            let sample = self.subscriber.receive();
-            if let Some(sample) = sample.map_err(|error| anyhow!("no sample comes: {error}"))? {
+            if let Some(sample) = self.look()? {
                 return Ok(sample);
             }
             match &self.listener {

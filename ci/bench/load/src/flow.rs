@@ -18,6 +18,29 @@ const LEAST: Duration = Duration::from_millis(30);
 /// each.
 pub const STRIDE: u64 = 64 << 10;
 
+/// The times of records that are sent in time.
+#[derive(Debug)]
+pub struct Pace {
+    next: Instant,
+    period: Duration,
+}
+
+impl Pace {
+    /// Starts with a record now, at this number of records a second.
+    pub fn new(records: u32) -> Self {
+        Pace {
+            next: Instant::now(),
+            period: Duration::from_secs(1) / records.max(1),
+        }
+    }
+
+    /// Sleeps until the next record is due.
+    pub fn wait(&mut self) {
+        self.next += self.period;
+        std::thread::sleep(self.next.saturating_duration_since(Instant::now()));
+    }
+}
+
 /// The counts of one end of a stream: see the module.
 #[derive(Debug)]
 pub struct Flow {

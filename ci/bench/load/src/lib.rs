@@ -12,6 +12,7 @@
 //! | `trip.rs` | round trips through channels and peers: the asking end, which times them |
 //! | `answer.rs` | the answering end |
 //! | `rest.rs` | pauses that let both ends sleep, and counts of their sleeps |
+//! | `tap.rs` | a tap of a stream whose sender never waits |
 //! | `place.rs` | streams and round trips of records that are built in the channel itself |
 //! | `idle.rs` | an end that sleeps, and its cost |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
@@ -32,13 +33,14 @@ mod raw;
 mod rest;
 mod ring;
 mod stream;
+mod tap;
 mod trip;
 
 pub use answer::Answer;
 pub use copy::Copy;
 pub use cost::Cost;
 pub use files::FILES;
-pub use flow::{Flow, STRIDE, WARM_UP};
+pub use flow::{Flow, Pace, STRIDE, WARM_UP};
 pub use idle::{Used, Watch, idle};
 pub use pipe::{Endpoint, LAST, PipeReceive, PipeSend};
 pub use place::{Build, word};
@@ -46,6 +48,7 @@ pub use raw::{RawMode, RawReceive, RawSend, SIZE as RAW_SIZE};
 pub use rest::{Questions, Sleeps, Think};
 pub use ring::Ring;
 pub use stream::{Receive, Send};
+pub use tap::{Tapped, tap};
 pub use trip::{Ask, Trips, Wait};
 
 use serde::{Deserialize, Serialize};

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use barlink::guest::{Cache, Device, OpenOptions};
-use barlink::host::{self, Attachment};
-use barlink::{Error, Side};
+use barlink::host::{self, AttachOptions, Attachment};
+use barlink::{Access, Error, Side};
 use barlink_bench_load::{
     Answer, Ask, Build, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawMode, RawReceive, RawSend,
-    Receive, Ring, Send, Wait, Watch, idle,
+    Receive, Ring, Send, Wait, Watch, idle, tap,
 };
 use barlink_protocol::wire::layout::End::{Consumer, Producer};
 use clap::{Args, Parser, Subcommand};
@@ -74,6 +74,11 @@ enum Work {
         pair: HostPair,
         #[command(flatten)]
         answer: Answer,
+    },
+    /// Copy records of a channel on the host as a tap, until the stream ends
+    Tap {
+        #[command(flatten)]
+        end: HostEnd,
     },
     /// Hold a pair of channels, and sleep
     Idle {
@@ -253,6 +258,12 @@ fn main() -> Result<()> {
                 host.receiver(&pair.back)?.into_ring(),
             );
             tell(&answer.in_place(out, back, pair.wait)?)
+        }
+        Work::Tap { end } => {
+            let options = AttachOptions::new().access(Access::ReadOnly);
+            tell(&tap(options
+                .connect_path(&end.control)?
+                .tap(&end.channel)?)?)
         }
         Work::Idle { pair, first } => {
             if let Some(path) = &pair.place.control {

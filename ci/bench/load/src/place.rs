@@ -14,7 +14,7 @@ use crate::answer::Answer;
 use crate::rest::Sleeps;
 use crate::stream::sum_of;
 use crate::trip::{Ask, Trips, Wait};
-use crate::{Flow, Measured, STRIDE};
+use crate::{Flow, Measured, Pace, STRIDE};
 
 /// A buffer in the nearest cache, in which words are computed before they are copied into the
 /// channel.
@@ -41,6 +41,9 @@ pub struct Build {
     /// Length of the timed part of the stream, in milliseconds
     #[arg(long)]
     time: u64,
+    /// Records a second, instead of as many as there is room for
+    #[arg(long)]
+    pace: Option<u32>,
 }
 
 impl Build {
@@ -55,10 +58,18 @@ impl Build {
         let sum = sum_of_others(words).wrapping_add(word(0));
         let mut block = BLANK;
         let mut flow = Flow::begin();
+        let batch = match self.pace {
+            Some(_) => 1,
+            None => STRIDE.div_ceil(self.record_size as u64),
+        };
+        let mut pace = self.pace.map(Pace::new);
         while flow.lasts(self.time) {
-            for _ in 0..STRIDE.div_ceil(self.record_size as u64) {
+            for _ in 0..batch {
                 build(&mut sender, words, &mut block, make)?;
                 flow.add(1, self.record_size as u64, sum);
+            }
+            if let Some(pace) = &mut pace {
+                pace.wait();
             }
         }
         let measured = flow.end();

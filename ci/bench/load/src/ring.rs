@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{
-    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, presence,
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, Policy, presence,
 };
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, state};
 use clap::Args;
@@ -46,7 +46,7 @@ pub(crate) fn ends() -> Result<(Sender<Memory, Notifiers>, Receiver<Memory, Noti
         producer: 0,
         consumer: 1,
         vector: 0,
-        drop_when_full: false,
+        policy: Policy::Wait,
         offset: FIRST_FREE,
         capacity: CAPACITY,
     };

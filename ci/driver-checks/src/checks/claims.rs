@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::ask::Region;
 use crate::binding::{eventually, open};
 use crate::calls;
-use crate::device::{DOWN, SIDE, UP, UP1, fails};
+use crate::device::{DOWN, FRAMES, SIDE, UP, UP1, fails};
 use crate::host;
 use crate::process::child;
 
@@ -62,11 +62,14 @@ pub(super) fn foreign_and_unknown_ends_are_refused() -> Result<()> {
     }
     // On a bus the ends of another VM are refused as well.
     let bus = open(Region::Bus)?;
-    for end in [UP, DOWN, other_end(SIDE), other_end(UP1)] {
+    let no_consumer = other_end(FRAMES);
+    for end in [UP, DOWN, other_end(SIDE), other_end(UP1), no_consumer] {
         fails(bus.claim(end), Errno::ACCESS);
     }
-    bus.claim(SIDE)?;
-    Ok(bus.claim(UP1)?)
+    for end in [SIDE, UP1, FRAMES] {
+        bus.claim(end)?;
+    }
+    Ok(())
 }
 
 pub(super) fn claim_ends_when_its_process_is_killed() -> Result<()> {

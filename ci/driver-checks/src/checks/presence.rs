@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use crate::ask::Region;
 use crate::binding::{bind, open, open_with, unbind};
-use crate::device::{DOWN, SIDE, UP, UP1, fails};
+use crate::device::{DOWN, FRAMES, SIDE, UP, UP1, fails};
 use crate::{host, module};
 
 /// Peer that is rung when a claim changes.
@@ -107,6 +107,11 @@ pub(super) fn holder_words_follow_the_claims() -> Result<()> {
     bus.claim(UP1)?;
     rung(host, 1)?;
     rung(slot, 0)?;
+    // `frames` has no other end, so the driver rings no peer.
+    bus.claim(FRAMES)?;
+    assert_eq!(host::holder(Region::Bus, FRAMES)?.1, std::process::id());
+    rung(slot, 0)?;
+    rung(host, 0)?;
     drop(bus);
     rung(slot, 1)?;
     rung(host, 1)

@@ -49,7 +49,7 @@ fuzz_target!(|input: Input| {
     let mut position = None;
     for step in input.steps {
         match step {
-            Step::Produce(length) => produce(&region, length),
+            Step::Produce(length) => produce(&region, &LAYOUT, length),
             Step::Scribble(scribble) => scribble.apply(memory.words()),
             Step::Stand(stand) => stand.apply(memory.words()),
             Step::Attach => {

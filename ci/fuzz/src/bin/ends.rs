@@ -25,7 +25,7 @@ const LOOKS: u64 = 40 * LONGEST;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
-    drops: bool,
+    policy: u8,
     /// Whether the other end changes before each look: more often than any call may look.
     flaps: bool,
     sender: Plan,
@@ -55,7 +55,11 @@ type Ends = (
 fuzz_target!(|input: Input| {
     static NOWHERE: LazyLock<File> =
         LazyLock::new(|| File::create("/dev/null").expect("/dev/null"));
-    let layout = if input.drops { &DROPPING } else { &LAYOUT };
+    let layout = match input.policy % 3 {
+        0 => &LAYOUT,
+        1 => &DROPPING,
+        _ => &OVERWRITING,
+    };
     let other: fn(Words) = if input.flaps { flap } else { |_| () };
     let (memory, region) = region(SIZE, input.scribbles, other);
     let mut ends: Ends = (
@@ -66,7 +70,7 @@ fuzz_target!(|input: Input| {
         match (step, &mut ends) {
             (Step::Scribble(scribble), _) => scribble.apply(memory.words()),
             (Step::Stand(stand), _) => stand.apply(memory.words()),
-            (Step::Produce(length), _) => produce(&region, length),
+            (Step::Produce(length), _) => produce(&region, layout, length),
             (Step::Consume, _) => consume(&region),
             (Step::Send { length, timeout }, (Some(sender), _)) => {
                 let bytes = vec![0x5a; length.into()];

@@ -18,6 +18,7 @@ const LOOKS: u64 = 24;
 struct Input {
     scribbles: Vec<Scribble>,
     steps: Vec<Step>,
+    overwrites: bool,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -35,10 +36,16 @@ enum Step {
     },
     Drop,
     Count,
+    Skip(u8),
+    First(u64),
 }
 
 fuzz_target!(|input: Input| {
-    let channel = &LAYOUT.channels()[0];
+    let layout = match input.overwrites {
+        true => &OVERWRITING,
+        false => &LAYOUT,
+    };
+    let channel = &layout.channels()[0];
     let (memory, region) = region(MAPPABLE, input.scribbles, |_| ());
     let mut producer = None;
     let mut position = None;
@@ -82,6 +89,9 @@ fuzz_target!(|input: Input| {
                         position = Some(advanced(&memory, position));
                         assert_eq!(end.sequence(), sequence.wrapping_add(1));
                     }
+                    Err(ReserveError::Full | ReserveError::Corrupt(_)) if input.overwrites => {
+                        panic!("the producer looked at another end")
+                    }
                     Err(ReserveError::Full | ReserveError::Corrupt(_) | ReserveError::Reset(_)) => {
                         assert_eq!(end.sequence(), sequence);
                     }
@@ -94,6 +104,20 @@ fuzz_target!(|input: Input| {
                     let sequence = end.sequence();
                     end.drop_record();
                     assert_eq!(end.sequence(), sequence.wrapping_add(1));
+                }
+            }
+            Step::Skip(count) => {
+                let Some(end) = &mut producer else { continue };
+                let sequence = end.sequence();
+                let skipped = memory.within(LOOKS, || end.skip(count.into()));
+                let count = skipped.map_or(0, |_| count.into());
+                assert_eq!(end.sequence(), sequence.wrapping_add(count));
+            }
+            Step::First(number) => {
+                if let Some(end) = &mut producer
+                    && end.set_first_sequence(number).is_ok()
+                {
+                    assert_eq!((end.sequence(), end.dropped()), (number, 0));
                 }
             }
             Step::Count => {

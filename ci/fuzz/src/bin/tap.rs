@@ -16,6 +16,7 @@ const LOOKS: u64 = 600;
 struct Input {
     scribbles: Vec<Scribble>,
     steps: Vec<Step>,
+    overwrites: bool,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -30,14 +31,18 @@ enum Step {
 }
 
 fuzz_target!(|input: Input| {
-    let channel = &LAYOUT.channels()[0];
+    let layout = match input.overwrites {
+        true => &OVERWRITING,
+        false => &LAYOUT,
+    };
+    let channel = &layout.channels()[0];
     let max = Capacity::of(channel).max_record();
     let (memory, region) = region(MAPPABLE, input.scribbles, |_| ());
     let mut tap = Tap::attach(region.clone(), channel);
     for step in input.steps {
         let sight = match step {
             Step::Produce(length) => {
-                produce(&region, length);
+                produce(&region, layout, length);
                 continue;
             }
             Step::Consume => {

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::limits::{MAX_COPY, VERSION};
-use crate::claim::{Held, NotHere};
+use crate::claim::{Held, NoConsumer, NotHere};
 use crate::error_kind::ErrorKind;
 
 /// The reason of a refusal. [`Error::refusal`](crate::Error::refusal) returns it.
@@ -47,6 +47,9 @@ pub enum Refusal {
     /// The end is not the host's.
     #[error(transparent)]
     NotHost(NotHere),
+    /// The channel has no consumer.
+    #[error(transparent)]
+    NoConsumer(NoConsumer),
     /// The client does not hold the end that it releases.
     #[error("the end is not held by this process")]
     NotHeld,
@@ -214,6 +217,7 @@ impl Refusal {
             | Refusal::Full(_)
             | Refusal::Busy => ErrorKind::InUse,
             Refusal::NotHost(_)
+            | Refusal::NoConsumer(_)
             | Refusal::NotHeld
             | Refusal::ReadOnly
             | Refusal::OutsideBuffer { .. }

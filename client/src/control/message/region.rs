@@ -3,7 +3,7 @@
 //! A region, as messages write it.
 
 use barlink_protocol::wire::layout::{
-    BrokerName, Channel, Identity, Instance, Layout, LayoutError, Name,
+    BrokerName, Channel, Identity, Instance, Layout, LayoutError, Name, Policy,
 };
 use serde::{Deserialize, Serialize};
 
@@ -45,9 +45,11 @@ struct ChannelFields {
     #[serde(with = "name")]
     name: Name,
     producer: u32,
+    #[serde(with = "consumer")]
     consumer: u32,
     vector: u32,
-    drop_when_full: bool,
+    #[serde(with = "policy")]
+    policy: Policy,
     offset: u64,
     capacity: u64,
 }
@@ -67,6 +69,39 @@ mod name {
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Name, D::Error> {
         let text = Cow::<str>::deserialize(from)?;
         Name::new(&text).ok_or_else(|| Error::custom("a channel has a wrong name"))
+    }
+}
+
+/// The peer of a consumer, as messages write it: null if there is no consumer.
+mod consumer {
+    use barlink_protocol::wire::layout::NO_PEER;
+    use serde::de::{Deserialize, Deserializer};
+    use serde::ser::{Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(peer: &u32, to: S) -> Result<S::Ok, S::Error> {
+        (*peer != NO_PEER).then_some(*peer).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+        Ok(Option::<u32>::deserialize(from)?.unwrap_or(NO_PEER))
+    }
+}
+
+/// A policy, as messages write it: by its name.
+mod policy {
+    use std::borrow::Cow;
+
+    use barlink_protocol::wire::layout::Policy;
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(super) fn serialize<S: Serializer>(policy: &Policy, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(policy.as_str())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Policy, D::Error> {
+        let text = Cow::<str>::deserialize(from)?;
+        text.parse().map_err(Error::custom)
     }
 }
 
