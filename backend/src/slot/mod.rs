@@ -72,8 +72,6 @@ struct Occupancy {
     vmm: Option<Vmm>,
     /// The epoch of the driver when the VM connected, as far as this broker admitted it.
     first_epoch: Option<u64>,
-    /// Whether the broker has ended, so that the number of the connection stays.
-    is_final: bool,
 }
 
 /// The reason why an end that belongs to a VM is not free.
