@@ -33,8 +33,9 @@ pub struct Tap {
 impl Tap {
     /// Connects to an ivshmem slot before its VM does, takes the memory and the eventfds, and
     /// disconnects. A process that has ended makes the connection, because a slot stays taken until
-    /// the process of its former VMM has ended. All VMs of the region have the same memory and eventfds, also over other
-    /// transports. `slots` and `vectors` are the broker's numbers of slots and of vectors per peer.
+    /// the process of its former VMM has ended. All VMs of the region have the same memory and
+    /// eventfds, also over other transports. `slots` and `vectors` are the broker's numbers of
+    /// slots and of vectors per peer.
     pub fn before_the_vm(broker: &Broker, slot: usize, slots: u32, vectors: u32) -> Result<Self> {
         let socket = connect(&broker.socket(slot))?;
         socket.set_read_timeout(Some(TIMEOUT))?;
