@@ -138,7 +138,7 @@ impl Areas {
     }
 
     /// Counts a new area. Returns whether the areas that follow must be mapped anew, because it is
-    /// the first one that determines the mode.
+    /// the first one that determines the mode, or the first one that prefers one while all follow.
     ///
     /// `EBUSY` if [`Areas::mode`] rejects its mode, `ENOMEM`. The caller must remove the area
     /// later, even after an error.
@@ -146,8 +146,10 @@ impl Areas {
         let is_known = area.follows || self.mapper(area).is_some();
         self.count(area);
         if area.follows {
+            let had_preference = self.preferred.is_some();
             self.preferred = self.preferred.or(area.options.cache);
-            return Ok(false);
+            let is_new = self.preferred.is_some() && !had_preference;
+            return Ok(is_new && self.asked.is_none());
         }
         let mode = self.mode(area.options.cache);
         let is_first = self.asked.is_none();
@@ -223,9 +225,10 @@ impl Areas {
     }
 
     /// Returns the requested mode, the granted mode and one process that has areas, as numbers of
-    /// [`crate::wire::uapi::Info`]. Requests and processes of areas that follow do not count.
+    /// [`crate::wire::uapi::Info`]. While all areas follow, the mode is the one that they prefer,
+    /// and there is no process.
     pub(crate) fn reported(&self) -> (u32, u32, u32) {
-        let asked = self.asked.map_or(0, |mode| mode as u32);
+        let asked = self.asked.or(self.preferred).map_or(0, |mode| mode as u32);
         let mapper = self.mappers.first().map_or(0, |mapper| mapper.process);
         (asked, self.granted, mapper)
     }

@@ -242,7 +242,9 @@ unsafe extern "C" fn mapped(
         if is_new_mode {
             unmap_followers(&mut state, device);
         }
-        if state.areas.have_on_fault() {
+        if known.follows {
+            register_again(&mut state, device);
+        } else if state.areas.have_on_fault() {
             register(&mut state, device)?;
         }
         if known.options.on_fault {
@@ -358,7 +360,7 @@ unsafe extern "C" fn fault(fault: *mut bindings::vm_fault) -> bindings::vm_fault
     unsafe { insert(&mut state, device, area, place.address, place.pgoff as u64) }
 }
 
-/// Registers the mode again, if the areas that determined it have ended while others follow.
+/// Registers the mode for areas that follow, unless that was done before.
 ///
 /// This fails for a moment after the end of eager mappings, whose mode the kernel still has. A page
 /// that is mapped meanwhile gets that mode, or uncached-minus.

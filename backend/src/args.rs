@@ -30,8 +30,8 @@ Exit codes:
   3    no broker, or one that has ended, is of another release, or rejected this process
   4    another process holds the end of the channel, or the broker is busy: try again
   5    the stream ended early: the sender left before its end
-  6    the stream is not whole: records were dropped, or missed (--tap), or its beginning is
-       missing (--partial)
+  6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
+       the beginning is missing (--partial); `send` had to drop the end
   7    no record came, or there was no room for one, within --timeout
   130  interrupted by Ctrl-C; `serve` ends with 0 then";
 
@@ -53,8 +53,8 @@ pub enum Command {
         after_help = "Example:\n  barlink recv | tar x           # in the guest: tar c logs | barlink-guest send"
     )]
     Recv(Recv),
-    /// Show the records of a channel as they come, without receiving them: time of the sender's
-    /// clock, kind, number, length and content
+    /// Show the records of a channel as they come, without receiving them: time (and its clock, unless
+    /// that is the sender's monotonic one), kind, number, length and content
     #[command(
         after_help = "Example:\n  barlink tail up --latest       # while another program receives from `up`"
     )]
@@ -127,9 +127,8 @@ pub struct Serve {
     /// Add a channel: NAME=DIRECTION,SIZE[,POLICY]. DIRECTION is up (slot 0 to host), down (host to
     /// slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of two, 4K or more. POLICY
     /// is for a channel that is full: with `wait`, the default, the sender waits; with `drop` it
-    /// drops its record; with `overwrite` it writes over the oldest records, and the channel has no
-    /// receiver but any number of taps (`recv --tap`, `tail`), so that DIRECTION is up, down or
-    /// FROM-taps. By default, slot 0 has `up` and `down`, slot 1 has `up1` and `down1`, and so on,
+    /// drops its record; with `overwrite` it writes over the oldest records. Such a channel has no
+    /// receiver, but taps (`recv --tap`, `tail`), and its DIRECTION is up, down or FROM-taps. By default, slot 0 has `up` and `down`, slot 1 has `up1` and `down1`, and so on,
     /// as large as fits. Sizes are powers of two, so about half of the region then belongs to no
     /// channel: it is the raw window, for `peek` and `poke`. Channels of different sizes use more
     /// of it: --channel up=up,32M --channel down=down,16M for 64M
@@ -137,8 +136,9 @@ pub struct Serve {
     pub channel: Vec<ChannelPlan>,
     /// Keep room for channels that `barlink channel add` makes while VMs and host apps go on:
     /// SIZE,VECTORS. A channel takes its size and 4K more. VECTORS are added to those of each peer,
-    /// so that as many new channels have a vector of their own; without them, they share the
-    /// others. With --vectors, the channels of --channel may use some of them
+    /// so that as many new channels have a vector of their own. Without further vectors, new
+    /// channels share those of the others. With --vectors, channels of --channel may use reserved
+    /// vectors
     #[arg(long, value_name = "RESERVE")]
     pub reserve: Option<Reserve>,
     /// Number of interrupt vectors of each peer [default: one for each channel, and one more]
@@ -452,11 +452,11 @@ mod tests {
             };
             assert_eq!(serve.sockets.0, std::slice::from_ref(expected));
         }
-        // The broker stores its eventfds; a listener, its lock and a VM for each slot, and as many
+        // The broker stores its eventfds; a listener, its lock, a VM and its process for each slot, and as many
         // for host apps; 64 host apps; the region's memory and the stored state. A slot of
         // vfio-user adds its session, an eventfd for each vector, and the files of the guest's
         // memory.
-        let most = (MAX_SLOTS + 1) * MAX_VECTORS + 3 * (MAX_SLOTS + 1) + 64 + 2;
+        let most = (MAX_SLOTS + 1) * MAX_VECTORS + 4 * (MAX_SLOTS + 1) + 64 + 2;
         let most = most + MAX_SLOTS * (1 + MAX_VECTORS + MAX_FILES);
         let number = |key| value(key).parse::<u32>().unwrap();
         assert!(number("FileDescriptorStoreMax") >= most);

@@ -93,14 +93,15 @@ Exit codes:
   4    another process holds the end of the channel or the DMA buffer, or has the device mapped in
        another cache mode
   5    the stream ended early: the sender left before its end
-  6    the stream is not whole: records were dropped, or missed (--tap), or its beginning is
-       missing (--partial)
+  6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
+       the beginning is missing (--partial); `send` had to drop the end
   7    no record came, or there was no room for one, within --timeout
   130  interrupted by Ctrl-C";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Describe the device, the requested cache mode and the granted one
+    /// Describe the device, the requested cache mode and the granted one; takes 10 s if the broker
+    /// does not answer
     #[command(
         after_help = "Example:\n  barlink-guest --cache write-back info    # shows whether it is granted, and if not, why and what to do"
     )]
@@ -115,8 +116,8 @@ pub enum Command {
         after_help = "Example:\n  barlink-guest recv | tar x         # on the host: tar c photos | barlink send"
     )]
     Recv(Recv),
-    /// Show the records of a channel as they come, without receiving them: time of the sender's
-    /// clock, kind, number, length and content
+    /// Show the records of a channel as they come, without receiving them: time (and its clock, unless
+    /// that is the sender's monotonic one), kind, number, length and content
     #[command(
         after_help = "Example:\n  barlink-guest tail down --latest    # while another program receives from `down`"
     )]

@@ -184,23 +184,33 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 
     /// Finds the place for a record with `length` bytes of payload.
+    #[inline]
     pub(crate) fn find_room(&mut self, length: usize) -> Result<Place, ReserveError> {
         let place = self.find_place(length)?;
+        if self.room.min(self.limit) < place.end() {
+            self.make_room(place.end())?;
+        }
+        Ok(place)
+    }
+
+    /// Looks whether there is room up to a cursor, and the limit may move there.
+    // A function of its own, because most records find room below the limit.
+    #[cold]
+    fn make_room(&mut self, end: u64) -> Result<(), ReserveError> {
         // Before the limit moves: that store would damage the channel for the next producer.
-        if self.limit < place.end() && self.was_reset() {
+        if self.limit < end && self.was_reset() {
             return Err(self.detach().into());
         }
-        if self.room < place.end() {
+        if self.room < end {
             if !self.has_consumer {
-                self.bound_staged(place.end())?;
-                return Ok(place);
+                return self.bound_staged(end);
             }
             self.refresh()?;
-            if self.room < place.end() {
+            if self.room < end {
                 return Err(ReserveError::Full);
             }
         }
-        Ok(place)
+        Ok(())
     }
 
     /// Publishes the staged records of a channel without a consumer if they and a further record,

@@ -34,6 +34,8 @@ const HANDSHAKES: u64 = CONNECTIONS + 8 * MAX_SLOTS as u64;
 const ENDED_EPOCHS: u64 = PAGE_SIZE + 512;
 /// By slot: the process ID of the VMM that is here, or was here last.
 const VMMS: u64 = ENDED_EPOCHS + 8 * MAX_SLOTS as u64;
+/// By slot: the epoch of the driver when the VM that is here, or was here last, connected.
+const FIRST_EPOCHS: u64 = PAGE_SIZE + 2304;
 /// By channel and end: the holder word, from the offset that its place has in a presence page.
 const HOLDERS: u64 = PAGE_SIZE + 512;
 /// By channel: the cursor at which the channel began at its last reset, 0 before the first.
@@ -179,7 +181,17 @@ impl SlotWords {
         self.words.store(self.offset(ENDED_EPOCHS), epoch);
     }
 
-    /// Returns the process ID of the VMM that is here, or was here last.
+    /// Returns the epoch of the driver when the VM that is here, or was here last, connected.
+    pub fn first_epoch(&self) -> u64 {
+        self.words.load(self.offset(FIRST_EPOCHS))
+    }
+
+    /// Sets that epoch.
+    pub fn set_first_epoch(&self, epoch: u64) {
+        self.words.store(self.offset(FIRST_EPOCHS), epoch);
+    }
+
+    /// Returns the process ID of the VMM that is here, or was here last; 0 once its end is known.
     pub fn vmm(&self) -> i32 {
         // CAST: the word was made from an ID.
         self.words.load(self.offset(VMMS)) as i32

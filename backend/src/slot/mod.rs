@@ -70,8 +70,6 @@ struct Occupancy {
     is_final: bool,
     /// The VMM of this VM, or of the former one until its process has ended.
     vmm: Option<Vmm>,
-    /// The epoch of the driver when the VM connected, as far as this broker admitted it.
-    first_epoch: Option<u64>,
 }
 
 /// The reason why an end that belongs to a VM is not free.
@@ -79,7 +77,8 @@ struct Occupancy {
 pub(crate) enum Hold {
     /// This process of the guest holds it.
     Process(u32),
-    /// A process of the guest held it, and this process, the VMM, may still run that guest.
+    /// A process of the guest held it, and this process, the VMM, may still run that guest; 0 if
+    /// the process cannot be named.
     Vmm(u32),
 }
 
@@ -103,7 +102,9 @@ impl Slot {
         if let Some(process) = &former {
             descriptors.store(name::vmm(id), Arc::clone(process));
         }
-        let vmm = former.map(|process| Vmm::new(words.vmm(), Some(process)));
+        // A process that no descriptor names may live.
+        let is_known = former.is_some() || words.connection() != 0 || words.vmm() != 0;
+        let vmm = is_known.then(|| Vmm::new(words.vmm(), former));
         Ok(Slot {
             id,
             config,
@@ -115,7 +116,6 @@ impl Slot {
                 vm: None,
                 is_final: false,
                 vmm,
-                first_epoch: None,
             }),
             session_lock: RwLock::new(()),
         })
@@ -173,9 +173,9 @@ impl Slot {
         if occupancy.vm.is_some() {
             return Err(Taken::Connected);
         }
-        let former = occupancy.vmm.as_ref();
-        let may_live = former.is_some_and(|former| former.lives() != Some(false));
-        if let Some(former) = former.filter(|former| former.lives() == Some(true)) {
+        let former = occupancy.vmm.as_ref().map(|vmm| (vmm, vmm.lives()));
+        let may_live = former.is_some_and(|(_, lives)| lives != Some(false));
+        if let Some((former, Some(true))) = former {
             let pid = former.pid();
             if !former.is_same(&vmm) {
                 return Err(Taken::Former { pid });
@@ -185,16 +185,17 @@ impl Slot {
                 return Err(Taken::Consumed { pid });
             }
         }
+        // A service manager keeps every descriptor of a name.
+        self.descriptors.remove(&name::vmm(self.id));
         if let Some(process) = vmm.process() {
             self.descriptors
                 .store(name::vmm(self.id), Arc::clone(process));
-        } else {
-            self.descriptors.remove(&name::vmm(self.id));
         }
         let words = &occupancy.words;
         let connection = words.next_connection();
         words.set_handshake(Handshake::New);
         words.set_vmm(vmm.pid);
+        words.set_first_epoch(self.region.driver_epoch(self.id));
         // Rings for the last VM are not for this one, nor are the words of its driver.
         for eventfd in self.region.eventfds(self.id) {
             eventfd.drain();
@@ -203,7 +204,6 @@ impl Slot {
         words.set_connection(connection);
         occupancy.vm = Some(Vm::new(peer, connection));
         occupancy.vmm = Some(vmm);
-        occupancy.first_epoch = Some(self.region.driver_epoch(self.id));
         self.region.publish_connection(self.id, connection);
         Ok(Session(Arc::clone(self)))
     }
@@ -226,7 +226,7 @@ impl Slot {
     /// watching eventfds that it has closed.
     fn left_in_order(&self, occupancy: &Occupancy) -> bool {
         let epoch = self.region.driver_epoch(self.id);
-        let came = occupancy.first_epoch.is_some_and(|first| first != epoch);
+        let came = occupancy.words.first_epoch() != epoch;
         came && epoch.is_multiple_of(2) && epoch != occupancy.words.ended_epoch()
     }
 
@@ -274,9 +274,12 @@ impl Slot {
     pub(crate) fn vacate(&self) {
         let mut occupancy = self.occupancy.lock();
         occupancy.vm = None;
-        let has_ended = occupancy.vmm.take_if(|vmm| vmm.lives() == Some(false));
-        if has_ended.is_some() {
+        // A VM that received no descriptor has left nothing behind.
+        let received_nothing = occupancy.words.handshake() == Handshake::New;
+        let is_harmless = |vmm: &mut Vmm| received_nothing || vmm.lives() == Some(false);
+        if occupancy.vmm.take_if(is_harmless).is_some() {
             self.descriptors.remove(&name::vmm(self.id));
+            occupancy.words.set_vmm(0);
         }
         if !occupancy.is_final {
             occupancy.words.set_connection(0);
@@ -325,7 +328,9 @@ impl Slot {
         }
         let vmm = occupancy.vmm.as_ref()?;
         let may_live = occupancy.vm.is_some() || vmm.lives() != Some(false);
-        may_live.then(|| Hold::Vmm(vmm.pid()))
+        // The ID of a process that the kernel cannot name may be another one's by now.
+        let is_named = occupancy.vm.is_some() || vmm.lives().is_some();
+        may_live.then(|| Hold::Vmm(if is_named { vmm.pid() } else { 0 }))
     }
 
     /// Makes every change of the slot's VM wait until the result is dropped.

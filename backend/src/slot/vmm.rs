@@ -41,12 +41,47 @@ impl Vmm {
         let mut polled = [PollFd::new(process, PollFlags::IN)];
         let now = Timespec::default();
         let ready = rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, Some(&now)));
-        Some(ready == Ok(0))
+        // A failed look is no proof of an end.
+        Some(ready != Ok(1))
     }
 
     /// Tells whether `other` is this process, which lives. So no other process has its ID.
     pub(super) fn is_same(&self, other: &Vmm) -> bool {
-        self.pid != 0 && self.pid == other.pid
+        match (self.pid, other.pid) {
+            (0, 0) => self
+                .number()
+                .is_some_and(|number| other.number() == Some(number)),
+            (pid, other) => pid == other,
+        }
+    }
+
+    /// Returns the number of the process that is never used again. The kernel has one since Linux
+    /// 6.9: the inode of all descriptors of the process, in a file system of their own.
+    fn number(&self) -> Option<u64> {
+        /// `PID_FS_MAGIC` (`include/uapi/linux/magic.h`).
+        const PID_FS: u64 = 0x5049_4446;
+        let process = self.process.as_ref()?;
+        let kind = rustix::fs::fstatfs(process).ok()?.f_type;
+        // CAST: the type of this field differs between machines.
+        let is_unique = kind as u64 == PID_FS;
+        is_unique
+            .then(|| rustix::fs::fstat(process).ok().map(|stat| stat.st_ino))
+            .flatten()
+    }
+}
+
+/// Names a VMM's process, and says how it is ended. The ID 0 stands for a process outside this PID
+/// namespace.
+fn named(pid: u32) -> [String; 2] {
+    match pid {
+        0 => [
+            "the process (outside this PID namespace)".to_owned(),
+            "end that process".to_owned(),
+        ],
+        pid => [
+            format!("process {pid}"),
+            format!("end that process (kill {pid})"),
+        ],
     }
 }
 
@@ -72,14 +107,20 @@ impl Display for Taken {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
             Taken::Connected => f.write_str("the slot is taken"),
-            Taken::Former { pid } => write!(
-                f,
-                "the slot is taken: its former VM has left, but process {pid} of that VM lives, and can still write to the region and take the slot's interrupts: end that process (kill {pid})"
-            ),
-            Taken::Consumed { pid } => write!(
-                f,
-                "the slot is taken: the device that process {pid} had here went with its interrupts enabled, so the kernel (KVM) still consumes the slot's interrupts: end that process (kill {pid}), and start its VM again"
-            ),
+            Taken::Former { pid } => {
+                let [process, end] = named(*pid);
+                write!(
+                    f,
+                    "the slot is taken: its former VM has left, but {process} of that VM lives, and can still write to the region and take the slot's interrupts: {end}"
+                )
+            }
+            Taken::Consumed { pid } => {
+                let [process, end] = named(*pid);
+                write!(
+                    f,
+                    "the slot is taken: the device that {process} had here went with its interrupts enabled, so the kernel (KVM) still consumes the slot's interrupts: {end}, and start its VM again"
+                )
+            }
         }
     }
 }
@@ -114,5 +155,27 @@ mod tests {
         assert!(vmm(7).is_same(&vmm(7)));
         assert!(!vmm(7).is_same(&vmm(8)));
         assert!(!vmm(0).is_same(&vmm(0)), "the ID 0 names no process");
+        let of = |pid| Some(Arc::new(pidfd_open(pid, PidfdFlags::empty()).unwrap()) as Stored);
+        let own = rustix::process::getpid();
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let hidden = |pid| Vmm::new(0, of(pid));
+        // Before Linux 6.9 the kernel has no number for a process.
+        if hidden(own).number().is_some() {
+            assert!(hidden(own).is_same(&hidden(own)));
+        }
+        assert!(!hidden(own).is_same(&hidden(Pid::from_child(&child))));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn hidden_process_has_no_kill_command() {
+        let text = Taken::Former { pid: 0 }.to_string();
+        assert!(
+            !text.contains("kill") && !text.contains("process 0"),
+            "{text}"
+        );
+        let text = Taken::Former { pid: 7 }.to_string();
+        assert!(text.ends_with("end that process (kill 7)"), "{text}");
     }
 }

@@ -5,6 +5,7 @@
 use std::sync::{Arc, LazyLock};
 
 use barlink_broker::broker::{Broker, BrokerState, Config, Policy, Reserve};
+use barlink_broker::slot::Vmm;
 use barlink_broker::socket::Peer;
 use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use rustix::fs::{Mode, OFlags};
@@ -15,6 +16,11 @@ pub const PEER: Peer = Peer {
     uid: 0,
     gid: 0,
 };
+
+/// Returns the process of a client's VMM, whose end the broker cannot see.
+pub fn vmm() -> Vmm {
+    Vmm::new(PEER.pid, None)
+}
 
 /// The state of a broker with one slot over ivshmem, created once.
 pub static IVSHMEM: LazyLock<Arc<BrokerState>> = LazyLock::new(|| broker(Arc::new(Ivshmem)));

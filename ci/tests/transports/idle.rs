@@ -57,7 +57,8 @@ fn idle_ends_sleep_until_rung() -> Result<()> {
             let channels = snapshot["channels"].as_array().context("no channels")?;
             Ok(channels.iter().all(|channel| channel["fill"] == 0))
         })?;
-        thread::sleep(Duration::from_millis(500));
+        // A guest's end asks for the broker once, after a second of sleep.
+        thread::sleep(Duration::from_millis(2500));
         let before = look()?;
         thread::sleep(Duration::from_secs(2));
         let after = look()?;

@@ -172,9 +172,11 @@ impl Choice {
         speeds: Vec::new(),
     };
 
-    /// Measures all modes. `open` returns a file of the device and the driver's information, `map`
-    /// maps the first bytes of a file, and `info` returns the information again.
+    /// Measures all modes, unless one is determined already. `open` returns a file of the device and
+    /// the driver's information, `map` maps the first bytes of a file, and `info` returns the
+    /// information again.
     pub(crate) fn find<E>(
+        is_determined: impl Fn(&Info) -> bool,
         open: impl Fn() -> Result<(File, Info), E>,
         map: impl Fn(&File, usize, Option<CacheMode>) -> Result<Mapping, Errno>,
         info: impl Fn(&File) -> Result<Info, E>,
@@ -185,7 +187,7 @@ impl Choice {
             let (cache, best) = &mut speeds[turn % Cache::MODES.len()];
             // Each try has a file of its own, because a file keeps its mode.
             let (file, before) = open()?;
-            if before.asked != 0 {
+            if is_determined(&before) {
                 return Ok(Choice::SAME);
             }
             let size = before.mappable_size.min(WINDOW) as usize;

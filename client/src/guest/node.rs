@@ -87,7 +87,13 @@ pub(super) fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError>
         let info = info(&file, path)?;
         Ok((file, info))
     };
+    // Mappings for reading determine the mode of such mappings alone, and name no process.
+    let is_determined = |info: &Info| match access {
+        Access::ReadOnly => info.asked != 0,
+        Access::ReadWrite => info.mapper != 0,
+    };
     Choice::find(
+        is_determined,
         open,
         |file, size, mode| map_in(file, size, mode, Access::ReadOnly),
         |file| info(file, path),

@@ -22,7 +22,7 @@ pub(crate) fn broker_ended() {
         // The error is ignored because standard error may be closed.
         let _ = writeln!(
             stderr(),
-            "{clear}the broker has ended: programs that are attached go on, and no other can attach"
+            "{clear}the broker has ended: attached programs go on, and no further host app can attach"
         );
     });
 }

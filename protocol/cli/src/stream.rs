@@ -28,8 +28,8 @@ const RECORD_SIZE: u64 = 1 << 20;
 pub struct Send {
     /// File to send [default: standard input]
     pub file: Option<PathBuf>,
-    /// Maximum size of a record in bytes, at most half of the channel's size [default: 1M, or the
-    /// channel's maximum if that is less]
+    /// Maximum size of a record in bytes, at most half of the channel's size, or a quarter if it
+    /// overwrites, less 24 bytes [default: 1M, or the channel's maximum if that is less]
     #[arg(long, value_name = "SIZE", value_parser = parse_record_size)]
     pub record_size: Option<u64>,
     /// End if the channel has no room for a record for so long: seconds, or a number with the unit
@@ -58,14 +58,15 @@ pub struct Recv {
     /// ends or the sender has left
     #[arg(long)]
     pub raw: bool,
-    /// Copy the next stream that begins, which another program receives, or none. The sender does
-    /// not wait for this command, which misses records that it copies too late. A sender writes
-    /// over up to --record-size bytes at once, as soon as its input has them, so give it a value
-    /// far below the channel's size. Ends if the sender leaves
+    /// Copy the next stream that begins, whether or not another program receives it. The sender
+    /// does not wait for this command, which misses records that it copies too late. Start the
+    /// sender with a --record-size far below the channel's size, because it writes over as many
+    /// bytes at once. Ends if the sender leaves
     #[arg(long, conflicts_with = "follow")]
     pub tap: bool,
-    /// Write the content of the newest record, and end. The marks around a stream are no record.
-    /// No other program notices
+    /// Write the content of the newest record, and end. If there is none, or if the newest one is
+    /// the mark at the beginning or end of a stream, wait for the next one. No other program
+    /// notices
     #[arg(long, conflicts_with_all = ["follow", "partial", "raw", "tap", "json"])]
     pub latest: bool,
     /// End if no record comes for so long: seconds, or a number with the unit ms, s, m or h

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
 use barlink_protocol::cursor::{Detached, Kind};
 use barlink_protocol::wire::layout::channel as place;
 use barlink_protocol::{
-    AtomicU64, Consumer, Ordering, Producer, Receiver, Sender, Sent, Sight, Tap, Wakeup, state,
+    AtomicU64, Consumer, Ordering, Producer, Receiver, ReserveError, Sender, Sent, Sight, Tap,
+    Wakeup, state,
 };
 use loom::sync::Arc;
 use loom::sync::atomic::fence;
@@ -226,9 +227,14 @@ fn reset_beside_publish_repeats_no_record() {
         let mut stale = Producer::attach(region.clone(), &entry).unwrap();
         commit(&mut stale, 0);
         let writer = thread::spawn(move || {
-            let mut room = stale.reserve(8).unwrap();
-            room.write(0, &1u64.to_le_bytes());
-            let sent = room.commit(Kind::DATA, 8, 0).is_ok();
+            let sent = match stale.reserve(8) {
+                Ok(mut room) => {
+                    room.write(0, &1u64.to_le_bytes());
+                    room.commit(Kind::DATA, 8, 0).is_ok()
+                }
+                Err(ReserveError::Reset(_)) => false,
+                Err(error) => panic!("{error}"),
+            };
             (if sent { &DONE } else { &REFUSED }).fetch_add(1, Relaxed);
         });
         assert_eq!(state::reset(&region, &entry, 0, || true, drop), Some(1));

@@ -177,8 +177,8 @@ fn receive(shape: &Shape) -> Result<Measured> {
     }
 }
 
-/// Sends records as [`send`] does, but never waits. The second word of the last record is the number
-/// of the records before it, so that readers can count what they missed.
+/// Sends records as [`send`] does, but never waits. The second word of the last record is the
+/// number of the records before it, so that readers can count what they missed.
 fn publish(
     shape: &Shape,
     readers: usize,

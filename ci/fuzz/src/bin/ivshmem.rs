@@ -10,9 +10,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 
-use barlink_broker::slot::Slot;
+use barlink_broker::slot::{Slot, Taken};
 use barlink_broker::transport::{Departure, Ivshmem, Transport, TransportError};
-use barlink_fuzz::broker::{IVSHMEM, PEER, next_descriptor};
+use barlink_fuzz::broker::{IVSHMEM, PEER, next_descriptor, vmm};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -49,8 +49,12 @@ fuzz_target!(|input: Input| {
     LazyLock::force(&GIFT);
     let before = next_descriptor();
     let (vm, client) = UnixStream::pair().expect("sockets");
-    let slot = place.occupy(PEER).expect("the slot is free");
-    assert!(place.occupy(PEER).is_none(), "a slot has two VMs");
+    let slot = place.occupy(PEER, vmm()).expect("the slot is free");
+    assert_eq!(
+        place.occupy(PEER, vmm()).err(),
+        Some(Taken::Connected),
+        "a slot has two VMs"
+    );
     let mut sent = send(&client, &input.early);
     if input.leaves_at_once {
         drop(client);

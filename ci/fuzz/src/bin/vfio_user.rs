@@ -16,7 +16,7 @@ use std::sync::{Arc, LazyLock};
 use barlink::control::message::MAX_COPY;
 use barlink_broker::slot::{ReadError, ReadRequest, Slot, Source};
 use barlink_broker::transport::{Departure, Transport, VfioUser};
-use barlink_fuzz::broker::{PEER, VFIO_USER, next_descriptor};
+use barlink_fuzz::broker::{PEER, VFIO_USER, next_descriptor, vmm};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use rustix::event::EventfdFlags;
@@ -170,7 +170,7 @@ fuzz_target!(|input: Input| {
     let gifts = &*GIFTS;
     let before = next_descriptor();
     let (vm, client) = UnixStream::pair().expect("sockets");
-    let slot = place.occupy(PEER).expect("the slot is free");
+    let slot = place.occupy(PEER, vmm()).expect("the slot is free");
     USER.handshake(&vm, &slot).expect("there is memory");
     let mut expected = Vec::new();
     let mut sound = true;

@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 
 use barlink_broker::transport::{Transport, VhostUser};
-use barlink_fuzz::broker::{PEER, VHOST_USER, next_descriptor};
+use barlink_fuzz::broker::{PEER, VHOST_USER, next_descriptor, vmm};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
@@ -154,7 +154,7 @@ fuzz_target!(|input: Input| {
     let (place, gifts) = (&VHOST_USER.slots[0], &*GIFTS);
     let before = next_descriptor();
     let (vm, client) = UnixStream::pair().expect("sockets");
-    let slot = place.occupy(PEER).expect("the slot is free");
+    let slot = place.occupy(PEER, vmm()).expect("the slot is free");
     for (index, queue) in (0..).zip(&input.queues) {
         queue.write(&gifts.memory, index * PART);
     }

@@ -69,14 +69,15 @@ pub enum Refusal {
     /// A channel cannot be reset while the VMM lives whose guest held one of its ends and did not
     /// give it back.
     #[error(
-        "channel `{channel}` may still be in use: slot {slot}'s VM held an end of it when its device or its connection was lost, and process {pid}{name} of that VM lives: load its driver again, or end that process (kill {pid}), or reset the channel all the same with --force"
+        "channel `{channel}` may still be in use: slot {slot}'s VM held an end of it when its device or its connection was lost, and {} of that VM {}: load its driver again, or end that process{}, or reset the channel all the same with --force",
+        vmm_process(*pid, name), if *pid == 0 { "may live" } else { "lives" }, kill(*pid)
     )]
     VmmLives {
         /// Name of the channel.
         channel: String,
         /// The slot of the VM.
         slot: u32,
-        /// Process ID of the VMM.
+        /// Process ID of the VMM, 0 if the broker cannot name the process.
         pid: u32,
         /// Name of that process, in parentheses and after a space, if this process can read it.
         #[serde(skip)]
@@ -179,6 +180,22 @@ pub enum Refusal {
     Failed(String),
 }
 
+/// Names the process of a VMM.
+fn vmm_process(pid: u32, name: &str) -> String {
+    match pid {
+        0 => "the process".to_owned(),
+        pid => format!("process {pid}{name}"),
+    }
+}
+
+/// Returns the command that ends the process of a VMM, in parentheses and after a space.
+fn kill(pid: u32) -> String {
+    match pid {
+        0 => String::new(),
+        pid => format!(" (kill {pid})"),
+    }
+}
+
 impl Refusal {
     /// Describes a reset that the broker refuses because a VMM lives.
     #[doc(hidden)]
@@ -194,6 +211,7 @@ impl Refusal {
     /// Adds the name of the VMM's process, which the broker cannot read.
     pub(crate) fn with_process_name(mut self) -> Self {
         if let Refusal::VmmLives { pid, name, .. } = &mut self
+            && *pid != 0
             && let Ok(found) = std::fs::read_to_string(format!("/proc/{pid}/comm"))
         {
             *name = format!(" ({})", found.trim_end());
