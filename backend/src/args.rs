@@ -53,8 +53,8 @@ pub enum Command {
         after_help = "Example:\n  barlink recv | tar x           # in the guest: tar c logs | barlink-guest send"
     )]
     Recv(Recv),
-    /// Show the records of a channel as they come, without receiving them: time (and its clock, unless
-    /// that is the sender's monotonic one), kind, number, length and content
+    /// Show the records of a channel as they come, without receiving them: time (and its clock,
+    /// unless that is the sender's monotonic one), kind, number, length and content
     #[command(
         after_help = "Example:\n  barlink tail up --latest       # while another program receives from `up`"
     )]
@@ -128,10 +128,11 @@ pub struct Serve {
     /// slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of two, 4K or more. POLICY
     /// is for a channel that is full: with `wait`, the default, the sender waits; with `drop` it
     /// drops its record; with `overwrite` it writes over the oldest records. Such a channel has no
-    /// receiver, but taps (`recv --tap`, `tail`), and its DIRECTION is up, down or FROM-taps. By default, slot 0 has `up` and `down`, slot 1 has `up1` and `down1`, and so on,
-    /// as large as fits. Sizes are powers of two, so about half of the region then belongs to no
-    /// channel: it is the raw window, for `peek` and `poke`. Channels of different sizes use more
-    /// of it: --channel up=up,32M --channel down=down,16M for 64M
+    /// receiver, but taps (`recv --tap`, `tail`), and its DIRECTION is up, down or FROM-taps. By
+    /// default, slot 0 has `up` and `down`, slot 1 has `up1` and `down1`, and so on, as large as
+    /// fits. Sizes are powers of two, so about half of the region then belongs to no channel: it is
+    /// the raw window, for `peek` and `poke`. Channels of different sizes use more of it: --channel
+    /// up=up,32M --channel down=down,16M for 64M
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
     /// Keep room for channels that `barlink channel add` makes while VMs and host apps go on:
@@ -452,9 +453,9 @@ mod tests {
             };
             assert_eq!(serve.sockets.0, std::slice::from_ref(expected));
         }
-        // The broker stores its eventfds; a listener, its lock, a VM and its process for each slot, and as many
-        // for host apps; 64 host apps; the region's memory and the stored state. A slot of
-        // vfio-user adds its session, an eventfd for each vector, and the files of the guest's
+        // The broker stores its eventfds; a listener, its lock, a VM and its process for each slot,
+        // and as many for host apps; 64 host apps; the region's memory and the stored state. A slot
+        // of vfio-user adds its session, an eventfd for each vector, and the files of the guest's
         // memory.
         let most = (MAX_SLOTS + 1) * MAX_VECTORS + 4 * (MAX_SLOTS + 1) + 64 + 2;
         let most = most + MAX_SLOTS * (1 + MAX_VECTORS + MAX_FILES);

@@ -116,8 +116,8 @@ pub enum Command {
         after_help = "Example:\n  barlink-guest recv | tar x         # on the host: tar c photos | barlink send"
     )]
     Recv(Recv),
-    /// Show the records of a channel as they come, without receiving them: time (and its clock, unless
-    /// that is the sender's monotonic one), kind, number, length and content
+    /// Show the records of a channel as they come, without receiving them: time (and its clock,
+    /// unless that is the sender's monotonic one), kind, number, length and content
     #[command(
         after_help = "Example:\n  barlink-guest tail down --latest    # while another program receives from `down`"
     )]

@@ -59,7 +59,8 @@ impl Stream {
 
 #[test]
 fn stream_outlives_stopped_broker() {
-    let said = "the broker has ended: attached programs go on, and no further host app can attach\n";
+    let said =
+        "the broker has ended: attached programs go on, and no further host app can attach\n";
     for signal in [Signal::TERM, Signal::INT, Signal::KILL] {
         let broker = Broker::start(&LOOP);
         let mut stream = Stream::start(&broker);

@@ -383,11 +383,12 @@ fn qemu_plugs_in_any_kind_of_memory() -> Result<()> {
 #[test]
 fn rejected_vfio_user_qemu_ends_immediately() -> Result<()> {
     let setting = Setting::new("1M")?;
-    let (first, _) = setting.machine()?;
+    // Without the relay, whose process would keep the slot of the first machine.
     let direct = Config {
         arguments: setting.broker.arguments(0)?,
         ..setting.config()?
     };
+    let (first, _) = started(&direct)?;
     let refused = Bare::start(Artifacts::shared()?, &direct);
     let error = format!("{:#}", refused.expect_err("the slot is taken"));
     // The broker sends QEMU an error. If the broker only closed the connection, QEMU would wait for

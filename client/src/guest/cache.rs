@@ -172,8 +172,8 @@ impl Choice {
         speeds: Vec::new(),
     };
 
-    /// Measures all modes, unless one is determined already. `open` returns a file of the device and
-    /// the driver's information, `map` maps the first bytes of a file, and `info` returns the
+    /// Measures all modes, unless one is determined already. `open` returns a file of the device
+    /// and the driver's information, `map` maps the first bytes of a file, and `info` returns the
     /// information again.
     pub(crate) fn find<E>(
         is_determined: impl Fn(&Info) -> bool,
