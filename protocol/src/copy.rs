@@ -21,7 +21,8 @@ use crate::sync::{AtomicU64, Ordering};
 /// Way of copying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// By words of 8 bytes. Every machine can do that.
+    /// By words of 8 bytes.
+    #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
     Words,
     /// By 16 bytes. Every x86-64 processor can do that.
     #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
@@ -107,25 +108,21 @@ impl Copier {
     /// Copies into shared memory. `bytes` is 8 times as long as `words`.
     #[inline]
     pub(crate) fn copy_in(self, words: &[AtomicU64], bytes: &[u8]) {
-        match self.way {
-            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            Way::Words | Way::Sse | Way::Avx if words.len() >= LEAST => {
-                self.lines_in(words, bytes);
-            }
-            _ => words_in(words, bytes),
+        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+        if words.len() >= LEAST {
+            return self.lines_in(words, bytes);
         }
+        words_in(words, bytes);
     }
 
     /// Copies out of shared memory. `bytes` is 8 times as long as `words`.
     #[inline]
     pub(crate) fn copy_out(self, bytes: &mut [u8], words: &[AtomicU64]) {
-        match self.way {
-            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            Way::Words | Way::Sse | Way::Avx if words.len() >= LEAST => {
-                self.lines_out(bytes, words);
-            }
-            _ => words_out(bytes, words),
+        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+        if words.len() >= LEAST {
+            return self.lines_out(bytes, words);
         }
+        words_out(bytes, words);
     }
 }
 
@@ -143,7 +140,6 @@ impl Copier {
             (Way::Avx, true) => assembly::avx_stream_in,
             (Way::Sse, false) => assembly::sse_in,
             (Way::Sse, true) => assembly::sse_stream_in,
-            (Way::Words, _) => assembly::by_words,
         };
         let (target, source) = (&words[lines], &bytes[head..tail]);
         // SAFETY: Both ranges have `source.len()` bytes, which are whole lines and not 0. `bytes`
@@ -169,7 +165,6 @@ impl Copier {
         let copy = match self.way {
             Way::Avx => assembly::avx_out,
             Way::Sse => assembly::sse_out,
-            Way::Words => assembly::by_words,
         };
         let (target, source) = (&mut bytes[head..tail], &words[lines]);
         // SAFETY: Both ranges have `target.len()` bytes, which are whole lines and not 0. `bytes`
@@ -237,26 +232,15 @@ fn detect() -> Way {
     Way::Words
 }
 
-/// Detects the fastest way. Under TCG, which CPUID names, that is [`Way::Words`], because TCG keeps
-/// general registers in the host's registers and vector registers in memory. Whole lines are then
-/// copied by assembly as well, with eight loads before eight stores, and with the offsets in the
-/// instructions. A compiler's loop has fewer words at a time and computes addresses, from which TCG
-/// makes slower code.
+/// Detects the fastest way.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 fn detect() -> Way {
     use core::arch::x86_64::__cpuid;
     const OSXSAVE: u32 = 1 << 27;
     const AVX: u32 = 1 << 28;
-    const HYPERVISOR: u32 = 1 << 31;
-    /// CPUID leaf in which a hypervisor identifies itself.
-    const SIGNATURE: u32 = 0x4000_0000;
-    const TCG: u32 = u32::from_le_bytes(*b"TCGT");
     /// Bits of XCR0: the system saves the registers of SSE and AVX.
     const STATE: u32 = 0b110;
     let features = __cpuid(1).ecx;
-    if features & HYPERVISOR != 0 && __cpuid(SIGNATURE).ebx == TCG {
-        return Way::Words;
-    }
     if features & (OSXSAVE | AVX) != OSXSAVE | AVX {
         return Way::Sse;
     }
@@ -349,28 +333,6 @@ mod assembly {
         };
     }
 
-    // For TCG: see `detect`.
-    copy!(
-        by_words,
-        ["r8" "r9" "r10" "r11" "r12" "r13" "r14" "r15"],
-        "",
-        "mov r8, [{source}]",
-        "mov r9, [{source} + 8]",
-        "mov r10, [{source} + 16]",
-        "mov r11, [{source} + 24]",
-        "mov r12, [{source} + 32]",
-        "mov r13, [{source} + 40]",
-        "mov r14, [{source} + 48]",
-        "mov r15, [{source} + 56]",
-        "mov [{target}], r8",
-        "mov [{target} + 8], r9",
-        "mov [{target} + 16], r10",
-        "mov [{target} + 24], r11",
-        "mov [{target} + 32], r12",
-        "mov [{target} + 40], r13",
-        "mov [{target} + 48], r14",
-        "mov [{target} + 56], r15"
-    );
     // All accesses to the shared side are aligned, so they use the instructions for aligned memory.
     sse!(sse_in, "movups", "movaps");
     sse!(sse_stream_in, "movups", "movntps");
@@ -389,11 +351,12 @@ mod tests {
     fn ways() -> impl Iterator<Item = Way> {
         // The processor also has everything that its best way builds upon.
         let all: &[Way] = match detect() {
+            #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
             Way::Words => &[Way::Words],
             #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            Way::Sse => &[Way::Words, Way::Sse],
+            Way::Sse => &[Way::Sse],
             #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            Way::Avx => &[Way::Words, Way::Sse, Way::Avx],
+            Way::Avx => &[Way::Sse, Way::Avx],
         };
         all.iter().copied()
     }
