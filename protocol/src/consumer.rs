@@ -165,6 +165,8 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     /// for one finds the reset again.
     #[cold]
     fn detach(&mut self) -> Reset {
+        // No reset leaves this generation, not even one that is refused and restores the former.
+        self.generation = u64::MAX;
         self.current = None;
         self.passed = self.read;
         self.written = self.read;

@@ -19,22 +19,19 @@
 use crate::sync::{AtomicU64, Ordering};
 
 /// Way of copying.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// By words of 8 bytes.
-    #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
-    Words,
     /// By 16 bytes. Every x86-64 processor can do that.
-    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
     Sse,
     /// By 32 bytes. The processor needs AVX.
-    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
     Avx,
 }
 
 /// The way of copying, and the fences that order the copies, for one mapping.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Copier {
+    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
     way: Way,
     /// Whether the mapping is write-combining. Stores can overtake each other there, and loads can
     /// be made early: writes are "delayed and combined", and "speculative reads are allowed" (Intel
@@ -49,6 +46,7 @@ impl Copier {
     /// Detects the best way for this processor, over memory that is not write-combining.
     pub(crate) fn detect() -> Self {
         Copier {
+            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
             way: detect(),
             is_combining: false,
         }
@@ -227,11 +225,6 @@ fn words_out(bytes: &mut [u8], words: &[AtomicU64]) {
     }
 }
 
-#[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
-fn detect() -> Way {
-    Way::Words
-}
-
 /// Detects the fastest way.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 fn detect() -> Way {
@@ -348,17 +341,22 @@ mod tests {
 
     const SIZE: usize = 64;
 
-    fn ways() -> impl Iterator<Item = Way> {
-        // The processor also has everything that its best way builds upon.
-        let all: &[Way] = match detect() {
-            #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
-            Way::Words => &[Way::Words],
-            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            Way::Sse => &[Way::Sse],
-            #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-            Way::Avx => &[Way::Sse, Way::Avx],
-        };
-        all.iter().copied()
+    /// Returns a copier for each way of copying and each kind of memory.
+    fn copiers() -> impl Iterator<Item = Copier> {
+        let best = Copier::detect();
+        #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+        let all = [best];
+        // Every x86-64 processor has SSE.
+        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+        let all = [
+            best,
+            Copier {
+                way: Way::Sse,
+                ..best
+            },
+        ];
+        all.into_iter()
+            .flat_map(|copier| [copier, copier.over_combining()])
     }
 
     /// Copies in every way, from every word to every word, and private memory at every byte. The
@@ -366,8 +364,7 @@ mod tests {
     #[test]
     fn each_way_copies_exactly_the_range() {
         let bytes: [u8; SIZE * 8 + 8] = core::array::from_fn(|index| (index * 7 + 1) as u8);
-        for (way, is_combining) in ways().flat_map(|way| [(way, false), (way, true)]) {
-            let copier = Copier { way, is_combining };
+        for copier in copiers() {
             for (start, end) in
                 (0..SIZE).flat_map(|start| (start..=SIZE).map(move |end| (start, end)))
             {
@@ -379,7 +376,7 @@ mod tests {
                 copier.fence_loads();
                 let mut seen = [0; SIZE * 8 + 8];
                 copier.copy_out(&mut seen[shift..shift + length], &words[start..end]);
-                assert_eq!(&seen[shift..shift + length], source, "{way:?}");
+                assert_eq!(&seen[shift..shift + length], source, "{copier:?}");
                 assert!(
                     seen[..shift]
                         .iter()
@@ -390,7 +387,7 @@ mod tests {
                 for (index, word) in words.iter().enumerate() {
                     let meant = index.checked_sub(start).and_then(|index| chunks.get(index));
                     let meant = meant.map_or(u64::MAX, |chunk| u64::from_le_bytes(*chunk));
-                    assert_eq!(word.load(Ordering::Relaxed), meant, "{way:?}");
+                    assert_eq!(word.load(Ordering::Relaxed), meant, "{copier:?}");
                 }
             }
         }

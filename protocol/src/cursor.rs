@@ -149,11 +149,11 @@ impl Capacity {
     }
 
     /// Computes the cursor at which a channel begins after a reset: a multiple of the capacity that
-    /// is more than a capacity above each of the `former` cursors. Cursors that no end can have had
-    /// are ignored.
-    pub fn base_above(self, former: &[u64]) -> u64 {
+    /// is more than a capacity above the `base` at which it began before, and above each of the
+    /// `former` cursors. Cursors that no end can have had are ignored.
+    pub fn base_above(self, base: u64, former: &[u64]) -> u64 {
         let sane = |cursor: &&u64| cursor.is_multiple_of(8) && **cursor < LAST_BASE;
-        let highest = former.iter().filter(sane).max().copied().unwrap_or(0);
+        let highest = former.iter().filter(sane).fold(base, |a, b| a.max(*b));
         (highest / self.bytes + 2) * self.bytes
     }
 
@@ -190,11 +190,11 @@ impl Capacity {
                 to_end
             }
             0 => return Err(Corrupt("a record has no kind")),
+            _ if length > self.max_record() || span(length) > to_end => {
+                return Err(Corrupt("a record is longer than its place"));
+            }
             _ => span(length),
         };
-        if length > self.max_record() || span > to_end {
-            return Err(Corrupt("a record is longer than its place"));
-        }
         if span > available {
             return Err(Corrupt("a record is longer than what was committed"));
         }

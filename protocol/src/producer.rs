@@ -136,9 +136,18 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             .iter()
             .position(|note| region.load(base + note) == written);
         let current = current.ok_or(Corrupt("no commit note fits the producer's cursor"))?;
+        let records = region.load(base + channel::NOTES[current] + channel::NOTE_RECORDS);
+        // A reset gives both notes one cursor, and no records. The first commit behind it changes
+        // the second note.
+        let is_after_reset = region.load(base + channel::NOTES[1 - current]) == written;
+        if is_after_reset && records != 0 {
+            return Err(Corrupt(
+                "a former producer wrote a commit note after a reset",
+            ));
+        }
         let first = region.load(base + channel::FIRST);
         Ok(Producer {
-            records: region.load(base + channel::NOTES[current] + channel::NOTE_RECORDS),
+            records,
             unused: first.wrapping_add(region.load(base + channel::DROPPED)),
             first,
             rung: region.load(base + channel::PRODUCER_RUNG),
@@ -270,7 +279,13 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         // SYNC: limit-then-data; pairs with the Acquire fence of a tap between its copy and its
         // load of the limit. A Release store of the limit would order the stores before it, and not
         // those of the data.
+        // SYNC: limit-then-generation; pairs with the fence in `state::reset`. If this limit
+        // replaces that of a reset, this end sees the reset here, and stores neither a cursor nor a
+        // note that fits the limit.
         self.region.fence_limit();
+        if self.was_reset() {
+            self.detach();
+        }
     }
 
     /// Commits all staged records at once, so that the consumer sees them. Returns whether the
@@ -316,6 +331,8 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     /// room, and each look for room finds the reset again.
     #[cold]
     fn detach(&mut self) -> Reset {
+        // No reset leaves this generation, not even one that is refused and restores the former.
+        self.generation = u64::MAX;
         self.staged = self.written;
         self.room = self.written;
         Reset

@@ -139,15 +139,14 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         self.copier.fence_loads();
     }
 
-    /// Orders the store of a producer's limit before all stores behind the fence, streaming stores
-    /// included.
+    /// Orders the store of a producer's limit before all accesses behind the fence, streaming
+    /// stores included.
     pub(crate) fn fence_limit(&self) {
         #[cfg(loom)]
         if self.skips_limit_fence {
             return;
         }
-        fence(Ordering::Release);
-        self.copier.fence_stores();
+        self.fence();
     }
 
     /// Orders all accesses before the fence before all accesses behind it, and makes earlier stores

@@ -88,7 +88,7 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
         former[2] = 0;
     }
     let [written, limit, read] = former;
-    let base = Capacity::of(entry).base_above(&[base, written, limit, read]);
+    let base = Capacity::of(entry).base_above(base, &[written, limit, read]);
     keep(base);
     for offset in cursors.into_iter().chain(channel::NOTES) {
         let is_unused = offset == channel::READ && !entry.has_consumer();

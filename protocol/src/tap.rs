@@ -56,7 +56,6 @@ struct Commit {
     written: u64,
     records: u64,
     last: u64,
-    dropped: u64,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
@@ -214,13 +213,13 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
             return false;
         }
         let before = core::mem::replace(&mut self.generation, generation);
-        let Some(commit) = (0..TRIES).find_map(|_| self.newest_commit()) else {
+        let Some((commit, dropped)) = (0..TRIES).find_map(|_| self.commit_with_dropped()) else {
             self.generation = before;
             return false;
         };
         (self.missed, self.dropped) = (0, 0);
         (self.cursor, self.index) = (commit.written, commit.records);
-        (self.counted, self.dropped_before) = (commit.records, commit.dropped);
+        (self.counted, self.dropped_before) = (commit.records, dropped);
         if !is_first {
             (self.counted, self.dropped_before) = (0, 0);
             if let Some(index) = commit.records.checked_sub(1) {
@@ -230,28 +229,45 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         !is_first
     }
 
-    /// Reads the newest commit. `None` if another commit or a reset came meanwhile.
+    /// Reads the newest commit, and the number of records that were dropped before the next one.
+    /// `None` as for [`Tap::newest_commit`].
+    fn commit_with_dropped(&self) -> Option<(Commit, u64)> {
+        // SYNC: committed; pairs with the Release store in `Producer::publish`.
+        let written = self.region.acquire(self.base + channel::WRITTEN);
+        let dropped = self.region.load(self.base + channel::DROPPED);
+        let commit = self.newest_commit()?;
+        (commit.written == written).then_some((commit, dropped))
+    }
+
+    /// Reads the newest commit. `None` if another commit or a reset came meanwhile, or if a former
+    /// producer wrote a note after a reset.
+    // As few loads as possible between those of `written`: over noncached memory each one takes as
+    // long as a producer with cached memory needs for a record.
     fn newest_commit(&self) -> Option<Commit> {
         let load = |offset| self.region.load(self.base + offset);
         // SYNC: committed; pairs with the Release store in `Producer::publish`.
         let written = self.region.acquire(self.base + channel::WRITTEN);
-        let notes = channel::NOTES.map(|note| Commit {
+        let [first, second] = channel::NOTES;
+        let note = if load(first) == written {
+            first
+        } else {
+            second
+        };
+        let note = Commit {
             written: load(note),
             records: load(note + channel::NOTE_RECORDS),
             last: load(note + channel::NOTE_LAST),
-            dropped: load(channel::DROPPED),
-        });
+        };
         // SYNC: noted; pairs with the fence in `Producer::publish`. A producer writes over a note
         // after it has stored the cursor of the commit between.
         self.region.fence_loads();
         let is_same = load(channel::WRITTEN) == written && self.is_same_generation();
-        let note = notes.into_iter().find(|note| note.written == written)?;
         let last = match note.records {
             0 => written,
             _ => note.last,
         };
         self.capacity.in_flight(written, last).ok()?;
-        is_same.then_some(note)
+        (is_same && note.written == written).then_some(note)
     }
 
     /// Copies the header at a cursor. If the data area ends within the header, only padding can be

@@ -12,7 +12,7 @@ use barlink_protocol::cursor::{Detached, Kind, Reset};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{Channel, channel};
 use barlink_protocol::{
-    AtomicU64, ChannelError, Consumer, Notify, Ordering, Producer, ReserveError, Sight, Tap,
+    AtomicU64, ChannelError, Consumer, Notify, Ordering, Producer, ReserveError, Sight, Tap, state,
 };
 use proptest::prelude::*;
 
@@ -296,6 +296,82 @@ fn reset_begins_above_all_cursors() {
             assert!(last < limit && limit < now[0]);
             last = now[0];
         }
+    }
+}
+
+/// Ends can store any cursor below 2⁶², and the broker keeps the cursor at which the channel began.
+#[test]
+fn reset_never_begins_below_former_base() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    let mut base = 0;
+    for written in [(1 << 62) - 8, 0, 1 << 62, 8, (1 << 62) - 8] {
+        region.store(entry.offset + channel::WRITTEN, written);
+        let mut next = 0;
+        state::reset(&region, entry, base, || true, |kept| next = kept).unwrap();
+        assert!(next > base + entry.capacity, "{next} behind {base}");
+        assert_eq!(region.load(entry.offset + channel::WRITTEN), next);
+        let _ = attach(&region, entry);
+        base = next;
+    }
+}
+
+/// The broker makes the generation odd, finds a claim that came at that moment, and stores the
+/// former generation again.
+#[test]
+fn refused_reset_detaches_end_for_good() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    let (mut producer, mut consumer) = attach(&region, entry);
+    send(&mut producer, b"kept").unwrap();
+    assert!(consumer.poll().unwrap());
+    let generation = entry.offset + channel::GENERATION;
+    let before = region.load(generation);
+    region.store(generation, before | 1);
+    assert_eq!(
+        send(&mut producer, b"lost"),
+        Err(ReserveError::Reset(Reset))
+    );
+    assert_eq!(consumer.release().map(drop), Err(Reset));
+    region.store(generation, before);
+    assert_eq!(
+        send(&mut producer, b"lost"),
+        Err(ReserveError::Reset(Reset))
+    );
+    assert_eq!(receive(&mut consumer), Err(Detached::Reset(Reset)));
+    let (mut producer, mut consumer) = attach(&region, entry);
+    send(&mut producer, b"new").unwrap();
+    for text in ["kept", "new"] {
+        assert_eq!(receive(&mut consumer).unwrap().unwrap(), text.as_bytes());
+    }
+}
+
+/// A producer that lives on is killed after it has written a word of a note, in the moment after a
+/// reset. The new ends count by the first note, which they do not write before the second one.
+#[test]
+fn no_end_takes_count_of_stale_producer() {
+    for note in channel::NOTES {
+        let (region, layout) = region(4096, false);
+        let entry = &layout.channels()[0];
+        let (mut producer, mut consumer) = attach(&region, entry);
+        send(&mut producer, b"old").unwrap();
+        receive(&mut consumer).unwrap();
+        reset(&region, entry, true).unwrap();
+        let mut tap = Tap::attach(region.clone(), entry);
+        region.store(entry.offset + note + channel::NOTE_RECORDS, 7);
+        match Producer::attach(region.clone(), entry) {
+            Ok(producer) => assert!(note != channel::NOTES[0] && producer.sequence() == 0),
+            Err(_) => assert_eq!(note, channel::NOTES[0]),
+        }
+        assert_eq!(tap.look_at_newest(), Sight::Nothing);
+        reset(&region, entry, true).unwrap();
+        let (mut producer, _) = attach(&region, entry);
+        send(&mut producer, b"new").unwrap();
+        assert_eq!(tap.look_at_newest(), Sight::Reset);
+        let Sight::Record(header) = tap.look_at_newest() else {
+            panic!("the tap found no record");
+        };
+        assert_eq!(header.sequence, 0);
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
 
-use barlink_protocol::cursor::{Detached, Kind};
+use barlink_protocol::cursor::{Corrupt, Detached, Kind, Reset};
 use barlink_protocol::wire::layout::channel as place;
 use barlink_protocol::{
     AtomicU64, Consumer, Ordering, Producer, Receiver, ReserveError, Sender, Sent, Sight, Tap,
@@ -127,7 +127,17 @@ fn claim_and_reset_exclude_each_other() {
         let (claimed, its_region) = (Arc::clone(&claim), region.clone());
         let guest = thread::spawn(move || {
             claimed.store(1, Ordering::Release);
-            Producer::attach(its_region, &channel()).map(|producer| producer.sequence())
+            let mut producer = Producer::attach(its_region, &channel())?;
+            let first = producer.sequence();
+            let mut send = || {
+                let _ = producer.reserve(0)?.commit(Kind::DATA, 0, 0)?;
+                Ok(())
+            };
+            // An end that has been detached stays so, even if the reset is refused.
+            if send().is_err() {
+                assert_eq!(send(), Err(ReserveError::Reset(Reset)));
+            }
+            Ok::<_, Corrupt>(first)
         });
         let reset = {
             let is_free = || claim.load(Ordering::Acquire) == 0;
@@ -251,6 +261,36 @@ fn reset_beside_publish_repeats_no_record() {
         let [written, read] =
             [place::WRITTEN, place::READ].map(|offset| region.load(entry.offset + offset));
         assert!(written <= read && read >= 2 * entry.capacity);
+    });
+    let seen = [&DONE, &REFUSED].map(|counter| counter.load(Relaxed));
+    assert!(!seen.contains(&0), "{seen:?}");
+}
+
+/// Resets a channel without a consumer beside its producer, which the reset takes for gone, and
+/// which moves its limit and commits. Neither a tap nor the next producer finds that record.
+#[test]
+fn reset_beside_overwriting_producer_repeats_no_record() {
+    static DONE: Counter = Counter::new(0);
+    static REFUSED: Counter = Counter::new(0);
+    model(|| {
+        let entry = overwriting();
+        let region = region_for(entry.capacity);
+        let mut stale = Producer::attach(region.clone(), &entry).unwrap();
+        let writer = thread::spawn(move || {
+            let sent = stale.reserve(8).is_ok_and(|mut room| {
+                room.write(0, &1u64.to_le_bytes());
+                room.commit(Kind::DATA, 8, 0).is_ok()
+            });
+            (if sent { &DONE } else { &REFUSED }).fetch_add(1, Relaxed);
+        });
+        assert_eq!(state::reset(&region, &entry, 0, || true, drop), Some(1));
+        writer.join().unwrap();
+        let mut tap = Tap::attach(region.clone(), &entry);
+        let found = tap.look_at_newest();
+        assert!(!matches!(found, Sight::Record(_)), "a record came again");
+        if let Ok(producer) = Producer::attach(region, &entry) {
+            assert_eq!(producer.sequence(), 0);
+        }
     });
     let seen = [&DONE, &REFUSED].map(|counter| counter.load(Relaxed));
     assert!(!seen.contains(&0), "{seen:?}");
