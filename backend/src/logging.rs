@@ -20,7 +20,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 /// Most lines that wait to be written. Further lines are counted and left out.
 const QUEUE: usize = 1024;
-/// The time that the end of the program waits for the lines that are not yet written.
+/// Longest time that an ending program waits for unwritten log lines.
 const FLUSH: Duration = Duration::from_secs(1);
 
 /// Starts the log of a command that is not the broker: lines go to standard error at once.

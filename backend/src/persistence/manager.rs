@@ -76,7 +76,8 @@ struct Queue {
 }
 
 impl Manager {
-    /// Connects to the manager, if there is one. It has stored descriptors under these names.
+    /// Connects to the service manager, if there is one. `present` names the descriptors that it
+    /// has already stored.
     pub fn connect(present: BTreeSet<String>) -> Option<Self> {
         let name = std::env::var_os("NOTIFY_SOCKET")?;
         let address = match name.as_bytes() {
@@ -168,7 +169,7 @@ impl Manager {
                 slot.map_or(Account::Others, Account::Slot),
                 Level::Warn,
                 format_args!(
-                    "the service manager does not read: what it is to keep waits, and is lost if this broker is killed"
+                    "the service manager does not read: descriptors that it is to store wait, and are lost if this broker is killed"
                 ),
             );
         }

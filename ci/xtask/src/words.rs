@@ -133,7 +133,7 @@ fn script_comment(line: &str) -> Option<&str> {
     (!text.starts_with('!')).then(|| text.trim_start_matches('#').trim_start())
 }
 
-/// The text of a line's comment, if the line is or ends with one.
+/// Returns the text of a line's comment, if the line is or ends with one.
 fn comment(line: &str) -> Option<&str> {
     let (before, text) = line.split_once("//")?;
     // A URL or a string is no comment.

@@ -83,7 +83,7 @@ where
         let header = *record.header();
         let part = position.take_up(&header, accept)?;
         if part == Part::NextBegin {
-            // Its records stay in the channel for the next receiver.
+            // The next stream's records stay in the channel for the next receiver.
             position.end();
             return Err(StreamError::Incomplete(total.bytes));
         }
