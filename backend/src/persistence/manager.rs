@@ -60,14 +60,14 @@ pub struct Manager {
     socket: UnixDatagram,
     /// Whether the manager stores descriptors.
     pub stores: bool,
-    queue: Mutex<Queue>,
+    queue: Mutex<MessageQueue>,
     /// Signalled when a message waits.
     more: Condvar,
     /// Signalled when fewer messages wait, or no VM is to wait for them any more.
     less: Condvar,
 }
 
-struct Queue {
+struct MessageQueue {
     waiting: VecDeque<Notice>,
     /// The names under which the manager has stored a descriptor.
     present: BTreeSet<String>,
@@ -100,7 +100,7 @@ impl Manager {
         Manager {
             socket,
             stores: is_managed(),
-            queue: Mutex::new(Queue {
+            queue: Mutex::new(MessageQueue {
                 waiting: VecDeque::new(),
                 present,
                 stalled: false,
@@ -116,7 +116,7 @@ impl Manager {
         let thread = thread::Builder::new().name("manager".to_owned());
         thread.spawn(move || {
             loop {
-                let is_empty = |queue: &mut Queue| queue.waiting.is_empty();
+                let is_empty = |queue: &mut MessageQueue| queue.waiting.is_empty();
                 manager.more.wait_while(&mut manager.queue.lock(), is_empty);
                 manager.flush();
             }
@@ -157,7 +157,7 @@ impl Manager {
     /// Waits until all messages of a slot's VM are sent, or all messages; at most for [`TIMEOUT`].
     pub fn wait(&self, slot: Option<u32>) {
         let mut queue = self.queue.lock();
-        let is_behind = |queue: &mut Queue| {
+        let is_behind = |queue: &mut MessageQueue| {
             let ours = |notice: &Notice| slot.is_none() || notice.slot() == slot;
             !queue.stalled && queue.waiting.iter().any(ours)
         };
@@ -176,7 +176,7 @@ impl Manager {
     }
 
     /// Sends the messages that the socket takes now.
-    fn send_waiting(&self, queue: &mut Queue) {
+    fn send_waiting(&self, queue: &mut MessageQueue) {
         while let Some(notice) = queue.waiting.front() {
             match self.send(notice) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
