@@ -84,14 +84,14 @@ use kernel::{
 struct Module {
     #[pin]
     _pci: driver::Registration<kernel::pci::Adapter<pci::Driver>>,
-    _virtio: virtio::Registration,
+    _virtio: virtio::DriverRegistration,
 }
 
 impl kernel::InPlaceModule for Module {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             _pci <- driver::Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
-            _virtio: virtio::Registration::new()?,
+            _virtio: virtio::DriverRegistration::new()?,
         })
     }
 }

@@ -68,7 +68,7 @@ impl Wanted {
 }
 
 /// The queue and the pending doorbells, under one lock.
-struct State {
+struct DoorbellState {
     /// Queue from the driver to the device; `None` before [`Doorbells::connect`] and after
     /// [`Doorbells::disconnect`].
     queue: Option<Queue>,
@@ -79,14 +79,14 @@ struct State {
 #[pin_data]
 pub(crate) struct Doorbells {
     #[pin]
-    state: InterruptLock<State>,
+    state: InterruptLock<DoorbellState>,
 }
 
 impl Doorbells {
     /// Creates doorbells without a queue.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            state <- InterruptLock::new(State {
+            state <- InterruptLock::new(DoorbellState {
                 queue: None,
                 wanted: Wanted {
                     words: [0; WORDS],
@@ -117,7 +117,7 @@ impl Doorbells {
 
     /// Sends pending doorbells after the device has returned buffers. Callable in any context.
     pub(crate) fn returned(&self) {
-        self.state.with(State::send);
+        self.state.with(DoorbellState::send);
     }
 
     /// Tells whether the device has read all doorbells. Also sends pending ones, because no
@@ -131,7 +131,7 @@ impl Doorbells {
     }
 }
 
-impl State {
+impl DoorbellState {
     /// Sends as many pending doorbells as the queue has room for. If some remain, an interrupt will
     /// announce room.
     fn send(&mut self) {

@@ -19,26 +19,26 @@ use kernel::{
 const NOTHING: u32 = !0;
 
 /// The queue and the vectors, under one lock.
-struct State {
-    /// Queue from the device to the driver; `None` before [`Interrupts::connect`] and after
-    /// [`Interrupts::disconnect`].
+struct VectorState {
+    /// Queue from the device to the driver; `None` before [`InterruptQueue::connect`] and after
+    /// [`InterruptQueue::disconnect`].
     queue: Option<Queue>,
-    /// Wait queues of the vectors, in order; empty before [`Interrupts::open`].
+    /// Wait queues of the vectors, in order; empty before [`InterruptQueue::open`].
     vectors: KVec<Arc<WaitQueue>>,
 }
 
 /// The interrupts of a device.
 #[pin_data]
-pub(crate) struct Interrupts {
+pub(crate) struct InterruptQueue {
     #[pin]
-    state: InterruptLock<State>,
+    state: InterruptLock<VectorState>,
 }
 
-impl Interrupts {
+impl InterruptQueue {
     /// Creates interrupts without a queue.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            state <- InterruptLock::new(State {
+            state <- InterruptLock::new(VectorState {
                 queue: None,
                 vectors: KVec::new(),
             }),
@@ -72,16 +72,16 @@ impl Interrupts {
         Ok(given)
     }
 
-    /// Gives the device buffers again, after [`Interrupts::connect`] with a new queue.
+    /// Gives the device buffers again, after [`InterruptQueue::connect`] with a new queue.
     pub(crate) fn offer(&self) {
-        self.state.with(State::offer);
+        self.state.with(VectorState::offer);
     }
 
     /// Wakes the wait queues of the vectors that the device has named, and ignores unknown vectors.
     /// Callable in any context.
     pub(crate) fn deliver(&self) {
         self.state.with(|state| {
-            let State { queue, vectors } = state;
+            let VectorState { queue, vectors } = state;
             if let Some(queue) = queue {
                 queue.take_back(|vector| {
                     if let Some(queue) = vectors.get(vector as usize) {
@@ -94,7 +94,7 @@ impl Interrupts {
     }
 }
 
-impl State {
+impl VectorState {
     /// Gives the device all buffers that it does not have.
     fn offer(&mut self) {
         if let Some(queue) = &mut self.queue {

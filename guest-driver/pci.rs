@@ -48,7 +48,7 @@ pub(crate) struct Driver;
 
 /// The resources of a bound device. The fields are dropped in this order, so that each resource
 /// outlives its users.
-pub(crate) struct Data<'bound> {
+pub(crate) struct PciResources<'bound> {
     /// The device node and the state of open files. After its end no process uses the device.
     _binding: Binding,
     /// The interrupt handlers. No interrupt arrives after their end.
@@ -59,7 +59,7 @@ pub(crate) struct Data<'bound> {
 
 impl pci::Driver for Driver {
     type IdInfo = ();
-    type Data<'bound> = Data<'bound>;
+    type Data<'bound> = PciResources<'bound>;
 
     const ID_TABLE: pci::IdTable<Self::IdInfo> = &DEVICES;
 
@@ -84,7 +84,7 @@ impl pci::Driver for Driver {
             DoorbellPath::Register(registers),
             handlers.queues()?,
         )?;
-        Ok(Data {
+        Ok(PciResources {
             _binding: binding,
             _handlers: handlers,
             _bars: [registers_bar, region_bar],

@@ -18,7 +18,7 @@ use crate::{
         read_layout,
         DoorbellPath, //
     },
-    interrupts::Interrupts,
+    interrupts::InterruptQueue,
     memory::DeviceMemory,
     shim::{
         self,
@@ -72,18 +72,18 @@ const MAPPING_TIMEOUT: Delta = Delta::from_secs(10);
 const DOORBELL_TIMEOUT: Delta = Delta::from_secs(3);
 
 /// The registered virtio driver. Dropping the value unregisters it.
-pub(crate) struct Registration(());
+pub(crate) struct DriverRegistration(());
 
-impl Registration {
+impl DriverRegistration {
     /// Registers the driver. Errors come from the driver core.
     pub(crate) fn new() -> Result<Self> {
         // SAFETY: The module is being loaded, and the functions that `shim.c` calls are part of it.
         to_result(unsafe { shim::barlink_virtio_register() })?;
-        Ok(Registration(()))
+        Ok(DriverRegistration(()))
     }
 }
 
-impl Drop for Registration {
+impl Drop for DriverRegistration {
     fn drop(&mut self) {
         // SAFETY: `new` has registered the driver, and `drop` runs once.
         unsafe { shim::barlink_virtio_unregister() }
@@ -92,7 +92,7 @@ impl Drop for Registration {
 
 /// The resources of a bound device. The fields are dropped in this order, so that each resource
 /// outlives its users.
-struct Data {
+struct VirtioResources {
     /// The device node and the state of open files. After its end no process uses the device.
     _binding: Binding,
     /// The queues. No interrupt arrives after their end.
@@ -100,7 +100,7 @@ struct Data {
     region: DeviceMemory,
 }
 
-impl Data {
+impl VirtioResources {
     /// Binds a device that is being probed.
     ///
     /// `ENODEV`, with the reason in the kernel's log, if the device is not barlink's. Other errors
@@ -148,7 +148,7 @@ impl Data {
         let layout = read_layout(dev, &region, id)?;
         let vectors = queues.callees.interrupts.open(layout.vectors)?;
         let doorbell = DoorbellPath::Queue(queues.callees.doorbells.clone());
-        Ok(Data {
+        Ok(VirtioResources {
             _binding: Binding::new(dev, &region, layout, id, doorbell, vectors)?,
             queues,
             region,
@@ -227,7 +227,7 @@ fn wait(timeout: Delta, mut holds: impl FnMut() -> bool) {
 /// The context of the queues' callbacks.
 struct Callees {
     doorbells: Arc<Doorbells>,
-    interrupts: Pin<KBox<Interrupts>>,
+    interrupts: Pin<KBox<InterruptQueue>>,
 }
 
 /// The queues of a device. They are set up until the value is dropped, except during a suspend.
@@ -247,7 +247,7 @@ impl Queues {
     unsafe fn new(vdev: NonNull<VirtioDevice>) -> Result<Self> {
         let callees = Callees {
             doorbells: Arc::pin_init(Doorbells::new(), GFP_KERNEL)?,
-            interrupts: KBox::pin_init(Interrupts::new(), GFP_KERNEL)?,
+            interrupts: KBox::pin_init(InterruptQueue::new(), GFP_KERNEL)?,
         };
         let mut queues = Queues {
             vdev,
@@ -334,7 +334,7 @@ unsafe extern "C" fn barlink_virtio_probe(vdev: *mut VirtioDevice) -> c_int {
         let vdev = NonNull::new(vdev).ok_or(EINVAL)?;
         // SAFETY: The device is valid and being probed. It stays valid until the value is dropped,
         // because it is bound until `remove` has returned or this function fails.
-        let data = KBox::new(unsafe { Data::new(vdev)? }, GFP_KERNEL)?;
+        let data = KBox::new(unsafe { VirtioResources::new(vdev)? }, GFP_KERNEL)?;
         // SAFETY: The device is valid, and its driver data is the driver's to set.
         unsafe {
             let dev = shim::barlink_virtio_dev(vdev.as_ptr());
@@ -362,7 +362,7 @@ unsafe extern "C" fn barlink_virtio_remove(vdev: *mut VirtioDevice) {
         let data = bindings::dev_get_drvdata(dev);
         bindings::dev_set_drvdata(dev, ptr::null_mut());
         if !data.is_null() {
-            drop(KBox::<Data>::from_raw(data.cast()));
+            drop(KBox::<VirtioResources>::from_raw(data.cast()));
         }
         // The virtio core expects a removed device to be reset. After a failed resume it is not,
         // even if the value was taken before, because the core has begun to set the device up.
@@ -416,7 +416,7 @@ unsafe extern "C" fn barlink_virtio_restore(vdev: *mut VirtioDevice) -> c_int {
 /// # Safety
 ///
 /// `vdev` must be valid and bound to this driver.
-unsafe fn data(vdev: *mut VirtioDevice) -> *mut Data {
+unsafe fn data(vdev: *mut VirtioDevice) -> *mut VirtioResources {
     // SAFETY: By this function's contract the device is valid, and its driver data is this
     // driver's.
     unsafe { bindings::dev_get_drvdata(shim::barlink_virtio_dev(vdev)).cast() }

@@ -184,15 +184,15 @@ struct SocketArgs {
     #[arg(long, value_name = "SOCKET")]
     vfio_user: Vec<PathBuf>,
     /// Create a socket for one VM that uses vhost-user (QEMU 11.1 or later); can be repeated.
-    /// Experimental, because QEMU's side is: after the broker has ended or restarted, QEMU exits
-    /// when the guest's driver next reads the device's configuration
+    /// Experimental, because QEMU's support is experimental. After the broker has ended or
+    /// restarted, QEMU exits when the guest's driver next reads the device's configuration
     #[arg(long, value_name = "SOCKET")]
     vhost_user: Vec<PathBuf>,
 }
 
 /// Transport of a socket for a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum TransportKind {
     Ivshmem,
     VfioUser,
     VhostUser,
@@ -200,7 +200,7 @@ pub enum Way {
 
 /// The sockets of all transports for VMs, in the order of the command line.
 #[derive(Debug)]
-pub struct Sockets(pub Vec<(Way, PathBuf)>);
+pub struct Sockets(pub Vec<(TransportKind, PathBuf)>);
 
 impl FromArgMatches for Sockets {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
@@ -210,13 +210,15 @@ impl FromArgMatches for Sockets {
         let vfio_user = places("vfio_user").zip(args.vfio_user);
         let vhost_user = places("vhost_user").zip(args.vhost_user);
         let mut sockets: Vec<_> = ivshmem
-            .map(|(place, path)| (place, Way::Ivshmem, path))
-            .chain(vfio_user.map(|(place, path)| (place, Way::VfioUser, path)))
-            .chain(vhost_user.map(|(place, path)| (place, Way::VhostUser, path)))
+            .map(|(place, path)| (place, TransportKind::Ivshmem, path))
+            .chain(vfio_user.map(|(place, path)| (place, TransportKind::VfioUser, path)))
+            .chain(vhost_user.map(|(place, path)| (place, TransportKind::VhostUser, path)))
             .collect();
         sockets.sort_by_key(|(place, ..)| *place);
         let sockets = sockets.into_iter();
-        Ok(Sockets(sockets.map(|(_, way, path)| (way, path)).collect()))
+        Ok(Sockets(
+            sockets.map(|(_, kind, path)| (kind, path)).collect(),
+        ))
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -438,8 +440,14 @@ mod tests {
         let command = value("ExecStart").replace("%i", "vm1");
         let slots = value("Environment").trim_matches('"').replace("%i", "vm1");
         let slots = slots.strip_prefix("BARLINK_SLOTS=").unwrap();
-        let ivshmem = (Way::Ivshmem, PathBuf::from("/run/barlink/vm1.vm.sock"));
-        let user = (Way::VfioUser, PathBuf::from("/run/barlink/vm1.user.sock"));
+        let ivshmem = (
+            TransportKind::Ivshmem,
+            PathBuf::from("/run/barlink/vm1.vm.sock"),
+        );
+        let user = (
+            TransportKind::VfioUser,
+            PathBuf::from("/run/barlink/vm1.user.sock"),
+        );
         for (slots, further, expected) in [
             (slots, "", &ivshmem),
             (slots, example("BARLINK_ARGS"), &ivshmem),
@@ -485,15 +493,15 @@ mod tests {
             panic!("{cli:?}");
         };
         let expected = [
-            (Way::VfioUser, "a"),
-            (Way::Ivshmem, "b"),
-            (Way::VhostUser, "x"),
-            (Way::Ivshmem, "c"),
-            (Way::VfioUser, "d"),
+            (TransportKind::VfioUser, "a"),
+            (TransportKind::Ivshmem, "b"),
+            (TransportKind::VhostUser, "x"),
+            (TransportKind::Ivshmem, "c"),
+            (TransportKind::VfioUser, "d"),
         ];
         assert_eq!(
             serve.sockets.0,
-            expected.map(|(way, path)| (way, PathBuf::from(path)))
+            expected.map(|(kind, path)| (kind, PathBuf::from(path)))
         );
         assert!(Cli::try_parse_from(["barlink", "serve"]).is_err());
     }

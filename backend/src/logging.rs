@@ -20,7 +20,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 /// Most lines that wait to be written. Further lines are counted and left out.
 const QUEUE: usize = 1024;
-/// The time that the end of the program waits for the lines that are not yet written.
+/// Longest time that an ending program waits for unwritten log lines.
 const FLUSH: Duration = Duration::from_secs(1);
 
 /// Starts the log of a command that is not the broker: lines go to standard error at once.
@@ -30,9 +30,9 @@ pub fn start() {
 
 /// Starts the log of the broker: a thread writes the lines to standard error, and a panic is a line
 /// of the log.
-pub fn start_queued() -> io::Result<Queue> {
+pub fn start_queued() -> io::Result<LineQueue> {
     let (queue, entries) = sync_channel(QUEUE);
-    let queue = Queue {
+    let queue = LineQueue {
         entries: queue,
         left_out: Arc::default(),
     };
@@ -119,7 +119,7 @@ fn priority(level: Level) -> u8 {
 
 /// The lines that wait to be written.
 #[derive(Clone)]
-pub struct Queue {
+pub struct LineQueue {
     entries: SyncSender<Entry>,
     left_out: Arc<AtomicU64>,
 }
@@ -130,7 +130,7 @@ enum Entry {
     Flush(#[expect(dead_code, reason = "its drop is the answer")] SyncSender<()>),
 }
 
-impl Queue {
+impl LineQueue {
     /// Waits until all lines are written, for at most a second.
     pub fn flush(&self) {
         let (done, written) = sync_channel(0);
@@ -141,7 +141,7 @@ impl Queue {
     }
 }
 
-impl Write for Queue {
+impl Write for LineQueue {
     /// Adds one line: `env_logger` writes each with one call.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.entries.try_send(Entry::Line(line.to_vec())).is_err() {
@@ -195,7 +195,7 @@ mod tests {
     fn full_queue_counts_lines() {
         let (entries, _unread) = sync_channel(QUEUE);
         let left_out = Arc::default();
-        let mut queue = Queue { entries, left_out };
+        let mut queue = LineQueue { entries, left_out };
         for _ in 0..QUEUE + 7 {
             queue.write_all(b"line\n").unwrap();
         }

@@ -58,7 +58,7 @@ impl Doorbells {
         self.rings
     }
 
-    /// Whether the device is gone, so that the region must not be touched any more.
+    /// Returns whether the device is gone, so that the region must not be touched any more.
     pub(crate) fn is_gone(&self) -> bool {
         match &self.source {
             Source::Host(_) => false,
@@ -66,7 +66,7 @@ impl Doorbells {
         }
     }
 
-    /// Whether the channel has a vector that wakes this end.
+    /// Returns whether the channel has a vector that wakes this end.
     pub(crate) fn wakes(&self) -> bool {
         match &self.source {
             Source::Host(_) => true,

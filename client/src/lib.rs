@@ -190,8 +190,8 @@ pub use barlink_protocol::wire::layout::Name;
 /// ```
 pub use barlink_protocol::wire::layout::Policy;
 pub use barlink_protocol::wire::layout::{BrokerName, Identity, Instance};
-// The bench and tests of the broker measure and drive the ring without the library around it.
 pub use claim::{Held, NoConsumer, NotHere};
+// The bench and tests of the broker measure and drive the ring without the library around it.
 #[doc(hidden)]
 pub use doorbell::Doorbells;
 pub use error::{ChannelError, Error};

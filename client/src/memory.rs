@@ -176,7 +176,7 @@ impl Mapping {
         let mut pages = Pages::new(start, writable)?;
         let (place, length) = (start.wrapping_byte_add(writable), size - writable);
         let (protection, flags) = (read | ProtFlags::WRITE, shared | MapFlags::FIXED);
-        // SAFETY: the part is inside the range that was just mapped, which nobody uses yet.
+        // SAFETY: the part is inside the range that was just mapped, which is not used yet.
         unsafe { rustix::mm::mmap(place, length, protection, flags, &file, writable as u64) }?;
         (pages.size, pages.writable) = (size, Some(writable as u64));
         Ok(Self::finish(pages))

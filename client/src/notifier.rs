@@ -62,20 +62,20 @@ impl Notifier {
         Ok(())
     }
 
-    /// Whether a descriptor that another process sent is an eventfd. A write to another kind of
-    /// file could wait, or worse. The check does not ring. Where the kernel does not ring for this
-    /// process, the check is not possible and returns `false`.
+    /// Returns whether a descriptor that another process sent is an eventfd. A write to another
+    /// kind of file could wait, or worse. The check does not ring. Where the kernel does not ring
+    /// for this process, the check is not possible and returns `false`.
     pub fn is_eventfd(descriptor: &OwnedFd) -> bool {
         let ringer = RINGER.as_ref();
         ringer.is_some_and(|ringer| ringer.takes(descriptor))
     }
 
-    /// Whether [`Notifier::is_eventfd`] and [`Notifier::is_semaphore`] can check.
+    /// Returns whether [`Notifier::is_eventfd`] and [`Notifier::is_semaphore`] can check.
     pub fn can_check() -> bool {
         RINGER.is_some()
     }
 
-    /// Whether an eventfd that another process sent counts down by one for each read
+    /// Returns whether an eventfd that another process sent counts down by one for each read
     /// (`EFD_SEMAPHORE`), so that draining it can take for ever. Its rings stay.
     pub fn is_semaphore(descriptor: &OwnedFd) -> io::Result<bool> {
         let notifier = Notifier::from(descriptor.try_clone()?);
@@ -140,8 +140,9 @@ impl Ringer {
         self.read(self.empty.as_raw_fd(), notifier.as_raw_fd())
     }
 
-    /// Whether a descriptor can be signalled, as only eventfds can. The kernel checks that first
-    /// (EINVAL), and then finds that the file cannot be read (EBADF), so that it signals nothing.
+    /// Returns whether a descriptor can be signalled, as only eventfds can. The kernel checks that
+    /// first (EINVAL), and then finds that the file cannot be read (EBADF), so that it signals
+    /// nothing.
     fn takes(&self, descriptor: &OwnedFd) -> bool {
         let read = self.read(self.unreadable.as_raw_fd(), descriptor.as_raw_fd());
         read.is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))

@@ -94,7 +94,7 @@ pub(crate) mod sealed {
     }
 }
 
-/// The index of a channel in a layout.
+/// Finds the index of a channel in a layout.
 pub(crate) fn find(layout: &Layout, name: &str) -> Result<usize, Error> {
     let found = layout.find(name).map(|(index, _)| index);
     found.ok_or_else(|| {

@@ -20,10 +20,10 @@ use crate::timer::{NOW, Timer};
 
 /// First time between two looks.
 const FIRST_LOOK: Duration = Duration::from_micros(50);
-/// Longest time between two looks, and the same once no record has come for [`SILENCE`].
+/// Longest time between two looks, and the same once no record has come for [`IDLE_TIMEOUT`].
 const LONGEST_LOOK: Duration = Duration::from_millis(10);
-const LONGEST_LOOK_IN_SILENCE: Duration = Duration::from_millis(100);
-const SILENCE: Duration = Duration::from_secs(10);
+const LONGEST_IDLE_LOOK: Duration = Duration::from_millis(100);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Number of tries of one call to copy a record before it is overwritten.
 const TRIES: u32 = 16;
 
@@ -411,9 +411,9 @@ impl Looks {
 
     /// Notes that a look found nothing, and sets the time of the next one.
     fn found_nothing(&mut self) {
-        let longest = match self.last.elapsed() < SILENCE {
+        let longest = match self.last.elapsed() < IDLE_TIMEOUT {
             true => LONGEST_LOOK,
-            false => LONGEST_LOOK_IN_SILENCE,
+            false => LONGEST_IDLE_LOOK,
         };
         let pause = match self.pause {
             None => FIRST_LOOK,

@@ -484,7 +484,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
 
     /// Waits until there is a record, the other end changes, or `timeout` is over. Looks for a
     /// record first, so that the records of a producer that left are received before its departure.
-    /// Before it waits, it releases the records that were passed.
+    /// Before it waits, it releases the records that it advanced beyond.
     #[inline(always)]
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
         self.link.check()?;
@@ -500,7 +500,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         &mut self,
         timeout: Option<Duration>,
     ) -> Result<Wakeup, ChannelError<E::Error>> {
-        // Passed records can fill the channel, so that the producer has no space for the next one.
+        // Records behind this end can fill the channel until they are released, so that the
+        // producer has no space for the next one.
         self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
@@ -527,9 +528,9 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.consumer.advance();
     }
 
-    /// Releases the record that [`Receiver::wait`] found and all records that were passed, so that
-    /// the producer can use their space. Rings the producer if it waits for space. A record that is
-    /// not released is found again, after a crash by the next consumer.
+    /// Releases the record that [`Receiver::wait`] found and all records that this end advanced
+    /// beyond, so that the producer can use their space. Rings the producer if it waits for space.
+    /// A record that is not released is found again, after a crash by the next consumer.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
         let notify = self.consumer.release()?;

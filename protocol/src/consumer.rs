@@ -21,7 +21,7 @@ pub struct Consumer<M> {
     generation: u64,
     /// Cursor of this end. The word in the region is a copy for the other end and for successors.
     read: u64,
-    /// Cursor behind the records that were passed.
+    /// Cursor behind the records that this end advanced beyond.
     passed: u64,
     /// The producer's cursor, as last seen and checked.
     written: u64,
@@ -120,10 +120,10 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         }
     }
 
-    /// Releases the record that [`Consumer::poll`] found and all records that were passed, so that
-    /// the producer can use their space. Returns whether the producer must be rung. Does nothing if
-    /// there are no such records. The error says that this end was detached, and that the records
-    /// may have been overwritten while it read them.
+    /// Releases the record that [`Consumer::poll`] found and all records that this end advanced
+    /// beyond, so that the producer can use their space. Returns whether the producer must be rung.
+    /// Does nothing if there are no such records. The error says that this end was detached, and
+    /// that the records may have been overwritten while it read them.
     pub fn release(&mut self) -> Result<Notify, Reset> {
         self.advance();
         self.release_advanced()
@@ -187,8 +187,8 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     }
 
     /// Arms a wake-up for when a record is committed, then looks once more. `true` if there is a
-    /// record, so that no sleep is needed. Release passed records first: they can fill the channel,
-    /// so that no further record fits.
+    /// record, so that no sleep is needed. Release the records behind this end first: they can fill
+    /// the channel, so that no further record fits.
     pub fn arm_for_record(&mut self) -> Result<bool, Detached> {
         self.arm(self.passed + 1)
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Arithmetic of cursors and record lengths, with every check of those that another process could
-//! have written (`docs/protocol.md`, section 4).
+//! Arithmetic of cursors and record lengths, with every check of cursors and lengths that another
+//! process can write (`docs/protocol.md`, section 4).
 //!
 //! A cursor counts the bytes of a channel. It only grows, over resets too, and stays below 2^63,
 //! which lasts for almost three years at 100 GB a second. This module computes numbers and accesses

@@ -102,7 +102,7 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         assert_eq!(bytes.len(), header.length as usize);
         self.region
             .copy_out(self.data(self.cursor) + HEADER_BYTES, bytes);
-        // It does not change behind a record of the same generation.
+        // The first sequence number does not change once the generation has a record.
         let first = self.region.load(self.base + channel::FIRST);
         if !self.is_whole(self.cursor) {
             return false;

@@ -54,7 +54,7 @@ fn refuses_invalid_cursors() {
     }
 }
 
-/// The words of a header as they come from the region, with any number for a kind.
+/// Returns the words of a header as they come from the region, with any number for a kind.
 fn words(length: u32, kind: u16) -> [u64; 3] {
     [u64::from(length) | u64::from(kind) << 32, 5, 7]
 }

@@ -13,7 +13,7 @@ use crate::transport::Transport;
 pub struct Config {
     /// Bytes in the region.
     pub size: u64,
-    /// Interrupt vectors of each peer; 0 for one a channel and one for control.
+    /// Interrupt vectors of each peer. 0 means one for each channel and one for control.
     pub vectors: u32,
     /// The channels; none for an `up` and a `down` for each slot.
     pub channels: Vec<ChannelPlan>,

@@ -54,7 +54,7 @@ fn left(added: Added) -> String {
 
 /// The output of `barlink channel list --json`.
 #[derive(Serialize)]
-struct List {
+struct ChannelList {
     /// The channels, in the order of their numbers.
     channels: Vec<Row>,
     /// Number of further channels that the table has room for.
@@ -82,10 +82,10 @@ struct Row {
     vector: u32,
 }
 
-impl List {
+impl ChannelList {
     fn of(layout: &Layout) -> Self {
         let channels = layout.channels().iter();
-        List {
+        ChannelList {
             channels: channels
                 .map(|channel| Row {
                     name: channel.name.to_string(),
@@ -105,7 +105,7 @@ impl List {
 
 fn list(args: &ListChannels) -> Result<()> {
     let attachment = super::attach(&args.which, Access::ReadOnly)?;
-    let list = List::of(attachment.layout());
+    let list = ChannelList::of(attachment.layout());
     if args.json {
         return print(format!("{}\n", serde_json::to_string_pretty(&list)?));
     }

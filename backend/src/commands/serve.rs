@@ -21,7 +21,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::Misuse;
 use super::sweeper::Sweeper;
-use crate::args::{Serve, Way};
+use crate::args::{Serve, TransportKind};
 
 pub fn serve(args: Serve) -> Result<()> {
     if args.check {
@@ -188,7 +188,7 @@ fn config(args: Serve) -> Result<Config> {
         .iter()
         .map(|group| number(group, "group"))
         .collect::<Result<_>>()?;
-    let sees_memory = |(way, _): &(Way, _)| *way == Way::VfioUser;
+    let sees_memory = |(kind, _): &(TransportKind, _)| *kind == TransportKind::VfioUser;
     ensure!(
         !args.guest_memory || args.sockets.0.iter().any(sees_memory),
         Misuse(
@@ -200,10 +200,10 @@ fn config(args: Serve) -> Result<Config> {
         guest_memory: args.guest_memory,
     });
     let vhost_user: Arc<dyn Transport> = Arc::new(VhostUser);
-    let transport = |way| match way {
-        Way::Ivshmem => Arc::clone(&ivshmem),
-        Way::VfioUser => Arc::clone(&vfio_user),
-        Way::VhostUser => Arc::clone(&vhost_user),
+    let transport = |kind| match kind {
+        TransportKind::Ivshmem => Arc::clone(&ivshmem),
+        TransportKind::VfioUser => Arc::clone(&vfio_user),
+        TransportKind::VhostUser => Arc::clone(&vhost_user),
     };
     Ok(Config {
         size: args.size,
@@ -214,7 +214,7 @@ fn config(args: Serve) -> Result<Config> {
             .sockets
             .0
             .into_iter()
-            .map(|(way, path)| (transport(way), path))
+            .map(|(kind, path)| (transport(kind), path))
             .collect(),
         control,
         policy: Policy::new(users, groups),

@@ -60,14 +60,14 @@ pub struct Manager {
     socket: UnixDatagram,
     /// Whether the manager stores descriptors.
     pub stores: bool,
-    queue: Mutex<Queue>,
+    queue: Mutex<MessageQueue>,
     /// Signalled when a message waits.
     more: Condvar,
     /// Signalled when fewer messages wait, or no VM is to wait for them any more.
     less: Condvar,
 }
 
-struct Queue {
+struct MessageQueue {
     waiting: VecDeque<Notice>,
     /// The names under which the manager has stored a descriptor.
     present: BTreeSet<String>,
@@ -76,7 +76,8 @@ struct Queue {
 }
 
 impl Manager {
-    /// Connects to the manager, if there is one. It has stored descriptors under these names.
+    /// Connects to the service manager, if there is one. `present` names the descriptors that it
+    /// has already stored.
     pub fn connect(present: BTreeSet<String>) -> Option<Self> {
         let name = std::env::var_os("NOTIFY_SOCKET")?;
         let address = match name.as_bytes() {
@@ -99,7 +100,7 @@ impl Manager {
         Manager {
             socket,
             stores: is_managed(),
-            queue: Mutex::new(Queue {
+            queue: Mutex::new(MessageQueue {
                 waiting: VecDeque::new(),
                 present,
                 stalled: false,
@@ -115,7 +116,7 @@ impl Manager {
         let thread = thread::Builder::new().name("manager".to_owned());
         thread.spawn(move || {
             loop {
-                let is_empty = |queue: &mut Queue| queue.waiting.is_empty();
+                let is_empty = |queue: &mut MessageQueue| queue.waiting.is_empty();
                 manager.more.wait_while(&mut manager.queue.lock(), is_empty);
                 manager.flush();
             }
@@ -156,7 +157,7 @@ impl Manager {
     /// Waits until all messages of a slot's VM are sent, or all messages; at most for [`TIMEOUT`].
     pub fn wait(&self, slot: Option<u32>) {
         let mut queue = self.queue.lock();
-        let is_behind = |queue: &mut Queue| {
+        let is_behind = |queue: &mut MessageQueue| {
             let ours = |notice: &Notice| slot.is_none() || notice.slot() == slot;
             !queue.stalled && queue.waiting.iter().any(ours)
         };
@@ -168,14 +169,14 @@ impl Manager {
                 slot.map_or(Account::Others, Account::Slot),
                 Level::Warn,
                 format_args!(
-                    "the service manager does not read: what it is to keep waits, and is lost if this broker is killed"
+                    "the service manager does not read: descriptors that it is to store wait, and are lost if this broker is killed"
                 ),
             );
         }
     }
 
     /// Sends the messages that the socket takes now.
-    fn send_waiting(&self, queue: &mut Queue) {
+    fn send_waiting(&self, queue: &mut MessageQueue) {
         while let Some(notice) = queue.waiting.front() {
             match self.send(notice) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,

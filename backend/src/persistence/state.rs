@@ -215,7 +215,7 @@ impl SlotWords {
     }
 }
 
-/// The persisted words of the roster. Its lock is theirs.
+/// The persisted words of the roster, which the roster's lock protects.
 pub struct RosterWords(Words);
 
 impl RosterWords {

@@ -3,6 +3,8 @@
 //! Tests of the program `barlink` from outside, with real processes and real sockets, and with
 //! every invalid input.
 
+#[path = "../../../ci/vm/src/ancillary.rs"]
+mod ancillary;
 mod channels;
 mod commands;
 mod confined;

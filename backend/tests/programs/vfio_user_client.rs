@@ -2,8 +2,7 @@
 
 //! A vfio-user client that can send what QEMU sends, and any other bytes.
 
-use std::io::{IoSliceMut, Read};
-use std::mem::MaybeUninit;
+use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
@@ -11,10 +10,10 @@ use barlink::control::client::Control;
 use barlink::control::message::Ask;
 use barlink_protocol::wire::layout::End;
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::ancillary;
 use crate::support::*;
 
 pub const VERSION: u16 = 1;
@@ -114,24 +113,14 @@ impl Client {
     /// Receives the next reply; `None` at the end of the connection.
     pub fn receive(&mut self) -> Option<Reply> {
         let mut header = [0; 16];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let parts = &mut [IoSliceMut::new(&mut header)];
-        let flags = RecvFlags::CMSG_CLOEXEC;
-        let length = match rustix::net::recvmsg(&self.socket, parts, &mut ancillary, flags) {
+        let (length, descriptors) = match ancillary::receive(&self.socket, &mut header) {
             Err(Errno::CONNRESET) => return None,
-            received => received.unwrap().bytes,
+            received => received.unwrap(),
         };
         if length == 0 {
             return None;
         }
         assert_eq!(length, 16, "half a header");
-        let mut descriptors = Vec::new();
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                descriptors.extend(rights);
-            }
-        }
         let word = |index: usize| {
             let bytes = header[4 * index..][..4].try_into().unwrap();
             u32::from_ne_bytes(bytes)

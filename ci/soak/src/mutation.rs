@@ -135,7 +135,7 @@ pub const ALL: [Mutation; 7] = [
         part: Changed::Protocol,
         found_by: &[
             (CHANNELS, "ring::successor_receives_unreleased_record_again"),
-            (CHANNELS, "ring::is_a_queue_over_wraps_and_crashes"),
+            (CHANNELS, "ring::ring_is_queue_over_wraps_and_crashes"),
         ],
         untouched: (
             CHANNELS,
@@ -152,7 +152,7 @@ pub const ALL: [Mutation; 7] = [
         part: Changed::Protocol,
         found_by: &[
             (CHANNELS, "ring::successor_receives_unreleased_record_again"),
-            (CHANNELS, "ring::is_a_queue_over_wraps_and_crashes"),
+            (CHANNELS, "ring::ring_is_queue_over_wraps_and_crashes"),
         ],
         untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
     },

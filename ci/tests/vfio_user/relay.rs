@@ -3,24 +3,18 @@
 //! A relay between a VMM and the broker. It forwards everything and counts the VMM's messages. It
 //! can withhold one message or answer, as if the broker had ended in between.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::Write;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::Result;
+use barlink_vm::ancillary;
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
-};
-
-/// The largest number of descriptors in one message.
-const DESCRIPTORS: usize = 16;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// A relay for one VMM: see the module.
 pub struct Relay {
@@ -162,15 +156,11 @@ impl Reader {
 }
 
 /// Forwards bytes and descriptors until one end closes its socket.
-fn pass(from: &UnixStream, to: &UnixStream, mut seen: impl FnMut(&mut Vec<u8>)) -> Result<()> {
+fn pass(from: &UnixStream, mut to: &UnixStream, mut seen: impl FnMut(&mut Vec<u8>)) -> Result<()> {
     loop {
         let mut bytes = vec![0; 64 << 10];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let parts = &mut [IoSliceMut::new(&mut bytes)];
-        let flags = RecvFlags::CMSG_CLOEXEC;
-        let received = match rustix::net::recvmsg(from, parts, &mut ancillary, flags) {
-            Ok(received) if received.bytes > 0 => received,
+        let (length, descriptors) = match ancillary::receive(from, &mut bytes) {
+            Ok((length, descriptors)) if length > 0 => (length, descriptors),
             // A process that is killed with unread bytes resets the connection.
             Ok(_) | Err(Errno::CONNRESET) => {
                 to.shutdown(Shutdown::Both)?;
@@ -178,26 +168,13 @@ fn pass(from: &UnixStream, to: &UnixStream, mut seen: impl FnMut(&mut Vec<u8>)) 
             }
             Err(error) => return Err(error.into()),
         };
-        let mut descriptors: Vec<OwnedFd> = Vec::new();
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                descriptors.extend(rights);
-            }
-        }
-        bytes.truncate(received.bytes);
+        bytes.truncate(length);
         seen(&mut bytes);
-        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !borrowed.is_empty() {
-            ancillary.push(SendAncillaryMessage::ScmRights(&borrowed));
+        if bytes.is_empty() {
+            continue;
         }
-        let mut rest = &bytes[..];
-        while !rest.is_empty() {
-            let flags = SendFlags::NOSIGNAL;
-            let sent = rustix::net::sendmsg(to, &[IoSlice::new(rest)], &mut ancillary, flags)?;
-            ancillary.clear();
-            rest = &rest[sent..];
-        }
+        let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let sent = to.send_with_fds(&[&bytes[..]], &raw)?;
+        to.write_all(&bytes[sent..])?;
     }
 }

@@ -28,14 +28,14 @@ pub(crate) struct Agent {
 #[derive(Debug)]
 struct Link {
     writer: Mutex<UnixStream>,
-    state: Mutex<State>,
+    state: Mutex<AgentState>,
     changed: Condvar,
     /// Folder of the VM's logs.
     folder: PathBuf,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct AgentState {
     /// Number of times that the agent has reported its start.
     boots: u64,
     /// Whether the connection has ended. It ends with QEMU.
@@ -99,9 +99,9 @@ impl Agent {
         let reader = BufReader::new(stream.try_clone()?);
         let link = Arc::new(Link {
             writer: Mutex::new(stream),
-            state: Mutex::new(State {
+            state: Mutex::new(AgentState {
                 boots,
-                ..State::default()
+                ..AgentState::default()
             }),
             changed: Condvar::new(),
             folder,
@@ -121,7 +121,7 @@ impl Agent {
 
     /// Waits until the agent has started `boots` times.
     pub(crate) fn wait_ready(&self, boots: u64, timeout: Duration) -> Result<()> {
-        let ready = |state: &State| (state.boots >= boots).then_some(());
+        let ready = |state: &AgentState| (state.boots >= boots).then_some(());
         self.link
             .wait(ready, timeout)
             .context("the guest's agent does not start")
@@ -142,7 +142,7 @@ impl Agent {
 }
 
 impl Link {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, AgentState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -198,7 +198,11 @@ impl Link {
     }
 
     /// Waits until `look` returns a value. An error after `timeout`, or if QEMU has ended.
-    fn wait<T>(&self, mut look: impl FnMut(&State) -> Option<T>, timeout: Duration) -> Result<T> {
+    fn wait<T>(
+        &self,
+        mut look: impl FnMut(&AgentState) -> Option<T>,
+        timeout: Duration,
+    ) -> Result<T> {
         let mut found = None;
         let (state, _) = self
             .changed
@@ -218,7 +222,7 @@ impl Link {
     }
 }
 
-impl State {
+impl AgentState {
     fn lose_all(&mut self, why: &str) {
         for process in self.processes.values_mut() {
             process.end.get_or_insert_with(|| Err(why.to_owned()));
@@ -229,7 +233,7 @@ impl State {
 impl Process {
     /// Waits until the process ends, and returns its result.
     pub fn wait(&self, timeout: Duration) -> Result<Output> {
-        let ended = |state: &State| state.processes.get(&self.id)?.end.clone();
+        let ended = |state: &AgentState| state.processes.get(&self.id)?.end.clone();
         let end = self.link.wait(ended, timeout);
         let status = end.and_then(|end| end.map_err(|error| anyhow!(error)));
         let status = status.with_context(|| format!("in the guest, `{}`", self.name))?;
@@ -249,7 +253,7 @@ impl Process {
 
     /// Waits until the standard output contains `text`, and returns the whole output.
     pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<String> {
-        let written = |state: &State| {
+        let written = |state: &AgentState| {
             let progress = state.processes.get(&self.id)?;
             let output = String::from_utf8_lossy(&progress.stdout);
             if output.contains(text) {
@@ -273,7 +277,7 @@ impl Process {
     /// Takes the next line from the standard output, without its line break. Returns `None` if the
     /// process has ended and no complete line is left.
     pub fn next_line(&self, timeout: Duration) -> Result<Option<String>> {
-        let length = |state: &State| {
+        let length = |state: &AgentState| {
             let progress = state.processes.get(&self.id)?;
             let length = progress.stdout.iter().position(|&byte| byte == b'\n');
             (length.is_some() || progress.end.is_some()).then_some(length)

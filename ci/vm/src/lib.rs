@@ -13,9 +13,11 @@
 
 mod accelerator;
 mod agent;
+pub mod ancillary;
 mod bare;
 pub mod broker;
 mod console;
+
 mod plug;
 mod qemu;
 mod qmp;

@@ -3,8 +3,6 @@
 //! A stand-in for systemd as the service manager of a broker: it stores the broker's descriptors as
 //! `FDSTORE` does (`sd_notify(3)`, `sd_listen_fds(3)`), and does nothing else.
 
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -15,7 +13,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+use crate::ancillary;
 
 /// Number of the first descriptor that a service is passed (`SD_LISTEN_FDS_START`).
 const FIRST: i32 = 3;
@@ -30,11 +29,11 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct ServiceManager {
     socket: PathBuf,
-    state: Arc<(Mutex<State>, Condvar)>,
+    state: Arc<(Mutex<ManagerState>, Condvar)>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ManagerState {
     /// Stored descriptors, the newest first. Several can have the same name.
     stored: Vec<StoredDescriptor>,
     ready: bool,
@@ -57,7 +56,7 @@ impl ServiceManager {
     pub fn new(folder: &Path) -> Result<Self> {
         let socket = folder.join("notify.sock");
         let listener = UnixDatagram::bind(&socket)?;
-        let state = Arc::<(Mutex<State>, Condvar)>::default();
+        let state = Arc::<(Mutex<ManagerState>, Condvar)>::default();
         let shared = Arc::clone(&state);
         thread::spawn(move || {
             while let Ok((message, descriptors)) = receive(&listener) {
@@ -128,12 +127,12 @@ impl ServiceManager {
         self.lock()
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ManagerState> {
         self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl ManagerState {
     fn take_in(&mut self, message: &str, descriptors: Vec<OwnedFd>) {
         let value = |key: &str| {
             let mut lines = message.lines();
@@ -178,24 +177,9 @@ fn identity(descriptor: &OwnedFd) -> Option<Identity> {
 
 fn receive(socket: &UnixDatagram) -> Result<(String, Vec<OwnedFd>)> {
     let mut bytes = [0; 4096];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received = recvmsg(
-        socket,
-        &mut [IoSliceMut::new(&mut bytes)],
-        &mut ancillary,
-        RecvFlags::CMSG_CLOEXEC,
-    )?;
-    let mut descriptors = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            descriptors.extend(rights);
-        }
-    }
-    Ok((
-        String::from_utf8_lossy(&bytes[..received.bytes]).into_owned(),
-        descriptors,
-    ))
+    let (length, descriptors) = ancillary::receive(socket, &mut bytes)?;
+    let message = String::from_utf8_lossy(&bytes[..length]).into_owned();
+    Ok((message, descriptors))
 }
 
 #[cfg(test)]
@@ -206,13 +190,13 @@ mod tests {
 
     #[test]
     fn stores_descriptors_like_systemd() {
-        let mut state = State::default();
+        let mut state = ManagerState::default();
         let copy = |descriptor: &OwnedFd| descriptor.try_clone().unwrap();
         let new = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let (first, second) = (new(), new());
         state.take_in("FDSTORE=1\nFDNAME=a\n", vec![copy(&first)]);
         state.take_in("FDSTORE=1\nFDNAME=a\n", vec![copy(&second)]);
-        let names = |state: &State| -> String {
+        let names = |state: &ManagerState| -> String {
             let names = state.stored.iter().map(|stored| stored.name.as_str());
             names.collect()
         };

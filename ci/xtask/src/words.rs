@@ -3,7 +3,8 @@
 //! The rules for prose that a program can check: openings of sentences that hide their subject, and
 //! the width of comments and documents. `CONTRIBUTING.md` has all rules.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -19,7 +20,7 @@ const COLUMNS: usize = 100;
 const FOLDERS: [&str; 3] = [".cargo", ".ci", ".config"];
 
 /// The places of prose in a file.
-#[derive(Clone, Copy, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Kind {
     /// In its comments, after `//`.
     Code,
@@ -30,17 +31,37 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(path: &Path) -> Option<Self> {
-        if path.ends_with(".ci/run") {
-            return Some(Self::Script);
-        }
-        match path.extension()?.to_str()? {
+    /// Returns the kind of a file, by its name or, for a script, its first bytes. `None` if the file
+    /// has no prose.
+    fn of(path: &Path) -> Result<Option<Self>> {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        Ok(match extension.unwrap_or_default() {
             "rs" | "c" | "h" => Some(Self::Code),
-            "sh" | "toml" => Some(Self::Script),
+            "sh" | "toml" | "service" | "socket" | "timer" | "conf" | "rules" | "sysusers" => {
+                Some(Self::Script)
+            }
             "md" => Some(Self::Document),
-            _ => None,
-        }
+            _ if path.ends_with("Kbuild") || path.ends_with("Makefile") => Some(Self::Script),
+            _ => begins_as_script(path)?.then_some(Self::Script),
+        })
     }
+}
+
+/// Returns whether a file's first line names the program that runs it.
+fn begins_as_script(path: &Path) -> Result<bool> {
+    let mut first = Vec::new();
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    file.take(2).read_to_end(&mut first)?;
+    Ok(first == b"#!")
+}
+
+/// Returns the text of an item of a list, if a line of prose begins one: with `*`, `-`, or a number
+/// and a full stop.
+fn item(prose: &str) -> Option<&str> {
+    let (mark, text) = prose.split_once(' ')?;
+    let number = mark.strip_suffix('.').unwrap_or_default();
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    (mark == "*" || mark == "-" || is_number).then_some(text)
 }
 
 /// Finds the faults of all source files and documents below a folder: for each a line with file,
@@ -56,7 +77,10 @@ pub fn faults(root: &Path) -> Result<Vec<String>> {
     for entry in entries {
         let entry = entry?;
         let path = entry.path();
-        let Some(kind) = Kind::of(path) else {
+        if !entry.file_type().is_file() {
+            continue;
+        }
+        let Some(kind) = Kind::of(path)? else {
             continue;
         };
         let text = fs::read_to_string(path)
@@ -91,9 +115,9 @@ fn faults_of(text: &str, kind: Kind) -> Vec<(usize, String)> {
         if !prose.starts_with('|') && width(line) > COLUMNS {
             faults.push((number, format!("the text is wider than {COLUMNS} columns")));
         }
-        // An item of a list.
-        let prose = prose.strip_prefix("* ").unwrap_or(prose);
-        let sentences = prose.split_inclusive(['.', '!', '?', ':']);
+        let item = item(prose);
+        begins |= item.is_some();
+        let sentences = item.unwrap_or(prose).split_inclusive(['.', '!', '?', ':']);
         for sentence in sentences {
             let words = sentence.trim_start();
             let opening = OPENINGS.iter().find(|opening| words.starts_with(**opening));
@@ -133,7 +157,7 @@ fn script_comment(line: &str) -> Option<&str> {
     (!text.starts_with('!')).then(|| text.trim_start_matches('#').trim_start())
 }
 
-/// The text of a line's comment, if the line is or ends with one.
+/// Returns the text of a line's comment, if the line is or ends with one.
 fn comment(line: &str) -> Option<&str> {
     let (before, text) = line.split_once("//")?;
     // A URL or a string is no comment.
@@ -200,5 +224,30 @@ mod tests {
         assert_eq!(lines(&link, Kind::Document), Vec::<usize>::new());
         let text = format!("#!/bin/sh {wide}\n# {wide}\nrun {wide}\n    # {wide}\n");
         assert_eq!(lines(&text, Kind::Script), [2, 4]);
+    }
+
+    #[test]
+    fn finds_items_of_lists_without_a_noun() {
+        let text = concat!(
+            "* a word\n* Who",
+            " asks\n- Nobody",
+            " has it\n10. What",
+            " is it\n"
+        );
+        assert_eq!(lines(text, Kind::Document), [2, 3, 4]);
+        let text = concat!("A - Who", " asks\n1 Nobody", " has it\n");
+        assert_eq!(lines(text, Kind::Document), Vec::<usize>::new());
+    }
+
+    #[test]
+    fn reads_scripts_and_configurations() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = folder.path().join("run");
+        fs::write(&script, "#!/bin/sh\n").unwrap();
+        let data = folder.path().join("data");
+        fs::write(&data, "# data").unwrap();
+        let kind = |path: &Path| Kind::of(path).unwrap();
+        assert_eq!((kind(&script), kind(&data)), (Some(Kind::Script), None));
+        assert_eq!(kind(Path::new("barlink@.service")), Some(Kind::Script));
     }
 }

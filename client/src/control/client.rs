@@ -305,7 +305,7 @@ impl Control {
         })
     }
 
-    /// The socket's path.
+    /// Returns the socket's path.
     pub fn path(&self) -> &Path {
         &self.path
     }

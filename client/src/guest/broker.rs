@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! The question whether the broker is alive (`docs/protocol.md`, section 3). A guest whose broker
-//! was killed, and started anew with another region, streams into memory that nobody else has.
+//! was killed, and started anew with another region, streams into memory that no other process has.
 //!
 //! A program asks when it begins to watch, and an end asks once for each sleep that is longer than
 //! a second. A question or its ring can be lost, and a busy host is slow, so each is repeated, and
@@ -26,7 +26,7 @@ const REPEATED: [Duration; 3] = [
     Duration::from_secs(7),
 ];
 /// Time without an answer after which the broker is silent.
-const SILENT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// First and longest pause between two looks for an answer.
 const LOOK: Duration = Duration::from_millis(1);
 const LONGEST_LOOK: Duration = Duration::from_millis(100);
@@ -42,8 +42,8 @@ enum Step {
     Ask,
     /// Look again after this time at the latest.
     Wait(Duration),
-    /// The broker is silent.
-    Silent,
+    /// The broker has not answered within [`ANSWER_TIMEOUT`].
+    Unanswered,
 }
 
 /// The course of one question, by a clock that the caller reads.
@@ -68,9 +68,9 @@ impl Course {
                 self.repeated += 1;
                 Step::Ask
             }
-            _ if passed >= SILENT => Step::Silent,
+            _ if passed >= ANSWER_TIMEOUT => Step::Unanswered,
             Some(at) => Step::Wait(*at - passed),
-            None => Step::Wait(SILENT - passed),
+            None => Step::Wait(ANSWER_TIMEOUT - passed),
         }
     }
 }
@@ -82,23 +82,20 @@ pub(crate) struct Asker {
     region: RingRegion,
     /// Offset of the answer word.
     answer: u64,
-    silence: Arc<Silence>,
+    unanswered: Arc<Unanswered>,
 }
 
 /// Whether the last question had no answer.
 #[derive(Debug, Default)]
-struct Silence {
-    is_silent: Mutex<bool>,
+struct Unanswered {
+    is_set: Mutex<bool>,
     changed: Condvar,
 }
 
-impl Silence {
-    fn set(&self, is_silent: bool) {
-        let mut state = self
-            .is_silent
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *state = is_silent;
+impl Unanswered {
+    fn set(&self, is_set: bool) {
+        let mut state = self.is_set.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = is_set;
         self.changed.notify_all();
     }
 }
@@ -110,7 +107,7 @@ impl Asker {
             file,
             region,
             answer: BROKER_PAGE + presence::ANSWERS + 8 * u64::from(slot),
-            silence: Arc::default(),
+            unanswered: Arc::default(),
         }
     }
 
@@ -132,7 +129,7 @@ impl Asker {
         let mut pause = LOOK;
         loop {
             if question.is_some_and(|question| self.is_answered(question)) {
-                self.silence.set(false);
+                self.unanswered.set(false);
                 return Ok(true);
             }
             match course.step(start.elapsed()) {
@@ -141,8 +138,8 @@ impl Asker {
                     std::thread::sleep(pause.min(longest));
                     pause = (pause * 2).min(LONGEST_LOOK);
                 }
-                Step::Silent => {
-                    self.silence.set(true);
+                Step::Unanswered => {
+                    self.unanswered.set(true);
                     return Ok(false);
                 }
             }
@@ -150,10 +147,10 @@ impl Asker {
     }
 
     /// Waits until an end has found that the broker is silent.
-    pub(crate) fn wait_for_silence(&self) {
-        let is_silent = &self.silence.is_silent;
-        let guard = is_silent.lock().unwrap_or_else(PoisonError::into_inner);
-        let changed = self.silence.changed.wait_while(guard, |silent| !*silent);
+    pub(crate) fn wait_until_unanswered(&self) {
+        let is_set = &self.unanswered.is_set;
+        let guard = is_set.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = self.unanswered.changed.wait_while(guard, |is_set| !*is_set);
         drop(changed.unwrap_or_else(PoisonError::into_inner));
     }
 }
@@ -240,12 +237,12 @@ impl SleepQuestions {
                     // device is gone.
                     Err(_) => break,
                 },
-                Some(Step::Silent) => {
-                    self.asker.silence.set(true);
+                Some(Step::Unanswered) => {
+                    self.asker.unanswered.set(true);
                     break;
                 }
                 None => {
-                    self.asker.silence.set(false);
+                    self.asker.unanswered.set(false);
                     break;
                 }
             }
@@ -288,7 +285,7 @@ mod tests {
                         assert!(time > Duration::ZERO);
                         break;
                     }
-                    Step::Silent => return (asked, second),
+                    Step::Unanswered => return (asked, second),
                 }
             }
         }
@@ -327,6 +324,6 @@ mod tests {
         for _ in REPEATED {
             assert_eq!(course.step(late), Step::Ask);
         }
-        assert_eq!(course.step(late), Step::Silent);
+        assert_eq!(course.step(late), Step::Unanswered);
     }
 }

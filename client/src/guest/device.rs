@@ -230,8 +230,8 @@ impl Device {
         Ok(info(&self.file, &self.path)?)
     }
 
-    /// Returns the region's layout: its size, channels and raw window, as the driver last told. The
-    /// broker can add channels: see [`Device::refresh`].
+    /// Returns the region's layout: its size, channels and raw window, as the driver last reported.
+    /// The broker can add channels: see [`Device::refresh`].
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -558,7 +558,7 @@ impl Side for Device {
             error => system("claim an end of a channel of", &self.path, error).into(),
         })?;
         let doorbell = uapi::Doorbell {
-            // It is not rung if there is no other end.
+            // The peer is not rung if the channel has no other end.
             peer: channel.peer(end.other()),
             vector: channel.vector,
         };

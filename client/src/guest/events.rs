@@ -48,7 +48,7 @@ impl DeviceEvents {
         }
     }
 
-    /// Whether the channel has a vector that wakes this end.
+    /// Returns whether the channel has a vector that wakes this end.
     pub(crate) fn wakes(&self) -> bool {
         self.wakes
     }
@@ -62,7 +62,7 @@ impl DeviceEvents {
         byte.is_some_and(|byte| byte >> (vector % 8) & 1 == 1)
     }
 
-    /// Whether the device is gone, and an access of its memory is SIGBUS.
+    /// Returns whether the device is gone, and an access of its memory is SIGBUS.
     pub(crate) fn is_gone(&self) -> bool {
         let mut files = [PollFd::new(&self.file, PollFlags::empty())];
         let polled = rustix::event::poll(&mut files, Some(&rustix::time::Timespec::default()));

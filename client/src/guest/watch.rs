@@ -16,7 +16,7 @@ use crate::guest::error::DeviceError;
 /// let device = guest::open("/dev/barlink0")?;
 /// let watch: BrokerWatch = device.watch_broker()?;
 /// std::thread::spawn(move || {
-///     if watch.wait_for_silence().is_ok() {
+///     if watch.wait_until_unanswered().is_ok() {
 ///         eprintln!("the broker does not answer");
 ///     }
 /// });
@@ -67,7 +67,7 @@ impl BrokerWatch {
     /// let device = barlink::guest::open("/dev/barlink0")?;
     /// let watch = device.watch_broker()?;
     /// let mut receiver = device.receiver("down")?;
-    /// std::thread::spawn(move || watch.wait_for_silence().map(|()| std::process::exit(1)));
+    /// std::thread::spawn(move || watch.wait_until_unanswered().map(|()| std::process::exit(1)));
     /// println!("{:?}", receiver.recv()?.to_vec());
     /// # Ok::<(), barlink::Error>(())
     /// ```
@@ -75,9 +75,9 @@ impl BrokerWatch {
     /// # Errors
     ///
     /// Those of [`BrokerWatch::is_answered`].
-    pub fn wait_for_silence(&self) -> Result<(), Error> {
+    pub fn wait_until_unanswered(&self) -> Result<(), Error> {
         if self.is_answered()? {
-            self.asker.wait_for_silence();
+            self.asker.wait_until_unanswered();
         }
         Ok(())
     }

@@ -148,8 +148,8 @@ impl Attachment {
         Tap::new(self, name)
     }
 
-    /// Returns the region's layout: its size, channels and raw window, as the broker last told. The
-    /// broker can add channels: see [`Attachment::refresh`].
+    /// Returns the region's layout: its size, channels and raw window, as the broker last reported.
+    /// The broker can add channels: see [`Attachment::refresh`].
     ///
     /// ```no_run
     /// use barlink::host;

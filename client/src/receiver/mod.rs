@@ -288,9 +288,9 @@ impl Receiver {
         StreamReader::new(self)
     }
 
-    /// Returns the number of records that the sender dropped between those that this receiver got.
-    /// Records that were dropped before the first one are not counted, because a new receiver does
-    /// not know which number comes next.
+    /// Returns how many records the sender dropped, and numbers it skipped, between those that this
+    /// receiver got. Records that were dropped before the first one are not counted, because a new
+    /// receiver does not know which number comes next.
     ///
     /// ```no_run
     /// use barlink::host;

@@ -63,7 +63,7 @@ impl Default for OwnedRecord {
     }
 }
 
-/// The end of a record's life.
+/// What dropping a record does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum AtEnd {
     /// Release it, and all that the receiver advanced over.
@@ -386,7 +386,7 @@ impl Drop for Record<'_> {
         match self.at_end {
             AtEnd::Keep => (),
             AtEnd::Advance => self.receiver.ring.advance(),
-            // It was not handled, so it is received again.
+            // The record was not handled, so it is received again.
             AtEnd::Release if std::thread::panicking() => (),
             AtEnd::Release => {
                 if let Err(error) = self.receiver.ring.release() {

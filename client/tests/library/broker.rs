@@ -61,7 +61,7 @@ impl Running {
         connect_path(self.control()).unwrap()
     }
 
-    /// Both ends of a channel.
+    /// Returns both ends of a channel.
     pub fn ends(&self, channel: &str) -> (Sender, Receiver) {
         let app = self.attach();
         (app.sender(channel).unwrap(), app.receiver(channel).unwrap())

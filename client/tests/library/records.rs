@@ -322,7 +322,7 @@ fn reservation_appends_parts_of_a_file() {
     }
 }
 
-/// A program can receive in one thread and send in another.
+/// Compiles only for types that a program can use in another thread.
 const fn is_send<T: Send>() {}
 const _: () = {
     is_send::<barlink::Sender>();

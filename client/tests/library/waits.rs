@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
 use crate::broker::*;
 
-/// Whether a descriptor becomes readable within a time.
+/// Returns whether a descriptor becomes readable within a time.
 fn is_readable(file: &impl std::os::fd::AsFd, time: Duration) -> bool {
     let time = Timespec::try_from(time).unwrap();
     poll(&mut [PollFd::new(file, PollFlags::IN)], Some(&time)).unwrap() == 1

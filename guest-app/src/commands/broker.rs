@@ -31,7 +31,7 @@ pub fn watch(device: &Device) {
     let _ = std::thread::Builder::new()
         .name("broker".to_owned())
         .spawn(move || {
-            if watch.wait_for_silence().is_ok() {
+            if watch.wait_until_unanswered().is_ok() {
                 warn();
             }
         });

@@ -29,7 +29,7 @@ impl<'a> Target<'a> {
     /// Opens the file of `--output`. A failure before the first record does not empty it.
     fn open(args: &'a Recv) -> Result<Self> {
         let Some(path) = &args.output else {
-            // It must be open.
+            // Standard output must be open.
             output()?;
             return Ok(Target::Output);
         };
@@ -42,7 +42,7 @@ impl<'a> Target<'a> {
         Ok(Target::File(file, name))
     }
 
-    /// Empties a file, in which another stream may be.
+    /// Empties a file, which may contain another stream.
     fn empty(&self) -> Result<()> {
         match self {
             Target::File(file, name) if file.metadata().is_ok_and(|data| data.is_file()) => file

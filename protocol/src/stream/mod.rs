@@ -125,7 +125,7 @@ pub enum StreamError<X> {
     },
 }
 
-/// A number of records as the subject of a sentence.
+/// Formats a number of records as the subject of a sentence.
 fn were(records: u64) -> impl core::fmt::Display {
     struct Were(u64);
     impl core::fmt::Display for Were {

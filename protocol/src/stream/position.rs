@@ -92,9 +92,9 @@ pub struct Position {
     pub dropped: u64,
     /// Whether the stream was taken up without its beginning.
     pub headless: bool,
-    /// Whether the last record was taken up as one of any kind.
+    /// Whether the last record was accepted whatever its kind.
     raw: bool,
-    /// Whether the next record can be the last one again, because that was not released.
+    /// Whether the next record may be the last one again, because it was not released.
     seen: bool,
     next: Option<u64>,
 }

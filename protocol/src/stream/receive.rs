@@ -42,7 +42,7 @@ where
         watch.broker_ended();
     }
     let mut total = Progress::default();
-    let mut buffer = Buffer::default();
+    let mut buffer = PrivateBuffer::default();
     let mut wait = Wait::default();
     loop {
         // If the sender has left, the channel still has the records that it committed, and no
@@ -83,7 +83,7 @@ where
         let header = *record.header();
         let part = position.take_up(&header, accept)?;
         if part == Part::NextBegin {
-            // Its records stay in the channel for the next receiver.
+            // The next stream's records stay in the channel for the next receiver.
             position.end();
             return Err(StreamError::Incomplete(total.bytes));
         }
@@ -117,9 +117,9 @@ fn finish<X>(total: Progress, accept: Accept) -> Result<Progress, StreamError<X>
 /// A private buffer between the region and files to which the kernel cannot write from the region.
 /// It is empty until such a file is met.
 #[derive(Default)]
-struct Buffer(AlignedBuffer);
+struct PrivateBuffer(AlignedBuffer);
 
-impl Buffer {
+impl PrivateBuffer {
     /// Writes the payload of a record, from byte `done` on.
     fn write_all<M, E>(
         &mut self,

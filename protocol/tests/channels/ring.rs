@@ -52,7 +52,7 @@ proptest! {
     /// Shows that any sequence of sends and receives is a queue, with a crash of either end before
     /// any of them.
     #[test]
-    fn is_a_queue_over_wraps_and_crashes(
+    fn ring_is_queue_over_wraps_and_crashes(
         steps in prop::collection::vec((0u8..8, 0usize..2100), 1..400)
     ) {
         let (region, layout) = region(4096, false);
@@ -196,7 +196,8 @@ fn next_release_frees_advanced_records() {
         consumer.advance();
     }
     assert!(send(&mut producer, &[0; 1000]).is_err());
-    // The records were passed but not released, so a successor finds them again.
+    // The consumer advanced beyond the records but did not release them, so a successor finds them
+    // again.
     assert_eq!(receive(&mut attach(&region, &layout).1).unwrap().0, 0);
     assert!(consumer.poll().unwrap());
     assert_eq!(consumer.record().unwrap().header().sequence, 2);

@@ -66,7 +66,7 @@ fn send_haltingly(sender: &mut Sender<Memory, Notifiers>, region: &Heap, channel
     send(sender, Kind::END, &[]);
 }
 
-/// The outcome of a stream of four bytes in one record.
+/// Returns the outcome of a stream of four bytes in one record.
 fn four() -> Outcome {
     let mut progress = Progress::default();
     (progress.bytes, progress.records) = (4, 1);

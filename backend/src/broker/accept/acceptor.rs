@@ -145,8 +145,9 @@ impl Acceptor {
     }
 
     /// Takes the slot. A VM that has disconnected, and whose end is not noticed yet, does not block
-    /// it: a VM that unplugs its device connects again at once. Nor does a process that ends just
-    /// now: that of a killed VMM ends a moment after its connection.
+    /// it, because a VM that unplugs its device connects again at once. A process that is just
+    /// ending does not block the slot either, because a killed VMM's process ends shortly after its
+    /// connection.
     fn occupy(&self, peer: Peer, vmm: &Vmm) -> Result<Session, Taken> {
         let start = Instant::now();
         loop {

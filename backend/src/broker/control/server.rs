@@ -383,7 +383,7 @@ fn read(
     let socket = Arc::clone(&client.socket);
     let request = ReadRequest::new(source, length, move |result| {
         if let Err(error) = reply::send(&socket, answers::bytes(slot, result), &[]) {
-            // It does not read its answer. Its connection ends elsewhere.
+            // The host app does not read its answer. The server loop ends its connection.
             debug!("a host app is not answered: {error}");
         }
     });

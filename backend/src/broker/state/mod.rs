@@ -40,7 +40,8 @@ pub(crate) struct Quiesced<'a> {
 }
 
 impl Quiesced<'_> {
-    /// Keeps the state as it is until this process ends, because a successor changes it.
+    /// Keeps the broker quiesced until this process ends, because the state belongs to the
+    /// successor.
     pub fn for_ever(self) {
         std::mem::forget(self);
     }

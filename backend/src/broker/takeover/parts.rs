@@ -47,7 +47,7 @@ pub struct SlotParts {
     pub session_memory: Option<Region>,
     /// A predecessor's VM.
     pub vm: Option<OwnedFd>,
-    /// The process of a predecessor's VMM, which is here or has left.
+    /// The process of the VMM that a predecessor admitted. It can have disconnected.
     pub vmm: Option<OwnedFd>,
 }
 

@@ -56,7 +56,7 @@ impl Transport for VfioUser {
         session_state::SIZE
     }
 
-    /// Descriptors of interrupts and of guest memory.
+    /// Returns `true`: a client sends descriptors of interrupts and of guest memory.
     fn receives_descriptors(&self) -> bool {
         true
     }
@@ -64,7 +64,7 @@ impl Transport for VfioUser {
     /// Initialises the session's state, once for each client. The client sends the first message.
     fn handshake(&self, _vm: &UnixStream, slot: &Arc<Slot>) -> Result<(), TransportError> {
         let state = SessionState::new(session_memory(slot)?);
-        // A state that was torn by a kill is not in use yet.
+        // If a kill interrupted the initialisation, no client uses the state yet.
         if slot.handshake_sent(1) != Some(1) {
             slot.send_handshake(1, || {
                 state.initialise();

@@ -51,8 +51,8 @@ pub struct BufferRegisters {
 }
 
 impl BufferRegisters {
-    /// Returns the buffer, if it is whole pages, not too many, whose end does not overflow. Each
-    /// copy checks whether there is memory at these addresses.
+    /// Returns the buffer if its address and size are whole pages, its size is within the limit,
+    /// and its end does not overflow. Each copy checks whether there is memory at these addresses.
     pub fn check(self) -> Option<DmaBuffer> {
         let size = u64::from(self.size);
         let is_one =

@@ -33,11 +33,11 @@ pub enum MessageError {
     /// The peer has closed its socket.
     #[error("the socket is closed")]
     Gone,
-    /// The begin of the next message is unknown, or descriptors were lost.
-    #[error("it sent no message")]
+    /// The start of the next message is unknown, or descriptors were lost.
+    #[error("the client sent bytes that are no message")]
     Malformed,
     /// The rest of a message is missing, or the peer does not take one.
-    #[error("it stopped within a message")]
+    #[error("the client stopped within a message")]
     Stalled,
     /// A system call failed.
     #[error("the socket fails")]

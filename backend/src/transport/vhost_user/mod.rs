@@ -41,7 +41,7 @@ impl Transport for VhostUser {
         Self::NAME
     }
 
-    /// The state of a session is in its daemon, which ends with the broker.
+    /// Returns `false`: the state of a session is in its daemon, which ends with the broker.
     fn survives_broker(&self) -> bool {
         false
     }
@@ -50,7 +50,7 @@ impl Transport for VhostUser {
         true
     }
 
-    /// Descriptors of queues and of guest memory.
+    /// Returns `true`: a VMM sends descriptors of queues and of guest memory.
     fn receives_descriptors(&self) -> bool {
         true
     }

@@ -32,7 +32,7 @@ const DATA: u64 = 4096;
 
 /// The memory. Its first page is zero before the stream.
 #[derive(Args, Debug)]
-struct Memory {
+struct RawMemory {
     /// The file of the memory; without it, in the guest, the ivshmem device without a driver
     #[arg(long)]
     file: Option<PathBuf>,
@@ -45,7 +45,7 @@ struct Memory {
 #[derive(Args, Debug)]
 pub struct RawSend {
     #[command(flatten)]
-    memory: Memory,
+    memory: RawMemory,
     /// Length of the timed part of the stream, in milliseconds
     #[arg(long)]
     time: u64,
@@ -55,7 +55,7 @@ pub struct RawSend {
 #[derive(Args, Debug)]
 pub struct RawReceive {
     #[command(flatten)]
-    memory: Memory,
+    memory: RawMemory,
 }
 
 /// Reports the cache mode of the memory in the guest, mapped as by an end of a stream.
@@ -76,7 +76,7 @@ impl Deref for Words {
     }
 }
 
-impl Memory {
+impl RawMemory {
     fn map(&self) -> Result<Words> {
         let path = match &self.file {
             Some(path) => path.clone(),
