@@ -352,7 +352,7 @@ fn tap_that_ends_early_prints_summary() {
 /// A sender reserves no more than its source has, so its limit is near what it has committed. A tap
 /// then reads all of the channel but a sixteenth, however long the source is silent.
 #[test]
-fn sender_of_slow_source_keeps_old_records_readable() {
+fn slow_source_keeps_old_records_readable() {
     let broker = Broker::start(&["--channel", "loop=host-host,1M"]);
     let app = broker.attach();
     let entry = *app.layout().find("loop").unwrap().1;
