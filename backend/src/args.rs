@@ -61,8 +61,7 @@ pub enum Command {
     Tail(Tail),
     /// Show a region while it is in use: its VMs and host apps, its channels, and its bytes
     #[command(
-        after_help = "The records of a channel include the marks at the begin and end of each stream: a stream of \n\
-                            one line is 3 records. They count from the channel's last reset.\n\n\
+        after_help = "Records count from the channel's last reset, without the marks at the begin and end of a stream.\n\n\
                             Keys:\n  arrows, page up, page down, home, end   move through the bytes\n  \
                             tab                                     next part of the region\n  \
                             q, Esc, Ctrl-C                          quit"

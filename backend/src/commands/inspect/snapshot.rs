@@ -59,9 +59,11 @@ pub struct ChannelView {
     pub fill: Option<u64>,
     /// The producer's cursor: it grows by each byte that is committed, and jumps at a reset.
     pub written: u64,
-    /// Number of records committed since the channel's reset. The records at the begin and end of
-    /// each stream count, too.
+    /// Number of records committed since the channel's reset, without marks.
     pub records: u64,
+    /// Number of marks committed since the channel's reset: the records at the begin and end of
+    /// each stream.
+    pub marks: u64,
     /// Number of records dropped because the channel was full, and of sequence numbers skipped.
     pub dropped: u64,
     /// Number of doorbells that the producer rang.
@@ -124,7 +126,8 @@ fn channel(attachment: &Attachment, index: usize) -> ChannelView {
         capacity: entry.capacity,
         fill: state.fill(entry),
         written: state.written,
-        records: state.records,
+        records: state.data_records(),
+        marks: state.marks,
         dropped: state.dropped,
         rung: state.producer_rung,
         suppressed: state.suppressed(),

@@ -226,6 +226,5 @@ pub fn text(snapshot: &Snapshot) -> String {
         }
         text.truncate(text.trim_end().len());
     }
-    text.push_str("\n\nrecords: with the marks at the begin and end of each stream");
     text
 }
