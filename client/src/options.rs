@@ -83,6 +83,7 @@ pub trait Side: sealed::Side {
 
 pub(crate) mod sealed {
     use crate::error::Error;
+    use crate::removal::Removal;
 
     /// Only this crate has sides.
     pub trait Side {
@@ -91,6 +92,9 @@ pub(crate) mod sealed {
 
         /// Finds a channel, also one that was added since the layout was read.
         fn find(&self, name: &str) -> Result<usize, Error>;
+
+        /// Returns the removal of the region's device.
+        fn removal(&self) -> Removal;
     }
 }
 

@@ -499,6 +499,11 @@ fn next_qemu_continues_after_killed_one() -> Result<()> {
 #[test]
 fn unbound_device_ends_guest_apps_with_error() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
+    send(&broker, "down", b"first")?;
+    vm.run(["barlink-guest", "recv"])?.require_success()?;
+    let tap = vm.spawn(["barlink-guest", "tail", "down", "--latest"])?;
+    let line = tap.next_line(COMMAND_TIMEOUT)?;
+    ensure!(line.is_some_and(|line| line.trim_end().ends_with(" end 2 0")));
     // The receiver sleeps in a call; the sender mostly writes to the memory.
     let apps = [
         vm.spawn(["barlink-guest", "recv"])?,
@@ -514,6 +519,12 @@ fn unbound_device_ends_guest_apps_with_error() -> Result<()> {
         assert_eq!(ended.status, Status::Code(3), "{errors}");
         assert!(errors.contains("the device is gone"), "{errors}");
     }
+    // The tap waits for a record. So it notices the removal before it looks into the memory again,
+    // and is not ended by a signal.
+    let ended = tap.wait(COMMAND_TIMEOUT)?;
+    let errors = String::from_utf8(ended.stderr)?;
+    assert_eq!(ended.status, Status::Code(3), "{errors}");
+    assert!(errors.contains("copying from channel `down`"), "{errors}");
     // The sender left in the middle of a stream.
     assert_eq!(wait_for_end(&mut receiver, "the receiver")?.code(), Some(5));
     wait_for_holder(&broker, "down", "consumer", false)
