@@ -420,6 +420,33 @@ mod tests {
         lines.filter_map(|line| line.split_once('=')).collect()
     }
 
+    /// The broker is up before a VM starts, and stops after the last VM. systemd stops services in
+    /// the reverse order.
+    #[test]
+    fn systemd_unit_encloses_libvirts_vms() {
+        let unit = unit();
+        let named = |key: &str| -> Vec<&str> {
+            let values = unit.iter().filter(|(name, _)| *name == key);
+            values.flat_map(|(_, value)| value.split(' ')).collect()
+        };
+        let before = named("Before");
+        // VMs of libvirt are scopes in machine.slice, which end after the daemons.
+        for unit in [
+            "machine.slice",
+            "libvirtd.service",
+            "virtqemud.service",
+            "libvirt-guests.service",
+        ] {
+            assert!(before.contains(&unit), "not before {unit}: {before:?}");
+            for key in ["After", "Requires", "Wants", "BindsTo", "PartOf"] {
+                assert!(!named(key).contains(&unit), "{key}={unit}");
+            }
+        }
+        // Without these, systemd starts it late, or ends it early or not at all.
+        assert!(named("DefaultDependencies").is_empty());
+        assert_eq!(named("WantedBy"), ["multi-user.target"]);
+    }
+
     #[test]
     fn systemd_unit_starts_broker_with_enough_descriptors() {
         use barlink_broker::transport::MAX_FILES;
