@@ -61,8 +61,10 @@ pub enum Command {
     Tail(Tail),
     /// Show a region while it is in use: its VMs and host apps, its channels, and its bytes
     #[command(
-        after_help = "The records of a channel include the marks at the begin and end of each stream: a stream of \n\
-                            one line is 3 records. They count from the channel's last reset.\n\n\
+        after_help = "Records count from the channel's last reset, without the marks at the begin and end of a stream.\n\n\
+                            Age is the time since the newest record or mark. It is exact if the sender is on this host.\n\
+                            A guest has another clock, so for its channels the live view shows the time for which it\n\
+                            has seen no new record itself, as in `≥12 s`, and --once and --json show nothing.\n\n\
                             Keys:\n  arrows, page up, page down, home, end   move through the bytes\n  \
                             tab                                     next part of the region\n  \
                             q, Esc, Ctrl-C                          quit"
@@ -418,6 +420,33 @@ mod tests {
         let text = include_str!("../systemd/barlink@.service");
         let lines = text.lines().filter(|line| !line.starts_with('#'));
         lines.filter_map(|line| line.split_once('=')).collect()
+    }
+
+    /// The broker is up before a VM starts, and stops after the last VM. systemd stops services in
+    /// the reverse order.
+    #[test]
+    fn systemd_unit_encloses_libvirts_vms() {
+        let unit = unit();
+        let named = |key: &str| -> Vec<&str> {
+            let values = unit.iter().filter(|(name, _)| *name == key);
+            values.flat_map(|(_, value)| value.split(' ')).collect()
+        };
+        let before = named("Before");
+        // VMs of libvirt are scopes in machine.slice, which end after the daemons.
+        for unit in [
+            "machine.slice",
+            "libvirtd.service",
+            "virtqemud.service",
+            "libvirt-guests.service",
+        ] {
+            assert!(before.contains(&unit), "not before {unit}: {before:?}");
+            for key in ["After", "Requires", "Wants", "BindsTo", "PartOf"] {
+                assert!(!named(key).contains(&unit), "{key}={unit}");
+            }
+        }
+        // Without these, systemd starts it late, or ends it early or not at all.
+        assert!(named("DefaultDependencies").is_empty());
+        assert_eq!(named("WantedBy"), ["multi-user.target"]);
     }
 
     #[test]

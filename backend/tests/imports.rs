@@ -143,6 +143,7 @@ const CLIENT: Parts = &[
     ("memory", &["error_kind"]),
     ("owned", &[]),
     ("process", &[]),
+    ("removal", &[]),
     ("event_error", &["error_kind"]),
     ("region", &["error_kind", "memory"]),
     (
@@ -154,10 +155,10 @@ const CLIENT: Parts = &[
     ("guest/cache", &["memory", "guest/calls"]),
     ("guest/error", &["error_kind", "memory", "guest/cache"]),
     ("guest/find", &["guest/error"]),
-    ("guest/broker", &["memory", "guest/calls"]),
+    ("guest/broker", &["memory", "removal", "guest/calls"]),
     (
         "guest/events",
-        &["event_error", "guest/calls", "guest/broker"],
+        &["removal", "event_error", "guest/calls", "guest/broker"],
     ),
     ("host/claim", &["control"]),
     ("host/events", &["notifier", "event_error", "host/claim"]),
@@ -207,6 +208,7 @@ const CLIENT: Parts = &[
         "options",
         &[
             "error_kind",
+            "removal",
             "region",
             "doorbell",
             "error",
@@ -219,6 +221,7 @@ const CLIENT: Parts = &[
         &[
             "memory",
             "process",
+            "removal",
             "event_error",
             "error",
             "timer",
@@ -231,6 +234,7 @@ const CLIENT: Parts = &[
         &[
             "claim",
             "memory",
+            "removal",
             "region",
             "guest/calls",
             "guest/broker",
@@ -252,6 +256,7 @@ const CLIENT: Parts = &[
         "host",
         &[
             "memory",
+            "removal",
             "region",
             "control",
             "host/claim",

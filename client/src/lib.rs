@@ -54,6 +54,7 @@ mod process;
 mod readiness;
 mod receiver;
 mod region;
+mod removal;
 mod sender;
 pub mod stream;
 mod tap;

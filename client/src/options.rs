@@ -23,13 +23,13 @@ const RETRY: Duration = Duration::from_millis(10);
 /// ```no_run
 /// use barlink::{ChannelOptions, Error, Kind, Side, guest, host};
 ///
-/// fn greet(side: &impl Side, channel: &str) -> Result<(), Error> {
+/// fn send_greeting(side: &impl Side, channel: &str) -> Result<(), Error> {
 ///     let mut sender = ChannelOptions::new().sender(side, channel)?;
 ///     sender.send(Kind::USER, b"hello").map(drop)
 /// }
 ///
-/// greet(&host::connect("default")?, "down")?;
-/// greet(&guest::open("/dev/barlink0")?, "up")?;
+/// send_greeting(&host::connect("default")?, "down")?;
+/// send_greeting(&guest::open("/dev/barlink0")?, "up")?;
 /// # Ok::<(), Error>(())
 /// ```
 pub trait Side: sealed::Side {
@@ -83,6 +83,7 @@ pub trait Side: sealed::Side {
 
 pub(crate) mod sealed {
     use crate::error::Error;
+    use crate::removal::Removal;
 
     /// Only this crate has sides.
     pub trait Side {
@@ -91,6 +92,9 @@ pub(crate) mod sealed {
 
         /// Finds a channel, also one that was added since the layout was read.
         fn find(&self, name: &str) -> Result<usize, Error>;
+
+        /// Returns the removal of the region's device.
+        fn removal(&self) -> Removal;
     }
 }
 

@@ -3,7 +3,6 @@
 //! A reader that claims nothing, writes nothing and delays neither end of a channel, on both sides.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use barlink_protocol::cursor::{Header, Reset};
@@ -16,6 +15,7 @@ use crate::memory::{Mapping, RingRegion};
 use crate::options::Side;
 use crate::process::Process;
 use crate::receiver::OwnedRecord;
+use crate::removal::Removal;
 use crate::timer::{NOW, Timer};
 
 /// First time between two looks.
@@ -73,6 +73,7 @@ pub struct Tap {
     /// Presence of the producer, if it is visible.
     sender: Option<PresenceWords>,
     looks: Looks,
+    removal: Removal,
     /// The process that made the tap.
     process: Process,
 }
@@ -106,6 +107,7 @@ impl Tap {
             sender: PresenceWords::find(layout, index, End::Producer, region.size()),
             region: region.ring().clone(),
             looks: Looks::new()?,
+            removal: side.removal(),
             process: Process::current(),
         })
     }
@@ -130,7 +132,7 @@ impl Tap {
     /// # Errors
     ///
     /// The channel was reset ([`ErrorKind::Reset`](crate::ErrorKind::Reset)). The tap goes on with
-    /// the next call.
+    /// the next call. Or the device is gone ([`ErrorKind::Gone`](crate::ErrorKind::Gone)).
     pub fn try_recv(&mut self) -> Result<Option<OwnedRecord>, Error> {
         let mut bytes = Vec::new();
         let found = self.copy(barlink_protocol::Tap::look, &mut bytes)?;
@@ -234,7 +236,7 @@ impl Tap {
             if found.is_some() || left.is_zero() {
                 return Ok(found);
             }
-            thread::sleep(self.looks.left().min(left));
+            self.removal.sleep(self.looks.left().min(left));
         }
     }
 
@@ -334,6 +336,10 @@ impl Tap {
     ) -> Result<Option<Header>, Error> {
         let checked = self.process.check();
         checked.map_err(|process| EventError::Inherited { process })?;
+        // The device can have gone while the program waited for a record.
+        if self.looks.pause.is_some() && self.removal.has_come() {
+            return Err(EventError::Gone.into());
+        }
         for _ in 0..TRIES {
             let header = match look(&mut self.ring) {
                 Sight::Record(header) => header,

@@ -230,6 +230,11 @@ impl Kind {
         }
     }
 
+    /// Returns whether records of this kind mark the begin or end of a stream.
+    pub(crate) const fn is_mark(self) -> bool {
+        matches!(self, Kind::BEGIN | Kind::END)
+    }
+
     /// Returns the number.
     pub const fn number(self) -> u16 {
         self.0

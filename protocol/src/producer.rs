@@ -111,6 +111,8 @@ pub struct Producer<M> {
     /// Index of the older one of the two commit notes.
     older_note: usize,
     rung: u64,
+    /// Number of these records that are marks of streams.
+    marks: u64,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
@@ -151,6 +153,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             unused: first.wrapping_add(region.load(base + channel::DROPPED)),
             first,
             rung: region.load(base + channel::PRODUCER_RUNG),
+            marks: region.load(base + channel::MARKS),
             older_note: 1 - current,
             region,
             base,
@@ -420,6 +423,15 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             .store(self.base + channel::PRODUCER_RUNG, self.rung);
     }
 
+    /// Counts a mark of a stream, before its commit. One that is lost with its producer before the
+    /// commit stays counted.
+    // A function of its own, because few records are marks.
+    #[cold]
+    fn count_mark(&mut self) {
+        self.marks = self.marks.wrapping_add(1);
+        self.region.store(self.base + channel::MARKS, self.marks);
+    }
+
     fn find_place(&self, length: usize) -> Result<Place, ReserveError> {
         let max = self.capacity.max_record();
         match u32::try_from(length) {
@@ -556,6 +568,9 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         } = self;
         let end = place.start + crate::cursor::span(length);
         debug_assert!(end <= place.end());
+        if kind.is_mark() {
+            producer.count_mark();
+        }
         let header = Header {
             length,
             kind,

@@ -315,8 +315,9 @@ fn index(offset: u64) -> usize {
         (HEADER, channel::DROPPED) => 13,
         (HEADER, channel::PRODUCER_RUNG) => 14,
         (HEADER, channel::FIRST) => 15,
+        (HEADER, channel::MARKS) => 24,
         (HEADER, _) => 16 + (within - channel::WRITTEN) / 8,
-        (DATA, _) => 24 + within / 8,
+        (DATA, _) => 25 + within / 8,
         (page, _) => {
             let first = if page > DATA { 4 } else { 0 };
             first

@@ -100,6 +100,7 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     let others = [
         channel::DROPPED,
         channel::FIRST,
+        channel::MARKS,
         channel::PRODUCER_RUNG,
         channel::PRODUCER_THRESHOLD,
         channel::CONSUMER_RUNG,
@@ -144,8 +145,11 @@ pub struct ChannelState {
     pub written: u64,
     /// The consumer's cursor. It grows by each byte that is released, and jumps at a reset.
     pub read: u64,
-    /// Number of records committed.
+    /// Number of records committed, marks of streams included.
     pub records: u64,
+    /// Number of marks of streams that were committed, or that a producer counted and did not
+    /// commit because it was killed.
+    pub marks: u64,
     /// Number of records dropped because the channel was full, and of numbers that the producer
     /// skipped.
     pub dropped: u64,
@@ -181,6 +185,7 @@ impl ChannelState {
             written,
             read,
             records: current.or(newest).map_or(0, |(_, records)| *records),
+            marks: load(channel::MARKS),
             dropped: load(channel::DROPPED),
             producer_rung: load(channel::PRODUCER_RUNG),
             consumer_rung: load(channel::CONSUMER_RUNG),
@@ -196,7 +201,12 @@ impl ChannelState {
         Capacity::of(entry).in_flight(self.written, self.read).ok()
     }
 
-    /// Returns the number of records for which no doorbell was needed.
+    /// Returns the number of committed records that are not marks of streams.
+    pub fn data_records(&self) -> u64 {
+        self.records.saturating_sub(self.marks)
+    }
+
+    /// Returns the number of records, marks included, for which no doorbell was needed.
     pub fn suppressed(&self) -> u64 {
         self.records.saturating_sub(self.producer_rung)
     }

@@ -8,7 +8,7 @@ pub type ClientId = u64;
 /// The region's memory.
 pub const MEMORY: &str = "memory";
 /// The memory of the [persisted state](super::state).
-pub const STATE: &str = "ledger";
+pub const STATE: &str = "state";
 /// The control socket that the broker listens at.
 pub const CONTROL: &str = "control";
 
@@ -24,7 +24,7 @@ pub fn lock(listener: &str) -> String {
 
 /// Names an eventfd.
 pub fn eventfd(peer: u32, vector: u32) -> String {
-    format!("bell-{peer}-{vector}")
+    format!("eventfd-{peer}-{vector}")
 }
 
 /// Names the connection of a slot's VM.
@@ -89,7 +89,7 @@ mod tests {
             client(8),
         ];
         let stored =
-            "memory ledger control-lock slot-2 bell-3-4 vm-5 session-6 part-7-irq client-8";
+            "memory state control-lock slot-2 eventfd-3-4 vm-5 session-6 part-7-irq client-8";
         assert_eq!(names.join(" "), stored);
     }
 }

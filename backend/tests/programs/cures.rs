@@ -112,7 +112,7 @@ fn lost_report_says_that_channel_was_added() {
 }
 
 #[test]
-fn app_beyond_limit_learns_that_broker_is_busy() {
+fn apps_beyond_limit_receive_reason_and_cure() {
     let broker = Broker::start(&[]);
     let mut attached: Vec<_> = (0..64).map(|_| broker.attach()).collect();
     let parts = ["64 host apps are attached", "end one of them"];

@@ -5,9 +5,11 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use barlink_protocol::cursor::Kind;
+use barlink::Stamp;
+use barlink_protocol::Producer;
+use barlink_protocol::cursor::{Clock, Kind};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::termios::{Action, tcflow};
 
@@ -36,6 +38,12 @@ fn live_view_shows_channels_and_bytes() {
         let _ = sender.send(Kind::DATA, &[0x5a; 1000]).unwrap();
     }
     terminal.wait_for("31.2 %");
+    // The other record is a guest's, so its time says nothing here.
+    let layout = attachment.layout();
+    let mut guest = Producer::attach(attachment.region().ring().clone(), &layout.channels()[1]);
+    let record = guest.as_mut().unwrap().reserve(0).unwrap();
+    let _ = record.commit(Kind::DATA, 0, 1).unwrap();
+    terminal.wait_for("≥1 s");
     // Shows the superblock first, then the first records.
     terminal.press(b"\x1b[H");
     terminal.wait_for("62 61 72 6c");
@@ -45,6 +53,55 @@ fn live_view_shows_channels_and_bytes() {
     terminal.wait_for("5a 5a 5a 5a");
     terminal.press(b"q");
     terminal.ends();
+}
+
+#[test]
+fn inspect_tells_age_by_own_clock_only() {
+    let broker = Broker::start(&[
+        "--size",
+        "1M",
+        "--channel",
+        "own=host-host,64K",
+        "--channel",
+        "other=host-host,64K",
+        "--channel",
+        "guest=up,64K",
+    ]);
+    let attachment = broker.attach();
+    let ages = || {
+        let text = works(&mut broker.app(&["inspect", "--json"]));
+        let state: serde_json::Value = serde_json::from_str(&text).unwrap();
+        [0, 1, 2].map(|channel| state["channels"][channel]["age"].as_f64())
+    };
+    assert_eq!(ages(), [None; 3]);
+    let mut own = attachment.sender("own").unwrap();
+    let mut other = attachment.sender("other").unwrap();
+    let entry = &attachment.layout().channels()[2];
+    let mut guest = Producer::attach(attachment.region().ring().clone(), entry).unwrap();
+    let before = Instant::now();
+    let _ = own.send(Kind::USER, b"text").unwrap();
+    let sent = Instant::now();
+    let time = own_time();
+    let clock = Stamp::new(time, Clock::REALTIME);
+    let _ = other.send_at(Kind::USER, b"text", clock).unwrap();
+    let record = guest.reserve(0).unwrap();
+    let _ = record.commit(Kind::USER, 0, time).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    let least = sent.elapsed();
+    let found = ages();
+    let age = Duration::from_secs_f64(found[0].unwrap());
+    assert!((least..before.elapsed()).contains(&age), "{age:?}");
+    assert_eq!(found[1..], [None, None]);
+    // A sender may give any time.
+    let future = Stamp::new(own_time() + 1_000_000_000_000, Clock::MONOTONIC);
+    let _ = other.send_at(Kind::USER, b"text", future).unwrap();
+    assert_eq!(ages()[1], None);
+}
+
+/// Returns the time of this host's monotonic clock, in nanoseconds.
+fn own_time() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u64::try_from(Duration::try_from(time).unwrap().as_nanos()).unwrap()
 }
 
 /// The output of the terminal is stopped, and another process has made it non-blocking.
@@ -103,8 +160,8 @@ fn live_view_fits_usual_terminal() {
         &format!("host, {} ", std::process::id()),
         "slot 0, -",
         "9.5 %",
-        "512.00 KiB",
-        "16.00 MiB",
+        "512 KiB",
+        "16 MiB",
         // The last bytes of a line, and the last line of the screen.
         "38 39 61 62 63 64 65 66   0123456789abcdef",
         "q: quit",
@@ -123,6 +180,7 @@ fn live_view_fits_usual_terminal() {
         "dropped",
         "rung",
         "suppressed",
+        "age",
     ];
     for title in titles {
         assert!(

@@ -4,7 +4,7 @@
 //! an error when they are closed.
 
 use std::fs::File;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use barlink::stream;
 use seccompiler::{
@@ -76,31 +76,34 @@ fn streams_without_buffers_in_region(error: i32) {
     join("all is received", streaming);
 }
 
+/// Runs a program whose calls of `close` fail, which must end with exit code 1. Returns its errors.
+fn fails_to_close(broker: &Broker, mut command: Command) -> String {
+    let errors = broker.path("errors");
+    let stderr = File::create(&errors).unwrap();
+    command.stdin(Stdio::null()).stderr(stderr);
+    // A thread of its own, because the filter remains. The program inherits it.
+    let starting = std::thread::spawn(move || {
+        // The loader of programs closes descriptor 3, and does not go on after an error.
+        let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
+        refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
+        command.spawn().unwrap()
+    });
+    let status = join("it is started", starting).wait().unwrap();
+    let errors = std::fs::read_to_string(errors).unwrap();
+    assert_eq!(status.code(), Some(1), "{errors}");
+    errors
+}
+
 /// A quota or a file server reports its error when the file is closed.
 #[test]
 fn receiver_reports_error_of_closing_file() {
     let broker = Broker::start(&LOOP);
     file_with(&broker.path("in"), b"some text");
     works(send(&broker).arg(broker.path("in")));
-    let (out, errors) = (broker.path("out"), broker.path("errors"));
-    let stderr = File::create(&errors).unwrap();
+    let out = broker.path("out");
     let mut receiver = recv(&broker);
-    receiver
-        .arg("-o")
-        .arg(&out)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(stderr);
-    // A thread of its own, because the filter remains. The program inherits it.
-    let starting = std::thread::spawn(move || {
-        // The loader of programs closes descriptor 3, and does not go on after an error.
-        let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
-        refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
-        receiver.spawn().unwrap()
-    });
-    let status = join("it is started", starting).wait().unwrap();
-    let errors = std::fs::read_to_string(errors).unwrap();
-    assert_eq!(status.code(), Some(1), "{errors}");
+    receiver.arg("-o").arg(&out).stdout(Stdio::null());
+    let errors = fails_to_close(&broker, receiver);
     let text = format!(
         "cannot write {}: the stream is no longer in the channel",
         out.display()
@@ -121,21 +124,8 @@ fn error_of_closing_standard_output_is_reported() {
     let mut sender = broker.attach().sender("loop").unwrap();
     let _ = sender.send(barlink::Kind::USER, b"newest").unwrap();
     for mut command in [recv(&broker), latest] {
-        let errors = broker.path("errors");
-        command
-            .stdin(Stdio::null())
-            .stdout(File::create(broker.path("out")).unwrap())
-            .stderr(File::create(&errors).unwrap());
-        // A thread of its own, because the filter remains. The program inherits it.
-        let starting = std::thread::spawn(move || {
-            // The loader of programs closes descriptor 3, and does not go on after an error.
-            let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
-            refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
-            command.spawn().unwrap()
-        });
-        let status = join("it is started", starting).wait().unwrap();
-        let errors = std::fs::read_to_string(errors).unwrap();
-        assert_eq!(status.code(), Some(1), "{errors}");
+        command.stdout(File::create(broker.path("out")).unwrap());
+        let errors = fails_to_close(&broker, command);
         assert!(
             errors.contains("standard output") && errors.contains("quota"),
             "{errors}"

@@ -76,6 +76,7 @@ enum Place {
     ConsumerThreshold,
     ConsumerRung,
     First,
+    Marks,
     /// The header at the consumer's cursor, or the word this many words after it.
     Next(u8),
     Data(u16),
@@ -120,6 +121,7 @@ impl Place {
             Place::ConsumerThreshold => BASE + channel::CONSUMER_THRESHOLD,
             Place::ConsumerRung => BASE + channel::CONSUMER_RUNG,
             Place::First => BASE + channel::FIRST,
+            Place::Marks => BASE + channel::MARKS,
             Place::Next(further) => data(words.load(BASE + channel::READ) / 8 + u64::from(further)),
             Place::Data(word) => data(word.into()),
             Place::BrokerEpoch => BROKER_PAGE + presence::EPOCH,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The rules for prose that a program can check: openings of sentences that hide their subject, and
-//! the width of comments and documents. `CONTRIBUTING.md` has all rules.
+//! The rules for prose that a program can check: openings of sentences that hide their subject, the
+//! width of comments and documents, and the length of tests' names. `CONTRIBUTING.md` has all rules.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -15,6 +15,9 @@ const OPENINGS: [&str; 5] = ["Who ", "Whoever ", "Nobody ", "What is ", "What wa
 
 /// Most columns of a comment or of a line in a document, with its indentation.
 const COLUMNS: usize = 100;
+
+/// Most words of a test's name.
+const WORDS: usize = 7;
 
 /// Folders with a dot before their names that are part of the tree.
 const FOLDERS: [&str; 3] = [".cargo", ".ci", ".config"];
@@ -98,7 +101,16 @@ fn faults_of(text: &str, kind: Kind) -> Vec<(usize, String)> {
     // Whether a sentence begins with the next word of prose.
     let mut begins = true;
     let mut in_code = false;
+    let mut is_test = false;
     for (line, number) in text.lines().zip(1..) {
+        if let Some(name) = function(line).filter(|_| is_test) {
+            is_test = false;
+            if name.split('_').count() > WORDS {
+                let fault = format!("the name of a test has more than {WORDS} words");
+                faults.push((number, fault));
+            }
+        }
+        is_test |= kind == Kind::Code && line.trim() == "#[test]";
         let prose = match kind {
             Kind::Code => comment(line),
             Kind::Script => script_comment(line),
@@ -157,6 +169,12 @@ fn script_comment(line: &str) -> Option<&str> {
     (!text.starts_with('!')).then(|| text.trim_start_matches('#').trim_start())
 }
 
+/// Returns the name of the function that a line begins.
+fn function(line: &str) -> Option<&str> {
+    let name = line.trim_start().strip_prefix("fn ")?;
+    name.split_once('(').map(|(name, _)| name)
+}
+
 /// Returns the text of a line's comment, if the line is or ends with one.
 fn comment(line: &str) -> Option<&str> {
     let (before, text) = line.split_once("//")?;
@@ -213,6 +231,15 @@ mod tests {
             lines(&wide.replace("xx\n", "x\n"), Kind::Code),
             Vec::<usize>::new()
         );
+    }
+
+    #[test]
+    fn finds_long_names_of_tests() {
+        let test = "    #[test]\n    // A reason.\n    fn a_b_c_d_e_f_g() {\n    }\n";
+        let text = format!("{test}    fn one_two_three_four_five_six_seven_eight() {{}}\n");
+        assert_eq!(lines(&text, Kind::Code), Vec::<usize>::new());
+        let text = text.replace("_g()", "_g_h()");
+        assert_eq!(lines(&text, Kind::Code), [3]);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use crate::guest::calls;
 use crate::memory::RingRegion;
+use crate::removal;
 
 /// Length of a sleep before the end asks.
 const SLEEP: Duration = Duration::from_secs(1);
@@ -116,10 +117,14 @@ impl Asker {
         calls::ask(&self.file)
     }
 
-    /// Returns whether a question was answered: by its own number, or by that of a later one.
-    fn is_answered(&self, question: u64) -> bool {
+    /// Returns whether a question was answered: by its own number, or by that of a later one. The
+    /// answer is in the device's memory, so the device must still be there.
+    fn is_answered(&self, question: u64) -> Result<bool, Errno> {
+        if removal::wait(&self.file, Some(Duration::ZERO))? {
+            return Err(Errno::NODEV);
+        }
         let answer = self.region.load(self.answer);
-        answer.wrapping_sub(question) < 1 << 63
+        Ok(answer.wrapping_sub(question) < 1 << 63)
     }
 
     /// Asks until there is an answer, or the broker is silent. Returns whether there is one.
@@ -128,14 +133,16 @@ impl Asker {
         let (mut course, mut question) = (Course::default(), None);
         let mut pause = LOOK;
         loop {
-            if question.is_some_and(|question| self.is_answered(question)) {
+            if let Some(question) = question
+                && self.is_answered(question)?
+            {
                 self.unanswered.set(false);
                 return Ok(true);
             }
             match course.step(start.elapsed()) {
                 Step::Ask => question = Some(self.ask()?),
                 Step::Wait(longest) => {
-                    std::thread::sleep(pause.min(longest));
+                    removal::wait(&self.file, Some(pause.min(longest)))?;
                     pause = (pause * 2).min(LONGEST_LOOK);
                 }
                 Step::Unanswered => {
@@ -224,10 +231,12 @@ impl SleepQuestions {
             return Some(SLEEP - slept);
         }
         loop {
-            let answered = self.question.is_some_and(|it| self.asker.is_answered(it));
+            let answered = self.question.map(|it| self.asker.is_answered(it));
             let step = match answered {
-                true => None,
-                false => Some(self.course.step(slept)),
+                Some(Ok(true)) => None,
+                Some(Ok(false)) | None => Some(self.course.step(slept)),
+                // The end learns elsewhere that its device is gone.
+                Some(Err(_)) => break,
             };
             match step {
                 Some(Step::Wait(time)) => return Some(time),

@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError, MAGIC};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
-use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::claim::{Held, NoConsumer, NotHere};
@@ -29,6 +28,7 @@ use crate::memory::{Access, Mapping, RingRegion};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::region::Region;
+use crate::removal::{self, Removal};
 use crate::sender::Sender;
 use crate::tap::Tap;
 
@@ -328,12 +328,10 @@ impl Device {
     ///
     /// `poll(2)` failed.
     pub fn wait_until_gone(&self) -> Result<(), Error> {
-        // These two events come without being requested.
-        let mut files = [PollFd::new(&self.file, PollFlags::empty())];
         loop {
-            match rustix::event::poll(&mut files, None) {
-                Ok(0) | Err(Errno::INTR) => (),
-                Ok(_) => return Ok(()),
+            match removal::wait(&self.file, None) {
+                Ok(false) => (),
+                Ok(true) => return Ok(()),
                 Err(error) => return Err(system("wait for", &self.path, error).into()),
             }
         }
@@ -513,6 +511,10 @@ impl sealed::Side for Device {
             Err(error) => Err(error),
             Ok(layout) => find(layout, name).map_err(|_| unknown),
         })
+    }
+
+    fn removal(&self) -> Removal {
+        Removal::of(&self.file)
     }
 }
 

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use crate::event_error::EventError;
 use crate::guest::broker::SleepQuestions;
 use crate::guest::calls;
+use crate::removal;
 
 fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
     move |error| match error {
@@ -64,9 +65,7 @@ impl DeviceEvents {
 
     /// Returns whether the device is gone, and an access of its memory is SIGBUS.
     pub(crate) fn is_gone(&self) -> bool {
-        let mut files = [PollFd::new(&self.file, PollFlags::empty())];
-        let polled = rustix::event::poll(&mut files, Some(&rustix::time::Timespec::default()));
-        polled.is_ok_and(|_| files[0].revents().contains(PollFlags::HUP))
+        removal::wait(&self.file, Some(Duration::ZERO)).unwrap_or(false)
     }
 
     /// Rings the other end.

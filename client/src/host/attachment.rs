@@ -23,6 +23,7 @@ use crate::memory::{Access, Mapping};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::region::Region;
+use crate::removal::Removal;
 use crate::sender::Sender;
 use crate::tap::Tap;
 
@@ -526,6 +527,10 @@ impl sealed::Side for Attachment {
             Ok(layout) => find(layout, name),
             Err(_) => Err(unknown),
         })
+    }
+
+    fn removal(&self) -> Removal {
+        Removal::NEVER
     }
 }
 

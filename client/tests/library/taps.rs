@@ -118,7 +118,7 @@ fn reset_is_no_corruption_for_a_tap() {
 }
 
 #[test]
-fn tap_of_a_fast_channel_copies_no_torn_record() {
+fn tap_of_fast_sender_copies_whole_records() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     let mut tap = tap(&broker, "loop");

@@ -248,6 +248,7 @@ impl Example {
             ),
             (channel::DROPPED, "`dropped`"),
             (channel::PRODUCER_RUNG, "`rung` of the producer"),
+            (channel::MARKS, "`marks`"),
             (channel::READ, "`read`"),
             (channel::CONSUMER_RUNG, "`rung` of the consumer"),
             (

@@ -66,6 +66,31 @@ fn skipped_numbers_count_as_dropped() {
 }
 
 #[test]
+fn marks_are_counted_apart() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    let counts = || {
+        let state = state::ChannelState::read(&region, entry);
+        (state.records, state.marks, state.data_records())
+    };
+    let mut producer = Producer::attach(region.clone(), entry).unwrap();
+    for kind in [Kind::BEGIN, Kind::DATA, Kind::USER, Kind::END] {
+        let _ = producer.reserve(0).unwrap().commit(kind, 0, 0);
+    }
+    assert_eq!(counts(), (4, 2, 2));
+    // A mark that was not committed stays counted.
+    producer.reserve(0).unwrap().stage(Kind::BEGIN, 0, 0);
+    assert_eq!(counts(), (4, 3, 1));
+    let mut producer = Producer::attach(region.clone(), entry).unwrap();
+    let _ = producer.reserve(0).unwrap().commit(Kind::BEGIN, 0, 0);
+    assert_eq!(counts(), (5, 4, 1));
+    region.store(entry.offset + channel::MARKS, u64::MAX);
+    assert_eq!(counts(), (5, u64::MAX, 0));
+    assert_eq!(reset(&region, entry, true), Some(1));
+    assert_eq!(counts(), (0, 0, 0));
+}
+
+#[test]
 fn receiver_sees_gap_of_skipped_numbers() {
     let (mut sender, mut receiver) = ends(4096, false);
     assert_eq!(sender.send(Kind::USER, b"a", None), Ok(Sent::Committed));

@@ -100,6 +100,7 @@ const PRODUCERS: Reach = Reach::Lines(&[
     channel::DROPPED,
     channel::PRODUCER_RUNG,
     channel::FIRST,
+    channel::MARKS,
 ]);
 const CONSUMERS: Reach = Reach::Lines(&[
     channel::READ,

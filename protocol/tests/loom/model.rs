@@ -46,7 +46,7 @@ pub fn region() -> Words {
 
 /// Creates a region for a channel of this capacity.
 pub fn region_for(capacity: u64) -> Words {
-    let words = 8 + 16 + capacity / 8;
+    let words = 8 + 17 + capacity / 8;
     Region::new(Memory(StdArc::new(
         (0..words).map(|_| AtomicU64::new(0)).collect(),
     )))

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
 
 use barlink_protocol::cursor::{Corrupt, Detached, Kind, Reset};
-use barlink_protocol::wire::layout::channel as place;
+use barlink_protocol::wire::layout::{Channel, channel as place};
 use barlink_protocol::{
     AtomicU64, Consumer, Ordering, Producer, Receiver, ReserveError, Sender, Sent, Sight, Tap,
     Wakeup, state,
@@ -323,19 +323,25 @@ fn newest_record_is_whole_beside_producer() {
     assert!(FOUND.load(Relaxed) > 0);
 }
 
+/// Returns a channel without a consumer, its producer and a tap. The channel has three records of
+/// the four that there is room for, so that the next ones overwrite.
+fn nearly_full() -> (Words, Channel, Producer<Memory>, Tap<Memory>) {
+    let entry = overwriting();
+    let region = region_for(entry.capacity);
+    let mut producer = Producer::attach(region.clone(), &entry).unwrap();
+    for number in 0..3 {
+        commit(&mut producer, number);
+    }
+    let tap = Tap::attach(region.clone(), &entry);
+    (region, entry, producer, tap)
+}
+
 /// Copies the newest record while the producer of a channel without a consumer writes the next one,
 /// is killed, and its successor does so, too. The record stays whole until the next commit.
 #[test]
 fn newest_record_stays_until_next_commit() {
     model(|| {
-        let entry = overwriting();
-        let region = region_for(entry.capacity);
-        let mut producer = Producer::attach(region.clone(), &entry).unwrap();
-        // Three records of the four that there is room for, so that the next ones overwrite.
-        for number in 0..3 {
-            commit(&mut producer, number);
-        }
-        let mut tap = Tap::attach(region.clone(), &entry);
+        let (region, entry, mut producer, mut tap) = nearly_full();
         let its_region = region.clone();
         let writer = thread::spawn(move || {
             let write = |producer: &mut Producer<Memory>| {
@@ -363,13 +369,7 @@ fn newest_record_stays_until_next_commit() {
 fn newest_record_is_whole_beside_overwriting_producer() {
     static FOUND: [Counter; 2] = [const { Counter::new(0) }; 2];
     model(|| {
-        let entry = overwriting();
-        let region = region_for(entry.capacity);
-        let mut producer = Producer::attach(region.clone(), &entry).unwrap();
-        for number in 0..3 {
-            commit(&mut producer, number);
-        }
-        let mut tap = Tap::attach(region.clone(), &entry);
+        let (_, _, mut producer, mut tap) = nearly_full();
         // The fifth record takes the place of the first one.
         let writer = thread::spawn(move || {
             commit(&mut producer, 3);

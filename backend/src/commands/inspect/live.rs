@@ -18,13 +18,13 @@ use rustix::fs::{Mode, OFlags, fcntl_getfl};
 use rustix::stdio::{dup2_stdout, stdout};
 
 use super::snapshot::Snapshot;
-use super::view::{self, Rate};
+use super::view::{self, Rate, Watched};
 
 /// Time between two snapshots.
 const INTERVAL: Duration = Duration::from_millis(500);
 /// Minimum width of the terminal, in columns, for a channel on one line. Narrower terminals have
 /// two lines for each channel.
-const UNFOLDED: u16 = 120;
+const UNFOLDED: u16 = 125;
 /// Bytes in a line of the hex view.
 const LINE: u64 = 16;
 
@@ -105,8 +105,9 @@ fn wait_for_keys(time: Duration) -> std::io::Result<Keyboard> {
 struct Screen<'a> {
     attachment: &'a Attachment,
     snapshot: Snapshot,
+    /// The time at which the snapshot was complete.
     taken: Instant,
-    rates: Vec<Rate>,
+    watched: Vec<Watched>,
     /// First byte of the hex view; a multiple of [`LINE`].
     offset: u64,
     /// Lines of the hex view, as last drawn.
@@ -116,26 +117,39 @@ struct Screen<'a> {
 impl<'a> Screen<'a> {
     fn new(attachment: &'a Attachment) -> Result<Self> {
         let snapshot = Snapshot::take(attachment)?;
-        let rates = vec![Rate::default(); snapshot.channels.len()];
+        let watched = vec![Watched::default(); snapshot.channels.len()];
         let offset = attachment.layout().raw_offset;
         Ok(Screen {
             attachment,
             snapshot,
             taken: Instant::now(),
-            rates,
+            watched,
             offset,
             lines: 0,
         })
     }
 
     fn update(&mut self) -> Result<()> {
+        // A record that came while either snapshot was taken may be in it or not, so this is the
+        // time for which a channel without a new record is known to have had none.
+        let quiet = self.taken.elapsed();
         let snapshot = Snapshot::take(self.attachment)?;
         let time = self.taken.elapsed();
         self.taken = Instant::now();
-        let pairs = self.snapshot.channels.iter().zip(&snapshot.channels);
-        self.rates = pairs
-            .map(|(old, new)| Rate::between(old, new, time))
+        let before = self.snapshot.channels.iter().zip(&self.watched);
+        let mut watched: Vec<_> = before
+            .zip(&snapshot.channels)
+            .map(|((old, watched), new)| Watched {
+                rate: Rate::between(old, new, time),
+                unchanged: match old.has_same_records(new) {
+                    true => watched.unchanged + quiet,
+                    false => Duration::ZERO,
+                },
+            })
             .collect();
+        // Channels that were added meanwhile.
+        watched.resize_with(snapshot.channels.len(), Watched::default);
+        self.watched = watched;
         self.snapshot = snapshot;
         Ok(())
     }
@@ -226,12 +240,13 @@ impl<'a> Screen<'a> {
 
     /// Returns the table of channels. `folds` gives each channel two lines.
     fn table(&self, folds: bool) -> Table<'static> {
-        let row = |row: [String; 11]| match folds {
+        let row = |row: [String; 12]| match folds {
             true => Row::new(view::fold(&row).map(Cell::from)).height(2),
             false => Row::new(row.map(Cell::from)),
         };
-        let channels = self.snapshot.channels.iter().zip(&self.rates);
-        let rows = channels.map(|(channel, rate)| row(view::channel_row(channel, Some(*rate))));
+        let channels = self.snapshot.channels.iter().zip(&self.watched);
+        let rows =
+            channels.map(|(channel, watched)| row(view::channel_row(channel, Some(*watched))));
         let titles = row(view::CHANNEL_COLUMNS.map(str::to_owned));
         let widths = match folds {
             true => &view::FOLDED_WIDTHS[..],

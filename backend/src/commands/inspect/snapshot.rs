@@ -2,14 +2,19 @@
 
 //! A snapshot of a region: layout, broker, guests and channels.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use barlink::control::message::{RegionInfo, Status};
 use barlink::host::Attachment;
+use barlink::memory::Mapping;
 use barlink_cli::cache::Cache;
 use barlink_cli::channel::peer_name;
+use barlink_protocol::cursor::Clock;
 use barlink_protocol::state::ChannelState;
 use barlink_protocol::wire::layout::{End, Policy, presence};
-use barlink_protocol::{CacheState, PresenceWords};
+use barlink_protocol::{CacheState, PresenceWords, Sight, Tap};
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Serialize, Serializer};
 
 /// The output of `barlink inspect --json`.
@@ -59,9 +64,11 @@ pub struct ChannelView {
     pub fill: Option<u64>,
     /// The producer's cursor: it grows by each byte that is committed, and jumps at a reset.
     pub written: u64,
-    /// Number of records committed since the channel's reset. The records at the begin and end of
-    /// each stream count, too.
+    /// Number of records committed since the channel's reset, without marks.
     pub records: u64,
+    /// Number of marks committed since the channel's reset: the records at the begin and end of
+    /// each stream.
+    pub marks: u64,
     /// Number of records dropped because the channel was full, and of sequence numbers skipped.
     pub dropped: u64,
     /// Number of doorbells that the producer rang.
@@ -72,6 +79,11 @@ pub struct ChannelView {
     pub rung_for_room: u64,
     /// Number of resets.
     pub generation: u64,
+    /// Time since the newest record or mark, in seconds; `null` if there is none since the
+    /// channel's reset, or if its time is of a clock that is not this host's monotonic one, as that
+    /// of a guest.
+    #[serde(serialize_with = "seconds")]
+    pub age: Option<Duration>,
 }
 
 impl Snapshot {
@@ -105,6 +117,13 @@ impl Snapshot {
     }
 }
 
+impl ChannelView {
+    /// Returns whether no record came between this snapshot and a later one.
+    pub fn has_same_records(&self, later: &Self) -> bool {
+        (self.generation, self.written) == (later.generation, later.written)
+    }
+}
+
 fn channel(attachment: &Attachment, index: usize) -> ChannelView {
     let (layout, region) = (attachment.layout(), attachment.region());
     let region = region.ring();
@@ -124,13 +143,34 @@ fn channel(attachment: &Attachment, index: usize) -> ChannelView {
         capacity: entry.capacity,
         fill: state.fill(entry),
         written: state.written,
-        records: state.records,
+        records: state.data_records(),
+        marks: state.marks,
         dropped: state.dropped,
         rung: state.producer_rung,
         suppressed: state.suppressed(),
         rung_for_room: state.consumer_rung,
         generation: state.generation,
+        age: (entry.producer == layout.host())
+            .then(|| age(Tap::attach(region.clone(), entry)))
+            .flatten(),
     }
+}
+
+/// Computes the time since the newest record of a channel with a producer on this host. Such a
+/// producer and this process have the same monotonic clock.
+fn age(mut tap: Tap<Mapping>) -> Option<Duration> {
+    let Sight::Record(header) = tap.look_at_newest() else {
+        return None;
+    };
+    let now = Duration::try_from(clock_gettime(ClockId::Monotonic)).ok()?;
+    // A time in the future is not one of this clock.
+    let age = now.checked_sub(Duration::from_nanos(header.time));
+    age.filter(|_| header.clock == Clock::MONOTONIC)
+}
+
+#[expect(clippy::ref_option, reason = "serde passes a reference to the field")]
+fn seconds<S: Serializer>(age: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+    age.map(|age| age.as_secs_f64()).serialize(to)
 }
 
 fn policy_name<S: Serializer>(policy: &Policy, to: S) -> Result<S::Ok, S::Error> {

@@ -14,7 +14,7 @@ use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 use super::snapshot::{ChannelView, Snapshot};
 
 /// Titles of the columns of [`channel_row`].
-pub const CHANNEL_COLUMNS: [&str; 11] = [
+pub const CHANNEL_COLUMNS: [&str; 12] = [
     "channel",
     "from",
     "to",
@@ -26,21 +26,32 @@ pub const CHANNEL_COLUMNS: [&str; 11] = [
     "dropped",
     "rung",
     "suppressed",
+    "age",
 ];
 /// Widths of the columns of [`channel_row`]. They hold the usual content, and fit into a terminal
-/// of 120 columns with a border.
-pub const CHANNEL_WIDTHS: [u16; 11] = [8, 12, 12, 7, 10, 12, 9, 11, 7, 8, 10];
+/// of 125 columns with a border.
+pub const CHANNEL_WIDTHS: [u16; 12] = [8, 13, 13, 7, 7, 11, 9, 11, 7, 9, 10, 7];
 /// Widths of the columns of [`fold`]. They fit into a terminal of 80 columns with a border.
-pub const FOLDED_WIDTHS: [u16; 6] = [12, 14, 10, 12, 14, 11];
+pub const FOLDED_WIDTHS: [u16; 7] = [12, 14, 7, 11, 11, 10, 7];
 
 /// Folds a row or the titles into two lines. A long name continues in the second line. The other
-/// columns are in pairs, the first of a pair above the second.
-pub fn fold(row: &[String; 11]) -> [String; 6] {
+/// columns are in pairs, the first of a pair above the second, but for the last.
+pub fn fold(row: &[String; 12]) -> [String; 7] {
     let (name, rest) = row[0].split_at(row[0].len().min(FOLDED_WIDTHS[0].into()));
     std::array::from_fn(|column| match column {
         0 => format!("{name}\n{rest}"),
+        6 => row[11].clone(),
         _ => format!("{}\n{}", row[2 * column - 1], row[2 * column]),
     })
+}
+
+/// The observations of a channel by the live view.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Watched {
+    /// The changes between the snapshots.
+    pub rate: Rate,
+    /// Time for which no record has come, at least.
+    pub unchanged: Duration,
 }
 
 /// The changes between two snapshots of a channel.
@@ -164,8 +175,29 @@ fn buffer(buffer: BufferStatus) -> String {
     format!(", DMA buffer of {size} at {:#x}", buffer.address)
 }
 
+/// Describes the time since a channel's newest record. `unchanged` is the time for which the
+/// channel has had no new one as far as this process has seen.
+fn age(channel: &ChannelView, unchanged: Option<Duration>) -> String {
+    let has_record = channel.records + channel.marks > 0;
+    match (channel.age, unchanged.filter(|_| has_record)) {
+        (Some(age), _) => short_time(age),
+        (None, Some(least)) => format!("≥{}", short_time(least)),
+        (None, None) => "-".to_owned(),
+    }
+}
+
+/// Formats a duration in at most six characters, rounded down.
+fn short_time(time: Duration) -> String {
+    match time.as_secs() {
+        seconds @ ..100 => format!("{seconds} s"),
+        seconds @ ..6000 => format!("{} min", seconds / 60),
+        seconds @ ..360_000 => format!("{} h", seconds / 3600),
+        seconds => format!("{} d", seconds / 86_400),
+    }
+}
+
 /// Returns the row of a channel, with the columns of [`CHANNEL_COLUMNS`].
-pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 11] {
+pub fn channel_row(channel: &ChannelView, watched: Option<Watched>) -> [String; 12] {
     let end = |peer: &str, process: Option<u32>| match process {
         Some(process) => format!("{peer}, {process}"),
         None => format!("{peer}, -"),
@@ -176,8 +208,8 @@ pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 11] {
         Policy::Overwrite => "-".to_owned(),
         _ => channel.fill.map_or("corrupt".to_owned(), share),
     };
-    let (bytes, records) = match rate {
-        Some(rate) => (
+    let (bytes, records) = match watched {
+        Some(Watched { rate, .. }) => (
             BinaryBytes(rate.bytes as u64).to_string(),
             HumanCount(rate.records as u64).to_string(),
         ),
@@ -191,13 +223,15 @@ pub fn channel_row(channel: &ChannelView, rate: Option<Rate>) -> [String; 11] {
             _ => end(&channel.to, channel.consumer),
         },
         fill,
-        BinaryBytes(channel.capacity).to_string(),
+        // A power of two, so that no digit other than 0 is behind the point.
+        BinaryBytes(channel.capacity).to_string().replace(".00", ""),
         bytes,
         records,
         HumanCount(channel.records).to_string(),
         HumanCount(channel.dropped).to_string(),
         HumanCount(channel.rung).to_string(),
         HumanCount(channel.suppressed).to_string(),
+        age(channel, watched.map(|watched| watched.unchanged)),
     ]
 }
 
@@ -211,7 +245,7 @@ pub fn text(snapshot: &Snapshot) -> String {
             .map(|channel| channel_row(channel, None)),
     );
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let widths: [usize; 11] = std::array::from_fn(width);
+    let widths: [usize; 12] = std::array::from_fn(width);
     let mut text = header(snapshot).join("\n");
     for line in slots(snapshot) {
         text.push('\n');
@@ -226,6 +260,5 @@ pub fn text(snapshot: &Snapshot) -> String {
         }
         text.truncate(text.trim_end().len());
     }
-    text.push_str("\n\nrecords: with the marks at the begin and end of each stream");
     text
 }

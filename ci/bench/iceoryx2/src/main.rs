@@ -128,6 +128,32 @@ fn tell(measured: &impl Serialize) -> Result<()> {
     Ok(())
 }
 
+/// Sends the same record by `send` again and again until the time is over.
+fn flow(
+    size: usize,
+    time: u64,
+    pace: Option<u32>,
+    mut send: impl FnMut() -> Result<()>,
+) -> Result<Flow> {
+    let sum = (0..size / 8).fold(0, |sum: u64, place| sum.wrapping_add(word(place)));
+    let batch = match pace {
+        Some(_) => 1,
+        None => STRIDE.div_ceil(size as u64),
+    };
+    let mut pace = pace.map(Pace::new);
+    let mut flow = Flow::begin();
+    while flow.lasts(time) {
+        for _ in 0..batch {
+            send()?;
+            flow.add(1, size as u64, sum);
+        }
+        if let Some(pace) = &mut pace {
+            pace.wait();
+        }
+    }
+    Ok(flow)
+}
+
 /// Sends the same record again and again, and last a record that carries a mark.
 fn send(shape: &Shape, time: u64) -> Result<Measured> {
     let node = node()?;
@@ -138,14 +164,7 @@ fn send(shape: &Shape, time: u64) -> Result<Measured> {
         Readers::One,
         Wait::Spin,
     )?;
-    let sum = (0..shape.record_size / 8).fold(0, |sum: u64, place| sum.wrapping_add(word(place)));
-    let mut flow = Flow::begin();
-    while flow.lasts(time) {
-        for _ in 0..STRIDE.div_ceil(shape.record_size as u64) {
-            send_port.send(word)?;
-            flow.add(1, shape.record_size as u64, sum);
-        }
-    }
+    let mut flow = flow(shape.record_size, time, None, || send_port.send(word))?;
     send_port.send(|_| LAST)?;
     let words = shape.record_size as u64 / 8;
     flow.add(1, shape.record_size as u64, LAST.wrapping_mul(words));
@@ -190,23 +209,7 @@ fn publish(
     let (service, size) = (&shape.service, shape.record_size);
     let many = Readers::Many(readers);
     let mut send_port = SendPort::open(&node, service, size, many, Wait::Spin)?;
-    let sum = (0..size / 8).fold(0, |sum: u64, place| sum.wrapping_add(word(place)));
-    let batch = match pace {
-        Some(_) => 1,
-        None => STRIDE.div_ceil(size as u64),
-    };
-    let mut pace = pace.map(Pace::new);
-    let mut flow = Flow::begin();
-    while flow.lasts(time) {
-        for _ in 0..batch {
-            send_port.publish(word)?;
-            flow.add(1, size as u64, sum);
-        }
-        if let Some(pace) = &mut pace {
-            pace.wait();
-        }
-    }
-    let measured = flow.end();
+    let measured = flow(size, time, pace, || send_port.publish(word))?.end();
     let count = measured.records;
     send_port.publish(|place| if place == 0 { LAST } else { count })?;
     send_port.wait_until_left(stopped)?;

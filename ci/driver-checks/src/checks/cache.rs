@@ -321,7 +321,7 @@ pub(super) fn large_pages_keep_mode_beside_eager_mappings() -> Result<()> {
     Ok(())
 }
 
-pub(super) fn read_only_mappings_follow_cache_mode_of_writers() -> Result<()> {
+pub(super) fn readers_follow_cache_mode_of_writers() -> Result<()> {
     let whole = Region::Main.mappable();
     let [noncached, combining, cached] = MODES.map(|mode| mode as u32);
     let watch = |mode, flags| {

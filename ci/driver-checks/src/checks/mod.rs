@@ -64,7 +64,7 @@ pub const TOPICS: &[Topic] = checks! {
         pages_are_mapped_on_fault
         large_pages_are_mapped_on_fault
         large_pages_keep_mode_beside_eager_mappings
-        read_only_mappings_follow_cache_mode_of_writers
+        readers_follow_cache_mode_of_writers
         faults_after_unbind_raise_sigbus;
     "buffer", buffer:
         driver_refuses_invalid_or_read_only_buffers
