@@ -82,24 +82,21 @@ impl Cost {
         let Ends {
             sender, receiver, ..
         } = ends;
-        if self.stamped {
+        if self.batch || self.stamped {
+            // One call of `stage` for both, so that it is inlined.
             for _ in 0..self.records {
                 let _ = sender.stage(Kind::DATA, record, None, 0)?;
-                sender.publish()?;
-            }
-            for _ in 0..self.records {
-                if receiver.wait(None)? == Wakeup::Ready {
-                    receiver.release()?;
+                if self.stamped {
+                    sender.publish()?;
                 }
-            }
-        } else if self.batch {
-            for _ in 0..self.records {
-                let _ = sender.stage(Kind::DATA, record, None, 0)?;
             }
             sender.publish()?;
             for _ in 0..self.records {
                 if receiver.wait(None)? == Wakeup::Ready {
                     receiver.advance();
+                }
+                if self.stamped {
+                    receiver.release()?;
                 }
             }
             receiver.release()?;
