@@ -282,7 +282,7 @@ impl Vm {
     }
 
     fn wait_suspended(&self) -> Result<()> {
-        self.qmp.wait_event("SUSPEND", |_| true).map(drop)
+        self.qmp.wait_event("SUSPEND", |_| true)
     }
 
     /// Presses and releases the Shift key, which has no effect by itself.
