@@ -270,6 +270,37 @@ impl Tap {
         Ok(found.map(|header| owned(header, bytes)))
     }
 
+    /// Copies the newest record into one that the program has, in place of its content, as
+    /// [`Tap::latest`] does. Returns false if that finds none, and then the content has no meaning.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use barlink::{OwnedRecord, host};
+    ///
+    /// let mut camera = host::connect("default")?.tap("camera")?;
+    /// let mut frame = OwnedRecord::default();
+    /// loop {
+    ///     if camera.latest_into(&mut frame)? {
+    ///         println!("frame {} of {} bytes", frame.sequence, frame.bytes.len());
+    ///     }
+    ///     std::thread::sleep(Duration::from_secs(1));
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Tap::try_recv`].
+    pub fn latest_into(&mut self, record: &mut OwnedRecord) -> Result<bool, Error> {
+        let found = self.copy(barlink_protocol::Tap::look_at_newest, &mut record.bytes)?;
+        let Some(header) = found else {
+            return Ok(false);
+        };
+        *record = owned(header, std::mem::take(&mut record.bytes));
+        Ok(true)
+    }
+
     /// Returns whether a process holds the sending end now. A tap of a VM does not see the senders
     /// of VMs, and they count as present. Records of a sender that has left are still copied.
     ///

@@ -16,6 +16,7 @@
 //! | `peer.rs`, `daemon.rs` | the setup of other projects' ways, and their processes on the host |
 //! | `stream.rs` | one stream of records over any way |
 //! | `readers.rs` | streams to several readers on the host |
+//! | `newest.rs` | looks at the newest value on the host |
 //! | `trip.rs` | round trips |
 //! | `host.rs` | streams and round trips between two processes on the host |
 //! | `idle.rs` | the cost of ends that sleep |
@@ -30,6 +31,7 @@ mod charts;
 mod daemon;
 mod host;
 mod idle;
+mod newest;
 mod peer;
 mod plan;
 mod readers;
@@ -147,7 +149,7 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
     let sleepers = plan.sleepers.clone();
     let mut report = Report::new(scene.conditions()?, plan);
     let style = "{bar:30} round {msg}, {eta} left";
-    let round = report.streams.len() + report.readers.len() + report.trips.len();
+    let round = report.rows();
     let round = u32::try_from(round)?;
     let idle = (idle_time + IDLE_COST) * u32::try_from(sleepers.len())?;
     let mut budget = Budget::new(start + time - idle, rounds, round);
@@ -169,6 +171,10 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
             }
         }
         for row in &mut report.readers {
+            budget.spend(|time| row.measure(&scene, time))?;
+            bar.inc(1);
+        }
+        for row in &mut report.newest {
             budget.spend(|time| row.measure(&scene, time))?;
             bar.inc(1);
         }

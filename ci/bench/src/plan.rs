@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 
 use super::case::{Case, Way};
 use super::idle;
+use super::newest::Look;
 use super::readers::Readers;
 use super::trip::Trip;
 use barlink_vm::broker::Transport;
@@ -17,6 +18,8 @@ pub struct Plan {
     pub streams: Vec<Case>,
     /// Streams to several readers.
     pub readers: Vec<Readers>,
+    /// Looks at the newest value.
+    pub newest: Vec<Look>,
     /// Round trips.
     pub trips: Vec<Trip>,
     /// Pairs of ends that sleep; none for the pair on the host.
@@ -31,19 +34,23 @@ impl Plan {
         let wanted = |name: String| only.is_empty() || only.iter().any(|text| name.contains(text));
         let (mut streams, mut trips) = (Case::all(sizes), Trip::all(trip_sizes));
         let mut readers = Readers::all(sizes);
+        let mut newest = Look::all(sizes);
         readers.retain(|readers| wanted(readers.to_string()));
+        newest.retain(|look| wanted(look.to_string()));
         streams.retain(|case| wanted(case.to_string()));
         trips.retain(|trip| wanted(trip.to_string()));
         let sleepers = idle::all().filter(|transport| wanted(idle::name(*transport)));
         let plan = Self {
             streams,
             readers,
+            newest,
             trips,
             sleepers: sleepers.collect(),
         };
         ensure!(
             !plan.streams.is_empty()
                 || !plan.readers.is_empty()
+                || !plan.newest.is_empty()
                 || !plan.trips.is_empty()
                 || !plan.sleepers.is_empty(),
             "nothing has {} in its name (--only)",
@@ -56,6 +63,7 @@ impl Plan {
     pub fn ways(&self) -> Vec<Way> {
         let streams = self.streams.iter().map(|case| case.way);
         let streams = streams.chain(self.readers.iter().map(|case| case.way));
+        let streams = streams.chain(self.newest.iter().map(|look| look.way));
         let mut ways = Vec::new();
         for way in streams.chain(self.trips.iter().map(|trip| trip.way())) {
             if !ways.contains(&way) {

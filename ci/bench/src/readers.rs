@@ -99,7 +99,9 @@ pub struct Row {
     read: Spread,
     /// Records in all rounds, for each reader.
     records: u64,
-    /// Records that readers missed in all rounds, of all readers together.
+    /// Records that readers got in all rounds, of all readers together.
+    got: u64,
+    /// Records that they missed.
     missed: u64,
     /// The error that ended the measurements of this case.
     failure: Option<String>,
@@ -113,6 +115,7 @@ impl Row {
             sent: Spread::default(),
             read: Spread::default(),
             records: 0,
+            got: 0,
             missed: 0,
             failure: None,
         }
@@ -130,6 +133,8 @@ impl Row {
                 let rates = readers.iter().map(|reader| reader.measured.rate());
                 self.read.add(rates.sum());
                 self.records += sent.records;
+                let got = readers.iter().map(|reader| reader.measured.records);
+                self.got += got.sum::<u64>();
                 self.missed += readers.iter().map(|reader| reader.missed).sum::<u64>();
             }
             Err(error) if self.case.way.is_peer() => self.failure = Some(first_line(&error)),

@@ -16,6 +16,7 @@ use super::case::{Case, Direction, Way};
 use super::charts;
 use super::host::TRIP_CAPACITY;
 use super::idle;
+use super::newest;
 use super::plan::Plan;
 use super::readers;
 use super::scene::{Conditions, Side};
@@ -32,6 +33,7 @@ pub struct Report {
     pub(super) took: (f64, u32),
     pub(super) streams: Vec<stream::Row>,
     pub(super) readers: Vec<readers::Row>,
+    pub(super) newest: Vec<newest::Row>,
     pub(super) trips: Vec<trip::Row>,
     pub(super) idle: Vec<idle::Row>,
 }
@@ -44,9 +46,15 @@ impl Report {
             took: Default::default(),
             streams: plan.streams.into_iter().map(stream::Row::new).collect(),
             readers: plan.readers.into_iter().map(readers::Row::new).collect(),
+            newest: plan.newest.into_iter().map(newest::Row::new).collect(),
             trips: plan.trips.into_iter().map(trip::Row::new).collect(),
             idle: Vec::new(),
         }
+    }
+
+    /// Returns the number of rows that are measured in each round.
+    pub(super) fn rows(&self) -> usize {
+        self.streams.len() + self.readers.len() + self.newest.len() + self.trips.len()
     }
 
     /// Returns the median rate of the first way divided by that of the second, for records of this
@@ -115,6 +123,8 @@ impl Report {
         let readers = self.readers.iter();
         let readers =
             readers.map(|row| self.with_conditions(row, json!({ "wait": readers::WAIT })));
+        let newest = self.newest.iter();
+        let newest = newest.map(|row| self.with_conditions(row, json!({ "wait": "poll" })));
         let trips = self.trips.iter().map(|row| {
             let cache_mode = match row.trip {
                 Trip::Channels(transport, _) | Trip::Doorbells(transport) => {
@@ -145,6 +155,7 @@ impl Report {
             "rounds": self.took.1,
             "streams": streams.collect::<Result<Vec<_>>>()?,
             "readers": readers.collect::<Result<Vec<_>>>()?,
+            "newest": newest.collect::<Result<Vec<_>>>()?,
             "trips": trips.collect::<Result<Vec<_>>>()?,
             "idle": idle.collect::<Result<Vec<_>>>()?,
         }))
@@ -252,6 +263,24 @@ impl fmt::Display for Report {
             )?;
             writeln!(f, "|---|---|---:|---|---:|---:|---:|---:|")?;
             for row in &self.readers {
+                write!(f, "{row}")?;
+            }
+        }
+        if !self.newest.is_empty() {
+            writeln!(
+                f,
+                "\n## The newest value\n\nConditions: {conditions}. Between two processes on the host. The sender never pauses. The reader copies \
+                 the newest value again and again, and adds up all words. A sender of barlink builds values in place; one of iceoryx2 builds \
+                 and copies them. A tap tries a bounded number of times to copy a value before it is written over, and counts a read that \
+                 fails; a reader of a blackboard tries without end. Whole reads are part of all reads, of all rounds together. A torn read is \
+                 a mixture of values.\n"
+            )?;
+            writeln!(
+                f,
+                "| how | value | values sent/s | reads/s | {range} | whole | torn reads |"
+            )?;
+            writeln!(f, "|---|---:|---:|---:|---:|---:|---:|")?;
+            for row in &self.newest {
                 write!(f, "{row}")?;
             }
         }

@@ -252,7 +252,7 @@ impl<'a> Scene<'a> {
 fn start_on_host(program: &Path, arguments: &[impl AsRef<OsStr>]) -> Result<Load> {
     let mut command = Command::new(program);
     command.args(arguments);
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
     Ok(Load::Host(
         command.spawn().context("a process cannot be started")?,
     ))
@@ -280,6 +280,13 @@ impl Load {
             kill_process(Pid::from_child(child), Signal::STOP)?;
         }
         Ok(())
+    }
+
+    /// Ends the standard input of a process on the host.
+    pub fn end_input(&mut self) {
+        if let Load::Host(child) = self {
+            drop(child.stdin.take());
+        }
     }
 
     /// Kills the process, and waits until it has ended.

@@ -20,9 +20,12 @@ fn short_bench_measures_every_way() -> Result<()> {
     println!("{report}");
     transports_have_similar_speed_and_few_rings(&report, &artifacts)?;
     host_processes_stream_every_record_size(&report)?;
+    let results = results(&report)?;
+    readers_account_for_every_record(&results)?;
+    newest_values_are_whole(&results)?;
     sleeping_ends_use_no_processor(&report)?;
     both_ends_sleep_in_sleeping_trips(&report)?;
-    raw_ivshmem_has_cache_mode_of_barlink(&report)?;
+    raw_ivshmem_has_cache_mode_of_barlink(&results)?;
     charts_show_every_way(&report)
 }
 
@@ -72,6 +75,66 @@ fn host_processes_stream_every_record_size(report: &Report) -> Result<()> {
     Ok(())
 }
 
+/// Returns the results as a program reads them.
+fn results(report: &Report) -> Result<Value> {
+    let folder = tempfile::tempdir()?;
+    report.write(folder.path())?;
+    let results = fs::read_to_string(folder.path().join("results.json"))?;
+    Ok(serde_json::from_str(&results)?)
+}
+
+/// Returns the rows of a table that belong to a way of the host.
+fn rows<'a>(results: &'a Value, table: &str, way: &str) -> Result<Vec<&'a Value>> {
+    let rows = results[table].as_array().context("no such table")?;
+    Ok(rows.iter().filter(|row| row["way"] == way).collect())
+}
+
+/// Returns the median of a row's figures.
+fn median(row: &Value, name: &str) -> Result<f64> {
+    let figures = row[name]["figures"].as_array().context("no figures")?;
+    let middle = figures.get(figures.len() / 2);
+    middle.and_then(Value::as_f64).context("no figure")
+}
+
+/// Checks the streams to several readers: 1, 2, 4 and 8 readers of two sizes of records, no reader
+/// and a stopped one, and 8 readers of a camera. Each reader has got or missed each record.
+fn readers_account_for_every_record(results: &Value) -> Result<()> {
+    for way in ["within", "iceoryx2"] {
+        let rows = rows(results, "readers", way)?;
+        ensure!(rows.len() == 2 * 4 + 2 + 1, "{way}: {} rows", rows.len());
+        for row in rows {
+            ensure!(row["failure"].is_null(), "{row}");
+            ensure!(median(row, "sent")? > 0.0, "{row}");
+            let number = |name: &str| row[name].as_u64().context("no number");
+            let [got, missed] = [number("got")?, number("missed")?];
+            let (records, reading) = (number("records")?, number("reading")?);
+            ensure!(got + missed == records * reading, "{row}");
+            ensure!((got > 0) == (reading > 0), "{row}");
+            ensure!((median(row, "read")? > 0.0) == (reading > 0), "{row}");
+        }
+    }
+    Ok(())
+}
+
+fn newest_values_are_whole(results: &Value) -> Result<()> {
+    for way in ["within", "iceoryx2"] {
+        let rows = rows(results, "newest", way)?;
+        ensure!(rows.len() == 2, "{way}: {} rows", rows.len());
+        for row in rows {
+            ensure!(row["failure"].is_null(), "{row}");
+            ensure!(
+                median(row, "sent")? > 0.0 && median(row, "read")? > 0.0,
+                "{row}"
+            );
+            let number = |name: &str| row["total"][name].as_u64().context("no number");
+            ensure!(number("torn")? == 0, "{row}");
+            // The sender goes on while the reader reads.
+            ensure!(number("values")? > 0, "{row}");
+        }
+    }
+    Ok(())
+}
+
 fn sleeping_ends_use_no_processor(report: &Report) -> Result<()> {
     let mut pairs = 0;
     for (name, cpu) in report.idle_cpu() {
@@ -96,11 +159,7 @@ fn both_ends_sleep_in_sleeping_trips(report: &Report) -> Result<()> {
 
 /// Checks that raw ivshmem is measured in the cache mode of barlink, so that their rates can be
 /// compared.
-fn raw_ivshmem_has_cache_mode_of_barlink(report: &Report) -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    report.write(folder.path())?;
-    let results = fs::read_to_string(folder.path().join("results.json"))?;
-    let results: Value = serde_json::from_str(&results)?;
+fn raw_ivshmem_has_cache_mode_of_barlink(results: &Value) -> Result<()> {
     let rows = results["streams"].as_array().context("no streams")?;
     let modes = |way: &Value| -> Vec<_> {
         let rows = rows.iter().filter(|row| row["way"] == *way);

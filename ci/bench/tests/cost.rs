@@ -1,33 +1,68 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! The cost of a record on the host, counted in instructions: no system call, no atomic
-//! read-modify-write, and at most a given number of instructions. The memory is this process's own;
-//! the code is the same as in host apps. Allocations are not counted, because `barlink-protocol`
-//! has no allocator.
+//! read-modify-write, and at most a given number of instructions. A tap that does not run adds
+//! none. The memory is this process's own; the code is the same as in host apps. Allocations are
+//! not counted, because `barlink-protocol` has no allocator.
 //!
 //! Reading the clock is not counted. It executes code of the kernel (its vDSO), which differs by
 //! machine. The vDSO also repeats its work whenever the kernel updates the clock meanwhile, which
 //! happens often while single steps are slow.
 
+use std::collections::HashMap;
 use std::fs;
+use std::hash::{DefaultHasher, Hasher};
 use std::ops::Range;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use barlink_sandbox::builds::{Artifacts, BENCH_LOAD};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+/// Bytes of a page. Each process has the program and its libraries at other pages, and each
+/// instruction at the same place of its page.
+const PAGE: u64 = 4096;
+
 /// The counts of executed instructions.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Count {
     instructions: u64,
     /// `syscall` instructions.
     calls: u64,
     /// Instructions with a `lock` prefix on memory outside the stack, or `xchg` with memory.
     locked: u64,
+    /// Hash of the places of all instructions in their pages, in order. Two runs with the same one
+    /// executed the same instructions, so they made the same accesses to memory.
+    path: u64,
+}
+
+/// The kind of an instruction.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Call,
+    Locked,
+    Other,
+}
+
+impl Kind {
+    fn of(code: [u8; 8]) -> Self {
+        match code {
+            [0x0f, 0x05, ..] => Kind::Call,
+            // Some compilers emit a fence as `lock or` on the top of the stack.
+            [0xf0, 0x83, 0x0c | 0x4c, 0x24, ..] => Kind::Other,
+            [0xf0, ..] => Kind::Locked,
+            // `xchg` with memory locks without a prefix.
+            [0x86 | 0x87, operands, ..] | [0x40..=0x4f, 0x86 | 0x87, operands, ..]
+                if operands < 0xc0 =>
+            {
+                Kind::Locked
+            }
+            _ => Kind::Other,
+        }
+    }
 }
 
 /// Counts the instructions of sending and receiving this many records.
@@ -38,6 +73,8 @@ fn count(records: u64, options: &[&str]) -> Result<Count> {
     let mut child = command.stdin(Stdio::null()).spawn()?;
     let pid = Pid::from_raw(child.id().try_into()?);
     let mut count = Count::default();
+    let mut path = DefaultHasher::new();
+    let mut kinds = HashMap::new();
     wait_for(pid, Signal::SIGSTOP)?;
     let clock = kernels_code(pid)?;
     loop {
@@ -47,28 +84,28 @@ fn count(records: u64, options: &[&str]) -> Result<Count> {
             WaitStatus::Stopped(_, Signal::SIGSTOP) => break,
             other => bail!("{other:?}"),
         }
-        let registers = ptrace::getregs(pid)?;
-        if clock.contains(&registers.rip) {
+        let at = ptrace::getregs(pid)?.rip;
+        if clock.contains(&at) {
             continue;
         }
-        let code = ptrace::read(pid, registers.rip as ptrace::AddressType)?.to_le_bytes();
-        count.instructions += 1;
-        match code {
-            [0x0f, 0x05, ..] => count.calls += 1,
-            // Some compilers emit a fence as `lock or` on the top of the stack.
-            [0xf0, 0x83, 0x0c | 0x4c, 0x24, ..] => (),
-            [0xf0, ..] => count.locked += 1,
-            // `xchg` with memory locks without a prefix.
-            [0x86 | 0x87, operands, ..] | [0x40..=0x4f, 0x86 | 0x87, operands, ..]
-                if operands < 0xc0 =>
-            {
-                count.locked += 1;
+        let kind = match kinds.get(&at) {
+            Some(kind) => *kind,
+            None => {
+                let code = ptrace::read(pid, at as ptrace::AddressType)?.to_le_bytes();
+                let kind = Kind::of(code);
+                kinds.insert(at, kind);
+                kind
             }
-            _ => (),
-        }
+        };
+        path.write_u64(at % PAGE);
+        count.instructions += 1;
+        count.calls += u64::from(kind == Kind::Call);
+        count.locked += u64::from(kind == Kind::Locked);
     }
+    count.path = path.finish();
     ptrace::cont(pid, None)?;
-    child.wait()?;
+    let status = child.wait()?;
+    ensure!(status.success(), "{status}");
     Ok(count)
 }
 
@@ -92,8 +129,8 @@ fn kernels_code(pid: Pid) -> Result<Range<u64>> {
 
 /// Returns the instructions of one record, from the difference between many records and few.
 fn cost(options: &[&str]) -> Result<u64> {
-    const FEW: u64 = 8;
-    const MANY: u64 = 40;
+    const FEW: u64 = 2;
+    const MANY: u64 = 10;
     let (few, many) = (count(FEW, options)?, count(MANY, options)?);
     assert_eq!(few.calls, many.calls, "a record makes system calls");
     assert_eq!(few.locked, many.locked, "a record locks the bus");
@@ -110,6 +147,22 @@ fn record_needs_no_calls_and_few_instructions() -> Result<()> {
     assert!(single <= 560, "{single} instructions");
     assert!(batch <= 240, "{batch} instructions");
     assert!(in_place <= 2620, "{in_place} instructions");
+    Ok(())
+}
+
+/// Checks that a tap that does not run costs the two ends nothing: they execute the very
+/// instructions that they execute without one. The times of the records are given, because the
+/// conversion of a clock takes as many instructions as its digits need.
+#[test]
+fn stopped_tap_adds_no_instruction() -> Result<()> {
+    const RECORDS: u64 = 6;
+    for way in [&["--stamped"][..], &["--batch"]] {
+        let alone = count(RECORDS, way)?;
+        for tap in ["--tap=attached", "--tap=stopped"] {
+            let beside = count(RECORDS, &[way, &[tap]].concat())?;
+            assert_eq!(beside, alone, "{way:?} {tap}");
+        }
+    }
     Ok(())
 }
 

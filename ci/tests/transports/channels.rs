@@ -4,7 +4,7 @@
 //! reset or replaced.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -272,8 +272,9 @@ fn reader_of_device_describes_and_peeks() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
     vm.run(["barlink-guest", "poke", "bytes"])?
         .require_success()?;
-    // A user who may read the device, and not write to it.
-    let user = "echo reader:x:1000:1000::/:/bin/sh >>/etc/passwd && chmod 644 /dev/barlink0";
+    // A user who may read the device as a member of its group, and not write to it.
+    let user = "echo reader:x:1000:1000::/:/bin/sh >>/etc/passwd && \
+        chgrp 1000 /dev/barlink0 && chmod 640 /dev/barlink0";
     vm.run(["sh", "-c", user])?.require_success()?;
     let as_reader = |command: &str| vm.run(["su", "reader", "-c", command]);
     ensure!(as_reader("barlink-guest info")?.success()?.contains("slot"));
@@ -293,6 +294,7 @@ fn reader_of_device_describes_and_peeks() -> Result<()> {
         );
     }
     assert_eq!(broker.run(["peek", "--raw", "--length", "5"])?, b"bytes");
+    reader_of_device_taps(&broker, &vm)?;
     // Without permission to read, the error names the same cure.
     vm.run(["chmod", "600", "/dev/barlink0"])?
         .require_success()?;
@@ -302,6 +304,33 @@ fn reader_of_device_describes_and_peeks() -> Result<()> {
         error.contains("no permission to open /dev/barlink0:") && error.contains("group barlink"),
         "{error}"
     );
+    Ok(())
+}
+
+/// Checks that a user who may only read the device copies the records of a stream, and consumes
+/// none.
+fn reader_of_device_taps(broker: &Broker, vm: &Vm) -> Result<()> {
+    let mut sender = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
+    let mut input = sender.stdin.take().context("no input")?;
+    input.write_all(b"first")?;
+    wait_until("the first bytes are there", || {
+        Ok(broker.inspect()?["channels"][1]["records"] == 2)
+    })?;
+    let as_reader = |command: &str| vm.run(["su", "reader", "-c", command])?.success();
+    let line = as_reader("barlink-guest tail down --latest -n 1")?;
+    ensure!(line.ends_with(" data 1 5 \"first\"\n"), "{line}");
+    assert_eq!(as_reader("barlink-guest recv --latest")?, "first");
+    // It says that it waits for the next stream once it is there.
+    let tap = vm.spawn(["su", "reader", "-c", "barlink-guest recv --tap 2>&1"])?;
+    tap.wait_for("waiting", COMMAND_TIMEOUT)?;
+    drop(input);
+    ensure!(wait_for_end(&mut sender, "the sender")?.success());
+    send(broker, "down", b"second")?;
+    let copied = tap.wait(COMMAND_TIMEOUT)?.success()?;
+    ensure!(copied.ends_with("second"), "{copied}");
+    for text in ["first", "second"] {
+        assert_eq!(vm.run(["barlink-guest", "recv"])?.success()?, text);
+    }
     Ok(())
 }
 
@@ -443,17 +472,72 @@ fn reset_guest_continues_with_new_epoch() -> Result<()> {
         Ok(json!({"epoch": guest["epoch"], "present": guest["present"]}))
     };
     assert_eq!(epoch(&broker)?, json!({"epoch": 1, "present": true}));
+    sleeping_guest_keeps_its_end(&broker, &vm)?;
+    let Some(slept) = broker.inspect()?["guests"][0]["epoch"].as_u64() else {
+        bail!("no epoch");
+    };
+    assert_eq!(slept % 2, 1);
     // These bytes are committed before the reset and received after it.
     send(&broker, "down", b"from before")?;
     vm.run(["sh", "-c", "echo from before | barlink-guest send"])?
         .require_success()?;
     vm.reset()?;
     load(&vm)?;
-    assert_eq!(epoch(&broker)?, json!({"epoch": 3, "present": true}));
+    assert_eq!(
+        epoch(&broker)?,
+        json!({"epoch": slept + 2, "present": true})
+    );
     assert_eq!(vm.run(["barlink-guest", "recv"])?.success()?, "from before");
     assert_eq!(receive(&broker, "up")?.bytes()?, b"from before\n");
     vm.run(["rmmod", "barlink"])?.require_success()?;
-    assert_eq!(epoch(&broker)?, json!({"epoch": 4, "present": false}));
+    assert_eq!(
+        epoch(&broker)?,
+        json!({"epoch": slept + 3, "present": false})
+    );
+    Ok(())
+}
+
+/// Suspends the guest to memory while one of its processes sends. The host cannot reset the
+/// channel, whether the guest sleeps or is awake again, because that process still has its mapping.
+/// A reset by force ends the process, and repeats no record.
+fn sleeping_guest_keeps_its_end(broker: &Broker, vm: &Vm) -> Result<()> {
+    let sender = vm.spawn(["barlink-guest", "send"])?;
+    sender.write(b"before ")?;
+    let mut receiver = receive(broker, "up")?;
+    wait_until("the first bytes are released", || {
+        let channel = &broker.inspect()?["channels"][0];
+        Ok(channel["records"] == 2 && channel["fill"] == 0)
+    })?;
+    kill(&mut receiver.app)?;
+    wait_for_holder(broker, "up", "consumer", false)?;
+    let refused = || {
+        let mut app = broker.app(["reset-channel", "up"]);
+        let refused = run(&mut app, "the reset")?;
+        let text = String::from_utf8(refused.stderr)?;
+        ensure!(refused.status.code() == Some(4), "{text}");
+        ensure!(text.contains("slot 0's VM"), "{text}");
+        Ok(())
+    };
+    vm.suspend_during(refused)?;
+    refused()?;
+    sender.write(b"after")?;
+    let mut app = broker.app(["recv", "--partial"]);
+    let mut receiver = App::start(app.stdout(Stdio::piped()))?;
+    let mut output = receiver.stdout.take().context("no output")?;
+    let mut bytes = [0; 5];
+    output.read_exact(&mut bytes)?;
+    assert_eq!(&bytes, b"after");
+    kill(&mut receiver)?;
+    wait_for_holder(broker, "up", "consumer", false)?;
+
+    broker.run(["reset-channel", "up", "--force"])?;
+    sender.write(b"too late")?;
+    let ended = sender.wait(COMMAND_TIMEOUT)?;
+    let text = String::from_utf8_lossy(&ended.stderr);
+    ensure!(text.contains("the channel was reset"), "{text}");
+    vm.run(["sh", "-c", "echo new | barlink-guest send"])?
+        .require_success()?;
+    assert_eq!(receive(broker, "up")?.bytes()?, b"new\n");
     Ok(())
 }
 

@@ -258,20 +258,33 @@ impl Vm {
     /// Suspends the guest to memory (ACPI's S3), wakes it, and waits until it runs again. Works
     /// once per boot, because the firmware loses ACPI's registers (`docs/driver.md`, section 8).
     pub fn suspend(&self) -> Result<()> {
+        self.suspend_during(|| Ok(()))
+    }
+
+    /// Suspends the guest as [`Vm::suspend`] does, and calls `meanwhile` before it wakes it.
+    pub fn suspend_during(&self, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
         // Leaves the standard input open, because no message may be on its way to the agent during
         // a suspend.
         let process = self.spawn(["sh", "-c", SUSPEND])?;
-        self.wake()?;
+        self.wait_suspended()?;
+        // A guest that is not woken would end the test much later.
+        let result = meanwhile();
+        self.qmp("system_wakeup", &json!({}))?;
         let output = process.wait(COMMAND_TIMEOUT)?;
         output
             .require_success()
-            .context("the guest is not suspended")
+            .context("the guest is not suspended")?;
+        result
     }
 
     /// Waits until the guest has suspended the machine, and wakes it.
     pub fn wake(&self) -> Result<()> {
-        self.qmp.wait_event("SUSPEND", |_| true)?;
+        self.wait_suspended()?;
         self.qmp("system_wakeup", &json!({})).map(drop)
+    }
+
+    fn wait_suspended(&self) -> Result<()> {
+        self.qmp.wait_event("SUSPEND", |_| true)
     }
 
     /// Presses and releases the Shift key, which has no effect by itself.

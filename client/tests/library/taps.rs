@@ -160,12 +160,15 @@ fn tap_reuses_memory_of_record() {
     let mut record = OwnedRecord::default();
     let at_once = Duration::ZERO;
     assert!(!tap.recv_into(&mut record, at_once).unwrap());
+    assert!(!tap.latest_into(&mut record).unwrap());
     let mut memory = None;
     for (number, length) in [9000, 5, 0, 8999].into_iter().enumerate() {
         let bytes = vec![number as u8 + 1; length];
         sender.send(Kind::USER, &bytes).unwrap();
         assert!(tap.recv_into(&mut record, at_once).unwrap());
         assert_eq!(record.bytes, bytes);
+        assert!(tap.latest_into(&mut record).unwrap());
+        assert_eq!((record.sequence, &record.bytes), (number as u64, &bytes));
         let place = record.bytes.as_ptr();
         assert_eq!(*memory.get_or_insert(place), place, "{length} bytes");
         drop(receiver.recv().unwrap());

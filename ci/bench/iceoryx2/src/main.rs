@@ -5,8 +5,10 @@
 //! `barlink-bench-load`, because that also runs in the guest, where iceoryx2 has no other end.
 //!
 //! A record is a sample: the sender borrows it, builds it in place and sends it; the receiver reads
-//! every byte in place. A sender waits for a full queue, so no sample is lost.
+//! every byte in place. A sender waits for a full queue, so no sample is lost. The newest value of a
+//! sender is that of a blackboard.
 
+mod blackboard;
 mod port;
 
 use std::time::Duration;
@@ -71,6 +73,19 @@ enum Work {
         #[arg(long)]
         readers: usize,
     },
+    /// Write values of one size to a blackboard until the input ends
+    Renew {
+        #[command(flatten)]
+        shape: Shape,
+    },
+    /// Read the newest value of a blackboard
+    Newest {
+        #[command(flatten)]
+        shape: Shape,
+        /// Length of the timed part, in milliseconds
+        #[arg(long)]
+        time: u64,
+    },
     /// Ask, and wait for answers
     Ask {
         /// The name of the service, the same for both ends
@@ -117,6 +132,15 @@ fn main() -> Result<()> {
             pace,
         } => tell(&publish(&shape, readers, stopped, time, pace)?),
         Work::Subscribe { shape, readers } => tell(&subscribe(&shape, readers)?),
+        Work::Renew { shape } => tell(&blackboard::renew(
+            &node()?,
+            &shape.service,
+            shape.record_size,
+        )?),
+        Work::Newest { shape, time } => {
+            let (service, size) = (&shape.service, shape.record_size);
+            tell(&blackboard::newest(&node()?, service, size, time)?)
+        }
         Work::Ask { service, wait, ask } => tell(&self::ask(&service, wait, &ask)?),
         Work::Answer { shape, wait, think } => tell(&answer(&shape, wait, think)?),
     }

@@ -13,6 +13,7 @@
 //! | `answer.rs` | the answering end |
 //! | `rest.rs` | pauses that let both ends sleep, and counts of their sleeps |
 //! | `tap.rs` | a tap of a stream whose sender never waits |
+//! | `newest.rs` | the newest value of a sender that never pauses |
 //! | `place.rs` | streams and round trips of records that are built in the channel itself |
 //! | `idle.rs` | an end that sleeps, and its cost |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
@@ -27,6 +28,7 @@ mod cost;
 mod files;
 mod flow;
 mod idle;
+mod newest;
 mod pipe;
 mod place;
 mod raw;
@@ -42,6 +44,7 @@ pub use cost::Cost;
 pub use files::FILES;
 pub use flow::{Flow, Pace, STRIDE, WARM_UP};
 pub use idle::{Used, Watch, idle};
+pub use newest::{Newest, newest, newest_of_tap, renew, renew_channel};
 pub use pipe::{Endpoint, LAST, PipeReceive, PipeSend};
 pub use place::{Build, word};
 pub use raw::{RawMode, RawReceive, RawSend, SIZE as RAW_SIZE};

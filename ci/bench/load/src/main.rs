@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use barlink::guest::{Cache, Device, OpenOptions};
 use barlink::host::{self, AttachOptions, Attachment};
-use barlink::{Access, Error, Side};
+use barlink::{Access, Error, Side, Tap};
 use barlink_bench_load::{
     Answer, Ask, Build, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawMode, RawReceive, RawSend,
-    Receive, Ring, Send, Wait, Watch, idle, tap,
+    Receive, Ring, Send, Wait, Watch, idle, newest_of_tap, renew_channel, tap,
 };
 use barlink_protocol::wire::layout::End::{Consumer, Producer};
 use clap::{Args, Parser, Subcommand};
@@ -79,6 +79,25 @@ enum Work {
     Tap {
         #[command(flatten)]
         end: HostEnd,
+    },
+    /// Send values of one size on the host, built in the channel itself, until the input ends
+    Renew {
+        #[command(flatten)]
+        end: HostEnd,
+        /// Bytes of a value, a multiple of 8
+        #[arg(long)]
+        record_size: usize,
+    },
+    /// Read the newest value of a channel on the host as a tap
+    Newest {
+        #[command(flatten)]
+        end: HostEnd,
+        /// Bytes of a value, a multiple of 8
+        #[arg(long)]
+        record_size: usize,
+        /// Length of the timed part, in milliseconds
+        #[arg(long)]
+        time: u64,
     },
     /// Hold a pair of channels, and sleep
     Idle {
@@ -259,12 +278,16 @@ fn main() -> Result<()> {
             );
             tell(&answer.in_place(out, back, pair.wait)?)
         }
-        Work::Tap { end } => {
-            let options = AttachOptions::new().access(Access::ReadOnly);
-            tell(&tap(options
-                .connect_path(&end.control)?
-                .tap(&end.channel)?)?)
+        Work::Tap { end } => tell(&tap(end.tap()?)?),
+        Work::Renew { end, record_size } => {
+            let sender = attach(&end.control)?.sender(&end.channel)?.into_ring();
+            tell(&renew_channel(sender, record_size)?)
         }
+        Work::Newest {
+            end,
+            record_size,
+            time,
+        } => tell(&newest_of_tap(end.tap()?, record_size, time)?),
         Work::Idle { pair, first } => {
             if let Some(path) = &pair.place.control {
                 let host = attach(path)?;
@@ -316,6 +339,13 @@ fn tell(measured: &impl Serialize) -> Result<()> {
 
 fn attach(path: &Path) -> Result<Attachment, Error> {
     host::connect_path(path)
+}
+
+impl HostEnd {
+    fn tap(&self) -> Result<Tap, Error> {
+        let options = AttachOptions::new().access(Access::ReadOnly);
+        options.connect_path(&self.control)?.tap(&self.channel)
+    }
 }
 
 impl Place {

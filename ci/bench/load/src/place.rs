@@ -18,8 +18,8 @@ use crate::{Flow, Measured, Pace, STRIDE};
 
 /// A buffer in the nearest cache, in which words are computed before they are copied into the
 /// channel.
-type Block = [[u8; 8]; 512];
-const BLANK: Block = [[0; 8]; 512];
+pub(crate) type Block = [[u8; 8]; 512];
+pub(crate) const BLANK: Block = [[0; 8]; 512];
 
 /// Returns the word at an index of a record.
 #[inline]
@@ -79,7 +79,7 @@ impl Build {
 }
 
 /// Builds one record in blocks. `fill` receives the index of a block's first word, and the block.
-fn build<M, E>(
+pub(crate) fn build<M, E>(
     sender: &mut Sender<M, E>,
     words: usize,
     block: &mut Block,

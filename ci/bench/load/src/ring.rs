@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use barlink_protocol::region::Region;
+use barlink_protocol::state::{self, ChannelState};
 use barlink_protocol::wire::layout::{
     BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, Policy, presence,
 };
-use barlink_protocol::{AtomicU64, Events, Receiver, Sender, state};
+use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Tap};
 use clap::Args;
 
 use crate::{CAPACITY, Measured, Receive, Send};
@@ -27,7 +28,9 @@ pub struct Ring {
 impl Ring {
     /// Streams from one thread to the other.
     pub fn run(&self) -> Result<Measured> {
-        let (sender, receiver) = ends()?;
+        let Ends {
+            sender, receiver, ..
+        } = Ends::new()?;
         thread::scope(|scope| {
             let receiving = scope.spawn(|| Receive {}.run(receiver));
             self.send.run(sender)?;
@@ -39,31 +42,54 @@ impl Ring {
 
 type Memory = Arc<[AtomicU64]>;
 
-/// Creates both ends of a channel in this process's memory.
-pub(crate) fn ends() -> Result<(Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>)> {
-    let channel = Channel {
-        name: Name::new("ring").context("a name that cannot be")?,
-        producer: 0,
-        consumer: 1,
-        vector: 0,
-        policy: Policy::Wait,
-        offset: FIRST_FREE,
-        capacity: CAPACITY,
-    };
-    let size = (channel.end() + 4096).next_power_of_two();
-    let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel])?;
-    let memory: Memory = (0..size / 8).map(|_| AtomicU64::new(0)).collect();
-    let region = Region::new(memory);
-    state::publish(&region, &layout);
-    // These words show that the VM and both ends are present, as the driver would write them.
-    region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
-    let page = layout.presence_page(0);
-    region.store(page + presence::EPOCH, 1);
-    region.store(page + presence::holder(0, End::Producer), 1);
-    let (one, other) = Notifiers::pair();
-    let sender = Sender::attach(region.clone(), &layout, 0, one)?;
-    let receiver = Receiver::attach(region, &layout, 0, other)?;
-    Ok((sender, receiver))
+/// Both ends of a channel in this process's memory.
+pub(crate) struct Ends {
+    pub(crate) sender: Sender<Memory, Notifiers>,
+    pub(crate) receiver: Receiver<Memory, Notifiers>,
+    region: Region<Memory>,
+    channel: Channel,
+}
+
+impl Ends {
+    pub(crate) fn new() -> Result<Self> {
+        let channel = Channel {
+            name: Name::new("ring").context("a name that cannot be")?,
+            producer: 0,
+            consumer: 1,
+            vector: 0,
+            policy: Policy::Wait,
+            offset: FIRST_FREE,
+            capacity: CAPACITY,
+        };
+        let size = (channel.end() + 4096).next_power_of_two();
+        let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel])?;
+        let memory: Memory = (0..size / 8).map(|_| AtomicU64::new(0)).collect();
+        let region = Region::new(memory);
+        state::publish(&region, &layout);
+        // These words show that the VM and both ends are present, as the driver would write them.
+        region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
+        let page = layout.presence_page(0);
+        region.store(page + presence::EPOCH, 1);
+        region.store(page + presence::holder(0, End::Producer), 1);
+        let (one, other) = Notifiers::pair();
+        Ok(Ends {
+            sender: Sender::attach(region.clone(), &layout, 0, one)?,
+            receiver: Receiver::attach(region.clone(), &layout, 0, other)?,
+            channel: layout.channels()[0],
+            region,
+        })
+    }
+
+    /// Creates a tap of the channel.
+    pub(crate) fn tap(&self) -> Tap<Memory> {
+        Tap::attach(self.region.clone(), &self.channel)
+    }
+
+    /// Returns how often both ends have rung.
+    pub(crate) fn rings(&self) -> u64 {
+        let state = ChannelState::read(&self.region, &self.channel);
+        state.producer_rung + state.consumer_rung
+    }
 }
 
 #[derive(Clone, Default)]
