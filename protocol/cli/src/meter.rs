@@ -127,7 +127,7 @@ impl<'a> Meter<'a> {
         if total.headless {
             let _ = writeln!(stderr, "the beginning of the stream is missing");
         }
-        print_dropped(total);
+        print_dropped(total.dropped);
     }
 
     /// Removes the progress bar, and prints the summary of a stream that ended early or is not
@@ -141,7 +141,7 @@ impl<'a> Meter<'a> {
         if self.json {
             self.print_json(&total, false);
         } else if !matches!(error, StreamError::Missing(_)) {
-            print_dropped(&total);
+            print_dropped(total.dropped);
         }
     }
 
@@ -174,8 +174,8 @@ impl<'a> Meter<'a> {
 }
 
 /// Prints the number of dropped records to standard error, if there are any.
-fn print_dropped(total: &Progress) {
-    let records = match total.dropped {
+pub(crate) fn print_dropped(dropped: u64) {
+    let records = match dropped {
         0 => return,
         1 => "1 record was".to_owned(),
         count => format!("{} records were", HumanCount(count)),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use barlink::stream::{self, Accept, Misplaced, Progress, StreamError, Watch};
-use barlink::{ChannelError, Error, Kind, Receiver, Sender};
+use barlink::{ChannelError, Error, Kind, Receiver, Sender, Sent};
 use clap::Args;
 use rustix::fs::SeekFrom;
 
@@ -241,8 +241,12 @@ impl Watch for Emptying<'_, '_, '_> {
     }
 }
 
-/// Sends the beginning or the end of a stream for a program that sends its data itself.
-pub fn mark(sender: &mut Sender, kind: Kind) -> Result<()> {
+/// Sends the beginning or the end of a stream for a program that sends its data itself. A sender
+/// that waits does so for `timeout` at most.
+pub fn mark(sender: &mut Sender, kind: Kind, timeout: Option<Duration>) -> Result<()> {
+    if let Some(timeout) = timeout.filter(|_| !sender.drops()) {
+        return put(sender, kind, &[], Some(timeout)).map(drop);
+    }
     match stream::mark(sender, kind) {
         Err(Error::Full) => {
             let text = "the end of the stream was dropped because the channel was full".to_owned();
@@ -254,6 +258,27 @@ pub fn mark(sender: &mut Sender, kind: Kind) -> Result<()> {
         }
         marked => Ok(marked?),
     }
+}
+
+/// Sends one record. A sender that waits does so for `timeout` at most.
+pub fn put(
+    sender: &mut Sender,
+    kind: Kind,
+    bytes: &[u8],
+    timeout: Option<Duration>,
+) -> Result<Sent> {
+    let Some(timeout) = timeout.filter(|_| !sender.drops()) else {
+        return Ok(sender.send(kind, bytes)?);
+    };
+    match sender.send_timeout(kind, bytes, timeout) {
+        Err(Error::Full) => Err(timed_out(timeout)),
+        sent => Ok(sent?),
+    }
+}
+
+/// Says on standard error how many records found the channel full.
+pub fn print_dropped(count: u64) {
+    crate::meter::print_dropped(count);
 }
 
 /// Removes the part of a record from the end of the target, because the whole record will be
