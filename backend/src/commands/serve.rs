@@ -85,7 +85,10 @@ fn run(args: Serve) -> Result<()> {
     // The signal handlers are registered before the sockets exist, so that a program that sees a
     // socket can already stop the broker in an orderly way.
     let (stop, stopper) = pipe().context("cannot make a pipe")?;
-    for signal in [SIGINT, SIGTERM] {
+    // A shell without job control starts `barlink serve &` with SIGINT ignored, because a Ctrl-C is
+    // not for a program in the background.
+    let signals = [SIGINT, SIGTERM].into_iter();
+    for signal in signals.filter(|signal| !barlink_cli::was_ignored(*signal)) {
         let stopper = stopper
             .try_clone()
             .context("cannot duplicate a descriptor")?;

@@ -199,6 +199,23 @@ fn broker_outlives_its_terminal() {
     assert_eq!(code, Some(0));
 }
 
+/// As a shell without job control starts `barlink serve &`.
+#[test]
+fn background_broker_outlives_ctrl_c() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = Broker::start_by(folder, &[], |command| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "trap '' INT; exec \"$@\"", "sh"]);
+        shell.arg(command.get_program()).args(command.get_args());
+        *command = shell;
+        command
+    });
+    broker.signal(Signal::INT);
+    broker.attach().status().unwrap();
+    let (_, code) = broker.stop(Signal::TERM);
+    assert_eq!(code, Some(0));
+}
+
 #[test]
 fn journal_lines_have_priorities_and_no_time() {
     let folder = tempfile::tempdir().unwrap();

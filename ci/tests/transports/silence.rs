@@ -6,8 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use barlink_vm::COMMAND_TIMEOUT;
 use barlink_agent::Status;
+use barlink_vm::COMMAND_TIMEOUT;
 use barlink_vm::broker::Transport;
 use rustix::process::Signal;
 
