@@ -4,9 +4,10 @@
 //! an error when they are closed.
 
 use std::fs::File;
+use std::io::Write;
 use std::process::Stdio;
 
-use barlink::stream;
+use barlink::stream::{self, StreamError};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
@@ -76,38 +77,74 @@ fn streams_without_buffers_in_region(error: i32) {
     join("all is received", streaming);
 }
 
-/// A quota or a file server reports its error when the file is closed.
+/// Makes the kernel report an exceeded quota when this thread closes a file.
+fn refuse_to_close() {
+    // The loader of programs closes descriptor 3, and does not go on after an error.
+    let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
+    refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
+}
+
+/// A quota or a file server reports its error when the file is closed, also if the stream is not
+/// whole.
 #[test]
 fn receiver_reports_error_of_closing_file() {
     let broker = Broker::start(&LOOP);
     file_with(&broker.path("in"), b"some text");
-    works(send(&broker).arg(broker.path("in")));
-    let (out, errors) = (broker.path("out"), broker.path("errors"));
-    let stderr = File::create(&errors).unwrap();
-    let mut receiver = recv(&broker);
-    receiver
-        .arg("-o")
-        .arg(&out)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(stderr);
-    // A thread of its own, because the filter remains. The program inherits it.
-    let starting = std::thread::spawn(move || {
-        // The loader of programs closes descriptor 3, and does not go on after an error.
-        let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
-        refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
-        receiver.spawn().unwrap()
+    for is_whole in [true, false] {
+        let (out, errors) = (broker.path("out"), broker.path("errors"));
+        if is_whole {
+            works(send(&broker).arg(broker.path("in")));
+        } else {
+            // Its sender leaves before the end.
+            let mut sender = broker.attach().sender("loop").unwrap();
+            sender.stream().write_all(b"some").unwrap();
+        }
+        let stderr = File::create(&errors).unwrap();
+        let mut receiver = recv(&broker);
+        receiver
+            .arg("-o")
+            .arg(&out)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr);
+        // A thread of its own, because the filter remains. The program inherits it.
+        let starting = std::thread::spawn(move || {
+            refuse_to_close();
+            receiver.spawn().unwrap()
+        });
+        let status = join("it is started", starting).wait().unwrap();
+        let errors = std::fs::read_to_string(errors).unwrap();
+        assert_eq!(status.code(), Some(1), "{errors}");
+        let text = format!("cannot write {}", out.display());
+        assert!(
+            errors.contains(&text) && errors.contains("quota"),
+            "{errors}"
+        );
+    }
+}
+
+/// A program that drops its file learns of no error at its close.
+#[test]
+fn library_reports_error_of_closing_file() {
+    let broker = Broker::start(&LOOP);
+    let attachment = broker.attach();
+    let mut sender = attachment.sender("loop").unwrap();
+    let mut receiver = attachment.receiver("loop").unwrap();
+    let mut stream = sender.stream();
+    stream.write_all(b"some text").unwrap();
+    stream.finish().unwrap();
+    let target = File::create(broker.path("out")).unwrap();
+    let receiving = std::thread::spawn(move || {
+        refuse_to_close();
+        stream::receive(&mut receiver, target, &mut ()).unwrap_err()
     });
-    let status = join("it is started", starting).wait().unwrap();
-    let errors = std::fs::read_to_string(errors).unwrap();
-    assert_eq!(status.code(), Some(1), "{errors}");
-    let text = format!(
-        "cannot write {}: the stream is no longer in the channel",
-        out.display()
-    );
-    assert!(
-        errors.contains(&text) && errors.contains("quota"),
-        "{errors}"
+    let error = join("it is received", receiving);
+    let StreamError::Close { source, progress } = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(
+        (source.raw_os_error(), progress.bytes),
+        (Some(libc::EDQUOT), 9)
     );
 }
 
@@ -128,9 +165,7 @@ fn error_of_closing_standard_output_is_reported() {
             .stderr(File::create(&errors).unwrap());
         // A thread of its own, because the filter remains. The program inherits it.
         let starting = std::thread::spawn(move || {
-            // The loader of programs closes descriptor 3, and does not go on after an error.
-            let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
-            refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
+            refuse_to_close();
             command.spawn().unwrap()
         });
         let status = join("it is started", starting).wait().unwrap();

@@ -17,7 +17,7 @@ use rustix::fs::SeekFrom;
 use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
 use crate::meter::{Meter, Wait};
 use crate::size::{parse_size, parse_time};
-use crate::standard::{OutputClosed, flush, input, output};
+use crate::standard::{OutputClosed, input, output};
 
 /// Default of the maximum payload of a record, in bytes. Larger records are no faster.
 const RECORD_SIZE: u64 = 1 << 20;
@@ -171,16 +171,6 @@ pub fn receive(
             }
             (outcome, _) => outcome,
         };
-        if let (Ok(total), Err(error)) = (&outcome, flush(&target)) {
-            meter.spoil(total);
-            let what = "the stream is no longer in the channel, and the file is not whole";
-            let path = args
-                .output
-                .as_deref()
-                .unwrap_or(Path::new("standard output"));
-            let path = path.display();
-            return Err(anyhow::Error::new(error).context(format!("cannot write {path}: {what}")));
-        }
         match outcome {
             Ok(total) => meter.finish("received", &total),
             Err(error) => {
@@ -356,6 +346,14 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             let file = name("standard output");
             let what = format!(
                 "cannot write {file}: {cure}receive the rest, which is still in the channel, into another file with --partial{again}"
+            );
+            (source, what)
+        }
+        StreamError::Close { source, .. } => {
+            let file = name("standard output");
+            let what = format!(
+                "cannot write {file}: what was received is no longer in the channel, and the file does not have all of it: \
+                 send the stream again"
             );
             (source, what)
         }
