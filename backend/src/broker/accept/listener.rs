@@ -216,7 +216,8 @@ impl Listener {
             file: Arc::new(lock_file.into()),
             kept: true,
         };
-        if !is_taken_by_a_socket(&path)? {
+        let found = std::fs::symlink_metadata(&path);
+        if found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
             let kind = rustix::net::sockopt::socket_type(&socket);
             let kind = kind.map_err(|error| failed(&path, error.into()))?;
             warn!(
