@@ -117,10 +117,14 @@ impl Display for Held {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let Held { channel, end, pid } = self;
         write!(f, "channel `{channel}` already has a {end}")?;
-        if let Some(pid) = pid {
-            write!(f, ", process {pid} on the host")?;
+        match pid {
+            Some(pid) => write!(f, ", process {pid} on the host: stop that process first"),
+            None => write!(
+                f,
+                ": stop the process in this VM that claimed it, or its child that inherited it (`barlink inspect` on the \
+                 host shows the number of that process)"
+            ),
         }
-        write!(f, ": stop that process first")
     }
 }
 

@@ -3,9 +3,10 @@
 //! The command line of `barlink-guest`, parsed into types. This module opens no files.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use barlink::guest;
-use barlink_cli::size::parse_size;
+use barlink_cli::size::{parse_size, parse_time};
 use barlink_cli::{place, stream, tail};
 use clap::builder::PossibleValue;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -94,8 +95,9 @@ Exit codes:
        another cache mode
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
-       the beginning is missing (--partial); `send` had to drop the end
+       the beginning is missing (--partial); `send` had to drop the end, or `echo` a record
   7    no record came, or there was no room for one, within --timeout
+  8    the broker is gone, and no program has received what was sent
   130  interrupted by Ctrl-C";
 
 #[derive(Debug, Subcommand)]
@@ -189,6 +191,10 @@ pub struct Echo {
     /// Name of the channel to send to
     #[arg(long, default_value = "up")]
     pub to: String,
+    /// End if no record comes, or if there is no room for one, for so long: seconds, or a number
+    /// with the unit ms, s, m or h [default: no limit]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub timeout: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -212,6 +218,10 @@ pub struct Telemetry {
     /// Name of the channel
     #[arg(long, default_value = "up")]
     pub channel: String,
+    /// End if the channel has no room for a record for so long: seconds, or a number with the unit
+    /// ms, s, m or h [default: no limit]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub timeout: Option<Duration>,
 }
 
 /// Parses a rate in records per second, whose period must be a valid `Duration`.

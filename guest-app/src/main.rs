@@ -27,9 +27,11 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     }
     for cause in error.chain() {
         match cause.downcast_ref() {
-            Some(Error::Device(DeviceError::NoDevice { .. } | DeviceError::NotADevice { .. })) => {
-                return gone::CODE;
-            }
+            Some(Error::Device(
+                DeviceError::NoDevice { .. }
+                | DeviceError::NoName { .. }
+                | DeviceError::NotADevice { .. },
+            )) => return gone::CODE,
             Some(error) if error.kind() == ErrorKind::InUse => return 4,
             Some(error) if error.kind() == ErrorKind::Gone => return gone::CODE,
             _ => (),

@@ -72,7 +72,9 @@ impl<X: Classified> StreamError<X> {
     pub fn kind(&self) -> ErrorKind {
         match self {
             StreamError::Channel(error) => error.kind(),
-            StreamError::Read(_) | StreamError::Write { .. } => ErrorKind::Other,
+            StreamError::Read(_) | StreamError::Write { .. } | StreamError::Close { .. } => {
+                ErrorKind::Other
+            }
             StreamError::Incomplete(_)
             | StreamError::Missing(_)
             | StreamError::EndDropped(_)

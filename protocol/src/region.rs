@@ -346,6 +346,30 @@ pub(crate) fn write(fd: libc::c_int, bytes: &[u8]) -> io::Result<usize> {
     result(unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) })
 }
 
+/// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor. A
+/// disk's quota or a file server can report its error as late as this.
+#[cfg(not(loom))]
+pub(crate) fn flush(fd: libc::c_int) -> io::Result<()> {
+    // SAFETY: The call accesses no memory.
+    let copied = result(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) } as libc::ssize_t)?;
+    // SAFETY: The copy was just made, and nothing else knows of it.
+    match result(unsafe { libc::close(copied as libc::c_int) } as libc::ssize_t) {
+        // The descriptor is closed after EINTR as well.
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Clears O_DIRECT of an open file, which other descriptors may share. Returns whether it was set.
+#[cfg(not(loom))]
+pub(crate) fn clear_direct(fd: libc::c_int) -> bool {
+    // SAFETY: The call accesses no memory.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    let is_set = flags != -1 && flags & libc::O_DIRECT != 0;
+    // SAFETY: The call accesses no memory. Reads and writes of the file become buffered.
+    is_set && unsafe { libc::fcntl(fd, libc::F_SETFL, flags & !libc::O_DIRECT) } == 0
+}
+
 /// Waits until a file descriptor is ready for these events of `poll(2)`, or has an error. A signal
 /// ends the wait as well.
 #[cfg(not(loom))]

@@ -6,7 +6,7 @@
 use barlink::host::AttachOptions;
 use barlink::{Access, Error};
 
-use super::accept::{Listener, SocketError};
+use super::accept::{Listener, SocketError, is_control_process};
 use super::config::Config;
 use super::error::BrokerError;
 use super::plan::{fits, plan};
@@ -39,19 +39,34 @@ pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckEr
     takeover::check_paths(&config.control, slots()).map_err(BrokerError::from)?;
     let run_folder = config.control.parent().filter(|_| makes_run_folder);
     for path in slots().chain([config.control.as_path()]) {
-        Listener::check(path, run_folder).map_err(BrokerError::from)?;
+        match Listener::check(path, run_folder) {
+            // The service runs, and its successor can listen there.
+            Err(SocketError::Unreachable { path, .. }) if is_control_process() => {
+                return Err(BrokerError::from(SocketError::Removed { path }).into());
+            }
+            checked => checked.map_err(BrokerError::from)?,
+        }
     }
     let running = match AttachOptions::new()
         .access(Access::ReadOnly)
         .connect_path(&config.control)
     {
         Err(Error::Control(barlink::host::ControlError::NoBroker { .. })) => {
+            if is_control_process() {
+                // The service runs, and only its successor can listen there.
+                Listener::check_file(&config.control).map_err(BrokerError::from)?;
+            }
             return Ok(Checked::NotServed);
         }
         running => running.map_err(Box::new)?,
     };
     if !fits(&layout, running.layout()) {
         return Err(BrokerError::OtherRegion.into());
+    }
+    if is_control_process() {
+        for path in slots() {
+            Listener::check_file(path).map_err(BrokerError::from)?;
+        }
     }
     let status = running.status().map_err(Box::new)?;
     for ((id, theirs), (transport, path)) in (0..).zip(&status.slots).zip(&config.slots) {

@@ -68,10 +68,15 @@ const START: Duration = Duration::from_secs(1);
 /// is just starting.
 fn attach(which: &Which, access: Access) -> Result<Attachment> {
     let options = AttachOptions::new().access(access).start_timeout(START);
-    Ok(match &which.control {
+    Ok(attach_by(which, &options)?)
+}
+
+/// Attaches to the broker that the command line names.
+fn attach_by(which: &Which, options: &AttachOptions) -> Result<Attachment, barlink::Error> {
+    match &which.control {
         Some(path) => options.connect_path(path),
         None => options.connect(&which.name),
-    }?)
+    }
 }
 
 /// Returns the control socket where `serve` makes it: in the user's run folder, unless a path is

@@ -3,7 +3,7 @@
 //! The command `barlink serve`.
 
 use std::io::{self, ErrorKind, pipe};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,7 +16,8 @@ use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
 use barlink_cli::standard::print;
 use indicatif::BinaryBytes;
 use log::{info, warn};
-use rustix::process::Resource;
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, geteuid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::Misuse;
@@ -68,6 +69,17 @@ fn with_cure(error: anyhow::Error, needed: u64) -> anyhow::Error {
             "the memory does not suffice, or the limit on address space, {}, is too low: take a smaller --size, or raise the limit (`ulimit -v`; LimitAS= in a unit)",
             limit(Resource::As)
         )),
+        Some(libc::EFBIG) => error.context(format!(
+            "the limit on the size of files, {} bytes, is lower than --size: raise it (`ulimit -f unlimited`; LimitFSIZE= in a unit)",
+            limit(Resource::Fsize)
+        )),
+        Some(libc::EAGAIN) => error.context(format!(
+            "no further thread or process is permitted to this user or service, whose limit is {}: raise it (`ulimit -u`; LimitNPROC= and TasksMax= in a unit)",
+            limit(Resource::Nproc)
+        )),
+        Some(libc::ENFILE) => error.context(
+            "the machine has as many open files as it permits: raise the limit (`sysctl fs.file-max`)",
+        ),
         _ => error,
     }
 }
@@ -85,7 +97,10 @@ fn run(args: Serve) -> Result<()> {
     // The signal handlers are registered before the sockets exist, so that a program that sees a
     // socket can already stop the broker in an orderly way.
     let (stop, stopper) = pipe().context("cannot make a pipe")?;
-    for signal in [SIGINT, SIGTERM] {
+    // A shell without job control starts `barlink serve &` with SIGINT ignored, because a Ctrl-C is
+    // not for a program in the background.
+    let signals = [SIGINT, SIGTERM].into_iter();
+    for signal in signals.filter(|signal| !barlink_cli::was_ignored(*signal)) {
         let stopper = stopper
             .try_clone()
             .context("cannot duplicate a descriptor")?;
@@ -236,16 +251,37 @@ fn prepare(folder: &Path, admits_others: bool) -> Result<()> {
             parent.display()
         );
     }
+    if let Some(owner) = folder.parent().and_then(foreign_owner) {
+        bail!(
+            "XDG_RUNTIME_DIR is the folder of user {owner}: set the variable to a folder of this user, or name a socket with --control"
+        );
+    }
     match std::fs::DirBuilder::new().mode(0o700).create(folder) {
-        Err(error) if error.kind() == ErrorKind::AlreadyExists && folder.is_dir() => (),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => (),
         made => made.with_context(failed)?,
     }
+    // Another user may be able to exchange the folder, so that the one that is opened is examined
+    // and changed.
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(folder, flags, Mode::empty()).with_context(failed)?;
+    let found = rustix::fs::fstat(&opened).with_context(failed)?;
+    ensure!(
+        found.st_uid == geteuid().as_raw(),
+        "{}: it belongs to user {}",
+        failed(),
+        found.st_uid
+    );
     if admits_others {
-        let mut permissions = folder.metadata().with_context(failed)?.permissions();
-        permissions.set_mode(permissions.mode() | 0o011);
-        std::fs::set_permissions(folder, permissions).with_context(failed)?;
+        let mode = Mode::from_raw_mode(found.st_mode & 0o7777) | Mode::from_raw_mode(0o011);
+        rustix::fs::fchmod(&opened, mode).with_context(failed)?;
     }
     Ok(())
+}
+
+/// Returns the owner of a run folder that is neither this user's nor root's.
+fn foreign_owner(folder: &Path) -> Option<u32> {
+    let owner = folder.metadata().ok()?.uid();
+    (owner != geteuid().as_raw() && owner != 0).then_some(owner)
 }
 
 /// Returns the number of a user or group. `name` is the number itself, or a name in `/etc/passwd`

@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 use barlink::Access;
-use barlink::host::Attachment;
+use barlink::host::{AttachOptions, Attachment};
 use barlink_cli::{notice, stream, tail, tap};
 
 use crate::args::{Recv, Send, Tail, Which};
@@ -33,12 +33,16 @@ pub fn tail(args: &Tail) -> Result<()> {
     tail::tail(&args.tail, &args.channel, attachment.tap(&args.channel)?)
 }
 
-/// Attaches for a stream, which goes on when the broker ends. Unless standard error is for JSON,
-/// the end of the broker is then said there.
+/// Attaches for a stream, which goes on without its connection. Unless standard error is for JSON,
+/// the end of the connection is then said there.
 fn attach(which: &Which, access: Access, json: bool) -> Result<Attachment> {
     let attachment = super::attach(which, access)?;
     if !json {
-        notice::watch_broker(&attachment);
+        let which = which.clone();
+        notice::watch_broker(&attachment, move || {
+            let options = AttachOptions::new().access(Access::ReadOnly);
+            super::attach_by(&which, &options).is_ok()
+        });
     }
     Ok(attachment)
 }

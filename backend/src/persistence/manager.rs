@@ -42,9 +42,17 @@ pub enum Notice {
     Remove(String),
 }
 
-/// Tells whether a service manager runs this broker, and so may start it again when it ends.
+/// Tells whether a service manager runs this broker, and so may start it again when it ends. A
+/// program that a service has started inherits the service's environment, but is no service.
 pub fn is_a_service() -> bool {
-    std::env::var_os("NOTIFY_SOCKET").is_some()
+    std::env::var_os("NOTIFY_SOCKET").is_some() && is_started_by_manager()
+}
+
+/// Tells whether this is the process that systemd has started, if systemd 248 or later names one
+/// (`systemd.exec(5)`, "$SYSTEMD_EXEC_PID").
+fn is_started_by_manager() -> bool {
+    let started = std::env::var("SYSTEMD_EXEC_PID");
+    started.map_or(true, |started| started == std::process::id().to_string())
 }
 
 /// Tells whether a service manager stores the broker's descriptors, so that a successor receives
@@ -79,7 +87,7 @@ impl Manager {
     /// Connects to the service manager, if there is one. `present` names the descriptors that it
     /// has already stored.
     pub fn connect(present: BTreeSet<String>) -> Option<Self> {
-        let name = std::env::var_os("NOTIFY_SOCKET")?;
+        let name = std::env::var_os("NOTIFY_SOCKET").filter(|_| is_a_service())?;
         let address = match name.as_bytes() {
             [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
             path => SocketAddr::from_pathname(OsStr::from_bytes(path)),

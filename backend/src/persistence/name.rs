@@ -71,9 +71,48 @@ pub fn parse_client(name: &str) -> Option<ClientId> {
     name.strip_prefix("client-")?.parse().ok()
 }
 
+/// Tells whether a broker stores descriptors under such a name. A service manager also passes the
+/// sockets of a `.socket` unit.
+pub fn is_of_broker(name: &str) -> bool {
+    let with_numbers = [
+        slot(0),
+        eventfd(0, 0),
+        vm(0),
+        vmm(0),
+        session(0),
+        part(0, "0"),
+        client(0),
+    ];
+    let stem = |name: &str| name.split_once('-').map(|(stem, _)| stem.to_owned());
+    let is_numbered = |name: &str| {
+        let rest = name.split_once('-').map(|(_, rest)| rest);
+        let is_number = rest.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+        is_number && with_numbers.iter().any(|known| stem(known) == stem(name))
+    };
+    [MEMORY, STATE, CONTROL, &lock(CONTROL)].contains(&name) || is_numbered(name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn socket_units_have_other_names() {
+        let names = [
+            MEMORY.to_owned(),
+            STATE.to_owned(),
+            lock(CONTROL),
+            lock(&slot(2)),
+            eventfd(3, 4),
+            vmm(5),
+            part(7, "irq"),
+            client(8),
+        ];
+        assert!(names.iter().all(|name| is_of_broker(name)));
+        for name in ["barlink@vm1.socket", "unknown", "slot-x", "vm1.socket", ""] {
+            assert!(!is_of_broker(name), "{name}");
+        }
+    }
 
     #[test]
     fn names_are_those_of_running_brokers() {

@@ -135,6 +135,12 @@ pub fn inherited() -> io::Result<Inheritance> {
         // to own, each under a number of its own, and no other code took it, since this is called
         // once and first.
         let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        if !name::is_of_broker(&name) {
+            warn!(
+                "the service manager passed `{name}`, perhaps of a .socket unit, which a broker does not use: it makes its sockets itself"
+            );
+            continue;
+        }
         // The newest of a name comes first, and is the valid one.
         inheritance.entry(name).or_insert(descriptor);
     }

@@ -18,7 +18,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect,
     listen, recv, send, socket_with,
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
 
 use crate::support::*;
 use crate::vfio_user_hostile::silent_vfio_user_client_loses_its_slot;
@@ -493,6 +493,75 @@ fn broker_disconnects_client_that_reads_nothing() {
         broker.log().contains("is disconnected")
     });
     broker.attach().status().unwrap();
+}
+
+/// A host app that the broker disconnects goes on with its ends, so no other one gets them.
+#[test]
+fn disconnected_app_keeps_its_claims() {
+    let broker = Broker::start(&[]);
+    let deaf = connect_app(&broker);
+    let ask = |ask: &str, end: &str| {
+        let channel = u8::from(end == "producer");
+        format!(r#"{{"version":1,"ask":{{"{ask}":{{"channel":{channel},"end":"{end}"}}}}}}"#)
+    };
+    for end in ["consumer", "producer"] {
+        assert!(say(&deaf, ask("claim", end).as_bytes()).contains("claimed"));
+    }
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    wait_until("it is disconnected", || {
+        for _ in 0..50 {
+            let _ = send(&deaf, br#"{"version":1,"ask":"status"}"#, flags);
+        }
+        let kept = "is disconnected, and keeps its ends";
+        broker.log().contains(kept)
+    });
+    let receiver_of = || broker.attach().receiver("up").err();
+    let sender_of = || broker.attach().sender("down").err();
+    let is_held = |error: Option<_>| matches!(error, Some(barlink::Error::Held(_)));
+    assert!(is_held(receiver_of()) && is_held(sender_of()));
+    // It can give back one end, and the other one ends with it.
+    let release = ask("release", "producer");
+    wait_until("its release is received", || {
+        let sent = send(&deaf, release.as_bytes(), flags);
+        assert!(matches!(sent, Ok(_) | Err(rustix::io::Errno::AGAIN)));
+        sender_of().is_none()
+    });
+    assert!(is_held(receiver_of()));
+    drop(deaf);
+    wait_until("its end is free", || receiver_of().is_none());
+}
+
+/// A broker that lives is not said to have ended.
+#[test]
+fn disconnected_tap_tells_closed_connection() {
+    let broker = Broker::start(&[]);
+    let mut tap = broker.app(&["tail", "up"]).stderr(Stdio::piped()).start();
+    wait_until("it is attached", || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", tap.id()));
+        threads.unwrap().count() == 2
+    });
+    let process = pidfd_open(Pid::from_child(&tap), PidfdFlags::empty()).unwrap();
+    let connection = (3..20).find_map(|fd| {
+        let file = pidfd_getfd(&process, fd, PidfdGetfdFlags::empty()).ok()?;
+        let kind = rustix::net::sockopt::socket_type(&file).ok()?;
+        (kind == SocketType::SEQPACKET).then_some(file)
+    });
+    let connection = connection.unwrap();
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    wait_until("it is disconnected", || {
+        for _ in 0..50 {
+            let _ = send(&connection, br#"{"version":1,"ask":"status"}"#, flags);
+        }
+        broker.log().contains("is disconnected")
+    });
+    let mut said = [0; 100];
+    let length = read_some(tap.stderr.as_mut().unwrap(), &mut said);
+    let said = String::from_utf8_lossy(&said[..length]).into_owned();
+    assert!(
+        said.starts_with("the broker has closed the connection"),
+        "{said}"
+    );
+    kill(&mut tap);
 }
 
 #[test]

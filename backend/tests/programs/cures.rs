@@ -72,6 +72,7 @@ fn low_limits_are_named_with_their_cures() {
     let folder = tempfile::tempdir().unwrap();
     for (limit, parts) in [
         ("-n 20", ["on open files, 20,", "ulimit -n 518"]),
+        ("-f 1000", ["on the size of files,", "ulimit -f unlimited"]),
         // The program has room until it serves. A debug build is larger than a release build.
         (
             "-v 200000",
@@ -151,4 +152,35 @@ fn refuses_run_folders_that_do_not_exist() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(3), "{text}");
     assert!(!text.contains(" run/barlink"), "{text}");
+}
+
+/// Another user could exchange the sockets in such a folder.
+#[test]
+fn refuses_run_folders_of_other_users() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("target");
+    std::fs::create_dir(&target).unwrap();
+    std::os::unix::fs::symlink(&target, folder.path().join("barlink")).unwrap();
+    let mode = target.metadata().unwrap().permissions();
+    let mut command = serve(folder.path(), &["--allow-user", "0"]);
+    command.env("XDG_RUNTIME_DIR", folder.path());
+    fails(&mut command, 1, &["cannot prepare the run folder"]);
+    assert_eq!(target.metadata().unwrap().permissions(), mode);
+    if can_become_another_user() {
+        let theirs = tempfile::tempdir().unwrap();
+        std::os::unix::fs::chown(theirs.path(), Some(NOBODY), None).unwrap();
+        let mut command = serve(folder.path(), &[]);
+        command.env("XDG_RUNTIME_DIR", theirs.path());
+        fails(&mut command, 1, &["is the folder of user 65534"]);
+        let in_ours = folder.path().join("run");
+        std::fs::create_dir_all(in_ours.join("barlink")).unwrap();
+        std::os::unix::fs::chown(in_ours.join("barlink"), Some(NOBODY), None).unwrap();
+        let mut command = serve(folder.path(), &[]);
+        command.env("XDG_RUNTIME_DIR", in_ours);
+        fails(
+            &mut command,
+            1,
+            &["barlink: name a socket", "it belongs to user 65534"],
+        );
+    }
 }

@@ -4,9 +4,10 @@
 //! an error when they are closed.
 
 use std::fs::File;
+use std::io::Write;
 use std::process::{Command, Stdio};
 
-use barlink::stream;
+use barlink::stream::{self, StreamError};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
@@ -76,6 +77,13 @@ fn streams_without_buffers_in_region(error: i32) {
     join("all is received", streaming);
 }
 
+/// Makes the kernel report an exceeded quota when this thread closes a file.
+fn refuse_to_close() {
+    // The loader of programs closes descriptor 3, and does not go on after an error.
+    let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
+    refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
+}
+
 /// Runs a program whose calls of `close` fail, which must end with exit code 1. Returns its errors.
 fn fails_to_close(broker: &Broker, mut command: Command) -> String {
     let errors = broker.path("errors");
@@ -83,9 +91,7 @@ fn fails_to_close(broker: &Broker, mut command: Command) -> String {
     command.stdin(Stdio::null()).stderr(stderr);
     // A thread of its own, because the filter remains. The program inherits it.
     let starting = std::thread::spawn(move || {
-        // The loader of programs closes descriptor 3, and does not go on after an error.
-        let high = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Gt, 3);
-        refuse(&[libc::SYS_close], vec![high.unwrap()], libc::EDQUOT);
+        refuse_to_close();
         command.spawn().unwrap()
     });
     let status = join("it is started", starting).wait().unwrap();
@@ -94,23 +100,54 @@ fn fails_to_close(broker: &Broker, mut command: Command) -> String {
     errors
 }
 
-/// A quota or a file server reports its error when the file is closed.
+/// A quota or a file server reports its error when the file is closed, also if the stream is not
+/// whole.
 #[test]
 fn receiver_reports_error_of_closing_file() {
     let broker = Broker::start(&LOOP);
     file_with(&broker.path("in"), b"some text");
-    works(send(&broker).arg(broker.path("in")));
-    let out = broker.path("out");
-    let mut receiver = recv(&broker);
-    receiver.arg("-o").arg(&out).stdout(Stdio::null());
-    let errors = fails_to_close(&broker, receiver);
-    let text = format!(
-        "cannot write {}: the stream is no longer in the channel",
-        out.display()
-    );
-    assert!(
-        errors.contains(&text) && errors.contains("quota"),
-        "{errors}"
+    for is_whole in [true, false] {
+        if is_whole {
+            works(send(&broker).arg(broker.path("in")));
+        } else {
+            // Its sender leaves before the end.
+            let mut sender = broker.attach().sender("loop").unwrap();
+            sender.stream().write_all(b"some").unwrap();
+        }
+        let out = broker.path("out");
+        let mut receiver = recv(&broker);
+        receiver.arg("-o").arg(&out).stdout(Stdio::null());
+        let errors = fails_to_close(&broker, receiver);
+        let text = format!("cannot write {}", out.display());
+        assert!(
+            errors.contains(&text) && errors.contains("quota"),
+            "{errors}"
+        );
+    }
+}
+
+/// A program that drops its file learns of no error at its close.
+#[test]
+fn library_reports_error_of_closing_file() {
+    let broker = Broker::start(&LOOP);
+    let attachment = broker.attach();
+    let mut sender = attachment.sender("loop").unwrap();
+    let mut receiver = attachment.receiver("loop").unwrap();
+    let mut stream = sender.stream();
+    stream.write_all(b"some text").unwrap();
+    stream.finish().unwrap();
+    let target = File::create(broker.path("out")).unwrap();
+    let receiving = std::thread::spawn(move || {
+        refuse_to_close();
+        stream::receive(&mut receiver, target, &mut ()).unwrap_err()
+    });
+    let error = join("it is received", receiving);
+    let StreamError::Close { source, progress } = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(
+        (source.raw_os_error(), progress.bytes),
+        (Some(libc::EDQUOT), 9)
     );
 }
 

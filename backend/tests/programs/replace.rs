@@ -386,7 +386,7 @@ fn only_own_user_replaces_broker() {
             .env("RUST_LOG", "error")
             .stderr(Stdio::piped()),
         1,
-        &["only the broker's own user can replace it"],
+        &["only the broker's own user and root can replace it"],
     );
     drop(broker.attach());
 }

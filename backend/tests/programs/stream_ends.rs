@@ -272,6 +272,7 @@ fn receiver_reports_missing_beginning() {
             );
             for part in [
                 "\"complete\":false",
+                "\"beginning\":false",
                 "the beginning of the stream is missing",
                 "receive the rest into another file with --partial",
             ] {

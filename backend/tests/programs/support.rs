@@ -29,7 +29,8 @@ fn command<S: AsRef<OsStr>>(program: &OsStr, args: impl IntoIterator<Item = S>) 
     command
         .args(args)
         .stdin(Stdio::null())
-        .env_remove("RUST_LOG");
+        .env_remove("RUST_LOG")
+        .env_remove("SYSTEMD_EXEC_PID");
     command
 }
 

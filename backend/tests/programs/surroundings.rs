@@ -5,7 +5,7 @@
 use std::io::{PipeReader, Read, Write, pipe};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use barlink::Access;
@@ -13,8 +13,10 @@ use barlink::host::{AttachOptions, Attachment};
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::service::ServiceManager;
 use crate::support::*;
 use crate::terminal::{USUAL, terminal};
+use crate::vmm::{connect, handshake};
 
 fn serve(folder: &Path) -> Command {
     let mut command = barlink(["serve", "--size", "1M", "--ivshmem"]);
@@ -199,6 +201,23 @@ fn broker_outlives_its_terminal() {
     assert_eq!(code, Some(0));
 }
 
+/// As a shell without job control starts `barlink serve &`.
+#[test]
+fn background_broker_outlives_ctrl_c() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = Broker::start_by(folder, &[], |command| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "trap '' INT; exec \"$@\"", "sh"]);
+        shell.arg(command.get_program()).args(command.get_args());
+        *command = shell;
+        command
+    });
+    broker.signal(Signal::INT);
+    broker.attach().status().unwrap();
+    let (_, code) = broker.stop(Signal::TERM);
+    assert_eq!(code, Some(0));
+}
+
 #[test]
 fn journal_lines_have_priorities_and_no_time() {
     let folder = tempfile::tempdir().unwrap();
@@ -267,4 +286,69 @@ fn removed_sockets_permit_no_second_broker() {
     kill(&mut first);
     let _second = serve(folder.path()).start();
     attach(folder.path());
+}
+
+/// A restarted service makes its sockets again, and keeps the region.
+#[test]
+fn restarted_service_renews_removed_sockets() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut broker = Broker::start_as(&manager, folder, &[]);
+    let app = broker.attach();
+    let _claimed = app.sender("down").unwrap();
+    works(&mut broker.app(&["poke", "kept"]));
+    let files = [
+        "vm.sock",
+        "control.sock",
+        "vm.sock.lock",
+        "control.sock.lock",
+    ];
+    for removed in [&files[..2], &files, &files[..1]] {
+        for name in removed {
+            std::fs::remove_file(broker.path(name)).unwrap();
+        }
+        let mut check = broker.command(&["--check"]);
+        let check = check.env("MAINPID", broker.child.id().to_string());
+        fails(
+            check.stderr(Stdio::piped()),
+            1,
+            &["of the running service was removed: restart the service"],
+        );
+        broker.restart(&manager, &[]);
+        let kept = broker.app(&["peek", "--raw", "--length", "4"]);
+        assert_eq!(works(&mut { kept }), "kept");
+        assert!(matches!(
+            broker.attach().sender("down"),
+            Err(barlink::Error::Held(_))
+        ));
+        drop(handshake(connect(&broker, "vm.sock"), 6));
+        // Locks and sockets are those that a further broker finds.
+        fails(
+            broker.command(&[]).stderr(Stdio::piped()),
+            1,
+            &["is in use by another broker"],
+        );
+    }
+    app.status().unwrap();
+}
+
+/// A shell of a service has the service's environment.
+#[test]
+fn program_of_another_service_is_no_service() {
+    let manager = tempfile::tempdir().unwrap();
+    let path = manager.path().join("notify.sock");
+    let _manager = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let broker = Broker::start_by(folder, &[], |command| {
+        let command = command.env("NOTIFY_SOCKET", &path).env("FDSTORE", "16384");
+        command.env("SYSTEMD_EXEC_PID", std::process::id().to_string())
+    });
+    // It can be replaced, and removes its sockets at its end.
+    let mut successor = broker.command(&["--replace"]).start();
+    wait_until("it is replaced", || {
+        broker.attach().status().unwrap().broker == successor.id()
+    });
+    signal_child(&successor, Signal::TERM);
+    assert_eq!(wait(&mut successor).code(), Some(0));
+    assert!(!broker.control().exists());
 }

@@ -146,6 +146,11 @@ fn broker_rejects_unsealed_memory_before_mapping() {
     // The session continues with memory that is safe.
     client.share(&client.memory).unwrap();
     assert!(maps().contains("memfd:ram"));
+    // It is left out of core dumps.
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", broker.child.id())).unwrap();
+    let (_, of_guest) = maps.split_once("memfd:ram").unwrap();
+    let flags = of_guest.lines().find(|line| line.starts_with("VmFlags:"));
+    assert!(flags.unwrap().contains(" dd"), "{flags:?}");
     drop(client);
     // A client that wants no reply is disconnected.
     for file in &files {

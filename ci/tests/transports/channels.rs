@@ -237,7 +237,7 @@ fn guest_app_rejects_invalid_requests() -> Result<()> {
     refused(
         &["barlink-guest", "send"],
         4,
-        "channel `up` already has a producer",
+        "channel `up` already has a producer: stop the process in this VM",
     )?;
     refused(
         &["barlink-guest", "send", "--channel", "x"],

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use barlink_agent::Status;
 use barlink_vm::broker::Transport;
 use barlink_vm::{COMMAND_TIMEOUT, Vm};
 use rustix::process::Signal;
@@ -53,6 +54,9 @@ fn programs_warn_only_of_silent_broker() -> Result<()> {
     // The new broker has another region.
     broker.start_again()?;
     let replaced = vm.spawn(["barlink-guest", "info"])?;
+    // A program that ends sooner than its watch would warn asks before it ends.
+    let short = vm.spawn(["barlink-guest", "poke", "text"])?;
+    sender.close_stdin()?;
     for info in [killed, replaced] {
         let info = info.wait(COMMAND_TIMEOUT)?;
         info.require_success()?;
@@ -62,8 +66,12 @@ fn programs_warn_only_of_silent_broker() -> Result<()> {
             "an early warning"
         );
     }
-    sender.close_stdin()?;
-    sender.wait(COMMAND_TIMEOUT)?.require_success()?;
+    // No program has the region that the records are in.
+    for unread in [short, sender] {
+        let unread = unread.wait(COMMAND_TIMEOUT)?;
+        ensure!(unread.status == Status::Code(8), "{:?}", unread.status);
+        ensure!(warns(unread.stderr) > 0, "no warning");
+    }
     // The stream is not ended by the warning.
     ensure!(!sleeper.has_ended());
     sleeper.kill(Signal::KILL)?;

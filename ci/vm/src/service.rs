@@ -84,7 +84,10 @@ impl ServiceManager {
         }
         // Starts by a shell, because the process ID is known only there.
         let mut command = Command::new("sh");
-        command.args(["-c", r#"LISTEN_PID=$$ exec env --default-signal "$0" "$@""#]);
+        command.args([
+            "-c",
+            r#"LISTEN_PID=$$ SYSTEMD_EXEC_PID=$$ exec env --default-signal "$0" "$@""#,
+        ]);
         command.arg(program);
         command
             .env("NOTIFY_SOCKET", &self.socket)

@@ -113,6 +113,13 @@ impl PacketSocket {
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
 
+    /// Ends the connection for the other side's receiving. What it sends can still be received, and
+    /// so can its end.
+    pub fn stop_sending(&self) {
+        // A failure means that the connection has ended already.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
+    }
+
     /// Sends a packet with descriptors. A peer that is gone is an error, not a signal.
     pub fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.send_until(bytes, descriptors, self.deadline())

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
+use barlink_protocol::wire::layout::{BROKER_PAGE, Layout, PAGE_SIZE, presence};
 use rustix::io::Errno;
 
 use crate::guest::calls;
@@ -83,6 +83,8 @@ pub(crate) struct Asker {
     region: RingRegion,
     /// Offset of the answer word.
     answer: u64,
+    /// Offset of the broker's own epoch, if that is mapped.
+    epoch: Option<u64>,
     unanswered: Arc<Unanswered>,
 }
 
@@ -103,13 +105,22 @@ impl Unanswered {
 
 impl Asker {
     /// Creates the means to ask by a file that is open for writing, for the device of a slot.
-    pub(crate) fn new(file: Arc<File>, region: RingRegion, slot: u32) -> Self {
+    pub(crate) fn new(file: Arc<File>, region: RingRegion, layout: &Layout, slot: u32) -> Self {
+        let page = layout.presence_page(layout.host());
+        let is_mapped = page + PAGE_SIZE <= region.size();
         Asker {
             file,
             region,
             answer: BROKER_PAGE + presence::ANSWERS + 8 * u64::from(slot),
+            epoch: is_mapped.then_some(page + presence::EPOCH),
             unanswered: Arc::default(),
         }
+    }
+
+    /// Returns whether the broker has ended in good order: its epoch is even then.
+    pub(crate) fn has_ended(&self) -> bool {
+        let epoch = self.epoch.map_or(0, |epoch| self.region.load(epoch));
+        epoch != 0 && epoch.is_multiple_of(2)
     }
 
     /// Asks once. Returns the number of the question.

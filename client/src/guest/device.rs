@@ -135,7 +135,7 @@ impl Device {
         let file = Arc::new(file);
         let asker = (access == Access::ReadWrite).then(|| {
             let region = region(&mapping, granted);
-            Asker::new(Arc::clone(&file), region, before.id)
+            Asker::new(Arc::clone(&file), region, &layout, before.id)
         });
         Ok(Device {
             path: path.to_owned(),
@@ -355,7 +355,7 @@ impl Device {
             None => {
                 let file = open(&self.path, Access::ReadWrite)?;
                 let region = region(&self.mapping, self.granted);
-                Asker::new(Arc::new(file), region, self.slot)
+                Asker::new(Arc::new(file), region, self.layouts.latest(), self.slot)
             }
         };
         Ok(BrokerWatch::new(asker, self.path.clone()))

@@ -59,6 +59,20 @@ impl BrokerWatch {
         })?)
     }
 
+    /// Returns whether the broker has ended in good order, and was no service. Needs no time, and
+    /// tells nothing about a broker that was killed: [`BrokerWatch::is_answered`] does.
+    ///
+    /// ```no_run
+    /// let device = barlink::guest::open("/dev/barlink0")?;
+    /// if device.watch_broker()?.has_ended() {
+    ///     eprintln!("only host apps that are still attached receive");
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn has_ended(&self) -> bool {
+        self.asker.has_ended()
+    }
+
     /// Returns once the broker has not answered a question for ten seconds: a question that this
     /// call asks at once, or one that an end of this device asked because it slept for longer than
     /// a second. Waits without a limit and without looking.

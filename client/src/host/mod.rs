@@ -272,7 +272,7 @@ impl AttachOptions {
         })
     }
 
-    /// Attaches to the first of these sockets where a process listens.
+    /// Attaches to the first of these sockets where a process listens, and waits for one.
     fn connect_any(
         &self,
         paths: &[PathBuf],
@@ -280,18 +280,41 @@ impl AttachOptions {
     ) -> Result<Attachment, Error> {
         let start = Instant::now();
         loop {
-            for path in paths {
-                match Attachment::connect(path, self.access) {
-                    Err(Error::Control(ControlError::NoBroker { .. })) => (),
-                    attached => return attached,
-                }
-            }
-            if start.elapsed() >= self.start_timeout {
-                return Err(none().into());
+            let attached = first(paths, &none, |path| Attachment::connect(path, self.access));
+            let waits = matches!(
+                attached,
+                Err(Error::Control(
+                    ControlError::NoBroker { .. }
+                        | ControlError::NoBrokerOfName { .. }
+                        | ControlError::Permission { .. }
+                ))
+            );
+            if !waits || start.elapsed() >= self.start_timeout {
+                return attached;
             }
             std::thread::sleep(RETRY);
         }
     }
+}
+
+/// Attaches to the first of these sockets where a process listens. A folder that this user cannot
+/// enter is an error only if no process listens at another socket.
+fn first<T>(
+    paths: &[PathBuf],
+    none: impl Fn() -> ControlError,
+    attach: impl Fn(&Path) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let mut denied = None;
+    for path in paths {
+        match attach(path) {
+            Err(Error::Control(ControlError::NoBroker { .. })) => (),
+            Err(Error::Control(error @ ControlError::Permission { .. })) => {
+                denied = denied.or(Some(error));
+            }
+            attached => return attached,
+        }
+    }
+    Err(denied.unwrap_or_else(none).into())
 }
 
 #[cfg(test)]
@@ -316,5 +339,27 @@ mod tests {
         );
         let user = format!("/tmp/x/barlink /run/user/1000/barlink {services}");
         assert_eq!(folders(Some("/tmp/x"), 1000), user);
+    }
+
+    #[test]
+    fn folder_without_permission_hides_no_broker() {
+        let attach = |path: &Path| match path.to_str() {
+            Some("/denied") => Err(ControlError::Permission { path: path.into() }.into()),
+            Some("/served") => Ok(path.to_owned()),
+            _ => Err(ControlError::NoBroker { path: path.into() }.into()),
+        };
+        let first = |paths: &[&str]| {
+            let paths: Vec<_> = paths.iter().map(PathBuf::from).collect();
+            let none = || ControlError::NoBroker { path: "".into() };
+            first(&paths, none, attach)
+        };
+        assert_eq!(
+            first(&["/denied", "/served"]).unwrap(),
+            Path::new("/served")
+        );
+        let denied = first(&["/none", "/denied", "/none"]).unwrap_err();
+        assert_eq!(denied.kind(), crate::ErrorKind::PermissionDenied);
+        let none = first(&["/none"]).unwrap_err();
+        assert_eq!(none.kind(), crate::ErrorKind::NotFound);
     }
 }

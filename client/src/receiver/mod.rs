@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::cursor::{Clock, Corrupt, Header, Kind};
-use barlink_protocol::stream::Position;
+use barlink_protocol::stream::{Position, gap};
 use barlink_protocol::{PresenceWords, Strategy, Wakeup};
 
 use crate::doorbell::Doorbells;
@@ -89,10 +89,10 @@ impl Numbers {
     /// Notes that a record was found. Returns the number of records that were dropped before it.
     #[inline(always)]
     pub(crate) fn note(&mut self, sequence: u64) -> u64 {
-        let gap = sequence.saturating_sub(self.next.unwrap_or(sequence));
+        let gap = gap(self.next.unwrap_or(sequence), sequence).unwrap_or(0);
         self.gap = gap;
         self.all_missed = self.all_missed.saturating_add(gap);
-        self.next = Some(sequence.saturating_add(1));
+        self.next = Some(sequence.wrapping_add(1));
         gap
     }
 }

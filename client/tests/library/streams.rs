@@ -2,10 +2,13 @@
 
 //! Byte streams, by `Read` and `Write`, and between files.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use barlink::{Kind, stream};
+use rustix::fs::OFlags;
 
 use crate::broker::*;
 
@@ -260,4 +263,55 @@ fn dropping_writer_reports_lost_end() {
         stream.write_all(&[7; 1]).unwrap();
     }
     assert!(matches!(stream.finish(), Err(barlink::Error::Full)));
+}
+
+/// Sequence numbers wrap.
+#[test]
+fn stream_goes_on_beyond_last_number() {
+    let broker = Running::start(&["loop=host-host,64K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    sender.set_first_sequence(u64::MAX - 2).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("copy");
+    for text in [&b"the numbers of these words wrap"[..], b"and go on"] {
+        let mut stream = sender.stream();
+        for word in text.chunks(6) {
+            stream.write_all(word).unwrap();
+        }
+        stream.finish().unwrap();
+        let file = File::create(&path).unwrap();
+        let received = stream::receive(&mut receiver, file, &mut ()).unwrap();
+        assert!(received.dropped == 0 && !received.went_back);
+        assert!(std::fs::read(&path).unwrap() == text);
+    }
+    let _ = sender.send(Kind::USER, b"one more").unwrap();
+    assert_eq!(receiver.recv().unwrap().missed(), 0);
+    assert_eq!(receiver.missed(), 0);
+}
+
+/// A file with O_DIRECT refuses less than a block, and what follows it.
+#[test]
+fn direct_file_takes_records_of_odd_sizes() {
+    let broker = Running::start(&["loop=host-host,512K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    // Beside the program, because a folder for temporary files can be in memory.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let [source, target] = ["source", "target"].map(|name| folder.path().join(name));
+    std::fs::write(&source, noise(300_001)).unwrap();
+    let direct = |options: &mut OpenOptions, path: &Path| {
+        let mut with_flag = options.clone();
+        with_flag.custom_flags(OFlags::DIRECT.bits().cast_signed());
+        match with_flag.open(path) {
+            Err(error) if error.kind() == ErrorKind::InvalidInput => options.open(path),
+            file => file,
+        }
+    };
+    // The source is read from an odd position.
+    let source = direct(File::options().read(true), &source).unwrap();
+    rustix::fs::seek(&source, rustix::fs::SeekFrom::Start(3)).unwrap();
+    let written = direct(File::options().write(true).create(true), &target).unwrap();
+    stream::send(&mut sender, source, 100_001, &mut ()).unwrap();
+    let received = stream::receive(&mut receiver, written, &mut ()).unwrap();
+    assert_eq!((received.bytes, received.records), (299_998, 3));
+    assert!(std::fs::read(target).unwrap() == noise(300_001)[3..]);
 }

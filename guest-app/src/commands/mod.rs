@@ -32,7 +32,11 @@ pub fn run(cli: &Cli) -> Result<()> {
         // `eprintln` would panic where standard error is closed.
         let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");
     }
-    if matches!(cli.command, Command::Send(_) | Command::Recv(_)) {
+    let ends_at_once = matches!(
+        cli.command,
+        Command::Info(_) | Command::Peek(_) | Command::Poke(_)
+    );
+    if !ends_at_once {
         broker::watch(&device);
     }
     match &cli.command {
@@ -41,13 +45,25 @@ pub fn run(cli: &Cli) -> Result<()> {
             broker::check(&device);
             Ok(())
         }
-        Command::Send(args) => stream::send(&device, args),
+        Command::Send(args) => {
+            stream::send(&device, args)?;
+            broker::confirm(&device, Some(&args.channel))
+        }
         Command::Recv(args) => stream::recv(&device, args),
         Command::Tail(args) => tail::tail(&args.tail, &args.channel, device.tap(&args.channel)?),
-        Command::Echo(args) => stream::echo(&device, args),
-        Command::Telemetry(args) => telemetry::telemetry(&device, args),
+        Command::Echo(args) => {
+            stream::echo(&device, args)?;
+            broker::confirm(&device, Some(&args.to))
+        }
+        Command::Telemetry(args) => {
+            telemetry::telemetry(&device, args)?;
+            broker::confirm(&device, Some(&args.channel))
+        }
         Command::Buffer(args) => buffer::buffer(&device, args),
         Command::Peek(args) => place::peek(device.region().ring(), device.layout(), args),
-        Command::Poke(args) => place::poke(device.region().ring(), device.layout(), args),
+        Command::Poke(args) => {
+            place::poke(device.region().ring(), device.layout(), args)?;
+            broker::confirm(&device, None)
+        }
     }
 }

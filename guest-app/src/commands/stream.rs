@@ -3,8 +3,9 @@
 //! The commands `barlink-guest send`, `recv` and `echo`.
 
 use anyhow::{Context, Result};
-use barlink::Kind;
 use barlink::guest::Device;
+use barlink::{Kind, Sent};
+use barlink_cli::failure::{records_dropped, timed_out};
 use barlink_cli::{stream, tap};
 
 use crate::args::{Echo, Recv, Send};
@@ -31,8 +32,15 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
     let mut receiver = device.receiver(&args.from)?;
     let mut sender = device.sender(&args.to)?;
     let mut bytes = Vec::new();
+    let mut dropped = 0;
     loop {
-        let record = receiver.recv()?;
+        let record = match args.timeout {
+            None => receiver.recv()?,
+            Some(timeout) => {
+                let record = receiver.recv_timeout(timeout)?;
+                record.ok_or_else(|| timed_out(timeout))?
+            }
+        };
         let kind = record.kind();
         // The sender chooses the record's length. One byte more than the other channel carries is
         // enough for an error, so a longer copy is not needed.
@@ -40,8 +48,9 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
         record.copy_to(&mut bytes);
         let sent = match kind {
             // A sender that drops waits a moment before it drops the begin or the end.
-            Kind::BEGIN | Kind::END => stream::mark(&mut sender, kind),
-            _ => sender.send(kind, &bytes).map(drop).map_err(Into::into),
+            Kind::BEGIN | Kind::END => stream::mark(&mut sender, kind, args.timeout),
+            _ => stream::put(&mut sender, kind, &bytes, args.timeout)
+                .map(|sent| dropped += u64::from(sent == Sent::Dropped)),
         };
         if let Err(error) = sent {
             record.keep();
@@ -49,7 +58,10 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
         }
         record.release()?;
         if kind == Kind::END {
-            return Ok(());
+            return match dropped {
+                0 => Ok(()),
+                dropped => Err(records_dropped(dropped)),
+            };
         }
     }
 }

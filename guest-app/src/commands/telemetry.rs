@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use barlink::guest::Device;
 use barlink::{Kind, Sent};
-use barlink_cli::stream::mark;
+use barlink_cli::stream::{mark, print_dropped, put};
 use procfs::{Current, CurrentSI, KernelStats, Meminfo};
 use serde::Serialize;
 
@@ -45,7 +45,7 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         .seconds
         .map(|seconds| (seconds * args.rate).round() as u64);
     let start = Instant::now();
-    let mut begun = false;
+    let (mut begun, mut dropped) = (false, 0);
     for sequence in 0.. {
         if end.is_some_and(|end| sequence >= end) {
             break;
@@ -58,15 +58,15 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         line.push(b'\n');
         // A begin must come first, because a receiver would take data without one for the rest of
         // another sender's stream. A dropped record is not an error: the channel counts it.
-        begun = begun || sender.send(Kind::BEGIN, &[])? == Sent::Committed;
-        if begun {
-            sender.send(Kind::DATA, &line)?;
-        }
+        begun = begun || put(&mut sender, Kind::BEGIN, &[], args.timeout)? == Sent::Committed;
+        let sent = begun && put(&mut sender, Kind::DATA, &line, args.timeout)? == Sent::Committed;
+        dropped += u64::from(!sent);
     }
+    print_dropped(dropped);
     if !begun {
-        mark(&mut sender, Kind::BEGIN)?;
+        mark(&mut sender, Kind::BEGIN, args.timeout)?;
     }
-    mark(&mut sender, Kind::END)
+    mark(&mut sender, Kind::END, args.timeout)
 }
 
 /// Returns whether an interrupt belongs to a barlink device on the virtio bus. The kernel chooses

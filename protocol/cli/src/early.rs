@@ -4,16 +4,28 @@
 //!
 //! The runtime opens /dev/null in place of each standard descriptor that is closed. A later look
 //! cannot tell that file from one that the user has chosen, and bytes for it would be lost without
-//! an error. So this part looks first.
+//! an error. A program that handles a signal can no longer tell that it was started with the signal
+//! ignored. So this part looks first.
 #![expect(
     unsafe_code,
-    reason = "runs before the runtime, and sets a signal's action"
+    reason = "runs before the runtime, looks at signals and sets the action of one"
 )]
 
+use std::mem::MaybeUninit;
+use std::ptr;
 use std::sync::atomic::{AtomicU8, Ordering};
+
+use libc::c_int;
 
 /// A bit for each standard descriptor that was closed when the program started.
 static CLOSED: AtomicU8 = AtomicU8::new(0);
+
+/// A bit for each of [`SIGNALS`] that was ignored when the program started.
+static IGNORED: AtomicU8 = AtomicU8::new(0);
+
+/// Signals from a terminal. A shell without job control starts a program in the background with
+/// some of them ignored, so that Ctrl-C is for the program in the foreground.
+const SIGNALS: [c_int; 3] = [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
 
 /// The loader of programs calls the functions of this section, before the runtime and `main`.
 // SAFETY: the section has pointers to functions of this type (`elf(5)`, `.init_array`). The C
@@ -29,6 +41,16 @@ extern "C" fn look() {
             CLOSED.fetch_or(1 << fd, Ordering::Relaxed);
         }
     }
+    for (bit, signal) in SIGNALS.into_iter().enumerate() {
+        let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+        // SAFETY: without a new action the call changes nothing, and writes the present one.
+        let looked = unsafe { libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) };
+        // SAFETY: zeros are a valid value of this structure of numbers and an optional function.
+        let action = unsafe { action.assume_init() };
+        if looked == 0 && action.sa_sigaction == libc::SIG_IGN {
+            IGNORED.fetch_or(1 << bit, Ordering::Relaxed);
+        }
+    }
     // A file that becomes too large for `ulimit -f` is then an error of write(2), which a program
     // can describe, and no signal that kills it.
     // SAFETY: the action runs no code of this program.
@@ -39,4 +61,11 @@ extern "C" fn look() {
 /// output.
 pub(crate) fn was_closed(fd: u8) -> bool {
     CLOSED.load(Ordering::Relaxed) >> fd & 1 == 1
+}
+
+/// Returns whether SIGINT, SIGQUIT or SIGHUP was ignored when the program started. A program that
+/// handles such a signal all the same would end by a Ctrl-C that is for another one.
+pub fn was_ignored(signal: c_int) -> bool {
+    let bit = SIGNALS.iter().position(|known| *known == signal);
+    bit.is_some_and(|bit| IGNORED.load(Ordering::Relaxed) >> bit & 1 == 1)
 }

@@ -12,6 +12,9 @@ pub(crate) const MISSING: u8 = 6;
 /// Nothing moved within `--timeout`.
 pub(crate) const TIMED_OUT: u8 = 7;
 
+/// The broker is gone, and no program has received what was sent.
+pub(crate) const UNREAD: u8 = 8;
+
 /// The remedy for a stream whose channel was reset.
 pub(crate) const RESET_CURE: &str =
     "and the rest of the stream is lost: end the programs at both ends, and send it again";
@@ -31,8 +34,27 @@ impl Display for Failure {
 
 impl std::error::Error for Failure {}
 
+/// Returns the error of a command that sent something that no program has received, because the
+/// broker is gone.
+pub fn unread(text: &str) -> anyhow::Error {
+    let text = text.to_owned();
+    let code = UNREAD;
+    Failure { text, code }.into()
+}
+
+/// Returns the error of a command that had to drop records, because their channel was full.
+pub fn records_dropped(count: u64) -> anyhow::Error {
+    let records = match count {
+        1 => "1 record was".to_owned(),
+        count => format!("{count} records were"),
+    };
+    let text = format!("{records} dropped because the channel was full");
+    let code = MISSING;
+    Failure { text, code }.into()
+}
+
 /// Returns the error of a command whose `--timeout` is over.
-pub(crate) fn timed_out(timeout: Duration) -> anyhow::Error {
+pub fn timed_out(timeout: Duration) -> anyhow::Error {
     let seconds = timeout.as_secs_f64();
     let text = format!("nothing moved through the channel for {seconds} s");
     let code = TIMED_OUT;

@@ -21,6 +21,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 pub use command_line::parse;
+pub use early::was_ignored;
 
 use crate::standard::OutputClosed;
 

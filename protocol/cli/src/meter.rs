@@ -6,7 +6,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use barlink::stream::StreamError;
+use barlink::stream::{Misplaced, StreamError};
 use barlink_protocol::stream::{Progress, Watch};
 use indicatif::{BinaryBytes, HumanCount, ProgressBar, ProgressStyle};
 
@@ -115,7 +115,7 @@ impl<'a> Meter<'a> {
         // Errors of these writes are ignored because standard error may be closed.
         let mut stderr = io::stderr();
         if self.json {
-            let is_whole = total.dropped == 0 && !total.headless;
+            let is_whole = total.dropped == 0 && !total.headless && !total.went_back;
             return self.print_json(total, is_whole);
         }
         if self.visible {
@@ -127,21 +127,35 @@ impl<'a> Meter<'a> {
         if total.headless {
             let _ = writeln!(stderr, "the beginning of the stream is missing");
         }
-        print_dropped(total);
+        if total.went_back {
+            let text = "the numbers of the records went back: some records may have come twice";
+            let _ = writeln!(stderr, "{text}");
+        }
+        print_dropped(total.dropped);
     }
 
     /// Removes the progress bar, and prints the summary of a stream that ended early or is not
     /// whole to standard error.
     pub fn fail(self, error: &StreamError) {
-        let total = match error {
-            StreamError::Missing(total) | StreamError::EndDropped(total) => *total,
+        let mut total = match error {
+            StreamError::Missing(total)
+            | StreamError::EndDropped(total)
+            | StreamError::Close {
+                progress: total, ..
+            } => *total,
             _ => self.progress,
         };
+        let misplaced = match error {
+            StreamError::Misplaced(misplaced) => Some(misplaced),
+            _ => None,
+        };
+        total.headless |= misplaced == Some(&Misplaced::NoBeginning);
+        total.went_back |= matches!(misplaced, Some(Misplaced::WentBack { .. }));
         self.bar.finish_and_clear();
         if self.json {
             self.print_json(&total, false);
         } else if !matches!(error, StreamError::Missing(_)) {
-            print_dropped(&total);
+            print_dropped(total.dropped);
         }
     }
 
@@ -167,6 +181,7 @@ impl<'a> Meter<'a> {
             "dropped": total.dropped,
             "seconds": self.seconds(),
             "beginning": !total.headless,
+            "in_order": !total.went_back,
             "complete": is_whole,
         });
         let _ = writeln!(io::stderr(), "{summary}");
@@ -174,8 +189,8 @@ impl<'a> Meter<'a> {
 }
 
 /// Prints the number of dropped records to standard error, if there are any.
-fn print_dropped(total: &Progress) {
-    let records = match total.dropped {
+pub(crate) fn print_dropped(dropped: u64) {
+    let records = match dropped {
         0 => return,
         1 => "1 record was".to_owned(),
         count => format!("{} records were", HumanCount(count)),

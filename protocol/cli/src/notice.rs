@@ -11,6 +11,11 @@ use rustix::io::Errno;
 
 /// Says on standard error, once, that the broker has ended.
 pub(crate) fn broker_ended() {
+    say("the broker has ended: attached programs go on, and no further host app can attach");
+}
+
+/// Says one of the texts on standard error, once.
+fn say(text: &str) {
     static SAID: Once = Once::new();
     SAID.call_once(|| {
         // A progress bar may stand in this line.
@@ -20,26 +25,30 @@ pub(crate) fn broker_ended() {
             ""
         };
         // The error is ignored because standard error may be closed.
-        let _ = writeln!(
-            stderr(),
-            "{clear}the broker has ended: attached programs go on, and no further host app can attach"
-        );
+        let _ = writeln!(stderr(), "{clear}{text}");
     });
 }
 
-/// Says so when the connection to the broker ends. A thread waits for that, and does so without a
-/// timer. A broker's successor keeps the connection. Without a thread there is no message.
-pub fn watch_broker(connection: &impl AsFd) {
+/// Says so when the connection to the broker ends. `is_alive` then tells whether a broker answers at
+/// the same socket: one that lives can have disconnected this program. A thread waits for the end,
+/// and does so without a timer. A broker's successor keeps the connection. Without a thread there
+/// is no message.
+pub fn watch_broker(connection: &impl AsFd, is_alive: impl FnOnce() -> bool + Send + 'static) {
     let Ok(connection) = connection.as_fd().try_clone_to_owned() else {
         return;
     };
     let thread = std::thread::Builder::new().name("broker".to_owned());
     let _ = thread.spawn(move || {
         loop {
-            let mut files = [PollFd::new(&connection, PollFlags::empty())];
+            let mut files = [PollFd::new(&connection, PollFlags::RDHUP)];
             match poll(&mut files, None) {
                 Err(Errno::INTR) => (),
                 Err(_) => return,
+                Ok(_) if is_alive() => {
+                    return say(
+                        "the broker has closed the connection: this program goes on; see the broker's log, or attach anew if it was restarted",
+                    );
+                }
                 Ok(_) => return broker_ended(),
             }
         }

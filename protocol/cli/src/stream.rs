@@ -10,14 +10,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use barlink::stream::{self, Accept, Misplaced, Progress, StreamError, Watch};
-use barlink::{ChannelError, Error, Kind, Receiver, Sender};
+use barlink::{ChannelError, Error, Kind, Receiver, Sender, Sent};
 use clap::Args;
 use rustix::fs::SeekFrom;
 
 use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
 use crate::meter::{Meter, Wait};
 use crate::size::{parse_size, parse_time};
-use crate::standard::{OutputClosed, flush, input, output};
+use crate::standard::{OutputClosed, input, output};
 
 /// Default of the maximum payload of a record, in bytes. Larger records are no faster.
 const RECORD_SIZE: u64 = 1 << 20;
@@ -171,16 +171,6 @@ pub fn receive(
             }
             (outcome, _) => outcome,
         };
-        if let (Ok(total), Err(error)) = (&outcome, flush(&target)) {
-            meter.spoil(total);
-            let what = "the stream is no longer in the channel, and the file is not whole";
-            let path = args
-                .output
-                .as_deref()
-                .unwrap_or(Path::new("standard output"));
-            let path = path.display();
-            return Err(anyhow::Error::new(error).context(format!("cannot write {path}: {what}")));
-        }
         match outcome {
             Ok(total) => meter.finish("received", &total),
             Err(error) => {
@@ -241,8 +231,12 @@ impl Watch for Emptying<'_, '_, '_> {
     }
 }
 
-/// Sends the beginning or the end of a stream for a program that sends its data itself.
-pub fn mark(sender: &mut Sender, kind: Kind) -> Result<()> {
+/// Sends the beginning or the end of a stream for a program that sends its data itself. A sender
+/// that waits does so for `timeout` at most.
+pub fn mark(sender: &mut Sender, kind: Kind, timeout: Option<Duration>) -> Result<()> {
+    if let Some(timeout) = timeout.filter(|_| !sender.drops()) {
+        return put(sender, kind, &[], Some(timeout)).map(drop);
+    }
     match stream::mark(sender, kind) {
         Err(Error::Full) => {
             let text = "the end of the stream was dropped because the channel was full".to_owned();
@@ -254,6 +248,27 @@ pub fn mark(sender: &mut Sender, kind: Kind) -> Result<()> {
         }
         marked => Ok(marked?),
     }
+}
+
+/// Sends one record. A sender that waits does so for `timeout` at most.
+pub fn put(
+    sender: &mut Sender,
+    kind: Kind,
+    bytes: &[u8],
+    timeout: Option<Duration>,
+) -> Result<Sent> {
+    let Some(timeout) = timeout.filter(|_| !sender.drops()) else {
+        return Ok(sender.send(kind, bytes)?);
+    };
+    match sender.send_timeout(kind, bytes, timeout) {
+        Err(Error::Full) => Err(timed_out(timeout)),
+        sent => Ok(sent?),
+    }
+}
+
+/// Says on standard error how many records found the channel full.
+pub fn print_dropped(count: u64) {
+    crate::meter::print_dropped(count);
 }
 
 /// Removes the part of a record from the end of the target, because the whole record will be
@@ -331,6 +346,14 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             let file = name("standard output");
             let what = format!(
                 "cannot write {file}: {cure}receive the rest, which is still in the channel, into another file with --partial{again}"
+            );
+            (source, what)
+        }
+        StreamError::Close { source, .. } => {
+            let file = name("standard output");
+            let what = format!(
+                "cannot write {file}: what was received is no longer in the channel, and the file does not have all of it: \
+                 send the stream again"
             );
             (source, what)
         }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use barlink::{ErrorKind, Kind, OwnedRecord, Tap};
 
 use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
-use crate::standard::{flush, flush_output, output, print};
+use crate::standard::{OutputClosed, flush, flush_output, output, print};
 use crate::stream::Recv;
 
 /// Time between two looks for the first record.
@@ -233,9 +233,18 @@ fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
 /// Copies a stream from its beginning to its end, and prints the summary.
 fn stream(args: &Recv, channel: &str, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
     let mut copied = Copied::default();
-    let outcome = copied
-        .copy(args, channel, tap, target)
-        .and_then(|()| target.flush());
+    let outcome = copied.copy(args, channel, tap, target);
+    // What was copied before an error can be lost as well.
+    let outcome = match target.flush() {
+        Err(late)
+            if !outcome
+                .as_ref()
+                .is_err_and(|error| error.is::<OutputClosed>()) =>
+        {
+            Err(late)
+        }
+        _ => outcome,
+    };
     let is_whole = (copied.missed, copied.dropped) == (0, 0);
     if args.json {
         copied.print_json(is_whole && outcome.is_ok());

@@ -25,7 +25,7 @@ mod wait;
 
 use core::time::Duration;
 
-pub use position::{Accept, Misplaced, Part, Position};
+pub use position::{Accept, Misplaced, Part, Position, gap};
 pub use receive::receive;
 pub use send::{mark, send};
 
@@ -46,6 +46,8 @@ pub struct Progress {
     pub dropped: u64,
     /// Whether the receiver took up the stream without its beginning.
     pub headless: bool,
+    /// Whether the numbers of the records went back, so that some may have come twice.
+    pub went_back: bool,
 }
 
 /// An observer of a stream. `()` ignores all calls.
@@ -102,6 +104,15 @@ pub enum StreamError<X> {
         /// Bytes at the target's end that belong to a record that was not released. The next
         /// receiver gets the whole record again.
         partial: u64,
+    },
+    /// The target reported a write error when it was closed. What was received is no longer in the
+    /// channel, and the target does not have all of it.
+    #[error("the target does not have all that was received")]
+    Close {
+        /// The error of the system call.
+        source: io::Error,
+        /// The progress until then.
+        progress: Progress,
     },
     /// The producer left before the end of the stream. The value is the number of bytes received.
     #[error("the sender left before the end of the stream, after {0} bytes")]

@@ -80,6 +80,13 @@ pub enum Part {
     NextBegin,
 }
 
+/// Returns how many sequence numbers lie between the expected one and the one that was found.
+/// `None` if the numbers went back. Sequence numbers wrap.
+pub fn gap(expected: u64, found: u64) -> Option<u64> {
+    let gap = found.wrapping_sub(expected);
+    (gap < 1 << 63).then_some(gap)
+}
+
 /// Position of a receiver in a channel's streams. It outlives a receiver that stops within a
 /// stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +99,8 @@ pub struct Position {
     pub dropped: u64,
     /// Whether the stream was taken up without its beginning.
     pub headless: bool,
+    /// Whether the numbers of this stream's records went back.
+    pub went_back: bool,
     /// Whether the last record was accepted whatever its kind.
     raw: bool,
     /// Whether the next record may be the last one again, because it was not released.
@@ -141,15 +150,16 @@ impl Position {
         }
         if !self.is_last(header) {
             let expected = self.next.unwrap_or(header.sequence);
-            if header.sequence < expected && !accept.partial {
+            let gap = gap(expected, header.sequence);
+            if gap.is_none() && !accept.partial {
                 return Err(Misplaced::WentBack {
                     found: header.sequence,
-                    last: expected - 1,
+                    last: expected.wrapping_sub(1),
                 });
             }
-            let gap = header.sequence.saturating_sub(expected);
-            self.dropped = self.dropped.saturating_add(gap);
-            self.next = Some(header.sequence.saturating_add(1));
+            self.went_back |= gap.is_none();
+            self.dropped = self.dropped.saturating_add(gap.unwrap_or(0));
+            self.next = Some(header.sequence.wrapping_add(1));
             self.seen = true;
             self.done = 0;
         }
@@ -161,7 +171,7 @@ impl Position {
 
     /// Returns whether a record was taken up before.
     fn is_last(&self, header: &Header) -> bool {
-        self.seen && self.next == header.sequence.checked_add(1)
+        self.seen && self.next == Some(header.sequence.wrapping_add(1))
     }
 
     /// Notes that the record that was taken up last is released.

@@ -14,10 +14,10 @@ use super::{Progress, StreamError, Watch};
 use crate::aligned::AlignedBuffer;
 use crate::channel::Receiver;
 use crate::consumer::Record;
-use crate::io;
 use crate::link::{Events, Wakeup};
 use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
+use crate::{io, region};
 
 /// Size of the private buffer of a receiver, in bytes.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -25,7 +25,8 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// Receives a stream, from the channel's next record to the end of the stream, and writes its bytes
 /// from the region to `target`. The next record must be the beginning of a stream, unless
 /// `position` is within one or `accept` permits another. A record that is not of the stream stays
-/// in the channel.
+/// in the channel. At the end, also after an error, closes a copy of `target`, because a file can
+/// report a write error as late as that.
 pub fn receive<M, E>(
     receiver: &mut Receiver<M, E>,
     target: c_int,
@@ -37,11 +38,34 @@ where
     M: Deref<Target = [AtomicU64]> + Clone,
     E: Events,
 {
+    let mut total = Progress::default();
+    let outcome = receive_records(receiver, target, accept, position, watch, &mut total);
+    match region::flush(target) {
+        Err(source) if total.records > 0 => Err(StreamError::Close {
+            source,
+            progress: total,
+        }),
+        _ => outcome,
+    }
+}
+
+/// Receives a stream as [`receive`] does, without closing the target.
+fn receive_records<M, E>(
+    receiver: &mut Receiver<M, E>,
+    target: c_int,
+    accept: Accept,
+    position: &mut Position,
+    watch: &mut impl Watch,
+    total: &mut Progress,
+) -> Result<Progress, StreamError<E::Error>>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events,
+{
     receiver.set_strategy(Strategy::STREAM);
     if receiver.peer().is_without_broker() {
         watch.broker_ended();
     }
-    let mut total = Progress::default();
     let mut buffer = PrivateBuffer::default();
     let mut wait = Wait::default();
     loop {
@@ -59,12 +83,12 @@ where
             Wakeup::TimedOut if away => {
                 position.end();
                 return match accept.is_raw() {
-                    true => finish(total, accept),
+                    true => finish(*total, accept),
                     false => Err(StreamError::Incomplete(total.bytes)),
                 };
             }
             Wakeup::TimedOut => {
-                wait.check(watch.timeout(), || receiver.events().now(), &total)?;
+                wait.check(watch.timeout(), || receiver.events().now(), total)?;
                 if total.records == 0 && watch.report_after().is_some() {
                     watch.waits(receiver.peer_is_away());
                 }
@@ -88,6 +112,7 @@ where
             return Err(StreamError::Incomplete(total.bytes));
         }
         (total.dropped, total.headless) = (position.dropped, position.headless);
+        total.went_back = position.went_back;
         let watched = watch.record(header.sequence);
         watched.map_err(|source| failed(source, 0))?;
         if part == Part::Data || accept.is_raw() {
@@ -100,9 +125,9 @@ where
         receiver.release()?;
         if part == Part::End {
             position.end();
-            return finish(total, accept);
+            return finish(*total, accept);
         }
-        watch.progress(&total);
+        watch.progress(total);
     }
 }
 
@@ -144,6 +169,8 @@ impl PrivateBuffer {
                     self.0 = AlignedBuffer::new(BUFFER_BYTES);
                     0
                 }
+                // A file with O_DIRECT refuses less than a block, and all that follows it.
+                Err(error) if is_invalid(&error) && region::clear_direct(target) => 0,
                 Ok(0) => return Err(failed(io::ErrorKind::WriteZero.into(), done - first)),
                 written => written.map_err(|source| failed(source, done - first))?,
             };

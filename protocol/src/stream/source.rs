@@ -71,14 +71,16 @@ impl Source {
     }
 
     /// Reads into private memory. A file with O_DIRECT is read in whole blocks, if it refuses other
-    /// lengths.
+    /// lengths. If it refuses these too, as at an odd position, it is read without O_DIRECT.
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let blocks = buffer.len() / ALIGNMENT * ALIGNMENT;
-        match self.read_by(|fd| region::read(fd, buffer)) {
-            Err(error) if is_invalid(&error) && blocks > 0 => {
-                self.read_by(|fd| region::read(fd, &mut buffer[..blocks]))
-            }
-            read => read,
+        let mut read = self.read_by(|fd| region::read(fd, buffer));
+        if read.as_ref().is_err_and(is_invalid) && blocks > 0 {
+            read = self.read_by(|fd| region::read(fd, &mut buffer[..blocks]));
         }
+        if read.as_ref().is_err_and(is_invalid) && region::clear_direct(self.fd) {
+            read = self.read_by(|fd| region::read(fd, buffer));
+        }
+        read
     }
 }

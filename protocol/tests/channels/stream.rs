@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use barlink_protocol::cursor::Kind;
+use barlink_protocol::cursor::{Clock, Header, Kind};
 use barlink_protocol::region::Region;
 use barlink_protocol::stream::{
     Accept, Misplaced, Position, Progress, StreamError, Watch, receive, send as send_all,
@@ -502,7 +502,35 @@ fn receiver_refuses_numbers_that_go_back() {
         "{received:?}"
     );
     let (received, _) = receive_bytes(&mut receiver, accept(true, false), &mut position);
-    assert_eq!(received.unwrap(), Progress::default());
+    let received = received.unwrap();
+    assert!(received.went_back && received.dropped == 0);
+}
+
+#[test]
+fn position_follows_numbers_that_wrap() {
+    let header = |kind, sequence| Header {
+        length: 0,
+        kind,
+        clock: Clock::MONOTONIC,
+        sequence,
+        time: 0,
+    };
+    // A first record with the last number is not one that was taken up before.
+    let mut position = Position::new(None);
+    for (kind, number) in [(Kind::BEGIN, u64::MAX), (Kind::DATA, 0), (Kind::END, 2)] {
+        assert!(
+            position
+                .take_up(&header(kind, number), accept(false, false))
+                .is_ok()
+        );
+        assert_eq!(position.next(), Some(number.wrapping_add(1)));
+        position.release();
+    }
+    assert_eq!((position.dropped, position.went_back), (1, false));
+    position.end();
+    let back = position.take_up(&header(Kind::BEGIN, u64::MAX), accept(false, false));
+    let found = u64::MAX;
+    assert_eq!(back, Err(Misplaced::WentBack { found, last: 2 }));
 }
 
 /// A watch with a timeout.

@@ -14,8 +14,13 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 /// reload. A program that another service has started, such as a shell, is none: its VMs may see
 /// the same folders.
 pub fn is_service() -> bool {
+    persistence::is_a_service() || is_control_process()
+}
+
+/// Tells whether this process is a control process of a service that runs.
+pub fn is_control_process() -> bool {
     // The manager sets `MAINPID` for control processes only (`systemd.exec(5)`).
-    persistence::is_a_service() || std::env::var_os("MAINPID").is_some()
+    std::env::var_os("MAINPID").is_some()
 }
 
 /// Returns the setting of the unit that hides a path (`systemd.exec(5)`), if one does.

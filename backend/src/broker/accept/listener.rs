@@ -83,6 +83,15 @@ pub enum SocketError {
         /// The process.
         pid: i32,
     },
+    /// The service's broker runs, and its socket has no file.
+    #[error(
+        "the file of socket {path} of the running service was removed: restart the service (`systemctl restart`), which \
+         makes it again and keeps the region"
+    )]
+    Removed {
+        /// The path.
+        path: PathBuf,
+    },
     /// A file that is no socket has that name.
     #[error("{path} exists and is no socket: choose another path, or remove it")]
     NotASocket {
@@ -181,8 +190,15 @@ struct Lock {
 }
 
 impl Listener {
-    /// Takes over a predecessor's socket, which must be at that path, and its lock.
-    pub fn inherit(socket: OwnedFd, lock_file: OwnedFd, path: &Path) -> Result<Self, SocketError> {
+    /// Takes over a predecessor's socket, which must be at that path, and its lock. If the file of
+    /// the socket was removed, listens there anew, because no program could connect otherwise.
+    pub fn inherit(
+        socket: OwnedFd,
+        lock_file: OwnedFd,
+        path: &Path,
+        control: &Path,
+        policy: &Policy,
+    ) -> Result<Self, SocketError> {
         let path = std::path::absolute(path).map_err(|source| failed(path, source))?;
         let address = rustix::net::getsockname(&socket);
         let address = address.map_err(|error| failed(&path, error.into()))?;
@@ -195,18 +211,49 @@ impl Listener {
             let theirs = theirs.unwrap_or_default();
             return Err(SocketError::Elsewhere { path, theirs });
         }
+        let lock = Lock {
+            path: lock_path(&path),
+            file: Arc::new(lock_file.into()),
+            kept: true,
+        };
+        let found = std::fs::symlink_metadata(&path);
+        if found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            let kind = rustix::net::sockopt::socket_type(&socket);
+            let kind = kind.map_err(|error| failed(&path, error.into()))?;
+            warn!(
+                "the file of socket {} was removed, and is made again",
+                path.display()
+            );
+            return Self::renew(lock, &path, control, policy, kind);
+        }
         // A predecessor of another version may not have done so.
         descriptors::forbid(&socket);
         Ok(Listener {
             socket,
-            lock: Lock {
-                path: lock_path(&path),
-                file: Arc::new(lock_file.into()),
-                kept: true,
-            },
+            lock,
             path,
             keeps_file: AtomicBool::new(true),
         })
+    }
+
+    /// Listens at the path of a predecessor's socket, whose file was removed. The file of its lock
+    /// may have been removed as well.
+    fn renew(
+        theirs: Lock,
+        path: &Path,
+        control: &Path,
+        policy: &Policy,
+        kind: SocketType,
+    ) -> Result<Self, SocketError> {
+        let address = SocketAddrUnix::new(path).map_err(|error| failed(path, error.into()))?;
+        let control = std::path::absolute(control).map_err(|source| failed(path, source))?;
+        let ours = theirs.file.metadata();
+        let ours = ours.map_err(|source| failed(path, source))?;
+        let lock = match std::fs::symlink_metadata(&theirs.path) {
+            Ok(named) if is_same(&named, &ours) => theirs,
+            _ => Lock::take(path, &control)?,
+        };
+        Self::bind_at(path, &address, lock, policy, kind)
     }
 
     /// Gives the file the mode of a policy, which can differ from the predecessor's.
@@ -253,6 +300,16 @@ impl Listener {
         Self::listen(control, control, policy, SocketType::SEQPACKET)
     }
 
+    /// Checks that a path has a socket, for a broker that already listens there.
+    pub fn check_file(path: &Path) -> Result<(), SocketError> {
+        match is_taken_by_a_socket(path)? {
+            true => Ok(()),
+            false => Err(SocketError::Removed {
+                path: path.to_owned(),
+            }),
+        }
+    }
+
     /// Checks whether a broker could listen at a path, as far as that can be seen without
     /// listening. `made` is a folder that is created if it is missing.
     pub fn check(path: &Path, made: Option<&Path>) -> Result<(), SocketError> {
@@ -275,13 +332,24 @@ impl Listener {
         let control = std::path::absolute(control).map_err(|source| failed(path, source))?;
         let lock = Lock::take(path, &control)?;
         clear(path, address, kind)?;
+        Self::bind_at(path, address, lock, policy, kind)
+    }
+
+    /// Listens at a path that no file has.
+    fn bind_at(
+        path: &Path,
+        address: &SocketAddrUnix,
+        lock: Lock,
+        policy: &Policy,
+        kind: SocketType,
+    ) -> Result<Self, SocketError> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
         let socket = socket.map_err(|error| failed(path, error.into()))?;
         bind(&socket, address, policy.socket_mode()).map_err(|error| failed(path, error.into()))?;
         let listener = Listener {
             socket,
-            path: path.clone(),
+            path: path.to_owned(),
             keeps_file: AtomicBool::new(false),
             lock: lock.keep(),
         };

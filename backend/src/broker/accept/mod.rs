@@ -9,4 +9,5 @@ mod rejected;
 mod unreachable;
 
 pub(super) use self::acceptor::Acceptor;
+pub(super) use self::hidden::is_control_process;
 pub use self::listener::{Listener, SocketError};

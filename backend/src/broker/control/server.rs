@@ -5,6 +5,9 @@
 //! The loop never waits for one host app, or for a service manager. All sockets are non-blocking. A
 //! host app whose socket does not take its answer is disconnected, and one that sends no request
 //! costs a descriptor until its idle timeout.
+//!
+//! A host app that is disconnected goes on with its ends. So it keeps its claims until it hangs up
+//! itself, or its process has ended: otherwise a second producer could come beside it.
 
 use std::collections::HashMap;
 use std::fmt::Arguments;
@@ -63,6 +66,8 @@ struct Client {
     since: Instant,
     /// Whether it has sent a valid request.
     active: bool,
+    /// Whether the broker has disconnected it, and it still holds ends.
+    is_parted: bool,
     /// The access that it last attached with, as far as this broker has served it.
     access: Option<Access>,
 }
@@ -71,12 +76,21 @@ impl Client {
     fn new(socket: OwnedFd, peer: Peer, active: bool) -> io::Result<Self> {
         Ok(Client {
             process: peer.process(&socket)?,
+            ..Self::unwatched(socket, peer, active)
+        })
+    }
+
+    /// Creates a client whose process is not watched.
+    fn unwatched(socket: OwnedFd, peer: Peer, active: bool) -> Self {
+        Client {
+            process: None,
             socket: Arc::new(PacketSocket::from_connected(socket)),
             peer,
             since: Instant::now(),
             active,
+            is_parted: false,
             access: None,
-        })
+        }
     }
 
     /// Returns the descriptors that the loop watches, and the data of their events.
@@ -116,23 +130,37 @@ pub fn serve(
     watch(listener.as_fd().as_raw_fd(), LISTENER)?;
     let mut clients = HashMap::new();
     for (id, socket) in inherited {
-        let client = Peer::of(&socket).and_then(|peer| {
-            let client = Client::new(socket, peer, true)?;
-            watch_client(&client, id)?;
-            Ok(client)
+        // Its claims stay even if it cannot be watched, because it goes on with its ends.
+        let unknown = Peer {
+            pid: 0,
+            uid: u32::MAX,
+            gid: u32::MAX,
+        };
+        let mut client = Client::unwatched(socket, unknown, true);
+        let watched = Peer::of(&client.socket).and_then(|peer| {
+            client.peer = peer;
+            watch(client.socket.as_fd().as_raw_fd(), id)?;
+            client.process = peer.process(&client.socket)?;
+            let mut process = client.watched(id).skip(1);
+            process.try_for_each(|(fd, event)| watch(fd, event))
         });
-        match client {
-            Ok(client) => {
-                let stored = client.socket.clone();
-                state.descriptors.store(name::client(id), stored);
-                clients.insert(id, client);
+        match watched {
+            Ok(()) => (),
+            // Linux has answered so, and answers so now, for a process that has ended.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)) => {
+                unwatch(&client);
+                log_departure(client.peer, &state.roster.release_all(id), None);
+                state.descriptors.remove(&name::client(id));
+                continue;
             }
             Err(error) => {
-                warn!("a host app of the predecessor is disconnected: {error}");
-                state.roster.release_all(id);
-                state.descriptors.remove(&name::client(id));
+                let peer = client.peer;
+                warn!("{peer}, a host app of the predecessor, is not watched: {error}");
             }
         }
+        let stored = client.socket.clone();
+        state.descriptors.store(name::client(id), stored);
+        clients.insert(id, client);
     }
     let mut events = vec![EpollEvent::default(); MAX_CLIENTS + 2];
     let mut buffer = Box::new([0; MAX_PACKET]);
@@ -171,6 +199,9 @@ pub fn serve(
                     }
                     match next {
                         Next::Stays => (),
+                        Next::Leaves(Some(error)) if state.roster.holds(id) => {
+                            part(client, &error);
+                        }
                         Next::Leaves(error) => {
                             let peer = client.peer;
                             unwatch(client);
@@ -291,6 +322,37 @@ fn log_departure(peer: Peer, held: &[String], error: Option<&io::Error>) {
     }
 }
 
+/// Disconnects a host app that holds ends. It receives no more, and what it sends is no longer
+/// answered.
+fn part(client: &mut Client, error: &io::Error) {
+    let peer = client.peer;
+    client.is_parted = true;
+    client.socket.stop_sending();
+    let message = format_args!("{peer} is disconnected, and keeps its ends until it ends: {error}");
+    peer.log(&UNRELEASED_CLAIMS, Level::Info, message);
+}
+
+/// Receives one packet of a host app that is disconnected. It can give back its ends.
+fn drain(
+    client: &Client,
+    id: ClientId,
+    state: &BrokerState,
+    buffer: &mut [u8; MAX_PACKET],
+) -> Next {
+    match client.socket.receive(buffer) {
+        Ok(Some(bytes)) => {
+            if let Ok(Ask::Release { channel, end }) = Request::parse(bytes) {
+                // An end that it does not hold needs no release.
+                let _ = state.roster.release(id, channel, end);
+            }
+            Next::Stays
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Next::Stays,
+        // It has closed its socket, perhaps with answers that it has not received.
+        Ok(None) | Err(_) => Next::Leaves(None),
+    }
+}
+
 /// Receives one request of a client and answers it.
 fn handle(
     client: &mut Client,
@@ -298,9 +360,14 @@ fn handle(
     state: &BrokerState,
     buffer: &mut [u8; MAX_PACKET],
 ) -> Next {
+    if client.is_parted {
+        return drain(client, id, state, buffer);
+    }
     let request = match client.socket.receive(buffer) {
         Ok(Some(bytes)) => bytes,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Next::Stays,
+        // It can have closed its socket with answers that it has not received.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Next::Leaves(None),
         Ok(None) => return Next::Leaves(None),
         Err(error) => return Next::Leaves(Some(error)),
     };

@@ -125,6 +125,13 @@ impl Roster {
         Ok(())
     }
 
+    /// Tells whether a host app holds an end.
+    pub fn holds(&self, client: ClientId) -> bool {
+        let words = self.words.lock();
+        let mut owners = ends(&self.region).filter_map(|(channel, end)| words.holder(channel, end));
+        owners.any(|(owner, _)| owner == client)
+    }
+
     /// Ends all claims of a host app that is gone. Returns a description of each.
     pub fn release_all(&self, client: ClientId) -> Vec<String> {
         let mut held = Vec::new();

@@ -168,7 +168,8 @@ impl Parts {
             eventfds.push(of_peer.collect::<Result<_, BrokerError>>()?);
         }
         let mut listener = |called: &str, path: &Path| {
-            let listener = Listener::inherit(take(called)?, take(&name::lock(called))?, path)?;
+            let (socket, lock) = (take(called)?, take(&name::lock(called))?);
+            let listener = Listener::inherit(socket, lock, path, control, policy)?;
             Ok::<_, BrokerError>(Arc::new(listener))
         };
         let control = listener(name::CONTROL, control)?;

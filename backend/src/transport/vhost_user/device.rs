@@ -30,6 +30,7 @@ use vhost_user_backend::VhostUserBackend;
 use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
 
+use super::core_dump;
 use super::drop_guard::guard_this_thread;
 use super::queue::{Memory, Queue, Served};
 use crate::memory::Access;
@@ -312,7 +313,8 @@ impl VhostUserBackend for Device {
     }
 
     /// Accepts all memory, because the guard has checked that it is safe to map.
-    fn update_memory(&self, _memory: Memory) -> io::Result<()> {
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        core_dump::leave_out(&memory);
         Ok(())
     }
 

@@ -9,6 +9,7 @@
 //! writes to eventfds, and rings of eventfds into interrupts. Data does not pass the session,
 //! because the VMM maps the region.
 
+mod core_dump;
 mod device;
 mod drop_guard;
 mod footprint;

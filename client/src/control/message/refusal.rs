@@ -140,14 +140,16 @@ pub enum Refusal {
         /// Bytes in the buffer.
         size: u64,
     },
-    /// Only the broker's own user reads a guest's memory.
-    #[error("only the broker's own user reads a guest's memory")]
+    /// Only the broker's own user and root read a guest's memory.
+    #[error(
+        "only the broker's own user and root can read a guest's memory: run this as one of them"
+    )]
     NotYours,
     /// The length is more than one answer carries.
     #[error("{0} bytes are more than are copied at once, {MAX_COPY}")]
     MuchData(usize),
-    /// Only the broker's own user can replace the broker.
-    #[error("only the broker's own user can replace it: run this as that user")]
+    /// Only the broker's own user and root can replace the broker.
+    #[error("only the broker's own user and root can replace it: run this as one of them")]
     NotOwner,
     /// A service manager would start the broker again, beside its successor.
     #[error(
@@ -172,8 +174,10 @@ pub enum Refusal {
         "the broker is busy: {0} host apps are attached, taps and idle ones included, and it serves no more at a time: end one of them, or serve another region for some (another `barlink serve` with --name)"
     )]
     Full(usize),
-    /// A VM is connecting.
-    #[error("a VM is just connecting to the broker: try again")]
+    /// A VM is connecting, another broker takes over, or many reads of guest memory wait.
+    #[error(
+        "the broker is busy (a VM is connecting, another broker takes over, or many reads of guest memory wait): try again"
+    )]
     Busy,
     /// The broker failed.
     #[error("the broker failed: {0}")]
