@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Scenes with the bare guest, whose processor uses barlink's device as a driver would, under TCG
+//! and under KVM.
+//!
+//! Under KVM the kernel itself takes the guest's doorbells and injects its interrupts, so a scene
+//! under TCG proves nothing about KVM. Where a probe shows that the bare guest does not run under
+//! KVM, those scenes count as skipped, and `cargo xtask test` prints the reason.
+
+mod stage;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use barlink_sandbox::tools::Accel;
+use barlink_vm::broker::Transport;
+use libtest_mimic::{Arguments, Trial};
+
+use self::stage::Setting;
+
+mod registers;
+
+/// A scene: its name, the transports over which it is played, and the function.
+type Scene = (
+    &'static str,
+    &'static [Transport],
+    fn(Setting) -> Result<()>,
+);
+
+const IVSHMEM: &[Transport] = &[Transport::Ivshmem];
+/// The transports whose device has a doorbell register and an MSI-X table.
+const REGISTERS: &[Transport] = &[Transport::Ivshmem, Transport::VfioUser];
+
+const SCENES: &[Scene] = &[
+    (
+        "doorbells_are_counted_exactly",
+        REGISTERS,
+        registers::doorbells_are_counted_exactly,
+    ),
+    (
+        "interrupts_are_counted_exactly",
+        REGISTERS,
+        registers::interrupts_are_counted_exactly,
+    ),
+];
+
+fn main() -> ExitCode {
+    let mut trials = Vec::new();
+    for accel in [Accel::Tcg, Accel::Kvm] {
+        for (scene, transports, play) in SCENES {
+            for transport in *transports {
+                let setting = Setting {
+                    transport: *transport,
+                    accel,
+                };
+                let title = format!("{}::{scene}", setting.module());
+                let trial = Trial::test(title, move || {
+                    play(setting).map_err(|error| format!("{error:#}").into())
+                });
+                trials.push(trial.with_ignored_flag(stage::is_left_out(accel)));
+            }
+        }
+    }
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
