@@ -31,17 +31,29 @@ const IVSHMEM: &[Transport] = &[Transport::Ivshmem];
 /// The transports whose device has a doorbell register and an MSI-X table.
 const REGISTERS: &[Transport] = &[Transport::Ivshmem, Transport::VfioUser];
 
+/// Makes a scene whose name is that of its function.
+macro_rules! scene {
+    ($transports:expr, $module:ident::$name:ident) => {
+        (stringify!($name), $transports, $module::$name)
+    };
+}
+
 const SCENES: &[Scene] = &[
-    (
-        "doorbells_are_counted_exactly",
-        REGISTERS,
-        registers::doorbells_are_counted_exactly,
-    ),
-    (
-        "interrupts_are_counted_exactly",
-        REGISTERS,
-        registers::interrupts_are_counted_exactly,
-    ),
+    scene!(REGISTERS, registers::doorbells_are_counted_exactly),
+    scene!(REGISTERS, registers::interrupts_are_counted_exactly),
+    scene!(REGISTERS, registers::masked_vectors_keep_their_rings),
+    scene!(REGISTERS, registers::disabled_interrupts_come_back),
+    scene!(REGISTERS, registers::moved_vectors_interrupt_at_new_place),
+    scene!(REGISTERS, registers::lock_step_loses_nothing),
+    scene!(REGISTERS, registers::storms_both_ways_lose_nothing),
+    scene!(REGISTERS, registers::paused_vm_gets_its_rings_later),
+    scene!(REGISTERS, registers::resets_amid_rings_do_no_harm),
+    scene!(REGISTERS, registers::killed_qemu_leaves_nothing_behind),
+    scene!(REGISTERS, registers::replaced_broker_loses_no_ring),
+    scene!(REGISTERS, registers::killed_broker_comes_back_unnoticed),
+    scene!(REGISTERS, registers::vms_ring_each_other),
+    scene!(REGISTERS, registers::sixteen_slots_of_256_vectors_work),
+    scene!(IVSHMEM, registers::rings_outlive_their_broker),
 ];
 
 fn main() -> ExitCode {

@@ -2,12 +2,15 @@
 
 //! The broker, the tap and the machine of a scene.
 
-use anyhow::Result;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Accel;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
 use barlink_vm::{Bare, Config, Executor, PciDevice, check_bare_kvm};
+use barlink_vm_tests::wait_until;
 
 /// The transport and the accelerator of a scene.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +28,8 @@ pub const HOST: u32 = 2;
 pub const VECTORS: u32 = 5;
 /// The first vector of the processor for interrupts of a device.
 pub const FIRST: u8 = 0x30;
+/// Timeout of an interrupt.
+pub const LIMIT: Duration = Duration::from_secs(20);
 
 /// Tells whether scenes with this accelerator cannot be played here.
 pub fn is_left_out(accel: Accel) -> bool {
@@ -51,14 +56,26 @@ impl Setting {
 
     /// Starts a broker and takes a tap from it.
     pub fn stage(self) -> Result<Stage> {
-        let arguments = ["--size", "1M"];
-        let broker = Broker::start_over(Artifacts::shared()?, &self.slots(), &arguments)?;
-        self.stage_with(broker)
+        self.stage_of(&self.slots(), &["--size", "1M"], VECTORS)
     }
 
-    /// Takes a tap from a broker of two slots.
-    pub fn stage_with(self, broker: Broker) -> Result<Stage> {
-        let tap = Tap::before_the_vm(&broker, OTHER as usize, HOST, VECTORS)?;
+    /// Starts a broker with these slots and arguments, and takes a tap from the last slot, which is
+    /// over ivshmem.
+    pub fn stage_of(self, slots: &[Transport], arguments: &[&str], vectors: u32) -> Result<Stage> {
+        let broker = Broker::start_over(Artifacts::shared()?, slots, arguments)?;
+        self.stage_with(broker, slots.len(), vectors)
+    }
+
+    /// Starts a broker as the service of a manager that stores its descriptors, and takes a tap
+    /// from it.
+    pub fn managed_stage(self) -> Result<Stage> {
+        let arguments = ["--size", "1M"];
+        let broker = Broker::start_managed_over(Artifacts::shared()?, &self.slots(), &arguments)?;
+        self.stage_with(broker, 2, VECTORS)
+    }
+
+    fn stage_with(self, broker: Broker, slots: usize, vectors: u32) -> Result<Stage> {
+        let tap = Tap::before_the_vm(&broker, slots - 1, slots as u32, vectors)?;
         Ok(Stage {
             setting: self,
             broker,
@@ -97,6 +114,37 @@ impl Stage {
         let device = Device::find(&mut machine, "barlink0")?;
         Ok((machine, device))
     }
+
+    /// Rings each vector of the VM `times` times, and checks that each ring is one interrupt.
+    pub fn interrupts_come(&self, machine: &mut Bare, times: u64) -> Result<()> {
+        (0..VECTORS).try_for_each(|vector| self.interrupts_come_by(machine, vector, times))
+    }
+
+    /// Does the same for one vector.
+    pub fn interrupts_come_by(&self, machine: &mut Bare, vector: u32, times: u64) -> Result<()> {
+        let place = FIRST + vector as u8;
+        for _ in 0..times {
+            let before = machine.taken(place, 1)?;
+            self.tap.ring(VM, vector, 1)?;
+            let taken = machine.sleep_until(place, before + 1, LIMIT)? - before;
+            ensure!(taken == 1, "vector {vector}: {taken} interrupts for a ring");
+        }
+        Ok(())
+    }
+
+    /// Waits until slot 0 has no VM.
+    pub fn wait_until_free(&self) -> Result<()> {
+        wait_until("the slot is free", || {
+            Ok(self.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
+        })
+    }
+
+    /// Checks that QEMU has written no error.
+    pub fn check_quiet(&self, machine: &Bare) -> Result<()> {
+        let errors = machine.errors()?;
+        ensure!(errors.is_empty(), "QEMU complains: {errors}");
+        Ok(())
+    }
 }
 
 /// The device in a guest, with a doorbell register and an MSI-X table.
@@ -118,7 +166,7 @@ impl Device {
         let mut place = machine.read(pci.config + 0x34)? & 0xff;
         while machine.read(pci.config + u64::from(place))? & 0xff != 0x11 {
             place = machine.read(pci.config + u64::from(place))? >> 8 & 0xff;
-            anyhow::ensure!(place != 0, "{id} has no MSI-X");
+            ensure!(place != 0, "{id} has no MSI-X");
         }
         let msix = pci.config + u64::from(place);
         Ok(Self { pci, msix })
