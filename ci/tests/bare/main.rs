@@ -7,7 +7,9 @@
 //! under TCG proves nothing about KVM. Where a probe shows that the bare guest does not run under
 //! KVM, those scenes count as skipped, and `cargo xtask test` prints the reason.
 
+mod registers;
 mod stage;
+mod unplug;
 
 use std::process::ExitCode;
 
@@ -17,8 +19,6 @@ use barlink_vm::broker::Transport;
 use libtest_mimic::{Arguments, Trial};
 
 use self::stage::Setting;
-
-mod registers;
 
 /// A scene: its name, the transports over which it is played, and the function.
 type Scene = (
@@ -54,12 +54,21 @@ const SCENES: &[Scene] = &[
     scene!(REGISTERS, registers::vms_ring_each_other),
     scene!(REGISTERS, registers::sixteen_slots_of_256_vectors_work),
     scene!(IVSHMEM, registers::rings_outlive_their_broker),
+    scene!(IVSHMEM, unplug::device_that_left_in_order_comes_back),
+    scene!(IVSHMEM, unplug::device_of_hung_guest_keeps_its_slot),
 ];
+
+/// Scenes that are played under KVM alone.
+const KVM_SCENES: &[Scene] = &[scene!(IVSHMEM, unplug::device_without_driver_comes_back)];
 
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     for accel in [Accel::Tcg, Accel::Kvm] {
-        for (scene, transports, play) in SCENES {
+        let more = match accel {
+            Accel::Tcg => &[],
+            Accel::Kvm => KVM_SCENES,
+        };
+        for (scene, transports, play) in SCENES.iter().chain(more) {
             for transport in *transports {
                 let setting = Setting {
                     transport: *transport,

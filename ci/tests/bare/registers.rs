@@ -148,7 +148,9 @@ pub fn lock_step_loses_nothing(setting: Setting) -> Result<()> {
     }
     machine.echo(0, 0, 0)?;
     ensure!(machine.taken(FIRST + 1, 1)? == times);
-    let rings = stage.tap.all_rings()?;
+    // Nobody reads the VM's eventfds over vfio-user.
+    let mut rings = stage.tap.all_rings()?;
+    rings.retain(|(peer, ..)| *peer != VM);
     ensure!(rings.is_empty(), "{rings:?}");
     stage.check_quiet(&machine)
 }
@@ -403,8 +405,10 @@ pub fn vms_ring_each_other(setting: Setting) -> Result<()> {
     let answers = second.taken(FIRST + 1, 1)?;
     // The first ring was an order, and the last one of the second VM was not answered.
     ensure!(answers == count, "{count} one way, {answers} the other way");
-    let rings = stage.tap.all_rings()?;
-    ensure!(rings.iter().all(|(peer, ..)| *peer == HOST), "{rings:?}");
+    // The broker has rung vector 0 of the host, because the VMs have come.
+    let mut rings = stage.tap.all_rings()?;
+    rings.retain(|(peer, vector, _)| *peer == HOST && *vector != 0);
+    ensure!(rings.is_empty(), "{rings:?}");
     stage.check_quiet(&first)?;
     stage.check_quiet(&second)
 }

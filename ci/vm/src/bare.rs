@@ -22,7 +22,6 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::orders::Orders;
-use crate::plug::plug;
 use crate::qemu::{iommu, mapping, memory, program, spawn};
 use crate::qmp::Qmp;
 use crate::{COMMAND_TIMEOUT, Config};
@@ -252,17 +251,6 @@ impl Bare {
     /// Waits for an event of QEMU with this name, about the device with this ID.
     pub fn wait_for_event(&self, name: &str, device: &str) -> Result<()> {
         self.qmp.wait_event(name, |data| data["device"] == device)
-    }
-
-    /// Plugs in the devices of `arguments`, in the syntax of QEMU's command line, into root ports
-    /// that exist already.
-    pub fn plug(&self, arguments: &[String]) -> Result<()> {
-        let (pairs, _) = arguments.as_chunks::<2>();
-        let pairs = pairs
-            .iter()
-            .filter(|[_, value]| !value.starts_with("pcie-root-port,"));
-        let arguments: Vec<_> = pairs.flatten().cloned().collect();
-        plug(&self.qmp, &arguments, &[]).map(drop)
     }
 
     /// Returns QEMU's process ID. In a sandbox it is that of the sandbox's first process.
