@@ -7,6 +7,10 @@
 //! under TCG proves nothing about KVM. Where a probe shows that the bare guest does not run under
 //! KVM, those scenes count as skipped, and `cargo xtask test` prints the reason.
 
+#[path = "../vhost_user/driver.rs"]
+#[expect(dead_code, reason = "the qtest tests use more of it")]
+mod driver;
+mod queues;
 mod registers;
 mod stage;
 mod unplug;
@@ -28,6 +32,7 @@ type Scene = (
 );
 
 const IVSHMEM: &[Transport] = &[Transport::Ivshmem];
+const VHOST_USER: &[Transport] = &[Transport::VhostUser];
 /// The transports whose device has a doorbell register and an MSI-X table.
 const REGISTERS: &[Transport] = &[Transport::Ivshmem, Transport::VfioUser];
 
@@ -54,6 +59,12 @@ const SCENES: &[Scene] = &[
     scene!(REGISTERS, registers::vms_ring_each_other),
     scene!(REGISTERS, registers::sixteen_slots_of_256_vectors_work),
     scene!(IVSHMEM, registers::rings_outlive_their_broker),
+    scene!(VHOST_USER, queues::queues_count_exactly),
+    scene!(VHOST_USER, queues::storm_fills_all_buffers),
+    scene!(VHOST_USER, queues::queues_work_after_resets_amid_rings),
+    scene!(VHOST_USER, queues::killed_qemu_leaves_queues_usable),
+    scene!(VHOST_USER, queues::vm_rings_vm_over_ivshmem),
+    scene!(VHOST_USER, queues::queues_work_after_unplugging),
     scene!(IVSHMEM, unplug::device_that_left_in_order_comes_back),
     scene!(IVSHMEM, unplug::device_of_hung_guest_keeps_its_slot),
 ];

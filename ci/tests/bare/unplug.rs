@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The device goes and comes back while its VM runs, over ivshmem.
+//! The device goes and comes back while its VM runs.
 
 use std::thread;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use barlink_driver_checks::tier::rounds;
 use barlink_protocol::wire::layout::{PAGE_SIZE, presence};
 use barlink_sandbox::tools::Accel;
 use barlink_vm::Bare;
+use barlink_vm::broker::Transport;
 use barlink_vm_tests::wait_until;
 use serde_json::json;
 
@@ -30,8 +31,9 @@ fn set_epoch(stage: &Stage, epoch: u64) -> Result<()> {
     stage.tap.store(page + presence::EPOCH, &[epoch])
 }
 
-/// Lets the guest eject the device that QEMU was told to remove.
-fn eject(machine: &mut Bare) -> Result<()> {
+/// Tells QEMU to remove the device, and lets the guest eject it.
+pub fn eject(machine: &mut Bare) -> Result<()> {
+    machine.qmp("device_del", &json!({ "id": "barlink0" }))?;
     wait_until("the guest is told which device goes", || {
         for bus in 0..8 {
             machine.write_port(BUS, bus)?;
@@ -46,7 +48,7 @@ fn eject(machine: &mut Bare) -> Result<()> {
 
 /// Waits until QEMU has removed the device, and for the time that an operator must wait
 /// (`docs/decisions/0005-hot-unplug.md`). Then removes the connection to the broker.
-fn removed(stage: &Stage, machine: &Bare, chardev: &str) -> Result<()> {
+pub fn removed(stage: &Stage, machine: &Bare, chardev: &str) -> Result<()> {
     machine.wait_for_event("DEVICE_DELETED", "barlink0")?;
     thread::sleep(Duration::from_millis(300));
     machine.qmp("chardev-remove", &json!({ "id": chardev }))?;
@@ -54,34 +56,44 @@ fn removed(stage: &Stage, machine: &Bare, chardev: &str) -> Result<()> {
 }
 
 /// Plugs the device in again, with a new connection to the broker.
-fn plug(stage: &Stage, machine: &Bare, chardev: &str) -> Result<()> {
+pub fn plug(stage: &Stage, machine: &Bare, chardev: &str) -> Result<()> {
     let address = json!({ "type": "unix", "data": { "path": stage.broker.socket(0) } });
     let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
     machine.qmp("chardev-add", &json!({ "id": chardev, "backend": backend }))?;
-    let device = json!({
-        "driver": "ivshmem-doorbell", "id": "barlink0", "bus": "barlink0-port",
-        "chardev": chardev, "vectors": VECTORS,
-    });
+    let mut device = match stage.setting.transport {
+        Transport::VhostUser => json!({
+            "driver": "vhost-user-test-device-pci", "virtio-id": 6, "num_vqs": 2, "vq_size": 64,
+            "config_size": 64,
+        }),
+        _ => json!({ "driver": "ivshmem-doorbell", "vectors": VECTORS }),
+    };
+    device["id"] = json!("barlink0");
+    device["bus"] = json!("barlink0-port");
+    device["chardev"] = json!(chardev);
     machine.qmp("device_add", &device).map(drop)
 }
 
 /// Gives a device that was plugged in the addresses that it had before, in the windows of its port.
-fn place(machine: &mut Bare, device: &Device) -> Result<()> {
+pub fn place(machine: &mut Bare, device: &Device) -> Result<()> {
     let config = device.pci.config;
     wait_until("the device is there", || {
-        Ok(machine.read(config)? == 0x1110_1af4)
+        Ok(machine.read(config)? & 0xffff == 0x1af4)
     })?;
     for (bar, (address, _)) in (0..).zip(&device.pci.bars) {
         if *address != 0 {
-            machine.write(config + 0x10 + 4 * bar, *address as u32)?;
+            let register = config + 0x10 + 4 * bar;
+            machine.write(register, *address as u32)?;
+            if *address >> 32 != 0 {
+                machine.write(register + 4, (*address >> 32) as u32)?;
+            }
         }
     }
-    let high = device.pci.bars[2].0 >> 32;
-    machine.write(config + 0x1c, high as u32)
+    // Enables memory accesses.
+    machine.write(config + 4, 2)
 }
 
 /// The name of the connection in round `round`. QEMU's own name for it is that of its arguments.
-fn chardev(round: u64) -> String {
+pub fn chardev(round: u64) -> String {
     match round {
         0 => "barlink0-socket".to_owned(),
         round => format!("late{round}"),
@@ -109,7 +121,6 @@ pub fn device_that_left_in_order_comes_back(setting: Setting) -> Result<()> {
         // The driver goes: it disables the interrupts, and ends its epoch.
         device.set_msix(&mut machine, false, false)?;
         set_epoch(&stage, 2 * round + 2)?;
-        machine.qmp("device_del", &json!({ "id": "barlink0" }))?;
         eject(&mut machine)?;
         removed(&stage, &machine, &chardev(round))?;
         plug(&stage, &machine, &chardev(round + 1))?;
@@ -125,7 +136,6 @@ pub fn device_without_driver_comes_back(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
     let (mut machine, device) = stage.machine()?;
     for round in 0..rounds(3, 30) {
-        machine.qmp("device_del", &json!({ "id": "barlink0" }))?;
         eject(&mut machine)?;
         removed(&stage, &machine, &chardev(round))?;
         plug(&stage, &machine, &chardev(round + 1))?;
