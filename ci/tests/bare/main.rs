@@ -10,6 +10,7 @@
 #[path = "../vhost_user/driver.rs"]
 #[expect(dead_code, reason = "the qtest tests use more of it")]
 mod driver;
+mod library;
 mod queues;
 mod registers;
 mod stage;
@@ -65,6 +66,11 @@ const SCENES: &[Scene] = &[
     scene!(VHOST_USER, queues::killed_qemu_leaves_queues_usable),
     scene!(VHOST_USER, queues::vm_rings_vm_over_ivshmem),
     scene!(VHOST_USER, queues::queues_work_after_unplugging),
+    scene!(&Transport::ALL, library::sent_record_wakes_sleeping_guest),
+    scene!(
+        &Transport::ALL,
+        library::record_of_guest_wakes_sleeping_program
+    ),
     scene!(IVSHMEM, unplug::device_that_left_in_order_comes_back),
     scene!(IVSHMEM, unplug::device_of_hung_guest_keeps_its_slot),
 ];

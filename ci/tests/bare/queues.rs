@@ -25,7 +25,7 @@ const QUEUE_VECTOR: u64 = 26;
 const MAGIC: u32 = u32::from_le_bytes(*b"barl");
 
 /// A started device, and the number of buffers that it has returned by each queue.
-struct Queues {
+pub struct Queues {
     driver: Driver,
     returned: [usize; 2],
 }
@@ -33,7 +33,7 @@ struct Queues {
 impl Queues {
     /// Starts the device, with the interrupts of its second queue by MSI-X, and waits for the
     /// region.
-    fn start(stage: &Stage, machine: &mut Bare) -> Result<Self> {
+    pub fn start(stage: &Stage, machine: &mut Bare) -> Result<Self> {
         let device = Device::find(machine, "barlink0")?;
         let driver = Driver::find(machine, device.pci.clone())?;
         Self::start_again(stage, machine, driver, &device)
@@ -61,8 +61,18 @@ impl Queues {
         Ok(Self { driver, returned })
     }
 
+    /// Returns the address of the region.
+    pub fn region(&self) -> u64 {
+        self.driver.region.address
+    }
+
+    /// Gives the device a buffer for an interrupt.
+    pub fn give_buffer(&mut self, machine: &mut Bare) -> Result<()> {
+        self.driver.put(machine, INTERRUPTS, u32::MAX, true)
+    }
+
     /// Rings a peer's vector.
-    fn ring(&mut self, machine: &mut Bare, peer: u32, vector: u32) -> Result<()> {
+    pub fn ring(&mut self, machine: &mut Bare, peer: u32, vector: u32) -> Result<()> {
         let word = peer << 16 | vector;
         self.driver.put(machine, DOORBELLS, word, false)?;
         self.returned[0] += 1;
@@ -75,7 +85,7 @@ impl Queues {
     /// Gives the device a buffer for an interrupt, lets the host ring a vector, and checks that one
     /// interrupt comes and names the vector.
     fn interrupt_comes(&mut self, stage: &Stage, machine: &mut Bare, vector: u32) -> Result<()> {
-        self.driver.put(machine, INTERRUPTS, u32::MAX, true)?;
+        self.give_buffer(machine)?;
         let before = machine.taken(FIRST, 1)?;
         stage.tap.ring(VM, vector, 1)?;
         let taken = machine.sleep_until(FIRST, before + 1, LIMIT)? - before;
@@ -200,7 +210,7 @@ pub fn vm_rings_vm_over_ivshmem(setting: Setting) -> Result<()> {
         queues.ring(&mut first, OTHER, 2)?;
         let taken = second.sleep_until(FIRST + 2, round, LIMIT)?;
         ensure!(taken == round, "{taken} of {round}");
-        queues.driver.put(&mut first, INTERRUPTS, u32::MAX, true)?;
+        queues.give_buffer(&mut first)?;
         second.write(other.doorbell(), VM << 16 | 3)?;
         let taken = first.sleep_until(FIRST, round, LIMIT)?;
         ensure!(taken == round, "{taken} of {round}");

@@ -26,6 +26,8 @@ pub const OTHER: u32 = 1;
 pub const HOST: u32 = 2;
 /// The vectors of each peer.
 pub const VECTORS: u32 = 5;
+/// Size of the region in bytes.
+pub const REGION: u64 = 1 << 20;
 /// The first vector of the processor for interrupts of a device.
 pub const FIRST: u8 = 0x30;
 /// Timeout of an interrupt.

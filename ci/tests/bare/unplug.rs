@@ -14,16 +14,13 @@ use barlink_vm::broker::Transport;
 use barlink_vm_tests::wait_until;
 use serde_json::json;
 
-use crate::stage::{Device, FIRST, HOST, LIMIT, Setting, Stage, VECTORS, VM};
+use crate::stage::{Device, FIRST, HOST, LIMIT, REGION, Setting, Stage, VECTORS, VM};
 
 /// The ports by which ACPI's hot-plug of q35 selects a bus, shows the devices that are to go, and
 /// ejects them (QEMU, `docs/specs/acpi_pci_hotplug.rst`).
 const GOING: u16 = 0xcc4;
 const EJECT: u16 = 0xcc8;
 const BUS: u16 = 0xcd0;
-
-/// Size of the region in bytes.
-const REGION: u64 = 1 << 20;
 
 /// Stores the epoch of the VM's driver, as the driver does when it comes and goes.
 fn set_epoch(stage: &Stage, epoch: u64) -> Result<()> {

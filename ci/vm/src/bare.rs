@@ -190,6 +190,17 @@ impl Bare {
             .map(drop)
     }
 
+    /// Reads 64 bits from an address.
+    pub fn read_long(&mut self, address: u64) -> Result<u64> {
+        self.order(&format!("readq {address:#x}"))
+    }
+
+    /// Writes 64 bits to an address.
+    pub fn write_long(&mut self, address: u64, value: u64) -> Result<()> {
+        self.order(&format!("writeq {address:#x} {value:#x}"))
+            .map(drop)
+    }
+
     /// Writes 8 bits to an address.
     pub fn write_byte(&mut self, address: u64, value: u8) -> Result<()> {
         self.order(&format!("writeb {address:#x} {value:#x}"))
