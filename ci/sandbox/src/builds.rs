@@ -147,6 +147,12 @@ impl Artifacts {
         built.as_ref().map_err(|error| anyhow!("{error:#}"))
     }
 
+    /// Returns whether another process has passed its artifacts on, so that [`Artifacts::shared`]
+    /// builds nothing.
+    pub fn are_passed_on() -> bool {
+        std::env::var_os(BUILT).is_some()
+    }
+
     /// Returns the environment variables by which [`Artifacts::shared`] returns these artifacts in
     /// another process, without a build.
     pub fn environment(&self) -> Result<Vec<(&'static str, OsString)>> {

@@ -9,7 +9,7 @@ use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Accel;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
-use barlink_vm::{Bare, Config, Executor, PciDevice, check_bare_kvm};
+use barlink_vm::{Bare, Config, Executor, PciDevice};
 use barlink_vm_tests::wait_until;
 
 /// The transport and the accelerator of a scene.
@@ -32,13 +32,6 @@ pub const REGION: u64 = 1 << 20;
 pub const FIRST: u8 = 0x30;
 /// Timeout of an interrupt.
 pub const LIMIT: Duration = Duration::from_secs(20);
-
-/// Tells whether scenes with this accelerator cannot be played here.
-pub fn is_left_out(accel: Accel) -> bool {
-    // Without artifacts each scene fails, and says why.
-    let possible = || Artifacts::shared().is_ok_and(|artifacts| check_bare_kvm(artifacts).is_err());
-    accel == Accel::Kvm && possible()
-}
 
 impl Setting {
     /// Returns the module part of the names of tests.

@@ -193,3 +193,26 @@ impl Drop for Running {
         let _ = self.0.wait();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Under TCG both kinds of guests boot everywhere.
+    #[test]
+    fn probe_tells_booted_from_hung_guests() {
+        let artifacts = Artifacts::shared().unwrap();
+        let minutes = Duration::from_secs(120);
+        boot(artifacts, Guest::Bare, Accel::Tcg, minutes).unwrap();
+        boot(artifacts, Guest::Linux, Accel::Tcg, minutes).unwrap();
+        let moment = Duration::from_millis(50);
+        let error = boot(artifacts, Guest::Linux, Accel::Tcg, moment).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("does not boot within 50ms"), "{error}");
+        let image = artifacts.bare_guest().to_owned();
+        let broken = artifacts.with_kernel("none", image, artifacts.initramfs.clone());
+        let error = boot(&broken, Guest::Linux, Accel::Tcg, minutes).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("QEMU ended with"), "{error}");
+    }
+}
