@@ -209,7 +209,7 @@ mod tests {
         let error = boot(artifacts, Guest::Linux, Accel::Tcg, moment).unwrap_err();
         let error = error.to_string();
         assert!(error.contains("does not boot within 50ms"), "{error}");
-        let image = artifacts.bare_guest().to_owned();
+        let image = "/no/such/kernel".into();
         let broken = artifacts.with_kernel("none", image, artifacts.initramfs.clone());
         let error = boot(&broken, Guest::Linux, Accel::Tcg, minutes).unwrap_err();
         let error = error.to_string();
