@@ -88,9 +88,9 @@ impl Bare {
         command.args(iommu(config));
         command.args(match accel {
             // The kernel's own I/O APIC does not support interrupt remapping.
-            Accel::Kvm if config.iommu => ["-accel", "kvm,kernel-irqchip=split", "-cpu", "host"],
-            Accel::Kvm => ["-accel", "kvm", "-cpu", "host"],
-            Accel::Tcg => ["-accel", "tcg", "-cpu", "max"],
+            Accel::Kvm if config.iommu => ["-accel", "kvm,kernel-irqchip=split"],
+            Accel::Kvm => ["-accel", "kvm"],
+            Accel::Tcg => ["-accel", "tcg"],
         });
         let (qmp, qmp_end) = UnixStream::pair()?;
         let (orders, orders_end) = UnixStream::pair()?;
@@ -110,6 +110,10 @@ impl Bare {
             Executor::Guest(_) => {
                 command.args(["-serial", "chardev:orders", "-bios"]);
                 command.arg(artifacts.bare_guest());
+                command.args(match accel {
+                    Accel::Kvm => ["-cpu", "host"],
+                    Accel::Tcg => ["-cpu", "max"],
+                });
             }
         }
         command.args(&config.arguments);
