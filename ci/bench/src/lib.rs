@@ -59,7 +59,7 @@ use self::scene::Scene;
 use barlink_sandbox::builds::{Artifacts, Programs, target_folder};
 use barlink_sandbox::setup;
 use barlink_sandbox::tools::VmArgs;
-use barlink_vm::check_accelerator;
+use barlink_vm::{check_accelerator, check_kernel_boots};
 
 /// Bytes of payload in a record of a stream.
 const RECORD_SIZES: [u64; 8] = [
@@ -110,6 +110,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     Plan::new(&RECORD_SIZES, &TRIP_SIZES, &args.only)?;
     let tools = setup::ensure(&args.vm.tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::BENCH)?;
+    check_kernel_boots(&artifacts)?;
     let folder = match &args.output {
         Some(folder) => folder.clone(),
         None => target_folder()?.join("bench"),

@@ -167,7 +167,7 @@ impl<'a> Scene<'a> {
         };
         let kernel = self.vm.run(["uname", "-r"])?.success()?;
         Ok(Conditions {
-            accelerator: match accelerator(self.artifacts.args.accel) {
+            accelerator: match accelerator(self.artifacts) {
                 Accel::Kvm => "kvm",
                 Accel::Tcg => "tcg",
             },

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Builds everything that the VM and the tests need: the programs, the driver, the initramfs.
+//! Builds everything that the VM and the tests need: the programs, the driver, the initramfs, the
+//! bare guest.
 //!
 //! A tool that knows what has changed (cargo, make) does each build. So a repeated build costs
 //! little, and a guest never boots stale files.
@@ -19,6 +20,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
+use crate::bare_guest;
 use crate::initramfs;
 use crate::module::ModuleBuild;
 use crate::tools::{Headers, Qemu, Tools, VmArgs};
@@ -122,6 +124,8 @@ struct Files {
     digest: String,
     /// Folder for the logs of VMs.
     logs: PathBuf,
+    /// Path of the bare guest's image.
+    bare_guest: PathBuf,
 }
 
 impl Artifacts {
@@ -141,6 +145,12 @@ impl Artifacts {
             Ok(Self::new(tools, args, serde_json::from_slice(&files)?))
         });
         built.as_ref().map_err(|error| anyhow!("{error:#}"))
+    }
+
+    /// Returns whether another process has passed its artifacts on, so that [`Artifacts::shared`]
+    /// builds nothing.
+    pub fn are_passed_on() -> bool {
+        std::env::var_os(BUILT).is_some()
     }
 
     /// Returns the environment variables by which [`Artifacts::shared`] returns these artifacts in
@@ -197,6 +207,7 @@ impl Artifacts {
             driver,
             initramfs,
             digest,
+            bare_guest: bare_guest::build(&repository(), &logs)?,
             logs,
         };
         Ok(Self::new(tools, args, files))
@@ -225,20 +236,22 @@ impl Artifacts {
 
     /// Returns a text that changes whenever QEMU, the kernel or the initramfs changes.
     pub fn identity(&self) -> Result<String> {
-        let mut words = vec![self.files.digest.clone()];
-        let qemu = match &self.tools.qemu {
+        let kernel = &self.tools.kernel_image;
+        let words = [
+            self.files.digest.clone(),
+            self.qemu_identity()?,
+            self.initramfs.display().to_string(),
+            file_identity(kernel)?,
+        ];
+        Ok(words.join(" "))
+    }
+
+    /// Returns a text that changes whenever QEMU changes.
+    pub fn qemu_identity(&self) -> Result<String> {
+        file_identity(match &self.tools.qemu {
             Qemu::Sandboxed(sandbox) => &sandbox.folder,
             Qemu::Own(path) => path,
-        };
-        for path in [qemu, &self.tools.kernel_image, &self.initramfs] {
-            words.push(path.display().to_string());
-        }
-        for path in [qemu, &self.tools.kernel_image] {
-            let metadata =
-                fs::metadata(path).with_context(|| format!("{} cannot be read", path.display()))?;
-            words.push(format!("{:?}", metadata.modified()?));
-        }
-        Ok(words.join(" "))
+        })
     }
 
     /// Returns the path of a program of the host.
@@ -251,6 +264,11 @@ impl Artifacts {
         self.files.guest.program(name)
     }
 
+    /// Returns the path of the bare guest's image.
+    pub fn bare_guest(&self) -> &Path {
+        &self.files.bare_guest
+    }
+
     /// Returns these artifacts for a guest with another kernel and initramfs.
     pub fn with_kernel(&self, release: &str, kernel_image: PathBuf, initramfs: PathBuf) -> Self {
         let mut artifacts = self.clone();
@@ -259,6 +277,13 @@ impl Artifacts {
         artifacts.initramfs = initramfs;
         artifacts
     }
+}
+
+/// Returns a text that changes whenever the file at a path is written or replaced.
+pub fn file_identity(path: &Path) -> Result<String> {
+    let metadata =
+        fs::metadata(path).with_context(|| format!("{} cannot be read", path.display()))?;
+    Ok(format!("{} {:?}", path.display(), metadata.modified()?))
 }
 
 /// A part of [`Artifacts`] that comes from another build.

@@ -10,6 +10,7 @@
 //! | `sandbox.rs` | a finished sandbox, and commands that run in it |
 //! | `tools.rs` | the tools of a sandbox, or the user's own in their place |
 //! | `builds.rs` | builds the programs, the driver and the initramfs |
+//! | `bare_guest.rs` | the build of the bare guest, `ci/bare-guest/` |
 //! | `module.rs` | the build of one kernel module |
 //! | `initramfs.rs` | the archive that a guest boots |
 //! | `nextest.rs` | cargo-nextest, which runs tests, and the build of the tests |
@@ -17,6 +18,7 @@
 //! | `host.rs` | installs Debian packages on the host |
 //! | `steps.rs` | progress and log of long work |
 
+mod bare_guest;
 pub mod builds;
 pub mod debian;
 pub mod host;

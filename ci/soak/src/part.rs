@@ -135,6 +135,12 @@ pub fn all() -> Result<Vec<Part>> {
             "binary(transports) & test(/cache::(each_cure|low_bar)|guest_with_few_cpus/)",
         ),
         (
+            "bare",
+            "the scenes with the bare guest in full depth, under KVM too where it runs",
+            300,
+            "binary(bare)",
+        ),
+        (
             "resets",
             "100 resets of guests under the users of their devices",
             540,

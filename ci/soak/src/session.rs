@@ -7,6 +7,7 @@ use barlink_driver_checks::tier::{self, Tier};
 use barlink_sandbox::builds::{Artifacts, Programs};
 use barlink_sandbox::nextest::Nextest;
 use barlink_sandbox::setup;
+use barlink_vm::check_kernel_boots;
 
 use crate::part::{Part, Work};
 use crate::{SoakArgs, crash, fuzz, mutation};
@@ -102,6 +103,8 @@ impl<'a> Session<'a> {
 
     fn build(&self, programs: Programs) -> Result<Artifacts> {
         let tools = setup::ensure(&self.args.vm.tools)?;
-        Artifacts::build(tools, self.args.vm.clone(), programs)
+        let artifacts = Artifacts::build(tools, self.args.vm.clone(), programs)?;
+        check_kernel_boots(&artifacts)?;
+        Ok(artifacts)
     }
 }

@@ -201,11 +201,18 @@ impl Driver {
         Ok(machine.read(self.interrupt_status.address)? & 1 != 0)
     }
 
-    /// Returns the length and the word of each buffer that the device has returned.
+    /// Returns how many buffers the device has returned.
+    pub fn count(&self, machine: &mut Bare, queue: u16) -> Result<u16> {
+        machine.read_short(QUEUES + (u64::from(queue) << 20) + 0x2002)
+    }
+
+    /// Returns the length and the word of each buffer that the device has returned, of the last
+    /// ones if these are more than the queue has.
     pub fn returned(&self, machine: &mut Bare, queue: u16) -> Result<Vec<(u32, u32)>> {
         let memory = QUEUES + (u64::from(queue) << 20);
-        let count = machine.read_short(memory + 0x2002)?;
-        (0..u64::from(count))
+        let count = self.count(machine, queue)?;
+        (count.saturating_sub(SIZE)..count)
+            .map(u64::from)
             .map(|index| {
                 let element = memory + 0x2004 + 8 * (index % u64::from(SIZE));
                 let buffer = machine.read(element)?;

@@ -1,48 +1,68 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The accelerator that runs the guest's instructions: KVM where it works, else QEMU's translator
-//! TCG.
+//! The accelerator that runs the guest's instructions: KVM where a guest of the kind boots under it
+//! (`probe.rs`), else QEMU's translator TCG.
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
 
+use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Accel;
+
+use crate::probe::{Guest, probe};
 
 /// Path of KVM's device.
 pub(crate) const KVM: &str = "/dev/kvm";
 
-/// Kernel modules that are known to serve [`KVM`] well. The device alone proves little, because
-/// guests may hang where something else serves it.
-const MODULES: [&str; 2] = ["/sys/module/kvm_intel", "/sys/module/kvm_amd"];
-
-/// Chooses the accelerator: the wanted one, else KVM if it works, else TCG.
-pub fn accelerator(wanted: Option<Accel>) -> Accel {
-    wanted.unwrap_or_else(|| match is_served() && check_kvm(Path::new(KVM)).is_ok() {
-        true => Accel::Kvm,
-        false => Accel::Tcg,
+/// Chooses the accelerator of VMs with a kernel: the wanted one, else KVM if the kernel boots under
+/// it, else TCG.
+pub fn accelerator(artifacts: &Artifacts) -> Accel {
+    let chosen = artifacts.args.accel;
+    chosen.unwrap_or_else(|| match kvm_boots(artifacts, Guest::Linux) {
+        Ok(()) => Accel::Kvm,
+        Err(_) => Accel::Tcg,
     })
+}
+
+/// Checks that the bare guest runs under KVM. The error is the reason why tests leave KVM out.
+pub fn check_bare_kvm(artifacts: &Artifacts) -> Result<()> {
+    if artifacts.args.accel == Some(Accel::Tcg) {
+        bail!("--accel tcg was given");
+    }
+    kvm_boots(artifacts, Guest::Bare)
 }
 
 /// Checks that the wanted accelerator is available, so that a caller can fail before long work.
 pub fn check_accelerator(wanted: Option<Accel>) -> Result<()> {
-    if wanted != Some(Accel::Kvm) {
-        return Ok(());
+    match wanted {
+        Some(Accel::Kvm) => wanted_kvm(check_device(Path::new(KVM))),
+        _ => Ok(()),
     }
-    check_kvm(Path::new(KVM))?;
-    if !is_served() {
-        eprintln!(
-            "{KVM} is served by neither kvm_intel nor kvm_amd: if the guest hangs, take --accel tcg"
-        );
+}
+
+/// Checks that the kernel boots under KVM, if KVM is wanted.
+pub fn check_kernel_boots(artifacts: &Artifacts) -> Result<()> {
+    match artifacts.args.accel {
+        Some(Accel::Kvm) => wanted_kvm(kvm_boots(artifacts, Guest::Linux)),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+fn wanted_kvm(checked: Result<()>) -> Result<()> {
+    checked.map_err(|error| anyhow::anyhow!("--accel kvm: {error:#}; or take --accel tcg"))
+}
+
+fn kvm_boots(artifacts: &Artifacts, guest: Guest) -> Result<()> {
+    check_device(Path::new(KVM))?;
+    probe(artifacts, guest)
 }
 
 /// Describes the guest's processors for the hash of a snapshot. Under KVM they are the host's.
-pub(crate) fn identity(wanted: Option<Accel>) -> String {
-    match accelerator(wanted) {
+pub(crate) fn identity(artifacts: &Artifacts) -> String {
+    match accelerator(artifacts) {
         Accel::Tcg => "tcg".to_owned(),
         Accel::Kvm => {
             let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -54,11 +74,7 @@ pub(crate) fn identity(wanted: Option<Accel>) -> String {
     }
 }
 
-fn is_served() -> bool {
-    MODULES.iter().any(|module| Path::new(module).exists())
-}
-
-fn check_kvm(device: &Path) -> Result<()> {
+fn check_device(device: &Path) -> Result<()> {
     let (cause, cure) = match access(device, Access::READ_OK | Access::WRITE_OK) {
         Ok(()) => return Ok(()),
         Err(Errno::NOENT) => (
@@ -71,10 +87,7 @@ fn check_kvm(device: &Path) -> Result<()> {
         ),
         Err(_) => ("cannot be used", "see what it is"),
     };
-    bail!(
-        "--accel kvm: {} {cause}: {cure}; or take --accel tcg",
-        device.display()
-    )
+    Err(anyhow::anyhow!("{cure}")).with_context(|| format!("{} {cause}", device.display()))
 }
 
 #[cfg(test)]
@@ -87,11 +100,12 @@ mod tests {
             ("/no/such/file", "is not there: load kvm_intel or kvm_amd"),
             ("/dev/null/kvm", "cannot be used"),
         ] {
-            let error = check_kvm(Path::new(device)).unwrap_err().to_string();
+            let error = wanted_kvm(check_device(Path::new(device))).unwrap_err();
+            let error = error.to_string();
             assert!(error.contains(cure), "{error}");
             assert!(error.ends_with("or take --accel tcg"), "{error}");
         }
-        check_kvm(Path::new("/dev/null")).unwrap();
+        check_device(Path::new("/dev/null")).unwrap();
         check_accelerator(Some(Accel::Tcg)).unwrap();
     }
 }

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A machine without a guest, for tests with QEMU's qtest (`docs/devel/testing/qtest.rst`).
+//! A machine without a kernel, whose devices a test uses by orders, such as `readl 0xfee00030`.
 //!
-//! Stock QEMU runs its firmware, which gives devices their addresses. Then a test reads and writes
-//! memory in place of a guest.
+//! There are two ways to execute the orders. By QEMU's qtest (`docs/devel/testing/qtest.rst`), QEMU
+//! itself reads and writes the memory of the machine, after its firmware has given devices their
+//! addresses. Or the machine's processor does so, under KVM or TCG, with the bare guest
+//! (`ci/bare-guest`) in place of the firmware. Then accesses take the way of a real guest's, and
+//! interrupts come and are counted.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, ExitStatus, Stdio};
@@ -14,15 +16,17 @@ use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use command_fds::CommandFdExt;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::orders::Orders;
 use crate::qemu::{iommu, mapping, memory, program, spawn};
 use crate::qmp::Qmp;
 use crate::{COMMAND_TIMEOUT, Config};
 use barlink_sandbox::builds::Artifacts;
+use barlink_sandbox::tools::Accel;
 
 /// Address of the PCI configuration space in memory, as q35's firmware sets it.
 const ECAM: u64 = 0xb000_0000;
@@ -34,11 +38,20 @@ const FIRMWARE_LOG: &str = "seabios.log";
 /// and halts.
 const FIRMWARE_HALTS: &str = "No bootable device.";
 
-/// A running machine without a guest. Dropping it ends QEMU.
+/// The party that executes the orders of a test.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Executor {
+    /// QEMU itself, by qtest.
+    Qtest,
+    /// The bare guest, under this accelerator.
+    Guest(Accel),
+}
+
+/// A running machine without a kernel. Dropping it ends QEMU.
 #[derive(Debug)]
 pub struct Bare {
     qmp: Qmp,
-    memory: BufReader<UnixStream>,
+    orders: Orders,
     errors: File,
     child: Child,
     folder: TempDir,
@@ -55,40 +68,70 @@ pub struct PciDevice {
 }
 
 impl Bare {
-    /// Starts QEMU with the memory, the IOMMU and the arguments of `config`.
+    /// Starts QEMU with the memory, the IOMMU and the arguments of `config`. QEMU executes orders.
     pub fn start(artifacts: &Artifacts, config: &Config) -> Result<Self> {
+        Self::start_by(Executor::Qtest, artifacts, config)
+    }
+
+    /// Starts QEMU with the memory, the IOMMU and the arguments of `config`.
+    pub fn start_by(executor: Executor, artifacts: &Artifacts, config: &Config) -> Result<Self> {
         let folder = TempDir::with_prefix_in("bare-", &artifacts.logs)?;
-        let mut command = program(artifacts, config, folder.path())?;
+        let accel = match executor {
+            Executor::Qtest => Accel::Tcg,
+            Executor::Guest(accel) => accel,
+        };
+        let mut command = program(artifacts, config, folder.path(), accel)?;
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
-        command.args(["-machine", "q35,memory-backend=ram", "-accel", "tcg"]);
+        command.args(["-machine", "q35,memory-backend=ram"]);
         command.args(["-object", &memory(config)]);
         command.args(["-m", &format!("{}M", config.memory_mib)]);
         command.args(iommu(config));
+        command.args(match accel {
+            // The kernel's own I/O APIC does not support interrupt remapping.
+            Accel::Kvm if config.iommu => ["-accel", "kvm,kernel-irqchip=split"],
+            Accel::Kvm => ["-accel", "kvm"],
+            Accel::Tcg => ["-accel", "tcg"],
+        });
         let (qmp, qmp_end) = UnixStream::pair()?;
-        let (ram, memory_end) = UnixStream::pair()?;
-        for (name, number) in [("qmp", 3), ("qtest", 4)] {
+        let (orders, orders_end) = UnixStream::pair()?;
+        for (name, number) in [("qmp", 3), ("orders", 4)] {
             command.args(["-chardev", &format!("socket,id={name},fd={number}")]);
-            command.args([format!("-{name}"), format!("chardev:{name}")]);
         }
-        // Doubles commas, because a single comma ends the value of an option.
-        let log = folder.path().join(FIRMWARE_LOG).display().to_string();
-        let log = format!("file,id=seabios,path={}", log.replace(',', ",,"));
-        command.args(["-chardev", &log]);
-        command.args(["-device", "isa-debugcon,iobase=0x402,chardev=seabios"]);
-        command.args(["-qtest-log", "none"]).args(&config.arguments);
+        command.args(["-qmp", "chardev:qmp"]);
+        match executor {
+            Executor::Qtest => {
+                command.args(["-qtest", "chardev:orders", "-qtest-log", "none"]);
+                // Doubles commas, because a single comma ends the value of an option.
+                let log = folder.path().join(FIRMWARE_LOG).display().to_string();
+                let log = format!("file,id=seabios,path={}", log.replace(',', ",,"));
+                command.args(["-chardev", &log]);
+                command.args(["-device", "isa-debugcon,iobase=0x402,chardev=seabios"]);
+            }
+            Executor::Guest(_) => {
+                command.args(["-serial", "chardev:orders", "-bios"]);
+                command.arg(artifacts.bare_guest());
+                command.args(match accel {
+                    Accel::Kvm => ["-cpu", "host"],
+                    Accel::Tcg => ["-cpu", "max"],
+                });
+            }
+        }
+        command.args(&config.arguments);
         command.fd_mappings(vec![
             mapping(qmp_end, ("qmp", 3)),
-            mapping(memory_end, ("qtest", 4)),
+            mapping(orders_end, ("orders", 4)),
         ])?;
         let errors = tempfile::tempfile()?;
         command.stdin(Stdio::null()).stderr(errors.try_clone()?);
         let (child, starter) = spawn(command)?;
-        ram.set_read_timeout(Some(TIMEOUT))?;
         let started = Qmp::new(qmp, TIMEOUT);
         let qmp = started.with_context(|| written(&errors).unwrap_or_default())?;
         Ok(Self {
             qmp,
-            memory: BufReader::new(ram),
+            orders: match executor {
+                Executor::Qtest => Orders::to_qemu(orders, TIMEOUT)?,
+                Executor::Guest(_) => Orders::to_guest(orders, TIMEOUT)?,
+            },
             errors,
             child,
             folder,
@@ -116,7 +159,10 @@ impl Bare {
 
     /// Waits until the firmware has finished `boots` boots. The start is the first boot, and each
     /// reset starts another. From then on the machine's processor does not access any device.
-    pub fn wait_for_firmware(&self, boots: usize) -> Result<()> {
+    pub fn wait_for_firmware(&mut self, boots: usize) -> Result<()> {
+        if let Some(wait) = self.orders.wait_for_boot(boots) {
+            return wait;
+        }
         let start = Instant::now();
         loop {
             let log = fs::read(self.folder.path().join(FIRMWARE_LOG))?;
@@ -139,14 +185,23 @@ impl Bare {
 
     /// Reads 32 bits from an address.
     pub fn read(&mut self, address: u64) -> Result<u32> {
-        let answer = self.order(&format!("readl {address:#x}"))?;
-        let number = answer.trim_start_matches("0x");
-        Ok(u64::from_str_radix(number, 16)? as u32)
+        Ok(self.order(&format!("readl {address:#x}"))? as u32)
     }
 
     /// Writes 32 bits to an address.
     pub fn write(&mut self, address: u64, value: u32) -> Result<()> {
         self.order(&format!("writel {address:#x} {value:#x}"))
+            .map(drop)
+    }
+
+    /// Reads 64 bits from an address.
+    pub fn read_long(&mut self, address: u64) -> Result<u64> {
+        self.order(&format!("readq {address:#x}"))
+    }
+
+    /// Writes 64 bits to an address.
+    pub fn write_long(&mut self, address: u64, value: u64) -> Result<()> {
+        self.order(&format!("writeq {address:#x} {value:#x}"))
             .map(drop)
     }
 
@@ -156,17 +211,12 @@ impl Bare {
             .map(drop)
     }
 
-    /// Writes bytes to their addresses in one message, even if QEMU ends because of one of them.
+    /// Writes bytes to their addresses without a wait in between, even if QEMU ends because of one
+    /// of them.
     pub fn write_at_once(&mut self, bytes: &[(u64, u8)]) -> Result<()> {
         let orders = bytes.iter();
-        let orders = orders.map(|(address, value)| format!("writeb {address:#x} {value:#x}\n"));
-        let orders = orders.collect::<String>();
-        self.memory.get_mut().write_all(orders.as_bytes())?;
-        for _ in bytes {
-            // Ignores errors, because QEMU may have ended.
-            let _ = self.memory.read_line(&mut String::new());
-        }
-        Ok(())
+        let orders = orders.map(|(address, value)| format!("writeb {address:#x} {value:#x}"));
+        self.orders.at_once(&orders.collect::<Vec<_>>())
     }
 
     /// Writes 16 bits to an address.
@@ -177,9 +227,17 @@ impl Bare {
 
     /// Reads 16 bits from an address.
     pub fn read_short(&mut self, address: u64) -> Result<u16> {
-        let answer = self.order(&format!("readw {address:#x}"))?;
-        let number = answer.trim_start_matches("0x");
-        Ok(u64::from_str_radix(number, 16)? as u16)
+        Ok(self.order(&format!("readw {address:#x}"))? as u16)
+    }
+
+    /// Writes 32 bits to a port.
+    pub fn write_port(&mut self, port: u16, value: u32) -> Result<()> {
+        self.order(&format!("outl {port:#x} {value:#x}")).map(drop)
+    }
+
+    /// Reads 32 bits from a port.
+    pub fn read_port(&mut self, port: u16) -> Result<u32> {
+        Ok(self.order(&format!("inl {port:#x}"))? as u32)
     }
 
     /// Fills `size` bytes of memory with a byte.
@@ -205,18 +263,69 @@ impl Bare {
         }
     }
 
-    fn order(&mut self, order: &str) -> Result<String> {
-        self.memory
-            .get_mut()
-            .write_all(format!("{order}\n").as_bytes())?;
-        let mut line = String::new();
-        self.memory
-            .read_line(&mut line)
-            .with_context(|| format!("QEMU does not answer {order}"))?;
-        match line.trim_end().strip_prefix("OK") {
-            Some(answer) => Ok(answer.trim_start().to_owned()),
-            None => bail!("QEMU refuses {order}: {line}"),
-        }
+    /// Waits for an event of QEMU with this name, about the device with this ID.
+    pub fn wait_for_event(&self, name: &str, device: &str) -> Result<()> {
+        self.qmp.wait_event(name, |data| data["device"] == device)
+    }
+
+    /// Returns QEMU's process ID. In a sandbox it is that of the sandbox's first process.
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn order(&mut self, order: &str) -> Result<u64> {
+        self.orders.give(order)
+    }
+}
+
+/// Orders that only the bare guest executes.
+impl Bare {
+    /// Writes `value` to an address `times` times, without a pause.
+    pub fn repeat(&mut self, address: u64, value: u32, times: u64) -> Result<()> {
+        self.order(&format!("repeat {address:#x} {value:#x} {times}"))
+            .map(drop)
+    }
+
+    /// Writes 1 and 0 to an address `times` times, without a pause.
+    pub fn toggle(&mut self, address: u64, times: u64) -> Result<()> {
+        self.order(&format!("toggle {address:#x} {times}"))
+            .map(drop)
+    }
+
+    /// Sets and unmasks the first `count` entries of an MSI-X table: entry `n` interrupts by the
+    /// processor's vector `first + n % span`.
+    pub fn set_vectors(&mut self, table: u64, count: u32, first: u8, span: u8) -> Result<()> {
+        let order = format!("vectors {table:#x} {count} {first} {span}");
+        self.order(&order).map(drop)
+    }
+
+    /// Returns the number of interrupts so far by `count` vectors of the processor, from `first`
+    /// on.
+    pub fn taken(&mut self, first: u8, count: u32) -> Result<u64> {
+        self.order(&format!("taken {first} {count}"))
+    }
+
+    /// Lets the processor sleep until `times` interrupts have come by a vector, or for about
+    /// `time`. Returns how many have come.
+    pub fn sleep_until(&mut self, vector: u8, times: u64, time: Duration) -> Result<u64> {
+        let ticks = time.as_millis() / 10;
+        self.order(&format!("await {vector} {times} {ticks}"))
+    }
+
+    /// Makes the guest write `value` to an address at each interrupt by a vector. Vector 0 ends it.
+    pub fn echo(&mut self, vector: u8, address: u64, value: u32) -> Result<()> {
+        self.order(&format!("echo {vector} {address:#x} {value:#x}"))
+            .map(drop)
+    }
+
+    /// Gives an order without waiting for its end, which [`Bare::finish`] waits for.
+    pub fn begin(&mut self, order: &str) -> Result<()> {
+        self.orders.begin(order)
+    }
+
+    /// Waits for the end of the order that was begun, and returns its result.
+    pub fn finish(&mut self) -> Result<u64> {
+        self.orders.finish()
     }
 }
 
@@ -230,7 +339,7 @@ impl Drop for Bare {
 
 /// Reads all of a file that QEMU writes. The file's position is shared with QEMU and must not
 /// change.
-fn written(errors: &File) -> Result<String> {
+pub(crate) fn written(errors: &File) -> Result<String> {
     let mut bytes = vec![0; usize::try_from(errors.metadata()?.len())?];
     errors.read_exact_at(&mut bytes, 0)?;
     Ok(String::from_utf8(bytes)?)

@@ -17,8 +17,9 @@ pub mod ancillary;
 mod bare;
 pub mod broker;
 mod console;
-
+mod orders;
 mod plug;
+mod probe;
 mod qemu;
 mod qmp;
 pub mod service;
@@ -35,10 +36,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-pub use self::accelerator::{accelerator, check_accelerator};
+pub use self::accelerator::{accelerator, check_accelerator, check_bare_kvm, check_kernel_boots};
 use self::agent::Agent;
 pub use self::agent::{Output, Process};
-pub use self::bare::{Bare, PciDevice};
+pub use self::bare::{Bare, Executor, PciDevice};
 use self::console::Console;
 use self::plug::Ports;
 use self::qemu::Qemu;

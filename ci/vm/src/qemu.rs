@@ -58,8 +58,9 @@ impl Qemu {
         origin: &Origin<'_>,
     ) -> Result<(Self, Ends)> {
         let folder = TempDir::with_prefix_in("vm-", &artifacts.logs)?;
-        let mut command = program(artifacts, config, folder.path())?;
-        arguments(&mut command, artifacts, config, folder.path());
+        let accel = accelerator(artifacts);
+        let mut command = program(artifacts, config, folder.path(), accel)?;
+        arguments(&mut command, artifacts, config, folder.path(), accel);
         match origin {
             Origin::Boot => {
                 command.args(&config.arguments);
@@ -171,20 +172,26 @@ pub(crate) fn mapping(stream: UnixStream, (_, child_fd): (&str, i32)) -> FdMappi
 }
 
 /// Makes the command without arguments, with access to the files that QEMU needs.
-pub(crate) fn program(artifacts: &Artifacts, config: &Config, folder: &Path) -> Result<Command> {
+pub(crate) fn program(
+    artifacts: &Artifacts,
+    config: &Config,
+    folder: &Path,
+    accel: Accel,
+) -> Result<Command> {
     match &artifacts.tools.qemu {
         Program::Sandboxed(sandbox) => {
             let mut enter = sandbox
                 .enter()
                 .bind_read_only(&artifacts.tools.kernel_image)
                 .bind_read_only(&artifacts.initramfs)
+                .bind_read_only(artifacts.bare_guest())
                 .bind(folder, folder);
             for path in &config.paths {
                 let path = fs::canonicalize(path)
                     .with_context(|| format!("{} cannot be used", path.display()))?;
                 enter = enter.bind(&path, &path);
             }
-            if accelerator(artifacts.args.accel) == Accel::Kvm {
+            if accel == Accel::Kvm {
                 enter = enter.device(Path::new(KVM));
             }
             Ok(enter.run("qemu-system-x86_64"))
@@ -217,10 +224,16 @@ pub(crate) fn iommu(config: &Config) -> &'static [&'static str] {
     }
 }
 
-fn arguments(command: &mut Command, artifacts: &Artifacts, config: &Config, folder: &Path) {
+fn arguments(
+    command: &mut Command,
+    artifacts: &Artifacts,
+    config: &Config,
+    folder: &Path,
+    accel: Accel,
+) {
     // Doubles commas, because a single comma ends the value of an option.
     let log = folder.join(LOG).display().to_string().replace(',', ",,");
-    let (accel, cpu) = match accelerator(artifacts.args.accel) {
+    let (accel, cpu) = match accel {
         // The kernel's own I/O APIC does not support interrupt remapping, so QEMU emulates it.
         Accel::Kvm if config.iommu => ("kvm,kernel-irqchip=split", "host"),
         Accel::Kvm => ("kvm", "host"),

@@ -109,7 +109,7 @@ fn name(artifacts: &Artifacts, config: &Config) -> Result<String> {
             "{} {} {} {} {}",
             config.machine, config.memory_mib, config.cpus, config.shared_memory, config.iommu
         ),
-        crate::accelerator::identity(artifacts.args.accel),
+        crate::accelerator::identity(artifacts),
         // Another version of `qemu.rs` starts QEMU with other arguments.
         include_str!("qemu.rs").to_owned(),
     ];

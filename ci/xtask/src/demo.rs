@@ -22,7 +22,7 @@ use barlink_sandbox::builds::{Artifacts, Programs};
 use barlink_sandbox::setup;
 use barlink_sandbox::tools::{Accel, Tools, VmArgs};
 use barlink_vm::broker::{Broker, Transport};
-use barlink_vm::{Config, Vm, accelerator, check_accelerator};
+use barlink_vm::{Config, Vm, accelerator, check_accelerator, check_kernel_boots};
 
 /// Timeout of a transfer.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(300);
@@ -68,6 +68,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let tools = setup::ensure(&args.vm.tools)?;
     let file = file_to_send(args, &tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::DEMO)?;
+    check_kernel_boots(&artifacts)?;
     // From here on an interrupt must clean up. The programs that the demo has started receive the
     // Ctrl-C as well and end, which ends each wait for them with an error.
     let interrupted = Arc::<AtomicBool>::default();
@@ -125,7 +126,7 @@ fn show(args: &DemoArgs, artifacts: &Artifacts, file: &Path) -> Result<()> {
     println!();
     for (name, value) in [
         ("kernel", release.trim_end().to_owned()),
-        ("accelerator", name(accelerator(args.vm.accel)).to_owned()),
+        ("accelerator", name(accelerator(artifacts)).to_owned()),
         (
             "transport",
             slot["transport"].as_str().unwrap_or_default().to_owned(),

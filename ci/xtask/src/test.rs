@@ -10,7 +10,7 @@ use barlink_sandbox::builds::{Artifacts, Programs};
 use barlink_sandbox::nextest::Nextest;
 use barlink_sandbox::setup;
 use barlink_sandbox::tools::VmArgs;
-use barlink_vm::check_accelerator;
+use barlink_vm::{accelerator, check_accelerator, check_bare_kvm, check_kernel_boots};
 use clap::Args;
 
 use crate::tally::Tally;
@@ -39,12 +39,16 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     check_accelerator(args.vm.accel)?;
     let tools = setup::ensure(&args.vm.tools)?;
     let artifacts = Artifacts::build(tools, args.vm.clone(), Programs::TEST)?;
+    check_kernel_boots(&artifacts)?;
+    // The scenes find the result of this probe in the cache folder.
+    let bare_kvm = check_bare_kvm(&artifacts);
     eprintln!("building the tests ...");
     let nextest = Nextest::build()?;
     eprintln!(
-        "built in {:.0} s; testing with kernel {}",
+        "built in {:.0} s; testing with kernel {} under {:?}",
         start.elapsed().as_secs_f64(),
-        artifacts.tools.release
+        artifacts.tools.release,
+        accelerator(&artifacts)
     );
     let mut command = nextest.command(PROFILE);
     command.args(&args.names).envs(artifacts.environment()?);
@@ -55,6 +59,9 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     }
     let minutes = start.elapsed().as_secs_f64() / 60.0;
     println!("{minutes:.1} minutes, builds included");
+    if let Err(reason) = bare_kvm {
+        println!("the scenes under KVM are skipped: {reason:#}");
+    }
     let tally = Tally {
         passed: report.passed as u64,
         failed: report.failed as u64,

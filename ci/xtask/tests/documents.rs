@@ -27,8 +27,8 @@ fn files(extension: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Returns the names of all tests in the tree: functions with the test attribute, and the driver's
-/// checks.
+/// Returns the names of all tests in the tree: functions with the test attribute, the driver's
+/// checks, and the scenes with the bare guest.
 fn tests() -> Result<HashSet<String>> {
     let checks = TOPICS.iter().flat_map(|(_, checks)| *checks);
     let mut names: HashSet<_> = checks.map(|(name, _)| (*name).to_owned()).collect();
@@ -38,6 +38,11 @@ fn tests() -> Result<HashSet<String>> {
         names.extend(marked.filter_map(|rest| {
             let (_, declaration) = rest.split_once("fn ")?;
             Some(declaration.split_once('(')?.0.to_owned())
+        }));
+        let scenes = source.split("scene!(").skip(1);
+        names.extend(scenes.filter_map(|rest| {
+            let (scene, _) = rest.split_once(')')?;
+            Some(scene.rsplit_once("::")?.1.to_owned())
         }));
     }
     Ok(names)

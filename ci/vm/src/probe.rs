@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Probes that show whether guests of a kind boot under KVM.
+//!
+//! The device `/dev/kvm` proves little: behind it can be a KVM under which a stock kernel hangs
+//! before its first message, while the bare guest runs. So each kind of guest is booted once. The
+//! result is stored in the user's cache folder, and holds until the host boots again, or its KVM,
+//! QEMU or the guest is another one.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Seek};
+use std::os::unix::fs::MetadataExt;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use barlink_sandbox::builds::{Artifacts, file_identity};
+use barlink_sandbox::setup::cache_folder;
+use barlink_sandbox::tools::Accel;
+use rustix::fs::{FlockOperation, flock};
+use tempfile::TempDir;
+
+use crate::Config;
+use crate::accelerator::KVM;
+use crate::bare::written;
+use crate::qemu::{program, spawn};
+
+/// Name of the file with the results in the user's cache folder.
+const RESULTS: &str = "kvm-probes.json";
+/// Identifier of this boot of the host.
+const BOOT: &str = "/proc/sys/kernel/random/boot_id";
+/// Time between two looks at the guest's serial port.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// The kinds of guests.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Guest {
+    /// The firmware image of `ci/bare-guest`.
+    Bare,
+    /// A Linux kernel.
+    Linux,
+}
+
+impl Guest {
+    /// Returns the text at its serial port that shows that it has booted. A kernel without any file
+    /// system panics at the end of its boot.
+    fn booted(self) -> &'static str {
+        match self {
+            Guest::Bare => "READY",
+            Guest::Linux => "Kernel panic - not syncing: VFS",
+        }
+    }
+
+    /// Returns the limit on its boot, which takes 0.1 s or 1 s under a KVM that works.
+    fn limit(self) -> Duration {
+        match self {
+            Guest::Bare => Duration::from_secs(10),
+            Guest::Linux => Duration::from_secs(20),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Guest::Bare => "the bare guest",
+            Guest::Linux => "the guest's kernel",
+        }
+    }
+}
+
+/// Results by guest. The value is the reason why the guest does not boot, empty if it does.
+type Results = BTreeMap<String, String>;
+
+/// Returns success if the guest boots under KVM. Runs the probe if there is no result yet; other
+/// processes wait meanwhile.
+pub(crate) fn probe(artifacts: &Artifacts, guest: Guest) -> Result<()> {
+    let path = cache_folder()?.join(RESULTS);
+    let mut file = File::options();
+    file.read(true).write(true).create(true).truncate(false);
+    let mut file = file
+        .open(&path)
+        .with_context(|| format!("{} cannot be opened", path.display()))?;
+    flock(&file, FlockOperation::LockExclusive)?;
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    // A file that was cut short has no results.
+    let mut results: Results = serde_json::from_str(&text).unwrap_or_default();
+    let host = host()?;
+    let key = format!("{host} {}", identity(artifacts, guest)?);
+    let reason = match results.get(&key) {
+        Some(reason) => reason.clone(),
+        None => {
+            let reason = boot(artifacts, guest, Accel::Kvm, guest.limit())
+                .err()
+                .map_or_else(String::new, |error| format!("{error:#}"));
+            results.retain(|key, _| key.starts_with(&host));
+            results.insert(key, reason.clone());
+            file.set_len(0)?;
+            file.rewind()?;
+            serde_json::to_writer(&file, &results)?;
+            reason
+        }
+    };
+    if reason.is_empty() {
+        return Ok(());
+    }
+    bail!("{reason} (remove {} to try again)", path.display())
+}
+
+/// Describes this boot of the host, and its KVM: a module that is loaded anew has a new device.
+fn host() -> Result<String> {
+    let boot = fs::read_to_string(BOOT)?;
+    let device = fs::metadata(KVM)?;
+    Ok(format!(
+        "{} {} {}",
+        boot.trim_end(),
+        device.ino(),
+        device.ctime()
+    ))
+}
+
+/// Describes QEMU and the guest.
+fn identity(artifacts: &Artifacts, guest: Guest) -> Result<String> {
+    let image = match guest {
+        // The name has a hash of the sources.
+        Guest::Bare => {
+            let name = artifacts.bare_guest().file_name();
+            name.unwrap_or_default().to_string_lossy().into_owned()
+        }
+        Guest::Linux => file_identity(&artifacts.tools.kernel_image)?,
+    };
+    Ok(format!("{} {image}", artifacts.qemu_identity()?))
+}
+
+/// Boots a guest, and waits for its text.
+fn boot(artifacts: &Artifacts, guest: Guest, accel: Accel, limit: Duration) -> Result<()> {
+    let folder = TempDir::with_prefix_in("probe-", &artifacts.logs)?;
+    let log = folder.path().join("serial.log");
+    let mut command = program(artifacts, &Config::default(), folder.path(), accel)?;
+    command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+    command.args(["-machine", "q35", "-m", "256M", "-no-reboot"]);
+    command.args(match accel {
+        Accel::Kvm => ["-accel", "kvm", "-cpu", "host"],
+        Accel::Tcg => ["-accel", "tcg", "-cpu", "max"],
+    });
+    match guest {
+        Guest::Bare => command.arg("-bios").arg(artifacts.bare_guest()),
+        Guest::Linux => {
+            command.arg("-kernel").arg(&artifacts.tools.kernel_image);
+            command.args([
+                "-append",
+                "console=ttyS0 tsc=reliable no_timer_check panic=-1",
+            ])
+        }
+    };
+    // Doubles commas, because a single comma ends the value of an option.
+    let path = log.display().to_string().replace(',', ",,");
+    command.args(["-chardev", &format!("file,id=serial,path={path}")]);
+    command.args(["-serial", "chardev:serial"]);
+    let errors = tempfile::tempfile()?;
+    command.stdin(Stdio::null()).stderr(errors.try_clone()?);
+    let (child, _starter) = spawn(command)?;
+    let mut child = Running(child);
+    let start = Instant::now();
+    loop {
+        // Asks first, so that no text of a QEMU that ends is missed.
+        let status = child.0.try_wait()?;
+        let text = fs::read(&log).unwrap_or_default();
+        if String::from_utf8_lossy(&text).contains(guest.booted()) {
+            return Ok(());
+        }
+        let name = guest.name();
+        if let Some(status) = status {
+            let errors = written(&errors)?;
+            let line = errors.lines().next_back().unwrap_or_default();
+            bail!("{name} does not boot under {accel:?}: QEMU ended with {status}: {line}");
+        }
+        if start.elapsed() > limit {
+            bail!("{name} does not boot within {limit:?} under {accel:?}");
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// A QEMU that is killed when this is dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Ignores errors, because QEMU may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Under TCG both kinds of guests boot everywhere.
+    #[test]
+    fn probe_tells_booted_from_hung_guests() {
+        let artifacts = Artifacts::shared().unwrap();
+        let minutes = Duration::from_secs(120);
+        boot(artifacts, Guest::Bare, Accel::Tcg, minutes).unwrap();
+        boot(artifacts, Guest::Linux, Accel::Tcg, minutes).unwrap();
+        let moment = Duration::from_millis(50);
+        let error = boot(artifacts, Guest::Linux, Accel::Tcg, moment).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("does not boot within 50ms"), "{error}");
+        let image = "/no/such/kernel".into();
+        let broken = artifacts.with_kernel("none", image, artifacts.initramfs.clone());
+        let error = boot(&broken, Guest::Linux, Accel::Tcg, minutes).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("QEMU ended with"), "{error}");
+    }
+}
