@@ -351,9 +351,10 @@ pub(crate) fn write(fd: libc::c_int, bytes: &[u8]) -> io::Result<usize> {
 #[cfg(not(loom))]
 pub(crate) fn flush(fd: libc::c_int) -> io::Result<()> {
     // SAFETY: The call accesses no memory.
-    let copied = result(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) } as libc::ssize_t)?;
+    let copied = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
+    result(copied as libc::ssize_t)?;
     // SAFETY: The copy was just made, and nothing else knows of it.
-    match result(unsafe { libc::close(copied as libc::c_int) } as libc::ssize_t) {
+    match result(unsafe { libc::close(copied) } as libc::ssize_t) {
         // The descriptor is closed after EINTR as well.
         Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
         _ => Ok(()),

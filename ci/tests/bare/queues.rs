@@ -108,7 +108,7 @@ impl Queues {
             self.ring(machine, HOST, 3)?;
         }
         let mut rings = stage.tap.all_rings()?;
-        // Nobody reads the VM's eventfds over vhost-user.
+        // No program reads the VM's eventfds over vhost-user.
         rings.retain(|(peer, ..)| *peer != VM);
         ensure!(rings == [(HOST, 3, times.into())], "{rings:?}");
         Ok(())

@@ -153,7 +153,7 @@ pub fn lock_step_loses_nothing(setting: Setting) -> Result<()> {
     }
     machine.echo(0, 0, 0)?;
     ensure!(machine.taken(FIRST + 1, 1)? == times);
-    // Nobody reads the VM's eventfds over vfio-user.
+    // No program reads the VM's eventfds over vfio-user.
     let mut rings = stage.tap.all_rings()?;
     rings.retain(|(peer, ..)| *peer != VM);
     ensure!(rings.is_empty(), "{rings:?}");
@@ -418,7 +418,8 @@ pub fn vms_ring_each_other(setting: Setting) -> Result<()> {
     stage.check_quiet(&second)
 }
 
-/// A broker of 16 slots with 256 vectors each. The guest rings all of them, and gets all of its own.
+/// A broker of 16 slots with 256 vectors each. The guest rings all of them, and gets all of its
+/// own.
 pub fn sixteen_slots_of_256_vectors_work(setting: Setting) -> Result<()> {
     const SLOTS: u32 = 16;
     const MANY: u32 = 256;

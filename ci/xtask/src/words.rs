@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! The rules for prose that a program can check: openings of sentences that hide their subject, the
-//! width of comments and documents, and the length of tests' names. `CONTRIBUTING.md` has all rules.
+//! width of comments and documents, and the length of tests' names. `CONTRIBUTING.md` has all
+//! rules.
 
 use std::fs::{self, File};
 use std::io::Read;

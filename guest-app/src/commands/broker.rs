@@ -39,8 +39,8 @@ pub fn check(device: &Device) {
 ///
 /// # Errors
 ///
-/// The broker is gone, and records in the channel were not received. Nothing shows whether a program
-/// has read the raw window, so without a channel the broker's end is enough.
+/// The broker is gone, and records in the channel were not received. Nothing shows whether a
+/// program has read the raw window, so without a channel the broker's end is enough.
 pub fn confirm(device: &Device, channel: Option<&str>) -> Result<()> {
     let start = Instant::now();
     let Some(fault) = fault(device) else {

@@ -29,10 +29,10 @@ fn say(text: &str) {
     });
 }
 
-/// Says so when the connection to the broker ends. `is_alive` then tells whether a broker answers at
-/// the same socket: one that lives can have disconnected this program. A thread waits for the end,
-/// and does so without a timer. A broker's successor keeps the connection. Without a thread there
-/// is no message.
+/// Says so when the connection to the broker ends. `is_alive` then tells whether a broker answers
+/// at the same socket: one that lives can have disconnected this program. A thread waits for the
+/// end, and does so without a timer. A broker's successor keeps the connection. Without a thread
+/// there is no message.
 pub fn watch_broker(connection: &impl AsFd, is_alive: impl FnOnce() -> bool + Send + 'static) {
     let Ok(connection) = connection.as_fd().try_clone_to_owned() else {
         return;

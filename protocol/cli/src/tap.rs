@@ -234,7 +234,7 @@ fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
 fn stream(args: &Recv, channel: &str, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
     let mut copied = Copied::default();
     let outcome = copied.copy(args, channel, tap, target);
-    // What was copied before an error can be lost as well.
+    // Bytes that were copied before an error can be lost as well.
     let outcome = match target.flush() {
         Err(late)
             if !outcome

@@ -105,8 +105,8 @@ pub enum StreamError<X> {
         /// receiver gets the whole record again.
         partial: u64,
     },
-    /// The target reported a write error when it was closed. What was received is no longer in the
-    /// channel, and the target does not have all of it.
+    /// The target reported a write error when it was closed. The received records are no longer in
+    /// the channel, and the target does not have all of their bytes.
     #[error("the target does not have all that was received")]
     Close {
         /// The error of the system call.

@@ -5,8 +5,8 @@
 //! `barlink-bench-load`, because that also runs in the guest, where iceoryx2 has no other end.
 //!
 //! A record is a sample: the sender borrows it, builds it in place and sends it; the receiver reads
-//! every byte in place. A sender waits for a full queue, so no sample is lost. The newest value of a
-//! sender is that of a blackboard.
+//! every byte in place. A sender waits for a full queue, so no sample is lost. The newest value of
+//! a sender is that of a blackboard.
 
 mod blackboard;
 mod port;

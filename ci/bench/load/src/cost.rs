@@ -3,8 +3,8 @@
 //! The hot path alone, for a process that counts its instructions: sends and receives records
 //! between two marks.
 //!
-//! A tap that does not run is a stopped one, whatever process holds it. So the taps here are of this
-//! process, which would count their instructions if they ran.
+//! A tap that does not run is a stopped one, whatever process holds it. So the taps here are of
+//! this process, which would count their instructions if they ran.
 
 use std::hint::black_box;
 
