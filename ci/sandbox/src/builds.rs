@@ -371,6 +371,10 @@ fn driver_of(root: &Path, tools: &Tools, target: &Path) -> Result<PathBuf> {
     let wire = root.join("protocol/src/wire");
     let output = target.join("driver").join(&tools.release);
     fs::create_dir_all(&output)?;
+    // Two builds in one folder damage each other: kbuild names its trial files after process IDs,
+    // which are the same in two sandboxes.
+    let lock = fs::File::create(output.join(".lock"))?;
+    lock.lock()?;
     let build = ModuleBuild {
         source: &source,
         included: &[&wire],

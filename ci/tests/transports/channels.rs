@@ -314,7 +314,7 @@ fn reader_of_device_taps(broker: &Broker, vm: &Vm) -> Result<()> {
     let mut input = sender.stdin.take().context("no input")?;
     input.write_all(b"first")?;
     wait_until("the first bytes are there", || {
-        Ok(broker.inspect()?["channels"][1]["records"] == 2)
+        Ok(broker.inspect()?["channels"][1]["records"] == 1)
     })?;
     let as_reader = |command: &str| vm.run(["su", "reader", "-c", command])?.success();
     let line = as_reader("barlink-guest tail down --latest -n 1")?;
@@ -506,7 +506,7 @@ fn sleeping_guest_keeps_its_end(broker: &Broker, vm: &Vm) -> Result<()> {
     let mut receiver = receive(broker, "up")?;
     wait_until("the first bytes are released", || {
         let channel = &broker.inspect()?["channels"][0];
-        Ok(channel["records"] == 2 && channel["fill"] == 0)
+        Ok(channel["records"] == 1 && channel["fill"] == 0)
     })?;
     kill(&mut receiver.app)?;
     wait_for_holder(broker, "up", "consumer", false)?;

@@ -41,7 +41,7 @@ fn programs_warn_only_of_silent_broker() -> Result<()> {
     ensure!(warns(info.stderr) == 0, "a warning of a slow broker");
 
     // Sleeps since before the broker is killed, and so asks for the first time after it.
-    let sleeper = vm.spawn(["barlink-guest", "recv"])?;
+    let sleeper = vm.spawn(["sh", "-c", "exec barlink-guest recv 2>&1"])?;
     wait_for_holder(&broker, "down", "consumer", true)?;
     // Its first question has been answered by then.
     thread::sleep(Duration::from_millis(200));
@@ -73,9 +73,10 @@ fn programs_warn_only_of_silent_broker() -> Result<()> {
         ensure!(warns(unread.stderr) > 0, "no warning");
     }
     // The stream is not ended by the warning.
+    sleeper.wait_for(SILENT, COMMAND_TIMEOUT)?;
     ensure!(!sleeper.has_ended());
     sleeper.kill(Signal::KILL)?;
-    ensure!(warns(sleeper.wait(COMMAND_TIMEOUT)?.stderr) == 1);
+    ensure!(warns(sleeper.wait(COMMAND_TIMEOUT)?.stdout) == 1);
     match TRANSPORT {
         Transport::Ivshmem => removal_ends_a_question(&vm),
         // The device ends with its broker, so the driver cannot be unbound in good order.

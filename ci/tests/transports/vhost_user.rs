@@ -171,12 +171,16 @@ fn guest_survives_death_of_vhost_user_broker() -> Result<()> {
     let sleeper = vm.spawn(["barlink-guest", "recv"])?;
     wait_for_holder(&broker, "down", "consumer", true)?;
     broker.kill()?;
-    let flood = "for i in $(seq 40); do echo $i | barlink-guest send || exit 1; done";
+    let poke = vm.spawn(["barlink-guest", "poke", "written by one"])?;
+    // Each program would ask for the broker before it ends.
+    let flood = "for i in $(seq 40); do \
+                 echo $i | barlink-guest send & sleep 0.2; kill -KILL $!; wait $!; done; true";
     vm.run(["sh", "-c", flood])?.require_success()?;
-    vm.run(["barlink-guest", "poke", "written by one"])?
-        .require_success()?;
     let peek = ["barlink-guest", "peek", "--raw", "--length", "14"];
     ensure!(vm.run(peek)?.success()? == "written by one");
+    // No program has the region that it wrote into.
+    let poke = poke.wait(COMMAND_TIMEOUT)?;
+    ensure!(poke.status == Status::Code(8), "{:?}", poke.status);
     sleeper.kill(Signal::INT)?;
     sleeper.wait(COMMAND_TIMEOUT)?;
     vm.run(["rmmod", "barlink"])?.require_success()
