@@ -177,9 +177,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         length: usize,
         timeout: Option<Duration>,
     ) -> Result<Option<SenderReservation<'_, M, E>>, ChannelError<E::Error>> {
-        let place = self.find_room(length, Some(timeout))?;
-        Ok(place.map(|place| SenderReservation {
-            reservation: self.producer.reservation(place, length),
+        let Some(place) = self.find_room(length, Some(timeout))? else {
+            return Ok(None);
+        };
+        Ok(Some(SenderReservation {
+            reservation: self.producer.reservation(place, length)?,
             link: &mut self.link,
         }))
     }
@@ -272,7 +274,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
             return Ok(Sent::Dropped);
         };
         let stamp = stamp.unwrap_or_else(|| self.link.time().into());
-        let mut reservation = self.producer.reservation(place, bytes.len());
+        let mut reservation = self.producer.reservation(place, bytes.len())?;
         reservation.write(0, bytes);
         let length = reservation.length();
         reservation.stage(kind, length, stamp);

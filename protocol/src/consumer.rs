@@ -72,9 +72,12 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
             region,
             base,
         };
-        consumer
+        let checked = consumer
             .capacity
-            .in_flight(consumer.written, consumer.read)?;
+            .in_flight(consumer.written, consumer.read);
+        checked.map_err(|error| {
+            crate::state::explain(&consumer.region, channel, generation, error)
+        })?;
         Ok(consumer)
     }
 

@@ -130,22 +130,23 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             true => region.acquire(base + channel::READ),
             false => written,
         };
-        capacity.in_flight(written, read)?;
+        let explain = |error| crate::state::explain(&region, channel, generation, error);
+        capacity.in_flight(written, read).map_err(explain)?;
         // A predecessor may have written up to its limit before it was killed.
         let limit = region.load(base + channel::LIMIT);
-        capacity.check_limit(written, limit)?;
+        capacity.check_limit(written, limit).map_err(explain)?;
         let current = channel::NOTES
             .iter()
             .position(|note| region.load(base + note) == written);
-        let current = current.ok_or(Corrupt("no commit note fits the producer's cursor"))?;
+        let current = current.ok_or(Corrupt("no commit note fits the producer's cursor"));
+        let current = current.map_err(explain)?;
         let records = region.load(base + channel::NOTES[current] + channel::NOTE_RECORDS);
         // A reset gives both notes one cursor, and no records. The first commit behind it changes
         // the second note.
         let is_after_reset = region.load(base + channel::NOTES[1 - current]) == written;
         if is_after_reset && records != 0 {
-            return Err(Corrupt(
-                "a former producer wrote a commit note after a reset",
-            ));
+            let error = Corrupt("a former producer wrote a commit note after a reset");
+            return Err(explain(error));
         }
         let first = region.load(base + channel::FIRST);
         Ok(Producer {
@@ -191,8 +192,8 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     /// Reserves space for a record with `length` bytes of payload. The caller fills it in place,
     /// and commits or stages it. Dropping the reservation leaves the channel unchanged.
     pub fn reserve(&mut self, length: usize) -> Result<Reservation<'_, M>, ReserveError> {
-        self.find_room(length)
-            .map(|place| self.reservation(place, length))
+        let place = self.find_room(length)?;
+        Ok(self.reservation(place, length)?)
     }
 
     /// Finds the place for a record with `length` bytes of payload.
@@ -209,10 +210,6 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     // A function of its own, because most records find room below the limit.
     #[cold]
     fn make_room(&mut self, end: u64) -> Result<(), ReserveError> {
-        // Before the limit moves: that store would damage the channel for the next producer.
-        if self.limit < end && self.was_reset() {
-            return Err(self.detach().into());
-        }
         if self.room < end {
             if !self.has_consumer {
                 return self.bound_staged(end);
@@ -256,23 +253,33 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 
     /// Creates a reservation for the place that [`Producer::find_room`] just returned.
-    pub(crate) fn reservation(&mut self, place: Place, length: usize) -> Reservation<'_, M> {
-        if self.limit < place.end() {
-            self.move_limit(place.end());
+    #[inline]
+    pub(crate) fn reservation(
+        &mut self,
+        place: Place,
+        length: usize,
+    ) -> Result<Reservation<'_, M>, Reset> {
+        // A reset by force can have come long ago. This record would overwrite one of the next
+        // producer, and a limit would damage the channel.
+        if self.was_reset() {
+            return Err(self.detach());
         }
-        Reservation {
+        if self.limit < place.end() {
+            self.move_limit(place.end())?;
+        }
+        Ok(Reservation {
             length: length as u32,
             padded: 0,
             place,
             producer: self,
-        }
+        })
     }
 
     /// Moves the limit before any byte up to the cursor `end` is written. A tap that has copied a
     /// byte of this place then sees the limit.
     // A function of its own, because only one reservation in a sixteenth of the capacity calls it.
     #[inline(never)]
-    fn move_limit(&mut self, end: u64) {
+    fn move_limit(&mut self, end: u64) -> Result<(), Reset> {
         let room = match self.has_consumer {
             true => self.room,
             false => u64::MAX,
@@ -287,8 +294,9 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         // note that fits the limit.
         self.region.fence_limit();
         if self.was_reset() {
-            self.detach();
+            return Err(self.detach());
         }
+        Ok(())
     }
 
     /// Commits all staged records at once, so that the consumer sees them. Returns whether the
@@ -299,8 +307,9 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         if self.staged == self.written {
             return Ok(Notify::Quiet);
         }
-        // A reset by force can have come long ago. Stores into the next generation would detach its
-        // ends. The check behind the store is the one that misses no reset.
+        // A reset by force can have come while the record was filled. Stores into the next
+        // generation would detach its ends. The check behind the store is the one that misses no
+        // reset.
         if self.was_reset() {
             return Err(self.detach());
         }

@@ -132,6 +132,23 @@ pub(crate) fn check_generation<M: Deref<Target = [AtomicU64]>>(
     }
 }
 
+/// Returns the error of an end that could not be attached at this generation: a reset that came
+/// meanwhile changed the words, and the channel is not corrupt.
+#[cold]
+pub(crate) fn explain<M: Deref<Target = [AtomicU64]>>(
+    region: &Region<M>,
+    entry: &Channel,
+    generation: u64,
+    error: Corrupt,
+) -> Corrupt {
+    // SYNC: emptied; pairs with the fence in `reset`, behind which the words of an end change.
+    region.fence_loads();
+    match region.load(entry.offset + channel::GENERATION) == generation {
+        true => error,
+        false => Corrupt("it was reset meanwhile"),
+    }
+}
+
 /// Maximum number of looks at a channel's cursors until the consumer's does not move between two.
 const LOOKS: u32 = 16;
 

@@ -375,6 +375,37 @@ fn no_end_takes_count_of_stale_producer() {
     }
 }
 
+/// Lets a producer rest whose limit is ahead of its records, so that its next record needs no other
+/// store than that of its bytes. After a reset by force these are the place of a record of the next
+/// producer.
+#[test]
+fn rested_producer_overwrites_no_record() {
+    for staged in 0..2 {
+        let (region, layout) = region(4096, false);
+        let entry = &layout.channels()[0];
+        let (mut stale, mut consumer) = attach(&region, entry);
+        send(&mut stale, b"old").unwrap();
+        receive(&mut consumer).unwrap();
+        for _ in 0..staged {
+            stale.reserve(8).unwrap().stage(Kind::USER, 8, 0);
+        }
+        assert_eq!(reset(&region, entry, true), Some(1));
+        let (mut producer, mut consumer) = attach(&region, entry);
+        for number in 0..4 {
+            send(&mut producer, &[number; 8]).unwrap();
+        }
+        let left = content(&region, entry);
+        for _ in 0..3 {
+            let sent = send(&mut stale, b"stale");
+            assert!(matches!(sent, Err(ReserveError::Reset(Reset))), "{sent:?}");
+        }
+        assert!(content(&region, entry) == left);
+        for number in 0..4 {
+            assert_eq!(receive(&mut consumer).unwrap(), Some(vec![number; 8]));
+        }
+    }
+}
+
 /// A producer that lives on looks at the generation before it stores a limit, and a reset can come
 /// between the two. That limit is below the records of the new producer, which may be written over
 /// without a further step of theirs.
