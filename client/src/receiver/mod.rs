@@ -143,7 +143,10 @@ impl Receiver {
     ///
     /// # Errors
     ///
-    /// The channel is corrupt, ringing or waiting failed, or the device is gone.
+    /// The channel is corrupt, the channel was reset
+    /// ([`ErrorKind::Reset`](crate::ErrorKind::Reset)), a forked process uses the end
+    /// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)), ringing or waiting failed, or the
+    /// device is gone.
     #[inline]
     pub fn recv(&mut self) -> Result<Record<'_>, Error> {
         self.check()?;
@@ -264,7 +267,14 @@ impl Receiver {
     ///
     /// # Errors
     ///
-    /// Ringing failed. The records are released all the same.
+    /// Ringing failed ([`ErrorKind::Other`]): the records are released. The channel was reset
+    /// ([`ErrorKind::Reset`]), this is a forked process ([`ErrorKind::Inherited`]) or the device is
+    /// gone ([`ErrorKind::Gone`]): they may not be released.
+    ///
+    /// [`ErrorKind::Other`]: crate::ErrorKind::Other
+    /// [`ErrorKind::Reset`]: crate::ErrorKind::Reset
+    /// [`ErrorKind::Inherited`]: crate::ErrorKind::Inherited
+    /// [`ErrorKind::Gone`]: crate::ErrorKind::Gone
     pub fn release(&mut self) -> Result<(), Error> {
         Ok(self.ring.release_advanced()?)
     }

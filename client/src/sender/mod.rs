@@ -118,8 +118,10 @@ impl Sender {
     ///
     /// # Errors
     ///
-    /// The record is larger than [`Sender::max_record`], the channel is corrupt, ringing or waiting
-    /// failed, or the device is gone.
+    /// The record is larger than [`Sender::max_record`], the channel is corrupt, the channel was
+    /// reset ([`ErrorKind::Reset`](crate::ErrorKind::Reset)), a forked process uses the end
+    /// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)), ringing or waiting failed, or the
+    /// device is gone.
     #[inline]
     pub fn send(&mut self, kind: Kind, bytes: &[u8]) -> Result<Sent, Error> {
         let sent = self.ring.send(kind, bytes, None);
@@ -276,8 +278,14 @@ impl Sender {
     ///
     /// # Errors
     ///
-    /// The channel was reset, or ringing failed. In the second case the numbers are skipped all the
-    /// same.
+    /// Ringing failed ([`ErrorKind::Other`]): the numbers are skipped. The channel was reset
+    /// ([`ErrorKind::Reset`]), this is a forked process ([`ErrorKind::Inherited`]) or the device is
+    /// gone ([`ErrorKind::Gone`]): they may not be skipped.
+    ///
+    /// [`ErrorKind::Other`]: crate::ErrorKind::Other
+    /// [`ErrorKind::Reset`]: crate::ErrorKind::Reset
+    /// [`ErrorKind::Inherited`]: crate::ErrorKind::Inherited
+    /// [`ErrorKind::Gone`]: crate::ErrorKind::Gone
     pub fn skip(&mut self, count: u64) -> Result<(), Error> {
         Ok(self.ring.skip(count)?)
     }
@@ -300,7 +308,9 @@ impl Sender {
     /// # Errors
     ///
     /// A record was sent, staged or dropped, or a number skipped, since the channel's last reset
-    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), or the channel was reset.
+    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), the channel was reset
+    /// ([`ErrorKind::Reset`](crate::ErrorKind::Reset)), or a forked process uses the end
+    /// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)).
     pub fn set_first_sequence(&mut self, number: u64) -> Result<(), Error> {
         Ok(self.ring.set_first_sequence(number)?)
     }
@@ -323,7 +333,14 @@ impl Sender {
     ///
     /// # Errors
     ///
-    /// Ringing failed. The records are committed all the same.
+    /// Ringing failed ([`ErrorKind::Other`]): the records are committed. The channel was reset
+    /// ([`ErrorKind::Reset`]), this is a forked process ([`ErrorKind::Inherited`]) or the device is
+    /// gone ([`ErrorKind::Gone`]): they may not be in the channel.
+    ///
+    /// [`ErrorKind::Other`]: crate::ErrorKind::Other
+    /// [`ErrorKind::Reset`]: crate::ErrorKind::Reset
+    /// [`ErrorKind::Inherited`]: crate::ErrorKind::Inherited
+    /// [`ErrorKind::Gone`]: crate::ErrorKind::Gone
     pub fn publish(&mut self) -> Result<(), Error> {
         Ok(self.ring.publish()?)
     }
