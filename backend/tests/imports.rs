@@ -29,7 +29,7 @@ const CRATES: [Crate; 2] = [
     Crate {
         source: "../client/src",
         parts: CLIENT,
-        circles: &[("sender", "stream"), ("receiver", "stream")],
+        circles: &[],
     },
 ];
 
@@ -142,6 +142,7 @@ const CLIENT: Parts = &[
     ("layouts", &[]),
     ("memory", &["error_kind"]),
     ("owned", &[]),
+    ("peer", &["memory"]),
     ("process", &[]),
     ("removal", &[]),
     ("event_error", &["error_kind"]),
@@ -182,26 +183,11 @@ const CLIENT: Parts = &[
     ("readiness", &["event_error", "doorbell", "timer"]),
     (
         "sender",
-        &[
-            "memory",
-            "owned",
-            "doorbell",
-            "error",
-            "readiness",
-            "stream",
-        ],
+        &["memory", "owned", "peer", "doorbell", "error", "readiness"],
     ),
     (
         "receiver",
-        &[
-            "memory",
-            "owned",
-            "doorbell",
-            "error",
-            "readiness",
-            "sender",
-            "stream",
-        ],
+        &["memory", "owned", "peer", "doorbell", "error", "readiness"],
     ),
     ("stream", &["error", "sender", "receiver"]),
     (

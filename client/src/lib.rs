@@ -50,6 +50,7 @@ pub mod memory;
 pub mod notifier;
 mod options;
 mod owned;
+mod peer;
 mod process;
 mod readiness;
 mod receiver;

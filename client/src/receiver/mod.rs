@@ -15,9 +15,8 @@ use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
 use crate::memory::{Mapping, RingRegion};
 use crate::owned::Owned;
+use crate::peer::is_present;
 use crate::readiness::Readiness;
-use crate::sender::is_present;
-use crate::stream::StreamReader;
 
 pub(crate) use record::copy_from;
 pub use record::{OwnedRecord, Record};
@@ -277,25 +276,6 @@ impl Receiver {
     /// [`ErrorKind::Gone`]: crate::ErrorKind::Gone
     pub fn release(&mut self) -> Result<(), Error> {
         Ok(self.ring.release_advanced()?)
-    }
-
-    /// Returns a reader of one byte stream, as `barlink recv` is. A reader that is dropped within a
-    /// stream leaves the rest to the next reader. It sets [`Strategy::STREAM`], which remains set
-    /// afterwards: [`Receiver::set_strategy`] sets another one.
-    ///
-    /// ```no_run
-    /// use std::io::Read;
-    ///
-    /// use barlink::host;
-    ///
-    /// let broker = host::connect("default")?;
-    /// let mut receiver = broker.receiver("up")?;
-    /// let mut text = String::new();
-    /// receiver.stream().read_to_string(&mut text)?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn stream(&mut self) -> StreamReader<'_> {
-        StreamReader::new(self)
     }
 
     /// Returns how many records the sender dropped, and numbers it skipped, between those that this

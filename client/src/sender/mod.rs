@@ -14,8 +14,8 @@ use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
 use crate::memory::{Mapping, RingRegion};
 use crate::owned::Owned;
+use crate::peer::is_present;
 use crate::readiness::Readiness;
-use crate::stream::StreamWriter;
 
 pub use reservation::Reservation;
 
@@ -442,26 +442,6 @@ impl Sender {
         }
     }
 
-    /// Returns a writer that sends a byte stream, as `barlink send` does. It sets
-    /// [`Strategy::STREAM`], which remains set afterwards: [`Sender::set_strategy`] sets another
-    /// one.
-    ///
-    /// ```no_run
-    /// use std::io::Write;
-    ///
-    /// use barlink::host;
-    ///
-    /// let broker = host::connect("default")?;
-    /// let mut sender = broker.sender("down")?;
-    /// let mut stream = sender.stream();
-    /// stream.write_all(b"a file, or a log")?;
-    /// stream.finish()?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn stream(&mut self) -> StreamWriter<'_> {
-        StreamWriter::new(self)
-    }
-
     /// Returns the most bytes that one record can carry: capacity / 2 − 24, in a channel that
     /// overwrites capacity / 4 − 24, and at most 2³² − 8 (`docs/protocol.md`, rule 4.1.2).
     ///
@@ -626,9 +606,4 @@ impl AsRawFd for Sender {
     fn as_raw_fd(&self) -> RawFd {
         self.as_fd().as_raw_fd()
     }
-}
-
-/// Reads whether a process holds the end whose presence is in these words.
-pub(crate) fn is_present(region: &RingRegion, words: Option<PresenceWords>) -> bool {
-    words.is_none_or(|words| words.read(region).is_held())
 }
