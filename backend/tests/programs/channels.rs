@@ -10,9 +10,9 @@ use barlink::host::{AttachOptions, Attachment};
 use barlink::{Access, Channel, ErrorKind, Kind};
 use barlink_protocol::state;
 use barlink_protocol::wire::layout::{Layout, Name, PAGE_SIZE, Policy, TABLE_COUNT, table_entry};
+use barlink_service::ServiceManager;
 use rustix::process::Signal;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 
 /// A reserve for two channels of 64 KiB, with a vector for one of them.

@@ -14,9 +14,9 @@ use barlink::host::{AttachOptions, Attachment};
 use barlink_broker::persistence::name;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::wire::layout::{BROKER_PAGE, channel, presence};
+use barlink_service::ServiceManager;
 use rustix::process::Signal;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm::*;
 

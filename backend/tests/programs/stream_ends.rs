@@ -8,9 +8,9 @@ use std::process::Stdio;
 
 use barlink_protocol::wire::layout::{BROKER_PAGE, End, presence};
 use barlink_protocol::{Producer, cursor::Kind, state};
+use barlink_service::ServiceManager;
 use rustix::process::Signal;
 
-use crate::service::ServiceManager;
 use crate::streams::{LOOP, recv, send};
 use crate::support::*;
 use crate::vmm::{connect, handshake};

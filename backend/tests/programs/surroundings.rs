@@ -10,10 +10,10 @@ use std::time::Instant;
 
 use barlink::Access;
 use barlink::host::{AttachOptions, Attachment};
+use barlink_service::ServiceManager;
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::terminal::{USUAL, terminal};
 use crate::vmm::{connect, handshake};

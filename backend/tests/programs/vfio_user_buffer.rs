@@ -8,9 +8,9 @@ use std::os::unix::fs::FileExt;
 use barlink::Error;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Ask, BufferStatus, MAX_COPY, Refusal};
+use barlink_service::ServiceManager;
 use rustix::fs::SealFlags;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vfio_user_guest::{MIB, map, memory, unmap};

@@ -9,10 +9,10 @@ use std::os::unix::fs::FileExt;
 use barlink::Error;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Ask, GuestMemoryStatus, MAX_COPY, Refusal};
+use barlink_service::ServiceManager;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vfio_user_client::*;
 

@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use barlink::host::Attachment;
 use barlink::{ErrorKind, Kind};
 use barlink_protocol::wire::layout::{End, presence};
+use barlink_service::ServiceManager;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm::{connect, handshake, message, rings};
 
