@@ -66,8 +66,8 @@ pub struct ChannelView {
     pub written: u64,
     /// Number of records committed since the channel's reset, without marks.
     pub records: u64,
-    /// Number of marks committed since the channel's reset: the records at the begin and end of
-    /// each stream.
+    /// Number of marks committed since the channel's reset: the records at the beginning and end
+    /// of each stream.
     pub marks: u64,
     /// Number of records dropped because the channel was full, and of sequence numbers skipped.
     pub dropped: u64,

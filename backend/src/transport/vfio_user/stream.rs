@@ -32,7 +32,7 @@ pub enum StreamError {
     /// The client has closed it.
     #[error("the client has left")]
     Gone,
-    /// The begin of the next message is unknown.
+    /// The start of the next message is unknown.
     #[error(transparent)]
     Header(#[from] HeaderError),
     /// The rest of a message is missing, or the client does not take a reply.

@@ -67,7 +67,7 @@ mod flag {
     pub const ERROR: u32 = 1 << 5;
 }
 
-/// An error after which a stream cannot continue, because the begin of the next message is unknown.
+/// An error after which a stream cannot continue, because the start of the next message is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// The size is smaller than a header.
