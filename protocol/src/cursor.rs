@@ -256,9 +256,9 @@ impl TryFrom<u16> for Kind {
     }
 }
 
-/// Error of a number that is no kind.
+/// Error of a number that is not a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-#[error("{0} is no kind of a record: kinds are 1 to 65534")]
+#[error("invalid kind {0} of a record: kinds are 1 to 65534")]
 pub struct InvalidKind(u16);
 
 /// The clock of a record's time stamp. Numbers from 128 on belong to the user, and those below are

@@ -71,12 +71,12 @@ fn refuses_lock_that_is_no_lock_file() {
     std::fs::hard_link(&victim, &lock).unwrap();
     refused("a file with further names");
     rustix::fs::mknodat(CWD, &lock, FileType::Fifo, Mode::RWXU, 0).unwrap();
-    refused("no regular file");
+    refused("not a regular file");
     std::fs::create_dir(&lock).unwrap();
     fails(
         &mut serve(folder.path()),
         1,
-        &["vm.sock.lock is no regular file"],
+        &["vm.sock.lock is not a regular file"],
     );
 }
 

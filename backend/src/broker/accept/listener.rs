@@ -92,8 +92,8 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
-    /// A file that is no socket has that name.
-    #[error("{path} exists and is no socket: choose another path, or remove it")]
+    /// A file that is not a socket has that name.
+    #[error("{path} exists and is not a socket: choose another path, or remove it")]
     NotASocket {
         /// The path.
         path: PathBuf,
@@ -479,7 +479,7 @@ fn open_lock(lock: &Path) -> Result<File, LockError> {
         let kind = metadata.file_type();
         let what = match () {
             () if kind.is_symlink() => "a symbolic link",
-            () if !kind.is_file() => "no regular file",
+            () if !kind.is_file() => "not a regular file",
             () if metadata.nlink() > 1 => "a file with further names",
             () if metadata.uid() != rustix::process::geteuid().as_raw() => {
                 return Err(LockError::OfAnotherUser);

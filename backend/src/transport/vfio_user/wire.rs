@@ -74,7 +74,7 @@ pub enum HeaderError {
     #[error("a message of {0} bytes is shorter than its header")]
     Short(u32),
     /// The message is not a command. The server sends none, so it is not a reply either.
-    #[error("a message with flags {0:#x} is no command")]
+    #[error("a message with flags {0:#x} is not a command")]
     NotACommand(u32),
 }
 

@@ -130,7 +130,7 @@ pub enum Refusal {
     NoBuffer(u32),
     /// The DMA buffer is smaller.
     #[error(
-        "{length} bytes at {offset:#x} leave the guest's DMA buffer, which has {size} bytes: take no more, or a smaller --at"
+        "{length} bytes at {offset:#x} are outside the guest's DMA buffer, which has {size} bytes: take no more, or a smaller --at"
     )]
     OutsideBuffer {
         /// Offset in the buffer.
@@ -146,7 +146,7 @@ pub enum Refusal {
     )]
     NotYours,
     /// The length is more than one answer carries.
-    #[error("{0} bytes are more than are copied at once, {MAX_COPY}")]
+    #[error("{0} bytes exceed the {MAX_COPY} bytes of one copy")]
     MuchData(usize),
     /// Only the broker's own user and root can replace the broker.
     #[error("only the broker's own user and root can replace it: run this as one of them")]
