@@ -107,7 +107,7 @@ pub enum Error {
         "XDG_RUNTIME_DIR is `{folder}`, not an absolute path: set it to one that exists, such as /run/user/UID, or name a socket by its path"
     )]
     RelativeRunFolder {
-        /// Its value.
+        /// Value of the variable.
         folder: PathBuf,
     },
     /// The region has no channel of that name.

@@ -92,7 +92,7 @@ pub enum Taken {
     Connected,
     /// The process of the former VM lives.
     Former {
-        /// Its process ID.
+        /// Process ID of the VMM.
         pid: u32,
     },
     /// The kernel consumes the rings for the slot: an earlier device of the same process left its

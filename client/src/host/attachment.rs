@@ -473,7 +473,7 @@ const VMM_ENDS: [Duration; 3] = [
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ForcedReset {
-    /// How often the channel was reset, this time included.
+    /// Number of resets of the channel, this one included.
     pub generation: u64,
     /// The ends that were not free, with the processes that hold or held them, as texts.
     pub broken: Vec<String>,

@@ -49,9 +49,8 @@ pub enum Sent {
 
 /// The end of a channel that sends records. The claim of the end lasts as long as this value, in
 /// the process that made it: a copy in a forked process does nothing
-/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). A
-/// sender that is dropped publishes its staged records. An error of that is lost, so a program that
-/// wants to see it calls [`Sender::publish`] first.
+/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). Dropping the sender publishes its staged
+/// records and ignores errors; call [`Sender::publish`] first to see them.
 ///
 /// ```no_run
 /// use barlink::{Kind, Sent, host};
@@ -208,7 +207,7 @@ impl Sender {
     }
 
     /// Copies a record into the channel and commits it as [`Sender::send`] does, with a time stamp
-    /// of the program's own. A program that forwards records from elsewhere keeps their times so.
+    /// of the program's own. So a program that forwards records keeps their times.
     ///
     /// ```no_run
     /// use std::time::{SystemTime, UNIX_EPOCH};
@@ -256,9 +255,9 @@ impl Sender {
         self.outcome(sent)
     }
 
-    /// Skips sequence numbers, so that no record has them. A program that forwards records tells
-    /// its receiver so that some were lost before they reached it. Skipped numbers count as dropped
-    /// records. Records that were staged are committed first.
+    /// Skips sequence numbers, so that no record has them. A program that forwards records calls
+    /// this to report records that were lost before they reached it. Skipped numbers count as
+    /// dropped records. Records that were staged are committed first.
     ///
     /// ```no_run
     /// use barlink::host;

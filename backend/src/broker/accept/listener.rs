@@ -45,10 +45,10 @@ pub enum SocketError {
     TooLong {
         /// The path.
         path: PathBuf,
-        /// Its length in bytes.
+        /// Length of the path in bytes.
         length: usize,
     },
-    /// Its folder does not exist.
+    /// The folder of the socket does not exist.
     #[error("no folder for socket {path}: create {folder}")]
     NoFolder {
         /// The path.

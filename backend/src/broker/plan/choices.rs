@@ -58,7 +58,7 @@ impl FromStr for Direction {
 /// The operator's choice of a channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChannelPlan {
-    /// Its name.
+    /// Name of the channel.
     pub name: Name,
     /// The direction of its records.
     pub direction: Direction,

@@ -258,7 +258,7 @@ impl Roster {
 
 /// The result of a reset.
 pub struct Emptied {
-    /// How often the channel has been reset.
+    /// Number of resets of the channel, this one included.
     pub generation: u64,
     /// The ends that were not free, with their holders.
     pub broken: Vec<String>,

@@ -42,10 +42,10 @@ fn name(file: FileId) -> String {
 /// A range that is announced.
 #[derive(Clone, Debug)]
 struct Part {
-    /// Its index in the session's state.
+    /// Index of the range in the session's state.
     index: u32,
     range: Range,
-    /// Its file; `None` if it cannot be read.
+    /// File of the range; `None` if it cannot be read.
     file: Option<(FileId, Arc<File>)>,
 }
 

@@ -22,7 +22,7 @@ use crate::memory::Access;
 /// The part that a message of any version has.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct AnyVersion {
-    /// Its version.
+    /// Version of the message.
     pub version: u32,
 }
 

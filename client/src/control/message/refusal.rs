@@ -162,11 +162,11 @@ pub enum Refusal {
         "slot {slot}'s VM, process {pid}, is connected by {transport}, which cannot be handed over: shut that VM down first"
     )]
     Stays {
-        /// Its slot.
+        /// Slot of the VM.
         slot: u32,
-        /// Its transport.
+        /// Transport of the slot.
         transport: String,
-        /// Process ID of its VMM.
+        /// Process ID of the VM's VMM.
         pid: u32,
     },
     /// As many host apps are there as the broker serves. This answer comes before any request.
