@@ -230,7 +230,7 @@ impl Slot {
         came && epoch.is_multiple_of(2) && epoch != occupancy.words.ended_epoch()
     }
 
-    /// Tells whether the kernel consumes the rings of a vector of the slot. The kernel does so
+    /// Returns whether the kernel consumes the rings of a vector of the slot. The kernel does so
     /// before the ring returns.
     fn is_consumed(&self) -> bool {
         let mut eventfds = self.region.eventfds(self.id).iter();

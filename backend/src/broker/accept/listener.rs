@@ -567,7 +567,7 @@ fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
     Ok((path, address))
 }
 
-/// Tells whether a socket has that name. Another kind of file is an error.
+/// Returns whether a socket has that name. Another kind of file is an error.
 fn is_taken_by_a_socket(path: &Path) -> Result<bool, SocketError> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),

@@ -125,7 +125,7 @@ impl Roster {
         Ok(())
     }
 
-    /// Tells whether a host app holds an end.
+    /// Returns whether a host app holds an end.
     pub fn holds(&self, client: ClientId) -> bool {
         let words = self.words.lock();
         let mut owners = ends(&self.region).filter_map(|(channel, end)| words.holder(channel, end));

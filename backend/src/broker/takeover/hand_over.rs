@@ -206,7 +206,7 @@ mod tests {
     use crate::transport::Ivshmem;
     use barlink::control::message::VERSION;
 
-    /// Tells whether a thread that would change a slot waits.
+    /// Returns whether a thread that would change a slot waits.
     fn is_quiesced(state: &Arc<BrokerState>) -> bool {
         let (begun, has_begun) = channel();
         let (done, is_done) = channel();

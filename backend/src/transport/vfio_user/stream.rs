@@ -278,7 +278,7 @@ mod tests {
         command == command::DEVICE_SET_IRQS
     }
 
-    /// Tells whether all copies of a pipe's writing end are closed.
+    /// Returns whether all copies of a pipe's writing end are closed.
     fn is_closed(reader: &std::io::PipeReader) -> bool {
         let mut pipe = [PollFd::new(reader, PollFlags::IN)];
         let now = rustix::time::Timespec::default();
