@@ -174,7 +174,7 @@ fn record_wakes_edge_triggered_waiter() {
 }
 
 #[test]
-fn sender_is_told_of_room() {
+fn room_wakes_waiting_sender() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     const RECORDS: u32 = 500;
