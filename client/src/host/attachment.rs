@@ -552,7 +552,7 @@ impl Side for Attachment {
         let asked = self.control.ask(Ask::Claim { channel, end });
         let (answer, descriptors) = asked.map_err(|error| match error {
             ControlError::Refused(Refusal::Held(held)) => Error::Held(held),
-            ControlError::Refused(Refusal::NotHost(not_here)) => Error::NotHere(not_here),
+            ControlError::Refused(Refusal::NotHere(not_here)) => Error::NotHere(not_here),
             ControlError::Refused(Refusal::NoConsumer(none)) => Error::NoConsumer(none),
             error => Error::Control(error),
         })?;

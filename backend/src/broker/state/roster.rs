@@ -101,7 +101,7 @@ impl Roster {
         }
         if entry.peer(end) != self.region.layout().host() {
             let peer = format!("slot {}'s VM", entry.peer(end));
-            return Err(Refusal::NotHost(NotHere::new(name(), end, Some(peer))));
+            return Err(Refusal::NotHere(NotHere::new(name(), end, Some(peer))));
         }
         let words = self.words.lock();
         if let Some((_, word)) = words.holder(channel, end) {

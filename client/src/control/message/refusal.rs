@@ -46,7 +46,8 @@ pub enum Refusal {
     Held(Held),
     /// The end is not the host's.
     #[error(transparent)]
-    NotHost(NotHere),
+    #[serde(rename = "not-host")]
+    NotHere(NotHere),
     /// The channel has no consumer.
     #[error(transparent)]
     NoConsumer(NoConsumer),
@@ -238,7 +239,7 @@ impl Refusal {
             | Refusal::VmmLives { .. }
             | Refusal::Full(_)
             | Refusal::Busy => ErrorKind::InUse,
-            Refusal::NotHost(_)
+            Refusal::NotHere(_)
             | Refusal::NoConsumer(_)
             | Refusal::NotHeld
             | Refusal::ReadOnly
