@@ -294,7 +294,7 @@ fn receiver_leaves_records_of_other_kinds() {
     let broker = Broker::start(&LOOP);
     let mut sender = broker.attach().sender("loop").unwrap();
     for text in ["one ", "two ", "three "] {
-        let _ = sender.send(barlink::Kind::USER, text.as_bytes()).unwrap();
+        sender.send(barlink::Kind::USER, text.as_bytes()).unwrap();
     }
     for _ in 0..2 {
         fails(

@@ -217,7 +217,7 @@ impl Sender {
     /// let mut log = host::connect("default")?.sender("log")?;
     /// let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
     /// let stamp = Stamp::new(now.as_nanos() as u64, Clock::REALTIME);
-    /// let _ = log.send_at(Kind::USER, b"started", stamp)?;
+    /// log.send_at(Kind::USER, b"started", stamp)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
@@ -241,7 +241,7 @@ impl Sender {
     /// for record in broker.receiver("up")?.iter() {
     ///     let record = record?;
     ///     let stamp = Stamp::new(record.time, Clock::REMOTE);
-    ///     let _ = copy.stage_at(record.kind, &record.bytes, stamp)?;
+    ///     copy.stage_at(record.kind, &record.bytes, stamp)?;
     ///     copy.publish()?;
     /// }
     /// # Ok::<(), barlink::Error>(())
@@ -270,7 +270,7 @@ impl Sender {
     ///     let all = tap.missed() + tap.dropped();
     ///     copy.skip(all - lost)?;
     ///     lost = all;
-    ///     let _ = copy.send(frame.kind, &frame.bytes)?;
+    ///     copy.send(frame.kind, &frame.bytes)?;
     /// }
     /// # Ok::<(), barlink::Error>(())
     /// ```
@@ -300,7 +300,7 @@ impl Sender {
     /// let first = source.recv()?.to_owned();
     /// // The copies have the numbers of their originals.
     /// copy.set_first_sequence(first.sequence)?;
-    /// let _ = copy.send(first.kind, &first.bytes)?;
+    /// copy.send(first.kind, &first.bytes)?;
     /// # Ok::<(), barlink::Error>(())
     /// ```
     ///
