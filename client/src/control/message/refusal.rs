@@ -225,6 +225,14 @@ impl Refusal {
     }
 
     /// Returns the class of the refusal.
+    ///
+    /// ```
+    /// use barlink::ErrorKind;
+    /// use barlink::host::Refusal;
+    ///
+    /// assert_eq!(Refusal::NoVm(2).kind(), ErrorKind::NotFound);
+    /// assert_eq!(Refusal::NotYours.kind(), ErrorKind::PermissionDenied);
+    /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
             Refusal::Version { .. } | Refusal::Malformed(_) => ErrorKind::Incompatible,
