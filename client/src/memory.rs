@@ -82,7 +82,7 @@ impl MemoryError {
     ///
     /// match host::connect("default") {
     ///     Err(Error::Memory(error)) if error.kind() == ErrorKind::Incompatible => {
-    ///         println!("another program answers at the broker's socket: {error}");
+    ///         println!("the broker is of another release: {error}");
     ///     }
     ///     broker => println!("{} bytes", broker?.region().size()),
     /// }
