@@ -43,8 +43,8 @@ where
     sender.set_strategy(Strategy::STREAM);
     let mut source = Source::new(source);
     let mut total = Progress::default();
-    // The beginning is sent together with the first data. So a sender that has no data leaves nothing
-    // in the channel, and a sender that drops sends no data without a beginning.
+    // The beginning is sent together with the first data. So a sender that has no data leaves
+    // nothing in the channel, and a sender that drops sends no data without a beginning.
     let begun = match sender.drops() {
         true => send_or_drop(sender, &mut source, scratch, watch, &mut total)?,
         false => send_all(sender, &mut source, scratch, watch, &mut total)?,
@@ -88,8 +88,8 @@ where
     }
 }
 
-/// Sends the data of a stream, and waits while the channel is full. Returns whether the beginning was
-/// sent.
+/// Sends the data of a stream, and waits while the channel is full. Returns whether the beginning
+/// was sent.
 fn send_all<M, E>(
     sender: &mut Sender<M, E>,
     source: &mut Source,

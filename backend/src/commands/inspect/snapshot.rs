@@ -33,7 +33,8 @@ pub struct Snapshot {
 /// A guest's driver.
 #[derive(Clone, Debug, Serialize)]
 pub struct Guest {
-    /// Epoch of the driver: new at every probe and after some suspends, and odd while the driver is bound.
+    /// Epoch of the driver: new at every probe and after some suspends, and odd while the driver is
+    /// bound.
     pub epoch: u64,
     /// Whether the driver is bound.
     pub present: bool,

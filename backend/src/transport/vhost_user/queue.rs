@@ -64,8 +64,8 @@ impl Queue {
         state.is_enabled() && state.get_queue().ready()
     }
 
-    /// Returns whether the queue was stopped and continues, with the same driver. It cannot be known
-    /// of a driver that has used no buffer.
+    /// Returns whether the queue was stopped and continues, with the same driver. It cannot be
+    /// known of a driver that has used no buffer.
     pub fn continues(&self) -> bool {
         self.continues.load(Ordering::Relaxed)
     }
