@@ -204,7 +204,7 @@ impl Areas {
         had_mode && self.asked.is_none() && self.following > 0
     }
 
-    /// Tells whether areas exist whose pages are mapped on fault. Their mode must be registered.
+    /// Returns whether areas exist whose pages are mapped on fault. Their mode must be registered.
     pub(crate) fn have_on_fault(&self) -> bool {
         self.on_fault + self.following > 0
     }

@@ -76,7 +76,7 @@ impl Claims {
         }
     }
 
-    /// Tells whether a claim of a file names a process.
+    /// Returns whether a claim of a file names a process.
     pub(crate) fn name(&self, file: FileId, process: u32) -> bool {
         let mut holders = self.holders.iter().flatten().flatten();
         holders.any(|holder| holder.file == file && holder.process == process)

@@ -147,7 +147,7 @@ impl Device {
         )
     }
 
-    /// Tells whether the device is gone. From then on every call fails with `ENODEV`.
+    /// Returns whether the device is gone. From then on every call fails with `ENODEV`.
     pub(crate) fn is_gone(&self) -> bool {
         self.gone.load(Acquire)
     }

@@ -120,7 +120,7 @@ impl Doorbells {
         self.state.with(DoorbellState::send);
     }
 
-    /// Tells whether the device has read all doorbells. Also sends pending ones, because no
+    /// Returns whether the device has read all doorbells. Also sends pending ones, because no
     /// interrupt announces the buffers that this call takes back.
     pub(crate) fn is_idle(&self) -> bool {
         self.state.with(|state| {

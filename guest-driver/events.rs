@@ -55,7 +55,7 @@ impl Listener {
         })
     }
 
-    /// Tells whether a vector has fired.
+    /// Returns whether a vector has fired.
     pub(crate) fn has_fired(&self) -> bool {
         self.fired.iter().any(|word| word.load(Relaxed) != 0)
     }

@@ -145,7 +145,7 @@ impl Queue {
         }
     }
 
-    /// Tells whether the device has no buffer.
+    /// Returns whether the device has no buffer.
     pub(crate) fn is_idle(&self) -> bool {
         self.free == !0
     }

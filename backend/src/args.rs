@@ -61,7 +61,7 @@ pub enum Command {
     Tail(Tail),
     /// Show a region while it is in use: its VMs and host apps, its channels, and its bytes
     #[command(
-        after_help = "Records count from the channel's last reset, without the marks at the begin and end of a stream.\n\n\
+        after_help = "Records count from the channel's last reset, without the marks at the beginning and end of a stream.\n\n\
                             Age is the time since the newest record or mark. It is exact if the sender is on this host.\n\
                             A guest has another clock, so for its channels the live view shows the time for which it\n\
                             has seen no new record itself, as in `≥12 s`, and --once and --json show nothing.\n\n\

@@ -98,7 +98,7 @@ fn builder(level: LevelFilter, style: WriteStyle) -> Builder {
     builder
 }
 
-/// Tells whether standard error is the journal: `JOURNAL_STREAM` then has its device and inode
+/// Returns whether standard error is the journal: `JOURNAL_STREAM` then has its device and inode
 /// (`systemd.exec(5)`).
 fn is_journal() -> bool {
     let Some(stream) = std::env::var("JOURNAL_STREAM").ok() else {

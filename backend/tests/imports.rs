@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The direction of imports between the parts of `backend/src` and of `client/src`, which
-//! docs/architecture.md shows.
+//! The direction of imports between the parts of `protocol/src`, `client/src`, `backend/src` and
+//! `guest-driver`, which docs/architecture.md shows.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -20,7 +20,12 @@ struct Crate {
     circles: &'static [(&'static str, &'static str)],
 }
 
-const CRATES: [Crate; 2] = [
+const CRATES: [Crate; 4] = [
+    Crate {
+        source: "../protocol/src",
+        parts: PROTOCOL,
+        circles: &[],
+    },
     Crate {
         source: "src",
         parts: BACKEND,
@@ -29,8 +34,67 @@ const CRATES: [Crate; 2] = [
     Crate {
         source: "../client/src",
         parts: CLIENT,
-        circles: &[("sender", "stream"), ("receiver", "stream")],
+        circles: &[],
     },
+    Crate {
+        source: "../guest-driver",
+        parts: DRIVER,
+        circles: &[
+            ("device", "mapping"),
+            ("device", "buffer"),
+            ("mapping", "file"),
+            ("chardev", "file"),
+            ("irq", "pci"),
+        ],
+    },
+];
+
+const PROTOCOL: Parts = &[
+    ("aligned", &[]),
+    ("io", &[]),
+    ("strategy", &[]),
+    ("sync", &[]),
+    ("wire", &[]),
+    ("copy", &["sync"]),
+    ("cursor", &["wire"]),
+    ("region", &["io", "sync", "wire", "copy"]),
+    ("cache", &["sync", "wire", "region"]),
+    ("presence", &["sync", "wire", "region"]),
+    ("table", &["sync", "wire", "region"]),
+    ("state", &["sync", "wire", "cursor", "region"]),
+    (
+        "producer",
+        &["io", "sync", "wire", "cursor", "region", "state"],
+    ),
+    (
+        "consumer",
+        &[
+            "aligned", "io", "sync", "wire", "cursor", "region", "state", "producer",
+        ],
+    ),
+    ("tap", &["sync", "wire", "cursor", "region"]),
+    ("error", &["cursor", "producer"]),
+    (
+        "link",
+        &[
+            "strategy", "sync", "region", "presence", "producer", "error",
+        ],
+    ),
+    (
+        "channel",
+        &[
+            "io", "strategy", "sync", "wire", "cursor", "region", "presence", "producer",
+            "consumer", "error", "link",
+        ],
+    ),
+    (
+        "stream",
+        &[
+            "aligned", "io", "strategy", "sync", "cursor", "region", "consumer", "error", "link",
+            "channel",
+        ],
+    ),
+    ("error_kind", &["io", "wire", "error", "stream"]),
 ];
 
 const BACKEND: Parts = &[
@@ -142,6 +206,7 @@ const CLIENT: Parts = &[
     ("layouts", &[]),
     ("memory", &["error_kind"]),
     ("owned", &[]),
+    ("peer", &["memory"]),
     ("process", &[]),
     ("removal", &[]),
     ("event_error", &["error_kind"]),
@@ -182,26 +247,11 @@ const CLIENT: Parts = &[
     ("readiness", &["event_error", "doorbell", "timer"]),
     (
         "sender",
-        &[
-            "memory",
-            "owned",
-            "doorbell",
-            "error",
-            "readiness",
-            "stream",
-        ],
+        &["memory", "owned", "peer", "doorbell", "error", "readiness"],
     ),
     (
         "receiver",
-        &[
-            "memory",
-            "owned",
-            "doorbell",
-            "error",
-            "readiness",
-            "sender",
-            "stream",
-        ],
+        &["memory", "owned", "peer", "doorbell", "error", "readiness"],
     ),
     ("stream", &["error", "sender", "receiver"]),
     (
@@ -272,6 +322,73 @@ const CLIENT: Parts = &[
     ),
 ];
 
+// `wire` is in `protocol/src`, and imports nothing of the driver.
+const DRIVER: Parts = &[
+    ("compat", &[]),
+    ("shim", &[]),
+    ("areas", &[]),
+    ("claims", &[]),
+    ("coherent", &["shim"]),
+    ("iomem", &["shim"]),
+    ("lock", &["shim"]),
+    ("registration", &["shim"]),
+    ("virtqueue", &["shim"]),
+    ("wait", &["shim"]),
+    ("memory", &["iomem"]),
+    ("events", &["wait"]),
+    ("doorbells", &["lock", "virtqueue"]),
+    ("interrupts", &["lock", "virtqueue", "wait"]),
+    ("hardware", &["iomem", "memory", "doorbells"]),
+    (
+        "device",
+        &[
+            "areas",
+            "claims",
+            "registration",
+            "wait",
+            "memory",
+            "hardware",
+            "mapping",
+            "buffer",
+        ],
+    ),
+    ("signals", &["shim", "wait", "device"]),
+    (
+        "mapping",
+        &["shim", "areas", "registration", "device", "file"],
+    ),
+    (
+        "buffer",
+        &["compat", "shim", "coherent", "device", "mapping"],
+    ),
+    ("chardev", &["shim", "device", "file"]),
+    (
+        "file",
+        &[
+            "compat", "shim", "areas", "claims", "events", "device", "signals", "mapping",
+            "buffer", "chardev",
+        ],
+    ),
+    (
+        "binding",
+        &["shim", "wait", "memory", "hardware", "device", "chardev"],
+    ),
+    ("irq", &["compat", "wait", "pci"]),
+    ("pci", &["compat", "memory", "hardware", "binding", "irq"]),
+    (
+        "virtio",
+        &[
+            "shim",
+            "virtqueue",
+            "memory",
+            "doorbells",
+            "interrupts",
+            "hardware",
+            "binding",
+        ],
+    ),
+];
+
 /// Finds the part of a module.
 fn part_of(parts: Parts, module: &[String]) -> Option<&'static str> {
     let path = module.join("/");
@@ -291,8 +408,11 @@ fn collect(folder: &Path, module: &[String], found: &mut Vec<(Vec<String>, Strin
             collect(&path, &[module, &[name]].concat(), found);
             continue;
         }
+        if path.extension().is_none_or(|extension| extension != "rs") {
+            continue;
+        }
         let own = match name.as_str() {
-            "lib" | "main" => continue,
+            "lib" | "main" | "barlink_main" => continue,
             "mod" => module.to_vec(),
             _ => [module, &[name]].concat(),
         };
@@ -307,6 +427,8 @@ fn code(source: &str) -> String {
         .unwrap_or((source, ""));
     let lines = code.lines().map(str::trim);
     let lines = lines.filter(|line| !line.starts_with("//"));
+    // The kernel's format has an empty comment behind the last item of a list.
+    let lines = lines.map(|line| line.trim_end_matches(" //"));
     lines.map(|line| format!("{line}\n")).collect()
 }
 

@@ -104,10 +104,10 @@ pub enum Error {
     NoRunFolder,
     /// `XDG_RUNTIME_DIR` is not an absolute path.
     #[error(
-        "XDG_RUNTIME_DIR is `{folder}`, which is no absolute path: set it to one that exists, such as /run/user/UID, or name a socket by its path"
+        "XDG_RUNTIME_DIR is `{folder}`, not an absolute path: set it to one that exists, such as /run/user/UID, or name a socket by its path"
     )]
     RelativeRunFolder {
-        /// Its value.
+        /// Value of the variable.
         folder: PathBuf,
     },
     /// The region has no channel of that name.

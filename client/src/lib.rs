@@ -50,6 +50,7 @@ pub mod memory;
 pub mod notifier;
 mod options;
 mod owned;
+mod peer;
 mod process;
 mod readiness;
 mod receiver;
@@ -97,7 +98,8 @@ pub use barlink_protocol::cursor::{Corrupt, Reset};
 ///
 /// assert_eq!((FRAME.number(), AUDIO.number()), (256, 257));
 /// assert_eq!(Kind::new(0), None, "no record has kind 0");
-/// assert_eq!(Kind::try_from(65535).unwrap_err().to_string(), "65535 is no kind of a record: kinds are 1 to 65534");
+/// let error = Kind::try_from(65535).unwrap_err().to_string();
+/// assert_eq!(error, "invalid kind 65535 of a record: kinds are 1 to 65534");
 /// ```
 pub use barlink_protocol::cursor::{InvalidKind, Kind};
 /// A range that is not in the mapping ([`RegionError::Outside`]).

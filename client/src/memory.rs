@@ -76,6 +76,18 @@ pub enum MemoryError {
 
 impl MemoryError {
     /// Returns the class of the error.
+    ///
+    /// ```no_run
+    /// use barlink::{Error, ErrorKind, host};
+    ///
+    /// match host::connect("default") {
+    ///     Err(Error::Memory(error)) if error.kind() == ErrorKind::Incompatible => {
+    ///         println!("the broker is of another release: {error}");
+    ///     }
+    ///     broker => println!("{} bytes", broker?.region().size()),
+    /// }
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
             MemoryError::File { .. } => ErrorKind::Other,

@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut};
 
 const TAKEN: &str = "the value was taken, which ends its owner";
 
-/// A value that its owner can give away, and then ends.
+/// A value that its owner can give away. The owner ends with that call.
 #[derive(Debug)]
 pub(crate) struct Owned<T>(Option<T>);
 

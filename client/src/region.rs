@@ -77,7 +77,17 @@ pub enum RegionError {
 }
 
 impl RegionError {
-    /// Returns the class of the error.
+    /// Returns the class of the error, which is [`ErrorKind::InvalidInput`] for all.
+    ///
+    /// ```no_run
+    /// use barlink::{ErrorKind, host};
+    ///
+    /// let region = host::connect("default")?.region();
+    /// if let Err(error) = region.poke(region.size(), b"behind the end") {
+    ///     assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn kind(&self) -> ErrorKind {
         ErrorKind::InvalidInput
     }

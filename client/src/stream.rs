@@ -260,8 +260,30 @@ pub struct StreamWriter<'a> {
     dropped: u64,
 }
 
+impl Sender {
+    /// Returns a writer that sends a byte stream, as `barlink send` does. It sets
+    /// [`Strategy::STREAM`], which remains set afterwards: [`Sender::set_strategy`] sets another
+    /// one.
+    ///
+    /// ```no_run
+    /// use std::io::Write;
+    ///
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let mut sender = broker.sender("down")?;
+    /// let mut stream = sender.stream();
+    /// stream.write_all(b"a file, or a log")?;
+    /// stream.finish()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn stream(&mut self) -> StreamWriter<'_> {
+        StreamWriter::new(self)
+    }
+}
+
 impl<'a> StreamWriter<'a> {
-    pub(crate) fn new(sender: &'a mut Sender) -> Self {
+    fn new(sender: &'a mut Sender) -> Self {
         sender.set_strategy(Strategy::STREAM);
         StreamWriter {
             sender,
@@ -391,8 +413,29 @@ pub struct StreamReader<'a> {
     ended: Option<u64>,
 }
 
+impl Receiver {
+    /// Returns a reader of one byte stream, as `barlink recv` is. A reader that is dropped within a
+    /// stream leaves the rest to the next reader. It sets [`Strategy::STREAM`], which remains set
+    /// afterwards: [`Receiver::set_strategy`] sets another one.
+    ///
+    /// ```no_run
+    /// use std::io::Read;
+    ///
+    /// use barlink::host;
+    ///
+    /// let broker = host::connect("default")?;
+    /// let mut receiver = broker.receiver("up")?;
+    /// let mut text = String::new();
+    /// receiver.stream().read_to_string(&mut text)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn stream(&mut self) -> StreamReader<'_> {
+        StreamReader::new(self)
+    }
+}
+
 impl<'a> StreamReader<'a> {
-    pub(crate) fn new(receiver: &'a mut Receiver) -> Self {
+    fn new(receiver: &'a mut Receiver) -> Self {
         receiver.set_strategy(Strategy::STREAM);
         receiver.streaming();
         StreamReader {

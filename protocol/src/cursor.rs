@@ -230,7 +230,7 @@ impl Kind {
         }
     }
 
-    /// Returns whether records of this kind mark the begin or end of a stream.
+    /// Returns whether records of this kind mark the beginning or end of a stream.
     pub(crate) const fn is_mark(self) -> bool {
         matches!(self, Kind::BEGIN | Kind::END)
     }
@@ -256,9 +256,9 @@ impl TryFrom<u16> for Kind {
     }
 }
 
-/// Error of a number that is no kind.
+/// Error of a number that is not a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-#[error("{0} is no kind of a record: kinds are 1 to 65534")]
+#[error("invalid kind {0} of a record: kinds are 1 to 65534")]
 pub struct InvalidKind(u16);
 
 /// The clock of a record's time stamp. Numbers from 128 on belong to the user, and those below are
@@ -269,9 +269,9 @@ pub struct Clock(u8);
 impl Clock {
     /// The monotonic clock of the producer's side. Times of two sides cannot be subtracted.
     pub const MONOTONIC: Clock = Clock(0);
-    /// The time of day: nanoseconds since the begin of 1970 in UTC, without leap seconds.
+    /// The time of day: nanoseconds since the start of 1970 in UTC, without leap seconds.
     pub const REALTIME: Clock = Clock(1);
-    /// International atomic time, which has no leap seconds, in nanoseconds since the begin of
+    /// International atomic time, which has no leap seconds, in nanoseconds since the start of
     /// 1970.
     pub const TAI: Clock = Clock(2);
     /// A clock of another machine, from which a program has forwarded the record. Only the times of

@@ -299,7 +299,7 @@ mod tests {
         );
     }
 
-    /// Tells whether Landlock limits signals: since its version 6, which is in Linux 6.12.
+    /// Returns whether Landlock limits signals: since its version 6, which is in Linux 6.12.
     fn scopes_signals() -> bool {
         let release = rustix::system::uname();
         let release = release.release().to_str().unwrap();

@@ -24,7 +24,7 @@ impl Policy {
         }
     }
 
-    /// Tells whether the peer of a socket may connect.
+    /// Returns whether the peer of a socket may connect.
     pub fn admits(&self, peer: Peer, socket: impl AsFd) -> bool {
         // A kernel that does not report supplementary groups has the primary one only.
         self.admits_member(peer, || peer_groups(socket).unwrap_or_default())
@@ -38,7 +38,7 @@ impl Policy {
             || (!self.groups.is_empty() && groups().iter().any(is_named))
     }
 
-    /// Tells whether a peer has the rights of the broker's own user.
+    /// Returns whether a peer has the rights of the broker's own user.
     pub fn is_owner(&self, peer: Peer) -> bool {
         peer.uid == 0 || peer.uid == self.own
     }

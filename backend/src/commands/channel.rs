@@ -66,7 +66,7 @@ struct ChannelList {
 /// A channel.
 #[derive(Serialize)]
 struct Row {
-    /// Its name.
+    /// Name of the channel.
     name: String,
     /// The peer that produces: `host` or `slot N`.
     from: String,

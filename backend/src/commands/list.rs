@@ -19,9 +19,9 @@ use crate::args::{List, parse_name};
 /// A broker, as its control socket shows it.
 #[derive(Debug, Serialize)]
 struct Entry {
-    /// Its name.
+    /// Name of the broker.
     name: String,
-    /// Its control socket.
+    /// Control socket of the broker.
     control: PathBuf,
     #[serde(flatten)]
     state: State,

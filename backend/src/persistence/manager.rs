@@ -42,20 +42,20 @@ pub enum Notice {
     Remove(String),
 }
 
-/// Tells whether a service manager runs this broker, and so may start it again when it ends. A
+/// Returns whether a service manager runs this broker, and so may start it again when it ends. A
 /// program that a service has started inherits the service's environment, but is no service.
 pub fn is_a_service() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some() && is_started_by_manager()
 }
 
-/// Tells whether this is the process that systemd has started, if systemd 248 or later names one
+/// Returns whether this is the process that systemd has started, if systemd 248 or later names one
 /// (`systemd.exec(5)`, "$SYSTEMD_EXEC_PID").
 fn is_started_by_manager() -> bool {
     let started = std::env::var("SYSTEMD_EXEC_PID");
     started.map_or(true, |started| started == std::process::id().to_string())
 }
 
-/// Tells whether a service manager stores the broker's descriptors, so that a successor receives
+/// Returns whether a service manager stores the broker's descriptors, so that a successor receives
 /// them: `FDSTORE` is how many it would store (systemd 254 and later).
 pub fn is_managed() -> bool {
     let room = std::env::var("FDSTORE");

@@ -47,7 +47,7 @@ pub fn part(slot: u32, what: &str) -> String {
     format!("part-{slot}-{what}")
 }
 
-/// Tells whether a name is one of a session's descriptors.
+/// Returns whether a name is one of a session's descriptors.
 pub fn is_part(name: &str) -> bool {
     name.starts_with("part-")
 }
@@ -71,7 +71,7 @@ pub fn parse_client(name: &str) -> Option<ClientId> {
     name.strip_prefix("client-")?.parse().ok()
 }
 
-/// Tells whether a broker stores descriptors under such a name. A service manager also passes the
+/// Returns whether a broker stores descriptors under such a name. A service manager also passes the
 /// sockets of a `.socket` unit.
 pub fn is_of_broker(name: &str) -> bool {
     let with_numbers = [

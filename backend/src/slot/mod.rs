@@ -221,16 +221,16 @@ impl Slot {
         });
     }
 
-    /// Tells whether a driver came and went in order in the VM that has left, so that it disabled
-    /// its interrupts. A ring then finds no one, and can only do harm: QEMU without KVM goes on
-    /// watching eventfds that it has closed.
+    /// Returns whether a driver of the VM that has left was bound and unbound in order, and so
+    /// disabled its interrupts. Ringing such a slot does only harm: QEMU without KVM keeps watching
+    /// eventfds that it has closed.
     fn left_in_order(&self, occupancy: &Occupancy) -> bool {
         let epoch = self.region.driver_epoch(self.id);
         let came = occupancy.words.first_epoch() != epoch;
         came && epoch.is_multiple_of(2) && epoch != occupancy.words.ended_epoch()
     }
 
-    /// Tells whether the kernel consumes the rings of a vector of the slot. The kernel does so
+    /// Returns whether the kernel consumes the rings of a vector of the slot. The kernel does so
     /// before the ring returns.
     fn is_consumed(&self) -> bool {
         let mut eventfds = self.region.eventfds(self.id).iter();

@@ -96,7 +96,7 @@ impl SharedRegion {
         }
     }
 
-    /// Tells whether the VM of a slot has its driver loaded, by the driver's own word.
+    /// Returns whether the VM of a slot has its driver loaded, by the driver's own word.
     fn has_driver(&self, slot: u32) -> bool {
         let load = |offset| self.words().word(offset).load(Ordering::Acquire);
         let connection = BROKER_PAGE + presence::CONNECTIONS + 8 * u64::from(slot);

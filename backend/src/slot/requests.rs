@@ -38,7 +38,7 @@ pub enum ReadError {
     #[error("the guest has no DMA buffer")]
     NoBuffer,
     /// The bytes are not all in the DMA buffer.
-    #[error("{length} bytes at {offset:#x} leave the DMA buffer of {size} bytes")]
+    #[error("{length} bytes at {offset:#x} are outside the DMA buffer of {size} bytes")]
     OutsideBuffer {
         /// Offset in the buffer.
         offset: u64,

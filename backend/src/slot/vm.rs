@@ -7,7 +7,7 @@ use crate::socket::Peer;
 /// A connected VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vm {
-    /// Its VMM.
+    /// VMM of the VM.
     pub vmm: Peer,
     /// The number of the connection.
     pub connection: u64,

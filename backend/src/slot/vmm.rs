@@ -35,7 +35,7 @@ impl Vmm {
         self.process.as_ref()
     }
 
-    /// Tells whether the process lives. The result is `None` if the kernel cannot name it.
+    /// Returns whether the process lives. The result is `None` if the kernel cannot name it.
     pub fn lives(&self) -> Option<bool> {
         let process = self.process.as_ref()?;
         let mut polled = [PollFd::new(process, PollFlags::IN)];
@@ -45,7 +45,7 @@ impl Vmm {
         Some(ready != Ok(1))
     }
 
-    /// Tells whether `other` is this process, which lives. So no other process has its ID.
+    /// Returns whether `other` is this process, which lives. So no other process has its ID.
     pub(super) fn is_same(&self, other: &Vmm) -> bool {
         match (self.pid, other.pid) {
             (0, 0) => self
@@ -92,7 +92,7 @@ pub enum Taken {
     Connected,
     /// The process of the former VM lives.
     Former {
-        /// Its process ID.
+        /// Process ID of the VMM.
         pid: u32,
     },
     /// The kernel consumes the rings for the slot: an earlier device of the same process left its

@@ -28,7 +28,7 @@ pub(crate) fn wait(socket: &dyn AsFd, event: PollFlags, deadline: Instant) -> Re
     })
 }
 
-/// Tells whether the peer has closed its end of a socket.
+/// Returns whether the peer has closed its end of a socket.
 pub(crate) fn is_disconnected(socket: &dyn AsFd) -> bool {
     let mut polled = [PollFd::new(&socket, PollFlags::empty())];
     rustix::event::poll(&mut polled, Some(&Timespec::default())) != Ok(0)

@@ -29,24 +29,24 @@ pub trait Transport: Send + Sync {
         0
     }
 
-    /// Tells whether the broker's successor can continue a session. If not, the session ends with
+    /// Returns whether the broker's successor can continue a session. If not, the session ends with
     /// the broker.
     fn survives_broker(&self) -> bool {
         true
     }
 
-    /// Tells whether a VMM receives the slot's own eventfds, and gives them to its kernel as the
+    /// Returns whether a VMM receives the slot's own eventfds, and gives them to its kernel as the
     /// sources of interrupts.
     fn shares_eventfds(&self) -> bool {
         false
     }
 
-    /// Tells whether a session creates sockets between its own threads.
+    /// Returns whether a session creates sockets between its own threads.
     fn needs_loopback(&self) -> bool {
         false
     }
 
-    /// Tells whether an admitted VM sends descriptors. No VM sends any before its first answer.
+    /// Returns whether an admitted VM sends descriptors. No VM sends any before its first answer.
     fn receives_descriptors(&self) -> bool {
         false
     }

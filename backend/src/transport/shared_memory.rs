@@ -10,8 +10,8 @@ use rustix::fs::SealFlags;
 /// Huge pages can be missing, and access to a missing one is SIGBUS.
 const TMPFS: u64 = 0x0102_1994;
 
-/// Tells whether a file can neither shrink nor lack pages. Otherwise access to its mapping could be
-/// SIGBUS, which would end the broker.
+/// Returns whether a file can neither shrink nor lack pages. Otherwise access to its mapping could
+/// be SIGBUS, which would end the broker.
 pub fn is_safe(descriptor: impl AsFd) -> bool {
     // The seals first: on another file system, such as a FUSE, the second call could wait for its
     // server.

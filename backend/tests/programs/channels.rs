@@ -10,9 +10,9 @@ use barlink::host::{AttachOptions, Attachment};
 use barlink::{Access, Channel, ErrorKind, Kind};
 use barlink_protocol::state;
 use barlink_protocol::wire::layout::{Layout, Name, PAGE_SIZE, Policy, TABLE_COUNT, table_entry};
+use barlink_service::ServiceManager;
 use rustix::process::Signal;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 
 /// A reserve for two channels of 64 KiB, with a vector for one of them.
@@ -27,7 +27,7 @@ const RESERVE: [&str; 4] = [
 fn exchange(from: &Attachment, to: &Attachment, name: &str) {
     let (mut sender, mut receiver) = (from.sender(name).unwrap(), to.receiver(name).unwrap());
     for number in 0..1000_u64 {
-        let _ = sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
+        sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
         let record = receiver
             .recv_timeout(Duration::from_secs(60))
             .unwrap()
@@ -44,7 +44,7 @@ fn added_channel_serves_attached_apps() {
         apps[0].sender("loop").unwrap(),
         apps[1].receiver("loop").unwrap(),
     );
-    let _ = sender.send(Kind::USER, b"before").unwrap();
+    sender.send(Kind::USER, b"before").unwrap();
     let before = apps[0].layout().clone();
     assert_eq!(
         works(&mut broker.app(&["channel", "list"])),
@@ -59,7 +59,7 @@ fn added_channel_serves_attached_apps() {
     // The apps find the channel, and their ends go on.
     exchange(&apps[0], &apps[1], "new");
     assert_eq!(receiver.recv().unwrap().to_vec(), b"before");
-    let _ = sender.send(Kind::USER, b"after").unwrap();
+    sender.send(Kind::USER, b"after").unwrap();
     assert_eq!(receiver.recv().unwrap().to_vec(), b"after");
     let layout = apps[0].layout();
     assert!(layout.extends(&before));
@@ -165,7 +165,7 @@ fn added_channels_survive_replaced_and_killed_brokers() {
     let app = broker.attach();
     works(&mut broker.app(&["channel", "add", "a=host-host,64K"]));
     let mut sender = app.sender("a").unwrap();
-    let _ = sender.send(Kind::USER, b"kept").unwrap();
+    sender.send(Kind::USER, b"kept").unwrap();
     let layout = app.layout().clone();
     succeed(&mut broker, &RESERVE);
     assert_eq!(broker.attach().layout(), &layout);

@@ -3,7 +3,8 @@
 //! Tests that every thread of a broker has given up unneeded rights, whether the broker is new, a
 //! successor or a restarted service.
 
-use crate::service::ServiceManager;
+use barlink_service::ServiceManager;
+
 use crate::support::*;
 use crate::vfio_user_client::{Client, serve_both};
 use crate::vhost_user_client::{self, serve_vhost_user};

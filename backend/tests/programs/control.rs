@@ -138,7 +138,7 @@ fn sender_rejects_oversized_record_and_continues() {
             max + 1
         )
     );
-    let _ = sender.send(Kind::DATA, &vec![7; max]).unwrap();
+    sender.send(Kind::DATA, &vec![7; max]).unwrap();
     let mut receiver = attachment.receiver("loop").unwrap();
     let record = receiver.recv_timeout(TIMEOUT).unwrap().unwrap();
     assert_eq!(record.len(), max);

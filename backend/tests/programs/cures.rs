@@ -141,7 +141,11 @@ fn refuses_run_folders_that_do_not_exist() {
 
     let mut command = serve(folder.path(), &[]);
     command.env("XDG_RUNTIME_DIR", "run").current_dir(&folder);
-    let parts = ["XDG_RUNTIME_DIR is `run`", "no absolute path", "--control"];
+    let parts = [
+        "XDG_RUNTIME_DIR is `run`",
+        "not an absolute path",
+        "--control",
+    ];
     fails(&mut command, 1, &parts);
     assert!(!folder.path().join("run").exists());
     // Other commands look in no such folder, either.

@@ -12,6 +12,7 @@ use barlink::Access;
 use barlink::control::client::Control;
 use barlink::control::message::{Ask, Entry};
 use barlink_protocol::wire::layout::End;
+use barlink_service::ServiceManager;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
@@ -19,7 +20,6 @@ use rustix::net::{
 };
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm;
 

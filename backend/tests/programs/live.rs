@@ -35,7 +35,7 @@ fn live_view_shows_channels_and_bytes() {
     terminal.wait_for("no VM, no driver");
     terminal.wait_for(&format!("host, {}", std::process::id()));
     for _ in 0..20 {
-        let _ = sender.send(Kind::DATA, &[0x5a; 1000]).unwrap();
+        sender.send(Kind::DATA, &[0x5a; 1000]).unwrap();
     }
     terminal.wait_for("31.2 %");
     // The other record is a guest's, so its time says nothing here.
@@ -79,11 +79,11 @@ fn inspect_tells_age_by_own_clock_only() {
     let entry = &attachment.layout().channels()[2];
     let mut guest = Producer::attach(attachment.region().ring().clone(), entry).unwrap();
     let before = Instant::now();
-    let _ = own.send(Kind::USER, b"text").unwrap();
+    own.send(Kind::USER, b"text").unwrap();
     let sent = Instant::now();
     let time = own_time();
     let clock = Stamp::new(time, Clock::REALTIME);
-    let _ = other.send_at(Kind::USER, b"text", clock).unwrap();
+    other.send_at(Kind::USER, b"text", clock).unwrap();
     let record = guest.reserve(0).unwrap();
     let _ = record.commit(Kind::USER, 0, time).unwrap();
     std::thread::sleep(Duration::from_millis(20));
@@ -94,7 +94,7 @@ fn inspect_tells_age_by_own_clock_only() {
     assert_eq!(found[1..], [None, None]);
     // A sender may give any time.
     let future = Stamp::new(own_time() + 1_000_000_000_000, Clock::MONOTONIC);
-    let _ = other.send_at(Kind::USER, b"text", future).unwrap();
+    other.send_at(Kind::USER, b"text", future).unwrap();
     assert_eq!(ages()[1], None);
 }
 
@@ -149,7 +149,7 @@ fn live_view_fits_usual_terminal() {
     ]);
     let attachment = broker.attach();
     let mut sender = attachment.sender(long).unwrap();
-    let _ = sender.send(Kind::DATA, &[0x5a; 50_000]).unwrap();
+    sender.send(Kind::DATA, &[0x5a; 50_000]).unwrap();
     works(&mut broker.app(&["poke", "0123456789abcdef"]));
     let mut terminal = Terminal::start(broker.app(&["inspect"]), USUAL);
     for shown in [

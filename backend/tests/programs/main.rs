@@ -3,8 +3,6 @@
 //! Tests of the program `barlink` from outside, with real processes and real sockets, and with
 //! every invalid input.
 
-#[path = "../../../ci/vm/src/ancillary.rs"]
-mod ancillary;
 mod channels;
 mod commands;
 mod confined;
@@ -22,8 +20,6 @@ mod questions;
 mod refused_calls;
 mod replace;
 mod serve;
-#[path = "../../../ci/vm/src/service.rs"]
-mod service;
 mod sessions;
 mod stream_ends;
 mod streams;

@@ -4,8 +4,8 @@
 
 use barlink::host::Attachment;
 use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
+use barlink_service::ServiceManager;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm::{connect, handshake};
 

@@ -45,7 +45,7 @@ fn streams_without_buffers_in_region(error: i32) {
     let attachment = broker.attach();
     let mut sender = attachment.sender("loop").unwrap();
     let mut receiver = attachment.receiver("loop").unwrap();
-    let _ = sender.send(barlink::Kind::USER, b"probe").unwrap();
+    sender.send(barlink::Kind::USER, b"probe").unwrap();
     let payload = receiver.recv().unwrap().words().as_ptr() as u64;
     let layout = attachment.layout();
     let start = payload - layout.find("loop").unwrap().1.offset - 4096 - 24;
@@ -159,7 +159,7 @@ fn error_of_closing_standard_output_is_reported() {
     works(send(&broker).arg(broker.path("in")));
     let latest = broker.app(&["recv", "--channel", "loop", "--latest"]);
     let mut sender = broker.attach().sender("loop").unwrap();
-    let _ = sender.send(barlink::Kind::USER, b"newest").unwrap();
+    sender.send(barlink::Kind::USER, b"newest").unwrap();
     for mut command in [recv(&broker), latest] {
         command.stdout(File::create(broker.path("out")).unwrap());
         let errors = fails_to_close(&broker, command);

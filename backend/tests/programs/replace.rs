@@ -14,9 +14,9 @@ use barlink::host::{AttachOptions, Attachment};
 use barlink_broker::persistence::name;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::wire::layout::{BROKER_PAGE, channel, presence};
+use barlink_service::ServiceManager;
 use rustix::process::Signal;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm::*;
 
@@ -28,7 +28,7 @@ fn successor_knows_vms_and_host_apps() {
     let vm = handshake(connect(&broker, "vm.sock"), 200);
     let before = broker.attach();
     let mut sender = before.sender("down").unwrap();
-    let _ = sender.send(Kind::DATA, b"first").unwrap();
+    sender.send(Kind::DATA, b"first").unwrap();
     let status = before.status().unwrap();
 
     succeed(&mut broker, &arguments);
@@ -50,7 +50,7 @@ fn successor_knows_vms_and_host_apps() {
         4,
         &["`down` already has a producer"],
     );
-    let _ = sender.send(Kind::DATA, b"second").unwrap();
+    sender.send(Kind::DATA, b"second").unwrap();
     drop(sender);
     let sender = broker.attach().sender("down").unwrap();
     assert_eq!(sender.sequence(), 2, "a record was lost");

@@ -183,7 +183,7 @@ fn refuses_existing_file_and_preserves_it() {
     fails(
         &mut serve(folder.path(), &["--ivshmem", taken]),
         1,
-        &[taken, "is no socket", "choose another path"],
+        &[taken, "is not a socket", "choose another path"],
     );
     assert_eq!(std::fs::read(taken).unwrap(), b"mine");
     let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();

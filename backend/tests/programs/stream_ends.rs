@@ -8,9 +8,9 @@ use std::process::Stdio;
 
 use barlink_protocol::wire::layout::{BROKER_PAGE, End, presence};
 use barlink_protocol::{Producer, cursor::Kind, state};
+use barlink_service::ServiceManager;
 use rustix::process::Signal;
 
-use crate::service::ServiceManager;
 use crate::streams::{LOOP, recv, send};
 use crate::support::*;
 use crate::vmm::{connect, handshake};
@@ -294,7 +294,7 @@ fn receiver_leaves_records_of_other_kinds() {
     let broker = Broker::start(&LOOP);
     let mut sender = broker.attach().sender("loop").unwrap();
     for text in ["one ", "two ", "three "] {
-        let _ = sender.send(barlink::Kind::USER, text.as_bytes()).unwrap();
+        sender.send(barlink::Kind::USER, text.as_bytes()).unwrap();
     }
     for _ in 0..2 {
         fails(

@@ -10,11 +10,11 @@ use std::process::{Command, Output, Stdio};
 
 use barlink::Access;
 use barlink::host::{self, AttachOptions, Attachment};
+use barlink_service::ServiceManager;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
 
 pub use crate::process::*;
-use crate::service::ServiceManager;
 
 /// Path of the program `barlink`.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_barlink");

@@ -10,10 +10,10 @@ use std::time::Instant;
 
 use barlink::Access;
 use barlink::host::{AttachOptions, Attachment};
+use barlink_service::ServiceManager;
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::terminal::{USUAL, terminal};
 use crate::vmm::{connect, handshake};
@@ -71,12 +71,12 @@ fn refuses_lock_that_is_no_lock_file() {
     std::fs::hard_link(&victim, &lock).unwrap();
     refused("a file with further names");
     rustix::fs::mknodat(CWD, &lock, FileType::Fifo, Mode::RWXU, 0).unwrap();
-    refused("no regular file");
+    refused("not a regular file");
     std::fs::create_dir(&lock).unwrap();
     fails(
         &mut serve(folder.path()),
         1,
-        &["vm.sock.lock is no regular file"],
+        &["vm.sock.lock is not a regular file"],
     );
 }
 

@@ -27,8 +27,8 @@ fn tail_shows_records_and_consumes_none() {
     let broker = Broker::start(&LOOP);
     let app = broker.attach();
     let mut sender = app.sender("loop").unwrap();
-    let _ = sender.send(Kind::USER, b"older").unwrap();
-    let _ = sender.send(Kind::USER, b"first \"line\"\n").unwrap();
+    sender.send(Kind::USER, b"older").unwrap();
+    sender.send(Kind::USER, b"first \"line\"\n").unwrap();
     let mut tail = broker
         .app(&["tail", "loop", "--latest", "-n", "3"])
         .stdout(Stdio::piped())
@@ -42,7 +42,7 @@ fn tail_shows_records_and_consumes_none() {
         time.split_once('.')
             .is_some_and(|(_, part)| part.len() == 9)
     );
-    let _ = sender.send(Kind::DATA, &[0, 0xff, 7]).unwrap();
+    sender.send(Kind::DATA, &[0, 0xff, 7]).unwrap();
     assert!(line().ends_with(" data 2 3 00ff07"));
     drop(sender);
     // The records are still there.
@@ -54,7 +54,7 @@ fn tail_shows_records_and_consumes_none() {
     app.reset("loop").unwrap();
     assert_eq!(line(), "the channel was reset");
     let mut sender = app.sender("loop").unwrap();
-    let _ = sender.send(Kind::END, &[]).unwrap();
+    sender.send(Kind::END, &[]).unwrap();
     assert!(line().ends_with(" end 0 0"));
     assert!(wait(&mut tail).success());
     // It begins behind the newest record.
@@ -157,7 +157,7 @@ fn tap_ends_partial_stream_at_next_beginning() {
         (Kind::DATA, "second"),
         (Kind::END, ""),
     ] {
-        let _ = sender.send(kind, bytes.as_bytes()).unwrap();
+        sender.send(kind, bytes.as_bytes()).unwrap();
     }
     assert_eq!(wait(&mut tap).code(), Some(5));
     let mut output = String::new();
@@ -177,7 +177,7 @@ fn recv_latest_writes_newest_record() {
     let app = broker.attach();
     let mut sender = app.sender("loop").unwrap();
     for text in ["21.5", "21.6"] {
-        let _ = sender.send(Kind::USER, text.as_bytes()).unwrap();
+        sender.send(Kind::USER, text.as_bytes()).unwrap();
         for _ in 0..2 {
             assert_eq!(works(&mut latest()), text);
         }
@@ -187,7 +187,7 @@ fn recv_latest_writes_newest_record() {
     // The mark behind a stream is no content, and empties no file.
     let file = broker.path("kept");
     file_with(&file, b"kept");
-    let _ = sender.send(Kind::END, &[]).unwrap();
+    sender.send(Kind::END, &[]).unwrap();
     fails(latest().arg("-o").arg(&file), 7, &["nothing moved"]);
     assert_eq!(std::fs::read(file).unwrap(), b"kept");
 }
@@ -203,8 +203,8 @@ fn tapped_stream_reports_missed_records() {
     wait_for_tap(&tap);
     let app = broker.attach();
     let (mut sender, mut receiver) = (app.sender("loop").unwrap(), app.receiver("loop").unwrap());
-    let _ = sender.send(Kind::BEGIN, &[]).unwrap();
-    let _ = sender.send(Kind::DATA, b"start").unwrap();
+    sender.send(Kind::BEGIN, &[]).unwrap();
+    sender.send(Kind::DATA, b"start").unwrap();
     let mut output = BufReader::new(tap.stdout.take().unwrap());
     let mut start = [0; 5];
     output.read_exact(&mut start).unwrap();
@@ -216,10 +216,10 @@ fn tapped_stream_reports_missed_records() {
     });
     let missed = 40;
     for _ in 0..missed {
-        let _ = sender.send(Kind::DATA, &[7; 500]).unwrap();
+        sender.send(Kind::DATA, &[7; 500]).unwrap();
         while receiver.try_recv().unwrap().is_some() {}
     }
-    let _ = sender.send(Kind::END, &[]).unwrap();
+    sender.send(Kind::END, &[]).unwrap();
     signal_child(&tap, Signal::CONT);
     assert_eq!(wait(&mut tap).code(), Some(6));
     let mut text = String::new();
@@ -320,8 +320,8 @@ fn tap_that_ends_early_prints_summary() {
     let app = broker.attach();
     let mut reset = tap(&broker, &["--json"]);
     let mut sender = app.sender("loop").unwrap();
-    let _ = sender.send(Kind::BEGIN, &[]).unwrap();
-    let _ = sender.send(Kind::DATA, b"start").unwrap();
+    sender.send(Kind::BEGIN, &[]).unwrap();
+    sender.send(Kind::DATA, b"start").unwrap();
     let start = read_exactly(reset.stdout.as_mut().unwrap());
     assert_eq!(&start, b"start");
     // The sender is there, so the broker would refuse.
@@ -439,7 +439,7 @@ fn taps_read_overwriting_channel() {
     }
     let mut sender = app.sender("camera").unwrap();
     for _ in 0..100 {
-        let _ = sender.send(Kind::USER, &data).unwrap();
+        sender.send(Kind::USER, &data).unwrap();
     }
     // A reset asks for the producer alone.
     fails(

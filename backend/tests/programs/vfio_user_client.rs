@@ -9,11 +9,11 @@ use std::os::unix::net::UnixStream;
 use barlink::control::client::Control;
 use barlink::control::message::Ask;
 use barlink_protocol::wire::layout::End;
+use barlink_service::ancillary;
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::ancillary;
 use crate::support::*;
 
 pub const VERSION: u16 = 1;

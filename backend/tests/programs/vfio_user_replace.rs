@@ -14,13 +14,13 @@ use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
 use barlink_broker::broker::Predecessor;
 use barlink_protocol::wire::layout::End;
+use barlink_service::ServiceManager;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::process::Signal;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vmm::rings;

@@ -9,11 +9,11 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use barlink_service::ServiceManager;
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vfio_user_client::*;
 use crate::vmm::handshake;

@@ -4,7 +4,8 @@
 
 use std::process::Stdio;
 
-use crate::service::ServiceManager;
+use barlink_service::ServiceManager;
+
 use crate::support::*;
 use crate::vhost_user_client::*;
 use crate::vmm::{handshake, is_silent};

@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use barlink::host::Attachment;
 use barlink::{ErrorKind, Kind};
 use barlink_protocol::wire::layout::{End, presence};
+use barlink_service::ServiceManager;
 
-use crate::service::ServiceManager;
 use crate::support::*;
 use crate::vmm::{connect, handshake, message, rings};
 
@@ -163,7 +163,7 @@ fn forced_reset_breaks_living_ends() {
     let attachment = broker.attach();
     let mut sender = attachment.sender("loop").unwrap();
     for number in 0..10 {
-        let _ = sender.send(Kind::USER, &[number; 100]).unwrap();
+        sender.send(Kind::USER, &[number; 100]).unwrap();
     }
     let mut receiver = broker.app(&["recv", "--channel", "loop", "--raw", "--partial"]);
     let mut receiver = receiver
@@ -198,7 +198,7 @@ fn forced_reset_breaks_living_ends() {
     // New ends find none of the old records.
     let mut sender = attachment.sender("loop").unwrap();
     let mut receiver = attachment.receiver("loop").unwrap();
-    let _ = sender.send(Kind::USER, b"new").unwrap();
+    sender.send(Kind::USER, b"new").unwrap();
     assert_eq!(receiver.recv().unwrap().to_vec(), b"new");
 }
 

@@ -77,7 +77,7 @@ fn both_ends_report_dropped_records() {
 fn dropping_sender_ends_without_receiver() {
     let broker = Broker::start(&["--channel", "camera=host-host,64K,drop"]);
     file_with(&broker.path("in"), &[7; 128 << 10]);
-    // Records of 32 bytes leave no room for the end, because the begin has 24 bytes.
+    // Records of 32 bytes leave no room for the end, because the beginning has 24 bytes.
     let send = || {
         let mut command = broker.app(&["send", "--channel", "camera", "--record-size", "8"]);
         command.arg(broker.path("in"));

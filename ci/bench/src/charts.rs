@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_and_small_counts_are_told() -> Result<()> {
+    fn charts_show_failures_and_small_counts() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let report = report()?;
         report.write(folder.path())?;

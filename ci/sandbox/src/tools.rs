@@ -246,7 +246,7 @@ fn release_of(headers: &Path) -> Result<String> {
     let release = fs::read_to_string(&path).with_context(|| {
         let headers = headers.display();
         format!(
-            "--kernel-headers {headers} is no build tree of a kernel: {} cannot be read",
+            "--kernel-headers {headers} is not a build tree of a kernel: {} cannot be read",
             path.display()
         )
     })?;

@@ -19,7 +19,7 @@ const PROFILE: &str = "default";
 /// A fault in the code.
 #[derive(Debug)]
 pub struct Mutation {
-    /// Its name, without spaces.
+    /// Name of the fault, without spaces.
     pub name: &'static str,
     /// The behaviour of the code that has the fault.
     pub about: &'static str,

@@ -13,7 +13,7 @@ use crate::mutation::{self, Mutation};
 /// A part, which can be run by itself.
 #[derive(Clone, Debug)]
 pub struct Part {
-    /// Its name, without spaces.
+    /// Name of the part, without spaces.
     pub name: String,
     /// A short description.
     pub about: String,

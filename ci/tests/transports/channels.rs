@@ -252,7 +252,7 @@ fn guest_app_rejects_invalid_requests() -> Result<()> {
     refused(
         &["barlink-guest", "--device", "/dev/null", "info"],
         3,
-        "/dev/null is no barlink device",
+        "not a barlink device: /dev/null",
     )?;
     refused(
         &["barlink-guest", "peek", "--at", "1G"],

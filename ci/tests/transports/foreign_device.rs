@@ -20,9 +20,9 @@ use vmm_sys_util::epoll::EventSet;
 /// The property in which the device differs from barlink's.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Fault {
-    /// Its configuration space has no magic number.
+    /// The device's configuration space has no magic number.
     Magic,
-    /// Its configuration space has another version.
+    /// The device's configuration space has another version.
     Version,
     /// It has no shared memory.
     NoMemory,

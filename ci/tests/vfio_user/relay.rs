@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::Result;
-use barlink_vm::ancillary;
+use barlink_service::ancillary;
 use rustix::io::Errno;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 

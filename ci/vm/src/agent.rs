@@ -68,7 +68,7 @@ impl Output {
     /// is 0.
     pub fn success(self) -> Result<String> {
         self.require_success()?;
-        String::from_utf8(self.stdout).context("its output is no text")
+        String::from_utf8(self.stdout).context("its output is not text")
     }
 
     /// Checks that the exit code is 0. Otherwise returns an error with the standard error.
@@ -291,7 +291,7 @@ impl Process {
         let stdout = &mut progress.context("nothing is known of it")?.stdout;
         let line = stdout.drain(..=length).take(length).collect();
         Ok(Some(
-            String::from_utf8(line).context("its output is no text")?,
+            String::from_utf8(line).context("its output is not text")?,
         ))
     }
 

@@ -11,13 +11,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use barlink_service::ServiceManager;
 use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::Config;
-use crate::service::ServiceManager;
 use barlink_sandbox::builds::Artifacts;
 
 /// Timeout of a broker's start, until its control socket answers.

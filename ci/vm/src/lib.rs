@@ -13,7 +13,6 @@
 
 mod accelerator;
 mod agent;
-pub mod ancillary;
 mod bare;
 pub mod broker;
 mod console;
@@ -22,7 +21,6 @@ mod plug;
 mod probe;
 mod qemu;
 mod qmp;
-pub mod service;
 mod snapshot;
 pub mod tap;
 

@@ -187,7 +187,7 @@ fn round_trip(broker: &Broker, vm: &Vm, file: &Path) -> Result<Trip> {
         sha256(&mut File::open(file).with_context(|| format!("cannot open {}", file.display()))?)?;
 
     let receiver = vm.spawn(["barlink-guest", "recv", "--json", "-o", GUEST_FILE])?;
-    let path = file.to_str().context("the file's name is no text")?;
+    let path = file.to_str().context("the file's name is not text")?;
     broker.run(["send", path])?;
     let received = receiver.wait(TRANSFER_TIMEOUT)?;
     received.require_success()?;

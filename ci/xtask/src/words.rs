@@ -35,8 +35,8 @@ enum Kind {
 }
 
 impl Kind {
-    /// Returns the kind of a file, by its name or, for a script, its first bytes. `None` if the file
-    /// has no prose.
+    /// Returns the kind of a file, by its name or, for a script, its first bytes. `None` if the
+    /// file has no prose.
     fn of(path: &Path) -> Result<Option<Self>> {
         let extension = path.extension().and_then(|extension| extension.to_str());
         Ok(match extension.unwrap_or_default() {

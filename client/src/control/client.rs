@@ -142,6 +142,22 @@ pub enum ControlError {
 
 impl ControlError {
     /// Returns the class of the error.
+    ///
+    /// ```no_run
+    /// use barlink::host::{self, ControlError};
+    /// use barlink::{Error, ErrorKind};
+    ///
+    /// /// Whether a broker that starts later can make the call succeed.
+    /// fn can_pass(error: &ControlError) -> bool {
+    ///     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Disconnected)
+    /// }
+    ///
+    /// match host::connect("default") {
+    ///     Err(Error::Control(error)) if can_pass(&error) => println!("not yet: {error}"),
+    ///     broker => println!("{} bytes", broker?.region().size()),
+    /// }
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
             ControlError::NoBroker { .. }

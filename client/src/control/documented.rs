@@ -173,7 +173,7 @@ fn app_ignores_unknown_field_of_answer() {
 /// A host app does not read the superblock. So another layout, or a feature that an older program
 /// must not ignore, needs another version of the requests.
 #[test]
-fn requests_stand_for_layout_version() {
+fn request_version_follows_layout_version() {
     let layouts = (layout::VERSION, layout::INCOMPATIBLE_FEATURES);
     assert_eq!((VERSION, layouts), (1, (2, 0)));
 }

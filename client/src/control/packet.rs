@@ -18,7 +18,7 @@ use super::message::MAX_PACKET;
 use crate::descriptors;
 
 /// Most descriptors in one packet; the kernel's own limit is 253 (`SCM_MAX_FD`).
-pub const MAX_DESCRIPTORS: usize = 128;
+pub const MAX_PACKET_DESCRIPTORS: usize = 128;
 
 /// One end of a control connection.
 #[derive(Debug)]
@@ -170,7 +170,7 @@ impl PacketSocket {
         let mut descriptors = Vec::new();
         let mut receive = |flags| {
             let into = &mut descriptors;
-            descriptors::receive(&self.socket, parts, flags, MAX_DESCRIPTORS, into)
+            descriptors::receive(&self.socket, parts, flags, MAX_PACKET_DESCRIPTORS, into)
         };
         let received = match deadline {
             None => receive(RecvFlags::empty())?,

@@ -101,7 +101,7 @@ pub enum DeviceError {
         path: PathBuf,
     },
     /// The file is not a barlink device.
-    #[error("{path} is no barlink device")]
+    #[error("not a barlink device: {path}")]
     NotADevice {
         /// The path.
         path: PathBuf,
@@ -142,7 +142,7 @@ pub enum DeviceError {
         mode: &'static str,
     },
     /// A DMA buffer cannot have that size.
-    #[error("{size} bytes are no DMA buffer: take whole pages of {page} bytes, {most} bytes at the most", page = PAGE_SIZE, most = uapi::MAX_BUFFER)]
+    #[error("invalid DMA buffer of {size} bytes: take whole pages of {page} bytes, {most} bytes at the most", page = PAGE_SIZE, most = uapi::MAX_BUFFER)]
     BufferSize {
         /// The size.
         size: u64,

@@ -473,7 +473,7 @@ const VMM_ENDS: [Duration; 3] = [
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ForcedReset {
-    /// How often the channel was reset, this time included.
+    /// Number of resets of the channel, this one included.
     pub generation: u64,
     /// The ends that were not free, with the processes that hold or held them, as texts.
     pub broken: Vec<String>,
@@ -552,7 +552,7 @@ impl Side for Attachment {
         let asked = self.control.ask(Ask::Claim { channel, end });
         let (answer, descriptors) = asked.map_err(|error| match error {
             ControlError::Refused(Refusal::Held(held)) => Error::Held(held),
-            ControlError::Refused(Refusal::NotHost(not_here)) => Error::NotHere(not_here),
+            ControlError::Refused(Refusal::NotHere(not_here)) => Error::NotHere(not_here),
             ControlError::Refused(Refusal::NoConsumer(none)) => Error::NoConsumer(none),
             error => Error::Control(error),
         })?;

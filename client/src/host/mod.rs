@@ -90,7 +90,7 @@ pub fn connect_path(path: impl AsRef<Path>) -> Result<Attachment, Error> {
 ///
 /// # Errors
 ///
-/// The user is not root, and `XDG_RUNTIME_DIR` is not set, or it is no absolute path.
+/// The user is not root, and `XDG_RUNTIME_DIR` is not set, or is not an absolute path.
 pub fn socket_path(name: &str) -> Result<PathBuf, Error> {
     let folder = match std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty()) {
         Some(folder) if Path::new(&folder).is_relative() => {

@@ -15,9 +15,8 @@ use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
 use crate::memory::{Mapping, RingRegion};
 use crate::owned::Owned;
+use crate::peer::is_present;
 use crate::readiness::Readiness;
-use crate::sender::is_present;
-use crate::stream::StreamReader;
 
 pub(crate) use record::copy_from;
 pub use record::{OwnedRecord, Record};
@@ -143,7 +142,10 @@ impl Receiver {
     ///
     /// # Errors
     ///
-    /// The channel is corrupt, ringing or waiting failed, or the device is gone.
+    /// The channel is corrupt, the channel was reset
+    /// ([`ErrorKind::Reset`](crate::ErrorKind::Reset)), a forked process uses the end
+    /// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)), ringing or waiting failed, or the
+    /// device is gone.
     #[inline]
     pub fn recv(&mut self) -> Result<Record<'_>, Error> {
         self.check()?;
@@ -264,28 +266,16 @@ impl Receiver {
     ///
     /// # Errors
     ///
-    /// Ringing failed. The records are released all the same.
+    /// Ringing failed ([`ErrorKind::Other`]): the records are released. The channel was reset
+    /// ([`ErrorKind::Reset`]), this is a forked process ([`ErrorKind::Inherited`]) or the device is
+    /// gone ([`ErrorKind::Gone`]): they may not be released.
+    ///
+    /// [`ErrorKind::Other`]: crate::ErrorKind::Other
+    /// [`ErrorKind::Reset`]: crate::ErrorKind::Reset
+    /// [`ErrorKind::Inherited`]: crate::ErrorKind::Inherited
+    /// [`ErrorKind::Gone`]: crate::ErrorKind::Gone
     pub fn release(&mut self) -> Result<(), Error> {
         Ok(self.ring.release_advanced()?)
-    }
-
-    /// Returns a reader of one byte stream, as `barlink recv` is. A reader that is dropped within a
-    /// stream leaves the rest to the next reader. It sets [`Strategy::STREAM`], which remains set
-    /// afterwards: [`Receiver::set_strategy`] sets another one.
-    ///
-    /// ```no_run
-    /// use std::io::Read;
-    ///
-    /// use barlink::host;
-    ///
-    /// let broker = host::connect("default")?;
-    /// let mut receiver = broker.receiver("up")?;
-    /// let mut text = String::new();
-    /// receiver.stream().read_to_string(&mut text)?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn stream(&mut self) -> StreamReader<'_> {
-        StreamReader::new(self)
     }
 
     /// Returns how many records the sender dropped, and numbers it skipped, between those that this

@@ -297,8 +297,15 @@ impl<'a> Record<'a> {
     ///
     /// # Errors
     ///
-    /// Ringing the sender failed. The record is released all the same. If a record is dropped
-    /// instead, the next call of the receiver returns that error.
+    /// Ringing failed ([`ErrorKind::Other`]): the records are released. The channel was reset
+    /// ([`ErrorKind::Reset`]), this is a forked process ([`ErrorKind::Inherited`]) or the device is
+    /// gone ([`ErrorKind::Gone`]): they may not be released. If a record is dropped instead, the
+    /// next call of the receiver returns that error.
+    ///
+    /// [`ErrorKind::Other`]: crate::ErrorKind::Other
+    /// [`ErrorKind::Reset`]: crate::ErrorKind::Reset
+    /// [`ErrorKind::Inherited`]: crate::ErrorKind::Inherited
+    /// [`ErrorKind::Gone`]: crate::ErrorKind::Gone
     pub fn release(mut self) -> Result<(), Error> {
         self.at_end = AtEnd::Advance;
         Ok(self.receiver.ring.release()?)

@@ -14,8 +14,8 @@ use crate::doorbell::Doorbells;
 use crate::error::{ChannelError, Error};
 use crate::memory::{Mapping, RingRegion};
 use crate::owned::Owned;
+use crate::peer::is_present;
 use crate::readiness::Readiness;
-use crate::stream::StreamWriter;
 
 pub use reservation::Reservation;
 
@@ -49,9 +49,8 @@ pub enum Sent {
 
 /// The end of a channel that sends records. The claim of the end lasts as long as this value, in
 /// the process that made it: a copy in a forked process does nothing
-/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). A
-/// sender that is dropped publishes its staged records. An error of that is lost, so a program that
-/// wants to see it calls [`Sender::publish`] first.
+/// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)). Dropping the sender publishes its staged
+/// records and ignores errors; call [`Sender::publish`] first to see them.
 ///
 /// ```no_run
 /// use barlink::{Kind, Sent, host};
@@ -118,8 +117,10 @@ impl Sender {
     ///
     /// # Errors
     ///
-    /// The record is larger than [`Sender::max_record`], the channel is corrupt, ringing or waiting
-    /// failed, or the device is gone.
+    /// The record is larger than [`Sender::max_record`], the channel is corrupt, the channel was
+    /// reset ([`ErrorKind::Reset`](crate::ErrorKind::Reset)), a forked process uses the end
+    /// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)), ringing or waiting failed, or the
+    /// device is gone.
     #[inline]
     pub fn send(&mut self, kind: Kind, bytes: &[u8]) -> Result<Sent, Error> {
         let sent = self.ring.send(kind, bytes, None);
@@ -206,7 +207,7 @@ impl Sender {
     }
 
     /// Copies a record into the channel and commits it as [`Sender::send`] does, with a time stamp
-    /// of the program's own. A program that forwards records from elsewhere keeps their times so.
+    /// of the program's own. So a program that forwards records keeps their times.
     ///
     /// ```no_run
     /// use std::time::{SystemTime, UNIX_EPOCH};
@@ -216,7 +217,7 @@ impl Sender {
     /// let mut log = host::connect("default")?.sender("log")?;
     /// let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
     /// let stamp = Stamp::new(now.as_nanos() as u64, Clock::REALTIME);
-    /// let _ = log.send_at(Kind::USER, b"started", stamp)?;
+    /// log.send_at(Kind::USER, b"started", stamp)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
@@ -240,7 +241,7 @@ impl Sender {
     /// for record in broker.receiver("up")?.iter() {
     ///     let record = record?;
     ///     let stamp = Stamp::new(record.time, Clock::REMOTE);
-    ///     let _ = copy.stage_at(record.kind, &record.bytes, stamp)?;
+    ///     copy.stage_at(record.kind, &record.bytes, stamp)?;
     ///     copy.publish()?;
     /// }
     /// # Ok::<(), barlink::Error>(())
@@ -254,9 +255,9 @@ impl Sender {
         self.outcome(sent)
     }
 
-    /// Skips sequence numbers, so that no record has them. A program that forwards records tells
-    /// its receiver so that some were lost before they reached it. Skipped numbers count as dropped
-    /// records. Records that were staged are committed first.
+    /// Skips sequence numbers, so that no record has them. A program that forwards records calls
+    /// this to report records that were lost before they reached it. Skipped numbers count as
+    /// dropped records. Records that were staged are committed first.
     ///
     /// ```no_run
     /// use barlink::host;
@@ -269,15 +270,21 @@ impl Sender {
     ///     let all = tap.missed() + tap.dropped();
     ///     copy.skip(all - lost)?;
     ///     lost = all;
-    ///     let _ = copy.send(frame.kind, &frame.bytes)?;
+    ///     copy.send(frame.kind, &frame.bytes)?;
     /// }
     /// # Ok::<(), barlink::Error>(())
     /// ```
     ///
     /// # Errors
     ///
-    /// The channel was reset, or ringing failed. In the second case the numbers are skipped all the
-    /// same.
+    /// Ringing failed ([`ErrorKind::Other`]): the numbers are skipped. The channel was reset
+    /// ([`ErrorKind::Reset`]), this is a forked process ([`ErrorKind::Inherited`]) or the device is
+    /// gone ([`ErrorKind::Gone`]): they may not be skipped.
+    ///
+    /// [`ErrorKind::Other`]: crate::ErrorKind::Other
+    /// [`ErrorKind::Reset`]: crate::ErrorKind::Reset
+    /// [`ErrorKind::Inherited`]: crate::ErrorKind::Inherited
+    /// [`ErrorKind::Gone`]: crate::ErrorKind::Gone
     pub fn skip(&mut self, count: u64) -> Result<(), Error> {
         Ok(self.ring.skip(count)?)
     }
@@ -293,14 +300,16 @@ impl Sender {
     /// let first = source.recv()?.to_owned();
     /// // The copies have the numbers of their originals.
     /// copy.set_first_sequence(first.sequence)?;
-    /// let _ = copy.send(first.kind, &first.bytes)?;
+    /// copy.send(first.kind, &first.bytes)?;
     /// # Ok::<(), barlink::Error>(())
     /// ```
     ///
     /// # Errors
     ///
     /// A record was sent, staged or dropped, or a number skipped, since the channel's last reset
-    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), or the channel was reset.
+    /// ([`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput)), the channel was reset
+    /// ([`ErrorKind::Reset`](crate::ErrorKind::Reset)), or a forked process uses the end
+    /// ([`ErrorKind::Inherited`](crate::ErrorKind::Inherited)).
     pub fn set_first_sequence(&mut self, number: u64) -> Result<(), Error> {
         Ok(self.ring.set_first_sequence(number)?)
     }
@@ -323,7 +332,14 @@ impl Sender {
     ///
     /// # Errors
     ///
-    /// Ringing failed. The records are committed all the same.
+    /// Ringing failed ([`ErrorKind::Other`]): the records are committed. The channel was reset
+    /// ([`ErrorKind::Reset`]), this is a forked process ([`ErrorKind::Inherited`]) or the device is
+    /// gone ([`ErrorKind::Gone`]): they may not be in the channel.
+    ///
+    /// [`ErrorKind::Other`]: crate::ErrorKind::Other
+    /// [`ErrorKind::Reset`]: crate::ErrorKind::Reset
+    /// [`ErrorKind::Inherited`]: crate::ErrorKind::Inherited
+    /// [`ErrorKind::Gone`]: crate::ErrorKind::Gone
     pub fn publish(&mut self) -> Result<(), Error> {
         Ok(self.ring.publish()?)
     }
@@ -423,26 +439,6 @@ impl Sender {
             Some(reservation) => Ok(Reservation::new(reservation)),
             None => Err(Error::Full),
         }
-    }
-
-    /// Returns a writer that sends a byte stream, as `barlink send` does. It sets
-    /// [`Strategy::STREAM`], which remains set afterwards: [`Sender::set_strategy`] sets another
-    /// one.
-    ///
-    /// ```no_run
-    /// use std::io::Write;
-    ///
-    /// use barlink::host;
-    ///
-    /// let broker = host::connect("default")?;
-    /// let mut sender = broker.sender("down")?;
-    /// let mut stream = sender.stream();
-    /// stream.write_all(b"a file, or a log")?;
-    /// stream.finish()?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn stream(&mut self) -> StreamWriter<'_> {
-        StreamWriter::new(self)
     }
 
     /// Returns the most bytes that one record can carry: capacity / 2 − 24, in a channel that
@@ -609,9 +605,4 @@ impl AsRawFd for Sender {
     fn as_raw_fd(&self) -> RawFd {
         self.as_fd().as_raw_fd()
     }
-}
-
-/// Reads whether a process holds the end whose presence is in these words.
-pub(crate) fn is_present(region: &RingRegion, words: Option<PresenceWords>) -> bool {
-    words.is_none_or(|words| words.read(region).is_held())
 }

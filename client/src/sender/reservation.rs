@@ -151,7 +151,14 @@ impl<'a> Reservation<'a> {
     ///
     /// # Errors
     ///
-    /// Ringing failed. The record is committed all the same.
+    /// Ringing failed ([`ErrorKind::Other`]): the records are committed. The channel was reset
+    /// ([`ErrorKind::Reset`]), this is a forked process ([`ErrorKind::Inherited`]) or the device is
+    /// gone ([`ErrorKind::Gone`]): they may not be in the channel.
+    ///
+    /// [`ErrorKind::Other`]: crate::ErrorKind::Other
+    /// [`ErrorKind::Reset`]: crate::ErrorKind::Reset
+    /// [`ErrorKind::Inherited`]: crate::ErrorKind::Inherited
+    /// [`ErrorKind::Gone`]: crate::ErrorKind::Gone
     pub fn commit(mut self, kind: Kind) -> Result<(), Error> {
         self.complete();
         Ok(self.reservation.commit(kind, self.length)?)

@@ -62,11 +62,11 @@ fn select_receives_from_several_channels() {
     let mut senders = ["a", "b"].map(|name| app.sender(name).unwrap());
     for length in [1, 2] {
         for sender in &mut senders {
-            let _ = sender.send(Kind::USER, &vec![0; length]).unwrap();
+            sender.send(Kind::USER, &vec![0; length]).unwrap();
         }
     }
     for sender in &mut senders {
-        let _ = sender.send(Kind::END, &[]).unwrap();
+        sender.send(Kind::END, &[]).unwrap();
     }
     let text = output(select);
     for name in ["a", "b"] {
@@ -80,13 +80,13 @@ fn select_receives_from_several_channels() {
 fn tail_sees_records_before_their_receiver() {
     let broker = Running::start(&["log=host-host,4K"]);
     let mut sender = broker.attach().sender("log").unwrap();
-    let _ = sender.send(Kind::USER, b"first").unwrap();
+    sender.send(Kind::USER, b"first").unwrap();
     let mut tail = start(&broker, "tail", &["log"]);
     let mut lines = BufReader::new(tail.stdout.take().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "record 0: 5 bytes");
-    let _ = sender.send(Kind::USER, b"another").unwrap();
+    sender.send(Kind::USER, b"another").unwrap();
     assert_eq!(lines.next().unwrap().unwrap(), "record 1: 7 bytes");
-    let _ = sender.send(Kind::END, &[]).unwrap();
+    sender.send(Kind::END, &[]).unwrap();
     assert_eq!(lines.next().unwrap().unwrap(), "end, 0 records missed");
     assert!(tail.wait().unwrap().success());
 }

@@ -99,8 +99,8 @@ fn copies_in_forked_process_do_nothing() {
     let app = broker.attach();
     let (mut sender, mut receiver) = (app.sender("one").unwrap(), app.receiver("one").unwrap());
     let mut tap = app.tap("one").unwrap();
-    let _ = sender.send(Kind::USER, b"first").unwrap();
-    let _ = sender.stage(Kind::USER, b"staged").unwrap();
+    sender.send(Kind::USER, b"first").unwrap();
+    sender.stage(Kind::USER, b"staged").unwrap();
     receiver.recv().unwrap().advance();
     let child = Child::start(|| {
         let bytes = *b"child";
@@ -152,7 +152,7 @@ fn copies_in_forked_process_do_nothing() {
 fn inherited_reservation_and_record_do_nothing() {
     let broker = Running::start(&["one=host-host,64K"]);
     let (mut sender, mut receiver) = broker.ends("one");
-    let _ = sender.send(Kind::USER, b"first").unwrap();
+    sender.send(Kind::USER, b"first").unwrap();
     let reservation = sender.reserve(8).unwrap();
     let record = receiver.recv().unwrap();
     let child = Child::start(|| {
@@ -171,7 +171,7 @@ fn inherited_reservation_and_record_do_nothing() {
     child.passes();
     assert_eq!(record.to_vec(), b"first");
     record.keep();
-    let _ = sender.send(Kind::USER, b"second").unwrap();
+    sender.send(Kind::USER, b"second").unwrap();
     assert_eq!(receiver.recv().unwrap().to_vec(), b"first");
     let second = receiver.recv().unwrap();
     assert_eq!(
@@ -197,7 +197,7 @@ fn forked_process_wakes_no_waiting_parent() {
             assert!(is_ready(&receiver, TIMEOUT), "no ring came");
             sending.join().unwrap()
         });
-        let _ = sending.unwrap();
+        sending.unwrap();
         wait_until("the record is received", || {
             receiver.try_recv().unwrap().is_some()
         });
@@ -217,7 +217,7 @@ fn forked_process_attaches_for_itself() {
     let (_, mut receiver) = broker.ends("one");
     let child = Child::start(|| {
         let mut sender = broker.attach().sender("one").unwrap();
-        let _ = sender.send(Kind::USER, b"from the child").unwrap();
+        sender.send(Kind::USER, b"from the child").unwrap();
         // A process that this one forks inherits the sender.
         Child::start(|| is_inherited(sender.publish())).passes();
         sender.publish().unwrap();

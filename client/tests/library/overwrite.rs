@@ -18,7 +18,7 @@ fn latest_returns_newest_record_that_stays() {
     let mut tap = tap(&broker, "sensor");
     assert_eq!(tap.latest().unwrap(), None);
     for number in 0..100_u64 {
-        let _ = sender.send(Kind::USER, &[number as u8; 900]).unwrap();
+        sender.send(Kind::USER, &[number as u8; 900]).unwrap();
         if number % 5 == 0 {
             let record = tap.latest().unwrap().unwrap();
             assert_eq!(
@@ -42,9 +42,9 @@ fn forwarded_records_keep_numbers_and_times() {
     let mut tap = tap(&broker, "loop");
     sender.set_first_sequence(1_000).unwrap();
     let stamps = [Stamp::new(5, Clock::REALTIME), Stamp::new(6, Clock::REMOTE)];
-    let _ = sender.send_at(Kind::USER, b"a", stamps[0]).unwrap();
+    sender.send_at(Kind::USER, b"a", stamps[0]).unwrap();
     sender.skip(7).unwrap();
-    let _ = sender.stage_at(Kind::USER, b"b", stamps[1]).unwrap();
+    sender.stage_at(Kind::USER, b"b", stamps[1]).unwrap();
     sender.publish().unwrap();
     let mut reservation = sender.reserve(3).unwrap();
     reservation.write_all(b"own").unwrap();
@@ -91,7 +91,7 @@ fn whole_of(calls: u32, capacity: &str) -> u32 {
         scope.spawn(|| {
             while !stop.load(Relaxed) {
                 let pattern = &patterns[usize::from(sender.sequence() as u8)];
-                let _ = sender.send(Kind::USER, pattern).unwrap();
+                sender.send(Kind::USER, pattern).unwrap();
             }
         });
         while tap.latest().unwrap().is_none() {

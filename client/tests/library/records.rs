@@ -40,7 +40,7 @@ fn kept_record_is_received_again() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");
     for text in [b"first", b"other"] {
-        let _ = sender.send(Kind::USER, text).unwrap();
+        sender.send(Kind::USER, text).unwrap();
     }
     receiver.recv().unwrap().keep();
     let panics = catch_unwind(AssertUnwindSafe(|| {
@@ -63,7 +63,7 @@ fn advanced_records_are_released_together() {
     let base = app.layout().find("loop").unwrap().1.offset;
     let released = || app.region().ring().load(base + channel::READ);
     for _ in 0..3 {
-        let _ = sender.stage(Kind::USER, &[0; 8]).unwrap();
+        sender.stage(Kind::USER, &[0; 8]).unwrap();
     }
     assert!(
         receiver.try_recv().unwrap().is_none(),
@@ -82,7 +82,7 @@ fn dropped_ends_publish_and_release() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");
     for text in [b"first", b"other"] {
-        let _ = sender.stage(Kind::USER, text).unwrap();
+        sender.stage(Kind::USER, text).unwrap();
     }
     drop(sender);
     let record = receiver.try_recv().unwrap();
@@ -97,7 +97,7 @@ fn release_leaves_a_kept_record() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");
     for text in [b"first.", b"second"] {
-        let _ = sender.send(Kind::USER, text).unwrap();
+        sender.send(Kind::USER, text).unwrap();
     }
     receiver.recv().unwrap().advance();
     receiver.recv().unwrap().keep();
@@ -150,7 +150,7 @@ fn full_channel_fails_or_drops_record() {
     assert_eq!(sender.dropped(), 2);
     drop(receiver.recv().unwrap());
     drop(receiver.recv().unwrap());
-    let _ = sender.send(Kind::USER, b"more").unwrap();
+    sender.send(Kind::USER, b"more").unwrap();
     assert_eq!(receiver.recv().unwrap().missed(), 2);
     assert_eq!(receiver.missed(), 2);
 }
@@ -264,7 +264,7 @@ fn rest_of_record_goes_to_direct_file() {
     let (mut sender, mut receiver) = broker.ends("loop");
     for (read, rest) in [(1, 4096), (3, 8192), (8, 4096), (13, 16384)] {
         let bytes: Vec<_> = (0..read + rest).map(|byte| (byte % 251) as u8).collect();
-        let _ = sender.send(Kind::USER, &bytes).unwrap();
+        sender.send(Kind::USER, &bytes).unwrap();
         let mut record = receiver.recv().unwrap();
         record.read_exact(&mut vec![0; read]).unwrap();
         // Beside the program, because a folder for temporary files can be in memory.
@@ -337,7 +337,7 @@ fn iterator_copies_records_and_releases_them() {
     let (mut sender, mut receiver) = broker.ends("loop");
     let sending = std::thread::spawn(move || {
         for number in 0..1000_u32 {
-            let _ = sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
+            sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
         }
     });
     for (number, record) in (0..1000_u32).zip(&mut receiver) {
@@ -354,7 +354,7 @@ fn ends_outlive_their_broker() {
     let app = broker.attach();
     let (mut sender, mut receiver) = (app.sender("one").unwrap(), app.receiver("one").unwrap());
     drop(broker);
-    let _ = sender.send(Kind::USER, b"alone").unwrap();
+    sender.send(Kind::USER, b"alone").unwrap();
     let record = receiver.recv_timeout(TIMEOUT).unwrap().unwrap();
     assert_eq!(record.to_vec(), b"alone");
 }

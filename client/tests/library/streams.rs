@@ -95,7 +95,7 @@ fn unwritable_target_returns_error_of_system() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     for (kind, bytes) in [(Kind::BEGIN, &b""[..]), (Kind::DATA, b"x")] {
-        let _ = sender.send(kind, bytes).unwrap();
+        sender.send(kind, bytes).unwrap();
     }
     let full = File::options().write(true).open("/dev/full").unwrap();
     match stream::receive(&mut receiver, full, &mut ()).unwrap_err() {
@@ -143,7 +143,7 @@ fn streams_leave_no_gap_behind() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     for reads_file in [false, true] {
-        let _ = sender.send(Kind::USER, b"before").unwrap();
+        sender.send(Kind::USER, b"before").unwrap();
         assert_eq!(receiver.recv().unwrap().missed(), 0);
         let mut stream = sender.stream();
         stream.write_all(b"text").unwrap();
@@ -154,7 +154,7 @@ fn streams_leave_no_gap_behind() {
         } else {
             receiver.stream().read_to_end(&mut Vec::new()).unwrap();
         }
-        let _ = sender.send(Kind::USER, b"behind").unwrap();
+        sender.send(Kind::USER, b"behind").unwrap();
         assert_eq!(receiver.recv().unwrap().missed(), 0);
     }
     assert_eq!(receiver.missed(), 0);
@@ -223,7 +223,7 @@ fn reader_leaves_records_of_other_kinds() {
         (Kind::USER, b"command"),
         (Kind::END, b""),
     ] {
-        let _ = sender.send(kind, bytes).unwrap();
+        sender.send(kind, bytes).unwrap();
     }
     let mut received = Vec::new();
     let error = receiver.stream().read_to_end(&mut received).unwrap_err();
@@ -284,7 +284,7 @@ fn stream_goes_on_beyond_last_number() {
         assert!(received.dropped == 0 && !received.went_back);
         assert!(std::fs::read(&path).unwrap() == text);
     }
-    let _ = sender.send(Kind::USER, b"one more").unwrap();
+    sender.send(Kind::USER, b"one more").unwrap();
     assert_eq!(receiver.recv().unwrap().missed(), 0);
     assert_eq!(receiver.missed(), 0);
 }

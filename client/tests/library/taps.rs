@@ -60,7 +60,7 @@ fn slow_tap_counts_what_it_misses() {
         }
     }
     while receiver.try_recv().unwrap().is_some() {}
-    let _ = sender.send(Kind::USER, b"newest").unwrap();
+    sender.send(Kind::USER, b"newest").unwrap();
     let mut copied = 0;
     let mut last = None;
     while let Some(record) = tap.try_recv().unwrap() {
@@ -82,7 +82,7 @@ fn tap_reports_a_reset_and_goes_on() {
     let mut tap = tap(&broker, "loop");
     for generation in 1..4 {
         let mut sender = app.sender("loop").unwrap();
-        let _ = sender.send(Kind::USER, b"text").unwrap();
+        sender.send(Kind::USER, b"text").unwrap();
         assert_eq!(tap.recv().unwrap().sequence, 0);
         drop(sender);
         assert_eq!(app.reset("loop").unwrap(), generation);
@@ -113,7 +113,7 @@ fn reset_is_no_corruption_for_a_tap() {
     let error = tap.try_recv().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Reset);
     let mut sender = app.sender("loop").unwrap();
-    let _ = sender.send(Kind::USER, b"text").unwrap();
+    sender.send(Kind::USER, b"text").unwrap();
     assert_eq!(tap.recv().unwrap().bytes, b"text");
 }
 
@@ -125,9 +125,9 @@ fn tap_of_fast_sender_copies_whole_records() {
     const RECORDS: u64 = 20_000;
     let sending = std::thread::spawn(move || {
         for number in 0..RECORDS {
-            let _ = sender.send(Kind::USER, &[number as u8; 800]).unwrap();
+            sender.send(Kind::USER, &[number as u8; 800]).unwrap();
         }
-        let _ = sender.send(Kind::END, &[]).unwrap();
+        sender.send(Kind::END, &[]).unwrap();
     });
     let receiving = std::thread::spawn(move || {
         while receiver.recv().unwrap().kind() != Kind::END {

@@ -25,9 +25,9 @@ fn descriptor_works_without_a_call_before() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     assert!(is_readable(&receiver, TIMEOUT), "a first look is worth it");
-    let _ = sender.send(Kind::USER, b"a").unwrap();
+    sender.send(Kind::USER, b"a").unwrap();
     assert!(is_readable(&receiver, TIMEOUT));
-    let _ = sender.send(Kind::USER, b"b").unwrap();
+    sender.send(Kind::USER, b"b").unwrap();
     // A program that takes one record at a time is woken for the next.
     drop(receiver.try_recv().unwrap().unwrap());
     assert!(is_readable(&receiver, TIMEOUT));
@@ -43,7 +43,7 @@ fn idle_descriptor_is_quiet_once_doorbells_arrive() {
     let mut wakes = 0;
     for _ in 0..3 {
         while receiver.try_recv().unwrap().is_some() {}
-        let _ = sender.send(Kind::USER, b"text").unwrap();
+        sender.send(Kind::USER, b"text").unwrap();
         assert!(is_readable(&receiver, TIMEOUT));
     }
     while receiver.try_recv().unwrap().is_some() {}
@@ -84,7 +84,7 @@ fn descriptor_is_readable_behind_a_stream() {
     // Once doorbells have arrived, no timer makes the descriptor readable.
     for _ in 0..3 {
         while receiver.try_recv().unwrap().is_some() {}
-        let _ = sender.send(Kind::USER, b"text").unwrap();
+        sender.send(Kind::USER, b"text").unwrap();
         assert!(is_readable(&receiver, TIMEOUT));
     }
     while receiver.try_recv().unwrap().is_some() {}
@@ -100,7 +100,7 @@ fn descriptor_is_readable_behind_a_stream() {
     receiver.stream().read_to_end(&mut received).unwrap();
     assert_eq!(received, b"a stream");
     let mut sender = sending.join().unwrap();
-    let _ = sender.send(Kind::USER, b"behind").unwrap();
+    sender.send(Kind::USER, b"behind").unwrap();
     assert!(
         is_readable(&receiver, TIMEOUT),
         "the record wakes no waiter"
@@ -115,7 +115,7 @@ fn waiter_is_woken_by_each_record() {
     const RECORDS: u32 = 5000;
     let sending = std::thread::spawn(move || {
         for number in 0..RECORDS {
-            let _ = sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
+            sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
             if number % 100 == 0 {
                 std::thread::sleep(Duration::from_micros(300));
             }
@@ -147,7 +147,7 @@ fn record_wakes_edge_triggered_waiter() {
     let (next, expected) = mpsc::channel();
     let sending = std::thread::spawn(move || {
         for number in 0..RECORDS {
-            let _ = sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
+            sender.send(Kind::USER, &number.to_le_bytes()).unwrap();
             // Mostly one record is under way, and the waiter sleeps.
             if number % 10 != 0 {
                 expected.recv().unwrap();
@@ -174,7 +174,7 @@ fn record_wakes_edge_triggered_waiter() {
 }
 
 #[test]
-fn sender_is_told_of_room() {
+fn room_wakes_waiting_sender() {
     let broker = Running::start(&["loop=host-host,4K"]);
     let (mut sender, mut receiver) = broker.ends("loop");
     const RECORDS: u32 = 500;

@@ -47,7 +47,7 @@ pub fn echo(device: &Device, args: &Echo) -> Result<()> {
         bytes.resize(record.len().min(sender.max_record() + 1), 0);
         record.copy_to(&mut bytes);
         let sent = match kind {
-            // A sender that drops waits a moment before it drops the begin or the end.
+            // A sender that drops waits a moment before it drops the beginning or the end.
             Kind::BEGIN | Kind::END => stream::mark(&mut sender, kind, args.timeout),
             _ => stream::put(&mut sender, kind, &bytes, args.timeout)
                 .map(|sent| dropped += u64::from(sent == Sent::Dropped)),

@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn inexact_sizes_of_errors_are_bytes() {
+    fn error_shows_inexact_size_in_bytes() {
         for (size, text) in [
             (0, "0 B"),
             (1023, "1023 B"),

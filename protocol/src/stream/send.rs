@@ -43,13 +43,13 @@ where
     sender.set_strategy(Strategy::STREAM);
     let mut source = Source::new(source);
     let mut total = Progress::default();
-    // The begin is sent together with the first data. So a sender that has no data leaves nothing
-    // in the channel, and a sender that drops sends no data without a begin.
+    // The beginning is sent together with the first data. So a sender that has no data leaves
+    // nothing in the channel, and a sender that drops sends no data without a beginning.
     let begun = match sender.drops() {
         true => send_or_drop(sender, &mut source, scratch, watch, &mut total)?,
         false => send_all(sender, &mut source, scratch, watch, &mut total)?,
     };
-    // Without a begin, the end would belong to the stream of an earlier sender.
+    // Without a beginning, the end would belong to the stream of an earlier sender.
     let begun = begun || mark_watched(sender, Kind::BEGIN, watch, &total)? == Sent::Committed;
     if begun && mark_watched(sender, Kind::END, watch, &total)? == Sent::Committed {
         Ok(total)
@@ -88,8 +88,8 @@ where
     }
 }
 
-/// Sends the data of a stream, and waits while the channel is full. Returns whether the begin was
-/// sent.
+/// Sends the data of a stream, and waits while the channel is full. Returns whether the beginning
+/// was sent.
 fn send_all<M, E>(
     sender: &mut Sender<M, E>,
     source: &mut Source,

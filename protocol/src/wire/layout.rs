@@ -114,8 +114,8 @@ pub mod channel {
     /// Sequence number with which the producer began. It changes no more once a record was
     /// committed or dropped.
     pub const FIRST: u64 = 272;
-    /// Number of records that are marks: the begins and ends of streams. A mark counts from before
-    /// its commit on.
+    /// Number of records that are marks: the beginnings and ends of streams. A mark counts from
+    /// before its commit on.
     pub const MARKS: u64 = 280;
     /// Producer's wake threshold: the value of [`READ`] at which it wants to be woken; 0 for none.
     pub const PRODUCER_THRESHOLD: u64 = 384;

@@ -307,8 +307,8 @@ fn sender_drops_end_without_receiver() {
     assert_eq!(dropped(), before + 1, "the end is counted");
 }
 
-/// Checks that a sender that drops sends no data before its begin, and counts each begin that finds
-/// no room instead of the data.
+/// Checks that a sender that drops sends no data before its beginning, and counts each beginning
+/// that finds no room instead of the data.
 #[test]
 fn dropped_begin_takes_its_data_along() {
     let (mut sender, mut receiver, dropped) = full_channel();
@@ -324,7 +324,7 @@ fn dropped_begin_takes_its_data_along() {
     });
     for number in 1..=3 {
         input.write_all(b"lost").unwrap();
-        wait_until("a begin is dropped", || dropped() == before + number);
+        wait_until("a beginning is dropped", || dropped() == before + number);
     }
     while receiver.wait(Some(Duration::ZERO)) == Ok(Wakeup::Ready) {
         receiver.release().unwrap();

@@ -10,14 +10,14 @@ use crate::persistence;
 /// File in which the kernel lists the mounts of a process (`proc(5)`, "/proc/PID/mountinfo").
 const MOUNTS: &str = "/proc/self/mountinfo";
 
-/// Tells whether this process is a service, or a control process of one, such as a check before a
+/// Returns whether this process is a service, or a control process of one, such as a check before a
 /// reload. A program that another service has started, such as a shell, is none: its VMs may see
 /// the same folders.
 pub fn is_service() -> bool {
     persistence::is_a_service() || is_control_process()
 }
 
-/// Tells whether this process is a control process of a service that runs.
+/// Returns whether this process is a control process of a service that runs.
 pub fn is_control_process() -> bool {
     // The manager sets `MAINPID` for control processes only (`systemd.exec(5)`).
     std::env::var_os("MAINPID").is_some()

@@ -45,10 +45,10 @@ pub enum SocketError {
     TooLong {
         /// The path.
         path: PathBuf,
-        /// Its length in bytes.
+        /// Length of the path in bytes.
         length: usize,
     },
-    /// Its folder does not exist.
+    /// The folder of the socket does not exist.
     #[error("no folder for socket {path}: create {folder}")]
     NoFolder {
         /// The path.
@@ -92,8 +92,8 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
-    /// A file that is no socket has that name.
-    #[error("{path} exists and is no socket: choose another path, or remove it")]
+    /// A file that is not a socket has that name.
+    #[error("{path} exists and is not a socket: choose another path, or remove it")]
     NotASocket {
         /// The path.
         path: PathBuf,
@@ -479,7 +479,7 @@ fn open_lock(lock: &Path) -> Result<File, LockError> {
         let kind = metadata.file_type();
         let what = match () {
             () if kind.is_symlink() => "a symbolic link",
-            () if !kind.is_file() => "no regular file",
+            () if !kind.is_file() => "not a regular file",
             () if metadata.nlink() > 1 => "a file with further names",
             () if metadata.uid() != rustix::process::geteuid().as_raw() => {
                 return Err(LockError::OfAnotherUser);
@@ -567,7 +567,7 @@ fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
     Ok((path, address))
 }
 
-/// Tells whether a socket has that name. Another kind of file is an error.
+/// Returns whether a socket has that name. Another kind of file is an error.
 fn is_taken_by_a_socket(path: &Path) -> Result<bool, SocketError> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),

@@ -50,7 +50,7 @@ fn listening_inode(line: &[u8], path: &[u8]) -> Option<u64> {
     (flags & LISTENS != 0).then(|| inode.parse().ok())?
 }
 
-/// Tells whether a path means the same file to a process.
+/// Returns whether a path means the same file to a process.
 fn shares_our_mounts(process: &Process) -> bool {
     let theirs = read_link(format!("/proc/{}/ns/mnt", process.pid())).ok();
     theirs.is_some() && theirs == read_link("/proc/self/ns/mnt").ok()

@@ -130,7 +130,7 @@ pub fn serve(
     watch(listener.as_fd().as_raw_fd(), LISTENER)?;
     let mut clients = HashMap::new();
     for (id, socket) in inherited {
-        // Its claims stay even if it cannot be watched, because it goes on with its ends.
+        // The client's claims stay even if it cannot be watched, because it goes on with its ends.
         let unknown = Peer {
             pid: 0,
             uid: u32::MAX,
@@ -292,7 +292,7 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
 /// The result of a request for its client.
 enum Next {
     Stays,
-    /// It has disconnected, or is disconnected because of an error.
+    /// The client has disconnected, or is disconnected because of an error.
     Leaves(Option<io::Error>),
     TakesOver,
 }
@@ -348,7 +348,7 @@ fn drain(
             Next::Stays
         }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Next::Stays,
-        // It has closed its socket, perhaps with answers that it has not received.
+        // The client has closed its socket, perhaps with answers that it has not received.
         Ok(None) | Err(_) => Next::Leaves(None),
     }
 }
@@ -366,7 +366,7 @@ fn handle(
     let request = match client.socket.receive(buffer) {
         Ok(Some(bytes)) => bytes,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Next::Stays,
-        // It can have closed its socket with answers that it has not received.
+        // The client can have closed its socket with answers that it has not received.
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Next::Leaves(None),
         Ok(None) => return Next::Leaves(None),
         Err(error) => return Next::Leaves(Some(error)),

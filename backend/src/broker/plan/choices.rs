@@ -58,7 +58,7 @@ impl FromStr for Direction {
 /// The operator's choice of a channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChannelPlan {
-    /// Its name.
+    /// Name of the channel.
     pub name: Name,
     /// The direction of its records.
     pub direction: Direction,
@@ -168,7 +168,7 @@ impl FromStr for Reserve {
     fn from_str(text: &str) -> Result<Self, String> {
         let (bytes, vectors) = text.split_once(',').unwrap_or((text, "0"));
         let vectors = vectors.parse().map_err(|_| {
-            format!("`{vectors}` is no number of vectors: a reserve is SIZE,VECTORS")
+            format!("invalid number of vectors `{vectors}`: a reserve is SIZE,VECTORS")
         })?;
         let bytes = parse_size(bytes)?;
         let pages = bytes.checked_next_multiple_of(PAGE_SIZE);

@@ -130,7 +130,7 @@ pub fn broker_name(control: &Path) -> BrokerName {
     name.and_then(BrokerName::new).unwrap_or_default()
 }
 
-/// Tells whether a running region is the one that a plan describes, whatever its identity is, and
+/// Returns whether a running region is the one that a plan describes, whatever its identity is, and
 /// whatever channels were added since.
 pub fn fits(planned: &Layout, running: &Layout) -> bool {
     running.extends(&planned.clone().with_identity(running.identity))

@@ -101,7 +101,7 @@ impl Roster {
         }
         if entry.peer(end) != self.region.layout().host() {
             let peer = format!("slot {}'s VM", entry.peer(end));
-            return Err(Refusal::NotHost(NotHere::new(name(), end, Some(peer))));
+            return Err(Refusal::NotHere(NotHere::new(name(), end, Some(peer))));
         }
         let words = self.words.lock();
         if let Some((_, word)) = words.holder(channel, end) {
@@ -125,7 +125,7 @@ impl Roster {
         Ok(())
     }
 
-    /// Tells whether a host app holds an end.
+    /// Returns whether a host app holds an end.
     pub fn holds(&self, client: ClientId) -> bool {
         let words = self.words.lock();
         let mut owners = ends(&self.region).filter_map(|(channel, end)| words.holder(channel, end));
@@ -258,7 +258,7 @@ impl Roster {
 
 /// The result of a reset.
 pub struct Emptied {
-    /// How often the channel has been reset.
+    /// Number of resets of the channel, this one included.
     pub generation: u64,
     /// The ends that were not free, with their holders.
     pub broken: Vec<String>,

@@ -23,7 +23,7 @@ use crate::rate_limit::REJECTED;
 use crate::slot::ReadError;
 use crate::socket::{self, Peer};
 use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Request};
-use barlink::control::packet::{MAX_DESCRIPTORS, PacketSocket};
+use barlink::control::packet::{MAX_PACKET_DESCRIPTORS, PacketSocket};
 
 /// Longest time until a VM is admitted, or its message is complete. It is longer than a session
 /// waits for the rest of a message.
@@ -159,7 +159,7 @@ fn converse(
     stored: &[(String, Stored)],
     deadline: Instant,
 ) -> io::Result<bool> {
-    let mut parts = stored.chunks(MAX_DESCRIPTORS).peekable();
+    let mut parts = stored.chunks(MAX_PACKET_DESCRIPTORS).peekable();
     while let Some(part) = parts.next() {
         let names = part.iter().map(|(name, _)| name.clone()).collect();
         let borrowed: Vec<BorrowedFd<'_>> = part
@@ -206,7 +206,7 @@ mod tests {
     use crate::transport::Ivshmem;
     use barlink::control::message::VERSION;
 
-    /// Tells whether a thread that would change a slot waits.
+    /// Returns whether a thread that would change a slot waits.
     fn is_quiesced(state: &Arc<BrokerState>) -> bool {
         let (begun, has_begun) = channel();
         let (done, is_done) = channel();

@@ -12,7 +12,7 @@ use barlink::control::message::{Answer, Ask};
 /// A running broker that hands over.
 pub struct Predecessor {
     control: Control,
-    /// Its descriptors.
+    /// Descriptors of the broker.
     pub inheritance: Inheritance,
 }
 

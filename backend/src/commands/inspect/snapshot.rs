@@ -33,7 +33,8 @@ pub struct Snapshot {
 /// A guest's driver.
 #[derive(Clone, Debug, Serialize)]
 pub struct Guest {
-    /// Its epoch: new at every probe and after some suspends, and odd while the driver is bound.
+    /// Epoch of the driver: new at every probe and after some suspends, and odd while the driver is
+    /// bound.
     pub epoch: u64,
     /// Whether the driver is bound.
     pub present: bool,
@@ -66,8 +67,8 @@ pub struct ChannelView {
     pub written: u64,
     /// Number of records committed since the channel's reset, without marks.
     pub records: u64,
-    /// Number of marks committed since the channel's reset: the records at the begin and end of
-    /// each stream.
+    /// Number of marks committed since the channel's reset: the records at the beginning and end
+    /// of each stream.
     pub marks: u64,
     /// Number of records dropped because the channel was full, and of sequence numbers skipped.
     pub dropped: u64,

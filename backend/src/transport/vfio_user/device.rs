@@ -102,12 +102,12 @@ impl<'a> Device<'a> {
         Ok(bytes)
     }
 
-    /// Tells whether a version was negotiated.
+    /// Returns whether a version was negotiated.
     pub fn is_negotiated(&self) -> bool {
         self.state.is_negotiated()
     }
 
-    /// Tells whether a command may have descriptors.
+    /// Returns whether a command may have descriptors.
     pub fn receives_descriptors(&self, command: u16) -> bool {
         match command {
             command::DEVICE_SET_IRQS => true,

@@ -42,10 +42,10 @@ fn name(file: FileId) -> String {
 /// A range that is announced.
 #[derive(Clone, Debug)]
 struct Part {
-    /// Its index in the session's state.
+    /// Index of the range in the session's state.
     index: u32,
     range: Range,
-    /// Its file; `None` if it cannot be read.
+    /// File of the range; `None` if it cannot be read.
     file: Option<(FileId, Arc<File>)>,
 }
 
@@ -219,7 +219,7 @@ impl<'a> GuestMemory<'a> {
     fn log_unreadable(&mut self, range: &Range) {
         if !std::mem::replace(&mut self.logged_unreadable, true) {
             let message = format_args!(
-                "host apps cannot read the guest memory at {:#x}, {} bytes, which is no shared memory: give QEMU its \
+                "host apps cannot read the guest memory at {:#x}, {} bytes, which is not shared memory: give QEMU its \
                  memory by -object memory-backend-memfd,share=on",
                 range.address, range.size
             );

@@ -47,7 +47,7 @@ impl Range {
         Ok(())
     }
 
-    /// Tells whether the range has an address of another one.
+    /// Returns whether the range has an address of another one.
     pub fn overlaps(&self, address: u64, size: u64) -> bool {
         // The first end was checked not to overflow, the second end is cut off.
         address < self.address + self.size && self.address < address.saturating_add(size)

@@ -59,7 +59,7 @@ impl<'a> SessionState<'a> {
         }
     }
 
-    /// Tells whether the format is the one that is defined here.
+    /// Returns whether the format is the one that is defined here.
     pub fn is_known(&self) -> bool {
         let mut words = [MAGIC, VERSION].into_iter();
         words.all(|(place, word)| self.0.load(place) == word)
@@ -79,7 +79,7 @@ impl<'a> SessionState<'a> {
         }
     }
 
-    /// Tells whether a version was negotiated.
+    /// Returns whether a version was negotiated.
     pub fn is_negotiated(&self) -> bool {
         self.0.load(NEGOTIATED) == 1
     }
@@ -215,7 +215,7 @@ impl<'a> SessionState<'a> {
         word.store(other, Ordering::Release);
     }
 
-    /// Tells whether a vector is pending.
+    /// Returns whether a vector is pending.
     pub fn is_pending(&self, vector: u32) -> bool {
         let (offset, bit) = pending(vector);
         self.0.load(offset) & bit != 0

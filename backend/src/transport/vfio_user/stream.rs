@@ -32,7 +32,7 @@ pub enum StreamError {
     /// The client has closed it.
     #[error("the client has left")]
     Gone,
-    /// The begin of the next message is unknown.
+    /// The start of the next message is unknown.
     #[error(transparent)]
     Header(#[from] HeaderError),
     /// The rest of a message is missing, or the client does not take a reply.
@@ -278,7 +278,7 @@ mod tests {
         command == command::DEVICE_SET_IRQS
     }
 
-    /// Tells whether all copies of a pipe's writing end are closed.
+    /// Returns whether all copies of a pipe's writing end are closed.
     fn is_closed(reader: &std::io::PipeReader) -> bool {
         let mut pipe = [PollFd::new(reader, PollFlags::IN)];
         let now = rustix::time::Timespec::default();

@@ -67,14 +67,14 @@ mod flag {
     pub const ERROR: u32 = 1 << 5;
 }
 
-/// An error after which a stream cannot continue, because the begin of the next message is unknown.
+/// An error after which a stream cannot continue, because the start of the next message is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// The size is smaller than a header.
     #[error("a message of {0} bytes is shorter than its header")]
     Short(u32),
     /// The message is not a command. The server sends none, so it is not a reply either.
-    #[error("a message with flags {0:#x} is no command")]
+    #[error("a message with flags {0:#x} is not a command")]
     NotACommand(u32),
 }
 

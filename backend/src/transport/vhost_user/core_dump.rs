@@ -15,9 +15,9 @@ pub fn leave_out(memory: &Memory) {
     for region in memory.memory().iter() {
         // SAFETY: these are the pages of a mapping that `memory` keeps. The advice changes neither
         // their contents nor their protection.
-        if let Err(error) =
-            unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxDontDump) }
-        {
+        let advised =
+            unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxDontDump) };
+        if let Err(error) = advised {
             debug!("a guest's memory stays in core dumps: {error}");
         }
     }

@@ -157,7 +157,7 @@ impl<'a> Guard<'a> {
                 Err(Rejected::Message("it sent a descriptor where none belongs"))
             }
             Brings::Memory if !descriptors.iter().all(is_safe) => {
-                let unsealed = "its guest memory is no memfd that is sealed against shrinking: give QEMU \
+                let unsealed = "its guest memory is not a memfd that is sealed against shrinking: give QEMU \
                     -object memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram";
                 self.reject(message, unsealed)
             }

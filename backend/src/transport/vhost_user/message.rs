@@ -34,7 +34,7 @@ pub enum MessageError {
     #[error("the socket is closed")]
     Gone,
     /// The start of the next message is unknown, or descriptors were lost.
-    #[error("the client sent bytes that are no message")]
+    #[error("the client sent bytes that are not a message")]
     Malformed,
     /// The rest of a message is missing, or the peer does not take one.
     #[error("the client stopped within a message")]

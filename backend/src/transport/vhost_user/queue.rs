@@ -58,14 +58,14 @@ pub enum Served {
 }
 
 impl Queue {
-    /// Tells whether the device may use the queue.
+    /// Returns whether the device may use the queue.
     pub fn is_running(&self) -> bool {
         let state = self.inner.get_ref();
         state.is_enabled() && state.get_queue().ready()
     }
 
-    /// Tells whether the queue was stopped and continues, with the same driver. It cannot be known
-    /// of a driver that has used no buffer.
+    /// Returns whether the queue was stopped and continues, with the same driver. It cannot be
+    /// known of a driver that has used no buffer.
     pub fn continues(&self) -> bool {
         self.continues.load(Ordering::Relaxed)
     }

@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn questions_count_sleeps_and_wait_think_time() -> Result<()> {
+    fn asker_counts_sleeps_and_waits_think_time() -> Result<()> {
         const COUNTED: u64 = 10;
         let think = Think { think: 200 };
         let mut questions = think.questions();

@@ -42,9 +42,9 @@ enum Running {
 /// The result of a worker.
 #[derive(Debug)]
 pub struct Ended {
-    /// Its exit code or signal.
+    /// Exit code or signal of the worker.
     pub status: Status,
-    /// Its standard error.
+    /// Standard error of the worker.
     pub errors: String,
 }
 

@@ -22,7 +22,7 @@ use crate::memory::Access;
 /// The part that a message of any version has.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct AnyVersion {
-    /// Its version.
+    /// Version of the message.
     pub version: u32,
 }
 
@@ -61,8 +61,8 @@ pub enum InvalidRequest {
         /// Version of the client's request.
         client: u32,
     },
-    /// The packet is no request.
-    #[error("its packet is no request: {0}")]
+    /// The packet is not a request.
+    #[error("invalid request: {0}")]
     Malformed(String),
 }
 

@@ -46,7 +46,8 @@ pub enum Refusal {
     Held(Held),
     /// The end is not the host's.
     #[error(transparent)]
-    NotHost(NotHere),
+    #[serde(rename = "not-host")]
+    NotHere(NotHere),
     /// The channel has no consumer.
     #[error(transparent)]
     NoConsumer(NoConsumer),
@@ -130,7 +131,7 @@ pub enum Refusal {
     NoBuffer(u32),
     /// The DMA buffer is smaller.
     #[error(
-        "{length} bytes at {offset:#x} leave the guest's DMA buffer, which has {size} bytes: take no more, or a smaller --at"
+        "{length} bytes at {offset:#x} are outside the guest's DMA buffer, which has {size} bytes: take no more, or a smaller --at"
     )]
     OutsideBuffer {
         /// Offset in the buffer.
@@ -146,7 +147,7 @@ pub enum Refusal {
     )]
     NotYours,
     /// The length is more than one answer carries.
-    #[error("{0} bytes are more than are copied at once, {MAX_COPY}")]
+    #[error("{0} bytes exceed the {MAX_COPY} bytes of one copy")]
     MuchData(usize),
     /// Only the broker's own user and root can replace the broker.
     #[error("only the broker's own user and root can replace it: run this as one of them")]
@@ -162,11 +163,11 @@ pub enum Refusal {
         "slot {slot}'s VM, process {pid}, is connected by {transport}, which cannot be handed over: shut that VM down first"
     )]
     Stays {
-        /// Its slot.
+        /// Slot of the VM.
         slot: u32,
-        /// Its transport.
+        /// Transport of the slot.
         transport: String,
-        /// Process ID of its VMM.
+        /// Process ID of the VM's VMM.
         pid: u32,
     },
     /// As many host apps are there as the broker serves. This answer comes before any request.
@@ -224,6 +225,14 @@ impl Refusal {
     }
 
     /// Returns the class of the refusal.
+    ///
+    /// ```
+    /// use barlink::ErrorKind;
+    /// use barlink::host::Refusal;
+    ///
+    /// assert_eq!(Refusal::NoVm(2).kind(), ErrorKind::NotFound);
+    /// assert_eq!(Refusal::NotYours.kind(), ErrorKind::PermissionDenied);
+    /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
             Refusal::Version { .. } | Refusal::Malformed(_) => ErrorKind::Incompatible,
@@ -238,7 +247,7 @@ impl Refusal {
             | Refusal::VmmLives { .. }
             | Refusal::Full(_)
             | Refusal::Busy => ErrorKind::InUse,
-            Refusal::NotHost(_)
+            Refusal::NotHere(_)
             | Refusal::NoConsumer(_)
             | Refusal::NotHeld
             | Refusal::ReadOnly

@@ -25,7 +25,7 @@ use crate::claim::EndName;
 pub struct Status {
     /// The broker's process ID.
     pub broker: u32,
-    /// Its epoch.
+    /// Epoch of the broker.
     pub epoch: u64,
     /// Seconds since it started.
     pub uptime: f64,
@@ -49,12 +49,12 @@ pub struct Status {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct SlotStatus {
-    /// Its ID. Messages leave it out, because it is the position among the slots.
+    /// ID of the slot. Messages leave it out, because it is the position among the slots.
     #[serde(skip)]
     pub id: u32,
     /// The transport's name.
     pub transport: String,
-    /// Its socket.
+    /// Socket of the slot.
     pub socket: PathBuf,
     /// The VM that is connected.
     pub vm: Option<VmStatus>,

@@ -3,6 +3,8 @@
 //! A stand-in for systemd as the service manager of a broker: it stores the broker's descriptors as
 //! `FDSTORE` does (`sd_notify(3)`, `sd_listen_fds(3)`), and does nothing else.
 
+pub mod ancillary;
+
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -13,8 +15,6 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
-
-use crate::ancillary;
 
 /// Number of the first descriptor that a service is passed (`SD_LISTEN_FDS_START`).
 const FIRST: i32 = 3;
