@@ -156,6 +156,14 @@ pub struct Serve {
     /// belongs to the groups that it had when it connected
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
+    /// Admit host apps of this user, by name or number, for reading only: `tail`, `recv --tap`,
+    /// `recv --latest`, `inspect`, `peek` and taps in programs. They can neither claim an end of a
+    /// channel nor write, and cannot connect to the sockets for VMs
+    #[arg(long, value_name = "USER")]
+    pub allow_reader: Vec<String>,
+    /// Admit host apps of this group for reading only, as --allow-reader does for a user
+    #[arg(long, value_name = "GROUP")]
+    pub allow_reader_group: Vec<String>,
     /// Let host apps read copies of the memory of guests that use vfio-user. QEMU needs -object
     /// memory-backend-memfd,id=ram,share=on,size=SIZE -machine memory-backend=ram
     #[arg(long)]

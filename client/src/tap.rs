@@ -3,11 +3,12 @@
 //! A reader that claims nothing, writes nothing and delays neither end of a channel, on both sides.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::cursor::{Header, Reset};
 use barlink_protocol::wire::layout::End;
-use barlink_protocol::{PresenceWords, Sight};
+use barlink_protocol::{PresenceWords, Sight, Strategy};
 
 use crate::error::Error;
 use crate::event_error::EventError;
@@ -26,6 +27,8 @@ const LONGEST_IDLE_LOOK: Duration = Duration::from_millis(100);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Number of tries of one call to copy a record before it is overwritten.
 const TRIES: u32 = 16;
+/// Number of looks of a spinning tap for each look at the clock.
+const LOOKS_PER_CLOCK: u32 = 16;
 
 /// A reader of the records that other programs exchange. It copies them, and neither delays nor
 /// disturbs the ends of the channel, which do not know of it. A channel can have any number of
@@ -73,6 +76,7 @@ pub struct Tap {
     /// Presence of the producer, if it is visible.
     sender: Option<PresenceWords>,
     looks: Looks,
+    spin: Spin,
     removal: Removal,
     /// The process that made the tap.
     process: Process,
@@ -107,6 +111,7 @@ impl Tap {
             sender: PresenceWords::find(layout, index, End::Producer, region.size()),
             region: region.ring().clone(),
             looks: Looks::new()?,
+            spin: Spin::of(Strategy::SLEEP),
             removal: side.removal(),
             process: Process::current(),
         })
@@ -140,7 +145,8 @@ impl Tap {
     }
 
     /// Copies the next record. Looks for it again and again, after 50 µs and then after longer
-    /// times, up to 10 ms, or to 100 ms if no record has come for ten seconds.
+    /// times, up to 10 ms, or to 100 ms if no record has come for ten seconds. Before that it spins
+    /// if [`Tap::set_strategy`] says so.
     ///
     /// ```no_run
     /// use barlink::{Kind, host};
@@ -230,14 +236,39 @@ impl Tap {
         bytes: &mut Vec<u8>,
     ) -> Result<Option<Header>, Error> {
         let start = Instant::now();
+        let mut may_spin = self.spin.is_possible();
         loop {
-            let found = self.copy(barlink_protocol::Tap::look, bytes)?;
+            let mut found = self.copy(barlink_protocol::Tap::look, bytes)?;
+            if found.is_none() && std::mem::take(&mut may_spin) {
+                found = self.copy_spinning(timeout.saturating_sub(start.elapsed()), bytes)?;
+            }
             let left = timeout.saturating_sub(start.elapsed());
             if found.is_some() || left.is_zero() {
                 return Ok(found);
             }
             self.removal.sleep(self.looks.left().min(left));
         }
+    }
+
+    /// Looks again and again without a sleep, for the time of the strategy or until `limit` is over.
+    fn copy_spinning(
+        &mut self,
+        limit: Duration,
+        bytes: &mut Vec<u8>,
+    ) -> Result<Option<Header>, Error> {
+        let (start, time) = (Instant::now(), self.spin.next.min(limit));
+        while start.elapsed() < time {
+            for _ in 0..LOOKS_PER_CLOCK {
+                std::hint::spin_loop();
+                let found = self.copy_once(&barlink_protocol::Tap::look, bytes)?;
+                if found.is_some() {
+                    self.spin.has_succeeded();
+                    return Ok(found);
+                }
+            }
+        }
+        self.spin.has_failed();
+        Ok(None)
     }
 
     /// Copies the newest record, whole, even if this tap has copied it before. The next record is
@@ -299,6 +330,24 @@ impl Tap {
         };
         *record = owned(header, std::mem::take(&mut record.bytes));
         Ok(true)
+    }
+
+    /// Sets how the tap waits from now on: [`Tap::recv`], [`Tap::recv_timeout`] and
+    /// [`Tap::recv_into`] first spin as the strategy says, and then sleep between looks. The
+    /// default is [`Strategy::SLEEP`], which does not spin. Back-off sleeps of the strategy have no
+    /// meaning, because the sender never rings a tap.
+    ///
+    /// ```no_run
+    /// use barlink::{Strategy, host};
+    ///
+    /// let mut trigger = host::connect("default")?.tap("trigger")?;
+    /// // This program has a CPU for the trigger alone, and must see it within microseconds.
+    /// trigger.set_strategy(Strategy::SPIN);
+    /// println!("{:?}", trigger.recv()?.bytes);
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn set_strategy(&mut self, strategy: Strategy) {
+        self.spin = Spin::of(strategy);
     }
 
     /// Returns whether a process holds the sending end now. A tap of a VM does not see the senders
@@ -371,6 +420,18 @@ impl Tap {
         if self.looks.pause.is_some() && self.removal.has_come() {
             return Err(EventError::Gone.into());
         }
+        let found = self.copy_once(&look, bytes)?;
+        if found.is_none() {
+            self.looks.found_nothing();
+        }
+        Ok(found)
+    }
+
+    fn copy_once(
+        &mut self,
+        look: &impl Fn(&mut barlink_protocol::Tap<Mapping>) -> Sight,
+        bytes: &mut Vec<u8>,
+    ) -> Result<Option<Header>, Error> {
         for _ in 0..TRIES {
             let header = match look(&mut self.ring) {
                 Sight::Record(header) => header,
@@ -383,7 +444,6 @@ impl Tap {
                 return Ok(Some(header));
             }
         }
-        self.looks.found_nothing();
         Ok(None)
     }
 }
@@ -401,7 +461,7 @@ fn owned(header: Header, bytes: Vec<u8>) -> OwnedRecord {
 
 impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.looks.timer.as_fd()
+        self.looks.descriptor()
     }
 }
 
@@ -411,11 +471,56 @@ impl AsRawFd for Tap {
     }
 }
 
+/// The time that a tap spins before it sleeps between its looks.
+#[derive(Clone, Copy, Debug)]
+struct Spin {
+    least: Duration,
+    most: Duration,
+    /// The time of the next spin, which is longer while spinning succeeds.
+    next: Duration,
+}
+
+impl Spin {
+    fn of(strategy: Strategy) -> Self {
+        // On one CPU the sender cannot run while the tap spins.
+        let most = match strategy.most_spin {
+            Duration::ZERO => Duration::ZERO,
+            most => {
+                let cpus = std::thread::available_parallelism();
+                let can_spin = cpus.is_ok_and(|cpus| cpus.get() > 1);
+                if can_spin { most } else { Duration::ZERO }
+            }
+        };
+        let least = strategy.least_spin.min(most);
+        Spin {
+            least,
+            most,
+            next: least,
+        }
+    }
+
+    fn is_possible(&self) -> bool {
+        !self.most.is_zero()
+    }
+
+    fn has_succeeded(&mut self) {
+        self.next = self.next.saturating_mul(2).min(self.most);
+    }
+
+    fn has_failed(&mut self) {
+        self.next = (self.next / 2).max(self.least);
+    }
+}
+
 /// The times of a tap's looks at its channel.
 #[derive(Debug)]
 struct Looks {
-    /// Expires when it is time to look.
+    /// Expires when it is time to look, once a program has asked for its descriptor. To set it is a
+    /// system call, which a tap that is not waited for by its descriptor does not need.
     timer: Timer,
+    is_waited_for: AtomicBool,
+    /// The time of the next look; `None` for now.
+    due: Option<Instant>,
     /// The time between the last two looks that found nothing; `None` if the last one found a
     /// record.
     pause: Option<Duration>,
@@ -427,6 +532,8 @@ impl Looks {
     fn new() -> Result<Self, EventError> {
         Ok(Looks {
             timer: Timer::new()?,
+            is_waited_for: AtomicBool::new(false),
+            due: None,
             pause: None,
             last: Instant::now(),
         })
@@ -434,7 +541,24 @@ impl Looks {
 
     /// Returns the time until the next look.
     fn left(&self) -> Duration {
-        self.timer.left()
+        self.due.map_or(Duration::ZERO, |due| {
+            due.saturating_duration_since(Instant::now())
+        })
+    }
+
+    /// Returns the descriptor that is readable when it is time to look.
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        if !self.is_waited_for.swap(true, Ordering::Relaxed) {
+            self.set_timer();
+        }
+        self.timer.as_fd()
+    }
+
+    fn set_timer(&self) {
+        if self.is_waited_for.load(Ordering::Relaxed) {
+            // Zero would switch the timer off.
+            self.timer.set(self.left().max(NOW));
+        }
     }
 
     /// Notes that a look found a record, so that another one may be there.
@@ -442,23 +566,79 @@ impl Looks {
     fn found_record(&mut self) {
         self.last = Instant::now();
         if self.pause.take().is_some() {
-            self.timer.set(NOW);
+            self.due = None;
+            self.set_timer();
         }
     }
 
     /// Notes that a look found nothing, and sets the time of the next one.
     fn found_nothing(&mut self) {
-        let longest = match self.last.elapsed() < IDLE_TIMEOUT {
+        let now = Instant::now();
+        let longest = match now.saturating_duration_since(self.last) < IDLE_TIMEOUT {
             true => LONGEST_LOOK,
             false => LONGEST_IDLE_LOOK,
         };
         let pause = match self.pause {
             None => FIRST_LOOK,
             // A look before its time does not lengthen the pause.
-            Some(_) if !self.timer.left().is_zero() => return,
+            Some(_) if self.due.is_some_and(|due| due > now) => return,
             Some(pause) => (2 * pause).min(longest),
         };
         self.pause = Some(pause);
-        self.timer.set(pause);
+        self.due = Some(now + pause);
+        self.set_timer();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timer_stays_off_until_waited_for() {
+        let mut looks = Looks::new().unwrap();
+        let is_set = |looks: &Looks| !looks.timer.left().is_zero();
+        let look = |looks: &mut Looks| {
+            std::thread::sleep(looks.left());
+            looks.found_nothing();
+        };
+        // After so many looks the pause is longer than a delay of this thread.
+        for _ in 0..8 {
+            look(&mut looks);
+            assert!(!is_set(&looks));
+        }
+        looks.last = Instant::now().checked_sub(IDLE_TIMEOUT).unwrap();
+        for _ in 0..5 {
+            look(&mut looks);
+        }
+        assert!(looks.left() > LONGEST_LOOK && !is_set(&looks));
+        let _ = looks.descriptor();
+        assert!(is_set(&looks));
+        look(&mut looks);
+        assert!(is_set(&looks));
+        looks.found_record();
+        assert!(!is_set(&looks) && looks.left().is_zero());
+    }
+
+    #[test]
+    fn spins_grow_while_they_succeed() {
+        let mut spin = Spin::of(Strategy::SLEEP);
+        assert!(!spin.is_possible());
+        spin.has_succeeded();
+        assert_eq!(spin.next, Duration::ZERO);
+        let (least, most) = (Duration::from_micros(1), Duration::from_micros(50));
+        spin = Spin {
+            least,
+            most,
+            next: least,
+        };
+        for _ in 0..6 {
+            spin.has_succeeded();
+        }
+        assert_eq!(spin.next, most);
+        for _ in 0..9 {
+            spin.has_failed();
+        }
+        assert_eq!(spin.next, least);
     }
 }

@@ -73,10 +73,21 @@ impl OutOfRegion {
 pub struct Region<M> {
     memory: M,
     copier: Copier,
-    /// Whether the fence behind a producer's limit is left out, for a model that shows the need for
-    /// it.
+    /// A fence that is left out, for a model that shows the need for it.
     #[cfg(loom)]
-    skips_limit_fence: bool,
+    left_out: Option<ModelFence>,
+}
+
+/// A fence that a model can leave out.
+#[cfg(loom)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModelFence {
+    /// A producer's, behind its limit.
+    Limit,
+    /// A tap's, behind a copy.
+    Copy,
+    /// A tap's, behind a commit note.
+    Note,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Region<M> {
@@ -86,15 +97,15 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
             memory,
             copier: Copier::detect(),
             #[cfg(loom)]
-            skips_limit_fence: false,
+            left_out: None,
         }
     }
 
-    /// Returns the same region, over which a producer leaves out the fence behind its limit.
+    /// Returns the same region, over which a producer or a tap leaves out a fence.
     #[cfg(loom)]
-    pub fn without_limit_fence(self) -> Self {
+    pub fn without(self, fence: ModelFence) -> Self {
         Region {
-            skips_limit_fence: true,
+            left_out: Some(fence),
             ..self
         }
     }
@@ -143,10 +154,28 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     /// stores included.
     pub(crate) fn fence_limit(&self) {
         #[cfg(loom)]
-        if self.skips_limit_fence {
+        if self.left_out == Some(ModelFence::Limit) {
             return;
         }
         self.fence();
+    }
+
+    /// Orders a tap's copy before its look at the limit.
+    pub(crate) fn fence_copy(&self) {
+        #[cfg(loom)]
+        if self.left_out == Some(ModelFence::Copy) {
+            return;
+        }
+        self.fence_loads();
+    }
+
+    /// Orders a tap's loads of a commit note before its second look at the cursor.
+    pub(crate) fn fence_note(&self) {
+        #[cfg(loom)]
+        if self.left_out == Some(ModelFence::Note) {
+            return;
+        }
+        self.fence_loads();
     }
 
     /// Orders all accesses before the fence before all accesses behind it, and makes earlier stores

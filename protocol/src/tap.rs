@@ -260,7 +260,7 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         };
         // SYNC: noted; pairs with the fence in `Producer::publish`. A producer writes over a note
         // after it has stored the cursor of the commit between.
-        self.region.fence_loads();
+        self.region.fence_note();
         let is_same = load(channel::WRITTEN) == written && self.is_same_generation();
         let last = match note.records {
             0 => written,
@@ -285,7 +285,7 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
     fn is_whole(&self, cursor: u64) -> bool {
         // SYNC: limit-then-data; pairs with the fence in `Producer::move_limit`. A copy of a byte
         // that was written over is followed by a load that sees the limit.
-        self.region.fence_loads();
+        self.region.fence_copy();
         let limit = self.region.load(self.base + channel::LIMIT);
         let end = cursor.saturating_add(self.capacity.bytes());
         // The limit is above each committed record, unless a producer that lives on through a reset

@@ -88,7 +88,13 @@ fn run(args: Serve) -> Result<()> {
     let inherited = persistence::inherited()
         .context("cannot take the descriptors that the service manager stored")?;
     let replace = args.replace;
-    let admits_others = !(args.allow_user.is_empty() && args.allow_group.is_empty());
+    let named = [
+        &args.allow_user,
+        &args.allow_group,
+        &args.allow_reader,
+        &args.allow_reader_group,
+    ];
+    let admits_others = named.iter().any(|names| !names.is_empty());
     let has_run_folder = args.which.control.is_none();
     let config = config(args)?;
     if has_run_folder && let Some(folder) = config.control.parent() {
@@ -193,16 +199,13 @@ fn check(args: Serve) -> Result<()> {
 /// Returns the configuration that the arguments describe.
 fn config(args: Serve) -> Result<Config> {
     let control = super::control_socket(&args.which)?;
-    let users = args
-        .allow_user
-        .iter()
-        .map(|user| number(user, "passwd"))
-        .collect::<Result<_>>()?;
-    let groups = args
-        .allow_group
-        .iter()
-        .map(|group| number(group, "group"))
-        .collect::<Result<_>>()?;
+    let numbers = |names: &[String], file| -> Result<Vec<u32>> {
+        names.iter().map(|name| number(name, file)).collect()
+    };
+    let users = numbers(&args.allow_user, "passwd")?;
+    let groups = numbers(&args.allow_group, "group")?;
+    let readers = numbers(&args.allow_reader, "passwd")?;
+    let reader_groups = numbers(&args.allow_reader_group, "group")?;
     let sees_memory = |(kind, _): &(TransportKind, _)| *kind == TransportKind::VfioUser;
     ensure!(
         !args.guest_memory || args.sockets.0.iter().any(sees_memory),
@@ -232,7 +235,7 @@ fn config(args: Serve) -> Result<Config> {
             .map(|(kind, path)| (transport(kind), path))
             .collect(),
         control,
-        policy: Policy::new(users, groups),
+        policy: Policy::new(users, groups).with_readers(readers, reader_groups),
     })
 }
 

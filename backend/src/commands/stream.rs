@@ -19,8 +19,8 @@ pub fn send(args: &Send) -> Result<()> {
 pub fn recv(args: &Recv) -> Result<()> {
     if args.stream.tap || args.stream.latest {
         let attachment = attach(&args.which, Access::ReadOnly, args.stream.json)?;
-        let tap = attachment.tap(&args.channel)?;
-        return tap::receive(&args.stream, &args.channel, tap);
+        let begin = || Ok(attachment.tap(&args.channel)?);
+        return tap::receive(&args.stream, &args.channel, begin);
     }
     stream::receive(&args.stream, &args.channel, || {
         let attachment = attach(&args.which, Access::ReadWrite, args.stream.json)?;

@@ -42,6 +42,10 @@ const HOLDERS: u64 = PAGE_SIZE + 512;
 const BASES: u64 = PAGE_SIZE + 1728;
 /// By channel and end: the host app that holds it, 0 for none.
 const OWNERS: u64 = PAGE_SIZE + 2304;
+/// The host apps whose attachments are read-only, in any order; 0 for none.
+const READERS: u64 = PAGE_SIZE + 3584;
+/// Most host apps at a time.
+pub const MAX_CLIENTS: usize = 64;
 
 /// The progress of a VM's handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,6 +263,34 @@ impl RosterWords {
         self.0.store(OWNERS + place, owner);
     }
 
+    /// Returns whether the attachment of a host app is read-only.
+    pub fn is_reader(&self, client: ClientId) -> bool {
+        self.reader(client).is_some()
+    }
+
+    /// Sets whether the attachment of a host app is read-only. There is room for as many host apps
+    /// as a broker serves.
+    pub fn set_reader(&self, client: ClientId, is_reader: bool) {
+        let (place, word) = match (is_reader, self.reader(client)) {
+            (true, None) => (self.reader(0), client),
+            (false, place @ Some(_)) => (place, 0),
+            _ => return,
+        };
+        if let Some(place) = place {
+            self.0.store(place, word);
+        }
+    }
+
+    /// Lists the host apps whose attachments are read-only.
+    pub fn readers(&self) -> Vec<ClientId> {
+        let words = readers().map(|place| self.0.load(place));
+        words.filter(|client| *client != 0).collect()
+    }
+
+    fn reader(&self, client: ClientId) -> Option<u64> {
+        readers().find(|place| self.0.load(*place) == client)
+    }
+
     /// Returns the cursor at which a channel began at its last reset, 0 before the first.
     pub fn base(&self, channel: usize) -> u64 {
         self.0.load(BASES + 8 * channel as u64)
@@ -279,7 +311,12 @@ const _: () = assert!(HANDSHAKES + 8 * MAX_SLOTS as u64 <= ENDED_EPOCHS);
 const _: () = assert!(VMMS + 8 * MAX_SLOTS as u64 <= HOLDERS + presence::holder(0, End::Producer));
 const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= BASES);
 const _: () = assert!(BASES + 8 * MAX_CHANNELS as u64 <= OWNERS);
-const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= SIZE);
+const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= READERS);
+const _: () = assert!(READERS + 8 * MAX_CLIENTS as u64 <= SIZE);
+
+fn readers() -> impl Iterator<Item = u64> {
+    (READERS..).step_by(8).take(MAX_CLIENTS)
+}
 
 #[cfg(test)]
 mod tests {
@@ -301,10 +338,16 @@ mod tests {
         state
     }
 
-    type Facts = (u64, Vec<[u64; 3]>, Vec<Option<(ClientId, u64)>>, Vec<u64>);
+    type Facts = (
+        u64,
+        Vec<[u64; 3]>,
+        Vec<Option<(ClientId, u64)>>,
+        Vec<u64>,
+        Vec<ClientId>,
+    );
 
     /// Reads all facts: the epoch, the connections with their VMMs and ended epochs, the holders,
-    /// the bases.
+    /// the bases, the readers.
     fn facts(state: &PersistedState) -> Facts {
         let roster = state.roster();
         let ends = (0..CHANNELS).flat_map(|channel| {
@@ -318,7 +361,9 @@ mod tests {
             [slot.connection(), vmm, slot.ended_epoch()]
         });
         let bases = (0..CHANNELS).map(|channel| roster.base(channel));
-        (roster.epoch(), connections.collect(), ends, bases.collect())
+        let readers = roster.readers();
+        let connections = connections.collect();
+        (roster.epoch(), connections, ends, bases.collect(), readers)
     }
 
     /// A broker that is killed within the call has stored the entry alone, or the count as well.
@@ -354,6 +399,21 @@ mod tests {
         assert_eq!(read(new), Ok(after));
     }
 
+    #[test]
+    fn readers_have_one_word_each() {
+        let roster = successor(&[]).roster();
+        for client in 1..=MAX_CLIENTS as u64 {
+            roster.set_reader(client, true);
+            roster.set_reader(client, true);
+        }
+        let all: Vec<_> = (1..=MAX_CLIENTS as u64).collect();
+        assert_eq!(roster.readers(), all);
+        assert!(!roster.is_reader(100));
+        roster.set_reader(7, false);
+        roster.set_reader(100, true);
+        assert!(roster.is_reader(100) && !roster.is_reader(7));
+    }
+
     /// A call is one store, which is done or not. A new holder is two stores, in the order that
     /// [`RosterWords::set_holder`] gives them: the first alone changes no fact, over whatever an
     /// earlier holder left there.
@@ -362,7 +422,7 @@ mod tests {
         let state = successor(&[]);
         let (roster, slot) = (state.roster(), state.slot(3));
         let channel = CHANNELS - 1;
-        let calls: [(&str, &dyn Fn()); 12] = [
+        let calls: [(&str, &dyn Fn()); 15] = [
             ("epoch", &|| roster.set_epoch(1)),
             ("number of a VM", &|| assert_eq!(slot.next_connection(), 1)),
             ("connection", &|| slot.set_connection(1)),
@@ -379,6 +439,9 @@ mod tests {
             }),
             ("no connection", &|| slot.set_connection(0)),
             ("base", &|| roster.set_base(channel, 1 << 20)),
+            ("reader", &|| roster.set_reader(5, true)),
+            ("another reader", &|| roster.set_reader(6, true)),
+            ("no reader", &|| roster.set_reader(5, false)),
         ];
         for (name, call) in calls {
             let (before, facts_before) = (words(&state), facts(&state));

@@ -45,14 +45,14 @@ fn accept(listener: &OwnedFd) -> OwnedFd {
 /// Maximum number of host apps at a time, as in the broker.
 const MOST: usize = 64;
 
-fn connect_app(broker: &Broker) -> OwnedFd {
+pub fn connect_app(broker: &Broker) -> OwnedFd {
     let socket = seqpacket();
     connect(&socket, &SocketAddrUnix::new(broker.control()).unwrap()).unwrap();
     socket
 }
 
 /// Sends a packet as it is. Returns the answer, which is empty if the broker closes.
-fn say(socket: &OwnedFd, packet: &[u8]) -> String {
+pub fn say(socket: &OwnedFd, packet: &[u8]) -> String {
     send(socket, packet, SendFlags::NOSIGNAL).unwrap();
     let mut answer = vec![0; 65536];
     let (_, length) = recv(socket, &mut answer[..], RecvFlags::empty()).unwrap();

@@ -2,6 +2,7 @@
 
 //! Tests of a broker that replaces another one while VMs and host apps go on.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use barlink_protocol::wire::layout::{BROKER_PAGE, channel, presence};
 use barlink_service::ServiceManager;
 use rustix::process::Signal;
 
+use crate::control::{connect_app, say};
 use crate::support::*;
 use crate::vmm::*;
 
@@ -389,6 +391,67 @@ fn only_own_user_replaces_broker() {
         &["only the broker's own user and root can replace it"],
     );
     drop(broker.attach());
+}
+
+/// Attaches with a socket of its own, and returns the answers to a claim and to a reset.
+fn ask_to_change(socket: &OwnedFd) -> [String; 2] {
+    [
+        r#"{"claim":{"channel":0,"end":"consumer"}}"#,
+        r#"{"reset":{"channel":0}}"#,
+    ]
+    .map(|ask| say(socket, format!(r#"{{"version":1,"ask":{ask}}}"#).as_bytes()))
+}
+
+#[test]
+fn successor_keeps_read_only_attachments() {
+    let mut broker = Broker::start(&[]);
+    let attach = |access: &str| {
+        let socket = connect_app(&broker);
+        let ask = format!(r#"{{"version":1,"ask":{{"attach":{{"access":"{access}"}}}}}}"#);
+        assert!(say(&socket, ask.as_bytes()).contains("region"));
+        socket
+    };
+    let (reader, writer) = (attach("read-only"), attach("read-write"));
+    for _ in 0..2 {
+        succeed(&mut broker, &[]);
+        for answer in ask_to_change(&reader) {
+            assert!(answer.contains(r#"{"refused":"read-only"}"#), "{answer}");
+        }
+    }
+    assert!(ask_to_change(&writer)[0].contains("claimed"));
+    // A later attachment counts.
+    let ask = br#"{"version":1,"ask":{"attach":{"access":"read-write"}}}"#;
+    assert!(say(&reader, ask).contains("region"));
+    drop(writer);
+    succeed(&mut broker, &[]);
+    assert!(ask_to_change(&reader)[0].contains("claimed"));
+}
+
+#[test]
+fn successor_grants_reader_no_more() {
+    if !can_become_another_user() {
+        return;
+    }
+    let mut broker = Broker::start(&["--allow-reader", "nobody"]);
+    let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+    std::fs::set_permissions(broker.folder.path(), everyone).unwrap();
+    let reader = std::thread::scope(|scope| {
+        let connect_as_nobody = || {
+            rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(NOBODY)).unwrap();
+            connect_app(&broker)
+        };
+        scope.spawn(connect_as_nobody).join().unwrap()
+    });
+    let ask = br#"{"version":1,"ask":"status"}"#;
+    assert!(say(&reader, ask).contains("claims"));
+    for options in [&["--allow-reader", "nobody"][..], &[]] {
+        succeed(&mut broker, options);
+        for answer in ask_to_change(&reader) {
+            assert!(answer.contains(r#"{"refused":"reader"}"#), "{answer}");
+        }
+    }
+    succeed(&mut broker, &["--allow-user", "nobody"]);
+    assert!(ask_to_change(&reader)[0].contains("claimed"));
 }
 
 #[test]

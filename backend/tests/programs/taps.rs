@@ -8,6 +8,7 @@ use std::process::Stdio;
 
 use barlink::{End, Error, ErrorKind, Kind, Side};
 use barlink_protocol::wire::layout::channel;
+use rustix::fs::{CWD, Mode};
 use rustix::process::Signal;
 
 use crate::support::*;
@@ -16,9 +17,14 @@ const LOOP: [&str; 2] = ["--channel", "loop=host-host,64K"];
 
 /// Waits until a tap sleeps between two looks, so that it has begun.
 fn wait_for_tap(child: &std::process::Child) {
+    wait_until_in(child, "nanosleep");
+}
+
+/// Waits until a program sleeps in a function of the kernel.
+fn wait_until_in(child: &std::process::Child, function: &str) {
     let wchan = format!("/proc/{}/wchan", child.id());
-    wait_until("the tap polls", || {
-        std::fs::read_to_string(&wchan).is_ok_and(|wchan| wchan.contains("nanosleep"))
+    wait_until("the tap sleeps", || {
+        std::fs::read_to_string(&wchan).is_ok_and(|wchan| wchan.contains(function))
     });
 }
 
@@ -347,6 +353,56 @@ fn tap_that_ends_early_prints_summary() {
                 .all(|line| line.contains(r#""complete":false"#)),
         "{errors}"
     );
+}
+
+/// Starts a program that writes to a pipe without a reader, and waits until it opens the pipe. Its
+/// tap has begun by then. Returns it and the path of the pipe.
+fn before_first_look(broker: &Broker, options: &[&str]) -> (Program, std::path::PathBuf) {
+    let pipe = broker.path("pipe");
+    rustix::fs::mkfifoat(CWD, &pipe, Mode::RUSR | Mode::WUSR).unwrap();
+    let mut recv = broker.app(&["recv", "--channel", "loop"]);
+    recv.args(options).arg("-o").arg(&pipe);
+    let recv = recv.stderr(Stdio::piped()).start();
+    wait_until_in(&recv, "wait_for_partner");
+    (recv, pipe)
+}
+
+#[test]
+fn tap_takes_stream_that_begins_meanwhile() {
+    let broker = Broker::start(&LOOP);
+    let mut sender = broker.attach().sender("loop").unwrap();
+    let (mut tap, pipe) = before_first_look(&broker, &["--tap"]);
+    let _ = sender.send(Kind::BEGIN, &[]).unwrap();
+    let _ = sender.send(Kind::DATA, b"start").unwrap();
+    let mut output = std::fs::File::open(pipe).unwrap();
+    assert_eq!(&read_exactly::<5>(&mut output), b"start");
+    let _ = sender.send(Kind::END, &[]).unwrap();
+    assert!(wait(&mut tap).success());
+    assert_eq!(errors_of(&mut tap), "");
+}
+
+#[test]
+fn newest_record_is_found_behind_reset() {
+    let broker = Broker::start(&LOOP);
+    let app = broker.attach();
+    let send = |text: &str| {
+        let mut sender = app.sender("loop").unwrap();
+        let _ = sender.send(Kind::USER, text.as_bytes()).unwrap();
+    };
+    send("old");
+    let (mut latest, pipe) = before_first_look(&broker, &["--latest"]);
+    let tap = app.tap("loop").unwrap();
+    app.reset("loop").unwrap();
+    send("new");
+    assert_eq!(std::fs::read(pipe).unwrap(), b"new");
+    assert!(wait(&mut latest).success());
+    let args = barlink_cli::tail::Tail {
+        latest: true,
+        count: Some(1),
+        bytes: 64,
+        timeout: Some(TIMEOUT),
+    };
+    barlink_cli::tail::tail(&args, "loop", tap).unwrap();
 }
 
 /// A sender reserves no more than its source has, so its limit is near what it has committed. A tap

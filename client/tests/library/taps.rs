@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use barlink::host::AttachOptions;
-use barlink::{Access, ErrorKind, Kind, OwnedRecord, Sent, Tap};
+use barlink::{Access, ErrorKind, Kind, OwnedRecord, Sent, Strategy, Tap};
 use barlink_protocol::Ordering;
 use barlink_protocol::wire::layout::channel;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -173,6 +173,34 @@ fn tap_reuses_memory_of_record() {
         assert_eq!(*memory.get_or_insert(place), place, "{length} bytes");
         drop(receiver.recv().unwrap());
     }
+}
+
+/// A spinning tap finds a record within a wait that a sleeping tap ends with the sleep before.
+#[test]
+fn spinning_tap_looks_without_sleep() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, _receiver) = broker.ends("loop");
+    let mut tap = tap(&broker, "loop");
+    tap.set_strategy(Strategy::SPIN);
+    let switches = || {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let mut lines = status.lines();
+        let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        count.unwrap().trim().parse::<u64>().unwrap()
+    };
+    let before = switches();
+    let sending = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        sender.send(Kind::USER, b"text").unwrap()
+    });
+    assert_eq!(tap.recv().unwrap().bytes, b"text");
+    // A sleeping tap would have slept 8 times.
+    assert!(switches() - before <= 3, "{}", switches() - before);
+    assert_eq!(sending.join().unwrap(), Sent::Committed);
+    let start = Instant::now();
+    let short = Duration::from_millis(20);
+    assert!(tap.recv_timeout(short).unwrap().is_none());
+    assert!(start.elapsed() >= short);
 }
 
 #[test]

@@ -18,8 +18,8 @@ pub fn send(device: &Device, args: &Send) -> Result<()> {
 
 pub fn recv(device: &Device, args: &Recv) -> Result<()> {
     if args.stream.tap || args.stream.latest {
-        let tap = device.tap(&args.channel)?;
-        return tap::receive(&args.stream, &args.channel, tap);
+        let begin = || Ok(device.tap(&args.channel)?);
+        return tap::receive(&args.stream, &args.channel, begin);
     }
     stream::receive(&args.stream, &args.channel, || {
         Ok(device.receiver(&args.channel)?)

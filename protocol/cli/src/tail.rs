@@ -39,16 +39,13 @@ pub fn tail(args: &Tail, channel: &str, tap: Tap) -> Result<()> {
 
 fn show(args: &Tail, mut tap: Tap) -> Result<()> {
     let mut lost = (0, 0);
-    let mut newest = match args.latest {
-        true => tap.latest()?,
-        false => None,
-    };
+    let mut wants_newest = args.latest;
     let start = Instant::now();
     let (mut shown, mut since) = (0, start);
     while args.count.is_none_or(|count| shown < count) {
-        let found = match newest.take() {
-            Some(record) => Ok(Some(record)),
-            None => {
+        let found = match std::mem::take(&mut wants_newest) {
+            true => tap.latest(),
+            false => {
                 let left = args
                     .timeout
                     .map(|time| time.saturating_sub(since.elapsed()));
@@ -62,6 +59,7 @@ fn show(args: &Tail, mut tap: Tap) -> Result<()> {
                 _ => continue,
             },
             Err(error) if error.kind() == ErrorKind::Reset => {
+                // The tap goes on with the newest record since then.
                 print("the channel was reset\n")?;
                 lost = (0, 0);
                 continue;

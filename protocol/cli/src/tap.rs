@@ -81,11 +81,13 @@ struct Copied {
 
 impl Copied {
     /// Copies the records of one stream. Records before its beginning are passed over.
+    /// `began_inside` says that the channel was within a stream just before the tap began.
     fn copy(
         &mut self,
         args: &Recv,
         channel: &str,
         tap: &mut Tap,
+        began_inside: bool,
         target: &mut Target<'_>,
     ) -> Result<()> {
         let takes_all = args.partial || args.raw;
@@ -93,13 +95,9 @@ impl Copied {
         let mut begun = takes_all.then_some((0, 0));
         // Whether a record of the stream was found.
         let mut is_inside = false;
-        let mut is_silent = takes_all || args.json;
-        if !is_silent && tap.is_sender_present() {
-            let newest = tap.latest().ok().flatten();
-            if newest.is_some_and(|record| record.kind == Kind::DATA) {
-                is_silent = true;
-                print_waiting(channel);
-            }
+        let mut is_silent = takes_all || args.json || began_inside;
+        if began_inside && !takes_all && !args.json {
+            print_waiting(channel);
         }
         let mut since = Instant::now();
         loop {
@@ -204,21 +202,39 @@ fn is_reset(error: &anyhow::Error) -> bool {
 }
 
 /// Copies the newest record, or one stream, to a file or to standard output. The ends of the
-/// channel do not notice.
-pub fn receive(args: &Recv, channel: &str, mut tap: Tap) -> Result<()> {
+/// channel do not notice. `begin` makes a tap of the channel.
+pub fn receive(args: &Recv, channel: &str, begin: impl Fn() -> Result<Tap>) -> Result<()> {
+    let began_inside = !args.latest && is_within_stream(begin()?);
+    let mut tap = begin()?;
     let mut target = Target::open(args)?;
     let copied = match args.latest {
         true => latest(args, &mut tap, &mut target),
-        false => stream(args, channel, &mut tap, &mut target),
+        false => stream(args, channel, &mut tap, began_inside, &mut target),
     };
     copied.with_context(|| format!("copying from channel `{channel}`"))
+}
+
+/// Returns whether the newest record is in the middle of a stream whose sender is present. The look
+/// takes the tap, because it passes over the records before the newest one.
+fn is_within_stream(mut tap: Tap) -> bool {
+    if !tap.is_sender_present() {
+        return false;
+    }
+    // The second look is behind a reset. Other errors come again with the next record.
+    let newest = tap.latest().or_else(|_| tap.latest()).ok().flatten();
+    newest.is_some_and(|record| record.kind == Kind::DATA)
 }
 
 fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
     let start = Instant::now();
     loop {
         let is_content = |record: &OwnedRecord| ![Kind::BEGIN, Kind::END].contains(&record.kind);
-        if let Some(record) = tap.latest()?.filter(is_content) {
+        let found = match tap.latest() {
+            // The next look is at the channel as it is since the reset.
+            Err(error) if error.kind() == ErrorKind::Reset => None,
+            found => found?,
+        };
+        if let Some(record) = found.filter(is_content) {
             target.empty()?;
             target.write(&record.bytes)?;
             return target.flush();
@@ -231,9 +247,15 @@ fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
 }
 
 /// Copies a stream from its beginning to its end, and prints the summary.
-fn stream(args: &Recv, channel: &str, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
+fn stream(
+    args: &Recv,
+    channel: &str,
+    tap: &mut Tap,
+    began_inside: bool,
+    target: &mut Target<'_>,
+) -> Result<()> {
     let mut copied = Copied::default();
-    let outcome = copied.copy(args, channel, tap, target);
+    let outcome = copied.copy(args, channel, tap, began_inside, target);
     // Bytes that were copied before an error can be lost as well.
     let outcome = match target.flush() {
         Err(late)

@@ -5,6 +5,7 @@
 use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
 
 use barlink_protocol::cursor::{Corrupt, Detached, Kind, Reset};
+use barlink_protocol::region::ModelFence;
 use barlink_protocol::wire::layout::{Channel, channel as place};
 use barlink_protocol::{
     AtomicU64, Consumer, Ordering, Producer, Receiver, ReserveError, Sender, Sent, Sight, Tap,
@@ -192,7 +193,13 @@ fn limit_precedes_overwriting_bytes() {
 #[test]
 #[should_panic(expected = "torn")]
 fn limit_needs_its_fence() {
-    model(|| copy_beside_producer(&region().without_limit_fence()));
+    model(|| copy_beside_producer(&region().without(ModelFence::Limit)));
+}
+
+#[test]
+#[should_panic(expected = "torn")]
+fn copy_needs_its_fence() {
+    model(|| copy_beside_producer(&region().without(ModelFence::Copy)));
 }
 
 /// Reads the note of the newest commit beside a producer, as a tap does: what it finds between two
@@ -321,6 +328,54 @@ fn newest_record_is_whole_beside_producer() {
         writer.join().unwrap();
     });
     assert!(FOUND.load(Relaxed) > 0);
+}
+
+/// Looks for the newest record beside a producer that commits two records, so that it writes both
+/// notes. Returns the number of the record that the tap finds.
+fn look_beside_two_commits(region: &Words) -> Option<u64> {
+    let entry = overwriting();
+    let mut producer = Producer::attach(region.clone(), &entry).unwrap();
+    let mut tap = Tap::attach(region.clone(), &entry);
+    commit(&mut producer, 0);
+    let writer = thread::spawn(move || {
+        commit(&mut producer, 1);
+        commit(&mut producer, 2);
+    });
+    let found = tap.look_at_newest();
+    let mut bytes = [0; 8];
+    let number = match found {
+        Sight::Record(header) if tap.copy(&mut bytes) => {
+            let number = u64::from_le_bytes(bytes);
+            assert_eq!(header.sequence, number, "torn");
+            assert_eq!(tap.missed(), number, "the note is of another record");
+            Some(number)
+        }
+        _ => None,
+    };
+    writer.join().unwrap();
+    number
+}
+
+#[test]
+fn newest_record_is_found_beside_two_commits() {
+    static FOUND: [Counter; 3] = [const { Counter::new(0) }; 3];
+    model(|| {
+        let found = look_beside_two_commits(&region_for(overwriting().capacity));
+        if let Some(number) = found {
+            FOUND[number as usize].fetch_add(1, Relaxed);
+        }
+    });
+    let found = FOUND.each_ref().map(|counter| counter.load(Relaxed));
+    assert!(!found.contains(&0), "{found:?}");
+}
+
+#[test]
+#[should_panic(expected = "the note is of another record")]
+fn newest_record_needs_fence_of_note() {
+    model(|| {
+        let region = region_for(overwriting().capacity);
+        look_beside_two_commits(&region.without(ModelFence::Note));
+    });
 }
 
 /// Returns a channel without a consumer, its producer and a tap. The channel has three records of

@@ -104,7 +104,7 @@ impl Acceptor {
             let rejection = self.reject(&vm, Some(peer), why);
             self.rejected.add(vm, rejection);
         };
-        if !self.state.policy.admits(peer, &*vm) {
+        if !self.state.policy.admits_vm(peer, &*vm) {
             return reject(
                 vm,
                 &"not the broker's user, nor allowed (--allow-user, --allow-group)",

@@ -258,7 +258,9 @@ impl Listener {
 
     /// Gives the file the mode of a policy, which can differ from the predecessor's.
     pub fn apply(&self, policy: &Policy) {
-        let mode = policy.socket_mode();
+        // Each socket has a type.
+        let kind = rustix::net::sockopt::socket_type(&self.socket);
+        let mode = mode(policy, kind.unwrap_or(SocketType::STREAM));
         match self.set_mode(mode) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 // The broker still serves the clients that can connect.
@@ -346,7 +348,7 @@ impl Listener {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
         let socket = socket.map_err(|error| failed(path, error.into()))?;
-        bind(&socket, address, policy.socket_mode()).map_err(|error| failed(path, error.into()))?;
+        bind(&socket, address, mode(policy, kind)).map_err(|error| failed(path, error.into()))?;
         let listener = Listener {
             socket,
             path: path.to_owned(),
@@ -624,5 +626,13 @@ fn failed(path: &Path, source: io::Error) -> SocketError {
         }
         io::ErrorKind::AddrInUse => SocketError::InUse { path },
         _ => SocketError::Other { path, source },
+    }
+}
+
+/// Returns the mode of a socket's file: the control socket's is for packets, those of VMs are not.
+fn mode(policy: &Policy, kind: SocketType) -> u32 {
+    match kind {
+        SocketType::SEQPACKET => policy.control_mode(),
+        _ => policy.vm_mode(),
     }
 }

@@ -25,6 +25,7 @@ use crate::broker::accept::Listener;
 use crate::broker::reply;
 use crate::broker::state::BrokerState;
 use crate::broker::takeover;
+use crate::persistence::state::MAX_CLIENTS;
 use crate::persistence::{ClientId, name};
 use crate::rate_limit::{Account, CONNECTIONS, NOT_ADMITTED, REJECTED, UNRELEASED_CLAIMS};
 use crate::slot::{ReadRequest, Source};
@@ -33,8 +34,6 @@ use barlink::Access;
 use barlink::control::message::{Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, Request};
 use barlink::control::packet::PacketSocket;
 
-/// Most host apps at a time.
-const MAX_CLIENTS: usize = 64;
 /// The time within which a host app must send its first request.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after a connection for which the kernel has no descriptor.
@@ -68,19 +67,22 @@ struct Client {
     active: bool,
     /// Whether the broker has disconnected it, and it still holds ends.
     is_parted: bool,
-    /// The access that it last attached with, as far as this broker has served it.
-    access: Option<Access>,
+    /// The access that it last attached with; read and write before it has attached.
+    access: Access,
+    /// The most access that the operator permits it.
+    most: Access,
 }
 
 impl Client {
-    fn new(socket: OwnedFd, peer: Peer, active: bool) -> io::Result<Self> {
+    fn new(socket: OwnedFd, peer: Peer, most: Access) -> io::Result<Self> {
         Ok(Client {
             process: peer.process(&socket)?,
-            ..Self::unwatched(socket, peer, active)
+            most,
+            ..Self::unwatched(socket, peer, false)
         })
     }
 
-    /// Creates a client whose process is not watched.
+    /// Creates a client whose process is not watched, and which may do no more than read.
     fn unwatched(socket: OwnedFd, peer: Peer, active: bool) -> Self {
         Client {
             process: None,
@@ -89,7 +91,8 @@ impl Client {
             since: Instant::now(),
             active,
             is_parted: false,
-            access: None,
+            access: Access::ReadWrite,
+            most: Access::ReadOnly,
         }
     }
 
@@ -139,6 +142,8 @@ pub fn serve(
         let mut client = Client::unwatched(socket, unknown, true);
         let watched = Peer::of(&client.socket).and_then(|peer| {
             client.peer = peer;
+            // The operator may have taken permissions back.
+            client.most = most_access(state, peer, &client.socket);
             watch(client.socket.as_fd().as_raw_fd(), id)?;
             client.process = peer.process(&client.socket)?;
             let mut process = client.watched(id).skip(1);
@@ -157,6 +162,9 @@ pub fn serve(
                 let peer = client.peer;
                 warn!("{peer}, a host app of the predecessor, is not watched: {error}");
             }
+        }
+        if state.roster.is_reader(id) {
+            client.access = Access::ReadOnly;
         }
         let stored = client.socket.clone();
         state.descriptors.store(name::client(id), stored);
@@ -267,12 +275,12 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
         .inspect_err(|error| failed(format_args!("a host app is refused: {error}")))
         .ok()?;
     let reject = |message: Arguments<'_>| peer.log(&NOT_ADMITTED, Level::Warn, message);
-    if !state.policy.admits(peer, &socket) {
+    let Some(most) = state.policy.access(peer, &socket) else {
         reject(format_args!(
-            "{peer} is refused: not the broker's user, nor allowed (--allow-user, --allow-group)"
+            "{peer} is refused: not the broker's user, nor allowed (--allow-user, --allow-group, --allow-reader)"
         ));
         return None;
-    }
+    };
     if clients >= MAX_CLIENTS {
         reject(format_args!(
             "{peer} is refused: {MAX_CLIENTS} host apps are here"
@@ -283,10 +291,17 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
         let _ = reply::send(&socket, full, &[]);
         return None;
     }
-    let client = Client::new(socket, peer, false);
+    let client = Client::new(socket, peer, most);
     client
         .inspect_err(|error| reject(format_args!("{peer} is refused: {error}")))
         .ok()
+}
+
+/// Returns the most access that a predecessor's host app can have from now on. One that is no
+/// longer admitted goes on with what it has.
+fn most_access(state: &BrokerState, peer: Peer, socket: &PacketSocket) -> Access {
+    let access = state.policy.access(peer, socket);
+    access.unwrap_or(Access::ReadOnly)
 }
 
 /// The result of a request for its client.
@@ -387,15 +402,13 @@ fn handle(
         let stored = client.socket.clone();
         state.descriptors.store(name::client(id), stored);
     }
+    let ask = ask.and_then(|ask| permitted(client, ask));
     if let Ok(Ask::Attach { access }) = ask {
-        client.access = Some(access);
+        // Before the answer, because a broker that is killed behind it leaves a successor.
+        state.roster.set_access(id, access);
+        client.access = access;
     }
     let answered = match ask {
-        Ok(Ask::Claim { .. } | Ask::Reset { .. } | Ask::AddChannel(_))
-            if client.access == Some(Access::ReadOnly) =>
-        {
-            Err(Refusal::ReadOnly)
-        }
         Ok(Ask::ReadGuest {
             slot,
             address,
@@ -428,6 +441,25 @@ fn handle(
     match reply::send(&client.socket, answer, &borrowed) {
         Ok(()) => Next::Stays,
         Err(error) => Next::Leaves(Some(error)),
+    }
+}
+
+/// Returns a request, unless it would change something and its client may only read.
+fn permitted(client: &Client, ask: Ask) -> Result<Ask, Refusal> {
+    let attaches = matches!(
+        ask,
+        Ask::Attach {
+            access: Access::ReadWrite
+        }
+    );
+    let changes = matches!(
+        ask,
+        Ask::Claim { .. } | Ask::Reset { .. } | Ask::AddChannel(_)
+    );
+    match (client.most, client.access) {
+        (Access::ReadOnly, _) if attaches || changes => Err(Refusal::Reader),
+        (_, Access::ReadOnly) if changes => Err(Refusal::ReadOnly),
+        _ => Ok(ask),
     }
 }
 

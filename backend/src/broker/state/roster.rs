@@ -15,7 +15,7 @@ use crate::persistence::ClientId;
 use crate::persistence::state::RosterWords;
 use crate::slot::{Hold, SharedRegion, Slot};
 use barlink::control::message::{Added, Refusal};
-use barlink::{Held, NoConsumer, NotHere};
+use barlink::{Access, Held, NoConsumer, NotHere};
 
 const ENDS: [End; 2] = [End::Producer, End::Consumer];
 
@@ -125,6 +125,17 @@ impl Roster {
         Ok(())
     }
 
+    /// Stores the access of a host app's attachment for a successor.
+    pub fn set_access(&self, client: ClientId, access: Access) {
+        let words = self.words.lock();
+        words.set_reader(client, access == Access::ReadOnly);
+    }
+
+    /// Returns whether the attachment of a host app is read-only.
+    pub fn is_reader(&self, client: ClientId) -> bool {
+        self.words.lock().is_reader(client)
+    }
+
     /// Returns whether a host app holds an end.
     pub fn holds(&self, client: ClientId) -> bool {
         let words = self.words.lock();
@@ -132,8 +143,10 @@ impl Roster {
         owners.any(|(owner, _)| owner == client)
     }
 
-    /// Ends all claims of a host app that is gone. Returns a description of each.
+    /// Ends all claims of a host app that is gone, and its attachment. Returns a description of
+    /// each claim.
     pub fn release_all(&self, client: ClientId) -> Vec<String> {
+        self.words.lock().set_reader(client, false);
         let mut held = Vec::new();
         for (channel, entry) in self.region.layout().channels().iter().enumerate() {
             for end in ENDS {
@@ -145,13 +158,18 @@ impl Roster {
         held
     }
 
-    /// Ends the claims of a predecessor's host apps that are gone.
+    /// Ends the claims and attachments of a predecessor's host apps that are gone.
     pub(crate) fn reap(&self, is_here: impl Fn(ClientId) -> bool) {
         let words = self.words.lock();
         for (channel, end) in ends(&self.region) {
             let owner = words.holder(channel, end);
             if owner.is_some_and(|(client, _)| !is_here(client)) {
                 self.clear(&words, channel, end);
+            }
+        }
+        for client in words.readers() {
+            if !is_here(client) {
+                words.set_reader(client, false);
             }
         }
     }

@@ -160,7 +160,11 @@ fn channel(attachment: &Attachment, index: usize) -> ChannelView {
 /// Computes the time since the newest record of a channel with a producer on this host. Such a
 /// producer and this process have the same monotonic clock.
 fn age(mut tap: Tap<Mapping>) -> Option<Duration> {
-    let Sight::Record(header) = tap.look_at_newest() else {
+    let mut found = tap.look_at_newest();
+    if found == Sight::Reset {
+        found = tap.look_at_newest();
+    }
+    let Sight::Record(header) = found else {
         return None;
     };
     let now = Duration::try_from(clock_gettime(ClockId::Monotonic)).ok()?;

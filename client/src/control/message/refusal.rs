@@ -59,6 +59,11 @@ pub enum Refusal {
         "the connection is read-only: attach with read and write access to claim, reset or add a channel"
     )]
     ReadOnly,
+    /// The operator permits the client no more than reading.
+    #[error(
+        "this user may only read here (--allow-reader): use `tail`, `recv --tap`, `recv --latest`, `inspect` or `peek`, attach with `Access::ReadOnly` in a program, or start the broker with --allow-user for this user"
+    )]
+    Reader,
     /// A channel cannot be reset while one of its ends is held.
     #[error("channel `{channel}` is in use by {holder}: stop that process first")]
     InUse {
@@ -257,7 +262,7 @@ impl Refusal {
             | Refusal::SameName(_)
             | Refusal::InvalidChannel(_)
             | Refusal::MuchData(_) => ErrorKind::InvalidInput,
-            Refusal::NotYours | Refusal::NotOwner => ErrorKind::PermissionDenied,
+            Refusal::NotYours | Refusal::NotOwner | Refusal::Reader => ErrorKind::PermissionDenied,
             Refusal::Managed | Refusal::Stays { .. } | Refusal::Failed(_) => ErrorKind::Other,
         }
     }
