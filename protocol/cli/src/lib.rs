@@ -7,6 +7,7 @@ pub mod cache;
 pub mod channel;
 mod command_line;
 mod early;
+pub mod echo;
 pub mod failure;
 mod meter;
 pub mod notice;
