@@ -6,11 +6,13 @@ use anyhow::Result;
 use barlink::guest::Device;
 use barlink_cli::{echo, stream, tap};
 
+use super::broker;
 use crate::args::{Echo, Recv, Send};
 
 pub fn send(device: &Device, args: &Send) -> Result<()> {
     stream::send(&args.stream, &args.channel, || {
-        Ok(device.sender(&args.channel)?)
+        let confirm = || broker::confirm(device, Some(&args.channel));
+        Ok((device.sender(&args.channel)?, confirm))
     })
 }
 

@@ -36,7 +36,7 @@ impl std::error::Error for Failure {}
 
 /// Returns the error of a command that sent something that no program has received, because the
 /// broker is gone.
-pub fn unread(text: &str) -> anyhow::Error {
+pub(crate) fn unread(text: &str) -> anyhow::Error {
     let text = text.to_owned();
     let code = UNREAD;
     Failure { text, code }.into()

@@ -17,6 +17,7 @@ pub mod standard;
 pub mod stream;
 pub mod tail;
 pub mod tap;
+pub mod unread;
 
 use std::io::Write;
 use std::process::ExitCode;

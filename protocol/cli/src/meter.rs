@@ -159,8 +159,8 @@ impl<'a> Meter<'a> {
         }
     }
 
-    /// Removes the progress bar, and prints the summary of a stream that was moved, and whose file
-    /// could not be written to its end.
+    /// Removes the progress bar, and prints the summary of a stream that was moved, and that its
+    /// file or its receiver does not get.
     pub fn spoil(self, total: &Progress) {
         self.bar.finish_and_clear();
         if self.json {

@@ -85,8 +85,16 @@ fn parse_record_size(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Sends a file or standard input through the sender that `attach` returns.
-pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>) -> Result<()> {
+/// Sends a file or standard input through the sender that `attach` returns. Once all was sent, the
+/// function that `attach` returns with the sender says whether a program can receive it.
+pub fn send<C>(
+    args: &Send,
+    channel: &str,
+    attach: impl FnOnce() -> Result<(Sender, C)>,
+) -> Result<()>
+where
+    C: FnOnce() -> Result<()>,
+{
     let source: OwnedFd = match &args.file {
         Some(path) => File::open(path)
             .with_context(|| {
@@ -100,7 +108,7 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
         .ok()
         .filter(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file())
         .and_then(|stat| u64::try_from(stat.st_size).ok());
-    let mut sender = attach()?;
+    let (mut sender, confirm) = attach()?;
     let max = sender.max_record() as u64;
     let record = args.record_size.unwrap_or(RECORD_SIZE.min(max));
     ensure!(
@@ -113,7 +121,14 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
     let mut meter = Meter::new(&source, size, args.timeout, args.json, &mut wait);
     match stream::send(&mut sender, &source, record, &mut meter) {
         Ok(total) => {
-            meter.finish("sent", &total);
+            drop(sender);
+            match confirm() {
+                Ok(()) => meter.finish("sent", &total),
+                Err(error) => {
+                    meter.spoil(&total);
+                    return Err(error.context(format!("sending to channel `{channel}`")));
+                }
+            }
             Ok(())
         }
         Err(error) => {
