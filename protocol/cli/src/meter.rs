@@ -15,6 +15,9 @@ use crate::notice::broker_ended;
 /// Time between two updates. An update at each record would slow the stream down.
 const INTERVAL: Duration = Duration::from_millis(100);
 
+/// Text about a stream that was taken up in its middle.
+pub(crate) const NO_BEGINNING: &str = "the beginning of the stream is missing";
+
 /// Time for which a stream waits for the other end before it shows a message.
 const MESSAGE_AFTER: Duration = Duration::from_secs(1);
 
@@ -125,7 +128,7 @@ impl<'a> Meter<'a> {
             let _ = writeln!(stderr, "{done} {bytes} in {seconds:.2} s, {rate}/s");
         }
         if total.headless {
-            let _ = writeln!(stderr, "the beginning of the stream is missing");
+            let _ = writeln!(stderr, "{NO_BEGINNING}");
         }
         if total.went_back {
             let text = "the numbers of the records went back: some records may have come twice";
