@@ -30,6 +30,8 @@ const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 ///
 /// A sender that drops waits for a second at most for space for the end of the stream. If there is
 /// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`].
+///
+/// A socket that passes messages is no source: the result is [`StreamError::Read`].
 pub fn send<M, E>(
     sender: &mut Sender<M, E>,
     source: c_int,
@@ -41,7 +43,7 @@ where
     E: Events,
 {
     sender.set_strategy(Strategy::STREAM);
-    let mut source = Source::new(source);
+    let mut source = Source::new(source, scratch.len()).map_err(StreamError::Read)?;
     let mut total = Progress::default();
     // The begin is sent together with the first data. So a sender that has no data leaves nothing
     // in the channel, and a sender that drops sends no data without a begin.
@@ -107,7 +109,7 @@ where
     // Bytes in `scratch` that are the next record.
     let mut held = 0;
     // The kernel cannot copy between the region and every file (`docs/driver.md`).
-    let mut in_place = true;
+    let mut in_place = source.reads_in_place();
     loop {
         let length = match held {
             0 => source.wait(scratch.len()).map_err(StreamError::Read)?,
