@@ -195,6 +195,23 @@ fn next_receiver_continues_after_full_target() {
     assert!([first, std::fs::read(rest).unwrap()].concat() == bytes);
 }
 
+/// Records of other kinds need `--raw` again.
+#[test]
+fn raw_receiver_names_option_for_rest() {
+    let broker = Broker::start(&LOOP);
+    let rest = broker.path("rest");
+    let mut sender = broker.attach().sender("loop").unwrap();
+    let _ = sender.send(barlink::Kind::USER, b"kept").unwrap();
+    drop(sender);
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    let mut receiver = recv(&broker);
+    receiver.arg("--raw").stdout(full());
+    let advice = ["receive the rest, which is still in the channel, into another file with --raw"];
+    fails(&mut receiver, 1, &advice);
+    works(recv(&broker).arg("--raw").arg("-o").arg(&rest));
+    assert_eq!(std::fs::read(rest).unwrap(), b"kept");
+}
+
 /// Makes a descriptor non-blocking, as another process that shares it can do.
 fn nonblocking(file: impl AsFd) {
     let flags = fcntl_getfl(&file).unwrap();

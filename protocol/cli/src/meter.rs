@@ -142,6 +142,7 @@ impl<'a> Meter<'a> {
     pub fn fail(self, error: &StreamError) {
         let mut total = match error {
             StreamError::Missing(total)
+            | StreamError::BeginDropped(total)
             | StreamError::EndDropped(total)
             | StreamError::Close {
                 progress: total, ..

@@ -29,7 +29,8 @@ const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 /// end does not move the limit of the channel beyond bytes that taps still read.
 ///
 /// A sender that drops waits for a second at most for space for the end of the stream. If there is
-/// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`].
+/// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`]. If no record
+/// of the stream found space, it is [`StreamError::BeginDropped`].
 ///
 /// A socket that passes messages is no source: the result is [`StreamError::Read`].
 pub fn send<M, E>(
@@ -53,10 +54,12 @@ where
     };
     // Without a begin, the end would belong to the stream of an earlier sender.
     let begun = begun || mark_watched(sender, Kind::BEGIN, watch, &total)? == Sent::Committed;
-    if begun && mark_watched(sender, Kind::END, watch, &total)? == Sent::Committed {
-        Ok(total)
-    } else {
-        Err(StreamError::EndDropped(total))
+    if !begun {
+        return Err(StreamError::BeginDropped(total));
+    }
+    match mark_watched(sender, Kind::END, watch, &total)? {
+        Sent::Committed => Ok(total),
+        _ => Err(StreamError::EndDropped(total)),
     }
 }
 
